@@ -1,0 +1,58 @@
+SHELL       := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+DEVICES  ?= 1000
+BITS     ?= 3072
+FUZZTIME ?= 30s
+
+STATICCHECK           := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+PROTOC_GEN_GO         := google.golang.org/protobuf/cmd/protoc-gen-go@v1.36.12
+PROTOC_GEN_CONNECT_GO := connectrpc.com/connect/cmd/protoc-gen-connect-go@v1.21.1
+
+# A target's prerequisites come in their order also under make -j: the tools are installed before they are used.
+.NOTPARALLEL:
+DEPS := deps-build deps-demo deps-test deps-generate
+.PHONY: help build demo test lint fuzz generate clean $(DEPS)
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: deps-build ## bin/factory, bin/keysvc and bin/mesim
+	@mkdir -p bin
+	go build -trimpath -o bin/ ./cmd/...
+
+demo: deps-demo build ## the whole flow on SoftHSM (DEVICES=1000, BITS=2048|3072|4096)
+	DEVICES=$(DEVICES) BITS=$(BITS) scripts/demo.sh
+
+test: deps-test lint ## what CI runs
+	go test -race ./...
+
+lint: deps-test ## gofmt, go vet, staticcheck and shellcheck
+	@unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || { printf 'run gofmt -w on:\n%s\n' "$$unformatted" >&2; exit 1; }
+	go vet ./...
+	go run $(STATICCHECK) ./...
+	shellcheck *.sh scripts/*.sh .ci/run
+
+# go test takes one fuzz target of one package at a time.
+fuzz: deps-test ## every fuzz target for FUZZTIME=30s
+	@go list -f '{{.ImportPath}} {{.Dir}}' ./... | while read -r pkg dir; do \
+		for target in $$(grep -hoE '^func Fuzz[A-Za-z0-9_]*' "$$dir"/*_test.go 2>/dev/null | cut -c 6-); do \
+			echo "$$pkg $$target"; \
+			go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) "$$pkg" </dev/null || exit; \
+		done; \
+	done
+
+generate: deps-generate ## the Go code of api/kme/v1
+	GOBIN="$(CURDIR)/bin/tools" go install $(PROTOC_GEN_GO)
+	GOBIN="$(CURDIR)/bin/tools" go install $(PROTOC_GEN_CONNECT_GO)
+	PATH="$(CURDIR)/bin/tools:$$PATH" protoc --proto_path=api \
+		--go_out=api --go_opt=paths=source_relative \
+		--connect-go_out=api --connect-go_opt=paths=source_relative \
+		api/kme/v1/*.proto
+
+# Only what make itself has made: below var/ there are also tokens and journals, and with them keys.
+clean: ## remove bin/ and var/demo/
+	rm -rf bin var/demo
+
+$(DEPS): deps-%:
+	@scripts/deps.sh $*

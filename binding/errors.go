@@ -1,0 +1,61 @@
+package binding
+
+import (
+	"errors"
+	"fmt"
+)
+
+// A Reason is what a caller of the service may learn about a refusal.
+type Reason string
+
+const (
+	Malformed            Reason = "MALFORMED"
+	NoAttempt            Reason = "NO_ATTEMPT"
+	UnknownDevice        Reason = "UNKNOWN_DEVICE"
+	RevokedDevice        Reason = "REVOKED_DEVICE"
+	KMERejected          Reason = "KME_REJECTED"
+	NotBound             Reason = "NOT_BOUND"
+	HSMUnavailable       Reason = "HSM_UNAVAILABLE"
+	DirectoryUnavailable Reason = "DIRECTORY_UNAVAILABLE"
+	StoreUnavailable     Reason = "STORE_UNAVAILABLE"
+)
+
+// A Refusal is an error with the reason and message that the caller gets, and the cause that only the log gets.
+type Refusal struct {
+	Reason  Reason
+	Message string
+	Cause   error
+}
+
+func (r *Refusal) Error() string {
+	if r.Cause != nil {
+		return fmt.Sprintf("%s: %s: %v", r.Reason, r.Message, r.Cause)
+	}
+	return fmt.Sprintf("%s: %s", r.Reason, r.Message)
+}
+
+func (r *Refusal) Unwrap() error { return r.Cause }
+
+func refuse(reason Reason, message string, cause error) *Refusal {
+	return &Refusal{Reason: reason, Message: message, Cause: cause}
+}
+
+// rejected is the one answer to every payload whose content is not good. Only its cause differs, and that stays here.
+func rejected(cause error) *Refusal {
+	return refuse(KMERejected, "the payload was not accepted", cause)
+}
+
+// fromStore turns a Store's error into a refusal.
+func fromStore(err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, ErrNotBound):
+		return refuse(NotBound, "the IMSI has no binding", nil)
+	case errors.Is(err, ErrNoAttempt):
+		return refuse(NoAttempt, "no such attempt is open for this IMSI", nil)
+	case errors.Is(err, ErrUsed):
+		return rejected(err)
+	}
+	return refuse(StoreUnavailable, "the database is not available", err)
+}

@@ -1,0 +1,131 @@
+package binding
+
+import (
+	"context"
+	"crypto/rsa"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+)
+
+// An IntakeToken is what taking in enrolments and lots needs of the operator's HSM.
+type IntakeToken interface {
+	TransportPublicKey(ctx context.Context) (*rsa.PublicKey, error)
+	UnwrapKEK(ctx context.Context, kek hsmkeys.Key, wrapped []byte) error
+	UnwrapLotKey(ctx context.Context, lot, kek hsmkeys.Key, wrapped []byte, pub *rsa.PublicKey) error
+}
+
+// Enroll takes a manufacturer's enrolment: it pins the manufacturer's key and takes the operator's KEK into the token.
+// pem is the manufacturer's key, which the operator has from the manufacturer itself, not with the enrolment.
+// Enrolling again replaces the KEK.
+func Enroll(ctx context.Context, token IntakeToken, registry Registry, jws, pem []byte, directoryURL string) (*Manufacturer, error) {
+	verifier, err := directory.ParseVerifier(pem)
+	if err != nil {
+		return nil, fmt.Errorf("the manufacturer's key: %w", err)
+	}
+	var e directory.Enrolment
+	if err := verifier.Verify(directory.TypeEnrolment, "the enrolment", jws, &e); err != nil {
+		return nil, err
+	}
+	if e.Manufacturer != verifier.KeyID() {
+		return nil, fmt.Errorf("the enrolment is of manufacturer %s, and the key given is that of %s", e.Manufacturer, verifier.KeyID())
+	}
+	transport, err := token.TransportPublicKey(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if have := directory.RSAThumbprint(transport); e.TransportKey != have {
+		return nil, fmt.Errorf("the enrolment was made for transport key %s, and this token's is %s: give the manufacturer the transport.pem that keysvc init wrote for this token", e.TransportKey, have)
+	}
+	kek := kekOf(e.Manufacturer, e.Operator)
+	if e.KEK != kek.HexID() {
+		return nil, fmt.Errorf("the enrolment carries key %s, not %s: it does not fit the operator that it names", e.KEK, kek.HexID())
+	}
+	if err := token.UnwrapKEK(ctx, kek, e.Wrapped); err != nil {
+		return nil, err
+	}
+	m := &Manufacturer{KeyID: e.Manufacturer, PEM: string(pem), Operator: e.Operator, Directory: directoryURL, Enrolled: time.Now()}
+	return m, registry.PutManufacturer(ctx, m)
+}
+
+// ImportLot takes a granted lot: it takes the lot's private key into the token, proves with a decryption that it is
+// the key of the manifest's modulus, and enters the lot. The same grant again changes nothing.
+func ImportLot(ctx context.Context, token IntakeToken, registry Registry, jws []byte) (*Lot, error) {
+	manufacturers, err := registry.Manufacturers(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if len(manufacturers) == 0 {
+		return nil, errors.New("no manufacturer is enrolled yet: run keysvc enroll first")
+	}
+	signer, err := directory.SignerOf(jws)
+	if err != nil {
+		return nil, fmt.Errorf("the grant: %w", err)
+	}
+	for _, m := range manufacturers {
+		if m.KeyID == signer {
+			return importLot(ctx, token, registry, m, jws)
+		}
+	}
+	return nil, fmt.Errorf("the grant is signed by %s, a manufacturer who is not enrolled", signer)
+}
+
+func importLot(ctx context.Context, token IntakeToken, registry Registry, m *Manufacturer, jws []byte) (*Lot, error) {
+	verifier, err := directory.ParseVerifier([]byte(m.PEM))
+	if err != nil {
+		return nil, err
+	}
+	var g directory.Grant
+	if err := verifier.Verify(directory.TypeGrant, "the grant", jws, &g); err != nil {
+		return nil, err
+	}
+	if g.Operator != m.Operator {
+		return nil, fmt.Errorf("the grant is for operator %q, and this token was enrolled as %q", g.Operator, m.Operator)
+	}
+	kek := kekOf(m.KeyID, m.Operator)
+	if g.KEK != kek.HexID() {
+		return nil, fmt.Errorf("the grant was wrapped under key %s, and this token has %s", g.KEK, kek.HexID())
+	}
+	manifest, err := verifier.Manifest(g.Lot, []byte(g.Manifest))
+	if err != nil {
+		return nil, err
+	}
+	lot := &Lot{Manufacturer: m.KeyID, Manifest: manifest, ManifestJWS: g.Manifest, Imported: time.Now()}
+	check := func(all []*Lot) error { return checkLot(lot, all) }
+	// Before the key is in the token, so that a refusal leaves nothing there; again when it is entered.
+	all, err := registry.Lots(ctx)
+	if err == nil {
+		err = check(all)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := token.UnwrapLotKey(ctx, lotKey(m.KeyID, manifest.Lot), kek, g.Wrapped, manifest.PublicKey()); err != nil {
+		return nil, fmt.Errorf("lot %s: %w", manifest.Lot, err)
+	}
+	return lot, registry.PutLot(ctx, lot, check)
+}
+
+// checkLot refuses a lot that is not the one taken before under its name, or whose IMEIs are another lot's, whoever
+// made that.
+func checkLot(lot *Lot, all []*Lot) error {
+	for _, other := range all {
+		if other.Manufacturer == lot.Manufacturer && other.Manifest.Lot == lot.Manifest.Lot {
+			if other.ManifestJWS != lot.ManifestJWS {
+				return fmt.Errorf("lot %s of manufacturer %s was imported before with another manifest", lot.Manifest.Lot, lot.Manufacturer)
+			}
+			continue
+		}
+		if r := lot.Manifest.Overlap(other.Manifest); r != nil {
+			return fmt.Errorf("the IMEIs of lot %s from %s%06d on are also in lot %s of manufacturer %s: one of the two manufacturers is wrong; settle it with them", lot.Manifest.Lot, r.TAC, r.First, other.Manifest.Lot, other.Manufacturer)
+		}
+	}
+	return nil
+}
+
+func kekOf(manufacturer, operator string) hsmkeys.Key {
+	return hsmkeys.Key{Role: hsmkeys.RoleKEK, Manufacturer: manufacturer, Name: operator}
+}

@@ -1,0 +1,84 @@
+package binding
+
+import (
+	"cmp"
+	"context"
+	"crypto/rsa"
+	"fmt"
+	"slices"
+
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// Lots finds the lot of an IMEI: by the manifests' ranges, never by what a caller says. It does not change.
+type Lots struct {
+	ranges []lotRange // by first IMEI; they do not overlap
+}
+
+type lotRange struct {
+	first, last string // IMEIs as 14 digits, which sort as numbers do
+	lot         *servedLot
+}
+
+type servedLot struct {
+	manifest *directory.Manifest
+	public   *rsa.PublicKey
+	key      hsmkeys.Key
+	reader   *directory.Reader
+}
+
+// NewLots indexes lots. readers has the reader of each manufacturer's directory, by KeyID.
+func NewLots(lots []*Lot, readers map[string]*directory.Reader) (*Lots, error) {
+	index := new(Lots)
+	for _, l := range lots {
+		reader := readers[l.Manufacturer]
+		if reader == nil {
+			return nil, fmt.Errorf("lot %s is of manufacturer %s, who is not enrolled", l.Manifest.Lot, l.Manufacturer)
+		}
+		served := &servedLot{manifest: l.Manifest, public: l.Manifest.PublicKey(), key: lotKey(l.Manufacturer, l.Manifest.Lot), reader: reader}
+		for _, r := range l.Manifest.Ranges {
+			first, err := kme.NewIMEI(r.TAC, r.First)
+			if err != nil {
+				return nil, err
+			}
+			last, err := kme.NewIMEI(r.TAC, r.First+r.Count-1)
+			if err != nil {
+				return nil, err
+			}
+			index.ranges = append(index.ranges, lotRange{first.String(), last.String(), served})
+		}
+	}
+	slices.SortFunc(index.ranges, func(a, b lotRange) int { return cmp.Compare(a.first, b.first) })
+	return index, nil
+}
+
+func (l *Lots) find(imei kme.IMEI) *servedLot {
+	digits := imei.String()
+	i, found := slices.BinarySearchFunc(l.ranges, digits, func(r lotRange, d string) int { return cmp.Compare(r.first, d) })
+	if !found {
+		i--
+	}
+	if i < 0 || digits > l.ranges[i].last {
+		return nil
+	}
+	return l.ranges[i].lot
+}
+
+func lotKey(manufacturer, lot string) hsmkeys.Key {
+	return hsmkeys.Key{Role: hsmkeys.RoleLot, Manufacturer: manufacturer, Name: lot}
+}
+
+// Len is how many ranges of IMEIs are served.
+func (l *Lots) Len() int { return len(l.ranges) }
+
+// Device is what the directory says of a device, and the manifest of its lot.
+func (l *Lots) Device(ctx context.Context, imei kme.IMEI) (*directory.Manifest, directory.Device, error) {
+	lot := l.find(imei)
+	if lot == nil {
+		return nil, directory.Device{}, fmt.Errorf("IMEI %s is in no lot that was imported", imei)
+	}
+	d, err := lot.reader.Device(ctx, lot.manifest, imei)
+	return lot.manifest, d, err
+}

@@ -1,0 +1,408 @@
+// Command factory is the manufacturer's line: lots and device keys made in an HSM, injection packages, the
+// public-key directory, and what operators are handed.
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/factory"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/pemkey"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+var (
+	directoryFlag = &cli.StringFlag{Name: "directory", Usage: "the public-key directory: file:`DIR`"}
+	stateFlag     = &cli.StringFlag{Name: "state", Value: "var/factory", Usage: "the line's own folder, `DIR`"}
+	outFileFlag   = &cli.StringFlag{Name: "out", Usage: "the `FILE` to write"}
+)
+
+func main() { cmdline.Main(app()) }
+
+func app() *cli.App {
+	return &cli.App{
+		Name:  "factory",
+		Usage: "make lots and device keys in an HSM, and publish their public keys",
+		Description: `The order of things, once:      factory init; factory fixture enroll; factory operator enroll
+for every manufacturing lot:    factory lot create; lot provision; lot grant; and, when nobody is to get it any more, lot seal
+
+Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same command again to go on.`,
+		Writer: os.Stdout, ErrWriter: os.Stderr,
+		Commands: []*cli.Command{
+			{
+				Name: "init", Usage: "make the signing key and the injection key, and write the public signing key, manufacturer.pem",
+				Description: "Operators pin manufacturer.pem: give it to them on a way that nobody can tamper with. Running this again changes nothing.",
+				Flags:       []cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "out", Usage: "the folder, `DIR`, for manufacturer.pem (default: the --state folder)"}, cmdline.JSON},
+				Action:      initLine,
+			},
+			{
+				Name: "doctor", Usage: "say what the token can and cannot do, and what follows",
+				Flags: []cli.Flag{cmdline.Token, cmdline.JSON}, Action: doctor,
+			},
+			{
+				Name: "fixture", Usage: "the fixtures that inject keys into devices",
+				Subcommands: []*cli.Command{{
+					Name: "enroll", Usage: "write the injection key, wrapped to a fixture's RSA key (RSA-OAEP)",
+					Flags:  []cli.Flag{cmdline.Token, &cli.StringFlag{Name: "fixture-key", Usage: "the fixture's public key, RSA of 3072 bits or more, as `PEM`"}, outFileFlag, cmdline.JSON},
+					Action: fixtureEnroll,
+				}},
+			},
+			{
+				Name: "operator", Usage: "the operators that are granted lots",
+				Subcommands: []*cli.Command{{
+					Name: "enroll", Usage: "make an operator's KEK as a TRUSTED key, and write it wrapped to the operator's transport key", ArgsUsage: "NAME",
+					Description: "The operator's transport.pem comes from keysvc init: make sure that it is the operator's. The security officer's PIN is needed, since only keys made\nTRUSTED by the security officer may ever wrap a lot key.",
+					Flags: []cli.Flag{cmdline.Token, &cli.StringFlag{Name: "transport-key", Usage: "the operator's transport key, as `PEM`"},
+						&cli.StringFlag{Name: "so-pin-source", Usage: "where the security officer's PIN is: file:/path, a `URI`"}, outFileFlag, cmdline.JSON},
+					Action: operatorEnroll,
+				}},
+			},
+			{
+				Name: "lot", Usage: "manufacturing lots",
+				Subcommands: []*cli.Command{
+					{
+						Name: "create", Usage: "make a lot's key in the token and publish the lot's manifest", ArgsUsage: "LOT",
+						Flags: []cli.Flag{cmdline.Token, directoryFlag, stateFlag,
+							&cli.StringFlag{Name: "tac", Usage: "the devices' type allocation code, eight digits, `T`"},
+							&cli.IntFlag{Name: "first", Usage: "the first serial number, `N`, 0 to 999999"},
+							&cli.IntFlag{Name: "count", Usage: "how many devices, `N`"},
+							&cli.IntFlag{Name: "bits", Value: 3072, Usage: "the length of the modulus, `B`: 2048, 3072 or 4096"},
+							&cli.StringFlag{Name: "suite", Value: string(kme.SuiteECDSA), Usage: "how devices sign, `S`: tr33868-ecdsa-p256 or tr33868-rsa2048"},
+							&cli.IntFlag{Name: "shard-size", Value: 256, Usage: "devices in a directory object and in an injection package, `N`, 1 to 1024"},
+							&cli.StringFlag{Name: "primes", Value: string(hsmkeys.PrimesAuto), Usage: "auto, or x931 to insist on ANSI X9.31"},
+							cmdline.JSON},
+						Action: lotCreate,
+					},
+					{
+						Name: "provision", Usage: "make the keys of a lot's devices, write their injection packages, publish their public keys", ArgsUsage: "LOT",
+						Description: "Ctrl-C finishes the shards in flight; the same command again goes on.",
+						Flags: []cli.Flag{cmdline.Token, directoryFlag, stateFlag,
+							&cli.StringFlag{Name: "out", Usage: "the folder, `DIR`, for DIR/LOT/injection-000000.jsonl and so on (default: injection in the --state folder)"},
+							&cli.IntFlag{Name: "workers", Usage: "shards in work at once, `N` (default: as many as the token has sessions for)"},
+							cmdline.JSON},
+						Action: lotProvision,
+					},
+					{Name: "list", Usage: "list all lots, their signatures verified", Flags: []cli.Flag{cmdline.Token, directoryFlag, stateFlag, cmdline.JSON}, Action: lotList},
+					{Name: "show", Usage: "print a lot's manifest, with its modulus", ArgsUsage: "LOT", Flags: []cli.Flag{cmdline.Token, directoryFlag, stateFlag, cmdline.JSON}, Action: lotShow},
+					{
+						Name: "grant", Usage: "write a lot's key for an operator, wrapped under the operator's KEK", ArgsUsage: "LOT",
+						Flags: []cli.Flag{cmdline.Token, directoryFlag, stateFlag, &cli.StringFlag{Name: "operator", Usage: "the operator's `NAME`, as enrolled"}, outFileFlag, cmdline.JSON}, Action: lotGrant,
+					},
+					{
+						Name: "seal", Usage: "make a lot's key non-extractable for good: it cannot be granted any more", ArgsUsage: "LOT",
+						Flags: []cli.Flag{cmdline.Token, directoryFlag, stateFlag, cmdline.JSON}, Action: lotSeal,
+					},
+					{
+						Name: "revoke", Usage: "publish that a device is not to be trusted any more", ArgsUsage: "LOT IMEI",
+						Flags: []cli.Flag{cmdline.Token, directoryFlag, stateFlag, &cli.StringFlag{Name: "reason", Usage: "why, `TEXT`"}, cmdline.JSON}, Action: lotRevoke,
+					},
+				},
+			},
+		},
+	}
+}
+
+func withToken(c *cli.Context, f func(*hsmkeys.Token) error) error {
+	token, err := hsmkeys.Open(c.Context, c.String("token"))
+	if err != nil {
+		return err
+	}
+	defer token.Close()
+	return f(token)
+}
+
+func withLine(c *cli.Context, f func(*hsmkeys.Token, *factory.Line) error) error {
+	store, err := openDirectory(c)
+	if err != nil {
+		return err
+	}
+	return withToken(c, func(token *hsmkeys.Token) error {
+		line, err := factory.NewLine(token, store)
+		if err != nil {
+			return err
+		}
+		return f(token, line)
+	})
+}
+
+func openDirectory(c *cli.Context) (directory.Store, error) {
+	if err := cmdline.Require(c, "directory"); err != nil {
+		return nil, err
+	}
+	return cmdline.OpenDirectory(c.String("directory"))
+}
+
+func initLine(c *cli.Context) error {
+	return withToken(c, func(token *hsmkeys.Token) error {
+		pem, keyID, created, err := factory.Init(c.Context, token)
+		if err != nil {
+			return err
+		}
+		dir := c.String("out")
+		if dir == "" {
+			dir = c.String("state")
+		}
+		path := filepath.Join(dir, "manufacturer.pem")
+		if err := durable.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+		if err := durable.WriteFile(path, pem, 0o644); err != nil {
+			return err
+		}
+		result := map[string]any{"manufacturer": keyID, "key": path, "created": created, "token": token.Serial()}
+		return cmdline.Print(c, result, func(w io.Writer) {
+			if created {
+				fmt.Fprintf(w, "made the signing key and the injection key in %s\n", token)
+			} else {
+				fmt.Fprintf(w, "%s has its keys already; nothing changed\n", token)
+			}
+			fmt.Fprintf(w, "manufacturer %s\npublic key   %s\n", keyID, path)
+		})
+	})
+}
+
+func doctor(c *cli.Context) error {
+	return withToken(c, func(token *hsmkeys.Token) error {
+		report, err := token.DoctorFactory(c.Context, factory.Keys(token)...)
+		if err != nil {
+			return err
+		}
+		return cmdline.PrintFindings(c, token.String(), report)
+	})
+}
+
+func fixtureEnroll(c *cli.Context) error {
+	if err := cmdline.Require(c, "fixture-key", "out"); err != nil {
+		return err
+	}
+	data, err := cmdline.ReadFile(c.String("fixture-key"))
+	if err != nil {
+		return err
+	}
+	fixture, err := pemkey.RSA(data)
+	if err != nil {
+		return fmt.Errorf("the fixture's key %s: %w", c.String("fixture-key"), err)
+	}
+	return withToken(c, func(token *hsmkeys.Token) error {
+		line, err := factory.NewLine(token, nil)
+		if err != nil {
+			return err
+		}
+		e, err := line.FixtureEnrolment(c.Context, fixture)
+		if err != nil {
+			return err
+		}
+		data, err := e.Marshal()
+		if err != nil {
+			return err
+		}
+		return writeOut(c, data, map[string]any{"injection_key": e.KeyID}, "the injection key %s, wrapped to the fixture's key", e.KeyID)
+	})
+}
+
+// writeOut writes a file for another party and says so.
+func writeOut(c *cli.Context, data []byte, result map[string]any, format string, args ...any) error {
+	path := c.String("out")
+	if err := durable.WriteFile(path, data, 0o600); err != nil {
+		return fmt.Errorf("the file cannot be written: %w", err)
+	}
+	result["out"] = path
+	return cmdline.Print(c, result, func(w io.Writer) { fmt.Fprintf(w, "wrote %s: %s\n", path, fmt.Sprintf(format, args...)) })
+}
+
+func operatorEnroll(c *cli.Context) error {
+	if err := cmdline.Require(c, "transport-key", "so-pin-source", "out"); err != nil {
+		return err
+	}
+	data, err := cmdline.ReadFile(c.String("transport-key"))
+	if err != nil {
+		return err
+	}
+	transport, err := pemkey.RSA(data)
+	if err != nil {
+		return fmt.Errorf("the operator's transport key %s: %w", c.String("transport-key"), err)
+	}
+	name := c.Args().First()
+	jws, created, err := factory.EnrollOperator(c.Context, c.String("token"), c.String("so-pin-source"), name, transport)
+	if err != nil {
+		return err
+	}
+	what := "a new KEK"
+	if !created {
+		what = "the KEK made before"
+	}
+	return writeOut(c, jws, map[string]any{"operator": name, "created": created}, "%s of operator %s, wrapped to transport key %s", what, name, directory.RSAThumbprint(transport))
+}
+
+func lotCreate(c *cli.Context) error {
+	if err := cmdline.Require(c, "tac"); err != nil {
+		return err
+	}
+	tac, err := kme.ParseTAC(c.String("tac"))
+	if err != nil {
+		return cmdline.Usagef("--tac: %w", err)
+	}
+	suite, err := kme.ParseSuite(c.String("suite"))
+	if err != nil {
+		return cmdline.Usagef("--suite: %w", err)
+	}
+	primes := hsmkeys.Primes(c.String("primes"))
+	if primes != hsmkeys.PrimesAuto && primes != hsmkeys.PrimesX931 {
+		return cmdline.Usagef("--primes is auto or x931, not %q", primes)
+	}
+	if !c.IsSet("first") || !c.IsSet("count") {
+		return cmdline.Usagef("--first and --count say which serial numbers the lot has; see %s --help", c.Command.HelpName)
+	}
+	return withLine(c, func(token *hsmkeys.Token, line *factory.Line) error {
+		m, err := line.CreateLot(c.Context, factory.LotSpec{
+			Lot: c.Args().First(), Range: directory.Range{TAC: tac, First: c.Int("first"), Count: c.Int("count")},
+			Bits: c.Int("bits"), Suite: suite, ShardSize: c.Int("shard-size"), Primes: primes,
+		})
+		if err != nil {
+			return err
+		}
+		return cmdline.Print(c, m, func(w io.Writer) {
+			fmt.Fprintf(w, "made lot %s in %s: %d bits by %s, %d devices in %d shards\n", m.Lot, token, m.PublicKey().N.BitLen(), m.Mechanism, m.Devices(), m.Shards())
+		})
+	})
+}
+
+func lotProvision(c *cli.Context) error {
+	out := c.String("out")
+	if out == "" {
+		out = filepath.Join(c.String("state"), "injection")
+	}
+	return withLine(c, func(token *hsmkeys.Token, line *factory.Line) error {
+		workers := c.Int("workers")
+		if workers < 0 {
+			return cmdline.Usagef("--workers is at least 1")
+		}
+		if workers == 0 {
+			workers = token.Sessions()
+		}
+		lot, start, said := c.Args().First(), time.Now(), time.Now()
+		p, err := line.Provision(c.Context, lot, out, workers, func(p factory.Progress) {
+			if time.Since(said) < 2*time.Second {
+				return
+			}
+			said = time.Now()
+			rate := float64(p.Done) / time.Since(start).Seconds()
+			left := time.Duration(float64(p.Total-p.Done) / rate * float64(time.Second)).Round(time.Second)
+			cmdline.Note(c, "%s: %d of %d devices, %.0f a second, %s left", lot, p.Done, p.Total, rate, left)
+		})
+		seconds := time.Since(start).Seconds()
+		if err != nil {
+			err = fmt.Errorf("%w (%d of %d devices done)", err, p.Done, p.Total)
+			if p.Done > 0 || errors.Is(err, factory.ErrInterrupted) {
+				return cmdline.Partial(err)
+			}
+			return err
+		}
+		result := map[string]any{"lot": lot, "devices": p.Total, "made": p.Made, "seconds": seconds, "out": filepath.Join(out, lot)}
+		return cmdline.Print(c, result, func(w io.Writer) {
+			fmt.Fprintf(w, "lot %s: all %d devices are published, %d of them made now in %.1f s (%.0f a second)\ninjection packages in %s\n",
+				lot, p.Total, p.Made, seconds, float64(p.Made)/seconds, filepath.Join(out, lot))
+		})
+	})
+}
+
+func lotList(c *cli.Context) error {
+	return withLine(c, func(_ *hsmkeys.Token, line *factory.Line) error {
+		lots, err := line.Lots(c.Context)
+		if err != nil {
+			return err
+		}
+		return cmdline.Print(c, map[string]any{"lots": lots}, func(w io.Writer) {
+			fmt.Fprintf(w, "%-24s %5s %9s  %-20s %s\n", "LOT", "BITS", "DEVICES", "SUITE", "CREATED")
+			for _, m := range lots {
+				fmt.Fprintf(w, "%-24s %5d %9d  %-20s %s\n", m.Lot, m.PublicKey().N.BitLen(), m.Devices(), m.Suite, m.Created.Format(time.RFC3339))
+			}
+		})
+	})
+}
+
+func lotShow(c *cli.Context) error {
+	return withLine(c, func(_ *hsmkeys.Token, line *factory.Line) error {
+		m, err := line.Lot(c.Context, c.Args().First())
+		if err != nil {
+			return err
+		}
+		sealed, err := line.Sealed(c.Context, m.Lot)
+		where := "extractable only under a TRUSTED key"
+		switch {
+		case errors.Is(err, hsmkeys.ErrNoKey):
+			where = "not in this token"
+		case err != nil:
+			return err
+		case sealed:
+			where = "sealed: cannot be extracted"
+		}
+		result := struct {
+			*directory.Manifest
+			Sealed bool `json:"sealed"`
+		}{m, sealed}
+		return cmdline.Print(c, result, func(w io.Writer) {
+			fmt.Fprintf(w, "lot           %s\nmanufacturer  %s\nsuite         %s\nkey made by   %s\nprivate key   %s\ncreated       %s\n",
+				m.Lot, m.Manufacturer, m.Suite, m.Mechanism, where, m.Created.Format(time.RFC3339))
+			for _, r := range m.Ranges {
+				fmt.Fprintf(w, "IMEIs         %d from %s%06d\n", r.Count, r.TAC, r.First)
+			}
+			fmt.Fprintf(w, "shards        %d of %d devices\ne             %d\nN             %x\n", m.Shards(), m.ShardSize, m.E, []byte(m.N))
+		})
+	})
+}
+
+func lotGrant(c *cli.Context) error {
+	if err := cmdline.Require(c, "operator", "out"); err != nil {
+		return err
+	}
+	return withLine(c, func(_ *hsmkeys.Token, line *factory.Line) error {
+		lot, operator := c.Args().First(), c.String("operator")
+		jws, err := line.Grant(c.Context, lot, operator)
+		if err != nil {
+			return err
+		}
+		return writeOut(c, jws, map[string]any{"lot": lot, "operator": operator}, "the key of lot %s, wrapped for operator %s", lot, operator)
+	})
+}
+
+func lotSeal(c *cli.Context) error {
+	return withLine(c, func(token *hsmkeys.Token, line *factory.Line) error {
+		lot := c.Args().First()
+		if err := line.Seal(c.Context, lot); err != nil {
+			return err
+		}
+		return cmdline.Print(c, map[string]any{"lot": lot, "sealed": true}, func(w io.Writer) {
+			fmt.Fprintf(w, "lot %s is sealed: its key can never leave %s again, not even wrapped\n", lot, token)
+		})
+	})
+}
+
+func lotRevoke(c *cli.Context) error {
+	if err := cmdline.Require(c, "reason"); err != nil {
+		return err
+	}
+	imei, err := kme.ParseIMEI(c.Args().Get(1))
+	if err != nil {
+		return cmdline.Usage(err)
+	}
+	return withLine(c, func(_ *hsmkeys.Token, line *factory.Line) error {
+		lot := c.Args().First()
+		if err := line.Revoke(c.Context, lot, imei, c.String("reason")); err != nil {
+			return err
+		}
+		return cmdline.Print(c, map[string]any{"lot": lot, "imei": imei, "revoked": true}, func(w io.Writer) {
+			fmt.Fprintf(w, "%s of lot %s is revoked\n", imei, lot)
+		})
+	})
+}

@@ -1,0 +1,261 @@
+// Command keysvc is the operator's side: it takes in what manufacturers hand over, and serves the HSS.
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore"
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/pemkey"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+var (
+	stateFlag     = &cli.StringFlag{Name: "state", Value: "var/keysvc", Usage: "the service's own folder, `DIR`, with its database"}
+	directoryFlag = &cli.StringFlag{Name: "directory", Usage: "where the manufacturer publishes its public keys: file:`DIR`"}
+)
+
+func main() { cmdline.Main(app()) }
+
+func app() *cli.App {
+	return &cli.App{
+		Name:  "keysvc",
+		Usage: "bind subscriptions to devices, for an operator's HSS",
+		Description: `The order of things, once:        keysvc init; for each manufacturer keysvc enroll
+for each lot that is granted:     keysvc lot import
+and then:                         keysvc serve
+
+Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
+		Writer: os.Stdout, ErrWriter: os.Stderr,
+		Commands: []*cli.Command{
+			{
+				Name: "init", Usage: "make the storage, ledger and transport key, and write the public transport key, transport.pem",
+				Description: "Give transport.pem to each manufacturer on a way that nobody can tamper with. Running this again changes nothing.",
+				Flags:       []cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "out", Usage: "the folder, `DIR`, for transport.pem (default: the --state folder)"}, cmdline.JSON},
+				Action:      initToken,
+			},
+			{
+				Name: "enroll", Usage: "take a manufacturer's enrolment: pin its key, take the operator's KEK into the token", ArgsUsage: "FILE",
+				Description: "The manufacturer's key must come from the manufacturer itself, on another way than the enrolment: from then on whatever it signed is believed.",
+				Flags: []cli.Flag{cmdline.Token, stateFlag, directoryFlag,
+					&cli.StringFlag{Name: "manufacturer", Usage: "the manufacturer's public signing key, as `PEM`"}, cmdline.JSON},
+				Action: enroll,
+			},
+			{
+				Name: "lot", Usage: "the lots that manufacturers granted",
+				Subcommands: []*cli.Command{
+					{
+						Name: "import", Usage: "take a granted lot's key into the token, and prove that it fits the lot's modulus", ArgsUsage: "FILE",
+						Description: "A running service serves the lot after a SIGHUP.",
+						Flags:       []cli.Flag{cmdline.Token, stateFlag, cmdline.JSON}, Action: lotImport,
+					},
+					{Name: "list", Usage: "list the lots", Flags: []cli.Flag{stateFlag, cmdline.JSON}, Action: lotList},
+				},
+			},
+			{
+				Name: "device", Usage: "say what the directory says of a device, its signatures verified", ArgsUsage: "IMEI",
+				Flags: []cli.Flag{stateFlag, directoryFlag, cmdline.JSON}, Action: device,
+			},
+			{
+				Name: "serve", Usage: "serve the HSS",
+				Description: "SIGTERM finishes the calls under way and ends; SIGHUP takes up lots and certificates anew.\n\n" + configHelp,
+				Flags:       []cli.Flag{&cli.StringFlag{Name: "config", Usage: "the configuration, a YAML `FILE`"}}, Action: serve,
+			},
+			{
+				Name: "doctor", Usage: "say what the token can and cannot do, and what follows",
+				Flags: []cli.Flag{cmdline.Token, cmdline.JSON}, Action: doctor,
+			},
+		},
+	}
+}
+
+func withToken(c *cli.Context, f func(*hsmkeys.Token) error) error {
+	token, err := hsmkeys.Open(c.Context, c.String("token"))
+	if err != nil {
+		return err
+	}
+	defer token.Close()
+	return f(token)
+}
+
+func withStore(c *cli.Context, f func(*sqlstore.Store) error) error {
+	store, err := sqlstore.Open(c.Context, databasePath(c.String("state")))
+	if err != nil {
+		return err
+	}
+	return errors.Join(f(store), store.Close())
+}
+
+func databasePath(state string) string { return filepath.Join(state, "keysvc.db") }
+
+func initToken(c *cli.Context) error {
+	return withToken(c, func(token *hsmkeys.Token) error {
+		created := false
+		for _, ensure := range []func() (bool, error){
+			func() (bool, error) { return token.EnsureStorageKey(c.Context) },
+			func() (bool, error) { return token.EnsureLedgerKey(c.Context) },
+			func() (bool, error) { return token.EnsureTransportKey(c.Context) },
+		} {
+			made, err := ensure()
+			if err != nil {
+				return err
+			}
+			created = created || made
+		}
+		transport, err := token.TransportPublicKey(c.Context)
+		if err != nil {
+			return err
+		}
+		pem, err := pemkey.Encode(transport)
+		if err != nil {
+			return err
+		}
+		dir := c.String("out")
+		if dir == "" {
+			dir = c.String("state")
+		}
+		if err := durable.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+		path := filepath.Join(dir, "transport.pem")
+		if err := durable.WriteFile(path, pem, 0o644); err != nil {
+			return err
+		}
+		thumbprint := directory.RSAThumbprint(transport)
+		return cmdline.Print(c, map[string]any{"transport_key": thumbprint, "key": path, "created": created, "token": token.Serial()}, func(w io.Writer) {
+			if created {
+				fmt.Fprintf(w, "made the storage, ledger and transport key in %s\n", token)
+			} else {
+				fmt.Fprintf(w, "%s has its keys already; nothing changed\n", token)
+			}
+			fmt.Fprintf(w, "transport key %s\npublic key    %s\n", thumbprint, path)
+		})
+	})
+}
+
+func enroll(c *cli.Context) error {
+	if err := cmdline.Require(c, "manufacturer"); err != nil {
+		return err
+	}
+	url := c.String("directory")
+	if url != "" {
+		var err error
+		if url, err = cmdline.AbsoluteDirectory(url); err != nil {
+			return err
+		}
+	}
+	jws, err := cmdline.ReadFile(c.Args().First())
+	if err != nil {
+		return err
+	}
+	pem, err := cmdline.ReadFile(c.String("manufacturer"))
+	if err != nil {
+		return err
+	}
+	return withToken(c, func(token *hsmkeys.Token) error {
+		return withStore(c, func(store *sqlstore.Store) error {
+			m, err := binding.Enroll(c.Context, token, store, jws, pem, url)
+			if err != nil {
+				return err
+			}
+			return cmdline.Print(c, map[string]any{"manufacturer": m.KeyID, "operator": m.Operator, "directory": m.Directory}, func(w io.Writer) {
+				fmt.Fprintf(w, "enrolled with manufacturer %s as operator %s\n", m.KeyID, m.Operator)
+			})
+		})
+	})
+}
+
+func lotImport(c *cli.Context) error {
+	jws, err := cmdline.ReadFile(c.Args().First())
+	if err != nil {
+		return err
+	}
+	return withToken(c, func(token *hsmkeys.Token) error {
+		return withStore(c, func(store *sqlstore.Store) error {
+			lot, err := binding.ImportLot(c.Context, token, store, jws)
+			if err != nil {
+				return err
+			}
+			m := lot.Manifest
+			return cmdline.Print(c, map[string]any{"lot": m.Lot, "manufacturer": lot.Manufacturer, "devices": m.Devices(), "bits": m.PublicKey().N.BitLen()}, func(w io.Writer) {
+				fmt.Fprintf(w, "lot %s of manufacturer %s is in %s: %d devices, %d bits; its key decrypts what is encrypted to the manifest's modulus\n",
+					m.Lot, lot.Manufacturer, token, m.Devices(), m.PublicKey().N.BitLen())
+			})
+		})
+	})
+}
+
+func lotList(c *cli.Context) error {
+	return withStore(c, func(store *sqlstore.Store) error {
+		lots, err := store.Lots(c.Context)
+		if err != nil {
+			return err
+		}
+		type row struct {
+			*directory.Manifest
+			Imported time.Time `json:"imported"`
+		}
+		rows := make([]row, len(lots))
+		for i, l := range lots {
+			rows[i] = row{l.Manifest, l.Imported}
+		}
+		return cmdline.Print(c, map[string]any{"lots": rows}, func(w io.Writer) {
+			fmt.Fprintf(w, "%-24s %5s %9s  %-20s %-20s %s\n", "LOT", "BITS", "DEVICES", "SUITE", "IMPORTED", "MANUFACTURER")
+			for _, l := range lots {
+				m := l.Manifest
+				fmt.Fprintf(w, "%-24s %5d %9d  %-20s %-20s %s\n", m.Lot, m.PublicKey().N.BitLen(), m.Devices(), m.Suite, l.Imported.Format(time.RFC3339), l.Manufacturer)
+			}
+		})
+	})
+}
+
+func device(c *cli.Context) error {
+	imei, err := kme.ParseIMEI(c.Args().First())
+	if err != nil {
+		return cmdline.Usage(err)
+	}
+	return withStore(c, func(store *sqlstore.Store) error {
+		lots, err := openLots(c.Context, store, c.String("directory"), directory.ReaderOptions{})
+		if err != nil {
+			return err
+		}
+		manifest, d, err := lots.Device(c.Context, imei)
+		if err != nil {
+			return err
+		}
+		result := map[string]any{"imei": imei, "lot": manifest.Lot, "manufacturer": manifest.Manufacturer, "shard": d.Shard, "public_key": directory.DeviceKey{IMEI: imei, Key: d.Key}, "revoked": d.Revoked != nil}
+		if d.Revoked != nil {
+			result["revocation"] = d.Revoked
+		}
+		return cmdline.Print(c, result, func(w io.Writer) {
+			key, _ := json.Marshal(result["public_key"])
+			fmt.Fprintf(w, "IMEI          %s\nlot           %s, shard %d\nmanufacturer  %s\npublic key    %s\n", imei, manifest.Lot, d.Shard, manifest.Manufacturer, key)
+			if d.Revoked != nil {
+				fmt.Fprintf(w, "REVOKED       %s: %s\n", d.Revoked.Time.Format(time.RFC3339), d.Revoked.Reason)
+			}
+			fmt.Fprintln(w, "the signatures of manifest, shard and revocations are the manufacturer's")
+		})
+	})
+}
+
+func doctor(c *cli.Context) error {
+	return withToken(c, func(token *hsmkeys.Token) error {
+		report, err := token.DoctorOperator(c.Context)
+		if err != nil {
+			return err
+		}
+		return cmdline.PrintFindings(c, token.String(), report)
+	})
+}

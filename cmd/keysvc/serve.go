@@ -1,0 +1,315 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/urfave/cli/v2"
+	"go.yaml.in/yaml/v3"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/kmehsm/kmehsm/api"
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore"
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/cmdline"
+)
+
+const configHelp = `The configuration (a relative path in it is relative to its folder):
+
+    token: pkcs11:token=operator?module-path=...&pin-source=file:...   # or KMEHSM_TOKEN
+    state: /var/lib/kmehsm             # the folder of the database, as --state of the other commands
+    directory: file:/srv/directory     # for manufacturers enrolled without one
+    listen: 127.0.0.1:8443             # mutual TLS 1.3; with tls
+    tls: {certificate: server.pem, key: server.key, client_ca: clients.pem}
+    socket: /run/kmehsm/keysvc.sock    # for the service's own user
+    attempt_ttl: 5m                    # how long a device has for EstablishKME after PrepareVector
+    revocation_ttl: 1m                 # how old a list of revoked devices may be
+    cache_mb: 64                       # memory for cached public keys
+    log_level: info                    # debug, info, warn or error`
+
+type config struct {
+	Token     string `yaml:"token"`
+	State     string `yaml:"state"`
+	Directory string `yaml:"directory"`
+	Listen    string `yaml:"listen"`
+	TLS       struct {
+		Certificate string `yaml:"certificate"`
+		Key         string `yaml:"key"`
+		ClientCA    string `yaml:"client_ca"`
+	} `yaml:"tls"`
+	Socket        string        `yaml:"socket"`
+	AttemptTTL    time.Duration `yaml:"attempt_ttl"`
+	RevocationTTL time.Duration `yaml:"revocation_ttl"`
+	CacheMB       int64         `yaml:"cache_mb"`
+	LogLevel      slog.Level    `yaml:"log_level"`
+}
+
+func readConfig(path string) (*config, error) {
+	data, err := cmdline.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	c := &config{Token: os.Getenv("KMEHSM_TOKEN"), State: "var/keysvc", AttemptTTL: 5 * time.Minute, RevocationTTL: time.Minute, CacheMB: 64}
+	d := yaml.NewDecoder(bytes.NewReader(data))
+	d.KnownFields(true)
+	if err := d.Decode(c); err != nil && !errors.Is(err, io.EOF) {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	dir, err := filepath.Abs(filepath.Dir(path))
+	if err != nil {
+		return nil, err
+	}
+	for _, p := range []*string{&c.State, &c.TLS.Certificate, &c.TLS.Key, &c.TLS.ClientCA, &c.Socket} {
+		if *p != "" && !filepath.IsAbs(*p) {
+			*p = filepath.Join(dir, *p)
+		}
+	}
+	switch {
+	case c.Listen == "" && c.Socket == "":
+		err = errors.New("neither listen nor socket says where to serve")
+	case c.Listen != "" && (c.TLS.Certificate == "" || c.TLS.Key == "" || c.TLS.ClientCA == ""):
+		err = errors.New("listen needs tls with certificate, key and client_ca: the service is never offered without mutual TLS")
+	case c.AttemptTTL <= 0 || c.RevocationTTL <= 0 || c.CacheMB <= 0:
+		err = errors.New("attempt_ttl, revocation_ttl and cache_mb must be above zero")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return c, nil
+}
+
+// openLots opens the directory of every manufacturer and indexes all lots.
+func openLots(ctx context.Context, registry binding.Registry, fallback string, o directory.ReaderOptions) (*binding.Lots, error) {
+	manufacturers, err := registry.Manufacturers(ctx)
+	if err != nil {
+		return nil, err
+	}
+	readers := map[string]*directory.Reader{}
+	for _, m := range manufacturers {
+		url := m.Directory
+		if url == "" {
+			url = fallback
+		}
+		if url == "" {
+			return nil, cmdline.Usagef("manufacturer %s was enrolled without a directory: name one with directory in the configuration or --directory, or enroll again with --directory", m.KeyID)
+		}
+		store, err := cmdline.OpenDirectory(url)
+		if err != nil {
+			return nil, err
+		}
+		verifier, err := directory.ParseVerifier([]byte(m.PEM))
+		if err != nil {
+			return nil, err
+		}
+		readers[m.KeyID] = directory.NewReader(store, verifier, o)
+	}
+	lots, err := registry.Lots(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return binding.NewLots(lots, readers)
+}
+
+func serve(c *cli.Context) error {
+	if err := cmdline.Require(c, "config"); err != nil {
+		return err
+	}
+	cfg, err := readConfig(c.String("config"))
+	if err != nil {
+		return cmdline.Usage(err)
+	}
+	log := slog.New(slog.NewJSONHandler(c.App.ErrWriter, &slog.HandlerOptions{Level: cfg.LogLevel}))
+	ctx := c.Context
+	token, err := hsmkeys.Open(ctx, cfg.Token)
+	if err != nil {
+		return err
+	}
+	defer token.Close()
+	if err := token.Ping(ctx); errors.Is(err, hsmkeys.ErrNoKey) {
+		return fmt.Errorf("%s has no keys yet: run keysvc init first", token)
+	} else if err != nil {
+		return err
+	}
+	store, err := sqlstore.Open(ctx, databasePath(cfg.State))
+	if err != nil {
+		return err
+	}
+	defer store.Close()
+
+	load := func() (*binding.Lots, error) {
+		return openLots(ctx, store, cfg.Directory, directory.ReaderOptions{CacheBytes: cfg.CacheMB << 20, RevocationTTL: cfg.RevocationTTL})
+	}
+	lots, err := load()
+	if err != nil {
+		return err
+	}
+	service := binding.NewService(token, store, lots, cfg.AttemptTTL, log)
+	handler := api.NewHandler(service, func(ctx context.Context) error {
+		err := token.Ping(ctx)
+		if err == nil {
+			_, err = store.Lots(ctx)
+		}
+		if err != nil {
+			log.WarnContext(ctx, "not ready", "cause", err.Error())
+		}
+		return err
+	})
+	tlsConfig := new(atomic.Pointer[tls.Config])
+	reload := func() error {
+		if cfg.Listen != "" {
+			t, err := loadTLS(cfg)
+			if err != nil {
+				return err
+			}
+			tlsConfig.Store(t)
+		}
+		lots, err := load()
+		if err != nil {
+			return err
+		}
+		service.SetLots(lots)
+		return nil
+	}
+	if err := reload(); err != nil {
+		return err
+	}
+	listeners, err := listen(cfg, tlsConfig)
+	if err != nil {
+		return err
+	}
+	log.Info("serving", "token", token.String(), "lots", lots.Len(), "listen", cfg.Listen, "socket", cfg.Socket)
+	return run(ctx, handler, listeners, store, reload, log)
+}
+
+// loadTLS reads certificates anew: mutual TLS 1.3, nothing less.
+func loadTLS(cfg *config) (*tls.Config, error) {
+	certificate, err := tls.LoadX509KeyPair(cfg.TLS.Certificate, cfg.TLS.Key)
+	if err != nil {
+		return nil, fmt.Errorf("the server's certificate: %w", err)
+	}
+	ca, err := os.ReadFile(cfg.TLS.ClientCA)
+	if err != nil {
+		return nil, fmt.Errorf("the clients' CA: %w", err)
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(ca) {
+		return nil, fmt.Errorf("the clients' CA %s holds no certificate", cfg.TLS.ClientCA)
+	}
+	return &tls.Config{
+		Certificates: []tls.Certificate{certificate}, ClientCAs: pool, ClientAuth: tls.RequireAndVerifyClientCert,
+		MinVersion: tls.VersionTLS13, NextProtos: []string{"h2", "http/1.1"},
+	}, nil
+}
+
+func listen(cfg *config, tlsConfig *atomic.Pointer[tls.Config]) (listeners []net.Listener, err error) {
+	defer func() {
+		if err != nil {
+			for _, l := range listeners {
+				l.Close()
+			}
+		}
+	}()
+	if cfg.Listen != "" {
+		l, err := net.Listen("tcp", cfg.Listen)
+		if err != nil {
+			return nil, err
+		}
+		listeners = append(listeners, tls.NewListener(l, &tls.Config{
+			MinVersion:         tls.VersionTLS13,
+			GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return tlsConfig.Load(), nil },
+		}))
+	}
+	if cfg.Socket != "" {
+		l, err := listenUnix(cfg.Socket)
+		if err != nil {
+			return listeners, err
+		}
+		listeners = append(listeners, l)
+	}
+	return listeners, nil
+}
+
+// listenUnix offers a socket to its own user only. A socket that a killed service left is replaced; one that
+// somebody serves is not.
+func listenUnix(path string) (net.Listener, error) {
+	if c, err := net.Dial("unix", path); err == nil {
+		c.Close()
+		return nil, fmt.Errorf("another process serves %s", path)
+	}
+	if info, err := os.Lstat(path); err == nil && info.Mode()&os.ModeSocket != 0 {
+		if err := os.Remove(path); err != nil {
+			return nil, err
+		}
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return nil, err
+	}
+	old := syscall.Umask(0o177) // from its first moment on, not only after a chmod
+	l, err := net.Listen("unix", path)
+	syscall.Umask(old)
+	return l, err
+}
+
+// run serves until ctx ends, and then finishes the calls under way.
+func run(ctx context.Context, handler http.Handler, listeners []net.Listener, store binding.Store, reload func() error, log *slog.Logger) error {
+	protocols := new(http.Protocols)
+	protocols.SetHTTP1(true)
+	protocols.SetHTTP2(true)
+	protocols.SetUnencryptedHTTP2(true) // on the socket, where gRPC comes without TLS
+	server := &http.Server{
+		Handler: handler, Protocols: protocols, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, IdleTimeout: 5 * time.Minute,
+		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+	}
+	g, gctx := errgroup.WithContext(ctx)
+	for _, l := range listeners {
+		g.Go(func() error {
+			if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+				return err
+			}
+			return nil
+		})
+	}
+	g.Go(func() error {
+		hup := make(chan os.Signal, 1)
+		signal.Notify(hup, syscall.SIGHUP)
+		defer signal.Stop(hup)
+		sweep := time.NewTicker(time.Minute)
+		defer sweep.Stop()
+		for {
+			select {
+			case <-hup:
+				if err := reload(); err != nil {
+					log.Error("reload failed; what was served before goes on", "cause", err.Error())
+				} else {
+					log.Info("reloaded")
+				}
+			case <-sweep.C:
+				if err := store.DropExpired(gctx, time.Now()); err != nil && gctx.Err() == nil {
+					log.Warn("expired attempts were not removed", "cause", err.Error())
+				}
+			case <-gctx.Done():
+				log.Info("draining")
+				drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
+				defer cancel()
+				return server.Shutdown(drain)
+			}
+		}
+	})
+	return g.Wait()
+}

@@ -1,0 +1,288 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/aes"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/subtle"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/urfave/cli/v2"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+
+	"github.com/kmehsm/kmehsm/api"
+	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
+	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
+	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// A tamper is what is wrong with a device; empty: nothing.
+type tamper string
+
+var tampers = []tamper{"kme", "signature", "payload", "other-device", "other-lot", "replay"}
+
+func (t tamper) check() error {
+	if t == "" || slices.Contains(tampers, t) {
+		return nil
+	}
+	return fmt.Errorf("--tamper is one of %v, not %q", tampers, string(t))
+}
+
+// dial makes the client that the simulated MME and HSS use.
+func dial(c *cli.Context) (kmev1connect.KeyServiceClient, error) {
+	transport := &http.Transport{ForceAttemptHTTP2: true, MaxIdleConnsPerHost: c.Int("concurrency")}
+	url := c.String("server")
+	if path, ok := strings.CutPrefix(url, "unix:"); ok {
+		path = strings.TrimPrefix(path, "//")
+		transport.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", path)
+		}
+		url = "http://keysvc"
+	} else {
+		if !strings.HasPrefix(url, "https://") {
+			return nil, cmdline.Usagef("--server is https://HOST:PORT or unix:/path, not %q", url)
+		}
+		if err := cmdline.Require(c, "cert", "key", "ca"); err != nil {
+			return nil, err
+		}
+		cert, err := tls.LoadX509KeyPair(c.String("cert"), c.String("key"))
+		if err != nil {
+			return nil, fmt.Errorf("the client's certificate: %w", err)
+		}
+		pem, err := os.ReadFile(c.String("ca"))
+		if err != nil {
+			return nil, err
+		}
+		pool := x509.NewCertPool()
+		if !pool.AppendCertsFromPEM(pem) {
+			return nil, fmt.Errorf("%s holds no certificate", c.String("ca"))
+		}
+		transport.TLSClientConfig = &tls.Config{MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{cert}, RootCAs: pool}
+	}
+	return kmev1connect.NewKeyServiceClient(&http.Client{Transport: transport, Timeout: 30 * time.Second}, url), nil
+}
+
+type attachResult struct {
+	Attached  int            `json:"attached"`
+	Rejected  map[string]int `json:"rejected"`
+	P50       float64        `json:"p50_ms"`
+	P99       float64        `json:"p99_ms"`
+	PerSecond float64        `json:"per_second"`
+}
+
+// An attachRun attaches devices.
+type attachRun struct {
+	client      kmev1connect.KeyServiceClient
+	kind        tamper
+	firstIMSI   kme.IMSI
+	firstDevice int
+	devices     []*device
+	other       *rsa.PublicKey // for other-lot
+
+	mu      sync.Mutex
+	failure error           // guarded by mu: the first that is no refusal
+	times   []time.Duration // guarded by mu: of EstablishKME
+}
+
+func (r *attachRun) all(ctx context.Context, concurrency int) *attachResult {
+	result := &attachResult{Rejected: map[string]int{}}
+	if r.kind == "other-lot" {
+		if r.other, r.failure = otherModulus(r.devices[0].lot); r.failure != nil {
+			return result
+		}
+	}
+	start := time.Now()
+	var next atomic.Int64
+	var group sync.WaitGroup
+	for range concurrency {
+		group.Go(func() {
+			for ctx.Err() == nil {
+				i := int(next.Add(1)) - 1
+				if i >= len(r.devices) {
+					return
+				}
+				err := r.one(ctx, i)
+				r.mu.Lock()
+				if reason := reasonOf(err); err == nil {
+					result.Attached++
+				} else if reason != "" {
+					result.Rejected[reason]++
+				} else {
+					if r.failure == nil {
+						r.failure = fmt.Errorf("IMEI %s: %w", r.devices[i].imei, err)
+					}
+					next.Store(int64(len(r.devices)))
+				}
+				r.mu.Unlock()
+			}
+		})
+	}
+	group.Wait()
+	result.PerSecond = float64(len(r.times)) / time.Since(start).Seconds()
+	slices.Sort(r.times)
+	if n := len(r.times); n > 0 {
+		result.P50, result.P99 = milliseconds(r.times[n/2]), milliseconds(r.times[n*99/100])
+	}
+	return result
+}
+
+func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
+
+// reasonOf is the service's reason for a refusal; empty for any other error.
+func reasonOf(err error) string {
+	var e *connect.Error
+	if errors.As(err, &e) {
+		for _, d := range e.Details() {
+			if v, derr := d.Value(); derr == nil {
+				if info, ok := v.(*errdetails.ErrorInfo); ok && info.Domain == api.ErrorDomain {
+					return info.Reason
+				}
+			}
+		}
+	}
+	return ""
+}
+
+func (r *attachRun) one(ctx context.Context, i int) error {
+	d := r.devices[i]
+	m, err := r.messageOf(i)
+	if err != nil {
+		return err
+	}
+	imsi, err := imsiPlus(r.firstIMSI, r.firstDevice+i)
+	if err != nil {
+		return err
+	}
+	err = r.play(ctx, imsi, d.imei, m)
+	if r.kind != "replay" || err != nil {
+		return err
+	}
+	// Far enough from the IMSIs of the devices.
+	if imsi, err = imsiPlus(r.firstIMSI, 5_000_000+r.firstDevice+i); err != nil {
+		return err
+	}
+	return r.play(ctx, imsi, d.imei, m)
+}
+
+// messageOf makes what the device sends, tampered with as asked.
+func (r *attachRun) messageOf(i int) (*message, error) {
+	d := r.devices[i]
+	key, public := d.key, d.lot.public
+	switch r.kind {
+	case "other-device":
+		if len(r.devices) < 2 {
+			return nil, errors.New("--tamper other-device needs two devices")
+		}
+		key = r.devices[(i+1)%len(r.devices)].key
+	case "other-lot":
+		public = r.other
+	}
+	m, err := d.sign(key)
+	if err != nil {
+		return nil, err
+	}
+	switch r.kind {
+	case "kme":
+		m.plain.KME.Bytes()[7] ^= 1
+	case "signature":
+		m.plain.Sig[40] ^= 1
+	}
+	if err := m.encrypt(d.lot.manifest.Suite, public); err != nil {
+		return nil, err
+	}
+	if r.kind == "payload" {
+		m.payload[len(m.payload)-1] ^= 1
+	}
+	return m, nil
+}
+
+// play is the flow of TR 33.868 as HSS, MME and device see it.
+func (r *attachRun) play(ctx context.Context, imsi string, imei kme.IMEI, m *message) error {
+	random := newRAND()
+	prepared, err := r.client.PrepareVector(ctx, connect.NewRequest(&kmev1.PrepareVectorRequest{Imsi: imsi, Rand: random}))
+	if err != nil {
+		return err
+	}
+	if prepared.Msg.Control != kmev1.Control_PROVISIONING_ONLY {
+		return fmt.Errorf("IMSI %s is bound already: choose others with --first-imsi", imsi)
+	}
+	if !bytes.Equal(prepared.Msg.Rand, random) {
+		return errors.New("the RAND of an IMSI without a binding came back changed")
+	}
+	start := time.Now()
+	established, err := r.client.EstablishKME(ctx, connect.NewRequest(&kmev1.EstablishKMERequest{
+		Imsi: imsi, Imei: imei.String(), AttemptId: prepared.Msg.AttemptId, Payload: m.payload,
+	}))
+	r.mu.Lock()
+	r.times = append(r.times, time.Since(start))
+	r.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	want := m.plain.NWSig()
+	if subtle.ConstantTimeCompare(established.Msg.NwSig, want[:]) != 1 {
+		return errors.New("NW_SIG is not SHA-256(KME || RME): the network does not have the KME")
+	}
+
+	// The device activates the KME and gets a pre-processed vector: both sides hold one KME, or the RAND is lost.
+	random = newRAND()
+	if prepared, err = r.client.PrepareVector(ctx, connect.NewRequest(&kmev1.PrepareVectorRequest{Imsi: imsi, Rand: random})); err != nil {
+		return err
+	}
+	if prepared.Msg.Control != kmev1.Control_PREPROCESSED || len(prepared.Msg.Rand) != aes.BlockSize {
+		return errors.New("the vector after NW_SIG is not pre-processed")
+	}
+	block, err := aes.NewCipher(m.plain.KME.Bytes())
+	if err != nil {
+		return err
+	}
+	got := make([]byte, aes.BlockSize)
+	block.Decrypt(got, prepared.Msg.Rand)
+	if !bytes.Equal(got, random) {
+		return errors.New("the pre-processed RAND does not decrypt under the device's KME")
+	}
+	reported, err := r.client.ReportAuthentication(ctx, connect.NewRequest(&kmev1.ReportAuthenticationRequest{Imsi: imsi, Ok: true}))
+	if err != nil {
+		return err
+	}
+	if reported.Msg.State != kmev1.State_ACTIVE {
+		return fmt.Errorf("after a successful authentication the binding is %v, not ACTIVE", reported.Msg.State)
+	}
+	return nil
+}
+
+func newRAND() []byte {
+	b := make([]byte, aes.BlockSize)
+	rand.Read(b)
+	return b
+}
+
+// imsiPlus counts on from an IMSI, in as many digits.
+func imsiPlus(first kme.IMSI, n int) (string, error) {
+	digits := first.String()
+	v, err := strconv.ParseUint(digits, 10, 64)
+	if err != nil {
+		return "", err
+	}
+	s := fmt.Sprintf("%0*d", len(digits), v+uint64(n))
+	if len(s) > len(digits) {
+		return "", fmt.Errorf("there is no IMSI %d after %s", n, digits)
+	}
+	return s, nil
+}

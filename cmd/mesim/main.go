@@ -1,0 +1,142 @@
+// Command mesim simulates devices, and the MME and HSS that they speak through, against a running keysvc.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+var deviceFlags = []cli.Flag{
+	&cli.StringFlag{Name: "injection", Usage: "the folder, `DIR`, of injection packages, as factory lot provision wrote it"},
+	&cli.StringFlag{Name: "fixture-key", Usage: "the fixture's private RSA key, as `PEM`"},
+	&cli.StringFlag{Name: "fixture-enrolment", Usage: "what factory fixture enroll wrote, a `FILE`"},
+}
+
+func main() { cmdline.Main(app()) }
+
+func app() *cli.App {
+	return &cli.App{
+		Name:  "mesim",
+		Usage: "simulate devices against keysvc",
+		Description: `A simulated device unwraps its private key from its injection package with the fixture's key, as a secure fixture would on the line,
+in software and with another implementation of AES-KWP than the HSM's.`,
+		Writer: os.Stdout, ErrWriter: os.Stderr,
+		Commands: []*cli.Command{
+			{
+				Name: "attach", Usage: "play the whole flow, a device at a time on each of C connections: PrepareVector, EstablishKME, compare NW_SIG, decrypt the next RAND, ReportAuthentication",
+				Description: `Prints {"attached":n,"rejected":{"<reason>":n},"p50_ms":x,"p99_ms":x,"per_second":x}; the times are those of EstablishKME. Fails if an
+untouched device is rejected, or a tampered one is not. --tamper, in what the device sends:
+    kme           a bit of KME is changed after it was signed
+    signature     a bit of KME_SIG is changed
+    payload       a bit of the encrypted payload is changed
+    other-device  another device has signed
+    other-lot     it is encrypted to another lot's modulus
+    replay        the device attaches, and the same payload comes again for another IMSI`,
+				Flags: append([]cli.Flag{
+					&cli.StringFlag{Name: "server", Usage: "keysvc's `URL`: https://HOST:PORT, or unix:/path"},
+					&cli.StringFlag{Name: "cert", Usage: "the client's certificate, as `PEM`"},
+					&cli.StringFlag{Name: "key", Usage: "the client certificate's key, as `PEM`"},
+					&cli.StringFlag{Name: "ca", Usage: "the CA of the server's certificate, as `PEM`"},
+					&cli.IntFlag{Name: "first", Usage: "the first device, `N`, counted from 0"},
+					&cli.IntFlag{Name: "count", Usage: "how many devices, `N` (default: all)"},
+					&cli.IntFlag{Name: "concurrency", Value: 8, Usage: "devices at once, `C`"},
+					&cli.StringFlag{Name: "first-imsi", Value: "001010000000000", Usage: "the `IMSI` of device 0; the others count on from it"},
+					&cli.StringFlag{Name: "tamper", Usage: "what is wrong with the devices, a `KIND`"},
+				}, deviceFlags...),
+				Action: attach,
+			},
+			{
+				Name: "payload", Usage: "print one device's payload and the NW_SIG to expect, as JSON, for curl",
+				Flags:  append([]cli.Flag{&cli.StringFlag{Name: "imei", Usage: "the device's `IMEI`"}}, deviceFlags...),
+				Action: payload,
+			},
+		},
+	}
+}
+
+func payload(c *cli.Context) error {
+	if err := cmdline.Require(c, "imei"); err != nil {
+		return err
+	}
+	imei, err := kme.ParseIMEI(c.String("imei"))
+	if err != nil {
+		return cmdline.Usage(err)
+	}
+	fleet, err := openFleet(c)
+	if err != nil {
+		return err
+	}
+	d, err := fleet.find(imei)
+	if err != nil {
+		return err
+	}
+	m, err := d.message()
+	if err != nil {
+		return err
+	}
+	nwSig := m.plain.NWSig()
+	return json.NewEncoder(c.App.Writer).Encode(map[string]any{"imei": d.imei, "lot": d.lot.manifest.Lot, "payload": m.payload, "nw_sig": nwSig[:]})
+}
+
+func attach(c *cli.Context) error {
+	if err := cmdline.Require(c, "server"); err != nil {
+		return err
+	}
+	kind := tamper(c.String("tamper"))
+	if err := kind.check(); err != nil {
+		return cmdline.Usage(err)
+	}
+	imsi, err := kme.ParseIMSI(c.String("first-imsi"))
+	if err != nil {
+		return cmdline.Usagef("--first-imsi: %w", err)
+	}
+	if c.Int("first") < 0 || c.Int("count") < 0 || c.Int("concurrency") < 1 || c.IsSet("count") && c.Int("count") == 0 {
+		return cmdline.Usagef("--first, --count and --concurrency count from 0, 1 and 1")
+	}
+	client, err := dial(c)
+	if err != nil {
+		return err
+	}
+	fleet, err := openFleet(c)
+	if err != nil {
+		return err
+	}
+	devices, err := fleet.devices(c.Int("first"), c.Int("count"))
+	if err != nil {
+		return err
+	}
+	run := &attachRun{client: client, kind: kind, firstIMSI: imsi, firstDevice: c.Int("first"), devices: devices}
+	result := run.all(c.Context, c.Int("concurrency"))
+	if err := json.NewEncoder(c.App.Writer).Encode(result); err != nil {
+		return err
+	}
+	return run.verdict(c.Context, result)
+}
+
+// verdict fails a run whose devices did not meet with what they should have.
+func (r *attachRun) verdict(ctx context.Context, result *attachResult) error {
+	if r.failure != nil {
+		return r.failure
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	rejected := 0
+	for _, n := range result.Rejected {
+		rejected += n
+	}
+	switch {
+	case r.kind == "" && rejected > 0:
+		return fmt.Errorf("%d of %d devices were rejected: %v", rejected, len(r.devices), result.Rejected)
+	case r.kind != "" && result.Attached > 0:
+		return fmt.Errorf("%d of %d tampered devices (%s) were let in", result.Attached, len(r.devices), r.kind)
+	}
+	return nil
+}

@@ -1,0 +1,223 @@
+// Package directory is the public-key directory: the signed objects in it, the stores that keep them, and the reader that
+// believes none of them unverified. It also has the other files that pass between manufacturer, fixture and operator.
+//
+// Every object is a compact JWS (RFC 7515) of the manufacturer's, ES256, whose key its readers pin. Whoever runs a store
+// can lose or withhold objects, but not change them.
+package directory
+
+import (
+	"bytes"
+	"crypto/rsa"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math/big"
+	"regexp"
+	"strings"
+	"time"
+
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// A Manifest describes a lot. Its devices are numbered by position, from 0 on, through its ranges in their order.
+type Manifest struct {
+	Lot          string    `json:"lot"`
+	Manufacturer string    `json:"manufacturer"` // RFC 7638 thumbprint of the signing key
+	Suite        kme.Suite `json:"suite"`
+	N            Base64    `json:"n"` // big-endian, as in a JWK
+	E            int       `json:"e"`
+	Mechanism    string    `json:"key_generation"` // the CKM_* that made the key
+	Ranges       []Range   `json:"ranges"`
+	ShardSize    int       `json:"shard_size"` // devices a shard; the last shard may have fewer
+	Created      time.Time `json:"created"`
+}
+
+// A Range is Count serial numbers of a TAC, from First on.
+type Range struct {
+	TAC   kme.TAC `json:"tac"`
+	First int     `json:"first"`
+	Count int     `json:"count"`
+}
+
+// maxShard bounds a shard, and with it what a reader holds in memory for one device.
+const maxShard = 1024
+
+var nameRule = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
+
+// CheckName refuses a name of a lot or an operator that could not stand in a path, on a label or in a log.
+func CheckName(name string) error {
+	if !nameRule.MatchString(name) || strings.Contains(name, "..") {
+		return fmt.Errorf("the name %q is not valid: 1 to 64 of the characters A-Z a-z 0-9 . _ -, the first a letter or digit, no two dots together", name)
+	}
+	return nil
+}
+
+// ManifestPath, ShardPath and RevocationsPath say where in a store an object of a lot is.
+func ManifestPath(lot string) string     { return "lots/" + lot + "/manifest" }
+func ShardPath(lot string, n int) string { return fmt.Sprintf("lots/%s/shards/%06d", lot, n) }
+func RevocationsPath(lot string) string  { return "lots/" + lot + "/revocations" }
+
+// Validate refuses a manifest that does not hold together.
+func (m *Manifest) Validate() error {
+	n := new(big.Int).SetBytes(m.N)
+	if len(m.N) == 0 || m.N[0] == 0 || n.Bit(0) == 0 {
+		return errors.New("the modulus is not an odd number without leading zero bytes")
+	}
+	if m.Mechanism == "" || m.Created.IsZero() {
+		return errors.New("how or when the key was made is missing")
+	}
+	if m.E != kme.PublicExponent {
+		return fmt.Errorf("the public exponent is %d; only %d is accepted", m.E, kme.PublicExponent)
+	}
+	return m.ValidateSpec(n.BitLen())
+}
+
+// ValidateSpec refuses what would be no manifest with whatever modulus of so many bits.
+func (m *Manifest) ValidateSpec(bits int) error {
+	if err := CheckName(m.Lot); err != nil {
+		return fmt.Errorf("the lot: %w", err)
+	}
+	if m.Manufacturer == "" {
+		return errors.New("the manufacturer is missing")
+	}
+	if _, err := kme.ParseSuite(string(m.Suite)); err != nil {
+		return err
+	}
+	if err := m.Suite.CheckLot(&rsa.PublicKey{N: new(big.Int).Lsh(big.NewInt(1), uint(max(bits, 1)-1)), E: kme.PublicExponent}); err != nil {
+		return err
+	}
+	if m.ShardSize < 1 || m.ShardSize > maxShard {
+		return fmt.Errorf("a shard has 1 to %d devices, not %d", maxShard, m.ShardSize)
+	}
+	if len(m.Ranges) == 0 {
+		return errors.New("the lot has no IMEIs")
+	}
+	for i, r := range m.Ranges {
+		if r.TAC == (kme.TAC{}) || r.First < 0 || r.Count < 1 || r.First >= kme.SNRs || r.Count > kme.SNRs-r.First {
+			return fmt.Errorf("a TAC has the serial numbers 0 to %d: %d from %d on are not among them", kme.SNRs-1, r.Count, r.First)
+		}
+		for _, other := range m.Ranges[:i] {
+			if r.overlaps(other) {
+				return errors.New("two ranges of the lot overlap")
+			}
+		}
+	}
+	return nil
+}
+
+func (r Range) overlaps(o Range) bool {
+	return r.TAC == o.TAC && r.First < o.First+o.Count && o.First < r.First+r.Count
+}
+
+// Overlap is the first range of other that m has IMEIs of; nil if there is none.
+func (m *Manifest) Overlap(other *Manifest) *Range {
+	for _, r := range m.Ranges {
+		for i, o := range other.Ranges {
+			if r.overlaps(o) {
+				return &other.Ranges[i]
+			}
+		}
+	}
+	return nil
+}
+
+// PublicKey is the lot's public key.
+func (m *Manifest) PublicKey() *rsa.PublicKey {
+	return &rsa.PublicKey{N: new(big.Int).SetBytes(m.N), E: m.E}
+}
+
+// Devices is how many devices the lot has.
+func (m *Manifest) Devices() (n int) {
+	for _, r := range m.Ranges {
+		n += r.Count
+	}
+	return n
+}
+
+// Shards is how many shards the lot has.
+func (m *Manifest) Shards() int { return (m.Devices() + m.ShardSize - 1) / m.ShardSize }
+
+// ShardRange is the position of a shard's first device, and how many devices the shard has; none if there is no such
+// shard.
+func (m *Manifest) ShardRange(n int) (first, count int) {
+	first = n * m.ShardSize
+	return first, max(0, min(m.ShardSize, m.Devices()-first))
+}
+
+// Position is a device's number in the lot; ok is false if the lot does not have it.
+func (m *Manifest) Position(imei kme.IMEI) (position int, ok bool) {
+	for _, r := range m.Ranges {
+		if at := imei.SNR() - r.First; imei.TAC() == r.TAC && at >= 0 && at < r.Count {
+			return position + at, true
+		}
+		position += r.Count
+	}
+	return 0, false
+}
+
+// IMEI is the device at a position; the zero IMEI if there is none.
+func (m *Manifest) IMEI(position int) kme.IMEI {
+	for _, r := range m.Ranges {
+		if position < r.Count {
+			imei, _ := kme.NewIMEI(r.TAC, r.First+position)
+			return imei
+		}
+		position -= r.Count
+	}
+	return kme.IMEI{}
+}
+
+// Revocations lists the devices of a lot that are not to be trusted any more. It is the one object that changes: Version
+// counts up from 1, and a reader refuses to go back.
+type Revocations struct {
+	Lot     string       `json:"lot"`
+	Version int          `json:"version"`
+	Revoked []Revocation `json:"revoked"`
+}
+
+// A Revocation is one device's.
+type Revocation struct {
+	IMEI   kme.IMEI  `json:"imei"`
+	Reason string    `json:"reason"`
+	Time   time.Time `json:"time"`
+}
+
+func (r *Revocations) find(imei kme.IMEI) *Revocation {
+	for i := range r.Revoked {
+		if r.Revoked[i].IMEI == imei {
+			return &r.Revoked[i]
+		}
+	}
+	return nil
+}
+
+// Base64 is bytes that JSON has as base64url without padding, as JOSE does (RFC 7515 section 2).
+type Base64 []byte
+
+func (b Base64) MarshalText() ([]byte, error) {
+	return []byte(base64.RawURLEncoding.EncodeToString(b)), nil
+}
+
+func (b *Base64) UnmarshalText(text []byte) error {
+	v, err := base64.RawURLEncoding.Strict().DecodeString(string(text))
+	if err != nil {
+		return errors.New("not base64url without padding")
+	}
+	*b = v
+	return nil
+}
+
+// parseStrict takes exactly one JSON document, and no field that into does not have.
+func parseStrict(data []byte, into any) error {
+	d := json.NewDecoder(bytes.NewReader(data))
+	d.DisallowUnknownFields()
+	if err := d.Decode(into); err != nil {
+		return err
+	}
+	if _, err := d.Token(); !errors.Is(err, io.EOF) {
+		return errors.New("there is more than one JSON document")
+	}
+	return nil
+}

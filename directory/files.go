@@ -1,0 +1,192 @@
+package directory
+
+import (
+	"bufio"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+
+	"github.com/go-jose/go-jose/v4"
+
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// The algorithms of wrapped keys, by their JOSE names where there is one.
+const (
+	RSAOAEP = "RSA-OAEP" // RFC 7518 section 4.3: SHA-1 and MGF1 with SHA-1
+	A256KWP = "A256KWP"  // AES-256 key wrap with padding, RFC 5649
+)
+
+// An Enrolment carries an operator's KEK from a manufacturer to the operator, under the operator's transport key.
+type Enrolment struct {
+	Manufacturer string `json:"manufacturer"`
+	Operator     string `json:"operator"`
+	TransportKey string `json:"transport_key"` // RFC 7638 thumbprint
+	KEK          string `json:"kek"`           // the KEK's CKA_ID, hex
+	Algorithm    string `json:"alg"`
+	Wrapped      Base64 `json:"wrapped"`
+}
+
+// Validate refuses an enrolment that does not hold together.
+func (e *Enrolment) Validate() error {
+	if err := CheckName(e.Operator); err != nil {
+		return fmt.Errorf("the operator: %w", err)
+	}
+	if e.Manufacturer == "" || e.TransportKey == "" || e.KEK == "" || len(e.Wrapped) == 0 {
+		return errors.New("a part of the enrolment is missing")
+	}
+	return checkAlgorithm(e.Algorithm, RSAOAEP)
+}
+
+// A Grant carries a lot's private key from a manufacturer to an operator, under the operator's KEK.
+type Grant struct {
+	Operator  string `json:"operator"`
+	KEK       string `json:"kek"` // the KEK's CKA_ID, hex
+	Lot       string `json:"lot"`
+	Algorithm string `json:"alg"`
+	Wrapped   Base64 `json:"wrapped"`  // PKCS #8
+	Manifest  string `json:"manifest"` // the lot's signed manifest, a compact JWS
+}
+
+// Validate refuses a grant that does not hold together.
+func (g *Grant) Validate() error {
+	if err := CheckName(g.Operator); err != nil {
+		return fmt.Errorf("the operator: %w", err)
+	}
+	if err := CheckName(g.Lot); err != nil {
+		return fmt.Errorf("the lot: %w", err)
+	}
+	if g.KEK == "" || len(g.Wrapped) == 0 || g.Manifest == "" {
+		return errors.New("a part of the grant is missing")
+	}
+	return checkAlgorithm(g.Algorithm, A256KWP)
+}
+
+func checkAlgorithm(have, want string) error {
+	if have != want {
+		return fmt.Errorf("its key is wrapped by %q, not by %s", have, want)
+	}
+	return nil
+}
+
+// A FixtureEnrolment carries the injection key to a fixture, under the fixture's RSA key, and the manufacturer's public
+// key, which vouches for the modulus that the fixture injects.
+type FixtureEnrolment struct {
+	KeyID        string          `json:"kid"` // the injection key's CKA_ID, hex
+	Algorithm    string          `json:"alg"`
+	Wrapped      Base64          `json:"wrapped"`
+	Manufacturer jose.JSONWebKey `json:"manufacturer"`
+}
+
+// NewFixtureEnrolment makes one of a key wrapped by RSA-OAEP.
+func NewFixtureEnrolment(keyID string, wrapped []byte, manufacturer *ecdsa.PublicKey) *FixtureEnrolment {
+	return &FixtureEnrolment{keyID, RSAOAEP, wrapped, jose.JSONWebKey{Key: manufacturer, KeyID: thumbprint(manufacturer)}}
+}
+
+// Marshal is the file.
+func (e *FixtureEnrolment) Marshal() ([]byte, error) {
+	b, err := json.MarshalIndent(e, "", "  ")
+	return append(b, '\n'), err
+}
+
+// ParseFixtureEnrolment reads the file.
+func ParseFixtureEnrolment(data []byte) (*FixtureEnrolment, error) {
+	e := new(FixtureEnrolment)
+	if err := parseStrict(data, e); err != nil {
+		return nil, err
+	}
+	if e.KeyID == "" || len(e.Wrapped) == 0 {
+		return nil, errors.New("a part of the enrolment is missing")
+	}
+	if _, err := e.Verifier(); err != nil {
+		return nil, err
+	}
+	return e, checkAlgorithm(e.Algorithm, RSAOAEP)
+}
+
+// Verifier pins the manufacturer's key.
+func (e *FixtureEnrolment) Verifier() (*Verifier, error) {
+	pub, ok := e.Manufacturer.Key.(*ecdsa.PublicKey)
+	if !ok || pub.Curve != elliptic.P256() {
+		return nil, errors.New("the manufacturer's key is not an ECDSA public key on P-256")
+	}
+	return NewVerifier(pub), nil
+}
+
+// An InjectionLine is one device in an injection package, a file of JSON lines.
+type InjectionLine struct {
+	IMEI      kme.IMEI   `json:"imei"`
+	Lot       string     `json:"lot"`
+	Shard     int        `json:"shard"`
+	PublicKey DeviceKey  `json:"public_key"`
+	DeviceKey WrappedKey `json:"device_key"`
+}
+
+// A WrappedKey is a device's private key, PKCS #8, under the injection key.
+type WrappedKey struct {
+	Algorithm string `json:"alg"`
+	KeyID     string `json:"kid"` // the injection key's CKA_ID, hex
+	Wrapped   Base64 `json:"wrapped"`
+}
+
+// NewInjectionLine makes a device's line.
+func NewInjectionLine(imei kme.IMEI, lot string, shard int, pub crypto.PublicKey, keyID string, wrapped []byte) InjectionLine {
+	return InjectionLine{imei, lot, shard, DeviceKey{imei, pub}, WrappedKey{A256KWP, keyID, wrapped}}
+}
+
+// Write appends the line to a package.
+func (l InjectionLine) Write(w io.Writer) error {
+	b, err := json.Marshal(l)
+	if err != nil {
+		return err
+	}
+	_, err = w.Write(append(b, '\n'))
+	return err
+}
+
+// maxLine is above the longest line, that of an RSA device key.
+const maxLine = 16 << 10
+
+// ReadInjection reads a package, line by line, until the first error. Whether the devices are the right ones is the
+// caller's to check.
+func ReadInjection(r io.Reader) iter.Seq2[InjectionLine, error] {
+	return func(yield func(InjectionLine, error) bool) {
+		lines := bufio.NewScanner(r)
+		lines.Buffer(nil, maxLine)
+		n := 0
+		for lines.Scan() {
+			n++
+			line, err := parseInjection(lines.Bytes())
+			if err != nil {
+				yield(InjectionLine{}, fmt.Errorf("line %d: %w", n, err))
+				return
+			}
+			if !yield(line, nil) {
+				return
+			}
+		}
+		if err := lines.Err(); err != nil {
+			yield(InjectionLine{}, fmt.Errorf("line %d: %w", n+1, err))
+		}
+	}
+}
+
+func parseInjection(data []byte) (line InjectionLine, err error) {
+	if err := parseStrict(data, &line); err != nil {
+		return line, err
+	}
+	switch {
+	case line.IMEI == (kme.IMEI{}) || line.PublicKey.Key == nil || line.PublicKey.IMEI != line.IMEI:
+		err = errors.New("its public key is not that of its IMEI")
+	case CheckName(line.Lot) != nil || line.Shard < 0 || line.DeviceKey.KeyID == "" || len(line.DeviceKey.Wrapped) == 0:
+		err = errors.New("a part of it is missing")
+	default:
+		err = checkAlgorithm(line.DeviceKey.Algorithm, A256KWP)
+	}
+	return line, err
+}

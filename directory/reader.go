@@ -1,0 +1,302 @@
+package directory
+
+import (
+	"context"
+	"crypto"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/maypok86/otter/v2"
+	"golang.org/x/sync/singleflight"
+
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// ErrUnknownDevice: the device is in no shard of its lot, or not in the lot.
+var ErrUnknownDevice = errors.New("the directory has no such device")
+
+// ReaderOptions are a Reader's; the zero value of each stands for its default.
+type ReaderOptions struct {
+	CacheBytes    int64         // memory for device keys, 64 MiB
+	RevocationTTL time.Duration // how old a list of revoked devices may be, 1 minute
+	NegativeTTL   time.Duration // for how long a shard that was not there is not asked for again, 5 seconds
+}
+
+// fetchTimeout bounds a read that may outlive the caller who began it.
+const fetchTimeout = 30 * time.Second
+
+// A Reader gives what one manufacturer has published, verified. It may be used concurrently.
+type Reader struct {
+	store    Store
+	verifier *Verifier
+	o        ReaderOptions
+	shards   *otter.Cache[shardKey, *packedShard]
+	flight   singleflight.Group // one read an object, however many ask
+
+	mu          sync.Mutex
+	revocations map[string]*revocationList // by lot; guarded by mu
+}
+
+type shardKey struct {
+	lot string
+	n   int
+}
+
+// A packedShard is a verified shard in the memory that it needs: keys of one size in a row. One that is not in the
+// store has none.
+type packedShard struct {
+	first int // position of the first key
+	size  int // bytes a key
+	keys  []byte
+}
+
+type revocationList struct {
+	list    *Revocations
+	fetched time.Time
+}
+
+// NewReader reads the manufacturer's objects from store.
+func NewReader(store Store, v *Verifier, o ReaderOptions) *Reader {
+	if o.CacheBytes == 0 {
+		o.CacheBytes = 64 << 20
+	}
+	if o.RevocationTTL == 0 {
+		o.RevocationTTL = time.Minute
+	}
+	if o.NegativeTTL == 0 {
+		o.NegativeTTL = 5 * time.Second
+	}
+	const overhead = 200 // of an entry, about
+	return &Reader{
+		store: store, verifier: v, o: o, revocations: map[string]*revocationList{},
+		shards: otter.Must(&otter.Options[shardKey, *packedShard]{
+			MaximumWeight: uint64(o.CacheBytes),
+			Weigher:       func(_ shardKey, s *packedShard) uint32 { return uint32(len(s.keys) + overhead) },
+			ExpiryCalculator: otter.ExpiryWritingFunc(func(e otter.Entry[shardKey, *packedShard]) time.Duration {
+				if e.Value.keys == nil {
+					return o.NegativeTTL
+				}
+				return 365 * 24 * time.Hour // a published shard never changes
+			}),
+		}),
+	}
+}
+
+// Manifest reads a lot's manifest.
+func (r *Reader) Manifest(ctx context.Context, lot string) (*Manifest, error) {
+	if err := CheckName(lot); err != nil {
+		return nil, err
+	}
+	jws, _, err := r.store.Read(ctx, ManifestPath(lot))
+	if err != nil {
+		return nil, err
+	}
+	return r.verifier.Manifest(lot, jws)
+}
+
+// Manifests reads the manifests of all lots.
+func (r *Reader) Manifests(ctx context.Context) ([]*Manifest, error) {
+	lots, err := r.store.List(ctx, "lots")
+	if err != nil {
+		return nil, err
+	}
+	var all []*Manifest
+	for _, lot := range lots {
+		m, err := r.Manifest(ctx, lot)
+		if errors.Is(err, ErrNotFound) {
+			continue // its folder was made, and its manifest never published
+		}
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, m)
+	}
+	return all, nil
+}
+
+// ReadShard reads a shard from the store, whatever the cache has.
+func (r *Reader) ReadShard(ctx context.Context, m *Manifest, n int) (*Shard, error) {
+	path := ShardPath(m.Lot, n)
+	jws, _, err := r.store.Read(ctx, path)
+	if err != nil {
+		return nil, err
+	}
+	s := new(Shard)
+	if err := r.verifier.Verify(TypeShard, path, jws, s); err != nil {
+		return nil, err
+	}
+	if err := s.check(m, n); err != nil {
+		return nil, refused(path, "%v", err)
+	}
+	return s, nil
+}
+
+// A Device is what the directory says of a device.
+type Device struct {
+	Shard   int
+	Key     crypto.PublicKey // *ecdsa.PublicKey or *rsa.PublicKey, as the lot's suite has it
+	Revoked *Revocation      // nil if it is not
+}
+
+// Device looks a device of a lot up. It fails with ErrUnknownDevice, with the store's error, or with a *RefusedError. If
+// the store cannot be reached, what was read before serves on.
+func (r *Reader) Device(ctx context.Context, m *Manifest, imei kme.IMEI) (Device, error) {
+	position, ok := m.Position(imei)
+	if !ok {
+		return Device{}, fmt.Errorf("%w: IMEI %s is not in lot %s", ErrUnknownDevice, imei, m.Lot)
+	}
+	n := position / m.ShardSize
+	s, ok := r.shards.GetIfPresent(shardKey{m.Lot, n})
+	if !ok {
+		var err error
+		if s, err = r.fetchShard(ctx, m, n); err != nil {
+			return Device{}, err
+		}
+	}
+	if s.keys == nil {
+		return Device{}, fmt.Errorf("%w: shard %d of lot %s is not published", ErrUnknownDevice, n, m.Lot)
+	}
+	at := (position - s.first) * s.size
+	key, err := unpack(m.Suite, s.keys[at:at+s.size])
+	if err != nil {
+		return Device{}, err
+	}
+	list, err := r.revoked(ctx, m)
+	if err != nil {
+		return Device{}, err
+	}
+	return Device{n, key, list.find(imei)}, nil
+}
+
+func (r *Reader) fetchShard(ctx context.Context, m *Manifest, n int) (*packedShard, error) {
+	return oneFlight(ctx, &r.flight, ShardPath(m.Lot, n), func(ctx context.Context) (*packedShard, error) {
+		packed := new(packedShard)
+		s, err := r.ReadShard(ctx, m, n)
+		if err != nil && !errors.Is(err, ErrNotFound) {
+			return nil, err
+		}
+		if err == nil {
+			packed.first, _ = m.ShardRange(n)
+			for _, k := range s.Keys {
+				packed.keys = append(packed.keys, pack(k.Key)...)
+			}
+			packed.keys = slices.Clip(packed.keys)
+			packed.size = len(packed.keys) / len(s.Keys)
+		}
+		r.shards.Set(shardKey{m.Lot, n}, packed)
+		return packed, nil
+	})
+}
+
+// oneFlight runs f once for all who ask for key at a time. A caller whose context ends stops waiting, and the others do
+// not suffer.
+func oneFlight[T any](ctx context.Context, g *singleflight.Group, key string, f func(context.Context) (T, error)) (T, error) {
+	result := g.DoChan(key, func() (any, error) {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), fetchTimeout)
+		defer cancel()
+		return f(ctx)
+	})
+	var none T
+	select {
+	case <-ctx.Done():
+		return none, ctx.Err()
+	case got := <-result:
+		if got.Err != nil {
+			return none, got.Err
+		}
+		return got.Val.(T), nil
+	}
+}
+
+// revoked gives a lot's list of revoked devices, not older than RevocationTTL while the store can be reached.
+func (r *Reader) revoked(ctx context.Context, m *Manifest) (*Revocations, error) {
+	r.mu.Lock()
+	known := r.revocations[m.Lot]
+	r.mu.Unlock()
+	if known != nil && time.Since(known.fetched) < r.o.RevocationTTL {
+		return known.list, nil
+	}
+	return oneFlight(ctx, &r.flight, RevocationsPath(m.Lot), func(ctx context.Context) (*Revocations, error) {
+		list, err := r.ReadRevocations(ctx, m)
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		last := r.revocations[m.Lot]
+		if last != nil && (err != nil || list.Version < last.list.Version) {
+			// The store is away, or its owner went back to an earlier list: the last one stands.
+			last.fetched = time.Now()
+			return last.list, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		r.revocations[m.Lot] = &revocationList{list, time.Now()}
+		return list, nil
+	})
+}
+
+// ReadRevocations reads a lot's list of revoked devices from the store; none published is an empty one, of version 0.
+func (r *Reader) ReadRevocations(ctx context.Context, m *Manifest) (*Revocations, error) {
+	jws, _, err := r.store.Read(ctx, RevocationsPath(m.Lot))
+	if errors.Is(err, ErrNotFound) {
+		return &Revocations{Lot: m.Lot}, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return parseRevocations(r.verifier, m, jws)
+}
+
+func parseRevocations(v *Verifier, m *Manifest, jws []byte) (*Revocations, error) {
+	path := RevocationsPath(m.Lot)
+	list := new(Revocations)
+	if err := v.Verify(TypeRevocations, path, jws, list); err != nil {
+		return nil, err
+	}
+	if list.Lot != m.Lot || list.Version < 1 {
+		return nil, refused(path, "it is version %d of lot %q", list.Version, list.Lot)
+	}
+	for i, e := range list.Revoked {
+		if _, ok := m.Position(e.IMEI); !ok || i > 0 && list.Revoked[i-1].IMEI.String() >= e.IMEI.String() {
+			return nil, refused(path, "IMEI %s is not in the lot, or not in order", e.IMEI)
+		}
+	}
+	return list, nil
+}
+
+// Revoke adds a device to its lot's list. A device that is on it stays as it is.
+func Revoke(ctx context.Context, store Store, s *Signer, m *Manifest, imei kme.IMEI, reason string, now time.Time) error {
+	if _, ok := m.Position(imei); !ok {
+		return fmt.Errorf("IMEI %s is not in lot %s", imei, m.Lot)
+	}
+	if reason = strings.TrimSpace(reason); reason == "" || len(reason) > 200 {
+		return errors.New("the reason has 1 to 200 bytes")
+	}
+	path := RevocationsPath(m.Lot)
+	for tries := 0; ; tries++ {
+		list := &Revocations{Lot: m.Lot}
+		jws, version, err := store.Read(ctx, path)
+		if err == nil {
+			list, err = parseRevocations(NewVerifier(s.public), m, jws)
+		}
+		if err != nil && !errors.Is(err, ErrNotFound) {
+			return err
+		}
+		if list.find(imei) != nil {
+			return nil
+		}
+		list.Version++
+		list.Revoked = append(list.Revoked, Revocation{imei, reason, now.UTC().Truncate(time.Second)})
+		slices.SortFunc(list.Revoked, func(a, b Revocation) int { return strings.Compare(a.IMEI.String(), b.IMEI.String()) })
+		if jws, err = s.Sign(TypeRevocations, list); err != nil {
+			return err
+		}
+		// Another process may be revoking too; each round one of them gets through.
+		if err = store.Update(ctx, path, jws, version); !errors.Is(err, ErrChanged) || tries == 10 {
+			return err
+		}
+	}
+}

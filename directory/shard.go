@@ -1,0 +1,116 @@
+package directory
+
+import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rsa"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/big"
+
+	"github.com/go-jose/go-jose/v4"
+
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// A Shard is the public keys of a lot's devices at successive positions: those of Manifest.ShardRange.
+type Shard struct {
+	Lot    string      `json:"lot"`
+	Number int         `json:"shard"`
+	Keys   []DeviceKey `json:"keys"` // makes the payload a JWK Set (RFC 7517 section 5)
+}
+
+// A DeviceKey is a device's public key, *ecdsa.PublicKey on P-256 or *rsa.PublicKey; in JSON a JWK whose kid is the IMEI.
+type DeviceKey struct {
+	IMEI kme.IMEI
+	Key  crypto.PublicKey
+}
+
+func (k DeviceKey) MarshalJSON() ([]byte, error) {
+	return (&jose.JSONWebKey{Key: k.Key, KeyID: k.IMEI.String()}).MarshalJSON()
+}
+
+func (k *DeviceKey) UnmarshalJSON(data []byte) error {
+	var jwk jose.JSONWebKey
+	if err := jwk.UnmarshalJSON(data); err != nil {
+		return err
+	}
+	if !jwk.IsPublic() || !jwk.Valid() {
+		return errors.New("a JWK is not a valid public key")
+	}
+	k.Key = jwk.Key
+	return k.IMEI.UnmarshalText([]byte(jwk.KeyID))
+}
+
+// NewShard makes shard n of a lot. It refuses keys that are not exactly those of the shard's devices, in order, each of
+// the lot's suite and no two the same.
+func NewShard(m *Manifest, n int, keys []DeviceKey) (*Shard, error) {
+	s := &Shard{m.Lot, n, keys}
+	return s, s.check(m, n)
+}
+
+func (s *Shard) check(m *Manifest, n int) error {
+	if s.Lot != m.Lot || s.Number != n {
+		return fmt.Errorf("it is shard %d of lot %q", s.Number, s.Lot)
+	}
+	first, count := m.ShardRange(n)
+	if count == 0 {
+		return fmt.Errorf("lot %s has no shard %d", m.Lot, n)
+	}
+	if len(s.Keys) != count {
+		return fmt.Errorf("it has %d keys, not %d", len(s.Keys), count)
+	}
+	seen := make(map[string]kme.IMEI, count)
+	for i, k := range s.Keys {
+		if want := m.IMEI(first + i); k.IMEI != want {
+			return fmt.Errorf("key %d is that of IMEI %s, not %s", i, k.IMEI, want)
+		}
+		if err := m.Suite.CheckDevice(k.Key); err != nil {
+			return fmt.Errorf("IMEI %s: %w", k.IMEI, err)
+		}
+		packed := string(pack(k.Key))
+		if other, twice := seen[packed]; twice {
+			return fmt.Errorf("IMEIs %s and %s have one key", other, k.IMEI)
+		}
+		seen[packed] = k.IMEI
+	}
+	return nil
+}
+
+// Equal says whether two shards hold the same keys.
+func (s *Shard) Equal(o *Shard) bool {
+	if s.Lot != o.Lot || s.Number != o.Number || len(s.Keys) != len(o.Keys) {
+		return false
+	}
+	for i, k := range s.Keys {
+		if k.IMEI != o.Keys[i].IMEI || string(pack(k.Key)) != string(pack(o.Keys[i].Key)) {
+			return false
+		}
+	}
+	return true
+}
+
+// pack makes the fewest bytes of a device key that CheckDevice has passed: the point without its prefix, or the modulus.
+func pack(key crypto.PublicKey) []byte {
+	switch k := key.(type) {
+	case *ecdsa.PublicKey:
+		if b, err := k.Bytes(); err == nil {
+			return b[1:]
+		}
+	case *rsa.PublicKey:
+		return k.N.Bytes()
+	}
+	return nil
+}
+
+// unpack undoes pack.
+func unpack(suite kme.Suite, packed []byte) (crypto.PublicKey, error) {
+	if suite == kme.SuiteRSA {
+		return &rsa.PublicKey{N: new(big.Int).SetBytes(packed), E: kme.PublicExponent}, nil
+	}
+	return ecdsa.ParseUncompressedPublicKey(elliptic.P256(), append([]byte{4}, packed...))
+}
+
+var _ json.Unmarshaler = (*DeviceKey)(nil)

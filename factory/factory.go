@@ -1,0 +1,303 @@
+// Package factory is the manufacturer's line: it makes lots and device keys in a token, writes injection packages,
+// publishes public keys, and hands lot keys to operators.
+//
+// Every step can run twice. What a run has not finished, the next one finishes; what is published is never
+// published a second time with other content.
+package factory
+
+import (
+	"context"
+	"crypto"
+	"crypto/rsa"
+	"errors"
+	"fmt"
+	"math/big"
+	"time"
+
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/pemkey"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// A Token is what the line needs of the manufacturer's HSM.
+type Token interface {
+	EnsureSigningKey(ctx context.Context, k hsmkeys.Key) (created bool, err error)
+	EnsureInjectionKey(ctx context.Context, k hsmkeys.Key) (created bool, err error)
+	Signer(k hsmkeys.Key) (crypto.Signer, error)
+	WrapInjectionKey(ctx context.Context, k hsmkeys.Key, fixture *rsa.PublicKey) ([]byte, error)
+	EnsureLotKey(ctx context.Context, k hsmkeys.Key, bits int, primes hsmkeys.Primes) (*rsa.PublicKey, string, error)
+	RemoveLotKey(ctx context.Context, k hsmkeys.Key) error
+	ProveLotKey(ctx context.Context, k hsmkeys.Key, pub *rsa.PublicKey) error
+	WrapLotKey(ctx context.Context, lot, kek hsmkeys.Key) ([]byte, error)
+	SealLotKey(ctx context.Context, k hsmkeys.Key) error
+	LotKeySealed(ctx context.Context, k hsmkeys.Key) (bool, error)
+	WrapKEK(ctx context.Context, kek hsmkeys.Key) ([]byte, error)
+	MakeDeviceKey(ctx context.Context, suite kme.Suite, injection hsmkeys.Key) (crypto.PublicKey, []byte, error)
+	Sessions() int
+}
+
+var signingKey = hsmkeys.Key{Role: hsmkeys.RoleSigning}
+
+// Init makes the signing key and the injection key, unless the token has them, and gives the public signing key as PEM:
+// what operators pin.
+func Init(ctx context.Context, token Token) (pem []byte, keyID string, created bool, err error) {
+	created, err = token.EnsureSigningKey(ctx, signingKey)
+	if err != nil {
+		return nil, "", false, err
+	}
+	signer, err := openSigner(token)
+	if err != nil {
+		return nil, "", false, err
+	}
+	made, err := token.EnsureInjectionKey(ctx, injectionKey(signer.KeyID()))
+	if err != nil {
+		return nil, "", false, err
+	}
+	pem, err = pemkey.Encode(signer.Public())
+	return pem, signer.KeyID(), created || made, err
+}
+
+// Keys are the keys that Init makes. The injection key's name is known once the signing key is there.
+func Keys(token Token) []hsmkeys.Key {
+	keys := []hsmkeys.Key{signingKey}
+	if signer, err := openSigner(token); err == nil {
+		keys = append(keys, injectionKey(signer.KeyID()))
+	}
+	return keys
+}
+
+func openSigner(token Token) (*directory.Signer, error) {
+	s, err := token.Signer(signingKey)
+	if errors.Is(err, hsmkeys.ErrNoKey) {
+		return nil, errors.New("the token has no signing key yet: run factory init first")
+	}
+	if err != nil {
+		return nil, err
+	}
+	return directory.NewSigner(s)
+}
+
+func injectionKey(manufacturer string) hsmkeys.Key {
+	return hsmkeys.Key{Role: hsmkeys.RoleInjection, Manufacturer: manufacturer}
+}
+
+// A Line is one manufacturer's, on one token and one directory. All methods may be called concurrently, but two
+// CreateLots at once may take the same IMEIs: one process at a time makes lots.
+type Line struct {
+	token    Token
+	store    directory.Store
+	signer   *directory.Signer
+	verifier *directory.Verifier
+	reader   *directory.Reader
+}
+
+// NewLine opens the line that Init has prepared.
+func NewLine(token Token, store directory.Store) (*Line, error) {
+	signer, err := openSigner(token)
+	if err != nil {
+		return nil, err
+	}
+	verifier := directory.NewVerifier(signer.Public())
+	return &Line{token, store, signer, verifier, directory.NewReader(store, verifier, directory.ReaderOptions{})}, nil
+}
+
+// Manufacturer is the RFC 7638 thumbprint of the line's signing key.
+func (l *Line) Manufacturer() string { return l.signer.KeyID() }
+
+func (l *Line) lotKey(lot string) hsmkeys.Key {
+	return hsmkeys.Key{Role: hsmkeys.RoleLot, Manufacturer: l.Manufacturer(), Name: lot}
+}
+
+func (l *Line) kek(operator string) hsmkeys.Key {
+	return kekOf(l.Manufacturer(), operator)
+}
+
+func kekOf(manufacturer, operator string) hsmkeys.Key {
+	return hsmkeys.Key{Role: hsmkeys.RoleKEK, Manufacturer: manufacturer, Name: operator}
+}
+
+// FixtureEnrolment is the injection key for the fixture that injects device keys, under the fixture's RSA key.
+func (l *Line) FixtureEnrolment(ctx context.Context, fixture *rsa.PublicKey) (*directory.FixtureEnrolment, error) {
+	k := injectionKey(l.Manufacturer())
+	wrapped, err := l.token.WrapInjectionKey(ctx, k, fixture)
+	if err != nil {
+		return nil, err
+	}
+	return directory.NewFixtureEnrolment(k.HexID(), wrapped, l.signer.Public()), nil
+}
+
+// A LotSpec says what lot to make.
+type LotSpec struct {
+	Lot       string
+	Range     directory.Range
+	Bits      int
+	Suite     kme.Suite
+	ShardSize int
+	Primes    hsmkeys.Primes
+}
+
+// CreateLot makes a lot's key in the token, checks it, and publishes the lot's manifest. A run that was
+// interrupted before the manifest was out is finished with the key that it made.
+func (l *Line) CreateLot(ctx context.Context, spec LotSpec) (*directory.Manifest, error) {
+	m := &directory.Manifest{
+		Lot: spec.Lot, Manufacturer: l.Manufacturer(), Suite: spec.Suite, E: kme.PublicExponent,
+		Ranges: []directory.Range{spec.Range}, ShardSize: spec.ShardSize, Created: time.Now().UTC().Truncate(time.Second),
+	}
+	if err := m.ValidateSpec(spec.Bits); err != nil { // before a key is spent on it
+		return nil, err
+	}
+	earlier, err := l.reader.Manifests(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, other := range earlier {
+		if other.Lot == m.Lot {
+			return nil, fmt.Errorf("lot %s exists: it was made on %s with %d devices; choose another name, or go on with lot provision", m.Lot, other.Created.Format(time.RFC3339), other.Devices())
+		}
+		if r := m.Overlap(other); r != nil {
+			return nil, fmt.Errorf("the IMEIs from %s%06d on are in lot %s already (%d from %s%06d): choose another range", spec.Range.TAC, spec.Range.First, other.Lot, r.Count, r.TAC, r.First)
+		}
+	}
+	pub, mechanism, err := l.token.EnsureLotKey(ctx, l.lotKey(m.Lot), spec.Bits, spec.Primes)
+	if err != nil {
+		return nil, err
+	}
+	err = hsmkeys.CheckCommonFactors(pub.N, func(yield func(string, *big.Int) bool) {
+		for _, other := range earlier {
+			if !yield(other.Lot, other.PublicKey().N) {
+				return
+			}
+		}
+	})
+	if err != nil {
+		return nil, errors.Join(err, l.token.RemoveLotKey(ctx, l.lotKey(m.Lot)))
+	}
+	m.N, m.Mechanism = pub.N.Bytes(), mechanism
+	if err := m.Validate(); err != nil {
+		return nil, err
+	}
+	return m, directory.Publish(ctx, l.store, directory.ManifestPath(m.Lot), l.signer, directory.TypeManifest, m)
+}
+
+// Lots gives the manifests of all lots, their signatures verified.
+func (l *Line) Lots(ctx context.Context) ([]*directory.Manifest, error) {
+	return l.reader.Manifests(ctx)
+}
+
+// Lot gives a lot's manifest, its signature verified.
+func (l *Line) Lot(ctx context.Context, lot string) (*directory.Manifest, error) {
+	m, err := l.reader.Manifest(ctx, lot)
+	if errors.Is(err, directory.ErrNotFound) {
+		return nil, fmt.Errorf("the directory has no lot %s: make it with factory lot create, or check --directory: %w", lot, err)
+	}
+	return m, err
+}
+
+// Sealed says whether a lot's key has been sealed in the token.
+func (l *Line) Sealed(ctx context.Context, lot string) (bool, error) {
+	return l.token.LotKeySealed(ctx, l.lotKey(lot))
+}
+
+// Seal makes a lot's key non-extractable for good: nobody can be granted the lot any more.
+func (l *Line) Seal(ctx context.Context, lot string) error {
+	if _, err := l.Lot(ctx, lot); err != nil {
+		return err
+	}
+	return l.token.SealLotKey(ctx, l.lotKey(lot))
+}
+
+// Grant is a lot's key for an operator, under the operator's KEK, with the lot's manifest, signed.
+func (l *Line) Grant(ctx context.Context, lot, operator string) ([]byte, error) {
+	m, err := l.Lot(ctx, lot)
+	if err != nil {
+		return nil, err
+	}
+	if err := directory.CheckName(operator); err != nil {
+		return nil, fmt.Errorf("the operator's name: %w", err)
+	}
+	if sealed, err := l.Sealed(ctx, lot); err != nil {
+		return nil, err
+	} else if sealed {
+		return nil, fmt.Errorf("lot %s is sealed: its key cannot leave the token any more, not even wrapped", lot)
+	}
+	if err := l.token.ProveLotKey(ctx, l.lotKey(lot), m.PublicKey()); err != nil {
+		return nil, fmt.Errorf("lot %s: %w", lot, err)
+	}
+	wrapped, err := l.token.WrapLotKey(ctx, l.lotKey(lot), l.kek(operator))
+	if errors.Is(err, hsmkeys.ErrNoKey) {
+		return nil, fmt.Errorf("operator %s is not enrolled: run factory operator enroll first: %w", operator, err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	manifest, _, err := l.store.Read(ctx, directory.ManifestPath(lot))
+	if err != nil {
+		return nil, err
+	}
+	g := &directory.Grant{Operator: operator, KEK: l.kek(operator).HexID(), Lot: lot, Algorithm: directory.A256KWP, Wrapped: wrapped, Manifest: string(manifest)}
+	if err := g.Validate(); err != nil {
+		return nil, err
+	}
+	return l.signer.Sign(directory.TypeGrant, g)
+}
+
+// Revoke publishes that a device is not to be trusted any more. Doing it again changes nothing.
+func (l *Line) Revoke(ctx context.Context, lot string, imei kme.IMEI, reason string) error {
+	m, err := l.Lot(ctx, lot)
+	if err != nil {
+		return err
+	}
+	return directory.Revoke(ctx, l.store, l.signer, m, imei, reason, time.Now())
+}
+
+// EnrollOperator makes an operator's KEK in the token, with the security officer's PIN, and wraps it for the operator's
+// transport key. It opens the token itself: nobody else in the process may have it open.
+func EnrollOperator(ctx context.Context, tokenURI, soPINSource, operator string, transport *rsa.PublicKey) (jws []byte, created bool, err error) {
+	if err := directory.CheckName(operator); err != nil {
+		return nil, false, fmt.Errorf("the operator's name: %w", err)
+	}
+	// The KEK is named after the manufacturer, whose key only a user's login shows; the security officer's login
+	// ends that one.
+	var manufacturer string
+	err = withSigner(ctx, tokenURI, func(_ Token, s *directory.Signer) error {
+		manufacturer = s.KeyID()
+		return nil
+	})
+	if err != nil {
+		return nil, false, err
+	}
+	kek := kekOf(manufacturer, operator)
+	if created, err = hsmkeys.MakeKEK(ctx, tokenURI, soPINSource, kek, transport); err != nil {
+		return nil, false, err
+	}
+	err = withSigner(ctx, tokenURI, func(t Token, s *directory.Signer) error {
+		wrapped, err := t.WrapKEK(ctx, kek)
+		if err != nil {
+			return err
+		}
+		e := &directory.Enrolment{
+			Manufacturer: manufacturer, Operator: operator, TransportKey: directory.RSAThumbprint(transport),
+			KEK: kek.HexID(), Algorithm: directory.RSAOAEP, Wrapped: wrapped,
+		}
+		if err := e.Validate(); err != nil {
+			return err
+		}
+		jws, err = s.Sign(directory.TypeEnrolment, e)
+		return err
+	})
+	return jws, created, err
+}
+
+func withSigner(ctx context.Context, tokenURI string, f func(Token, *directory.Signer) error) error {
+	token, err := hsmkeys.Open(ctx, tokenURI)
+	if err != nil {
+		return err
+	}
+	defer token.Close()
+	signer, err := openSigner(token)
+	if err != nil {
+		return err
+	}
+	return f(token, signer)
+}

@@ -1,0 +1,122 @@
+package hsmkeys
+
+import (
+	"crypto/aes"
+	"crypto/rand"
+	"crypto/rsa"
+	"math/big"
+	"strings"
+	"testing"
+)
+
+func aesBlock(t *testing.T, key []byte, in [RANDSize]byte) (out [RANDSize]byte) {
+	t.Helper()
+	block, err := aes.NewCipher(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	block.Encrypt(out[:], in[:])
+	return out
+}
+
+func prime(t *testing.T, bits int) *big.Int {
+	t.Helper()
+	p, err := rand.Prime(rand.Reader, bits)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+func TestCheckLotKey(t *testing.T) {
+	good := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048)).PublicKey
+	p := prime(t, 1024)
+	q := new(big.Int).Add(p, big.NewInt(2))
+	for !q.ProbablyPrime(20) {
+		q.Add(q, big.NewInt(2))
+	}
+	small := new(big.Int).Mul(prime(t, 2038), big.NewInt(751))
+	for small.BitLen() != 2048 {
+		small.Mul(prime(t, 2038), big.NewInt(751))
+	}
+	// A ROCA modulus: primes of the form k*M + 65537^a mod M, for M the product of the first 39 primes.
+	// Only its remainders are looked at, so that a product of two such numbers does.
+	for name, c := range map[string]struct {
+		n    *big.Int
+		e    int
+		bits int
+		want string
+	}{
+		"good":         {good.N, 65537, 2048, ""},
+		"other length": {good.N, 65537, 3072, "2048 bits"},
+		"e = 3":        {good.N, 3, 2048, "exponent 3"},
+		"e = 65536":    {good.N, 65536, 2048, "exponent 65536"},
+		"even":         {new(big.Int).Sub(good.N, big.NewInt(1)), 65537, 2048, "weak"},
+		"small factor": {small, 65537, 2048, "weak"},
+		"close primes": {new(big.Int).Mul(p, q), 65537, new(big.Int).Mul(p, q).BitLen(), "weak"},
+		"ROCA":         {rocaModulus(t), 65537, 2048, "weak"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			err := CheckLotKey(t.Context(), &rsa.PublicKey{N: c.n, E: c.e}, c.bits)
+			if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
+				t.Errorf("got %v, want %q", err, c.want)
+			}
+		})
+	}
+}
+
+// rocaModulus has the fingerprint of CVE-2017-15361: modulo each small prime it is a power of 65537.
+func rocaModulus(t *testing.T) *big.Int {
+	t.Helper()
+	m := big.NewInt(1)
+	for _, p := range []int64{2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113, 127, 131, 137, 139, 149, 151, 157, 163, 167} {
+		m.Mul(m, big.NewInt(p))
+	}
+	weak := func() *big.Int {
+		a := prime(t, 32)
+		base := new(big.Int).Exp(big.NewInt(65537), a, m)
+		for {
+			k, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), uint(1024-m.BitLen())))
+			if err != nil {
+				t.Fatal(err)
+			}
+			p := k.Add(k.Mul(k, m), base)
+			if p.BitLen() == 1024 && p.ProbablyPrime(0) {
+				return p
+			}
+		}
+	}
+	for {
+		if n := new(big.Int).Mul(weak(), weak()); n.BitLen() == 2048 {
+			return n
+		}
+	}
+}
+
+func TestCheckCommonFactors(t *testing.T) {
+	p, q, r, s := prime(t, 512), prime(t, 512), prime(t, 512), prime(t, 512)
+	mul := func(a, b *big.Int) *big.Int { return new(big.Int).Mul(a, b) }
+	earlier := func(yield func(string, *big.Int) bool) {
+		for name, n := range map[string]*big.Int{"A": mul(p, q), "B": mul(prime(t, 512), prime(t, 512))} {
+			if !yield(name, n) {
+				return
+			}
+		}
+	}
+	for name, c := range map[string]struct {
+		n    *big.Int
+		want string
+	}{
+		"fresh":       {mul(r, s), ""},
+		"shared":      {mul(q, r), "shares a prime with that of lot A"},
+		"the same":    {mul(p, q), "is that of lot A"},
+		"a square of": {mul(p, p), "shares a prime with that of lot A"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			err := CheckCommonFactors(c.n, earlier)
+			if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
+				t.Errorf("got %v, want %q", err, c.want)
+			}
+		})
+	}
+}

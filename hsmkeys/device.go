@@ -1,0 +1,136 @@
+package hsmkeys
+
+import (
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/rsa"
+	"encoding/asn1"
+	"errors"
+	"fmt"
+
+	"github.com/miekg/pkcs11"
+
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// MakeDeviceKey makes a device's key pair and gives its public key, and its private key under the injection key:
+// PKCS #8 in AES-KWP (RFC 5649). The pair is a session object, gone when this returns; before it is wrapped it has
+// signed a challenge that the public key verifies, in software.
+func (t *Token) MakeDeviceKey(ctx context.Context, suite kme.Suite, injection Key) (pub crypto.PublicKey, wrapped []byte, err error) {
+	err = t.with(ctx, func(s *session) error {
+		w, err := t.find(s, pkcs11.CKO_SECRET_KEY, injection)
+		if err != nil {
+			return err
+		}
+		m, public := uint(pkcs11.CKM_EC_KEY_PAIR_GEN), attributes{
+			attr(pkcs11.CKA_TOKEN, false), attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_EC_PARAMS, p256Params),
+		}
+		if suite == kme.SuiteRSA {
+			m, public = pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN, rsaPublic(2048)
+		}
+		private := join(guarded(true), use(privateUsages, pkcs11.CKA_SIGN), attributes{attr(pkcs11.CKA_TOKEN, false)})
+		hp, h, err := s.GenerateKeyPair(s.h, mechanism(m), public, private)
+		if err != nil {
+			return explain("make a device key", err)
+		}
+		defer func() {
+			for _, o := range []pkcs11.ObjectHandle{hp, h} {
+				if derr := s.DestroyObject(s.h, o); err == nil {
+					err = explainIf("destroy a device key", derr)
+				}
+			}
+		}()
+		if suite == kme.SuiteRSA {
+			pub, err = readRSA(s, hp)
+		} else {
+			pub, err = readP256(s, hp)
+		}
+		if err != nil {
+			return err
+		}
+		challenge := kme.RandomSecret() // in the place of a KME
+		sig, err := signKME(s, h, suite, challenge)
+		if err != nil {
+			return err
+		}
+		if !suite.Verify(pub, challenge, sig) {
+			return errors.New("the token made a device key whose signature its public key does not verify: do not use this token")
+		}
+		wrapped, err = s.WrapKey(s.h, mechanism(pkcs11.CKM_AES_KEY_WRAP_PAD), w, h)
+		return explainIf("wrap a device key", err)
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	return pub, wrapped, nil
+}
+
+// kmeSignature is the mechanism of KME_SIG and what it is given. ECDSA gets the digest, since many tokens, SoftHSM
+// among them, have no CKM_ECDSA_SHA256.
+func kmeSignature(suite kme.Suite, secret kme.Secret) (m []*pkcs11.Mechanism, data []byte) {
+	if suite == kme.SuiteRSA {
+		return mechanism(pkcs11.CKM_SHA256_RSA_PKCS), secret.Bytes()
+	}
+	digest := kme.Digest(secret)
+	return mechanism(pkcs11.CKM_ECDSA), digest[:]
+}
+
+func signKME(s *session, h pkcs11.ObjectHandle, suite kme.Suite, secret kme.Secret) ([]byte, error) {
+	m, data := kmeSignature(suite, secret)
+	if err := s.SignInit(s.h, m, h); err != nil {
+		return nil, explain("sign with a device key", err)
+	}
+	sig, err := s.Sign(s.h, data)
+	return sig, explainIf("sign with a device key", err)
+}
+
+// verifyKME validates KME_SIG in the token: the public key as a session object, C_Verify, and gone.
+func verifyKME(s *session, suite kme.Suite, pub crypto.PublicKey, secret kme.Secret, sig []byte) (ok bool, err error) {
+	template := attributes{
+		attr(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), attr(pkcs11.CKA_TOKEN, false), attr(pkcs11.CKA_PRIVATE, false),
+		attr(pkcs11.CKA_VERIFY, true), attr(pkcs11.CKA_ENCRYPT, false), attr(pkcs11.CKA_WRAP, false),
+	}
+	key, err := publicKeyValue(pub)
+	if err != nil {
+		return false, err
+	}
+	h, err := s.CreateObject(s.h, join(template, key))
+	if err != nil {
+		return false, explain("take a device's public key into the token", err)
+	}
+	defer func() {
+		if derr := s.DestroyObject(s.h, h); err == nil {
+			err = explainIf("drop a device's public key", derr)
+		}
+	}()
+	m, data := kmeSignature(suite, secret)
+	if err := s.VerifyInit(s.h, m, h); err != nil {
+		return false, explain("verify KME_SIG", err)
+	}
+	switch err := s.Verify(s.h, data, sig); {
+	case err == nil:
+		return true, nil
+	case isCKR(err, pkcs11.CKR_SIGNATURE_INVALID, pkcs11.CKR_SIGNATURE_LEN_RANGE):
+		return false, nil
+	default:
+		return false, explain("verify KME_SIG", err)
+	}
+}
+
+// publicKeyValue is the part of a public key object's template that holds the key.
+func publicKeyValue(pub crypto.PublicKey) (attributes, error) {
+	switch k := pub.(type) {
+	case *ecdsa.PublicKey:
+		point, err := k.Bytes()
+		if err != nil {
+			return nil, err
+		}
+		// CKA_EC_POINT is the point in a DER OCTET STRING (PKCS #11 v2.40 mechanisms, 2.3.3).
+		value, err := asn1.Marshal(point)
+		return attributes{attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_EC), attr(pkcs11.CKA_EC_PARAMS, p256Params), attr(pkcs11.CKA_EC_POINT, value)}, err
+	case *rsa.PublicKey:
+		return attributes{attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA), attr(pkcs11.CKA_MODULUS, k.N.Bytes()), attr(pkcs11.CKA_PUBLIC_EXPONENT, rsaExponent)}, nil
+	}
+	return nil, fmt.Errorf("a device key is ECDSA or RSA, not %T", pub)
+}

@@ -1,0 +1,285 @@
+package hsmkeys
+
+import (
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rsa"
+	"encoding/asn1"
+	"errors"
+	"fmt"
+	"math/big"
+
+	"github.com/miekg/pkcs11"
+
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+type attributes = []*pkcs11.Attribute
+
+// attr is pkcs11.NewAttribute by a name that leaves room for the rest of the line.
+func attr(typ uint, value any) *pkcs11.Attribute { return pkcs11.NewAttribute(typ, value) }
+
+// usages are all that a private or secret key can be for. Every key that we make has each of them set or cleared:
+// what a template leaves out, tokens choose, and SoftHSM chooses true.
+var usages = []uint{pkcs11.CKA_SIGN, pkcs11.CKA_VERIFY, pkcs11.CKA_ENCRYPT, pkcs11.CKA_DECRYPT, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP, pkcs11.CKA_DERIVE}
+
+// privateUsages are the usages that a private key object has an attribute for.
+var privateUsages = []uint{pkcs11.CKA_SIGN, pkcs11.CKA_DECRYPT, pkcs11.CKA_UNWRAP, pkcs11.CKA_DERIVE}
+
+// use allows exactly the usages named, of those that the kind of object knows.
+func use(known []uint, allowed ...uint) attributes {
+	var a attributes
+	for _, u := range known {
+		on := false
+		for _, w := range allowed {
+			on = on || w == u
+		}
+		a = append(a, attr(u, on))
+	}
+	return a
+}
+
+// named makes a token object that is found again by its CKA_ID.
+func named(k Key) attributes {
+	return attributes{attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_ID, k.ID()), attr(pkcs11.CKA_LABEL, k.Label())}
+}
+
+// guarded is common to all private and secret keys.
+func guarded(extractable bool) attributes {
+	return attributes{attr(pkcs11.CKA_PRIVATE, true), attr(pkcs11.CKA_SENSITIVE, true), attr(pkcs11.CKA_EXTRACTABLE, extractable)}
+}
+
+// frozen makes a template of an object that nobody can change or copy. Without it, whoever has the user PIN could add
+// DECRYPT to a key that only wraps, and decrypt with it what it wrapped. MODIFIABLE comes last: SoftHSM sets attributes
+// in their order, and of an unwrapped key it sets none after that one.
+func frozen(parts ...attributes) attributes {
+	return append(join(parts...), attr(pkcs11.CKA_COPYABLE, false), attr(pkcs11.CKA_MODIFIABLE, false))
+}
+
+func join(parts ...attributes) attributes {
+	var all attributes
+	for _, p := range parts {
+		all = append(all, p...)
+	}
+	return all
+}
+
+func mechanism(m uint, param ...any) []*pkcs11.Mechanism {
+	if len(param) == 1 {
+		return []*pkcs11.Mechanism{pkcs11.NewMechanism(m, param[0])}
+	}
+	return []*pkcs11.Mechanism{pkcs11.NewMechanism(m, nil)}
+}
+
+// oaep is RSA-OAEP with SHA-1 and MGF1-SHA-1, JOSE's "RSA-OAEP" (RFC 7518 section 4.3): the one parameter set that
+// every token has. OAEP does not rest on collision resistance, so SHA-1's weakness does not reach it (RFC 8017
+// appendix B.1 keeps it for that reason).
+func oaep() []*pkcs11.Mechanism {
+	return mechanism(pkcs11.CKM_RSA_PKCS_OAEP, pkcs11.NewOAEPParams(pkcs11.CKM_SHA_1, pkcs11.CKG_MGF1_SHA1, pkcs11.CKZ_DATA_SPECIFIED, nil))
+}
+
+var (
+	p256OID       = asn1.ObjectIdentifier{1, 2, 840, 10045, 3, 1, 7}
+	p256Params, _ = asn1.Marshal(p256OID)
+	rsaExponent   = []byte{1, 0, 1} // kme.PublicExponent
+)
+
+// ensure finds a key or makes it, and says which. Two runs at once could both make it; find then refuses both, and
+// init is no command that a machine repeats.
+func (t *Token) ensure(ctx context.Context, class uint, k Key, generate func(*session) error) (created bool, err error) {
+	err = t.with(ctx, func(s *session) error {
+		_, err := t.find(s, class, k)
+		if !errors.Is(err, ErrNoKey) {
+			return err
+		}
+		if err := generate(s); err != nil {
+			return explain("make "+k.Label(), err)
+		}
+		created = true
+		return nil
+	})
+	return created, err
+}
+
+func (t *Token) ensureSecret(ctx context.Context, k Key, m uint, template attributes) (bool, error) {
+	return t.ensure(ctx, pkcs11.CKO_SECRET_KEY, k, func(s *session) error {
+		_, err := s.GenerateKey(s.h, mechanism(m), frozen(named(k), template, attributes{attr(pkcs11.CKA_VALUE_LEN, 32)}))
+		return err
+	})
+}
+
+// EnsureSigningKey makes the manufacturer's signing key, ECDSA P-256, unless the token has it.
+func (t *Token) EnsureSigningKey(ctx context.Context, k Key) (created bool, err error) {
+	return t.ensure(ctx, pkcs11.CKO_PRIVATE_KEY, k, func(s *session) error {
+		public := join(named(k), attributes{attr(pkcs11.CKA_EC_PARAMS, p256Params), attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_VERIFY, true)})
+		private := frozen(named(k), guarded(false), use(privateUsages, pkcs11.CKA_SIGN))
+		_, _, err := s.GenerateKeyPair(s.h, mechanism(pkcs11.CKM_EC_KEY_PAIR_GEN), public, private)
+		return err
+	})
+}
+
+// EnsureInjectionKey makes the AES-256 key that wraps device keys, unless the token has it. It can be extracted, to
+// be wrapped for the fixture.
+func (t *Token) EnsureInjectionKey(ctx context.Context, k Key) (created bool, err error) {
+	return t.ensureSecret(ctx, k, pkcs11.CKM_AES_KEY_GEN, join(guarded(true), use(usages, pkcs11.CKA_WRAP)))
+}
+
+// EnsureStorageKey makes the AES-256 key that seals KMEs, unless the token has it.
+func (t *Token) EnsureStorageKey(ctx context.Context) (created bool, err error) {
+	return t.ensureSecret(ctx, storageKey, pkcs11.CKM_AES_KEY_GEN, join(guarded(false), use(usages, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP)))
+}
+
+// EnsureLedgerKey makes the HMAC key that tags KMEs for the one-use ledger, unless the token has it.
+func (t *Token) EnsureLedgerKey(ctx context.Context) (created bool, err error) {
+	return t.ensureSecret(ctx, ledgerKey, pkcs11.CKM_GENERIC_SECRET_KEY_GEN, join(guarded(false), use(usages, pkcs11.CKA_SIGN)))
+}
+
+// EnsureTransportKey makes the RSA-3072 key that receives KEKs, unless the token has it.
+func (t *Token) EnsureTransportKey(ctx context.Context) (created bool, err error) {
+	return t.ensure(ctx, pkcs11.CKO_PRIVATE_KEY, transportKey, func(s *session) error {
+		private := frozen(named(transportKey), guarded(false), use(privateUsages, pkcs11.CKA_UNWRAP))
+		public, _, err := s.GenerateKeyPair(s.h, mechanism(pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN), rsaPublic(3072), private)
+		if err != nil {
+			return err
+		}
+		return s.DestroyObject(s.h, public)
+	})
+}
+
+// The keys of an operator's token of which there is one each.
+var (
+	storageKey   = Key{Role: RoleStorage}
+	ledgerKey    = Key{Role: RoleLedger}
+	transportKey = Key{Role: RoleTransport}
+)
+
+// rsaPublic is the template of a public key object that lives until it has been read: the private object has the
+// modulus too, and a second object of each key would be one more thing to keep in step.
+func rsaPublic(bits int) attributes {
+	return attributes{
+		attr(pkcs11.CKA_TOKEN, false), attr(pkcs11.CKA_PRIVATE, false),
+		attr(pkcs11.CKA_MODULUS_BITS, bits), attr(pkcs11.CKA_PUBLIC_EXPONENT, rsaExponent),
+	}
+}
+
+// TransportPublicKey is the public half of the transport key.
+func (t *Token) TransportPublicKey(ctx context.Context) (*rsa.PublicKey, error) {
+	return t.rsaPublicKey(ctx, transportKey)
+}
+
+func (t *Token) rsaPublicKey(ctx context.Context, k Key) (pub *rsa.PublicKey, err error) {
+	err = t.with(ctx, func(s *session) error {
+		h, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, k)
+		if err != nil {
+			return err
+		}
+		pub, err = readRSA(s, h)
+		return err
+	})
+	return pub, err
+}
+
+func readRSA(s *session, h pkcs11.ObjectHandle) (*rsa.PublicKey, error) {
+	a, err := s.GetAttributeValue(s.h, h, attributes{attr(pkcs11.CKA_MODULUS, nil), attr(pkcs11.CKA_PUBLIC_EXPONENT, nil)})
+	if err != nil {
+		return nil, explain("read a public key", err)
+	}
+	e := new(big.Int).SetBytes(a[1].Value)
+	if !e.IsInt64() || e.Int64() != kme.PublicExponent {
+		return nil, fmt.Errorf("the token made a key with public exponent %v; only %d is accepted", e, kme.PublicExponent)
+	}
+	return &rsa.PublicKey{N: new(big.Int).SetBytes(a[0].Value), E: kme.PublicExponent}, nil
+}
+
+func readP256(s *session, h pkcs11.ObjectHandle) (*ecdsa.PublicKey, error) {
+	a, err := s.GetAttributeValue(s.h, h, attributes{attr(pkcs11.CKA_EC_POINT, nil)})
+	if err != nil {
+		return nil, explain("read a public key", err)
+	}
+	// CKA_EC_POINT is the point in a DER OCTET STRING (PKCS #11 v2.40 mechanisms, 2.3.3).
+	var point []byte
+	if rest, err := asn1.Unmarshal(a[0].Value, &point); err != nil || len(rest) != 0 {
+		return nil, errors.New("the token's CKA_EC_POINT is not a DER OCTET STRING")
+	}
+	return ecdsa.ParseUncompressedPublicKey(elliptic.P256(), point)
+}
+
+// Signer is the signing key k as a crypto.Signer.
+func (t *Token) Signer(k Key) (crypto.Signer, error) {
+	signers, err := t.signers.FindKeyPairs(k.ID(), nil)
+	switch {
+	case err != nil:
+		return nil, explain("look for "+k.Label(), err)
+	case len(signers) == 0:
+		return nil, fmt.Errorf("%s: %w", k.Label(), ErrNoKey)
+	case len(signers) > 1:
+		return nil, fmt.Errorf("%s has two key pairs %q: one of them is not ours; remove it with the token's own tool", t, k.Label())
+	}
+	return signers[0], nil
+}
+
+// Has says whether the token has a private or secret key k.
+func (t *Token) Has(ctx context.Context, k Key) (has bool, err error) {
+	class := uint(pkcs11.CKO_SECRET_KEY)
+	switch k.Role {
+	case RoleSigning, RoleLot, RoleTransport:
+		class = pkcs11.CKO_PRIVATE_KEY
+	}
+	err = t.with(ctx, func(s *session) error {
+		_, err := t.find(s, class, k)
+		if has = err == nil; errors.Is(err, ErrNoKey) {
+			return nil
+		}
+		return err
+	})
+	return has, err
+}
+
+// WrapInjectionKey is the injection key under a fixture's RSA key, by RSA-OAEP (see oaep).
+func (t *Token) WrapInjectionKey(ctx context.Context, k Key, fixture *rsa.PublicKey) (wrapped []byte, err error) {
+	if err := checkWrappingKey(fixture); err != nil {
+		return nil, err
+	}
+	err = t.with(ctx, func(s *session) error {
+		h, err := t.find(s, pkcs11.CKO_SECRET_KEY, k)
+		if err != nil {
+			return err
+		}
+		pub, err := s.CreateObject(s.h, join(wrappingPublic(fixture), attributes{attr(pkcs11.CKA_TOKEN, false)}))
+		if err != nil {
+			return explain("take the fixture's key into the token", err)
+		}
+		defer s.DestroyObject(s.h, pub)
+		wrapped, err = s.WrapKey(s.h, oaep(), pub, h)
+		return explainIf("wrap the injection key", err)
+	})
+	return wrapped, err
+}
+
+func wrappingPublic(pub *rsa.PublicKey) attributes {
+	return attributes{
+		attr(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA), attr(pkcs11.CKA_PRIVATE, false),
+		attr(pkcs11.CKA_MODULUS, pub.N.Bytes()), attr(pkcs11.CKA_PUBLIC_EXPONENT, rsaExponent),
+		attr(pkcs11.CKA_WRAP, true), attr(pkcs11.CKA_ENCRYPT, false), attr(pkcs11.CKA_VERIFY, false),
+	}
+}
+
+// checkWrappingKey refuses a public key too weak to carry an AES-256 key.
+func checkWrappingKey(pub *rsa.PublicKey) error {
+	if bits := pub.N.BitLen(); bits < 3072 || bits > 8192 {
+		return fmt.Errorf("the RSA key has %d bits; it must have 3072 at least, to carry an AES-256 key", bits)
+	}
+	if pub.E != kme.PublicExponent {
+		return fmt.Errorf("the RSA key's public exponent is %d; only %d is accepted", pub.E, kme.PublicExponent)
+	}
+	return nil
+}
+
+func explainIf(what string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return explain(what, err)
+}

@@ -1,0 +1,322 @@
+package hsmkeys
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"crypto/rsa"
+	"errors"
+	"fmt"
+	"math/big"
+
+	"github.com/miekg/pkcs11"
+
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// Primes says how a lot's P and Q are to be found.
+type Primes string
+
+const (
+	// PrimesAuto takes the conditions of ANSI X9.31 where the token has them, and the token's own otherwise.
+	PrimesAuto Primes = "auto"
+	// PrimesX931 insists on ANSI X9.31, which TR 33.868 names.
+	PrimesX931 Primes = "x931"
+)
+
+// EnsureLotKey makes a lot's RSA key unless the token has it, and names the mechanism that made it. What it returns
+// is checked: see CheckLotKey and the known answers of ProveLotKey. A key that fails the checks is removed.
+func (t *Token) EnsureLotKey(ctx context.Context, k Key, bits int, primes Primes) (pub *rsa.PublicKey, mech string, err error) {
+	m, mech := uint(pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN), "CKM_RSA_PKCS_KEY_PAIR_GEN"
+	if x931, err := t.hasMechanism(pkcs11.CKM_RSA_X9_31_KEY_PAIR_GEN); err != nil {
+		return nil, "", err
+	} else if x931 {
+		m, mech = pkcs11.CKM_RSA_X9_31_KEY_PAIR_GEN, "CKM_RSA_X9_31_KEY_PAIR_GEN"
+	} else if primes == PrimesX931 {
+		return nil, "", fmt.Errorf("%s has no CKM_RSA_X9_31_KEY_PAIR_GEN, so primes by ANSI X9.31 cannot be had from it: use a token that has it, or --primes auto", t)
+	}
+	created, err := t.ensure(ctx, pkcs11.CKO_PRIVATE_KEY, k, func(s *session) error {
+		// Not frozen: sealing it is a change of the object. WRAP_WITH_TRUSTED holds it until then.
+		private := join(named(k), guarded(true), use(privateUsages, pkcs11.CKA_DECRYPT),
+			attributes{attr(pkcs11.CKA_WRAP_WITH_TRUSTED, true), attr(pkcs11.CKA_COPYABLE, false)})
+		public, _, err := s.GenerateKeyPair(s.h, mechanism(m), rsaPublic(bits), private)
+		if err != nil {
+			return err
+		}
+		return s.DestroyObject(s.h, public)
+	})
+	if err != nil {
+		return nil, "", err
+	}
+	if pub, err = t.rsaPublicKey(ctx, k); err != nil {
+		return nil, "", err
+	}
+	if got := pub.N.BitLen(); !created && got != bits {
+		return nil, "", fmt.Errorf("%s already holds a key of %d bits for this lot, from a run that did not finish: ask for --bits %d", t, got, got)
+	}
+	if err = CheckLotKey(ctx, pub, bits); err == nil {
+		err = t.ProveLotKey(ctx, k, pub)
+	}
+	if err != nil {
+		if created {
+			err = errors.Join(err, t.RemoveLotKey(context.WithoutCancel(ctx), k))
+		}
+		return nil, "", err
+	}
+	return pub, mech, nil
+}
+
+// RemoveLotKey destroys a lot key for good.
+func (t *Token) RemoveLotKey(ctx context.Context, k Key) error {
+	return t.with(ctx, func(s *session) error { return t.destroy(s, pkcs11.CKO_PRIVATE_KEY, k) })
+}
+
+// LotPublicKey is the public half of a lot key.
+func (t *Token) LotPublicKey(ctx context.Context, k Key) (*rsa.PublicKey, error) {
+	return t.rsaPublicKey(ctx, k)
+}
+
+// ProveLotKey shows that the private key in the token is the one of pub: it decrypts, raw, what was encrypted here.
+// One of the messages has leading zero bytes, which some tokens strip.
+func (t *Token) ProveLotKey(ctx context.Context, k Key, pub *rsa.PublicKey) error {
+	return t.with(ctx, func(s *session) error {
+		h, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, k)
+		if err != nil {
+			return err
+		}
+		return prove(s, h, pub)
+	})
+}
+
+func prove(s *session, h pkcs11.ObjectHandle, pub *rsa.PublicKey) error {
+	size := kme.PayloadSize(pub)
+	full, short := make([]byte, size), make([]byte, size)
+	rand.Read(full)
+	full[0] = 0 // below N
+	rand.Read(short[size-16:])
+	for _, m := range [][]byte{full, short} {
+		c := new(big.Int).Exp(new(big.Int).SetBytes(m), big.NewInt(int64(pub.E)), pub.N)
+		got, err := rawDecrypt(s, h, c.FillBytes(make([]byte, size)))
+		if err != nil {
+			return err
+		}
+		if !bytes.Equal(padLeft(got, size), m) {
+			return errors.New("the private key in the token does not decrypt what was encrypted to the modulus: it is not this modulus's key")
+		}
+	}
+	return nil
+}
+
+// padLeft restores leading zero bytes that a token has left out.
+func padLeft(b []byte, size int) []byte {
+	if len(b) >= size {
+		return b
+	}
+	return append(make([]byte, size-len(b)), b...)
+}
+
+// rawDecrypt is c^d mod N. c has as many bytes as N and is below it.
+func rawDecrypt(s *session, h pkcs11.ObjectHandle, c []byte) ([]byte, error) {
+	if len(c) == 0 { // miekg/pkcs11 takes the address of the first byte
+		return nil, errors.New("nothing to decrypt")
+	}
+	if err := s.DecryptInit(s.h, mechanism(pkcs11.CKM_RSA_X_509), h); err != nil {
+		return nil, explain("decrypt", err)
+	}
+	m, err := s.Decrypt(s.h, c)
+	return m, explainIf("decrypt", err)
+}
+
+// SealLotKey makes a lot key non-extractable for good: from then on it cannot be granted to anybody any more.
+func (t *Token) SealLotKey(ctx context.Context, k Key) error {
+	return t.with(ctx, func(s *session) error {
+		h, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, k)
+		if err != nil {
+			return err
+		}
+		return explainIf("seal "+k.Label(), s.SetAttributeValue(s.h, h, attributes{attr(pkcs11.CKA_EXTRACTABLE, false)}))
+	})
+}
+
+// LotKeySealed says whether SealLotKey has been done.
+func (t *Token) LotKeySealed(ctx context.Context, k Key) (sealed bool, err error) {
+	err = t.with(ctx, func(s *session) error {
+		h, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, k)
+		if err != nil {
+			return err
+		}
+		a, err := s.GetAttributeValue(s.h, h, attributes{attr(pkcs11.CKA_EXTRACTABLE, nil)})
+		if err != nil {
+			return explain("read "+k.Label(), err)
+		}
+		sealed = !isTrue(a[0])
+		return nil
+	})
+	return sealed, err
+}
+
+func isTrue(a *pkcs11.Attribute) bool { return len(a.Value) == 1 && a.Value[0] == 1 }
+
+// WrapLotKey is a lot key under an operator's KEK, by AES-KWP (RFC 5649) around PKCS #8. The token refuses it under
+// any key that the security officer has not made TRUSTED.
+func (t *Token) WrapLotKey(ctx context.Context, lot, kek Key) (wrapped []byte, err error) {
+	err = t.with(ctx, func(s *session) error {
+		h, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, lot)
+		if err != nil {
+			return err
+		}
+		w, err := t.find(s, pkcs11.CKO_SECRET_KEY, kek)
+		if err != nil {
+			return err
+		}
+		wrapped, err = s.WrapKey(s.h, mechanism(pkcs11.CKM_AES_KEY_WRAP_PAD), w, h)
+		return explainIf("wrap "+lot.Label(), err)
+	})
+	return wrapped, err
+}
+
+// UnwrapLotKey takes a lot key, wrapped under the KEK, into the token, for decryption only and never to be extracted.
+// The key is proved to be that of pub before it becomes a token object, so that a wrong one leaves nothing behind;
+// a lot key that the token already has is proved in its stead.
+func (t *Token) UnwrapLotKey(ctx context.Context, lot, kek Key, wrapped []byte, pub *rsa.PublicKey) error {
+	if len(wrapped) < 16 || len(wrapped)%8 != 0 {
+		return fmt.Errorf("the wrapped lot key has %d bytes: no AES-KWP ciphertext (RFC 5649) has", len(wrapped))
+	}
+	return t.with(ctx, func(s *session) error {
+		if h, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, lot); err == nil {
+			return prove(s, h, pub)
+		} else if !errors.Is(err, ErrNoKey) {
+			return err
+		}
+		w, err := t.find(s, pkcs11.CKO_SECRET_KEY, kek)
+		if err != nil {
+			return err
+		}
+		template := join(attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA)},
+			guarded(false), use(privateUsages, pkcs11.CKA_DECRYPT))
+		unwrap := func(where attributes) (pkcs11.ObjectHandle, error) {
+			h, err := s.UnwrapKey(s.h, mechanism(pkcs11.CKM_AES_KEY_WRAP_PAD), w, wrapped, frozen(template, where))
+			return h, explainIf("unwrap "+lot.Label(), err)
+		}
+		trial, err := unwrap(attributes{attr(pkcs11.CKA_TOKEN, false)})
+		if err != nil {
+			return err
+		}
+		err = prove(s, trial, pub)
+		if derr := s.DestroyObject(s.h, trial); err == nil {
+			err = explainIf("drop the trial key", derr)
+		}
+		if err != nil {
+			return err
+		}
+		_, err = unwrap(named(lot))
+		return err
+	})
+}
+
+// MakeKEK makes the AES-256 key that carries lot keys to an operator, and takes the operator's public transport
+// key into the token, both as TRUSTED objects, which only the security officer can make and only at creation.
+// It logs in as the security officer, once, with the PIN of soPINSource, so no Token of this token may be open in the
+// process.
+//
+// The KEK has WRAP_WITH_TRUSTED too. Otherwise whoever has the user PIN could wrap it under an RSA key of their own,
+// and with it in clear unwrap every lot key that it carried.
+func MakeKEK(ctx context.Context, tokenURI, soPINSource string, kek Key, transport *rsa.PublicKey) (created bool, err error) {
+	if err := checkWrappingKey(transport); err != nil {
+		return false, fmt.Errorf("the operator's transport key: %w", err)
+	}
+	u, err := parseURI(tokenURI)
+	if err != nil {
+		return false, err
+	}
+	pin, err := readPIN(soPINSource)
+	if err != nil {
+		return false, fmt.Errorf("the security officer's PIN: %w", err)
+	}
+	t, err := connect(u)
+	if err != nil {
+		return false, err
+	}
+	defer t.Close()
+	if t.info.Flags&pkcs11.CKF_SO_PIN_FINAL_TRY != 0 {
+		return false, errors.New("the token is one wrong security officer's PIN away from locking, so it was not tried")
+	}
+	if err := t.login(pkcs11.CKU_SO, pin); err != nil {
+		return false, explain("log in to "+t.String()+" as the security officer", err)
+	}
+	// The security officer cannot see private objects, so both are made with PRIVATE=false.
+	seen := attributes{attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_TRUSTED, true)}
+	created, err = t.ensureSecret(ctx, kek, pkcs11.CKM_AES_KEY_GEN, join(seen, use(usages, pkcs11.CKA_WRAP),
+		attributes{attr(pkcs11.CKA_SENSITIVE, true), attr(pkcs11.CKA_EXTRACTABLE, true), attr(pkcs11.CKA_WRAP_WITH_TRUSTED, true)}))
+	if err != nil {
+		return false, err
+	}
+	return created, t.with(ctx, func(s *session) error {
+		k := outgoing(kek)
+		h, err := t.find(s, pkcs11.CKO_PUBLIC_KEY, k)
+		if err == nil {
+			if have, rerr := readRSA(s, h); rerr != nil || have.Equal(transport) {
+				return rerr
+			}
+			err = t.destroy(s, pkcs11.CKO_PUBLIC_KEY, k) // the security officer brings the operator's new one
+		}
+		if err != nil && !errors.Is(err, ErrNoKey) {
+			return err
+		}
+		_, err = s.CreateObject(s.h, frozen(named(k), wrappingPublic(transport), attributes{attr(pkcs11.CKA_TRUSTED, true)}))
+		return explainIf("take the operator's transport key into the token", err)
+	})
+}
+
+func outgoing(kek Key) Key {
+	return Key{Role: RoleOperatorOutgoing, Manufacturer: kek.Manufacturer, Name: kek.Name}
+}
+
+// WrapKEK is an operator's KEK under the transport key that MakeKEK took in, by RSA-OAEP (see oaep).
+func (t *Token) WrapKEK(ctx context.Context, kek Key) (wrapped []byte, err error) {
+	err = t.with(ctx, func(s *session) error {
+		h, err := t.find(s, pkcs11.CKO_SECRET_KEY, kek)
+		if err != nil {
+			return err
+		}
+		pub, err := t.find(s, pkcs11.CKO_PUBLIC_KEY, outgoing(kek))
+		if err != nil {
+			return err
+		}
+		wrapped, err = s.WrapKey(s.h, oaep(), pub, h)
+		return explainIf("wrap "+kek.Label(), err)
+	})
+	return wrapped, err
+}
+
+// UnwrapKEK takes an operator KEK, wrapped under the transport key, into the token, for unwrapping only and never to
+// be extracted. An earlier KEK of the same name is replaced, once the new one has been shown to unwrap.
+func (t *Token) UnwrapKEK(ctx context.Context, kek Key, wrapped []byte) error {
+	if len(wrapped) == 0 {
+		return errors.New("the enrolment holds no wrapped key")
+	}
+	return t.with(ctx, func(s *session) error {
+		h, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, transportKey)
+		if err != nil {
+			return err
+		}
+		template := join(attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES)},
+			guarded(false), use(usages, pkcs11.CKA_UNWRAP))
+		unwrap := func(where attributes) (pkcs11.ObjectHandle, error) {
+			h, err := s.UnwrapKey(s.h, oaep(), h, wrapped, frozen(template, where))
+			return h, explainIf("unwrap the KEK with the transport key: it was made for another key, or damaged", err)
+		}
+		trial, err := unwrap(attributes{attr(pkcs11.CKA_TOKEN, false)})
+		if err != nil {
+			return err
+		}
+		if err := s.DestroyObject(s.h, trial); err != nil {
+			return explain("drop the trial key", err)
+		}
+		if err := t.destroy(s, pkcs11.CKO_SECRET_KEY, kek); err != nil {
+			return err
+		}
+		_, err = unwrap(named(kek))
+		return err
+	})
+}

@@ -1,0 +1,220 @@
+package hsmkeys
+
+import (
+	"context"
+	"crypto"
+	"crypto/elliptic"
+	"crypto/rsa"
+	"errors"
+	"math/big"
+
+	"github.com/miekg/pkcs11"
+
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// A Fault is why a payload was not accepted. It is for the audit log: a caller of the service must not learn it.
+type Fault string
+
+const (
+	FaultNone      Fault = ""
+	FaultRange     Fault = "range"     // the payload is not below N
+	FaultLayout    Fault = "layout"    // the bytes before KME || KME_SIG || RME are not all zero
+	FaultSignature Fault = "signature" // KME_SIG does not verify
+)
+
+// Opened is what a payload became in the token. With a Fault, the other fields hold nothing of use.
+type Opened struct {
+	Fault  Fault
+	NWSig  [32]byte // SHA-256(KME || RME)
+	Tag    []byte   // HMAC-SHA-256(KME) under the ledger key
+	Sealed []byte   // the KME under the storage key, AES key wrap (RFC 3394), 40 bytes
+}
+
+// OpenPayload decrypts a payload, validates KME_SIG, tags the KME for the ledger and seals it, on one session. The
+// payload must have exactly k bytes; an error otherwise, and when the token fails. The KME is in this process only
+// between decryption and sealing, and is wiped.
+//
+// Whatever is wrong with the payload's content, all steps run, with a stand-in where the content is of no use, so
+// that neither the answer nor its time says which step found it: with textbook RSA that would be an oracle.
+func (t *Token) OpenPayload(ctx context.Context, suite kme.Suite, lot Key, n *rsa.PublicKey, device crypto.PublicKey, payload []byte) (*Opened, error) {
+	reduced, inRange, err := kme.ReducePayload(n, payload)
+	if err != nil {
+		return nil, err
+	}
+	if err := suite.CheckDevice(device); err != nil {
+		return nil, err
+	}
+	opened := new(Opened)
+	err = t.with(ctx, func(s *session) error {
+		hLot, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, lot)
+		if err != nil {
+			return err
+		}
+		hStorage, err := t.find(s, pkcs11.CKO_SECRET_KEY, storageKey)
+		if err != nil {
+			return err
+		}
+		hLedger, err := t.find(s, pkcs11.CKO_SECRET_KEY, ledgerKey)
+		if err != nil {
+			return err
+		}
+
+		raw, err := rawDecrypt(s, hLot, reduced)
+		if err != nil {
+			return err
+		}
+		p, leadOK := suite.Split(raw)
+		clear(raw)
+		defer p.Wipe()
+
+		formed := wellFormed(device, p.Sig)
+		sig := p.Sig
+		if !formed {
+			sig = standIn(suite) // a token answers malformed values without computing anything
+		}
+		verified, err := verifyKME(s, suite, device, p.KME, sig)
+		if err != nil {
+			return err
+		}
+		if opened.Tag, err = hmac(s, hLedger, p.KME.Bytes()); err != nil {
+			return err
+		}
+		if opened.Sealed, err = seal(s, hStorage, p.KME); err != nil {
+			return err
+		}
+		opened.NWSig = p.NWSig()
+
+		switch {
+		case !inRange:
+			opened.Fault = FaultRange
+		case !leadOK:
+			opened.Fault = FaultLayout
+		case !formed || !verified:
+			opened.Fault = FaultSignature
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return opened, nil
+}
+
+// wellFormed says whether the values in a signature are in their ranges: 0 < r, s < n of P-256 (FIPS 186-4 section
+// 6.4.2), or below the modulus (RFC 8017 section 5.2.2).
+func wellFormed(device crypto.PublicKey, sig []byte) bool {
+	if k, ok := device.(*rsa.PublicKey); ok {
+		return new(big.Int).SetBytes(sig).Cmp(k.N) < 0
+	}
+	order := elliptic.P256().Params().N
+	for _, half := range [][]byte{sig[:len(sig)/2], sig[len(sig)/2:]} {
+		if v := new(big.Int).SetBytes(half); v.Sign() == 0 || v.Cmp(order) >= 0 {
+			return false
+		}
+	}
+	return true
+}
+
+// standIn is a signature of the right form that verifies for no key that anybody has.
+func standIn(suite kme.Suite) []byte {
+	sig := make([]byte, suite.SignatureSize())
+	sig[0], sig[len(sig)/2] = 1, 1
+	return sig
+}
+
+func hmac(s *session, key pkcs11.ObjectHandle, data []byte) ([]byte, error) {
+	if err := s.SignInit(s.h, mechanism(pkcs11.CKM_SHA256_HMAC), key); err != nil {
+		return nil, explain("tag a KME", err)
+	}
+	tag, err := s.Sign(s.h, data)
+	return tag, explainIf("tag a KME", err)
+}
+
+// seal wraps a KME under the storage key. C_WrapKey takes a key object, so the KME is one for that long.
+func seal(s *session, storage pkcs11.ObjectHandle, secret kme.Secret) (sealed []byte, err error) {
+	h, err := s.CreateObject(s.h, join(guarded(true), use(usages), attributes{
+		attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES), attr(pkcs11.CKA_TOKEN, false),
+		attr(pkcs11.CKA_VALUE, secret.Bytes()),
+	}))
+	if err != nil {
+		return nil, explain("seal a KME", err)
+	}
+	defer func() {
+		if derr := s.DestroyObject(s.h, h); err == nil {
+			err = explainIf("seal a KME", derr)
+		}
+	}()
+	sealed, err = s.WrapKey(s.h, mechanism(pkcs11.CKM_AES_KEY_WRAP), storage, h)
+	return sealed, explainIf("seal a KME", err)
+}
+
+// RANDSize is the length of an authentication vector's RAND (3GPP TS 33.102 clause 6.3.2).
+const RANDSize = 16
+
+// sealedSize is the length of a KME in AES key wrap.
+const sealedSize = kme.SecretSize + 8
+
+// EncryptRAND encrypts a RAND as one AES-256 block under a sealed KME, inside the token. The text says only that RAND
+// is encrypted; one block, of exactly its size, is our choice.
+func (t *Token) EncryptRAND(ctx context.Context, sealed []byte, rand [RANDSize]byte) (out [RANDSize]byte, err error) {
+	return t.randBlock(ctx, sealed, rand, true)
+}
+
+// DecryptRAND undoes EncryptRAND.
+func (t *Token) DecryptRAND(ctx context.Context, sealed []byte, rand [RANDSize]byte) (out [RANDSize]byte, err error) {
+	return t.randBlock(ctx, sealed, rand, false)
+}
+
+func (t *Token) randBlock(ctx context.Context, sealed []byte, in [RANDSize]byte, encrypt bool) (out [RANDSize]byte, err error) {
+	if len(sealed) != sealedSize {
+		return out, errors.New("the sealed KME is damaged: it has the wrong length")
+	}
+	err = t.with(ctx, func(s *session) (err error) {
+		storage, err := t.find(s, pkcs11.CKO_SECRET_KEY, storageKey)
+		if err != nil {
+			return err
+		}
+		h, err := s.UnwrapKey(s.h, mechanism(pkcs11.CKM_AES_KEY_WRAP), storage, sealed, join(guarded(false),
+			use(usages, pkcs11.CKA_ENCRYPT, pkcs11.CKA_DECRYPT), attributes{
+				attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES), attr(pkcs11.CKA_TOKEN, false),
+			}))
+		if err != nil {
+			return explain("unseal a KME", err)
+		}
+		defer func() {
+			if derr := s.DestroyObject(s.h, h); err == nil {
+				err = explainIf("drop an unsealed KME", derr)
+			}
+		}()
+		init, run := s.DecryptInit, s.Decrypt
+		if encrypt {
+			init, run = s.EncryptInit, s.Encrypt
+		}
+		if err := init(s.h, mechanism(pkcs11.CKM_AES_ECB), h); err != nil {
+			return explain("process RAND", err)
+		}
+		b, err := run(s.h, in[:])
+		if err != nil {
+			return explain("process RAND", err)
+		}
+		if len(b) != RANDSize {
+			return errors.New("the token's AES-ECB of one block is not one block")
+		}
+		out = [RANDSize]byte(b)
+		return nil
+	})
+	return out, err
+}
+
+// Ping shows that the token can work: it tags a value under the ledger key.
+func (t *Token) Ping(ctx context.Context) error {
+	return t.with(ctx, func(s *session) error {
+		h, err := t.find(s, pkcs11.CKO_SECRET_KEY, ledgerKey)
+		if err != nil {
+			return err
+		}
+		_, err = hmac(s, h, make([]byte, kme.SecretSize))
+		return err
+	})
+}

@@ -1,0 +1,307 @@
+package hsmkeys
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"strings"
+	"sync"
+
+	"github.com/ThalesGroup/crypto11"
+	"github.com/miekg/pkcs11"
+)
+
+// A Key names a key by what it is for. Its CKA_ID and label are derived from that.
+type Key struct {
+	Role         Role
+	Manufacturer string // RFC 7638 thumbprint of the manufacturer's signing key; empty for keys that are a token's own
+	Name         string // the lot or the operator; empty for keys of which there is one
+}
+
+// A Role says what a key does. Each has its row in the table of docs/security.md.
+type Role string
+
+const (
+	RoleSigning          Role = "signing"
+	RoleInjection        Role = "injection"
+	RoleLot              Role = "lot"
+	RoleKEK              Role = "kek"
+	RoleTransport        Role = "transport"
+	RoleOperatorOutgoing Role = "operator-transport" // an operator's public transport key, TRUSTED, on a factory token
+	RoleStorage          Role = "storage"
+	RoleLedger           Role = "ledger"
+)
+
+// ID is the CKA_ID: 20 bytes, the same on every token.
+func (k Key) ID() []byte {
+	h := sha256.Sum256([]byte(strings.Join([]string{"kmehsm key 1", string(k.Role), k.Manufacturer, k.Name}, "\x00")))
+	return h[:20]
+}
+
+// HexID is the ID as files name it.
+func (k Key) HexID() string { return hex.EncodeToString(k.ID()) }
+
+// Label is the CKA_LABEL, for people who list a token's objects.
+func (k Key) Label() string {
+	label := "kme " + string(k.Role)
+	if k.Name != "" {
+		label += " " + k.Name
+	}
+	if k.Manufacturer != "" {
+		label += " of " + k.Manufacturer
+	}
+	return label
+}
+
+func (k Key) String() string { return k.Label() }
+
+// A Token is an open, logged-in token with a bounded pool of sessions. All methods may be called concurrently.
+// A method waits for a session until its context ends; a call that has reached the token is not interrupted.
+type Token struct {
+	module *pkcs11.Ctx
+	slot   uint
+	info   pkcs11.TokenInfo
+
+	// crypto11 owns C_Initialize and C_Finalize, since it insists on making the first and counts its users in the
+	// process. It never gets the PIN: a login is the token's, not a session's, so ours serves it too.
+	signers *crypto11.Context
+
+	// idle holds as many entries as there may be sessions; nil stands for one that is not open yet.
+	idle chan *session
+
+	mu      sync.Mutex
+	handles map[handleKey]pkcs11.ObjectHandle // guarded by mu
+}
+
+type handleKey struct {
+	class uint
+	id    string
+}
+
+// A session is used by one goroutine at a time.
+type session struct {
+	*pkcs11.Ctx
+	h pkcs11.SessionHandle
+}
+
+// Open opens the token that an RFC 7512 URI names and logs in, once, with the PIN of its pin-source.
+func Open(ctx context.Context, tokenURI string) (*Token, error) {
+	u, err := parseURI(tokenURI)
+	if err != nil {
+		return nil, err
+	}
+	pin, err := readPIN(u.pinSource)
+	if err != nil {
+		return nil, err
+	}
+	t, err := connect(u)
+	if err != nil {
+		return nil, err
+	}
+	if t.info.Flags&pkcs11.CKF_USER_PIN_FINAL_TRY != 0 {
+		t.Close()
+		return nil, errors.New("the token is one wrong PIN away from locking, so it was not tried: log in once with another tool and the right PIN, then run this again")
+	}
+	// Two Tokens of one process may share a token; the login is the process's.
+	if err := t.login(pkcs11.CKU_USER, pin); err != nil && !isCKR(err, pkcs11.CKR_USER_ALREADY_LOGGED_IN) {
+		t.Close()
+		return nil, explain("log in to "+t.String(), err)
+	}
+	return t, nil
+}
+
+// connect finds the token and prepares the pool, without logging in.
+func connect(u *uri) (*Token, error) {
+	config := &crypto11.Config{Path: u.module, LoginNotSupported: true, MaxSessions: 1 + runtime.GOMAXPROCS(0)*2}
+	if config.TokenSerial = u.token["serial"]; config.TokenSerial == "" {
+		config.TokenLabel = u.token["token"]
+	}
+	signers, err := crypto11.Configure(config)
+	if err != nil {
+		if strings.Contains(err.Error(), "could not find PKCS#11 token") {
+			return nil, fmt.Errorf("the module %s has no token %v: check the URI and, for SoftHSM, SOFTHSM2_CONF%s", u.module, u.token, softhsmConf())
+		}
+		return nil, fmt.Errorf("the PKCS #11 module %s cannot be used: %w", u.module, err)
+	}
+	t := &Token{module: pkcs11.New(u.module), signers: signers, handles: map[handleKey]pkcs11.ObjectHandle{}}
+	if t.module == nil {
+		signers.Close()
+		return nil, fmt.Errorf("the PKCS #11 module %s cannot be loaded", u.module)
+	}
+	if err := t.findSlot(u); err != nil {
+		t.Close()
+		return nil, err
+	}
+	// More sessions than cores, since a network HSM answers late and SoftHSM's own locks cost a little.
+	size := 4 * runtime.GOMAXPROCS(0)
+	if limit := t.info.MaxSessionCount; limit != pkcs11.CK_EFFECTIVELY_INFINITE && limit != pkcs11.CK_UNAVAILABLE_INFORMATION {
+		size = min(size, max(1, int(limit)-config.MaxSessions))
+	}
+	t.idle = make(chan *session, size)
+	for range size {
+		t.idle <- nil
+	}
+	return t, nil
+}
+
+func softhsmConf() string {
+	if v := os.Getenv("SOFTHSM2_CONF"); v != "" {
+		return " (now " + v + ")"
+	}
+	return " (not set)"
+}
+
+// findSlot insists on one token: of two with one label the wrong one might get the PIN.
+func (t *Token) findSlot(u *uri) error {
+	slots, err := t.module.GetSlotList(true)
+	if err != nil {
+		return explain("list the module's slots", err)
+	}
+	found := 0
+	for _, slot := range slots {
+		info, err := t.module.GetTokenInfo(slot)
+		if err != nil {
+			continue // a slot that cannot say what it holds is not the one
+		}
+		has := map[string]string{"token": info.Label, "serial": info.SerialNumber, "manufacturer": info.ManufacturerID, "model": info.Model}
+		match := true
+		for name, want := range u.token {
+			match = match && strings.TrimRight(has[name], " \x00") == want
+		}
+		if match {
+			t.slot, t.info = slot, info
+			found++
+		}
+	}
+	switch found {
+	case 0:
+		return fmt.Errorf("the module %s has no token %v", u.module, u.token)
+	case 1:
+		return nil
+	}
+	return fmt.Errorf("%d tokens fit %v: add serial=NUMBER to the URI", found, u.token)
+}
+
+func (t *Token) login(user uint, pin string) error {
+	s, err := t.openSession()
+	if err != nil {
+		return err
+	}
+	defer s.CloseSession(s.h) // the login outlives it, held by crypto11's long-term session
+	return s.Login(s.h, user, pin)
+}
+
+// Close ends all sessions and the login. No other method may be running or be called afterwards.
+func (t *Token) Close() error {
+	for range cap(t.idle) {
+		if s := <-t.idle; s != nil {
+			s.CloseSession(s.h)
+		}
+	}
+	err := t.signers.Close()
+	t.module.Destroy()
+	return err
+}
+
+// String names the token by label and serial number.
+func (t *Token) String() string {
+	return fmt.Sprintf("token %q (serial %s)", strings.TrimRight(t.info.Label, " \x00"), t.Serial())
+}
+
+// Serial is the token's serial number.
+func (t *Token) Serial() string { return strings.TrimRight(t.info.SerialNumber, " \x00") }
+
+// Sessions is how many operations can be in the token at once.
+func (t *Token) Sessions() int { return cap(t.idle) }
+
+func (t *Token) openSession() (*session, error) {
+	h, err := t.module.OpenSession(t.slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
+	if err != nil {
+		return nil, explain("open a session", err)
+	}
+	return &session{t.module, h}, nil
+}
+
+// with runs f on a session of the pool.
+func (t *Token) with(ctx context.Context, f func(*session) error) error {
+	var s *session
+	select {
+	case s = <-t.idle:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	defer func() { t.idle <- s }()
+	if err := ctx.Err(); err != nil { // select picks at random: nothing is spent on a caller that has gone
+		return err
+	}
+	if s == nil {
+		var err error
+		if s, err = t.openSession(); err != nil {
+			return err
+		}
+	}
+	err := f(s)
+	if errors.As(err, new(pkcs11.Error)) {
+		// A failed call may leave an operation active in the session; a fresh one cannot have that.
+		s.CloseSession(s.h)
+		s = nil
+	}
+	return err
+}
+
+// find looks a key up by CKA_ID, and fails with ErrNoKey. Two keys of one ID are an error: neither can be trusted.
+func (t *Token) find(s *session, class uint, k Key) (pkcs11.ObjectHandle, error) {
+	at := handleKey{class, string(k.ID())}
+	t.mu.Lock()
+	h, ok := t.handles[at]
+	t.mu.Unlock()
+	if ok {
+		return h, nil
+	}
+	template := []*pkcs11.Attribute{
+		pkcs11.NewAttribute(pkcs11.CKA_CLASS, class),
+		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true),
+		pkcs11.NewAttribute(pkcs11.CKA_ID, k.ID()),
+	}
+	if err := s.FindObjectsInit(s.h, template); err != nil {
+		return 0, explain("look for "+k.Label(), err)
+	}
+	found, _, err := s.FindObjects(s.h, 2)
+	if ferr := s.FindObjectsFinal(s.h); err == nil {
+		err = ferr
+	}
+	switch {
+	case err != nil:
+		return 0, explain("look for "+k.Label(), err)
+	case len(found) == 0:
+		return 0, fmt.Errorf("%s: %w", k.Label(), ErrNoKey)
+	case len(found) > 1:
+		return 0, fmt.Errorf("%s has two objects %q: one of them is not ours; remove it with the token's own tool", t, k.Label())
+	}
+	t.mu.Lock()
+	t.handles[at] = found[0]
+	t.mu.Unlock()
+	return found[0], nil
+}
+
+// destroy removes a key from the token for good.
+func (t *Token) destroy(s *session, class uint, k Key) error {
+	h, err := t.find(s, class, k)
+	if errors.Is(err, ErrNoKey) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	t.mu.Lock()
+	delete(t.handles, handleKey{class, string(k.ID())})
+	t.mu.Unlock()
+	if err := s.DestroyObject(s.h, h); err != nil {
+		return explain("remove "+k.Label(), err)
+	}
+	return nil
+}

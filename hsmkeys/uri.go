@@ -1,0 +1,91 @@
+package hsmkeys
+
+import (
+	"errors"
+	"fmt"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+
+	pkcs11uri "github.com/stefanberger/go-pkcs11uri"
+)
+
+// A uri is what a token's RFC 7512 URI says. It holds no PIN, only where to find it.
+type uri struct {
+	module    string
+	pinSource string
+	token     map[string]string // path attributes that name the token, by their RFC 7512 names
+}
+
+const uriExample = "for example pkcs11:token=factory?module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source=file:/etc/kmehsm/factory.pin"
+
+// tokenAttributes are the path attributes of RFC 7512 section 2.3 that name a token.
+var tokenAttributes = []string{"token", "serial", "manufacturer", "model"}
+
+func parseURI(s string) (*uri, error) {
+	if s == "" {
+		return nil, errors.New("no token: give --token or KMEHSM_TOKEN, an RFC 7512 URI, " + uriExample)
+	}
+	p := pkcs11uri.New()
+	if err := p.Parse(s); err != nil {
+		// The parser's message may quote the URI, and with it a PIN.
+		return nil, errors.New("the token's URI is not one of RFC 7512, " + uriExample)
+	}
+	if _, ok := p.GetQueryAttribute("pin-value", false); ok {
+		return nil, errors.New("the token's URI has a pin-value: a PIN on a command line is open to every user of the machine; put it in a file and name that with pin-source=file:/path")
+	}
+	u := &uri{token: map[string]string{}}
+	u.module, _ = p.GetQueryAttribute("module-path", false)
+	if u.module == "" {
+		return nil, errors.New("the token's URI names no PKCS #11 module: add module-path, " + uriExample)
+	}
+	if _, err := os.Stat(u.module); err != nil {
+		return nil, fmt.Errorf("the PKCS #11 module cannot be read: %w: check module-path, and that the token's driver is installed", err)
+	}
+	u.pinSource, _ = p.GetQueryAttribute("pin-source", false)
+	for _, name := range tokenAttributes {
+		if v, ok := p.GetPathAttribute(name, false); ok {
+			u.token[name] = v
+		}
+	}
+	if u.token["token"] == "" && u.token["serial"] == "" {
+		return nil, errors.New("the token's URI names no token: add token=LABEL or serial=NUMBER, " + uriExample)
+	}
+	return u, nil
+}
+
+// readPIN takes a PIN from a pin-source: a file: URI or an absolute path (RFC 7512 section 2.4). One newline at the
+// end belongs to the file, not to the PIN. Its errors never quote the file's content.
+func readPIN(source string) (string, error) {
+	if source == "" {
+		return "", errors.New("no PIN: add pin-source=file:/path to the token's URI")
+	}
+	path := source
+	if rest, ok := strings.CutPrefix(source, "file:"); ok {
+		p, err := url.PathUnescape(strings.TrimPrefix(rest, "//"))
+		if err != nil {
+			return "", errors.New("the pin-source is no valid file: URI")
+		}
+		path = p
+	}
+	if !filepath.IsAbs(path) {
+		return "", fmt.Errorf("the pin-source %q is neither file:/path nor an absolute path", source)
+	}
+	info, err := os.Stat(path)
+	if err != nil {
+		return "", fmt.Errorf("the PIN cannot be read: %w", err)
+	}
+	if info.Mode().Perm()&0o007 != 0 {
+		return "", fmt.Errorf("the PIN file %s is open to every user of the machine (mode %04o): chmod 0600 it, and change the PIN if others had access", path, info.Mode().Perm())
+	}
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return "", fmt.Errorf("the PIN cannot be read: %w", err)
+	}
+	pin := strings.TrimSuffix(strings.TrimSuffix(string(b), "\n"), "\r")
+	if pin == "" {
+		return "", fmt.Errorf("the PIN file %s is empty", path)
+	}
+	return pin, nil
+}

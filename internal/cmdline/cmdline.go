@@ -1,0 +1,208 @@
+// Package cmdline is what the commands have in common: flags, output, exit codes and signals.
+package cmdline
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"slices"
+	"strings"
+	"syscall"
+
+	"github.com/urfave/cli/v2"
+)
+
+// Exit codes.
+const (
+	exitFailed  = 1
+	exitUsage   = 2
+	exitPartial = 3 // part of it is done; the same command again goes on
+)
+
+type exitError struct {
+	error
+	code int
+}
+
+func (e exitError) Unwrap() error { return e.error }
+
+// Usagef is an error in how a command was called or configured.
+func Usagef(format string, args ...any) error {
+	return exitError{fmt.Errorf(format, args...), exitUsage}
+}
+
+// Usage marks err as one in how a command was called or configured.
+func Usage(err error) error { return exitError{err, exitUsage} }
+
+// Partial marks err as one that left part of the work done.
+func Partial(err error) error { return exitError{err, exitPartial} }
+
+// The common flags. Each command has those that it needs.
+var (
+	Token = &cli.StringFlag{Name: "token", EnvVars: []string{"KMEHSM_TOKEN"},
+		Usage: "the token, as an RFC 7512 `URI` with module-path and pin-source"}
+	JSON = &cli.BoolFlag{Name: "json", Usage: "print one JSON document on standard output"}
+)
+
+// Main runs a program's command line and exits.
+func Main(app *cli.App) {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second signal ends the process at once
+	os.Exit(Run(ctx, app, os.Args))
+}
+
+// Run runs a command line and gives the exit code.
+func Run(ctx context.Context, app *cli.App, args []string) int {
+	args = flagsFirst(app, args)
+	app.ExitErrHandler = func(*cli.Context, error) {} // errors are printed below, once
+	app.HideHelpCommand = true
+	prepare(app.Name, app.Commands)
+	app.OnUsageError = onUsageError
+	app.Action = unknown
+	err := app.RunContext(ctx, args)
+	if err == nil {
+		return 0
+	}
+	fmt.Fprintf(app.ErrWriter, "%s: %v\n", app.Name, err)
+	if slices.Contains(args, "--json") {
+		json.NewEncoder(app.Writer).Encode(map[string]any{"ok": false, "error": err.Error()})
+	}
+	var e exitError
+	if errors.As(err, &e) {
+		return e.code
+	}
+	return exitFailed
+}
+
+func onUsageError(_ *cli.Context, err error, _ bool) error { return Usage(err) }
+
+func unknown(c *cli.Context) error {
+	if c.Args().Present() {
+		return Usagef("there is no command %q; see %s --help", c.Args().First(), c.App.Name)
+	}
+	return cli.ShowAppHelp(c)
+}
+
+// prepare gives every command what all have.
+func prepare(parent string, commands []*cli.Command) {
+	for _, c := range commands {
+		name := parent + " " + c.Name
+		c.OnUsageError = onUsageError
+		c.HideHelpCommand = true
+		if len(c.Subcommands) > 0 {
+			prepare(name, c.Subcommands)
+			c.Action = func(c *cli.Context) error {
+				if c.Args().Present() {
+					return Usagef("there is no command \"%s %s\"; see %s --help", name, c.Args().First(), name)
+				}
+				return cli.ShowSubcommandHelp(c)
+			}
+			continue
+		}
+		action, want := c.Action, strings.Fields(c.ArgsUsage)
+		c.Action = func(c *cli.Context) error {
+			if c.NArg() != len(want) {
+				return Usagef("%s takes %s; see %s --help", name, describeArgs(want), name)
+			}
+			return action(c)
+		}
+	}
+}
+
+func describeArgs(want []string) string {
+	if len(want) == 0 {
+		return "no arguments, only flags"
+	}
+	return strings.Join(want, " ")
+}
+
+// Require refuses a command line without the flags named.
+func Require(c *cli.Context, flags ...string) error {
+	for _, f := range flags {
+		if c.String(f) == "" {
+			return Usagef("--%s is missing; see %s --help", f, c.Command.HelpName)
+		}
+	}
+	return nil
+}
+
+// flagsFirst moves flags before the arguments of the command that they are given to, wherever they stand: our
+// commands read better as "lot create NAME --tac ...", and package flag stops at the first argument.
+func flagsFirst(app *cli.App, args []string) []string {
+	takesValue := map[string]bool{}
+	var collect func([]*cli.Command)
+	collect = func(commands []*cli.Command) {
+		for _, c := range commands {
+			for _, f := range c.Flags {
+				_, isBool := f.(*cli.BoolFlag)
+				for _, n := range f.Names() {
+					takesValue[n] = !isBool
+				}
+			}
+			collect(c.Subcommands)
+		}
+	}
+	collect(app.Commands)
+
+	var words, flags, rest []string
+	commands := app.Commands
+	for i := 1; i < len(args); i++ {
+		a := args[i]
+		if a == "--" {
+			rest = append(rest, args[i+1:]...)
+			break
+		}
+		if name := strings.TrimLeft(a, "-"); len(a) > 1 && a[0] == '-' {
+			flags = append(flags, a)
+			if takesValue[name] && i+1 < len(args) {
+				i++
+				flags = append(flags, args[i])
+			}
+			continue
+		}
+		at := slices.IndexFunc(commands, func(c *cli.Command) bool { return c.HasName(a) })
+		if at < 0 {
+			commands = nil
+			rest = append(rest, a)
+			continue
+		}
+		commands = commands[at].Subcommands
+		words = append(words, a)
+	}
+	return slices.Concat(args[:1], words, flags, rest)
+}
+
+// Print gives a result: v as one JSON document with --json, else what human writes.
+func Print(c *cli.Context, v any, human func(io.Writer)) error {
+	if !c.Bool("json") {
+		human(c.App.Writer)
+		return nil
+	}
+	e := json.NewEncoder(c.App.Writer)
+	e.SetIndent("", "  ")
+	return e.Encode(v)
+}
+
+// Note prints a line for people while a command works.
+func Note(c *cli.Context, format string, args ...any) {
+	fmt.Fprintf(c.App.ErrWriter, format+"\n", args...)
+}
+
+// ReadFile reads a file that passes between parties, with a limit on its size.
+func ReadFile(path string) ([]byte, error) {
+	const limit = 16 << 20
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err == nil && len(data) > limit {
+		err = fmt.Errorf("%s is larger than any file of ours", path)
+	}
+	return data, err
+}

@@ -1,0 +1,188 @@
+// Package softhsmtest gives tests real PKCS #11 tokens, made by the project's own softhsm-setup.sh. A machine without
+// SoftHSM fails these tests; it does not skip them.
+//
+// SoftHSM reads SOFTHSM2_CONF, and looks for tokens, once: when a process initialises the module. So the tokens of
+// a test binary are all made by [Main], before any test, and handed out by [Token]. Tests that start other processes
+// make those a folder of tokens of their own with [Make].
+package softhsmtest
+
+import (
+	"errors"
+	"fmt"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+)
+
+// Tok is a token that nobody else uses.
+type Tok struct {
+	Label     string
+	URI       string // RFC 7512, with module-path and pin-source
+	PIN       string
+	SOPIN     string
+	PINFile   string
+	SOPINFile string
+	Module    string // the path of SoftHSM's library
+}
+
+var (
+	mu     sync.Mutex
+	dir    string
+	made   int
+	unused []Tok
+)
+
+// Main runs a package's tests with a number of tokens, t00 and up, and exits. It is for TestMain:
+//
+//	func TestMain(m *testing.M) { softhsmtest.Main(m, 8) }
+func Main(m *testing.M, tokens int) {
+	os.Exit(run(m, tokens))
+}
+
+func run(m *testing.M, tokens int) int {
+	fail := func(err error) int {
+		fmt.Fprintln(os.Stderr, "softhsmtest:", err)
+		return 1
+	}
+	tmp, err := os.MkdirTemp("", "softhsmtest-")
+	if err != nil {
+		return fail(err)
+	}
+	defer os.RemoveAll(tmp)
+
+	var labels []string
+	for i := range tokens {
+		labels = append(labels, fmt.Sprintf("t%02d", i))
+	}
+	toks, err := setup(tmp, labels)
+	if err != nil {
+		return fail(err)
+	}
+	dir, made = tmp, tokens
+	for _, l := range labels {
+		unused = append(unused, toks[l])
+	}
+	if err := os.Setenv("SOFTHSM2_CONF", conf(tmp)); err != nil {
+		return fail(err)
+	}
+	return m.Run()
+}
+
+// Token hands out a token that no other test has had.
+func Token(t testing.TB) Tok {
+	t.Helper()
+	mu.Lock()
+	defer mu.Unlock()
+	if len(unused) == 0 {
+		t.Fatalf("all %d tokens are in use: raise the number in TestMain's softhsmtest.Main", made)
+	}
+	tok := unused[0]
+	unused = unused[1:]
+	return tok
+}
+
+// Dir is the folder of Main's tokens.
+func Dir() string { return dir }
+
+// Make makes tokens in a folder of their own, for processes started with [Env]. The test's own process does not see
+// them if it has initialised the module.
+func Make(t testing.TB, dir string, labels ...string) map[string]Tok {
+	t.Helper()
+	toks, err := setup(dir, labels)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return toks
+}
+
+// Env is the environment entry that shows a process the tokens in dir.
+func Env(dir string) string { return "SOFTHSM2_CONF=" + conf(dir) }
+
+func conf(dir string) string { return filepath.Join(dir, "softhsm2.conf") }
+
+// script is softhsm-setup.sh, two folders up from this file.
+func script() (string, error) {
+	_, file, _, _ := runtime.Caller(0)
+	path := filepath.Join(filepath.Dir(file), "..", "..", "softhsm-setup.sh")
+	if _, err := os.Stat(path); err != nil {
+		return "", fmt.Errorf("%w (a test binary built with -trimpath cannot find it)", err)
+	}
+	return path, nil
+}
+
+// setup runs softhsm-setup.sh and reads what it tells its users: the env file.
+func setup(dir string, labels []string) (map[string]Tok, error) {
+	if len(labels) == 0 {
+		return nil, errors.New("no tokens asked for")
+	}
+	path, err := script()
+	if err != nil {
+		return nil, err
+	}
+	if out, err := exec.Command(path, append([]string{"--dir", dir}, labels...)...).CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("softhsm-setup.sh: %w\n%s", err, out)
+	}
+	env, err := source(filepath.Join(dir, "env"))
+	if err != nil {
+		return nil, err
+	}
+	toks := make(map[string]Tok)
+	for _, l := range labels {
+		if toks[l], err = token(env, dir, l); err != nil {
+			return nil, err
+		}
+	}
+	return toks, nil
+}
+
+// source returns the values that an env file sets, as a shell understands it.
+func source(file string) (map[string]string, error) {
+	cmd := exec.Command("/bin/sh", "-c", `. "$1" && env`, "sh", file)
+	cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
+	out, err := cmd.Output()
+	if err != nil {
+		return nil, fmt.Errorf("cannot source %s: %w", file, err)
+	}
+	env := make(map[string]string)
+	for line := range strings.Lines(string(out)) {
+		name, value, _ := strings.Cut(strings.TrimSuffix(line, "\n"), "=")
+		env[name] = value
+	}
+	return env, nil
+}
+
+func token(env map[string]string, dir, label string) (Tok, error) {
+	tok := Tok{
+		Label:     label,
+		PINFile:   filepath.Join(dir, label+".pin"),
+		SOPINFile: filepath.Join(dir, label+".so-pin"),
+	}
+	for _, uri := range env {
+		if strings.HasPrefix(uri, "pkcs11:token="+label+"?") {
+			tok.URI = uri
+		}
+	}
+	_, query, _ := strings.Cut(tok.URI, "?")
+	attributes, err := url.ParseQuery(query)
+	if err != nil {
+		return Tok{}, fmt.Errorf("the URI of %s: %w", label, err)
+	}
+	if tok.Module = attributes.Get("module-path"); tok.Module == "" {
+		return Tok{}, fmt.Errorf("the env file has no URI with a module-path for %s", label)
+	}
+	pin, err := os.ReadFile(tok.PINFile)
+	if err != nil {
+		return Tok{}, err
+	}
+	soPIN, err := os.ReadFile(tok.SOPINFile)
+	if err != nil {
+		return Tok{}, err
+	}
+	tok.PIN, tok.SOPIN = string(pin), string(soPIN)
+	return tok, nil
+}

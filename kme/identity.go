@@ -1,0 +1,150 @@
+package kme
+
+import (
+	"errors"
+	"fmt"
+	"strconv"
+)
+
+const (
+	// SNRs is how many serial numbers a TAC has (3GPP TS 23.003 clause 6.2.1: six digits).
+	SNRs = 1_000_000
+
+	imeiDigits = 14
+	tacDigits  = 8
+)
+
+// An IMEI is the identity of a device: the 14 digits of TAC and SNR. The check digit and the software
+// version of the longer forms are not part of it. The zero IMEI is not valid.
+type IMEI struct{ digits string }
+
+// ParseIMEI accepts the three forms of 3GPP TS 23.003 clause 6.2: 14 digits; 15, whose last must be the
+// right Luhn check digit; 16 (an IMEISV), whose last two are the software version and dropped.
+func ParseIMEI(s string) (IMEI, error) {
+	if !allDigits(s) {
+		return IMEI{}, errors.New("an IMEI has digits only")
+	}
+	switch len(s) {
+	case imeiDigits, imeiDigits + 2:
+	case imeiDigits + 1:
+		if want := luhn(s[:imeiDigits]); s[imeiDigits] != want {
+			return IMEI{}, fmt.Errorf("the IMEI's check digit is %c, but its other digits make %c: check for a typing error", s[imeiDigits], want)
+		}
+	default:
+		return IMEI{}, fmt.Errorf("an IMEI has 14 digits, 15 with its check digit, or 16 with its software version; this has %d", len(s))
+	}
+	return IMEI{s[:imeiDigits]}, nil
+}
+
+// NewIMEI is the IMEI of a serial number within a TAC.
+func NewIMEI(tac TAC, snr int) (IMEI, error) {
+	if tac == (TAC{}) || snr < 0 || snr >= SNRs {
+		return IMEI{}, fmt.Errorf("no IMEI with TAC %q and serial number %d", tac.digits, snr)
+	}
+	return IMEI{fmt.Sprintf("%s%06d", tac.digits, snr)}, nil
+}
+
+// String is the canonical form, 14 digits.
+func (i IMEI) String() string { return i.digits }
+
+// TAC is the type allocation code of the IMEI.
+func (i IMEI) TAC() TAC {
+	if i.digits == "" {
+		return TAC{}
+	}
+	return TAC{i.digits[:tacDigits]}
+}
+
+// SNR is the serial number within the TAC, 0 to 999999; -1 for the zero IMEI.
+func (i IMEI) SNR() int {
+	if i.digits == "" {
+		return -1
+	}
+	n, _ := strconv.Atoi(i.digits[tacDigits:])
+	return n
+}
+
+// MarshalText gives the canonical form.
+func (i IMEI) MarshalText() ([]byte, error) { return []byte(i.digits), nil }
+
+// UnmarshalText takes the canonical form only: in files and tables an IMEI has one spelling.
+func (i *IMEI) UnmarshalText(b []byte) error {
+	if len(b) != imeiDigits {
+		return fmt.Errorf("an IMEI here has %d digits", imeiDigits)
+	}
+	v, err := ParseIMEI(string(b))
+	if err == nil {
+		*i = v
+	}
+	return err
+}
+
+// A TAC is the type allocation code of a device model: the first eight digits of its IMEIs.
+type TAC struct{ digits string }
+
+// ParseTAC accepts eight digits.
+func ParseTAC(s string) (TAC, error) {
+	if len(s) != tacDigits || !allDigits(s) {
+		return TAC{}, fmt.Errorf("a TAC has %d digits", tacDigits)
+	}
+	return TAC{s}, nil
+}
+
+func (t TAC) String() string               { return t.digits }
+func (t TAC) MarshalText() ([]byte, error) { return []byte(t.digits), nil }
+
+func (t *TAC) UnmarshalText(b []byte) error {
+	v, err := ParseTAC(string(b))
+	if err == nil {
+		*t = v
+	}
+	return err
+}
+
+// An IMSI is the identity of a subscription: MCC, MNC and MSIN, 6 to 15 digits (3GPP TS 23.003 clause
+// 2.2; MCC has three digits and MNC two at least, so that shorter ones name no subscription). It is a type of
+// its own because both it and an IMEI look like 15 digits. The zero IMSI is not valid.
+type IMSI struct{ digits string }
+
+// ParseIMSI accepts 6 to 15 digits.
+func ParseIMSI(s string) (IMSI, error) {
+	if len(s) < 6 || len(s) > 15 || !allDigits(s) {
+		return IMSI{}, errors.New("an IMSI has 6 to 15 digits")
+	}
+	return IMSI{s}, nil
+}
+
+func (i IMSI) String() string               { return i.digits }
+func (i IMSI) MarshalText() ([]byte, error) { return []byte(i.digits), nil }
+
+func (i *IMSI) UnmarshalText(b []byte) error {
+	v, err := ParseIMSI(string(b))
+	if err == nil {
+		*i = v
+	}
+	return err
+}
+
+// luhn is the check digit of the digits s (3GPP TS 23.003 annex B).
+func luhn(s string) byte {
+	sum := 0
+	for i := range len(s) {
+		d := int(s[len(s)-1-i] - '0')
+		if i%2 == 0 { // the rightmost digit will stand left of the check digit
+			if d *= 2; d > 9 {
+				d -= 9
+			}
+		}
+		sum += d
+	}
+	return '0' + byte((10-sum%10)%10)
+}
+
+func allDigits(s string) bool {
+	for i := range len(s) {
+		if s[i] < '0' || s[i] > '9' {
+			return false
+		}
+	}
+	return true
+}

@@ -1,0 +1,88 @@
+package kme
+
+import (
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/subtle"
+	"errors"
+	"fmt"
+	"math/big"
+)
+
+// A Plaintext is what a payload carries.
+type Plaintext struct {
+	KME Secret
+	Sig []byte // KME_SIG, as long as the suite says
+	RME Secret
+}
+
+// Wipe overwrites both secrets and the signature: who learns a (KME, KME_SIG) can encrypt it again.
+func (p *Plaintext) Wipe() {
+	p.KME.Wipe()
+	p.RME.Wipe()
+	clear(p.Sig)
+}
+
+// NWSig is the network's proof that it has the KME: SHA-256(KME || RME).
+func (p *Plaintext) NWSig() [sha256.Size]byte {
+	h := sha256.New()
+	h.Write(p.KME.Bytes())
+	h.Write(p.RME.Bytes())
+	return [sha256.Size]byte(h.Sum(nil))
+}
+
+// PayloadSize is the length of a payload to a lot, k, in bytes.
+func PayloadSize(lot *rsa.PublicKey) int { return (lot.N.BitLen() + 7) / 8 }
+
+// Encrypt makes a payload, on the ME's side: M^e mod N for M the big-endian integer KME || KME_SIG || RME, as
+// exactly k bytes. It is no RSA encryption scheme, which is why crypto/rsa has no function for it.
+func (s Suite) Encrypt(lot *rsa.PublicKey, p *Plaintext) ([]byte, error) {
+	if err := s.CheckLot(lot); err != nil {
+		return nil, err
+	}
+	if len(p.Sig) != s.SignatureSize() {
+		return nil, fmt.Errorf("a KME_SIG of suite %s has %d bytes, not %d", s, s.SignatureSize(), len(p.Sig))
+	}
+	m := make([]byte, 0, s.PlaintextSize())
+	m = append(append(append(m, p.KME.Bytes()...), p.Sig...), p.RME.Bytes()...)
+	defer clear(m)
+	if len(m) != s.PlaintextSize() {
+		return nil, errors.New("KME or RME is missing")
+	}
+	c := new(big.Int).Exp(new(big.Int).SetBytes(m), big.NewInt(int64(lot.E)), lot.N)
+	return c.FillBytes(make([]byte, PayloadSize(lot))), nil
+}
+
+// ReducePayload prepares a payload of exactly k bytes for raw decryption. ok is false for one that is not
+// below N; what it returns then is the payload minus N, which is below N, so that a caller can send it the
+// same way through the token and nobody can tell this fault from others by the time it takes.
+func ReducePayload(lot *rsa.PublicKey, payload []byte) (reduced []byte, ok bool, err error) {
+	k := PayloadSize(lot)
+	if len(payload) != k {
+		return nil, false, fmt.Errorf("a payload to this lot has %d bytes, not %d", k, len(payload))
+	}
+	c := new(big.Int).SetBytes(payload)
+	if ok = c.Cmp(lot.N) < 0; !ok {
+		c.Sub(c, lot.N) // below N, since payload < 2^(8k) <= 2N
+	}
+	return c.FillBytes(make([]byte, k)), ok, nil
+}
+
+// Split takes apart what raw decryption gave, on the network's side. raw has k bytes; a token may have left
+// out leading zero bytes of it, which PKCS #11 forbids for CKM_RSA_X_509 but which costs nothing to accept.
+// ok is false if the bytes before KME || KME_SIG || RME are not all zero; the fields are set all the same, for
+// a caller that treats all faults alike. The fields are copies: wipe raw, and wipe them.
+func (s Suite) Split(raw []byte) (p Plaintext, ok bool) {
+	size := s.PlaintextSize()
+	m := make([]byte, max(size, len(raw)))
+	copy(m[len(m)-len(raw):], raw)
+	defer clear(m)
+
+	lead := m[:len(m)-size]
+	ok = subtle.ConstantTimeCompare(lead, make([]byte, len(lead))) == 1
+	m = m[len(lead):]
+	p.KME, _ = NewSecret(m[:SecretSize])
+	p.Sig = append([]byte(nil), m[SecretSize:size-SecretSize]...)
+	p.RME, _ = NewSecret(m[size-SecretSize:])
+	return p, ok
+}

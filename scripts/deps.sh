@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+set -euo pipefail
+
+usage() {
+	cat <<'EOF'
+usage: scripts/deps.sh build|demo|test|generate
+
+Installs, with apt-get, what this machine lacks for a Make target, and nothing else:
+
+    build       a C compiler and the C library's headers (cgo, for PKCS #11 and SQLite), CA certificates
+    demo        build's, and SoftHSM, curl, jq, openssl
+    test        demo's, and OpenSC (pkcs11-tool and pkcs11-spy.so), shellcheck
+    generate    protoc
+
+It does so as root or with sudo. With nothing missing it does nothing, on any system.
+EOF
+}
+
+die() {
+	printf 'scripts/deps.sh: %s\n' "$1" >&2
+	exit 1
+}
+
+missing=()
+
+# need PACKAGE TEST...: a package is missing if the test for what it brings fails. A thing that came some other way
+# than as a package is as good.
+need() {
+	local package=$1
+	shift
+	"$@" >/dev/null 2>&1 || missing+=("$package")
+}
+
+has_headers() {
+	printf '#include <stdlib.h>\n' | $cc -E -
+}
+
+# Without the authorities' certificates go fetches no modules.
+has_certificates() {
+	compgen -G '/etc/ssl/certs/*' || [ -e /etc/ssl/cert.pem ]
+}
+
+has_spy() {
+	compgen -G '/usr/lib/*/pkcs11-spy.so' || compgen -G '/usr/lib*/pkcs11-spy.so'
+}
+
+for_build() {
+	need gcc command -v "${cc%% *}"
+	need libc6-dev has_headers
+	need ca-certificates has_certificates
+}
+
+for_demo() {
+	for_build
+	need softhsm2 command -v softhsm2-util
+	need curl command -v curl
+	need jq command -v jq
+	need openssl command -v openssl
+}
+
+for_test() {
+	for_demo
+	need opensc command -v pkcs11-tool
+	need opensc-pkcs11 has_spy
+	need shellcheck command -v shellcheck
+}
+
+for_generate() {
+	need protobuf-compiler command -v protoc
+	need libprotobuf-dev test -e /usr/include/google/protobuf/timestamp.proto
+}
+
+case ${1:-} in
+build | demo | test | generate) ;;
+-h | --help) usage && exit ;;
+*)
+	usage >&2
+	exit 2
+	;;
+esac
+
+command -v go >/dev/null || die 'go not found: install it as https://go.dev/doc/install tells; go.mod names the version'
+cc=$(go env CC)
+"for_$1"
+[ ${#missing[@]} -gt 0 ] || exit 0
+
+command -v apt-get >/dev/null || die "missing: ${missing[*]} (as Debian calls them), and there is no apt-get here: install them with this system's package manager"
+root=(env)
+if [ "$(id -u)" -ne 0 ]; then
+	command -v sudo >/dev/null || die "missing: ${missing[*]}: install them as root, or install sudo"
+	root=(sudo env)
+fi
+
+apt() {
+	"${root[@]}" DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=120 -o Dpkg::Use-Pty=0 "$@" </dev/null
+}
+
+printf 'installing: %s\n' "${missing[*]}"
+apt update
+apt install --yes --no-install-recommends "${missing[@]}" >/dev/null
