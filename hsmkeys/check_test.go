@@ -39,8 +39,6 @@ func TestCheckLotKey(t *testing.T) {
 	for small.BitLen() != 2048 {
 		small.Mul(prime(t, 2038), big.NewInt(751))
 	}
-	// A ROCA modulus: primes of the form k*M + 65537^a mod M, for M the product of the first 39 primes.
-	// Only its remainders are looked at, so that a product of two such numbers does.
 	for name, c := range map[string]struct {
 		n    *big.Int
 		e    int
@@ -52,9 +50,9 @@ func TestCheckLotKey(t *testing.T) {
 		"e = 3":        {good.N, 3, 2048, "exponent 3"},
 		"e = 65536":    {good.N, 65536, 2048, "exponent 65536"},
 		"even":         {new(big.Int).Sub(good.N, big.NewInt(1)), 65537, 2048, "weak"},
-		"small factor": {small, 65537, 2048, "weak"},
+		"small factor": {small, 65537, 2048, "small prime"},
 		"close primes": {new(big.Int).Mul(p, q), 65537, new(big.Int).Mul(p, q).BitLen(), "weak"},
-		"ROCA":         {rocaModulus(t), 65537, 2048, "weak"},
+		"ROCA":         {rocaModulus(t), 65537, 2048, "Infineon"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			err := CheckLotKey(t.Context(), &rsa.PublicKey{N: c.n, E: c.e}, c.bits)
@@ -65,32 +63,27 @@ func TestCheckLotKey(t *testing.T) {
 	}
 }
 
-// rocaModulus has the fingerprint of CVE-2017-15361: modulo each small prime it is a power of 65537.
+// rocaModulus has the fingerprint of CVE-2017-15361: modulo each of the first primes it is a power of 65537. The other
+// small primes, which are tried before, do not divide it.
 func rocaModulus(t *testing.T) *big.Int {
 	t.Helper()
-	m := big.NewInt(1)
-	for _, p := range []int64{2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113, 127, 131, 137, 139, 149, 151, 157, 163, 167} {
-		m.Mul(m, big.NewInt(p))
-	}
-	weak := func() *big.Int {
-		a := prime(t, 32)
-		base := new(big.Int).Exp(big.NewInt(65537), a, m)
-		for {
-			k, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), uint(1024-m.BitLen())))
-			if err != nil {
-				t.Fatal(err)
-			}
-			p := k.Add(k.Mul(k, m), base)
-			if p.BitLen() == 1024 && p.ProbablyPrime(0) {
-				return p
-			}
+	fingerprint, others := big.NewInt(1), big.NewInt(1)
+	for i := int64(2); i < 752; i++ {
+		switch p := big.NewInt(i); {
+		case !p.ProbablyPrime(10):
+		case i <= 167:
+			fingerprint.Mul(fingerprint, p)
+		default:
+			others.Mul(others, p)
 		}
 	}
-	for {
-		if n := new(big.Int).Mul(weak(), weak()); n.BitLen() == 2048 {
-			return n
-		}
+	power := new(big.Int).Exp(big.NewInt(65537), prime(t, 32), fingerprint)
+	n := prime(t, 2048)
+	n.Add(n.Sub(n, new(big.Int).Mod(n, fingerprint)), power)
+	for new(big.Int).GCD(nil, nil, n, others).Cmp(big.NewInt(1)) != 0 {
+		n.Sub(n, fingerprint)
 	}
+	return n
 }
 
 func TestCheckCommonFactors(t *testing.T) {

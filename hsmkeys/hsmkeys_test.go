@@ -188,7 +188,8 @@ func TestVectors(t *testing.T) {
 			case err != nil:
 				t.Fatal(err)
 			case c.Expect == "reject":
-				if string(o.Fault) != c.Why {
+				// A short plaintext may look like one whose KME begins with zeros: then the signature finds it.
+				if string(o.Fault) != c.Why && !(c.Why == "layout" && o.Fault == FaultSignature) {
 					t.Errorf("fault %q, want %q", o.Fault, c.Why)
 				}
 				if len(o.Tag) != sha256.Size || len(o.Sealed) != sealedSize {
@@ -199,10 +200,11 @@ func TestVectors(t *testing.T) {
 					t.Errorf("fault %q, NW_SIG %x, want %x", o.Fault, o.NWSig, c.NWSig)
 				}
 				// A malleated signature changes nothing about the KME, and so nothing about its tag.
-				if again := tags[string(o.Tag)]; again != strings.Contains(c.Name, "second of a malleated pair") {
+				tag := c.Lot + string(o.Tag)
+				if again := tags[tag]; again != strings.Contains(c.Name, "second of a malleated pair") {
 					t.Errorf("tag seen before: %v", again)
 				}
-				tags[string(o.Tag)] = true
+				tags[tag] = true
 				checkSealed(t, token, o.Sealed, c.KME)
 			}
 		})

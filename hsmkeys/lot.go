@@ -127,11 +127,12 @@ func rawDecrypt(s *session, h pkcs11.ObjectHandle, c []byte) ([]byte, error) {
 	return m, explainIf("decrypt", err)
 }
 
-// SealLotKey makes a lot key non-extractable for good: from then on it cannot be granted to anybody any more.
+// SealLotKey makes a lot key non-extractable for good: from then on it cannot be granted to anybody any more. Doing it
+// again changes nothing.
 func (t *Token) SealLotKey(ctx context.Context, k Key) error {
 	return t.with(ctx, func(s *session) error {
-		h, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, k)
-		if err != nil {
+		h, sealed, err := t.findSealed(s, k)
+		if err != nil || sealed {
 			return err
 		}
 		return explainIf("seal "+k.Label(), s.SetAttributeValue(s.h, h, attributes{attr(pkcs11.CKA_EXTRACTABLE, false)}))
@@ -141,18 +142,21 @@ func (t *Token) SealLotKey(ctx context.Context, k Key) error {
 // LotKeySealed says whether SealLotKey has been done.
 func (t *Token) LotKeySealed(ctx context.Context, k Key) (sealed bool, err error) {
 	err = t.with(ctx, func(s *session) error {
-		h, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, k)
-		if err != nil {
-			return err
-		}
-		a, err := s.GetAttributeValue(s.h, h, attributes{attr(pkcs11.CKA_EXTRACTABLE, nil)})
-		if err != nil {
-			return explain("read "+k.Label(), err)
-		}
-		sealed = !isTrue(a[0])
-		return nil
+		_, sealed, err = t.findSealed(s, k)
+		return err
 	})
 	return sealed, err
+}
+
+func (t *Token) findSealed(s *session, k Key) (h pkcs11.ObjectHandle, sealed bool, err error) {
+	if h, err = t.find(s, pkcs11.CKO_PRIVATE_KEY, k); err != nil {
+		return 0, false, err
+	}
+	a, err := s.GetAttributeValue(s.h, h, attributes{attr(pkcs11.CKA_EXTRACTABLE, nil)})
+	if err != nil {
+		return 0, false, explain("read "+k.Label(), err)
+	}
+	return h, !isTrue(a[0]), nil
 }
 
 func isTrue(a *pkcs11.Attribute) bool { return len(a.Value) == 1 && a.Value[0] == 1 }

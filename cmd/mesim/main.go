@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"math/rand/v2"
 	"os"
 
 	"github.com/urfave/cli/v2"
@@ -47,7 +48,7 @@ untouched device is rejected, or a tampered one is not. --tamper, in what the de
 					&cli.IntFlag{Name: "first", Usage: "the first device, `N`, counted from 0"},
 					&cli.IntFlag{Name: "count", Usage: "how many devices, `N` (default: all)"},
 					&cli.IntFlag{Name: "concurrency", Value: 8, Usage: "devices at once, `C`"},
-					&cli.StringFlag{Name: "first-imsi", Value: "001010000000000", Usage: "the `IMSI` of device 0; the others count on from it"},
+					&cli.StringFlag{Name: "first-imsi", Usage: "the `IMSI` of device 0; the others count on from it (default: 001010000000000; with --tamper anywhere above)"},
 					&cli.StringFlag{Name: "tamper", Usage: "what is wrong with the devices, a `KIND`"},
 				}, deviceFlags...),
 				Action: attach,
@@ -93,7 +94,7 @@ func attach(c *cli.Context) error {
 	if err := kind.check(); err != nil {
 		return cmdline.Usage(err)
 	}
-	imsi, err := kme.ParseIMSI(c.String("first-imsi"))
+	imsi, err := firstIMSI(c.String("first-imsi"), kind)
 	if err != nil {
 		return cmdline.Usagef("--first-imsi: %w", err)
 	}
@@ -118,6 +119,17 @@ func attach(c *cli.Context) error {
 		return err
 	}
 	return run.verdict(c.Context, result)
+}
+
+// firstIMSI defaults to the test network 001 01. A tampered device comes with a subscription that has no binding yet, so
+// it gets one that is not likely to have come up before.
+func firstIMSI(given string, kind tamper) (kme.IMSI, error) {
+	if given == "" && kind == "" {
+		given = "001010000000000"
+	} else if given == "" {
+		given = fmt.Sprintf("00101%010d", 1_000_000_000+rand.Int64N(8_000_000_000))
+	}
+	return kme.ParseIMSI(given)
 }
 
 // verdict fails a run whose devices did not meet with what they should have.

@@ -1,0 +1,686 @@
+// Package storetest holds every implementation of binding.Store and binding.Registry to what they promise.
+package storetest
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"math/big"
+	"reflect"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/pemkey"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// A Store is what Run tests: both interfaces in one.
+type Store = interface {
+	binding.Store
+	binding.Registry
+}
+
+// Run tests an implementation. open gives a store that holds nothing, and closes it at the end of its test.
+func Run(t *testing.T, open func(t *testing.T) Store) {
+	for _, c := range []struct {
+		name string
+		test func(t *testing.T, s Store)
+	}{
+		{"Attempts", attempts},
+		{"DropExpired", dropExpired},
+		{"Establish", establish},
+		{"EstablishNoAttempt", establishNoAttempt},
+		{"EstablishUsed", establishUsed},
+		{"EstablishClosesAttempts", establishClosesAttempts},
+		{"EstablishCanceled", establishCanceled},
+		{"Ledger", ledger},
+		{"ReportOK", reportOK},
+		{"ReportNotOK", reportNotOK},
+		{"ReportNotBound", reportNotBound},
+		{"Manufacturers", manufacturers},
+		{"Lots", lots},
+		{"LotRefused", lotRefused},
+		{"RacePrepare", racePrepare},
+		{"RaceAttempt", raceAttempt},
+		{"RaceLedger", raceLedger},
+		{"RaceReport", raceReport},
+		{"RaceLots", raceLots},
+	} {
+		t.Run(c.name, func(t *testing.T) { c.test(t, open(t)) })
+	}
+}
+
+// Stores keep milliseconds, and times come back as UTC.
+var t0 = time.UnixMilli(1_800_000_000_123).UTC()
+
+const (
+	ttl    = 5 * time.Minute
+	racers = 16
+)
+
+// subscription and device are one of many.
+func subscription(t *testing.T, n int) kme.IMSI {
+	t.Helper()
+	imsi, err := kme.ParseIMSI(fmt.Sprintf("0010100000%05d", n)) // the zeros in front must survive
+	if err != nil {
+		t.Fatal(err)
+	}
+	return imsi
+}
+
+func device(t *testing.T, n int) kme.IMEI {
+	t.Helper()
+	imei, err := kme.NewIMEI(tac(t), n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return imei
+}
+
+func tac(t *testing.T) kme.TAC {
+	t.Helper()
+	v, err := kme.ParseTAC("01234567")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return v
+}
+
+// prepare calls Prepare as the service does, with an attempt that lives for ttl and is shared for half of it.
+func prepare(t *testing.T, s Store, imsi kme.IMSI, id string, now time.Time) (*binding.Binding, *binding.Attempt) {
+	t.Helper()
+	b, a, err := s.Prepare(t.Context(), binding.Attempt{ID: id, IMSI: imsi, Expires: now.Add(ttl)}, now, now.Add(ttl/2))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if (b == nil) == (a == nil) {
+		t.Fatalf("Prepare gave binding %v and attempt %v, not one of them", b, a)
+	}
+	return b, a
+}
+
+// openAttempt opens one and insists that it is new.
+func openAttempt(t *testing.T, s Store, imsi kme.IMSI, id string, now time.Time) {
+	t.Helper()
+	if _, a := prepare(t, s, imsi, id, now); a == nil || a.ID != id {
+		t.Fatalf("Prepare gave attempt %v, want a new one, %s", a, id)
+	}
+}
+
+func checkOpen(t *testing.T, s Store, imsi kme.IMSI, id string, now time.Time, want bool) {
+	t.Helper()
+	a, err := s.Attempt(t.Context(), imsi, id, now)
+	switch {
+	case want && err != nil:
+		t.Errorf("attempt %s of %s at %s: %v", id, imsi, now, err)
+	case want && (a.ID != id || a.IMSI != imsi):
+		t.Errorf("attempt %s of %s: got %v", id, imsi, a)
+	case !want && !errors.Is(err, binding.ErrNoAttempt):
+		t.Errorf("attempt %s of %s at %s: error %v, want ErrNoAttempt", id, imsi, now, err)
+	}
+}
+
+func newBinding(imsi kme.IMSI, imei kme.IMEI, attempt string) *binding.Binding {
+	fill := func(n int) []byte { return bytes.Repeat([]byte(attempt[:1]), n) }
+	return &binding.Binding{
+		IMSI: imsi, IMEI: imei, Manufacturer: "maker", Lot: "L1", State: binding.Pending, Sealed: fill(40), Established: t0.Add(time.Second),
+		AttemptID: attempt, PayloadSHA256: append([]byte{0, 0xff}, fill(30)...), NWSig: fill(32),
+	}
+}
+
+// bind opens an attempt and makes a binding within it.
+func bind(t *testing.T, s Store, imsi kme.IMSI, imei kme.IMEI, attempt string, tag []byte) *binding.Binding {
+	t.Helper()
+	openAttempt(t, s, imsi, attempt, t0)
+	b := newBinding(imsi, imei, attempt)
+	if err := s.Establish(t.Context(), b, tag, t0); err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func checkBinding(t *testing.T, s Store, imsi kme.IMSI, want *binding.Binding) {
+	t.Helper()
+	got, err := s.Binding(t.Context(), imsi)
+	if want == nil {
+		if !errors.Is(err, binding.ErrNotBound) {
+			t.Errorf("binding of %s: %v, error %v, want ErrNotBound", imsi, got, err)
+		}
+		return
+	}
+	if err != nil {
+		t.Errorf("binding of %s: %v", imsi, err)
+	} else if !reflect.DeepEqual(got, want) {
+		t.Errorf("binding of %s:\n got %+v\nwant %+v", imsi, got, want)
+	}
+}
+
+func checkUsed(t *testing.T, s Store, imei kme.IMEI, tag []byte, want bool) {
+	t.Helper()
+	if used, err := s.Used(t.Context(), imei, tag); err != nil || used != want {
+		t.Errorf("tag %x of %s used: %v, error %v, want %v", tag, imei, used, err, want)
+	}
+}
+
+func attempts(t *testing.T, s Store) {
+	one, other := subscription(t, 1), subscription(t, 2)
+	openAttempt(t, s, one, "a1", t0)
+	for _, c := range []struct {
+		name  string
+		after time.Duration
+		want  string
+	}{
+		{"at once", 0, "a1"},
+		{"while it lives for long enough", ttl/2 - time.Millisecond, "a1"},
+		{"while it lives for just long enough", ttl / 2, "a1"},
+		{"when it does not", ttl/2 + time.Millisecond, "a2"},
+		{"of two, the one that lives longer", ttl/2 + time.Second, "a2"},
+	} {
+		if _, a := prepare(t, s, one, "a2", t0.Add(c.after)); a == nil || a.ID != c.want || a.IMSI != one {
+			t.Errorf("%s: attempt %v, want %s", c.name, a, c.want)
+		}
+	}
+	openAttempt(t, s, other, "b1", t0)
+
+	// A second attempt does not close the first: the device may have its answer under way.
+	end := t0.Add(ttl)
+	for _, c := range []struct {
+		imsi kme.IMSI
+		id   string
+		now  time.Time
+		want bool
+	}{
+		{one, "a1", t0, true},
+		{one, "a1", end.Add(-time.Millisecond), true},
+		{one, "a1", end, false},
+		{one, "a1", end.Add(time.Hour), false},
+		{one, "a2", end, true},
+		{one, "b1", t0, false},
+		{other, "b1", t0, true},
+		{other, "a1", t0, false},
+		{one, "", t0, false},
+		{one, "A1", t0, false},
+		{one, "a_", t0, false},
+		{subscription(t, 3), "a1", t0, false},
+	} {
+		checkOpen(t, s, c.imsi, c.id, c.now, c.want)
+	}
+	if a, err := s.Attempt(t.Context(), one, "a1", t0); err != nil || !a.Expires.Equal(end) {
+		t.Errorf("attempt a1 is %v, error %v; want it to expire at %s", a, err, end)
+	}
+}
+
+func dropExpired(t *testing.T, s Store) {
+	one, other := subscription(t, 1), subscription(t, 2)
+	openAttempt(t, s, one, "a1", t0)
+	openAttempt(t, s, other, "b1", t0.Add(time.Millisecond))
+	for _, c := range []struct {
+		now          time.Time
+		first, other bool
+	}{
+		{t0.Add(ttl - time.Millisecond), true, true},
+		{t0.Add(ttl), false, true},
+		{t0.Add(ttl + time.Millisecond), false, false},
+	} {
+		if err := s.DropExpired(t.Context(), c.now); err != nil {
+			t.Fatal(err)
+		}
+		// Asked for a time at which they were open: what is gone stays gone.
+		checkOpen(t, s, one, "a1", t0, c.first)
+		checkOpen(t, s, other, "b1", t0, c.other)
+	}
+}
+
+func establish(t *testing.T, s Store) {
+	imsi, imei := subscription(t, 1), device(t, 1)
+	checkBinding(t, s, imsi, nil)
+	b := bind(t, s, imsi, imei, "a1", []byte("tag"))
+	checkBinding(t, s, imsi, b)
+	checkBinding(t, s, subscription(t, 2), nil)
+	if got, _ := prepare(t, s, imsi, "a2", t0); !reflect.DeepEqual(got, b) {
+		t.Errorf("Prepare gives %+v, want the pending binding", got)
+	}
+	checkOpen(t, s, imsi, "a2", t0, false)
+}
+
+func establishNoAttempt(t *testing.T, s Store) {
+	one, other, imei := subscription(t, 1), subscription(t, 2), device(t, 1)
+	openAttempt(t, s, one, "a1", t0)
+	openAttempt(t, s, other, "b1", t0)
+	for _, c := range []struct {
+		name, attempt string
+		now           time.Time
+	}{
+		{"none such", "a0", t0},
+		{"empty", "", t0},
+		{"another IMSI's", "b1", t0},
+		{"expired", "a1", t0.Add(ttl)},
+	} {
+		b := newBinding(one, imei, "a1")
+		b.AttemptID = c.attempt
+		if err := s.Establish(t.Context(), b, []byte("tag"), c.now); !errors.Is(err, binding.ErrNoAttempt) {
+			t.Errorf("%s: %v, want ErrNoAttempt", c.name, err)
+		}
+	}
+	checkBinding(t, s, one, nil)
+	checkUsed(t, s, imei, []byte("tag"), false)
+	checkOpen(t, s, one, "a1", t0, true)
+	checkOpen(t, s, other, "b1", t0, true)
+
+	first := newBinding(one, imei, "a1")
+	if err := s.Establish(t.Context(), first, []byte("tag"), t0.Add(ttl-time.Millisecond)); err != nil {
+		t.Fatal(err)
+	}
+	again := newBinding(one, device(t, 2), "a1")
+	if err := s.Establish(t.Context(), again, []byte("tag 2"), t0); !errors.Is(err, binding.ErrNoAttempt) {
+		t.Errorf("an attempt used twice: %v, want ErrNoAttempt", err)
+	}
+	checkBinding(t, s, one, first)
+	checkUsed(t, s, again.IMEI, []byte("tag 2"), false)
+}
+
+func establishUsed(t *testing.T, s Store) {
+	one, other, imei := subscription(t, 1), subscription(t, 2), device(t, 1)
+	b := bind(t, s, one, imei, "a1", []byte("tag"))
+	openAttempt(t, s, other, "b1", t0)
+	if err := s.Establish(t.Context(), newBinding(other, imei, "b1"), []byte("tag"), t0); !errors.Is(err, binding.ErrUsed) {
+		t.Errorf("a KME used twice: %v, want ErrUsed", err)
+	}
+	// The refusal changed nothing: the device may still establish another KME within the same attempt.
+	checkBinding(t, s, other, nil)
+	checkBinding(t, s, one, b)
+	checkOpen(t, s, other, "b1", t0, true)
+	if err := s.Establish(t.Context(), newBinding(other, imei, "b1"), []byte("tag 2"), t0); err != nil {
+		t.Errorf("another KME after the refusal: %v", err)
+	}
+}
+
+func establishClosesAttempts(t *testing.T, s Store) {
+	one, other := subscription(t, 1), subscription(t, 2)
+	later := t0.Add(ttl/2 + time.Second)
+	openAttempt(t, s, one, "a1", t0)
+	openAttempt(t, s, one, "a2", later)
+	openAttempt(t, s, other, "b1", t0)
+	if err := s.Establish(t.Context(), newBinding(one, device(t, 1), "a1"), []byte("tag"), later); err != nil {
+		t.Fatal(err)
+	}
+	checkOpen(t, s, one, "a1", later, false)
+	checkOpen(t, s, one, "a2", later, false)
+	checkOpen(t, s, other, "b1", later, true)
+}
+
+func establishCanceled(t *testing.T, s Store) {
+	imsi, imei := subscription(t, 1), device(t, 1)
+	openAttempt(t, s, imsi, "a1", t0)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := s.Establish(ctx, newBinding(imsi, imei, "a1"), []byte("tag"), t0); !errors.Is(err, context.Canceled) {
+		t.Errorf("a call that was canceled: %v, want context.Canceled", err)
+	}
+	checkBinding(t, s, imsi, nil)
+	checkUsed(t, s, imei, []byte("tag"), false)
+	checkOpen(t, s, imsi, "a1", t0, true)
+}
+
+func ledger(t *testing.T, s Store) {
+	first, second := device(t, 1), device(t, 2)
+	tag, zero := []byte("tag"), []byte{0, 't', 'a', 'g'}
+	checkUsed(t, s, first, tag, false)
+	bind(t, s, subscription(t, 1), first, "a1", tag)
+	checkUsed(t, s, first, tag, true)
+	checkUsed(t, s, second, tag, false)
+	checkUsed(t, s, first, zero, false)
+	checkUsed(t, s, first, tag[:2], false)
+	// The ledger is per device.
+	bind(t, s, subscription(t, 2), second, "b1", tag)
+	checkUsed(t, s, second, tag, true)
+	// It is for ever: a binding that was dropped, and attempts that expired, leave it as it is.
+	if _, err := s.Report(t.Context(), subscription(t, 1), false, t0); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.DropExpired(t.Context(), t0.Add(100*365*24*time.Hour)); err != nil {
+		t.Fatal(err)
+	}
+	checkUsed(t, s, first, tag, true)
+	openAttempt(t, s, subscription(t, 1), "a2", t0)
+	if err := s.Establish(t.Context(), newBinding(subscription(t, 1), first, "a2"), tag, t0); !errors.Is(err, binding.ErrUsed) {
+		t.Errorf("the KME of a dropped binding: %v, want ErrUsed", err)
+	}
+}
+
+func report(t *testing.T, s Store, imsi kme.IMSI, ok bool, now time.Time) *binding.Binding {
+	t.Helper()
+	b, err := s.Report(t.Context(), imsi, ok, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func reportOK(t *testing.T, s Store) {
+	one, other := subscription(t, 1), subscription(t, 2)
+	b := bind(t, s, one, device(t, 1), "a1", []byte("tag"))
+	untouched := bind(t, s, other, device(t, 2), "b1", []byte("tag"))
+	b.State, b.Activated = binding.Active, t0.Add(time.Minute)
+	for i, ok := range []bool{true, true, false} {
+		// Whatever is reported of an active binding changes nothing, its time neither.
+		if got := report(t, s, one, ok, t0.Add(time.Duration(i+1)*time.Minute)); !reflect.DeepEqual(got, b) {
+			t.Errorf("report %d gives %+v, want %+v", i, got, b)
+		}
+		checkBinding(t, s, one, b)
+	}
+	if got, _ := prepare(t, s, one, "a2", t0); !reflect.DeepEqual(got, b) {
+		t.Errorf("Prepare gives %+v, want the active binding", got)
+	}
+	checkBinding(t, s, other, untouched)
+}
+
+func reportNotOK(t *testing.T, s Store) {
+	imsi := subscription(t, 1)
+	bind(t, s, imsi, device(t, 1), "a1", []byte("tag"))
+	if b := report(t, s, imsi, false, t0); b != nil {
+		t.Errorf("the report gives %+v, want nothing", b)
+	}
+	checkBinding(t, s, imsi, nil)
+	// The device gets another chance.
+	bind(t, s, imsi, device(t, 1), "a2", []byte("tag 2"))
+}
+
+func reportNotBound(t *testing.T, s Store) {
+	bind(t, s, subscription(t, 1), device(t, 1), "a1", []byte("tag"))
+	openAttempt(t, s, subscription(t, 2), "b1", t0)
+	for _, ok := range []bool{true, false} {
+		if b, err := s.Report(t.Context(), subscription(t, 2), ok, t0); !errors.Is(err, binding.ErrNotBound) || b != nil {
+			t.Errorf("ok %v: %v, error %v, want ErrNotBound", ok, b, err)
+		}
+	}
+}
+
+// A maker is a manufacturer in software.
+type maker struct {
+	*binding.Manufacturer
+	signer *directory.Signer
+}
+
+func newMaker(t *testing.T, s Store) *maker {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	signer, err := directory.NewSigner(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pem, err := pemkey.Marshal(signer.Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := &binding.Manufacturer{KeyID: signer.KeyID(), PEM: string(pem), Operator: "op", Directory: "file:/srv/directory", Enrolled: t0}
+	if s != nil {
+		if err := s.PutManufacturer(t.Context(), m); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return &maker{m, signer}
+}
+
+// lot signs the manifest of a lot of ten devices.
+func (m *maker) lot(t *testing.T, name string, first int) *binding.Lot {
+	t.Helper()
+	// No modulus that anybody should use, but of the right form.
+	n := new(big.Int).Lsh(big.NewInt(1), 2047)
+	n.Add(n, big.NewInt(int64(2*first+1)))
+	manifest := &directory.Manifest{
+		Lot: name, Manufacturer: m.KeyID, Suite: kme.SuiteECDSA, N: n.Bytes(), E: kme.PublicExponent, Mechanism: "none",
+		Ranges: []directory.Range{{TAC: tac(t), First: first, Count: 10}}, ShardSize: 10, Created: t0,
+	}
+	if err := manifest.Validate(); err != nil {
+		t.Fatal(err)
+	}
+	jws, err := m.signer.Sign(directory.TypeManifest, manifest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &binding.Lot{Manufacturer: m.KeyID, Manifest: manifest, ManifestJWS: string(jws), Imported: t0}
+}
+
+func allowed([]*binding.Lot) error { return nil }
+
+func checkLots(t *testing.T, s Store, want ...*binding.Lot) {
+	t.Helper()
+	got, err := s.Lots(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	sameLots(t, got, want)
+}
+
+// sameLots compares whatever the order.
+func sameLots(t *testing.T, got, want []*binding.Lot) {
+	t.Helper()
+	if len(got) != len(want) {
+		t.Errorf("%d lots, want %d", len(got), len(want))
+		return
+	}
+	for _, w := range want {
+		i := slices.IndexFunc(got, func(g *binding.Lot) bool { return g.Manufacturer == w.Manufacturer && g.Manifest.Lot == w.Manifest.Lot })
+		if i < 0 {
+			t.Errorf("lot %s of %s is missing", w.Manifest.Lot, w.Manufacturer)
+		} else if !reflect.DeepEqual(got[i], w) {
+			t.Errorf("lot %s:\n got %+v\nwant %+v", w.Manifest.Lot, got[i], w)
+		}
+	}
+}
+
+func checkManufacturers(t *testing.T, s Store, want ...*binding.Manufacturer) {
+	t.Helper()
+	got, err := s.Manufacturers(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(got) != len(want) {
+		t.Errorf("%d manufacturers, want %d", len(got), len(want))
+	}
+	for _, w := range want {
+		if !slices.ContainsFunc(got, func(g *binding.Manufacturer) bool { return reflect.DeepEqual(g, w) }) {
+			t.Errorf("manufacturer %+v is missing", w)
+		}
+	}
+}
+
+func manufacturers(t *testing.T, s Store) {
+	checkManufacturers(t, s)
+	a, b := newMaker(t, s), newMaker(t, s)
+	checkManufacturers(t, s, a.Manufacturer, b.Manufacturer)
+
+	lot := a.lot(t, "L1", 0)
+	if err := s.PutLot(t.Context(), lot, allowed); err != nil {
+		t.Fatal(err)
+	}
+	// Enrolling again replaces what was there, and leaves the lots alone.
+	a.Operator, a.Directory, a.Enrolled = "op-2", "", t0.Add(time.Hour)
+	if err := s.PutManufacturer(t.Context(), a.Manufacturer); err != nil {
+		t.Fatal(err)
+	}
+	checkManufacturers(t, s, a.Manufacturer, b.Manufacturer)
+	checkLots(t, s, lot)
+}
+
+func lots(t *testing.T, s Store) {
+	a, b := newMaker(t, s), newMaker(t, s)
+	checkLots(t, s)
+	// One name of two manufacturers is two lots.
+	all := []*binding.Lot{a.lot(t, "L1", 0), b.lot(t, "L1", 10), a.lot(t, "L2", 20)}
+	for i, lot := range all {
+		err := s.PutLot(t.Context(), lot, func(before []*binding.Lot) error {
+			sameLots(t, before, all[:i])
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	checkLots(t, s, all...)
+
+	again := *all[0]
+	again.Imported = t0.Add(time.Hour)
+	called := false
+	err := s.PutLot(t.Context(), &again, func(before []*binding.Lot) error {
+		called = true
+		sameLots(t, before, all)
+		return nil
+	})
+	if err != nil || !called {
+		t.Errorf("the same lot again: error %v, checked %v", err, called)
+	}
+	checkLots(t, s, all...)
+}
+
+func lotRefused(t *testing.T, s Store) {
+	a := newMaker(t, s)
+	no := errors.New("no")
+	if err := s.PutLot(t.Context(), a.lot(t, "L1", 0), func([]*binding.Lot) error { return no }); !errors.Is(err, no) {
+		t.Errorf("a lot that its check refuses: %v, want the check's error", err)
+	}
+	if err := s.PutLot(t.Context(), newMaker(t, nil).lot(t, "L1", 0), allowed); err == nil {
+		t.Error("a lot was entered whose manufacturer is not")
+	}
+	checkLots(t, s)
+	if err := s.PutLot(t.Context(), a.lot(t, "L1", 0), allowed); err != nil {
+		t.Errorf("after refusals: %v", err)
+	}
+}
+
+// race runs f in many goroutines that begin together, and gives what each returned.
+func race(f func(i int) error) []error {
+	errs := make([]error, racers)
+	var begin, done sync.WaitGroup
+	begin.Add(1)
+	for i := range racers {
+		done.Go(func() {
+			begin.Wait()
+			errs[i] = f(i)
+		})
+	}
+	begin.Done()
+	done.Wait()
+	return errs
+}
+
+// checkOneWon insists that one call succeeded and the others failed as they should, and gives its number.
+func checkOneWon(t *testing.T, errs []error, lost error) (winner int) {
+	t.Helper()
+	winner = -1
+	for i, err := range errs {
+		switch {
+		case err == nil && winner >= 0:
+			t.Errorf("calls %d and %d both succeeded", winner, i)
+		case err == nil:
+			winner = i
+		case !errors.Is(err, lost):
+			t.Errorf("call %d failed with %v, want %v", i, err, lost)
+		}
+	}
+	if winner < 0 {
+		t.Fatal("no call succeeded")
+	}
+	return winner
+}
+
+func racePrepare(t *testing.T, s Store) {
+	imsi := subscription(t, 1)
+	ids := make([]string, racers)
+	for _, err := range race(func(i int) error {
+		_, a, err := s.Prepare(t.Context(), binding.Attempt{ID: fmt.Sprint("a", i), IMSI: imsi, Expires: t0.Add(ttl)}, t0, t0.Add(ttl/2))
+		if a != nil {
+			ids[i] = a.ID
+		}
+		return err
+	}) {
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	if slices.ContainsFunc(ids, func(id string) bool { return id == "" || id != ids[0] }) {
+		t.Errorf("vectors prepared at once got the attempts %q, not one", ids)
+	}
+}
+
+func raceAttempt(t *testing.T, s Store) {
+	imsi := subscription(t, 1)
+	openAttempt(t, s, imsi, "a1", t0)
+	bindings := make([]*binding.Binding, racers)
+	for i := range bindings {
+		bindings[i] = newBinding(imsi, device(t, i), "a1")
+	}
+	errs := race(func(i int) error { return s.Establish(t.Context(), bindings[i], []byte{byte(i)}, t0) })
+	winner := checkOneWon(t, errs, binding.ErrNoAttempt)
+	checkBinding(t, s, imsi, bindings[winner])
+	for i, b := range bindings {
+		checkUsed(t, s, b.IMEI, []byte{byte(i)}, i == winner)
+	}
+}
+
+func raceLedger(t *testing.T, s Store) {
+	imei := device(t, 1)
+	bindings := make([]*binding.Binding, racers)
+	for i := range bindings {
+		bindings[i] = newBinding(subscription(t, i), imei, fmt.Sprint("a", i))
+		openAttempt(t, s, bindings[i].IMSI, bindings[i].AttemptID, t0)
+	}
+	errs := race(func(i int) error { return s.Establish(t.Context(), bindings[i], []byte("tag"), t0) })
+	winner := checkOneWon(t, errs, binding.ErrUsed)
+	for i, b := range bindings {
+		checkOpen(t, s, b.IMSI, b.AttemptID, t0, i != winner)
+		if i != winner {
+			b = nil
+		}
+		checkBinding(t, s, bindings[i].IMSI, b)
+	}
+}
+
+func raceReport(t *testing.T, s Store) {
+	imsi := subscription(t, 1)
+	want := bind(t, s, imsi, device(t, 1), "a1", []byte("tag"))
+	got := make([]*binding.Binding, racers)
+	errs := race(func(i int) (err error) {
+		got[i], err = s.Report(t.Context(), imsi, true, t0.Add(time.Minute))
+		return err
+	})
+	want.State, want.Activated = binding.Active, t0.Add(time.Minute)
+	for i := range got {
+		if errs[i] != nil || !reflect.DeepEqual(got[i], want) {
+			t.Errorf("report %d: %+v, error %v", i, got[i], errs[i])
+		}
+	}
+	checkBinding(t, s, imsi, want)
+}
+
+func raceLots(t *testing.T, s Store) {
+	makers := []*maker{newMaker(t, s), newMaker(t, s)}
+	lots := make([]*binding.Lot, racers)
+	for i := range lots {
+		lots[i] = makers[i%2].lot(t, fmt.Sprint("L", i), i/2) // each shares IMEIs with each
+	}
+	overlaps := errors.New("overlaps")
+	errs := race(func(i int) error {
+		return s.PutLot(t.Context(), lots[i], func(before []*binding.Lot) error {
+			for _, b := range before {
+				if b.Manifest.Overlap(lots[i].Manifest) != nil {
+					return overlaps
+				}
+			}
+			return nil
+		})
+	})
+	checkLots(t, s, lots[checkOneWon(t, errs, overlaps)])
+}
