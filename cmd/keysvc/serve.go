@@ -193,7 +193,11 @@ func serve(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	log.Info("serving", "token", token.String(), "lots", lots.Len(), "listen", cfg.Listen, "socket", cfg.Socket)
+	addresses := make([]string, len(listeners))
+	for i, l := range listeners {
+		addresses[i] = l.Addr().String() // with the port that port 0 became
+	}
+	log.Info("serving", "token", token.String(), "ranges", lots.Len(), "addresses", addresses)
 	return run(ctx, handler, listeners, store, reload, log)
 }
 

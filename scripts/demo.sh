@@ -1,0 +1,141 @@
+#!/usr/bin/env bash
+# The whole flow on SoftHSM, in var/demo: a manufacturer and an operator with a token each, devices, and refusals.
+# make demo runs it; DEVICES and BITS are its settings.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+devices=${DEVICES:-1000} bits=${BITS:-3072}
+case $devices in '' | *[!0-9]* | 0* | ???????*) devices=0 ;; esac
+if [ "$devices" -lt 3 ] || [ "$devices" -gt 999999 ]; then # device 0 has serial number 1, and some are tampered with
+	echo "DEVICES is a number from 3 to 999999" >&2
+	exit 2
+fi
+case $bits in 2048 | 3072 | 4096) ;; *) echo "BITS is 2048, 3072 or 4096, not $bits" >&2 && exit 2 ;; esac
+
+dir=var/demo
+export PATH=$PWD/bin:$PATH
+umask 077
+rm -rf "$dir"
+mkdir -p "$dir/tls"
+
+server=
+# Whatever happens, the service that was started here ends here.
+finish() {
+	local status=$?
+	if [ -n "$server" ]; then
+		kill "$server" 2>/dev/null || true
+		wait "$server" 2>/dev/null || true
+	fi
+	[ $status -eq 0 ] || echo "the demo failed; what it left is in $dir, the service's log in $dir/keysvc.log" >&2
+}
+trap finish EXIT
+
+step() { printf '\n== %s\n' "$*"; }
+# run prints a command as one would type it, and runs it. What is long and secret-free in it is set in variables before.
+run() {
+	printf '$ %s\n' "$*"
+	"$@"
+}
+
+step "1. A token for each, by SoftHSM (a real HSM comes with its own)"
+./softhsm-setup.sh --dir "$dir/softhsm" factory operator
+# shellcheck source=/dev/null
+. "$dir/softhsm/env"
+
+step "2. The manufacturer's keys, and the fixture that injects device keys"
+export KMEHSM_TOKEN=$FACTORY_TOKEN
+run factory init --state "$dir/factory"
+openssl genrsa -out "$dir/fixture.key" 3072 2>/dev/null
+openssl rsa -in "$dir/fixture.key" -pubout -out "$dir/fixture.pem" 2>/dev/null
+run factory fixture enroll --fixture-key "$dir/fixture.pem" --out "$dir/fixture-enrolment.json"
+
+step "3. The operator's keys, and a KEK between the two tokens"
+KMEHSM_TOKEN=$OPERATOR_TOKEN run keysvc init --state "$dir/keysvc"
+run factory operator enroll acme --transport-key "$dir/keysvc/transport.pem" --so-pin-source "file:$PWD/$dir/softhsm/factory.so-pin" --out "$dir/enrolment.jws"
+KMEHSM_TOKEN=$OPERATOR_TOKEN run keysvc enroll "$dir/enrolment.jws" --state "$dir/keysvc" --manufacturer "$dir/factory/manufacturer.pem" --directory "file:$dir/directory"
+
+step "4. A lot: its P and Q are made in the factory's token, and so is every device key"
+run factory lot create L1 --directory "file:$dir/directory" --tac 35209900 --first 1 --count "$devices" --bits "$bits"
+provisioned=$(run factory lot provision L1 --directory "file:$dir/directory" --out "$dir/injection" --json | tee /dev/stderr | sed 1d)
+run factory lot grant L1 --directory "file:$dir/directory" --operator acme --out "$dir/grant.jws"
+KMEHSM_TOKEN=$OPERATOR_TOKEN run keysvc lot import "$dir/grant.jws" --state "$dir/keysvc"
+run factory lot seal L1 --directory "file:$dir/directory"
+
+step "5. The operator's service, with mutual TLS"
+# subject CN, subjectAltName, what it is for
+certificate() {
+	openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout "$dir/tls/$1.key" -subj "/CN=$1" 2>/dev/null |
+		openssl x509 -req -CA "$dir/tls/ca.pem" -CAkey "$dir/tls/ca.key" -CAcreateserial -days 2 -out "$dir/tls/$1.pem" \
+			-extfile <(printf 'subjectAltName=%s\nextendedKeyUsage=%s\n' "$2" "$3") 2>/dev/null
+}
+openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout "$dir/tls/ca.key" -out "$dir/tls/ca.pem" -days 2 -subj "/CN=demo CA" 2>/dev/null
+certificate keysvc IP:127.0.0.1 serverAuth
+certificate hss DNS:hss.demo clientAuth
+
+cat >"$dir/keysvc.yaml" <<EOF
+token: '$OPERATOR_TOKEN'
+state: keysvc
+listen: 127.0.0.1:0
+tls: {certificate: tls/keysvc.pem, key: tls/keysvc.key, client_ca: tls/ca.pem}
+socket: keysvc.sock
+EOF
+printf '$ keysvc serve --config %s\n' "$dir/keysvc.yaml"
+keysvc serve --config "$dir/keysvc.yaml" 2>"$dir/keysvc.log" &
+server=$!
+as_hss=(--cacert "$dir/tls/ca.pem" --cert "$dir/tls/hss.pem" --key "$dir/tls/hss.key")
+url=
+for _ in {1..100}; do
+	address=$(jq -r 'select(.msg == "serving") | .addresses[0]' "$dir/keysvc.log" 2>/dev/null || true)
+	url=https://$address
+	[ -n "$address" ] && curl -sf "${as_hss[@]}" "$url/readyz" >/dev/null && break
+	kill -0 "$server" 2>/dev/null || { cat "$dir/keysvc.log" >&2 && exit 1; }
+	sleep 0.1
+done
+curl -sSf "${as_hss[@]}" "$url/readyz"
+
+step "6. Every device attaches: NW_SIG compared, the next RAND decrypted under KME"
+simulate() {
+	mesim attach --injection "$dir/injection" --fixture-key "$dir/fixture.key" --fixture-enrolment "$dir/fixture-enrolment.json" \
+		--server "$url" --ca "$dir/tls/ca.pem" --cert "$dir/tls/hss.pem" --key "$dir/tls/hss.key" "$@"
+}
+begin=$(date +%s.%N)
+attached=$(simulate)
+attach_seconds=$(jq -n "$(date +%s.%N) - $begin")
+echo "$attached"
+
+step "7. Refusals: what is tampered with gets one answer, whatever was"
+refusals='{}'
+# adds what a run of mesim printed to what was refused
+add() { refusals=$(jq -c --argjson r "$(jq -c .rejected <<<"$1")" 'reduce ($r | to_entries[]) as $e (.; .[$e.key] += $e.value)' <<<"$refusals"); }
+for kind in kme signature payload other-device other-lot replay; do
+	result=$(simulate --count 3 --tamper "$kind")
+	printf '%-14s %s\n' "$kind" "$(jq -c .rejected <<<"$result")"
+	add "$result"
+done
+last=$(printf '35209900%06d' "$devices")
+run factory lot revoke L1 "$last" --directory "file:$dir/directory" --reason "stolen on the line"
+# The service takes up a new list of revoked devices within revocation_ttl, or at once when told to.
+kill -HUP "$server"
+for _ in {1..100}; do
+	grep -q '"msg":"reloaded"' "$dir/keysvc.log" && break
+	sleep 0.1
+done
+result=$(simulate --first $((devices - 1)) --first-imsi 001019000000000 2>/dev/null || true)
+printf '%-14s %s\n' revoked "$(jq -c .rejected <<<"$result")"
+add "$result"
+KMEHSM_TOKEN=$FACTORY_TOKEN factory lot grant L1 --directory "file:$dir/directory" --operator acme --out "$dir/late.jws" 2>"$dir/late.txt" && exit 1
+printf '%-14s %s\n' "late grant" "$(cat "$dir/late.txt")"
+
+jq -n --argjson p "$(jq -c . <<<"$provisioned")" --argjson a "$attached" --argjson rejected "$refusals" \
+	--argjson devices "$devices" --argjson bits "$bits" --argjson seconds "$attach_seconds" '
+	{devices: $devices, lot_bits: $bits, provision_seconds: $p.seconds, attach_seconds: $seconds, attached: $a.attached, rejected: $rejected,
+	 ok: ($a.attached == $devices and $p.made == $devices and $rejected == {KME_REJECTED: 18, REVOKED_DEVICE: 1})}' >"$dir/summary.json"
+
+step "Summary"
+jq -r '"lot            L1, \(.lot_bits) bits; P and Q never left the tokens
+devices made   \(.devices) in \(.provision_seconds * 10 | round / 10) s, \(.devices / .provision_seconds | round) a second
+attached       \(.attached) in \(.attach_seconds * 10 | round / 10) s, \(.attached / .attach_seconds | round) a second
+refused        \(.rejected | to_entries | map("\(.value) \(.key)") | join(", "))
+result         \(if .ok then "everything as it should be" else "NOT as it should be" end)"' "$dir/summary.json"
+echo "               $dir/summary.json"
+jq -e .ok "$dir/summary.json" >/dev/null
