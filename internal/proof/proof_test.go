@@ -1,0 +1,611 @@
+// Package proof tests what the project promises about the whole of it, on its built programs: that nothing private is
+// asked of a token, that nothing secret is in a log, and that other implementations agree with ours.
+package proof
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/aes"
+	"crypto/ecdsa"
+	"crypto/rsa"
+	"crypto/sha1"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/asn1"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"io/fs"
+	"math/big"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/tink-crypto/tink-go/v2/kwp/subtle"
+
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+var bin string // the folder of the built programs
+
+func TestMain(m *testing.M) {
+	os.Exit(func() int {
+		var err error
+		if bin, err = os.MkdirTemp("", "kmehsm-proof-"); err != nil {
+			panic(err)
+		}
+		defer os.RemoveAll(bin)
+		if out, err := exec.Command("go", "build", "-o", bin+"/", "../../cmd/...").CombinedOutput(); err != nil {
+			fmt.Fprintf(os.Stderr, "%s%v\n", out, err)
+			return 1
+		}
+		return m.Run()
+	}())
+}
+
+// A world is a manufacturer, an operator and a lot of each suite, in a folder of its own.
+type world struct {
+	t                 *testing.T
+	dir               string
+	env               []string
+	factory, operator softhsmtest.Tok
+	output            bytes.Buffer // of all programs, standard output and error
+	wrap              func(uri string) string
+}
+
+// newWorld makes the tokens. wrap changes a token's URI before programs get it; nil leaves it.
+func newWorld(t *testing.T, wrap func(string) string, env ...string) *world {
+	t.Helper()
+	dir := t.TempDir()
+	toks := softhsmtest.Make(t, filepath.Join(dir, "softhsm"), "factory", "operator")
+	w := &world{t: t, dir: dir, factory: toks["factory"], operator: toks["operator"], wrap: wrap}
+	if wrap == nil {
+		w.wrap = func(uri string) string { return uri }
+	}
+	w.env = append(append(os.Environ(), softhsmtest.Env(filepath.Join(dir, "softhsm"))), env...)
+	return w
+}
+
+func (w *world) path(name string) string { return filepath.Join(w.dir, name) }
+
+func (w *world) command(tok softhsmtest.Tok, program string, args ...string) *exec.Cmd {
+	cmd := exec.Command(filepath.Join(bin, program), args...)
+	cmd.Dir, cmd.Env = w.dir, append(w.env, "KMEHSM_TOKEN="+w.wrap(tok.URI))
+	return cmd
+}
+
+// run runs a program, which must succeed, and gives its standard output.
+func (w *world) run(tok softhsmtest.Tok, program string, args ...string) string {
+	w.t.Helper()
+	cmd := w.command(tok, program, args...)
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	err := cmd.Run()
+	w.output.Write(stdout.Bytes())
+	w.output.Write(stderr.Bytes())
+	if err != nil {
+		w.t.Fatalf("%s %s: %v\n%s", program, strings.Join(args, " "), err, stderr.String())
+	}
+	return stdout.String()
+}
+
+// lots are those that setUp makes: devices of both suites.
+var lots = []struct {
+	name, suite, tac string
+	bits, devices    int
+}{
+	{"LE", "tr33868-ecdsa-p256", "35209900", 2048, 6},
+	{"LR", "tr33868-rsa2048", "35209901", 3072, 2},
+}
+
+// setUp runs everything that comes before the service: the fixture's key is made in software, as the fixture's own.
+func (w *world) setUp() {
+	w.t.Helper()
+	w.run(w.factory, "factory", "init")
+	w.run(w.operator, "keysvc", "init")
+	for _, args := range [][]string{{"genrsa", "-out", "fixture.key", "3072"}, {"rsa", "-in", "fixture.key", "-pubout", "-out", "fixture.pem"}} {
+		w.openssl(nil, args...)
+	}
+	w.run(w.factory, "factory", "fixture", "enroll", "--fixture-key", "fixture.pem", "--out", "fixture.json")
+	w.run(w.factory, "factory", "operator", "enroll", "op", "--transport-key", "var/keysvc/transport.pem", "--so-pin-source", "file:"+w.factory.SOPINFile, "--out", "enrolment.jws")
+	w.run(w.operator, "keysvc", "enroll", "enrolment.jws", "--manufacturer", "var/factory/manufacturer.pem", "--directory", "file:directory")
+	for _, l := range lots {
+		w.run(w.factory, "factory", "lot", "create", l.name, "--directory", "file:directory", "--suite", l.suite, "--tac", l.tac, "--first", "0",
+			"--count", fmt.Sprint(l.devices), "--bits", fmt.Sprint(l.bits), "--shard-size", "4")
+		w.run(w.factory, "factory", "lot", "provision", l.name, "--directory", "file:directory", "--out", "injection")
+		w.run(w.factory, "factory", "lot", "grant", l.name, "--directory", "file:directory", "--operator", "op", "--out", l.name+".jws")
+		w.run(w.operator, "keysvc", "lot", "import", l.name+".jws")
+		w.run(w.factory, "factory", "lot", "seal", l.name, "--directory", "file:directory")
+	}
+	w.run(w.factory, "factory", "doctor")
+	w.run(w.operator, "keysvc", "doctor")
+}
+
+// openssl runs the openssl command.
+func (w *world) openssl(stdin []byte, args ...string) []byte {
+	w.t.Helper()
+	cmd := exec.Command("openssl", args...)
+	cmd.Dir, cmd.Stdin = w.dir, bytes.NewReader(stdin)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		w.t.Fatalf("openssl %s: %v\n%s", strings.Join(args, " "), err, stderr.String())
+	}
+	return out
+}
+
+// serve runs f while the service runs, at debug level.
+func (w *world) serve(f func(client *http.Client)) {
+	w.t.Helper()
+	if err := os.WriteFile(w.path("keysvc.yaml"), []byte("state: var/keysvc\nsocket: s\nlog_level: debug\n"), 0o600); err != nil {
+		w.t.Fatal(err)
+	}
+	cmd := w.command(w.operator, "keysvc", "serve", "--config", "keysvc.yaml")
+	var log bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &log, &log
+	if err := cmd.Start(); err != nil {
+		w.t.Fatal(err)
+	}
+	client := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", w.path("s"))
+	}}}
+	stopped := false
+	stop := func() {
+		if stopped {
+			return
+		}
+		stopped = true
+		client.CloseIdleConnections()
+		cmd.Process.Signal(syscall.SIGTERM)
+		if err := cmd.Wait(); err != nil {
+			w.t.Errorf("keysvc serve: %v\n%s", err, log.String())
+		}
+		w.output.Write(log.Bytes())
+	}
+	defer stop()
+	for start := time.Now(); ; time.Sleep(20 * time.Millisecond) {
+		if r, err := client.Get("http://keysvc/readyz"); err == nil {
+			r.Body.Close()
+			if r.StatusCode == http.StatusOK {
+				break
+			}
+		}
+		if time.Since(start) > 20*time.Second {
+			w.t.Error("keysvc does not become ready")
+			return
+		}
+	}
+	f(client)
+}
+
+// call makes one HTTP/JSON call.
+func call(t *testing.T, client *http.Client, method string, request map[string]any) map[string]any {
+	t.Helper()
+	body, _ := json.Marshal(request)
+	r, err := client.Post("http://keysvc/kme.v1.KeyService/"+method, "application/json", bytes.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Body.Close()
+	var answer map[string]any
+	if err := json.NewDecoder(r.Body).Decode(&answer); err != nil || r.StatusCode != http.StatusOK {
+		t.Fatalf("%s: %s %v %v", method, r.Status, answer, err)
+	}
+	return answer
+}
+
+// No attribute that could hold a private or secret key is ever asked for. The flows run with OpenSC's spy between the
+// programs and the token, which writes down every call.
+func TestSpy(t *testing.T) {
+	spies, _ := filepath.Glob("/usr/lib/*/pkcs11-spy.so")
+	if len(spies) == 0 {
+		t.Fatal("there is no pkcs11-spy.so: install opensc-pkcs11")
+	}
+	log := filepath.Join(t.TempDir(), "spy.log")
+	module := regexp.MustCompile(`module-path=[^&]*`)
+	w := newWorld(t, func(uri string) string { return module.ReplaceAllString(uri, "module-path="+spies[0]) }, "PKCS11SPY_OUTPUT="+log)
+	w.env = append(w.env, "PKCS11SPY="+w.factory.Module)
+	w.setUp()
+	w.serve(func(*http.Client) {
+		for _, kind := range []string{"", "signature", "payload", "replay"} {
+			args := []string{"attach", "--injection", "injection", "--fixture-key", "fixture.key", "--fixture-enrolment", "fixture.json", "--server", "unix:" + w.path("s")}
+			if kind != "" {
+				args = append(args, "--tamper", kind)
+			}
+			w.run(w.operator, "mesim", args...)
+		}
+	})
+
+	f, err := os.Open(log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	heading := regexp.MustCompile(`^\d+: (C_\w+)$`)
+	attribute := regexp.MustCompile(`^\s+(CKA_\w+)`)
+	calls, asked, current := map[string]int{}, map[string]int{}, ""
+	lines := bufio.NewScanner(f)
+	lines.Buffer(nil, 1<<20)
+	for lines.Scan() {
+		if m := heading.FindStringSubmatch(lines.Text()); m != nil {
+			current = m[1]
+			calls[current]++
+		}
+		if m := attribute.FindStringSubmatch(lines.Text()); m != nil && current == "C_GetAttributeValue" {
+			asked[m[1]]++
+		}
+	}
+	if err := lines.Err(); err != nil {
+		t.Fatal(err)
+	}
+	for name := range asked {
+		if name == "CKA_VALUE" || name == "CKA_PRIVATE_EXPONENT" || name == "CKA_COEFFICIENT" || strings.HasPrefix(name, "CKA_PRIME") || strings.HasPrefix(name, "CKA_EXPONENT_") {
+			t.Errorf("%s was asked for %d times", name, asked[name])
+		}
+	}
+	// That the log was read rightly: what must be there is.
+	for _, name := range []string{"CKA_MODULUS", "CKA_EC_POINT"} {
+		if asked[name] == 0 {
+			t.Errorf("%s was never asked for, so that this test sees nothing", name)
+		}
+	}
+	for _, name := range []string{"C_GenerateKeyPair", "C_GenerateKey", "C_WrapKey", "C_UnwrapKey", "C_Decrypt", "C_Verify", "C_Sign", "C_Encrypt", "C_SetAttributeValue"} {
+		if calls[name] == 0 {
+			t.Errorf("%s was never called, so that this test sees nothing", name)
+		}
+	}
+	t.Logf("asked for: %v", asked)
+}
+
+// A device as another implementation sees it, from the files of the line alone.
+type device struct {
+	imei, lot string
+	key       crypto.Signer
+	pkcs8     []byte
+}
+
+// injectionKey opens the fixture's enrolment.
+func (w *world) injectionKey() []byte {
+	w.t.Helper()
+	var enrolment struct{ Wrapped directory.Base64 }
+	w.readJSON("fixture.json", &enrolment)
+	block, _ := pem.Decode(w.readFile("fixture.key"))
+	fixture, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	key, err := rsa.DecryptOAEP(sha1.New(), nil, fixture.(*rsa.PrivateKey), enrolment.Wrapped, nil)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return key
+}
+
+func (w *world) readFile(name string) []byte {
+	w.t.Helper()
+	b, err := os.ReadFile(w.path(name))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return b
+}
+
+func (w *world) readJSON(name string, into any) {
+	w.t.Helper()
+	if err := json.Unmarshal(w.readFile(name), into); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+type injectionLine struct {
+	IMEI      string
+	Lot       string
+	Shard     int
+	PublicKey map[string]string `json:"public_key"`
+	DeviceKey struct {
+		Alg, Kid string
+		Wrapped  directory.Base64
+	} `json:"device_key"`
+}
+
+func (w *world) lines() (all []injectionLine) {
+	w.t.Helper()
+	files, _ := filepath.Glob(w.path("injection/*/injection-*.jsonl"))
+	for _, file := range files {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		for _, text := range strings.Split(strings.TrimSpace(string(b)), "\n") {
+			var line injectionLine
+			if err := json.Unmarshal([]byte(text), &line); err != nil {
+				w.t.Fatal(err)
+			}
+			all = append(all, line)
+		}
+	}
+	want := 0
+	for _, l := range lots {
+		want += l.devices
+	}
+	if len(all) != want {
+		w.t.Fatalf("%d injection lines, want %d", len(all), want)
+	}
+	return all
+}
+
+// devices unwraps every device key with Tink.
+func (w *world) devices() (all []device) {
+	w.t.Helper()
+	kwp, err := subtle.NewKWP(w.injectionKey())
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	for _, line := range w.lines() {
+		pkcs8, err := kwp.Unwrap(line.DeviceKey.Wrapped)
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		key, err := x509.ParsePKCS8PrivateKey(pkcs8)
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		all = append(all, device{line.IMEI, line.Lot, key.(crypto.Signer), pkcs8})
+	}
+	return all
+}
+
+// No PIN, KME, RME or private key is in any output at debug level, nor in any file that the programs write.
+func TestNothingSecretIsWritten(t *testing.T) {
+	w := newWorld(t, nil)
+	w.setUp()
+	secrets := map[string][]byte{
+		"the factory's PIN": []byte(w.factory.PIN), "the factory's SO PIN": []byte(w.factory.SOPIN),
+		"the operator's PIN": []byte(w.operator.PIN), "the operator's SO PIN": []byte(w.operator.SOPIN),
+		"the injection key": w.injectionKey(),
+	}
+	wrong := w.path("wrong.pin")
+	if err := os.WriteFile(wrong, []byte("4711-wrong-pin"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	secrets["a wrong PIN"] = []byte("4711-wrong-pin")
+	cmd := w.command(w.operator, "keysvc", "doctor", "--token", strings.Replace(w.operator.URI, w.operator.PINFile, wrong, 1))
+	out, err := cmd.CombinedOutput()
+	if err == nil {
+		t.Error("a wrong PIN was taken")
+	}
+	w.output.Write(out)
+
+	w.serve(func(client *http.Client) {
+		for i, d := range w.devices() {
+			var scalar []byte
+			switch k := d.key.(type) {
+			case *ecdsa.PrivateKey:
+				scalar, err = k.Bytes()
+				if err != nil {
+					t.Fatal(err)
+				}
+			case *rsa.PrivateKey:
+				scalar = k.Primes[0].Bytes()
+			}
+			secrets["the private key of "+d.imei] = scalar
+			secrets["the PKCS #8 of "+d.imei] = d.pkcs8
+
+			p := w.plaintext(d)
+			secrets["the KME of "+d.imei] = bytes.Clone(p.KME.Bytes())
+			secrets["the RME of "+d.imei] = bytes.Clone(p.RME.Bytes())
+			payload := w.encrypt(d, p)
+			imsi := fmt.Sprintf("0010100000%05d", i)
+			prepared := call(t, client, "PrepareVector", map[string]any{"imsi": imsi, "rand": make([]byte, 16)})
+			answer := call(t, client, "EstablishKME", map[string]any{"imsi": imsi, "imei": d.imei, "attempt_id": prepared["attempt_id"], "payload": payload})
+			want := sha256.Sum256(append(bytes.Clone(p.KME.Bytes()), p.RME.Bytes()...))
+			if answer["nw_sig"] != base64.StdEncoding.EncodeToString(want[:]) || answer["state"] != "PENDING" {
+				t.Errorf("NW_SIG is %v", answer)
+			}
+			prepared = call(t, client, "PrepareVector", map[string]any{"imsi": imsi, "rand": make([]byte, 16)})
+			if prepared["control"] != "PREPROCESSED" || prepared["rand"] != base64.StdEncoding.EncodeToString(aesOfZero(t, p.KME.Bytes())) {
+				t.Errorf("the next vector is %v", prepared)
+			}
+			if state := call(t, client, "ReportAuthentication", map[string]any{"imsi": imsi, "ok": true})["state"]; state != "ACTIVE" {
+				t.Errorf("state %v", state)
+			}
+			// And one that is refused, with its cause in the log.
+			bad := w.plaintext(d)
+			secrets["the refused KME of "+d.imei] = bytes.Clone(bad.KME.Bytes())
+			bad.Sig[20] ^= 1
+			imsi = fmt.Sprintf("0010111111%05d", i)
+			prepared = call(t, client, "PrepareVector", map[string]any{"imsi": imsi, "rand": make([]byte, 16)})
+			body, _ := json.Marshal(map[string]any{"imsi": imsi, "imei": d.imei, "attempt_id": prepared["attempt_id"], "payload": w.encrypt(d, bad)})
+			r, err := client.Post("http://keysvc/kme.v1.KeyService/EstablishKME", "application/json", bytes.NewReader(body))
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.Body.Close()
+			if r.StatusCode != http.StatusForbidden {
+				t.Errorf("a bad signature: %s", r.Status)
+			}
+		}
+	})
+	if !bytes.Contains(w.output.Bytes(), []byte(`"reason":"KME_REJECTED"`)) {
+		t.Error("the log does not have the refusals, so that this test sees nothing")
+	}
+
+	written := map[string][]byte{"the programs' output": w.output.Bytes()}
+	err = filepath.WalkDir(w.dir, func(path string, entry fs.DirEntry, err error) error {
+		if err != nil || entry.IsDir() || strings.HasPrefix(path, w.path("softhsm")) || path == wrong || entry.Type()&fs.ModeSocket != 0 {
+			return err
+		}
+		written[path], err = os.ReadFile(path)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(written) < 10 {
+		t.Errorf("only %d files were searched", len(written))
+	}
+	for name, secret := range secrets {
+		for form, text := range forms(secret) {
+			for where, data := range written {
+				if bytes.Contains(data, text) {
+					t.Errorf("%s is in %s, %s", name, where, form)
+				}
+			}
+		}
+	}
+}
+
+// forms are the ways in which a secret could have been written.
+func forms(secret []byte) map[string][]byte {
+	std := base64.RawStdEncoding.EncodeToString(secret)
+	url := base64.RawURLEncoding.EncodeToString(secret)
+	return map[string][]byte{
+		"as it is": secret, "in hex": []byte(hex.EncodeToString(secret)), "in upper hex": []byte(strings.ToUpper(hex.EncodeToString(secret))),
+		"in base64": []byte(std), "in base64url": []byte(url), "as Go prints bytes": []byte(strings.Trim(fmt.Sprint(secret), "[]")),
+	}
+}
+
+func aesOfZero(t *testing.T, key []byte) []byte {
+	t.Helper()
+	block, err := aes.NewCipher(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := make([]byte, aes.BlockSize)
+	block.Encrypt(out, out)
+	return out
+}
+
+func (w *world) manifest(lot string) (m struct {
+	Suite kme.Suite        `json:"suite"`
+	N     directory.Base64 `json:"n"`
+}) {
+	w.t.Helper()
+	parts := strings.Split(string(w.readFile("injection/"+lot+"/manifest.jws")), ".")
+	payload, err := base64.RawURLEncoding.DecodeString(parts[1])
+	if err == nil {
+		err = json.Unmarshal(payload, &m)
+	}
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return m
+}
+
+func (w *world) plaintext(d device) *kme.Plaintext {
+	w.t.Helper()
+	p := &kme.Plaintext{KME: kme.RandomSecret(), RME: kme.RandomSecret()}
+	var err error
+	if p.Sig, err = w.manifest(d.lot).Suite.Sign(d.key, p.KME); err != nil {
+		w.t.Fatal(err)
+	}
+	return p
+}
+
+func (w *world) encrypt(d device, p *kme.Plaintext) []byte {
+	w.t.Helper()
+	m := w.manifest(d.lot)
+	c, err := m.Suite.Encrypt(&rsa.PublicKey{N: new(big.Int).SetBytes(m.N), E: 65537}, p)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return c
+}
+
+// OpenSSL unwraps every device key, and finds the public key that was published; and it verifies every signed object.
+func TestOpenSSLAgrees(t *testing.T) {
+	w := newWorld(t, nil)
+	w.setUp()
+	injection := hex.EncodeToString(w.injectionKey())
+	for _, line := range w.lines() {
+		// RFC 5649 section 3: the first half of the initial value is A65959A6.
+		pkcs8 := w.openssl(line.DeviceKey.Wrapped, "enc", "-d", "-id-aes256-wrap-pad", "-K", injection, "-iv", "A65959A6")
+		der := w.openssl(pkcs8, "pkey", "-inform", "DER", "-pubout", "-outform", "DER")
+		pub, err := x509.ParsePKIXPublicKey(der)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var fromToken map[string]string
+		switch k := pub.(type) {
+		case *ecdsa.PublicKey:
+			point, err := k.Bytes()
+			if err != nil {
+				t.Fatal(err)
+			}
+			fromToken = map[string]string{"kty": "EC", "crv": "P-256", "x": b64(point[1:33]), "y": b64(point[33:])}
+		case *rsa.PublicKey:
+			fromToken = map[string]string{"kty": "RSA", "n": b64(k.N.Bytes()), "e": "AQAB"}
+		}
+		fromToken["kid"] = line.IMEI
+		var published struct{ Keys []map[string]string }
+		payload := w.verified(fmt.Sprintf("directory/lots/%s/shards/%06d", line.Lot, line.Shard))
+		if err := json.Unmarshal(payload, &published); err != nil {
+			t.Fatal(err)
+		}
+		var found map[string]string
+		for _, k := range published.Keys {
+			if k["kid"] == line.IMEI {
+				found = k
+			}
+		}
+		if fmt.Sprint(found) != fmt.Sprint(fromToken) || fmt.Sprint(line.PublicKey) != fmt.Sprint(fromToken) {
+			t.Errorf("IMEI %s\npublished %v\ninjection %v\nunwrapped %v", line.IMEI, found, line.PublicKey, fromToken)
+		}
+	}
+	for _, name := range []string{"directory/lots/LE/manifest", "directory/lots/LR/manifest", "enrolment.jws", "LE.jws", "LR.jws", "injection/LE/manifest.jws"} {
+		if len(w.verified(name)) == 0 {
+			t.Errorf("%s has no payload", name)
+		}
+	}
+}
+
+func b64(b []byte) string { return base64.RawURLEncoding.EncodeToString(b) }
+
+// verified gives a JWS's payload, once openssl has verified it with manufacturer.pem.
+func (w *world) verified(name string) []byte {
+	w.t.Helper()
+	signed, signature, _ := cutLast(string(w.readFile(name)), ".")
+	raw, err := base64.RawURLEncoding.DecodeString(signature)
+	if err != nil || len(raw) != 64 {
+		w.t.Fatalf("%s: %v", name, err)
+	}
+	der, err := asn1.Marshal([]*big.Int{new(big.Int).SetBytes(raw[:32]), new(big.Int).SetBytes(raw[32:])})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	if err := os.WriteFile(w.path("signature.der"), der, 0o600); err != nil {
+		w.t.Fatal(err)
+	}
+	w.openssl([]byte(signed), "dgst", "-sha256", "-verify", "var/factory/manufacturer.pem", "-signature", "signature.der")
+	header, payload, _ := strings.Cut(signed, ".")
+	if h, err := base64.RawURLEncoding.DecodeString(header); err != nil || !strings.Contains(string(h), `"alg":"ES256"`) {
+		w.t.Errorf("%s has header %s", name, h)
+	}
+	b, err := base64.RawURLEncoding.DecodeString(payload)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return b
+}
+
+func cutLast(s, sep string) (before, after string, found bool) {
+	i := strings.LastIndex(s, sep)
+	if i < 0 {
+		return s, "", false
+	}
+	return s[:i], s[i+len(sep):], true
+}
