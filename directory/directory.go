@@ -96,7 +96,7 @@ func (m *Manifest) ValidateSpec(bits int) error {
 	}
 	for i, r := range m.Ranges {
 		if r.TAC == (kme.TAC{}) || r.First < 0 || r.Count < 1 || r.First >= kme.SNRs || r.Count > kme.SNRs-r.First {
-			return fmt.Errorf("a TAC has the serial numbers 0 to %d: %d from %d on are not among them", kme.SNRs-1, r.Count, r.First)
+			return fmt.Errorf("%d devices from serial number %d on cannot be: a TAC has the serial numbers 0 to %d, and a lot one device at least", r.Count, r.First, kme.SNRs-1)
 		}
 		for _, other := range m.Ranges[:i] {
 			if r.overlaps(other) {

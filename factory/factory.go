@@ -137,16 +137,24 @@ type LotSpec struct {
 	Primes    hsmkeys.Primes
 }
 
+// Validate refuses what no token could make a lot of.
+func (s LotSpec) Validate() error { return s.manifest("any").ValidateSpec(s.Bits) }
+
+// manifest is the lot's, without what its key brings.
+func (s LotSpec) manifest(manufacturer string) *directory.Manifest {
+	return &directory.Manifest{
+		Lot: s.Lot, Manufacturer: manufacturer, Suite: s.Suite, E: kme.PublicExponent,
+		Ranges: []directory.Range{s.Range}, ShardSize: s.ShardSize, Created: time.Now().UTC().Truncate(time.Second),
+	}
+}
+
 // CreateLot makes a lot's key in the token, checks it, and publishes the lot's manifest. A run that was
 // interrupted before the manifest was out is finished with the key that it made.
 func (l *Line) CreateLot(ctx context.Context, spec LotSpec) (*directory.Manifest, error) {
-	m := &directory.Manifest{
-		Lot: spec.Lot, Manufacturer: l.Manufacturer(), Suite: spec.Suite, E: kme.PublicExponent,
-		Ranges: []directory.Range{spec.Range}, ShardSize: spec.ShardSize, Created: time.Now().UTC().Truncate(time.Second),
-	}
-	if err := m.ValidateSpec(spec.Bits); err != nil { // before a key is spent on it
+	if err := spec.Validate(); err != nil { // before a key is spent on it
 		return nil, err
 	}
+	m := spec.manifest(l.Manufacturer())
 	earlier, err := l.reader.Manifests(ctx)
 	if err != nil {
 		return nil, err

@@ -113,3 +113,28 @@ func TestCheckCommonFactors(t *testing.T) {
 		})
 	}
 }
+
+// A manufacturer's thousandth lot. The numbers are random: a product does not care whether its factors are good keys.
+func BenchmarkCommonFactors(b *testing.B) {
+	number := func() *big.Int {
+		n, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 3072))
+		if err != nil {
+			b.Fatal(err)
+		}
+		return n.SetBit(n, 0, 1)
+	}
+	earlier := make([]*big.Int, 1000)
+	for i := range earlier {
+		earlier[i] = number()
+	}
+	n := number()
+	for b.Loop() {
+		CheckCommonFactors(n, func(yield func(string, *big.Int) bool) {
+			for _, m := range earlier {
+				if !yield("", m) {
+					return
+				}
+			}
+		})
+	}
+}

@@ -263,11 +263,15 @@ func lotCreate(c *cli.Context) error {
 	if !c.IsSet("first") || !c.IsSet("count") {
 		return cmdline.Usagef("--first and --count say which serial numbers the lot has; see %s --help", c.Command.HelpName)
 	}
+	spec := factory.LotSpec{
+		Lot: c.Args().First(), Range: directory.Range{TAC: tac, First: c.Int("first"), Count: c.Int("count")},
+		Bits: c.Int("bits"), Suite: suite, ShardSize: c.Int("shard-size"), Primes: primes,
+	}
+	if err := spec.Validate(); err != nil {
+		return cmdline.Usage(err)
+	}
 	return withLine(c, func(token *hsmkeys.Token, line *factory.Line) error {
-		m, err := line.CreateLot(c.Context, factory.LotSpec{
-			Lot: c.Args().First(), Range: directory.Range{TAC: tac, First: c.Int("first"), Count: c.Int("count")},
-			Bits: c.Int("bits"), Suite: suite, ShardSize: c.Int("shard-size"), Primes: primes,
-		})
+		m, err := line.CreateLot(c.Context, spec)
 		if err != nil {
 			return err
 		}
