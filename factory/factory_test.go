@@ -1,0 +1,405 @@
+package factory
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/rsa"
+	"errors"
+	"fmt"
+	"math/big"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+func TestMain(m *testing.M) { softhsmtest.Main(m, 8) }
+
+// newLine is a line on a new token and an empty directory.
+func newLine(t *testing.T) (line *Line, dir string, token *hsmkeys.Token) {
+	t.Helper()
+	token, err := hsmkeys.Open(t.Context(), softhsmtest.Token(t).URI)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { token.Close() })
+	if _, err := NewLine(token, nil); err == nil || !strings.Contains(err.Error(), "factory init") {
+		t.Errorf("a line without keys: %v", err)
+	}
+	if _, _, created, err := Init(t.Context(), token); err != nil || !created {
+		t.Fatal(created, err)
+	}
+	dir = t.TempDir()
+	store, err := directory.OpenFileStore(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if line, err = NewLine(token, store); err != nil {
+		t.Fatal(err)
+	}
+	return line, dir, token
+}
+
+func spec(t *testing.T, lot string, first, count int) LotSpec {
+	t.Helper()
+	tac, err := kme.ParseTAC("35209900")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return LotSpec{lot, directory.Range{TAC: tac, First: first, Count: count}, 2048, kme.SuiteECDSA, 4, hsmkeys.PrimesAuto}
+}
+
+func TestInitAgain(t *testing.T) {
+	line, _, token := newLine(t)
+	pem, keyID, created, err := Init(t.Context(), token)
+	if err != nil || created || keyID != line.Manufacturer() || !bytes.Contains(pem, []byte("PUBLIC KEY")) {
+		t.Error(string(pem), keyID, created, err)
+	}
+}
+
+func TestCreateLot(t *testing.T) {
+	ctx := t.Context()
+	line, _, token := newLine(t)
+	m, err := line.CreateLot(ctx, spec(t, "L1", 10, 10))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := line.Lot(ctx, "L1"); err != nil || fmt.Sprint(got) != fmt.Sprint(m) {
+		t.Errorf("published %v, %v; made %v", got, err, m)
+	}
+	if err := token.ProveLotKey(ctx, line.lotKey("L1"), m.PublicKey()); err != nil {
+		t.Error(err)
+	}
+	x931 := spec(t, "L2", 100, 10)
+	x931.Primes = hsmkeys.PrimesX931
+	for name, c := range map[string]struct {
+		spec LotSpec
+		want string
+	}{
+		"the same lot":     {spec(t, "L1", 100, 10), "exists"},
+		"overlapping":      {spec(t, "L2", 19, 10), "in lot L1 already"},
+		"a bad name":       {spec(t, "../L2", 100, 10), "not valid"},
+		"no devices":       {spec(t, "L2", 100, 0), "one device at least"},
+		"beyond the TAC":   {spec(t, "L2", 999_999, 2), "serial numbers"},
+		"X9.31 on SoftHSM": {x931, "X9.31"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if _, err := line.CreateLot(ctx, c.spec); err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("%v does not say %q", err, c.want)
+			}
+		})
+	}
+	if has, err := token.Has(ctx, line.lotKey("L2")); has || err != nil {
+		t.Errorf("a refused lot has a key: %v, %v", has, err)
+	}
+
+	// Interrupted after the key was made: the next run publishes that key.
+	pub, _, err := token.EnsureLotKey(ctx, line.lotKey("L3"), 2048, hsmkeys.PrimesAuto)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if m, err = line.CreateLot(ctx, spec(t, "L3", 20, 10)); err != nil || !m.PublicKey().Equal(pub) {
+		t.Errorf("the interrupted lot's key was not taken: %v", err)
+	}
+
+	// What is published is not published again with other content.
+	m.ShardSize++
+	err = directory.Publish(ctx, line.store, directory.ManifestPath("L3"), line.signer, directory.TypeManifest, m)
+	if !errors.As(err, new(*directory.ConflictError)) {
+		t.Error(err)
+	}
+}
+
+// repeating is a token whose random numbers repeat: the second lot gets the key of the first.
+type repeating struct {
+	Token
+	first hsmkeys.Key
+	gone  []hsmkeys.Key
+}
+
+func (r *repeating) EnsureLotKey(ctx context.Context, k hsmkeys.Key, bits int, p hsmkeys.Primes) (*rsa.PublicKey, string, error) {
+	return r.Token.EnsureLotKey(ctx, r.first, bits, p)
+}
+
+func (r *repeating) RemoveLotKey(_ context.Context, k hsmkeys.Key) error {
+	r.gone = append(r.gone, k)
+	return nil
+}
+
+func TestRepeatedModulus(t *testing.T) {
+	line, _, token := newLine(t)
+	if _, err := line.CreateLot(t.Context(), spec(t, "L1", 0, 10)); err != nil {
+		t.Fatal(err)
+	}
+	r := &repeating{Token: token, first: line.lotKey("L1")}
+	line.token = r
+	if _, err := line.CreateLot(t.Context(), spec(t, "L2", 10, 10)); err == nil || !strings.Contains(err.Error(), "is that of lot L1") {
+		t.Error(err)
+	}
+	if len(r.gone) != 1 || r.gone[0] != line.lotKey("L2") {
+		t.Errorf("removed %v", r.gone)
+	}
+}
+
+func provision(t *testing.T, line *Line, out string) Progress {
+	t.Helper()
+	p, err := line.Provision(t.Context(), "L1", out, 3, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p.Done != p.Total {
+		t.Errorf("%+v", p)
+	}
+	return p
+}
+
+// checkLot compares what is published with the injection packages, device by device.
+func checkLot(t *testing.T, line *Line, out string) {
+	t.Helper()
+	m, err := line.Lot(t.Context(), "L1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := map[kme.IMEI]bool{}
+	for n := range m.Shards() {
+		published, err := line.reader.ReadShard(t.Context(), m, n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		lines, err := line.readPackage(m, n, filepath.Join(out, "L1", InjectionFile(n)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		packed, err := shardOf(m, n, lines)
+		if err != nil || !packed.Equal(published) {
+			t.Errorf("shard %d: package and directory differ: %v", n, err)
+		}
+		for _, l := range lines {
+			if seen[l.IMEI] {
+				t.Errorf("%s twice", l.IMEI)
+			}
+			seen[l.IMEI] = true
+		}
+	}
+	if len(seen) != m.Devices() {
+		t.Errorf("%d devices, want %d", len(seen), m.Devices())
+	}
+}
+
+func TestProvision(t *testing.T) {
+	line, dir, _ := newLine(t)
+	if _, err := line.CreateLot(t.Context(), spec(t, "L1", 0, 30)); err != nil {
+		t.Fatal(err)
+	}
+	out := t.TempDir()
+	var reports []Progress
+	p, err := line.Provision(t.Context(), "L1", out, 3, func(p Progress) { reports = append(reports, p) })
+	if err != nil || p != (Progress{30, 30, 30}) || len(reports) != 8 || reports[7] != p {
+		t.Fatal(p, reports, err)
+	}
+	checkLot(t, line, out)
+	if p := provision(t, line, out); p.Made != 0 {
+		t.Errorf("a second run made %d keys", p.Made)
+	}
+	for _, path := range []string{"L1/" + InjectionFile(0), "L1/" + ManifestFile} {
+		if info, err := os.Stat(filepath.Join(out, path)); err != nil || info.Mode().Perm() != 0o600 {
+			t.Errorf("%s: %v %v", path, info, err)
+		}
+	}
+
+	pkg := func(n int) string { return filepath.Join(out, "L1", InjectionFile(n)) }
+	shard := func(n int) string {
+		return filepath.Join(dir, filepath.FromSlash(directory.ShardPath("L1", n)))
+	}
+	read := func(path string) []byte {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	refused := func(t *testing.T, want string) {
+		t.Helper()
+		p, err := line.Provision(t.Context(), "L1", out, 1, nil)
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%v does not say %q", err, want)
+		}
+		if p.Made != 0 {
+			t.Errorf("%d keys were made", p.Made)
+		}
+	}
+	// Each case harms a file, expects a refusal, and puts back what was there.
+	harm := func(t *testing.T, path, want string, change func([]byte) []byte) {
+		t.Helper()
+		was := read(path)
+		if now := change(bytes.Clone(was)); now == nil {
+			os.Remove(path)
+		} else if err := os.WriteFile(path, now, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		refused(t, want)
+		if err := os.WriteFile(path, was, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	truncate := func(b []byte) []byte { return b[:len(b)/2] }
+	flip := func(b []byte) []byte { b[len(b)/2] ^= 1; return b }
+	remove := func([]byte) []byte { return nil }
+
+	t.Run("published, package lost", func(t *testing.T) { harm(t, pkg(2), "bring it back", remove) })
+	t.Run("published, package truncated", func(t *testing.T) { harm(t, pkg(2), "damaged", truncate) })
+	t.Run("published, package of another shard", func(t *testing.T) {
+		harm(t, pkg(2), "not of this lot, shard", func([]byte) []byte { return read(pkg(3)) })
+	})
+	t.Run("shard tampered with", func(t *testing.T) { harm(t, shard(2), "refused", flip) })
+	t.Run("shard truncated", func(t *testing.T) { harm(t, shard(2), "refused", truncate) })
+	t.Run("another shard in its place", func(t *testing.T) { harm(t, shard(2), "it is shard 3", func([]byte) []byte { return read(shard(3)) }) })
+	t.Run("manifest tampered with", func(t *testing.T) {
+		harm(t, filepath.Join(dir, "lots", "L1", "manifest"), "refused", flip)
+	})
+	checkLot(t, line, out)
+
+	t.Run("killed before it was published", func(t *testing.T) {
+		was := read(pkg(5))
+		os.Remove(shard(5))
+		if p := provision(t, line, out); p.Made != 0 || !bytes.Equal(read(pkg(5)), was) {
+			t.Errorf("a whole package was not published as it is: %+v", p)
+		}
+		checkLot(t, line, out)
+	})
+	t.Run("killed before the package was whole", func(t *testing.T) {
+		os.Remove(shard(5))
+		os.Remove(pkg(5))
+		if p := provision(t, line, out); p.Made != 4 {
+			t.Errorf("%+v", p)
+		}
+		checkLot(t, line, out)
+	})
+	t.Run("not published, package damaged", func(t *testing.T) {
+		signed := read(shard(5))
+		os.Remove(shard(5))
+		harm(t, pkg(5), "remove the file", truncate)
+		if err := os.WriteFile(shard(5), signed, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	})
+	t.Run("keys swapped after publication", func(t *testing.T) {
+		other := t.TempDir()
+		if _, err := line.makeShard(t.Context(), must(line.Lot(t.Context(), "L1")), 1, filepath.Join(other, "p")); err != nil {
+			t.Fatal(err)
+		}
+		harm(t, pkg(1), "not those that are published", func([]byte) []byte { return read(filepath.Join(other, "p")) })
+	})
+	t.Run("folder not writable", func(t *testing.T) {
+		if _, err := line.Provision(t.Context(), "L1", "/dev/null/x", 1, nil); err == nil || !strings.Contains(err.Error(), "cannot be made") {
+			t.Error(err)
+		}
+	})
+	t.Run("unknown lot", func(t *testing.T) {
+		if _, err := line.Provision(t.Context(), "L9", out, 1, nil); err == nil || !strings.Contains(err.Error(), "lot create") {
+			t.Error(err)
+		}
+	})
+}
+
+func must[T any](v T, err error) T {
+	if err != nil {
+		panic(err)
+	}
+	return v
+}
+
+// An interrupted run finishes what it has begun, and the next goes on.
+func TestProvisionInterrupted(t *testing.T) {
+	line, _, _ := newLine(t)
+	if _, err := line.CreateLot(t.Context(), spec(t, "L1", 0, 40)); err != nil {
+		t.Fatal(err)
+	}
+	out := t.TempDir()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	first, err := line.Provision(ctx, "L1", out, 2, func(Progress) { cancel() })
+	if !errors.Is(err, ErrInterrupted) || first.Made == 0 || first.Done == first.Total {
+		t.Fatal(first, err)
+	}
+	if second := provision(t, line, out); first.Made+second.Made != 40 {
+		t.Errorf("%+v and then %+v", first, second)
+	}
+	checkLot(t, line, out)
+}
+
+// failing is a token that fails after some devices.
+type failing struct {
+	Token
+	left int
+}
+
+func (f *failing) MakeDeviceKey(ctx context.Context, s kme.Suite, k hsmkeys.Key) (crypto.PublicKey, []byte, error) {
+	if f.left--; f.left < 0 {
+		return nil, nil, errors.New("the token has gone")
+	}
+	return f.Token.MakeDeviceKey(ctx, s, k)
+}
+
+func TestProvisionTokenFails(t *testing.T) {
+	line, _, token := newLine(t)
+	if _, err := line.CreateLot(t.Context(), spec(t, "L1", 0, 40)); err != nil {
+		t.Fatal(err)
+	}
+	out := t.TempDir()
+	line.token = &failing{token, 10}
+	p, err := line.Provision(t.Context(), "L1", out, 1, nil)
+	if err == nil || !strings.Contains(err.Error(), "gone") || p.Done != 8 {
+		t.Error(p, err)
+	}
+	line.token = token
+	if p := provision(t, line, out); p.Made != 32 {
+		t.Errorf("%+v", p)
+	}
+	checkLot(t, line, out)
+}
+
+func TestGrantAndSeal(t *testing.T) {
+	ctx := t.Context()
+	line, _, token := newLine(t)
+	m, err := line.CreateLot(ctx, spec(t, "L1", 0, 4))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct{ lot, operator, want string }{
+		"unknown lot":         {"L2", "op", "lot create"},
+		"operator's bad name": {"L1", "../op", "not valid"},
+		"not enrolled":        {"L1", "op", "operator enroll"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if _, err := line.Grant(ctx, c.lot, c.operator); err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("%v does not say %q", err, c.want)
+			}
+		})
+	}
+	if err := line.Seal(ctx, "L2"); err == nil {
+		t.Error("an unknown lot was sealed")
+	}
+	if err := line.Seal(ctx, "L1"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := line.Grant(ctx, "L1", "op"); err == nil || !strings.Contains(err.Error(), "sealed") {
+		t.Errorf("a sealed lot: %v", err)
+	}
+	// The key in the token is not the manifest's: nobody is granted a lot that cannot work.
+	if err := token.RemoveLotKey(ctx, line.lotKey("L1")); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := token.EnsureLotKey(ctx, line.lotKey("L1"), 2048, hsmkeys.PrimesAuto); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := line.Grant(ctx, "L1", "op"); err == nil || !strings.Contains(err.Error(), "not this modulus's key") {
+		t.Errorf("another key than %x: %v", new(big.Int).SetBytes(m.N).Bytes()[:4], err)
+	}
+}
