@@ -112,21 +112,12 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 	}
 }
 
-func withToken(c *cli.Context, f func(*hsmkeys.Token) error) error {
-	token, err := hsmkeys.Open(c.Context, c.String("token"))
-	if err != nil {
-		return err
-	}
-	defer token.Close()
-	return f(token)
-}
-
 func withLine(c *cli.Context, f func(*hsmkeys.Token, *factory.Line) error) error {
 	store, err := openDirectory(c)
 	if err != nil {
 		return err
 	}
-	return withToken(c, func(token *hsmkeys.Token) error {
+	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
 		line, err := factory.NewLine(token, store)
 		if err != nil {
 			return err
@@ -143,20 +134,13 @@ func openDirectory(c *cli.Context) (directory.Store, error) {
 }
 
 func initLine(c *cli.Context) error {
-	return withToken(c, func(token *hsmkeys.Token) error {
+	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
 		pem, keyID, created, err := factory.Init(c.Context, token)
 		if err != nil {
 			return err
 		}
-		dir := c.String("out")
-		if dir == "" {
-			dir = c.String("state")
-		}
-		path := filepath.Join(dir, "manufacturer.pem")
-		if err := durable.MkdirAll(dir, 0o755); err != nil {
-			return err
-		}
-		if err := durable.WriteFile(path, pem, 0o644); err != nil {
+		path, err := cmdline.WritePublicKey(c, "manufacturer.pem", pem)
+		if err != nil {
 			return err
 		}
 		result := map[string]any{"manufacturer": keyID, "key": path, "created": created, "token": token.Serial()}
@@ -172,7 +156,7 @@ func initLine(c *cli.Context) error {
 }
 
 func doctor(c *cli.Context) error {
-	return withToken(c, func(token *hsmkeys.Token) error {
+	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
 		report, err := token.DoctorFactory(c.Context, factory.Keys(token)...)
 		if err != nil {
 			return err
@@ -193,7 +177,7 @@ func fixtureEnroll(c *cli.Context) error {
 	if err != nil {
 		return fmt.Errorf("the fixture's key %s: %w", c.String("fixture-key"), err)
 	}
-	return withToken(c, func(token *hsmkeys.Token) error {
+	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
 		line, err := factory.NewLine(token, nil)
 		if err != nil {
 			return err

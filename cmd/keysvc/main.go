@@ -17,7 +17,6 @@ import (
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
-	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -81,15 +80,6 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 	}
 }
 
-func withToken(c *cli.Context, f func(*hsmkeys.Token) error) error {
-	token, err := hsmkeys.Open(c.Context, c.String("token"))
-	if err != nil {
-		return err
-	}
-	defer token.Close()
-	return f(token)
-}
-
 func withStore(c *cli.Context, f func(*sqlstore.Store) error) error {
 	store, err := sqlstore.Open(c.Context, databasePath(c.String("state")))
 	if err != nil {
@@ -101,7 +91,7 @@ func withStore(c *cli.Context, f func(*sqlstore.Store) error) error {
 func databasePath(state string) string { return filepath.Join(state, "keysvc.db") }
 
 func initToken(c *cli.Context) error {
-	return withToken(c, func(token *hsmkeys.Token) error {
+	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
 		created := false
 		for _, ensure := range []func() (bool, error){
 			func() (bool, error) { return token.EnsureStorageKey(c.Context) },
@@ -122,15 +112,8 @@ func initToken(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		dir := c.String("out")
-		if dir == "" {
-			dir = c.String("state")
-		}
-		if err := durable.MkdirAll(dir, 0o755); err != nil {
-			return err
-		}
-		path := filepath.Join(dir, "transport.pem")
-		if err := durable.WriteFile(path, pem, 0o644); err != nil {
+		path, err := cmdline.WritePublicKey(c, "transport.pem", pem)
+		if err != nil {
 			return err
 		}
 		thumbprint := directory.RSAThumbprint(transport)
@@ -164,7 +147,7 @@ func enroll(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	return withToken(c, func(token *hsmkeys.Token) error {
+	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
 		return withStore(c, func(store *sqlstore.Store) error {
 			m, err := binding.Enroll(c.Context, token, store, jws, pem, url)
 			if err != nil {
@@ -182,7 +165,7 @@ func lotImport(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	return withToken(c, func(token *hsmkeys.Token) error {
+	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
 		return withStore(c, func(store *sqlstore.Store) error {
 			lot, err := binding.ImportLot(c.Context, token, store, jws)
 			if err != nil {
@@ -251,7 +234,7 @@ func device(c *cli.Context) error {
 }
 
 func doctor(c *cli.Context) error {
-	return withToken(c, func(token *hsmkeys.Token) error {
+	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
 		report, err := token.DoctorOperator(c.Context)
 		if err != nil {
 			return err
