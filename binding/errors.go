@@ -1,6 +1,7 @@
 package binding
 
 import (
+	"context"
 	"errors"
 	"fmt"
 )
@@ -45,8 +46,8 @@ func rejected(cause error) *Refusal {
 	return refuse(KMERejected, "the payload was not accepted", cause)
 }
 
-// fromStore turns a Store's error into a refusal.
-func fromStore(err error) error {
+// fromStore turns a Store's error into a refusal. It leaves the caller's own deadline and cancellation what they are.
+func fromStore(ctx context.Context, err error) error {
 	switch {
 	case err == nil:
 		return nil
@@ -56,6 +57,8 @@ func fromStore(err error) error {
 		return refuse(NoAttempt, "no such attempt is open for this IMSI", nil)
 	case errors.Is(err, ErrUsed):
 		return rejected(err)
+	case ctx.Err() != nil:
+		return ctx.Err()
 	}
 	return refuse(StoreUnavailable, "the database is not available", err)
 }

@@ -15,7 +15,8 @@ import (
 type IntakeToken interface {
 	TransportPublicKey(ctx context.Context) (*rsa.PublicKey, error)
 	UnwrapKEK(ctx context.Context, kek hsmkeys.Key, wrapped []byte) error
-	UnwrapLotKey(ctx context.Context, lot, kek hsmkeys.Key, wrapped []byte, pub *rsa.PublicKey) error
+	UnwrapLotKey(ctx context.Context, lot, kek hsmkeys.Key, wrapped []byte, pub *rsa.PublicKey) (taken bool, err error)
+	RemoveLotKey(ctx context.Context, k hsmkeys.Key) error
 }
 
 // Enroll takes a manufacturer's enrolment: it pins the manufacturer's key and takes the operator's KEK into the token.
@@ -29,6 +30,9 @@ func Enroll(ctx context.Context, token IntakeToken, registry Registry, jws, pem 
 	var e directory.Enrolment
 	if err := verifier.Verify(directory.TypeEnrolment, "the enrolment", jws, &e); err != nil {
 		return nil, err
+	}
+	if err := e.Validate(); err != nil {
+		return nil, fmt.Errorf("the enrolment: %w", err)
 	}
 	if e.Manufacturer != verifier.KeyID() {
 		return nil, fmt.Errorf("the enrolment is of manufacturer %s, and the key given is that of %s", e.Manufacturer, verifier.KeyID())
@@ -82,6 +86,9 @@ func importLot(ctx context.Context, token IntakeToken, registry Registry, m *Man
 	if err := verifier.Verify(directory.TypeGrant, "the grant", jws, &g); err != nil {
 		return nil, err
 	}
+	if err := g.Validate(); err != nil {
+		return nil, fmt.Errorf("the grant: %w", err)
+	}
 	if g.Operator != m.Operator {
 		return nil, fmt.Errorf("the grant is for operator %q, and this token was enrolled as %q", g.Operator, m.Operator)
 	}
@@ -103,10 +110,18 @@ func importLot(ctx context.Context, token IntakeToken, registry Registry, m *Man
 	if err != nil {
 		return nil, err
 	}
-	if err := token.UnwrapLotKey(ctx, lotKey(m.KeyID, manifest.Lot), kek, g.Wrapped, manifest.PublicKey()); err != nil {
+	key := lotKey(m.KeyID, manifest.Lot)
+	taken, err := token.UnwrapLotKey(ctx, key, kek, g.Wrapped, manifest.PublicKey())
+	if err != nil {
 		return nil, fmt.Errorf("lot %s: %w", manifest.Lot, err)
 	}
-	return lot, registry.PutLot(ctx, lot, check)
+	if err := registry.PutLot(ctx, lot, check); err != nil {
+		if taken {
+			err = errors.Join(err, token.RemoveLotKey(context.WithoutCancel(ctx), key))
+		}
+		return nil, err
+	}
+	return lot, nil
 }
 
 // checkLot refuses a lot that is not the one taken before under its name, or whose IMEIs are another lot's, whoever

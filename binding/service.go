@@ -64,7 +64,7 @@ func (s *Service) PrepareVector(ctx context.Context, imsiText string, randBytes 
 	// An HSS asks for several vectors at once: they share an attempt as long as it leaves a device time enough.
 	b, attempt, err := s.store.Prepare(ctx, fresh, now, now.Add(s.attemptTTL/2))
 	if err != nil {
-		return nil, s.failed(ctx, "prepare", imsi, fromStore(err))
+		return nil, s.failed(ctx, "prepare", imsi, fromStore(ctx, err))
 	}
 	if b == nil {
 		if attempt.ID == fresh.ID {
@@ -87,7 +87,7 @@ func (s *Service) RestoreRAND(ctx context.Context, imsiText string, randBytes []
 	}
 	b, err := s.store.Binding(ctx, imsi)
 	if err != nil {
-		return out, s.failed(ctx, "restore", imsi, fromStore(err))
+		return out, s.failed(ctx, "restore", imsi, fromStore(ctx, err))
 	}
 	if out, err = s.token.DecryptRAND(ctx, b.Sealed, vector); err != nil {
 		return out, s.failed(ctx, "restore", imsi, fromToken(ctx, err))
@@ -123,8 +123,26 @@ func (s *Service) establish(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, a
 	if e, err := s.retransmitted(ctx, imsi, imei, attemptID, digest[:]); e != nil || err != nil {
 		return e, err
 	}
+	b, err := s.accept(ctx, imsi, imei, attemptID, payload, digest[:])
+	if err == nil {
+		s.log.InfoContext(ctx, "established", "imsi", imsi, "imei", imei, "lot", b.Lot, "manufacturer", b.Manufacturer)
+		return &Established{NWSig: b.NWSig, State: b.State}, nil
+	}
+	var r *Refusal
+	if errors.As(err, &r) && (r.Reason == NoAttempt || r.Reason == KMERejected) {
+		// The same call may have overtaken itself: then the other one's answer is this one's too. Asked for every
+		// rejected payload, used before or not, so that they all take as long.
+		if e, rerr := s.retransmitted(ctx, imsi, imei, attemptID, digest[:]); e != nil || rerr != nil {
+			return e, rerr
+		}
+	}
+	return nil, err
+}
+
+// accept makes the binding, durably, or refuses.
+func (s *Service) accept(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, attemptID string, payload, digest []byte) (*Binding, error) {
 	if _, err := s.store.Attempt(ctx, imsi, attemptID, time.Now()); err != nil {
-		return nil, fromStore(err)
+		return nil, fromStore(ctx, err)
 	}
 	lot := s.lots.Load().find(imei)
 	if lot == nil {
@@ -147,32 +165,20 @@ func (s *Service) establish(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, a
 	}
 	// The ledger is asked whatever the token found: a refusal by one must not be faster than by the other.
 	used, err := s.store.Used(ctx, imei, opened.Tag)
-	if err != nil {
-		return nil, fromStore(err)
-	}
-	if opened.Fault != hsmkeys.FaultNone {
+	switch {
+	case err != nil:
+		return nil, fromStore(ctx, err)
+	case opened.Fault != hsmkeys.FaultNone:
 		return nil, rejected(errors.New(string(opened.Fault)))
+	case used:
+		return nil, rejected(ErrUsed)
 	}
-	if !used {
-		now := time.Now()
-		b := &Binding{
-			IMSI: imsi, IMEI: imei, Manufacturer: lot.manifest.Manufacturer, Lot: lot.manifest.Lot, State: Pending, Sealed: opened.Sealed,
-			Established: now, AttemptID: attemptID, PayloadSHA256: digest[:], NWSig: opened.NWSig[:],
-		}
-		if err = s.store.Establish(ctx, b, opened.Tag, now); err == nil {
-			s.log.InfoContext(ctx, "established", "imsi", imsi, "imei", imei, "lot", b.Lot, "manufacturer", b.Manufacturer)
-			return &Established{NWSig: b.NWSig, State: Pending}, nil
-		}
-	} else {
-		err = ErrUsed
+	now := time.Now()
+	b := &Binding{
+		IMSI: imsi, IMEI: imei, Manufacturer: lot.manifest.Manufacturer, Lot: lot.manifest.Lot, State: Pending, Sealed: opened.Sealed,
+		Established: now, AttemptID: attemptID, PayloadSHA256: digest, NWSig: opened.NWSig[:],
 	}
-	if errors.Is(err, ErrUsed) || errors.Is(err, ErrNoAttempt) {
-		// The same call may have overtaken itself: then the other one's answer is this one's too.
-		if e, rerr := s.retransmitted(ctx, imsi, imei, attemptID, digest[:]); e != nil || rerr != nil {
-			return e, rerr
-		}
-	}
-	return nil, fromStore(err)
+	return b, fromStore(ctx, s.store.Establish(ctx, b, opened.Tag, now))
 }
 
 // retransmitted answers a call that was answered before.
@@ -182,7 +188,7 @@ func (s *Service) retransmitted(ctx context.Context, imsi kme.IMSI, imei kme.IME
 		return nil, nil
 	}
 	if err != nil {
-		return nil, fromStore(err)
+		return nil, fromStore(ctx, err)
 	}
 	same := subtle.ConstantTimeCompare([]byte(b.AttemptID), []byte(attemptID)) & subtle.ConstantTimeCompare(b.PayloadSHA256, digest)
 	if b.IMEI != imei || same != 1 {
@@ -200,7 +206,7 @@ func (s *Service) ReportAuthentication(ctx context.Context, imsiText string, ok 
 	}
 	b, err := s.store.Report(ctx, imsi, ok, time.Now())
 	if err != nil {
-		return nil, s.failed(ctx, "report", imsi, fromStore(err))
+		return nil, s.failed(ctx, "report", imsi, fromStore(ctx, err))
 	}
 	state := State("")
 	if b != nil {
@@ -218,7 +224,7 @@ func (s *Service) GetBinding(ctx context.Context, imsiText string) (*Binding, er
 	}
 	b, err := s.store.Binding(ctx, imsi)
 	if err != nil {
-		return nil, fromStore(err)
+		return nil, fromStore(ctx, err)
 	}
 	return b, nil
 }
@@ -254,7 +260,7 @@ func parseVector(imsiText string, randBytes []byte) (imsi kme.IMSI, vector [hsmk
 	return imsi, [hsmkeys.RANDSize]byte(randBytes), nil
 }
 
-// fromToken and fromDirectory leave the caller's own deadline and cancellation what they are.
+// fromToken and fromDirectory do as fromStore does.
 func fromToken(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return ctx.Err()

@@ -181,12 +181,12 @@ func (t *Token) WrapLotKey(ctx context.Context, lot, kek Key) (wrapped []byte, e
 
 // UnwrapLotKey takes a lot key, wrapped under the KEK, into the token, for decryption only and never to be extracted.
 // The key is proved to be that of pub before it becomes a token object, so that a wrong one leaves nothing behind;
-// a lot key that the token already has is proved in its stead.
-func (t *Token) UnwrapLotKey(ctx context.Context, lot, kek Key, wrapped []byte, pub *rsa.PublicKey) error {
+// a lot key that the token already has is proved in its stead, and then none is taken.
+func (t *Token) UnwrapLotKey(ctx context.Context, lot, kek Key, wrapped []byte, pub *rsa.PublicKey) (taken bool, err error) {
 	if len(wrapped) < 16 || len(wrapped)%8 != 0 {
-		return fmt.Errorf("the wrapped lot key has %d bytes: no AES-KWP ciphertext (RFC 5649) has", len(wrapped))
+		return false, fmt.Errorf("the wrapped lot key has %d bytes: no AES-KWP ciphertext (RFC 5649) has", len(wrapped))
 	}
-	return t.with(ctx, func(s *session) error {
+	err = t.with(ctx, func(s *session) error {
 		if h, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, lot); err == nil {
 			return prove(s, h, pub)
 		} else if !errors.Is(err, ErrNoKey) {
@@ -214,8 +214,10 @@ func (t *Token) UnwrapLotKey(ctx context.Context, lot, kek Key, wrapped []byte, 
 			return err
 		}
 		_, err = unwrap(named(lot))
+		taken = err == nil
 		return err
 	})
+	return taken, err
 }
 
 // MakeKEK makes the AES-256 key that carries lot keys to an operator, and takes the operator's public transport

@@ -420,7 +420,7 @@ func newMaker(t *testing.T, s Store) *maker {
 	if err != nil {
 		t.Fatal(err)
 	}
-	pem, err := pemkey.Marshal(signer.Public())
+	pem, err := pemkey.Encode(signer.Public())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,0 +1,292 @@
+package api
+
+import (
+	"bytes"
+	"compress/gzip"
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"connectrpc.com/connect"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+
+	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
+	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore"
+)
+
+// secret stands for what a driver or a token says: it is for the log.
+const secret = "/srv/state: token serial 4711"
+
+func TestToConnect(t *testing.T) {
+	table := map[binding.Reason]struct {
+		name string
+		code connect.Code
+	}{
+		binding.Malformed:            {"MALFORMED", connect.CodeInvalidArgument},
+		binding.NoAttempt:            {"NO_ATTEMPT", connect.CodeFailedPrecondition},
+		binding.UnknownDevice:        {"UNKNOWN_DEVICE", connect.CodeNotFound},
+		binding.RevokedDevice:        {"REVOKED_DEVICE", connect.CodePermissionDenied},
+		binding.KMERejected:          {"KME_REJECTED", connect.CodePermissionDenied},
+		binding.NotBound:             {"NOT_BOUND", connect.CodeFailedPrecondition},
+		binding.HSMUnavailable:       {"HSM_UNAVAILABLE", connect.CodeUnavailable},
+		binding.DirectoryUnavailable: {"DIRECTORY_UNAVAILABLE", connect.CodeUnavailable},
+		binding.StoreUnavailable:     {"STORE_UNAVAILABLE", connect.CodeUnavailable},
+	}
+	for reason, want := range table {
+		refusal := &binding.Refusal{Reason: reason, Message: "what the caller may know", Cause: errors.New(secret)}
+		err := toConnect(fmt.Errorf("around it: %w", refusal))
+		var e *connect.Error
+		if !errors.As(err, &e) || e.Code() != want.code || e.Message() != "what the caller may know" {
+			t.Errorf("%s: %v, want %s and the message alone", reason, err, want.code)
+			continue
+		}
+		checkInfo(t, err, want.name)
+	}
+	for reason := range codes {
+		if _, ok := table[reason]; !ok {
+			t.Errorf("%s is not in the documented table", reason)
+		}
+	}
+	for _, c := range []struct {
+		err  error
+		code connect.Code
+	}{
+		{fmt.Errorf("%s: %w", secret, context.Canceled), connect.CodeCanceled},
+		{fmt.Errorf("%s: %w", secret, context.DeadlineExceeded), connect.CodeDeadlineExceeded},
+		{errors.New(secret), connect.CodeInternal},
+	} {
+		if err := toConnect(c.err); connect.CodeOf(err) != c.code || strings.Contains(err.Error(), "4711") {
+			t.Errorf("%v became %v, want %s without the cause", c.err, err, c.code)
+		}
+	}
+}
+
+func checkInfo(t *testing.T, err error, reason string) {
+	t.Helper()
+	var e *connect.Error
+	if !errors.As(err, &e) || len(e.Details()) != 1 {
+		t.Errorf("%v: want one detail", err)
+		return
+	}
+	value, verr := e.Details()[0].Value()
+	if info, ok := value.(*errdetails.ErrorInfo); verr != nil || !ok || info.Domain != "kme" || info.Reason != reason || len(info.Metadata) > 0 {
+		t.Errorf("detail %v, error %v, want ErrorInfo of domain kme with %s", value, verr, reason)
+	}
+}
+
+// serve is a service with a real database, and no token: nothing here gets so far.
+func serve(t *testing.T) (*httptest.Server, *sqlstore.Store) {
+	t.Helper()
+	store, err := sqlstore.Open(t.Context(), filepath.Join(t.TempDir(), "keysvc.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { store.Close() })
+	service := binding.NewService(nil, store, new(binding.Lots), 1<<40, slog.New(slog.DiscardHandler))
+	ready := func(ctx context.Context) error {
+		if _, ok := ctx.Deadline(); !ok {
+			t.Error("a token that hangs would hang /readyz")
+		}
+		if _, err := store.Lots(ctx); err != nil {
+			return fmt.Errorf("%s: %w", secret, err)
+		}
+		return nil
+	}
+	s := httptest.NewUnstartedServer(NewHandler(service, ready))
+	s.EnableHTTP2 = true
+	s.StartTLS()
+	t.Cleanup(s.Close)
+	return s, store
+}
+
+func read(t *testing.T) func(resp *http.Response, err error) (int, string) {
+	return func(resp *http.Response, err error) (int, string) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		body, err := io.ReadAll(resp.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return resp.StatusCode, string(body)
+	}
+}
+
+const service = "/kme.v1.KeyService/"
+
+func TestHealth(t *testing.T) {
+	s, store := serve(t)
+	check := func(path string, wantStatus int, wantBody string) {
+		t.Helper()
+		if status, body := read(t)(s.Client().Get(s.URL + path)); status != wantStatus || body != wantBody {
+			t.Errorf("%s: %d, %q, want %d, %q", path, status, body, wantStatus, wantBody)
+		}
+	}
+	check("/healthz", http.StatusOK, "ok\n")
+	check("/readyz", http.StatusOK, "ready\n")
+	for _, path := range []string{"/healthz", "/readyz"} {
+		if status, _ := read(t)(s.Client().Post(s.URL+path, "text/plain", nil)); status != http.StatusMethodNotAllowed {
+			t.Errorf("POST %s: %d", path, status)
+		}
+	}
+	if status, _ := read(t)(s.Client().Get(s.URL + "/")); status != http.StatusNotFound {
+		t.Errorf("/: %d", status)
+	}
+	if err := store.Close(); err != nil {
+		t.Fatal(err)
+	}
+	check("/healthz", http.StatusOK, "ok\n")
+	check("/readyz", http.StatusServiceUnavailable, "not ready\n")
+}
+
+func TestJSON(t *testing.T) {
+	s, _ := serve(t)
+	vector := base64.StdEncoding.EncodeToString(make([]byte, 16))
+	long := base64.StdEncoding.EncodeToString(make([]byte, maxRequest))
+	for _, c := range []struct {
+		name, method, body string
+		status             int
+		code, reason       string
+	}{
+		{"a good request", "PrepareVector", `{"imsi":"001010000000001","rand":"` + vector + `"}`, http.StatusOK, "", ""},
+		// A newer client may send more than this server knows.
+		{"an unknown field", "PrepareVector", `{"imsi":"001010000000001","rand":"` + vector + `","plmn":"00101"}`, http.StatusOK, "", ""},
+		{"no fields", "PrepareVector", `{}`, http.StatusBadRequest, "invalid_argument", "MALFORMED"},
+		{"a malformed IMSI", "GetBinding", `{"imsi":"1"}`, http.StatusBadRequest, "invalid_argument", "MALFORMED"},
+		{"no binding", "GetBinding", `{"imsi":"001010000000002"}`, http.StatusBadRequest, "failed_precondition", "NOT_BOUND"},
+		{"no attempt", "EstablishKME", `{"imsi":"001010000000002","imei":"35209900000001","attempt_id":"a","payload":"AA=="}`, http.StatusBadRequest, "failed_precondition", "NO_ATTEMPT"},
+		{"no JSON", "PrepareVector", `imsi=1`, http.StatusBadRequest, "invalid_argument", ""},
+		{"bytes that are not base64", "PrepareVector", `{"imsi":"001010000000001","rand":"*"}`, http.StatusBadRequest, "invalid_argument", ""},
+		{"a number for a string", "PrepareVector", `{"imsi":1010000000001,"rand":"` + vector + `"}`, http.StatusBadRequest, "invalid_argument", ""},
+		{"above the limit", "EstablishKME", `{"imsi":"001010000000002","imei":"35209900000001","attempt_id":"a","payload":"` + long + `"}`, http.StatusTooManyRequests, "resource_exhausted", ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			status, body := read(t)(s.Client().Post(s.URL+service+c.method, "application/json", strings.NewReader(c.body)))
+			var answer struct {
+				Code    string
+				Details []struct{ Type, Value string }
+			}
+			if err := json.Unmarshal([]byte(body), &answer); err != nil {
+				t.Fatal(err)
+			}
+			if status != c.status || answer.Code != c.code {
+				t.Errorf("%d, %s, want %d, %q", status, body, c.status, c.code)
+			}
+			if (len(answer.Details) == 1 && answer.Details[0].Type == "google.rpc.ErrorInfo") != (c.reason != "") {
+				t.Errorf("details %v, want an ErrorInfo: %v", answer.Details, c.reason != "")
+			}
+			if !strings.Contains(body, c.reason) {
+				t.Errorf("%s does not say %s", body, c.reason)
+			}
+		})
+	}
+	if status, _ := read(t)(s.Client().Get(s.URL + service + "PrepareVector")); status != http.StatusMethodNotAllowed {
+		t.Errorf("GET: %d", status)
+	}
+	if status, _ := read(t)(s.Client().Post(s.URL+service+"Nothing", "application/json", strings.NewReader("{}"))); status != http.StatusNotFound {
+		t.Errorf("an unknown method: %d", status)
+	}
+}
+
+// What is small on the wire may be large in memory.
+func TestCompressedAboveLimit(t *testing.T) {
+	s, _ := serve(t)
+	var body bytes.Buffer
+	z := gzip.NewWriter(&body)
+	fmt.Fprintf(z, `{"imsi":"%s"}`, strings.Repeat("0", 10<<20))
+	if err := z.Close(); err != nil {
+		t.Fatal(err)
+	}
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, s.URL+service+"GetBinding", &body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Content-Type", "application/json")
+	req.Header.Set("Content-Encoding", "gzip")
+	if status, body := read(t)(s.Client().Do(req)); status != http.StatusTooManyRequests || !strings.Contains(body, "resource_exhausted") {
+		t.Errorf("%d, %s", status, body)
+	}
+}
+
+func TestJSONNames(t *testing.T) {
+	s, _ := serve(t)
+	status, body := read(t)(s.Client().Post(s.URL+service+"PrepareVector", "application/json", strings.NewReader(`{"imsi":"001010000000001","rand":"AAECAwQFBgcICQoLDA0ODw=="}`)))
+	var answer map[string]string
+	if err := json.Unmarshal([]byte(body), &answer); err != nil || status != http.StatusOK {
+		t.Fatalf("%d, %s, %v", status, body, err)
+	}
+	if len(answer) != 3 || answer["rand"] != "AAECAwQFBgcICQoLDA0ODw==" || answer["control"] != "PROVISIONING_ONLY" || len(answer["attempt_id"]) != 22 {
+		t.Errorf("answer %v", answer)
+	}
+	for state, want := range map[binding.State]kmev1.State{
+		binding.Pending: kmev1.State_PENDING, binding.Active: kmev1.State_ACTIVE, "": kmev1.State_STATE_UNSPECIFIED,
+	} {
+		if got := toState(state); got != want {
+			t.Errorf("state %q is %s, want %s", state, got, want)
+		}
+	}
+}
+
+// The reason is the same whichever protocol a client speaks, and the cause is in none.
+func TestProtocols(t *testing.T) {
+	s, store := serve(t)
+	for name, options := range map[string][]connect.ClientOption{
+		"Connect":  nil,
+		"JSON":     {connect.WithProtoJSON()},
+		"gRPC":     {connect.WithGRPC()},
+		"gRPC-Web": {connect.WithGRPCWeb()},
+	} {
+		client := kmev1connect.NewKeyServiceClient(s.Client(), s.URL, options...)
+		_, err := client.GetBinding(t.Context(), connect.NewRequest(&kmev1.GetBindingRequest{Imsi: "001010000000001"}))
+		if connect.CodeOf(err) != connect.CodeFailedPrecondition {
+			t.Errorf("%s: %v", name, err)
+		}
+		checkInfo(t, err, "NOT_BOUND")
+	}
+	if err := store.Close(); err != nil {
+		t.Fatal(err)
+	}
+	client := kmev1connect.NewKeyServiceClient(s.Client(), s.URL)
+	calls := map[string]func() error{
+		"PrepareVector": func() error {
+			_, err := client.PrepareVector(t.Context(), connect.NewRequest(&kmev1.PrepareVectorRequest{Imsi: "001010000000001", Rand: make([]byte, 16)}))
+			return err
+		},
+		"EstablishKME": func() error {
+			_, err := client.EstablishKME(t.Context(), connect.NewRequest(&kmev1.EstablishKMERequest{Imsi: "001010000000001", Imei: "35209900000001"}))
+			return err
+		},
+		"ReportAuthentication": func() error {
+			_, err := client.ReportAuthentication(t.Context(), connect.NewRequest(&kmev1.ReportAuthenticationRequest{Imsi: "001010000000001"}))
+			return err
+		},
+		"RestoreRAND": func() error {
+			_, err := client.RestoreRAND(t.Context(), connect.NewRequest(&kmev1.RestoreRANDRequest{Imsi: "001010000000001", Rand: make([]byte, 16)}))
+			return err
+		},
+		"GetBinding": func() error {
+			_, err := client.GetBinding(t.Context(), connect.NewRequest(&kmev1.GetBindingRequest{Imsi: "001010000000001"}))
+			return err
+		},
+	}
+	for name, call := range calls {
+		err := call()
+		if connect.CodeOf(err) != connect.CodeUnavailable || strings.Contains(err.Error(), "sql") || strings.Contains(err.Error(), "closed") {
+			t.Errorf("%s on a closed database: %v, want unavailable without the cause", name, err)
+		}
+		checkInfo(t, err, "STORE_UNAVAILABLE")
+	}
+}

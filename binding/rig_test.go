@@ -1,0 +1,529 @@
+package binding_test
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/sha1"
+	"crypto/x509"
+	"encoding/hex"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/tink-crypto/tink-go/v2/kwp/subtle"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore"
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/pemkey"
+	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+func TestMain(m *testing.M) { softhsmtest.Main(m, 28) }
+
+const (
+	operator = "op"
+	ttl      = 5 * time.Minute
+)
+
+func must[T any](t testing.TB) func(T, error) T {
+	return func(v T, err error) T {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return v
+	}
+}
+
+// A rig is an operator: a real token and a real database, and a recorder between them and the service.
+type rig struct {
+	token    *hsmkeys.Token
+	store    *sqlstore.Store
+	recorder *recorder
+	log      *logBuffer
+	service  *binding.Service
+	readers  map[string]*directory.Reader
+}
+
+func newRig(t *testing.T) *rig {
+	t.Helper()
+	ctx := t.Context()
+	token := must[*hsmkeys.Token](t)(hsmkeys.Open(ctx, softhsmtest.Token(t).URI))
+	t.Cleanup(func() { token.Close() })
+	must[bool](t)(token.EnsureStorageKey(ctx))
+	must[bool](t)(token.EnsureLedgerKey(ctx))
+	must[bool](t)(token.EnsureTransportKey(ctx))
+	store := must[*sqlstore.Store](t)(sqlstore.Open(ctx, filepath.Join(t.TempDir(), "keysvc.db")))
+	t.Cleanup(func() { store.Close() })
+	r := &rig{token: token, store: store, log: new(logBuffer), readers: map[string]*directory.Reader{}}
+	r.recorder = &recorder{token: token, store: store}
+	r.service = binding.NewService(r.recorder, r.recorder, new(binding.Lots), ttl, slog.New(slog.NewJSONHandler(r.log, nil)))
+	return r
+}
+
+// enroll takes a manufacturer in, and reads its directory.
+func (r *rig) enroll(t *testing.T, m *maker) {
+	t.Helper()
+	must[*binding.Manufacturer](t)(binding.Enroll(t.Context(), r.token, r.store, m.sign(t, directory.TypeEnrolment, m.enrolment(t, r)), m.pem, "file:"+m.dir))
+	r.readers[m.KeyID()] = m.reader(t)
+}
+
+// take imports a lot and serves it.
+func (r *rig) take(t *testing.T, m *maker, lot *lot) {
+	t.Helper()
+	must[*binding.Lot](t)(binding.ImportLot(t.Context(), r.token, r.store, m.sign(t, directory.TypeGrant, m.grant(t, lot))))
+	r.serve(t)
+}
+
+func (r *rig) serve(t *testing.T) {
+	t.Helper()
+	all := must[[]*binding.Lot](t)(r.store.Lots(t.Context()))
+	r.service.SetLots(must[*binding.Lots](t)(binding.NewLots(all, r.readers)))
+}
+
+// attempt opens an attempt as an HSS does.
+func (r *rig) attempt(t *testing.T, imsi string) string {
+	t.Helper()
+	p := must[*binding.Prepared](t)(r.service.PrepareVector(t.Context(), imsi, make([]byte, hsmkeys.RANDSize)))
+	if p.AttemptID == "" {
+		t.Fatalf("IMSI %s is bound", imsi)
+	}
+	return p.AttemptID
+}
+
+// checkBound looks into the store, past the service.
+func (r *rig) checkBound(t *testing.T, imsi string, want bool) {
+	t.Helper()
+	_, err := r.store.Binding(t.Context(), must[kme.IMSI](t)(kme.ParseIMSI(imsi)))
+	if bound := err == nil; bound != want || (err != nil && !errors.Is(err, binding.ErrNotBound)) {
+		t.Errorf("IMSI %s is bound: %v (%v), want %v", imsi, bound, err, want)
+	}
+}
+
+// A maker is a manufacturer without an HSM: what it hands over is what a factory does, with keys that tests can know.
+type maker struct {
+	*directory.Signer
+	pem   []byte
+	kek   []byte
+	dir   string
+	store *directory.FileStore
+}
+
+func newMaker(t *testing.T) *maker {
+	t.Helper()
+	key := must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
+	m := &maker{Signer: must[*directory.Signer](t)(directory.NewSigner(key)), kek: make([]byte, 32), dir: t.TempDir()}
+	rand.Read(m.kek)
+	m.pem = must[[]byte](t)(pemkey.Encode(m.Public()))
+	m.store = must[*directory.FileStore](t)(directory.OpenFileStore(m.dir))
+	return m
+}
+
+func (m *maker) reader(t *testing.T) *directory.Reader {
+	t.Helper()
+	// Tests revoke and publish while they read.
+	return directory.NewReader(m.store, directory.NewVerifier(m.Public()), directory.ReaderOptions{RevocationTTL: time.Nanosecond, NegativeTTL: time.Nanosecond})
+}
+
+func (m *maker) kekKey() hsmkeys.Key {
+	return hsmkeys.Key{Role: hsmkeys.RoleKEK, Manufacturer: m.KeyID(), Name: operator}
+}
+
+func (m *maker) lotKey(name string) hsmkeys.Key {
+	return hsmkeys.Key{Role: hsmkeys.RoleLot, Manufacturer: m.KeyID(), Name: name}
+}
+
+func (m *maker) sign(t *testing.T, typ directory.Type, payload any) []byte {
+	t.Helper()
+	return must[[]byte](t)(m.Sign(typ, payload))
+}
+
+func (m *maker) enrolment(t *testing.T, r *rig) *directory.Enrolment {
+	t.Helper()
+	transport := must[*rsa.PublicKey](t)(r.token.TransportPublicKey(t.Context()))
+	return &directory.Enrolment{
+		Manufacturer: m.KeyID(), Operator: operator, TransportKey: directory.RSAThumbprint(transport), KEK: m.kekKey().HexID(),
+		Algorithm: directory.RSAOAEP, Wrapped: must[[]byte](t)(rsa.EncryptOAEP(sha1.New(), rand.Reader, transport, m.kek, nil)),
+	}
+}
+
+// A lot is one of a maker's.
+type lot struct {
+	*directory.Manifest
+	key     *rsa.PrivateKey
+	devices []*device
+}
+
+// A device is an ME.
+type device struct {
+	imei   kme.IMEI
+	signer crypto.Signer // nil for the devices of the known answers
+	lot    *lot
+}
+
+var testTAC = "35209900"
+
+// newLot publishes the manifest of a lot and its one shard. A key that is no crypto.Signer is a public one.
+func (m *maker) newLot(t *testing.T, name string, suite kme.Suite, key *rsa.PrivateKey, first int, devices ...any) *lot {
+	t.Helper()
+	tac := must[kme.TAC](t)(kme.ParseTAC(testTAC))
+	l := &lot{key: key, Manifest: &directory.Manifest{
+		Lot: name, Manufacturer: m.KeyID(), Suite: suite, N: key.N.Bytes(), E: key.E, Mechanism: "software",
+		Ranges: []directory.Range{{TAC: tac, First: first, Count: len(devices)}}, ShardSize: len(devices), Created: time.Now().UTC(),
+	}}
+	var keys []directory.DeviceKey
+	for i, d := range devices {
+		imei := must[kme.IMEI](t)(kme.NewIMEI(tac, first+i))
+		signer, ok := d.(crypto.Signer)
+		if ok {
+			d = signer.Public()
+		}
+		l.devices = append(l.devices, &device{imei, signer, l})
+		keys = append(keys, directory.DeviceKey{IMEI: imei, Key: d})
+	}
+	shard := must[*directory.Shard](t)(directory.NewShard(l.Manifest, 0, keys))
+	for path, o := range map[string]struct {
+		typ     directory.Type
+		payload any
+	}{
+		directory.ManifestPath(name): {directory.TypeManifest, l.Manifest},
+		directory.ShardPath(name, 0): {directory.TypeShard, shard},
+	} {
+		if err := directory.Publish(t.Context(), m.store, path, m.Signer, o.typ, o.payload); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return l
+}
+
+func (m *maker) wrap(t *testing.T, key *rsa.PrivateKey) []byte {
+	t.Helper()
+	return must[[]byte](t)(must[*subtle.KWP](t)(subtle.NewKWP(m.kek)).Wrap(must[[]byte](t)(x509.MarshalPKCS8PrivateKey(key))))
+}
+
+func (m *maker) grant(t *testing.T, l *lot) *directory.Grant {
+	t.Helper()
+	return &directory.Grant{
+		Operator: operator, KEK: m.kekKey().HexID(), Lot: l.Lot, Algorithm: directory.A256KWP, Wrapped: m.wrap(t, l.key),
+		Manifest: string(m.sign(t, directory.TypeManifest, l.Manifest)),
+	}
+}
+
+func newDevices(t *testing.T, n int) (keys []any) {
+	t.Helper()
+	for range n {
+		keys = append(keys, must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader)))
+	}
+	return keys
+}
+
+// newServed is an operator who serves one lot, L1, of five devices.
+func newServed(t *testing.T) (*rig, *maker, *lot) {
+	t.Helper()
+	r, m := newRig(t), newMaker(t)
+	r.enroll(t, m)
+	l := m.newLot(t, "L1", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 5)...)
+	r.take(t, m, l)
+	r.recorder.take()
+	return r, m, l
+}
+
+// payload is what the device sends for a fresh KME.
+func (d *device) payload(t *testing.T) ([]byte, *kme.Plaintext) {
+	t.Helper()
+	p := &kme.Plaintext{KME: kme.RandomSecret(), RME: kme.RandomSecret()}
+	p.Sig = must[[]byte](t)(d.lot.Suite.Sign(d.signer, p.KME))
+	return d.encrypt(t, p), p
+}
+
+func (d *device) encrypt(t *testing.T, p *kme.Plaintext) []byte {
+	t.Helper()
+	return must[[]byte](t)(d.lot.Suite.Encrypt(&d.lot.key.PublicKey, p))
+}
+
+// newIMSI gives an IMSI that no test has had.
+func newIMSI() string {
+	imsis.Lock()
+	defer imsis.Unlock()
+	imsis.n++
+	return fmt.Sprintf("00101%010d", imsis.n)
+}
+
+var imsis struct {
+	sync.Mutex
+	n int
+}
+
+// A recorder notes each call of the service to its token and its store, and can make one fail or something happen first.
+type recorder struct {
+	token binding.Token
+	store binding.Store
+
+	mu     sync.Mutex
+	calls  []string                // guarded by mu
+	before func(call string) error // guarded by mu
+}
+
+// tokenCalls are the methods of binding.Token.
+var tokenCalls = []string{"OpenPayload", "EncryptRAND", "DecryptRAND"}
+
+func (r *recorder) enter(call string) error {
+	r.mu.Lock()
+	r.calls = append(r.calls, call)
+	before := r.before
+	r.mu.Unlock()
+	if before != nil {
+		return before(call)
+	}
+	return nil
+}
+
+// take gives the calls since the last take.
+func (r *recorder) take() []string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	calls := r.calls
+	r.calls = nil
+	return calls
+}
+
+func (r *recorder) takeToken() []string {
+	return slices.DeleteFunc(r.take(), func(call string) bool { return !slices.Contains(tokenCalls, call) })
+}
+
+// onFirst lets f happen before a call's first time.
+func (r *recorder) onFirst(call string, f func() error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.before = func(c string) error {
+		if c != call {
+			return nil
+		}
+		r.mu.Lock()
+		r.before = nil
+		r.mu.Unlock()
+		return f()
+	}
+}
+
+func (r *recorder) OpenPayload(ctx context.Context, suite kme.Suite, lot hsmkeys.Key, n *rsa.PublicKey, device crypto.PublicKey, payload []byte) (*hsmkeys.Opened, error) {
+	if err := r.enter("OpenPayload"); err != nil {
+		return nil, err
+	}
+	return r.token.OpenPayload(ctx, suite, lot, n, device, payload)
+}
+
+func (r *recorder) EncryptRAND(ctx context.Context, sealed []byte, rand [hsmkeys.RANDSize]byte) (out [hsmkeys.RANDSize]byte, err error) {
+	if err := r.enter("EncryptRAND"); err != nil {
+		return out, err
+	}
+	return r.token.EncryptRAND(ctx, sealed, rand)
+}
+
+func (r *recorder) DecryptRAND(ctx context.Context, sealed []byte, rand [hsmkeys.RANDSize]byte) (out [hsmkeys.RANDSize]byte, err error) {
+	if err := r.enter("DecryptRAND"); err != nil {
+		return out, err
+	}
+	return r.token.DecryptRAND(ctx, sealed, rand)
+}
+
+func (r *recorder) Prepare(ctx context.Context, fresh binding.Attempt, now, reuse time.Time) (*binding.Binding, *binding.Attempt, error) {
+	if err := r.enter("Prepare"); err != nil {
+		return nil, nil, err
+	}
+	return r.store.Prepare(ctx, fresh, now, reuse)
+}
+
+func (r *recorder) Attempt(ctx context.Context, imsi kme.IMSI, id string, now time.Time) (*binding.Attempt, error) {
+	if err := r.enter("Attempt"); err != nil {
+		return nil, err
+	}
+	return r.store.Attempt(ctx, imsi, id, now)
+}
+
+func (r *recorder) Used(ctx context.Context, imei kme.IMEI, tag []byte) (bool, error) {
+	if err := r.enter("Used"); err != nil {
+		return false, err
+	}
+	return r.store.Used(ctx, imei, tag)
+}
+
+func (r *recorder) Establish(ctx context.Context, b *binding.Binding, tag []byte, now time.Time) error {
+	if err := r.enter("Establish"); err != nil {
+		return err
+	}
+	return r.store.Establish(ctx, b, tag, now)
+}
+
+func (r *recorder) Report(ctx context.Context, imsi kme.IMSI, ok bool, now time.Time) (*binding.Binding, error) {
+	if err := r.enter("Report"); err != nil {
+		return nil, err
+	}
+	return r.store.Report(ctx, imsi, ok, now)
+}
+
+func (r *recorder) Binding(ctx context.Context, imsi kme.IMSI) (*binding.Binding, error) {
+	if err := r.enter("Binding"); err != nil {
+		return nil, err
+	}
+	return r.store.Binding(ctx, imsi)
+}
+
+func (r *recorder) DropExpired(ctx context.Context, now time.Time) error {
+	return r.store.DropExpired(ctx, now)
+}
+
+// A logBuffer holds what the service logged.
+type logBuffer struct {
+	mu  sync.Mutex
+	buf bytes.Buffer // guarded by mu
+}
+
+func (l *logBuffer) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.Write(b)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.String()
+}
+
+// checkRefused insists on a refusal, and on its whole answer where message is not empty.
+func checkRefused(t *testing.T, what string, err error, reason binding.Reason, message string) {
+	t.Helper()
+	var r *binding.Refusal
+	if !errors.As(err, &r) {
+		t.Errorf("%s: error %v, want a refusal with %s", what, err, reason)
+	} else if r.Reason != reason || message != "" && r.Message != message {
+		t.Errorf("%s: %s, %q (cause %v), want %s, %q", what, r.Reason, r.Message, r.Cause, reason, message)
+	}
+}
+
+// known are the known answers of kme/testdata.
+type known struct {
+	Lots []struct {
+		Name string
+		Key  string `json:"private_key_pkcs8_pem"`
+	}
+	Vectors []*vector
+}
+
+type vector struct {
+	Name    string
+	Suite   kme.Suite
+	Expect  string
+	Why     string
+	Lot     string   `json:"lot_key"`
+	Device  []byte   `json:"device_public_key_spki_b64"`
+	KME     hexBytes `json:"kme_hex"`
+	RME     hexBytes `json:"rme_hex"`
+	Payload hexBytes `json:"payload_hex"`
+	NWSig   hexBytes `json:"nw_sig_hex"`
+}
+
+// secondOfPair says that the vector is the one to be refused for its KME, which the first of the pair has used.
+func (v *vector) secondOfPair() bool { return strings.Contains(v.Name, "second of a malleated pair") }
+
+type hexBytes []byte
+
+func (h *hexBytes) UnmarshalText(text []byte) (err error) {
+	*h, err = hex.DecodeString(string(text))
+	return err
+}
+
+var vectors = func() func(t *testing.T) *known {
+	read := sync.OnceValues(func() (*known, error) {
+		data, err := os.ReadFile(filepath.FromSlash("../kme/testdata/kme-payload.json"))
+		if err != nil {
+			return nil, err
+		}
+		k := new(known)
+		return k, json.Unmarshal(data, k)
+	})
+	return func(t *testing.T) *known {
+		t.Helper()
+		return must[*known](t)(read())
+	}
+}()
+
+func (k *known) lot(t *testing.T, name string) *rsa.PrivateKey {
+	t.Helper()
+	for _, l := range k.Lots {
+		if l.Name == name {
+			block, _ := pem.Decode([]byte(l.Key))
+			return must[any](t)(x509.ParsePKCS8PrivateKey(block.Bytes)).(*rsa.PrivateKey)
+		}
+	}
+	t.Fatalf("the known answers have no lot %s", name)
+	return nil
+}
+
+// newKnown is an operator who serves the lots of the known answers, and the device of each. A manifest has one suite, so
+// a lot key that is used with two stands for two lots.
+func newKnown(t *testing.T) (r *rig, devices map[*vector]*device) {
+	t.Helper()
+	r, m, k := newRig(t), newMaker(t), vectors(t)
+	r.enroll(t, m)
+	type lotOf struct {
+		key   string
+		suite kme.Suite
+	}
+	keys := map[lotOf][]any{}
+	index := map[string]int{} // of a device in its lot, by its key
+	for _, v := range k.Vectors {
+		at := lotOf{v.Lot, v.Suite}
+		if _, seen := index[string(v.Device)]; !seen {
+			index[string(v.Device)] = len(keys[at])
+			keys[at] = append(keys[at], must[any](t)(x509.ParsePKIXPublicKey(v.Device)))
+		}
+	}
+	lots := map[lotOf]*lot{}
+	for at, devices := range keys {
+		name := at.key + "-" + string(at.suite)
+		lots[at] = m.newLot(t, name, at.suite, k.lot(t, at.key), 100*(len(lots)+1), devices...)
+		r.take(t, m, lots[at])
+	}
+	devices = map[*vector]*device{}
+	for _, v := range k.Vectors {
+		devices[v] = lots[lotOf{v.Lot, v.Suite}].devices[index[string(v.Device)]]
+	}
+	r.recorder.take()
+	return r, devices
+}
+
+func (r *rig) slog() *slog.Logger { return slog.New(slog.NewJSONHandler(r.log, nil)) }
+
+// attemptPastRecorder opens an attempt unless the IMSI is bound, where the recorder does not see it.
+func (r *rig) attemptPastRecorder(t *testing.T, imsi string) string {
+	t.Helper()
+	parsed := must[kme.IMSI](t)(kme.ParseIMSI(imsi))
+	now := time.Now()
+	_, a, err := r.store.Prepare(t.Context(), binding.Attempt{ID: "attempt of " + imsi, IMSI: parsed, Expires: now.Add(ttl)}, now, now.Add(ttl/2))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if a == nil {
+		return ""
+	}
+	return a.ID
+}

@@ -1,0 +1,700 @@
+package binding_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/aes"
+	"encoding/base64"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+const notAccepted = "the payload was not accepted"
+
+// Every known answer, through real tokens and a real database.
+func TestVectors(t *testing.T) {
+	r, devices := newKnown(t)
+	ordered := slices.Clone(vectors(t).Vectors)
+	// The bad ones first: some have the KME of a good one, and must not have used it up.
+	slices.SortStableFunc(ordered, func(a, b *vector) int { return strings.Compare(b.Expect, a.Expect) })
+	for _, v := range ordered {
+		t.Run(v.Name, func(t *testing.T) {
+			imsi := newIMSI()
+			attempt := r.attempt(t, imsi)
+			e, err := r.service.EstablishKME(t.Context(), imsi, devices[v].imei.String(), attempt, v.Payload)
+			switch {
+			case v.Why == "length":
+				checkRefused(t, "establish", err, binding.Malformed, "")
+			case v.Expect == "reject" || v.secondOfPair():
+				checkRefused(t, "establish", err, binding.KMERejected, notAccepted)
+			case err != nil:
+				t.Error(err)
+			case !bytes.Equal(e.NWSig, v.NWSig) || e.State != binding.Pending:
+				t.Errorf("NW_SIG %x, %s, want %x, PENDING", e.NWSig, e.State, v.NWSig)
+			}
+			r.checkBound(t, imsi, err == nil)
+			if err != nil {
+				return
+			}
+			in := [hsmkeys.RANDSize]byte{1, 2, 3}
+			p := must[*binding.Prepared](t)(r.service.PrepareVector(t.Context(), imsi, in[:]))
+			if want := encryptRAND(t, v.KME, in); p.RAND != want || p.AttemptID != "" {
+				t.Errorf("RAND is %x, want %x by AES-256 under the KME", p.RAND, want)
+			}
+		})
+	}
+	logged := strings.ToLower(r.log.String())
+	for _, v := range ordered {
+		for name, secret := range map[string][]byte{"KME": v.KME, "RME": v.RME, "payload": v.Payload, "NW_SIG": v.NWSig} {
+			if len(secret) == 0 || bytes.Count(secret, secret[:1]) == len(secret) {
+				continue
+			}
+			for _, form := range []string{hex.EncodeToString(secret), base64.StdEncoding.EncodeToString(secret), base64.RawURLEncoding.EncodeToString(secret)} {
+				if strings.Contains(logged, strings.ToLower(form)) {
+					t.Errorf("%s: the log has the %s", v.Name, name)
+				}
+			}
+		}
+	}
+	for _, fault := range []string{"range", "layout", "signature", "used before"} {
+		if !strings.Contains(logged, fault) {
+			t.Errorf("the log names no fault %q: its reader could not tell", fault)
+		}
+	}
+}
+
+// encryptRAND is AES-256-ECB of one block.
+func encryptRAND(t *testing.T, key []byte, in [hsmkeys.RANDSize]byte) (out [hsmkeys.RANDSize]byte) {
+	t.Helper()
+	block, err := aes.NewCipher(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	block.Encrypt(out[:], in[:])
+	return out
+}
+
+// Whatever is wrong with a payload's content, the service does the same things in the same order: else the time of the
+// answer would tell what the answer does not.
+func TestOneWayToReject(t *testing.T) {
+	r, devices := newKnown(t)
+	ways := map[string]string{} // the calls made, and a payload that made them
+	try := func(name string, d *device, payload []byte) {
+		t.Helper()
+		imsi := newIMSI()
+		attempt := r.attempt(t, imsi)
+		r.recorder.take()
+		_, err := r.service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, payload)
+		checkRefused(t, name, err, binding.KMERejected, notAccepted)
+		calls := r.recorder.take()
+		if n := len(slices.DeleteFunc(slices.Clone(calls), func(c string) bool { return c != "OpenPayload" })); n != 1 {
+			t.Errorf("%s: %d private-key operations, not 1", name, n)
+		}
+		ways[strings.Join(calls, " ")] = name
+	}
+	for _, v := range vectors(t).Vectors {
+		if v.Expect == "reject" && v.Why != "length" {
+			try(v.Name, devices[v], v.Payload)
+		}
+	}
+	for _, v := range vectors(t).Vectors {
+		if v.Expect == "accept" && !v.secondOfPair() {
+			imsi := newIMSI()
+			must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, devices[v].imei.String(), r.attempt(t, imsi), v.Payload))
+			try(v.Name+", again", devices[v], v.Payload)
+		}
+	}
+	if len(ways) != 1 {
+		t.Errorf("payloads were rejected in %d ways, not 1: %v", len(ways), ways)
+	}
+}
+
+// Nothing reaches the HSM before all is checked that can be checked without it.
+func TestBeforeTheHSM(t *testing.T) {
+	r, m, l := newServed(t)
+	ctx := t.Context()
+	d := l.devices[0]
+	payload, _ := d.payload(t)
+
+	imsi := newIMSI()
+	attempt := r.attempt(t, imsi)
+	other := newIMSI()
+	others := r.attempt(t, other)
+
+	expired := newIMSI()
+	parsed := must[kme.IMSI](t)(kme.ParseIMSI(expired))
+	if _, _, err := r.store.Prepare(ctx, binding.Attempt{ID: "expired", IMSI: parsed, Expires: time.Now()}, time.Now(), time.Now().Add(ttl)); err != nil {
+		t.Fatal(err)
+	}
+	used := newIMSI()
+	usedAttempt := r.attempt(t, used)
+	earlier, _ := l.devices[1].payload(t)
+	must[*binding.Established](t)(r.service.EstablishKME(ctx, used, l.devices[1].imei.String(), usedAttempt, earlier))
+
+	if err := directory.Revoke(ctx, m.store, m.Signer, l.Manifest, l.devices[2].imei, "stolen", time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	unpublished := m.newLot(t, "L2", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 100, newDevices(t, 1)...)
+	r.take(t, m, unpublished)
+	if err := os.Remove(filepath.Join(m.dir, filepath.FromSlash(directory.ShardPath("L2", 0)))); err != nil {
+		t.Fatal(err)
+	}
+	r.recorder.take()
+
+	for _, c := range []struct {
+		name, imsi, imei, attempt string
+		payload                   []byte
+		reason                    binding.Reason
+	}{
+		{"IMSI empty", "", d.imei.String(), attempt, payload, binding.Malformed},
+		{"IMSI short", imsi[:5], d.imei.String(), attempt, payload, binding.Malformed},
+		{"IMSI long", imsi + "0", d.imei.String(), attempt, payload, binding.Malformed},
+		{"IMSI with a sign", "+" + imsi[1:], d.imei.String(), attempt, payload, binding.Malformed},
+		{"IMSI with a zero byte", imsi[:14] + "\x00", d.imei.String(), attempt, payload, binding.Malformed},
+		{"IMEI empty", imsi, "", attempt, payload, binding.Malformed},
+		{"IMEI short", imsi, d.imei.String()[1:], attempt, payload, binding.Malformed},
+		{"IMEI with the wrong check digit", imsi, "352099000000011", attempt, payload, binding.Malformed},
+		{"IMEI long", imsi, d.imei.String() + "000", attempt, payload, binding.Malformed},
+		{"payload empty", imsi, d.imei.String(), attempt, nil, binding.Malformed},
+		{"payload one byte short", imsi, d.imei.String(), attempt, payload[1:], binding.Malformed},
+		{"payload one byte long", imsi, d.imei.String(), attempt, append([]byte{0}, payload...), binding.Malformed},
+		{"no attempt", imsi, d.imei.String(), "", payload, binding.NoAttempt},
+		{"unknown attempt", imsi, d.imei.String(), attempt[1:] + "A", payload, binding.NoAttempt},
+		{"another IMSI's attempt", imsi, d.imei.String(), others, payload, binding.NoAttempt},
+		{"expired attempt", expired, d.imei.String(), "expired", payload, binding.NoAttempt},
+		{"used attempt", used, d.imei.String(), usedAttempt, payload, binding.NoAttempt},
+		{"used attempt, another device", used, d.imei.String(), usedAttempt, earlier, binding.NoAttempt},
+		// Without an attempt nobody learns which devices there are.
+		{"no attempt, unknown device", imsi, "99999999999999", "", payload, binding.NoAttempt},
+		{"no attempt, payload empty", imsi, d.imei.String(), "", nil, binding.NoAttempt},
+		{"no attempt, revoked device", imsi, l.devices[2].imei.String(), "", payload, binding.NoAttempt},
+		{"device in no lot", imsi, "35209900000006", attempt, payload, binding.UnknownDevice},
+		{"device of another TAC", imsi, "35209800000001", attempt, payload, binding.UnknownDevice},
+		{"device in no shard", imsi, unpublished.devices[0].imei.String(), attempt, payload, binding.UnknownDevice},
+		{"revoked device", imsi, l.devices[2].imei.String(), attempt, payload, binding.RevokedDevice},
+	} {
+		_, err := r.service.EstablishKME(ctx, c.imsi, c.imei, c.attempt, c.payload)
+		checkRefused(t, c.name, err, c.reason, "")
+		if calls := r.recorder.takeToken(); len(calls) > 0 {
+			t.Errorf("%s: reached the HSM with %q", c.name, calls)
+		}
+	}
+	// None of it used the attempt up, and the 15 and 16 digits of an IMEI are the same device.
+	for i, imei := range []string{"352099000000014", "3520990000000199"} {
+		imsi, attempt := []string{imsi, other}[i], []string{attempt, others}[i]
+		payload, p := d.payload(t)
+		e, err := r.service.EstablishKME(ctx, imsi, imei, attempt, payload)
+		if want := p.NWSig(); err != nil || !bytes.Equal(e.NWSig, want[:]) {
+			t.Errorf("IMEI %s: %v, error %v", imei, e, err)
+		}
+	}
+}
+
+func TestMalformed(t *testing.T) {
+	r, _, _ := newServed(t)
+	ctx := t.Context()
+	imsi, vector := newIMSI(), make([]byte, hsmkeys.RANDSize)
+	for _, c := range []struct {
+		name   string
+		imsi   string
+		vector []byte
+	}{
+		{"IMSI", "12a456", vector},
+		{"RAND empty", imsi, nil},
+		{"RAND short", imsi, vector[1:]},
+		{"RAND long", imsi, append([]byte{0}, vector...)},
+	} {
+		_, err := r.service.PrepareVector(ctx, c.imsi, c.vector)
+		checkRefused(t, c.name+", prepare", err, binding.Malformed, "")
+		_, err = r.service.RestoreRAND(ctx, c.imsi, c.vector)
+		checkRefused(t, c.name+", restore", err, binding.Malformed, "")
+	}
+	_, err := r.service.ReportAuthentication(ctx, "12a456", true)
+	checkRefused(t, "report", err, binding.Malformed, "")
+	_, err = r.service.GetBinding(ctx, "12a456")
+	checkRefused(t, "get", err, binding.Malformed, "")
+	if calls := r.recorder.take(); len(calls) > 0 {
+		t.Errorf("malformed requests made calls %q", calls)
+	}
+}
+
+// A KME is accepted once per device for ever, however it is encrypted or signed, whoever the subscriber is, and whatever
+// became of the binding.
+func TestOneUse(t *testing.T) {
+	r, _, l := newServed(t)
+	ctx := t.Context()
+	d := l.devices[0]
+	payload, p := d.payload(t)
+	imsi := newIMSI()
+	must[*binding.Established](t)(r.service.EstablishKME(ctx, imsi, d.imei.String(), r.attempt(t, imsi), payload))
+
+	freshNonce := *p
+	freshNonce.RME = kme.RandomSecret()
+	freshSig := *p
+	freshSig.Sig = must[[]byte](t)(kme.SuiteECDSA.Sign(d.signer, p.KME))
+	for name, again := range map[string][]byte{
+		"the same payload":     payload,
+		"with another nonce":   d.encrypt(t, &freshNonce),
+		"with a new signature": d.encrypt(t, &freshSig),
+	} {
+		other := newIMSI()
+		attempt := r.attempt(t, other)
+		_, err := r.service.EstablishKME(ctx, other, d.imei.String(), attempt, again)
+		checkRefused(t, name, err, binding.KMERejected, notAccepted)
+		r.checkBound(t, other, false)
+	}
+	if _, err := r.service.ReportAuthentication(ctx, imsi, false); err != nil {
+		t.Fatal(err)
+	}
+	attempt := r.attempt(t, imsi)
+	_, err := r.service.EstablishKME(ctx, imsi, d.imei.String(), attempt, payload)
+	checkRefused(t, "after the binding was dropped", err, binding.KMERejected, notAccepted)
+	// A refusal leaves the attempt open for a better payload.
+	better, _ := d.payload(t)
+	must[*binding.Established](t)(r.service.EstablishKME(ctx, imsi, d.imei.String(), attempt, better))
+}
+
+// The same call again gives the stored NW_SIG, without the HSM, for as long as the binding stands.
+func TestRetransmission(t *testing.T) {
+	r, _, l := newServed(t)
+	ctx := t.Context()
+	d := l.devices[0]
+	payload, p := d.payload(t)
+	want := p.NWSig()
+	imsi := newIMSI()
+	attempt := r.attempt(t, imsi)
+	call := func(imei string, payload []byte) (*binding.Established, error) {
+		return r.service.EstablishKME(ctx, imsi, imei, attempt, payload)
+	}
+	for i, state := range []binding.State{binding.Pending, binding.Pending, binding.Active, binding.Active} {
+		if i == 2 {
+			must[*binding.Binding](t)(r.service.ReportAuthentication(ctx, imsi, true))
+		}
+		r.recorder.take()
+		e, err := call(d.imei.String(), payload)
+		if err != nil || !bytes.Equal(e.NWSig, want[:]) || e.State != state {
+			t.Fatalf("call %d: %v, error %v, want %x, %s", i, e, err, want, state)
+		}
+		if calls := r.recorder.takeToken(); len(calls) > 0 != (i == 0) {
+			t.Errorf("call %d reached the HSM with %q", i, calls)
+		}
+	}
+	// What differs in anything is no retransmission.
+	changed := slices.Clone(payload)
+	changed[len(changed)-1] ^= 1
+	_, err := call(d.imei.String(), changed)
+	checkRefused(t, "another payload", err, binding.NoAttempt, "")
+	_, err = call(l.devices[1].imei.String(), payload)
+	checkRefused(t, "another device", err, binding.NoAttempt, "")
+	_, err = r.service.EstablishKME(ctx, imsi, d.imei.String(), "", payload)
+	checkRefused(t, "no attempt", err, binding.NoAttempt, "")
+	other := newIMSI()
+	_, err = r.service.EstablishKME(ctx, other, d.imei.String(), attempt, payload)
+	checkRefused(t, "another subscriber", err, binding.NoAttempt, "")
+}
+
+// An MME that sends again before the first answer must not hear that the attempt is used up: the call has overtaken itself,
+// and the answer to both is one.
+func TestOvertaken(t *testing.T) {
+	r, _, l := newServed(t)
+	d := l.devices[0]
+	for _, at := range []string{"Binding", "Attempt", "OpenPayload", "Used", "Establish"} {
+		t.Run("before "+at, func(t *testing.T) {
+			ctx := t.Context()
+			payload, p := d.payload(t)
+			want := p.NWSig()
+			imsi := newIMSI()
+			attempt := r.attempt(t, imsi)
+			establish := func() (*binding.Established, error) {
+				return r.service.EstablishKME(ctx, imsi, d.imei.String(), attempt, payload)
+			}
+			r.recorder.onFirst(at, func() error {
+				e, err := establish()
+				if err == nil && !bytes.Equal(e.NWSig, want[:]) {
+					err = fmt.Errorf("NW_SIG %x, want %x", e.NWSig, want)
+				}
+				return err
+			})
+			e, err := establish()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !bytes.Equal(e.NWSig, want[:]) {
+				t.Errorf("NW_SIG %x, want %x", e.NWSig, want)
+			}
+		})
+	}
+}
+
+func TestSameCallAtOnce(t *testing.T) {
+	r, _, l := newServed(t)
+	d := l.devices[0]
+	for range 5 {
+		payload, p := d.payload(t)
+		want := p.NWSig()
+		imsi := newIMSI()
+		attempt := r.attempt(t, imsi)
+		r.recorder.take()
+		var all sync.WaitGroup
+		for range 16 {
+			all.Go(func() {
+				e, err := r.service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, payload)
+				if err != nil {
+					t.Error(err)
+				} else if !bytes.Equal(e.NWSig, want[:]) {
+					t.Errorf("NW_SIG %x, want %x", e.NWSig, want)
+				}
+			})
+		}
+		all.Wait()
+		// The ledger holds its one entry; a second would have failed as used.
+		opened := must[*hsmkeys.Opened](t)(r.token.OpenPayload(t.Context(), l.Suite, r.lotKey(l), l.PublicKey(), d.signer.Public(), payload))
+		if used := must[bool](t)(r.store.Used(t.Context(), d.imei, opened.Tag)); !used {
+			t.Error("the ledger does not have the KME")
+		}
+		b := must[*binding.Binding](t)(r.service.GetBinding(t.Context(), imsi))
+		if b.AttemptID != attempt || b.IMEI != d.imei {
+			t.Errorf("binding %+v", b)
+		}
+	}
+}
+
+func (r *rig) lotKey(l *lot) hsmkeys.Key {
+	return hsmkeys.Key{Role: hsmkeys.RoleLot, Manufacturer: l.Manufacturer, Name: l.Lot}
+}
+
+// Two subscribers who send one KME at once: it binds one of them.
+func TestOneKMEAtOnce(t *testing.T) {
+	r, _, l := newServed(t)
+	d := l.devices[0]
+	payload, _ := d.payload(t)
+	errs := make([]error, 16)
+	var all sync.WaitGroup
+	for i := range errs {
+		imsi := newIMSI()
+		attempt := r.attempt(t, imsi)
+		all.Go(func() { _, errs[i] = r.service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, payload) })
+	}
+	all.Wait()
+	won := 0
+	for _, err := range errs {
+		if err == nil {
+			won++
+		} else {
+			checkRefused(t, "a KME in use", err, binding.KMERejected, notAccepted)
+		}
+	}
+	if won != 1 {
+		t.Errorf("one KME bound %d subscribers", won)
+	}
+}
+
+// The life of a binding, as an HSS sees it.
+func TestLife(t *testing.T) {
+	r, m, l := newServed(t)
+	ctx := t.Context()
+	d := l.devices[0]
+	imsi, vector := newIMSI(), [hsmkeys.RANDSize]byte{7}
+	checkUnbound := func(when string) {
+		t.Helper()
+		_, err := r.service.GetBinding(ctx, imsi)
+		checkRefused(t, when+", get", err, binding.NotBound, "")
+		_, err = r.service.RestoreRAND(ctx, imsi, vector[:])
+		checkRefused(t, when+", restore", err, binding.NotBound, "")
+		for _, ok := range []bool{true, false} {
+			_, err = r.service.ReportAuthentication(ctx, imsi, ok)
+			checkRefused(t, when+", report", err, binding.NotBound, "")
+		}
+		p := must[*binding.Prepared](t)(r.service.PrepareVector(ctx, imsi, vector[:]))
+		if p.RAND != vector || p.AttemptID == "" {
+			t.Errorf("%s: prepared %+v, want RAND as it was and an attempt", when, p)
+		}
+	}
+	checkBound := func(when string, p *kme.Plaintext, state binding.State) {
+		t.Helper()
+		b := must[*binding.Binding](t)(r.service.GetBinding(ctx, imsi))
+		if b.State != state || b.IMEI != d.imei || b.Lot != "L1" || b.Manufacturer != m.KeyID() || b.Activated.IsZero() != (state == binding.Pending) {
+			t.Errorf("%s: binding %+v", when, b)
+		}
+		prepared := must[*binding.Prepared](t)(r.service.PrepareVector(ctx, imsi, vector[:]))
+		if want := encryptRAND(t, p.KME.Bytes(), vector); prepared.RAND != want || prepared.AttemptID != "" {
+			t.Errorf("%s: prepared %+v, want RAND %x and no attempt", when, prepared, want)
+		}
+		if back := must[[hsmkeys.RANDSize]byte](t)(r.service.RestoreRAND(ctx, imsi, prepared.RAND[:])); back != vector {
+			t.Errorf("%s: RAND restored to %x, want %x", when, back, vector)
+		}
+	}
+
+	checkUnbound("at first")
+	attempt := r.attempt(t, imsi)
+	if again := r.attempt(t, imsi); again != attempt {
+		t.Errorf("two vectors asked for at once have attempts %q and %q", attempt, again)
+	}
+	payload, p := d.payload(t)
+	must[*binding.Established](t)(r.service.EstablishKME(ctx, imsi, d.imei.String(), attempt, payload))
+	checkBound("established", p, binding.Pending)
+
+	if b, err := r.service.ReportAuthentication(ctx, imsi, false); err != nil || b != nil {
+		t.Errorf("a failed authentication leaves %+v, error %v", b, err)
+	}
+	checkUnbound("dropped")
+	_, err := r.service.EstablishKME(ctx, imsi, d.imei.String(), attempt, payload)
+	checkRefused(t, "the dropped binding's attempt", err, binding.NoAttempt, "")
+
+	payload, p = d.payload(t)
+	must[*binding.Established](t)(r.service.EstablishKME(ctx, imsi, d.imei.String(), r.attempt(t, imsi), payload))
+	for _, ok := range []bool{true, true, false} { // an active binding outlives a failed authentication
+		if b := must[*binding.Binding](t)(r.service.ReportAuthentication(ctx, imsi, ok)); b == nil || b.State != binding.Active {
+			t.Errorf("report %v gives %+v", ok, b)
+		}
+		checkBound("active", p, binding.Active)
+	}
+}
+
+// An attempt ends by itself.
+func TestAttemptExpires(t *testing.T) {
+	r, _, l := newServed(t)
+	d := l.devices[0]
+	const short = 20 * time.Millisecond
+	service := binding.NewService(r.recorder, r.recorder, new(binding.Lots), short, r.slog())
+	imsi := newIMSI()
+	p := must[*binding.Prepared](t)(service.PrepareVector(t.Context(), imsi, make([]byte, hsmkeys.RANDSize)))
+	time.Sleep(short + 2*time.Millisecond) // stores keep milliseconds
+	payload, _ := d.payload(t)
+	_, err := r.service.EstablishKME(t.Context(), imsi, d.imei.String(), p.AttemptID, payload)
+	checkRefused(t, "after its time", err, binding.NoAttempt, "")
+	again := must[*binding.Prepared](t)(service.PrepareVector(t.Context(), imsi, make([]byte, hsmkeys.RANDSize)))
+	if again.AttemptID == "" || again.AttemptID == p.AttemptID {
+		t.Errorf("attempt %q after %q", again.AttemptID, p.AttemptID)
+	}
+}
+
+func TestUnavailable(t *testing.T) {
+	type call func(ctx context.Context, r *rig, imsi string) error
+	prepare := func(ctx context.Context, r *rig, imsi string) error {
+		_, err := r.service.PrepareVector(ctx, imsi, make([]byte, hsmkeys.RANDSize))
+		return err
+	}
+	restore := func(ctx context.Context, r *rig, imsi string) error {
+		_, err := r.service.RestoreRAND(ctx, imsi, make([]byte, hsmkeys.RANDSize))
+		return err
+	}
+	report := func(ctx context.Context, r *rig, imsi string) error {
+		_, err := r.service.ReportAuthentication(ctx, imsi, true)
+		return err
+	}
+	get := func(ctx context.Context, r *rig, imsi string) error {
+		_, err := r.service.GetBinding(ctx, imsi)
+		return err
+	}
+	r, m, l := newServed(t)
+	ctx := t.Context()
+	d := l.devices[0]
+	establish := func(ctx context.Context, r *rig, imsi string) error {
+		payload, _ := d.payload(t)
+		_, err := r.service.EstablishKME(ctx, imsi, d.imei.String(), r.attemptPastRecorder(t, imsi), payload)
+		return err
+	}
+	bound := newIMSI()
+	if err := establish(ctx, r, bound); err != nil {
+		t.Fatal(err)
+	}
+
+	secret := errors.New("secret of the driver")
+	for _, c := range []struct {
+		name   string
+		fails  string
+		call   call
+		imsi   string
+		reason binding.Reason
+	}{
+		{"prepare", "Prepare", prepare, newIMSI(), binding.StoreUnavailable},
+		{"prepare", "EncryptRAND", prepare, bound, binding.HSMUnavailable},
+		{"restore", "Binding", restore, bound, binding.StoreUnavailable},
+		{"restore", "DecryptRAND", restore, bound, binding.HSMUnavailable},
+		{"report", "Report", report, bound, binding.StoreUnavailable},
+		{"get", "Binding", get, bound, binding.StoreUnavailable},
+		{"establish", "Binding", establish, newIMSI(), binding.StoreUnavailable},
+		{"establish", "Attempt", establish, newIMSI(), binding.StoreUnavailable},
+		{"establish", "OpenPayload", establish, newIMSI(), binding.HSMUnavailable},
+		{"establish", "Used", establish, newIMSI(), binding.StoreUnavailable},
+		{"establish", "Establish", establish, newIMSI(), binding.StoreUnavailable},
+	} {
+		name := c.name + ", when " + c.fails + " fails"
+		r.recorder.onFirst(c.fails, func() error { return secret })
+		err := c.call(ctx, r, c.imsi)
+		checkRefused(t, name, err, c.reason, "")
+		var refusal *binding.Refusal
+		if errors.As(err, &refusal) && (strings.Contains(refusal.Message, secret.Error()) || !errors.Is(err, secret)) {
+			t.Errorf("%s: message %q, cause %v: the cause is for the log alone", name, refusal.Message, refusal.Cause)
+		}
+		r.checkBound(t, c.imsi, c.imsi == bound)
+		// The fault was passing, and so was the refusal.
+		if err := c.call(ctx, r, c.imsi); err != nil {
+			t.Errorf("%s, then again: %v", name, err)
+		}
+	}
+
+	shard := filepath.Join(m.dir, filepath.FromSlash(directory.ShardPath("L1", 0)))
+	genuine := must[[]byte](t)(os.ReadFile(shard))
+	for name, damage := range map[string]func(){
+		"a shard that cannot be read": func() { os.Mkdir(shard, 0o700) },
+		"a shard that was changed":    func() { os.WriteFile(shard, bytes.Replace(genuine, []byte("."), []byte(".e"), 1), 0o600) },
+		"a shard that another signed": func() {
+			os.WriteFile(shard, newMaker(t).sign(t, directory.TypeShard, must[*directory.Shard](t)(m.reader(t).ReadShard(ctx, l.Manifest, 0))), 0o600)
+		},
+	} {
+		if name == "a shard that cannot be read" {
+			os.Remove(shard)
+		}
+		damage()
+		r.readers[m.KeyID()] = m.reader(t) // one that has not cached it
+		r.serve(t)
+		r.recorder.take()
+		imsi := newIMSI()
+		checkRefused(t, name, establish(ctx, r, imsi), binding.DirectoryUnavailable, "")
+		if calls := r.recorder.takeToken(); len(calls) > 0 {
+			t.Errorf("%s: reached the HSM with %q", name, calls)
+		}
+		if err := os.RemoveAll(shard); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(shard, genuine, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := establish(ctx, r, imsi); err != nil {
+			t.Errorf("%s, then mended: %v", name, err)
+		}
+	}
+
+	if err := r.token.RemoveLotKey(ctx, m.lotKey("L1")); err != nil {
+		t.Fatal(err)
+	}
+	checkRefused(t, "a lot key that is gone", establish(ctx, r, newIMSI()), binding.HSMUnavailable, "")
+
+	last := newIMSI()
+	r.attempt(t, last)
+	if err := r.store.Close(); err != nil {
+		t.Fatal(err)
+	}
+	payload, _ := d.payload(t)
+	for name, c := range map[string]call{"prepare": prepare, "restore": restore, "report": report, "get": get, "establish": func(ctx context.Context, r *rig, imsi string) error {
+		_, err := r.service.EstablishKME(ctx, imsi, d.imei.String(), "attempt", payload)
+		return err
+	}} {
+		checkRefused(t, name+" on a closed database", c(ctx, r, last), binding.StoreUnavailable, "")
+	}
+}
+
+// A caller who has gone is no fault of the HSM, the directory or the database, and changes nothing.
+func TestCanceled(t *testing.T) {
+	r, _, l := newServed(t)
+	d := l.devices[0]
+	bound := newIMSI()
+	payload, _ := d.payload(t)
+	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), bound, d.imei.String(), r.attempt(t, bound), payload))
+	vector := make([]byte, hsmkeys.RANDSize)
+
+	open := newIMSI()
+	attempt := r.attempt(t, open)
+	fresh, p := d.payload(t)
+	establish := func(ctx context.Context) error {
+		_, err := r.service.EstablishKME(ctx, open, d.imei.String(), attempt, fresh)
+		return err
+	}
+	for _, c := range []struct {
+		name   string
+		during []string // canceled just before
+		call   func(ctx context.Context) error
+	}{
+		{"prepare", []string{"Prepare", "EncryptRAND"}, func(ctx context.Context) error { _, err := r.service.PrepareVector(ctx, bound, vector); return err }},
+		{"restore", []string{"Binding", "DecryptRAND"}, func(ctx context.Context) error { _, err := r.service.RestoreRAND(ctx, bound, vector); return err }},
+		{"report", []string{"Report"}, func(ctx context.Context) error {
+			_, err := r.service.ReportAuthentication(ctx, bound, false)
+			return err
+		}},
+		{"get", []string{"Binding"}, func(ctx context.Context) error { _, err := r.service.GetBinding(ctx, bound); return err }},
+		{"establish", []string{"Binding", "Attempt", "OpenPayload", "Used", "Establish"}, establish},
+	} {
+		for _, at := range c.during {
+			t.Run(c.name+" during "+at, func(t *testing.T) {
+				ctx, cancel := context.WithCancel(t.Context())
+				r.recorder.onFirst(at, func() error {
+					cancel()
+					return nil
+				})
+				if err := c.call(ctx); !errors.Is(err, context.Canceled) || errors.As(err, new(*binding.Refusal)) {
+					t.Errorf("canceled: %v, want context.Canceled", err)
+				}
+			})
+		}
+		t.Run(c.name+" too late", func(t *testing.T) {
+			ctx, cancel := context.WithTimeout(t.Context(), 0)
+			defer cancel()
+			if err := c.call(ctx); !errors.Is(err, context.DeadlineExceeded) || errors.As(err, new(*binding.Refusal)) {
+				t.Errorf("past its deadline: %v, want context.DeadlineExceeded", err)
+			}
+		})
+	}
+	r.checkBound(t, bound, true)
+	r.checkBound(t, open, false)
+	want := p.NWSig()
+	e, err := r.service.EstablishKME(t.Context(), open, d.imei.String(), attempt, fresh)
+	if err != nil || !bytes.Equal(e.NWSig, want[:]) {
+		t.Errorf("after all that: %v, error %v", e, err)
+	}
+}
+
+// Two manufacturers may call their lots the same.
+func TestTwoManufacturers(t *testing.T) {
+	r, _, first := newServed(t)
+	m := newMaker(t)
+	r.enroll(t, m)
+	second := m.newLot(t, "L1", kme.SuiteRSA, vectors(t).lot(t, "lot-3072"), 6, vectors(t).lot(t, "lot-2048"))
+	r.take(t, m, second)
+	for _, l := range []*lot{first, second} {
+		d := l.devices[0]
+		payload, p := d.payload(t)
+		imsi := newIMSI()
+		e, err := r.service.EstablishKME(t.Context(), imsi, d.imei.String(), r.attempt(t, imsi), payload)
+		if want := p.NWSig(); err != nil || !bytes.Equal(e.NWSig, want[:]) {
+			t.Fatalf("manufacturer %s: %v, error %v", l.Manufacturer, e, err)
+		}
+		b := must[*binding.Binding](t)(r.service.GetBinding(t.Context(), imsi))
+		if b.Manufacturer != l.Manufacturer || b.Lot != "L1" {
+			t.Errorf("bound to lot %s of %s, want that of %s", b.Lot, b.Manufacturer, l.Manufacturer)
+		}
+	}
+	lots := must[[]*binding.Lot](t)(r.store.Lots(t.Context()))
+	if len(lots) != 2 {
+		t.Errorf("%d lots, want 2", len(lots))
+	}
+
+	// The devices of one are not those of the other, whatever they have signed.
+	payload, _ := first.devices[0].payload(t)
+	imsi := newIMSI()
+	_, err := r.service.EstablishKME(t.Context(), imsi, first.devices[1].imei.String(), r.attempt(t, imsi), payload)
+	checkRefused(t, "another device's payload", err, binding.KMERejected, notAccepted)
+
+	manifest, dev, err := must[*binding.Lots](t)(binding.NewLots(lots, r.readers)).Device(t.Context(), second.devices[0].imei)
+	if err != nil || manifest.Manufacturer != m.KeyID() || !reflect.DeepEqual(dev.Key, second.devices[0].signer.Public()) {
+		t.Errorf("the directory says %+v, %+v, error %v", manifest, dev, err)
+	}
+	if _, err := binding.NewLots(lots, nil); err == nil || !strings.Contains(err.Error(), "not enrolled") {
+		t.Errorf("lots without a directory: %v", err)
+	}
+}
