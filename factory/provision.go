@@ -49,6 +49,12 @@ func (l *Line) Provision(ctx context.Context, lot, out string, workers int, repo
 	if err := durable.MkdirAll(dir, 0o700); err != nil {
 		return progress, fmt.Errorf("the folder for the injection packages cannot be made: %w", err)
 	}
+	// Two processes would each make keys for a shard, and the package of one would replace that of the other.
+	unlock, err := durable.Lock(dir)
+	if err != nil {
+		return progress, err
+	}
+	defer unlock()
 	manifest, _, err := l.store.Read(ctx, directory.ManifestPath(lot))
 	if err != nil {
 		return progress, err

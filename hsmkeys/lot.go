@@ -89,6 +89,12 @@ func (t *Token) ProveLotKey(ctx context.Context, k Key, pub *rsa.PublicKey) erro
 }
 
 func prove(s *session, h pkcs11.ObjectHandle, pub *rsa.PublicKey) error {
+	notIts := errors.New("the private key in the token does not decrypt what was encrypted to the modulus: it is not this modulus's key")
+	if have, err := readRSA(s, h); err != nil {
+		return err
+	} else if !have.Equal(pub) { // a ciphertext may be above another modulus, and the token then says something else
+		return notIts
+	}
 	size := kme.PayloadSize(pub)
 	full, short := make([]byte, size), make([]byte, size)
 	rand.Read(full)
@@ -101,7 +107,7 @@ func prove(s *session, h pkcs11.ObjectHandle, pub *rsa.PublicKey) error {
 			return err
 		}
 		if !bytes.Equal(padLeft(got, size), m) {
-			return errors.New("the private key in the token does not decrypt what was encrypted to the modulus: it is not this modulus's key")
+			return notIts
 		}
 	}
 	return nil

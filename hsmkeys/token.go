@@ -262,25 +262,14 @@ func (t *Token) find(s *session, class uint, k Key) (pkcs11.ObjectHandle, error)
 	if ok {
 		return h, nil
 	}
-	template := []*pkcs11.Attribute{
-		pkcs11.NewAttribute(pkcs11.CKA_CLASS, class),
-		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true),
-		pkcs11.NewAttribute(pkcs11.CKA_ID, k.ID()),
-	}
-	if err := s.FindObjectsInit(s.h, template); err != nil {
-		return 0, explain("look for "+k.Label(), err)
-	}
-	found, _, err := s.FindObjects(s.h, 2)
-	if ferr := s.FindObjectsFinal(s.h); err == nil {
-		err = ferr
-	}
+	found, err := t.findAll(s, class, k)
 	switch {
 	case err != nil:
-		return 0, explain("look for "+k.Label(), err)
+		return 0, err
 	case len(found) == 0:
 		return 0, fmt.Errorf("%s: %w", k.Label(), ErrNoKey)
 	case len(found) > 1:
-		return 0, fmt.Errorf("%s has two objects %q: one of them is not ours; remove it with the token's own tool", t, k.Label())
+		return 0, fmt.Errorf("%s has %d objects %q: only one of them can be ours; remove the others with the token's own tool", t, len(found), k.Label())
 	}
 	t.mu.Lock()
 	t.handles[at] = found[0]
@@ -288,20 +277,31 @@ func (t *Token) find(s *session, class uint, k Key) (pkcs11.ObjectHandle, error)
 	return found[0], nil
 }
 
-// destroy removes a key from the token for good.
-func (t *Token) destroy(s *session, class uint, k Key) error {
-	h, err := t.find(s, class, k)
-	if errors.Is(err, ErrNoKey) {
-		return nil
+func (t *Token) findAll(s *session, class uint, k Key) ([]pkcs11.ObjectHandle, error) {
+	template := attributes{attr(pkcs11.CKA_CLASS, class), attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_ID, k.ID())}
+	if err := s.FindObjectsInit(s.h, template); err != nil {
+		return nil, explain("look for "+k.Label(), err)
 	}
+	found, _, err := s.FindObjects(s.h, 10)
+	if ferr := s.FindObjectsFinal(s.h); err == nil {
+		err = ferr
+	}
+	return found, explainIf("look for "+k.Label(), err)
+}
+
+// destroy removes a key from the token for good, and every other that has its ID.
+func (t *Token) destroy(s *session, class uint, k Key) error {
+	found, err := t.findAll(s, class, k)
 	if err != nil {
 		return err
 	}
 	t.mu.Lock()
 	delete(t.handles, handleKey{class, string(k.ID())})
 	t.mu.Unlock()
-	if err := s.DestroyObject(s.h, h); err != nil {
-		return explain("remove "+k.Label(), err)
+	for _, h := range found {
+		if err := s.DestroyObject(s.h, h); err != nil {
+			return explain("remove "+k.Label(), err)
+		}
 	}
 	return nil
 }

@@ -43,7 +43,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 				Name: "init", Usage: "make the signing key and the injection key, and write the public signing key, manufacturer.pem",
 				Description: "Operators pin manufacturer.pem: give it to them on a way that nobody can tamper with. Running this again changes nothing.",
 				Flags:       []cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "out", Usage: "the folder, `DIR`, for manufacturer.pem (default: the --state folder)"}, cmdline.JSON},
-				Action:      initLine,
+				Action:      cmdline.Alone(initLine),
 			},
 			{
 				Name: "doctor", Usage: "say what the token can and cannot do, and what follows",
@@ -81,7 +81,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 							&cli.IntFlag{Name: "shard-size", Value: 256, Usage: "devices in a directory object and in an injection package, `N`, 1 to 1024"},
 							&cli.StringFlag{Name: "primes", Value: string(hsmkeys.PrimesAuto), Usage: "auto, or x931 to insist on ANSI X9.31"},
 							cmdline.JSON},
-						Action: lotCreate,
+						Action: cmdline.Alone(lotCreate),
 					},
 					{
 						Name: "provision", Usage: "make the keys of a lot's devices, write their injection packages, publish their public keys", ArgsUsage: "LOT",

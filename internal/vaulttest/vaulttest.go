@@ -1,0 +1,115 @@
+// Package vaulttest gives tests a real Vault server: tools/vaultdev, built once into bin/.
+package vaulttest
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"syscall"
+	"testing"
+
+	"github.com/hashicorp/vault/api"
+)
+
+// A Server is a Vault on Raft storage, with a folder of its own.
+type Server struct {
+	Addr string // http://127.0.0.1:port, the same after a restart
+	Root string // the root token
+	dir  string
+	cmd  *exec.Cmd
+	log  bytes.Buffer
+}
+
+// Start starts an unsealed server, which ends with the test.
+func Start(t testing.TB) *Server {
+	t.Helper()
+	s := &Server{dir: t.TempDir()}
+	s.start(t, "127.0.0.1:0")
+	t.Cleanup(func() { s.Kill() })
+	return s
+}
+
+func (s *Server) start(t testing.TB, listen string, more ...string) {
+	t.Helper()
+	_, here, _, _ := runtime.Caller(0)
+	program := filepath.Join(filepath.Dir(here), "..", "..", "bin", "vaultdev")
+	if _, err := os.Stat(program); err != nil {
+		t.Fatal("there is no bin/vaultdev: run make vaultdev")
+	}
+	s.cmd = exec.Command(program, append([]string{"-listen", listen, "-dir", s.dir, "-log-level", "error"}, more...)...)
+	s.cmd.Stderr = &s.log
+	// The server must not outlive the tests, however they end.
+	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	out, err := s.cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	runtime.LockOSThread() // a parent's death is its thread's
+	err = s.cmd.Start()
+	runtime.UnlockOSThread()
+	if err != nil {
+		t.Fatal(err)
+	}
+	line, err := bufio.NewReader(out).ReadBytes('\n')
+	if err != nil {
+		s.cmd.Wait()
+		t.Fatalf("vaultdev: %v\n%s", err, s.log.String())
+	}
+	var said struct{ Address string }
+	if err := json.Unmarshal(line, &said); err != nil {
+		t.Fatal(err)
+	}
+	s.Addr = said.Address
+	data, err := os.ReadFile(filepath.Join(s.dir, "init.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var file struct {
+		Token string `json:"root_token"`
+	}
+	if err := json.Unmarshal(data, &file); err != nil {
+		t.Fatal(err)
+	}
+	s.Root = file.Token
+}
+
+// Kill ends the server as a loss of power would.
+func (s *Server) Kill() {
+	s.cmd.Process.Kill()
+	s.cmd.Wait()
+}
+
+// Restart starts a killed server again at its address; sealed leaves it sealed.
+func (s *Server) Restart(t testing.TB, sealed bool) {
+	t.Helper()
+	var more []string
+	if sealed {
+		more = []string{"-sealed"}
+	}
+	s.start(t, s.Addr[len("http://"):], more...)
+}
+
+// Client talks to the server with a token, and does not try again what fails.
+func (s *Server) Client(t testing.TB, token string) *api.Client {
+	t.Helper()
+	config := api.DefaultConfig()
+	config.Address, config.MaxRetries = s.Addr, 0
+	c, err := api.NewClient(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.SetToken(token)
+	return c
+}
+
+// Mount makes a KV mount of a version.
+func (s *Server) Mount(t testing.TB, path, version string) {
+	t.Helper()
+	if err := s.Client(t, s.Root).Sys().Mount(path, &api.MountInput{Type: "kv", Options: map[string]string{"version": version}}); err != nil {
+		t.Fatal(err)
+	}
+}

@@ -1,0 +1,14 @@
+# The manufacturer's line: publishes lots, and revokes devices. It never deletes, and never changes what is published.
+path "{{.Mount}}/data/lots/+/manifest" {
+  capabilities = ["create", "read"]
+}
+path "{{.Mount}}/data/lots/+/shards/+" {
+  capabilities = ["create", "read"]
+}
+# The one object that changes; each change is a new version, compared and set.
+path "{{.Mount}}/data/lots/+/revocations" {
+  capabilities = ["create", "read", "update"]
+}
+path "{{.Mount}}/metadata/lots" {
+  capabilities = ["list"]
+}

@@ -1,0 +1,49 @@
+// Package policies has the Vault policies of the directory, one for each role.
+package policies
+
+import (
+	"embed"
+	"fmt"
+	"strings"
+	"text/template"
+)
+
+//go:embed *.hcl
+var files embed.FS
+
+// The roles that have one policy a mount.
+const (
+	Publisher = "factory-publisher"
+	Auditor   = "auditor"
+	Admin     = "directory-admin"
+)
+
+// Names lists them.
+var Names = []string{Publisher, Auditor, Admin}
+
+// Name is what a role's policy is called in Vault.
+func Name(mount, role string) string { return mount + "-" + role }
+
+// OperatorName is what an operator's policy is called in Vault.
+func OperatorName(mount, operator string) string { return mount + "-operator-" + operator }
+
+// Of is the policy of a role on a mount.
+func Of(mount, role string) (string, error) {
+	return render(role, map[string]any{"Mount": mount})
+}
+
+// Operator is the policy of an operator who was granted lots. Names of mount, operator and lots are the caller's to
+// check: see directory.CheckName.
+func Operator(mount, operator string, lots []string) (string, error) {
+	return render("operator-reader", map[string]any{"Mount": mount, "Operator": operator, "Lots": lots})
+}
+
+func render(role string, values map[string]any) (string, error) {
+	t, err := template.ParseFS(files, role+".hcl")
+	if err != nil {
+		return "", fmt.Errorf("there is no policy %s: %w", role, err)
+	}
+	var b strings.Builder
+	err = t.Execute(&b, values)
+	return b.String(), err
+}

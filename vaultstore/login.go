@@ -1,0 +1,207 @@
+package vaultstore
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/hashicorp/vault/api"
+)
+
+// A Login says how to get a token. With none of its fields set, the token is the environment's, VAULT_TOKEN.
+type Login struct {
+	RoleID       string // AppRole
+	SecretIDFile string // AppRole's secret id; a file, since a secret on a command line is open to the machine
+	Wrapped      bool   // what the file has is a wrapping token for the secret id, good once
+	CertRole     string // TLS certificate (VAULT_CLIENT_CERT, VAULT_CLIENT_KEY), of this role; "" with UseCert for any
+	UseCert      bool
+}
+
+// Validate refuses a login that is not one of the three ways.
+func (l Login) Validate() error {
+	appRole := l.RoleID != "" || l.SecretIDFile != ""
+	switch {
+	case appRole && (l.UseCert || l.CertRole != ""):
+		return errors.New("log in to Vault by AppRole or by certificate, not both")
+	case appRole && (l.RoleID == "" || l.SecretIDFile == ""):
+		return errors.New("AppRole needs a role id and a file with the secret id")
+	case l.Wrapped && !appRole:
+		return errors.New("only an AppRole's secret id can be wrapped")
+	}
+	return nil
+}
+
+// Connect makes a client from Vault's usual environment (VAULT_ADDR, VAULT_CACERT and so on), logs in, and keeps the token
+// alive until ctx ends: it is renewed, and when that ends, there is a new login. log gets what happens to it, never a
+// token.
+func Connect(ctx context.Context, l Login, log *slog.Logger) (*api.Client, error) {
+	if err := l.Validate(); err != nil {
+		return nil, err
+	}
+	config := api.DefaultConfig()
+	if config.Error != nil {
+		return nil, fmt.Errorf("Vault's environment: %w", config.Error)
+	}
+	config.MaxRetries = 5
+	config.MinRetryWait, config.MaxRetryWait = 100*time.Millisecond, 2*time.Second
+	client, err := api.NewClient(config)
+	if err != nil {
+		return nil, fmt.Errorf("Vault's environment: %w", err)
+	}
+	s := &session{client: client, login: l, log: log}
+	secret, err := s.token(ctx)
+	if err != nil {
+		return nil, err
+	}
+	go s.keep(ctx, secret)
+	return client, nil
+}
+
+// A session belongs to the goroutine that runs keep.
+type session struct {
+	client   *api.Client
+	login    Login
+	log      *slog.Logger
+	secretID string // unwrapped once, since the wrapping token is good once
+}
+
+// token logs in, and gives the token's lease; nil if the token is one that does not end.
+func (s *session) token(ctx context.Context) (*api.Secret, error) {
+	path, body := "", map[string]any{}
+	switch {
+	case s.login.RoleID != "":
+		secretID, err := s.readSecretID(ctx)
+		if err != nil {
+			return nil, err
+		}
+		path, body = "auth/approle/login", map[string]any{"role_id": s.login.RoleID, "secret_id": secretID}
+	case s.login.UseCert || s.login.CertRole != "":
+		path = "auth/cert/login"
+		if s.login.CertRole != "" {
+			body["name"] = s.login.CertRole
+		}
+	default:
+		return s.ownToken(ctx)
+	}
+	// Whatever token there was must not come along: an ended one is refused even at login.
+	fresh, err := s.client.Clone()
+	if err != nil {
+		return nil, err
+	}
+	fresh.ClearToken()
+	secret, err := fresh.Logical().WriteWithContext(ctx, path, body)
+	if err != nil {
+		return nil, loginError(err)
+	}
+	if secret == nil || secret.Auth == nil {
+		return nil, errors.New("Vault's answer to the login has no token")
+	}
+	s.client.SetToken(secret.Auth.ClientToken)
+	return secret, nil
+}
+
+// ownToken looks at the environment's token: one that can be renewed is, as the login's would be.
+func (s *session) ownToken(ctx context.Context) (*api.Secret, error) {
+	if s.client.Token() == "" {
+		return nil, errors.New("no login to Vault: set VAULT_TOKEN, or log in by AppRole or by certificate")
+	}
+	self, err := s.client.Auth().Token().LookupSelfWithContext(ctx)
+	if statusOf(err) == 403 {
+		return nil, nil // a token need not be allowed to look at itself
+	}
+	if err != nil {
+		return nil, loginError(err)
+	}
+	ttl, err := self.TokenTTL()
+	if err != nil {
+		return nil, err
+	}
+	renewable, err := self.TokenIsRenewable()
+	if err != nil || !renewable || ttl == 0 {
+		return nil, err
+	}
+	return &api.Secret{Auth: &api.SecretAuth{ClientToken: s.client.Token(), Renewable: true, LeaseDuration: int(ttl.Seconds())}}, nil
+}
+
+func (s *session) readSecretID(ctx context.Context) (string, error) {
+	if s.secretID != "" && s.login.Wrapped {
+		return s.secretID, nil
+	}
+	b, err := os.ReadFile(s.login.SecretIDFile)
+	if err != nil {
+		return "", fmt.Errorf("the AppRole's secret id: %w", err)
+	}
+	id := strings.TrimSpace(string(b))
+	if s.login.Wrapped {
+		secret, err := s.client.Logical().UnwrapWithContext(ctx, id)
+		if err != nil {
+			return "", errors.New("the AppRole's secret id cannot be unwrapped: its wrapping token has ended or was used before; if it was not used by us, somebody else has the secret id")
+		}
+		var ok bool
+		if id, ok = secret.Data["secret_id"].(string); !ok {
+			return "", errors.New("what the wrapping token holds is no secret id")
+		}
+		s.secretID = id
+	}
+	return id, nil
+}
+
+// loginError says what a refused login means, without the request's URL and body.
+func loginError(err error) error {
+	var r *api.ResponseError
+	if !errors.As(err, &r) {
+		return fmt.Errorf("log in to Vault: %w: %w", ErrUnavailable, err)
+	}
+	reason := strings.Join(r.Errors, "; ")
+	if r.StatusCode >= 500 || r.StatusCode == 429 {
+		return fmt.Errorf("log in to Vault: %w (%d): %s", ErrUnavailable, r.StatusCode, reason)
+	}
+	return fmt.Errorf("Vault refuses the login (%d): %s", r.StatusCode, reason)
+}
+
+// keep renews the token for as long as Vault lets it, then logs in anew.
+func (s *session) keep(ctx context.Context, secret *api.Secret) {
+	for secret != nil && ctx.Err() == nil {
+		if err := s.renew(ctx, secret); err != nil {
+			s.log.WarnContext(ctx, "the Vault token is not renewed any more", "cause", err.Error())
+		}
+		if s.login.RoleID == "" && !s.login.UseCert && s.login.CertRole == "" {
+			return // it was the environment's: there is no login to do again
+		}
+		for wait := time.Second; ctx.Err() == nil; wait = min(2*wait, time.Minute) {
+			var err error
+			if secret, err = s.token(ctx); err == nil {
+				s.log.InfoContext(ctx, "logged in to Vault anew")
+				break
+			}
+			s.log.WarnContext(ctx, "the login to Vault fails; it is tried again", "cause", err.Error())
+			select {
+			case <-ctx.Done():
+			case <-time.After(wait/2 + rand.N(wait/2)):
+			}
+		}
+	}
+}
+
+func (s *session) renew(ctx context.Context, secret *api.Secret) error {
+	watcher, err := s.client.NewLifetimeWatcher(&api.LifetimeWatcherInput{Secret: secret})
+	if err != nil {
+		return err
+	}
+	go watcher.Start()
+	defer watcher.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case err := <-watcher.DoneCh():
+			return err
+		case <-watcher.RenewCh():
+		}
+	}
+}

@@ -1,0 +1,375 @@
+package vaultstore
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/vault/api"
+
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/vaulttest"
+	"github.com/kmehsm/kmehsm/policies"
+)
+
+func TestMountVersion1(t *testing.T) {
+	server := vaulttest.Start(t)
+	server.Mount(t, "old", "1")
+	store := New(server.Client(t, server.Root), "old")
+	for what, err := range map[string]error{
+		"create": store.Create(t.Context(), "lots/L1/manifest", []byte("x")),
+		"update": store.Update(t.Context(), "lots/L1/revocations", []byte("x"), ""),
+		"read":   second(store.Read(t.Context(), "lots/L1/manifest")),
+		"list":   first(store.List(t.Context(), "lots")),
+	} {
+		if err == nil || !strings.Contains(err.Error(), "needs kv version 2") {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	if secret, err := server.Client(t, server.Root).Logical().List("old/"); err != nil || secret != nil {
+		t.Errorf("something was written: %v %v", secret, err)
+	}
+}
+
+func first(_ []string, err error) error          { return err }
+func second(_ []byte, _ string, err error) error { return err }
+
+// A fresh mount refuses writes for a moment: the store waits for it.
+func TestFreshMount(t *testing.T) {
+	server := vaulttest.Start(t)
+	for i := range 5 {
+		mount := fmt.Sprintf("kme%d", i)
+		server.Mount(t, mount, "2")
+		if err := New(server.Client(t, server.Root), mount).Create(t.Context(), "lots/L1/manifest", []byte("x")); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func TestSealedAndRestarted(t *testing.T) {
+	server := vaulttest.Start(t)
+	server.Mount(t, "kme", "2")
+	store := New(server.Client(t, server.Root), "kme")
+	if err := store.Create(t.Context(), "lots/L1/manifest", []byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	server.Kill()
+	if _, _, err := store.Read(t.Context(), "lots/L1/manifest"); !errors.Is(err, ErrUnavailable) {
+		t.Errorf("no server: %v", err)
+	}
+	server.Restart(t, true)
+	if _, _, err := store.Read(t.Context(), "lots/L1/manifest"); !errors.Is(err, ErrUnavailable) {
+		t.Errorf("sealed: %v", err)
+	}
+	server.Kill()
+
+	// A client that tries again gets through once the server is back.
+	t.Setenv("VAULT_ADDR", server.Addr)
+	t.Setenv("VAULT_TOKEN", server.Root)
+	back := make(chan struct{})
+	go func() {
+		defer close(back)
+		time.Sleep(500 * time.Millisecond)
+		server.Restart(t, false)
+	}()
+	config := api.DefaultConfig()
+	config.MaxRetries, config.MinRetryWait, config.MaxRetryWait = 20, 100*time.Millisecond, time.Second
+	client, err := api.NewClient(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, version, err := New(client, "kme").Read(t.Context(), "lots/L1/manifest")
+	if err != nil || string(got) != "x" || version != "1" {
+		t.Errorf("%s %s %v", got, version, err)
+	}
+	<-back
+}
+
+func TestDeletedIsNotNew(t *testing.T) {
+	server := vaulttest.Start(t)
+	server.Mount(t, "kme", "2")
+	client := server.Client(t, server.Root)
+	store := New(client, "kme")
+	if err := store.Create(t.Context(), "lots/L1/manifest", []byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := client.Logical().Delete("kme/data/lots/L1/manifest"); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := store.Read(t.Context(), "lots/L1/manifest"); !errors.Is(err, directory.ErrNotFound) {
+		t.Error(err)
+	}
+	if err := store.Create(t.Context(), "lots/L1/manifest", []byte("y")); err == nil || !strings.Contains(err.Error(), "undelete") {
+		t.Errorf("a deleted object was published anew: %v", err)
+	}
+	if _, err := client.Logical().Write("kme/data/lots/L1/foreign", map[string]any{"data": map[string]any{"other": "x"}}); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := store.Read(t.Context(), "lots/L1/foreign"); err == nil || !strings.Contains(err.Error(), "no object of ours") {
+		t.Error(err)
+	}
+}
+
+// world has two mounts with a lot each, and a second lot on the first, and a token for each policy on the first.
+func world(t *testing.T) (server *vaulttest.Server, as map[string]*Store, client map[string]*api.Client) {
+	t.Helper()
+	server = vaulttest.Start(t)
+	root := server.Client(t, server.Root)
+	for _, mount := range []string{"kme", "other"} {
+		server.Mount(t, mount, "2")
+		store := New(root, mount)
+		for _, path := range []string{directory.ManifestPath("L1"), directory.ShardPath("L1", 0), directory.ManifestPath("L2"), directory.ShardPath("L2", 0)} {
+			if err := store.Create(t.Context(), path, []byte("object")); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := store.Update(t.Context(), directory.RevocationsPath("L1"), []byte("list"), ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	as, client = map[string]*Store{}, map[string]*api.Client{}
+	grant := func(role, name, policy string, err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := root.Sys().PutPolicy(name, policy); err != nil {
+			t.Fatalf("%s: %v\n%s", role, err, policy)
+		}
+		secret, err := root.Auth().Token().Create(&api.TokenCreateRequest{Policies: []string{name}, TTL: "10m"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		client[role] = server.Client(t, secret.Auth.ClientToken)
+		as[role] = New(client[role], "kme")
+	}
+	for _, role := range policies.Names {
+		text, err := policies.Of("kme", role)
+		grant(role, policies.Name("kme", role), text, err)
+	}
+	text, err := policies.Operator("kme", "acme", []string{"L1"})
+	grant("operator", policies.OperatorName("kme", "acme"), text, err)
+	return server, as, client
+}
+
+// Each policy in both directions: what its holder must be able to do, and all else refused.
+func TestPolicies(t *testing.T) {
+	_, as, client := world(t)
+	const (
+		manifest1, manifest2 = "kme/data/lots/L1/manifest", "kme/data/lots/L2/manifest"
+		shard1, shard2       = "kme/data/lots/L1/shards/000000", "kme/data/lots/L2/shards/000000"
+		revocations1         = "kme/data/lots/L1/revocations"
+	)
+	read := func(path string) func(*api.Client) error {
+		return func(c *api.Client) error {
+			s, err := c.Logical().Read(path)
+			if err == nil && s == nil {
+				return fmt.Errorf("nothing at %s", path)
+			}
+			return err
+		}
+	}
+	list := func(path string) func(*api.Client) error {
+		return func(c *api.Client) error { _, err := c.Logical().List(path); return err }
+	}
+	write := func(path string) func(*api.Client) error {
+		return func(c *api.Client) error {
+			_, err := c.Logical().Write(path, map[string]any{"data": map[string]any{"jws": "y"}})
+			return err
+		}
+	}
+	remove := func(path string) func(*api.Client) error {
+		return func(c *api.Client) error { _, err := c.Logical().Delete(path); return err }
+	}
+	all := []struct {
+		what    string
+		do      func(*api.Client) error
+		allowed string // the roles that may
+	}{
+		{"read a granted lot's manifest", read(manifest1), "factory-publisher auditor operator"},
+		{"read its shard", read(shard1), "factory-publisher auditor operator"},
+		{"read its revocations", read(revocations1), "factory-publisher auditor operator"},
+		{"read another lot's manifest", read(manifest2), "factory-publisher auditor"},
+		{"read another lot's shard", read(shard2), "factory-publisher auditor"},
+		{"read on another mount", read("other/data/lots/L1/manifest"), ""},
+		{"list the lots", list("kme/metadata/lots"), "factory-publisher auditor"},
+		{"list a lot", list("kme/metadata/lots/L1"), "auditor"},
+		{"list another mount", list("other/metadata/lots"), ""},
+		{"read metadata", read("kme/metadata/lots/L1/manifest"), "auditor"},
+		{"change a manifest", write(manifest1), ""},
+		{"change a shard", write(shard1), ""},
+		{"change revocations", write(revocations1), "factory-publisher"},
+		{"publish what is no object", write("kme/data/lots/L1/anything"), ""},
+		{"publish elsewhere", write("kme/data/anything"), ""},
+		{"publish on another mount", write("other/data/lots/L9/manifest"), ""},
+		{"delete a manifest", remove(manifest1), ""},
+		{"delete revocations", remove(revocations1), ""},
+		{"delete all versions", remove("kme/metadata/lots/L1/manifest"), ""},
+		{"destroy versions", func(c *api.Client) error {
+			_, err := c.Logical().Write("kme/destroy/lots/L1/manifest", map[string]any{"versions": []int{1}})
+			return err
+		}, ""},
+		{"read the mount's settings", func(c *api.Client) error { _, err := c.Logical().Read("sys/mounts/kme"); return err }, "directory-admin"},
+		{"tune the mount", func(c *api.Client) error {
+			_, err := c.Logical().Write("sys/mounts/kme/tune", map[string]any{"description": "d"})
+			return err
+		}, "directory-admin"},
+		{"unmount", remove("sys/mounts/kme"), ""},
+		{"make another mount", func(c *api.Client) error { return c.Sys().Mount("third", &api.MountInput{Type: "kv"}) }, ""},
+		{"write a policy of the directory", func(c *api.Client) error {
+			return c.Sys().PutPolicy("kme-operator-x", `path "a" { capabilities = ["read"] }`)
+		}, "directory-admin"},
+		{"write another policy", func(c *api.Client) error { return c.Sys().PutPolicy("default", `path "a" { capabilities = ["read"] }`) }, ""},
+		{"make a token", func(c *api.Client) error {
+			_, err := c.Auth().Token().Create(&api.TokenCreateRequest{Policies: []string{"root"}})
+			return err
+		}, ""},
+	}
+	for role, c := range client {
+		for _, a := range all {
+			err := a.do(c)
+			may := strings.Contains(" "+a.allowed+" ", " "+role+" ")
+			if may && err != nil || !may && statusOf(err) != 403 {
+				t.Errorf("%s, %s: allowed %v, got %v", role, a.what, may, err)
+			}
+		}
+	}
+	// Through the store: what is published stays, whoever tries; and a 403 says which path.
+	publisher := as[policies.Publisher]
+	if err := publisher.Create(t.Context(), directory.ManifestPath("L3"), []byte("new")); err != nil {
+		t.Errorf("the publisher cannot publish: %v", err)
+	}
+	if err := publisher.Create(t.Context(), directory.ManifestPath("L1"), []byte("object")); err != nil {
+		t.Errorf("the same object again: %v", err)
+	}
+	if err := publisher.Create(t.Context(), directory.ManifestPath("L1"), []byte("other")); !errors.As(err, new(*directory.ConflictError)) {
+		t.Errorf("another object: %v", err)
+	}
+	if _, _, err := as["operator"].Read(t.Context(), directory.ManifestPath("L2")); err == nil || !strings.Contains(err.Error(), "kme/data/lots/L2/manifest") || !strings.Contains(err.Error(), "policy") {
+		t.Error(err)
+	}
+}
+
+// syncBuffer is a log that goroutines share.
+type syncBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (s *syncBuffer) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.Write(p)
+}
+
+func (s *syncBuffer) String() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.String()
+}
+
+func TestLogin(t *testing.T) {
+	server := vaulttest.Start(t)
+	root := server.Client(t, server.Root)
+	server.Mount(t, "kme", "2")
+	if err := New(root, "kme").Create(t.Context(), "lots/L1/manifest", []byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	text, err := policies.Of("kme", policies.Publisher)
+	if err == nil {
+		err = errors.Join(root.Sys().PutPolicy("p", text), root.Sys().EnableAuthWithOptions("approle", &api.EnableAuthOptions{Type: "approle"}))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Tokens that live so shortly are renewed, and logged in anew, within the test.
+	if _, err := root.Logical().Write("auth/approle/role/r", map[string]any{"token_policies": "p", "token_ttl": "2s", "token_max_ttl": "4s"}); err != nil {
+		t.Fatal(err)
+	}
+	role, err := root.Logical().Read("auth/approle/role/r/role-id")
+	if err != nil {
+		t.Fatal(err)
+	}
+	roleID := role.Data["role_id"].(string)
+	dir := t.TempDir()
+	file := func(name, content string) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, []byte(content+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	secretID := func() string {
+		s, err := root.Logical().Write("auth/approle/role/r/secret-id", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s.Data["secret_id"].(string)
+	}
+	wrapping := server.Client(t, server.Root)
+	wrapping.SetWrappingLookupFunc(func(string, string) string { return "5m" })
+	wrapped, err := wrapping.Logical().Write("auth/approle/role/r/secret-id", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	plain, wrappedFile := secretID(), file("wrapped", wrapped.WrapInfo.Token)
+	t.Setenv("VAULT_ADDR", server.Addr)
+
+	for name, l := range map[string]Login{
+		"AppRole":                 {RoleID: roleID, SecretIDFile: file("plain", plain)},
+		"AppRole, wrapped secret": {RoleID: roleID, SecretIDFile: wrappedFile, Wrapped: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			ctx, cancel := context.WithCancel(context.Background())
+			defer cancel()
+			log := new(syncBuffer)
+			client, err := Connect(ctx, l, slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug})))
+			if err != nil {
+				t.Fatal(err)
+			}
+			store, first := New(client, "kme"), client.Token()
+			for start := time.Now(); time.Since(start) < 10*time.Second; time.Sleep(100 * time.Millisecond) {
+				if _, _, err := store.Read(ctx, "lots/L1/manifest"); err != nil {
+					t.Fatalf("after %v: %v\n%s", time.Since(start), err, log)
+				}
+			}
+			if client.Token() == first || !strings.Contains(log.String(), "logged in to Vault anew") {
+				t.Errorf("no new login within twice the longest life of a token:\n%s", log)
+			}
+			for _, secret := range []string{first, client.Token(), plain} {
+				if strings.Contains(log.String(), secret) {
+					t.Error("the log has a token or a secret id")
+				}
+			}
+		})
+	}
+	for name, c := range map[string]struct {
+		login Login
+		want  string
+	}{
+		"a wrapping token used before": {Login{RoleID: roleID, SecretIDFile: file("used", "hvs.none"), Wrapped: true}, "unwrapped"},
+		"a wrong secret id":            {Login{RoleID: roleID, SecretIDFile: file("wrong", "wrong")}, "refuses the login"},
+		"no secret id file":            {Login{RoleID: roleID, SecretIDFile: dir + "/none"}, "none"},
+		"role without secret":          {Login{RoleID: roleID}, "secret id"},
+		"two ways at once":             {Login{RoleID: roleID, SecretIDFile: "x", UseCert: true}, "not both"},
+		"no login at all":              {Login{}, "VAULT_TOKEN"},
+		"no client certificate":        {Login{UseCert: true}, "refuses the login"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if _, err := Connect(t.Context(), c.login, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("%v does not say %q", err, c.want)
+			} else if strings.Contains(err.Error(), plain) {
+				t.Error("the error has the secret id")
+			}
+		})
+	}
+}
