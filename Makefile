@@ -12,7 +12,7 @@ PROTOC_GEN_CONNECT_GO := connectrpc.com/connect/cmd/protoc-gen-connect-go@v1.21.
 # A target's prerequisites come in their order also under make -j: the tools are installed before they are used.
 .NOTPARALLEL:
 DEPS := deps-build deps-demo deps-test deps-generate
-.PHONY: help build demo test lint fuzz generate clean $(DEPS)
+.PHONY: help build demo vaultdev test lint fuzz generate clean $(DEPS)
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,7 +24,14 @@ build: deps-build ## bin/factory, bin/keysvc and bin/mesim
 demo: deps-demo build ## the whole flow on SoftHSM (DEVICES=1000, BITS=2048|3072|4096)
 	DEVICES=$(DEVICES) BITS=$(BITS) scripts/demo.sh
 
-test: deps-test lint ## what CI runs
+# Vault's server, built from its own source, takes minutes the first time. It is a module of its own, so that none of
+# it enters the product.
+vaultdev: bin/vaultdev ## bin/vaultdev, a real Vault server for tests and local work
+bin/vaultdev: $(wildcard tools/vaultdev/*.go) tools/vaultdev/go.mod tools/vaultdev/go.sum
+	@mkdir -p bin
+	cd tools/vaultdev && go build -trimpath -o ../../bin/vaultdev .
+
+test: deps-test lint bin/vaultdev ## what CI runs
 	go test -race ./...
 
 lint: deps-test ## gofmt, go vet, staticcheck and shellcheck
