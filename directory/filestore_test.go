@@ -1,0 +1,81 @@
+package directory_test
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/directory/storetest"
+)
+
+func openStore(t *testing.T, dir string) *directory.FileStore {
+	t.Helper()
+	s, err := directory.OpenFileStore(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func TestFileStore(t *testing.T) {
+	storetest.Run(t, func(t *testing.T) (directory.Store, directory.Store) {
+		dir := t.TempDir()
+		return openStore(t, dir), openStore(t, dir)
+	})
+}
+
+func TestFileStorePaths(t *testing.T) {
+	dir := t.TempDir()
+	s := openStore(t, filepath.Join(dir, "inside"))
+	for _, path := range []string{"../x", "lots/../../x", "/etc/passwd", "", "lots/.tmp-x", "lots/./x", ".hidden/../../x"} {
+		if err := s.Create(t.Context(), path, []byte("x")); err == nil {
+			t.Errorf("%q was created", path)
+		}
+		if _, _, err := s.Read(t.Context(), path); err == nil || errors.Is(err, directory.ErrNotFound) {
+			t.Errorf("%q was read: %v", path, err)
+		}
+	}
+	if entries, _ := os.ReadDir(dir); len(entries) != 0 {
+		t.Errorf("%v was made", entries)
+	}
+}
+
+func TestFileStoreFolder(t *testing.T) {
+	dir := t.TempDir()
+	s := openStore(t, dir)
+	if err := s.Create(t.Context(), "lots/L1/manifest", []byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	// What a killed process left is no object.
+	if err := os.WriteFile(filepath.Join(dir, "lots", "L1", ".tmp-1"), []byte("half"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	entries, _ := os.ReadDir(filepath.Join(dir, "lots", "L1"))
+	if len(entries) != 2 {
+		t.Errorf("temporary files are left: %v", entries)
+	}
+	if names, err := s.List(t.Context(), "lots/L1"); err != nil || len(names) != 1 {
+		t.Error(names, err)
+	}
+	if _, _, err := s.Read(t.Context(), "lots/L1"); err == nil || !strings.Contains(err.Error(), "no file") {
+		t.Errorf("a folder was read: %v", err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "large"), make([]byte, 5<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := s.Read(t.Context(), "large"); err == nil || !strings.Contains(err.Error(), "larger") {
+		t.Errorf("a file of 5 MiB was read: %v", err)
+	}
+	if _, err := directory.OpenFileStore(filepath.Join(dir, "large")); err == nil {
+		t.Error("a file was opened as a store")
+	}
+	blocked := openStore(t, filepath.Join(dir, "large", "below"))
+	for what, err := range map[string]error{"create": blocked.Create(t.Context(), "lots/L1/manifest", nil), "update": blocked.Update(t.Context(), "lots/L1/revocations", nil, "")} {
+		if err == nil || !strings.Contains(err.Error(), "cannot be written") {
+			t.Errorf("%s where nothing can be written: %v", what, err)
+		}
+	}
+}
