@@ -1,0 +1,874 @@
+package directory
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math/big"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/go-jose/go-jose/v4"
+
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+func newKey(t testing.TB) *ecdsa.PrivateKey {
+	t.Helper()
+	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k
+}
+
+func newSigner(t testing.TB) *Signer {
+	t.Helper()
+	s, err := NewSigner(newKey(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func tac(t testing.TB, s string) kme.TAC {
+	t.Helper()
+	v, err := kme.ParseTAC(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return v
+}
+
+// newManifest is a lot of 10 devices in two ranges, 4 a shard.
+func newManifest(t testing.TB, s *Signer, lot string) *Manifest {
+	t.Helper()
+	n := make([]byte, 256)
+	rand.Read(n)
+	n[0] |= 0x80
+	n[255] |= 1
+	return &Manifest{
+		Lot: lot, Manufacturer: s.KeyID(), Suite: kme.SuiteECDSA, N: n, E: 65537, Mechanism: "CKM_RSA_PKCS_KEY_PAIR_GEN",
+		Ranges: []Range{{tac(t, "35209900"), 999_993, 7}, {tac(t, "35209901"), 0, 3}}, ShardSize: 4, Created: time.Now().UTC().Truncate(time.Second),
+	}
+}
+
+func keysOf(t testing.TB, m *Manifest, n int) []DeviceKey {
+	t.Helper()
+	first, count := m.ShardRange(n)
+	var keys []DeviceKey
+	for i := range count {
+		keys = append(keys, DeviceKey{m.IMEI(first + i), newKey(t).Public()})
+	}
+	return keys
+}
+
+// counting counts the reads of each path, and fails those of paths in down.
+type counting struct {
+	Store
+	mu    sync.Mutex
+	reads map[string]int
+	down  atomic.Bool
+	hold  chan struct{} // where not nil, reads wait for it
+}
+
+var errDown = errors.New("the store is away")
+
+func (c *counting) Read(ctx context.Context, path string) ([]byte, string, error) {
+	c.mu.Lock()
+	c.reads[path]++
+	c.mu.Unlock()
+	if c.hold != nil {
+		<-c.hold
+	}
+	if c.down.Load() {
+		return nil, "", errDown
+	}
+	return c.Store.Read(ctx, path)
+}
+
+func (c *counting) count(path string) int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.reads[path]
+}
+
+// newLot publishes a whole lot.
+func newLot(t testing.TB, s *Signer, lot string) (*counting, *Manifest) {
+	t.Helper()
+	files, err := OpenFileStore(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := newManifest(t, s, lot)
+	publish(t, files, s, m)
+	return &counting{Store: files, reads: map[string]int{}}, m
+}
+
+func publish(t testing.TB, store Store, s *Signer, m *Manifest) {
+	t.Helper()
+	if err := Publish(t.Context(), store, ManifestPath(m.Lot), s, TypeManifest, m); err != nil {
+		t.Fatal(err)
+	}
+	for n := range m.Shards() {
+		shard, err := NewShard(m, n, keysOf(t, m, n))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := Publish(t.Context(), store, ShardPath(m.Lot, n), s, TypeShard, shard); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestManifestValidate(t *testing.T) {
+	s := newSigner(t)
+	for name, c := range map[string]struct {
+		change func(*Manifest)
+		want   string
+	}{
+		"good":               {func(*Manifest) {}, ""},
+		"no name":            {func(m *Manifest) { m.Lot = "" }, "name"},
+		"a path":             {func(m *Manifest) { m.Lot = "../x" }, "name"},
+		"dots":               {func(m *Manifest) { m.Lot = "a..b" }, "name"},
+		"a long name":        {func(m *Manifest) { m.Lot = strings.Repeat("x", 65) }, "name"},
+		"no manufacturer":    {func(m *Manifest) { m.Manufacturer = "" }, "manufacturer"},
+		"no suite":           {func(m *Manifest) { m.Suite = "" }, "suite"},
+		"even e":             {func(m *Manifest) { m.E = 65536 }, "65537"},
+		"no modulus":         {func(m *Manifest) { m.N = nil }, "modulus"},
+		"even modulus":       {func(m *Manifest) { m.N[255] &^= 1 }, "odd"},
+		"leading zero":       {func(m *Manifest) { m.N[0] = 0 }, "leading zero"},
+		"odd length":         {func(m *Manifest) { m.N = m.N[1:]; m.N[0] |= 0x80 }, "2040 bits"},
+		"suite and modulus":  {func(m *Manifest) { m.Suite = kme.SuiteRSA }, "2048 bits"},
+		"no mechanism":       {func(m *Manifest) { m.Mechanism = "" }, "made"},
+		"no time":            {func(m *Manifest) { m.Created = time.Time{} }, "made"},
+		"shards of none":     {func(m *Manifest) { m.ShardSize = 0 }, "1024"},
+		"shards too large":   {func(m *Manifest) { m.ShardSize = 1025 }, "1024"},
+		"no ranges":          {func(m *Manifest) { m.Ranges = nil }, "no IMEIs"},
+		"no TAC":             {func(m *Manifest) { m.Ranges[0].TAC = kme.TAC{} }, "serial numbers"},
+		"no devices":         {func(m *Manifest) { m.Ranges[0].Count = 0 }, "one device at least"},
+		"negative":           {func(m *Manifest) { m.Ranges[0].First = -1 }, "serial numbers"},
+		"beyond the TAC":     {func(m *Manifest) { m.Ranges[0].Count = 8 }, "serial numbers"},
+		"a count that wraps": {func(m *Manifest) { m.Ranges[0].Count = 1<<63 - 1 }, "serial numbers"},
+		"overlapping":        {func(m *Manifest) { m.Ranges[1] = m.Ranges[0] }, "overlap"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := newManifest(t, s, "L1")
+			c.change(m)
+			err := m.Validate()
+			if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
+				t.Errorf("%v does not say %q", err, c.want)
+			}
+		})
+	}
+}
+
+func TestPositions(t *testing.T) {
+	m := newManifest(t, newSigner(t), "L1")
+	if m.Devices() != 10 || m.Shards() != 3 {
+		t.Fatal(m.Devices(), m.Shards())
+	}
+	for i := range m.Devices() {
+		if at, ok := m.Position(m.IMEI(i)); !ok || at != i {
+			t.Errorf("device %d is %v, at %d", i, m.IMEI(i), at)
+		}
+	}
+	for _, s := range []string{"35209900999992", "35209901000003", "35209902000000"} {
+		imei, _ := kme.ParseIMEI(s)
+		if _, ok := m.Position(imei); ok {
+			t.Errorf("%s is in the lot", s)
+		}
+	}
+	for n, want := range [][2]int{{0, 4}, {4, 4}, {8, 2}, {12, 0}} {
+		if first, count := m.ShardRange(n); first != want[0] || count != want[1] {
+			t.Errorf("shard %d has %d from %d", n, count, first)
+		}
+	}
+	if m.IMEI(10) != (kme.IMEI{}) {
+		t.Error("there is an eleventh device")
+	}
+	other := newManifest(t, newSigner(t), "L2")
+	other.Ranges = []Range{{tac(t, "35209901"), 2, 5}}
+	if r := m.Overlap(other); r == nil || r.First != 2 {
+		t.Errorf("overlap %v", r)
+	}
+	other.Ranges[0].First = 3
+	if r := m.Overlap(other); r != nil {
+		t.Errorf("overlap %v", r)
+	}
+}
+
+// Our JWS, verified by nothing but its RFC: the header, the signed text and r || s.
+func TestSignIsJWS(t *testing.T) {
+	key := newKey(t)
+	s, err := NewSigner(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := newManifest(t, s, "L1")
+	jws, err := s.Sign(TypeManifest, m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	parts := strings.Split(string(jws), ".")
+	if len(parts) != 3 {
+		t.Fatal(len(parts))
+	}
+	decode := func(s string) []byte {
+		b, err := base64.RawURLEncoding.DecodeString(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	// RFC 7638: the members in order, without white space.
+	point, err := key.PublicKey.Bytes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	sum := sha256.Sum256(fmt.Appendf(nil, `{"crv":"P-256","kty":"EC","x":"%s","y":"%s"}`, base64.RawURLEncoding.EncodeToString(point[1:33]), base64.RawURLEncoding.EncodeToString(point[33:])))
+	var header map[string]string
+	if err := json.Unmarshal(decode(parts[0]), &header); err != nil || len(header) != 3 || header["alg"] != "ES256" || header["typ"] != "kme-lot-manifest+jws" ||
+		header["kid"] != base64.RawURLEncoding.EncodeToString(sum[:]) || header["kid"] != s.KeyID() {
+		t.Errorf("header %v, %v", header, err)
+	}
+	digest, sig := sha256.Sum256([]byte(parts[0]+"."+parts[1])), decode(parts[2])
+	if len(sig) != 64 || !ecdsa.Verify(&key.PublicKey, digest[:], new(big.Int).SetBytes(sig[:32]), new(big.Int).SetBytes(sig[32:])) {
+		t.Error("the signature does not verify")
+	}
+	p384, _ := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
+	if _, err := NewSigner(p384); err == nil {
+		t.Error("a key on P-384 was taken")
+	}
+	if _, err := (&Signer{faulty{key}, &key.PublicKey, s.keyID}).Sign(TypeManifest, m); err == nil || !strings.Contains(err.Error(), "does not verify") {
+		t.Errorf("a faulty signature was given out: %v", err)
+	}
+}
+
+// faulty is a token with a fault in it.
+type faulty struct{ crypto.Signer }
+
+func (f faulty) Sign(r io.Reader, digest []byte, o crypto.SignerOpts) ([]byte, error) {
+	other := bytes.Clone(digest)
+	other[0] ^= 1
+	return f.Signer.Sign(r, other, o)
+}
+
+// sign makes a JWS by hand, with any header.
+func sign(t testing.TB, header, payload any, mac func(text []byte) []byte) []byte {
+	t.Helper()
+	h, err := json.Marshal(header)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, ok := payload.([]byte)
+	if !ok {
+		if p, err = json.Marshal(payload); err != nil {
+			t.Fatal(err)
+		}
+	}
+	text := base64.RawURLEncoding.EncodeToString(h) + "." + base64.RawURLEncoding.EncodeToString(p)
+	return []byte(text + "." + base64.RawURLEncoding.EncodeToString(mac([]byte(text))))
+}
+
+func es256(t testing.TB, key *ecdsa.PrivateKey) func([]byte) []byte {
+	return func(text []byte) []byte {
+		digest := sha256.Sum256(text)
+		r, s, err := ecdsa.Sign(rand.Reader, key, digest[:])
+		if err != nil {
+			t.Fatal(err)
+		}
+		sig := make([]byte, 64)
+		r.FillBytes(sig[:32])
+		s.FillBytes(sig[32:])
+		return sig
+	}
+}
+
+// What whoever runs the store could put in the place of a shard. The reader refuses each, and says of which object and why.
+func TestCompromisedStore(t *testing.T) {
+	key := newKey(t)
+	s, err := NewSigner(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := newManifest(t, s, "L1")
+	keys := keysOf(t, m, 1)
+	good, err := NewShard(m, 1, keys)
+	if err != nil {
+		t.Fatal(err)
+	}
+	header := map[string]any{"alg": "ES256", "kid": s.KeyID(), "typ": string(TypeShard)}
+	with := func(name string, value any) map[string]any {
+		h := map[string]any{}
+		for k, v := range header {
+			h[k] = v
+		}
+		if h[name] = value; value == nil {
+			delete(h, name)
+		}
+		return h
+	}
+	shard := func(change func(*Shard)) *Shard {
+		c := *good
+		c.Keys = append([]DeviceKey(nil), good.Keys...)
+		change(&c)
+		return &c
+	}
+	own := es256(t, key)
+	intruder := newKey(t)
+	spki, err := x509.MarshalPKIXPublicKey(&key.PublicKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	hs256 := func(text []byte) []byte {
+		h := hmac.New(sha256.New, spki)
+		h.Write(text)
+		return h.Sum(nil)
+	}
+	signed := sign(t, header, good, own)
+	parts := bytes.Split(signed, []byte("."))
+	swapped := sign(t, header, shard(func(s *Shard) { s.Keys[0].Key = intruder.Public() }), own)
+	private, err := (&jose.JSONWebKey{Key: intruder, KeyID: m.IMEI(4).String()}).MarshalJSON()
+	if err != nil {
+		t.Fatal(err)
+	}
+	payload, _ := json.Marshal(good)
+	first, _ := json.Marshal(good.Keys[0])
+	for name, c := range map[string]struct {
+		jws  []byte
+		want string
+	}{
+		"good":                      {signed, ""},
+		"a swapped key":             {bytes.Join([][]byte{parts[0], bytes.Split(swapped, []byte("."))[1], parts[2]}, []byte(".")), "does not verify"},
+		"another manufacturer's":    {sign(t, with("kid", thumbprint(&intruder.PublicKey)), good, es256(t, intruder)), "pinned"},
+		"another's under our name":  {sign(t, header, good, es256(t, intruder)), "does not verify"},
+		"truncated":                 {signed[:len(signed)-10], "does not verify"},
+		"without a signature":       {bytes.Join([][]byte{parts[0], parts[1], nil}, []byte(".")), "refused"},
+		"cut in the payload":        {signed[:len(signed)/2], "compact JWS"},
+		"something behind":          {append(bytes.Clone(signed), '\n', 'x'), "refused"},
+		"empty":                     {nil, "compact JWS"},
+		"alg none":                  {sign(t, with("alg", "none"), good, func([]byte) []byte { return nil }), "ES256"},
+		"HS256 with the public key": {sign(t, with("alg", "HS256"), good, hs256), "ES256"},
+		"another type":              {sign(t, with("typ", string(TypeManifest)), good, own), "type"},
+		"no type":                   {sign(t, with("typ", nil), good, own), "type"},
+		"a key in the header":       {sign(t, with("jwk", jose.JSONWebKey{Key: intruder.Public()}), good, own), "headers"},
+		"another header":            {sign(t, with("iat", 1), good, own), "headers"},
+		"a critical header":         {sign(t, with("crit", []string{"b64"}), good, own), "refused"},
+		"another lot's":             {sign(t, header, shard(func(s *Shard) { s.Lot = "L2" }), own), `lot "L2"`},
+		"another shard":             {sign(t, header, shard(func(s *Shard) { s.Number = 0 }), own), "shard 0"},
+		"in another order":          {sign(t, header, shard(func(s *Shard) { s.Keys[0], s.Keys[1] = s.Keys[1], s.Keys[0] }), own), "key 0 is that of"},
+		"a device missing":          {sign(t, header, shard(func(s *Shard) { s.Keys = s.Keys[:3] }), own), "3 keys"},
+		"one key twice":             {sign(t, header, shard(func(s *Shard) { s.Keys[1].Key = s.Keys[0].Key }), own), "have one key"},
+		"a key of the other suite":  {sign(t, header, shard(func(s *Shard) { s.Keys[0].Key = &rsa.PublicKey{N: new(big.Int).SetBytes(m.N), E: 65537} }), own), "suite"},
+		"a private key":             {sign(t, header, bytes.Replace(payload, first, private, 1), own), "not a valid public key"},
+		"an unknown field":          {sign(t, header, bytes.Replace(payload, []byte(`{"lot"`), []byte(`{"x":1,"lot"`), 1), own), "unknown field"},
+		"two documents":             {sign(t, header, append(bytes.Clone(payload), "{}"...), own), "more than one"},
+		"no JSON":                   {sign(t, header, []byte("x"), own), "parsed"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			store, err := OpenFileStore(t.TempDir())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := store.Create(t.Context(), ShardPath("L1", 1), c.jws); err != nil {
+				t.Fatal(err)
+			}
+			_, err = NewReader(store, NewVerifier(s.Public()), ReaderOptions{}).Device(t.Context(), m, m.IMEI(4))
+			if c.want == "" {
+				if err != nil {
+					t.Error(err)
+				}
+				return
+			}
+			var r *RefusedError
+			if !errors.As(err, &r) || r.Object != ShardPath("L1", 1) || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("%v does not say %q", err, c.want)
+			}
+		})
+	}
+	// And in the place of a manifest, another lot's.
+	store, err := OpenFileStore(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := s.Sign(TypeManifest, newManifest(t, s, "L2"))
+	if err == nil {
+		err = store.Create(t.Context(), ManifestPath("L1"), other)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := NewReader(store, NewVerifier(s.Public()), ReaderOptions{}).Manifest(t.Context(), "L1"); err == nil || !strings.Contains(err.Error(), `manifest of lot "L2"`) {
+		t.Error(err)
+	}
+}
+
+func TestPublishAgain(t *testing.T) {
+	s := newSigner(t)
+	store, m := newLot(t, s, "L1")
+	// Another signature each time, and the same payload.
+	if err := Publish(t.Context(), store, ManifestPath("L1"), s, TypeManifest, m); err != nil {
+		t.Errorf("the same again: %v", err)
+	}
+	changed := *m
+	changed.ShardSize = 5
+	if err := Publish(t.Context(), store, ManifestPath("L1"), s, TypeManifest, &changed); !errors.As(err, new(*ConflictError)) {
+		t.Errorf("another payload: %v", err)
+	}
+	if err := Publish(t.Context(), store, ManifestPath("L1"), newSigner(t), TypeManifest, m); !errors.As(err, new(*ConflictError)) {
+		t.Errorf("another manufacturer's: %v", err)
+	}
+}
+
+func TestReader(t *testing.T) {
+	s := newSigner(t)
+	store, m := newLot(t, s, "L1")
+	r := NewReader(store, NewVerifier(s.Public()), ReaderOptions{})
+	ctx := t.Context()
+	if all, err := r.Manifests(ctx); err != nil || len(all) != 1 || all[0].Lot != "L1" {
+		t.Error(all, err)
+	}
+	for i := range m.Devices() {
+		d, err := r.Device(ctx, m, m.IMEI(i))
+		if err != nil {
+			t.Fatal(err)
+		}
+		shard, err := r.ReadShard(ctx, m, i/4)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if d.Shard != i/4 || d.Revoked != nil || !shard.Keys[i%4].Key.(*ecdsa.PublicKey).Equal(d.Key) {
+			t.Errorf("device %d: %+v", i, d)
+		}
+	}
+	if n := store.count(ShardPath("L1", 0)); n != 5 {
+		t.Errorf("shard 0 was read %d times, of which 4 were this test's", n)
+	}
+	stranger, _ := kme.ParseIMEI("35209902000000")
+	if _, err := r.Device(ctx, m, stranger); !errors.Is(err, ErrUnknownDevice) {
+		t.Error(err)
+	}
+	store.down.Store(true)
+	if _, err := r.Device(ctx, m, m.IMEI(9)); err != nil {
+		t.Errorf("the store is away, and a cached device with it: %v", err)
+	}
+}
+
+func TestReaderRSA(t *testing.T) {
+	s := newSigner(t)
+	store, err := OpenFileStore(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := newManifest(t, s, "L1")
+	n := make([]byte, 384)
+	rand.Read(n)
+	n[0] |= 0x80
+	n[383] |= 1
+	m.N, m.Suite, m.Ranges = n, kme.SuiteRSA, m.Ranges[1:]
+	var keys []DeviceKey
+	for i := range m.Devices() {
+		k, err := rsa.GenerateKey(rand.Reader, 2048)
+		if err != nil {
+			t.Fatal(err)
+		}
+		keys = append(keys, DeviceKey{m.IMEI(i), k.Public()})
+	}
+	shard, err := NewShard(m, 0, keys)
+	if err == nil {
+		err = Publish(t.Context(), store, ShardPath("L1", 0), s, TypeShard, shard)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := NewReader(store, NewVerifier(s.Public()), ReaderOptions{}).Device(t.Context(), m, m.IMEI(2))
+	if err != nil || !keys[2].Key.(*rsa.PublicKey).Equal(d.Key) {
+		t.Error(d, err)
+	}
+}
+
+// However many ask for devices of one shard that nobody has asked for yet, the store is asked once; and a caller who
+// gives up does not fail the others.
+func TestReaderOneFlight(t *testing.T) {
+	s := newSigner(t)
+	store, m := newLot(t, s, "L1")
+	store.hold = make(chan struct{})
+	r := NewReader(store, NewVerifier(s.Public()), ReaderOptions{})
+	gone, cancel := context.WithCancel(t.Context())
+	first := make(chan error, 1)
+	go func() { _, err := r.Device(gone, m, m.IMEI(0)); first <- err }()
+	for store.count(ShardPath("L1", 0)) == 0 {
+		time.Sleep(time.Millisecond)
+	}
+	var all sync.WaitGroup
+	for i := range 100 {
+		all.Go(func() {
+			if _, err := r.Device(t.Context(), m, m.IMEI(i%4)); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	cancel()
+	if err := <-first; !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+	time.Sleep(20 * time.Millisecond) // the hundred come up
+	close(store.hold)
+	all.Wait()
+	for _, path := range []string{ShardPath("L1", 0), RevocationsPath("L1")} {
+		if n := store.count(path); n != 1 {
+			t.Errorf("%s was read %d times", path, n)
+		}
+	}
+}
+
+func TestReaderCacheBound(t *testing.T) {
+	const limit = 20_000
+	r := NewReader(nil, NewVerifier(newSigner(t).Public()), ReaderOptions{CacheBytes: limit})
+	for n := range 1000 {
+		r.shards.Set(shardKey{"L1", n}, &packedShard{keys: make([]byte, 640), size: 64})
+	}
+	r.shards.CleanUp()
+	if w := r.shards.WeightedSize(); w > limit || w < limit/2 {
+		t.Errorf("the cache holds %d bytes of %d", w, limit)
+	}
+}
+
+func TestReaderMissingShard(t *testing.T) {
+	s := newSigner(t)
+	files, err := OpenFileStore(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	store, m := &counting{Store: files, reads: map[string]int{}}, newManifest(t, s, "L1")
+	r := NewReader(store, NewVerifier(s.Public()), ReaderOptions{NegativeTTL: 300 * time.Millisecond})
+	path := ShardPath("L1", 0)
+	for range 10 {
+		if _, err := r.Device(t.Context(), m, m.IMEI(0)); !errors.Is(err, ErrUnknownDevice) {
+			t.Fatal(err)
+		}
+	}
+	if n := store.count(path); n != 1 {
+		t.Errorf("a missing shard was asked for %d times", n)
+	}
+	publish(t, files, s, m)
+	for start := time.Now(); ; time.Sleep(20 * time.Millisecond) {
+		if _, err := r.Device(t.Context(), m, m.IMEI(0)); err == nil {
+			break
+		} else if time.Since(start) > 10*time.Second {
+			t.Fatal("a shard published since is never found: ", err)
+		}
+	}
+	// What may pass is not remembered.
+	store.down.Store(true)
+	if _, err := r.Device(t.Context(), m, m.IMEI(4)); !errors.Is(err, errDown) {
+		t.Error(err)
+	}
+	store.down.Store(false)
+	if _, err := r.Device(t.Context(), m, m.IMEI(4)); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestRevocations(t *testing.T) {
+	s := newSigner(t)
+	store, m := newLot(t, s, "L1")
+	ctx, now := t.Context(), time.Now()
+	const ttl = 50 * time.Millisecond
+	r := NewReader(store, NewVerifier(s.Public()), ReaderOptions{RevocationTTL: ttl})
+	revoked := func(i int) bool {
+		t.Helper()
+		time.Sleep(2 * ttl)
+		d, err := r.Device(ctx, m, m.IMEI(i))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return d.Revoked != nil
+	}
+	if revoked(3) {
+		t.Error("revoked before it was")
+	}
+	for range 2 {
+		if err := Revoke(ctx, store, s, m, m.IMEI(3), "stolen", now); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !revoked(3) || revoked(2) {
+		t.Error("the list does not reach a cached shard, or reaches the wrong device")
+	}
+	old, version, err := store.Read(ctx, RevocationsPath("L1"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all sync.WaitGroup
+	for _, i := range []int{1, 5, 0, 9} {
+		all.Go(func() {
+			if err := Revoke(ctx, store, s, m, m.IMEI(i), "lost", now); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+	list, err := r.ReadRevocations(ctx, m)
+	if err != nil || list.Version != 5 || len(list.Revoked) != 5 {
+		t.Fatalf("%+v, %v", list, err)
+	}
+	if !revoked(9) {
+		t.Error("9 is not revoked")
+	}
+	// The store goes back to the first list, and then away: what was seen last stands.
+	_, version, _ = store.Read(ctx, RevocationsPath("L1"))
+	if err := store.Update(ctx, RevocationsPath("L1"), old, version); err != nil {
+		t.Fatal(err)
+	}
+	if !revoked(9) {
+		t.Error("an older list was believed")
+	}
+	store.down.Store(true)
+	if !revoked(9) || revoked(2) {
+		t.Error("the list went with the store")
+	}
+	stranger, _ := kme.ParseIMEI("35209902000000")
+	store.down.Store(false)
+	for name, err := range map[string]error{
+		"another lot's device": Revoke(ctx, store, s, m, stranger, "x", now),
+		"no reason":            Revoke(ctx, store, s, m, m.IMEI(2), " ", now),
+		"a long reason":        Revoke(ctx, store, s, m, m.IMEI(2), strings.Repeat("x", 201), now),
+		"another's list":       Revoke(ctx, store, newSigner(t), m, m.IMEI(2), "x", now),
+	} {
+		if err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+}
+
+func TestInjection(t *testing.T) {
+	imei, _ := kme.ParseIMEI("35209900000001")
+	key := newKey(t)
+	point, err := key.PublicKey.Bytes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	line := NewInjectionLine(imei, "L1", 0, key.Public(), "a1b2", []byte{1, 2, 3})
+	var file bytes.Buffer
+	for range 2 {
+		if err := line.Write(&file); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want := fmt.Sprintf(`{"imei":"35209900000001","lot":"L1","shard":0,"public_key":{"kty":"EC","kid":"35209900000001","crv":"P-256","x":"%s","y":"%s"},"device_key":{"alg":"A256KWP","kid":"a1b2","wrapped":"AQID"}}`,
+		base64.RawURLEncoding.EncodeToString(point[1:33]), base64.RawURLEncoding.EncodeToString(point[33:]))
+	if file.String() != want+"\n"+want+"\n" {
+		t.Errorf("%s\nwant\n%s", file.String(), want)
+	}
+	n := 0
+	for got, err := range ReadInjection(&file) {
+		if err != nil || got.IMEI != imei || string(got.DeviceKey.Wrapped) != "\x01\x02\x03" {
+			t.Error(got, err)
+		}
+		n++
+	}
+	if n != 2 {
+		t.Errorf("%d lines", n)
+	}
+	for name, bad := range map[string]string{
+		"truncated":             want[:len(want)-5],
+		"empty line":            "",
+		"another IMEI":          strings.Replace(want, `"imei":"35209900000001"`, `"imei":"35209900000002"`, 1),
+		"no IMEI":               strings.Replace(want, `"imei":"35209900000001",`, ``, 1),
+		"an unknown field":      strings.Replace(want, `"shard"`, `"x":1,"shard"`, 1),
+		"a bad lot":             strings.Replace(want, `"L1"`, `"../x"`, 1),
+		"another algorithm":     strings.Replace(want, `A256KWP`, `A256KW`, 1),
+		"padded base64":         strings.Replace(want, `AQID`, `AQIDBA==`, 1),
+		"a point off the curve": strings.Replace(want, base64.RawURLEncoding.EncodeToString(point[33:]), base64.RawURLEncoding.EncodeToString(point[1:33]), 1),
+		"no wrapped key":        strings.Replace(want, `AQID`, ``, 1),
+		"too long":              want + strings.Repeat(" ", maxLine),
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := 0
+			var last error
+			for _, err := range ReadInjection(strings.NewReader(want + "\n" + bad + "\n" + want + "\n")) {
+				n++
+				last = err
+			}
+			if n != 2 || last == nil || !strings.Contains(last.Error(), "line 2") {
+				t.Errorf("after %d lines: %v", n, last)
+			}
+		})
+	}
+}
+
+func TestPartiesFiles(t *testing.T) {
+	key := newKey(t)
+	e := NewFixtureEnrolment("a1", []byte{1}, &key.PublicKey)
+	data, err := e.Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	back, err := ParseFixtureEnrolment(data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if v, err := back.Verifier(); err != nil || v.KeyID() != thumbprint(&key.PublicKey) || back.KeyID != "a1" {
+		t.Error(back, err)
+	}
+	for name, bad := range map[string]string{
+		"truncated": string(data[:len(data)/2]), "empty": "", "no kid": strings.Replace(string(data), `"a1"`, `""`, 1),
+		"another algorithm": strings.Replace(string(data), `"RSA-OAEP"`, `"RSA1_5"`, 1), "no key": strings.Replace(string(data), `"AQ"`, `""`, 1),
+		"an unknown field": strings.Replace(string(data), `{`, `{"x":1,`, 1),
+	} {
+		if _, err := ParseFixtureEnrolment([]byte(bad)); err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+	good := Enrolment{"m", "op", "t", "k", RSAOAEP, []byte{1}}
+	if err := good.Validate(); err != nil {
+		t.Error(err)
+	}
+	for _, change := range []func(*Enrolment){
+		func(e *Enrolment) { e.Manufacturer = "" }, func(e *Enrolment) { e.Operator = "../x" }, func(e *Enrolment) { e.TransportKey = "" },
+		func(e *Enrolment) { e.KEK = "" }, func(e *Enrolment) { e.Algorithm = "" }, func(e *Enrolment) { e.Wrapped = nil },
+	} {
+		bad := good
+		if change(&bad); bad.Validate() == nil {
+			t.Errorf("%+v is valid", bad)
+		}
+	}
+	grant := Grant{"op", "k", "L1", A256KWP, []byte{1}, "a.b.c"}
+	if err := grant.Validate(); err != nil {
+		t.Error(err)
+	}
+	for _, change := range []func(*Grant){
+		func(g *Grant) { g.Operator = "" }, func(g *Grant) { g.KEK = "" }, func(g *Grant) { g.Lot = "a/b" },
+		func(g *Grant) { g.Algorithm = "A256KW" }, func(g *Grant) { g.Wrapped = nil }, func(g *Grant) { g.Manifest = "" },
+	} {
+		bad := grant
+		if change(&bad); bad.Validate() == nil {
+			t.Errorf("%+v is valid", bad)
+		}
+	}
+}
+
+// Whatever bytes come, the parsers refuse or accept, and do not panic; what they accept holds together.
+func FuzzVerify(f *testing.F) {
+	key := newKey(f)
+	s, err := NewSigner(key)
+	if err != nil {
+		f.Fatal(err)
+	}
+	jws, err := s.Sign(TypeManifest, newManifest(f, s, "L1"))
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(jws)
+	v := NewVerifier(s.Public())
+	f.Fuzz(func(t *testing.T, data []byte) {
+		SignerOf(data)
+		if _, err := v.Manifest("L1", data); err == nil && !bytes.Equal(bytes.TrimSpace(data), jws) {
+			parts, ours := bytes.Split(data, []byte(".")), bytes.Split(jws, []byte("."))
+			if len(parts) != 3 || !bytes.Equal(parts[1], ours[1]) {
+				t.Errorf("another payload was believed: %s", data)
+			}
+		}
+	})
+}
+
+func FuzzPayloads(f *testing.F) {
+	s := newSigner(f)
+	m := newManifest(f, s, "L1")
+	shard, err := NewShard(m, 0, keysOf(f, m, 0))
+	if err != nil {
+		f.Fatal(err)
+	}
+	for _, v := range []any{m, shard, &Revocations{Lot: "L1", Version: 1}} {
+		b, err := json.Marshal(v)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		var anyM Manifest
+		if parseStrict(data, &anyM) == nil && anyM.Validate() == nil {
+			for _, i := range []int{0, anyM.Devices() - 1} {
+				if at, ok := anyM.Position(anyM.IMEI(i)); !ok || at != i {
+					t.Errorf("device %d of %+v is at %d", i, anyM, at)
+				}
+			}
+		}
+		var anyS Shard
+		if parseStrict(data, &anyS) == nil && anyS.check(m, 0) == nil {
+			for _, k := range anyS.Keys {
+				if key, err := unpack(m.Suite, pack(k.Key)); err != nil || !k.Key.(*ecdsa.PublicKey).Equal(key) {
+					t.Errorf("%v became %v, %v", k.Key, key, err)
+				}
+			}
+		}
+		var anyR Revocations
+		parseStrict(data, &anyR)
+		ParseFixtureEnrolment(data)
+	})
+}
+
+func FuzzReadInjection(f *testing.F) {
+	imei, _ := kme.ParseIMEI("35209900000001")
+	var file bytes.Buffer
+	if err := NewInjectionLine(imei, "L1", 0, newKey(f).Public(), "a1", []byte{1}).Write(&file); err != nil {
+		f.Fatal(err)
+	}
+	f.Add(file.Bytes())
+	f.Fuzz(func(t *testing.T, data []byte) {
+		for line, err := range ReadInjection(bytes.NewReader(data)) {
+			if err == nil && (line.PublicKey.IMEI != line.IMEI || len(line.DeviceKey.Wrapped) == 0) {
+				t.Errorf("%+v was accepted", line)
+			}
+		}
+	})
+}
+
+func BenchmarkCachedDevice(b *testing.B) {
+	s := newSigner(b)
+	store, m := newLot(b, s, "L1")
+	r := NewReader(store, NewVerifier(s.Public()), ReaderOptions{})
+	imei := m.IMEI(3)
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := r.Device(b.Context(), m, imei); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkShard256(b *testing.B) {
+	s := newSigner(b)
+	m := newManifest(b, s, "L1")
+	m.Ranges, m.ShardSize = []Range{{tac(b, "35209900"), 0, 256}}, 256
+	store, err := OpenFileStore(b.TempDir())
+	if err != nil {
+		b.Fatal(err)
+	}
+	publish(b, store, s, m)
+	r := NewReader(store, NewVerifier(s.Public()), ReaderOptions{})
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := r.ReadShard(b.Context(), m, 0); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
