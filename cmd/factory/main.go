@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -22,12 +23,16 @@ import (
 )
 
 var (
-	directoryFlag = &cli.StringFlag{Name: "directory", Usage: "the public-key directory: file:`DIR`"}
-	stateFlag     = &cli.StringFlag{Name: "state", Value: "var/factory", Usage: "the line's own folder, `DIR`"}
-	outFileFlag   = &cli.StringFlag{Name: "out", Usage: "the `FILE` to write"}
+	stateFlag   = &cli.StringFlag{Name: "state", Value: "var/factory", Usage: "the line's own folder, `DIR`"}
+	outFileFlag = &cli.StringFlag{Name: "out", Usage: "the `FILE` to write"}
 )
 
 func main() { cmdline.Main(app()) }
+
+// lineFlags are those of the commands that work on lots, and the command's own.
+func lineFlags(own ...cli.Flag) []cli.Flag {
+	return slices.Concat([]cli.Flag{cmdline.Token}, cmdline.DirectoryFlags(), []cli.Flag{stateFlag}, own, []cli.Flag{cmdline.JSON})
+}
 
 func app() *cli.App {
 	return &cli.App{
@@ -72,39 +77,35 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 				Subcommands: []*cli.Command{
 					{
 						Name: "create", Usage: "make a lot's key in the token and publish the lot's manifest", ArgsUsage: "LOT",
-						Flags: []cli.Flag{cmdline.Token, directoryFlag, stateFlag,
-							&cli.StringFlag{Name: "tac", Usage: "the devices' type allocation code, eight digits, `T`"},
+						Flags: lineFlags(&cli.StringFlag{Name: "tac", Usage: "the devices' type allocation code, eight digits, `T`"},
 							&cli.IntFlag{Name: "first", Usage: "the first serial number, `N`, 0 to 999999"},
 							&cli.IntFlag{Name: "count", Usage: "how many devices, `N`"},
 							&cli.IntFlag{Name: "bits", Value: 3072, Usage: "the length of the modulus, `B`: 2048, 3072 or 4096"},
 							&cli.StringFlag{Name: "suite", Value: string(kme.SuiteECDSA), Usage: "how devices sign, `S`: tr33868-ecdsa-p256 or tr33868-rsa2048"},
 							&cli.IntFlag{Name: "shard-size", Value: 256, Usage: "devices in a directory object and in an injection package, `N`, 1 to 1024"},
-							&cli.StringFlag{Name: "primes", Value: string(hsmkeys.PrimesAuto), Usage: "auto, or x931 to insist on ANSI X9.31"},
-							cmdline.JSON},
+							&cli.StringFlag{Name: "primes", Value: string(hsmkeys.PrimesAuto), Usage: "auto, or x931 to insist on ANSI X9.31"}),
 						Action: cmdline.Alone(lotCreate),
 					},
 					{
 						Name: "provision", Usage: "make the keys of a lot's devices, write their injection packages, publish their public keys", ArgsUsage: "LOT",
 						Description: "Ctrl-C finishes the shards in flight; the same command again goes on.",
-						Flags: []cli.Flag{cmdline.Token, directoryFlag, stateFlag,
-							&cli.StringFlag{Name: "out", Usage: "the folder, `DIR`, for DIR/LOT/injection-000000.jsonl and so on (default: injection in the --state folder)"},
-							&cli.IntFlag{Name: "workers", Usage: "shards in work at once, `N` (default: as many as the token has sessions for)"},
-							cmdline.JSON},
+						Flags: lineFlags(&cli.StringFlag{Name: "out", Usage: "the folder, `DIR`, for DIR/LOT/injection-000000.jsonl and so on (default: injection in the --state folder)"},
+							&cli.IntFlag{Name: "workers", Usage: "shards in work at once, `N` (default: as many as the token has sessions for)"}),
 						Action: lotProvision,
 					},
-					{Name: "list", Usage: "list all lots, their signatures verified", Flags: []cli.Flag{cmdline.Token, directoryFlag, stateFlag, cmdline.JSON}, Action: lotList},
-					{Name: "show", Usage: "print a lot's manifest, with its modulus", ArgsUsage: "LOT", Flags: []cli.Flag{cmdline.Token, directoryFlag, stateFlag, cmdline.JSON}, Action: lotShow},
+					{Name: "list", Usage: "list all lots, their signatures verified", Flags: lineFlags(), Action: lotList},
+					{Name: "show", Usage: "print a lot's manifest, with its modulus", ArgsUsage: "LOT", Flags: lineFlags(), Action: lotShow},
 					{
 						Name: "grant", Usage: "write a lot's key for an operator, wrapped under the operator's KEK", ArgsUsage: "LOT",
-						Flags: []cli.Flag{cmdline.Token, directoryFlag, stateFlag, &cli.StringFlag{Name: "operator", Usage: "the operator's `NAME`, as enrolled"}, outFileFlag, cmdline.JSON}, Action: lotGrant,
+						Flags: lineFlags(&cli.StringFlag{Name: "operator", Usage: "the operator's `NAME`, as enrolled"}, outFileFlag), Action: lotGrant,
 					},
 					{
 						Name: "seal", Usage: "make a lot's key non-extractable for good: it cannot be granted any more", ArgsUsage: "LOT",
-						Flags: []cli.Flag{cmdline.Token, directoryFlag, stateFlag, cmdline.JSON}, Action: lotSeal,
+						Flags: lineFlags(), Action: lotSeal,
 					},
 					{
 						Name: "revoke", Usage: "publish that a device is not to be trusted any more", ArgsUsage: "LOT IMEI",
-						Flags: []cli.Flag{cmdline.Token, directoryFlag, stateFlag, &cli.StringFlag{Name: "reason", Usage: "why, `TEXT`"}, cmdline.JSON}, Action: lotRevoke,
+						Flags: lineFlags(&cli.StringFlag{Name: "reason", Usage: "why, `TEXT`"}), Action: lotRevoke,
 					},
 				},
 			},
@@ -130,7 +131,7 @@ func openDirectory(c *cli.Context) (directory.Store, error) {
 	if err := cmdline.Require(c, "directory"); err != nil {
 		return nil, err
 	}
-	return cmdline.OpenDirectory(c.String("directory"))
+	return cmdline.OpenDirectory(c.Context, c.String("directory"), cmdline.VaultLogin(c), cmdline.StderrLog(c))
 }
 
 func initLine(c *cli.Context) error {

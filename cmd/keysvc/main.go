@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -21,10 +22,7 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-var (
-	stateFlag     = &cli.StringFlag{Name: "state", Value: "var/keysvc", Usage: "the service's own folder, `DIR`, with its database"}
-	directoryFlag = &cli.StringFlag{Name: "directory", Usage: "where the manufacturer publishes its public keys: file:`DIR`"}
-)
+var stateFlag = &cli.StringFlag{Name: "state", Value: "var/keysvc", Usage: "the service's own folder, `DIR`, with its database"}
 
 func main() { cmdline.Main(app()) }
 
@@ -48,7 +46,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 			{
 				Name: "enroll", Usage: "take a manufacturer's enrolment: pin its key, take the operator's KEK into the token", ArgsUsage: "FILE",
 				Description: "The manufacturer's key must come from the manufacturer itself, on another way than the enrolment: from then on whatever it signed is believed.",
-				Flags: []cli.Flag{cmdline.Token, stateFlag, directoryFlag,
+				Flags: []cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "directory", Usage: "where the manufacturer publishes its public keys, `WHERE`: file:DIR or vault:MOUNT"},
 					&cli.StringFlag{Name: "manufacturer", Usage: "the manufacturer's public signing key, as `PEM`"}, cmdline.JSON},
 				Action: cmdline.Alone(enroll),
 			},
@@ -65,7 +63,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 			},
 			{
 				Name: "device", Usage: "say what the directory says of a device, its signatures verified", ArgsUsage: "IMEI",
-				Flags: []cli.Flag{stateFlag, directoryFlag, cmdline.JSON}, Action: device,
+				Flags: slices.Concat([]cli.Flag{stateFlag}, cmdline.DirectoryFlags(), []cli.Flag{cmdline.JSON}), Action: device,
 			},
 			{
 				Name: "serve", Usage: "serve the HSS",
@@ -210,7 +208,7 @@ func device(c *cli.Context) error {
 		return cmdline.Usage(err)
 	}
 	return withStore(c, func(store *sqlstore.Store) error {
-		lots, err := openLots(c.Context, store, c.String("directory"), directory.ReaderOptions{})
+		lots, err := openLots(c.Context, store, opener(c.Context, c.String("directory"), cmdline.VaultLogin(c), directory.ReaderOptions{}, cmdline.StderrLog(c)))
 		if err != nil {
 			return err
 		}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -28,6 +29,7 @@ import (
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/vaultstore"
 )
 
 const configHelp = `The configuration (a relative path in it is relative to its folder):
@@ -41,6 +43,7 @@ const configHelp = `The configuration (a relative path in it is relative to its 
     attempt_ttl: 5m                    # how long a device has for EstablishKME after PrepareVector
     revocation_ttl: 1m                 # how old a list of revoked devices may be
     cache_mb: 64                       # memory for cached public keys
+    vault: {role_id: ID, secret_id_file: FILE, secret_id_wrapped: false}   # or {cert_role: ROLE}; for directories in Vault
     log_level: info                    # debug, info, warn or error`
 
 type config struct {
@@ -58,6 +61,12 @@ type config struct {
 	RevocationTTL time.Duration `yaml:"revocation_ttl"`
 	CacheMB       int64         `yaml:"cache_mb"`
 	LogLevel      slog.Level    `yaml:"log_level"`
+	Vault         struct {
+		RoleID          string `yaml:"role_id"`
+		SecretIDFile    string `yaml:"secret_id_file"`
+		SecretIDWrapped bool   `yaml:"secret_id_wrapped"`
+		CertRole        string `yaml:"cert_role"`
+	} `yaml:"vault"`
 }
 
 func readConfig(path string) (*config, error) {
@@ -75,7 +84,7 @@ func readConfig(path string) (*config, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, p := range []*string{&c.State, &c.TLS.Certificate, &c.TLS.Key, &c.TLS.ClientCA, &c.Socket} {
+	for _, p := range []*string{&c.State, &c.TLS.Certificate, &c.TLS.Key, &c.TLS.ClientCA, &c.Socket, &c.Vault.SecretIDFile} {
 		if *p != "" && !filepath.IsAbs(*p) {
 			*p = filepath.Join(dir, *p)
 		}
@@ -94,30 +103,46 @@ func readConfig(path string) (*config, error) {
 	return c, nil
 }
 
-// openLots opens the directory of every manufacturer and indexes all lots.
-func openLots(ctx context.Context, registry binding.Registry, fallback string, o directory.ReaderOptions) (*binding.Lots, error) {
+// opener gives the reader of a manufacturer's directory, the same one however often lots are taken up anew: what it has
+// cached stays, and so does the login. It is for one goroutine at a time.
+func opener(ctx context.Context, fallback string, login vaultstore.Login, o directory.ReaderOptions, log *slog.Logger) func(m *binding.Manufacturer) (*directory.Reader, error) {
+	stores, readers := map[string]directory.Store{}, map[string]*directory.Reader{}
+	return func(m *binding.Manufacturer) (*directory.Reader, error) {
+		name := cmp.Or(m.Directory, fallback)
+		if name == "" {
+			return nil, cmdline.Usagef("manufacturer %s was enrolled without a directory: name one with directory in the configuration or --directory, or enroll again with --directory", m.KeyID)
+		}
+		key := m.KeyID + " " + name
+		if readers[key] != nil {
+			return readers[key], nil
+		}
+		if stores[name] == nil {
+			store, err := cmdline.OpenDirectory(ctx, name, login, log)
+			if err != nil {
+				return nil, err
+			}
+			stores[name] = store
+		}
+		verifier, err := directory.ParseVerifier([]byte(m.PEM))
+		if err != nil {
+			return nil, err
+		}
+		readers[key] = directory.NewReader(stores[name], verifier, o)
+		return readers[key], nil
+	}
+}
+
+// openLots indexes all lots, with the readers of their manufacturers' directories.
+func openLots(ctx context.Context, registry binding.Registry, open func(*binding.Manufacturer) (*directory.Reader, error)) (*binding.Lots, error) {
 	manufacturers, err := registry.Manufacturers(ctx)
 	if err != nil {
 		return nil, err
 	}
 	readers := map[string]*directory.Reader{}
 	for _, m := range manufacturers {
-		url := m.Directory
-		if url == "" {
-			url = fallback
-		}
-		if url == "" {
-			return nil, cmdline.Usagef("manufacturer %s was enrolled without a directory: name one with directory in the configuration or --directory, or enroll again with --directory", m.KeyID)
-		}
-		store, err := cmdline.OpenDirectory(url)
-		if err != nil {
+		if readers[m.KeyID], err = open(m); err != nil {
 			return nil, err
 		}
-		verifier, err := directory.ParseVerifier([]byte(m.PEM))
-		if err != nil {
-			return nil, err
-		}
-		readers[m.KeyID] = directory.NewReader(store, verifier, o)
 	}
 	lots, err := registry.Lots(ctx)
 	if err != nil {
@@ -152,9 +177,10 @@ func serve(c *cli.Context) error {
 	}
 	defer store.Close()
 
-	load := func() (*binding.Lots, error) {
-		return openLots(ctx, store, cfg.Directory, directory.ReaderOptions{CacheBytes: cfg.CacheMB << 20, RevocationTTL: cfg.RevocationTTL})
-	}
+	open := opener(ctx, cfg.Directory, vaultstore.Login{
+		RoleID: cfg.Vault.RoleID, SecretIDFile: cfg.Vault.SecretIDFile, Wrapped: cfg.Vault.SecretIDWrapped, CertRole: cfg.Vault.CertRole,
+	}, directory.ReaderOptions{CacheBytes: cfg.CacheMB << 20, RevocationTTL: cfg.RevocationTTL}, log)
+	load := func() (*binding.Lots, error) { return openLots(ctx, store, open) }
 	lots, err := load()
 	if err != nil {
 		return err
