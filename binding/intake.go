@@ -135,7 +135,7 @@ func checkLot(lot *Lot, all []*Lot) error {
 			continue
 		}
 		if r := lot.Manifest.Overlap(other.Manifest); r != nil {
-			return fmt.Errorf("the IMEIs of lot %s from %s%06d on are also in lot %s of manufacturer %s: one of the two manufacturers is wrong; settle it with them", lot.Manifest.Lot, r.TAC, r.First, other.Manifest.Lot, other.Manufacturer)
+			return fmt.Errorf("lot %s shares IMEIs with lot %s of manufacturer %s, which has %d from %s%06d on: one of the two is wrong; settle it with who made them", lot.Manifest.Lot, other.Manifest.Lot, other.Manufacturer, r.Count, r.TAC, r.First)
 		}
 	}
 	return nil

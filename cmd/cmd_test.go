@@ -1,0 +1,185 @@
+// Package cmd_test runs the programs as their users do, by the scripts in testdata/script.
+package cmd_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+)
+
+var bin string // the folder of the built programs
+
+func TestMain(m *testing.M) {
+	os.Exit(func() int {
+		var err error
+		if bin, err = os.MkdirTemp("", "kmehsm-cmd-"); err != nil {
+			panic(err)
+		}
+		defer os.RemoveAll(bin)
+		if out, err := exec.Command("go", "build", "-o", bin+"/", "./...").CombinedOutput(); err != nil {
+			fmt.Fprintf(os.Stderr, "%s%v\n", out, err)
+			return 1
+		}
+		return m.Run()
+	}())
+}
+
+// Each script begins with tokens and keys of its own: factory, factory2 and operator.
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir: "testdata/script", RequireExplicitExec: true,
+		Setup: func(env *testscript.Env) error {
+			tb := env.T().(testing.TB)
+			dir := filepath.Join(env.WorkDir, "softhsm")
+			toks := softhsmtest.Make(tb, dir, "factory", "factory2", "operator")
+			conf := strings.SplitN(softhsmtest.Env(dir), "=", 2)
+			env.Setenv(conf[0], conf[1])
+			for label, tok := range toks {
+				env.Setenv(strings.ToUpper(label), tok.URI)
+				env.Setenv(strings.ToUpper(label)+"_SO", "file:"+tok.SOPINFile)
+				env.Setenv(strings.ToUpper(label)+"_PINFILE", tok.PINFile)
+			}
+			env.Setenv("MODULE", toks["factory"].Module)
+			env.Setenv("KMEHSM_TOKEN", toks["factory"].URI)
+			env.Setenv("PATH", bin+":"+env.Getenv("PATH"))
+			for _, args := range [][]string{{"genrsa", "-out", "fixture.key", "3072"}, {"rsa", "-in", "fixture.key", "-pubout", "-out", "fixture.pem"}} {
+				cmd := exec.Command("openssl", args...)
+				cmd.Dir = env.WorkDir
+				if out, err := cmd.CombinedOutput(); err != nil {
+					return fmt.Errorf("%s: %w", out, err)
+				}
+			}
+			return nil
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"exits": exits, "ready": ready, "json": isJSON, "snapshot": snapshot, "same": same, "small": small, "flip": flip, "truncate": truncate,
+		},
+	})
+}
+
+// exits CODE PROGRAM ARGS... runs a program and demands its exit code, and that it does not panic. What it printed is for
+// stdout and stderr to look at.
+func exits(ts *testscript.TestScript, _ bool, args []string) {
+	want, err := strconv.Atoi(args[0])
+	ts.Check(err)
+	err = ts.Exec(args[1], args[2:]...)
+	code := 0
+	if exit, ok := err.(*exec.ExitError); ok {
+		code = exit.ExitCode()
+	} else if err != nil {
+		ts.Fatalf("%v", err)
+	}
+	stderr := ts.ReadFile("stderr")
+	if code != want {
+		ts.Fatalf("exit code %d, want %d: %s", code, want, stderr)
+	}
+	if strings.Contains(stderr, "goroutine ") || strings.Contains(stderr, "panic") {
+		ts.Fatalf("it panicked: %s", stderr)
+	}
+	if code != 0 && strings.TrimSpace(stderr) == "" {
+		ts.Fatalf("it failed without a word")
+	}
+}
+
+// ready SOCKET waits for a service.
+func ready(ts *testscript.TestScript, _ bool, args []string) {
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", ts.MkAbs(args[0]))
+	}}}
+	for range 500 {
+		if r, err := client.Get("http://keysvc/readyz"); err == nil {
+			r.Body.Close()
+			if r.StatusCode == http.StatusOK {
+				return
+			}
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	ts.Fatalf("%s does not become ready", args[0])
+}
+
+// json demands that standard output was one JSON document.
+func isJSON(ts *testscript.TestScript, _ bool, _ []string) {
+	d := json.NewDecoder(strings.NewReader(ts.ReadFile("stdout")))
+	var v any
+	ts.Check(d.Decode(&v))
+	if _, err := d.Token(); err != io.EOF {
+		ts.Fatalf("there is more than one JSON document")
+	}
+}
+
+func contents(ts *testscript.TestScript) string {
+	var b bytes.Buffer
+	ts.Check(filepath.WalkDir(ts.MkAbs("."), func(path string, e fs.DirEntry, err error) error {
+		// SoftHSM notes each opening and login of a token in two files, and SQLite tidies up at each opening of a database.
+		name := filepath.Base(path)
+		if err != nil || e.IsDir() || !e.Type().IsRegular() || name == "generation" || name == "token.object" || strings.HasPrefix(name, "keysvc.db") || strings.HasPrefix(name, ".snapshot") {
+			return err
+		}
+		data, err := os.ReadFile(path)
+		fmt.Fprintf(&b, "%s %x\n", path, sha256.Sum256(data))
+		return err
+	}))
+	return b.String()
+}
+
+// snapshot remembers every file, those of the tokens too; same demands that nothing has changed since.
+func snapshot(ts *testscript.TestScript, _ bool, _ []string) {
+	ts.Check(os.WriteFile(ts.MkAbs(".snapshot"), []byte(contents(ts)), 0o600))
+}
+
+func same(ts *testscript.TestScript, _ bool, _ []string) {
+	was, is := strings.Split(ts.ReadFile(".snapshot"), "\n"), strings.Split(contents(ts), "\n")
+	for _, line := range was {
+		if !slices.Contains(is, line) {
+			ts.Logf("before: %s", line)
+		}
+	}
+	for _, line := range is {
+		if !slices.Contains(was, line) {
+			ts.Logf("now: %s", line)
+		}
+	}
+	if !slices.Equal(was, is) {
+		ts.Fatalf("something has changed")
+	}
+}
+
+// small DIR mounts a file system of 64 kB there, to fill up.
+func small(ts *testscript.TestScript, _ bool, args []string) {
+	dir := ts.MkAbs(args[0])
+	ts.Check(os.MkdirAll(dir, 0o700))
+	ts.Check(syscall.Mount("kmehsm-test", dir, "tmpfs", 0, "size=64k"))
+	ts.Defer(func() { syscall.Unmount(dir, 0) })
+}
+
+// flip FILE changes a byte in the middle of a file; truncate FILE cuts it there.
+func flip(ts *testscript.TestScript, _ bool, args []string) {
+	data := []byte(ts.ReadFile(args[0]))
+	data[len(data)/2] ^= 1
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), data, 0o600))
+}
+
+func truncate(ts *testscript.TestScript, _ bool, args []string) {
+	data := ts.ReadFile(args[0])
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(data[:len(data)/2]), 0o600))
+}
