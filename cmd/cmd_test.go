@@ -172,7 +172,7 @@ func small(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Defer(func() { syscall.Unmount(dir, 0) })
 }
 
-// flip FILE changes a byte in the middle of a file; truncate FILE cuts it there.
+// flip FILE changes a byte in the middle of a file; truncate FILE cuts it before that.
 func flip(ts *testscript.TestScript, _ bool, args []string) {
 	data := []byte(ts.ReadFile(args[0]))
 	data[len(data)/2] ^= 1
@@ -181,5 +181,5 @@ func flip(ts *testscript.TestScript, _ bool, args []string) {
 
 func truncate(ts *testscript.TestScript, _ bool, args []string) {
 	data := ts.ReadFile(args[0])
-	ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(data[:len(data)/2]), 0o600))
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(data[:len(data)*2/5]), 0o600))
 }
