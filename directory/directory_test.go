@@ -612,7 +612,7 @@ func TestRevocations(t *testing.T) {
 	if !revoked(3) || revoked(2) {
 		t.Error("the list does not reach a cached shard, or reaches the wrong device")
 	}
-	old, version, err := store.Read(ctx, RevocationsPath("L1"))
+	old, _, err := store.Read(ctx, RevocationsPath("L1"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -633,7 +633,7 @@ func TestRevocations(t *testing.T) {
 		t.Error("9 is not revoked")
 	}
 	// The store goes back to the first list, and then away: what was seen last stands.
-	_, version, _ = store.Read(ctx, RevocationsPath("L1"))
+	_, version, _ := store.Read(ctx, RevocationsPath("L1"))
 	if err := store.Update(ctx, RevocationsPath("L1"), old, version); err != nil {
 		t.Fatal(err)
 	}

@@ -45,13 +45,13 @@ func Connect(ctx context.Context, l Login, log *slog.Logger) (*api.Client, error
 	}
 	config := api.DefaultConfig()
 	if config.Error != nil {
-		return nil, fmt.Errorf("Vault's environment: %w", config.Error)
+		return nil, fmt.Errorf("the environment for Vault: %w", config.Error)
 	}
 	config.MaxRetries = 5
 	config.MinRetryWait, config.MaxRetryWait = 100*time.Millisecond, 2*time.Second
 	client, err := api.NewClient(config)
 	if err != nil {
-		return nil, fmt.Errorf("Vault's environment: %w", err)
+		return nil, fmt.Errorf("the environment for Vault: %w", err)
 	}
 	s := &session{client: client, login: l, log: log}
 	secret, err := s.token(ctx)
@@ -99,7 +99,7 @@ func (s *session) token(ctx context.Context) (*api.Secret, error) {
 		return nil, loginError(err)
 	}
 	if secret == nil || secret.Auth == nil {
-		return nil, errors.New("Vault's answer to the login has no token")
+		return nil, errors.New("the answer to the login to Vault has no token")
 	}
 	s.client.SetToken(secret.Auth.ClientToken)
 	return secret, nil
@@ -161,7 +161,7 @@ func loginError(err error) error {
 	if r.StatusCode >= 500 || r.StatusCode == 429 {
 		return fmt.Errorf("log in to Vault: %w (%d): %s", ErrUnavailable, r.StatusCode, reason)
 	}
-	return fmt.Errorf("Vault refuses the login (%d): %s", r.StatusCode, reason)
+	return fmt.Errorf("the login to Vault is refused (%d): %s", r.StatusCode, reason)
 }
 
 // keep renews the token for as long as Vault lets it, then logs in anew.

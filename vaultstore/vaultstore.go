@@ -32,12 +32,14 @@ type Store struct {
 var _ directory.Store = (*Store)(nil)
 
 // ErrUnavailable: Vault cannot be reached, or is sealed; the same call may work later.
-var ErrUnavailable = errors.New("Vault is not available")
+var ErrUnavailable = errors.New("the Vault server is not available")
 
 // New keeps objects on a mount, with a client that Login has logged in. It asks Vault nothing.
 func New(client *api.Client, mount string) *Store {
 	return &Store{client: client, mount: strings.Trim(mount, "/")}
 }
+
+var errNoMount = errors.New("there is no mount")
 
 func (s *Store) data(path string) string { return s.mount + "/data/" + path }
 
@@ -143,15 +145,16 @@ func (s *Store) checkMount(ctx context.Context) error {
 		return nil
 	}
 	secret, err := s.client.Logical().ReadWithContext(ctx, "sys/internal/ui/mounts/"+s.mount)
+	if statusOf(err) == http.StatusForbidden || err == nil && secret == nil {
+		// To this question Vault answers 403 where there is no mount, and where the token may do nothing on it.
+		return fmt.Errorf("%w %s, or this token's policy has nothing on it (403)", errNoMount, s.mount)
+	}
 	if err != nil {
 		return err
 	}
-	if secret == nil {
-		return fmt.Errorf("Vault has no mount %s", s.mount)
-	}
 	options, _ := secret.Data["options"].(map[string]any)
 	if secret.Data["type"] != "kv" || options["version"] != "2" {
-		return fmt.Errorf("Vault's mount %s is %v version %v; the directory needs kv version 2: make one with factory vault setup", s.mount, secret.Data["type"], options["version"])
+		return fmt.Errorf("the Vault mount %s is %v version %v; the directory needs kv version 2: make one with factory vault setup", s.mount, secret.Data["type"], options["version"])
 	}
 	s.checked.Store(true)
 	return nil
@@ -192,7 +195,7 @@ func (s *Store) explain(err error, what, path string) error {
 	reasons := strings.Join(r.Errors, "; ")
 	switch {
 	case r.StatusCode == http.StatusForbidden:
-		return fmt.Errorf("Vault does not let this token %s %s (403): its policy must have that path on mount %s (see policies/), or the token has ended", what, s.data(path), s.mount)
+		return fmt.Errorf("this token may not %s %s in Vault (403): its policy must have that path on mount %s (see policies/), or the token has ended", what, s.data(path), s.mount)
 	case r.StatusCode == http.StatusTooManyRequests || r.StatusCode >= 500:
 		return fmt.Errorf("%s %s: %w (%d): %s", what, path, ErrUnavailable, r.StatusCode, reasons)
 	}

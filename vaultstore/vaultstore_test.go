@@ -357,12 +357,12 @@ func TestLogin(t *testing.T) {
 		want  string
 	}{
 		"a wrapping token used before": {Login{RoleID: roleID, SecretIDFile: file("used", "hvs.none"), Wrapped: true}, "unwrapped"},
-		"a wrong secret id":            {Login{RoleID: roleID, SecretIDFile: file("wrong", "wrong")}, "refuses the login"},
+		"a wrong secret id":            {Login{RoleID: roleID, SecretIDFile: file("wrong", "wrong")}, "is refused"},
 		"no secret id file":            {Login{RoleID: roleID, SecretIDFile: dir + "/none"}, "none"},
 		"role without secret":          {Login{RoleID: roleID}, "secret id"},
 		"two ways at once":             {Login{RoleID: roleID, SecretIDFile: "x", UseCert: true}, "not both"},
 		"no login at all":              {Login{}, "VAULT_TOKEN"},
-		"no client certificate":        {Login{UseCert: true}, "refuses the login"},
+		"no client certificate":        {Login{UseCert: true}, "is refused"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if _, err := Connect(t.Context(), c.login, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), c.want) {
@@ -371,5 +371,44 @@ func TestLogin(t *testing.T) {
 				t.Error("the error has the secret id")
 			}
 		})
+	}
+}
+
+func TestSetup(t *testing.T) {
+	server := vaulttest.Start(t)
+	root := server.Client(t, server.Root)
+	if _, _, err := New(root, "kme").Read(t.Context(), "lots/L1/manifest"); err == nil || !strings.Contains(err.Error(), "no mount kme") {
+		t.Errorf("a mount that is not there: %v", err)
+	}
+	todo := func(dryRun bool) (n int) {
+		t.Helper()
+		steps, err := Setup(t.Context(), root, "kme", dryRun)
+		if err != nil || len(steps) != 1+len(policies.Names) {
+			t.Fatal(steps, err)
+		}
+		for _, s := range steps {
+			if !s.Done {
+				n++
+			}
+		}
+		return n
+	}
+	for i, want := range []int{4, 4, 0} { // a dry run changes nothing; a second run has nothing to do
+		if n := todo(i == 0); n != want {
+			t.Errorf("round %d: %d steps to do, want %d", i, n, want)
+		}
+	}
+	if err := New(root, "kme").Create(t.Context(), "lots/L1/manifest", []byte("x")); err != nil {
+		t.Error(err)
+	}
+	if err := root.Sys().PutPolicy("kme-auditor", `path "a" { capabilities = ["read"] }`); err != nil {
+		t.Fatal(err)
+	}
+	if n := todo(false); n != 1 {
+		t.Errorf("a changed policy: %d steps", n)
+	}
+	server.Mount(t, "old", "1")
+	if _, err := Setup(t.Context(), root, "old", false); err == nil || !strings.Contains(err.Error(), "version 1") {
+		t.Errorf("a mount of version 1: %v", err)
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -20,6 +21,8 @@ import (
 	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
 	"github.com/kmehsm/kmehsm/kme"
+	"github.com/kmehsm/kmehsm/policies"
+	"github.com/kmehsm/kmehsm/vaultstore"
 )
 
 var (
@@ -70,6 +73,20 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 					Flags: []cli.Flag{cmdline.Token, &cli.StringFlag{Name: "transport-key", Usage: "the operator's transport key, as `PEM`"},
 						&cli.StringFlag{Name: "so-pin-source", Usage: "where the security officer's PIN is: file:/path, a `URI`"}, outFileFlag, cmdline.JSON},
 					Action: operatorEnroll,
+				}, {
+					Name: "policy", Usage: "print the Vault policy of one operator: its granted lots, to read", ArgsUsage: "NAME",
+					Description: "For vault policy write MOUNT-operator-NAME -",
+					Flags:       []cli.Flag{stateFlag, &cli.StringFlag{Name: "directory", Usage: "the directory, vault:`MOUNT`"}},
+					Action:      operatorPolicy,
+				}},
+			},
+			{
+				Name: "vault", Usage: "HashiCorp Vault as the public-key directory",
+				Subcommands: []*cli.Command{{
+					Name: "setup", Usage: "make the directory's mount, write its policies, and print the AppRole steps",
+					Description: "With the token of somebody who may (VAULT_ADDR, VAULT_TOKEN). Running this again changes only what is not as it should be.",
+					Flags:       append(cmdline.DirectoryFlags(), &cli.BoolFlag{Name: "dry-run", Usage: "say what would be done, and do nothing"}, cmdline.JSON),
+					Action:      vaultSetup,
 				}},
 			},
 			{
@@ -361,6 +378,9 @@ func lotGrant(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
+		if err := factory.RecordGrant(c.String("state"), operator, lot); err != nil {
+			return err
+		}
 		return writeOut(c, jws, map[string]any{"lot": lot, "operator": operator}, "the key of lot %s, wrapped for operator %s", lot, operator)
 	})
 }
@@ -393,5 +413,62 @@ func lotRevoke(c *cli.Context) error {
 		return cmdline.Print(c, map[string]any{"lot": lot, "imei": imei, "revoked": true}, func(w io.Writer) {
 			fmt.Fprintf(w, "%s of lot %s is revoked\n", imei, lot)
 		})
+	})
+}
+
+func operatorPolicy(c *cli.Context) error {
+	mount, ok := strings.CutPrefix(c.String("directory"), "vault:")
+	if !ok || cmdline.CheckDirectory(c.String("directory")) != nil {
+		return cmdline.Usagef("--directory vault:MOUNT says which mount the policy is for")
+	}
+	operator := c.Args().First()
+	lots, err := factory.GrantedLots(c.String("state"), operator)
+	if err != nil {
+		return err
+	}
+	text, err := policies.Operator(mount, operator, lots)
+	if err != nil {
+		return err
+	}
+	_, err = io.WriteString(c.App.Writer, text)
+	return err
+}
+
+func vaultSetup(c *cli.Context) error {
+	mount, ok := strings.CutPrefix(c.String("directory"), "vault:")
+	if !ok || cmdline.CheckDirectory(c.String("directory")) != nil {
+		return cmdline.Usagef("--directory vault:MOUNT says which mount to set up")
+	}
+	client, err := vaultstore.Connect(c.Context, cmdline.VaultLogin(c), cmdline.StderrLog(c))
+	if err != nil {
+		return err
+	}
+	steps, err := vaultstore.Setup(c.Context, client, mount, c.Bool("dry-run"))
+	if err != nil {
+		return err
+	}
+	return cmdline.Print(c, map[string]any{"mount": mount, "dry_run": c.Bool("dry-run"), "steps": steps}, func(w io.Writer) {
+		for _, s := range steps {
+			mark := "done"
+			switch {
+			case s.Done:
+				mark = "is there"
+			case c.Bool("dry-run"):
+				mark = "to do"
+			}
+			fmt.Fprintf(w, "%-8s  %s\n", mark, s.What)
+		}
+		publisher := policies.Name(mount, policies.Publisher)
+		fmt.Fprintf(w, `
+What is left, for the line:
+  vault auth enable approle
+  vault write auth/approle/role/%[1]s token_policies=%[1]s token_ttl=1h token_max_ttl=24h
+  vault read -field=role_id auth/approle/role/%[1]s/role-id
+  vault write -f -wrap-ttl=10m -field=wrapping_token auth/approle/role/%[1]s/secret-id >FILE
+  factory lot ... --directory vault:%[2]s --vault-role-id ID --vault-secret-id-file FILE --vault-secret-id-wrapped
+and for each operator, after each grant:
+  factory operator policy NAME --directory vault:%[2]s | vault policy write %[2]s-operator-NAME -
+  vault write auth/approle/role/%[2]s-operator-NAME token_policies=%[2]s-operator-NAME token_ttl=1h token_max_ttl=24h
+`, publisher, mount)
 	})
 }
