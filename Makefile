@@ -4,6 +4,8 @@ SHELL       := /bin/bash
 DEVICES  ?= 1000
 BITS     ?= 3072
 FUZZTIME ?= 30s
+# Where the demo keeps the public-key directory.
+DIRECTORY ?= file
 
 STATICCHECK           := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 PROTOC_GEN_GO         := google.golang.org/protobuf/cmd/protoc-gen-go@v1.36.12
@@ -21,8 +23,8 @@ build: deps-build ## bin/factory, bin/keysvc and bin/mesim
 	@mkdir -p bin
 	go build -trimpath -o bin/ ./cmd/...
 
-demo: deps-demo build ## the whole flow on SoftHSM (DEVICES=1000, BITS=2048|3072|4096)
-	DEVICES=$(DEVICES) BITS=$(BITS) scripts/demo.sh
+demo: deps-demo build $(if $(filter vault,$(DIRECTORY)),bin/vaultdev) ## the whole flow on SoftHSM (DEVICES=1000, BITS=2048|3072|4096, DIRECTORY=file|vault)
+	DEVICES=$(DEVICES) BITS=$(BITS) DIRECTORY=$(DIRECTORY) scripts/demo.sh
 
 # Vault's server, built from its own source, takes minutes the first time. It is a module of its own, so that none of
 # it enters the product.

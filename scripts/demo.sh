@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # The whole flow on SoftHSM, in var/demo: a manufacturer and an operator with a token each, devices, and refusals.
-# make demo runs it; DEVICES and BITS are its settings.
+# make demo runs it; DEVICES, BITS and DIRECTORY are its settings.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-devices=${DEVICES:-1000} bits=${BITS:-3072}
+devices=${DEVICES:-1000} bits=${BITS:-3072} directory=${DIRECTORY:-file}
+case $directory in file | vault) ;; *) echo "DIRECTORY is file or vault, not $directory" >&2 && exit 2 ;; esac
 case $devices in '' | *[!0-9]* | 0* | ???????*) devices=0 ;; esac
 if [ "$devices" -lt 3 ] || [ "$devices" -gt 999999 ]; then # device 0 has serial number 1, and some are tampered with
 	echo "DEVICES is a number from 3 to 999999" >&2
@@ -18,14 +19,14 @@ umask 077
 rm -rf "$dir"
 mkdir -p "$dir/tls"
 
-server=
-# Whatever happens, the service that was started here ends here.
+server='' vault=''
+# Whatever happens, what was started here ends here.
 finish() {
 	local status=$?
-	if [ -n "$server" ]; then
-		kill "$server" 2>/dev/null || true
-		wait "$server" 2>/dev/null || true
-	fi
+	for pid in $server $vault; do
+		kill "$pid" 2>/dev/null || true
+		wait "$pid" 2>/dev/null || true
+	done
 	[ $status -eq 0 ] || echo "the demo failed; what it left is in $dir, the service's log in $dir/keysvc.log" >&2
 }
 trap finish EXIT
@@ -42,6 +43,34 @@ step "1. A token for each, by SoftHSM (a real HSM comes with its own)"
 # shellcheck source=/dev/null
 . "$dir/softhsm/env"
 
+# The line's way to the directory, the operator's name for it, and the service's login.
+line=(--directory "file:$dir/directory") where=file:$dir/directory login=
+if [ "$directory" = vault ]; then
+	step "1b. A Vault on Raft storage, with a mount, policies and AppRoles"
+	bin/vaultdev -listen 127.0.0.1:0 -dir "$dir/vault" -log-level error >"$dir/vault.out" 2>"$dir/vault.log" &
+	vault=$!
+	for _ in {1..600}; do
+		[ -s "$dir/vault.out" ] && break
+		kill -0 "$vault" 2>/dev/null || { cat "$dir/vault.log" >&2 && exit 1; }
+		sleep 0.1
+	done
+	VAULT_ADDR=$(jq -r .address "$dir/vault.out")
+	VAULT_TOKEN=$(jq -r .root_token "$dir/vault/init.json")
+	export VAULT_ADDR VAULT_TOKEN
+	as_admin() { curl -sSf -H "X-Vault-Token: $VAULT_TOKEN" "$@"; }
+	run factory vault setup --directory vault:kme
+	as_admin -X POST "$VAULT_ADDR/v1/sys/auth/approle" -d '{"type": "approle"}'
+	# approle POLICY: makes a role, and leaves its secret id in a file.
+	approle() {
+		as_admin -X POST "$VAULT_ADDR/v1/auth/approle/role/$1" -d "{\"token_policies\": \"$1\", \"token_ttl\": \"1h\"}"
+		as_admin -X POST "$VAULT_ADDR/v1/auth/approle/role/$1/secret-id" | jq -r .data.secret_id >"$dir/$1.secret-id"
+		as_admin "$VAULT_ADDR/v1/auth/approle/role/$1/role-id" | jq -r .data.role_id
+	}
+	publisher=$(approle kme-factory-publisher)
+	line=(--directory vault:kme --vault-role-id "$publisher" --vault-secret-id-file "$dir/kme-factory-publisher.secret-id")
+	where=vault:kme
+fi
+
 step "2. The manufacturer's keys, and the fixture that injects device keys"
 export KMEHSM_TOKEN=$FACTORY_TOKEN
 run factory init --state "$dir/factory"
@@ -52,14 +81,30 @@ run factory fixture enroll --fixture-key "$dir/fixture.pem" --out "$dir/fixture-
 step "3. The operator's keys, and a KEK between the two tokens"
 KMEHSM_TOKEN=$OPERATOR_TOKEN run keysvc init --state "$dir/keysvc"
 run factory operator enroll acme --transport-key "$dir/keysvc/transport.pem" --so-pin-source "file:$PWD/$dir/softhsm/factory.so-pin" --out "$dir/enrolment.jws"
-KMEHSM_TOKEN=$OPERATOR_TOKEN run keysvc enroll "$dir/enrolment.jws" --state "$dir/keysvc" --manufacturer "$dir/factory/manufacturer.pem" --directory "file:$dir/directory"
+KMEHSM_TOKEN=$OPERATOR_TOKEN run keysvc enroll "$dir/enrolment.jws" --state "$dir/keysvc" --manufacturer "$dir/factory/manufacturer.pem" --directory "$where"
 
 step "4. A lot: its P and Q are made in the factory's token, and so is every device key"
-run factory lot create L1 --directory "file:$dir/directory" --tac 35209900 --first 1 --count "$devices" --bits "$bits"
-provisioned=$(run factory lot provision L1 --directory "file:$dir/directory" --out "$dir/injection" --json | tee /dev/stderr | sed 1d)
-run factory lot grant L1 --directory "file:$dir/directory" --operator acme --out "$dir/grant.jws"
+run factory lot create L1 "${line[@]}" --state "$dir/factory" --tac 35209900 --first 1 --count "$devices" --bits "$bits"
+provisioned=$(run factory lot provision L1 "${line[@]}" --out "$dir/injection" --json | tee /dev/stderr | sed 1d)
+run factory lot grant L1 "${line[@]}" --operator acme --state "$dir/factory" --out "$dir/grant.jws"
 KMEHSM_TOKEN=$OPERATOR_TOKEN run keysvc lot import "$dir/grant.jws" --state "$dir/keysvc"
-run factory lot seal L1 --directory "file:$dir/directory"
+run factory lot seal L1 "${line[@]}"
+
+if [ "$directory" = vault ]; then
+	step "4b. The operator may read the lot that it was granted, and no other"
+	printf '$ factory operator policy acme --directory vault:kme | vault policy write kme-operator-acme -\n'
+	policy=$(factory operator policy acme --directory vault:kme --state "$dir/factory")
+	as_admin -X PUT "$VAULT_ADDR/v1/sys/policies/acl/kme-operator-acme" -d "$(jq -n --arg policy "$policy" '{$policy}')"
+	role=$(approle kme-operator-acme)
+	login="vault: {role_id: '$role', secret_id_file: kme-operator-acme.secret-id}"
+	run factory lot create L2 "${line[@]}" --state "$dir/factory" --tac 35209901 --first 1 --count 1 --bits "$bits"
+	token=$(curl -sSf -X POST "$VAULT_ADDR/v1/auth/approle/login" -d "$(jq -n --arg r "$role" --arg s "$(cat "$dir/kme-operator-acme.secret-id")" '{role_id: $r, secret_id: $s}')" | jq -r .auth.client_token)
+	for lot in L1 L2; do
+		printf '%-14s %s\n' "$lot" "$(curl -s -o /dev/null -w '%{http_code}' -H "X-Vault-Token: $token" "$VAULT_ADDR/v1/kme/data/lots/$lot/manifest")"
+	done
+	[ "$(curl -s -o /dev/null -w '%{http_code}' -H "X-Vault-Token: $token" "$VAULT_ADDR/v1/kme/data/lots/L2/manifest")" = 403 ]
+	unset VAULT_TOKEN # from here on nobody but the AppRoles
+fi
 
 step "5. The operator's service, with mutual TLS"
 # subject CN, subjectAltName, what it is for
@@ -79,6 +124,7 @@ listen: 127.0.0.1:0
 tls: {certificate: tls/keysvc.pem, key: tls/keysvc.key, client_ca: tls/ca.pem}
 socket: keysvc.sock
 revocation_ttl: 1s
+$login
 EOF
 printf '$ keysvc serve --config %s\n' "$dir/keysvc.yaml"
 keysvc serve --config "$dir/keysvc.yaml" 2>"$dir/keysvc.log" &
@@ -114,12 +160,12 @@ for kind in kme signature payload other-device other-lot replay; do
 	add "$result"
 done
 last=$(printf '35209900%06d' "$devices")
-run factory lot revoke L1 "$last" --directory "file:$dir/directory" --reason "stolen on the line"
+run factory lot revoke L1 "$last" "${line[@]}" --reason "stolen on the line"
 sleep 2 # the service's list of revoked devices is not older than revocation_ttl
 result=$(simulate --first $((devices - 1)) --first-imsi 001019000000000 2>/dev/null || true)
 printf '%-14s %s\n' revoked "$(jq -c .rejected <<<"$result")"
 add "$result"
-KMEHSM_TOKEN=$FACTORY_TOKEN factory lot grant L1 --directory "file:$dir/directory" --operator acme --out "$dir/late.jws" 2>"$dir/late.txt" && exit 1
+KMEHSM_TOKEN=$FACTORY_TOKEN factory lot grant L1 "${line[@]}" --operator acme --out "$dir/late.jws" --state "$dir/factory" 2>"$dir/late.txt" && exit 1
 printf '%-14s %s\n' "late grant" "$(cat "$dir/late.txt")"
 
 jq -n --argjson p "$(jq -c . <<<"$provisioned")" --argjson a "$attached" --argjson rejected "$refusals" \

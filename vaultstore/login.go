@@ -188,20 +188,29 @@ func (s *session) keep(ctx context.Context, secret *api.Secret) {
 	}
 }
 
+// renew renews the token at half of its life, until the life that Vault still gives it is shorter than it was at first: the
+// token then nears the end of its longest life. It returns while the token is good, so that a new one is there before
+// this one ends; the client library's LifetimeWatcher waits longer, and left a gap.
 func (s *session) renew(ctx context.Context, secret *api.Secret) error {
-	watcher, err := s.client.NewLifetimeWatcher(&api.LifetimeWatcherInput{Secret: secret})
-	if err != nil {
-		return err
+	first := time.Duration(secret.Auth.LeaseDuration) * time.Second
+	if first == 0 { // it does not end
+		<-ctx.Done()
+		return nil
 	}
-	go watcher.Start()
-	defer watcher.Stop()
-	for {
+	for life := first; life > first*2/3; {
 		select {
 		case <-ctx.Done():
 			return nil
-		case err := <-watcher.DoneCh():
-			return err
-		case <-watcher.RenewCh():
+		case <-time.After(life / 2):
 		}
+		renewed, err := s.client.Auth().Token().RenewSelfWithContext(ctx, secret.Auth.LeaseDuration)
+		if err != nil {
+			return loginError(err)
+		}
+		if renewed == nil || renewed.Auth == nil {
+			return errors.New("the answer to the renewal has no token")
+		}
+		life = time.Duration(renewed.Auth.LeaseDuration) * time.Second
 	}
+	return nil
 }
