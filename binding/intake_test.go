@@ -176,7 +176,7 @@ func TestImportLot(t *testing.T) {
 	}
 	overlapping := func(lot, name string, m *maker, first, count int) refusal {
 		l := m.newLot(t, lot, kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), first, newDevices(t, count)...)
-		return refusal{"IMEIs of another lot, " + name, m.sign(t, directory.TypeGrant, m.grant(t, l)), "settle it with them"}
+		return refusal{"IMEIs of another lot, " + name, m.sign(t, directory.TypeGrant, m.grant(t, l)), "settle it with who made them"}
 	}
 	cases := []refusal{
 		{"signed by a manufacturer who is not enrolled", newMaker(t).sign(t, directory.TypeGrant, m.grant(t, l)), "not enrolled"},
@@ -312,6 +312,6 @@ func TestImportOvertaken(t *testing.T) {
 	second := b.newLot(t, "L1", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 1)...)
 	registry := overtaken{r.store, func() { r.take(t, a, first) }}
 	_, err := binding.ImportLot(t.Context(), r.token, registry, b.sign(t, directory.TypeGrant, b.grant(t, second)))
-	checkSays(t, "a lot whose IMEIs were taken meanwhile", err, "settle it with them")
+	checkSays(t, "a lot whose IMEIs were taken meanwhile", err, "settle it with who made them")
 	checkLeft(t, "a lot whose IMEIs were taken meanwhile", r, map[hsmkeys.Key]bool{a.lotKey("L1"): true, b.lotKey("L1"): false}, 2, 1)
 }

@@ -153,7 +153,7 @@ func flagsFirst(app *cli.App, args []string) []string {
 	for i := 1; i < len(args); i++ {
 		a := args[i]
 		if a == "--" {
-			rest = append(rest, args[i+1:]...)
+			rest = append(rest, args[i:]...)
 			break
 		}
 		if name := strings.TrimLeft(a, "-"); len(a) > 1 && a[0] == '-' {
