@@ -4,6 +4,7 @@ package api
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/http"
 	"time"
 
@@ -22,19 +23,24 @@ const ErrorDomain = "kme"
 // maxRequest is above any valid request: the largest payload has 512 bytes.
 const maxRequest = 16 << 10
 
-// NewHandler serves the service, and health: /healthz says that the process runs, /readyz that ready does not fail.
-func NewHandler(service *binding.Service, ready func(context.Context) error) http.Handler {
+// NewHandler serves the service, and health: /healthz says that the process runs; /readyz that ready does not fail, and what
+// ready warns of: something that is away, and that the service goes on without for now.
+func NewHandler(service *binding.Service, ready func(context.Context) (warnings []string, err error)) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle(kmev1connect.NewKeyServiceHandler(&server{service}, connect.WithReadMaxBytes(maxRequest)))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { w.Write([]byte("ok\n")) })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
 		ctx, cancel := context.WithTimeout(r.Context(), 5*time.Second)
 		defer cancel()
-		if ready(ctx) != nil { // why is for the log of whoever runs the service
+		warnings, err := ready(ctx)
+		if err != nil { // why is for the log of whoever runs the service
 			http.Error(w, "not ready", http.StatusServiceUnavailable)
 			return
 		}
 		w.Write([]byte("ready\n"))
+		for _, warning := range warnings {
+			fmt.Fprintf(w, "but %s\n", warning)
+		}
 	})
 	return mux
 }

@@ -103,7 +103,7 @@ func serve(t *testing.T) (*httptest.Server, *sqlstore.Store) {
 		}
 		return nil
 	}
-	s := httptest.NewUnstartedServer(NewHandler(service, ready))
+	s := httptest.NewUnstartedServer(NewHandler(service, func(ctx context.Context) ([]string, error) { return []string{"a warning"}, ready(ctx) }))
 	s.EnableHTTP2 = true
 	s.StartTLS()
 	t.Cleanup(s.Close)
@@ -136,7 +136,7 @@ func TestHealth(t *testing.T) {
 		}
 	}
 	check("/healthz", http.StatusOK, "ok\n")
-	check("/readyz", http.StatusOK, "ready\n")
+	check("/readyz", http.StatusOK, "ready\nbut a warning\n")
 	for _, path := range []string{"/healthz", "/readyz"} {
 		if status, _ := read(t)(s.Client().Post(s.URL+path, "text/plain", nil)); status != http.StatusMethodNotAllowed {
 			t.Errorf("POST %s: %d", path, status)

@@ -34,7 +34,7 @@ func (r *rig) listen(t *testing.T) func(ctx context.Context) (net.Conn, error) {
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
 	protocols.SetUnencryptedHTTP2(true)
-	server := &http.Server{Handler: api.NewHandler(r.service, r.token.Ping), Protocols: protocols}
+	server := &http.Server{Handler: api.NewHandler(r.service, func(ctx context.Context) ([]string, error) { return nil, r.token.Ping(ctx) }), Protocols: protocols}
 	go server.Serve(l)
 	t.Cleanup(func() { server.Close() })
 	return func(ctx context.Context) (net.Conn, error) { return new(net.Dialer).DialContext(ctx, "unix", path) }

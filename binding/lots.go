@@ -73,6 +73,20 @@ func lotKey(manufacturer, lot string) hsmkeys.Key {
 // Len is how many ranges of IMEIs are served.
 func (l *Lots) Len() int { return len(l.ranges) }
 
+// CheckDirectories reads one manifest of each manufacturer, and gives the errors by manufacturer.
+func (l *Lots) CheckDirectories(ctx context.Context) map[string]error {
+	checked, failed := map[*directory.Reader]bool{}, map[string]error{}
+	for _, r := range l.ranges {
+		if m := r.lot.manifest; !checked[r.lot.reader] {
+			checked[r.lot.reader] = true
+			if _, err := r.lot.reader.Manifest(ctx, m.Lot); err != nil {
+				failed[m.Manufacturer] = err
+			}
+		}
+	}
+	return failed
+}
+
 // Device is what the directory says of a device, and the manifest of its lot.
 func (l *Lots) Device(ctx context.Context, imei kme.IMEI) (*directory.Manifest, directory.Device, error) {
 	lot := l.find(imei)

@@ -47,6 +47,12 @@ func NewService(token Token, store Store, lots *Lots, attemptTTL time.Duration, 
 // SetLots changes the lots that are served. Calls under way finish with those that they began with.
 func (s *Service) SetLots(lots *Lots) { s.lots.Store(lots) }
 
+// CheckDirectories says which manufacturers' directories cannot be read now. Devices whose keys are cached are served all the
+// same.
+func (s *Service) CheckDirectories(ctx context.Context) map[string]error {
+	return s.lots.Load().CheckDirectories(ctx)
+}
+
 // Prepared is the answer to PrepareVector.
 type Prepared struct {
 	RAND      [hsmkeys.RANDSize]byte

@@ -18,15 +18,14 @@ type Login struct {
 	RoleID       string // AppRole
 	SecretIDFile string // AppRole's secret id; a file, since a secret on a command line is open to the machine
 	Wrapped      bool   // what the file has is a wrapping token for the secret id, good once
-	CertRole     string // TLS certificate (VAULT_CLIENT_CERT, VAULT_CLIENT_KEY), of this role; "" with UseCert for any
-	UseCert      bool
+	CertRole     string // TLS certificate (VAULT_CLIENT_CERT, VAULT_CLIENT_KEY), in this role
 }
 
 // Validate refuses a login that is not one of the three ways.
 func (l Login) Validate() error {
 	appRole := l.RoleID != "" || l.SecretIDFile != ""
 	switch {
-	case appRole && (l.UseCert || l.CertRole != ""):
+	case appRole && l.CertRole != "":
 		return errors.New("log in to Vault by AppRole or by certificate, not both")
 	case appRole && (l.RoleID == "" || l.SecretIDFile == ""):
 		return errors.New("AppRole needs a role id and a file with the secret id")
@@ -72,7 +71,8 @@ type session struct {
 
 // token logs in, and gives the token's lease; nil if the token is one that does not end.
 func (s *session) token(ctx context.Context) (*api.Secret, error) {
-	path, body := "", map[string]any{}
+	var path string
+	var body map[string]any
 	switch {
 	case s.login.RoleID != "":
 		secretID, err := s.readSecretID(ctx)
@@ -80,11 +80,8 @@ func (s *session) token(ctx context.Context) (*api.Secret, error) {
 			return nil, err
 		}
 		path, body = "auth/approle/login", map[string]any{"role_id": s.login.RoleID, "secret_id": secretID}
-	case s.login.UseCert || s.login.CertRole != "":
-		path = "auth/cert/login"
-		if s.login.CertRole != "" {
-			body["name"] = s.login.CertRole
-		}
+	case s.login.CertRole != "":
+		path, body = "auth/cert/login", map[string]any{"name": s.login.CertRole}
 	default:
 		return s.ownToken(ctx)
 	}
@@ -170,7 +167,7 @@ func (s *session) keep(ctx context.Context, secret *api.Secret) {
 		if err := s.renew(ctx, secret); err != nil {
 			s.log.WarnContext(ctx, "the Vault token is not renewed any more", "cause", err.Error())
 		}
-		if s.login.RoleID == "" && !s.login.UseCert && s.login.CertRole == "" {
+		if s.login.RoleID == "" && s.login.CertRole == "" {
 			return // it was the environment's: there is no login to do again
 		}
 		for wait := time.Second; ctx.Err() == nil; wait = min(2*wait, time.Minute) {

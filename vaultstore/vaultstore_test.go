@@ -360,9 +360,9 @@ func TestLogin(t *testing.T) {
 		"a wrong secret id":            {Login{RoleID: roleID, SecretIDFile: file("wrong", "wrong")}, "is refused"},
 		"no secret id file":            {Login{RoleID: roleID, SecretIDFile: dir + "/none"}, "none"},
 		"role without secret":          {Login{RoleID: roleID}, "secret id"},
-		"two ways at once":             {Login{RoleID: roleID, SecretIDFile: "x", UseCert: true}, "not both"},
+		"two ways at once":             {Login{RoleID: roleID, SecretIDFile: "x", CertRole: "c"}, "not both"},
 		"no login at all":              {Login{}, "VAULT_TOKEN"},
-		"no client certificate":        {Login{UseCert: true}, "is refused"},
+		"no client certificate":        {Login{CertRole: "c"}, "is refused"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if _, err := Connect(t.Context(), c.login, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), c.want) {

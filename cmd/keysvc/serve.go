@@ -186,15 +186,21 @@ func serve(c *cli.Context) error {
 		return err
 	}
 	service := binding.NewService(token, store, lots, cfg.AttemptTTL, log)
-	handler := api.NewHandler(service, func(ctx context.Context) error {
-		err := token.Ping(ctx)
-		if err == nil {
+	handler := api.NewHandler(service, func(ctx context.Context) (warnings []string, err error) {
+		if err = token.Ping(ctx); err == nil {
 			_, err = store.Lots(ctx)
 		}
 		if err != nil {
 			log.WarnContext(ctx, "not ready", "cause", err.Error())
+			return nil, err
 		}
-		return err
+		short, cancel := context.WithTimeout(ctx, 2*time.Second)
+		defer cancel()
+		for manufacturer, err := range service.CheckDirectories(short) {
+			log.WarnContext(ctx, "a directory is not available", "manufacturer", manufacturer, "cause", err.Error())
+			warnings = append(warnings, "the directory of manufacturer "+manufacturer+" is not available; devices whose keys are cached go on")
+		}
+		return warnings, nil
 	})
 	tlsConfig := new(atomic.Pointer[tls.Config])
 	reload := func() error {

@@ -9,6 +9,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -17,17 +19,18 @@ import (
 
 // A Server is a Vault on Raft storage, with a folder of its own.
 type Server struct {
-	Addr string // http://127.0.0.1:port, the same after a restart
-	Root string // the root token
-	dir  string
-	cmd  *exec.Cmd
-	log  bytes.Buffer
+	Addr  string // http://127.0.0.1:port, or https; the same after a restart
+	Root  string // the root token
+	dir   string
+	flags []string
+	cmd   *exec.Cmd
+	log   bytes.Buffer
 }
 
-// Start starts an unsealed server, which ends with the test.
-func Start(t testing.TB) *Server {
+// Start starts an unsealed server, which ends with the test, with more flags of vaultdev's.
+func Start(t testing.TB, flags ...string) *Server {
 	t.Helper()
-	s := &Server{dir: t.TempDir()}
+	s := &Server{dir: t.TempDir(), flags: flags}
 	s.start(t, "127.0.0.1:0")
 	t.Cleanup(func() { s.Kill() })
 	return s
@@ -40,7 +43,7 @@ func (s *Server) start(t testing.TB, listen string, more ...string) {
 	if _, err := os.Stat(program); err != nil {
 		t.Fatal("there is no bin/vaultdev: run make vaultdev")
 	}
-	s.cmd = exec.Command(program, append([]string{"-listen", listen, "-dir", s.dir, "-log-level", "error"}, more...)...)
+	s.cmd = exec.Command(program, slices.Concat([]string{"-listen", listen, "-dir", s.dir, "-log-level", "error"}, s.flags, more)...)
 	s.cmd.Stderr = &s.log
 	// The server must not outlive the tests, however they end.
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -90,7 +93,8 @@ func (s *Server) Restart(t testing.TB, sealed bool) {
 	if sealed {
 		more = []string{"-sealed"}
 	}
-	s.start(t, s.Addr[len("http://"):], more...)
+	_, listen, _ := strings.Cut(s.Addr, "://")
+	s.start(t, listen, more...)
 }
 
 // Client talks to the server with a token, and does not try again what fails.

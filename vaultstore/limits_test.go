@@ -1,0 +1,142 @@
+package vaultstore
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"log/slog"
+	"math/big"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/vault/api"
+
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/vaulttest"
+)
+
+// A server that limits the rate answers 429: the client waits, tries again and gets through.
+func TestRateLimit(t *testing.T) {
+	server := vaulttest.Start(t)
+	server.Mount(t, "kme", "2")
+	root := server.Client(t, server.Root)
+	if err := New(root, "kme").Create(t.Context(), directory.ManifestPath("L1"), []byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := root.Logical().Write("sys/quotas/rate-limit/slow", map[string]any{"path": "kme", "rate": 10, "interval": "1s"}); err != nil {
+		t.Fatal(err)
+	}
+	limited := 0
+	for range 50 {
+		if _, err := root.Logical().Read("kme/data/lots/L1/manifest"); statusOf(err) == 429 {
+			limited++
+		}
+	}
+	if limited == 0 {
+		t.Error("the server never answered 429, so that this test sees nothing")
+	}
+	t.Setenv("VAULT_ADDR", server.Addr)
+	t.Setenv("VAULT_TOKEN", server.Root)
+	client, err := Connect(t.Context(), Login{}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	store := New(client, "kme")
+	var all sync.WaitGroup
+	for range 30 {
+		all.Go(func() {
+			if _, _, err := store.Read(t.Context(), directory.ManifestPath("L1")); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+}
+
+// certificates makes a CA, and a server's and a client's certificate, in PEM files.
+func certificates(t *testing.T) (dir string) {
+	t.Helper()
+	dir = t.TempDir()
+	var ca *x509.Certificate
+	var caKey *ecdsa.PrivateKey
+	for i, name := range []string{"ca", "server", "client"} {
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := &x509.Certificate{
+			SerialNumber: big.NewInt(int64(i + 1)), Subject: pkix.Name{CommonName: name}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+			IsCA: i == 0, BasicConstraintsValid: true, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+			KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+		}
+		if i == 0 {
+			ca, caKey = c, key
+		}
+		der, err := x509.CreateCertificate(rand.Reader, c, ca, key.Public(), caKey)
+		if err != nil {
+			t.Fatal(err)
+		}
+		pkcs8, err := x509.MarshalPKCS8PrivateKey(key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for file, block := range map[string]*pem.Block{name + ".pem": {Type: "CERTIFICATE", Bytes: der}, name + ".key": {Type: "PRIVATE KEY", Bytes: pkcs8}} {
+			if err := os.WriteFile(filepath.Join(dir, file), pem.EncodeToMemory(block), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	return dir
+}
+
+func TestCertificateLogin(t *testing.T) {
+	dir := certificates(t)
+	at := func(name string) string { return filepath.Join(dir, name) }
+	t.Setenv("VAULT_CACERT", at("ca.pem"))
+	server := vaulttest.Start(t, "-tls-cert", at("server.pem"), "-tls-key", at("server.key"), "-tls-client-ca", at("ca.pem"))
+	server.Mount(t, "kme", "2")
+	root := server.Client(t, server.Root)
+	if err := New(root, "kme").Create(t.Context(), directory.ManifestPath("L1"), []byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	ca, err := os.ReadFile(at("ca.pem"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := root.Sys().PutPolicy("p", `path "kme/data/lots/*" { capabilities = ["read"] }`); err != nil {
+		t.Fatal(err)
+	}
+	if err := root.Sys().EnableAuthWithOptions("cert", &api.EnableAuthOptions{Type: "cert"}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := root.Logical().Write("auth/cert/certs/operator", map[string]any{"certificate": string(ca), "allowed_common_names": "client", "token_policies": "p"}); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("VAULT_ADDR", server.Addr)
+	t.Setenv("VAULT_TOKEN", "")
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	if _, err := Connect(ctx, Login{CertRole: "operator"}, slog.New(slog.DiscardHandler)); err == nil {
+		t.Error("a login without a certificate")
+	}
+	t.Setenv("VAULT_CLIENT_CERT", at("client.pem"))
+	t.Setenv("VAULT_CLIENT_KEY", at("client.key"))
+	client, err := Connect(ctx, Login{CertRole: "operator"}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, _, err := New(client, "kme").Read(ctx, directory.ManifestPath("L1")); err != nil || string(got) != "x" {
+		t.Error(string(got), err)
+	}
+	if _, err := Connect(ctx, Login{CertRole: "nobody"}, slog.New(slog.DiscardHandler)); err == nil {
+		t.Error("a login in a role that is not there")
+	}
+}
