@@ -5,7 +5,6 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rsa"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"math/big"
@@ -112,5 +111,3 @@ func unpack(suite kme.Suite, packed []byte) (crypto.PublicKey, error) {
 	}
 	return ecdsa.ParseUncompressedPublicKey(elliptic.P256(), append([]byte{4}, packed...))
 }
-
-var _ json.Unmarshaler = (*DeviceKey)(nil)

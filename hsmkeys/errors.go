@@ -7,12 +7,8 @@ import (
 	"github.com/miekg/pkcs11"
 )
 
-var (
-	// ErrNoKey: the token has no such key.
-	ErrNoKey = errors.New("the token has no such key")
-	// ErrUnavailable: the token did not answer as it should; the same call may work later. Wraps the CKR code.
-	ErrUnavailable = errors.New("the token is not available")
-)
+// ErrNoKey: the token has no such key.
+var ErrNoKey = errors.New("the token has no such key")
 
 // explain adds to the return codes that a user can do something about what that is. Others keep their name.
 func explain(what string, err error) error {

@@ -71,11 +71,6 @@ func (t *Token) RemoveLotKey(ctx context.Context, k Key) error {
 	return t.with(ctx, func(s *session) error { return t.destroy(s, pkcs11.CKO_PRIVATE_KEY, k) })
 }
 
-// LotPublicKey is the public half of a lot key.
-func (t *Token) LotPublicKey(ctx context.Context, k Key) (*rsa.PublicKey, error) {
-	return t.rsaPublicKey(ctx, k)
-}
-
 // ProveLotKey shows that the private key in the token is the one of pub: it decrypts, raw, what was encrypted here.
 // One of the messages has leading zero bytes, which some tokens strip.
 func (t *Token) ProveLotKey(ctx context.Context, k Key, pub *rsa.PublicKey) error {

@@ -467,8 +467,8 @@ What is left, for the line:
   vault write -f -wrap-ttl=10m -field=wrapping_token auth/approle/role/%[1]s/secret-id >FILE
   factory lot ... --directory vault:%[2]s --vault-role-id ID --vault-secret-id-file FILE --vault-secret-id-wrapped
 and for each operator, after each grant:
-  factory operator policy NAME --directory vault:%[2]s | vault policy write %[2]s-operator-NAME -
-  vault write auth/approle/role/%[2]s-operator-NAME token_policies=%[2]s-operator-NAME token_ttl=1h token_max_ttl=24h
-`, publisher, mount)
+  factory operator policy NAME --directory vault:%[2]s | vault policy write %[3]s -
+  vault write auth/approle/role/%[3]s token_policies=%[3]s token_ttl=1h token_max_ttl=24h
+`, publisher, mount, policies.OperatorName(mount, "NAME"))
 	})
 }
