@@ -174,6 +174,10 @@ func (r *Reader) Device(ctx context.Context, m *Manifest, imei kme.IMEI) (Device
 
 func (r *Reader) fetchShard(ctx context.Context, m *Manifest, n int) (*packedShard, error) {
 	return oneFlight(ctx, &r.flight, ShardPath(m.Lot, n), func(ctx context.Context) (*packedShard, error) {
+		// An earlier flight may have landed since the cache was asked.
+		if landed, ok := r.shards.GetIfPresent(shardKey{m.Lot, n}); ok {
+			return landed, nil
+		}
 		packed := new(packedShard)
 		s, err := r.ReadShard(ctx, m, n)
 		if err != nil && !errors.Is(err, ErrNotFound) {
@@ -214,13 +218,13 @@ func oneFlight[T any](ctx context.Context, g *singleflight.Group, key string, f 
 
 // revoked gives a lot's list of revoked devices, not older than RevocationTTL while the store can be reached.
 func (r *Reader) revoked(ctx context.Context, m *Manifest) (*Revocations, error) {
-	r.mu.Lock()
-	known := r.revocations[m.Lot]
-	r.mu.Unlock()
-	if known != nil && time.Since(known.fetched) < r.o.RevocationTTL {
-		return known.list, nil
+	if list := r.freshList(m.Lot); list != nil {
+		return list, nil
 	}
 	return oneFlight(ctx, &r.flight, RevocationsPath(m.Lot), func(ctx context.Context) (*Revocations, error) {
+		if list := r.freshList(m.Lot); list != nil { // as in fetchShard
+			return list, nil
+		}
 		list, err := r.ReadRevocations(ctx, m)
 		r.mu.Lock()
 		defer r.mu.Unlock()
@@ -236,6 +240,16 @@ func (r *Reader) revoked(ctx context.Context, m *Manifest) (*Revocations, error)
 		r.revocations[m.Lot] = &revocationList{list, time.Now()}
 		return list, nil
 	})
+}
+
+// freshList is the list that may still be used unasked; nil if there is none.
+func (r *Reader) freshList(lot string) *Revocations {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if known := r.revocations[lot]; known != nil && time.Since(known.fetched) < r.o.RevocationTTL {
+		return known.list
+	}
+	return nil
 }
 
 // ReadRevocations reads a lot's list of revoked devices from the store; none published is an empty one, of version 0.
