@@ -23,17 +23,20 @@ build: deps-build ## bin/factory, bin/keysvc and bin/mesim
 	@mkdir -p bin
 	go build -trimpath -o bin/ ./cmd/...
 
-demo: deps-demo build $(if $(filter vault,$(DIRECTORY)),bin/vaultdev) ## the whole flow on SoftHSM (DEVICES=1000, BITS=2048|3072|4096, DIRECTORY=file|vault)
+demo: deps-demo build $(if $(filter vault,$(DIRECTORY)),vaultdev) ## the whole flow on SoftHSM (DEVICES=1000, BITS=2048|3072|4096, DIRECTORY=file|vault)
 	DEVICES=$(DEVICES) BITS=$(BITS) DIRECTORY=$(DIRECTORY) scripts/demo.sh
 
-# Vault's server, built from its own source, takes minutes the first time. It is a module of its own, so that none of
-# it enters the product.
-vaultdev: bin/vaultdev ## bin/vaultdev, a real Vault server for tests and local work
+# A vault or bao that is on PATH is used. Vault's server, built from its own source, takes minutes the first time. It is a
+# module of its own, so that none of it enters the product.
+VAULT_SERVER := $(or $(shell command -v vault || command -v bao),bin/vaultdev)
+vaultdev: deps-build $(filter bin/vaultdev,$(VAULT_SERVER)) ## a real Vault server for tests and local work: bin/vaultrun starts it
+	@mkdir -p bin
+	go build -trimpath -o bin/vaultrun ./tools/vaultrun
 bin/vaultdev: $(wildcard tools/vaultdev/*.go) tools/vaultdev/go.mod tools/vaultdev/go.sum
 	@mkdir -p bin
 	cd tools/vaultdev && go build -trimpath -o ../../bin/vaultdev .
 
-test: deps-test lint bin/vaultdev ## what CI runs
+test: deps-test lint vaultdev ## what CI runs
 	go test -race ./...
 
 lint: deps-test ## gofmt, go vet, staticcheck and shellcheck

@@ -12,7 +12,7 @@ mkdir -p "$dir"
 # shellcheck source=/dev/null
 . "$dir/softhsm/env"
 export KMEHSM_TOKEN=$FACTORY_TOKEN
-bin/vaultdev -listen 127.0.0.1:0 -dir "$dir/vault" -log-level error >"$dir/vault.out" 2>"$dir/vault.log" &
+bin/vaultrun -listen 127.0.0.1:0 -dir "$dir/vault" -log-level error >"$dir/vault.out" 2>"$dir/vault.log" &
 vault=$!
 trap 'kill "$vault"; wait "$vault" || true' EXIT
 for _ in {1..600}; do

@@ -10,7 +10,7 @@ import (
 )
 
 func TestStore(t *testing.T) {
-	server, mounts := vaulttest.Start(t), 0
+	server, mounts := vaulttest.Any(t), 0
 	storetest.Run(t, func(t *testing.T) (directory.Store, directory.Store) {
 		mounts++
 		mount := fmt.Sprintf("kme%d", mounts)

@@ -21,7 +21,7 @@ import (
 )
 
 func TestMountVersion1(t *testing.T) {
-	server := vaulttest.Start(t)
+	server := vaulttest.Any(t)
 	server.Mount(t, "old", "1")
 	store := New(server.Client(t, server.Root), "old")
 	for what, err := range map[string]error{
@@ -44,7 +44,7 @@ func second(_ []byte, _ string, err error) error { return err }
 
 // A fresh mount refuses writes for a moment: the store waits for it.
 func TestFreshMount(t *testing.T) {
-	server := vaulttest.Start(t)
+	server := vaulttest.Any(t)
 	for i := range 5 {
 		mount := fmt.Sprintf("kme%d", i)
 		server.Mount(t, mount, "2")
@@ -94,7 +94,7 @@ func TestSealedAndRestarted(t *testing.T) {
 }
 
 func TestDeletedIsNotNew(t *testing.T) {
-	server := vaulttest.Start(t)
+	server := vaulttest.Any(t)
 	server.Mount(t, "kme", "2")
 	client := server.Client(t, server.Root)
 	store := New(client, "kme")
@@ -121,7 +121,7 @@ func TestDeletedIsNotNew(t *testing.T) {
 // world has two mounts with a lot each, and a second lot on the first, and a token for each policy on the first.
 func world(t *testing.T) (server *vaulttest.Server, as map[string]*Store, client map[string]*api.Client) {
 	t.Helper()
-	server = vaulttest.Start(t)
+	server = vaulttest.Any(t)
 	root := server.Client(t, server.Root)
 	for _, mount := range []string{"kme", "other"} {
 		server.Mount(t, mount, "2")

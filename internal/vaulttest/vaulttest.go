@@ -1,10 +1,11 @@
-// Package vaulttest gives tests a real Vault server: tools/vaultdev, built once into bin/.
+// Package vaulttest gives tests a real Vault server, started by bin/vaultrun.
 package vaulttest
 
 import (
 	"bufio"
 	"bytes"
 	"encoding/json"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -17,20 +18,62 @@ import (
 	"github.com/hashicorp/vault/api"
 )
 
-// A Server is a Vault on Raft storage, with a folder of its own.
+// A Server is a Vault.
 type Server struct {
 	Addr  string // http://127.0.0.1:port, or https; the same after a restart
-	Root  string // the root token
-	dir   string
+	Root  string // a token that may do everything
+	Dir   string // the server's own folder; empty if it was there before
 	flags []string
 	cmd   *exec.Cmd
 	log   bytes.Buffer
 }
 
-// Start starts an unsealed server, which ends with the test, with more flags of vaultdev's.
+// Any is the server of VAULT_ADDR and VAULT_TOKEN, where they are set, else one as of Start. A test that takes any
+// server may use nothing of it but its API; what the test mounts there must be new, and is removed at the end.
+func Any(t testing.TB) *Server {
+	t.Helper()
+	s := &Server{Addr: os.Getenv("VAULT_ADDR"), Root: os.Getenv("VAULT_TOKEN")}
+	if s.Addr == "" || s.Root == "" {
+		return Start(t)
+	}
+	sys := s.Client(t, s.Root).Sys()
+	before, err := sys.ListMounts()
+	if err != nil {
+		t.Fatalf("the server of VAULT_ADDR: %v", err)
+	}
+	for _, ours := range []string{"kme/", "other/", "old/"} {
+		if before[ours] != nil {
+			t.Fatalf("the server of VAULT_ADDR has a mount %s already: the tests do not touch it", ours)
+		}
+	}
+	known, err := sys.ListPolicies()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		after, err := sys.ListMounts()
+		for path := range after {
+			if before[path] == nil {
+				err = errors.Join(err, sys.Unmount(path))
+			}
+		}
+		policies, perr := sys.ListPolicies()
+		for _, name := range policies {
+			if !slices.Contains(known, name) {
+				perr = errors.Join(perr, sys.DeletePolicy(name))
+			}
+		}
+		if err := errors.Join(err, perr); err != nil {
+			t.Error(err)
+		}
+	})
+	return s
+}
+
+// Start starts an unsealed server on Raft storage, which ends with the test, with more flags of vaultrun's.
 func Start(t testing.TB, flags ...string) *Server {
 	t.Helper()
-	s := &Server{dir: t.TempDir(), flags: flags}
+	s := &Server{Dir: t.TempDir(), flags: flags}
 	s.start(t, "127.0.0.1:0")
 	t.Cleanup(func() { s.Kill() })
 	return s
@@ -39,11 +82,11 @@ func Start(t testing.TB, flags ...string) *Server {
 func (s *Server) start(t testing.TB, listen string, more ...string) {
 	t.Helper()
 	_, here, _, _ := runtime.Caller(0)
-	program := filepath.Join(filepath.Dir(here), "..", "..", "bin", "vaultdev")
+	program := filepath.Join(filepath.Dir(here), "..", "..", "bin", "vaultrun")
 	if _, err := os.Stat(program); err != nil {
-		t.Fatal("there is no bin/vaultdev: run make vaultdev")
+		t.Fatal("there is no bin/vaultrun: run make vaultdev")
 	}
-	s.cmd = exec.Command(program, slices.Concat([]string{"-listen", listen, "-dir", s.dir, "-log-level", "error"}, s.flags, more)...)
+	s.cmd = exec.Command(program, slices.Concat([]string{"-listen", listen, "-dir", s.Dir, "-log-level", "error"}, s.flags, more)...)
 	s.cmd.Stderr = &s.log
 	// The server must not outlive the tests, however they end.
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -60,14 +103,14 @@ func (s *Server) start(t testing.TB, listen string, more ...string) {
 	line, err := bufio.NewReader(out).ReadBytes('\n')
 	if err != nil {
 		s.cmd.Wait()
-		t.Fatalf("vaultdev: %v\n%s", err, s.log.String())
+		t.Fatalf("vaultrun: %v\n%s", err, s.log.String())
 	}
 	var said struct{ Address string }
 	if err := json.Unmarshal(line, &said); err != nil {
 		t.Fatal(err)
 	}
 	s.Addr = said.Address
-	data, err := os.ReadFile(filepath.Join(s.dir, "init.json"))
+	data, err := os.ReadFile(filepath.Join(s.Dir, "init.json"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -78,6 +121,12 @@ func (s *Server) start(t testing.TB, listen string, more ...string) {
 		t.Fatal(err)
 	}
 	s.Root = file.Token
+}
+
+// Join starts another server, a standby of s's cluster.
+func (s *Server) Join(t testing.TB) *Server {
+	t.Helper()
+	return Start(t, "-join", filepath.Join(s.Dir, "init.json"))
 }
 
 // Kill ends the server as a loss of power would.

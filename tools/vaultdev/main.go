@@ -1,23 +1,22 @@
-// Command vaultdev is a real Vault server for tests and local work: one node, unsealed with a key that it keeps beside its
-// data. It is built from Vault's own source, and is for nothing that anything of worth depends on.
+// Command vaultdev is Vault's server, built from its source, with what tests and local work need: vaultdev server
+// -config=FILE, as of Vault's own command, for a file in JSON with Raft storage and one TCP listener. It is for nothing
+// that anything of worth depends on.
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/hex"
 	"encoding/json"
-	"errors"
 	"flag"
 	"fmt"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"syscall"
-	"time"
 
 	"github.com/hashicorp/go-hclog"
 	kv "github.com/hashicorp/vault-plugin-secrets-kv"
@@ -30,77 +29,87 @@ import (
 	"github.com/hashicorp/vault/sdk/helper/consts"
 	"github.com/hashicorp/vault/sdk/logical"
 	"github.com/hashicorp/vault/sdk/physical"
-	"github.com/hashicorp/vault/sdk/physical/inmem"
 	"github.com/hashicorp/vault/vault"
 )
 
+// A configFile is the part of Vault's configuration that vaultdev knows.
+type configFile struct {
+	Storage struct {
+		Raft map[string]string `json:"raft"`
+	} `json:"storage"`
+	Listener struct {
+		TCP struct {
+			Address    string `json:"address"`
+			TLSDisable string `json:"tls_disable"`
+			CertFile   string `json:"tls_cert_file"`
+			KeyFile    string `json:"tls_key_file"`
+			ClientCA   string `json:"tls_client_ca_file"`
+		} `json:"tcp"`
+	} `json:"listener"`
+	APIAddr      string `json:"api_addr"`
+	ClusterAddr  string `json:"cluster_addr"`
+	DisableMlock bool   `json:"disable_mlock"`
+	LogLevel     string `json:"log_level"`
+}
+
 func main() {
-	listen := flag.String("listen", "127.0.0.1:8200", "where to serve; port 0 for a free one")
-	dir := flag.String("dir", "var/vault", "data, init.json with root token and unseal key, and audit.log")
-	storage := flag.String("storage", "raft", "raft, or inmem to forget everything at the end")
-	certFile := flag.String("tls-cert", "", "serve TLS with this certificate")
-	keyFile := flag.String("tls-key", "", "the certificate's key")
-	clientCA := flag.String("tls-client-ca", "", "ask clients for certificates of this CA")
-	sealed := flag.Bool("sealed", false, "stay sealed")
-	level := flag.String("log-level", "warn", "trace, debug, info, warn or error")
-	flag.Parse()
-	if err := run(*listen, *dir, *storage, *certFile, *keyFile, *clientCA, *level, *sealed); err != nil {
+	flags := flag.NewFlagSet("vaultdev server", flag.ExitOnError)
+	path := flags.String("config", "", "the configuration, JSON")
+	if len(os.Args) < 2 || os.Args[1] != "server" {
+		fmt.Fprintln(os.Stderr, "usage: vaultdev server -config=FILE")
+		os.Exit(2)
+	}
+	flags.Parse(os.Args[2:])
+	if err := run(*path); err != nil {
 		fmt.Fprintln(os.Stderr, "vaultdev:", err)
 		os.Exit(1)
 	}
 }
 
-func run(listen, dir, storage, certFile, keyFile, clientCA, level string, sealed bool) error {
+func run(path string) error {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	dir, err := filepath.Abs(dir)
+	data, err := os.ReadFile(path)
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(filepath.Join(dir, "raft"), 0o700); err != nil {
+	var c configFile
+	d := json.NewDecoder(bytes.NewReader(data))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&c); err != nil {
 		return err
 	}
-	ln, err := net.Listen("tcp", listen)
+	tcp := c.Listener.TCP
+	ln, err := net.Listen("tcp", tcp.Address)
 	if err != nil {
 		return err
 	}
 	defer ln.Close()
-	address := "http://" + ln.Addr().String()
-	if certFile != "" {
-		address = "https://" + ln.Addr().String()
-		if ln, err = withTLS(ln, certFile, keyFile, clientCA); err != nil {
+	if tcp.CertFile != "" {
+		if ln, err = withTLS(ln, tcp.CertFile, tcp.KeyFile, tcp.ClientCA); err != nil {
 			return err
 		}
 	}
-
-	log := hclog.New(&hclog.LoggerOptions{Level: hclog.LevelFromString(level), Output: os.Stderr})
-	var backend physical.Backend
-	if storage == "raft" {
-		backend, err = raft.NewRaftBackend(map[string]string{"path": filepath.Join(dir, "raft"), "node_id": "vaultdev", "performance_multiplier": "1"}, log)
-	} else {
-		backend, err = inmem.NewInmem(nil, log)
-	}
+	cluster, err := url.Parse(c.ClusterAddr)
 	if err != nil {
 		return err
 	}
-	// Raft wants a listener for its peers, though there are none.
-	peers, err := net.Listen("tcp", "127.0.0.1:0")
+	clusterAddr, err := net.ResolveTCPAddr("tcp", cluster.Host)
 	if err != nil {
 		return err
 	}
-	clusterAddr := peers.Addr().(*net.TCPAddr)
-	peers.Close()
-	config := &vault.CoreConfig{
-		Physical: backend, Logger: log, DisableMlock: true, BuiltinRegistry: registry{},
+	log := hclog.New(&hclog.LoggerOptions{Level: hclog.LevelFromString(c.LogLevel), Output: os.Stderr})
+	backend, err := raft.NewRaftBackend(c.Storage.Raft, log)
+	if err != nil {
+		return err
+	}
+	core, err := vault.NewCore(&vault.CoreConfig{
+		Physical: backend, HAPhysical: backend.(physical.HABackend), Logger: log, DisableMlock: c.DisableMlock, BuiltinRegistry: registry{},
 		LogicalBackends:    map[string]logical.Factory{"kv": kv.Factory},
 		CredentialBackends: map[string]logical.Factory{"approle": approle.Factory, "cert": cert.Factory},
 		AuditBackends:      map[string]audit.Factory{"file": audit.NewFileBackend},
-		RedirectAddr:       address, ClusterAddr: "https://" + clusterAddr.String(),
-	}
-	if ha, ok := backend.(physical.HABackend); ok {
-		config.HAPhysical = ha
-	}
-	core, err := vault.NewCore(config)
+		RedirectAddr:       c.APIAddr, ClusterAddr: c.ClusterAddr,
+	})
 	if err != nil {
 		return err
 	}
@@ -110,12 +119,6 @@ func run(listen, dir, storage, certFile, keyFile, clientCA, level string, sealed
 	server := &http.Server{Handler: handler}
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(ln) }()
-	if !sealed {
-		if err := open(ctx, core, filepath.Join(dir, "init.json"), address); err != nil {
-			return err
-		}
-	}
-	fmt.Printf("{\"address\":%q}\n", address)
 	select {
 	case err := <-served:
 		return err
@@ -140,64 +143,6 @@ func withTLS(ln net.Listener, certFile, keyFile, clientCA string) (net.Listener,
 		config.ClientCAs.AppendCertsFromPEM(pem)
 	}
 	return tls.NewListener(ln, config), nil
-}
-
-type initFile struct {
-	Address string `json:"address"`
-	Token   string `json:"root_token"`
-	Key     string `json:"unseal_key"` // hex
-}
-
-// open initialises the server once, and unseals it.
-func open(ctx context.Context, core *vault.Core, path, address string) error {
-	var file initFile
-	initialized, err := core.Initialized(ctx)
-	if err != nil {
-		return err
-	}
-	if initialized {
-		data, err := os.ReadFile(path)
-		if err != nil {
-			return err
-		}
-		if err := json.Unmarshal(data, &file); err != nil {
-			return err
-		}
-	} else {
-		one := &vault.SealConfig{SecretShares: 1, SecretThreshold: 1}
-		result, err := core.Initialize(ctx, &vault.InitParams{BarrierConfig: one})
-		if err != nil {
-			return err
-		}
-		file.Token, file.Key = result.RootToken, hex.EncodeToString(result.SecretShares[0])
-	}
-	file.Address = address
-	data, err := json.Marshal(file)
-	if err != nil {
-		return err
-	}
-	if err := os.WriteFile(path, data, 0o600); err != nil {
-		return err
-	}
-	key, err := hex.DecodeString(file.Key)
-	if err != nil {
-		return err
-	}
-	if ok, err := core.Unseal(key); err != nil || !ok {
-		return errors.Join(err, errors.New("the server stays sealed"))
-	}
-	// A node alone still has to elect itself.
-	for standby := true; standby; {
-		if standby, err = core.Standby(); err != nil {
-			return err
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(20 * time.Millisecond):
-		}
-	}
-	return nil
 }
 
 // registry says which plug-ins are built in: those that run gives the core.
