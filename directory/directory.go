@@ -57,6 +57,7 @@ func CheckName(name string) error {
 // ManifestPath, ShardPath and RevocationsPath say where in a store an object of a lot is.
 func ManifestPath(lot string) string     { return "lots/" + lot + "/manifest" }
 func ShardPath(lot string, n int) string { return fmt.Sprintf("lots/%s/shards/%06d", lot, n) }
+func ShardsPath(lot string) string       { return "lots/" + lot + "/shards" }
 func RevocationsPath(lot string) string  { return "lots/" + lot + "/revocations" }
 
 // Validate refuses a manifest that does not hold together.

@@ -181,31 +181,40 @@ func (v *Verifier) Manifest(lot string, jws []byte) (*Manifest, error) {
 	return m, nil
 }
 
-// Publish signs an object and creates it in the store. An ECDSA signature is another each time, so where the store has
-// an object already, it is verified, and the same payload is success; any other is the *ConflictError.
+// Publish signs an object and creates it in the store, as PublishSigned does.
 func Publish(ctx context.Context, store Store, path string, s *Signer, typ Type, payload any) error {
 	jws, err := s.Sign(typ, payload)
 	if err != nil {
 		return err
 	}
-	err = store.Create(ctx, path, jws)
+	return PublishSigned(ctx, store, path, NewVerifier(s.public), typ, jws)
+}
+
+// PublishSigned creates a signed object in the store. An ECDSA signature is another each time, so where the store has an
+// object already, it is verified, and the same payload is success; any other is the *ConflictError.
+func PublishSigned(ctx context.Context, store Store, path string, v *Verifier, typ Type, jws []byte) error {
+	err := store.Create(ctx, path, jws)
 	if !errors.As(err, new(*ConflictError)) {
 		return err
 	}
-	have, _, rerr := store.Read(ctx, path)
-	if rerr != nil {
-		return errors.Join(err, rerr)
-	}
-	was, verr := NewVerifier(s.public).verify(typ, path, have, new(json.RawMessage))
-	if verr != nil {
-		return errors.Join(err, verr)
-	}
-	now, jerr := json.Marshal(payload)
-	if jerr != nil {
-		return jerr
-	}
-	if !bytes.Equal(was, now) {
+	if same, serr := Published(ctx, store, path, v, typ, jws); serr != nil {
+		return errors.Join(err, serr)
+	} else if !same {
 		return err
 	}
 	return nil
+}
+
+// Published says whether the store has an object with the payload of jws.
+func Published(ctx context.Context, store Store, path string, v *Verifier, typ Type, jws []byte) (bool, error) {
+	have, _, err := store.Read(ctx, path)
+	if err != nil || bytes.Equal(have, jws) {
+		return err == nil, err
+	}
+	was, err := v.verify(typ, path, have, new(json.RawMessage))
+	if err != nil {
+		return false, err
+	}
+	now, err := v.verify(typ, path, jws, new(json.RawMessage))
+	return bytes.Equal(was, now), err
 }

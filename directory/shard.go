@@ -5,6 +5,8 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rsa"
+	"crypto/sha256"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math/big"
@@ -89,6 +91,16 @@ func (s *Shard) Equal(o *Shard) bool {
 		}
 	}
 	return true
+}
+
+// Digest is the SHA-256 of what is published of the shard: another for other keys.
+func (s *Shard) Digest() ([]byte, error) {
+	payload, err := json.Marshal(s)
+	if err != nil {
+		return nil, err
+	}
+	sum := sha256.Sum256(payload)
+	return sum[:], nil
 }
 
 // pack makes the fewest bytes of a device key that CheckDevice has passed: the point without its prefix, or the modulus.

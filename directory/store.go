@@ -26,6 +26,8 @@ var (
 	ErrNotFound = errors.New("not in the directory")
 	// ErrChanged: the object has changed since it was read.
 	ErrChanged = errors.New("changed since it was read")
+	// ErrUnavailable: the store cannot be reached, or is sealed; the same call may work later.
+	ErrUnavailable = errors.New("the directory is not available")
 )
 
 // A ConflictError says that a path holds other bytes than those to be created there.

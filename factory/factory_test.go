@@ -11,7 +11,9 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
@@ -19,7 +21,7 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-func TestMain(m *testing.M) { softhsmtest.Main(m, 8) }
+func TestMain(m *testing.M) { softhsmtest.Main(m, 16) }
 
 // newLine is a line on a new token and an empty directory.
 func newLine(t *testing.T) (line *Line, dir string, token *hsmkeys.Token) {
@@ -147,9 +149,14 @@ func TestRepeatedModulus(t *testing.T) {
 	}
 }
 
+// options keep the journal beside the packages.
+func options(out string, workers int) ProvisionOptions {
+	return ProvisionOptions{State: filepath.Join(out, "state"), Out: out, Workers: workers}
+}
+
 func provision(t *testing.T, line *Line, out string) Progress {
 	t.Helper()
-	p, err := line.Provision(t.Context(), "L1", out, 3, nil)
+	p, err := line.Provision(t.Context(), "L1", options(out, 3))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -167,7 +174,15 @@ func checkLot(t *testing.T, line *Line, out string) {
 		t.Fatal(err)
 	}
 	seen := map[kme.IMEI]bool{}
+	j := must(openJournal(t.Context(), filepath.Join(out, "state"), line.Manufacturer()))
+	entries, err := j.entries(t.Context(), "L1")
+	if err := errors.Join(err, j.close()); err != nil {
+		t.Fatal(err)
+	}
 	for n := range m.Shards() {
+		if entries[n].state != acknowledged {
+			t.Errorf("shard %d: the journal has %+v", n, entries[n])
+		}
 		published, err := line.reader.ReadShard(t.Context(), m, n)
 		if err != nil {
 			t.Fatal(err)
@@ -199,9 +214,14 @@ func TestProvision(t *testing.T) {
 	}
 	out := t.TempDir()
 	var reports []Progress
-	p, err := line.Provision(t.Context(), "L1", out, 3, func(p Progress) { reports = append(reports, p) })
-	if err != nil || p != (Progress{30, 30, 30}) || len(reports) != 8 || reports[7] != p {
+	o := options(out, 3)
+	o.Report = func(p Progress) { reports = append(reports, p) }
+	p, err := line.Provision(t.Context(), "L1", o)
+	if err != nil || p.Total != 30 || p.Generated != 30 || p.Done != 30 || p.Made != 30 || len(reports) != 16 || reports[15] != p {
 		t.Fatal(p, reports, err)
+	}
+	if p.HSM <= 0 || p.HSM > 1 || p.Publish <= 0 || p.Publish > 1 {
+		t.Errorf("shares %+v", p)
 	}
 	checkLot(t, line, out)
 	if p := provision(t, line, out); p.Made != 0 {
@@ -226,7 +246,7 @@ func TestProvision(t *testing.T) {
 	}
 	refused := func(t *testing.T, want string) {
 		t.Helper()
-		p, err := line.Provision(t.Context(), "L1", out, 1, nil)
+		p, err := line.Provision(t.Context(), "L1", options(out, 1))
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v does not say %q", err, want)
 		}
@@ -265,7 +285,12 @@ func TestProvision(t *testing.T) {
 	})
 	checkLot(t, line, out)
 
-	t.Run("killed before it was published", func(t *testing.T) {
+	forget := func() { // as on a machine that has lost its journal
+		if err := os.RemoveAll(filepath.Join(out, "state")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Run("lost by the directory", func(t *testing.T) {
 		was := read(pkg(5))
 		os.Remove(shard(5))
 		if p := provision(t, line, out); p.Made != 0 || !bytes.Equal(read(pkg(5)), was) {
@@ -273,7 +298,24 @@ func TestProvision(t *testing.T) {
 		}
 		checkLot(t, line, out)
 	})
-	t.Run("killed before the package was whole", func(t *testing.T) {
+	t.Run("lost by the directory, package lost", func(t *testing.T) {
+		signed := read(shard(5))
+		os.Remove(shard(5))
+		harm(t, pkg(5), "the journal knows of its keys", remove)
+		harm(t, pkg(5), "the journal knows of its keys", truncate)
+		if err := os.WriteFile(shard(5), signed, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	})
+	t.Run("journal lost", func(t *testing.T) {
+		forget()
+		if p := provision(t, line, out); p.Made != 0 || p.Done != 30 {
+			t.Errorf("%+v", p)
+		}
+		checkLot(t, line, out)
+	})
+	t.Run("journal lost, nothing published, no package", func(t *testing.T) {
+		forget()
 		os.Remove(shard(5))
 		os.Remove(pkg(5))
 		if p := provision(t, line, out); p.Made != 4 {
@@ -281,7 +323,8 @@ func TestProvision(t *testing.T) {
 		}
 		checkLot(t, line, out)
 	})
-	t.Run("not published, package damaged", func(t *testing.T) {
+	t.Run("journal lost, not published, package damaged", func(t *testing.T) {
+		forget()
 		signed := read(shard(5))
 		os.Remove(shard(5))
 		harm(t, pkg(5), "remove the file", truncate)
@@ -289,20 +332,36 @@ func TestProvision(t *testing.T) {
 			t.Fatal(err)
 		}
 	})
+	t.Run("planned, package damaged", func(t *testing.T) {
+		provision(t, line, out)
+		j := must(openJournal(t.Context(), filepath.Join(out, "state"), line.Manufacturer()))
+		if err := errors.Join(j.exec("UPDATE shard SET state = ?, keys = NULL WHERE number = 5", planned), j.close()); err != nil {
+			t.Fatal(err)
+		}
+		os.Remove(shard(5))
+		if err := os.WriteFile(pkg(5), truncate(read(pkg(5))), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if p := provision(t, line, out); p.Made != 4 {
+			t.Errorf("%+v", p)
+		}
+		checkLot(t, line, out)
+	})
 	t.Run("keys swapped after publication", func(t *testing.T) {
 		other := t.TempDir()
-		if _, err := line.makeShard(t.Context(), must(line.Lot(t.Context(), "L1")), 1, filepath.Join(other, "p")); err != nil {
+		p := &provisioning{Line: line, m: must(line.Lot(t.Context(), "L1"))}
+		if _, err := p.makeShard(t.Context(), 1, filepath.Join(other, "p")); err != nil {
 			t.Fatal(err)
 		}
 		harm(t, pkg(1), "not those that are published", func([]byte) []byte { return read(filepath.Join(other, "p")) })
 	})
 	t.Run("folder not writable", func(t *testing.T) {
-		if _, err := line.Provision(t.Context(), "L1", "/dev/null/x", 1, nil); err == nil || !strings.Contains(err.Error(), "cannot be made") {
+		if _, err := line.Provision(t.Context(), "L1", options("/dev/null/x", 1)); err == nil || !strings.Contains(err.Error(), "cannot be made") {
 			t.Error(err)
 		}
 	})
 	t.Run("unknown lot", func(t *testing.T) {
-		if _, err := line.Provision(t.Context(), "L9", out, 1, nil); err == nil || !strings.Contains(err.Error(), "lot create") {
+		if _, err := line.Provision(t.Context(), "L9", options(out, 1)); err == nil || !strings.Contains(err.Error(), "lot create") {
 			t.Error(err)
 		}
 	})
@@ -324,7 +383,9 @@ func TestProvisionInterrupted(t *testing.T) {
 	out := t.TempDir()
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	first, err := line.Provision(ctx, "L1", out, 2, func(Progress) { cancel() })
+	o := options(out, 2)
+	o.Report = func(Progress) { cancel() }
+	first, err := line.Provision(ctx, "L1", o)
 	if !errors.Is(err, ErrInterrupted) || first.Made == 0 || first.Done == first.Total {
 		t.Fatal(first, err)
 	}
@@ -354,7 +415,7 @@ func TestProvisionTokenFails(t *testing.T) {
 	}
 	out := t.TempDir()
 	line.token = &failing{token, 10}
-	p, err := line.Provision(t.Context(), "L1", out, 1, nil)
+	p, err := line.Provision(t.Context(), "L1", options(out, 1))
 	if err == nil || !strings.Contains(err.Error(), "gone") || p.Done != 8 {
 		t.Error(p, err)
 	}
@@ -401,5 +462,107 @@ func TestGrantAndSeal(t *testing.T) {
 	}
 	if _, err := line.Grant(ctx, "L1", "op"); err == nil || !strings.Contains(err.Error(), "not this modulus's key") {
 		t.Errorf("another key than %x: %v", new(big.Int).SetBytes(m.N).Bytes()[:4], err)
+	}
+}
+
+// away is a directory that cannot be reached for a while.
+type away struct {
+	directory.Store
+	mu    sync.Mutex
+	until time.Time // guarded by mu
+	err   error
+}
+
+func (a *away) Create(ctx context.Context, path string, data []byte) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if time.Now().Before(a.until) {
+		return fmt.Errorf("create %s: %w", path, a.err)
+	}
+	return a.Store.Create(ctx, path, data)
+}
+
+// The token does not wait for the directory: all keys are made while it is away, and published when it is back. The
+// real fault, a sealed Vault, is in package proof.
+func TestProvisionDirectoryAway(t *testing.T) {
+	line, _, _ := newLine(t)
+	if _, err := line.CreateLot(t.Context(), spec(t, "L1", 0, 120)); err != nil {
+		t.Fatal(err)
+	}
+	store, out := &away{Store: line.store, until: time.Now().Add(time.Hour), err: directory.ErrUnavailable}, t.TempDir()
+	line.store = store
+	o := options(out, 2)
+	o.Patience = time.Minute
+	waited := false
+	o.Report = func(p Progress) {
+		waited = waited || p.Waiting != ""
+		if p.Done > 0 && p.Generated < p.Total {
+			t.Errorf("published with the directory away: %+v", p)
+		}
+		if p.Generated == p.Total {
+			store.mu.Lock()
+			store.until = time.Time{}
+			store.mu.Unlock()
+		}
+	}
+	p, err := line.Provision(t.Context(), "L1", o)
+	if err != nil || p.Done != 120 || p.Waiting != "" || !waited {
+		t.Errorf("%+v, waited %v, %v", p, waited, err)
+	}
+	checkLot(t, line, out)
+
+	// Away for longer than anybody waits; what was made is published by the next run, as it is.
+	if _, err := line.CreateLot(t.Context(), spec(t, "L2", 200, 20)); err != nil {
+		t.Fatal(err)
+	}
+	store.until, o.Patience, o.Report = time.Now().Add(time.Hour), time.Millisecond, nil
+	if p, err = line.Provision(t.Context(), "L2", o); !errors.Is(err, directory.ErrUnavailable) || p.Generated != 20 || p.Done != 0 {
+		t.Errorf("%+v, %v", p, err)
+	}
+	store.until = time.Time{}
+	if p, err = line.Provision(t.Context(), "L2", o); err != nil || p.Made != 0 || p.Done != 20 {
+		t.Errorf("%+v, %v", p, err)
+	}
+	// What no waiting helps against ends the run at once.
+	if _, err := line.CreateLot(t.Context(), spec(t, "L3", 300, 400)); err != nil {
+		t.Fatal(err)
+	}
+	store.until, store.err, o.Patience = time.Now().Add(time.Hour), errors.New("forbidden"), time.Hour
+	if p, err = line.Provision(t.Context(), "L3", o); err == nil || !strings.Contains(err.Error(), "forbidden") || p.Generated == 400 {
+		t.Errorf("%+v, %v", p, err)
+	}
+}
+
+// Two machines, each with a journal and a folder of its own, share a lot.
+func TestProvisionShardRanges(t *testing.T) {
+	line, _, _ := newLine(t)
+	m, err := line.CreateLot(t.Context(), spec(t, "L1", 0, 40))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var both sync.WaitGroup
+	for i, r := range [][2]int{{0, 4}, {4, 10}} {
+		out := t.TempDir()
+		both.Go(func() {
+			o := options(out, 2)
+			o.From, o.To = r[0], r[1]
+			p, err := line.Provision(t.Context(), "L1", o)
+			if want := (r[1] - r[0]) * 4; err != nil || p.Done != want || p.Total != want {
+				t.Errorf("machine %d: %+v, %v", i, p, err)
+			}
+		})
+	}
+	both.Wait()
+	for n := range m.Shards() {
+		if _, err := line.reader.ReadShard(t.Context(), m, n); err != nil {
+			t.Error(err)
+		}
+	}
+	for _, r := range [][2]int{{-1, 2}, {3, 3}, {5, 2}, {9, 11}} {
+		o := options(t.TempDir(), 1)
+		o.From, o.To = r[0], r[1]
+		if _, err := line.Provision(t.Context(), "L1", o); err == nil || !strings.Contains(err.Error(), "shards 0 to 9") {
+			t.Errorf("%v: %v", r, err)
+		}
 	}
 }

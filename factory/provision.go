@@ -2,13 +2,18 @@ package factory
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strconv"
+	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -16,14 +21,19 @@ import (
 	"github.com/kmehsm/kmehsm/internal/durable"
 )
 
-// Progress is how far a Provision is.
+// Progress is how far a Provision is. All but the shares are numbers of devices.
 type Progress struct {
-	Done  int `json:"done"`  // devices whose keys are published and whose injection package is whole
-	Made  int `json:"made"`  // of those, the ones that this run made keys for
-	Total int `json:"total"` // devices of the lot
+	Total     int `json:"total"`     // of the shards that this run is for
+	Generated int `json:"generated"` // of those, the ones whose injection package is whole
+	Done      int `json:"done"`      // of those, the ones whose keys are published, and were read back
+	Made      int `json:"made"`      // the ones that this run made keys for
+
+	HSM     float64 `json:"hsm_share"`         // of the time of all workers so far, in the token
+	Publish float64 `json:"publish_share"`     // of the time of all publishers so far, in the directory
+	Waiting string  `json:"waiting,omitempty"` // what the run waits for
 }
 
-// ErrInterrupted: the context ended, and part of the lot is still to be done.
+// ErrInterrupted: part of the lot is still to be done.
 var ErrInterrupted = errors.New("interrupted: run the same command again to go on")
 
 // ManifestFile is the lot's signed manifest in the folder of its injection packages: a device gets the modulus of
@@ -33,118 +43,301 @@ const ManifestFile = "manifest.jws"
 // InjectionFile is the name of a shard's injection package.
 func InjectionFile(shard int) string { return fmt.Sprintf("injection-%06d.jsonl", shard) }
 
-// Provision makes the keys of a lot's devices, shard by shard, on workers shards at a time. A shard's injection package
-// is whole and on disk below out before its public keys are published, so that no key is ever published that
-// nobody can inject. What is there already is checked and left; so a run goes on where another stopped.
+// ProvisionOptions are a Provision's.
+type ProvisionOptions struct {
+	State    string         // the folder of the line's journal
+	Out      string         // the folder for the injection packages
+	Workers  int            // shards whose keys are made at once; at least 1
+	From, To int            // the shards to do, To excluded; 0, 0 for all
+	Patience time.Duration  // for how long it waits for a directory that is away when all keys are made; 5 minutes if 0
+	Report   func(Progress) // called at each change, by one goroutine at a time; may be nil
+}
+
+// publishers is how many shards are on their way to the directory at once: enough for a store that commits many
+// writes together, as Vault does. Each holds one signed shard.
+const publishers = 16
+
+// Provision makes the keys of a lot's devices, shard by shard. A shard's injection package is whole and on disk before
+// its public keys are published, so that no key is ever published that nobody can inject; and the journal knows of it
+// before the directory does, so that no shard that was published once gets other keys. What is there already is checked
+// and left; so a run goes on where another stopped.
 //
-// When ctx ends, the shards in flight are finished; the error is then ErrInterrupted. report is called after each
-// shard, by one goroutine at a time, in no order; it may be nil.
-func (l *Line) Provision(ctx context.Context, lot, out string, workers int, report func(Progress)) (Progress, error) {
+// The token does not wait for the directory: what is made waits on disk, in the journal, and not in memory. While the
+// directory is away the run goes on making keys, and says what it waits for.
+//
+// When ctx ends, the shards in flight are finished; the error is then ErrInterrupted.
+func (l *Line) Provision(ctx context.Context, lot string, o ProvisionOptions) (Progress, error) {
 	m, err := l.Lot(ctx, lot)
 	if err != nil {
 		return Progress{}, err
 	}
-	progress := Progress{Total: m.Devices()}
-	dir := filepath.Join(out, lot)
+	if o.From == 0 && o.To == 0 {
+		o.To = m.Shards()
+	}
+	if o.From < 0 || o.From >= o.To || o.To > m.Shards() {
+		return Progress{}, fmt.Errorf("lot %s has the shards 0 to %d", lot, m.Shards()-1)
+	}
+	dir := filepath.Join(o.Out, lot)
 	if err := durable.MkdirAll(dir, 0o700); err != nil {
-		return progress, fmt.Errorf("the folder for the injection packages cannot be made: %w", err)
+		return Progress{}, fmt.Errorf("the folder for the injection packages cannot be made: %w", err)
 	}
 	// Two processes would each make keys for a shard, and the package of one would replace that of the other.
 	unlock, err := durable.Lock(dir)
 	if err != nil {
-		return progress, err
+		return Progress{}, err
 	}
 	defer unlock()
 	manifest, _, err := l.store.Read(ctx, directory.ManifestPath(lot))
 	if err != nil {
-		return progress, err
+		return Progress{}, err
 	}
 	if err := durable.WriteFile(filepath.Join(dir, ManifestFile), manifest, 0o600); err != nil {
-		return progress, fmt.Errorf("the injection packages cannot be written: %w", err)
+		return Progress{}, fmt.Errorf("the injection packages cannot be written: %w", err)
 	}
+	j, err := openJournal(ctx, o.State, l.Manufacturer())
+	if err != nil {
+		return Progress{}, err
+	}
+	defer j.close()
+	p := &provisioning{Line: l, m: m, j: j, dir: dir, o: o, started: time.Now(), backlog: make(chan int, o.To-o.From), made: make(chan struct{})}
+	return p.run(ctx)
+}
 
-	type finished struct{ devices, made int }
-	results := make(chan finished)
-	var next atomic.Int64
-	// A shard in flight is finished when the caller gives up, but not when another shard has failed for good.
-	g, gctx := errgroup.WithContext(context.WithoutCancel(ctx))
-	for range min(max(workers, 1), m.Shards()) {
-		g.Go(func() error {
-			for ctx.Err() == nil && gctx.Err() == nil {
-				n := int(next.Add(1)) - 1
-				if n >= m.Shards() {
+// A provisioning is one run of Provision. Workers bring shards to the journal; publishers bring them from there to the
+// directory.
+type provisioning struct {
+	*Line
+	m       *directory.Manifest
+	j       *journal
+	dir     string
+	o       ProvisionOptions
+	started time.Time
+
+	entries   map[int]entry // the journal's, as this run found it; not changed
+	published map[int]bool  // shards in the directory, as this run found it; not changed
+	next      atomic.Int64
+	backlog   chan int      // shards to publish; it has room for all
+	made      chan struct{} // closed when no worker makes keys any more
+
+	inToken, inDirectory atomic.Int64 // nanoseconds, of all workers and of all publishers
+
+	mu       sync.Mutex
+	progress Progress // guarded by mu, which is held while it is reported
+}
+
+func (p *provisioning) run(ctx context.Context) (Progress, error) {
+	first, _ := p.m.ShardRange(p.o.From)
+	last, count := p.m.ShardRange(p.o.To - 1)
+	p.progress.Total = last + count - first
+	names, err := p.store.List(ctx, directory.ShardsPath(p.m.Lot))
+	if err != nil {
+		return p.progress, err
+	}
+	p.published = make(map[int]bool, len(names))
+	for _, name := range names {
+		if n, err := strconv.Atoi(name); err == nil {
+			p.published[n] = true
+		}
+	}
+	if p.entries, err = p.j.entries(ctx, p.m.Lot); err != nil {
+		return p.progress, err
+	}
+	if err := p.j.plan(p.m.Lot, p.o.From, p.o.To); err != nil {
+		return p.progress, fmt.Errorf("the journal cannot be written: %w", err)
+	}
+	p.next.Store(int64(p.o.From))
+
+	// What is made is published also when a worker has failed. When publishing has failed for good, nothing more is made.
+	keep := context.WithoutCancel(ctx)
+	making, mctx := errgroup.WithContext(keep)
+	publishing, pctx := errgroup.WithContext(keep)
+	for range min(max(p.o.Workers, 1), p.o.To-p.o.From) {
+		making.Go(func() error {
+			for ctx.Err() == nil && mctx.Err() == nil && pctx.Err() == nil {
+				n := int(p.next.Add(1)) - 1
+				if n >= p.o.To {
 					return nil
 				}
-				made, err := l.provisionShard(gctx, m, n, filepath.Join(dir, InjectionFile(n)))
-				if err != nil {
-					return fmt.Errorf("shard %d of lot %s: %w", n, lot, err)
+				if err := p.generate(mctx, n); err != nil {
+					return fmt.Errorf("shard %d of lot %s: %w", n, p.m.Lot, err)
 				}
-				_, devices := m.ShardRange(n)
-				results <- finished{devices, made}
 			}
 			return nil
 		})
 	}
-	var failed error
-	go func() {
-		failed = g.Wait()
-		close(results)
-	}()
-	for r := range results {
-		progress.Done += r.devices
-		progress.Made += r.made
-		if report != nil {
-			report(progress)
-		}
+	for range min(publishers, p.o.To-p.o.From) {
+		publishing.Go(func() error {
+			for n := range p.backlog {
+				if ctx.Err() != nil || pctx.Err() != nil {
+					return nil // the journal has it: the next run publishes it
+				}
+				if err := p.publish(ctx, pctx, n); err != nil {
+					return fmt.Errorf("shard %d of lot %s: %w", n, p.m.Lot, err)
+				}
+			}
+			return nil
+		})
 	}
-	if failed == nil && progress.Done < progress.Total {
+	failed := making.Wait()
+	close(p.made)
+	close(p.backlog)
+	failed = errors.Join(failed, publishing.Wait())
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if failed == nil && p.progress.Done < p.progress.Total {
 		failed = ErrInterrupted
 	}
-	return progress, failed
+	return p.progress, failed
 }
 
-// provisionShard brings one shard to its end from wherever it is, and says how many keys it made.
-func (l *Line) provisionShard(ctx context.Context, m *directory.Manifest, n int, path string) (made int, err error) {
-	published, err := l.reader.ReadShard(ctx, m, n)
-	if err != nil && !errors.Is(err, directory.ErrNotFound) {
-		return 0, err
+// note changes the progress and reports it.
+func (p *provisioning) note(change func(*Progress)) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	change(&p.progress)
+	elapsed := float64(time.Since(p.started))
+	p.progress.HSM = float64(p.inToken.Load()) / elapsed / float64(min(max(p.o.Workers, 1), p.o.To-p.o.From))
+	p.progress.Publish = float64(p.inDirectory.Load()) / elapsed / float64(min(publishers, p.o.To-p.o.From))
+	if p.o.Report != nil {
+		p.o.Report(p.progress)
 	}
-	lines, err := l.readPackage(m, n, path)
-	switch {
-	case errors.Is(err, fs.ErrNotExist) && published != nil:
-		return 0, fmt.Errorf("its public keys are published, but its injection package %s is missing: bring it back from where the line keeps it; the private keys are nowhere else", path)
-	case errors.Is(err, fs.ErrNotExist):
-		if lines, err = l.makeShard(ctx, m, n, path); err != nil {
-			return 0, err
+}
+
+// generate brings one shard to where it is to be published, from wherever it is.
+func (p *provisioning) generate(ctx context.Context, n int) error {
+	path := filepath.Join(p.dir, InjectionFile(n))
+	was, known := p.entries[n]
+	_, devices := p.m.ShardRange(n)
+	var there *directory.Shard
+	if p.published[n] {
+		var err error
+		if there, err = p.reader.ReadShard(ctx, p.m, n); err != nil {
+			return err
 		}
-		made = len(lines)
-	case err != nil && published == nil:
-		return 0, fmt.Errorf("%w: it was never published, so remove the file and run this again to make its keys anew", err)
-	case err != nil:
-		return 0, fmt.Errorf("%w: its public keys are published, so bring back the file as it was", err)
 	}
-	shard, err := shardOf(m, n, lines)
+	lines, err := p.readPackage(p.m, n, path)
+	made := 0
+	switch lost := errors.Is(err, fs.ErrNotExist); {
+	case err == nil:
+	case there != nil && lost:
+		return fmt.Errorf("its public keys are published, but its injection package %s is missing: bring it back from where the line keeps it; the private keys are nowhere else", path)
+	case there != nil:
+		return fmt.Errorf("%w: its public keys are published, so bring back the file as it was", err)
+	case was.state > planned: // and so its keys may have been published
+		return fmt.Errorf("%w: the journal knows of its keys, so bring back the file as it was", err)
+	case !lost && !known: // not ours: this run's journal never began it
+		return fmt.Errorf("%w: it was never published, so remove the file and run this again to make its keys anew", err)
+	default:
+		if lines, err = p.makeShard(ctx, n, path); err != nil {
+			return err
+		}
+		made = devices
+	}
+	shard, err := shardOf(p.m, n, lines)
 	if err != nil {
-		return 0, fmt.Errorf("%s: %w", path, err)
+		return fmt.Errorf("%s: %w", path, err)
 	}
-	if published != nil {
-		if !published.Equal(shard) {
-			return 0, fmt.Errorf("the keys in %s are not those that are published: bring back the file that belongs to them", path)
+	keys, err := shard.Digest()
+	if err != nil {
+		return err
+	}
+	if there != nil && !there.Equal(shard) {
+		return fmt.Errorf("the keys in %s are not those that are published: bring back the file that belongs to them", path)
+	}
+	if was.state > planned && was.keys != string(keys) {
+		return fmt.Errorf("the keys in %s are not those that the journal knows of: bring back the file that belongs to them", path)
+	}
+	if there != nil {
+		if was.state < acknowledged {
+			err = p.j.acknowledged(p.m.Lot, n, keys)
 		}
-		return 0, nil
+		p.note(func(r *Progress) { r.Generated += devices; r.Done += devices })
+		return err
 	}
-	return made, directory.Publish(ctx, l.store, directory.ShardPath(m.Lot, n), l.signer, directory.TypeShard, shard)
+	jws, err := p.signer.Sign(directory.TypeShard, shard)
+	if err != nil {
+		return err
+	}
+	if err := p.j.generated(p.m.Lot, n, keys, jws); err != nil {
+		return fmt.Errorf("the journal cannot be written: %w", err)
+	}
+	p.note(func(r *Progress) { r.Generated += devices; r.Made += made })
+	p.backlog <- n
+	return nil
+}
+
+// publish brings one shard from the journal to the directory, and reads it back. user is the context that the user ends.
+func (p *provisioning) publish(user, ctx context.Context, n int) error {
+	jws, err := p.j.signed(ctx, p.m.Lot, n)
+	if err != nil {
+		return err
+	}
+	path, verifier := directory.ShardPath(p.m.Lot, n), p.verifier
+	err = p.patiently(user, ctx, func() error { return directory.PublishSigned(ctx, p.store, path, verifier, directory.TypeShard, jws) })
+	if err != nil {
+		return err
+	}
+	if err := p.j.published(p.m.Lot, n); err != nil {
+		return err
+	}
+	err = p.patiently(user, ctx, func() error {
+		same, err := directory.Published(ctx, p.store, path, verifier, directory.TypeShard, jws)
+		if err == nil && !same {
+			err = fmt.Errorf("%s was published, and reads back as something else: find out who writes there", path)
+		}
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if err := p.j.acknowledged(p.m.Lot, n, nil); err != nil {
+		return err
+	}
+	_, devices := p.m.ShardRange(n)
+	p.note(func(r *Progress) { r.Done += devices; r.Waiting = "" })
+	return nil
+}
+
+// patiently calls f again while the directory is away: for as long as keys are being made, and Patience after that.
+func (p *provisioning) patiently(user, ctx context.Context, f func() error) error {
+	for pause, waited := time.Second, time.Duration(0); ; pause = min(2*pause, 15*time.Second) {
+		start := time.Now()
+		err := f()
+		p.inDirectory.Add(int64(time.Since(start)))
+		if !errors.Is(err, directory.ErrUnavailable) {
+			return err
+		}
+		if user.Err() != nil {
+			return ErrInterrupted
+		}
+		select {
+		case <-p.made:
+			if waited += time.Since(start) + pause; waited > cmp.Or(p.o.Patience, 5*time.Minute) {
+				return err
+			}
+		default:
+		}
+		p.note(func(r *Progress) { r.Waiting = err.Error() })
+		select {
+		case <-user.Done():
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(pause/2 + rand.N(pause/2)):
+		}
+	}
 }
 
 // makeShard makes the keys of a shard and writes its injection package.
-func (l *Line) makeShard(ctx context.Context, m *directory.Manifest, n int, path string) ([]directory.InjectionLine, error) {
-	injection := injectionKey(l.Manufacturer())
+func (p *provisioning) makeShard(ctx context.Context, n int, path string) ([]directory.InjectionLine, error) {
+	m, injection := p.m, injectionKey(p.Manufacturer())
 	first, count := m.ShardRange(n)
 	lines := make([]directory.InjectionLine, 0, count)
 	var file bytes.Buffer
 	for i := range count {
 		imei := m.IMEI(first + i)
-		pub, wrapped, err := l.token.MakeDeviceKey(ctx, m.Suite, injection)
+		start := time.Now()
+		pub, wrapped, err := p.token.MakeDeviceKey(ctx, m.Suite, injection)
+		p.inToken.Add(int64(time.Since(start)))
 		if err != nil {
 			return nil, fmt.Errorf("IMEI %s: %w", imei, err)
 		}

@@ -12,3 +12,7 @@ path "{{.Mount}}/data/lots/+/revocations" {
 path "{{.Mount}}/metadata/lots" {
   capabilities = ["list"]
 }
+# What of a lot is published is asked once a run, instead of shard by shard.
+path "{{.Mount}}/metadata/lots/+/shards" {
+  capabilities = ["list"]
+}

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/hashicorp/vault/api"
+
+	"github.com/kmehsm/kmehsm/directory"
 )
 
 // A Login says how to get a token. With none of its fields set, the token is the environment's, VAULT_TOKEN.
@@ -152,11 +154,11 @@ func (s *session) readSecretID(ctx context.Context) (string, error) {
 func loginError(err error) error {
 	var r *api.ResponseError
 	if !errors.As(err, &r) {
-		return fmt.Errorf("log in to Vault: %w: %w", ErrUnavailable, err)
+		return fmt.Errorf("log in to Vault: %w: %w", directory.ErrUnavailable, err)
 	}
 	reason := strings.Join(r.Errors, "; ")
 	if r.StatusCode >= 500 || r.StatusCode == 429 {
-		return fmt.Errorf("log in to Vault: %w (%d): %s", ErrUnavailable, r.StatusCode, reason)
+		return fmt.Errorf("log in to Vault: %w (%d): %s", directory.ErrUnavailable, r.StatusCode, reason)
 	}
 	return fmt.Errorf("the login to Vault is refused (%d): %s", r.StatusCode, reason)
 }

@@ -22,7 +22,7 @@ import (
 // A Store is a directory.Store on one mount. All methods may be called concurrently.
 //
 // What is worth trying again (rate limits, sealed or unreachable servers, standby nodes that have no leader yet) the Vault
-// client does, a few times with jitter; what still fails then wraps ErrUnavailable. What is not, fails at once.
+// client does, a few times with jitter; what still fails then wraps directory.ErrUnavailable. What is not, fails at once.
 type Store struct {
 	client  *api.Client
 	mount   string
@@ -30,9 +30,6 @@ type Store struct {
 }
 
 var _ directory.Store = (*Store)(nil)
-
-// ErrUnavailable: Vault cannot be reached, or is sealed; the same call may work later.
-var ErrUnavailable = errors.New("the Vault server is not available")
 
 // New keeps objects on a mount, with a client that Login has logged in. It asks Vault nothing.
 func New(client *api.Client, mount string) *Store {
@@ -188,7 +185,7 @@ func (s *Store) explain(err error, what, path string) error {
 		return err
 	case !errors.As(err, &r):
 		if errors.As(err, new(interface{ Timeout() bool })) { // from the network
-			return fmt.Errorf("%s %s: %w: %w", what, path, ErrUnavailable, err)
+			return fmt.Errorf("%s %s: %w: %w", what, path, directory.ErrUnavailable, err)
 		}
 		return err
 	}
@@ -197,7 +194,7 @@ func (s *Store) explain(err error, what, path string) error {
 	case r.StatusCode == http.StatusForbidden:
 		return fmt.Errorf("this token may not %s %s in Vault (403): its policy must have that path on mount %s (see policies/), or the token has ended", what, s.data(path), s.mount)
 	case r.StatusCode == http.StatusTooManyRequests || r.StatusCode >= 500:
-		return fmt.Errorf("%s %s: %w (%d): %s", what, path, ErrUnavailable, r.StatusCode, reasons)
+		return fmt.Errorf("%s %s: %w (%d): %s", what, path, directory.ErrUnavailable, r.StatusCode, reasons)
 	}
 	return fmt.Errorf("%s %s: Vault answers %d: %s", what, path, r.StatusCode, reasons)
 }

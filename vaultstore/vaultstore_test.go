@@ -62,11 +62,11 @@ func TestSealedAndRestarted(t *testing.T) {
 		t.Fatal(err)
 	}
 	server.Kill()
-	if _, _, err := store.Read(t.Context(), "lots/L1/manifest"); !errors.Is(err, ErrUnavailable) {
+	if _, _, err := store.Read(t.Context(), "lots/L1/manifest"); !errors.Is(err, directory.ErrUnavailable) {
 		t.Errorf("no server: %v", err)
 	}
 	server.Restart(t, true)
-	if _, _, err := store.Read(t.Context(), "lots/L1/manifest"); !errors.Is(err, ErrUnavailable) {
+	if _, _, err := store.Read(t.Context(), "lots/L1/manifest"); !errors.Is(err, directory.ErrUnavailable) {
 		t.Errorf("sealed: %v", err)
 	}
 	server.Kill()
@@ -202,6 +202,7 @@ func TestPolicies(t *testing.T) {
 		{"read on another mount", read("other/data/lots/L1/manifest"), ""},
 		{"list the lots", list("kme/metadata/lots"), "factory-publisher auditor"},
 		{"list a lot", list("kme/metadata/lots/L1"), "auditor"},
+		{"list a lot's shards", list("kme/metadata/lots/L1/shards"), "factory-publisher auditor"},
 		{"list another mount", list("other/metadata/lots"), ""},
 		{"read metadata", read("kme/metadata/lots/L1/manifest"), "auditor"},
 		{"change a manifest", write(manifest1), ""},

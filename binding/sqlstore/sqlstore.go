@@ -7,16 +7,13 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
-	"net/url"
-	"os"
-	"path/filepath"
-	"runtime"
 	"time"
 
 	"github.com/mattn/go-sqlite3"
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/sqlite"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -28,10 +25,7 @@ const schemaVersion = 1
 
 // A Store implements binding.Store and binding.Registry.
 type Store struct {
-	read *sql.DB
-	// write has one connection: SQLite has one writer at a time, and waiting here is fair and honours contexts, which
-	// waiting for its file lock does not.
-	write *sql.DB
+	read, write *sql.DB
 }
 
 var (
@@ -39,59 +33,17 @@ var (
 	_ binding.Registry = (*Store)(nil)
 )
 
-// Open opens the database at path, or makes it, for its owner only. Other processes may have it open too. Every
-// commit is synced to disk before it returns (WAL with synchronous=FULL).
+// Open opens the database at path, or makes it. Every commit is synced to disk before it returns.
 func Open(ctx context.Context, path string) (*Store, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		return nil, fmt.Errorf("the database's folder cannot be made: %w", err)
-	}
-	// SQLite would make it with the umask's mode, and gives its own other files the mode of this one.
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	read, write, err := sqlite.Open(ctx, path, schema, schemaVersion)
 	if err != nil {
-		return nil, fmt.Errorf("the database cannot be opened: %w", err)
-	}
-	f.Close()
-	dsn := func(extra string) string {
-		return (&url.URL{Scheme: "file", OmitHost: true, Path: path}).String() +
-			"?_journal_mode=WAL&_synchronous=FULL&_busy_timeout=5000&_foreign_keys=on" + extra
-	}
-	s := &Store{}
-	if s.write, err = sql.Open("sqlite3", dsn("&_txlock=immediate")); err != nil {
 		return nil, err
 	}
-	s.write.SetMaxOpenConns(1)
-	if err := s.migrate(ctx); err != nil {
-		s.write.Close()
-		return nil, fmt.Errorf("the database %s cannot be used: %w", path, err)
-	}
-	if s.read, err = sql.Open("sqlite3", dsn("&_query_only=on")); err != nil {
-		s.write.Close()
-		return nil, err
-	}
-	s.read.SetMaxOpenConns(2 * runtime.GOMAXPROCS(0))
-	s.read.SetMaxIdleConns(2 * runtime.GOMAXPROCS(0))
-	return s, nil
+	return &Store{read, write}, nil
 }
 
 // Close ends all connections.
 func (s *Store) Close() error { return errors.Join(s.read.Close(), s.write.Close()) }
-
-func (s *Store) migrate(ctx context.Context) error {
-	return s.tx(ctx, func(tx *sql.Tx) error {
-		var version int
-		if err := tx.QueryRowContext(ctx, "PRAGMA user_version").Scan(&version); err != nil {
-			return err
-		}
-		switch version {
-		case schemaVersion:
-			return nil
-		case 0:
-			_, err := tx.ExecContext(ctx, schema+fmt.Sprintf("PRAGMA user_version = %d;", schemaVersion))
-			return err
-		}
-		return fmt.Errorf("its schema has version %d, this program knows %d: use the program that wrote it, or a newer one", version, schemaVersion)
-	})
-}
 
 func (s *Store) tx(ctx context.Context, f func(*sql.Tx) error) error {
 	tx, err := s.write.BeginTx(ctx, nil)

@@ -3,12 +3,14 @@
 package main
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -107,22 +109,23 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 						Name: "provision", Usage: "make the keys of a lot's devices, write their injection packages, publish their public keys", ArgsUsage: "LOT",
 						Description: "Ctrl-C finishes the shards in flight; the same command again goes on.",
 						Flags: lineFlags(&cli.StringFlag{Name: "out", Usage: "the folder, `DIR`, for DIR/LOT/injection-000000.jsonl and so on (default: injection in the --state folder)"},
+							&cli.StringFlag{Name: "shards", Usage: "only these shards, `FIRST-LAST`, so that machines can share a lot (default: all)"},
 							&cli.IntFlag{Name: "workers", Usage: "shards in work at once, `N` (default: as many as the token has sessions for)"}),
-						Action: lotProvision,
+						Action: cmdline.Alone(lotProvision),
 					},
 					{Name: "list", Usage: "list all lots, their signatures verified", Flags: lineFlags(), Action: lotList},
 					{Name: "show", Usage: "print a lot's manifest, with its modulus", ArgsUsage: "LOT", Flags: lineFlags(), Action: lotShow},
 					{
 						Name: "grant", Usage: "write a lot's key for an operator, wrapped under the operator's KEK", ArgsUsage: "LOT",
-						Flags: lineFlags(&cli.StringFlag{Name: "operator", Usage: "the operator's `NAME`, as enrolled"}, outFileFlag), Action: lotGrant,
+						Flags: lineFlags(&cli.StringFlag{Name: "operator", Usage: "the operator's `NAME`, as enrolled"}, outFileFlag), Action: cmdline.Alone(lotGrant),
 					},
 					{
 						Name: "seal", Usage: "make a lot's key non-extractable for good: it cannot be granted any more", ArgsUsage: "LOT",
-						Flags: lineFlags(), Action: lotSeal,
+						Flags: lineFlags(), Action: cmdline.Alone(lotSeal),
 					},
 					{
 						Name: "revoke", Usage: "publish that a device is not to be trusted any more", ArgsUsage: "LOT IMEI",
-						Flags: lineFlags(&cli.StringFlag{Name: "reason", Usage: "why, `TEXT`"}), Action: lotRevoke,
+						Flags: lineFlags(&cli.StringFlag{Name: "reason", Usage: "why, `TEXT`"}), Action: cmdline.Alone(lotRevoke),
 					},
 				},
 			},
@@ -288,6 +291,10 @@ func lotProvision(c *cli.Context) error {
 	if out == "" {
 		out = filepath.Join(c.String("state"), "injection")
 	}
+	from, to, err := shardRange(c.String("shards"))
+	if err != nil {
+		return err
+	}
 	return withLine(c, func(token *hsmkeys.Token, line *factory.Line) error {
 		workers := c.Int("workers")
 		if workers < 0 {
@@ -296,20 +303,14 @@ func lotProvision(c *cli.Context) error {
 		if workers == 0 {
 			workers = token.Sessions()
 		}
-		lot, start, said := c.Args().First(), time.Now(), time.Now()
-		p, err := line.Provision(c.Context, lot, out, workers, func(p factory.Progress) {
-			if time.Since(said) < 2*time.Second {
-				return
-			}
-			said = time.Now()
-			rate := float64(p.Done) / time.Since(start).Seconds()
-			left := time.Duration(float64(p.Total-p.Done) / rate * float64(time.Second)).Round(time.Second)
-			cmdline.Note(c, "%s: %d of %d devices, %.0f a second, %s left", lot, p.Done, p.Total, rate, left)
+		lot, start := c.Args().First(), time.Now()
+		p, err := line.Provision(c.Context, lot, factory.ProvisionOptions{
+			State: c.String("state"), Out: out, Workers: workers, From: from, To: to, Report: showProgress(c, lot),
 		})
 		seconds := time.Since(start).Seconds()
 		if err != nil {
 			err = fmt.Errorf("%w (%d of %d devices done)", err, p.Done, p.Total)
-			if p.Done > 0 || errors.Is(err, factory.ErrInterrupted) {
+			if p.Generated > 0 || errors.Is(err, factory.ErrInterrupted) {
 				return cmdline.Partial(err)
 			}
 			return err
@@ -320,6 +321,66 @@ func lotProvision(c *cli.Context) error {
 				lot, p.Total, p.Made, seconds, float64(p.Made)/seconds, filepath.Join(out, lot))
 		})
 	})
+}
+
+// shardRange reads --shards: A-B, both included; nothing for all.
+func shardRange(text string) (from, to int, err error) {
+	if text == "" {
+		return 0, 0, nil
+	}
+	first, last, ok := strings.Cut(text, "-")
+	from, ferr := strconv.Atoi(first)
+	to, terr := strconv.Atoi(last)
+	if !ok || ferr != nil || terr != nil || from > to {
+		return 0, 0, cmdline.Usagef("--shards is FIRST-LAST, as 0-499, not %q", text)
+	}
+	return from, to + 1, nil
+}
+
+// showProgress says how far a lot is: on a terminal on one line, else a line every few seconds; with --json each is a JSON
+// document on standard error.
+func showProgress(c *cli.Context, lot string) func(factory.Progress) {
+	start, terminal := time.Now(), cmdline.Terminal(c.App.ErrWriter)
+	every := 5 * time.Second
+	if terminal {
+		every = 200 * time.Millisecond
+	}
+	said, before := start, -1
+	return func(p factory.Progress) {
+		if before < 0 {
+			before = p.Done // what earlier runs did says nothing of the rate
+		}
+		if time.Since(said) < every && !(terminal && p.Done == p.Total) {
+			return
+		}
+		said = time.Now()
+		rate := float64(p.Done-before) / time.Since(start).Seconds()
+		var left time.Duration
+		if rate > 0 {
+			left = time.Duration(float64(p.Total-p.Done) / rate * float64(time.Second)).Round(time.Second)
+		}
+		if c.Bool("json") {
+			json.NewEncoder(c.App.ErrWriter).Encode(struct {
+				Lot string `json:"lot"`
+				factory.Progress
+				Rate    float64 `json:"per_second"`
+				Seconds float64 `json:"seconds_left"`
+			}{lot, p, rate, left.Seconds()})
+			return
+		}
+		line := fmt.Sprintf("%s: %d of %d devices, %.0f a second, %s left; token busy %.0f%%, directory %.0f%%", lot, p.Done, p.Total, rate, left, 100*p.HSM, 100*p.Publish)
+		if p.Waiting != "" {
+			line += fmt.Sprintf("; %d made wait for the directory: %s", p.Generated-p.Done, p.Waiting)
+		}
+		switch {
+		case !terminal:
+			fmt.Fprintln(c.App.ErrWriter, line)
+		case p.Done == p.Total:
+			fmt.Fprintf(c.App.ErrWriter, "\r\x1b[K%s\n", line)
+		default:
+			fmt.Fprintf(c.App.ErrWriter, "\r\x1b[K%s", line)
+		}
+	}
 }
 
 func lotList(c *cli.Context) error {

@@ -187,9 +187,14 @@ func Print(c *cli.Context, v any, human func(io.Writer)) error {
 	return e.Encode(v)
 }
 
-// Note prints a line for people while a command works.
-func Note(c *cli.Context, format string, args ...any) {
-	fmt.Fprintf(c.App.ErrWriter, format+"\n", args...)
+// Terminal says whether somebody looks at w.
+func Terminal(w io.Writer) bool {
+	f, ok := w.(*os.File)
+	if !ok {
+		return false
+	}
+	info, err := f.Stat()
+	return err == nil && info.Mode()&os.ModeCharDevice != 0 && os.Getenv("TERM") != "dumb"
 }
 
 // ReadFile reads a file that passes between parties, with a limit on its size.

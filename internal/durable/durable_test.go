@@ -1,8 +1,10 @@
 package durable
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 )
 
@@ -45,8 +47,8 @@ func TestLock(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Lock(dir); err == nil {
-		t.Error("locked twice")
+	if _, err := Lock(dir); err == nil || !strings.Contains(err.Error(), fmt.Sprintf("process %d on ", os.Getpid())) {
+		t.Errorf("locked twice, or not said by whom: %v", err)
 	}
 	unlock()
 	unlock, err = Lock(dir)

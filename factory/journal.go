@@ -1,0 +1,154 @@
+package factory
+
+import (
+	"context"
+	"database/sql"
+	_ "embed"
+	"errors"
+	"path/filepath"
+
+	"github.com/kmehsm/kmehsm/internal/sqlite"
+)
+
+//go:embed journal.sql
+var journalSchema string
+
+const journalVersion = 1
+
+// A state is how far a shard is.
+type state int
+
+const (
+	planned      state = iota // keys may have been made; none of them was published
+	generated                 // its injection package is whole and on disk, and the journal has what is to be published
+	published                 // the directory has taken it
+	acknowledged              // it was read back from the directory, byte for byte
+)
+
+// A journal is the line's memory in its state folder. It may be used concurrently. Those who wait for a commit at the
+// same time share one.
+type journal struct {
+	read, write  *sql.DB
+	manufacturer string
+	ops          chan journalOp
+	ended        chan struct{}
+}
+
+type journalOp struct {
+	f    func(*sql.Tx) error
+	done chan error
+}
+
+func openJournal(ctx context.Context, dir, manufacturer string) (*journal, error) {
+	read, write, err := sqlite.Open(ctx, filepath.Join(dir, "journal.db"), journalSchema, journalVersion)
+	if err != nil {
+		return nil, err
+	}
+	j := &journal{read, write, manufacturer, make(chan journalOp), make(chan struct{})}
+	go j.run()
+	return j, nil
+}
+
+// close may be called when no other call is under way.
+func (j *journal) close() error {
+	close(j.ops)
+	<-j.ended
+	return errors.Join(j.read.Close(), j.write.Close())
+}
+
+// run commits, together, what has come up while it committed.
+func (j *journal) run() {
+	defer close(j.ended)
+	for op := range j.ops {
+		batch := []journalOp{op}
+		for more := true; more && len(batch) < 64; {
+			select {
+			case op, ok := <-j.ops:
+				if more = ok; ok {
+					batch = append(batch, op)
+				}
+			default:
+				more = false
+			}
+		}
+		err := j.commit(batch)
+		for _, op := range batch {
+			op.done <- err
+		}
+	}
+}
+
+// commit is not ended by a context: a shard in flight is finished.
+func (j *journal) commit(batch []journalOp) error {
+	tx, err := j.write.BeginTx(context.Background(), nil)
+	if err != nil {
+		return err
+	}
+	defer tx.Rollback() // no effect after Commit
+	for _, op := range batch {
+		if err := op.f(tx); err != nil {
+			return err
+		}
+	}
+	return tx.Commit()
+}
+
+func (j *journal) exec(query string, args ...any) error {
+	op := journalOp{func(tx *sql.Tx) error { _, err := tx.Exec(query, args...); return err }, make(chan error, 1)}
+	j.ops <- op
+	return <-op.done
+}
+
+// An entry is what the journal has of a shard.
+type entry struct {
+	state state
+	keys  string // SHA-256; empty before generated
+}
+
+// entries gives those of a lot's shards that have been begun.
+func (j *journal) entries(ctx context.Context, lot string) (map[int]entry, error) {
+	rows, err := j.read.QueryContext(ctx, "SELECT number, state, keys FROM shard WHERE manufacturer = ? AND lot = ?", j.manufacturer, lot)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	all := map[int]entry{}
+	for rows.Next() {
+		var n int
+		var e entry
+		var keys []byte
+		if err := rows.Scan(&n, &e.state, &keys); err != nil {
+			return nil, err
+		}
+		e.keys = string(keys)
+		all[n] = e
+	}
+	return all, rows.Err()
+}
+
+// plan remembers shards as begun, before the first key of them is made.
+func (j *journal) plan(lot string, from, to int) error {
+	return j.exec(`WITH RECURSIVE n(i) AS (SELECT ?3 UNION ALL SELECT i + 1 FROM n WHERE i + 1 < ?4)
+		INSERT INTO shard (manufacturer, lot, number, state) SELECT ?1, ?2, i, 0 FROM n WHERE true ON CONFLICT DO NOTHING`, j.manufacturer, lot, from, to)
+}
+
+func (j *journal) generated(lot string, n int, keys, jws []byte) error {
+	return j.exec(`INSERT INTO shard (manufacturer, lot, number, state, keys, jws) VALUES (?, ?, ?, ?, ?, ?)
+		ON CONFLICT DO UPDATE SET state = excluded.state, keys = excluded.keys, jws = excluded.jws`, j.manufacturer, lot, n, generated, keys, jws)
+}
+
+func (j *journal) published(lot string, n int) error {
+	return j.exec("UPDATE shard SET state = ? WHERE manufacturer = ? AND lot = ? AND number = ?", published, j.manufacturer, lot, n)
+}
+
+// acknowledged remembers a shard as read back from the directory.
+func (j *journal) acknowledged(lot string, n int, keys []byte) error {
+	return j.exec(`INSERT INTO shard (manufacturer, lot, number, state, keys) VALUES (?, ?, ?, ?, ?)
+		ON CONFLICT DO UPDATE SET state = excluded.state, keys = coalesce(excluded.keys, keys), jws = NULL`, j.manufacturer, lot, n, acknowledged, keys)
+}
+
+// signed is what is to be published of a shard; nil if the journal has it no more.
+func (j *journal) signed(ctx context.Context, lot string, n int) (jws []byte, err error) {
+	err = j.read.QueryRowContext(ctx, "SELECT jws FROM shard WHERE manufacturer = ? AND lot = ? AND number = ?", j.manufacturer, lot, n).Scan(&jws)
+	return jws, err
+}
