@@ -21,6 +21,10 @@ type Login struct {
 	SecretIDFile string // AppRole's secret id; a file, since a secret on a command line is open to the machine
 	Wrapped      bool   // what the file has is a wrapping token for the secret id, good once
 	CertRole     string // TLS certificate (VAULT_CLIENT_CERT, VAULT_CLIENT_KEY), in this role
+
+	// Wait makes it no error that Vault is away at first: the login is tried until it succeeds. A service starts so
+	// with what it needs no directory for.
+	Wait bool
 }
 
 // Validate refuses a login that is not one of the three ways.
@@ -56,10 +60,14 @@ func Connect(ctx context.Context, l Login, log *slog.Logger) (*api.Client, error
 	}
 	s := &session{client: client, login: l, log: log}
 	secret, err := s.token(ctx)
-	if err != nil {
+	switch {
+	case err == nil:
+		go s.keep(ctx, secret)
+	case l.Wait && errors.Is(err, directory.ErrUnavailable):
+		go func() { s.keep(ctx, s.tokenAtLast(ctx, err)) }()
+	default:
 		return nil, err
 	}
-	go s.keep(ctx, secret)
 	return client, nil
 }
 
@@ -138,7 +146,9 @@ func (s *session) readSecretID(ctx context.Context) (string, error) {
 	id := strings.TrimSpace(string(b))
 	if s.login.Wrapped {
 		secret, err := s.client.Logical().UnwrapWithContext(ctx, id)
-		if err != nil {
+		if status := statusOf(err); err != nil && status != 400 && status != 403 {
+			return "", loginError(err)
+		} else if err != nil {
 			return "", errors.New("the AppRole's secret id cannot be unwrapped: its wrapping token has ended or was used before; if it was not used by us, somebody else has the secret id")
 		}
 		var ok bool
@@ -172,19 +182,27 @@ func (s *session) keep(ctx context.Context, secret *api.Secret) {
 		if s.login.RoleID == "" && s.login.CertRole == "" {
 			return // it was the environment's: there is no login to do again
 		}
-		for wait := time.Second; ctx.Err() == nil; wait = min(2*wait, time.Minute) {
-			var err error
-			if secret, err = s.token(ctx); err == nil {
-				s.log.InfoContext(ctx, "logged in to Vault anew")
-				break
-			}
+		secret = s.tokenAtLast(ctx, nil)
+	}
+}
+
+// tokenAtLast logs in, however often it takes.
+func (s *session) tokenAtLast(ctx context.Context, err error) (secret *api.Secret) {
+	for wait := time.Second; ctx.Err() == nil; wait = min(2*wait, time.Minute) {
+		if err != nil {
 			s.log.WarnContext(ctx, "the login to Vault fails; it is tried again", "cause", err.Error())
 			select {
 			case <-ctx.Done():
+				return nil
 			case <-time.After(wait/2 + rand.N(wait/2)):
 			}
 		}
+		if secret, err = s.token(ctx); err == nil {
+			s.log.InfoContext(ctx, "logged in to Vault anew")
+			break
+		}
 	}
+	return secret
 }
 
 // renew renews the token at half of its life, until the life that Vault still gives it is shorter than it was at first: the

@@ -93,6 +93,63 @@ func TestSealedAndRestarted(t *testing.T) {
 	<-back
 }
 
+// Who waits for a Vault that is away gets its client at once, and it works when the server is there; who does not, is told.
+func TestConnectWhileAway(t *testing.T) {
+	server := vaulttest.Start(t)
+	server.Mount(t, "kme", "2")
+	root := server.Client(t, server.Root)
+	if err := New(root, "kme").Create(t.Context(), "lots/L1/manifest", []byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	if err := root.Sys().EnableAuthWithOptions("approle", &api.EnableAuthOptions{Type: "approle"}); err != nil {
+		t.Fatal(err)
+	}
+	write := func(path string, data map[string]any, field string) string {
+		t.Helper()
+		secret, err := root.Logical().Write(path, data)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if field == "" {
+			return ""
+		}
+		return secret.Data[field].(string)
+	}
+	if err := root.Sys().PutPolicy("reader", `path "kme/data/*" { capabilities = ["read"] }`); err != nil {
+		t.Fatal(err)
+	}
+	write("auth/approle/role/r", map[string]any{"token_policies": "reader"}, "")
+	write("auth/approle/role/r/role-id", map[string]any{"role_id": "the-role"}, "")
+	file := filepath.Join(t.TempDir(), "secret-id")
+	if err := os.WriteFile(file, []byte(write("auth/approle/role/r/secret-id", nil, "secret_id")), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	server.Kill()
+	t.Setenv("VAULT_ADDR", server.Addr)
+	t.Setenv("VAULT_TOKEN", "")
+	login := Login{RoleID: "the-role", SecretIDFile: file}
+	if _, err := Connect(t.Context(), login, slog.New(slog.DiscardHandler)); !errors.Is(err, directory.ErrUnavailable) {
+		t.Errorf("without waiting: %v", err)
+	}
+	login.Wait = true
+	client, err := Connect(t.Context(), login, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	store := New(client, "kme")
+	if _, _, err := store.Read(t.Context(), "lots/L1/manifest"); !errors.Is(err, directory.ErrUnavailable) {
+		t.Error(err)
+	}
+	server.Restart(t, false)
+	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+		if data, _, err := store.Read(t.Context(), "lots/L1/manifest"); err == nil && string(data) == "x" {
+			break
+		} else if time.Now().After(deadline) {
+			t.Fatal(err)
+		}
+	}
+}
+
 func TestDeletedIsNotNew(t *testing.T) {
 	server := vaulttest.Any(t)
 	server.Mount(t, "kme", "2")

@@ -179,6 +179,7 @@ func serve(c *cli.Context) error {
 
 	open := opener(ctx, cfg.Directory, vaultstore.Login{
 		RoleID: cfg.Vault.RoleID, SecretIDFile: cfg.Vault.SecretIDFile, Wrapped: cfg.Vault.SecretIDWrapped, CertRole: cfg.Vault.CertRole,
+		Wait: true,
 	}, directory.ReaderOptions{CacheBytes: cfg.CacheMB << 20, RevocationTTL: cfg.RevocationTTL}, log)
 	load := func() (*binding.Lots, error) { return openLots(ctx, store, open) }
 	lots, err := load()
