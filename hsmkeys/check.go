@@ -7,8 +7,10 @@ import (
 	"fmt"
 	"iter"
 	"math/big"
+	"runtime"
 
 	"github.com/letsencrypt/boulder/goodkey"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -56,4 +58,67 @@ func CheckCommonFactors(n *big.Int, earlier iter.Seq2[string, *big.Int]) error {
 		}
 	}
 	return errors.New("the modulus shares a prime with an earlier one")
+}
+
+// SharedFactors gives the places of those moduli that share a prime with another, or are another. It is Bernstein's batch
+// algorithm ("How to find smooth parts of integers", 2004, as Heninger, Durumeric, Wustrow and Halderman used it in "Mining
+// your Ps and Qs", 2012): a product tree, and what is left at each leaf of the product of all others. Instead of taking
+// the product P modulo squares it keeps, at a node with product v, (P/v) mod v, which needs numbers half as long:
+// for v = a*b, P/a = (P/v)*b.
+func SharedFactors(ctx context.Context, moduli []*big.Int) ([]int, error) {
+	if len(moduli) < 2 {
+		return nil, nil
+	}
+	levels := [][]*big.Int{moduli}
+	for level := moduli; len(level) > 2; {
+		above := make([]*big.Int, (len(level)+1)/2)
+		if err := each(ctx, len(above), func(i int) {
+			if above[i] = level[2*i]; 2*i+1 < len(level) {
+				above[i] = new(big.Int).Mul(level[2*i], level[2*i+1])
+			}
+		}); err != nil {
+			return nil, err
+		}
+		levels, level = append(levels, above), above
+	}
+	others := []*big.Int{big.NewInt(1)} // (P/v) mod v of the level above
+	for depth := len(levels) - 1; depth >= 0; depth-- {
+		level := levels[depth]
+		levels[depth] = nil
+		below := make([]*big.Int, len(level))
+		if err := each(ctx, len(level), func(i int) {
+			v, rest := level[i], new(big.Int).Mod(others[i/2], level[i])
+			if sibling := i ^ 1; sibling < len(level) {
+				rest.Mul(rest, new(big.Int).Mod(level[sibling], v))
+				rest.Mod(rest, v)
+			}
+			below[i] = rest
+		}); err != nil {
+			return nil, err
+		}
+		others = below
+	}
+	var shared []int
+	one := big.NewInt(1)
+	for i, rest := range others {
+		if new(big.Int).GCD(nil, nil, rest, moduli[i]).Cmp(one) != 0 {
+			shared = append(shared, i)
+		}
+	}
+	return shared, nil
+}
+
+// each calls f with 0 to n-1, on all processors.
+func each(ctx context.Context, n int, f func(int)) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(runtime.GOMAXPROCS(0))
+	for i := range n {
+		g.Go(func() error {
+			if ctx.Err() == nil {
+				f(i)
+			}
+			return ctx.Err()
+		})
+	}
+	return g.Wait()
 }

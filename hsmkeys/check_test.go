@@ -1,10 +1,14 @@
 package hsmkeys
 
 import (
+	"context"
 	"crypto/aes"
 	"crypto/rand"
 	"crypto/rsa"
+	"errors"
 	"math/big"
+	mathrand "math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -136,5 +140,62 @@ func BenchmarkCommonFactors(b *testing.B) {
 				}
 			}
 		})
+	}
+}
+
+// Moduli of small primes, so that all pairs can be looked at too.
+func TestSharedFactors(t *testing.T) {
+	random := mathrand.New(mathrand.NewPCG(1, 2))
+	var primes []*big.Int
+	for n := int64(10_001); len(primes) < 60; n += 2 {
+		if p := big.NewInt(n); p.ProbablyPrime(0) {
+			primes = append(primes, p)
+		}
+	}
+	found := 0
+	for round := range 300 {
+		moduli := make([]*big.Int, round%24)
+		for i := range moduli {
+			moduli[i] = new(big.Int).Mul(primes[random.IntN(len(primes))], primes[random.IntN(len(primes))])
+		}
+		var want []int
+		for i, n := range moduli {
+			for j, m := range moduli {
+				if i != j && new(big.Int).GCD(nil, nil, n, m).Cmp(big.NewInt(1)) != 0 {
+					want = append(want, i)
+					break
+				}
+			}
+		}
+		got, err := SharedFactors(t.Context(), moduli)
+		if err != nil || !slices.Equal(got, want) {
+			t.Errorf("%v: %v, want %v, %v", moduli, got, want, err)
+		}
+		found += len(want)
+	}
+	if found == 0 {
+		t.Error("nothing was to be found")
+	}
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := SharedFactors(ended, []*big.Int{big.NewInt(15), big.NewInt(21), big.NewInt(35)}); !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+}
+
+// Ten thousand moduli of 3072 bits, of which two share a prime. The products need not be of primes for that.
+func BenchmarkSharedFactors(b *testing.B) {
+	moduli := make([]*big.Int, 10_000)
+	for i := range moduli {
+		n, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 3071))
+		if err != nil {
+			b.Fatal(err)
+		}
+		moduli[i] = n.SetBit(n.SetBit(n, 3071, 1), 0, 1)
+	}
+	for b.Loop() {
+		if _, err := SharedFactors(b.Context(), moduli); err != nil {
+			b.Fatal(err)
+		}
 	}
 }
