@@ -14,7 +14,7 @@ PROTOC_GEN_CONNECT_GO := connectrpc.com/connect/cmd/protoc-gen-connect-go@v1.21.
 # A target's prerequisites come in their order also under make -j: the tools are installed before they are used.
 .NOTPARALLEL:
 DEPS := deps-build deps-demo deps-test deps-generate
-.PHONY: help build demo vaultdev test lint fuzz generate clean $(DEPS)
+.PHONY: help build demo vaultdev test soak lint fuzz generate clean $(DEPS)
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ bin/vaultdev: $(wildcard tools/vaultdev/*.go) tools/vaultdev/go.mod tools/vaultd
 
 test: deps-test lint vaultdev ## what CI runs
 	go test -race ./...
+
+soak: deps-test vaultdev ## 200 random kill -9 of factory and Vault over a lot of 20,000 devices
+	KMEHSM_SOAK=1 go test -count=1 -timeout 60m -run TestKilledWhilePublishing -v ./internal/proof
 
 lint: deps-test ## gofmt, go vet, staticcheck and shellcheck
 	@unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || { printf 'run gofmt -w on:\n%s\n' "$$unformatted" >&2; exit 1; }

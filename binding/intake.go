@@ -67,7 +67,7 @@ func ImportLot(ctx context.Context, token IntakeToken, registry Registry, jws []
 	}
 	signer, err := directory.SignerOf(jws)
 	if err != nil {
-		return nil, fmt.Errorf("the grant: %w", err)
+		return nil, fmt.Errorf("the grant is refused: %w", err)
 	}
 	for _, m := range manufacturers {
 		if m.KeyID == signer {

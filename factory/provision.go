@@ -215,7 +215,7 @@ func (p *provisioning) generate(ctx context.Context, n int) error {
 			return err
 		}
 	}
-	lines, err := p.readPackage(p.m, n, path)
+	lines, err := readPackage(p.m, n, path)
 	made := 0
 	switch lost := errors.Is(err, fs.ErrNotExist); {
 	case err == nil:
@@ -353,14 +353,15 @@ func (p *provisioning) makeShard(ctx context.Context, n int, path string) ([]dir
 	return lines, nil
 }
 
-// readPackage reads a shard's injection package, which must be that of this lot, shard and injection key.
-func (l *Line) readPackage(m *directory.Manifest, n int, path string) ([]directory.InjectionLine, error) {
+// readPackage reads a shard's injection package, which must be that of this lot and shard, and of the manufacturer's
+// injection key.
+func readPackage(m *directory.Manifest, n int, path string) ([]directory.InjectionLine, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	injection := injectionKey(l.Manufacturer()).HexID()
+	injection := injectionKey(m.Manufacturer).HexID()
 	var lines []directory.InjectionLine
 	for line, err := range directory.ReadInjection(f) {
 		if err != nil {

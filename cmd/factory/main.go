@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -28,8 +29,9 @@ import (
 )
 
 var (
-	stateFlag   = &cli.StringFlag{Name: "state", Value: "var/factory", Usage: "the line's own folder, `DIR`"}
-	outFileFlag = &cli.StringFlag{Name: "out", Usage: "the `FILE` to write"}
+	stateFlag        = &cli.StringFlag{Name: "state", Value: "var/factory", Usage: "the line's own folder, `DIR`"}
+	manufacturerFlag = &cli.StringFlag{Name: "manufacturer", Usage: "the manufacturer's public key, `PEM` (default: manufacturer.pem in the --state folder)"}
+	outFileFlag      = &cli.StringFlag{Name: "out", Usage: "the `FILE` to write"}
 )
 
 func main() { cmdline.Main(app()) }
@@ -54,6 +56,12 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 				Description: "Operators pin manufacturer.pem: give it to them on a way that nobody can tamper with. Running this again changes nothing.",
 				Flags:       []cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "out", Usage: "the folder, `DIR`, for manufacturer.pem (default: the --state folder)"}, cmdline.JSON},
 				Action:      cmdline.Alone(initLine),
+			},
+			{
+				Name: "audit", Usage: "check all lots, each by itself and all against all",
+				Description: "Reads, needs no token, and changes nothing: what lot verify checks of each lot but its injection packages; greatest common divisors\nof all moduli; overlapping ranges; device keys in two lots. Exits with 1 if anything is wrong.",
+				Flags:       slices.Concat(cmdline.DirectoryFlags(), []cli.Flag{manufacturerFlag, stateFlag, cmdline.JSON}),
+				Action:      audit,
 			},
 			{
 				Name: "doctor", Usage: "say what the token can and cannot do, and what follows",
@@ -118,6 +126,13 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 					{
 						Name: "grant", Usage: "write a lot's key for an operator, wrapped under the operator's KEK", ArgsUsage: "LOT",
 						Flags: lineFlags(&cli.StringFlag{Name: "operator", Usage: "the operator's `NAME`, as enrolled"}, outFileFlag), Action: cmdline.Alone(lotGrant),
+					},
+					{
+						Name: "verify", Usage: "check all that is published of a lot, with nothing but the manufacturer's public key", ArgsUsage: "LOT",
+						Description: "Reads, needs no token, and changes nothing: every signature; every IMEI exactly once; every public key of its suite, on its\ncurve and unique; the modulus; the injection packages against the published keys. Exits with 1 if anything is wrong.",
+						Flags: slices.Concat(cmdline.DirectoryFlags(), []cli.Flag{manufacturerFlag, stateFlag,
+							&cli.StringFlag{Name: "injection", Usage: "compare the injection packages below `DIR` too (default: injection in the --state folder, if it is there)"}, cmdline.JSON}),
+						Action: lotVerify,
 					},
 					{
 						Name: "seal", Usage: "make a lot's key non-extractable for good: it cannot be granted any more", ArgsUsage: "LOT",
@@ -381,6 +396,72 @@ func showProgress(c *cli.Context, lot string) func(factory.Progress) {
 			fmt.Fprintf(c.App.ErrWriter, "\r\x1b[K%s", line)
 		}
 	}
+}
+
+func lotVerify(c *cli.Context) error {
+	packages := c.String("injection")
+	if packages == "" {
+		if dir := filepath.Join(c.String("state"), "injection", c.Args().First()); dirExists(dir) {
+			packages = filepath.Dir(dir)
+		}
+	}
+	return verify(c, func(store directory.Store, v *directory.Verifier, report func(int)) (*factory.Verification, error) {
+		return factory.VerifyLot(c.Context, store, v, c.Args().First(), packages, report)
+	})
+}
+
+func audit(c *cli.Context) error {
+	return verify(c, func(store directory.Store, v *directory.Verifier, report func(int)) (*factory.Verification, error) {
+		return factory.Audit(c.Context, store, v, report)
+	})
+}
+
+func dirExists(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && info.IsDir()
+}
+
+func verify(c *cli.Context, f func(directory.Store, *directory.Verifier, func(int)) (*factory.Verification, error)) error {
+	path := cmp.Or(c.String("manufacturer"), filepath.Join(c.String("state"), "manufacturer.pem"))
+	pem, err := cmdline.ReadFile(path)
+	if err != nil {
+		return fmt.Errorf("the manufacturer's public key, --manufacturer: %w", err)
+	}
+	verifier, err := directory.ParseVerifier(pem)
+	if err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	store, err := openDirectory(c)
+	if err != nil {
+		return err
+	}
+	said := time.Now()
+	found, err := f(store, verifier, func(devices int) {
+		if time.Since(said) > 5*time.Second {
+			said = time.Now()
+			fmt.Fprintf(c.App.ErrWriter, "%d devices verified\n", devices)
+		}
+	})
+	if err != nil {
+		return err
+	}
+	result := struct {
+		*factory.Verification
+		OK bool `json:"ok"`
+	}{found, found.OK()}
+	err = cmdline.Print(c, result, func(w io.Writer) {
+		for _, p := range found.Problems {
+			fmt.Fprintln(w, p)
+		}
+		if found.More > 0 {
+			fmt.Fprintf(w, "and %d more\n", found.More)
+		}
+		fmt.Fprintf(w, "%d lots, %d devices verified, %d injection packages compared, %d revocations\n", found.Lots, found.Devices, found.Packages, found.Revoked)
+	})
+	if err == nil && !found.OK() {
+		err = cmdline.Said(fmt.Errorf("%d problems were found", len(found.Problems)+found.More))
+	}
+	return err
 }
 
 func lotList(c *cli.Context) error {

@@ -41,6 +41,11 @@ func Usage(err error) error { return exitError{err, exitUsage} }
 // Partial marks err as one that left part of the work done.
 func Partial(err error) error { return exitError{err, exitPartial} }
 
+// Said marks err as one after the command's own JSON document, which says so too.
+func Said(err error) error { return exitError{saidError{err}, exitFailed} }
+
+type saidError struct{ error }
+
 // The common flags. Each command has those that it needs.
 var (
 	Token = &cli.StringFlag{Name: "token", EnvVars: []string{"KMEHSM_TOKEN"},
@@ -68,7 +73,7 @@ func Run(ctx context.Context, app *cli.App, args []string) int {
 		return 0
 	}
 	fmt.Fprintf(app.ErrWriter, "%s: %v\n", app.Name, err)
-	if slices.Contains(args, "--json") {
+	if slices.Contains(args, "--json") && !errors.As(err, new(saidError)) {
 		json.NewEncoder(app.Writer).Encode(map[string]any{"ok": false, "error": err.Error()})
 	}
 	var e exitError

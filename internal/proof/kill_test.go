@@ -21,18 +21,21 @@ func TestKilledWhilePublishing(t *testing.T) {
 	server.Mount(t, "kme", "2")
 	w := newWorld(t, nil, "VAULT_ADDR="+server.Addr, "VAULT_TOKEN="+server.Root)
 	w.run(w.factory, "factory", "init")
-	const shards, size = 50, 32
+	shards, size, rounds, window := 50, 32, 20, 200
+	if os.Getenv("KMEHSM_SOAK") != "" { // make soak
+		shards, size, rounds, window = 80, 250, 200, 1500
+	}
 	w.run(w.factory, "factory", "lot", "create", "L1", "--directory", "vault:kme", "--tac", "35209900", "--first", "0", "--count", fmt.Sprint(shards*size),
 		"--bits", "2048", "--shard-size", fmt.Sprint(size))
 	provision := []string{"lot", "provision", "L1", "--directory", "vault:kme", "--out", "injection"}
 	random := rand.New(rand.NewPCG(1, 2))
 	interrupted := 0
-	for round := range 20 {
+	for round := range rounds {
 		cmd := w.command(w.factory, "factory", provision...)
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(time.Duration(60+random.IntN(200)) * time.Millisecond)
+		time.Sleep(time.Duration(60+random.IntN(window)) * time.Millisecond)
 		if round%4 == 3 {
 			server.Kill()
 			time.Sleep(time.Duration(random.IntN(200)) * time.Millisecond)
@@ -45,10 +48,13 @@ func TestKilledWhilePublishing(t *testing.T) {
 			server.Restart(t, false)
 		}
 	}
-	if interrupted < 5 {
+	t.Logf("%d of %d runs were killed before they had ended", interrupted, rounds)
+	if interrupted < rounds/4 {
 		t.Errorf("only %d runs were killed before they had ended, so that this test sees little", interrupted)
 	}
 	w.run(w.factory, "factory", provision...)
+
+	w.run(w.factory, "factory", "lot", "verify", "L1", "--directory", "vault:kme", "--injection", "injection")
 
 	client := server.Client(t, server.Root)
 	seen := map[string]bool{}

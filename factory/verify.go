@@ -1,0 +1,270 @@
+package factory
+
+import (
+	"context"
+	"crypto"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math/big"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+)
+
+// maxProblems bounds what a Verification lists; the rest is counted.
+const maxProblems = 100
+
+// A Verification is what was found of lots. It has no problem if all is as it should be.
+type Verification struct {
+	Lots     int      `json:"lots"`
+	Devices  int      `json:"devices"`  // whose keys were verified
+	Packages int      `json:"packages"` // injection packages compared with what is published
+	Revoked  int      `json:"revoked"`
+	Problems []string `json:"problems"` // what is wrong, each with the object that it is wrong with; not more than 100
+	More     int      `json:"more"`     // problems that are not listed
+}
+
+// OK says that nothing is wrong.
+func (v *Verification) OK() bool { return len(v.Problems) == 0 }
+
+// A verifying is one run of VerifyLot or Audit, which need no token and change nothing.
+type verifying struct {
+	reader *directory.Reader
+	store  directory.Store
+	report func(devices int) // may be nil
+
+	mu    sync.Mutex
+	found Verification // guarded by mu
+	keys  []uint64     // fingerprints of all device keys; guarded by mu
+}
+
+func newVerifying(store directory.Store, v *directory.Verifier, report func(int)) *verifying {
+	return &verifying{reader: directory.NewReader(store, v, directory.ReaderOptions{}), store: store, report: report, found: Verification{Problems: []string{}}}
+}
+
+func (v *verifying) problem(format string, args ...any) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if len(v.found.Problems) == maxProblems {
+		v.found.More++
+		return
+	}
+	v.found.Problems = append(v.found.Problems, fmt.Sprintf(format, args...))
+}
+
+// VerifyLot checks a lot as a customer would who has the manufacturer's public key and nothing else: every signature; that
+// every IMEI of the lot is there exactly once; that every public key is of the lot's suite and on its curve, and no
+// two are the same; the modulus; and that the injection packages below packages, unless that is empty, are those of the
+// published keys. What is wrong is in the Verification; an error is that it could not be found out. report gets
+// the number of devices verified so far, from one goroutine at a time.
+func VerifyLot(ctx context.Context, store directory.Store, verifier *directory.Verifier, lot, packages string, report func(devices int)) (*Verification, error) {
+	v := newVerifying(store, verifier, report)
+	m, err := v.manifest(ctx, lot)
+	if err == nil && m != nil {
+		err = v.lots(ctx, []*directory.Manifest{m}, packages)
+	}
+	return &v.found, err
+}
+
+// Audit checks all lots of a manufacturer as VerifyLot does one, without injection packages, and what only shows among
+// them: moduli that share a prime, ranges that overlap, a device key in two lots.
+func Audit(ctx context.Context, store directory.Store, verifier *directory.Verifier, report func(devices int)) (*Verification, error) {
+	v := newVerifying(store, verifier, report)
+	names, err := store.List(ctx, "lots")
+	if err != nil {
+		return nil, err
+	}
+	var all []*directory.Manifest
+	var moduli []*big.Int
+	for _, name := range names {
+		m, err := v.manifest(ctx, name)
+		if errors.Is(err, directory.ErrNotFound) {
+			continue // its folder was made, and its manifest never published
+		}
+		if err != nil {
+			return nil, err
+		}
+		if m == nil {
+			continue
+		}
+		for _, other := range all {
+			if r := m.Overlap(other); r != nil {
+				v.problem("lots %s and %s: both have IMEIs from %s%06d on", other.Lot, m.Lot, r.TAC, r.First)
+			}
+		}
+		all, moduli = append(all, m), append(moduli, m.PublicKey().N)
+	}
+	shared, err := hsmkeys.SharedFactors(ctx, moduli)
+	if err != nil {
+		return nil, err
+	}
+	for _, i := range shared {
+		v.problem("lot %s: its modulus shares a prime with another lot's: both are broken, and must be replaced", all[i].Lot)
+	}
+	return &v.found, v.lots(ctx, all, "")
+}
+
+// manifest is nil, with the problem noted, if what is in the directory is none.
+func (v *verifying) manifest(ctx context.Context, lot string) (*directory.Manifest, error) {
+	m, err := v.reader.Manifest(ctx, lot)
+	if refused := new(directory.RefusedError); errors.As(err, &refused) {
+		v.problem("%v", err)
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := hsmkeys.CheckLotKey(ctx, m.PublicKey(), m.PublicKey().N.BitLen()); err != nil {
+		v.problem("lot %s: %v", lot, err)
+	}
+	return m, nil
+}
+
+func (v *verifying) lots(ctx context.Context, lots []*directory.Manifest, packages string) error {
+	v.found.Lots = len(lots)
+	for _, m := range lots {
+		if err := v.objects(ctx, m); err != nil {
+			return err
+		}
+		if err := v.shards(ctx, m, func(n int, s *directory.Shard) error {
+			prints := make([]uint64, len(s.Keys))
+			for i, k := range s.Keys {
+				prints[i] = k.Fingerprint()
+			}
+			if packages != "" {
+				v.compare(m, n, s, filepath.Join(packages, m.Lot, InjectionFile(n)))
+			}
+			v.mu.Lock()
+			defer v.mu.Unlock()
+			v.keys = append(v.keys, prints...)
+			v.found.Devices += len(s.Keys)
+			if packages != "" {
+				v.found.Packages++
+			}
+			if v.report != nil {
+				v.report(v.found.Devices)
+			}
+			return nil
+		}, true); err != nil {
+			return err
+		}
+	}
+	return v.duplicates(ctx, lots)
+}
+
+// objects checks what of a lot is neither manifest nor shard.
+func (v *verifying) objects(ctx context.Context, m *directory.Manifest) error {
+	list, err := v.reader.ReadRevocations(ctx, m)
+	if refused := new(directory.RefusedError); errors.As(err, &refused) {
+		v.problem("%v", err)
+	} else if err != nil {
+		return err
+	} else {
+		v.found.Revoked += len(list.Revoked)
+	}
+	names, err := v.store.List(ctx, directory.ShardsPath(m.Lot))
+	for _, name := range names {
+		if n, aerr := strconv.Atoi(name); aerr != nil || n >= m.Shards() || directory.ShardPath(m.Lot, n) != directory.ShardsPath(m.Lot)+"/"+name {
+			v.problem("%s/%s: the lot has no such shard", directory.ShardsPath(m.Lot), name)
+		}
+	}
+	return err
+}
+
+// shards gives f all shards of a lot, several at a time. A shard has its devices' IMEIs, no other, in order (Reader.ReadShard
+// refuses it otherwise), and a manifest's ranges do not overlap: with all shards there, each IMEI is there once.
+func (v *verifying) shards(ctx context.Context, m *directory.Manifest, f func(int, *directory.Shard) error, note bool) error {
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(2 * runtime.GOMAXPROCS(0))
+	for n := 0; n < m.Shards() && gctx.Err() == nil; n++ {
+		g.Go(func() error {
+			s, err := v.reader.ReadShard(gctx, m, n)
+			refused := new(directory.RefusedError)
+			switch {
+			case err == nil:
+				return f(n, s)
+			case errors.Is(err, directory.ErrNotFound) && note:
+				v.problem("%s: it is not published", directory.ShardPath(m.Lot, n))
+			case errors.As(err, &refused) && note:
+				v.problem("%v", err)
+			case !errors.Is(err, directory.ErrNotFound) && !errors.As(err, &refused):
+				return err
+			}
+			return nil
+		})
+	}
+	return errors.Join(g.Wait(), ctx.Err())
+}
+
+// compare checks an injection package against the published shard.
+func (v *verifying) compare(m *directory.Manifest, n int, s *directory.Shard, path string) {
+	lines, err := readPackage(m, n, path)
+	if errors.Is(err, fs.ErrNotExist) {
+		v.problem("%s: there is no such injection package", path)
+		return
+	}
+	if err != nil {
+		v.problem("%v", err)
+		return
+	}
+	packed, err := shardOf(m, n, lines)
+	if err != nil {
+		v.problem("%s: %v", path, err)
+	} else if !packed.Equal(s) {
+		v.problem("%s: its keys are not those that are published", path)
+	}
+}
+
+// duplicates names the devices that have one key. Where fingerprints are alike, the keys themselves are compared, in a second
+// pass; memory is eight bytes a device.
+func (v *verifying) duplicates(ctx context.Context, lots []*directory.Manifest) error {
+	slices.Sort(v.keys)
+	twice := map[uint64]bool{}
+	for i := 1; i < len(v.keys); i++ {
+		if v.keys[i] == v.keys[i-1] {
+			twice[v.keys[i]] = true
+		}
+	}
+	if len(twice) == 0 {
+		return nil
+	}
+	type holder struct {
+		name string
+		key  crypto.PublicKey
+	}
+	holders := map[uint64][]holder{}
+	for _, m := range lots {
+		if err := v.shards(ctx, m, func(_ int, s *directory.Shard) error {
+			for _, k := range s.Keys {
+				if print := k.Fingerprint(); twice[print] {
+					v.mu.Lock()
+					holders[print] = append(holders[print], holder{k.IMEI.String() + " of lot " + m.Lot, k.Key})
+					v.mu.Unlock()
+				}
+			}
+			return nil
+		}, false); err != nil {
+			return err
+		}
+	}
+	for _, all := range holders {
+		slices.SortFunc(all, func(a, b holder) int { return strings.Compare(a.name, b.name) })
+		for i, a := range all {
+			for _, b := range all[i+1:] {
+				if a.key.(interface{ Equal(crypto.PublicKey) bool }).Equal(b.key) {
+					v.problem("%s and %s have one key: revoke both, and find out why", a.name, b.name)
+				}
+			}
+		}
+	}
+	return nil
+}

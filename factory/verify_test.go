@@ -1,0 +1,179 @@
+package factory
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"errors"
+	"math/big"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/kmehsm/kmehsm/directory"
+)
+
+func TestVerifyLot(t *testing.T) {
+	line, dir, _ := newLine(t)
+	if _, err := line.CreateLot(t.Context(), spec(t, "L1", 0, 30)); err != nil {
+		t.Fatal(err)
+	}
+	out := t.TempDir()
+	provision(t, line, out)
+	if err := line.Revoke(t.Context(), "L1", must(line.Lot(t.Context(), "L1")).IMEI(3), "stolen"); err != nil {
+		t.Fatal(err)
+	}
+	verify := func(t *testing.T) *Verification {
+		t.Helper()
+		v, err := VerifyLot(t.Context(), line.store, line.verifier, "L1", out, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return v
+	}
+	if v := verify(t); !v.OK() || v.Lots != 1 || v.Devices != 30 || v.Packages != 8 || v.Revoked != 1 {
+		t.Errorf("%+v", v)
+	}
+	at := func(path string) string { return filepath.Join(dir, "lots", "L1", filepath.FromSlash(path)) }
+	pkg := func(n int) string { return filepath.Join(out, "L1", InjectionFile(n)) }
+	read := func(path string) []byte { return must(os.ReadFile(path)) }
+	flip := func(b []byte) []byte { b[len(b)/2] ^= 1; return b }
+	for name, c := range map[string]struct {
+		path, want string
+		change     func([]byte) []byte // nil for none: the file is removed
+	}{
+		"a shard is missing":         {at("shards/000002"), "lots/L1/shards/000002: it is not published", nil},
+		"a shard is tampered with":   {at("shards/000002"), "lots/L1/shards/000002 is refused", flip},
+		"another shard in its place": {at("shards/000002"), "it is shard 3", func([]byte) []byte { return read(at("shards/000003")) }},
+		"revocations":                {at("revocations"), "lots/L1/revocations is refused", flip},
+		"manifest":                   {at("manifest"), "lots/L1/manifest is refused", flip},
+		"a package is missing":       {pkg(4), "no such injection package", nil},
+		"a package is cut":           {pkg(4), "damaged", func(b []byte) []byte { return b[:len(b)/2] }},
+		"a package of other keys": {pkg(0), "not those that are published", func(b []byte) []byte {
+			lines := bytes.SplitAfter(b, []byte("\n"))
+			one, two := bytes.Index(lines[0], []byte(`"x":"`)), bytes.Index(lines[1], []byte(`"x":"`))
+			end := bytes.Index(lines[0][one:], []byte("}"))
+			key := bytes.Clone(lines[0][one : one+end])
+			copy(lines[0][one:one+end], lines[1][two:two+end])
+			copy(lines[1][two:two+end], key)
+			return b
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			was := read(c.path)
+			defer os.WriteFile(c.path, was, 0o600)
+			if c.change == nil {
+				os.Remove(c.path)
+			} else if err := os.WriteFile(c.path, c.change(bytes.Clone(was)), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if v := verify(t); len(v.Problems) != 1 || !strings.Contains(v.Problems[0], c.want) {
+				t.Errorf("%q does not say %q", v.Problems, c.want)
+			}
+		})
+	}
+	t.Run("a shard too many", func(t *testing.T) {
+		path := at("shards/000008")
+		defer os.Remove(path)
+		if err := os.WriteFile(path, read(at("shards/000007")), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if v := verify(t); len(v.Problems) != 1 || !strings.Contains(v.Problems[0], "shards/000008: the lot has no such shard") {
+			t.Errorf("%q", v.Problems)
+		}
+	})
+	t.Run("another manufacturer's key", func(t *testing.T) {
+		key := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
+		if v, err := VerifyLot(t.Context(), line.store, directory.NewVerifier(&key.PublicKey), "L1", "", nil); err != nil || v.OK() || v.Devices != 0 {
+			t.Errorf("%+v, %v", v, err)
+		}
+	})
+	if v := verify(t); !v.OK() {
+		t.Errorf("the cases left %q", v.Problems)
+	}
+	if _, err := VerifyLot(t.Context(), line.store, line.verifier, "L9", "", nil); !errors.Is(err, directory.ErrNotFound) {
+		t.Error(err)
+	}
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	if v, err := VerifyLot(ended, line.store, line.verifier, "L1", "", nil); err == nil && v.Devices == 30 {
+		t.Error("an ended context was not heeded")
+	}
+}
+
+// What only shows among lots is signed here by hand, since the line would make none of it.
+func TestAudit(t *testing.T) {
+	line, _, _ := newLine(t)
+	audit := func() *Verification {
+		t.Helper()
+		v, err := Audit(t.Context(), line.store, line.verifier, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return v
+	}
+	if v := audit(); !v.OK() || v.Lots != 0 {
+		t.Errorf("an empty directory: %+v", v)
+	}
+	prime := func() *big.Int { return must(rand.Prime(rand.Reader, 1024)) }
+	p := prime()
+	shared := directory.DeviceKey{Key: &must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader)).PublicKey}
+	publish := func(lot string, first int, n *big.Int, key *directory.DeviceKey) {
+		t.Helper()
+		s := spec(t, lot, first, 4)
+		m := s.manifest(line.Manufacturer())
+		m.N, m.Mechanism, m.Created = n.Bytes(), "CKM_RSA_PKCS_KEY_PAIR_GEN", time.Now().UTC().Truncate(time.Second)
+		keys := make([]directory.DeviceKey, 4)
+		for i := range keys {
+			keys[i] = directory.DeviceKey{IMEI: m.IMEI(i), Key: &must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader)).PublicKey}
+		}
+		if key != nil {
+			keys[1].Key = key.Key
+		}
+		shard := must(directory.NewShard(m, 0, keys))
+		if err := errors.Join(
+			directory.Publish(t.Context(), line.store, directory.ManifestPath(lot), line.signer, directory.TypeManifest, m),
+			directory.Publish(t.Context(), line.store, directory.ShardPath(lot, 0), line.signer, directory.TypeShard, shard)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	exact := func(p *big.Int) *big.Int { // a modulus of 2048 bits with this prime
+		for {
+			if n := new(big.Int).Mul(p, prime()); n.BitLen() == 2048 {
+				return n
+			}
+		}
+	}
+	publish("good1", 0, exact(prime()), nil)
+	publish("good2", 10, exact(prime()), nil)
+	if v := audit(); !v.OK() || v.Lots != 2 || v.Devices != 8 {
+		t.Errorf("%+v", v)
+	}
+	publish("prime1", 20, exact(p), nil)
+	publish("prime2", 30, exact(p), nil)
+	publish("key1", 40, exact(prime()), &shared)
+	publish("key2", 50, exact(prime()), &shared)
+	publish("range", 3, exact(prime()), nil)
+	small := new(big.Int)
+	for small.BitLen() != 2048 {
+		small.Mul(big.NewInt(641), must(rand.Prime(rand.Reader, 2039)))
+	}
+	publish("small", 60, small, nil)
+	v := audit()
+	all := strings.Join(v.Problems, "\n")
+	for _, want := range []string{
+		"lot prime1: its modulus shares a prime", "lot prime2: its modulus shares a prime", "35209900000041 of lot key1 and 35209900000051 of lot key2 have one key",
+		"lots good1 and range: both have IMEIs from 35209900000000 on", "lot small: ",
+	} {
+		if !strings.Contains(all, want) {
+			t.Errorf("%q does not say %q", all, want)
+		}
+	}
+	if len(v.Problems) != 5 {
+		t.Errorf("%d problems: %s", len(v.Problems), all)
+	}
+}
