@@ -15,6 +15,7 @@ import (
 	"io"
 	"math/big"
 	"regexp"
+	"sort"
 	"strings"
 	"time"
 
@@ -170,25 +171,57 @@ func (m *Manifest) IMEI(position int) kme.IMEI {
 	return kme.IMEI{}
 }
 
-// Revocations lists the devices of a lot that are not to be trusted any more. It is the one object that changes: Version
-// counts up from 1, and a reader refuses to go back.
+// Revocations lists the device keys of a lot that are not to be trusted any more, and those that came in their place. It is
+// the one object that changes: Version counts up from 1, and a reader refuses to go back. The entries are in the order of
+// their IMEIs, and those of one IMEI in the order of time: the last one counts.
 type Revocations struct {
 	Lot     string       `json:"lot"`
 	Version int          `json:"version"`
 	Revoked []Revocation `json:"revoked"`
 }
 
-// A Revocation is one device's.
+// A Revocation is one device's. The key that the device had before is not to be trusted any more; with Key, the device was
+// issued that one instead, else it is not to be trusted at all.
 type Revocation struct {
-	IMEI   kme.IMEI  `json:"imei"`
-	Reason string    `json:"reason"`
-	Time   time.Time `json:"time"`
+	IMEI   kme.IMEI   `json:"imei"`
+	Reason string     `json:"reason"`
+	Time   time.Time  `json:"time"`
+	Key    *DeviceKey `json:"key,omitempty"`
 }
 
-func (r *Revocations) find(imei kme.IMEI) *Revocation {
-	for i := range r.Revoked {
-		if r.Revoked[i].IMEI == imei {
-			return &r.Revoked[i]
+// Of gives a device's entries.
+func (r *Revocations) Of(imei kme.IMEI) []Revocation {
+	name := imei.String()
+	first := sort.Search(len(r.Revoked), func(i int) bool { return r.Revoked[i].IMEI.String() >= name })
+	end := first
+	for end < len(r.Revoked) && r.Revoked[end].IMEI == imei {
+		end++
+	}
+	return r.Revoked[first:end]
+}
+
+// check refuses a list that is not the lot's, not in order, or says nothing new in an entry.
+func (r *Revocations) check(m *Manifest) error {
+	if r.Lot != m.Lot || r.Version < 1 {
+		return fmt.Errorf("it is version %d of lot %q", r.Version, r.Lot)
+	}
+	for i, e := range r.Revoked {
+		var before *Revocation
+		if i > 0 {
+			before = &r.Revoked[i-1]
+		}
+		switch _, ok := m.Position(e.IMEI); {
+		case !ok || before != nil && before.IMEI.String() > e.IMEI.String():
+			return fmt.Errorf("IMEI %s is not in the lot, or not in order", e.IMEI)
+		case before != nil && before.IMEI == e.IMEI && before.Key == nil && e.Key == nil:
+			return fmt.Errorf("IMEI %s is revoked twice", e.IMEI)
+		case e.Key != nil && e.Key.IMEI != e.IMEI:
+			return fmt.Errorf("the key issued to IMEI %s is that of %s", e.IMEI, e.Key.IMEI)
+		}
+		if e.Key != nil {
+			if err := m.Suite.CheckDevice(e.Key.Key); err != nil {
+				return fmt.Errorf("the key issued to IMEI %s: %w", e.IMEI, err)
+			}
 		}
 	}
 	return nil

@@ -708,6 +708,71 @@ func TestRevocations(t *testing.T) {
 	}
 }
 
+// A device that came back has the key that it was issued last; a revocation after that is of that key too.
+func TestReissue(t *testing.T) {
+	ctx, s := t.Context(), newSigner(t)
+	store, m := newLot(t, s, "L1")
+	imei, now := m.IMEI(3), time.Now()
+	device := func() Device {
+		t.Helper()
+		d, err := NewReader(store, NewVerifier(s.Public()), ReaderOptions{}).Device(ctx, m, imei)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return d
+	}
+	same := func(a, b crypto.PublicKey) bool { return a.(*ecdsa.PublicKey).Equal(b) }
+	first, second, third := device().Key, DeviceKey{imei, newKey(t).Public()}, DeviceKey{imei, newKey(t).Public()}
+	step := func(err error, key crypto.PublicKey, revoked bool, history int) {
+		t.Helper()
+		if d := device(); err != nil || !same(d.Key, key) || (d.Revoked != nil) != revoked || len(d.History) != history {
+			t.Errorf("%+v, %v", d, err)
+		}
+	}
+	if err := Revoke(ctx, store, s, m, m.IMEI(5), "stolen", now); err != nil {
+		t.Fatal(err)
+	}
+	step(nil, first, false, 0)
+	step(Reissue(ctx, store, s, m, second, "return 1", now), second.Key, false, 1)
+	step(Reissue(ctx, store, s, m, second, "return 1", now), second.Key, false, 1)
+	step(Revoke(ctx, store, s, m, imei, "stolen", now), second.Key, true, 2)
+	step(Revoke(ctx, store, s, m, imei, "stolen", now), second.Key, true, 2)
+	step(Reissue(ctx, store, s, m, third, "return 2", now), third.Key, false, 3)
+	if d, err := NewReader(store, NewVerifier(s.Public()), ReaderOptions{}).Device(ctx, m, m.IMEI(5)); err != nil || d.Revoked == nil {
+		t.Errorf("the other device: %+v, %v", d, err)
+	}
+	stranger, _ := kme.ParseIMEI("35209902000000")
+	rsaKey, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, key := range map[string]DeviceKey{"another lot's device": {stranger, newKey(t).Public()}, "a key of another suite": {imei, &rsaKey.PublicKey}} {
+		if err := Reissue(ctx, store, s, m, key, "x", now); err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+	// Lists that the line would never sign.
+	entry := func(n int, key *DeviceKey) Revocation { return Revocation{m.IMEI(n), "x", now.UTC(), key} }
+	for name, list := range map[string]*Revocations{
+		"another device's key": {"L1", 99, []Revocation{entry(3, &DeviceKey{m.IMEI(4), newKey(t).Public()})}},
+		"revoked twice":        {"L1", 99, []Revocation{entry(3, nil), entry(3, nil)}},
+		"not in order":         {"L1", 99, []Revocation{entry(4, nil), entry(3, nil)}},
+		"a key of no suite":    {"L1", 99, []Revocation{entry(3, &DeviceKey{imei, &rsaKey.PublicKey})}},
+	} {
+		jws, err := s.Sign(TypeRevocations, list)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, version, _ := store.Read(ctx, RevocationsPath("L1"))
+		if err := store.Update(ctx, RevocationsPath("L1"), jws, version); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := NewReader(store, NewVerifier(s.Public()), ReaderOptions{}).Device(ctx, m, imei); !errors.As(err, new(*RefusedError)) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
 func TestInjection(t *testing.T) {
 	imei, _ := kme.ParseIMEI("35209900000001")
 	key := newKey(t)

@@ -138,8 +138,9 @@ func (r *Reader) ReadShard(ctx context.Context, m *Manifest, n int) (*Shard, err
 // A Device is what the directory says of a device.
 type Device struct {
 	Shard   int
-	Key     crypto.PublicKey // *ecdsa.PublicKey or *rsa.PublicKey, as the lot's suite has it
+	Key     crypto.PublicKey // *ecdsa.PublicKey or *rsa.PublicKey, as the lot's suite has it: the one issued last
 	Revoked *Revocation      // nil if it is not
+	History []Revocation     // how it came to that, in the order of time; none for most devices
 }
 
 // Device looks a device of a lot up. It fails with ErrUnknownDevice, with the store's error, or with a *RefusedError. If
@@ -169,7 +170,13 @@ func (r *Reader) Device(ctx context.Context, m *Manifest, imei kme.IMEI) (Device
 	if err != nil {
 		return Device{}, err
 	}
-	return Device{n, key, list.find(imei)}, nil
+	d := Device{Shard: n, Key: key, History: list.Of(imei)}
+	for i, e := range d.History {
+		if d.Revoked = &d.History[i]; e.Key != nil {
+			d.Key, d.Revoked = e.Key.Key, nil
+		}
+	}
+	return d, nil
 }
 
 func (r *Reader) fetchShard(ctx context.Context, m *Manifest, n int) (*packedShard, error) {
@@ -270,25 +277,40 @@ func parseRevocations(v *Verifier, m *Manifest, jws []byte) (*Revocations, error
 	if err := v.Verify(TypeRevocations, path, jws, list); err != nil {
 		return nil, err
 	}
-	if list.Lot != m.Lot || list.Version < 1 {
-		return nil, refused(path, "it is version %d of lot %q", list.Version, list.Lot)
-	}
-	for i, e := range list.Revoked {
-		if _, ok := m.Position(e.IMEI); !ok || i > 0 && list.Revoked[i-1].IMEI.String() >= e.IMEI.String() {
-			return nil, refused(path, "IMEI %s is not in the lot, or not in order", e.IMEI)
-		}
+	if err := list.check(m); err != nil {
+		return nil, refused(path, "%v", err)
 	}
 	return list, nil
 }
 
-// Revoke adds a device to its lot's list. A device that is on it stays as it is.
+// Revoke adds a device to its lot's list. A device that is revoked stays as it is.
 func Revoke(ctx context.Context, store Store, s *Signer, m *Manifest, imei kme.IMEI, reason string, now time.Time) error {
-	if _, ok := m.Position(imei); !ok {
-		return fmt.Errorf("IMEI %s is not in lot %s", imei, m.Lot)
-	}
+	return revise(ctx, store, s, m, Revocation{imei, reason, now, nil})
+}
+
+// Reissue revokes the key that a device has, and issues it another one. A device that has this one stays as it is.
+func Reissue(ctx context.Context, store Store, s *Signer, m *Manifest, key DeviceKey, reason string, now time.Time) error {
+	return revise(ctx, store, s, m, Revocation{key.IMEI, reason, now, &key})
+}
+
+// CheckReason gives a reason as it is published.
+func CheckReason(reason string) (string, error) {
 	if reason = strings.TrimSpace(reason); reason == "" || len(reason) > 200 {
-		return errors.New("the reason has 1 to 200 bytes")
+		return "", errors.New("the reason has 1 to 200 bytes")
 	}
+	return reason, nil
+}
+
+func revise(ctx context.Context, store Store, s *Signer, m *Manifest, entry Revocation) error {
+	if _, ok := m.Position(entry.IMEI); !ok {
+		return fmt.Errorf("IMEI %s is not in lot %s", entry.IMEI, m.Lot)
+	}
+	reason, err := CheckReason(entry.Reason)
+	if err != nil {
+		return err
+	}
+	entry.Reason = reason
+	entry.Time = entry.Time.UTC().Truncate(time.Second)
 	path := RevocationsPath(m.Lot)
 	for tries := 0; ; tries++ {
 		list := &Revocations{Lot: m.Lot}
@@ -299,12 +321,20 @@ func Revoke(ctx context.Context, store Store, s *Signer, m *Manifest, imei kme.I
 		if err != nil && !errors.Is(err, ErrNotFound) {
 			return err
 		}
-		if list.find(imei) != nil {
-			return nil
+		if had := list.Of(entry.IMEI); len(had) > 0 {
+			switch last := had[len(had)-1]; {
+			case entry.Key == nil && last.Key == nil:
+				return nil
+			case entry.Key != nil && last.Key != nil && string(pack(entry.Key.Key)) == string(pack(last.Key.Key)):
+				return nil
+			}
 		}
 		list.Version++
-		list.Revoked = append(list.Revoked, Revocation{imei, reason, now.UTC().Truncate(time.Second)})
-		slices.SortFunc(list.Revoked, func(a, b Revocation) int { return strings.Compare(a.IMEI.String(), b.IMEI.String()) })
+		list.Revoked = append(list.Revoked, entry)
+		slices.SortStableFunc(list.Revoked, func(a, b Revocation) int { return strings.Compare(a.IMEI.String(), b.IMEI.String()) })
+		if err := list.check(m); err != nil {
+			return err
+		}
 		if jws, err = s.Sign(TypeRevocations, list); err != nil {
 			return err
 		}

@@ -6,16 +6,21 @@
 package factory
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/rsa"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math/big"
+	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -257,6 +262,93 @@ func (l *Line) Revoke(ctx context.Context, lot string, imei kme.IMEI, reason str
 		return err
 	}
 	return directory.Revoke(ctx, l.store, l.signer, m, imei, reason, time.Now())
+}
+
+// ReissueFile is the name of the injection package of a device's n-th new key, counted from 1.
+func ReissueFile(imei kme.IMEI, n int) string { return fmt.Sprintf("reissue-%s-%d.jsonl", imei, n) }
+
+// Reissue gives a device that came back a new key, in an injection package of its own below out, and revokes the one that
+// it had. The reason names the return: with the same one again nothing changes, so that a run that was interrupted can
+// be repeated.
+func (l *Line) Reissue(ctx context.Context, lot string, imei kme.IMEI, reason, out string) (path string, err error) {
+	m, err := l.Lot(ctx, lot)
+	if err != nil {
+		return "", err
+	}
+	if reason, err = directory.CheckReason(reason); err != nil {
+		return "", err
+	}
+	position, ok := m.Position(imei)
+	if !ok {
+		return "", fmt.Errorf("IMEI %s is not in lot %s", imei, lot)
+	}
+	shard := position / m.ShardSize
+	if _, err := l.reader.ReadShard(ctx, m, shard); errors.Is(err, directory.ErrNotFound) {
+		return "", fmt.Errorf("IMEI %s was never issued a key: its shard is not published; provision the lot", imei)
+	} else if err != nil {
+		return "", err
+	}
+	list, err := l.reader.ReadRevocations(ctx, m)
+	if err != nil {
+		return "", err
+	}
+	dir := filepath.Join(out, lot)
+	if err := durable.MkdirAll(dir, 0o700); err != nil {
+		return "", err
+	}
+	n := 1
+	for _, e := range list.Of(imei) {
+		if e.Key == nil {
+			continue
+		}
+		if e.Reason == reason {
+			return filepath.Join(dir, ReissueFile(imei, n)), nil
+		}
+		n++
+	}
+	path = filepath.Join(dir, ReissueFile(imei, n))
+	// As with shards: the package is on disk before its key is published; one that is there was not published yet.
+	line, err := readReissue(m, imei, path)
+	if errors.Is(err, fs.ErrNotExist) {
+		line, err = l.makeReissue(ctx, m, imei, shard, path)
+	}
+	if err != nil {
+		return "", err
+	}
+	return path, directory.Reissue(ctx, l.store, l.signer, m, line.PublicKey, reason, time.Now())
+}
+
+func (l *Line) makeReissue(ctx context.Context, m *directory.Manifest, imei kme.IMEI, shard int, path string) (line directory.InjectionLine, err error) {
+	injection := injectionKey(m.Manufacturer)
+	pub, wrapped, err := l.token.MakeDeviceKey(ctx, m.Suite, injection)
+	if err != nil {
+		return line, err
+	}
+	line = directory.NewInjectionLine(imei, m.Lot, shard, pub, injection.HexID(), wrapped)
+	var file bytes.Buffer
+	if err := line.Write(&file); err != nil {
+		return line, err
+	}
+	return line, durable.WriteFile(path, file.Bytes(), 0o600)
+}
+
+// readReissue reads the injection package of one device.
+func readReissue(m *directory.Manifest, imei kme.IMEI, path string) (line directory.InjectionLine, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return line, err
+	}
+	defer f.Close()
+	n := 0
+	for line, err = range directory.ReadInjection(f) {
+		if n++; err != nil || n > 1 || line.IMEI != imei || line.Lot != m.Lot || line.DeviceKey.KeyID != injectionKey(m.Manufacturer).HexID() {
+			return line, fmt.Errorf("%s is damaged, or not of IMEI %s: bring back the file as it was", path, imei)
+		}
+	}
+	if n == 0 {
+		return line, fmt.Errorf("%s is empty: bring back the file as it was", path)
+	}
+	return line, nil
 }
 
 // EnrollOperator makes an operator's KEK in the token, with the security officer's PIN, and wraps it for the operator's

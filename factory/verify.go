@@ -18,6 +18,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/kme"
 )
 
 // maxProblems bounds what a Verification lists; the rest is counted.
@@ -132,7 +133,7 @@ func (v *verifying) manifest(ctx context.Context, lot string) (*directory.Manife
 func (v *verifying) lots(ctx context.Context, lots []*directory.Manifest, packages string) error {
 	v.found.Lots = len(lots)
 	for _, m := range lots {
-		if err := v.objects(ctx, m); err != nil {
+		if err := v.objects(ctx, m, packages); err != nil {
 			return err
 		}
 		if err := v.shards(ctx, m, func(n int, s *directory.Shard) error {
@@ -162,7 +163,7 @@ func (v *verifying) lots(ctx context.Context, lots []*directory.Manifest, packag
 }
 
 // objects checks what of a lot is neither manifest nor shard.
-func (v *verifying) objects(ctx context.Context, m *directory.Manifest) error {
+func (v *verifying) objects(ctx context.Context, m *directory.Manifest, packages string) error {
 	list, err := v.reader.ReadRevocations(ctx, m)
 	if refused := new(directory.RefusedError); errors.As(err, &refused) {
 		v.problem("%v", err)
@@ -170,6 +171,23 @@ func (v *verifying) objects(ctx context.Context, m *directory.Manifest) error {
 		return err
 	} else {
 		v.found.Revoked += len(list.Revoked)
+		issued := map[kme.IMEI]int{}
+		for _, e := range list.Revoked {
+			if e.Key == nil {
+				continue
+			}
+			v.keys = append(v.keys, e.Key.Fingerprint())
+			if issued[e.IMEI]++; packages == "" {
+				continue
+			}
+			path := filepath.Join(packages, m.Lot, ReissueFile(e.IMEI, issued[e.IMEI]))
+			if line, err := readReissue(m, e.IMEI, path); err != nil {
+				v.problem("%v", err)
+			} else if line.PublicKey.Fingerprint() != e.Key.Fingerprint() {
+				v.problem("%s: its key is not the one that is published", path)
+			}
+			v.found.Packages++
+		}
 	}
 	names, err := v.store.List(ctx, directory.ShardsPath(m.Lot))
 	for _, name := range names {
@@ -243,17 +261,24 @@ func (v *verifying) duplicates(ctx context.Context, lots []*directory.Manifest) 
 	}
 	holders := map[uint64][]holder{}
 	for _, m := range lots {
-		if err := v.shards(ctx, m, func(_ int, s *directory.Shard) error {
-			for _, k := range s.Keys {
+		hold := func(keys []directory.DeviceKey) {
+			for _, k := range keys {
 				if print := k.Fingerprint(); twice[print] {
 					v.mu.Lock()
 					holders[print] = append(holders[print], holder{k.IMEI.String() + " of lot " + m.Lot, k.Key})
 					v.mu.Unlock()
 				}
 			}
-			return nil
-		}, false); err != nil {
+		}
+		if err := v.shards(ctx, m, func(_ int, s *directory.Shard) error { hold(s.Keys); return nil }, false); err != nil {
 			return err
+		}
+		if list, err := v.reader.ReadRevocations(ctx, m); err == nil {
+			for _, e := range list.Revoked {
+				if e.Key != nil {
+					hold([]directory.DeviceKey{*e.Key})
+				}
+			}
 		}
 	}
 	for _, all := range holders {

@@ -105,6 +105,68 @@ func TestVerifyLot(t *testing.T) {
 	}
 }
 
+// A device that came back: a new key and package, the old key revoked; the same return again changes nothing, nor does a
+// run that was killed after it had written the package cost the device a key.
+func TestReissue(t *testing.T) {
+	line, _, _ := newLine(t)
+	m := must(line.CreateLot(t.Context(), spec(t, "L1", 0, 8)))
+	out, imei := t.TempDir(), m.IMEI(5)
+	if _, err := line.Reissue(t.Context(), "L1", imei, "return 1", out); err == nil || !strings.Contains(err.Error(), "provision the lot") {
+		t.Errorf("before the lot is provisioned: %v", err)
+	}
+	provision(t, line, out)
+	reissue := func(reason, name string) directory.InjectionLine {
+		t.Helper()
+		path, err := line.Reissue(t.Context(), "L1", imei, reason, out)
+		if err != nil || path != filepath.Join(out, "L1", name) {
+			t.Fatal(path, err)
+		}
+		issued := must(readReissue(m, imei, path))
+		d := must(directory.NewReader(line.store, line.verifier, directory.ReaderOptions{}).Device(t.Context(), m, imei))
+		if d.Revoked != nil || (directory.DeviceKey{IMEI: imei, Key: d.Key}).Fingerprint() != issued.PublicKey.Fingerprint() {
+			t.Errorf("the directory has %+v", d)
+		}
+		return issued
+	}
+	first := reissue("return 1", "reissue-35209900000005-1.jsonl")
+	if again := reissue("return 1", "reissue-35209900000005-1.jsonl"); again.PublicKey.Fingerprint() != first.PublicKey.Fingerprint() {
+		t.Error("the same return made another key")
+	}
+	killed := must(line.makeReissue(t.Context(), m, imei, 1, filepath.Join(out, "L1", ReissueFile(imei, 2))))
+	if second := reissue("return 2", "reissue-35209900000005-2.jsonl"); second.PublicKey.Fingerprint() != killed.PublicKey.Fingerprint() {
+		t.Error("a package that was there was not used")
+	}
+	v, err := VerifyLot(t.Context(), line.store, line.verifier, "L1", out, nil)
+	if err != nil || !v.OK() || v.Packages != 4 || v.Revoked != 2 {
+		t.Errorf("%+v, %v", v, err)
+	}
+	if err := os.Rename(filepath.Join(out, "L1", ReissueFile(imei, 1)), filepath.Join(out, "L1", ReissueFile(imei, 2))); err != nil {
+		t.Fatal(err)
+	}
+	if v, err = VerifyLot(t.Context(), line.store, line.verifier, "L1", out, nil); err != nil || len(v.Problems) != 2 {
+		t.Errorf("%+v, %v", v, err)
+	}
+	for name, err := range map[string]error{
+		"a damaged package": second(line.Reissue(t.Context(), "L1", m.IMEI(0), "r", damaged(t, m, out))),
+		"no reason":         second(line.Reissue(t.Context(), "L1", imei, " ", out)),
+		"no such lot":       second(line.Reissue(t.Context(), "L9", imei, "r", out)),
+	} {
+		if err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+}
+
+func second[T any](_ T, err error) error { return err }
+
+func damaged(t *testing.T, m *directory.Manifest, out string) string {
+	t.Helper()
+	if err := os.WriteFile(filepath.Join(out, "L1", ReissueFile(m.IMEI(0), 1)), []byte("{}\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
 // What only shows among lots is signed here by hand, since the line would make none of it.
 func TestAudit(t *testing.T) {
 	line, _, _ := newLine(t)

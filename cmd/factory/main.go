@@ -139,6 +139,13 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 						Flags: lineFlags(), Action: cmdline.Alone(lotSeal),
 					},
 					{
+						Name: "reissue", Usage: "give a device that came back a new key, and revoke the one that it had", ArgsUsage: "LOT IMEI",
+						Description: "The new injection package is DIR/LOT/reissue-IMEI-1.jsonl and so on. The reason names the return: with the same one again nothing changes.",
+						Flags: lineFlags(&cli.StringFlag{Name: "reason", Usage: "which return this is, `TEXT`"},
+							&cli.StringFlag{Name: "out", Usage: "the folder, `DIR`, of the injection packages (default: injection in the --state folder)"}),
+						Action: cmdline.Alone(lotReissue),
+					},
+					{
 						Name: "revoke", Usage: "publish that a device is not to be trusted any more", ArgsUsage: "LOT IMEI",
 						Flags: lineFlags(&cli.StringFlag{Name: "reason", Usage: "why, `TEXT`"}), Action: cmdline.Alone(lotRevoke),
 					},
@@ -302,10 +309,7 @@ func lotCreate(c *cli.Context) error {
 }
 
 func lotProvision(c *cli.Context) error {
-	out := c.String("out")
-	if out == "" {
-		out = filepath.Join(c.String("state"), "injection")
-	}
+	out := injectionDir(c)
 	from, to, err := shardRange(c.String("shards"))
 	if err != nil {
 		return err
@@ -556,6 +560,31 @@ func lotRevoke(c *cli.Context) error {
 			fmt.Fprintf(w, "%s of lot %s is revoked\n", imei, lot)
 		})
 	})
+}
+
+func lotReissue(c *cli.Context) error {
+	if err := cmdline.Require(c, "reason"); err != nil {
+		return err
+	}
+	imei, err := kme.ParseIMEI(c.Args().Get(1))
+	if err != nil {
+		return cmdline.Usage(err)
+	}
+	return withLine(c, func(_ *hsmkeys.Token, line *factory.Line) error {
+		lot := c.Args().First()
+		path, err := line.Reissue(c.Context, lot, imei, c.String("reason"), injectionDir(c))
+		if err != nil {
+			return err
+		}
+		return cmdline.Print(c, map[string]any{"lot": lot, "imei": imei, "injection": path}, func(w io.Writer) {
+			fmt.Fprintf(w, "%s of lot %s has a new key, and the one that it had is revoked\ninjection package %s\n", imei, lot, path)
+		})
+	})
+}
+
+// injectionDir is --out, or its default.
+func injectionDir(c *cli.Context) string {
+	return cmp.Or(c.String("out"), filepath.Join(c.String("state"), "injection"))
 }
 
 func operatorPolicy(c *cli.Context) error {

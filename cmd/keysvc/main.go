@@ -220,11 +220,18 @@ func device(c *cli.Context) error {
 		if d.Revoked != nil {
 			result["revocation"] = d.Revoked
 		}
+		if len(d.History) > 0 {
+			result["history"] = d.History
+		}
 		return cmdline.Print(c, result, func(w io.Writer) {
 			key, _ := json.Marshal(result["public_key"])
 			fmt.Fprintf(w, "IMEI          %s\nlot           %s, shard %d\nmanufacturer  %s\npublic key    %s\n", imei, manifest.Lot, d.Shard, manifest.Manufacturer, key)
-			if d.Revoked != nil {
-				fmt.Fprintf(w, "REVOKED       %s: %s\n", d.Revoked.Time.Format(time.RFC3339), d.Revoked.Reason)
+			for _, e := range d.History {
+				what := "REVOKED     "
+				if e.Key != nil {
+					what = "new key     "
+				}
+				fmt.Fprintf(w, "%s  %s: %s\n", what, e.Time.Format(time.RFC3339), e.Reason)
 			}
 			fmt.Fprintln(w, "the signatures of manifest, shard and revocations are the manufacturer's")
 		})

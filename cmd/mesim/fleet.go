@@ -18,6 +18,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/factory"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -153,11 +154,33 @@ func eachOf(path string, use func(directory.InjectionLine) (bool, error)) (more 
 		if err != nil {
 			return false, err
 		}
+		if line, err = newest(filepath.Dir(path), line); err != nil {
+			return false, err
+		}
 		if more, err := use(line); !more || err != nil {
 			return false, err
 		}
 	}
 	return true, nil
+}
+
+// newest is what a device was issued last: the line of its shard's package, or of a package of its own.
+func newest(dir string, line directory.InjectionLine) (directory.InjectionLine, error) {
+	for n := 1; ; n++ {
+		file, err := os.Open(filepath.Join(dir, factory.ReissueFile(line.IMEI, n)))
+		if errors.Is(err, fs.ErrNotExist) {
+			return line, nil
+		}
+		if err != nil {
+			return line, err
+		}
+		for reissued, rerr := range directory.ReadInjection(file) {
+			line, err = reissued, rerr
+		}
+		if err = errors.Join(err, file.Close()); err != nil {
+			return line, err
+		}
+	}
 }
 
 // devices injects count devices from the first on; all with count 0.

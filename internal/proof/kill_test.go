@@ -23,11 +23,11 @@ func TestKilledWhilePublishing(t *testing.T) {
 	w.run(w.factory, "factory", "init")
 	shards, size, rounds, window := 50, 32, 20, 200
 	if os.Getenv("KMEHSM_SOAK") != "" { // make soak
-		shards, size, rounds, window = 80, 250, 200, 1500
+		shards, size, rounds, window = 400, 50, 200, 100
 	}
 	w.run(w.factory, "factory", "lot", "create", "L1", "--directory", "vault:kme", "--tac", "35209900", "--first", "0", "--count", fmt.Sprint(shards*size),
 		"--bits", "2048", "--shard-size", fmt.Sprint(size))
-	provision := []string{"lot", "provision", "L1", "--directory", "vault:kme", "--out", "injection"}
+	provision := []string{"lot", "provision", "L1", "--workers", "2", "--directory", "vault:kme", "--out", "injection"}
 	random := rand.New(rand.NewPCG(1, 2))
 	interrupted := 0
 	for round := range rounds {
@@ -49,7 +49,7 @@ func TestKilledWhilePublishing(t *testing.T) {
 		}
 	}
 	t.Logf("%d of %d runs were killed before they had ended", interrupted, rounds)
-	if interrupted < rounds/4 {
+	if interrupted < rounds/2 {
 		t.Errorf("only %d runs were killed before they had ended, so that this test sees little", interrupted)
 	}
 	w.run(w.factory, "factory", provision...)
