@@ -27,6 +27,7 @@ const (
 	TypeRevocations Type = "kme-revocations+jws"
 	TypeEnrolment   Type = "kme-operator-enrolment+jws"
 	TypeGrant       Type = "kme-lot-grant+jws"
+	TypeLogHead     Type = "kme-audit-log-head+jws" // of the manufacturer's own audit log; not in the directory
 )
 
 // A RefusedError says which object is not believed, and why.

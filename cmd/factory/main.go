@@ -65,13 +65,13 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 			},
 			{
 				Name: "doctor", Usage: "say what the token can and cannot do, and what follows",
-				Flags: []cli.Flag{cmdline.Token, cmdline.JSON}, Action: doctor,
+				Flags: []cli.Flag{cmdline.Token, stateFlag, cmdline.JSON}, Action: doctor,
 			},
 			{
 				Name: "fixture", Usage: "the fixtures that inject keys into devices",
 				Subcommands: []*cli.Command{{
 					Name: "enroll", Usage: "write the injection key, wrapped to a fixture's RSA key (RSA-OAEP)",
-					Flags:  []cli.Flag{cmdline.Token, &cli.StringFlag{Name: "fixture-key", Usage: "the fixture's public key, RSA of 3072 bits or more, as `PEM`"}, outFileFlag, cmdline.JSON},
+					Flags:  []cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "fixture-key", Usage: "the fixture's public key, RSA of 3072 bits or more, as `PEM`"}, outFileFlag, cmdline.JSON},
 					Action: fixtureEnroll,
 				}},
 			},
@@ -80,7 +80,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 				Subcommands: []*cli.Command{{
 					Name: "enroll", Usage: "make an operator's KEK as a TRUSTED key, and write it wrapped to the operator's transport key", ArgsUsage: "NAME",
 					Description: "The operator's transport.pem comes from keysvc init: make sure that it is the operator's. The security officer's PIN is needed, since only keys made\nTRUSTED by the security officer may ever wrap a lot key.",
-					Flags: []cli.Flag{cmdline.Token, &cli.StringFlag{Name: "transport-key", Usage: "the operator's transport key, as `PEM`"},
+					Flags: []cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "transport-key", Usage: "the operator's transport key, as `PEM`"},
 						&cli.StringFlag{Name: "so-pin-source", Usage: "where the security officer's PIN is: file:/path, a `URI`"}, outFileFlag, cmdline.JSON},
 					Action: operatorEnroll,
 				}, {
@@ -88,6 +88,15 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 					Description: "For vault policy write MOUNT-operator-NAME -",
 					Flags:       []cli.Flag{stateFlag, &cli.StringFlag{Name: "directory", Usage: "the directory, vault:`MOUNT`"}},
 					Action:      operatorPolicy,
+				}},
+			},
+			{
+				Name: "log", Usage: "the audit log of all commands that used the token, log.jsonl in the --state folder",
+				Subcommands: []*cli.Command{{
+					Name: "verify", Usage: "find a line that was changed, removed or moved",
+					Description: "Needs no token. Each line holds the SHA-256 of the line before, and the token signs the last line at the end of each command. Keep copies of\nlog.head.jws elsewhere: who can replace the whole folder by an earlier one can go back to that.",
+					Flags:       []cli.Flag{manufacturerFlag, stateFlag, cmdline.JSON},
+					Action:      logVerify,
 				}},
 			},
 			{
@@ -160,13 +169,43 @@ func withLine(c *cli.Context, f func(*hsmkeys.Token, *factory.Line) error) error
 	if err != nil {
 		return err
 	}
-	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
+	return withToken(c, func(token *hsmkeys.Token) error {
 		line, err := factory.NewLine(token, store)
 		if err != nil {
 			return err
 		}
 		return f(token, line)
 	})
+}
+
+// withToken runs f with the token, and puts down in the audit log who did what with it. A command that cannot be put down
+// is not run.
+func withToken(c *cli.Context, f func(*hsmkeys.Token) error) error {
+	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
+		return logged(c, token.Serial(), func() error { return f(token) }, func(head *factory.LogHead) error {
+			return factory.SignLog(c.String("state"), token, head)
+		})
+	})
+}
+
+func logged(c *cli.Context, token string, f func() error, sign func(*factory.LogHead) error) error {
+	state, command := c.String("state"), append([]string{"factory"}, os.Args[1:]...)
+	if _, err := factory.AppendLog(state, command, token, factory.Begun); err != nil {
+		return err
+	}
+	err := f()
+	result := factory.Done
+	if err != nil {
+		result = err.Error()
+	}
+	head, lerr := factory.AppendLog(state, command, token, result)
+	if lerr == nil {
+		lerr = sign(head)
+	}
+	if lerr != nil && err == nil {
+		return fmt.Errorf("the command is done, but not in the audit log: %w", lerr)
+	}
+	return err
 }
 
 func openDirectory(c *cli.Context) (directory.Store, error) {
@@ -177,7 +216,7 @@ func openDirectory(c *cli.Context) (directory.Store, error) {
 }
 
 func initLine(c *cli.Context) error {
-	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
+	return withToken(c, func(token *hsmkeys.Token) error {
 		pem, keyID, created, err := factory.Init(c.Context, token)
 		if err != nil {
 			return err
@@ -199,7 +238,7 @@ func initLine(c *cli.Context) error {
 }
 
 func doctor(c *cli.Context) error {
-	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
+	return withToken(c, func(token *hsmkeys.Token) error {
 		report, err := token.DoctorFactory(c.Context, factory.Keys(token)...)
 		if err != nil {
 			return err
@@ -220,7 +259,7 @@ func fixtureEnroll(c *cli.Context) error {
 	if err != nil {
 		return fmt.Errorf("the fixture's key %s: %w", c.String("fixture-key"), err)
 	}
-	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
+	return withToken(c, func(token *hsmkeys.Token) error {
 		line, err := factory.NewLine(token, nil)
 		if err != nil {
 			return err
@@ -260,7 +299,19 @@ func operatorEnroll(c *cli.Context) error {
 		return fmt.Errorf("the operator's transport key %s: %w", c.String("transport-key"), err)
 	}
 	name := c.Args().First()
-	jws, created, err := factory.EnrollOperator(c.Context, c.String("token"), c.String("so-pin-source"), name, transport)
+	var jws []byte
+	var created bool
+	// The security officer's login needs the token for itself.
+	var serial string
+	if err := cmdline.WithToken(c, func(token *hsmkeys.Token) error { serial = token.Serial(); return nil }); err != nil {
+		return err
+	}
+	err = logged(c, serial, func() (err error) {
+		jws, created, err = factory.EnrollOperator(c.Context, c.String("token"), c.String("so-pin-source"), name, transport)
+		return err
+	}, func(head *factory.LogHead) error {
+		return cmdline.WithToken(c, func(token *hsmkeys.Token) error { return factory.SignLog(c.String("state"), token, head) })
+	})
 	if err != nil {
 		return err
 	}
@@ -425,15 +476,41 @@ func dirExists(path string) bool {
 	return err == nil && info.IsDir()
 }
 
-func verify(c *cli.Context, f func(directory.Store, *directory.Verifier, func(int)) (*factory.Verification, error)) error {
+func logVerify(c *cli.Context) error {
+	verifier, err := manufacturer(c)
+	if err != nil {
+		return err
+	}
+	r, err := factory.VerifyLog(c.String("state"), verifier)
+	if err != nil {
+		return err
+	}
+	return cmdline.Print(c, r, func(w io.Writer) {
+		for _, e := range r.Interrupted {
+			fmt.Fprintf(w, "line %d, begun and not ended: %s, %s, %s\n", e.Seq, e.Time.Format(time.RFC3339), e.Who, strings.Join(e.Command, " "))
+		}
+		fmt.Fprintf(w, "%d lines, whole and in order; signed up to line %d\n", r.Lines, r.Signed)
+	})
+}
+
+// manufacturer is the public key of --manufacturer, or of its default.
+func manufacturer(c *cli.Context) (*directory.Verifier, error) {
 	path := cmp.Or(c.String("manufacturer"), filepath.Join(c.String("state"), "manufacturer.pem"))
 	pem, err := cmdline.ReadFile(path)
 	if err != nil {
-		return fmt.Errorf("the manufacturer's public key, --manufacturer: %w", err)
+		return nil, fmt.Errorf("the manufacturer's public key, --manufacturer: %w", err)
 	}
-	verifier, err := directory.ParseVerifier(pem)
+	v, err := directory.ParseVerifier(pem)
 	if err != nil {
-		return fmt.Errorf("%s: %w", path, err)
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return v, nil
+}
+
+func verify(c *cli.Context, f func(directory.Store, *directory.Verifier, func(int)) (*factory.Verification, error)) error {
+	verifier, err := manufacturer(c)
+	if err != nil {
+		return err
 	}
 	store, err := openDirectory(c)
 	if err != nil {

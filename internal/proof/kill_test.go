@@ -21,9 +21,9 @@ func TestKilledWhilePublishing(t *testing.T) {
 	server.Mount(t, "kme", "2")
 	w := newWorld(t, nil, "VAULT_ADDR="+server.Addr, "VAULT_TOKEN="+server.Root)
 	w.run(w.factory, "factory", "init")
-	shards, size, rounds, window := 50, 32, 20, 200
+	shards, size, rounds, window := 50, 100, 20, 150
 	if os.Getenv("KMEHSM_SOAK") != "" { // make soak
-		shards, size, rounds, window = 400, 50, 200, 100
+		shards, size, rounds, window = 400, 50, 200, 130
 	}
 	w.run(w.factory, "factory", "lot", "create", "L1", "--directory", "vault:kme", "--tac", "35209900", "--first", "0", "--count", fmt.Sprint(shards*size),
 		"--bits", "2048", "--shard-size", fmt.Sprint(size))
@@ -52,8 +52,8 @@ func TestKilledWhilePublishing(t *testing.T) {
 	if interrupted < rounds/2 {
 		t.Errorf("only %d runs were killed before they had ended, so that this test sees little", interrupted)
 	}
-	w.run(w.factory, "factory", provision...)
-
+	t.Log(strings.SplitN(w.run(w.factory, "factory", provision...), "\n", 2)[0])
+	w.run(w.factory, "factory", "log", "verify")
 	w.run(w.factory, "factory", "lot", "verify", "L1", "--directory", "vault:kme", "--injection", "injection")
 
 	client := server.Client(t, server.Root)

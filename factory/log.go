@@ -1,0 +1,181 @@
+package factory
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"os/user"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/durable"
+)
+
+// A LogEntry is a line of the audit log, STATE/log.jsonl: a command that has begun, or how one has ended. Previous chains the
+// lines, and the token signs the last one at the end of each command (STATE/log.head.jws); so a line that was changed,
+// removed or moved shows.
+type LogEntry struct {
+	Seq      int       `json:"seq"` // counts up from 1
+	Time     time.Time `json:"time"`
+	Who      string    `json:"who"` // the operating system's user, and the machine
+	Process  int       `json:"process"`
+	Command  []string  `json:"command"`         // as it was called; no secret is ever on a command line
+	Token    string    `json:"token,omitempty"` // serial number
+	Result   string    `json:"result"`          // begun, done, or the error
+	Previous string    `json:"previous"`        // SHA-256 of the line before, hex; of no bytes for the first
+}
+
+// Begun and Done are results; any other is an error's text.
+const (
+	Begun = "begun"
+	Done  = "done"
+)
+
+// A LogHead is a line of the log, as the token signs it.
+type LogHead struct {
+	Seq    int    `json:"seq"`
+	SHA256 string `json:"sha256"` // of the line, hex
+}
+
+const (
+	logFile  = "log.jsonl"
+	headFile = "log.head.jws"
+	maxEntry = 64 << 10
+)
+
+func lineDigest(line []byte) string {
+	sum := sha256.Sum256(line)
+	return hex.EncodeToString(sum[:])
+}
+
+// AppendLog adds a line to the audit log in the state folder, durably. Several processes may.
+func AppendLog(state string, command []string, token, result string) (*LogHead, error) {
+	if err := durable.MkdirAll(state, 0o755); err != nil {
+		return nil, err
+	}
+	var head *LogHead
+	who := "?"
+	if u, err := user.Current(); err == nil {
+		who = u.Username
+	}
+	host, _ := os.Hostname()
+	err := durable.AppendLine(filepath.Join(state, logFile), 0o600, func(last []byte) ([]byte, error) {
+		var before LogEntry
+		if last != nil {
+			if err := json.Unmarshal(last, &before); err != nil {
+				return nil, errors.New("its last line is damaged: see factory log verify")
+			}
+		}
+		line, err := json.Marshal(LogEntry{
+			before.Seq + 1, time.Now().UTC(), who + "@" + host, os.Getpid(), command, token, result, lineDigest(last),
+		})
+		if len(line) > maxEntry {
+			err = errors.New("the command line is too long for it")
+		}
+		head = &LogHead{before.Seq + 1, lineDigest(line)}
+		return line, err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("the audit log %s cannot be written: %w", filepath.Join(state, logFile), err)
+	}
+	return head, nil
+}
+
+// SignLog has the token sign a line of the audit log, the last one of a command. A token without a signing key, before
+// factory init, signs nothing yet. Where commands run side by side, the one that ends last signs last, maybe not the
+// last line: the next command's signature covers that.
+func SignLog(state string, token Token, head *LogHead) error {
+	if _, err := token.Signer(signingKey); errors.Is(err, hsmkeys.ErrNoKey) {
+		return nil
+	}
+	signer, err := openSigner(token)
+	if err != nil {
+		return err
+	}
+	jws, err := signer.Sign(directory.TypeLogHead, head)
+	if err != nil {
+		return err
+	}
+	return durable.WriteFile(filepath.Join(state, headFile), jws, 0o600)
+}
+
+// A LogReport is what VerifyLog found of a log that is whole.
+type LogReport struct {
+	Lines       int        `json:"lines"`
+	Signed      int        `json:"signed"`      // up to this line the token vouches for it
+	Interrupted []LogEntry `json:"interrupted"` // commands that have begun and not ended: killed, or still at work
+}
+
+// VerifyLog checks that no line of the audit log was changed, removed or moved. Lines after the signed one, of commands
+// that were killed or are at work, are only chained.
+func VerifyLog(state string, v *directory.Verifier) (*LogReport, error) {
+	digests, entries, err := readLog(state)
+	if err != nil {
+		return nil, fmt.Errorf("the audit log %s: %w", filepath.Join(state, logFile), err)
+	}
+	path := filepath.Join(state, headFile)
+	jws, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("the signature over the audit log: %w", err)
+	}
+	var head LogHead
+	if err := v.Verify(directory.TypeLogHead, path, jws, &head); err != nil {
+		return nil, err
+	}
+	if head.Seq < 1 || head.Seq > len(digests) {
+		return nil, fmt.Errorf("the audit log has %d lines, and the token has signed line %d: lines were removed at its end", len(digests), head.Seq)
+	}
+	if digests[head.Seq-1] != head.SHA256 {
+		return nil, fmt.Errorf("line %d of the audit log is not the one that the token has signed: it, or one before it, was changed", head.Seq)
+	}
+	r := &LogReport{Lines: len(digests), Signed: head.Seq, Interrupted: []LogEntry{}}
+	open := map[string]LogEntry{} // by machine and process
+	for _, e := range entries {
+		key := fmt.Sprintf("%s %d", e.Who, e.Process)
+		if was, ok := open[key]; ok && e.Result == Begun {
+			r.Interrupted = append(r.Interrupted, was)
+		}
+		if delete(open, key); e.Result == Begun {
+			open[key] = e
+		}
+	}
+	r.Interrupted = slices.AppendSeq(r.Interrupted, maps.Values(open))
+	slices.SortFunc(r.Interrupted, func(a, b LogEntry) int { return a.Seq - b.Seq })
+	return r, nil
+}
+
+// readLog gives the digests of all lines of a log that is a chain, and its entries.
+func readLog(state string) (digests []string, entries []LogEntry, err error) {
+	f, err := os.Open(filepath.Join(state, logFile))
+	if err != nil {
+		return nil, nil, err
+	}
+	defer f.Close()
+	previous := lineDigest(nil)
+	in := bufio.NewScanner(f)
+	in.Buffer(nil, maxEntry+1)
+	for in.Scan() {
+		n := len(digests) + 1
+		d := json.NewDecoder(bytes.NewReader(in.Bytes()))
+		d.DisallowUnknownFields()
+		var e LogEntry
+		if err := d.Decode(&e); err != nil {
+			return nil, nil, fmt.Errorf("line %d is no line of the log: %w", n, err)
+		}
+		if e.Seq != n || e.Previous != previous {
+			return nil, nil, fmt.Errorf("line %d, which says that it is number %d, does not follow the line before it: a line was changed, removed or moved", n, e.Seq)
+		}
+		previous = lineDigest(in.Bytes())
+		digests, entries = append(digests, previous), append(entries, e)
+	}
+	return digests, entries, in.Err()
+}

@@ -1,0 +1,157 @@
+package factory
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+)
+
+func TestLog(t *testing.T) {
+	line, _, token := newLine(t)
+	state := filepath.Join(t.TempDir(), "state")
+	entry := func(result string) *LogHead {
+		t.Helper()
+		return must(AppendLog(state, []string{"factory", "lot", "list"}, token.Serial(), result))
+	}
+	for range 3 {
+		entry(Begun)
+		if err := SignLog(state, token, entry(Done)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	killed := entry(Begun)
+	entry(Begun)
+	if err := SignLog(state, token, entry("it failed")); err != nil {
+		t.Fatal(err)
+	}
+	entry(Begun) // still at work
+	r, err := VerifyLog(state, line.verifier)
+	if err != nil || r.Lines != 10 || r.Signed != 9 || len(r.Interrupted) != 2 || r.Interrupted[0].Seq != killed.Seq || r.Interrupted[1].Seq != 10 {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	if e := r.Interrupted[0]; e.Token != token.Serial() || !slices.Equal(e.Command, []string{"factory", "lot", "list"}) || e.Who == "" || e.Time.IsZero() {
+		t.Errorf("%+v", e)
+	}
+	path, head := filepath.Join(state, logFile), filepath.Join(state, headFile)
+	if info := must(os.Stat(path)); info.Mode().Perm() != 0o600 {
+		t.Errorf("mode %v", info.Mode())
+	}
+	whole, signed := must(os.ReadFile(path)), must(os.ReadFile(head))
+	lines := bytes.SplitAfter(bytes.TrimSuffix(whole, []byte("\n")), []byte("\n"))
+	lines[9] = append(lines[9], '\n')
+	without := func(i int) []byte { return bytes.Join(slices.Delete(slices.Clone(lines), i, i+1), nil) }
+	for name, c := range map[string]struct {
+		log  []byte
+		want string
+	}{
+		"a line changed":              {bytes.Replace(whole, []byte(`"it failed"`), []byte(`"done"`), 1), "line 10"},
+		"the signed line changed":     {bytes.Replace(bytes.Join(lines[:9], nil), []byte(`"it failed"`), []byte(`"done"`), 1), "line 9"},
+		"the first line removed":      {without(0), "line 1,"},
+		"a line removed":              {without(4), "line 5,"},
+		"lines swapped":               {slices.Concat(lines[0], lines[2], lines[1], bytes.Join(lines[3:], nil)), "line 2,"},
+		"a line twice":                {slices.Concat(lines[0], lines[0], bytes.Join(lines[1:], nil)), "line 2,"},
+		"lines removed at the end":    {bytes.Join(lines[:8], nil), "removed at its end"},
+		"all removed":                 {nil, "removed at its end"},
+		"an unknown field":            {bytes.Replace(whole, []byte(`{"seq":1,`), []byte(`{"seq":1,"x":1,`), 1), "line 1 is no line"},
+		"what is no JSON":             {append(bytes.Clone(whole), "hello\n"...), "line 11 is no line"},
+		"a whole chain made anew":     {anew(t, 12), "not the one that the token has signed"},
+		"a line as long as no line":   {append(bytes.Clone(whole), bytes.Repeat([]byte("x"), 2*maxEntry)...), "too long"},
+		"another line with its digit": {bytes.Replace(whole, []byte(`"seq":3,`), []byte(`"seq":4,`), 1), "line 3,"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if err := os.WriteFile(path, c.log, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := VerifyLog(state, line.verifier); err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("%v does not say %q", err, c.want)
+			}
+		})
+	}
+	if err := os.WriteFile(path, whole, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Run("the signature changed", func(t *testing.T) {
+		defer os.WriteFile(head, signed, 0o600)
+		other := bytes.Clone(signed)
+		other[len(other)/2] ^= 1
+		if err := os.WriteFile(head, other, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := VerifyLog(state, line.verifier); err == nil {
+			t.Error("accepted")
+		}
+	})
+	// A crash in the middle of a line: the line never counted, and the next one takes its place.
+	if err := os.WriteFile(path, append(bytes.Clone(whole), lines[0][:20]...), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := SignLog(state, token, entry(Done)); err != nil {
+		t.Fatal(err)
+	}
+	if r, err := VerifyLog(state, line.verifier); err != nil || r.Lines != 11 || r.Signed != 11 || len(r.Interrupted) != 1 {
+		t.Errorf("%+v, %v", r, err)
+	}
+}
+
+// anew is a log that is a chain, but not the one that was signed.
+func anew(t *testing.T, n int) []byte {
+	t.Helper()
+	dir := t.TempDir()
+	for range n {
+		must(AppendLog(dir, []string{"other"}, "", Done))
+	}
+	return must(os.ReadFile(filepath.Join(dir, logFile)))
+}
+
+// Many at once, with lines of all lengths: still one chain.
+func TestLogConcurrently(t *testing.T) {
+	dir := t.TempDir()
+	var all sync.WaitGroup
+	for i := range 8 {
+		all.Go(func() {
+			for j := range 10 {
+				if _, err := AppendLog(dir, []string{strings.Repeat("x", i*j*100)}, "", Done); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	all.Wait()
+	if digests, _, err := readLog(dir); err != nil || len(digests) != 80 {
+		t.Error(len(digests), err)
+	}
+	if _, err := AppendLog(dir, []string{strings.Repeat("x", maxEntry)}, "", Done); err == nil {
+		t.Error("a line that could not be read again was written")
+	}
+}
+
+// A log that is not ours is refused, and never panics.
+func FuzzReadLog(f *testing.F) {
+	dir := f.TempDir()
+	for range 3 {
+		must(AppendLog(dir, []string{"factory", "init"}, "1", Begun))
+	}
+	f.Add(must(os.ReadFile(filepath.Join(dir, logFile))))
+	f.Add([]byte("{}\n"))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		state := t.TempDir()
+		if err := os.WriteFile(filepath.Join(state, logFile), data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		before, _, err := readLog(state)
+		if err != nil {
+			return
+		}
+		// What reads as a chain can be appended to, and is one still.
+		if _, err := AppendLog(state, nil, "", Done); err != nil {
+			return // its last line was cut short, or too long
+		}
+		if after, _, err := readLog(state); err == nil && len(after) < len(before) {
+			t.Errorf("%d lines became %d", len(before), len(after))
+		}
+	})
+}
