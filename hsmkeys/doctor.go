@@ -3,8 +3,11 @@ package hsmkeys
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"github.com/miekg/pkcs11"
+
+	"github.com/kmehsm/kmehsm/kme"
 )
 
 // A Finding is one line of the doctor's report.
@@ -15,6 +18,7 @@ type Finding struct {
 	// Required is false where something else does instead.
 	Required    bool   `json:"required"`
 	Consequence string `json:"consequence,omitempty"` // what follows, where it is not there
+	Measured    string `json:"measured,omitempty"`    // how long it takes
 }
 
 // A need is a mechanism that a role cannot do without, or that it prefers.
@@ -55,12 +59,138 @@ var operatorNeeds = []need{
 
 // DoctorFactory says what the token can and cannot do as a manufacturer's.
 func (t *Token) DoctorFactory(ctx context.Context, keys ...Key) ([]Finding, error) {
-	return t.doctor(ctx, factoryNeeds, keys)
+	report, err := t.doctor(ctx, factoryNeeds, keys)
+	if err != nil {
+		return nil, err
+	}
+	// Without one of the mechanisms or keys it cannot be tried; the report says so already.
+	injection := -1
+	for i, k := range keys {
+		if k.Role == RoleInjection {
+			injection = i
+		}
+	}
+	tries := []Finding{}
+	if injection >= 0 {
+		f := Finding{Check: "device key made, wrapped, destroyed", For: "lot provision, on one session", Required: true}
+		err := f.measure(20, func() error { _, _, err := t.MakeDeviceKey(ctx, kme.SuiteECDSA, keys[injection]); return err })
+		if err != nil {
+			f.Consequence = err.Error()
+		}
+		tries = append(tries, f)
+	}
+	policies, err := t.tryPolicies(ctx)
+	return append(append(report, tries...), policies...), err
 }
 
 // DoctorOperator says what the token can and cannot do as an operator's.
 func (t *Token) DoctorOperator(ctx context.Context) ([]Finding, error) {
-	return t.doctor(ctx, operatorNeeds, []Key{transportKey, storageKey, ledgerKey})
+	report, err := t.doctor(ctx, operatorNeeds, []Key{transportKey, storageKey, ledgerKey})
+	if err != nil {
+		return nil, err
+	}
+	policies, err := t.tryPolicies(ctx)
+	return append(report, policies...), err
+}
+
+// measure runs do n times, and says how long one takes. The first error is the finding.
+func (f *Finding) measure(n int, do func() error) error {
+	start := time.Now()
+	for range n {
+		if err := do(); err != nil {
+			return err
+		}
+	}
+	each := time.Since(start) / time.Duration(n)
+	f.OK, f.Measured = true, fmt.Sprintf("%s each, %.0f a second", each.Round(time.Microsecond), float64(time.Second)/float64(each))
+	return nil
+}
+
+// tryPolicies tries what the design relies on for the secrecy of lot keys, with session objects that are gone afterwards: a
+// pair as a lot's, and an AES key that nobody trusts.
+func (t *Token) tryPolicies(ctx context.Context) (report []Finding, err error) {
+	err = t.with(ctx, func(s *session) error {
+		made := []pkcs11.ObjectHandle{}
+		defer func() {
+			for _, h := range made {
+				s.DestroyObject(s.h, h) // it would end with the session
+			}
+		}()
+		lotLike := func(extractable bool) (pkcs11.ObjectHandle, pkcs11.ObjectHandle, error) {
+			public := append(rsaPublic(2048), attr(pkcs11.CKA_ENCRYPT, true))
+			private := join(guarded(extractable), use(privateUsages, pkcs11.CKA_DECRYPT), attributes{attr(pkcs11.CKA_TOKEN, false)})
+			if extractable {
+				private = append(private, attr(pkcs11.CKA_WRAP_WITH_TRUSTED, true))
+			}
+			pub, priv, err := s.GenerateKeyPair(s.h, mechanism(pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN), public, private)
+			if err == nil {
+				made = append(made, pub, priv)
+			}
+			return pub, priv, err
+		}
+		pub, priv, err := lotLike(true)
+		if err != nil {
+			report = append(report, Finding{Check: "CKA_WRAP_WITH_TRUSTED on a new RSA key", For: "lot keys", Required: true, Consequence: explain("make one", err).Error()})
+			return nil
+		}
+		decrypt := Finding{Check: "raw RSA-2048 decryption", For: "payloads, and the proof of a new lot key, on one session", Required: true}
+		if key, rerr := readRSA(s, pub); rerr != nil {
+			decrypt.Consequence = rerr.Error()
+		} else {
+			block := make([]byte, key.Size())
+			block[key.Size()-1] = 2
+			if err := decrypt.measure(20, func() error {
+				if err := s.DecryptInit(s.h, mechanism(pkcs11.CKM_RSA_X_509), priv); err != nil {
+					return explain("start", err)
+				}
+				_, err := s.Decrypt(s.h, block)
+				return explainIf("decrypt", err)
+			}); err != nil {
+				decrypt.Consequence = err.Error()
+			}
+		}
+		report = append(report, decrypt)
+
+		_, rerr := s.GetAttributeValue(s.h, priv, attributes{attr(pkcs11.CKA_PRIME_1, nil)})
+		report = append(report, refusedTo(rerr, "read CKA_PRIME_1 of a SENSITIVE key", "P and Q stay in the token"))
+		_, sealed, err := lotLike(false)
+		if err != nil {
+			return explain("make a key that cannot be extracted", err)
+		}
+		report = append(report, refusedTo(s.SetAttributeValue(s.h, sealed, attributes{attr(pkcs11.CKA_EXTRACTABLE, true)}), "set CKA_EXTRACTABLE again", "a sealed lot stays sealed"))
+
+		wrapper, err := s.GenerateKey(s.h, mechanism(pkcs11.CKM_AES_KEY_GEN), join(guarded(false), use(usages, pkcs11.CKA_WRAP), attributes{attr(pkcs11.CKA_TOKEN, false), attr(pkcs11.CKA_VALUE_LEN, 32)}))
+		if err != nil {
+			report = append(report, Finding{Check: "an AES key that wraps", For: "injection key and KEKs", Required: true, Consequence: explain("make one", err).Error()})
+			return nil
+		}
+		made = append(made, wrapper)
+		for _, w := range []struct {
+			key         pkcs11.ObjectHandle
+			what, means string
+		}{
+			{priv, "wrap a WRAP_WITH_TRUSTED key under another", "lot keys leave only under a KEK that the security officer made"},
+			{sealed, "wrap a key that is not EXTRACTABLE", "a sealed lot stays sealed"},
+		} {
+			_, werr := s.WrapKey(s.h, mechanism(pkcs11.CKM_AES_KEY_WRAP_PAD), wrapper, w.key)
+			f := refusedTo(werr, w.what, w.means)
+			if isCKR(werr, pkcs11.CKR_MECHANISM_INVALID) {
+				f.OK, f.Consequence = false, "it cannot be tried without CKM_AES_KEY_WRAP_PAD"
+			}
+			report = append(report, f)
+		}
+		return nil
+	})
+	return report, err
+}
+
+// refusedTo is the finding about what the token must not do.
+func refusedTo(err error, what, means string) Finding {
+	f := Finding{Check: "refuses to " + what, For: means, OK: err != nil, Required: true}
+	if err == nil {
+		f.Consequence = "the token does it: do not use this token for lots"
+	}
+	return f
 }
 
 func (t *Token) doctor(ctx context.Context, needs []need, keys []Key) ([]Finding, error) {

@@ -637,3 +637,49 @@ func TestOpenRefuses(t *testing.T) {
 		t.Error("a weak transport key was taken")
 	}
 }
+
+// SoftHSM is initialised anew after so many uses, under all that goes on: nothing fails by it, signers and keys are found again.
+func TestRenew(t *testing.T) {
+	token := open(t, softhsmtest.Token(t))
+	injection, signing := Key{Role: RoleInjection, Manufacturer: "m"}, Key{Role: RoleSigning}
+	if token.renewAfter.Load() != softHSMRenewal {
+		t.Error("SoftHSM is not renewed")
+	}
+	_, err := token.EnsureInjectionKey(t.Context(), injection)
+	_, serr := token.EnsureSigningKey(t.Context(), signing)
+	if err := errors.Join(err, serr); err != nil {
+		t.Fatal(err)
+	}
+	s, err := token.Signer(signing)
+	if err != nil {
+		t.Fatal(err)
+	}
+	first := token.signers
+	token.renewAfter.Store(25)
+	var all sync.WaitGroup
+	for range 6 {
+		all.Go(func() {
+			for range 50 {
+				if _, _, err := token.MakeDeviceKey(t.Context(), kme.SuiteECDSA, injection); err != nil {
+					t.Error(err)
+				}
+				digest := sha256.Sum256([]byte("x"))
+				sig, err := s.Sign(rand.Reader, digest[:], crypto.SHA256)
+				if err != nil || !ecdsa.VerifyASN1(s.Public().(*ecdsa.PublicKey), digest[:], sig) {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	all.Wait()
+	if token.signers == first {
+		t.Error("the module was not initialised anew")
+	}
+	// A PIN that is gone is no reason to stop.
+	token.pin = "file:/nowhere"
+	for range 30 {
+		if _, _, err := token.MakeDeviceKey(t.Context(), kme.SuiteECDSA, injection); err != nil {
+			t.Fatal(err)
+		}
+	}
+}

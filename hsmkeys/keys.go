@@ -9,8 +9,11 @@ import (
 	"encoding/asn1"
 	"errors"
 	"fmt"
+	"io"
 	"math/big"
+	"sync"
 
+	"github.com/ThalesGroup/crypto11"
 	"github.com/miekg/pkcs11"
 
 	"github.com/kmehsm/kmehsm/kme"
@@ -206,8 +209,58 @@ func readP256(s *session, h pkcs11.ObjectHandle) (*ecdsa.PublicKey, error) {
 	return ecdsa.ParseUncompressedPublicKey(elliptic.P256(), point)
 }
 
-// Signer is the signing key k as a crypto.Signer.
+// A signer signs with a key of a token, and finds it again when the module was initialised anew.
+type signer struct {
+	t      *Token
+	k      Key
+	public crypto.PublicKey
+
+	mu    sync.Mutex
+	made  crypto.Signer     // guarded by mu
+	under *crypto11.Context // that made is of; guarded by mu
+}
+
+func (s *signer) Public() crypto.PublicKey { return s.public }
+
+func (s *signer) Sign(random io.Reader, digest []byte, o crypto.SignerOpts) (signature []byte, err error) {
+	// crypto11 has sessions of its own; ours is held so that the module stays.
+	err = s.t.with(context.Background(), func(*session) error {
+		made, err := s.current()
+		if err == nil {
+			signature, err = made.Sign(random, digest, o)
+		}
+		return err
+	})
+	return signature, err
+}
+
+func (s *signer) current() (crypto.Signer, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.under == s.t.signers {
+		return s.made, nil
+	}
+	made, err := s.t.findSigner(s.k)
+	if err == nil {
+		s.made, s.under = made, s.t.signers
+	}
+	return made, err
+}
+
+// Signer is the signing key k as a crypto.Signer, good for as long as the token is open.
 func (t *Token) Signer(k Key) (crypto.Signer, error) {
+	s := &signer{t: t, k: k}
+	err := t.with(context.Background(), func(*session) error {
+		made, err := s.current()
+		if err == nil {
+			s.public = made.Public()
+		}
+		return err
+	})
+	return s, err
+}
+
+func (t *Token) findSigner(k Key) (crypto.Signer, error) {
 	signers, err := t.signers.FindKeyPairs(k.ID(), nil)
 	switch {
 	case err != nil:

@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"github.com/ThalesGroup/crypto11"
 	"github.com/miekg/pkcs11"
@@ -68,10 +69,16 @@ type Token struct {
 
 	// crypto11 owns C_Initialize and C_Finalize, since it insists on making the first and counts its users in the
 	// process. It never gets the PIN: a login is the token's, not a session's, so ours serves it too.
-	signers *crypto11.Context
+	signers *crypto11.Context // used by who holds an entry of idle
+	config  *crypto11.Config
+	pin     string // its source, a URI; empty for the security officer's
 
 	// idle holds as many entries as there may be sessions; nil stands for one that is not open yet.
 	idle chan *session
+
+	// renewAfter is for how many uses of a session the module is kept; 0 for ever.
+	renewAfter, uses atomic.Int64
+	renewing         sync.Mutex
 
 	mu      sync.Mutex
 	handles map[handleKey]pkcs11.ObjectHandle // guarded by mu
@@ -111,7 +118,56 @@ func Open(ctx context.Context, tokenURI string) (*Token, error) {
 		t.Close()
 		return nil, explain("log in to "+t.String(), err)
 	}
+	if t.pin = u.pinSource; strings.HasPrefix(t.info.ManufacturerID, "SoftHSM") {
+		t.renewAfter.Store(softHSMRenewal)
+	}
 	return t, nil
+}
+
+// softHSMRenewal is after how many uses the module is initialised anew. SoftHSM 2.6.1 keeps some 250 bytes of each session
+// object that ever was, until C_Finalize: 490 bytes a device key, and half a gigabyte for a lot of a million.
+const softHSMRenewal = 100_000
+
+// renew takes the module through C_Finalize and C_Initialize, and logs in again. Calls wait for it; none is under way, since it
+// holds all entries of idle. It leaves all as it is if the PIN cannot be read any more.
+func (t *Token) renew() error {
+	// Two at once would each hold half of the entries and wait for the other's.
+	if !t.renewing.TryLock() {
+		return nil
+	}
+	defer t.renewing.Unlock()
+	pin, err := readPIN(t.pin)
+	if err != nil {
+		return err
+	}
+	for range cap(t.idle) {
+		if s := <-t.idle; s != nil {
+			s.CloseSession(s.h)
+		}
+	}
+	defer func() {
+		for range cap(t.idle) {
+			t.idle <- nil
+		}
+	}()
+	t.mu.Lock()
+	clear(t.handles) // they end with the login
+	t.mu.Unlock()
+	if err := t.signers.Close(); err != nil {
+		return explain("end the module", err)
+	}
+	signers, err := crypto11.Configure(t.config)
+	if err != nil {
+		return fmt.Errorf("the PKCS #11 module cannot be initialised again: %w", err)
+	}
+	t.signers = signers
+	if info, err := t.module.GetTokenInfo(t.slot); err != nil || info.SerialNumber != t.info.SerialNumber {
+		return fmt.Errorf("%s is not in its slot any more: %w", t, errors.Join(err, ErrNoKey))
+	}
+	if err := t.login(pkcs11.CKU_USER, pin); err != nil && !isCKR(err, pkcs11.CKR_USER_ALREADY_LOGGED_IN) {
+		return explain("log in again to "+t.String(), err)
+	}
+	return nil
 }
 
 // connect finds the token and prepares the pool, without logging in.
@@ -127,7 +183,7 @@ func connect(u *uri) (*Token, error) {
 		}
 		return nil, fmt.Errorf("the PKCS #11 module %s cannot be used: %w", u.module, err)
 	}
-	t := &Token{module: pkcs11.New(u.module), signers: signers, handles: map[handleKey]pkcs11.ObjectHandle{}}
+	t := &Token{module: pkcs11.New(u.module), signers: signers, config: config, handles: map[handleKey]pkcs11.ObjectHandle{}}
 	if t.module == nil {
 		signers.Close()
 		return nil, fmt.Errorf("the PKCS #11 module %s cannot be loaded", u.module)
@@ -228,6 +284,15 @@ func (t *Token) openSession() (*session, error) {
 
 // with runs f on a session of the pool.
 func (t *Token) with(ctx context.Context, f func(*session) error) error {
+	err := t.run(ctx, f)
+	if after := t.renewAfter.Load(); after > 0 && t.uses.Add(1)%after == 0 {
+		// What goes wrong with it, the next call says.
+		t.renew()
+	}
+	return err
+}
+
+func (t *Token) run(ctx context.Context, f func(*session) error) error {
 	var s *session
 	select {
 	case s = <-t.idle:

@@ -27,9 +27,12 @@ func PrintFindings(c *cli.Context, token string, report []hsmkeys.Finding) error
 			case !f.OK:
 				mark = "no"
 			}
-			fmt.Fprintf(w, "%-4s %-34s %s\n", mark, f.Check, f.For)
+			fmt.Fprintf(w, "%-4s %-52s %s\n", mark, f.Check, f.For)
+			if f.Measured != "" {
+				fmt.Fprintf(w, "     %-52s %s\n", "", f.Measured)
+			}
 			if f.Consequence != "" {
-				fmt.Fprintf(w, "     %-34s -> %s\n", "", f.Consequence)
+				fmt.Fprintf(w, "     %-52s -> %s\n", "", f.Consequence)
 			}
 		}
 	})

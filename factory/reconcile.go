@@ -1,0 +1,208 @@
+package factory
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/durable"
+)
+
+// A Difference is a place where journal, injection packages, directory and token do not agree.
+type Difference struct {
+	Shard    int    `json:"shard"` // -1: of the lot as a whole
+	What     string `json:"what"`
+	Remedy   string `json:"remedy"`
+	Safe     bool   `json:"safe"` // Reconcile can do it: no key is lost by it, and none published that was not made for it
+	Repaired bool   `json:"repaired"`
+	repair   func() error
+}
+
+// A Reconciliation is what Reconcile found.
+type Reconciliation struct {
+	Lot         string       `json:"lot"`
+	Agreed      int          `json:"agreed"`  // shards that are everywhere, and everywhere the same
+	Pending     int          `json:"pending"` // shards that are nowhere yet: lot provision makes them
+	Differences []Difference `json:"differences"`
+}
+
+// Open is how many differences are left.
+func (r *Reconciliation) Open() (n int) {
+	for _, d := range r.Differences {
+		if !d.Repaired {
+			n++
+		}
+	}
+	return n
+}
+
+// Reconcile compares what the journal in state, the injection packages below out, the directory and the token have of a lot,
+// and says of each difference what is to be done. With repair it does what is safe. Nobody else may be at work on the
+// lot in these folders.
+func (l *Line) Reconcile(ctx context.Context, lot, state, out string, repair bool) (*Reconciliation, error) {
+	m, err := l.Lot(ctx, lot)
+	if err != nil {
+		return nil, err
+	}
+	j, err := openJournal(ctx, state, l.Manufacturer())
+	if err != nil {
+		return nil, err
+	}
+	defer j.close()
+	entries, err := j.entries(ctx, lot)
+	if err != nil {
+		return nil, err
+	}
+	r := &Reconciliation{Lot: lot, Differences: []Difference{}}
+	if err := l.token.ProveLotKey(ctx, l.lotKey(lot), m.PublicKey()); err != nil {
+		r.Differences = append(r.Differences, Difference{Shard: -1, What: fmt.Sprintf("token: %v", err),
+			Remedy: "use the token that the lot was made in, or a copy of it: without its key, nobody can be granted the lot any more"})
+	}
+	dir := filepath.Join(out, lot)
+	if err := r.strays(m, dir); err != nil {
+		return nil, err
+	}
+	var mu sync.Mutex // guards r
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(2 * runtime.GOMAXPROCS(0))
+	for n := 0; n < m.Shards() && gctx.Err() == nil; n++ {
+		g.Go(func() error {
+			entry, known := entries[n]
+			d, pending, err := l.compare(gctx, j, m, n, filepath.Join(dir, InjectionFile(n)), entry, known)
+			mu.Lock()
+			defer mu.Unlock()
+			switch {
+			case err != nil:
+				return fmt.Errorf("shard %d of lot %s: %w", n, lot, err)
+			case d != nil:
+				d.Shard, d.Safe = n, d.repair != nil
+				r.Differences = append(r.Differences, *d)
+			case pending:
+				r.Pending++
+			default:
+				r.Agreed++
+			}
+			return nil
+		})
+	}
+	if err := errors.Join(g.Wait(), ctx.Err()); err != nil {
+		return nil, err
+	}
+	slices.SortFunc(r.Differences, func(a, b Difference) int { return a.Shard - b.Shard })
+	for i := range r.Differences {
+		d := &r.Differences[i]
+		if !repair || d.repair == nil {
+			continue
+		}
+		if err := d.repair(); err != nil {
+			return r, fmt.Errorf("shard %d of lot %s cannot be repaired: %w", d.Shard, lot, err)
+		}
+		d.Repaired = true
+	}
+	return r, nil
+}
+
+// strays are files in the lot's folder that belong to nothing.
+func (r *Reconciliation) strays(m *directory.Manifest, dir string) error {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	for _, e := range entries {
+		name, n := e.Name(), 0
+		_, serr := fmt.Sscanf(name, "injection-%d.jsonl", &n)
+		switch {
+		case serr == nil && name == InjectionFile(n) && n < m.Shards(), name == ManifestFile, name == ".lock":
+		case strings.HasPrefix(name, "reissue-") && strings.HasSuffix(name, ".jsonl"): // lot verify looks at them
+		case strings.HasPrefix(name, "."): // as renameio names what it has not yet put in place
+			path := filepath.Join(dir, name)
+			r.Differences = append(r.Differences, Difference{Shard: -1, What: path + " was left by a run that was killed", Remedy: "remove it: it never was a package",
+				Safe: true, repair: func() error { return errors.Join(os.Remove(path), durable.SyncDir(dir)) }})
+		default:
+			r.Differences = append(r.Differences, Difference{Shard: -1, What: filepath.Join(dir, name) + " belongs to nothing in the lot", Remedy: "find out where it comes from, and take it away"})
+		}
+	}
+	return err
+}
+
+// compare looks at one shard; neither difference nor pending is that all agree.
+func (l *Line) compare(ctx context.Context, j *journal, m *directory.Manifest, n int, path string, was entry, known bool) (d *Difference, pending bool, err error) {
+	object := directory.ShardPath(m.Lot, n)
+	var refused *directory.RefusedError
+	there, err := l.reader.ReadShard(ctx, m, n)
+	if errors.As(err, &refused) {
+		return &Difference{What: fmt.Sprintf("directory: %v", err), Remedy: "whoever runs the directory must bring the object back as it was, from a backup; it cannot be published anew in its place"}, false, nil
+	}
+	if err != nil && !errors.Is(err, directory.ErrNotFound) {
+		return nil, false, err
+	}
+	lines, ferr := readPackage(m, n, path)
+	var packed *directory.Shard
+	if ferr == nil {
+		packed, ferr = shardOf(m, n, lines)
+	}
+	missing := errors.Is(ferr, fs.ErrNotExist)
+	var keys []byte
+	if ferr == nil {
+		if keys, err = packed.Digest(); err != nil {
+			return nil, false, err
+		}
+	}
+	same := ferr == nil && was.keys == string(keys)
+
+	switch {
+	case there != nil && ferr != nil:
+		what := "its keys are published, and its injection package " + path + " is missing"
+		if !missing {
+			what = fmt.Sprintf("its keys are published, and %v", ferr)
+		}
+		return &Difference{What: what, Remedy: "bring the package back from where the line keeps it; if it is lost for good, factory lot reissue its devices one by one"}, false, nil
+	case there != nil && !there.Equal(packed):
+		return &Difference{What: "the keys in " + path + " are not those that are published", Remedy: "inject no device from it, and bring back the package that belongs to the published keys"}, false, nil
+	case there != nil && was.state == acknowledged && same:
+		return nil, false, nil
+	case there != nil:
+		return &Difference{What: "package and directory agree, and the journal does not know it", Remedy: "put it down in the journal",
+			repair: func() error { return j.acknowledged(m.Lot, n, keys) }}, false, nil
+
+	case ferr == nil && was.state > planned && !same:
+		return &Difference{What: "it is not published, and the keys in " + path + " are not those that the journal knows of", Remedy: "inject no device from it, and bring back the package that belongs to the journal"}, false, nil
+	case ferr == nil:
+		what := "it is made, and not published"
+		if was.state >= published {
+			what = "it was published, and the directory has lost it"
+		}
+		return &Difference{What: what, Remedy: "publish " + object + " with the keys of its package", repair: func() error {
+			jws, err := l.signer.Sign(directory.TypeShard, packed)
+			if err == nil {
+				err = j.generated(m.Lot, n, keys, jws)
+			}
+			if err == nil {
+				err = directory.PublishSigned(ctx, l.store, object, l.verifier, directory.TypeShard, jws)
+			}
+			if err == nil {
+				err = j.acknowledged(m.Lot, n, keys)
+			}
+			return err
+		}}, false, nil
+	case was.state > planned:
+		return &Difference{What: fmt.Sprintf("the journal knows of its keys, it is not published, and %v", ferr), Remedy: "bring the package back as it was: its keys may have been handed out"}, false, nil
+	case missing:
+		return nil, true, nil
+	case known: // planned: a run that was killed left it, and published nothing of it
+		return &Difference{What: ferr.Error(), Remedy: "remove it: nothing of it was published, and lot provision makes the shard anew",
+			repair: func() error { return errors.Join(os.Remove(path), durable.SyncDir(filepath.Dir(path))) }}, false, nil
+	default:
+		return &Difference{What: fmt.Sprintf("%v, and the journal never began it", ferr), Remedy: "find out where it comes from; if nothing of it was injected, remove it"}, false, nil
+	}
+}
