@@ -25,7 +25,7 @@ type Difference struct {
 	Remedy   string `json:"remedy"`
 	Safe     bool   `json:"safe"` // Reconcile can do it: no key is lost by it, and none published that was not made for it
 	Repaired bool   `json:"repaired"`
-	repair   func() error
+	repair   func(context.Context) error
 }
 
 // A Reconciliation is what Reconcile found.
@@ -104,7 +104,7 @@ func (l *Line) Reconcile(ctx context.Context, lot, state, out string, repair boo
 		if !repair || d.repair == nil {
 			continue
 		}
-		if err := d.repair(); err != nil {
+		if err := d.repair(ctx); err != nil {
 			return r, fmt.Errorf("shard %d of lot %s cannot be repaired: %w", d.Shard, lot, err)
 		}
 		d.Repaired = true
@@ -127,7 +127,7 @@ func (r *Reconciliation) strays(m *directory.Manifest, dir string) error {
 		case strings.HasPrefix(name, "."): // as renameio names what it has not yet put in place
 			path := filepath.Join(dir, name)
 			r.Differences = append(r.Differences, Difference{Shard: -1, What: path + " was left by a run that was killed", Remedy: "remove it: it never was a package",
-				Safe: true, repair: func() error { return errors.Join(os.Remove(path), durable.SyncDir(dir)) }})
+				Safe: true, repair: func(context.Context) error { return errors.Join(os.Remove(path), durable.SyncDir(dir)) }})
 		default:
 			r.Differences = append(r.Differences, Difference{Shard: -1, What: filepath.Join(dir, name) + " belongs to nothing in the lot", Remedy: "find out where it comes from, and take it away"})
 		}
@@ -173,7 +173,7 @@ func (l *Line) compare(ctx context.Context, j *journal, m *directory.Manifest, n
 		return nil, false, nil
 	case there != nil:
 		return &Difference{What: "package and directory agree, and the journal does not know it", Remedy: "put it down in the journal",
-			repair: func() error { return j.acknowledged(m.Lot, n, keys) }}, false, nil
+			repair: func(context.Context) error { return j.acknowledged(m.Lot, n, keys) }}, false, nil
 
 	case ferr == nil && was.state > planned && !same:
 		return &Difference{What: "it is not published, and the keys in " + path + " are not those that the journal knows of", Remedy: "inject no device from it, and bring back the package that belongs to the journal"}, false, nil
@@ -182,7 +182,7 @@ func (l *Line) compare(ctx context.Context, j *journal, m *directory.Manifest, n
 		if was.state >= published {
 			what = "it was published, and the directory has lost it"
 		}
-		return &Difference{What: what, Remedy: "publish " + object + " with the keys of its package", repair: func() error {
+		return &Difference{What: what, Remedy: "publish " + object + " with the keys of its package", repair: func(ctx context.Context) error {
 			jws, err := l.signer.Sign(directory.TypeShard, packed)
 			if err == nil {
 				err = j.generated(m.Lot, n, keys, jws)
@@ -201,7 +201,7 @@ func (l *Line) compare(ctx context.Context, j *journal, m *directory.Manifest, n
 		return nil, true, nil
 	case known: // planned: a run that was killed left it, and published nothing of it
 		return &Difference{What: ferr.Error(), Remedy: "remove it: nothing of it was published, and lot provision makes the shard anew",
-			repair: func() error { return errors.Join(os.Remove(path), durable.SyncDir(filepath.Dir(path))) }}, false, nil
+			repair: func(context.Context) error { return errors.Join(os.Remove(path), durable.SyncDir(filepath.Dir(path))) }}, false, nil
 	default:
 		return &Difference{What: fmt.Sprintf("%v, and the journal never began it", ferr), Remedy: "find out where it comes from; if nothing of it was injected, remove it"}, false, nil
 	}

@@ -1,0 +1,122 @@
+package proof
+
+import (
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// slotDaemon starts openCryptoki's daemon, unless one is running, and ends it with the test.
+func slotDaemon(t *testing.T) {
+	t.Helper()
+	const pidFile = "/var/run/pkcsslotd.pid"
+	pid := func() int {
+		data, _ := os.ReadFile(pidFile)
+		n, _ := strconv.Atoi(strings.TrimSpace(string(data)))
+		if n > 0 && syscall.Kill(n, 0) == nil {
+			return n
+		}
+		return 0
+	}
+	if pid() != 0 {
+		return
+	}
+	if err := os.MkdirAll("/var/lock/opencryptoki", 0o770); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command("pkcsslotd").CombinedOutput(); err != nil {
+		t.Fatalf("pkcsslotd: %v\n%s", err, out)
+	}
+	await(t, "pkcsslotd", func() bool { return pid() != 0 && exec.Command("pkcsconf", "-c", "3", "-t").Run() == nil })
+	t.Cleanup(func() {
+		syscall.Kill(pid(), syscall.SIGTERM)
+		await(t, "the end of pkcsslotd", func() bool { return pid() == 0 })
+		time.Sleep(100 * time.Millisecond) // it leaves its file for a moment
+	})
+}
+
+// openCryptoki's soft token has no EC and no AES key wrap: the doctor says so before anything is begun, and what follows;
+// and who begins all the same is told too, and has changed nothing.
+func TestDoctorOnOpenCryptoki(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("openCryptoki's daemon needs root")
+	}
+	slotDaemon(t)
+	const label, soPIN, userPIN = "kmehsm-test", "11223344", "22334455"
+	info, err := exec.Command("pkcsconf", "-c", "3", "-t").CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, info)
+	}
+	if !strings.Contains(string(info), label) {
+		if strings.Contains(string(info), "|TOKEN_INITIALIZED") {
+			t.Skip("openCryptoki's soft token here is somebody's, and is left alone")
+		}
+		for _, step := range []struct {
+			stdin string
+			args  []string
+		}{
+			{label + "\n", []string{"-I", "-S", "87654321"}},
+			{"", []string{"-P", "-S", "87654321", "-n", soPIN}},
+			{"", []string{"-u", "-S", soPIN, "-n", "12345678"}},
+			{"", []string{"-p", "-U", "12345678", "-n", userPIN}},
+		} {
+			cmd := exec.Command("pkcsconf", append([]string{"-c", "3"}, step.args...)...)
+			cmd.Stdin = strings.NewReader(step.stdin)
+			if out, err := cmd.CombinedOutput(); err != nil {
+				t.Fatalf("pkcsconf %v: %v\n%s", step.args, err, out)
+			}
+		}
+	}
+	modules, err := filepath.Glob("/usr/lib/*/opencryptoki/libopencryptoki.so.0")
+	if err != nil || len(modules) == 0 {
+		t.Fatal("libopencryptoki.so.0 is not there", err)
+	}
+	dir := t.TempDir()
+	pin := filepath.Join(dir, "pin")
+	if err := os.WriteFile(pin, []byte(userPIN), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	uri := "pkcs11:token=" + label + "?module-path=" + modules[0] + "&pin-source=file:" + pin
+	factory := func(args ...string) (stdout, stderr string, code int) {
+		cmd := exec.Command(filepath.Join(bin, "factory"), args...)
+		var out, errs strings.Builder
+		cmd.Dir, cmd.Env, cmd.Stdout, cmd.Stderr = dir, append(os.Environ(), "KMEHSM_TOKEN="+uri), &out, &errs
+		cmd.Run()
+		return out.String(), errs.String(), cmd.ProcessState.ExitCode()
+	}
+	stdout, stderr, code := factory("doctor", "--json")
+	var report struct {
+		OK       bool
+		Findings []struct {
+			Check, Consequence string
+			OK, Required       bool
+		}
+	}
+	if err := json.NewDecoder(strings.NewReader(stdout)).Decode(&report); err != nil || code != 1 || report.OK {
+		t.Fatalf("exit code %d, %v\n%s%s", code, err, stdout, stderr)
+	}
+	has := map[string]bool{}
+	for _, f := range report.Findings {
+		has[f.Check] = f.OK
+		if !f.OK && f.Consequence == "" {
+			t.Errorf("%s is not there, and what follows is not said", f.Check)
+		}
+	}
+	for check, want := range map[string]bool{
+		"CKM_RSA_PKCS_KEY_PAIR_GEN": true, "CKM_RSA_X_509": true, "CKM_RSA_PKCS_OAEP": true, "CKM_AES_KEY_GEN": true,
+		"CKM_EC_KEY_PAIR_GEN": false, "CKM_ECDSA": false, "CKM_AES_KEY_WRAP_PAD": false, "CKA_WRAP_WITH_TRUSTED on a new RSA key": false,
+	} {
+		if got, ok := has[check]; !ok || got != want {
+			t.Errorf("%s: %v, %v", check, got, ok)
+		}
+	}
+	if _, stderr, code := factory("init"); code != 1 || !strings.Contains(stderr, "CKR_MECHANISM_INVALID") && !strings.Contains(stderr, "CKM_EC_KEY_PAIR_GEN") {
+		t.Errorf("init: exit code %d, %s", code, stderr)
+	}
+}
