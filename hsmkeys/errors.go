@@ -22,6 +22,8 @@ func explain(what string, err error) error {
 		hint = ": the token refused the PIN; it was tried once and will not be tried again, since a token locks after a few wrong PINs: check the pin-source"
 	case pkcs11.CKR_PIN_LOCKED:
 		hint = ": the token's PIN is locked after too many wrong tries: the security officer has to set a new one"
+	case pkcs11.CKR_KEY_HANDLE_INVALID, pkcs11.CKR_OBJECT_HANDLE_INVALID, pkcs11.CKR_WRAPPING_KEY_HANDLE_INVALID, pkcs11.CKR_UNWRAPPING_KEY_HANDLE_INVALID:
+		hint = ": a key that was there is gone: the token was removed, or somebody removed the key; bring it back, and run the same command again"
 	case pkcs11.CKR_USER_PIN_NOT_INITIALIZED:
 		hint = ": the token has no user PIN yet: initialise it"
 	case pkcs11.CKR_USER_ANOTHER_ALREADY_LOGGED_IN, pkcs11.CKR_SESSION_READ_ONLY_EXISTS:

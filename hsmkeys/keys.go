@@ -228,6 +228,7 @@ func (s *signer) Sign(random io.Reader, digest []byte, o crypto.SignerOpts) (sig
 		made, err := s.current()
 		if err == nil {
 			signature, err = made.Sign(random, digest, o)
+			err = explainIf("sign with "+s.k.Label(), err)
 		}
 		return err
 	})

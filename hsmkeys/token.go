@@ -181,7 +181,7 @@ func connect(u *uri) (*Token, error) {
 		if strings.Contains(err.Error(), "could not find PKCS#11 token") {
 			return nil, fmt.Errorf("the module %s has no token %v: check the URI and, for SoftHSM, SOFTHSM2_CONF%s", u.module, u.token, softhsmConf())
 		}
-		return nil, fmt.Errorf("the PKCS #11 module %s cannot be used: %w", u.module, err)
+		return nil, fmt.Errorf("the PKCS #11 module %s cannot be used: %w: is its token connected, and its configuration right%s?", u.module, err, softhsmConf())
 	}
 	t := &Token{module: pkcs11.New(u.module), signers: signers, config: config, handles: map[handleKey]pkcs11.ObjectHandle{}}
 	if t.module == nil {
