@@ -5,30 +5,12 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 devices=${DEVICES:-10000} pairs=${PAIRS:-5}
 dir=$PWD/var/directory-bench
-export PATH="$PWD/bin:$PATH"
-rm -rf "$dir"
-mkdir -p "$dir"
-./softhsm-setup.sh --dir "$dir/softhsm" factory >/dev/null
-# shellcheck source=/dev/null
-. "$dir/softhsm/env"
-export KMEHSM_TOKEN=$FACTORY_TOKEN
-bin/vaultrun -listen 127.0.0.1:0 -dir "$dir/vault" -log-level error >"$dir/vault.out" 2>"$dir/vault.log" &
-vault=$!
-trap 'kill "$vault"; wait "$vault" || true' EXIT
-for _ in {1..600}; do
-	[ -s "$dir/vault.out" ] && break
-	sleep 0.1
-done
-VAULT_ADDR=$(jq -r .address "$dir/vault.out")
-VAULT_TOKEN=$(jq -r .root_token "$dir/vault/init.json")
-export VAULT_ADDR VAULT_TOKEN
-factory init --state "$dir" >/dev/null
-factory vault setup --directory vault:kme >/dev/null
+. scripts/line-on-vault.sh
 
 # provision DIRECTORY LOT SHARD-SIZE COUNT: prints devices a second
 provision() {
-	factory lot create "$2" --state "$dir" --directory "$1" --tac "$tac" --first 0 --count "$4" --bits 2048 --shard-size "$3" >/dev/null
-	factory lot provision "$2" --directory "$1" --out "$dir/out" --json 2>/dev/null | jq '.devices / .seconds | round'
+	factory lot create "$2" --state "$dir/factory" --directory "$1" --tac "$tac" --first 0 --count "$4" --bits 2048 --shard-size "$3" >/dev/null
+	factory lot provision "$2" --state "$dir/factory" --directory "$1" --out "$dir/out" --json 2>/dev/null | jq '.devices / .seconds | round'
 }
 median() { sort -n | awk '{v[NR] = $1} END {print v[int((NR + 1) / 2)], "(" v[1] " to " v[NR] ")"}'; }
 for i in $(seq "$pairs"); do

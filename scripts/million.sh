@@ -5,26 +5,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 devices=${DEVICES:-1000000}
 dir=$PWD/var/million
-export PATH="$PWD/bin:$PATH"
-rm -rf "$dir"
-mkdir -p "$dir"
-./softhsm-setup.sh --dir "$dir/softhsm" factory >/dev/null
-# shellcheck source=/dev/null
-. "$dir/softhsm/env"
-export KMEHSM_TOKEN=$FACTORY_TOKEN
-bin/vaultrun -listen 127.0.0.1:0 -dir "$dir/vault" -log-level error >"$dir/vault.out" 2>"$dir/vault.log" &
-vault=$!
-trap 'kill "$vault"; wait "$vault" || true' EXIT
-for _ in {1..600}; do
-	[ -s "$dir/vault.out" ] && break
-	sleep 0.1
-done
-VAULT_ADDR=$(jq -r .address "$dir/vault.out")
-VAULT_TOKEN=$(jq -r .root_token "$dir/vault/init.json")
-export VAULT_ADDR VAULT_TOKEN
+. scripts/line-on-vault.sh
 flags=(--directory vault:kme --state "$dir/factory")
-factory init --state "$dir/factory" >/dev/null
-factory vault setup --directory vault:kme >/dev/null
 set -x
 factory lot create M1 "${flags[@]}" --tac 35209900 --first 0 --count "$devices"
 factory lot provision M1 "${flags[@]}" &
