@@ -72,10 +72,12 @@ func Keys(token Token) []hsmkeys.Key {
 	return keys
 }
 
+var errNoSigningKey = errors.New("the token has no signing key yet: run factory init first")
+
 func openSigner(token Token) (*directory.Signer, error) {
 	s, err := token.Signer(signingKey)
 	if errors.Is(err, hsmkeys.ErrNoKey) {
-		return nil, errors.New("the token has no signing key yet: run factory init first")
+		return nil, errNoSigningKey
 	}
 	if err != nil {
 		return nil, err
@@ -319,12 +321,9 @@ func (l *Line) Reissue(ctx context.Context, lot string, imei kme.IMEI, reason, o
 }
 
 func (l *Line) makeReissue(ctx context.Context, m *directory.Manifest, imei kme.IMEI, shard int, path string) (line directory.InjectionLine, err error) {
-	injection := injectionKey(m.Manufacturer)
-	pub, wrapped, err := l.token.MakeDeviceKey(ctx, m.Suite, injection)
-	if err != nil {
+	if line, err = l.makeLine(ctx, m, imei, shard); err != nil {
 		return line, err
 	}
-	line = directory.NewInjectionLine(imei, m.Lot, shard, pub, injection.HexID(), wrapped)
 	var file bytes.Buffer
 	if err := line.Write(&file); err != nil {
 		return line, err
@@ -332,8 +331,12 @@ func (l *Line) makeReissue(ctx context.Context, m *directory.Manifest, imei kme.
 	return line, durable.WriteFile(path, file.Bytes(), 0o600)
 }
 
-// readReissue reads the injection package of one device.
-func readReissue(m *directory.Manifest, imei kme.IMEI, path string) (line directory.InjectionLine, err error) {
+func readReissue(m *directory.Manifest, imei kme.IMEI, path string) (directory.InjectionLine, error) {
+	return ReadReissue(path, m.Lot, imei, injectionKey(m.Manufacturer).HexID())
+}
+
+// ReadReissue reads the injection package of one device of a lot, for an injection key (its CKA_ID, hex).
+func ReadReissue(path, lot string, imei kme.IMEI, injectionKey string) (line directory.InjectionLine, err error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return line, err
@@ -341,7 +344,7 @@ func readReissue(m *directory.Manifest, imei kme.IMEI, path string) (line direct
 	defer f.Close()
 	n := 0
 	for line, err = range directory.ReadInjection(f) {
-		if n++; err != nil || n > 1 || line.IMEI != imei || line.Lot != m.Lot || line.DeviceKey.KeyID != injectionKey(m.Manufacturer).HexID() {
+		if n++; err != nil || n > 1 || line.IMEI != imei || line.Lot != lot || line.DeviceKey.KeyID != injectionKey {
 			return line, fmt.Errorf("%s is damaged, or not of IMEI %s: bring back the file as it was", path, imei)
 		}
 	}

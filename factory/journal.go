@@ -35,8 +35,9 @@ type journal struct {
 }
 
 type journalOp struct {
-	f    func(*sql.Tx) error
-	done chan error
+	query string
+	args  []any
+	done  chan error
 }
 
 func openJournal(ctx context.Context, dir, manufacturer string) (*journal, error) {
@@ -86,7 +87,7 @@ func (j *journal) commit(batch []journalOp) error {
 	}
 	defer tx.Rollback() // no effect after Commit
 	for _, op := range batch {
-		if err := op.f(tx); err != nil {
+		if _, err := tx.Exec(op.query, op.args...); err != nil {
 			return err
 		}
 	}
@@ -94,7 +95,7 @@ func (j *journal) commit(batch []journalOp) error {
 }
 
 func (j *journal) exec(query string, args ...any) error {
-	op := journalOp{func(tx *sql.Tx) error { _, err := tx.Exec(query, args...); return err }, make(chan error, 1)}
+	op := journalOp{query, args, make(chan error, 1)}
 	j.ops <- op
 	return <-op.done
 }

@@ -16,7 +16,6 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
-	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/durable"
 )
 
@@ -94,10 +93,10 @@ func AppendLog(state string, command []string, token, result string) (*LogHead, 
 // factory init, signs nothing yet. Where commands run side by side, the one that ends last signs last, maybe not the
 // last line: the next command's signature covers that.
 func SignLog(state string, token Token, head *LogHead) error {
-	if _, err := token.Signer(signingKey); errors.Is(err, hsmkeys.ErrNoKey) {
+	signer, err := openSigner(token)
+	if errors.Is(err, errNoSigningKey) {
 		return nil
 	}
-	signer, err := openSigner(token)
 	if err != nil {
 		return err
 	}

@@ -19,6 +19,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/kme"
 )
 
 // Progress is how far a Provision is. All but the shares are numbers of devices.
@@ -151,7 +152,7 @@ func (p *provisioning) run(ctx context.Context) (Progress, error) {
 	keep := context.WithoutCancel(ctx)
 	making, mctx := errgroup.WithContext(keep)
 	publishing, pctx := errgroup.WithContext(keep)
-	for range min(max(p.o.Workers, 1), p.o.To-p.o.From) {
+	for range p.workers() {
 		making.Go(func() error {
 			for ctx.Err() == nil && mctx.Err() == nil && pctx.Err() == nil {
 				n := int(p.next.Add(1)) - 1
@@ -165,7 +166,7 @@ func (p *provisioning) run(ctx context.Context) (Progress, error) {
 			return nil
 		})
 	}
-	for range min(publishers, p.o.To-p.o.From) {
+	for range p.publishers() {
 		publishing.Go(func() error {
 			for n := range p.backlog {
 				if ctx.Err() != nil || pctx.Err() != nil {
@@ -190,14 +191,18 @@ func (p *provisioning) run(ctx context.Context) (Progress, error) {
 	return p.progress, failed
 }
 
+// No more of either than there are shards.
+func (p *provisioning) workers() int    { return min(max(p.o.Workers, 1), p.o.To-p.o.From) }
+func (p *provisioning) publishers() int { return min(publishers, p.o.To-p.o.From) }
+
 // note changes the progress and reports it.
 func (p *provisioning) note(change func(*Progress)) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	change(&p.progress)
 	elapsed := float64(time.Since(p.started))
-	p.progress.HSM = float64(p.inToken.Load()) / elapsed / float64(min(max(p.o.Workers, 1), p.o.To-p.o.From))
-	p.progress.Publish = float64(p.inDirectory.Load()) / elapsed / float64(min(publishers, p.o.To-p.o.From))
+	p.progress.HSM = float64(p.inToken.Load()) / elapsed / float64(p.workers())
+	p.progress.Publish = float64(p.inDirectory.Load()) / elapsed / float64(p.publishers())
 	if p.o.Report != nil {
 		p.o.Report(p.progress)
 	}
@@ -327,21 +332,29 @@ func (p *provisioning) patiently(user, ctx context.Context, f func() error) erro
 	}
 }
 
+// makeLine makes a device's key, as it stands in an injection package.
+func (l *Line) makeLine(ctx context.Context, m *directory.Manifest, imei kme.IMEI, shard int) (line directory.InjectionLine, err error) {
+	injection := injectionKey(m.Manufacturer)
+	pub, wrapped, err := l.token.MakeDeviceKey(ctx, m.Suite, injection)
+	if err != nil {
+		return line, err
+	}
+	return directory.NewInjectionLine(imei, m.Lot, shard, pub, injection.HexID(), wrapped), nil
+}
+
 // makeShard makes the keys of a shard and writes its injection package.
 func (p *provisioning) makeShard(ctx context.Context, n int, path string) ([]directory.InjectionLine, error) {
-	m, injection := p.m, injectionKey(p.Manufacturer())
-	first, count := m.ShardRange(n)
+	first, count := p.m.ShardRange(n)
 	lines := make([]directory.InjectionLine, 0, count)
 	var file bytes.Buffer
 	for i := range count {
-		imei := m.IMEI(first + i)
+		imei := p.m.IMEI(first + i)
 		start := time.Now()
-		pub, wrapped, err := p.token.MakeDeviceKey(ctx, m.Suite, injection)
+		line, err := p.makeLine(ctx, p.m, imei, n)
 		p.inToken.Add(int64(time.Since(start)))
 		if err != nil {
 			return nil, fmt.Errorf("IMEI %s: %w", imei, err)
 		}
-		line := directory.NewInjectionLine(imei, m.Lot, n, pub, injection.HexID(), wrapped)
 		if err := line.Write(&file); err != nil {
 			return nil, err
 		}

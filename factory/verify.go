@@ -46,10 +46,13 @@ type verifying struct {
 	mu    sync.Mutex
 	found Verification // guarded by mu
 	keys  []uint64     // fingerprints of all device keys; guarded by mu
+
+	issued map[string][]directory.DeviceKey // keys that came in the place of others, by lot
 }
 
 func newVerifying(store directory.Store, v *directory.Verifier, report func(int)) *verifying {
-	return &verifying{reader: directory.NewReader(store, v, directory.ReaderOptions{}), store: store, report: report, found: Verification{Problems: []string{}}}
+	return &verifying{reader: directory.NewReader(store, v, directory.ReaderOptions{}), store: store, report: report, found: Verification{Problems: []string{}},
+		issued: map[string][]directory.DeviceKey{}}
 }
 
 func (v *verifying) problem(format string, args ...any) {
@@ -136,7 +139,7 @@ func (v *verifying) lots(ctx context.Context, lots []*directory.Manifest, packag
 		if err := v.objects(ctx, m, packages); err != nil {
 			return err
 		}
-		if err := v.shards(ctx, m, func(n int, s *directory.Shard) error {
+		if err := v.shards(ctx, m, func(n int, s *directory.Shard) {
 			prints := make([]uint64, len(s.Keys))
 			for i, k := range s.Keys {
 				prints[i] = k.Fingerprint()
@@ -154,7 +157,6 @@ func (v *verifying) lots(ctx context.Context, lots []*directory.Manifest, packag
 			if v.report != nil {
 				v.report(v.found.Devices)
 			}
-			return nil
 		}, true); err != nil {
 			return err
 		}
@@ -177,6 +179,7 @@ func (v *verifying) objects(ctx context.Context, m *directory.Manifest, packages
 				continue
 			}
 			v.keys = append(v.keys, e.Key.Fingerprint())
+			v.issued[m.Lot] = append(v.issued[m.Lot], *e.Key)
 			if issued[e.IMEI]++; packages == "" {
 				continue
 			}
@@ -199,8 +202,9 @@ func (v *verifying) objects(ctx context.Context, m *directory.Manifest, packages
 }
 
 // shards gives f all shards of a lot, several at a time. A shard has its devices' IMEIs, no other, in order (Reader.ReadShard
-// refuses it otherwise), and a manifest's ranges do not overlap: with all shards there, each IMEI is there once.
-func (v *verifying) shards(ctx context.Context, m *directory.Manifest, f func(int, *directory.Shard) error, note bool) error {
+// refuses it otherwise), and a manifest's ranges do not overlap: with all shards there, each IMEI is there once. What is
+// missing or refused is a problem, noted on the first of two passes.
+func (v *verifying) shards(ctx context.Context, m *directory.Manifest, f func(int, *directory.Shard), note bool) error {
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(2 * runtime.GOMAXPROCS(0))
 	for n := 0; n < m.Shards() && gctx.Err() == nil; n++ {
@@ -209,7 +213,7 @@ func (v *verifying) shards(ctx context.Context, m *directory.Manifest, f func(in
 			refused := new(directory.RefusedError)
 			switch {
 			case err == nil:
-				return f(n, s)
+				f(n, s)
 			case errors.Is(err, directory.ErrNotFound) && note:
 				v.problem("%s: it is not published", directory.ShardPath(m.Lot, n))
 			case errors.As(err, &refused) && note:
@@ -270,16 +274,10 @@ func (v *verifying) duplicates(ctx context.Context, lots []*directory.Manifest) 
 				}
 			}
 		}
-		if err := v.shards(ctx, m, func(_ int, s *directory.Shard) error { hold(s.Keys); return nil }, false); err != nil {
+		if err := v.shards(ctx, m, func(_ int, s *directory.Shard) { hold(s.Keys) }, false); err != nil {
 			return err
 		}
-		if list, err := v.reader.ReadRevocations(ctx, m); err == nil {
-			for _, e := range list.Revoked {
-				if e.Key != nil {
-					hold([]directory.DeviceKey{*e.Key})
-				}
-			}
-		}
+		hold(v.issued[m.Lot])
 	}
 	for _, all := range holders {
 		slices.SortFunc(all, func(a, b holder) int { return strings.Compare(a.name, b.name) })

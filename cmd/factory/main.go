@@ -657,7 +657,8 @@ func lotSeal(c *cli.Context) error {
 	})
 }
 
-func lotRevoke(c *cli.Context) error {
+// withDevice is for the commands about one device of a lot, which want a reason.
+func withDevice(c *cli.Context, f func(line *factory.Line, lot string, imei kme.IMEI) error) error {
 	if err := cmdline.Require(c, "reason"); err != nil {
 		return err
 	}
@@ -665,8 +666,11 @@ func lotRevoke(c *cli.Context) error {
 	if err != nil {
 		return cmdline.Usage(err)
 	}
-	return withLine(c, func(_ *hsmkeys.Token, line *factory.Line) error {
-		lot := c.Args().First()
+	return withLine(c, func(_ *hsmkeys.Token, line *factory.Line) error { return f(line, c.Args().First(), imei) })
+}
+
+func lotRevoke(c *cli.Context) error {
+	return withDevice(c, func(line *factory.Line, lot string, imei kme.IMEI) error {
 		if err := line.Revoke(c.Context, lot, imei, c.String("reason")); err != nil {
 			return err
 		}
@@ -677,15 +681,7 @@ func lotRevoke(c *cli.Context) error {
 }
 
 func lotReissue(c *cli.Context) error {
-	if err := cmdline.Require(c, "reason"); err != nil {
-		return err
-	}
-	imei, err := kme.ParseIMEI(c.Args().Get(1))
-	if err != nil {
-		return cmdline.Usage(err)
-	}
-	return withLine(c, func(_ *hsmkeys.Token, line *factory.Line) error {
-		lot := c.Args().First()
+	return withDevice(c, func(line *factory.Line, lot string, imei kme.IMEI) error {
 		path, err := line.Reissue(c.Context, lot, imei, c.String("reason"), injectionDir(c))
 		if err != nil {
 			return err

@@ -167,19 +167,14 @@ func eachOf(path string, use func(directory.InjectionLine) (bool, error)) (more 
 // newest is what a device was issued last: the line of its shard's package, or of a package of its own.
 func newest(dir string, line directory.InjectionLine) (directory.InjectionLine, error) {
 	for n := 1; ; n++ {
-		file, err := os.Open(filepath.Join(dir, factory.ReissueFile(line.IMEI, n)))
+		reissued, err := factory.ReadReissue(filepath.Join(dir, factory.ReissueFile(line.IMEI, n)), line.Lot, line.IMEI, line.DeviceKey.KeyID)
 		if errors.Is(err, fs.ErrNotExist) {
 			return line, nil
 		}
 		if err != nil {
 			return line, err
 		}
-		for reissued, rerr := range directory.ReadInjection(file) {
-			line, err = reissued, rerr
-		}
-		if err = errors.Join(err, file.Close()); err != nil {
-			return line, err
-		}
+		line = reissued
 	}
 }
 
