@@ -243,8 +243,8 @@ func (b *Base64) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// parseStrict takes exactly one JSON document, and no field that into does not have.
-func parseStrict(data []byte, into any) error {
+// ParseStrict takes exactly one JSON document, and no field that into does not have.
+func ParseStrict(data []byte, into any) error {
 	d := json.NewDecoder(bytes.NewReader(data))
 	d.DisallowUnknownFields()
 	if err := d.Decode(into); err != nil {

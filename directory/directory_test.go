@@ -920,7 +920,7 @@ func FuzzPayloads(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
 		var anyM Manifest
-		if parseStrict(data, &anyM) == nil && anyM.Validate() == nil {
+		if ParseStrict(data, &anyM) == nil && anyM.Validate() == nil {
 			for _, i := range []int{0, anyM.Devices() - 1} {
 				if at, ok := anyM.Position(anyM.IMEI(i)); !ok || at != i {
 					t.Errorf("device %d of %+v is at %d", i, anyM, at)
@@ -928,7 +928,7 @@ func FuzzPayloads(f *testing.F) {
 			}
 		}
 		var anyS Shard
-		if parseStrict(data, &anyS) == nil && anyS.check(m, 0) == nil {
+		if ParseStrict(data, &anyS) == nil && anyS.check(m, 0) == nil {
 			for _, k := range anyS.Keys {
 				if key, err := unpack(m.Suite, pack(k.Key)); err != nil || !k.Key.(*ecdsa.PublicKey).Equal(key) {
 					t.Errorf("%v became %v, %v", k.Key, key, err)
@@ -936,7 +936,7 @@ func FuzzPayloads(f *testing.F) {
 			}
 		}
 		var anyR Revocations
-		parseStrict(data, &anyR)
+		ParseStrict(data, &anyR)
 		ParseFixtureEnrolment(data)
 	})
 }

@@ -97,7 +97,7 @@ func (e *FixtureEnrolment) Marshal() ([]byte, error) {
 // ParseFixtureEnrolment reads the file.
 func ParseFixtureEnrolment(data []byte) (*FixtureEnrolment, error) {
 	e := new(FixtureEnrolment)
-	if err := parseStrict(data, e); err != nil {
+	if err := ParseStrict(data, e); err != nil {
 		return nil, err
 	}
 	if e.KeyID == "" || len(e.Wrapped) == 0 {
@@ -177,7 +177,7 @@ func ReadInjection(r io.Reader) iter.Seq2[InjectionLine, error] {
 }
 
 func parseInjection(data []byte) (line InjectionLine, err error) {
-	if err := parseStrict(data, &line); err != nil {
+	if err := ParseStrict(data, &line); err != nil {
 		return line, err
 	}
 	switch {

@@ -157,7 +157,7 @@ func (v *Verifier) verify(typ Type, object string, jws []byte, into any) (payloa
 	if payload, err = parsed.Verify(v.public); err != nil {
 		return nil, refused(object, "its signature does not verify")
 	}
-	if err := parseStrict(payload, into); err != nil {
+	if err := ParseStrict(payload, into); err != nil {
 		return nil, refused(object, "its payload cannot be parsed: %v", err)
 	}
 	return payload, nil

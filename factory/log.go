@@ -2,7 +2,6 @@ package factory
 
 import (
 	"bufio"
-	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -164,10 +163,8 @@ func readLog(state string) (digests []string, entries []LogEntry, err error) {
 	in.Buffer(nil, maxEntry+1)
 	for in.Scan() {
 		n := len(digests) + 1
-		d := json.NewDecoder(bytes.NewReader(in.Bytes()))
-		d.DisallowUnknownFields()
 		var e LogEntry
-		if err := d.Decode(&e); err != nil {
+		if err := directory.ParseStrict(in.Bytes(), &e); err != nil {
 			return nil, nil, fmt.Errorf("line %d is no line of the log: %w", n, err)
 		}
 		if e.Seq != n || e.Previous != previous {

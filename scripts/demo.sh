@@ -48,16 +48,8 @@ line=(--directory "file:$dir/directory") where=file:$dir/directory login=
 if [ "$directory" = vault ]; then
 	step "1b. A Vault on Raft storage, with a mount, policies and AppRoles"
 	if [ -z "${VAULT_ADDR:-}" ] || [ -z "${VAULT_TOKEN:-}" ]; then # else the server that they name is used
-		bin/vaultrun -listen 127.0.0.1:0 -dir "$dir/vault" -log-level error >"$dir/vault.out" 2>"$dir/vault.log" &
-		vault=$!
-		for _ in {1..600}; do
-			[ -s "$dir/vault.out" ] && break
-			kill -0 "$vault" 2>/dev/null || { cat "$dir/vault.log" >&2 && exit 1; }
-			sleep 0.1
-		done
-		VAULT_ADDR=$(jq -r .address "$dir/vault.out")
-		VAULT_TOKEN=$(jq -r .root_token "$dir/vault/init.json")
-		export VAULT_ADDR VAULT_TOKEN
+		# shellcheck source=scripts/start-vault.sh
+		. scripts/start-vault.sh
 	fi
 	run factory vault setup --directory vault:kme
 	as_admin() { curl -sSf -H "X-Vault-Token: $VAULT_TOKEN" "$@"; }
