@@ -21,7 +21,7 @@ type IntakeToken interface {
 
 // Enroll takes a manufacturer's enrolment: it pins the manufacturer's key and takes the operator's KEK into the token.
 // pem is the manufacturer's key, which the operator has from the manufacturer itself, not with the enrolment.
-// Enrolling again replaces the KEK.
+// Enrolling again replaces the KEK; one of another generation is taken beside those that are there.
 func Enroll(ctx context.Context, token IntakeToken, registry Registry, jws, pem []byte, directoryURL string) (*Manufacturer, error) {
 	verifier, err := directory.ParseVerifier(pem)
 	if err != nil {
@@ -44,9 +44,9 @@ func Enroll(ctx context.Context, token IntakeToken, registry Registry, jws, pem 
 	if have := directory.RSAThumbprint(transport); e.TransportKey != have {
 		return nil, fmt.Errorf("the enrolment was made for transport key %s, and this token's is %s: give the manufacturer the transport.pem that keysvc init wrote for this token", e.TransportKey, have)
 	}
-	kek := kekOf(e.Manufacturer, e.Operator)
-	if e.KEK != kek.HexID() {
-		return nil, fmt.Errorf("the enrolment carries key %s, not %s: it does not fit the operator that it names", e.KEK, kek.HexID())
+	kek, ok := kekOf(e.Manufacturer, e.Operator).Named(e.KEK)
+	if !ok {
+		return nil, fmt.Errorf("the enrolment carries key %s: it does not fit the operator that it names", e.KEK)
 	}
 	if err := token.UnwrapKEK(ctx, kek, e.Wrapped); err != nil {
 		return nil, err
@@ -92,9 +92,9 @@ func importLot(ctx context.Context, token IntakeToken, registry Registry, m *Man
 	if g.Operator != m.Operator {
 		return nil, fmt.Errorf("the grant is for operator %q, and this token was enrolled as %q", g.Operator, m.Operator)
 	}
-	kek := kekOf(m.KeyID, m.Operator)
-	if g.KEK != kek.HexID() {
-		return nil, fmt.Errorf("the grant was wrapped under key %s, and this token has %s", g.KEK, kek.HexID())
+	kek, ok := kekOf(m.KeyID, m.Operator).Named(g.KEK)
+	if !ok {
+		return nil, fmt.Errorf("the grant was wrapped under key %s, which is not operator %s's", g.KEK, m.Operator)
 	}
 	manifest, err := verifier.Manifest(g.Lot, []byte(g.Manifest))
 	if err != nil {
@@ -112,6 +112,9 @@ func importLot(ctx context.Context, token IntakeToken, registry Registry, m *Man
 	}
 	key := lotKey(m.KeyID, manifest.Lot)
 	taken, err := token.UnwrapLotKey(ctx, key, kek, g.Wrapped, manifest.PublicKey())
+	if errors.Is(err, hsmkeys.ErrNoKey) {
+		return nil, fmt.Errorf("lot %s was wrapped under generation %d of the KEK, which this token has not got: have the manufacturer's enrolment with that one, and run keysvc enroll: %w", manifest.Lot, max(kek.Generation, 1), err)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("lot %s: %w", manifest.Lot, err)
 	}

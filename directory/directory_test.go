@@ -257,8 +257,93 @@ func TestSignIsJWS(t *testing.T) {
 	if _, err := NewSigner(p384); err == nil {
 		t.Error("a key on P-384 was taken")
 	}
-	if _, err := (&Signer{faulty{key}, &key.PublicKey, s.keyID}).Sign(TypeManifest, m); err == nil || !strings.Contains(err.Error(), "does not verify") {
+	if _, err := (&Signer{signer: faulty{key}, public: &key.PublicKey, root: &key.PublicKey}).Sign(TypeManifest, m); err == nil || !strings.Contains(err.Error(), "does not verify") {
 		t.Errorf("a faulty signature was given out: %v", err)
+	}
+}
+
+// After a rotation readers go on with the key that they have pinned; what was signed before stays good; and nobody but the
+// manufacturer introduces a key.
+func TestSuccession(t *testing.T) {
+	key, second, third, intruder := newKey(t), newKey(t), newKey(t), newKey(t)
+	s := must[*Signer](t)(NewSigner(key))
+	m := newManifest(t, s, "L1")
+	s2 := must[*Signer](t)(s.Succeed(second))
+	s3 := must[*Signer](t)(s2.Succeed(third))
+	v := NewVerifier(s.Public())
+	for i, signer := range []*Signer{s3, s, s2, s3, s2} {
+		jws := must[[]byte](t)(signer.Sign(TypeManifest, m))
+		if _, err := v.Manifest("L1", jws); err != nil {
+			t.Errorf("%d: %v", i, err)
+		}
+		if by, err := SignerOf(jws); err != nil || by != s.KeyID() || signer.KeyID() != s.KeyID() || !signer.Public().Equal(&key.PublicKey) {
+			t.Errorf("%d: signed by %q, %v", i, by, err)
+		}
+	}
+	if s3.SigningKeyID() != thumbprint(&third.PublicKey) {
+		t.Error("the third key does not sign")
+	}
+	if _, err := NewVerifier(&second.PublicKey).Manifest("L1", must[[]byte](t)(s2.Sign(TypeManifest, m))); err == nil {
+		t.Error("a later key, pinned as if it were another manufacturer, was believed")
+	}
+
+	jwk := func(k *ecdsa.PrivateKey) jose.JSONWebKey {
+		return jose.JSONWebKey{Key: k.Public(), KeyID: thumbprint(k.Public())}
+	}
+	statement := func(by *ecdsa.PrivateKey, typ Type, payload any) string {
+		return string(sign(t, map[string]any{"alg": "ES256", "kid": thumbprint(by.Public()), "typ": string(typ)}, payload, es256(t, by)))
+	}
+	own := statement(key, TypeSuccession, Succession{s.KeyID(), 2, jwk(second)})
+	var long []string
+	for range maxSuccession {
+		long = append(long, own)
+	}
+	for name, c := range map[string]struct {
+		chain any
+		by    *ecdsa.PrivateKey
+		want  string
+	}{
+		"good":                     {[]string{own}, second, ""},
+		"no chain":                 {nil, second, "pinned"},
+		"an empty chain":           {[]string{}, second, "no list"},
+		"no list":                  {own, second, "no list"},
+		"a list of other things":   {[]any{own, 1}, second, "no list"},
+		"far too long":             {long, second, "no list"},
+		"the intruder's statement": {[]string{statement(intruder, TypeSuccession, Succession{s.KeyID(), 2, jwk(intruder)})}, intruder, "pinned"},
+		"under our name": {[]string{string(sign(t, map[string]any{"alg": "ES256", "kid": s.KeyID(), "typ": string(TypeSuccession)},
+			Succession{s.KeyID(), 2, jwk(intruder)}, es256(t, intruder)))}, intruder, "does not verify"},
+		"a statement about another key": {[]string{own}, intruder, "pinned"},
+		"another type of object":        {[]string{statement(key, TypeManifest, Succession{s.KeyID(), 2, jwk(second)})}, second, "type"},
+		"another manufacturer":          {[]string{statement(key, TypeSuccession, Succession{"other", 2, jwk(second)})}, second, "does not introduce"},
+		"another generation":            {[]string{statement(key, TypeSuccession, Succession{s.KeyID(), 3, jwk(second)})}, second, "does not introduce"},
+		"a key of another kind":         {[]string{statement(key, TypeSuccession, Succession{s.KeyID(), 2, jose.JSONWebKey{Key: &rsa.PublicKey{N: new(big.Int).SetBytes(m.N), E: 65537}}})}, second, "does not introduce"},
+		"a step left out":               {[]string{statement(second, TypeSuccession, Succession{s.KeyID(), 3, jwk(third)})}, third, "pinned"},
+		"in another order":              {[]string{statement(second, TypeSuccession, Succession{s.KeyID(), 3, jwk(third)}), own}, third, "pinned"},
+		"statements beside the first":   {[]string{own}, key, "pinned"},
+		"garbage":                       {[]string{"x"}, second, "compact JWS"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			header := map[string]any{"alg": "ES256", "kid": thumbprint(c.by.Public()), "typ": string(TypeManifest), "succession": c.chain}
+			if c.chain == nil {
+				delete(header, "succession")
+			}
+			jws := sign(t, header, m, es256(t, c.by))
+			SignerOf(jws)
+			_, err := NewVerifier(s.Public()).Manifest("L1", jws)
+			if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
+				t.Errorf("%v does not say %q", err, c.want)
+			}
+		})
+	}
+}
+
+func must[T any](t testing.TB) func(T, error) T {
+	return func(v T, err error) T {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return v
 	}
 }
 

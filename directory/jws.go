@@ -11,6 +11,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
+	"sync"
 
 	"github.com/go-jose/go-jose/v4"
 	"github.com/go-jose/go-jose/v4/cryptosigner"
@@ -28,6 +30,7 @@ const (
 	TypeEnrolment   Type = "kme-operator-enrolment+jws"
 	TypeGrant       Type = "kme-lot-grant+jws"
 	TypeLogHead     Type = "kme-audit-log-head+jws" // of the manufacturer's own audit log; not in the directory
+	TypeSuccession  Type = "kme-key-succession+jws" // in the header of objects that a later key has signed
 )
 
 // A RefusedError says which object is not believed, and why.
@@ -54,7 +57,20 @@ func RSAThumbprint(pub *rsa.PublicKey) string { return thumbprint(pub) }
 type Signer struct {
 	signer crypto.Signer
 	public *ecdsa.PublicKey
-	keyID  string
+	root   *ecdsa.PublicKey // the manufacturer's first key, which readers pin
+	chain  []string         // the statements that lead from root to public
+}
+
+// succession is the JWS header with the statements that lead from the pinned key to the one that signed the object. With
+// them in the object itself, readers follow a rotation without asking anybody anything.
+const succession = "succession"
+
+// A Succession is the statement that introduces a manufacturer's next signing key, signed by the one before. The
+// manufacturer keeps its name, the thumbprint of its first key.
+type Succession struct {
+	Manufacturer string          `json:"manufacturer"`
+	Generation   int             `json:"generation"` // of the key introduced; 2 for the first that is
+	Key          jose.JSONWebKey `json:"key"`
 }
 
 // NewSigner takes an ECDSA P-256 key.
@@ -63,14 +79,33 @@ func NewSigner(s crypto.Signer) (*Signer, error) {
 	if !ok || pub.Curve != elliptic.P256() {
 		return nil, errors.New("the signing key is not an ECDSA key on P-256")
 	}
-	return &Signer{s, pub, thumbprint(pub)}, nil
+	return &Signer{signer: s, public: pub, root: pub}, nil
 }
 
-// KeyID is the RFC 7638 thumbprint of the key, which names the manufacturer.
-func (s *Signer) KeyID() string { return s.keyID }
+// Succeed gives the signer with the manufacturer's next key, introduced by a statement that this one signs.
+func (s *Signer) Succeed(next crypto.Signer) (*Signer, error) {
+	n, err := NewSigner(next)
+	if err != nil {
+		return nil, err
+	}
+	// The statement's place says who vouches for the key that signs it, so it needs no chain itself.
+	alone := &Signer{signer: s.signer, public: s.public, root: s.root}
+	statement, err := alone.Sign(TypeSuccession, Succession{s.KeyID(), len(s.chain) + 2, jose.JSONWebKey{Key: n.public, KeyID: thumbprint(n.public)}})
+	if err != nil {
+		return nil, err
+	}
+	n.root, n.chain = s.root, append(slices.Clip(s.chain), string(statement))
+	return n, nil
+}
 
-// Public is the key that readers pin.
-func (s *Signer) Public() *ecdsa.PublicKey { return s.public }
+// KeyID is the RFC 7638 thumbprint of the manufacturer's first key, which names the manufacturer.
+func (s *Signer) KeyID() string { return thumbprint(s.root) }
+
+// SigningKeyID is that of the key that signs; it is KeyID until the first rotation.
+func (s *Signer) SigningKeyID() string { return thumbprint(s.public) }
+
+// Public is the manufacturer's first key, which readers pin.
+func (s *Signer) Public() *ecdsa.PublicKey { return s.root }
 
 // Sign makes the compact JWS of a payload. The signature is verified before it is given out: a fault in a token must
 // not be published.
@@ -79,8 +114,12 @@ func (s *Signer) Sign(typ Type, payload any) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	key := jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: cryptosigner.Opaque(s.signer), KeyID: s.keyID}}
-	signer, err := jose.NewSigner(key, (&jose.SignerOptions{}).WithType(jose.ContentType(typ)))
+	key := jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: cryptosigner.Opaque(s.signer), KeyID: s.SigningKeyID()}}
+	options := (&jose.SignerOptions{}).WithType(jose.ContentType(typ))
+	if len(s.chain) > 0 {
+		options = options.WithHeader(succession, s.chain)
+	}
+	signer, err := jose.NewSigner(key, options)
 	if err != nil {
 		return nil, err
 	}
@@ -95,14 +134,18 @@ func (s *Signer) Sign(typ Type, payload any) ([]byte, error) {
 	return []byte(compact), err
 }
 
-// A Verifier believes what one manufacturer's key has signed. It may be used concurrently.
+// A Verifier believes what one manufacturer's key has signed, and the keys that it was succeeded by. It may be used
+// concurrently.
 type Verifier struct {
 	public *ecdsa.PublicKey
 	keyID  string
+	later  *sync.Map // of *ecdsa.PublicKey by key ID: the successors seen so far
 }
 
 // NewVerifier pins a manufacturer's key.
-func NewVerifier(pub *ecdsa.PublicKey) *Verifier { return &Verifier{pub, thumbprint(pub)} }
+func NewVerifier(pub *ecdsa.PublicKey) *Verifier {
+	return &Verifier{pub, thumbprint(pub), new(sync.Map)}
+}
 
 // ParseVerifier pins a manufacturer's key that a PEM file holds.
 func ParseVerifier(pem []byte) (*Verifier, error) {
@@ -116,13 +159,74 @@ func ParseVerifier(pem []byte) (*Verifier, error) {
 // KeyID is the RFC 7638 thumbprint of the key.
 func (v *Verifier) KeyID() string { return v.keyID }
 
-// SignerOf says which key a JWS claims to be signed with, to find its Verifier by. Nothing is verified.
-func SignerOf(jws []byte) (keyID string, err error) {
+// SignerOf says which manufacturer a JWS claims to be signed by, to find the Verifier by. Nothing is verified.
+func SignerOf(jws []byte) (manufacturer string, err error) {
 	object, err := parseJWS(jws)
 	if err != nil {
 		return "", err
 	}
+	header := object.Signatures[0].Protected
+	chain, err := chainOf(header)
+	if err != nil || len(chain) == 0 {
+		return header.KeyID, err
+	}
+	if object, err = parseJWS([]byte(chain[0])); err != nil {
+		return "", err
+	}
 	return object.Signatures[0].Protected.KeyID, nil
+}
+
+// chainOf is the succession header; empty if there is none.
+func chainOf(header jose.Header) (chain []string, err error) {
+	have, ok := header.ExtraHeaders[succession]
+	if !ok {
+		return nil, nil
+	}
+	list, ok := have.([]any)
+	for _, e := range list {
+		statement, isText := e.(string)
+		ok = ok && isText
+		chain = append(chain, statement)
+	}
+	if !ok || len(chain) == 0 || len(chain) >= maxSuccession {
+		return nil, errors.New("its header succession is no list of statements")
+	}
+	return chain, nil
+}
+
+// maxSuccession bounds the work that an object asks for.
+const maxSuccession = 64
+
+// key is what an object with this header was signed with, if the manufacturer vouches for it.
+func (v *Verifier) key(object string, header jose.Header) (*ecdsa.PublicKey, error) {
+	chain, err := chainOf(header)
+	if err != nil {
+		return nil, refused(object, "%v", err)
+	}
+	if len(chain) == 0 && header.KeyID == v.keyID {
+		return v.public, nil
+	}
+	if known, ok := v.later.Load(header.KeyID); ok && len(chain) > 0 {
+		return known.(*ecdsa.PublicKey), nil
+	}
+	pub := v.public
+	for i, statement := range chain {
+		var s Succession
+		step := fmt.Sprintf("%s: statement %d of its succession", object, i+1)
+		if _, err := NewVerifier(pub).verify(TypeSuccession, step, []byte(statement), &s); err != nil {
+			return nil, err
+		}
+		next, ok := s.Key.Key.(*ecdsa.PublicKey)
+		if !ok || next.Curve != elliptic.P256() || s.Manufacturer != v.keyID || s.Generation != i+2 {
+			return nil, refused(step, "it does not introduce key %d of manufacturer %s", i+2, v.keyID)
+		}
+		pub = next
+	}
+	if header.KeyID != thumbprint(pub) {
+		return nil, refused(object, "it is signed with key %q, not with the manufacturer's pinned %q or one that succeeded it", header.KeyID, v.keyID)
+	}
+	v.later.Store(header.KeyID, pub)
+	return pub, nil
 }
 
 func parseJWS(jws []byte) (*jose.JSONWebSignature, error) {
@@ -133,7 +237,7 @@ func parseJWS(jws []byte) (*jose.JSONWebSignature, error) {
 	return object, nil
 }
 
-// Verify refuses a JWS that is not this manufacturer's, of this type, with exactly the headers alg, kid and typ, and
+// Verify refuses a JWS that is not this manufacturer's, of this type, with exactly the headers alg, kid and typ, and after a rotation succession, and
 // parses its payload strictly. object is the name for errors, which are *RefusedErrors.
 func (v *Verifier) Verify(typ Type, object string, jws []byte, into any) error {
 	_, err := v.verify(typ, object, jws, into)
@@ -145,16 +249,20 @@ func (v *Verifier) verify(typ Type, object string, jws []byte, into any) (payloa
 	if err != nil {
 		return nil, refused(object, "%v", err)
 	}
-	header := parsed.Signatures[0].Protected
+	header, headers := parsed.Signatures[0].Protected, 1
+	key, err := v.key(object, header)
+	if _, ok := header.ExtraHeaders[succession]; ok {
+		headers = 2
+	}
 	switch {
-	case header.KeyID != v.keyID:
-		return nil, refused(object, "it is signed with key %q, not with the manufacturer's pinned %q", header.KeyID, v.keyID)
+	case err != nil:
+		return nil, err
 	case header.ExtraHeaders["typ"] != string(typ):
 		return nil, refused(object, "its type is %q, not %q", header.ExtraHeaders["typ"], typ)
-	case len(header.ExtraHeaders) != 1 || header.JSONWebKey != nil || header.Nonce != "":
-		return nil, refused(object, "it has other headers than alg, kid and typ")
+	case len(header.ExtraHeaders) != headers || header.JSONWebKey != nil || header.Nonce != "":
+		return nil, refused(object, "it has other headers than alg, kid, typ and succession")
 	}
-	if payload, err = parsed.Verify(v.public); err != nil {
+	if payload, err = parsed.Verify(key); err != nil {
 		return nil, refused(object, "its signature does not verify")
 	}
 	if err := ParseStrict(payload, into); err != nil {
@@ -188,7 +296,7 @@ func Publish(ctx context.Context, store Store, path string, s *Signer, typ Type,
 	if err != nil {
 		return err
 	}
-	return PublishSigned(ctx, store, path, NewVerifier(s.public), typ, jws)
+	return PublishSigned(ctx, store, path, NewVerifier(s.root), typ, jws)
 }
 
 // PublishSigned creates a signed object in the store. An ECDSA signature is another each time, so where the store has an

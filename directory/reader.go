@@ -316,7 +316,7 @@ func revise(ctx context.Context, store Store, s *Signer, m *Manifest, entry Revo
 		list := &Revocations{Lot: m.Lot}
 		jws, version, err := store.Read(ctx, path)
 		if err == nil {
-			list, err = parseRevocations(NewVerifier(s.public), m, jws)
+			list, err = parseRevocations(NewVerifier(s.root), m, jws)
 		}
 		if err != nil && !errors.Is(err, ErrNotFound) {
 			return err

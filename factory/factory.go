@@ -36,6 +36,7 @@ type Token interface {
 	ProveLotKey(ctx context.Context, k hsmkeys.Key, pub *rsa.PublicKey) error
 	WrapLotKey(ctx context.Context, lot, kek hsmkeys.Key) ([]byte, error)
 	SealLotKey(ctx context.Context, k hsmkeys.Key) error
+	Has(ctx context.Context, k hsmkeys.Key) (bool, error)
 	LotKeySealed(ctx context.Context, k hsmkeys.Key) (bool, error)
 	WrapKEK(ctx context.Context, kek hsmkeys.Key) ([]byte, error)
 	MakeDeviceKey(ctx context.Context, suite kme.Suite, injection hsmkeys.Key) (crypto.PublicKey, []byte, error)
@@ -63,13 +64,88 @@ func Init(ctx context.Context, token Token) (pem []byte, keyID string, created b
 	return pem, signer.KeyID(), created || made, err
 }
 
-// Keys are the keys that Init makes. The injection key's name is known once the signing key is there.
-func Keys(token Token) []hsmkeys.Key {
-	keys := []hsmkeys.Key{signingKey}
-	if signer, err := openSigner(token); err == nil {
-		keys = append(keys, injectionKey(signer.KeyID()))
+// Keys are the keys that the line needs of its own, each in its newest generation. The injection key's name is known
+// once the signing key is there.
+func Keys(ctx context.Context, token Token) (keys []hsmkeys.Key, err error) {
+	signing, err := newest(ctx, token, signingKey)
+	if err != nil {
+		return nil, err
 	}
-	return keys
+	keys = append(keys, signing)
+	signer, err := openSigner(token)
+	if errors.Is(err, errNoSigningKey) {
+		return keys, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	injection, err := newest(ctx, token, injectionKey(signer.KeyID()))
+	return append(keys, injection), err
+}
+
+// newest is the last generation of a key that the token has; the first if it has none.
+func newest(ctx context.Context, token Token, k hsmkeys.Key) (hsmkeys.Key, error) {
+	last := k
+	for g := range k.Generations() {
+		if has, err := token.Has(ctx, g); err != nil || !has {
+			return last, err
+		}
+		last = g
+	}
+	return last, nil
+}
+
+// next checks that generation is the newest of a key, or the one after, and gives it.
+func next(ctx context.Context, token Token, k hsmkeys.Key, generation int) (hsmkeys.Key, error) {
+	have, err := newest(ctx, token, k)
+	if err != nil {
+		return k, err
+	}
+	if now := max(have.Generation, 1); generation != now && generation != now+1 {
+		return k, fmt.Errorf("%s has generation %d now: the next is %d", k.Label(), now, now+1)
+	}
+	if generation > hsmkeys.MaxGenerations {
+		return k, fmt.Errorf("a key has %d generations at most", hsmkeys.MaxGenerations)
+	}
+	k.Generation = generation
+	return k, nil
+}
+
+// RotateSigningKey makes a generation of the signing key, from 2 on; the one that there is already stays as it is. What is
+// signed from then on carries the statements that lead to it from the first one, which readers go on pinning; the line goes
+// on meanwhile, and the commands that are begun after this use the new key. The earlier keys stay in the token, to sign
+// those statements.
+func RotateSigningKey(ctx context.Context, token Token, generation int) (keyID string, created bool, err error) {
+	if _, err := openSigner(token); err != nil {
+		return "", false, err
+	}
+	k, err := next(ctx, token, signingKey, generation)
+	if err != nil {
+		return "", false, err
+	}
+	if created, err = token.EnsureSigningKey(ctx, k); err != nil {
+		return "", false, err
+	}
+	signer, err := openSigner(token)
+	if err != nil {
+		return "", false, err
+	}
+	return signer.SigningKeyID(), created, nil
+}
+
+// RotateInjectionKey makes a generation of the injection key, from 2 on. The packages of the commands that are begun after
+// this are for fixtures that have it; the packages there are stay for those that have the one before.
+func RotateInjectionKey(ctx context.Context, token Token, generation int) (keyID string, created bool, err error) {
+	signer, err := openSigner(token)
+	if err != nil {
+		return "", false, err
+	}
+	k, err := next(ctx, token, injectionKey(signer.KeyID()), generation)
+	if err != nil {
+		return "", false, err
+	}
+	created, err = token.EnsureInjectionKey(ctx, k)
+	return k.HexID(), created, err
 }
 
 var errNoSigningKey = errors.New("the token has no signing key yet: run factory init first")
@@ -82,7 +158,24 @@ func openSigner(token Token) (*directory.Signer, error) {
 	if err != nil {
 		return nil, err
 	}
-	return directory.NewSigner(s)
+	signer, err := directory.NewSigner(s)
+	for g := range signingKey.Generations() {
+		if g.Generation == 1 {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		s, serr := token.Signer(g)
+		if errors.Is(serr, hsmkeys.ErrNoKey) {
+			return signer, nil
+		}
+		if serr != nil {
+			return nil, serr
+		}
+		signer, err = signer.Succeed(s)
+	}
+	return signer, err
 }
 
 func injectionKey(manufacturer string) hsmkeys.Key {
@@ -92,41 +185,46 @@ func injectionKey(manufacturer string) hsmkeys.Key {
 // A Line is one manufacturer's, on one token and one directory. All methods may be called concurrently, but two
 // CreateLots at once may take the same IMEIs: one process at a time makes lots.
 type Line struct {
-	token    Token
-	store    directory.Store
-	signer   *directory.Signer
-	verifier *directory.Verifier
-	reader   *directory.Reader
+	token     Token
+	store     directory.Store
+	signer    *directory.Signer
+	injection hsmkeys.Key // which new device keys are wrapped with
+	verifier  *directory.Verifier
+	reader    *directory.Reader
 }
 
 // NewLine opens the line that Init has prepared.
-func NewLine(token Token, store directory.Store) (*Line, error) {
+func NewLine(ctx context.Context, token Token, store directory.Store) (*Line, error) {
 	signer, err := openSigner(token)
 	if err != nil {
 		return nil, err
 	}
+	injection, err := newest(ctx, token, injectionKey(signer.KeyID()))
+	if err != nil {
+		return nil, err
+	}
 	verifier := directory.NewVerifier(signer.Public())
-	return &Line{token, store, signer, verifier, directory.NewReader(store, verifier, directory.ReaderOptions{})}, nil
+	return &Line{token, store, signer, injection, verifier, directory.NewReader(store, verifier, directory.ReaderOptions{})}, nil
 }
 
-// Manufacturer is the RFC 7638 thumbprint of the line's signing key.
+// Manufacturer is the RFC 7638 thumbprint of the line's first signing key.
 func (l *Line) Manufacturer() string { return l.signer.KeyID() }
 
 func (l *Line) lotKey(lot string) hsmkeys.Key {
 	return hsmkeys.Key{Role: hsmkeys.RoleLot, Manufacturer: l.Manufacturer(), Name: lot}
 }
 
-func (l *Line) kek(operator string) hsmkeys.Key {
-	return kekOf(l.Manufacturer(), operator)
-}
-
 func kekOf(manufacturer, operator string) hsmkeys.Key {
 	return hsmkeys.Key{Role: hsmkeys.RoleKEK, Manufacturer: manufacturer, Name: operator}
 }
 
-// FixtureEnrolment is the injection key for the fixture that injects device keys, under the fixture's RSA key.
-func (l *Line) FixtureEnrolment(ctx context.Context, fixture *rsa.PublicKey) (*directory.FixtureEnrolment, error) {
-	k := injectionKey(l.Manufacturer())
+// FixtureEnrolment is a generation of the injection key, the newest with 0, for the fixture that injects device keys, under
+// the fixture's RSA key.
+func (l *Line) FixtureEnrolment(ctx context.Context, fixture *rsa.PublicKey, generation int) (*directory.FixtureEnrolment, error) {
+	k := l.injection
+	if generation > 0 {
+		k.Generation = generation
+	}
 	wrapped, err := l.token.WrapInjectionKey(ctx, k, fixture)
 	if err != nil {
 		return nil, err
@@ -239,7 +337,11 @@ func (l *Line) Grant(ctx context.Context, lot, operator string) ([]byte, error) 
 	if err := l.token.ProveLotKey(ctx, l.lotKey(lot), m.PublicKey()); err != nil {
 		return nil, fmt.Errorf("lot %s: %w", lot, err)
 	}
-	wrapped, err := l.token.WrapLotKey(ctx, l.lotKey(lot), l.kek(operator))
+	kek, err := newest(ctx, l.token, kekOf(l.Manufacturer(), operator))
+	if err != nil {
+		return nil, err
+	}
+	wrapped, err := l.token.WrapLotKey(ctx, l.lotKey(lot), kek)
 	if errors.Is(err, hsmkeys.ErrNoKey) {
 		return nil, fmt.Errorf("operator %s is not enrolled: run factory operator enroll first: %w", operator, err)
 	}
@@ -250,7 +352,7 @@ func (l *Line) Grant(ctx context.Context, lot, operator string) ([]byte, error) 
 	if err != nil {
 		return nil, err
 	}
-	g := &directory.Grant{Operator: operator, KEK: l.kek(operator).HexID(), Lot: lot, Algorithm: directory.A256KWP, Wrapped: wrapped, Manifest: string(manifest)}
+	g := &directory.Grant{Operator: operator, KEK: kek.HexID(), Lot: lot, Algorithm: directory.A256KWP, Wrapped: wrapped, Manifest: string(manifest)}
 	if err := g.Validate(); err != nil {
 		return nil, err
 	}
@@ -332,11 +434,11 @@ func (l *Line) makeReissue(ctx context.Context, m *directory.Manifest, imei kme.
 }
 
 func readReissue(m *directory.Manifest, imei kme.IMEI, path string) (directory.InjectionLine, error) {
-	return ReadReissue(path, m.Lot, imei, injectionKey(m.Manufacturer).HexID())
+	return ReadReissue(path, m.Manufacturer, m.Lot, imei)
 }
 
-// ReadReissue reads the injection package of one device of a lot, for an injection key (its CKA_ID, hex).
-func ReadReissue(path, lot string, imei kme.IMEI, injectionKey string) (line directory.InjectionLine, err error) {
+// ReadReissue reads the injection package of one device of a manufacturer's lot.
+func ReadReissue(path, manufacturer, lot string, imei kme.IMEI) (line directory.InjectionLine, err error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return line, err
@@ -344,7 +446,7 @@ func ReadReissue(path, lot string, imei kme.IMEI, injectionKey string) (line dir
 	defer f.Close()
 	n := 0
 	for line, err = range directory.ReadInjection(f) {
-		if n++; err != nil || n > 1 || line.IMEI != imei || line.Lot != lot || line.DeviceKey.KeyID != injectionKey {
+		if n++; err != nil || n > 1 || line.IMEI != imei || line.Lot != lot || !wrappedBy(manufacturer, line) {
 			return line, fmt.Errorf("%s is damaged, or not of IMEI %s: bring back the file as it was", path, imei)
 		}
 	}
@@ -355,22 +457,27 @@ func ReadReissue(path, lot string, imei kme.IMEI, injectionKey string) (line dir
 }
 
 // EnrollOperator makes an operator's KEK in the token, with the security officer's PIN, and wraps it for the operator's
-// transport key. It opens the token itself: nobody else in the process may have it open.
-func EnrollOperator(ctx context.Context, tokenURI, soPINSource, operator string, transport *rsa.PublicKey) (jws []byte, created bool, err error) {
+// transport key. generation is that of the KEK: 0 for the newest, and one more than that to rotate it. It opens the token
+// itself: nobody else in the process may have it open.
+func EnrollOperator(ctx context.Context, tokenURI, soPINSource, operator string, transport *rsa.PublicKey, generation int) (jws []byte, created bool, err error) {
 	if err := directory.CheckName(operator); err != nil {
 		return nil, false, fmt.Errorf("the operator's name: %w", err)
 	}
 	// The KEK is named after the manufacturer, whose key only a user's login shows; the security officer's login
 	// ends that one.
-	var manufacturer string
-	err = withSigner(ctx, tokenURI, func(_ Token, s *directory.Signer) error {
-		manufacturer = s.KeyID()
-		return nil
+	var kek hsmkeys.Key
+	err = withSigner(ctx, tokenURI, func(t Token, s *directory.Signer) (err error) {
+		kek = kekOf(s.KeyID(), operator)
+		if generation > 0 {
+			kek, err = next(ctx, t, kek, generation)
+		} else {
+			kek, err = newest(ctx, t, kek)
+		}
+		return err
 	})
 	if err != nil {
 		return nil, false, err
 	}
-	kek := kekOf(manufacturer, operator)
 	if created, err = hsmkeys.MakeKEK(ctx, tokenURI, soPINSource, kek, transport); err != nil {
 		return nil, false, err
 	}
@@ -380,7 +487,7 @@ func EnrollOperator(ctx context.Context, tokenURI, soPINSource, operator string,
 			return err
 		}
 		e := &directory.Enrolment{
-			Manufacturer: manufacturer, Operator: operator, TransportKey: directory.RSAThumbprint(transport),
+			Manufacturer: kek.Manufacturer, Operator: operator, TransportKey: directory.RSAThumbprint(transport),
 			KEK: kek.HexID(), Algorithm: directory.RSAOAEP, Wrapped: wrapped,
 		}
 		if err := e.Validate(); err != nil {

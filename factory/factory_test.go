@@ -31,7 +31,7 @@ func newLine(t *testing.T) (line *Line, dir string, token *hsmkeys.Token) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { token.Close() })
-	if _, err := NewLine(token, nil); err == nil || !strings.Contains(err.Error(), "factory init") {
+	if _, err := NewLine(t.Context(), token, nil); err == nil || !strings.Contains(err.Error(), "factory init") {
 		t.Errorf("a line without keys: %v", err)
 	}
 	if _, _, created, err := Init(t.Context(), token); err != nil || !created {
@@ -42,7 +42,7 @@ func newLine(t *testing.T) (line *Line, dir string, token *hsmkeys.Token) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if line, err = NewLine(token, store); err != nil {
+	if line, err = NewLine(t.Context(), token, store); err != nil {
 		t.Fatal(err)
 	}
 	return line, dir, token

@@ -334,12 +334,11 @@ func (p *provisioning) patiently(user, ctx context.Context, f func() error) erro
 
 // makeLine makes a device's key, as it stands in an injection package.
 func (l *Line) makeLine(ctx context.Context, m *directory.Manifest, imei kme.IMEI, shard int) (line directory.InjectionLine, err error) {
-	injection := injectionKey(m.Manufacturer)
-	pub, wrapped, err := l.token.MakeDeviceKey(ctx, m.Suite, injection)
+	pub, wrapped, err := l.token.MakeDeviceKey(ctx, m.Suite, l.injection)
 	if err != nil {
 		return line, err
 	}
-	return directory.NewInjectionLine(imei, m.Lot, shard, pub, injection.HexID(), wrapped), nil
+	return directory.NewInjectionLine(imei, m.Lot, shard, pub, l.injection.HexID(), wrapped), nil
 }
 
 // makeShard makes the keys of a shard and writes its injection package.
@@ -366,6 +365,12 @@ func (p *provisioning) makeShard(ctx context.Context, n int, path string) ([]dir
 	return lines, nil
 }
 
+// wrappedBy says whether a line's device key is wrapped by a generation of the manufacturer's injection key.
+func wrappedBy(manufacturer string, line directory.InjectionLine) bool {
+	_, ok := injectionKey(manufacturer).Named(line.DeviceKey.KeyID)
+	return ok
+}
+
 // readPackage reads a shard's injection package, which must be that of this lot and shard, and of the manufacturer's
 // injection key.
 func readPackage(m *directory.Manifest, n int, path string) ([]directory.InjectionLine, error) {
@@ -374,13 +379,12 @@ func readPackage(m *directory.Manifest, n int, path string) ([]directory.Injecti
 		return nil, err
 	}
 	defer f.Close()
-	injection := injectionKey(m.Manufacturer).HexID()
 	var lines []directory.InjectionLine
 	for line, err := range directory.ReadInjection(f) {
 		if err != nil {
 			return nil, fmt.Errorf("%s is damaged: %w", path, err)
 		}
-		if line.Lot != m.Lot || line.Shard != n || line.DeviceKey.KeyID != injection {
+		if line.Lot != m.Lot || line.Shard != n || !wrappedBy(m.Manufacturer, line) {
 			return nil, fmt.Errorf("%s is damaged: line %d is not of this lot, shard and injection key", path, len(lines)+1)
 		}
 		lines = append(lines, line)

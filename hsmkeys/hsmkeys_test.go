@@ -169,8 +169,8 @@ func TestVectors(t *testing.T) {
 		block, _ := pem.Decode([]byte(l.Key))
 		key := must[any](t)(x509.ParsePKCS8PrivateKey(block.Bytes)).(*rsa.PrivateKey)
 		lots[l.Name] = &key.PublicKey
-		importLot(t, token, Key{RoleLot, manufacturer, l.Name}, key)
-		if err := token.ProveLotKey(t.Context(), Key{RoleLot, manufacturer, l.Name}, &key.PublicKey); err != nil {
+		importLot(t, token, Key{Role: RoleLot, Manufacturer: manufacturer, Name: l.Name}, key)
+		if err := token.ProveLotKey(t.Context(), Key{Role: RoleLot, Manufacturer: manufacturer, Name: l.Name}, &key.PublicKey); err != nil {
 			t.Error(err)
 		}
 	}
@@ -179,7 +179,7 @@ func TestVectors(t *testing.T) {
 		t.Run(c.Name, func(t *testing.T) {
 			suite := must[kme.Suite](t)(kme.ParseSuite(c.Suite))
 			device := must[any](t)(x509.ParsePKIXPublicKey(c.Device))
-			o, err := token.OpenPayload(t.Context(), suite, Key{RoleLot, manufacturer, c.Lot}, lots[c.Lot], device, c.Payload)
+			o, err := token.OpenPayload(t.Context(), suite, Key{Role: RoleLot, Manufacturer: manufacturer, Name: c.Lot}, lots[c.Lot], device, c.Payload)
 			switch {
 			case c.Why == "length":
 				if err == nil {
@@ -242,7 +242,7 @@ func TestLotKey(t *testing.T) {
 	if _, _, err := factory.EnsureLotKey(ctx, testLot, 3072, PrimesAuto); err == nil || !strings.Contains(err.Error(), "--bits 2048") {
 		t.Errorf("other bits: %v", err)
 	}
-	if _, _, err := factory.EnsureLotKey(ctx, Key{RoleLot, manufacturer, "L2"}, 2048, PrimesX931); err == nil || !strings.Contains(err.Error(), "X9.31") {
+	if _, _, err := factory.EnsureLotKey(ctx, Key{Role: RoleLot, Manufacturer: manufacturer, Name: "L2"}, 2048, PrimesX931); err == nil || !strings.Contains(err.Error(), "X9.31") {
 		t.Errorf("x931 on a token without it: %v", err)
 	}
 

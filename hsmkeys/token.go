@@ -6,8 +6,10 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"iter"
 	"os"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -21,6 +23,28 @@ type Key struct {
 	Role         Role
 	Manufacturer string // RFC 7638 thumbprint of the manufacturer's signing key; empty for keys that are a token's own
 	Name         string // the lot or the operator; empty for keys of which there is one
+	Generation   int    // of a key that is rotated; 0 and 1 are the first
+}
+
+// MaxGenerations is how many generations a key can have.
+const MaxGenerations = 64
+
+// Generations are those that a key can have, in their order.
+func (k Key) Generations() iter.Seq[Key] {
+	return func(yield func(Key) bool) {
+		for k.Generation = 1; k.Generation <= MaxGenerations && yield(k); k.Generation++ {
+		}
+	}
+}
+
+// Named finds the generation of a key by the name that files have for it, its HexID.
+func (k Key) Named(id string) (Key, bool) {
+	for g := range k.Generations() {
+		if g.HexID() == id {
+			return g, true
+		}
+	}
+	return Key{}, false
 }
 
 // A Role says what a key does. Each has its row in the table of docs/security.md.
@@ -39,7 +63,11 @@ const (
 
 // ID is the CKA_ID: 20 bytes, the same on every token.
 func (k Key) ID() []byte {
-	h := sha256.Sum256([]byte(strings.Join([]string{"kmehsm key 1", string(k.Role), k.Manufacturer, k.Name}, "\x00")))
+	parts := []string{"kmehsm key 1", string(k.Role), k.Manufacturer, k.Name}
+	if k.Generation > 1 {
+		parts = append(parts, strconv.Itoa(k.Generation))
+	}
+	h := sha256.Sum256([]byte(strings.Join(parts, "\x00")))
 	return h[:20]
 }
 
@@ -54,6 +82,9 @@ func (k Key) Label() string {
 	}
 	if k.Manufacturer != "" {
 		label += " of " + k.Manufacturer
+	}
+	if k.Generation > 1 {
+		label += fmt.Sprintf(" (%d)", k.Generation)
 	}
 	return label
 }

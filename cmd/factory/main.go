@@ -4,6 +4,7 @@ package main
 
 import (
 	"cmp"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -35,6 +36,8 @@ var (
 )
 
 func main() { cmdline.Main(app()) }
+
+var rotateFlags = []cli.Flag{cmdline.Token, stateFlag, &cli.IntFlag{Name: "generation", Usage: "which one to make, `N`: the first rotation makes 2. With the same N again nothing changes"}, cmdline.JSON}
 
 // lineFlags are those of the commands that work on lots, and the command's own.
 func lineFlags(own ...cli.Flag) []cli.Flag {
@@ -71,7 +74,8 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 				Name: "fixture", Usage: "the fixtures that inject keys into devices",
 				Subcommands: []*cli.Command{{
 					Name: "enroll", Usage: "write the injection key, wrapped to a fixture's RSA key (RSA-OAEP)",
-					Flags:  []cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "fixture-key", Usage: "the fixture's public key, RSA of 3072 bits or more, as `PEM`"}, outFileFlag, cmdline.JSON},
+					Flags: []cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "fixture-key", Usage: "the fixture's public key, RSA of 3072 bits or more, as `PEM`"},
+						&cli.IntFlag{Name: "generation", Usage: "of the injection key, `N`, for packages made before the last rotation (default: the newest)"}, outFileFlag, cmdline.JSON},
 					Action: fixtureEnroll,
 				}},
 			},
@@ -81,13 +85,26 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 					Name: "enroll", Usage: "make an operator's KEK as a TRUSTED key, and write it wrapped to the operator's transport key", ArgsUsage: "NAME",
 					Description: "The operator's transport.pem comes from keysvc init: make sure that it is the operator's. The security officer's PIN is needed, since only keys made\nTRUSTED by the security officer may ever wrap a lot key.",
 					Flags: []cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "transport-key", Usage: "the operator's transport key, as `PEM`"},
-						&cli.StringFlag{Name: "so-pin-source", Usage: "where the security officer's PIN is: file:/path, a `URI`"}, outFileFlag, cmdline.JSON},
+						&cli.StringFlag{Name: "so-pin-source", Usage: "where the security officer's PIN is: file:/path, a `URI`"},
+						&cli.IntFlag{Name: "generation", Usage: "of the KEK, `N`: the newest, or one more, to rotate it (default: the newest)"}, outFileFlag, cmdline.JSON},
 					Action: operatorEnroll,
 				}, {
 					Name: "policy", Usage: "print the Vault policy of one operator: its granted lots, to read", ArgsUsage: "NAME",
 					Description: "For vault policy write MOUNT-operator-NAME -",
 					Flags:       []cli.Flag{stateFlag, &cli.StringFlag{Name: "directory", Usage: "the directory, vault:`MOUNT`"}},
 					Action:      operatorPolicy,
+				}},
+			},
+			{
+				Name: "rotate", Usage: "make the next generation of one of the line's own keys, without stopping the line",
+				Subcommands: []*cli.Command{{
+					Name: "signing-key", Usage: "make the next signing key, which the ones before vouch for",
+					Description: "Readers go on pinning the first key, manufacturer.pem: every object that is signed from now on carries the statements that lead from it\nto the new one. What was signed before stays valid. It is no remedy for a signing key that was stolen: that needs a new manufacturer.",
+					Flags:       rotateFlags, Action: rotate("signing key", factory.RotateSigningKey),
+				}, {
+					Name: "injection-key", Usage: "make the next injection key, for the packages that are made from now on",
+					Description: "Then run factory fixture enroll for every fixture: it holds both keys as long as packages of the one before are to be injected.",
+					Flags:       rotateFlags, Action: rotate("injection key", factory.RotateInjectionKey),
 				}},
 			},
 			{
@@ -177,7 +194,7 @@ func withLine(c *cli.Context, f func(*hsmkeys.Token, *factory.Line) error) error
 		return err
 	}
 	return withToken(c, func(token *hsmkeys.Token) error {
-		line, err := factory.NewLine(token, store)
+		line, err := factory.NewLine(c.Context, token, store)
 		if err != nil {
 			return err
 		}
@@ -246,11 +263,37 @@ func initLine(c *cli.Context) error {
 
 func doctor(c *cli.Context) error {
 	return withToken(c, func(token *hsmkeys.Token) error {
-		report, err := token.DoctorFactory(c.Context, factory.Keys(token)...)
+		keys, err := factory.Keys(c.Context, token)
+		if err != nil {
+			return err
+		}
+		report, err := token.DoctorFactory(c.Context, keys...)
 		if err != nil {
 			return err
 		}
 		return cmdline.PrintFindings(c, token.String(), report)
+	})
+}
+
+func rotate(what string, f func(context.Context, factory.Token, int) (string, bool, error)) cli.ActionFunc {
+	return cmdline.Alone(func(c *cli.Context) error {
+		generation := c.Int("generation")
+		if generation < 2 {
+			return cmdline.Usagef("--generation is missing: the first rotation makes generation 2; see %s --help", c.Command.HelpName)
+		}
+		return withToken(c, func(token *hsmkeys.Token) error {
+			keyID, created, err := f(c.Context, token, generation)
+			if err != nil {
+				return err
+			}
+			return cmdline.Print(c, map[string]any{"key": keyID, "generation": generation, "created": created}, func(w io.Writer) {
+				if created {
+					fmt.Fprintf(w, "made %s %s, generation %d\n", what, keyID, generation)
+				} else {
+					fmt.Fprintf(w, "generation %d of the %s is there already: %s; nothing changed\n", generation, what, keyID)
+				}
+			})
+		})
 	})
 }
 
@@ -267,11 +310,11 @@ func fixtureEnroll(c *cli.Context) error {
 		return fmt.Errorf("the fixture's key %s: %w", c.String("fixture-key"), err)
 	}
 	return withToken(c, func(token *hsmkeys.Token) error {
-		line, err := factory.NewLine(token, nil)
+		line, err := factory.NewLine(c.Context, token, nil)
 		if err != nil {
 			return err
 		}
-		e, err := line.FixtureEnrolment(c.Context, fixture)
+		e, err := line.FixtureEnrolment(c.Context, fixture, c.Int("generation"))
 		if err != nil {
 			return err
 		}
@@ -314,7 +357,7 @@ func operatorEnroll(c *cli.Context) error {
 		return err
 	}
 	err = logged(c, serial, func() (err error) {
-		jws, created, err = factory.EnrollOperator(c.Context, c.String("token"), c.String("so-pin-source"), name, transport)
+		jws, created, err = factory.EnrollOperator(c.Context, c.String("token"), c.String("so-pin-source"), name, transport, c.Int("generation"))
 		return err
 	}, func(head *factory.LogHead) error {
 		return cmdline.WithToken(c, func(token *hsmkeys.Token) error { return factory.SignLog(c.String("state"), token, head) })

@@ -27,8 +27,7 @@ import (
 type fleet struct {
 	packages  []string // in the order of their names
 	lots      map[string]*lot
-	injection *subtle.KWP
-	keyID     string
+	injection map[string]*subtle.KWP // by the key's name: a fixture holds two while the key is rotated
 }
 
 type lot struct {
@@ -47,31 +46,16 @@ func openFleet(c *cli.Context) (*fleet, error) {
 	if err := cmdline.Require(c, "injection", "fixture-key", "fixture-enrolment"); err != nil {
 		return nil, err
 	}
-	data, err := cmdline.ReadFile(c.String("fixture-enrolment"))
-	if err != nil {
-		return nil, err
-	}
-	enrolment, err := directory.ParseFixtureEnrolment(data)
-	if err != nil {
-		return nil, fmt.Errorf("the fixture's enrolment %s: %w", c.String("fixture-enrolment"), err)
-	}
 	fixture, err := readPrivateKey(c.String("fixture-key"))
 	if err != nil {
 		return nil, fmt.Errorf("the fixture's key %s: %w", c.String("fixture-key"), err)
 	}
-	key, err := rsa.DecryptOAEP(sha1.New(), nil, fixture, enrolment.Wrapped, nil)
-	if err != nil {
-		return nil, errors.New("the fixture's key does not open its enrolment: they do not belong together, or the file is damaged")
-	}
-	defer clear(key)
-	injection, err := subtle.NewKWP(key)
-	if err != nil {
-		return nil, fmt.Errorf("the injection key: %w", err)
-	}
-	f := &fleet{lots: map[string]*lot{}, injection: injection, keyID: enrolment.KeyID}
-	verifier, err := enrolment.Verifier()
-	if err != nil {
-		return nil, err
+	f := &fleet{lots: map[string]*lot{}, injection: map[string]*subtle.KWP{}}
+	var verifier *directory.Verifier
+	for _, path := range c.StringSlice("fixture-enrolment") {
+		if verifier, err = f.enrol(fixture, path); err != nil {
+			return nil, fmt.Errorf("the fixture's enrolment %s: %w", path, err)
+		}
 	}
 	err = filepath.WalkDir(c.String("injection"), func(path string, entry fs.DirEntry, err error) error {
 		switch {
@@ -91,6 +75,27 @@ func openFleet(c *cli.Context) (*fleet, error) {
 		return nil, fmt.Errorf("there is no injection package below %s", c.String("injection"))
 	}
 	return f, nil
+}
+
+// enrol takes an injection key, and says whose it is.
+func (f *fleet) enrol(fixture *rsa.PrivateKey, path string) (*directory.Verifier, error) {
+	data, err := cmdline.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	enrolment, err := directory.ParseFixtureEnrolment(data)
+	if err != nil {
+		return nil, err
+	}
+	key, err := rsa.DecryptOAEP(sha1.New(), nil, fixture, enrolment.Wrapped, nil)
+	if err != nil {
+		return nil, errors.New("the fixture's key does not open it: they do not belong together, or the file is damaged")
+	}
+	defer clear(key)
+	if f.injection[enrolment.KeyID], err = subtle.NewKWP(key); err != nil {
+		return nil, err
+	}
+	return enrolment.Verifier()
 }
 
 func (f *fleet) addLot(verifier *directory.Verifier, path string) error {
@@ -133,7 +138,7 @@ func readPrivateKey(path string) (*rsa.PrivateKey, error) {
 // each calls f with the lines of all packages in their order, until it says stop.
 func (f *fleet) each(use func(directory.InjectionLine) (more bool, err error)) error {
 	for _, path := range f.packages {
-		more, err := eachOf(path, use)
+		more, err := f.eachOf(path, use)
 		if err != nil {
 			return fmt.Errorf("%s: %w", path, err)
 		}
@@ -144,7 +149,7 @@ func (f *fleet) each(use func(directory.InjectionLine) (more bool, err error)) e
 	return nil
 }
 
-func eachOf(path string, use func(directory.InjectionLine) (bool, error)) (more bool, err error) {
+func (f *fleet) eachOf(path string, use func(directory.InjectionLine) (bool, error)) (more bool, err error) {
 	file, err := os.Open(path)
 	if err != nil {
 		return false, err
@@ -154,7 +159,7 @@ func eachOf(path string, use func(directory.InjectionLine) (bool, error)) (more 
 		if err != nil {
 			return false, err
 		}
-		if line, err = newest(filepath.Dir(path), line); err != nil {
+		if line, err = f.newest(filepath.Dir(path), line); err != nil {
 			return false, err
 		}
 		if more, err := use(line); !more || err != nil {
@@ -165,9 +170,13 @@ func eachOf(path string, use func(directory.InjectionLine) (bool, error)) (more 
 }
 
 // newest is what a device was issued last: the line of its shard's package, or of a package of its own.
-func newest(dir string, line directory.InjectionLine) (directory.InjectionLine, error) {
+func (f *fleet) newest(dir string, line directory.InjectionLine) (directory.InjectionLine, error) {
+	lot := f.lots[line.Lot]
+	if lot == nil {
+		return line, fmt.Errorf("lot %s has no manifest.jws beside its packages", line.Lot)
+	}
 	for n := 1; ; n++ {
-		reissued, err := factory.ReadReissue(filepath.Join(dir, factory.ReissueFile(line.IMEI, n)), line.Lot, line.IMEI, line.DeviceKey.KeyID)
+		reissued, err := factory.ReadReissue(filepath.Join(dir, factory.ReissueFile(line.IMEI, n)), lot.manifest.Manufacturer, line.Lot, line.IMEI)
 		if errors.Is(err, fs.ErrNotExist) {
 			return line, nil
 		}
@@ -211,14 +220,11 @@ func (f *fleet) find(imei kme.IMEI) (found *device, err error) {
 
 // inject unwraps a device's private key, which must be that of its public key.
 func (f *fleet) inject(line directory.InjectionLine) (*device, error) {
-	lot := f.lots[line.Lot]
-	if lot == nil {
-		return nil, fmt.Errorf("lot %s has no manifest.jws beside its packages", line.Lot)
+	injection := f.injection[line.DeviceKey.KeyID]
+	if injection == nil {
+		return nil, fmt.Errorf("IMEI %s is wrapped under injection key %s, which the fixture was not enrolled with", line.IMEI, line.DeviceKey.KeyID)
 	}
-	if line.DeviceKey.KeyID != f.keyID {
-		return nil, fmt.Errorf("IMEI %s is wrapped under injection key %s, and the fixture was enrolled with %s", line.IMEI, line.DeviceKey.KeyID, f.keyID)
-	}
-	pkcs8, err := f.injection.Unwrap(line.DeviceKey.Wrapped)
+	pkcs8, err := injection.Unwrap(line.DeviceKey.Wrapped)
 	if err != nil {
 		return nil, fmt.Errorf("the private key of IMEI %s does not unwrap: the package is damaged", line.IMEI)
 	}
@@ -231,7 +237,7 @@ func (f *fleet) inject(line directory.InjectionLine) (*device, error) {
 	if !ok || !signer.Public().(interface{ Equal(crypto.PublicKey) bool }).Equal(line.PublicKey.Key) {
 		return nil, fmt.Errorf("the private key of IMEI %s is not that of its public key", line.IMEI)
 	}
-	return &device{line.IMEI, signer, lot}, nil
+	return &device{line.IMEI, signer, f.lots[line.Lot]}, nil
 }
 
 // A message is what a device sends, and what it knows of it.

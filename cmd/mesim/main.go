@@ -17,7 +17,7 @@ import (
 var deviceFlags = []cli.Flag{
 	&cli.StringFlag{Name: "injection", Usage: "the folder, `DIR`, of injection packages, as factory lot provision wrote it"},
 	&cli.StringFlag{Name: "fixture-key", Usage: "the fixture's private RSA key, as `PEM`"},
-	&cli.StringFlag{Name: "fixture-enrolment", Usage: "what factory fixture enroll wrote, a `FILE`"},
+	&cli.StringSliceFlag{Name: "fixture-enrolment", Usage: "what factory fixture enroll wrote, a `FILE`; once for each injection key that the fixture holds"},
 }
 
 func main() { cmdline.Main(app()) }

@@ -128,7 +128,7 @@ func describeArgs(want []string) string {
 // Require refuses a command line without the flags named.
 func Require(c *cli.Context, flags ...string) error {
 	for _, f := range flags {
-		if c.String(f) == "" {
+		if !c.IsSet(f) || c.String(f) == "" {
 			return Usagef("--%s is missing; see %s --help", f, c.Command.HelpName)
 		}
 	}
