@@ -187,7 +187,7 @@ func checkLot(t *testing.T, line *Line, out string) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		lines, err := readPackage(m, n, filepath.Join(out, "L1", InjectionFile(n)))
+		lines, err := ReadPackage(m, n, filepath.Join(out, "L1", InjectionFile(n)))
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -220,7 +220,7 @@ func (p *provisioning) generate(ctx context.Context, n int) error {
 			return err
 		}
 	}
-	lines, err := readPackage(p.m, n, path)
+	lines, err := ReadPackage(p.m, n, path)
 	made := 0
 	switch lost := errors.Is(err, fs.ErrNotExist); {
 	case err == nil:
@@ -371,9 +371,9 @@ func wrappedBy(manufacturer string, line directory.InjectionLine) bool {
 	return ok
 }
 
-// readPackage reads a shard's injection package, which must be that of this lot and shard, and of the manufacturer's
+// ReadPackage reads a shard's injection package, which must be that of this lot and shard, and of the manufacturer's
 // injection key.
-func readPackage(m *directory.Manifest, n int, path string) ([]directory.InjectionLine, error) {
+func ReadPackage(m *directory.Manifest, n int, path string) ([]directory.InjectionLine, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, err

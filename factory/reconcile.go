@@ -146,7 +146,7 @@ func (l *Line) compare(ctx context.Context, j *journal, m *directory.Manifest, n
 	if err != nil && !errors.Is(err, directory.ErrNotFound) {
 		return nil, false, err
 	}
-	lines, ferr := readPackage(m, n, path)
+	lines, ferr := ReadPackage(m, n, path)
 	var packed *directory.Shard
 	if ferr == nil {
 		packed, ferr = shardOf(m, n, lines)

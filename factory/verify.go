@@ -229,7 +229,7 @@ func (v *verifying) shards(ctx context.Context, m *directory.Manifest, f func(in
 
 // compare checks an injection package against the published shard.
 func (v *verifying) compare(m *directory.Manifest, n int, s *directory.Shard, path string) {
-	lines, err := readPackage(m, n, path)
+	lines, err := ReadPackage(m, n, path)
 	if errors.Is(err, fs.ErrNotExist) {
 		v.problem("%s: there is no such injection package", path)
 		return

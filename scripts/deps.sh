@@ -9,7 +9,7 @@ Installs, with apt-get, what this machine lacks for a Make target, and nothing e
 
     build       a C compiler and the C library's headers (cgo, for PKCS #11 and SQLite), CA certificates
     demo        build's, and SoftHSM, curl, jq, openssl
-    test        demo's, and OpenSC (pkcs11-tool and pkcs11-spy.so), openCryptoki, shellcheck
+    test        demo's, and OpenSC (pkcs11-tool and pkcs11-spy.so), openCryptoki, Chromium, shellcheck
     generate    protoc
 
 It does so as root or with sudo. With nothing missing it does nothing, on any system.
@@ -63,6 +63,7 @@ for_test() {
 	need opensc command -v pkcs11-tool
 	need opensc-pkcs11 has_spy
 	need opencryptoki command -v pkcsslotd
+	need chromium command -v chromium
 	need shellcheck command -v shellcheck
 }
 

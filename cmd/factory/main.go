@@ -107,6 +107,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 					Flags:       rotateFlags, Action: rotate("injection key", factory.RotateInjectionKey),
 				}},
 			},
+			stationCommand(),
 			{
 				Name: "reconcile", Usage: "compare what journal, injection packages, directory and token have of a lot", ArgsUsage: "LOT",
 				Description: "Says of each difference what is to be done. Exits with 1 while there are any.",
@@ -504,14 +505,12 @@ func showProgress(c *cli.Context, lot string) func(factory.Progress) {
 }
 
 func lotVerify(c *cli.Context) error {
-	packages := c.String("injection")
-	if packages == "" {
-		if dir := filepath.Join(c.String("state"), "injection", c.Args().First()); dirExists(dir) {
-			packages = filepath.Dir(dir)
-		}
+	dir := packages(c)
+	if !c.IsSet("injection") && !dirExists(filepath.Join(dir, c.Args().First())) {
+		dir = ""
 	}
 	return verify(c, func(store directory.Store, v *directory.Verifier, report func(int)) (*factory.Verification, error) {
-		return factory.VerifyLot(c.Context, store, v, c.Args().First(), packages, report)
+		return factory.VerifyLot(c.Context, store, v, c.Args().First(), dir, report)
 	})
 }
 

@@ -5,7 +5,6 @@ import (
 	"cmp"
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -234,24 +233,9 @@ func serve(c *cli.Context) error {
 	return run(ctx, handler, listeners, store, reload, log)
 }
 
-// loadTLS reads certificates anew: mutual TLS 1.3, nothing less.
+// loadTLS reads certificates anew: a client without one is not served.
 func loadTLS(cfg *config) (*tls.Config, error) {
-	certificate, err := tls.LoadX509KeyPair(cfg.TLS.Certificate, cfg.TLS.Key)
-	if err != nil {
-		return nil, fmt.Errorf("the server's certificate: %w", err)
-	}
-	ca, err := os.ReadFile(cfg.TLS.ClientCA)
-	if err != nil {
-		return nil, fmt.Errorf("the clients' CA: %w", err)
-	}
-	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(ca) {
-		return nil, fmt.Errorf("the clients' CA %s holds no certificate", cfg.TLS.ClientCA)
-	}
-	return &tls.Config{
-		Certificates: []tls.Certificate{certificate}, ClientCAs: pool, ClientAuth: tls.RequireAndVerifyClientCert,
-		MinVersion: tls.VersionTLS13, NextProtos: []string{"h2", "http/1.1"},
-	}, nil
+	return cmdline.ServerTLS(cfg.TLS.Certificate, cfg.TLS.Key, cfg.TLS.ClientCA, tls.RequireAndVerifyClientCert)
 }
 
 func listen(cfg *config, tlsConfig *atomic.Pointer[tls.Config]) (listeners []net.Listener, err error) {

@@ -1,0 +1,152 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"crypto/tls"
+	"encoding/csv"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/kmehsm/kmehsm/factory/station"
+	"github.com/kmehsm/kmehsm/internal/cmdline"
+)
+
+var injectionFlag = &cli.StringFlag{Name: "injection", Usage: "the folder, `DIR`, of the injection packages (default: injection in the --state folder)"}
+
+func stationCommand() *cli.Command {
+	return &cli.Command{
+		Name: "station", Usage: "the stations that inject keys into devices",
+		Subcommands: []*cli.Command{{
+			Name: "serve", Usage: "hand devices out to stations, and show on a wall screen how it goes",
+			Description: `Stations speak HTTPS with a client certificate, whose common name is the station's. A station has one device at a time:
+    POST /v1/lots/LOT/next                   the next device, or the one that the station has, as JSON
+    POST /v1/lots/LOT/devices/IMEI           that device: one that failed, is overdue, or came back
+    PUT  /v1/lots/LOT/devices/IMEI/result    {"result": "injected", "failed" or "scrapped", "note": "..."}
+    GET  /v1/status                          all counts, without a certificate; and GET / as a page
+A device is handed out when its key is published, and only with the key that is. This needs no token, and runs beside lot
+provision. Ctrl-C ends it; begun again, it goes on where it was.`,
+			Flags: append(cmdline.DirectoryFlags(), manufacturerFlag, stateFlag, injectionFlag,
+				&cli.StringFlag{Name: "listen", Usage: "where to serve, `ADDRESS:PORT`"},
+				&cli.StringFlag{Name: "tls-certificate", Usage: "the server's certificate, `PEM`"},
+				&cli.StringFlag{Name: "tls-key", Usage: "its key, `PEM`"},
+				&cli.StringFlag{Name: "client-ca", Usage: "the CA of the stations' certificates, `PEM`"},
+				&cli.DurationFlag{Name: "timeout", Value: 10 * time.Minute, Usage: "after which a device that its station did not report is overdue"}),
+			Action: stationServe,
+		}, {
+			Name: "report", Usage: "say of every IMEI of a lot what became of it, at which station, when", ArgsUsage: "LOT",
+			Description: "As CSV, or with --json as one JSON document. A device stands there once for each key that it was handed out with.",
+			Flags:       []cli.Flag{manufacturerFlag, stateFlag, injectionFlag, cmdline.JSON},
+			Action:      stationReport,
+		}},
+	}
+}
+
+func packages(c *cli.Context) string {
+	return cmp.Or(c.String("injection"), filepath.Join(c.String("state"), "injection"))
+}
+
+func stationServe(c *cli.Context) error {
+	if err := cmdline.Require(c, "listen", "tls-certificate", "tls-key", "client-ca"); err != nil {
+		return err
+	}
+	if c.Duration("timeout") < time.Second {
+		return cmdline.Usagef("--timeout is a second at least, and better as long as a station needs for a device")
+	}
+	verifier, err := manufacturer(c)
+	if err != nil {
+		return err
+	}
+	// Without a certificate one sees the wall screen, and nothing else.
+	config, err := cmdline.ServerTLS(c.String("tls-certificate"), c.String("tls-key"), c.String("client-ca"), tls.VerifyClientCertIfGiven)
+	if err != nil {
+		return cmdline.Usage(err)
+	}
+	store, err := openDirectory(c)
+	if err != nil {
+		return err
+	}
+	log := slog.New(slog.NewTextHandler(c.App.ErrWriter, nil))
+	desk, err := station.Open(c.Context, station.Options{
+		State: c.String("state"), Injection: packages(c), Store: store, Verifier: verifier, Timeout: c.Duration("timeout"), Log: log,
+	})
+	if err != nil {
+		return err
+	}
+	defer desk.Close()
+	listener, err := net.Listen("tcp", c.String("listen"))
+	if err != nil {
+		return err
+	}
+	server := &http.Server{
+		Handler: desk.Handler(), TLSConfig: config, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, IdleTimeout: 5 * time.Minute,
+		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+	}
+	drained := make(chan error, 1)
+	context.AfterFunc(c.Context, func() {
+		drain, cancel := context.WithTimeout(context.WithoutCancel(c.Context), 30*time.Second)
+		defer cancel()
+		drained <- server.Shutdown(drain)
+	})
+	log.Info("serving stations", "address", "https://"+listener.Addr().String())
+	if err := server.ServeTLS(listener, "", ""); !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return <-drained
+}
+
+func stationReport(c *cli.Context) error {
+	verifier, err := manufacturer(c)
+	if err != nil {
+		return err
+	}
+	m, _, err := station.ReadManifest(packages(c), c.Args().First(), verifier)
+	if err != nil {
+		return err
+	}
+	lines := station.Report(c.Context, c.String("state"), m)
+	if c.Bool("json") { // one document, but never all of it in memory
+		before := fmt.Sprintf("{\"lot\": %q, \"devices\": [\n", m.Lot)
+		for line, err := range lines {
+			if err != nil {
+				return cmdline.Said(err) // the document ends in the middle, and nobody takes it for whole
+			}
+			text, err := json.Marshal(line)
+			if err != nil {
+				return err
+			}
+			if _, err := fmt.Fprintf(c.App.Writer, "%s%s", before, text); err != nil {
+				return err
+			}
+			before = ",\n"
+		}
+		_, err := fmt.Fprintln(c.App.Writer, "\n]}")
+		return err
+	}
+	w := csv.NewWriter(c.App.Writer)
+	w.Write([]string{"imei", "issue", "state", "station", "handed", "reported", "tries", "note"})
+	for line, err := range lines {
+		if err != nil {
+			return err
+		}
+		w.Write([]string{line.IMEI.String(), strconv.Itoa(line.Issue), string(line.State), line.Station, stamp(line.Handed), stamp(line.Reported), strconv.Itoa(line.Tries), line.Note})
+	}
+	w.Flush()
+	return w.Error()
+}
+
+func stamp(t *time.Time) string {
+	if t == nil {
+		return ""
+	}
+	return t.Format(time.RFC3339Nano)
+}

@@ -1,0 +1,126 @@
+package station
+
+import (
+	"embed"
+	"encoding/json"
+	"errors"
+	"io"
+	"net/http"
+
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+//go:embed wall.html wall.js
+var wall embed.FS
+
+// Handler serves stations, and a wall screen. A station is who its client certificate says: the common name of its subject.
+// Who has none sees the counts, and no device.
+//
+//	POST /v1/lots/{lot}/next                     the next device: a Ticket
+//	POST /v1/lots/{lot}/devices/{imei}           that device: a Ticket
+//	PUT  /v1/lots/{lot}/devices/{imei}/result    {"result": "injected" | "failed" | "scrapped", "note": "..."}
+//	GET  /v1/status                              a Status
+//	GET  /                                       the wall screen
+//
+// An error is {"error": "..."}: 400 for what makes no sense, 403 without a certificate, 404 when no device is left, 409 for what this
+// station may not do now, 503 for what may work later.
+func (d *Desk) Handler() http.Handler {
+	mux := http.NewServeMux()
+	station := func(pattern string, f func(r *http.Request, station string) (any, error)) {
+		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+			name, err := stationOf(r)
+			if err != nil {
+				answer(w, http.StatusForbidden, map[string]string{"error": err.Error()})
+				return
+			}
+			v, err := f(r, name)
+			d.reply(w, r, v, err)
+		})
+	}
+	station("POST /v1/lots/{lot}/next", func(r *http.Request, station string) (any, error) {
+		return d.Next(r.Context(), station, r.PathValue("lot"))
+	})
+	station("POST /v1/lots/{lot}/devices/{imei}", func(r *http.Request, station string) (any, error) {
+		imei, err := kme.ParseIMEI(r.PathValue("imei"))
+		if err != nil {
+			return nil, badRequest{err}
+		}
+		return d.Named(r.Context(), station, r.PathValue("lot"), imei)
+	})
+	station("PUT /v1/lots/{lot}/devices/{imei}/result", func(r *http.Request, station string) (any, error) {
+		imei, err := kme.ParseIMEI(r.PathValue("imei"))
+		if err != nil {
+			return nil, badRequest{err}
+		}
+		var report struct {
+			Result State  `json:"result"`
+			Note   string `json:"note"`
+		}
+		body, err := io.ReadAll(http.MaxBytesReader(nil, r.Body, 4096))
+		if err == nil {
+			err = directory.ParseStrict(body, &report)
+		}
+		if err != nil {
+			return nil, badRequest{err}
+		}
+		return map[string]any{"imei": imei, "state": report.Result}, d.Report(r.Context(), station, r.PathValue("lot"), imei, report.Result, report.Note)
+	})
+	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, r *http.Request) {
+		s, err := d.Status(r.Context())
+		d.reply(w, r, s, err)
+	})
+	page := http.FileServerFS(wall)
+	mux.HandleFunc("GET /wall.js", page.ServeHTTP)
+	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; connect-src 'self'")
+		http.ServeFileFS(w, r, wall, "wall.html")
+	})
+	return mux
+}
+
+func stationOf(r *http.Request) (string, error) {
+	if r.TLS == nil || len(r.TLS.VerifiedChains) == 0 {
+		return "", errors.New("a station shows its client certificate")
+	}
+	name := r.TLS.VerifiedChains[0][0].Subject.CommonName
+	if err := directory.CheckName(name); err != nil {
+		return "", errors.New("the common name of the station's certificate is no name: letters, digits, dots, dashes")
+	}
+	return name, nil
+}
+
+type badRequest struct{ error }
+
+func (d *Desk) reply(w http.ResponseWriter, r *http.Request, v any, err error) {
+	if err == nil {
+		answer(w, http.StatusOK, v)
+		return
+	}
+	code, text := http.StatusInternalServerError, "the line's own trouble: see its log"
+	var refused *RefusedError
+	switch {
+	case errors.As(err, new(badRequest)):
+		code, text = http.StatusBadRequest, err.Error()
+	case errors.As(err, &refused):
+		code, text = http.StatusConflict, err.Error()
+	case errors.Is(err, ErrNoneLeft):
+		code, text = http.StatusNotFound, err.Error()
+	case errors.Is(err, ErrNotReady), errors.Is(err, directory.ErrUnavailable):
+		w.Header().Set("Retry-After", "5")
+		code, text = http.StatusServiceUnavailable, err.Error()
+	case r.Context().Err() != nil:
+		return // nobody listens
+	}
+	if code == http.StatusInternalServerError {
+		d.o.Log.Error("a station's request failed", "path", r.URL.Path, "error", err)
+	}
+	answer(w, code, map[string]string{"error": text})
+}
+
+func answer(w http.ResponseWriter, code int, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "no-store")
+	w.WriteHeader(code)
+	json.NewEncoder(w).Encode(v)
+}

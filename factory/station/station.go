@@ -1,0 +1,512 @@
+// Package station hands out devices to the stations of the line that inject their keys, and remembers what became of each.
+//
+// It needs no token: what a station gets is wrapped for its fixture, and nothing is handed out that the directory does not
+// have, just so.
+package station
+
+import (
+	"context"
+	"crypto"
+	"database/sql"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/mattn/go-sqlite3"
+
+	_ "embed"
+
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/factory"
+	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/sqlite"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+//go:embed station.sql
+var schema string
+
+const version = 1
+
+// A State is what became of a device.
+type State string
+
+const (
+	Waiting  State = "waiting"  // never handed out
+	Out      State = "out"      // a station has it
+	Injected State = "injected" // it has its key
+	Failed   State = "failed"   // it has not; it may be handed out again, by its IMEI
+	Scrapped State = "scrapped" // it will never have one
+	Overdue  State = "overdue"  // it was handed out, and nobody said what became of it
+	Revoked  State = "revoked"  // its key was revoked before its turn came
+)
+
+// A RefusedError is what a station may not do, and why.
+type RefusedError struct{ Reason string }
+
+func (e *RefusedError) Error() string { return e.Reason }
+
+func refuse(format string, args ...any) error { return &RefusedError{fmt.Sprintf(format, args...)} }
+
+// ErrNoneLeft: every device of the lot was handed out.
+var ErrNoneLeft = errors.New("every device of the lot was handed out: failed and overdue ones may be asked for by IMEI")
+
+// ErrNotReady: the device's key is not published yet.
+var ErrNotReady = errors.New("its key is not published yet: factory lot provision does that")
+
+// Options are a Desk's.
+type Options struct {
+	State     string // the line's own folder; the desk has a folder in it, and one process at a time
+	Injection string // the folder of the injection packages
+	Store     directory.Store
+	Verifier  *directory.Verifier
+	Timeout   time.Duration // after which a device that nobody reported is overdue
+	Log       *slog.Logger
+}
+
+// A Desk hands devices out. All methods may be called concurrently. A station has one device at a time; to ask again is
+// to get the same one.
+type Desk struct {
+	o           Options
+	reader      *directory.Reader
+	read, write *sql.DB
+	unlock      func()
+	cancel      context.CancelFunc
+	watching    sync.WaitGroup
+
+	mu     sync.Mutex
+	lots   map[string]*lot       // guarded by mu; a manifest never changes
+	out    map[device]*handedOut // guarded by mu: what the stations have, as far as it is not yet overdue
+	status *Status               // guarded by mu
+}
+
+type lot struct {
+	*directory.Manifest
+	jws string
+
+	mu     sync.Mutex
+	cursor int // no device before it is waiting; guarded by mu
+	shard  int // whose package is read; guarded by mu
+	lines  []directory.InjectionLine
+}
+
+type device struct {
+	lot             string
+	position, issue int
+}
+
+// handedOut measures time by the process's own clock, which nobody sets back.
+type handedOut struct {
+	tries int
+	since time.Time
+}
+
+// A Ticket is a device that a station has.
+type Ticket struct {
+	IMEI      kme.IMEI                `json:"imei"`
+	Lot       string                  `json:"lot"`
+	Issue     int                     `json:"issue"`     // 0: the device's first key; else its n-th new one
+	Injection directory.InjectionLine `json:"injection"` // its line of the injection package
+	Manifest  string                  `json:"manifest"`  // the lot's, signed; it has the modulus
+	Timeout   float64                 `json:"report_within_seconds"`
+}
+
+// Open opens the desk of a line. What stations had when the last process ended, they still have, and their time begins anew.
+func Open(ctx context.Context, o Options) (*Desk, error) {
+	dir := filepath.Join(o.State, "station")
+	if err := durable.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	unlock, err := durable.Lock(dir)
+	if err != nil {
+		return nil, err
+	}
+	read, write, err := sqlite.Open(ctx, filepath.Join(dir, "station.db"), schema, version)
+	if err != nil {
+		unlock()
+		return nil, err
+	}
+	d := &Desk{o: o, reader: directory.NewReader(o.Store, o.Verifier, directory.ReaderOptions{CacheBytes: 8 << 20, RevocationTTL: time.Second, NegativeTTL: time.Second}),
+		read: read, write: write, unlock: unlock, lots: map[string]*lot{}, out: map[device]*handedOut{}}
+	if err := d.resume(ctx); err != nil {
+		return nil, errors.Join(err, d.Close())
+	}
+	ctx, d.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	d.watching.Go(func() { d.watch(ctx) })
+	return d, nil
+}
+
+// Close may be called when no other call is under way.
+func (d *Desk) Close() error {
+	if d.cancel != nil {
+		d.cancel()
+		d.watching.Wait()
+	}
+	defer d.unlock()
+	return errors.Join(d.read.Close(), d.write.Close())
+}
+
+func (d *Desk) resume(ctx context.Context) error {
+	rows, err := d.read.QueryContext(ctx, "SELECT lot, position, issue, tries FROM device WHERE state = ?", Out)
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var k device
+		h := &handedOut{since: time.Now()}
+		if err := rows.Scan(&k.lot, &k.position, &k.issue, &h.tries); err != nil {
+			return err
+		}
+		d.out[k] = h
+	}
+	return rows.Err()
+}
+
+// watch finds what is overdue.
+func (d *Desk) watch(ctx context.Context) {
+	tick := time.NewTicker(min(d.o.Timeout/4, 5*time.Second))
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		d.mu.Lock()
+		late := map[device]int{}
+		for k, h := range d.out {
+			if time.Since(h.since) > d.o.Timeout {
+				late[k] = h.tries
+			}
+		}
+		d.mu.Unlock()
+		for k, tries := range late {
+			_, err := d.write.ExecContext(ctx, "UPDATE device SET state = ?, reported = ? WHERE lot = ? AND position = ? AND issue = ? AND tries = ? AND state = ?",
+				Overdue, now(), k.lot, k.position, k.issue, tries, Out)
+			if err != nil {
+				if ctx.Err() == nil {
+					d.o.Log.Error("an overdue device cannot be put down", "lot", k.lot, "position", k.position, "error", err)
+				}
+				continue
+			}
+			d.forget(k, tries)
+		}
+	}
+}
+
+func (d *Desk) forget(k device, tries int) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if h := d.out[k]; h != nil && h.tries == tries {
+		delete(d.out, k)
+	}
+}
+
+func now() int64 { return time.Now().UnixMilli() }
+
+// lot gives a lot by the manifest in the folder of its injection packages.
+func (d *Desk) lot(name string) (*lot, error) {
+	if err := directory.CheckName(name); err != nil {
+		return nil, refuse("the lot's name: %v", err)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if l := d.lots[name]; l != nil {
+		return l, nil
+	}
+	m, jws, err := ReadManifest(d.o.Injection, name, d.o.Verifier)
+	if err != nil {
+		return nil, err
+	}
+	l := &lot{Manifest: m, jws: string(jws), shard: -1}
+	d.lots[name] = l
+	return l, nil
+}
+
+// ReadManifest reads a lot's manifest from the folder of the injection packages.
+func ReadManifest(injection, lot string, v *directory.Verifier) (*directory.Manifest, []byte, error) {
+	jws, err := os.ReadFile(filepath.Join(injection, lot, factory.ManifestFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil, refuse("there is no lot %s: factory lot provision makes its injection packages", lot)
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	m, err := v.Manifest(lot, jws)
+	return m, jws, err
+}
+
+// Next gives a station the next device of a lot, or the one that it has.
+func (d *Desk) Next(ctx context.Context, station, name string) (*Ticket, error) {
+	l, err := d.lot(name)
+	if err != nil {
+		return nil, err
+	}
+	for {
+		if k, err := d.holds(ctx, station); err != nil {
+			return nil, err
+		} else if k != nil {
+			if k.lot != name {
+				return nil, refuse("this station has IMEI %s of lot %s: report that one first", d.imei(*k), k.lot)
+			}
+			return d.again(ctx, l, *k)
+		}
+		at, err := d.free(ctx, l)
+		if err != nil {
+			return nil, err
+		}
+		k, t, err := d.ticket(ctx, l, at)
+		var revoked *revokedError
+		if errors.As(err, &revoked) {
+			if _, err := d.claim(ctx, k, station, Revoked, false); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		if ok, err := d.claim(ctx, k, station, Out, false); err != nil || ok {
+			return t, err
+		}
+	}
+}
+
+// Named gives a station the device that it asks for by its IMEI.
+func (d *Desk) Named(ctx context.Context, station, name string, imei kme.IMEI) (*Ticket, error) {
+	l, err := d.lot(name)
+	if err != nil {
+		return nil, err
+	}
+	at, ok := l.Position(imei)
+	if !ok {
+		return nil, refuse("IMEI %s is not in lot %s", imei, name)
+	}
+	if k, err := d.holds(ctx, station); err != nil {
+		return nil, err
+	} else if k != nil {
+		if k.lot != name || k.position != at {
+			return nil, refuse("this station has IMEI %s of lot %s: report that one first", d.imei(*k), k.lot)
+		}
+		return d.again(ctx, l, *k)
+	}
+	k, t, err := d.ticket(ctx, l, at)
+	var revoked *revokedError
+	if errors.As(err, &revoked) {
+		return nil, refuse("IMEI %s is revoked", imei)
+	}
+	if err != nil {
+		return nil, err
+	}
+	ok, err = d.claim(ctx, k, station, Out, true)
+	if err != nil {
+		return nil, err
+	}
+	if !ok {
+		was, by, err := d.state(ctx, k)
+		if err != nil {
+			return nil, err
+		}
+		switch was {
+		case Injected:
+			return nil, refuse("IMEI %s has its key, from station %s: a device that came back gets another one by factory lot reissue", imei, by)
+		case Out:
+			return nil, refuse("IMEI %s is at station %s", imei, by)
+		}
+		return nil, refuse("IMEI %s is %s, by station %s", imei, was, by)
+	}
+	return t, nil
+}
+
+// Report puts down what became of the device that a station has: Injected, Failed or Scrapped. The same report again changes
+// nothing; one that comes late counts, unless the device was handed out once more.
+func (d *Desk) Report(ctx context.Context, station, name string, imei kme.IMEI, state State, note string) error {
+	switch state {
+	case Injected, Failed, Scrapped:
+	default:
+		return refuse("a device is injected, failed or scrapped, not %q", state)
+	}
+	if len(note) > 200 {
+		return refuse("the note has 200 bytes at most")
+	}
+	l, err := d.lot(name)
+	if err != nil {
+		return err
+	}
+	at, ok := l.Position(imei)
+	if !ok {
+		return refuse("IMEI %s is not in lot %s", imei, name)
+	}
+	k := device{lot: name, position: at}
+	var was State
+	var by string
+	var tries int
+	err = d.read.QueryRowContext(ctx, "SELECT issue, state, station, tries FROM device WHERE lot = ? AND position = ? ORDER BY issue DESC LIMIT 1", name, at).Scan(&k.issue, &was, &by, &tries)
+	switch {
+	case errors.Is(err, sql.ErrNoRows):
+		return refuse("IMEI %s was handed to nobody", imei)
+	case err != nil:
+		return err
+	case by != station:
+		return refuse("IMEI %s is %s, by station %s: only that one reports it", imei, was, by)
+	case was == state:
+		return nil
+	case was != Out && was != Overdue:
+		return refuse("IMEI %s was reported %s before, and cannot be %s", imei, was, state)
+	}
+	r, err := d.write.ExecContext(ctx, "UPDATE device SET state = ?, reported = ?, note = ? WHERE lot = ? AND position = ? AND issue = ? AND station = ? AND tries = ? AND state = ?",
+		state, now(), note, name, at, k.issue, station, tries, was)
+	if err != nil {
+		return err
+	}
+	if n, err := r.RowsAffected(); err != nil {
+		return err
+	} else if n == 0 { // something came between: look again at what
+		return d.Report(ctx, station, name, imei, state, note)
+	}
+	d.forget(k, tries)
+	return nil
+}
+
+// holds is the device that a station has; nil if it has none.
+func (d *Desk) holds(ctx context.Context, station string) (*device, error) {
+	k := new(device)
+	err := d.read.QueryRowContext(ctx, "SELECT lot, position, issue FROM device WHERE state = 'out' AND station = ?", station).Scan(&k.lot, &k.position, &k.issue)
+	if errors.Is(err, sql.ErrNoRows) {
+		return nil, nil
+	}
+	return k, err
+}
+
+func (d *Desk) state(ctx context.Context, k device) (state State, station string, err error) {
+	err = d.read.QueryRowContext(ctx, "SELECT state, station FROM device WHERE lot = ? AND position = ? AND issue = ?", k.lot, k.position, k.issue).Scan(&state, &station)
+	return state, station, err
+}
+
+func (d *Desk) imei(k device) string {
+	if l, err := d.lot(k.lot); err == nil {
+		return l.IMEI(k.position).String()
+	}
+	return fmt.Sprintf("number %d", k.position)
+}
+
+// free is the first device of a lot that was never handed out.
+func (d *Desk) free(ctx context.Context, l *lot) (at int, err error) {
+	l.mu.Lock()
+	from := l.cursor
+	l.mu.Unlock()
+	err = d.read.QueryRowContext(ctx, `SELECT ?2 WHERE NOT EXISTS (SELECT 1 FROM device WHERE lot = ?1 AND position = ?2)
+		UNION ALL SELECT * FROM (SELECT position + 1 FROM device AS d WHERE lot = ?1 AND position >= ?2
+			AND NOT EXISTS (SELECT 1 FROM device AS e WHERE e.lot = ?1 AND e.position = d.position + 1) ORDER BY position LIMIT 1) LIMIT 1`, l.Lot, from).Scan(&at)
+	if err != nil {
+		return 0, err
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.cursor = max(l.cursor, at); at >= l.Devices() {
+		return 0, ErrNoneLeft
+	}
+	return at, nil
+}
+
+// claim hands a device out that was not, or, if it was asked for by name, that failed or is overdue. It says whether it did: somebody else may have been faster.
+func (d *Desk) claim(ctx context.Context, k device, station string, to State, named bool) (bool, error) {
+	reported := int64(0)
+	if to != Out {
+		reported = now()
+	}
+	var tries int
+	err := d.write.QueryRowContext(ctx, `INSERT INTO device (lot, position, issue, again, state, station, handed, reported)
+		VALUES (?1, ?2, ?3, EXISTS (SELECT 1 FROM device WHERE lot = ?1 AND position = ?2), ?4, ?5, ?6, ?7)
+		ON CONFLICT (lot, position, issue) DO UPDATE SET state = excluded.state, station = excluded.station, handed = excluded.handed,
+			reported = 0, tries = tries + 1, note = '' WHERE ?8 AND state IN ('failed', 'overdue') RETURNING tries`,
+		k.lot, k.position, k.issue, to, station, now(), reported, named).Scan(&tries)
+	var taken sqlite3.Error
+	switch {
+	case errors.Is(err, sql.ErrNoRows):
+		return false, nil
+	case errors.As(err, &taken) && taken.Code == sqlite3.ErrConstraint: // the station asked twice at once
+		return false, refuse("this station was just handed a device: ask again")
+	case err != nil:
+		return false, err
+	}
+	if to == Out {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		d.out[k] = &handedOut{tries, time.Now()}
+	}
+	return true, nil
+}
+
+// again is the ticket of a device that a station has. It is the key that it was handed, whatever came after.
+func (d *Desk) again(ctx context.Context, l *lot, k device) (*Ticket, error) {
+	have, t, err := d.ticket(ctx, l, k.position)
+	if err == nil && have.issue != k.issue {
+		err = refuse("IMEI %s was issued another key since this station was handed it: report it failed", l.IMEI(k.position))
+	}
+	var revoked *revokedError
+	if errors.As(err, &revoked) {
+		err = refuse("IMEI %s was revoked since this station was handed it: report it scrapped", l.IMEI(k.position))
+	}
+	return t, err
+}
+
+type revokedError struct{}
+
+func (*revokedError) Error() string { return "the device is revoked" }
+
+// ticket is what a station needs of a device: the newest key that it was issued, which must be the published one.
+func (d *Desk) ticket(ctx context.Context, l *lot, at int) (device, *Ticket, error) {
+	imei, k := l.IMEI(at), device{lot: l.Lot, position: at}
+	published, err := d.reader.Device(ctx, l.Manifest, imei)
+	if errors.Is(err, directory.ErrUnknownDevice) {
+		return k, nil, fmt.Errorf("IMEI %s: %w", imei, ErrNotReady)
+	}
+	if err != nil {
+		return k, nil, err
+	}
+	for _, e := range published.History {
+		if e.Key != nil {
+			k.issue++
+		}
+	}
+	if published.Revoked != nil {
+		return k, nil, &revokedError{}
+	}
+	line, err := d.line(l, at, k.issue)
+	if err != nil {
+		return k, nil, err
+	}
+	if !published.Key.(interface {
+		Equal(x crypto.PublicKey) bool
+	}).Equal(line.PublicKey.Key) {
+		return k, nil, fmt.Errorf("the injection package of IMEI %s has another key than the directory: run factory reconcile %s", imei, l.Lot)
+	}
+	return k, &Ticket{imei, l.Lot, k.issue, line, l.jws, d.o.Timeout.Seconds()}, nil
+}
+
+// line is a device's in its injection package. The package of the shard last asked for is kept.
+func (d *Desk) line(l *lot, at, issue int) (line directory.InjectionLine, err error) {
+	dir, imei := filepath.Join(d.o.Injection, l.Lot), l.IMEI(at)
+	if issue > 0 {
+		return factory.ReadReissue(filepath.Join(dir, factory.ReissueFile(imei, issue)), l.Manufacturer, l.Lot, imei)
+	}
+	shard := at / l.ShardSize
+	first, _ := l.ShardRange(shard)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.shard != shard {
+		lines, err := factory.ReadPackage(l.Manifest, shard, filepath.Join(dir, factory.InjectionFile(shard)))
+		if err != nil {
+			return line, err
+		}
+		l.shard, l.lines = shard, lines
+	}
+	return l.lines[at-first], nil
+}
