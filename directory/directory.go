@@ -29,7 +29,8 @@ type Manifest struct {
 	Suite        kme.Suite `json:"suite"`
 	N            Base64    `json:"n"` // big-endian, as in a JWK
 	E            int       `json:"e"`
-	Mechanism    string    `json:"key_generation"` // the CKM_* that made the key
+	Mechanism    string    `json:"key_generation"`         // the CKM_* that made the key
+	Wrapping     string    `json:"key_wrapping,omitempty"` // how the token wraps device keys by AES-KWP, as PKCS #11 calls it
 	Ranges       []Range   `json:"ranges"`
 	ShardSize    int       `json:"shard_size"` // devices a shard; the last shard may have fewer
 	Created      time.Time `json:"created"`

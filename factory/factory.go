@@ -40,6 +40,7 @@ type Token interface {
 	LotKeySealed(ctx context.Context, k hsmkeys.Key) (bool, error)
 	WrapKEK(ctx context.Context, kek hsmkeys.Key) ([]byte, error)
 	MakeDeviceKey(ctx context.Context, suite kme.Suite, injection hsmkeys.Key) (crypto.PublicKey, []byte, error)
+	KeyWrapMechanism() string
 	Sessions() int
 }
 
@@ -286,7 +287,7 @@ func (l *Line) CreateLot(ctx context.Context, spec LotSpec) (*directory.Manifest
 	if err != nil {
 		return nil, errors.Join(err, l.token.RemoveLotKey(ctx, l.lotKey(m.Lot)))
 	}
-	m.N, m.Mechanism = pub.N.Bytes(), mechanism
+	m.N, m.Mechanism, m.Wrapping = pub.N.Bytes(), mechanism, l.token.KeyWrapMechanism()
 	if err := m.Validate(); err != nil {
 		return nil, err
 	}

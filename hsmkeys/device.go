@@ -57,7 +57,7 @@ func (t *Token) MakeDeviceKey(ctx context.Context, suite kme.Suite, injection Ke
 		if !suite.Verify(pub, challenge, sig) {
 			return errors.New("the token made a device key whose signature its public key does not verify: do not use this token")
 		}
-		wrapped, err = s.WrapKey(s.h, mechanism(pkcs11.CKM_AES_KEY_WRAP_PAD), w, h)
+		wrapped, err = s.WrapKey(s.h, mechanism(t.kwp), w, h)
 		return explainIf("wrap a device key", err)
 	})
 	if err != nil {

@@ -39,6 +39,7 @@ var factoryNeeds = []need{
 	{pkcs11.CKM_ECDSA, "CKM_ECDSA", pkcs11.CKF_SIGN, "signing manifests and shards; challenging device keys", ""},
 	{pkcs11.CKM_SHA256_RSA_PKCS, "CKM_SHA256_RSA_PKCS", pkcs11.CKF_SIGN, "challenging device keys of suite tr33868-rsa2048", ""},
 	{pkcs11.CKM_AES_KEY_GEN, "CKM_AES_KEY_GEN", pkcs11.CKF_GENERATE, "the injection key and operators' KEKs", ""},
+	{ckmAESKeyWrapKWP, "CKM_AES_KEY_WRAP_KWP", pkcs11.CKF_WRAP, "wrapping device keys for injection and lot keys for operators (RFC 5649)", "CKM_AES_KEY_WRAP_PAD, the older name for it, does it; a lot's manifest says which"},
 	{pkcs11.CKM_AES_KEY_WRAP_PAD, "CKM_AES_KEY_WRAP_PAD", pkcs11.CKF_WRAP, "wrapping device keys for injection and lot keys for operators (RFC 5649)", ""},
 	{pkcs11.CKM_RSA_PKCS_OAEP, "CKM_RSA_PKCS_OAEP", pkcs11.CKF_WRAP, "wrapping the injection key for the fixture and KEKs for operators", ""},
 }
@@ -46,6 +47,7 @@ var factoryNeeds = []need{
 var operatorNeeds = []need{
 	{pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN, "CKM_RSA_PKCS_KEY_PAIR_GEN", pkcs11.CKF_GENERATE_KEY_PAIR, "the transport key", ""},
 	{pkcs11.CKM_RSA_PKCS_OAEP, "CKM_RSA_PKCS_OAEP", pkcs11.CKF_UNWRAP, "taking a manufacturer's KEK", ""},
+	{ckmAESKeyWrapKWP, "CKM_AES_KEY_WRAP_KWP", pkcs11.CKF_UNWRAP, "taking granted lot keys (RFC 5649)", "CKM_AES_KEY_WRAP_PAD, the older name for it, does it; a lot's manifest says which"},
 	{pkcs11.CKM_AES_KEY_WRAP_PAD, "CKM_AES_KEY_WRAP_PAD", pkcs11.CKF_UNWRAP, "taking granted lot keys (RFC 5649)", ""},
 	{pkcs11.CKM_RSA_X_509, "CKM_RSA_X_509", pkcs11.CKF_DECRYPT, "decrypting payloads", ""},
 	{pkcs11.CKM_ECDSA, "CKM_ECDSA", pkcs11.CKF_VERIFY, "validating KME_SIG of suite tr33868-ecdsa-p256", ""},
@@ -162,10 +164,10 @@ func (t *Token) tryPolicies(ctx context.Context) (report []Finding, err error) {
 			{priv, "wrap a WRAP_WITH_TRUSTED key under another", "lot keys leave only under a KEK that the security officer made"},
 			{sealed, "wrap a key that is not EXTRACTABLE", "a sealed lot stays sealed"},
 		} {
-			_, werr := s.WrapKey(s.h, mechanism(pkcs11.CKM_AES_KEY_WRAP_PAD), wrapper, w.key)
+			_, werr := s.WrapKey(s.h, mechanism(t.kwp), wrapper, w.key)
 			f := refusedTo(werr, w.what, w.means)
 			if isCKR(werr, pkcs11.CKR_MECHANISM_INVALID) {
-				f.OK, f.Consequence = false, "it cannot be tried without CKM_AES_KEY_WRAP_PAD"
+				f.OK, f.Consequence = false, "it cannot be tried without AES-KWP"
 			}
 			report = append(report, f)
 		}
@@ -191,6 +193,9 @@ func (t *Token) doctor(ctx context.Context, needs []need, keys []Key) ([]Finding
 			return nil, err
 		}
 		f := Finding{Check: n.name, For: n.purpose, OK: can, Required: n.fallback == ""}
+		if n.mech == pkcs11.CKM_AES_KEY_WRAP_PAD && t.kwp == ckmAESKeyWrapKWP {
+			n.fallback, f.Required = "not needed: CKM_AES_KEY_WRAP_KWP does it", false
+		}
 		if !can {
 			if f.Consequence = n.fallback; f.Required {
 				f.Consequence = "not possible with this token"

@@ -174,7 +174,7 @@ func (t *Token) WrapLotKey(ctx context.Context, lot, kek Key) (wrapped []byte, e
 		if err != nil {
 			return err
 		}
-		wrapped, err = s.WrapKey(s.h, mechanism(pkcs11.CKM_AES_KEY_WRAP_PAD), w, h)
+		wrapped, err = s.WrapKey(s.h, mechanism(t.kwp), w, h)
 		return explainIf("wrap "+lot.Label(), err)
 	})
 	return wrapped, err
@@ -200,7 +200,7 @@ func (t *Token) UnwrapLotKey(ctx context.Context, lot, kek Key, wrapped []byte, 
 		template := join(attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA)},
 			guarded(false), use(privateUsages, pkcs11.CKA_DECRYPT))
 		unwrap := func(where attributes) (pkcs11.ObjectHandle, error) {
-			h, err := s.UnwrapKey(s.h, mechanism(pkcs11.CKM_AES_KEY_WRAP_PAD), w, wrapped, frozen(template, where))
+			h, err := s.UnwrapKey(s.h, mechanism(t.kwp), w, wrapped, frozen(template, where))
 			return h, explainIf("unwrap "+lot.Label(), err)
 		}
 		trial, err := unwrap(attributes{attr(pkcs11.CKA_TOKEN, false)})

@@ -97,6 +97,7 @@ type Token struct {
 	module *pkcs11.Ctx
 	slot   uint
 	info   pkcs11.TokenInfo
+	kwp    uint // the mechanism that is AES-KWP (RFC 5649) on this token
 
 	// crypto11 owns C_Initialize and C_Finalize, since it insists on making the first and counts its users in the
 	// process. It never gets the PIN: a login is the token's, not a session's, so ours serves it too.
@@ -223,6 +224,10 @@ func connect(u *uri) (*Token, error) {
 		t.Close()
 		return nil, err
 	}
+	if t.kwp, err = t.findKWP(); err != nil {
+		t.Close()
+		return nil, err
+	}
 	// More sessions than cores, since a network HSM answers late and SoftHSM's own locks cost a little.
 	size := 4 * runtime.GOMAXPROCS(0)
 	if limit := t.info.MaxSessionCount; limit != pkcs11.CK_EFFECTIVELY_INFINITE && limit != pkcs11.CK_UNAVAILABLE_INFORMATION {
@@ -271,6 +276,26 @@ func (t *Token) findSlot(u *uri) error {
 		return nil
 	}
 	return fmt.Errorf("%d tokens fit %v: add serial=NUMBER to the URI", found, u.token)
+}
+
+// ckmAESKeyWrapKWP is CKM_AES_KEY_WRAP_KWP of PKCS #11 3.0, which says that it is RFC 5649; CKM_AES_KEY_WRAP_PAD of 2.40 is the
+// older name, which 3.0 deprecates since tokens took it for other paddings too.
+const ckmAESKeyWrapKWP = 0x210B
+
+func (t *Token) findKWP() (uint, error) {
+	can, err := t.can(ckmAESKeyWrapKWP, pkcs11.CKF_WRAP)
+	if can || err != nil {
+		return ckmAESKeyWrapKWP, err
+	}
+	return pkcs11.CKM_AES_KEY_WRAP_PAD, nil
+}
+
+// KeyWrapMechanism names the mechanism by which the token does AES-KWP (RFC 5649).
+func (t *Token) KeyWrapMechanism() string {
+	if t.kwp == ckmAESKeyWrapKWP {
+		return "CKM_AES_KEY_WRAP_KWP"
+	}
+	return "CKM_AES_KEY_WRAP_PAD"
 }
 
 func (t *Token) login(user uint, pin string) error {

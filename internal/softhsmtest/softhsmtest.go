@@ -34,6 +34,7 @@ var (
 	mu     sync.Mutex
 	dir    string
 	made   int
+	module string
 	unused []Tok
 )
 
@@ -41,10 +42,15 @@ var (
 //
 //	func TestMain(m *testing.M) { softhsmtest.Main(m, 8) }
 func Main(m *testing.M, tokens int) {
-	os.Exit(run(m, tokens))
+	MainWith(m, tokens, func() error { return nil })
 }
 
-func run(m *testing.M, tokens int) int {
+// MainWith runs prepare before the tests, when the tokens are there.
+func MainWith(m *testing.M, tokens int, prepare func() error) {
+	os.Exit(run(m, tokens, prepare))
+}
+
+func run(m *testing.M, tokens int, prepare func() error) int {
 	fail := func(err error) int {
 		fmt.Fprintln(os.Stderr, "softhsmtest:", err)
 		return 1
@@ -63,11 +69,14 @@ func run(m *testing.M, tokens int) int {
 	if err != nil {
 		return fail(err)
 	}
-	dir, made = tmp, tokens
+	dir, made, module = tmp, tokens, toks[labels[0]].Module
 	for _, l := range labels {
 		unused = append(unused, toks[l])
 	}
 	if err := os.Setenv("SOFTHSM2_CONF", conf(tmp)); err != nil {
+		return fail(err)
+	}
+	if err := prepare(); err != nil {
 		return fail(err)
 	}
 	return m.Run()
@@ -186,3 +195,6 @@ func token(env map[string]string, dir, label string) (Tok, error) {
 	tok.PIN, tok.SOPIN = string(pin), string(soPIN)
 	return tok, nil
 }
+
+// ModulePath is SoftHSM's library.
+func ModulePath() string { return module }

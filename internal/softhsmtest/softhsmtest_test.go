@@ -67,7 +67,7 @@ func TestNoSoftHSMFails(t *testing.T) {
 	if msg := fatal(t, func(tb testing.TB) { Make(tb, t.TempDir(), "a") }); !strings.Contains(msg, "softhsm2-util not found") {
 		t.Errorf("Make without SoftHSM: %q", msg)
 	}
-	if code := run(nil, 1); code != 1 {
+	if code := run(nil, 1, nil); code != 1 {
 		t.Errorf("Main without SoftHSM exits with %d, want 1", code)
 	}
 }

@@ -1,0 +1,68 @@
+package factory
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/kmehsm/kmehsm/directory"
+)
+
+// The clock is set back by a day in the middle of a lot: here, as what was written before, dated a day too late. Nothing of the line
+// rests on the order of two times of day, so all goes on.
+func TestClockSetBack(t *testing.T) {
+	ctx := t.Context()
+	line, _, token := newLine(t)
+	if _, err := line.CreateLot(ctx, spec(t, "L1", 0, 20)); err != nil {
+		t.Fatal(err)
+	}
+	m := must(line.Lot(ctx, "L1"))
+	out, state := t.TempDir(), t.TempDir()
+	if _, err := line.Provision(ctx, "L1", ProvisionOptions{State: state, Out: out, Workers: 2, From: 0, To: 2}); err != nil {
+		t.Fatal(err)
+	}
+	tomorrow := time.Now().Add(24 * time.Hour)
+	if err := directory.Revoke(ctx, line.store, line.signer, m, m.IMEI(2), "stolen", tomorrow); err != nil {
+		t.Fatal(err)
+	}
+	if err := filepath.WalkDir(out, func(path string, _ os.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		return os.Chtimes(path, tomorrow, tomorrow)
+	}); err != nil {
+		t.Fatal(err)
+	}
+	dated, err := json.Marshal(LogEntry{Seq: 1, Time: tomorrow, Who: "a@b", Process: 1, Command: []string{"factory"}, Result: Done, Previous: lineDigest(nil)})
+	if err == nil {
+		err = os.WriteFile(filepath.Join(state, logFile), append(dated, '\n'), 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	if p, err := line.Provision(ctx, "L1", ProvisionOptions{State: state, Out: out, Workers: 2}); err != nil || p.Made != 12 {
+		t.Errorf("%+v, %v", p, err)
+	}
+	if _, err := line.Reissue(ctx, "L1", m.IMEI(2), "found again", out); err != nil {
+		t.Error(err)
+	}
+	if v, err := VerifyLot(ctx, line.store, line.verifier, "L1", out, nil); err != nil || !v.OK() {
+		t.Errorf("%+v, %v", v, err)
+	}
+	if r, err := line.Reconcile(ctx, "L1", state, out, false); err != nil || r.Open() != 0 {
+		t.Errorf("%+v, %v", r, err)
+	}
+	head, err := AppendLog(state, []string{"factory"}, token.Serial(), Done)
+	if err == nil {
+		err = SignLog(state, token, head)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r, err := VerifyLog(state, line.verifier); err != nil || r.Lines != 2 || r.Signed != 2 {
+		t.Errorf("%+v, %v", r, err)
+	}
+}

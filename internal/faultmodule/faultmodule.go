@@ -1,0 +1,90 @@
+// Package faultmodule builds, for tests, a PKCS #11 module around another one that fails, hangs and delays when told to. See
+// module/fault.c for what it can be told.
+package faultmodule
+
+import (
+	_ "embed"
+	"encoding/binary"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+)
+
+//go:embed module/fault.c
+var source string
+
+// A Module is a built one. The process that loads it must have Env in its environment.
+type Module struct {
+	Path, control, counts, inner string
+	functions                    []string
+}
+
+// Build builds one around the module at path, in a folder of the test's.
+func Build(dir, path string) (*Module, error) {
+	headers, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", "github.com/miekg/pkcs11").Output()
+	if err != nil {
+		return nil, fmt.Errorf("the folder of pkcs11.h: %w", err)
+	}
+	include := strings.TrimSpace(string(headers))
+	list, err := os.ReadFile(filepath.Join(include, "pkcs11f.h"))
+	if err != nil {
+		return nil, err
+	}
+	m := &Module{Path: filepath.Join(dir, "fault.so"), control: filepath.Join(dir, "control"), counts: filepath.Join(dir, "counts"), inner: path}
+	for _, match := range regexp.MustCompile(`CK_PKCS11_FUNCTION_INFO\((C_\w+)\)`).FindAllSubmatch(list, -1) {
+		m.functions = append(m.functions, string(match[1]))
+	}
+	cmd := exec.Command("gcc", "-std=gnu11", "-O2", "-Wall", "-Wno-cast-function-type", "-fPIC", "-shared", "-fvisibility=hidden", "-I", include, "-x", "c", "-", "-o", m.Path, "-ldl")
+	cmd.Stdin = strings.NewReader(source)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("gcc: %w: %s", err, out)
+	}
+	return m, nil
+}
+
+// Env is what the module reads at its loading.
+func (m *Module) Env() []string {
+	return []string{"KMEHSM_FAULT_MODULE=" + m.inner, "KMEHSM_FAULT_CONTROL=" + m.control, "KMEHSM_FAULT_COUNTS=" + m.counts}
+}
+
+// URI is the token's URI by way of this module.
+func (m *Module) URI(token string) string { return strings.ReplaceAll(token, m.inner, m.Path) }
+
+// Tell makes the module do as the lines say, from the next call on; no lines make it well again.
+func (m *Module) Tell(t testing.TB, lines ...string) {
+	t.Helper()
+	next := m.control + ".next" // in one step: the module reads it meanwhile
+	if err := os.WriteFile(next, []byte(strings.Join(append(lines, ""), "\n")), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(next, m.control); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Counts gives how often each function was called so far.
+func (m *Module) Counts() map[string]uint64 {
+	all := map[string]uint64{}
+	data, _ := os.ReadFile(m.counts)
+	for i := 0; i+8 <= len(data) && i/8 < len(m.functions); i += 8 {
+		if n := binary.NativeEndian.Uint64(data[i:]); n > 0 {
+			all[m.functions[i/8]] = n
+		}
+	}
+	return all
+}
+
+// Setenv puts Env into the environment of this process.
+func (m *Module) Setenv() error {
+	for _, v := range m.Env() {
+		name, value, _ := strings.Cut(v, "=")
+		if err := os.Setenv(name, value); err != nil {
+			return err
+		}
+	}
+	return nil
+}
