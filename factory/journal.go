@@ -13,8 +13,6 @@ import (
 //go:embed journal.sql
 var journalSchema string
 
-const journalVersion = 1
-
 // A state is how far a shard is.
 type state int
 
@@ -25,79 +23,27 @@ const (
 	acknowledged              // it was read back from the directory, byte for byte
 )
 
-// A journal is the line's memory in its state folder. It may be used concurrently. Those who wait for a commit at the
-// same time share one.
+// A journal is the line's memory in its state folder. It may be used concurrently.
 type journal struct {
-	read, write  *sql.DB
+	read         *sql.DB
+	write        *sqlite.Writer
 	manufacturer string
-	ops          chan journalOp
-	ended        chan struct{}
-}
-
-type journalOp struct {
-	query string
-	args  []any
-	done  chan error
 }
 
 func openJournal(ctx context.Context, dir, manufacturer string) (*journal, error) {
-	read, write, err := sqlite.Open(ctx, filepath.Join(dir, "journal.db"), journalSchema, journalVersion)
+	read, write, err := sqlite.Open(ctx, filepath.Join(dir, "journal.db"), journalSchema)
 	if err != nil {
 		return nil, err
 	}
-	j := &journal{read, write, manufacturer, make(chan journalOp), make(chan struct{})}
-	go j.run()
-	return j, nil
+	return &journal{read, write, manufacturer}, nil
 }
 
 // close may be called when no other call is under way.
-func (j *journal) close() error {
-	close(j.ops)
-	<-j.ended
-	return errors.Join(j.read.Close(), j.write.Close())
-}
+func (j *journal) close() error { return errors.Join(j.read.Close(), j.write.Close()) }
 
-// run commits, together, what has come up while it committed.
-func (j *journal) run() {
-	defer close(j.ended)
-	for op := range j.ops {
-		batch := []journalOp{op}
-		for more := true; more && len(batch) < 64; {
-			select {
-			case op, ok := <-j.ops:
-				if more = ok; ok {
-					batch = append(batch, op)
-				}
-			default:
-				more = false
-			}
-		}
-		err := j.commit(batch)
-		for _, op := range batch {
-			op.done <- err
-		}
-	}
-}
-
-// commit is not ended by a context: a shard in flight is finished.
-func (j *journal) commit(batch []journalOp) error {
-	tx, err := j.write.BeginTx(context.Background(), nil)
-	if err != nil {
-		return err
-	}
-	defer tx.Rollback() // no effect after Commit
-	for _, op := range batch {
-		if _, err := tx.Exec(op.query, op.args...); err != nil {
-			return err
-		}
-	}
-	return tx.Commit()
-}
-
+// exec is not ended by a context: a shard in flight is finished.
 func (j *journal) exec(query string, args ...any) error {
-	op := journalOp{query, args, make(chan error, 1)}
-	j.ops <- op
-	return <-op.done
+	return j.write.Exec(context.Background(), query, args...)
 }
 
 // An entry is what the journal has of a shard.

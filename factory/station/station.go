@@ -31,8 +31,6 @@ import (
 //go:embed station.sql
 var schema string
 
-const version = 1
-
 // A State is what became of a device.
 type State string
 
@@ -72,12 +70,13 @@ type Options struct {
 // A Desk hands devices out. All methods may be called concurrently. A station has one device at a time; to ask again is
 // to get the same one.
 type Desk struct {
-	o           Options
-	reader      *directory.Reader
-	read, write *sql.DB
-	unlock      func()
-	cancel      context.CancelFunc
-	watching    sync.WaitGroup
+	o        Options
+	reader   *directory.Reader
+	read     *sql.DB
+	write    *sqlite.Writer
+	unlock   func()
+	cancel   context.CancelFunc
+	watching sync.WaitGroup
 
 	mu     sync.Mutex
 	lots   map[string]*lot       // guarded by mu; a manifest never changes
@@ -126,7 +125,7 @@ func Open(ctx context.Context, o Options) (*Desk, error) {
 	if err != nil {
 		return nil, err
 	}
-	read, write, err := sqlite.Open(ctx, filepath.Join(dir, "station.db"), schema, version)
+	read, write, err := sqlite.Open(ctx, filepath.Join(dir, "station.db"), schema)
 	if err != nil {
 		unlock()
 		return nil, err
@@ -187,7 +186,7 @@ func (d *Desk) watch(ctx context.Context) {
 		}
 		d.mu.Unlock()
 		for k, tries := range late {
-			_, err := d.write.ExecContext(ctx, "UPDATE device SET state = ?, reported = ? WHERE lot = ? AND position = ? AND issue = ? AND tries = ? AND state = ?",
+			err := d.write.Exec(ctx, "UPDATE device SET state = ?, reported = ? WHERE lot = ? AND position = ? AND issue = ? AND tries = ? AND state = ?",
 				Overdue, now(), k.lot, k.position, k.issue, tries, Out)
 			if err != nil {
 				if ctx.Err() == nil {
@@ -360,14 +359,19 @@ func (d *Desk) Report(ctx context.Context, station, name string, imei kme.IMEI, 
 	case was != Out && was != Overdue:
 		return refuse("IMEI %s was reported %s before, and cannot be %s", imei, was, state)
 	}
-	r, err := d.write.ExecContext(ctx, "UPDATE device SET state = ?, reported = ?, note = ? WHERE lot = ? AND position = ? AND issue = ? AND station = ? AND tries = ? AND state = ?",
-		state, now(), note, name, at, k.issue, station, tries, was)
+	var n int64
+	err = d.write.Do(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		r, err := tx.ExecContext(ctx, "UPDATE device SET state = ?, reported = ?, note = ? WHERE lot = ? AND position = ? AND issue = ? AND station = ? AND tries = ? AND state = ?",
+			state, now(), note, name, at, k.issue, station, tries, was)
+		if err == nil {
+			n, err = r.RowsAffected()
+		}
+		return err
+	})
 	if err != nil {
 		return err
 	}
-	if n, err := r.RowsAffected(); err != nil {
-		return err
-	} else if n == 0 { // something came between: look again at what
+	if n == 0 { // something came between: look again at what
 		return d.Report(ctx, station, name, imei, state, note)
 	}
 	d.forget(k, tries)
@@ -422,11 +426,13 @@ func (d *Desk) claim(ctx context.Context, k device, station string, to State, na
 		reported = now()
 	}
 	var tries int
-	err := d.write.QueryRowContext(ctx, `INSERT INTO device (lot, position, issue, again, state, station, handed, reported)
+	err := d.write.Do(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		return tx.QueryRowContext(ctx, `INSERT INTO device (lot, position, issue, again, state, station, handed, reported)
 		VALUES (?1, ?2, ?3, EXISTS (SELECT 1 FROM device WHERE lot = ?1 AND position = ?2), ?4, ?5, ?6, ?7)
 		ON CONFLICT (lot, position, issue) DO UPDATE SET state = excluded.state, station = excluded.station, handed = excluded.handed,
 			reported = 0, tries = tries + 1, note = '' WHERE ?8 AND state IN ('failed', 'overdue') RETURNING tries`,
-		k.lot, k.position, k.issue, to, station, now(), reported, named).Scan(&tries)
+			k.lot, k.position, k.issue, to, station, now(), reported, named).Scan(&tries)
+	})
 	var taken sqlite3.Error
 	switch {
 	case errors.Is(err, sql.ErrNoRows):

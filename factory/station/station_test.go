@@ -191,7 +191,7 @@ func TestOverdue(t *testing.T) {
 	ctx := t.Context()
 	first := must(d.Next(ctx, "A", "L1")).IMEI
 	// That somebody has set the clock changes nothing: here, as if it had been set back by a day since.
-	if _, err := d.write.Exec("UPDATE device SET handed = handed + 86400000; UPDATE event SET at = at + 86400000"); err != nil {
+	if err := d.write.Exec(ctx, "UPDATE device SET handed = handed + 86400000; UPDATE event SET at = at + 86400000"); err != nil {
 		t.Fatal(err)
 	}
 	overdue(1)
@@ -227,7 +227,7 @@ func TestOverdue(t *testing.T) {
 func TestOnlyPublished(t *testing.T) {
 	s := newShop(t, 32)
 	d := s.open(t)
-	defer d.Close()
+	defer func() { d.Close() }()
 	ctx := t.Context()
 	path := filepath.Join(s.Injection, "L1", factory.InjectionFile(0))
 	good := must(os.ReadFile(path))

@@ -213,7 +213,7 @@ func Report(ctx context.Context, state string, m *directory.Manifest) iter.Seq2[
 			waiting(m, 0, m.Devices(), yield)
 			return
 		}
-		read, write, err := sqlite.Open(ctx, path, schema, version)
+		read, write, err := sqlite.Open(ctx, path, schema)
 		if err != nil {
 			yield(Line{}, err)
 			return

@@ -15,12 +15,9 @@ import (
 )
 
 // Open opens the database at path, or makes it, for its owner only. Other processes may have it open too. Every commit
-// is synced to disk before it returns (WAL with synchronous=FULL). PRAGMA user_version says which version of the schema
-// a database has.
-//
-// write has one connection: SQLite has one writer at a time, and waiting for the connection is fair and honours
-// contexts, which waiting for SQLite's file lock does not.
-func Open(ctx context.Context, path, schema string, version int) (read, write *sql.DB, err error) {
+// is synced to disk before it returns (WAL with synchronous=FULL). The migrations make an empty database what it is now, one
+// after the other; PRAGMA user_version says how many of them a database has had.
+func Open(ctx context.Context, path string, migrations ...string) (read *sql.DB, write *Writer, err error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return nil, nil, fmt.Errorf("the database's folder cannot be made: %w", err)
 	}
@@ -34,22 +31,25 @@ func Open(ctx context.Context, path, schema string, version int) (read, write *s
 		return (&url.URL{Scheme: "file", OmitHost: true, Path: path}).String() +
 			"?_journal_mode=WAL&_synchronous=FULL&_busy_timeout=5000&_foreign_keys=on" + extra
 	}
-	if write, err = sql.Open("sqlite3", dsn("&_txlock=immediate")); err != nil {
+	db, err := sql.Open("sqlite3", dsn("&_txlock=immediate"))
+	if err != nil {
 		return nil, nil, err
 	}
-	write.SetMaxOpenConns(1)
-	if err := migrate(ctx, write, schema, version); err != nil {
-		return nil, nil, errors.Join(fmt.Errorf("the database %s cannot be used: %w", path, err), write.Close())
+	db.SetMaxOpenConns(1) // SQLite has one writer at a time
+	if err := migrate(ctx, db, migrations); err != nil {
+		return nil, nil, errors.Join(fmt.Errorf("the database %s cannot be used: %w", path, err), db.Close())
 	}
 	if read, err = sql.Open("sqlite3", dsn("&_query_only=on")); err != nil {
-		return nil, nil, errors.Join(err, write.Close())
+		return nil, nil, errors.Join(err, db.Close())
 	}
 	read.SetMaxOpenConns(2 * runtime.GOMAXPROCS(0))
 	read.SetMaxIdleConns(2 * runtime.GOMAXPROCS(0))
+	write = &Writer{db, make(chan change), make(chan struct{})}
+	go write.run()
 	return read, write, nil
 }
 
-func migrate(ctx context.Context, db *sql.DB, schema string, version int) error {
+func migrate(ctx context.Context, db *sql.DB, migrations []string) error {
 	tx, err := db.BeginTx(ctx, nil)
 	if err != nil {
 		return err
@@ -59,14 +59,120 @@ func migrate(ctx context.Context, db *sql.DB, schema string, version int) error 
 	if err := tx.QueryRowContext(ctx, "PRAGMA user_version").Scan(&have); err != nil {
 		return err
 	}
-	switch have {
-	case version:
+	switch {
+	case have == len(migrations):
 		return nil
-	case 0:
-		if _, err := tx.ExecContext(ctx, schema+fmt.Sprintf("PRAGMA user_version = %d;", version)); err != nil {
+	case have > len(migrations):
+		return fmt.Errorf("its schema has version %d, this program knows %d: use the program that wrote it, or a newer one", have, len(migrations))
+	}
+	for _, m := range migrations[have:] {
+		if _, err := tx.ExecContext(ctx, m); err != nil {
 			return err
 		}
-		return tx.Commit()
 	}
-	return fmt.Errorf("its schema has version %d, this program knows %d: use the program that wrote it, or a newer one", have, version)
+	if _, err := tx.ExecContext(ctx, fmt.Sprintf("PRAGMA user_version = %d", len(migrations))); err != nil {
+		return err
+	}
+	return tx.Commit()
+}
+
+// A Writer makes changes. Those who wait at the same time share one commit, and with it one sync of the disk; each change is
+// made or not made by itself. It may be used concurrently.
+type Writer struct {
+	db      *sql.DB
+	changes chan change
+	ended   chan struct{}
+}
+
+type change struct {
+	ctx  context.Context
+	make func(context.Context, *sql.Tx) error
+	done chan error
+}
+
+// maxBatch bounds how long the first of a commit's changes waits for the last.
+const maxBatch = 64
+
+// Do makes a change, and returns when it is durable. An error of make leaves everything as it was. A change whose context has ended
+// before its turn is not made; one that is under way is finished, since its transaction is others' too: make gets a context
+// that does not end.
+func (w *Writer) Do(ctx context.Context, make func(context.Context, *sql.Tx) error) error {
+	c := change{ctx, make, newDone()}
+	select {
+	case w.changes <- c:
+		return <-c.done
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func newDone() chan error { return make(chan error, 1) }
+
+// Exec is Do with one statement.
+func (w *Writer) Exec(ctx context.Context, query string, args ...any) error {
+	return w.Do(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		_, err := tx.ExecContext(ctx, query, args...)
+		return err
+	})
+}
+
+// Close may be called when no other call is under way.
+func (w *Writer) Close() error {
+	close(w.changes)
+	<-w.ended
+	return w.db.Close()
+}
+
+func (w *Writer) run() {
+	defer close(w.ended)
+	for c := range w.changes {
+		batch := []change{c}
+	more:
+		for len(batch) < maxBatch {
+			select {
+			case c, ok := <-w.changes:
+				if !ok {
+					break more
+				}
+				batch = append(batch, c)
+			default:
+				break more
+			}
+		}
+		w.commit(batch)
+	}
+}
+
+func (w *Writer) commit(batch []change) {
+	results := make([]error, len(batch))
+	err := func() error {
+		tx, err := w.db.BeginTx(context.Background(), nil)
+		if err != nil {
+			return err
+		}
+		defer tx.Rollback() // no effect after Commit
+		for i, c := range batch {
+			if results[i] = c.ctx.Err(); results[i] != nil {
+				continue
+			}
+			if _, err := tx.Exec("SAVEPOINT change"); err != nil {
+				return err
+			}
+			if results[i] = c.make(context.WithoutCancel(c.ctx), tx); results[i] != nil {
+				if _, err := tx.Exec("ROLLBACK TO change"); err != nil {
+					return err
+				}
+			}
+			if _, err := tx.Exec("RELEASE change"); err != nil {
+				return err
+			}
+		}
+		return tx.Commit()
+	}()
+	for i, c := range batch {
+		if results[i] == nil {
+			results[i] = err
+		}
+		c.done <- results[i]
+	}
 }

@@ -1,0 +1,104 @@
+package sqlite
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+func open(t *testing.T, path string, migrations ...string) (*sql.DB, *Writer) {
+	t.Helper()
+	read, write, err := Open(t.Context(), path, migrations...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { read.Close() })
+	return read, write
+}
+
+// Changes that share a commit are made each by itself: one that fails, or whose caller has gone, takes no other with it.
+func TestGroupCommit(t *testing.T) {
+	read, write := open(t, filepath.Join(t.TempDir(), "db"), "CREATE TABLE t (n INTEGER PRIMARY KEY)")
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	// The first holds the commit until all others wait.
+	hold := make(chan struct{})
+	var g sync.WaitGroup
+	g.Go(func() {
+		if err := write.Do(t.Context(), func(context.Context, *sql.Tx) error { <-hold; return nil }); err != nil {
+			t.Error(err)
+		}
+	})
+	time.Sleep(20 * time.Millisecond)
+	wrong := errors.New("wrong")
+	for n := range 50 {
+		g.Go(func() {
+			ctx := t.Context()
+			if n%5 == 3 {
+				ctx = gone
+			}
+			err := write.Do(ctx, func(ctx context.Context, tx *sql.Tx) error {
+				if _, err := tx.ExecContext(ctx, "INSERT INTO t VALUES (?)", n); err != nil {
+					return err
+				}
+				if n%5 == 4 {
+					_, err := tx.ExecContext(ctx, "INSERT INTO t VALUES (?)", n)
+					return errors.Join(wrong, err)
+				}
+				return nil
+			})
+			switch n % 5 {
+			case 3:
+				if !errors.Is(err, context.Canceled) {
+					t.Errorf("%d, whose caller has gone: %v", n, err)
+				}
+			case 4:
+				if !errors.Is(err, wrong) {
+					t.Errorf("%d, which fails: %v", n, err)
+				}
+			default:
+				if err != nil {
+					t.Errorf("%d: %v", n, err)
+				}
+			}
+		})
+	}
+	time.Sleep(20 * time.Millisecond)
+	close(hold)
+	g.Wait()
+	var n, sum int
+	if err := read.QueryRow("SELECT count(*), sum(n % 5) FROM t").Scan(&n, &sum); err != nil || n != 30 || sum != 30 {
+		t.Errorf("%d rows, sum %d, %v", n, sum, err)
+	}
+	if err := write.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestMigrations(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "db")
+	one, two := "CREATE TABLE a (n INTEGER); INSERT INTO a VALUES (1)", "ALTER TABLE a ADD COLUMN m INTEGER NOT NULL DEFAULT 7"
+	for _, migrations := range [][]string{{one}, {one}, {one, two}, {one, two}} {
+		_, write := open(t, path, migrations...)
+		if err := write.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	read, write := open(t, path, one, two)
+	defer write.Close()
+	var n, m int
+	if err := read.QueryRow("SELECT n, m FROM a").Scan(&n, &m); err != nil || n != 1 || m != 7 {
+		t.Error(n, m, err)
+	}
+	if _, _, err := Open(t.Context(), path, one); err == nil || !strings.Contains(err.Error(), "version 2") {
+		t.Errorf("a newer database: %v", err)
+	}
+	if _, _, err := Open(t.Context(), path, one, two, "nonsense"); err == nil {
+		t.Error("a migration that fails was passed over")
+	}
+}
