@@ -2,10 +2,12 @@
 package api
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"net/http"
+	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect"
@@ -25,9 +27,11 @@ const maxRequest = 16 << 10
 
 // NewHandler serves the service, and health: /healthz says that the process runs; /readyz that ready does not fail, and what
 // ready warns of: something that is away, and that the service goes on without for now.
-func NewHandler(service *binding.Service, ready func(context.Context) (warnings []string, err error)) http.Handler {
+//
+// clients says who may call what; it is read at each request.
+func NewHandler(service *binding.Service, clients *atomic.Pointer[Clients], ready func(context.Context) (warnings []string, err error)) http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle(kmev1connect.NewKeyServiceHandler(&server{service}, connect.WithReadMaxBytes(maxRequest)))
+	mux.Handle(kmev1connect.NewKeyServiceHandler(&server{service}, connect.WithReadMaxBytes(maxRequest), connect.WithInterceptors(authorize(service))))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { w.Write([]byte("ok\n")) })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
 		ctx, cancel := context.WithTimeout(r.Context(), 5*time.Second)
@@ -42,7 +46,29 @@ func NewHandler(service *binding.Service, ready func(context.Context) (warnings 
 			fmt.Fprintf(w, "but %s\n", warning)
 		}
 	})
-	return mux
+	return identify(clients, mux)
+}
+
+// authorize refuses a call that its client may not make, before anything is done for it.
+func authorize(service *binding.Service) connect.UnaryInterceptorFunc {
+	return func(next connect.UnaryFunc) connect.UnaryFunc {
+		return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
+			client := clientOf(ctx)
+			ok := client.has(allowed[req.Spec().Procedure]...)
+			if named, has := req.Any().(interface{ GetImsi() string }); ok && has {
+				ok = client.may(named.GetImsi())
+			}
+			if !ok {
+				name := ""
+				if client != nil {
+					name = client.Name
+				}
+				service.Refused(ctx, notAllowed(), "client", name, "call", req.Spec().Procedure)
+				return nil, toConnect(notAllowed())
+			}
+			return next(ctx, req)
+		}
+	}
 }
 
 type server struct{ service *binding.Service }
@@ -60,11 +86,12 @@ func (s *server) PrepareVector(ctx context.Context, req *connect.Request[kmev1.P
 }
 
 func (s *server) EstablishKME(ctx context.Context, req *connect.Request[kmev1.EstablishKMERequest]) (*connect.Response[kmev1.EstablishKMEResponse], error) {
-	e, err := s.service.EstablishKME(ctx, req.Msg.Imsi, req.Msg.Imei, req.Msg.AttemptId, req.Msg.Payload)
+	e, err := s.service.EstablishKME(ctx, req.Msg.Imsi, req.Msg.Imei, req.Msg.AttemptId, req.Msg.Payload, clientOf(ctx).has(RoleExport))
 	if err != nil {
 		return nil, toConnect(err)
 	}
-	return connect.NewResponse(&kmev1.EstablishKMEResponse{NwSig: e.NWSig, State: toState(e.State)}), nil
+	// The answer's copy of the KME is the marshaller's, who does not wipe it: that is what a client with kme-export asks for.
+	return connect.NewResponse(&kmev1.EstablishKMEResponse{NwSig: e.NWSig, State: toState(e.State), Kme: e.KME.Bytes()}), nil
 }
 
 func (s *server) ReportAuthentication(ctx context.Context, req *connect.Request[kmev1.ReportAuthenticationRequest]) (*connect.Response[kmev1.ReportAuthenticationResponse], error) {
@@ -92,14 +119,58 @@ func (s *server) GetBinding(ctx context.Context, req *connect.Request[kmev1.GetB
 	if err != nil {
 		return nil, toConnect(err)
 	}
-	out := &kmev1.GetBindingResponse{
-		Imsi: b.IMSI.String(), Imei: b.IMEI.String(), Lot: b.Lot, Manufacturer: b.Manufacturer, State: toState(b.State),
-		EstablishedAt: timestamppb.New(b.Established),
+	return connect.NewResponse(toBinding(b)), nil
+}
+
+func (s *server) OpenProvisioning(ctx context.Context, req *connect.Request[kmev1.OpenProvisioningRequest]) (*connect.Response[kmev1.OpenProvisioningResponse], error) {
+	a, err := s.service.OpenProvisioning(ctx, req.Msg.Imsi, req.Msg.Ttl.AsDuration())
+	if err != nil {
+		return nil, toConnect(err)
 	}
-	if !b.Activated.IsZero() {
-		out.ActivatedAt = timestamppb.New(b.Activated)
+	return connect.NewResponse(&kmev1.OpenProvisioningResponse{AttemptId: a.ID, ExpiresAt: timestamppb.New(a.Expires)}), nil
+}
+
+func (s *server) RevokeBinding(ctx context.Context, req *connect.Request[kmev1.RevokeBindingRequest]) (*connect.Response[kmev1.GetBindingResponse], error) {
+	b, err := s.service.RevokeBinding(ctx, req.Msg.Imsi)
+	if err != nil {
+		return nil, toConnect(err)
+	}
+	return connect.NewResponse(toBinding(b)), nil
+}
+
+func (s *server) ListBindings(ctx context.Context, req *connect.Request[kmev1.ListBindingsRequest]) (*connect.Response[kmev1.ListBindingsResponse], error) {
+	size := min(cmp.Or(int(req.Msg.PageSize), 100), 1000)
+	if size < 1 {
+		return nil, toConnect(&binding.Refusal{Reason: binding.Malformed, Message: "the page_size is from 1 to 1000"})
+	}
+	page, err := s.service.ListBindings(ctx, req.Msg.PageToken, req.Msg.Imei, size)
+	if err != nil {
+		return nil, toConnect(err)
+	}
+	out := new(kmev1.ListBindingsResponse)
+	if len(page) == size {
+		out.NextPageToken = page[size-1].IMSI.String()
+	}
+	client := clientOf(ctx)
+	for _, b := range page {
+		if client.may(b.IMSI.String()) { // a page may have fewer than asked for, or none
+			out.Bindings = append(out.Bindings, toBinding(b))
+		}
 	}
 	return connect.NewResponse(out), nil
+}
+
+func toBinding(b *binding.Binding) *kmev1.GetBindingResponse {
+	at := func(t time.Time) *timestamppb.Timestamp {
+		if t.IsZero() {
+			return nil
+		}
+		return timestamppb.New(t)
+	}
+	return &kmev1.GetBindingResponse{
+		Imsi: b.IMSI.String(), Imei: b.IMEI.String(), Lot: b.Lot, Manufacturer: b.Manufacturer, State: toState(b.State),
+		EstablishedAt: at(b.Established), ActivatedAt: at(b.Activated), RevokedAt: at(b.Revoked),
+	}
 }
 
 // toState relies on the names being the same in both.
@@ -110,7 +181,10 @@ var codes = map[binding.Reason]connect.Code{
 	binding.NoAttempt:            connect.CodeFailedPrecondition,
 	binding.UnknownDevice:        connect.CodeNotFound,
 	binding.RevokedDevice:        connect.CodePermissionDenied,
+	binding.OtherDevice:          connect.CodeFailedPrecondition,
 	binding.KMERejected:          connect.CodePermissionDenied,
+	binding.CallerNotAllowed:     connect.CodePermissionDenied,
+	binding.Overloaded:           connect.CodeResourceExhausted,
 	binding.NotBound:             connect.CodeFailedPrecondition,
 	binding.HSMUnavailable:       connect.CodeUnavailable,
 	binding.DirectoryUnavailable: connect.CodeUnavailable,

@@ -12,8 +12,8 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
-	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"connectrpc.com/connect"
@@ -38,6 +38,9 @@ func TestToConnect(t *testing.T) {
 		binding.UnknownDevice:        {"UNKNOWN_DEVICE", connect.CodeNotFound},
 		binding.RevokedDevice:        {"REVOKED_DEVICE", connect.CodePermissionDenied},
 		binding.KMERejected:          {"KME_REJECTED", connect.CodePermissionDenied},
+		binding.OtherDevice:          {"OTHER_DEVICE", connect.CodeFailedPrecondition},
+		binding.CallerNotAllowed:     {"CALLER_NOT_ALLOWED", connect.CodePermissionDenied},
+		binding.Overloaded:           {"OVERLOADED", connect.CodeResourceExhausted},
 		binding.NotBound:             {"NOT_BOUND", connect.CodeFailedPrecondition},
 		binding.HSMUnavailable:       {"HSM_UNAVAILABLE", connect.CodeUnavailable},
 		binding.DirectoryUnavailable: {"DIRECTORY_UNAVAILABLE", connect.CodeUnavailable},
@@ -88,7 +91,7 @@ func checkInfo(t *testing.T, err error, reason string) {
 // serve is a service with a real database, and no token: nothing here gets so far.
 func serve(t *testing.T) (*httptest.Server, *sqlstore.Store) {
 	t.Helper()
-	store, err := sqlstore.Open(t.Context(), filepath.Join(t.TempDir(), "keysvc.db"))
+	store, err := sqlstore.Open(t.Context(), sqlstore.InFolder(t.TempDir()))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -103,7 +106,9 @@ func serve(t *testing.T) (*httptest.Server, *sqlstore.Store) {
 		}
 		return nil
 	}
-	s := httptest.NewUnstartedServer(NewHandler(service, func(ctx context.Context) ([]string, error) { return []string{"a warning"}, ready(ctx) }))
+	clients := new(atomic.Pointer[Clients])
+	clients.Store(&Clients{byUID: map[int]*Client{-1: {Name: "anybody", Roles: []Role{RoleHSS, RoleAdmin, RoleMonitor}, PLMNs: []string{all}}}})
+	s := httptest.NewUnstartedServer(NewHandler(service, clients, func(ctx context.Context) ([]string, error) { return []string{"a warning"}, ready(ctx) }))
 	s.EnableHTTP2 = true
 	s.StartTLS()
 	t.Cleanup(s.Close)

@@ -20,6 +20,7 @@ type State string
 const (
 	Pending State = "PENDING" // NW_SIG was answered; the device has not shown yet that it has the KME
 	Active  State = "ACTIVE"  // a pre-processed authentication has succeeded
+	Revoked State = "REVOKED" // an administrator has ended it; its KME is forgotten
 )
 
 // A Binding ties a KME to a subscription and a device. An IMSI has at most one of each State.
@@ -31,7 +32,8 @@ type Binding struct {
 	State        State
 	Sealed       []byte // the KME under the token's storage key
 	Established  time.Time
-	Activated    time.Time // zero while pending
+	Activated    time.Time // zero if it was never active
+	Revoked      time.Time // zero if it was not
 
 	// What recognises a retransmission: the same attempt and payload get the same NW_SIG.
 	AttemptID     string
@@ -39,11 +41,13 @@ type Binding struct {
 	NWSig         []byte
 }
 
-// An Attempt allows one EstablishKME for its IMSI, until it expires.
+// An Attempt allows one EstablishKME for its IMSI, until it expires; one that an administrator has opened, also while another
+// binding is active.
 type Attempt struct {
 	ID      string // 128 random bits, base64url: whoever does not have it cannot use it up
 	IMSI    kme.IMSI
 	Expires time.Time
+	Opened  bool // by an administrator
 }
 
 // A Manufacturer is one whose enrolment this operator has taken.
@@ -68,26 +72,37 @@ var (
 	ErrNotBound  = errors.New("the IMSI has no binding")
 	ErrNoAttempt = errors.New("no such attempt is open")
 	ErrUsed      = errors.New("the KME was used before")
+	ErrBound     = errors.New("the IMSI has an active binding, and no administrator has opened provisioning for it")
 )
 
 // A Store keeps what the service must not forget. All methods may be called concurrently, by several processes, and a
 // change is durable when its method returns.
 type Store interface {
 	// Prepare gives the binding that an IMSI's next vector is processed with: the pending one before the active.
-	// Without one it gives an open attempt of the IMSI that lives until reuse at least, or opens fresh.
+	// Without one it gives an open attempt of the IMSI that lives until reuse at least, or opens fresh. An attempt that an
+	// administrator has opened comes before a binding.
 	Prepare(ctx context.Context, fresh Attempt, now, reuse time.Time) (*Binding, *Attempt, error)
 	// Attempt finds an attempt of an IMSI that is open at the time now, or fails with ErrNoAttempt.
 	Attempt(ctx context.Context, imsi kme.IMSI, id string, now time.Time) (*Attempt, error)
+	// OpenAttempt opens an administrator's attempt, and closes the IMSI's others.
+	OpenAttempt(ctx context.Context, a Attempt) error
 	// Used says whether the ledger has the tag for the IMEI.
 	Used(ctx context.Context, imei kme.IMEI, tag []byte) (bool, error)
 	// Establish, in one step: uses up b's attempt and closes the IMSI's others, enters the tag into the ledger, and
-	// makes b the pending binding. Fails with ErrNoAttempt or ErrUsed, and then changes nothing.
+	// makes b the pending binding. Fails with ErrNoAttempt, ErrUsed or ErrBound, and then changes nothing.
 	Establish(ctx context.Context, b *Binding, tag []byte, now time.Time) error
 	// Report ends the pending binding's wait: it becomes the active one, or is dropped. Gives the binding that
 	// stands then, or fails with ErrNotBound if there was none to begin with; nil if none is left.
 	Report(ctx context.Context, imsi kme.IMSI, ok bool, now time.Time) (*Binding, error)
-	// Binding finds an IMSI's binding, the pending one before the active, or fails with ErrNotBound.
+	// Binding finds an IMSI's binding, the pending one before the active, and that before the revoked one, or fails with
+	// ErrNotBound.
 	Binding(ctx context.Context, imsi kme.IMSI) (*Binding, error)
+	// Bindings gives what Binding gives of each IMSI that sorts behind after, in their order, limit at most; only those of a
+	// device, unless imei is zero.
+	Bindings(ctx context.Context, after string, imei kme.IMEI, limit int) ([]*Binding, error)
+	// Revoke ends an IMSI's bindings and attempts, and forgets the KME. It gives the binding as it is then, also if it was revoked
+	// before, or fails with ErrNotBound.
+	Revoke(ctx context.Context, imsi kme.IMSI, now time.Time) (*Binding, error)
 	// DropExpired removes attempts that have expired.
 	DropExpired(ctx context.Context, now time.Time) error
 }

@@ -14,6 +14,9 @@ const (
 	NoAttempt            Reason = "NO_ATTEMPT"
 	UnknownDevice        Reason = "UNKNOWN_DEVICE"
 	RevokedDevice        Reason = "REVOKED_DEVICE"
+	OtherDevice          Reason = "OTHER_DEVICE"
+	CallerNotAllowed     Reason = "CALLER_NOT_ALLOWED"
+	Overloaded           Reason = "OVERLOADED"
 	KMERejected          Reason = "KME_REJECTED"
 	NotBound             Reason = "NOT_BOUND"
 	HSMUnavailable       Reason = "HSM_UNAVAILABLE"
@@ -41,6 +44,10 @@ func refuse(reason Reason, message string, cause error) *Refusal {
 	return &Refusal{Reason: reason, Message: message, Cause: cause}
 }
 
+func otherDevice() *Refusal {
+	return refuse(OtherDevice, "the IMSI is bound to a device: an administrator has to open provisioning first", nil)
+}
+
 // rejected is the one answer to every payload whose content is not good. Only its cause differs, and that stays here.
 func rejected(cause error) *Refusal {
 	return refuse(KMERejected, "the payload was not accepted", cause)
@@ -55,6 +62,8 @@ func fromStore(ctx context.Context, err error) error {
 		return refuse(NotBound, "the IMSI has no binding", nil)
 	case errors.Is(err, ErrNoAttempt):
 		return refuse(NoAttempt, "no such attempt is open for this IMSI", nil)
+	case errors.Is(err, ErrBound):
+		return otherDevice()
 	case errors.Is(err, ErrUsed):
 		return rejected(err)
 	case ctx.Err() != nil:

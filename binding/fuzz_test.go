@@ -3,7 +3,6 @@ package binding_test
 import (
 	"errors"
 	"log/slog"
-	"path/filepath"
 	"slices"
 	"testing"
 
@@ -15,7 +14,7 @@ import (
 // Whatever a caller sends, a service that has no lot accepts nothing, says why, and does not touch its token: there is
 // none, and a call would panic.
 func FuzzEstablish(f *testing.F) {
-	store := must[*sqlstore.Store](f)(sqlstore.Open(f.Context(), filepath.Join(f.TempDir(), "keysvc.db")))
+	store := must[*sqlstore.Store](f)(sqlstore.Open(f.Context(), sqlstore.InFolder(f.TempDir())))
 	f.Cleanup(func() { store.Close() })
 	service := binding.NewService(nil, store, new(binding.Lots), ttl, slog.New(slog.DiscardHandler))
 	const imsi = "001010000000001"
@@ -35,7 +34,7 @@ func FuzzEstablish(f *testing.F) {
 		if id == "@" { // stands for an attempt that is open
 			id = attempt
 		}
-		e, err := service.EstablishKME(t.Context(), imsi, imei, id, payload)
+		e, err := service.EstablishKME(t.Context(), imsi, imei, id, payload, false)
 		var r *binding.Refusal
 		if e != nil || !errors.As(err, &r) || !slices.Contains(allowed, r.Reason) {
 			t.Errorf("answer %v, error %v", e, err)

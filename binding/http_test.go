@@ -12,9 +12,11 @@ import (
 	"maps"
 	"net"
 	"net/http"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"connectrpc.com/connect"
@@ -26,6 +28,16 @@ import (
 	"github.com/kmehsm/kmehsm/binding"
 )
 
+// anybody who reaches the socket may call everything.
+func anybody(t *testing.T) *atomic.Pointer[api.Clients] {
+	t.Helper()
+	own := os.Getuid()
+	clients := must[*api.Clients](t)(api.NewClients([]api.Client{{Name: "test", UID: &own, Roles: []api.Role{api.RoleHSS, api.RoleAdmin, api.RoleMonitor}, PLMNs: []string{"all"}}}))
+	p := new(atomic.Pointer[api.Clients])
+	p.Store(clients)
+	return p
+}
+
 // listen serves the rig on a socket, HTTP/1.1 and HTTP/2, and gives a way to dial it.
 func (r *rig) listen(t *testing.T) func(ctx context.Context) (net.Conn, error) {
 	t.Helper()
@@ -34,7 +46,7 @@ func (r *rig) listen(t *testing.T) func(ctx context.Context) (net.Conn, error) {
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
 	protocols.SetUnencryptedHTTP2(true)
-	server := &http.Server{Handler: api.NewHandler(r.service, func(ctx context.Context) ([]string, error) { return nil, r.token.Ping(ctx) }), Protocols: protocols}
+	server := &http.Server{Handler: api.NewHandler(r.service, anybody(t), func(ctx context.Context) ([]string, error) { return nil, r.token.Ping(ctx) }), Protocols: protocols, ConnContext: api.ConnContext}
 	go server.Serve(l)
 	t.Cleanup(func() { server.Close() })
 	return func(ctx context.Context) (net.Conn, error) { return new(net.Dialer).DialContext(ctx, "unix", path) }
@@ -118,7 +130,7 @@ func TestOneAnswer(t *testing.T) {
 	for _, v := range vectors(t).Vectors {
 		if v.Expect == "accept" && !v.secondOfPair() {
 			imsi := newIMSI()
-			must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, devices[v].imei.String(), r.attempt(t, imsi), v.Payload))
+			must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, devices[v].imei.String(), r.attempt(t, imsi), v.Payload, false))
 			try(v, v.Name+", again")
 		}
 		if v.secondOfPair() {

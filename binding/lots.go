@@ -87,6 +87,17 @@ func (l *Lots) CheckDirectories(ctx context.Context) map[string]error {
 	return failed
 }
 
+// revoked says whether the directory has a device as revoked, as far as it can be asked: the binding of one is not served on. A
+// device whose lot is not served any more, or whose directory is away, is not.
+func (l *Lots) revoked(ctx context.Context, imei kme.IMEI) bool {
+	lot := l.find(imei)
+	if lot == nil {
+		return false
+	}
+	revoked, err := lot.reader.Revoked(ctx, lot.manifest, imei)
+	return err == nil && revoked
+}
+
 // Device is what the directory says of a device, and the manifest of its lot.
 func (l *Lots) Device(ctx context.Context, imei kme.IMEI) (*directory.Manifest, directory.Device, error) {
 	lot := l.find(imei)

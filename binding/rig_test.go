@@ -70,7 +70,7 @@ func newRig(t *testing.T) *rig {
 	must[bool](t)(token.EnsureStorageKey(ctx))
 	must[bool](t)(token.EnsureLedgerKey(ctx))
 	must[bool](t)(token.EnsureTransportKey(ctx))
-	store := must[*sqlstore.Store](t)(sqlstore.Open(ctx, filepath.Join(t.TempDir(), "keysvc.db")))
+	store := must[*sqlstore.Store](t)(sqlstore.Open(ctx, sqlstore.InFolder(t.TempDir())))
 	t.Cleanup(func() { store.Close() })
 	r := &rig{token: token, store: store, log: new(logBuffer), readers: map[string]*directory.Reader{}}
 	r.recorder = &recorder{token: token, store: store}
@@ -282,7 +282,7 @@ type recorder struct {
 }
 
 // tokenCalls are the methods of binding.Token.
-var tokenCalls = []string{"OpenPayload", "EncryptRAND", "DecryptRAND"}
+var tokenCalls = []string{"OpenPayload", "EncryptRAND", "DecryptRAND", "ExportKME"}
 
 func (r *recorder) enter(call string) error {
 	r.mu.Lock()
@@ -337,6 +337,13 @@ func (r *recorder) EncryptRAND(ctx context.Context, sealed []byte, rand [hsmkeys
 	return r.token.EncryptRAND(ctx, sealed, rand)
 }
 
+func (r *recorder) ExportKME(ctx context.Context, suite kme.Suite, lot hsmkeys.Key, n *rsa.PublicKey, payload []byte) (kme.Secret, error) {
+	if err := r.enter("ExportKME"); err != nil {
+		return kme.Secret{}, err
+	}
+	return r.token.ExportKME(ctx, suite, lot, n, payload)
+}
+
 func (r *recorder) DecryptRAND(ctx context.Context, sealed []byte, rand [hsmkeys.RANDSize]byte) (out [hsmkeys.RANDSize]byte, err error) {
 	if err := r.enter("DecryptRAND"); err != nil {
 		return out, err
@@ -384,6 +391,27 @@ func (r *recorder) Binding(ctx context.Context, imsi kme.IMSI) (*binding.Binding
 		return nil, err
 	}
 	return r.store.Binding(ctx, imsi)
+}
+
+func (r *recorder) OpenAttempt(ctx context.Context, a binding.Attempt) error {
+	if err := r.enter("OpenAttempt"); err != nil {
+		return err
+	}
+	return r.store.OpenAttempt(ctx, a)
+}
+
+func (r *recorder) Revoke(ctx context.Context, imsi kme.IMSI, now time.Time) (*binding.Binding, error) {
+	if err := r.enter("Revoke"); err != nil {
+		return nil, err
+	}
+	return r.store.Revoke(ctx, imsi, now)
+}
+
+func (r *recorder) Bindings(ctx context.Context, after string, imei kme.IMEI, limit int) ([]*binding.Binding, error) {
+	if err := r.enter("Bindings"); err != nil {
+		return nil, err
+	}
+	return r.store.Bindings(ctx, after, imei, limit)
 }
 
 func (r *recorder) DropExpired(ctx context.Context, now time.Time) error {

@@ -1,6 +1,7 @@
 package binding
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/rand"
@@ -23,6 +24,7 @@ import (
 type Token interface {
 	OpenPayload(ctx context.Context, suite kme.Suite, lot hsmkeys.Key, n *rsa.PublicKey, device crypto.PublicKey, payload []byte) (*hsmkeys.Opened, error)
 	EncryptRAND(ctx context.Context, sealed []byte, rand [hsmkeys.RANDSize]byte) ([hsmkeys.RANDSize]byte, error)
+	ExportKME(ctx context.Context, suite kme.Suite, lot hsmkeys.Key, n *rsa.PublicKey, payload []byte) (kme.Secret, error)
 	DecryptRAND(ctx context.Context, sealed []byte, rand [hsmkeys.RANDSize]byte) ([hsmkeys.RANDSize]byte, error)
 }
 
@@ -78,6 +80,9 @@ func (s *Service) PrepareVector(ctx context.Context, imsiText string, randBytes 
 		}
 		return &Prepared{RAND: vector, AttemptID: attempt.ID}, nil
 	}
+	if s.lots.Load().revoked(ctx, b.IMEI) {
+		return nil, s.failed(ctx, "prepare", imsi, deviceRevoked(), "imei", b.IMEI)
+	}
 	out, err := s.token.EncryptRAND(ctx, b.Sealed, vector)
 	if err != nil {
 		return nil, s.failed(ctx, "prepare", imsi, fromToken(ctx, err))
@@ -91,7 +96,7 @@ func (s *Service) RestoreRAND(ctx context.Context, imsiText string, randBytes []
 	if err != nil {
 		return out, err
 	}
-	b, err := s.store.Binding(ctx, imsi)
+	b, err := s.standing(ctx, imsi)
 	if err != nil {
 		return out, s.failed(ctx, "restore", imsi, fromStore(ctx, err))
 	}
@@ -101,14 +106,24 @@ func (s *Service) RestoreRAND(ctx context.Context, imsiText string, randBytes []
 	return out, nil
 }
 
+// standing is an IMSI's binding that is not revoked, or ErrNotBound.
+func (s *Service) standing(ctx context.Context, imsi kme.IMSI) (*Binding, error) {
+	b, err := s.store.Binding(ctx, imsi)
+	if err == nil && b.State == Revoked {
+		return nil, ErrNotBound
+	}
+	return b, err
+}
+
 // Established is the answer to EstablishKME.
 type Established struct {
 	NWSig []byte
 	State State
+	KME   kme.Secret // only if it was asked for; the caller wipes it
 }
 
-// EstablishKME takes a device's payload and answers NW_SIG.
-func (s *Service) EstablishKME(ctx context.Context, imsiText, imeiText, attemptID string, payload []byte) (*Established, error) {
+// EstablishKME takes a device's payload and answers NW_SIG; with export, the KME too, for an HSS that keeps it itself.
+func (s *Service) EstablishKME(ctx context.Context, imsiText, imeiText, attemptID string, payload []byte, export bool) (*Established, error) {
 	imsi, err := parseIMSI(imsiText)
 	if err != nil {
 		return nil, err
@@ -118,6 +133,13 @@ func (s *Service) EstablishKME(ctx context.Context, imsiText, imeiText, attemptI
 		return nil, refuse(Malformed, err.Error(), nil)
 	}
 	e, err := s.establish(ctx, imsi, imei, attemptID, payload)
+	if err == nil && export {
+		// Only now: a KME that was not accepted, or not durably, is nobody's. It is decrypted once more, since the answer may be one
+		// that was given before.
+		if e.KME, err = s.export(ctx, imei, payload); err == nil {
+			s.log.InfoContext(ctx, "KME exported", "imsi", imsi, "imei", imei)
+		}
+	}
 	if err != nil {
 		return nil, s.failed(ctx, "establish", imsi, err, "imei", imei)
 	}
@@ -145,14 +167,38 @@ func (s *Service) establish(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, a
 	return nil, err
 }
 
+func (s *Service) export(ctx context.Context, imei kme.IMEI, payload []byte) (secret kme.Secret, err error) {
+	lot := s.lots.Load().find(imei)
+	if lot == nil {
+		return secret, unknownDevice()
+	}
+	if secret, err = s.token.ExportKME(ctx, lot.manifest.Suite, lot.key, lot.public, payload); err != nil {
+		return secret, fromToken(ctx, err)
+	}
+	return secret, nil
+}
+
+func unknownDevice() *Refusal {
+	return refuse(UnknownDevice, "the IMEI is in no lot that this operator has", nil)
+}
+
+func deviceRevoked() *Refusal {
+	return refuse(RevokedDevice, "the manufacturer has revoked the device", nil)
+}
+
 // accept makes the binding, durably, or refuses.
 func (s *Service) accept(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, attemptID string, payload, digest []byte) (*Binding, error) {
-	if _, err := s.store.Attempt(ctx, imsi, attemptID, time.Now()); err != nil {
+	if _, err := s.store.Attempt(ctx, imsi, attemptID, time.Now()); errors.Is(err, ErrNoAttempt) {
+		if b, berr := s.standing(ctx, imsi); berr == nil && b.State == Active && b.IMEI != imei {
+			return nil, otherDevice()
+		}
+		return nil, fromStore(ctx, err)
+	} else if err != nil {
 		return nil, fromStore(ctx, err)
 	}
 	lot := s.lots.Load().find(imei)
 	if lot == nil {
-		return nil, refuse(UnknownDevice, "the IMEI is in no lot that this operator has", nil)
+		return nil, unknownDevice()
 	}
 	if want := kme.PayloadSize(lot.public); len(payload) != want {
 		return nil, refuse(Malformed, fmt.Sprintf("a payload of this device has %d bytes, not %d", want, len(payload)), nil)
@@ -162,7 +208,7 @@ func (s *Service) accept(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, atte
 		return nil, fromDirectory(ctx, err)
 	}
 	if device.Revoked != nil {
-		return nil, refuse(RevokedDevice, "the manufacturer has revoked the device", nil)
+		return nil, deviceRevoked()
 	}
 
 	opened, err := s.token.OpenPayload(ctx, lot.manifest.Suite, lot.key, lot.public, device.Key, payload)
@@ -189,7 +235,7 @@ func (s *Service) accept(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, atte
 
 // retransmitted answers a call that was answered before.
 func (s *Service) retransmitted(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, attemptID string, digest []byte) (*Established, error) {
-	b, err := s.store.Binding(ctx, imsi)
+	b, err := s.standing(ctx, imsi)
 	if errors.Is(err, ErrNotBound) {
 		return nil, nil
 	}
@@ -233,6 +279,71 @@ func (s *Service) GetBinding(ctx context.Context, imsiText string) (*Binding, er
 		return nil, fromStore(ctx, err)
 	}
 	return b, nil
+}
+
+// maxTTL bounds for how long an administrator may open provisioning: whoever has the SIM can bind a device meanwhile.
+const maxTTL = 30 * 24 * time.Hour
+
+// NewOpened is an administrator's attempt for an IMSI.
+func NewOpened(imsi kme.IMSI, ttl time.Duration) (*Attempt, error) {
+	if ttl < time.Second || ttl > maxTTL {
+		return nil, errors.New("the ttl is from a second to 30 days")
+	}
+	return &Attempt{ID: newAttemptID(), IMSI: imsi, Expires: time.Now().Add(ttl).UTC().Truncate(time.Millisecond), Opened: true}, nil
+}
+
+// OpenProvisioning lets an IMSI be bound to another device, once, for ttl; an hour with 0.
+func (s *Service) OpenProvisioning(ctx context.Context, imsiText string, ttl time.Duration) (*Attempt, error) {
+	imsi, err := parseIMSI(imsiText)
+	if err != nil {
+		return nil, err
+	}
+	a, err := NewOpened(imsi, cmp.Or(ttl, time.Hour))
+	if err != nil {
+		return nil, refuse(Malformed, err.Error(), nil)
+	}
+	if err := s.store.OpenAttempt(ctx, *a); err != nil {
+		return nil, s.failed(ctx, "open", imsi, fromStore(ctx, err))
+	}
+	s.log.InfoContext(ctx, "provisioning opened", "imsi", imsi, "expires", a.Expires)
+	return a, nil
+}
+
+// RevokeBinding ends an IMSI's bindings and forgets the KME.
+func (s *Service) RevokeBinding(ctx context.Context, imsiText string) (*Binding, error) {
+	imsi, err := parseIMSI(imsiText)
+	if err != nil {
+		return nil, err
+	}
+	b, err := s.store.Revoke(ctx, imsi, time.Now())
+	if err != nil {
+		return nil, s.failed(ctx, "revoke", imsi, fromStore(ctx, err))
+	}
+	s.log.InfoContext(ctx, "binding revoked", "imsi", imsi, "imei", b.IMEI)
+	return b, nil
+}
+
+// ListBindings gives a page of all bindings, those behind the IMSI after, and only those of a device unless imei is empty.
+func (s *Service) ListBindings(ctx context.Context, after, imeiText string, limit int) ([]*Binding, error) {
+	var imei kme.IMEI
+	if imeiText != "" {
+		var err error
+		if imei, err = kme.ParseIMEI(imeiText); err != nil {
+			return nil, refuse(Malformed, err.Error(), nil)
+		}
+	}
+	if after != "" {
+		if _, err := parseIMSI(after); err != nil {
+			return nil, refuse(Malformed, "the page token is none of ours", nil)
+		}
+	}
+	all, err := s.store.Bindings(ctx, after, imei, limit)
+	return all, fromStore(ctx, err)
+}
+
+// Refused logs a refusal that was made before the service was asked.
+func (s *Service) Refused(ctx context.Context, r *Refusal, attrs ...any) {
+	s.log.WarnContext(ctx, "refused", append([]any{"reason", r.Reason}, attrs...)...)
 }
 
 // failed logs a refusal, with the cause that the caller does not get.

@@ -35,7 +35,7 @@ func TestVectors(t *testing.T) {
 		t.Run(v.Name, func(t *testing.T) {
 			imsi := newIMSI()
 			attempt := r.attempt(t, imsi)
-			e, err := r.service.EstablishKME(t.Context(), imsi, devices[v].imei.String(), attempt, v.Payload)
+			e, err := r.service.EstablishKME(t.Context(), imsi, devices[v].imei.String(), attempt, v.Payload, false)
 			switch {
 			case v.Why == "length":
 				checkRefused(t, "establish", err, binding.Malformed, "")
@@ -98,7 +98,7 @@ func TestOneWayToReject(t *testing.T) {
 		imsi := newIMSI()
 		attempt := r.attempt(t, imsi)
 		r.recorder.take()
-		_, err := r.service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, payload)
+		_, err := r.service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, payload, false)
 		checkRefused(t, name, err, binding.KMERejected, notAccepted)
 		calls := r.recorder.take()
 		if n := len(slices.DeleteFunc(slices.Clone(calls), func(c string) bool { return c != "OpenPayload" })); n != 1 {
@@ -114,7 +114,7 @@ func TestOneWayToReject(t *testing.T) {
 	for _, v := range vectors(t).Vectors {
 		if v.Expect == "accept" && !v.secondOfPair() {
 			imsi := newIMSI()
-			must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, devices[v].imei.String(), r.attempt(t, imsi), v.Payload))
+			must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, devices[v].imei.String(), r.attempt(t, imsi), v.Payload, false))
 			try(v.Name+", again", devices[v], v.Payload)
 		}
 	}
@@ -143,7 +143,7 @@ func TestBeforeTheHSM(t *testing.T) {
 	used := newIMSI()
 	usedAttempt := r.attempt(t, used)
 	earlier, _ := l.devices[1].payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(ctx, used, l.devices[1].imei.String(), usedAttempt, earlier))
+	must[*binding.Established](t)(r.service.EstablishKME(ctx, used, l.devices[1].imei.String(), usedAttempt, earlier, false))
 
 	if err := directory.Revoke(ctx, m.store, m.Signer, l.Manifest, l.devices[2].imei, "stolen", time.Now()); err != nil {
 		t.Fatal(err)
@@ -187,7 +187,7 @@ func TestBeforeTheHSM(t *testing.T) {
 		{"device in no shard", imsi, unpublished.devices[0].imei.String(), attempt, payload, binding.UnknownDevice},
 		{"revoked device", imsi, l.devices[2].imei.String(), attempt, payload, binding.RevokedDevice},
 	} {
-		_, err := r.service.EstablishKME(ctx, c.imsi, c.imei, c.attempt, c.payload)
+		_, err := r.service.EstablishKME(ctx, c.imsi, c.imei, c.attempt, c.payload, false)
 		checkRefused(t, c.name, err, c.reason, "")
 		if calls := r.recorder.takeToken(); len(calls) > 0 {
 			t.Errorf("%s: reached the HSM with %q", c.name, calls)
@@ -197,7 +197,7 @@ func TestBeforeTheHSM(t *testing.T) {
 	for i, imei := range []string{"352099000000014", "3520990000000199"} {
 		imsi, attempt := []string{imsi, other}[i], []string{attempt, others}[i]
 		payload, p := d.payload(t)
-		e, err := r.service.EstablishKME(ctx, imsi, imei, attempt, payload)
+		e, err := r.service.EstablishKME(ctx, imsi, imei, attempt, payload, false)
 		if want := p.NWSig(); err != nil || !bytes.Equal(e.NWSig, want[:]) {
 			t.Errorf("IMEI %s: %v, error %v", imei, e, err)
 		}
@@ -240,7 +240,7 @@ func TestOneUse(t *testing.T) {
 	d := l.devices[0]
 	payload, p := d.payload(t)
 	imsi := newIMSI()
-	must[*binding.Established](t)(r.service.EstablishKME(ctx, imsi, d.imei.String(), r.attempt(t, imsi), payload))
+	must[*binding.Established](t)(r.service.EstablishKME(ctx, imsi, d.imei.String(), r.attempt(t, imsi), payload, false))
 
 	freshNonce := *p
 	freshNonce.RME = kme.RandomSecret()
@@ -253,7 +253,7 @@ func TestOneUse(t *testing.T) {
 	} {
 		other := newIMSI()
 		attempt := r.attempt(t, other)
-		_, err := r.service.EstablishKME(ctx, other, d.imei.String(), attempt, again)
+		_, err := r.service.EstablishKME(ctx, other, d.imei.String(), attempt, again, false)
 		checkRefused(t, name, err, binding.KMERejected, notAccepted)
 		r.checkBound(t, other, false)
 	}
@@ -261,11 +261,11 @@ func TestOneUse(t *testing.T) {
 		t.Fatal(err)
 	}
 	attempt := r.attempt(t, imsi)
-	_, err := r.service.EstablishKME(ctx, imsi, d.imei.String(), attempt, payload)
+	_, err := r.service.EstablishKME(ctx, imsi, d.imei.String(), attempt, payload, false)
 	checkRefused(t, "after the binding was dropped", err, binding.KMERejected, notAccepted)
 	// A refusal leaves the attempt open for a better payload.
 	better, _ := d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(ctx, imsi, d.imei.String(), attempt, better))
+	must[*binding.Established](t)(r.service.EstablishKME(ctx, imsi, d.imei.String(), attempt, better, false))
 }
 
 // The same call again gives the stored NW_SIG, without the HSM, for as long as the binding stands.
@@ -278,7 +278,7 @@ func TestRetransmission(t *testing.T) {
 	imsi := newIMSI()
 	attempt := r.attempt(t, imsi)
 	call := func(imei string, payload []byte) (*binding.Established, error) {
-		return r.service.EstablishKME(ctx, imsi, imei, attempt, payload)
+		return r.service.EstablishKME(ctx, imsi, imei, attempt, payload, false)
 	}
 	for i, state := range []binding.State{binding.Pending, binding.Pending, binding.Active, binding.Active} {
 		if i == 2 {
@@ -299,11 +299,11 @@ func TestRetransmission(t *testing.T) {
 	_, err := call(d.imei.String(), changed)
 	checkRefused(t, "another payload", err, binding.NoAttempt, "")
 	_, err = call(l.devices[1].imei.String(), payload)
-	checkRefused(t, "another device", err, binding.NoAttempt, "")
-	_, err = r.service.EstablishKME(ctx, imsi, d.imei.String(), "", payload)
+	checkRefused(t, "another device", err, binding.OtherDevice, "")
+	_, err = r.service.EstablishKME(ctx, imsi, d.imei.String(), "", payload, false)
 	checkRefused(t, "no attempt", err, binding.NoAttempt, "")
 	other := newIMSI()
-	_, err = r.service.EstablishKME(ctx, other, d.imei.String(), attempt, payload)
+	_, err = r.service.EstablishKME(ctx, other, d.imei.String(), attempt, payload, false)
 	checkRefused(t, "another subscriber", err, binding.NoAttempt, "")
 }
 
@@ -320,7 +320,7 @@ func TestOvertaken(t *testing.T) {
 			imsi := newIMSI()
 			attempt := r.attempt(t, imsi)
 			establish := func() (*binding.Established, error) {
-				return r.service.EstablishKME(ctx, imsi, d.imei.String(), attempt, payload)
+				return r.service.EstablishKME(ctx, imsi, d.imei.String(), attempt, payload, false)
 			}
 			r.recorder.onFirst(at, func() error {
 				e, err := establish()
@@ -352,7 +352,7 @@ func TestSameCallAtOnce(t *testing.T) {
 		var all sync.WaitGroup
 		for range 16 {
 			all.Go(func() {
-				e, err := r.service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, payload)
+				e, err := r.service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, payload, false)
 				if err != nil {
 					t.Error(err)
 				} else if !bytes.Equal(e.NWSig, want[:]) {
@@ -387,7 +387,9 @@ func TestOneKMEAtOnce(t *testing.T) {
 	for i := range errs {
 		imsi := newIMSI()
 		attempt := r.attempt(t, imsi)
-		all.Go(func() { _, errs[i] = r.service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, payload) })
+		all.Go(func() {
+			_, errs[i] = r.service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, payload, false)
+		})
 	}
 	all.Wait()
 	won := 0
@@ -445,18 +447,18 @@ func TestLife(t *testing.T) {
 		t.Errorf("two vectors asked for at once have attempts %q and %q", attempt, again)
 	}
 	payload, p := d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(ctx, imsi, d.imei.String(), attempt, payload))
+	must[*binding.Established](t)(r.service.EstablishKME(ctx, imsi, d.imei.String(), attempt, payload, false))
 	checkBound("established", p, binding.Pending)
 
 	if b, err := r.service.ReportAuthentication(ctx, imsi, false); err != nil || b != nil {
 		t.Errorf("a failed authentication leaves %+v, error %v", b, err)
 	}
 	checkUnbound("dropped")
-	_, err := r.service.EstablishKME(ctx, imsi, d.imei.String(), attempt, payload)
+	_, err := r.service.EstablishKME(ctx, imsi, d.imei.String(), attempt, payload, false)
 	checkRefused(t, "the dropped binding's attempt", err, binding.NoAttempt, "")
 
 	payload, p = d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(ctx, imsi, d.imei.String(), r.attempt(t, imsi), payload))
+	must[*binding.Established](t)(r.service.EstablishKME(ctx, imsi, d.imei.String(), r.attempt(t, imsi), payload, false))
 	for _, ok := range []bool{true, true, false} { // an active binding outlives a failed authentication
 		if b := must[*binding.Binding](t)(r.service.ReportAuthentication(ctx, imsi, ok)); b == nil || b.State != binding.Active {
 			t.Errorf("report %v gives %+v", ok, b)
@@ -475,7 +477,7 @@ func TestAttemptExpires(t *testing.T) {
 	p := must[*binding.Prepared](t)(service.PrepareVector(t.Context(), imsi, make([]byte, hsmkeys.RANDSize)))
 	time.Sleep(short + 2*time.Millisecond) // stores keep milliseconds
 	payload, _ := d.payload(t)
-	_, err := r.service.EstablishKME(t.Context(), imsi, d.imei.String(), p.AttemptID, payload)
+	_, err := r.service.EstablishKME(t.Context(), imsi, d.imei.String(), p.AttemptID, payload, false)
 	checkRefused(t, "after its time", err, binding.NoAttempt, "")
 	again := must[*binding.Prepared](t)(service.PrepareVector(t.Context(), imsi, make([]byte, hsmkeys.RANDSize)))
 	if again.AttemptID == "" || again.AttemptID == p.AttemptID {
@@ -506,7 +508,7 @@ func TestUnavailable(t *testing.T) {
 	d := l.devices[0]
 	establish := func(ctx context.Context, r *rig, imsi string) error {
 		payload, _ := d.payload(t)
-		_, err := r.service.EstablishKME(ctx, imsi, d.imei.String(), r.attemptPastRecorder(t, imsi), payload)
+		_, err := r.service.EstablishKME(ctx, imsi, d.imei.String(), r.attemptPastRecorder(t, imsi), payload, false)
 		return err
 	}
 	bound := newIMSI()
@@ -593,7 +595,7 @@ func TestUnavailable(t *testing.T) {
 	}
 	payload, _ := d.payload(t)
 	for name, c := range map[string]call{"prepare": prepare, "restore": restore, "report": report, "get": get, "establish": func(ctx context.Context, r *rig, imsi string) error {
-		_, err := r.service.EstablishKME(ctx, imsi, d.imei.String(), "attempt", payload)
+		_, err := r.service.EstablishKME(ctx, imsi, d.imei.String(), "attempt", payload, false)
 		return err
 	}} {
 		checkRefused(t, name+" on a closed database", c(ctx, r, last), binding.StoreUnavailable, "")
@@ -606,14 +608,14 @@ func TestCanceled(t *testing.T) {
 	d := l.devices[0]
 	bound := newIMSI()
 	payload, _ := d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), bound, d.imei.String(), r.attempt(t, bound), payload))
+	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), bound, d.imei.String(), r.attempt(t, bound), payload, false))
 	vector := make([]byte, hsmkeys.RANDSize)
 
 	open := newIMSI()
 	attempt := r.attempt(t, open)
 	fresh, p := d.payload(t)
 	establish := func(ctx context.Context) error {
-		_, err := r.service.EstablishKME(ctx, open, d.imei.String(), attempt, fresh)
+		_, err := r.service.EstablishKME(ctx, open, d.imei.String(), attempt, fresh, false)
 		return err
 	}
 	for _, c := range []struct {
@@ -653,7 +655,7 @@ func TestCanceled(t *testing.T) {
 	r.checkBound(t, bound, true)
 	r.checkBound(t, open, false)
 	want := p.NWSig()
-	e, err := r.service.EstablishKME(t.Context(), open, d.imei.String(), attempt, fresh)
+	e, err := r.service.EstablishKME(t.Context(), open, d.imei.String(), attempt, fresh, false)
 	if err != nil || !bytes.Equal(e.NWSig, want[:]) {
 		t.Errorf("after all that: %v, error %v", e, err)
 	}
@@ -670,7 +672,7 @@ func TestTwoManufacturers(t *testing.T) {
 		d := l.devices[0]
 		payload, p := d.payload(t)
 		imsi := newIMSI()
-		e, err := r.service.EstablishKME(t.Context(), imsi, d.imei.String(), r.attempt(t, imsi), payload)
+		e, err := r.service.EstablishKME(t.Context(), imsi, d.imei.String(), r.attempt(t, imsi), payload, false)
 		if want := p.NWSig(); err != nil || !bytes.Equal(e.NWSig, want[:]) {
 			t.Fatalf("manufacturer %s: %v, error %v", l.Manufacturer, e, err)
 		}
@@ -687,7 +689,7 @@ func TestTwoManufacturers(t *testing.T) {
 	// The devices of one are not those of the other, whatever they have signed.
 	payload, _ := first.devices[0].payload(t)
 	imsi := newIMSI()
-	_, err := r.service.EstablishKME(t.Context(), imsi, first.devices[1].imei.String(), r.attempt(t, imsi), payload)
+	_, err := r.service.EstablishKME(t.Context(), imsi, first.devices[1].imei.String(), r.attempt(t, imsi), payload, false)
 	checkRefused(t, "another device's payload", err, binding.KMERejected, notAccepted)
 
 	manifest, dev, err := must[*binding.Lots](t)(binding.NewLots(lots, r.readers)).Device(t.Context(), second.devices[0].imei)

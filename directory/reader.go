@@ -179,6 +179,16 @@ func (r *Reader) Device(ctx context.Context, m *Manifest, imei kme.IMEI) (Device
 	return d, nil
 }
 
+// Revoked says whether a device of a lot is revoked, without a look at its key.
+func (r *Reader) Revoked(ctx context.Context, m *Manifest, imei kme.IMEI) (bool, error) {
+	list, err := r.revoked(ctx, m)
+	if err != nil {
+		return false, err
+	}
+	history := list.Of(imei)
+	return len(history) > 0 && history[len(history)-1].Key == nil, nil
+}
+
 func (r *Reader) fetchShard(ctx context.Context, m *Manifest, n int) (*packedShard, error) {
 	return oneFlight(ctx, &r.flight, ShardPath(m.Lot, n), func(ctx context.Context) (*packedShard, error) {
 		// An earlier flight may have landed since the cache was asked.

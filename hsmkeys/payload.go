@@ -101,6 +101,31 @@ func (t *Token) OpenPayload(ctx context.Context, suite kme.Suite, lot Key, n *rs
 	return opened, nil
 }
 
+// ExportKME decrypts a payload that OpenPayload has found good, and gives its KME. It is for an HSS that keeps the KME itself; the caller
+// wipes it.
+func (t *Token) ExportKME(ctx context.Context, suite kme.Suite, lot Key, n *rsa.PublicKey, payload []byte) (secret kme.Secret, err error) {
+	reduced, _, err := kme.ReducePayload(n, payload)
+	if err != nil {
+		return secret, err
+	}
+	err = t.with(ctx, func(s *session) error {
+		h, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, lot)
+		if err != nil {
+			return err
+		}
+		raw, err := rawDecrypt(s, h, reduced)
+		if err != nil {
+			return err
+		}
+		p, _ := suite.Split(raw)
+		clear(raw)
+		p.RME.Wipe()
+		secret = p.KME
+		return nil
+	})
+	return secret, err
+}
+
 // wellFormed says whether the values in a signature are in their ranges: 0 < r, s < n of P-256 (FIPS 186-4 section
 // 6.4.2), or below the modulus (RFC 8017 section 5.2.2).
 func wellFormed(device crypto.PublicKey, sig []byte) bool {

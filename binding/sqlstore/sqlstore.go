@@ -1,31 +1,26 @@
-// Package sqlstore keeps the service's state in SQLite, the embedded default.
+// Package sqlstore keeps the service's state: in SQLite, the embedded default, or in PostgreSQL, for several instances.
+//
+// Both get the same statements: SQLite takes $1 as PostgreSQL does, if parameters first appear in their order.
 package sqlstore
 
 import (
 	"context"
 	"database/sql"
-	_ "embed"
 	"errors"
 	"fmt"
 	"time"
 
-	"github.com/mattn/go-sqlite3"
-
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/directory"
-	"github.com/kmehsm/kmehsm/internal/sqlite"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-//go:embed schema.sql
-var schema string
-
-// schemaVersion is what PRAGMA user_version says of a database that this code can use.
-const schemaVersion = 1
-
 // A Store implements binding.Store and binding.Registry.
 type Store struct {
-	read, write *sql.DB
+	read *sql.DB
+	// change makes a change durably and alone: no other with the same key is under way.
+	change func(ctx context.Context, key string, f func(context.Context, *sql.Tx) error) error
+	close  func() error
 }
 
 var (
@@ -33,73 +28,92 @@ var (
 	_ binding.Registry = (*Store)(nil)
 )
 
-// Open opens the database at path, or makes it. Every commit is synced to disk before it returns.
-func Open(ctx context.Context, path string) (*Store, error) {
-	read, write, err := sqlite.Open(ctx, path, schema, schemaVersion)
-	if err != nil {
-		return nil, err
-	}
-	return &Store{read, write}, nil
-}
-
 // Close ends all connections.
-func (s *Store) Close() error { return errors.Join(s.read.Close(), s.write.Close()) }
+func (s *Store) Close() error { return errors.Join(s.read.Close(), s.close()) }
 
-func (s *Store) tx(ctx context.Context, f func(*sql.Tx) error) error {
-	tx, err := s.write.BeginTx(ctx, nil)
-	if err != nil {
+func (s *Store) exec(ctx context.Context, key, query string, args ...any) error {
+	return s.change(ctx, key, func(ctx context.Context, tx *sql.Tx) error {
+		_, err := tx.ExecContext(ctx, query, args...)
 		return err
-	}
-	defer tx.Rollback() // no effect after Commit
-	if err := f(tx); err != nil {
-		return err
-	}
-	return tx.Commit()
+	})
 }
 
 type queryer interface {
 	QueryRowContext(ctx context.Context, query string, args ...any) *sql.Row
 }
 
-const bindingColumns = `imsi, state, imei, manufacturer, lot, sealed, nw_sig, attempt_id, payload_sha256, established_at, activated_at`
+const bindingColumns = `imsi, state, imei, manufacturer, lot, sealed, nw_sig, attempt_id, payload_sha256, established_at, activated_at, revoked_at`
 
-// current is the pending binding before the active one; 'PENDING' sorts after 'ACTIVE'.
-func current(ctx context.Context, q queryer, imsi kme.IMSI) (*binding.Binding, error) {
+func scanBinding(scan func(...any) error) (*binding.Binding, error) {
 	var b binding.Binding
-	var imsiText, imei string
-	var established, activated int64
-	err := q.QueryRowContext(ctx, `SELECT `+bindingColumns+` FROM bindings WHERE imsi = ? ORDER BY state DESC LIMIT 1`, imsi.String()).
-		Scan(&imsiText, &b.State, &imei, &b.Manufacturer, &b.Lot, &b.Sealed, &b.NWSig, &b.AttemptID, &b.PayloadSHA256, &established, &activated)
+	var imsi, imei string
+	var established, activated, revoked int64
+	err := scan(&imsi, &b.State, &imei, &b.Manufacturer, &b.Lot, &b.Sealed, &b.NWSig, &b.AttemptID, &b.PayloadSHA256, &established, &activated, &revoked)
 	if errors.Is(err, sql.ErrNoRows) {
 		return nil, binding.ErrNotBound
 	}
 	if err != nil {
 		return nil, err
 	}
-	if err := errors.Join(b.IMSI.UnmarshalText([]byte(imsiText)), b.IMEI.UnmarshalText([]byte(imei))); err != nil {
+	if err := errors.Join(b.IMSI.UnmarshalText([]byte(imsi)), b.IMEI.UnmarshalText([]byte(imei))); err != nil {
 		return nil, fmt.Errorf("the database is damaged: %w", err)
 	}
-	b.Established, b.Activated = fromMillis(established), fromMillis(activated)
+	b.Established, b.Activated, b.Revoked = fromMillis(established), fromMillis(activated), fromMillis(revoked)
 	return &b, nil
 }
 
+// latest is the pending binding before the active, and that before the revoked one.
+func latest(ctx context.Context, q queryer, imsi kme.IMSI) (*binding.Binding, error) {
+	return scanBinding(q.QueryRowContext(ctx, `SELECT `+bindingColumns+` FROM bindings WHERE imsi = $1
+		ORDER BY CASE state WHEN 'PENDING' THEN 0 WHEN 'ACTIVE' THEN 1 ELSE 2 END LIMIT 1`, imsi.String()).Scan)
+}
+
+// current is the latest that is not revoked.
+func current(ctx context.Context, q queryer, imsi kme.IMSI) (*binding.Binding, error) {
+	b, err := latest(ctx, q, imsi)
+	if err == nil && b.State == binding.Revoked {
+		return nil, binding.ErrNotBound
+	}
+	return b, err
+}
+
 func (s *Store) Binding(ctx context.Context, imsi kme.IMSI) (*binding.Binding, error) {
-	return current(ctx, s.read, imsi)
+	return latest(ctx, s.read, imsi)
+}
+
+func (s *Store) Bindings(ctx context.Context, after string, imei kme.IMEI, limit int) ([]*binding.Binding, error) {
+	// One row an IMSI: the latest of its bindings.
+	query := `SELECT ` + bindingColumns + ` FROM bindings AS b WHERE imsi > $1 AND ($2 = '' OR imei = $2) AND NOT EXISTS (
+			SELECT 1 FROM bindings AS o WHERE o.imsi = b.imsi AND (o.state = 'PENDING' AND b.state <> 'PENDING' OR o.state = 'ACTIVE' AND b.state = 'REVOKED'))
+		ORDER BY imsi LIMIT $3`
+	rows, err := s.read.QueryContext(ctx, query, after, imei.String(), limit)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var all []*binding.Binding
+	for rows.Next() {
+		b, err := scanBinding(rows.Scan)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, b)
+	}
+	return all, rows.Err()
 }
 
 func (s *Store) Prepare(ctx context.Context, fresh binding.Attempt, now, reuse time.Time) (*binding.Binding, *binding.Attempt, error) {
-	b, a, err := prepared(ctx, s.read, fresh.IMSI, reuse)
+	b, a, err := prepared(ctx, s.read, fresh.IMSI, now, reuse)
 	if b != nil || a != nil || err != nil {
 		return b, a, err
 	}
-	err = s.tx(ctx, func(tx *sql.Tx) error {
+	err = s.change(ctx, fresh.IMSI.String(), func(ctx context.Context, tx *sql.Tx) (err error) {
 		// Looked up again: a binding that came up since must not get an attempt beside it.
-		if b, a, err = prepared(ctx, tx, fresh.IMSI, reuse); b != nil || a != nil || err != nil {
+		if b, a, err = prepared(ctx, tx, fresh.IMSI, now, reuse); b != nil || a != nil || err != nil {
 			return err
 		}
 		a = &fresh
-		_, err := tx.ExecContext(ctx, `INSERT INTO attempts (id, imsi, expires_at) VALUES (?, ?, ?)`, fresh.ID, fresh.IMSI.String(), fresh.Expires.UnixMilli())
-		return err
+		return insertAttempt(ctx, tx, fresh)
 	})
 	if err != nil {
 		return nil, nil, err
@@ -107,23 +121,47 @@ func (s *Store) Prepare(ctx context.Context, fresh binding.Attempt, now, reuse t
 	return b, a, nil
 }
 
-func prepared(ctx context.Context, q queryer, imsi kme.IMSI, reuse time.Time) (*binding.Binding, *binding.Attempt, error) {
-	b, err := current(ctx, q, imsi)
-	if !errors.Is(err, binding.ErrNotBound) {
-		return b, nil, err
+func insertAttempt(ctx context.Context, tx *sql.Tx, a binding.Attempt) error {
+	opened := 0
+	if a.Opened {
+		opened = 1
 	}
+	_, err := tx.ExecContext(ctx, `INSERT INTO attempts (id, imsi, expires_at, opened) VALUES ($1, $2, $3, $4)`, a.ID, a.IMSI.String(), a.Expires.UnixMilli(), opened)
+	return err
+}
+
+func prepared(ctx context.Context, q queryer, imsi kme.IMSI, now, reuse time.Time) (*binding.Binding, *binding.Attempt, error) {
 	a := &binding.Attempt{IMSI: imsi}
 	var expires int64
-	err = q.QueryRowContext(ctx, `SELECT id, expires_at FROM attempts WHERE imsi = ? AND expires_at >= ? ORDER BY expires_at DESC LIMIT 1`,
-		imsi.String(), reuse.UnixMilli()).Scan(&a.ID, &expires)
-	if errors.Is(err, sql.ErrNoRows) {
-		return nil, nil, nil
+	err := q.QueryRowContext(ctx, `SELECT id, expires_at, opened FROM attempts WHERE imsi = $1 AND (opened = 1 AND expires_at > $2 OR expires_at >= $3)
+		ORDER BY opened DESC, expires_at DESC LIMIT 1`, imsi.String(), now.UnixMilli(), reuse.UnixMilli()).Scan(&a.ID, &expires, &a.Opened)
+	switch {
+	case errors.Is(err, sql.ErrNoRows):
+		a = nil
+	case err != nil:
+		return nil, nil, err
+	default:
+		if a.Expires = fromMillis(expires); a.Opened {
+			return nil, a, nil
+		}
 	}
-	if err != nil {
+	b, err := current(ctx, q, imsi)
+	switch {
+	case errors.Is(err, binding.ErrNotBound):
+		return nil, a, nil
+	case err != nil:
 		return nil, nil, err
 	}
-	a.Expires = fromMillis(expires)
-	return nil, a, nil
+	return b, nil, nil
+}
+
+func (s *Store) OpenAttempt(ctx context.Context, a binding.Attempt) error {
+	return s.change(ctx, a.IMSI.String(), func(ctx context.Context, tx *sql.Tx) error {
+		if _, err := tx.ExecContext(ctx, `DELETE FROM attempts WHERE imsi = $1`, a.IMSI.String()); err != nil {
+			return err
+		}
+		return insertAttempt(ctx, tx, a)
+	})
 }
 
 func (s *Store) Attempt(ctx context.Context, imsi kme.IMSI, id string, now time.Time) (*binding.Attempt, error) {
@@ -133,7 +171,7 @@ func (s *Store) Attempt(ctx context.Context, imsi kme.IMSI, id string, now time.
 func openAttempt(ctx context.Context, q queryer, imsi kme.IMSI, id string, now time.Time) (*binding.Attempt, error) {
 	a := &binding.Attempt{ID: id, IMSI: imsi}
 	var expires int64
-	err := q.QueryRowContext(ctx, `SELECT expires_at FROM attempts WHERE id = ? AND imsi = ? AND expires_at > ?`, id, imsi.String(), now.UnixMilli()).Scan(&expires)
+	err := q.QueryRowContext(ctx, `SELECT expires_at, opened FROM attempts WHERE id = $1 AND imsi = $2 AND expires_at > $3`, id, imsi.String(), now.UnixMilli()).Scan(&expires, &a.Opened)
 	if errors.Is(err, sql.ErrNoRows) {
 		return nil, binding.ErrNoAttempt
 	}
@@ -143,28 +181,38 @@ func openAttempt(ctx context.Context, q queryer, imsi kme.IMSI, id string, now t
 
 func (s *Store) Used(ctx context.Context, imei kme.IMEI, tag []byte) (bool, error) {
 	var n int
-	err := s.read.QueryRowContext(ctx, `SELECT COUNT(*) FROM ledger WHERE imei = ? AND tag = ?`, imei.String(), tag).Scan(&n)
+	err := s.read.QueryRowContext(ctx, `SELECT COUNT(*) FROM ledger WHERE imei = $1 AND tag = $2`, imei.String(), tag).Scan(&n)
 	return n > 0, err
 }
 
 func (s *Store) Establish(ctx context.Context, b *binding.Binding, tag []byte, now time.Time) error {
-	return s.tx(ctx, func(tx *sql.Tx) error {
-		if _, err := openAttempt(ctx, tx, b.IMSI, b.AttemptID, now); err != nil {
+	return s.change(ctx, b.IMSI.String(), func(ctx context.Context, tx *sql.Tx) error {
+		attempt, err := openAttempt(ctx, tx, b.IMSI, b.AttemptID, now)
+		if err != nil {
 			return err
 		}
-		if _, err := tx.ExecContext(ctx, `INSERT INTO ledger (imei, tag) VALUES (?, ?)`, b.IMEI.String(), tag); err != nil {
+		if !attempt.Opened {
+			var active int
+			if err := tx.QueryRowContext(ctx, `SELECT COUNT(*) FROM bindings WHERE imsi = $1 AND state = 'ACTIVE'`, b.IMSI.String()).Scan(&active); err != nil {
+				return err
+			}
+			if active > 0 {
+				return binding.ErrBound
+			}
+		}
+		if _, err := tx.ExecContext(ctx, `INSERT INTO ledger (imei, tag) VALUES ($1, $2)`, b.IMEI.String(), tag); err != nil {
 			if isDuplicate(err) {
 				return binding.ErrUsed
 			}
 			return err
 		}
-		if _, err := tx.ExecContext(ctx, `DELETE FROM attempts WHERE imsi = ?`, b.IMSI.String()); err != nil {
+		if _, err := tx.ExecContext(ctx, `DELETE FROM attempts WHERE imsi = $1`, b.IMSI.String()); err != nil {
 			return err
 		}
-		if _, err := tx.ExecContext(ctx, `DELETE FROM bindings WHERE imsi = ? AND state = 'PENDING'`, b.IMSI.String()); err != nil {
+		if _, err := tx.ExecContext(ctx, `DELETE FROM bindings WHERE imsi = $1 AND state = 'PENDING'`, b.IMSI.String()); err != nil {
 			return err
 		}
-		_, err := tx.ExecContext(ctx, `INSERT INTO bindings (`+bindingColumns+`) VALUES (?, 'PENDING', ?, ?, ?, ?, ?, ?, ?, ?, 0)`,
+		_, err = tx.ExecContext(ctx, `INSERT INTO bindings (`+bindingColumns+`) VALUES ($1, 'PENDING', $2, $3, $4, $5, $6, $7, $8, $9, 0, 0)`,
 			b.IMSI.String(), b.IMEI.String(), b.Manufacturer, b.Lot, b.Sealed, b.NWSig, b.AttemptID, b.PayloadSHA256, b.Established.UnixMilli())
 		return err
 	})
@@ -176,17 +224,18 @@ func (s *Store) Report(ctx context.Context, imsi kme.IMSI, ok bool, now time.Tim
 	if err != nil || b.State == binding.Active {
 		return b, err
 	}
-	err = s.tx(ctx, func(tx *sql.Tx) error {
+	err = s.change(ctx, imsi.String(), func(ctx context.Context, tx *sql.Tx) (err error) {
 		if b, err = current(ctx, tx, imsi); err != nil || b.State == binding.Active {
 			return err
 		}
 		if ok {
-			if _, err = tx.ExecContext(ctx, `DELETE FROM bindings WHERE imsi = ? AND state = 'ACTIVE'`, imsi.String()); err != nil {
+			// The binding before it, or one that was revoked, has ended.
+			if _, err = tx.ExecContext(ctx, `DELETE FROM bindings WHERE imsi = $1 AND state <> 'PENDING'`, imsi.String()); err != nil {
 				return err
 			}
-			_, err = tx.ExecContext(ctx, `UPDATE bindings SET state = 'ACTIVE', activated_at = ? WHERE imsi = ?`, now.UnixMilli(), imsi.String())
+			_, err = tx.ExecContext(ctx, `UPDATE bindings SET state = 'ACTIVE', activated_at = $1 WHERE imsi = $2`, now.UnixMilli(), imsi.String())
 		} else {
-			_, err = tx.ExecContext(ctx, `DELETE FROM bindings WHERE imsi = ? AND state = 'PENDING'`, imsi.String())
+			_, err = tx.ExecContext(ctx, `DELETE FROM bindings WHERE imsi = $1 AND state = 'PENDING'`, imsi.String())
 		}
 		if err != nil {
 			return err
@@ -202,16 +251,35 @@ func (s *Store) Report(ctx context.Context, imsi kme.IMSI, ok bool, now time.Tim
 	return b, nil
 }
 
+func (s *Store) Revoke(ctx context.Context, imsi kme.IMSI, now time.Time) (b *binding.Binding, err error) {
+	err = s.change(ctx, imsi.String(), func(ctx context.Context, tx *sql.Tx) (err error) {
+		if b, err = latest(ctx, tx, imsi); err != nil || b.State == binding.Revoked {
+			return err
+		}
+		for _, query := range []string{`DELETE FROM attempts WHERE imsi = $1`, `DELETE FROM bindings WHERE imsi = $1`} {
+			if _, err := tx.ExecContext(ctx, query, imsi.String()); err != nil {
+				return err
+			}
+		}
+		b.State, b.Revoked, b.Sealed = binding.Revoked, fromMillis(now.UnixMilli()), []byte{}
+		_, err = tx.ExecContext(ctx, `INSERT INTO bindings (`+bindingColumns+`) VALUES ($1, 'REVOKED', $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)`,
+			imsi.String(), b.IMEI.String(), b.Manufacturer, b.Lot, b.Sealed, b.NWSig, b.AttemptID, b.PayloadSHA256, b.Established.UnixMilli(), millis(b.Activated), now.UnixMilli())
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return b, nil
+}
+
 func (s *Store) DropExpired(ctx context.Context, now time.Time) error {
-	_, err := s.write.ExecContext(ctx, `DELETE FROM attempts WHERE expires_at <= ?`, now.UnixMilli())
-	return err
+	return s.exec(ctx, "expired", `DELETE FROM attempts WHERE expires_at <= $1`, now.UnixMilli())
 }
 
 func (s *Store) PutManufacturer(ctx context.Context, m *binding.Manufacturer) error {
-	_, err := s.write.ExecContext(ctx, `INSERT INTO manufacturers (key_id, pem, operator, directory, enrolled_at) VALUES (?, ?, ?, ?, ?)
+	return s.exec(ctx, "registry", `INSERT INTO manufacturers (key_id, pem, operator, directory, enrolled_at) VALUES ($1, $2, $3, $4, $5)
 		ON CONFLICT (key_id) DO UPDATE SET pem = excluded.pem, operator = excluded.operator, directory = excluded.directory, enrolled_at = excluded.enrolled_at`,
 		m.KeyID, m.PEM, m.Operator, m.Directory, m.Enrolled.UnixMilli())
-	return err
 }
 
 func (s *Store) Manufacturers(ctx context.Context) ([]*binding.Manufacturer, error) {
@@ -234,7 +302,7 @@ func (s *Store) Manufacturers(ctx context.Context) ([]*binding.Manufacturer, err
 }
 
 func (s *Store) PutLot(ctx context.Context, lot *binding.Lot, check func([]*binding.Lot) error) error {
-	return s.tx(ctx, func(tx *sql.Tx) error {
+	return s.change(ctx, "registry", func(ctx context.Context, tx *sql.Tx) error {
 		all, err := lots(ctx, tx)
 		if err != nil {
 			return err
@@ -242,7 +310,7 @@ func (s *Store) PutLot(ctx context.Context, lot *binding.Lot, check func([]*bind
 		if err := check(all); err != nil {
 			return err
 		}
-		_, err = tx.ExecContext(ctx, `INSERT INTO lots (manufacturer, lot, manifest, imported_at) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING`,
+		_, err = tx.ExecContext(ctx, `INSERT INTO lots (manufacturer, lot, manifest, imported_at) VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING`,
 			lot.Manufacturer, lot.Manifest.Lot, lot.ManifestJWS, lot.Imported.UnixMilli())
 		return err
 	})
@@ -280,10 +348,11 @@ func lots(ctx context.Context, q interface {
 	return all, rows.Err()
 }
 
-func isDuplicate(err error) bool {
-	var e sqlite3.Error
-	return errors.As(err, &e) && e.Code == sqlite3.ErrConstraint &&
-		(e.ExtendedCode == sqlite3.ErrConstraintPrimaryKey || e.ExtendedCode == sqlite3.ErrConstraintUnique)
+func millis(t time.Time) int64 {
+	if t.IsZero() {
+		return 0
+	}
+	return t.UnixMilli()
 }
 
 func fromMillis(ms int64) time.Time {

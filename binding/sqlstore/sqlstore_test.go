@@ -1,7 +1,6 @@
 package sqlstore
 
 import (
-	"database/sql"
 	"errors"
 	"fmt"
 	"os"
@@ -10,17 +9,20 @@ import (
 	"reflect"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/storetest"
+	"github.com/kmehsm/kmehsm/internal/pgtest"
+	"github.com/kmehsm/kmehsm/internal/sqlite"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
 func open(t *testing.T, path string) *Store {
 	t.Helper()
-	s, err := Open(t.Context(), path)
+	s, err := Open(t.Context(), "sqlite:"+path)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -36,7 +38,189 @@ func open(t *testing.T, path string) *Store {
 func path(t *testing.T) string { return filepath.Join(t.TempDir(), "state 100%?#", "keysvc.db") }
 
 func TestContract(t *testing.T) {
-	storetest.Run(t, func(t *testing.T) storetest.Store { return open(t, path(t)) })
+	t.Run("SQLite", func(t *testing.T) {
+		storetest.Run(t, func(t *testing.T) storetest.Store { return open(t, path(t)) })
+	})
+	t.Run("PostgreSQL", func(t *testing.T) {
+		server := pgtest.Start(t)
+		storetest.Run(t, func(t *testing.T) storetest.Store { return openPG(t, server.Database(t)) })
+	})
+}
+
+func openPG(t *testing.T, url string) *Store {
+	t.Helper()
+	s, err := Open(t.Context(), url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	return s
+}
+
+// Several instances on one PostgreSQL: what is allowed once is allowed to one of them.
+func TestInstances(t *testing.T) {
+	server := pgtest.Start(t)
+	url := server.Database(t)
+	var stores []*Store
+	for range 3 {
+		stores = append(stores, openPG(t, url))
+	}
+	for round := range 20 {
+		one, two := newBinding(t, fmt.Sprintf("0010100000%05d", round), fmt.Sprint("a", round)), newBinding(t, fmt.Sprintf("0010100001%05d", round), fmt.Sprint("b", round))
+		beginAttempt(t, stores[0], one)
+		beginAttempt(t, stores[1], two)
+		var all sync.WaitGroup
+		var won, lost atomic.Int64
+		for i := range 12 {
+			b := []*binding.Binding{one, two}[i/3%2]
+			all.Go(func() {
+				// The same KME of the same device, by two subscriptions and three instances.
+				switch err := stores[i%3].Establish(t.Context(), b, []byte{byte(round)}, t0); {
+				case err == nil:
+					won.Add(1)
+				case errors.Is(err, binding.ErrUsed) || errors.Is(err, binding.ErrNoAttempt):
+					lost.Add(1)
+				default:
+					t.Error(err)
+				}
+			})
+		}
+		all.Wait()
+		if won.Load() != 1 || lost.Load() != 11 {
+			t.Fatalf("round %d: %d won, %d lost", round, won.Load(), lost.Load())
+		}
+	}
+}
+
+// What was confirmed is there after PostgreSQL was killed, and a store that was open goes on.
+func TestPostgresKilled(t *testing.T) {
+	server := pgtest.Start(t)
+	s := openPG(t, server.Database(t))
+	var confirmed []*binding.Binding
+	for round := range 3 {
+		stop := make(chan struct{})
+		var all sync.WaitGroup
+		var mu sync.Mutex
+		for i := range 8 {
+			all.Go(func() {
+				for n := 0; ; n++ {
+					b := newBinding(t, fmt.Sprintf("00101%d%d%08d", round, i, n), fmt.Sprint("a", round, "-", i, "-", n))
+					if _, _, err := s.Prepare(t.Context(), binding.Attempt{ID: b.AttemptID, IMSI: b.IMSI, Expires: t0.Add(time.Hour)}, t0, t0); err != nil {
+						return
+					}
+					if err := s.Establish(t.Context(), b, []byte(b.AttemptID), t0); err != nil {
+						return
+					}
+					mu.Lock()
+					confirmed = append(confirmed, b)
+					mu.Unlock()
+					select {
+					case <-stop:
+						return
+					default:
+					}
+				}
+			})
+		}
+		time.Sleep(200 * time.Millisecond)
+		server.Kill()
+		close(stop)
+		all.Wait()
+		server.Run(t)
+		for range 64 { // each connection that was open says once that it is not any more
+			if _, err := s.Binding(t.Context(), imsi(t, "001010000000001")); errors.Is(err, binding.ErrNotBound) {
+				time.Sleep(time.Millisecond)
+			}
+		}
+		for _, b := range confirmed {
+			checkBinding(t, s, b)
+		}
+	}
+	if len(confirmed) < 100 {
+		t.Errorf("only %d were confirmed", len(confirmed))
+	}
+}
+
+// Everything moves from one kind of store to the other and back.
+func TestCopy(t *testing.T) {
+	server := pgtest.Start(t)
+	from, through, back := open(t, path(t)), openPG(t, server.Database(t)), open(t, path(t))
+	var all []*binding.Binding
+	for n := range 50 {
+		b := newBinding(t, fmt.Sprintf("0010100000%05d", n), fmt.Sprint("a", n))
+		beginAttempt(t, from, b)
+		if err := from.Establish(t.Context(), b, []byte{byte(n), 0, 0xff}, t0); err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, b)
+	}
+	waiting := newBinding(t, "001019999999999", "waits")
+	beginAttempt(t, from, waiting)
+	if err := from.OpenAttempt(t.Context(), binding.Attempt{ID: "opened", IMSI: all[0].IMSI, Expires: t0.Add(time.Hour), Opened: true}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := from.Revoke(t.Context(), all[1].IMSI, t0); err != nil {
+		t.Fatal(err)
+	}
+	none := func(int) {}
+	for _, step := range []struct{ from, to *Store }{{from, through}, {through, back}} {
+		if rows, err := step.from.Copy(t.Context(), step.to, none); err != nil || rows != 102 {
+			t.Fatal(rows, err)
+		}
+		if _, err := step.from.Copy(t.Context(), step.to, none); !errors.Is(err, ErrNotEmpty) {
+			t.Errorf("copied over what is there: %v", err)
+		}
+	}
+	for _, b := range all[2:] {
+		checkBinding(t, back, b)
+		if used, err := back.Used(t.Context(), b.IMEI, []byte{b.AttemptID[1] - '0', 0, 0xff}); len(b.AttemptID) == 2 && (err != nil || !used) {
+			t.Errorf("the ledger has forgotten %s: %v", b.AttemptID, err)
+		}
+	}
+	if b, err := back.Binding(t.Context(), all[1].IMSI); err != nil || b.State != binding.Revoked {
+		t.Errorf("%+v, %v", b, err)
+	}
+	if a, err := back.Attempt(t.Context(), all[0].IMSI, "opened", t0); err != nil || !a.Opened {
+		t.Errorf("%+v, %v", a, err)
+	}
+	if _, err := back.Attempt(t.Context(), waiting.IMSI, "waits", t0); err != nil {
+		t.Error(err)
+	}
+}
+
+// A database of the first version keeps what it has.
+func TestMigration(t *testing.T) {
+	file := path(t)
+	read, write, err := sqlite.Open(t.Context(), file, schema1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := newBinding(t, "001010000000001", "a1")
+	if err := write.Exec(t.Context(), `INSERT INTO bindings VALUES (?, 'PENDING', ?, ?, ?, ?, ?, ?, ?, ?, 0)`,
+		b.IMSI.String(), b.IMEI.String(), b.Manufacturer, b.Lot, b.Sealed, b.NWSig, b.AttemptID, b.PayloadSHA256, b.Established.UnixMilli()); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(read.Close(), write.Close()); err != nil {
+		t.Fatal(err)
+	}
+	checkBinding(t, open(t, file), b)
+}
+
+// A server that forgets what it has confirmed is not used, and no error has the password.
+func TestPostgresRefused(t *testing.T) {
+	server := pgtest.Start(t)
+	url := server.Database(t)
+	if _, err := Open(t.Context(), url+"&synchronous_commit=off"); err == nil || !strings.Contains(err.Error(), "synchronous_commit") {
+		t.Errorf("opened without synchronous commits: %v", err)
+	}
+	for _, name := range []string{"", "sqlite:", "mysql://x", "postgres://u:hunter2@127.0.0.1:1/x?connect_timeout=1", "postgres://u:hunter2@127.0.0.1:x/y"} {
+		if s, err := Open(t.Context(), name); err == nil {
+			s.Close()
+			t.Errorf("%q was opened", name)
+		} else if strings.Contains(err.Error(), "hunter2") {
+			t.Errorf("the password is in %q", err)
+		}
+	}
 }
 
 var t0 = time.UnixMilli(1_800_000_000_000).UTC()
@@ -85,7 +269,7 @@ const childFile = "SQLSTORE_TEST_FILE"
 func TestAnotherProcess(t *testing.T) {
 	b := newBinding(t, "001010000000001", "a1")
 	if file := os.Getenv(childFile); file != "" {
-		s, err := Open(t.Context(), file)
+		s, err := Open(t.Context(), "sqlite:"+file)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -97,7 +281,7 @@ func TestAnotherProcess(t *testing.T) {
 	}
 
 	file := path(t)
-	first, err := Open(t.Context(), file)
+	first, err := Open(t.Context(), "sqlite:"+file)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -156,7 +340,7 @@ func TestOpenAtOnce(t *testing.T) {
 	for i := range errs {
 		all.Go(func() {
 			var s *Store
-			if s, errs[i] = Open(t.Context(), file); errs[i] == nil {
+			if s, errs[i] = Open(t.Context(), "sqlite:"+file); errs[i] == nil {
 				errs[i] = s.Close()
 			}
 		})
@@ -164,49 +348,6 @@ func TestOpenAtOnce(t *testing.T) {
 	all.Wait()
 	if err := errors.Join(errs...); err != nil {
 		t.Error(err)
-	}
-}
-
-// The Store's interface opens no attempt for an IMSI that is bound, but a row may come of another version of the program:
-// then an active binding has a pending one beside it.
-func TestPendingBesideActive(t *testing.T) {
-	for _, ok := range []bool{true, false} {
-		t.Run(fmt.Sprint(ok), func(t *testing.T) {
-			s := open(t, path(t))
-			active, pending := newBinding(t, "001010000000001", "a1"), newBinding(t, "001010000000001", "a2")
-			beginAttempt(t, s, active)
-			if err := s.Establish(t.Context(), active, []byte("tag"), t0); err != nil {
-				t.Fatal(err)
-			}
-			if _, err := s.Report(t.Context(), active.IMSI, true, t0); err != nil {
-				t.Fatal(err)
-			}
-			active.State, active.Activated = binding.Active, t0
-			if _, err := s.write.ExecContext(t.Context(), `INSERT INTO attempts VALUES ('a2', ?, ?)`, active.IMSI.String(), t0.Add(time.Hour).UnixMilli()); err != nil {
-				t.Fatal(err)
-			}
-			if err := s.Establish(t.Context(), pending, []byte("tag 2"), t0); err != nil {
-				t.Fatal(err)
-			}
-			checkBinding(t, s, pending)
-			if b, _, err := s.Prepare(t.Context(), binding.Attempt{ID: "a3", IMSI: active.IMSI}, t0, t0); err != nil || !reflect.DeepEqual(b, pending) {
-				t.Errorf("Prepare gives %+v, error %v, want the pending binding", b, err)
-			}
-
-			want := active // the earlier binding stands
-			if ok {
-				want = pending
-				want.State, want.Activated = binding.Active, t0.Add(time.Minute)
-			}
-			if b, err := s.Report(t.Context(), active.IMSI, ok, t0.Add(time.Minute)); err != nil || !reflect.DeepEqual(b, want) {
-				t.Errorf("the report gives %+v, error %v, want %+v", b, err, want)
-			}
-			checkBinding(t, s, want)
-			var rows int
-			if err := s.read.QueryRow(`SELECT COUNT(*) FROM bindings`).Scan(&rows); err != nil || rows != 1 {
-				t.Errorf("%d bindings are left, error %v", rows, err)
-			}
-		})
 	}
 }
 
@@ -225,47 +366,12 @@ func TestFileMode(t *testing.T) {
 }
 
 // Durable when it returns: in WAL mode only FULL syncs each commit (https://www.sqlite.org/pragma.html#pragma_synchronous).
-func TestPragmas(t *testing.T) {
-	s := open(t, path(t))
-	for _, c := range []struct {
-		name       string
-		db         *sql.DB
-		query      string
-		wantString string
-	}{
-		{"write", s.write, "PRAGMA journal_mode", "wal"},
-		{"write", s.write, "PRAGMA synchronous", "2"},
-		{"write", s.write, "PRAGMA foreign_keys", "1"},
-		{"write", s.write, "PRAGMA query_only", "0"},
-		{"write", s.write, "PRAGMA user_version", "1"},
-		{"read", s.read, "PRAGMA journal_mode", "wal"},
-		{"read", s.read, "PRAGMA query_only", "1"},
-	} {
-		var got string
-		if err := c.db.QueryRowContext(t.Context(), c.query).Scan(&got); err != nil || got != c.wantString {
-			t.Errorf("%s of the %s connection: %q, error %v, want %q", c.query, c.name, got, err, c.wantString)
-		}
-	}
-}
-
 func TestOpenRefuses(t *testing.T) {
 	for _, c := range []struct {
 		name string
 		make func(t *testing.T) string
 		want []string
 	}{
-		{"a newer schema", func(t *testing.T) string {
-			file := path(t)
-			s, err := Open(t.Context(), file)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if _, err := s.write.ExecContext(t.Context(), "PRAGMA user_version = 2"); err != nil {
-				t.Fatal(err)
-			}
-			s.Close()
-			return file
-		}, []string{"version 2", "knows 1", "keysvc.db"}},
 		{"a folder that cannot be made", func(t *testing.T) string {
 			file := filepath.Join(t.TempDir(), "file")
 			if err := os.WriteFile(file, nil, 0o600); err != nil {
@@ -283,7 +389,7 @@ func TestOpenRefuses(t *testing.T) {
 		}, []string{"cannot be used", "not a database"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			s, err := Open(t.Context(), c.make(t))
+			s, err := Open(t.Context(), "sqlite:"+c.make(t))
 			if err == nil {
 				s.Close()
 				t.Fatal("opened")

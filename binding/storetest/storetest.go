@@ -45,6 +45,10 @@ func Run(t *testing.T, open func(t *testing.T) Store) {
 		{"ReportOK", reportOK},
 		{"ReportNotOK", reportNotOK},
 		{"ReportNotBound", reportNotBound},
+		{"OpenedBesideActive", openedBesideActive},
+		{"BoundNotOpened", boundNotOpened},
+		{"Revoke", revoke},
+		{"Bindings", bindings},
 		{"Manufacturers", manufacturers},
 		{"Lots", lots},
 		{"LotRefused", lotRefused},
@@ -392,6 +396,150 @@ func reportNotOK(t *testing.T, s Store) {
 	checkBinding(t, s, imsi, nil)
 	// The device gets another chance.
 	bind(t, s, imsi, device(t, 1), "a2", []byte("tag 2"))
+}
+
+// With an administrator's attempt an active binding gets a pending one beside it; it stands until that one has shown itself.
+func openedBesideActive(t *testing.T, s Store) {
+	for n, ok := range []bool{true, false} {
+		imsi := subscription(t, n)
+		active := bind(t, s, imsi, device(t, 2*n), fmt.Sprint("a", n), []byte{byte(n), 1})
+		active = report(t, s, imsi, true, t0)
+		opened := binding.Attempt{ID: fmt.Sprint("o", n), IMSI: imsi, Expires: t0.Add(ttl), Opened: true}
+		for range 2 { // it replaces the one before
+			if err := s.OpenAttempt(t.Context(), opened); err != nil {
+				t.Fatal(err)
+			}
+		}
+		checkBinding(t, s, imsi, active)
+		if b, a := prepare(t, s, imsi, "fresh", t0); b != nil || a == nil || *a != opened {
+			t.Fatalf("prepared %+v, %+v, want the attempt that was opened", b, a)
+		}
+		// It is there to its end, however little is left of it; then the binding counts again.
+		if b, a := prepare(t, s, imsi, "fresh", t0.Add(ttl-time.Millisecond)); b != nil || a == nil || *a != opened {
+			t.Fatalf("at its end prepared %+v, %+v", b, a)
+		}
+		if b, a := prepare(t, s, imsi, "fresh", t0.Add(ttl)); b == nil || a != nil {
+			t.Fatalf("after its end prepared %+v, %+v", b, a)
+		}
+		pending := newBinding(imsi, device(t, 2*n+1), opened.ID)
+		if err := s.Establish(t.Context(), pending, []byte{byte(n), 2}, t0); err != nil {
+			t.Fatal(err)
+		}
+		checkBinding(t, s, imsi, pending)
+		if b, a := prepare(t, s, imsi, "fresh", t0); b == nil || b.State != binding.Pending || a != nil {
+			t.Fatalf("prepared %+v, %+v, want the pending binding", b, a)
+		}
+		want := active // the earlier binding stands
+		if ok {
+			want = pending
+			want.State, want.Activated = binding.Active, t0.Add(time.Minute)
+		}
+		if b := report(t, s, imsi, ok, t0.Add(time.Minute)); !reflect.DeepEqual(b, want) {
+			t.Errorf("the report gives %+v, want %+v", b, want)
+		}
+		checkBinding(t, s, imsi, want)
+	}
+}
+
+// An attempt from before a binding became active does not outlive it, whatever let both be.
+func boundNotOpened(t *testing.T, s Store) {
+	imsi := subscription(t, 1)
+	bind(t, s, imsi, device(t, 1), "a1", []byte("tag"))
+	active := report(t, s, imsi, true, t0)
+	if err := s.OpenAttempt(t.Context(), binding.Attempt{ID: "late", IMSI: imsi, Expires: t0.Add(ttl)}); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Establish(t.Context(), newBinding(imsi, device(t, 2), "late"), []byte("tag 2"), t0); !errors.Is(err, binding.ErrBound) {
+		t.Errorf("established beside an active binding: %v", err)
+	}
+	checkUsed(t, s, device(t, 2), []byte("tag 2"), false)
+	checkBinding(t, s, imsi, active)
+}
+
+func revoke(t *testing.T, s Store) {
+	imsi := subscription(t, 1)
+	if _, err := s.Revoke(t.Context(), imsi, t0); !errors.Is(err, binding.ErrNotBound) {
+		t.Errorf("revoked nothing: %v", err)
+	}
+	bind(t, s, imsi, device(t, 1), "a1", []byte("tag"))
+	want := report(t, s, imsi, true, t0)
+	want.State, want.Revoked, want.Sealed = binding.Revoked, t0.Add(time.Hour), []byte{}
+	for i := range 2 { // the second time changes nothing
+		b, err := s.Revoke(t.Context(), imsi, t0.Add(time.Duration(1+i)*time.Hour))
+		if err != nil || b.State != binding.Revoked || !b.Revoked.Equal(want.Revoked) || len(b.Sealed) != 0 {
+			t.Fatalf("%+v, %v", b, err)
+		}
+	}
+	checkBinding(t, s, imsi, want)
+	if _, err := s.Report(t.Context(), imsi, true, t0); !errors.Is(err, binding.ErrNotBound) {
+		t.Errorf("reported about a revoked binding: %v", err)
+	}
+	// The subscription is as one that was never bound; the KME of before stays used.
+	if b, a := prepare(t, s, imsi, "a2", t0); b != nil || a == nil {
+		t.Fatalf("prepared %+v, %+v", b, a)
+	}
+	checkUsed(t, s, device(t, 1), []byte("tag"), true)
+	next := newBinding(imsi, device(t, 1), "a2")
+	if err := s.Establish(t.Context(), next, []byte("tag 2"), t0); err != nil {
+		t.Fatal(err)
+	}
+	checkBinding(t, s, imsi, next)
+	if b := report(t, s, imsi, false, t0); b != nil {
+		t.Errorf("a revoked binding came back: %+v", b)
+	}
+	checkBinding(t, s, imsi, want)
+	openAttempt(t, s, imsi, "a3", t0)
+	if err := s.Establish(t.Context(), newBinding(imsi, device(t, 2), "a3"), []byte("tag 3"), t0); err != nil {
+		t.Fatal(err)
+	}
+	// Revoked while it is pending.
+	if b, err := s.Revoke(t.Context(), imsi, t0); err != nil || b.IMEI != device(t, 2) || !b.Activated.IsZero() {
+		t.Errorf("%+v, %v", b, err)
+	}
+}
+
+func bindings(t *testing.T, s Store) {
+	list := func(after string, imei kme.IMEI, limit int) (names []string) {
+		t.Helper()
+		all, err := s.Bindings(t.Context(), after, imei, limit)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, b := range all {
+			names = append(names, fmt.Sprint(b.IMSI.String()[10:], " ", b.IMEI.String()[11:], " ", b.State))
+		}
+		return names
+	}
+	if got := list("", kme.IMEI{}, 10); len(got) != 0 {
+		t.Errorf("an empty store lists %v", got)
+	}
+	for n := range 5 {
+		bind(t, s, subscription(t, n), device(t, n/2), fmt.Sprint("a", n), []byte{byte(n)})
+	}
+	report(t, s, subscription(t, 1), true, t0)
+	report(t, s, subscription(t, 2), true, t0)
+	if _, err := s.Revoke(t.Context(), subscription(t, 2), t0); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.OpenAttempt(t.Context(), binding.Attempt{ID: "o", IMSI: subscription(t, 1), Expires: t0.Add(ttl), Opened: true}); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Establish(t.Context(), newBinding(subscription(t, 1), device(t, 7), "o"), []byte("o"), t0); err != nil {
+		t.Fatal(err)
+	}
+	all := []string{"00000 000 PENDING", "00001 007 PENDING", "00002 001 REVOKED", "00003 001 PENDING", "00004 002 PENDING"}
+	if got := list("", kme.IMEI{}, 10); !slices.Equal(got, all) {
+		t.Errorf("all: %v", got)
+	}
+	if got := list("", kme.IMEI{}, 2); !slices.Equal(got, all[:2]) {
+		t.Errorf("the first page: %v", got)
+	}
+	if got := list(subscription(t, 1).String(), kme.IMEI{}, 2); !slices.Equal(got, all[2:4]) {
+		t.Errorf("the second page: %v", got)
+	}
+	if got := list("", device(t, 1), 10); !slices.Equal(got, all[2:4]) {
+		t.Errorf("those of a device: %v", got)
+	}
 }
 
 func reportNotBound(t *testing.T, s Store) {

@@ -3,11 +3,9 @@ package main
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 	"slices"
 	"time"
 
@@ -46,7 +44,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 			{
 				Name: "enroll", Usage: "take a manufacturer's enrolment: pin its key, take the operator's KEK into the token", ArgsUsage: "FILE",
 				Description: "The manufacturer's key must come from the manufacturer itself, on another way than the enrolment: from then on whatever it signed is believed.",
-				Flags: []cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "directory", Usage: "where the manufacturer publishes its public keys, `WHERE`: file:DIR or vault:MOUNT"},
+				Flags: []cli.Flag{cmdline.Token, stateFlag, storeFlag, &cli.StringFlag{Name: "directory", Usage: "where the manufacturer publishes its public keys, `WHERE`: file:DIR or vault:MOUNT"},
 					&cli.StringFlag{Name: "manufacturer", Usage: "the manufacturer's public signing key, as `PEM`"}, cmdline.JSON},
 				Action: cmdline.Alone(enroll),
 			},
@@ -56,15 +54,17 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 					{
 						Name: "import", Usage: "take a granted lot's key into the token, and prove that it fits the lot's modulus", ArgsUsage: "FILE",
 						Description: "A running service serves the lot after a SIGHUP.",
-						Flags:       []cli.Flag{cmdline.Token, stateFlag, cmdline.JSON}, Action: cmdline.Alone(lotImport),
+						Flags:       []cli.Flag{cmdline.Token, stateFlag, storeFlag, cmdline.JSON}, Action: cmdline.Alone(lotImport),
 					},
-					{Name: "list", Usage: "list the lots", Flags: []cli.Flag{stateFlag, cmdline.JSON}, Action: lotList},
+					{Name: "list", Usage: "list the lots", Flags: storeFlags(), Action: lotList},
 				},
 			},
 			{
 				Name: "device", Usage: "say what the directory says of a device, its signatures verified", ArgsUsage: "IMEI",
-				Flags: slices.Concat([]cli.Flag{stateFlag}, cmdline.DirectoryFlags(), []cli.Flag{cmdline.JSON}), Action: device,
+				Flags: slices.Concat([]cli.Flag{stateFlag, storeFlag}, cmdline.DirectoryFlags(), []cli.Flag{cmdline.JSON}), Action: device,
 			},
+			bindingCommand(),
+			storeCommand(),
 			{
 				Name: "serve", Usage: "serve the HSS",
 				Description: "SIGTERM finishes the calls under way and ends; SIGHUP takes up lots and certificates anew.\n\n" + configHelp,
@@ -77,16 +77,6 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 		},
 	}
 }
-
-func withStore(c *cli.Context, f func(*sqlstore.Store) error) error {
-	store, err := sqlstore.Open(c.Context, databasePath(c.String("state")))
-	if err != nil {
-		return err
-	}
-	return errors.Join(f(store), store.Close())
-}
-
-func databasePath(state string) string { return filepath.Join(state, "keysvc.db") }
 
 func initToken(c *cli.Context) error {
 	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {

@@ -38,7 +38,12 @@ const configHelp = `The configuration (a relative path in it is relative to its 
     directory: file:/srv/directory     # for manufacturers enrolled without one
     listen: 127.0.0.1:8443             # mutual TLS 1.3; with tls
     tls: {certificate: server.pem, key: server.key, client_ca: clients.pem}
-    socket: /run/kmehsm/keysvc.sock    # for the service's own user
+    socket: /run/kmehsm/keysvc.sock    # for the service's own user, and the clients with a uid
+    clients:                           # who may call; without this, any certificate of client_ca is an hss for all PLMNs, and the
+                                       # service's own user, on the socket, an hss and an admin
+      - {name: hss-1, san: hss-1.example, roles: [hss], plmns: ["00101"]}   # san: a DNS name or URI of its certificate
+      - {name: ops, uid: 1000, roles: [admin], plmns: [all]}                # roles: hss, admin, monitor, kme-export
+    store: postgres://keysvc@db/keysvc # for several instances (default: SQLite in the state folder); password: PGPASSFILE
     attempt_ttl: 5m                    # how long a device has for EstablishKME after PrepareVector
     revocation_ttl: 1m                 # how old a list of revoked devices may be
     cache_mb: 64                       # memory for cached public keys
@@ -56,6 +61,8 @@ type config struct {
 		ClientCA    string `yaml:"client_ca"`
 	} `yaml:"tls"`
 	Socket        string        `yaml:"socket"`
+	Clients       []api.Client  `yaml:"clients"`
+	Store         string        `yaml:"store"`
 	AttemptTTL    time.Duration `yaml:"attempt_ttl"`
 	RevocationTTL time.Duration `yaml:"revocation_ttl"`
 	CacheMB       int64         `yaml:"cache_mb"`
@@ -88,6 +95,7 @@ func readConfig(path string) (*config, error) {
 			*p = filepath.Join(dir, *p)
 		}
 	}
+	c.Store = cmp.Or(c.Store, os.Getenv("KMEHSM_STORE"), sqlstore.InFolder(c.State))
 	switch {
 	case c.Listen == "" && c.Socket == "":
 		err = errors.New("neither listen nor socket says where to serve")
@@ -95,6 +103,9 @@ func readConfig(path string) (*config, error) {
 		err = errors.New("listen needs tls with certificate, key and client_ca: the service is never offered without mutual TLS")
 	case c.AttemptTTL <= 0 || c.RevocationTTL <= 0 || c.CacheMB <= 0:
 		err = errors.New("attempt_ttl, revocation_ttl and cache_mb must be above zero")
+	}
+	if err == nil {
+		_, err = knownClients(c)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", path, err)
@@ -170,7 +181,7 @@ func serve(c *cli.Context) error {
 	} else if err != nil {
 		return err
 	}
-	store, err := sqlstore.Open(ctx, databasePath(cfg.State))
+	store, err := sqlstore.Open(ctx, cfg.Store)
 	if err != nil {
 		return err
 	}
@@ -186,7 +197,8 @@ func serve(c *cli.Context) error {
 		return err
 	}
 	service := binding.NewService(token, store, lots, cfg.AttemptTTL, log)
-	handler := api.NewHandler(service, func(ctx context.Context) (warnings []string, err error) {
+	clients := new(atomic.Pointer[api.Clients])
+	handler := api.NewHandler(service, clients, func(ctx context.Context) (warnings []string, err error) {
 		if err = token.Ping(ctx); err == nil {
 			_, err = store.Lots(ctx)
 		}
@@ -204,6 +216,15 @@ func serve(c *cli.Context) error {
 	})
 	tlsConfig := new(atomic.Pointer[tls.Config])
 	reload := func() error {
+		again, err := readConfig(c.String("config")) // of what is in it, certificates and clients are taken up
+		if err != nil {
+			return err
+		}
+		cfg.TLS, cfg.Clients = again.TLS, again.Clients
+		known, err := knownClients(cfg)
+		if err != nil {
+			return err
+		}
 		if cfg.Listen != "" {
 			t, err := loadTLS(cfg)
 			if err != nil {
@@ -215,13 +236,17 @@ func serve(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
+		clients.Store(known)
 		service.SetLots(lots)
 		return nil
 	}
 	if err := reload(); err != nil {
 		return err
 	}
-	listeners, err := listen(cfg, tlsConfig)
+	if len(cfg.Clients) == 0 && cfg.Listen != "" {
+		log.Warn("no clients are configured: every certificate of client_ca may act as an HSS for every PLMN")
+	}
+	listeners, err := listen(cfg, tlsConfig, clients.Load().OtherUsers(os.Getuid()))
 	if err != nil {
 		return err
 	}
@@ -238,7 +263,20 @@ func loadTLS(cfg *config) (*tls.Config, error) {
 	return cmdline.ServerTLS(cfg.TLS.Certificate, cfg.TLS.Key, cfg.TLS.ClientCA, tls.RequireAndVerifyClientCert)
 }
 
-func listen(cfg *config, tlsConfig *atomic.Pointer[tls.Config]) (listeners []net.Listener, err error) {
+// knownClients are those of the configuration.
+func knownClients(cfg *config) (*api.Clients, error) {
+	if len(cfg.Clients) > 0 {
+		return api.NewClients(cfg.Clients)
+	}
+	own := os.Getuid()
+	known, err := api.NewClients([]api.Client{{Name: "own user", UID: &own, Roles: []api.Role{api.RoleHSS, api.RoleAdmin, api.RoleMonitor}, PLMNs: []string{"all"}}})
+	if err != nil {
+		return nil, err
+	}
+	return known.AnyCertificate(api.RoleHSS), nil
+}
+
+func listen(cfg *config, tlsConfig *atomic.Pointer[tls.Config], others bool) (listeners []net.Listener, err error) {
 	defer func() {
 		if err != nil {
 			for _, l := range listeners {
@@ -257,7 +295,7 @@ func listen(cfg *config, tlsConfig *atomic.Pointer[tls.Config]) (listeners []net
 		}))
 	}
 	if cfg.Socket != "" {
-		l, err := listenUnix(cfg.Socket)
+		l, err := listenUnix(cfg.Socket, others)
 		if err != nil {
 			return listeners, err
 		}
@@ -266,9 +304,9 @@ func listen(cfg *config, tlsConfig *atomic.Pointer[tls.Config]) (listeners []net
 	return listeners, nil
 }
 
-// listenUnix offers a socket to its own user only. A socket that a killed service left is replaced; one that
+// listenUnix offers a socket to its own user only, or to others, who are told apart by their uid. A socket that a killed service left is replaced; one that
 // somebody serves is not.
-func listenUnix(path string) (net.Listener, error) {
+func listenUnix(path string, others bool) (net.Listener, error) {
 	if c, err := net.Dial("unix", path); err == nil {
 		c.Close()
 		return nil, fmt.Errorf("another process serves %s", path)
@@ -281,7 +319,11 @@ func listenUnix(path string) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return nil, err
 	}
-	old := syscall.Umask(0o177) // from its first moment on, not only after a chmod
+	mask := 0o177
+	if others {
+		mask = 0o111
+	}
+	old := syscall.Umask(mask) // from its first moment on, not only after a chmod
 	l, err := net.Listen("unix", path)
 	syscall.Umask(old)
 	return l, err
@@ -294,7 +336,7 @@ func run(ctx context.Context, handler http.Handler, listeners []net.Listener, st
 	protocols.SetHTTP2(true)
 	protocols.SetUnencryptedHTTP2(true) // on the socket, where gRPC comes without TLS
 	server := &http.Server{
-		Handler: handler, Protocols: protocols, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, IdleTimeout: 5 * time.Minute,
+		Handler: handler, ConnContext: api.ConnContext, Protocols: protocols, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, IdleTimeout: 5 * time.Minute,
 		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}
 	g, gctx := errgroup.WithContext(ctx)

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"sync"
 
 	_ "github.com/mattn/go-sqlite3" // the driver
 )
@@ -44,7 +45,8 @@ func Open(ctx context.Context, path string, migrations ...string) (read *sql.DB,
 	}
 	read.SetMaxOpenConns(2 * runtime.GOMAXPROCS(0))
 	read.SetMaxIdleConns(2 * runtime.GOMAXPROCS(0))
-	write = &Writer{db, make(chan change), make(chan struct{})}
+	write = &Writer{db: db, changes: make(chan change), stopped: make(chan struct{}), ended: make(chan struct{})}
+	write.stop = sync.OnceFunc(func() { close(write.stopped) })
 	go write.run()
 	return read, write, nil
 }
@@ -81,7 +83,9 @@ func migrate(ctx context.Context, db *sql.DB, migrations []string) error {
 type Writer struct {
 	db      *sql.DB
 	changes chan change
-	ended   chan struct{}
+	stop    func()        // once
+	stopped chan struct{} // closed by stop
+	ended   chan struct{} // closed when no change is made any more
 }
 
 type change struct {
@@ -93,20 +97,20 @@ type change struct {
 // maxBatch bounds how long the first of a commit's changes waits for the last.
 const maxBatch = 64
 
-// Do makes a change, and returns when it is durable. An error of make leaves everything as it was. A change whose context has ended
-// before its turn is not made; one that is under way is finished, since its transaction is others' too: make gets a context
+// Do makes a change, and returns when it is durable. An error of f leaves everything as it was. A change whose context has ended
+// before its turn is not made; one that is under way is finished, since its transaction is others' too: f gets a context
 // that does not end.
-func (w *Writer) Do(ctx context.Context, make func(context.Context, *sql.Tx) error) error {
-	c := change{ctx, make, newDone()}
+func (w *Writer) Do(ctx context.Context, f func(context.Context, *sql.Tx) error) error {
+	c := change{ctx, f, make(chan error, 1)}
 	select {
 	case w.changes <- c:
 		return <-c.done
+	case <-w.stopped:
+		return sql.ErrConnDone
 	case <-ctx.Done():
 		return ctx.Err()
 	}
 }
-
-func newDone() chan error { return make(chan error, 1) }
 
 // Exec is Do with one statement.
 func (w *Writer) Exec(ctx context.Context, query string, args ...any) error {
@@ -116,24 +120,27 @@ func (w *Writer) Exec(ctx context.Context, query string, args ...any) error {
 	})
 }
 
-// Close may be called when no other call is under way.
+// Close finishes the changes under way; later ones fail.
 func (w *Writer) Close() error {
-	close(w.changes)
+	w.stop()
 	<-w.ended
 	return w.db.Close()
 }
 
 func (w *Writer) run() {
 	defer close(w.ended)
-	for c := range w.changes {
-		batch := []change{c}
+	for {
+		var batch []change
+		select {
+		case c := <-w.changes:
+			batch = append(batch, c)
+		case <-w.stopped:
+			return
+		}
 	more:
 		for len(batch) < maxBatch {
 			select {
-			case c, ok := <-w.changes:
-				if !ok {
-					break more
-				}
+			case c := <-w.changes:
 				batch = append(batch, c)
 			default:
 				break more

@@ -1,0 +1,195 @@
+package api
+
+import (
+	"cmp"
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"slices"
+	"strings"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
+	"github.com/kmehsm/kmehsm/binding"
+)
+
+// A Role is what a client may do.
+type Role string
+
+const (
+	RoleHSS     Role = "hss"        // what an attach needs
+	RoleAdmin   Role = "admin"      // see, open and revoke
+	RoleMonitor Role = "monitor"    // see
+	RoleExport  Role = "kme-export" // be answered the KME by EstablishKME
+)
+
+// allowed has the roles that each method wants one of. A method that is not here is nobody's.
+var allowed = map[string][]Role{
+	kmev1connect.KeyServicePrepareVectorProcedure:        {RoleHSS},
+	kmev1connect.KeyServiceEstablishKMEProcedure:         {RoleHSS},
+	kmev1connect.KeyServiceReportAuthenticationProcedure: {RoleHSS},
+	kmev1connect.KeyServiceRestoreRANDProcedure:          {RoleHSS},
+	kmev1connect.KeyServiceGetBindingProcedure:           {RoleHSS, RoleAdmin, RoleMonitor},
+	kmev1connect.KeyServiceListBindingsProcedure:         {RoleAdmin, RoleMonitor},
+	kmev1connect.KeyServiceOpenProvisioningProcedure:     {RoleAdmin},
+	kmev1connect.KeyServiceRevokeBindingProcedure:        {RoleAdmin},
+}
+
+// A Client is who may call, by certificate or by user.
+type Client struct {
+	Name  string   `yaml:"name"`
+	SAN   string   `yaml:"san"`   // a DNS name or URI of its certificate
+	UID   *int     `yaml:"uid"`   // the user at the other end of the Unix socket
+	Roles []Role   `yaml:"roles"` // at least one
+	PLMNs []string `yaml:"plmns"` // MCC and MNC, whose IMSIs it may name; or all
+}
+
+// all stands for every PLMN.
+const all = "all"
+
+// Clients says who may do what. It does not change.
+type Clients struct {
+	bySAN map[string]*Client
+	byUID map[int]*Client
+	// anyCertificate is who has a certificate that is verified, and is not named.
+	anyCertificate *Client
+}
+
+// AnyCertificate makes every client with a certificate one for all PLMNs.
+func (c *Clients) AnyCertificate(roles ...Role) *Clients {
+	c.anyCertificate = &Client{Name: "any certificate", Roles: roles, PLMNs: []string{all}}
+	return c
+}
+
+// NewClients checks a list of clients.
+func NewClients(list []Client) (*Clients, error) {
+	c := &Clients{bySAN: map[string]*Client{}, byUID: map[int]*Client{}}
+	for i := range list {
+		e := &list[i]
+		if err := c.add(e); err != nil {
+			return nil, fmt.Errorf("client %q: %w", cmp.Or(e.Name, e.SAN), err)
+		}
+	}
+	return c, nil
+}
+
+func (c *Clients) add(e *Client) error {
+	switch {
+	case e.Name == "":
+		return errors.New("it has no name, which the log calls it by")
+	case (e.SAN == "") == (e.UID == nil):
+		return errors.New("it has either a san or a uid")
+	case e.UID != nil && *e.UID < 0:
+		return errors.New("a uid is not negative")
+	case len(e.Roles) == 0:
+		return errors.New("it has no roles")
+	case len(e.PLMNs) == 0:
+		return errors.New("it has no plmns: name them, or write [all]")
+	case e.SAN != "" && c.bySAN[e.SAN] != nil || e.UID != nil && c.byUID[*e.UID] != nil:
+		return errors.New("another client is the same")
+	}
+	for _, r := range e.Roles {
+		if !slices.Contains([]Role{RoleHSS, RoleAdmin, RoleMonitor, RoleExport}, r) {
+			return fmt.Errorf("there is no role %q: hss, admin, monitor, kme-export", r)
+		}
+	}
+	for _, p := range e.PLMNs {
+		if p != all && (len(p) < 5 || len(p) > 6 || strings.Trim(p, "0123456789") != "") {
+			return fmt.Errorf("%q is no PLMN: MCC and MNC, 5 or 6 digits, or all", p)
+		}
+	}
+	if e.SAN != "" {
+		c.bySAN[e.SAN] = e
+	} else {
+		c.byUID[*e.UID] = e
+	}
+	return nil
+}
+
+// OtherUsers says whether clients are known by another user than own, and so whether those are to reach the socket.
+func (c *Clients) OtherUsers(own int) bool {
+	for uid := range c.byUID {
+		if uid != own {
+			return true
+		}
+	}
+	return false
+}
+
+// of is who is at the other end; nil if it is nobody who may call. Of a certificate the first name that is known counts.
+func (c *Clients) of(certificate *x509.Certificate, uid int) *Client {
+	if certificate == nil {
+		return c.byUID[uid]
+	}
+	for _, name := range certificate.DNSNames {
+		if e := c.bySAN[name]; e != nil {
+			return e
+		}
+	}
+	for _, uri := range certificate.URIs {
+		if e := c.bySAN[uri.String()]; e != nil {
+			return e
+		}
+	}
+	return c.anyCertificate
+}
+
+func (e *Client) has(roles ...Role) bool {
+	return e != nil && slices.ContainsFunc(roles, func(r Role) bool { return slices.Contains(e.Roles, r) })
+}
+
+// may says whether a client may name an IMSI.
+func (e *Client) may(imsi string) bool {
+	return e != nil && slices.ContainsFunc(e.PLMNs, func(p string) bool { return p == all || strings.HasPrefix(imsi, p) })
+}
+
+type (
+	clientKey struct{}
+	uidKey    struct{}
+)
+
+// ConnContext remembers the user at the other end of a Unix socket. It is for http.Server.
+func ConnContext(ctx context.Context, c net.Conn) context.Context {
+	uid := -1
+	if u, ok := c.(*net.UnixConn); ok {
+		if raw, err := u.SyscallConn(); err == nil {
+			raw.Control(func(fd uintptr) {
+				if cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
+					uid = int(cred.Uid)
+				}
+			})
+		}
+	}
+	return context.WithValue(ctx, uidKey{}, uid)
+}
+
+// identify puts the client into the context of each request.
+func identify(clients *atomic.Pointer[Clients], next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		var certificate *x509.Certificate
+		if r.TLS != nil && len(r.TLS.VerifiedChains) > 0 {
+			certificate = r.TLS.VerifiedChains[0][0]
+		}
+		uid, ok := r.Context().Value(uidKey{}).(int)
+		if !ok {
+			uid = -1
+		}
+		client := clients.Load().of(certificate, uid)
+		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), clientKey{}, client)))
+	})
+}
+
+func clientOf(ctx context.Context) *Client {
+	c, _ := ctx.Value(clientKey{}).(*Client)
+	return c
+}
+
+// notAllowed is one answer, whatever the caller lacks.
+func notAllowed() *binding.Refusal {
+	return &binding.Refusal{Reason: binding.CallerNotAllowed, Message: "this client may not do that"}
+}

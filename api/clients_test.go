@@ -1,0 +1,141 @@
+package api
+
+import (
+	"crypto/x509"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"google.golang.org/protobuf/reflect/protoreflect"
+
+	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore"
+)
+
+// Every method, by every role, for a PLMN that the client may name and one that it may not.
+func TestWhoMayDoWhat(t *testing.T) {
+	may := map[string][]Role{
+		"PrepareVector":        {RoleHSS},
+		"EstablishKME":         {RoleHSS},
+		"ReportAuthentication": {RoleHSS},
+		"RestoreRAND":          {RoleHSS},
+		"GetBinding":           {RoleHSS, RoleAdmin, RoleMonitor},
+		"ListBindings":         {RoleAdmin, RoleMonitor},
+		"OpenProvisioning":     {RoleAdmin},
+		"RevokeBinding":        {RoleAdmin},
+	}
+	methods := kmev1.File_kme_v1_kme_proto.Services().ByName("KeyService").Methods()
+	if methods.Len() != len(may) {
+		t.Errorf("the service has %d methods, this table %d", methods.Len(), len(may))
+	}
+	store, err := sqlstore.Open(t.Context(), sqlstore.InFolder(t.TempDir()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer store.Close()
+	clients := new(atomic.Pointer[Clients])
+	handler := NewHandler(binding.NewService(nil, store, new(binding.Lots), 1<<40, slog.New(slog.DiscardHandler)), clients, nil)
+	refused := func(method protoreflect.MethodDescriptor, imsi string) bool {
+		body := `{}`
+		if method.Input().Fields().ByName("imsi") != nil {
+			body = `{"imsi": "` + imsi + `"}`
+		}
+		r := httptest.NewRequest("POST", "/kme.v1.KeyService/"+string(method.Name()), strings.NewReader(body))
+		r.Header.Set("Content-Type", "application/json")
+		w := httptest.NewRecorder()
+		handler.ServeHTTP(w, r)
+		answer, _ := io.ReadAll(w.Result().Body)
+		if w.Code == http.StatusNotFound && !strings.Contains(string(answer), "code") {
+			t.Errorf("%s: %d %s", method.Name(), w.Code, answer)
+		}
+		return strings.Contains(string(answer), "this client may not do that")
+	}
+	for i := range methods.Len() {
+		method := methods.Get(i)
+		names := method.Input().Fields().ByName("imsi") != nil
+		for _, role := range []Role{RoleHSS, RoleAdmin, RoleMonitor, RoleExport} {
+			clients.Store(&Clients{byUID: map[int]*Client{-1: {Name: "test", Roles: []Role{role}, PLMNs: []string{"00101", "310150"}}}})
+			want := slices.Contains(may[string(method.Name())], role)
+			for imsi, named := range map[string]bool{"001010123456789": true, "310150123456789": true, "001020123456789": false, "310151123456789": false, "00101": true, "": false} {
+				if got := !refused(method, imsi); got != (want && (named || !names)) {
+					t.Errorf("%s by %s for %q is allowed: %v", method.Name(), role, imsi, got)
+				}
+			}
+		}
+		clients.Store(&Clients{byUID: map[int]*Client{-1: {Name: "test", Roles: []Role{RoleHSS, RoleAdmin, RoleMonitor, RoleExport}, PLMNs: []string{all}}}})
+		if refused(method, "262011234567890") {
+			t.Errorf("%s is refused with all roles", method.Name())
+		}
+		clients.Store(new(Clients))
+		if !refused(method, "001010123456789") {
+			t.Errorf("%s is allowed for nobody we know", method.Name())
+		}
+	}
+}
+
+func TestClients(t *testing.T) {
+	uid := 1000
+	good := []Client{
+		{Name: "a", SAN: "hss.example", Roles: []Role{RoleHSS}, PLMNs: []string{"00101"}},
+		{Name: "b", SAN: "spiffe://example/ops", Roles: []Role{RoleAdmin}, PLMNs: []string{all}},
+		{Name: "c", UID: &uid, Roles: []Role{RoleMonitor}, PLMNs: []string{"310150"}},
+	}
+	c, err := NewClients(good)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ops, _ := url.Parse("spiffe://example/ops")
+	for _, e := range []struct {
+		name        string
+		certificate *x509.Certificate
+		uid         int
+		want        string
+	}{
+		{"a DNS name", &x509.Certificate{DNSNames: []string{"other", "hss.example"}}, -1, "a"},
+		{"a URI", &x509.Certificate{URIs: []*url.URL{ops}}, -1, "b"},
+		{"a user", nil, 1000, "c"},
+		{"another user", nil, 1001, ""},
+		{"nobody", nil, -1, ""},
+		{"no common name", &x509.Certificate{}, 1000, ""},
+		{"another name", &x509.Certificate{DNSNames: []string{"hss.example.evil", "*.example"}}, 1000, ""},
+	} {
+		got := ""
+		if client := c.of(e.certificate, e.uid); client != nil {
+			got = client.Name
+		}
+		if got != e.want {
+			t.Errorf("%s is %q, want %q", e.name, got, e.want)
+		}
+	}
+	if !c.OtherUsers(os.Getuid()) || c.OtherUsers(uid) {
+		t.Error("the users who are to reach the socket")
+	}
+	if got := c.AnyCertificate(RoleHSS).of(&x509.Certificate{}, -1); !got.has(RoleHSS) || got.has(RoleAdmin, RoleExport, RoleMonitor) || !got.may("123456") {
+		t.Errorf("any certificate is %+v", got)
+	}
+	negative := -1
+	for want, e := range map[string]Client{
+		"no name":           {SAN: "x", Roles: []Role{RoleHSS}, PLMNs: []string{all}},
+		"either a san":      {Name: "x", Roles: []Role{RoleHSS}, PLMNs: []string{all}},
+		"a san or a uid":    {Name: "x", SAN: "x", UID: &uid, Roles: []Role{RoleHSS}, PLMNs: []string{all}},
+		"no roles":          {Name: "x", SAN: "x", PLMNs: []string{all}},
+		"no role":           {Name: "x", SAN: "x", Roles: []Role{"root"}, PLMNs: []string{all}},
+		"no plmns":          {Name: "x", SAN: "x", Roles: []Role{RoleHSS}},
+		"no PLMN":           {Name: "x", SAN: "x", Roles: []Role{RoleHSS}, PLMNs: []string{"0010"}},
+		"is no PLMN":        {Name: "x", SAN: "x", Roles: []Role{RoleHSS}, PLMNs: []string{"00101a"}},
+		"another client is": {Name: "x", SAN: "hss.example", Roles: []Role{RoleHSS}, PLMNs: []string{all}},
+		"not negative":      {Name: "x", UID: &negative, Roles: []Role{RoleHSS}, PLMNs: []string{all}},
+	} {
+		if _, err := NewClients(append(slices.Clone(good), e)); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%+v: %v does not say %q", e, err, want)
+		}
+	}
+}

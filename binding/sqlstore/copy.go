@@ -1,0 +1,81 @@
+package sqlstore
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"strings"
+)
+
+// tables are all, in an order that their references allow, with their columns; the first ones are the key.
+var tables = []struct {
+	name    string
+	columns []string
+}{
+	{"manufacturers", []string{"key_id", "pem", "operator", "directory", "enrolled_at"}},
+	{"lots", []string{"manufacturer", "lot", "manifest", "imported_at"}},
+	{"attempts", []string{"id", "imsi", "expires_at", "opened"}},
+	{"ledger", []string{"imei", "tag"}},
+	{"bindings", []string{"imsi", "state", "imei", "manufacturer", "lot", "sealed", "nw_sig", "attempt_id", "payload_sha256", "established_at", "activated_at", "revoked_at"}},
+}
+
+// ErrNotEmpty: the store to copy to has something in it already.
+var ErrNotEmpty = errors.New("the store to copy to is not empty: give it a new database")
+
+// Copy copies everything to an empty store, in one transaction: it has all of it, or nothing. Nobody may be changing s meanwhile. report is
+// called with the rows copied so far.
+func (s *Store) Copy(ctx context.Context, to *Store, report func(rows int)) (rows int, err error) {
+	from, err := s.read.BeginTx(ctx, &sql.TxOptions{ReadOnly: true})
+	if err != nil {
+		return 0, err
+	}
+	defer from.Rollback()
+	err = to.change(ctx, "schema", func(ctx context.Context, tx *sql.Tx) error {
+		for _, t := range tables {
+			var n int
+			if err := tx.QueryRowContext(ctx, "SELECT COUNT(*) FROM "+t.name).Scan(&n); err != nil {
+				return err
+			}
+			if n > 0 {
+				return ErrNotEmpty
+			}
+		}
+		for _, t := range tables {
+			if err := copyTable(ctx, from, tx, t.name, t.columns, func() { rows++; report(rows) }); err != nil {
+				return fmt.Errorf("table %s: %w", t.name, err)
+			}
+		}
+		return nil
+	})
+	return rows, err
+}
+
+func copyTable(ctx context.Context, from, to *sql.Tx, name string, columns []string, copied func()) error {
+	list := strings.Join(columns, ", ")
+	rows, err := from.QueryContext(ctx, "SELECT "+list+" FROM "+name)
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	marks := make([]string, len(columns))
+	values, pointers := make([]any, len(columns)), make([]any, len(columns))
+	for i := range columns {
+		marks[i], pointers[i] = fmt.Sprintf("$%d", i+1), &values[i]
+	}
+	insert, err := to.PrepareContext(ctx, "INSERT INTO "+name+" ("+list+") VALUES ("+strings.Join(marks, ", ")+")")
+	if err != nil {
+		return err
+	}
+	defer insert.Close()
+	for rows.Next() {
+		if err := rows.Scan(pointers...); err != nil {
+			return err
+		}
+		if _, err := insert.ExecContext(ctx, values...); err != nil {
+			return err
+		}
+		copied()
+	}
+	return rows.Err()
+}

@@ -1,0 +1,14 @@
+package sqlstore
+
+import _ "embed"
+
+// The migrations make an empty database what this program knows, one after the other, on SQLite and PostgreSQL alike. One that was
+// released is never changed.
+var (
+	//go:embed schema1.sql
+	schema1 string
+	//go:embed schema2.sql
+	schema2 string
+
+	migrations = []string{schema1, schema2}
+)

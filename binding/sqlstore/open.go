@@ -1,0 +1,128 @@
+package sqlstore
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+
+	"github.com/jackc/pgx/v5/pgconn"
+	_ "github.com/jackc/pgx/v5/stdlib" // the driver
+	"github.com/mattn/go-sqlite3"
+
+	"github.com/kmehsm/kmehsm/internal/sqlite"
+)
+
+// Open opens the store that name stands for, or makes it: sqlite:PATH, or a connection string of PostgreSQL,
+// postgres://USER@HOST/DATABASE. A password for that is better in PGPASSFILE than in the string.
+func Open(ctx context.Context, name string) (*Store, error) {
+	if path, ok := strings.CutPrefix(name, "sqlite:"); ok && path != "" {
+		return openSQLite(ctx, path)
+	}
+	if strings.HasPrefix(name, "postgres://") || strings.HasPrefix(name, "postgresql://") {
+		return openPostgres(ctx, name)
+	}
+	return nil, errors.New("the store is neither sqlite:PATH nor postgres://USER@HOST/DATABASE")
+}
+
+// InFolder is the name of the embedded store of a service whose own folder is dir.
+func InFolder(dir string) string { return "sqlite:" + filepath.Join(dir, "keysvc.db") }
+
+func openSQLite(ctx context.Context, path string) (*Store, error) {
+	read, write, err := sqlite.Open(ctx, path, migrations...)
+	if err != nil {
+		return nil, err
+	}
+	return &Store{
+		read: read,
+		// SQLite has one writer at a time: what must not happen at once does not.
+		change: func(ctx context.Context, _ string, f func(context.Context, *sql.Tx) error) error {
+			return write.Do(ctx, f)
+		},
+		close: write.Close,
+	}, nil
+}
+
+func openPostgres(ctx context.Context, name string) (*Store, error) {
+	db, err := sql.Open("pgx", name)
+	if err != nil {
+		return nil, errors.New("the connection string of PostgreSQL cannot be parsed") // err may have the password
+	}
+	db.SetMaxOpenConns(32)
+	db.SetMaxIdleConns(32)
+	s := &Store{read: db, change: changePostgres(db), close: func() error { return nil }}
+	if err := errors.Join(checkPostgres(ctx, db), s.migrate(ctx)); err != nil {
+		return nil, errors.Join(fmt.Errorf("the PostgreSQL database cannot be used: %w", err), db.Close())
+	}
+	return s, nil
+}
+
+// checkPostgres refuses a server that confirms what it could still forget.
+func checkPostgres(ctx context.Context, db *sql.DB) error {
+	for _, setting := range []string{"fsync", "synchronous_commit", "full_page_writes"} {
+		var value string
+		if err := db.QueryRowContext(ctx, "SELECT current_setting($1)", setting).Scan(&value); err != nil {
+			return err
+		}
+		if value == "off" {
+			return fmt.Errorf("its setting %s is off: a loss of power would take bindings that were confirmed", setting)
+		}
+	}
+	return nil
+}
+
+// changePostgres makes changes with the same key one after the other, whichever instance makes them: each sees all that
+// the one before did. What has to be unique besides, a KME of an IMEI, is so by a key of its table.
+func changePostgres(db *sql.DB) func(context.Context, string, func(context.Context, *sql.Tx) error) error {
+	return func(ctx context.Context, key string, f func(context.Context, *sql.Tx) error) error {
+		tx, err := db.BeginTx(ctx, nil)
+		if err != nil {
+			return err
+		}
+		defer tx.Rollback() // no effect after Commit
+		if _, err := tx.ExecContext(ctx, "SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", key); err != nil {
+			return err
+		}
+		if err := f(ctx, tx); err != nil {
+			return err
+		}
+		return tx.Commit()
+	}
+}
+
+func (s *Store) migrate(ctx context.Context) error {
+	return s.change(ctx, "schema", func(ctx context.Context, tx *sql.Tx) error {
+		if _, err := tx.ExecContext(ctx, "CREATE TABLE IF NOT EXISTS schema_version (version INTEGER NOT NULL)"); err != nil {
+			return err
+		}
+		have := 0
+		if err := tx.QueryRowContext(ctx, "SELECT version FROM schema_version").Scan(&have); err != nil && !errors.Is(err, sql.ErrNoRows) {
+			return err
+		}
+		if have > len(migrations) {
+			return fmt.Errorf("its schema has version %d, this program knows %d: use a newer program", have, len(migrations))
+		}
+		if have == len(migrations) {
+			return nil
+		}
+		for _, m := range migrations[have:] {
+			if _, err := tx.ExecContext(ctx, strings.ReplaceAll(m, "BLOB", "BYTEA")); err != nil {
+				return err
+			}
+		}
+		if _, err := tx.ExecContext(ctx, "DELETE FROM schema_version"); err != nil {
+			return err
+		}
+		_, err := tx.ExecContext(ctx, "INSERT INTO schema_version VALUES ($1)", len(migrations))
+		return err
+	})
+}
+
+func isDuplicate(err error) bool {
+	var lite sqlite3.Error
+	var pg *pgconn.PgError
+	return errors.As(err, &lite) && (lite.ExtendedCode == sqlite3.ErrConstraintPrimaryKey || lite.ExtendedCode == sqlite3.ErrConstraintUnique) ||
+		errors.As(err, &pg) && pg.Code == "23505" // unique_violation
+}

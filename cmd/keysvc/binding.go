@@ -1,0 +1,215 @@
+package main
+
+import (
+	"cmp"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore"
+	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+var storeFlag = &cli.StringFlag{Name: "store", EnvVars: []string{"KMEHSM_STORE"}, Usage: "the `STORE`: sqlite:PATH, or postgres://USER@HOST/DATABASE (default: keysvc.db in the --state folder)"}
+
+// storeFlags say where the service's store is.
+func storeFlags(own ...cli.Flag) []cli.Flag {
+	return slices.Concat([]cli.Flag{stateFlag, storeFlag}, own, []cli.Flag{cmdline.JSON})
+}
+
+func withStore(c *cli.Context, f func(*sqlstore.Store) error) error {
+	store, err := sqlstore.Open(c.Context, cmp.Or(c.String("store"), sqlstore.InFolder(c.String("state"))))
+	if err != nil {
+		return err
+	}
+	return errors.Join(f(store), store.Close())
+}
+
+func bindingCommand() *cli.Command {
+	return &cli.Command{
+		Name: "binding", Usage: "what subscriptions are bound to",
+		Description: "These work on the store itself, while a service serves from it or not.",
+		Subcommands: []*cli.Command{
+			{
+				Name: "list", Usage: "list the bindings, one an IMSI",
+				Flags:  storeFlags(&cli.StringFlag{Name: "imei", Usage: "only those of this device, `IMEI`"}),
+				Action: bindingList,
+			},
+			{Name: "show", Usage: "show an IMSI's binding", ArgsUsage: "IMSI", Flags: storeFlags(), Action: bindingShow},
+			{
+				Name: "revoke", Usage: "end an IMSI's bindings, and forget the KME", ArgsUsage: "IMSI",
+				Description: "The IMSI is then as one that was never bound: its next attach may bind it, to whatever device.",
+				Flags:       storeFlags(), Action: bindingRevoke,
+			},
+			{
+				Name: "open", Usage: "let an IMSI be bound to another device, once", ArgsUsage: "IMSI",
+				Description: "The binding that it has stands until the other device has shown that it has its KME.",
+				Flags:       storeFlags(&cli.DurationFlag{Name: "ttl", Value: time.Hour, Usage: "for how long, at most 720h"}), Action: bindingOpen,
+			},
+		},
+	}
+}
+
+func storeCommand() *cli.Command {
+	return &cli.Command{
+		Name: "store", Usage: "the service's store",
+		Subcommands: []*cli.Command{{
+			Name: "migrate", Usage: "copy everything from one store to another, empty one",
+			Description: "Stop the service first. The other store has all of it in the end, or nothing.",
+			Flags: []cli.Flag{&cli.StringFlag{Name: "from", Usage: "the `STORE` to copy: sqlite:PATH, or postgres://USER@HOST/DATABASE"},
+				&cli.StringFlag{Name: "to", Usage: "the empty `STORE` to copy to"}, cmdline.JSON},
+			Action: storeMigrate,
+		}},
+	}
+}
+
+// A shown binding has no KME and nothing of the payload.
+type shown struct {
+	IMSI         kme.IMSI      `json:"imsi"`
+	IMEI         kme.IMEI      `json:"imei"`
+	Manufacturer string        `json:"manufacturer"`
+	Lot          string        `json:"lot"`
+	State        binding.State `json:"state"`
+	Established  time.Time     `json:"established_at"`
+	Activated    *time.Time    `json:"activated_at,omitempty"`
+	Revoked      *time.Time    `json:"revoked_at,omitempty"`
+}
+
+func show(b *binding.Binding) shown {
+	at := func(t time.Time) *time.Time {
+		if t.IsZero() {
+			return nil
+		}
+		return &t
+	}
+	return shown{b.IMSI, b.IMEI, b.Manufacturer, b.Lot, b.State, b.Established, at(b.Activated), at(b.Revoked)}
+}
+
+const bindingLine = "%-15s  %-14s  %-8s  %-24s  %s\n"
+
+func (s shown) print(w io.Writer) {
+	fmt.Fprintf(w, bindingLine, s.IMSI, s.IMEI, s.State, s.Lot, s.Established.Format(time.RFC3339))
+}
+
+func bindingList(c *cli.Context) error {
+	var imei kme.IMEI
+	if text := c.String("imei"); text != "" {
+		var err error
+		if imei, err = kme.ParseIMEI(text); err != nil {
+			return cmdline.Usage(err)
+		}
+	}
+	return withStore(c, func(s *sqlstore.Store) error {
+		const page = 1000
+		w, after, before := c.App.Writer, "", "{\"bindings\": ["
+		if !c.Bool("json") {
+			fmt.Fprintf(w, bindingLine, "IMSI", "IMEI", "STATE", "LOT", "ESTABLISHED")
+		}
+		for { // page by page: there may be millions
+			list, err := s.Bindings(c.Context, after, imei, page)
+			if err != nil {
+				return err
+			}
+			for _, b := range list {
+				after = b.IMSI.String()
+				if !c.Bool("json") {
+					show(b).print(w)
+					continue
+				}
+				text, err := json.Marshal(show(b))
+				if err != nil {
+					return err
+				}
+				fmt.Fprintf(w, "%s\n%s", before, text)
+				before = ","
+			}
+			if len(list) < page {
+				break
+			}
+		}
+		if c.Bool("json") {
+			if before != "," {
+				fmt.Fprint(w, before)
+			}
+			fmt.Fprintln(w, "\n]}")
+		}
+		return nil
+	})
+}
+
+func withIMSI(c *cli.Context, f func(*sqlstore.Store, kme.IMSI) error) error {
+	imsi, err := kme.ParseIMSI(c.Args().First())
+	if err != nil {
+		return cmdline.Usage(err)
+	}
+	return withStore(c, func(s *sqlstore.Store) error { return f(s, imsi) })
+}
+
+func bindingShow(c *cli.Context) error {
+	return withIMSI(c, func(s *sqlstore.Store, imsi kme.IMSI) error {
+		b, err := s.Binding(c.Context, imsi)
+		if err != nil {
+			return err
+		}
+		return cmdline.Print(c, show(b), show(b).print)
+	})
+}
+
+func bindingRevoke(c *cli.Context) error {
+	return withIMSI(c, func(s *sqlstore.Store, imsi kme.IMSI) error {
+		b, err := s.Revoke(c.Context, imsi, time.Now())
+		if err != nil {
+			return err
+		}
+		return cmdline.Print(c, show(b), show(b).print)
+	})
+}
+
+func bindingOpen(c *cli.Context) error {
+	return withIMSI(c, func(s *sqlstore.Store, imsi kme.IMSI) error {
+		a, err := binding.NewOpened(imsi, c.Duration("ttl"))
+		if err != nil {
+			return cmdline.Usage(err)
+		}
+		if err := s.OpenAttempt(c.Context, *a); err != nil {
+			return err
+		}
+		return cmdline.Print(c, map[string]any{"imsi": imsi, "attempt_id": a.ID, "expires_at": a.Expires}, func(w io.Writer) {
+			fmt.Fprintf(w, "%s may be bound to another device until %s\n", imsi, a.Expires.Format(time.RFC3339))
+		})
+	})
+}
+
+func storeMigrate(c *cli.Context) error {
+	if err := cmdline.Require(c, "from", "to"); err != nil {
+		return err
+	}
+	from, err := sqlstore.Open(c.Context, c.String("from"))
+	if err != nil {
+		return fmt.Errorf("--from: %w", err)
+	}
+	defer from.Close()
+	to, err := sqlstore.Open(c.Context, c.String("to"))
+	if err != nil {
+		return fmt.Errorf("--to: %w", err)
+	}
+	defer to.Close()
+	said := time.Now()
+	rows, err := from.Copy(c.Context, to, func(rows int) {
+		if time.Since(said) > 5*time.Second {
+			said = time.Now()
+			fmt.Fprintf(c.App.ErrWriter, "%d rows copied\n", rows)
+		}
+	})
+	if err != nil {
+		return err
+	}
+	return cmdline.Print(c, map[string]any{"rows": rows}, func(w io.Writer) { fmt.Fprintf(w, "%d rows copied\n", rows) })
+}
