@@ -23,6 +23,7 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"github.com/kmehsm/kmehsm/internal/faultmodule"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 )
 
@@ -71,7 +72,7 @@ func TestScripts(t *testing.T) {
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"exits": exits, "ready": ready, "json": isJSON, "snapshot": snapshot, "same": same, "small": small, "flip": flip, "truncate": truncate,
+			"exits": exits, "faultmodule": faultModule, "ready": ready, "json": isJSON, "snapshot": snapshot, "same": same, "small": small, "flip": flip, "truncate": truncate,
 		},
 	})
 }
@@ -171,6 +172,19 @@ func small(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Check(os.MkdirAll(dir, 0o700))
 	ts.Check(syscall.Mount("kmehsm-test", dir, "tmpfs", 0, "size=64k"))
 	ts.Defer(func() { syscall.Unmount(dir, 0) })
+}
+
+// faultmodule DIR builds the module of package faultmodule around SoftHSM, and sets what it reads.
+func faultModule(ts *testscript.TestScript, _ bool, args []string) {
+	dir := ts.MkAbs(args[0])
+	ts.Check(os.MkdirAll(dir, 0o700))
+	m, err := faultmodule.Build(dir, ts.Getenv("MODULE"))
+	ts.Check(err)
+	for _, v := range m.Env() {
+		name, value, _ := strings.Cut(v, "=")
+		ts.Setenv(name, value)
+	}
+	ts.Setenv("FAULTY", m.URI(ts.Getenv("OPERATOR")))
 }
 
 // flip FILE changes a byte in the middle of a file; truncate FILE cuts it before that.

@@ -565,9 +565,9 @@ func TestSessions(t *testing.T) {
 				if err := s.FindObjectsInit(s.h, nil); err != nil {
 					return err
 				}
-				return pkcs11.Error(pkcs11.CKR_DEVICE_ERROR)
+				return pkcs11.Error(pkcs11.CKR_ARGUMENTS_BAD)
 			})
-			if !isCKR(err, pkcs11.CKR_DEVICE_ERROR) {
+			if !isCKR(err, pkcs11.CKR_ARGUMENTS_BAD) {
 				t.Fatal(err)
 			}
 		}

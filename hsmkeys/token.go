@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/ThalesGroup/crypto11"
 	"github.com/miekg/pkcs11"
@@ -101,6 +102,7 @@ type Token struct {
 
 	// crypto11 owns C_Initialize and C_Finalize, since it insists on making the first and counts its users in the
 	// process. It never gets the PIN: a login is the token's, not a session's, so ours serves it too.
+	ours    bool              // we have initialised it besides
 	signers *crypto11.Context // used by who holds an entry of idle
 	config  *crypto11.Config
 	pin     string // its source, a URI; empty for the security officer's
@@ -111,6 +113,15 @@ type Token struct {
 	// renewAfter is for how many uses of a session the module is kept; 0 for ever.
 	renewAfter, uses atomic.Int64
 	renewing         sync.Mutex
+
+	uri            *uri
+	latch          latch
+	hangAfter      time.Duration
+	hung, reopened atomic.Int64
+	reopening      sync.Mutex     // held by who reopens
+	lastReopened   time.Time      // of recover's own, of which there is one at a time
+	recovering     sync.WaitGroup // recover
+	closing        chan struct{}  // closed by Close
 
 	mu      sync.Mutex
 	handles map[handleKey]pkcs11.ObjectHandle // guarded by mu
@@ -160,48 +171,6 @@ func Open(ctx context.Context, tokenURI string) (*Token, error) {
 // object that ever was, until C_Finalize: 490 bytes a device key, and half a gigabyte for a lot of a million.
 const softHSMRenewal = 100_000
 
-// renew takes the module through C_Finalize and C_Initialize, and logs in again. Calls wait for it; none is under way, since it
-// holds all entries of idle. It leaves all as it is if the PIN cannot be read any more.
-func (t *Token) renew() error {
-	// Two at once would each hold half of the entries and wait for the other's.
-	if !t.renewing.TryLock() {
-		return nil
-	}
-	defer t.renewing.Unlock()
-	pin, err := readPIN(t.pin)
-	if err != nil {
-		return err
-	}
-	for range cap(t.idle) {
-		if s := <-t.idle; s != nil {
-			s.CloseSession(s.h)
-		}
-	}
-	defer func() {
-		for range cap(t.idle) {
-			t.idle <- nil
-		}
-	}()
-	t.mu.Lock()
-	clear(t.handles) // they end with the login
-	t.mu.Unlock()
-	if err := t.signers.Close(); err != nil {
-		return explain("end the module", err)
-	}
-	signers, err := crypto11.Configure(t.config)
-	if err != nil {
-		return fmt.Errorf("the PKCS #11 module cannot be initialised again: %w", err)
-	}
-	t.signers = signers
-	if info, err := t.module.GetTokenInfo(t.slot); err != nil || info.SerialNumber != t.info.SerialNumber {
-		return fmt.Errorf("%s is not in its slot any more: %w", t, errors.Join(err, ErrNoKey))
-	}
-	if err := t.login(pkcs11.CKU_USER, pin); err != nil && !isCKR(err, pkcs11.CKR_USER_ALREADY_LOGGED_IN) {
-		return explain("log in again to "+t.String(), err)
-	}
-	return nil
-}
-
 // connect finds the token and prepares the pool, without logging in.
 func connect(u *uri) (*Token, error) {
 	config := &crypto11.Config{Path: u.module, LoginNotSupported: true, MaxSessions: 1 + runtime.GOMAXPROCS(0)*2}
@@ -215,13 +184,18 @@ func connect(u *uri) (*Token, error) {
 		}
 		return nil, fmt.Errorf("the PKCS #11 module %s cannot be used: %w: is its token connected, and its configuration right%s?", u.module, err, softhsmConf())
 	}
-	t := &Token{module: pkcs11.New(u.module), signers: signers, config: config, handles: map[handleKey]pkcs11.ObjectHandle{}}
+	t := &Token{module: pkcs11.New(u.module), signers: signers, config: config, uri: u, hangAfter: hangTimeout, closing: make(chan struct{}), handles: map[handleKey]pkcs11.ObjectHandle{}}
 	if t.module == nil {
 		signers.Close()
 		return nil, fmt.Errorf("the PKCS #11 module %s cannot be loaded", u.module)
 	}
-	if err := t.findSlot(u); err != nil {
-		t.Close()
+	if err = t.initialize(); err == nil {
+		t.slot, t.info, err = t.findSlot(u)
+	}
+	if err != nil {
+		t.finalize()
+		signers.Close()
+		t.module.Destroy()
 		return nil, err
 	}
 	if t.kwp, err = t.findKWP(); err != nil {
@@ -240,6 +214,24 @@ func connect(u *uri) (*Token, error) {
 	return t, nil
 }
 
+// initialize initialises the module for us too. crypto11 did, and that is enough, but for a module that keeps those apart who have asked it
+// for its functions, as p11-kit's client does.
+func (t *Token) initialize() error {
+	err := t.module.Initialize()
+	t.ours = err == nil
+	if isCKR(err, pkcs11.CKR_CRYPTOKI_ALREADY_INITIALIZED) {
+		return nil
+	}
+	return explainIf("initialise the PKCS #11 module", err)
+}
+
+func (t *Token) finalize() {
+	if t.ours {
+		t.module.Finalize()
+		t.ours = false
+	}
+}
+
 func softhsmConf() string {
 	if v := os.Getenv("SOFTHSM2_CONF"); v != "" {
 		return " (now " + v + ")"
@@ -248,34 +240,34 @@ func softhsmConf() string {
 }
 
 // findSlot insists on one token: of two with one label the wrong one might get the PIN.
-func (t *Token) findSlot(u *uri) error {
+func (t *Token) findSlot(u *uri) (slot uint, info pkcs11.TokenInfo, err error) {
 	slots, err := t.module.GetSlotList(true)
 	if err != nil {
-		return explain("list the module's slots", err)
+		return 0, info, explain("list the module's slots", err)
 	}
 	found := 0
-	for _, slot := range slots {
-		info, err := t.module.GetTokenInfo(slot)
+	for _, id := range slots {
+		this, err := t.module.GetTokenInfo(id)
 		if err != nil {
 			continue // a slot that cannot say what it holds is not the one
 		}
-		has := map[string]string{"token": info.Label, "serial": info.SerialNumber, "manufacturer": info.ManufacturerID, "model": info.Model}
+		has := map[string]string{"token": this.Label, "serial": this.SerialNumber, "manufacturer": this.ManufacturerID, "model": this.Model}
 		match := true
 		for name, want := range u.token {
 			match = match && strings.TrimRight(has[name], " \x00") == want
 		}
 		if match {
-			t.slot, t.info = slot, info
+			slot, info = id, this
 			found++
 		}
 	}
 	switch found {
 	case 0:
-		return fmt.Errorf("the module %s has no token %v", u.module, u.token)
+		return 0, info, fmt.Errorf("the module %s has no token %v", u.module, u.token)
 	case 1:
-		return nil
+		return slot, info, nil
 	}
-	return fmt.Errorf("%d tokens fit %v: add serial=NUMBER to the URI", found, u.token)
+	return 0, info, fmt.Errorf("%d tokens fit %v: add serial=NUMBER to the URI", found, u.token)
 }
 
 // ckmAESKeyWrapKWP is CKM_AES_KEY_WRAP_KWP of PKCS #11 3.0, which says that it is RFC 5649; CKM_AES_KEY_WRAP_PAD of 2.40 is the
@@ -303,18 +295,29 @@ func (t *Token) login(user uint, pin string) error {
 	if err != nil {
 		return err
 	}
-	defer s.CloseSession(s.h) // the login outlives it, held by crypto11's long-term session
+	if !t.ours { // else the login ends with our last session: this one stays until finalize
+		defer s.CloseSession(s.h) // the login outlives it, held by crypto11's long-term session
+	}
 	return s.Login(s.h, user, pin)
 }
 
 // Close ends all sessions and the login. No other method may be running or be called afterwards.
 func (t *Token) Close() error {
+	close(t.closing)
+	t.recovering.Wait()
 	for range cap(t.idle) {
 		if s := <-t.idle; s != nil {
 			s.CloseSession(s.h)
 		}
 	}
-	err := t.signers.Close()
+	if t.hung.Load() > 0 {
+		return errors.New("calls that do not come back are still in the module: it is left as it is") // C_Finalize would be undefined
+	}
+	var err error
+	t.finalize()
+	if t.signers != nil {
+		err = t.signers.Close()
+	}
 	t.module.Destroy()
 	return err
 }
@@ -336,42 +339,6 @@ func (t *Token) openSession() (*session, error) {
 		return nil, explain("open a session", err)
 	}
 	return &session{t.module, h}, nil
-}
-
-// with runs f on a session of the pool.
-func (t *Token) with(ctx context.Context, f func(*session) error) error {
-	err := t.run(ctx, f)
-	if after := t.renewAfter.Load(); after > 0 && t.uses.Add(1)%after == 0 {
-		// What goes wrong with it, the next call says.
-		t.renew()
-	}
-	return err
-}
-
-func (t *Token) run(ctx context.Context, f func(*session) error) error {
-	var s *session
-	select {
-	case s = <-t.idle:
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	defer func() { t.idle <- s }()
-	if err := ctx.Err(); err != nil { // select picks at random: nothing is spent on a caller that has gone
-		return err
-	}
-	if s == nil {
-		var err error
-		if s, err = t.openSession(); err != nil {
-			return err
-		}
-	}
-	err := f(s)
-	if errors.As(err, new(pkcs11.Error)) {
-		// A failed call may leave an operation active in the session; a fresh one cannot have that.
-		s.CloseSession(s.h)
-		s = nil
-	}
-	return err
 }
 
 // find looks a key up by CKA_ID, and fails with ErrNoKey. Two keys of one ID are an error: neither can be trusted.

@@ -9,7 +9,7 @@ Installs, with apt-get, what this machine lacks for a Make target, and nothing e
 
     build       a C compiler and the C library's headers (cgo, for PKCS #11 and SQLite), CA certificates
     demo        build's, and SoftHSM, curl, jq, openssl
-    test        demo's, and OpenSC (pkcs11-tool and pkcs11-spy.so), openCryptoki, PostgreSQL, Chromium, shellcheck
+    test        demo's, and OpenSC (pkcs11-tool and pkcs11-spy.so), openCryptoki, p11-kit, PostgreSQL, Chromium, shellcheck
     generate    protoc
 
 It does so as root or with sudo. With nothing missing it does nothing, on any system.
@@ -44,6 +44,10 @@ has_spy() {
 	compgen -G '/usr/lib/*/pkcs11-spy.so' || compgen -G '/usr/lib*/pkcs11-spy.so'
 }
 
+has_p11_kit_client() {
+	compgen -G '/usr/lib/*/pkcs11/p11-kit-client.so'
+}
+
 has_postgres() {
 	command -v postgres || compgen -G '/usr/lib/postgresql/*/bin/postgres'
 }
@@ -67,6 +71,8 @@ for_test() {
 	need opensc command -v pkcs11-tool
 	need opensc-pkcs11 has_spy
 	need opencryptoki command -v pkcsslotd
+	need p11-kit command -v p11-kit
+	need p11-kit-modules has_p11_kit_client
 	need postgresql has_postgres
 	need chromium command -v chromium
 	need shellcheck command -v shellcheck

@@ -402,8 +402,8 @@ func reportNotOK(t *testing.T, s Store) {
 func openedBesideActive(t *testing.T, s Store) {
 	for n, ok := range []bool{true, false} {
 		imsi := subscription(t, n)
-		active := bind(t, s, imsi, device(t, 2*n), fmt.Sprint("a", n), []byte{byte(n), 1})
-		active = report(t, s, imsi, true, t0)
+		bind(t, s, imsi, device(t, 2*n), fmt.Sprint("a", n), []byte{byte(n), 1})
+		active := report(t, s, imsi, true, t0)
 		opened := binding.Attempt{ID: fmt.Sprint("o", n), IMSI: imsi, Expires: t0.Add(ttl), Opened: true}
 		for range 2 { // it replaces the one before
 			if err := s.OpenAttempt(t.Context(), opened); err != nil {

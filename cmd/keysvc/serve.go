@@ -46,6 +46,7 @@ const configHelp = `The configuration (a relative path in it is relative to its 
     store: postgres://keysvc@db/keysvc # for several instances (default: SQLite in the state folder); password: PGPASSFILE
     attempt_ttl: 5m                    # how long a device has for EstablishKME after PrepareVector
     revocation_ttl: 1m                 # how old a list of revoked devices may be
+    hsm_timeout: 5s                    # after which a call that hangs in the token's module is given up
     cache_mb: 64                       # memory for cached public keys
     vault: {role_id: ID, secret_id_file: FILE, secret_id_wrapped: false}   # or {cert_role: ROLE}; for directories in Vault
     log_level: info                    # debug, info, warn or error`
@@ -65,6 +66,7 @@ type config struct {
 	Store         string        `yaml:"store"`
 	AttemptTTL    time.Duration `yaml:"attempt_ttl"`
 	RevocationTTL time.Duration `yaml:"revocation_ttl"`
+	HSMTimeout    time.Duration `yaml:"hsm_timeout"`
 	CacheMB       int64         `yaml:"cache_mb"`
 	LogLevel      slog.Level    `yaml:"log_level"`
 	Vault         struct {
@@ -80,7 +82,7 @@ func readConfig(path string) (*config, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &config{Token: os.Getenv("KMEHSM_TOKEN"), State: "var/keysvc", AttemptTTL: 5 * time.Minute, RevocationTTL: time.Minute, CacheMB: 64}
+	c := &config{Token: os.Getenv("KMEHSM_TOKEN"), State: "var/keysvc", AttemptTTL: 5 * time.Minute, RevocationTTL: time.Minute, HSMTimeout: 5 * time.Second, CacheMB: 64}
 	d := yaml.NewDecoder(bytes.NewReader(data))
 	d.KnownFields(true)
 	if err := d.Decode(c); err != nil && !errors.Is(err, io.EOF) {
@@ -101,8 +103,8 @@ func readConfig(path string) (*config, error) {
 		err = errors.New("neither listen nor socket says where to serve")
 	case c.Listen != "" && (c.TLS.Certificate == "" || c.TLS.Key == "" || c.TLS.ClientCA == ""):
 		err = errors.New("listen needs tls with certificate, key and client_ca: the service is never offered without mutual TLS")
-	case c.AttemptTTL <= 0 || c.RevocationTTL <= 0 || c.CacheMB <= 0:
-		err = errors.New("attempt_ttl, revocation_ttl and cache_mb must be above zero")
+	case c.AttemptTTL <= 0 || c.RevocationTTL <= 0 || c.CacheMB <= 0 || c.HSMTimeout <= 0:
+		err = errors.New("attempt_ttl, revocation_ttl, hsm_timeout and cache_mb must be above zero")
 	}
 	if err == nil {
 		_, err = knownClients(c)
@@ -176,6 +178,7 @@ func serve(c *cli.Context) error {
 		return err
 	}
 	defer token.Close()
+	token.SetHangTimeout(cfg.HSMTimeout)
 	if err := token.Ping(ctx); errors.Is(err, hsmkeys.ErrNoKey) {
 		return fmt.Errorf("%s has no keys yet: run keysvc init first", token)
 	} else if err != nil {

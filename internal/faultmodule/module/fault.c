@@ -6,6 +6,7 @@
  *     C_Decrypt 0x30       returns CKR_DEVICE_ERROR instead of calling
  *     * removed            the first such call closes all sessions, as if the token was pulled out; then as 0x32
  *     C_Sign hang          calls when the line is gone
+ *     C_Sign hang-once 7   so does the first call that reads this number; the others are made
  *     * delay 1000         calls 1000 us later
  *     kwp                  has CKM_AES_KEY_WRAP_KWP (PKCS #11 3.0) in the place of CKM_AES_KEY_WRAP_PAD
  *
@@ -16,6 +17,7 @@
  */
 #include <dlfcn.h>
 #include <fcntl.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -31,6 +33,7 @@ static CK_FUNCTION_LIST_PTR real;
 static CK_FUNCTION_LIST list;
 static _Atomic uint64_t *counts;
 static _Atomic int removed;
+static _Atomic unsigned long hung;
 
 enum index {
 #define CK_PKCS11_FUNCTION_INFO(name) index_##name,
@@ -82,6 +85,13 @@ static CK_RV before(const char *name, enum index at)
 						real->C_CloseAllSessions(slots[n]);
 			}
 			return CKR_DEVICE_REMOVED;
+		}
+		if (!strcmp(action, "hang-once")) {
+			if (atomic_exchange(&hung, value) == value)
+				return CKR_OK;
+			while (told(name, action, &value) && !strcmp(action, "hang-once"))
+				usleep(5000);
+			return CKR_OK;
 		}
 		if (strcmp(action, "hang"))
 			return strtoul(action, NULL, 0);

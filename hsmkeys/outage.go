@@ -1,0 +1,346 @@
+package hsmkeys
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/ThalesGroup/crypto11"
+	"github.com/miekg/pkcs11"
+)
+
+// ErrUnavailable: the token is away. It is opened again as soon as it can be.
+var ErrUnavailable = errors.New("the token is not available")
+
+// A class says what an error of the token means for the next call.
+type class int
+
+const (
+	classPermanent class = iota // the call is wrong, or the token cannot do it: the next one may be right
+	classTransient              // the token is short of something: the same call may work later
+	classSession                // the session has ended: the same call on another one may work now
+	classSuspect                // something is wrong, maybe with the token
+	classDevice                 // the token has gone, or forgotten who we are: nothing works until it is opened again
+)
+
+func classify(err error) class {
+	switch {
+	case err == nil, errors.Is(err, ErrUnavailable):
+		return classPermanent
+	case isCKR(err, pkcs11.CKR_SESSION_HANDLE_INVALID, pkcs11.CKR_SESSION_CLOSED):
+		return classSession
+	case isCKR(err, pkcs11.CKR_DEVICE_REMOVED, pkcs11.CKR_DEVICE_ERROR, pkcs11.CKR_TOKEN_NOT_PRESENT, pkcs11.CKR_TOKEN_NOT_RECOGNIZED,
+		pkcs11.CKR_CRYPTOKI_NOT_INITIALIZED, pkcs11.CKR_SLOT_ID_INVALID,
+		// What a token says that was away, and has come back: the login is gone, and with it all handles.
+		pkcs11.CKR_USER_NOT_LOGGED_IN, pkcs11.CKR_KEY_HANDLE_INVALID, pkcs11.CKR_OBJECT_HANDLE_INVALID,
+		pkcs11.CKR_WRAPPING_KEY_HANDLE_INVALID, pkcs11.CKR_UNWRAPPING_KEY_HANDLE_INVALID):
+		return classDevice
+	case isCKR(err, pkcs11.CKR_GENERAL_ERROR, pkcs11.CKR_FUNCTION_FAILED): // SoftHSM says the first of a damaged wrapped key, others when they are gone
+		return classSuspect
+	case isCKR(err, pkcs11.CKR_HOST_MEMORY, pkcs11.CKR_DEVICE_MEMORY, pkcs11.CKR_SESSION_COUNT, pkcs11.CKR_FUNCTION_CANCELED):
+		return classTransient
+	}
+	return classPermanent
+}
+
+// hangTimeout is after how long a call is given up. The slowest of ours makes an RSA-4096 key pair.
+const hangTimeout = 2 * time.Minute
+
+// Backoff of opening a token again. Coming back is noticed within the larger one.
+const (
+	firstPause = 50 * time.Millisecond
+	lastPause  = time.Second
+)
+
+// A latch says at once that the token is away, to those who wait for a session too.
+type latch struct {
+	mu     sync.Mutex
+	cause  error         // nil while the token is there; guarded by mu
+	closed chan struct{} // closed while it is not; another one each time; guarded by mu
+}
+
+// state gives the error to answer, or the channel that tells when there is one.
+func (l *latch) state() (error, <-chan struct{}) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed == nil {
+		l.closed = make(chan struct{})
+	}
+	return l.cause, l.closed
+}
+
+// close says whether it was open.
+func (l *latch) close(cause error) bool {
+	l.state()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	was := l.cause == nil
+	l.cause = fmt.Errorf("%w: %v", ErrUnavailable, cause)
+	if was {
+		close(l.closed)
+	}
+	return was
+}
+
+func (l *latch) open() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.cause, l.closed = nil, nil
+}
+
+// Health is how a token is doing.
+type Health struct {
+	Cause    error // why it is away; nil if it is not
+	Hung     int64 // calls that were given up and have not come back
+	Reopened int64 // how often it was opened again
+}
+
+// Health may be asked at any time.
+func (t *Token) Health() Health {
+	cause, _ := t.latch.state()
+	return Health{cause, t.hung.Load(), t.reopened.Load()}
+}
+
+// SetHangTimeout changes after how long a call is given up, for who makes no keys. It is for the time before the first call.
+func (t *Token) SetHangTimeout(d time.Duration) { t.hangAfter = d }
+
+// A call is one that has reached the token, or will not.
+type call struct {
+	mu      sync.Mutex
+	ended   bool          // guarded by mu
+	givenUp chan struct{} // closed when nobody waits for it any more
+}
+
+// inToken runs f on s, or on a new session. It returns when f has, or after hangAfter: then f goes on, nobody reads what it writes, and its
+// session is replaced.
+func (t *Token) inToken(s *session, f func(*session) error) error {
+	c := &call{givenUp: make(chan struct{})}
+	done := make(chan error, 1)
+	timer := time.AfterFunc(t.hangAfter, func() { t.giveUp(c) })
+	go func() {
+		var err error
+		if s == nil {
+			s, err = t.openSession()
+		}
+		if err == nil {
+			err = f(s)
+		}
+		if s != nil && errors.As(err, new(pkcs11.Error)) {
+			// A failed call may leave an operation active in the session; a fresh one cannot have that.
+			s.CloseSession(s.h)
+			s = nil
+		}
+		timer.Stop()
+		c.mu.Lock()
+		c.ended = true
+		c.mu.Unlock()
+		select {
+		case <-c.givenUp: // its place was given to another
+			if s != nil {
+				s.CloseSession(s.h)
+			}
+			t.hung.Add(-1)
+		default:
+			t.idle <- s
+		}
+		done <- err
+	}()
+	select {
+	case err := <-done:
+		return err
+	case <-c.givenUp:
+		return fmt.Errorf("%w: it does not answer", ErrUnavailable)
+	}
+}
+
+func (t *Token) giveUp(c *call) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.ended {
+		return
+	}
+	close(c.givenUp)
+	t.hung.Add(1)
+	t.lose(errors.New("a call does not come back"))
+	t.idle <- nil
+}
+
+// lose closes the latch, and begins to open the token again.
+func (t *Token) lose(cause error) {
+	if t.latch.close(cause) {
+		t.recovering.Go(t.recover)
+	}
+}
+
+// recover opens the token again, as often as it takes. It gives up when the PIN is refused: a second wrong one may lock the token.
+func (t *Token) recover() {
+	pause := firstPause
+	if time.Since(t.lastReopened) < 5*time.Second { // what brings it down again at once does not keep it busy
+		pause = lastPause
+	}
+	for {
+		select {
+		case <-t.closing:
+			return
+		case <-time.After(pause):
+		}
+		pause = min(2*pause, lastPause)
+		pin, err := readPIN(t.pin)
+		if err == nil {
+			err = t.reopen(pin)
+		}
+		if err == nil {
+			t.lastReopened = time.Now()
+			t.reopened.Add(1)
+			t.latch.open()
+			return
+		}
+		t.latch.close(err)
+		if isCKR(err, pkcs11.CKR_PIN_INCORRECT, pkcs11.CKR_PIN_INVALID, pkcs11.CKR_PIN_LEN_RANGE, pkcs11.CKR_PIN_LOCKED, pkcs11.CKR_PIN_EXPIRED) {
+			return
+		}
+	}
+}
+
+// reopen takes the module through C_Finalize and C_Initialize, and logs in again. Calls wait for it; none is under way, since it
+// holds all entries of idle. While a call hangs in the module, that must not be: then it tries whether a new session works.
+func (t *Token) reopen(pin string) error {
+	// Two at once would each hold half of the entries and wait for the other's.
+	t.reopening.Lock()
+	defer t.reopening.Unlock()
+	for range cap(t.idle) {
+		if s := <-t.idle; s != nil {
+			s.CloseSession(s.h)
+		}
+	}
+	defer func() {
+		for range cap(t.idle) {
+			t.idle <- nil
+		}
+	}()
+	t.mu.Lock()
+	clear(t.handles) // they end with the login
+	t.mu.Unlock()
+	if t.hung.Load() > 0 {
+		return t.tryBeside(pin)
+	}
+	t.finalize()
+	if t.signers != nil {
+		t.signers.Close() // ends what is left of the sessions, and the module, unless another Token of the process uses it
+		t.signers = nil
+	}
+	var err error
+	if t.signers, err = crypto11.Configure(t.config); err != nil {
+		t.signers = nil
+		return fmt.Errorf("the PKCS #11 module cannot be initialised again: %w", err)
+	}
+	if err := t.initialize(); err != nil {
+		return err
+	}
+	slot, info, err := t.findSlot(t.uri)
+	if err != nil {
+		return err
+	}
+	if info.SerialNumber != t.info.SerialNumber {
+		return fmt.Errorf("another token has come in the place of %s", t)
+	}
+	t.slot = slot
+	return t.loginAgain(pin)
+}
+
+func (t *Token) loginAgain(pin string) error {
+	if err := t.login(pkcs11.CKU_USER, pin); err != nil && !isCKR(err, pkcs11.CKR_USER_ALREADY_LOGGED_IN) {
+		return explain("log in again to "+t.String(), err)
+	}
+	return nil
+}
+
+// tryBeside says whether the token answers beside the calls that hang in it. As many as there are sessions may; then it does not try, until one
+// comes back.
+func (t *Token) tryBeside(pin string) error {
+	if t.hung.Load() >= int64(cap(t.idle)) {
+		return fmt.Errorf("%d calls do not come back", t.hung.Load())
+	}
+	c := &call{givenUp: make(chan struct{})}
+	done := make(chan error, 1)
+	go func() {
+		err := t.loginAgain(pin)
+		c.mu.Lock()
+		c.ended = true
+		c.mu.Unlock()
+		select {
+		case <-c.givenUp:
+			t.hung.Add(-1)
+		default:
+		}
+		done <- err
+	}()
+	select {
+	case err := <-done:
+		return err
+	case <-time.After(min(t.hangAfter, time.Second)):
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if c.ended {
+			return <-done
+		}
+		close(c.givenUp)
+		t.hung.Add(1)
+		return errors.New("it does not answer")
+	}
+}
+
+// with runs f on a session of the pool. A session that has ended is replaced, and f run once more: whatever f makes for good, it first looks for.
+func (t *Token) with(ctx context.Context, f func(*session) error) error {
+	err := t.run(ctx, f)
+	if classify(err) == classSession {
+		err = t.run(ctx, f)
+	}
+	switch classify(err) {
+	case classSession, classDevice:
+		t.lose(err)
+	case classSuspect:
+		if s, serr := t.openSession(); serr != nil {
+			t.lose(err)
+		} else {
+			s.CloseSession(s.h)
+		}
+	}
+	if after := t.renewAfter.Load(); after > 0 && t.uses.Add(1)%after == 0 && t.renewing.TryLock() {
+		// A PIN that cannot be read any more is no reason to stop.
+		if pin, err := readPIN(t.pin); err == nil {
+			if err := t.reopen(pin); err != nil {
+				t.lose(err)
+			}
+		}
+		t.renewing.Unlock()
+	}
+	return err
+}
+
+func (t *Token) run(ctx context.Context, f func(*session) error) error {
+	cause, lost := t.latch.state()
+	if cause != nil {
+		return cause
+	}
+	var s *session
+	select {
+	case s = <-t.idle:
+	case <-lost:
+		cause, _ := t.latch.state()
+		if cause == nil { // it is back already
+			cause = ErrUnavailable
+		}
+		return cause
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	// Select picks at random: nothing is spent on a caller that has gone, or on a token that has.
+	if cause, _ := t.latch.state(); cause != nil || ctx.Err() != nil {
+		t.idle <- s
+		return errors.Join(cause, ctx.Err())
+	}
+	return t.inToken(s, f)
+}

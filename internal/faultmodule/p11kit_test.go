@@ -1,0 +1,100 @@
+package faultmodule_test
+
+import (
+	"errors"
+	"net"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+)
+
+// A remote serves a token over a socket, as p11-kit does (PKCS #11 by remote procedure calls).
+type remote struct {
+	socket, token string
+	cmd           *exec.Cmd
+}
+
+func (r *remote) start(t *testing.T) {
+	t.Helper()
+	os.Remove(r.socket)
+	r.cmd = exec.Command("p11-kit", "server", "--foreground", "--name", r.socket, "--provider", softhsmtest.ModulePath(), r.token)
+	r.cmd.Env = append(os.Environ(), "XDG_RUNTIME_DIR="+filepath.Dir(r.socket))
+	r.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // a process for each connection
+	if err := r.cmd.Start(); err != nil {
+		t.Fatalf("%v: scripts/deps.sh test installs it", err)
+	}
+	for range 500 {
+		if c, err := net.Dial("unix", r.socket); err == nil {
+			c.Close()
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Fatal("p11-kit server does not start")
+}
+
+func (r *remote) kill() {
+	syscall.Kill(-r.cmd.Process.Pid, syscall.SIGKILL)
+	r.cmd.Wait()
+}
+
+// A token in another process, whose server is killed and comes back: decryption goes on by itself. (p11-kit passes no AES wrapping, so it
+// cannot seal KMEs: it is for the outage alone.)
+func TestRemoteKilled(t *testing.T) {
+	module, err := filepath.Glob("/usr/lib/*/pkcs11/p11-kit-client.so")
+	if err != nil || len(module) != 1 {
+		t.Fatalf("p11-kit-client.so: %v, %v: scripts/deps.sh test installs it", module, err)
+	}
+	tok := softhsmtest.Token(t)
+	lot := hsmkeys.Key{Role: hsmkeys.RoleLot, Name: "L1"}
+	label, _, _ := strings.Cut(strings.TrimPrefix(tok.URI, "pkcs11:"), "?")
+	r := &remote{socket: filepath.Join(t.TempDir(), "s"), token: "pkcs11:" + label}
+	r.start(t)
+	defer func() { r.kill() }()
+	t.Setenv("P11_KIT_SERVER_ADDRESS", "unix:path="+r.socket)
+	token := must[*hsmkeys.Token](t)(hsmkeys.Open(t.Context(), "pkcs11:"+label+"?module-path="+url.PathEscape(module[0])+"&pin-source=file:"+tok.PINFile))
+	defer token.Close()
+	pub, _, err := token.EnsureLotKey(t.Context(), lot, 2048, hsmkeys.PrimesAuto)
+	if err != nil {
+		t.Fatal(err)
+	}
+	prove := func() error { return token.ProveLotKey(t.Context(), lot, pub) }
+	if err := prove(); err != nil {
+		t.Fatal(err)
+	}
+	for round := range 3 {
+		r.kill()
+		if err := prove(); err == nil {
+			t.Fatal("a token whose server was killed decrypts")
+		}
+		var worst time.Duration
+		for end := time.Now().Add(time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+			start := time.Now()
+			if err := prove(); !errors.Is(err, hsmkeys.ErrUnavailable) {
+				t.Fatalf("while it is away: %v", err)
+			}
+			worst = max(worst, time.Since(start))
+		}
+		r.start(t)
+		start := time.Now()
+		for prove() != nil {
+			if time.Since(start) > 5*time.Second {
+				t.Fatalf("it does not come back: %v", token.Health().Cause)
+			}
+			time.Sleep(time.Millisecond)
+		}
+		took := time.Since(start)
+		t.Logf("round %d: the slowest answer after %s, back after %s", round, worst.Round(time.Microsecond), took.Round(time.Millisecond))
+		if worst > 50*time.Millisecond || took > 2*time.Second {
+			t.Errorf("the slowest answer after %s, back after %s", worst, took)
+		}
+	}
+}
