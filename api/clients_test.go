@@ -13,6 +13,7 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/protobuf/reflect/protoreflect"
 
 	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
@@ -42,7 +43,7 @@ func TestWhoMayDoWhat(t *testing.T) {
 	}
 	defer store.Close()
 	clients := new(atomic.Pointer[Clients])
-	handler := NewHandler(binding.NewService(nil, store, new(binding.Lots), 1<<40, slog.New(slog.DiscardHandler)), clients, nil)
+	handler := NewHandler(binding.NewService(nil, store, new(binding.Lots), 1<<40, slog.New(slog.DiscardHandler)), clients, binding.NewMetrics(prometheus.NewRegistry()), nil, nil)
 	refused := func(method protoreflect.MethodDescriptor, imsi string) bool {
 		body := `{}`
 		if method.Input().Fields().ByName("imsi") != nil {

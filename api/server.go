@@ -7,10 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"path"
 	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect"
+	"connectrpc.com/grpchealth"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -28,10 +30,19 @@ const maxRequest = 16 << 10
 // NewHandler serves the service, and health: /healthz says that the process runs; /readyz that ready does not fail, and what
 // ready warns of: something that is away, and that the service goes on without for now.
 //
-// clients says who may call what; it is read at each request.
-func NewHandler(service *binding.Service, clients *atomic.Pointer[Clients], ready func(context.Context) (warnings []string, err error)) http.Handler {
+// clients says who may call what; it is read at each request. metrics counts the calls, and gather serves GET /metrics to monitors.
+// The gRPC health service says what /readyz says.
+func NewHandler(service *binding.Service, clients *atomic.Pointer[Clients], metrics *binding.Metrics, gather http.Handler, ready func(context.Context) (warnings []string, err error)) http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle(kmev1connect.NewKeyServiceHandler(&server{service}, connect.WithReadMaxBytes(maxRequest), connect.WithInterceptors(authorize(service))))
+	mux.Handle(kmev1connect.NewKeyServiceHandler(&server{service}, connect.WithReadMaxBytes(maxRequest), connect.WithInterceptors(measure(metrics), authorize(service))))
+	mux.Handle(grpchealth.NewHandler(checker(func(ctx context.Context) error { _, err := ready(ctx); return err })))
+	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, r *http.Request) {
+		if !clientOf(r.Context()).has(RoleMonitor) {
+			http.Error(w, "this client may not do that", http.StatusForbidden)
+			return
+		}
+		gather.ServeHTTP(w, r)
+	})
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { w.Write([]byte("ok\n")) })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
 		ctx, cancel := context.WithTimeout(r.Context(), 5*time.Second)
@@ -47,6 +58,48 @@ func NewHandler(service *binding.Service, clients *atomic.Pointer[Clients], read
 		}
 	})
 	return identify(clients, mux)
+}
+
+type checker func(context.Context) error
+
+func (c checker) Check(ctx context.Context, req *grpchealth.CheckRequest) (*grpchealth.CheckResponse, error) {
+	if req.Service != "" && req.Service != kmev1connect.KeyServiceName {
+		return nil, connect.NewError(connect.CodeNotFound, errors.New("there is no such service"))
+	}
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	if c(ctx) != nil {
+		return &grpchealth.CheckResponse{Status: grpchealth.StatusNotServing}, nil
+	}
+	return &grpchealth.CheckResponse{Status: grpchealth.StatusServing}, nil
+}
+
+// measure counts each call by what the caller was answered.
+func measure(metrics *binding.Metrics) connect.UnaryInterceptorFunc {
+	return func(next connect.UnaryFunc) connect.UnaryFunc {
+		return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
+			start := time.Now()
+			answer, err := next(ctx, req)
+			metrics.Called(path.Base(req.Spec().Procedure), reasonOf(err), time.Since(start))
+			return answer, err
+		}
+	}
+}
+
+// reasonOf is what an error that was answered says.
+func reasonOf(err error) string {
+	var e *connect.Error
+	if !errors.As(err, &e) {
+		return "OK"
+	}
+	for _, d := range e.Details() {
+		if v, verr := d.Value(); verr == nil {
+			if info, ok := v.(*errdetails.ErrorInfo); ok {
+				return info.Reason
+			}
+		}
+	}
+	return e.Code().String()
 }
 
 // authorize refuses a call that its client may not make, before anything is done for it.

@@ -17,6 +17,7 @@ import (
 	"testing"
 
 	"connectrpc.com/connect"
+	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 
 	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
@@ -108,7 +109,7 @@ func serve(t *testing.T) (*httptest.Server, *sqlstore.Store) {
 	}
 	clients := new(atomic.Pointer[Clients])
 	clients.Store(&Clients{byUID: map[int]*Client{-1: {Name: "anybody", Roles: []Role{RoleHSS, RoleAdmin, RoleMonitor}, PLMNs: []string{all}}}})
-	s := httptest.NewUnstartedServer(NewHandler(service, clients, func(ctx context.Context) ([]string, error) { return []string{"a warning"}, ready(ctx) }))
+	s := httptest.NewUnstartedServer(NewHandler(service, clients, binding.NewMetrics(prometheus.NewRegistry()), http.NotFoundHandler(), func(ctx context.Context) ([]string, error) { return []string{"a warning"}, ready(ctx) }))
 	s.EnableHTTP2 = true
 	s.StartTLS()
 	t.Cleanup(s.Close)

@@ -15,6 +15,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/kme"
@@ -36,14 +38,35 @@ type Service struct {
 	log        *slog.Logger
 	attemptTTL time.Duration
 	lots       atomic.Pointer[Lots]
+	limits     *limits
+	metrics    *Metrics
 }
 
 // NewService serves the lots given until SetLots gives it others. Decisions are logged, one line each; no line holds a
 // secret.
 func NewService(token Token, store Store, lots *Lots, attemptTTL time.Duration, log *slog.Logger) *Service {
-	s := &Service{token: token, store: store, log: log, attemptTTL: attemptTTL}
+	s := &Service{token: token, store: store, log: log, attemptTTL: attemptTTL, limits: newLimits(Limits{}), metrics: NewMetrics(prometheus.NewRegistry())}
 	s.lots.Store(lots)
 	return s
+}
+
+// Limit sets limits, and Observe where to count and measure, for the time before the first call. Without, there are none.
+func (s *Service) Limit(l Limits) { s.limits = newLimits(l) }
+
+// Observe is described at Limit.
+func (s *Service) Observe(m *Metrics) {
+	s.metrics = m
+	s.token = measured{s.token, m.hsm}
+}
+
+// enter admits a call that may reach the HSM. Work that nobody waits for is not begun: see hsmkeys.
+func (s *Service) enter() (leave func(), err error) {
+	done, ok := s.limits.enter()
+	if !ok {
+		return nil, overloaded("the service has all the work that it can do: call again later")
+	}
+	s.metrics.inFlight.Inc()
+	return func() { s.metrics.inFlight.Dec(); done() }, nil
 }
 
 // SetLots changes the lots that are served. Calls under way finish with those that they began with.
@@ -67,6 +90,11 @@ func (s *Service) PrepareVector(ctx context.Context, imsiText string, randBytes 
 	if err != nil {
 		return nil, err
 	}
+	leave, err := s.enter()
+	if err != nil {
+		return nil, s.failed(ctx, "prepare", imsi, err)
+	}
+	defer leave()
 	now := time.Now()
 	fresh := Attempt{ID: newAttemptID(), IMSI: imsi, Expires: now.Add(s.attemptTTL)}
 	// An HSS asks for several vectors at once: they share an attempt as long as it leaves a device time enough.
@@ -96,6 +124,11 @@ func (s *Service) RestoreRAND(ctx context.Context, imsiText string, randBytes []
 	if err != nil {
 		return out, err
 	}
+	leave, err := s.enter()
+	if err != nil {
+		return out, s.failed(ctx, "restore", imsi, err)
+	}
+	defer leave()
 	b, err := s.standing(ctx, imsi)
 	if err != nil {
 		return out, s.failed(ctx, "restore", imsi, fromStore(ctx, err))
@@ -132,6 +165,11 @@ func (s *Service) EstablishKME(ctx context.Context, imsiText, imeiText, attemptI
 	if err != nil {
 		return nil, refuse(Malformed, err.Error(), nil)
 	}
+	leave, err := s.enter()
+	if err != nil {
+		return nil, s.failed(ctx, "establish", imsi, err, "imei", imei)
+	}
+	defer leave()
 	e, err := s.establish(ctx, imsi, imei, attemptID, payload)
 	if err == nil && export {
 		// Only now: a KME that was not accepted, or not durably, is nobody's. It is decrypted once more, since the answer may be one
@@ -209,6 +247,9 @@ func (s *Service) accept(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, atte
 	}
 	if device.Revoked != nil {
 		return nil, deviceRevoked()
+	}
+	if !s.limits.allow(imei) {
+		return nil, overloaded("this device sends too many payloads")
 	}
 
 	opened, err := s.token.OpenPayload(ctx, lot.manifest.Suite, lot.key, lot.public, device.Key, payload)
@@ -343,6 +384,7 @@ func (s *Service) ListBindings(ctx context.Context, after, imeiText string, limi
 
 // Refused logs a refusal that was made before the service was asked.
 func (s *Service) Refused(ctx context.Context, r *Refusal, attrs ...any) {
+	s.metrics.refused(r)
 	s.log.WarnContext(ctx, "refused", append([]any{"reason", r.Reason}, attrs...)...)
 }
 
@@ -350,6 +392,7 @@ func (s *Service) Refused(ctx context.Context, r *Refusal, attrs ...any) {
 func (s *Service) failed(ctx context.Context, what string, imsi kme.IMSI, err error, more ...any) error {
 	var r *Refusal
 	if errors.As(err, &r) {
+		s.metrics.refused(r)
 		attrs := append([]any{"call", what, "imsi", imsi, "reason", r.Reason}, more...)
 		if r.Cause != nil {
 			attrs = append(attrs, "cause", r.Cause.Error())

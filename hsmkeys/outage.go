@@ -106,6 +106,9 @@ func (t *Token) Health() Health {
 // SetHangTimeout changes after how long a call is given up, for who makes no keys. It is for the time before the first call.
 func (t *Token) SetHangTimeout(d time.Duration) { t.hangAfter = d }
 
+// ObserveQueue has the wait of each call for a session reported. It is for the time before the first call.
+func (t *Token) ObserveQueue(f func(time.Duration)) { t.queued = f }
+
 // A call is one that has reached the token, or will not.
 type call struct {
 	mu      sync.Mutex
@@ -326,8 +329,12 @@ func (t *Token) run(ctx context.Context, f func(*session) error) error {
 		return cause
 	}
 	var s *session
+	start := time.Now()
 	select {
 	case s = <-t.idle:
+		if t.queued != nil {
+			t.queued(time.Since(start))
+		}
 	case <-lost:
 		cause, _ := t.latch.state()
 		if cause == nil { // it is back already

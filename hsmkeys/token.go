@@ -114,6 +114,7 @@ type Token struct {
 	renewAfter, uses atomic.Int64
 	renewing         sync.Mutex
 
+	queued         func(time.Duration) // may be nil
 	uri            *uri
 	latch          latch
 	hangAfter      time.Duration

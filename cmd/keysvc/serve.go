@@ -18,6 +18,9 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/urfave/cli/v2"
 	"go.yaml.in/yaml/v3"
 	"golang.org/x/sync/errgroup"
@@ -46,6 +49,8 @@ const configHelp = `The configuration (a relative path in it is relative to its 
     store: postgres://keysvc@db/keysvc # for several instances (default: SQLite in the state folder); password: PGPASSFILE
     attempt_ttl: 5m                    # how long a device has for EstablishKME after PrepareVector
     revocation_ttl: 1m                 # how old a list of revoked devices may be
+    calls: 64                          # that are at the HSM or wait for it; more are refused (default: 8 for each session)
+    imei_rate: 10                      # payloads a second of one device, imei_burst: 1000 at once; more are refused
     hsm_timeout: 5s                    # after which a call that hangs in the token's module is given up
     cache_mb: 64                       # memory for cached public keys
     vault: {role_id: ID, secret_id_file: FILE, secret_id_wrapped: false}   # or {cert_role: ROLE}; for directories in Vault
@@ -67,6 +72,9 @@ type config struct {
 	AttemptTTL    time.Duration `yaml:"attempt_ttl"`
 	RevocationTTL time.Duration `yaml:"revocation_ttl"`
 	HSMTimeout    time.Duration `yaml:"hsm_timeout"`
+	Calls         int           `yaml:"calls"`
+	IMEIRate      float64       `yaml:"imei_rate"`
+	IMEIBurst     int           `yaml:"imei_burst"`
 	CacheMB       int64         `yaml:"cache_mb"`
 	LogLevel      slog.Level    `yaml:"log_level"`
 	Vault         struct {
@@ -82,7 +90,7 @@ func readConfig(path string) (*config, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &config{Token: os.Getenv("KMEHSM_TOKEN"), State: "var/keysvc", AttemptTTL: 5 * time.Minute, RevocationTTL: time.Minute, HSMTimeout: 5 * time.Second, CacheMB: 64}
+	c := &config{Token: os.Getenv("KMEHSM_TOKEN"), State: "var/keysvc", AttemptTTL: 5 * time.Minute, RevocationTTL: time.Minute, HSMTimeout: 5 * time.Second, IMEIRate: 10, IMEIBurst: 1000, CacheMB: 64}
 	d := yaml.NewDecoder(bytes.NewReader(data))
 	d.KnownFields(true)
 	if err := d.Decode(c); err != nil && !errors.Is(err, io.EOF) {
@@ -103,8 +111,8 @@ func readConfig(path string) (*config, error) {
 		err = errors.New("neither listen nor socket says where to serve")
 	case c.Listen != "" && (c.TLS.Certificate == "" || c.TLS.Key == "" || c.TLS.ClientCA == ""):
 		err = errors.New("listen needs tls with certificate, key and client_ca: the service is never offered without mutual TLS")
-	case c.AttemptTTL <= 0 || c.RevocationTTL <= 0 || c.CacheMB <= 0 || c.HSMTimeout <= 0:
-		err = errors.New("attempt_ttl, revocation_ttl, hsm_timeout and cache_mb must be above zero")
+	case c.AttemptTTL <= 0 || c.RevocationTTL <= 0 || c.CacheMB <= 0 || c.HSMTimeout <= 0 || c.Calls < 0 || c.IMEIRate <= 0 || c.IMEIBurst <= 0:
+		err = errors.New("attempt_ttl, revocation_ttl, hsm_timeout, cache_mb, imei_rate and imei_burst must be above zero")
 	}
 	if err == nil {
 		_, err = knownClients(c)
@@ -200,8 +208,14 @@ func serve(c *cli.Context) error {
 		return err
 	}
 	service := binding.NewService(token, store, lots, cfg.AttemptTTL, log)
+	service.Limit(binding.Limits{Calls: cmp.Or(cfg.Calls, 8*token.Sessions()), IMEIRate: cfg.IMEIRate, IMEIBurst: cfg.IMEIBurst})
+	registry := prometheus.NewRegistry()
+	metrics := binding.NewMetrics(registry)
+	service.Observe(metrics)
+	token.ObserveQueue(metrics.Queued)
+	observeProcess(registry, token)
 	clients := new(atomic.Pointer[api.Clients])
-	handler := api.NewHandler(service, clients, func(ctx context.Context) (warnings []string, err error) {
+	handler := api.NewHandler(service, clients, metrics, promhttp.HandlerFor(registry, promhttp.HandlerOpts{}), func(ctx context.Context) (warnings []string, err error) {
 		if err = token.Ping(ctx); err == nil {
 			_, err = store.Lots(ctx)
 		}
@@ -257,6 +271,7 @@ func serve(c *cli.Context) error {
 	for i, l := range listeners {
 		addresses[i] = l.Addr().String() // with the port that port 0 became
 	}
+	go watch(ctx, token, log)
 	log.Info("serving", "token", token.String(), "ranges", lots.Len(), "addresses", addresses)
 	return run(ctx, handler, listeners, store, reload, log)
 }
@@ -264,6 +279,46 @@ func serve(c *cli.Context) error {
 // loadTLS reads certificates anew: a client without one is not served.
 func loadTLS(cfg *config) (*tls.Config, error) {
 	return cmdline.ServerTLS(cfg.TLS.Certificate, cfg.TLS.Key, cfg.TLS.ClientCA, tls.RequireAndVerifyClientCert)
+}
+
+// watch says in the log when the HSM goes, and when it is back.
+func watch(ctx context.Context, token *hsmkeys.Token, log *slog.Logger) {
+	tick := time.NewTicker(250 * time.Millisecond)
+	defer tick.Stop()
+	for up := true; ; {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		h := token.Health()
+		switch {
+		case up && h.Cause != nil:
+			log.Error("the HSM is away; it is opened again as soon as it can be", "cause", h.Cause.Error(), "hung", h.Hung)
+		case !up && h.Cause == nil:
+			log.Info("the HSM is back", "reopened", h.Reopened)
+		}
+		up = h.Cause == nil
+	}
+}
+
+// observeProcess has the token's health and the process itself in the metrics.
+func observeProcess(registry prometheus.Registerer, token *hsmkeys.Token) {
+	gauge := func(name, help string, f func(hsmkeys.Health) float64) {
+		registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 { return f(token.Health()) }))
+	}
+	gauge("kme_hsm_up", "1 while the HSM is there, 0 while calls are answered HSM_UNAVAILABLE at once.", func(h hsmkeys.Health) float64 {
+		if h.Cause != nil {
+			return 0
+		}
+		return 1
+	})
+	gauge("kme_hsm_hung_calls", "Calls that were given up in the HSM's module and have not come back.", func(h hsmkeys.Health) float64 { return float64(h.Hung) })
+	gauge("kme_hsm_sessions", "Sessions of the pool.", func(hsmkeys.Health) float64 { return float64(token.Sessions()) })
+	registry.MustRegister(
+		prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "kme_hsm_reopened_total", Help: "How often the HSM was opened again after it was away."}, func() float64 { return float64(token.Health().Reopened) }),
+		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
+	)
 }
 
 // knownClients are those of the configuration.

@@ -193,4 +193,3 @@ func TestRefusedPIN(t *testing.T) {
 		t.Fatal(err)
 	}
 }
-
