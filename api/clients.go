@@ -16,6 +16,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/kme"
 )
 
 // A Role is what a client may do.
@@ -191,5 +192,5 @@ func clientOf(ctx context.Context) *Client {
 
 // notAllowed is one answer, whatever the caller lacks.
 func notAllowed() *binding.Refusal {
-	return &binding.Refusal{Reason: binding.CallerNotAllowed, Message: "this client may not do that"}
+	return &binding.Refusal{Reason: kme.CallerNotAllowed, Message: "this client may not do that"}
 }

@@ -19,10 +19,8 @@ import (
 	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
 	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/kme"
 )
-
-// ErrorDomain is the domain of the google.rpc.ErrorInfo in every error of the service.
-const ErrorDomain = "kme"
 
 // maxRequest is above any valid request: the largest payload has 512 bytes.
 const maxRequest = 16 << 10
@@ -194,7 +192,7 @@ func (s *server) RevokeBinding(ctx context.Context, req *connect.Request[kmev1.R
 func (s *server) ListBindings(ctx context.Context, req *connect.Request[kmev1.ListBindingsRequest]) (*connect.Response[kmev1.ListBindingsResponse], error) {
 	size := min(cmp.Or(int(req.Msg.PageSize), 100), 1000)
 	if size < 1 {
-		return nil, toConnect(&binding.Refusal{Reason: binding.Malformed, Message: "the page_size is from 1 to 1000"})
+		return nil, toConnect(&binding.Refusal{Reason: kme.Malformed, Message: "the page_size is from 1 to 1000"})
 	}
 	page, err := s.service.ListBindings(ctx, req.Msg.PageToken, req.Msg.Imei, size)
 	if err != nil {
@@ -229,19 +227,19 @@ func toBinding(b *binding.Binding) *kmev1.GetBindingResponse {
 // toState relies on the names being the same in both.
 func toState(s binding.State) kmev1.State { return kmev1.State(kmev1.State_value[string(s)]) }
 
-var codes = map[binding.Reason]connect.Code{
-	binding.Malformed:            connect.CodeInvalidArgument,
-	binding.NoAttempt:            connect.CodeFailedPrecondition,
-	binding.UnknownDevice:        connect.CodeNotFound,
-	binding.RevokedDevice:        connect.CodePermissionDenied,
-	binding.OtherDevice:          connect.CodeFailedPrecondition,
-	binding.KMERejected:          connect.CodePermissionDenied,
-	binding.CallerNotAllowed:     connect.CodePermissionDenied,
-	binding.Overloaded:           connect.CodeResourceExhausted,
-	binding.NotBound:             connect.CodeFailedPrecondition,
-	binding.HSMUnavailable:       connect.CodeUnavailable,
-	binding.DirectoryUnavailable: connect.CodeUnavailable,
-	binding.StoreUnavailable:     connect.CodeUnavailable,
+var codes = map[kme.Reason]connect.Code{
+	kme.Malformed:            connect.CodeInvalidArgument,
+	kme.NoAttempt:            connect.CodeFailedPrecondition,
+	kme.UnknownDevice:        connect.CodeNotFound,
+	kme.RevokedDevice:        connect.CodePermissionDenied,
+	kme.OtherDevice:          connect.CodeFailedPrecondition,
+	kme.KMERejected:          connect.CodePermissionDenied,
+	kme.CallerNotAllowed:     connect.CodePermissionDenied,
+	kme.Overloaded:           connect.CodeResourceExhausted,
+	kme.NotBound:             connect.CodeFailedPrecondition,
+	kme.HSMUnavailable:       connect.CodeUnavailable,
+	kme.DirectoryUnavailable: connect.CodeUnavailable,
+	kme.StoreUnavailable:     connect.CodeUnavailable,
 }
 
 // toConnect tells a caller what it may know: a refusal's reason and message, never its cause.
@@ -250,7 +248,7 @@ func toConnect(err error) error {
 	switch {
 	case errors.As(err, &r):
 		e := connect.NewError(codes[r.Reason], errors.New(r.Message))
-		if d, derr := connect.NewErrorDetail(&errdetails.ErrorInfo{Reason: string(r.Reason), Domain: ErrorDomain}); derr == nil {
+		if d, derr := connect.NewErrorDetail(&errdetails.ErrorInfo{Reason: string(r.Reason), Domain: kme.ErrorDomain}); derr == nil {
 			e.AddDetail(d)
 		}
 		return e

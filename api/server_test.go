@@ -24,28 +24,29 @@ import (
 	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
+	"github.com/kmehsm/kmehsm/kme"
 )
 
 // secret stands for what a driver or a token says: it is for the log.
 const secret = "/srv/state: token serial 4711"
 
 func TestToConnect(t *testing.T) {
-	table := map[binding.Reason]struct {
+	table := map[kme.Reason]struct {
 		name string
 		code connect.Code
 	}{
-		binding.Malformed:            {"MALFORMED", connect.CodeInvalidArgument},
-		binding.NoAttempt:            {"NO_ATTEMPT", connect.CodeFailedPrecondition},
-		binding.UnknownDevice:        {"UNKNOWN_DEVICE", connect.CodeNotFound},
-		binding.RevokedDevice:        {"REVOKED_DEVICE", connect.CodePermissionDenied},
-		binding.KMERejected:          {"KME_REJECTED", connect.CodePermissionDenied},
-		binding.OtherDevice:          {"OTHER_DEVICE", connect.CodeFailedPrecondition},
-		binding.CallerNotAllowed:     {"CALLER_NOT_ALLOWED", connect.CodePermissionDenied},
-		binding.Overloaded:           {"OVERLOADED", connect.CodeResourceExhausted},
-		binding.NotBound:             {"NOT_BOUND", connect.CodeFailedPrecondition},
-		binding.HSMUnavailable:       {"HSM_UNAVAILABLE", connect.CodeUnavailable},
-		binding.DirectoryUnavailable: {"DIRECTORY_UNAVAILABLE", connect.CodeUnavailable},
-		binding.StoreUnavailable:     {"STORE_UNAVAILABLE", connect.CodeUnavailable},
+		kme.Malformed:            {"MALFORMED", connect.CodeInvalidArgument},
+		kme.NoAttempt:            {"NO_ATTEMPT", connect.CodeFailedPrecondition},
+		kme.UnknownDevice:        {"UNKNOWN_DEVICE", connect.CodeNotFound},
+		kme.RevokedDevice:        {"REVOKED_DEVICE", connect.CodePermissionDenied},
+		kme.KMERejected:          {"KME_REJECTED", connect.CodePermissionDenied},
+		kme.OtherDevice:          {"OTHER_DEVICE", connect.CodeFailedPrecondition},
+		kme.CallerNotAllowed:     {"CALLER_NOT_ALLOWED", connect.CodePermissionDenied},
+		kme.Overloaded:           {"OVERLOADED", connect.CodeResourceExhausted},
+		kme.NotBound:             {"NOT_BOUND", connect.CodeFailedPrecondition},
+		kme.HSMUnavailable:       {"HSM_UNAVAILABLE", connect.CodeUnavailable},
+		kme.DirectoryUnavailable: {"DIRECTORY_UNAVAILABLE", connect.CodeUnavailable},
+		kme.StoreUnavailable:     {"STORE_UNAVAILABLE", connect.CodeUnavailable},
 	}
 	for reason, want := range table {
 		refusal := &binding.Refusal{Reason: reason, Message: "what the caller may know", Cause: errors.New(secret)}

@@ -4,29 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
-)
 
-// A Reason is what a caller of the service may learn about a refusal.
-type Reason string
-
-const (
-	Malformed            Reason = "MALFORMED"
-	NoAttempt            Reason = "NO_ATTEMPT"
-	UnknownDevice        Reason = "UNKNOWN_DEVICE"
-	RevokedDevice        Reason = "REVOKED_DEVICE"
-	OtherDevice          Reason = "OTHER_DEVICE"
-	CallerNotAllowed     Reason = "CALLER_NOT_ALLOWED"
-	Overloaded           Reason = "OVERLOADED"
-	KMERejected          Reason = "KME_REJECTED"
-	NotBound             Reason = "NOT_BOUND"
-	HSMUnavailable       Reason = "HSM_UNAVAILABLE"
-	DirectoryUnavailable Reason = "DIRECTORY_UNAVAILABLE"
-	StoreUnavailable     Reason = "STORE_UNAVAILABLE"
+	"github.com/kmehsm/kmehsm/kme"
 )
 
 // A Refusal is an error with the reason and message that the caller gets, and the cause that only the log gets.
 type Refusal struct {
-	Reason  Reason
+	Reason  kme.Reason
 	Message string
 	Cause   error
 }
@@ -40,17 +24,17 @@ func (r *Refusal) Error() string {
 
 func (r *Refusal) Unwrap() error { return r.Cause }
 
-func refuse(reason Reason, message string, cause error) *Refusal {
+func refuse(reason kme.Reason, message string, cause error) *Refusal {
 	return &Refusal{Reason: reason, Message: message, Cause: cause}
 }
 
 func otherDevice() *Refusal {
-	return refuse(OtherDevice, "the IMSI is bound to a device: an administrator has to open provisioning first", nil)
+	return refuse(kme.OtherDevice, "the IMSI is bound to a device: an administrator has to open provisioning first", nil)
 }
 
 // rejected is the one answer to every payload whose content is not good. Only its cause differs, and that stays here.
 func rejected(cause error) *Refusal {
-	return refuse(KMERejected, "the payload was not accepted", cause)
+	return refuse(kme.KMERejected, "the payload was not accepted", cause)
 }
 
 // fromStore turns a Store's error into a refusal. It leaves the caller's own deadline and cancellation what they are.
@@ -59,9 +43,9 @@ func fromStore(ctx context.Context, err error) error {
 	case err == nil:
 		return nil
 	case errors.Is(err, ErrNotBound):
-		return refuse(NotBound, "the IMSI has no binding", nil)
+		return refuse(kme.NotBound, "the IMSI has no binding", nil)
 	case errors.Is(err, ErrNoAttempt):
-		return refuse(NoAttempt, "no such attempt is open for this IMSI", nil)
+		return refuse(kme.NoAttempt, "no such attempt is open for this IMSI", nil)
 	case errors.Is(err, ErrBound):
 		return otherDevice()
 	case errors.Is(err, ErrUsed):
@@ -69,5 +53,5 @@ func fromStore(ctx context.Context, err error) error {
 	case ctx.Err() != nil:
 		return ctx.Err()
 	}
-	return refuse(StoreUnavailable, "the database is not available", err)
+	return refuse(kme.StoreUnavailable, "the database is not available", err)
 }

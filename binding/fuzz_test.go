@@ -9,6 +9,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/kme"
 )
 
 // Whatever a caller sends, a service that has no lot accepts nothing, says why, and does not touch its token: there is
@@ -29,7 +30,7 @@ func FuzzEstablish(f *testing.F) {
 	f.Add("00101", "35209900000001", "@", []byte{0})
 	f.Add("0010100000000011", "352099000000011", "\x00", []byte{0xff})
 	f.Add("001010000000\x00", "٣٥٢٠٩٩٠", "' OR 1=1 --", []byte{1})
-	allowed := []binding.Reason{binding.Malformed, binding.NoAttempt, binding.UnknownDevice}
+	allowed := []kme.Reason{kme.Malformed, kme.NoAttempt, kme.UnknownDevice}
 	f.Fuzz(func(t *testing.T, imsi, imei, id string, payload []byte) {
 		if id == "@" { // stands for an attempt that is open
 			id = attempt

@@ -20,13 +20,13 @@ import (
 	"testing"
 
 	"connectrpc.com/connect"
+	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/kmehsm/kmehsm/api"
 	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
 	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
 	"github.com/kmehsm/kmehsm/binding"
-	"github.com/prometheus/client_golang/prometheus"
 )
 
 // anybody who reaches the socket may call everything.

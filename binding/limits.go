@@ -57,4 +57,4 @@ func (l *limits) allow(imei kme.IMEI) bool {
 	return r.Allow()
 }
 
-func overloaded(message string) *Refusal { return refuse(Overloaded, message, nil) }
+func overloaded(message string) *Refusal { return refuse(kme.Overloaded, message, nil) }

@@ -39,10 +39,10 @@ func TestOverload(t *testing.T) {
 	call := func() (accepted bool) {
 		_, err := service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, payload, false)
 		var refusal *binding.Refusal
-		if !errors.As(err, &refusal) || refusal.Reason != binding.KMERejected && refusal.Reason != binding.Overloaded {
+		if !errors.As(err, &refusal) || refusal.Reason != kme.KMERejected && refusal.Reason != kme.Overloaded {
 			t.Errorf("%v", err)
 		}
-		return refusal.Reason == binding.KMERejected
+		return refusal.Reason == kme.KMERejected
 	}
 	const span = 2 * time.Second
 	best := func() float64 {
@@ -109,9 +109,9 @@ func TestIMEIRate(t *testing.T) {
 		payload, _ := l.devices[0].payload(t)
 		payload[9] ^= 1
 		_, err := service.EstablishKME(t.Context(), imsi, l.devices[0].imei.String(), attempt, payload, false)
-		want := binding.KMERejected
+		want := kme.KMERejected
 		if i >= 3 {
-			want = binding.Overloaded
+			want = kme.Overloaded
 		}
 		checkRefused(t, "a device that sends too much", err, want, "")
 	}
@@ -180,7 +180,7 @@ func TestRefusalsTakeAsLong(t *testing.T) {
 			start := time.Now()
 			_, err := service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, o.payload, false)
 			took[o.kind] = append(took[o.kind], time.Since(start).Seconds())
-			checkRefused(t, o.kind, err, binding.KMERejected, "")
+			checkRefused(t, o.kind, err, kme.KMERejected, "")
 		}
 		worst, between := 0.0, ""
 		for i, a := range names {

@@ -50,7 +50,7 @@ func (m *Metrics) Called(method, reason string, took time.Duration) {
 
 func (m *Metrics) refused(r *Refusal) {
 	m.refusals.WithLabelValues(string(r.Reason)).Inc()
-	if r.Reason == KMERejected {
+	if r.Reason == kme.KMERejected {
 		fault := "other"
 		switch {
 		case errors.Is(r.Cause, ErrUsed):

@@ -129,17 +129,17 @@ func TestModel(t *testing.T) {
 				attempt = pool[random.IntN(len(pool))]
 			}
 			open := slices.Contains(m.attempts, attempt)
-			want := binding.Reason("")
+			want := kme.Reason("")
 			standing := m.standing()
 			again := standing != nil && standing.attempt == attempt && standing.device == s.device && bytes.Equal(standing.payload, s.payload)
 			switch {
 			case again:
 			case !open && m.pending == nil && m.active != nil && m.active.device != s.device:
-				want = binding.OtherDevice
+				want = kme.OtherDevice
 			case !open:
-				want = binding.NoAttempt
+				want = kme.NoAttempt
 			case replayed:
-				want = binding.KMERejected
+				want = kme.KMERejected
 			}
 			e, err := r.service.EstablishKME(t.Context(), m.imsi, s.device.imei.String(), attempt, s.payload, false)
 			note("established %s with attempt %q: %v, want %q", s.device.imei, attempt, err, want)
@@ -164,7 +164,7 @@ func TestModel(t *testing.T) {
 			b, err := r.service.ReportAuthentication(t.Context(), m.imsi, ok)
 			note("reported %v: %v", ok, err)
 			if m.standing() == nil {
-				checkRefused(t, "a report about nothing", err, binding.NotBound, "")
+				checkRefused(t, "a report about nothing", err, kme.NotBound, "")
 				continue
 			}
 			if m.pending != nil {
@@ -188,7 +188,7 @@ func TestModel(t *testing.T) {
 			b, err := r.service.RevokeBinding(t.Context(), m.imsi)
 			note("revoked: %v", err)
 			if m.standing() == nil && m.revoked == nil {
-				checkRefused(t, "nothing was revoked", err, binding.NotBound, "")
+				checkRefused(t, "nothing was revoked", err, kme.NotBound, "")
 				continue
 			}
 			if s := m.standing(); s != nil {
@@ -208,7 +208,7 @@ func TestModel(t *testing.T) {
 				state, of = binding.Revoked, m.revoked
 			}
 			if of == nil {
-				checkRefused(t, "an IMSI that was never bound", err, binding.NotBound, "")
+				checkRefused(t, "an IMSI that was never bound", err, kme.NotBound, "")
 				continue
 			}
 			if err != nil || b.State != state || b.IMEI != of.device.imei {
@@ -266,7 +266,7 @@ func TestModelAtOnce(t *testing.T) {
 					s := payloads[n]
 					e, err := r.service.EstablishKME(t.Context(), imsi, s.device.imei.String(), p.AttemptID, s.payload, false)
 					var refusal *binding.Refusal
-					if err != nil && (!errors.As(err, &refusal) || !slices.Contains([]binding.Reason{binding.KMERejected, binding.NoAttempt, binding.OtherDevice}, refusal.Reason)) {
+					if err != nil && (!errors.As(err, &refusal) || !slices.Contains([]kme.Reason{kme.KMERejected, kme.NoAttempt, kme.OtherDevice}, refusal.Reason)) {
 						t.Error(err)
 						return
 					}
@@ -328,7 +328,7 @@ func TestRevokedWhileBound(t *testing.T) {
 	}
 	r.readers[m.KeyID()] = m.reader(t) // one that has not cached the list
 	r.serve(t)
-	checkRefused(t, "a vector for a device that was revoked", prepare(), binding.RevokedDevice, "")
+	checkRefused(t, "a vector for a device that was revoked", prepare(), kme.RevokedDevice, "")
 	// Its lot is not served any more: what is bound stays bound.
 	r.service.SetLots(new(binding.Lots))
 	if err := prepare(); err != nil {

@@ -437,7 +437,7 @@ func (l *logBuffer) String() string {
 }
 
 // checkRefused insists on a refusal, and on its whole answer where message is not empty.
-func checkRefused(t *testing.T, what string, err error, reason binding.Reason, message string) {
+func checkRefused(t *testing.T, what string, err error, reason kme.Reason, message string) {
 	t.Helper()
 	var r *binding.Refusal
 	if !errors.As(err, &r) {

@@ -163,7 +163,7 @@ func (s *Service) EstablishKME(ctx context.Context, imsiText, imeiText, attemptI
 	}
 	imei, err := kme.ParseIMEI(imeiText)
 	if err != nil {
-		return nil, refuse(Malformed, err.Error(), nil)
+		return nil, refuse(kme.Malformed, err.Error(), nil)
 	}
 	leave, err := s.enter()
 	if err != nil {
@@ -195,7 +195,7 @@ func (s *Service) establish(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, a
 		return &Established{NWSig: b.NWSig, State: b.State}, nil
 	}
 	var r *Refusal
-	if errors.As(err, &r) && (r.Reason == NoAttempt || r.Reason == KMERejected) {
+	if errors.As(err, &r) && (r.Reason == kme.NoAttempt || r.Reason == kme.KMERejected) {
 		// The same call may have overtaken itself: then the other one's answer is this one's too. Asked for every
 		// rejected payload, used before or not, so that they all take as long.
 		if e, rerr := s.retransmitted(ctx, imsi, imei, attemptID, digest[:]); e != nil || rerr != nil {
@@ -217,11 +217,11 @@ func (s *Service) export(ctx context.Context, imei kme.IMEI, payload []byte) (se
 }
 
 func unknownDevice() *Refusal {
-	return refuse(UnknownDevice, "the IMEI is in no lot that this operator has", nil)
+	return refuse(kme.UnknownDevice, "the IMEI is in no lot that this operator has", nil)
 }
 
 func deviceRevoked() *Refusal {
-	return refuse(RevokedDevice, "the manufacturer has revoked the device", nil)
+	return refuse(kme.RevokedDevice, "the manufacturer has revoked the device", nil)
 }
 
 // accept makes the binding, durably, or refuses.
@@ -239,7 +239,7 @@ func (s *Service) accept(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, atte
 		return nil, unknownDevice()
 	}
 	if want := kme.PayloadSize(lot.public); len(payload) != want {
-		return nil, refuse(Malformed, fmt.Sprintf("a payload of this device has %d bytes, not %d", want, len(payload)), nil)
+		return nil, refuse(kme.Malformed, fmt.Sprintf("a payload of this device has %d bytes, not %d", want, len(payload)), nil)
 	}
 	device, err := lot.reader.Device(ctx, lot.manifest, imei)
 	if err != nil {
@@ -341,7 +341,7 @@ func (s *Service) OpenProvisioning(ctx context.Context, imsiText string, ttl tim
 	}
 	a, err := NewOpened(imsi, cmp.Or(ttl, time.Hour))
 	if err != nil {
-		return nil, refuse(Malformed, err.Error(), nil)
+		return nil, refuse(kme.Malformed, err.Error(), nil)
 	}
 	if err := s.store.OpenAttempt(ctx, *a); err != nil {
 		return nil, s.failed(ctx, "open", imsi, fromStore(ctx, err))
@@ -370,12 +370,12 @@ func (s *Service) ListBindings(ctx context.Context, after, imeiText string, limi
 	if imeiText != "" {
 		var err error
 		if imei, err = kme.ParseIMEI(imeiText); err != nil {
-			return nil, refuse(Malformed, err.Error(), nil)
+			return nil, refuse(kme.Malformed, err.Error(), nil)
 		}
 	}
 	if after != "" {
 		if _, err := parseIMSI(after); err != nil {
-			return nil, refuse(Malformed, "the page token is none of ours", nil)
+			return nil, refuse(kme.Malformed, "the page token is none of ours", nil)
 		}
 	}
 	all, err := s.store.Bindings(ctx, after, imei, limit)
@@ -405,7 +405,7 @@ func (s *Service) failed(ctx context.Context, what string, imsi kme.IMSI, err er
 func parseIMSI(text string) (kme.IMSI, error) {
 	imsi, err := kme.ParseIMSI(text)
 	if err != nil {
-		return imsi, refuse(Malformed, err.Error(), nil)
+		return imsi, refuse(kme.Malformed, err.Error(), nil)
 	}
 	return imsi, nil
 }
@@ -415,7 +415,7 @@ func parseVector(imsiText string, randBytes []byte) (imsi kme.IMSI, vector [hsmk
 		return imsi, vector, err
 	}
 	if len(randBytes) != len(vector) {
-		return imsi, vector, refuse(Malformed, fmt.Sprintf("a RAND has %d bytes, not %d", len(vector), len(randBytes)), nil)
+		return imsi, vector, refuse(kme.Malformed, fmt.Sprintf("a RAND has %d bytes, not %d", len(vector), len(randBytes)), nil)
 	}
 	return imsi, [hsmkeys.RANDSize]byte(randBytes), nil
 }
@@ -425,7 +425,7 @@ func fromToken(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	return refuse(HSMUnavailable, "the HSM is not available", err)
+	return refuse(kme.HSMUnavailable, "the HSM is not available", err)
 }
 
 func fromDirectory(ctx context.Context, err error) error {
@@ -433,9 +433,9 @@ func fromDirectory(ctx context.Context, err error) error {
 	case ctx.Err() != nil:
 		return ctx.Err()
 	case errors.Is(err, directory.ErrUnknownDevice):
-		return refuse(UnknownDevice, "the IMEI is not in its lot's directory", err)
+		return refuse(kme.UnknownDevice, "the IMEI is not in its lot's directory", err)
 	}
-	return refuse(DirectoryUnavailable, "the device's public key cannot be had", err)
+	return refuse(kme.DirectoryUnavailable, "the device's public key cannot be had", err)
 }
 
 func newAttemptID() string {

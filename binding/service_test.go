@@ -38,9 +38,9 @@ func TestVectors(t *testing.T) {
 			e, err := r.service.EstablishKME(t.Context(), imsi, devices[v].imei.String(), attempt, v.Payload, false)
 			switch {
 			case v.Why == "length":
-				checkRefused(t, "establish", err, binding.Malformed, "")
+				checkRefused(t, "establish", err, kme.Malformed, "")
 			case v.Expect == "reject" || v.secondOfPair():
-				checkRefused(t, "establish", err, binding.KMERejected, notAccepted)
+				checkRefused(t, "establish", err, kme.KMERejected, notAccepted)
 			case err != nil:
 				t.Error(err)
 			case !bytes.Equal(e.NWSig, v.NWSig) || e.State != binding.Pending:
@@ -99,7 +99,7 @@ func TestOneWayToReject(t *testing.T) {
 		attempt := r.attempt(t, imsi)
 		r.recorder.take()
 		_, err := r.service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, payload, false)
-		checkRefused(t, name, err, binding.KMERejected, notAccepted)
+		checkRefused(t, name, err, kme.KMERejected, notAccepted)
 		calls := r.recorder.take()
 		if n := len(slices.DeleteFunc(slices.Clone(calls), func(c string) bool { return c != "OpenPayload" })); n != 1 {
 			t.Errorf("%s: %d private-key operations, not 1", name, n)
@@ -158,34 +158,34 @@ func TestBeforeTheHSM(t *testing.T) {
 	for _, c := range []struct {
 		name, imsi, imei, attempt string
 		payload                   []byte
-		reason                    binding.Reason
+		reason                    kme.Reason
 	}{
-		{"IMSI empty", "", d.imei.String(), attempt, payload, binding.Malformed},
-		{"IMSI short", imsi[:5], d.imei.String(), attempt, payload, binding.Malformed},
-		{"IMSI long", imsi + "0", d.imei.String(), attempt, payload, binding.Malformed},
-		{"IMSI with a sign", "+" + imsi[1:], d.imei.String(), attempt, payload, binding.Malformed},
-		{"IMSI with a zero byte", imsi[:14] + "\x00", d.imei.String(), attempt, payload, binding.Malformed},
-		{"IMEI empty", imsi, "", attempt, payload, binding.Malformed},
-		{"IMEI short", imsi, d.imei.String()[1:], attempt, payload, binding.Malformed},
-		{"IMEI with the wrong check digit", imsi, "352099000000011", attempt, payload, binding.Malformed},
-		{"IMEI long", imsi, d.imei.String() + "000", attempt, payload, binding.Malformed},
-		{"payload empty", imsi, d.imei.String(), attempt, nil, binding.Malformed},
-		{"payload one byte short", imsi, d.imei.String(), attempt, payload[1:], binding.Malformed},
-		{"payload one byte long", imsi, d.imei.String(), attempt, append([]byte{0}, payload...), binding.Malformed},
-		{"no attempt", imsi, d.imei.String(), "", payload, binding.NoAttempt},
-		{"unknown attempt", imsi, d.imei.String(), attempt[1:] + "A", payload, binding.NoAttempt},
-		{"another IMSI's attempt", imsi, d.imei.String(), others, payload, binding.NoAttempt},
-		{"expired attempt", expired, d.imei.String(), "expired", payload, binding.NoAttempt},
-		{"used attempt", used, d.imei.String(), usedAttempt, payload, binding.NoAttempt},
-		{"used attempt, another device", used, d.imei.String(), usedAttempt, earlier, binding.NoAttempt},
+		{"IMSI empty", "", d.imei.String(), attempt, payload, kme.Malformed},
+		{"IMSI short", imsi[:5], d.imei.String(), attempt, payload, kme.Malformed},
+		{"IMSI long", imsi + "0", d.imei.String(), attempt, payload, kme.Malformed},
+		{"IMSI with a sign", "+" + imsi[1:], d.imei.String(), attempt, payload, kme.Malformed},
+		{"IMSI with a zero byte", imsi[:14] + "\x00", d.imei.String(), attempt, payload, kme.Malformed},
+		{"IMEI empty", imsi, "", attempt, payload, kme.Malformed},
+		{"IMEI short", imsi, d.imei.String()[1:], attempt, payload, kme.Malformed},
+		{"IMEI with the wrong check digit", imsi, "352099000000011", attempt, payload, kme.Malformed},
+		{"IMEI long", imsi, d.imei.String() + "000", attempt, payload, kme.Malformed},
+		{"payload empty", imsi, d.imei.String(), attempt, nil, kme.Malformed},
+		{"payload one byte short", imsi, d.imei.String(), attempt, payload[1:], kme.Malformed},
+		{"payload one byte long", imsi, d.imei.String(), attempt, append([]byte{0}, payload...), kme.Malformed},
+		{"no attempt", imsi, d.imei.String(), "", payload, kme.NoAttempt},
+		{"unknown attempt", imsi, d.imei.String(), attempt[1:] + "A", payload, kme.NoAttempt},
+		{"another IMSI's attempt", imsi, d.imei.String(), others, payload, kme.NoAttempt},
+		{"expired attempt", expired, d.imei.String(), "expired", payload, kme.NoAttempt},
+		{"used attempt", used, d.imei.String(), usedAttempt, payload, kme.NoAttempt},
+		{"used attempt, another device", used, d.imei.String(), usedAttempt, earlier, kme.NoAttempt},
 		// Without an attempt nobody learns which devices there are.
-		{"no attempt, unknown device", imsi, "99999999999999", "", payload, binding.NoAttempt},
-		{"no attempt, payload empty", imsi, d.imei.String(), "", nil, binding.NoAttempt},
-		{"no attempt, revoked device", imsi, l.devices[2].imei.String(), "", payload, binding.NoAttempt},
-		{"device in no lot", imsi, "35209900000006", attempt, payload, binding.UnknownDevice},
-		{"device of another TAC", imsi, "35209800000001", attempt, payload, binding.UnknownDevice},
-		{"device in no shard", imsi, unpublished.devices[0].imei.String(), attempt, payload, binding.UnknownDevice},
-		{"revoked device", imsi, l.devices[2].imei.String(), attempt, payload, binding.RevokedDevice},
+		{"no attempt, unknown device", imsi, "99999999999999", "", payload, kme.NoAttempt},
+		{"no attempt, payload empty", imsi, d.imei.String(), "", nil, kme.NoAttempt},
+		{"no attempt, revoked device", imsi, l.devices[2].imei.String(), "", payload, kme.NoAttempt},
+		{"device in no lot", imsi, "35209900000006", attempt, payload, kme.UnknownDevice},
+		{"device of another TAC", imsi, "35209800000001", attempt, payload, kme.UnknownDevice},
+		{"device in no shard", imsi, unpublished.devices[0].imei.String(), attempt, payload, kme.UnknownDevice},
+		{"revoked device", imsi, l.devices[2].imei.String(), attempt, payload, kme.RevokedDevice},
 	} {
 		_, err := r.service.EstablishKME(ctx, c.imsi, c.imei, c.attempt, c.payload, false)
 		checkRefused(t, c.name, err, c.reason, "")
@@ -219,14 +219,14 @@ func TestMalformed(t *testing.T) {
 		{"RAND long", imsi, append([]byte{0}, vector...)},
 	} {
 		_, err := r.service.PrepareVector(ctx, c.imsi, c.vector)
-		checkRefused(t, c.name+", prepare", err, binding.Malformed, "")
+		checkRefused(t, c.name+", prepare", err, kme.Malformed, "")
 		_, err = r.service.RestoreRAND(ctx, c.imsi, c.vector)
-		checkRefused(t, c.name+", restore", err, binding.Malformed, "")
+		checkRefused(t, c.name+", restore", err, kme.Malformed, "")
 	}
 	_, err := r.service.ReportAuthentication(ctx, "12a456", true)
-	checkRefused(t, "report", err, binding.Malformed, "")
+	checkRefused(t, "report", err, kme.Malformed, "")
 	_, err = r.service.GetBinding(ctx, "12a456")
-	checkRefused(t, "get", err, binding.Malformed, "")
+	checkRefused(t, "get", err, kme.Malformed, "")
 	if calls := r.recorder.take(); len(calls) > 0 {
 		t.Errorf("malformed requests made calls %q", calls)
 	}
@@ -254,7 +254,7 @@ func TestOneUse(t *testing.T) {
 		other := newIMSI()
 		attempt := r.attempt(t, other)
 		_, err := r.service.EstablishKME(ctx, other, d.imei.String(), attempt, again, false)
-		checkRefused(t, name, err, binding.KMERejected, notAccepted)
+		checkRefused(t, name, err, kme.KMERejected, notAccepted)
 		r.checkBound(t, other, false)
 	}
 	if _, err := r.service.ReportAuthentication(ctx, imsi, false); err != nil {
@@ -262,7 +262,7 @@ func TestOneUse(t *testing.T) {
 	}
 	attempt := r.attempt(t, imsi)
 	_, err := r.service.EstablishKME(ctx, imsi, d.imei.String(), attempt, payload, false)
-	checkRefused(t, "after the binding was dropped", err, binding.KMERejected, notAccepted)
+	checkRefused(t, "after the binding was dropped", err, kme.KMERejected, notAccepted)
 	// A refusal leaves the attempt open for a better payload.
 	better, _ := d.payload(t)
 	must[*binding.Established](t)(r.service.EstablishKME(ctx, imsi, d.imei.String(), attempt, better, false))
@@ -297,14 +297,14 @@ func TestRetransmission(t *testing.T) {
 	changed := slices.Clone(payload)
 	changed[len(changed)-1] ^= 1
 	_, err := call(d.imei.String(), changed)
-	checkRefused(t, "another payload", err, binding.NoAttempt, "")
+	checkRefused(t, "another payload", err, kme.NoAttempt, "")
 	_, err = call(l.devices[1].imei.String(), payload)
-	checkRefused(t, "another device", err, binding.OtherDevice, "")
+	checkRefused(t, "another device", err, kme.OtherDevice, "")
 	_, err = r.service.EstablishKME(ctx, imsi, d.imei.String(), "", payload, false)
-	checkRefused(t, "no attempt", err, binding.NoAttempt, "")
+	checkRefused(t, "no attempt", err, kme.NoAttempt, "")
 	other := newIMSI()
 	_, err = r.service.EstablishKME(ctx, other, d.imei.String(), attempt, payload, false)
-	checkRefused(t, "another subscriber", err, binding.NoAttempt, "")
+	checkRefused(t, "another subscriber", err, kme.NoAttempt, "")
 }
 
 // An MME that sends again before the first answer must not hear that the attempt is used up: the call has overtaken itself,
@@ -397,7 +397,7 @@ func TestOneKMEAtOnce(t *testing.T) {
 		if err == nil {
 			won++
 		} else {
-			checkRefused(t, "a KME in use", err, binding.KMERejected, notAccepted)
+			checkRefused(t, "a KME in use", err, kme.KMERejected, notAccepted)
 		}
 	}
 	if won != 1 {
@@ -414,12 +414,12 @@ func TestLife(t *testing.T) {
 	checkUnbound := func(when string) {
 		t.Helper()
 		_, err := r.service.GetBinding(ctx, imsi)
-		checkRefused(t, when+", get", err, binding.NotBound, "")
+		checkRefused(t, when+", get", err, kme.NotBound, "")
 		_, err = r.service.RestoreRAND(ctx, imsi, vector[:])
-		checkRefused(t, when+", restore", err, binding.NotBound, "")
+		checkRefused(t, when+", restore", err, kme.NotBound, "")
 		for _, ok := range []bool{true, false} {
 			_, err = r.service.ReportAuthentication(ctx, imsi, ok)
-			checkRefused(t, when+", report", err, binding.NotBound, "")
+			checkRefused(t, when+", report", err, kme.NotBound, "")
 		}
 		p := must[*binding.Prepared](t)(r.service.PrepareVector(ctx, imsi, vector[:]))
 		if p.RAND != vector || p.AttemptID == "" {
@@ -455,7 +455,7 @@ func TestLife(t *testing.T) {
 	}
 	checkUnbound("dropped")
 	_, err := r.service.EstablishKME(ctx, imsi, d.imei.String(), attempt, payload, false)
-	checkRefused(t, "the dropped binding's attempt", err, binding.NoAttempt, "")
+	checkRefused(t, "the dropped binding's attempt", err, kme.NoAttempt, "")
 
 	payload, p = d.payload(t)
 	must[*binding.Established](t)(r.service.EstablishKME(ctx, imsi, d.imei.String(), r.attempt(t, imsi), payload, false))
@@ -478,7 +478,7 @@ func TestAttemptExpires(t *testing.T) {
 	time.Sleep(short + 2*time.Millisecond) // stores keep milliseconds
 	payload, _ := d.payload(t)
 	_, err := r.service.EstablishKME(t.Context(), imsi, d.imei.String(), p.AttemptID, payload, false)
-	checkRefused(t, "after its time", err, binding.NoAttempt, "")
+	checkRefused(t, "after its time", err, kme.NoAttempt, "")
 	again := must[*binding.Prepared](t)(service.PrepareVector(t.Context(), imsi, make([]byte, hsmkeys.RANDSize)))
 	if again.AttemptID == "" || again.AttemptID == p.AttemptID {
 		t.Errorf("attempt %q after %q", again.AttemptID, p.AttemptID)
@@ -522,19 +522,19 @@ func TestUnavailable(t *testing.T) {
 		fails  string
 		call   call
 		imsi   string
-		reason binding.Reason
+		reason kme.Reason
 	}{
-		{"prepare", "Prepare", prepare, newIMSI(), binding.StoreUnavailable},
-		{"prepare", "EncryptRAND", prepare, bound, binding.HSMUnavailable},
-		{"restore", "Binding", restore, bound, binding.StoreUnavailable},
-		{"restore", "DecryptRAND", restore, bound, binding.HSMUnavailable},
-		{"report", "Report", report, bound, binding.StoreUnavailable},
-		{"get", "Binding", get, bound, binding.StoreUnavailable},
-		{"establish", "Binding", establish, newIMSI(), binding.StoreUnavailable},
-		{"establish", "Attempt", establish, newIMSI(), binding.StoreUnavailable},
-		{"establish", "OpenPayload", establish, newIMSI(), binding.HSMUnavailable},
-		{"establish", "Used", establish, newIMSI(), binding.StoreUnavailable},
-		{"establish", "Establish", establish, newIMSI(), binding.StoreUnavailable},
+		{"prepare", "Prepare", prepare, newIMSI(), kme.StoreUnavailable},
+		{"prepare", "EncryptRAND", prepare, bound, kme.HSMUnavailable},
+		{"restore", "Binding", restore, bound, kme.StoreUnavailable},
+		{"restore", "DecryptRAND", restore, bound, kme.HSMUnavailable},
+		{"report", "Report", report, bound, kme.StoreUnavailable},
+		{"get", "Binding", get, bound, kme.StoreUnavailable},
+		{"establish", "Binding", establish, newIMSI(), kme.StoreUnavailable},
+		{"establish", "Attempt", establish, newIMSI(), kme.StoreUnavailable},
+		{"establish", "OpenPayload", establish, newIMSI(), kme.HSMUnavailable},
+		{"establish", "Used", establish, newIMSI(), kme.StoreUnavailable},
+		{"establish", "Establish", establish, newIMSI(), kme.StoreUnavailable},
 	} {
 		name := c.name + ", when " + c.fails + " fails"
 		r.recorder.onFirst(c.fails, func() error { return secret })
@@ -568,7 +568,7 @@ func TestUnavailable(t *testing.T) {
 		r.serve(t)
 		r.recorder.take()
 		imsi := newIMSI()
-		checkRefused(t, name, establish(ctx, r, imsi), binding.DirectoryUnavailable, "")
+		checkRefused(t, name, establish(ctx, r, imsi), kme.DirectoryUnavailable, "")
 		if calls := r.recorder.takeToken(); len(calls) > 0 {
 			t.Errorf("%s: reached the HSM with %q", name, calls)
 		}
@@ -586,7 +586,7 @@ func TestUnavailable(t *testing.T) {
 	if err := r.token.RemoveLotKey(ctx, m.lotKey("L1")); err != nil {
 		t.Fatal(err)
 	}
-	checkRefused(t, "a lot key that is gone", establish(ctx, r, newIMSI()), binding.HSMUnavailable, "")
+	checkRefused(t, "a lot key that is gone", establish(ctx, r, newIMSI()), kme.HSMUnavailable, "")
 
 	last := newIMSI()
 	r.attempt(t, last)
@@ -598,7 +598,7 @@ func TestUnavailable(t *testing.T) {
 		_, err := r.service.EstablishKME(ctx, imsi, d.imei.String(), "attempt", payload, false)
 		return err
 	}} {
-		checkRefused(t, name+" on a closed database", c(ctx, r, last), binding.StoreUnavailable, "")
+		checkRefused(t, name+" on a closed database", c(ctx, r, last), kme.StoreUnavailable, "")
 	}
 }
 
@@ -690,7 +690,7 @@ func TestTwoManufacturers(t *testing.T) {
 	payload, _ := first.devices[0].payload(t)
 	imsi := newIMSI()
 	_, err := r.service.EstablishKME(t.Context(), imsi, first.devices[1].imei.String(), r.attempt(t, imsi), payload, false)
-	checkRefused(t, "another device's payload", err, binding.KMERejected, notAccepted)
+	checkRefused(t, "another device's payload", err, kme.KMERejected, notAccepted)
 
 	manifest, dev, err := must[*binding.Lots](t)(binding.NewLots(lots, r.readers)).Device(t.Context(), second.devices[0].imei)
 	if err != nil || manifest.Manufacturer != m.KeyID() || !reflect.DeepEqual(dev.Key, second.devices[0].signer.Public()) {

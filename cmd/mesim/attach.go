@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"crypto/aes"
 	"crypto/rand"
@@ -11,8 +10,6 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"net"
-	"net/http"
 	"os"
 	"slices"
 	"strconv"
@@ -21,13 +18,10 @@ import (
 	"sync/atomic"
 	"time"
 
-	"connectrpc.com/connect"
 	"github.com/urfave/cli/v2"
-	"google.golang.org/genproto/googleapis/rpc/errdetails"
 
-	"github.com/kmehsm/kmehsm/api"
 	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
-	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
+	"github.com/kmehsm/kmehsm/client"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -44,19 +38,12 @@ func (t tamper) check() error {
 	return fmt.Errorf("--tamper is one of %v, not %q", tampers, string(t))
 }
 
-// dial makes the client that the simulated MME and HSS use.
-func dial(c *cli.Context) (kmev1connect.KeyServiceClient, error) {
-	transport := &http.Transport{ForceAttemptHTTP2: true, MaxIdleConnsPerHost: c.Int("concurrency")}
-	url := c.String("server")
-	if path, ok := strings.CutPrefix(url, "unix:"); ok {
-		path = strings.TrimPrefix(path, "//")
-		transport.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "unix", path)
-		}
-		url = "http://keysvc"
-	} else {
-		if !strings.HasPrefix(url, "https://") {
-			return nil, cmdline.Usagef("--server is https://HOST:PORT or unix:/path, not %q", url)
+// dial makes the client that the simulated MME and HSS use. It tries once: every refusal counts.
+func dial(c *cli.Context) (*client.Client, error) {
+	o := client.Options{URL: c.String("server"), Timeout: 30 * time.Second, Tries: 1}
+	if !strings.HasPrefix(o.URL, "unix:") {
+		if !strings.HasPrefix(o.URL, "https://") {
+			return nil, cmdline.Usagef("--server is https://HOST:PORT or unix:/path, not %q", o.URL)
 		}
 		if err := cmdline.Require(c, "cert", "key", "ca"); err != nil {
 			return nil, err
@@ -73,9 +60,9 @@ func dial(c *cli.Context) (kmev1connect.KeyServiceClient, error) {
 		if !pool.AppendCertsFromPEM(pem) {
 			return nil, fmt.Errorf("%s holds no certificate", c.String("ca"))
 		}
-		transport.TLSClientConfig = &tls.Config{MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{cert}, RootCAs: pool}
+		o.TLS = &tls.Config{MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{cert}, RootCAs: pool}
 	}
-	return kmev1connect.NewKeyServiceClient(&http.Client{Transport: transport, Timeout: 30 * time.Second}, url), nil
+	return client.New(o)
 }
 
 type attachResult struct {
@@ -88,7 +75,7 @@ type attachResult struct {
 
 // An attachRun attaches devices.
 type attachRun struct {
-	client      kmev1connect.KeyServiceClient
+	client      *client.Client
 	kind        tamper
 	firstIMSI   kme.IMSI
 	firstDevice int
@@ -146,15 +133,9 @@ func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 
 
 // reasonOf is the service's reason for a refusal; empty for any other error.
 func reasonOf(err error) string {
-	var e *connect.Error
+	var e *client.Error
 	if errors.As(err, &e) {
-		for _, d := range e.Details() {
-			if v, derr := d.Value(); derr == nil {
-				if info, ok := v.(*errdetails.ErrorInfo); ok && info.Domain == api.ErrorDomain {
-					return info.Reason
-				}
-			}
-		}
+		return string(e.Reason)
 	}
 	return ""
 }
@@ -213,22 +194,20 @@ func (r *attachRun) messageOf(i int) (*message, error) {
 }
 
 // play is the flow of TR 33.868 as HSS, MME and device see it.
-func (r *attachRun) play(ctx context.Context, imsi string, imei kme.IMEI, m *message) error {
+func (r *attachRun) play(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, m *message) error {
 	random := newRAND()
-	prepared, err := r.client.PrepareVector(ctx, connect.NewRequest(&kmev1.PrepareVectorRequest{Imsi: imsi, Rand: random}))
+	prepared, err := r.client.PrepareVector(ctx, imsi, random)
 	if err != nil {
 		return err
 	}
-	if prepared.Msg.Control != kmev1.Control_PROVISIONING_ONLY {
+	if prepared.AttemptID == "" {
 		return fmt.Errorf("IMSI %s is bound already: choose others with --first-imsi", imsi)
 	}
-	if !bytes.Equal(prepared.Msg.Rand, random) {
+	if prepared.RAND != random {
 		return errors.New("the RAND of an IMSI without a binding came back changed")
 	}
 	start := time.Now()
-	established, err := r.client.EstablishKME(ctx, connect.NewRequest(&kmev1.EstablishKMERequest{
-		Imsi: imsi, Imei: imei.String(), AttemptId: prepared.Msg.AttemptId, Payload: m.payload,
-	}))
+	established, err := r.client.EstablishKME(ctx, imsi, imei, prepared.AttemptID, m.payload)
 	r.mu.Lock()
 	r.times = append(r.times, time.Since(start))
 	r.mu.Unlock()
@@ -236,53 +215,52 @@ func (r *attachRun) play(ctx context.Context, imsi string, imei kme.IMEI, m *mes
 		return err
 	}
 	want := m.plain.NWSig()
-	if subtle.ConstantTimeCompare(established.Msg.NwSig, want[:]) != 1 {
+	if subtle.ConstantTimeCompare(established.NWSig[:], want[:]) != 1 {
 		return errors.New("NW_SIG is not SHA-256(KME || RME): the network does not have the KME")
 	}
 
 	// The device activates the KME and gets a pre-processed vector: both sides hold one KME, or the RAND is lost.
 	random = newRAND()
-	if prepared, err = r.client.PrepareVector(ctx, connect.NewRequest(&kmev1.PrepareVectorRequest{Imsi: imsi, Rand: random})); err != nil {
+	if prepared, err = r.client.PrepareVector(ctx, imsi, random); err != nil {
 		return err
 	}
-	if prepared.Msg.Control != kmev1.Control_PREPROCESSED || len(prepared.Msg.Rand) != aes.BlockSize {
+	if prepared.AttemptID != "" {
 		return errors.New("the vector after NW_SIG is not pre-processed")
 	}
 	block, err := aes.NewCipher(m.plain.KME.Bytes())
 	if err != nil {
 		return err
 	}
-	got := make([]byte, aes.BlockSize)
-	block.Decrypt(got, prepared.Msg.Rand)
-	if !bytes.Equal(got, random) {
+	var got [aes.BlockSize]byte
+	block.Decrypt(got[:], prepared.RAND[:])
+	if got != random {
 		return errors.New("the pre-processed RAND does not decrypt under the device's KME")
 	}
-	reported, err := r.client.ReportAuthentication(ctx, connect.NewRequest(&kmev1.ReportAuthenticationRequest{Imsi: imsi, Ok: true}))
+	state, err := r.client.ReportAuthentication(ctx, imsi, true)
 	if err != nil {
 		return err
 	}
-	if reported.Msg.State != kmev1.State_ACTIVE {
-		return fmt.Errorf("after a successful authentication the binding is %v, not ACTIVE", reported.Msg.State)
+	if state != kmev1.State_ACTIVE {
+		return fmt.Errorf("after a successful authentication the binding is %v, not ACTIVE", state)
 	}
 	return nil
 }
 
-func newRAND() []byte {
-	b := make([]byte, aes.BlockSize)
-	rand.Read(b)
+func newRAND() (b [aes.BlockSize]byte) {
+	rand.Read(b[:])
 	return b
 }
 
 // imsiPlus counts on from an IMSI, in as many digits.
-func imsiPlus(first kme.IMSI, n int) (string, error) {
+func imsiPlus(first kme.IMSI, n int) (kme.IMSI, error) {
 	digits := first.String()
 	v, err := strconv.ParseUint(digits, 10, 64)
 	if err != nil {
-		return "", err
+		return first, err
 	}
 	s := fmt.Sprintf("%0*d", len(digits), v+uint64(n))
 	if len(s) > len(digits) {
-		return "", fmt.Errorf("there is no IMSI %d after %s", n, digits)
+		return first, fmt.Errorf("there is no IMSI %d after %s", n, digits)
 	}
-	return s, nil
+	return kme.ParseIMSI(s)
 }

@@ -8,6 +8,7 @@ import (
 	"context"
 	"crypto"
 	"database/sql"
+	_ "embed"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -18,8 +19,6 @@ import (
 	"time"
 
 	"github.com/mattn/go-sqlite3"
-
-	_ "embed"
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/factory"

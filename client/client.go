@@ -1,0 +1,216 @@
+// Package client calls kme.v1.KeyService, for an HSS written in Go.
+package client
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
+	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// An Error is a refusal of the service. errors.Is(err, client.Reason(kme.KMERejected)) asks for one.
+type Error struct {
+	Reason  kme.Reason
+	Message string
+}
+
+func (e *Error) Error() string { return fmt.Sprintf("%s: %s", e.Reason, e.Message) }
+
+// Is says whether two errors have one reason.
+func (e *Error) Is(target error) bool {
+	t, ok := target.(*Error)
+	return ok && t.Reason == e.Reason
+}
+
+// Reason is an error to compare with, by errors.Is.
+func Reason(r kme.Reason) error { return &Error{Reason: r} }
+
+// Temporary says whether the same call may be answered otherwise later.
+func (e *Error) Temporary() bool {
+	switch e.Reason {
+	case kme.Overloaded, kme.HSMUnavailable, kme.DirectoryUnavailable, kme.StoreUnavailable:
+		return true
+	}
+	return false
+}
+
+// Options are a Client's.
+type Options struct {
+	URL     string        // https://HOST:PORT, or unix:PATH
+	TLS     *tls.Config   // for https: the service's CA, and the client's certificate
+	Timeout time.Duration // of a call with all its tries, 5 seconds if 0; a deadline of the call's context counts too
+	Tries   int           // of a call that may be repeated, 3 if 0
+}
+
+// A Client may be used concurrently. A context's deadline goes with the call: the service does no work for who has gone.
+//
+// Calls that give the same answer however often they are made are made again, with a pause, when the service cannot be reached or says that it may
+// answer later: all but OpenProvisioning and a report of a failed authentication.
+type Client struct {
+	service kmev1connect.KeyServiceClient
+	http    *http.Client
+	timeout time.Duration
+	tries   int
+}
+
+// New makes a client. It does not connect yet.
+func New(o Options) (*Client, error) {
+	protocols := new(http.Protocols)
+	transport := &http.Transport{Protocols: protocols, TLSClientConfig: o.TLS, MaxIdleConnsPerHost: 16, IdleConnTimeout: time.Minute}
+	base := o.URL
+	if path, ok := strings.CutPrefix(o.URL, "unix:"); ok && path != "" {
+		path = strings.TrimPrefix(path, "//")
+		protocols.SetUnencryptedHTTP2(true)
+		transport.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", path)
+		}
+		base = "http://keysvc"
+	} else {
+		protocols.SetHTTP2(true)
+		if u, err := url.Parse(o.URL); err != nil || u.Scheme != "https" || u.Host == "" {
+			return nil, fmt.Errorf("the service's address is https://HOST:PORT or unix:PATH, not %q", o.URL)
+		}
+		if o.TLS == nil || len(o.TLS.Certificates) == 0 && o.TLS.GetClientCertificate == nil {
+			return nil, errors.New("the service wants a client certificate: TLS has none")
+		}
+	}
+	c := &Client{http: &http.Client{Transport: transport}, timeout: o.Timeout, tries: o.Tries}
+	if c.timeout == 0 {
+		c.timeout = 5 * time.Second
+	}
+	if c.tries == 0 {
+		c.tries = 3
+	}
+	c.service = kmev1connect.NewKeyServiceClient(c.http, base)
+	return c, nil
+}
+
+// Close closes idle connections.
+func (c *Client) Close() { c.http.CloseIdleConnections() }
+
+// A Vector is what PrepareVector answers.
+type Vector struct {
+	RAND      [16]byte // to send
+	AttemptID string   // not empty: let the device in for provisioning only, and give this with its payload
+}
+
+// PrepareVector is called for every authentication vector.
+func (c *Client) PrepareVector(ctx context.Context, imsi kme.IMSI, rand [16]byte) (v Vector, err error) {
+	answer, err := call(ctx, c, true, c.service.PrepareVector, &kmev1.PrepareVectorRequest{Imsi: imsi.String(), Rand: rand[:]})
+	if err != nil {
+		return v, err
+	}
+	v.AttemptID = answer.AttemptId
+	return v, fill(v.RAND[:], answer.Rand)
+}
+
+// An Establishment is what EstablishKME answers.
+type Establishment struct {
+	NWSig [32]byte
+	State kmev1.State
+	KME   kme.Secret // zero but for a client with the role kme-export
+}
+
+// EstablishKME is called with the payload that a device has sent.
+func (c *Client) EstablishKME(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, attemptID string, payload []byte) (e Establishment, err error) {
+	answer, err := call(ctx, c, true, c.service.EstablishKME, &kmev1.EstablishKMERequest{Imsi: imsi.String(), Imei: imei.String(), AttemptId: attemptID, Payload: payload})
+	if err != nil {
+		return e, err
+	}
+	e.State = answer.State
+	if len(answer.Kme) > 0 {
+		e.KME, err = kme.NewSecret(answer.Kme)
+		clear(answer.Kme)
+	}
+	return e, errors.Join(err, fill(e.NWSig[:], answer.NwSig))
+}
+
+// ReportAuthentication is called when AKA with a pre-processed vector has ended. It gives the state of the binding that stands then.
+func (c *Client) ReportAuthentication(ctx context.Context, imsi kme.IMSI, ok bool) (kmev1.State, error) {
+	// A second report of a failure could be about the binding that stood before.
+	answer, err := call(ctx, c, ok, c.service.ReportAuthentication, &kmev1.ReportAuthenticationRequest{Imsi: imsi.String(), Ok: ok})
+	return answer.GetState(), err
+}
+
+// RestoreRAND gives the RAND before PrepareVector, when a SIM asks for resynchronisation.
+func (c *Client) RestoreRAND(ctx context.Context, imsi kme.IMSI, rand [16]byte) (out [16]byte, err error) {
+	answer, err := call(ctx, c, true, c.service.RestoreRAND, &kmev1.RestoreRANDRequest{Imsi: imsi.String(), Rand: rand[:]})
+	if err != nil {
+		return out, err
+	}
+	return out, fill(out[:], answer.Rand)
+}
+
+// GetBinding tells what an IMSI is bound to.
+func (c *Client) GetBinding(ctx context.Context, imsi kme.IMSI) (*kmev1.GetBindingResponse, error) {
+	return call(ctx, c, true, c.service.GetBinding, &kmev1.GetBindingRequest{Imsi: imsi.String()})
+}
+
+// OpenProvisioning lets an IMSI be bound to another device.
+func (c *Client) OpenProvisioning(ctx context.Context, imsi kme.IMSI, ttl time.Duration) (*kmev1.OpenProvisioningResponse, error) {
+	return call(ctx, c, false, c.service.OpenProvisioning, &kmev1.OpenProvisioningRequest{Imsi: imsi.String(), Ttl: durationpb.New(ttl)})
+}
+
+// RevokeBinding ends an IMSI's bindings.
+func (c *Client) RevokeBinding(ctx context.Context, imsi kme.IMSI) (*kmev1.GetBindingResponse, error) {
+	return call(ctx, c, true, c.service.RevokeBinding, &kmev1.RevokeBindingRequest{Imsi: imsi.String()})
+}
+
+func fill(to, from []byte) error {
+	if copy(to, from) != len(to) || len(from) != len(to) {
+		return fmt.Errorf("the service has answered %d bytes, not %d", len(from), len(to))
+	}
+	return nil
+}
+
+// call makes a call, again if it may be.
+func call[Q, A any](ctx context.Context, c *Client, again bool, method func(context.Context, *connect.Request[Q]) (*connect.Response[A], error), q *Q) (*A, error) {
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
+	defer cancel()
+	for try, pause := 1, 20*time.Millisecond; ; try, pause = try+1, 4*pause {
+		answer, err := method(ctx, connect.NewRequest(q))
+		if err == nil {
+			return answer.Msg, nil
+		}
+		err, temporary := explain(err)
+		if !again || !temporary || try >= c.tries {
+			return nil, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, err
+		case <-time.After(pause/2 + rand.N(pause)):
+		}
+	}
+}
+
+// explain gives the error that a caller sees, and whether the call may be made again.
+func explain(err error) (error, bool) {
+	var e *connect.Error
+	if !errors.As(err, &e) {
+		return err, false
+	}
+	for _, d := range e.Details() {
+		if v, verr := d.Value(); verr == nil {
+			if info, ok := v.(*errdetails.ErrorInfo); ok && info.Domain == kme.ErrorDomain {
+				refusal := &Error{kme.Reason(info.Reason), e.Message()}
+				return refusal, refusal.Temporary()
+			}
+		}
+	}
+	return err, e.Code() == connect.CodeUnavailable // it could not be reached
+}

@@ -1,0 +1,235 @@
+package client_test
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/kmehsm/kmehsm/api"
+	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore"
+	"github.com/kmehsm/kmehsm/client"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// serve serves a service with a real store and no token on a socket; before may answer in its place. (mesim attaches through this client to all
+// of it, in the scripts of package cmd.)
+func serve(before func(w http.ResponseWriter, r *http.Request) (answered bool)) (url string, close func(), err error) {
+	dir, err := os.MkdirTemp("", "client-")
+	if err != nil {
+		return "", nil, err
+	}
+	store, err := sqlstore.Open(context.Background(), sqlstore.InFolder(dir))
+	if err != nil {
+		return "", nil, err
+	}
+	own := os.Getuid()
+	known, err := api.NewClients([]api.Client{{Name: "test", UID: &own, Roles: []api.Role{api.RoleHSS, api.RoleAdmin}, PLMNs: []string{"00101"}}})
+	if err != nil {
+		return "", nil, err
+	}
+	clients := new(atomic.Pointer[api.Clients])
+	clients.Store(known)
+	service := binding.NewService(nil, store, new(binding.Lots), time.Minute, slog.New(slog.DiscardHandler))
+	handler := api.NewHandler(service, clients, binding.NewMetrics(prometheus.NewRegistry()), http.NotFoundHandler(), func(context.Context) ([]string, error) { return nil, nil })
+	path := filepath.Join(dir, "s")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return "", nil, err
+	}
+	protocols := new(http.Protocols)
+	protocols.SetUnencryptedHTTP2(true)
+	server := &http.Server{Protocols: protocols, ConnContext: api.ConnContext, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if before == nil || !before(w, r) {
+			handler.ServeHTTP(w, r)
+		}
+	})}
+	go server.Serve(l)
+	return "unix:" + path, func() { server.Close(); store.Close(); os.RemoveAll(dir) }, nil
+}
+
+// An HSS asks for a vector, and finds that the subscription has no KME yet.
+func Example() {
+	url, stop, err := serve(nil)
+	if err != nil {
+		panic(err)
+	}
+	defer stop()
+
+	c, err := client.New(client.Options{URL: url}) // or https://HOST:PORT, with TLS
+	if err != nil {
+		panic(err)
+	}
+	defer c.Close()
+	imsi, err := kme.ParseIMSI("001010123456789")
+	if err != nil {
+		panic(err)
+	}
+	vector, err := c.PrepareVector(context.Background(), imsi, [16]byte{1, 2, 3})
+	if err != nil {
+		panic(err)
+	}
+	fmt.Println("provisioning only:", vector.AttemptID != "")
+
+	imei, err := kme.ParseIMEI("35209900000001")
+	if err != nil {
+		panic(err)
+	}
+	_, err = c.EstablishKME(context.Background(), imsi, imei, vector.AttemptID, make([]byte, 256))
+	fmt.Println("a device of no lot:", errors.Is(err, client.Reason(kme.UnknownDevice)))
+	// Output:
+	// provisioning only: true
+	// a device of no lot: true
+}
+
+func open(t *testing.T, o client.Options, before func(http.ResponseWriter, *http.Request) bool) *client.Client {
+	t.Helper()
+	url, stop, err := serve(before)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(stop)
+	o.URL = url
+	c, err := client.New(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.Close)
+	return c
+}
+
+func imsi(t *testing.T, s string) kme.IMSI {
+	t.Helper()
+	i, err := kme.ParseIMSI(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return i
+}
+
+func TestCalls(t *testing.T) {
+	c := open(t, client.Options{}, nil)
+	ctx, one := t.Context(), imsi(t, "001010123456789")
+	is := func(err error, reason kme.Reason) {
+		t.Helper()
+		if !errors.Is(err, client.Reason(reason)) || errors.Is(err, client.Reason("OTHER")) {
+			t.Errorf("%v, want %s", err, reason)
+		}
+	}
+	_, err := c.GetBinding(ctx, one)
+	is(err, kme.NotBound)
+	_, err = c.RestoreRAND(ctx, one, [16]byte{})
+	is(err, kme.NotBound)
+	_, err = c.RevokeBinding(ctx, one)
+	is(err, kme.NotBound)
+	state, err := c.ReportAuthentication(ctx, one, true)
+	is(err, kme.NotBound)
+	if state != kmev1.State_STATE_UNSPECIFIED {
+		t.Error(state)
+	}
+	_, err = c.PrepareVector(ctx, imsi(t, "001020123456789"), [16]byte{})
+	is(err, kme.CallerNotAllowed)
+	opened, err := c.OpenProvisioning(ctx, one, time.Minute)
+	if err != nil || opened.AttemptId == "" || time.Until(opened.ExpiresAt.AsTime()) < 50*time.Second {
+		t.Errorf("%v, %v", opened, err)
+	}
+	rand := [16]byte{9: 9}
+	if v, err := c.PrepareVector(ctx, one, rand); err != nil || v.RAND != rand || v.AttemptID != opened.AttemptId {
+		t.Errorf("%+v, %v", v, err)
+	}
+}
+
+// Calls are made again where that is safe, and only then.
+func TestRetries(t *testing.T) {
+	unavailable := `{"code":"unavailable","message":"m"}`
+	for _, c := range []struct {
+		name  string
+		call  func(ctx context.Context, c *client.Client, i kme.IMSI) error
+		times int64
+	}{
+		{"PrepareVector", func(ctx context.Context, c *client.Client, i kme.IMSI) error {
+			_, err := c.PrepareVector(ctx, i, [16]byte{})
+			return err
+		}, 3},
+		{"report ok", func(ctx context.Context, c *client.Client, i kme.IMSI) error {
+			_, err := c.ReportAuthentication(ctx, i, true)
+			return err
+		}, 3},
+		{"report not ok", func(ctx context.Context, c *client.Client, i kme.IMSI) error {
+			_, err := c.ReportAuthentication(ctx, i, false)
+			return err
+		}, 1},
+		{"OpenProvisioning", func(ctx context.Context, c *client.Client, i kme.IMSI) error {
+			_, err := c.OpenProvisioning(ctx, i, time.Minute)
+			return err
+		}, 1},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			var n atomic.Int64
+			client := open(t, client.Options{}, func(w http.ResponseWriter, _ *http.Request) bool {
+				n.Add(1)
+				w.Header().Set("Content-Type", "application/json")
+				w.WriteHeader(http.StatusServiceUnavailable)
+				w.Write([]byte(unavailable))
+				return true
+			})
+			if err := c.call(t.Context(), client, imsi(t, "001010123456789")); err == nil || n.Load() != c.times {
+				t.Errorf("%v after %d calls, want %d", err, n.Load(), c.times)
+			}
+		})
+	}
+	// The third try is answered.
+	var n atomic.Int64
+	c := open(t, client.Options{}, func(w http.ResponseWriter, _ *http.Request) bool {
+		if n.Add(1) == 3 {
+			return false
+		}
+		w.WriteHeader(http.StatusServiceUnavailable)
+		return true
+	})
+	if v, err := c.PrepareVector(t.Context(), imsi(t, "001010123456789"), [16]byte{}); err != nil || v.AttemptID == "" {
+		t.Errorf("%+v, %v", v, err)
+	}
+	// No call is longer than its time-out, nor than its context's deadline, and the service learns of it.
+	deadline := make(chan bool, 8)
+	c = open(t, client.Options{Timeout: 200 * time.Millisecond}, func(_ http.ResponseWriter, r *http.Request) bool {
+		deadline <- r.Header.Get("Connect-Timeout-Ms") != ""
+		<-r.Context().Done()
+		return true
+	})
+	start := time.Now()
+	if _, err := c.GetBinding(t.Context(), imsi(t, "001010123456789")); err == nil || time.Since(start) > 2*time.Second || !<-deadline {
+		t.Errorf("%v after %s", err, time.Since(start))
+	}
+}
+
+func TestNewRefuses(t *testing.T) {
+	certificate := &tls.Config{Certificates: make([]tls.Certificate, 1)}
+	for want, o := range map[string]client.Options{
+		"unix:PATH, not \"\"":  {},
+		"not \"http://x\"":     {URL: "http://x", TLS: certificate},
+		"not \"https://\"":     {URL: "https://", TLS: certificate},
+		"not \"unix:\"":        {URL: "unix:"},
+		"a client certificate": {URL: "https://x"},
+	} {
+		if _, err := client.New(o); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%+v: %v does not say %q", o, err, want)
+		}
+	}
+	if _, err := client.New(client.Options{URL: "https://x:1", TLS: certificate}); err != nil {
+		t.Error(err)
+	}
+}
