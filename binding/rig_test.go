@@ -35,7 +35,12 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-func TestMain(m *testing.M) { softhsmtest.Main(m, 28) }
+func TestMain(m *testing.M) {
+	if os.Getenv(childArgs) != "" { // its tokens are those of the process that began it
+		os.Exit(m.Run())
+	}
+	softhsmtest.Main(m, 36)
+}
 
 const (
 	operator = "op"
@@ -55,6 +60,7 @@ func must[T any](t testing.TB) func(T, error) T {
 // A rig is an operator: a real token and a real database, and a recorder between them and the service.
 type rig struct {
 	token    *hsmkeys.Token
+	tokenURI string
 	store    *sqlstore.Store
 	recorder *recorder
 	log      *logBuffer
@@ -65,14 +71,15 @@ type rig struct {
 func newRig(t *testing.T) *rig {
 	t.Helper()
 	ctx := t.Context()
-	token := must[*hsmkeys.Token](t)(hsmkeys.Open(ctx, softhsmtest.Token(t).URI))
+	tok := softhsmtest.Token(t)
+	token := must[*hsmkeys.Token](t)(hsmkeys.Open(ctx, tok.URI))
 	t.Cleanup(func() { token.Close() })
 	must[bool](t)(token.EnsureStorageKey(ctx))
 	must[bool](t)(token.EnsureLedgerKey(ctx))
 	must[bool](t)(token.EnsureTransportKey(ctx))
 	store := must[*sqlstore.Store](t)(sqlstore.Open(ctx, sqlstore.InFolder(t.TempDir())))
 	t.Cleanup(func() { store.Close() })
-	r := &rig{token: token, store: store, log: new(logBuffer), readers: map[string]*directory.Reader{}}
+	r := &rig{token: token, tokenURI: tok.URI, store: store, log: new(logBuffer), readers: map[string]*directory.Reader{}}
 	r.recorder = &recorder{token: token, store: store}
 	r.service = binding.NewService(r.recorder, r.recorder, new(binding.Lots), ttl, slog.New(slog.NewJSONHandler(r.log, nil)))
 	return r

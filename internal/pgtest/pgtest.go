@@ -24,6 +24,7 @@ import (
 type Server struct {
 	dir, port string
 	cmd       *exec.Cmd
+	ended     chan struct{} // closed when cmd has
 	databases atomic.Int64
 }
 
@@ -63,11 +64,6 @@ func (s *Server) Run(t testing.TB) {
 		t.Fatal(err)
 	}
 	defer log.Close()
-	s.cmd = s.command(t, "postgres", "-D", s.dir, "-p", s.port, "-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-c", "max_connections=200")
-	s.cmd.Stdout, s.cmd.Stderr = log, log
-	if err := s.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
 	db, err := sql.Open("pgx", s.url("postgres"))
 	if err != nil {
 		t.Fatal(err)
@@ -75,19 +71,39 @@ func (s *Server) Run(t testing.TB) {
 	defer db.Close()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	for db.PingContext(ctx) != nil {
+	for s.cmd = nil; ; time.Sleep(20 * time.Millisecond) {
+		if s.cmd == nil || !s.alive() { // after Kill its children end a little later, and until then it does not start
+			s.cmd = s.command(t, "postgres", "-D", s.dir, "-p", s.port, "-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-c", "max_connections=200")
+			s.cmd.Stdout, s.cmd.Stderr = log, log
+			if err := s.cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			s.ended = make(chan struct{})
+			go func(cmd *exec.Cmd, ended chan struct{}) { cmd.Wait(); close(ended) }(s.cmd, s.ended)
+		}
+		if db.PingContext(ctx) == nil {
+			return
+		}
 		if ctx.Err() != nil {
 			out, _ := os.ReadFile(filepath.Join(s.dir, "log"))
 			t.Fatalf("PostgreSQL does not start:\n%s", out)
 		}
-		time.Sleep(20 * time.Millisecond)
 	}
 }
 
-// Kill ends the server and all its processes at once, as kill -9 does.
+func (s *Server) alive() bool {
+	select {
+	case <-s.ended:
+		return false
+	default:
+		return true
+	}
+}
+
+// Kill ends the server at once, as kill -9 does; its processes end when they see it.
 func (s *Server) Kill() {
 	syscall.Kill(-s.cmd.Process.Pid, syscall.SIGKILL)
-	s.cmd.Wait()
+	<-s.ended
 }
 
 // Database makes an empty database, and gives its connection string.

@@ -1,0 +1,196 @@
+package binding_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/kmehsm/kmehsm/api"
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore"
+	"github.com/kmehsm/kmehsm/client"
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/pgtest"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// childArgs has what the service process of TestKilled serves: token, store, folder of the directory, socket.
+const childArgs = "KMEHSM_TEST_CHILD"
+
+// serveChild is the service as a process that can be killed.
+func serveChild(t *testing.T, args []string) {
+	token := must[*hsmkeys.Token](t)(hsmkeys.Open(t.Context(), args[0]))
+	store := must[*sqlstore.Store](t)(sqlstore.Open(t.Context(), args[1]))
+	files := must[*directory.FileStore](t)(directory.OpenFileStore(args[2]))
+	readers := map[string]*directory.Reader{}
+	for _, m := range must[[]*binding.Manufacturer](t)(store.Manufacturers(t.Context())) {
+		readers[m.KeyID] = directory.NewReader(files, must[*directory.Verifier](t)(directory.ParseVerifier([]byte(m.PEM))), directory.ReaderOptions{})
+	}
+	lots := must[*binding.Lots](t)(binding.NewLots(must[[]*binding.Lot](t)(store.Lots(t.Context())), readers))
+	service := binding.NewService(token, store, lots, time.Hour, slog.New(slog.DiscardHandler))
+	os.Remove(args[3])
+	l := must[net.Listener](t)(net.Listen("unix", args[3]))
+	protocols := new(http.Protocols)
+	protocols.SetUnencryptedHTTP2(true)
+	server := &http.Server{Protocols: protocols, ConnContext: api.ConnContext,
+		Handler: api.NewHandler(service, anybody(t), binding.NewMetrics(prometheus.NewRegistry()), http.NotFoundHandler(), func(context.Context) ([]string, error) { return nil, nil })}
+	t.Fatal(server.Serve(l))
+}
+
+// The service is killed with -9 under load, again and again, and PostgreSQL too where it is the store: every NW_SIG that a client received is in the
+// store, and no KME is accepted twice, asked again in the same attempt or in others.
+func TestKilled(t *testing.T) {
+	if args := os.Getenv(childArgs); args != "" {
+		serveChild(t, strings.Split(args, "\n"))
+	}
+	kills := 6
+	if os.Getenv("KMEHSM_SOAK") != "" {
+		kills = 100
+	}
+	t.Run("SQLite", func(t *testing.T) {
+		killed(t, sqlstore.InFolder(t.TempDir()), kills, func(int) {})
+	})
+	t.Run("PostgreSQL", func(t *testing.T) {
+		server := pgtest.Start(t)
+		killed(t, server.Database(t), kills, func(round int) {
+			if round%3 == 2 {
+				server.Kill()
+				server.Run(t)
+			}
+		})
+	})
+}
+
+func killed(t *testing.T, storeName string, kills int, besides func(round int)) {
+	// Everything but the service itself is the parent's: the token's keys, the lot, the devices.
+	r, m := newRig(t), newMaker(t)
+	r.store = must[*sqlstore.Store](t)(sqlstore.Open(t.Context(), storeName))
+	t.Cleanup(func() { r.store.Close() })
+	r.enroll(t, m)
+	l := m.newLot(t, "L1", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 5)...)
+	r.take(t, m, l)
+
+	socket := filepath.Join(t.TempDir(), "s")
+	var child *exec.Cmd
+	start := func() {
+		child = exec.Command(os.Args[0], "-test.run=^TestKilled$")
+		child.Env = append(os.Environ(), childArgs+"="+strings.Join([]string{r.tokenURI, storeName, m.dir, socket}, "\n"))
+		if err := child.Start(); err != nil {
+			t.Fatal(err)
+		}
+		for range 500 {
+			if c, err := net.Dial("unix", socket); err == nil {
+				c.Close()
+				return
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		t.Fatal("the service does not start")
+	}
+	dial := func() *client.Client {
+		return must[*client.Client](t)(client.New(client.Options{URL: "unix:" + socket, Tries: 1, Timeout: 5 * time.Second}))
+	}
+
+	type attempt struct {
+		imsi    kme.IMSI
+		device  *device
+		id      string
+		payload []byte
+		nwSig   []byte // as the client received it; nil if it did not
+	}
+	var mu sync.Mutex
+	var all []*attempt // guarded by mu
+	establish := func(ctx context.Context, c *client.Client, a *attempt) error {
+		e, err := c.EstablishKME(ctx, a.imsi, a.device.imei, a.id, a.payload)
+		if err == nil {
+			a.nwSig = e.NWSig[:]
+		}
+		return err
+	}
+	for round := range kills {
+		start()
+		ctx, stop := context.WithCancel(t.Context())
+		var load sync.WaitGroup
+		for w := range 4 {
+			load.Go(func() {
+				c := dial()
+				defer c.Close()
+				for ctx.Err() == nil {
+					a := &attempt{imsi: must[kme.IMSI](t)(kme.ParseIMSI(newIMSI())), device: l.devices[w]}
+					v, err := c.PrepareVector(ctx, a.imsi, [16]byte{})
+					if err != nil {
+						continue
+					}
+					a.id = v.AttemptID
+					a.payload, _ = a.device.payload(t)
+					establish(ctx, c, a)
+					mu.Lock()
+					all = append(all, a)
+					mu.Unlock()
+				}
+			})
+		}
+		time.Sleep(50*time.Millisecond + time.Duration(rand.IntN(150))*time.Millisecond)
+		besides(round)
+		child.Process.Kill()
+		child.Wait()
+		stop()
+		load.Wait()
+	}
+	start()
+	defer func() { child.Process.Kill(); child.Wait() }()
+	c := dial()
+	defer c.Close()
+	answered, lost := 0, 0
+	for _, a := range all {
+		if a.nwSig != nil {
+			answered++
+			b, err := r.store.Binding(t.Context(), a.imsi)
+			if err != nil || !bytes.Equal(b.NWSig, a.nwSig) || b.IMEI != a.device.imei {
+				t.Fatalf("a client has an NW_SIG of IMSI %s, and the store %+v, %v", a.imsi, b, err)
+			}
+			continue
+		}
+		// The answer was lost, with what was committed or before: asked again there is one.
+		lost++
+		if err := establish(t.Context(), c, a); err != nil {
+			t.Fatalf("the same call again: %v", err)
+		}
+	}
+	for i, a := range all {
+		if i%7 != 0 {
+			continue
+		}
+		was := a.nwSig
+		if err := establish(t.Context(), c, a); err != nil || !bytes.Equal(a.nwSig, was) {
+			t.Errorf("the same call again: %v", err)
+		}
+		other := must[kme.IMSI](t)(kme.ParseIMSI(newIMSI()))
+		v, err := c.PrepareVector(t.Context(), other, [16]byte{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		again := &attempt{imsi: other, device: a.device, id: v.AttemptID, payload: a.payload}
+		if err := establish(t.Context(), c, again); !errors.Is(err, client.Reason(kme.KMERejected)) {
+			t.Errorf("a KME that was used: %v", err)
+		}
+	}
+	t.Logf("%d kills: %d answers, all in the store; %d lost ones asked for again", kills, answered, lost)
+	if answered < 10*kills {
+		t.Errorf("only %d answers", answered)
+	}
+}
