@@ -4,10 +4,15 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
 	"crypto/tls"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
@@ -31,6 +36,7 @@ import (
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/vaultstore"
 )
 
@@ -54,6 +60,7 @@ const configHelp = `The configuration (a relative path in it is relative to its 
     hsm_timeout: 5s                    # after which a call that hangs in the token's module is given up
     cache_mb: 64                       # memory for cached public keys
     vault: {role_id: ID, secret_id_file: FILE, secret_id_wrapped: false}   # or {cert_role: ROLE}; for directories in Vault
+    log_identities: plain              # or hashed: IMSI and IMEI as HMACs under log.key in the state folder, the same for the same
     log_level: info                    # debug, info, warn or error`
 
 type config struct {
@@ -77,6 +84,7 @@ type config struct {
 	IMEIBurst     int           `yaml:"imei_burst"`
 	CacheMB       int64         `yaml:"cache_mb"`
 	LogLevel      slog.Level    `yaml:"log_level"`
+	LogIdentities string        `yaml:"log_identities"`
 	Vault         struct {
 		RoleID          string `yaml:"role_id"`
 		SecretIDFile    string `yaml:"secret_id_file"`
@@ -90,7 +98,7 @@ func readConfig(path string) (*config, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &config{Token: os.Getenv("KMEHSM_TOKEN"), State: "var/keysvc", AttemptTTL: 5 * time.Minute, RevocationTTL: time.Minute, HSMTimeout: 5 * time.Second, IMEIRate: 10, IMEIBurst: 1000, CacheMB: 64}
+	c := &config{Token: os.Getenv("KMEHSM_TOKEN"), State: "var/keysvc", AttemptTTL: 5 * time.Minute, RevocationTTL: time.Minute, HSMTimeout: 5 * time.Second, IMEIRate: 10, IMEIBurst: 1000, LogIdentities: "plain", CacheMB: 64}
 	d := yaml.NewDecoder(bytes.NewReader(data))
 	d.KnownFields(true)
 	if err := d.Decode(c); err != nil && !errors.Is(err, io.EOF) {
@@ -111,6 +119,8 @@ func readConfig(path string) (*config, error) {
 		err = errors.New("neither listen nor socket says where to serve")
 	case c.Listen != "" && (c.TLS.Certificate == "" || c.TLS.Key == "" || c.TLS.ClientCA == ""):
 		err = errors.New("listen needs tls with certificate, key and client_ca: the service is never offered without mutual TLS")
+	case c.LogIdentities != "plain" && c.LogIdentities != "hashed":
+		err = fmt.Errorf("log_identities is plain or hashed, not %q", c.LogIdentities)
 	case c.AttemptTTL <= 0 || c.RevocationTTL <= 0 || c.CacheMB <= 0 || c.HSMTimeout <= 0 || c.Calls < 0 || c.IMEIRate <= 0 || c.IMEIBurst <= 0:
 		err = errors.New("attempt_ttl, revocation_ttl, hsm_timeout, cache_mb, imei_rate and imei_burst must be above zero")
 	}
@@ -179,7 +189,10 @@ func serve(c *cli.Context) error {
 	if err != nil {
 		return cmdline.Usage(err)
 	}
-	log := slog.New(slog.NewJSONHandler(c.App.ErrWriter, &slog.HandlerOptions{Level: cfg.LogLevel}))
+	log, err := newLog(c.App.ErrWriter, cfg)
+	if err != nil {
+		return err
+	}
 	ctx := c.Context
 	token, err := hsmkeys.Open(ctx, cfg.Token)
 	if err != nil {
@@ -279,6 +292,43 @@ func serve(c *cli.Context) error {
 // loadTLS reads certificates anew: a client without one is not served.
 func loadTLS(cfg *config) (*tls.Config, error) {
 	return cmdline.ServerTLS(cfg.TLS.Certificate, cfg.TLS.Key, cfg.TLS.ClientCA, tls.RequireAndVerifyClientCert)
+}
+
+// newLog is JSON lines, a decision each. Hashed, IMSIs and IMEIs are keyed: there are too few of them for a hash that anybody can compute.
+func newLog(w io.Writer, cfg *config) (*slog.Logger, error) {
+	o := &slog.HandlerOptions{Level: cfg.LogLevel}
+	if cfg.LogIdentities == "hashed" {
+		key, err := logKey(cfg.State)
+		if err != nil {
+			return nil, err
+		}
+		o.ReplaceAttr = func(_ []string, a slog.Attr) slog.Attr {
+			if a.Key == "imsi" || a.Key == "imei" {
+				h := hmac.New(sha256.New, key)
+				fmt.Fprint(h, a.Key, " ", a.Value)
+				a.Value = slog.StringValue(hex.EncodeToString(h.Sum(nil)[:12]))
+			}
+			return a
+		}
+	}
+	return slog.New(slog.NewJSONHandler(w, o)), nil
+}
+
+// logKey is made once.
+func logKey(state string) ([]byte, error) {
+	path := filepath.Join(state, "log.key")
+	key, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		key = make([]byte, 32)
+		rand.Read(key)
+		if err = durable.MkdirAll(state, 0o755); err == nil {
+			err = durable.WriteFile(path, key, 0o600)
+		}
+	}
+	if err == nil && len(key) != 32 {
+		err = fmt.Errorf("%s is damaged: remove it, and later hashes are others than earlier ones", path)
+	}
+	return key, err
 }
 
 // watch says in the log when the HSM goes, and when it is back.
