@@ -135,7 +135,7 @@ func TestRefusalsTakeAsLong(t *testing.T) {
 	kinds := map[string]func() []byte{
 		"signature": func() []byte {
 			p := &kme.Plaintext{KME: kme.RandomSecret(), RME: kme.RandomSecret()}
-			p.Sig = must[[]byte](t)(l.devices[1].lot.Suite.Sign(l.devices[1].signer, p.KME))
+			p.Sig = must[[]byte](t)(l.devices[1].lot.Suite.Sign(l.devices[1].signer, p.KME.Bytes()))
 			return d.encrypt(t, p)
 		},
 		"malformed signature": func() []byte {
@@ -154,6 +154,32 @@ func TestRefusalsTakeAsLong(t *testing.T) {
 		},
 		"ledger": func() []byte { return used },
 	}
+	r.takeAsLong(t, service, d, imsi, kinds)
+}
+
+// In the bound suite a payload that OAEP refuses takes as long as one with a bad signature.
+func TestBoundRefusalsTakeAsLong(t *testing.T) {
+	r, m := newRig(t), newMaker(t)
+	r.enroll(t, m)
+	l := m.newLot(t, "LB", kme.SuiteBound, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 2)...)
+	r.take(t, m, l)
+	r.takeAsLong(t, r.unrecorded(t), l.devices[0], newIMSI(), map[string]func() []byte{
+		"signature": func() []byte {
+			p := &kme.Plaintext{KME: kme.RandomSecret(), RME: kme.RandomSecret()}
+			p.Sig = must[[]byte](t)(kme.SuiteBound.Sign(l.devices[1].signer, p.KME.Bytes()))
+			return must[[]byte](t)(kme.SuiteBound.Encrypt(&l.key.PublicKey, p))
+		},
+		"no OAEP": func() []byte {
+			b := make([]byte, kme.PayloadSize(&l.key.PublicKey))
+			for i := 1; i < len(b); i++ {
+				b[i] = byte(rand.Uint32())
+			}
+			return b
+		},
+	})
+}
+
+func (r *rig) takeAsLong(t *testing.T, service *binding.Service, d *device, imsi string, kinds map[string]func() []byte) {
 	const samples = 400
 	names := slices.Sorted(func(yield func(string) bool) {
 		for k := range kinds {

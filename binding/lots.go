@@ -3,6 +3,7 @@ package binding
 import (
 	"cmp"
 	"context"
+	"crypto"
 	"crypto/rsa"
 	"fmt"
 	"slices"
@@ -27,6 +28,13 @@ type servedLot struct {
 	public   *rsa.PublicKey
 	key      hsmkeys.Key
 	reader   *directory.Reader
+}
+
+func (l *servedLot) payload(imsi kme.IMSI, imei kme.IMEI, device crypto.PublicKey, bytes []byte) hsmkeys.Payload {
+	return hsmkeys.Payload{
+		Suite: l.manifest.Suite, Lot: l.key, N: l.public, Device: device,
+		For: kme.Context{Lot: l.manifest.Lot, IMEI: imei, IMSI: imsi}, Bytes: bytes,
+	}
 }
 
 // NewLots indexes lots. readers has the reader of each manufacturer's directory, by KeyID.

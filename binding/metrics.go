@@ -2,8 +2,6 @@ package binding
 
 import (
 	"context"
-	"crypto"
-	"crypto/rsa"
 	"errors"
 	"time"
 
@@ -76,9 +74,9 @@ func (t measured) observe(operation string, start time.Time, err error) {
 	t.hsm.WithLabelValues(operation, result).Observe(time.Since(start).Seconds())
 }
 
-func (t measured) OpenPayload(ctx context.Context, suite kme.Suite, lot hsmkeys.Key, n *rsa.PublicKey, device crypto.PublicKey, payload []byte) (o *hsmkeys.Opened, err error) {
+func (t measured) OpenPayload(ctx context.Context, p hsmkeys.Payload) (o *hsmkeys.Opened, err error) {
 	defer func(start time.Time) { t.observe("open payload", start, err) }(time.Now())
-	return t.Token.OpenPayload(ctx, suite, lot, n, device, payload)
+	return t.Token.OpenPayload(ctx, p)
 }
 
 func (t measured) EncryptRAND(ctx context.Context, sealed []byte, rand [hsmkeys.RANDSize]byte) (out [hsmkeys.RANDSize]byte, err error) {

@@ -195,6 +195,9 @@ func (m *maker) newLot(t *testing.T, name string, suite kme.Suite, key *rsa.Priv
 		Lot: name, Manufacturer: m.KeyID(), Suite: suite, N: key.N.Bytes(), E: key.E, Mechanism: "software",
 		Ranges: []directory.Range{{TAC: tac, First: first, Count: len(devices)}}, ShardSize: len(devices), Created: time.Now().UTC(),
 	}}
+	if suite == kme.SuiteBound {
+		l.OAEP = kme.OAEPHash
+	}
 	var keys []directory.DeviceKey
 	for i, d := range devices {
 		imei := must[kme.IMEI](t)(kme.NewIMEI(tac, first+i))
@@ -256,7 +259,7 @@ func newServed(t *testing.T) (*rig, *maker, *lot) {
 func (d *device) payload(t *testing.T) ([]byte, *kme.Plaintext) {
 	t.Helper()
 	p := &kme.Plaintext{KME: kme.RandomSecret(), RME: kme.RandomSecret()}
-	p.Sig = must[[]byte](t)(d.lot.Suite.Sign(d.signer, p.KME))
+	p.Sig = must[[]byte](t)(d.lot.Suite.Sign(d.signer, p.KME.Bytes()))
 	return d.encrypt(t, p), p
 }
 
@@ -330,11 +333,11 @@ func (r *recorder) onFirst(call string, f func() error) {
 	}
 }
 
-func (r *recorder) OpenPayload(ctx context.Context, suite kme.Suite, lot hsmkeys.Key, n *rsa.PublicKey, device crypto.PublicKey, payload []byte) (*hsmkeys.Opened, error) {
+func (r *recorder) OpenPayload(ctx context.Context, p hsmkeys.Payload) (*hsmkeys.Opened, error) {
 	if err := r.enter("OpenPayload"); err != nil {
 		return nil, err
 	}
-	return r.token.OpenPayload(ctx, suite, lot, n, device, payload)
+	return r.token.OpenPayload(ctx, p)
 }
 
 func (r *recorder) EncryptRAND(ctx context.Context, sealed []byte, rand [hsmkeys.RANDSize]byte) (out [hsmkeys.RANDSize]byte, err error) {
@@ -344,11 +347,11 @@ func (r *recorder) EncryptRAND(ctx context.Context, sealed []byte, rand [hsmkeys
 	return r.token.EncryptRAND(ctx, sealed, rand)
 }
 
-func (r *recorder) ExportKME(ctx context.Context, suite kme.Suite, lot hsmkeys.Key, n *rsa.PublicKey, payload []byte) (kme.Secret, error) {
+func (r *recorder) ExportKME(ctx context.Context, p hsmkeys.Payload) (kme.Secret, error) {
 	if err := r.enter("ExportKME"); err != nil {
 		return kme.Secret{}, err
 	}
-	return r.token.ExportKME(ctx, suite, lot, n, payload)
+	return r.token.ExportKME(ctx, p)
 }
 
 func (r *recorder) DecryptRAND(ctx context.Context, sealed []byte, rand [hsmkeys.RANDSize]byte) (out [hsmkeys.RANDSize]byte, err error) {

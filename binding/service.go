@@ -3,9 +3,7 @@ package binding
 import (
 	"cmp"
 	"context"
-	"crypto"
 	"crypto/rand"
-	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/subtle"
 	"encoding/base64"
@@ -24,9 +22,9 @@ import (
 
 // A Token is what the service needs of the operator's HSM.
 type Token interface {
-	OpenPayload(ctx context.Context, suite kme.Suite, lot hsmkeys.Key, n *rsa.PublicKey, device crypto.PublicKey, payload []byte) (*hsmkeys.Opened, error)
+	OpenPayload(ctx context.Context, p hsmkeys.Payload) (*hsmkeys.Opened, error)
 	EncryptRAND(ctx context.Context, sealed []byte, rand [hsmkeys.RANDSize]byte) ([hsmkeys.RANDSize]byte, error)
-	ExportKME(ctx context.Context, suite kme.Suite, lot hsmkeys.Key, n *rsa.PublicKey, payload []byte) (kme.Secret, error)
+	ExportKME(ctx context.Context, p hsmkeys.Payload) (kme.Secret, error)
 	DecryptRAND(ctx context.Context, sealed []byte, rand [hsmkeys.RANDSize]byte) ([hsmkeys.RANDSize]byte, error)
 }
 
@@ -210,7 +208,7 @@ func (s *Service) export(ctx context.Context, imei kme.IMEI, payload []byte) (se
 	if lot == nil {
 		return secret, unknownDevice()
 	}
-	if secret, err = s.token.ExportKME(ctx, lot.manifest.Suite, lot.key, lot.public, payload); err != nil {
+	if secret, err = s.token.ExportKME(ctx, lot.payload(kme.IMSI{}, imei, nil, payload)); err != nil {
 		return secret, fromToken(ctx, err)
 	}
 	return secret, nil
@@ -252,7 +250,7 @@ func (s *Service) accept(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, atte
 		return nil, overloaded("this device sends too many payloads")
 	}
 
-	opened, err := s.token.OpenPayload(ctx, lot.manifest.Suite, lot.key, lot.public, device.Key, payload)
+	opened, err := s.token.OpenPayload(ctx, lot.payload(imsi, imei, device.Key, payload))
 	if err != nil {
 		return nil, fromToken(ctx, err)
 	}

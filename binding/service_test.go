@@ -245,7 +245,7 @@ func TestOneUse(t *testing.T) {
 	freshNonce := *p
 	freshNonce.RME = kme.RandomSecret()
 	freshSig := *p
-	freshSig.Sig = must[[]byte](t)(kme.SuiteECDSA.Sign(d.signer, p.KME))
+	freshSig.Sig = must[[]byte](t)(kme.SuiteECDSA.Sign(d.signer, p.KME.Bytes()))
 	for name, again := range map[string][]byte{
 		"the same payload":     payload,
 		"with another nonce":   d.encrypt(t, &freshNonce),
@@ -362,7 +362,7 @@ func TestSameCallAtOnce(t *testing.T) {
 		}
 		all.Wait()
 		// The ledger holds its one entry; a second would have failed as used.
-		opened := must[*hsmkeys.Opened](t)(r.token.OpenPayload(t.Context(), l.Suite, r.lotKey(l), l.PublicKey(), d.signer.Public(), payload))
+		opened := must[*hsmkeys.Opened](t)(r.token.OpenPayload(t.Context(), hsmkeys.Payload{Suite: l.Suite, Lot: r.lotKey(l), N: l.PublicKey(), Device: d.signer.Public(), Bytes: payload}))
 		if used := must[bool](t)(r.store.Used(t.Context(), d.imei, opened.Tag)); !used {
 			t.Error("the ledger does not have the KME")
 		}

@@ -31,6 +31,7 @@ type Manifest struct {
 	E            int       `json:"e"`
 	Mechanism    string    `json:"key_generation"`         // the CKM_* that made the key
 	Wrapping     string    `json:"key_wrapping,omitempty"` // how the token wraps device keys by AES-KWP, as PKCS #11 calls it
+	OAEP         string    `json:"oaep_hash,omitempty"`    // of the bound suite
 	Ranges       []Range   `json:"ranges"`
 	ShardSize    int       `json:"shard_size"` // devices a shard; the last shard may have fewer
 	Created      time.Time `json:"created"`
@@ -73,6 +74,9 @@ func (m *Manifest) Validate() error {
 	}
 	if m.E != kme.PublicExponent {
 		return fmt.Errorf("the public exponent is %d; only %d is accepted", m.E, kme.PublicExponent)
+	}
+	if err := m.Suite.CheckOAEP(m.OAEP); err != nil {
+		return err
 	}
 	return m.ValidateSpec(n.BitLen())
 }

@@ -288,6 +288,9 @@ func (l *Line) CreateLot(ctx context.Context, spec LotSpec) (*directory.Manifest
 		return nil, errors.Join(err, l.token.RemoveLotKey(ctx, l.lotKey(m.Lot)))
 	}
 	m.N, m.Mechanism, m.Wrapping = pub.N.Bytes(), mechanism, l.token.KeyWrapMechanism()
+	if m.Suite == kme.SuiteBound {
+		m.OAEP = kme.OAEPHash
+	}
 	if err := m.Validate(); err != nil {
 		return nil, err
 	}

@@ -5,6 +5,7 @@ import (
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/rsa"
+	"crypto/sha256"
 	"encoding/asn1"
 	"errors"
 	"fmt"
@@ -49,7 +50,7 @@ func (t *Token) MakeDeviceKey(ctx context.Context, suite kme.Suite, injection Ke
 		if err != nil {
 			return err
 		}
-		challenge := kme.RandomSecret() // in the place of a KME
+		challenge := kme.RandomSecret().Bytes() // in the place of a KME
 		sig, err := signKME(s, h, suite, challenge)
 		if err != nil {
 			return err
@@ -68,16 +69,16 @@ func (t *Token) MakeDeviceKey(ctx context.Context, suite kme.Suite, injection Ke
 
 // kmeSignature is the mechanism of KME_SIG and what it is given. ECDSA gets the digest, since many tokens, SoftHSM
 // among them, have no CKM_ECDSA_SHA256.
-func kmeSignature(suite kme.Suite, secret kme.Secret) (m []*pkcs11.Mechanism, data []byte) {
+func kmeSignature(suite kme.Suite, signed []byte) (m []*pkcs11.Mechanism, data []byte) {
 	if suite == kme.SuiteRSA {
-		return mechanism(pkcs11.CKM_SHA256_RSA_PKCS), secret.Bytes()
+		return mechanism(pkcs11.CKM_SHA256_RSA_PKCS), signed
 	}
-	digest := kme.Digest(secret)
+	digest := sha256.Sum256(signed)
 	return mechanism(pkcs11.CKM_ECDSA), digest[:]
 }
 
-func signKME(s *session, h pkcs11.ObjectHandle, suite kme.Suite, secret kme.Secret) ([]byte, error) {
-	m, data := kmeSignature(suite, secret)
+func signKME(s *session, h pkcs11.ObjectHandle, suite kme.Suite, signed []byte) ([]byte, error) {
+	m, data := kmeSignature(suite, signed)
 	if err := s.SignInit(s.h, m, h); err != nil {
 		return nil, explain("sign with a device key", err)
 	}
@@ -86,7 +87,7 @@ func signKME(s *session, h pkcs11.ObjectHandle, suite kme.Suite, secret kme.Secr
 }
 
 // verifyKME validates KME_SIG in the token: the public key as a session object, C_Verify, and gone.
-func verifyKME(s *session, suite kme.Suite, pub crypto.PublicKey, secret kme.Secret, sig []byte) (ok bool, err error) {
+func verifyKME(s *session, suite kme.Suite, pub crypto.PublicKey, signed, sig []byte) (ok bool, err error) {
 	template := attributes{
 		attr(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), attr(pkcs11.CKA_TOKEN, false), attr(pkcs11.CKA_PRIVATE, false),
 		attr(pkcs11.CKA_VERIFY, true), attr(pkcs11.CKA_ENCRYPT, false), attr(pkcs11.CKA_WRAP, false),
@@ -104,7 +105,7 @@ func verifyKME(s *session, suite kme.Suite, pub crypto.PublicKey, secret kme.Sec
 			err = explainIf("drop a device's public key", derr)
 		}
 	}()
-	m, data := kmeSignature(suite, secret)
+	m, data := kmeSignature(suite, signed)
 	if err := s.VerifyInit(s.h, m, h); err != nil {
 		return false, explain("verify KME_SIG", err)
 	}

@@ -179,7 +179,7 @@ func TestVectors(t *testing.T) {
 		t.Run(c.Name, func(t *testing.T) {
 			suite := must[kme.Suite](t)(kme.ParseSuite(c.Suite))
 			device := must[any](t)(x509.ParsePKIXPublicKey(c.Device))
-			o, err := token.OpenPayload(t.Context(), suite, Key{Role: RoleLot, Manufacturer: manufacturer, Name: c.Lot}, lots[c.Lot], device, c.Payload)
+			o, err := token.OpenPayload(t.Context(), Payload{Suite: suite, Lot: Key{Role: RoleLot, Manufacturer: manufacturer, Name: c.Lot}, N: lots[c.Lot], Device: device, Bytes: c.Payload})
 			switch {
 			case c.Why == "length":
 				if err == nil {

@@ -125,7 +125,16 @@ func rawDecrypt(s *session, h pkcs11.ObjectHandle, c []byte) ([]byte, error) {
 		return nil, explain("decrypt", err)
 	}
 	m, err := s.Decrypt(s.h, c)
-	return m, explainIf("decrypt", err)
+	if err != nil {
+		return nil, explain("decrypt", err)
+	}
+	if len(m) < len(c) { // a token may leave out leading zero bytes, which PKCS #11 forbids for CKM_RSA_X_509
+		full := make([]byte, len(c))
+		copy(full[len(c)-len(m):], m)
+		clear(m)
+		m = full
+	}
+	return m, nil
 }
 
 // SealLotKey makes a lot key non-extractable for good: from then on it cannot be granted to anybody any more. Doing it

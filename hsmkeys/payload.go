@@ -19,7 +19,7 @@ type Fault string
 const (
 	FaultNone      Fault = ""
 	FaultRange     Fault = "range"     // the payload is not below N
-	FaultLayout    Fault = "layout"    // the bytes before KME || KME_SIG || RME are not all zero
+	FaultLayout    Fault = "layout"    // the bytes before KME || KME_SIG || RME are not all zero; in the bound suite: it is no OAEP
 	FaultSignature Fault = "signature" // KME_SIG does not verify
 )
 
@@ -31,14 +31,25 @@ type Opened struct {
 	Sealed []byte   // the KME under the storage key, AES key wrap (RFC 3394), 40 bytes
 }
 
+// A Payload is one to open.
+type Payload struct {
+	Suite  kme.Suite
+	Lot    Key
+	N      *rsa.PublicKey   // the lot's
+	Device crypto.PublicKey // whose KME_SIG it must have
+	For    kme.Context      // what the bound suite's KME_SIG is about
+	Bytes  []byte
+}
+
 // OpenPayload decrypts a payload, validates KME_SIG, tags the KME for the ledger and seals it, on one session. The
 // payload must have exactly k bytes; an error otherwise, and when the token fails. The KME is in this process only
 // between decryption and sealing, and is wiped.
 //
 // Whatever is wrong with the payload's content, all steps run, with a stand-in where the content is of no use, so
 // that neither the answer nor its time says which step found it: with textbook RSA that would be an oracle.
-func (t *Token) OpenPayload(ctx context.Context, suite kme.Suite, lot Key, n *rsa.PublicKey, device crypto.PublicKey, payload []byte) (*Opened, error) {
-	reduced, inRange, err := kme.ReducePayload(n, payload)
+func (t *Token) OpenPayload(ctx context.Context, in Payload) (*Opened, error) {
+	suite, device := in.Suite, in.Device
+	reduced, inRange, err := kme.ReducePayload(in.N, in.Bytes)
 	if err != nil {
 		return nil, err
 	}
@@ -47,7 +58,7 @@ func (t *Token) OpenPayload(ctx context.Context, suite kme.Suite, lot Key, n *rs
 	}
 	opened := new(Opened)
 	err = t.with(ctx, func(s *session) error {
-		hLot, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, lot)
+		hLot, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, in.Lot)
 		if err != nil {
 			return err
 		}
@@ -73,7 +84,7 @@ func (t *Token) OpenPayload(ctx context.Context, suite kme.Suite, lot Key, n *rs
 		if !formed {
 			sig = standIn(suite) // a token answers malformed values without computing anything
 		}
-		verified, err := verifyKME(s, suite, device, p.KME, sig)
+		verified, err := verifyKME(s, suite, device, suite.Signed(in.For, &p), sig)
 		if err != nil {
 			return err
 		}
@@ -103,13 +114,14 @@ func (t *Token) OpenPayload(ctx context.Context, suite kme.Suite, lot Key, n *rs
 
 // ExportKME decrypts a payload that OpenPayload has found good, and gives its KME. It is for an HSS that keeps the KME itself; the caller
 // wipes it.
-func (t *Token) ExportKME(ctx context.Context, suite kme.Suite, lot Key, n *rsa.PublicKey, payload []byte) (secret kme.Secret, err error) {
-	reduced, _, err := kme.ReducePayload(n, payload)
+func (t *Token) ExportKME(ctx context.Context, in Payload) (kme.Secret, error) {
+	reduced, _, err := kme.ReducePayload(in.N, in.Bytes)
 	if err != nil {
-		return secret, err
+		return kme.Secret{}, err
 	}
+	var secret kme.Secret
 	err = t.with(ctx, func(s *session) error {
-		h, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, lot)
+		h, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, in.Lot)
 		if err != nil {
 			return err
 		}
@@ -117,13 +129,16 @@ func (t *Token) ExportKME(ctx context.Context, suite kme.Suite, lot Key, n *rsa.
 		if err != nil {
 			return err
 		}
-		p, _ := suite.Split(raw)
+		p, _ := in.Suite.Split(raw)
 		clear(raw)
 		p.RME.Wipe()
 		secret = p.KME
 		return nil
 	})
-	return secret, err
+	if err != nil {
+		return kme.Secret{}, err
+	}
+	return secret, nil
 }
 
 // wellFormed says whether the values in a signature are in their ranges: 0 < r, s < n of P-256 (FIPS 186-4 section

@@ -34,9 +34,23 @@ func (p *Plaintext) NWSig() [sha256.Size]byte {
 // PayloadSize is the length of a payload to a lot, k, in bytes.
 func PayloadSize(lot *rsa.PublicKey) int { return (lot.N.BitLen() + 7) / 8 }
 
-// Encrypt makes a payload, on the ME's side: M^e mod N for M the big-endian integer KME || KME_SIG || RME, as
+// Encrypt makes a payload, on the ME's side: in the bound suite by RSA-OAEP, else M^e mod N for M the big-endian integer KME || KME_SIG || RME, as
 // exactly k bytes. It is no RSA encryption scheme, which is why crypto/rsa has no function for it.
 func (s Suite) Encrypt(lot *rsa.PublicKey, p *Plaintext) ([]byte, error) {
+	if s == SuiteBound {
+		return s.encryptOAEP(lot, p)
+	}
+	m, err := s.plaintext(lot, p)
+	defer clear(m)
+	if err != nil {
+		return nil, err
+	}
+	c := new(big.Int).Exp(new(big.Int).SetBytes(m), big.NewInt(int64(lot.E)), lot.N)
+	return c.FillBytes(make([]byte, PayloadSize(lot))), nil
+}
+
+// plaintext is KME || KME_SIG || RME, for a lot of the suite.
+func (s Suite) plaintext(lot *rsa.PublicKey, p *Plaintext) ([]byte, error) {
 	if err := s.CheckLot(lot); err != nil {
 		return nil, err
 	}
@@ -45,12 +59,10 @@ func (s Suite) Encrypt(lot *rsa.PublicKey, p *Plaintext) ([]byte, error) {
 	}
 	m := make([]byte, 0, s.PlaintextSize())
 	m = append(append(append(m, p.KME.Bytes()...), p.Sig...), p.RME.Bytes()...)
-	defer clear(m)
 	if len(m) != s.PlaintextSize() {
-		return nil, errors.New("KME or RME is missing")
+		return m, errors.New("KME or RME is missing")
 	}
-	c := new(big.Int).Exp(new(big.Int).SetBytes(m), big.NewInt(int64(lot.E)), lot.N)
-	return c.FillBytes(make([]byte, PayloadSize(lot))), nil
+	return m, nil
 }
 
 // ReducePayload prepares a payload of exactly k bytes for raw decryption. ok is false for one that is not
@@ -78,11 +90,16 @@ func (s Suite) Split(raw []byte) (p Plaintext, ok bool) {
 	copy(m[len(m)-len(raw):], raw)
 	defer clear(m)
 
-	lead := m[:len(m)-size]
-	ok = subtle.ConstantTimeCompare(lead, make([]byte, len(lead))) == 1
-	m = m[len(lead):]
-	p.KME, _ = NewSecret(m[:SecretSize])
-	p.Sig = append([]byte(nil), m[SecretSize:size-SecretSize]...)
-	p.RME, _ = NewSecret(m[size-SecretSize:])
+	var text []byte
+	if s == SuiteBound {
+		text, ok = unpadOAEP(m, size)
+	} else {
+		lead := m[:len(m)-size]
+		ok = subtle.ConstantTimeCompare(lead, make([]byte, len(lead))) == 1
+		text = m[len(lead):]
+	}
+	p.KME, _ = NewSecret(text[:SecretSize])
+	p.Sig = append([]byte(nil), text[SecretSize:size-SecretSize]...)
+	p.RME, _ = NewSecret(text[size-SecretSize:])
 	return p, ok
 }

@@ -7,6 +7,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
+	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
@@ -81,7 +82,7 @@ func open(suite Suite, lot *rsa.PrivateKey, device crypto.PublicKey, payload []b
 		return p, "range"
 	case !lead:
 		return p, "layout"
-	case !suite.Verify(device, p.KME, p.Sig):
+	case !suite.Verify(device, p.KME.Bytes(), p.Sig):
 		return p, "signature"
 	}
 	return p, ""
@@ -175,7 +176,7 @@ func TestSignAndVerify(t *testing.T) {
 		{SuiteECDSA, p256, true}, {SuiteECDSA, p384, false}, {SuiteECDSA, rsa2048, false},
 		{SuiteRSA, rsa2048, true}, {SuiteRSA, rsa3072, false}, {SuiteRSA, p256, false},
 	} {
-		kme := RandomSecret()
+		kme := RandomSecret().Bytes()
 		sig, err := c.suite.Sign(c.key, kme)
 		if (err == nil) != c.ok {
 			t.Errorf("%s with %T: %v", c.suite, c.key, err)
@@ -195,14 +196,14 @@ func TestSignAndVerify(t *testing.T) {
 				t.Errorf("%s: %s verifies", c.suite, name)
 			}
 		}
-		if c.suite.Verify(c.key.Public(), RandomSecret(), sig) {
+		if c.suite.Verify(c.key.Public(), RandomSecret().Bytes(), sig) {
 			t.Errorf("%s verifies for another KME", c.suite)
 		}
 	}
 	// DER is refused: its length varies.
-	digest := Digest(RandomSecret())
+	digest := sha256.Sum256(RandomSecret().Bytes())
 	der, err := ecdsa.SignASN1(rand.Reader, p256, digest[:])
-	if err != nil || SuiteECDSA.Verify(p256.Public(), RandomSecret(), der) {
+	if err != nil || SuiteECDSA.Verify(p256.Public(), RandomSecret().Bytes(), der) {
 		t.Error("DER verifies", err)
 	}
 	//lint:ignore SA1019 no other way makes a point that is not on the curve

@@ -25,10 +25,12 @@ const (
 	SuiteECDSA Suite = "tr33868-ecdsa-p256"
 	// SuiteRSA signs with RSASSA-PKCS1-v1_5, SHA-256 and a 2048-bit device key; KME_SIG has 256 bytes.
 	SuiteRSA Suite = "tr33868-rsa2048"
+	// SuiteBound signs as SuiteECDSA does, but everything that the attempt is about, and encrypts by RSA-OAEP. It departs from the text.
+	SuiteBound Suite = "bound-ecdsa-p256-oaep"
 )
 
 // Suites lists the valid suites, the default first.
-var Suites = []Suite{SuiteECDSA, SuiteRSA}
+var Suites = []Suite{SuiteECDSA, SuiteRSA, SuiteBound}
 
 const (
 	// PublicExponent is the e of every lot. See the package comment.
@@ -91,7 +93,7 @@ func (s Suite) CheckLot(lot *rsa.PublicKey) error {
 func (s Suite) CheckDevice(pub crypto.PublicKey) error {
 	switch k := pub.(type) {
 	case *ecdsa.PublicKey:
-		if s == SuiteECDSA && k.Curve == elliptic.P256() {
+		if s != SuiteRSA && k.Curve == elliptic.P256() {
 			_, err := k.ECDH() // refuses points that are not on the curve
 			return err
 		}
@@ -103,15 +105,12 @@ func (s Suite) CheckDevice(pub crypto.PublicKey) error {
 	return fmt.Errorf("the device key does not go with suite %s", s)
 }
 
-// Digest is what KME_SIG signs: SHA-256(KME). KME_SIG names no IMSI, IMEI, lot, operator or time.
-func Digest(kme Secret) [sha256.Size]byte { return sha256.Sum256(kme.Bytes()) }
-
-// Sign makes KME_SIG, on the ME's side.
-func (s Suite) Sign(device crypto.Signer, kme Secret) ([]byte, error) {
+// Sign makes KME_SIG over what Signed gives, on the ME's side.
+func (s Suite) Sign(device crypto.Signer, signed []byte) ([]byte, error) {
 	if err := s.CheckDevice(device.Public()); err != nil {
 		return nil, err
 	}
-	digest := Digest(kme)
+	digest := sha256.Sum256(signed)
 	sig, err := device.Sign(rand.Reader, digest[:], crypto.SHA256)
 	if err != nil || s == SuiteRSA {
 		return sig, err
@@ -136,11 +135,11 @@ func fixedECDSA(der []byte) ([]byte, error) {
 
 // Verify checks KME_SIG in software. keysvc does it in its token; this is for the factory's check of a key
 // that it has just made, and for tests.
-func (s Suite) Verify(pub crypto.PublicKey, kme Secret, sig []byte) bool {
+func (s Suite) Verify(pub crypto.PublicKey, signed, sig []byte) bool {
 	if s.CheckDevice(pub) != nil || len(sig) != s.SignatureSize() {
 		return false
 	}
-	digest := Digest(kme)
+	digest := sha256.Sum256(signed)
 	switch k := pub.(type) {
 	case *ecdsa.PublicKey:
 		return ecdsa.Verify(k, digest[:], new(big.Int).SetBytes(sig[:ecdsaHalf]), new(big.Int).SetBytes(sig[ecdsaHalf:]))

@@ -142,7 +142,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 							&cli.IntFlag{Name: "first", Usage: "the first serial number, `N`, 0 to 999999"},
 							&cli.IntFlag{Name: "count", Usage: "how many devices, `N`"},
 							&cli.IntFlag{Name: "bits", Value: 3072, Usage: "the length of the modulus, `B`: 2048, 3072 or 4096"},
-							&cli.StringFlag{Name: "suite", Value: string(kme.SuiteECDSA), Usage: "how devices sign, `S`: tr33868-ecdsa-p256 or tr33868-rsa2048"},
+							&cli.StringFlag{Name: "suite", Value: string(kme.SuiteECDSA), Usage: "how devices sign, `S`: tr33868-ecdsa-p256, tr33868-rsa2048, or bound-ecdsa-p256-oaep, which departs from the text"},
 							&cli.IntFlag{Name: "shard-size", Value: 256, Usage: "devices in a directory object and in an injection package, `N`, 1 to 1024"},
 							&cli.StringFlag{Name: "primes", Value: string(hsmkeys.PrimesAuto), Usage: "auto, or x931 to insist on ANSI X9.31"}),
 						Action: cmdline.Alone(lotCreate),

@@ -142,11 +142,11 @@ func reasonOf(err error) string {
 
 func (r *attachRun) one(ctx context.Context, i int) error {
 	d := r.devices[i]
-	m, err := r.messageOf(i)
+	imsi, err := imsiPlus(r.firstIMSI, r.firstDevice+i)
 	if err != nil {
 		return err
 	}
-	imsi, err := imsiPlus(r.firstIMSI, r.firstDevice+i)
+	m, err := r.messageOf(i, imsi)
 	if err != nil {
 		return err
 	}
@@ -162,7 +162,7 @@ func (r *attachRun) one(ctx context.Context, i int) error {
 }
 
 // messageOf makes what the device sends, tampered with as asked.
-func (r *attachRun) messageOf(i int) (*message, error) {
+func (r *attachRun) messageOf(i int, imsi kme.IMSI) (*message, error) {
 	d := r.devices[i]
 	key, public := d.key, d.lot.public
 	switch r.kind {
@@ -174,7 +174,7 @@ func (r *attachRun) messageOf(i int) (*message, error) {
 	case "other-lot":
 		public = r.other
 	}
-	m, err := d.sign(key)
+	m, err := d.sign(key, imsi)
 	if err != nil {
 		return nil, err
 	}

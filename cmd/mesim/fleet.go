@@ -246,19 +246,20 @@ type message struct {
 	payload []byte
 }
 
-// message is what an untouched device makes for one attempt.
-func (d *device) message() (*message, error) {
-	m, err := d.sign(d.key)
+// message is what an untouched device makes for one attempt of a subscription.
+func (d *device) message(imsi kme.IMSI) (*message, error) {
+	m, err := d.sign(d.key, imsi)
 	if err != nil {
 		return nil, err
 	}
 	return m, m.encrypt(d.lot.manifest.Suite, d.lot.public)
 }
 
-func (d *device) sign(key crypto.Signer) (*message, error) {
+func (d *device) sign(key crypto.Signer, imsi kme.IMSI) (*message, error) {
 	m := &message{plain: kme.Plaintext{KME: kme.RandomSecret(), RME: kme.RandomSecret()}}
+	suite, about := d.lot.manifest.Suite, kme.Context{Lot: d.lot.manifest.Lot, IMEI: d.imei, IMSI: imsi}
 	var err error
-	m.plain.Sig, err = d.lot.manifest.Suite.Sign(key, m.plain.KME)
+	m.plain.Sig, err = suite.Sign(key, suite.Signed(about, &m.plain))
 	return m, err
 }
 

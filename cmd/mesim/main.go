@@ -55,7 +55,8 @@ untouched device is rejected, or a tampered one is not. --tamper, in what the de
 			},
 			{
 				Name: "payload", Usage: "print one device's payload and the NW_SIG to expect, as JSON, for curl",
-				Flags:  append([]cli.Flag{&cli.StringFlag{Name: "imei", Usage: "the device's `IMEI`"}}, deviceFlags...),
+				Flags: append([]cli.Flag{&cli.StringFlag{Name: "imei", Usage: "the device's `IMEI`"},
+					&cli.StringFlag{Name: "imsi", Usage: "whose attempt it is for, which the bound suite signs, `IMSI` (default: 001010000000000)"}}, deviceFlags...),
 				Action: payload,
 			},
 		},
@@ -78,7 +79,11 @@ func payload(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	m, err := d.message()
+	imsi, err := firstIMSI(c.String("imsi"), "")
+	if err != nil {
+		return cmdline.Usagef("--imsi: %w", err)
+	}
+	m, err := d.message(imsi)
 	if err != nil {
 		return err
 	}

@@ -510,7 +510,7 @@ func (w *world) plaintext(d device) *kme.Plaintext {
 	w.t.Helper()
 	p := &kme.Plaintext{KME: kme.RandomSecret(), RME: kme.RandomSecret()}
 	var err error
-	if p.Sig, err = w.manifest(d.lot).Suite.Sign(d.key, p.KME); err != nil {
+	if p.Sig, err = w.manifest(d.lot).Suite.Sign(d.key, p.KME.Bytes()); err != nil {
 		w.t.Fatal(err)
 	}
 	return p

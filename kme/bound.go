@@ -1,0 +1,81 @@
+package kme
+
+import (
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/binary"
+	"fmt"
+)
+
+// A Context is what KME_SIG of the bound suite is about, besides KME and RME.
+type Context struct {
+	Lot  string
+	IMEI IMEI
+	IMSI IMSI
+}
+
+// Signed is what KME_SIG is made over: KME alone, as the text has it; in the bound suite everything that the device knows of the
+// attempt, so that it is of no use to anybody who has learnt it:
+//
+//	"kme-binding-v2\x00" || len8(lot) || lot || IMEI14 || len8(IMSI) || IMSI || KME || RME
+func (s Suite) Signed(c Context, p *Plaintext) []byte {
+	if s != SuiteBound {
+		return p.KME.Bytes()
+	}
+	imsi := c.IMSI.String()
+	m := append([]byte("kme-binding-v2\x00"), byte(len(c.Lot)))
+	m = append(append(m, c.Lot...), c.IMEI.String()...)
+	m = append(append(m, byte(len(imsi))), imsi...)
+	return append(append(m, p.KME.Bytes()...), p.RME.Bytes()...)
+}
+
+// OAEPHash is the hash of the bound suite's RSA-OAEP and of its MGF1, as manifests name it.
+const OAEPHash = "SHA-256"
+
+// CheckOAEP refuses a hash that does not go with the suite: the text's suites have none.
+func (s Suite) CheckOAEP(hash string) error {
+	if s == SuiteBound && hash != OAEPHash || s != SuiteBound && hash != "" {
+		return fmt.Errorf("the OAEP hash %q does not go with suite %s", hash, s)
+	}
+	return nil
+}
+
+func (s Suite) encryptOAEP(lot *rsa.PublicKey, p *Plaintext) ([]byte, error) {
+	m, err := s.plaintext(lot, p)
+	defer clear(m)
+	if err != nil {
+		return nil, err
+	}
+	return rsa.EncryptOAEP(sha256.New(), rand.Reader, lot, m, nil)
+}
+
+// unpadOAEP takes apart what raw decryption gave, all k bytes of it (RFC 8017 section 7.1.2 step 3, with an empty label). The message's length is
+// known, so that everything is where it has to be, and is looked at whether or not something before it was wrong: no time depends on what (J. Manger,
+// CRYPTO 2001). A token's own OAEP was measured to take longer to refuse than to accept: docs/decisions/0009.
+func unpadOAEP(raw []byte, size int) (m []byte, ok bool) {
+	const h = sha256.Size
+	if len(raw) < 2*h+2+size { // no modulus of ours
+		return make([]byte, size), false
+	}
+	seed, db := raw[1:1+h], raw[1+h:]
+	mgf1(seed, db)
+	mgf1(db, seed)
+	label := sha256.Sum256(nil)
+	zeros := db[h : len(db)-size-1]
+	good := subtle.ConstantTimeByteEq(raw[0], 0) & subtle.ConstantTimeCompare(db[:h], label[:]) &
+		subtle.ConstantTimeCompare(zeros, make([]byte, len(zeros))) & subtle.ConstantTimeByteEq(db[len(db)-size-1], 1)
+	return db[len(db)-size:], good == 1
+}
+
+// mgf1 masks out with MGF1 of seed (RFC 8017 appendix B.2.1).
+func mgf1(out, seed []byte) {
+	var counter [4]byte
+	for done := 0; done < len(out); binary.BigEndian.PutUint32(counter[:], binary.BigEndian.Uint32(counter[:])+1) {
+		d := sha256.New()
+		d.Write(seed)
+		d.Write(counter[:])
+		done += subtle.XORBytes(out[done:], out[done:], d.Sum(nil))
+	}
+}
