@@ -28,7 +28,7 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-func TestMain(m *testing.M) { softhsmtest.Main(m, 16) }
+func TestMain(m *testing.M) { softhsmtest.Main(m, 20) }
 
 const manufacturer = "test-manufacturer"
 

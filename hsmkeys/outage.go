@@ -61,14 +61,14 @@ type latch struct {
 	closed chan struct{} // closed while it is not; another one each time; guarded by mu
 }
 
-// state gives the error to answer, or the channel that tells when there is one.
-func (l *latch) state() (error, <-chan struct{}) {
+// state gives the channel that tells when there is an error to answer, and that error if there is one.
+func (l *latch) state() (<-chan struct{}, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.closed == nil {
 		l.closed = make(chan struct{})
 	}
-	return l.cause, l.closed
+	return l.closed, l.cause
 }
 
 // close says whether it was open.
@@ -99,7 +99,7 @@ type Health struct {
 
 // Health may be asked at any time.
 func (t *Token) Health() Health {
-	cause, _ := t.latch.state()
+	_, cause := t.latch.state()
 	return Health{cause, t.hung.Load(), t.reopened.Load()}
 }
 
@@ -324,7 +324,7 @@ func (t *Token) with(ctx context.Context, f func(*session) error) error {
 }
 
 func (t *Token) run(ctx context.Context, f func(*session) error) error {
-	cause, lost := t.latch.state()
+	lost, cause := t.latch.state()
 	if cause != nil {
 		return cause
 	}
@@ -336,7 +336,7 @@ func (t *Token) run(ctx context.Context, f func(*session) error) error {
 			t.queued(time.Since(start))
 		}
 	case <-lost:
-		cause, _ := t.latch.state()
+		_, cause := t.latch.state()
 		if cause == nil { // it is back already
 			cause = ErrUnavailable
 		}
@@ -345,7 +345,7 @@ func (t *Token) run(ctx context.Context, f func(*session) error) error {
 		return ctx.Err()
 	}
 	// Select picks at random: nothing is spent on a caller that has gone, or on a token that has.
-	if cause, _ := t.latch.state(); cause != nil || ctx.Err() != nil {
+	if _, cause := t.latch.state(); cause != nil || ctx.Err() != nil {
 		t.idle <- s
 		return errors.Join(cause, ctx.Err())
 	}

@@ -43,6 +43,7 @@ import (
 const configHelp = `The configuration (a relative path in it is relative to its folder):
 
     token: pkcs11:token=operator?module-path=...&pin-source=file:...   # or KMEHSM_TOKEN
+    tokens: [pkcs11:..., pkcs11:...]   # or several, copies of each other, which share the load and stand in for each other
     state: /var/lib/kmehsm             # the folder of the database, as --state of the other commands
     directory: file:/srv/directory     # for manufacturers enrolled without one
     listen: 127.0.0.1:8443             # mutual TLS 1.3; with tls
@@ -64,10 +65,11 @@ const configHelp = `The configuration (a relative path in it is relative to its 
     log_level: info                    # debug, info, warn or error`
 
 type config struct {
-	Token     string `yaml:"token"`
-	State     string `yaml:"state"`
-	Directory string `yaml:"directory"`
-	Listen    string `yaml:"listen"`
+	Token     string   `yaml:"token"`
+	Tokens    []string `yaml:"tokens"`
+	State     string   `yaml:"state"`
+	Directory string   `yaml:"directory"`
+	Listen    string   `yaml:"listen"`
 	TLS       struct {
 		Certificate string `yaml:"certificate"`
 		Key         string `yaml:"key"`
@@ -112,6 +114,9 @@ func readConfig(path string) (*config, error) {
 		if *p != "" && !filepath.IsAbs(*p) {
 			*p = filepath.Join(dir, *p)
 		}
+	}
+	if len(c.Tokens) == 0 {
+		c.Tokens = []string{c.Token}
 	}
 	c.Store = cmp.Or(c.Store, os.Getenv("KMEHSM_STORE"), sqlstore.InFolder(c.State))
 	switch {
@@ -194,7 +199,7 @@ func serve(c *cli.Context) error {
 		return err
 	}
 	ctx := c.Context
-	token, err := hsmkeys.Open(ctx, cfg.Token)
+	token, err := hsmkeys.OpenGroup(ctx, cfg.Tokens...)
 	if err != nil {
 		return err
 	}
@@ -284,7 +289,9 @@ func serve(c *cli.Context) error {
 	for i, l := range listeners {
 		addresses[i] = l.Addr().String() // with the port that port 0 became
 	}
-	go watch(ctx, token, log)
+	for _, t := range token.Tokens() {
+		go watch(ctx, t, log)
+	}
 	log.Info("serving", "token", token.String(), "ranges", lots.Len(), "addresses", addresses)
 	return run(ctx, handler, listeners, store, reload, log)
 }
@@ -331,7 +338,7 @@ func logKey(state string) ([]byte, error) {
 	return key, err
 }
 
-// watch says in the log when the HSM goes, and when it is back.
+// watch says in the log when a token goes, and when it is back.
 func watch(ctx context.Context, token *hsmkeys.Token, log *slog.Logger) {
 	tick := time.NewTicker(250 * time.Millisecond)
 	defer tick.Stop()
@@ -344,31 +351,33 @@ func watch(ctx context.Context, token *hsmkeys.Token, log *slog.Logger) {
 		h := token.Health()
 		switch {
 		case up && h.Cause != nil:
-			log.Error("the HSM is away; it is opened again as soon as it can be", "cause", h.Cause.Error(), "hung", h.Hung)
+			log.Error("the HSM is away; it is opened again as soon as it can be", "token", token.String(), "cause", h.Cause.Error(), "hung", h.Hung)
 		case !up && h.Cause == nil:
-			log.Info("the HSM is back", "reopened", h.Reopened)
+			log.Info("the HSM is back", "token", token.String(), "reopened", h.Reopened)
 		}
 		up = h.Cause == nil
 	}
 }
 
-// observeProcess has the token's health and the process itself in the metrics.
-func observeProcess(registry prometheus.Registerer, token *hsmkeys.Token) {
-	gauge := func(name, help string, f func(hsmkeys.Health) float64) {
-		registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 { return f(token.Health()) }))
-	}
-	gauge("kme_hsm_up", "1 while the HSM is there, 0 while calls are answered HSM_UNAVAILABLE at once.", func(h hsmkeys.Health) float64 {
-		if h.Cause != nil {
-			return 0
+// observeProcess has the tokens' health and the process itself in the metrics.
+func observeProcess(registry prometheus.Registerer, group *hsmkeys.Group) {
+	for _, token := range group.Tokens() {
+		labels := prometheus.Labels{"token": token.Serial()}
+		gauge := func(name, help string, f func(hsmkeys.Health) float64) {
+			registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help, ConstLabels: labels}, func() float64 { return f(token.Health()) }))
 		}
-		return 1
-	})
-	gauge("kme_hsm_hung_calls", "Calls that were given up in the HSM's module and have not come back.", func(h hsmkeys.Health) float64 { return float64(h.Hung) })
-	gauge("kme_hsm_sessions", "Sessions of the pool.", func(hsmkeys.Health) float64 { return float64(token.Sessions()) })
-	registry.MustRegister(
-		prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "kme_hsm_reopened_total", Help: "How often the HSM was opened again after it was away."}, func() float64 { return float64(token.Health().Reopened) }),
-		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
-	)
+		gauge("kme_hsm_up", "1 while the token is there, 0 while it is not asked.", func(h hsmkeys.Health) float64 {
+			if h.Cause != nil {
+				return 0
+			}
+			return 1
+		})
+		gauge("kme_hsm_hung_calls", "Calls that were given up in the HSM's module and have not come back.", func(h hsmkeys.Health) float64 { return float64(h.Hung) })
+		gauge("kme_hsm_sessions", "Sessions of the pool.", func(hsmkeys.Health) float64 { return float64(token.Sessions()) })
+		registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "kme_hsm_reopened_total", Help: "How often the token was opened again after it was away.", ConstLabels: labels},
+			func() float64 { return float64(token.Health().Reopened) }))
+	}
+	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 }
 
 // knownClients are those of the configuration.

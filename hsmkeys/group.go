@@ -1,0 +1,176 @@
+package hsmkeys
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/miekg/pkcs11"
+
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// A Group is one token, or several with the same keys, as an HSM's own tool makes them: they share the load, and what one of them cannot do because it
+// is away, another does. All methods may be called concurrently.
+type Group struct {
+	tokens []*Token
+	next   atomic.Uint64
+}
+
+// OpenGroup opens the tokens that the URIs name. It refuses tokens whose storage or ledger keys are not the same: a KME sealed in one would be lost in
+// the other, or accepted there a second time.
+func OpenGroup(ctx context.Context, uris ...string) (g *Group, err error) {
+	g = new(Group)
+	defer func() {
+		if err != nil {
+			g.Close()
+		}
+	}()
+	for _, uri := range uris {
+		t, err := Open(ctx, uri)
+		if err != nil {
+			return g, err
+		}
+		g.tokens = append(g.tokens, t)
+	}
+	return g, g.checkSame(ctx)
+}
+
+func (g *Group) checkSame(ctx context.Context) error {
+	if len(g.tokens) < 2 {
+		return nil
+	}
+	first := g.tokens[0]
+	tag, sealed, err := first.sample(ctx, kme.RandomSecret())
+	if err != nil {
+		return err
+	}
+	want, err := first.EncryptRAND(ctx, sealed, [RANDSize]byte{})
+	if err != nil {
+		return err
+	}
+	known := map[string]bool{first.Serial(): true}
+	for _, t := range g.tokens[1:] {
+		if known[t.Serial()] {
+			return fmt.Errorf("%s is named twice", t)
+		}
+		known[t.Serial()] = true
+		other, _, err := t.sample(ctx, kme.Secret{})
+		if err != nil {
+			return err
+		}
+		got, err := t.EncryptRAND(ctx, sealed, [RANDSize]byte{})
+		if err != nil || got != want || !bytes.Equal(tag, other) {
+			return fmt.Errorf("%s and %s do not have the same storage and ledger keys: make the one a copy of the other, with the HSM's own tool", first, t)
+		}
+	}
+	return nil
+}
+
+// sample is what the ledger key makes of a fixed message, and the storage key of a secret, unless that is zero.
+func (t *Token) sample(ctx context.Context, secret kme.Secret) ([]byte, []byte, error) {
+	var tag, sealed []byte
+	err := t.with(ctx, func(s *session) error {
+		h, err := t.find(s, pkcs11.CKO_SECRET_KEY, ledgerKey)
+		if err != nil {
+			return err
+		}
+		if tag, err = hmac(s, h, make([]byte, kme.SecretSize)); err != nil || secret.Bytes() == nil {
+			return err
+		}
+		if h, err = t.find(s, pkcs11.CKO_SECRET_KEY, storageKey); err != nil {
+			return err
+		}
+		sealed, err = seal(s, h, secret)
+		return err
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	return tag, sealed, nil
+}
+
+// Tokens are those of the group.
+func (g *Group) Tokens() []*Token { return g.tokens }
+
+// Close closes all.
+func (g *Group) Close() error {
+	var errs []error
+	for _, t := range g.tokens {
+		errs = append(errs, t.Close())
+	}
+	return errors.Join(errs...)
+}
+
+func (g *Group) String() string {
+	var names []string
+	for _, t := range g.tokens {
+		names = append(names, t.String())
+	}
+	return strings.Join(names, ", ")
+}
+
+// Sessions is how many operations can be in the tokens at once.
+func (g *Group) Sessions() (n int) {
+	for _, t := range g.tokens {
+		n += t.Sessions()
+	}
+	return n
+}
+
+// SetHangTimeout and ObserveQueue are those of all tokens.
+func (g *Group) SetHangTimeout(d time.Duration) {
+	for _, t := range g.tokens {
+		t.SetHangTimeout(d)
+	}
+}
+
+// ObserveQueue is described at SetHangTimeout.
+func (g *Group) ObserveQueue(f func(time.Duration)) {
+	for _, t := range g.tokens {
+		t.ObserveQueue(f)
+	}
+}
+
+// inGroup does an operation on one token after the other, beginning with another one each time, until one is there. All that a Group does can be done
+// twice.
+func inGroup[T any](g *Group, f func(*Token) (T, error)) (out T, err error) {
+	first := int(g.next.Add(1) % uint64(len(g.tokens)))
+	for i := range g.tokens {
+		out, err = f(g.tokens[(first+i)%len(g.tokens)])
+		if c := classify(err); !errors.Is(err, ErrUnavailable) && c != classDevice && c != classSession && c != classSuspect {
+			return out, err
+		}
+	}
+	return out, err
+}
+
+// OpenPayload is Token.OpenPayload.
+func (g *Group) OpenPayload(ctx context.Context, p Payload) (*Opened, error) {
+	return inGroup(g, func(t *Token) (*Opened, error) { return t.OpenPayload(ctx, p) })
+}
+
+// ExportKME is Token.ExportKME.
+func (g *Group) ExportKME(ctx context.Context, p Payload) (kme.Secret, error) {
+	return inGroup(g, func(t *Token) (kme.Secret, error) { return t.ExportKME(ctx, p) })
+}
+
+// EncryptRAND is Token.EncryptRAND.
+func (g *Group) EncryptRAND(ctx context.Context, sealed []byte, rand [RANDSize]byte) ([RANDSize]byte, error) {
+	return inGroup(g, func(t *Token) ([RANDSize]byte, error) { return t.EncryptRAND(ctx, sealed, rand) })
+}
+
+// DecryptRAND is Token.DecryptRAND.
+func (g *Group) DecryptRAND(ctx context.Context, sealed []byte, rand [RANDSize]byte) ([RANDSize]byte, error) {
+	return inGroup(g, func(t *Token) ([RANDSize]byte, error) { return t.DecryptRAND(ctx, sealed, rand) })
+}
+
+// Ping shows that one of the tokens can work.
+func (g *Group) Ping(ctx context.Context) error {
+	_, err := inGroup(g, func(t *Token) (struct{}, error) { return struct{}{}, t.Ping(ctx) })
+	return err
+}

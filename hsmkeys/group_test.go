@@ -1,0 +1,101 @@
+package hsmkeys
+
+import (
+	"errors"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/miekg/pkcs11"
+
+	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// withKeys is a token with storage and ledger keys of known values, as a copy has them.
+func withKeys(t *testing.T, storage, ledger byte) (uri string) {
+	t.Helper()
+	tok := softhsmtest.Token(t)
+	token := open(t, tok)
+	value := func(b byte) []byte { return []byte(strings.Repeat(string(b), 32)) }
+	err := token.with(t.Context(), func(s *session) error {
+		class := attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY)}
+		_, err := s.CreateObject(s.h, join(class, named(storageKey), guarded(false), use(usages, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP),
+			attributes{attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES), attr(pkcs11.CKA_VALUE, value(storage))}))
+		if err != nil {
+			return err
+		}
+		_, err = s.CreateObject(s.h, join(class, named(ledgerKey), guarded(false), use(usages, pkcs11.CKA_SIGN),
+			attributes{attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_GENERIC_SECRET), attr(pkcs11.CKA_VALUE, value(ledger))}))
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tok.URI
+}
+
+func TestGroup(t *testing.T) {
+	a, b := withKeys(t, 's', 'l'), withKeys(t, 's', 'l')
+	if _, err := OpenGroup(t.Context(), a, withKeys(t, 'x', 'l')); err == nil || !strings.Contains(err.Error(), "the same storage and ledger keys") {
+		t.Errorf("another storage key: %v", err)
+	}
+	if _, err := OpenGroup(t.Context(), a, withKeys(t, 's', 'x')); err == nil || !strings.Contains(err.Error(), "the same storage and ledger keys") {
+		t.Errorf("another ledger key: %v", err)
+	}
+	if _, err := OpenGroup(t.Context(), a, a); err == nil || !strings.Contains(err.Error(), "twice") {
+		t.Errorf("one token twice: %v", err)
+	}
+	g := must[*Group](t)(OpenGroup(t.Context(), a, b))
+	defer g.Close()
+	_, sealed, err := g.tokens[0].sample(t.Context(), kme.RandomSecret())
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := must[[RANDSize]byte](t)(g.EncryptRAND(t.Context(), sealed, [RANDSize]byte{1}))
+	load := func(n int) {
+		t.Helper()
+		var all sync.WaitGroup
+		for range 8 {
+			all.Go(func() {
+				for range n {
+					if got, err := g.EncryptRAND(t.Context(), sealed, [RANDSize]byte{1}); err != nil || got != want {
+						t.Errorf("%x, %v", got, err)
+					}
+				}
+			})
+		}
+		all.Wait()
+	}
+	used := func() (n [2]int64) { return [2]int64{g.tokens[0].uses.Load(), g.tokens[1].uses.Load()} }
+	before := used()
+	load(20)
+	after := used()
+	if one, two := after[0]-before[0], after[1]-before[1]; one < 60 || two < 60 {
+		t.Errorf("the load is shared %d to %d", one, two)
+	}
+	// One is away: the other does it all, and no call fails.
+	for i, away := range g.tokens {
+		away.latch.close(errors.New("pulled out"))
+		before = used()
+		load(10)
+		if err := g.Ping(t.Context()); err != nil {
+			t.Error(err)
+		}
+		after = used()
+		if n := after[1-i] - before[1-i]; n < 80 {
+			t.Errorf("with token %d away the other was used %d times", i, n)
+		}
+		away.latch.open()
+	}
+	for _, away := range g.tokens {
+		away.latch.close(errors.New("pulled out"))
+	}
+	if _, err := g.EncryptRAND(t.Context(), sealed, [RANDSize]byte{}); !errors.Is(err, ErrUnavailable) {
+		t.Errorf("with both away: %v", err)
+	}
+	for _, away := range g.tokens {
+		away.latch.open()
+	}
+	load(5)
+}

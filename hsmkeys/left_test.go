@@ -1,0 +1,98 @@
+package hsmkeys
+
+import (
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/pem"
+	"sync"
+	"testing"
+
+	"github.com/miekg/pkcs11"
+
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// After 10,000 operations, good and bad, there are no more sessions, and no more objects, than before.
+func TestNothingIsLeft(t *testing.T) {
+	token := newOperator(t)
+	v := vectors(t)
+	block, _ := pem.Decode([]byte(v.Lots[0].Key))
+	key := must[any](t)(x509.ParsePKCS8PrivateKey(block.Bytes)).(*rsa.PrivateKey)
+	lot := Key{Role: RoleLot, Manufacturer: manufacturer, Name: v.Lots[0].Name}
+	importLot(t, token, lot, key)
+	var payloads []Payload
+	for _, c := range v.Vectors {
+		if c.Lot == v.Lots[0].Name && c.Why != "length" {
+			suite := must[kme.Suite](t)(kme.ParseSuite(c.Suite))
+			payloads = append(payloads, Payload{Suite: suite, Lot: lot, N: &key.PublicKey, Device: must[any](t)(x509.ParsePKIXPublicKey(c.Device)), Bytes: c.Payload})
+		}
+	}
+	_, sealed, err := token.sample(t.Context(), kme.RandomSecret())
+	if err != nil {
+		t.Fatal(err)
+	}
+	run := func(n int) {
+		t.Helper()
+		var all sync.WaitGroup
+		for w := range 8 {
+			all.Go(func() {
+				for i := range n / 8 {
+					var err error
+					switch i % 5 {
+					case 0:
+						_, err = token.OpenPayload(t.Context(), payloads[(w+i)%len(payloads)])
+					case 1:
+						_, err = token.DecryptRAND(t.Context(), sealed, [RANDSize]byte{})
+					case 2: // fails in the token
+						damaged := append([]byte{}, sealed...)
+						damaged[3] ^= 1
+						if _, derr := token.EncryptRAND(t.Context(), damaged, [RANDSize]byte{}); derr == nil {
+							t.Error("a damaged KME was used")
+						}
+					default:
+						_, err = token.EncryptRAND(t.Context(), sealed, [RANDSize]byte{})
+					}
+					if err != nil {
+						t.Error(err)
+						return
+					}
+				}
+			})
+		}
+		all.Wait()
+	}
+	count := func() (sessions, objects int) {
+		t.Helper()
+		for h := range 100_000 { // SoftHSM counts its handles up, and its session count is not available
+			if _, err := token.module.GetSessionInfo(pkcs11.SessionHandle(h)); err == nil {
+				sessions++
+			}
+		}
+		err := token.with(t.Context(), func(s *session) error {
+			if err := s.FindObjectsInit(s.h, nil); err != nil {
+				return err
+			}
+			found, _, err := s.FindObjects(s.h, 1000)
+			objects = len(found)
+			if err != nil {
+				return err
+			}
+			return s.FindObjectsFinal(s.h)
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return sessions, objects
+	}
+	run(400)
+	sessions, objects := count()
+	run(10_000)
+	if s, o := count(); s == 0 || s > sessions+token.Sessions() || o != objects {
+		t.Errorf("%d sessions and %d objects, before %d and %d", s, o, sessions, objects)
+	} else {
+		t.Logf("%d sessions and %d objects, before %d and %d", s, o, sessions, objects)
+	}
+	if h := token.Health(); h.Hung != 0 || h.Reopened != 0 || h.Cause != nil {
+		t.Errorf("%+v", h)
+	}
+}
