@@ -13,6 +13,7 @@ import (
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
+	"golang.org/x/time/rate"
 
 	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
 	"github.com/kmehsm/kmehsm/binding"
@@ -48,6 +49,9 @@ type Client struct {
 	UID   *int     `yaml:"uid"`   // the user at the other end of the Unix socket
 	Roles []Role   `yaml:"roles"` // at least one
 	PLMNs []string `yaml:"plmns"` // MCC and MNC, whose IMSIs it may name; or all
+	Rate  float64  `yaml:"rate"`  // calls a second, and as many at once; 0 for no limit
+
+	limit *rate.Limiter
 }
 
 // all stands for every PLMN.
@@ -87,6 +91,8 @@ func (c *Clients) add(e *Client) error {
 		return errors.New("it has either a san or a uid")
 	case e.UID != nil && *e.UID < 0:
 		return errors.New("a uid is not negative")
+	case e.Rate < 0:
+		return errors.New("a rate is not negative")
 	case len(e.Roles) == 0:
 		return errors.New("it has no roles")
 	case len(e.PLMNs) == 0:
@@ -103,6 +109,9 @@ func (c *Clients) add(e *Client) error {
 		if p != all && (len(p) < 5 || len(p) > 6 || strings.Trim(p, "0123456789") != "") {
 			return fmt.Errorf("%q is no PLMN: MCC and MNC, 5 or 6 digits, or all", p)
 		}
+	}
+	if e.Rate > 0 {
+		e.limit = rate.NewLimiter(rate.Limit(e.Rate), max(int(e.Rate), 1))
 	}
 	if e.SAN != "" {
 		c.bySAN[e.SAN] = e
@@ -189,6 +198,9 @@ func clientOf(ctx context.Context) *Client {
 	c, _ := ctx.Value(clientKey{}).(*Client)
 	return c
 }
+
+// tooMany says whether a client calls more often than it may.
+func (e *Client) tooMany() bool { return e != nil && e.limit != nil && !e.limit.Allow() }
 
 // notAllowed is one answer, whatever the caller lacks.
 func notAllowed() *binding.Refusal {

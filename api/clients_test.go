@@ -43,7 +43,7 @@ func TestWhoMayDoWhat(t *testing.T) {
 	}
 	defer store.Close()
 	clients := new(atomic.Pointer[Clients])
-	handler := NewHandler(binding.NewService(nil, store, new(binding.Lots), 1<<40, slog.New(slog.DiscardHandler)), clients, binding.NewMetrics(prometheus.NewRegistry()), nil, nil)
+	handler := NewHandler(binding.NewService(nil, store, new(binding.Lots), 1<<40, slog.New(slog.DiscardHandler)), clients, binding.NewMetrics(prometheus.NewRegistry()), nil, nil, nil)
 	refused := func(method protoreflect.MethodDescriptor, imsi string) bool {
 		body := `{}`
 		if method.Input().Fields().ByName("imsi") != nil {
@@ -124,19 +124,36 @@ func TestClients(t *testing.T) {
 	}
 	negative := -1
 	for want, e := range map[string]Client{
-		"no name":           {SAN: "x", Roles: []Role{RoleHSS}, PLMNs: []string{all}},
-		"either a san":      {Name: "x", Roles: []Role{RoleHSS}, PLMNs: []string{all}},
-		"a san or a uid":    {Name: "x", SAN: "x", UID: &uid, Roles: []Role{RoleHSS}, PLMNs: []string{all}},
-		"no roles":          {Name: "x", SAN: "x", PLMNs: []string{all}},
-		"no role":           {Name: "x", SAN: "x", Roles: []Role{"root"}, PLMNs: []string{all}},
-		"no plmns":          {Name: "x", SAN: "x", Roles: []Role{RoleHSS}},
-		"no PLMN":           {Name: "x", SAN: "x", Roles: []Role{RoleHSS}, PLMNs: []string{"0010"}},
-		"is no PLMN":        {Name: "x", SAN: "x", Roles: []Role{RoleHSS}, PLMNs: []string{"00101a"}},
-		"another client is": {Name: "x", SAN: "hss.example", Roles: []Role{RoleHSS}, PLMNs: []string{all}},
-		"not negative":      {Name: "x", UID: &negative, Roles: []Role{RoleHSS}, PLMNs: []string{all}},
+		"no name":             {SAN: "x", Roles: []Role{RoleHSS}, PLMNs: []string{all}},
+		"either a san":        {Name: "x", Roles: []Role{RoleHSS}, PLMNs: []string{all}},
+		"a san or a uid":      {Name: "x", SAN: "x", UID: &uid, Roles: []Role{RoleHSS}, PLMNs: []string{all}},
+		"no roles":            {Name: "x", SAN: "x", PLMNs: []string{all}},
+		"no role":             {Name: "x", SAN: "x", Roles: []Role{"root"}, PLMNs: []string{all}},
+		"no plmns":            {Name: "x", SAN: "x", Roles: []Role{RoleHSS}},
+		"no PLMN":             {Name: "x", SAN: "x", Roles: []Role{RoleHSS}, PLMNs: []string{"0010"}},
+		"is no PLMN":          {Name: "x", SAN: "x", Roles: []Role{RoleHSS}, PLMNs: []string{"00101a"}},
+		"another client is":   {Name: "x", SAN: "hss.example", Roles: []Role{RoleHSS}, PLMNs: []string{all}},
+		"a rate is not":       {Name: "x", SAN: "x", Roles: []Role{RoleHSS}, PLMNs: []string{all}, Rate: -1},
+		"uid is not negative": {Name: "x", UID: &negative, Roles: []Role{RoleHSS}, PLMNs: []string{all}},
 	} {
 		if _, err := NewClients(append(slices.Clone(good), e)); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%+v: %v does not say %q", e, err, want)
+		}
+	}
+}
+
+func TestClientRate(t *testing.T) {
+	c, err := NewClients([]Client{{Name: "slow", SAN: "slow", Roles: []Role{RoleHSS}, PLMNs: []string{all}, Rate: 0.001}, {Name: "free", SAN: "free", Roles: []Role{RoleHSS}, PLMNs: []string{all}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	slow, free := c.bySAN["slow"], c.bySAN["free"]
+	if slow.tooMany() || !slow.tooMany() || !slow.tooMany() {
+		t.Error("one call of a client with a rate below one, and no second")
+	}
+	for range 1000 {
+		if free.tooMany() {
+			t.Fatal("a client without a rate is limited")
 		}
 	}
 }

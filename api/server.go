@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/http"
 	"path"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -29,10 +30,10 @@ const maxRequest = 16 << 10
 // ready warns of: something that is away, and that the service goes on without for now.
 //
 // clients says who may call what; it is read at each request. metrics counts the calls, and gather serves GET /metrics to monitors.
-// The gRPC health service says what /readyz says.
-func NewHandler(service *binding.Service, clients *atomic.Pointer[Clients], metrics *binding.Metrics, gather http.Handler, ready func(context.Context) (warnings []string, err error)) http.Handler {
+// outer are around each call. The gRPC health service says what /readyz says.
+func NewHandler(service *binding.Service, clients *atomic.Pointer[Clients], metrics *binding.Metrics, gather http.Handler, outer []connect.Interceptor, ready func(context.Context) (warnings []string, err error)) http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle(kmev1connect.NewKeyServiceHandler(&server{service}, connect.WithReadMaxBytes(maxRequest), connect.WithInterceptors(measure(metrics), authorize(service))))
+	mux.Handle(kmev1connect.NewKeyServiceHandler(&server{service}, connect.WithReadMaxBytes(maxRequest), connect.WithInterceptors(append(slices.Clone(outer), measure(metrics), authorize(service))...)))
 	mux.Handle(grpchealth.NewHandler(checker(func(ctx context.Context) error { _, err := ready(ctx); return err })))
 	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, r *http.Request) {
 		if !clientOf(r.Context()).has(RoleMonitor) {
@@ -116,6 +117,11 @@ func authorize(service *binding.Service) connect.UnaryInterceptorFunc {
 				}
 				service.Refused(ctx, notAllowed(), "client", name, "call", req.Spec().Procedure)
 				return nil, toConnect(notAllowed())
+			}
+			if client.tooMany() {
+				refusal := &binding.Refusal{Reason: kme.Overloaded, Message: "this client calls more often than it may"}
+				service.Refused(ctx, refusal, "client", client.Name, "call", req.Spec().Procedure)
+				return nil, toConnect(refusal)
 			}
 			return next(ctx, req)
 		}

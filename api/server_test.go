@@ -110,7 +110,7 @@ func serve(t *testing.T) (*httptest.Server, *sqlstore.Store) {
 	}
 	clients := new(atomic.Pointer[Clients])
 	clients.Store(&Clients{byUID: map[int]*Client{-1: {Name: "anybody", Roles: []Role{RoleHSS, RoleAdmin, RoleMonitor}, PLMNs: []string{all}}}})
-	s := httptest.NewUnstartedServer(NewHandler(service, clients, binding.NewMetrics(prometheus.NewRegistry()), http.NotFoundHandler(), func(ctx context.Context) ([]string, error) { return []string{"a warning"}, ready(ctx) }))
+	s := httptest.NewUnstartedServer(NewHandler(service, clients, binding.NewMetrics(prometheus.NewRegistry()), http.NotFoundHandler(), nil, func(ctx context.Context) ([]string, error) { return []string{"a warning"}, ready(ctx) }))
 	s.EnableHTTP2 = true
 	s.StartTLS()
 	t.Cleanup(s.Close)

@@ -47,7 +47,7 @@ func (r *rig) listen(t *testing.T) func(ctx context.Context) (net.Conn, error) {
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
 	protocols.SetUnencryptedHTTP2(true)
-	server := &http.Server{Handler: api.NewHandler(r.service, anybody(t), binding.NewMetrics(prometheus.NewRegistry()), http.NotFoundHandler(), func(ctx context.Context) ([]string, error) { return nil, r.token.Ping(ctx) }), Protocols: protocols, ConnContext: api.ConnContext}
+	server := &http.Server{Handler: api.NewHandler(r.service, anybody(t), binding.NewMetrics(prometheus.NewRegistry()), http.NotFoundHandler(), nil, func(ctx context.Context) ([]string, error) { return nil, r.token.Ping(ctx) }), Protocols: protocols, ConnContext: api.ConnContext}
 	go server.Serve(l)
 	t.Cleanup(func() { server.Close() })
 	return func(ctx context.Context) (net.Conn, error) { return new(net.Dialer).DialContext(ctx, "unix", path) }

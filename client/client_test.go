@@ -44,7 +44,7 @@ func serve(before func(w http.ResponseWriter, r *http.Request) (answered bool)) 
 	clients := new(atomic.Pointer[api.Clients])
 	clients.Store(known)
 	service := binding.NewService(nil, store, new(binding.Lots), time.Minute, slog.New(slog.DiscardHandler))
-	handler := api.NewHandler(service, clients, binding.NewMetrics(prometheus.NewRegistry()), http.NotFoundHandler(), func(context.Context) ([]string, error) { return nil, nil })
+	handler := api.NewHandler(service, clients, binding.NewMetrics(prometheus.NewRegistry()), http.NotFoundHandler(), nil, func(context.Context) ([]string, error) { return nil, nil })
 	path := filepath.Join(dir, "s")
 	l, err := net.Listen("unix", path)
 	if err != nil {

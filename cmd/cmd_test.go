@@ -3,6 +3,7 @@ package cmd_test
 
 import (
 	"bytes"
+	"compress/gzip"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -11,6 +12,7 @@ import (
 	"io/fs"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -72,7 +74,7 @@ func TestScripts(t *testing.T) {
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"exits": exits, "faultmodule": faultModule, "ready": ready, "json": isJSON, "snapshot": snapshot, "same": same, "small": small, "flip": flip, "truncate": truncate,
+			"exits": exits, "faultmodule": faultModule, "collector": collector, "ready": ready, "json": isJSON, "snapshot": snapshot, "same": same, "small": small, "flip": flip, "truncate": truncate,
 		},
 	})
 }
@@ -185,6 +187,23 @@ func faultModule(ts *testscript.TestScript, _ bool, args []string) {
 		ts.Setenv(name, value)
 	}
 	ts.Setenv("FAULTY", m.URI(ts.Getenv("OPERATOR")))
+}
+
+// collector FILE takes what is sent to $COLLECTOR, as an OpenTelemetry collector does, and puts it into a file.
+func collector(ts *testscript.TestScript, _ bool, args []string) {
+	file, err := os.Create(ts.MkAbs(args[0]))
+	ts.Check(err)
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/v1/traces" {
+			body := io.Reader(r.Body)
+			if zipped, err := gzip.NewReader(r.Body); r.Header.Get("Content-Encoding") == "gzip" && err == nil {
+				body = zipped
+			}
+			io.Copy(file, body)
+		}
+	}))
+	ts.Setenv("COLLECTOR", server.Listener.Addr().String())
+	ts.Defer(func() { server.Close(); file.Close() })
 }
 
 // flip FILE changes a byte in the middle of a file; truncate FILE cuts it before that.

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/maypok86/otter/v2"
+	"github.com/maypok86/otter/v2/stats"
 	"golang.org/x/sync/singleflight"
 
 	"github.com/kmehsm/kmehsm/kme"
@@ -21,9 +22,10 @@ var ErrUnknownDevice = errors.New("the directory has no such device")
 
 // ReaderOptions are a Reader's; the zero value of each stands for its default.
 type ReaderOptions struct {
-	CacheBytes    int64         // memory for device keys, 64 MiB
-	RevocationTTL time.Duration // how old a list of revoked devices may be, 1 minute
-	NegativeTTL   time.Duration // for how long a shard that was not there is not asked for again, 5 seconds
+	CacheBytes    int64          // memory for device keys, 64 MiB
+	RevocationTTL time.Duration  // how old a list of revoked devices may be, 1 minute
+	Stats         stats.Recorder // counts hits and misses of the cache; may be nil
+	NegativeTTL   time.Duration  // for how long a shard that was not there is not asked for again, 5 seconds
 }
 
 // fetchTimeout bounds a read that may outlive the caller who began it.
@@ -74,6 +76,7 @@ func NewReader(store Store, v *Verifier, o ReaderOptions) *Reader {
 	return &Reader{
 		store: store, verifier: v, o: o, revocations: map[string]*revocationList{},
 		shards: otter.Must(&otter.Options[shardKey, *packedShard]{
+			StatsRecorder: o.Stats,
 			MaximumWeight: uint64(o.CacheBytes),
 			Weigher:       func(_ shardKey, s *packedShard) uint32 { return uint32(len(s.keys) + overhead) },
 			ExpiryCalculator: otter.ExpiryWritingFunc(func(e otter.Entry[shardKey, *packedShard]) time.Duration {

@@ -31,6 +31,9 @@ var (
 // Close ends all connections.
 func (s *Store) Close() error { return errors.Join(s.read.Close(), s.close()) }
 
+// Ping says whether the store can be reached.
+func (s *Store) Ping(ctx context.Context) error { return s.read.PingContext(ctx) }
+
 func (s *Store) exec(ctx context.Context, key, query string, args ...any) error {
 	return s.change(ctx, key, func(ctx context.Context, tx *sql.Tx) error {
 		_, err := tx.ExecContext(ctx, query, args...)

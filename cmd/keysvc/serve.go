@@ -23,6 +23,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/maypok86/otter/v2/stats"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
@@ -52,6 +53,7 @@ const configHelp = `The configuration (a relative path in it is relative to its 
     clients:                           # who may call; without this, any certificate of client_ca is an hss for all PLMNs, and the
                                        # service's own user, on the socket, an hss and an admin
       - {name: hss-1, san: hss-1.example, roles: [hss], plmns: ["00101"]}   # san: a DNS name or URI of its certificate
+                                       # rate: 500 for at most so many calls a second
       - {name: ops, uid: 1000, roles: [admin], plmns: [all]}                # roles: hss, admin, monitor, kme-export
     store: postgres://keysvc@db/keysvc # for several instances (default: SQLite in the state folder); password: PGPASSFILE
     attempt_ttl: 5m                    # how long a device has for EstablishKME after PrepareVector
@@ -61,6 +63,7 @@ const configHelp = `The configuration (a relative path in it is relative to its 
     hsm_timeout: 5s                    # after which a call that hangs in the token's module is given up
     cache_mb: 64                       # memory for cached public keys
     vault: {role_id: ID, secret_id_file: FILE, secret_id_wrapped: false}   # or {cert_role: ROLE}; for directories in Vault
+    otlp: http://127.0.0.1:4318        # a collector of OpenTelemetry traces (default: none)
     log_identities: plain              # or hashed: IMSI and IMEI as HMACs under log.key in the state folder, the same for the same
     log_level: info                    # debug, info, warn or error`
 
@@ -86,6 +89,7 @@ type config struct {
 	IMEIBurst     int           `yaml:"imei_burst"`
 	CacheMB       int64         `yaml:"cache_mb"`
 	LogLevel      slog.Level    `yaml:"log_level"`
+	OTLP          string        `yaml:"otlp"`
 	LogIdentities string        `yaml:"log_identities"`
 	Vault         struct {
 		RoleID          string `yaml:"role_id"`
@@ -216,10 +220,11 @@ func serve(c *cli.Context) error {
 	}
 	defer store.Close()
 
+	cache := stats.NewCounter()
 	open := opener(ctx, cfg.Directory, vaultstore.Login{
 		RoleID: cfg.Vault.RoleID, SecretIDFile: cfg.Vault.SecretIDFile, Wrapped: cfg.Vault.SecretIDWrapped, CertRole: cfg.Vault.CertRole,
 		Wait: true,
-	}, directory.ReaderOptions{CacheBytes: cfg.CacheMB << 20, RevocationTTL: cfg.RevocationTTL}, log)
+	}, directory.ReaderOptions{CacheBytes: cfg.CacheMB << 20, RevocationTTL: cfg.RevocationTTL, Stats: cache}, log)
 	load := func() (*binding.Lots, error) { return openLots(ctx, store, open) }
 	lots, err := load()
 	if err != nil {
@@ -231,9 +236,20 @@ func serve(c *cli.Context) error {
 	metrics := binding.NewMetrics(registry)
 	service.Observe(metrics)
 	token.ObserveQueue(metrics.Queued)
-	observeProcess(registry, token)
+	observeProcess(registry, token, store, cache)
+	traces, stop, err := tracing(ctx, cfg.OTLP)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		flush, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+		defer cancel()
+		if err := stop(flush); err != nil {
+			log.Warn("the last traces were not sent", "cause", err.Error())
+		}
+	}()
 	clients := new(atomic.Pointer[api.Clients])
-	handler := api.NewHandler(service, clients, metrics, promhttp.HandlerFor(registry, promhttp.HandlerOpts{}), func(ctx context.Context) (warnings []string, err error) {
+	handler := api.NewHandler(service, clients, metrics, promhttp.HandlerFor(registry, promhttp.HandlerOpts{}), traces, func(ctx context.Context) (warnings []string, err error) {
 		if err = token.Ping(ctx); err == nil {
 			_, err = store.Lots(ctx)
 		}
@@ -359,8 +375,8 @@ func watch(ctx context.Context, token *hsmkeys.Token, log *slog.Logger) {
 	}
 }
 
-// observeProcess has the tokens' health and the process itself in the metrics.
-func observeProcess(registry prometheus.Registerer, group *hsmkeys.Group) {
+// observeProcess has the health of tokens, store, cache and the process itself in the metrics.
+func observeProcess(registry prometheus.Registerer, group *hsmkeys.Group, store *sqlstore.Store, cache *stats.Counter) {
 	for _, token := range group.Tokens() {
 		labels := prometheus.Labels{"token": token.Serial()}
 		gauge := func(name, help string, f func(hsmkeys.Health) float64) {
@@ -377,6 +393,18 @@ func observeProcess(registry prometheus.Registerer, group *hsmkeys.Group) {
 		registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "kme_hsm_reopened_total", Help: "How often the token was opened again after it was away.", ConstLabels: labels},
 			func() float64 { return float64(token.Health().Reopened) }))
 	}
+	registry.MustRegister(
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "kme_store_up", Help: "1 while the store can be reached."}, func() float64 {
+			ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+			defer cancel()
+			if store.Ping(ctx) != nil {
+				return 0
+			}
+			return 1
+		}),
+		prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "kme_directory_cache_hits_total", Help: "Looked-up devices whose shard was in the cache."}, func() float64 { return float64(cache.Snapshot().Hits) }),
+		prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "kme_directory_cache_misses_total", Help: "Looked-up devices whose shard was not."}, func() float64 { return float64(cache.Snapshot().Misses) }),
+	)
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 }
 
