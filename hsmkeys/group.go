@@ -136,6 +136,13 @@ func (g *Group) ObserveQueue(f func(time.Duration)) {
 	}
 }
 
+// VerifyInSoftware is that of all tokens.
+func (g *Group) VerifyInSoftware() {
+	for _, t := range g.tokens {
+		t.VerifyInSoftware()
+	}
+}
+
 // inGroup does an operation on one token after the other, beginning with another one each time, until one is there. All that a Group does can be done
 // twice.
 func inGroup[T any](g *Group, f func(*Token) (T, error)) (out T, err error) {

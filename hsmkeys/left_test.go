@@ -96,3 +96,27 @@ func TestNothingIsLeft(t *testing.T) {
 		t.Errorf("%+v", h)
 	}
 }
+
+// In software KME_SIG is validated as in the token, payload by payload.
+func TestVerifyInSoftware(t *testing.T) {
+	token := newOperator(t)
+	v := vectors(t)
+	for _, l := range v.Lots {
+		block, _ := pem.Decode([]byte(l.Key))
+		importLot(t, token, Key{Role: RoleLot, Manufacturer: manufacturer, Name: l.Name}, must[any](t)(x509.ParsePKCS8PrivateKey(block.Bytes)).(*rsa.PrivateKey))
+	}
+	for _, c := range v.Vectors {
+		if c.Why == "length" {
+			continue
+		}
+		lot := Key{Role: RoleLot, Manufacturer: manufacturer, Name: c.Lot}
+		in := Payload{Suite: must[kme.Suite](t)(kme.ParseSuite(c.Suite)), Lot: lot, N: must[*rsa.PublicKey](t)(token.rsaPublicKey(t.Context(), lot)),
+			Device: must[any](t)(x509.ParsePKIXPublicKey(c.Device)), Bytes: c.Payload}
+		token.verifyInSoftware = false
+		want := must[*Opened](t)(token.OpenPayload(t.Context(), in))
+		token.VerifyInSoftware()
+		if got := must[*Opened](t)(token.OpenPayload(t.Context(), in)); got.Fault != want.Fault || got.NWSig != want.NWSig {
+			t.Errorf("%s: fault %q in software, %q in the token", c.Name, got.Fault, want.Fault)
+		}
+	}
+}

@@ -84,8 +84,10 @@ func (t *Token) OpenPayload(ctx context.Context, in Payload) (*Opened, error) {
 		if !formed {
 			sig = standIn(suite) // a token answers malformed values without computing anything
 		}
-		verified, err := verifyKME(s, suite, device, suite.Signed(in.For, &p), sig)
-		if err != nil {
+		var verified bool
+		if signed := suite.Signed(in.For, &p); t.verifyInSoftware {
+			verified = suite.Verify(device, signed, sig)
+		} else if verified, err = verifyKME(s, suite, device, signed, sig); err != nil {
 			return err
 		}
 		if opened.Tag, err = hmac(s, hLedger, p.KME.Bytes()); err != nil {
@@ -111,6 +113,10 @@ func (t *Token) OpenPayload(ctx context.Context, in Payload) (*Opened, error) {
 	}
 	return opened, nil
 }
+
+// VerifyInSoftware has KME_SIG validated in this process, for tokens without the mechanism: it needs no secret, and no answer is another by it. It is
+// for the time before the first call.
+func (t *Token) VerifyInSoftware() { t.verifyInSoftware = true }
 
 // ExportKME decrypts a payload that OpenPayload has found good, and gives its KME. It is for an HSS that keeps the KME itself; the caller
 // wipes it.

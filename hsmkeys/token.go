@@ -114,15 +114,16 @@ type Token struct {
 	renewAfter, uses atomic.Int64
 	renewing         sync.Mutex
 
-	queued         func(time.Duration) // may be nil
-	uri            *uri
-	latch          latch
-	hangAfter      time.Duration
-	hung, reopened atomic.Int64
-	reopening      sync.Mutex     // held by who reopens
-	lastReopened   time.Time      // of recover's own, of which there is one at a time
-	recovering     sync.WaitGroup // recover
-	closing        chan struct{}  // closed by Close
+	verifyInSoftware bool
+	queued           func(time.Duration) // may be nil
+	uri              *uri
+	latch            latch
+	hangAfter        time.Duration
+	hung, reopened   atomic.Int64
+	reopening        sync.Mutex     // held by who reopens
+	lastReopened     time.Time      // of recover's own, of which there is one at a time
+	recovering       sync.WaitGroup // recover
+	closing          chan struct{}  // closed by Close
 
 	mu      sync.Mutex
 	handles map[handleKey]pkcs11.ObjectHandle // guarded by mu

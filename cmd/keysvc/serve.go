@@ -60,6 +60,7 @@ const configHelp = `The configuration (a relative path in it is relative to its 
     revocation_ttl: 1m                 # how old a list of revoked devices may be
     calls: 64                          # that are at the HSM or wait for it; more are refused (default: 8 for each session)
     imei_rate: 10                      # payloads a second of one device, imei_burst: 1000 at once; more are refused
+    verify: token                      # or software, where the doctor says that the token cannot validate KME_SIG
     hsm_timeout: 5s                    # after which a call that hangs in the token's module is given up
     cache_mb: 64                       # memory for cached public keys
     vault: {role_id: ID, secret_id_file: FILE, secret_id_wrapped: false}   # or {cert_role: ROLE}; for directories in Vault
@@ -84,6 +85,7 @@ type config struct {
 	AttemptTTL    time.Duration `yaml:"attempt_ttl"`
 	RevocationTTL time.Duration `yaml:"revocation_ttl"`
 	HSMTimeout    time.Duration `yaml:"hsm_timeout"`
+	Verify        string        `yaml:"verify"`
 	Calls         int           `yaml:"calls"`
 	IMEIRate      float64       `yaml:"imei_rate"`
 	IMEIBurst     int           `yaml:"imei_burst"`
@@ -104,7 +106,7 @@ func readConfig(path string) (*config, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &config{Token: os.Getenv("KMEHSM_TOKEN"), State: "var/keysvc", AttemptTTL: 5 * time.Minute, RevocationTTL: time.Minute, HSMTimeout: 5 * time.Second, IMEIRate: 10, IMEIBurst: 1000, LogIdentities: "plain", CacheMB: 64}
+	c := &config{Token: os.Getenv("KMEHSM_TOKEN"), State: "var/keysvc", AttemptTTL: 5 * time.Minute, RevocationTTL: time.Minute, HSMTimeout: 5 * time.Second, IMEIRate: 10, IMEIBurst: 1000, LogIdentities: "plain", Verify: "token", CacheMB: 64}
 	d := yaml.NewDecoder(bytes.NewReader(data))
 	d.KnownFields(true)
 	if err := d.Decode(c); err != nil && !errors.Is(err, io.EOF) {
@@ -130,6 +132,8 @@ func readConfig(path string) (*config, error) {
 		err = errors.New("listen needs tls with certificate, key and client_ca: the service is never offered without mutual TLS")
 	case c.LogIdentities != "plain" && c.LogIdentities != "hashed":
 		err = fmt.Errorf("log_identities is plain or hashed, not %q", c.LogIdentities)
+	case c.Verify != "token" && c.Verify != "software":
+		err = fmt.Errorf("verify is token or software, not %q", c.Verify)
 	case c.AttemptTTL <= 0 || c.RevocationTTL <= 0 || c.CacheMB <= 0 || c.HSMTimeout <= 0 || c.Calls < 0 || c.IMEIRate <= 0 || c.IMEIBurst <= 0:
 		err = errors.New("attempt_ttl, revocation_ttl, hsm_timeout, cache_mb, imei_rate and imei_burst must be above zero")
 	}
@@ -209,6 +213,10 @@ func serve(c *cli.Context) error {
 	}
 	defer token.Close()
 	token.SetHangTimeout(cfg.HSMTimeout)
+	if cfg.Verify == "software" {
+		token.VerifyInSoftware()
+		log.Warn("KME_SIG is validated in software, and not in the token, as the configuration says")
+	}
 	if err := token.Ping(ctx); errors.Is(err, hsmkeys.ErrNoKey) {
 		return fmt.Errorf("%s has no keys yet: run keysvc init first", token)
 	} else if err != nil {
