@@ -59,29 +59,16 @@ func heap() uint64 {
 	return m.HeapAlloc
 }
 
-// No mutated payload is accepted, each is refused for what callers may know, and memory stays flat. A million of them in make soak.
-func TestMutatedPayloads(t *testing.T) {
-	n := 3000
-	if os.Getenv("KMEHSM_SOAK") != "" {
-		n = 1_000_000
-	}
-	r, _, l := newServed(t)
-	service := r.unrecorded(t)
-	imsi := newIMSI()
-	attempt := r.attempt(t, imsi)
-	d := l.devices[0]
-	good, _ := d.payload(t)
+// flat makes n calls, four at once, and demands that memory does not grow with them.
+func flat(t *testing.T, n int, each func(*rand.Rand) (ok bool)) {
+	t.Helper()
 	run := func(n int) {
 		var all sync.WaitGroup
 		for w := range 4 {
 			all.Go(func() {
 				random := rand.New(rand.NewPCG(rand.Uint64(), uint64(w)))
 				for range n / 4 {
-					payload := mutate(random, good)
-					_, err := service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, payload, true)
-					var refusal *binding.Refusal
-					if !errors.As(err, &refusal) || refusal.Reason != kme.KMERejected && !(refusal.Reason == kme.Malformed && len(payload) != len(good)) {
-						t.Errorf("%x: %v", payload, err)
+					if !each(random) {
 						return
 					}
 				}
@@ -95,6 +82,30 @@ func TestMutatedPayloads(t *testing.T) {
 	if after := heap(); after > before+8<<20 {
 		t.Errorf("the heap grew from %d to %d bytes", before, after)
 	}
+}
+
+// No mutated payload is accepted, each is refused for what callers may know, and memory stays flat. A million of them in make soak.
+func TestMutatedPayloads(t *testing.T) {
+	n := 3000
+	if os.Getenv("KMEHSM_SOAK") != "" {
+		n = 1_000_000
+	}
+	r, _, l := newServed(t)
+	service := r.unrecorded(t)
+	imsi := newIMSI()
+	attempt := r.attempt(t, imsi)
+	d := l.devices[0]
+	good, _ := d.payload(t)
+	flat(t, n, func(random *rand.Rand) bool {
+		payload := mutate(random, good)
+		_, err := service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, payload, true)
+		var refusal *binding.Refusal
+		if !errors.As(err, &refusal) || refusal.Reason != kme.KMERejected && !(refusal.Reason == kme.Malformed && len(payload) != len(good)) {
+			t.Errorf("%x: %v", payload, err)
+			return false
+		}
+		return true
+	})
 	if h := r.token.Health(); h.Cause != nil || h.Hung != 0 {
 		t.Errorf("%+v", h)
 	}
@@ -133,36 +144,22 @@ func TestMutatedMessages(t *testing.T) {
 		methods = append(methods, m)
 	}
 	var codes [600]atomic.Int64
-	run := func(n int) {
-		var all sync.WaitGroup
-		for w := range 4 {
-			all.Go(func() {
-				random := rand.New(rand.NewPCG(rand.Uint64(), uint64(w)))
-				for range n / 4 {
-					method := methods[random.IntN(len(methods))]
-					body := mutate(random, []byte(bodies[method]))
-					q := httptest.NewRequest("POST", "/kme.v1.KeyService/"+method, bytes.NewReader(body))
-					q.Header.Set("Content-Type", []string{"application/json", "application/proto", "application/grpc+proto"}[random.IntN(3)])
-					q.ProtoMajor = 2
-					q = q.WithContext(api.ConnContext(q.Context(), conn))
-					answer := httptest.NewRecorder()
-					handler.ServeHTTP(answer, q)
-					codes[answer.Code].Add(1)
-					if text, _ := io.ReadAll(answer.Result().Body); answer.Code == http.StatusInternalServerError || bytes.Contains(text, []byte("internal error")) {
-						t.Errorf("%s %q: %d %s", method, body, answer.Code, text)
-						return
-					}
-				}
-			})
+	flat(t, n, func(random *rand.Rand) bool {
+		method := methods[random.IntN(len(methods))]
+		body := mutate(random, []byte(bodies[method]))
+		q := httptest.NewRequest("POST", "/kme.v1.KeyService/"+method, bytes.NewReader(body))
+		q.Header.Set("Content-Type", []string{"application/json", "application/proto", "application/grpc+proto"}[random.IntN(3)])
+		q.ProtoMajor = 2
+		q = q.WithContext(api.ConnContext(q.Context(), conn))
+		answer := httptest.NewRecorder()
+		handler.ServeHTTP(answer, q)
+		codes[answer.Code].Add(1)
+		if text, _ := io.ReadAll(answer.Result().Body); answer.Code == http.StatusInternalServerError || bytes.Contains(text, []byte("internal error")) {
+			t.Errorf("%s %q: %d %s", method, body, answer.Code, text)
+			return false
 		}
-		all.Wait()
-	}
-	run(n / 10)
-	before := heap()
-	run(n)
-	if after := heap(); after > before+8<<20 {
-		t.Errorf("the heap grew from %d to %d bytes", before, after)
-	}
+		return true
+	})
 	seen := ""
 	for code := range codes {
 		if c := codes[code].Load(); c > 0 {

@@ -58,7 +58,7 @@ const configHelp = `The configuration (a relative path in it is relative to its 
     store: postgres://keysvc@db/keysvc # for several instances (default: SQLite in the state folder); password: PGPASSFILE
     attempt_ttl: 5m                    # how long a device has for EstablishKME after PrepareVector
     revocation_ttl: 1m                 # how old a list of revoked devices may be
-    calls: 64                          # that are at the HSM or wait for it; more are refused (default: 8 for each session)
+    calls: 128                         # that are at the HSM or wait for it; more are refused (default: 16 for each session)
     imei_rate: 10                      # payloads a second of one device, imei_burst: 1000 at once; more are refused
     verify: token                      # or software, where the doctor says that the token cannot validate KME_SIG
     hsm_timeout: 5s                    # after which a call that hangs in the token's module is given up
@@ -239,7 +239,7 @@ func serve(c *cli.Context) error {
 		return err
 	}
 	service := binding.NewService(token, store, lots, cfg.AttemptTTL, log)
-	service.Limit(binding.Limits{Calls: cmp.Or(cfg.Calls, 8*token.Sessions()), IMEIRate: cfg.IMEIRate, IMEIBurst: cfg.IMEIBurst})
+	service.Limit(binding.Limits{Calls: cmp.Or(cfg.Calls, 16*token.Sessions()), IMEIRate: cfg.IMEIRate, IMEIBurst: cfg.IMEIBurst})
 	registry := prometheus.NewRegistry()
 	metrics := binding.NewMetrics(registry)
 	service.Observe(metrics)
