@@ -75,32 +75,103 @@ func TestKilled(t *testing.T) {
 	})
 }
 
-func killed(t *testing.T, storeName string, kills int, besides func(round int)) {
-	// Everything but the service itself is the parent's: the token's keys, the lot, the devices.
+// A world is everything but the service, which is other processes.
+type world struct {
+	*rig
+	lot       *lot
+	storeName string
+	dir       string
+}
+
+func newWorld(t *testing.T, storeName string) *world {
 	r, m := newRig(t), newMaker(t)
 	r.store = must[*sqlstore.Store](t)(sqlstore.Open(t.Context(), storeName))
 	t.Cleanup(func() { r.store.Close() })
 	r.enroll(t, m)
 	l := m.newLot(t, "L1", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 5)...)
 	r.take(t, m, l)
+	return &world{r, l, storeName, m.dir}
+}
 
+// start starts a service process on a socket.
+func (w *world) start(t *testing.T, socket string) *exec.Cmd {
+	t.Helper()
+	child := exec.Command(os.Args[0], "-test.run=^TestKilled$")
+	child.Env = append(os.Environ(), childArgs+"="+strings.Join([]string{w.tokenURI, w.storeName, w.dir, socket}, "\n"))
+	if err := child.Start(); err != nil {
+		t.Fatal(err)
+	}
+	for range 1000 {
+		if c, err := net.Dial("unix", socket); err == nil {
+			c.Close()
+			return child
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Fatal("the service does not start")
+	return nil
+}
+
+// Two service processes on one PostgreSQL: the same payload at both is established once and answered the same, and one KME for two subscriptions is
+// accepted by one of them.
+func TestTwoInstances(t *testing.T) {
+	w := newWorld(t, pgtest.Start(t).Database(t))
+	var clients []*client.Client
+	for range 2 {
+		socket := filepath.Join(t.TempDir(), "s")
+		child := w.start(t, socket)
+		defer func() { child.Process.Kill(); child.Wait() }()
+		c := must[*client.Client](t)(client.New(client.Options{URL: "unix:" + socket, Tries: 1}))
+		defer c.Close()
+		clients = append(clients, c)
+	}
+	ctx := t.Context()
+	for round := range 20 {
+		d := w.lot.devices[round%5]
+		var imsis [2]kme.IMSI
+		var ids [2]string
+		for i := range 2 { // the attempts are opened by one, and used at the other
+			imsis[i] = must[kme.IMSI](t)(kme.ParseIMSI(newIMSI()))
+			ids[i] = must[client.Vector](t)(clients[1-i].PrepareVector(ctx, imsis[i], [16]byte{})).AttemptID
+		}
+		payload, plain := d.payload(t)
+		want := plain.NWSig()
+		both := func(at func(i int) int) (errs [2]error) {
+			var all sync.WaitGroup
+			for i := range 2 {
+				all.Go(func() {
+					e, err := clients[i].EstablishKME(ctx, imsis[at(i)], d.imei, ids[at(i)], payload)
+					if errs[i] = err; err == nil && e.NWSig != want {
+						t.Errorf("NW_SIG %x, want %x", e.NWSig, want)
+					}
+				})
+			}
+			all.Wait()
+			return errs
+		}
+		if round%2 == 0 {
+			if errs := both(func(int) int { return 0 }); errs[0] != nil || errs[1] != nil {
+				t.Errorf("the same call at both: %v", errs)
+			}
+			continue
+		}
+		errs := both(func(i int) int { return i })
+		refused := errs[0]
+		if refused == nil {
+			refused = errs[1]
+		}
+		if (errs[0] == nil) == (errs[1] == nil) || !errors.Is(refused, client.Reason(kme.KMERejected)) {
+			t.Errorf("one KME for two subscriptions: %v", errs)
+		}
+	}
+}
+
+func killed(t *testing.T, storeName string, kills int, besides func(round int)) {
+	r := newWorld(t, storeName)
+	l := r.lot
 	socket := filepath.Join(t.TempDir(), "s")
 	var child *exec.Cmd
-	start := func() {
-		child = exec.Command(os.Args[0], "-test.run=^TestKilled$")
-		child.Env = append(os.Environ(), childArgs+"="+strings.Join([]string{r.tokenURI, storeName, m.dir, socket}, "\n"))
-		if err := child.Start(); err != nil {
-			t.Fatal(err)
-		}
-		for range 500 {
-			if c, err := net.Dial("unix", socket); err == nil {
-				c.Close()
-				return
-			}
-			time.Sleep(10 * time.Millisecond)
-		}
-		t.Fatal("the service does not start")
-	}
+	start := func() { child = r.start(t, socket) }
 	dial := func() *client.Client {
 		return must[*client.Client](t)(client.New(client.Options{URL: "unix:" + socket, Tries: 1, Timeout: 5 * time.Second}))
 	}
