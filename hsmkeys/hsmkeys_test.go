@@ -28,7 +28,7 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-func TestMain(m *testing.M) { softhsmtest.Main(m, 20) }
+func TestMain(m *testing.M) { softhsmtest.Main(m, 22) }
 
 const manufacturer = "test-manufacturer"
 
