@@ -105,10 +105,15 @@ func TestGroup(t *testing.T) {
 	load(5)
 }
 
-// A token that really goes, its folder moved away under load, is stood in for without a call failing. (SoftHSM sees it again only
-// after C_Finalize, which the other token of the same module keeps from happening: in production each has its own.)
+// A token that really goes, its folder moved away under load, is stood in for without a call failing, and does its share again when it is back. It
+// has a module of its own, since SoftHSM sees it again only after C_Finalize.
 func TestGroupLosesAToken(t *testing.T) {
-	g := must[*Group](t)(OpenGroup(t.Context(), withKeys(t, 's', 'l'), withKeys(t, 's', 'l')))
+	module := filepath.Join(t.TempDir(), "softhsm-too.so")
+	if err := os.WriteFile(module, must[[]byte](t)(os.ReadFile(softhsmtest.ModulePath())), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	second := strings.ReplaceAll(withKeys(t, 's', 'l'), softhsmtest.ModulePath(), module)
+	g := must[*Group](t)(OpenGroup(t.Context(), withKeys(t, 's', 'l'), second))
 	defer g.Close()
 	_, sealed, err := g.tokens[0].sample(t.Context(), kme.RandomSecret())
 	if err != nil {
@@ -145,6 +150,19 @@ func TestGroupLosesAToken(t *testing.T) {
 	time.Sleep(200 * time.Millisecond)
 	if err := os.Rename(folder+".away", folder); err != nil {
 		t.Fatal(err)
+	}
+	back := func() bool {
+		uses := g.tokens[1].uses.Load()
+		time.Sleep(200 * time.Millisecond)
+		return g.tokens[1].Health().Cause == nil && g.tokens[1].uses.Load() > uses+20
+	}
+	for range 25 {
+		if back() {
+			break
+		}
+	}
+	if !back() {
+		t.Errorf("it is not back: %+v", g.tokens[1].Health())
 	}
 	stop()
 	all.Wait()
