@@ -42,7 +42,7 @@ test: deps-test lint vaultdev ## what CI runs
 soak: deps-test vaultdev ## 200 random kill -9 of factory and Vault over a lot of 20,000 devices; 200 of keysvc and PostgreSQL; an HSM away for 10 s
 	KMEHSM_SOAK=1 go test -count=1 -timeout 60m -run TestKilledWhilePublishing -v ./internal/proof
 	KMEHSM_SOAK=1 go test -count=1 -timeout 60m -run 'TestKilled|TestMutated' -v ./binding
-	KMEHSM_SOAK=1 go test -count=1 -timeout 20m -run TestOutage -v ./internal/faultmodule
+	KMEHSM_SOAK=1 go test -count=1 -timeout 20m -run 'TestOutage|TestRemoteKilled' -v ./internal/faultmodule
 
 lint: deps-test ## gofmt, go vet, staticcheck and shellcheck
 	@unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || { printf 'run gofmt -w on:\n%s\n' "$$unformatted" >&2; exit 1; }

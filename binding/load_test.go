@@ -157,6 +157,35 @@ func TestRefusalsTakeAsLong(t *testing.T) {
 	r.takeAsLong(t, service, d, imsi, kinds)
 }
 
+// The same for the known answers that are to be rejected, those of one device.
+func TestKnownRefusalsTakeAsLong(t *testing.T) {
+	r, devices := newKnown(t)
+	byDevice := map[*device]map[string][][]byte{}
+	for _, v := range vectors(t).Vectors {
+		if d := devices[v]; v.Expect == "reject" && v.Why != "length" && v.Suite == kme.SuiteECDSA && v.Lot == "lot-2048" {
+			if byDevice[d] == nil {
+				byDevice[d] = map[string][][]byte{}
+			}
+			byDevice[d][v.Why] = append(byDevice[d][v.Why], v.Payload)
+		}
+	}
+	compared := 0
+	for d, kinds := range byDevice {
+		if len(kinds) < 2 {
+			continue
+		}
+		compared++
+		make := map[string]func() []byte{}
+		for why, payloads := range kinds {
+			make[why] = func() []byte { return payloads[rand.IntN(len(payloads))] }
+		}
+		r.takeAsLong(t, r.unrecorded(t), d, newIMSI(), make)
+	}
+	if compared == 0 {
+		t.Error("no device has known answers of two kinds")
+	}
+}
+
 // In the bound suite a payload that OAEP refuses takes as long as one with a bad signature.
 func TestBoundRefusalsTakeAsLong(t *testing.T) {
 	r, m := newRig(t), newMaker(t)

@@ -16,6 +16,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -93,7 +94,7 @@ func TestMutatedPayloads(t *testing.T) {
 	r, _, l := newServed(t)
 	service := r.unrecorded(t)
 	imsi := newIMSI()
-	attempt := r.attempt(t, imsi)
+	attempt := must[*binding.Attempt](t)(service.OpenProvisioning(t.Context(), imsi, 24*time.Hour)).ID // a million take a while
 	d := l.devices[0]
 	good, _ := d.payload(t)
 	flat(t, n, func(random *rand.Rand) bool {
