@@ -38,7 +38,7 @@ func Build(dir, path string) (*Module, error) {
 	for _, match := range regexp.MustCompile(`CK_PKCS11_FUNCTION_INFO\((C_\w+)\)`).FindAllSubmatch(list, -1) {
 		m.functions = append(m.functions, string(match[1]))
 	}
-	cmd := exec.Command("gcc", "-std=gnu11", "-O2", "-Wall", "-Wno-cast-function-type", "-fPIC", "-shared", "-fvisibility=hidden", "-I", include, "-x", "c", "-", "-o", m.Path, "-ldl")
+	cmd := exec.Command("gcc", "-std=gnu11", "-O2", "-Wall", "-Wno-cast-function-type", "-fPIC", "-shared", "-fvisibility=hidden", "-I", include, "-x", "c", "-", "-o", m.Path, "-ldl", "-pthread")
 	cmd.Stdin = strings.NewReader(source)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("gcc: %w: %s", err, out)

@@ -17,6 +17,7 @@
  */
 #include <dlfcn.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -33,6 +34,8 @@ static CK_FUNCTION_LIST_PTR real;
 static CK_FUNCTION_LIST list;
 static _Atomic uint64_t *counts;
 static _Atomic int removed;
+/* No session is closed under a call on it: tokens that are pulled out see to that themselves. */
+static pthread_rwlock_t calls = PTHREAD_RWLOCK_INITIALIZER;
 static _Atomic unsigned long hung;
 
 enum index {
@@ -80,9 +83,11 @@ static CK_RV before(const char *name, enum index at)
 			if (!removed++) {
 				CK_SLOT_ID slots[64];
 				CK_ULONG n = 64;
+				pthread_rwlock_wrlock(&calls);
 				if (real->C_GetSlotList(CK_TRUE, slots, &n) == CKR_OK)
 					while (n--)
 						real->C_CloseAllSessions(slots[n]);
+				pthread_rwlock_unlock(&calls);
 			}
 			return CKR_DEVICE_REMOVED;
 		}
@@ -124,9 +129,13 @@ static CK_RV wrap_mechanism(CK_MECHANISM_PTR given, CK_MECHANISM_PTR use)
 	static CK_RV fault_##name() \
 	{ \
 		CK_RV rv = before(#name, index_##name); \
+		void *result; \
 		if (rv != CKR_OK) \
 			return rv; \
-		__builtin_return(__builtin_apply((void (*)())real->name, __builtin_apply_args(), 128)); \
+		pthread_rwlock_rdlock(&calls); \
+		result = __builtin_apply((void (*)())real->name, __builtin_apply_args(), 128); \
+		pthread_rwlock_unlock(&calls); \
+		__builtin_return(result); \
 	}
 #include "pkcs11f.h"
 #undef CK_PKCS11_FUNCTION_INFO
