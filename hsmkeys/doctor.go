@@ -39,17 +39,21 @@ var factoryNeeds = []need{
 	{pkcs11.CKM_ECDSA, "CKM_ECDSA", pkcs11.CKF_SIGN, "signing manifests and shards; challenging device keys", ""},
 	{pkcs11.CKM_SHA256_RSA_PKCS, "CKM_SHA256_RSA_PKCS", pkcs11.CKF_SIGN, "challenging device keys of suite tr33868-rsa2048", ""},
 	{pkcs11.CKM_AES_KEY_GEN, "CKM_AES_KEY_GEN", pkcs11.CKF_GENERATE, "the injection key and operators' KEKs", ""},
-	{ckmAESKeyWrapKWP, "CKM_AES_KEY_WRAP_KWP", pkcs11.CKF_WRAP, "wrapping device keys for injection and lot keys for operators (RFC 5649)", "CKM_AES_KEY_WRAP_PAD, the older name for it, does it; a lot's manifest says which"},
+	{ckmAESKeyWrapKWP, "CKM_AES_KEY_WRAP_KWP", pkcs11.CKF_WRAP, "wrapping device keys for injection and lot keys for operators (RFC 5649)", olderKWP},
 	{pkcs11.CKM_AES_KEY_WRAP_PAD, "CKM_AES_KEY_WRAP_PAD", pkcs11.CKF_WRAP, "wrapping device keys for injection and lot keys for operators (RFC 5649)", ""},
 	{pkcs11.CKM_RSA_PKCS_OAEP, "CKM_RSA_PKCS_OAEP", pkcs11.CKF_WRAP, "wrapping the injection key for the fixture and KEKs for operators", ""},
 }
 
-const softwareVerify = "keysvc can do it, with verify: software in its configuration"
+// What does instead.
+const (
+	olderKWP       = "CKM_AES_KEY_WRAP_PAD, the older name for it, does it; a lot's manifest says which"
+	softwareVerify = "keysvc can do it, with verify: software in its configuration"
+)
 
 var operatorNeeds = []need{
 	{pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN, "CKM_RSA_PKCS_KEY_PAIR_GEN", pkcs11.CKF_GENERATE_KEY_PAIR, "the transport key", ""},
 	{pkcs11.CKM_RSA_PKCS_OAEP, "CKM_RSA_PKCS_OAEP", pkcs11.CKF_UNWRAP, "taking a manufacturer's KEK", ""},
-	{ckmAESKeyWrapKWP, "CKM_AES_KEY_WRAP_KWP", pkcs11.CKF_UNWRAP, "taking granted lot keys (RFC 5649)", "CKM_AES_KEY_WRAP_PAD, the older name for it, does it; a lot's manifest says which"},
+	{ckmAESKeyWrapKWP, "CKM_AES_KEY_WRAP_KWP", pkcs11.CKF_UNWRAP, "taking granted lot keys (RFC 5649)", olderKWP},
 	{pkcs11.CKM_AES_KEY_WRAP_PAD, "CKM_AES_KEY_WRAP_PAD", pkcs11.CKF_UNWRAP, "taking granted lot keys (RFC 5649)", ""},
 	{pkcs11.CKM_RSA_X_509, "CKM_RSA_X_509", pkcs11.CKF_DECRYPT, "decrypting payloads", ""},
 	{pkcs11.CKM_ECDSA, "CKM_ECDSA", pkcs11.CKF_VERIFY, "validating KME_SIG of suites with P-256", softwareVerify},

@@ -45,7 +45,7 @@ func (g *Group) checkSame(ctx context.Context) error {
 		return nil
 	}
 	first := g.tokens[0]
-	tag, sealed, err := first.sample(ctx, kme.RandomSecret())
+	tag, sealed, err := first.sample(ctx)
 	if err != nil {
 		return err
 	}
@@ -59,7 +59,7 @@ func (g *Group) checkSame(ctx context.Context) error {
 			return fmt.Errorf("%s is named twice", t)
 		}
 		known[t.Serial()] = true
-		other, _, err := t.sample(ctx, kme.Secret{})
+		other, _, err := t.sample(ctx)
 		if err != nil {
 			return err
 		}
@@ -71,21 +71,21 @@ func (g *Group) checkSame(ctx context.Context) error {
 	return nil
 }
 
-// sample is what the ledger key makes of a fixed message, and the storage key of a secret, unless that is zero.
-func (t *Token) sample(ctx context.Context, secret kme.Secret) ([]byte, []byte, error) {
+// sample is what the ledger key makes of a fixed message, and the storage key of a random KME.
+func (t *Token) sample(ctx context.Context) ([]byte, []byte, error) {
 	var tag, sealed []byte
 	err := t.with(ctx, func(s *session) error {
 		h, err := t.find(s, pkcs11.CKO_SECRET_KEY, ledgerKey)
 		if err != nil {
 			return err
 		}
-		if tag, err = hmac(s, h, make([]byte, kme.SecretSize)); err != nil || secret.Bytes() == nil {
+		if tag, err = hmac(s, h, make([]byte, kme.SecretSize)); err != nil {
 			return err
 		}
 		if h, err = t.find(s, pkcs11.CKO_SECRET_KEY, storageKey); err != nil {
 			return err
 		}
-		sealed, err = seal(s, h, secret)
+		sealed, err = seal(s, h, kme.RandomSecret())
 		return err
 	})
 	if err != nil {

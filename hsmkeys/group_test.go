@@ -14,7 +14,6 @@ import (
 	"github.com/miekg/pkcs11"
 
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
-	"github.com/kmehsm/kmehsm/kme"
 )
 
 // withKeys is a token with storage and ledger keys of known values, as a copy has them.
@@ -53,7 +52,7 @@ func TestGroup(t *testing.T) {
 	}
 	g := must[*Group](t)(OpenGroup(t.Context(), a, b))
 	defer g.Close()
-	_, sealed, err := g.tokens[0].sample(t.Context(), kme.RandomSecret())
+	_, sealed, err := g.tokens[0].sample(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -115,7 +114,7 @@ func TestGroupLosesAToken(t *testing.T) {
 	second := strings.ReplaceAll(withKeys(t, 's', 'l'), softhsmtest.ModulePath(), module)
 	g := must[*Group](t)(OpenGroup(t.Context(), withKeys(t, 's', 'l'), second))
 	defer g.Close()
-	_, sealed, err := g.tokens[0].sample(t.Context(), kme.RandomSecret())
+	_, sealed, err := g.tokens[0].sample(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/ThalesGroup/crypto11"
@@ -61,19 +62,17 @@ type latch struct {
 	closed chan struct{} // closed while it is not; another one each time; guarded by mu
 }
 
+func newLatch() *latch { return &latch{closed: make(chan struct{})} }
+
 // state gives the channel that tells when there is an error to answer, and that error if there is one.
 func (l *latch) state() (<-chan struct{}, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.closed == nil {
-		l.closed = make(chan struct{})
-	}
 	return l.closed, l.cause
 }
 
 // close says whether it was open.
 func (l *latch) close(cause error) bool {
-	l.state()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	was := l.cause == nil
@@ -87,7 +86,7 @@ func (l *latch) close(cause error) bool {
 func (l *latch) open() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.cause, l.closed = nil, nil
+	l.cause, l.closed = nil, make(chan struct{})
 }
 
 // Health is how a token is doing.
@@ -109,21 +108,37 @@ func (t *Token) SetHangTimeout(d time.Duration) { t.hangAfter = d }
 // ObserveQueue has the wait of each call for a session reported. It is for the time before the first call.
 func (t *Token) ObserveQueue(f func(time.Duration)) { t.queued = f }
 
-// A call is one that has reached the token, or will not.
-type call struct {
-	mu      sync.Mutex
-	ended   bool          // guarded by mu
-	givenUp chan struct{} // closed when nobody waits for it any more
+// within runs f, and returns when it has, or after d: then f goes on, and nobody reads what it writes. ended is called when f has, and told whether
+// anybody waited for it.
+func (t *Token) within(d time.Duration, f func() error, ended func(waited bool)) (gaveUp bool, err error) {
+	var over atomic.Bool // f has ended, or was given up: whichever was first
+	done := make(chan error, 1)
+	go func() {
+		err := f()
+		waited := over.CompareAndSwap(false, true)
+		ended(waited)
+		if !waited {
+			t.hung.Add(-1) // only now is nothing of it in the module any more
+		}
+		done <- err
+	}()
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case err := <-done:
+		return false, err
+	case <-timer.C:
+		if !over.CompareAndSwap(false, true) {
+			return false, <-done
+		}
+		t.hung.Add(1)
+		return true, fmt.Errorf("%w: it does not answer", ErrUnavailable)
+	}
 }
 
-// inToken runs f on s, or on a new session. It returns when f has, or after hangAfter: then f goes on, nobody reads what it writes, and its
-// session is replaced.
+// inToken runs f on s, or on a new session. When it gives f up, the session is replaced.
 func (t *Token) inToken(s *session, f func(*session) error) error {
-	c := &call{givenUp: make(chan struct{})}
-	done := make(chan error, 1)
-	timer := time.AfterFunc(t.hangAfter, func() { t.giveUp(c) })
-	go func() {
-		var err error
+	gaveUp, err := t.within(t.hangAfter, func() (err error) {
 		if s == nil {
 			s, err = t.openSession()
 		}
@@ -135,39 +150,20 @@ func (t *Token) inToken(s *session, f func(*session) error) error {
 			s.CloseSession(s.h)
 			s = nil
 		}
-		timer.Stop()
-		c.mu.Lock()
-		c.ended = true
-		c.mu.Unlock()
-		select {
-		case <-c.givenUp: // its place was given to another
-			if s != nil {
-				s.CloseSession(s.h)
-			}
-			t.hung.Add(-1)
-		default:
-			t.idle <- s
-		}
-		done <- err
-	}()
-	select {
-	case err := <-done:
 		return err
-	case <-c.givenUp:
-		return fmt.Errorf("%w: it does not answer", ErrUnavailable)
+	}, func(waited bool) {
+		switch {
+		case waited:
+			t.idle <- s
+		case s != nil: // its place was given to another
+			s.CloseSession(s.h)
+		}
+	})
+	if gaveUp {
+		t.lose(errors.New("a call does not come back"))
+		t.idle <- nil
 	}
-}
-
-func (t *Token) giveUp(c *call) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.ended {
-		return
-	}
-	close(c.givenUp)
-	t.hung.Add(1)
-	t.lose(errors.New("a call does not come back"))
-	t.idle <- nil
+	return err
 }
 
 // lose closes the latch, and begins to open the token again.
@@ -192,7 +188,9 @@ func (t *Token) recover() {
 		pause = min(2*pause, lastPause)
 		pin, err := readPIN(t.pin)
 		if err == nil {
+			t.reopening.Lock()
 			err = t.reopen(pin)
+			t.reopening.Unlock()
 		}
 		if err == nil {
 			t.lastReopened = time.Now()
@@ -208,11 +206,9 @@ func (t *Token) recover() {
 }
 
 // reopen takes the module through C_Finalize and C_Initialize, and logs in again. Calls wait for it; none is under way, since it
-// holds all entries of idle. While a call hangs in the module, that must not be: then it tries whether a new session works.
+// holds all entries of idle. While a call hangs in the module, that must not be: then it tries whether a new session works. The caller holds
+// reopening: two at once would each hold half of the entries and wait for the other's.
 func (t *Token) reopen(pin string) error {
-	// Two at once would each hold half of the entries and wait for the other's.
-	t.reopening.Lock()
-	defer t.reopening.Unlock()
 	for range cap(t.idle) {
 		if s := <-t.idle; s != nil {
 			s.CloseSession(s.h)
@@ -266,33 +262,8 @@ func (t *Token) tryBeside(pin string) error {
 	if t.hung.Load() >= int64(cap(t.idle)) {
 		return fmt.Errorf("%d calls do not come back", t.hung.Load())
 	}
-	c := &call{givenUp: make(chan struct{})}
-	done := make(chan error, 1)
-	go func() {
-		err := t.loginAgain(pin)
-		c.mu.Lock()
-		c.ended = true
-		c.mu.Unlock()
-		select {
-		case <-c.givenUp:
-			t.hung.Add(-1)
-		default:
-		}
-		done <- err
-	}()
-	select {
-	case err := <-done:
-		return err
-	case <-time.After(min(t.hangAfter, time.Second)):
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		if c.ended {
-			return <-done
-		}
-		close(c.givenUp)
-		t.hung.Add(1)
-		return errors.New("it does not answer")
-	}
+	_, err := t.within(min(t.hangAfter, time.Second), func() error { return t.loginAgain(pin) }, func(bool) {})
+	return err
 }
 
 // with runs f on a session of the pool. A session that has ended is replaced, and f run once more: whatever f makes for good, it first looks for.
@@ -311,14 +282,14 @@ func (t *Token) with(ctx context.Context, f func(*session) error) error {
 			s.CloseSession(s.h)
 		}
 	}
-	if after := t.renewAfter.Load(); after > 0 && t.uses.Add(1)%after == 0 && t.renewing.TryLock() {
+	if after := t.renewAfter.Load(); after > 0 && t.uses.Add(1)%after == 0 && t.reopening.TryLock() {
 		// A PIN that cannot be read any more is no reason to stop.
 		if pin, err := readPIN(t.pin); err == nil {
 			if err := t.reopen(pin); err != nil {
 				t.lose(err)
 			}
 		}
-		t.renewing.Unlock()
+		t.reopening.Unlock()
 	}
 	return err
 }

@@ -112,12 +112,11 @@ type Token struct {
 
 	// renewAfter is for how many uses of a session the module is kept; 0 for ever.
 	renewAfter, uses atomic.Int64
-	renewing         sync.Mutex
 
 	verifyInSoftware bool
 	queued           func(time.Duration) // may be nil
 	uri              *uri
-	latch            latch
+	latch            *latch
 	hangAfter        time.Duration
 	hung, reopened   atomic.Int64
 	reopening        sync.Mutex     // held by who reopens
@@ -186,7 +185,7 @@ func connect(u *uri) (*Token, error) {
 		}
 		return nil, fmt.Errorf("the PKCS #11 module %s cannot be used: %w: is its token connected, and its configuration right%s?", u.module, err, softhsmConf())
 	}
-	t := &Token{module: pkcs11.New(u.module), signers: signers, config: config, uri: u, hangAfter: hangTimeout, closing: make(chan struct{}), handles: map[handleKey]pkcs11.ObjectHandle{}}
+	t := &Token{module: pkcs11.New(u.module), signers: signers, config: config, uri: u, latch: newLatch(), hangAfter: hangTimeout, closing: make(chan struct{}), handles: map[handleKey]pkcs11.ObjectHandle{}}
 	if t.module == nil {
 		signers.Close()
 		return nil, fmt.Errorf("the PKCS #11 module %s cannot be loaded", u.module)
