@@ -1,7 +1,9 @@
 package api
 
 import (
+	"context"
 	"crypto/x509"
+	"errors"
 	"io"
 	"log/slog"
 	"net/http"
@@ -155,5 +157,34 @@ func TestClientRate(t *testing.T) {
 		if free.tooMany() {
 			t.Fatal("a client without a rate is limited")
 		}
+	}
+}
+
+// Health is for everybody, in gRPC's own words too; the counts are for monitors.
+func TestHealthAndMetrics(t *testing.T) {
+	clients := new(atomic.Pointer[Clients])
+	clients.Store(new(Clients))
+	var broken error
+	gather := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "kme_counts") })
+	handler := NewHandler(nil, clients, binding.NewMetrics(prometheus.NewRegistry()), gather, nil, func(context.Context) ([]string, error) { return nil, broken })
+	ask := func(method, path string) (int, string) {
+		r := httptest.NewRequest(method, path, strings.NewReader(`{}`))
+		r.Header.Set("Content-Type", "application/json")
+		w := httptest.NewRecorder()
+		handler.ServeHTTP(w, r)
+		return w.Code, w.Body.String()
+	}
+	for _, want := range []string{"SERVING_STATUS_SERVING", "SERVING_STATUS_NOT_SERVING"} {
+		if code, text := ask("POST", "/grpc.health.v1.Health/Check"); code != http.StatusOK || !strings.Contains(text, strings.TrimPrefix(want, "SERVING_STATUS_")) || strings.Contains(text, "NOT_SERVING") != (broken != nil) {
+			t.Errorf("%d %s, want %s", code, text, want)
+		}
+		broken = errors.New("away")
+	}
+	if code, text := ask("GET", "/metrics"); code != http.StatusForbidden || strings.Contains(text, "kme_counts") {
+		t.Errorf("nobody reads the counts: %d %s", code, text)
+	}
+	clients.Store(&Clients{byUID: map[int]*Client{-1: {Name: "m", Roles: []Role{RoleMonitor}, PLMNs: []string{all}}}})
+	if code, text := ask("GET", "/metrics"); code != http.StatusOK || text != "kme_counts" {
+		t.Errorf("a monitor reads %d %s", code, text)
 	}
 }

@@ -79,26 +79,18 @@ func measure(metrics *binding.Metrics) connect.UnaryInterceptorFunc {
 		return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
 			start := time.Now()
 			answer, err := next(ctx, req)
-			metrics.Called(path.Base(req.Spec().Procedure), reasonOf(err), time.Since(start))
+			reason := "OK"
+			var r *binding.Refusal
+			switch {
+			case errors.As(err, &r):
+				reason = string(r.Reason)
+			case err != nil:
+				reason = connect.CodeOf(err).String()
+			}
+			metrics.Called(path.Base(req.Spec().Procedure), reason, time.Since(start))
 			return answer, err
 		}
 	}
-}
-
-// reasonOf is what an error that was answered says.
-func reasonOf(err error) string {
-	var e *connect.Error
-	if !errors.As(err, &e) {
-		return "OK"
-	}
-	for _, d := range e.Details() {
-		if v, verr := d.Value(); verr == nil {
-			if info, ok := v.(*errdetails.ErrorInfo); ok {
-				return info.Reason
-			}
-		}
-	}
-	return e.Code().String()
 }
 
 // authorize refuses a call that its client may not make, before anything is done for it.
@@ -248,12 +240,18 @@ var codes = map[kme.Reason]connect.Code{
 	kme.StoreUnavailable:     connect.CodeUnavailable,
 }
 
+// told is a refusal whose text is what the caller may know.
+type told struct{ r *binding.Refusal }
+
+func (t told) Error() string { return t.r.Message }
+func (t told) Unwrap() error { return t.r }
+
 // toConnect tells a caller what it may know: a refusal's reason and message, never its cause.
 func toConnect(err error) error {
 	var r *binding.Refusal
 	switch {
 	case errors.As(err, &r):
-		e := connect.NewError(codes[r.Reason], errors.New(r.Message))
+		e := connect.NewError(codes[r.Reason], told{r})
 		if d, derr := connect.NewErrorDetail(&errdetails.ErrorInfo{Reason: string(r.Reason), Domain: kme.ErrorDomain}); derr == nil {
 			e.AddDetail(d)
 		}

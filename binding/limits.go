@@ -36,15 +36,6 @@ func newLimits(l Limits) *limits {
 	return all
 }
 
-// enter admits a call that may reach the HSM; leave ends it.
-func (l *limits) enter() (leave func(), ok bool) {
-	if n := l.calls.Add(1); l.Calls > 0 && n > int64(l.Calls) {
-		l.calls.Add(-1)
-		return nil, false
-	}
-	return func() { l.calls.Add(-1) }, true
-}
-
 // allow says whether an IMEI's rate allows it another payload.
 func (l *limits) allow(imei kme.IMEI) bool {
 	if l.imeis == nil {

@@ -59,12 +59,12 @@ func (s *Service) Observe(m *Metrics) {
 
 // enter admits a call that may reach the HSM. Work that nobody waits for is not begun: see hsmkeys.
 func (s *Service) enter() (leave func(), err error) {
-	done, ok := s.limits.enter()
-	if !ok {
+	if n := s.limits.calls.Add(1); s.limits.Calls > 0 && n > int64(s.limits.Calls) {
+		s.limits.calls.Add(-1)
 		return nil, overloaded("the service has all the work that it can do: call again later")
 	}
 	s.metrics.inFlight.Inc()
-	return func() { s.metrics.inFlight.Dec(); done() }, nil
+	return func() { s.metrics.inFlight.Dec(); s.limits.calls.Add(-1) }, nil
 }
 
 // SetLots changes the lots that are served. Calls under way finish with those that they began with.

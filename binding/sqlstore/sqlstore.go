@@ -31,8 +31,11 @@ var (
 // Close ends all connections.
 func (s *Store) Close() error { return errors.Join(s.read.Close(), s.close()) }
 
-// Ping says whether the store can be reached.
-func (s *Store) Ping(ctx context.Context) error { return s.read.PingContext(ctx) }
+// Ping says whether the store can be read. (The driver of SQLite says of every open database that it can.)
+func (s *Store) Ping(ctx context.Context) error {
+	var n int
+	return s.read.QueryRowContext(ctx, "SELECT COUNT(*) FROM manufacturers").Scan(&n)
+}
 
 func (s *Store) exec(ctx context.Context, key, query string, args ...any) error {
 	return s.change(ctx, key, func(ctx context.Context, tx *sql.Tx) error {

@@ -411,7 +411,7 @@ func lotCreate(c *cli.Context) error {
 }
 
 func lotProvision(c *cli.Context) error {
-	out := injectionDir(c)
+	out := injectionDir(c, "out")
 	from, to, err := shardRange(c.String("shards"))
 	if err != nil {
 		return err
@@ -505,7 +505,7 @@ func showProgress(c *cli.Context, lot string) func(factory.Progress) {
 }
 
 func lotVerify(c *cli.Context) error {
-	dir := packages(c)
+	dir := injectionDir(c, "injection")
 	if !c.IsSet("injection") && !dirExists(filepath.Join(dir, c.Args().First())) {
 		dir = ""
 	}
@@ -527,7 +527,7 @@ func dirExists(path string) bool {
 
 func reconcile(c *cli.Context) error {
 	return withLine(c, func(_ *hsmkeys.Token, line *factory.Line) error {
-		r, err := line.Reconcile(c.Context, c.Args().First(), c.String("state"), injectionDir(c), c.Bool("repair"))
+		r, err := line.Reconcile(c.Context, c.Args().First(), c.String("state"), injectionDir(c, "out"), c.Bool("repair"))
 		if err != nil {
 			return err
 		}
@@ -724,7 +724,7 @@ func lotRevoke(c *cli.Context) error {
 
 func lotReissue(c *cli.Context) error {
 	return withDevice(c, func(line *factory.Line, lot string, imei kme.IMEI) error {
-		path, err := line.Reissue(c.Context, lot, imei, c.String("reason"), injectionDir(c))
+		path, err := line.Reissue(c.Context, lot, imei, c.String("reason"), injectionDir(c, "out"))
 		if err != nil {
 			return err
 		}
@@ -734,9 +734,9 @@ func lotReissue(c *cli.Context) error {
 	})
 }
 
-// injectionDir is --out, or its default.
-func injectionDir(c *cli.Context) string {
-	return cmp.Or(c.String("out"), filepath.Join(c.String("state"), "injection"))
+// injectionDir is the folder of the injection packages: what the flag says, or its default.
+func injectionDir(c *cli.Context, flag string) string {
+	return cmp.Or(c.String(flag), filepath.Join(c.String("state"), "injection"))
 }
 
 func operatorPolicy(c *cli.Context) error {

@@ -1,17 +1,14 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/csv"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
-	"path/filepath"
 	"strconv"
 	"time"
 
@@ -51,10 +48,6 @@ provision. Ctrl-C ends it; begun again, it goes on where it was.`,
 	}
 }
 
-func packages(c *cli.Context) string {
-	return cmp.Or(c.String("injection"), filepath.Join(c.String("state"), "injection"))
-}
-
 func stationServe(c *cli.Context) error {
 	if err := cmdline.Require(c, "listen", "tls-certificate", "tls-key", "client-ca"); err != nil {
 		return err
@@ -77,7 +70,7 @@ func stationServe(c *cli.Context) error {
 	}
 	log := slog.New(slog.NewTextHandler(c.App.ErrWriter, nil))
 	desk, err := station.Open(c.Context, station.Options{
-		State: c.String("state"), Injection: packages(c), Store: store, Verifier: verifier, Timeout: c.Duration("timeout"), Log: log,
+		State: c.String("state"), Injection: injectionDir(c, "injection"), Store: store, Verifier: verifier, Timeout: c.Duration("timeout"), Log: log,
 	})
 	if err != nil {
 		return err
@@ -109,28 +102,13 @@ func stationReport(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	m, _, err := station.ReadManifest(packages(c), c.Args().First(), verifier)
+	m, _, err := station.ReadManifest(injectionDir(c, "injection"), c.Args().First(), verifier)
 	if err != nil {
 		return err
 	}
 	lines := station.Report(c.Context, c.String("state"), m)
-	if c.Bool("json") { // one document, but never all of it in memory
-		before := fmt.Sprintf("{\"lot\": %q, \"devices\": [\n", m.Lot)
-		for line, err := range lines {
-			if err != nil {
-				return cmdline.Said(err) // the document ends in the middle, and nobody takes it for whole
-			}
-			text, err := json.Marshal(line)
-			if err != nil {
-				return err
-			}
-			if _, err := fmt.Fprintf(c.App.Writer, "%s%s", before, text); err != nil {
-				return err
-			}
-			before = ",\n"
-		}
-		_, err := fmt.Fprintln(c.App.Writer, "\n]}")
-		return err
+	if c.Bool("json") {
+		return cmdline.PrintList(c, fmt.Sprintf(`"lot": %q, "devices"`, m.Lot), lines)
 	}
 	w := csv.NewWriter(c.App.Writer)
 	w.Write([]string{"imei", "issue", "state", "station", "handed", "reported", "tries", "note"})

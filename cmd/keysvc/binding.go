@@ -2,10 +2,11 @@ package main
 
 import (
 	"cmp"
-	"encoding/json"
+	"context"
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"slices"
 	"time"
 
@@ -78,18 +79,12 @@ type shown struct {
 	Lot          string        `json:"lot"`
 	State        binding.State `json:"state"`
 	Established  time.Time     `json:"established_at"`
-	Activated    *time.Time    `json:"activated_at,omitempty"`
-	Revoked      *time.Time    `json:"revoked_at,omitempty"`
+	Activated    time.Time     `json:"activated_at,omitzero"`
+	Revoked      time.Time     `json:"revoked_at,omitzero"`
 }
 
 func show(b *binding.Binding) shown {
-	at := func(t time.Time) *time.Time {
-		if t.IsZero() {
-			return nil
-		}
-		return &t
-	}
-	return shown{b.IMSI, b.IMEI, b.Manufacturer, b.Lot, b.State, b.Established, at(b.Activated), at(b.Revoked)}
+	return shown{b.IMSI, b.IMEI, b.Manufacturer, b.Lot, b.State, b.Established, b.Activated, b.Revoked}
 }
 
 const bindingLine = "%-15s  %-14s  %-8s  %-24s  %s\n"
@@ -107,41 +102,41 @@ func bindingList(c *cli.Context) error {
 		}
 	}
 	return withStore(c, func(s *sqlstore.Store) error {
-		const page = 1000
-		w, after, before := c.App.Writer, "", "{\"bindings\": ["
-		if !c.Bool("json") {
-			fmt.Fprintf(w, bindingLine, "IMSI", "IMEI", "STATE", "LOT", "ESTABLISHED")
+		all := bindings(c.Context, s, imei)
+		if c.Bool("json") {
+			return cmdline.PrintList(c, `"bindings"`, all)
 		}
-		for { // page by page: there may be millions
-			list, err := s.Bindings(c.Context, after, imei, page)
+		fmt.Fprintf(c.App.Writer, bindingLine, "IMSI", "IMEI", "STATE", "LOT", "ESTABLISHED")
+		for b, err := range all {
 			if err != nil {
 				return err
 			}
-			for _, b := range list {
-				after = b.IMSI.String()
-				if !c.Bool("json") {
-					show(b).print(w)
-					continue
-				}
-				text, err := json.Marshal(show(b))
-				if err != nil {
-					return err
-				}
-				fmt.Fprintf(w, "%s\n%s", before, text)
-				before = ","
-			}
-			if len(list) < page {
-				break
-			}
-		}
-		if c.Bool("json") {
-			if before != "," {
-				fmt.Fprint(w, before)
-			}
-			fmt.Fprintln(w, "\n]}")
+			b.print(c.App.Writer)
 		}
 		return nil
 	})
+}
+
+// bindings reads them page by page: there may be millions.
+func bindings(ctx context.Context, s *sqlstore.Store, imei kme.IMEI) iter.Seq2[shown, error] {
+	const page = 1000
+	return func(yield func(shown, error) bool) {
+		for after := ""; ; {
+			list, err := s.Bindings(ctx, after, imei, page)
+			if err != nil {
+				yield(shown{}, err)
+				return
+			}
+			for _, b := range list {
+				if after = b.IMSI.String(); !yield(show(b), nil) {
+					return
+				}
+			}
+			if len(list) < page {
+				return
+			}
+		}
+	}
 }
 
 func withIMSI(c *cli.Context, f func(*sqlstore.Store, kme.IMSI) error) error {

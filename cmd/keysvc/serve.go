@@ -233,12 +233,7 @@ func serve(c *cli.Context) error {
 		RoleID: cfg.Vault.RoleID, SecretIDFile: cfg.Vault.SecretIDFile, Wrapped: cfg.Vault.SecretIDWrapped, CertRole: cfg.Vault.CertRole,
 		Wait: true,
 	}, directory.ReaderOptions{CacheBytes: cfg.CacheMB << 20, RevocationTTL: cfg.RevocationTTL, Stats: cache}, log)
-	load := func() (*binding.Lots, error) { return openLots(ctx, store, open) }
-	lots, err := load()
-	if err != nil {
-		return err
-	}
-	service := binding.NewService(token, store, lots, cfg.AttemptTTL, log)
+	service := binding.NewService(token, store, new(binding.Lots), cfg.AttemptTTL, log)
 	service.Limit(binding.Limits{Calls: cmp.Or(cfg.Calls, 16*token.Sessions()), IMEIRate: cfg.IMEIRate, IMEIBurst: cfg.IMEIBurst})
 	registry := prometheus.NewRegistry()
 	metrics := binding.NewMetrics(registry)
@@ -274,32 +269,35 @@ func serve(c *cli.Context) error {
 		return warnings, nil
 	})
 	tlsConfig := new(atomic.Pointer[tls.Config])
-	reload := func() error {
-		again, err := readConfig(c.String("config")) // of what is in it, certificates and clients are taken up
+	// take takes up what may change while the service runs: certificates and clients of a configuration, and the lots.
+	take := func(now *config) (lots *binding.Lots, err error) {
+		known, err := knownClients(now)
 		if err != nil {
-			return err
-		}
-		cfg.TLS, cfg.Clients = again.TLS, again.Clients
-		known, err := knownClients(cfg)
-		if err != nil {
-			return err
+			return nil, err
 		}
 		if cfg.Listen != "" {
-			t, err := loadTLS(cfg)
+			t, err := loadTLS(now)
 			if err != nil {
-				return err
+				return nil, err
 			}
 			tlsConfig.Store(t)
 		}
-		lots, err := load()
-		if err != nil {
-			return err
+		if lots, err = openLots(ctx, store, open); err != nil {
+			return nil, err
 		}
 		clients.Store(known)
 		service.SetLots(lots)
-		return nil
+		return lots, nil
 	}
-	if err := reload(); err != nil {
+	lots, err := take(cfg)
+	if err != nil {
+		return err
+	}
+	reload := func() error {
+		now, err := readConfig(c.String("config"))
+		if err == nil {
+			_, err = take(now)
+		}
 		return err
 	}
 	if len(cfg.Clients) == 0 && cfg.Listen != "" {

@@ -41,18 +41,19 @@ func (d *Desk) Handler() http.Handler {
 	station("POST /v1/lots/{lot}/next", func(r *http.Request, station string) (any, error) {
 		return d.Next(r.Context(), station, r.PathValue("lot"))
 	})
-	station("POST /v1/lots/{lot}/devices/{imei}", func(r *http.Request, station string) (any, error) {
-		imei, err := kme.ParseIMEI(r.PathValue("imei"))
-		if err != nil {
-			return nil, badRequest{err}
-		}
+	device := func(pattern string, f func(r *http.Request, station string, imei kme.IMEI) (any, error)) {
+		station(pattern, func(r *http.Request, station string) (any, error) {
+			imei, err := kme.ParseIMEI(r.PathValue("imei"))
+			if err != nil {
+				return nil, badRequest{err}
+			}
+			return f(r, station, imei)
+		})
+	}
+	device("POST /v1/lots/{lot}/devices/{imei}", func(r *http.Request, station string, imei kme.IMEI) (any, error) {
 		return d.Named(r.Context(), station, r.PathValue("lot"), imei)
 	})
-	station("PUT /v1/lots/{lot}/devices/{imei}/result", func(r *http.Request, station string) (any, error) {
-		imei, err := kme.ParseIMEI(r.PathValue("imei"))
-		if err != nil {
-			return nil, badRequest{err}
-		}
+	device("PUT /v1/lots/{lot}/devices/{imei}/result", func(r *http.Request, station string, imei kme.IMEI) (any, error) {
 		var report struct {
 			Result State  `json:"result"`
 			Note   string `json:"note"`

@@ -247,13 +247,8 @@ func (d *Desk) Next(ctx context.Context, station, name string) (*Ticket, error) 
 		return nil, err
 	}
 	for {
-		if k, err := d.holds(ctx, station); err != nil {
-			return nil, err
-		} else if k != nil {
-			if k.lot != name {
-				return nil, refuse("this station has IMEI %s of lot %s: report that one first", d.imei(*k), k.lot)
-			}
-			return d.again(ctx, l, *k)
+		if t, err := d.held(ctx, station, l, func(device) bool { return true }); t != nil || err != nil {
+			return t, err
 		}
 		at, err := d.free(ctx, l)
 		if err != nil {
@@ -286,13 +281,8 @@ func (d *Desk) Named(ctx context.Context, station, name string, imei kme.IMEI) (
 	if !ok {
 		return nil, refuse("IMEI %s is not in lot %s", imei, name)
 	}
-	if k, err := d.holds(ctx, station); err != nil {
-		return nil, err
-	} else if k != nil {
-		if k.lot != name || k.position != at {
-			return nil, refuse("this station has IMEI %s of lot %s: report that one first", d.imei(*k), k.lot)
-		}
-		return d.again(ctx, l, *k)
+	if t, err := d.held(ctx, station, l, func(k device) bool { return k.position == at }); t != nil || err != nil {
+		return t, err
 	}
 	k, t, err := d.ticket(ctx, l, at)
 	var revoked *revokedError
@@ -377,14 +367,19 @@ func (d *Desk) Report(ctx context.Context, station, name string, imei kme.IMEI, 
 	return nil
 }
 
-// holds is the device that a station has; nil if it has none.
-func (d *Desk) holds(ctx context.Context, station string) (*device, error) {
-	k := new(device)
+// held is the ticket of the device that a station has, which must be one of l that fits; nil if it has none.
+func (d *Desk) held(ctx context.Context, station string, l *lot, fits func(device) bool) (*Ticket, error) {
+	var k device
 	err := d.read.QueryRowContext(ctx, "SELECT lot, position, issue FROM device WHERE state = 'out' AND station = ?", station).Scan(&k.lot, &k.position, &k.issue)
-	if errors.Is(err, sql.ErrNoRows) {
+	switch {
+	case errors.Is(err, sql.ErrNoRows):
 		return nil, nil
+	case err != nil:
+		return nil, err
+	case k.lot != l.Lot || !fits(k):
+		return nil, refuse("this station has IMEI %s of lot %s: report that one first", d.imei(k), k.lot)
 	}
-	return k, err
+	return d.again(ctx, l, k)
 }
 
 func (d *Desk) state(ctx context.Context, k device) (state State, station string, err error) {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"os"
 	"os/signal"
 	"slices"
@@ -190,6 +191,30 @@ func Print(c *cli.Context, v any, human func(io.Writer)) error {
 	e := json.NewEncoder(c.App.Writer)
 	e.SetIndent("", "  ")
 	return e.Encode(v)
+}
+
+// PrintList prints one JSON document that ends with a list, and never has all of the list in memory. head is what comes before the list: the
+// fields before it, and its name. An error of items leaves the document without its end, so that nobody takes it for whole.
+func PrintList[T any](c *cli.Context, head string, items iter.Seq2[T, error]) error {
+	w, before := c.App.Writer, "{"+head+": [\n"
+	for item, err := range items {
+		if err != nil {
+			return Said(err)
+		}
+		text, err := json.Marshal(item)
+		if err != nil {
+			return Said(err)
+		}
+		if _, err := fmt.Fprintf(w, "%s%s", before, text); err != nil {
+			return err
+		}
+		before = ",\n"
+	}
+	if before != ",\n" { // an empty list
+		fmt.Fprint(w, before)
+	}
+	_, err := fmt.Fprintln(w, "\n]}")
+	return err
 }
 
 // Terminal says whether somebody looks at w.
