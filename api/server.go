@@ -26,6 +26,9 @@ import (
 // maxRequest is above any valid request: the largest payload has 512 bytes.
 const maxRequest = 16 << 10
 
+// minCompressed keeps all answers but those of ListBindings as they are: of random bytes, compression makes more.
+const minCompressed = 4 << 10
+
 // NewHandler serves the service, and health: /healthz says that the process runs; /readyz that ready does not fail, and what
 // ready warns of: something that is away, and that the service goes on without for now.
 //
@@ -33,7 +36,7 @@ const maxRequest = 16 << 10
 // outer are around each call. The gRPC health service says what /readyz says.
 func NewHandler(service *binding.Service, clients *atomic.Pointer[Clients], metrics *binding.Metrics, gather http.Handler, outer []connect.Interceptor, ready func(context.Context) (warnings []string, err error)) http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle(kmev1connect.NewKeyServiceHandler(&server{service}, connect.WithReadMaxBytes(maxRequest), connect.WithInterceptors(append(slices.Clone(outer), measure(metrics), authorize(service))...)))
+	mux.Handle(kmev1connect.NewKeyServiceHandler(&server{service}, connect.WithReadMaxBytes(maxRequest), connect.WithCompressMinBytes(minCompressed), connect.WithInterceptors(append(slices.Clone(outer), measure(metrics), authorize(service))...)))
 	mux.Handle(grpchealth.NewHandler(checker(func(ctx context.Context) error { _, err := ready(ctx); return err })))
 	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, r *http.Request) {
 		if !clientOf(r.Context()).has(RoleMonitor) {

@@ -184,9 +184,6 @@ func (s *Service) EstablishKME(ctx context.Context, imsiText, imeiText, attemptI
 
 func (s *Service) establish(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, attemptID string, payload []byte) (*Established, error) {
 	digest := sha256.Sum256(payload)
-	if e, err := s.retransmitted(ctx, imsi, imei, attemptID, digest[:]); e != nil || err != nil {
-		return e, err
-	}
 	b, err := s.accept(ctx, imsi, imei, attemptID, payload, digest[:])
 	if err == nil {
 		s.log.InfoContext(ctx, "established", "imsi", imsi, "imei", imei, "lot", b.Lot, "manufacturer", b.Manufacturer)
@@ -194,8 +191,8 @@ func (s *Service) establish(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, a
 	}
 	var r *Refusal
 	if errors.As(err, &r) && (r.Reason == kme.NoAttempt || r.Reason == kme.KMERejected) {
-		// The same call may have overtaken itself: then the other one's answer is this one's too. Asked for every
-		// rejected payload, used before or not, so that they all take as long.
+		// A payload that was accepted has used up its attempt: this may be the same call again. It may also have overtaken itself, so every
+		// rejected payload is asked for, used before or not, and they all take as long.
 		if e, rerr := s.retransmitted(ctx, imsi, imei, attemptID, digest[:]); e != nil || rerr != nil {
 			return e, rerr
 		}

@@ -15,6 +15,12 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
+// The two templates of a device's key pair on P-256; the private one does for RSA too.
+var (
+	devicePublic  = attributes{attr(pkcs11.CKA_TOKEN, false), attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_EC_PARAMS, p256Params)}
+	devicePrivate = join(guarded(true), use(privateUsages, pkcs11.CKA_SIGN), attributes{attr(pkcs11.CKA_TOKEN, false)})
+)
+
 // MakeDeviceKey makes a device's key pair and gives its public key, and its private key under the injection key:
 // PKCS #8 in AES-KWP (RFC 5649). The pair is a session object, gone when this returns; before it is wrapped it has
 // signed a challenge that the public key verifies, in software.
@@ -24,14 +30,11 @@ func (t *Token) MakeDeviceKey(ctx context.Context, suite kme.Suite, injection Ke
 		if err != nil {
 			return err
 		}
-		m, public := uint(pkcs11.CKM_EC_KEY_PAIR_GEN), attributes{
-			attr(pkcs11.CKA_TOKEN, false), attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_EC_PARAMS, p256Params),
-		}
+		m, public := uint(pkcs11.CKM_EC_KEY_PAIR_GEN), devicePublic
 		if suite == kme.SuiteRSA {
 			m, public = pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN, rsaPublic(2048)
 		}
-		private := join(guarded(true), use(privateUsages, pkcs11.CKA_SIGN), attributes{attr(pkcs11.CKA_TOKEN, false)})
-		hp, h, err := s.GenerateKeyPair(s.h, mechanism(m), public, private)
+		hp, h, err := s.GenerateKeyPair(s.h, mechanism(m), public, devicePrivate)
 		if err != nil {
 			return explain("make a device key", err)
 		}
@@ -58,7 +61,7 @@ func (t *Token) MakeDeviceKey(ctx context.Context, suite kme.Suite, injection Ke
 		if !suite.Verify(pub, challenge, sig) {
 			return errors.New("the token made a device key whose signature its public key does not verify: do not use this token")
 		}
-		wrapped, err = s.WrapKey(s.h, mechanism(t.kwp), w, h)
+		wrapped, err = s.wrap(t.kwp, w, h, make([]byte, wrappedRoom))
 		return explainIf("wrap a device key", err)
 	})
 	if err != nil {
@@ -67,36 +70,38 @@ func (t *Token) MakeDeviceKey(ctx context.Context, suite kme.Suite, injection Ke
 	return pub, wrapped, nil
 }
 
+// wrappedRoom is more than an RSA-2048 key takes as PKCS #8 in AES-KWP, some 1,230 bytes.
+const wrappedRoom = 2048
+
 // kmeSignature is the mechanism of KME_SIG and what it is given. ECDSA gets the digest, since many tokens, SoftHSM
 // among them, have no CKM_ECDSA_SHA256.
-func kmeSignature(suite kme.Suite, signed []byte) (m []*pkcs11.Mechanism, data []byte) {
+func kmeSignature(suite kme.Suite, signed []byte) (m uint, data []byte) {
 	if suite == kme.SuiteRSA {
-		return mechanism(pkcs11.CKM_SHA256_RSA_PKCS), signed
+		return pkcs11.CKM_SHA256_RSA_PKCS, signed
 	}
 	digest := sha256.Sum256(signed)
-	return mechanism(pkcs11.CKM_ECDSA), digest[:]
+	return pkcs11.CKM_ECDSA, digest[:]
 }
 
 func signKME(s *session, h pkcs11.ObjectHandle, suite kme.Suite, signed []byte) ([]byte, error) {
 	m, data := kmeSignature(suite, signed)
-	if err := s.SignInit(s.h, m, h); err != nil {
-		return nil, explain("sign with a device key", err)
-	}
-	sig, err := s.Sign(s.h, data)
+	sig, err := s.sign(m, h, data, make([]byte, suite.SignatureSize()))
 	return sig, explainIf("sign with a device key", err)
+}
+
+// verifying is a public key as a session object that verifies, without the key.
+var verifying = attributes{
+	attr(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), attr(pkcs11.CKA_TOKEN, false), attr(pkcs11.CKA_PRIVATE, false),
+	attr(pkcs11.CKA_VERIFY, true), attr(pkcs11.CKA_ENCRYPT, false), attr(pkcs11.CKA_WRAP, false),
 }
 
 // verifyKME validates KME_SIG in the token: the public key as a session object, C_Verify, and gone.
 func verifyKME(s *session, suite kme.Suite, pub crypto.PublicKey, signed, sig []byte) (ok bool, err error) {
-	template := attributes{
-		attr(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), attr(pkcs11.CKA_TOKEN, false), attr(pkcs11.CKA_PRIVATE, false),
-		attr(pkcs11.CKA_VERIFY, true), attr(pkcs11.CKA_ENCRYPT, false), attr(pkcs11.CKA_WRAP, false),
-	}
 	key, err := publicKeyValue(pub)
 	if err != nil {
 		return false, err
 	}
-	h, err := s.CreateObject(s.h, join(template, key))
+	h, err := s.create(join(verifying, key))
 	if err != nil {
 		return false, explain("take a device's public key into the token", err)
 	}
@@ -106,7 +111,7 @@ func verifyKME(s *session, suite kme.Suite, pub crypto.PublicKey, signed, sig []
 		}
 	}()
 	m, data := kmeSignature(suite, signed)
-	if err := s.VerifyInit(s.h, m, h); err != nil {
+	if err := s.VerifyInit(s.h, mechanism(m), h); err != nil {
 		return false, explain("verify KME_SIG", err)
 	}
 	switch err := s.Verify(s.h, data, sig); {

@@ -28,7 +28,7 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-func TestMain(m *testing.M) { softhsmtest.Main(m, 22) }
+func TestMain(m *testing.M) { softhsmtest.Main(m, 40) }
 
 const manufacturer = "test-manufacturer"
 
@@ -39,7 +39,7 @@ var (
 	testKEK       = Key{Role: RoleKEK, Manufacturer: manufacturer, Name: "op"}
 )
 
-func open(t *testing.T, tok softhsmtest.Tok) *Token {
+func open(t testing.TB, tok softhsmtest.Tok) *Token {
 	t.Helper()
 	token, err := Open(t.Context(), tok.URI)
 	if err != nil {
@@ -53,7 +53,7 @@ func open(t *testing.T, tok softhsmtest.Tok) *Token {
 	return token
 }
 
-func must[T any](t *testing.T) func(T, error) T {
+func must[T any](t testing.TB) func(T, error) T {
 	return func(v T, err error) T {
 		t.Helper()
 		if err != nil {
@@ -64,7 +64,7 @@ func must[T any](t *testing.T) func(T, error) T {
 }
 
 // newOperator is an operator's token with its own keys.
-func newOperator(t *testing.T) *Token {
+func newOperator(t testing.TB) *Token {
 	t.Helper()
 	token := open(t, softhsmtest.Token(t))
 	must[bool](t)(token.EnsureStorageKey(t.Context()))
@@ -74,7 +74,7 @@ func newOperator(t *testing.T) *Token {
 }
 
 // newFactory is a manufacturer's token with its own keys, and a KEK for the operator, if there is one.
-func newFactory(t *testing.T, operator *Token) *Token {
+func newFactory(t testing.TB, operator *Token) *Token {
 	t.Helper()
 	tok := softhsmtest.Token(t)
 	if operator != nil {
@@ -101,7 +101,7 @@ func (t *Token) mustFind(tb testing.TB, class uint, k Key) pkcs11.ObjectHandle {
 }
 
 // importLot puts a software key into a token as a lot key, as only a test may.
-func importLot(t *testing.T, token *Token, k Key, key *rsa.PrivateKey) {
+func importLot(t testing.TB, token *Token, k Key, key *rsa.PrivateKey) {
 	t.Helper()
 	err := token.with(t.Context(), func(s *session) error {
 		_, err := s.CreateObject(s.h, join(named(k), guarded(false), use(privateUsages, pkcs11.CKA_DECRYPT), attributes{

@@ -118,23 +118,16 @@ func padLeft(b []byte, size int) []byte {
 
 // rawDecrypt is c^d mod N. c has as many bytes as N and is below it.
 func rawDecrypt(s *session, h pkcs11.ObjectHandle, c []byte) ([]byte, error) {
-	if len(c) == 0 { // miekg/pkcs11 takes the address of the first byte
-		return nil, errors.New("nothing to decrypt")
-	}
-	if err := s.DecryptInit(s.h, mechanism(pkcs11.CKM_RSA_X_509), h); err != nil {
-		return nil, explain("decrypt", err)
-	}
-	m, err := s.Decrypt(s.h, c)
+	out := make([]byte, len(c))
+	m, err := s.decrypt(pkcs11.CKM_RSA_X_509, h, c, out)
 	if err != nil {
 		return nil, explain("decrypt", err)
 	}
-	if len(m) < len(c) { // a token may leave out leading zero bytes, which PKCS #11 forbids for CKM_RSA_X_509
-		full := make([]byte, len(c))
-		copy(full[len(c)-len(m):], m)
-		clear(m)
-		m = full
+	if lead := len(c) - len(m); lead > 0 { // a token may leave out leading zero bytes, which PKCS #11 forbids for CKM_RSA_X_509
+		copy(out[lead:], m)
+		clear(out[:lead])
 	}
-	return m, nil
+	return out, nil
 }
 
 // SealLotKey makes a lot key non-extractable for good: from then on it cannot be granted to anybody any more. Doing it

@@ -5,6 +5,7 @@ import (
 	"crypto"
 	"crypto/elliptic"
 	"crypto/rsa"
+	"crypto/sha256"
 	"errors"
 	"math/big"
 
@@ -170,19 +171,27 @@ func standIn(suite kme.Suite) []byte {
 }
 
 func hmac(s *session, key pkcs11.ObjectHandle, data []byte) ([]byte, error) {
-	if err := s.SignInit(s.h, mechanism(pkcs11.CKM_SHA256_HMAC), key); err != nil {
-		return nil, explain("tag a KME", err)
-	}
-	tag, err := s.Sign(s.h, data)
+	tag, err := s.sign(pkcs11.CKM_SHA256_HMAC, key, data, make([]byte, sha256.Size))
 	return tag, explainIf("tag a KME", err)
 }
 
+// kmeObject is a KME as a session object, for one use. It is not PRIVATE, which no other process gains by: to those a session object does not
+// exist; and SoftHSM encrypts each attribute of a PRIVATE object in its memory, which takes it as long as the use.
+func kmeObject(extractable bool, allowed ...uint) attributes {
+	return join(use(usages, allowed...), attributes{
+		attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES), attr(pkcs11.CKA_TOKEN, false),
+		attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_SENSITIVE, true), attr(pkcs11.CKA_EXTRACTABLE, extractable),
+	})
+}
+
+var (
+	sealable = kmeObject(true)
+	usable   = kmeObject(false, pkcs11.CKA_ENCRYPT, pkcs11.CKA_DECRYPT)
+)
+
 // seal wraps a KME under the storage key. C_WrapKey takes a key object, so the KME is one for that long.
 func seal(s *session, storage pkcs11.ObjectHandle, secret kme.Secret) (sealed []byte, err error) {
-	h, err := s.CreateObject(s.h, join(guarded(true), use(usages), attributes{
-		attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES), attr(pkcs11.CKA_TOKEN, false),
-		attr(pkcs11.CKA_VALUE, secret.Bytes()),
-	}))
+	h, err := s.create(append(sealable[:len(sealable):len(sealable)], &pkcs11.Attribute{Type: pkcs11.CKA_VALUE, Value: secret.Bytes()}))
 	if err != nil {
 		return nil, explain("seal a KME", err)
 	}
@@ -191,7 +200,7 @@ func seal(s *session, storage pkcs11.ObjectHandle, secret kme.Secret) (sealed []
 			err = explainIf("seal a KME", derr)
 		}
 	}()
-	sealed, err = s.WrapKey(s.h, mechanism(pkcs11.CKM_AES_KEY_WRAP), storage, h)
+	sealed, err = s.wrap(pkcs11.CKM_AES_KEY_WRAP, storage, h, make([]byte, sealedSize))
 	return sealed, explainIf("seal a KME", err)
 }
 
@@ -221,10 +230,7 @@ func (t *Token) randBlock(ctx context.Context, sealed []byte, in [RANDSize]byte,
 		if err != nil {
 			return err
 		}
-		h, err := s.UnwrapKey(s.h, mechanism(pkcs11.CKM_AES_KEY_WRAP), storage, sealed, join(guarded(false),
-			use(usages, pkcs11.CKA_ENCRYPT, pkcs11.CKA_DECRYPT), attributes{
-				attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES), attr(pkcs11.CKA_TOKEN, false),
-			}))
+		h, err := s.unwrap(pkcs11.CKM_AES_KEY_WRAP, storage, sealed, usable)
 		if err != nil {
 			return explain("unseal a KME", err)
 		}
@@ -233,14 +239,11 @@ func (t *Token) randBlock(ctx context.Context, sealed []byte, in [RANDSize]byte,
 				err = explainIf("drop an unsealed KME", derr)
 			}
 		}()
-		init, run := s.DecryptInit, s.Decrypt
+		do := s.decrypt
 		if encrypt {
-			init, run = s.EncryptInit, s.Encrypt
+			do = s.encrypt
 		}
-		if err := init(s.h, mechanism(pkcs11.CKM_AES_ECB), h); err != nil {
-			return explain("process RAND", err)
-		}
-		b, err := run(s.h, in[:])
+		b, err := do(pkcs11.CKM_AES_ECB, h, in[:], make([]byte, RANDSize))
 		if err != nil {
 			return explain("process RAND", err)
 		}

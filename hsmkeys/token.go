@@ -99,6 +99,7 @@ type Token struct {
 	slot   uint
 	info   pkcs11.TokenInfo
 	kwp    uint // the mechanism that is AES-KWP (RFC 5649) on this token
+	list   functionList
 
 	// crypto11 owns C_Initialize and C_Finalize, since it insists on making the first and counts its users in the
 	// process. It never gets the PIN: a login is the token's, not a session's, so ours serves it too.
@@ -136,7 +137,8 @@ type handleKey struct {
 // A session is used by one goroutine at a time.
 type session struct {
 	*pkcs11.Ctx
-	h pkcs11.SessionHandle
+	h    pkcs11.SessionHandle
+	list functionList
 }
 
 // Open opens the token that an RFC 7512 URI names and logs in, once, with the PIN of its pin-source.
@@ -192,6 +194,9 @@ func connect(u *uri) (*Token, error) {
 	}
 	if err = t.initialize(); err == nil {
 		t.slot, t.info, err = t.findSlot(u)
+	}
+	if err == nil {
+		t.list, err = functions(t.module)
 	}
 	if err != nil {
 		t.finalize()
@@ -339,7 +344,7 @@ func (t *Token) openSession() (*session, error) {
 	if err != nil {
 		return nil, explain("open a session", err)
 	}
-	return &session{t.module, h}, nil
+	return &session{t.module, h, t.list}, nil
 }
 
 // find looks a key up by CKA_ID, and fails with ErrNoKey. Two keys of one ID are an error: neither can be trusted.

@@ -5,6 +5,7 @@ import (
 	"crypto/aes"
 	"crypto/rand"
 	"crypto/rsa"
+	"crypto/sha256"
 	"crypto/subtle"
 	"crypto/tls"
 	"crypto/x509"
@@ -122,10 +123,7 @@ func (r *attachRun) all(ctx context.Context, concurrency int) *attachResult {
 	}
 	group.Wait()
 	result.PerSecond = float64(len(r.times)) / time.Since(start).Seconds()
-	slices.Sort(r.times)
-	if n := len(r.times); n > 0 {
-		result.P50, result.P99 = milliseconds(r.times[n/2]), milliseconds(r.times[n*99/100])
-	}
+	result.P50, result.P99 = percentiles(r.times)
 	return result
 }
 
@@ -214,9 +212,8 @@ func (r *attachRun) play(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, m *m
 	if err != nil {
 		return err
 	}
-	want := m.plain.NWSig()
-	if subtle.ConstantTimeCompare(established.NWSig[:], want[:]) != 1 {
-		return errors.New("NW_SIG is not SHA-256(KME || RME): the network does not have the KME")
+	if err := m.check(established.NWSig); err != nil {
+		return err
 	}
 
 	// The device activates the KME and gets a pre-processed vector: both sides hold one KME, or the RAND is lost.
@@ -224,17 +221,8 @@ func (r *attachRun) play(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, m *m
 	if prepared, err = r.client.PrepareVector(ctx, imsi, random); err != nil {
 		return err
 	}
-	if prepared.AttemptID != "" {
-		return errors.New("the vector after NW_SIG is not pre-processed")
-	}
-	block, err := aes.NewCipher(m.plain.KME.Bytes())
-	if err != nil {
+	if err := m.decrypts(prepared, random); err != nil {
 		return err
-	}
-	var got [aes.BlockSize]byte
-	block.Decrypt(got[:], prepared.RAND[:])
-	if got != random {
-		return errors.New("the pre-processed RAND does not decrypt under the device's KME")
 	}
 	state, err := r.client.ReportAuthentication(ctx, imsi, true)
 	if err != nil {
@@ -242,6 +230,32 @@ func (r *attachRun) play(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, m *m
 	}
 	if state != kmev1.State_ACTIVE {
 		return fmt.Errorf("after a successful authentication the binding is %v, not ACTIVE", state)
+	}
+	return nil
+}
+
+// check is the device's check of the network.
+func (m *message) check(nwSig [sha256.Size]byte) error {
+	want := m.plain.NWSig()
+	if subtle.ConstantTimeCompare(nwSig[:], want[:]) != 1 {
+		return errors.New("NW_SIG is not SHA-256(KME || RME): the network does not have the KME")
+	}
+	return nil
+}
+
+// decrypts is the device's use of a vector: its RAND must be the one that the HSS gave, encrypted under KME.
+func (m *message) decrypts(v client.Vector, random [aes.BlockSize]byte) error {
+	if v.AttemptID != "" {
+		return errors.New("the vector after NW_SIG is not pre-processed")
+	}
+	block, err := aes.NewCipher(m.plain.KME.Bytes())
+	if err != nil {
+		return err
+	}
+	var got [aes.BlockSize]byte
+	block.Decrypt(got[:], v.RAND[:])
+	if got != random {
+		return errors.New("the pre-processed RAND does not decrypt under the device's KME")
 	}
 	return nil
 }

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"slices"
+	"time"
 
 	"github.com/urfave/cli/v2"
 
@@ -18,6 +20,16 @@ var deviceFlags = []cli.Flag{
 	&cli.StringFlag{Name: "injection", Usage: "the folder, `DIR`, of injection packages, as factory lot provision wrote it"},
 	&cli.StringFlag{Name: "fixture-key", Usage: "the fixture's private RSA key, as `PEM`"},
 	&cli.StringSliceFlag{Name: "fixture-enrolment", Usage: "what factory fixture enroll wrote, a `FILE`; once for each injection key that the fixture holds"},
+}
+
+var serverFlags = []cli.Flag{
+	&cli.StringFlag{Name: "server", Usage: "keysvc's `URL`: https://HOST:PORT, or unix:/path"},
+	&cli.StringFlag{Name: "cert", Usage: "the client's certificate, as `PEM`"},
+	&cli.StringFlag{Name: "key", Usage: "the client certificate's key, as `PEM`"},
+	&cli.StringFlag{Name: "ca", Usage: "the CA of the server's certificate, as `PEM`"},
+	&cli.IntFlag{Name: "first", Usage: "the first device, `N`, counted from 0"},
+	&cli.IntFlag{Name: "count", Usage: "how many devices, `N` (default: all)"},
+	&cli.IntFlag{Name: "concurrency", Value: 8, Usage: "devices at once, `C`"},
 }
 
 func main() { cmdline.Main(app()) }
@@ -40,18 +52,25 @@ untouched device is rejected, or a tampered one is not. --tamper, in what the de
     other-device  another device has signed
     other-lot     it is encrypted to another lot's modulus
     replay        the device attaches, and the same payload comes again for another IMSI`,
-				Flags: append([]cli.Flag{
-					&cli.StringFlag{Name: "server", Usage: "keysvc's `URL`: https://HOST:PORT, or unix:/path"},
-					&cli.StringFlag{Name: "cert", Usage: "the client's certificate, as `PEM`"},
-					&cli.StringFlag{Name: "key", Usage: "the client certificate's key, as `PEM`"},
-					&cli.StringFlag{Name: "ca", Usage: "the CA of the server's certificate, as `PEM`"},
-					&cli.IntFlag{Name: "first", Usage: "the first device, `N`, counted from 0"},
-					&cli.IntFlag{Name: "count", Usage: "how many devices, `N` (default: all)"},
-					&cli.IntFlag{Name: "concurrency", Value: 8, Usage: "devices at once, `C`"},
+				Flags: slices.Concat([]cli.Flag{
 					&cli.StringFlag{Name: "first-imsi", Usage: "the `IMSI` of device 0; the others count on from it (default: 001010000000000; with --tamper anywhere above)"},
 					&cli.StringFlag{Name: "tamper", Usage: "what is wrong with the devices, a `KIND`"},
-				}, deviceFlags...),
+				}, serverFlags, deviceFlags),
 				Action: attach,
+			},
+			{
+				Name: "load", Usage: "measure the service: prepared payloads, as many as it takes or at a rate, for some time",
+				Description: `Makes payloads, each with a KME and for a subscription of its own, and then measures, one after the other, PrepareVector that opens an attempt
+("open"), EstablishKME ("establish"), and PrepareVector that encrypts a RAND ("process"); round after round, until EstablishKME has been measured for as
+long as asked. Nothing else is done meanwhile, so that the client's share of the CPU is small. Prints, of each of the three,
+{"calls":n,"rejected":{"<reason>":n},"seconds":x,"per_second":x,"p50_ms":x,"p99_ms":x}. With a rate, a call is timed from when it was due.
+The service's own limits hold: a device's payloads a second (imei_rate, imei_burst), so take enough devices.`,
+				Flags: slices.Concat([]cli.Flag{
+					&cli.DurationFlag{Name: "duration", Value: 10 * time.Second, Usage: "how long to measure EstablishKME, `D`"},
+					&cli.Float64Flag{Name: "rate", Usage: "EstablishKME a second, `N` (default: as many as there can be)"},
+					&cli.StringFlag{Name: "first-imsi", Usage: "the first `IMSI`; the others count on from it (default: anywhere in 00101, the test network)"},
+				}, serverFlags, deviceFlags),
+				Action: load,
 			},
 			{
 				Name: "payload", Usage: "print one device's payload and the NW_SIG to expect, as JSON, for curl",
@@ -79,7 +98,7 @@ func payload(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	imsi, err := firstIMSI(c.String("imsi"), "")
+	imsi, err := firstIMSI(c.String("imsi"), true)
 	if err != nil {
 		return cmdline.Usagef("--imsi: %w", err)
 	}
@@ -92,33 +111,19 @@ func payload(c *cli.Context) error {
 }
 
 func attach(c *cli.Context) error {
-	if err := cmdline.Require(c, "server"); err != nil {
-		return err
-	}
 	kind := tamper(c.String("tamper"))
 	if err := kind.check(); err != nil {
 		return cmdline.Usage(err)
 	}
-	imsi, err := firstIMSI(c.String("first-imsi"), kind)
+	imsi, err := firstIMSI(c.String("first-imsi"), kind == "")
 	if err != nil {
 		return cmdline.Usagef("--first-imsi: %w", err)
 	}
-	if c.Int("first") < 0 || c.Int("count") < 0 || c.Int("concurrency") < 1 || c.IsSet("count") && c.Int("count") == 0 {
-		return cmdline.Usagef("--first, --count and --concurrency count from 0, 1 and 1")
-	}
-	client, err := dial(c)
+	run, err := newAttachRun(c, imsi)
 	if err != nil {
 		return err
 	}
-	fleet, err := openFleet(c)
-	if err != nil {
-		return err
-	}
-	devices, err := fleet.devices(c.Int("first"), c.Int("count"))
-	if err != nil {
-		return err
-	}
-	run := &attachRun{client: client, kind: kind, firstIMSI: imsi, firstDevice: c.Int("first"), devices: devices}
+	run.kind = kind
 	result := run.all(c.Context, c.Int("concurrency"))
 	if err := json.NewEncoder(c.App.Writer).Encode(result); err != nil {
 		return err
@@ -126,10 +131,33 @@ func attach(c *cli.Context) error {
 	return run.verdict(c.Context, result)
 }
 
-// firstIMSI defaults to the test network 001 01. A tampered device comes with a subscription that has no binding yet, so
-// it gets one that is not likely to have come up before.
-func firstIMSI(given string, kind tamper) (kme.IMSI, error) {
-	if given == "" && kind == "" {
+// newAttachRun is one of the devices and the server that the flags name, whose subscriptions count on from imsi.
+func newAttachRun(c *cli.Context, imsi kme.IMSI) (*attachRun, error) {
+	if err := cmdline.Require(c, "server"); err != nil {
+		return nil, err
+	}
+	if c.Int("first") < 0 || c.Int("count") < 0 || c.Int("concurrency") < 1 || c.IsSet("count") && c.Int("count") == 0 {
+		return nil, cmdline.Usagef("--first, --count and --concurrency count from 0, 1 and 1")
+	}
+	client, err := dial(c)
+	if err != nil {
+		return nil, err
+	}
+	fleet, err := openFleet(c)
+	if err != nil {
+		return nil, err
+	}
+	devices, err := fleet.devices(c.Int("first"), c.Int("count"))
+	if err != nil {
+		return nil, err
+	}
+	return &attachRun{client: client, firstIMSI: imsi, firstDevice: c.Int("first"), devices: devices}, nil
+}
+
+// firstIMSI defaults to the test network 001 01: to its first subscription, or to one that is not likely to have come up before, for who needs
+// one without a binding, again and again.
+func firstIMSI(given string, lowest bool) (kme.IMSI, error) {
+	if given == "" && lowest {
 		given = "001010000000000"
 	} else if given == "" {
 		given = fmt.Sprintf("00101%010d", 1_000_000_000+rand.Int64N(8_000_000_000))

@@ -30,7 +30,7 @@ func Open(ctx context.Context, path string, migrations ...string) (read *sql.DB,
 	f.Close()
 	dsn := func(extra string) string {
 		return (&url.URL{Scheme: "file", OmitHost: true, Path: path}).String() +
-			"?_journal_mode=WAL&_synchronous=FULL&_busy_timeout=5000&_foreign_keys=on" + extra
+			"?_journal_mode=WAL&_synchronous=FULL&_busy_timeout=5000&_foreign_keys=on&_stmt_cache_size=32" + extra
 	}
 	db, err := sql.Open("sqlite3", dsn("&_txlock=immediate"))
 	if err != nil {

@@ -1,0 +1,120 @@
+package hsmkeys
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
+	"runtime"
+	"testing"
+
+	"github.com/miekg/pkcs11"
+
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// An operator's token with a lot of 2048 bits, and a payload to it.
+func benchOperator(b *testing.B) (*Token, Payload) {
+	token := newOperator(b)
+	key := must[*rsa.PrivateKey](b)(rsa.GenerateKey(rand.Reader, 2048))
+	lot := Key{Role: RoleLot, Manufacturer: manufacturer, Name: "BENCH"}
+	importLot(b, token, lot, key)
+	device := must[*ecdsa.PrivateKey](b)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
+	p := kme.Plaintext{KME: kme.RandomSecret(), RME: kme.RandomSecret()}
+	p.Sig = must[[]byte](b)(kme.SuiteECDSA.Sign(device, p.KME.Bytes()))
+	payload := must[[]byte](b)(kme.SuiteECDSA.Encrypt(&key.PublicKey, &p))
+	return token, Payload{Suite: kme.SuiteECDSA, Lot: lot, N: &key.PublicKey, Device: &device.PublicKey, Bytes: payload}
+}
+
+// sessions runs f on all sessions of the token at once.
+func sessions(b *testing.B, token *Token, f func(s *session) error) {
+	b.SetParallelism(max(1, token.Sessions()/runtime.GOMAXPROCS(0)))
+	b.ReportAllocs()
+	b.ResetTimer()
+	b.RunParallel(func(pb *testing.PB) {
+		err := token.with(b.Context(), func(s *session) error {
+			for pb.Next() {
+				if err := f(s); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			b.Error(err)
+		}
+	})
+}
+
+func BenchmarkRawDecrypt(b *testing.B) {
+	token, p := benchOperator(b)
+	h := token.mustFind(b, pkcs11.CKO_PRIVATE_KEY, p.Lot)
+	sessions(b, token, func(s *session) error { _, err := rawDecrypt(s, h, p.Bytes); return err })
+}
+
+func BenchmarkVerify(b *testing.B) {
+	token, p := benchOperator(b)
+	sig := standIn(p.Suite)
+	signed := make([]byte, 32)
+	sessions(b, token, func(s *session) error { _, err := verifyKME(s, p.Suite, p.Device, signed, sig); return err })
+}
+
+func BenchmarkTag(b *testing.B) {
+	token, _ := benchOperator(b)
+	h := token.mustFind(b, pkcs11.CKO_SECRET_KEY, ledgerKey)
+	data := make([]byte, 32)
+	sessions(b, token, func(s *session) error { _, err := hmac(s, h, data); return err })
+}
+
+func BenchmarkSeal(b *testing.B) {
+	token, _ := benchOperator(b)
+	h := token.mustFind(b, pkcs11.CKO_SECRET_KEY, storageKey)
+	secret := kme.RandomSecret()
+	sessions(b, token, func(s *session) error { _, err := seal(s, h, secret); return err })
+}
+
+func BenchmarkOpenPayload(b *testing.B) {
+	token, p := benchOperator(b)
+	b.SetParallelism(max(1, token.Sessions()/runtime.GOMAXPROCS(0)))
+	b.ReportAllocs()
+	b.ResetTimer()
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			if o, err := token.OpenPayload(b.Context(), p); err != nil || o.Fault != FaultNone {
+				b.Error(err, o)
+			}
+		}
+	})
+}
+
+func BenchmarkEncryptRAND(b *testing.B) {
+	token, _ := benchOperator(b)
+	_, sealed, err := token.sample(b.Context())
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.SetParallelism(max(1, token.Sessions()/runtime.GOMAXPROCS(0)))
+	b.ReportAllocs()
+	b.ResetTimer()
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			if _, err := token.EncryptRAND(b.Context(), sealed, [RANDSize]byte{}); err != nil {
+				b.Error(err)
+			}
+		}
+	})
+}
+
+func BenchmarkMakeDeviceKey(b *testing.B) {
+	token := newFactory(b, nil)
+	b.SetParallelism(max(1, token.Sessions()/runtime.GOMAXPROCS(0)))
+	b.ReportAllocs()
+	b.ResetTimer()
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			if _, _, err := token.MakeDeviceKey(b.Context(), kme.SuiteECDSA, testInjection); err != nil {
+				b.Error(err)
+			}
+		}
+	})
+}
