@@ -14,7 +14,7 @@ PROTOC_GEN_CONNECT_GO := connectrpc.com/connect/cmd/protoc-gen-connect-go@v1.21.
 # A target's prerequisites come in their order also under make -j: the tools are installed before they are used.
 .NOTPARALLEL:
 DEPS := deps-build deps-demo deps-test deps-generate
-.PHONY: help build demo vaultdev test soak lint fuzz generate clean $(DEPS)
+.PHONY: help build demo vaultdev test soak bench lint fuzz generate clean $(DEPS)
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,10 @@ soak: deps-test vaultdev ## 200 random kill -9 of factory and Vault over a lot o
 	KMEHSM_SOAK=1 go test -count=1 -timeout 60m -run TestKilledWhilePublishing -v ./internal/proof
 	KMEHSM_SOAK=1 go test -count=1 -timeout 60m -run 'TestKilled|TestMutated' -v ./binding
 	KMEHSM_SOAK=1 go test -count=1 -timeout 20m -run 'TestOutage|TestRemoteKilled' -v ./internal/faultmodule
+
+bench: deps-demo build vaultdev ## how near all is to the bare token: prints a table, and writes var/bench/bench.json (PAIRS=5, SECONDS_EACH=5)
+	go build -trimpath -o bin/ ./tools/bench
+	scripts/bench.sh
 
 lint: deps-test ## gofmt, go vet, staticcheck and shellcheck
 	@unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || { printf 'run gofmt -w on:\n%s\n' "$$unformatted" >&2; exit 1; }

@@ -17,7 +17,7 @@ dir=var/demo
 export PATH=$PWD/bin:$PATH
 umask 077
 rm -rf "$dir"
-mkdir -p "$dir/tls"
+mkdir -p "$dir"
 
 server='' vault=''
 # Whatever happens, what was started here ends here.
@@ -102,13 +102,8 @@ if [ "$directory" = vault ]; then
 fi
 
 step "5. The operator's service, with mutual TLS"
-# subject CN, subjectAltName, what it is for
-certificate() {
-	openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout "$dir/tls/$1.key" -subj "/CN=$1" 2>/dev/null |
-		openssl x509 -req -CA "$dir/tls/ca.pem" -CAkey "$dir/tls/ca.key" -CAcreateserial -days 2 -out "$dir/tls/$1.pem" \
-			-extfile <(printf 'subjectAltName=%s\nextendedKeyUsage=%s\n' "$2" "$3") 2>/dev/null
-}
-openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout "$dir/tls/ca.key" -out "$dir/tls/ca.pem" -days 2 -subj "/CN=demo CA" 2>/dev/null
+# shellcheck source=scripts/certificates.sh
+. scripts/certificates.sh
 certificate keysvc IP:127.0.0.1 serverAuth
 certificate hss DNS:hss.demo clientAuth
 

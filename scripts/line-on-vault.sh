@@ -1,10 +1,10 @@
-# To be sourced, with dir set: a new folder dir, a token "factory" and a Vault on Raft storage in it, the line's keys and the
+# To be sourced, with dir set: a new folder dir, tokens "factory" and "operator" and a Vault on Raft storage in it, the line's keys and the
 # mount kme. Vault ends with the script.
 # shellcheck shell=bash
 export PATH="$PWD/bin:$PATH"
 rm -rf "${dir:?}"
 mkdir -p "$dir"
-./softhsm-setup.sh --dir "$dir/softhsm" factory >/dev/null
+./softhsm-setup.sh --dir "$dir/softhsm" factory operator >/dev/null
 # shellcheck source=/dev/null
 . "$dir/softhsm/env"
 export KMEHSM_TOKEN=$FACTORY_TOKEN

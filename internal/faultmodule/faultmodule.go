@@ -25,11 +25,28 @@ type Module struct {
 
 // Build builds one around the module at path, in a folder of the test's.
 func Build(dir, path string) (*Module, error) {
-	headers, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", "github.com/miekg/pkcs11").Output()
+	m, err := Built(dir, path)
 	if err != nil {
-		return nil, fmt.Errorf("the folder of pkcs11.h: %w", err)
+		return nil, err
 	}
-	include := strings.TrimSpace(string(headers))
+	include, err := headers()
+	if err != nil {
+		return nil, err
+	}
+	cmd := exec.Command("gcc", "-std=gnu11", "-O2", "-Wall", "-Wno-cast-function-type", "-fPIC", "-shared", "-fvisibility=hidden", "-I", include, "-x", "c", "-", "-o", m.Path, "-ldl", "-pthread")
+	cmd.Stdin = strings.NewReader(source)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("gcc: %w: %s", err, out)
+	}
+	return m, nil
+}
+
+// Built is what Build has built, for another process.
+func Built(dir, path string) (*Module, error) {
+	include, err := headers()
+	if err != nil {
+		return nil, err
+	}
 	list, err := os.ReadFile(filepath.Join(include, "pkcs11f.h"))
 	if err != nil {
 		return nil, err
@@ -38,12 +55,16 @@ func Build(dir, path string) (*Module, error) {
 	for _, match := range regexp.MustCompile(`CK_PKCS11_FUNCTION_INFO\((C_\w+)\)`).FindAllSubmatch(list, -1) {
 		m.functions = append(m.functions, string(match[1]))
 	}
-	cmd := exec.Command("gcc", "-std=gnu11", "-O2", "-Wall", "-Wno-cast-function-type", "-fPIC", "-shared", "-fvisibility=hidden", "-I", include, "-x", "c", "-", "-o", m.Path, "-ldl", "-pthread")
-	cmd.Stdin = strings.NewReader(source)
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("gcc: %w: %s", err, out)
-	}
 	return m, nil
+}
+
+// headers is the folder of pkcs11.h.
+func headers() (string, error) {
+	out, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", "github.com/miekg/pkcs11").Output()
+	if err != nil {
+		return "", fmt.Errorf("the folder of pkcs11.h: %w", err)
+	}
+	return strings.TrimSpace(string(out)), nil
 }
 
 // Env is what the module reads at its loading.
@@ -54,14 +75,19 @@ func (m *Module) Env() []string {
 // URI is the token's URI by way of this module.
 func (m *Module) URI(token string) string { return strings.ReplaceAll(token, m.inner, m.Path) }
 
-// Tell makes the module do as the lines say, from the next call on; no lines make it well again.
-func (m *Module) Tell(t testing.TB, lines ...string) {
-	t.Helper()
+// Set makes the module do as the lines say, from the next call on; no lines make it well again.
+func (m *Module) Set(lines ...string) error {
 	next := m.control + ".next" // in one step: the module reads it meanwhile
 	if err := os.WriteFile(next, []byte(strings.Join(append(lines, ""), "\n")), 0o600); err != nil {
-		t.Fatal(err)
+		return err
 	}
-	if err := os.Rename(next, m.control); err != nil {
+	return os.Rename(next, m.control)
+}
+
+// Tell is Set for a test.
+func (m *Module) Tell(t testing.TB, lines ...string) {
+	t.Helper()
+	if err := m.Set(lines...); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# The figures of docs/performance.md, in var/bench: a manufacturer and an operator on SoftHSM, a Vault on Raft storage, and bin/bench, which measures.
+# make bench runs it. PAIRS and SECONDS_EACH are its settings.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+pairs=${PAIRS:-5} seconds=${SECONDS_EACH:-5} devices=2000
+dir=$PWD/var/bench
+umask 077
+. scripts/line-on-vault.sh # new tokens, a Vault, and the line's keys
+
+openssl genrsa -out "$dir/fixture.key" 3072 2>/dev/null
+openssl rsa -in "$dir/fixture.key" -pubout -out "$dir/fixture.pem" 2>/dev/null
+{
+	factory fixture enroll --fixture-key "$dir/fixture.pem" --out "$dir/fixture-enrolment.json"
+	export KMEHSM_TOKEN=$OPERATOR_TOKEN
+	keysvc init --state "$dir/keysvc"
+	KMEHSM_TOKEN=$FACTORY_TOKEN factory operator enroll bench --transport-key "$dir/keysvc/transport.pem" --so-pin-source "file:$dir/softhsm/factory.so-pin" --out "$dir/enrolment.jws"
+	keysvc enroll "$dir/enrolment.jws" --state "$dir/keysvc" --manufacturer "$dir/factory/manufacturer.pem" --directory "file:$dir/directory"
+	for bits in 2048 3072; do
+		line=(--token "$FACTORY_TOKEN" --directory "file:$dir/directory" --state "$dir/factory")
+		factory lot create "L$bits" "${line[@]}" --tac "3520${bits}" --first 1 --count "$devices" --bits "$bits"
+		factory lot provision "L$bits" "${line[@]}" --out "$dir/injection-$bits"
+		factory lot grant "L$bits" "${line[@]}" --operator bench --out "$dir/grant.jws"
+		keysvc lot import "$dir/grant.jws" --state "$dir/keysvc"
+	done
+} >"$dir/setup.log" 2>&1 || { cat "$dir/setup.log" >&2 && exit 1; }
+# shellcheck source=scripts/certificates.sh
+. scripts/certificates.sh
+certificate keysvc IP:127.0.0.1 serverAuth
+certificate hss DNS:hss.bench clientAuth
+cat >"$dir/keysvc.yaml" <<EOC
+token: '$OPERATOR_TOKEN'
+state: keysvc
+listen: 127.0.0.1:0
+tls: {certificate: tls/keysvc.pem, key: tls/keysvc.key, client_ca: tls/ca.pem}
+EOC
+bin/bench -dir "$dir" -pairs "$pairs" -seconds "$seconds"

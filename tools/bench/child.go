@@ -1,0 +1,358 @@
+package main
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	mathrand "math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/faultmodule"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// What needs a process of its own, for its memory or for the module that it loads, is done in a child, which prints JSON.
+func (b *bench) child(name string) error {
+	f := map[string]func() (any, error){"lookup": b.measureLookup, "calls": b.countCalls, "latency": b.measureLatency}[name]
+	if f == nil {
+		return fmt.Errorf("there is no child %q", name)
+	}
+	result, err := f()
+	if err != nil {
+		return err
+	}
+	return json.NewEncoder(os.Stdout).Encode(result)
+}
+
+func (b *bench) inChild(result any, name string, env ...string) error {
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	cmd := exec.CommandContext(b.ctx, self, "-child", name, "-dir", b.dir, "-seconds", strconv.Itoa(int(b.each.Seconds())))
+	cmd.Env, cmd.Stderr = append(os.Environ(), env...), os.Stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return err
+	}
+	return json.Unmarshal(out, result)
+}
+
+type lookup struct {
+	Lots       int     `json:"lots"`
+	Devices    int     `json:"devices"`
+	Cached     float64 `json:"cached_per_second"`
+	RSS        float64 `json:"rss_mb"`
+	ReadsACold float64 `json:"reads_a_cold_lookup"`
+}
+
+func (b *bench) lookup(r *report) error { return b.inChild(&r.Lookup, "lookup") }
+
+// generated is a directory that makes its shards when they are read, and counts that: each of the same 256 keys.
+type generated struct {
+	directory.Store // not there: nothing else is called
+	signer          *directory.Signer
+	manifests       map[string]*directory.Manifest
+	keys            []directory.DeviceKey
+	shards          atomic.Int64
+}
+
+func (g *generated) Read(_ context.Context, path string) ([]byte, string, error) {
+	parts := strings.Split(path, "/") // lots/LOT/shards/NUMBER
+	if len(parts) != 4 {
+		return nil, "", directory.ErrNotFound
+	}
+	m := g.manifests[parts[1]]
+	n, err := strconv.Atoi(parts[3])
+	if m == nil || err != nil {
+		return nil, "", directory.ErrNotFound
+	}
+	g.shards.Add(1)
+	first, count := m.ShardRange(n)
+	keys := make([]directory.DeviceKey, count)
+	for i := range keys {
+		keys[i] = directory.DeviceKey{IMEI: m.IMEI(first + i), Key: g.keys[i].Key}
+	}
+	shard, err := directory.NewShard(m, n, keys)
+	if err != nil {
+		return nil, "", err
+	}
+	jws, err := g.signer.Sign(directory.TypeShard, shard)
+	return jws, "1", err
+}
+
+const lots, devicesALot, shardSize = 100, 100_000, 256
+
+func (b *bench) measureLookup() (any, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	signer, err := directory.NewSigner(key)
+	if err != nil {
+		return nil, err
+	}
+	all, err := b.lots()
+	if err != nil || all["L2048"] == nil {
+		return nil, errors.Join(errors.New("lot L2048 was not imported"), err)
+	}
+	g := &generated{signer: signer, manifests: map[string]*directory.Manifest{}}
+	for range shardSize {
+		k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		if err != nil {
+			return nil, err
+		}
+		g.keys = append(g.keys, directory.DeviceKey{Key: &k.PublicKey})
+	}
+	var served []*binding.Lot
+	for i := range lots {
+		m := *all["L2048"]
+		tac, err := kme.ParseTAC(fmt.Sprintf("35%06d", i))
+		if err != nil {
+			return nil, err
+		}
+		m.Lot, m.Manufacturer, m.ShardSize = fmt.Sprintf("G%d", i), signer.KeyID(), shardSize
+		m.Ranges = []directory.Range{{TAC: tac, First: 0, Count: devicesALot}}
+		g.manifests[m.Lot] = &m
+		served = append(served, &binding.Lot{Manufacturer: m.Manufacturer, Manifest: &m})
+	}
+	reader := directory.NewReader(g, directory.NewVerifier(signer.Public()), directory.ReaderOptions{})
+	index, err := binding.NewLots(served, map[string]*directory.Reader{signer.KeyID(): reader})
+	if err != nil {
+		return nil, err
+	}
+	device := func(i int) (kme.IMEI, error) {
+		return served[i/devicesALot].Manifest.IMEI(i % devicesALot), nil
+	}
+	look := func(i int) error {
+		imei, err := device(i)
+		if err != nil {
+			return err
+		}
+		_, _, err = index.Device(b.ctx, imei)
+		return err
+	}
+	// More shards than the cache holds, one device of each.
+	const cold = 5000
+	if err := parallel(func(i int) (bool, error) { return i < cold, look(i * 1999 % (lots * devicesALot)) }); err != nil {
+		return nil, err
+	}
+	result := lookup{Lots: lots, Devices: lots * devicesALot, ReadsACold: float64(g.shards.Load()) / cold}
+	// Devices whose shards are cached: those looked up last.
+	var n atomic.Int64
+	start := time.Now()
+	before := g.shards.Load()
+	if err := parallel(func(i int) (bool, error) {
+		for range 1000 {
+			if err := look((cold - 1 - mathrand.IntN(1000)) * 1999 % (lots * devicesALot)); err != nil {
+				return false, err
+			}
+		}
+		n.Add(1000)
+		return time.Since(start) < b.each, nil
+	}); err != nil {
+		return nil, err
+	}
+	result.Cached = round(float64(n.Load())/time.Since(start).Seconds(), 0)
+	if read := g.shards.Load() - before; read > 0 {
+		return nil, fmt.Errorf("%d shards were read while cached devices were looked up", read)
+	}
+	var usage syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &usage); err != nil {
+		return nil, err
+	}
+	result.RSS = round(float64(usage.Maxrss)/1024, 0)
+	return result, nil
+}
+
+// parallel calls f with 0, 1, 2 and so on from each core, until it says that there is no more.
+func parallel(f func(int) (more bool, err error)) error { return parallelOn(runtime.NumCPU(), f) }
+
+func parallelOn(workers int, f func(int) (more bool, err error)) error {
+	var next atomic.Int64
+	var all sync.WaitGroup
+	errs := make([]error, workers)
+	for w := range errs {
+		all.Go(func() {
+			for more := true; more && errs[w] == nil; {
+				more, errs[w] = f(int(next.Add(1)) - 1)
+			}
+		})
+	}
+	all.Wait()
+	return errors.Join(errs...)
+}
+
+// latency is what the token does when each call takes a millisecond more, as over a network.
+type latency struct {
+	Sessions  int     `json:"sessions"`
+	Calls     int     `json:"calls"` // an EstablishKME
+	CallMs    float64 `json:"call_ms"`
+	PerSecond float64 `json:"per_second"`
+	Share     float64 `json:"share"` // of sessions / (calls x latency)
+}
+
+// hsmCalls counts calls by way of the module that injects faults.
+func (b *bench) hsmCalls(r *report) error {
+	module, err := faultmodule.Build(b.dir, modulePath(os.Getenv("OPERATOR_TOKEN")))
+	if err != nil {
+		return err
+	}
+	if err := b.inChild(&r.HSMCalls, "calls", module.Env()...); err != nil {
+		return err
+	}
+	if err := module.Set("* delay 1000"); err != nil {
+		return err
+	}
+	return errors.Join(b.inChild(&r.Latency, "latency", module.Env()...), module.Set())
+}
+
+// modulePath is the module-path of a token's URI.
+func modulePath(uri string) string {
+	_, query, _ := strings.Cut(uri, "?")
+	for _, part := range strings.Split(query, "&") {
+		if path, ok := strings.CutPrefix(part, "module-path="); ok {
+			return path
+		}
+	}
+	return ""
+}
+
+// through opens a token of the environment by way of the fault module of this process.
+func (b *bench) through(variable string) (*hsmkeys.Token, *faultmodule.Module, error) {
+	module, err := faultmodule.Built(b.dir, modulePath(os.Getenv(variable)))
+	if err != nil {
+		return nil, nil, err
+	}
+	token, err := hsmkeys.Open(b.ctx, module.URI(os.Getenv(variable)))
+	return token, module, err
+}
+
+// aPayload is one that goes all the way through the token, and is rejected: what it decrypts to was never signed.
+func (b *bench) aPayload() (p hsmkeys.Payload, err error) {
+	all, err := b.lots()
+	if err != nil || all["L2048"] == nil {
+		return p, errors.Join(errors.New("lot L2048 was not imported"), err)
+	}
+	m := all["L2048"]
+	device, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return p, err
+	}
+	p = hsmkeys.Payload{Suite: m.Suite, Lot: hsmkeys.Key{Role: hsmkeys.RoleLot, Manufacturer: m.Manufacturer, Name: m.Lot}, N: m.PublicKey(), Device: &device.PublicKey, Bytes: make([]byte, len(m.N))}
+	_, err = io.ReadFull(rand.Reader, p.Bytes[1:])
+	return p, err
+}
+
+func (b *bench) countCalls() (any, error) {
+	payload, err := b.aPayload()
+	if err != nil {
+		return nil, err
+	}
+	operator, module, err := b.through("OPERATOR_TOKEN")
+	if err != nil {
+		return nil, err
+	}
+	defer operator.Close()
+	opened, err := operator.OpenPayload(b.ctx, payload)
+	if err != nil {
+		return nil, err
+	}
+	factory, _, err := b.through("FACTORY_TOKEN")
+	if err != nil {
+		return nil, err
+	}
+	defer factory.Close()
+	pem, err := os.ReadFile(filepath.Join(b.dir, "factory", "manufacturer.pem"))
+	if err != nil {
+		return nil, err
+	}
+	verifier, err := directory.ParseVerifier(pem)
+	if err != nil {
+		return nil, err
+	}
+	injection := hsmkeys.Key{Role: hsmkeys.RoleInjection, Manufacturer: verifier.KeyID()}
+	calls := map[string]int{}
+	for name, do := range map[string]func() error{
+		"open payload":    func() error { _, err := operator.OpenPayload(b.ctx, payload); return err },
+		"encrypt RAND":    func() error { _, err := operator.EncryptRAND(b.ctx, opened.Sealed, [hsmkeys.RANDSize]byte{}); return err },
+		"ping":            func() error { return operator.Ping(b.ctx) },
+		"make device key": func() error { _, _, err := factory.MakeDeviceKey(b.ctx, kme.SuiteECDSA, injection); return err },
+	} {
+		const times = 64 // as often as all sessions come round, which have to be opened
+		for range times {
+			if err := do(); err != nil {
+				return nil, fmt.Errorf("%s: %w", name, err)
+			}
+		}
+		before := total(module)
+		for range times {
+			if err := do(); err != nil {
+				return nil, fmt.Errorf("%s: %w", name, err)
+			}
+		}
+		calls[name] = (total(module) - before) / times
+	}
+	return calls, nil
+}
+
+func total(m *faultmodule.Module) (n int) {
+	for _, calls := range m.Counts() {
+		n += int(calls)
+	}
+	return n
+}
+
+func (b *bench) measureLatency() (any, error) {
+	payload, err := b.aPayload()
+	if err != nil {
+		return nil, err
+	}
+	token, module, err := b.through("OPERATOR_TOKEN")
+	if err != nil {
+		return nil, err
+	}
+	defer token.Close()
+	open := func(int) (bool, error) { _, err := token.OpenPayload(b.ctx, payload); return true, err }
+	// All sessions are opened, and all handles found.
+	if err := parallelOn(token.Sessions(), func(i int) (bool, error) { _, err := open(i); return i < 2*token.Sessions(), err }); err != nil {
+		return nil, err
+	}
+	var all []latency
+	for sessions := 1; ; sessions *= 4 {
+		sessions = min(sessions, token.Sessions())
+		before, start := total(module), time.Now()
+		var n atomic.Int64
+		err := parallelOn(sessions, func(i int) (bool, error) {
+			_, err := open(i)
+			n.Add(1)
+			return time.Since(start) < b.each, err
+		})
+		if err != nil {
+			return nil, err
+		}
+		l := latency{Sessions: sessions, Calls: (total(module) - before) / int(n.Load()), CallMs: 1, PerSecond: round(float64(n.Load())/time.Since(start).Seconds(), 1)}
+		l.Share = round(l.PerSecond/(float64(sessions)/(float64(l.Calls)*l.CallMs/1000)), 3)
+		all = append(all, l)
+		if sessions == token.Sessions() {
+			return all, nil
+		}
+	}
+}

@@ -1,0 +1,61 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
+
+	"github.com/kmehsm/kmehsm/hsmkeys"
+)
+
+type provisioning struct {
+	ratio
+	PeakRSS float64 `json:"peak_rss_mb"` // of factory
+}
+
+// provisioned is how many devices a lot has that is provisioned to be measured: some ten seconds' worth.
+const provisioned = 20_000
+
+// provision measures factory lot provision to Vault, which runs on the same cores too.
+func (b *bench) provision(r *report) error {
+	token, err := hsmkeys.Open(b.ctx, os.Getenv("FACTORY_TOKEN"))
+	if err != nil {
+		return err
+	}
+	defer token.Close()
+	injection := hsmkeys.Key{Role: hsmkeys.RoleInjection, Manufacturer: b.manufacturer}
+	flags := []string{"--token", os.Getenv("FACTORY_TOKEN"), "--directory", "vault:kme", "--state", filepath.Join(b.dir, "factory")}
+	for i := range b.pairs {
+		lot := fmt.Sprintf("P%d", i)
+		create := append([]string{"lot", "create", lot, "--tac", fmt.Sprintf("990000%02d", i), "--first", "0", "--count", fmt.Sprint(provisioned), "--bits", "2048"}, flags...)
+		if _, err := output(b.ctx, "bin/factory", create...); err != nil {
+			return err
+		}
+		bare, err := token.BareDeviceKeys(b.ctx, injection, b.each)
+		if err != nil {
+			return err
+		}
+		cmd := exec.CommandContext(b.ctx, "bin/factory", append([]string{"lot", "provision", lot, "--out", filepath.Join(b.dir, "provisioned"), "--json"}, flags...)...)
+		cmd.Stderr = nil
+		out, err := cmd.Output()
+		if err != nil {
+			return fmt.Errorf("factory lot provision: %w", err)
+		}
+		var made struct {
+			Made    int     `json:"made"`
+			Seconds float64 `json:"seconds"`
+		}
+		if err := json.Unmarshal(out, &made); err != nil {
+			return err
+		}
+		r.Provision.add(bare, float64(made.Made)/made.Seconds)
+		r.Provision.PeakRSS = max(r.Provision.PeakRSS, float64(cmd.ProcessState.SysUsage().(*syscall.Rusage).Maxrss)/1024)
+		fmt.Fprintf(os.Stderr, "device keys, %d of %d: token %.0f a second, published %.0f, %.3f\n", i+1, b.pairs, bare, float64(made.Made)/made.Seconds, float64(made.Made)/made.Seconds/bare)
+	}
+	r.Provision.finish()
+	r.Provision.PeakRSS = round(r.Provision.PeakRSS, 0)
+	return nil
+}
