@@ -72,6 +72,7 @@ var (
 	ErrNotBound  = errors.New("the IMSI has no binding")
 	ErrNoAttempt = errors.New("no such attempt is open")
 	ErrUsed      = errors.New("the KME was used before")
+	ErrNotGood   = errors.New("the KME is not good")
 	ErrBound     = errors.New("the IMSI has an active binding, and no administrator has opened provisioning for it")
 )
 
@@ -86,11 +87,11 @@ type Store interface {
 	Attempt(ctx context.Context, imsi kme.IMSI, id string, now time.Time) (*Attempt, error)
 	// OpenAttempt opens an administrator's attempt, and closes the IMSI's others.
 	OpenAttempt(ctx context.Context, a Attempt) error
-	// Used says whether the ledger has the tag for the IMEI.
-	Used(ctx context.Context, imei kme.IMEI, tag []byte) (bool, error)
 	// Establish, in one step: uses up b's attempt and closes the IMSI's others, enters the tag into the ledger, and
-	// makes b the pending binding. Fails with ErrNoAttempt, ErrUsed or ErrBound, and then changes nothing.
-	Establish(ctx context.Context, b *Binding, tag []byte, now time.Time) error
+	// makes b the pending binding. Fails with ErrNoAttempt, ErrBound or ErrUsed, looked for in this order, and then changes nothing.
+	// Of a KME that is not good it fails with ErrUsed or ErrNotGood after the same steps as with ErrUsed: who waits for a refusal cannot tell
+	// one from the other.
+	Establish(ctx context.Context, b *Binding, tag []byte, good bool, now time.Time) error
 	// Report ends the pending binding's wait: it becomes the active one, or is dropped. Gives the binding that
 	// stands then, or fails with ErrNotBound if there was none to begin with; nil if none is left.
 	Report(ctx context.Context, imsi kme.IMSI, ok bool, now time.Time) (*Binding, error)

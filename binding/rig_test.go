@@ -375,18 +375,11 @@ func (r *recorder) Attempt(ctx context.Context, imsi kme.IMSI, id string, now ti
 	return r.store.Attempt(ctx, imsi, id, now)
 }
 
-func (r *recorder) Used(ctx context.Context, imei kme.IMEI, tag []byte) (bool, error) {
-	if err := r.enter("Used"); err != nil {
-		return false, err
-	}
-	return r.store.Used(ctx, imei, tag)
-}
-
-func (r *recorder) Establish(ctx context.Context, b *binding.Binding, tag []byte, now time.Time) error {
+func (r *recorder) Establish(ctx context.Context, b *binding.Binding, tag []byte, good bool, now time.Time) error {
 	if err := r.enter("Establish"); err != nil {
 		return err
 	}
-	return r.store.Establish(ctx, b, tag, now)
+	return r.store.Establish(ctx, b, tag, good, now)
 }
 
 func (r *recorder) Report(ctx context.Context, imsi kme.IMSI, ok bool, now time.Time) (*binding.Binding, error) {

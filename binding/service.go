@@ -13,6 +13,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/maypok86/otter/v2"
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/kmehsm/kmehsm/directory"
@@ -38,12 +39,22 @@ type Service struct {
 	lots       atomic.Pointer[Lots]
 	limits     *limits
 	metrics    *Metrics
+
+	// open has the attempts that this process has seen open, the last of each IMSI: the store need not be asked before their EstablishKME.
+	// Another process may have closed one since; then the store says so before it establishes anything.
+	open *otter.Cache[kme.IMSI, Attempt]
 }
+
+// maxOpen bounds the memory for open.
+const maxOpen = 100_000
 
 // NewService serves the lots given until SetLots gives it others. Decisions are logged, one line each; no line holds a
 // secret.
 func NewService(token Token, store Store, lots *Lots, attemptTTL time.Duration, log *slog.Logger) *Service {
-	s := &Service{token: token, store: store, log: log, attemptTTL: attemptTTL, limits: newLimits(Limits{}), metrics: NewMetrics(prometheus.NewRegistry())}
+	s := &Service{
+		token: token, store: store, log: log, attemptTTL: attemptTTL, limits: newLimits(Limits{}), metrics: NewMetrics(prometheus.NewRegistry()),
+		open: otter.Must(&otter.Options[kme.IMSI, Attempt]{MaximumSize: maxOpen, ExpiryCalculator: otter.ExpiryWriting[kme.IMSI, Attempt](attemptTTL)}),
+	}
 	s.lots.Store(lots)
 	return s
 }
@@ -104,6 +115,7 @@ func (s *Service) PrepareVector(ctx context.Context, imsiText string, randBytes 
 		if attempt.ID == fresh.ID {
 			s.log.InfoContext(ctx, "attempt opened", "imsi", imsi, "expires", attempt.Expires)
 		}
+		s.open.Set(imsi, *attempt)
 		return &Prepared{RAND: vector, AttemptID: attempt.ID}, nil
 	}
 	if s.lots.Load().revoked(ctx, b.IMEI) {
@@ -221,11 +233,8 @@ func deviceRevoked() *Refusal {
 
 // accept makes the binding, durably, or refuses.
 func (s *Service) accept(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, attemptID string, payload, digest []byte) (*Binding, error) {
-	if _, err := s.store.Attempt(ctx, imsi, attemptID, time.Now()); errors.Is(err, ErrNoAttempt) {
-		if b, berr := s.standing(ctx, imsi); berr == nil && b.State == Active && b.IMEI != imei {
-			return nil, otherDevice()
-		}
-		return nil, fromStore(ctx, err)
+	if err := s.attempt(ctx, imsi, attemptID); errors.Is(err, ErrNoAttempt) {
+		return nil, s.noAttempt(ctx, imsi, imei)
 	} else if err != nil {
 		return nil, fromStore(ctx, err)
 	}
@@ -251,22 +260,41 @@ func (s *Service) accept(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, atte
 	if err != nil {
 		return nil, fromToken(ctx, err)
 	}
-	// The ledger is asked whatever the token found: a refusal by one must not be faster than by the other.
-	used, err := s.store.Used(ctx, imei, opened.Tag)
-	switch {
-	case err != nil:
-		return nil, fromStore(ctx, err)
-	case opened.Fault != hsmkeys.FaultNone:
-		return nil, rejected(errors.New(string(opened.Fault)))
-	case used:
-		return nil, rejected(ErrUsed)
-	}
 	now := time.Now()
 	b := &Binding{
 		IMSI: imsi, IMEI: imei, Manufacturer: lot.manifest.Manufacturer, Lot: lot.manifest.Lot, State: Pending, Sealed: opened.Sealed,
 		Established: now, AttemptID: attemptID, PayloadSHA256: digest, NWSig: opened.NWSig[:],
 	}
-	return b, fromStore(ctx, s.store.Establish(ctx, b, opened.Tag, now))
+	err = s.store.Establish(ctx, b, opened.Tag, opened.Fault == hsmkeys.FaultNone, now)
+	switch {
+	case opened.Fault != hsmkeys.FaultNone && (errors.Is(err, ErrNotGood) || errors.Is(err, ErrUsed)):
+		return nil, rejected(errors.New(string(opened.Fault)))
+	case errors.Is(err, ErrNoAttempt):
+		return nil, s.noAttempt(ctx, imsi, imei)
+	case err != nil:
+		return nil, fromStore(ctx, err)
+	}
+	s.open.Invalidate(imsi)
+	return b, nil
+}
+
+// attempt fails unless the attempt is open.
+func (s *Service) attempt(ctx context.Context, imsi kme.IMSI, id string) error {
+	now := time.Now()
+	if a, ok := s.open.GetIfPresent(imsi); ok && now.Before(a.Expires) && subtle.ConstantTimeCompare([]byte(a.ID), []byte(id)) == 1 {
+		return nil
+	}
+	_, err := s.store.Attempt(ctx, imsi, id, now)
+	return err
+}
+
+// noAttempt is the refusal of a call whose attempt is not open.
+func (s *Service) noAttempt(ctx context.Context, imsi kme.IMSI, imei kme.IMEI) error {
+	s.open.Invalidate(imsi)
+	if b, err := s.standing(ctx, imsi); err == nil && b.State == Active && b.IMEI != imei {
+		return otherDevice()
+	}
+	return fromStore(ctx, ErrNoAttempt)
 }
 
 // retransmitted answers a call that was answered before.
@@ -338,6 +366,7 @@ func (s *Service) OpenProvisioning(ctx context.Context, imsiText string, ttl tim
 	if err != nil {
 		return nil, refuse(kme.Malformed, err.Error(), nil)
 	}
+	s.open.Invalidate(imsi)
 	if err := s.store.OpenAttempt(ctx, *a); err != nil {
 		return nil, s.failed(ctx, "open", imsi, fromStore(ctx, err))
 	}
@@ -351,6 +380,7 @@ func (s *Service) RevokeBinding(ctx context.Context, imsiText string) (*Binding,
 	if err != nil {
 		return nil, err
 	}
+	s.open.Invalidate(imsi)
 	b, err := s.store.Revoke(ctx, imsi, time.Now())
 	if err != nil {
 		return nil, s.failed(ctx, "revoke", imsi, fromStore(ctx, err))

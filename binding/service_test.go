@@ -363,8 +363,10 @@ func TestSameCallAtOnce(t *testing.T) {
 		all.Wait()
 		// The ledger holds its one entry; a second would have failed as used.
 		opened := must[*hsmkeys.Opened](t)(r.token.OpenPayload(t.Context(), hsmkeys.Payload{Suite: l.Suite, Lot: r.lotKey(l), N: l.PublicKey(), Device: d.signer.Public(), Bytes: payload}))
-		if used := must[bool](t)(r.store.Used(t.Context(), d.imei, opened.Tag)); !used {
-			t.Error("the ledger does not have the KME")
+		other := must[kme.IMSI](t)(kme.ParseIMSI(newIMSI()))
+		err := r.store.Establish(t.Context(), &binding.Binding{IMSI: other, IMEI: d.imei, AttemptID: r.attempt(t, other.String())}, opened.Tag, true, time.Now())
+		if !errors.Is(err, binding.ErrUsed) {
+			t.Errorf("the ledger does not have the KME: %v", err)
 		}
 		b := must[*binding.Binding](t)(r.service.GetBinding(t.Context(), imsi))
 		if b.AttemptID != attempt || b.IMEI != d.imei {
@@ -530,10 +532,8 @@ func TestUnavailable(t *testing.T) {
 		{"restore", "DecryptRAND", restore, bound, kme.HSMUnavailable},
 		{"report", "Report", report, bound, kme.StoreUnavailable},
 		{"get", "Binding", get, bound, kme.StoreUnavailable},
-		{"establish", "Binding", establish, newIMSI(), kme.StoreUnavailable},
 		{"establish", "Attempt", establish, newIMSI(), kme.StoreUnavailable},
 		{"establish", "OpenPayload", establish, newIMSI(), kme.HSMUnavailable},
-		{"establish", "Used", establish, newIMSI(), kme.StoreUnavailable},
 		{"establish", "Establish", establish, newIMSI(), kme.StoreUnavailable},
 	} {
 		name := c.name + ", when " + c.fails + " fails"
@@ -630,7 +630,7 @@ func TestCanceled(t *testing.T) {
 			return err
 		}},
 		{"get", []string{"Binding"}, func(ctx context.Context) error { _, err := r.service.GetBinding(ctx, bound); return err }},
-		{"establish", []string{"Binding", "Attempt", "OpenPayload", "Used", "Establish"}, establish},
+		{"establish", []string{"OpenPayload", "Establish"}, establish},
 	} {
 		for _, at := range c.during {
 			t.Run(c.name+" during "+at, func(t *testing.T) {

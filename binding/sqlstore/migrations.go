@@ -9,6 +9,8 @@ var (
 	schema1 string
 	//go:embed schema2.sql
 	schema2 string
+	//go:embed schema3.sql
+	schema3 string
 
-	migrations = []string{schema1, schema2}
+	migrations = []string{schema1, schema2, schema3}
 )

@@ -92,6 +92,9 @@ func changePostgres(db *sql.DB) func(context.Context, string, func(context.Conte
 	}
 }
 
+// forPostgres turns a migration into PostgreSQL's dialect.
+var forPostgres = strings.NewReplacer("BLOB", "BYTEA", " WITHOUT ROWID", "")
+
 func (s *Store) migrate(ctx context.Context) error {
 	return s.change(ctx, "schema", func(ctx context.Context, tx *sql.Tx) error {
 		if _, err := tx.ExecContext(ctx, "CREATE TABLE IF NOT EXISTS schema_version (version INTEGER NOT NULL)"); err != nil {
@@ -108,7 +111,7 @@ func (s *Store) migrate(ctx context.Context) error {
 			return nil
 		}
 		for _, m := range migrations[have:] {
-			if _, err := tx.ExecContext(ctx, strings.ReplaceAll(m, "BLOB", "BYTEA")); err != nil {
+			if _, err := tx.ExecContext(ctx, forPostgres.Replace(m)); err != nil {
 				return err
 			}
 		}

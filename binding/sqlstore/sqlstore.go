@@ -185,29 +185,27 @@ func openAttempt(ctx context.Context, q queryer, imsi kme.IMSI, id string, now t
 	return a, err
 }
 
-func (s *Store) Used(ctx context.Context, imei kme.IMEI, tag []byte) (bool, error) {
-	var n int
-	err := s.read.QueryRowContext(ctx, `SELECT COUNT(*) FROM ledger WHERE imei = $1 AND tag = $2`, imei.String(), tag).Scan(&n)
-	return n > 0, err
-}
-
-func (s *Store) Establish(ctx context.Context, b *binding.Binding, tag []byte, now time.Time) error {
+func (s *Store) Establish(ctx context.Context, b *binding.Binding, tag []byte, good bool, now time.Time) error {
 	return s.change(ctx, b.IMSI.String(), func(ctx context.Context, tx *sql.Tx) error {
-		attempt, err := openAttempt(ctx, tx, b.IMSI, b.AttemptID, now)
-		if err != nil {
+		var expires int64
+		var opened, bound, used bool
+		err := tx.QueryRowContext(ctx, `SELECT expires_at, opened = 1, EXISTS (SELECT 1 FROM bindings WHERE imsi = $1 AND state = 'ACTIVE'),
+			EXISTS (SELECT 1 FROM ledger WHERE imei = $2 AND tag = $3) FROM attempts WHERE imsi = $1 AND id = $4`,
+			b.IMSI.String(), b.IMEI.String(), tag, b.AttemptID).Scan(&expires, &opened, &bound, &used)
+		switch {
+		case errors.Is(err, sql.ErrNoRows), err == nil && expires <= now.UnixMilli():
+			return binding.ErrNoAttempt
+		case err != nil:
 			return err
-		}
-		if !attempt.Opened {
-			var active int
-			if err := tx.QueryRowContext(ctx, `SELECT COUNT(*) FROM bindings WHERE imsi = $1 AND state = 'ACTIVE'`, b.IMSI.String()).Scan(&active); err != nil {
-				return err
-			}
-			if active > 0 {
-				return binding.ErrBound
-			}
+		case bound && !opened:
+			return binding.ErrBound
+		case used:
+			return binding.ErrUsed
+		case !good:
+			return binding.ErrNotGood
 		}
 		if _, err := tx.ExecContext(ctx, `INSERT INTO ledger (imei, tag) VALUES ($1, $2)`, b.IMEI.String(), tag); err != nil {
-			if isDuplicate(err) {
+			if isDuplicate(err) { // entered meanwhile, for another IMSI
 				return binding.ErrUsed
 			}
 			return err
@@ -215,10 +213,9 @@ func (s *Store) Establish(ctx context.Context, b *binding.Binding, tag []byte, n
 		if _, err := tx.ExecContext(ctx, `DELETE FROM attempts WHERE imsi = $1`, b.IMSI.String()); err != nil {
 			return err
 		}
-		if _, err := tx.ExecContext(ctx, `DELETE FROM bindings WHERE imsi = $1 AND state = 'PENDING'`, b.IMSI.String()); err != nil {
-			return err
-		}
-		_, err = tx.ExecContext(ctx, `INSERT INTO bindings (`+bindingColumns+`) VALUES ($1, 'PENDING', $2, $3, $4, $5, $6, $7, $8, $9, 0, 0)`,
+		_, err = tx.ExecContext(ctx, `INSERT INTO bindings (`+bindingColumns+`) VALUES ($1, 'PENDING', $2, $3, $4, $5, $6, $7, $8, $9, 0, 0)
+			ON CONFLICT (imsi, state) DO UPDATE SET imei = excluded.imei, manufacturer = excluded.manufacturer, lot = excluded.lot, sealed = excluded.sealed,
+			nw_sig = excluded.nw_sig, attempt_id = excluded.attempt_id, payload_sha256 = excluded.payload_sha256, established_at = excluded.established_at`,
 			b.IMSI.String(), b.IMEI.String(), b.Manufacturer, b.Lot, b.Sealed, b.NWSig, b.AttemptID, b.PayloadSHA256, b.Established.UnixMilli())
 		return err
 	})

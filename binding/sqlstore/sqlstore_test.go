@@ -75,7 +75,7 @@ func TestInstances(t *testing.T) {
 			b := []*binding.Binding{one, two}[i/3%2]
 			all.Go(func() {
 				// The same KME of the same device, by two subscriptions and three instances.
-				switch err := stores[i%3].Establish(t.Context(), b, []byte{byte(round)}, t0); {
+				switch err := stores[i%3].Establish(t.Context(), b, []byte{byte(round)}, true, t0); {
 				case err == nil:
 					won.Add(1)
 				case errors.Is(err, binding.ErrUsed) || errors.Is(err, binding.ErrNoAttempt):
@@ -108,7 +108,7 @@ func TestPostgresKilled(t *testing.T) {
 					if _, _, err := s.Prepare(t.Context(), binding.Attempt{ID: b.AttemptID, IMSI: b.IMSI, Expires: t0.Add(time.Hour)}, t0, t0); err != nil {
 						return
 					}
-					if err := s.Establish(t.Context(), b, []byte(b.AttemptID), t0); err != nil {
+					if err := s.Establish(t.Context(), b, []byte(b.AttemptID), true, t0); err != nil {
 						return
 					}
 					mu.Lock()
@@ -149,7 +149,7 @@ func TestCopy(t *testing.T) {
 	for n := range 50 {
 		b := newBinding(t, fmt.Sprintf("0010100000%05d", n), fmt.Sprint("a", n))
 		beginAttempt(t, from, b)
-		if err := from.Establish(t.Context(), b, []byte{byte(n), 0, 0xff}, t0); err != nil {
+		if err := from.Establish(t.Context(), b, []byte{byte(n), 0, 0xff}, true, t0); err != nil {
 			t.Fatal(err)
 		}
 		all = append(all, b)
@@ -173,8 +173,8 @@ func TestCopy(t *testing.T) {
 	}
 	for _, b := range all[2:] {
 		checkBinding(t, back, b)
-		if used, err := back.Used(t.Context(), b.IMEI, []byte{b.AttemptID[1] - '0', 0, 0xff}); len(b.AttemptID) == 2 && (err != nil || !used) {
-			t.Errorf("the ledger has forgotten %s: %v", b.AttemptID, err)
+		if len(b.AttemptID) == 2 {
+			checkUsed(t, back, b, []byte{b.AttemptID[1] - '0', 0, 0xff})
 		}
 	}
 	if b, err := back.Binding(t.Context(), all[1].IMSI); err != nil || b.State != binding.Revoked {
@@ -185,6 +185,23 @@ func TestCopy(t *testing.T) {
 	}
 	if _, err := back.Attempt(t.Context(), waiting.IMSI, "waits", t0); err != nil {
 		t.Error(err)
+	}
+}
+
+// checkUsed tries to establish the KME of a binding for somebody else.
+func checkUsed(t *testing.T, s *Store, b *binding.Binding, tag []byte) {
+	t.Helper()
+	other := *b
+	other.AttemptID = "asks"
+	var err error
+	if other.IMSI, err = kme.ParseIMSI("999999999999999"); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.OpenAttempt(t.Context(), binding.Attempt{ID: other.AttemptID, IMSI: other.IMSI, Expires: t0.Add(time.Hour)}); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Establish(t.Context(), &other, tag, true, t0); !errors.Is(err, binding.ErrUsed) {
+		t.Errorf("the ledger has forgotten %s: %v", b.AttemptID, err)
 	}
 }
 
@@ -274,7 +291,7 @@ func TestAnotherProcess(t *testing.T) {
 			t.Fatal(err)
 		}
 		beginAttempt(t, s, b)
-		if err := s.Establish(t.Context(), b, []byte("tag"), t0); err != nil {
+		if err := s.Establish(t.Context(), b, []byte("tag"), true, t0); err != nil {
 			t.Fatal(err)
 		}
 		os.Exit(0)
@@ -299,9 +316,7 @@ func TestAnotherProcess(t *testing.T) {
 	}
 	again := open(t, file)
 	checkBinding(t, again, b)
-	if used, err := again.Used(t.Context(), b.IMEI, []byte("tag")); err != nil || !used {
-		t.Errorf("the ledger has forgotten: %v, error %v", used, err)
-	}
+	checkUsed(t, again, b, []byte("tag"))
 }
 
 // Two services on one file: what is allowed once is allowed to one of them.
@@ -314,7 +329,7 @@ func TestTwoStores(t *testing.T) {
 		var all sync.WaitGroup
 		errs := make([]error, 16)
 		for i := range errs {
-			all.Go(func() { errs[i] = stores[i%2].Establish(t.Context(), b, []byte{byte(round), byte(i)}, t0) })
+			all.Go(func() { errs[i] = stores[i%2].Establish(t.Context(), b, []byte{byte(round), byte(i)}, true, t0) })
 		}
 		all.Wait()
 		won := 0

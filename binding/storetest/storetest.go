@@ -13,6 +13,7 @@ import (
 	"reflect"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -145,7 +146,7 @@ func bind(t *testing.T, s Store, imsi kme.IMSI, imei kme.IMEI, attempt string, t
 	t.Helper()
 	openAttempt(t, s, imsi, attempt, t0)
 	b := newBinding(imsi, imei, attempt)
-	if err := s.Establish(t.Context(), b, tag, t0); err != nil {
+	if err := s.Establish(t.Context(), b, tag, true, t0); err != nil {
 		t.Fatal(err)
 	}
 	return b
@@ -167,11 +168,21 @@ func checkBinding(t *testing.T, s Store, imsi kme.IMSI, want *binding.Binding) {
 	}
 }
 
+// askers are subscriptions that nothing else is done with.
+var askers atomic.Int64
+
+// checkUsed asks, as one does who has a KME that is not good, whether the ledger has it: in an attempt of another subscription.
 func checkUsed(t *testing.T, s Store, imei kme.IMEI, tag []byte, want bool) {
 	t.Helper()
-	if used, err := s.Used(t.Context(), imei, tag); err != nil || used != want {
-		t.Errorf("tag %x of %s used: %v, error %v, want %v", tag, imei, used, err, want)
+	b := newBinding(subscription(t, 50_000+int(askers.Add(1))), imei, "asks")
+	if err := s.OpenAttempt(t.Context(), binding.Attempt{ID: b.AttemptID, IMSI: b.IMSI, Expires: t0.Add(ttl)}); err != nil {
+		t.Fatal(err)
 	}
+	if err := s.Establish(t.Context(), b, tag, false, t0); errors.Is(err, binding.ErrUsed) != want || errors.Is(err, binding.ErrNotGood) == want {
+		t.Errorf("tag %x of %s: %v, want it used: %v", tag, imei, err, want)
+	}
+	checkBinding(t, s, b.IMSI, nil)
+	checkOpen(t, s, b.IMSI, b.AttemptID, t0, true)
 }
 
 func attempts(t *testing.T, s Store) {
@@ -270,7 +281,7 @@ func establishNoAttempt(t *testing.T, s Store) {
 	} {
 		b := newBinding(one, imei, "a1")
 		b.AttemptID = c.attempt
-		if err := s.Establish(t.Context(), b, []byte("tag"), c.now); !errors.Is(err, binding.ErrNoAttempt) {
+		if err := s.Establish(t.Context(), b, []byte("tag"), true, c.now); !errors.Is(err, binding.ErrNoAttempt) {
 			t.Errorf("%s: %v, want ErrNoAttempt", c.name, err)
 		}
 	}
@@ -280,11 +291,11 @@ func establishNoAttempt(t *testing.T, s Store) {
 	checkOpen(t, s, other, "b1", t0, true)
 
 	first := newBinding(one, imei, "a1")
-	if err := s.Establish(t.Context(), first, []byte("tag"), t0.Add(ttl-time.Millisecond)); err != nil {
+	if err := s.Establish(t.Context(), first, []byte("tag"), true, t0.Add(ttl-time.Millisecond)); err != nil {
 		t.Fatal(err)
 	}
 	again := newBinding(one, device(t, 2), "a1")
-	if err := s.Establish(t.Context(), again, []byte("tag 2"), t0); !errors.Is(err, binding.ErrNoAttempt) {
+	if err := s.Establish(t.Context(), again, []byte("tag 2"), true, t0); !errors.Is(err, binding.ErrNoAttempt) {
 		t.Errorf("an attempt used twice: %v, want ErrNoAttempt", err)
 	}
 	checkBinding(t, s, one, first)
@@ -295,14 +306,14 @@ func establishUsed(t *testing.T, s Store) {
 	one, other, imei := subscription(t, 1), subscription(t, 2), device(t, 1)
 	b := bind(t, s, one, imei, "a1", []byte("tag"))
 	openAttempt(t, s, other, "b1", t0)
-	if err := s.Establish(t.Context(), newBinding(other, imei, "b1"), []byte("tag"), t0); !errors.Is(err, binding.ErrUsed) {
+	if err := s.Establish(t.Context(), newBinding(other, imei, "b1"), []byte("tag"), true, t0); !errors.Is(err, binding.ErrUsed) {
 		t.Errorf("a KME used twice: %v, want ErrUsed", err)
 	}
 	// The refusal changed nothing: the device may still establish another KME within the same attempt.
 	checkBinding(t, s, other, nil)
 	checkBinding(t, s, one, b)
 	checkOpen(t, s, other, "b1", t0, true)
-	if err := s.Establish(t.Context(), newBinding(other, imei, "b1"), []byte("tag 2"), t0); err != nil {
+	if err := s.Establish(t.Context(), newBinding(other, imei, "b1"), []byte("tag 2"), true, t0); err != nil {
 		t.Errorf("another KME after the refusal: %v", err)
 	}
 }
@@ -313,7 +324,7 @@ func establishClosesAttempts(t *testing.T, s Store) {
 	openAttempt(t, s, one, "a1", t0)
 	openAttempt(t, s, one, "a2", later)
 	openAttempt(t, s, other, "b1", t0)
-	if err := s.Establish(t.Context(), newBinding(one, device(t, 1), "a1"), []byte("tag"), later); err != nil {
+	if err := s.Establish(t.Context(), newBinding(one, device(t, 1), "a1"), []byte("tag"), true, later); err != nil {
 		t.Fatal(err)
 	}
 	checkOpen(t, s, one, "a1", later, false)
@@ -326,7 +337,7 @@ func establishCanceled(t *testing.T, s Store) {
 	openAttempt(t, s, imsi, "a1", t0)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if err := s.Establish(ctx, newBinding(imsi, imei, "a1"), []byte("tag"), t0); !errors.Is(err, context.Canceled) {
+	if err := s.Establish(ctx, newBinding(imsi, imei, "a1"), []byte("tag"), true, t0); !errors.Is(err, context.Canceled) {
 		t.Errorf("a call that was canceled: %v, want context.Canceled", err)
 	}
 	checkBinding(t, s, imsi, nil)
@@ -355,7 +366,7 @@ func ledger(t *testing.T, s Store) {
 	}
 	checkUsed(t, s, first, tag, true)
 	openAttempt(t, s, subscription(t, 1), "a2", t0)
-	if err := s.Establish(t.Context(), newBinding(subscription(t, 1), first, "a2"), tag, t0); !errors.Is(err, binding.ErrUsed) {
+	if err := s.Establish(t.Context(), newBinding(subscription(t, 1), first, "a2"), tag, true, t0); !errors.Is(err, binding.ErrUsed) {
 		t.Errorf("the KME of a dropped binding: %v, want ErrUsed", err)
 	}
 }
@@ -422,7 +433,7 @@ func openedBesideActive(t *testing.T, s Store) {
 			t.Fatalf("after its end prepared %+v, %+v", b, a)
 		}
 		pending := newBinding(imsi, device(t, 2*n+1), opened.ID)
-		if err := s.Establish(t.Context(), pending, []byte{byte(n), 2}, t0); err != nil {
+		if err := s.Establish(t.Context(), pending, []byte{byte(n), 2}, true, t0); err != nil {
 			t.Fatal(err)
 		}
 		checkBinding(t, s, imsi, pending)
@@ -449,7 +460,7 @@ func boundNotOpened(t *testing.T, s Store) {
 	if err := s.OpenAttempt(t.Context(), binding.Attempt{ID: "late", IMSI: imsi, Expires: t0.Add(ttl)}); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.Establish(t.Context(), newBinding(imsi, device(t, 2), "late"), []byte("tag 2"), t0); !errors.Is(err, binding.ErrBound) {
+	if err := s.Establish(t.Context(), newBinding(imsi, device(t, 2), "late"), []byte("tag 2"), true, t0); !errors.Is(err, binding.ErrBound) {
 		t.Errorf("established beside an active binding: %v", err)
 	}
 	checkUsed(t, s, device(t, 2), []byte("tag 2"), false)
@@ -480,7 +491,7 @@ func revoke(t *testing.T, s Store) {
 	}
 	checkUsed(t, s, device(t, 1), []byte("tag"), true)
 	next := newBinding(imsi, device(t, 1), "a2")
-	if err := s.Establish(t.Context(), next, []byte("tag 2"), t0); err != nil {
+	if err := s.Establish(t.Context(), next, []byte("tag 2"), true, t0); err != nil {
 		t.Fatal(err)
 	}
 	checkBinding(t, s, imsi, next)
@@ -489,7 +500,7 @@ func revoke(t *testing.T, s Store) {
 	}
 	checkBinding(t, s, imsi, want)
 	openAttempt(t, s, imsi, "a3", t0)
-	if err := s.Establish(t.Context(), newBinding(imsi, device(t, 2), "a3"), []byte("tag 3"), t0); err != nil {
+	if err := s.Establish(t.Context(), newBinding(imsi, device(t, 2), "a3"), []byte("tag 3"), true, t0); err != nil {
 		t.Fatal(err)
 	}
 	// Revoked while it is pending.
@@ -524,7 +535,7 @@ func bindings(t *testing.T, s Store) {
 	if err := s.OpenAttempt(t.Context(), binding.Attempt{ID: "o", IMSI: subscription(t, 1), Expires: t0.Add(ttl), Opened: true}); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.Establish(t.Context(), newBinding(subscription(t, 1), device(t, 7), "o"), []byte("o"), t0); err != nil {
+	if err := s.Establish(t.Context(), newBinding(subscription(t, 1), device(t, 7), "o"), []byte("o"), true, t0); err != nil {
 		t.Fatal(err)
 	}
 	all := []string{"00000 000 PENDING", "00001 007 PENDING", "00002 001 REVOKED", "00003 001 PENDING", "00004 002 PENDING"}
@@ -770,7 +781,7 @@ func raceAttempt(t *testing.T, s Store) {
 	for i := range bindings {
 		bindings[i] = newBinding(imsi, device(t, i), "a1")
 	}
-	errs := race(func(i int) error { return s.Establish(t.Context(), bindings[i], []byte{byte(i)}, t0) })
+	errs := race(func(i int) error { return s.Establish(t.Context(), bindings[i], []byte{byte(i)}, true, t0) })
 	winner := checkOneWon(t, errs, binding.ErrNoAttempt)
 	checkBinding(t, s, imsi, bindings[winner])
 	for i, b := range bindings {
@@ -785,7 +796,7 @@ func raceLedger(t *testing.T, s Store) {
 		bindings[i] = newBinding(subscription(t, i), imei, fmt.Sprint("a", i))
 		openAttempt(t, s, bindings[i].IMSI, bindings[i].AttemptID, t0)
 	}
-	errs := race(func(i int) error { return s.Establish(t.Context(), bindings[i], []byte("tag"), t0) })
+	errs := race(func(i int) error { return s.Establish(t.Context(), bindings[i], []byte("tag"), true, t0) })
 	winner := checkOneWon(t, errs, binding.ErrUsed)
 	for i, b := range bindings {
 		checkOpen(t, s, b.IMSI, b.AttemptID, t0, i != winner)

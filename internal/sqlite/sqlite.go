@@ -37,6 +37,10 @@ func Open(ctx context.Context, path string, migrations ...string) (read *sql.DB,
 		return nil, nil, err
 	}
 	db.SetMaxOpenConns(1) // SQLite has one writer at a time
+	// The log is copied into the database every 32 MiB: most pages have changed more than once by then.
+	if _, err := db.ExecContext(ctx, "PRAGMA wal_autocheckpoint = 8192"); err != nil {
+		return nil, nil, errors.Join(fmt.Errorf("the database %s cannot be used: %w", path, err), db.Close())
+	}
 	if err := migrate(ctx, db, migrations); err != nil {
 		return nil, nil, errors.Join(fmt.Errorf("the database %s cannot be used: %w", path, err), db.Close())
 	}
@@ -46,6 +50,14 @@ func Open(ctx context.Context, path string, migrations ...string) (read *sql.DB,
 	read.SetMaxOpenConns(2 * runtime.GOMAXPROCS(0))
 	read.SetMaxIdleConns(2 * runtime.GOMAXPROCS(0))
 	write = &Writer{db: db, changes: make(chan change), stopped: make(chan struct{}), ended: make(chan struct{})}
+	for _, s := range []struct {
+		to   **sql.Stmt
+		text string
+	}{{&write.savepoint, "SAVEPOINT change"}, {&write.release, "RELEASE change"}, {&write.rollback, "ROLLBACK TO change"}} {
+		if *s.to, err = db.PrepareContext(ctx, s.text); err != nil {
+			return nil, nil, errors.Join(err, read.Close(), db.Close())
+		}
+	}
 	write.stop = sync.OnceFunc(func() { close(write.stopped) })
 	go write.run()
 	return read, write, nil
@@ -83,6 +95,9 @@ func migrate(ctx context.Context, db *sql.DB, migrations []string) error {
 type Writer struct {
 	db      *sql.DB
 	changes chan change
+
+	savepoint, release, rollback *sql.Stmt // around each change
+
 	stop    func()        // once
 	stopped chan struct{} // closed by stop
 	ended   chan struct{} // closed when no change is made any more
@@ -162,15 +177,15 @@ func (w *Writer) commit(batch []change) {
 			if results[i] = c.ctx.Err(); results[i] != nil {
 				continue
 			}
-			if _, err := tx.Exec("SAVEPOINT change"); err != nil {
+			if _, err := tx.Stmt(w.savepoint).Exec(); err != nil {
 				return err
 			}
 			if results[i] = c.make(context.WithoutCancel(c.ctx), tx); results[i] != nil {
-				if _, err := tx.Exec("ROLLBACK TO change"); err != nil {
+				if _, err := tx.Stmt(w.rollback).Exec(); err != nil {
 					return err
 				}
 			}
-			if _, err := tx.Exec("RELEASE change"); err != nil {
+			if _, err := tx.Stmt(w.release).Exec(); err != nil {
 				return err
 			}
 		}
