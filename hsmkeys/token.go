@@ -209,7 +209,7 @@ func connect(u *uri) (*Token, error) {
 		return nil, err
 	}
 	// More sessions than cores, since a network HSM answers late and SoftHSM's own locks cost a little.
-	size := 4 * runtime.GOMAXPROCS(0)
+	size := 8
 	if limit := t.info.MaxSessionCount; limit != pkcs11.CK_EFFECTIVELY_INFINITE && limit != pkcs11.CK_UNAVAILABLE_INFORMATION {
 		size = min(size, max(1, int(limit)-config.MaxSessions))
 	}

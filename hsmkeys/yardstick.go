@@ -13,15 +13,18 @@ import (
 )
 
 // The yardstick: what the token does in a second when nothing is asked of it but the operation that the rest has to be made for. All sessions
-// of the token are used at once, and the calls are those that OpenPayload and MakeDeviceKey make.
+// of the token are used at once, and the calls are those of miekg/pkcs11, as a loop that anybody writes makes them.
 
 // BareDecryptions is the yardstick of OpenPayload: raw decryptions a second with a lot key.
 func (t *Token) BareDecryptions(ctx context.Context, lot Key, n *rsa.PublicKey, d time.Duration) (float64, error) {
 	block := make([]byte, n.Size())
 	block[len(block)-1] = 2
 	return t.bare(ctx, d, pkcs11.CKO_PRIVATE_KEY, lot, func(s *session, h pkcs11.ObjectHandle) error {
-		_, err := rawDecrypt(s, h, block)
-		return err
+		if err := s.DecryptInit(s.h, mechanism(pkcs11.CKM_RSA_X_509), h); err != nil {
+			return explain("decrypt", err)
+		}
+		_, err := s.Decrypt(s.h, block)
+		return explainIf("decrypt", err)
 	})
 }
 
@@ -32,7 +35,7 @@ func (t *Token) BareDeviceKeys(ctx context.Context, injection Key, d time.Durati
 		if err != nil {
 			return explain("make a device key", err)
 		}
-		_, err = s.wrap(t.kwp, w, h, make([]byte, wrappedRoom))
+		_, err = s.WrapKey(s.h, mechanism(t.kwp), w, h)
 		return errors.Join(err, s.DestroyObject(s.h, hp), s.DestroyObject(s.h, h))
 	})
 }

@@ -20,6 +20,9 @@ import (
 // their attempts and the memory for them are none.
 const loadRound = 4096
 
+// loadConcurrency is how many calls there are at once unless --concurrency says otherwise: as an HSS that many devices attach to has.
+const loadConcurrency = 32
+
 // A loadCall is an EstablishKME that has been prepared, but for its attempt.
 type loadCall struct {
 	imsi    kme.IMSI
@@ -73,7 +76,11 @@ func load(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	run := &loadRun{attachRun: attach, concurrency: c.Int("concurrency"), rate: c.Float64("rate")}
+	concurrency := c.Int("concurrency")
+	if !c.IsSet("concurrency") {
+		concurrency = loadConcurrency
+	}
+	run := &loadRun{attachRun: attach, concurrency: concurrency, rate: c.Float64("rate")}
 	result, err := run.all(c.Context, c.Duration("duration"))
 	if err != nil {
 		return err

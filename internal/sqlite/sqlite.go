@@ -32,15 +32,11 @@ func Open(ctx context.Context, path string, migrations ...string) (read *sql.DB,
 		return (&url.URL{Scheme: "file", OmitHost: true, Path: path}).String() +
 			"?_journal_mode=WAL&_synchronous=FULL&_busy_timeout=5000&_foreign_keys=on&_stmt_cache_size=32" + extra
 	}
-	db, err := sql.Open("sqlite3", dsn("&_txlock=immediate"))
+	db, err := sql.Open("sqlite3", dsn("&_txlock=immediate&_cache_size=-65536"))
 	if err != nil {
 		return nil, nil, err
 	}
 	db.SetMaxOpenConns(1) // SQLite has one writer at a time
-	// The log is copied into the database every 32 MiB: most pages have changed more than once by then.
-	if _, err := db.ExecContext(ctx, "PRAGMA wal_autocheckpoint = 8192"); err != nil {
-		return nil, nil, errors.Join(fmt.Errorf("the database %s cannot be used: %w", path, err), db.Close())
-	}
 	if err := migrate(ctx, db, migrations); err != nil {
 		return nil, nil, errors.Join(fmt.Errorf("the database %s cannot be used: %w", path, err), db.Close())
 	}

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -40,7 +39,7 @@ func (b *bench) establish(r *report) error {
 	if err != nil {
 		return err
 	}
-	for _, bits := range []string{"2048", "3072"} {
+	for _, bits := range b.bits {
 		m := lots["L"+bits]
 		if m == nil {
 			return fmt.Errorf("lot L%s was not imported", bits)
@@ -114,38 +113,34 @@ type server struct {
 }
 
 func (b *bench) serve() (*server, error) {
-	s := &server{cmd: exec.Command("bin/keysvc", "serve", "--config", filepath.Join(b.dir, "keysvc.yaml"))}
-	log, err := s.cmd.StderrPipe()
+	log, err := os.Create(filepath.Join(b.dir, "keysvc.log"))
 	if err != nil {
 		return nil, err
 	}
+	defer log.Close()
+	s := &server{cmd: exec.Command("bin/keysvc", "serve", "--config", filepath.Join(b.dir, "keysvc.yaml"))}
+	s.cmd.Stderr = log
 	if err := s.cmd.Start(); err != nil {
 		return nil, err
 	}
-	lines := bufio.NewScanner(log)
-	for lines.Scan() {
-		var line struct {
-			Msg       string   `json:"msg"`
-			Addresses []string `json:"addresses"`
+	for range 100 {
+		time.Sleep(100 * time.Millisecond)
+		lines, err := os.ReadFile(log.Name())
+		if err != nil {
+			return nil, err
 		}
-		if json.Unmarshal(lines.Bytes(), &line) == nil && line.Msg == "serving" {
-			s.url = "https://" + line.Addresses[0]
-			// The log goes on: to a file, as a service's does.
-			file, err := os.Create(filepath.Join(b.dir, "keysvc.log"))
-			if err != nil {
-				return nil, err
+		for line := range strings.Lines(string(lines)) {
+			var serving struct {
+				Msg       string   `json:"msg"`
+				Addresses []string `json:"addresses"`
 			}
-			go func() {
-				defer file.Close()
-				for lines.Scan() {
-					fmt.Fprintln(file, lines.Text())
-				}
-			}()
-			return s, nil
+			if json.Unmarshal([]byte(line), &serving) == nil && serving.Msg == "serving" {
+				s.url = "https://" + serving.Addresses[0]
+				return s, nil
+			}
 		}
-		fmt.Fprintln(os.Stderr, lines.Text())
 	}
-	return nil, errors.Join(errors.New("keysvc does not serve"), s.cmd.Wait())
+	return nil, errors.Join(fmt.Errorf("keysvc does not serve: see %s", log.Name()), s.stop())
 }
 
 func (s *server) stop() error {

@@ -75,6 +75,7 @@ type bench struct {
 	dir          string
 	pairs        int
 	each         time.Duration
+	bits         []string
 	manufacturer string
 }
 
@@ -84,10 +85,11 @@ func main() {
 	seconds := flag.Int("seconds", 5, "how long each takes")
 	child := flag.String("child", "", "measure one thing in this process, and print it")
 	only := flag.String("only", "", "one of the report's parts: establish, provision, lookup, hsm_calls")
+	bits := flag.String("bits", "2048,3072", "the lots to establish KMEs with")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	b := &bench{ctx: ctx, dir: *dir, pairs: *pairs, each: time.Duration(*seconds) * time.Second}
+	b := &bench{ctx: ctx, dir: *dir, bits: strings.Split(*bits, ","), pairs: *pairs, each: time.Duration(*seconds) * time.Second}
 	var err error
 	if *child != "" {
 		err = b.child(*child)
