@@ -17,7 +17,7 @@ import (
 )
 
 // unrecorded serves the rig's lots without its recorder, which has a lock, and without a log.
-func (r *rig) unrecorded(t *testing.T) *binding.Service {
+func (r *rig) unrecorded(t testing.TB) *binding.Service {
 	t.Helper()
 	lots := must[*binding.Lots](t)(binding.NewLots(must[[]*binding.Lot](t)(r.store.Lots(t.Context())), r.readers))
 	return binding.NewService(r.token, r.store, lots, ttl, slog.New(slog.DiscardHandler))

@@ -68,7 +68,7 @@ type rig struct {
 	readers  map[string]*directory.Reader
 }
 
-func newRig(t *testing.T) *rig {
+func newRig(t testing.TB) *rig {
 	t.Helper()
 	ctx := t.Context()
 	tok := softhsmtest.Token(t)
@@ -86,27 +86,27 @@ func newRig(t *testing.T) *rig {
 }
 
 // enroll takes a manufacturer in, and reads its directory.
-func (r *rig) enroll(t *testing.T, m *maker) {
+func (r *rig) enroll(t testing.TB, m *maker) {
 	t.Helper()
 	must[*binding.Manufacturer](t)(binding.Enroll(t.Context(), r.token, r.store, m.sign(t, directory.TypeEnrolment, m.enrolment(t, r)), m.pem, "file:"+m.dir))
 	r.readers[m.KeyID()] = m.reader(t)
 }
 
 // take imports a lot and serves it.
-func (r *rig) take(t *testing.T, m *maker, lot *lot) {
+func (r *rig) take(t testing.TB, m *maker, lot *lot) {
 	t.Helper()
 	must[*binding.Lot](t)(binding.ImportLot(t.Context(), r.token, r.store, m.sign(t, directory.TypeGrant, m.grant(t, lot))))
 	r.serve(t)
 }
 
-func (r *rig) serve(t *testing.T) {
+func (r *rig) serve(t testing.TB) {
 	t.Helper()
 	all := must[[]*binding.Lot](t)(r.store.Lots(t.Context()))
 	r.service.SetLots(must[*binding.Lots](t)(binding.NewLots(all, r.readers)))
 }
 
 // attempt opens an attempt as an HSS does.
-func (r *rig) attempt(t *testing.T, imsi string) string {
+func (r *rig) attempt(t testing.TB, imsi string) string {
 	t.Helper()
 	p := must[*binding.Prepared](t)(r.service.PrepareVector(t.Context(), imsi, make([]byte, hsmkeys.RANDSize)))
 	if p.AttemptID == "" {
@@ -116,7 +116,7 @@ func (r *rig) attempt(t *testing.T, imsi string) string {
 }
 
 // checkBound looks into the store, past the service.
-func (r *rig) checkBound(t *testing.T, imsi string, want bool) {
+func (r *rig) checkBound(t testing.TB, imsi string, want bool) {
 	t.Helper()
 	_, err := r.store.Binding(t.Context(), must[kme.IMSI](t)(kme.ParseIMSI(imsi)))
 	if bound := err == nil; bound != want || (err != nil && !errors.Is(err, binding.ErrNotBound)) {
@@ -133,7 +133,7 @@ type maker struct {
 	store *directory.FileStore
 }
 
-func newMaker(t *testing.T) *maker {
+func newMaker(t testing.TB) *maker {
 	t.Helper()
 	key := must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
 	m := &maker{Signer: must[*directory.Signer](t)(directory.NewSigner(key)), kek: make([]byte, 32), dir: t.TempDir()}
@@ -143,7 +143,7 @@ func newMaker(t *testing.T) *maker {
 	return m
 }
 
-func (m *maker) reader(t *testing.T) *directory.Reader {
+func (m *maker) reader(t testing.TB) *directory.Reader {
 	t.Helper()
 	// Tests revoke and publish while they read.
 	return directory.NewReader(m.store, directory.NewVerifier(m.Public()), directory.ReaderOptions{RevocationTTL: time.Nanosecond, NegativeTTL: time.Nanosecond})
@@ -157,12 +157,12 @@ func (m *maker) lotKey(name string) hsmkeys.Key {
 	return hsmkeys.Key{Role: hsmkeys.RoleLot, Manufacturer: m.KeyID(), Name: name}
 }
 
-func (m *maker) sign(t *testing.T, typ directory.Type, payload any) []byte {
+func (m *maker) sign(t testing.TB, typ directory.Type, payload any) []byte {
 	t.Helper()
 	return must[[]byte](t)(m.Sign(typ, payload))
 }
 
-func (m *maker) enrolment(t *testing.T, r *rig) *directory.Enrolment {
+func (m *maker) enrolment(t testing.TB, r *rig) *directory.Enrolment {
 	t.Helper()
 	transport := must[*rsa.PublicKey](t)(r.token.TransportPublicKey(t.Context()))
 	return &directory.Enrolment{
@@ -188,7 +188,7 @@ type device struct {
 var testTAC = "35209900"
 
 // newLot publishes the manifest of a lot and its one shard. A key that is no crypto.Signer is a public one.
-func (m *maker) newLot(t *testing.T, name string, suite kme.Suite, key *rsa.PrivateKey, first int, devices ...any) *lot {
+func (m *maker) newLot(t testing.TB, name string, suite kme.Suite, key *rsa.PrivateKey, first int, devices ...any) *lot {
 	t.Helper()
 	tac := must[kme.TAC](t)(kme.ParseTAC(testTAC))
 	l := &lot{key: key, Manifest: &directory.Manifest{
@@ -223,12 +223,12 @@ func (m *maker) newLot(t *testing.T, name string, suite kme.Suite, key *rsa.Priv
 	return l
 }
 
-func (m *maker) wrap(t *testing.T, key *rsa.PrivateKey) []byte {
+func (m *maker) wrap(t testing.TB, key *rsa.PrivateKey) []byte {
 	t.Helper()
 	return must[[]byte](t)(must[*subtle.KWP](t)(subtle.NewKWP(m.kek)).Wrap(must[[]byte](t)(x509.MarshalPKCS8PrivateKey(key))))
 }
 
-func (m *maker) grant(t *testing.T, l *lot) *directory.Grant {
+func (m *maker) grant(t testing.TB, l *lot) *directory.Grant {
 	t.Helper()
 	return &directory.Grant{
 		Operator: operator, KEK: m.kekKey().HexID(), Lot: l.Lot, Algorithm: directory.A256KWP, Wrapped: m.wrap(t, l.key),
@@ -236,7 +236,7 @@ func (m *maker) grant(t *testing.T, l *lot) *directory.Grant {
 	}
 }
 
-func newDevices(t *testing.T, n int) (keys []any) {
+func newDevices(t testing.TB, n int) (keys []any) {
 	t.Helper()
 	for range n {
 		keys = append(keys, must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader)))
@@ -245,7 +245,7 @@ func newDevices(t *testing.T, n int) (keys []any) {
 }
 
 // newServed is an operator who serves one lot, L1, of five devices.
-func newServed(t *testing.T) (*rig, *maker, *lot) {
+func newServed(t testing.TB) (*rig, *maker, *lot) {
 	t.Helper()
 	r, m := newRig(t), newMaker(t)
 	r.enroll(t, m)
@@ -256,14 +256,14 @@ func newServed(t *testing.T) (*rig, *maker, *lot) {
 }
 
 // payload is what the device sends for a fresh KME.
-func (d *device) payload(t *testing.T) ([]byte, *kme.Plaintext) {
+func (d *device) payload(t testing.TB) ([]byte, *kme.Plaintext) {
 	t.Helper()
 	p := &kme.Plaintext{KME: kme.RandomSecret(), RME: kme.RandomSecret()}
 	p.Sig = must[[]byte](t)(d.lot.Suite.Sign(d.signer, p.KME.Bytes()))
 	return d.encrypt(t, p), p
 }
 
-func (d *device) encrypt(t *testing.T, p *kme.Plaintext) []byte {
+func (d *device) encrypt(t testing.TB, p *kme.Plaintext) []byte {
 	t.Helper()
 	return must[[]byte](t)(d.lot.Suite.Encrypt(&d.lot.key.PublicKey, p))
 }
@@ -440,7 +440,7 @@ func (l *logBuffer) String() string {
 }
 
 // checkRefused insists on a refusal, and on its whole answer where message is not empty.
-func checkRefused(t *testing.T, what string, err error, reason kme.Reason, message string) {
+func checkRefused(t testing.TB, what string, err error, reason kme.Reason, message string) {
 	t.Helper()
 	var r *binding.Refusal
 	if !errors.As(err, &r) {
@@ -482,7 +482,7 @@ func (h *hexBytes) UnmarshalText(text []byte) (err error) {
 	return err
 }
 
-var vectors = func() func(t *testing.T) *known {
+var vectors = func() func(t testing.TB) *known {
 	read := sync.OnceValues(func() (*known, error) {
 		data, err := os.ReadFile(filepath.FromSlash("../kme/testdata/kme-payload.json"))
 		if err != nil {
@@ -491,13 +491,13 @@ var vectors = func() func(t *testing.T) *known {
 		k := new(known)
 		return k, json.Unmarshal(data, k)
 	})
-	return func(t *testing.T) *known {
+	return func(t testing.TB) *known {
 		t.Helper()
 		return must[*known](t)(read())
 	}
 }()
 
-func (k *known) lot(t *testing.T, name string) *rsa.PrivateKey {
+func (k *known) lot(t testing.TB, name string) *rsa.PrivateKey {
 	t.Helper()
 	for _, l := range k.Lots {
 		if l.Name == name {
@@ -511,7 +511,7 @@ func (k *known) lot(t *testing.T, name string) *rsa.PrivateKey {
 
 // newKnown is an operator who serves the lots of the known answers, and the device of each. A manifest has one suite, so
 // a lot key that is used with two stands for two lots.
-func newKnown(t *testing.T) (r *rig, devices map[*vector]*device) {
+func newKnown(t testing.TB) (r *rig, devices map[*vector]*device) {
 	t.Helper()
 	r, m, k := newRig(t), newMaker(t), vectors(t)
 	r.enroll(t, m)
@@ -545,7 +545,7 @@ func newKnown(t *testing.T) (r *rig, devices map[*vector]*device) {
 func (r *rig) slog() *slog.Logger { return slog.New(slog.NewJSONHandler(r.log, nil)) }
 
 // attemptPastRecorder opens an attempt unless the IMSI is bound, where the recorder does not see it.
-func (r *rig) attemptPastRecorder(t *testing.T, imsi string) string {
+func (r *rig) attemptPastRecorder(t testing.TB, imsi string) string {
 	t.Helper()
 	parsed := must[kme.IMSI](t)(kme.ParseIMSI(imsi))
 	now := time.Now()

@@ -18,7 +18,7 @@ import (
 // The two templates of a device's key pair on P-256; the private one does for RSA too.
 var (
 	devicePublic  = attributes{attr(pkcs11.CKA_TOKEN, false), attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_EC_PARAMS, p256Params)}
-	devicePrivate = join(guarded(true), use(privateUsages, pkcs11.CKA_SIGN), attributes{attr(pkcs11.CKA_TOKEN, false)})
+	devicePrivate = join(use(privateUsages, pkcs11.CKA_SIGN), attributes{attr(pkcs11.CKA_TOKEN, false), attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_SENSITIVE, true), attr(pkcs11.CKA_EXTRACTABLE, true)})
 )
 
 // MakeDeviceKey makes a device's key pair and gives its public key, and its private key under the injection key:

@@ -208,16 +208,50 @@ func connect(u *uri) (*Token, error) {
 		t.Close()
 		return nil, err
 	}
-	// More sessions than cores, since a network HSM answers late and SoftHSM's own locks cost a little.
-	size := 8
-	if limit := t.info.MaxSessionCount; limit != pkcs11.CK_EFFECTIVELY_INFINITE && limit != pkcs11.CK_UNAVAILABLE_INFORMATION {
-		size = min(size, max(1, int(limit)-config.MaxSessions))
+	size, err := t.poolSize()
+	if err != nil {
+		t.Close()
+		return nil, err
 	}
 	t.idle = make(chan *session, size)
 	for range size {
 		t.idle <- nil
 	}
 	return t, nil
+}
+
+// Sessions of a pool: a module that computes in this process, as SoftHSM, is busy with a few for each core, and its locks cost a little. An HSM behind
+// a bus or a network is busy elsewhere, and what counts is how many calls are on their way to it.
+const (
+	sessionsACore = 4
+	sessionsAway  = 64
+	away          = 200 * time.Microsecond // how long a call takes that does nothing here
+)
+
+// poolSize sees how far away the token is, and how many sessions it allows.
+func (t *Token) poolSize() (int, error) {
+	s, err := t.openSession()
+	if err != nil {
+		return 0, err
+	}
+	defer s.CloseSession(s.h)
+	fastest := time.Hour
+	for range 5 {
+		start := time.Now()
+		if _, err := s.GenerateRandom(s.h, 1); err != nil {
+			fastest = 0 // there are tokens without
+			break
+		}
+		fastest = min(fastest, time.Since(start))
+	}
+	size := sessionsACore * runtime.GOMAXPROCS(0)
+	if fastest >= away {
+		size = max(size, sessionsAway)
+	}
+	if limit := t.info.MaxSessionCount; limit != pkcs11.CK_EFFECTIVELY_INFINITE && limit != pkcs11.CK_UNAVAILABLE_INFORMATION {
+		size = min(size, max(1, int(limit)-t.config.MaxSessions))
+	}
+	return size, nil
 }
 
 // initialize initialises the module for us too. crypto11 did, and that is enough, but for a module that keeps those apart who have asked it

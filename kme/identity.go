@@ -3,6 +3,7 @@ package kme
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"strconv"
 )
 
@@ -66,6 +67,7 @@ func (i IMEI) SNR() int {
 
 // MarshalText gives the canonical form.
 func (i IMEI) MarshalText() ([]byte, error) { return []byte(i.digits), nil }
+func (i IMEI) LogValue() slog.Value         { return slog.StringValue(i.digits) }
 
 // UnmarshalText takes the canonical form only: in files and tables an IMEI has one spelling.
 func (i *IMEI) UnmarshalText(b []byte) error {
@@ -116,6 +118,7 @@ func ParseIMSI(s string) (IMSI, error) {
 
 func (i IMSI) String() string               { return i.digits }
 func (i IMSI) MarshalText() ([]byte, error) { return []byte(i.digits), nil }
+func (i IMSI) LogValue() slog.Value         { return slog.StringValue(i.digits) }
 
 func (i *IMSI) UnmarshalText(b []byte) error {
 	v, err := ParseIMSI(string(b))

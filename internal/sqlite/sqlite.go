@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"sync"
+	"time"
 
 	_ "github.com/mattn/go-sqlite3" // the driver
 )
@@ -138,8 +139,17 @@ func (w *Writer) Close() error {
 	return w.db.Close()
 }
 
+// A commit costs as much as several changes, most of it for the disk. So there is no more than one in pause while there is company: changes that wait
+// for a commit at the same time. Who makes one change after the other has none, and only every solo-th of his waits to see whether that is still so.
+const (
+	pause = 2 * time.Millisecond
+	solo  = 64
+)
+
 func (w *Writer) run() {
 	defer close(w.ended)
+	var next time.Time // when the next commit may be, if there is company
+	alone := 0         // so many commits more do not wait for it
 	for {
 		var batch []change
 		select {
@@ -148,17 +158,44 @@ func (w *Writer) run() {
 		case <-w.stopped:
 			return
 		}
-	more:
-		for len(batch) < maxBatch {
+		if alone > 0 {
+			alone--
+		} else {
+			batch = w.gather(batch, time.After(time.Until(next)))
+		}
+		batch = w.gather(batch, nil)
+		if len(batch) > 1 {
+			alone = 0
+		} else if alone == 0 {
+			alone = solo
+		}
+		next = time.Now().Add(pause)
+		w.commit(batch)
+	}
+}
+
+// gather adds the changes that come until due, or those that are there already if due is nil.
+func (w *Writer) gather(batch []change, due <-chan time.Time) []change {
+	for len(batch) < maxBatch {
+		if due == nil {
 			select {
 			case c := <-w.changes:
 				batch = append(batch, c)
+				continue
 			default:
-				break more
+				return batch
 			}
 		}
-		w.commit(batch)
+		select {
+		case c := <-w.changes:
+			batch = append(batch, c)
+		case <-due:
+			return batch
+		case <-w.stopped:
+			return batch
+		}
 	}
+	return batch
 }
 
 func (w *Writer) commit(batch []change) {

@@ -1,0 +1,63 @@
+package binding_test
+
+import (
+	"sync/atomic"
+	"testing"
+
+	"github.com/kmehsm/kmehsm/hsmkeys"
+)
+
+// EstablishKME without the way to the service: token, ledger, and a durable commit.
+func BenchmarkEstablish(b *testing.B) {
+	r, _, l := newServed(b)
+	service := r.unrecorded(b)
+	type call struct {
+		imsi, attempt string
+		d             *device
+		payload       []byte
+	}
+	calls := make([]call, b.N)
+	for i := range calls {
+		c := call{imsi: newIMSI(), d: l.devices[i%len(l.devices)]}
+		p, err := service.PrepareVector(b.Context(), c.imsi, make([]byte, hsmkeys.RANDSize))
+		if err != nil {
+			b.Fatal(err)
+		}
+		c.attempt = p.AttemptID
+		c.payload, _ = c.d.payload(b)
+		calls[i] = c
+	}
+	var next atomic.Int64
+	b.SetParallelism(16)
+	b.ReportAllocs()
+	b.ResetTimer()
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			c := &calls[next.Add(1)-1]
+			if _, err := service.EstablishKME(b.Context(), c.imsi, c.d.imei.String(), c.attempt, c.payload, false); err != nil {
+				b.Error(err)
+			}
+		}
+	})
+}
+
+// PrepareVector of a bound subscription, without the way to the service.
+func BenchmarkPrepareBound(b *testing.B) {
+	r, _, l := newServed(b)
+	service := r.unrecorded(b)
+	imsi := newIMSI()
+	payload, _ := l.devices[0].payload(b)
+	if _, err := service.EstablishKME(b.Context(), imsi, l.devices[0].imei.String(), r.attempt(b, imsi), payload, false); err != nil {
+		b.Fatal(err)
+	}
+	b.SetParallelism(16)
+	b.ReportAllocs()
+	b.ResetTimer()
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			if _, err := service.PrepareVector(b.Context(), imsi, make([]byte, hsmkeys.RANDSize)); err != nil {
+				b.Error(err)
+			}
+		}
+	})
+}
