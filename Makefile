@@ -14,7 +14,7 @@ PROTOC_GEN_CONNECT_GO := connectrpc.com/connect/cmd/protoc-gen-connect-go@v1.21.
 # A target's prerequisites come in their order also under make -j: the tools are installed before they are used.
 .NOTPARALLEL:
 DEPS := deps-build deps-demo deps-test deps-generate
-.PHONY: help build demo vaultdev test soak bench lint fuzz generate clean $(DEPS)
+.PHONY: help build demo vaultdev test soak bench benchstat lint fuzz generate clean $(DEPS)
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ soak: deps-test vaultdev ## 200 random kill -9 of factory and Vault over a lot o
 bench: deps-demo build vaultdev ## how near all is to the bare token: prints a table, and writes var/bench/bench.json (PAIRS=5, SECONDS_EACH=5)
 	go build -trimpath -o bin/ ./tools/bench
 	scripts/bench.sh
+
+benchstat: deps-demo ## the hot paths at revision BASE=HEAD~1 and now, compared by benchstat (COUNT=6)
+	BASE=$(or $(BASE),HEAD~1) COUNT=$(or $(COUNT),6) scripts/benchstat.sh
 
 lint: deps-test ## gofmt, go vet, staticcheck and shellcheck
 	@unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || { printf 'run gofmt -w on:\n%s\n' "$$unformatted" >&2; exit 1; }

@@ -1072,3 +1072,19 @@ func BenchmarkShard256(b *testing.B) {
 		}
 	}
 }
+
+// A device that is cached costs its key, and what the caller asks with: the garbage of a million lookups a second is a matter of this number.
+func TestCachedDeviceAllocations(t *testing.T) {
+	s := newSigner(t)
+	store, m := newLot(t, s, "L1")
+	r := NewReader(store, NewVerifier(s.Public()), ReaderOptions{})
+	imei := m.IMEI(3)
+	n := testing.AllocsPerRun(100, func() {
+		if _, err := r.Device(t.Context(), m, imei); err != nil {
+			t.Fatal(err)
+		}
+	})
+	if n > 12 {
+		t.Errorf("%v allocations, not at most 12", n)
+	}
+}

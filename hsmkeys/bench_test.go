@@ -14,7 +14,7 @@ import (
 )
 
 // An operator's token with a lot of 2048 bits, and a payload to it.
-func benchOperator(b *testing.B) (*Token, Payload) {
+func benchOperator(b testing.TB) (*Token, Payload) {
 	token := newOperator(b)
 	key := must[*rsa.PrivateKey](b)(rsa.GenerateKey(rand.Reader, 2048))
 	lot := Key{Role: RoleLot, Manufacturer: manufacturer, Name: "BENCH"}
@@ -117,4 +117,17 @@ func BenchmarkMakeDeviceKey(b *testing.B) {
 			}
 		}
 	})
+}
+
+// The budget of what an establishment leaves to the garbage collector, beside what the token does.
+func TestAllocations(t *testing.T) {
+	token, p := benchOperator(t)
+	n := testing.AllocsPerRun(50, func() {
+		if _, err := token.OpenPayload(t.Context(), p); err != nil {
+			t.Fatal(err)
+		}
+	})
+	if n > 90 {
+		t.Errorf("%v allocations a payload, not at most 90", n)
+	}
 }

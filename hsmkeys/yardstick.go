@@ -28,10 +28,11 @@ func (t *Token) BareDecryptions(ctx context.Context, lot Key, n *rsa.PublicKey, 
 	})
 }
 
-// BareDeviceKeys is the yardstick of MakeDeviceKey in the suites with P-256: key pairs a second that are made, wrapped and destroyed.
+// BareDeviceKeys is the yardstick of MakeDeviceKey in the suites with P-256: key pairs a second that are made, wrapped and destroyed. Their private keys
+// are PRIVATE, as tokens make them unless told otherwise.
 func (t *Token) BareDeviceKeys(ctx context.Context, injection Key, d time.Duration) (float64, error) {
 	return t.bare(ctx, d, pkcs11.CKO_SECRET_KEY, injection, func(s *session, w pkcs11.ObjectHandle) error {
-		hp, h, err := s.GenerateKeyPair(s.h, mechanism(pkcs11.CKM_EC_KEY_PAIR_GEN), devicePublic, devicePrivate)
+		hp, h, err := s.GenerateKeyPair(s.h, mechanism(pkcs11.CKM_EC_KEY_PAIR_GEN), devicePublic, join(guarded(true), attributes{attr(pkcs11.CKA_TOKEN, false)}))
 		if err != nil {
 			return explain("make a device key", err)
 		}

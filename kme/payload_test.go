@@ -305,3 +305,23 @@ func FuzzReducePayload(f *testing.F) {
 		}
 	})
 }
+
+// Reduce, and take apart: what is done in software for each payload besides NW_SIG.
+func BenchmarkPayload(b *testing.B) {
+	key, err := rsa.GenerateKey(rand.Reader, 3072)
+	if err != nil {
+		b.Fatal(err)
+	}
+	payload := make([]byte, PayloadSize(&key.PublicKey))
+	payload[len(payload)-1] = 2
+	b.ReportAllocs()
+	for b.Loop() {
+		raw, _, err := ReducePayload(&key.PublicKey, payload)
+		if err != nil {
+			b.Fatal(err)
+		}
+		p, _ := SuiteECDSA.Split(raw)
+		p.NWSig()
+		p.Wipe()
+	}
+}

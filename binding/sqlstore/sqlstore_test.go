@@ -417,3 +417,39 @@ func TestOpenRefuses(t *testing.T) {
 		})
 	}
 }
+
+// The ledger and the binding, durably, by many at once.
+func BenchmarkLedger(b *testing.B) {
+	s, err := Open(b.Context(), "sqlite:"+filepath.Join(b.TempDir(), "keysvc.db"))
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer s.Close()
+	imei, err := kme.ParseIMEI("35209900000001")
+	if err != nil {
+		b.Fatal(err)
+	}
+	imsis := make([]kme.IMSI, b.N)
+	for i := range imsis {
+		if imsis[i], err = kme.ParseIMSI(fmt.Sprintf("00101%010d", i)); err == nil {
+			err = s.OpenAttempt(b.Context(), binding.Attempt{ID: "a", IMSI: imsis[i], Expires: t0.Add(time.Hour)})
+		}
+		if err != nil {
+			b.Fatal(err)
+		}
+	}
+	var next atomic.Int64
+	b.SetParallelism(16)
+	b.ReportAllocs()
+	b.ResetTimer()
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			i := next.Add(1) - 1
+			tag := fmt.Appendf(nil, "%032d", i)
+			bound := &binding.Binding{IMSI: imsis[i], IMEI: imei, State: binding.Pending, Sealed: tag, NWSig: tag, AttemptID: "a", PayloadSHA256: tag, Established: t0}
+			if err := s.Establish(b.Context(), bound, tag, true, t0); err != nil {
+				b.Error(err)
+			}
+		}
+	})
+}

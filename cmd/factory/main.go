@@ -152,7 +152,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 						Description: "Ctrl-C finishes the shards in flight; the same command again goes on.",
 						Flags: lineFlags(&cli.StringFlag{Name: "out", Usage: "the folder, `DIR`, for DIR/LOT/injection-000000.jsonl and so on (default: injection in the --state folder)"},
 							&cli.StringFlag{Name: "shards", Usage: "only these shards, `FIRST-LAST`, so that machines can share a lot (default: all)"},
-							&cli.IntFlag{Name: "workers", Usage: "shards in work at once, `N` (default: as many as the token has sessions for)"}),
+							&cli.IntFlag{Name: "workers", Usage: "shards in work at once, `N` (default: twice the sessions of the token, which is then never idle while a package is written)"}),
 						Action: cmdline.Alone(lotProvision),
 					},
 					{Name: "list", Usage: "list all lots, their signatures verified", Flags: lineFlags(), Action: lotList},
@@ -422,7 +422,7 @@ func lotProvision(c *cli.Context) error {
 			return cmdline.Usagef("--workers is at least 1")
 		}
 		if workers == 0 {
-			workers = token.Sessions()
+			workers = 2 * token.Sessions()
 		}
 		lot, start := c.Args().First(), time.Now()
 		p, err := line.Provision(c.Context, lot, factory.ProvisionOptions{

@@ -24,6 +24,7 @@ import (
 	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
 	"github.com/kmehsm/kmehsm/client"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/milenage"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -76,7 +77,9 @@ type attachResult struct {
 
 // An attachRun attaches devices.
 type attachRun struct {
-	client      *client.Client
+	client      *client.Client // or, over S6a:
+	mme         *mme
+	sims        map[kme.IMSI]*milenage.SIM
 	kind        tamper
 	firstIMSI   kme.IMSI
 	firstDevice int
@@ -135,7 +138,7 @@ func reasonOf(err error) string {
 	if errors.As(err, &e) {
 		return string(e.Reason)
 	}
-	return ""
+	return reasonOfS6a(err)
 }
 
 func (r *attachRun) one(ctx context.Context, i int) error {
@@ -157,6 +160,16 @@ func (r *attachRun) one(ctx context.Context, i int) error {
 		return err
 	}
 	return r.play(ctx, imsi, d.imei, m)
+}
+
+// timed notes how long f takes.
+func (r *attachRun) timed(f func() error) error {
+	start := time.Now()
+	err := f()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.times = append(r.times, time.Since(start))
+	return err
 }
 
 // messageOf makes what the device sends, tampered with as asked.
@@ -193,6 +206,9 @@ func (r *attachRun) messageOf(i int, imsi kme.IMSI) (*message, error) {
 
 // play is the flow of TR 33.868 as HSS, MME and device see it.
 func (r *attachRun) play(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, m *message) error {
+	if r.mme != nil {
+		return r.playS6a(ctx, imsi, imei, m)
+	}
 	random := newRAND()
 	prepared, err := r.client.PrepareVector(ctx, imsi, random)
 	if err != nil {
@@ -204,11 +220,11 @@ func (r *attachRun) play(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, m *m
 	if prepared.RAND != random {
 		return errors.New("the RAND of an IMSI without a binding came back changed")
 	}
-	start := time.Now()
-	established, err := r.client.EstablishKME(ctx, imsi, imei, prepared.AttemptID, m.payload)
-	r.mu.Lock()
-	r.times = append(r.times, time.Since(start))
-	r.mu.Unlock()
+	var established client.Establishment
+	err = r.timed(func() error {
+		established, err = r.client.EstablishKME(ctx, imsi, imei, prepared.AttemptID, m.payload)
+		return err
+	})
 	if err != nil {
 		return err
 	}
@@ -248,16 +264,19 @@ func (m *message) decrypts(v client.Vector, random [aes.BlockSize]byte) error {
 	if v.AttemptID != "" {
 		return errors.New("the vector after NW_SIG is not pre-processed")
 	}
+	got, err := m.decrypt(v.RAND)
+	if err == nil && got != random {
+		err = errors.New("the pre-processed RAND does not decrypt under the device's KME")
+	}
+	return err
+}
+
+func (m *message) decrypt(rand [aes.BlockSize]byte) (out [aes.BlockSize]byte, err error) {
 	block, err := aes.NewCipher(m.plain.KME.Bytes())
-	if err != nil {
-		return err
+	if err == nil {
+		block.Decrypt(out[:], rand[:])
 	}
-	var got [aes.BlockSize]byte
-	block.Decrypt(got[:], v.RAND[:])
-	if got != random {
-		return errors.New("the pre-processed RAND does not decrypt under the device's KME")
-	}
-	return nil
+	return out, err
 }
 
 func newRAND() (b [aes.BlockSize]byte) {

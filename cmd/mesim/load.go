@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"slices"
 	"sync"
@@ -76,6 +75,9 @@ func load(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	if attach.client == nil {
+		return cmdline.Usagef("load calls the service itself: --server is https://HOST:PORT or unix:/path")
+	}
 	concurrency := c.Int("concurrency")
 	if !c.IsSet("concurrency") {
 		concurrency = loadConcurrency
@@ -106,28 +108,34 @@ func (r *loadRun) all(ctx context.Context, d time.Duration) (*loadResult, error)
 			return nil, err
 		}
 		random := newRAND()
-		err = errors.Join(
-			r.each(ctx, &result.Open, calls, 0, func(ctx context.Context, c *loadCall) error {
+		for _, step := range []struct {
+			of   *measure
+			rate float64
+			call func(context.Context, *loadCall) error
+		}{
+			{&result.Open, 0, func(ctx context.Context, c *loadCall) error {
 				v, err := r.client.PrepareVector(ctx, c.imsi, random)
 				c.attempt = v.AttemptID
 				return err
-			}),
-			r.each(ctx, &result.Establish, calls, r.rate, func(ctx context.Context, c *loadCall) error {
+			}},
+			{&result.Establish, r.rate, func(ctx context.Context, c *loadCall) error {
 				e, err := r.client.EstablishKME(ctx, c.imsi, c.device.imei, c.attempt, c.payload)
 				if err == nil {
 					err = c.check(e.NWSig)
 				}
 				return err
-			}),
-			r.each(ctx, &result.Process, calls, 0, func(ctx context.Context, c *loadCall) error {
+			}},
+			{&result.Process, 0, func(ctx context.Context, c *loadCall) error {
 				v, err := r.client.PrepareVector(ctx, c.imsi, random)
 				if err == nil {
 					err = c.decrypts(v, random)
 				}
 				return err
-			}))
-		if err != nil {
-			return nil, err
+			}},
+		} {
+			if err := r.each(ctx, step.of, calls, step.rate, step.call); err != nil {
+				return nil, err
+			}
 		}
 	}
 	for _, m := range []*measure{&result.Establish, &result.Open, &result.Process} {

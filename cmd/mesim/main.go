@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -23,7 +24,7 @@ var deviceFlags = []cli.Flag{
 }
 
 var serverFlags = []cli.Flag{
-	&cli.StringFlag{Name: "server", Usage: "keysvc's `URL`: https://HOST:PORT, or unix:/path"},
+	&cli.StringFlag{Name: "server", Usage: "keysvc's `URL`: https://HOST:PORT, or unix:/path; attach takes s6a:/path too, the test MME of plugins/freediameter"},
 	&cli.StringFlag{Name: "cert", Usage: "the client's certificate, as `PEM`"},
 	&cli.StringFlag{Name: "key", Usage: "the client certificate's key, as `PEM`"},
 	&cli.StringFlag{Name: "ca", Usage: "the CA of the server's certificate, as `PEM`"},
@@ -55,6 +56,7 @@ untouched device is rejected, or a tampered one is not. --tamper, in what the de
 				Flags: slices.Concat([]cli.Flag{
 					&cli.StringFlag{Name: "first-imsi", Usage: "the `IMSI` of device 0; the others count on from it (default: 001010000000000; with --tamper anywhere above)"},
 					&cli.StringFlag{Name: "tamper", Usage: "what is wrong with the devices, a `KIND`"},
+					&cli.StringFlag{Name: "subscribers", Usage: "with --server s6a:PATH: the SIMs, a `FILE` with IMSI, K and OPc on each line"},
 				}, serverFlags, deviceFlags),
 				Action: attach,
 			},
@@ -139,7 +141,15 @@ func newAttachRun(c *cli.Context, imsi kme.IMSI) (*attachRun, error) {
 	if c.Int("first") < 0 || c.Int("count") < 0 || c.Int("concurrency") < 1 || c.IsSet("count") && c.Int("count") == 0 {
 		return nil, cmdline.Usagef("--first, --count and --concurrency count from 0, 1 and 1")
 	}
-	client, err := dial(c)
+	run := &attachRun{firstIMSI: imsi, firstDevice: c.Int("first")}
+	var err error
+	if path, ok := strings.CutPrefix(c.String("server"), "s6a:"); !ok {
+		run.client, err = dial(c)
+	} else if err = cmdline.Require(c, "subscribers"); err == nil {
+		if run.sims, err = readSIMs(c.String("subscribers")); err == nil {
+			run.mme, err = dialMME(path)
+		}
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -147,11 +157,8 @@ func newAttachRun(c *cli.Context, imsi kme.IMSI) (*attachRun, error) {
 	if err != nil {
 		return nil, err
 	}
-	devices, err := fleet.devices(c.Int("first"), c.Int("count"))
-	if err != nil {
-		return nil, err
-	}
-	return &attachRun{client: client, firstIMSI: imsi, firstDevice: c.Int("first"), devices: devices}, nil
+	run.devices, err = fleet.devices(c.Int("first"), c.Int("count"))
+	return run, err
 }
 
 // firstIMSI defaults to the test network 001 01: to its first subscription, or to one that is not likely to have come up before, for who needs
