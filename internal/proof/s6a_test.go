@@ -3,6 +3,8 @@ package proof
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
+	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"net"
@@ -12,6 +14,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -170,8 +173,7 @@ func (d *diameter) start(name string, extensions []string, peers ...string) *nod
 	n := &node{d: d, name: name, log: new(log), cmd: exec.Command("freeDiameterd", "-c", d.path(name+".conf"))}
 	n.cmd.Dir, n.cmd.Stdout, n.cmd.Stderr = d.dir, n.log, n.log
 	if d.preload != "" {
-		d.write("lsan.supp", "leak:gnutls_x509_crt_list_import2\n") // the daemon's own, once
-		n.cmd.Env = append(os.Environ(), "LD_PRELOAD="+d.preload, "LSAN_OPTIONS=suppressions="+d.path("lsan.supp"), "UBSAN_OPTIONS=print_stacktrace=1")
+		n.cmd.Env = append(os.Environ(), "LD_PRELOAD="+d.preload, "ASAN_OPTIONS=detect_odr_violation=0", "UBSAN_OPTIONS=print_stacktrace=1")
 	}
 	if err := n.cmd.Start(); err != nil {
 		d.t.Fatal(err)
@@ -306,6 +308,9 @@ func (m *mme) expect(what, want string, command string, args ...string) []string
 	return got
 }
 
+// unbound is a subscriber who never attaches.
+func (d *diameter) unbound() string { return "001020000000000" }
+
 func (d *diameter) states() map[string]int {
 	d.t.Helper()
 	states := map[string]int{}
@@ -325,7 +330,7 @@ var setUps = []struct {
 	{"in the HSS", func(d *diameter) ([]*node, string) {
 		return []*node{d.start("hss", []string{"hss:" + d.path("subscribers"), d.conf("kme.conf")}, "mme")}, "hss"
 	}},
-	{"in the HSS, loaded first", func(d *diameter) ([]*node, string) {
+	{"in the HSS and loaded first", func(d *diameter) ([]*node, string) {
 		return []*node{d.start("hss", []string{d.conf("kme.conf"), "hss:act:" + d.path("subscribers")}, "mme")}, "hss"
 	}},
 	{"in an agent", func(d *diameter) ([]*node, string) {
@@ -371,7 +376,9 @@ func TestS6a(t *testing.T) {
 			m.expect("and its location", "ULA 5001 - -", "ULR", "001019999999999", "35209900000001", "-", "-")
 			m.expect("an attempt that is none", "ULA 5420 2 -", "ULR", "001010000000990", "35209900000001", strings.Repeat("00", 256), "AAAAAAAAAAAAAAAAAAAAAA")
 			m.expect("a payload of another length", "ULA 5420", "ULR", "001010000000990", "35209900000001", "00", "AAAAAAAAAAAAAAAAAAAAAA")
-			m.expect("an IMEI that is none", "ULA 5420 1 -", "ULR", "001010000000990", "3520990000000X", strings.Repeat("00", 256), "AAAAAAAAAAAAAAAAAAAAAA")
+			if opened := m.expect("a subscriber that is not bound", "AIA 2001 1", "AIR", d.unbound(), "1", "-"); len(opened) > 3 {
+				m.expect("an IMEI in no lot", "ULA 5420 1 -", "ULR", d.unbound(), "99999999999999", strings.Repeat("00", 256), opened[3])
+			}
 			if vectors := m.expect("five vectors at once", "AIA 2001 2 -", "AIR", "001010000000000", "5", "-"); len(vectors) != 4+5 {
 				t.Errorf("%d vectors, not 5", len(vectors)-4)
 			}
@@ -393,4 +400,215 @@ func reversed(nodes []*node) []*node {
 	nodes = slices.Clone(nodes)
 	slices.Reverse(nodes)
 	return nodes
+}
+
+// avp is an AVP in octets, its length changed by so much.
+func avp(code, vendor uint32, data []byte, lie int) []byte {
+	head, flags := 8, byte(0)
+	if vendor != 0 {
+		head, flags = 12, 0x80
+	}
+	size := head + len(data) + lie
+	b := binary.BigEndian.AppendUint32(nil, code)
+	b = append(b, flags, byte(size>>16), byte(size>>8), byte(size))
+	if vendor != 0 {
+		b = binary.BigEndian.AppendUint32(b, vendor)
+	}
+	b = append(b, data...)
+	return append(b, make([]byte, (4-len(b)%4)%4)...)
+}
+
+// What a broken or hostile MME may send: it gets an answer or none, and the nodes go on.
+func TestS6aMalformed(t *testing.T) {
+	const tgpp, own = 10415, 32473
+	for _, s := range setUps[1:] {
+		t.Run(s.name, func(t *testing.T) {
+			d := newDiameter(t, 10, "address,undefined")
+			nodes, front := s.start(d)
+			client := d.start("mme", []string{"mme:" + d.path("m")}, front)
+			client.connected(front)
+			m := d.mme("m")
+			user := avp(1, 0, []byte("001010000000001"), 0)
+			terminal := func(imei []byte, lie int) []byte { return avp(1401, tgpp, avp(1402, tgpp, imei, lie), 0) }
+			binding := func(payload, attempt []byte, lie int) []byte {
+				return avp(1, own, append(avp(2, own, payload, lie), avp(3, own, attempt, 0)...), 0)
+			}
+			imei, payload, attempt := []byte("35209900000001"), make([]byte, 256), []byte("AAAAAAAAAAAAAAAAAAAAAA")
+			deep := []byte("x")
+			for range 1500 {
+				deep = avp(1, own, deep, 0)
+			}
+			vectors := func(info []byte, lie int) []byte { return avp(1408, tgpp, avp(1411, tgpp, info, lie), 0) }
+			for name, c := range map[string]struct {
+				code string
+				avps [][]byte
+			}{
+				"no user":                  {"316", [][]byte{binding(payload, attempt, 0), terminal(imei, 0)}},
+				"a user of letters":        {"316", [][]byte{avp(1, 0, []byte("letters\x00\"}{"), 0), binding(payload, attempt, 0), terminal(imei, 0)}},
+				"a user of 60 kB":          {"316", [][]byte{avp(1, 0, bytes.Repeat([]byte("1"), 60000), 0), binding(payload, attempt, 0)}},
+				"an empty user":            {"316", [][]byte{avp(1, 0, nil, 0), binding(payload, attempt, 0)}},
+				"no terminal":              {"316", [][]byte{user, binding(payload, attempt, 0)}},
+				"an empty IMEI":            {"316", [][]byte{user, binding(payload, attempt, 0), terminal(nil, 0)}},
+				"an IMEI too long":         {"316", [][]byte{user, binding(payload, attempt, 0), terminal(bytes.Repeat(imei, 20), 0)}},
+				"an IMEI's length":         {"316", [][]byte{user, binding(payload, attempt, 0), terminal(imei, 40)}},
+				"an IMEI's length zero":    {"316", [][]byte{user, binding(payload, attempt, 0), terminal(imei, -26)}},
+				"an empty payload":         {"316", [][]byte{user, binding(nil, attempt, 0), terminal(imei, 0)}},
+				"a payload of 60 kB":       {"316", [][]byte{user, binding(make([]byte, 60000), attempt, 0), terminal(imei, 0)}},
+				"a payload's length":       {"316", [][]byte{user, binding(payload, attempt, 4000), terminal(imei, 0)}},
+				"a payload's short length": {"316", [][]byte{user, binding(payload, attempt, -264), terminal(imei, 0)}},
+				"an attempt with a zero":   {"316", [][]byte{user, binding(payload, []byte("AAAA\x00AAAA"), 0), terminal(imei, 0)}},
+				"an attempt of quotes":     {"316", [][]byte{user, binding(payload, []byte(`","imsi":"1`), 0), terminal(imei, 0)}},
+				"an attempt of 1 kB":       {"316", [][]byte{user, binding(payload, bytes.Repeat([]byte("A"), 1024), 0), terminal(imei, 0)}},
+				"an empty binding":         {"316", [][]byte{user, avp(1, own, nil, 0), terminal(imei, 0)}},
+				"a binding of rubbish":     {"316", [][]byte{user, avp(1, own, bytes.Repeat([]byte{0xff}, 300), 0), terminal(imei, 0)}},
+				"bindings in bindings":     {"316", [][]byte{user, avp(1, own, deep, 0), terminal(imei, 0)}},
+				"a hundred bindings":       {"316", append([][]byte{user}, bytes.Repeat(binding(payload, attempt, 0), 100))},
+				"an answer in a request":   {"316", [][]byte{user, avp(4, own, append(avp(5, own, make([]byte, 32), 0), avp(6, own, make([]byte, 4), 0)...), 0), terminal(imei, 0)}},
+				"AUTS too short":           {"318", [][]byte{user, vectors(make([]byte, 3), 0)}},
+				"no AUTS":                  {"318", [][]byte{user, vectors(nil, 0)}},
+				"AUTS too long":            {"318", [][]byte{user, vectors(make([]byte, 5000), 0)}},
+				"an AUTS's length":         {"318", [][]byte{user, vectors(make([]byte, 30), 100)}},
+			} {
+				if answer := m.ask("RAW", c.code, "c0", hex.EncodeToString(bytes.Join(c.avps, nil))); answer[1] == success {
+					for _, f := range answer[2:] {
+						if len(f) == 64 {
+							t.Errorf("%s: a NW_SIG: %v", name, answer)
+						}
+					}
+				}
+			}
+			// Nobody is worse for it.
+			if result := d.attach("m", true, "--first", "2", "--count", "5"); result.Attached != 5 {
+				t.Errorf("%+v", result)
+			}
+			for _, n := range append([]*node{client}, reversed(nodes)...) {
+				n.cmd.Process.Kill() // 1.2.1 does not always end under AddressSanitizer, with a lock of p11-kit's held by a thread that it cancelled
+				n.cmd.Wait()
+				if text := n.log.String(); strings.Contains(text, "Sanitizer") || strings.Contains(text, "runtime error") {
+					t.Errorf("%s:\n%s", n.name, text[max(0, len(text)-6000):])
+				}
+			}
+		})
+	}
+}
+
+const success = "2001"
+
+// keysvc slow, down and back; MMEs that go; and what the configuration can say of all that.
+func TestS6aFaults(t *testing.T) {
+	d := newDiameter(t, 200, "")
+	const timeout = 500 * time.Millisecond
+	hss := d.start("hss", []string{"hss:" + d.path("subscribers")}, "agent")
+	agent := d.start("agent", []string{d.conf("kme.conf", "timeout_ms = 500", "open = 00102", "workers = 4", "queue = 50")}, "hss", "mme")
+	client := d.start("mme", []string{"mme:" + d.path("m")}, "agent")
+	client.connected("agent")
+	m := d.mme("m")
+	closed, open := "001010000000000", "001020000000000"
+	payload := []string{"35209900000001", strings.Repeat("00", 256), "AAAAAAAAAAAAAAAAAAAAAA"}
+	d.attach("m", true, "--count", "1")
+
+	bound := func(what string) {
+		t.Helper()
+		start := time.Now()
+		m.expect(what+": vectors", "AIA 4181 - -", "AIR", closed, "1", "-")
+		if took := time.Since(start); took > 2*timeout {
+			t.Errorf("%s: an answer took %v", what, took)
+		}
+		m.expect(what+": vectors that may pass", "AIA 2001 - -", "AIR", open, "1", "-")
+		m.expect(what+": resynchronisation", "AIA 4181 - -", "AIR", closed, "1", strings.Repeat("5a", 30))
+		m.expect(what+": a payload", "ULA 5012 3 -", append([]string{"ULR", closed}, payload...)[0], append([]string{closed}, payload...)...)
+		m.expect(what+": a payload that may pass", "ULA 2001 3 -", "ULR", append([]string{open}, payload...)...)
+		m.expect(what+": a location", "ULA 5012", "ULR", closed, payload[0], "-", "-")
+		m.expect(what+": a location that may pass", "ULA 2001", "ULR", open, payload[0], "-", "-")
+	}
+	d.keysvc.Process.Signal(syscall.SIGSTOP)
+	bound("slow")
+	// Many at once, and more than the queue holds: every one gets its answer, and the agent goes on with what is not ours.
+	var all sync.WaitGroup
+	for i := range 8 {
+		all.Go(func() {
+			many := d.mme("m")
+			for range 20 {
+				if got := many.ask("AIR", fmt.Sprintf("00101%010d", 100+i), "1", "-"); got[1] != "4181" && got[1] != "3004" {
+					t.Errorf("under load, keysvc stopped: %v", got)
+				}
+			}
+		})
+	}
+	all.Wait()
+	d.keysvc.Process.Signal(syscall.SIGCONT)
+	await(t, "keysvc answers again", func() bool { return m.ask("AIR", closed, "1", "-")[1] == success })
+
+	d.keysvc.Process.Signal(syscall.SIGTERM)
+	d.keysvc.Wait()
+	bound("down")
+	d.startKeysvc()
+	m.expect("back", "AIA 2001 2 -", "AIR", closed, "1", "-")
+
+	// An MME that is killed under load, and comes back.
+	go d.command(d.operator, "mesim", "attach", "--injection", "injection", "--fixture-key", "fixture.key", "--fixture-enrolment", "fixture.json",
+		"--server", "s6a:"+d.path("m"), "--subscribers", "subscribers", "--first", "20", "--count", "100").Run()
+	await(t, "attaches under way", func() bool { return d.states()["ACTIVE"] > 10 })
+	client.cmd.Process.Kill()
+	client.cmd.Wait()
+	client = d.start("mme", []string{"mme:" + d.path("m")}, "agent")
+	client.connected("agent")
+	if result := d.attach("m", true, "--first", "150", "--count", "20"); result.Attached != 20 {
+		t.Errorf("after an MME was killed: %+v", result)
+	}
+
+	// What becomes of a rejected payload.
+	for rejected, want := range map[string]string{"authorization-rejected": "5003/1", "provision": success + "/1"} {
+		agent.stop()
+		agent = d.start("agent", []string{d.conf("kme.conf", "rejected = "+rejected)}, "hss", "mme")
+		client.connected("agent")
+		agent.connected("hss")
+		if result := d.attach("m", true, "--first", "190", "--count", "1", "--first-imsi", "001010000000000", "--tamper", "signature"); result.Rejected[want] != 1 {
+			t.Errorf("rejected = %s: %v, want %s", rejected, result.Rejected, want)
+		}
+	}
+	if text := agent.log.String(); !strings.Contains(text, "KME_REJECTED") {
+		t.Errorf("the log does not say why:\n%s", text)
+	}
+	for _, n := range []*node{client, agent, hss} {
+		n.stop()
+		time.Sleep(300 * time.Millisecond)
+	}
+	if text := agent.log.String(); !strings.Contains(text, "refused 1") {
+		t.Errorf("no counters at the end:\n%s", text)
+	}
+}
+
+// A configuration that says something else than its writer meant keeps the daemon from starting.
+func TestS6aConfiguration(t *testing.T) {
+	d := newDiameter(t, 1, "")
+	for want, lines := range map[string]string{
+		"there is no setting":    "sevice = unix:/x",
+		"is not key = value":     "service",
+		"https needs ca":         "service = https://127.0.0.1:1",
+		"service is https":       "service = http://127.0.0.1:1",
+		"timeout_ms is a number": "service = unix:/x\ntimeout_ms = 5s",
+		"rejected is":            "service = unix:/x\nrejected = maybe",
+		"the beginning of IMSIs": "service = unix:/x\nopen = 1",
+		"vendor is a number":     "service = unix:/x\nvendor = 0",
+		"workers is a number":    "service = unix:/x\nworkers = 1000",
+		"cannot be read":         "",
+	} {
+		d.write("broken.conf", lines)
+		if lines == "" {
+			os.Remove(d.path("broken.conf"))
+		}
+		n := d.start("agent", []string{"kme:" + d.path("broken.conf")}, "hss")
+		done := make(chan error, 1)
+		go func() { done <- n.cmd.Wait() }()
+		select {
+		case err := <-done:
+			if err == nil || !strings.Contains(n.log.String(), want) {
+				t.Errorf("%q: %v\n%s", lines, err, n.log.String())
+			}
+		case <-time.After(20 * time.Second):
+			t.Errorf("%q: the daemon runs", lines)
+			n.cmd.Process.Kill()
+		}
+	}
 }

@@ -146,7 +146,8 @@ static struct avp *parsed(msg_or_avp *parent, uint32_t vendor, uint32_t code)
 
 	memset(&pei, 0, sizeof(pei));
 	if (a && fd_msg_parse_dict(a, fd_g_config->cnf_dict, &pei)) {
-		free(pei.pei_message);
+		if (pei.pei_avp_free)
+			fd_msg_free(pei.pei_avp);
 		return NULL;
 	}
 	return a;
@@ -600,8 +601,10 @@ static int on_local(struct msg **m, struct avp *avp, struct session *session, vo
 		return 0;
 	pthread_once(&once, tap_start);
 	if (!tapping) {	/* its answers would leave as they are */
-		if (refuse(m, "DIAMETER_UNABLE_TO_COMPLY", 0))
-			return EINVAL;
+		if (refuse(m, "DIAMETER_UNABLE_TO_COMPLY", 0)) {	/* an error from here would end the daemon */
+			fd_msg_free(*m);
+			*m = NULL;
+		}
 		*action = DISP_ACT_SEND;
 		return 0;
 	}

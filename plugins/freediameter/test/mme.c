@@ -3,10 +3,13 @@
  * The MME side of S6a for tests: lines of text on a Unix stream socket (its
  * path is the configuration string) become requests, and their answers lines:
  *
- *	AIR id imsi vectors resync|-		AIA id result control|- attempt|- [rand:xres:autn:kasme]...
- *	ULR id imsi imei payload|- attempt|-	ULA id result status|- nw_sig|-
- *	RAW id code flags avps|-		AIA or ULA, by the code
- *						ERR id reason
+ *	AIR id imsi vectors resync|-
+ *	ULR id imsi imei payload|- attempt|-
+ *	RAW id code flags avps|-
+ *
+ *	AIA id result control|- attempt|- [rand:xres:autn:kasme]...
+ *	ULA id result status|- nw_sig|-
+ *	ERR id reason
  *
  * One thread does all work on descriptors. The answers come in threads of the
  * daemon, which only queue a line: they never block, and never see a
@@ -67,7 +70,7 @@ struct pending {
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct pending *table[TABLE_SIZE];
-static struct pending *oldest, *newest;	/* one time-out, so in order of expiry */
+static struct pending *oldest, *newest;	/* in order of expiry */
 static uint64_t last_serial;
 
 static struct conn *conns;
@@ -559,9 +562,11 @@ static int fill_raw(struct msg **msg, uint8_t flags, const char *raw,
 
 /* Sending */
 
-/* fd_msg_send() posts to a queue that blocks when full and, when the core
+/*
+ * fd_msg_send() posts to a queue that blocks when full and, when the core
  * stops, is destroyed after the last peer has gone. So: only with a peer open
- * and room in the queue. */
+ * and room in the queue.
+ */
 static int peer_open(void)
 {
 	struct fd_list *li;
