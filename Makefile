@@ -13,8 +13,8 @@ PROTOC_GEN_CONNECT_GO := connectrpc.com/connect/cmd/protoc-gen-connect-go@v1.21.
 
 # A target's prerequisites come in their order also under make -j: the tools are installed before they are used.
 .NOTPARALLEL:
-DEPS := deps-build deps-demo deps-test deps-generate
-.PHONY: help build demo vaultdev test soak bench benchstat lint fuzz generate clean $(DEPS)
+DEPS := deps-build deps-demo deps-plugin deps-test deps-generate
+.PHONY: help build demo plugin vaultdev test soak bench benchstat lint fuzz fuzz-plugin generate clean $(DEPS)
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,10 @@ build: deps-build ## bin/factory, bin/keysvc and bin/mesim
 
 demo: deps-demo build $(if $(filter vault,$(DIRECTORY)),vaultdev) ## the whole flow on SoftHSM (DEVICES=1000, BITS=2048|3072|4096, DIRECTORY=file|vault)
 	DEVICES=$(DEVICES) BITS=$(BITS) DIRECTORY=$(DIRECTORY) scripts/demo.sh
+
+plugin: deps-plugin ## bin/kme.fdx, the extension of freeDiameter
+	@mkdir -p bin
+	$(MAKE) -C plugins/freediameter OUT=$(CURDIR)/bin
 
 # A vault or bao that is on PATH is used. Vault's server, built from its own source, takes minutes the first time. It is a
 # module of its own, so that none of it enters the product.
@@ -38,6 +42,7 @@ bin/vaultdev: $(wildcard tools/vaultdev/*.go) tools/vaultdev/go.mod tools/vaultd
 
 test: deps-test lint vaultdev ## what CI runs
 	go test -race ./...
+	$(MAKE) fuzz-plugin FUZZTIME=10s
 
 soak: deps-test vaultdev ## 200 random kill -9 of factory and Vault over a lot of 20,000 devices; 200 of keysvc and PostgreSQL; an HSM away for 10 s
 	KMEHSM_SOAK=1 go test -count=1 -timeout 60m -run TestKilledWhilePublishing -v ./internal/proof
@@ -58,13 +63,18 @@ lint: deps-test ## gofmt, go vet, staticcheck and shellcheck
 	shellcheck *.sh scripts/*.sh .ci/run
 
 # go test takes one fuzz target of one package at a time.
-fuzz: deps-test ## every fuzz target for FUZZTIME=30s
+fuzz: deps-test fuzz-plugin ## every fuzz target for FUZZTIME=30s
 	@go list -f '{{.ImportPath}} {{.Dir}}' ./... | while read -r pkg dir; do \
 		for target in $$(grep -hoE '^func Fuzz[A-Za-z0-9_]*' "$$dir"/*_test.go 2>/dev/null | cut -c 6-); do \
 			echo "$$pkg $$target"; \
 			go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) "$$pkg" </dev/null || exit; \
 		done; \
 	done
+
+fuzz-plugin: deps-test # kme.fdx's, by libFuzzer
+	@mkdir -p bin/fuzz-plugin
+	$(MAKE) -C plugins/freediameter OUT=$(CURDIR)/bin/fuzz-plugin $(CURDIR)/bin/fuzz-plugin/fuzz
+	cd bin/fuzz-plugin && mkdir -p corpus && ./fuzz -dict=$(CURDIR)/plugins/freediameter/test/fuzz.dict -max_total_time=$(FUZZTIME:s=) -print_final_stats=1 -verbosity=0 corpus
 
 generate: deps-generate ## the Go code of api/kme/v1
 	GOBIN="$(CURDIR)/bin/tools" go install $(PROTOC_GEN_GO)

@@ -3,13 +3,14 @@ set -euo pipefail
 
 usage() {
 	cat <<'EOF'
-usage: scripts/deps.sh build|demo|test|generate
+usage: scripts/deps.sh build|demo|plugin|test|generate
 
 Installs, with apt-get, what this machine lacks for a Make target, and nothing else:
 
     build       a C compiler and the C library's headers (cgo, for PKCS #11 and SQLite), CA certificates
     demo        build's, and SoftHSM, curl, jq, openssl
-    test        demo's, and OpenSC (pkcs11-tool and pkcs11-spy.so), openCryptoki, p11-kit, PostgreSQL, Chromium, shellcheck
+    plugin      build's, and make, the headers of freeDiameter, libcurl and Jansson
+    test        demo's and plugin's, and freeDiameterd, clang with libFuzzer, tshark, OpenSC (pkcs11-tool and pkcs11-spy.so), openCryptoki, p11-kit, PostgreSQL, Chromium, shellcheck
     generate    protoc
 
 It does so as root or with sudo. With nothing missing it does nothing, on any system.
@@ -31,8 +32,10 @@ need() {
 	"$@" >/dev/null 2>&1 || missing+=("$package")
 }
 
-has_headers() {
-	printf '#include <stdlib.h>\n' | $cc -E -
+has_headers() { has_header stdlib.h; }
+
+has_header() {
+	printf '#include <%s>\n' "$1" | $cc -E -
 }
 
 # Without the authorities' certificates go fetches no modules.
@@ -52,6 +55,10 @@ has_postgres() {
 	command -v postgres || compgen -G '/usr/lib/postgresql/*/bin/postgres'
 }
 
+has_fuzzer() {
+	compgen -G '/usr/lib/llvm-*/lib/clang/*/lib/linux/libclang_rt.fuzzer-*.a'
+}
+
 for_build() {
 	need gcc command -v "${cc%% *}"
 	need libc6-dev has_headers
@@ -66,8 +73,22 @@ for_demo() {
 	need openssl command -v openssl
 }
 
+for_plugin() {
+	for_build
+	need make command -v make
+	need libfreediameter-dev has_header freeDiameter/extension.h
+	need libcurl4-openssl-dev has_header curl/curl.h
+	need libjansson-dev has_header jansson.h
+}
+
 for_test() {
 	for_demo
+	for_plugin
+	need libssl-dev has_header openssl/evp.h
+	need freediameterd command -v freeDiameterd
+	need clang command -v clang
+	need libclang-rt-14-dev has_fuzzer
+	need tshark command -v tshark
 	need opensc command -v pkcs11-tool
 	need opensc-pkcs11 has_spy
 	need opencryptoki command -v pkcsslotd
@@ -84,7 +105,7 @@ for_generate() {
 }
 
 case ${1:-} in
-build | demo | test | generate) ;;
+build | demo | plugin | test | generate) ;;
 -h | --help) usage && exit ;;
 *)
 	usage >&2

@@ -7,11 +7,13 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -374,8 +376,8 @@ func TestS6a(t *testing.T) {
 			m := d.mme("m")
 			m.expect("a subscriber that nobody knows", "AIA 5001 - -", "AIR", "001019999999999", "1", "-")
 			m.expect("and its location", "ULA 5001 - -", "ULR", "001019999999999", "35209900000001", "-", "-")
-			m.expect("an attempt that is none", "ULA 5420 2 -", "ULR", "001010000000990", "35209900000001", strings.Repeat("00", 256), "AAAAAAAAAAAAAAAAAAAAAA")
-			m.expect("a payload of another length", "ULA 5420", "ULR", "001010000000990", "35209900000001", "00", "AAAAAAAAAAAAAAAAAAAAAA")
+			m.expect("an attempt that is none", "ULA 5420 2 -", "ULR", d.unbound(), "35209900000001", strings.Repeat("00", 256), "AAAAAAAAAAAAAAAAAAAAAA")
+			m.expect("a payload of another length", "ULA 5420", "ULR", d.unbound(), "35209900000001", "00", "AAAAAAAAAAAAAAAAAAAAAA")
 			if opened := m.expect("a subscriber that is not bound", "AIA 2001 1", "AIR", d.unbound(), "1", "-"); len(opened) > 3 {
 				m.expect("an IMEI in no lot", "ULA 5420 1 -", "ULR", d.unbound(), "99999999999999", strings.Repeat("00", 256), opened[3])
 			}
@@ -610,5 +612,55 @@ func TestS6aConfiguration(t *testing.T) {
 			t.Errorf("%q: the daemon runs", lines)
 			n.cmd.Process.Kill()
 		}
+	}
+}
+
+// Another implementation reads what is sent as docs/s6a.md says.
+func TestS6aOnTheWire(t *testing.T) {
+	d := newDiameter(t, 5, "")
+	nodes, front := setUps[2].start(d)
+	client := d.start("mme", []string{"mme:" + d.path("m")}, front)
+	client.connected(front)
+	nodes[1].connected("hss", "mme")
+	d.mme("m")
+	capture, ports := d.path("capture.pcap"), []int{d.port("mme"), d.port("agent"), d.port("hss")}
+	filter, decode := []string{}, []string{"-r", capture}
+	for _, p := range ports {
+		filter = append(filter, fmt.Sprintf("tcp port %d", p))
+		decode = append(decode, "-d", fmt.Sprintf("tcp.port==%d,diameter", p))
+	}
+	tshark := exec.Command("tshark", "-q", "-i", "lo", "-f", strings.Join(filter, " or "), "-w", capture)
+	stderr := new(log)
+	tshark.Stderr = stderr
+	if err := tshark.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { tshark.Process.Kill(); tshark.Wait() })
+	await(t, "tshark captures", func() bool { return strings.Contains(stderr.String(), "Capturing on") })
+	time.Sleep(time.Second)
+	d.attach("m", true, "--count", "3")
+	time.Sleep(time.Second)
+	tshark.Process.Signal(syscall.SIGINT)
+	tshark.Wait()
+	out, err := exec.Command("tshark", append(decode, "-V", "-Y", "diameter.applicationId == 16777251")...).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if bad := regexp.MustCompile(`(?i)malformed|expert info \(error`).FindAllString(string(out), -1); len(bad) > 0 {
+		t.Errorf("tshark finds fault %d times: %s", len(bad), bad[0])
+	}
+	// Code, length, flags and how often, on both sides of the agent: each device makes four AIRs and two ULRs. All have V set and M clear.
+	seen := map[string]int{}
+	for _, m := range regexp.MustCompile(`AVP: Unknown\((\d+)\) l=(\d+) f=(\S+) vnd=32473`).FindAllStringSubmatch(string(out), -1) {
+		seen[strings.Join(m[1:], " ")]++
+	}
+	want := map[string]int{
+		"7 16 V--":  3 * 4, // Binding-Control, in each AIA to the MME
+		"3 34 V--":  3,     // Binding-Attempt, in the first of them
+		"1 316 V--": 3,     // Binding-Request, in ULR to the agent, and not behind it
+		"4 72 V--":  2 * 3, // Binding-Answer, in that ULR to the HSS and in ULA to the MME
+	}
+	if !maps.Equal(seen, want) {
+		t.Errorf("own AVPs by code, length and flags: %v, want %v", seen, want)
 	}
 }

@@ -26,6 +26,8 @@
 #define MAX_VECTORS	32	/* an HSS answers 5 at most (TS 29.272, 7.3.11) */
 #define RESYNC_INFO	30	/* RAND || AUTS (TS 29.272, 7.3.15) */
 
+#define PROXY_INFO	284u	/* RFC 6733, 6.7.2 */
+
 /* Binding-Control */
 #define PROVISIONING_ONLY	(1u << 0)
 #define PREPROCESSED		(1u << 1)
@@ -111,7 +113,8 @@ static int well_formed(const uint8_t *p, size_t n, int depth)
 		if (head == 12)
 			vendor = (uint32_t)p[8] << 24 | (uint32_t)p[9] << 16 | (uint32_t)p[10] << 8 | p[11];
 		if (depth < 3 &&
-		    ((vendor == VENDOR_3GPP && (code == TGPP_REQUESTED_EUTRAN || code == TGPP_TERMINAL_INFORMATION ||
+		    ((!vendor && code == PROXY_INFO) ||
+		     (vendor == VENDOR_3GPP && (code == TGPP_REQUESTED_EUTRAN || code == TGPP_TERMINAL_INFORMATION ||
 						code == TGPP_AUTHENTICATION_INFO || code == TGPP_EUTRAN_VECTOR)) ||
 		     (vendor == own_vendor_id && (code == OWN_BINDING_REQUEST || code == OWN_BINDING_ANSWER))) &&
 		    !well_formed(p + head, size - head, depth + 1))
@@ -329,6 +332,16 @@ static int request(struct kme_caller *c, struct msg **m)
 	return command(*m) == CMD_AIR ? authentication_request(c, m) : location_request(c, m);
 }
 
+/* A request that nobody has looked through yet. */
+static int unseen_request(struct kme_caller *c, struct msg **m)
+{
+	if (message_well_formed(*m))
+		return request(c, m);
+	count(MALFORMED);
+	drop_all(*m, 0, PROXY_INFO);	/* else it is parsed for the answer, and leaks in 1.2.1 if it is what is wrong */
+	return refuse(m, "DIAMETER_INVALID_AVP_LENGTH", 0) ? -1 : 1;
+}
+
 /* Prepares the vectors of an AIA, all or none. */
 static enum kme_status prepare(struct kme_caller *c, struct avp *info, const char *imsi, uint32_t *control, char attempt[KME_ATTEMPT + 1])
 {
@@ -465,12 +478,7 @@ static void work(struct kme_caller *c, enum kind kind, struct msg *m)
 			send_on(m);
 		return;
 	}
-	if (kind == REQUEST_PASSING && !message_well_formed(m)) {
-		count(MALFORMED);
-		done = refuse(&m, "DIAMETER_INVALID_AVP_LENGTH", 0) ? -1 : 1;
-	} else {
-		done = request(c, &m);
-	}
+	done = kind == REQUEST_PASSING ? unseen_request(c, &m) : request(c, &m);
 	if (done < 0)
 		fd_msg_free(m);
 	else if (!done && kind == REQUEST_LOCAL)
