@@ -87,7 +87,7 @@ for_test() {
 	need libssl-dev has_header openssl/evp.h
 	need freediameterd command -v freeDiameterd
 	need clang command -v clang
-	need libclang-rt-14-dev has_fuzzer
+	need libclang-rt-dev has_fuzzer
 	need tshark command -v tshark
 	need opensc command -v pkcs11-tool
 	need opensc-pkcs11 has_spy

@@ -208,7 +208,7 @@ func parallelOn(workers int, f func(int) (more bool, err error)) error {
 // latency is what the token does when each call takes a millisecond more, as over a network.
 type latency struct {
 	Sessions  int     `json:"sessions"`
-	Calls     int     `json:"calls"` // an EstablishKME
+	Calls     int     `json:"calls"`   // an EstablishKME
 	CallMs    float64 `json:"call_ms"` // as measured, of one that does next to nothing
 	PerSecond float64 `json:"per_second"`
 	Share     float64 `json:"share"` // of sessions / (calls x latency)
@@ -296,8 +296,11 @@ func (b *bench) countCalls() (any, error) {
 	injection := hsmkeys.Key{Role: hsmkeys.RoleInjection, Manufacturer: verifier.KeyID()}
 	calls := map[string]int{}
 	for name, do := range map[string]func() error{
-		"open payload":    func() error { _, err := operator.OpenPayload(b.ctx, payload); return err },
-		"encrypt RAND":    func() error { _, err := operator.EncryptRAND(b.ctx, opened.Sealed, [hsmkeys.RANDSize]byte{}); return err },
+		"open payload": func() error { _, err := operator.OpenPayload(b.ctx, payload); return err },
+		"encrypt RAND": func() error {
+			_, err := operator.EncryptRAND(b.ctx, opened.Sealed, [hsmkeys.RANDSize]byte{})
+			return err
+		},
 		"ping":            func() error { return operator.Ping(b.ctx) },
 		"make device key": func() error { _, _, err := factory.MakeDeviceKey(b.ctx, kme.SuiteECDSA, injection); return err },
 	} {
