@@ -19,7 +19,7 @@ type SIM struct {
 // New makes a SIM of K and OPc, 16 bytes each.
 func New(k, opc []byte) (*SIM, error) {
 	if len(k) != 16 || len(opc) != 16 {
-		return nil, errors.New("K and OPc have 16 bytes each")
+		return nil, errors.New("the SIM needs K and OPc of 16 bytes each")
 	}
 	block, err := aes.NewCipher(k)
 	if err != nil {
@@ -69,13 +69,13 @@ func (s *SIM) f5star(rand [16]byte) [6]byte {
 // Authenticate checks AUTN, as the SIM does, and gives RES and the sequence number of the vector.
 func (s *SIM) Authenticate(rand [16]byte, autn []byte) (res [8]byte, sqn uint64, err error) {
 	if len(autn) != 16 {
-		return res, 0, errors.New("AUTN has not 16 bytes")
+		return res, 0, errors.New("the vector has an AUTN that is not 16 bytes long")
 	}
 	res, _, _, ak := s.f2345(rand)
 	var number [8]byte
 	subtle.XORBytes(number[2:], autn[:6], ak[:])
 	if macA, _ := s.f1(rand, number[2:], autn[6:8]); subtle.ConstantTimeCompare(macA[:], autn[8:]) != 1 {
-		return res, 0, errors.New("AUTN was not made for this RAND by who has K: the SIM refuses it")
+		return res, 0, errors.New("the SIM refuses AUTN: it was not made for this RAND by who has K")
 	}
 	return res, binary.BigEndian.Uint64(number[:]), nil
 }
