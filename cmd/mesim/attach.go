@@ -162,6 +162,10 @@ func (r *attachRun) one(ctx context.Context, i int) error {
 	return r.play(ctx, imsi, d.imei, m)
 }
 
+func boundAlready(imsi kme.IMSI) error {
+	return fmt.Errorf("IMSI %s is bound already: choose others with --first-imsi", imsi)
+}
+
 // timed notes how long f takes.
 func (r *attachRun) timed(f func() error) error {
 	start := time.Now()
@@ -215,7 +219,7 @@ func (r *attachRun) play(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, m *m
 		return err
 	}
 	if prepared.AttemptID == "" {
-		return fmt.Errorf("IMSI %s is bound already: choose others with --first-imsi", imsi)
+		return boundAlready(imsi)
 	}
 	if prepared.RAND != random {
 		return errors.New("the RAND of an IMSI without a binding came back changed")

@@ -98,11 +98,18 @@ func load(c *cli.Context) error {
 
 func (r *loadRun) all(ctx context.Context, d time.Duration) (*loadResult, error) {
 	result := &loadResult{Establish: measure{Rejected: map[string]int{}}, Open: measure{Rejected: map[string]int{}}, Process: measure{Rejected: map[string]int{}}}
-	round := loadRound
-	if r.rate > 0 {
-		round = max(1, min(round, int(r.rate*d.Seconds())))
+	total := int(r.rate * d.Seconds())
+	more := func() bool {
+		if r.rate > 0 {
+			return len(result.Establish.times) < max(total, 1)
+		}
+		return result.Establish.Seconds < d.Seconds()
 	}
-	for result.Establish.Seconds < d.Seconds() {
+	for more() {
+		round := loadRound
+		if r.rate > 0 {
+			round = max(1, min(round, total-len(result.Establish.times)))
+		}
 		calls, err := r.prepare(ctx, round)
 		if err != nil {
 			return nil, err
@@ -115,7 +122,9 @@ func (r *loadRun) all(ctx context.Context, d time.Duration) (*loadResult, error)
 		}{
 			{&result.Open, 0, func(ctx context.Context, c *loadCall) error {
 				v, err := r.client.PrepareVector(ctx, c.imsi, random)
-				c.attempt = v.AttemptID
+				if c.attempt = v.AttemptID; err == nil && c.attempt == "" {
+					err = boundAlready(c.imsi)
+				}
 				return err
 			}},
 			{&result.Establish, r.rate, func(ctx context.Context, c *loadCall) error {

@@ -98,6 +98,13 @@ func newDiameter(t *testing.T, devices int, sanitize string) *diameter {
 	}
 	d.write("subscribers", sims.String())
 	d.openssl(nil, "dhparam", "-out", "dh.pem", "1024") // no connection uses it, and the daemon wants it
+	ec := []string{"-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"}
+	d.openssl(nil, slices.Concat([]string{"req", "-x509"}, ec, []string{"-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj", "/CN=test CA"})...)
+	for name, extensions := range map[string]string{"server": "subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth\n", "hss": "subjectAltName=DNS:hss.test\nextendedKeyUsage=clientAuth\n"} {
+		d.write(name+".ext", extensions)
+		request := d.openssl(nil, slices.Concat([]string{"req"}, ec, []string{"-keyout", name + ".key", "-subj", "/CN=" + name})...)
+		d.openssl(request, "x509", "-req", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-out", name+".pem", "-extfile", name+".ext")
+	}
 	d.startKeysvc()
 	return d
 }
@@ -111,7 +118,7 @@ func (d *diameter) write(name, text string) {
 
 func (d *diameter) startKeysvc() {
 	d.t.Helper()
-	d.write("keysvc.yaml", "state: var/keysvc\nsocket: s\n")
+	d.write("keysvc.yaml", fmt.Sprintf("state: var/keysvc\nsocket: s\nlisten: 127.0.0.1:%d\ntls: {certificate: server.pem, key: server.key, client_ca: ca.pem}\n", d.port("keysvc")))
 	d.keysvc = d.command(d.operator, "keysvc", "serve", "--config", "keysvc.yaml")
 	d.keysvc.Stderr = d.keysvcLog
 	if err := d.keysvc.Start(); err != nil {
@@ -158,12 +165,13 @@ func identity(name string) string {
 func (d *diameter) start(name string, extensions []string, peers ...string) *node {
 	d.t.Helper()
 	id := identity(name)
-	if _, err := os.Stat(d.path(name + ".pem")); err != nil {
-		d.openssl(nil, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2", "-keyout", name+".key", "-out", name+".pem", "-subj", "/CN="+id)
+	own := "node-" + name
+	if _, err := os.Stat(d.path(own + ".pem")); err != nil {
+		d.openssl(nil, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2", "-keyout", own+".key", "-out", own+".pem", "-subj", "/CN="+id)
 	}
 	var c bytes.Buffer
 	fmt.Fprintf(&c, "Identity = %q;\nRealm = %q;\nPort = %d;\nSecPort = 0;\nNo_SCTP;\nNo_IPv6;\nListenOn = \"127.0.0.1\";\nTcTimer = 1;\nTwTimer = 6;\n", id, id[strings.Index(id, ".")+1:], d.port(name))
-	fmt.Fprintf(&c, "TLS_Cred = %q, %q;\nTLS_CA = %q;\nTLS_DH_File = %q;\n", d.path(name+".pem"), d.path(name+".key"), d.path(name+".pem"), d.path("dh.pem"))
+	fmt.Fprintf(&c, "TLS_Cred = %q, %q;\nTLS_CA = %q;\nTLS_DH_File = %q;\n", d.path(own+".pem"), d.path(own+".key"), d.path(own+".pem"), d.path("dh.pem"))
 	for _, e := range extensions {
 		extension, conf, _ := strings.Cut(e, ":")
 		fmt.Fprintf(&c, "LoadExtension = %q : %q;\n", filepath.Join(d.extensions, extension+".fdx"), conf)
@@ -232,6 +240,12 @@ func (n *node) stop() {
 func (d *diameter) conf(name string, lines ...string) (extension string) {
 	d.write(name, "service = unix:"+d.path("s")+" # keysvc\n"+strings.Join(lines, "\n")+"\n")
 	return "kme:" + d.path(name)
+}
+
+// confHTTPS is conf by way of mutual TLS.
+func (d *diameter) confHTTPS() (extension string) {
+	d.write("https.conf", fmt.Sprintf("service = https://127.0.0.1:%d\nca = %s\ncert = %s\nkey = %s\n", d.port("keysvc"), d.path("ca.pem"), d.path("hss.pem"), d.path("hss.key")))
+	return "kme:" + d.path("https.conf")
 }
 
 // attach has mesim play devices through the MME. It gives what mesim printed.
@@ -337,7 +351,7 @@ var setUps = []struct {
 	}},
 	{"in an agent", func(d *diameter) ([]*node, string) {
 		hss := d.start("hss", []string{"hss:" + d.path("subscribers")}, "agent")
-		return []*node{hss, d.start("agent", []string{d.conf("kme.conf")}, "hss", "mme")}, "agent"
+		return []*node{hss, d.start("agent", []string{d.confHTTPS()}, "hss", "mme")}, "agent"
 	}},
 }
 
