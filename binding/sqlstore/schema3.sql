@@ -1,4 +1,5 @@
--- Fewer trees, and with them fewer pages, in each commit. On SQLite a table WITHOUT ROWID is its primary key's index.
+-- Fewer trees, and with them fewer pages, in each commit. On SQLite a table WITHOUT ROWID is its primary key's index, which is for short rows:
+-- those of bindings are too long for it.
 
 CREATE TABLE attempts2 (
   imsi       TEXT NOT NULL,
@@ -20,23 +21,3 @@ CREATE TABLE ledger2 (
 INSERT INTO ledger2 SELECT imei, tag FROM ledger;
 DROP TABLE ledger;
 ALTER TABLE ledger2 RENAME TO ledger;
-
-CREATE TABLE bindings2 (
-  imsi           TEXT NOT NULL,
-  state          TEXT NOT NULL CHECK (state IN ('PENDING', 'ACTIVE', 'REVOKED')),
-  imei           TEXT NOT NULL,
-  manufacturer   TEXT NOT NULL,
-  lot            TEXT NOT NULL,
-  sealed         BLOB NOT NULL,            -- the KME under the token's storage key, AES key wrap; empty when revoked
-  nw_sig         BLOB NOT NULL,
-  attempt_id     TEXT NOT NULL,
-  payload_sha256 BLOB NOT NULL,
-  established_at BIGINT NOT NULL,
-  activated_at   BIGINT NOT NULL,          -- 0 if it was never active
-  revoked_at     BIGINT NOT NULL,          -- 0 if it was not
-  PRIMARY KEY (imsi, state)
-) WITHOUT ROWID;
-INSERT INTO bindings2 SELECT imsi, state, imei, manufacturer, lot, sealed, nw_sig, attempt_id, payload_sha256, established_at, activated_at, revoked_at FROM bindings;
-DROP TABLE bindings;
-ALTER TABLE bindings2 RENAME TO bindings;
-CREATE INDEX bindings_by_imei ON bindings (imei, imsi);
