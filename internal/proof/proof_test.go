@@ -102,17 +102,20 @@ func (w *world) run(tok softhsmtest.Tok, program string, args ...string) string 
 	return stdout.String()
 }
 
-// lots are those that setUp makes: devices of both suites.
-var lots = []struct {
+// A lotOf is a lot to make.
+type lotOf struct {
 	name, suite, tac string
 	bits, devices    int
-}{
+}
+
+// bothSuites are lots with devices of both.
+var bothSuites = []lotOf{
 	{"LE", "tr33868-ecdsa-p256", "35209900", 2048, 6},
 	{"LR", "tr33868-rsa2048", "35209901", 3072, 2},
 }
 
-// setUp runs everything that comes before the service: the fixture's key is made in software, as the fixture's own.
-func (w *world) setUp() {
+// setUp runs everything that comes before the service of these lots: the fixture's key is made in software, as the fixture's own.
+func (w *world) setUp(lots ...lotOf) {
 	w.t.Helper()
 	w.run(w.factory, "factory", "init")
 	w.run(w.operator, "keysvc", "init")
@@ -219,7 +222,7 @@ func TestSpy(t *testing.T) {
 	module := regexp.MustCompile(`module-path=[^&]*`)
 	w := newWorld(t, func(uri string) string { return module.ReplaceAllString(uri, "module-path="+spies[0]) }, "PKCS11SPY_OUTPUT="+log)
 	w.env = append(w.env, "PKCS11SPY="+w.factory.Module)
-	w.setUp()
+	w.setUp(bothSuites...)
 	w.serve(func(*http.Client) {
 		for _, kind := range []string{"", "signature", "payload", "replay"} {
 			args := []string{"attach", "--injection", "injection", "--fixture-key", "fixture.key", "--fixture-enrolment", "fixture.json", "--server", "unix:" + w.path("s")}
@@ -339,7 +342,7 @@ func (w *world) lines() (all []injectionLine) {
 		}
 	}
 	want := 0
-	for _, l := range lots {
+	for _, l := range bothSuites {
 		want += l.devices
 	}
 	if len(all) != want {
@@ -372,7 +375,7 @@ func (w *world) devices() (all []device) {
 // No PIN, KME, RME or private key is in any output at debug level, nor in any file that the programs write.
 func TestNothingSecretIsWritten(t *testing.T) {
 	w := newWorld(t, nil)
-	w.setUp()
+	w.setUp(bothSuites...)
 	secrets := map[string][]byte{
 		"the factory's PIN": []byte(w.factory.PIN), "the factory's SO PIN": []byte(w.factory.SOPIN),
 		"the operator's PIN": []byte(w.operator.PIN), "the operator's SO PIN": []byte(w.operator.SOPIN),
@@ -529,7 +532,7 @@ func (w *world) encrypt(d device, p *kme.Plaintext) []byte {
 // OpenSSL unwraps every device key, and finds the public key that was published; and it verifies every signed object.
 func TestOpenSSLAgrees(t *testing.T) {
 	w := newWorld(t, nil)
-	w.setUp()
+	w.setUp(bothSuites...)
 	injection := hex.EncodeToString(w.injectionKey())
 	for _, line := range w.lines() {
 		// RFC 5649 section 3: the first half of the initial value is A65959A6.

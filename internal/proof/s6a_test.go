@@ -77,18 +77,7 @@ func newDiameter(t *testing.T, devices int, sanitize string) *diameter {
 		t.Fatalf("%v\n%s", err, out)
 	}
 
-	d.run(d.factory, "factory", "init")
-	d.run(d.operator, "keysvc", "init")
-	d.openssl(nil, "genrsa", "-out", "fixture.key", "3072")
-	d.openssl(nil, "rsa", "-in", "fixture.key", "-pubout", "-out", "fixture.pem")
-	d.run(d.factory, "factory", "fixture", "enroll", "--fixture-key", "fixture.pem", "--out", "fixture.json")
-	d.run(d.factory, "factory", "operator", "enroll", "op", "--transport-key", "var/keysvc/transport.pem", "--so-pin-source", "file:"+d.factory.SOPINFile, "--out", "enrolment.jws")
-	d.run(d.operator, "keysvc", "enroll", "enrolment.jws", "--manufacturer", "var/factory/manufacturer.pem", "--directory", "file:directory")
-	d.run(d.factory, "factory", "lot", "create", "L1", "--directory", "file:directory", "--tac", "35209900", "--first", "0", "--count", fmt.Sprint(devices), "--bits", "2048")
-	d.run(d.factory, "factory", "lot", "provision", "L1", "--directory", "file:directory", "--out", "injection")
-	d.run(d.factory, "factory", "lot", "grant", "L1", "--directory", "file:directory", "--operator", "op", "--out", "L1.jws")
-	d.run(d.operator, "keysvc", "lot", "import", "L1.jws")
-
+	d.setUp(lotOf{"L1", "tr33868-ecdsa-p256", "35209900", 2048, devices})
 	var sims bytes.Buffer
 	for i := range devices {
 		for _, plmn := range []string{"00101", "00102"} { // 00102 fails open, where a test says so

@@ -26,7 +26,10 @@
 #define MAX_VECTORS	32	/* an HSS answers 5 at most (TS 29.272, 7.3.11) */
 #define RESYNC_INFO	30	/* RAND || AUTS (TS 29.272, 7.3.15) */
 
-#define PROXY_INFO	284u	/* RFC 6733, 6.7.2 */
+#define SESSION_ID	263u	/* RFC 6733, 8.8 */
+#define PROXY_INFO	284u	/* RFC 6733, 6.7.2 to 6.7.4 */
+#define PROXY_HOST	280u
+#define PROXY_STATE	33u
 
 /* Binding-Control */
 #define PROVISIONING_ONLY	(1u << 0)
@@ -69,6 +72,7 @@ struct job {
 extern struct fifo *fd_g_outgoing __attribute__((weak));
 
 static struct fifo *jobs, *tap, *outgoing;
+static char tap_end;	/* its address ends the tap's thread */
 static pthread_t workers[MAX_WORKERS], tap_thread, teller;
 static int started, tapping, telling;
 static volatile int stopping;
@@ -76,6 +80,7 @@ static pthread_mutex_t tell_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t tell = PTHREAD_COND_INITIALIZER;
 static struct disp_hdl *local_handle;
 static struct fd_rt_fwd_hdl *request_handle, *answer_handle;
+static struct dict_object *a_proxy_info, *a_proxy_host, *a_proxy_state;
 static __thread int in_worker;	/* the dispatcher is called by a worker: the message has been seen to */
 
 static int is_s6a(struct msg *m, int request)
@@ -214,11 +219,61 @@ static int add_result(struct msg *m, uint32_t experimental)
 	return add_u32(group, a_experimental_result_code, experimental);
 }
 
+/* An AVP of the base protocol that has a value, or children, as the dictionary wants them. */
+static int sound(struct avp *a)
+{
+	struct fd_pei pei;
+	struct avp_hdr *h;
+
+	memset(&pei, 0, sizeof(pei));
+	if (fd_msg_avp_hdr(a, &h) || h->avp_flags & AVP_FLAG_VENDOR)
+		return 0;
+	if (fd_msg_parse_dict(a, fd_g_config->cnf_dict, &pei)) {
+		if (pei.pei_avp_free)
+			fd_msg_free(pei.pei_avp);
+		return 0;
+	}
+	return h->avp_code == PROXY_INFO || h->avp_value;
+}
+
+/* 1.2.1 ends the process over a Session-Id with the V bit in a request that it has only passed on so far. */
+static void drop_unsound_session(struct msg *m)
+{
+	struct avp *a;
+
+	while ((a = child(m, 0, SESSION_ID)) && !sound(a))
+		if (fd_msg_free(a))
+			return;
+}
+
+/* What proxies want back (RFC 6733, 6.2). The library's own way of it leaks when a Proxy-Info is damaged. */
+static int add_proxies(struct msg *m)
+{
+	struct msg *request = NULL;
+	struct avp *a, *group;
+	uint8_t *host, *state;
+	size_t host_size, state_size;
+
+	CHECK_FCT(fd_msg_answ_getq(m, &request));
+	for (a = child(request, 0, PROXY_INFO); a; a = next(a, 0, PROXY_INFO)) {
+		if (!sound(a) || !(host = octets(child(a, 0, PROXY_HOST), &host_size)) || !(state = octets(child(a, 0, PROXY_STATE), &state_size)))
+			continue;
+		CHECK_FCT(add_group(m, a_proxy_info, &group));
+		CHECK_FCT(add_octets(group, a_proxy_host, host, host_size));
+		CHECK_FCT(add_octets(group, a_proxy_state, state, state_size));
+	}
+	return 0;
+}
+
 /* Makes the answer to a request: with a result of RFC 6733 by its name, or one of 3GPP's. */
 static int refuse(struct msg **m, const char *name, uint32_t experimental)
 {
-	int err = fd_msg_new_answer_from_req(fd_g_config->cnf_dict, m, 0);
+	int err;
 
+	drop_unsound_session(*m);
+	err = fd_msg_new_answer_from_req(fd_g_config->cnf_dict, m, MSGFL_ANSW_NOPROXYINFO);
+	if (!err)
+		err = add_proxies(*m);
 	if (!err && name)
 		err = fd_msg_rescode_set(*m, (char *)name, NULL, NULL, 1);
 	else if (!err && !(err = fd_msg_add_origin(*m, 0)))
@@ -247,6 +302,13 @@ static int add_binding_answer(struct msg *m, enum kme_status status, const uint8
 	return add_u32(group, a_binding_status, status);
 }
 
+/* The answer to a request with something of ours in it that cannot be read. */
+static int malformed(struct msg **m)
+{
+	count(MALFORMED);
+	return refuse(m, "DIAMETER_INVALID_AVP_LENGTH", 0) ? -1 : 1;
+}
+
 /* AIR: what the MME sends back for resynchronisation is the RAND that it got; the HSS needs the one that it made. */
 static int authentication_request(struct kme_caller *c, struct msg **m)
 {
@@ -255,6 +317,8 @@ static int authentication_request(struct kme_caller *c, struct msg **m)
 	uint8_t *info = octets(child(eutran, VENDOR_3GPP, TGPP_RESYNC_INFO), &size);
 	char imsi[16];
 
+	if (!eutran && child(*m, VENDOR_3GPP, TGPP_REQUESTED_EUTRAN))
+		return malformed(m);
 	if (!info || size != RESYNC_INFO)
 		return 0;	/* none, or one that the HSS will refuse */
 	imsi_of(*m, imsi);
@@ -301,12 +365,15 @@ static int location_request(struct kme_caller *c, struct msg **m)
 	enum kme_status status;
 	char imsi[16];
 
+	if (!binding && child(*m, own_vendor_id, OWN_BINDING_REQUEST))
+		return malformed(m);
 	drop_all(*m, own_vendor_id, OWN_BINDING_ANSWER);	/* nobody else's */
 	imsi_of(*m, imsi);
 	if (!binding) {
 		/* AKA has succeeded, or the MME would not update the location. */
 		status = kme_report(c, imsi);
-		count(status == KME_OK ? REPORTED : status == KME_UNAVAILABLE ? UNAVAILABLE : status == KME_NOT_BOUND ? REPORTED : REFUSED);
+		if (status != KME_NOT_BOUND)
+			count(status == KME_OK ? REPORTED : status == KME_UNAVAILABLE ? UNAVAILABLE : REFUSED);
 		if (status != KME_UNAVAILABLE || passes(imsi))
 			return 0;
 		return refuse(m, "DIAMETER_UNABLE_TO_COMPLY", 0) ? -1 : 1;
@@ -335,11 +402,7 @@ static int request(struct kme_caller *c, struct msg **m)
 /* A request that nobody has looked through yet. */
 static int unseen_request(struct kme_caller *c, struct msg **m)
 {
-	if (message_well_formed(*m))
-		return request(c, m);
-	count(MALFORMED);
-	drop_all(*m, 0, PROXY_INFO);	/* else it is parsed for the answer, and leaks in 1.2.1 if it is what is wrong */
-	return refuse(m, "DIAMETER_INVALID_AVP_LENGTH", 0) ? -1 : 1;
+	return message_well_formed(*m) ? request(c, m) : malformed(m);
 }
 
 /* Prepares the vectors of an AIA, all or none. */
@@ -429,12 +492,12 @@ static int answer(struct kme_caller *c, struct msg *m)
 	return command(m) == CMD_AIR ? authentication_answer(c, m, request) : location_answer(m, request);
 }
 
-/* Sends past the tap. */
+/* Sends past the tap. It does not wait for room: there are no more messages than jobs, and at the end nobody makes room. */
 static void send_on(struct msg *m)
 {
 	if (!m)
 		return;
-	if (stopping || (outgoing ? fd_fifo_post(outgoing, &m) : fd_msg_send(&m, NULL, NULL)))
+	if (stopping || (outgoing ? fd_fifo_post_noblock(outgoing, (void *)&m) : fd_msg_send(&m, NULL, NULL)))
 		fd_msg_free(m);
 }
 
@@ -479,7 +542,7 @@ static void work(struct kme_caller *c, enum kind kind, struct msg *m)
 		return;
 	}
 	done = kind == REQUEST_PASSING ? unseen_request(c, &m) : request(c, &m);
-	if (done < 0)
+	if (done < 0 || stopping)	/* the handlers may have ended meanwhile */
 		fd_msg_free(m);
 	else if (!done && kind == REQUEST_LOCAL)
 		dispatch(c, m);
@@ -565,7 +628,7 @@ static void *tap_run(void *arg)
 	DiamId_t source;
 
 	fd_log_threadname("kme tap");
-	while (!fd_fifo_get(tap, &m)) {	/* until the core destroys the queue */
+	while (!fd_fifo_get(tap, &m) && (void *)m != &tap_end) {
 		source = NULL;
 		request = NULL;
 		/* An answer that has a source passes; on_answer has had it. */
@@ -575,8 +638,11 @@ static void *tap_run(void *arg)
 		}
 		send_on(m);
 	}
-	stopping = 1;
 	return NULL;
+}
+
+static void nothing(struct fifo *queue, void **data)
+{
 }
 
 /*
@@ -590,7 +656,8 @@ static void tap_start(void)
 		LOG_F("kme: this freeDiameter does not let the answers of its own applications be changed: load kme.fdx in an agent before it");
 		return;
 	}
-	if (fd_fifo_new(&tap, 30))
+	/* A queue with a threshold is not destroyed by the core, which does not know that we still wait at it. */
+	if (fd_fifo_new(&tap, 30) || fd_fifo_setthrhd(tap, &tap_end, UINT16_MAX, nothing, 0, nothing))
 		return;
 	outgoing = fd_g_outgoing;
 	if (pthread_create(&tap_thread, NULL, tap_run, NULL)) {
@@ -776,7 +843,7 @@ static int read_conf(const char *path)
 		*value++ = 0;
 		CHECK_FCT(set(trim(line), trim(value)));
 	}
-	if (!conf.service.url || (strncmp(conf.service.url, "unix:/", 6) && strncmp(conf.service.url, "https://", 8))) {
+	if (!conf.service.url || strlen(conf.service.url) > 200 || (strncmp(conf.service.url, "unix:/", 6) && strncmp(conf.service.url, "https://", 8))) {
 		LOG_F("kme: %s: service is https://HOST:PORT or unix:/PATH", path);
 		return EINVAL;
 	}
@@ -787,10 +854,19 @@ static int read_conf(const char *path)
 	return 0;
 }
 
+static int dictionary(void)
+{
+	CHECK_FCT(s6a_dict(conf.vendor));
+	CHECK_FCT(dict_find(0, PROXY_INFO, &a_proxy_info));
+	CHECK_FCT(dict_find(0, PROXY_HOST, &a_proxy_host));
+	CHECK_FCT(dict_find(0, PROXY_STATE, &a_proxy_state));
+	return a_proxy_info && a_proxy_host && a_proxy_state ? 0 : ENOENT;	/* the base protocol's: they are there */
+}
+
 static int kme_entry(char *path)
 {
 	CHECK_FCT(read_conf(path));
-	CHECK_FCT(s6a_dict(conf.vendor));
+	CHECK_FCT(dictionary());
 	if (curl_global_init(CURL_GLOBAL_DEFAULT))
 		return ENOMEM;
 	CHECK_FCT(fd_fifo_new(&jobs, 0));
@@ -829,8 +905,12 @@ void fd_ext_fini(void)
 			fd_fifo_post_noblock(jobs, (void *)&j);
 	for (i = 0; i < started; i++)
 		pthread_join(workers[i], NULL);
-	if (tapping)
+	if (tapping) {
+		void *end = &tap_end;
+
+		fd_fifo_post_noblock(tap, &end);
 		pthread_join(tap_thread, NULL);
+	}
 	if (telling) {
 		pthread_mutex_lock(&tell_lock);
 		pthread_cond_signal(&tell);

@@ -46,7 +46,7 @@ int fd_msg_init(void);	/* the core's own, which it calls once it has read its co
 int LLVMFuzzerInitialize(int *argc, char ***argv)
 {
 	fd_g_debug_lvl = FD_LOG_FATAL + 1;
-	if (fd_core_initialize() || fd_msg_init() || s6a_dict(VENDOR_OWN))
+	if (fd_core_initialize() || fd_msg_init() || dictionary())
 		abort();
 	fd_g_config->cnf_diamid = (DiamId_t)"fuzz.test";
 	fd_g_config->cnf_diamid_len = 9;
