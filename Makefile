@@ -42,7 +42,7 @@ bin/vaultdev: $(wildcard tools/vaultdev/*.go) tools/vaultdev/go.mod tools/vaultd
 
 test: deps-test lint vaultdev ## what CI runs
 	go test -race ./...
-	$(MAKE) fuzz-plugin FUZZTIME=10s
+	$(MAKE) fuzz-plugin PLUGIN_FUZZ='-seed=1 -runs=1000000' # always the same inputs
 
 soak: deps-test vaultdev ## 200 random kill -9 of factory and Vault over a lot of 20,000 devices; 200 of keysvc and PostgreSQL; an HSM away for 10 s
 	KMEHSM_SOAK=1 go test -count=1 -timeout 60m -run TestKilledWhilePublishing -v ./internal/proof
@@ -71,10 +71,11 @@ fuzz: deps-test fuzz-plugin ## every fuzz target for FUZZTIME=30s
 		done; \
 	done
 
+PLUGIN_FUZZ = -max_total_time=$(FUZZTIME:s=) corpus
 fuzz-plugin: deps-test # kme.fdx's, by libFuzzer
 	@mkdir -p bin/fuzz-plugin
 	$(MAKE) -C plugins/freediameter OUT=$(CURDIR)/bin/fuzz-plugin $(CURDIR)/bin/fuzz-plugin/fuzz
-	cd bin/fuzz-plugin && mkdir -p corpus && ./fuzz -dict=$(CURDIR)/plugins/freediameter/test/fuzz.dict -max_total_time=$(FUZZTIME:s=) -print_final_stats=1 -verbosity=0 corpus
+	cd bin/fuzz-plugin && mkdir -p corpus && ./fuzz -dict=$(CURDIR)/plugins/freediameter/test/fuzz.dict -print_final_stats=1 -verbosity=0 $(PLUGIN_FUZZ)
 
 generate: deps-generate ## the Go code of api/kme/v1
 	GOBIN="$(CURDIR)/bin/tools" go install $(PROTOC_GEN_GO)
