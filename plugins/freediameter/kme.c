@@ -146,19 +146,25 @@ static int message_well_formed(struct msg *m)
 	return ok;
 }
 
-/* A child with all that is in it. Of what passes, only the top level is parsed, and not even its values. */
-static struct avp *parsed(msg_or_avp *parent, uint32_t vendor, uint32_t code)
+/* Parses an AVP with all that is in it, by the dictionary. */
+static int parse(struct avp *a)
 {
-	struct avp *a = child(parent, vendor, code);
 	struct fd_pei pei;
 
 	memset(&pei, 0, sizeof(pei));
-	if (a && fd_msg_parse_dict(a, fd_g_config->cnf_dict, &pei)) {
-		if (pei.pei_avp_free)
-			fd_msg_free(pei.pei_avp);
-		return NULL;
-	}
-	return a;
+	if (!fd_msg_parse_dict(a, fd_g_config->cnf_dict, &pei))
+		return 1;
+	if (pei.pei_avp_free)
+		fd_msg_free(pei.pei_avp);
+	return 0;
+}
+
+/* A child, parsed. Of what passes, only the top level is parsed, and not even its values. */
+static struct avp *parsed(msg_or_avp *parent, uint32_t vendor, uint32_t code)
+{
+	struct avp *a = child(parent, vendor, code);
+
+	return a && parse(a) ? a : NULL;
 }
 
 /* The text in an AVP; empty if there is none, or it is not one of size digits. */
@@ -222,18 +228,9 @@ static int add_result(struct msg *m, uint32_t experimental)
 /* An AVP of the base protocol that has a value, or children, as the dictionary wants them. */
 static int sound(struct avp *a)
 {
-	struct fd_pei pei;
 	struct avp_hdr *h;
 
-	memset(&pei, 0, sizeof(pei));
-	if (fd_msg_avp_hdr(a, &h) || h->avp_flags & AVP_FLAG_VENDOR)
-		return 0;
-	if (fd_msg_parse_dict(a, fd_g_config->cnf_dict, &pei)) {
-		if (pei.pei_avp_free)
-			fd_msg_free(pei.pei_avp);
-		return 0;
-	}
-	return h->avp_code == PROXY_INFO || h->avp_value;
+	return !fd_msg_avp_hdr(a, &h) && !(h->avp_flags & AVP_FLAG_VENDOR) && parse(a) && (h->avp_code == PROXY_INFO || h->avp_value);
 }
 
 /* 1.2.1 ends the process over a Session-Id with the V bit in a request that it has only passed on so far. */

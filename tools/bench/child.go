@@ -12,7 +12,6 @@ import (
 	mathrand "math/rand/v2"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
@@ -138,15 +137,8 @@ func (b *bench) measureLookup() (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	device := func(i int) (kme.IMEI, error) {
-		return served[i/devicesALot].Manifest.IMEI(i % devicesALot), nil
-	}
 	look := func(i int) error {
-		imei, err := device(i)
-		if err != nil {
-			return err
-		}
-		_, _, err = index.Device(b.ctx, imei)
+		_, _, err := index.Device(b.ctx, served[i/devicesALot].Manifest.IMEI(i%devicesALot))
 		return err
 	}
 	// More shards than the cache holds, one device of each.
@@ -285,15 +277,7 @@ func (b *bench) countCalls() (any, error) {
 		return nil, err
 	}
 	defer factory.Close()
-	pem, err := os.ReadFile(filepath.Join(b.dir, "factory", "manufacturer.pem"))
-	if err != nil {
-		return nil, err
-	}
-	verifier, err := directory.ParseVerifier(pem)
-	if err != nil {
-		return nil, err
-	}
-	injection := hsmkeys.Key{Role: hsmkeys.RoleInjection, Manufacturer: verifier.KeyID()}
+	injection := hsmkeys.Key{Role: hsmkeys.RoleInjection, Manufacturer: b.manufacturer}
 	calls := map[string]int{}
 	for name, do := range map[string]func() error{
 		"open payload": func() error { _, err := operator.OpenPayload(b.ctx, payload); return err },

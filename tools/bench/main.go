@@ -90,10 +90,10 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	b := &bench{ctx: ctx, dir: *dir, bits: strings.Split(*bits, ","), pairs: *pairs, each: time.Duration(*seconds) * time.Second}
-	var err error
-	if *child != "" {
+	err := b.identify()
+	if err == nil && *child != "" {
 		err = b.child(*child)
-	} else {
+	} else if err == nil {
 		err = b.run(*only)
 	}
 	if err != nil {
@@ -102,7 +102,8 @@ func main() {
 	}
 }
 
-func (b *bench) run(only string) error {
+// identify reads whose lots they are.
+func (b *bench) identify() error {
 	pem, err := os.ReadFile(filepath.Join(b.dir, "factory", "manufacturer.pem"))
 	if err != nil {
 		return err
@@ -112,6 +113,10 @@ func (b *bench) run(only string) error {
 		return err
 	}
 	b.manufacturer = verifier.KeyID()
+	return nil
+}
+
+func (b *bench) run(only string) error {
 	r := &report{Establish: map[string]*establishment{}, HSMCalls: map[string]int{}, Machine: fmt.Sprintf("%d cores, %s", runtime.NumCPU(), runtime.Version())}
 	for _, part := range []struct {
 		name string
