@@ -13,8 +13,10 @@ import (
 	"sync"
 	"time"
 
-	_ "github.com/mattn/go-sqlite3" // the driver
+	"github.com/mattn/go-sqlite3"
 )
+
+const busyTimeout = 5 * time.Second // for the lock of another process
 
 // Open opens the database at path, or makes it, for its owner only. Other processes may have it open too. Every commit
 // is synced to disk before it returns (WAL with synchronous=FULL). The migrations make an empty database what it is now, one
@@ -24,21 +26,26 @@ func Open(ctx context.Context, path string, migrations ...string) (read *sql.DB,
 		return nil, nil, fmt.Errorf("the database's folder cannot be made: %w", err)
 	}
 	// SQLite would make it with the umask's mode, and gives its own other files the mode of this one.
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
-	if err != nil {
+	if err := create(path); err != nil {
 		return nil, nil, fmt.Errorf("the database cannot be opened: %w", err)
 	}
-	f.Close()
 	dsn := func(extra string) string {
 		return (&url.URL{Scheme: "file", OmitHost: true, Path: path}).String() +
-			"?_journal_mode=WAL&_synchronous=FULL&_busy_timeout=5000&_foreign_keys=on&_stmt_cache_size=32" + extra
+			fmt.Sprintf("?_journal_mode=WAL&_synchronous=FULL&_busy_timeout=%d&_foreign_keys=on&_stmt_cache_size=32", busyTimeout.Milliseconds()) + extra
 	}
 	db, err := sql.Open("sqlite3", dsn("&_txlock=immediate&_cache_size=-65536"))
 	if err != nil {
 		return nil, nil, err
 	}
 	db.SetMaxOpenConns(1) // SQLite has one writer at a time
-	if err := migrate(ctx, db, migrations); err != nil {
+	// Who finds another in the switch to WAL is told SQLITE_BUSY at once, whatever the busy timeout.
+	for start := time.Now(); ; time.Sleep(time.Millisecond) {
+		var busy sqlite3.Error
+		if err = migrate(ctx, db, migrations); !errors.As(err, &busy) || busy.Code != sqlite3.ErrBusy || time.Since(start) > busyTimeout {
+			break
+		}
+	}
+	if err != nil {
 		return nil, nil, errors.Join(fmt.Errorf("the database %s cannot be used: %w", path, err), db.Close())
 	}
 	if read, err = sql.Open("sqlite3", dsn("&_query_only=on")); err != nil {
@@ -58,6 +65,23 @@ func Open(ctx context.Context, path string, migrations ...string) (read *sql.DB,
 	write.stop = sync.OnceFunc(func() { close(write.stopped) })
 	go write.run()
 	return read, write, nil
+}
+
+var creating sync.Mutex
+
+// create makes the file, and leaves one that is there alone: closing a file takes away every lock that the process has on it,
+// SQLite's too (https://www.sqlite.org/howtocorrupt.html, 2.2).
+func create(path string) error {
+	creating.Lock()
+	defer creating.Unlock()
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	if errors.Is(err, os.ErrExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return f.Close()
 }
 
 func migrate(ctx context.Context, db *sql.DB, migrations []string) error {
