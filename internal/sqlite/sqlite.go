@@ -31,7 +31,7 @@ func Open(ctx context.Context, path string, migrations ...string) (read *sql.DB,
 	}
 	dsn := func(extra string) string {
 		return (&url.URL{Scheme: "file", OmitHost: true, Path: path}).String() +
-			fmt.Sprintf("?_journal_mode=WAL&_synchronous=FULL&_busy_timeout=%d&_foreign_keys=on&_stmt_cache_size=32", busyTimeout.Milliseconds()) + extra
+			fmt.Sprintf("?_journal_mode=WAL&_synchronous=FULL&_busy_timeout=%d&_foreign_keys=on&_stmt_cache_size=32&_mutex=no", busyTimeout.Milliseconds()) + extra
 	}
 	db, err := sql.Open("sqlite3", dsn("&_txlock=immediate&_cache_size=-65536"))
 	if err != nil {
@@ -135,7 +135,7 @@ const maxBatch = 64
 
 // Do makes a change, and returns when it is durable. An error of f leaves everything as it was. A change whose context has ended
 // before its turn is not made; one that is under way is finished, since its transaction is others' too: f gets a context
-// that does not end.
+// that does not end. f is called again when another change has failed, and only its last call counts.
 func (w *Writer) Do(ctx context.Context, f func(context.Context, *sql.Tx) error) error {
 	c := change{ctx, f, make(chan error, 1)}
 	select {
@@ -223,35 +223,54 @@ func (w *Writer) gather(batch []change, due <-chan time.Time) []change {
 }
 
 func (w *Writer) commit(batch []change) {
-	results := make([]error, len(batch))
-	err := func() error {
-		tx, err := w.db.BeginTx(context.Background(), nil)
-		if err != nil {
-			return err
-		}
-		defer tx.Rollback() // no effect after Commit
-		for i, c := range batch {
-			if results[i] = c.ctx.Err(); results[i] != nil {
-				continue
-			}
-			if _, err := tx.Stmt(w.savepoint).Exec(); err != nil {
-				return err
-			}
-			if results[i] = c.make(context.WithoutCancel(c.ctx), tx); results[i] != nil {
-				if _, err := tx.Stmt(w.rollback).Exec(); err != nil {
-					return err
-				}
-			}
-			if _, err := tx.Stmt(w.release).Exec(); err != nil {
-				return err
-			}
-		}
-		return tx.Commit()
-	}()
+	// A savepoint copies each page that is changed behind it, and failures are rare: the changes are only kept apart if one of them fails.
+	results, err := w.try(batch, false)
+	if errors.Is(err, errTogether) {
+		results, err = w.try(batch, true)
+	}
 	for i, c := range batch {
 		if results[i] == nil {
 			results[i] = err
 		}
 		c.done <- results[i]
 	}
+}
+
+var errTogether = errors.New("one of several changes that were not kept apart failed")
+
+// try makes the changes in one transaction. If one fails, apart undoes it alone; without, it undoes all, and fails with errTogether if there are others.
+func (w *Writer) try(batch []change, apart bool) (results []error, err error) {
+	results = make([]error, len(batch))
+	tx, err := w.db.BeginTx(context.Background(), nil)
+	if err != nil {
+		return results, err
+	}
+	defer tx.Rollback() // no effect after Commit
+	for i, c := range batch {
+		if results[i] = c.ctx.Err(); results[i] != nil {
+			continue
+		}
+		if apart {
+			if _, err := tx.Stmt(w.savepoint).Exec(); err != nil {
+				return results, err
+			}
+		}
+		results[i] = c.make(context.WithoutCancel(c.ctx), tx)
+		switch {
+		case apart:
+			if results[i] != nil {
+				if _, err := tx.Stmt(w.rollback).Exec(); err != nil {
+					return results, err
+				}
+			}
+			if _, err := tx.Stmt(w.release).Exec(); err != nil {
+				return results, err
+			}
+		case results[i] != nil && len(batch) > 1:
+			return results, errTogether
+		case results[i] != nil:
+			return results, nil
+		}
+	}
+	return results, tx.Commit()
 }
