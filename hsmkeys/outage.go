@@ -113,7 +113,7 @@ func (t *Token) ObserveQueue(f func(time.Duration)) { t.queued = f }
 func (t *Token) within(d time.Duration, f func() error, ended func(waited bool)) (gaveUp bool, err error) {
 	var over atomic.Bool // f has ended, or was given up: whichever was first
 	done := make(chan error, 1)
-	go func() {
+	t.onWorker(func() {
 		err := f()
 		waited := over.CompareAndSwap(false, true)
 		ended(waited)
@@ -121,7 +121,7 @@ func (t *Token) within(d time.Duration, f func() error, ended func(waited bool))
 			t.hung.Add(-1) // only now is nothing of it in the module any more
 		}
 		done <- err
-	}()
+	})
 	timer := time.NewTimer(d)
 	defer timer.Stop()
 	select {
@@ -133,6 +133,25 @@ func (t *Token) within(d time.Duration, f func() error, ended func(waited bool))
 		}
 		t.hung.Add(1)
 		return true, fmt.Errorf("%w: it does not answer", ErrUnavailable)
+	}
+}
+
+// onWorker runs f on a goroutine that has run another before, if one is free: its stack is as large already as calls of the token need it, and
+// growing it takes as long as some of them.
+func (t *Token) onWorker(f func()) {
+	select {
+	case t.work <- f:
+	default:
+		go func() {
+			for {
+				f()
+				select {
+				case f = <-t.work:
+				case <-t.closing:
+					return
+				}
+			}
+		}()
 	}
 }
 

@@ -124,6 +124,7 @@ type Token struct {
 	lastReopened     time.Time      // of recover's own, of which there is one at a time
 	recovering       sync.WaitGroup // recover
 	closing          chan struct{}  // closed by Close
+	work             chan func()    // to those goroutines that wait for more: see onWorker
 
 	mu      sync.Mutex
 	handles map[handleKey]pkcs11.ObjectHandle // guarded by mu
@@ -187,7 +188,7 @@ func connect(u *uri) (*Token, error) {
 		}
 		return nil, fmt.Errorf("the PKCS #11 module %s cannot be used: %w: is its token connected, and its configuration right%s?", u.module, err, softhsmConf())
 	}
-	t := &Token{module: pkcs11.New(u.module), signers: signers, config: config, uri: u, latch: newLatch(), hangAfter: hangTimeout, closing: make(chan struct{}), handles: map[handleKey]pkcs11.ObjectHandle{}}
+	t := &Token{module: pkcs11.New(u.module), signers: signers, config: config, uri: u, latch: newLatch(), hangAfter: hangTimeout, closing: make(chan struct{}), work: make(chan func()), handles: map[handleKey]pkcs11.ObjectHandle{}}
 	if t.module == nil {
 		signers.Close()
 		return nil, fmt.Errorf("the PKCS #11 module %s cannot be loaded", u.module)
@@ -220,10 +221,11 @@ func connect(u *uri) (*Token, error) {
 	return t, nil
 }
 
-// Sessions of a pool: a module that computes in this process, as SoftHSM, is busy with a few for each core, and its locks cost a little. An HSM behind
-// a bus or a network is busy elsewhere, and what counts is how many calls are on their way to it.
+// Sessions of a pool: a module that computes in this process, as SoftHSM, keeps the cores busy with two for each, one of which may wait for the module's
+// locks; more of them only take turns, and each turn finds its caches filled by another. An HSM behind a bus or a network is busy elsewhere, and what
+// counts is how many calls are on their way to it.
 const (
-	sessionsACore = 4
+	sessionsACore = 2
 	sessionsAway  = 64
 	away          = 200 * time.Microsecond // how long a call takes that does nothing here
 )

@@ -16,7 +16,7 @@ var tables = []struct {
 	{"manufacturers", []string{"key_id", "pem", "operator", "directory", "enrolled_at"}},
 	{"lots", []string{"manufacturer", "lot", "manifest", "imported_at"}},
 	{"attempts", []string{"id", "imsi", "expires_at", "opened"}},
-	{"ledger", []string{"imei", "tag"}},
+	{"ledger", []string{"imei", "tag", "imsi"}},
 	{"bindings", []string{"imsi", "state", "imei", "manufacturer", "lot", "sealed", "nw_sig", "attempt_id", "payload_sha256", "established_at", "activated_at", "revoked_at"}},
 }
 

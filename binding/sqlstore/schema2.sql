@@ -4,7 +4,7 @@ ALTER TABLE attempts ADD COLUMN opened INTEGER NOT NULL DEFAULT 0;
 -- A binding that was revoked stays, without its KME.
 CREATE TABLE bindings2 (
   imsi           TEXT NOT NULL,
-  state          TEXT NOT NULL CHECK (state = 'PENDING' OR state = 'ACTIVE' OR state = 'REVOKED'),
+  state          TEXT NOT NULL CHECK (state IN ('PENDING', 'ACTIVE', 'REVOKED')),
   imei           TEXT NOT NULL,
   manufacturer   TEXT NOT NULL,
   lot            TEXT NOT NULL,

@@ -88,11 +88,15 @@ func (s *Store) Binding(ctx context.Context, imsi kme.IMSI) (*binding.Binding, e
 }
 
 func (s *Store) Bindings(ctx context.Context, after string, imei kme.IMEI, limit int) ([]*binding.Binding, error) {
+	where, args := "imsi > $1", []any{after}
+	if imei != (kme.IMEI{}) {
+		where, args = "imsi > $1 AND imei = $2 AND imsi IN (SELECT imsi FROM ledger WHERE imei = $2)", append(args, imei.String())
+	}
 	// One row an IMSI: the latest of its bindings.
-	query := `SELECT ` + bindingColumns + ` FROM bindings AS b WHERE imsi > $1 AND ($2 = '' OR imei = $2) AND NOT EXISTS (
+	query := fmt.Sprintf(`SELECT `+bindingColumns+` FROM bindings AS b WHERE `+where+` AND NOT EXISTS (
 			SELECT 1 FROM bindings AS o WHERE o.imsi = b.imsi AND (o.state = 'PENDING' AND b.state <> 'PENDING' OR o.state = 'ACTIVE' AND b.state = 'REVOKED'))
-		ORDER BY imsi LIMIT $3`
-	rows, err := s.read.QueryContext(ctx, query, after, imei.String(), limit)
+		ORDER BY imsi LIMIT $%d`, len(args)+1)
+	rows, err := s.read.QueryContext(ctx, query, append(args, limit)...)
 	if err != nil {
 		return nil, err
 	}
@@ -204,7 +208,7 @@ func (s *Store) Establish(ctx context.Context, b *binding.Binding, tag []byte, g
 		case !good:
 			return binding.ErrNotGood
 		}
-		if _, err := tx.ExecContext(ctx, `INSERT INTO ledger (imei, tag) VALUES ($1, $2)`, b.IMEI.String(), tag); err != nil {
+		if _, err := tx.ExecContext(ctx, `INSERT INTO ledger (imei, tag, imsi) VALUES ($1, $2, $3)`, b.IMEI.String(), tag, b.IMSI.String()); err != nil {
 			if isDuplicate(err) { // entered meanwhile, for another IMSI
 				return binding.ErrUsed
 			}

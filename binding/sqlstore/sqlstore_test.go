@@ -212,15 +212,30 @@ func TestMigration(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := newBinding(t, "001010000000001", "a1")
-	if err := write.Exec(t.Context(), `INSERT INTO bindings VALUES (?, 'PENDING', ?, ?, ?, ?, ?, ?, ?, ?, 0)`,
-		b.IMSI.String(), b.IMEI.String(), b.Manufacturer, b.Lot, b.Sealed, b.NWSig, b.AttemptID, b.PayloadSHA256, b.Established.UnixMilli()); err != nil {
-		t.Fatal(err)
+	var bindings []*binding.Binding
+	for n := range 2 {
+		b := newBinding(t, fmt.Sprintf("00101000000000%d", n), fmt.Sprint("a", n))
+		bindings = append(bindings, b)
+		if err := errors.Join(
+			write.Exec(t.Context(), `INSERT INTO bindings VALUES (?, 'PENDING', ?, ?, ?, ?, ?, ?, ?, ?, 0)`,
+				b.IMSI.String(), b.IMEI.String(), b.Manufacturer, b.Lot, b.Sealed, b.NWSig, b.AttemptID, b.PayloadSHA256, b.Established.UnixMilli()),
+			write.Exec(t.Context(), `INSERT INTO ledger VALUES (?, ?)`, b.IMEI.String(), b.Sealed),
+		); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if err := errors.Join(read.Close(), write.Close()); err != nil {
 		t.Fatal(err)
 	}
-	checkBinding(t, open(t, file), b)
+	s := open(t, file)
+	ofDevice, err := s.Bindings(t.Context(), "", bindings[0].IMEI, 10)
+	if err != nil || len(ofDevice) != len(bindings) {
+		t.Errorf("the device has %d bindings, not %d: %v", len(ofDevice), len(bindings), err)
+	}
+	for _, b := range bindings {
+		checkBinding(t, s, b)
+		checkUsed(t, s, b, b.Sealed)
+	}
 }
 
 // A server that forgets what it has confirmed is not used, and no error has the password.
@@ -394,7 +409,7 @@ func TestOpenRefuses(t *testing.T) {
 			}
 			return filepath.Join(file, "state", "keysvc.db")
 		}, []string{"folder cannot be made"}},
-		{"a folder in its place", func(t *testing.T) string { return t.TempDir() }, []string{"cannot be opened", "directory"}},
+		{"a folder in its place", func(t *testing.T) string { return t.TempDir() }, []string{"cannot be used", "directory"}},
 		{"no database", func(t *testing.T) string {
 			file := filepath.Join(t.TempDir(), "keysvc.db")
 			if err := os.WriteFile(file, []byte(strings.Repeat("no database ", 100)), 0o600); err != nil {

@@ -19,6 +19,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime/debug"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -38,6 +39,7 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/scheduling"
 	"github.com/kmehsm/kmehsm/vaultstore"
 )
 
@@ -58,7 +60,7 @@ const configHelp = `The configuration (a relative path in it is relative to its 
     store: postgres://keysvc@db/keysvc # for several instances (default: SQLite in the state folder); password: PGPASSFILE
     attempt_ttl: 5m                    # how long a device has for EstablishKME after PrepareVector
     revocation_ttl: 1m                 # how old a list of revoked devices may be
-    calls: 128                         # that are at the HSM or wait for it; more are refused (default: 16 for each session)
+    calls: 128                         # that are at the HSM or wait for it; more are refused (default: 32 for each session)
     imei_rate: 10                      # payloads a second of one device, imei_burst: 1000 at once; more are refused
     verify: token                      # or software, where the doctor says that the token cannot validate KME_SIG
     hsm_timeout: 5s                    # after which a call that hangs in the token's module is given up
@@ -194,6 +196,17 @@ func openLots(ctx context.Context, registry binding.Registry, open func(*binding
 	return binding.NewLots(lots, readers)
 }
 
+// collectLess lets more garbage come together than Go does by itself, whose collector would take some 4% of two busy cores. GOGC and
+// GOMEMLIMIT in the environment stand.
+func collectLess(cfg *config) {
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(400)
+	}
+	if os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetMemoryLimit((cfg.CacheMB + 256) << 20)
+	}
+}
+
 func serve(c *cli.Context) error {
 	if err := cmdline.Require(c, "config"); err != nil {
 		return err
@@ -206,12 +219,17 @@ func serve(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := scheduling.Batch(); err != nil {
+		log.Debug("the kernel keeps the scheduling policy as it is", "cause", err.Error())
+	}
+	collectLess(cfg)
 	ctx := c.Context
 	token, err := hsmkeys.OpenGroup(ctx, cfg.Tokens...)
 	if err != nil {
 		return err
 	}
 	defer token.Close()
+	scheduling.ForCalls(token.Sessions())
 	token.SetHangTimeout(cfg.HSMTimeout)
 	if cfg.Verify == "software" {
 		token.VerifyInSoftware()
@@ -234,7 +252,7 @@ func serve(c *cli.Context) error {
 		Wait: true,
 	}, directory.ReaderOptions{CacheBytes: cfg.CacheMB << 20, RevocationTTL: cfg.RevocationTTL, Stats: cache}, log)
 	service := binding.NewService(token, store, new(binding.Lots), cfg.AttemptTTL, log)
-	service.Limit(binding.Limits{Calls: cmp.Or(cfg.Calls, 16*token.Sessions()), IMEIRate: cfg.IMEIRate, IMEIBurst: cfg.IMEIBurst})
+	service.Limit(binding.Limits{Calls: cmp.Or(cfg.Calls, 32*token.Sessions()), IMEIRate: cfg.IMEIRate, IMEIBurst: cfg.IMEIBurst})
 	registry := prometheus.NewRegistry()
 	metrics := binding.NewMetrics(registry)
 	service.Observe(metrics)

@@ -48,6 +48,10 @@ func Open(ctx context.Context, path string, migrations ...string) (read *sql.DB,
 	if err != nil {
 		return nil, nil, errors.Join(fmt.Errorf("the database %s cannot be used: %w", path, err), db.Close())
 	}
+	// Pages that change again before a checkpoint are written to their place once.
+	if _, err := db.ExecContext(ctx, "PRAGMA wal_autocheckpoint = 4000"); err != nil {
+		return nil, nil, errors.Join(err, db.Close())
+	}
 	if read, err = sql.Open("sqlite3", dsn("&_query_only=on")); err != nil {
 		return nil, nil, errors.Join(err, db.Close())
 	}
@@ -166,7 +170,7 @@ func (w *Writer) Close() error {
 // A commit costs as much as several changes, most of it for the disk. So there is no more than one in pause while there is company: changes that wait
 // for a commit at the same time. Who makes one change after the other has none, and only every solo-th of his waits to see whether that is still so.
 const (
-	pause = 2 * time.Millisecond
+	pause = 4 * time.Millisecond
 	solo  = 64
 )
 
