@@ -24,6 +24,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
+	"github.com/kmehsm/kmehsm/internal/scheduling"
 	"github.com/kmehsm/kmehsm/kme"
 	"github.com/kmehsm/kmehsm/policies"
 	"github.com/kmehsm/kmehsm/vaultstore"
@@ -424,6 +425,7 @@ func lotProvision(c *cli.Context) error {
 		if workers == 0 {
 			workers = 2 * token.Sessions()
 		}
+		_ = scheduling.ForCalls(token.Sessions()) // a kernel that refuses costs a few devices a second
 		lot, start := c.Args().First(), time.Now()
 		p, err := line.Provision(c.Context, lot, factory.ProvisionOptions{
 			State: c.String("state"), Out: out, Workers: workers, From: from, To: to, Report: showProgress(c, lot),

@@ -219,9 +219,6 @@ func serve(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := scheduling.Batch(); err != nil {
-		log.Debug("the kernel keeps the scheduling policy as it is", "cause", err.Error())
-	}
 	collectLess(cfg)
 	ctx := c.Context
 	token, err := hsmkeys.OpenGroup(ctx, cfg.Tokens...)
@@ -229,7 +226,9 @@ func serve(c *cli.Context) error {
 		return err
 	}
 	defer token.Close()
-	scheduling.ForCalls(token.Sessions())
+	if err := scheduling.ForCalls(token.Sessions()); err != nil {
+		log.Debug("the kernel keeps the scheduling policy as it is", "cause", err.Error())
+	}
 	token.SetHangTimeout(cfg.HSMTimeout)
 	if cfg.Verify == "software" {
 		token.VerifyInSoftware()

@@ -85,7 +85,7 @@ func load(c *cli.Context) error {
 	}
 	run := &loadRun{attachRun: attach, concurrency: concurrency, rate: c.Float64("rate")}
 	// What is measured goes first. A kernel that refuses has it measured a little slower than it is.
-	_ = scheduling.Batch()
+	_ = scheduling.ForCalls(0)
 	result, err := run.all(c.Context, c.Duration("duration"))
 	if err != nil {
 		return err

@@ -8,10 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Batch has the threads of this process queue for a core when they wake, instead of taking it from another (SCHED_BATCH of sched(7)): on busy cores a request
-// that comes in does not stop a private-key operation half-way, whose caches would have to be filled again. On idle ones nothing changes. A policy
-// that the process was started with stays.
-func Batch() error {
+func batch() error {
 	for again := true; again; { // a thread may be made by one that has not been told yet
 		again = false
 		tasks, err := os.ReadDir("/proc/self/task")

@@ -2,5 +2,4 @@
 
 package scheduling
 
-// Batch does nothing where there is no such policy.
-func Batch() error { return nil }
+func batch() error { return nil }
