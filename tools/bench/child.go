@@ -24,6 +24,7 @@ import (
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/faultmodule"
+	"github.com/kmehsm/kmehsm/internal/scheduling"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -322,6 +323,7 @@ func (b *bench) measureLatency() (any, error) {
 		return nil, err
 	}
 	defer token.Close()
+	_ = scheduling.ForCalls(token.Sessions()) // as keysvc does
 	open := func(int) (bool, error) { _, err := token.OpenPayload(b.ctx, payload); return true, err }
 	// All sessions are opened, and all handles found.
 	if err := parallelOn(token.Sessions(), func(i int) (bool, error) { _, err := open(i); return i < 2*token.Sessions(), err }); err != nil {

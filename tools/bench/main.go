@@ -89,8 +89,11 @@ func main() {
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	b := &bench{ctx: ctx, dir: *dir, bits: strings.Split(*bits, ","), pairs: *pairs, each: time.Duration(*seconds) * time.Second}
-	err := b.identify()
+	absolute, err := filepath.Abs(*dir) // as a module-path is
+	b := &bench{ctx: ctx, dir: absolute, bits: strings.Split(*bits, ","), pairs: *pairs, each: time.Duration(*seconds) * time.Second}
+	if err == nil {
+		err = b.identify()
+	}
 	if err == nil && *child != "" {
 		err = b.child(*child)
 	} else if err == nil {
