@@ -196,17 +196,6 @@ func openLots(ctx context.Context, registry binding.Registry, open func(*binding
 	return binding.NewLots(lots, readers)
 }
 
-// collectLess lets more garbage come together than Go does by itself, whose collector would take some 4% of two busy cores. GOGC and
-// GOMEMLIMIT in the environment stand.
-func collectLess(cfg *config) {
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(400)
-	}
-	if os.Getenv("GOMEMLIMIT") == "" {
-		debug.SetMemoryLimit((cfg.CacheMB + 256) << 20)
-	}
-}
-
 func serve(c *cli.Context) error {
 	if err := cmdline.Require(c, "config"); err != nil {
 		return err
@@ -219,7 +208,9 @@ func serve(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	collectLess(cfg)
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(200) // the collector takes 5% of busy cores otherwise, and half of that so
+	}
 	ctx := c.Context
 	token, err := hsmkeys.OpenGroup(ctx, cfg.Tokens...)
 	if err != nil {
