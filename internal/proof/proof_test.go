@@ -27,6 +27,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -83,7 +84,7 @@ func (w *world) path(name string) string { return filepath.Join(w.dir, name) }
 
 func (w *world) command(tok softhsmtest.Tok, program string, args ...string) *exec.Cmd {
 	cmd := exec.Command(filepath.Join(bin, program), args...)
-	cmd.Dir, cmd.Env = w.dir, append(w.env, "KMEHSM_TOKEN="+w.wrap(tok.URI))
+	cmd.Dir, cmd.Env = w.dir, slices.Concat(w.env, []string{"KMEHSM_TOKEN=" + w.wrap(tok.URI)}) // one may still run when the next is made
 	return cmd
 }
 
