@@ -11,6 +11,8 @@ var (
 	schema2 string
 	//go:embed schema3.sql
 	schema3 string
+	//go:embed schema4.sql
+	schema4 string
 
-	migrations = []string{schema1, schema2, schema3}
+	migrations = []string{schema1, schema2, schema3, schema4}
 )

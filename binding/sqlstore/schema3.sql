@@ -1,5 +1,4 @@
--- Fewer trees, and with them fewer pages, in each commit. On SQLite a table WITHOUT ROWID is its primary key's index, which is for short rows:
--- those of bindings are too long for it.
+-- Fewer trees, and with them fewer pages, in each commit. On SQLite a table WITHOUT ROWID is its primary key's index.
 
 CREATE TABLE attempts2 (
   imsi       TEXT NOT NULL,
@@ -13,25 +12,18 @@ DROP TABLE attempts;
 ALTER TABLE attempts2 RENAME TO attempts;
 CREATE INDEX attempts_by_expiry ON attempts (expires_at);
 
--- The ledger also says to whom: it finds the bindings of a device, without an index of theirs. A device has had as many KMEs as subscriptions, at
--- least; of those before now it does not matter which names which.
 CREATE TABLE ledger2 (
   imei TEXT NOT NULL,
   tag  BLOB NOT NULL,                      -- HMAC(KME) under the token's ledger key
-  imsi TEXT NOT NULL,                      -- that the KME was bound to; empty if not known
   PRIMARY KEY (imei, tag)
 ) WITHOUT ROWID;
-INSERT INTO ledger2 SELECT l.imei, l.tag, COALESCE(b.imsi, '')
-  FROM (SELECT imei, tag, ROW_NUMBER() OVER (PARTITION BY imei ORDER BY tag) AS n FROM ledger) AS l
-  LEFT JOIN (SELECT imei, imsi, ROW_NUMBER() OVER (PARTITION BY imei ORDER BY imsi) AS n FROM (SELECT DISTINCT imei, imsi FROM bindings) AS d) AS b
-  ON b.imei = l.imei AND b.n = l.n;
+INSERT INTO ledger2 SELECT imei, tag FROM ledger;
 DROP TABLE ledger;
 ALTER TABLE ledger2 RENAME TO ledger;
-DROP INDEX bindings_by_imei;
--- For IN with more than two constants, SQLite makes a table each time.
-CREATE TABLE bindings3 (
+
+CREATE TABLE bindings2 (
   imsi           TEXT NOT NULL,
-  state          TEXT NOT NULL CHECK (state = 'PENDING' OR state = 'ACTIVE' OR state = 'REVOKED'),
+  state          TEXT NOT NULL CHECK (state IN ('PENDING', 'ACTIVE', 'REVOKED')),
   imei           TEXT NOT NULL,
   manufacturer   TEXT NOT NULL,
   lot            TEXT NOT NULL,
@@ -43,7 +35,8 @@ CREATE TABLE bindings3 (
   activated_at   BIGINT NOT NULL,          -- 0 if it was never active
   revoked_at     BIGINT NOT NULL,          -- 0 if it was not
   PRIMARY KEY (imsi, state)
-);
-INSERT INTO bindings3 SELECT * FROM bindings;
+) WITHOUT ROWID;
+INSERT INTO bindings2 SELECT imsi, state, imei, manufacturer, lot, sealed, nw_sig, attempt_id, payload_sha256, established_at, activated_at, revoked_at FROM bindings;
 DROP TABLE bindings;
-ALTER TABLE bindings3 RENAME TO bindings;
+ALTER TABLE bindings2 RENAME TO bindings;
+CREATE INDEX bindings_by_imei ON bindings (imei, imsi);

@@ -205,36 +205,44 @@ func checkUsed(t *testing.T, s *Store, b *binding.Binding, tag []byte) {
 	}
 }
 
-// A database of the first version keeps what it has.
+// A database of an earlier version keeps what it has.
 func TestMigration(t *testing.T) {
-	file := path(t)
-	read, write, err := sqlite.Open(t.Context(), file, schema1)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var bindings []*binding.Binding
-	for n := range 2 {
-		b := newBinding(t, fmt.Sprintf("00101000000000%d", n), fmt.Sprint("a", n))
-		bindings = append(bindings, b)
-		if err := errors.Join(
-			write.Exec(t.Context(), `INSERT INTO bindings VALUES (?, 'PENDING', ?, ?, ?, ?, ?, ?, ?, ?, 0)`,
-				b.IMSI.String(), b.IMEI.String(), b.Manufacturer, b.Lot, b.Sealed, b.NWSig, b.AttemptID, b.PayloadSHA256, b.Established.UnixMilli()),
-			write.Exec(t.Context(), `INSERT INTO ledger VALUES (?, ?)`, b.IMEI.String(), b.Sealed),
-		); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := errors.Join(read.Close(), write.Close()); err != nil {
-		t.Fatal(err)
-	}
-	s := open(t, file)
-	ofDevice, err := s.Bindings(t.Context(), "", bindings[0].IMEI, 10)
-	if err != nil || len(ofDevice) != len(bindings) {
-		t.Errorf("the device has %d bindings, not %d: %v", len(ofDevice), len(bindings), err)
-	}
-	for _, b := range bindings {
-		checkBinding(t, s, b)
-		checkUsed(t, s, b, b.Sealed)
+	for have := 1; have < len(migrations); have++ {
+		t.Run(fmt.Sprint("from ", have), func(t *testing.T) {
+			file := path(t)
+			read, write, err := sqlite.Open(t.Context(), file, migrations[:have]...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			insert := `INSERT INTO bindings VALUES (?, 'PENDING', ?, ?, ?, ?, ?, ?, ?, ?, 0`
+			if have > 1 {
+				insert += `, 0` // revoked_at
+			}
+			var bindings []*binding.Binding
+			for n := range 2 {
+				b := newBinding(t, fmt.Sprintf("00101000000000%d", n), fmt.Sprint("a", n))
+				bindings = append(bindings, b)
+				if err := errors.Join(
+					write.Exec(t.Context(), insert+`)`,
+						b.IMSI.String(), b.IMEI.String(), b.Manufacturer, b.Lot, b.Sealed, b.NWSig, b.AttemptID, b.PayloadSHA256, b.Established.UnixMilli()),
+					write.Exec(t.Context(), `INSERT INTO ledger VALUES (?, ?)`, b.IMEI.String(), b.Sealed),
+				); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := errors.Join(read.Close(), write.Close()); err != nil {
+				t.Fatal(err)
+			}
+			s := open(t, file)
+			ofDevice, err := s.Bindings(t.Context(), "", bindings[0].IMEI, 10)
+			if err != nil || len(ofDevice) != len(bindings) {
+				t.Errorf("the device has %d bindings, not %d: %v", len(ofDevice), len(bindings), err)
+			}
+			for _, b := range bindings {
+				checkBinding(t, s, b)
+				checkUsed(t, s, b, b.Sealed)
+			}
+		})
 	}
 }
 

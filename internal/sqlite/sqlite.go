@@ -229,7 +229,7 @@ func (w *Writer) gather(batch []change, due <-chan time.Time) []change {
 func (w *Writer) commit(batch []change) {
 	// A savepoint copies each page that is changed behind it, and failures are rare: the changes are only kept apart if one of them fails.
 	results, err := w.try(batch, false)
-	if errors.Is(err, errTogether) {
+	if errors.Is(err, errTogether) && len(batch) > 1 {
 		results, err = w.try(batch, true)
 	}
 	for i, c := range batch {
@@ -240,9 +240,9 @@ func (w *Writer) commit(batch []change) {
 	}
 }
 
-var errTogether = errors.New("one of several changes that were not kept apart failed")
+var errTogether = errors.New("one of the changes that were not kept apart failed")
 
-// try makes the changes in one transaction. If one fails, apart undoes it alone; without, it undoes all, and fails with errTogether if there are others.
+// try makes the changes in one transaction. If one fails, apart undoes it alone; without, it undoes all, and fails with errTogether.
 func (w *Writer) try(batch []change, apart bool) (results []error, err error) {
 	results = make([]error, len(batch))
 	tx, err := w.db.BeginTx(context.Background(), nil)
@@ -260,20 +260,19 @@ func (w *Writer) try(batch []change, apart bool) (results []error, err error) {
 			}
 		}
 		results[i] = c.make(context.WithoutCancel(c.ctx), tx)
-		switch {
-		case apart:
+		if !apart {
 			if results[i] != nil {
-				if _, err := tx.Stmt(w.rollback).Exec(); err != nil {
-					return results, err
-				}
+				return results, errTogether
 			}
-			if _, err := tx.Stmt(w.release).Exec(); err != nil {
+			continue
+		}
+		if results[i] != nil {
+			if _, err := tx.Stmt(w.rollback).Exec(); err != nil {
 				return results, err
 			}
-		case results[i] != nil && len(batch) > 1:
-			return results, errTogether
-		case results[i] != nil:
-			return results, nil
+		}
+		if _, err := tx.Stmt(w.release).Exec(); err != nil {
+			return results, err
 		}
 	}
 	return results, tx.Commit()
