@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"crypto/aes"
+	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -217,7 +218,10 @@ func (r *attachRun) playS6a(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, m
 	if err != nil {
 		return err
 	}
-	if err := m.check([32]byte(append(nwSig, make([]byte, 32)...))); err != nil {
+	if len(nwSig) != sha256.Size {
+		return fmt.Errorf("NW_SIG has %d bytes, not %d", len(nwSig), sha256.Size)
+	}
+	if err := m.check([sha256.Size]byte(nwSig)); err != nil {
 		return err
 	}
 	// Pre-processed from now on. Once the SIM asks for resynchronisation, with the RAND that the MME has, and AUTS of the one that it gets.

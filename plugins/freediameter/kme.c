@@ -61,6 +61,11 @@ static void count(enum counter c)
 	__atomic_add_fetch(&counters[c], 1, __ATOMIC_RELAXED);
 }
 
+static void count_outcome(enum kme_status status, enum counter done)
+{
+	count(status == KME_OK ? done : status == KME_UNAVAILABLE ? UNAVAILABLE : REFUSED);
+}
+
 enum kind { REQUEST_LOCAL, REQUEST_PASSING, ANSWER };
 
 struct job {
@@ -312,6 +317,7 @@ static int authentication_request(struct kme_caller *c, struct msg **m)
 	struct avp *eutran = parsed(*m, VENDOR_3GPP, TGPP_REQUESTED_EUTRAN);
 	size_t size;
 	uint8_t *info = octets(child(eutran, VENDOR_3GPP, TGPP_RESYNC_INFO), &size);
+	enum kme_status status;
 	char imsi[16];
 
 	if (!eutran && child(*m, VENDOR_3GPP, TGPP_REQUESTED_EUTRAN))
@@ -319,19 +325,11 @@ static int authentication_request(struct kme_caller *c, struct msg **m)
 	if (!info || size != RESYNC_INFO)
 		return 0;	/* none, or one that the HSS will refuse */
 	imsi_of(*m, imsi);
-	switch (kme_restore(c, imsi, info)) {
-	case KME_OK:
-		count(RESTORED);
-		return 0;
-	case KME_NOT_BOUND:
+	status = kme_restore(c, imsi, info);
+	if (status == KME_NOT_BOUND)
 		return 0;	/* its RANDs go out as the HSS makes them */
-	case KME_UNAVAILABLE:
-		count(UNAVAILABLE);
-		break;
-	default:
-		count(REFUSED);
-	}
-	if (passes(imsi))
+	count_outcome(status, RESTORED);
+	if (status == KME_OK || passes(imsi))
 		return 0;
 	return refuse(m, NULL, AUTHENTICATION_DATA_UNAVAILABLE) ? -1 : 1;
 }
@@ -370,13 +368,13 @@ static int location_request(struct kme_caller *c, struct msg **m)
 		/* AKA has succeeded, or the MME would not update the location. */
 		status = kme_report(c, imsi);
 		if (status != KME_NOT_BOUND)
-			count(status == KME_OK ? REPORTED : status == KME_UNAVAILABLE ? UNAVAILABLE : REFUSED);
+			count_outcome(status, REPORTED);
 		if (status != KME_UNAVAILABLE || passes(imsi))
 			return 0;
 		return refuse(m, "DIAMETER_UNABLE_TO_COMPLY", 0) ? -1 : 1;
 	}
 	status = establish(c, *m, binding, imsi, nw_sig);
-	count(status == KME_OK ? ESTABLISHED : status == KME_UNAVAILABLE ? UNAVAILABLE : REFUSED);
+	count_outcome(status, ESTABLISHED);
 	if (status == KME_OK || (status == KME_UNAVAILABLE ? passes(imsi) : conf.rejected == PROVISION)) {
 		drop_all(*m, own_vendor_id, OWN_BINDING_REQUEST);
 		return add_binding_answer(*m, status, status == KME_OK ? nw_sig : NULL) ? -1 : 0;
@@ -436,6 +434,14 @@ static enum kme_status prepare(struct kme_caller *c, struct avp *info, const cha
 	return KME_OK;
 }
 
+/* A vector that was not prepared leaves for nobody. */
+static int withhold(struct msg *m)
+{
+	drop_all(m, VENDOR_3GPP, TGPP_AUTHENTICATION_INFO);
+	drop_all(m, 0, BASE_RESULT_CODE);
+	return add_result(m, AUTHENTICATION_DATA_UNAVAILABLE);
+}
+
 static int authentication_answer(struct kme_caller *c, struct msg *m, struct msg *request)
 {
 	struct avp *info;
@@ -448,21 +454,17 @@ static int authentication_answer(struct kme_caller *c, struct msg *m, struct msg
 	imsi_of(request, imsi);
 	info = message_well_formed(m) ? parsed(m, VENDOR_3GPP, TGPP_AUTHENTICATION_INFO) : NULL;
 	status = info ? prepare(c, info, imsi, &control, attempt) : KME_REFUSED;
+	if (status == KME_OK && !control)
+		return 0;	/* vectors of other kinds only */
+	count_outcome(status, PREPARED);
 	if (status == KME_OK) {
-		if (!control)
-			return 0;	/* vectors of other kinds only */
-		count(PREPARED);
 		CHECK_FCT(add_support(m));
 		CHECK_FCT(add_u32(m, a_binding_control, control));
 		return *attempt ? add_octets(m, a_binding_attempt, attempt, strlen(attempt)) : 0;
 	}
-	count(status == KME_UNAVAILABLE ? UNAVAILABLE : REFUSED);
 	if (status == KME_UNAVAILABLE && passes(imsi))
 		return 0;
-	/* A vector that was not prepared leaves for nobody. */
-	drop_all(m, VENDOR_3GPP, TGPP_AUTHENTICATION_INFO);
-	drop_all(m, 0, BASE_RESULT_CODE);
-	return add_result(m, AUTHENTICATION_DATA_UNAVAILABLE);
+	return withhold(m);
 }
 
 static int location_answer(struct msg *m, struct msg *request)
@@ -611,9 +613,7 @@ static void overflow_answer(struct msg **m)
 		imsi_of(request, imsi);
 	if (command(*m) == CMD_ULR || passes(imsi))
 		return;
-	drop_all(*m, VENDOR_3GPP, TGPP_AUTHENTICATION_INFO);
-	drop_all(*m, 0, BASE_RESULT_CODE);
-	if (add_result(*m, AUTHENTICATION_DATA_UNAVAILABLE)) {
+	if (withhold(*m)) {
 		fd_msg_free(*m);
 		*m = NULL;
 	}
