@@ -1,21 +1,17 @@
 package binding_test
 
 import (
-	"runtime"
 	"sync/atomic"
 	"testing"
 
 	"github.com/kmehsm/kmehsm/hsmkeys"
-	"github.com/kmehsm/kmehsm/internal/scheduling"
+	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 )
 
 // EstablishKME without the way to the service: token, ledger, and a durable commit.
 func BenchmarkEstablish(b *testing.B) {
 	r, _, l := newServed(b)
-	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(0))
-	if err := scheduling.ForCalls(r.token.Sessions()); err != nil { // as keysvc does
-		b.Log(err)
-	}
+	softhsmtest.AsServed(b, r.token.Sessions())
 	service := r.unrecorded(b)
 	type call struct {
 		imsi, attempt string

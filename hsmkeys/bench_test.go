@@ -10,14 +10,14 @@ import (
 
 	"github.com/miekg/pkcs11"
 
-	"github.com/kmehsm/kmehsm/internal/scheduling"
+	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
 // An operator's token with a lot of 2048 bits, and a payload to it.
 func benchOperator(b testing.TB) (*Token, Payload) {
 	token := newOperator(b)
-	asServed(b, token)
+	softhsmtest.AsServed(b, token.Sessions())
 	key := must[*rsa.PrivateKey](b)(rsa.GenerateKey(rand.Reader, 2048))
 	lot := Key{Role: RoleLot, Manufacturer: manufacturer, Name: "BENCH"}
 	importLot(b, token, lot, key)
@@ -26,15 +26,6 @@ func benchOperator(b testing.TB) (*Token, Payload) {
 	p.Sig = must[[]byte](b)(kme.SuiteECDSA.Sign(device, p.KME.Bytes()))
 	payload := must[[]byte](b)(kme.SuiteECDSA.Encrypt(&key.PublicKey, &p))
 	return token, Payload{Suite: kme.SuiteECDSA, Lot: lot, N: &key.PublicKey, Device: &device.PublicKey, Bytes: payload}
-}
-
-// asServed schedules calls as keysvc and factory do.
-func asServed(b testing.TB, token *Token) {
-	before := runtime.GOMAXPROCS(0)
-	b.Cleanup(func() { runtime.GOMAXPROCS(before) })
-	if err := scheduling.ForCalls(token.Sessions()); err != nil {
-		b.Log(err)
-	}
 }
 
 // sessions runs f on all sessions of the token at once.
@@ -118,7 +109,7 @@ func BenchmarkEncryptRAND(b *testing.B) {
 
 func BenchmarkMakeDeviceKey(b *testing.B) {
 	token := newFactory(b, nil)
-	asServed(b, token)
+	softhsmtest.AsServed(b, token.Sessions())
 	b.SetParallelism(max(1, token.Sessions()/runtime.GOMAXPROCS(0)))
 	b.ReportAllocs()
 	b.ResetTimer()

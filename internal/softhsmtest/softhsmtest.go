@@ -17,6 +17,8 @@ import (
 	"strings"
 	"sync"
 	"testing"
+
+	"github.com/kmehsm/kmehsm/internal/scheduling"
 )
 
 // Tok is a token that nobody else uses.
@@ -198,3 +200,13 @@ func token(env map[string]string, dir, label string) (Tok, error) {
 
 // ModulePath is SoftHSM's library.
 func ModulePath() string { return module }
+
+// AsServed schedules so many calls of a token at a time as keysvc and factory do, until the end of the test.
+func AsServed(t testing.TB, calls int) {
+	t.Helper()
+	before := runtime.GOMAXPROCS(0)
+	t.Cleanup(func() { runtime.GOMAXPROCS(before) })
+	if err := scheduling.ForCalls(calls); err != nil {
+		t.Log(err)
+	}
+}
