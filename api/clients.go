@@ -34,6 +34,7 @@ const (
 var allowed = map[string][]Role{
 	kmev1connect.KeyServicePrepareVectorProcedure:        {RoleHSS},
 	kmev1connect.KeyServiceEstablishKMEProcedure:         {RoleHSS},
+	kmev1connect.KeyServiceEstablishKMEsProcedure:        {RoleHSS},
 	kmev1connect.KeyServiceReportAuthenticationProcedure: {RoleHSS},
 	kmev1connect.KeyServiceRestoreRANDProcedure:          {RoleHSS},
 	kmev1connect.KeyServiceGetBindingProcedure:           {RoleHSS, RoleAdmin, RoleMonitor},

@@ -3,6 +3,7 @@ package api
 import (
 	"context"
 	"crypto/x509"
+	"encoding/binary"
 	"errors"
 	"io"
 	"log/slog"
@@ -28,6 +29,7 @@ func TestWhoMayDoWhat(t *testing.T) {
 	may := map[string][]Role{
 		"PrepareVector":        {RoleHSS},
 		"EstablishKME":         {RoleHSS},
+		"EstablishKMEs":        {RoleHSS},
 		"ReportAuthentication": {RoleHSS},
 		"RestoreRAND":          {RoleHSS},
 		"GetBinding":           {RoleHSS, RoleAdmin, RoleMonitor},
@@ -47,12 +49,15 @@ func TestWhoMayDoWhat(t *testing.T) {
 	clients := new(atomic.Pointer[Clients])
 	handler := NewHandler(binding.NewService(nil, store, new(binding.Lots), 1<<40, slog.New(slog.DiscardHandler)), clients, binding.NewMetrics(prometheus.NewRegistry()), nil, nil, nil)
 	refused := func(method protoreflect.MethodDescriptor, imsi string) bool {
-		body := `{}`
+		body, contentType := `{}`, "application/json"
 		if method.Input().Fields().ByName("imsi") != nil {
 			body = `{"imsi": "` + imsi + `"}`
 		}
+		if method.IsStreamingServer() {
+			body, contentType = envelope(`{"calls": [{"imsi": "`+imsi+`"}]}`), "application/connect+json"
+		}
 		r := httptest.NewRequest("POST", "/kme.v1.KeyService/"+string(method.Name()), strings.NewReader(body))
-		r.Header.Set("Content-Type", "application/json")
+		r.Header.Set("Content-Type", contentType)
 		w := httptest.NewRecorder()
 		handler.ServeHTTP(w, r)
 		answer, _ := io.ReadAll(w.Result().Body)
@@ -63,7 +68,7 @@ func TestWhoMayDoWhat(t *testing.T) {
 	}
 	for i := range methods.Len() {
 		method := methods.Get(i)
-		names := method.Input().Fields().ByName("imsi") != nil
+		names := method.Input().Fields().ByName("imsi") != nil || method.IsStreamingServer()
 		for _, role := range []Role{RoleHSS, RoleAdmin, RoleMonitor, RoleExport} {
 			clients.Store(&Clients{byUID: map[int]*Client{-1: {Name: "test", Roles: []Role{role}, PLMNs: []string{"00101", "310150"}}}})
 			want := slices.Contains(may[string(method.Name())], role)
@@ -82,6 +87,11 @@ func TestWhoMayDoWhat(t *testing.T) {
 			t.Errorf("%s is allowed for nobody we know", method.Name())
 		}
 	}
+}
+
+// envelope is a message of a stream, https://connectrpc.com/docs/protocol: flags, length, and the message.
+func envelope(message string) string {
+	return string(binary.BigEndian.AppendUint32([]byte{0}, uint32(len(message)))) + message
 }
 
 func TestClients(t *testing.T) {

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/http"
 	"path"
+	"runtime"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -23,7 +24,7 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// maxRequest is above any valid request: the largest payload has 512 bytes.
+// maxRequest is above any valid request: the largest payload has 512 bytes, and there are kmev1.MaxCalls at most.
 const maxRequest = 16 << 10
 
 // minCompressed keeps all answers but those of ListBindings as they are: of random bytes, compression makes more.
@@ -36,7 +37,8 @@ const minCompressed = 4 << 10
 // outer are around each call. The gRPC health service says what /readyz says.
 func NewHandler(service *binding.Service, clients *atomic.Pointer[Clients], metrics *binding.Metrics, gather http.Handler, outer []connect.Interceptor, ready func(context.Context) (warnings []string, err error)) http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle(kmev1connect.NewKeyServiceHandler(&server{service}, connect.WithReadMaxBytes(maxRequest), connect.WithCompressMinBytes(minCompressed), connect.WithInterceptors(append(slices.Clone(outer), measure(metrics), authorize(service))...)))
+	guard := &guard{service, metrics}
+	mux.Handle(kmev1connect.NewKeyServiceHandler(&server{service, guard}, connect.WithReadMaxBytes(maxRequest), connect.WithCompressMinBytes(minCompressed), connect.WithInterceptors(append(slices.Clone(outer), guard)...)))
 	mux.Handle(grpchealth.NewHandler(checker(func(ctx context.Context) error { _, err := ready(ctx); return err })))
 	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, r *http.Request) {
 		if !clientOf(r.Context()).has(RoleMonitor) {
@@ -76,54 +78,79 @@ func (c checker) Check(ctx context.Context, req *grpchealth.CheckRequest) (*grpc
 	return &grpchealth.CheckResponse{Status: grpchealth.StatusServing}, nil
 }
 
-// measure counts each call by what the caller was answered.
-func measure(metrics *binding.Metrics) connect.UnaryInterceptorFunc {
-	return func(next connect.UnaryFunc) connect.UnaryFunc {
-		return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
-			start := time.Now()
-			answer, err := next(ctx, req)
-			reason := "OK"
-			var r *binding.Refusal
-			switch {
-			case errors.As(err, &r):
-				reason = string(r.Reason)
-			case err != nil:
-				reason = connect.CodeOf(err).String()
-			}
-			metrics.Called(path.Base(req.Spec().Procedure), reason, time.Since(start))
-			return answer, err
+// A guard is around each call of the service.
+type guard struct {
+	service *binding.Service
+	metrics *binding.Metrics
+}
+
+// call makes a call unless its client may not make it: then it is refused before anything is done for it. It counts it by what the caller is
+// answered.
+func (g *guard) call(ctx context.Context, procedure string, message any, make func() error) (err error) {
+	defer func(start time.Time) {
+		reason := "OK"
+		var r *binding.Refusal
+		switch {
+		case errors.As(err, &r):
+			reason = string(r.Reason)
+		case err != nil:
+			reason = connect.CodeOf(err).String()
 		}
+		g.metrics.Called(path.Base(procedure), reason, time.Since(start))
+	}(time.Now())
+	client := clientOf(ctx)
+	ok := client.has(allowed[procedure]...)
+	if named, has := message.(interface{ GetImsi() string }); ok && has {
+		ok = client.may(named.GetImsi())
+	}
+	if !ok {
+		return g.refuse(ctx, notAllowed(), procedure)
+	}
+	if client.tooMany() {
+		return g.refuse(ctx, &binding.Refusal{Reason: kme.Overloaded, Message: "this client calls more often than it may"}, procedure)
+	}
+	return make()
+}
+
+func (g *guard) refuse(ctx context.Context, r *binding.Refusal, procedure string) error {
+	name := ""
+	if client := clientOf(ctx); client != nil {
+		name = client.Name
+	}
+	g.service.Refused(ctx, r, "client", name, "call", procedure)
+	return toConnect(r)
+}
+
+// WrapUnary is connect.Interceptor's.
+func (g *guard) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
+	return func(ctx context.Context, req connect.AnyRequest) (answer connect.AnyResponse, err error) {
+		err = g.call(ctx, req.Spec().Procedure, req.Any(), func() error {
+			answer, err = next(ctx, req)
+			return err
+		})
+		return answer, err
 	}
 }
 
-// authorize refuses a call that its client may not make, before anything is done for it.
-func authorize(service *binding.Service) connect.UnaryInterceptorFunc {
-	return func(next connect.UnaryFunc) connect.UnaryFunc {
-		return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
-			client := clientOf(ctx)
-			ok := client.has(allowed[req.Spec().Procedure]...)
-			if named, has := req.Any().(interface{ GetImsi() string }); ok && has {
-				ok = client.may(named.GetImsi())
-			}
-			if !ok {
-				name := ""
-				if client != nil {
-					name = client.Name
-				}
-				service.Refused(ctx, notAllowed(), "client", name, "call", req.Spec().Procedure)
-				return nil, toConnect(notAllowed())
-			}
-			if client.tooMany() {
-				refusal := &binding.Refusal{Reason: kme.Overloaded, Message: "this client calls more often than it may"}
-				service.Refused(ctx, refusal, "client", client.Name, "call", req.Spec().Procedure)
-				return nil, toConnect(refusal)
-			}
-			return next(ctx, req)
+// WrapStreamingHandler is connect.Interceptor's. It leaves to the method what depends on messages.
+func (g *guard) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
+	return func(ctx context.Context, conn connect.StreamingHandlerConn) error {
+		if procedure := conn.Spec().Procedure; !clientOf(ctx).has(allowed[procedure]...) {
+			return g.refuse(ctx, notAllowed(), procedure)
 		}
+		return next(ctx, conn)
 	}
 }
 
-type server struct{ service *binding.Service }
+// WrapStreamingClient is connect.Interceptor's.
+func (g *guard) WrapStreamingClient(next connect.StreamingClientFunc) connect.StreamingClientFunc {
+	return next
+}
+
+type server struct {
+	service *binding.Service
+	guard   *guard
+}
 
 func (s *server) PrepareVector(ctx context.Context, req *connect.Request[kmev1.PrepareVectorRequest]) (*connect.Response[kmev1.PrepareVectorResponse], error) {
 	p, err := s.service.PrepareVector(ctx, req.Msg.Imsi, req.Msg.Rand)
@@ -144,6 +171,59 @@ func (s *server) EstablishKME(ctx context.Context, req *connect.Request[kmev1.Es
 	}
 	// The answer's copy of the KME is the marshaller's, who does not wipe it: that is what a client with kme-export asks for.
 	return connect.NewResponse(&kmev1.EstablishKMEResponse{NwSig: e.NWSig, State: toState(e.State), Kme: e.KME.Bytes()}), nil
+}
+
+func (s *server) EstablishKMEs(ctx context.Context, req *connect.Request[kmev1.EstablishKMEsRequest], stream *connect.ServerStream[kmev1.EstablishKMEsResponse]) error {
+	calls := req.Msg.Calls
+	if len(calls) == 0 || len(calls) > kmev1.MaxCalls {
+		return toConnect(&binding.Refusal{Reason: kme.Malformed, Message: fmt.Sprintf("there are %d calls, and not 1 to %d", len(calls), kmev1.MaxCalls)})
+	}
+	results := make(chan *kmev1.EstablishKMEsResponse_Result, len(calls)) // with room, should the caller go
+	for i, call := range calls {
+		go func() {
+			r := &kmev1.EstablishKMEsResponse_Result{Call: int32(i)}
+			if answer, err := s.establishOne(ctx, call); err == nil {
+				r.Outcome = &kmev1.EstablishKMEsResponse_Result_Established{Established: answer}
+			} else {
+				r.Outcome = &kmev1.EstablishKMEsResponse_Result_Refused{Refused: toRefusal(err)}
+			}
+			results <- r
+		}()
+	}
+	for left := len(calls); left > 0; {
+		answer := &kmev1.EstablishKMEsResponse{Results: []*kmev1.EstablishKMEsResponse_Result{<-results}}
+		runtime.Gosched() // those that were in the same commit
+		for more := true; more; {
+			select {
+			case r := <-results:
+				answer.Results = append(answer.Results, r)
+			default:
+				more = false
+			}
+		}
+		if err := stream.Send(answer); err != nil {
+			return err
+		}
+		left -= len(answer.Results)
+	}
+	return nil
+}
+
+func (s *server) establishOne(ctx context.Context, call *kmev1.EstablishKMERequest) (answer *kmev1.EstablishKMEResponse, err error) {
+	defer func() {
+		if p := recover(); p != nil { // net/http does this for a call in a request of its own
+			s.service.Panicked(ctx, p)
+			err = toConnect(errors.New("panic"))
+		}
+	}()
+	err = s.guard.call(ctx, kmev1connect.KeyServiceEstablishKMEProcedure, call, func() error {
+		r, err := s.EstablishKME(ctx, connect.NewRequest(call))
+		if err == nil {
+			answer = r.Msg
+		}
+		return err
+	})
+	return answer, err
 }
 
 func (s *server) ReportAuthentication(ctx context.Context, req *connect.Request[kmev1.ReportAuthenticationRequest]) (*connect.Response[kmev1.ReportAuthenticationResponse], error) {
@@ -241,6 +321,20 @@ var codes = map[kme.Reason]connect.Code{
 	kme.HSMUnavailable:       connect.CodeUnavailable,
 	kme.DirectoryUnavailable: connect.CodeUnavailable,
 	kme.StoreUnavailable:     connect.CodeUnavailable,
+}
+
+// toRefusal says what toConnect's error says.
+func toRefusal(err error) *kmev1.Refusal {
+	out := &kmev1.Refusal{Code: int32(connect.CodeOf(err))}
+	var e *connect.Error
+	if errors.As(err, &e) {
+		out.Message = e.Message()
+	}
+	var r *binding.Refusal
+	if errors.As(err, &r) {
+		out.Reason = string(r.Reason)
+	}
+	return out
 }
 
 // told is a refusal whose text is what the caller may know.

@@ -93,6 +93,12 @@ func checkInfo(t *testing.T, err error, reason string) {
 // serve is a service with a real database, and no token: nothing here gets so far.
 func serve(t *testing.T) (*httptest.Server, *sqlstore.Store) {
 	t.Helper()
+	return serveTo(t, &Client{Name: "anybody", Roles: []Role{RoleHSS, RoleAdmin, RoleMonitor}, PLMNs: []string{all}})
+}
+
+// serveTo serves everybody as one client.
+func serveTo(t *testing.T, client *Client) (*httptest.Server, *sqlstore.Store) {
+	t.Helper()
 	store, err := sqlstore.Open(t.Context(), sqlstore.InFolder(t.TempDir()))
 	if err != nil {
 		t.Fatal(err)
@@ -109,7 +115,7 @@ func serve(t *testing.T) (*httptest.Server, *sqlstore.Store) {
 		return nil
 	}
 	clients := new(atomic.Pointer[Clients])
-	clients.Store(&Clients{byUID: map[int]*Client{-1: {Name: "anybody", Roles: []Role{RoleHSS, RoleAdmin, RoleMonitor}, PLMNs: []string{all}}}})
+	clients.Store(&Clients{byUID: map[int]*Client{-1: client}})
 	s := httptest.NewUnstartedServer(NewHandler(service, clients, binding.NewMetrics(prometheus.NewRegistry()), http.NotFoundHandler(), nil, func(ctx context.Context) ([]string, error) { return []string{"a warning"}, ready(ctx) }))
 	s.EnableHTTP2 = true
 	s.StartTLS()

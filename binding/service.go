@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"runtime/debug"
 	"sync/atomic"
 	"time"
 
@@ -411,6 +412,11 @@ func (s *Service) ListBindings(ctx context.Context, after, imeiText string, limi
 func (s *Service) Refused(ctx context.Context, r *Refusal, attrs ...any) {
 	s.metrics.refused(r)
 	s.log.WarnContext(ctx, "refused", append([]any{"reason", r.Reason}, attrs...)...)
+}
+
+// Panicked logs a panic that was recovered.
+func (s *Service) Panicked(ctx context.Context, p any) {
+	s.log.ErrorContext(ctx, "panic", "cause", fmt.Sprint(p), "stack", string(debug.Stack()))
 }
 
 // failed logs a refusal, with the cause that the caller does not get.

@@ -11,11 +11,14 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"connectrpc.com/connect"
 	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/kmehsm/kmehsm/api"
 	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
@@ -213,6 +216,94 @@ func TestRetries(t *testing.T) {
 	start := time.Now()
 	if _, err := c.GetBinding(t.Context(), imsi(t, "001010123456789")); err == nil || time.Since(start) > 2*time.Second || !<-deadline {
 		t.Errorf("%v after %s", err, time.Since(start))
+	}
+}
+
+// EstablishKMEs of calls that come together: each caller has its own answer, and there are fewer requests than calls.
+func TestTogether(t *testing.T) {
+	const n = 50
+	var requests, alone atomic.Int64
+	hold := make(chan struct{})
+	c := open(t, client.Options{}, func(_ http.ResponseWriter, r *http.Request) bool {
+		requests.Add(1)
+		if strings.HasSuffix(r.URL.Path, "/EstablishKME") {
+			alone.Add(1)
+		}
+		<-hold
+		return false
+	})
+	var all sync.WaitGroup
+	for i := range n {
+		all.Go(func() {
+			want, mine := kme.NoAttempt, fmt.Sprintf("0010101234567%02d", i)
+			if i%5 == 4 {
+				want, mine = kme.CallerNotAllowed, fmt.Sprintf("0010201234567%02d", i)
+			}
+			imei, err := kme.ParseIMEI("35209900000001")
+			if err != nil {
+				t.Error(err)
+			}
+			if _, err := c.EstablishKME(t.Context(), imsi(t, mine), imei, "none", make([]byte, 256)); !errors.Is(err, client.Reason(want)) {
+				t.Errorf("%s: %v, want %s", mine, err, want)
+			}
+		})
+	}
+	time.Sleep(50 * time.Millisecond)
+	close(hold)
+	all.Wait()
+	if r := requests.Load(); r >= n || r < n/kmev1.MaxCalls {
+		t.Errorf("%d requests, %d of them of one call, for %d calls", r, alone.Load(), n)
+	}
+	// A caller who has gone waits for nobody.
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	hold = make(chan struct{})
+	defer close(hold)
+	start := time.Now()
+	for range 20 {
+		all.Go(func() {
+			if _, err := c.EstablishKME(ctx, imsi(t, "001010123456789"), kme.IMEI{}, "none", nil); err == nil || time.Since(start) > 2*time.Second {
+				t.Errorf("%v after %s", err, time.Since(start))
+			}
+		})
+	}
+	all.Wait()
+}
+
+// A service that ends without all results, and names calls that there are not.
+func TestResultsMissing(t *testing.T) {
+	c := open(t, client.Options{Tries: 1}, func(w http.ResponseWriter, r *http.Request) bool {
+		if !strings.HasSuffix(r.URL.Path, "/EstablishKMEs") {
+			return false
+		}
+		w.Header().Set("Content-Type", "application/connect+proto")
+		// One result of a call that there is not, and the end.
+		message, err := proto.Marshal(&kmev1.EstablishKMEsResponse{Results: []*kmev1.EstablishKMEsResponse_Result{{Call: 99}, {Call: -1}}})
+		if err != nil {
+			t.Error(err)
+		}
+		w.Write(append([]byte{0, 0, 0, 0, byte(len(message))}, message...))
+		w.Write([]byte("\x02\x00\x00\x00\x02{}"))
+		return true
+	})
+	var all sync.WaitGroup
+	var missing atomic.Int64
+	for range 40 {
+		all.Go(func() {
+			_, err := c.EstablishKME(t.Context(), imsi(t, "001010123456789"), kme.IMEI{}, "none", nil)
+			switch {
+			case err == nil:
+				t.Error("there is an answer")
+			case connect.CodeOf(err) == connect.CodeUnavailable && strings.Contains(err.Error(), "without a result"):
+				missing.Add(1)
+			case !errors.Is(err, client.Reason(kme.Malformed)): // it was asked alone
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+	if missing.Load() == 0 {
+		t.Error("no call was told that it has no result")
 	}
 }
 

@@ -21,7 +21,7 @@ import (
 const loadRound = 4096
 
 // loadConcurrency is how many calls there are at once unless --concurrency says otherwise: as an HSS that many devices attach to has.
-const loadConcurrency = 32
+const loadConcurrency = 64
 
 // A loadCall is an EstablishKME that has been prepared, but for its attempt.
 type loadCall struct {

@@ -371,6 +371,154 @@ func (x *EstablishKMEResponse) GetKme() []byte {
 	return nil
 }
 
+type EstablishKMEsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Calls         []*EstablishKMERequest `protobuf:"bytes,1,rep,name=calls,proto3" json:"calls,omitempty"` // 1 to 16
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EstablishKMEsRequest) Reset() {
+	*x = EstablishKMEsRequest{}
+	mi := &file_kme_v1_kme_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EstablishKMEsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EstablishKMEsRequest) ProtoMessage() {}
+
+func (x *EstablishKMEsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_kme_v1_kme_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EstablishKMEsRequest.ProtoReflect.Descriptor instead.
+func (*EstablishKMEsRequest) Descriptor() ([]byte, []int) {
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *EstablishKMEsRequest) GetCalls() []*EstablishKMERequest {
+	if x != nil {
+		return x.Calls
+	}
+	return nil
+}
+
+type EstablishKMEsResponse struct {
+	state         protoimpl.MessageState          `protogen:"open.v1"`
+	Results       []*EstablishKMEsResponse_Result `protobuf:"bytes,1,rep,name=results,proto3" json:"results,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EstablishKMEsResponse) Reset() {
+	*x = EstablishKMEsResponse{}
+	mi := &file_kme_v1_kme_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EstablishKMEsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EstablishKMEsResponse) ProtoMessage() {}
+
+func (x *EstablishKMEsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_kme_v1_kme_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EstablishKMEsResponse.ProtoReflect.Descriptor instead.
+func (*EstablishKMEsResponse) Descriptor() ([]byte, []int) {
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *EstablishKMEsResponse) GetResults() []*EstablishKMEsResponse_Result {
+	if x != nil {
+		return x.Results
+	}
+	return nil
+}
+
+type Refusal struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Code          int32                  `protobuf:"varint,1,opt,name=code,proto3" json:"code,omitempty"`    // google.rpc.Code
+	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"` // empty where an error would have no ErrorInfo
+	Message       string                 `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Refusal) Reset() {
+	*x = Refusal{}
+	mi := &file_kme_v1_kme_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Refusal) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Refusal) ProtoMessage() {}
+
+func (x *Refusal) ProtoReflect() protoreflect.Message {
+	mi := &file_kme_v1_kme_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Refusal.ProtoReflect.Descriptor instead.
+func (*Refusal) Descriptor() ([]byte, []int) {
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *Refusal) GetCode() int32 {
+	if x != nil {
+		return x.Code
+	}
+	return 0
+}
+
+func (x *Refusal) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Refusal) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
 type ReportAuthenticationRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Imsi          string                 `protobuf:"bytes,1,opt,name=imsi,proto3" json:"imsi,omitempty"`
@@ -381,7 +529,7 @@ type ReportAuthenticationRequest struct {
 
 func (x *ReportAuthenticationRequest) Reset() {
 	*x = ReportAuthenticationRequest{}
-	mi := &file_kme_v1_kme_proto_msgTypes[4]
+	mi := &file_kme_v1_kme_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -393,7 +541,7 @@ func (x *ReportAuthenticationRequest) String() string {
 func (*ReportAuthenticationRequest) ProtoMessage() {}
 
 func (x *ReportAuthenticationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[4]
+	mi := &file_kme_v1_kme_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -406,7 +554,7 @@ func (x *ReportAuthenticationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportAuthenticationRequest.ProtoReflect.Descriptor instead.
 func (*ReportAuthenticationRequest) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{4}
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ReportAuthenticationRequest) GetImsi() string {
@@ -432,7 +580,7 @@ type ReportAuthenticationResponse struct {
 
 func (x *ReportAuthenticationResponse) Reset() {
 	*x = ReportAuthenticationResponse{}
-	mi := &file_kme_v1_kme_proto_msgTypes[5]
+	mi := &file_kme_v1_kme_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -444,7 +592,7 @@ func (x *ReportAuthenticationResponse) String() string {
 func (*ReportAuthenticationResponse) ProtoMessage() {}
 
 func (x *ReportAuthenticationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[5]
+	mi := &file_kme_v1_kme_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -457,7 +605,7 @@ func (x *ReportAuthenticationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportAuthenticationResponse.ProtoReflect.Descriptor instead.
 func (*ReportAuthenticationResponse) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{5}
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ReportAuthenticationResponse) GetState() State {
@@ -477,7 +625,7 @@ type RestoreRANDRequest struct {
 
 func (x *RestoreRANDRequest) Reset() {
 	*x = RestoreRANDRequest{}
-	mi := &file_kme_v1_kme_proto_msgTypes[6]
+	mi := &file_kme_v1_kme_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -489,7 +637,7 @@ func (x *RestoreRANDRequest) String() string {
 func (*RestoreRANDRequest) ProtoMessage() {}
 
 func (x *RestoreRANDRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[6]
+	mi := &file_kme_v1_kme_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -502,7 +650,7 @@ func (x *RestoreRANDRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreRANDRequest.ProtoReflect.Descriptor instead.
 func (*RestoreRANDRequest) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{6}
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *RestoreRANDRequest) GetImsi() string {
@@ -528,7 +676,7 @@ type RestoreRANDResponse struct {
 
 func (x *RestoreRANDResponse) Reset() {
 	*x = RestoreRANDResponse{}
-	mi := &file_kme_v1_kme_proto_msgTypes[7]
+	mi := &file_kme_v1_kme_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -540,7 +688,7 @@ func (x *RestoreRANDResponse) String() string {
 func (*RestoreRANDResponse) ProtoMessage() {}
 
 func (x *RestoreRANDResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[7]
+	mi := &file_kme_v1_kme_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -553,7 +701,7 @@ func (x *RestoreRANDResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreRANDResponse.ProtoReflect.Descriptor instead.
 func (*RestoreRANDResponse) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{7}
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *RestoreRANDResponse) GetRand() []byte {
@@ -572,7 +720,7 @@ type GetBindingRequest struct {
 
 func (x *GetBindingRequest) Reset() {
 	*x = GetBindingRequest{}
-	mi := &file_kme_v1_kme_proto_msgTypes[8]
+	mi := &file_kme_v1_kme_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -584,7 +732,7 @@ func (x *GetBindingRequest) String() string {
 func (*GetBindingRequest) ProtoMessage() {}
 
 func (x *GetBindingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[8]
+	mi := &file_kme_v1_kme_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -597,7 +745,7 @@ func (x *GetBindingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBindingRequest.ProtoReflect.Descriptor instead.
 func (*GetBindingRequest) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{8}
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *GetBindingRequest) GetImsi() string {
@@ -623,7 +771,7 @@ type GetBindingResponse struct {
 
 func (x *GetBindingResponse) Reset() {
 	*x = GetBindingResponse{}
-	mi := &file_kme_v1_kme_proto_msgTypes[9]
+	mi := &file_kme_v1_kme_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -635,7 +783,7 @@ func (x *GetBindingResponse) String() string {
 func (*GetBindingResponse) ProtoMessage() {}
 
 func (x *GetBindingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[9]
+	mi := &file_kme_v1_kme_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -648,7 +796,7 @@ func (x *GetBindingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBindingResponse.ProtoReflect.Descriptor instead.
 func (*GetBindingResponse) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{9}
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *GetBindingResponse) GetImsi() string {
@@ -717,7 +865,7 @@ type OpenProvisioningRequest struct {
 
 func (x *OpenProvisioningRequest) Reset() {
 	*x = OpenProvisioningRequest{}
-	mi := &file_kme_v1_kme_proto_msgTypes[10]
+	mi := &file_kme_v1_kme_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -729,7 +877,7 @@ func (x *OpenProvisioningRequest) String() string {
 func (*OpenProvisioningRequest) ProtoMessage() {}
 
 func (x *OpenProvisioningRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[10]
+	mi := &file_kme_v1_kme_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -742,7 +890,7 @@ func (x *OpenProvisioningRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenProvisioningRequest.ProtoReflect.Descriptor instead.
 func (*OpenProvisioningRequest) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{10}
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *OpenProvisioningRequest) GetImsi() string {
@@ -769,7 +917,7 @@ type OpenProvisioningResponse struct {
 
 func (x *OpenProvisioningResponse) Reset() {
 	*x = OpenProvisioningResponse{}
-	mi := &file_kme_v1_kme_proto_msgTypes[11]
+	mi := &file_kme_v1_kme_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -781,7 +929,7 @@ func (x *OpenProvisioningResponse) String() string {
 func (*OpenProvisioningResponse) ProtoMessage() {}
 
 func (x *OpenProvisioningResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[11]
+	mi := &file_kme_v1_kme_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -794,7 +942,7 @@ func (x *OpenProvisioningResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenProvisioningResponse.ProtoReflect.Descriptor instead.
 func (*OpenProvisioningResponse) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{11}
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *OpenProvisioningResponse) GetAttemptId() string {
@@ -822,7 +970,7 @@ type ListBindingsRequest struct {
 
 func (x *ListBindingsRequest) Reset() {
 	*x = ListBindingsRequest{}
-	mi := &file_kme_v1_kme_proto_msgTypes[12]
+	mi := &file_kme_v1_kme_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -834,7 +982,7 @@ func (x *ListBindingsRequest) String() string {
 func (*ListBindingsRequest) ProtoMessage() {}
 
 func (x *ListBindingsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[12]
+	mi := &file_kme_v1_kme_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -847,7 +995,7 @@ func (x *ListBindingsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBindingsRequest.ProtoReflect.Descriptor instead.
 func (*ListBindingsRequest) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{12}
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ListBindingsRequest) GetPageSize() int32 {
@@ -881,7 +1029,7 @@ type ListBindingsResponse struct {
 
 func (x *ListBindingsResponse) Reset() {
 	*x = ListBindingsResponse{}
-	mi := &file_kme_v1_kme_proto_msgTypes[13]
+	mi := &file_kme_v1_kme_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -893,7 +1041,7 @@ func (x *ListBindingsResponse) String() string {
 func (*ListBindingsResponse) ProtoMessage() {}
 
 func (x *ListBindingsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[13]
+	mi := &file_kme_v1_kme_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -906,7 +1054,7 @@ func (x *ListBindingsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBindingsResponse.ProtoReflect.Descriptor instead.
 func (*ListBindingsResponse) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{13}
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ListBindingsResponse) GetBindings() []*GetBindingResponse {
@@ -932,7 +1080,7 @@ type RevokeBindingRequest struct {
 
 func (x *RevokeBindingRequest) Reset() {
 	*x = RevokeBindingRequest{}
-	mi := &file_kme_v1_kme_proto_msgTypes[14]
+	mi := &file_kme_v1_kme_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -944,7 +1092,7 @@ func (x *RevokeBindingRequest) String() string {
 func (*RevokeBindingRequest) ProtoMessage() {}
 
 func (x *RevokeBindingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[14]
+	mi := &file_kme_v1_kme_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -957,7 +1105,7 @@ func (x *RevokeBindingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeBindingRequest.ProtoReflect.Descriptor instead.
 func (*RevokeBindingRequest) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{14}
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *RevokeBindingRequest) GetImsi() string {
@@ -966,6 +1114,96 @@ func (x *RevokeBindingRequest) GetImsi() string {
 	}
 	return ""
 }
+
+type EstablishKMEsResponse_Result struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Call  int32                  `protobuf:"varint,1,opt,name=call,proto3" json:"call,omitempty"` // its place among the calls, from 0
+	// Types that are valid to be assigned to Outcome:
+	//
+	//	*EstablishKMEsResponse_Result_Established
+	//	*EstablishKMEsResponse_Result_Refused
+	Outcome       isEstablishKMEsResponse_Result_Outcome `protobuf_oneof:"outcome"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EstablishKMEsResponse_Result) Reset() {
+	*x = EstablishKMEsResponse_Result{}
+	mi := &file_kme_v1_kme_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EstablishKMEsResponse_Result) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EstablishKMEsResponse_Result) ProtoMessage() {}
+
+func (x *EstablishKMEsResponse_Result) ProtoReflect() protoreflect.Message {
+	mi := &file_kme_v1_kme_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EstablishKMEsResponse_Result.ProtoReflect.Descriptor instead.
+func (*EstablishKMEsResponse_Result) Descriptor() ([]byte, []int) {
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{5, 0}
+}
+
+func (x *EstablishKMEsResponse_Result) GetCall() int32 {
+	if x != nil {
+		return x.Call
+	}
+	return 0
+}
+
+func (x *EstablishKMEsResponse_Result) GetOutcome() isEstablishKMEsResponse_Result_Outcome {
+	if x != nil {
+		return x.Outcome
+	}
+	return nil
+}
+
+func (x *EstablishKMEsResponse_Result) GetEstablished() *EstablishKMEResponse {
+	if x != nil {
+		if x, ok := x.Outcome.(*EstablishKMEsResponse_Result_Established); ok {
+			return x.Established
+		}
+	}
+	return nil
+}
+
+func (x *EstablishKMEsResponse_Result) GetRefused() *Refusal {
+	if x != nil {
+		if x, ok := x.Outcome.(*EstablishKMEsResponse_Result_Refused); ok {
+			return x.Refused
+		}
+	}
+	return nil
+}
+
+type isEstablishKMEsResponse_Result_Outcome interface {
+	isEstablishKMEsResponse_Result_Outcome()
+}
+
+type EstablishKMEsResponse_Result_Established struct {
+	Established *EstablishKMEResponse `protobuf:"bytes,2,opt,name=established,proto3,oneof"`
+}
+
+type EstablishKMEsResponse_Result_Refused struct {
+	Refused *Refusal `protobuf:"bytes,3,opt,name=refused,proto3,oneof"`
+}
+
+func (*EstablishKMEsResponse_Result_Established) isEstablishKMEsResponse_Result_Outcome() {}
+
+func (*EstablishKMEsResponse_Result_Refused) isEstablishKMEsResponse_Result_Outcome() {}
 
 var File_kme_v1_kme_proto protoreflect.FileDescriptor
 
@@ -991,7 +1229,20 @@ const file_kme_v1_kme_proto_rawDesc = "" +
 	"\x14EstablishKMEResponse\x12\x16\n" +
 	"\x06nw_sig\x18\x01 \x01(\fR\x06nw_sig\x12#\n" +
 	"\x05state\x18\x02 \x01(\x0e2\r.kme.v1.StateR\x05state\x12\x10\n" +
-	"\x03kme\x18\x03 \x01(\fR\x03kme\"A\n" +
+	"\x03kme\x18\x03 \x01(\fR\x03kme\"I\n" +
+	"\x14EstablishKMEsRequest\x121\n" +
+	"\x05calls\x18\x01 \x03(\v2\x1b.kme.v1.EstablishKMERequestR\x05calls\"\xf0\x01\n" +
+	"\x15EstablishKMEsResponse\x12>\n" +
+	"\aresults\x18\x01 \x03(\v2$.kme.v1.EstablishKMEsResponse.ResultR\aresults\x1a\x96\x01\n" +
+	"\x06Result\x12\x12\n" +
+	"\x04call\x18\x01 \x01(\x05R\x04call\x12@\n" +
+	"\vestablished\x18\x02 \x01(\v2\x1c.kme.v1.EstablishKMEResponseH\x00R\vestablished\x12+\n" +
+	"\arefused\x18\x03 \x01(\v2\x0f.kme.v1.RefusalH\x00R\arefusedB\t\n" +
+	"\aoutcome\"O\n" +
+	"\aRefusal\x12\x12\n" +
+	"\x04code\x18\x01 \x01(\x05R\x04code\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x18\n" +
+	"\amessage\x18\x03 \x01(\tR\amessage\"A\n" +
 	"\x1bReportAuthenticationRequest\x12\x12\n" +
 	"\x04imsi\x18\x01 \x01(\tR\x04imsi\x12\x0e\n" +
 	"\x02ok\x18\x02 \x01(\bR\x02ok\"C\n" +
@@ -1045,11 +1296,12 @@ const file_kme_v1_kme_proto_rawDesc = "" +
 	"\aPENDING\x10\x01\x12\n" +
 	"\n" +
 	"\x06ACTIVE\x10\x02\x12\v\n" +
-	"\aREVOKED\x10\x032\x82\x05\n" +
+	"\aREVOKED\x10\x032\xd2\x05\n" +
 	"\n" +
 	"KeyService\x12L\n" +
 	"\rPrepareVector\x12\x1c.kme.v1.PrepareVectorRequest\x1a\x1d.kme.v1.PrepareVectorResponse\x12I\n" +
-	"\fEstablishKME\x12\x1b.kme.v1.EstablishKMERequest\x1a\x1c.kme.v1.EstablishKMEResponse\x12a\n" +
+	"\fEstablishKME\x12\x1b.kme.v1.EstablishKMERequest\x1a\x1c.kme.v1.EstablishKMEResponse\x12N\n" +
+	"\rEstablishKMEs\x12\x1c.kme.v1.EstablishKMEsRequest\x1a\x1d.kme.v1.EstablishKMEsResponse0\x01\x12a\n" +
 	"\x14ReportAuthentication\x12#.kme.v1.ReportAuthenticationRequest\x1a$.kme.v1.ReportAuthenticationResponse\x12F\n" +
 	"\vRestoreRAND\x12\x1a.kme.v1.RestoreRANDRequest\x1a\x1b.kme.v1.RestoreRANDResponse\x12U\n" +
 	"\x10OpenProvisioning\x12\x1f.kme.v1.OpenProvisioningRequest\x1a .kme.v1.OpenProvisioningResponse\x12C\n" +
@@ -1071,7 +1323,7 @@ func file_kme_v1_kme_proto_rawDescGZIP() []byte {
 }
 
 var file_kme_v1_kme_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_kme_v1_kme_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
+var file_kme_v1_kme_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
 var file_kme_v1_kme_proto_goTypes = []any{
 	(Control)(0),                         // 0: kme.v1.Control
 	(State)(0),                           // 1: kme.v1.State
@@ -1079,52 +1331,62 @@ var file_kme_v1_kme_proto_goTypes = []any{
 	(*PrepareVectorResponse)(nil),        // 3: kme.v1.PrepareVectorResponse
 	(*EstablishKMERequest)(nil),          // 4: kme.v1.EstablishKMERequest
 	(*EstablishKMEResponse)(nil),         // 5: kme.v1.EstablishKMEResponse
-	(*ReportAuthenticationRequest)(nil),  // 6: kme.v1.ReportAuthenticationRequest
-	(*ReportAuthenticationResponse)(nil), // 7: kme.v1.ReportAuthenticationResponse
-	(*RestoreRANDRequest)(nil),           // 8: kme.v1.RestoreRANDRequest
-	(*RestoreRANDResponse)(nil),          // 9: kme.v1.RestoreRANDResponse
-	(*GetBindingRequest)(nil),            // 10: kme.v1.GetBindingRequest
-	(*GetBindingResponse)(nil),           // 11: kme.v1.GetBindingResponse
-	(*OpenProvisioningRequest)(nil),      // 12: kme.v1.OpenProvisioningRequest
-	(*OpenProvisioningResponse)(nil),     // 13: kme.v1.OpenProvisioningResponse
-	(*ListBindingsRequest)(nil),          // 14: kme.v1.ListBindingsRequest
-	(*ListBindingsResponse)(nil),         // 15: kme.v1.ListBindingsResponse
-	(*RevokeBindingRequest)(nil),         // 16: kme.v1.RevokeBindingRequest
-	(*timestamppb.Timestamp)(nil),        // 17: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),          // 18: google.protobuf.Duration
+	(*EstablishKMEsRequest)(nil),         // 6: kme.v1.EstablishKMEsRequest
+	(*EstablishKMEsResponse)(nil),        // 7: kme.v1.EstablishKMEsResponse
+	(*Refusal)(nil),                      // 8: kme.v1.Refusal
+	(*ReportAuthenticationRequest)(nil),  // 9: kme.v1.ReportAuthenticationRequest
+	(*ReportAuthenticationResponse)(nil), // 10: kme.v1.ReportAuthenticationResponse
+	(*RestoreRANDRequest)(nil),           // 11: kme.v1.RestoreRANDRequest
+	(*RestoreRANDResponse)(nil),          // 12: kme.v1.RestoreRANDResponse
+	(*GetBindingRequest)(nil),            // 13: kme.v1.GetBindingRequest
+	(*GetBindingResponse)(nil),           // 14: kme.v1.GetBindingResponse
+	(*OpenProvisioningRequest)(nil),      // 15: kme.v1.OpenProvisioningRequest
+	(*OpenProvisioningResponse)(nil),     // 16: kme.v1.OpenProvisioningResponse
+	(*ListBindingsRequest)(nil),          // 17: kme.v1.ListBindingsRequest
+	(*ListBindingsResponse)(nil),         // 18: kme.v1.ListBindingsResponse
+	(*RevokeBindingRequest)(nil),         // 19: kme.v1.RevokeBindingRequest
+	(*EstablishKMEsResponse_Result)(nil), // 20: kme.v1.EstablishKMEsResponse.Result
+	(*timestamppb.Timestamp)(nil),        // 21: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),          // 22: google.protobuf.Duration
 }
 var file_kme_v1_kme_proto_depIdxs = []int32{
 	0,  // 0: kme.v1.PrepareVectorResponse.control:type_name -> kme.v1.Control
 	1,  // 1: kme.v1.EstablishKMEResponse.state:type_name -> kme.v1.State
-	1,  // 2: kme.v1.ReportAuthenticationResponse.state:type_name -> kme.v1.State
-	1,  // 3: kme.v1.GetBindingResponse.state:type_name -> kme.v1.State
-	17, // 4: kme.v1.GetBindingResponse.established_at:type_name -> google.protobuf.Timestamp
-	17, // 5: kme.v1.GetBindingResponse.activated_at:type_name -> google.protobuf.Timestamp
-	17, // 6: kme.v1.GetBindingResponse.revoked_at:type_name -> google.protobuf.Timestamp
-	18, // 7: kme.v1.OpenProvisioningRequest.ttl:type_name -> google.protobuf.Duration
-	17, // 8: kme.v1.OpenProvisioningResponse.expires_at:type_name -> google.protobuf.Timestamp
-	11, // 9: kme.v1.ListBindingsResponse.bindings:type_name -> kme.v1.GetBindingResponse
-	2,  // 10: kme.v1.KeyService.PrepareVector:input_type -> kme.v1.PrepareVectorRequest
-	4,  // 11: kme.v1.KeyService.EstablishKME:input_type -> kme.v1.EstablishKMERequest
-	6,  // 12: kme.v1.KeyService.ReportAuthentication:input_type -> kme.v1.ReportAuthenticationRequest
-	8,  // 13: kme.v1.KeyService.RestoreRAND:input_type -> kme.v1.RestoreRANDRequest
-	12, // 14: kme.v1.KeyService.OpenProvisioning:input_type -> kme.v1.OpenProvisioningRequest
-	10, // 15: kme.v1.KeyService.GetBinding:input_type -> kme.v1.GetBindingRequest
-	14, // 16: kme.v1.KeyService.ListBindings:input_type -> kme.v1.ListBindingsRequest
-	16, // 17: kme.v1.KeyService.RevokeBinding:input_type -> kme.v1.RevokeBindingRequest
-	3,  // 18: kme.v1.KeyService.PrepareVector:output_type -> kme.v1.PrepareVectorResponse
-	5,  // 19: kme.v1.KeyService.EstablishKME:output_type -> kme.v1.EstablishKMEResponse
-	7,  // 20: kme.v1.KeyService.ReportAuthentication:output_type -> kme.v1.ReportAuthenticationResponse
-	9,  // 21: kme.v1.KeyService.RestoreRAND:output_type -> kme.v1.RestoreRANDResponse
-	13, // 22: kme.v1.KeyService.OpenProvisioning:output_type -> kme.v1.OpenProvisioningResponse
-	11, // 23: kme.v1.KeyService.GetBinding:output_type -> kme.v1.GetBindingResponse
-	15, // 24: kme.v1.KeyService.ListBindings:output_type -> kme.v1.ListBindingsResponse
-	11, // 25: kme.v1.KeyService.RevokeBinding:output_type -> kme.v1.GetBindingResponse
-	18, // [18:26] is the sub-list for method output_type
-	10, // [10:18] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	4,  // 2: kme.v1.EstablishKMEsRequest.calls:type_name -> kme.v1.EstablishKMERequest
+	20, // 3: kme.v1.EstablishKMEsResponse.results:type_name -> kme.v1.EstablishKMEsResponse.Result
+	1,  // 4: kme.v1.ReportAuthenticationResponse.state:type_name -> kme.v1.State
+	1,  // 5: kme.v1.GetBindingResponse.state:type_name -> kme.v1.State
+	21, // 6: kme.v1.GetBindingResponse.established_at:type_name -> google.protobuf.Timestamp
+	21, // 7: kme.v1.GetBindingResponse.activated_at:type_name -> google.protobuf.Timestamp
+	21, // 8: kme.v1.GetBindingResponse.revoked_at:type_name -> google.protobuf.Timestamp
+	22, // 9: kme.v1.OpenProvisioningRequest.ttl:type_name -> google.protobuf.Duration
+	21, // 10: kme.v1.OpenProvisioningResponse.expires_at:type_name -> google.protobuf.Timestamp
+	14, // 11: kme.v1.ListBindingsResponse.bindings:type_name -> kme.v1.GetBindingResponse
+	5,  // 12: kme.v1.EstablishKMEsResponse.Result.established:type_name -> kme.v1.EstablishKMEResponse
+	8,  // 13: kme.v1.EstablishKMEsResponse.Result.refused:type_name -> kme.v1.Refusal
+	2,  // 14: kme.v1.KeyService.PrepareVector:input_type -> kme.v1.PrepareVectorRequest
+	4,  // 15: kme.v1.KeyService.EstablishKME:input_type -> kme.v1.EstablishKMERequest
+	6,  // 16: kme.v1.KeyService.EstablishKMEs:input_type -> kme.v1.EstablishKMEsRequest
+	9,  // 17: kme.v1.KeyService.ReportAuthentication:input_type -> kme.v1.ReportAuthenticationRequest
+	11, // 18: kme.v1.KeyService.RestoreRAND:input_type -> kme.v1.RestoreRANDRequest
+	15, // 19: kme.v1.KeyService.OpenProvisioning:input_type -> kme.v1.OpenProvisioningRequest
+	13, // 20: kme.v1.KeyService.GetBinding:input_type -> kme.v1.GetBindingRequest
+	17, // 21: kme.v1.KeyService.ListBindings:input_type -> kme.v1.ListBindingsRequest
+	19, // 22: kme.v1.KeyService.RevokeBinding:input_type -> kme.v1.RevokeBindingRequest
+	3,  // 23: kme.v1.KeyService.PrepareVector:output_type -> kme.v1.PrepareVectorResponse
+	5,  // 24: kme.v1.KeyService.EstablishKME:output_type -> kme.v1.EstablishKMEResponse
+	7,  // 25: kme.v1.KeyService.EstablishKMEs:output_type -> kme.v1.EstablishKMEsResponse
+	10, // 26: kme.v1.KeyService.ReportAuthentication:output_type -> kme.v1.ReportAuthenticationResponse
+	12, // 27: kme.v1.KeyService.RestoreRAND:output_type -> kme.v1.RestoreRANDResponse
+	16, // 28: kme.v1.KeyService.OpenProvisioning:output_type -> kme.v1.OpenProvisioningResponse
+	14, // 29: kme.v1.KeyService.GetBinding:output_type -> kme.v1.GetBindingResponse
+	18, // 30: kme.v1.KeyService.ListBindings:output_type -> kme.v1.ListBindingsResponse
+	14, // 31: kme.v1.KeyService.RevokeBinding:output_type -> kme.v1.GetBindingResponse
+	23, // [23:32] is the sub-list for method output_type
+	14, // [14:23] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_kme_v1_kme_proto_init() }
@@ -1132,13 +1394,17 @@ func file_kme_v1_kme_proto_init() {
 	if File_kme_v1_kme_proto != nil {
 		return
 	}
+	file_kme_v1_kme_proto_msgTypes[18].OneofWrappers = []any{
+		(*EstablishKMEsResponse_Result_Established)(nil),
+		(*EstablishKMEsResponse_Result_Refused)(nil),
+	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_kme_v1_kme_proto_rawDesc), len(file_kme_v1_kme_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   15,
+			NumMessages:   19,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
