@@ -79,6 +79,9 @@ func (s *Service) enter() (leave func(), err error) {
 	return func() { s.metrics.inFlight.Dec(); s.limits.calls.Add(-1) }, nil
 }
 
+// InFlight is how many calls are under way.
+func (s *Service) InFlight() int { return int(s.limits.calls.Load()) }
+
 // SetLots changes the lots that are served. Calls under way finish with those that they began with.
 func (s *Service) SetLots(lots *Lots) { s.lots.Store(lots) }
 

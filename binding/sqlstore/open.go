@@ -41,7 +41,8 @@ func openSQLite(ctx context.Context, path string) (*Store, error) {
 		change: func(ctx context.Context, _ string, f func(context.Context, *sql.Tx) error) error {
 			return write.Do(ctx, f)
 		},
-		close: write.Close,
+		close:   write.Close,
+		company: write.Company,
 	}, nil
 }
 

@@ -21,6 +21,8 @@ type Store struct {
 	// change makes a change durably and alone: no other with the same key is under way.
 	change func(ctx context.Context, key string, f func(context.Context, *sql.Tx) error) error
 	close  func() error
+	// company is sqlite.Writer's; nil for PostgreSQL, which has commit_delay of its own.
+	company func(func() int)
 }
 
 var (
@@ -30,6 +32,13 @@ var (
 
 // Close ends all connections.
 func (s *Store) Close() error { return errors.Join(s.read.Close(), s.close()) }
+
+// Company tells how many calls are under way that may make a change: those who wait for a commit wait for company, but not for all.
+func (s *Store) Company(n func() int) {
+	if s.company != nil {
+		s.company(n)
+	}
+}
 
 // Ping says whether the store can be read. (The driver of SQLite says of every open database that it can.)
 func (s *Store) Ping(ctx context.Context) error {

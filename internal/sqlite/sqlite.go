@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/mattn/go-sqlite3"
@@ -121,6 +122,8 @@ type Writer struct {
 	db      *sql.DB
 	changes chan change
 
+	company atomic.Pointer[func() int] // see Company
+
 	savepoint, release, rollback *sql.Stmt // around each change
 
 	stop    func()        // once
@@ -167,52 +170,45 @@ func (w *Writer) Close() error {
 	return w.db.Close()
 }
 
-// A commit costs as much as several changes, most of it for the disk. So there is no more than one in pause while there is company: changes that wait
-// for a commit at the same time. Who makes one change after the other has none, and only every solo-th of his waits to see whether that is still so.
-const (
-	pause = 4 * time.Millisecond
-	solo  = 64
-)
+// Company tells how many may be about to make a change, those who wait for their commit included. A commit costs as much as several changes, most of it
+// for the disk: so it waits until half of them wait with it, but only until pause after the one before. Without company none waits; what comes during
+// a commit is in the next.
+func (w *Writer) Company(n func() int) { w.company.Store(&n) }
+
+const pause = 10 * time.Millisecond
 
 func (w *Writer) run() {
 	defer close(w.ended)
-	var next time.Time // when the next commit may be, if there is company
-	alone := 0         // so many commits more do not wait for it
+	var last time.Time // when a commit began
 	for {
-		var batch []change
 		select {
 		case c := <-w.changes:
-			batch = append(batch, c)
+			batch := w.gather(c, last)
+			last = time.Now()
+			w.commit(batch)
 		case <-w.stopped:
 			return
 		}
-		if alone > 0 {
-			alone--
-		} else {
-			batch = w.gather(batch, time.After(time.Until(next)))
-		}
-		batch = w.gather(batch, nil)
-		if len(batch) > 1 {
-			alone = 0
-		} else if alone == 0 {
-			alone = solo
-		}
-		next = time.Now().Add(pause)
-		w.commit(batch)
 	}
 }
 
-// gather adds the changes that come until due, or those that are there already if due is nil.
-func (w *Writer) gather(batch []change, due <-chan time.Time) []change {
+// gather adds to a change those that are to be made with it.
+func (w *Writer) gather(first change, last time.Time) []change {
+	batch := []change{first}
+	var due <-chan time.Time
 	for len(batch) < maxBatch {
+		select {
+		case c := <-w.changes:
+			batch = append(batch, c)
+			continue
+		default:
+		}
+		company := w.company.Load()
+		if company == nil || 2*len(batch) >= (*company)() {
+			break
+		}
 		if due == nil {
-			select {
-			case c := <-w.changes:
-				batch = append(batch, c)
-				continue
-			default:
-				return batch
-			}
+			due = time.After(time.Until(last.Add(pause)))
 		}
 		select {
 		case c := <-w.changes:

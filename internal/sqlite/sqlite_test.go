@@ -80,6 +80,50 @@ func TestGroupCommit(t *testing.T) {
 	}
 }
 
+// A commit waits for half of the company, and for no more than that; and it does not wait for ever.
+func TestCompany(t *testing.T) {
+	_, write := open(t, filepath.Join(t.TempDir(), "db"), "CREATE TABLE t (n INTEGER)")
+	defer write.Close()
+	insert := func() (commit *sql.Tx) {
+		if err := write.Do(t.Context(), func(ctx context.Context, tx *sql.Tx) error {
+			commit = tx
+			_, err := tx.ExecContext(ctx, "INSERT INTO t VALUES (1)")
+			return err
+		}); err != nil {
+			t.Error(err)
+		}
+		return commit
+	}
+	twenty := func() time.Duration {
+		start := time.Now()
+		for range 20 {
+			insert()
+		}
+		return time.Since(start)
+	}
+	alone := twenty()
+	write.Company(func() int { return 2 })
+	one := twenty()
+	write.Company(func() int { return 1000 })
+	if many := twenty(); many < 19*pause || one > alone+10*pause {
+		t.Errorf("20 changes one after the other take %s; where one more may come, %s; where many may, %s", alone, one, many)
+	}
+	// The second of a company of four comes within the pause, if the machine is not too busy for that.
+	write.Company(func() int { return 4 })
+	for range 100 {
+		var g sync.WaitGroup
+		var commits [2]*sql.Tx
+		for i := range commits {
+			g.Go(func() { commits[i] = insert() })
+		}
+		g.Wait()
+		if commits[0] == commits[1] {
+			return
+		}
+	}
+	t.Error("no two changes have shared a commit")
+}
+
 func TestMigrations(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "db")
 	one, two := "CREATE TABLE a (n INTEGER); INSERT INTO a VALUES (1)", "ALTER TABLE a ADD COLUMN m INTEGER NOT NULL DEFAULT 7"
