@@ -165,7 +165,7 @@ func (r *report) print(path string) {
 		fmt.Printf("%-26s %.0f a second cached, %.0f MB with %d devices in %d lots, %.2f reads a cold one\n", "lookup", r.Lookup.Cached, r.Lookup.RSS, r.Lookup.Devices, r.Lookup.Lots, r.Lookup.ReadsACold)
 	}
 	for _, l := range r.Latency {
-		fmt.Printf("%-26s %d sessions: %.0f a second, %.2f of sessions / (%d calls x %.2f ms)\n", "a call takes 1 ms more", l.Sessions, l.PerSecond, l.Share, l.Calls, l.CallMs)
+		fmt.Printf("%-26s %d sessions: %.0f a second, %.2f of sessions / (%d calls x %.2f ms)\n", fmt.Sprintf("calls of %.0f ms", l.CallMs), l.Sessions, l.PerSecond, l.Share, l.Calls, l.CallMs)
 	}
 	var calls []string
 	for name, n := range r.HSMCalls {

@@ -7,7 +7,7 @@
  *     * removed            the first such call closes all sessions, as if the token was pulled out; then as 0x32
  *     C_Sign hang          calls when the line is gone
  *     C_Sign hang-once 7   so does the first call that reads this number; the others are made
- *     * delay 1000         calls 1000 us later
+ *     * delay 1000         returns 1000 us after it was called, as an HSM at the other end of a network does, or later
  *     kwp                  has CKM_AES_KEY_WRAP_KWP (PKCS #11 3.0) in the place of CKM_AES_KEY_WRAP_PAD
  *
  * The first line that fits counts; * is any function on a session. KMEHSM_FAULT_COUNTS is a file that gets, for each function in
@@ -16,6 +16,7 @@
  * It is built with GCC, whose __builtin_apply forwards a call without knowing its arguments.
  */
 #include <dlfcn.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -25,6 +26,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "pkcs11go.h"
@@ -67,6 +69,18 @@ static int told(const char *name, char action[32], unsigned long *value)
 	return found;
 }
 
+static _Thread_local struct timespec due; /* when the call under way is to return */
+
+static void after(void)
+{
+	if (!due.tv_sec)
+		return;
+	prctl(PR_SET_TIMERSLACK, 1); /* else the kernel adds up to 50 us */
+	while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &due, NULL) == EINTR)
+		;
+	due.tv_sec = 0;
+}
+
 /* before says what a call returns without being made; CKR_OK if it is to be made. */
 static CK_RV before(const char *name, enum index at)
 {
@@ -77,8 +91,10 @@ static CK_RV before(const char *name, enum index at)
 		counts[at]++;
 	while (told(name, action, &value)) {
 		if (!strcmp(action, "delay")) {
-			prctl(PR_SET_TIMERSLACK, 1); /* else the kernel adds up to 50 us */
-			usleep(value);
+			clock_gettime(CLOCK_MONOTONIC, &due);
+			due.tv_nsec += value % 1000000 * 1000;
+			due.tv_sec += value / 1000000 + due.tv_nsec / 1000000000;
+			due.tv_nsec %= 1000000000;
 			return CKR_OK;
 		}
 		if (!strcmp(action, "removed")) {
@@ -137,6 +153,7 @@ static CK_RV wrap_mechanism(CK_MECHANISM_PTR given, CK_MECHANISM_PTR use)
 		pthread_rwlock_rdlock(&calls); \
 		result = __builtin_apply((void (*)())real->name, __builtin_apply_args(), 128); \
 		pthread_rwlock_unlock(&calls); \
+		after(); \
 		__builtin_return(result); \
 	}
 #include "pkcs11f.h"
