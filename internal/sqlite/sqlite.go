@@ -175,7 +175,7 @@ func (w *Writer) Close() error {
 // a commit is in the next.
 func (w *Writer) Company(n func() int) { w.company.Store(&n) }
 
-const pause = 10 * time.Millisecond
+const pause = 20 * time.Millisecond
 
 func (w *Writer) run() {
 	defer close(w.ended)
