@@ -40,6 +40,7 @@ type Service struct {
 	lots       atomic.Pointer[Lots]
 	limits     *limits
 	metrics    *Metrics
+	coming     atomic.Int64 // see Coming
 
 	// open has the attempts that this process has seen open, the last of each IMSI: the store need not be asked before their EstablishKME.
 	// Another process may have closed one since; then the store says so before it establishes anything.
@@ -79,8 +80,8 @@ func (s *Service) enter() (leave func(), err error) {
 	return func() { s.metrics.inFlight.Dec(); s.limits.calls.Add(-1) }, nil
 }
 
-// InFlight is how many calls are under way.
-func (s *Service) InFlight() int { return int(s.limits.calls.Load()) }
+// Coming is how many calls are on their way to a change of the store and will soon be there: what they wait for is the HSM, if anything, and no directory.
+func (s *Service) Coming() int { return int(s.coming.Load()) }
 
 // SetLots changes the lots that are served. Calls under way finish with those that they began with.
 func (s *Service) SetLots(lots *Lots) { s.lots.Store(lots) }
@@ -111,7 +112,9 @@ func (s *Service) PrepareVector(ctx context.Context, imsiText string, randBytes 
 	now := time.Now()
 	fresh := Attempt{ID: newAttemptID(), IMSI: imsi, Expires: now.Add(s.attemptTTL)}
 	// An HSS asks for several vectors at once: they share an attempt as long as it leaves a device time enough.
+	s.coming.Add(1)
 	b, attempt, err := s.store.Prepare(ctx, fresh, now, now.Add(s.attemptTTL/2))
+	s.coming.Add(-1)
 	if err != nil {
 		return nil, s.failed(ctx, "prepare", imsi, fromStore(ctx, err))
 	}
@@ -260,6 +263,8 @@ func (s *Service) accept(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, atte
 		return nil, overloaded("this device sends too many payloads")
 	}
 
+	s.coming.Add(1)
+	defer s.coming.Add(-1)
 	opened, err := s.token.OpenPayload(ctx, lot.payload(imsi, imei, device.Key, payload))
 	if err != nil {
 		return nil, fromToken(ctx, err)

@@ -33,7 +33,7 @@ var (
 // Close ends all connections.
 func (s *Store) Close() error { return errors.Join(s.read.Close(), s.close()) }
 
-// Company tells how many calls are under way that may make a change: those who wait for a commit wait for company, but not for all.
+// Company tells how many calls will soon make a change, those included that wait for their commit: a commit waits for half of them.
 func (s *Store) Company(n func() int) {
 	if s.company != nil {
 		s.company(n)

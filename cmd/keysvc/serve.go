@@ -243,7 +243,7 @@ func serve(c *cli.Context) error {
 	}, directory.ReaderOptions{CacheBytes: cfg.CacheMB << 20, RevocationTTL: cfg.RevocationTTL, Stats: cache}, log)
 	service := binding.NewService(token, store, new(binding.Lots), cfg.AttemptTTL, log)
 	service.Limit(binding.Limits{Calls: cmp.Or(cfg.Calls, 32*token.Sessions()), IMEIRate: cfg.IMEIRate, IMEIBurst: cfg.IMEIBurst})
-	store.Company(service.InFlight)
+	store.Company(service.Coming)
 	registry := prometheus.NewRegistry()
 	metrics := binding.NewMetrics(registry)
 	service.Observe(metrics)

@@ -170,7 +170,7 @@ func (w *Writer) Close() error {
 	return w.db.Close()
 }
 
-// Company tells how many may be about to make a change, those who wait for their commit included. A commit costs as much as several changes, most of it
+// Company tells how many will soon make a change, those who wait for their commit included. A commit costs as much as several changes, most of it
 // for the disk: so it waits until half of them wait with it, but only until pause after the one before. Without company none waits; what comes during
 // a commit is in the next.
 func (w *Writer) Company(n func() int) { w.company.Store(&n) }
