@@ -82,7 +82,7 @@ func (b *batcher) send(all []*waiting) {
 	if err == nil {
 		for stream.Receive() {
 			for _, r := range stream.Msg().Results {
-				if i := int(r.Call); i >= 0 && i < len(all) && all[i] != nil {
+				if i := int(r.Call); r.Outcome != nil && i >= 0 && i < len(all) && all[i] != nil {
 					all[i].outcome <- outcomeOf(r)
 					all[i] = nil
 				}

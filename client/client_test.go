@@ -270,15 +270,14 @@ func TestTogether(t *testing.T) {
 	all.Wait()
 }
 
-// A service that ends without all results, and names calls that there are not.
+// A service that ends without all results, names calls that there are not, and has an outcome that this client does not know.
 func TestResultsMissing(t *testing.T) {
 	c := open(t, client.Options{Tries: 1}, func(w http.ResponseWriter, r *http.Request) bool {
 		if !strings.HasSuffix(r.URL.Path, "/EstablishKMEs") {
 			return false
 		}
 		w.Header().Set("Content-Type", "application/connect+proto")
-		// One result of a call that there is not, and the end.
-		message, err := proto.Marshal(&kmev1.EstablishKMEsResponse{Results: []*kmev1.EstablishKMEsResponse_Result{{Call: 99}, {Call: -1}}})
+		message, err := proto.Marshal(&kmev1.EstablishKMEsResponse{Results: []*kmev1.EstablishKMEsResponse_Result{{Call: 99}, {Call: -1}, {Call: 0}}})
 		if err != nil {
 			t.Error(err)
 		}
