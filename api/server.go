@@ -37,8 +37,8 @@ const minCompressed = 4 << 10
 // outer are around each call. The gRPC health service says what /readyz says.
 func NewHandler(service *binding.Service, clients *atomic.Pointer[Clients], metrics *binding.Metrics, gather http.Handler, outer []connect.Interceptor, ready func(context.Context) (warnings []string, err error)) http.Handler {
 	mux := http.NewServeMux()
-	guard := &guard{service, metrics}
-	mux.Handle(kmev1connect.NewKeyServiceHandler(&server{service, guard}, connect.WithReadMaxBytes(maxRequest), connect.WithCompressMinBytes(minCompressed), connect.WithInterceptors(append(slices.Clone(outer), guard)...)))
+	s := &server{guard{service, metrics}}
+	mux.Handle(kmev1connect.NewKeyServiceHandler(s, connect.WithReadMaxBytes(maxRequest), connect.WithCompressMinBytes(minCompressed), connect.WithInterceptors(append(slices.Clone(outer), &s.guard)...)))
 	mux.Handle(grpchealth.NewHandler(checker(func(ctx context.Context) error { _, err := ready(ctx); return err })))
 	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, r *http.Request) {
 		if !clientOf(r.Context()).has(RoleMonitor) {
@@ -86,7 +86,7 @@ type guard struct {
 
 // call makes a call unless its client may not make it: then it is refused before anything is done for it. It counts it by what the caller is
 // answered.
-func (g *guard) call(ctx context.Context, procedure string, message any, make func() error) (err error) {
+func (g *guard) call(ctx context.Context, procedure string, message any, f func() error) (err error) {
 	defer func(start time.Time) {
 		reason := "OK"
 		var r *binding.Refusal
@@ -109,7 +109,7 @@ func (g *guard) call(ctx context.Context, procedure string, message any, make fu
 	if client.tooMany() {
 		return g.refuse(ctx, &binding.Refusal{Reason: kme.Overloaded, Message: "this client calls more often than it may"}, procedure)
 	}
-	return make()
+	return f()
 }
 
 func (g *guard) refuse(ctx context.Context, r *binding.Refusal, procedure string) error {
@@ -147,10 +147,7 @@ func (g *guard) WrapStreamingClient(next connect.StreamingClientFunc) connect.St
 	return next
 }
 
-type server struct {
-	service *binding.Service
-	guard   *guard
-}
+type server struct{ guard }
 
 func (s *server) PrepareVector(ctx context.Context, req *connect.Request[kmev1.PrepareVectorRequest]) (*connect.Response[kmev1.PrepareVectorResponse], error) {
 	p, err := s.service.PrepareVector(ctx, req.Msg.Imsi, req.Msg.Rand)
@@ -216,7 +213,7 @@ func (s *server) establishOne(ctx context.Context, call *kmev1.EstablishKMEReque
 			err = toConnect(errors.New("panic"))
 		}
 	}()
-	err = s.guard.call(ctx, kmev1connect.KeyServiceEstablishKMEProcedure, call, func() error {
+	err = s.call(ctx, kmev1connect.KeyServiceEstablishKMEProcedure, call, func() error {
 		r, err := s.EstablishKME(ctx, connect.NewRequest(call))
 		if err == nil {
 			answer = r.Msg

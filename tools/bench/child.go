@@ -216,6 +216,7 @@ func (b *bench) hsmCalls(r *report) error {
 	if err := b.inChild(&r.HSMCalls, "calls", module.Env()...); err != nil {
 		return err
 	}
+	// The token is to be far away already when it is opened, for as many sessions as such a token gets.
 	if err := module.Set("* delay 1000"); err != nil {
 		return err
 	}
