@@ -104,17 +104,23 @@ func (t *Token) mustFind(tb testing.TB, class uint, k Key) pkcs11.ObjectHandle {
 func importLot(t testing.TB, token *Token, k Key, key *rsa.PrivateKey) {
 	t.Helper()
 	err := token.with(t.Context(), func(s *session) error {
-		_, err := s.CreateObject(s.h, join(named(k), guarded(false), use(privateUsages, pkcs11.CKA_DECRYPT), attributes{
-			attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA),
-			attr(pkcs11.CKA_MODULUS, key.N.Bytes()), attr(pkcs11.CKA_PUBLIC_EXPONENT, rsaExponent), attr(pkcs11.CKA_PRIVATE_EXPONENT, key.D.Bytes()),
-			attr(pkcs11.CKA_PRIME_1, key.Primes[0].Bytes()), attr(pkcs11.CKA_PRIME_2, key.Primes[1].Bytes()),
-			attr(pkcs11.CKA_EXPONENT_1, key.Precomputed.Dp.Bytes()), attr(pkcs11.CKA_EXPONENT_2, key.Precomputed.Dq.Bytes()),
-			attr(pkcs11.CKA_COEFFICIENT, key.Precomputed.Qinv.Bytes()),
-		}))
+		_, err := s.CreateObject(s.h, join(named(k), guarded(false), use(privateUsages, pkcs11.CKA_DECRYPT), rsaPrivate(key)))
 		return err
 	})
 	if err != nil {
 		t.Fatal(err)
+	}
+}
+
+// rsaPrivate is the part of a private key object's template that holds the key.
+func rsaPrivate(key *rsa.PrivateKey) attributes {
+	return attributes{
+		attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA),
+		attr(pkcs11.CKA_MODULUS, key.N.Bytes()), attr(pkcs11.CKA_PUBLIC_EXPONENT, rsaExponent),
+		attr(pkcs11.CKA_PRIVATE_EXPONENT, key.D.Bytes()),
+		attr(pkcs11.CKA_PRIME_1, key.Primes[0].Bytes()), attr(pkcs11.CKA_PRIME_2, key.Primes[1].Bytes()),
+		attr(pkcs11.CKA_EXPONENT_1, key.Precomputed.Dp.Bytes()), attr(pkcs11.CKA_EXPONENT_2, key.Precomputed.Dq.Bytes()),
+		attr(pkcs11.CKA_COEFFICIENT, key.Precomputed.Qinv.Bytes()),
 	}
 }
 

@@ -1,0 +1,310 @@
+package hsmkeys
+
+import (
+	"bytes"
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/json"
+	"io/fs"
+	"maps"
+	"strconv"
+	"testing"
+
+	"github.com/c2sp/wycheproof"
+	"github.com/miekg/pkcs11"
+	"github.com/tink-crypto/tink-go/v2/kwp/subtle"
+
+	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// A vectorGroup is a group of cases of any of the files.
+type vectorGroup struct {
+	PublicKey  hexBytes `json:"publicKeyDer"`    // SubjectPublicKeyInfo
+	PrivateKey hexBytes `json:"privateKeyPkcs8"` // PKCS #8
+	Tests      []vectorCase
+}
+
+type vectorCase struct {
+	ID                            int `json:"tcId"`
+	Comment, Result               string
+	Key, Msg, CT, Sig, Tag, Label hexBytes
+}
+
+// An outcome says whether our calls accept a case. Special is why they do otherwise than the case's result says.
+type outcome struct {
+	accepted bool
+	special  string
+}
+
+// Why a case's own result does not say what our calls have to do with it.
+const (
+	smallExponent = "e = 3; Suite.CheckDevice refuses every device key whose e is not 65537"
+	missingNull   = "DigestInfo without NULL; RFC 8017 section 8.2.2 compares with the one encoding, which has it"
+	eightBytes    = "8 bytes; RFC 3394 wraps them, SP 800-38F does not, and a sealed KME has 32"
+	withLabel     = "with a label, for one who expects that label; our label is empty"
+	noKEKsLength  = "a KEK of another length than 32 bytes; SoftHSM takes it, and says of every unwrapped key that it has 0"
+	shortHMACKey  = "a key of 16 bytes; SoftHSM refuses those shorter than the hash, and the ledger key has 32"
+)
+
+// Project Wycheproof's vectors on a token, through the calls that payloads, wraps and tags use.
+//
+// A valid case must be accepted, with the very value that it names, and an invalid one be refused. The counts are
+// exact, since go.mod names one version of the vectors: a case that is left out fails the test.
+func TestWycheproof(t *testing.T) {
+	v := newVectorToken(t)
+	const acc, ref = "valid, accepted", "invalid, refused"
+	for _, file := range []struct {
+		name string
+		do   func(*testing.T, *vectorGroup, *vectorCase) outcome
+		want map[string]int
+	}{
+		{"ecdsa_secp256r1_sha256_p1363", v.signature(kme.SuiteECDSA), map[string]int{acc: 169, ref: 83}},
+		{"rsa_signature_2048_sha256", v.signature(kme.SuiteRSA), map[string]int{
+			acc: 7, ref: 249, "valid, refused: " + smallExponent: 2, "acceptable, refused: " + missingNull: 1}},
+		{"aes_kwp", v.lotWrap, map[string]int{acc: 77, ref: 177}},
+		{"aes_wrap", v.sealed, map[string]int{acc: 36, ref: 126, "acceptable, refused: " + eightBytes: 3}},
+		{"rsa_oaep_2048_sha1_mgf1sha1", v.transport, map[string]int{
+			acc: 1, ref: 19, "valid, refused: " + withLabel: 7, "valid, accepted: " + noKEKsLength: 9}},
+		{"hmac_sha256", v.tag, map[string]int{acc: 60, ref: 108, "valid, refused: " + shortHMACKey: 6}},
+	} {
+		t.Run(file.name, func(t *testing.T) {
+			var vectors struct {
+				NumberOfTests int
+				TestGroups    []vectorGroup
+			}
+			data := must[[]byte](t)(fs.ReadFile(wycheproof.TestVectors, file.name+"_test.json"))
+			if err := json.Unmarshal(data, &vectors); err != nil {
+				t.Fatal(err)
+			}
+			ran, counts := 0, map[string]int{}
+			for _, g := range vectors.TestGroups {
+				for _, c := range g.Tests {
+					t.Run(strconv.Itoa(c.ID), func(t *testing.T) {
+						o := file.do(t, &g, &c)
+						what := c.Result + ", refused"
+						if o.accepted {
+							what = c.Result + ", accepted"
+						}
+						if o.special != "" {
+							what += ": " + o.special
+						} else if o.accepted != (c.Result == "valid") {
+							t.Errorf("%q: %s", c.Comment, what)
+						}
+						counts[what]++
+						ran++
+					})
+				}
+			}
+			if ran != vectors.NumberOfTests || !maps.Equal(counts, file.want) {
+				t.Errorf("%d of %d cases: %v, want %v", ran, vectors.NumberOfTests, counts, file.want)
+			}
+		})
+	}
+}
+
+// A vectorToken has a case's keys in the places of our own, as session objects.
+type vectorToken struct {
+	*Token
+	s *session // has the objects: a session of the pool ends with the first call that fails, and its objects with it
+}
+
+func newVectorToken(t *testing.T) *vectorToken {
+	token := open(t, softhsmtest.Token(t))
+	s := must[*session](t)(token.openSession())
+	t.Cleanup(func() { s.CloseSession(s.h) })
+	return &vectorToken{token, s}
+}
+
+// create makes an object that ends with the test.
+func (v *vectorToken) create(t *testing.T, parts ...attributes) pkcs11.ObjectHandle {
+	t.Helper()
+	h := must[pkcs11.ObjectHandle](t)(v.s.create(join(append(parts, attributes{attr(pkcs11.CKA_TOKEN, false)})...)))
+	t.Cleanup(func() {
+		if err := v.s.DestroyObject(v.s.h, h); err != nil {
+			t.Error(err)
+		}
+	})
+	return h
+}
+
+// stand makes an object that find gives as k, until the test ends.
+func (v *vectorToken) stand(t *testing.T, k Key, class uint, parts ...attributes) pkcs11.ObjectHandle {
+	t.Helper()
+	h := v.create(t, parts...)
+	at := handleKey{class, string(k.ID())}
+	set := func(do func()) {
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		do()
+	}
+	set(func() { v.handles[at] = h })
+	t.Cleanup(func() { set(func() { delete(v.handles, at) }) })
+	return h
+}
+
+func secretValue(keyType uint, value []byte) attributes {
+	return attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_KEY_TYPE, keyType), attr(pkcs11.CKA_VALUE, value)}
+}
+
+// readable is the template of an unwrapped secret whose value can be read, as that of none of ours can.
+var readable = attributes{
+	attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_GENERIC_SECRET),
+	attr(pkcs11.CKA_TOKEN, false), attr(pkcs11.CKA_SENSITIVE, false), attr(pkcs11.CKA_EXTRACTABLE, true),
+}
+
+// unwrapped is the value that a wrapped secret has; ok is false if the token refuses it.
+func (v *vectorToken) unwrapped(t *testing.T, m []*pkcs11.Mechanism, key pkcs11.ObjectHandle, ct []byte) (value []byte, ok bool) {
+	t.Helper()
+	if len(ct) == 0 { // C_UnwrapKey of miekg/pkcs11 would panic, so each of our calls refuses it before
+		return nil, false
+	}
+	err := v.with(t.Context(), func(s *session) error {
+		h, err := s.UnwrapKey(s.h, m, key, ct, readable)
+		if err != nil {
+			return err
+		}
+		ok = true
+		a, err := s.GetAttributeValue(s.h, h, attributes{attr(pkcs11.CKA_VALUE, nil)})
+		if err != nil {
+			return err
+		}
+		value = a[0].Value
+		return s.DestroyObject(s.h, h)
+	})
+	if ok && err != nil {
+		t.Error(err)
+	}
+	return value, ok
+}
+
+// wrapped says whether a case's message and ciphertext are each other's. Both ways must agree.
+func (v *vectorToken) wrapped(t *testing.T, m uint, key pkcs11.ObjectHandle, c *vectorCase) bool {
+	t.Helper()
+	value, ok := v.unwrapped(t, mechanism(m), key, c.CT)
+	if ok && !bytes.Equal(value, c.Msg) {
+		t.Errorf("unwraps to %x, want %x", value, c.Msg)
+	}
+	h := v.create(t, secretValue(pkcs11.CKK_GENERIC_SECRET, c.Msg), attributes{attr(pkcs11.CKA_EXTRACTABLE, true)})
+	var ct []byte
+	err := v.with(t.Context(), func(s *session) (err error) {
+		ct, err = s.wrap(m, key, h, make([]byte, wrappedRoom))
+		return err
+	})
+	if wraps := err == nil && bytes.Equal(ct, c.CT); wraps != ok {
+		t.Errorf("unwraps: %v, but wraps to %x, %v; want %x", ok, ct, err, c.CT)
+	}
+	return ok
+}
+
+// signature validates KME_SIG as OpenPayload does, and as it does in software.
+func (v *vectorToken) signature(suite kme.Suite) func(*testing.T, *vectorGroup, *vectorCase) outcome {
+	return func(t *testing.T, g *vectorGroup, c *vectorCase) outcome {
+		pub := must[any](t)(x509.ParsePKIXPublicKey(g.PublicKey))
+		sig, formed := []byte(c.Sig), true
+		if len(sig) == suite.SignatureSize() { // a payload has no other; to the token go the others as they are
+			if formed = wellFormed(pub, sig); !formed {
+				sig = standIn(suite)
+			}
+		}
+		var verified bool
+		if err := v.with(t.Context(), func(s *session) (err error) {
+			verified, err = verifyKME(s, suite, pub, c.Msg, sig)
+			return err
+		}); err != nil {
+			t.Errorf("not refused but failed, which tells a caller more: %v", err)
+		}
+		o := outcome{accepted: formed && verified}
+		if software := suite.Verify(pub, c.Msg, c.Sig); software != o.accepted {
+			t.Errorf("in software: %v", software)
+		}
+		switch key, _ := pub.(*rsa.PublicKey); {
+		case key != nil && key.E == 3 && suite.CheckDevice(pub) != nil:
+			o.special = smallExponent
+		case c.Result == "acceptable":
+			o.special = missingNull
+		}
+		return o
+	}
+}
+
+// lotWrap is AES-KWP as it carries lot keys and device keys. No case holds a private key, so none is taken as one.
+func (v *vectorToken) lotWrap(t *testing.T, _ *vectorGroup, c *vectorCase) outcome {
+	kek := v.stand(t, testKEK, pkcs11.CKO_SECRET_KEY, secretValue(pkcs11.CKK_AES, c.Key), guarded(false),
+		use(usages, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP))
+	if taken, err := v.UnwrapLotKey(t.Context(), testLot, testKEK, c.CT, new(rsa.PublicKey)); taken || err == nil {
+		t.Error("taken as a lot key")
+	}
+	return outcome{accepted: v.wrapped(t, v.kwp, kek, c)}
+}
+
+// sealed is AES key wrap as it seals KMEs.
+func (v *vectorToken) sealed(t *testing.T, _ *vectorGroup, c *vectorCase) outcome {
+	storage := v.stand(t, storageKey, pkcs11.CKO_SECRET_KEY, secretValue(pkcs11.CKK_AES, c.Key), guarded(false),
+		use(usages, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP))
+	o := outcome{accepted: v.wrapped(t, pkcs11.CKM_AES_KEY_WRAP, storage, c)}
+	switch _, err := v.EncryptRAND(t.Context(), c.CT, [RANDSize]byte{}); {
+	case (err == nil) != (o.accepted && len(c.CT) == sealedSize):
+		t.Errorf("as a sealed KME: %v", err)
+	case err == nil:
+		checkSealed(t, v.Token, c.CT, c.Msg)
+		secret := must[kme.Secret](t)(kme.NewSecret(c.Msg))
+		var ct []byte
+		if err := v.with(t.Context(), func(s *session) (err error) {
+			ct, err = seal(s, storage, secret)
+			return err
+		}); err != nil || !bytes.Equal(ct, c.CT) {
+			t.Errorf("seals to %x, %v", ct, err)
+		}
+	}
+	if c.Result == "acceptable" {
+		o.special = eightBytes
+	}
+	return o
+}
+
+// transport is RSA-OAEP as it brings KEKs.
+func (v *vectorToken) transport(t *testing.T, g *vectorGroup, c *vectorCase) outcome {
+	key := must[any](t)(x509.ParsePKCS8PrivateKey(g.PrivateKey)).(*rsa.PrivateKey)
+	h := v.stand(t, transportKey, pkcs11.CKO_PRIVATE_KEY, rsaPrivate(key), guarded(false), use(privateUsages, pkcs11.CKA_UNWRAP))
+	value, ok := v.unwrapped(t, oaep(), h, c.CT)
+	if ok && !bytes.Equal(value, c.Msg) {
+		t.Errorf("decrypts to %x, want %x", value, c.Msg)
+	}
+	err := v.UnwrapKEK(t.Context(), testKEK, c.CT)
+	if ok != (err == nil) {
+		t.Errorf("as a KEK: %v", err)
+	}
+	o := outcome{accepted: err == nil}
+	switch {
+	case c.Result == "valid" && len(c.Label) > 0:
+		o.special = withLabel
+	case c.Result == "valid" && len(c.Msg) != 32:
+		o.special = noKEKsLength
+	case o.accepted: // what it unwraps says which key it is
+		kwp := must[*subtle.KWP](t)(subtle.NewKWP(c.Msg))
+		want := bytes.Repeat([]byte("KME "), 8)
+		kek := v.mustFind(t, pkcs11.CKO_SECRET_KEY, testKEK)
+		if got, _ := v.unwrapped(t, mechanism(v.kwp), kek, must[[]byte](t)(kwp.Wrap(want))); !bytes.Equal(got, want) {
+			t.Error("the KEK is not the message")
+		}
+	}
+	return o
+}
+
+// tag is HMAC-SHA-256 as it tags KMEs. Ours are never cut: one that is shorter must be the beginning of ours.
+func (v *vectorToken) tag(t *testing.T, _ *vectorGroup, c *vectorCase) outcome {
+	ledger := v.create(t, secretValue(pkcs11.CKK_GENERIC_SECRET, c.Key), guarded(false), use(usages, pkcs11.CKA_SIGN))
+	var tag []byte
+	err := v.with(t.Context(), func(s *session) (err error) {
+		tag, err = hmac(s, ledger, append([]byte{}, c.Msg...)) // SoftHSM takes no null pointer for an empty message
+		return err
+	})
+	switch {
+	case isCKR(err, pkcs11.CKR_KEY_SIZE_RANGE) && len(c.Key) == 16:
+		return outcome{special: shortHMACKey}
+	case err != nil:
+		t.Error(err)
+	}
+	return outcome{accepted: err == nil && bytes.HasPrefix(tag, c.Tag)}
+}
