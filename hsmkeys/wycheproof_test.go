@@ -43,6 +43,7 @@ const (
 	missingNull   = "DigestInfo without NULL; RFC 8017 section 8.2.2 compares with the one encoding, which has it"
 	eightBytes    = "8 bytes; RFC 3394 wraps them, SP 800-38F does not, and a sealed KME has 32"
 	withLabel     = "with a label, for one who expects that label; our label is empty"
+	zerosAdded    = "a length that is no multiple of 8; SoftHSM unwraps it, but wraps it with zero bytes up to one"
 	noKEKsLength  = "a KEK of another length than 32 bytes; SoftHSM takes it, and says of every unwrapped key that it has 0"
 	shortHMACKey  = "a key of 16 bytes; SoftHSM refuses those shorter than the hash, and the ledger key has 32"
 )
@@ -62,7 +63,7 @@ func TestWycheproof(t *testing.T) {
 		{"ecdsa_secp256r1_sha256_p1363", v.signature(kme.SuiteECDSA), map[string]int{acc: 169, ref: 83}},
 		{"rsa_signature_2048_sha256", v.signature(kme.SuiteRSA), map[string]int{
 			acc: 7, ref: 249, "valid, refused: " + smallExponent: 2, "acceptable, refused: " + missingNull: 1}},
-		{"aes_kwp", v.lotWrap, map[string]int{acc: 77, ref: 177}},
+		{"aes_kwp", v.lotWrap, map[string]int{acc: 33, ref: 177, "valid, accepted: " + zerosAdded: 44}},
 		{"aes_wrap", v.sealed, map[string]int{acc: 36, ref: 126, "acceptable, refused: " + eightBytes: 3}},
 		{"rsa_oaep_2048_sha1_mgf1sha1", v.transport, map[string]int{
 			acc: 1, ref: 19, "valid, refused: " + withLabel: 7, "valid, accepted: " + noKEKsLength: 9}},
@@ -178,23 +179,37 @@ func (v *vectorToken) unwrapped(t *testing.T, m []*pkcs11.Mechanism, key pkcs11.
 	return value, ok
 }
 
-// wrapped says whether a case's message and ciphertext are each other's. Both ways must agree.
-func (v *vectorToken) wrapped(t *testing.T, m uint, key pkcs11.ObjectHandle, c *vectorCase) bool {
+// wrap wraps a secret.
+func (v *vectorToken) wrap(t *testing.T, m uint, key pkcs11.ObjectHandle, value []byte) (ct []byte, err error) {
+	t.Helper()
+	h := v.create(t, secretValue(pkcs11.CKK_GENERIC_SECRET, value), attributes{attr(pkcs11.CKA_EXTRACTABLE, true)})
+	err = v.with(t.Context(), func(s *session) (err error) {
+		ct, err = s.wrap(m, key, h, make([]byte, wrappedRoom))
+		return err
+	})
+	return ct, err
+}
+
+// wrapped unwraps a case's ciphertext, and wraps its message: both have to give the other one, or neither.
+func (v *vectorToken) wrapped(t *testing.T, m uint, key pkcs11.ObjectHandle, c *vectorCase) (o outcome) {
 	t.Helper()
 	value, ok := v.unwrapped(t, mechanism(m), key, c.CT)
 	if ok && !bytes.Equal(value, c.Msg) {
 		t.Errorf("unwraps to %x, want %x", value, c.Msg)
 	}
-	h := v.create(t, secretValue(pkcs11.CKK_GENERIC_SECRET, c.Msg), attributes{attr(pkcs11.CKA_EXTRACTABLE, true)})
-	var ct []byte
-	err := v.with(t.Context(), func(s *session) (err error) {
-		ct, err = s.wrap(m, key, h, make([]byte, wrappedRoom))
-		return err
-	})
-	if wraps := err == nil && bytes.Equal(ct, c.CT); wraps != ok {
+	o.accepted = ok
+	ct, err := v.wrap(t, m, key, c.Msg)
+	if wraps := err == nil && bytes.Equal(ct, c.CT); wraps == ok {
+		return o
+	}
+	zeros := append(bytes.Clone(c.Msg), make([]byte, 7)...)
+	zeros = zeros[:len(zeros)/8*8]
+	if value, _ := v.unwrapped(t, mechanism(m), key, ct); len(zeros) > len(c.Msg) && bytes.Equal(value, zeros) {
+		o.special = zerosAdded
+	} else {
 		t.Errorf("unwraps: %v, but wraps to %x, %v; want %x", ok, ct, err, c.CT)
 	}
-	return ok
+	return o
 }
 
 // signature validates KME_SIG as OpenPayload does, and as it does in software.
@@ -235,14 +250,14 @@ func (v *vectorToken) lotWrap(t *testing.T, _ *vectorGroup, c *vectorCase) outco
 	if taken, err := v.UnwrapLotKey(t.Context(), testLot, testKEK, c.CT, new(rsa.PublicKey)); taken || err == nil {
 		t.Error("taken as a lot key")
 	}
-	return outcome{accepted: v.wrapped(t, v.kwp, kek, c)}
+	return v.wrapped(t, v.kwp, kek, c)
 }
 
 // sealed is AES key wrap as it seals KMEs.
 func (v *vectorToken) sealed(t *testing.T, _ *vectorGroup, c *vectorCase) outcome {
 	storage := v.stand(t, storageKey, pkcs11.CKO_SECRET_KEY, secretValue(pkcs11.CKK_AES, c.Key), guarded(false),
 		use(usages, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP))
-	o := outcome{accepted: v.wrapped(t, pkcs11.CKM_AES_KEY_WRAP, storage, c)}
+	o := v.wrapped(t, pkcs11.CKM_AES_KEY_WRAP, storage, c)
 	switch _, err := v.EncryptRAND(t.Context(), c.CT, [RANDSize]byte{}); {
 	case (err == nil) != (o.accepted && len(c.CT) == sealedSize):
 		t.Errorf("as a sealed KME: %v", err)
