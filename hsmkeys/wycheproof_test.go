@@ -44,7 +44,7 @@ const (
 	eightBytes    = "8 bytes; RFC 3394 wraps them, SP 800-38F does not, and a sealed KME has 32"
 	withLabel     = "with a label, for one who expects that label; our label is empty"
 	zerosAdded    = "a length that is no multiple of 8; SoftHSM unwraps it, but wraps it with zero bytes up to one"
-	noKEKsLength  = "a KEK of another length than 32 bytes; SoftHSM takes it, and says of every unwrapped key that it has 0"
+	noKEKsLength  = "a KEK of another length than 32 bytes; SoftHSM takes it, and its CKA_VALUE_LEN is 0, as ever"
 	shortHMACKey  = "a key of 16 bytes; SoftHSM refuses those shorter than the hash, and the ledger key has 32"
 )
 
@@ -145,7 +145,9 @@ func (v *vectorToken) stand(t *testing.T, k Key, class uint, parts ...attributes
 }
 
 func secretValue(keyType uint, value []byte) attributes {
-	return attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_KEY_TYPE, keyType), attr(pkcs11.CKA_VALUE, value)}
+	return attributes{
+		attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_KEY_TYPE, keyType), attr(pkcs11.CKA_VALUE, value),
+	}
 }
 
 // readable is the template of an unwrapped secret whose value can be read, as that of none of ours can.
@@ -155,8 +157,12 @@ var readable = attributes{
 }
 
 // unwrapped is the value that a wrapped secret has; ok is false if the token refuses it.
-func (v *vectorToken) unwrapped(t *testing.T, m []*pkcs11.Mechanism, key pkcs11.ObjectHandle, ct []byte) (value []byte, ok bool) {
+func (v *vectorToken) unwrapped(
+	t *testing.T, m []*pkcs11.Mechanism, key pkcs11.ObjectHandle, ct []byte,
+) ([]byte, bool) {
 	t.Helper()
+	var value []byte
+	ok := false
 	if len(ct) == 0 { // C_UnwrapKey of miekg/pkcs11 would panic, so each of our calls refuses it before
 		return nil, false
 	}
@@ -281,7 +287,8 @@ func (v *vectorToken) sealed(t *testing.T, _ *vectorGroup, c *vectorCase) outcom
 // transport is RSA-OAEP as it brings KEKs.
 func (v *vectorToken) transport(t *testing.T, g *vectorGroup, c *vectorCase) outcome {
 	key := must[any](t)(x509.ParsePKCS8PrivateKey(g.PrivateKey)).(*rsa.PrivateKey)
-	h := v.stand(t, transportKey, pkcs11.CKO_PRIVATE_KEY, rsaPrivate(key), guarded(false), use(privateUsages, pkcs11.CKA_UNWRAP))
+	h := v.stand(t, transportKey, pkcs11.CKO_PRIVATE_KEY, rsaPrivate(key), guarded(false),
+		use(privateUsages, pkcs11.CKA_UNWRAP))
 	value, ok := v.unwrapped(t, oaep(), h, c.CT)
 	if ok && !bytes.Equal(value, c.Msg) {
 		t.Errorf("decrypts to %x, want %x", value, c.Msg)
