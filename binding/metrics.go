@@ -1,13 +1,11 @@
 package binding
 
 import (
-	"context"
 	"errors"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
-	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -30,7 +28,7 @@ func NewMetrics(r prometheus.Registerer) *Metrics {
 		calls:    prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "kme_call_seconds", Help: "Calls by method and reason (OK, or that of the refusal).", Buckets: buckets}, []string{"method", "reason"}),
 		refusals: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "kme_refusals_total", Help: "Refused calls, by reason."}, []string{"reason"}),
 		rejected: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "kme_rejected_payloads_total", Help: "Payloads that were rejected, by what was wrong; callers do not learn it."}, []string{"fault"}),
-		hsm:      prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "kme_hsm_operation_seconds", Help: "Operations of the HSM, with the wait for a session.", Buckets: buckets}, []string{"operation", "result"}),
+		hsm:      prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "kme_hsm_operation_seconds", Help: "Operations of the HSM, without the wait for a session.", Buckets: buckets}, []string{"operation", "result"}),
 		queue:    prometheus.NewHistogram(prometheus.HistogramOpts{Name: "kme_hsm_queue_seconds", Help: "The wait for a session of the HSM.", Buckets: buckets}),
 		inFlight: prometheus.NewGauge(prometheus.GaugeOpts{Name: "kme_calls_in_flight", Help: "Calls that are at the HSM, or wait for it."}),
 	}
@@ -38,8 +36,17 @@ func NewMetrics(r prometheus.Registerer) *Metrics {
 	return m
 }
 
-// Queued observes a wait for a session.
-func (m *Metrics) Queued(d time.Duration) { m.queue.Observe(d.Seconds()) }
+// Waited and Worked make Metrics an hsmkeys.Observer.
+func (m *Metrics) Waited(d time.Duration) { m.queue.Observe(d.Seconds()) }
+
+// Worked is described at Waited.
+func (m *Metrics) Worked(operation string, took time.Duration, err error) {
+	result := "ok"
+	if err != nil {
+		result = "failed"
+	}
+	m.hsm.WithLabelValues(operation, result).Observe(took.Seconds())
+}
 
 // Called observes a call that has ended: with OK, or the reason that it was refused for.
 func (m *Metrics) Called(method, reason string, took time.Duration) {
@@ -58,33 +65,4 @@ func (m *Metrics) refused(r *Refusal) {
 		}
 		m.rejected.WithLabelValues(fault).Inc()
 	}
-}
-
-// measured is a Token whose operations are measured.
-type measured struct {
-	Token
-	hsm *prometheus.HistogramVec
-}
-
-func (t measured) observe(operation string, start time.Time, err error) {
-	result := "ok"
-	if err != nil {
-		result = "failed"
-	}
-	t.hsm.WithLabelValues(operation, result).Observe(time.Since(start).Seconds())
-}
-
-func (t measured) OpenPayload(ctx context.Context, p hsmkeys.Payload) (o *hsmkeys.Opened, err error) {
-	defer func(start time.Time) { t.observe("open payload", start, err) }(time.Now())
-	return t.Token.OpenPayload(ctx, p)
-}
-
-func (t measured) EncryptRAND(ctx context.Context, sealed []byte, rand [hsmkeys.RANDSize]byte) (out [hsmkeys.RANDSize]byte, err error) {
-	defer func(start time.Time) { t.observe("encrypt RAND", start, err) }(time.Now())
-	return t.Token.EncryptRAND(ctx, sealed, rand)
-}
-
-func (t measured) DecryptRAND(ctx context.Context, sealed []byte, rand [hsmkeys.RANDSize]byte) (out [hsmkeys.RANDSize]byte, err error) {
-	defer func(start time.Time) { t.observe("decrypt RAND", start, err) }(time.Now())
-	return t.Token.DecryptRAND(ctx, sealed, rand)
 }

@@ -65,10 +65,7 @@ func NewService(token Token, store Store, lots *Lots, attemptTTL time.Duration, 
 func (s *Service) Limit(l Limits) { s.limits = newLimits(l) }
 
 // Observe is described at Limit.
-func (s *Service) Observe(m *Metrics) {
-	s.metrics = m
-	s.token = measured{s.token, m.hsm}
-}
+func (s *Service) Observe(m *Metrics) { s.metrics = m }
 
 // enter admits a call that may reach the HSM. Work that nobody waits for is not begun: see hsmkeys.
 func (s *Service) enter() (leave func(), err error) {

@@ -208,6 +208,7 @@ func serve(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	slog.SetDefault(log) // for what others log: a panic on a goroutine of hsmkeys
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(200) // the collector takes 5% of busy cores otherwise, and half of that so
 	}
@@ -247,7 +248,7 @@ func serve(c *cli.Context) error {
 	registry := prometheus.NewRegistry()
 	metrics := binding.NewMetrics(registry)
 	service.Observe(metrics)
-	token.ObserveQueue(metrics.Queued)
+	token.Observe(metrics)
 	observeProcess(registry, token, store, cache)
 	traces, stop, err := tracing(ctx, cfg.OTLP)
 	if err != nil {
@@ -405,8 +406,14 @@ func observeProcess(registry prometheus.Registerer, group *hsmkeys.Group, store 
 		})
 		gauge("kme_hsm_hung_calls", "Calls that were given up in the HSM's module and have not come back.", func(h hsmkeys.Health) float64 { return float64(h.Hung) })
 		gauge("kme_hsm_sessions", "Sessions of the pool.", func(hsmkeys.Health) float64 { return float64(token.Sessions()) })
-		registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "kme_hsm_reopened_total", Help: "How often the token was opened again after it was away.", ConstLabels: labels},
-			func() float64 { return float64(token.Health().Reopened) }))
+		counter := func(name, help string, f func(hsmkeys.Health) int64) {
+			registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help, ConstLabels: labels},
+				func() float64 { return float64(f(token.Health())) }))
+		}
+		counter("kme_hsm_reopened_total", "How often the token was opened again after it was away.",
+			func(h hsmkeys.Health) int64 { return h.Reopened })
+		counter("kme_hsm_panics_total", "Panics that ended work at the token; the log says where.",
+			func(h hsmkeys.Health) int64 { return h.Panics })
 	}
 	registry.MustRegister(
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "kme_store_up", Help: "1 while the store can be reached."}, func() float64 {
