@@ -17,6 +17,7 @@ type Metrics struct {
 	hsm      *prometheus.HistogramVec
 	queue    prometheus.Histogram
 	inFlight prometheus.Gauge
+	panics   prometheus.Counter
 }
 
 // buckets are from 100 us to 6 s: a cached answer and a raw RSA-4096 decryption in a slow token are in there.
@@ -31,8 +32,9 @@ func NewMetrics(r prometheus.Registerer) *Metrics {
 		hsm:      prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "kme_hsm_operation_seconds", Help: "Operations of the HSM, without the wait for a session.", Buckets: buckets}, []string{"operation", "result"}),
 		queue:    prometheus.NewHistogram(prometheus.HistogramOpts{Name: "kme_hsm_queue_seconds", Help: "The wait for a session of the HSM.", Buckets: buckets}),
 		inFlight: prometheus.NewGauge(prometheus.GaugeOpts{Name: "kme_calls_in_flight", Help: "Calls that are at the HSM, or wait for it."}),
+		panics:   prometheus.NewCounter(prometheus.CounterOpts{Name: "kme_panics_total", Help: "Panics, each of which has ended a call or some work."}),
 	}
-	r.MustRegister(m.calls, m.refusals, m.rejected, m.hsm, m.queue, m.inFlight)
+	r.MustRegister(m.calls, m.refusals, m.rejected, m.hsm, m.queue, m.inFlight, m.panics)
 	return m
 }
 

@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"runtime/debug"
 	"sync/atomic"
 	"time"
 
@@ -19,6 +18,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -89,6 +89,9 @@ func (s *Service) CheckDirectories(ctx context.Context) map[string]error {
 	return s.lots.Load().CheckDirectories(ctx)
 }
 
+// Overdue gives the lists of revoked devices that could not be read again when it was time, by manufacturer.
+func (s *Service) Overdue() map[string][]directory.Overdue { return s.lots.Load().Overdue() }
+
 // Prepared is the answer to PrepareVector.
 type Prepared struct {
 	RAND      [hsmkeys.RANDSize]byte
@@ -109,9 +112,7 @@ func (s *Service) PrepareVector(ctx context.Context, imsiText string, randBytes 
 	now := time.Now()
 	fresh := Attempt{ID: newAttemptID(), IMSI: imsi, Expires: now.Add(s.attemptTTL)}
 	// An HSS asks for several vectors at once: they share an attempt as long as it leaves a device time enough.
-	s.coming.Add(1)
-	b, attempt, err := s.store.Prepare(ctx, fresh, now, now.Add(s.attemptTTL/2))
-	s.coming.Add(-1)
+	b, attempt, err := s.prepared(ctx, fresh, now)
 	if err != nil {
 		return nil, s.failed(ctx, "prepare", imsi, fromStore(ctx, err))
 	}
@@ -130,6 +131,12 @@ func (s *Service) PrepareVector(ctx context.Context, imsiText string, randBytes 
 		return nil, s.failed(ctx, "prepare", imsi, fromToken(ctx, err))
 	}
 	return &Prepared{RAND: out}, nil
+}
+
+func (s *Service) prepared(ctx context.Context, fresh Attempt, now time.Time) (*Binding, *Attempt, error) {
+	s.coming.Add(1)
+	defer s.coming.Add(-1)
+	return s.store.Prepare(ctx, fresh, now, now.Add(s.attemptTTL/2))
 }
 
 // RestoreRAND undoes PrepareVector for a bound IMSI.
@@ -297,7 +304,10 @@ func (s *Service) attempt(ctx context.Context, imsi kme.IMSI, id string) error {
 // noAttempt is the refusal of a call whose attempt is not open.
 func (s *Service) noAttempt(ctx context.Context, imsi kme.IMSI, imei kme.IMEI) error {
 	s.open.Invalidate(imsi)
-	if b, err := s.standing(ctx, imsi); err == nil && b.State == Active && b.IMEI != imei {
+	switch b, err := s.standing(ctx, imsi); {
+	case err != nil && !errors.Is(err, ErrNotBound):
+		return fromStore(ctx, err)
+	case err == nil && b.State == Active && b.IMEI != imei:
 		return otherDevice()
 	}
 	return fromStore(ctx, ErrNoAttempt)
@@ -346,7 +356,7 @@ func (s *Service) GetBinding(ctx context.Context, imsiText string) (*Binding, er
 	}
 	b, err := s.store.Binding(ctx, imsi)
 	if err != nil {
-		return nil, fromStore(ctx, err)
+		return nil, s.failed(ctx, "get", imsi, fromStore(ctx, err))
 	}
 	return b, nil
 }
@@ -410,7 +420,10 @@ func (s *Service) ListBindings(ctx context.Context, after, imeiText string, limi
 		}
 	}
 	all, err := s.store.Bindings(ctx, after, imei, limit)
-	return all, fromStore(ctx, err)
+	if err != nil {
+		return nil, s.failed(ctx, "list", kme.IMSI{}, fromStore(ctx, err))
+	}
+	return all, nil
 }
 
 // Refused logs a refusal that was made before the service was asked.
@@ -419,9 +432,14 @@ func (s *Service) Refused(ctx context.Context, r *Refusal, attrs ...any) {
 	s.log.WarnContext(ctx, "refused", append([]any{"reason", r.Reason}, attrs...)...)
 }
 
-// Panicked logs a panic that was recovered.
-func (s *Service) Panicked(ctx context.Context, p any) {
-	s.log.ErrorContext(ctx, "panic", "cause", fmt.Sprint(p), "stack", string(debug.Stack()))
+// Broken logs an error that is no refusal: a fault of the service itself. A panic is counted.
+func (s *Service) Broken(ctx context.Context, err error, attrs ...any) {
+	attrs = append(attrs, "cause", err.Error())
+	if p := panics.Of(err); p != nil {
+		s.metrics.panics.Inc()
+		attrs = append(attrs, "stack", string(p.Stack))
+	}
+	s.log.ErrorContext(ctx, "internal error", attrs...)
 }
 
 // failed logs a refusal, with the cause that the caller does not get.
@@ -458,7 +476,10 @@ func parseVector(imsiText string, randBytes []byte) (imsi kme.IMSI, vector [hsmk
 
 // fromToken and fromDirectory do as fromStore does.
 func fromToken(ctx context.Context, err error) error {
-	if ctx.Err() != nil {
+	switch {
+	case panics.Of(err) != nil:
+		return err
+	case ctx.Err() != nil:
 		return ctx.Err()
 	}
 	return refuse(kme.HSMUnavailable, "the HSM is not available", err)
@@ -466,6 +487,8 @@ func fromToken(ctx context.Context, err error) error {
 
 func fromDirectory(ctx context.Context, err error) error {
 	switch {
+	case panics.Of(err) != nil:
+		return err
 	case ctx.Err() != nil:
 		return ctx.Err()
 	case errors.Is(err, directory.ErrUnknownDevice):
