@@ -26,25 +26,13 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/kmehsm/kmehsm/internal/faultmodule"
+	"github.com/kmehsm/kmehsm/internal/programs"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 )
 
 var bin string // the folder of the built programs
 
-func TestMain(m *testing.M) {
-	os.Exit(func() int {
-		var err error
-		if bin, err = os.MkdirTemp("", "kmehsm-cmd-"); err != nil {
-			panic(err)
-		}
-		defer os.RemoveAll(bin)
-		if out, err := exec.Command("go", "build", "-o", bin+"/", "./...").CombinedOutput(); err != nil {
-			fmt.Fprintf(os.Stderr, "%s%v\n", out, err)
-			return 1
-		}
-		return m.Run()
-	}())
-}
+func TestMain(m *testing.M) { programs.Main(m, &bin) }
 
 // Each script begins with tokens and keys of its own: factory, factory2 and operator.
 func TestScripts(t *testing.T) {

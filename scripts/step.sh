@@ -25,14 +25,14 @@ tick() {
 }
 
 printf '%s\n' "$what" >&2
-exec 3> >(tick)
+exec {ticks}> >(tick)
 status=0
 if [ -z "$log" ]; then
-	"$@" 3>&- || status=$?
+	"$@" {ticks}>&- || status=$?
 else
-	"$@" >"$log" 2>&1 3>&- || status=$?
+	"$@" >"$log" 2>&1 {ticks}>&- || status=$?
 	[ $status -eq 0 ] || cat "$log" >&2
 fi
-exec 3>&-
+exec {ticks}>&-
 wait $!
 exit $status
