@@ -30,9 +30,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 )
 
-var bin string // the folder of the built programs
-
-func TestMain(m *testing.M) { programs.Main(m, &bin) }
+func TestMain(m *testing.M) { programs.Main(m) }
 
 // Each script begins with tokens and keys of its own: factory, factory2 and operator.
 func TestScripts(t *testing.T) {
@@ -51,7 +49,7 @@ func TestScripts(t *testing.T) {
 			}
 			env.Setenv("MODULE", toks["factory"].Module)
 			env.Setenv("KMEHSM_TOKEN", toks["factory"].URI)
-			env.Setenv("PATH", bin+":"+env.Getenv("PATH"))
+			env.Setenv("PATH", programs.Dir(tb)+":"+env.Getenv("PATH"))
 			for _, args := range [][]string{{"genrsa", "-out", "fixture.key", "3072"}, {"rsa", "-in", "fixture.key", "-pubout", "-out", "fixture.pem"}} {
 				cmd := exec.Command("openssl", args...)
 				cmd.Dir = env.WorkDir

@@ -7,36 +7,44 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"sync"
 	"testing"
 )
 
-// Main builds the programs into a new folder, whose name it puts into bin, and runs the tests.
-func Main(m *testing.M, bin *string) {
+// Main runs the tests, and removes what Dir has made.
+func Main(m *testing.M) {
 	os.Exit(func() int {
-		var err error
-		if *bin, err = os.MkdirTemp("", "kmehsm-programs-"); err == nil {
-			defer os.RemoveAll(*bin)
-			err = build(*bin)
-		}
-		if err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			return 1
-		}
+		defer func() { os.RemoveAll(dir) }()
 		return m.Run()
 	}())
 }
 
+// Dir is the folder of the programs, which are built at the first call.
+func Dir(t testing.TB) string {
+	t.Helper()
+	if err := build(); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
 const cmd = "github.com/kmehsm/kmehsm/cmd/..."
 
-func build(bin string) error {
-	if out, err := exec.Command("go", "build", "-o", bin+"/", cmd).CombinedOutput(); err != nil {
-		return fmt.Errorf("%s%w", out, err)
-	}
-	// go test keeps a result until something changes that the test has read itself. Of a folder that is every file's size and time.
-	folders, err := exec.Command("go", "list", "-deps", "-f", "{{with .Module}}{{if .Main}}{{$.Dir}}{{end}}{{end}}", cmd).Output()
-	for _, folder := range strings.Fields(string(folders)) {
-		_, rerr := os.ReadDir(folder)
-		err = errors.Join(err, rerr)
-	}
-	return err
-}
+var (
+	dir   string
+	build = sync.OnceValue(func() (err error) {
+		if dir, err = os.MkdirTemp("", "kmehsm-programs-"); err != nil {
+			return err
+		}
+		if out, err := exec.Command("go", "build", "-o", dir+"/", cmd).CombinedOutput(); err != nil {
+			return fmt.Errorf("%s%w", out, err)
+		}
+		// go test keeps a result until something changes that a test, not TestMain, has read itself. Of a folder that is every file's size and time.
+		sources, err := exec.Command("go", "list", "-deps", "-f", "{{with .Module}}{{if .Main}}{{$.Dir}}{{end}}{{end}}", cmd).Output()
+		for _, folder := range strings.Fields(string(sources)) {
+			_, rerr := os.ReadDir(folder)
+			err = errors.Join(err, rerr)
+		}
+		return err
+	})
+)

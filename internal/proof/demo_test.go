@@ -9,6 +9,7 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/kmehsm/kmehsm/internal/programs"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 )
 
@@ -19,7 +20,7 @@ func TestDemo(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, target := range map[string]string{"bin": bin, "scripts": root + "/scripts", "softhsm-setup.sh": root + "/softhsm-setup.sh"} {
+	for name, target := range map[string]string{"bin": programs.Dir(t), "scripts": root + "/scripts", "softhsm-setup.sh": root + "/softhsm-setup.sh"} {
 		if err := os.Symlink(target, filepath.Join(dir, name)); err != nil {
 			t.Fatal(err)
 		}

@@ -10,6 +10,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/kmehsm/kmehsm/internal/programs"
 )
 
 // slotDaemon starts openCryptoki's daemon, unless one is running, and ends it with the test.
@@ -84,7 +86,7 @@ func TestDoctorOnOpenCryptoki(t *testing.T) {
 	}
 	uri := "pkcs11:token=" + label + "?module-path=" + modules[0] + "&pin-source=file:" + pin
 	run := func(program string, args ...string) (stdout, stderr string, code int) {
-		cmd := exec.Command(filepath.Join(bin, program), args...)
+		cmd := exec.Command(filepath.Join(programs.Dir(t), program), args...)
 		var out, errs strings.Builder
 		cmd.Dir, cmd.Env, cmd.Stdout, cmd.Stderr = dir, append(os.Environ(), "KMEHSM_TOKEN="+uri), &out, &errs
 		cmd.Run()
