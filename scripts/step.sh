@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # usage: scripts/step.sh [-q [-n TOTAL]] WHAT COMMAND...
-# Runs a command, and says on standard error what it is for, and every ten seconds for how long it has run and which programs it runs now. With
-# -q the command's own output is shown only if it fails; until then its last line tells how far it is, and with -n which line of how many that is.
+# Runs a command, and says on standard error what it is for, and every ten seconds for how long it has run and which
+# programs it runs now. With -q the command's own output is shown only if it fails; until then its last line tells how
+# far it is, and with -n which line of how many that is.
 set -euo pipefail
 log='' total=''
 while getopts qn: option; do
@@ -20,7 +21,8 @@ programs() {
 	local command child
 	for command in $(<"/proc/$$/task/$$/children"); do
 		[ "$command" = "$1" ] || cat "/proc/$command/task/"*/children
-	done 2>/dev/null | tr ' ' '\n' | while read -r child; do cat "/proc/$child/comm"; done 2>/dev/null | sort -u | paste -sd ' ' || true
+	done 2>/dev/null | tr ' ' '\n' | while read -r child; do cat "/proc/$child/comm"; done 2>/dev/null |
+		sort -u | paste -sd ' ' || true
 }
 
 # tick speaks until its standard input ends: nobody writes to it, and only this script holds its other end.
