@@ -25,6 +25,7 @@ import (
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/pgtest"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -94,22 +95,17 @@ func newWorld(t *testing.T, storeName string) *world {
 }
 
 // start starts a service process on a socket.
-func (w *world) start(t *testing.T, socket string) *exec.Cmd {
+func (w *world) start(t *testing.T, socket string) *testproc.Process {
 	t.Helper()
 	child := exec.Command(os.Args[0], "-test.run=^TestKilled$")
 	child.Env = append(os.Environ(), childArgs+"="+strings.Join([]string{w.tokenURI, w.storeName, w.dir, socket}, "\n"))
-	if err := child.Start(); err != nil {
-		t.Fatal(err)
-	}
-	for range 1000 {
-		if c, err := net.Dial("unix", socket); err == nil {
+	return testproc.Start(t, child, func(*testproc.Process) bool {
+		c, err := net.Dial("unix", socket)
+		if err == nil {
 			c.Close()
-			return child
 		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	t.Fatal("the service does not start")
-	return nil
+		return err == nil
+	})
 }
 
 // Two service processes on one PostgreSQL: the same payload at both is established once and answered the same, and one KME for two subscriptions is
@@ -119,8 +115,7 @@ func TestTwoInstances(t *testing.T) {
 	var clients []*client.Client
 	for range 2 {
 		socket := filepath.Join(t.TempDir(), "s")
-		child := w.start(t, socket)
-		defer func() { child.Process.Kill(); child.Wait() }()
+		w.start(t, socket)
 		c := must[*client.Client](t)(client.New(client.Options{URL: "unix:" + socket, Tries: 1}))
 		defer c.Close()
 		clients = append(clients, c)
@@ -170,8 +165,6 @@ func killed(t *testing.T, storeName string, kills int, besides func(round int)) 
 	r := newWorld(t, storeName)
 	l := r.lot
 	socket := filepath.Join(t.TempDir(), "s")
-	var child *exec.Cmd
-	start := func() { child = r.start(t, socket) }
 	dial := func() *client.Client {
 		return must[*client.Client](t)(client.New(client.Options{URL: "unix:" + socket, Tries: 1, Timeout: 5 * time.Second}))
 	}
@@ -193,7 +186,7 @@ func killed(t *testing.T, storeName string, kills int, besides func(round int)) 
 		return err
 	}
 	for round := range kills {
-		start()
+		child := r.start(t, socket)
 		ctx, stop := context.WithCancel(t.Context())
 		var load sync.WaitGroup
 		for w := range 4 {
@@ -217,13 +210,11 @@ func killed(t *testing.T, storeName string, kills int, besides func(round int)) 
 		}
 		time.Sleep(50*time.Millisecond + time.Duration(rand.IntN(150))*time.Millisecond)
 		besides(round)
-		child.Process.Kill()
-		child.Wait()
+		child.Kill()
 		stop()
 		load.Wait()
 	}
-	start()
-	defer func() { child.Process.Kill(); child.Wait() }()
+	r.start(t, socket)
 	c := dial()
 	defer c.Close()
 	answered, lost := 0, 0

@@ -27,12 +27,13 @@ import (
 
 	"github.com/kmehsm/kmehsm/internal/faultmodule"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
 var bin string // the folder of the built programs
 
 func TestMain(m *testing.M) {
-	os.Exit(func() int {
+	testproc.Main(func() int {
 		var err error
 		if bin, err = os.MkdirTemp("", "kmehsm-cmd-"); err != nil {
 			panic(err)
@@ -43,7 +44,7 @@ func TestMain(m *testing.M) {
 			return 1
 		}
 		return m.Run()
-	}())
+	})
 }
 
 // Each script begins with tokens and keys of its own: factory, factory2 and operator.
@@ -108,14 +109,13 @@ func ready(ts *testscript.TestScript, _ bool, args []string) {
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", ts.MkAbs(args[0]))
 	}}}
-	for range 500 {
+	for deadline := time.Now().Add(testproc.Patience); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
 		if r, err := client.Get("http://keysvc/readyz"); err == nil {
 			r.Body.Close()
 			if r.StatusCode == http.StatusOK {
 				return
 			}
 		}
-		time.Sleep(20 * time.Millisecond)
 	}
 	ts.Fatalf("%s does not become ready", args[0])
 }

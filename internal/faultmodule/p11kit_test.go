@@ -8,42 +8,36 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
 // A remote serves a token over a socket, as p11-kit does (PKCS #11 by remote procedure calls).
 type remote struct {
 	socket, token string
-	cmd           *exec.Cmd
+	process       *testproc.Process
 }
 
 func (r *remote) start(t *testing.T) {
 	t.Helper()
 	os.Remove(r.socket)
-	r.cmd = exec.Command("p11-kit", "server", "--foreground", "--name", r.socket, "--provider", softhsmtest.ModulePath(), r.token)
-	r.cmd.Env = append(os.Environ(), "XDG_RUNTIME_DIR="+filepath.Dir(r.socket))
-	r.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // a process for each connection
-	if err := r.cmd.Start(); err != nil {
+	path, err := exec.LookPath("p11-kit")
+	if err != nil {
 		t.Fatalf("%v: scripts/deps.sh test installs it", err)
 	}
-	for range 500 {
-		if c, err := net.Dial("unix", r.socket); err == nil {
+	cmd := exec.Command(path, "server", "--foreground", "--name", r.socket, "--provider", softhsmtest.ModulePath(), r.token)
+	cmd.Env = append(os.Environ(), "XDG_RUNTIME_DIR="+filepath.Dir(r.socket))
+	r.process = testproc.Start(t, cmd, func(*testproc.Process) bool {
+		c, err := net.Dial("unix", r.socket)
+		if err == nil {
 			c.Close()
-			return
 		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	t.Fatal("p11-kit server does not start")
-}
-
-func (r *remote) kill() {
-	syscall.Kill(-r.cmd.Process.Pid, syscall.SIGKILL)
-	r.cmd.Wait()
+		return err == nil
+	})
 }
 
 // A token in another process, whose server is killed and comes back: decryption goes on by itself. (p11-kit passes no AES wrapping, so it
@@ -58,7 +52,6 @@ func TestRemoteKilled(t *testing.T) {
 	label, _, _ := strings.Cut(strings.TrimPrefix(tok.URI, "pkcs11:"), "?")
 	r := &remote{socket: filepath.Join(t.TempDir(), "s"), token: "pkcs11:" + label}
 	r.start(t)
-	defer func() { r.kill() }()
 	t.Setenv("P11_KIT_SERVER_ADDRESS", "unix:path="+r.socket)
 	token := must[*hsmkeys.Token](t)(hsmkeys.Open(t.Context(), "pkcs11:"+label+"?module-path="+url.PathEscape(module[0])+"&pin-source=file:"+tok.PINFile))
 	defer token.Close()
@@ -75,7 +68,7 @@ func TestRemoteKilled(t *testing.T) {
 		away = 10 * time.Second
 	}
 	for round := range 3 {
-		r.kill()
+		r.process.Kill()
 		if err := prove(); err == nil {
 			t.Fatal("a token whose server was killed decrypts")
 		}
