@@ -14,7 +14,7 @@ PROTOC_GEN_CONNECT_GO := connectrpc.com/connect/cmd/protoc-gen-connect-go@v1.21.
 # A target's prerequisites come in their order also under make -j: the tools are installed before they are used.
 .NOTPARALLEL:
 DEPS := deps-build deps-demo deps-plugin deps-test deps-generate
-.PHONY: help build demo plugin vaultdev test soak bench benchstat lint fuzz fuzz-plugin generate clean $(DEPS)
+.PHONY: help build demo plugin vaultdev test flaky soak bench benchstat lint fuzz fuzz-plugin generate clean $(DEPS)
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,8 +41,11 @@ bin/vaultdev: $(wildcard tools/vaultdev/*.go) tools/vaultdev/go.mod tools/vaultd
 	cd tools/vaultdev && go build -trimpath -o ../../bin/vaultdev .
 
 test: deps-test lint vaultdev ## what CI runs
-	go test -race ./...
+	scripts/leaves-nothing.sh go test -race ./...
 	$(MAKE) fuzz-plugin PLUGIN_FUZZ='-seed=1 -runs=1000000' # always the same inputs
+
+flaky: deps-test vaultdev ## the tests N=20 times with every core busy, and once with GOMAXPROCS=1: logs of failed runs in var/flaky
+	N=$(or $(N),20) scripts/flaky.sh
 
 soak: deps-test vaultdev ## 200 random kill -9 of factory and Vault over a lot of 20,000 devices; 200 of keysvc and PostgreSQL; an HSM away for 10 s
 	KMEHSM_SOAK=1 go test -count=1 -timeout 60m -run TestKilledWhilePublishing -v ./internal/proof

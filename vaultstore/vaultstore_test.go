@@ -16,6 +16,7 @@ import (
 	"github.com/hashicorp/vault/api"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/internal/vaulttest"
 	"github.com/kmehsm/kmehsm/policies"
 )
@@ -81,7 +82,7 @@ func TestSealedAndRestarted(t *testing.T) {
 		server.Restart(t, false)
 	}()
 	config := api.DefaultConfig()
-	config.MaxRetries, config.MinRetryWait, config.MaxRetryWait = 20, 100*time.Millisecond, time.Second
+	config.MaxRetries, config.MinRetryWait, config.MaxRetryWait = 60, 100*time.Millisecond, time.Second
 	client, err := api.NewClient(config)
 	if err != nil {
 		t.Fatal(err)
@@ -141,7 +142,7 @@ func TestConnectWhileAway(t *testing.T) {
 		t.Error(err)
 	}
 	server.Restart(t, false)
-	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+	for deadline := time.Now().Add(testproc.Patience); ; time.Sleep(100 * time.Millisecond) {
 		if data, _, err := store.Read(t.Context(), "lots/L1/manifest"); err == nil && string(data) == "x" {
 			break
 		} else if time.Now().After(deadline) {
@@ -395,13 +396,19 @@ func TestLogin(t *testing.T) {
 				t.Fatal(err)
 			}
 			store, first := New(client, "kme"), client.Token()
-			for start := time.Now(); time.Since(start) < 10*time.Second; time.Sleep(100 * time.Millisecond) {
+			anew := func() bool {
+				return client.Token() != first && strings.Contains(log.String(), "logged in to Vault anew")
+			}
+			for start := time.Now(); !anew(); time.Sleep(100 * time.Millisecond) {
 				if _, _, err := store.Read(ctx, "lots/L1/manifest"); err != nil {
 					t.Fatalf("after %v: %v\n%s", time.Since(start), err, log)
 				}
+				if time.Since(start) > testproc.Patience {
+					t.Fatalf("no new login:\n%s", log)
+				}
 			}
-			if client.Token() == first || !strings.Contains(log.String(), "logged in to Vault anew") {
-				t.Errorf("no new login within twice the longest life of a token:\n%s", log)
+			if _, _, err := store.Read(ctx, "lots/L1/manifest"); err != nil {
+				t.Errorf("with the new token: %v", err)
 			}
 			for _, secret := range []string{first, client.Token(), plain} {
 				if strings.Contains(log.String(), secret) {

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -53,16 +54,20 @@ func TestRemoteKilled(t *testing.T) {
 	r := &remote{socket: filepath.Join(t.TempDir(), "s"), token: "pkcs11:" + label}
 	r.start(t)
 	t.Setenv("P11_KIT_SERVER_ADDRESS", "unix:path="+r.socket)
+	begin := time.Now()
 	token := must[*hsmkeys.Token](t)(hsmkeys.Open(t.Context(), "pkcs11:"+label+"?module-path="+url.PathEscape(module[0])+"&pin-source=file:"+tok.PINFile))
+	opening := time.Since(begin)
 	defer token.Close()
 	pub, _, err := token.EnsureLotKey(t.Context(), lot, 2048, hsmkeys.PrimesAuto)
 	if err != nil {
 		t.Fatal(err)
 	}
 	prove := func() error { return token.ProveLotKey(t.Context(), lot, pub) }
+	start := time.Now()
 	if err := prove(); err != nil {
 		t.Fatal(err)
 	}
+	usual := time.Since(start)
 	away := time.Second
 	if os.Getenv("KMEHSM_SOAK") != "" {
 		away = 10 * time.Second
@@ -72,30 +77,23 @@ func TestRemoteKilled(t *testing.T) {
 		if err := prove(); err == nil {
 			t.Fatal("a token whose server was killed decrypts")
 		}
-		var worst time.Duration
-		slow := 0
+		var refused []time.Duration
 		for end := time.Now().Add(away); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
 			start := time.Now()
 			if err := prove(); !errors.Is(err, hsmkeys.ErrUnavailable) {
 				t.Fatalf("while it is away: %v", err)
 			}
-			took := time.Since(start)
-			if worst = max(worst, took); took > 50*time.Millisecond {
-				slow++
-			}
+			refused = append(refused, time.Since(start))
 		}
 		r.start(t)
 		start := time.Now()
-		for prove() != nil {
-			if time.Since(start) > 5*time.Second {
-				t.Fatalf("it does not come back: %v", token.Health().Cause)
-			}
-			time.Sleep(time.Millisecond)
-		}
+		await(t, "its return", func() bool { return prove() == nil })
 		took := time.Since(start)
-		t.Logf("round %d: the slowest answer after %s, back after %s", round, worst.Round(time.Microsecond), took.Round(time.Millisecond))
-		if slow > 1 || took > 2*time.Second {
-			t.Errorf("the slowest answer after %s, back after %s", worst, took)
+		slices.Sort(refused)
+		most := refused[len(refused)*9/10]
+		t.Logf("round %d: nine of ten were refused within %s, one that works takes %s; back after %s, to open it takes %s", round, most, usual, took, opening)
+		if most > usual || took > 2*time.Second+10*opening {
+			t.Errorf("nine of ten were refused within %s, one that works takes %s; back after %s, to open it takes %s", most, usual, took, opening)
 		}
 	}
 }

@@ -11,11 +11,14 @@ import (
 	"os/user"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	_ "github.com/jackc/pgx/v5/stdlib" // the driver
+	"golang.org/x/sys/unix"
 
 	"github.com/kmehsm/kmehsm/internal/testproc"
 )
@@ -51,7 +54,7 @@ func Start(t testing.TB) *Server {
 		t.Fatalf("initdb: %v\n%s", err, out)
 	}
 	s.Run(t)
-	t.Cleanup(func() { s.process.Stop(syscall.SIGQUIT) }) // by itself: killed, it leaves its System V shared memory
+	t.Cleanup(func() { s.process.Stop(syscall.SIGQUIT) }) // it removes its System V shared memory
 	return s
 }
 
@@ -67,8 +70,33 @@ func (s *Server) Run(t testing.TB) {
 		"-c", "max_connections=200", "-c", "dynamic_shared_memory_type=mmap"), func(*testproc.Process) bool { return db.PingContext(t.Context()) == nil })
 }
 
-// Kill ends the server at once, as kill -9 does.
-func (s *Server) Kill() { s.process.Kill() }
+// Kill ends the server at once, as kill -9 does. It waits until the processes of its connections have seen that, and removes what
+// they shared: while one of them has it, the server does not start again.
+func (s *Server) Kill(t testing.TB) {
+	t.Helper()
+	lines, err := os.ReadFile(filepath.Join(s.dir, "postmaster.pid"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var key, id int
+	if _, err := fmt.Sscan(strings.Split(string(lines), "\n")[6], &key, &id); err != nil { // of its System V shared memory
+		t.Fatalf("postmaster.pid: %v\n%s", err, lines)
+	}
+	s.process.Kill()
+	for deadline := time.Now().Add(testproc.Patience); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		var memory unix.SysvShmDesc
+		if _, err := unix.SysvShmCtl(id, unix.IPC_STAT, &memory); err != nil {
+			t.Fatal(err)
+		}
+		if memory.Nattch == 0 {
+			if _, err := unix.SysvShmCtl(id, unix.IPC_RMID, nil); err != nil {
+				t.Fatal(err)
+			}
+			return
+		}
+	}
+	t.Fatal("a connection of a killed PostgreSQL does not end")
+}
 
 // Database makes an empty database, and gives its connection string.
 func (s *Server) Database(t testing.TB) string {

@@ -265,7 +265,7 @@ func (m *mme) ask(command string, args ...string) []string {
 	if _, err := fmt.Fprintf(m.conn, "%s %d %s\n", command, m.next, strings.Join(args, " ")); err != nil {
 		m.t.Fatal(err)
 	}
-	m.conn.SetReadDeadline(time.Now().Add(30 * time.Second))
+	m.conn.SetReadDeadline(time.Now().Add(testproc.Patience))
 	for {
 		line, err := m.lines.ReadString('\n')
 		if err != nil {
@@ -480,7 +480,6 @@ const success = "2001"
 // keysvc slow, down and back; MMEs that go; and what the configuration can say of all that.
 func TestS6aFaults(t *testing.T) {
 	d := newDiameter(t, 200, "")
-	const timeout = 500 * time.Millisecond
 	hss := d.start("hss", []string{"hss:" + d.path("subscribers")}, "agent")
 	agent := d.start("agent", []string{d.conf("kme.conf", "timeout_ms = 500", "open = 00102", "workers = 4", "queue = 50")}, "hss", "mme")
 	client := d.start("mme", []string{"mme:" + d.path("m")}, "agent")
@@ -494,8 +493,8 @@ func TestS6aFaults(t *testing.T) {
 		t.Helper()
 		start := time.Now()
 		m.expect(what+": vectors", "AIA 4181 - -", "AIR", closed, "1", "-")
-		if took := time.Since(start); took > 2*timeout {
-			t.Errorf("%s: an answer took %v", what, took)
+		if took := time.Since(start); took > 2*time.Second {
+			t.Errorf("%s: an answer took %v, as long as without timeout_ms", what, took)
 		}
 		m.expect(what+": vectors that may pass", "AIA 2001 - -", "AIR", open, "1", "-")
 		m.expect(what+": resynchronisation", "AIA 4181 - -", "AIR", closed, "1", strings.Repeat("5a", 30))
