@@ -50,7 +50,7 @@ func TestMain(m *testing.M) {
 // Each script begins with tokens and keys of its own: factory, factory2 and operator.
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
-		Dir: "testdata/script", RequireExplicitExec: true,
+		Dir: "testdata/script", RequireExplicitExec: true, WorkdirRoot: t.TempDir(), // its own stays where not all scripts run
 		Setup: func(env *testscript.Env) error {
 			tb := env.T().(testing.TB)
 			dir := filepath.Join(env.WorkDir, "softhsm")
