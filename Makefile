@@ -61,8 +61,9 @@ test: check deps-test vaultdev ## what CI runs: check, and the other tests
 flaky: deps-test vaultdev ## the tests N=20 times with every core busy, and once with GOMAXPROCS=1: logs of failed runs in var/flaky
 	N=$(or $(N),20) scripts/flaky.sh
 
-soak: deps-test vaultdev ## 200 random kill -9 of factory and Vault over a lot of 20,000 devices; 200 of keysvc and PostgreSQL; an HSM away for 10 s
+soak: deps-test vaultdev ## 200 random kill -9 of factory and Vault over a lot of 20,000 devices; 200 of keysvc and PostgreSQL; an HSM away for 10 s; 10,000 attaches over S6a, with a tenth of all answers lost
 	KMEHSM_SOAK=1 go test -count=1 -timeout 60m -run KilledWhilePublishing -v ./internal/proof
+	KMEHSM_SOAK=1 go test -count=1 -timeout 100m -run TestS6aChaos -v ./internal/proof
 	KMEHSM_SOAK=1 go test -count=1 -timeout 60m -run 'Killed|TestMutated' -v ./binding
 	KMEHSM_SOAK=1 go test -count=1 -timeout 20m -run 'TestOutage|TestRemoteKilled' -v ./internal/faultmodule
 
