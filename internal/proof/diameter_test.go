@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -207,17 +208,9 @@ func (n *node) connected(peers ...string) {
 	await(n.d.t, n.name+" connected", func() bool {
 		text := n.Log.String()
 		return !slices.ContainsFunc(peers, func(p string) bool {
-			// The last word on a peer counts.
-			open, closed := -1, -1
-			for _, state := range []string{"'STATE_OPEN'", "'STATE_CLOSED'", "'STATE_SUSPECT'"} {
-				at := strings.LastIndex(text, "-> "+state+"\t'"+identity(p)+"'")
-				if state == "'STATE_OPEN'" {
-					open = at
-				} else {
-					closed = max(closed, at)
-				}
-			}
-			return open <= closed
+			// The last word on a peer counts: on its way to be closed it is open no more.
+			states := regexp.MustCompile(`-> '(STATE_\w+)'\t'`+regexp.QuoteMeta(identity(p))+`'`).FindAllStringSubmatch(text, -1)
+			return len(states) == 0 || states[len(states)-1][1] != "STATE_OPEN"
 		})
 	})
 }
