@@ -307,7 +307,7 @@ func (m *mme) expect(what, want string, command string, args ...string) []string
 
 // Subscribers who never attach: of the home network, and of one whose IMSIs fail open where a test says so.
 const (
-	unbound = "001015000000000"
+	unbound = "001010005000000"
 	openTo  = "001020000000000"
 )
 
