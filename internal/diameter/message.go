@@ -1,5 +1,5 @@
-// Package diameter is a small Diameter peer for tests (RFC 6733, 3GPP TS 29.272 and 29.229): AVPs by hand, one TCP connection. It shares nothing with
-// freeDiameter, so that no fault of one stack hides one of ours.
+// Package diameter is a small Diameter peer for tests (RFC 6733, 3GPP TS 29.272 and 29.229): AVPs by hand, one TCP
+// connection. It shares nothing with freeDiameter, so that no fault of one stack hides one of ours.
 package diameter
 
 import (

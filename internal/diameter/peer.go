@@ -106,7 +106,8 @@ func (p *Peer) Answer(request *Message, avps ...AVP) *Message {
 // ErrGone is the error of a connection that has ended.
 var ErrGone = errors.New("the peer has gone")
 
-// Ask sends a request, and waits for its answer. It gives it a new Hop-by-Hop Identifier, and an End-to-End Identifier unless it has one.
+// Ask sends a request, and waits for its answer. It gives it a new Hop-by-Hop Identifier, and an End-to-End Identifier
+// unless it has one.
 func (p *Peer) Ask(ctx context.Context, m *Message) (*Message, error) {
 	sent, answer := *m, make(chan *Message, 1)
 	p.mu.Lock()

@@ -48,7 +48,8 @@ func TestSet1(t *testing.T) {
 	}
 }
 
-// Kc and SRES are those of TS 35.208's test set 1 (c3 and c2 of its CK, IK and RES); SIM and network understand each other.
+// Kc and SRES are those of TS 35.208's test set 1 (c3 and c2 of its CK, IK and RES); SIM and network understand each
+// other.
 func TestBothSides(t *testing.T) {
 	s, err := New(unhex(t, "465b5ce8b199b49faa5f0a2ee238a6bc"), unhex(t, "cd63cb71954a9f4e48a5994e37a02baf"))
 	if err != nil {

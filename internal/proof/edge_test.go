@@ -19,7 +19,8 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// An edge is an MME at the network's edge, whichever its stack: what it asks, and what it makes of the answers. A zero option is what a home MME sends.
+// An edge is an MME at the network's edge, whichever its stack: what it asks, and what it makes of the answers. A zero
+// option is what a home MME sends.
 type edge interface {
 	air(imsi string, vectors uint32, o options) aia
 	ulr(imsi, imei string, payload []byte, attempt string, o options) ula
@@ -328,7 +329,8 @@ func (p *phone) decrypt(rand []byte) (out [16]byte) {
 	return out
 }
 
-// accepts is AKA of a vector: whether the SIM accepts it and the network RES. The RAND is decrypted under KME, or is taken as it is.
+// accepts is AKA of a vector: whether the SIM accepts it and the network RES. The RAND is decrypted under KME, or is
+// taken as it is.
 func (p *phone) accepts(v vec, clear bool) error {
 	p.d.t.Helper()
 	rand := [16]byte(v.rand)

@@ -74,7 +74,8 @@ type lossyMME struct {
 	*diameter.Peer
 }
 
-// ask gives nil for an answer that is lost, one way or another. An MME may send a request again as it was (RFC 6733, 5.5.4).
+// ask gives nil for an answer that is lost, one way or another. An MME may send a request again as it was (RFC 6733,
+// 5.5.4).
 func (e lossyMME) ask(m *diameter.Message) (answer *diameter.Message) {
 	for tries := 1 + mathrand.IntN(4)/3; tries > 0 && answer == nil; tries-- {
 		ctx, cancel := context.WithTimeout(context.Background(), chaosPatience)
@@ -89,7 +90,8 @@ func (e lossyMME) ask(m *diameter.Message) (answer *diameter.Message) {
 	return answer
 }
 
-// attach plays a device and its MMEs until the network serves it, and says how often the device made a payload. Nobody else does anything.
+// attach plays a device and its MMEs until the network serves it, and says how often the device made a payload. Nobody
+// else does anything.
 func (p *phone) attach(ctx context.Context, mmes []lossyMME) (payloads int, err error) {
 	for ctx.Err() == nil {
 		e := mmes[mathrand.IntN(len(mmes))]
@@ -122,7 +124,8 @@ func (p *phone) attach(ctx context.Context, mmes []lossyMME) (payloads int, err 
 	return payloads, ctx.Err()
 }
 
-// provisionLossy sends one payload, again while it is said to be safe. The device has a KME from when it has compared NW_SIG.
+// provisionLossy sends one payload, again while it is said to be safe. The device has a KME from when it has compared
+// NW_SIG.
 func (p *phone) provisionLossy(e lossyMME, attempt string, v vec) error {
 	if err := p.accepts(v, true); err != nil {
 		return err
@@ -154,7 +157,8 @@ func (p *phone) provisionLossy(e lossyMME, attempt string, v vec) error {
 	return nil
 }
 
-// Answers are lost at every point, and keysvc is killed again and again: each device ends with its own KME, and no administrator has helped.
+// Answers are lost at every point, and keysvc is killed again and again: each device ends with its own KME, and no
+// administrator has helped.
 func TestS6aChaos(t *testing.T) {
 	devices, every, workers, most := 100, 3*time.Second, 32, 10*time.Minute
 	if os.Getenv("KMEHSM_SOAK") != "" { // make soak
