@@ -79,12 +79,12 @@ func (t measured) OpenPayload(ctx context.Context, p hsmkeys.Payload) (o *hsmkey
 	return t.Token.OpenPayload(ctx, p)
 }
 
-func (t measured) EncryptRAND(ctx context.Context, sealed []byte, rand [hsmkeys.RANDSize]byte) (out [hsmkeys.RANDSize]byte, err error) {
-	defer func(start time.Time) { t.observe("encrypt RAND", start, err) }(time.Now())
-	return t.Token.EncryptRAND(ctx, sealed, rand)
+func (t measured) EncryptRANDs(ctx context.Context, sealed []byte, rands []hsmkeys.RAND) (out []hsmkeys.RAND, err error) {
+	defer func(start time.Time) { t.observe("encrypt RANDs", start, err) }(time.Now())
+	return t.Token.EncryptRANDs(ctx, sealed, rands)
 }
 
-func (t measured) DecryptRAND(ctx context.Context, sealed []byte, rand [hsmkeys.RANDSize]byte) (out [hsmkeys.RANDSize]byte, err error) {
+func (t measured) DecryptRAND(ctx context.Context, sealed []byte, rand hsmkeys.RAND) (out hsmkeys.RAND, err error) {
 	defer func(start time.Time) { t.observe("decrypt RAND", start, err) }(time.Now())
 	return t.Token.DecryptRAND(ctx, sealed, rand)
 }

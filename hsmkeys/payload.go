@@ -210,20 +210,34 @@ const RANDSize = 16
 // sealedSize is the length of a KME in AES key wrap.
 const sealedSize = kme.SecretSize + 8
 
-// EncryptRAND encrypts a RAND as one AES-256 block under a sealed KME, inside the token. The text says only that RAND
-// is encrypted; one block, of exactly its size, is our choice.
-func (t *Token) EncryptRAND(ctx context.Context, sealed []byte, rand [RANDSize]byte) (out [RANDSize]byte, err error) {
-	return t.randBlock(ctx, sealed, rand, true)
+// A RAND is the random challenge of an authentication vector.
+type RAND = [RANDSize]byte
+
+// EncryptRANDs encrypts RANDs, each as one AES-256 block under a sealed KME, inside the token: 4 calls, however many. The text
+// says only that RAND is encrypted; one block, of exactly its size, is our choice.
+func (t *Token) EncryptRANDs(ctx context.Context, sealed []byte, rands []RAND) ([]RAND, error) {
+	return t.randBlocks(ctx, sealed, rands, true)
 }
 
-// DecryptRAND undoes EncryptRAND.
-func (t *Token) DecryptRAND(ctx context.Context, sealed []byte, rand [RANDSize]byte) (out [RANDSize]byte, err error) {
-	return t.randBlock(ctx, sealed, rand, false)
+// DecryptRAND undoes EncryptRANDs of one.
+func (t *Token) DecryptRAND(ctx context.Context, sealed []byte, rand RAND) (out RAND, err error) {
+	all, err := t.randBlocks(ctx, sealed, []RAND{rand}, false)
+	if err != nil {
+		return out, err
+	}
+	return all[0], nil
 }
 
-func (t *Token) randBlock(ctx context.Context, sealed []byte, in [RANDSize]byte, encrypt bool) (out [RANDSize]byte, err error) {
+func (t *Token) randBlocks(ctx context.Context, sealed []byte, rands []RAND, encrypt bool) (out []RAND, err error) {
 	if len(sealed) != sealedSize {
-		return out, errors.New("the sealed KME is damaged: it has the wrong length")
+		return nil, errors.New("the sealed KME is damaged: it has the wrong length")
+	}
+	if len(rands) == 0 {
+		return nil, errors.New("there is no RAND to process")
+	}
+	in := make([]byte, 0, RANDSize*len(rands))
+	for _, r := range rands {
+		in = append(in, r[:]...)
 	}
 	err = t.with(ctx, func(s *session) (err error) {
 		storage, err := t.find(s, pkcs11.CKO_SECRET_KEY, storageKey)
@@ -243,14 +257,17 @@ func (t *Token) randBlock(ctx context.Context, sealed []byte, in [RANDSize]byte,
 		if encrypt {
 			do = s.encrypt
 		}
-		b, err := do(pkcs11.CKM_AES_ECB, h, in[:], make([]byte, RANDSize))
+		b, err := do(pkcs11.CKM_AES_ECB, h, in, make([]byte, len(in)))
 		if err != nil {
 			return explain("process RAND", err)
 		}
-		if len(b) != RANDSize {
-			return errors.New("the token's AES-ECB of one block is not one block")
+		if len(b) != len(in) {
+			return errors.New("the token's AES-ECB gives another number of blocks than it was given")
 		}
-		out = [RANDSize]byte(b)
+		out = make([]RAND, len(rands))
+		for i := range out {
+			out[i] = RAND(b[RANDSize*i:])
+		}
 		return nil
 	})
 	return out, err

@@ -58,7 +58,11 @@ const configHelp = `The configuration (a relative path in it is relative to its 
                                        # rate: 500 for at most so many calls a second
       - {name: ops, uid: 1000, roles: [admin], plmns: [all]}                # roles: hss, admin, monitor, kme-export
     store: postgres://keysvc@db/keysvc # for several instances (default: SQLite in the state folder); password: PGPASSFILE
+                                       # provision_from: [home]: origins that may provision: home (names of the IMSI's own PLMN,
+                                       # mme.epc.mnc001.mcc001.3gppnetwork.org), any, names of hosts, "*.example.net"
     attempt_ttl: 5m                    # how long a device has for EstablishKME after PrepareVector
+    pending_ttl: 1h                    # how long a device has to show its KME after EstablishKME
+    pending_vectors: 3                 # how many PrepareVectors it may take for that
     revocation_ttl: 1m                 # how old a list of revoked devices may be
     calls: 128                         # that are at the HSM or wait for it; more are refused (default: 32 for each session)
     imei_rate: 10                      # payloads a second of one device, imei_burst: 1000 at once; more are refused
@@ -85,6 +89,8 @@ type config struct {
 	Clients       []api.Client  `yaml:"clients"`
 	Store         string        `yaml:"store"`
 	AttemptTTL    time.Duration `yaml:"attempt_ttl"`
+	PendingTTL    time.Duration `yaml:"pending_ttl"`
+	PendingLimit  int           `yaml:"pending_vectors"`
 	RevocationTTL time.Duration `yaml:"revocation_ttl"`
 	HSMTimeout    time.Duration `yaml:"hsm_timeout"`
 	Verify        string        `yaml:"verify"`
@@ -108,7 +114,7 @@ func readConfig(path string) (*config, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &config{Token: os.Getenv("KMEHSM_TOKEN"), State: "var/keysvc", AttemptTTL: 5 * time.Minute, RevocationTTL: time.Minute, HSMTimeout: 5 * time.Second, IMEIRate: 10, IMEIBurst: 1000, LogIdentities: "plain", Verify: "token", CacheMB: 64}
+	c := &config{Token: os.Getenv("KMEHSM_TOKEN"), State: "var/keysvc", AttemptTTL: binding.DefaultTimes().Attempt, PendingTTL: binding.DefaultTimes().Pending, PendingLimit: binding.DefaultTimes().PendingVectors, RevocationTTL: time.Minute, HSMTimeout: 5 * time.Second, IMEIRate: 10, IMEIBurst: 1000, LogIdentities: "plain", Verify: "token", CacheMB: 64}
 	d := yaml.NewDecoder(bytes.NewReader(data))
 	d.KnownFields(true)
 	if err := d.Decode(c); err != nil && !errors.Is(err, io.EOF) {
@@ -136,8 +142,8 @@ func readConfig(path string) (*config, error) {
 		err = fmt.Errorf("log_identities is plain or hashed, not %q", c.LogIdentities)
 	case c.Verify != "token" && c.Verify != "software":
 		err = fmt.Errorf("verify is token or software, not %q", c.Verify)
-	case c.AttemptTTL <= 0 || c.RevocationTTL <= 0 || c.CacheMB <= 0 || c.HSMTimeout <= 0 || c.Calls < 0 || c.IMEIRate <= 0 || c.IMEIBurst <= 0:
-		err = errors.New("attempt_ttl, revocation_ttl, hsm_timeout, cache_mb, imei_rate and imei_burst must be above zero")
+	case c.AttemptTTL <= 0 || c.PendingTTL <= 0 || c.PendingLimit <= 0 || c.RevocationTTL <= 0 || c.CacheMB <= 0 || c.HSMTimeout <= 0 || c.Calls < 0 || c.IMEIRate <= 0 || c.IMEIBurst <= 0:
+		err = errors.New("attempt_ttl, pending_ttl, pending_vectors, revocation_ttl, hsm_timeout, cache_mb, imei_rate and imei_burst must be above zero")
 	}
 	if err == nil {
 		_, err = knownClients(c)
@@ -241,7 +247,7 @@ func serve(c *cli.Context) error {
 		RoleID: cfg.Vault.RoleID, SecretIDFile: cfg.Vault.SecretIDFile, Wrapped: cfg.Vault.SecretIDWrapped, CertRole: cfg.Vault.CertRole,
 		Wait: true,
 	}, directory.ReaderOptions{CacheBytes: cfg.CacheMB << 20, RevocationTTL: cfg.RevocationTTL, Stats: cache}, log)
-	service := binding.NewService(token, store, new(binding.Lots), cfg.AttemptTTL, log)
+	service := binding.NewService(token, store, new(binding.Lots), binding.Times{Attempt: cfg.AttemptTTL, Pending: cfg.PendingTTL, PendingVectors: cfg.PendingLimit, Now: time.Now}, log)
 	service.Limit(binding.Limits{Calls: cmp.Or(cfg.Calls, 32*token.Sessions()), IMEIRate: cfg.IMEIRate, IMEIBurst: cfg.IMEIBurst})
 	store.Company(service.Coming)
 	registry := prometheus.NewRegistry()
