@@ -41,7 +41,7 @@ func serveChild(t *testing.T, args []string) {
 		readers[m.KeyID] = directory.NewReader(files, must[*directory.Verifier](t)(directory.ParseVerifier([]byte(m.PEM))), directory.ReaderOptions{})
 	}
 	lots := must[*binding.Lots](t)(binding.NewLots(must[[]*binding.Lot](t)(store.Lots(t.Context())), readers))
-	service := binding.NewService(token, store, lots, time.Hour, slog.New(slog.DiscardHandler))
+	service := binding.NewService(token, store, lots, binding.DefaultTimes(), slog.New(slog.DiscardHandler))
 	os.Remove(args[3])
 	l := must[net.Listener](t)(net.Listen("unix", args[3]))
 	protocols := new(http.Protocols)
@@ -132,7 +132,7 @@ func TestTwoInstances(t *testing.T) {
 		var ids [2]string
 		for i := range 2 { // the attempts are opened by one, and used at the other
 			imsis[i] = must[kme.IMSI](t)(kme.ParseIMSI(newIMSI()))
-			ids[i] = must[client.Vector](t)(clients[1-i].PrepareVector(ctx, imsis[i], [16]byte{})).AttemptID
+			ids[i] = must[client.Vectors](t)(clients[1-i].PrepareVector(ctx, imsis[i], client.Origin{}, client.RAND{})).AttemptID
 		}
 		payload, plain := d.payload(t)
 		want := plain.NWSig()
@@ -140,7 +140,7 @@ func TestTwoInstances(t *testing.T) {
 			var all sync.WaitGroup
 			for i := range 2 {
 				all.Go(func() {
-					e, err := clients[i].EstablishKME(ctx, imsis[at(i)], d.imei, ids[at(i)], payload)
+					e, err := clients[i].EstablishKME(ctx, imsis[at(i)], client.Origin{}, d.imei, ids[at(i)], payload)
 					if errs[i] = err; err == nil && e.NWSig != want {
 						t.Errorf("NW_SIG %x, want %x", e.NWSig, want)
 					}
@@ -186,7 +186,7 @@ func killed(t *testing.T, storeName string, kills int, besides func(round int)) 
 	var mu sync.Mutex
 	var all []*attempt // guarded by mu
 	establish := func(ctx context.Context, c *client.Client, a *attempt) error {
-		e, err := c.EstablishKME(ctx, a.imsi, a.device.imei, a.id, a.payload)
+		e, err := c.EstablishKME(ctx, a.imsi, client.Origin{}, a.device.imei, a.id, a.payload)
 		if err == nil {
 			a.nwSig = e.NWSig[:]
 		}
@@ -202,7 +202,7 @@ func killed(t *testing.T, storeName string, kills int, besides func(round int)) 
 				defer c.Close()
 				for ctx.Err() == nil {
 					a := &attempt{imsi: must[kme.IMSI](t)(kme.ParseIMSI(newIMSI())), device: l.devices[w]}
-					v, err := c.PrepareVector(ctx, a.imsi, [16]byte{})
+					v, err := c.PrepareVector(ctx, a.imsi, client.Origin{}, client.RAND{})
 					if err != nil {
 						continue
 					}
@@ -230,9 +230,9 @@ func killed(t *testing.T, storeName string, kills int, besides func(round int)) 
 	for _, a := range all {
 		if a.nwSig != nil {
 			answered++
-			b, err := r.store.Binding(t.Context(), a.imsi)
-			if err != nil || !bytes.Equal(b.NWSig, a.nwSig) || b.IMEI != a.device.imei {
-				t.Fatalf("a client has an NW_SIG of IMSI %s, and the store %+v, %v", a.imsi, b, err)
+			b := must[*binding.Subscription](t)(r.store.Subscription(t.Context(), a.imsi, time.Now())).Latest()
+			if b == nil || !bytes.Equal(b.NWSig, a.nwSig) || b.IMEI != a.device.imei {
+				t.Fatalf("a client has an NW_SIG of IMSI %s, and the store %+v", a.imsi, b)
 			}
 			continue
 		}
@@ -251,7 +251,7 @@ func killed(t *testing.T, storeName string, kills int, besides func(round int)) 
 			t.Errorf("the same call again: %v", err)
 		}
 		other := must[kme.IMSI](t)(kme.ParseIMSI(newIMSI()))
-		v, err := c.PrepareVector(t.Context(), other, [16]byte{})
+		v, err := c.PrepareVector(t.Context(), other, client.Origin{}, client.RAND{})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -211,7 +211,10 @@ func (s *Store) Prepare(ctx context.Context, q binding.VectorRequest) (d binding
 			refused = binding.ErrNotBound
 			return nil
 		}
-		if err := unspent(ctx, tx, q.IMSI, q.RANDs); err != nil {
+		if err := unspent(ctx, tx, q.IMSI, q.RANDs); errors.Is(err, binding.ErrSpent) {
+			refused = err
+			return nil
+		} else if err != nil {
 			return err
 		}
 		if d.Binding = b; b.State == binding.Pending {
