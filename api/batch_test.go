@@ -85,7 +85,7 @@ func TestEstablishKMEs(t *testing.T) {
 
 // A client's rate and PLMNs are about calls, however they come.
 func TestEstablishKMEsAreCalls(t *testing.T) {
-	s, _ := serveTo(t, &Client{Name: "slow", Roles: []Role{RoleHSS}, PLMNs: []string{"00101"}, limit: rate.NewLimiter(0, 3)})
+	s, _ := serveTo(t, &Client{Name: "slow", Roles: []Role{RoleHSS}, PLMNs: []string{"00101"}, ProvisionFrom: []string{home}, limit: rate.NewLimiter(0, 3)})
 	calls := []*kmev1.EstablishKMERequest{{Imsi: "001020000000001"}}
 	for range 5 {
 		calls = append(calls, &kmev1.EstablishKMERequest{Imsi: "001010000000001"})
@@ -107,9 +107,9 @@ func TestEstablishKMEsAreCalls(t *testing.T) {
 // What one call panics of is that call's end alone, as it is where each call is a request.
 func TestPanic(t *testing.T) {
 	var log strings.Builder
-	service := binding.NewService(nil, nil, new(binding.Lots), 1<<40, slog.New(slog.NewJSONHandler(&log, nil))) // whoever asks its store panics
+	service := binding.NewService(nil, nil, new(binding.Lots), binding.DefaultTimes(), slog.New(slog.NewJSONHandler(&log, nil))) // whoever asks its store panics
 	clients := new(atomic.Pointer[Clients])
-	clients.Store(&Clients{byUID: map[int]*Client{-1: {Name: "anybody", Roles: []Role{RoleHSS}, PLMNs: []string{all}}}})
+	clients.Store(&Clients{byUID: map[int]*Client{-1: {Name: "anybody", Roles: []Role{RoleHSS}, PLMNs: []string{all}, ProvisionFrom: []string{anywhere}}}})
 	s := httptest.NewServer(NewHandler(service, clients, binding.NewMetrics(prometheus.NewRegistry()), http.NotFoundHandler(), nil, nil))
 	defer s.Close()
 	stream, err := kmev1connect.NewKeyServiceClient(s.Client(), s.URL).EstablishKMEs(t.Context(), connect.NewRequest(&kmev1.EstablishKMEsRequest{Calls: []*kmev1.EstablishKMERequest{
