@@ -13,15 +13,19 @@ PROTOC_GEN_CONNECT_GO := connectrpc.com/connect/cmd/protoc-gen-connect-go@v1.21.
 
 # A target's prerequisites come in their order also under make -j: the tools are installed before they are used.
 .NOTPARALLEL:
-DEPS := deps-build deps-demo deps-plugin deps-test deps-generate
-.PHONY: help build demo plugin vaultdev test soak bench benchstat lint fuzz fuzz-plugin generate clean $(DEPS)
+DEPS := deps-build deps-demo deps-plugin deps-check deps-test deps-generate
+.PHONY: help build demo plugin vaultdev check test soak bench benchstat lint fuzz fuzz-plugin generate clean $(DEPS)
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
+# $(call go-build,WHAT,PACKAGES) builds into bin/. go build -v prints a line for each package that it compiles: those that are stale.
+go-build = $(CURDIR)/scripts/step.sh -q -n "$$(go list -trimpath -deps -f '{{if .Stale}}{{.ImportPath}}{{end}}' $(2) | wc -l) packages" \
+	'building $(1)' go build -v -trimpath -o $(CURDIR)/bin/ $(2)
+
 build: deps-build ## bin/factory, bin/keysvc and bin/mesim
 	@mkdir -p bin
-	go build -trimpath -o bin/ ./cmd/...
+	@$(call go-build,the programs,./cmd/...)
 
 demo: deps-demo build $(if $(filter vault,$(DIRECTORY)),vaultdev) ## the whole flow on SoftHSM (DEVICES=1000, BITS=2048|3072|4096, DIRECTORY=file|vault)
 	DEVICES=$(DEVICES) BITS=$(BITS) DIRECTORY=$(DIRECTORY) scripts/demo.sh
@@ -35,18 +39,28 @@ plugin: deps-plugin ## bin/kme.fdx, the extension of freeDiameter
 VAULT_SERVER := $(or $(shell command -v vault || command -v bao),bin/vaultdev)
 vaultdev: deps-build $(filter bin/vaultdev,$(VAULT_SERVER)) ## a real Vault server for tests and local work: bin/vaultrun starts it
 	@mkdir -p bin
-	go build -trimpath -o bin/vaultrun ./tools/vaultrun
+	@$(call go-build,bin/vaultrun,./tools/vaultrun)
 bin/vaultdev: $(wildcard tools/vaultdev/*.go) tools/vaultdev/go.mod tools/vaultdev/go.sum
 	@mkdir -p bin
-	cd tools/vaultdev && go build -trimpath -o ../../bin/vaultdev .
+	@cd tools/vaultdev && $(call go-build,a Vault server (minutes),.)
 
-test: deps-test lint vaultdev ## what CI runs
-	go test -race ./...
+# A test that needs one of these says so in its name. The two runs are a partition: every test is in one of them.
+SERVERS := Vault|Postgres|Browser|S6a
+SERVER_PACKAGES = $(sort $(dir $(shell grep -rlE '^func Test\w*($(SERVERS))' --include=*_test.go .)))
+# openCryptoki's daemon needs root.
+ROOT_ONLY := $(if $(filter-out 0,$(shell id -u)),|OpenCryptoki)
+
+check: lint deps-check ## lint, and the tests that need no Vault, PostgreSQL, browser or Diameter
+	@$(if $(ROOT_ONLY),echo 'TestDoctorOnOpenCryptoki is left out: only root can run it')
+	@scripts/step.sh 'tests without servers' go test -race -skip '$(SERVERS)$(ROOT_ONLY)' ./...
+
+test: check deps-test vaultdev ## what CI runs: check, and the other tests
+	@scripts/step.sh 'tests with Vault, PostgreSQL, a browser and Diameter' go test -race -run '$(SERVERS)' $(SERVER_PACKAGES)
 	$(MAKE) fuzz-plugin PLUGIN_FUZZ='-seed=1 -runs=1000000' # always the same inputs
 
 soak: deps-test vaultdev ## 200 random kill -9 of factory and Vault over a lot of 20,000 devices; 200 of keysvc and PostgreSQL; an HSM away for 10 s
-	KMEHSM_SOAK=1 go test -count=1 -timeout 60m -run TestKilledWhilePublishing -v ./internal/proof
-	KMEHSM_SOAK=1 go test -count=1 -timeout 60m -run 'TestKilled|TestMutated' -v ./binding
+	KMEHSM_SOAK=1 go test -count=1 -timeout 60m -run KilledWhilePublishing -v ./internal/proof
+	KMEHSM_SOAK=1 go test -count=1 -timeout 60m -run 'Killed|TestMutated' -v ./binding
 	KMEHSM_SOAK=1 go test -count=1 -timeout 20m -run 'TestOutage|TestRemoteKilled' -v ./internal/faultmodule
 
 bench: deps-demo build vaultdev ## how near all is to the bare token: prints a table, and writes var/bench/bench.json (PAIRS=5, SECONDS_EACH=5)
@@ -56,10 +70,10 @@ bench: deps-demo build vaultdev ## how near all is to the bare token: prints a t
 benchstat: deps-demo ## the hot paths at revision BASE=HEAD~1 and now, compared by benchstat (COUNT=6)
 	BASE=$(or $(BASE),HEAD~1) COUNT=$(or $(COUNT),6) scripts/benchstat.sh
 
-lint: deps-test ## gofmt, go vet, staticcheck and shellcheck
+lint: deps-check ## gofmt, go vet, staticcheck and shellcheck
 	@unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || { printf 'run gofmt -w on:\n%s\n' "$$unformatted" >&2; exit 1; }
-	go vet ./...
-	go run $(STATICCHECK) ./...
+	@scripts/step.sh 'go vet' go vet ./...
+	@scripts/step.sh staticcheck go run $(STATICCHECK) ./...
 	shellcheck *.sh scripts/*.sh .ci/run
 
 # go test takes one fuzz target of one package at a time.
@@ -75,7 +89,7 @@ PLUGIN_FUZZ = -max_total_time=$(FUZZTIME:s=) corpus
 fuzz-plugin: deps-test # kme.fdx's, by libFuzzer
 	@mkdir -p bin/fuzz-plugin
 	$(MAKE) -C plugins/freediameter OUT=$(CURDIR)/bin/fuzz-plugin $(CURDIR)/bin/fuzz-plugin/fuzz
-	cd bin/fuzz-plugin && mkdir -p corpus && ./fuzz -dict=$(CURDIR)/plugins/freediameter/test/fuzz.dict -print_final_stats=1 -verbosity=0 $(PLUGIN_FUZZ)
+	cd bin/fuzz-plugin && mkdir -p corpus && $(CURDIR)/scripts/step.sh 'fuzzing kme.fdx' ./fuzz -dict=$(CURDIR)/plugins/freediameter/test/fuzz.dict -print_final_stats=1 -verbosity=0 $(PLUGIN_FUZZ)
 
 generate: deps-generate ## the Go code of api/kme/v1
 	GOBIN="$(CURDIR)/bin/tools" go install $(PROTOC_GEN_GO)

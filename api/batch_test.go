@@ -1,6 +1,7 @@
 package api
 
 import (
+	"context"
 	"log/slog"
 	"maps"
 	"net/http"
@@ -104,14 +105,38 @@ func TestEstablishKMEsAreCalls(t *testing.T) {
 	}
 }
 
-// What one call panics of is that call's end alone, as it is where each call is a request.
+// What one call panics of is that call's end alone, however it came: it is answered, logged and counted, and nothing is
+// taken up for ever.
 func TestPanic(t *testing.T) {
 	var log strings.Builder
+	registry := prometheus.NewRegistry()
+	metrics := binding.NewMetrics(registry)
 	service := binding.NewService(nil, nil, new(binding.Lots), binding.DefaultTimes(), slog.New(slog.NewJSONHandler(&log, nil))) // whoever asks its store panics
+	service.Observe(metrics)
 	clients := new(atomic.Pointer[Clients])
-	clients.Store(&Clients{byUID: map[int]*Client{-1: {Name: "anybody", Roles: []Role{RoleHSS}, PLMNs: []string{all}, ProvisionFrom: []string{anywhere}}}})
-	s := httptest.NewServer(NewHandler(service, clients, binding.NewMetrics(prometheus.NewRegistry()), http.NotFoundHandler(), nil, nil))
+	anybody := &Client{Name: "anybody", Roles: []Role{RoleHSS}, PLMNs: []string{all}, ProvisionFrom: []string{anywhere}}
+	clients.Store(&Clients{byUID: map[int]*Client{-1: anybody}})
+	panics := func(context.Context) ([]string, error) { panic("readiness") }
+	s := httptest.NewUnstartedServer(NewHandler(service, clients, metrics, http.NotFoundHandler(), nil, panics))
+	s.EnableHTTP2 = true
+	s.StartTLS()
 	defer s.Close()
+	counted := func(want float64) {
+		t.Helper()
+		families, err := registry.Gather()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range families {
+			if f.GetName() == "kme_panics_total" && f.Metric[0].Counter.GetValue() != want {
+				t.Errorf("%v panics are counted, want %v", f.Metric[0].Counter.GetValue(), want)
+			}
+		}
+		if got := log.String(); strings.Count(got, `"stack"`) != int(want) {
+			t.Errorf("want %v panics in the log: %s", want, got)
+		}
+	}
+
 	stream, err := kmev1connect.NewKeyServiceClient(s.Client(), s.URL).EstablishKMEs(t.Context(), connect.NewRequest(&kmev1.EstablishKMEsRequest{Calls: []*kmev1.EstablishKMERequest{
 		{Imsi: "001010000000001", Imei: "35209900000001"}, {Imsi: "1"},
 	}}))
@@ -119,7 +144,28 @@ func TestPanic(t *testing.T) {
 	if err != nil || all[0].GetRefused().GetCode() != int32(connect.CodeInternal) || all[1].GetRefused().GetReason() != "MALFORMED" {
 		t.Errorf("%v, %v", all, err)
 	}
-	if got := log.String(); !strings.Contains(got, "nil pointer") || !strings.Contains(got, "service.go") {
-		t.Errorf("the log does not say where: %s", got)
+	counted(1)
+	for name, option := range map[string]connect.ClientOption{
+		"Connect": connect.WithClientOptions(), "JSON": connect.WithProtoJSON(), "gRPC": connect.WithGRPC(), "gRPC-Web": connect.WithGRPCWeb(),
+	} {
+		client := kmev1connect.NewKeyServiceClient(s.Client(), s.URL, option)
+		request := &kmev1.PrepareVectorRequest{Imsi: "001010000000001", Rands: [][]byte{make([]byte, 16)}}
+		_, err := client.PrepareVector(t.Context(), connect.NewRequest(request))
+		if connect.CodeOf(err) != connect.CodeInternal || err.Error() != "internal: internal error" {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
+	counted(5)
+	if n := service.Coming(); n != 0 {
+		t.Errorf("%d calls are on their way to the store for ever", n)
+	}
+	for _, want := range []string{"nil pointer", "service.go", "KeyService/PrepareVector"} {
+		if !strings.Contains(log.String(), want) {
+			t.Errorf("the log does not say %q: %s", want, log.String())
+		}
+	}
+	if status, body := read(t)(s.Client().Get(s.URL + "/readyz")); status != http.StatusInternalServerError || body != "internal error\n" {
+		t.Errorf("/readyz: %d, %s", status, body)
+	}
+	counted(6)
 }

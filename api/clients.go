@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"net/http"
 	"regexp"
@@ -102,15 +103,15 @@ func (c *Clients) add(e *Client) error {
 	case (e.SAN == "") == (e.UID == nil):
 		return errors.New("it has either a san or a uid")
 	case e.UID != nil && *e.UID < 0:
-		return errors.New("a uid is not negative")
-	case e.Rate < 0:
-		return errors.New("a rate is not negative")
+		return fmt.Errorf("uid is a number from 0 on, not %d", *e.UID)
+	case !(e.Rate >= 0 && e.Rate <= math.MaxInt32):
+		return fmt.Errorf("rate is a number of calls a second, or 0 for no limit, not %v", e.Rate)
 	case len(e.Roles) == 0:
 		return errors.New("it has no roles")
 	case len(e.PLMNs) == 0:
 		return errors.New("it has no plmns: name them, or write [all]")
 	case e.SAN != "" && c.bySAN[e.SAN] != nil || e.UID != nil && c.byUID[*e.UID] != nil:
-		return errors.New("another client is the same")
+		return errors.New("another client has the same san or uid")
 	}
 	for _, r := range e.Roles {
 		if !slices.Contains([]Role{RoleHSS, RoleAdmin, RoleMonitor, RoleExport}, r) {

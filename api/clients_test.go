@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"math"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -192,9 +193,10 @@ func TestClients(t *testing.T) {
 		"no plmns":            {Name: "x", SAN: "x", Roles: []Role{RoleHSS}},
 		"no PLMN":             {Name: "x", SAN: "x", Roles: []Role{RoleHSS}, PLMNs: []string{"0010"}},
 		"is no PLMN":          {Name: "x", SAN: "x", Roles: []Role{RoleHSS}, PLMNs: []string{"00101a"}},
-		"another client is":   {Name: "x", SAN: "hss.example", Roles: []Role{RoleHSS}, PLMNs: []string{all}},
-		"a rate is not":       {Name: "x", SAN: "x", Roles: []Role{RoleHSS}, PLMNs: []string{all}, Rate: -1},
-		"uid is not negative": {Name: "x", UID: &negative, Roles: []Role{RoleHSS}, PLMNs: []string{all}},
+		"another client has":  {Name: "x", SAN: "hss.example", Roles: []Role{RoleHSS}, PLMNs: []string{all}},
+		"rate is a number of": {Name: "x", SAN: "x", Roles: []Role{RoleHSS}, PLMNs: []string{all}, Rate: -1},
+		"a second, or 0":      {Name: "x", SAN: "x", Roles: []Role{RoleHSS}, PLMNs: []string{all}, Rate: math.NaN()},
+		"uid is a number":     {Name: "x", UID: &negative, Roles: []Role{RoleHSS}, PLMNs: []string{all}},
 	} {
 		if _, err := NewClients(append(slices.Clone(good), e)); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%+v: %v does not say %q", e, err, want)

@@ -21,6 +21,7 @@ import (
 	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
 	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -61,7 +62,17 @@ func NewHandler(service *binding.Service, clients *atomic.Pointer[Clients], metr
 			fmt.Fprintf(w, "but %s\n", warning)
 		}
 	})
-	return identify(clients, mux)
+	return identify(clients, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		err := func() (err error) {
+			defer panics.Recover(&err)
+			mux.ServeHTTP(w, r)
+			return nil
+		}()
+		if err != nil { // of no call: guard has had those
+			service.Broken(r.Context(), err, "path", r.URL.Path)
+			http.Error(w, "internal error", http.StatusInternalServerError)
+		}
+	}))
 }
 
 type checker func(context.Context) error
@@ -86,18 +97,41 @@ type guard struct {
 
 // call makes a call unless its client may not make it: then it is refused before anything is done for it. It counts it by what the caller is
 // answered.
-func (g *guard) call(ctx context.Context, procedure string, message any, f func() error) (err error) {
-	defer func(start time.Time) {
-		reason := "OK"
-		var r *binding.Refusal
-		switch {
-		case errors.As(err, &r):
-			reason = string(r.Reason)
-		case err != nil:
-			reason = connect.CodeOf(err).String()
+func (g *guard) call(ctx context.Context, procedure string, message any, f func() error) error {
+	start := time.Now()
+	err := g.finish(ctx, procedure, func() error {
+		if err := g.admit(ctx, procedure, message); err != nil {
+			return err
 		}
-		g.metrics.Called(path.Base(procedure), reason, time.Since(start))
-	}(time.Now())
+		return f()
+	})
+	reason := "OK"
+	if r := refusalOf(err); r != nil {
+		reason = string(r.Reason)
+	} else if err != nil {
+		reason = connect.CodeOf(err).String()
+	}
+	g.metrics.Called(path.Base(procedure), reason, time.Since(start))
+	return err
+}
+
+// finish ends a call's work with an answer, also where it panics: net/http would end the connection.
+func (g *guard) finish(ctx context.Context, procedure string, work func() error) error {
+	err := func() (err error) {
+		defer panics.Recover(&err)
+		return work()
+	}()
+	if p := panics.Of(err); p != nil {
+		err = toConnect(p)
+	}
+	var t told
+	if connect.CodeOf(err) == connect.CodeInternal && errors.As(err, &t) {
+		g.service.Broken(ctx, t.error, "call", procedure)
+	}
+	return err
+}
+
+func (g *guard) admit(ctx context.Context, procedure string, message any) error {
 	client := clientOf(ctx)
 	ok := client.has(allowed[procedure]...)
 	if named, has := message.(interface{ GetImsi() string }); ok && has {
@@ -109,7 +143,7 @@ func (g *guard) call(ctx context.Context, procedure string, message any, f func(
 	if client.tooMany() {
 		return g.refuse(ctx, &binding.Refusal{Reason: kme.Overloaded, Message: "this client calls more often than it may"}, procedure)
 	}
-	return f()
+	return nil
 }
 
 func (g *guard) refuse(ctx context.Context, r *binding.Refusal, procedure string) error {
@@ -128,6 +162,9 @@ func (g *guard) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 			answer, err = next(ctx, req)
 			return err
 		})
+		if info, ok := connect.CallInfoForHandlerContext(ctx); ok {
+			setReason(info.ResponseHeader(), err)
+		}
 		return answer, err
 	}
 }
@@ -135,10 +172,22 @@ func (g *guard) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 // WrapStreamingHandler is connect.Interceptor's. It leaves to the method what depends on messages.
 func (g *guard) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
 	return func(ctx context.Context, conn connect.StreamingHandlerConn) error {
-		if procedure := conn.Spec().Procedure; !clientOf(ctx).has(allowed[procedure]...) {
-			return g.refuse(ctx, notAllowed(), procedure)
-		}
-		return next(ctx, conn)
+		procedure := conn.Spec().Procedure
+		err := g.finish(ctx, procedure, func() error {
+			if !clientOf(ctx).has(allowed[procedure]...) {
+				return g.refuse(ctx, notAllowed(), procedure)
+			}
+			return next(ctx, conn)
+		})
+		setReason(conn.ResponseHeader(), err)
+		return err
+	}
+}
+
+// setReason has the reason of a refusal where clients of every protocol find it alike.
+func setReason(h http.Header, err error) {
+	if r := refusalOf(err); r != nil {
+		h.Set(kme.ReasonHeader, string(r.Reason))
 	}
 }
 
@@ -224,12 +273,6 @@ func (s *server) EstablishKMEs(ctx context.Context, req *connect.Request[kmev1.E
 }
 
 func (s *server) establishOne(ctx context.Context, call *kmev1.EstablishKMERequest) (answer *kmev1.EstablishKMEResponse, err error) {
-	defer func() {
-		if p := recover(); p != nil { // net/http does this for a call in a request of its own
-			s.service.Panicked(ctx, p)
-			err = toConnect(errors.New("panic"))
-		}
-	}()
 	err = s.call(ctx, kmev1connect.KeyServiceEstablishKMEProcedure, call, func() error {
 		r, err := s.EstablishKME(ctx, connect.NewRequest(call))
 		if err == nil {
@@ -352,25 +395,34 @@ func toRefusal(err error) *kmev1.Refusal {
 	if errors.As(err, &e) {
 		out.Message = e.Message()
 	}
-	var r *binding.Refusal
-	if errors.As(err, &r) {
+	if r := refusalOf(err); r != nil {
 		out.Reason = string(r.Reason)
 	}
 	return out
 }
 
-// told is a refusal whose text is what the caller may know.
-type told struct{ r *binding.Refusal }
+// refusalOf is the refusal that an error is; nil if it is none.
+func refusalOf(err error) *binding.Refusal {
+	var r *binding.Refusal
+	errors.As(err, &r)
+	return r
+}
 
-func (t told) Error() string { return t.r.Message }
-func (t told) Unwrap() error { return t.r }
+// told is an error whose text is what the caller may know.
+type told struct {
+	text string
+	error
+}
+
+func (t told) Error() string { return t.text }
+func (t told) Unwrap() error { return t.error }
 
 // toConnect tells a caller what it may know: a refusal's reason and message, never its cause.
 func toConnect(err error) error {
-	var r *binding.Refusal
+	r := refusalOf(err)
 	switch {
-	case errors.As(err, &r):
-		e := connect.NewError(codes[r.Reason], told{r})
+	case r != nil:
+		e := connect.NewError(codes[r.Reason], told{r.Message, r})
 		if d, derr := connect.NewErrorDetail(&errdetails.ErrorInfo{Reason: string(r.Reason), Domain: kme.ErrorDomain}); derr == nil {
 			e.AddDetail(d)
 		}
@@ -380,5 +432,5 @@ func toConnect(err error) error {
 	case errors.Is(err, context.DeadlineExceeded):
 		return connect.NewError(connect.CodeDeadlineExceeded, errors.New("the caller's deadline has passed"))
 	}
-	return connect.NewError(connect.CodeInternal, errors.New("internal error"))
+	return connect.NewError(connect.CodeInternal, told{"internal error", err})
 }

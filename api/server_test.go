@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -75,6 +76,16 @@ func TestToConnect(t *testing.T) {
 			t.Errorf("%v became %v, want %s without the cause", c.err, err, c.code)
 		}
 	}
+}
+
+// checkReason insists on the reason in both places where a client may look for it.
+func checkReason(t *testing.T, err error, reason string) {
+	t.Helper()
+	var e *connect.Error
+	if errors.As(err, &e) && !slices.Equal(e.Meta().Values("Kme-Reason"), []string{reason}) {
+		t.Errorf("Kme-Reason is %q, want %q once", e.Meta().Values("Kme-Reason"), reason)
+	}
+	checkInfo(t, err, reason)
 }
 
 func checkInfo(t *testing.T, err error, reason string) {
@@ -187,7 +198,11 @@ func TestJSON(t *testing.T) {
 		{"above the limit", "EstablishKME", `{"imsi":"001010000000002","imei":"35209900000001","attempt_id":"a","payload":"` + long + `"}`, http.StatusTooManyRequests, "resource_exhausted", ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			status, body := read(t)(s.Client().Post(s.URL+service+c.method, "application/json", strings.NewReader(c.body)))
+			resp, err := s.Client().Post(s.URL+service+c.method, "application/json", strings.NewReader(c.body))
+			status, body := read(t)(resp, err)
+			if got := resp.Header.Get("Kme-Reason"); got != c.reason {
+				t.Errorf("Kme-Reason is %q, want %q", got, c.reason)
+			}
 			var answer struct {
 				Code    string
 				Details []struct{ Type, Value string }
@@ -268,7 +283,21 @@ func TestProtocols(t *testing.T) {
 		if connect.CodeOf(err) != connect.CodeFailedPrecondition {
 			t.Errorf("%s: %v", name, err)
 		}
-		checkInfo(t, err, "NOT_BOUND")
+		checkReason(t, err, "NOT_BOUND")
+		// A call that is refused as a whole, though its results would come in a stream.
+		stream, err := client.EstablishKMEs(t.Context(), connect.NewRequest(&kmev1.EstablishKMEsRequest{}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if stream.Receive() || stream.Err() == nil || stream.ResponseHeader().Get("Kme-Reason") != "MALFORMED" {
+			t.Errorf("%s: %v, Kme-Reason %q", name, stream.Err(), stream.ResponseHeader().Get("Kme-Reason"))
+		}
+		checkInfo(t, stream.Err(), "MALFORMED")
+		stream.Close()
+		vector := &kmev1.PrepareVectorRequest{Imsi: "001010000000001", Rands: [][]byte{make([]byte, 16)}}
+		if answer, err := client.PrepareVector(t.Context(), connect.NewRequest(vector)); err != nil || answer.Header().Get("Kme-Reason") != "" {
+			t.Errorf("%s: %v, %v", name, answer, err)
+		}
 	}
 	if err := store.Close(); err != nil {
 		t.Fatal(err)
@@ -301,6 +330,6 @@ func TestProtocols(t *testing.T) {
 		if connect.CodeOf(err) != connect.CodeUnavailable || strings.Contains(err.Error(), "sql") || strings.Contains(err.Error(), "closed") {
 			t.Errorf("%s on a closed database: %v, want unavailable without the cause", name, err)
 		}
-		checkInfo(t, err, "STORE_UNAVAILABLE")
+		checkReason(t, err, "STORE_UNAVAILABLE")
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -41,11 +42,14 @@ func rejected(cause error) *Refusal {
 	return refuse(kme.KMERejected, "the payload was not accepted", cause)
 }
 
-// fromStore turns a Store's error into a refusal. It leaves the caller's own deadline and cancellation what they are.
+// fromStore turns a Store's error into a refusal. It leaves the caller's own deadline and cancellation what they are, and
+// a panic: no store is away then, and none will be back.
 func fromStore(ctx context.Context, err error) error {
 	switch {
 	case err == nil:
 		return nil
+	case panics.Of(err) != nil:
+		return err
 	case errors.Is(err, ErrNotBound):
 		return refuse(kme.NotBound, "the IMSI has no binding", nil)
 	case errors.Is(err, ErrNoAttempt):

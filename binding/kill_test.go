@@ -51,27 +51,22 @@ func serveChild(t *testing.T, args []string) {
 	t.Fatal(server.Serve(l))
 }
 
-// The service is killed with -9 under load, again and again, and PostgreSQL too where it is the store: every NW_SIG that a client received is in the
+// The service is killed with -9 under load, again and again, and with it PostgreSQL, where that is the store: every NW_SIG that a client received is in the
 // store, and no KME is accepted twice, asked again in the same attempt or in others.
 func TestKilled(t *testing.T) {
 	if args := os.Getenv(childArgs); args != "" {
 		serveChild(t, strings.Split(args, "\n"))
 	}
-	kills := 6
-	if os.Getenv("KMEHSM_SOAK") != "" {
-		kills = 100
-	}
-	t.Run("SQLite", func(t *testing.T) {
-		killed(t, sqlstore.InFolder(t.TempDir()), kills, func(int) {})
-	})
-	t.Run("PostgreSQL", func(t *testing.T) {
-		server := pgtest.Start(t)
-		killed(t, server.Database(t), kills, func(round int) {
-			if round%3 == 2 {
-				server.Kill()
-				server.Run(t)
-			}
-		})
+	killed(t, sqlstore.InFolder(t.TempDir()), func(int) {})
+}
+
+func TestPostgresKilled(t *testing.T) {
+	server := pgtest.Start(t)
+	killed(t, server.Database(t), func(round int) {
+		if round%3 == 2 {
+			server.Kill()
+			server.Run(t)
+		}
 	})
 }
 
@@ -114,7 +109,7 @@ func (w *world) start(t *testing.T, socket string) *exec.Cmd {
 
 // Two service processes on one PostgreSQL: the same payload at both is established once and answered the same, and one KME for two subscriptions is
 // accepted by one of them.
-func TestTwoInstances(t *testing.T) {
+func TestPostgresTwoInstances(t *testing.T) {
 	w := newWorld(t, pgtest.Start(t).Database(t))
 	var clients []*client.Client
 	for range 2 {
@@ -166,7 +161,11 @@ func TestTwoInstances(t *testing.T) {
 	}
 }
 
-func killed(t *testing.T, storeName string, kills int, besides func(round int)) {
+func killed(t *testing.T, storeName string, besides func(round int)) {
+	kills := 6
+	if os.Getenv("KMEHSM_SOAK") != "" {
+		kills = 100
+	}
 	r := newWorld(t, storeName)
 	l := r.lot
 	socket := filepath.Join(t.TempDir(), "s")

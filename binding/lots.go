@@ -95,6 +95,15 @@ func (l *Lots) CheckDirectories(ctx context.Context) map[string]error {
 	return failed
 }
 
+// Overdue gives the lists of revoked devices that could not be read again when it was time, by manufacturer.
+func (l *Lots) Overdue() map[string][]directory.Overdue {
+	all := map[string][]directory.Overdue{}
+	for _, r := range l.ranges {
+		all[r.lot.manifest.Manufacturer] = r.lot.reader.Overdue()
+	}
+	return all
+}
+
 // revoked says whether the directory has a device as revoked, as far as it can be asked: the binding of one is not served on. A
 // device whose lot is not served any more, or whose directory is away, is not.
 func (l *Lots) revoked(ctx context.Context, imei kme.IMEI) bool {

@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"runtime/debug"
 	"sync/atomic"
 	"time"
 
@@ -19,6 +18,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -80,10 +80,7 @@ func NewService(token Token, store Store, lots *Lots, times Times, log *slog.Log
 func (s *Service) Limit(l Limits) { s.limits = newLimits(l) }
 
 // Observe is described at Limit.
-func (s *Service) Observe(m *Metrics) {
-	s.metrics = m
-	s.token = measured{s.token, m.hsm}
-}
+func (s *Service) Observe(m *Metrics) { s.metrics = m }
 
 // enter admits a call that may reach the HSM. Work that nobody waits for is not begun: see hsmkeys.
 func (s *Service) enter() (leave func(), err error) {
@@ -106,6 +103,9 @@ func (s *Service) SetLots(lots *Lots) { s.lots.Store(lots) }
 func (s *Service) CheckDirectories(ctx context.Context) map[string]error {
 	return s.lots.Load().CheckDirectories(ctx)
 }
+
+// Overdue gives the lists of revoked devices that could not be read again when it was time, by manufacturer.
+func (s *Service) Overdue() map[string][]directory.Overdue { return s.lots.Load().Overdue() }
 
 // MaxRANDs is how many RANDs one PrepareVector takes.
 const MaxRANDs = 32
@@ -370,7 +370,10 @@ func sameText(a, b string) bool { return subtle.ConstantTimeCompare([]byte(a), [
 // noAttempt is the refusal of a call whose attempt is not open.
 func (s *Service) noAttempt(ctx context.Context, imsi kme.IMSI, imei kme.IMEI) error {
 	s.open.Invalidate(imsi)
-	if b, err := s.standing(ctx, imsi); err == nil && b.State == Active && b.IMEI != imei {
+	switch b, err := s.standing(ctx, imsi); {
+	case err != nil && !errors.Is(err, ErrNotBound):
+		return fromStore(ctx, err)
+	case err == nil && b.State == Active && b.IMEI != imei:
 		return otherDevice()
 	}
 	return fromStore(ctx, ErrNoAttempt)
@@ -428,7 +431,7 @@ func (s *Service) GetBinding(ctx context.Context, imsiText string) (*Binding, er
 		err = ErrNotBound
 	}
 	if err != nil {
-		return nil, fromStore(ctx, err)
+		return nil, s.failed(ctx, "get", imsi, fromStore(ctx, err))
 	}
 	return sub.Latest(), nil
 }
@@ -492,7 +495,10 @@ func (s *Service) ListBindings(ctx context.Context, after, imeiText string, limi
 		}
 	}
 	all, err := s.store.Bindings(ctx, after, imei, limit, s.times.Now())
-	return all, fromStore(ctx, err)
+	if err != nil {
+		return nil, s.failed(ctx, "list", kme.IMSI{}, fromStore(ctx, err))
+	}
+	return all, nil
 }
 
 // Refused logs a refusal that was made before the service was asked.
@@ -501,9 +507,14 @@ func (s *Service) Refused(ctx context.Context, r *Refusal, attrs ...any) {
 	s.log.WarnContext(ctx, "refused", append([]any{"reason", r.Reason}, attrs...)...)
 }
 
-// Panicked logs a panic that was recovered.
-func (s *Service) Panicked(ctx context.Context, p any) {
-	s.log.ErrorContext(ctx, "panic", "cause", fmt.Sprint(p), "stack", string(debug.Stack()))
+// Broken logs an error that is no refusal: a fault of the service itself. A panic is counted.
+func (s *Service) Broken(ctx context.Context, err error, attrs ...any) {
+	attrs = append(attrs, "cause", err.Error())
+	if p := panics.Of(err); p != nil {
+		s.metrics.panics.Inc()
+		attrs = append(attrs, "stack", string(p.Stack))
+	}
+	s.log.ErrorContext(ctx, "internal error", attrs...)
 }
 
 // failed logs a refusal, with the cause that the caller does not get.
@@ -544,7 +555,10 @@ func parseRANDs(all [][]byte) ([]hsmkeys.RAND, error) {
 
 // fromToken and fromDirectory do as fromStore does.
 func fromToken(ctx context.Context, err error) error {
-	if ctx.Err() != nil {
+	switch {
+	case panics.Of(err) != nil:
+		return err
+	case ctx.Err() != nil:
 		return ctx.Err()
 	}
 	return refuse(kme.HSMUnavailable, "the HSM is not available", err)
@@ -552,6 +566,8 @@ func fromToken(ctx context.Context, err error) error {
 
 func fromDirectory(ctx context.Context, err error) error {
 	switch {
+	case panics.Of(err) != nil:
+		return err
 	case ctx.Err() != nil:
 		return ctx.Err()
 	case errors.Is(err, directory.ErrUnknownDevice):

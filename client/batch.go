@@ -8,9 +8,11 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	"google.golang.org/protobuf/proto"
 
 	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
 	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
+	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -34,7 +36,9 @@ type outcome struct {
 }
 
 func (b *batcher) establish(ctx context.Context, req *connect.Request[kmev1.EstablishKMERequest]) (*connect.Response[kmev1.EstablishKMEResponse], error) {
-	w := &waiting{call: req.Msg, outcome: make(chan outcome, 1)}
+	// The caller may go before the call is sent, and its payload is its own again then.
+	call := proto.CloneOf(req.Msg)
+	w := &waiting{call: call, outcome: make(chan outcome, 1)}
 	w.deadline, _ = ctx.Deadline()
 	b.mu.Lock()
 	b.waiting = append(b.waiting, w)
@@ -68,6 +72,21 @@ func (b *batcher) establish(ctx context.Context, req *connect.Request[kmev1.Esta
 
 // send makes calls in one, which has until the last of their deadlines.
 func (b *batcher) send(all []*waiting) {
+	err := b.exchange(all)
+	if err == nil {
+		err = connect.NewError(connect.CodeUnavailable, errors.New("the service has answered without a result"))
+	}
+	err, _ = explain(err) // once, since it is the error of several callers, and a connect.Error is not for concurrent use
+	for _, w := range all {
+		if w != nil {
+			w.outcome <- outcome{err: err}
+		}
+	}
+}
+
+// exchange answers calls that the service has answered, and puts nil in their place.
+func (b *batcher) exchange(all []*waiting) (err error) {
+	defer panics.Recover(&err) // in the process of an HSS
 	var deadline time.Time
 	request := &kmev1.EstablishKMEsRequest{Calls: make([]*kmev1.EstablishKMERequest, len(all))}
 	for i, w := range all {
@@ -79,25 +98,18 @@ func (b *batcher) send(all []*waiting) {
 	ctx, cancel := context.WithDeadline(context.Background(), deadline)
 	defer cancel()
 	stream, err := b.service.EstablishKMEs(ctx, connect.NewRequest(request))
-	if err == nil {
-		for stream.Receive() {
-			for _, r := range stream.Msg().Results {
-				if i := int(r.Call); r.Outcome != nil && i >= 0 && i < len(all) && all[i] != nil {
-					all[i].outcome <- outcomeOf(r)
-					all[i] = nil
-				}
+	if err != nil {
+		return err
+	}
+	for stream.Receive() {
+		for _, r := range stream.Msg().Results {
+			if i := int(r.Call); r.Outcome != nil && i >= 0 && i < len(all) && all[i] != nil {
+				all[i].outcome <- outcomeOf(r)
+				all[i] = nil
 			}
 		}
-		err = errors.Join(stream.Err(), stream.Close())
 	}
-	if err == nil {
-		err = connect.NewError(connect.CodeUnavailable, errors.New("the service has answered without a result"))
-	}
-	for _, w := range all {
-		if w != nil {
-			w.outcome <- outcome{err: err}
-		}
-	}
+	return errors.Join(stream.Err(), stream.Close())
 }
 
 func outcomeOf(r *kmev1.EstablishKMEsResponse_Result) outcome {

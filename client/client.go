@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
-	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
@@ -241,13 +240,9 @@ func explain(err error) (error, bool) {
 	if !errors.As(err, &e) {
 		return err, false
 	}
-	for _, d := range e.Details() {
-		if v, verr := d.Value(); verr == nil {
-			if info, ok := v.(*errdetails.ErrorInfo); ok && info.Domain == kme.ErrorDomain {
-				refusal := &Error{kme.Reason(info.Reason), e.Message()}
-				return refusal, refusal.Temporary()
-			}
-		}
+	if reason := e.Meta().Get(kme.ReasonHeader); reason != "" {
+		refusal := &Error{kme.Reason(reason), e.Message()}
+		return refusal, refusal.Temporary()
 	}
 	return err, e.Code() == connect.CodeUnavailable // it could not be reached
 }

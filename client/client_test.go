@@ -306,6 +306,36 @@ func TestResultsMissing(t *testing.T) {
 	}
 }
 
+// A request that is refused as a whole is the refusal of each call in it.
+func TestRefusedTogether(t *testing.T) {
+	c := open(t, client.Options{Tries: 1}, func(w http.ResponseWriter, r *http.Request) bool {
+		if !strings.HasSuffix(r.URL.Path, "/EstablishKMEs") {
+			return false
+		}
+		w.Header().Set("Content-Type", "application/connect+proto")
+		w.Header().Set("Kme-Reason", "OVERLOADED")
+		end := `{"error":{"code":"resource_exhausted","message":"later"}}`
+		w.Write(append([]byte{2, 0, 0, 0, byte(len(end))}, end...))
+		return true
+	})
+	var all sync.WaitGroup
+	var refused atomic.Int64
+	for range 40 {
+		all.Go(func() {
+			_, err := c.EstablishKME(t.Context(), imsi(t, "001010123456789"), client.Origin{}, kme.IMEI{}, "none", nil)
+			if errors.Is(err, client.Reason(kme.Overloaded)) && strings.Contains(err.Error(), "later") {
+				refused.Add(1)
+			} else if !errors.Is(err, client.Reason(kme.Malformed)) { // it was asked alone
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+	if refused.Load() == 0 {
+		t.Error("no calls came together")
+	}
+}
+
 func TestNewRefuses(t *testing.T) {
 	certificate := &tls.Config{Certificates: make([]tls.Certificate, 1)}
 	for want, o := range map[string]client.Options{

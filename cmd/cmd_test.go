@@ -26,25 +26,11 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/kmehsm/kmehsm/internal/faultmodule"
+	"github.com/kmehsm/kmehsm/internal/programs"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 )
 
-var bin string // the folder of the built programs
-
-func TestMain(m *testing.M) {
-	os.Exit(func() int {
-		var err error
-		if bin, err = os.MkdirTemp("", "kmehsm-cmd-"); err != nil {
-			panic(err)
-		}
-		defer os.RemoveAll(bin)
-		if out, err := exec.Command("go", "build", "-o", bin+"/", "./...").CombinedOutput(); err != nil {
-			fmt.Fprintf(os.Stderr, "%s%v\n", out, err)
-			return 1
-		}
-		return m.Run()
-	}())
-}
+func TestMain(m *testing.M) { programs.Main(m) }
 
 // Each script begins with tokens and keys of its own: factory, factory2 and operator.
 func TestScripts(t *testing.T) {
@@ -63,7 +49,7 @@ func TestScripts(t *testing.T) {
 			}
 			env.Setenv("MODULE", toks["factory"].Module)
 			env.Setenv("KMEHSM_TOKEN", toks["factory"].URI)
-			env.Setenv("PATH", bin+":"+env.Getenv("PATH"))
+			env.Setenv("PATH", programs.Dir(tb)+":"+env.Getenv("PATH"))
 			for _, args := range [][]string{{"genrsa", "-out", "fixture.key", "3072"}, {"rsa", "-in", "fixture.key", "-pubout", "-out", "fixture.pem"}} {
 				cmd := exec.Command("openssl", args...)
 				cmd.Dir = env.WorkDir

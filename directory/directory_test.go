@@ -27,6 +27,7 @@ import (
 
 	"github.com/go-jose/go-jose/v4"
 
+	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -87,6 +88,8 @@ type counting struct {
 	reads map[string]int
 	down  atomic.Bool
 	hold  chan struct{} // where not nil, reads wait for it
+
+	panics atomic.Bool
 }
 
 var errDown = errors.New("the store is away")
@@ -100,6 +103,9 @@ func (c *counting) Read(ctx context.Context, path string) ([]byte, string, error
 	}
 	if c.down.Load() {
 		return nil, "", errDown
+	}
+	if c.panics.Load() {
+		panic("a store's")
 	}
 	return c.Store.Read(ctx, path)
 }
@@ -790,6 +796,104 @@ func TestRevocations(t *testing.T) {
 		if err == nil {
 			t.Errorf("%s: accepted", name)
 		}
+	}
+}
+
+// A list that cannot be read, or is not believed, does not make the one before it younger, and each try is told.
+func TestOverdue(t *testing.T) {
+	s := newSigner(t)
+	store, m := newLot(t, s, "L1")
+	ctx, now := t.Context(), time.Now()
+	var told []Overdue
+	const ttl = 20 * time.Millisecond
+	o := ReaderOptions{RevocationTTL: ttl, Overdue: func(d Overdue) { told = append(told, d) }}
+	r := NewReader(store, NewVerifier(s.Public()), o)
+	look := func() error {
+		t.Helper()
+		time.Sleep(2 * ttl)
+		_, err := r.Revoked(ctx, m, m.IMEI(3))
+		return err
+	}
+	// Without a list there is no answer.
+	store.down.Store(true)
+	if err := look(); !errors.Is(err, errDown) || len(told) != 1 || told[0] != (Overdue{"L1", time.Time{}, errDown}) {
+		t.Fatalf("%v, %+v", err, told)
+	}
+	store.down.Store(false)
+	if err := errors.Join(look(), Revoke(ctx, store, s, m, m.IMEI(3), "stolen", now), look()); err != nil {
+		t.Fatal(err)
+	}
+	if got := r.Overdue(); len(got) != 0 || len(told) != 1 {
+		t.Errorf("%+v", got)
+	}
+	read := time.Now()
+	good, _, err := store.Read(ctx, RevocationsPath("L1"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	put := func(jws []byte) {
+		t.Helper()
+		_, version, err := store.Read(ctx, RevocationsPath("L1"))
+		if err == nil {
+			err = store.Update(ctx, RevocationsPath("L1"), jws, version)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	older, err := s.Sign(TypeRevocations, &Revocations{Lot: "L1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	anothers, err := newSigner(t).Sign(TypeRevocations, &Revocations{Lot: "L1", Version: 9})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct {
+		harm   func()
+		refuse bool
+	}{
+		"away":            {func() { store.down.Store(true) }, false},
+		"an older one":    {func() { put(older) }, true},
+		"another's":       {func() { put(anothers) }, true},
+		"noise":           {func() { put([]byte("noise")) }, true},
+		"a panic on read": {func() { store.panics.Store(true) }, false},
+	} {
+		told = nil
+		c.harm()
+		for range 2 {
+			if err := look(); err != nil {
+				t.Errorf("%s: the last list does not stand: %v", name, err)
+			}
+		}
+		got := r.Overdue()
+		if len(told) != 2 || len(got) != 1 || got[0].Lot != "L1" || errors.As(got[0].Cause, new(*RefusedError)) != c.refuse {
+			t.Errorf("%s: told %+v, overdue %+v", name, told, got)
+		} else if !got[0].Since.Before(read) {
+			t.Errorf("%s: the list that stands is said to be of %s", name, got[0].Since)
+		}
+		store.down.Store(false)
+		store.panics.Store(false)
+		put(good)
+		if err := look(); err != nil || len(r.Overdue()) != 0 {
+			t.Errorf("after %s: %v, %+v", name, err, r.Overdue())
+		}
+		read = time.Now()
+	}
+}
+
+// A panic over what the store has is the error of those who wait for it, and no end of the process.
+func TestReaderPanics(t *testing.T) {
+	s := newSigner(t)
+	store, m := newLot(t, s, "L1")
+	r := NewReader(store, NewVerifier(s.Public()), ReaderOptions{})
+	store.panics.Store(true)
+	if _, err := r.Device(t.Context(), m, m.IMEI(0)); panics.Of(err) == nil {
+		t.Errorf("%v", err)
+	}
+	store.panics.Store(false)
+	if _, err := r.Device(t.Context(), m, m.IMEI(0)); err != nil {
+		t.Errorf("after it: %v", err)
 	}
 }
 

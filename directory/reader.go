@@ -14,6 +14,7 @@ import (
 	"github.com/maypok86/otter/v2/stats"
 	"golang.org/x/sync/singleflight"
 
+	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -23,9 +24,20 @@ var ErrUnknownDevice = errors.New("the directory has no such device")
 // ReaderOptions are a Reader's; the zero value of each stands for its default.
 type ReaderOptions struct {
 	CacheBytes    int64          // memory for device keys, 64 MiB
-	RevocationTTL time.Duration  // how old a list of revoked devices may be, 1 minute
+	RevocationTTL time.Duration  // after which a list of revoked devices is read again, 1 minute
 	Stats         stats.Recorder // counts hits and misses of the cache; may be nil
 	NegativeTTL   time.Duration  // for how long a shard that was not there is not asked for again, 5 seconds
+
+	// Overdue is called each time that a lot's list of revoked devices cannot be read, or is refused (a *RefusedError);
+	// may be nil.
+	Overdue func(Overdue)
+}
+
+// An Overdue is a list of revoked devices that should have been replaced by now.
+type Overdue struct {
+	Lot   string
+	Since time.Time // when the list that serves on was read; zero if there is none
+	Cause error     // of the last try
 }
 
 // fetchTimeout bounds a read that may outlive the caller who began it.
@@ -40,7 +52,7 @@ type Reader struct {
 	flight   singleflight.Group // one read an object, however many ask
 
 	mu          sync.Mutex
-	revocations map[string]*revocationList // by lot; guarded by mu
+	revocations map[string]revocationList // by lot; guarded by mu
 }
 
 type shardKey struct {
@@ -56,9 +68,13 @@ type packedShard struct {
 	keys  []byte
 }
 
+// A revocationList is the last list that was read and believed, and what came of the last try to read it again: a try that
+// fails does not make it younger.
 type revocationList struct {
-	list    *Revocations
+	list    *Revocations // nil if none was read yet
 	fetched time.Time
+	tried   time.Time
+	err     error // of the last try
 }
 
 // NewReader reads the manufacturer's objects from store.
@@ -74,7 +90,7 @@ func NewReader(store Store, v *Verifier, o ReaderOptions) *Reader {
 	}
 	const overhead = 200 // of an entry, about
 	return &Reader{
-		store: store, verifier: v, o: o, revocations: map[string]*revocationList{},
+		store: store, verifier: v, o: o, revocations: map[string]revocationList{},
 		shards: otter.Must(&otter.Options[shardKey, *packedShard]{
 			StatsRecorder: o.Stats,
 			MaximumWeight: uint64(o.CacheBytes),
@@ -219,7 +235,8 @@ func (r *Reader) fetchShard(ctx context.Context, m *Manifest, n int) (*packedSha
 // oneFlight runs f once for all who ask for key at a time. A caller whose context ends stops waiting, and the others do
 // not suffer.
 func oneFlight[T any](ctx context.Context, g *singleflight.Group, key string, f func(context.Context) (T, error)) (T, error) {
-	result := g.DoChan(key, func() (any, error) {
+	result := g.DoChan(key, func() (got any, err error) {
+		defer panics.Recover(&err) // the group's goroutine has it end the process
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), fetchTimeout)
 		defer cancel()
 		return f(ctx)
@@ -236,7 +253,8 @@ func oneFlight[T any](ctx context.Context, g *singleflight.Group, key string, f 
 	}
 }
 
-// revoked gives a lot's list of revoked devices, not older than RevocationTTL while the store can be reached.
+// revoked gives a lot's list of revoked devices, read RevocationTTL ago at most if it could be. If the store is away, or its
+// list is refused, the last one stands.
 func (r *Reader) revoked(ctx context.Context, m *Manifest) (*Revocations, error) {
 	if list := r.freshList(m.Lot); list != nil {
 		return list, nil
@@ -246,19 +264,26 @@ func (r *Reader) revoked(ctx context.Context, m *Manifest) (*Revocations, error)
 			return list, nil
 		}
 		list, err := r.ReadRevocations(ctx, m)
+		now := time.Now()
 		r.mu.Lock()
-		defer r.mu.Unlock()
 		last := r.revocations[m.Lot]
-		if last != nil && (err != nil || list.Version < last.list.Version) {
-			// The store is away, or its owner went back to an earlier list: the last one stands.
-			last.fetched = time.Now()
-			return last.list, nil
+		if err == nil && last.list != nil && list.Version < last.list.Version {
+			err = refused(RevocationsPath(m.Lot), "it has version %d, and version %d was there before: ask who runs the store why",
+				list.Version, last.list.Version)
 		}
-		if err != nil {
+		if err == nil {
+			last.list, last.fetched = list, now
+		}
+		last.tried, last.err = now, err
+		r.revocations[m.Lot] = last
+		r.mu.Unlock()
+		if err != nil && r.o.Overdue != nil {
+			r.o.Overdue(Overdue{m.Lot, last.fetched, err})
+		}
+		if last.list == nil {
 			return nil, err
 		}
-		r.revocations[m.Lot] = &revocationList{list, time.Now()}
-		return list, nil
+		return last.list, nil
 	})
 }
 
@@ -266,14 +291,29 @@ func (r *Reader) revoked(ctx context.Context, m *Manifest) (*Revocations, error)
 func (r *Reader) freshList(lot string) *Revocations {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if known := r.revocations[lot]; known != nil && time.Since(known.fetched) < r.o.RevocationTTL {
+	if known := r.revocations[lot]; time.Since(known.tried) < r.o.RevocationTTL {
 		return known.list
 	}
 	return nil
 }
 
+// Overdue gives the lists of revoked devices whose last try to read them has failed.
+func (r *Reader) Overdue() []Overdue {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var all []Overdue
+	for lot, known := range r.revocations {
+		if known.err != nil {
+			all = append(all, Overdue{lot, known.fetched, known.err})
+		}
+	}
+	slices.SortFunc(all, func(a, b Overdue) int { return strings.Compare(a.Lot, b.Lot) })
+	return all
+}
+
 // ReadRevocations reads a lot's list of revoked devices from the store; none published is an empty one, of version 0.
-func (r *Reader) ReadRevocations(ctx context.Context, m *Manifest) (*Revocations, error) {
+func (r *Reader) ReadRevocations(ctx context.Context, m *Manifest) (list *Revocations, err error) {
+	defer panics.Recover(&err) // whatever comes from the store, the last list stands
 	jws, _, err := r.store.Read(ctx, RevocationsPath(m.Lot))
 	if errors.Is(err, ErrNotFound) {
 		return &Revocations{Lot: m.Lot}, nil

@@ -34,7 +34,7 @@ func sessions(b *testing.B, token *Token, f func(s *session) error) {
 	b.ReportAllocs()
 	b.ResetTimer()
 	b.RunParallel(func(pb *testing.PB) {
-		err := token.with(b.Context(), func(s *session) error {
+		err := token.with(b.Context(), "test", func(s *session) error {
 			for pb.Next() {
 				if err := f(s); err != nil {
 					return err

@@ -25,10 +25,14 @@ var (
 // PKCS #8 in AES-KWP (RFC 5649). The pair is a session object, gone when this returns; before it is wrapped it has
 // signed a challenge that the public key verifies, in software.
 func (t *Token) MakeDeviceKey(ctx context.Context, suite kme.Suite, injection Key) (pub crypto.PublicKey, wrapped []byte, err error) {
-	err = t.with(ctx, func(s *session) error {
+	type pair struct {
+		public  crypto.PublicKey
+		wrapped []byte
+	}
+	made, err := do(ctx, t, "make a device key", func(s *session) (p pair, err error) {
 		w, err := t.find(s, pkcs11.CKO_SECRET_KEY, injection)
 		if err != nil {
-			return err
+			return p, err
 		}
 		m, public := uint(pkcs11.CKM_EC_KEY_PAIR_GEN), devicePublic
 		if suite == kme.SuiteRSA {
@@ -36,7 +40,7 @@ func (t *Token) MakeDeviceKey(ctx context.Context, suite kme.Suite, injection Ke
 		}
 		hp, h, err := s.GenerateKeyPair(s.h, mechanism(m), public, devicePrivate)
 		if err != nil {
-			return explain("make a device key", err)
+			return p, explain("make a device key", err)
 		}
 		defer func() {
 			for _, o := range []pkcs11.ObjectHandle{hp, h} {
@@ -46,28 +50,28 @@ func (t *Token) MakeDeviceKey(ctx context.Context, suite kme.Suite, injection Ke
 			}
 		}()
 		if suite == kme.SuiteRSA {
-			pub, err = readRSA(s, hp)
+			p.public, err = readRSA(s, hp)
 		} else {
-			pub, err = readP256(s, hp)
+			p.public, err = readP256(s, hp)
 		}
 		if err != nil {
-			return err
+			return p, err
 		}
 		challenge := kme.RandomSecret().Bytes() // in the place of a KME
 		sig, err := signKME(s, h, suite, challenge)
 		if err != nil {
-			return err
+			return p, err
 		}
-		if !suite.Verify(pub, challenge, sig) {
-			return errors.New("the token made a device key whose signature its public key does not verify: do not use this token")
+		if !suite.Verify(p.public, challenge, sig) {
+			return p, errors.New("the token made a device key whose signature its public key does not verify: do not use this token")
 		}
-		wrapped, err = s.wrap(t.kwp, w, h, make([]byte, wrappedRoom))
-		return explainIf("wrap a device key", err)
+		p.wrapped, err = s.wrap(t.kwp, w, h, make([]byte, wrappedRoom))
+		return p, explainIf("wrap a device key", err)
 	})
 	if err != nil {
 		return nil, nil, err
 	}
-	return pub, wrapped, nil
+	return made.public, made.wrapped, nil
 }
 
 // wrappedRoom is more than an RSA-2048 key takes as PKCS #8 in AES-KWP, some 1,230 bytes.

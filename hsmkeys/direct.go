@@ -51,6 +51,7 @@ import "C"
 
 import (
 	"errors"
+	"fmt"
 	"reflect"
 	"unsafe"
 
@@ -88,7 +89,12 @@ func (s *session) crypt(init C.int, mechanism uint, key pkcs11.ObjectHandle, in,
 	if err := toError(rv); err != nil {
 		return nil, err
 	}
-	if int(size) > len(out) {
+	return written(out, uint(size))
+}
+
+// written is the part of out that the token says it wrote.
+func written(out []byte, size uint) ([]byte, error) {
+	if size > uint(len(out)) {
 		return nil, errors.New("the token says that it wrote more than there was room for")
 	}
 	return out[:size], nil
@@ -113,29 +119,32 @@ func (s *session) wrap(mechanism uint, wrapping, key pkcs11.ObjectHandle, out []
 	if err := toError(rv); err != nil {
 		return nil, err
 	}
-	if int(size) > len(out) {
-		return nil, errors.New("the token says that it wrote more than there was room for")
-	}
-	return out[:size], nil
+	return written(out, uint(size))
 }
 
 // shape is a template as C takes it: pairs of type and size, and the values in a row.
-func shape(a attributes) (shape []C.ck, values []byte) {
+func shape(a attributes) (shape []C.ck, values []byte, err error) {
+	if len(a) > C.max_attributes {
+		return nil, nil, fmt.Errorf("a template of %d attributes: there is room for %d, see max_attributes", len(a), C.max_attributes)
+	}
 	size := 0
 	for _, e := range a {
 		size += len(e.Value)
 	}
 	shape, values = make([]C.ck, 0, 2*C.max_attributes), make([]byte, 0, size)
-	for _, e := range a[:min(len(a), C.max_attributes)] {
+	for _, e := range a {
 		shape = append(shape, C.ck(e.Type), C.ck(len(e.Value)))
 		values = append(values, e.Value...)
 	}
-	return shape, values
+	return shape, values, nil
 }
 
 // create makes an object. The copies of its values are wiped.
 func (s *session) create(a attributes) (pkcs11.ObjectHandle, error) {
-	shape, values := shape(a)
+	shape, values, err := shape(a)
+	if err != nil {
+		return 0, err
+	}
 	defer clear(values)
 	var h C.ck
 	rv := C.create(s.list, C.ck(s.h), unsafe.SliceData(shape), C.ck(len(shape)/2), (*C.uchar)(unsafe.SliceData(values)), &h)
@@ -144,7 +153,10 @@ func (s *session) create(a attributes) (pkcs11.ObjectHandle, error) {
 
 // unwrap makes an object of a wrapped key.
 func (s *session) unwrap(mechanism uint, unwrapping pkcs11.ObjectHandle, wrapped []byte, a attributes) (pkcs11.ObjectHandle, error) {
-	shape, values := shape(a)
+	shape, values, err := shape(a)
+	if err != nil {
+		return 0, err
+	}
 	var h C.ck
 	rv := C.unwrap(s.list, C.ck(s.h), C.ck(mechanism), C.ck(unwrapping), (*C.uchar)(unsafe.SliceData(wrapped)), C.ck(len(wrapped)),
 		unsafe.SliceData(shape), C.ck(len(shape)/2), (*C.uchar)(unsafe.SliceData(values)), &h)

@@ -109,7 +109,7 @@ func (f *Finding) measure(n int, do func() error) {
 // tryPolicies tries what the design relies on for the secrecy of lot keys, with session objects that are gone afterwards: a
 // pair as a lot's, and an AES key that nobody trusts.
 func (t *Token) tryPolicies(ctx context.Context) (report []Finding, err error) {
-	err = t.with(ctx, func(s *session) error {
+	return do(ctx, t, "try the token's policies", func(s *session) (report []Finding, err error) {
 		made := []pkcs11.ObjectHandle{}
 		defer func() {
 			for _, h := range made {
@@ -131,7 +131,7 @@ func (t *Token) tryPolicies(ctx context.Context) (report []Finding, err error) {
 		pub, priv, err := lotLike(true)
 		if err != nil {
 			report = append(report, Finding{Check: "CKA_WRAP_WITH_TRUSTED on a new RSA key", For: "lot keys", Required: true, Consequence: explain("make one", err).Error()})
-			return nil
+			return report, nil
 		}
 		decrypt := Finding{Check: "raw RSA-2048 decryption", For: "payloads, and the proof of a new lot key, on one session", Required: true}
 		if key, rerr := readRSA(s, pub); rerr != nil {
@@ -153,14 +153,14 @@ func (t *Token) tryPolicies(ctx context.Context) (report []Finding, err error) {
 		report = append(report, refusedTo(s.SetAttributeValue(s.h, priv, attributes{attr(pkcs11.CKA_SENSITIVE, false)}), "make a SENSITIVE key readable", "P and Q stay in the token"))
 		_, sealed, err := lotLike(false)
 		if err != nil {
-			return explain("make a key that cannot be extracted", err)
+			return nil, explain("make a key that cannot be extracted", err)
 		}
 		report = append(report, refusedTo(s.SetAttributeValue(s.h, sealed, attributes{attr(pkcs11.CKA_EXTRACTABLE, true)}), "set CKA_EXTRACTABLE again", "a sealed lot stays sealed"))
 
 		wrapper, err := s.GenerateKey(s.h, mechanism(pkcs11.CKM_AES_KEY_GEN), join(guarded(false), use(usages, pkcs11.CKA_WRAP), attributes{attr(pkcs11.CKA_TOKEN, false), attr(pkcs11.CKA_VALUE_LEN, 32)}))
 		if err != nil {
 			report = append(report, Finding{Check: "an AES key that wraps", For: "injection key and KEKs", Required: true, Consequence: explain("make one", err).Error()})
-			return nil
+			return report, nil
 		}
 		made = append(made, wrapper)
 		for _, w := range []struct {
@@ -177,9 +177,8 @@ func (t *Token) tryPolicies(ctx context.Context) (report []Finding, err error) {
 			}
 			report = append(report, f)
 		}
-		return nil
+		return report, nil
 	})
-	return report, err
 }
 
 // refusedTo is the finding about what the token must not do.
@@ -192,17 +191,26 @@ func refusedTo(err error, what, means string) Finding {
 }
 
 func (t *Token) doctor(ctx context.Context, needs []need, keys []Key) ([]Finding, error) {
-	var report []Finding
-	for _, n := range needs {
-		can, err := t.can(n.mech, n.flags)
-		if err != nil {
-			return nil, err
+	can, err := do(ctx, t, "ask for mechanisms", func(*session) (can []bool, err error) {
+		for _, n := range needs {
+			has, err := t.can(n.mech, n.flags)
+			if err != nil {
+				return nil, err
+			}
+			can = append(can, has)
 		}
-		f := Finding{Check: n.name, For: n.purpose, OK: can, Required: n.fallback == ""}
+		return can, nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	var report []Finding
+	for i, n := range needs {
+		f := Finding{Check: n.name, For: n.purpose, OK: can[i], Required: n.fallback == ""}
 		if n.mech == pkcs11.CKM_AES_KEY_WRAP_PAD && t.kwp == ckmAESKeyWrapKWP {
 			n.fallback, f.Required = "not needed: CKM_AES_KEY_WRAP_KWP does it", false
 		}
-		if !can {
+		if !can[i] {
 			if f.Consequence = n.fallback; f.Required {
 				f.Consequence = "not possible with this token"
 			}
@@ -223,9 +231,8 @@ func (t *Token) doctor(ctx context.Context, needs []need, keys []Key) ([]Finding
 	return report, nil
 }
 
-func (t *Token) hasMechanism(m uint) (bool, error) { return t.can(m, 0) }
-
-// can says whether the token has a mechanism, and for all of the uses in flags.
+// can says whether the token has a mechanism, and for all of the uses in flags. The caller holds a session, so that the
+// module stays, or is connect.
 func (t *Token) can(m, flags uint) (bool, error) {
 	info, err := t.module.GetMechanismInfo(t.slot, mechanism(m))
 	if isCKR(err, pkcs11.CKR_MECHANISM_INVALID) {

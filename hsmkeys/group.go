@@ -73,25 +73,25 @@ func (g *Group) checkSame(ctx context.Context) error {
 
 // sample is what the ledger key makes of a fixed message, and the storage key of a random KME.
 func (t *Token) sample(ctx context.Context) ([]byte, []byte, error) {
-	var tag, sealed []byte
-	err := t.with(ctx, func(s *session) error {
+	type made struct{ tag, sealed []byte }
+	m, err := do(ctx, t, "sample", func(s *session) (m made, err error) {
 		h, err := t.find(s, pkcs11.CKO_SECRET_KEY, ledgerKey)
 		if err != nil {
-			return err
+			return m, err
 		}
-		if tag, err = hmac(s, h, make([]byte, kme.SecretSize)); err != nil {
-			return err
+		if m.tag, err = hmac(s, h, make([]byte, kme.SecretSize)); err != nil {
+			return m, err
 		}
 		if h, err = t.find(s, pkcs11.CKO_SECRET_KEY, storageKey); err != nil {
-			return err
+			return m, err
 		}
-		sealed, err = seal(s, h, kme.RandomSecret())
-		return err
+		m.sealed, err = seal(s, h, kme.RandomSecret())
+		return m, err
 	})
 	if err != nil {
 		return nil, nil, err
 	}
-	return tag, sealed, nil
+	return m.tag, m.sealed, nil
 }
 
 // Tokens are those of the group.
@@ -122,17 +122,17 @@ func (g *Group) Sessions() (n int) {
 	return n
 }
 
-// SetHangTimeout and ObserveQueue are those of all tokens.
+// SetHangTimeout and Observe are those of all tokens.
 func (g *Group) SetHangTimeout(d time.Duration) {
 	for _, t := range g.tokens {
 		t.SetHangTimeout(d)
 	}
 }
 
-// ObserveQueue is described at SetHangTimeout.
-func (g *Group) ObserveQueue(f func(time.Duration)) {
+// Observe is described at SetHangTimeout.
+func (g *Group) Observe(o Observer) {
 	for _, t := range g.tokens {
-		t.ObserveQueue(f)
+		t.Observe(o)
 	}
 }
 

@@ -23,7 +23,7 @@ func withKeys(t *testing.T, storage, ledger byte) (uri string) {
 	tok := softhsmtest.Token(t)
 	token := open(t, tok)
 	value := func(b byte) []byte { return []byte(strings.Repeat(string(b), 32)) }
-	err := token.with(t.Context(), func(s *session) error {
+	err := token.with(t.Context(), "test", func(s *session) error {
 		class := attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY)}
 		_, err := s.CreateObject(s.h, join(class, named(storageKey), guarded(false), use(usages, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP),
 			attributes{attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES), attr(pkcs11.CKA_VALUE, value(storage))}))

@@ -90,7 +90,7 @@ func newFactory(t testing.TB, operator *Token) *Token {
 func (t *Token) mustFind(tb testing.TB, class uint, k Key) pkcs11.ObjectHandle {
 	tb.Helper()
 	var h pkcs11.ObjectHandle
-	err := t.with(context.Background(), func(s *session) (err error) {
+	err := t.with(context.Background(), "test", func(s *session) (err error) {
 		h, err = t.find(s, class, k)
 		return err
 	})
@@ -103,7 +103,7 @@ func (t *Token) mustFind(tb testing.TB, class uint, k Key) pkcs11.ObjectHandle {
 // importLot puts a software key into a token as a lot key, as only a test may.
 func importLot(t testing.TB, token *Token, k Key, key *rsa.PrivateKey) {
 	t.Helper()
-	err := token.with(t.Context(), func(s *session) error {
+	err := token.with(t.Context(), "test", func(s *session) error {
 		_, err := s.CreateObject(s.h, join(named(k), guarded(false), use(privateUsages, pkcs11.CKA_DECRYPT), rsaPrivate(key)))
 		return err
 	})
@@ -264,7 +264,7 @@ func TestLotKey(t *testing.T) {
 		if _, err := factory.WrapLotKey(ctx, testLot, testInjection); !isCKR(err, pkcs11.CKR_KEY_NOT_WRAPPABLE) {
 			t.Errorf("under the injection key: %v", err)
 		}
-		err := factory.with(ctx, func(s *session) error {
+		err := factory.with(ctx, "test", func(s *session) error {
 			own, err := s.GenerateKey(s.h, mechanism(pkcs11.CKM_AES_KEY_GEN), attributes{attr(pkcs11.CKA_VALUE_LEN, 32), attr(pkcs11.CKA_TOKEN, false), attr(pkcs11.CKA_WRAP, true)})
 			if err != nil {
 				return err
@@ -275,7 +275,7 @@ func TestLotKey(t *testing.T) {
 		if !isCKR(err, pkcs11.CKR_KEY_NOT_WRAPPABLE) {
 			t.Errorf("under a key of the user's own: %v", err)
 		}
-		err = factory.with(ctx, func(s *session) error {
+		err = factory.with(ctx, "test", func(s *session) error {
 			_, err := s.GenerateKey(s.h, mechanism(pkcs11.CKM_AES_KEY_GEN), attributes{attr(pkcs11.CKA_VALUE_LEN, 32), attr(pkcs11.CKA_TOKEN, false), attr(pkcs11.CKA_WRAP, true), attr(pkcs11.CKA_TRUSTED, true)})
 			return err
 		})
@@ -286,7 +286,7 @@ func TestLotKey(t *testing.T) {
 	// With the KEK in clear, every lot key that it carried would be.
 	t.Run("the KEK only under a TRUSTED key", func(t *testing.T) {
 		key := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072))
-		err := factory.with(ctx, func(s *session) error {
+		err := factory.with(ctx, "test", func(s *session) error {
 			own, err := s.CreateObject(s.h, join(wrappingPublic(&key.PublicKey), attributes{attr(pkcs11.CKA_TOKEN, false)}))
 			if err != nil {
 				return err
@@ -355,7 +355,7 @@ func TestLotKey(t *testing.T) {
 		if _, err := factory.WrapLotKey(ctx, testLot, testKEK); !isCKR(err, pkcs11.CKR_KEY_UNEXTRACTABLE) {
 			t.Errorf("a sealed lot key was wrapped: %v", err)
 		}
-		err := factory.with(ctx, func(s *session) error {
+		err := factory.with(ctx, "test", func(s *session) error {
 			return s.SetAttributeValue(s.h, factory.mustFind(t, pkcs11.CKO_PRIVATE_KEY, testLot), attributes{attr(pkcs11.CKA_EXTRACTABLE, true)})
 		})
 		if err == nil {
@@ -410,7 +410,7 @@ func TestDeviceKey(t *testing.T) {
 func countObjects(t *testing.T, token *Token, template attributes) int {
 	t.Helper()
 	n := 0
-	err := token.with(context.Background(), func(s *session) error {
+	err := token.with(context.Background(), "test", func(s *session) error {
 		if err := s.FindObjectsInit(s.h, template); err != nil {
 			return err
 		}
@@ -490,7 +490,7 @@ func TestAttributes(t *testing.T) {
 			var is []string
 			for _, typ := range types {
 				var a attributes
-				err := c.token.with(ctx, func(s *session) (err error) {
+				err := c.token.with(ctx, "test", func(s *session) (err error) {
 					a, err = s.GetAttributeValue(s.h, h, attributes{attr(typ, nil)})
 					return err
 				})
@@ -513,7 +513,7 @@ func TestAttributes(t *testing.T) {
 				values = []uint{pkcs11.CKA_PRIVATE_EXPONENT, pkcs11.CKA_PRIME_1, pkcs11.CKA_PRIME_2, pkcs11.CKA_EXPONENT_1, pkcs11.CKA_EXPONENT_2, pkcs11.CKA_COEFFICIENT}
 			}
 			for _, typ := range values {
-				err := c.token.with(ctx, func(s *session) error {
+				err := c.token.with(ctx, "test", func(s *session) error {
 					_, err := s.GetAttributeValue(s.h, h, attributes{attr(typ, nil)})
 					return err
 				})
@@ -527,12 +527,12 @@ func TestAttributes(t *testing.T) {
 				changes = append(changes, attributes{attr(pkcs11.CKA_DECRYPT, true)}, attributes{attr(pkcs11.CKA_EXTRACTABLE, true)}, attributes{attr(pkcs11.CKA_SIGN, true)})
 			}
 			for _, change := range changes {
-				err := c.token.with(ctx, func(s *session) error { return s.SetAttributeValue(s.h, h, change) })
+				err := c.token.with(ctx, "test", func(s *session) error { return s.SetAttributeValue(s.h, h, change) })
 				if err == nil {
 					t.Errorf("attribute 0x%X was changed", change[0].Type)
 				}
 			}
-			err := c.token.with(ctx, func(s *session) error {
+			err := c.token.with(ctx, "test", func(s *session) error {
 				_, err := s.CopyObject(s.h, h, attributes{attr(pkcs11.CKA_TOKEN, false)})
 				return err
 			})
@@ -558,7 +558,7 @@ func TestSessions(t *testing.T) {
 		for range token.Sessions() {
 			taken.Add(1)
 			done.Go(func() {
-				token.with(context.Background(), func(*session) error { taken.Done(); <-free; return nil })
+				token.with(context.Background(), "test", func(*session) error { taken.Done(); <-free; return nil })
 			})
 		}
 		taken.Wait()
@@ -575,7 +575,7 @@ func TestSessions(t *testing.T) {
 	})
 	t.Run("a failed call does not spoil its session", func(t *testing.T) {
 		for range 2 * token.Sessions() {
-			err := token.with(t.Context(), func(s *session) error { // leaves a search active
+			err := token.with(t.Context(), "test", func(s *session) error { // leaves a search active
 				if err := s.FindObjectsInit(s.h, nil); err != nil {
 					return err
 				}
@@ -686,11 +686,13 @@ func TestRenew(t *testing.T) {
 		})
 	}
 	all.Wait()
+	token.reopening.Lock() // a renewal goes on beside the calls
 	if token.signers == first {
 		t.Error("the module was not initialised anew")
 	}
 	// A PIN that is gone is no reason to stop.
 	token.pin = "file:/nowhere"
+	token.reopening.Unlock()
 	for range 30 {
 		if _, _, err := token.MakeDeviceKey(t.Context(), kme.SuiteECDSA, injection); err != nil {
 			t.Fatal(err)

@@ -11,7 +11,7 @@ import (
 	"fmt"
 	"io"
 	"math/big"
-	"sync"
+	"sync/atomic"
 
 	"github.com/ThalesGroup/crypto11"
 	"github.com/miekg/pkcs11"
@@ -92,18 +92,16 @@ var (
 // ensure finds a key or makes it, and says which. Two runs at once could both make it; find then refuses both, and
 // init is no command that a machine repeats.
 func (t *Token) ensure(ctx context.Context, class uint, k Key, generate func(*session) error) (created bool, err error) {
-	err = t.with(ctx, func(s *session) error {
+	return do(ctx, t, "make a key", func(s *session) (bool, error) {
 		_, err := t.find(s, class, k)
 		if !errors.Is(err, ErrNoKey) {
-			return err
+			return false, err
 		}
 		if err := generate(s); err != nil {
-			return explain("make "+k.Label(), err)
+			return false, explain("make "+k.Label(), err)
 		}
-		created = true
-		return nil
+		return true, nil
 	})
-	return created, err
 }
 
 func (t *Token) ensureSecret(ctx context.Context, k Key, m uint, template attributes) (bool, error) {
@@ -173,15 +171,13 @@ func (t *Token) TransportPublicKey(ctx context.Context) (*rsa.PublicKey, error) 
 }
 
 func (t *Token) rsaPublicKey(ctx context.Context, k Key) (pub *rsa.PublicKey, err error) {
-	err = t.with(ctx, func(s *session) error {
+	return do(ctx, t, "read a public key", func(s *session) (*rsa.PublicKey, error) {
 		h, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, k)
 		if err != nil {
-			return err
+			return nil, err
 		}
-		pub, err = readRSA(s, h)
-		return err
+		return readRSA(s, h)
 	})
-	return pub, err
 }
 
 func readRSA(s *session, h pkcs11.ObjectHandle) (*rsa.PublicKey, error) {
@@ -193,7 +189,11 @@ func readRSA(s *session, h pkcs11.ObjectHandle) (*rsa.PublicKey, error) {
 	if !e.IsInt64() || e.Int64() != kme.PublicExponent {
 		return nil, fmt.Errorf("the token made a key with public exponent %v; only %d is accepted", e, kme.PublicExponent)
 	}
-	return &rsa.PublicKey{N: new(big.Int).SetBytes(a[0].Value), E: kme.PublicExponent}, nil
+	n := new(big.Int).SetBytes(a[0].Value)
+	if n.Sign() == 0 {
+		return nil, errors.New("the token has an RSA key without a modulus: do not use this token")
+	}
+	return &rsa.PublicKey{N: n, E: kme.PublicExponent}, nil
 }
 
 func readP256(s *session, h pkcs11.ObjectHandle) (*ecdsa.PublicKey, error) {
@@ -214,51 +214,52 @@ type signer struct {
 	t      *Token
 	k      Key
 	public crypto.PublicKey
+	found  atomic.Pointer[found]
+}
 
-	mu    sync.Mutex
-	made  crypto.Signer     // guarded by mu
-	under *crypto11.Context // that made is of; guarded by mu
+// A found signer is one of crypto11, good for as long as the module stays initialised.
+type found struct {
+	crypto.Signer
+	under *crypto11.Context
 }
 
 func (s *signer) Public() crypto.PublicKey { return s.public }
 
 func (s *signer) Sign(random io.Reader, digest []byte, o crypto.SignerOpts) (signature []byte, err error) {
 	// crypto11 has sessions of its own; ours is held so that the module stays.
-	err = s.t.with(context.Background(), func(*session) error {
-		made, err := s.current()
-		if err == nil {
-			signature, err = made.Sign(random, digest, o)
-			err = explainIf("sign with "+s.k.Label(), err)
+	return do(context.Background(), s.t, "sign", func(*session) ([]byte, error) {
+		f, err := s.current()
+		if err != nil {
+			return nil, err
 		}
-		return err
+		signature, err := f.Sign(random, digest, o)
+		return signature, explainIf("sign with "+s.k.Label(), err)
 	})
-	return signature, err
 }
 
-func (s *signer) current() (crypto.Signer, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.under == s.t.signers {
-		return s.made, nil
+// current finds the key again if need be; two at once may both do.
+func (s *signer) current() (*found, error) {
+	if f := s.found.Load(); f != nil && f.under == s.t.signers {
+		return f, nil
 	}
 	made, err := s.t.findSigner(s.k)
-	if err == nil {
-		s.made, s.under = made, s.t.signers
+	if err != nil {
+		return nil, err
 	}
-	return made, err
+	f := &found{made, s.t.signers}
+	s.found.Store(f)
+	return f, nil
 }
 
 // Signer is the signing key k as a crypto.Signer, good for as long as the token is open.
 func (t *Token) Signer(k Key) (crypto.Signer, error) {
 	s := &signer{t: t, k: k}
-	err := t.with(context.Background(), func(*session) error {
-		made, err := s.current()
-		if err == nil {
-			s.public = made.Public()
-		}
-		return err
-	})
-	return s, err
+	f, err := do(context.Background(), t, "find a signer", func(*session) (*found, error) { return s.current() })
+	if err != nil {
+		return nil, err
+	}
+	s.public = f.Public()
+	return s, nil
 }
 
 func (t *Token) findSigner(k Key) (crypto.Signer, error) {
@@ -281,14 +282,13 @@ func (t *Token) Has(ctx context.Context, k Key) (has bool, err error) {
 	case RoleSigning, RoleLot, RoleTransport:
 		class = pkcs11.CKO_PRIVATE_KEY
 	}
-	err = t.with(ctx, func(s *session) error {
+	return do(ctx, t, "look for a key", func(s *session) (bool, error) {
 		_, err := t.find(s, class, k)
-		if has = err == nil; errors.Is(err, ErrNoKey) {
-			return nil
+		if errors.Is(err, ErrNoKey) {
+			return false, nil
 		}
-		return err
+		return err == nil, err
 	})
-	return has, err
 }
 
 // WrapInjectionKey is the injection key under a fixture's RSA key, by RSA-OAEP (see oaep).
@@ -296,20 +296,19 @@ func (t *Token) WrapInjectionKey(ctx context.Context, k Key, fixture *rsa.Public
 	if err := checkWrappingKey(fixture); err != nil {
 		return nil, err
 	}
-	err = t.with(ctx, func(s *session) error {
+	return do(ctx, t, "wrap an injection key", func(s *session) ([]byte, error) {
 		h, err := t.find(s, pkcs11.CKO_SECRET_KEY, k)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		pub, err := s.CreateObject(s.h, join(wrappingPublic(fixture), attributes{attr(pkcs11.CKA_TOKEN, false)}))
 		if err != nil {
-			return explain("take the fixture's key into the token", err)
+			return nil, explain("take the fixture's key into the token", err)
 		}
 		defer s.DestroyObject(s.h, pub)
-		wrapped, err = s.WrapKey(s.h, oaep(), pub, h)
-		return explainIf("wrap the injection key", err)
+		wrapped, err := s.WrapKey(s.h, oaep(), pub, h)
+		return wrapped, explainIf("wrap the injection key", err)
 	})
-	return wrapped, err
 }
 
 func wrappingPublic(pub *rsa.PublicKey) attributes {

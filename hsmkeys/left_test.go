@@ -68,7 +68,7 @@ func TestNothingIsLeft(t *testing.T) {
 				sessions++
 			}
 		}
-		err := token.with(t.Context(), func(s *session) error {
+		err := token.with(t.Context(), "test", func(s *session) error {
 			if err := s.FindObjectsInit(s.h, nil); err != nil {
 				return err
 			}

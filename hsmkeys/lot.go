@@ -28,7 +28,10 @@ const (
 // is checked: see CheckLotKey and the known answers of ProveLotKey. A key that fails the checks is removed.
 func (t *Token) EnsureLotKey(ctx context.Context, k Key, bits int, primes Primes) (pub *rsa.PublicKey, mech string, err error) {
 	m, mech := uint(pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN), "CKM_RSA_PKCS_KEY_PAIR_GEN"
-	if x931, err := t.hasMechanism(pkcs11.CKM_RSA_X9_31_KEY_PAIR_GEN); err != nil {
+	x931, err := do(ctx, t, "ask for mechanisms", func(*session) (bool, error) {
+		return t.can(pkcs11.CKM_RSA_X9_31_KEY_PAIR_GEN, 0)
+	})
+	if err != nil {
 		return nil, "", err
 	} else if x931 {
 		m, mech = pkcs11.CKM_RSA_X9_31_KEY_PAIR_GEN, "CKM_RSA_X9_31_KEY_PAIR_GEN"
@@ -68,13 +71,13 @@ func (t *Token) EnsureLotKey(ctx context.Context, k Key, bits int, primes Primes
 
 // RemoveLotKey destroys a lot key for good.
 func (t *Token) RemoveLotKey(ctx context.Context, k Key) error {
-	return t.with(ctx, func(s *session) error { return t.destroy(s, pkcs11.CKO_PRIVATE_KEY, k) })
+	return t.with(ctx, "remove a lot key", func(s *session) error { return t.destroy(s, pkcs11.CKO_PRIVATE_KEY, k) })
 }
 
 // ProveLotKey shows that the private key in the token is the one of pub: it decrypts, raw, what was encrypted here.
 // One of the messages has leading zero bytes, which some tokens strip.
 func (t *Token) ProveLotKey(ctx context.Context, k Key, pub *rsa.PublicKey) error {
-	return t.with(ctx, func(s *session) error {
+	return t.with(ctx, "prove a lot key", func(s *session) error {
 		h, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, k)
 		if err != nil {
 			return err
@@ -133,7 +136,7 @@ func rawDecrypt(s *session, h pkcs11.ObjectHandle, c []byte) ([]byte, error) {
 // SealLotKey makes a lot key non-extractable for good: from then on it cannot be granted to anybody any more. Doing it
 // again changes nothing.
 func (t *Token) SealLotKey(ctx context.Context, k Key) error {
-	return t.with(ctx, func(s *session) error {
+	return t.with(ctx, "seal a lot key", func(s *session) error {
 		h, sealed, err := t.findSealed(s, k)
 		if err != nil || sealed {
 			return err
@@ -144,11 +147,10 @@ func (t *Token) SealLotKey(ctx context.Context, k Key) error {
 
 // LotKeySealed says whether SealLotKey has been done.
 func (t *Token) LotKeySealed(ctx context.Context, k Key) (sealed bool, err error) {
-	err = t.with(ctx, func(s *session) error {
-		_, sealed, err = t.findSealed(s, k)
-		return err
+	return do(ctx, t, "look at a lot key", func(s *session) (bool, error) {
+		_, sealed, err := t.findSealed(s, k)
+		return sealed, err
 	})
-	return sealed, err
 }
 
 func (t *Token) findSealed(s *session, k Key) (h pkcs11.ObjectHandle, sealed bool, err error) {
@@ -167,19 +169,18 @@ func isTrue(a *pkcs11.Attribute) bool { return len(a.Value) == 1 && a.Value[0] =
 // WrapLotKey is a lot key under an operator's KEK, by AES-KWP (RFC 5649) around PKCS #8. The token refuses it under
 // any key that the security officer has not made TRUSTED.
 func (t *Token) WrapLotKey(ctx context.Context, lot, kek Key) (wrapped []byte, err error) {
-	err = t.with(ctx, func(s *session) error {
+	return do(ctx, t, "wrap a lot key", func(s *session) ([]byte, error) {
 		h, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, lot)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		w, err := t.find(s, pkcs11.CKO_SECRET_KEY, kek)
 		if err != nil {
-			return err
+			return nil, err
 		}
-		wrapped, err = s.WrapKey(s.h, mechanism(t.kwp), w, h)
-		return explainIf("wrap "+lot.Label(), err)
+		wrapped, err := s.WrapKey(s.h, mechanism(t.kwp), w, h)
+		return wrapped, explainIf("wrap "+lot.Label(), err)
 	})
-	return wrapped, err
 }
 
 // UnwrapLotKey takes a lot key, wrapped under the KEK, into the token, for decryption only and never to be extracted.
@@ -189,15 +190,15 @@ func (t *Token) UnwrapLotKey(ctx context.Context, lot, kek Key, wrapped []byte, 
 	if len(wrapped) < 16 || len(wrapped)%8 != 0 {
 		return false, fmt.Errorf("the wrapped lot key has %d bytes: no AES-KWP ciphertext (RFC 5649) has", len(wrapped))
 	}
-	err = t.with(ctx, func(s *session) error {
+	return do(ctx, t, "unwrap a lot key", func(s *session) (taken bool, err error) {
 		if h, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, lot); err == nil {
-			return prove(s, h, pub)
+			return false, prove(s, h, pub)
 		} else if !errors.Is(err, ErrNoKey) {
-			return err
+			return false, err
 		}
 		w, err := t.find(s, pkcs11.CKO_SECRET_KEY, kek)
 		if err != nil {
-			return err
+			return false, err
 		}
 		template := join(attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA)},
 			guarded(false), use(privateUsages, pkcs11.CKA_DECRYPT))
@@ -207,20 +208,18 @@ func (t *Token) UnwrapLotKey(ctx context.Context, lot, kek Key, wrapped []byte, 
 		}
 		trial, err := unwrap(attributes{attr(pkcs11.CKA_TOKEN, false)})
 		if err != nil {
-			return err
+			return false, err
 		}
 		err = prove(s, trial, pub)
 		if derr := s.DestroyObject(s.h, trial); err == nil {
 			err = explainIf("drop the trial key", derr)
 		}
 		if err != nil {
-			return err
+			return false, err
 		}
 		_, err = unwrap(named(lot))
-		taken = err == nil
-		return err
+		return err == nil, err
 	})
-	return taken, err
 }
 
 // MakeKEK makes the AES-256 key that carries lot keys to an operator, and takes the operator's public transport
@@ -260,7 +259,7 @@ func MakeKEK(ctx context.Context, tokenURI, soPINSource string, kek Key, transpo
 	if err != nil {
 		return false, err
 	}
-	return created, t.with(ctx, func(s *session) error {
+	return created, t.with(ctx, "take a transport key", func(s *session) error {
 		k := outgoing(kek)
 		h, err := t.find(s, pkcs11.CKO_PUBLIC_KEY, k)
 		if err == nil {
@@ -283,19 +282,18 @@ func outgoing(kek Key) Key {
 
 // WrapKEK is an operator's KEK under the transport key that MakeKEK took in, by RSA-OAEP (see oaep).
 func (t *Token) WrapKEK(ctx context.Context, kek Key) (wrapped []byte, err error) {
-	err = t.with(ctx, func(s *session) error {
+	return do(ctx, t, "wrap a KEK", func(s *session) ([]byte, error) {
 		h, err := t.find(s, pkcs11.CKO_SECRET_KEY, kek)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		pub, err := t.find(s, pkcs11.CKO_PUBLIC_KEY, outgoing(kek))
 		if err != nil {
-			return err
+			return nil, err
 		}
-		wrapped, err = s.WrapKey(s.h, oaep(), pub, h)
-		return explainIf("wrap "+kek.Label(), err)
+		wrapped, err := s.WrapKey(s.h, oaep(), pub, h)
+		return wrapped, explainIf("wrap "+kek.Label(), err)
 	})
-	return wrapped, err
 }
 
 // UnwrapKEK takes an operator KEK, wrapped under the transport key, into the token, for unwrapping only and never to
@@ -304,7 +302,7 @@ func (t *Token) UnwrapKEK(ctx context.Context, kek Key, wrapped []byte) error {
 	if len(wrapped) == 0 {
 		return errors.New("the enrolment holds no wrapped key")
 	}
-	return t.with(ctx, func(s *session) error {
+	return t.with(ctx, "unwrap a KEK", func(s *session) error {
 		h, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, transportKey)
 		if err != nil {
 			return err

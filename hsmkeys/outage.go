@@ -4,16 +4,23 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/ThalesGroup/crypto11"
 	"github.com/miekg/pkcs11"
+
+	"github.com/kmehsm/kmehsm/internal/panics"
 )
 
 // ErrUnavailable: the token is away. It is opened again as soon as it can be.
 var ErrUnavailable = errors.New("the token is not available")
+
+// errGone goes with an error that may mean anything: the token opens no session any more.
+var errGone = errors.New("and no session can be opened")
 
 // A class says what an error of the token means for the next call.
 type class int
@@ -30,6 +37,8 @@ func classify(err error) class {
 	switch {
 	case err == nil, errors.Is(err, ErrUnavailable):
 		return classPermanent
+	case errors.Is(err, errGone):
+		return classDevice
 	case isCKR(err, pkcs11.CKR_SESSION_HANDLE_INVALID, pkcs11.CKR_SESSION_CLOSED):
 		return classSession
 	case isCKR(err, pkcs11.CKR_DEVICE_REMOVED, pkcs11.CKR_DEVICE_ERROR, pkcs11.CKR_TOKEN_NOT_PRESENT, pkcs11.CKR_TOKEN_NOT_RECOGNIZED,
@@ -94,45 +103,78 @@ type Health struct {
 	Cause    error // why it is away; nil if it is not
 	Hung     int64 // calls that were given up and have not come back
 	Reopened int64 // how often it was opened again
+	Panics   int64 // calls, and attempts to open it again, that a panic ended
 }
 
 // Health may be asked at any time.
 func (t *Token) Health() Health {
 	_, cause := t.latch.state()
-	return Health{cause, t.hung.Load(), t.reopened.Load()}
+	return Health{cause, t.hung.Load(), t.reopened.Load(), t.panics.Load()}
 }
 
 // SetHangTimeout changes after how long a call is given up, for who makes no keys. It is for the time before the first call.
 func (t *Token) SetHangTimeout(d time.Duration) { t.hangAfter = d }
 
-// ObserveQueue has the wait of each call for a session reported. It is for the time before the first call.
-func (t *Token) ObserveQueue(f func(time.Duration)) { t.queued = f }
+// An Observer is told of the operations of a token, by many goroutines at once.
+type Observer interface {
+	// Waited is told how long an operation waited for a session, whether it got one or not.
+	Waited(d time.Duration)
+	// Worked is told how long an operation then took in the token, without the wait, and how it ended. One that is done
+	// again, since its session had ended, is told of twice.
+	Worked(operation string, took time.Duration, err error)
+}
 
-// within runs f, and returns when it has, or after d: then f goes on, and nobody reads what it writes. ended is called when f has, and told whether
-// anybody waited for it.
-func (t *Token) within(d time.Duration, f func() error, ended func(waited bool)) (gaveUp bool, err error) {
+// Observe has operations reported. It is for the time before the first call.
+func (t *Token) Observe(o Observer) { t.observer = o }
+
+// noPanic runs f. A panic in it becomes its error, a *panics.Error, is counted, and is logged here, since an error may have
+// nobody to go to.
+func noPanic[T any](t *Token, f func() (T, error)) (v T, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			t.panics.Add(1)
+			stack := debug.Stack()
+			slog.Error("panic", "token", t.String(), "cause", fmt.Sprint(p), "stack", string(stack))
+			err = &panics.Error{Value: p, Stack: stack}
+		}
+	}()
+	return f()
+}
+
+// within runs f, and returns its result, or gives it up after d: then f goes on, and its result goes to nobody; a secret is
+// wiped. ended is called when f has, and told whether anybody waited for it.
+func within[T any](t *Token, d time.Duration, f func() (T, error), ended func(bool)) (v T, gaveUp bool, err error) {
+	type result struct {
+		v   T
+		err error
+	}
 	var over atomic.Bool // f has ended, or was given up: whichever was first
-	done := make(chan error, 1)
+	done := make(chan result, 1)
 	t.onWorker(func() {
-		err := f()
+		v, err := noPanic(t, f)
 		waited := over.CompareAndSwap(false, true)
+		if secret, ok := any(v).(interface{ Wipe() }); ok && !waited {
+			secret.Wipe()
+		}
 		ended(waited)
 		if !waited {
 			t.hung.Add(-1) // only now is nothing of it in the module any more
+			return
 		}
-		done <- err
+		done <- result{v, err}
 	})
 	timer := time.NewTimer(d)
 	defer timer.Stop()
 	select {
-	case err := <-done:
-		return false, err
+	case r := <-done:
+		return r.v, false, r.err
 	case <-timer.C:
 		if !over.CompareAndSwap(false, true) {
-			return false, <-done
+			r := <-done
+			return r.v, false, r.err
 		}
 		t.hung.Add(1)
-		return true, fmt.Errorf("%w: it does not answer", ErrUnavailable)
+		return v, true, fmt.Errorf("%w: it does not answer", ErrUnavailable)
 	}
 }
 
@@ -155,21 +197,33 @@ func (t *Token) onWorker(f func()) {
 	}
 }
 
-// inToken runs f on s, or on a new session. When it gives f up, the session is replaced.
-func (t *Token) inToken(s *session, f func(*session) error) error {
-	gaveUp, err := t.within(t.hangAfter, func() (err error) {
+// inToken runs f on s, or on a new session. When it gives f up, or f fails in the token or by a panic, the session is
+// replaced.
+func inToken[T any](t *Token, s *session, operation string, f func(*session) (T, error)) (T, error) {
+	v, gaveUp, err := within(t, t.hangAfter, func() (v T, err error) {
+		sound := false
+		defer func() {
+			if old := s; old != nil && !sound {
+				s = nil
+				old.CloseSession(old.h)
+			}
+		}()
 		if s == nil {
 			s, err = t.openSession()
 		}
 		if err == nil {
-			err = f(s)
-		}
-		if s != nil && errors.As(err, new(pkcs11.Error)) {
+			v, err = f(s)
 			// A failed call may leave an operation active in the session; a fresh one cannot have that.
-			s.CloseSession(s.h)
-			s = nil
+			sound = !errors.As(err, new(pkcs11.Error))
 		}
-		return err
+		if classify(err) == classSuspect {
+			if fresh, serr := t.openSession(); serr != nil {
+				err = fmt.Errorf("%w, %w", err, errGone)
+			} else {
+				fresh.CloseSession(fresh.h)
+			}
+		}
+		return v, err
 	}, func(waited bool) {
 		switch {
 		case waited:
@@ -179,10 +233,10 @@ func (t *Token) inToken(s *session, f func(*session) error) error {
 		}
 	})
 	if gaveUp {
-		t.lose(errors.New("a call does not come back"))
+		t.lose(fmt.Errorf("a call does not come back (%s)", operation))
 		t.idle <- nil
 	}
-	return err
+	return v, err
 }
 
 // lose closes the latch, and begins to open the token again.
@@ -224,23 +278,36 @@ func (t *Token) recover() {
 	}
 }
 
-// reopen takes the module through C_Finalize and C_Initialize, and logs in again. Calls wait for it; none is under way, since it
-// holds all entries of idle. While a call hangs in the module, that must not be: then it tries whether a new session works. The caller holds
-// reopening: two at once would each hold half of the entries and wait for the other's.
+// reopen takes the module through C_Finalize and C_Initialize, and logs in again; when that fails, the token is lost. Calls
+// wait for it; none is under way, since it holds all entries of idle. The caller holds reopening: two at once would each hold
+// half of the entries and wait for the other's.
 func (t *Token) reopen(pin string) error {
-	for range cap(t.idle) {
-		if s := <-t.idle; s != nil {
-			s.CloseSession(s.h)
-		}
-	}
+	taken := 0
 	defer func() {
-		for range cap(t.idle) {
+		for range taken {
 			t.idle <- nil
 		}
 	}()
-	t.mu.Lock()
-	clear(t.handles) // they end with the login
-	t.mu.Unlock()
+	_, err := noPanic(t, func() (struct{}, error) {
+		for taken < cap(t.idle) {
+			s := <-t.idle
+			taken++
+			if s != nil {
+				s.CloseSession(s.h)
+			}
+		}
+		return struct{}{}, t.initializeAgain(pin)
+	})
+	if err != nil {
+		t.lose(err) // before anybody gets a session
+	}
+	return err
+}
+
+// initializeAgain is the part of reopen in the module. While a call hangs there, C_Finalize must not be: then it tries whether
+// a new session works.
+func (t *Token) initializeAgain(pin string) error {
+	t.forget() // handles end with the login
 	if t.hung.Load() > 0 {
 		return t.tryBeside(pin)
 	}
@@ -281,63 +348,82 @@ func (t *Token) tryBeside(pin string) error {
 	if t.hung.Load() >= int64(cap(t.idle)) {
 		return fmt.Errorf("%d calls do not come back", t.hung.Load())
 	}
-	_, err := t.within(min(t.hangAfter, time.Second), func() error { return t.loginAgain(pin) }, func(bool) {})
+	login := func() (struct{}, error) { return struct{}{}, t.loginAgain(pin) }
+	_, _, err := within(t, min(t.hangAfter, time.Second), login, func(bool) {})
 	return err
 }
 
-// with runs f on a session of the pool. A session that has ended is replaced, and f run once more: whatever f makes for good, it first looks for.
-func (t *Token) with(ctx context.Context, f func(*session) error) error {
-	err := t.run(ctx, f)
+// do runs f on a session of the pool, and gives its result. operation says to observers what f is. f may go on after do has
+// returned, when it was given up: nothing comes out of it but its result. A session that has ended is replaced, and f run
+// once more: whatever f makes for good, it first looks for.
+func do[T any](ctx context.Context, t *Token, operation string, f func(*session) (T, error)) (T, error) {
+	v, err := run(ctx, t, operation, f)
 	if classify(err) == classSession {
-		err = t.run(ctx, f)
+		v, err = run(ctx, t, operation, f)
 	}
-	switch classify(err) {
-	case classSession, classDevice:
+	if c := classify(err); c == classSession || c == classDevice {
 		t.lose(err)
-	case classSuspect:
-		if s, serr := t.openSession(); serr != nil {
-			t.lose(err)
-		} else {
-			s.CloseSession(s.h)
-		}
 	}
-	if after := t.renewAfter.Load(); after > 0 && t.uses.Add(1)%after == 0 && t.reopening.TryLock() {
+	t.renew()
+	return v, err
+}
+
+// with is do for what has no result.
+func (t *Token) with(ctx context.Context, operation string, f func(*session) error) error {
+	_, err := do(ctx, t, operation, func(s *session) (struct{}, error) { return struct{}{}, f(s) })
+	return err
+}
+
+// renew initialises the module anew when that is due. Calls wait for it, but not the one that began it, whose work is
+// done.
+func (t *Token) renew() {
+	if after := t.renewAfter.Load(); after == 0 || t.uses.Add(1)%after != 0 || !t.reopening.TryLock() {
+		return
+	}
+	t.recovering.Go(func() {
+		defer t.reopening.Unlock()
 		// A PIN that cannot be read any more is no reason to stop.
 		if pin, err := readPIN(t.pin); err == nil {
-			if err := t.reopen(pin); err != nil {
-				t.lose(err)
-			}
+			t.reopen(pin) // it says itself that the token is lost
 		}
-		t.reopening.Unlock()
-	}
-	return err
+	})
 }
 
-func (t *Token) run(ctx context.Context, f func(*session) error) error {
+func run[T any](ctx context.Context, t *Token, operation string, f func(*session) (T, error)) (v T, err error) {
+	s, err := t.take(ctx)
+	if err != nil {
+		return v, err
+	}
+	if t.observer != nil {
+		defer func(start time.Time) { t.observer.Worked(operation, time.Since(start), err) }(time.Now())
+	}
+	return inToken(t, s, operation, f)
+}
+
+// take waits for an entry of idle.
+func (t *Token) take(ctx context.Context) (s *session, err error) {
 	lost, cause := t.latch.state()
 	if cause != nil {
-		return cause
+		return nil, cause
 	}
-	var s *session
-	start := time.Now()
+	if t.observer != nil {
+		defer func(start time.Time) { t.observer.Waited(time.Since(start)) }(time.Now())
+	}
 	select {
 	case s = <-t.idle:
-		if t.queued != nil {
-			t.queued(time.Since(start))
-		}
 	case <-lost:
 		_, cause := t.latch.state()
 		if cause == nil { // it is back already
 			cause = ErrUnavailable
 		}
-		return cause
+		return nil, cause
 	case <-ctx.Done():
-		return ctx.Err()
+		return nil, ctx.Err()
 	}
 	// Select picks at random: nothing is spent on a caller that has gone, or on a token that has.
 	if _, cause := t.latch.state(); cause != nil || ctx.Err() != nil {
 		t.idle <- s
-		return errors.Join(cause, ctx.Err())
+		return nil, errors.Join(cause, ctx.Err())
 	}
-	return t.inToken(s, f)
+	return s, nil
 }

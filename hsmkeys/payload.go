@@ -7,6 +7,7 @@ import (
 	"crypto/rsa"
 	"crypto/sha256"
 	"errors"
+	"fmt"
 	"math/big"
 
 	"github.com/miekg/pkcs11"
@@ -57,27 +58,26 @@ func (t *Token) OpenPayload(ctx context.Context, in Payload) (*Opened, error) {
 	if err := suite.CheckDevice(device); err != nil {
 		return nil, err
 	}
-	opened := new(Opened)
-	err = t.with(ctx, func(s *session) error {
+	return do(ctx, t, "open payload", func(s *session) (*Opened, error) {
 		hLot, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, in.Lot)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		hStorage, err := t.find(s, pkcs11.CKO_SECRET_KEY, storageKey)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		hLedger, err := t.find(s, pkcs11.CKO_SECRET_KEY, ledgerKey)
 		if err != nil {
-			return err
+			return nil, err
 		}
 
 		raw, err := rawDecrypt(s, hLot, reduced)
 		if err != nil {
-			return err
+			return nil, err
 		}
+		defer clear(raw) // also when Split panics
 		p, leadOK := suite.Split(raw)
-		clear(raw)
 		defer p.Wipe()
 
 		formed := wellFormed(device, p.Sig)
@@ -89,15 +89,15 @@ func (t *Token) OpenPayload(ctx context.Context, in Payload) (*Opened, error) {
 		if signed := suite.Signed(in.For, &p); t.verifyInSoftware {
 			verified = suite.Verify(device, signed, sig)
 		} else if verified, err = verifyKME(s, suite, device, signed, sig); err != nil {
-			return err
+			return nil, err
 		}
+		opened := &Opened{NWSig: p.NWSig()}
 		if opened.Tag, err = hmac(s, hLedger, p.KME.Bytes()); err != nil {
-			return err
+			return nil, err
 		}
 		if opened.Sealed, err = seal(s, hStorage, p.KME); err != nil {
-			return err
+			return nil, err
 		}
-		opened.NWSig = p.NWSig()
 
 		switch {
 		case !inRange:
@@ -107,12 +107,8 @@ func (t *Token) OpenPayload(ctx context.Context, in Payload) (*Opened, error) {
 		case !formed || !verified:
 			opened.Fault = FaultSignature
 		}
-		return nil
+		return opened, nil
 	})
-	if err != nil {
-		return nil, err
-	}
-	return opened, nil
 }
 
 // VerifyInSoftware has KME_SIG validated in this process, for tokens without the mechanism: it needs no secret, and no answer is another by it. It is
@@ -126,26 +122,21 @@ func (t *Token) ExportKME(ctx context.Context, in Payload) (kme.Secret, error) {
 	if err != nil {
 		return kme.Secret{}, err
 	}
-	var secret kme.Secret
-	err = t.with(ctx, func(s *session) error {
+	return do(ctx, t, "export KME", func(s *session) (kme.Secret, error) {
 		h, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, in.Lot)
 		if err != nil {
-			return err
+			return kme.Secret{}, err
 		}
 		raw, err := rawDecrypt(s, h, reduced)
 		if err != nil {
-			return err
+			return kme.Secret{}, err
 		}
+		defer clear(raw)
 		p, _ := in.Suite.Split(raw)
-		clear(raw)
 		p.RME.Wipe()
-		secret = p.KME
-		return nil
+		clear(p.Sig)
+		return p.KME, nil
 	})
-	if err != nil {
-		return kme.Secret{}, err
-	}
-	return secret, nil
 }
 
 // wellFormed says whether the values in a signature are in their ranges: 0 < r, s < n of P-256 (FIPS 186-4 section
@@ -172,6 +163,9 @@ func standIn(suite kme.Suite) []byte {
 
 func hmac(s *session, key pkcs11.ObjectHandle, data []byte) ([]byte, error) {
 	tag, err := s.sign(pkcs11.CKM_SHA256_HMAC, key, data, make([]byte, sha256.Size))
+	if err == nil && len(tag) != sha256.Size {
+		err = fmt.Errorf("the token's HMAC-SHA-256 has %d bytes: do not use this token", len(tag))
+	}
 	return tag, explainIf("tag a KME", err)
 }
 
@@ -201,6 +195,9 @@ func seal(s *session, storage pkcs11.ObjectHandle, secret kme.Secret) (sealed []
 		}
 	}()
 	sealed, err = s.wrap(pkcs11.CKM_AES_KEY_WRAP, storage, h, make([]byte, sealedSize))
+	if err == nil && len(sealed) != sealedSize {
+		err = fmt.Errorf("the token's AES key wrap of a KME has %d bytes: do not use this token", len(sealed))
+	}
 	return sealed, explainIf("seal a KME", err)
 }
 
@@ -216,19 +213,20 @@ type RAND = [RANDSize]byte
 // EncryptRANDs encrypts RANDs, each as one AES-256 block under a sealed KME, inside the token: 4 calls, however many. The text
 // says only that RAND is encrypted; one block, of exactly its size, is our choice.
 func (t *Token) EncryptRANDs(ctx context.Context, sealed []byte, rands []RAND) ([]RAND, error) {
-	return t.randBlocks(ctx, sealed, rands, true)
+	return t.randBlocks(ctx, "encrypt RANDs", sealed, rands, (*session).encrypt)
 }
 
 // DecryptRAND undoes EncryptRANDs of one.
 func (t *Token) DecryptRAND(ctx context.Context, sealed []byte, rand RAND) (out RAND, err error) {
-	all, err := t.randBlocks(ctx, sealed, []RAND{rand}, false)
+	all, err := t.randBlocks(ctx, "decrypt RAND", sealed, []RAND{rand}, (*session).decrypt)
 	if err != nil {
 		return out, err
 	}
 	return all[0], nil
 }
 
-func (t *Token) randBlocks(ctx context.Context, sealed []byte, rands []RAND, encrypt bool) (out []RAND, err error) {
+func (t *Token) randBlocks(ctx context.Context, operation string, sealed []byte, rands []RAND,
+	process func(s *session, mechanism uint, key pkcs11.ObjectHandle, in, out []byte) ([]byte, error)) ([]RAND, error) {
 	if len(sealed) != sealedSize {
 		return nil, errors.New("the sealed KME is damaged: it has the wrong length")
 	}
@@ -239,43 +237,38 @@ func (t *Token) randBlocks(ctx context.Context, sealed []byte, rands []RAND, enc
 	for _, r := range rands {
 		in = append(in, r[:]...)
 	}
-	err = t.with(ctx, func(s *session) (err error) {
+	return do(ctx, t, operation, func(s *session) (out []RAND, err error) {
 		storage, err := t.find(s, pkcs11.CKO_SECRET_KEY, storageKey)
 		if err != nil {
-			return err
+			return out, err
 		}
 		h, err := s.unwrap(pkcs11.CKM_AES_KEY_WRAP, storage, sealed, usable)
 		if err != nil {
-			return explain("unseal a KME", err)
+			return out, explain("unseal a KME", err)
 		}
 		defer func() {
 			if derr := s.DestroyObject(s.h, h); err == nil {
 				err = explainIf("drop an unsealed KME", derr)
 			}
 		}()
-		do := s.decrypt
-		if encrypt {
-			do = s.encrypt
-		}
-		b, err := do(pkcs11.CKM_AES_ECB, h, in, make([]byte, len(in)))
+		b, err := process(s, pkcs11.CKM_AES_ECB, h, in, make([]byte, len(in)))
 		if err != nil {
-			return explain("process RAND", err)
+			return out, explain("process RAND", err)
 		}
 		if len(b) != len(in) {
-			return errors.New("the token's AES-ECB gives another number of blocks than it was given")
+			return out, errors.New("the token's AES-ECB gives another number of blocks than it was given")
 		}
 		out = make([]RAND, len(rands))
 		for i := range out {
 			out[i] = RAND(b[RANDSize*i:])
 		}
-		return nil
+		return out, nil
 	})
-	return out, err
 }
 
 // Ping shows that the token can work: it tags a value under the ledger key.
 func (t *Token) Ping(ctx context.Context) error {
-	return t.with(ctx, func(s *session) error {
+	return t.with(ctx, "ping", func(s *session) error {
 		h, err := t.find(s, pkcs11.CKO_SECRET_KEY, ledgerKey)
 		if err != nil {
 			return err

@@ -93,7 +93,8 @@ func (k Key) Label() string {
 func (k Key) String() string { return k.Label() }
 
 // A Token is an open, logged-in token with a bounded pool of sessions. All methods may be called concurrently.
-// A method waits for a session until its context ends; a call that has reached the token is not interrupted.
+// A method waits for a session until its context ends; a call that has reached the token is not interrupted. One that is given
+// up (ErrUnavailable) may still read the bytes that it was given: they must not be changed afterwards.
 type Token struct {
 	module *pkcs11.Ctx
 	slot   uint
@@ -115,11 +116,12 @@ type Token struct {
 	renewAfter, uses atomic.Int64
 
 	verifyInSoftware bool
-	queued           func(time.Duration) // may be nil
+	observer         Observer // may be nil
 	uri              *uri
 	latch            *latch
 	hangAfter        time.Duration
 	hung, reopened   atomic.Int64
+	panics           atomic.Int64
 	reopening        sync.Mutex     // held by who reopens
 	lastReopened     time.Time      // of recover's own, of which there is one at a time
 	recovering       sync.WaitGroup // recover
@@ -127,7 +129,7 @@ type Token struct {
 	work             chan func()    // to those goroutines that wait for more: see onWorker
 
 	mu      sync.Mutex
-	handles map[handleKey]pkcs11.ObjectHandle // guarded by mu
+	handles map[handleKey]pkcs11.ObjectHandle // another map after each forget; it and what is in it are guarded by mu
 }
 
 type handleKey struct {
@@ -337,10 +339,10 @@ func (t *Token) login(user uint, pin string) error {
 	if err != nil {
 		return err
 	}
-	if !t.ours { // else the login ends with our last session: this one stays until finalize
-		defer s.CloseSession(s.h) // the login outlives it, held by crypto11's long-term session
-	}
-	return s.Login(s.h, user, pin)
+	if err = s.Login(s.h, user, pin); err != nil || !t.ours {
+		s.CloseSession(s.h) // the login outlives it, held by crypto11's long-term session
+	} // else the login ends with our last session: this one stays until finalize
+	return err
 }
 
 // Close ends all sessions and the login. No other method may be running or be called afterwards.
@@ -387,7 +389,8 @@ func (t *Token) openSession() (*session, error) {
 func (t *Token) find(s *session, class uint, k Key) (pkcs11.ObjectHandle, error) {
 	at := handleKey{class, string(k.ID())}
 	t.mu.Lock()
-	h, ok := t.handles[at]
+	known := t.handles
+	h, ok := known[at]
 	t.mu.Unlock()
 	if ok {
 		return h, nil
@@ -402,9 +405,16 @@ func (t *Token) find(s *session, class uint, k Key) (pkcs11.ObjectHandle, error)
 		return 0, fmt.Errorf("%s has %d objects %q: only one of them can be ours; remove the others with the token's own tool", t, len(found), k.Label())
 	}
 	t.mu.Lock()
-	t.handles[at] = found[0]
+	known[at] = found[0] // whoever has forgotten meanwhile does not see it
 	t.mu.Unlock()
 	return found[0], nil
+}
+
+// forget has all keys looked up again by those who ask from now on.
+func (t *Token) forget() {
+	t.mu.Lock()
+	t.handles = map[handleKey]pkcs11.ObjectHandle{}
+	t.mu.Unlock()
 }
 
 func (t *Token) findAll(s *session, class uint, k Key) ([]pkcs11.ObjectHandle, error) {
@@ -425,9 +435,7 @@ func (t *Token) destroy(s *session, class uint, k Key) error {
 	if err != nil {
 		return err
 	}
-	t.mu.Lock()
-	delete(t.handles, handleKey{class, string(k.ID())})
-	t.mu.Unlock()
+	defer t.forget() // afterwards: until then it can be found
 	for _, h := range found {
 		if err := s.DestroyObject(s.h, h); err != nil {
 			return explain("remove "+k.Label(), err)

@@ -23,6 +23,12 @@ const uriExample = "for example pkcs11:token=factory?module-path=/usr/lib/sofths
 // tokenAttributes are the path attributes of RFC 7512 section 2.3 that name a token.
 var tokenAttributes = []string{"token", "serial", "manufacturer", "model"}
 
+// CheckURI refuses what is no token's URI. Its error has no PIN.
+func CheckURI(s string) error {
+	_, err := parseURI(s)
+	return err
+}
+
 func parseURI(s string) (*uri, error) {
 	if s == "" {
 		return nil, errors.New("no token: give --token or KMEHSM_TOKEN, an RFC 7512 URI, " + uriExample)

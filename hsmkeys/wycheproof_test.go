@@ -166,7 +166,7 @@ func (v *vectorToken) unwrapped(
 	if len(ct) == 0 { // C_UnwrapKey of miekg/pkcs11 would panic, so each of our calls refuses it before
 		return nil, false
 	}
-	err := v.with(t.Context(), func(s *session) error {
+	err := v.with(t.Context(), "test", func(s *session) error {
 		h, err := s.UnwrapKey(s.h, m, key, ct, readable)
 		if err != nil {
 			return err
@@ -189,7 +189,7 @@ func (v *vectorToken) unwrapped(
 func (v *vectorToken) wrap(t *testing.T, m uint, key pkcs11.ObjectHandle, value []byte) (ct []byte, err error) {
 	t.Helper()
 	h := v.create(t, secretValue(pkcs11.CKK_GENERIC_SECRET, value), attributes{attr(pkcs11.CKA_EXTRACTABLE, true)})
-	err = v.with(t.Context(), func(s *session) (err error) {
+	err = v.with(t.Context(), "test", func(s *session) (err error) {
 		ct, err = s.wrap(m, key, h, make([]byte, wrappedRoom))
 		return err
 	})
@@ -229,7 +229,7 @@ func (v *vectorToken) signature(suite kme.Suite) func(*testing.T, *vectorGroup, 
 			}
 		}
 		var verified bool
-		if err := v.with(t.Context(), func(s *session) (err error) {
+		if err := v.with(t.Context(), "test", func(s *session) (err error) {
 			verified, err = verifyKME(s, suite, pub, c.Msg, sig)
 			return err
 		}); err != nil {
@@ -264,14 +264,14 @@ func (v *vectorToken) sealed(t *testing.T, _ *vectorGroup, c *vectorCase) outcom
 	storage := v.stand(t, storageKey, pkcs11.CKO_SECRET_KEY, secretValue(pkcs11.CKK_AES, c.Key), guarded(false),
 		use(usages, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP))
 	o := v.wrapped(t, pkcs11.CKM_AES_KEY_WRAP, storage, c)
-	switch _, err := v.EncryptRAND(t.Context(), c.CT, [RANDSize]byte{}); {
+	switch _, err := v.EncryptRANDs(t.Context(), c.CT, make([]RAND, 1)); {
 	case (err == nil) != (o.accepted && len(c.CT) == sealedSize):
 		t.Errorf("as a sealed KME: %v", err)
 	case err == nil:
 		checkSealed(t, v.Token, c.CT, c.Msg)
 		secret := must[kme.Secret](t)(kme.NewSecret(c.Msg))
 		var ct []byte
-		if err := v.with(t.Context(), func(s *session) (err error) {
+		if err := v.with(t.Context(), "test", func(s *session) (err error) {
 			ct, err = seal(s, storage, secret)
 			return err
 		}); err != nil || !bytes.Equal(ct, c.CT) {
@@ -318,7 +318,7 @@ func (v *vectorToken) transport(t *testing.T, g *vectorGroup, c *vectorCase) out
 func (v *vectorToken) tag(t *testing.T, _ *vectorGroup, c *vectorCase) outcome {
 	ledger := v.create(t, secretValue(pkcs11.CKK_GENERIC_SECRET, c.Key), guarded(false), use(usages, pkcs11.CKA_SIGN))
 	var tag []byte
-	err := v.with(t.Context(), func(s *session) (err error) {
+	err := v.with(t.Context(), "test", func(s *session) (err error) {
 		tag, err = hmac(s, ledger, append([]byte{}, c.Msg...)) // SoftHSM takes no null pointer for an empty message
 		return err
 	})

@@ -53,10 +53,10 @@ func (t *Token) bare(ctx context.Context, d time.Duration, class uint, k Key, f 
 	start := time.Now()
 	for i := range errs {
 		all.Go(func() {
-			errs[i] = func() error {
+			_, errs[i] = noPanic(t, func() (none struct{}, err error) {
 				s, err := t.openSession()
 				if err != nil {
-					return err
+					return none, err
 				}
 				defer s.CloseSession(s.h)
 				h, err := t.find(s, class, k)
@@ -64,8 +64,8 @@ func (t *Token) bare(ctx context.Context, d time.Duration, class uint, k Key, f 
 					err = f(s, h)
 					n.Add(1)
 				}
-				return err
-			}()
+				return none, err
+			})
 		})
 	}
 	all.Wait()

@@ -1,11 +1,13 @@
 package kme
 
-// A Reason is what a caller of the service may learn about a refusal: the reason in the google.rpc.ErrorInfo of an error, domain
-// ErrorDomain.
+// A Reason is what a caller of the service may learn about a refusal. It stands in the header ReasonHeader of the response,
+// and in the google.rpc.ErrorInfo of the error, domain ErrorDomain.
 type Reason string
 
-// ErrorDomain is that of the service's errors.
-const ErrorDomain = "kme"
+const (
+	ReasonHeader = "Kme-Reason" // of the response to a call that is refused
+	ErrorDomain  = "kme"
+)
 
 // The reasons.
 const (

@@ -11,10 +11,10 @@ umask 077
 openssl genrsa -out "$dir/fixture.key" 3072 2>/dev/null
 openssl rsa -in "$dir/fixture.key" -pubout -out "$dir/fixture.pem" 2>/dev/null
 {
-	factory fixture enroll --fixture-key "$dir/fixture.pem" --out "$dir/fixture-enrolment.json"
+	factory fixture enroll --state "$dir/factory" --fixture-key "$dir/fixture.pem" --out "$dir/fixture-enrolment.json"
 	export KMEHSM_TOKEN=$OPERATOR_TOKEN
 	keysvc init --state "$dir/keysvc"
-	KMEHSM_TOKEN=$FACTORY_TOKEN factory operator enroll bench --transport-key "$dir/keysvc/transport.pem" --so-pin-source "file:$dir/softhsm/factory.so-pin" --out "$dir/enrolment.jws"
+	KMEHSM_TOKEN=$FACTORY_TOKEN factory operator enroll bench --state "$dir/factory" --transport-key "$dir/keysvc/transport.pem" --so-pin-source "file:$dir/softhsm/factory.so-pin" --out "$dir/enrolment.jws"
 	keysvc enroll "$dir/enrolment.jws" --state "$dir/keysvc" --manufacturer "$dir/factory/manufacturer.pem" --directory "file:$dir/directory"
 	for bits in 2048 3072; do
 		line=(--token "$FACTORY_TOKEN" --directory "file:$dir/directory" --state "$dir/factory")

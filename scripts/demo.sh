@@ -33,8 +33,9 @@ trap finish EXIT
 
 step() { printf '\n== %s\n' "$*"; }
 # run prints a command as one would type it, and runs it. What is long and secret-free in it is set in variables before.
+exec 3>&1 # where the demo prints, also from within $(run ...)
 run() {
-	printf '$ %s\n' "$*"
+	printf '$ %s\n' "$*" >&3
 	"$@"
 }
 
@@ -43,8 +44,8 @@ step "1. A token for each, by SoftHSM (a real HSM comes with its own)"
 # shellcheck source=/dev/null
 . "$dir/softhsm/env"
 
-# The line's way to the directory, the operator's name for it, and the service's login.
-line=(--directory "file:$dir/directory") where=file:$dir/directory login=
+# The line's own folder and its way to the directory, the operator's name for that, and the service's login.
+state=(--state "$dir/factory") line=("${state[@]}" --directory "file:$dir/directory") where=file:$dir/directory login=
 if [ "$directory" = vault ]; then
 	step "1b. A Vault on Raft storage, with a mount, policies and AppRoles"
 	if [ -z "${VAULT_ADDR:-}" ] || [ -z "${VAULT_TOKEN:-}" ]; then # else the server that they name is used
@@ -62,37 +63,38 @@ if [ "$directory" = vault ]; then
 		as_admin "$VAULT_ADDR/v1/auth/approle/role/$1/role-id" | jq -r .data.role_id
 	}
 	publisher=$(approle kme-factory-publisher)
-	line=(--directory vault:kme --vault-role-id "$publisher" --vault-secret-id-file "$dir/kme-factory-publisher.secret-id")
+	line=("${state[@]}" --directory vault:kme --vault-role-id "$publisher" --vault-secret-id-file "$dir/kme-factory-publisher.secret-id")
 	where=vault:kme
 fi
 
 step "2. The manufacturer's keys, and the fixture that injects device keys"
 export KMEHSM_TOKEN=$FACTORY_TOKEN
-run factory init --state "$dir/factory"
+run factory init "${state[@]}"
 openssl genrsa -out "$dir/fixture.key" 3072 2>/dev/null
 openssl rsa -in "$dir/fixture.key" -pubout -out "$dir/fixture.pem" 2>/dev/null
-run factory fixture enroll --fixture-key "$dir/fixture.pem" --out "$dir/fixture-enrolment.json"
+run factory fixture enroll "${state[@]}" --fixture-key "$dir/fixture.pem" --out "$dir/fixture-enrolment.json"
 
 step "3. The operator's keys, and a KEK between the two tokens"
 KMEHSM_TOKEN=$OPERATOR_TOKEN run keysvc init --state "$dir/keysvc"
-run factory operator enroll acme --transport-key "$dir/keysvc/transport.pem" --so-pin-source "file:$PWD/$dir/softhsm/factory.so-pin" --out "$dir/enrolment.jws"
+run factory operator enroll acme "${state[@]}" --transport-key "$dir/keysvc/transport.pem" --so-pin-source "file:$PWD/$dir/softhsm/factory.so-pin" --out "$dir/enrolment.jws"
 KMEHSM_TOKEN=$OPERATOR_TOKEN run keysvc enroll "$dir/enrolment.jws" --state "$dir/keysvc" --manufacturer "$dir/factory/manufacturer.pem" --directory "$where"
 
 step "4. A lot: its P and Q are made in the factory's token, and so is every device key"
-run factory lot create L1 "${line[@]}" --state "$dir/factory" --tac 35209900 --first 1 --count "$devices" --bits "$bits"
-provisioned=$(run factory lot provision L1 "${line[@]}" --out "$dir/injection" --json | tee /dev/stderr | sed 1d)
-run factory lot grant L1 "${line[@]}" --operator acme --state "$dir/factory" --out "$dir/grant.jws"
+run factory lot create L1 "${line[@]}" --tac 35209900 --first 1 --count "$devices" --bits "$bits"
+provisioned=$(run factory lot provision L1 "${line[@]}" --out "$dir/injection" --json)
+echo "$provisioned"
+run factory lot grant L1 "${line[@]}" --operator acme --out "$dir/grant.jws"
 KMEHSM_TOKEN=$OPERATOR_TOKEN run keysvc lot import "$dir/grant.jws" --state "$dir/keysvc"
 run factory lot seal L1 "${line[@]}"
 
 if [ "$directory" = vault ]; then
 	step "4b. The operator may read the lot that it was granted, and no other"
 	printf '$ factory operator policy acme --directory vault:kme | vault policy write kme-operator-acme -\n'
-	policy=$(factory operator policy acme --directory vault:kme --state "$dir/factory")
+	policy=$(factory operator policy acme --directory vault:kme "${state[@]}")
 	as_admin -X PUT "$VAULT_ADDR/v1/sys/policies/acl/kme-operator-acme" -d "$(jq -n --arg policy "$policy" '{$policy}')"
 	role=$(approle kme-operator-acme)
 	login="vault: {role_id: '$role', secret_id_file: kme-operator-acme.secret-id}"
-	run factory lot create L2 "${line[@]}" --state "$dir/factory" --tac 35209901 --first 1 --count 1 --bits "$bits"
+	run factory lot create L2 "${line[@]}" --tac 35209901 --first 1 --count 1 --bits "$bits"
 	token=$(curl -sSf -X POST "$VAULT_ADDR/v1/auth/approle/login" -d "$(jq -n --arg r "$role" --arg s "$(cat "$dir/kme-operator-acme.secret-id")" '{role_id: $r, secret_id: $s}')" | jq -r .auth.client_token)
 	for lot in L1 L2; do
 		printf '%-14s %s\n' "$lot" "$(curl -s -o /dev/null -w '%{http_code}' -H "X-Vault-Token: $token" "$VAULT_ADDR/v1/kme/data/lots/$lot/manifest")"
@@ -155,7 +157,7 @@ sleep 2 # the service's list of revoked devices is not older than revocation_ttl
 result=$(simulate --first $((devices - 1)) --first-imsi 001019000000000 2>/dev/null || true)
 printf '%-14s %s\n' revoked "$(jq -c .rejected <<<"$result")"
 add "$result"
-KMEHSM_TOKEN=$FACTORY_TOKEN factory lot grant L1 "${line[@]}" --operator acme --out "$dir/late.jws" --state "$dir/factory" 2>"$dir/late.txt" && exit 1
+KMEHSM_TOKEN=$FACTORY_TOKEN factory lot grant L1 "${line[@]}" --operator acme --out "$dir/late.jws" 2>"$dir/late.txt" && exit 1
 printf '%-14s %s\n' "late grant" "$(cat "$dir/late.txt")"
 
 jq -n --argjson p "$(jq -c . <<<"$provisioned")" --argjson a "$attached" --argjson rejected "$refusals" \

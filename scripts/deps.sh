@@ -3,14 +3,15 @@ set -euo pipefail
 
 usage() {
 	cat <<'EOF'
-usage: scripts/deps.sh build|demo|plugin|test|generate
+usage: scripts/deps.sh build|demo|plugin|check|test|generate
 
 Installs, with apt-get, what this machine lacks for a Make target, and nothing else:
 
     build       a C compiler and the C library's headers (cgo, for PKCS #11 and SQLite), CA certificates
     demo        build's, and SoftHSM, curl, jq, openssl
     plugin      build's, and make, the headers of freeDiameter, libcurl and Jansson
-    test        demo's and plugin's, and freeDiameterd, clang with libFuzzer, tshark, OpenSC (pkcs11-tool and pkcs11-spy.so), openCryptoki, p11-kit, PostgreSQL, Chromium, shellcheck
+    check       demo's, and shellcheck, OpenSC (pkcs11-tool and pkcs11-spy.so), openCryptoki, p11-kit
+    test        check's and plugin's, and freeDiameterd, clang with libFuzzer, tshark, PostgreSQL, Chromium
     generate    protoc
 
 It does so as root or with sudo. With nothing missing it does nothing, on any system.
@@ -81,22 +82,26 @@ for_plugin() {
 	need libjansson-dev has_header jansson.h
 }
 
-for_test() {
+for_check() {
 	for_demo
+	need shellcheck command -v shellcheck
+	need opensc command -v pkcs11-tool
+	need opensc-pkcs11 has_spy
+	need opencryptoki command -v pkcsslotd
+	need p11-kit command -v p11-kit
+	need p11-kit-modules has_p11_kit_client
+}
+
+for_test() {
+	for_check
 	for_plugin
 	need libssl-dev has_header openssl/evp.h
 	need freediameterd command -v freeDiameterd
 	need clang command -v clang
 	need libclang-rt-dev has_fuzzer
 	need tshark command -v tshark
-	need opensc command -v pkcs11-tool
-	need opensc-pkcs11 has_spy
-	need opencryptoki command -v pkcsslotd
-	need p11-kit command -v p11-kit
-	need p11-kit-modules has_p11_kit_client
 	need postgresql has_postgres
 	need chromium command -v chromium
-	need shellcheck command -v shellcheck
 }
 
 for_generate() {
@@ -105,7 +110,7 @@ for_generate() {
 }
 
 case ${1:-} in
-build | demo | plugin | test | generate) ;;
+build | demo | plugin | check | test | generate) ;;
 -h | --help) usage && exit ;;
 *)
 	usage >&2
@@ -126,9 +131,9 @@ if [ "$(id -u)" -ne 0 ]; then
 fi
 
 apt() {
-	"${root[@]}" DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=120 -o Dpkg::Use-Pty=0 "$@" </dev/null
+	"$(dirname "${BASH_SOURCE[0]}")/step.sh" -q "apt-get $1" "${root[@]}" DEBIAN_FRONTEND=noninteractive apt-get -q -o DPkg::Lock::Timeout=120 -o Dpkg::Use-Pty=0 "$@" </dev/null
 }
 
-printf 'installing: %s\n' "${missing[*]}"
+printf 'installing, with all that they depend on: %s\n' "${missing[*]}"
 apt update
-apt install --yes --no-install-recommends "${missing[@]}" >/dev/null
+apt install --yes --no-install-recommends "${missing[@]}"

@@ -23,7 +23,7 @@ import (
 
 // A store that talks to a standby works as any other, and goes on when the active node dies and the cluster elects
 // another.
-func TestStandby(t *testing.T) {
+func TestVaultStandby(t *testing.T) {
 	active := vaulttest.Start(t)
 	second := active.Join(t)
 	third := active.Join(t)
@@ -76,7 +76,7 @@ func TestStandby(t *testing.T) {
 }
 
 // A hundred who ask at once for devices of a shard that nobody has asked for are one read, by the server's own audit log.
-func TestColdShardIsOneRead(t *testing.T) {
+func TestVaultColdShardIsOneRead(t *testing.T) {
 	server := vaulttest.Start(t)
 	server.Mount(t, "kme", "2")
 	log := filepath.Join(t.TempDir(), "audit.log")

@@ -9,7 +9,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/vaulttest"
 )
 
-func TestStore(t *testing.T) {
+func TestVaultStore(t *testing.T) {
 	server, mounts := vaulttest.Any(t), 0
 	storetest.Run(t, func(t *testing.T) (directory.Store, directory.Store) {
 		mounts++

@@ -24,7 +24,7 @@ import (
 )
 
 // A server that limits the rate answers 429: the client waits, tries again and gets through.
-func TestRateLimit(t *testing.T) {
+func TestVaultRateLimit(t *testing.T) {
 	server := vaulttest.Start(t)
 	server.Mount(t, "kme", "2")
 	root := server.Client(t, server.Root)
@@ -97,7 +97,7 @@ func certificates(t *testing.T) (dir string) {
 	return dir
 }
 
-func TestCertificateLogin(t *testing.T) {
+func TestVaultCertificateLogin(t *testing.T) {
 	dir := certificates(t)
 	at := func(name string) string { return filepath.Join(dir, name) }
 	t.Setenv("VAULT_CACERT", at("ca.pem"))

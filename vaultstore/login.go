@@ -13,6 +13,7 @@ import (
 	"github.com/hashicorp/vault/api"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/panics"
 )
 
 // A Login says how to get a token. With none of its fields set, the token is the environment's, VAULT_TOKEN.
@@ -80,7 +81,8 @@ type session struct {
 }
 
 // token logs in, and gives the token's lease; nil if the token is one that does not end.
-func (s *session) token(ctx context.Context) (*api.Secret, error) {
+func (s *session) token(ctx context.Context) (secret *api.Secret, err error) {
+	defer panics.Recover(&err)
 	var path string
 	var body map[string]any
 	switch {
@@ -101,7 +103,7 @@ func (s *session) token(ctx context.Context) (*api.Secret, error) {
 		return nil, err
 	}
 	fresh.ClearToken()
-	secret, err := fresh.Logical().WriteWithContext(ctx, path, body)
+	secret, err = fresh.Logical().WriteWithContext(ctx, path, body)
 	if err != nil {
 		return nil, loginError(err)
 	}
@@ -208,7 +210,8 @@ func (s *session) tokenAtLast(ctx context.Context, err error) (secret *api.Secre
 // renew renews the token at half of its life, until the life that Vault still gives it is shorter than it was at first: the
 // token then nears the end of its longest life. It returns while the token is good, so that a new one is there before
 // this one ends; the client library's LifetimeWatcher waits longer, and left a gap.
-func (s *session) renew(ctx context.Context, secret *api.Secret) error {
+func (s *session) renew(ctx context.Context, secret *api.Secret) (err error) {
+	defer panics.Recover(&err)
 	first := time.Duration(secret.Auth.LeaseDuration) * time.Second
 	if first == 0 { // it does not end
 		<-ctx.Done()

@@ -20,7 +20,7 @@ import (
 	"github.com/kmehsm/kmehsm/policies"
 )
 
-func TestMountVersion1(t *testing.T) {
+func TestVaultMountVersion1(t *testing.T) {
 	server := vaulttest.Any(t)
 	server.Mount(t, "old", "1")
 	store := New(server.Client(t, server.Root), "old")
@@ -43,7 +43,7 @@ func first(_ []string, err error) error          { return err }
 func second(_ []byte, _ string, err error) error { return err }
 
 // A fresh mount refuses writes for a moment: the store waits for it.
-func TestFreshMount(t *testing.T) {
+func TestVaultFreshMount(t *testing.T) {
 	server := vaulttest.Any(t)
 	for i := range 5 {
 		mount := fmt.Sprintf("kme%d", i)
@@ -54,7 +54,7 @@ func TestFreshMount(t *testing.T) {
 	}
 }
 
-func TestSealedAndRestarted(t *testing.T) {
+func TestVaultSealedAndRestarted(t *testing.T) {
 	server := vaulttest.Start(t)
 	server.Mount(t, "kme", "2")
 	store := New(server.Client(t, server.Root), "kme")
@@ -94,7 +94,7 @@ func TestSealedAndRestarted(t *testing.T) {
 }
 
 // Who waits for a Vault that is away gets its client at once, and it works when the server is there; who does not, is told.
-func TestConnectWhileAway(t *testing.T) {
+func TestVaultConnectWhileAway(t *testing.T) {
 	server := vaulttest.Start(t)
 	server.Mount(t, "kme", "2")
 	root := server.Client(t, server.Root)
@@ -150,7 +150,7 @@ func TestConnectWhileAway(t *testing.T) {
 	}
 }
 
-func TestDeletedIsNotNew(t *testing.T) {
+func TestVaultDeletedIsNotNew(t *testing.T) {
 	server := vaulttest.Any(t)
 	server.Mount(t, "kme", "2")
 	client := server.Client(t, server.Root)
@@ -218,7 +218,7 @@ func world(t *testing.T) (server *vaulttest.Server, as map[string]*Store, client
 }
 
 // Each policy in both directions: what its holder must be able to do, and all else refused.
-func TestPolicies(t *testing.T) {
+func TestVaultPolicies(t *testing.T) {
 	_, as, client := world(t)
 	const (
 		manifest1, manifest2 = "kme/data/lots/L1/manifest", "kme/data/lots/L2/manifest"
@@ -334,7 +334,7 @@ func (s *syncBuffer) String() string {
 	return s.b.String()
 }
 
-func TestLogin(t *testing.T) {
+func TestVaultLogin(t *testing.T) {
 	server := vaulttest.Start(t)
 	root := server.Client(t, server.Root)
 	server.Mount(t, "kme", "2")
@@ -432,7 +432,7 @@ func TestLogin(t *testing.T) {
 	}
 }
 
-func TestSetup(t *testing.T) {
+func TestVaultSetup(t *testing.T) {
 	server := vaulttest.Start(t)
 	root := server.Client(t, server.Root)
 	if _, _, err := New(root, "kme").Read(t.Context(), "lots/L1/manifest"); err == nil || !strings.Contains(err.Error(), "no mount kme") {

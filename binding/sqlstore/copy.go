@@ -33,6 +33,7 @@ func (s *Store) Copy(ctx context.Context, to *Store, report func(rows int)) (row
 	}
 	defer from.Rollback()
 	err = to.change(ctx, "schema", func(ctx context.Context, tx *sql.Tx) error {
+		rows = 0 // it may be called again
 		for _, t := range tables {
 			var n int
 			if err := tx.QueryRowContext(ctx, "SELECT COUNT(*) FROM "+t.name).Scan(&n); err != nil {

@@ -15,16 +15,26 @@ import (
 	"github.com/kmehsm/kmehsm/internal/sqlite"
 )
 
+// CheckName refuses what is no name of a store. Its error has no password.
+func CheckName(name string) error {
+	for _, kind := range []string{"sqlite:", "postgres://", "postgresql://"} {
+		if where, ok := strings.CutPrefix(name, kind); ok && where != "" {
+			return nil
+		}
+	}
+	return errors.New("the store is neither sqlite:PATH nor postgres://USER@HOST/DATABASE")
+}
+
 // Open opens the store that name stands for, or makes it: sqlite:PATH, or a connection string of PostgreSQL,
 // postgres://USER@HOST/DATABASE. A password for that is better in PGPASSFILE than in the string.
 func Open(ctx context.Context, name string) (*Store, error) {
-	if path, ok := strings.CutPrefix(name, "sqlite:"); ok && path != "" {
+	if err := CheckName(name); err != nil {
+		return nil, err
+	}
+	if path, ok := strings.CutPrefix(name, "sqlite:"); ok {
 		return openSQLite(ctx, path)
 	}
-	if strings.HasPrefix(name, "postgres://") || strings.HasPrefix(name, "postgresql://") {
-		return openPostgres(ctx, name)
-	}
-	return nil, errors.New("the store is neither sqlite:PATH nor postgres://USER@HOST/DATABASE")
+	return openPostgres(ctx, name)
 }
 
 // InFolder is the name of the embedded store of a service whose own folder is dir.

@@ -38,13 +38,12 @@ func open(t *testing.T, path string) *Store {
 func path(t *testing.T) string { return filepath.Join(t.TempDir(), "state 100%?#", "keysvc.db") }
 
 func TestContract(t *testing.T) {
-	t.Run("SQLite", func(t *testing.T) {
-		storetest.Run(t, func(t *testing.T) storetest.Store { return open(t, path(t)) })
-	})
-	t.Run("PostgreSQL", func(t *testing.T) {
-		server := pgtest.Start(t)
-		storetest.Run(t, func(t *testing.T) storetest.Store { return openPG(t, server.Database(t)) })
-	})
+	storetest.Run(t, func(t *testing.T) storetest.Store { return open(t, path(t)) })
+}
+
+func TestPostgresContract(t *testing.T) {
+	server := pgtest.Start(t)
+	storetest.Run(t, func(t *testing.T) storetest.Store { return openPG(t, server.Database(t)) })
 }
 
 func openPG(t *testing.T, url string) *Store {
@@ -58,7 +57,7 @@ func openPG(t *testing.T, url string) *Store {
 }
 
 // Several instances on one PostgreSQL: what is allowed once is allowed to one of them.
-func TestInstances(t *testing.T) {
+func TestPostgresInstances(t *testing.T) {
 	server := pgtest.Start(t)
 	url := server.Database(t)
 	var stores []*Store
@@ -142,7 +141,7 @@ func TestPostgresKilled(t *testing.T) {
 }
 
 // Everything moves from one kind of store to the other and back.
-func TestCopy(t *testing.T) {
+func TestPostgresCopy(t *testing.T) {
 	server := pgtest.Start(t)
 	from, through, back := open(t, path(t)), openPG(t, server.Database(t)), open(t, path(t))
 	var all []*binding.Binding

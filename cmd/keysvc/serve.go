@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"crypto/hmac"
@@ -29,7 +28,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/urfave/cli/v2"
-	"go.yaml.in/yaml/v3"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/kmehsm/kmehsm/api"
@@ -39,124 +37,16 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/internal/scheduling"
 	"github.com/kmehsm/kmehsm/vaultstore"
 )
 
-const configHelp = `The configuration (a relative path in it is relative to its folder):
-
-    token: pkcs11:token=operator?module-path=...&pin-source=file:...   # or KMEHSM_TOKEN
-    tokens: [pkcs11:..., pkcs11:...]   # or several, copies of each other, which share the load and stand in for each other
-    state: /var/lib/kmehsm             # the folder of the database, as --state of the other commands
-    directory: file:/srv/directory     # for manufacturers enrolled without one
-    listen: 127.0.0.1:8443             # mutual TLS 1.3; with tls
-    tls: {certificate: server.pem, key: server.key, client_ca: clients.pem}
-    socket: /run/kmehsm/keysvc.sock    # for the service's own user, and the clients with a uid
-    clients:                           # who may call; without this, any certificate of client_ca is an hss for all PLMNs, and the
-                                       # service's own user, on the socket, an hss and an admin
-      - {name: hss-1, san: hss-1.example, roles: [hss], plmns: ["00101"]}   # san: a DNS name or URI of its certificate
-                                       # rate: 500 for at most so many calls a second
-      - {name: ops, uid: 1000, roles: [admin], plmns: [all]}                # roles: hss, admin, monitor, kme-export
-    store: postgres://keysvc@db/keysvc # for several instances (default: SQLite in the state folder); password: PGPASSFILE
-                                       # provision_from: [home]: origins that may provision: home (names of the IMSI's own PLMN,
-                                       # mme.epc.mnc001.mcc001.3gppnetwork.org), any, names of hosts, "*.example.net"
-    attempt_ttl: 5m                    # how long a device has for EstablishKME after PrepareVector
-    pending_ttl: 1h                    # how long a device has to show its KME after EstablishKME
-    pending_vectors: 3                 # how many PrepareVectors it may take for that
-    revocation_ttl: 1m                 # how old a list of revoked devices may be
-    calls: 128                         # that are at the HSM or wait for it; more are refused (default: 32 for each session)
-    imei_rate: 10                      # payloads a second of one device, imei_burst: 1000 at once; more are refused
-    verify: token                      # or software, where the doctor says that the token cannot validate KME_SIG
-    hsm_timeout: 5s                    # after which a call that hangs in the token's module is given up
-    cache_mb: 64                       # memory for cached public keys
-    vault: {role_id: ID, secret_id_file: FILE, secret_id_wrapped: false}   # or {cert_role: ROLE}; for directories in Vault
-    otlp: http://127.0.0.1:4318        # a collector of OpenTelemetry traces (default: none)
-    log_identities: plain              # or hashed: IMSI and IMEI as HMACs under log.key in the state folder, the same for the same
-    log_level: info                    # debug, info, warn or error`
-
-type config struct {
-	Token     string   `yaml:"token"`
-	Tokens    []string `yaml:"tokens"`
-	State     string   `yaml:"state"`
-	Directory string   `yaml:"directory"`
-	Listen    string   `yaml:"listen"`
-	TLS       struct {
-		Certificate string `yaml:"certificate"`
-		Key         string `yaml:"key"`
-		ClientCA    string `yaml:"client_ca"`
-	} `yaml:"tls"`
-	Socket        string        `yaml:"socket"`
-	Clients       []api.Client  `yaml:"clients"`
-	Store         string        `yaml:"store"`
-	AttemptTTL    time.Duration `yaml:"attempt_ttl"`
-	PendingTTL    time.Duration `yaml:"pending_ttl"`
-	PendingLimit  int           `yaml:"pending_vectors"`
-	RevocationTTL time.Duration `yaml:"revocation_ttl"`
-	HSMTimeout    time.Duration `yaml:"hsm_timeout"`
-	Verify        string        `yaml:"verify"`
-	Calls         int           `yaml:"calls"`
-	IMEIRate      float64       `yaml:"imei_rate"`
-	IMEIBurst     int           `yaml:"imei_burst"`
-	CacheMB       int64         `yaml:"cache_mb"`
-	LogLevel      slog.Level    `yaml:"log_level"`
-	OTLP          string        `yaml:"otlp"`
-	LogIdentities string        `yaml:"log_identities"`
-	Vault         struct {
-		RoleID          string `yaml:"role_id"`
-		SecretIDFile    string `yaml:"secret_id_file"`
-		SecretIDWrapped bool   `yaml:"secret_id_wrapped"`
-		CertRole        string `yaml:"cert_role"`
-	} `yaml:"vault"`
-}
-
-func readConfig(path string) (*config, error) {
-	data, err := cmdline.ReadFile(path)
-	if err != nil {
-		return nil, err
-	}
-	c := &config{Token: os.Getenv("KMEHSM_TOKEN"), State: "var/keysvc", AttemptTTL: binding.DefaultTimes().Attempt, PendingTTL: binding.DefaultTimes().Pending, PendingLimit: binding.DefaultTimes().PendingVectors, RevocationTTL: time.Minute, HSMTimeout: 5 * time.Second, IMEIRate: 10, IMEIBurst: 1000, LogIdentities: "plain", Verify: "token", CacheMB: 64}
-	d := yaml.NewDecoder(bytes.NewReader(data))
-	d.KnownFields(true)
-	if err := d.Decode(c); err != nil && !errors.Is(err, io.EOF) {
-		return nil, fmt.Errorf("%s: %w", path, err)
-	}
-	dir, err := filepath.Abs(filepath.Dir(path))
-	if err != nil {
-		return nil, err
-	}
-	for _, p := range []*string{&c.State, &c.TLS.Certificate, &c.TLS.Key, &c.TLS.ClientCA, &c.Socket, &c.Vault.SecretIDFile} {
-		if *p != "" && !filepath.IsAbs(*p) {
-			*p = filepath.Join(dir, *p)
-		}
-	}
-	if len(c.Tokens) == 0 {
-		c.Tokens = []string{c.Token}
-	}
-	c.Store = cmp.Or(c.Store, os.Getenv("KMEHSM_STORE"), sqlstore.InFolder(c.State))
-	switch {
-	case c.Listen == "" && c.Socket == "":
-		err = errors.New("neither listen nor socket says where to serve")
-	case c.Listen != "" && (c.TLS.Certificate == "" || c.TLS.Key == "" || c.TLS.ClientCA == ""):
-		err = errors.New("listen needs tls with certificate, key and client_ca: the service is never offered without mutual TLS")
-	case c.LogIdentities != "plain" && c.LogIdentities != "hashed":
-		err = fmt.Errorf("log_identities is plain or hashed, not %q", c.LogIdentities)
-	case c.Verify != "token" && c.Verify != "software":
-		err = fmt.Errorf("verify is token or software, not %q", c.Verify)
-	case c.AttemptTTL <= 0 || c.PendingTTL <= 0 || c.PendingLimit <= 0 || c.RevocationTTL <= 0 || c.CacheMB <= 0 || c.HSMTimeout <= 0 || c.Calls < 0 || c.IMEIRate <= 0 || c.IMEIBurst <= 0:
-		err = errors.New("attempt_ttl, pending_ttl, pending_vectors, revocation_ttl, hsm_timeout, cache_mb, imei_rate and imei_burst must be above zero")
-	}
-	if err == nil {
-		_, err = knownClients(c)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", path, err)
-	}
-	return c, nil
-}
-
 // opener gives the reader of a manufacturer's directory, the same one however often lots are taken up anew: what it has
 // cached stays, and so does the login. It is for one goroutine at a time.
-func opener(ctx context.Context, fallback string, login vaultstore.Login, o directory.ReaderOptions, log *slog.Logger) func(m *binding.Manufacturer) (*directory.Reader, error) {
+// overdue is ReaderOptions.Overdue with the manufacturer.
+func opener(ctx context.Context, fallback string, login vaultstore.Login, o directory.ReaderOptions,
+	overdue func(manufacturer string, d directory.Overdue), log *slog.Logger) func(m *binding.Manufacturer) (*directory.Reader, error) {
 	stores, readers := map[string]directory.Store{}, map[string]*directory.Reader{}
 	return func(m *binding.Manufacturer) (*directory.Reader, error) {
 		name := cmp.Or(m.Directory, fallback)
@@ -177,6 +67,9 @@ func opener(ctx context.Context, fallback string, login vaultstore.Login, o dire
 		verifier, err := directory.ParseVerifier([]byte(m.PEM))
 		if err != nil {
 			return nil, err
+		}
+		if overdue != nil {
+			o.Overdue = func(d directory.Overdue) { overdue(m.KeyID, d) }
 		}
 		readers[key] = directory.NewReader(stores[name], verifier, o)
 		return readers[key], nil
@@ -214,6 +107,7 @@ func serve(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	slog.SetDefault(log) // for what others log: a panic on a goroutine of hsmkeys
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(200) // the collector takes 5% of busy cores otherwise, and half of that so
 	}
@@ -243,17 +137,29 @@ func serve(c *cli.Context) error {
 	defer store.Close()
 
 	cache := stats.NewCounter()
-	open := opener(ctx, cfg.Directory, vaultstore.Login{
-		RoleID: cfg.Vault.RoleID, SecretIDFile: cfg.Vault.SecretIDFile, Wrapped: cfg.Vault.SecretIDWrapped, CertRole: cfg.Vault.CertRole,
-		Wait: true,
-	}, directory.ReaderOptions{CacheBytes: cfg.CacheMB << 20, RevocationTTL: cfg.RevocationTTL, Stats: cache}, log)
-	service := binding.NewService(token, store, new(binding.Lots), binding.Times{Attempt: cfg.AttemptTTL, Pending: cfg.PendingTTL, PendingVectors: cfg.PendingLimit, Now: time.Now}, log)
+	overdue := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "kme_revocations_overdue_total",
+		Help: "Tries to read a list of revoked devices that failed, or whose list was refused: the last one stands.",
+	}, []string{"manufacturer", "why"})
+	notTaken := func(manufacturer string, d directory.Overdue) {
+		why := "failed"
+		if errors.As(d.Cause, new(*directory.RefusedError)) {
+			why = "refused"
+		}
+		overdue.WithLabelValues(manufacturer, why).Inc()
+		log.Warn("a list of revoked devices was not taken up; the last one stands",
+			"manufacturer", manufacturer, "lot", d.Lot, "since", d.Since, "cause", d.Cause.Error())
+	}
+	o := directory.ReaderOptions{CacheBytes: cfg.CacheMB << 20, RevocationTTL: cfg.RevocationTTL, Stats: cache}
+	open := opener(ctx, cfg.Directory, cfg.login(), o, notTaken, log)
+	service := binding.NewService(token, store, new(binding.Lots), cfg.times(), log)
 	service.Limit(binding.Limits{Calls: cmp.Or(cfg.Calls, 32*token.Sessions()), IMEIRate: cfg.IMEIRate, IMEIBurst: cfg.IMEIBurst})
 	store.Company(service.Coming)
 	registry := prometheus.NewRegistry()
+	registry.MustRegister(overdue)
 	metrics := binding.NewMetrics(registry)
 	service.Observe(metrics)
-	token.ObserveQueue(metrics.Queued)
+	token.Observe(metrics)
 	observeProcess(registry, token, store, cache)
 	traces, stop, err := tracing(ctx, cfg.OTLP)
 	if err != nil {
@@ -281,6 +187,12 @@ func serve(c *cli.Context) error {
 			log.WarnContext(ctx, "a directory is not available", "manufacturer", manufacturer, "cause", err.Error())
 			warnings = append(warnings, "the directory of manufacturer "+manufacturer+" is not available; devices whose keys are cached go on")
 		}
+		for manufacturer, lists := range service.Overdue() {
+			for _, d := range lists {
+				warnings = append(warnings, fmt.Sprintf("the list of revoked devices of lot %s of manufacturer %s was not taken up; %s",
+					d.Lot, manufacturer, standing(d.Since)))
+			}
+		}
 		return warnings, nil
 	})
 	tlsConfig := new(atomic.Pointer[tls.Config])
@@ -290,16 +202,17 @@ func serve(c *cli.Context) error {
 		if err != nil {
 			return nil, err
 		}
+		var certificates *tls.Config
 		if cfg.Listen != "" {
-			t, err := loadTLS(now)
-			if err != nil {
+			if certificates, err = loadTLS(now); err != nil {
 				return nil, err
 			}
-			tlsConfig.Store(t)
 		}
 		if lots, err = openLots(ctx, store, open); err != nil {
 			return nil, err
 		}
+		// All of it, or nothing.
+		tlsConfig.Store(certificates)
 		clients.Store(known)
 		service.SetLots(lots)
 		return lots, nil
@@ -308,12 +221,27 @@ func serve(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	// safely does work that no call waits for. A panic is its error, and the service goes on.
+	safely := func(work func() error) (err error) {
+		defer func() {
+			if panics.Of(err) != nil {
+				service.Broken(ctx, err)
+			}
+		}()
+		defer panics.Recover(&err)
+		return work()
+	}
 	reload := func() error {
-		now, err := readConfig(c.String("config"))
-		if err == nil {
-			_, err = take(now)
-		}
-		return err
+		return safely(func() error {
+			now, err := readConfig(c.String("config"))
+			if err == nil {
+				_, err = take(now)
+			}
+			return err
+		})
+	}
+	sweep := func(ctx context.Context) error {
+		return safely(func() error { return store.DropExpired(ctx, time.Now()) })
 	}
 	if len(cfg.Clients) == 0 && cfg.Listen != "" {
 		log.Warn("no clients are configured: every certificate of client_ca may act as an HSS for every PLMN")
@@ -330,7 +258,15 @@ func serve(c *cli.Context) error {
 		go watch(ctx, t, log)
 	}
 	log.Info("serving", "token", token.String(), "ranges", lots.Len(), "addresses", addresses)
-	return run(ctx, handler, listeners, store, reload, log)
+	return run(ctx, handler, listeners, reload, sweep, log)
+}
+
+// standing says what is served in the place of a list of revoked devices that is overdue.
+func standing(since time.Time) string {
+	if since.IsZero() {
+		return "there is none yet, and no device of the lot is bound"
+	}
+	return "that of " + since.UTC().Format(time.RFC3339) + " stands"
 }
 
 // loadTLS reads certificates anew: a client without one is not served.
@@ -411,8 +347,14 @@ func observeProcess(registry prometheus.Registerer, group *hsmkeys.Group, store 
 		})
 		gauge("kme_hsm_hung_calls", "Calls that were given up in the HSM's module and have not come back.", func(h hsmkeys.Health) float64 { return float64(h.Hung) })
 		gauge("kme_hsm_sessions", "Sessions of the pool.", func(hsmkeys.Health) float64 { return float64(token.Sessions()) })
-		registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "kme_hsm_reopened_total", Help: "How often the token was opened again after it was away.", ConstLabels: labels},
-			func() float64 { return float64(token.Health().Reopened) }))
+		counter := func(name, help string, f func(hsmkeys.Health) int64) {
+			registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help, ConstLabels: labels},
+				func() float64 { return float64(f(token.Health())) }))
+		}
+		counter("kme_hsm_reopened_total", "How often the token was opened again after it was away.",
+			func(h hsmkeys.Health) int64 { return h.Reopened })
+		counter("kme_hsm_panics_total", "Panics that ended work at the token; the log says where.",
+			func(h hsmkeys.Health) int64 { return h.Panics })
 	}
 	registry.MustRegister(
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "kme_store_up", Help: "1 while the store can be reached."}, func() float64 {
@@ -496,7 +438,8 @@ func listenUnix(path string, others bool) (net.Listener, error) {
 }
 
 // run serves until ctx ends, and then finishes the calls under way.
-func run(ctx context.Context, handler http.Handler, listeners []net.Listener, store binding.Store, reload func() error, log *slog.Logger) error {
+func run(ctx context.Context, handler http.Handler, listeners []net.Listener,
+	reload func() error, sweep func(context.Context) error, log *slog.Logger) error {
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
 	protocols.SetHTTP2(true)
@@ -518,8 +461,8 @@ func run(ctx context.Context, handler http.Handler, listeners []net.Listener, st
 		hup := make(chan os.Signal, 1)
 		signal.Notify(hup, syscall.SIGHUP)
 		defer signal.Stop(hup)
-		sweep := time.NewTicker(time.Minute)
-		defer sweep.Stop()
+		minute := time.NewTicker(time.Minute)
+		defer minute.Stop()
 		for {
 			select {
 			case <-hup:
@@ -528,8 +471,8 @@ func run(ctx context.Context, handler http.Handler, listeners []net.Listener, st
 				} else {
 					log.Info("reloaded")
 				}
-			case <-sweep.C:
-				if err := store.DropExpired(gctx, time.Now()); err != nil && gctx.Err() == nil {
+			case <-minute.C:
+				if err := sweep(gctx); err != nil && gctx.Err() == nil {
 					log.Warn("expired attempts were not removed", "cause", err.Error())
 				}
 			case <-gctx.Done():

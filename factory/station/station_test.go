@@ -278,7 +278,7 @@ func TestOnlyPublished(t *testing.T) {
 }
 
 // The wall screen, in a real browser.
-func TestWall(t *testing.T) {
+func TestWallInBrowser(t *testing.T) {
 	browser, err := exec.LookPath("chromium")
 	if err != nil {
 		t.Fatalf("%v: scripts/deps.sh test installs it", err)

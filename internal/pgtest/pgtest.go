@@ -12,6 +12,7 @@ import (
 	"os/user"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -31,6 +32,9 @@ type Server struct {
 // Start makes a cluster and starts its server, which ends with the test.
 func Start(t testing.TB) *Server {
 	t.Helper()
+	if !strings.Contains(t.Name(), "Postgres") {
+		t.Fatal("a test that needs PostgreSQL says Postgres in its name: make check leaves it out")
+	}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

@@ -102,7 +102,7 @@ func TestVaultSealedInTheMiddle(t *testing.T) {
 }
 
 // The token goes away while a lot is made, and comes back: a clear word, and the same command goes on.
-func TestTokenRemovedInTheMiddle(t *testing.T) {
+func TestTokenRemovedWhilePublishingToVault(t *testing.T) {
 	w, _, cmd, stderr, args := provisioning(t, 4000)
 	tokens := w.path("softhsm/tokens")
 	if err := os.Rename(tokens, tokens+".away"); err != nil {

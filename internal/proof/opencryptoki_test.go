@@ -10,6 +10,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/kmehsm/kmehsm/internal/programs"
 )
 
 // slotDaemon starts openCryptoki's daemon, unless one is running, and ends it with the test.
@@ -45,7 +47,7 @@ func slotDaemon(t *testing.T) {
 // and who begins all the same is told too, and has changed nothing.
 func TestDoctorOnOpenCryptoki(t *testing.T) {
 	if os.Getuid() != 0 {
-		t.Skip("openCryptoki's daemon needs root")
+		t.Fatal("openCryptoki's daemon needs root: make check leaves this test out for others")
 	}
 	slotDaemon(t)
 	const label, soPIN, userPIN = "kmehsm-test", "11223344", "22334455"
@@ -55,7 +57,7 @@ func TestDoctorOnOpenCryptoki(t *testing.T) {
 	}
 	if !strings.Contains(string(info), label) {
 		if strings.Contains(string(info), "|TOKEN_INITIALIZED") {
-			t.Skip("openCryptoki's soft token here is somebody's, and is left alone")
+			t.Fatal("openCryptoki's soft token here is somebody's, and is left alone: run the tests where it is not in use")
 		}
 		for _, step := range []struct {
 			stdin string
@@ -84,7 +86,7 @@ func TestDoctorOnOpenCryptoki(t *testing.T) {
 	}
 	uri := "pkcs11:token=" + label + "?module-path=" + modules[0] + "&pin-source=file:" + pin
 	run := func(program string, args ...string) (stdout, stderr string, code int) {
-		cmd := exec.Command(filepath.Join(bin, program), args...)
+		cmd := exec.Command(filepath.Join(programs.Dir(t), program), args...)
 		var out, errs strings.Builder
 		cmd.Dir, cmd.Env, cmd.Stdout, cmd.Stderr = dir, append(os.Environ(), "KMEHSM_TOKEN="+uri), &out, &errs
 		cmd.Run()

@@ -36,26 +36,12 @@ import (
 	"github.com/tink-crypto/tink-go/v2/kwp/subtle"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/programs"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-var bin string // the folder of the built programs
-
-func TestMain(m *testing.M) {
-	os.Exit(func() int {
-		var err error
-		if bin, err = os.MkdirTemp("", "kmehsm-proof-"); err != nil {
-			panic(err)
-		}
-		defer os.RemoveAll(bin)
-		if out, err := exec.Command("go", "build", "-o", bin+"/", "../../cmd/...").CombinedOutput(); err != nil {
-			fmt.Fprintf(os.Stderr, "%s%v\n", out, err)
-			return 1
-		}
-		return m.Run()
-	}())
-}
+func TestMain(m *testing.M) { programs.Main(m) }
 
 // A world is a manufacturer, an operator and a lot of each suite, in a folder of its own.
 type world struct {
@@ -83,7 +69,7 @@ func newWorld(t *testing.T, wrap func(string) string, env ...string) *world {
 func (w *world) path(name string) string { return filepath.Join(w.dir, name) }
 
 func (w *world) command(tok softhsmtest.Tok, program string, args ...string) *exec.Cmd {
-	cmd := exec.Command(filepath.Join(bin, program), args...)
+	cmd := exec.Command(filepath.Join(programs.Dir(w.t), program), args...)
 	cmd.Dir, cmd.Env = w.dir, slices.Concat(w.env, []string{"KMEHSM_TOKEN=" + w.wrap(tok.URI)}) // one may still run when the next is made
 	return cmd
 }

@@ -56,6 +56,9 @@ const (
 // newDiameter makes a lot, starts keysvc, and writes what the daemons need. sanitize is a list of gcc's sanitizers, or empty.
 func newDiameter(t *testing.T, devices int, sanitize string) *diameter {
 	t.Helper()
+	if !strings.Contains(t.Name(), "S6a") {
+		t.Fatal("a test that needs Diameter says S6a in its name: make check leaves it out")
+	}
 	if _, err := exec.LookPath("freeDiameterd"); err != nil {
 		t.Fatal("there is no freeDiameterd: run scripts/deps.sh test")
 	}

@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"github.com/mattn/go-sqlite3"
+
+	"github.com/kmehsm/kmehsm/internal/panics"
 )
 
 const busyTimeout = 5 * time.Second // for the lock of another process
@@ -137,12 +139,18 @@ type change struct {
 	done chan error
 }
 
+func (c change) run(tx *sql.Tx) (err error) {
+	defer panics.Recover(&err)
+	return c.make(context.WithoutCancel(c.ctx), tx)
+}
+
 // maxBatch bounds how long the first of a commit's changes waits for the last.
 const maxBatch = 64
 
 // Do makes a change, and returns when it is durable. An error of f leaves everything as it was. A change whose context has ended
 // before its turn is not made; one that is under way is finished, since its transaction is others' too: f gets a context
-// that does not end. f is called again when another change has failed, and only its last call counts.
+// that does not end. f is called again when another change has failed, and only its last call counts. A panic of f is its
+// error, a *panics.Error.
 func (w *Writer) Do(ctx context.Context, f func(context.Context, *sql.Tx) error) error {
 	c := change{ctx, f, make(chan error, 1)}
 	select {
@@ -240,6 +248,7 @@ var errTogether = errors.New("one of the changes that were not kept apart failed
 
 // try makes the changes in one transaction. If one fails, apart undoes it alone; without, it undoes all, and fails with errTogether.
 func (w *Writer) try(batch []change, apart bool) (results []error, err error) {
+	defer panics.Recover(&err) // of the driver
 	results = make([]error, len(batch))
 	tx, err := w.db.BeginTx(context.Background(), nil)
 	if err != nil {
@@ -255,7 +264,7 @@ func (w *Writer) try(batch []change, apart bool) (results []error, err error) {
 				return results, err
 			}
 		}
-		results[i] = c.make(context.WithoutCancel(c.ctx), tx)
+		results[i] = c.run(tx)
 		if !apart {
 			if results[i] != nil {
 				return results, errTogether

@@ -9,6 +9,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/kmehsm/kmehsm/internal/panics"
 )
 
 func open(t *testing.T, path string, migrations ...string) (*sql.DB, *Writer) {
@@ -77,6 +79,52 @@ func TestGroupCommit(t *testing.T) {
 	}
 	if err := write.Close(); err != nil {
 		t.Error(err)
+	}
+}
+
+// panicsOnErr is a context that panics in the writer, outside of every change.
+type panicsOnErr struct{ context.Context }
+
+func (panicsOnErr) Err() error { panic("no error") }
+
+// A panic is the error of the change that panicked, and of no other, and the writer goes on.
+func TestPanic(t *testing.T) {
+	read, write := open(t, filepath.Join(t.TempDir(), "db"), "CREATE TABLE t (n INTEGER PRIMARY KEY)")
+	defer write.Close()
+	insert := func(ctx context.Context, n int) error {
+		return write.Do(ctx, func(ctx context.Context, tx *sql.Tx) error {
+			if _, err := tx.ExecContext(ctx, "INSERT INTO t VALUES (?)", n); err != nil {
+				return err
+			}
+			if n%2 == 1 {
+				panic("odd")
+			}
+			return nil
+		})
+	}
+	write.Company(func() int { return 20 }) // several share a commit
+	var g sync.WaitGroup
+	for n := range 20 {
+		g.Go(func() {
+			var p *panics.Error
+			if err := insert(t.Context(), n); n%2 == 0 && err != nil ||
+				n%2 == 1 && (!errors.As(err, &p) || p.Value != "odd" || !strings.Contains(string(p.Stack), "sqlite_test.go")) {
+				t.Errorf("%d: %v", n, err)
+			}
+		})
+	}
+	g.Wait()
+	write.Company(func() int { return 0 })
+	var p *panics.Error
+	if err := insert(panicsOnErr{t.Context()}, 100); !errors.As(err, &p) || p.Value != "no error" {
+		t.Errorf("a panic beside the changes: %v", err)
+	}
+	if err := insert(t.Context(), 102); err != nil {
+		t.Errorf("after panics: %v", err)
+	}
+	var n, sum int
+	if err := read.QueryRow("SELECT count(*), sum(n % 2) FROM t").Scan(&n, &sum); err != nil || n != 11 || sum != 0 {
+		t.Errorf("%d rows, %d of them of changes that panicked, %v", n, sum, err)
 	}
 }
 

@@ -15,6 +15,7 @@
  */
 #include <curl/curl.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -54,11 +55,11 @@ static struct {
 enum counter { PREPARED, RESTORED, ESTABLISHED, REPORTED, REFUSED, UNAVAILABLE, PASSED_OPEN, OVERLOADED, MALFORMED, COUNTERS };
 static const char *const counter_names[COUNTERS] = { "prepared", "restored", "established", "reported", "refused",
 	"unavailable", "passed-open", "overloaded", "malformed" };
-static unsigned long counters[COUNTERS];
+static atomic_ulong counters[COUNTERS];
 
 static void count(enum counter c)
 {
-	__atomic_add_fetch(&counters[c], 1, __ATOMIC_RELAXED);
+	atomic_fetch_add_explicit(&counters[c], 1, memory_order_relaxed);
 }
 
 static void count_outcome(enum kme_status status, enum counter done)
@@ -76,11 +77,12 @@ struct job {
 /* Not in the headers: the queue of all that is sent. A weak symbol, so that a host without it can be told. */
 extern struct fifo *fd_g_outgoing __attribute__((weak));
 
-static struct fifo *jobs, *tap, *outgoing;
+static struct fifo *jobs, *tap;
+static struct fifo *_Atomic outgoing;	/* the real one, while the tap is in its place */
 static char tap_end;	/* its address ends the tap's thread */
 static pthread_t workers[MAX_WORKERS], tap_thread, teller;
 static int started, tapping, telling;
-static volatile int stopping;
+static atomic_int stopping;	/* set by the host, read by all threads of ours */
 static pthread_mutex_t tell_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t tell = PTHREAD_COND_INITIALIZER;
 static struct disp_hdl *local_handle;
@@ -494,9 +496,11 @@ static int answer(struct kme_caller *c, struct msg *m)
 /* Sends past the tap. It does not wait for room: there are no more messages than jobs, and at the end nobody makes room. */
 static void send_on(struct msg *m)
 {
+	struct fifo *queue = outgoing;
+
 	if (!m)
 		return;
-	if (stopping || (outgoing ? fd_fifo_post_noblock(outgoing, (void *)&m) : fd_msg_send(&m, NULL, NULL)))
+	if (stopping || (queue ? fd_fifo_post_noblock(queue, (void *)&m) : fd_msg_send(&m, NULL, NULL)))
 		fd_msg_free(m);
 }
 
@@ -708,11 +712,16 @@ static void tell_counters(void)
 	static unsigned long told[COUNTERS];
 	char line[512] = "";
 	size_t used = 0;
-	int i;
+	int i, changed = 0;
 
-	if (!memcmp(told, counters, sizeof(told)))
+	for (i = 0; i < COUNTERS; i++) {
+		unsigned long now = atomic_load_explicit(&counters[i], memory_order_relaxed);
+
+		changed |= told[i] != now;
+		told[i] = now;
+	}
+	if (!changed)
 		return;
-	memcpy(told, counters, sizeof(told));
 	for (i = 0; i < COUNTERS && used < sizeof(line); i++)
 		used += (size_t)snprintf(line + used, sizeof(line) - used, " %s %lu", counter_names[i], told[i]);
 	LOG_N("kme:%s", line);
@@ -886,6 +895,7 @@ static int kme_entry(char *path)
 
 void fd_ext_fini(void)
 {
+	struct fifo *queue;
 	struct job *j;
 	struct msg *m;
 	int i;
@@ -922,10 +932,11 @@ void fd_ext_fini(void)
 	}
 	if (jobs)
 		fd_fifo_del(&jobs);
-	while (outgoing && !fd_fifo_tryget(outgoing, &m))
+	queue = outgoing;
+	while (queue && !fd_fifo_tryget(queue, &m))
 		fd_msg_free(m);
-	if (outgoing)
-		fd_fifo_del(&outgoing);
+	if (queue)
+		fd_fifo_del(&queue);
 	curl_global_cleanup();
 	free(conf.text);
 }

@@ -128,25 +128,14 @@ static const struct {
 	{ "OTHER_DEVICE", KME_REFUSED }, { "KME_REJECTED", KME_REFUSED }, { "CALLER_NOT_ALLOWED", KME_REFUSED },
 };
 
-enum kme_status kme_parse_error(const char *json, size_t size, char *reason, size_t room)
+enum kme_status kme_parse_reason(const char *reason)
 {
-	json_t *root = json_loadb(json, size, JSON_REJECT_DUPLICATES, NULL), *detail;
-	enum kme_status status = KME_UNAVAILABLE;	/* also what nobody understands */
-	size_t i, k;
+	size_t i;
 
-	snprintf(reason, room, "no reason");
-	json_array_foreach(json_object_get(root, "details"), i, detail) {
-		const char *text = json_string_value(json_object_get(json_object_get(detail, "debug"), "reason"));
-
-		if (!text)
-			continue;
-		snprintf(reason, room, "%s", only(text, "ABCDEFGHIJKLMNOPQRSTUVWXYZ_", 1, 32) ? text : "a reason that is none");
-		for (k = 0; k < sizeof(reasons) / sizeof(*reasons); k++)
-			if (!strcmp(text, reasons[k].reason))
-				status = reasons[k].status;
-	}
-	json_decref(root);
-	return status;
+	for (i = 0; reason && i < sizeof(reasons) / sizeof(*reasons); i++)
+		if (!strcmp(reason, reasons[i].reason))
+			return reasons[i].status;
+	return KME_UNAVAILABLE;	/* also what nobody understands */
 }
 
 enum kme_status kme_parse_vector(const char *json, size_t size, struct kme_vector *out)
@@ -183,8 +172,10 @@ enum kme_status kme_parse_nw_sig(const char *json, size_t size, uint8_t nw_sig[K
 static enum kme_status call(struct kme_caller *c, const char *method, json_t *request)
 {
 	char *body = request ? json_dumps(request, JSON_COMPACT) : NULL;
-	char url[320], reason[64];
+	char url[320];
 	enum kme_status status = KME_OK;
+	struct curl_header *header;
+	const char *reason = NULL;
 	CURLcode err;
 	long code = 0;
 
@@ -203,9 +194,12 @@ static enum kme_status call(struct kme_caller *c, const char *method, json_t *re
 	}
 	curl_easy_getinfo(c->curl, CURLINFO_RESPONSE_CODE, &code);
 	if (code != 200) {
-		status = kme_parse_error(c->reply, c->size, reason, sizeof(reason));
+		if (!curl_easy_header(c->curl, "Kme-Reason", 0, CURLH_HEADER, -1, &header) &&
+		    only(header->value, "ABCDEFGHIJKLMNOPQRSTUVWXYZ_", 1, 32))
+			reason = header->value;
+		status = kme_parse_reason(reason);
 		if (status != KME_NOT_BOUND)
-			LOG_N("kme: %s: HTTP %ld, %s", method, code, reason);
+			LOG_N("kme: %s: HTTP %ld, %s", method, code, reason ? reason : "no reason");
 	}
 	return status;
 }

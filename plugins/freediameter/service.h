@@ -42,9 +42,9 @@ enum kme_status kme_report(struct kme_caller *c, const char *imsi);
 enum kme_status kme_establish(struct kme_caller *c, const char *imsi, const char *imei, const char *attempt,
 			      const uint8_t *payload, size_t size, uint8_t nw_sig[KME_NW_SIG]);
 
-/* What a reply says: the reason of a refusal is in its ErrorInfo. For tests and fuzzing too. */
+/* What a reply says. A refusal has its reason in the header Kme-Reason; NULL is none. For tests and fuzzing too. */
 enum kme_status kme_parse_vector(const char *json, size_t size, struct kme_vector *out);
 enum kme_status kme_parse_nw_sig(const char *json, size_t size, uint8_t nw_sig[KME_NW_SIG]);
-enum kme_status kme_parse_error(const char *json, size_t size, char *reason, size_t room);
+enum kme_status kme_parse_reason(const char *reason);
 
 #endif

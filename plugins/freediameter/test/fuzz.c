@@ -92,7 +92,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	if ((data[-1] & 0x30) == 0x30) {
 		kme_parse_vector((const char *)data, size, &vector);
 		kme_parse_nw_sig((const char *)data, size, nw_sig);
-		kme_parse_error((const char *)data, size, reason, sizeof(reason));
+		snprintf(reason, sizeof(reason), "%.*s", (int)size, (const char *)data);
+		kme_parse_reason(reason);
 		return 0;
 	}
 	if (data[-1] & 0x80) {

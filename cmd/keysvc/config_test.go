@@ -1,0 +1,143 @@
+package main
+
+import (
+	"log/slog"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+)
+
+const (
+	aToken  = "token: pkcs11:token=operator?module-path=/dev/null&pin-source=file:/dev/null\n"
+	aSocket = "socket: s\n"
+	good    = aSocket + aToken
+)
+
+func read(t *testing.T, text string) (*config, error) {
+	t.Helper()
+	t.Setenv("KMEHSM_TOKEN", "")
+	t.Setenv("KMEHSM_STORE", "")
+	path := filepath.Join(t.TempDir(), "keysvc.yaml")
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return readConfig(path)
+}
+
+// A setting that is refused is named, with what it is and what it may be.
+func TestConfigRefused(t *testing.T) {
+	const tlsOf = "tls: {certificate: a, key: b, client_ca: c}\n"
+	const client = "clients: [{name: x, san: y, roles: [hss], plmns: [all], "
+	for _, c := range []struct{ setting, text, want string }{
+		{"token", aSocket + "token: hunter2\n", `token: the token's URI is not one of RFC 7512`},
+		{"token missing", aSocket, `token: no token`},
+		{"token as a list", aSocket + "token: [a]\n", `token is a text, not "a list or a mapping"`},
+		{"tokens", aSocket + "tokens: [x]\n", `token: the token's URI is not one of RFC 7512`},
+		{"tokens as a text", aSocket + "tokens: x\n", `tokens is a list of texts, not "x"`},
+		{"state", good + "state: {}\n", `state is a text, not "a list or a mapping"`},
+		{"directory", good + "directory: /srv\n", `directory is file:DIR or vault:MOUNT, not "/srv"`},
+		{"listen", aToken + tlsOf + "listen: localhost\n", `listen is HOST:PORT, not "localhost"`},
+		{"tls missing", aToken + "listen: localhost:1\n", `listen needs tls with certificate, key and client_ca`},
+		{"tls without key", aToken + "listen: localhost:1\ntls: {certificate: a, client_ca: c}\n", `listen needs tls with certificate, key and client_ca`},
+		{"tls of nothing known", aToken + "listen: localhost:1\ntls: {cert: a}\n", `there is no setting tls.cert`},
+		{"tls as a text", aToken + "listen: localhost:1\ntls: a\n", `tls has settings in it`},
+		{"tls.key", aToken + "listen: localhost:1\ntls: {key: [a]}\n", `tls.key is a text, not "a list or a mapping"`},
+		{"socket", aToken + "socket: /" + strings.Repeat("s", 107) + "\n", `socket is a path of 107 bytes at most, not "/sss`},
+		{"neither", aToken, `neither listen nor socket says where to serve`},
+		{"store", good + "store: mysql://u:hunter2@h/d\n", `store is sqlite:PATH or postgres://USER@HOST/DATABASE, not what is there`},
+		{"attempt_ttl", good + "attempt_ttl: 0s\n", `attempt_ttl is a time above zero, such as 5m, not "0s"`},
+		{"attempt_ttl without unit", good + "attempt_ttl: 5\n", `attempt_ttl is a time above zero, such as 5m, not "5"`},
+		{"revocation_ttl", good + "revocation_ttl: -1m\n", `revocation_ttl is a time above zero, such as 1m, not "-1m0s"`},
+		{"hsm_timeout", good + "hsm_timeout: soon\n", `hsm_timeout is a time above zero, such as 5s, not "soon"`},
+		{"hsm_timeout of none", good + "hsm_timeout: 0s\n", `hsm_timeout is a time above zero, such as 5s, not "0s"`},
+		{"calls", good + "calls: -1\n", `calls is a whole number, or 0 for 32 of each session, not "-1"`},
+		{"calls as a text", good + "calls: many\n", `calls is a whole number, or 0 for 32 of each session, not "many"`},
+		{"imei_rate", good + "imei_rate: 0\n", `imei_rate is a number above zero, not "0"`},
+		{"imei_rate of no number", good + "imei_rate: .nan\n", `imei_rate is a number above zero, not "NaN"`},
+		{"imei_rate without end", good + "imei_rate: .inf\n", `imei_rate is a number above zero, not "+Inf"`},
+		{"imei_burst", good + "imei_burst: 0\n", `imei_burst is a whole number above zero, not "0"`},
+		{"imei_burst of a half", good + "imei_burst: 1.5\n", `imei_burst is a whole number above zero, not "1.5"`},
+		{"verify", good + "verify: never\n", `verify is token or software, not "never"`},
+		{"cache_mb", good + "cache_mb: 0\n", `cache_mb is a whole number from 1 to 1048576, not "0"`},
+		{"cache_mb above all memory", good + "cache_mb: 8796093022208\n", `cache_mb is a whole number from 1 to 1048576, not "8796093022208"`},
+		{"log_level", good + "log_level: loud\n", `log_level is debug, info, warn or error, not "loud"`},
+		{"log_identities", good + "log_identities: none\n", `log_identities is plain or hashed, not "none"`},
+		{"otlp", good + "otlp: localhost:4318\n", `otlp is http://HOST:PORT or https://HOST:PORT, not "localhost:4318"`},
+		{"vault", good + "vault: {role_id: x}\n", `vault: AppRole needs a role id and a file with the secret id`},
+		{"vault twice", good + "vault: {role_id: x, secret_id_file: f, cert_role: y}\n", `vault: log in to Vault by AppRole or by certificate, not both`},
+		{"vault.secret_id_wrapped", good + "vault: {secret_id_wrapped: maybe}\n", `vault.secret_id_wrapped is true or false, not "maybe"`},
+		{"clients as a text", good + "clients: all\n", `clients is a list of texts, not "all"`},
+		{"clients of texts", good + "clients: [x]\n", `clients[0] has settings in it`},
+		{"a client's rate", good + client + "rate: -1}]\n", `clients: client "x": rate is a number of calls a second, or 0 for no limit, not -1`},
+		{"a client's rate as a text", good + client + "rate: fast}]\n", `clients[0].rate is a number, not "fast"`},
+		{"a client's uid", good + "clients: [{name: x, uid: -1, roles: [hss], plmns: [all]}]\n", `clients: client "x": uid is a number from 0 on, not -1`},
+		{"a client's uid as a text", good + "clients: [{name: x, uid: root}]\n", `clients[0].uid is a whole number, not "root"`},
+		{"a client's roles", good + "clients: [{name: x, san: y, roles: [root], plmns: [all]}]\n", `clients: client "x": there is no role "root": hss, admin, monitor, kme-export`},
+		{"a client's plmns", good + "clients: [{name: x, san: y, roles: [hss], plmns: [001]}]\n", `clients: client "x": "001" is no PLMN: MCC and MNC, 5 or 6 digits, or all`},
+		{"a client's setting", good + client + "limit: 1}]\n", `there is no setting clients[0].limit`},
+		{"unknown", good + "listne: x\n", `line 3: there is no setting listne`},
+		{"empty", good + "'': x\n", `line 3: there is no setting `},
+		{"twice", good + aSocket, `line 3: socket is there twice`},
+		{"no mapping", "- socket\n", `line 1: the configuration has settings in it: key: value`},
+		{"no YAML", "socket: [\n", `yaml: line`},
+	} {
+		t.Run(c.setting, func(t *testing.T) {
+			got, err := read(t, c.text)
+			if err == nil {
+				t.Fatalf("accepted: %+v", got)
+			}
+			if !strings.Contains(err.Error(), c.want) || strings.Contains(err.Error(), "hunter2") {
+				t.Errorf("%v\ndoes not say %s", err, c.want)
+			}
+		})
+	}
+}
+
+// Every setting is taken, and the help has it.
+func TestConfig(t *testing.T) {
+	c, err := read(t, `
+tokens: [&t "pkcs11:token=operator?module-path=/dev/null", *t]
+token: unused
+state: s
+directory: vault:kme
+listen: 127.0.0.1:0
+tls: {certificate: a, key: b, client_ca: c}
+socket: s
+clients: [{name: x, san: y, roles: [hss], plmns: ["00101"], rate: 1.5}, {name: z, uid: 0, roles: [admin], plmns: [all]}]
+store: postgres://keysvc@db/keysvc
+attempt_ttl: 1m
+revocation_ttl: 2m
+calls: 3
+imei_rate: 4.5
+imei_burst: 5
+verify: software
+hsm_timeout: 6s
+cache_mb: 7
+vault: {role_id: i, secret_id_file: f, secret_id_wrapped: true}
+otlp: http://127.0.0.1:4318
+log_identities: hashed
+log_level: warn
+`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(c.Tokens) != 2 || c.Tokens[1] != c.Tokens[0] || c.AttemptTTL != time.Minute || c.LogLevel != slog.LevelWarn ||
+		c.Clients[0].PLMNs[0] != "00101" || *c.Clients[1].UID != 0 || !c.Vault.SecretIDWrapped {
+		t.Errorf("%+v", c)
+	}
+	for _, f := range reflect.VisibleFields(reflect.TypeFor[config]()) {
+		if key := f.Tag.Get("yaml"); !strings.Contains(configHelp, key+":") {
+			t.Errorf("the help has no %s", key)
+		} else if v := reflect.ValueOf(c).Elem().FieldByIndex(f.Index); v.IsZero() {
+			t.Errorf("%s was not taken", key)
+		}
+	}
+	for name := range allowed {
+		if !strings.Contains(configHelp, name+":") {
+			t.Errorf("%s is no setting", name)
+		}
+	}
+}

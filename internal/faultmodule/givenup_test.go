@@ -1,0 +1,144 @@
+package faultmodule_test
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// givenUp makes a call that hangs in the module as lines say, which must be given up. Then it lets it go, and waits
+// until nothing is left of it.
+func givenUp(t *testing.T, token *hsmkeys.Token, call func() error, lines ...string) {
+	t.Helper()
+	faulty.Tell(t, lines...)
+	done := make(chan error, 1)
+	go func() { done <- call() }()
+	select {
+	case err := <-done:
+		if !errors.Is(err, hsmkeys.ErrUnavailable) {
+			t.Errorf("%v", err)
+		}
+	case <-time.After(time.Minute):
+		t.Error("it was not given up within a minute")
+	}
+	faulty.Tell(t)
+	var h hsmkeys.Health
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+		if h = token.Health(); h.Hung == 0 && h.Cause == nil {
+			return
+		}
+	}
+	t.Fatalf("the token does not come back: %+v", h)
+}
+
+// A call that was given up goes on, and writes nothing that its caller has: the race detector sees it otherwise.
+func TestGivenUp(t *testing.T) {
+	ctx := t.Context()
+	operator, _ := newOperator(t)
+	must[bool](t)(operator.EnsureTransportKey(ctx))
+	transport := must[*rsa.PublicKey](t)(operator.TransportPublicKey(ctx))
+	kek := hsmkeys.Key{Role: hsmkeys.RoleKEK, Manufacturer: "m", Name: "op"}
+	tok := softhsmtest.Token(t)
+	must[bool](t)(hsmkeys.MakeKEK(ctx, faulty.URI(tok.URI), "file:"+tok.SOPINFile, kek, transport))
+	factory := open(t, tok.URI)
+	injection := hsmkeys.Key{Role: hsmkeys.RoleInjection, Manufacturer: "m"}
+	must[bool](t)(factory.EnsureInjectionKey(ctx, injection))
+	signing := hsmkeys.Key{Role: hsmkeys.RoleSigning}
+	must[bool](t)(factory.EnsureSigningKey(ctx, signing))
+	signer, err := factory.Signer(signing)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lot := hsmkeys.Key{Role: hsmkeys.RoleLot, Manufacturer: "m", Name: "L1"}
+	pub, _, err := factory.EnsureLotKey(ctx, lot, 2048, hsmkeys.PrimesAuto)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wrapped := must[[]byte](t)(factory.WrapLotKey(ctx, lot, kek))
+	if err := operator.UnwrapKEK(ctx, kek, must[[]byte](t)(factory.WrapKEK(ctx, kek))); err != nil {
+		t.Fatal(err)
+	}
+	must[bool](t)(operator.UnwrapLotKey(ctx, lot, kek, wrapped, pub))
+	device := must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
+	payload := hsmkeys.Payload{Suite: kme.SuiteECDSA, Lot: lot, N: pub, Device: &device.PublicKey, Bytes: make([]byte, 256)}
+	sealed := must[*hsmkeys.Opened](t)(operator.OpenPayload(ctx, payload)).Sealed
+	none := hsmkeys.Key{Role: hsmkeys.RoleLot, Name: "never made"}
+
+	// Long enough for what hangs nowhere, and what does is given up soon.
+	operator.SetHangTimeout(300 * time.Millisecond)
+	factory.SetHangTimeout(300 * time.Millisecond)
+	for _, c := range []struct {
+		name, hangs string
+		token       *hsmkeys.Token
+		call        func() error
+	}{
+		{"OpenPayload", "C_Decrypt", operator, func() error { _, err := operator.OpenPayload(ctx, payload); return err }},
+		{"ExportKME", "C_Decrypt", operator, func() error { _, err := operator.ExportKME(ctx, payload); return err }},
+		{"EncryptRANDs", "C_UnwrapKey", operator, func() error { _, err := operator.EncryptRANDs(ctx, sealed, make([]hsmkeys.RAND, 1)); return err }},
+		{"DecryptRAND", "C_UnwrapKey", operator, func() error { _, err := operator.DecryptRAND(ctx, sealed, [16]byte{}); return err }},
+		{"Has", "C_FindObjects", operator, func() error { _, err := operator.Has(ctx, none); return err }},
+		{"TransportPublicKey", "C_GetAttributeValue", operator, func() error { _, err := operator.TransportPublicKey(ctx); return err }},
+		{"UnwrapLotKey", "C_UnwrapKey", operator, func() error {
+			k := lot
+			k.Name = "L2"
+			_, err := operator.UnwrapLotKey(ctx, k, kek, wrapped, pub)
+			return err
+		}},
+		{"DoctorOperator, mechanisms", "C_GetMechanismInfo", operator, func() error { _, err := operator.DoctorOperator(ctx); return err }},
+		{"DoctorOperator, policies", "C_GenerateKeyPair", operator, func() error { _, err := operator.DoctorOperator(ctx); return err }},
+		{"EnsureSigningKey", "C_GenerateKeyPair", factory, func() error { _, err := factory.EnsureSigningKey(ctx, none); return err }},
+		{"MakeDeviceKey", "C_WrapKey", factory, func() error { _, _, err := factory.MakeDeviceKey(ctx, kme.SuiteECDSA, injection); return err }},
+		{"LotKeySealed", "C_GetAttributeValue", factory, func() error { _, err := factory.LotKeySealed(ctx, lot); return err }},
+		{"WrapLotKey", "C_WrapKey", factory, func() error { _, err := factory.WrapLotKey(ctx, lot, kek); return err }},
+		{"WrapKEK", "C_WrapKey", factory, func() error { _, err := factory.WrapKEK(ctx, kek); return err }},
+		{"WrapInjectionKey", "C_WrapKey", factory, func() error { _, err := factory.WrapInjectionKey(ctx, injection, transport); return err }},
+		{"Sign", "C_Sign", factory, func() error { _, err := signer.Sign(rand.Reader, make([]byte, 32), nil); return err }},
+		{"Signer", "C_FindObjects", factory, func() error { _, err := factory.Signer(signing); return err }},
+	} {
+		t.Run(c.name, func(t *testing.T) { givenUp(t, c.token, c.call, c.hangs+" hang") })
+	}
+}
+
+// A token that fails, and then hangs when it is asked for a new session, holds up its callers no longer than any other that
+// hangs.
+func TestHangBehindAFailure(t *testing.T) {
+	token, _ := newOperator(t)
+	for range token.Sessions() { // all are open: one after the other gets its turn
+		if err := token.Ping(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	token.SetHangTimeout(300 * time.Millisecond)
+	givenUp(t, token, func() error { return token.Ping(t.Context()) }, "C_Sign 0x5", "C_OpenSession hang")
+	back(t, token)
+}
+
+// A handle that a call finds which was given up is nobody's: the key may have gone meanwhile, and the handle be another's.
+func TestGivenUpHandle(t *testing.T) {
+	maker, tok := newOperator(t)
+	lot := hsmkeys.Key{Role: hsmkeys.RoleLot, Name: "L1"}
+	if _, _, err := maker.EnsureLotKey(t.Context(), lot, 2048, hsmkeys.PrimesAuto); err != nil {
+		t.Fatal(err)
+	}
+	token := open(t, tok.URI) // which has not looked for it yet
+	token.SetHangTimeout(300 * time.Millisecond)
+	givenUp(t, token, func() error {
+		_, err := token.Has(t.Context(), lot)
+		back(t, token)
+		if err := token.RemoveLotKey(t.Context(), lot); err != nil {
+			t.Error(err)
+		}
+		return err
+	}, "C_FindObjectsFinal hang-once 2")
+	if has, err := token.Has(t.Context(), lot); has || err != nil {
+		t.Errorf("a key that was removed is there: %v, %v", has, err)
+	}
+}

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# usage: scripts/step.sh [-q [-n TOTAL]] WHAT COMMAND...
+# Runs a command, and says on standard error what it is for, and every ten seconds for how long it has run and which
+# programs it runs now. With -q the command's own output is shown only if it fails; until then its last line tells how
+# far it is, and with -n which line of how many that is.
+set -euo pipefail
+log='' total=''
+while getopts qn: option; do
+	case $option in
+	q) log=$(mktemp) && trap 'rm -f "$log"' EXIT ;;
+	n) total=$OPTARG ;;
+	*) exit 2 ;;
+	esac
+done
+shift $((OPTIND - 1))
+what=$1
+shift
+
+# programs names the children of the command, which is the child of this script that the caller is not.
+programs() {
+	local command child
+	for command in $(<"/proc/$$/task/$$/children"); do
+		[ "$command" = "$1" ] || cat "/proc/$command/task/"*/children
+	done 2>/dev/null | tr ' ' '\n' | while read -r child; do cat "/proc/$child/comm"; done 2>/dev/null |
+		sort -u | paste -sd ' ' || true
+}
+
+# tick speaks until its standard input ends: nobody writes to it, and only this script holds its other end.
+tick() {
+	local status progress self=$BASHPID
+	while read -r -t 10; status=$?; [ $status -gt 128 ]; do
+		if [ -n "$log" ]; then
+			progress=${total:+$(wc -l <"$log") of $total, }$(tail -n 1 "$log")
+		else
+			progress=$(programs "$self")
+		fi
+		printf '%s: %d s%s\n' "$what" $SECONDS "${progress:+, $progress}" >&2
+	done
+}
+
+printf '%s\n' "$what" >&2
+exec {ticks}> >(tick)
+status=0
+if [ -z "$log" ]; then
+	"$@" {ticks}>&- || status=$?
+else
+	"$@" >"$log" 2>&1 {ticks}>&- || status=$?
+	[ $status -eq 0 ] || cat "$log" >&2
+fi
+exec {ticks}>&-
+wait $!
+exit $status
