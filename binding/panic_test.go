@@ -6,7 +6,6 @@ import (
 	"testing"
 
 	"github.com/kmehsm/kmehsm/binding"
-	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/panics"
 )
 
