@@ -14,7 +14,7 @@ PROTOC_GEN_CONNECT_GO := connectrpc.com/connect/cmd/protoc-gen-connect-go@v1.21.
 # A target's prerequisites come in their order also under make -j: the tools are installed before they are used.
 .NOTPARALLEL:
 DEPS := deps-build deps-demo deps-plugin deps-check deps-test deps-generate
-.PHONY: help build demo plugin vaultdev check test soak bench benchstat lint fuzz fuzz-plugin generate clean $(DEPS)
+.PHONY: help build demo plugin vaultdev check test flaky soak bench benchstat lint fuzz fuzz-plugin generate clean $(DEPS)
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,11 +52,14 @@ ROOT_ONLY := $(if $(filter-out 0,$(shell id -u)),|OpenCryptoki)
 
 check: lint deps-check ## lint, and the tests that need no Vault, PostgreSQL, browser or Diameter
 	@$(if $(ROOT_ONLY),echo 'TestDoctorOnOpenCryptoki is left out: only root can run it')
-	@scripts/step.sh 'tests without servers' go test -race -skip '$(SERVERS)$(ROOT_ONLY)' ./...
+	@scripts/step.sh 'tests without servers' scripts/leaves-nothing.sh go test -race -skip '$(SERVERS)$(ROOT_ONLY)' ./...
 
 test: check deps-test vaultdev ## what CI runs: check, and the other tests
-	@scripts/step.sh 'tests with Vault, PostgreSQL, a browser and Diameter' go test -race -run '$(SERVERS)' $(SERVER_PACKAGES)
+	@scripts/step.sh 'tests with Vault, PostgreSQL, a browser and Diameter' scripts/leaves-nothing.sh go test -race -run '$(SERVERS)' $(SERVER_PACKAGES)
 	$(MAKE) fuzz-plugin PLUGIN_FUZZ='-seed=1 -runs=1000000' # always the same inputs
+
+flaky: deps-test vaultdev ## the tests N=20 times with every core busy, and once with GOMAXPROCS=1: logs of failed runs in var/flaky
+	N=$(or $(N),20) scripts/flaky.sh
 
 soak: deps-test vaultdev ## 200 random kill -9 of factory and Vault over a lot of 20,000 devices; 200 of keysvc and PostgreSQL; an HSM away for 10 s
 	KMEHSM_SOAK=1 go test -count=1 -timeout 60m -run KilledWhilePublishing -v ./internal/proof

@@ -28,6 +28,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/faultmodule"
 	"github.com/kmehsm/kmehsm/internal/programs"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
 func TestMain(m *testing.M) { programs.Main(m) }
@@ -35,7 +36,7 @@ func TestMain(m *testing.M) { programs.Main(m) }
 // Each script begins with tokens and keys of its own: factory, factory2 and operator.
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
-		Dir: "testdata/script", RequireExplicitExec: true,
+		Dir: "testdata/script", RequireExplicitExec: true, WorkdirRoot: t.TempDir(), // its own stays where not all scripts run
 		Setup: func(env *testscript.Env) error {
 			tb := env.T().(testing.TB)
 			dir := filepath.Join(env.WorkDir, "softhsm")
@@ -94,14 +95,13 @@ func ready(ts *testscript.TestScript, _ bool, args []string) {
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", ts.MkAbs(args[0]))
 	}}}
-	for range 500 {
+	for deadline := time.Now().Add(testproc.Patience); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
 		if r, err := client.Get("http://keysvc/readyz"); err == nil {
 			r.Body.Close()
 			if r.StatusCode == http.StatusOK {
 				return
 			}
 		}
-		time.Sleep(20 * time.Millisecond)
 	}
 	ts.Fatalf("%s does not become ready", args[0])
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/miekg/pkcs11"
 
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
 // withKeys is a token with storage and ledger keys of known values, as a copy has them.
@@ -135,15 +136,14 @@ func TestGroupLosesAToken(t *testing.T) {
 			}
 		})
 	}
-	time.Sleep(100 * time.Millisecond)
+	for done.Load() < 100 && !t.Failed() {
+		time.Sleep(time.Millisecond)
+	}
 	if err := os.Rename(folder, folder+".away"); err != nil {
 		t.Fatal(err)
 	}
 	before := done.Load()
-	for range 100 {
-		if g.tokens[1].Health().Cause != nil {
-			break
-		}
+	for deadline := time.Now().Add(testproc.Patience); g.tokens[1].Health().Cause == nil && time.Now().Before(deadline); {
 		time.Sleep(20 * time.Millisecond)
 	}
 	away := g.tokens[1].Health().Cause
@@ -151,17 +151,17 @@ func TestGroupLosesAToken(t *testing.T) {
 	if err := os.Rename(folder+".away", folder); err != nil {
 		t.Fatal(err)
 	}
-	back := func() bool {
-		uses := g.tokens[1].uses.Load()
-		time.Sleep(200 * time.Millisecond)
-		return g.tokens[1].Health().Cause == nil && g.tokens[1].uses.Load() > uses+20
-	}
-	for range 25 {
-		if back() {
-			break
+	back := func(deadline time.Time) bool {
+		for uses := g.tokens[1].uses.Load(); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+			if g.tokens[1].Health().Cause != nil {
+				uses = g.tokens[1].uses.Load()
+			} else if g.tokens[1].uses.Load() > uses+20 {
+				return true
+			}
 		}
+		return false
 	}
-	if !back() {
+	if !back(time.Now().Add(testproc.Patience)) {
 		t.Errorf("it is not back: %+v", g.tokens[1].Health())
 	}
 	stop()

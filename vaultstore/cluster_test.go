@@ -17,6 +17,7 @@ import (
 	"github.com/hashicorp/vault/api"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/internal/vaulttest"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -52,7 +53,7 @@ func TestVaultStandby(t *testing.T) {
 		}
 		return n
 	}
-	for deadline := time.Now().Add(time.Minute); voters() < 3; time.Sleep(200 * time.Millisecond) {
+	for deadline := time.Now().Add(testproc.Patience); voters() < 3; time.Sleep(200 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("the nodes that joined have no vote")
 		}
@@ -63,7 +64,7 @@ func TestVaultStandby(t *testing.T) {
 		path := directory.ShardPath("L1", i)
 		// A run ends while there is no leader for longer than the tries last, and is started again.
 		err := store.Create(t.Context(), path, []byte(path))
-		for deadline := time.Now().Add(time.Minute); err != nil && time.Now().Before(deadline); {
+		for deadline := time.Now().Add(testproc.Patience); err != nil && time.Now().Before(deadline); {
 			err = store.Create(t.Context(), path, []byte(path))
 		}
 		if err != nil {

@@ -26,6 +26,7 @@ import (
 	"github.com/kmehsm/kmehsm/factory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -176,7 +177,7 @@ func TestOverdue(t *testing.T) {
 	defer func() { d.Close() }()
 	overdue := func(n int) {
 		t.Helper()
-		for range 200 {
+		for deadline := time.Now().Add(testproc.Patience); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
 			var have int
 			if err := d.read.QueryRow("SELECT count(*) FROM device WHERE state = 'overdue'").Scan(&have); err != nil {
 				t.Fatal(err)
@@ -184,7 +185,6 @@ func TestOverdue(t *testing.T) {
 			if have == n {
 				return
 			}
-			time.Sleep(20 * time.Millisecond)
 		}
 		t.Fatalf("there are not %d devices overdue", n)
 	}

@@ -42,7 +42,7 @@ func givenUp(t *testing.T, token *hsmkeys.Token, call func() error, lines ...str
 // A call that was given up goes on, and writes nothing that its caller has: the race detector sees it otherwise.
 func TestGivenUp(t *testing.T) {
 	ctx := t.Context()
-	operator, _ := newOperator(t)
+	operator, _, _ := newOperator(t)
 	must[bool](t)(operator.EnsureTransportKey(ctx))
 	transport := must[*rsa.PublicKey](t)(operator.TransportPublicKey(ctx))
 	kek := hsmkeys.Key{Role: hsmkeys.RoleKEK, Manufacturer: "m", Name: "op"}
@@ -110,7 +110,7 @@ func TestGivenUp(t *testing.T) {
 // A token that fails, and then hangs when it is asked for a new session, holds up its callers no longer than any other that
 // hangs.
 func TestHangBehindAFailure(t *testing.T) {
-	token, _ := newOperator(t)
+	token, _, opening := newOperator(t)
 	for range token.Sessions() { // all are open: one after the other gets its turn
 		if err := token.Ping(t.Context()); err != nil {
 			t.Fatal(err)
@@ -118,12 +118,12 @@ func TestHangBehindAFailure(t *testing.T) {
 	}
 	token.SetHangTimeout(300 * time.Millisecond)
 	givenUp(t, token, func() error { return token.Ping(t.Context()) }, "C_Sign 0x5", "C_OpenSession hang")
-	back(t, token)
+	back(t, token, opening)
 }
 
 // A handle that a call finds which was given up is nobody's: the key may have gone meanwhile, and the handle be another's.
 func TestGivenUpHandle(t *testing.T) {
-	maker, tok := newOperator(t)
+	maker, tok, opening := newOperator(t)
 	lot := hsmkeys.Key{Role: hsmkeys.RoleLot, Name: "L1"}
 	if _, _, err := maker.EnsureLotKey(t.Context(), lot, 2048, hsmkeys.PrimesAuto); err != nil {
 		t.Fatal(err)
@@ -132,7 +132,7 @@ func TestGivenUpHandle(t *testing.T) {
 	token.SetHangTimeout(300 * time.Millisecond)
 	givenUp(t, token, func() error {
 		_, err := token.Has(t.Context(), lot)
-		back(t, token)
+		back(t, token, opening)
 		if err := token.RemoveLotKey(t.Context(), lot); err != nil {
 			t.Error(err)
 		}

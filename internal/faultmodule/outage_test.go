@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -12,34 +13,45 @@ import (
 
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
-func newOperator(t *testing.T) (*hsmkeys.Token, softhsmtest.Tok) {
+// newOperator opens a new token, with its keys, and says how long the opening took.
+func newOperator(t *testing.T) (token *hsmkeys.Token, tok softhsmtest.Tok, opening time.Duration) {
 	t.Helper()
-	tok := softhsmtest.Token(t)
-	token := open(t, tok.URI)
+	tok = softhsmtest.Token(t)
+	start := time.Now()
+	token = open(t, tok.URI)
+	opening = time.Since(start)
 	must[bool](t)(token.EnsureStorageKey(t.Context()))
 	must[bool](t)(token.EnsureLedgerKey(t.Context()))
-	return token, tok
+	return token, tok, opening
 }
 
-// back waits until the token works again, and says how long that took.
-func back(t *testing.T, token *hsmkeys.Token) time.Duration {
+// await waits until ok.
+func await(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(testproc.Patience); !ok(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: not within %s", what, testproc.Patience)
+		}
+	}
+}
+
+// back waits until the token works again. It tries once a second at least, and then the token may take as long as to be opened.
+func back(t *testing.T, token *hsmkeys.Token, opening time.Duration) {
 	t.Helper()
 	start := time.Now()
-	for token.Ping(t.Context()) != nil {
-		if time.Since(start) > 10*time.Second {
-			t.Fatalf("the token does not come back: %v", token.Health().Cause)
-		}
-		time.Sleep(time.Millisecond)
+	await(t, "the token's return", func() bool { return token.Ping(t.Context()) == nil })
+	if took := time.Since(start); took > 2*time.Second+10*opening {
+		t.Errorf("it was back after %s; to open it takes %s", took, opening)
 	}
-	return time.Since(start)
 }
 
-// Whatever a token says when it goes, calls are answered at once while it is away, none hangs, and it is back within two seconds of its
+// Whatever a token says when it goes, calls are answered at once while it is away, none hangs, and it is back soon after its
 // return, without anybody's help.
 func TestOutage(t *testing.T) {
-	token, _ := newOperator(t)
+	token, _, opening := newOperator(t)
 	away := 1500 * time.Millisecond
 	if os.Getenv("KMEHSM_SOAK") != "" {
 		away = 10 * time.Second
@@ -54,7 +66,9 @@ func TestOutage(t *testing.T) {
 		{"CKR_GENERAL_ERROR", "* 0x5"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			var worst, slow, answered, worked atomic.Int64
+			var mu sync.Mutex
+			var working, refused []time.Duration // guarded by mu; how long the calls take
+			var worked atomic.Int64
 			ctx, stop := context.WithCancel(t.Context())
 			var load sync.WaitGroup
 			for range 8 {
@@ -62,51 +76,53 @@ func TestOutage(t *testing.T) {
 					for ctx.Err() == nil {
 						start := time.Now()
 						err := token.Ping(context.Background())
-						if took := int64(time.Since(start)); errors.Is(err, hsmkeys.ErrUnavailable) {
-							answered.Add(1)
-							if took > int64(50*time.Millisecond) {
-								slow.Add(1)
-							}
-							for old := worst.Load(); took > old && !worst.CompareAndSwap(old, took); old = worst.Load() {
-							}
-							time.Sleep(time.Millisecond)
-						} else if err == nil {
+						took := time.Since(start)
+						mu.Lock()
+						if err == nil {
+							working = append(working, took)
+						} else if errors.Is(err, hsmkeys.ErrUnavailable) {
+							refused = append(refused, took)
+						}
+						mu.Unlock()
+						if err == nil {
 							worked.Add(1)
+						} else {
+							time.Sleep(time.Millisecond)
 						}
 					}
 				})
 			}
-			time.Sleep(100 * time.Millisecond)
-			before := worked.Load()
+			await(t, "the load", func() bool { return worked.Load() > 1000 })
 			faulty.Tell(t, c.tell)
 			time.Sleep(away)
 			faulty.Tell(t)
-			took := back(t, token)
+			back(t, token, opening)
 			after := worked.Load()
-			time.Sleep(100 * time.Millisecond)
+			await(t, "the load, after its return", func() bool { return worked.Load() > after })
 			stop()
 			load.Wait()
-			if before == 0 || answered.Load() == 0 || worked.Load() == after {
-				t.Errorf("worked %d times before, %d answers while it was away, %d after", before, answered.Load(), worked.Load()-after)
+			slices.Sort(working)
+			slices.Sort(refused)
+			if len(refused) == 0 {
+				t.Fatal("no call was refused while it was away")
 			}
-			if 1000*slow.Load() > answered.Load() { // the machine is not ours alone
-				t.Errorf("%d of %d answers took more than 50 ms, the slowest %s", slow.Load(), answered.Load(), time.Duration(worst.Load()))
-			}
-			if took > 2*time.Second {
-				t.Errorf("it was back after %s", took)
+			most, worst, usual := refused[len(refused)*9/10], refused[len(refused)-1], working[len(working)/2]
+			t.Logf("%d calls were refused: nine of ten within %s, the slowest after %s; one that works takes %s", len(refused), most, worst, usual)
+			if most > 5*usual || worst > away {
+				t.Errorf("nine of ten refusals take %s and the slowest %s, a call that works %s; the token was away for %s", most, worst, usual, away)
 			}
 			if h := token.Health(); h.Cause != nil || h.Hung != 0 || h.Reopened == 0 {
 				t.Errorf("%+v", h)
 			}
-			t.Logf("%d answers while it was away, the slowest after %s; back after %s", answered.Load(), time.Duration(worst.Load()).Round(time.Microsecond), took.Round(time.Millisecond))
 		})
 	}
 }
 
 // A call that hangs in the module is given up, and the process goes on; when it comes back, nothing is left of it.
 func TestHang(t *testing.T) {
-	token, _ := newOperator(t)
-	token.SetHangTimeout(300 * time.Millisecond)
+	token, _, opening := newOperator(t)
+	const given = 300 * time.Millisecond
+	token.SetHangTimeout(given)
 	faulty.Tell(t, "C_Sign hang")
 	start := time.Now()
 	var all sync.WaitGroup
@@ -118,40 +134,30 @@ func TestHang(t *testing.T) {
 		})
 	}
 	all.Wait()
-	if took := time.Since(start); took > time.Second {
+	if took := time.Since(start); took > 10*given {
 		t.Errorf("given up after %s", took)
 	}
 	if h := token.Health(); h.Hung == 0 || h.Cause == nil {
 		t.Errorf("%+v", h)
 	}
 	start = time.Now()
-	if err := token.Ping(t.Context()); !errors.Is(err, hsmkeys.ErrUnavailable) || time.Since(start) > 50*time.Millisecond {
+	if err := token.Ping(t.Context()); !errors.Is(err, hsmkeys.ErrUnavailable) || time.Since(start) > given {
 		t.Errorf("%v after %s", err, time.Since(start))
 	}
 	faulty.Tell(t)
-	if took := back(t, token); took > 2*time.Second {
-		t.Errorf("back after %s", took)
-	}
-	for range 100 {
-		if token.Health().Hung == 0 {
-			break
-		}
-		time.Sleep(20 * time.Millisecond)
-	}
-	if h := token.Health(); h.Hung != 0 {
-		t.Errorf("%+v", h)
-	}
+	back(t, token, opening)
+	await(t, "the end of the calls that hung", func() bool { return token.Health().Hung == 0 })
 }
 
 // One call that hangs takes its session with it, and nothing else.
 func TestHangOfOne(t *testing.T) {
-	token, _ := newOperator(t)
+	token, _, opening := newOperator(t)
 	token.SetHangTimeout(300 * time.Millisecond)
 	faulty.Tell(t, "C_Sign hang-once 1")
 	if err := token.Ping(t.Context()); !errors.Is(err, hsmkeys.ErrUnavailable) {
 		t.Errorf("%v", err)
 	}
-	back(t, token)
+	back(t, token, opening)
 	if h := token.Health(); h.Hung != 1 {
 		t.Errorf("%+v", h)
 	}
@@ -165,18 +171,12 @@ func TestHangOfOne(t *testing.T) {
 	}
 	all.Wait()
 	faulty.Tell(t)
-	for range 100 {
-		if token.Health().Hung == 0 {
-			return
-		}
-		time.Sleep(20 * time.Millisecond)
-	}
-	t.Errorf("%+v", token.Health())
+	await(t, "the end of the call that hung", func() bool { return token.Health().Hung == 0 })
 }
 
 // A PIN that the token refuses is tried once, and never again: the token would lock.
 func TestRefusedPIN(t *testing.T) {
-	token, tok := newOperator(t)
+	token, tok, _ := newOperator(t)
 	good := must[[]byte](t)(os.ReadFile(tok.PINFile))
 	if err := os.WriteFile(tok.PINFile, []byte("87654321"), 0o600); err != nil {
 		t.Fatal(err)
@@ -185,6 +185,7 @@ func TestRefusedPIN(t *testing.T) {
 	faulty.Tell(t, "* removed")
 	token.Ping(t.Context())
 	faulty.Tell(t)
+	await(t, "C_Login", func() bool { return faulty.Counts()["C_Login"] > before })
 	time.Sleep(3 * time.Second)
 	if n := faulty.Counts()["C_Login"] - before; n != 1 {
 		t.Errorf("C_Login was called %d times", n)

@@ -7,43 +7,38 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
 // A remote serves a token over a socket, as p11-kit does (PKCS #11 by remote procedure calls).
 type remote struct {
 	socket, token string
-	cmd           *exec.Cmd
+	process       *testproc.Process
 }
 
 func (r *remote) start(t *testing.T) {
 	t.Helper()
 	os.Remove(r.socket)
-	r.cmd = exec.Command("p11-kit", "server", "--foreground", "--name", r.socket, "--provider", softhsmtest.ModulePath(), r.token)
-	r.cmd.Env = append(os.Environ(), "XDG_RUNTIME_DIR="+filepath.Dir(r.socket))
-	r.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // a process for each connection
-	if err := r.cmd.Start(); err != nil {
+	path, err := exec.LookPath("p11-kit")
+	if err != nil {
 		t.Fatalf("%v: scripts/deps.sh test installs it", err)
 	}
-	for range 500 {
-		if c, err := net.Dial("unix", r.socket); err == nil {
+	cmd := exec.Command(path, "server", "--foreground", "--name", r.socket, "--provider", softhsmtest.ModulePath(), r.token)
+	cmd.Env = append(os.Environ(), "XDG_RUNTIME_DIR="+filepath.Dir(r.socket))
+	r.process = testproc.Start(t, cmd, func(*testproc.Process) bool {
+		c, err := net.Dial("unix", r.socket)
+		if err == nil {
 			c.Close()
-			return
 		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	t.Fatal("p11-kit server does not start")
-}
-
-func (r *remote) kill() {
-	syscall.Kill(-r.cmd.Process.Pid, syscall.SIGKILL)
-	r.cmd.Wait()
+		return err == nil
+	})
 }
 
 // A token in another process, whose server is killed and comes back: decryption goes on by itself. (p11-kit passes no AES wrapping, so it
@@ -58,51 +53,47 @@ func TestRemoteKilled(t *testing.T) {
 	label, _, _ := strings.Cut(strings.TrimPrefix(tok.URI, "pkcs11:"), "?")
 	r := &remote{socket: filepath.Join(t.TempDir(), "s"), token: "pkcs11:" + label}
 	r.start(t)
-	defer func() { r.kill() }()
 	t.Setenv("P11_KIT_SERVER_ADDRESS", "unix:path="+r.socket)
+	begin := time.Now()
 	token := must[*hsmkeys.Token](t)(hsmkeys.Open(t.Context(), "pkcs11:"+label+"?module-path="+url.PathEscape(module[0])+"&pin-source=file:"+tok.PINFile))
+	opening := time.Since(begin)
 	defer token.Close()
 	pub, _, err := token.EnsureLotKey(t.Context(), lot, 2048, hsmkeys.PrimesAuto)
 	if err != nil {
 		t.Fatal(err)
 	}
 	prove := func() error { return token.ProveLotKey(t.Context(), lot, pub) }
+	start := time.Now()
 	if err := prove(); err != nil {
 		t.Fatal(err)
 	}
+	usual := time.Since(start)
 	away := time.Second
 	if os.Getenv("KMEHSM_SOAK") != "" {
 		away = 10 * time.Second
 	}
 	for round := range 3 {
-		r.kill()
+		r.process.Kill()
 		if err := prove(); err == nil {
 			t.Fatal("a token whose server was killed decrypts")
 		}
-		var worst time.Duration
-		slow := 0
+		var refused []time.Duration
 		for end := time.Now().Add(away); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
 			start := time.Now()
 			if err := prove(); !errors.Is(err, hsmkeys.ErrUnavailable) {
 				t.Fatalf("while it is away: %v", err)
 			}
-			took := time.Since(start)
-			if worst = max(worst, took); took > 50*time.Millisecond {
-				slow++
-			}
+			refused = append(refused, time.Since(start))
 		}
 		r.start(t)
 		start := time.Now()
-		for prove() != nil {
-			if time.Since(start) > 5*time.Second {
-				t.Fatalf("it does not come back: %v", token.Health().Cause)
-			}
-			time.Sleep(time.Millisecond)
-		}
+		await(t, "its return", func() bool { return prove() == nil })
 		took := time.Since(start)
-		t.Logf("round %d: the slowest answer after %s, back after %s", round, worst.Round(time.Microsecond), took.Round(time.Millisecond))
-		if slow > 1 || took > 2*time.Second {
-			t.Errorf("the slowest answer after %s, back after %s", worst, took)
+		slices.Sort(refused)
+		most := refused[len(refused)*9/10]
+		t.Logf("round %d: nine of ten were refused within %s, one that works takes %s; back after %s, to open it takes %s", round, most, usual, took, opening)
+		if most > usual || took > 2*time.Second+10*opening {
+			t.Errorf("nine of ten were refused within %s, one that works takes %s; back after %s, to open it takes %s", most, usual, took, opening)
 		}
 	}
 }

@@ -2,7 +2,6 @@
 package pgtest
 
 import (
-	"context"
 	"database/sql"
 	"errors"
 	"fmt"
@@ -19,13 +18,15 @@ import (
 	"time"
 
 	_ "github.com/jackc/pgx/v5/stdlib" // the driver
+	"golang.org/x/sys/unix"
+
+	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
 // A Server is one that runs.
 type Server struct {
 	dir, port string
-	cmd       *exec.Cmd
-	ended     chan struct{} // closed when cmd has
+	process   *testproc.Process
 	databases atomic.Int64
 }
 
@@ -56,58 +57,48 @@ func Start(t testing.TB) *Server {
 		t.Fatalf("initdb: %v\n%s", err, out)
 	}
 	s.Run(t)
-	t.Cleanup(func() { s.Kill() })
+	t.Cleanup(func() { s.process.Stop(syscall.SIGQUIT) }) // it removes its System V shared memory
 	return s
 }
 
 // Run starts the server, again after Kill, and waits until it answers.
 func (s *Server) Run(t testing.TB) {
 	t.Helper()
-	log, err := os.OpenFile(filepath.Join(s.dir, "log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer log.Close()
 	db, err := sql.Open("pgx", s.url("postgres"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer db.Close()
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-	defer cancel()
-	for s.cmd = nil; ; time.Sleep(20 * time.Millisecond) {
-		if s.cmd == nil || !s.alive() { // after Kill its children end a little later, and until then it does not start
-			s.cmd = s.command(t, "postgres", "-D", s.dir, "-p", s.port, "-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-c", "max_connections=200")
-			s.cmd.Stdout, s.cmd.Stderr = log, log
-			if err := s.cmd.Start(); err != nil {
+	s.process = testproc.Start(t, s.command(t, "postgres", "-D", s.dir, "-p", s.port, "-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=",
+		"-c", "max_connections=200", "-c", "dynamic_shared_memory_type=mmap"), func(*testproc.Process) bool { return db.PingContext(t.Context()) == nil })
+}
+
+// Kill ends the server at once, as kill -9 does. It waits until the processes of its connections have seen that, and removes what
+// they shared: while one of them has it, the server does not start again.
+func (s *Server) Kill(t testing.TB) {
+	t.Helper()
+	lines, err := os.ReadFile(filepath.Join(s.dir, "postmaster.pid"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var key, id int
+	if _, err := fmt.Sscan(strings.Split(string(lines), "\n")[6], &key, &id); err != nil { // of its System V shared memory
+		t.Fatalf("postmaster.pid: %v\n%s", err, lines)
+	}
+	s.process.Kill()
+	for deadline := time.Now().Add(testproc.Patience); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		var memory unix.SysvShmDesc
+		if _, err := unix.SysvShmCtl(id, unix.IPC_STAT, &memory); err != nil {
+			t.Fatal(err)
+		}
+		if memory.Nattch == 0 {
+			if _, err := unix.SysvShmCtl(id, unix.IPC_RMID, nil); err != nil {
 				t.Fatal(err)
 			}
-			s.ended = make(chan struct{})
-			go func(cmd *exec.Cmd, ended chan struct{}) { cmd.Wait(); close(ended) }(s.cmd, s.ended)
-		}
-		if db.PingContext(ctx) == nil {
 			return
 		}
-		if ctx.Err() != nil {
-			out, _ := os.ReadFile(filepath.Join(s.dir, "log"))
-			t.Fatalf("PostgreSQL does not start:\n%s", out)
-		}
 	}
-}
-
-func (s *Server) alive() bool {
-	select {
-	case <-s.ended:
-		return false
-	default:
-		return true
-	}
-}
-
-// Kill ends the server at once, as kill -9 does; its processes end when they see it.
-func (s *Server) Kill() {
-	syscall.Kill(-s.cmd.Process.Pid, syscall.SIGKILL)
-	<-s.ended
+	t.Fatal("a connection of a killed PostgreSQL does not end")
 }
 
 // Database makes an empty database, and gives its connection string.
@@ -129,7 +120,7 @@ func (s *Server) url(database string) string {
 	return fmt.Sprintf("postgres://postgres@127.0.0.1:%s/%s?connect_timeout=2", s.port, database)
 }
 
-// command is one of PostgreSQL's programs, in a process group of its own, as a user that it accepts: not as root.
+// command is one of PostgreSQL's programs, as a user that it accepts: not as root.
 func (s *Server) command(t testing.TB, program string, args ...string) *exec.Cmd {
 	t.Helper()
 	path, err := exec.LookPath(program)
@@ -142,7 +133,7 @@ func (s *Server) command(t testing.TB, program string, args ...string) *exec.Cmd
 	}
 	cmd := exec.Command(path, args...)
 	cmd.Dir = s.dir
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Credential: credential(t)}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: credential(t)}
 	return cmd
 }
 

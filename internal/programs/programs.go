@@ -9,14 +9,16 @@ import (
 	"strings"
 	"sync"
 	"testing"
+
+	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
 // Main runs the tests, and removes what Dir has made.
 func Main(m *testing.M) {
-	os.Exit(func() int {
+	testproc.Main(func() int {
 		defer func() { os.RemoveAll(dir) }()
 		return m.Run()
-	}())
+	})
 }
 
 // Dir is the folder of the programs, which are built at the first call.

@@ -31,13 +31,13 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/tink-crypto/tink-go/v2/kwp/subtle"
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/programs"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -145,41 +145,26 @@ func (w *world) serve(f func(client *http.Client)) {
 		w.t.Fatal(err)
 	}
 	cmd := w.command(w.operator, "keysvc", "serve", "--config", "keysvc.yaml")
-	var log bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &log, &log
-	if err := cmd.Start(); err != nil {
-		w.t.Fatal(err)
-	}
 	client := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", w.path("s"))
 	}}}
-	stopped := false
-	stop := func() {
-		if stopped {
-			return
-		}
-		stopped = true
-		client.CloseIdleConnections()
-		cmd.Process.Signal(syscall.SIGTERM)
-		if err := cmd.Wait(); err != nil {
-			w.t.Errorf("keysvc serve: %v\n%s", err, log.String())
-		}
-		w.output.Write(log.Bytes())
-	}
-	defer stop()
-	for start := time.Now(); ; time.Sleep(20 * time.Millisecond) {
-		if r, err := client.Get("http://keysvc/readyz"); err == nil {
-			r.Body.Close()
-			if r.StatusCode == http.StatusOK {
-				break
-			}
-		}
-		if time.Since(start) > 20*time.Second {
-			w.t.Error("keysvc does not become ready")
-			return
-		}
-	}
+	service := testproc.Start(w.t, cmd, func(*testproc.Process) bool { return ready(client) })
 	f(client)
+	client.CloseIdleConnections()
+	if err := service.Stop(syscall.SIGTERM); err != nil {
+		w.t.Errorf("keysvc serve: %v\n%s", err, service.Log)
+	}
+	w.output.WriteString(service.Log.String())
+}
+
+// ready says whether a service is.
+func ready(client *http.Client) bool {
+	r, err := client.Get("http://keysvc/readyz")
+	if err != nil {
+		return false
+	}
+	r.Body.Close()
+	return r.StatusCode == http.StatusOK
 }
 
 // call makes one HTTP/JSON call.

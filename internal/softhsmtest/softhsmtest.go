@@ -19,6 +19,7 @@ import (
 	"testing"
 
 	"github.com/kmehsm/kmehsm/internal/scheduling"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
 // Tok is a token that nobody else uses.
@@ -40,7 +41,7 @@ var (
 	unused []Tok
 )
 
-// Main runs a package's tests with a number of tokens, t00 and up, and exits. It is for TestMain:
+// Main runs a package's tests below testproc's guard, with a number of tokens, t00 and up, and exits. It is for TestMain:
 //
 //	func TestMain(m *testing.M) { softhsmtest.Main(m, 8) }
 func Main(m *testing.M, tokens int) {
@@ -49,7 +50,7 @@ func Main(m *testing.M, tokens int) {
 
 // MainWith runs prepare before the tests, when the tokens are there.
 func MainWith(m *testing.M, tokens int, prepare func() error) {
-	os.Exit(run(m, tokens, prepare))
+	testproc.Main(func() int { return run(m, tokens, prepare) })
 }
 
 func run(m *testing.M, tokens int, prepare func() error) int {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"database/sql"
 	"errors"
+	"math"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -142,18 +143,22 @@ func TestCompany(t *testing.T) {
 		}
 		return commit
 	}
-	twenty := func() time.Duration {
-		start := time.Now()
-		for range 20 {
-			insert()
+	twenty := func() time.Duration { // at its fastest: other work meets some
+		best := time.Duration(math.MaxInt64)
+		for range 5 {
+			start := time.Now()
+			for range 20 {
+				insert()
+			}
+			best = min(best, time.Since(start))
 		}
-		return time.Since(start)
+		return best
 	}
 	alone := twenty()
 	write.Company(func() int { return 2 })
 	one := twenty()
 	write.Company(func() int { return 1000 })
-	if many := twenty(); many < 19*pause || one > alone+10*pause {
+	if many := twenty(); many < 19*pause || one > alone+many/2 {
 		t.Errorf("20 changes one after the other take %s; where one more may come, %s; where many may, %s", alone, one, many)
 	}
 	// The second of a company of four comes within the pause, if the machine is not too busy for that.

@@ -2,8 +2,6 @@
 package vaulttest
 
 import (
-	"bufio"
-	"bytes"
 	"encoding/json"
 	"errors"
 	"os"
@@ -12,10 +10,11 @@ import (
 	"runtime"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 
 	"github.com/hashicorp/vault/api"
+
+	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
 // A Server is a Vault.
@@ -24,8 +23,8 @@ type Server struct {
 	Root  string // a token that may do everything
 	Dir   string // the server's own folder; empty if it was there before
 	flags []string
-	cmd   *exec.Cmd
-	log   bytes.Buffer
+
+	process *testproc.Process
 }
 
 // Any is the server of VAULT_ADDR and VAULT_TOKEN, where they are set, else one as of Start. A test that takes any
@@ -75,7 +74,6 @@ func Start(t testing.TB, flags ...string) *Server {
 	t.Helper()
 	s := &Server{Dir: t.TempDir(), flags: flags}
 	s.start(t, "127.0.0.1:0")
-	t.Cleanup(func() { s.Kill() })
 	return s
 }
 
@@ -89,27 +87,12 @@ func (s *Server) start(t testing.TB, listen string, more ...string) {
 	if _, err := os.Stat(program); err != nil {
 		t.Fatal("there is no bin/vaultrun: run make vaultdev")
 	}
-	s.cmd = exec.Command(program, slices.Concat([]string{"-listen", listen, "-dir", s.Dir, "-log-level", "error"}, s.flags, more)...)
-	s.cmd.Stderr = &s.log
-	// The server must not outlive the tests, however they end.
-	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	out, err := s.cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	runtime.LockOSThread() // a parent's death is its thread's
-	err = s.cmd.Start()
-	runtime.UnlockOSThread()
-	if err != nil {
-		t.Fatal(err)
-	}
-	line, err := bufio.NewReader(out).ReadBytes('\n')
-	if err != nil {
-		s.cmd.Wait()
-		t.Fatalf("vaultrun: %v\n%s", err, s.log.String())
-	}
+	cmd := exec.Command(program, slices.Concat([]string{"-listen", listen, "-dir", s.Dir, "-log-level", "error"}, s.flags, more)...)
+	out := new(testproc.Log)
+	cmd.Stdout = out
+	s.process = testproc.Start(t, cmd, func(*testproc.Process) bool { return strings.Contains(out.String(), "\n") })
 	var said struct{ Address string }
-	if err := json.Unmarshal(line, &said); err != nil {
+	if err := json.Unmarshal([]byte(out.String()), &said); err != nil {
 		t.Fatal(err)
 	}
 	s.Addr = said.Address
@@ -133,10 +116,7 @@ func (s *Server) Join(t testing.TB) *Server {
 }
 
 // Kill ends the server as a loss of power would.
-func (s *Server) Kill() {
-	s.cmd.Process.Kill()
-	s.cmd.Wait()
-}
+func (s *Server) Kill() { s.process.Kill() }
 
 // Restart starts a killed server again at its address; sealed leaves it sealed.
 func (s *Server) Restart(t testing.TB, sealed bool) {

@@ -1,9 +1,9 @@
 // Command vaultrun starts a Vault server for tests and local work, initialises it once, and unseals it with a key that it
 // keeps beside the data: nothing of worth may depend on such a server.
 //
-// The server is the vault or bao on PATH, else bin/vaultdev, Vault built from its source. vaultrun becomes it, so that
-// who stops or kills this process stops or kills the server. The first line on standard output, once the server takes
-// requests, is its address as JSON.
+// The server is the vault or bao on PATH, else bin/vaultdev, Vault built from its source. It ends with this process, also
+// when that is killed; and this process ends with it. The first line on standard output, once the server takes requests, is
+// its address and process id as JSON.
 package main
 
 import (
@@ -17,6 +17,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"syscall"
 	"time"
 
@@ -41,10 +42,8 @@ func main() {
 	flag.BoolVar(&o.Sealed, "sealed", false, "stay sealed")
 	flag.Parse()
 	err := errors.New("vaultrun takes no arguments, only flags")
-	if address := os.Getenv("VAULTRUN_OPEN"); address != "" {
-		err = open(address, o)
-	} else if flag.NArg() == 0 {
-		err = become(o)
+	if flag.NArg() == 0 {
+		err = run(o)
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "vaultrun:", err)
@@ -52,7 +51,7 @@ func main() {
 	}
 }
 
-// find is the server's program and whether it is ours.
+// find is the server's program.
 func find() (string, error) {
 	for _, name := range []string{"vault", "bao"} {
 		if path, err := exec.LookPath(name); err == nil {
@@ -70,27 +69,20 @@ func find() (string, error) {
 	return path, nil
 }
 
-// become writes the server's configuration, leaves a child that opens the server, and turns into the server.
-func become(o options) error {
-	program, err := find()
-	if err != nil {
-		return err
-	}
-	if o.Dir, err = filepath.Abs(o.Dir); err != nil {
-		return err
-	}
+// configure writes the server's configuration, and gives its file and the server's address.
+func configure(o options) (path, address string, err error) {
 	if err := os.MkdirAll(filepath.Join(o.Dir, "raft"), 0o700); err != nil {
-		return err
+		return "", "", err
 	}
 	listen, err := freePort(o.Listen)
 	if err != nil {
-		return err
+		return "", "", err
 	}
 	cluster, err := freePort("127.0.0.1:0")
 	if err != nil {
-		return err
+		return "", "", err
 	}
-	address := "http://" + listen
+	address = "http://" + listen
 	listener := map[string]any{"address": listen, "tls_disable": "true"}
 	if o.Certificate != "" {
 		address = "https://" + listen
@@ -106,27 +98,60 @@ func become(o options) error {
 		"cluster_addr": "https://" + cluster, "disable_mlock": true, "log_level": o.Level,
 	})
 	if err != nil {
-		return err
+		return "", "", err
 	}
-	path := filepath.Join(o.Dir, "config.json")
-	if err := os.WriteFile(path, config, 0o600); err != nil {
-		return err
-	}
-	self, err := os.Executable()
+	path = filepath.Join(o.Dir, "config.json")
+	return path, address, os.WriteFile(path, config, 0o600)
+}
+
+// run runs the server until it ends, and hands on the signals that end a process.
+func run(o options) error {
+	program, err := find()
 	if err != nil {
 		return err
 	}
-	child := exec.Command(self, os.Args[1:]...)
-	child.Stdout, child.Stderr, child.Env = os.Stdout, os.Stderr, append(os.Environ(), "VAULTRUN_OPEN="+address)
-	child.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM} // with the server, since this process becomes it
-	if err := child.Start(); err != nil {
+	if o.Dir, err = filepath.Abs(o.Dir); err != nil {
 		return err
 	}
-	// The server's own greeting goes to where its log goes.
-	if err := syscall.Dup3(2, 1, 0); err != nil {
+	path, address, err := configure(o)
+	if err != nil {
 		return err
 	}
-	return syscall.Exec(program, []string{program, "server", "-config=" + path}, os.Environ())
+	server := exec.Command(program, "server", "-config="+path)
+	server.Stdout, server.Stderr = os.Stderr, os.Stderr
+	// Linux sends it when the thread ends that started the child: this one stays for as long as the process.
+	runtime.LockOSThread()
+	server.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	if err := server.Start(); err != nil {
+		return err
+	}
+	ended, opened := make(chan error, 1), make(chan error, 1)
+	go func() { ended <- server.Wait() }()
+	go func() { opened <- open(address, o) }()
+	for open, stopped := false, false; ; {
+		select {
+		case s := <-signals:
+			stopped = true
+			server.Process.Signal(s)
+		case err := <-ended:
+			if err == nil && !open && !stopped {
+				err = errors.New("it says nothing of why")
+			}
+			if err != nil {
+				err = fmt.Errorf("the server has ended, its log is above: %w", err)
+			}
+			return err
+		case err := <-opened:
+			if err != nil {
+				server.Process.Kill()
+				return errors.Join(err, <-ended)
+			}
+			open = true
+			fmt.Printf("{\"address\":%q,\"pid\":%d}\n", address, server.Process.Pid)
+		}
+	}
 }
 
 // freePort settles the port of an address.
@@ -145,11 +170,9 @@ type initFile struct {
 	Key     string `json:"unseal_key"` // hex
 }
 
-// open initialises the server once or has it join, unseals it, and says when it takes requests.
+// open initialises the server once or has it join, unseals it, and waits until it takes requests.
 func open(address string, o options) error {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Second) // less than the minute that a test waits
 	defer cancel()
 	config := api.DefaultConfig()
 	config.Address, config.MaxRetries = address, 0
@@ -179,16 +202,13 @@ func open(address string, o options) error {
 	if err := await(func(*api.HealthResponse) bool { return true }); err != nil {
 		return err
 	}
-	if !o.Sealed {
-		if err := unseal(ctx, client, address, o); err != nil {
-			return err
-		}
-		if err := await(func(h *api.HealthResponse) bool { return !h.Sealed && (!h.Standby || o.Join != "") }); err != nil {
-			return err
-		}
+	if o.Sealed {
+		return nil
 	}
-	fmt.Printf("{\"address\":%q}\n", address)
-	return nil
+	if err := unseal(ctx, client, address, o); err != nil {
+		return err
+	}
+	return await(func(h *api.HealthResponse) bool { return !h.Sealed && (!h.Standby || o.Join != "") })
 }
 
 func unseal(ctx context.Context, client *api.Client, address string, o options) error {

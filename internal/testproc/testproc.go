@@ -1,0 +1,145 @@
+package testproc
+
+import (
+	"bytes"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// Patience is how long a test waits for another process.
+const Patience = time.Minute
+
+// A Process is a program that a test has started. It is the head of a process group of its own, which ends with the test,
+// and itself also when the test's process is killed.
+type Process struct {
+	Cmd   *exec.Cmd
+	Log   *Log          // what it writes to those of standard output and error that the test has not set
+	ended chan struct{} // closed when the whole group has
+	err   error         // of the program's end; set before ended is closed
+}
+
+// Start starts a program, and waits until it is ready: a test whose program is not, within Patience, fails with the program's log.
+// A nil ready waits for nothing.
+func Start(t testing.TB, cmd *exec.Cmd, ready func(p *Process) bool) *Process {
+	t.Helper()
+	return startWithin(t, cmd, ready, Patience)
+}
+
+func startWithin(t testing.TB, cmd *exec.Cmd, ready func(p *Process) bool, patience time.Duration) *Process {
+	t.Helper()
+	p := &Process{Cmd: cmd, Log: new(Log), ended: make(chan struct{})}
+	if cmd.Stdout == nil {
+		cmd.Stdout = p.Log
+	}
+	if cmd.Stderr == nil {
+		cmd.Stderr = p.Log
+	}
+	if cmd.SysProcAttr == nil {
+		cmd.SysProcAttr = new(syscall.SysProcAttr)
+	}
+	cmd.SysProcAttr.Setpgid, cmd.SysProcAttr.Pdeathsig = true, syscall.SIGTERM
+	if err := start(cmd); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		p.err = cmd.Wait()
+		for syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) == nil {
+			time.Sleep(time.Millisecond)
+		}
+		close(p.ended)
+	}()
+	name := filepath.Base(cmd.Path)
+	t.Cleanup(func() {
+		p.Kill()
+		if t.Failed() {
+			log := p.Log.String()
+			t.Logf("the end of the log of %s:\n%s", name, log[max(0, len(log)-4000):])
+		}
+	})
+	for deadline := time.Now().Add(patience); ready != nil && !ready(p); time.Sleep(10 * time.Millisecond) {
+		if p.Ended() {
+			t.Fatalf("%s ended before it was ready: %v", name, p.err)
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%s is not ready after %s", name, patience)
+		}
+	}
+	return p
+}
+
+// start starts a command in the one thread that lives as long as the process: Linux sends Pdeathsig when the thread ends that
+// started the child.
+func start(cmd *exec.Cmd) error {
+	result := make(chan error)
+	starter() <- func() { result <- cmd.Start() }
+	return <-result
+}
+
+var starter = sync.OnceValue(func() chan<- func() {
+	work := make(chan func())
+	go func() {
+		runtime.LockOSThread()
+		for f := range work {
+			f()
+		}
+	}()
+	return work
+})
+
+// Ended says whether the program has ended.
+func (p *Process) Ended() bool {
+	select {
+	case <-p.ended:
+		return true
+	default:
+		return false
+	}
+}
+
+// Wait waits for the program's end, and gives its error.
+func (p *Process) Wait() error {
+	<-p.ended
+	return p.err
+}
+
+// Stop asks the program to end by a signal, and gives the error of its end; one that does not end within Patience is killed.
+func (p *Process) Stop(s syscall.Signal) error {
+	p.Cmd.Process.Signal(s)
+	select {
+	case <-p.ended:
+	case <-time.After(Patience):
+		p.Kill()
+	}
+	return p.err
+}
+
+// Kill ends the program and its process group at once, as a loss of power would, and waits until they are gone.
+func (p *Process) Kill() {
+	if !p.Ended() { // the group's number is still its own
+		syscall.Kill(-p.Cmd.Process.Pid, syscall.SIGKILL)
+	}
+	<-p.ended
+}
+
+// A Log is what a program writes and a test reads.
+type Log struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *Log) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *Log) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# scripts/leaves-nothing.sh COMMAND...: runs it, and fails if it leaves a process, or a file in TMPDIR. What it leaves is named, ended and removed.
+# The TMPDIR is its own, and always the same for this tree: every process of the run inherits it, which tells that the process is of
+# this run, and go test keeps the results of tests that read it.
+set -uo pipefail
+dir=/tmp/kmehsm-$(printf %s "$PWD" | cksum | cut -d ' ' -f 1)
+
+# running: the processes of this run, and what they are
+running() {
+	local file line
+	grep -lsF "TMPDIR=$dir" /proc/[0-9]*/environ | while read -r file; do
+		line=$(tr '\0' ' ' 2>/dev/null <"${file%environ}cmdline")
+		[ -z "$line" ] || printf '%s %s\n' "${file//[^0-9]/}" "$line"
+	done
+}
+
+others=$(running)
+if [ -n "$others" ]; then
+	printf 'the tests of this tree run already, or a run was killed and left these: end them first\n%s\n' "$others" >&2
+	exit 1
+fi
+rm -rf "$dir"
+mkdir -m 711 "$dir" || exit
+trap : INT TERM HUP # the command gets them too; what it leaves is looked for all the same
+TMPDIR=$dir "$@"
+status=$?
+
+for _ in {1..100}; do # what is ending already
+	[ -n "$(running)" ] || break
+	sleep 0.1
+done
+left=$(running)
+if [ -n "$left" ]; then
+	printf 'left by the run, and ended now:\n%s\n' "$left" >&2
+	cut -d ' ' -f 1 <<<"$left" | xargs kill -KILL 2>/dev/null
+	status=1
+fi
+files=$(find "$dir" -mindepth 1 -maxdepth 2)
+if [ -n "$files" ]; then
+	printf 'left by the run in TMPDIR, and removed now:\n%s\n' "$files" >&2
+	status=1
+fi
+rm -rf "$dir"
+exit $status
