@@ -86,7 +86,7 @@ func TestEstablishKMEs(t *testing.T) {
 
 // A client's rate and PLMNs are about calls, however they come.
 func TestEstablishKMEsAreCalls(t *testing.T) {
-	s, _ := serveTo(t, &Client{Name: "slow", Roles: []Role{RoleHSS}, PLMNs: []string{"00101"}, limit: rate.NewLimiter(0, 3)})
+	s, _ := serveTo(t, &Client{Name: "slow", Roles: []Role{RoleHSS}, PLMNs: []string{"00101"}, ProvisionFrom: []string{home}, limit: rate.NewLimiter(0, 3)})
 	calls := []*kmev1.EstablishKMERequest{{Imsi: "001020000000001"}}
 	for range 5 {
 		calls = append(calls, &kmev1.EstablishKMERequest{Imsi: "001010000000001"})
@@ -111,10 +111,10 @@ func TestPanic(t *testing.T) {
 	var log strings.Builder
 	registry := prometheus.NewRegistry()
 	metrics := binding.NewMetrics(registry)
-	service := binding.NewService(nil, nil, new(binding.Lots), 1<<40, slog.New(slog.NewJSONHandler(&log, nil))) // whoever asks its store panics
+	service := binding.NewService(nil, nil, new(binding.Lots), binding.DefaultTimes(), slog.New(slog.NewJSONHandler(&log, nil))) // whoever asks its store panics
 	service.Observe(metrics)
 	clients := new(atomic.Pointer[Clients])
-	anybody := &Client{Name: "anybody", Roles: []Role{RoleHSS}, PLMNs: []string{all}}
+	anybody := &Client{Name: "anybody", Roles: []Role{RoleHSS}, PLMNs: []string{all}, ProvisionFrom: []string{anywhere}}
 	clients.Store(&Clients{byUID: map[int]*Client{-1: anybody}})
 	panics := func(context.Context) ([]string, error) { panic("readiness") }
 	s := httptest.NewUnstartedServer(NewHandler(service, clients, metrics, http.NotFoundHandler(), nil, panics))
@@ -149,7 +149,7 @@ func TestPanic(t *testing.T) {
 		"Connect": connect.WithClientOptions(), "JSON": connect.WithProtoJSON(), "gRPC": connect.WithGRPC(), "gRPC-Web": connect.WithGRPCWeb(),
 	} {
 		client := kmev1connect.NewKeyServiceClient(s.Client(), s.URL, option)
-		request := &kmev1.PrepareVectorRequest{Imsi: "001010000000001", Rand: make([]byte, 16)}
+		request := &kmev1.PrepareVectorRequest{Imsi: "001010000000001", Rands: [][]byte{make([]byte, 16)}}
 		_, err := client.PrepareVector(t.Context(), connect.NewRequest(request))
 		if connect.CodeOf(err) != connect.CodeInternal || err.Error() != "internal: internal error" {
 			t.Errorf("%s: %v", name, err)

@@ -9,6 +9,7 @@ import (
 	"math"
 	"net"
 	"net/http"
+	"regexp"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -53,11 +54,21 @@ type Client struct {
 	PLMNs []string `yaml:"plmns"` // MCC and MNC, whose IMSIs it may name; or all
 	Rate  float64  `yaml:"rate"`  // calls a second, and as many at once; 0 for no limit
 
+	// Origins from which devices may be provisioned: home (the default), any, names of hosts, or *.SUFFIX.
+	ProvisionFrom []string `yaml:"provision_from"`
+
 	limit *rate.Limiter
 }
 
 // all stands for every PLMN.
 const all = "all"
+
+// home stands for the origins of the IMSI's own PLMN, by their names (3GPP TS 23.003 clause 19.2), and for a caller's only peer; any
+// for every origin.
+const (
+	home     = "home"
+	anywhere = "any"
+)
 
 // Clients says who may do what. It does not change.
 type Clients struct {
@@ -69,7 +80,7 @@ type Clients struct {
 
 // AnyCertificate makes every client with a certificate one for all PLMNs.
 func (c *Clients) AnyCertificate(roles ...Role) *Clients {
-	c.anyCertificate = &Client{Name: "any certificate", Roles: roles, PLMNs: []string{all}}
+	c.anyCertificate = &Client{Name: "any certificate", Roles: roles, PLMNs: []string{all}, ProvisionFrom: []string{home}}
 	return c
 }
 
@@ -111,6 +122,16 @@ func (c *Clients) add(e *Client) error {
 		if p != all && (len(p) < 5 || len(p) > 6 || strings.Trim(p, "0123456789") != "") {
 			return fmt.Errorf("%q is no PLMN: MCC and MNC, 5 or 6 digits, or all", p)
 		}
+	}
+	for i, p := range e.ProvisionFrom {
+		o, err := kme.ParseOrigin(p)
+		if err != nil || o.String() == "" || strings.Contains(strings.TrimPrefix(o.String(), "*."), "*") {
+			return fmt.Errorf("provision_from has %q, which is none of home, any, the name of a host and *.SUFFIX", p)
+		}
+		e.ProvisionFrom[i] = o.String()
+	}
+	if len(e.ProvisionFrom) == 0 {
+		e.ProvisionFrom = []string{home}
 	}
 	if e.Rate > 0 {
 		e.limit = rate.NewLimiter(rate.Limit(e.Rate), max(int(e.Rate), 1))
@@ -158,6 +179,40 @@ func (e *Client) has(roles ...Role) bool {
 // may says whether a client may name an IMSI.
 func (e *Client) may(imsi string) bool {
 	return e != nil && slices.ContainsFunc(e.PLMNs, func(p string) bool { return p == all || strings.HasPrefix(imsi, p) })
+}
+
+// origin is who asked a client for an IMSI, and whether devices may be provisioned from there.
+func (e *Client) origin(name, imsi string, declined bool) (o binding.Origin, err error) {
+	if o.Name, err = kme.ParseOrigin(name); err != nil {
+		return o, &binding.Refusal{Reason: kme.Malformed, Message: err.Error()}
+	}
+	switch {
+	case declined:
+		o.Provisioning = binding.Declined
+	case slices.ContainsFunc(e.ProvisionFrom, func(p string) bool { return provisions(p, o.Name.String(), imsi) }):
+		o.Provisioning = binding.Allowed
+	}
+	return o, nil
+}
+
+func provisions(from, origin, imsi string) bool {
+	switch suffix, ok := strings.CutPrefix(from, "*"); {
+	case ok:
+		return strings.HasSuffix(origin, suffix)
+	case from == home:
+		return origin == "" || ofPLMN.MatchString(origin) && isHome(origin, imsi)
+	}
+	return from == anywhere || from == origin
+}
+
+// ofPLMN is how the names of a PLMN's nodes end; its MNC has three digits always.
+var ofPLMN = regexp.MustCompile(`\.mnc[0-9]{3}\.mcc[0-9]{3}\.3gppnetwork\.org$`)
+
+// isHome says whether an IMSI begins with the PLMN that a name ends with. An MNC of two digits has a 0 before it in a name.
+func isHome(origin, imsi string) bool {
+	tail := origin[len(origin)-len("mncMMM.mccCCC.3gppnetwork.org"):]
+	mnc, mcc := tail[3:6], tail[10:13]
+	return strings.HasPrefix(imsi, mcc+mnc) || mnc[0] == '0' && strings.HasPrefix(imsi, mcc+mnc[1:])
 }
 
 type (

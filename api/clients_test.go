@@ -48,7 +48,7 @@ func TestWhoMayDoWhat(t *testing.T) {
 	}
 	defer store.Close()
 	clients := new(atomic.Pointer[Clients])
-	handler := NewHandler(binding.NewService(nil, store, new(binding.Lots), 1<<40, slog.New(slog.DiscardHandler)), clients, binding.NewMetrics(prometheus.NewRegistry()), nil, nil, nil)
+	handler := NewHandler(binding.NewService(nil, store, new(binding.Lots), binding.DefaultTimes(), slog.New(slog.DiscardHandler)), clients, binding.NewMetrics(prometheus.NewRegistry()), nil, nil, nil)
 	refused := func(method protoreflect.MethodDescriptor, imsi string) bool {
 		body, contentType := `{}`, "application/json"
 		if method.Input().Fields().ByName("imsi") != nil {
@@ -86,6 +86,54 @@ func TestWhoMayDoWhat(t *testing.T) {
 		clients.Store(new(Clients))
 		if !refused(method, "001010123456789") {
 			t.Errorf("%s is allowed for nobody we know", method.Name())
+		}
+	}
+}
+
+// Who may provision, by the configuration of the client and the name of the origin.
+func TestProvisionFrom(t *testing.T) {
+	for _, c := range []struct {
+		from         []string
+		origin, imsi string
+		want         bool
+	}{
+		{nil, "", "001010000000001", true},
+		{nil, "mme.epc.mnc001.mcc001.3gppnetwork.org", "001010000000001", true},
+		{nil, "MME.EPC.MNC001.MCC001.3GPPNETWORK.ORG", "001010000000001", true},
+		{nil, "amf.5gc.mnc410.mcc310.3gppnetwork.org", "310410000000001", true},
+		{nil, "amf.5gc.mnc410.mcc310.3gppnetwork.org", "310411000000001", false},
+		{nil, "mme.epc.mnc002.mcc001.3gppnetwork.org", "001010000000001", false},
+		{nil, "mme.epc.mnc010.mcc001.3gppnetwork.org", "001010000000001", true}, // 001 010, and 001 01 by another reading
+		{nil, "mme.epc.mnc101.mcc001.3gppnetwork.org", "001010000000001", false},
+		{nil, "mme.epc.mnc001.mcc001.3gppnetwork.org.example", "001010000000001", false},
+		{nil, "mnc001.mcc001.3gppnetwork.org", "001010000000001", false},
+		{nil, "mme.example", "001010000000001", false},
+		{[]string{"home"}, "", "001010000000001", true},
+		{[]string{"mme.example"}, "MME.example", "001010000000001", true},
+		{[]string{"MME.example"}, "mme.example", "001010000000001", true},
+		{[]string{"mme.example"}, "a.mme.example", "001010000000001", false},
+		{[]string{"mme.example"}, "", "001010000000001", false},
+		{[]string{"*.example"}, "mme.example", "001010000000001", true},
+		{[]string{"*.example"}, "mmeexample", "001010000000001", false},
+		{[]string{"other", "any"}, "whoever", "001010000000001", true},
+		{[]string{"any"}, "", "001010000000001", true},
+	} {
+		client := Client{Name: "hss", SAN: "hss", Roles: []Role{RoleHSS}, PLMNs: []string{all}, ProvisionFrom: c.from}
+		all, err := NewClients([]Client{client})
+		if err != nil {
+			t.Fatal(err)
+		}
+		o, err := all.bySAN["hss"].origin(c.origin, c.imsi, false)
+		if err != nil || (o.Provisioning == binding.Allowed) != c.want || o.Name.String() != strings.ToLower(c.origin) {
+			t.Errorf("provision_from %q, origin %q, IMSI %s: %+v, %v, want %v", c.from, c.origin, c.imsi, o, err, c.want)
+		}
+		if o, _ := all.bySAN["hss"].origin(c.origin, c.imsi, true); o.Provisioning != binding.Declined {
+			t.Errorf("who declines: %+v", o)
+		}
+	}
+	for _, bad := range []string{"", "a b", "*", "*.*.x", "a*"} {
+		if _, err := NewClients([]Client{{Name: "hss", SAN: "hss", Roles: []Role{RoleHSS}, PLMNs: []string{all}, ProvisionFrom: []string{bad}}}); err == nil {
+			t.Errorf("provision_from %q was taken", bad)
 		}
 	}
 }

@@ -199,19 +199,36 @@ func (g *guard) WrapStreamingClient(next connect.StreamingClientFunc) connect.St
 type server struct{ guard }
 
 func (s *server) PrepareVector(ctx context.Context, req *connect.Request[kmev1.PrepareVectorRequest]) (*connect.Response[kmev1.PrepareVectorResponse], error) {
-	p, err := s.service.PrepareVector(ctx, req.Msg.Imsi, req.Msg.Rand)
+	o, err := clientOf(ctx).origin(req.Msg.Origin, req.Msg.Imsi, req.Msg.NoProvisioning)
 	if err != nil {
 		return nil, toConnect(err)
 	}
-	control := kmev1.Control_PREPROCESSED
-	if p.AttemptID != "" {
-		control = kmev1.Control_PROVISIONING_ONLY
+	p, err := s.service.PrepareVector(ctx, req.Msg.Imsi, req.Msg.Rands, o)
+	if err != nil {
+		return nil, toConnect(err)
 	}
-	return connect.NewResponse(&kmev1.PrepareVectorResponse{Rand: p.RAND[:], Control: control, AttemptId: p.AttemptID}), nil
+	answer := &kmev1.PrepareVectorResponse{Control: toControl(p.AttemptID == ""), AttemptId: p.AttemptID, Rands: make([][]byte, len(p.RANDs))}
+	for i := range p.RANDs {
+		answer.Rands[i] = p.RANDs[i][:]
+	}
+	return connect.NewResponse(answer), nil
+}
+
+// toControl says how a device is let in: as one that has its KME, or for provisioning only.
+func toControl(preprocessed bool) kmev1.Control {
+	if preprocessed {
+		return kmev1.Control_PREPROCESSED
+	}
+	return kmev1.Control_PROVISIONING_ONLY
 }
 
 func (s *server) EstablishKME(ctx context.Context, req *connect.Request[kmev1.EstablishKMERequest]) (*connect.Response[kmev1.EstablishKMEResponse], error) {
-	e, err := s.service.EstablishKME(ctx, req.Msg.Imsi, req.Msg.Imei, req.Msg.AttemptId, req.Msg.Payload, clientOf(ctx).has(RoleExport))
+	client := clientOf(ctx)
+	o, err := client.origin(req.Msg.Origin, req.Msg.Imsi, false)
+	if err != nil {
+		return nil, toConnect(err)
+	}
+	e, err := s.service.EstablishKME(ctx, req.Msg.Imsi, req.Msg.Imei, req.Msg.AttemptId, req.Msg.Payload, o, client.has(RoleExport))
 	if err != nil {
 		return nil, toConnect(err)
 	}
@@ -267,19 +284,27 @@ func (s *server) establishOne(ctx context.Context, call *kmev1.EstablishKMEReque
 }
 
 func (s *server) ReportAuthentication(ctx context.Context, req *connect.Request[kmev1.ReportAuthenticationRequest]) (*connect.Response[kmev1.ReportAuthenticationResponse], error) {
-	b, err := s.service.ReportAuthentication(ctx, req.Msg.Imsi, req.Msg.Ok)
+	o, err := clientOf(ctx).origin(req.Msg.Origin, req.Msg.Imsi, req.Msg.NoProvisioning)
 	if err != nil {
 		return nil, toConnect(err)
 	}
-	out := new(kmev1.ReportAuthenticationResponse)
-	if b != nil {
-		out.State = toState(b.State)
+	r, err := s.service.ReportAuthentication(ctx, req.Msg.Imsi, req.Msg.Ok, o)
+	if err != nil {
+		return nil, toConnect(err)
 	}
-	return connect.NewResponse(out), nil
+	answer := &kmev1.ReportAuthenticationResponse{Control: toControl(r.Served)}
+	if r.Binding != nil {
+		answer.State = toState(r.Binding.State)
+	}
+	return connect.NewResponse(answer), nil
 }
 
 func (s *server) RestoreRAND(ctx context.Context, req *connect.Request[kmev1.RestoreRANDRequest]) (*connect.Response[kmev1.RestoreRANDResponse], error) {
-	rand, err := s.service.RestoreRAND(ctx, req.Msg.Imsi, req.Msg.Rand)
+	o, err := clientOf(ctx).origin(req.Msg.Origin, req.Msg.Imsi, false)
+	if err != nil {
+		return nil, toConnect(err)
+	}
+	rand, err := s.service.RestoreRAND(ctx, req.Msg.Imsi, req.Msg.Rand, o)
 	if err != nil {
 		return nil, toConnect(err)
 	}

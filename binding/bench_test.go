@@ -4,7 +4,6 @@ import (
 	"sync/atomic"
 	"testing"
 
-	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 )
 
@@ -21,7 +20,7 @@ func BenchmarkEstablish(b *testing.B) {
 	calls := make([]call, b.N)
 	for i := range calls {
 		c := call{imsi: newIMSI(), d: l.devices[i%len(l.devices)]}
-		p, err := service.PrepareVector(b.Context(), c.imsi, make([]byte, hsmkeys.RANDSize))
+		p, err := service.PrepareVector(b.Context(), c.imsi, newRANDs(1), here)
 		if err != nil {
 			b.Fatal(err)
 		}
@@ -36,7 +35,7 @@ func BenchmarkEstablish(b *testing.B) {
 	b.RunParallel(func(pb *testing.PB) {
 		for pb.Next() {
 			c := &calls[next.Add(1)-1]
-			if _, err := service.EstablishKME(b.Context(), c.imsi, c.d.imei.String(), c.attempt, c.payload, false); err != nil {
+			if _, err := service.EstablishKME(b.Context(), c.imsi, c.d.imei.String(), c.attempt, c.payload, here, false); err != nil {
 				b.Error(err)
 			}
 		}
@@ -49,15 +48,16 @@ func BenchmarkPrepareBound(b *testing.B) {
 	service := r.unrecorded(b)
 	imsi := newIMSI()
 	payload, _ := l.devices[0].payload(b)
-	if _, err := service.EstablishKME(b.Context(), imsi, l.devices[0].imei.String(), r.attempt(b, imsi), payload, false); err != nil {
+	if _, err := service.EstablishKME(b.Context(), imsi, l.devices[0].imei.String(), r.attempt(b, imsi), payload, here, false); err != nil {
 		b.Fatal(err)
 	}
+	r.activate(b, imsi)
 	b.SetParallelism(16)
 	b.ReportAllocs()
 	b.ResetTimer()
 	b.RunParallel(func(pb *testing.PB) {
 		for pb.Next() {
-			if _, err := service.PrepareVector(b.Context(), imsi, make([]byte, hsmkeys.RANDSize)); err != nil {
+			if _, err := service.PrepareVector(b.Context(), imsi, newRANDs(1), here); err != nil {
 				b.Error(err)
 			}
 		}

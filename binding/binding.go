@@ -8,9 +8,11 @@ package binding
 import (
 	"context"
 	"errors"
+	"slices"
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -35,19 +37,46 @@ type Binding struct {
 	Activated    time.Time // zero if it was never active
 	Revoked      time.Time // zero if it was not
 
+	Origin  kme.Origin   // from where it was established
+	Expires time.Time    // when it ends by itself, while it is pending
+	Sent    []kme.Origin // who was sent vectors under it while it was pending: an entry for each PrepareVector
+
 	// What recognises a retransmission: the same attempt and payload get the same NW_SIG.
 	AttemptID     string
 	PayloadSHA256 []byte
 	NWSig         []byte
 }
 
-// An Attempt allows one EstablishKME for its IMSI, until it expires; one that an administrator has opened, also while another
-// binding is active.
+// SentTo says whether an origin was sent a vector under the binding while it was pending.
+func (b *Binding) SentTo(o kme.Origin) bool { return slices.Contains(b.Sent, o) }
+
+// An Attempt allows one EstablishKME for its IMSI from its origin, until it expires; one that is opened, also while another binding
+// is active. An administrator's own has the zero Origin; it opens attempts of other origins.
 type Attempt struct {
 	ID      string // 128 random bits, base64url: whoever does not have it cannot use it up
 	IMSI    kme.IMSI
+	Origin  kme.Origin
 	Expires time.Time
 	Opened  bool // by an administrator
+}
+
+// A VectorRequest is what a Store is asked before vectors are processed.
+type VectorRequest struct {
+	IMSI           kme.IMSI
+	Origin         Origin
+	RANDs          []hsmkeys.RAND
+	Now            time.Time
+	AttemptID      string        // of the attempt, should one be opened
+	AttemptTTL     time.Duration // its life; one that is open already serves while it has half of that left
+	PendingVectors int           // how many requests a pending binding answers before it ends
+}
+
+// A Decision is what the vectors of a VectorRequest are processed with: either a Binding or an Attempt.
+type Decision struct {
+	Binding *Binding
+	Attempt *Attempt
+	Fresh   bool     // the Attempt was opened now
+	Ended   *Binding // a pending one that had answered too many requests, or had expired
 }
 
 // A Manufacturer is one whose enrolment this operator has taken.
@@ -72,6 +101,7 @@ var (
 	ErrNotBound  = errors.New("the IMSI has no binding")
 	ErrNoAttempt = errors.New("no such attempt is open")
 	ErrUsed      = errors.New("the KME was used before")
+	ErrSpent     = errors.New("the IMSI was sent this RAND in clear before")
 	ErrNotGood   = errors.New("the KME is not good")
 	ErrBound     = errors.New("the IMSI has an active binding, and no administrator has opened provisioning for it")
 )
@@ -79,28 +109,27 @@ var (
 // A Store keeps what the service must not forget. All methods may be called concurrently, by several processes, and a
 // change is durable when its method returns.
 type Store interface {
-	// Prepare gives the binding that an IMSI's next vector is processed with: the pending one before the active.
-	// Without one it gives an open attempt of the IMSI that lives until reuse at least, or opens fresh. An attempt that an
-	// administrator has opened comes before a binding.
-	Prepare(ctx context.Context, fresh Attempt, now, reuse time.Time) (*Binding, *Attempt, error)
-	// Attempt finds an attempt of an IMSI that is open at the time now, or fails with ErrNoAttempt.
-	Attempt(ctx context.Context, imsi kme.IMSI, id string, now time.Time) (*Attempt, error)
+	// Subscription is what there is of an IMSI.
+	Subscription(ctx context.Context, imsi kme.IMSI, now time.Time) (*Subscription, error)
+	// Prepare decides what vectors are processed with, and notes it: RANDs that leave in clear as spent, and the origin in a pending
+	// binding. An attempt that an administrator has opened comes before a binding. Fails with ErrNotBound where there is no binding
+	// and the origin may not provision, and with ErrSpent if a RAND would leave under a KME after it has left in clear.
+	Prepare(ctx context.Context, q VectorRequest) (Decision, error)
+	// Spent says whether an IMSI was sent a RAND in clear.
+	Spent(ctx context.Context, imsi kme.IMSI, rand hsmkeys.RAND) (bool, error)
 	// OpenAttempt opens an administrator's attempt, and closes the IMSI's others.
 	OpenAttempt(ctx context.Context, a Attempt) error
-	// Establish, in one step: uses up b's attempt and closes the IMSI's others, enters the tag into the ledger, and
-	// makes b the pending binding. Fails with ErrNoAttempt, ErrBound or ErrUsed, looked for in this order, and then changes nothing.
-	// Of a KME that is not good it fails with ErrUsed or ErrNotGood after the same steps as with ErrUsed: who waits for a refusal cannot tell
-	// one from the other.
+	// Establish, in one step: uses up b's attempt, which is b.Origin's, and closes the IMSI's others, enters the tag into the ledger,
+	// and makes b the pending binding. Fails with ErrNoAttempt, ErrBound or ErrUsed, looked for in this order, and then changes
+	// nothing. Of a KME that is not good it fails with ErrUsed or ErrNotGood after the same steps as with ErrUsed: whoever waits for a
+	// refusal cannot tell one from the other.
 	Establish(ctx context.Context, b *Binding, tag []byte, good bool, now time.Time) error
-	// Report ends the pending binding's wait: it becomes the active one, or is dropped. Gives the binding that
-	// stands then, or fails with ErrNotBound if there was none to begin with; nil if none is left.
-	Report(ctx context.Context, imsi kme.IMSI, ok bool, now time.Time) (*Binding, error)
-	// Binding finds an IMSI's binding, the pending one before the active, and that before the revoked one, or fails with
-	// ErrNotBound.
-	Binding(ctx context.Context, imsi kme.IMSI) (*Binding, error)
-	// Bindings gives what Binding gives of each IMSI that sorts behind after, in their order, limit at most; only those of a
+	// Report does what Subscription.Ends says: the pending binding becomes the active one, or is dropped. Gives the subscription as
+	// it is then, or fails with ErrNotBound if it had no binding to begin with.
+	Report(ctx context.Context, imsi kme.IMSI, o kme.Origin, ok bool, now time.Time) (*Subscription, error)
+	// Bindings gives Subscription.Latest of each IMSI that sorts behind after, in their order, limit at most; only those of a
 	// device, unless imei is zero.
-	Bindings(ctx context.Context, after string, imei kme.IMEI, limit int) ([]*Binding, error)
+	Bindings(ctx context.Context, after string, imei kme.IMEI, limit int, now time.Time) ([]*Binding, error)
 	// Revoke ends an IMSI's bindings and attempts, and forgets the KME. It gives the binding as it is then, also if it was revoked
 	// before, or fails with ErrNotBound.
 	Revoke(ctx context.Context, imsi kme.IMSI, now time.Time) (*Binding, error)

@@ -33,6 +33,10 @@ func otherDevice() *Refusal {
 	return refuse(kme.OtherDevice, "the IMSI is bound to a device: an administrator has to open provisioning first", nil)
 }
 
+func mayNotProvision() *Refusal {
+	return refuse(kme.CallerNotAllowed, "no device may be provisioned from this origin", nil)
+}
+
 // rejected is the one answer to every payload whose content is not good. Only its cause differs, and that stays here.
 func rejected(cause error) *Refusal {
 	return refuse(kme.KMERejected, "the payload was not accepted", cause)
@@ -52,6 +56,8 @@ func fromStore(ctx context.Context, err error) error {
 		return refuse(kme.NoAttempt, "no such attempt is open for this IMSI", nil)
 	case errors.Is(err, ErrBound):
 		return otherDevice()
+	case errors.Is(err, ErrSpent):
+		return refuse(kme.Malformed, "the IMSI was sent this RAND in clear before: make another one", nil)
 	case errors.Is(err, ErrUsed):
 		return rejected(err)
 	case ctx.Err() != nil:

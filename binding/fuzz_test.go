@@ -8,7 +8,6 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
-	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -17,10 +16,10 @@ import (
 func FuzzEstablish(f *testing.F) {
 	store := must[*sqlstore.Store](f)(sqlstore.Open(f.Context(), sqlstore.InFolder(f.TempDir())))
 	f.Cleanup(func() { store.Close() })
-	service := binding.NewService(nil, store, new(binding.Lots), ttl, slog.New(slog.DiscardHandler))
+	service := binding.NewService(nil, store, new(binding.Lots), times(), slog.New(slog.DiscardHandler))
 	const imsi = "001010000000001"
 	attempt := func() string {
-		return must[*binding.Prepared](f)(service.PrepareVector(f.Context(), imsi, make([]byte, hsmkeys.RANDSize))).AttemptID
+		return must[*binding.Prepared](f)(service.PrepareVector(f.Context(), imsi, newRANDs(1), here)).AttemptID
 	}()
 
 	f.Add(imsi, "35209900000001", "", make([]byte, 256))
@@ -35,7 +34,7 @@ func FuzzEstablish(f *testing.F) {
 		if id == "@" { // stands for an attempt that is open
 			id = attempt
 		}
-		e, err := service.EstablishKME(t.Context(), imsi, imei, id, payload, false)
+		e, err := service.EstablishKME(t.Context(), imsi, imei, id, payload, here, false)
 		var r *binding.Refusal
 		if e != nil || !errors.As(err, &r) || !slices.Contains(allowed, r.Reason) {
 			t.Errorf("answer %v, error %v", e, err)

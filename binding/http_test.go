@@ -131,7 +131,7 @@ func TestOneAnswer(t *testing.T) {
 	for _, v := range vectors(t).Vectors {
 		if v.Expect == "accept" && !v.secondOfPair() {
 			imsi := newIMSI()
-			must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, devices[v].imei.String(), r.attempt(t, imsi), v.Payload, false))
+			must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, devices[v].imei.String(), r.attempt(t, imsi), v.Payload, here, false))
 			try(v, v.Name+", again")
 		}
 		if v.secondOfPair() {
@@ -186,30 +186,48 @@ func TestJSONFlow(t *testing.T) {
 		}
 	}
 	b64 := base64.StdEncoding.EncodeToString
-	d, imsi, vector := l.devices[0], newIMSI(), []byte("sixteen bytes ok")
+	d, imsi, vector, clear := l.devices[0], newIMSI(), []byte("sixteen bytes ok"), []byte("and sixteen more")
+	const origin = "MME.epc.mnc001.mcc001.3gppnetwork.org"
 
-	attempt, _ := call("PrepareVector", map[string]any{"imsi": imsi, "rand": vector})["attempt_id"].(string)
-	check("prepared", call("PrepareVector", map[string]any{"imsi": imsi, "rand": vector}),
-		map[string]any{"rand": b64(vector), "control": "PROVISIONING_ONLY", "attempt_id": attempt})
+	prepare := map[string]any{"imsi": imsi, "rands": [][]byte{clear}, "origin": origin}
+	attempt, _ := call("PrepareVector", prepare)["attempt_id"].(string)
+	prepared := call("PrepareVector", prepare)
+	checkRANDs(t, prepared, b64(clear))
+	check("prepared", prepared, map[string]any{"control": "PROVISIONING_ONLY", "attempt_id": attempt})
 	payload, p := d.payload(t)
 	nwSig := p.NWSig()
-	check("established", call("EstablishKME", map[string]any{"imsi": imsi, "imei": d.imei, "attempt_id": attempt, "payload": payload}),
+	check("established", call("EstablishKME", map[string]any{"imsi": imsi, "imei": d.imei, "attempt_id": attempt, "payload": payload, "origin": strings.ToLower(origin)}),
 		map[string]any{"nw_sig": b64(nwSig[:]), "state": "PENDING"})
 
 	encrypted := encryptRAND(t, p.KME.Bytes(), [16]byte(vector))
-	check("prepared when bound", call("PrepareVector", map[string]any{"imsi": imsi, "rand": vector}),
-		map[string]any{"rand": b64(encrypted[:]), "control": "PREPROCESSED"})
-	check("restored", call("RestoreRAND", map[string]any{"imsi": imsi, "rand": encrypted[:]}), map[string]any{"rand": b64(vector)})
+	prepared = call("PrepareVector", map[string]any{"imsi": imsi, "rands": [][]byte{vector, vector}, "origin": origin, "no_provisioning": true})
+	checkRANDs(t, prepared, b64(encrypted[:]), b64(encrypted[:]))
+	check("prepared when bound", prepared, map[string]any{"control": "PREPROCESSED"})
+	for rand, want := range map[string][]byte{string(encrypted[:]): vector, string(clear): clear} {
+		check("restored", call("RestoreRAND", map[string]any{"imsi": imsi, "rand": []byte(rand), "origin": origin}), map[string]any{"rand": b64(want)})
+	}
 	b := call("GetBinding", map[string]any{"imsi": imsi})
 	if b["established_at"] == nil {
 		t.Error("pending without established_at")
 	}
 	delete(b, "established_at")
 	check("pending", b, map[string]any{"imsi": imsi, "imei": d.imei.String(), "lot": "L1", "manufacturer": m.KeyID(), "state": "PENDING"})
-	check("reported", call("ReportAuthentication", map[string]any{"imsi": imsi, "ok": true}), map[string]any{"state": "ACTIVE"})
+	check("reported from elsewhere", call("ReportAuthentication", map[string]any{"imsi": imsi, "ok": true, "origin": "another"}),
+		map[string]any{"state": "PENDING", "control": "PROVISIONING_ONLY"})
+	check("reported", call("ReportAuthentication", map[string]any{"imsi": imsi, "ok": true, "origin": origin}),
+		map[string]any{"state": "ACTIVE", "control": "PREPROCESSED"})
 	if b := call("GetBinding", map[string]any{"imsi": imsi}); b["state"] != "ACTIVE" || b["activated_at"] == nil {
 		t.Errorf("active: %v", b)
 	}
+}
+
+// checkRANDs takes the RANDs out of an answer.
+func checkRANDs(t *testing.T, answer map[string]any, want ...string) {
+	t.Helper()
+	if got := fmt.Sprint(answer["rands"]); got != fmt.Sprint(want) {
+		t.Errorf("RANDs %s, want %s", got, want)
+	}
+	delete(answer, "rands")
 }
 
 // A generated client over gRPC finds the reason where it expects it.
@@ -217,7 +235,7 @@ func TestGRPCFlow(t *testing.T) {
 	r, _, l := newServed(t)
 	client := kmev1connect.NewKeyServiceClient(http2Client(t, r.listen(t)), "http://kme", connect.WithGRPC())
 	ctx, d, imsi := t.Context(), l.devices[0], newIMSI()
-	prepared, err := client.PrepareVector(ctx, connect.NewRequest(&kmev1.PrepareVectorRequest{Imsi: imsi, Rand: make([]byte, 16)}))
+	prepared, err := client.PrepareVector(ctx, connect.NewRequest(&kmev1.PrepareVectorRequest{Imsi: imsi, Rands: newRANDs(3)}))
 	if err != nil || prepared.Msg.Control != kmev1.Control_PROVISIONING_ONLY {
 		t.Fatal(prepared, err)
 	}

@@ -43,7 +43,7 @@ func serveChild(t *testing.T, args []string) {
 		readers[m.KeyID] = directory.NewReader(files, must[*directory.Verifier](t)(directory.ParseVerifier([]byte(m.PEM))), directory.ReaderOptions{})
 	}
 	lots := must[*binding.Lots](t)(binding.NewLots(must[[]*binding.Lot](t)(store.Lots(t.Context())), readers))
-	service := binding.NewService(token, store, lots, time.Hour, slog.New(slog.DiscardHandler))
+	service := binding.NewService(token, store, lots, binding.DefaultTimes(), slog.New(slog.DiscardHandler))
 	os.Remove(args[3])
 	l := must[net.Listener](t)(net.Listen("unix", args[3]))
 	protocols := new(http.Protocols)
@@ -123,7 +123,7 @@ func TestPostgresTwoInstances(t *testing.T) {
 		var ids [2]string
 		for i := range 2 { // the attempts are opened by one, and used at the other
 			imsis[i] = must[kme.IMSI](t)(kme.ParseIMSI(newIMSI()))
-			ids[i] = must[client.Vector](t)(clients[1-i].PrepareVector(ctx, imsis[i], [16]byte{})).AttemptID
+			ids[i] = must[client.Vectors](t)(clients[1-i].PrepareVector(ctx, imsis[i], client.Origin{}, client.RAND{})).AttemptID
 		}
 		payload, plain := d.payload(t)
 		want := plain.NWSig()
@@ -131,7 +131,7 @@ func TestPostgresTwoInstances(t *testing.T) {
 			var all sync.WaitGroup
 			for i := range 2 {
 				all.Go(func() {
-					e, err := clients[i].EstablishKME(ctx, imsis[at(i)], d.imei, ids[at(i)], payload)
+					e, err := clients[i].EstablishKME(ctx, imsis[at(i)], client.Origin{}, d.imei, ids[at(i)], payload)
 					if errs[i] = err; err == nil && e.NWSig != want {
 						t.Errorf("NW_SIG %x, want %x", e.NWSig, want)
 					}
@@ -180,7 +180,7 @@ func killed(t *testing.T, storeName string, besides func(round int)) {
 	var all []*attempt // guarded by mu
 	var answers atomic.Int64
 	establish := func(ctx context.Context, c *client.Client, a *attempt) error {
-		e, err := c.EstablishKME(ctx, a.imsi, a.device.imei, a.id, a.payload)
+		e, err := c.EstablishKME(ctx, a.imsi, client.Origin{}, a.device.imei, a.id, a.payload)
 		if err == nil {
 			a.nwSig = e.NWSig[:]
 			answers.Add(1)
@@ -197,7 +197,7 @@ func killed(t *testing.T, storeName string, besides func(round int)) {
 				defer c.Close()
 				for ctx.Err() == nil {
 					a := &attempt{imsi: must[kme.IMSI](t)(kme.ParseIMSI(newIMSI())), device: l.devices[w]}
-					v, err := c.PrepareVector(ctx, a.imsi, [16]byte{})
+					v, err := c.PrepareVector(ctx, a.imsi, client.Origin{}, client.RAND{})
 					if err != nil {
 						continue
 					}
@@ -226,9 +226,9 @@ func killed(t *testing.T, storeName string, besides func(round int)) {
 	for _, a := range all {
 		if a.nwSig != nil {
 			answered++
-			b, err := r.store.Binding(t.Context(), a.imsi)
-			if err != nil || !bytes.Equal(b.NWSig, a.nwSig) || b.IMEI != a.device.imei {
-				t.Fatalf("a client has an NW_SIG of IMSI %s, and the store %+v, %v", a.imsi, b, err)
+			b := must[*binding.Subscription](t)(r.store.Subscription(t.Context(), a.imsi, time.Now())).Latest()
+			if b == nil || !bytes.Equal(b.NWSig, a.nwSig) || b.IMEI != a.device.imei {
+				t.Fatalf("a client has an NW_SIG of IMSI %s, and the store %+v", a.imsi, b)
 			}
 			continue
 		}
@@ -247,7 +247,7 @@ func killed(t *testing.T, storeName string, besides func(round int)) {
 			t.Errorf("the same call again: %v", err)
 		}
 		other := must[kme.IMSI](t)(kme.ParseIMSI(newIMSI()))
-		v, err := c.PrepareVector(t.Context(), other, [16]byte{})
+		v, err := c.PrepareVector(t.Context(), other, client.Origin{}, client.RAND{})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -20,7 +20,7 @@ import (
 func (r *rig) unrecorded(t testing.TB) *binding.Service {
 	t.Helper()
 	lots := must[*binding.Lots](t)(binding.NewLots(must[[]*binding.Lot](t)(r.store.Lots(t.Context())), r.readers))
-	return binding.NewService(r.token, r.store, lots, ttl, slog.New(slog.DiscardHandler))
+	return binding.NewService(r.token, r.store, lots, times(), slog.New(slog.DiscardHandler))
 }
 
 // At three times the calls that the service can do, it does as many as at its best, and those that it accepts are fast; the others are refused
@@ -37,7 +37,7 @@ func TestOverload(t *testing.T) {
 	imsi := newIMSI()
 	attempt := r.attempt(t, imsi)
 	call := func() (accepted bool) {
-		_, err := service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, payload, false)
+		_, err := service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, payload, here, false)
 		var refusal *binding.Refusal
 		if !errors.As(err, &refusal) || refusal.Reason != kme.KMERejected && refusal.Reason != kme.Overloaded {
 			t.Errorf("%v", err)
@@ -108,7 +108,7 @@ func TestIMEIRate(t *testing.T) {
 	for i := range 5 {
 		payload, _ := l.devices[0].payload(t)
 		payload[9] ^= 1
-		_, err := service.EstablishKME(t.Context(), imsi, l.devices[0].imei.String(), attempt, payload, false)
+		_, err := service.EstablishKME(t.Context(), imsi, l.devices[0].imei.String(), attempt, payload, here, false)
 		want := kme.KMERejected
 		if i >= 3 {
 			want = kme.Overloaded
@@ -116,7 +116,7 @@ func TestIMEIRate(t *testing.T) {
 		checkRefused(t, "a device that sends too much", err, want, "")
 	}
 	payload, _ := l.devices[1].payload(t)
-	must[*binding.Established](t)(service.EstablishKME(t.Context(), imsi, l.devices[1].imei.String(), attempt, payload, false))
+	must[*binding.Established](t)(service.EstablishKME(t.Context(), imsi, l.devices[1].imei.String(), attempt, payload, here, false))
 }
 
 // A caller cannot tell by the time what was wrong with a payload. Method: payloads of each kind, and random ones, in random order; of each
@@ -130,7 +130,7 @@ func TestRefusalsTakeAsLong(t *testing.T) {
 	imsi := newIMSI()
 	used, _ := d.payload(t)
 	other := newIMSI()
-	must[*binding.Established](t)(service.EstablishKME(t.Context(), other, d.imei.String(), r.attempt(t, other), used, false))
+	must[*binding.Established](t)(service.EstablishKME(t.Context(), other, d.imei.String(), r.attempt(t, other), used, here, false))
 	n := l.key.N
 	kinds := map[string]func() []byte{
 		"signature": func() []byte {
@@ -233,7 +233,7 @@ func (r *rig) takeAsLong(t *testing.T, service *binding.Service, d *device, imsi
 		took := map[string][]float64{}
 		for _, o := range all {
 			start := time.Now()
-			_, err := service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, o.payload, false)
+			_, err := service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, o.payload, here, false)
 			took[o.kind] = append(took[o.kind], time.Since(start).Seconds())
 			checkRefused(t, o.kind, err, kme.KMERejected, "")
 		}

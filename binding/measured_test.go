@@ -7,6 +7,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/hsmkeys"
 )
 
 // Every operation of the HSM is measured by its name, the decryption for kme-export too, and each has its wait for a session.
@@ -18,10 +19,9 @@ func TestMeasured(t *testing.T) {
 	r.token.Observe(metrics)
 	imsi, d := newIMSI(), l.devices[0]
 	payload, _ := d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, d.imei.String(), r.attempt(t, imsi), payload, true))
-	must[*binding.Binding](t)(r.service.ReportAuthentication(t.Context(), imsi, true))
-	must[*binding.Prepared](t)(r.service.PrepareVector(t.Context(), imsi, make([]byte, 16)))
-	must[[16]byte](t)(r.service.RestoreRAND(t.Context(), imsi, make([]byte, 16)))
+	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, d.imei.String(), r.attempt(t, imsi), payload, here, true))
+	must[*binding.Prepared](t)(r.service.PrepareVector(t.Context(), imsi, newRANDs(2), here))
+	must[hsmkeys.RAND](t)(r.service.RestoreRAND(t.Context(), imsi, make([]byte, 16), here))
 
 	families, err := registry.Gather()
 	if err != nil {
@@ -42,7 +42,7 @@ func TestMeasured(t *testing.T) {
 			}
 		}
 	}
-	want := map[string]uint64{"open payload ok ": 1, "export KME ok ": 1, "encrypt RAND ok ": 1, "decrypt RAND ok ": 1}
+	want := map[string]uint64{"open payload ok ": 1, "export KME ok ": 1, "encrypt RANDs ok ": 1, "decrypt RAND ok ": 1}
 	if !maps.Equal(operations, want) || waits != 4 {
 		t.Errorf("operations %v and %d waits", operations, waits)
 	}

@@ -100,7 +100,7 @@ func TestMutatedPayloads(t *testing.T) {
 	good, _ := d.payload(t)
 	flat(t, n, func(random *rand.Rand) bool {
 		payload := mutate(random, good)
-		_, err := service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, payload, true)
+		_, err := service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, payload, here, true)
 		var refusal *binding.Refusal
 		if !errors.As(err, &refusal) || refusal.Reason != kme.KMERejected && !(refusal.Reason == kme.Malformed && len(payload) != len(good)) {
 			t.Errorf("%x: %v", payload, err)
@@ -111,7 +111,7 @@ func TestMutatedPayloads(t *testing.T) {
 	if h := r.token.Health(); h.Cause != nil || h.Hung != 0 {
 		t.Errorf("%+v", h)
 	}
-	if _, err := service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, good, false); err != nil {
+	if _, err := service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, good, here, false); err != nil {
 		t.Errorf("the payload itself, at last: %v", err)
 	}
 }

@@ -6,7 +6,6 @@ import (
 	"testing"
 
 	"github.com/kmehsm/kmehsm/binding"
-	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/panics"
 )
 
@@ -18,12 +17,16 @@ func TestPanics(t *testing.T) {
 	bound := newIMSI()
 	payload, _ := l.devices[0].payload(t)
 	imei, attempt := l.devices[0].imei.String(), r.attempt(t, bound)
-	if _, err := r.service.EstablishKME(t.Context(), bound, imei, attempt, payload, false); err != nil {
+	if _, err := r.service.EstablishKME(t.Context(), bound, imei, attempt, payload, here, false); err != nil {
 		t.Fatal(err)
 	}
-	var rand [hsmkeys.RANDSize]byte
+	r.activate(t, bound)
 	vector := func(imsi string) error {
-		_, err := r.service.PrepareVector(t.Context(), imsi, rand[:])
+		_, err := r.service.PrepareVector(t.Context(), imsi, newRANDs(1), here)
+		return err
+	}
+	restore := func() error {
+		_, err := r.service.RestoreRAND(t.Context(), bound, newRANDs(1)[0], here)
 		return err
 	}
 	establish := func(export bool) func() error {
@@ -31,7 +34,7 @@ func TestPanics(t *testing.T) {
 		attempt := r.attempt(t, imsi)
 		payload, _ := l.devices[1].payload(t)
 		return func() error {
-			_, err := r.service.EstablishKME(t.Context(), imsi, l.devices[1].imei.String(), attempt, payload, export)
+			_, err := r.service.EstablishKME(t.Context(), imsi, l.devices[1].imei.String(), attempt, payload, here, export)
 			return err
 		}
 	}
@@ -40,13 +43,14 @@ func TestPanics(t *testing.T) {
 		call func() error
 	}{
 		{"Prepare", func() error { return vector(newIMSI()) }},
-		{"EncryptRAND", func() error { return vector(bound) }},
-		{"DecryptRAND", func() error { _, err := r.service.RestoreRAND(t.Context(), bound, rand[:]); return err }},
-		{"Binding", func() error { _, err := r.service.RestoreRAND(t.Context(), bound, rand[:]); return err }},
+		{"EncryptRANDs", func() error { return vector(bound) }},
+		{"DecryptRAND", restore},
+		{"Spent", restore},
+		{"Subscription", restore},
 		{"OpenPayload", establish(false)},
 		{"Establish", establish(false)},
 		{"ExportKME", establish(true)},
-		{"Report", func() error { _, err := r.service.ReportAuthentication(t.Context(), bound, true); return err }},
+		{"Report", func() error { _, err := r.service.ReportAuthentication(t.Context(), bound, true, here); return err }},
 	} {
 		t.Run(c.seam, func(t *testing.T) {
 			call := func() (err error) {
@@ -81,11 +85,16 @@ func TestStoreErrors(t *testing.T) {
 		name, seam string
 		call       func() error
 	}{
-		{"no attempt, or another device?", "Binding", func() error {
-			_, err := r.service.EstablishKME(t.Context(), imsi, l.devices[0].imei.String(), "none", make([]byte, 256), false)
+		{"no attempt, or another device?", "Subscription", func() error {
+			// The first look finds no attempt; the one that fails asks for whom.
+			r.recorder.onFirst("Subscription", func() error {
+				r.recorder.onFirst("Subscription", func() error { return away })
+				return nil
+			})
+			_, err := r.service.EstablishKME(t.Context(), imsi, l.devices[0].imei.String(), "none", make([]byte, 256), here, false)
 			return err
 		}},
-		{"get", "Binding", func() error { _, err := r.service.GetBinding(t.Context(), imsi); return err }},
+		{"get", "Subscription", func() error { _, err := r.service.GetBinding(t.Context(), imsi); return err }},
 		{"list", "Bindings", func() error { _, err := r.service.ListBindings(t.Context(), "", "", 10); return err }},
 	} {
 		before := len(r.log.String())

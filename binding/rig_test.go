@@ -57,6 +57,26 @@ func must[T any](t testing.TB) func(T, error) T {
 	}
 }
 
+// times has a life of attempts that tests know.
+func times() binding.Times {
+	t := binding.DefaultTimes()
+	t.Attempt = ttl
+	return t
+}
+
+// here is the origin of those who have one peer only.
+var here = binding.Origin{Provisioning: binding.Allowed}
+
+// newRANDs makes RANDs that no vector had before.
+func newRANDs(n int) (all [][]byte) {
+	for range n {
+		b := make([]byte, hsmkeys.RANDSize)
+		rand.Read(b)
+		all = append(all, b)
+	}
+	return all
+}
+
 // A rig is an operator: a real token and a real database, and a recorder between them and the service.
 type rig struct {
 	token    *hsmkeys.Token
@@ -81,7 +101,7 @@ func newRig(t testing.TB) *rig {
 	t.Cleanup(func() { store.Close() })
 	r := &rig{token: token, tokenURI: tok.URI, store: store, log: new(logBuffer), readers: map[string]*directory.Reader{}}
 	r.recorder = &recorder{token: token, store: store}
-	r.service = binding.NewService(r.recorder, r.recorder, new(binding.Lots), ttl, slog.New(slog.NewJSONHandler(r.log, nil)))
+	r.service = binding.NewService(r.recorder, r.recorder, new(binding.Lots), times(), slog.New(slog.NewJSONHandler(r.log, nil)))
 	return r
 }
 
@@ -108,19 +128,31 @@ func (r *rig) serve(t testing.TB) {
 // attempt opens an attempt as an HSS does.
 func (r *rig) attempt(t testing.TB, imsi string) string {
 	t.Helper()
-	p := must[*binding.Prepared](t)(r.service.PrepareVector(t.Context(), imsi, make([]byte, hsmkeys.RANDSize)))
+	p := must[*binding.Prepared](t)(r.service.PrepareVector(t.Context(), imsi, newRANDs(1), here))
 	if p.AttemptID == "" {
 		t.Fatalf("IMSI %s is bound", imsi)
 	}
 	return p.AttemptID
 }
 
+// activate has a vector go out under an IMSI's pending binding, and reports success.
+func (r *rig) activate(t testing.TB, imsi string) {
+	t.Helper()
+	if p := must[*binding.Prepared](t)(r.service.PrepareVector(t.Context(), imsi, newRANDs(1), here)); p.AttemptID != "" {
+		t.Fatalf("IMSI %s is not bound", imsi)
+	}
+	got := must[*binding.Reported](t)(r.service.ReportAuthentication(t.Context(), imsi, true, here))
+	if !got.Served || got.Binding.State != binding.Active {
+		t.Fatalf("IMSI %s is not active: %+v", imsi, got)
+	}
+}
+
 // checkBound looks into the store, past the service.
 func (r *rig) checkBound(t testing.TB, imsi string, want bool) {
 	t.Helper()
-	_, err := r.store.Binding(t.Context(), must[kme.IMSI](t)(kme.ParseIMSI(imsi)))
-	if bound := err == nil; bound != want || (err != nil && !errors.Is(err, binding.ErrNotBound)) {
-		t.Errorf("IMSI %s is bound: %v (%v), want %v", imsi, bound, err, want)
+	sub := must[*binding.Subscription](t)(r.store.Subscription(t.Context(), must[kme.IMSI](t)(kme.ParseIMSI(imsi)), time.Now()))
+	if bound := sub.Latest() != nil; bound != want {
+		t.Errorf("IMSI %s is bound: %v, want %v", imsi, bound, want)
 	}
 }
 
@@ -292,7 +324,7 @@ type recorder struct {
 }
 
 // tokenCalls are the methods of binding.Token.
-var tokenCalls = []string{"OpenPayload", "EncryptRAND", "DecryptRAND", "ExportKME"}
+var tokenCalls = []string{"OpenPayload", "EncryptRANDs", "DecryptRAND", "ExportKME"}
 
 func (r *recorder) enter(call string) error {
 	r.mu.Lock()
@@ -340,11 +372,11 @@ func (r *recorder) OpenPayload(ctx context.Context, p hsmkeys.Payload) (*hsmkeys
 	return r.token.OpenPayload(ctx, p)
 }
 
-func (r *recorder) EncryptRAND(ctx context.Context, sealed []byte, rand [hsmkeys.RANDSize]byte) (out [hsmkeys.RANDSize]byte, err error) {
-	if err := r.enter("EncryptRAND"); err != nil {
-		return out, err
+func (r *recorder) EncryptRANDs(ctx context.Context, sealed []byte, rands []hsmkeys.RAND) ([]hsmkeys.RAND, error) {
+	if err := r.enter("EncryptRANDs"); err != nil {
+		return nil, err
 	}
-	return r.token.EncryptRAND(ctx, sealed, rand)
+	return r.token.EncryptRANDs(ctx, sealed, rands)
 }
 
 func (r *recorder) ExportKME(ctx context.Context, p hsmkeys.Payload) (kme.Secret, error) {
@@ -354,25 +386,25 @@ func (r *recorder) ExportKME(ctx context.Context, p hsmkeys.Payload) (kme.Secret
 	return r.token.ExportKME(ctx, p)
 }
 
-func (r *recorder) DecryptRAND(ctx context.Context, sealed []byte, rand [hsmkeys.RANDSize]byte) (out [hsmkeys.RANDSize]byte, err error) {
+func (r *recorder) DecryptRAND(ctx context.Context, sealed []byte, rand hsmkeys.RAND) (out hsmkeys.RAND, err error) {
 	if err := r.enter("DecryptRAND"); err != nil {
 		return out, err
 	}
 	return r.token.DecryptRAND(ctx, sealed, rand)
 }
 
-func (r *recorder) Prepare(ctx context.Context, fresh binding.Attempt, now, reuse time.Time) (*binding.Binding, *binding.Attempt, error) {
+func (r *recorder) Prepare(ctx context.Context, q binding.VectorRequest) (binding.Decision, error) {
 	if err := r.enter("Prepare"); err != nil {
-		return nil, nil, err
+		return binding.Decision{}, err
 	}
-	return r.store.Prepare(ctx, fresh, now, reuse)
+	return r.store.Prepare(ctx, q)
 }
 
-func (r *recorder) Attempt(ctx context.Context, imsi kme.IMSI, id string, now time.Time) (*binding.Attempt, error) {
-	if err := r.enter("Attempt"); err != nil {
-		return nil, err
+func (r *recorder) Spent(ctx context.Context, imsi kme.IMSI, rand hsmkeys.RAND) (bool, error) {
+	if err := r.enter("Spent"); err != nil {
+		return false, err
 	}
-	return r.store.Attempt(ctx, imsi, id, now)
+	return r.store.Spent(ctx, imsi, rand)
 }
 
 func (r *recorder) Establish(ctx context.Context, b *binding.Binding, tag []byte, good bool, now time.Time) error {
@@ -382,18 +414,18 @@ func (r *recorder) Establish(ctx context.Context, b *binding.Binding, tag []byte
 	return r.store.Establish(ctx, b, tag, good, now)
 }
 
-func (r *recorder) Report(ctx context.Context, imsi kme.IMSI, ok bool, now time.Time) (*binding.Binding, error) {
+func (r *recorder) Report(ctx context.Context, imsi kme.IMSI, o kme.Origin, ok bool, now time.Time) (*binding.Subscription, error) {
 	if err := r.enter("Report"); err != nil {
 		return nil, err
 	}
-	return r.store.Report(ctx, imsi, ok, now)
+	return r.store.Report(ctx, imsi, o, ok, now)
 }
 
-func (r *recorder) Binding(ctx context.Context, imsi kme.IMSI) (*binding.Binding, error) {
-	if err := r.enter("Binding"); err != nil {
+func (r *recorder) Subscription(ctx context.Context, imsi kme.IMSI, now time.Time) (*binding.Subscription, error) {
+	if err := r.enter("Subscription"); err != nil {
 		return nil, err
 	}
-	return r.store.Binding(ctx, imsi)
+	return r.store.Subscription(ctx, imsi, now)
 }
 
 func (r *recorder) OpenAttempt(ctx context.Context, a binding.Attempt) error {
@@ -410,11 +442,11 @@ func (r *recorder) Revoke(ctx context.Context, imsi kme.IMSI, now time.Time) (*b
 	return r.store.Revoke(ctx, imsi, now)
 }
 
-func (r *recorder) Bindings(ctx context.Context, after string, imei kme.IMEI, limit int) ([]*binding.Binding, error) {
+func (r *recorder) Bindings(ctx context.Context, after string, imei kme.IMEI, limit int, now time.Time) ([]*binding.Binding, error) {
 	if err := r.enter("Bindings"); err != nil {
 		return nil, err
 	}
-	return r.store.Bindings(ctx, after, imei, limit)
+	return r.store.Bindings(ctx, after, imei, limit, now)
 }
 
 func (r *recorder) DropExpired(ctx context.Context, now time.Time) error {
@@ -548,13 +580,12 @@ func (r *rig) slog() *slog.Logger { return slog.New(slog.NewJSONHandler(r.log, n
 func (r *rig) attemptPastRecorder(t testing.TB, imsi string) string {
 	t.Helper()
 	parsed := must[kme.IMSI](t)(kme.ParseIMSI(imsi))
-	now := time.Now()
-	_, a, err := r.store.Prepare(t.Context(), binding.Attempt{ID: "attempt of " + imsi, IMSI: parsed, Expires: now.Add(ttl)}, now, now.Add(ttl/2))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if a == nil {
+	d := must[binding.Decision](t)(r.store.Prepare(t.Context(), binding.VectorRequest{
+		IMSI: parsed, Origin: here, RANDs: []hsmkeys.RAND{hsmkeys.RAND(newRANDs(1)[0])}, Now: time.Now(),
+		AttemptID: "attempt of " + imsi, AttemptTTL: ttl, PendingVectors: 3,
+	}))
+	if d.Attempt == nil {
 		return ""
 	}
-	return a.ID
+	return d.Attempt.ID
 }

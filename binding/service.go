@@ -25,22 +25,22 @@ import (
 // A Token is what the service needs of the operator's HSM.
 type Token interface {
 	OpenPayload(ctx context.Context, p hsmkeys.Payload) (*hsmkeys.Opened, error)
-	EncryptRAND(ctx context.Context, sealed []byte, rand [hsmkeys.RANDSize]byte) ([hsmkeys.RANDSize]byte, error)
+	EncryptRANDs(ctx context.Context, sealed []byte, rands []hsmkeys.RAND) ([]hsmkeys.RAND, error)
 	ExportKME(ctx context.Context, p hsmkeys.Payload) (kme.Secret, error)
-	DecryptRAND(ctx context.Context, sealed []byte, rand [hsmkeys.RANDSize]byte) ([hsmkeys.RANDSize]byte, error)
+	DecryptRAND(ctx context.Context, sealed []byte, rand hsmkeys.RAND) (hsmkeys.RAND, error)
 }
 
 // A Service does what an HSS asks for. All methods may be called concurrently; their errors are Refusals, or the
 // context's.
 type Service struct {
-	token      Token
-	store      Store
-	log        *slog.Logger
-	attemptTTL time.Duration
-	lots       atomic.Pointer[Lots]
-	limits     *limits
-	metrics    *Metrics
-	coming     atomic.Int64 // see Coming
+	token   Token
+	store   Store
+	log     *slog.Logger
+	times   Times
+	lots    atomic.Pointer[Lots]
+	limits  *limits
+	metrics *Metrics
+	coming  atomic.Int64 // see Coming
 
 	// open has the attempts that this process has seen open, the last of each IMSI: the store need not be asked before their EstablishKME.
 	// Another process may have closed one since; then the store says so before it establishes anything.
@@ -50,12 +50,27 @@ type Service struct {
 // maxOpen bounds the memory for open.
 const maxOpen = 100_000
 
+// Times are how long things last.
+type Times struct {
+	Attempt        time.Duration    // from PrepareVector to EstablishKME
+	Pending        time.Duration    // from EstablishKME to the first success; then the binding ends
+	PendingVectors int              // how many PrepareVectors a pending binding answers before it ends
+	Now            func() time.Time // time.Now, but for tests
+}
+
+// DefaultTimes are those of a service whose configuration does not name others.
+func DefaultTimes() Times {
+	return Times{Attempt: 5 * time.Minute, Pending: time.Hour, PendingVectors: 3, Now: time.Now}
+}
+
 // NewService serves the lots given until SetLots gives it others. Decisions are logged, one line each; no line holds a
 // secret.
-func NewService(token Token, store Store, lots *Lots, attemptTTL time.Duration, log *slog.Logger) *Service {
+func NewService(token Token, store Store, lots *Lots, times Times, log *slog.Logger) *Service {
 	s := &Service{
-		token: token, store: store, log: log, attemptTTL: attemptTTL, limits: newLimits(Limits{}), metrics: NewMetrics(prometheus.NewRegistry()),
-		open: otter.Must(&otter.Options[kme.IMSI, Attempt]{MaximumSize: maxOpen, ExpiryCalculator: otter.ExpiryWriting[kme.IMSI, Attempt](attemptTTL)}),
+		token: token, store: store, log: log, times: times, limits: newLimits(Limits{}), metrics: NewMetrics(prometheus.NewRegistry()),
+		open: otter.Must(&otter.Options[kme.IMSI, Attempt]{
+			MaximumSize: maxOpen, ExpiryCalculator: otter.ExpiryWriting[kme.IMSI, Attempt](times.Attempt),
+		}),
 	}
 	s.lots.Store(lots)
 	return s
@@ -92,15 +107,22 @@ func (s *Service) CheckDirectories(ctx context.Context) map[string]error {
 // Overdue gives the lists of revoked devices that could not be read again when it was time, by manufacturer.
 func (s *Service) Overdue() map[string][]directory.Overdue { return s.lots.Load().Overdue() }
 
+// MaxRANDs is how many RANDs one PrepareVector takes.
+const MaxRANDs = 32
+
 // Prepared is the answer to PrepareVector.
 type Prepared struct {
-	RAND      [hsmkeys.RANDSize]byte
-	AttemptID string // empty: RAND is encrypted under the KME
+	RANDs     []hsmkeys.RAND
+	AttemptID string // empty: the RANDs are encrypted under the KME
 }
 
-// PrepareVector is called for every authentication vector.
-func (s *Service) PrepareVector(ctx context.Context, imsiText string, randBytes []byte) (*Prepared, error) {
-	imsi, vector, err := parseVector(imsiText, randBytes)
+// PrepareVector is called with the RANDs of all vectors that an origin asked for at once.
+func (s *Service) PrepareVector(ctx context.Context, imsiText string, rands [][]byte, o Origin) (*Prepared, error) {
+	imsi, err := parseIMSI(imsiText)
+	if err != nil {
+		return nil, err
+	}
+	vectors, err := parseRANDs(rands)
 	if err != nil {
 		return nil, err
 	}
@@ -109,39 +131,55 @@ func (s *Service) PrepareVector(ctx context.Context, imsiText string, randBytes 
 		return nil, s.failed(ctx, "prepare", imsi, err)
 	}
 	defer leave()
-	now := time.Now()
-	fresh := Attempt{ID: newAttemptID(), IMSI: imsi, Expires: now.Add(s.attemptTTL)}
-	// An HSS asks for several vectors at once: they share an attempt as long as it leaves a device time enough.
-	b, attempt, err := s.prepared(ctx, fresh, now)
+	p, err := s.prepare(ctx, imsi, vectors, o)
 	if err != nil {
-		return nil, s.failed(ctx, "prepare", imsi, fromStore(ctx, err))
+		return nil, s.failed(ctx, "prepare", imsi, err, "origin", o.Name)
 	}
-	if b == nil {
-		if attempt.ID == fresh.ID {
-			s.log.InfoContext(ctx, "attempt opened", "imsi", imsi, "expires", attempt.Expires)
-		}
-		s.open.Set(imsi, *attempt)
-		return &Prepared{RAND: vector, AttemptID: attempt.ID}, nil
-	}
-	if s.lots.Load().revoked(ctx, b.IMEI) {
-		return nil, s.failed(ctx, "prepare", imsi, deviceRevoked(), "imei", b.IMEI)
-	}
-	out, err := s.token.EncryptRAND(ctx, b.Sealed, vector)
-	if err != nil {
-		return nil, s.failed(ctx, "prepare", imsi, fromToken(ctx, err))
-	}
-	return &Prepared{RAND: out}, nil
+	return p, nil
 }
 
-func (s *Service) prepared(ctx context.Context, fresh Attempt, now time.Time) (*Binding, *Attempt, error) {
+func (s *Service) prepare(ctx context.Context, imsi kme.IMSI, rands []hsmkeys.RAND, o Origin) (*Prepared, error) {
+	d, err := s.decide(ctx, VectorRequest{
+		IMSI: imsi, Origin: o, RANDs: rands, Now: s.times.Now(), AttemptID: newAttemptID(), AttemptTTL: s.times.Attempt,
+		PendingVectors: s.times.PendingVectors,
+	})
+	if b := d.Ended; b != nil {
+		s.log.InfoContext(ctx, "pending binding ended", "imsi", imsi, "imei", b.IMEI, "vectors", len(b.Sent), "established", b.Established)
+	}
+	switch {
+	case errors.Is(err, ErrNotBound) && o.Provisioning == Forbidden:
+		return nil, mayNotProvision()
+	case err != nil:
+		return nil, fromStore(ctx, err)
+	case d.Attempt != nil:
+		if d.Fresh {
+			s.log.InfoContext(ctx, "attempt opened", "imsi", imsi, "origin", o.Name, "expires", d.Attempt.Expires)
+		}
+		s.open.Set(imsi, *d.Attempt)
+		return &Prepared{RANDs: rands, AttemptID: d.Attempt.ID}, nil
+	case s.lots.Load().revoked(ctx, d.Binding.IMEI):
+		return nil, deviceRevoked()
+	}
+	out, err := s.token.EncryptRANDs(ctx, d.Binding.Sealed, rands)
+	if err != nil {
+		return nil, fromToken(ctx, err)
+	}
+	return &Prepared{RANDs: out}, nil
+}
+
+func (s *Service) decide(ctx context.Context, q VectorRequest) (Decision, error) {
 	s.coming.Add(1)
 	defer s.coming.Add(-1)
-	return s.store.Prepare(ctx, fresh, now, now.Add(s.attemptTTL/2))
+	return s.store.Prepare(ctx, q)
 }
 
-// RestoreRAND undoes PrepareVector for a bound IMSI.
-func (s *Service) RestoreRAND(ctx context.Context, imsiText string, randBytes []byte) (out [hsmkeys.RANDSize]byte, err error) {
-	imsi, vector, err := parseVector(imsiText, randBytes)
+// RestoreRAND gives the RAND as the HSS made it, of a vector that an origin was sent.
+func (s *Service) RestoreRAND(ctx context.Context, imsiText string, randBytes []byte, o Origin) (out hsmkeys.RAND, err error) {
+	imsi, err := parseIMSI(imsiText)
+	if err != nil {
+		return out, err
+	}
+	rands, err := parseRANDs([][]byte{randBytes})
 	if err != nil {
 		return out, err
 	}
@@ -150,23 +188,40 @@ func (s *Service) RestoreRAND(ctx context.Context, imsiText string, randBytes []
 		return out, s.failed(ctx, "restore", imsi, err)
 	}
 	defer leave()
-	b, err := s.standing(ctx, imsi)
-	if err != nil {
-		return out, s.failed(ctx, "restore", imsi, fromStore(ctx, err))
+	if out, err = s.restore(ctx, imsi, rands[0], o.Name); err != nil {
+		return out, s.failed(ctx, "restore", imsi, err, "origin", o.Name)
 	}
-	if out, err = s.token.DecryptRAND(ctx, b.Sealed, vector); err != nil {
-		return out, s.failed(ctx, "restore", imsi, fromToken(ctx, err))
+	return out, nil
+}
+
+func (s *Service) restore(ctx context.Context, imsi kme.IMSI, rand hsmkeys.RAND, o kme.Origin) (out hsmkeys.RAND, err error) {
+	if clear, err := s.store.Spent(ctx, imsi, rand); clear || err != nil {
+		return rand, fromStore(ctx, err)
+	}
+	sub, err := s.store.Subscription(ctx, imsi, s.times.Now())
+	if err != nil {
+		return out, fromStore(ctx, err)
+	}
+	b := sub.Sent(o)
+	if b == nil {
+		return out, fromStore(ctx, ErrNotBound)
+	}
+	if out, err = s.token.DecryptRAND(ctx, b.Sealed, rand); err != nil {
+		return out, fromToken(ctx, err)
 	}
 	return out, nil
 }
 
 // standing is an IMSI's binding that is not revoked, or ErrNotBound.
 func (s *Service) standing(ctx context.Context, imsi kme.IMSI) (*Binding, error) {
-	b, err := s.store.Binding(ctx, imsi)
-	if err == nil && b.State == Revoked {
-		return nil, ErrNotBound
+	sub, err := s.store.Subscription(ctx, imsi, s.times.Now())
+	if err != nil {
+		return nil, err
 	}
-	return b, err
+	if b := sub.Standing(); b != nil {
+		return b, nil
+	}
+	return nil, ErrNotBound
 }
 
 // Established is the answer to EstablishKME.
@@ -177,7 +232,7 @@ type Established struct {
 }
 
 // EstablishKME takes a device's payload and answers NW_SIG; with export, the KME too, for an HSS that keeps it itself.
-func (s *Service) EstablishKME(ctx context.Context, imsiText, imeiText, attemptID string, payload []byte, export bool) (*Established, error) {
+func (s *Service) EstablishKME(ctx context.Context, imsiText, imeiText, attemptID string, payload []byte, o Origin, export bool) (*Established, error) {
 	imsi, err := parseIMSI(imsiText)
 	if err != nil {
 		return nil, err
@@ -191,7 +246,12 @@ func (s *Service) EstablishKME(ctx context.Context, imsiText, imeiText, attemptI
 		return nil, s.failed(ctx, "establish", imsi, err, "imei", imei)
 	}
 	defer leave()
-	e, err := s.establish(ctx, imsi, imei, attemptID, payload)
+	var e *Established
+	if o.Provisioning == Allowed {
+		e, err = s.establish(ctx, imsi, imei, attemptID, payload, o.Name)
+	} else {
+		err = mayNotProvision()
+	}
 	if err == nil && export {
 		// Only now: a KME that was not accepted, or not durably, is nobody's. It is decrypted once more, since the answer may be one
 		// that was given before.
@@ -200,23 +260,23 @@ func (s *Service) EstablishKME(ctx context.Context, imsiText, imeiText, attemptI
 		}
 	}
 	if err != nil {
-		return nil, s.failed(ctx, "establish", imsi, err, "imei", imei)
+		return nil, s.failed(ctx, "establish", imsi, err, "imei", imei, "origin", o.Name)
 	}
 	return e, nil
 }
 
-func (s *Service) establish(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, attemptID string, payload []byte) (*Established, error) {
+func (s *Service) establish(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, attemptID string, payload []byte, o kme.Origin) (*Established, error) {
 	digest := sha256.Sum256(payload)
-	b, err := s.accept(ctx, imsi, imei, attemptID, payload, digest[:])
+	b, err := s.accept(ctx, imsi, imei, attemptID, payload, digest[:], o)
 	if err == nil {
-		s.log.InfoContext(ctx, "established", "imsi", imsi, "imei", imei, "lot", b.Lot, "manufacturer", b.Manufacturer)
+		s.log.InfoContext(ctx, "established", "imsi", imsi, "imei", imei, "lot", b.Lot, "manufacturer", b.Manufacturer, "origin", o)
 		return &Established{NWSig: b.NWSig, State: b.State}, nil
 	}
 	var r *Refusal
 	if errors.As(err, &r) && (r.Reason == kme.NoAttempt || r.Reason == kme.KMERejected) {
 		// A payload that was accepted has used up its attempt: this may be the same call again. It may also have overtaken itself, so every
 		// rejected payload is asked for, used before or not, and they all take as long.
-		if e, rerr := s.retransmitted(ctx, imsi, imei, attemptID, digest[:]); e != nil || rerr != nil {
+		if e, rerr := s.retransmitted(ctx, imsi, imei, attemptID, digest[:], o); e != nil || rerr != nil {
 			return e, rerr
 		}
 	}
@@ -243,8 +303,8 @@ func deviceRevoked() *Refusal {
 }
 
 // accept makes the binding, durably, or refuses.
-func (s *Service) accept(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, attemptID string, payload, digest []byte) (*Binding, error) {
-	if err := s.attempt(ctx, imsi, attemptID); errors.Is(err, ErrNoAttempt) {
+func (s *Service) accept(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, attemptID string, payload, digest []byte, o kme.Origin) (*Binding, error) {
+	if err := s.attempt(ctx, imsi, attemptID, o); errors.Is(err, ErrNoAttempt) {
 		return nil, s.noAttempt(ctx, imsi, imei)
 	} else if err != nil {
 		return nil, fromStore(ctx, err)
@@ -273,10 +333,10 @@ func (s *Service) accept(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, atte
 	if err != nil {
 		return nil, fromToken(ctx, err)
 	}
-	now := time.Now()
+	now := s.times.Now()
 	b := &Binding{
 		IMSI: imsi, IMEI: imei, Manufacturer: lot.manifest.Manufacturer, Lot: lot.manifest.Lot, State: Pending, Sealed: opened.Sealed,
-		Established: now, AttemptID: attemptID, PayloadSHA256: digest, NWSig: opened.NWSig[:],
+		Established: now, Origin: o, Expires: now.Add(s.times.Pending), AttemptID: attemptID, PayloadSHA256: digest, NWSig: opened.NWSig[:],
 	}
 	err = s.store.Establish(ctx, b, opened.Tag, opened.Fault == hsmkeys.FaultNone, now)
 	switch {
@@ -291,15 +351,21 @@ func (s *Service) accept(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, atte
 	return b, nil
 }
 
-// attempt fails unless the attempt is open.
-func (s *Service) attempt(ctx context.Context, imsi kme.IMSI, id string) error {
-	now := time.Now()
-	if a, ok := s.open.GetIfPresent(imsi); ok && now.Before(a.Expires) && subtle.ConstantTimeCompare([]byte(a.ID), []byte(id)) == 1 {
+// attempt fails unless the attempt is open, and the origin's.
+func (s *Service) attempt(ctx context.Context, imsi kme.IMSI, id string, o kme.Origin) error {
+	now := s.times.Now()
+	if a, ok := s.open.GetIfPresent(imsi); ok && now.Before(a.Expires) && a.Origin == o && sameText(a.ID, id) {
 		return nil
 	}
-	_, err := s.store.Attempt(ctx, imsi, id, now)
+	sub, err := s.store.Subscription(ctx, imsi, now)
+	if err == nil && sub.Attempt(id, o) == nil {
+		err = ErrNoAttempt
+	}
 	return err
 }
+
+// sameText compares what nobody may find out by trying.
+func sameText(a, b string) bool { return subtle.ConstantTimeCompare([]byte(a), []byte(b)) == 1 }
 
 // noAttempt is the refusal of a call whose attempt is not open.
 func (s *Service) noAttempt(ctx context.Context, imsi kme.IMSI, imei kme.IMEI) error {
@@ -314,7 +380,7 @@ func (s *Service) noAttempt(ctx context.Context, imsi kme.IMSI, imei kme.IMEI) e
 }
 
 // retransmitted answers a call that was answered before.
-func (s *Service) retransmitted(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, attemptID string, digest []byte) (*Established, error) {
+func (s *Service) retransmitted(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, attemptID string, digest []byte, o kme.Origin) (*Established, error) {
 	b, err := s.standing(ctx, imsi)
 	if errors.Is(err, ErrNotBound) {
 		return nil, nil
@@ -322,30 +388,36 @@ func (s *Service) retransmitted(ctx context.Context, imsi kme.IMSI, imei kme.IME
 	if err != nil {
 		return nil, fromStore(ctx, err)
 	}
-	same := subtle.ConstantTimeCompare([]byte(b.AttemptID), []byte(attemptID)) & subtle.ConstantTimeCompare(b.PayloadSHA256, digest)
-	if b.IMEI != imei || same != 1 {
+	if b.IMEI != imei || b.Origin != o || !sameText(b.AttemptID, attemptID) || subtle.ConstantTimeCompare(b.PayloadSHA256, digest) != 1 {
 		return nil, nil
 	}
 	s.log.InfoContext(ctx, "established again", "imsi", imsi, "imei", imei)
 	return &Established{NWSig: b.NWSig, State: b.State}, nil
 }
 
-// ReportAuthentication ends the wait of a pending binding. It gives the binding that stands then; nil if none.
-func (s *Service) ReportAuthentication(ctx context.Context, imsiText string, ok bool) (*Binding, error) {
+// Reported is the answer to ReportAuthentication.
+type Reported struct {
+	Binding *Binding // that stands now: the pending one before the active; nil if none does
+	Served  bool     // the device may be let in for more than provisioning
+}
+
+// ReportAuthentication activates the pending binding or drops it, if the report is about it: see Subscription.Ends.
+func (s *Service) ReportAuthentication(ctx context.Context, imsiText string, ok bool, o Origin) (*Reported, error) {
 	imsi, err := parseIMSI(imsiText)
 	if err != nil {
 		return nil, err
 	}
-	b, err := s.store.Report(ctx, imsi, ok, time.Now())
+	sub, err := s.store.Report(ctx, imsi, o.Name, ok, s.times.Now())
 	if err != nil {
-		return nil, s.failed(ctx, "report", imsi, fromStore(ctx, err))
+		return nil, s.failed(ctx, "report", imsi, fromStore(ctx, err), "origin", o.Name)
 	}
+	r := &Reported{sub.Standing(), sub.Served(o)}
 	state := State("")
-	if b != nil {
-		state = b.State
+	if r.Binding != nil {
+		state = r.Binding.State
 	}
-	s.log.InfoContext(ctx, "authentication reported", "imsi", imsi, "ok", ok, "state", state)
-	return b, nil
+	s.log.InfoContext(ctx, "authentication reported", "imsi", imsi, "origin", o.Name, "ok", ok, "state", state, "served", r.Served)
+	return r, nil
 }
 
 // GetBinding tells what an IMSI is bound to.
@@ -354,22 +426,25 @@ func (s *Service) GetBinding(ctx context.Context, imsiText string) (*Binding, er
 	if err != nil {
 		return nil, err
 	}
-	b, err := s.store.Binding(ctx, imsi)
+	sub, err := s.store.Subscription(ctx, imsi, s.times.Now())
+	if err == nil && sub.Latest() == nil {
+		err = ErrNotBound
+	}
 	if err != nil {
 		return nil, s.failed(ctx, "get", imsi, fromStore(ctx, err))
 	}
-	return b, nil
+	return sub.Latest(), nil
 }
 
 // maxTTL bounds for how long an administrator may open provisioning: whoever has the SIM can bind a device meanwhile.
 const maxTTL = 30 * 24 * time.Hour
 
 // NewOpened is an administrator's attempt for an IMSI.
-func NewOpened(imsi kme.IMSI, ttl time.Duration) (*Attempt, error) {
+func NewOpened(imsi kme.IMSI, now time.Time, ttl time.Duration) (*Attempt, error) {
 	if ttl < time.Second || ttl > maxTTL {
 		return nil, errors.New("the ttl is from a second to 30 days")
 	}
-	return &Attempt{ID: newAttemptID(), IMSI: imsi, Expires: time.Now().Add(ttl).UTC().Truncate(time.Millisecond), Opened: true}, nil
+	return &Attempt{ID: newAttemptID(), IMSI: imsi, Expires: now.Add(ttl).UTC().Truncate(time.Millisecond), Opened: true}, nil
 }
 
 // OpenProvisioning lets an IMSI be bound to another device, once, for ttl; an hour with 0.
@@ -378,7 +453,7 @@ func (s *Service) OpenProvisioning(ctx context.Context, imsiText string, ttl tim
 	if err != nil {
 		return nil, err
 	}
-	a, err := NewOpened(imsi, cmp.Or(ttl, time.Hour))
+	a, err := NewOpened(imsi, s.times.Now(), cmp.Or(ttl, time.Hour))
 	if err != nil {
 		return nil, refuse(kme.Malformed, err.Error(), nil)
 	}
@@ -397,7 +472,7 @@ func (s *Service) RevokeBinding(ctx context.Context, imsiText string) (*Binding,
 		return nil, err
 	}
 	s.open.Invalidate(imsi)
-	b, err := s.store.Revoke(ctx, imsi, time.Now())
+	b, err := s.store.Revoke(ctx, imsi, s.times.Now())
 	if err != nil {
 		return nil, s.failed(ctx, "revoke", imsi, fromStore(ctx, err))
 	}
@@ -419,7 +494,7 @@ func (s *Service) ListBindings(ctx context.Context, after, imeiText string, limi
 			return nil, refuse(kme.Malformed, "the page token is none of ours", nil)
 		}
 	}
-	all, err := s.store.Bindings(ctx, after, imei, limit)
+	all, err := s.store.Bindings(ctx, after, imei, limit, s.times.Now())
 	if err != nil {
 		return nil, s.failed(ctx, "list", kme.IMSI{}, fromStore(ctx, err))
 	}
@@ -464,14 +539,18 @@ func parseIMSI(text string) (kme.IMSI, error) {
 	return imsi, nil
 }
 
-func parseVector(imsiText string, randBytes []byte) (imsi kme.IMSI, vector [hsmkeys.RANDSize]byte, err error) {
-	if imsi, err = parseIMSI(imsiText); err != nil {
-		return imsi, vector, err
+func parseRANDs(all [][]byte) ([]hsmkeys.RAND, error) {
+	if len(all) == 0 || len(all) > MaxRANDs {
+		return nil, refuse(kme.Malformed, fmt.Sprintf("a call has 1 to %d RANDs, not %d", MaxRANDs, len(all)), nil)
 	}
-	if len(randBytes) != len(vector) {
-		return imsi, vector, refuse(kme.Malformed, fmt.Sprintf("a RAND has %d bytes, not %d", len(vector), len(randBytes)), nil)
+	rands := make([]hsmkeys.RAND, len(all))
+	for i, b := range all {
+		if len(b) != hsmkeys.RANDSize {
+			return nil, refuse(kme.Malformed, fmt.Sprintf("a RAND has %d bytes, not %d", hsmkeys.RANDSize, len(b)), nil)
+		}
+		rands[i] = hsmkeys.RAND(b)
 	}
-	return imsi, [hsmkeys.RANDSize]byte(randBytes), nil
+	return rands, nil
 }
 
 // fromToken and fromDirectory do as fromStore does.

@@ -35,7 +35,7 @@ func TestVectors(t *testing.T) {
 		t.Run(v.Name, func(t *testing.T) {
 			imsi := newIMSI()
 			attempt := r.attempt(t, imsi)
-			e, err := r.service.EstablishKME(t.Context(), imsi, devices[v].imei.String(), attempt, v.Payload, false)
+			e, err := r.service.EstablishKME(t.Context(), imsi, devices[v].imei.String(), attempt, v.Payload, here, false)
 			switch {
 			case v.Why == "length":
 				checkRefused(t, "establish", err, kme.Malformed, "")
@@ -51,9 +51,9 @@ func TestVectors(t *testing.T) {
 				return
 			}
 			in := [hsmkeys.RANDSize]byte{1, 2, 3}
-			p := must[*binding.Prepared](t)(r.service.PrepareVector(t.Context(), imsi, in[:]))
-			if want := encryptRAND(t, v.KME, in); p.RAND != want || p.AttemptID != "" {
-				t.Errorf("RAND is %x, want %x by AES-256 under the KME", p.RAND, want)
+			p := must[*binding.Prepared](t)(r.service.PrepareVector(t.Context(), imsi, [][]byte{in[:]}, here))
+			if want := encryptRAND(t, v.KME, in); p.RANDs[0] != want || p.AttemptID != "" {
+				t.Errorf("RAND is %x, want %x by AES-256 under the KME", p.RANDs[0], want)
 			}
 		})
 	}
@@ -98,7 +98,7 @@ func TestOneWayToReject(t *testing.T) {
 		imsi := newIMSI()
 		attempt := r.attempt(t, imsi)
 		r.recorder.take()
-		_, err := r.service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, payload, false)
+		_, err := r.service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, payload, here, false)
 		checkRefused(t, name, err, kme.KMERejected, notAccepted)
 		calls := r.recorder.take()
 		if n := len(slices.DeleteFunc(slices.Clone(calls), func(c string) bool { return c != "OpenPayload" })); n != 1 {
@@ -114,7 +114,7 @@ func TestOneWayToReject(t *testing.T) {
 	for _, v := range vectors(t).Vectors {
 		if v.Expect == "accept" && !v.secondOfPair() {
 			imsi := newIMSI()
-			must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, devices[v].imei.String(), r.attempt(t, imsi), v.Payload, false))
+			must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, devices[v].imei.String(), r.attempt(t, imsi), v.Payload, here, false))
 			try(v.Name+", again", devices[v], v.Payload)
 		}
 	}
@@ -137,13 +137,13 @@ func TestBeforeTheHSM(t *testing.T) {
 
 	expired := newIMSI()
 	parsed := must[kme.IMSI](t)(kme.ParseIMSI(expired))
-	if _, _, err := r.store.Prepare(ctx, binding.Attempt{ID: "expired", IMSI: parsed, Expires: time.Now()}, time.Now(), time.Now().Add(ttl)); err != nil {
+	if err := r.store.OpenAttempt(ctx, binding.Attempt{ID: "expired", IMSI: parsed, Expires: time.Now()}); err != nil {
 		t.Fatal(err)
 	}
 	used := newIMSI()
 	usedAttempt := r.attempt(t, used)
 	earlier, _ := l.devices[1].payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(ctx, used, l.devices[1].imei.String(), usedAttempt, earlier, false))
+	must[*binding.Established](t)(r.service.EstablishKME(ctx, used, l.devices[1].imei.String(), usedAttempt, earlier, here, false))
 
 	if err := directory.Revoke(ctx, m.store, m.Signer, l.Manifest, l.devices[2].imei, "stolen", time.Now()); err != nil {
 		t.Fatal(err)
@@ -187,7 +187,7 @@ func TestBeforeTheHSM(t *testing.T) {
 		{"device in no shard", imsi, unpublished.devices[0].imei.String(), attempt, payload, kme.UnknownDevice},
 		{"revoked device", imsi, l.devices[2].imei.String(), attempt, payload, kme.RevokedDevice},
 	} {
-		_, err := r.service.EstablishKME(ctx, c.imsi, c.imei, c.attempt, c.payload, false)
+		_, err := r.service.EstablishKME(ctx, c.imsi, c.imei, c.attempt, c.payload, here, false)
 		checkRefused(t, c.name, err, c.reason, "")
 		if calls := r.recorder.takeToken(); len(calls) > 0 {
 			t.Errorf("%s: reached the HSM with %q", c.name, calls)
@@ -197,7 +197,7 @@ func TestBeforeTheHSM(t *testing.T) {
 	for i, imei := range []string{"352099000000014", "3520990000000199"} {
 		imsi, attempt := []string{imsi, other}[i], []string{attempt, others}[i]
 		payload, p := d.payload(t)
-		e, err := r.service.EstablishKME(ctx, imsi, imei, attempt, payload, false)
+		e, err := r.service.EstablishKME(ctx, imsi, imei, attempt, payload, here, false)
 		if want := p.NWSig(); err != nil || !bytes.Equal(e.NWSig, want[:]) {
 			t.Errorf("IMEI %s: %v, error %v", imei, e, err)
 		}
@@ -218,12 +218,12 @@ func TestMalformed(t *testing.T) {
 		{"RAND short", imsi, vector[1:]},
 		{"RAND long", imsi, append([]byte{0}, vector...)},
 	} {
-		_, err := r.service.PrepareVector(ctx, c.imsi, c.vector)
+		_, err := r.service.PrepareVector(ctx, c.imsi, [][]byte{c.vector}, here)
 		checkRefused(t, c.name+", prepare", err, kme.Malformed, "")
-		_, err = r.service.RestoreRAND(ctx, c.imsi, c.vector)
+		_, err = r.service.RestoreRAND(ctx, c.imsi, c.vector, here)
 		checkRefused(t, c.name+", restore", err, kme.Malformed, "")
 	}
-	_, err := r.service.ReportAuthentication(ctx, "12a456", true)
+	_, err := r.service.ReportAuthentication(ctx, "12a456", true, here)
 	checkRefused(t, "report", err, kme.Malformed, "")
 	_, err = r.service.GetBinding(ctx, "12a456")
 	checkRefused(t, "get", err, kme.Malformed, "")
@@ -240,7 +240,7 @@ func TestOneUse(t *testing.T) {
 	d := l.devices[0]
 	payload, p := d.payload(t)
 	imsi := newIMSI()
-	must[*binding.Established](t)(r.service.EstablishKME(ctx, imsi, d.imei.String(), r.attempt(t, imsi), payload, false))
+	must[*binding.Established](t)(r.service.EstablishKME(ctx, imsi, d.imei.String(), r.attempt(t, imsi), payload, here, false))
 
 	freshNonce := *p
 	freshNonce.RME = kme.RandomSecret()
@@ -253,19 +253,19 @@ func TestOneUse(t *testing.T) {
 	} {
 		other := newIMSI()
 		attempt := r.attempt(t, other)
-		_, err := r.service.EstablishKME(ctx, other, d.imei.String(), attempt, again, false)
+		_, err := r.service.EstablishKME(ctx, other, d.imei.String(), attempt, again, here, false)
 		checkRefused(t, name, err, kme.KMERejected, notAccepted)
 		r.checkBound(t, other, false)
 	}
-	if _, err := r.service.ReportAuthentication(ctx, imsi, false); err != nil {
+	if _, err := r.service.ReportAuthentication(ctx, imsi, false, here); err != nil {
 		t.Fatal(err)
 	}
 	attempt := r.attempt(t, imsi)
-	_, err := r.service.EstablishKME(ctx, imsi, d.imei.String(), attempt, payload, false)
+	_, err := r.service.EstablishKME(ctx, imsi, d.imei.String(), attempt, payload, here, false)
 	checkRefused(t, "after the binding was dropped", err, kme.KMERejected, notAccepted)
 	// A refusal leaves the attempt open for a better payload.
 	better, _ := d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(ctx, imsi, d.imei.String(), attempt, better, false))
+	must[*binding.Established](t)(r.service.EstablishKME(ctx, imsi, d.imei.String(), attempt, better, here, false))
 }
 
 // The same call again gives the stored NW_SIG, without the HSM, for as long as the binding stands.
@@ -278,11 +278,11 @@ func TestRetransmission(t *testing.T) {
 	imsi := newIMSI()
 	attempt := r.attempt(t, imsi)
 	call := func(imei string, payload []byte) (*binding.Established, error) {
-		return r.service.EstablishKME(ctx, imsi, imei, attempt, payload, false)
+		return r.service.EstablishKME(ctx, imsi, imei, attempt, payload, here, false)
 	}
 	for i, state := range []binding.State{binding.Pending, binding.Pending, binding.Active, binding.Active} {
 		if i == 2 {
-			must[*binding.Binding](t)(r.service.ReportAuthentication(ctx, imsi, true))
+			r.activate(t, imsi)
 		}
 		r.recorder.take()
 		e, err := call(d.imei.String(), payload)
@@ -300,10 +300,10 @@ func TestRetransmission(t *testing.T) {
 	checkRefused(t, "another payload", err, kme.NoAttempt, "")
 	_, err = call(l.devices[1].imei.String(), payload)
 	checkRefused(t, "another device", err, kme.OtherDevice, "")
-	_, err = r.service.EstablishKME(ctx, imsi, d.imei.String(), "", payload, false)
+	_, err = r.service.EstablishKME(ctx, imsi, d.imei.String(), "", payload, here, false)
 	checkRefused(t, "no attempt", err, kme.NoAttempt, "")
 	other := newIMSI()
-	_, err = r.service.EstablishKME(ctx, other, d.imei.String(), attempt, payload, false)
+	_, err = r.service.EstablishKME(ctx, other, d.imei.String(), attempt, payload, here, false)
 	checkRefused(t, "another subscriber", err, kme.NoAttempt, "")
 }
 
@@ -320,7 +320,7 @@ func TestOvertaken(t *testing.T) {
 			imsi := newIMSI()
 			attempt := r.attempt(t, imsi)
 			establish := func() (*binding.Established, error) {
-				return r.service.EstablishKME(ctx, imsi, d.imei.String(), attempt, payload, false)
+				return r.service.EstablishKME(ctx, imsi, d.imei.String(), attempt, payload, here, false)
 			}
 			r.recorder.onFirst(at, func() error {
 				e, err := establish()
@@ -352,7 +352,7 @@ func TestSameCallAtOnce(t *testing.T) {
 		var all sync.WaitGroup
 		for range 16 {
 			all.Go(func() {
-				e, err := r.service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, payload, false)
+				e, err := r.service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, payload, here, false)
 				if err != nil {
 					t.Error(err)
 				} else if !bytes.Equal(e.NWSig, want[:]) {
@@ -390,7 +390,7 @@ func TestOneKMEAtOnce(t *testing.T) {
 		imsi := newIMSI()
 		attempt := r.attempt(t, imsi)
 		all.Go(func() {
-			_, errs[i] = r.service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, payload, false)
+			_, errs[i] = r.service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, payload, here, false)
 		})
 	}
 	all.Wait()
@@ -412,20 +412,24 @@ func TestLife(t *testing.T) {
 	r, m, l := newServed(t)
 	ctx := t.Context()
 	d := l.devices[0]
-	imsi, vector := newIMSI(), [hsmkeys.RANDSize]byte{7}
+	imsi := newIMSI()
 	checkUnbound := func(when string) {
 		t.Helper()
+		vector := hsmkeys.RAND(newRANDs(1)[0])
 		_, err := r.service.GetBinding(ctx, imsi)
 		checkRefused(t, when+", get", err, kme.NotBound, "")
-		_, err = r.service.RestoreRAND(ctx, imsi, vector[:])
+		_, err = r.service.RestoreRAND(ctx, imsi, vector[:], here)
 		checkRefused(t, when+", restore", err, kme.NotBound, "")
 		for _, ok := range []bool{true, false} {
-			_, err = r.service.ReportAuthentication(ctx, imsi, ok)
+			_, err = r.service.ReportAuthentication(ctx, imsi, ok, here)
 			checkRefused(t, when+", report", err, kme.NotBound, "")
 		}
-		p := must[*binding.Prepared](t)(r.service.PrepareVector(ctx, imsi, vector[:]))
-		if p.RAND != vector || p.AttemptID == "" {
+		p := must[*binding.Prepared](t)(r.service.PrepareVector(ctx, imsi, [][]byte{vector[:]}, here))
+		if p.RANDs[0] != vector || p.AttemptID == "" {
 			t.Errorf("%s: prepared %+v, want RAND as it was and an attempt", when, p)
+		}
+		if back := must[hsmkeys.RAND](t)(r.service.RestoreRAND(ctx, imsi, vector[:], here)); back != vector {
+			t.Errorf("%s: a RAND that was sent in clear is restored to %x, want %x", when, back, vector)
 		}
 	}
 	checkBound := func(when string, p *kme.Plaintext, state binding.State) {
@@ -434,11 +438,12 @@ func TestLife(t *testing.T) {
 		if b.State != state || b.IMEI != d.imei || b.Lot != "L1" || b.Manufacturer != m.KeyID() || b.Activated.IsZero() != (state == binding.Pending) {
 			t.Errorf("%s: binding %+v", when, b)
 		}
-		prepared := must[*binding.Prepared](t)(r.service.PrepareVector(ctx, imsi, vector[:]))
-		if want := encryptRAND(t, p.KME.Bytes(), vector); prepared.RAND != want || prepared.AttemptID != "" {
+		vector := hsmkeys.RAND(newRANDs(1)[0])
+		prepared := must[*binding.Prepared](t)(r.service.PrepareVector(ctx, imsi, [][]byte{vector[:]}, here))
+		if want := encryptRAND(t, p.KME.Bytes(), vector); prepared.RANDs[0] != want || prepared.AttemptID != "" {
 			t.Errorf("%s: prepared %+v, want RAND %x and no attempt", when, prepared, want)
 		}
-		if back := must[[hsmkeys.RANDSize]byte](t)(r.service.RestoreRAND(ctx, imsi, prepared.RAND[:])); back != vector {
+		if back := must[[hsmkeys.RANDSize]byte](t)(r.service.RestoreRAND(ctx, imsi, prepared.RANDs[0][:], here)); back != vector {
 			t.Errorf("%s: RAND restored to %x, want %x", when, back, vector)
 		}
 	}
@@ -449,21 +454,22 @@ func TestLife(t *testing.T) {
 		t.Errorf("two vectors asked for at once have attempts %q and %q", attempt, again)
 	}
 	payload, p := d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(ctx, imsi, d.imei.String(), attempt, payload, false))
+	must[*binding.Established](t)(r.service.EstablishKME(ctx, imsi, d.imei.String(), attempt, payload, here, false))
 	checkBound("established", p, binding.Pending)
 
-	if b, err := r.service.ReportAuthentication(ctx, imsi, false); err != nil || b != nil {
-		t.Errorf("a failed authentication leaves %+v, error %v", b, err)
+	if got, err := r.service.ReportAuthentication(ctx, imsi, false, here); err != nil || got.Binding != nil || got.Served {
+		t.Errorf("a failed authentication leaves %+v, error %v", got, err)
 	}
 	checkUnbound("dropped")
-	_, err := r.service.EstablishKME(ctx, imsi, d.imei.String(), attempt, payload, false)
+	_, err := r.service.EstablishKME(ctx, imsi, d.imei.String(), attempt, payload, here, false)
 	checkRefused(t, "the dropped binding's attempt", err, kme.NoAttempt, "")
 
 	payload, p = d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(ctx, imsi, d.imei.String(), r.attempt(t, imsi), payload, false))
+	must[*binding.Established](t)(r.service.EstablishKME(ctx, imsi, d.imei.String(), r.attempt(t, imsi), payload, here, false))
+	r.activate(t, imsi)
 	for _, ok := range []bool{true, true, false} { // an active binding outlives a failed authentication
-		if b := must[*binding.Binding](t)(r.service.ReportAuthentication(ctx, imsi, ok)); b == nil || b.State != binding.Active {
-			t.Errorf("report %v gives %+v", ok, b)
+		if got := must[*binding.Reported](t)(r.service.ReportAuthentication(ctx, imsi, ok, here)); !got.Served || got.Binding.State != binding.Active {
+			t.Errorf("report %v gives %+v", ok, got)
 		}
 		checkBound("active", p, binding.Active)
 	}
@@ -474,14 +480,14 @@ func TestAttemptExpires(t *testing.T) {
 	r, _, l := newServed(t)
 	d := l.devices[0]
 	const short = 20 * time.Millisecond
-	service := binding.NewService(r.recorder, r.recorder, new(binding.Lots), short, r.slog())
+	service := binding.NewService(r.recorder, r.recorder, new(binding.Lots), binding.Times{Attempt: short, Pending: ttl, PendingVectors: 3, Now: time.Now}, r.slog())
 	imsi := newIMSI()
-	p := must[*binding.Prepared](t)(service.PrepareVector(t.Context(), imsi, make([]byte, hsmkeys.RANDSize)))
+	p := must[*binding.Prepared](t)(service.PrepareVector(t.Context(), imsi, newRANDs(1), here))
 	time.Sleep(short + 2*time.Millisecond) // stores keep milliseconds
 	payload, _ := d.payload(t)
-	_, err := r.service.EstablishKME(t.Context(), imsi, d.imei.String(), p.AttemptID, payload, false)
+	_, err := r.service.EstablishKME(t.Context(), imsi, d.imei.String(), p.AttemptID, payload, here, false)
 	checkRefused(t, "after its time", err, kme.NoAttempt, "")
-	again := must[*binding.Prepared](t)(service.PrepareVector(t.Context(), imsi, make([]byte, hsmkeys.RANDSize)))
+	again := must[*binding.Prepared](t)(service.PrepareVector(t.Context(), imsi, newRANDs(1), here))
 	if again.AttemptID == "" || again.AttemptID == p.AttemptID {
 		t.Errorf("attempt %q after %q", again.AttemptID, p.AttemptID)
 	}
@@ -490,15 +496,15 @@ func TestAttemptExpires(t *testing.T) {
 func TestUnavailable(t *testing.T) {
 	type call func(ctx context.Context, r *rig, imsi string) error
 	prepare := func(ctx context.Context, r *rig, imsi string) error {
-		_, err := r.service.PrepareVector(ctx, imsi, make([]byte, hsmkeys.RANDSize))
+		_, err := r.service.PrepareVector(ctx, imsi, newRANDs(1), here)
 		return err
 	}
 	restore := func(ctx context.Context, r *rig, imsi string) error {
-		_, err := r.service.RestoreRAND(ctx, imsi, make([]byte, hsmkeys.RANDSize))
+		_, err := r.service.RestoreRAND(ctx, imsi, make([]byte, hsmkeys.RANDSize), here)
 		return err
 	}
 	report := func(ctx context.Context, r *rig, imsi string) error {
-		_, err := r.service.ReportAuthentication(ctx, imsi, true)
+		_, err := r.service.ReportAuthentication(ctx, imsi, true, here)
 		return err
 	}
 	get := func(ctx context.Context, r *rig, imsi string) error {
@@ -510,7 +516,7 @@ func TestUnavailable(t *testing.T) {
 	d := l.devices[0]
 	establish := func(ctx context.Context, r *rig, imsi string) error {
 		payload, _ := d.payload(t)
-		_, err := r.service.EstablishKME(ctx, imsi, d.imei.String(), r.attemptPastRecorder(t, imsi), payload, false)
+		_, err := r.service.EstablishKME(ctx, imsi, d.imei.String(), r.attemptPastRecorder(t, imsi), payload, here, false)
 		return err
 	}
 	bound := newIMSI()
@@ -527,12 +533,13 @@ func TestUnavailable(t *testing.T) {
 		reason kme.Reason
 	}{
 		{"prepare", "Prepare", prepare, newIMSI(), kme.StoreUnavailable},
-		{"prepare", "EncryptRAND", prepare, bound, kme.HSMUnavailable},
-		{"restore", "Binding", restore, bound, kme.StoreUnavailable},
+		{"prepare", "EncryptRANDs", prepare, bound, kme.HSMUnavailable},
+		{"restore", "Spent", restore, bound, kme.StoreUnavailable},
+		{"restore", "Subscription", restore, bound, kme.StoreUnavailable},
 		{"restore", "DecryptRAND", restore, bound, kme.HSMUnavailable},
 		{"report", "Report", report, bound, kme.StoreUnavailable},
-		{"get", "Binding", get, bound, kme.StoreUnavailable},
-		{"establish", "Attempt", establish, newIMSI(), kme.StoreUnavailable},
+		{"get", "Subscription", get, bound, kme.StoreUnavailable},
+		{"establish", "Subscription", establish, newIMSI(), kme.StoreUnavailable},
 		{"establish", "OpenPayload", establish, newIMSI(), kme.HSMUnavailable},
 		{"establish", "Establish", establish, newIMSI(), kme.StoreUnavailable},
 	} {
@@ -595,7 +602,7 @@ func TestUnavailable(t *testing.T) {
 	}
 	payload, _ := d.payload(t)
 	for name, c := range map[string]call{"prepare": prepare, "restore": restore, "report": report, "get": get, "establish": func(ctx context.Context, r *rig, imsi string) error {
-		_, err := r.service.EstablishKME(ctx, imsi, d.imei.String(), "attempt", payload, false)
+		_, err := r.service.EstablishKME(ctx, imsi, d.imei.String(), "attempt", payload, here, false)
 		return err
 	}} {
 		checkRefused(t, name+" on a closed database", c(ctx, r, last), kme.StoreUnavailable, "")
@@ -608,14 +615,14 @@ func TestCanceled(t *testing.T) {
 	d := l.devices[0]
 	bound := newIMSI()
 	payload, _ := d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), bound, d.imei.String(), r.attempt(t, bound), payload, false))
-	vector := make([]byte, hsmkeys.RANDSize)
+	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), bound, d.imei.String(), r.attempt(t, bound), payload, here, false))
+	vector := newRANDs(1)[0]
 
 	open := newIMSI()
 	attempt := r.attempt(t, open)
 	fresh, p := d.payload(t)
 	establish := func(ctx context.Context) error {
-		_, err := r.service.EstablishKME(ctx, open, d.imei.String(), attempt, fresh, false)
+		_, err := r.service.EstablishKME(ctx, open, d.imei.String(), attempt, fresh, here, false)
 		return err
 	}
 	for _, c := range []struct {
@@ -623,13 +630,19 @@ func TestCanceled(t *testing.T) {
 		during []string // canceled just before
 		call   func(ctx context.Context) error
 	}{
-		{"prepare", []string{"Prepare", "EncryptRAND"}, func(ctx context.Context) error { _, err := r.service.PrepareVector(ctx, bound, vector); return err }},
-		{"restore", []string{"Binding", "DecryptRAND"}, func(ctx context.Context) error { _, err := r.service.RestoreRAND(ctx, bound, vector); return err }},
-		{"report", []string{"Report"}, func(ctx context.Context) error {
-			_, err := r.service.ReportAuthentication(ctx, bound, false)
+		{"prepare", []string{"Prepare", "EncryptRANDs"}, func(ctx context.Context) error {
+			_, err := r.service.PrepareVector(ctx, bound, [][]byte{vector}, here)
 			return err
 		}},
-		{"get", []string{"Binding"}, func(ctx context.Context) error { _, err := r.service.GetBinding(ctx, bound); return err }},
+		{"restore", []string{"Spent", "Subscription", "DecryptRAND"}, func(ctx context.Context) error {
+			_, err := r.service.RestoreRAND(ctx, bound, vector, here)
+			return err
+		}},
+		{"report", []string{"Report"}, func(ctx context.Context) error {
+			_, err := r.service.ReportAuthentication(ctx, bound, false, here)
+			return err
+		}},
+		{"get", []string{"Subscription"}, func(ctx context.Context) error { _, err := r.service.GetBinding(ctx, bound); return err }},
 		{"establish", []string{"OpenPayload", "Establish"}, establish},
 	} {
 		for _, at := range c.during {
@@ -655,7 +668,7 @@ func TestCanceled(t *testing.T) {
 	r.checkBound(t, bound, true)
 	r.checkBound(t, open, false)
 	want := p.NWSig()
-	e, err := r.service.EstablishKME(t.Context(), open, d.imei.String(), attempt, fresh, false)
+	e, err := r.service.EstablishKME(t.Context(), open, d.imei.String(), attempt, fresh, here, false)
 	if err != nil || !bytes.Equal(e.NWSig, want[:]) {
 		t.Errorf("after all that: %v, error %v", e, err)
 	}
@@ -672,7 +685,7 @@ func TestTwoManufacturers(t *testing.T) {
 		d := l.devices[0]
 		payload, p := d.payload(t)
 		imsi := newIMSI()
-		e, err := r.service.EstablishKME(t.Context(), imsi, d.imei.String(), r.attempt(t, imsi), payload, false)
+		e, err := r.service.EstablishKME(t.Context(), imsi, d.imei.String(), r.attempt(t, imsi), payload, here, false)
 		if want := p.NWSig(); err != nil || !bytes.Equal(e.NWSig, want[:]) {
 			t.Fatalf("manufacturer %s: %v, error %v", l.Manufacturer, e, err)
 		}
@@ -689,7 +702,7 @@ func TestTwoManufacturers(t *testing.T) {
 	// The devices of one are not those of the other, whatever they have signed.
 	payload, _ := first.devices[0].payload(t)
 	imsi := newIMSI()
-	_, err := r.service.EstablishKME(t.Context(), imsi, first.devices[1].imei.String(), r.attempt(t, imsi), payload, false)
+	_, err := r.service.EstablishKME(t.Context(), imsi, first.devices[1].imei.String(), r.attempt(t, imsi), payload, here, false)
 	checkRefused(t, "another device's payload", err, kme.KMERejected, notAccepted)
 
 	manifest, dev, err := must[*binding.Lots](t)(binding.NewLots(lots, r.readers)).Device(t.Context(), second.devices[0].imei)

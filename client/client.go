@@ -104,20 +104,39 @@ func New(o Options) (*Client, error) {
 // Close closes idle connections.
 func (c *Client) Close() { c.http.CloseIdleConnections() }
 
-// A Vector is what PrepareVector answers.
-type Vector struct {
-	RAND      [16]byte // to send
-	AttemptID string   // not empty: let the device in for provisioning only, and give this with its payload
+// A RAND is the random challenge of an authentication vector.
+type RAND = [16]byte
+
+// An Origin is who at the other end of the network asked. Its zero value is for a caller that has one peer only.
+type Origin struct {
+	Name           kme.Origin // an MME's Origin-Host, an AMF's id
+	NoProvisioning bool       // it cannot provision, or may not: then an IMSI without a binding is refused (kme.NotBound)
 }
 
-// PrepareVector is called for every authentication vector.
-func (c *Client) PrepareVector(ctx context.Context, imsi kme.IMSI, rand [16]byte) (v Vector, err error) {
-	answer, err := call(ctx, c, true, c.service.PrepareVector, &kmev1.PrepareVectorRequest{Imsi: imsi.String(), Rand: rand[:]})
+// Vectors are what PrepareVector answers.
+type Vectors struct {
+	RANDs     []RAND // to send, in the order of the request
+	AttemptID string // not empty: let the device in for provisioning only, and give this with its payload
+}
+
+// PrepareVector is called with the RANDs of all vectors, 1 to 32, that an origin asked for at once.
+func (c *Client) PrepareVector(ctx context.Context, imsi kme.IMSI, o Origin, rands ...RAND) (v Vectors, err error) {
+	q := &kmev1.PrepareVectorRequest{Imsi: imsi.String(), Origin: o.Name.String(), NoProvisioning: o.NoProvisioning}
+	for i := range rands {
+		q.Rands = append(q.Rands, rands[i][:])
+	}
+	answer, err := call(ctx, c, true, c.service.PrepareVector, q)
 	if err != nil {
 		return v, err
 	}
-	v.AttemptID = answer.AttemptId
-	return v, fill(v.RAND[:], answer.Rand)
+	if len(answer.Rands) != len(rands) {
+		return v, fmt.Errorf("the service has answered %d RANDs, not %d", len(answer.Rands), len(rands))
+	}
+	v.AttemptID, v.RANDs = answer.AttemptId, make([]RAND, len(rands))
+	for i := range v.RANDs {
+		err = errors.Join(err, fill(v.RANDs[i][:], answer.Rands[i]))
+	}
+	return v, err
 }
 
 // An Establishment is what EstablishKME answers.
@@ -127,9 +146,11 @@ type Establishment struct {
 	KME   kme.Secret // zero but for a client with the role kme-export
 }
 
-// EstablishKME is called with the payload that a device has sent.
-func (c *Client) EstablishKME(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, attemptID string, payload []byte) (e Establishment, err error) {
-	answer, err := call(ctx, c, true, c.batcher.establish, &kmev1.EstablishKMERequest{Imsi: imsi.String(), Imei: imei.String(), AttemptId: attemptID, Payload: payload})
+// EstablishKME is called with the payload that a device has sent, by way of the origin that was given the attempt.
+func (c *Client) EstablishKME(ctx context.Context, imsi kme.IMSI, o Origin, imei kme.IMEI, attemptID string, payload []byte) (e Establishment, err error) {
+	answer, err := call(ctx, c, true, c.batcher.establish, &kmev1.EstablishKMERequest{
+		Imsi: imsi.String(), Imei: imei.String(), AttemptId: attemptID, Payload: payload, Origin: o.Name.String(),
+	})
 	if err != nil {
 		return e, err
 	}
@@ -141,16 +162,25 @@ func (c *Client) EstablishKME(ctx context.Context, imsi kme.IMSI, imei kme.IMEI,
 	return e, errors.Join(err, fill(e.NWSig[:], answer.NwSig))
 }
 
-// ReportAuthentication is called when AKA with a pre-processed vector has ended. It gives the state of the binding that stands then.
-func (c *Client) ReportAuthentication(ctx context.Context, imsi kme.IMSI, ok bool) (kmev1.State, error) {
+// A Report is what ReportAuthentication answers.
+type Report struct {
+	State  kmev1.State // of the binding that stands now
+	Served bool        // the device may be let in for more than provisioning
+}
+
+// ReportAuthentication is called when AKA with a pre-processed vector has ended. Only an origin that was sent a vector under a pending
+// binding makes it active.
+func (c *Client) ReportAuthentication(ctx context.Context, imsi kme.IMSI, o Origin, ok bool) (Report, error) {
 	// A second report of a failure could be about the binding that stood before.
-	answer, err := call(ctx, c, ok, c.service.ReportAuthentication, &kmev1.ReportAuthenticationRequest{Imsi: imsi.String(), Ok: ok})
-	return answer.GetState(), err
+	answer, err := call(ctx, c, ok, c.service.ReportAuthentication, &kmev1.ReportAuthenticationRequest{
+		Imsi: imsi.String(), Ok: ok, Origin: o.Name.String(), NoProvisioning: o.NoProvisioning,
+	})
+	return Report{answer.GetState(), answer.GetControl() == kmev1.Control_PREPROCESSED}, err
 }
 
 // RestoreRAND gives the RAND before PrepareVector, when a SIM asks for resynchronisation.
-func (c *Client) RestoreRAND(ctx context.Context, imsi kme.IMSI, rand [16]byte) (out [16]byte, err error) {
-	answer, err := call(ctx, c, true, c.service.RestoreRAND, &kmev1.RestoreRANDRequest{Imsi: imsi.String(), Rand: rand[:]})
+func (c *Client) RestoreRAND(ctx context.Context, imsi kme.IMSI, o Origin, rand RAND) (out RAND, err error) {
+	answer, err := call(ctx, c, true, c.service.RestoreRAND, &kmev1.RestoreRANDRequest{Imsi: imsi.String(), Rand: rand[:], Origin: o.Name.String()})
 	if err != nil {
 		return out, err
 	}

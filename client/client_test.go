@@ -46,7 +46,7 @@ func serve(before func(w http.ResponseWriter, r *http.Request) (answered bool)) 
 	}
 	clients := new(atomic.Pointer[api.Clients])
 	clients.Store(known)
-	service := binding.NewService(nil, store, new(binding.Lots), time.Minute, slog.New(slog.DiscardHandler))
+	service := binding.NewService(nil, store, new(binding.Lots), binding.DefaultTimes(), slog.New(slog.DiscardHandler))
 	handler := api.NewHandler(service, clients, binding.NewMetrics(prometheus.NewRegistry()), http.NotFoundHandler(), nil, func(context.Context) ([]string, error) { return nil, nil })
 	path := filepath.Join(dir, "s")
 	l, err := net.Listen("unix", path)
@@ -81,7 +81,7 @@ func Example() {
 	if err != nil {
 		panic(err)
 	}
-	vector, err := c.PrepareVector(context.Background(), imsi, [16]byte{1, 2, 3})
+	vector, err := c.PrepareVector(context.Background(), imsi, client.Origin{}, client.RAND{1, 2, 3})
 	if err != nil {
 		panic(err)
 	}
@@ -91,7 +91,7 @@ func Example() {
 	if err != nil {
 		panic(err)
 	}
-	_, err = c.EstablishKME(context.Background(), imsi, imei, vector.AttemptID, make([]byte, 256))
+	_, err = c.EstablishKME(context.Background(), imsi, client.Origin{}, imei, vector.AttemptID, make([]byte, 256))
 	fmt.Println("a device of no lot:", errors.Is(err, client.Reason(kme.UnknownDevice)))
 	// Output:
 	// provisioning only: true
@@ -134,23 +134,23 @@ func TestCalls(t *testing.T) {
 	}
 	_, err := c.GetBinding(ctx, one)
 	is(err, kme.NotBound)
-	_, err = c.RestoreRAND(ctx, one, [16]byte{})
+	_, err = c.RestoreRAND(ctx, one, client.Origin{}, client.RAND{})
 	is(err, kme.NotBound)
 	_, err = c.RevokeBinding(ctx, one)
 	is(err, kme.NotBound)
-	state, err := c.ReportAuthentication(ctx, one, true)
+	report, err := c.ReportAuthentication(ctx, one, client.Origin{}, true)
 	is(err, kme.NotBound)
-	if state != kmev1.State_STATE_UNSPECIFIED {
-		t.Error(state)
+	if report != (client.Report{}) {
+		t.Error(report)
 	}
-	_, err = c.PrepareVector(ctx, imsi(t, "001020123456789"), [16]byte{})
+	_, err = c.PrepareVector(ctx, imsi(t, "001020123456789"), client.Origin{}, client.RAND{})
 	is(err, kme.CallerNotAllowed)
 	opened, err := c.OpenProvisioning(ctx, one, time.Minute)
 	if err != nil || opened.AttemptId == "" || time.Until(opened.ExpiresAt.AsTime()) < 50*time.Second {
 		t.Errorf("%v, %v", opened, err)
 	}
-	rand := [16]byte{9: 9}
-	if v, err := c.PrepareVector(ctx, one, rand); err != nil || v.RAND != rand || v.AttemptID != opened.AttemptId {
+	rand := client.RAND{9: 9}
+	if v, err := c.PrepareVector(ctx, one, client.Origin{}, rand); err != nil || v.RANDs[0] != rand || v.AttemptID != opened.AttemptId {
 		t.Errorf("%+v, %v", v, err)
 	}
 }
@@ -164,15 +164,15 @@ func TestRetries(t *testing.T) {
 		times int64
 	}{
 		{"PrepareVector", func(ctx context.Context, c *client.Client, i kme.IMSI) error {
-			_, err := c.PrepareVector(ctx, i, [16]byte{})
+			_, err := c.PrepareVector(ctx, i, client.Origin{}, client.RAND{})
 			return err
 		}, 3},
 		{"report ok", func(ctx context.Context, c *client.Client, i kme.IMSI) error {
-			_, err := c.ReportAuthentication(ctx, i, true)
+			_, err := c.ReportAuthentication(ctx, i, client.Origin{}, true)
 			return err
 		}, 3},
 		{"report not ok", func(ctx context.Context, c *client.Client, i kme.IMSI) error {
-			_, err := c.ReportAuthentication(ctx, i, false)
+			_, err := c.ReportAuthentication(ctx, i, client.Origin{}, false)
 			return err
 		}, 1},
 		{"OpenProvisioning", func(ctx context.Context, c *client.Client, i kme.IMSI) error {
@@ -203,7 +203,7 @@ func TestRetries(t *testing.T) {
 		w.WriteHeader(http.StatusServiceUnavailable)
 		return true
 	})
-	if v, err := c.PrepareVector(t.Context(), imsi(t, "001010123456789"), [16]byte{}); err != nil || v.AttemptID == "" {
+	if v, err := c.PrepareVector(t.Context(), imsi(t, "001010123456789"), client.Origin{}, client.RAND{}); err != nil || v.AttemptID == "" {
 		t.Errorf("%+v, %v", v, err)
 	}
 	// No call is longer than its time-out, nor than its context's deadline, and the service learns of it.
@@ -243,7 +243,7 @@ func TestTogether(t *testing.T) {
 			if err != nil {
 				t.Error(err)
 			}
-			if _, err := c.EstablishKME(t.Context(), imsi(t, mine), imei, "none", make([]byte, 256)); !errors.Is(err, client.Reason(want)) {
+			if _, err := c.EstablishKME(t.Context(), imsi(t, mine), client.Origin{}, imei, "none", make([]byte, 256)); !errors.Is(err, client.Reason(want)) {
 				t.Errorf("%s: %v, want %s", mine, err, want)
 			}
 		})
@@ -262,7 +262,7 @@ func TestTogether(t *testing.T) {
 	start := time.Now()
 	for range 20 {
 		all.Go(func() {
-			if _, err := c.EstablishKME(ctx, imsi(t, "001010123456789"), kme.IMEI{}, "none", nil); err == nil || time.Since(start) > 2*time.Second {
+			if _, err := c.EstablishKME(ctx, imsi(t, "001010123456789"), client.Origin{}, kme.IMEI{}, "none", nil); err == nil || time.Since(start) > 2*time.Second {
 				t.Errorf("%v after %s", err, time.Since(start))
 			}
 		})
@@ -289,7 +289,7 @@ func TestResultsMissing(t *testing.T) {
 	var missing atomic.Int64
 	for range 40 {
 		all.Go(func() {
-			_, err := c.EstablishKME(t.Context(), imsi(t, "001010123456789"), kme.IMEI{}, "none", nil)
+			_, err := c.EstablishKME(t.Context(), imsi(t, "001010123456789"), client.Origin{}, kme.IMEI{}, "none", nil)
 			switch {
 			case err == nil:
 				t.Error("there is an answer")
@@ -322,7 +322,7 @@ func TestRefusedTogether(t *testing.T) {
 	var refused atomic.Int64
 	for range 40 {
 		all.Go(func() {
-			_, err := c.EstablishKME(t.Context(), imsi(t, "001010123456789"), kme.IMEI{}, "none", nil)
+			_, err := c.EstablishKME(t.Context(), imsi(t, "001010123456789"), client.Origin{}, kme.IMEI{}, "none", nil)
 			if errors.Is(err, client.Reason(kme.Overloaded)) && strings.Contains(err.Error(), "later") {
 				refused.Add(1)
 			} else if !errors.Is(err, client.Reason(kme.Malformed)) { // it was asked alone

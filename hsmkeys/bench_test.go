@@ -100,7 +100,7 @@ func BenchmarkEncryptRAND(b *testing.B) {
 	b.ResetTimer()
 	b.RunParallel(func(pb *testing.PB) {
 		for pb.Next() {
-			if _, err := token.EncryptRAND(b.Context(), sealed, [RANDSize]byte{}); err != nil {
+			if _, err := token.EncryptRANDs(b.Context(), sealed, make([]RAND, 1)); err != nil {
 				b.Error(err)
 			}
 		}

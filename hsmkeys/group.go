@@ -49,7 +49,7 @@ func (g *Group) checkSame(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	want, err := first.EncryptRAND(ctx, sealed, [RANDSize]byte{})
+	want, err := first.EncryptRANDs(ctx, sealed, make([]RAND, 1))
 	if err != nil {
 		return err
 	}
@@ -63,8 +63,8 @@ func (g *Group) checkSame(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		got, err := t.EncryptRAND(ctx, sealed, [RANDSize]byte{})
-		if err != nil || got != want || !bytes.Equal(tag, other) {
+		got, err := t.EncryptRANDs(ctx, sealed, make([]RAND, 1))
+		if err != nil || got[0] != want[0] || !bytes.Equal(tag, other) {
 			return fmt.Errorf("%s and %s do not have the same storage and ledger keys: make the one a copy of the other, with the HSM's own tool", first, t)
 		}
 	}
@@ -166,14 +166,14 @@ func (g *Group) ExportKME(ctx context.Context, p Payload) (kme.Secret, error) {
 	return inGroup(g, func(t *Token) (kme.Secret, error) { return t.ExportKME(ctx, p) })
 }
 
-// EncryptRAND is Token.EncryptRAND.
-func (g *Group) EncryptRAND(ctx context.Context, sealed []byte, rand [RANDSize]byte) ([RANDSize]byte, error) {
-	return inGroup(g, func(t *Token) ([RANDSize]byte, error) { return t.EncryptRAND(ctx, sealed, rand) })
+// EncryptRANDs is Token.EncryptRANDs.
+func (g *Group) EncryptRANDs(ctx context.Context, sealed []byte, rands []RAND) ([]RAND, error) {
+	return inGroup(g, func(t *Token) ([]RAND, error) { return t.EncryptRANDs(ctx, sealed, rands) })
 }
 
 // DecryptRAND is Token.DecryptRAND.
-func (g *Group) DecryptRAND(ctx context.Context, sealed []byte, rand [RANDSize]byte) ([RANDSize]byte, error) {
-	return inGroup(g, func(t *Token) ([RANDSize]byte, error) { return t.DecryptRAND(ctx, sealed, rand) })
+func (g *Group) DecryptRAND(ctx context.Context, sealed []byte, rand RAND) (RAND, error) {
+	return inGroup(g, func(t *Token) (RAND, error) { return t.DecryptRAND(ctx, sealed, rand) })
 }
 
 // Ping shows that one of the tokens can work.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -57,14 +58,14 @@ func TestGroup(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := must[[RANDSize]byte](t)(g.EncryptRAND(t.Context(), sealed, [RANDSize]byte{1}))
+	want := must[[]RAND](t)(g.EncryptRANDs(t.Context(), sealed, []RAND{{1}}))
 	load := func(n int) {
 		t.Helper()
 		var all sync.WaitGroup
 		for range 8 {
 			all.Go(func() {
 				for range n {
-					if got, err := g.EncryptRAND(t.Context(), sealed, [RANDSize]byte{1}); err != nil || got != want {
+					if got, err := g.EncryptRANDs(t.Context(), sealed, []RAND{{1}}); err != nil || !slices.Equal(got, want) {
 						t.Errorf("%x, %v", got, err)
 					}
 				}
@@ -96,7 +97,7 @@ func TestGroup(t *testing.T) {
 	for _, away := range g.tokens {
 		away.latch.close(errors.New("pulled out"))
 	}
-	if _, err := g.EncryptRAND(t.Context(), sealed, [RANDSize]byte{}); !errors.Is(err, ErrUnavailable) {
+	if _, err := g.EncryptRANDs(t.Context(), sealed, make([]RAND, 1)); !errors.Is(err, ErrUnavailable) {
 		t.Errorf("with both away: %v", err)
 	}
 	for _, away := range g.tokens {
@@ -119,7 +120,7 @@ func TestGroupLosesAToken(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := must[[RANDSize]byte](t)(g.EncryptRAND(t.Context(), sealed, [RANDSize]byte{1}))
+	want := must[[]RAND](t)(g.EncryptRANDs(t.Context(), sealed, []RAND{{1}}))
 	folder := filepath.Join(softhsmtest.Dir(), "tokens", strings.TrimRight(g.tokens[1].info.Label, " \x00"))
 	ctx, stop := context.WithCancel(t.Context())
 	var all sync.WaitGroup
@@ -127,7 +128,7 @@ func TestGroupLosesAToken(t *testing.T) {
 	for range 8 {
 		all.Go(func() {
 			for ctx.Err() == nil {
-				if got, err := g.EncryptRAND(context.Background(), sealed, [RANDSize]byte{1}); err != nil || got != want {
+				if got, err := g.EncryptRANDs(context.Background(), sealed, []RAND{{1}}); err != nil || !slices.Equal(got, want) {
 					t.Errorf("%x, %v", got, err)
 					return
 				}

@@ -220,12 +220,20 @@ func TestVectors(t *testing.T) {
 // checkSealed shows that what was sealed is the KME, by what AES does with it outside the token.
 func checkSealed(t *testing.T, token *Token, sealed, key []byte) {
 	t.Helper()
-	in := [RANDSize]byte{1, 2, 3}
-	out := must[[RANDSize]byte](t)(token.EncryptRAND(t.Context(), sealed, in))
-	if want := aesBlock(t, key, in); out != want {
-		t.Errorf("RAND encrypts to %x, want %x", out, want)
+	in := make([]RAND, 32)
+	for i := range in {
+		in[i] = RAND{1, 2, 3, byte(i)}
 	}
-	if back := must[[RANDSize]byte](t)(token.DecryptRAND(t.Context(), sealed, out)); back != in {
+	out := must[[]RAND](t)(token.EncryptRANDs(t.Context(), sealed, in))
+	if len(out) != len(in) {
+		t.Fatalf("%d RANDs become %d", len(in), len(out))
+	}
+	for i := range in {
+		if want := aesBlock(t, key, in[i]); out[i] != want {
+			t.Errorf("RAND %d encrypts to %x, want %x", i, out[i], want)
+		}
+	}
+	if back := must[RAND](t)(token.DecryptRAND(t.Context(), sealed, out[31])); back != in[31] {
 		t.Errorf("RAND decrypts to %x", back)
 	}
 }

@@ -46,11 +46,11 @@ func TestNothingIsLeft(t *testing.T) {
 					case 2: // fails in the token
 						damaged := append([]byte{}, sealed...)
 						damaged[3] ^= 1
-						if _, derr := token.EncryptRAND(t.Context(), damaged, [RANDSize]byte{}); derr == nil {
+						if _, derr := token.EncryptRANDs(t.Context(), damaged, make([]RAND, 1)); derr == nil {
 							t.Error("a damaged KME was used")
 						}
 					default:
-						_, err = token.EncryptRAND(t.Context(), sealed, [RANDSize]byte{})
+						_, err = token.EncryptRANDs(t.Context(), sealed, make([]RAND, 1))
 					}
 					if err != nil {
 						t.Error(err)

@@ -207,23 +207,37 @@ const RANDSize = 16
 // sealedSize is the length of a KME in AES key wrap.
 const sealedSize = kme.SecretSize + 8
 
-// EncryptRAND encrypts a RAND as one AES-256 block under a sealed KME, inside the token. The text says only that RAND
-// is encrypted; one block, of exactly its size, is our choice.
-func (t *Token) EncryptRAND(ctx context.Context, sealed []byte, rand [RANDSize]byte) (out [RANDSize]byte, err error) {
-	return t.randBlock(ctx, "encrypt RAND", sealed, rand, (*session).encrypt)
+// A RAND is the random challenge of an authentication vector.
+type RAND = [RANDSize]byte
+
+// EncryptRANDs encrypts RANDs, each as one AES-256 block under a sealed KME, inside the token: 4 calls, however many. The text
+// says only that RAND is encrypted; one block, of exactly its size, is our choice.
+func (t *Token) EncryptRANDs(ctx context.Context, sealed []byte, rands []RAND) ([]RAND, error) {
+	return t.randBlocks(ctx, "encrypt RANDs", sealed, rands, (*session).encrypt)
 }
 
-// DecryptRAND undoes EncryptRAND.
-func (t *Token) DecryptRAND(ctx context.Context, sealed []byte, rand [RANDSize]byte) (out [RANDSize]byte, err error) {
-	return t.randBlock(ctx, "decrypt RAND", sealed, rand, (*session).decrypt)
-}
-
-func (t *Token) randBlock(ctx context.Context, operation string, sealed []byte, in [RANDSize]byte,
-	process func(s *session, mechanism uint, key pkcs11.ObjectHandle, in, out []byte) ([]byte, error)) ([RANDSize]byte, error) {
-	if len(sealed) != sealedSize {
-		return [RANDSize]byte{}, errors.New("the sealed KME is damaged: it has the wrong length")
+// DecryptRAND undoes EncryptRANDs of one.
+func (t *Token) DecryptRAND(ctx context.Context, sealed []byte, rand RAND) (out RAND, err error) {
+	all, err := t.randBlocks(ctx, "decrypt RAND", sealed, []RAND{rand}, (*session).decrypt)
+	if err != nil {
+		return out, err
 	}
-	return do(ctx, t, operation, func(s *session) (out [RANDSize]byte, err error) {
+	return all[0], nil
+}
+
+func (t *Token) randBlocks(ctx context.Context, operation string, sealed []byte, rands []RAND,
+	process func(s *session, mechanism uint, key pkcs11.ObjectHandle, in, out []byte) ([]byte, error)) ([]RAND, error) {
+	if len(sealed) != sealedSize {
+		return nil, errors.New("the sealed KME is damaged: it has the wrong length")
+	}
+	if len(rands) == 0 {
+		return nil, errors.New("there is no RAND to process")
+	}
+	in := make([]byte, 0, RANDSize*len(rands))
+	for _, r := range rands {
+		in = append(in, r[:]...)
+	}
+	return do(ctx, t, operation, func(s *session) (out []RAND, err error) {
 		storage, err := t.find(s, pkcs11.CKO_SECRET_KEY, storageKey)
 		if err != nil {
 			return out, err
@@ -237,14 +251,18 @@ func (t *Token) randBlock(ctx context.Context, operation string, sealed []byte, 
 				err = explainIf("drop an unsealed KME", derr)
 			}
 		}()
-		b, err := process(s, pkcs11.CKM_AES_ECB, h, in[:], make([]byte, RANDSize))
+		b, err := process(s, pkcs11.CKM_AES_ECB, h, in, make([]byte, len(in)))
 		if err != nil {
 			return out, explain("process RAND", err)
 		}
-		if len(b) != RANDSize {
-			return out, errors.New("the token's AES-ECB of one block is not one block")
+		if len(b) != len(in) {
+			return out, errors.New("the token's AES-ECB gives another number of blocks than it was given")
 		}
-		return [RANDSize]byte(b), nil
+		out = make([]RAND, len(rands))
+		for i := range out {
+			out[i] = RAND(b[RANDSize*i:])
+		}
+		return out, nil
 	})
 }
 

@@ -264,7 +264,7 @@ func (v *vectorToken) sealed(t *testing.T, _ *vectorGroup, c *vectorCase) outcom
 	storage := v.stand(t, storageKey, pkcs11.CKO_SECRET_KEY, secretValue(pkcs11.CKK_AES, c.Key), guarded(false),
 		use(usages, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP))
 	o := v.wrapped(t, pkcs11.CKM_AES_KEY_WRAP, storage, c)
-	switch _, err := v.EncryptRAND(t.Context(), c.CT, [RANDSize]byte{}); {
+	switch _, err := v.EncryptRANDs(t.Context(), c.CT, make([]RAND, 1)); {
 	case (err == nil) != (o.accepted && len(c.CT) == sealedSize):
 		t.Errorf("as a sealed KME: %v", err)
 	case err == nil:

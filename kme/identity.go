@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"strconv"
+	"strings"
 )
 
 const (
@@ -124,6 +125,38 @@ func (i *IMSI) UnmarshalText(b []byte) error {
 	v, err := ParseIMSI(string(b))
 	if err == nil {
 		*i = v
+	}
+	return err
+}
+
+// An Origin names who at the other end of the network asked: the Origin-Host of an MME, the id of an AMF. Its zero value stands
+// for the only peer of a caller that has one.
+type Origin struct{ name string }
+
+// maxOrigin is the length of the longest domain name (RFC 1035 clause 2.3.4), which a DiameterIdentity is.
+const maxOrigin = 255
+
+// ParseOrigin accepts up to 255 printable ASCII characters without spaces. Names of hosts have no case: it is kept in lower case.
+func ParseOrigin(s string) (Origin, error) {
+	if len(s) > maxOrigin {
+		return Origin{}, fmt.Errorf("an origin has at most %d characters; this has %d", maxOrigin, len(s))
+	}
+	for i := range len(s) {
+		if s[i] <= ' ' || s[i] > '~' {
+			return Origin{}, errors.New("an origin has printable ASCII characters only, and no spaces")
+		}
+	}
+	return Origin{strings.ToLower(s)}, nil
+}
+
+func (o Origin) String() string               { return o.name }
+func (o Origin) MarshalText() ([]byte, error) { return []byte(o.name), nil }
+func (o Origin) LogValue() slog.Value         { return slog.StringValue(o.name) }
+
+func (o *Origin) UnmarshalText(b []byte) error {
+	v, err := ParseOrigin(string(b))
+	if err == nil {
+		*o = v
 	}
 	return err
 }

@@ -15,9 +15,10 @@ var tables = []struct {
 }{
 	{"manufacturers", []string{"key_id", "pem", "operator", "directory", "enrolled_at"}},
 	{"lots", []string{"manufacturer", "lot", "manifest", "imported_at"}},
-	{"attempts", []string{"id", "imsi", "expires_at", "opened"}},
+	{"attempts", []string{"id", "imsi", "origin", "expires_at", "opened"}},
+	{"spent_rands", []string{"imsi", "rand"}},
 	{"ledger", []string{"imei", "tag", "imsi"}},
-	{"bindings", []string{"imsi", "state", "imei", "manufacturer", "lot", "sealed", "nw_sig", "attempt_id", "payload_sha256", "established_at", "activated_at", "revoked_at"}},
+	{"bindings", strings.Split(bindingColumns, ", ")},
 }
 
 // ErrNotEmpty: the store to copy to has something in it already.

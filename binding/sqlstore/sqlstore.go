@@ -8,10 +8,12 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -53,91 +55,223 @@ func (s *Store) exec(ctx context.Context, key, query string, args ...any) error 
 	})
 }
 
-type queryer interface {
-	QueryRowContext(ctx context.Context, query string, args ...any) *sql.Row
-}
-
-const bindingColumns = `imsi, state, imei, manufacturer, lot, sealed, nw_sig, attempt_id, payload_sha256, established_at, activated_at, revoked_at`
+const bindingColumns = `imsi, state, imei, manufacturer, lot, sealed, nw_sig, attempt_id, payload_sha256, established_at, activated_at, revoked_at, origin, expires_at, sent`
 
 func scanBinding(scan func(...any) error) (*binding.Binding, error) {
 	var b binding.Binding
-	var imsi, imei string
-	var established, activated, revoked int64
-	err := scan(&imsi, &b.State, &imei, &b.Manufacturer, &b.Lot, &b.Sealed, &b.NWSig, &b.AttemptID, &b.PayloadSHA256, &established, &activated, &revoked)
-	if errors.Is(err, sql.ErrNoRows) {
-		return nil, binding.ErrNotBound
-	}
-	if err != nil {
+	var imsi, imei, origin, sent string
+	var established, activated, revoked, expires int64
+	if err := scan(&imsi, &b.State, &imei, &b.Manufacturer, &b.Lot, &b.Sealed, &b.NWSig, &b.AttemptID, &b.PayloadSHA256,
+		&established, &activated, &revoked, &origin, &expires, &sent); err != nil {
 		return nil, err
 	}
-	if err := errors.Join(b.IMSI.UnmarshalText([]byte(imsi)), b.IMEI.UnmarshalText([]byte(imei))); err != nil {
+	err := errors.Join(b.IMSI.UnmarshalText([]byte(imsi)), b.IMEI.UnmarshalText([]byte(imei)), b.Origin.UnmarshalText([]byte(origin)))
+	for line := range strings.Lines(sent) {
+		var o kme.Origin
+		err = errors.Join(err, o.UnmarshalText([]byte(strings.TrimSuffix(line, "\n"))))
+		b.Sent = append(b.Sent, o)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("the database is damaged: %w", err)
 	}
-	b.Established, b.Activated, b.Revoked = fromMillis(established), fromMillis(activated), fromMillis(revoked)
+	b.Established, b.Activated, b.Revoked, b.Expires = fromMillis(established), fromMillis(activated), fromMillis(revoked), fromMillis(expires)
 	return &b, nil
 }
 
-// latest is the pending binding before the active, and that before the revoked one.
-func latest(ctx context.Context, q queryer, imsi kme.IMSI) (*binding.Binding, error) {
-	return scanBinding(q.QueryRowContext(ctx, `SELECT `+bindingColumns+` FROM bindings WHERE imsi = $1
-		ORDER BY CASE state WHEN 'PENDING' THEN 0 WHEN 'ACTIVE' THEN 1 ELSE 2 END LIMIT 1`, imsi.String()).Scan)
-}
-
-// current is the latest that is not revoked.
-func current(ctx context.Context, q queryer, imsi kme.IMSI) (*binding.Binding, error) {
-	b, err := latest(ctx, q, imsi)
-	if err == nil && b.State == binding.Revoked {
-		return nil, binding.ErrNotBound
+// sentText is a Binding's Sent as its column has it: each with its end of line, since an origin may be empty.
+func sentText(sent []kme.Origin) string {
+	var b strings.Builder
+	for _, o := range sent {
+		b.WriteString(o.String() + "\n")
 	}
-	return b, err
+	return b.String()
 }
 
-func (s *Store) Binding(ctx context.Context, imsi kme.IMSI) (*binding.Binding, error) {
-	return latest(ctx, s.read, imsi)
+type queryer interface {
+	QueryRowContext(ctx context.Context, query string, args ...any) *sql.Row
+	QueryContext(ctx context.Context, query string, args ...any) (*sql.Rows, error)
 }
 
-func (s *Store) Bindings(ctx context.Context, after string, imei kme.IMEI, limit int) ([]*binding.Binding, error) {
+// query calls each for every row.
+func query(ctx context.Context, q queryer, each func(scan func(...any) error) error, text string, args ...any) error {
+	rows, err := q.QueryContext(ctx, text, args...)
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		if err := each(rows.Scan); err != nil {
+			return err
+		}
+	}
+	return rows.Err()
+}
+
+func (s *Store) Subscription(ctx context.Context, imsi kme.IMSI, now time.Time) (*binding.Subscription, error) {
+	sub, _, err := subscription(ctx, s.read, imsi, now)
+	return sub, err
+}
+
+// subscription also gives the pending binding that has expired, if its row is still there.
+func subscription(ctx context.Context, q queryer, imsi kme.IMSI, now time.Time) (sub *binding.Subscription, expired *binding.Binding, err error) {
+	sub = new(binding.Subscription)
+	err = query(ctx, q, func(scan func(...any) error) error {
+		b, err := scanBinding(scan)
+		switch {
+		case err != nil:
+			return err
+		case b.State == binding.Active:
+			sub.Active = b
+		case b.State == binding.Revoked:
+			sub.Revoked = b
+		case b.Expires.After(now):
+			sub.Pending = b
+		default:
+			expired = b
+		}
+		return nil
+	}, `SELECT `+bindingColumns+` FROM bindings WHERE imsi = $1`, imsi.String())
+	if err != nil {
+		return nil, nil, err
+	}
+	err = query(ctx, q, func(scan func(...any) error) error {
+		a := binding.Attempt{IMSI: imsi}
+		var origin string
+		var expires int64
+		if err := scan(&a.ID, &origin, &expires, &a.Opened); err != nil {
+			return err
+		}
+		if err := a.Origin.UnmarshalText([]byte(origin)); err != nil {
+			return fmt.Errorf("the database is damaged: %w", err)
+		}
+		a.Expires = fromMillis(expires)
+		sub.Attempts = append(sub.Attempts, a)
+		return nil
+	}, `SELECT id, origin, expires_at, opened FROM attempts WHERE imsi = $1 AND expires_at > $2`, imsi.String(), now.UnixMilli())
+	if err != nil {
+		return nil, nil, err
+	}
+	return sub, expired, nil
+}
+
+func (s *Store) Bindings(ctx context.Context, after string, imei kme.IMEI, limit int, now time.Time) ([]*binding.Binding, error) {
 	where, args := "imsi > $1", []any{after}
 	if imei != (kme.IMEI{}) {
 		where, args = "imsi > $1 AND imei = $2 AND imsi IN (SELECT imsi FROM ledger WHERE imei = $2)", append(args, imei.String())
 	}
+	at := fmt.Sprint("$", len(args)+1)
 	// One row an IMSI: the latest of its bindings.
-	query := fmt.Sprintf(`SELECT `+bindingColumns+` FROM bindings AS b WHERE `+where+` AND NOT EXISTS (
-			SELECT 1 FROM bindings AS o WHERE o.imsi = b.imsi AND (o.state = 'PENDING' AND b.state <> 'PENDING' OR o.state = 'ACTIVE' AND b.state = 'REVOKED'))
-		ORDER BY imsi LIMIT $%d`, len(args)+1)
-	rows, err := s.read.QueryContext(ctx, query, append(args, limit)...)
+	var all []*binding.Binding
+	err := query(ctx, s.read, func(scan func(...any) error) error {
+		b, err := scanBinding(scan)
+		all = append(all, b)
+		return err
+	}, `SELECT `+bindingColumns+` FROM bindings AS b WHERE `+where+` AND (state <> 'PENDING' OR expires_at > `+at+`) AND NOT EXISTS (
+			SELECT 1 FROM bindings AS o WHERE o.imsi = b.imsi AND
+				(o.state = 'PENDING' AND o.expires_at > `+at+` AND b.state <> 'PENDING' OR o.state = 'ACTIVE' AND b.state = 'REVOKED'))
+		ORDER BY imsi LIMIT $`+fmt.Sprint(len(args)+2), append(args, now.UnixMilli(), limit)...)
 	if err != nil {
 		return nil, err
 	}
-	defer rows.Close()
-	var all []*binding.Binding
-	for rows.Next() {
-		b, err := scanBinding(rows.Scan)
-		if err != nil {
-			return nil, err
-		}
-		all = append(all, b)
-	}
-	return all, rows.Err()
+	return all, nil
 }
 
-func (s *Store) Prepare(ctx context.Context, fresh binding.Attempt, now, reuse time.Time) (*binding.Binding, *binding.Attempt, error) {
-	b, a, err := prepared(ctx, s.read, fresh.IMSI, now, reuse)
-	if b != nil || a != nil || err != nil {
-		return b, a, err
+func (s *Store) Prepare(ctx context.Context, q binding.VectorRequest) (d binding.Decision, err error) {
+	sub, _, err := subscription(ctx, s.read, q.IMSI, q.Now)
+	if err != nil {
+		return d, err
 	}
-	err = s.change(ctx, fresh.IMSI.String(), func(ctx context.Context, tx *sql.Tx) (err error) {
-		// Looked up again: a binding that came up since must not get an attempt beside it.
-		if b, a, err = prepared(ctx, tx, fresh.IMSI, now, reuse); b != nil || a != nil || err != nil {
+	// Nearly every vector is for an active binding: it changes nothing and needs no lock.
+	if b := sub.Under(q.Origin.Name); b != nil && b == sub.Active {
+		if _, opened := sub.Opened(q.Origin); !opened {
+			return binding.Decision{Binding: b}, unspent(ctx, s.read, q.IMSI, q.RANDs)
+		}
+	}
+	var refused error // what has ended has ended, refused or not
+	err = s.change(ctx, q.IMSI.String(), func(ctx context.Context, tx *sql.Tx) (err error) {
+		d, refused = binding.Decision{}, nil
+		sub, expired, err := subscription(ctx, tx, q.IMSI, q.Now)
+		if err != nil {
 			return err
 		}
-		a = &fresh
-		return insertAttempt(ctx, tx, fresh)
+		if d.Ended = expired; sub.Pending != nil && len(sub.Pending.Sent) >= q.PendingVectors {
+			d.Ended, sub.Pending = sub.Pending, nil
+		}
+		if d.Ended != nil {
+			if _, err := tx.ExecContext(ctx, `DELETE FROM bindings WHERE imsi = $1 AND state = 'PENDING'`, q.IMSI.String()); err != nil {
+				return err
+			}
+		}
+		until, opened := sub.Opened(q.Origin)
+		b := sub.Under(q.Origin.Name)
+		switch {
+		case opened || b == nil && q.Origin.Provisioning == binding.Allowed:
+			return attempt(ctx, tx, sub, q, until, &d)
+		case b == nil:
+			refused = binding.ErrNotBound
+			return nil
+		}
+		if err := unspent(ctx, tx, q.IMSI, q.RANDs); errors.Is(err, binding.ErrSpent) {
+			refused = err
+			return nil
+		} else if err != nil {
+			return err
+		}
+		if d.Binding = b; b.State == binding.Pending {
+			b.Sent = append(b.Sent, q.Origin.Name)
+			_, err = tx.ExecContext(ctx, `UPDATE bindings SET sent = $1 WHERE imsi = $2 AND state = 'PENDING'`, sentText(b.Sent), q.IMSI.String())
+		}
+		return err
 	})
 	if err != nil {
-		return nil, nil, err
+		return binding.Decision{}, err
 	}
-	return b, a, nil
+	return d, refused
+}
+
+// attempt gives the attempt of an origin, in an administrator's if that is open until then, and notes what leaves in clear.
+func attempt(ctx context.Context, tx *sql.Tx, sub *binding.Subscription, q binding.VectorRequest, until time.Time, d *binding.Decision) error {
+	opened := !until.IsZero()
+	reuse := q.Now.Add(q.AttemptTTL / 2)
+	if opened {
+		reuse = until
+	} else {
+		until = q.Now.Add(q.AttemptTTL)
+	}
+	if d.Attempt = sub.Reusable(q.Origin.Name, opened, reuse); d.Attempt == nil {
+		d.Attempt = &binding.Attempt{ID: q.AttemptID, IMSI: q.IMSI, Origin: q.Origin.Name, Expires: until, Opened: opened}
+		d.Fresh = true
+		if err := insertAttempt(ctx, tx, *d.Attempt); err != nil {
+			return err
+		}
+	}
+	for _, r := range q.RANDs {
+		if _, err := tx.ExecContext(ctx, `INSERT INTO spent_rands (imsi, rand) VALUES ($1, $2) ON CONFLICT DO NOTHING`, q.IMSI.String(), r[:]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// unspent fails with ErrSpent if an IMSI was sent one of these RANDs in clear.
+func unspent(ctx context.Context, q queryer, imsi kme.IMSI, rands []hsmkeys.RAND) error {
+	for _, r := range rands {
+		if spent, err := isSpent(ctx, q, imsi, r); err != nil {
+			return err
+		} else if spent {
+			return binding.ErrSpent
+		}
+	}
+	return nil
+}
+
+func isSpent(ctx context.Context, q queryer, imsi kme.IMSI, rand hsmkeys.RAND) (spent bool, err error) {
+	err = q.QueryRowContext(ctx, `SELECT EXISTS (SELECT 1 FROM spent_rands WHERE imsi = $1 AND rand = $2)`, imsi.String(), rand[:]).Scan(&spent)
+	return spent, err
+}
+
+func (s *Store) Spent(ctx context.Context, imsi kme.IMSI, rand hsmkeys.RAND) (bool, error) {
+	return isSpent(ctx, s.read, imsi, rand)
 }
 
 func insertAttempt(ctx context.Context, tx *sql.Tx, a binding.Attempt) error {
@@ -145,33 +279,9 @@ func insertAttempt(ctx context.Context, tx *sql.Tx, a binding.Attempt) error {
 	if a.Opened {
 		opened = 1
 	}
-	_, err := tx.ExecContext(ctx, `INSERT INTO attempts (id, imsi, expires_at, opened) VALUES ($1, $2, $3, $4)`, a.ID, a.IMSI.String(), a.Expires.UnixMilli(), opened)
+	_, err := tx.ExecContext(ctx, `INSERT INTO attempts (id, imsi, origin, expires_at, opened) VALUES ($1, $2, $3, $4, $5)`,
+		a.ID, a.IMSI.String(), a.Origin.String(), a.Expires.UnixMilli(), opened)
 	return err
-}
-
-func prepared(ctx context.Context, q queryer, imsi kme.IMSI, now, reuse time.Time) (*binding.Binding, *binding.Attempt, error) {
-	a := &binding.Attempt{IMSI: imsi}
-	var expires int64
-	err := q.QueryRowContext(ctx, `SELECT id, expires_at, opened FROM attempts WHERE imsi = $1 AND (opened = 1 AND expires_at > $2 OR expires_at >= $3)
-		ORDER BY opened DESC, expires_at DESC LIMIT 1`, imsi.String(), now.UnixMilli(), reuse.UnixMilli()).Scan(&a.ID, &expires, &a.Opened)
-	switch {
-	case errors.Is(err, sql.ErrNoRows):
-		a = nil
-	case err != nil:
-		return nil, nil, err
-	default:
-		if a.Expires = fromMillis(expires); a.Opened {
-			return nil, a, nil
-		}
-	}
-	b, err := current(ctx, q, imsi)
-	switch {
-	case errors.Is(err, binding.ErrNotBound):
-		return nil, a, nil
-	case err != nil:
-		return nil, nil, err
-	}
-	return b, nil, nil
 }
 
 func (s *Store) OpenAttempt(ctx context.Context, a binding.Attempt) error {
@@ -183,30 +293,16 @@ func (s *Store) OpenAttempt(ctx context.Context, a binding.Attempt) error {
 	})
 }
 
-func (s *Store) Attempt(ctx context.Context, imsi kme.IMSI, id string, now time.Time) (*binding.Attempt, error) {
-	return openAttempt(ctx, s.read, imsi, id, now)
-}
-
-func openAttempt(ctx context.Context, q queryer, imsi kme.IMSI, id string, now time.Time) (*binding.Attempt, error) {
-	a := &binding.Attempt{ID: id, IMSI: imsi}
-	var expires int64
-	err := q.QueryRowContext(ctx, `SELECT expires_at, opened FROM attempts WHERE id = $1 AND imsi = $2 AND expires_at > $3`, id, imsi.String(), now.UnixMilli()).Scan(&expires, &a.Opened)
-	if errors.Is(err, sql.ErrNoRows) {
-		return nil, binding.ErrNoAttempt
-	}
-	a.Expires = fromMillis(expires)
-	return a, err
-}
-
 func (s *Store) Establish(ctx context.Context, b *binding.Binding, tag []byte, good bool, now time.Time) error {
 	return s.change(ctx, b.IMSI.String(), func(ctx context.Context, tx *sql.Tx) error {
 		var expires int64
+		var origin string
 		var opened, bound, used bool
-		err := tx.QueryRowContext(ctx, `SELECT expires_at, opened = 1, EXISTS (SELECT 1 FROM bindings WHERE imsi = $1 AND state = 'ACTIVE'),
+		err := tx.QueryRowContext(ctx, `SELECT expires_at, origin, opened = 1, EXISTS (SELECT 1 FROM bindings WHERE imsi = $1 AND state = 'ACTIVE'),
 			EXISTS (SELECT 1 FROM ledger WHERE imei = $2 AND tag = $3) FROM attempts WHERE imsi = $1 AND id = $4`,
-			b.IMSI.String(), b.IMEI.String(), tag, b.AttemptID).Scan(&expires, &opened, &bound, &used)
+			b.IMSI.String(), b.IMEI.String(), tag, b.AttemptID).Scan(&expires, &origin, &opened, &bound, &used)
 		switch {
-		case errors.Is(err, sql.ErrNoRows), err == nil && expires <= now.UnixMilli():
+		case errors.Is(err, sql.ErrNoRows), err == nil && (expires <= now.UnixMilli() || origin != b.Origin.String()):
 			return binding.ErrNoAttempt
 		case err != nil:
 			return err
@@ -226,60 +322,77 @@ func (s *Store) Establish(ctx context.Context, b *binding.Binding, tag []byte, g
 		if _, err := tx.ExecContext(ctx, `DELETE FROM attempts WHERE imsi = $1`, b.IMSI.String()); err != nil {
 			return err
 		}
-		_, err = tx.ExecContext(ctx, `INSERT INTO bindings (`+bindingColumns+`) VALUES ($1, 'PENDING', $2, $3, $4, $5, $6, $7, $8, $9, 0, 0)
+		_, err = tx.ExecContext(ctx, `INSERT INTO bindings (`+bindingColumns+`) VALUES ($1, 'PENDING', $2, $3, $4, $5, $6, $7, $8, $9, 0, 0, $10, $11, '')
 			ON CONFLICT (imsi, state) DO UPDATE SET imei = excluded.imei, manufacturer = excluded.manufacturer, lot = excluded.lot, sealed = excluded.sealed,
-			nw_sig = excluded.nw_sig, attempt_id = excluded.attempt_id, payload_sha256 = excluded.payload_sha256, established_at = excluded.established_at`,
-			b.IMSI.String(), b.IMEI.String(), b.Manufacturer, b.Lot, b.Sealed, b.NWSig, b.AttemptID, b.PayloadSHA256, b.Established.UnixMilli())
+			nw_sig = excluded.nw_sig, attempt_id = excluded.attempt_id, payload_sha256 = excluded.payload_sha256, established_at = excluded.established_at,
+			origin = excluded.origin, expires_at = excluded.expires_at, sent = ''`,
+			b.IMSI.String(), b.IMEI.String(), b.Manufacturer, b.Lot, b.Sealed, b.NWSig, b.AttemptID, b.PayloadSHA256, b.Established.UnixMilli(),
+			b.Origin.String(), b.Expires.UnixMilli())
 		return err
 	})
 }
 
-func (s *Store) Report(ctx context.Context, imsi kme.IMSI, ok bool, now time.Time) (*binding.Binding, error) {
+func (s *Store) Report(ctx context.Context, imsi kme.IMSI, o kme.Origin, ok bool, now time.Time) (*binding.Subscription, error) {
 	// Nearly every report is the success of a binding that is active already: it changes nothing and needs no lock.
-	b, err := current(ctx, s.read, imsi)
-	if err != nil || b.State == binding.Active {
-		return b, err
+	sub, _, err := subscription(ctx, s.read, imsi, now)
+	if err == nil && sub.Standing() == nil {
+		err = binding.ErrNotBound
 	}
-	err = s.change(ctx, imsi.String(), func(ctx context.Context, tx *sql.Tx) (err error) {
-		if b, err = current(ctx, tx, imsi); err != nil || b.State == binding.Active {
-			return err
-		}
-		if ok {
-			// The binding before it, or one that was revoked, has ended.
-			if _, err = tx.ExecContext(ctx, `DELETE FROM bindings WHERE imsi = $1 AND state <> 'PENDING'`, imsi.String()); err != nil {
+	if err == nil && sub.Ends(o, ok) {
+		err = s.change(ctx, imsi.String(), func(ctx context.Context, tx *sql.Tx) (err error) {
+			if sub, _, err = subscription(ctx, tx, imsi, now); err != nil || !sub.Ends(o, ok) {
 				return err
 			}
-			_, err = tx.ExecContext(ctx, `UPDATE bindings SET state = 'ACTIVE', activated_at = $1 WHERE imsi = $2`, now.UnixMilli(), imsi.String())
-		} else {
-			_, err = tx.ExecContext(ctx, `DELETE FROM bindings WHERE imsi = $1 AND state = 'PENDING'`, imsi.String())
-		}
-		if err != nil {
-			return err
-		}
-		if b, err = current(ctx, tx, imsi); errors.Is(err, binding.ErrNotBound) {
-			b, err = nil, nil
-		}
-		return err
-	})
+			return end(ctx, tx, sub, ok, now)
+		})
+	}
 	if err != nil {
 		return nil, err
 	}
-	return b, nil
+	return sub, nil
+}
+
+// end makes the pending binding the active one, and drops those before it; or drops it.
+func end(ctx context.Context, tx *sql.Tx, sub *binding.Subscription, ok bool, now time.Time) error {
+	b := sub.Pending
+	sub.Pending = nil
+	if !ok {
+		_, err := tx.ExecContext(ctx, `DELETE FROM bindings WHERE imsi = $1 AND state = 'PENDING'`, b.IMSI.String())
+		return err
+	}
+	b.State, b.Activated, b.Expires, b.Sent = binding.Active, fromMillis(now.UnixMilli()), time.Time{}, nil
+	sub.Active, sub.Revoked = b, nil
+	if _, err := tx.ExecContext(ctx, `DELETE FROM bindings WHERE imsi = $1 AND state <> 'PENDING'`, b.IMSI.String()); err != nil {
+		return err
+	}
+	_, err := tx.ExecContext(ctx, `UPDATE bindings SET state = 'ACTIVE', activated_at = $1, expires_at = 0, sent = '' WHERE imsi = $2`,
+		now.UnixMilli(), b.IMSI.String())
+	return err
 }
 
 func (s *Store) Revoke(ctx context.Context, imsi kme.IMSI, now time.Time) (b *binding.Binding, err error) {
-	err = s.change(ctx, imsi.String(), func(ctx context.Context, tx *sql.Tx) (err error) {
-		if b, err = latest(ctx, tx, imsi); err != nil || b.State == binding.Revoked {
+	err = s.change(ctx, imsi.String(), func(ctx context.Context, tx *sql.Tx) error {
+		sub, _, err := subscription(ctx, tx, imsi, now)
+		if err != nil {
 			return err
+		}
+		b = sub.Latest()
+		switch {
+		case b == nil:
+			return binding.ErrNotBound
+		case b.State == binding.Revoked:
+			return nil
 		}
 		for _, query := range []string{`DELETE FROM attempts WHERE imsi = $1`, `DELETE FROM bindings WHERE imsi = $1`} {
 			if _, err := tx.ExecContext(ctx, query, imsi.String()); err != nil {
 				return err
 			}
 		}
-		b.State, b.Revoked, b.Sealed = binding.Revoked, fromMillis(now.UnixMilli()), []byte{}
-		_, err = tx.ExecContext(ctx, `INSERT INTO bindings (`+bindingColumns+`) VALUES ($1, 'REVOKED', $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)`,
-			imsi.String(), b.IMEI.String(), b.Manufacturer, b.Lot, b.Sealed, b.NWSig, b.AttemptID, b.PayloadSHA256, b.Established.UnixMilli(), millis(b.Activated), now.UnixMilli())
+		b.State, b.Revoked, b.Sealed, b.Expires, b.Sent = binding.Revoked, fromMillis(now.UnixMilli()), []byte{}, time.Time{}, nil
+		_, err = tx.ExecContext(ctx, `INSERT INTO bindings (`+bindingColumns+`)
+			VALUES ($1, 'REVOKED', $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, 0, '')`,
+			imsi.String(), b.IMEI.String(), b.Manufacturer, b.Lot, b.Sealed, b.NWSig, b.AttemptID, b.PayloadSHA256, b.Established.UnixMilli(),
+			millis(b.Activated), now.UnixMilli(), b.Origin.String())
 		return err
 	})
 	if err != nil {
@@ -298,23 +411,16 @@ func (s *Store) PutManufacturer(ctx context.Context, m *binding.Manufacturer) er
 		m.KeyID, m.PEM, m.Operator, m.Directory, m.Enrolled.UnixMilli())
 }
 
-func (s *Store) Manufacturers(ctx context.Context) ([]*binding.Manufacturer, error) {
-	rows, err := s.read.QueryContext(ctx, `SELECT key_id, pem, operator, directory, enrolled_at FROM manufacturers ORDER BY key_id`)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	var all []*binding.Manufacturer
-	for rows.Next() {
+func (s *Store) Manufacturers(ctx context.Context) (all []*binding.Manufacturer, err error) {
+	err = query(ctx, s.read, func(scan func(...any) error) error {
 		m := new(binding.Manufacturer)
 		var enrolled int64
-		if err := rows.Scan(&m.KeyID, &m.PEM, &m.Operator, &m.Directory, &enrolled); err != nil {
-			return nil, err
-		}
+		err := scan(&m.KeyID, &m.PEM, &m.Operator, &m.Directory, &enrolled)
 		m.Enrolled = fromMillis(enrolled)
 		all = append(all, m)
-	}
-	return all, rows.Err()
+		return err
+	}, `SELECT key_id, pem, operator, directory, enrolled_at FROM manufacturers ORDER BY key_id`)
+	return all, err
 }
 
 func (s *Store) PutLot(ctx context.Context, lot *binding.Lot, check func([]*binding.Lot) error) error {
@@ -334,34 +440,27 @@ func (s *Store) PutLot(ctx context.Context, lot *binding.Lot, check func([]*bind
 
 func (s *Store) Lots(ctx context.Context) ([]*binding.Lot, error) { return lots(ctx, s.read) }
 
-func lots(ctx context.Context, q interface {
-	QueryContext(ctx context.Context, query string, args ...any) (*sql.Rows, error)
-}) ([]*binding.Lot, error) {
-	rows, err := q.QueryContext(ctx, `SELECT l.manufacturer, l.lot, l.manifest, l.imported_at, m.pem FROM lots l JOIN manufacturers m ON m.key_id = l.manufacturer
-		ORDER BY l.manufacturer, l.lot`)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	var all []*binding.Lot
-	for rows.Next() {
+func lots(ctx context.Context, q queryer) (all []*binding.Lot, err error) {
+	err = query(ctx, q, func(scan func(...any) error) error {
 		l := new(binding.Lot)
 		var name, pem string
 		var imported int64
-		if err := rows.Scan(&l.Manufacturer, &name, &l.ManifestJWS, &imported, &pem); err != nil {
-			return nil, err
+		if err := scan(&l.Manufacturer, &name, &l.ManifestJWS, &imported, &pem); err != nil {
+			return err
 		}
 		verifier, err := directory.ParseVerifier([]byte(pem))
 		if err != nil {
-			return nil, fmt.Errorf("manufacturer %s: %w", l.Manufacturer, err)
+			return fmt.Errorf("manufacturer %s: %w", l.Manufacturer, err)
 		}
 		if l.Manifest, err = verifier.Manifest(name, []byte(l.ManifestJWS)); err != nil {
-			return nil, err
+			return err
 		}
 		l.Imported = fromMillis(imported)
 		all = append(all, l)
-	}
-	return all, rows.Err()
+		return nil
+	}, `SELECT l.manufacturer, l.lot, l.manifest, l.imported_at, m.pem FROM lots l JOIN manufacturers m ON m.key_id = l.manufacturer
+		ORDER BY l.manufacturer, l.lot`)
+	return all, err
 }
 
 func millis(t time.Time) int64 {

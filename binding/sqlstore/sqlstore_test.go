@@ -15,8 +15,8 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/storetest"
+	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/pgtest"
-	"github.com/kmehsm/kmehsm/internal/sqlite"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -104,7 +104,7 @@ func TestPostgresKilled(t *testing.T) {
 			all.Go(func() {
 				for n := 0; ; n++ {
 					b := newBinding(t, fmt.Sprintf("00101%d%d%08d", round, i, n), fmt.Sprint("a", round, "-", i, "-", n))
-					if _, _, err := s.Prepare(t.Context(), binding.Attempt{ID: b.AttemptID, IMSI: b.IMSI, Expires: t0.Add(time.Hour)}, t0, t0); err != nil {
+					if _, err := s.Prepare(t.Context(), request(b)); err != nil {
 						return
 					}
 					if err := s.Establish(t.Context(), b, []byte(b.AttemptID), true, t0); err != nil {
@@ -134,7 +134,7 @@ func TestPostgresKilled(t *testing.T) {
 		all.Wait()
 		server.Run(t)
 		for range 64 { // each connection that was open says once that it is not any more
-			if _, err := s.Binding(t.Context(), imsi(t, "001010000000001")); errors.Is(err, binding.ErrNotBound) {
+			if _, err := s.Subscription(t.Context(), imsi(t, "001010000000001"), t0); err == nil {
 				time.Sleep(time.Millisecond)
 			}
 		}
@@ -167,7 +167,7 @@ func TestPostgresCopy(t *testing.T) {
 	}
 	none := func(int) {}
 	for _, step := range []struct{ from, to *Store }{{from, through}, {through, back}} {
-		if rows, err := step.from.Copy(t.Context(), step.to, none); err != nil || rows != 102 {
+		if rows, err := step.from.Copy(t.Context(), step.to, none); err != nil || rows != 153 {
 			t.Fatal(rows, err)
 		}
 		if _, err := step.from.Copy(t.Context(), step.to, none); !errors.Is(err, ErrNotEmpty) {
@@ -180,14 +180,18 @@ func TestPostgresCopy(t *testing.T) {
 			checkUsed(t, back, b, []byte{b.AttemptID[1] - '0', 0, 0xff})
 		}
 	}
-	if b, err := back.Binding(t.Context(), all[1].IMSI); err != nil || b.State != binding.Revoked {
-		t.Errorf("%+v, %v", b, err)
+	nobody := kme.Origin{}
+	if sub, err := back.Subscription(t.Context(), all[1].IMSI, t0); err != nil || sub.Latest().State != binding.Revoked {
+		t.Errorf("%+v, %v", sub, err)
 	}
-	if a, err := back.Attempt(t.Context(), all[0].IMSI, "opened", t0); err != nil || !a.Opened {
-		t.Errorf("%+v, %v", a, err)
+	if sub, err := back.Subscription(t.Context(), all[0].IMSI, t0); err != nil || sub.Attempt("opened", nobody) == nil || !sub.Attempts[0].Opened {
+		t.Errorf("%+v, %v", sub, err)
 	}
-	if _, err := back.Attempt(t.Context(), waiting.IMSI, "waits", t0); err != nil {
-		t.Error(err)
+	if sub, err := back.Subscription(t.Context(), waiting.IMSI, t0); err != nil || sub.Attempt("waits", nobody) == nil {
+		t.Errorf("%+v, %v", sub, err)
+	}
+	if spent, err := back.Spent(t.Context(), all[0].IMSI, hsmkeys.RAND{}); err != nil || !spent {
+		t.Errorf("a RAND that was sent in clear is not spent any more: %v", err)
 	}
 }
 
@@ -205,47 +209,6 @@ func checkUsed(t *testing.T, s *Store, b *binding.Binding, tag []byte) {
 	}
 	if err := s.Establish(t.Context(), &other, tag, true, t0); !errors.Is(err, binding.ErrUsed) {
 		t.Errorf("the ledger has forgotten %s: %v", b.AttemptID, err)
-	}
-}
-
-// A database of an earlier version keeps what it has.
-func TestMigration(t *testing.T) {
-	for have := 1; have < len(migrations); have++ {
-		t.Run(fmt.Sprint("from ", have), func(t *testing.T) {
-			file := path(t)
-			read, write, err := sqlite.Open(t.Context(), file, migrations[:have]...)
-			if err != nil {
-				t.Fatal(err)
-			}
-			insert := `INSERT INTO bindings VALUES (?, 'PENDING', ?, ?, ?, ?, ?, ?, ?, ?, 0`
-			if have > 1 {
-				insert += `, 0` // revoked_at
-			}
-			var bindings []*binding.Binding
-			for n := range 2 {
-				b := newBinding(t, fmt.Sprintf("00101000000000%d", n), fmt.Sprint("a", n))
-				bindings = append(bindings, b)
-				if err := errors.Join(
-					write.Exec(t.Context(), insert+`)`,
-						b.IMSI.String(), b.IMEI.String(), b.Manufacturer, b.Lot, b.Sealed, b.NWSig, b.AttemptID, b.PayloadSHA256, b.Established.UnixMilli()),
-					write.Exec(t.Context(), `INSERT INTO ledger VALUES (?, ?)`, b.IMEI.String(), b.Sealed),
-				); err != nil {
-					t.Fatal(err)
-				}
-			}
-			if err := errors.Join(read.Close(), write.Close()); err != nil {
-				t.Fatal(err)
-			}
-			s := open(t, file)
-			ofDevice, err := s.Bindings(t.Context(), "", bindings[0].IMEI, 10)
-			if err != nil || len(ofDevice) != len(bindings) {
-				t.Errorf("the device has %d bindings, not %d: %v", len(ofDevice), len(bindings), err)
-			}
-			for _, b := range bindings {
-				checkBinding(t, s, b)
-				checkUsed(t, s, b, b.Sealed)
-			}
-		})
 	}
 }
 
@@ -284,23 +247,31 @@ func newBinding(t *testing.T, id, attempt string) *binding.Binding {
 		t.Fatal(err)
 	}
 	return &binding.Binding{
-		IMSI: imsi(t, id), IMEI: imei, Manufacturer: "maker", Lot: "L1", State: binding.Pending, Sealed: []byte("sealed " + attempt), Established: t0,
+		IMSI: imsi(t, id), IMEI: imei, Manufacturer: "maker", Lot: "L1", State: binding.Pending, Sealed: []byte("sealed " + attempt), Established: t0, Expires: t0.Add(time.Hour),
 		AttemptID: attempt, PayloadSHA256: []byte("digest"), NWSig: []byte("answer"),
+	}
+}
+
+// request is one that opens b's attempt.
+func request(b *binding.Binding) binding.VectorRequest {
+	return binding.VectorRequest{
+		IMSI: b.IMSI, Origin: binding.Origin{Provisioning: binding.Allowed}, RANDs: make([]hsmkeys.RAND, 1),
+		Now: t0, AttemptID: b.AttemptID, AttemptTTL: time.Hour, PendingVectors: 3,
 	}
 }
 
 func beginAttempt(t *testing.T, s *Store, b *binding.Binding) {
 	t.Helper()
-	_, a, err := s.Prepare(t.Context(), binding.Attempt{ID: b.AttemptID, IMSI: b.IMSI, Expires: t0.Add(time.Hour)}, t0, t0.Add(time.Hour))
-	if err != nil || a == nil || a.ID != b.AttemptID {
-		t.Fatalf("attempt %v, error %v", a, err)
+	d, err := s.Prepare(t.Context(), request(b))
+	if err != nil || d.Attempt == nil || d.Attempt.ID != b.AttemptID {
+		t.Fatalf("attempt %v, error %v", d.Attempt, err)
 	}
 }
 
 func checkBinding(t *testing.T, s *Store, want *binding.Binding) {
 	t.Helper()
-	if got, err := s.Binding(t.Context(), want.IMSI); err != nil || !reflect.DeepEqual(got, want) {
-		t.Errorf("binding %+v, error %v, want %+v", got, err, want)
+	if sub, err := s.Subscription(t.Context(), want.IMSI, t0); err != nil || !reflect.DeepEqual(sub.Latest(), want) {
+		t.Errorf("binding %+v, error %v, want %+v", sub, err, want)
 	}
 }
 
@@ -328,8 +299,8 @@ func TestAnotherProcess(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := first.Binding(t.Context(), b.IMSI); !errors.Is(err, binding.ErrNotBound) {
-		t.Fatal(err)
+	if sub, err := first.Subscription(t.Context(), b.IMSI, t0); err != nil || sub.Latest() != nil {
+		t.Fatal(sub, err)
 	}
 	child := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestAnotherProcess$")
 	child.Env = append(os.Environ(), childFile+"="+file)

@@ -4,12 +4,9 @@ package storetest
 import (
 	"bytes"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"math/big"
 	"reflect"
 	"slices"
 	"sync"
@@ -18,8 +15,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
-	"github.com/kmehsm/kmehsm/directory"
-	"github.com/kmehsm/kmehsm/internal/pemkey"
+	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -47,6 +43,14 @@ func Run(t *testing.T, open func(t *testing.T) Store) {
 		{"ReportNotOK", reportNotOK},
 		{"ReportNotBound", reportNotBound},
 		{"OpenedBesideActive", openedBesideActive},
+		{"AttemptsByOrigin", attemptsByOrigin},
+		{"MayNotProvision", mayNotProvision},
+		{"ActivatedBySent", activatedBySent},
+		{"BesideActive", besideActive},
+		{"PendingEnds", pendingEnds},
+		{"PendingExpires", pendingExpires},
+		{"Spent", spent},
+		{"OpenedByOrigin", openedByOrigin},
 		{"BoundNotOpened", boundNotOpened},
 		{"Revoke", revoke},
 		{"Bindings", bindings},
@@ -67,8 +71,10 @@ func Run(t *testing.T, open func(t *testing.T) Store) {
 var t0 = time.UnixMilli(1_800_000_000_123).UTC()
 
 const (
-	ttl    = 5 * time.Minute
-	racers = 16
+	ttl            = 5 * time.Minute
+	pendingTTL     = time.Hour
+	pendingVectors = 3
+	racers         = 16
 )
 
 // subscription and device are one of many.
@@ -99,17 +105,43 @@ func tac(t *testing.T) kme.TAC {
 	return v
 }
 
-// prepare calls Prepare as the service does, with an attempt that lives for ttl and is shared for half of it.
-func prepare(t *testing.T, s Store, imsi kme.IMSI, id string, now time.Time) (*binding.Binding, *binding.Attempt) {
+// home and away are two origins; nobody is that of callers that have one peer.
+var nobody, home, away = origin(""), origin("mme-1.home"), origin("mme-2.away")
+
+func origin(name string) binding.Origin {
+	o, err := kme.ParseOrigin(name)
+	if err != nil {
+		panic(err)
+	}
+	return binding.Origin{Name: o, Provisioning: binding.Allowed}
+}
+
+// request is a VectorRequest as the service makes it, for one RAND that no other has.
+func request(imsi kme.IMSI, o binding.Origin, id string, now time.Time) binding.VectorRequest {
+	var r hsmkeys.RAND
+	rand.Read(r[:])
+	return binding.VectorRequest{
+		IMSI: imsi, Origin: o, RANDs: []hsmkeys.RAND{r}, Now: now, AttemptID: id, AttemptTTL: ttl, PendingVectors: pendingVectors,
+	}
+}
+
+// decide calls Prepare, which must succeed.
+func decide(t *testing.T, s Store, q binding.VectorRequest) binding.Decision {
 	t.Helper()
-	b, a, err := s.Prepare(t.Context(), binding.Attempt{ID: id, IMSI: imsi, Expires: now.Add(ttl)}, now, now.Add(ttl/2))
+	d, err := s.Prepare(t.Context(), q)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if (b == nil) == (a == nil) {
-		t.Fatalf("Prepare gave binding %v and attempt %v, not one of them", b, a)
+	if (d.Binding == nil) == (d.Attempt == nil) {
+		t.Fatalf("Prepare gave binding %v and attempt %v, not one of them", d.Binding, d.Attempt)
 	}
-	return b, a
+	return d
+}
+
+func prepare(t *testing.T, s Store, imsi kme.IMSI, id string, now time.Time) (*binding.Binding, *binding.Attempt) {
+	t.Helper()
+	d := decide(t, s, request(imsi, nobody, id, now))
+	return d.Binding, d.Attempt
 }
 
 // openAttempt opens one and insists that it is new.
@@ -122,22 +154,26 @@ func openAttempt(t *testing.T, s Store, imsi kme.IMSI, id string, now time.Time)
 
 func checkOpen(t *testing.T, s Store, imsi kme.IMSI, id string, now time.Time, want bool) {
 	t.Helper()
-	a, err := s.Attempt(t.Context(), imsi, id, now)
-	switch {
-	case want && err != nil:
-		t.Errorf("attempt %s of %s at %s: %v", id, imsi, now, err)
-	case want && (a.ID != id || a.IMSI != imsi):
-		t.Errorf("attempt %s of %s: got %v", id, imsi, a)
-	case !want && !errors.Is(err, binding.ErrNoAttempt):
-		t.Errorf("attempt %s of %s at %s: error %v, want ErrNoAttempt", id, imsi, now, err)
+	a := subscriptionOf(t, s, imsi, now).Attempt(id, nobody.Name)
+	if want != (a != nil) || a != nil && (a.ID != id || a.IMSI != imsi) {
+		t.Errorf("attempt %s of %s at %s: %v, want it open: %v", id, imsi, now, a, want)
 	}
+}
+
+func subscriptionOf(t *testing.T, s Store, imsi kme.IMSI, now time.Time) *binding.Subscription {
+	t.Helper()
+	sub, err := s.Subscription(t.Context(), imsi, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return sub
 }
 
 func newBinding(imsi kme.IMSI, imei kme.IMEI, attempt string) *binding.Binding {
 	fill := func(n int) []byte { return bytes.Repeat([]byte(attempt[:1]), n) }
 	return &binding.Binding{
 		IMSI: imsi, IMEI: imei, Manufacturer: "maker", Lot: "L1", State: binding.Pending, Sealed: fill(40), Established: t0.Add(time.Second),
-		AttemptID: attempt, PayloadSHA256: append([]byte{0, 0xff}, fill(30)...), NWSig: fill(32),
+		Expires: t0.Add(pendingTTL), AttemptID: attempt, PayloadSHA256: append([]byte{0, 0xff}, fill(30)...), NWSig: fill(32),
 	}
 }
 
@@ -154,16 +190,7 @@ func bind(t *testing.T, s Store, imsi kme.IMSI, imei kme.IMEI, attempt string, t
 
 func checkBinding(t *testing.T, s Store, imsi kme.IMSI, want *binding.Binding) {
 	t.Helper()
-	got, err := s.Binding(t.Context(), imsi)
-	if want == nil {
-		if !errors.Is(err, binding.ErrNotBound) {
-			t.Errorf("binding of %s: %v, error %v, want ErrNotBound", imsi, got, err)
-		}
-		return
-	}
-	if err != nil {
-		t.Errorf("binding of %s: %v", imsi, err)
-	} else if !reflect.DeepEqual(got, want) {
+	if got := subscriptionOf(t, s, imsi, t0).Latest(); !reflect.DeepEqual(got, want) {
 		t.Errorf("binding of %s:\n got %+v\nwant %+v", imsi, got, want)
 	}
 }
@@ -228,8 +255,8 @@ func attempts(t *testing.T, s Store) {
 	} {
 		checkOpen(t, s, c.imsi, c.id, c.now, c.want)
 	}
-	if a, err := s.Attempt(t.Context(), one, "a1", t0); err != nil || !a.Expires.Equal(end) {
-		t.Errorf("attempt a1 is %v, error %v; want it to expire at %s", a, err, end)
+	if a := subscriptionOf(t, s, one, t0).Attempt("a1", nobody.Name); a == nil || !a.Expires.Equal(end) {
+		t.Errorf("attempt a1 is %v; want it to expire at %s", a, end)
 	}
 }
 
@@ -260,6 +287,7 @@ func establish(t *testing.T, s Store) {
 	b := bind(t, s, imsi, imei, "a1", []byte("tag"))
 	checkBinding(t, s, imsi, b)
 	checkBinding(t, s, subscription(t, 2), nil)
+	b.Sent = []kme.Origin{nobody.Name}
 	if got, _ := prepare(t, s, imsi, "a2", t0); !reflect.DeepEqual(got, b) {
 		t.Errorf("Prepare gives %+v, want the pending binding", got)
 	}
@@ -358,7 +386,7 @@ func ledger(t *testing.T, s Store) {
 	bind(t, s, subscription(t, 2), second, "b1", tag)
 	checkUsed(t, s, second, tag, true)
 	// It is for ever: a binding that was dropped, and attempts that expired, leave it as it is.
-	if _, err := s.Report(t.Context(), subscription(t, 1), false, t0); err != nil {
+	if _, err := s.Report(t.Context(), subscription(t, 1), nobody.Name, false, t0); err != nil {
 		t.Fatal(err)
 	}
 	if err := s.DropExpired(t.Context(), t0.Add(100*365*24*time.Hour)); err != nil {
@@ -373,10 +401,37 @@ func ledger(t *testing.T, s Store) {
 
 func report(t *testing.T, s Store, imsi kme.IMSI, ok bool, now time.Time) *binding.Binding {
 	t.Helper()
-	b, err := s.Report(t.Context(), imsi, ok, now)
+	return reportFrom(t, s, imsi, nobody, ok, now)
+}
+
+func reportFrom(t *testing.T, s Store, imsi kme.IMSI, o binding.Origin, ok bool, now time.Time) *binding.Binding {
+	t.Helper()
+	sub, err := s.Report(t.Context(), imsi, o.Name, ok, now)
 	if err != nil {
 		t.Fatal(err)
 	}
+	if stored := subscriptionOf(t, s, imsi, now); !reflect.DeepEqual(sub, stored) {
+		t.Errorf("Report gives %+v, and stored is %+v", sub, stored)
+	}
+	return sub.Standing()
+}
+
+// activate has the vector under a pending binding go to nobody, who reports success.
+func activate(t *testing.T, s Store, imsi kme.IMSI, now time.Time) *binding.Binding {
+	t.Helper()
+	if b, _ := prepare(t, s, imsi, "none", t0); b == nil || b.State != binding.Pending {
+		t.Fatalf("IMSI %s has no pending binding: %v", imsi, b)
+	}
+	b := report(t, s, imsi, true, now)
+	if b == nil || b.State != binding.Active {
+		t.Fatalf("IMSI %s has no active binding: %v", imsi, b)
+	}
+	return b
+}
+
+// active is what a binding becomes.
+func active(b *binding.Binding, now time.Time) *binding.Binding {
+	b.State, b.Activated, b.Expires, b.Sent = binding.Active, now, time.Time{}, nil
 	return b
 }
 
@@ -384,7 +439,8 @@ func reportOK(t *testing.T, s Store) {
 	one, other := subscription(t, 1), subscription(t, 2)
 	b := bind(t, s, one, device(t, 1), "a1", []byte("tag"))
 	untouched := bind(t, s, other, device(t, 2), "b1", []byte("tag"))
-	b.State, b.Activated = binding.Active, t0.Add(time.Minute)
+	prepare(t, s, one, "none", t0)
+	b = active(b, t0.Add(time.Minute))
 	for i, ok := range []bool{true, true, false} {
 		// Whatever is reported of an active binding changes nothing, its time neither.
 		if got := report(t, s, one, ok, t0.Add(time.Duration(i+1)*time.Minute)); !reflect.DeepEqual(got, b) {
@@ -414,14 +470,14 @@ func openedBesideActive(t *testing.T, s Store) {
 	for n, ok := range []bool{true, false} {
 		imsi := subscription(t, n)
 		bind(t, s, imsi, device(t, 2*n), fmt.Sprint("a", n), []byte{byte(n), 1})
-		active := report(t, s, imsi, true, t0)
+		before := activate(t, s, imsi, t0)
 		opened := binding.Attempt{ID: fmt.Sprint("o", n), IMSI: imsi, Expires: t0.Add(ttl), Opened: true}
 		for range 2 { // it replaces the one before
 			if err := s.OpenAttempt(t.Context(), opened); err != nil {
 				t.Fatal(err)
 			}
 		}
-		checkBinding(t, s, imsi, active)
+		checkBinding(t, s, imsi, before)
 		if b, a := prepare(t, s, imsi, "fresh", t0); b != nil || a == nil || *a != opened {
 			t.Fatalf("prepared %+v, %+v, want the attempt that was opened", b, a)
 		}
@@ -440,10 +496,9 @@ func openedBesideActive(t *testing.T, s Store) {
 		if b, a := prepare(t, s, imsi, "fresh", t0); b == nil || b.State != binding.Pending || a != nil {
 			t.Fatalf("prepared %+v, %+v, want the pending binding", b, a)
 		}
-		want := active // the earlier binding stands
+		want := before // it stands
 		if ok {
-			want = pending
-			want.State, want.Activated = binding.Active, t0.Add(time.Minute)
+			want = active(pending, t0.Add(time.Minute))
 		}
 		if b := report(t, s, imsi, ok, t0.Add(time.Minute)); !reflect.DeepEqual(b, want) {
 			t.Errorf("the report gives %+v, want %+v", b, want)
@@ -456,7 +511,7 @@ func openedBesideActive(t *testing.T, s Store) {
 func boundNotOpened(t *testing.T, s Store) {
 	imsi := subscription(t, 1)
 	bind(t, s, imsi, device(t, 1), "a1", []byte("tag"))
-	active := report(t, s, imsi, true, t0)
+	before := activate(t, s, imsi, t0)
 	if err := s.OpenAttempt(t.Context(), binding.Attempt{ID: "late", IMSI: imsi, Expires: t0.Add(ttl)}); err != nil {
 		t.Fatal(err)
 	}
@@ -464,7 +519,7 @@ func boundNotOpened(t *testing.T, s Store) {
 		t.Errorf("established beside an active binding: %v", err)
 	}
 	checkUsed(t, s, device(t, 2), []byte("tag 2"), false)
-	checkBinding(t, s, imsi, active)
+	checkBinding(t, s, imsi, before)
 }
 
 func revoke(t *testing.T, s Store) {
@@ -473,7 +528,7 @@ func revoke(t *testing.T, s Store) {
 		t.Errorf("revoked nothing: %v", err)
 	}
 	bind(t, s, imsi, device(t, 1), "a1", []byte("tag"))
-	want := report(t, s, imsi, true, t0)
+	want := activate(t, s, imsi, t0)
 	want.State, want.Revoked, want.Sealed = binding.Revoked, t0.Add(time.Hour), []byte{}
 	for i := range 2 { // the second time changes nothing
 		b, err := s.Revoke(t.Context(), imsi, t0.Add(time.Duration(1+i)*time.Hour))
@@ -482,7 +537,7 @@ func revoke(t *testing.T, s Store) {
 		}
 	}
 	checkBinding(t, s, imsi, want)
-	if _, err := s.Report(t.Context(), imsi, true, t0); !errors.Is(err, binding.ErrNotBound) {
+	if _, err := s.Report(t.Context(), imsi, nobody.Name, true, t0); !errors.Is(err, binding.ErrNotBound) {
 		t.Errorf("reported about a revoked binding: %v", err)
 	}
 	// The subscription is as one that was never bound; the KME of before stays used.
@@ -512,7 +567,7 @@ func revoke(t *testing.T, s Store) {
 func bindings(t *testing.T, s Store) {
 	list := func(after string, imei kme.IMEI, limit int) (names []string) {
 		t.Helper()
-		all, err := s.Bindings(t.Context(), after, imei, limit)
+		all, err := s.Bindings(t.Context(), after, imei, limit, t0)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -527,8 +582,8 @@ func bindings(t *testing.T, s Store) {
 	for n := range 5 {
 		bind(t, s, subscription(t, n), device(t, n/2), fmt.Sprint("a", n), []byte{byte(n)})
 	}
-	report(t, s, subscription(t, 1), true, t0)
-	report(t, s, subscription(t, 2), true, t0)
+	activate(t, s, subscription(t, 1), t0)
+	activate(t, s, subscription(t, 2), t0)
 	if _, err := s.Revoke(t.Context(), subscription(t, 2), t0); err != nil {
 		t.Fatal(err)
 	}
@@ -557,165 +612,9 @@ func reportNotBound(t *testing.T, s Store) {
 	bind(t, s, subscription(t, 1), device(t, 1), "a1", []byte("tag"))
 	openAttempt(t, s, subscription(t, 2), "b1", t0)
 	for _, ok := range []bool{true, false} {
-		if b, err := s.Report(t.Context(), subscription(t, 2), ok, t0); !errors.Is(err, binding.ErrNotBound) || b != nil {
+		if b, err := s.Report(t.Context(), subscription(t, 2), nobody.Name, ok, t0); !errors.Is(err, binding.ErrNotBound) || b != nil {
 			t.Errorf("ok %v: %v, error %v, want ErrNotBound", ok, b, err)
 		}
-	}
-}
-
-// A maker is a manufacturer in software.
-type maker struct {
-	*binding.Manufacturer
-	signer *directory.Signer
-}
-
-func newMaker(t *testing.T, s Store) *maker {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	signer, err := directory.NewSigner(key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	pem, err := pemkey.Encode(signer.Public())
-	if err != nil {
-		t.Fatal(err)
-	}
-	m := &binding.Manufacturer{KeyID: signer.KeyID(), PEM: string(pem), Operator: "op", Directory: "file:/srv/directory", Enrolled: t0}
-	if s != nil {
-		if err := s.PutManufacturer(t.Context(), m); err != nil {
-			t.Fatal(err)
-		}
-	}
-	return &maker{m, signer}
-}
-
-// lot signs the manifest of a lot of ten devices.
-func (m *maker) lot(t *testing.T, name string, first int) *binding.Lot {
-	t.Helper()
-	// No modulus that anybody should use, but of the right form.
-	n := new(big.Int).Lsh(big.NewInt(1), 2047)
-	n.Add(n, big.NewInt(int64(2*first+1)))
-	manifest := &directory.Manifest{
-		Lot: name, Manufacturer: m.KeyID, Suite: kme.SuiteECDSA, N: n.Bytes(), E: kme.PublicExponent, Mechanism: "none",
-		Ranges: []directory.Range{{TAC: tac(t), First: first, Count: 10}}, ShardSize: 10, Created: t0,
-	}
-	if err := manifest.Validate(); err != nil {
-		t.Fatal(err)
-	}
-	jws, err := m.signer.Sign(directory.TypeManifest, manifest)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &binding.Lot{Manufacturer: m.KeyID, Manifest: manifest, ManifestJWS: string(jws), Imported: t0}
-}
-
-func allowed([]*binding.Lot) error { return nil }
-
-func checkLots(t *testing.T, s Store, want ...*binding.Lot) {
-	t.Helper()
-	got, err := s.Lots(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	sameLots(t, got, want)
-}
-
-// sameLots compares whatever the order.
-func sameLots(t *testing.T, got, want []*binding.Lot) {
-	t.Helper()
-	if len(got) != len(want) {
-		t.Errorf("%d lots, want %d", len(got), len(want))
-		return
-	}
-	for _, w := range want {
-		i := slices.IndexFunc(got, func(g *binding.Lot) bool { return g.Manufacturer == w.Manufacturer && g.Manifest.Lot == w.Manifest.Lot })
-		if i < 0 {
-			t.Errorf("lot %s of %s is missing", w.Manifest.Lot, w.Manufacturer)
-		} else if !reflect.DeepEqual(got[i], w) {
-			t.Errorf("lot %s:\n got %+v\nwant %+v", w.Manifest.Lot, got[i], w)
-		}
-	}
-}
-
-func checkManufacturers(t *testing.T, s Store, want ...*binding.Manufacturer) {
-	t.Helper()
-	got, err := s.Manufacturers(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if len(got) != len(want) {
-		t.Errorf("%d manufacturers, want %d", len(got), len(want))
-	}
-	for _, w := range want {
-		if !slices.ContainsFunc(got, func(g *binding.Manufacturer) bool { return reflect.DeepEqual(g, w) }) {
-			t.Errorf("manufacturer %+v is missing", w)
-		}
-	}
-}
-
-func manufacturers(t *testing.T, s Store) {
-	checkManufacturers(t, s)
-	a, b := newMaker(t, s), newMaker(t, s)
-	checkManufacturers(t, s, a.Manufacturer, b.Manufacturer)
-
-	lot := a.lot(t, "L1", 0)
-	if err := s.PutLot(t.Context(), lot, allowed); err != nil {
-		t.Fatal(err)
-	}
-	// Enrolling again replaces what was there, and leaves the lots alone.
-	a.Operator, a.Directory, a.Enrolled = "op-2", "", t0.Add(time.Hour)
-	if err := s.PutManufacturer(t.Context(), a.Manufacturer); err != nil {
-		t.Fatal(err)
-	}
-	checkManufacturers(t, s, a.Manufacturer, b.Manufacturer)
-	checkLots(t, s, lot)
-}
-
-func lots(t *testing.T, s Store) {
-	a, b := newMaker(t, s), newMaker(t, s)
-	checkLots(t, s)
-	// One name of two manufacturers is two lots.
-	all := []*binding.Lot{a.lot(t, "L1", 0), b.lot(t, "L1", 10), a.lot(t, "L2", 20)}
-	for i, lot := range all {
-		err := s.PutLot(t.Context(), lot, func(before []*binding.Lot) error {
-			sameLots(t, before, all[:i])
-			return nil
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	checkLots(t, s, all...)
-
-	again := *all[0]
-	again.Imported = t0.Add(time.Hour)
-	called := false
-	err := s.PutLot(t.Context(), &again, func(before []*binding.Lot) error {
-		called = true
-		sameLots(t, before, all)
-		return nil
-	})
-	if err != nil || !called {
-		t.Errorf("the same lot again: error %v, checked %v", err, called)
-	}
-	checkLots(t, s, all...)
-}
-
-func lotRefused(t *testing.T, s Store) {
-	a := newMaker(t, s)
-	no := errors.New("no")
-	if err := s.PutLot(t.Context(), a.lot(t, "L1", 0), func([]*binding.Lot) error { return no }); !errors.Is(err, no) {
-		t.Errorf("a lot that its check refuses: %v, want the check's error", err)
-	}
-	if err := s.PutLot(t.Context(), newMaker(t, nil).lot(t, "L1", 0), allowed); err == nil {
-		t.Error("a lot was entered whose manufacturer is not")
-	}
-	checkLots(t, s)
-	if err := s.PutLot(t.Context(), a.lot(t, "L1", 0), allowed); err != nil {
-		t.Errorf("after refusals: %v", err)
 	}
 }
 
@@ -759,9 +658,9 @@ func racePrepare(t *testing.T, s Store) {
 	imsi := subscription(t, 1)
 	ids := make([]string, racers)
 	for _, err := range race(func(i int) error {
-		_, a, err := s.Prepare(t.Context(), binding.Attempt{ID: fmt.Sprint("a", i), IMSI: imsi, Expires: t0.Add(ttl)}, t0, t0.Add(ttl/2))
-		if a != nil {
-			ids[i] = a.ID
+		d, err := s.Prepare(t.Context(), request(imsi, nobody, fmt.Sprint("a", i), t0))
+		if d.Attempt != nil {
+			ids[i] = d.Attempt.ID
 		}
 		return err
 	}) {
@@ -810,36 +709,17 @@ func raceLedger(t *testing.T, s Store) {
 func raceReport(t *testing.T, s Store) {
 	imsi := subscription(t, 1)
 	want := bind(t, s, imsi, device(t, 1), "a1", []byte("tag"))
-	got := make([]*binding.Binding, racers)
+	prepare(t, s, imsi, "none", t0)
+	got := make([]*binding.Subscription, racers)
 	errs := race(func(i int) (err error) {
-		got[i], err = s.Report(t.Context(), imsi, true, t0.Add(time.Minute))
+		got[i], err = s.Report(t.Context(), imsi, nobody.Name, true, t0.Add(time.Minute))
 		return err
 	})
-	want.State, want.Activated = binding.Active, t0.Add(time.Minute)
+	want = active(want, t0.Add(time.Minute))
 	for i := range got {
-		if errs[i] != nil || !reflect.DeepEqual(got[i], want) {
+		if errs[i] != nil || !reflect.DeepEqual(got[i], &binding.Subscription{Active: want}) {
 			t.Errorf("report %d: %+v, error %v", i, got[i], errs[i])
 		}
 	}
 	checkBinding(t, s, imsi, want)
-}
-
-func raceLots(t *testing.T, s Store) {
-	makers := []*maker{newMaker(t, s), newMaker(t, s)}
-	lots := make([]*binding.Lot, racers)
-	for i := range lots {
-		lots[i] = makers[i%2].lot(t, fmt.Sprint("L", i), i/2) // each shares IMEIs with each
-	}
-	overlaps := errors.New("overlaps")
-	errs := race(func(i int) error {
-		return s.PutLot(t.Context(), lots[i], func(before []*binding.Lot) error {
-			for _, b := range before {
-				if b.Manifest.Overlap(lots[i].Manifest) != nil {
-					return overlaps
-				}
-			}
-			return nil
-		})
-	})
-	checkLots(t, s, lots[checkOneWon(t, errs, overlaps)])
 }

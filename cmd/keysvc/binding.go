@@ -122,7 +122,7 @@ func bindings(ctx context.Context, s *sqlstore.Store, imei kme.IMEI) iter.Seq2[s
 	const page = 1000
 	return func(yield func(shown, error) bool) {
 		for after := ""; ; {
-			list, err := s.Bindings(ctx, after, imei, page)
+			list, err := s.Bindings(ctx, after, imei, page, time.Now())
 			if err != nil {
 				yield(shown{}, err)
 				return
@@ -149,9 +149,13 @@ func withIMSI(c *cli.Context, f func(*sqlstore.Store, kme.IMSI) error) error {
 
 func bindingShow(c *cli.Context) error {
 	return withIMSI(c, func(s *sqlstore.Store, imsi kme.IMSI) error {
-		b, err := s.Binding(c.Context, imsi)
+		sub, err := s.Subscription(c.Context, imsi, time.Now())
 		if err != nil {
 			return err
+		}
+		b := sub.Latest()
+		if b == nil {
+			return binding.ErrNotBound
 		}
 		return cmdline.Print(c, show(b), show(b).print)
 	})
@@ -169,7 +173,7 @@ func bindingRevoke(c *cli.Context) error {
 
 func bindingOpen(c *cli.Context) error {
 	return withIMSI(c, func(s *sqlstore.Store, imsi kme.IMSI) error {
-		a, err := binding.NewOpened(imsi, c.Duration("ttl"))
+		a, err := binding.NewOpened(imsi, time.Now(), c.Duration("ttl"))
 		if err != nil {
 			return cmdline.Usage(err)
 		}

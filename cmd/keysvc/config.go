@@ -19,6 +19,7 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"github.com/kmehsm/kmehsm/api"
+	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
@@ -39,8 +40,12 @@ const configHelp = `The configuration (a relative path in it is relative to its 
       - {name: hss-1, san: hss-1.example, roles: [hss], plmns: ["00101"]}   # san: a DNS name or URI of its certificate
                                        # rate: 500 for at most so many calls a second
       - {name: ops, uid: 1000, roles: [admin], plmns: [all]}                # roles: hss, admin, monitor, kme-export
+                                       # provision_from: [home]: origins that may provision: home (names of the IMSI's own PLMN,
+                                       # mme.epc.mnc001.mcc001.3gppnetwork.org), any, names of hosts, "*.example.net"
     store: postgres://keysvc@db/keysvc # for several instances (default: SQLite in the state folder); password: PGPASSFILE
     attempt_ttl: 5m                    # how long a device has for EstablishKME after PrepareVector
+    pending_ttl: 1h                    # how long a device has to show its KME after EstablishKME
+    pending_vectors: 3                 # how many PrepareVectors it may take for that
     revocation_ttl: 1m                 # how old a list of revoked devices may be
     calls: 128                         # that are at the HSM or wait for it; more are refused (default: 32 for each session)
     imei_rate: 10                      # payloads a second of one device, imei_burst: 1000 at once; more are refused
@@ -67,6 +72,8 @@ type config struct {
 	Clients       []api.Client  `yaml:"clients"`
 	Store         string        `yaml:"store"`
 	AttemptTTL    time.Duration `yaml:"attempt_ttl"`
+	PendingTTL    time.Duration `yaml:"pending_ttl"`
+	PendingLimit  int           `yaml:"pending_vectors"`
 	RevocationTTL time.Duration `yaml:"revocation_ttl"`
 	HSMTimeout    time.Duration `yaml:"hsm_timeout"`
 	Verify        string        `yaml:"verify"`
@@ -90,21 +97,23 @@ const maxSocket = 107
 
 // allowed says what a setting may be, where it is not all that its type has.
 var allowed = map[string]string{
-	"listen":         "HOST:PORT",
-	"socket":         fmt.Sprintf("a path of %d bytes at most", maxSocket),
-	"directory":      "file:DIR or vault:MOUNT",
-	"store":          "sqlite:PATH or postgres://USER@HOST/DATABASE",
-	"attempt_ttl":    "a time above zero, such as 5m",
-	"revocation_ttl": "a time above zero, such as 1m",
-	"hsm_timeout":    "a time above zero, such as 5s",
-	"verify":         "token or software",
-	"calls":          "a whole number, or 0 for 32 of each session",
-	"imei_rate":      "a number above zero",
-	"imei_burst":     "a whole number above zero",
-	"cache_mb":       "a whole number from 1 to 1048576",
-	"log_level":      "debug, info, warn or error",
-	"otlp":           "http://HOST:PORT or https://HOST:PORT",
-	"log_identities": "plain or hashed",
+	"listen":          "HOST:PORT",
+	"socket":          fmt.Sprintf("a path of %d bytes at most", maxSocket),
+	"directory":       "file:DIR or vault:MOUNT",
+	"store":           "sqlite:PATH or postgres://USER@HOST/DATABASE",
+	"attempt_ttl":     "a time above zero, such as 5m",
+	"pending_ttl":     "a time above zero, such as 1h",
+	"pending_vectors": "a whole number above zero",
+	"revocation_ttl":  "a time above zero, such as 1m",
+	"hsm_timeout":     "a time above zero, such as 5s",
+	"verify":          "token or software",
+	"calls":           "a whole number, or 0 for 32 of each session",
+	"imei_rate":       "a number above zero",
+	"imei_burst":      "a whole number above zero",
+	"cache_mb":        "a whole number from 1 to 1048576",
+	"log_level":       "debug, info, warn or error",
+	"otlp":            "http://HOST:PORT or https://HOST:PORT",
+	"log_identities":  "plain or hashed",
 }
 
 // kinds says what a setting of a type may be.
@@ -182,8 +191,10 @@ func readConfig(path string) (*config, error) {
 	if err != nil {
 		return nil, err
 	}
+	times := binding.DefaultTimes()
 	c := &config{
-		Token: os.Getenv("KMEHSM_TOKEN"), State: "var/keysvc", AttemptTTL: 5 * time.Minute, RevocationTTL: time.Minute,
+		Token: os.Getenv("KMEHSM_TOKEN"), State: "var/keysvc",
+		AttemptTTL: times.Attempt, PendingTTL: times.Pending, PendingLimit: times.PendingVectors, RevocationTTL: time.Minute,
 		HSMTimeout: 5 * time.Second, IMEIRate: 10, IMEIBurst: 1000, LogIdentities: "plain", Verify: "token", CacheMB: 64,
 	}
 	var n yaml.Node
@@ -202,6 +213,10 @@ func readConfig(path string) (*config, error) {
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
 	return c, nil
+}
+
+func (c *config) times() binding.Times {
+	return binding.Times{Attempt: c.AttemptTTL, Pending: c.PendingTTL, PendingVectors: c.PendingLimit, Now: time.Now}
 }
 
 // complete puts in what follows from other settings, the environment and the configuration's own folder.
@@ -237,6 +252,8 @@ func (c *config) check() error {
 		{"directory", c.Directory == "" || cmdline.CheckDirectory(c.Directory) == nil, c.Directory},
 		{"store", sqlstore.CheckName(c.Store) == nil, ""},
 		{"attempt_ttl", c.AttemptTTL > 0, c.AttemptTTL},
+		{"pending_ttl", c.PendingTTL > 0, c.PendingTTL},
+		{"pending_vectors", c.PendingLimit > 0, c.PendingLimit},
 		{"revocation_ttl", c.RevocationTTL > 0, c.RevocationTTL},
 		{"hsm_timeout", c.HSMTimeout > 0, c.HSMTimeout},
 		{"verify", slices.Contains([]string{"token", "software"}, c.Verify), c.Verify},

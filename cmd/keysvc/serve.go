@@ -152,7 +152,7 @@ func serve(c *cli.Context) error {
 	}
 	o := directory.ReaderOptions{CacheBytes: cfg.CacheMB << 20, RevocationTTL: cfg.RevocationTTL, Stats: cache}
 	open := opener(ctx, cfg.Directory, cfg.login(), o, notTaken, log)
-	service := binding.NewService(token, store, new(binding.Lots), cfg.AttemptTTL, log)
+	service := binding.NewService(token, store, new(binding.Lots), cfg.times(), log)
 	service.Limit(binding.Limits{Calls: cmp.Or(cfg.Calls, 32*token.Sessions()), IMEIRate: cfg.IMEIRate, IMEIBurst: cfg.IMEIBurst})
 	store.Company(service.Coming)
 	registry := prometheus.NewRegistry()

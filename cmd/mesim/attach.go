@@ -78,6 +78,7 @@ type attachResult struct {
 // An attachRun attaches devices.
 type attachRun struct {
 	client      *client.Client // or, over S6a:
+	origin      client.Origin
 	mme         *mme
 	sims        map[kme.IMSI]*milenage.SIM
 	kind        tamper
@@ -214,19 +215,19 @@ func (r *attachRun) play(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, m *m
 		return r.playS6a(ctx, imsi, imei, m)
 	}
 	random := newRAND()
-	prepared, err := r.client.PrepareVector(ctx, imsi, random)
+	prepared, err := r.client.PrepareVector(ctx, imsi, r.origin, random)
 	if err != nil {
 		return err
 	}
 	if prepared.AttemptID == "" {
 		return boundAlready(imsi)
 	}
-	if prepared.RAND != random {
+	if prepared.RANDs[0] != random {
 		return errors.New("the RAND of an IMSI without a binding came back changed")
 	}
 	var established client.Establishment
 	err = r.timed(func() error {
-		established, err = r.client.EstablishKME(ctx, imsi, imei, prepared.AttemptID, m.payload)
+		established, err = r.client.EstablishKME(ctx, imsi, r.origin, imei, prepared.AttemptID, m.payload)
 		return err
 	})
 	if err != nil {
@@ -238,18 +239,18 @@ func (r *attachRun) play(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, m *m
 
 	// The device activates the KME and gets a pre-processed vector: both sides hold one KME, or the RAND is lost.
 	random = newRAND()
-	if prepared, err = r.client.PrepareVector(ctx, imsi, random); err != nil {
+	if prepared, err = r.client.PrepareVector(ctx, imsi, r.origin, random); err != nil {
 		return err
 	}
 	if err := m.decrypts(prepared, random); err != nil {
 		return err
 	}
-	state, err := r.client.ReportAuthentication(ctx, imsi, true)
+	report, err := r.client.ReportAuthentication(ctx, imsi, r.origin, true)
 	if err != nil {
 		return err
 	}
-	if state != kmev1.State_ACTIVE {
-		return fmt.Errorf("after a successful authentication the binding is %v, not ACTIVE", state)
+	if report.State != kmev1.State_ACTIVE || !report.Served {
+		return fmt.Errorf("after a successful authentication the binding is %v, not ACTIVE, served: %v", report.State, report.Served)
 	}
 	return nil
 }
@@ -264,11 +265,11 @@ func (m *message) check(nwSig [sha256.Size]byte) error {
 }
 
 // decrypts is the device's use of a vector: its RAND must be the one that the HSS gave, encrypted under KME.
-func (m *message) decrypts(v client.Vector, random [aes.BlockSize]byte) error {
+func (m *message) decrypts(v client.Vectors, random client.RAND) error {
 	if v.AttemptID != "" {
 		return errors.New("the vector after NW_SIG is not pre-processed")
 	}
-	got, err := m.decrypt(v.RAND)
+	got, err := m.decrypt(v.RANDs[0])
 	if err == nil && got != random {
 		err = errors.New("the pre-processed RAND does not decrypt under the device's KME")
 	}

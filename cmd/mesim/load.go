@@ -117,28 +117,28 @@ func (r *loadRun) all(ctx context.Context, d time.Duration) (*loadResult, error)
 		if err != nil {
 			return nil, err
 		}
-		random := newRAND()
+		clear, random := newRAND(), newRAND() // what left in clear is not taken again
 		for _, step := range []struct {
 			of   *measure
 			rate float64
 			call func(context.Context, *loadCall) error
 		}{
 			{&result.Open, 0, func(ctx context.Context, c *loadCall) error {
-				v, err := r.client.PrepareVector(ctx, c.imsi, random)
+				v, err := r.client.PrepareVector(ctx, c.imsi, r.origin, clear)
 				if c.attempt = v.AttemptID; err == nil && c.attempt == "" {
 					err = boundAlready(c.imsi)
 				}
 				return err
 			}},
 			{&result.Establish, r.rate, func(ctx context.Context, c *loadCall) error {
-				e, err := r.client.EstablishKME(ctx, c.imsi, c.device.imei, c.attempt, c.payload)
+				e, err := r.client.EstablishKME(ctx, c.imsi, r.origin, c.device.imei, c.attempt, c.payload)
 				if err == nil {
 					err = c.check(e.NWSig)
 				}
 				return err
 			}},
 			{&result.Process, 0, func(ctx context.Context, c *loadCall) error {
-				v, err := r.client.PrepareVector(ctx, c.imsi, random)
+				v, err := r.client.PrepareVector(ctx, c.imsi, r.origin, random)
 				if err == nil {
 					err = c.decrypts(v, random)
 				}

@@ -13,6 +13,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"github.com/kmehsm/kmehsm/client"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -25,6 +26,7 @@ var deviceFlags = []cli.Flag{
 
 var serverFlags = []cli.Flag{
 	&cli.StringFlag{Name: "server", Usage: "keysvc's `URL`: https://HOST:PORT, or unix:/path; attach takes s6a:/path too, the test MME of plugins/freediameter"},
+	&cli.StringFlag{Name: "origin", Usage: "whom the simulated HSS names as its peer, a `NAME`: an MME's Origin-Host (default: none)"},
 	&cli.StringFlag{Name: "cert", Usage: "the client's certificate, as `PEM`"},
 	&cli.StringFlag{Name: "key", Usage: "the client certificate's key, as `PEM`"},
 	&cli.StringFlag{Name: "ca", Usage: "the CA of the server's certificate, as `PEM`"},
@@ -141,8 +143,11 @@ func newAttachRun(c *cli.Context, imsi kme.IMSI) (*attachRun, error) {
 	if c.Int("first") < 0 || c.Int("count") < 0 || c.Int("concurrency") < 1 || c.IsSet("count") && c.Int("count") == 0 {
 		return nil, cmdline.Usagef("--first, --count and --concurrency count from 0, 1 and 1")
 	}
-	run := &attachRun{firstIMSI: imsi, firstDevice: c.Int("first")}
-	var err error
+	origin, err := kme.ParseOrigin(c.String("origin"))
+	if err != nil {
+		return nil, cmdline.Usagef("--origin: %w", err)
+	}
+	run := &attachRun{firstIMSI: imsi, firstDevice: c.Int("first"), origin: client.Origin{Name: origin}}
 	if path, ok := strings.CutPrefix(c.String("server"), "s6a:"); !ok {
 		run.client, err = dial(c)
 	} else if err = cmdline.Require(c, "subscribers"); err == nil {

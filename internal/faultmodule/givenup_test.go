@@ -82,7 +82,7 @@ func TestGivenUp(t *testing.T) {
 	}{
 		{"OpenPayload", "C_Decrypt", operator, func() error { _, err := operator.OpenPayload(ctx, payload); return err }},
 		{"ExportKME", "C_Decrypt", operator, func() error { _, err := operator.ExportKME(ctx, payload); return err }},
-		{"EncryptRAND", "C_UnwrapKey", operator, func() error { _, err := operator.EncryptRAND(ctx, sealed, [16]byte{}); return err }},
+		{"EncryptRANDs", "C_UnwrapKey", operator, func() error { _, err := operator.EncryptRANDs(ctx, sealed, make([]hsmkeys.RAND, 1)); return err }},
 		{"DecryptRAND", "C_UnwrapKey", operator, func() error { _, err := operator.DecryptRAND(ctx, sealed, [16]byte{}); return err }},
 		{"Has", "C_FindObjects", operator, func() error { _, err := operator.Has(ctx, none); return err }},
 		{"TransportPublicKey", "C_GetAttributeValue", operator, func() error { _, err := operator.TransportPublicKey(ctx); return err }},

@@ -283,8 +283,8 @@ func (b *bench) countCalls() (any, error) {
 	calls := map[string]int{}
 	for name, do := range map[string]func() error{
 		"open payload": func() error { _, err := operator.OpenPayload(b.ctx, payload); return err },
-		"encrypt RAND": func() error {
-			_, err := operator.EncryptRAND(b.ctx, opened.Sealed, [hsmkeys.RANDSize]byte{})
+		"encrypt 32 RANDs": func() error {
+			_, err := operator.EncryptRANDs(b.ctx, opened.Sealed, make([]hsmkeys.RAND, 32))
 			return err
 		},
 		"ping":            func() error { return operator.Ping(b.ctx) },

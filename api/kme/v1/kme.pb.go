@@ -133,11 +133,13 @@ func (State) EnumDescriptor() ([]byte, []int) {
 }
 
 type PrepareVectorRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Imsi          string                 `protobuf:"bytes,1,opt,name=imsi,proto3" json:"imsi,omitempty"` // 6 to 15 digits
-	Rand          []byte                 `protobuf:"bytes,2,opt,name=rand,proto3" json:"rand,omitempty"` // 16 bytes
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Imsi           string                 `protobuf:"bytes,1,opt,name=imsi,proto3" json:"imsi,omitempty"`                        // 6 to 15 digits
+	Rands          [][]byte               `protobuf:"bytes,2,rep,name=rands,proto3" json:"rands,omitempty"`                      // 1 to 32, of 16 bytes
+	Origin         string                 `protobuf:"bytes,3,opt,name=origin,proto3" json:"origin,omitempty"`                    // who asked: an MME's Origin-Host, an AMF's id; empty where the caller has one peer only
+	NoProvisioning bool                   `protobuf:"varint,4,opt,name=no_provisioning,proto3" json:"no_provisioning,omitempty"` // the origin cannot provision: NOT_BOUND unless the IMSI is bound
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *PrepareVectorRequest) Reset() {
@@ -177,16 +179,30 @@ func (x *PrepareVectorRequest) GetImsi() string {
 	return ""
 }
 
-func (x *PrepareVectorRequest) GetRand() []byte {
+func (x *PrepareVectorRequest) GetRands() [][]byte {
 	if x != nil {
-		return x.Rand
+		return x.Rands
 	}
 	return nil
 }
 
+func (x *PrepareVectorRequest) GetOrigin() string {
+	if x != nil {
+		return x.Origin
+	}
+	return ""
+}
+
+func (x *PrepareVectorRequest) GetNoProvisioning() bool {
+	if x != nil {
+		return x.NoProvisioning
+	}
+	return false
+}
+
 type PrepareVectorResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Rand          []byte                 `protobuf:"bytes,1,opt,name=rand,proto3" json:"rand,omitempty"` // 16 bytes: what to send
+	Rands         [][]byte               `protobuf:"bytes,1,rep,name=rands,proto3" json:"rands,omitempty"` // what to send, in the request's order
 	Control       Control                `protobuf:"varint,2,opt,name=control,proto3,enum=kme.v1.Control" json:"control,omitempty"`
 	AttemptId     string                 `protobuf:"bytes,3,opt,name=attempt_id,proto3" json:"attempt_id,omitempty"` // only with PROVISIONING_ONLY
 	unknownFields protoimpl.UnknownFields
@@ -223,9 +239,9 @@ func (*PrepareVectorResponse) Descriptor() ([]byte, []int) {
 	return file_kme_v1_kme_proto_rawDescGZIP(), []int{1}
 }
 
-func (x *PrepareVectorResponse) GetRand() []byte {
+func (x *PrepareVectorResponse) GetRands() [][]byte {
 	if x != nil {
-		return x.Rand
+		return x.Rands
 	}
 	return nil
 }
@@ -250,6 +266,7 @@ type EstablishKMERequest struct {
 	Imei          string                 `protobuf:"bytes,2,opt,name=imei,proto3" json:"imei,omitempty"` // 14 digits, 15 with the check digit, or 16 with the software version
 	AttemptId     string                 `protobuf:"bytes,3,opt,name=attempt_id,proto3" json:"attempt_id,omitempty"`
 	Payload       []byte                 `protobuf:"bytes,4,opt,name=payload,proto3" json:"payload,omitempty"` // {KME|KME_SIG|RME}^e mod N, as many bytes as N has
+	Origin        string                 `protobuf:"bytes,5,opt,name=origin,proto3" json:"origin,omitempty"`   // the attempt's
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -310,6 +327,13 @@ func (x *EstablishKMERequest) GetPayload() []byte {
 		return x.Payload
 	}
 	return nil
+}
+
+func (x *EstablishKMERequest) GetOrigin() string {
+	if x != nil {
+		return x.Origin
+	}
+	return ""
 }
 
 type EstablishKMEResponse struct {
@@ -521,11 +545,13 @@ func (x *Refusal) GetMessage() string {
 }
 
 type ReportAuthenticationRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Imsi          string                 `protobuf:"bytes,1,opt,name=imsi,proto3" json:"imsi,omitempty"`
-	Ok            bool                   `protobuf:"varint,2,opt,name=ok,proto3" json:"ok,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Imsi           string                 `protobuf:"bytes,1,opt,name=imsi,proto3" json:"imsi,omitempty"`
+	Ok             bool                   `protobuf:"varint,2,opt,name=ok,proto3" json:"ok,omitempty"`
+	Origin         string                 `protobuf:"bytes,3,opt,name=origin,proto3" json:"origin,omitempty"`
+	NoProvisioning bool                   `protobuf:"varint,4,opt,name=no_provisioning,proto3" json:"no_provisioning,omitempty"` // as in PrepareVectorRequest
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *ReportAuthenticationRequest) Reset() {
@@ -572,9 +598,26 @@ func (x *ReportAuthenticationRequest) GetOk() bool {
 	return false
 }
 
+func (x *ReportAuthenticationRequest) GetOrigin() string {
+	if x != nil {
+		return x.Origin
+	}
+	return ""
+}
+
+func (x *ReportAuthenticationRequest) GetNoProvisioning() bool {
+	if x != nil {
+		return x.NoProvisioning
+	}
+	return false
+}
+
 type ReportAuthenticationResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	State         State                  `protobuf:"varint,1,opt,name=state,proto3,enum=kme.v1.State" json:"state,omitempty"` // of the binding that stands now; unspecified if none does
+	state protoimpl.MessageState `protogen:"open.v1"`
+	State State                  `protobuf:"varint,1,opt,name=state,proto3,enum=kme.v1.State" json:"state,omitempty"` // of the binding that GetBinding tells now; unspecified if none stands
+	// What the device may be let in for: PREPROCESSED, anything: an active binding stands, and provisioning is not open for this
+	// origin. PROVISIONING_ONLY: no bearer may be set up.
+	Control       Control `protobuf:"varint,2,opt,name=control,proto3,enum=kme.v1.Control" json:"control,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -616,10 +659,18 @@ func (x *ReportAuthenticationResponse) GetState() State {
 	return State_STATE_UNSPECIFIED
 }
 
+func (x *ReportAuthenticationResponse) GetControl() Control {
+	if x != nil {
+		return x.Control
+	}
+	return Control_CONTROL_UNSPECIFIED
+}
+
 type RestoreRANDRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Imsi          string                 `protobuf:"bytes,1,opt,name=imsi,proto3" json:"imsi,omitempty"`
 	Rand          []byte                 `protobuf:"bytes,2,opt,name=rand,proto3" json:"rand,omitempty"` // 16 bytes, as PrepareVector answered it
+	Origin        string                 `protobuf:"bytes,3,opt,name=origin,proto3" json:"origin,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -666,6 +717,13 @@ func (x *RestoreRANDRequest) GetRand() []byte {
 		return x.Rand
 	}
 	return nil
+}
+
+func (x *RestoreRANDRequest) GetOrigin() string {
+	if x != nil {
+		return x.Origin
+	}
+	return ""
 }
 
 type RestoreRANDResponse struct {
@@ -1210,23 +1268,26 @@ var File_kme_v1_kme_proto protoreflect.FileDescriptor
 
 const file_kme_v1_kme_proto_rawDesc = "" +
 	"\n" +
-	"\x10kme/v1/kme.proto\x12\x06kme.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\">\n" +
+	"\x10kme/v1/kme.proto\x12\x06kme.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x82\x01\n" +
 	"\x14PrepareVectorRequest\x12\x12\n" +
-	"\x04imsi\x18\x01 \x01(\tR\x04imsi\x12\x12\n" +
-	"\x04rand\x18\x02 \x01(\fR\x04rand\"v\n" +
-	"\x15PrepareVectorResponse\x12\x12\n" +
-	"\x04rand\x18\x01 \x01(\fR\x04rand\x12)\n" +
+	"\x04imsi\x18\x01 \x01(\tR\x04imsi\x12\x14\n" +
+	"\x05rands\x18\x02 \x03(\fR\x05rands\x12\x16\n" +
+	"\x06origin\x18\x03 \x01(\tR\x06origin\x12(\n" +
+	"\x0fno_provisioning\x18\x04 \x01(\bR\x0fno_provisioning\"x\n" +
+	"\x15PrepareVectorResponse\x12\x14\n" +
+	"\x05rands\x18\x01 \x03(\fR\x05rands\x12)\n" +
 	"\acontrol\x18\x02 \x01(\x0e2\x0f.kme.v1.ControlR\acontrol\x12\x1e\n" +
 	"\n" +
 	"attempt_id\x18\x03 \x01(\tR\n" +
-	"attempt_id\"w\n" +
+	"attempt_id\"\x8f\x01\n" +
 	"\x13EstablishKMERequest\x12\x12\n" +
 	"\x04imsi\x18\x01 \x01(\tR\x04imsi\x12\x12\n" +
 	"\x04imei\x18\x02 \x01(\tR\x04imei\x12\x1e\n" +
 	"\n" +
 	"attempt_id\x18\x03 \x01(\tR\n" +
 	"attempt_id\x12\x18\n" +
-	"\apayload\x18\x04 \x01(\fR\apayload\"e\n" +
+	"\apayload\x18\x04 \x01(\fR\apayload\x12\x16\n" +
+	"\x06origin\x18\x05 \x01(\tR\x06origin\"e\n" +
 	"\x14EstablishKMEResponse\x12\x16\n" +
 	"\x06nw_sig\x18\x01 \x01(\fR\x06nw_sig\x12#\n" +
 	"\x05state\x18\x02 \x01(\x0e2\r.kme.v1.StateR\x05state\x12\x10\n" +
@@ -1243,15 +1304,19 @@ const file_kme_v1_kme_proto_rawDesc = "" +
 	"\aRefusal\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\x05R\x04code\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x18\n" +
-	"\amessage\x18\x03 \x01(\tR\amessage\"A\n" +
+	"\amessage\x18\x03 \x01(\tR\amessage\"\x83\x01\n" +
 	"\x1bReportAuthenticationRequest\x12\x12\n" +
 	"\x04imsi\x18\x01 \x01(\tR\x04imsi\x12\x0e\n" +
-	"\x02ok\x18\x02 \x01(\bR\x02ok\"C\n" +
+	"\x02ok\x18\x02 \x01(\bR\x02ok\x12\x16\n" +
+	"\x06origin\x18\x03 \x01(\tR\x06origin\x12(\n" +
+	"\x0fno_provisioning\x18\x04 \x01(\bR\x0fno_provisioning\"n\n" +
 	"\x1cReportAuthenticationResponse\x12#\n" +
-	"\x05state\x18\x01 \x01(\x0e2\r.kme.v1.StateR\x05state\"<\n" +
+	"\x05state\x18\x01 \x01(\x0e2\r.kme.v1.StateR\x05state\x12)\n" +
+	"\acontrol\x18\x02 \x01(\x0e2\x0f.kme.v1.ControlR\acontrol\"T\n" +
 	"\x12RestoreRANDRequest\x12\x12\n" +
 	"\x04imsi\x18\x01 \x01(\tR\x04imsi\x12\x12\n" +
-	"\x04rand\x18\x02 \x01(\fR\x04rand\")\n" +
+	"\x04rand\x18\x02 \x01(\fR\x04rand\x12\x16\n" +
+	"\x06origin\x18\x03 \x01(\tR\x06origin\")\n" +
 	"\x13RestoreRANDResponse\x12\x12\n" +
 	"\x04rand\x18\x01 \x01(\fR\x04rand\"'\n" +
 	"\x11GetBindingRequest\x12\x12\n" +
@@ -1356,38 +1421,39 @@ var file_kme_v1_kme_proto_depIdxs = []int32{
 	4,  // 2: kme.v1.EstablishKMEsRequest.calls:type_name -> kme.v1.EstablishKMERequest
 	20, // 3: kme.v1.EstablishKMEsResponse.results:type_name -> kme.v1.EstablishKMEsResponse.Result
 	1,  // 4: kme.v1.ReportAuthenticationResponse.state:type_name -> kme.v1.State
-	1,  // 5: kme.v1.GetBindingResponse.state:type_name -> kme.v1.State
-	21, // 6: kme.v1.GetBindingResponse.established_at:type_name -> google.protobuf.Timestamp
-	21, // 7: kme.v1.GetBindingResponse.activated_at:type_name -> google.protobuf.Timestamp
-	21, // 8: kme.v1.GetBindingResponse.revoked_at:type_name -> google.protobuf.Timestamp
-	22, // 9: kme.v1.OpenProvisioningRequest.ttl:type_name -> google.protobuf.Duration
-	21, // 10: kme.v1.OpenProvisioningResponse.expires_at:type_name -> google.protobuf.Timestamp
-	14, // 11: kme.v1.ListBindingsResponse.bindings:type_name -> kme.v1.GetBindingResponse
-	5,  // 12: kme.v1.EstablishKMEsResponse.Result.established:type_name -> kme.v1.EstablishKMEResponse
-	8,  // 13: kme.v1.EstablishKMEsResponse.Result.refused:type_name -> kme.v1.Refusal
-	2,  // 14: kme.v1.KeyService.PrepareVector:input_type -> kme.v1.PrepareVectorRequest
-	4,  // 15: kme.v1.KeyService.EstablishKME:input_type -> kme.v1.EstablishKMERequest
-	6,  // 16: kme.v1.KeyService.EstablishKMEs:input_type -> kme.v1.EstablishKMEsRequest
-	9,  // 17: kme.v1.KeyService.ReportAuthentication:input_type -> kme.v1.ReportAuthenticationRequest
-	11, // 18: kme.v1.KeyService.RestoreRAND:input_type -> kme.v1.RestoreRANDRequest
-	15, // 19: kme.v1.KeyService.OpenProvisioning:input_type -> kme.v1.OpenProvisioningRequest
-	13, // 20: kme.v1.KeyService.GetBinding:input_type -> kme.v1.GetBindingRequest
-	17, // 21: kme.v1.KeyService.ListBindings:input_type -> kme.v1.ListBindingsRequest
-	19, // 22: kme.v1.KeyService.RevokeBinding:input_type -> kme.v1.RevokeBindingRequest
-	3,  // 23: kme.v1.KeyService.PrepareVector:output_type -> kme.v1.PrepareVectorResponse
-	5,  // 24: kme.v1.KeyService.EstablishKME:output_type -> kme.v1.EstablishKMEResponse
-	7,  // 25: kme.v1.KeyService.EstablishKMEs:output_type -> kme.v1.EstablishKMEsResponse
-	10, // 26: kme.v1.KeyService.ReportAuthentication:output_type -> kme.v1.ReportAuthenticationResponse
-	12, // 27: kme.v1.KeyService.RestoreRAND:output_type -> kme.v1.RestoreRANDResponse
-	16, // 28: kme.v1.KeyService.OpenProvisioning:output_type -> kme.v1.OpenProvisioningResponse
-	14, // 29: kme.v1.KeyService.GetBinding:output_type -> kme.v1.GetBindingResponse
-	18, // 30: kme.v1.KeyService.ListBindings:output_type -> kme.v1.ListBindingsResponse
-	14, // 31: kme.v1.KeyService.RevokeBinding:output_type -> kme.v1.GetBindingResponse
-	23, // [23:32] is the sub-list for method output_type
-	14, // [14:23] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	0,  // 5: kme.v1.ReportAuthenticationResponse.control:type_name -> kme.v1.Control
+	1,  // 6: kme.v1.GetBindingResponse.state:type_name -> kme.v1.State
+	21, // 7: kme.v1.GetBindingResponse.established_at:type_name -> google.protobuf.Timestamp
+	21, // 8: kme.v1.GetBindingResponse.activated_at:type_name -> google.protobuf.Timestamp
+	21, // 9: kme.v1.GetBindingResponse.revoked_at:type_name -> google.protobuf.Timestamp
+	22, // 10: kme.v1.OpenProvisioningRequest.ttl:type_name -> google.protobuf.Duration
+	21, // 11: kme.v1.OpenProvisioningResponse.expires_at:type_name -> google.protobuf.Timestamp
+	14, // 12: kme.v1.ListBindingsResponse.bindings:type_name -> kme.v1.GetBindingResponse
+	5,  // 13: kme.v1.EstablishKMEsResponse.Result.established:type_name -> kme.v1.EstablishKMEResponse
+	8,  // 14: kme.v1.EstablishKMEsResponse.Result.refused:type_name -> kme.v1.Refusal
+	2,  // 15: kme.v1.KeyService.PrepareVector:input_type -> kme.v1.PrepareVectorRequest
+	4,  // 16: kme.v1.KeyService.EstablishKME:input_type -> kme.v1.EstablishKMERequest
+	6,  // 17: kme.v1.KeyService.EstablishKMEs:input_type -> kme.v1.EstablishKMEsRequest
+	9,  // 18: kme.v1.KeyService.ReportAuthentication:input_type -> kme.v1.ReportAuthenticationRequest
+	11, // 19: kme.v1.KeyService.RestoreRAND:input_type -> kme.v1.RestoreRANDRequest
+	15, // 20: kme.v1.KeyService.OpenProvisioning:input_type -> kme.v1.OpenProvisioningRequest
+	13, // 21: kme.v1.KeyService.GetBinding:input_type -> kme.v1.GetBindingRequest
+	17, // 22: kme.v1.KeyService.ListBindings:input_type -> kme.v1.ListBindingsRequest
+	19, // 23: kme.v1.KeyService.RevokeBinding:input_type -> kme.v1.RevokeBindingRequest
+	3,  // 24: kme.v1.KeyService.PrepareVector:output_type -> kme.v1.PrepareVectorResponse
+	5,  // 25: kme.v1.KeyService.EstablishKME:output_type -> kme.v1.EstablishKMEResponse
+	7,  // 26: kme.v1.KeyService.EstablishKMEs:output_type -> kme.v1.EstablishKMEsResponse
+	10, // 27: kme.v1.KeyService.ReportAuthentication:output_type -> kme.v1.ReportAuthenticationResponse
+	12, // 28: kme.v1.KeyService.RestoreRAND:output_type -> kme.v1.RestoreRANDResponse
+	16, // 29: kme.v1.KeyService.OpenProvisioning:output_type -> kme.v1.OpenProvisioningResponse
+	14, // 30: kme.v1.KeyService.GetBinding:output_type -> kme.v1.GetBindingResponse
+	18, // 31: kme.v1.KeyService.ListBindings:output_type -> kme.v1.ListBindingsResponse
+	14, // 32: kme.v1.KeyService.RevokeBinding:output_type -> kme.v1.GetBindingResponse
+	24, // [24:33] is the sub-list for method output_type
+	15, // [15:24] is the sub-list for method input_type
+	15, // [15:15] is the sub-list for extension type_name
+	15, // [15:15] is the sub-list for extension extendee
+	0,  // [0:15] is the sub-list for field type_name
 }
 
 func init() { file_kme_v1_kme_proto_init() }

@@ -68,10 +68,11 @@ const (
 
 // KeyServiceClient is a client for the kme.v1.KeyService service.
 type KeyServiceClient interface {
-	// PrepareVector is called when the HSS builds an authentication vector (AIR). For a bound IMSI it answers the RAND
-	// to send, encrypted under the KME. For any other it answers the RAND as it is, and the id of an open attempt that
-	// allows one EstablishKME; the device may then be let in for provisioning only: no bearer may be set up.
-	// Reasons: MALFORMED, REVOKED_DEVICE, HSM_UNAVAILABLE, STORE_UNAVAILABLE.
+	// PrepareVector is called when the HSS builds authentication vectors: all of one AIR in one call. For a bound IMSI it answers
+	// the RANDs to send, encrypted under the KME. For any other it answers the RANDs as they are, and the id of an attempt that
+	// allows one EstablishKME from the same origin; the device may then be let in for provisioning only: no bearer may be set up.
+	// A RAND that went out in clear is spent: it is refused (MALFORMED) for a pre-processed vector of that IMSI ever after.
+	// Reasons: MALFORMED, NOT_BOUND, REVOKED_DEVICE, HSM_UNAVAILABLE, STORE_UNAVAILABLE.
 	PrepareVector(context.Context, *connect.Request[v1.PrepareVectorRequest]) (*connect.Response[v1.PrepareVectorResponse], error)
 	// EstablishKME is called when the MME has carried the payload (ULR). It answers NW_SIG once the binding is
 	// durable. The same call again gives the same answer. Everything that can be wrong with the payload's content has the
@@ -83,17 +84,18 @@ type KeyServiceClient interface {
 	// first: an answer has all results that there are by then, and no result waits for another. Each is what its own EstablishKME would have been.
 	// Reasons of the call itself: MALFORMED.
 	EstablishKMEs(context.Context, *connect.Request[v1.EstablishKMEsRequest]) (*connect.ServerStreamForClient[v1.EstablishKMEsResponse], error)
-	// ReportAuthentication is called when AKA with a pre-processed vector has ended. Success makes a pending binding
-	// active; failure drops it, and an earlier binding, if there is one, stands.
+	// ReportAuthentication is called when AKA with a pre-processed vector has ended. Success makes a pending binding active if
+	// the origin was sent a vector under it since it was established. Failure ends a pending binding if the origin was sent a
+	// vector under it, or established it; an earlier binding, if there is one, stands. Any other report changes nothing.
 	// Reasons: MALFORMED, NOT_BOUND, STORE_UNAVAILABLE.
 	ReportAuthentication(context.Context, *connect.Request[v1.ReportAuthenticationRequest]) (*connect.Response[v1.ReportAuthenticationResponse], error)
-	// RestoreRAND is called when the SIM has asked for resynchronisation (AUTS): the RAND that the MME returns is the
-	// encrypted one, and AUTS was made with the RAND before encryption.
+	// RestoreRAND is called when the SIM has asked for resynchronisation (AUTS): the MME returns the RAND as it was sent, and
+	// AUTS was made with the RAND as the HSS made it. One that was sent in clear comes back as it is.
 	// Reasons: MALFORMED, NOT_BOUND, HSM_UNAVAILABLE, STORE_UNAVAILABLE.
 	RestoreRAND(context.Context, *connect.Request[v1.RestoreRANDRequest]) (*connect.Response[v1.RestoreRANDResponse], error)
-	// OpenProvisioning lets an IMSI be bound to another device, or anew to the same one: until ttl has passed, or a KME is established,
-	// its vectors are PROVISIONING_ONLY. The binding that it has stands until the first pre-processed authentication of the new
-	// one. For administrators.
+	// OpenProvisioning lets an IMSI be bound to another device, or anew to the same one, once: until ttl has passed, or a KME is
+	// established, vectors for origins that may provision are PROVISIONING_ONLY, in an attempt of each origin's own. The binding
+	// that the IMSI has stands until the first pre-processed authentication of the new one. For administrators.
 	// Reasons: MALFORMED, STORE_UNAVAILABLE.
 	OpenProvisioning(context.Context, *connect.Request[v1.OpenProvisioningRequest]) (*connect.Response[v1.OpenProvisioningResponse], error)
 	// GetBinding tells what an IMSI is bound to: a pending binding before an earlier active one, and that before a revoked one.
@@ -236,10 +238,11 @@ func (c *keyServiceClient) RevokeBinding(ctx context.Context, req *connect.Reque
 
 // KeyServiceHandler is an implementation of the kme.v1.KeyService service.
 type KeyServiceHandler interface {
-	// PrepareVector is called when the HSS builds an authentication vector (AIR). For a bound IMSI it answers the RAND
-	// to send, encrypted under the KME. For any other it answers the RAND as it is, and the id of an open attempt that
-	// allows one EstablishKME; the device may then be let in for provisioning only: no bearer may be set up.
-	// Reasons: MALFORMED, REVOKED_DEVICE, HSM_UNAVAILABLE, STORE_UNAVAILABLE.
+	// PrepareVector is called when the HSS builds authentication vectors: all of one AIR in one call. For a bound IMSI it answers
+	// the RANDs to send, encrypted under the KME. For any other it answers the RANDs as they are, and the id of an attempt that
+	// allows one EstablishKME from the same origin; the device may then be let in for provisioning only: no bearer may be set up.
+	// A RAND that went out in clear is spent: it is refused (MALFORMED) for a pre-processed vector of that IMSI ever after.
+	// Reasons: MALFORMED, NOT_BOUND, REVOKED_DEVICE, HSM_UNAVAILABLE, STORE_UNAVAILABLE.
 	PrepareVector(context.Context, *connect.Request[v1.PrepareVectorRequest]) (*connect.Response[v1.PrepareVectorResponse], error)
 	// EstablishKME is called when the MME has carried the payload (ULR). It answers NW_SIG once the binding is
 	// durable. The same call again gives the same answer. Everything that can be wrong with the payload's content has the
@@ -251,17 +254,18 @@ type KeyServiceHandler interface {
 	// first: an answer has all results that there are by then, and no result waits for another. Each is what its own EstablishKME would have been.
 	// Reasons of the call itself: MALFORMED.
 	EstablishKMEs(context.Context, *connect.Request[v1.EstablishKMEsRequest], *connect.ServerStream[v1.EstablishKMEsResponse]) error
-	// ReportAuthentication is called when AKA with a pre-processed vector has ended. Success makes a pending binding
-	// active; failure drops it, and an earlier binding, if there is one, stands.
+	// ReportAuthentication is called when AKA with a pre-processed vector has ended. Success makes a pending binding active if
+	// the origin was sent a vector under it since it was established. Failure ends a pending binding if the origin was sent a
+	// vector under it, or established it; an earlier binding, if there is one, stands. Any other report changes nothing.
 	// Reasons: MALFORMED, NOT_BOUND, STORE_UNAVAILABLE.
 	ReportAuthentication(context.Context, *connect.Request[v1.ReportAuthenticationRequest]) (*connect.Response[v1.ReportAuthenticationResponse], error)
-	// RestoreRAND is called when the SIM has asked for resynchronisation (AUTS): the RAND that the MME returns is the
-	// encrypted one, and AUTS was made with the RAND before encryption.
+	// RestoreRAND is called when the SIM has asked for resynchronisation (AUTS): the MME returns the RAND as it was sent, and
+	// AUTS was made with the RAND as the HSS made it. One that was sent in clear comes back as it is.
 	// Reasons: MALFORMED, NOT_BOUND, HSM_UNAVAILABLE, STORE_UNAVAILABLE.
 	RestoreRAND(context.Context, *connect.Request[v1.RestoreRANDRequest]) (*connect.Response[v1.RestoreRANDResponse], error)
-	// OpenProvisioning lets an IMSI be bound to another device, or anew to the same one: until ttl has passed, or a KME is established,
-	// its vectors are PROVISIONING_ONLY. The binding that it has stands until the first pre-processed authentication of the new
-	// one. For administrators.
+	// OpenProvisioning lets an IMSI be bound to another device, or anew to the same one, once: until ttl has passed, or a KME is
+	// established, vectors for origins that may provision are PROVISIONING_ONLY, in an attempt of each origin's own. The binding
+	// that the IMSI has stands until the first pre-processed authentication of the new one. For administrators.
 	// Reasons: MALFORMED, STORE_UNAVAILABLE.
 	OpenProvisioning(context.Context, *connect.Request[v1.OpenProvisioningRequest]) (*connect.Response[v1.OpenProvisioningResponse], error)
 	// GetBinding tells what an IMSI is bound to: a pending binding before an earlier active one, and that before a revoked one.

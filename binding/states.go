@@ -1,0 +1,108 @@
+package binding
+
+import (
+	"slices"
+	"time"
+
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// An Origin is who at the other end of the network asked, and whether a device may be provisioned from there. Its zero value may
+// not.
+type Origin struct {
+	Name         kme.Origin
+	Provisioning Provisioning
+}
+
+// Provisioning says whether an IMSI without a binding is let in, for provisioning only.
+type Provisioning int
+
+const (
+	Forbidden Provisioning = iota // by configuration
+	Declined                      // by the caller: the origin cannot provision, or may not
+	Allowed
+)
+
+// A Subscription is all that the store has of an IMSI at a time: what has expired by then is not in it. Its methods are the rules
+// of docs/protocol.md; no store has rules of its own.
+type Subscription struct {
+	Pending, Active, Revoked *Binding  // nil where there is none
+	Attempts                 []Attempt // that are open
+}
+
+// Latest is the binding that an administrator is shown: pending before active, and that before revoked. Nil if there is none.
+func (s *Subscription) Latest() *Binding {
+	if b := s.Standing(); b != nil {
+		return b
+	}
+	return s.Revoked
+}
+
+// Standing is Latest without what was revoked.
+func (s *Subscription) Standing() *Binding {
+	if s.Pending != nil {
+		return s.Pending
+	}
+	return s.Active
+}
+
+// Under is the binding under which vectors for an origin are processed. Beside an active binding a pending one is only for the
+// origin that established it: vectors for the old device, elsewhere, stay its own.
+func (s *Subscription) Under(o kme.Origin) *Binding {
+	if s.Pending != nil && (s.Active == nil || s.Pending.Origin == o) {
+		return s.Pending
+	}
+	return s.Active
+}
+
+// Sent is the binding under which a vector that an origin was sent before now was processed.
+func (s *Subscription) Sent(o kme.Origin) *Binding {
+	if s.Pending != nil && (s.Active == nil || s.Pending.SentTo(o)) {
+		return s.Pending
+	}
+	return s.Active
+}
+
+// Opened says whether an administrator lets an origin provision, beside a binding too; and until when.
+func (s *Subscription) Opened(o Origin) (until time.Time, ok bool) {
+	if o.Provisioning != Allowed {
+		return until, false
+	}
+	for _, a := range s.Attempts {
+		if a.Opened && a.Expires.After(until) {
+			until = a.Expires
+		}
+	}
+	return until, !until.IsZero()
+}
+
+// Served says whether a device may be let in for more than provisioning.
+func (s *Subscription) Served(o Origin) bool {
+	_, opened := s.Opened(o)
+	return s.Active != nil && !opened
+}
+
+// Attempt is the open attempt of an id that is an origin's; nil if there is none.
+func (s *Subscription) Attempt(id string, o kme.Origin) *Attempt {
+	return s.attempt(func(a Attempt) bool { return sameText(a.ID, id) && a.Origin == o })
+}
+
+// Reusable is the open attempt of an origin that lives longest, and at least until then; nil if there is none.
+func (s *Subscription) Reusable(o kme.Origin, opened bool, until time.Time) *Attempt {
+	slices.SortStableFunc(s.Attempts, func(a, b Attempt) int { return b.Expires.Compare(a.Expires) })
+	return s.attempt(func(a Attempt) bool { return a.Origin == o && a.Opened == opened && !a.Expires.Before(until) })
+}
+
+func (s *Subscription) attempt(match func(Attempt) bool) *Attempt {
+	if i := slices.IndexFunc(s.Attempts, match); i >= 0 {
+		return &s.Attempts[i]
+	}
+	return nil
+}
+
+// Ends says what a report of an authentication does to the pending binding: success activates it if the origin was sent a vector
+// under it, failure drops it if the origin was, or established it. Nothing else is about it.
+func (s *Subscription) Ends(o kme.Origin, ok bool) bool {
+	p := s.Pending
+	return p != nil && (p.SentTo(o) || !ok && p.Origin == o)
+}
