@@ -111,15 +111,17 @@ static void run(struct job *j)
 				return;
 			count(OVERLOADED);
 			say_refused(j->msg, j->imsi, j->origin, "too many wait for the host's handlers");
-			if (s6a_refuse(&j->msg, "DIAMETER_TOO_BUSY", 0))
+			if (s6a_refuse(&j->msg, "DIAMETER_TOO_BUSY", 0)) {
+				v = DROP;
 				break;
+			}
 			j->kind = ANSWER;
 			j->step = s6a_answer;
 		} else {
 			break;
 		}
 	}
-	if (v == DROP || v == ASK)
+	if (v == DROP)
 		fd_msg_free(j->msg);
 	else
 		send_on(j->msg);
@@ -180,7 +182,7 @@ static void hand_over_answer(struct msg *m)
 static void dispatch(struct msg *m)
 {
 	struct session *session = NULL;
-	enum disp_action action;
+	enum disp_action action = DISP_ACT_ERROR;
 	char *code = NULL, *text = NULL;
 	struct msg *dropped = NULL;
 
@@ -191,6 +193,8 @@ static void dispatch(struct msg *m)
 		fd_msg_free(dropped);
 	if (!m)
 		return;
+	if (action == DISP_ACT_CONT && !fd_g_config->cnf_flags.no_fwd)
+		action = DISP_ACT_SEND;	/* nobody has answered it here: somebody else may */
 	if (action == DISP_ACT_CONT)
 		code = "DIAMETER_COMMAND_UNSUPPORTED";
 	if (action != DISP_ACT_SEND && s6a_refuse(&m, code ? code : "DIAMETER_UNABLE_TO_COMPLY", 0))
