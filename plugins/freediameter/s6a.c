@@ -140,14 +140,6 @@ static int parse(struct avp *a)
 	return 0;
 }
 
-/* A child, parsed. Of what passes, only the top level is parsed, and not even its values. */
-static struct avp *parsed(msg_or_avp *parent, uint32_t vendor, uint32_t code)
-{
-	struct avp *a = child(parent, vendor, code);
-
-	return a && parse(a) ? a : NULL;
-}
-
 static void drop_all(msg_or_avp *parent, uint32_t vendor, uint32_t code)
 {
 	struct avp *a;
@@ -306,7 +298,7 @@ static void read_imsi(struct job *j, struct msg *request)
 {
 	char name[MAX_ORIGIN + 1], *imsi = name;
 
-	text_of(parsed(request, 0, BASE_USER_NAME), name, sizeof(name));
+	text_of(child(request, 0, BASE_USER_NAME), name, sizeof(name));
 	if (application(request) != S6A_APP) {
 		name[strcspn(name, "@")] = 0;
 		if (strlen(name) == 16 && (*name == '0' || *name == '6'))
@@ -338,7 +330,7 @@ static int read_features(struct job *j, struct msg *request)
 static void read_plmn(struct msg *request, char out[7])
 {
 	size_t size;
-	uint8_t *p = octets(parsed(request, VENDOR_3GPP, TGPP_VISITED_PLMN_ID), &size);
+	uint8_t *p = octets(child(request, VENDOR_3GPP, TGPP_VISITED_PLMN_ID), &size);
 
 	*out = 0;
 	if (!p || size != 3)
@@ -370,7 +362,7 @@ static int may_provision(struct job *j, struct msg *request)
 	if (!j->announced)
 		return 0;
 	read_plmn(request, plmn);
-	text_of(parsed(request, 0, BASE_ORIGIN_REALM), realm, sizeof(realm));
+	text_of(child(request, 0, BASE_ORIGIN_REALM), realm, sizeof(realm));
 	for (i = 0; i < conf.provision_from.n; i++) {
 		const char *from = conf.provision_from.of[i];
 
@@ -389,7 +381,7 @@ static int may_provision(struct job *j, struct msg *request)
 /* 0: it cannot be read */
 static int read_request(struct job *j, struct msg *request)
 {
-	text_of(parsed(request, 0, BASE_ORIGIN_HOST), j->origin, sizeof(j->origin));
+	text_of(child(request, 0, BASE_ORIGIN_HOST), j->origin, sizeof(j->origin));
 	read_imsi(j, request);
 	if (!read_features(j, request))
 		return 0;
@@ -408,8 +400,11 @@ static int is_spoofed(struct job *j)
 	       (source && strcasecmp(source, j->origin) && !conf_names(&conf.agents, source));
 }
 
-/* Who took the second for the first would look at somebody else's. */
-static int says_twice(struct msg *m)
+/*
+ * Parses what is read of a request: of one that passes, only the top level is parsed, and not even its values. An AVP
+ * that is there twice would mean two things: who took the second for the first would look at somebody else's.
+ */
+static const char *fault_of(struct msg *m)
 {
 	const struct {
 		uint32_t vendor, code;
@@ -419,12 +414,17 @@ static int says_twice(struct msg *m)
 		{ VENDOR_3GPP, TGPP_REQUESTED_EUTRAN }, { VENDOR_3GPP, TGPP_REQUESTED_UTRAN_GERAN },
 		{ own_vendor_id, OWN_BINDING_REQUEST },
 	};
+	struct avp *a;
 	size_t i;
 
-	for (i = 0; i < sizeof(once) / sizeof(*once); i++)
-		if (next(child(m, once[i].vendor, once[i].code), once[i].vendor, once[i].code))
-			return 1;
-	return 0;
+	for (i = 0; i < sizeof(once) / sizeof(*once); i++) {
+		a = child(m, once[i].vendor, once[i].code);
+		if (next(a, once[i].vendor, once[i].code))
+			return "DIAMETER_AVP_OCCURS_TOO_MANY_TIMES";
+		if (a && !parse(a))
+			return "DIAMETER_INVALID_AVP_LENGTH";
+	}
+	return NULL;
 }
 
 /* A second's requests at once, and then as many a second. Of more origins than there is room for, some share. */
@@ -500,11 +500,8 @@ static enum verdict authentication_request(struct job *j)
 	size_t i, size;
 
 	for (i = 0; i < 2; i++) {
-		struct avp *group = child(j->msg, VENDOR_3GPP, groups[i]), *info;
+		struct avp *info = child(child(j->msg, VENDOR_3GPP, groups[i]), VENDOR_3GPP, TGPP_RESYNC_INFO);
 
-		if (group && !parse(group))
-			return malformed(j, "DIAMETER_INVALID_AVP_LENGTH");
-		info = child(group, VENDOR_3GPP, TGPP_RESYNC_INFO);
 		if (!info)
 			continue;
 		if (next(info, VENDOR_3GPP, TGPP_RESYNC_INFO))
@@ -574,7 +571,7 @@ static enum verdict established(struct job *j)
 
 static enum verdict establish(struct job *j, struct avp *binding)
 {
-	struct avp *terminal = parsed(j->msg, VENDOR_3GPP, TGPP_TERMINAL_INFORMATION);
+	struct avp *terminal = child(j->msg, VENDOR_3GPP, TGPP_TERMINAL_INFORMATION);
 	char imei[17], attempt[KME_ATTEMPT + 1];
 	size_t size;
 	uint8_t *payload = octets(child(binding, own_vendor_id, OWN_BINDING_PAYLOAD), &size), *id;
@@ -621,10 +618,8 @@ static enum verdict reported(struct job *j)
 
 static enum verdict location_request(struct job *j)
 {
-	struct avp *binding = parsed(j->msg, own_vendor_id, OWN_BINDING_REQUEST);
+	struct avp *binding = child(j->msg, own_vendor_id, OWN_BINDING_REQUEST);
 
-	if (!binding && child(j->msg, own_vendor_id, OWN_BINDING_REQUEST))
-		return malformed(j, "DIAMETER_INVALID_AVP_LENGTH");
 	drop_all(j->msg, own_vendor_id, OWN_BINDING_ANSWER);
 	if (binding)
 		return establish(j, binding);
@@ -645,6 +640,7 @@ static enum verdict told_of_error(struct job *j)
 static enum verdict location_answer(struct job *j, struct msg *request)
 {
 	struct avp *noted = child(request, own_vendor_id, OWN_BINDING_ANSWER);
+	struct avp *code = child(j->msg, 0, BASE_RESULT_CODE);
 	uint32_t status, result;
 	uint8_t *nw_sig;
 	size_t size;
@@ -652,7 +648,7 @@ static enum verdict location_answer(struct job *j, struct msg *request)
 	drop_all(j->msg, own_vendor_id, OWN_BINDING_ANSWER);
 	if (!noted || !u32_of(child(noted, own_vendor_id, OWN_BINDING_STATUS), &status))
 		return GO_ON;
-	if (!u32_of(parsed(j->msg, 0, BASE_RESULT_CODE), &result) || result / 1000 != 2) {
+	if (!code || !parse(code) || !u32_of(code, &result) || result / 1000 != 2) {
 		if (status != KME_OK)
 			return GO_ON;
 		kme_ask_report(&j->call, j->imsi, j->origin, 0, 0);
@@ -836,11 +832,13 @@ static enum verdict multimedia_request(struct job *j)
 
 enum verdict s6a_request(struct job *j)
 {
+	const char *fault = "DIAMETER_INVALID_AVP_LENGTH";
+
 	if (dict_ready())
 		return refuse(j, "the dictionary cannot be used", UNABLE_TO_COMPLY, 0);
-	if (says_twice(j->msg))
-		return malformed(j, "DIAMETER_AVP_OCCURS_TOO_MANY_TIMES");
-	if ((j->kind == REQUEST_PASSING && !message_well_formed(j->msg)) || !read_request(j, j->msg))
+	if ((j->kind == REQUEST_PASSING && !message_well_formed(j->msg)) || (fault = fault_of(j->msg)))
+		return malformed(j, fault);
+	if (!read_request(j, j->msg))
 		return malformed(j, "DIAMETER_INVALID_AVP_LENGTH");
 	if (is_spoofed(j)) {
 		count(SPOOFED);
