@@ -360,12 +360,13 @@ func (r *modelRun) open(m *modelled) {
 func (r *modelRun) revoke(m *modelled) {
 	b, err := r.r.service.RevokeBinding(r.Context(), m.imsi)
 	r.note(m, "revoked: %v", err)
+	m.attempts = nil
 	if m.standing() == nil && m.revoked == nil {
 		checkRefused(r, "nothing was revoked", err, kme.NotBound, "")
 		return
 	}
 	if s := m.standing(); s != nil {
-		m.revoked, m.pending, m.active, m.attempts = s, nil, nil, nil
+		m.revoked, m.pending, m.active = s, nil, nil
 	}
 	if err != nil || b.State != binding.Revoked || b.IMEI != m.revoked.device.imei || len(b.Sealed) != 0 {
 		r.fail("revoked %+v, %v", b, err)

@@ -182,10 +182,9 @@ func (s *Store) Prepare(ctx context.Context, q binding.VectorRequest) (d binding
 		return d, err
 	}
 	// Nearly every vector is for an active binding: it changes nothing and needs no lock.
-	if b := sub.Under(q.Origin.Name); b != nil && b == sub.Active {
-		if _, opened := sub.Opened(q.Origin); !opened {
-			return binding.Decision{Binding: b}, unspent(ctx, s.read, q.IMSI, q.RANDs)
-		}
+	_, opened := sub.Opened(q.Origin)
+	if b := sub.Under(q.Origin.Name); b != nil && !opened && (b == sub.Active || q.Ready != b.AttemptID && len(b.Sent) < q.PendingVectors) {
+		return binding.Decision{Binding: b}, unspent(ctx, s.read, q.IMSI, q.RANDs)
 	}
 	var refused error // what has ended has ended, refused or not
 	err = s.change(ctx, q.IMSI.String(), func(ctx context.Context, tx *sql.Tx) (err error) {
@@ -217,7 +216,7 @@ func (s *Store) Prepare(ctx context.Context, q binding.VectorRequest) (d binding
 		} else if err != nil {
 			return err
 		}
-		if d.Binding = b; b.State == binding.Pending {
+		if d.Binding = b; b == sub.Pending && q.Ready == b.AttemptID {
 			b.Sent = append(b.Sent, q.Origin.Name)
 			_, err = tx.ExecContext(ctx, `UPDATE bindings SET sent = $1 WHERE imsi = $2 AND state = 'PENDING'`, sentText(b.Sent), q.IMSI.String())
 		}
@@ -377,16 +376,18 @@ func (s *Store) Revoke(ctx context.Context, imsi kme.IMSI, now time.Time) (b *bi
 			return err
 		}
 		b = sub.Latest()
-		switch {
-		case b == nil:
-			return binding.ErrNotBound
-		case b.State == binding.Revoked:
-			return nil
+		before := b == nil || b.State == binding.Revoked // what else there is has expired
+		drop := `DELETE FROM bindings WHERE imsi = $1`
+		if before {
+			drop += ` AND state <> 'REVOKED'`
 		}
-		for _, query := range []string{`DELETE FROM attempts WHERE imsi = $1`, `DELETE FROM bindings WHERE imsi = $1`} {
+		for _, query := range []string{`DELETE FROM attempts WHERE imsi = $1`, drop} {
 			if _, err := tx.ExecContext(ctx, query, imsi.String()); err != nil {
 				return err
 			}
+		}
+		if before {
+			return nil
 		}
 		b.State, b.Revoked, b.Sealed, b.Expires, b.Sent = binding.Revoked, fromMillis(now.UnixMilli()), []byte{}, time.Time{}, nil
 		_, err = tx.ExecContext(ctx, `INSERT INTO bindings (`+bindingColumns+`)
@@ -395,6 +396,9 @@ func (s *Store) Revoke(ctx context.Context, imsi kme.IMSI, now time.Time) (b *bi
 			millis(b.Activated), now.UnixMilli(), b.Origin.String())
 		return err
 	})
+	if err == nil && b == nil {
+		err = binding.ErrNotBound
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -127,6 +127,24 @@ func activatedBySent(t *testing.T, s Store) {
 	}
 }
 
+// Who was only told of a pending binding was sent nothing, and it lasts.
+func notReady(t *testing.T, s Store) {
+	imsi := subscription(t, 1)
+	b := bindFrom(t, s, imsi, home, device(t, 1), "b1")
+	for range 2 * pendingVectors {
+		for _, ready := range []string{"", "another"} {
+			q := request(imsi, away, "none", t0)
+			q.Ready = ready
+			if d, err := s.Prepare(t.Context(), q); err != nil || !reflect.DeepEqual(d.Binding, b) {
+				t.Fatalf("%+v, %v", d.Binding, err)
+			}
+		}
+	}
+	if got := reportFrom(t, s, imsi, away, true, t0); !reflect.DeepEqual(got, b) {
+		t.Errorf("without a vector that left it is %+v", got)
+	}
+}
+
 // What the old device does, elsewhere, neither promotes nor removes anything of the new one.
 func besideActive(t *testing.T, s Store) {
 	imsi := subscription(t, 1)
