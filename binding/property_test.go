@@ -219,7 +219,7 @@ func (n *network) air(p *peer, s *sim) {
 	before := n.subscription(s)
 	rands := newRANDs(1 + n.intN(2))
 	n.mu.Lock()
-	if len(s.clear) > 0 && n.intN(8) == 0 {
+	if len(s.clear) > 0 && !n.faultless.Load() && n.intN(8) == 0 {
 		rands[0] = s.clear[n.intN(len(s.clear))]
 	}
 	n.mu.Unlock()
@@ -415,9 +415,9 @@ func (n *network) step(p *peer) {
 		s.in = n.phones[n.intN(3)]
 		n.note(p, s, "moved", "to %s", s.in.imei)
 		n.mu.Unlock()
-	case 9, 10:
+	case 9, 10, 11:
 		n.administer(p, s)
-	case 11:
+	case 12:
 		n.now.Add(int64(n.intN(181)-60) * time.Minute.Milliseconds())
 	default:
 		n.now.Add(int64(n.intN(1000)))
@@ -522,8 +522,12 @@ func TestProperty(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			n := open(t)
 			n.alone = true
-			for range 6 {
-				for range 200 {
+			rounds := 40
+			if name == "PostgreSQL" { // each change costs it more
+				rounds = 12
+			}
+			for range rounds {
+				for range 50 {
 					p := n.peers[n.intN(3)]
 					if n.intN(5) == 0 {
 						p = n.peers[3+n.intN(2)]
@@ -547,11 +551,11 @@ func TestPropertyAtOnce(t *testing.T) {
 	for name, open := range map[string]func(*testing.T) *network{"SQLite": onSQLite, "PostgreSQL": onPostgres} {
 		t.Run(name, func(t *testing.T) {
 			n := open(t)
-			for range 6 {
+			for range 12 {
 				var all sync.WaitGroup
 				for _, p := range n.peers {
 					all.Go(func() {
-						for range 40 {
+						for range 20 {
 							if n.step(p); n.Failed() {
 								return
 							}
