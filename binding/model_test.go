@@ -391,8 +391,8 @@ func (r *modelRun) get(m *modelled) {
 	}
 }
 
-// Calls of all kinds at once, from several origins: no KME is accepted twice, a vector is in clear or under the KME of a payload, and in
-// the end each IMSI has at most one binding of each state, of a payload that was accepted for it.
+// Calls of all kinds at once, from several origins: no KME is accepted twice, a vector is in clear or under the KME of a
+// payload, and in the end each IMSI has at most one binding of each state, of a payload that was accepted for it.
 func TestModelAtOnce(t *testing.T) {
 	r, _, l := newServed(t)
 	r.service = binding.NewService(r.token, r.store, must[*binding.Lots](t)(binding.NewLots(must[[]*binding.Lot](t)(r.store.Lots(t.Context())), r.readers)), times(), slog.New(slog.DiscardHandler))

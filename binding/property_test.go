@@ -22,16 +22,17 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// A network is all that is around the service: SIMs, devices, MMEs that are honest and some that are not, an administrator and a
-// clock. It knows what the service cannot know: which SIM is in which device, and who has which KME. What must hold, whatever is
-// called in whatever order:
+// A network is all that is around the service: SIMs, devices, MMEs that are honest and some that are not, an
+// administrator and a clock. It knows what the service cannot know: which SIM is in which device, and who has which
+// KME. What must hold, whatever is called in whatever order:
 //
 //   - no IMSI is ACTIVE with a device that did not decrypt a vector under its KME;
 //   - no device passes a pre-processed AKA without the KME;
 //   - a device that holds the ACTIVE binding gets vectors under it everywhere but where another device is being provisioned.
 //
-// One thing is assumed, since S6a does not show it: an MME that was sent a vector under a pending binding updates the location only
-// after an AKA with it succeeded, there or elsewhere. The service believes its ULR. What was sent and got lost counts as sent.
+// One thing is assumed, since S6a does not show it: an MME that was sent a vector under a pending binding updates
+// the location only after an AKA with it succeeded, there or elsewhere. The service believes its ULR. What was sent
+// and got lost counts as sent.
 type network struct {
 	testing.TB
 	services  []*binding.Service // instances with one database
@@ -58,7 +59,8 @@ type sim struct {
 	clear [][]byte // RANDs that went out in clear: anybody may have them
 }
 
-// A phone is a device, and what it holds for each SIM: a KME whose right NW_SIG came. The last that it asked for may have no answer yet.
+// A phone is a device, and what it holds for each SIM: a KME whose right NW_SIG came. The last that it asked for may
+// have no answer yet.
 type phone struct {
 	*device
 	holds, asked map[*sim]*key
@@ -263,8 +265,8 @@ func (n *network) under(v *sentVector) *key {
 	return n.keys[i]
 }
 
-// aka has the SIM answer a vector, in whatever device it is. It answers only what it gets as the HSS made it: a device without the
-// KME tries all RANDs that it has seen in clear.
+// aka has the SIM answer a vector, in whatever device it is. It answers only what it gets as the HSS made it: a
+// device without the KME tries all RANDs that it has seen in clear.
 func (n *network) aka(p *peer, s *sim) {
 	n.mu.Lock()
 	at := p.at[s]
@@ -304,8 +306,8 @@ func (n *network) newKey(d *phone, s *sim) *key {
 	return k
 }
 
-// establish has a peer carry a payload: an honest one that of the device that the SIM is in, for the first time or again; a hostile one that
-// of its own device, or one that it recorded.
+// establish has a peer carry a payload: an honest one that of the device that the SIM is in, for the first time or
+// again; a hostile one that of its own device, or one that it recorded.
 func (n *network) establish(p *peer, s *sim) {
 	at := p.at[s]
 	n.mu.Lock()
@@ -464,9 +466,10 @@ func (n *network) next(p *peer, s *sim) {
 	}
 }
 
-// settle is the second property: with all faults gone, and the hostile peers, whoever attaches at one MME is bound, without an administrator,
-// within as many vectors as a pending binding of no use takes to end, one to be provisioned and one to show it. Only an active binding
-// whose KME the device does not hold is in the way: an administrator has to open provisioning again.
+// settle is the second property: with all faults gone, and the hostile peers, whoever attaches at one MME is bound,
+// without an administrator, within as many vectors as a pending binding of no use takes to end, one to be
+// provisioned and one to show it. Only an active binding whose KME the device does not hold is in the way: an
+// administrator has to open provisioning again.
 func (n *network) settle() {
 	n.faultless.Store(true)
 	for _, s := range n.sims {

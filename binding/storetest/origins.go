@@ -145,6 +145,26 @@ func notReady(t *testing.T, s Store) {
 	}
 }
 
+// What was sent under a pending binding counts nothing for one that takes its place.
+func pendingReplaced(t *testing.T, s Store) {
+	imsi := subscription(t, 1)
+	before := bindFrom(t, s, imsi, home, device(t, 1), "b1")
+	checkUnder(t, s, imsi, away, before)
+	open(t, s, imsi)
+	b := bindFrom(t, s, imsi, home, device(t, 2), "b2")
+	for _, ok := range []bool{true, false} {
+		if got := reportFrom(t, s, imsi, away, ok, t0); !reflect.DeepEqual(got, b) {
+			t.Errorf("a report of %v about the binding before gives %+v", ok, got)
+		}
+	}
+	q := request(imsi, away, "none", t0)
+	q.Ready = before.AttemptID // it was replaced meanwhile
+	if d, err := s.Prepare(t.Context(), q); err != nil || !reflect.DeepEqual(d.Binding, b) {
+		t.Errorf("with vectors under the binding before: %+v, %v", d.Binding, err)
+	}
+	checkBinding(t, s, imsi, b)
+}
+
 // What the old device does, elsewhere, neither promotes nor removes anything of the new one.
 func besideActive(t *testing.T, s Store) {
 	imsi := subscription(t, 1)

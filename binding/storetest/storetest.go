@@ -47,6 +47,7 @@ func Run(t *testing.T, open func(t *testing.T) Store) {
 		{"MayNotProvision", mayNotProvision},
 		{"ActivatedBySent", activatedBySent},
 		{"NotReady", notReady},
+		{"PendingReplaced", pendingReplaced},
 		{"BesideActive", besideActive},
 		{"PendingEnds", pendingEnds},
 		{"PendingExpires", pendingExpires},

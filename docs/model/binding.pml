@@ -1,10 +1,10 @@
 /*
- * The life of a binding, as docs/protocol.md has it, for spin: one IMSI, whose SIM moves between two devices; two honest MMEs, and a
- * peer that makes things up. README.md says what is checked, and how.
+ * The life of a binding, as docs/protocol.md has it, for spin: one IMSI, whose SIM moves between two devices; two
+ * honest MMEs, and a peer that makes things up. README.md says what is checked, and how.
  *
- * A call is one step, as the store makes it; only PrepareVector has two, since the HSM is asked between them. The answer to each may be
- * lost. What can expire does so at any time. KMEs have no names: what depends on one says of which binding it is now, and of one that has
- * ended it is as good as none.
+ * A call is one step, as the store makes it; only PrepareVector has two, since the HSM is asked between them. The
+ * answer to each may be lost. What can expire does so at any time. KMEs have no names: what depends on one says of
+ * which binding it is now, and of one that has ended it is as good as none.
  */
 
 #define VECTORS 3		/* that a PENDING binding answers: pending_vectors */
