@@ -520,58 +520,50 @@ func onPostgres(t *testing.T) *network {
 	return newNetwork(t, stores...)
 }
 
-func TestProperty(t *testing.T) {
-	for name, open := range map[string]func(*testing.T) *network{"SQLite": onSQLite, "PostgreSQL": onPostgres} {
-		t.Run(name, func(t *testing.T) {
-			n := open(t)
-			n.alone = true
-			rounds := 40
-			if name == "PostgreSQL" { // each change costs it more
-				rounds = 12
+func TestProperty(t *testing.T)         { oneByOne(onSQLite(t), 40) }
+func TestPostgresProperty(t *testing.T) { oneByOne(onPostgres(t), 12) }
+
+func oneByOne(n *network, rounds int) {
+	n.alone = true
+	for range rounds {
+		for range 50 {
+			p := n.peers[n.intN(3)]
+			if n.intN(5) == 0 {
+				p = n.peers[3+n.intN(2)]
 			}
-			for range rounds {
-				for range 50 {
-					p := n.peers[n.intN(3)]
-					if n.intN(5) == 0 {
-						p = n.peers[3+n.intN(2)]
-					}
+			if n.step(p); n.Failed() {
+				return
+			}
+			for _, s := range n.sims {
+				n.check(s)
+			}
+		}
+		n.settle()
+	}
+	n.checkSeen("AKA", "AKA in clear", "AKA failed", "established", "not established", "reported", "restored", "settled")
+}
+
+func TestPropertyAtOnce(t *testing.T)         { atOnce(onSQLite(t)) }
+func TestPostgresPropertyAtOnce(t *testing.T) { atOnce(onPostgres(t)) }
+
+// atOnce has every peer work at the same time as the others.
+func atOnce(n *network) {
+	for range 12 {
+		var all sync.WaitGroup
+		for _, p := range n.peers {
+			all.Go(func() {
+				for range 20 {
 					if n.step(p); n.Failed() {
 						return
 					}
-					for _, s := range n.sims {
-						n.check(s)
-					}
 				}
-				n.settle()
-			}
-			n.checkSeen("AKA", "AKA in clear", "AKA failed", "established", "not established", "reported", "restored", "settled")
-		})
+			})
+		}
+		all.Wait()
+		for _, s := range n.sims {
+			n.check(s)
+		}
+		n.settle()
 	}
-}
-
-// Every peer works at the same time as the others.
-func TestPropertyAtOnce(t *testing.T) {
-	for name, open := range map[string]func(*testing.T) *network{"SQLite": onSQLite, "PostgreSQL": onPostgres} {
-		t.Run(name, func(t *testing.T) {
-			n := open(t)
-			for range 12 {
-				var all sync.WaitGroup
-				for _, p := range n.peers {
-					all.Go(func() {
-						for range 20 {
-							if n.step(p); n.Failed() {
-								return
-							}
-						}
-					})
-				}
-				all.Wait()
-				for _, s := range n.sims {
-					n.check(s)
-				}
-				n.settle()
-			}
-			n.checkSeen("AKA", "AKA in clear", "established", "reported", "settled")
-		})
-	}
+	n.checkSeen("AKA", "AKA in clear", "established", "reported", "settled")
 }
