@@ -28,7 +28,7 @@ import (
 //
 //   - no IMSI is ACTIVE with a device that did not decrypt a vector under its KME;
 //   - no device passes a pre-processed AKA without the KME;
-//   - a device that holds the ACTIVE binding gets vectors under it everywhere but where another device is being provisioned.
+//   - a device that holds the ACTIVE binding gets vectors under it, but where another device is being provisioned.
 //
 // One thing is assumed, since S6a does not show it: an MME that was sent a vector under a pending binding updates
 // the location only after an AKA with it succeeded, there or elsewhere. The service believes its ULR. What was sent
@@ -88,7 +88,7 @@ type visit struct {
 	last    *sentVector // that was sent, and may have been lost
 	attempt string      // in which a device may be provisioned: after AKA in clear, at an honest peer
 	key     *key        // whose payload it carried last
-	success bool        // of a pre-processed AKA that was not reported yet
+	success bool        // it updates the location next, mostly after a pre-processed AKA
 	sent    map[*key]bool
 }
 
@@ -231,6 +231,7 @@ func (n *network) air(p *peer, s *sim) {
 	at := p.at[s]
 	if err != nil {
 		n.note(p, s, "no vector", "%v", err)
+		at.success = n.intN(2) == 0 // it updates the location all the same
 		n.refused(s, "PrepareVector", err, kme.CallerNotAllowed, kme.Malformed, kme.HSMUnavailable)
 		return
 	}
