@@ -463,7 +463,9 @@ func (n *network) next(p *peer, s *sim) {
 	case at.success:
 		n.report(p, s, true)
 	default:
-		n.air(p, s)
+		if n.air(p, s); at.success {
+			n.report(p, s, true)
+		}
 	}
 }
 
