@@ -56,6 +56,7 @@ check: lint deps-check ## lint, and the tests that need no Vault, PostgreSQL, br
 
 test: check deps-test vaultdev ## what CI runs: check, and the other tests
 	@scripts/step.sh 'tests with Vault, PostgreSQL, a browser and Diameter' scripts/leaves-nothing.sh go test -race -run '$(SERVERS)' $(SERVER_PACKAGES)
+	@scripts/step.sh 'the model of a binding, by spin' scripts/model.sh
 	$(MAKE) fuzz-plugin PLUGIN_FUZZ='-seed=1 -runs=1000000' # always the same inputs
 
 flaky: deps-test vaultdev ## the tests N=20 times with every core busy, and once with GOMAXPROCS=1: logs of failed runs in var/flaky
