@@ -113,9 +113,12 @@ var kinds = map[reflect.Kind]string{
 	reflect.Pointer: "a whole number", // a uid
 }
 
+// secret are the settings whose value may have a password or a PIN in it.
+var secret = []string{"store", "token", "tokens", "otlp"}
+
 func notAllowed(name, want, value string) error {
-	if want = cmp.Or(allowed[name], want); name == "store" {
-		return fmt.Errorf("%s is %s, not what is there", name, want) // which may have a password
+	if want = cmp.Or(allowed[name], want); slices.Contains(secret, name) {
+		return fmt.Errorf("%s is %s, not what is there", name, want)
 	}
 	return fmt.Errorf("%s is %s, not %q", name, want, value)
 }
@@ -143,7 +146,7 @@ func decode(prefix string, n *yaml.Node, to reflect.Value) error {
 		}
 		seen[name] = true
 		if err := decodeValue(name, value, to.Field(at)); err != nil {
-			return fmt.Errorf("line %d: %w", value.Line, err)
+			return err
 		}
 	}
 	return nil
@@ -172,7 +175,7 @@ func decodeValue(name string, n *yaml.Node, to reflect.Value) error {
 		if n.Kind != yaml.ScalarNode {
 			value = "a list or a mapping"
 		}
-		return notAllowed(name, kinds[to.Kind()], value)
+		return fmt.Errorf("line %d: %w", n.Line, notAllowed(name, kinds[to.Kind()], value))
 	}
 	return nil
 }
@@ -186,11 +189,15 @@ func readConfig(path string) (*config, error) {
 		Token: os.Getenv("KMEHSM_TOKEN"), State: "var/keysvc", AttemptTTL: 5 * time.Minute, RevocationTTL: time.Minute,
 		HSMTimeout: 5 * time.Second, IMEIRate: 10, IMEIBurst: 1000, LogIdentities: "plain", Verify: "token", CacheMB: 64,
 	}
-	var n yaml.Node
-	if err = yaml.NewDecoder(bytes.NewReader(data)).Decode(&n); err == nil {
-		err = decode("", n.Content[0], reflect.ValueOf(c).Elem())
-	} else if errors.Is(err, io.EOF) { // an empty one
+	var n, more yaml.Node
+	d := yaml.NewDecoder(bytes.NewReader(data))
+	switch err = d.Decode(&n); {
+	case errors.Is(err, io.EOF): // an empty one
 		err = nil
+	case err == nil && d.Decode(&more) != io.EOF:
+		err = errors.New("there is a second document, after ---: put all settings into one")
+	case err == nil:
+		err = decode("", n.Content[0], reflect.ValueOf(c).Elem())
 	}
 	if err == nil {
 		err = c.complete(filepath.Dir(path))
