@@ -169,11 +169,12 @@ func within[T any](t *Token, d time.Duration, f func() (T, error), ended func(bo
 	case r := <-done:
 		return r.v, false, r.err
 	case <-timer.C:
+		t.hung.Add(1) // before f can see that it was given up: it takes this one off, and no other's
 		if !over.CompareAndSwap(false, true) {
+			t.hung.Add(-1)
 			r := <-done
 			return r.v, false, r.err
 		}
-		t.hung.Add(1)
 		return v, true, fmt.Errorf("%w: it does not answer", ErrUnavailable)
 	}
 }
