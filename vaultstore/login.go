@@ -81,10 +81,11 @@ func Connect(ctx context.Context, l Login, log *slog.Logger) (*api.Client, error
 
 var errNoActive = errors.New("no node of this Vault is active")
 
-// retryPolicy is the client library's, and more. A standby that cannot forward a request redirects it to the active node,
-// which after an unsealing may be itself, or one that is not active any more. The library follows one redirect, and takes
-// the next for an answer without a body: a write would count as done, and a read as not found. So only the server at own,
-// the client's address, may redirect, and to another; else the request is tried again, and in the end fails.
+// retryPolicy is the client library's, and more. A standby that cannot forward a request redirects it to the active
+// node, which after an unsealing may be itself, or one that is not active any more. The library follows one
+// redirect, and takes the next for an answer without a body: a write would count as done, and a read as not found.
+// So only the server at own, the client's address, may redirect, and to another; else the request is tried again,
+// and in the end fails.
 func retryPolicy(own string) func(context.Context, *http.Response, error) (bool, error) {
 	return func(ctx context.Context, r *http.Response, err error) (bool, error) {
 		if err == nil && r.StatusCode >= 300 && r.StatusCode < 400 {

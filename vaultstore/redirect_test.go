@@ -15,8 +15,8 @@ import (
 	"github.com/kmehsm/kmehsm/directory"
 )
 
-// A Vault that was just unsealed redirects to the active node that it remembers, which may be itself, or one that redirects
-// too. That is no answer: nothing was written, and nothing is known of what is there.
+// A Vault that was just unsealed redirects to the active node that it remembers, which may be itself, or one that
+// redirects too. That is no answer: nothing was written, and nothing is known of what is there.
 func TestNoActiveNode(t *testing.T) {
 	var target string
 	var left atomic.Int64 // requests that are redirected

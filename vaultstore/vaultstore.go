@@ -31,8 +31,8 @@ type Store struct {
 
 var _ directory.Store = (*Store)(nil)
 
-// New keeps objects on a mount, with a client that Connect has made: another would take some redirects for answers. It asks
-// Vault nothing.
+// New keeps objects on a mount, with a client that Connect has made: another would take some redirects for answers.
+// It asks Vault nothing.
 func New(client *api.Client, mount string) *Store {
 	return &Store{client: client, mount: strings.Trim(mount, "/")}
 }

@@ -112,8 +112,8 @@ func TestGivenUp(t *testing.T) {
 
 func second[T any](_ T, err error) error { return err }
 
-// A token that fails, and then hangs when it is asked for a new session, holds up its callers no longer than any other that
-// hangs.
+// A token that fails, and then hangs when it is asked for a new session, holds up its callers no longer than any
+// other that hangs.
 func TestHangBehindAFailure(t *testing.T) {
 	token, _, opening := newOperator(t)
 	for range token.Sessions() { // all are open: one after the other gets its turn
@@ -126,7 +126,8 @@ func TestHangBehindAFailure(t *testing.T) {
 	back(t, token, opening)
 }
 
-// A handle that a call finds which was given up is nobody's: the key may have gone meanwhile, and the handle be another's.
+// A handle that a call finds which was given up is nobody's: the key may have gone meanwhile, and the handle be
+// another's.
 func TestGivenUpHandle(t *testing.T) {
 	maker, tok, opening := newOperator(t)
 	lot := hsmkeys.Key{Role: hsmkeys.RoleLot, Name: "L1"}

@@ -38,7 +38,8 @@ func await(t *testing.T, what string, ok func() bool) {
 	}
 }
 
-// back waits until the token works again. It tries once a second at least, and then the token may take as long as to be opened.
+// back waits until the token works again. It tries once a second at least, and then the token may take as long as
+// to be opened.
 func back(t *testing.T, token *hsmkeys.Token, opening time.Duration) {
 	t.Helper()
 	start := time.Now()
@@ -48,8 +49,8 @@ func back(t *testing.T, token *hsmkeys.Token, opening time.Duration) {
 	}
 }
 
-// Whatever a token says when it goes, calls are answered at once while it is away, none hangs, and it is back soon after its
-// return, without anybody's help.
+// Whatever a token says when it goes, calls are answered at once while it is away, none hangs, and it is back soon
+// after its return, without anybody's help.
 func TestOutage(t *testing.T) {
 	token, _, opening := newOperator(t)
 	away := 1500 * time.Millisecond
