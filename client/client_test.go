@@ -216,7 +216,8 @@ func TestRetries(t *testing.T) {
 		return true
 	})
 	_, err := c.GetBinding(t.Context(), imsi(t, "001010123456789"))
-	if ms, nerr := strconv.Atoi(<-deadline); connect.CodeOf(err) != connect.CodeDeadlineExceeded || nerr != nil || ms > 200 {
+	ms, nerr := strconv.Atoi(<-deadline)
+	if connect.CodeOf(err) != connect.CodeDeadlineExceeded || nerr != nil || ms > 200 {
 		t.Errorf("%v; the service was given %d ms", err, ms)
 	}
 }
@@ -267,7 +268,8 @@ func TestTogether(t *testing.T) {
 	start := time.Now()
 	for range 20 {
 		all.Go(func() {
-			if _, err := c.EstablishKME(ctx, imsi(t, "001010123456789"), kme.IMEI{}, "none", nil); err == nil || time.Since(start) > testproc.Patience {
+			_, err := c.EstablishKME(ctx, imsi(t, "001010123456789"), kme.IMEI{}, "none", nil)
+			if err == nil || time.Since(start) > testproc.Patience {
 				t.Errorf("%v after %s", err, time.Since(start))
 			}
 		})

@@ -268,8 +268,8 @@ func (r *Reader) revoked(ctx context.Context, m *Manifest) (*Revocations, error)
 		r.mu.Lock()
 		last := r.revocations[m.Lot]
 		if err == nil && last.list != nil && list.Version < last.list.Version {
-			err = refused(RevocationsPath(m.Lot), "it has version %d, and version %d was there before: ask who runs the store why",
-				list.Version, last.list.Version)
+			err = refused(RevocationsPath(m.Lot), "it has version %d, and version %d was there before: "+
+				"ask who runs the store why", list.Version, last.list.Version)
 		}
 		if err == nil {
 			last.list, last.fetched = list, now

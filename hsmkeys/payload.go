@@ -219,7 +219,8 @@ func (t *Token) DecryptRAND(ctx context.Context, sealed []byte, rand [RANDSize]b
 }
 
 func (t *Token) randBlock(ctx context.Context, operation string, sealed []byte, in [RANDSize]byte,
-	process func(s *session, mechanism uint, key pkcs11.ObjectHandle, in, out []byte) ([]byte, error)) ([RANDSize]byte, error) {
+	process func(s *session, mechanism uint, key pkcs11.ObjectHandle, in, out []byte) ([]byte, error),
+) ([RANDSize]byte, error) {
 	if len(sealed) != sealedSize {
 		return [RANDSize]byte{}, errors.New("the sealed KME is damaged: it has the wrong length")
 	}

@@ -64,46 +64,52 @@ func TestGivenUp(t *testing.T) {
 	}
 	must[bool](t)(operator.UnwrapLotKey(ctx, lot, kek, wrapped, pub))
 	device := must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
-	payload := hsmkeys.Payload{Suite: kme.SuiteECDSA, Lot: lot, N: pub, Device: &device.PublicKey, Bytes: make([]byte, 256)}
+	payload := hsmkeys.Payload{
+		Suite: kme.SuiteECDSA, Lot: lot, N: pub, Device: &device.PublicKey, Bytes: make([]byte, 256),
+	}
 	sealed := must[*hsmkeys.Opened](t)(operator.OpenPayload(ctx, payload)).Sealed
 	none, lot2 := hsmkeys.Key{Role: hsmkeys.RoleLot, Name: "never made"}, lot
 	lot2.Name = "L2"
 
-	ofOperator, ofFactory := operatorTok.URI, tok.URI
+	o, f := operatorTok.URI, tok.URI
 	type token = *hsmkeys.Token
 	for _, c := range []struct {
-		name, hangs, of string
-		call            func(token) error
+		name, hangs, uri string
+		call             func(token) error
 	}{
-		{"OpenPayload", "C_Decrypt", ofOperator, func(t token) error { return second(t.OpenPayload(ctx, payload)) }},
-		{"ExportKME", "C_Decrypt", ofOperator, func(t token) error { return second(t.ExportKME(ctx, payload)) }},
-		{"EncryptRAND", "C_UnwrapKey", ofOperator, func(t token) error { return second(t.EncryptRAND(ctx, sealed, [16]byte{})) }},
-		{"DecryptRAND", "C_UnwrapKey", ofOperator, func(t token) error { return second(t.DecryptRAND(ctx, sealed, [16]byte{})) }},
-		{"Has", "C_FindObjects", ofOperator, func(t token) error { return second(t.Has(ctx, none)) }},
-		{"TransportPublicKey", "C_GetAttributeValue", ofOperator, func(t token) error { return second(t.TransportPublicKey(ctx)) }},
-		{"UnwrapLotKey", "C_UnwrapKey", ofOperator, func(t token) error { return second(t.UnwrapLotKey(ctx, lot2, kek, wrapped, pub)) }},
-		{"DoctorOperator, mechanisms", "C_GetMechanismInfo", ofOperator, func(t token) error { return second(t.DoctorOperator(ctx)) }},
-		{"DoctorOperator, policies", "C_GenerateKeyPair", ofOperator, func(t token) error { return second(t.DoctorOperator(ctx)) }},
-		{"EnsureSigningKey", "C_GenerateKeyPair", ofFactory, func(t token) error { return second(t.EnsureSigningKey(ctx, none)) }},
-		{"MakeDeviceKey", "C_WrapKey", ofFactory, func(t token) error {
+		{"OpenPayload", "C_Decrypt", o, func(t token) error { return second(t.OpenPayload(ctx, payload)) }},
+		{"ExportKME", "C_Decrypt", o, func(t token) error { return second(t.ExportKME(ctx, payload)) }},
+		{"EncryptRAND", "C_UnwrapKey", o, func(t token) error { return second(t.EncryptRAND(ctx, sealed, [16]byte{})) }},
+		{"DecryptRAND", "C_UnwrapKey", o, func(t token) error { return second(t.DecryptRAND(ctx, sealed, [16]byte{})) }},
+		{"Has", "C_FindObjects", o, func(t token) error { return second(t.Has(ctx, none)) }},
+		{"TransportPublicKey", "C_GetAttributeValue", o, func(t token) error { return second(t.TransportPublicKey(ctx)) }},
+		{"UnwrapLotKey", "C_UnwrapKey", o, func(t token) error {
+			return second(t.UnwrapLotKey(ctx, lot2, kek, wrapped, pub))
+		}},
+		{"DoctorOperator, mechanisms", "C_GetMechanismInfo", o, func(t token) error { return second(t.DoctorOperator(ctx)) }},
+		{"DoctorOperator, policies", "C_GenerateKeyPair", o, func(t token) error { return second(t.DoctorOperator(ctx)) }},
+		{"EnsureSigningKey", "C_GenerateKeyPair", f, func(t token) error { return second(t.EnsureSigningKey(ctx, none)) }},
+		{"MakeDeviceKey", "C_WrapKey", f, func(t token) error {
 			_, _, err := t.MakeDeviceKey(ctx, kme.SuiteECDSA, injection)
 			return err
 		}},
-		{"LotKeySealed", "C_GetAttributeValue", ofFactory, func(t token) error { return second(t.LotKeySealed(ctx, lot)) }},
-		{"WrapLotKey", "C_WrapKey", ofFactory, func(t token) error { return second(t.WrapLotKey(ctx, lot, kek)) }},
-		{"WrapKEK", "C_WrapKey", ofFactory, func(t token) error { return second(t.WrapKEK(ctx, kek)) }},
-		{"WrapInjectionKey", "C_WrapKey", ofFactory, func(t token) error { return second(t.WrapInjectionKey(ctx, injection, transport)) }},
-		{"Sign", "C_Sign", ofFactory, func(t token) error {
+		{"LotKeySealed", "C_GetAttributeValue", f, func(t token) error { return second(t.LotKeySealed(ctx, lot)) }},
+		{"WrapLotKey", "C_WrapKey", f, func(t token) error { return second(t.WrapLotKey(ctx, lot, kek)) }},
+		{"WrapKEK", "C_WrapKey", f, func(t token) error { return second(t.WrapKEK(ctx, kek)) }},
+		{"WrapInjectionKey", "C_WrapKey", f, func(t token) error {
+			return second(t.WrapInjectionKey(ctx, injection, transport))
+		}},
+		{"Sign", "C_Sign", f, func(t token) error {
 			signer, err := t.Signer(signing)
 			if err != nil {
 				return err
 			}
 			return second(signer.Sign(rand.Reader, make([]byte, 32), nil))
 		}},
-		{"Signer", "C_FindObjects", ofFactory, func(t token) error { return second(t.Signer(signing)) }},
+		{"Signer", "C_FindObjects", f, func(t token) error { return second(t.Signer(signing)) }},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			token := open(t, c.of)                       // a new one: what was just lost is opened again only after a second
+			token := open(t, c.uri)                      // a new one: what was just lost is opened again only after a second
 			token.SetHangTimeout(300 * time.Millisecond) // long enough for what hangs nowhere
 			givenUp(t, token, func() error { return c.call(token) }, c.hangs+" hang")
 		})
