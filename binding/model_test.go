@@ -414,22 +414,25 @@ func TestModelAtOnce(t *testing.T) {
 	for w := range 8 {
 		all.Go(func() {
 			random := rand.New(rand.NewPCG(uint64(w), uint64(time.Now().UnixNano())))
+			report := func(imsi string, ok bool, o binding.Origin) {
+				got, err := r.service.ReportAuthentication(t.Context(), imsi, ok, o)
+				if err != nil {
+					checkRefused(t, "a report", err, kme.NotBound, "")
+					return
+				}
+				if b := got.Binding; b != nil && b.State == binding.Active {
+					mu.Lock()
+					activated++
+					mu.Unlock()
+				} else if b != nil && b.State != binding.Pending || got.Served && b == nil {
+					t.Errorf("the report gives %+v", got)
+				}
+			}
 			for range 200 {
 				imsi, o := imsis[random.IntN(len(imsis))], origins[random.IntN(len(origins))]
 				switch random.IntN(8) {
 				case 0:
-					got, err := r.service.ReportAuthentication(t.Context(), imsi, random.IntN(4) > 0, o)
-					if err != nil {
-						checkRefused(t, "a report", err, kme.NotBound, "")
-						continue
-					}
-					if b := got.Binding; b != nil && b.State == binding.Active {
-						mu.Lock()
-						activated++
-						mu.Unlock()
-					} else if b != nil && b.State != binding.Pending || got.Served && b == nil {
-						t.Errorf("the report gives %+v", got)
-					}
+					report(imsi, random.IntN(4) > 0, o)
 				case 1:
 					if random.IntN(4) == 0 {
 						r.service.RevokeBinding(t.Context(), imsi)
@@ -455,6 +458,9 @@ func TestModelAtOnce(t *testing.T) {
 							return bytes.Equal(p.RANDs[0][:], want)
 						}) {
 							t.Error("a vector is under no KME")
+						}
+						if random.IntN(2) == 0 { // AKA has succeeded
+							report(imsi, true, o)
 						}
 						continue
 					}
