@@ -53,8 +53,9 @@ func serveChild(t *testing.T, args []string) {
 	t.Fatal(server.Serve(l))
 }
 
-// The service is killed with -9 under load, again and again, and with it PostgreSQL, where that is the store: every NW_SIG that a client received is in the
-// store, and no KME is accepted twice, asked again in the same attempt or in others.
+// The service is killed with -9 under load, again and again, and with it PostgreSQL, where that is the store: every
+// NW_SIG that a client received is in the store, and no KME is accepted twice, asked again in the same attempt or in
+// others.
 func TestKilled(t *testing.T) {
 	if args := os.Getenv(childArgs); args != "" {
 		serveChild(t, strings.Split(args, "\n"))
@@ -166,7 +167,8 @@ func killed(t *testing.T, storeName string, besides func(round int)) {
 	l := r.lot
 	socket := filepath.Join(t.TempDir(), "s")
 	dial := func() *client.Client {
-		return must[*client.Client](t)(client.New(client.Options{URL: "unix:" + socket, Tries: 1, Timeout: testproc.Patience}))
+		return must[*client.Client](t)(client.New(client.Options{URL: "unix:" + socket, Tries: 1,
+			Timeout: testproc.Patience}))
 	}
 
 	type attempt struct {

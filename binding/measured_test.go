@@ -10,7 +10,8 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys"
 )
 
-// Every operation of the HSM is measured by its name, the decryption for kme-export too, and each has its wait for a session.
+// Every operation of the HSM is measured by its name, the decryption for kme-export too, and each has its wait for a
+// session.
 func TestMeasured(t *testing.T) {
 	r, _, l := newServed(t)
 	registry := prometheus.NewRegistry()
@@ -19,7 +20,8 @@ func TestMeasured(t *testing.T) {
 	r.token.Observe(metrics)
 	imsi, d := newIMSI(), l.devices[0]
 	payload, _ := d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, d.imei.String(), r.attempt(t, imsi), payload, here, true))
+	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, d.imei.String(),
+		r.attempt(t, imsi), payload, here, true))
 	must[*binding.Prepared](t)(r.service.PrepareVector(t.Context(), imsi, newRANDs(2), here))
 	must[hsmkeys.RAND](t)(r.service.RestoreRAND(t.Context(), imsi, make([]byte, 16), here))
 

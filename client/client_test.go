@@ -150,7 +150,8 @@ func TestCalls(t *testing.T) {
 		t.Errorf("%v, %v", opened, err)
 	}
 	rand := client.RAND{9: 9}
-	if v, err := c.PrepareVector(ctx, one, client.Origin{}, rand); err != nil || v.RANDs[0] != rand || v.AttemptID != opened.AttemptId {
+	if v, err := c.PrepareVector(ctx, one, client.Origin{}, rand); err != nil || v.RANDs[0] != rand ||
+		v.AttemptID != opened.AttemptId {
 		t.Errorf("%+v, %v", v, err)
 	}
 }
@@ -203,7 +204,8 @@ func TestRetries(t *testing.T) {
 		w.WriteHeader(http.StatusServiceUnavailable)
 		return true
 	})
-	if v, err := c.PrepareVector(t.Context(), imsi(t, "001010123456789"), client.Origin{}, client.RAND{}); err != nil || v.AttemptID == "" {
+	if v, err := c.PrepareVector(t.Context(), imsi(t, "001010123456789"), client.Origin{}, client.RAND{}); err != nil ||
+		v.AttemptID == "" {
 		t.Errorf("%+v, %v", v, err)
 	}
 	// No call is longer than its time-out, nor than its context's deadline, and the service learns of it.
@@ -243,7 +245,8 @@ func TestTogether(t *testing.T) {
 			if err != nil {
 				t.Error(err)
 			}
-			if _, err := c.EstablishKME(t.Context(), imsi(t, mine), client.Origin{}, imei, "none", make([]byte, 256)); !errors.Is(err, client.Reason(want)) {
+			if _, err := c.EstablishKME(t.Context(), imsi(t, mine), client.Origin{}, imei, "none",
+				make([]byte, 256)); !errors.Is(err, client.Reason(want)) {
 				t.Errorf("%s: %v, want %s", mine, err, want)
 			}
 		})
@@ -262,7 +265,8 @@ func TestTogether(t *testing.T) {
 	start := time.Now()
 	for range 20 {
 		all.Go(func() {
-			if _, err := c.EstablishKME(ctx, imsi(t, "001010123456789"), client.Origin{}, kme.IMEI{}, "none", nil); err == nil || time.Since(start) > 2*time.Second {
+			if _, err := c.EstablishKME(ctx, imsi(t, "001010123456789"), client.Origin{}, kme.IMEI{}, "none", nil); err == nil ||
+				time.Since(start) > 2*time.Second {
 				t.Errorf("%v after %s", err, time.Since(start))
 			}
 		})
