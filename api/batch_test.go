@@ -86,7 +86,8 @@ func TestEstablishKMEs(t *testing.T) {
 
 // A client's rate and PLMNs are about calls, however they come.
 func TestEstablishKMEsAreCalls(t *testing.T) {
-	s, _ := serveTo(t, &Client{Name: "slow", Roles: []Role{RoleHSS}, PLMNs: []string{"00101"}, ProvisionFrom: []string{home}, limit: rate.NewLimiter(0, 3)})
+	s, _ := serveTo(t, &Client{Name: "slow", Roles: []Role{RoleHSS}, PLMNs: []string{"00101"},
+		ProvisionFrom: []string{home}, limit: rate.NewLimiter(0, 3)})
 	calls := []*kmev1.EstablishKMERequest{{Imsi: "001020000000001"}}
 	for range 5 {
 		calls = append(calls, &kmev1.EstablishKMERequest{Imsi: "001010000000001"})
@@ -111,7 +112,9 @@ func TestPanic(t *testing.T) {
 	var log strings.Builder
 	registry := prometheus.NewRegistry()
 	metrics := binding.NewMetrics(registry)
-	service := binding.NewService(nil, nil, new(binding.Lots), binding.DefaultTimes(), slog.New(slog.NewJSONHandler(&log, nil))) // whoever asks its store panics
+	// Whoever asks its store panics.
+	service := binding.NewService(nil, nil, new(binding.Lots), binding.DefaultTimes(),
+		slog.New(slog.NewJSONHandler(&log, nil)))
 	service.Observe(metrics)
 	clients := new(atomic.Pointer[Clients])
 	anybody := &Client{Name: "anybody", Roles: []Role{RoleHSS}, PLMNs: []string{all}, ProvisionFrom: []string{anywhere}}
@@ -146,7 +149,8 @@ func TestPanic(t *testing.T) {
 	}
 	counted(1)
 	for name, option := range map[string]connect.ClientOption{
-		"Connect": connect.WithClientOptions(), "JSON": connect.WithProtoJSON(), "gRPC": connect.WithGRPC(), "gRPC-Web": connect.WithGRPCWeb(),
+		"Connect": connect.WithClientOptions(), "JSON": connect.WithProtoJSON(), "gRPC": connect.WithGRPC(),
+		"gRPC-Web": connect.WithGRPCWeb(),
 	} {
 		client := kmev1connect.NewKeyServiceClient(s.Client(), s.URL, option)
 		request := &kmev1.PrepareVectorRequest{Imsi: "001010000000001", Rands: [][]byte{make([]byte, 16)}}
@@ -164,7 +168,8 @@ func TestPanic(t *testing.T) {
 			t.Errorf("the log does not say %q: %s", want, log.String())
 		}
 	}
-	if status, body := read(t)(s.Client().Get(s.URL + "/readyz")); status != http.StatusInternalServerError || body != "internal error\n" {
+	if status, body := read(t)(s.Client().Get(s.URL + "/readyz")); status != http.StatusInternalServerError ||
+		body != "internal error\n" {
 		t.Errorf("/readyz: %d, %s", status, body)
 	}
 	counted(6)

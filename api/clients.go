@@ -63,8 +63,8 @@ type Client struct {
 // all stands for every PLMN.
 const all = "all"
 
-// home stands for the origins of the IMSI's own PLMN, by their names (3GPP TS 23.003 clause 19.2), and for a caller's only peer; any
-// for every origin.
+// home stands for the origins of the IMSI's own PLMN, by their names (3GPP TS 23.003 clause 19.2), and for a caller's
+// only peer; any for every origin.
 const (
 	home     = "home"
 	anywhere = "any"
@@ -208,7 +208,8 @@ func provisions(from, origin, imsi string) bool {
 // ofPLMN is how the names of a PLMN's nodes end; its MNC has three digits always.
 var ofPLMN = regexp.MustCompile(`\.mnc[0-9]{3}\.mcc[0-9]{3}\.3gppnetwork\.org$`)
 
-// isHome says whether an IMSI begins with the PLMN that a name ends with. An MNC of two digits has a 0 before it in a name.
+// isHome says whether an IMSI begins with the PLMN that a name ends with. An MNC of two digits has a 0 before it in a
+// name.
 func isHome(origin, imsi string) bool {
 	tail := origin[len(origin)-len("mncMMM.mccCCC.3gppnetwork.org"):]
 	mnc, mcc := tail[3:6], tail[10:13]

@@ -48,7 +48,8 @@ func TestWhoMayDoWhat(t *testing.T) {
 	}
 	defer store.Close()
 	clients := new(atomic.Pointer[Clients])
-	handler := NewHandler(binding.NewService(nil, store, new(binding.Lots), binding.DefaultTimes(), slog.New(slog.DiscardHandler)), clients, binding.NewMetrics(prometheus.NewRegistry()), nil, nil, nil)
+	handler := NewHandler(binding.NewService(nil, store, new(binding.Lots), binding.DefaultTimes(),
+		slog.New(slog.DiscardHandler)), clients, binding.NewMetrics(prometheus.NewRegistry()), nil, nil, nil)
 	refused := func(method protoreflect.MethodDescriptor, imsi string) bool {
 		body, contentType := `{}`, "application/json"
 		if method.Input().Fields().ByName("imsi") != nil {
@@ -132,7 +133,8 @@ func TestProvisionFrom(t *testing.T) {
 		}
 	}
 	for _, bad := range []string{"", "a b", "*", "*.*.x", "a*"} {
-		if _, err := NewClients([]Client{{Name: "hss", SAN: "hss", Roles: []Role{RoleHSS}, PLMNs: []string{all}, ProvisionFrom: []string{bad}}}); err == nil {
+		if _, err := NewClients([]Client{{Name: "hss", SAN: "hss", Roles: []Role{RoleHSS}, PLMNs: []string{all},
+			ProvisionFrom: []string{bad}}}); err == nil {
 			t.Errorf("provision_from %q was taken", bad)
 		}
 	}

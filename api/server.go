@@ -207,7 +207,8 @@ func (s *server) PrepareVector(ctx context.Context, req *connect.Request[kmev1.P
 	if err != nil {
 		return nil, toConnect(err)
 	}
-	answer := &kmev1.PrepareVectorResponse{Control: toControl(p.AttemptID == ""), AttemptId: p.AttemptID, Rands: make([][]byte, len(p.RANDs))}
+	answer := &kmev1.PrepareVectorResponse{Control: toControl(p.AttemptID == ""), AttemptId: p.AttemptID,
+		Rands: make([][]byte, len(p.RANDs))}
 	for i := range p.RANDs {
 		answer.Rands[i] = p.RANDs[i][:]
 	}
@@ -228,7 +229,8 @@ func (s *server) EstablishKME(ctx context.Context, req *connect.Request[kmev1.Es
 	if err != nil {
 		return nil, toConnect(err)
 	}
-	e, err := s.service.EstablishKME(ctx, req.Msg.Imsi, req.Msg.Imei, req.Msg.AttemptId, req.Msg.Payload, o, client.has(RoleExport))
+	e, err := s.service.EstablishKME(ctx, req.Msg.Imsi, req.Msg.Imei, req.Msg.AttemptId, req.Msg.Payload, o,
+		client.has(RoleExport))
 	if err != nil {
 		return nil, toConnect(err)
 	}

@@ -104,7 +104,8 @@ func checkInfo(t *testing.T, err error, reason string) {
 // serve is a service with a real database, and no token: nothing here gets so far.
 func serve(t *testing.T) (*httptest.Server, *sqlstore.Store) {
 	t.Helper()
-	return serveTo(t, &Client{Name: "anybody", Roles: []Role{RoleHSS, RoleAdmin, RoleMonitor}, PLMNs: []string{all}, ProvisionFrom: []string{home}})
+	return serveTo(t, &Client{Name: "anybody", Roles: []Role{RoleHSS, RoleAdmin, RoleMonitor}, PLMNs: []string{all},
+		ProvisionFrom: []string{home}})
 }
 
 // serveTo serves everybody as one client.
@@ -187,14 +188,17 @@ func TestJSON(t *testing.T) {
 	}{
 		{"a good request", "PrepareVector", `{"imsi":"001010000000001","rands":["` + vector + `"]}`, http.StatusOK, "", ""},
 		// A newer client may send more than this server knows.
-		{"an unknown field", "PrepareVector", `{"imsi":"001010000000001","rands":["` + vector + `"],"plmn":"00101"}`, http.StatusOK, "", ""},
+		{"an unknown field", "PrepareVector", `{"imsi":"001010000000001","rands":["` + vector + `"],"plmn":"00101"}`,
+			http.StatusOK, "", ""},
 		{"no fields", "PrepareVector", `{}`, http.StatusBadRequest, "invalid_argument", "MALFORMED"},
 		{"a malformed IMSI", "GetBinding", `{"imsi":"1"}`, http.StatusBadRequest, "invalid_argument", "MALFORMED"},
 		{"no binding", "GetBinding", `{"imsi":"001010000000002"}`, http.StatusBadRequest, "failed_precondition", "NOT_BOUND"},
 		{"no attempt", "EstablishKME", `{"imsi":"001010000000002","imei":"35209900000001","attempt_id":"a","payload":"AA=="}`, http.StatusBadRequest, "failed_precondition", "NO_ATTEMPT"},
 		{"no JSON", "PrepareVector", `imsi=1`, http.StatusBadRequest, "invalid_argument", ""},
-		{"bytes that are not base64", "PrepareVector", `{"imsi":"001010000000001","rands":["*"]}`, http.StatusBadRequest, "invalid_argument", ""},
-		{"a number for a string", "PrepareVector", `{"imsi":1010000000001,"rands":["` + vector + `"]}`, http.StatusBadRequest, "invalid_argument", ""},
+		{"bytes that are not base64", "PrepareVector", `{"imsi":"001010000000001","rands":["*"]}`,
+			http.StatusBadRequest, "invalid_argument", ""},
+		{"a number for a string", "PrepareVector", `{"imsi":1010000000001,"rands":["` + vector + `"]}`,
+			http.StatusBadRequest, "invalid_argument", ""},
 		{"above the limit", "EstablishKME", `{"imsi":"001010000000002","imei":"35209900000001","attempt_id":"a","payload":"` + long + `"}`, http.StatusTooManyRequests, "resource_exhausted", ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -251,13 +255,15 @@ func TestCompressedAboveLimit(t *testing.T) {
 
 func TestJSONNames(t *testing.T) {
 	s, _ := serve(t)
-	status, body := read(t)(s.Client().Post(s.URL+service+"PrepareVector", "application/json", strings.NewReader(`{"imsi":"001010000000001","rands":["AAECAwQFBgcICQoLDA0ODw=="]}`)))
+	status, body := read(t)(s.Client().Post(s.URL+service+"PrepareVector", "application/json",
+		strings.NewReader(`{"imsi":"001010000000001","rands":["AAECAwQFBgcICQoLDA0ODw=="]}`)))
 	var answer map[string]any
 	if err := json.Unmarshal([]byte(body), &answer); err != nil || status != http.StatusOK {
 		t.Fatalf("%d, %s, %v", status, body, err)
 	}
 	id, _ := answer["attempt_id"].(string)
-	if len(answer) != 3 || fmt.Sprint(answer["rands"]) != "[AAECAwQFBgcICQoLDA0ODw==]" || answer["control"] != "PROVISIONING_ONLY" || len(id) != 22 {
+	if len(answer) != 3 || fmt.Sprint(answer["rands"]) != "[AAECAwQFBgcICQoLDA0ODw==]" ||
+		answer["control"] != "PROVISIONING_ONLY" || len(id) != 22 {
 		t.Errorf("answer %v", answer)
 	}
 	for state, want := range map[binding.State]kmev1.State{
@@ -295,7 +301,8 @@ func TestProtocols(t *testing.T) {
 		checkInfo(t, stream.Err(), "MALFORMED")
 		stream.Close()
 		vector := &kmev1.PrepareVectorRequest{Imsi: "001010000000001", Rands: [][]byte{make([]byte, 16)}}
-		if answer, err := client.PrepareVector(t.Context(), connect.NewRequest(vector)); err != nil || answer.Header().Get("Kme-Reason") != "" {
+		if answer, err := client.PrepareVector(t.Context(), connect.NewRequest(vector)); err != nil ||
+			answer.Header().Get("Kme-Reason") != "" {
 			t.Errorf("%s: %v, %v", name, answer, err)
 		}
 	}
@@ -305,7 +312,8 @@ func TestProtocols(t *testing.T) {
 	client := kmev1connect.NewKeyServiceClient(s.Client(), s.URL)
 	calls := map[string]func() error{
 		"PrepareVector": func() error {
-			_, err := client.PrepareVector(t.Context(), connect.NewRequest(&kmev1.PrepareVectorRequest{Imsi: "001010000000001", Rands: [][]byte{make([]byte, 16)}}))
+			_, err := client.PrepareVector(t.Context(),
+				connect.NewRequest(&kmev1.PrepareVectorRequest{Imsi: "001010000000001", Rands: [][]byte{make([]byte, 16)}}))
 			return err
 		},
 		"EstablishKME": func() error {

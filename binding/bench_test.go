@@ -35,7 +35,8 @@ func BenchmarkEstablish(b *testing.B) {
 	b.RunParallel(func(pb *testing.PB) {
 		for pb.Next() {
 			c := &calls[next.Add(1)-1]
-			if _, err := service.EstablishKME(b.Context(), c.imsi, c.d.imei.String(), c.attempt, c.payload, here, false); err != nil {
+			if _, err := service.EstablishKME(b.Context(), c.imsi, c.d.imei.String(), c.attempt, c.payload,
+				here, false); err != nil {
 				b.Error(err)
 			}
 		}
@@ -48,7 +49,8 @@ func BenchmarkPrepareBound(b *testing.B) {
 	service := r.unrecorded(b)
 	imsi := newIMSI()
 	payload, _ := l.devices[0].payload(b)
-	if _, err := service.EstablishKME(b.Context(), imsi, l.devices[0].imei.String(), r.attempt(b, imsi), payload, here, false); err != nil {
+	if _, err := service.EstablishKME(b.Context(), imsi, l.devices[0].imei.String(), r.attempt(b, imsi), payload,
+		here, false); err != nil {
 		b.Fatal(err)
 	}
 	r.activate(b, imsi)

@@ -50,8 +50,8 @@ type Binding struct {
 // SentTo says whether an origin was sent a vector under the binding while it was pending.
 func (b *Binding) SentTo(o kme.Origin) bool { return slices.Contains(b.Sent, o) }
 
-// An Attempt allows one EstablishKME for its IMSI from its origin, until it expires; one that is opened, also while another binding
-// is active. An administrator's own has the zero Origin; it opens attempts of other origins.
+// An Attempt allows one EstablishKME for its IMSI from its origin, until it expires; one that is opened, also while
+// another binding is active. An administrator's own has the zero Origin; it opens attempts of other origins.
 type Attempt struct {
 	ID      string // 128 random bits, base64url: whoever does not have it cannot use it up
 	IMSI    kme.IMSI
@@ -121,16 +121,16 @@ type Store interface {
 	Spent(ctx context.Context, imsi kme.IMSI, rand hsmkeys.RAND) (bool, error)
 	// OpenAttempt opens an administrator's attempt, and closes the IMSI's others.
 	OpenAttempt(ctx context.Context, a Attempt) error
-	// Establish, in one step: uses up b's attempt, which is b.Origin's, and closes the IMSI's others, enters the tag into the ledger,
-	// and makes b the pending binding. Fails with ErrNoAttempt, ErrBound or ErrUsed, looked for in this order, and then changes
-	// nothing. Of a KME that is not good it fails with ErrUsed or ErrNotGood after the same steps as with ErrUsed: whoever waits for a
-	// refusal cannot tell one from the other.
+	// Establish, in one step: uses up b's attempt, which is b.Origin's, and closes the IMSI's others, enters the tag into
+	// the ledger, and makes b the pending binding. Fails with ErrNoAttempt, ErrBound or ErrUsed, looked for in this order,
+	// and then changes nothing. Of a KME that is not good it fails with ErrUsed or ErrNotGood after the same steps as with
+	// ErrUsed: whoever waits for a refusal cannot tell one from the other.
 	Establish(ctx context.Context, b *Binding, tag []byte, good bool, now time.Time) error
-	// Report does what Subscription.Ends says: the pending binding becomes the active one, or is dropped. Gives the subscription as
-	// it is then, or fails with ErrNotBound if it had no binding to begin with.
+	// Report does what Subscription.Ends says: the pending binding becomes the active one, or is dropped. Gives the
+	// subscription as it is then, or fails with ErrNotBound if it had no binding to begin with.
 	Report(ctx context.Context, imsi kme.IMSI, o kme.Origin, ok bool, now time.Time) (*Subscription, error)
-	// Bindings gives Subscription.Latest of each IMSI that sorts behind after, in their order, limit at most; only those of a
-	// device, unless imei is zero.
+	// Bindings gives Subscription.Latest of each IMSI that sorts behind after, in their order, limit at most; only those
+	// of a device, unless imei is zero.
 	Bindings(ctx context.Context, after string, imei kme.IMEI, limit int, now time.Time) ([]*Binding, error)
 	// Revoke ends an IMSI's bindings and attempts, and forgets the KME. It gives the binding as it is then, also if it was revoked
 	// before, or fails with ErrNotBound if there was none; attempts end all the same.

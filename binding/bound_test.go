@@ -57,12 +57,14 @@ func TestBoundSuite(t *testing.T) {
 	reject("noise", noise)
 	reject("above N", bytes.Repeat([]byte{0xff}, len(good)))
 
-	e := must[*binding.Established](t)(r.service.EstablishKME(t.Context(), text, d.imei.String(), attempt, good, here, true))
+	e := must[*binding.Established](t)(r.service.EstablishKME(t.Context(), text, d.imei.String(),
+		attempt, good, here, true))
 	want := plain.NWSig()
 	if !bytes.Equal(e.NWSig, want[:]) || !e.KME.Equal(plain.KME) {
 		t.Errorf("NW_SIG %x, want %x", e.NWSig, want)
 	}
-	_, err := r.service.EstablishKME(t.Context(), other.String(), d.imei.String(), r.attempt(t, other.String()), good, here, false)
+	_, err := r.service.EstablishKME(t.Context(), other.String(), d.imei.String(),
+		r.attempt(t, other.String()), good, here, false)
 	checkRefused(t, "by another subscription", err, kme.KMERejected, notAccepted)
 	if h := r.token.Health(); h.Reopened != 0 || h.Cause != nil {
 		t.Errorf("payloads have closed the token: %+v", h)

@@ -131,7 +131,8 @@ func TestOneAnswer(t *testing.T) {
 	for _, v := range vectors(t).Vectors {
 		if v.Expect == "accept" && !v.secondOfPair() {
 			imsi := newIMSI()
-			must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, devices[v].imei.String(), r.attempt(t, imsi), v.Payload, here, false))
+			must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, devices[v].imei.String(), r.attempt(t, imsi),
+				v.Payload, here, false))
 			try(v, v.Name+", again")
 		}
 		if v.secondOfPair() {
@@ -196,15 +197,18 @@ func TestJSONFlow(t *testing.T) {
 	check("prepared", prepared, map[string]any{"control": "PROVISIONING_ONLY", "attempt_id": attempt})
 	payload, p := d.payload(t)
 	nwSig := p.NWSig()
-	check("established", call("EstablishKME", map[string]any{"imsi": imsi, "imei": d.imei, "attempt_id": attempt, "payload": payload, "origin": strings.ToLower(origin)}),
+	check("established", call("EstablishKME", map[string]any{"imsi": imsi, "imei": d.imei, "attempt_id": attempt,
+		"payload": payload, "origin": strings.ToLower(origin)}),
 		map[string]any{"nw_sig": b64(nwSig[:]), "state": "PENDING"})
 
 	encrypted := encryptRAND(t, p.KME.Bytes(), [16]byte(vector))
-	prepared = call("PrepareVector", map[string]any{"imsi": imsi, "rands": [][]byte{vector, vector}, "origin": origin, "no_provisioning": true})
+	prepared = call("PrepareVector", map[string]any{"imsi": imsi, "rands": [][]byte{vector, vector}, "origin": origin,
+		"no_provisioning": true})
 	checkRANDs(t, prepared, b64(encrypted[:]), b64(encrypted[:]))
 	check("prepared when bound", prepared, map[string]any{"control": "PREPROCESSED"})
 	for rand, want := range map[string][]byte{string(encrypted[:]): vector, string(clear): clear} {
-		check("restored", call("RestoreRAND", map[string]any{"imsi": imsi, "rand": []byte(rand), "origin": origin}), map[string]any{"rand": b64(want)})
+		check("restored", call("RestoreRAND", map[string]any{"imsi": imsi, "rand": []byte(rand), "origin": origin}),
+			map[string]any{"rand": b64(want)})
 	}
 	b := call("GetBinding", map[string]any{"imsi": imsi})
 	if b["established_at"] == nil {
@@ -212,7 +216,8 @@ func TestJSONFlow(t *testing.T) {
 	}
 	delete(b, "established_at")
 	check("pending", b, map[string]any{"imsi": imsi, "imei": d.imei.String(), "lot": "L1", "manufacturer": m.KeyID(), "state": "PENDING"})
-	check("reported from elsewhere", call("ReportAuthentication", map[string]any{"imsi": imsi, "ok": true, "origin": "another"}),
+	check("reported from elsewhere",
+		call("ReportAuthentication", map[string]any{"imsi": imsi, "ok": true, "origin": "another"}),
 		map[string]any{"state": "PENDING", "control": "PROVISIONING_ONLY"})
 	check("reported", call("ReportAuthentication", map[string]any{"imsi": imsi, "ok": true, "origin": origin}),
 		map[string]any{"state": "ACTIVE", "control": "PREPROCESSED"})
@@ -235,7 +240,8 @@ func TestGRPCFlow(t *testing.T) {
 	r, _, l := newServed(t)
 	client := kmev1connect.NewKeyServiceClient(http2Client(t, r.listen(t)), "http://kme", connect.WithGRPC())
 	ctx, d, imsi := t.Context(), l.devices[0], newIMSI()
-	prepared, err := client.PrepareVector(ctx, connect.NewRequest(&kmev1.PrepareVectorRequest{Imsi: imsi, Rands: newRANDs(3)}))
+	prepared, err := client.PrepareVector(ctx,
+		connect.NewRequest(&kmev1.PrepareVectorRequest{Imsi: imsi, Rands: newRANDs(3)}))
 	if err != nil || prepared.Msg.Control != kmev1.Control_PROVISIONING_ONLY {
 		t.Fatal(prepared, err)
 	}

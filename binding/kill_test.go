@@ -167,7 +167,8 @@ func killed(t *testing.T, storeName string, besides func(round int)) {
 	l := r.lot
 	socket := filepath.Join(t.TempDir(), "s")
 	dial := func() *client.Client {
-		return must[*client.Client](t)(client.New(client.Options{URL: "unix:" + socket, Tries: 1, Timeout: testproc.Patience}))
+		return must[*client.Client](t)(client.New(client.Options{URL: "unix:" + socket, Tries: 1,
+			Timeout: testproc.Patience}))
 	}
 
 	type attempt struct {

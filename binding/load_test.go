@@ -116,7 +116,8 @@ func TestIMEIRate(t *testing.T) {
 		checkRefused(t, "a device that sends too much", err, want, "")
 	}
 	payload, _ := l.devices[1].payload(t)
-	must[*binding.Established](t)(service.EstablishKME(t.Context(), imsi, l.devices[1].imei.String(), attempt, payload, here, false))
+	must[*binding.Established](t)(service.EstablishKME(t.Context(), imsi, l.devices[1].imei.String(), attempt,
+		payload, here, false))
 }
 
 // A caller cannot tell by the time what was wrong with a payload. Method: payloads of each kind, and random ones, in random order; of each
@@ -130,7 +131,8 @@ func TestRefusalsTakeAsLong(t *testing.T) {
 	imsi := newIMSI()
 	used, _ := d.payload(t)
 	other := newIMSI()
-	must[*binding.Established](t)(service.EstablishKME(t.Context(), other, d.imei.String(), r.attempt(t, other), used, here, false))
+	must[*binding.Established](t)(service.EstablishKME(t.Context(), other, d.imei.String(),
+		r.attempt(t, other), used, here, false))
 	n := l.key.N
 	kinds := map[string]func() []byte{
 		"signature": func() []byte {

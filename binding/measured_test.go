@@ -20,7 +20,8 @@ func TestMeasured(t *testing.T) {
 	r.token.Observe(metrics)
 	imsi, d := newIMSI(), l.devices[0]
 	payload, _ := d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, d.imei.String(), r.attempt(t, imsi), payload, here, true))
+	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, d.imei.String(),
+		r.attempt(t, imsi), payload, here, true))
 	must[*binding.Prepared](t)(r.service.PrepareVector(t.Context(), imsi, newRANDs(2), here))
 	must[hsmkeys.RAND](t)(r.service.RestoreRAND(t.Context(), imsi, make([]byte, 16), here))
 

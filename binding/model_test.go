@@ -132,7 +132,8 @@ func TestModel(t *testing.T) {
 	times := times()
 	times.Now = func() time.Time { return r.now }
 	rig.service = binding.NewService(rig.token, rig.store,
-		must[*binding.Lots](t)(binding.NewLots(must[[]*binding.Lot](t)(rig.store.Lots(t.Context())), rig.readers)), times, slog.New(slog.DiscardHandler))
+		must[*binding.Lots](t)(binding.NewLots(must[[]*binding.Lot](t)(rig.store.Lots(t.Context())), rig.readers)), times,
+		slog.New(slog.DiscardHandler))
 	for range 4 {
 		r.world = append(r.world, &modelled{imsi: newIMSI(), last: map[binding.Origin]*modelVector{}})
 	}
@@ -290,7 +291,8 @@ func (r *modelRun) establish(m *modelled, o binding.Origin) {
 	}
 	i := slices.IndexFunc(m.attempts, func(a modelAttempt) bool { return a.id == id && a.origin == o })
 	standing := m.standing()
-	again := standing != nil && standing.attempt.id == id && standing.attempt.origin == o && standing.device == s.device && bytes.Equal(standing.payload, s.payload)
+	again := standing != nil && standing.attempt.id == id && standing.attempt.origin == o && standing.device == s.device &&
+		bytes.Equal(standing.payload, s.payload)
 	want := kme.Reason("")
 	switch {
 	case o.Provisioning != binding.Allowed:
@@ -322,7 +324,8 @@ func (r *modelRun) establish(m *modelled, o binding.Origin) {
 	if err != nil || !bytes.Equal(e.NWSig, nwSig[:]) {
 		r.fail("establish: %v, %v", e, err)
 	}
-	m.pending = &modelBinding{device: s.device, kme: s.plain.KME.Bytes(), nwSig: nwSig[:], attempt: m.attempts[i], payload: s.payload, expires: r.now.Add(time.Hour)}
+	m.pending = &modelBinding{device: s.device, kme: s.plain.KME.Bytes(), nwSig: nwSig[:], attempt: m.attempts[i],
+		payload: s.payload, expires: r.now.Add(time.Hour)}
 	m.attempts = nil
 	r.accepted = append(r.accepted, s)
 }
@@ -339,10 +342,12 @@ func (r *modelRun) report(m *modelled, o binding.Origin, ok bool) {
 			m.active, m.revoked = p, nil
 		}
 	}
-	if err != nil || (got.Binding == nil) != (m.standing() == nil) || got.Served != (m.active != nil && m.opened(o).IsZero()) {
+	if err != nil || (got.Binding == nil) != (m.standing() == nil) ||
+		got.Served != (m.active != nil && m.opened(o).IsZero()) {
 		r.fail("the report gives %+v, %v", got, err)
 	}
-	if b := got.Binding; b != nil && (b.IMEI != m.standing().device.imei || (b.State == binding.Pending) != (m.pending != nil)) {
+	if b := got.Binding; b != nil && (b.IMEI != m.standing().device.imei ||
+		(b.State == binding.Pending) != (m.pending != nil)) {
 		r.fail("the report gives %+v", b)
 	}
 }
@@ -391,11 +396,13 @@ func (r *modelRun) get(m *modelled) {
 	}
 }
 
-// Calls of all kinds at once, from several origins: no KME is accepted twice, a vector is in clear or under the KME of a
-// payload, and in the end each IMSI has at most one binding of each state, of a payload that was accepted for it.
+// Calls of all kinds at once, from several origins: no KME is accepted twice, a vector is in clear or under the KME of
+// a payload, and in the end each IMSI has at most one binding of each state, of a payload that was accepted for it.
 func TestModelAtOnce(t *testing.T) {
 	r, _, l := newServed(t)
-	r.service = binding.NewService(r.token, r.store, must[*binding.Lots](t)(binding.NewLots(must[[]*binding.Lot](t)(r.store.Lots(t.Context())), r.readers)), times(), slog.New(slog.DiscardHandler))
+	r.service = binding.NewService(r.token, r.store,
+		must[*binding.Lots](t)(binding.NewLots(must[[]*binding.Lot](t)(r.store.Lots(t.Context())), r.readers)), times(),
+		slog.New(slog.DiscardHandler))
 	var imsis []string
 	for range 3 {
 		imsis = append(imsis, newIMSI())
@@ -519,7 +526,8 @@ func TestRevokedWhileBound(t *testing.T) {
 	r, m, l := newServed(t)
 	imsi, d := newIMSI(), l.devices[0]
 	payload, _ := d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, d.imei.String(), r.attempt(t, imsi), payload, here, false))
+	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, d.imei.String(), r.attempt(t, imsi),
+		payload, here, false))
 	r.activate(t, imsi)
 	prepare := func() error {
 		_, err := r.service.PrepareVector(t.Context(), imsi, newRANDs(1), here)
@@ -548,7 +556,8 @@ func TestExport(t *testing.T) {
 	payload, plain := d.payload(t)
 	attempt := r.attempt(t, imsi)
 	for i, export := range []bool{true, false, true} {
-		e := must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, payload, here, export))
+		e := must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt,
+			payload, here, export))
 		if export != e.KME.Equal(plain.KME) || !export && e.KME.Bytes() != nil {
 			t.Errorf("call %d: exported %v", i, e.KME.Bytes() != nil)
 		}
@@ -556,7 +565,8 @@ func TestExport(t *testing.T) {
 	bad := slices.Clone(payload)
 	bad[len(bad)-1] ^= 1
 	other := newIMSI()
-	if _, err := r.service.EstablishKME(t.Context(), other, d.imei.String(), r.attempt(t, other), bad, here, true); err == nil {
+	if _, err := r.service.EstablishKME(t.Context(), other, d.imei.String(), r.attempt(t, other), bad,
+		here, true); err == nil {
 		t.Error("a bad payload's plaintext was exported")
 	}
 	if calls := r.recorder.take(); slices.Index(calls, "ExportKME") < slices.Index(calls, "Establish") {

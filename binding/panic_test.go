@@ -91,7 +91,8 @@ func TestStoreErrors(t *testing.T) {
 				r.recorder.onFirst("Subscription", func() error { return away })
 				return nil
 			})
-			_, err := r.service.EstablishKME(t.Context(), imsi, l.devices[0].imei.String(), "none", make([]byte, 256), here, false)
+			_, err := r.service.EstablishKME(t.Context(), imsi, l.devices[0].imei.String(), "none",
+				make([]byte, 256), here, false)
 			return err
 		}},
 		{"get", "Subscription", func() error { _, err := r.service.GetBinding(t.Context(), imsi); return err }},

@@ -101,7 +101,8 @@ func newRig(t testing.TB) *rig {
 	t.Cleanup(func() { store.Close() })
 	r := &rig{token: token, tokenURI: tok.URI, store: store, log: new(logBuffer), readers: map[string]*directory.Reader{}}
 	r.recorder = &recorder{token: token, store: store}
-	r.service = binding.NewService(r.recorder, r.recorder, new(binding.Lots), times(), slog.New(slog.NewJSONHandler(r.log, nil)))
+	r.service = binding.NewService(r.recorder, r.recorder, new(binding.Lots), times(),
+		slog.New(slog.NewJSONHandler(r.log, nil)))
 	return r
 }
 
@@ -150,7 +151,8 @@ func (r *rig) activate(t testing.TB, imsi string) {
 // checkBound looks into the store, past the service.
 func (r *rig) checkBound(t testing.TB, imsi string, want bool) {
 	t.Helper()
-	sub := must[*binding.Subscription](t)(r.store.Subscription(t.Context(), must[kme.IMSI](t)(kme.ParseIMSI(imsi)), time.Now()))
+	sub := must[*binding.Subscription](t)(r.store.Subscription(t.Context(),
+		must[kme.IMSI](t)(kme.ParseIMSI(imsi)), time.Now()))
 	if bound := sub.Latest() != nil; bound != want {
 		t.Errorf("IMSI %s is bound: %v, want %v", imsi, bound, want)
 	}
@@ -414,7 +416,8 @@ func (r *recorder) Establish(ctx context.Context, b *binding.Binding, tag []byte
 	return r.store.Establish(ctx, b, tag, good, now)
 }
 
-func (r *recorder) Report(ctx context.Context, imsi kme.IMSI, o kme.Origin, ok bool, now time.Time) (*binding.Subscription, error) {
+func (r *recorder) Report(ctx context.Context, imsi kme.IMSI, o kme.Origin, ok bool,
+	now time.Time) (*binding.Subscription, error) {
 	if err := r.enter("Report"); err != nil {
 		return nil, err
 	}
@@ -442,7 +445,8 @@ func (r *recorder) Revoke(ctx context.Context, imsi kme.IMSI, now time.Time) (*b
 	return r.store.Revoke(ctx, imsi, now)
 }
 
-func (r *recorder) Bindings(ctx context.Context, after string, imei kme.IMEI, limit int, now time.Time) ([]*binding.Binding, error) {
+func (r *recorder) Bindings(ctx context.Context, after string, imei kme.IMEI, limit int,
+	now time.Time) ([]*binding.Binding, error) {
 	if err := r.enter("Bindings"); err != nil {
 		return nil, err
 	}

@@ -67,7 +67,8 @@ func DefaultTimes() Times {
 // secret.
 func NewService(token Token, store Store, lots *Lots, times Times, log *slog.Logger) *Service {
 	s := &Service{
-		token: token, store: store, log: log, times: times, limits: newLimits(Limits{}), metrics: NewMetrics(prometheus.NewRegistry()),
+		token: token, store: store, log: log, times: times, limits: newLimits(Limits{}),
+		metrics: NewMetrics(prometheus.NewRegistry()),
 		open: otter.Must(&otter.Options[kme.IMSI, Attempt]{
 			MaximumSize: maxOpen, ExpiryCalculator: otter.ExpiryWriting[kme.IMSI, Attempt](times.Attempt),
 		}),
@@ -146,7 +147,8 @@ func (s *Service) prepare(ctx context.Context, imsi kme.IMSI, rands []hsmkeys.RA
 	for out := rands; ; {
 		d, err := s.decide(ctx, q)
 		if b := d.Ended; b != nil {
-			s.log.InfoContext(ctx, "pending binding ended", "imsi", imsi, "imei", b.IMEI, "vectors", len(b.Sent), "established", b.Established)
+			s.log.InfoContext(ctx, "pending binding ended", "imsi", imsi, "imei", b.IMEI, "vectors", len(b.Sent),
+				"established", b.Established)
 		}
 		switch {
 		case errors.Is(err, ErrNotBound) && o.Provisioning == Forbidden:
@@ -181,7 +183,8 @@ func (s *Service) decide(ctx context.Context, q VectorRequest) (Decision, error)
 }
 
 // RestoreRAND gives the RAND as the HSS made it, of a vector that an origin was sent.
-func (s *Service) RestoreRAND(ctx context.Context, imsiText string, randBytes []byte, o Origin) (out hsmkeys.RAND, err error) {
+func (s *Service) RestoreRAND(ctx context.Context, imsiText string, randBytes []byte,
+	o Origin) (out hsmkeys.RAND, err error) {
 	imsi, err := parseIMSI(imsiText)
 	if err != nil {
 		return out, err
@@ -201,7 +204,8 @@ func (s *Service) RestoreRAND(ctx context.Context, imsiText string, randBytes []
 	return out, nil
 }
 
-func (s *Service) restore(ctx context.Context, imsi kme.IMSI, rand hsmkeys.RAND, o kme.Origin) (out hsmkeys.RAND, err error) {
+func (s *Service) restore(ctx context.Context, imsi kme.IMSI, rand hsmkeys.RAND,
+	o kme.Origin) (out hsmkeys.RAND, err error) {
 	if clear, err := s.store.Spent(ctx, imsi, rand); clear || err != nil {
 		return rand, fromStore(ctx, err)
 	}
@@ -239,7 +243,8 @@ type Established struct {
 }
 
 // EstablishKME takes a device's payload and answers NW_SIG; with export, the KME too, for an HSS that keeps it itself.
-func (s *Service) EstablishKME(ctx context.Context, imsiText, imeiText, attemptID string, payload []byte, o Origin, export bool) (*Established, error) {
+func (s *Service) EstablishKME(ctx context.Context, imsiText, imeiText, attemptID string, payload []byte, o Origin,
+	export bool) (*Established, error) {
 	imsi, err := parseIMSI(imsiText)
 	if err != nil {
 		return nil, err
@@ -272,11 +277,13 @@ func (s *Service) EstablishKME(ctx context.Context, imsiText, imeiText, attemptI
 	return e, nil
 }
 
-func (s *Service) establish(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, attemptID string, payload []byte, o kme.Origin) (*Established, error) {
+func (s *Service) establish(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, attemptID string, payload []byte,
+	o kme.Origin) (*Established, error) {
 	digest := sha256.Sum256(payload)
 	b, err := s.accept(ctx, imsi, imei, attemptID, payload, digest[:], o)
 	if err == nil {
-		s.log.InfoContext(ctx, "established", "imsi", imsi, "imei", imei, "lot", b.Lot, "manufacturer", b.Manufacturer, "origin", o)
+		s.log.InfoContext(ctx, "established", "imsi", imsi, "imei", imei, "lot", b.Lot,
+			"manufacturer", b.Manufacturer, "origin", o)
 		return &Established{NWSig: b.NWSig, State: b.State}, nil
 	}
 	var r *Refusal
@@ -310,7 +317,8 @@ func deviceRevoked() *Refusal {
 }
 
 // accept makes the binding, durably, or refuses.
-func (s *Service) accept(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, attemptID string, payload, digest []byte, o kme.Origin) (*Binding, error) {
+func (s *Service) accept(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, attemptID string, payload, digest []byte,
+	o kme.Origin) (*Binding, error) {
 	if err := s.attempt(ctx, imsi, attemptID, o); errors.Is(err, ErrNoAttempt) {
 		return nil, s.noAttempt(ctx, imsi, imei)
 	} else if err != nil {
@@ -343,7 +351,8 @@ func (s *Service) accept(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, atte
 	now := s.times.Now()
 	b := &Binding{
 		IMSI: imsi, IMEI: imei, Manufacturer: lot.manifest.Manufacturer, Lot: lot.manifest.Lot, State: Pending, Sealed: opened.Sealed,
-		Established: now, Origin: o, Expires: now.Add(s.times.Pending), AttemptID: attemptID, PayloadSHA256: digest, NWSig: opened.NWSig[:],
+		Established: now, Origin: o, Expires: now.Add(s.times.Pending), AttemptID: attemptID, PayloadSHA256: digest,
+		NWSig: opened.NWSig[:],
 	}
 	err = s.store.Establish(ctx, b, opened.Tag, opened.Fault == hsmkeys.FaultNone, now)
 	switch {
@@ -387,7 +396,8 @@ func (s *Service) noAttempt(ctx context.Context, imsi kme.IMSI, imei kme.IMEI) e
 }
 
 // retransmitted answers a call that was answered before.
-func (s *Service) retransmitted(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, attemptID string, digest []byte, o kme.Origin) (*Established, error) {
+func (s *Service) retransmitted(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, attemptID string, digest []byte,
+	o kme.Origin) (*Established, error) {
 	b, err := s.standing(ctx, imsi)
 	if errors.Is(err, ErrNotBound) {
 		return nil, nil
@@ -395,7 +405,8 @@ func (s *Service) retransmitted(ctx context.Context, imsi kme.IMSI, imei kme.IME
 	if err != nil {
 		return nil, fromStore(ctx, err)
 	}
-	if b.IMEI != imei || b.Origin != o || !sameText(b.AttemptID, attemptID) || subtle.ConstantTimeCompare(b.PayloadSHA256, digest) != 1 {
+	if b.IMEI != imei || b.Origin != o || !sameText(b.AttemptID, attemptID) ||
+		subtle.ConstantTimeCompare(b.PayloadSHA256, digest) != 1 {
 		return nil, nil
 	}
 	s.log.InfoContext(ctx, "established again", "imsi", imsi, "imei", imei)
@@ -423,7 +434,8 @@ func (s *Service) ReportAuthentication(ctx context.Context, imsiText string, ok 
 	if r.Binding != nil {
 		state = r.Binding.State
 	}
-	s.log.InfoContext(ctx, "authentication reported", "imsi", imsi, "origin", o.Name, "ok", ok, "state", state, "served", r.Served)
+	s.log.InfoContext(ctx, "authentication reported", "imsi", imsi, "origin", o.Name, "ok", ok,
+		"state", state, "served", r.Served)
 	return r, nil
 }
 
@@ -451,7 +463,8 @@ func NewOpened(imsi kme.IMSI, now time.Time, ttl time.Duration) (*Attempt, error
 	if ttl < time.Second || ttl > maxTTL {
 		return nil, errors.New("the ttl is from a second to 30 days")
 	}
-	return &Attempt{ID: newAttemptID(), IMSI: imsi, Expires: now.Add(ttl).UTC().Truncate(time.Millisecond), Opened: true}, nil
+	return &Attempt{ID: newAttemptID(), IMSI: imsi,
+		Expires: now.Add(ttl).UTC().Truncate(time.Millisecond), Opened: true}, nil
 }
 
 // OpenProvisioning lets an IMSI be bound to another device, once, for ttl; an hour with 0.

@@ -114,7 +114,8 @@ func TestOneWayToReject(t *testing.T) {
 	for _, v := range vectors(t).Vectors {
 		if v.Expect == "accept" && !v.secondOfPair() {
 			imsi := newIMSI()
-			must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, devices[v].imei.String(), r.attempt(t, imsi), v.Payload, here, false))
+			must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, devices[v].imei.String(), r.attempt(t, imsi),
+				v.Payload, here, false))
 			try(v.Name+", again", devices[v], v.Payload)
 		}
 	}
@@ -143,7 +144,8 @@ func TestBeforeTheHSM(t *testing.T) {
 	used := newIMSI()
 	usedAttempt := r.attempt(t, used)
 	earlier, _ := l.devices[1].payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(ctx, used, l.devices[1].imei.String(), usedAttempt, earlier, here, false))
+	must[*binding.Established](t)(r.service.EstablishKME(ctx, used, l.devices[1].imei.String(), usedAttempt,
+		earlier, here, false))
 
 	if err := directory.Revoke(ctx, m.store, m.Signer, l.Manifest, l.devices[2].imei, "stolen", time.Now()); err != nil {
 		t.Fatal(err)
@@ -240,7 +242,8 @@ func TestOneUse(t *testing.T) {
 	d := l.devices[0]
 	payload, p := d.payload(t)
 	imsi := newIMSI()
-	must[*binding.Established](t)(r.service.EstablishKME(ctx, imsi, d.imei.String(), r.attempt(t, imsi), payload, here, false))
+	must[*binding.Established](t)(r.service.EstablishKME(ctx, imsi, d.imei.String(), r.attempt(t, imsi),
+		payload, here, false))
 
 	freshNonce := *p
 	freshNonce.RME = kme.RandomSecret()
@@ -443,7 +446,8 @@ func TestLife(t *testing.T) {
 		if want := encryptRAND(t, p.KME.Bytes(), vector); prepared.RANDs[0] != want || prepared.AttemptID != "" {
 			t.Errorf("%s: prepared %+v, want RAND %x and no attempt", when, prepared, want)
 		}
-		if back := must[[hsmkeys.RANDSize]byte](t)(r.service.RestoreRAND(ctx, imsi, prepared.RANDs[0][:], here)); back != vector {
+		if back := must[[hsmkeys.RANDSize]byte](t)(r.service.RestoreRAND(ctx, imsi,
+			prepared.RANDs[0][:], here)); back != vector {
 			t.Errorf("%s: RAND restored to %x, want %x", when, back, vector)
 		}
 	}
@@ -465,10 +469,12 @@ func TestLife(t *testing.T) {
 	checkRefused(t, "the dropped binding's attempt", err, kme.NoAttempt, "")
 
 	payload, p = d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(ctx, imsi, d.imei.String(), r.attempt(t, imsi), payload, here, false))
+	must[*binding.Established](t)(r.service.EstablishKME(ctx, imsi, d.imei.String(), r.attempt(t, imsi),
+		payload, here, false))
 	r.activate(t, imsi)
 	for _, ok := range []bool{true, true, false} { // an active binding outlives a failed authentication
-		if got := must[*binding.Reported](t)(r.service.ReportAuthentication(ctx, imsi, ok, here)); !got.Served || got.Binding.State != binding.Active {
+		if got := must[*binding.Reported](t)(r.service.ReportAuthentication(ctx, imsi, ok, here)); !got.Served ||
+			got.Binding.State != binding.Active {
 			t.Errorf("report %v gives %+v", ok, got)
 		}
 		checkBound("active", p, binding.Active)
@@ -480,7 +486,8 @@ func TestAttemptExpires(t *testing.T) {
 	r, _, l := newServed(t)
 	d := l.devices[0]
 	const short = 20 * time.Millisecond
-	service := binding.NewService(r.recorder, r.recorder, new(binding.Lots), binding.Times{Attempt: short, Pending: ttl, PendingVectors: 3, Now: time.Now}, r.slog())
+	service := binding.NewService(r.recorder, r.recorder, new(binding.Lots), binding.Times{Attempt: short, Pending: ttl,
+		PendingVectors: 3, Now: time.Now}, r.slog())
 	imsi := newIMSI()
 	p := must[*binding.Prepared](t)(service.PrepareVector(t.Context(), imsi, newRANDs(1), here))
 	time.Sleep(short + 2*time.Millisecond) // stores keep milliseconds
@@ -614,7 +621,8 @@ func TestNotSent(t *testing.T) {
 	r, m, l := newServed(t)
 	d, imsi := l.devices[0], newIMSI()
 	payload, _ := d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, d.imei.String(), r.attempt(t, imsi), payload, here, false))
+	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, d.imei.String(), r.attempt(t, imsi),
+		payload, here, false))
 	check := func(reason kme.Reason) {
 		t.Helper()
 		for range 2 * binding.DefaultTimes().PendingVectors {
@@ -652,7 +660,8 @@ func TestCanceled(t *testing.T) {
 	d := l.devices[0]
 	bound := newIMSI()
 	payload, _ := d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), bound, d.imei.String(), r.attempt(t, bound), payload, here, false))
+	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), bound, d.imei.String(), r.attempt(t, bound),
+		payload, here, false))
 	vector := newRANDs(1)[0]
 
 	open := newIMSI()
@@ -679,7 +688,10 @@ func TestCanceled(t *testing.T) {
 			_, err := r.service.ReportAuthentication(ctx, bound, false, here)
 			return err
 		}},
-		{"get", []string{"Subscription"}, func(ctx context.Context) error { _, err := r.service.GetBinding(ctx, bound); return err }},
+		{"get", []string{"Subscription"}, func(ctx context.Context) error {
+			_, err := r.service.GetBinding(ctx, bound)
+			return err
+		}},
 		{"establish", []string{"OpenPayload", "Establish"}, establish},
 	} {
 		for _, at := range c.during {
@@ -739,7 +751,8 @@ func TestTwoManufacturers(t *testing.T) {
 	// The devices of one are not those of the other, whatever they have signed.
 	payload, _ := first.devices[0].payload(t)
 	imsi := newIMSI()
-	_, err := r.service.EstablishKME(t.Context(), imsi, first.devices[1].imei.String(), r.attempt(t, imsi), payload, here, false)
+	_, err := r.service.EstablishKME(t.Context(), imsi, first.devices[1].imei.String(),
+		r.attempt(t, imsi), payload, here, false)
 	checkRefused(t, "another device's payload", err, kme.KMERejected, notAccepted)
 
 	manifest, dev, err := must[*binding.Lots](t)(binding.NewLots(lots, r.readers)).Device(t.Context(), second.devices[0].imei)

@@ -7,8 +7,8 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// An Origin is who at the other end of the network asked, and whether a device may be provisioned from there. Its zero value may
-// not.
+// An Origin is who at the other end of the network asked, and whether a device may be provisioned from there. Its zero
+// value may not.
 type Origin struct {
 	Name         kme.Origin
 	Provisioning Provisioning
@@ -23,14 +23,15 @@ const (
 	Allowed
 )
 
-// A Subscription is all that the store has of an IMSI at a time: what has expired by then is not in it. Its methods are the rules
-// of docs/protocol.md; no store has rules of its own.
+// A Subscription is all that the store has of an IMSI at a time: what has expired by then is not in it. Its methods are
+// the rules of docs/protocol.md; no store has rules of its own.
 type Subscription struct {
 	Pending, Active, Revoked *Binding  // nil where there is none
 	Attempts                 []Attempt // that are open
 }
 
-// Latest is the binding that an administrator is shown: pending before active, and that before revoked. Nil if there is none.
+// Latest is the binding that an administrator is shown: pending before active, and that before revoked. Nil if there is
+// none.
 func (s *Subscription) Latest() *Binding {
 	if b := s.Standing(); b != nil {
 		return b
@@ -46,8 +47,8 @@ func (s *Subscription) Standing() *Binding {
 	return s.Active
 }
 
-// Under is the binding under which vectors for an origin are processed. Beside an active binding a pending one is only for the
-// origin that established it: vectors for the old device, elsewhere, stay its own.
+// Under is the binding under which vectors for an origin are processed. Beside an active binding a pending one is only
+// for the origin that established it: vectors for the old device, elsewhere, stay its own.
 func (s *Subscription) Under(o kme.Origin) *Binding {
 	if s.Pending != nil && (s.Active == nil || s.Pending.Origin == o) {
 		return s.Pending
@@ -100,8 +101,8 @@ func (s *Subscription) attempt(match func(Attempt) bool) *Attempt {
 	return nil
 }
 
-// Ends says what a report of an authentication does to the pending binding: success activates it if the origin was sent a vector
-// under it, failure drops it if the origin was, or established it. Nothing else is about it.
+// Ends says what a report of an authentication does to the pending binding: success activates it if the origin was sent
+// a vector under it, failure drops it if the origin was, or established it. Nothing else is about it.
 func (s *Subscription) Ends(o kme.Origin, ok bool) bool {
 	p := s.Pending
 	return p != nil && (p.SentTo(o) || !ok && p.Origin == o)

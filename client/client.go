@@ -147,7 +147,8 @@ type Establishment struct {
 }
 
 // EstablishKME is called with the payload that a device has sent, by way of the origin that was given the attempt.
-func (c *Client) EstablishKME(ctx context.Context, imsi kme.IMSI, o Origin, imei kme.IMEI, attemptID string, payload []byte) (e Establishment, err error) {
+func (c *Client) EstablishKME(ctx context.Context, imsi kme.IMSI, o Origin, imei kme.IMEI, attemptID string,
+	payload []byte) (e Establishment, err error) {
 	answer, err := call(ctx, c, true, c.batcher.establish, &kmev1.EstablishKMERequest{
 		Imsi: imsi.String(), Imei: imei.String(), AttemptId: attemptID, Payload: payload, Origin: o.Name.String(),
 	})
@@ -168,8 +169,8 @@ type Report struct {
 	Served bool        // the device may be let in for more than provisioning
 }
 
-// ReportAuthentication is called when AKA with a pre-processed vector has ended. Only an origin that was sent a vector under a pending
-// binding makes it active.
+// ReportAuthentication is called when AKA with a pre-processed vector has ended. Only an origin that was sent a vector
+// under a pending binding makes it active.
 func (c *Client) ReportAuthentication(ctx context.Context, imsi kme.IMSI, o Origin, ok bool) (Report, error) {
 	// A second report of a failure could be about the binding that stood before.
 	answer, err := call(ctx, c, ok, c.service.ReportAuthentication, &kmev1.ReportAuthenticationRequest{
@@ -180,7 +181,8 @@ func (c *Client) ReportAuthentication(ctx context.Context, imsi kme.IMSI, o Orig
 
 // RestoreRAND gives the RAND before PrepareVector, when a SIM asks for resynchronisation.
 func (c *Client) RestoreRAND(ctx context.Context, imsi kme.IMSI, o Origin, rand RAND) (out RAND, err error) {
-	answer, err := call(ctx, c, true, c.service.RestoreRAND, &kmev1.RestoreRANDRequest{Imsi: imsi.String(), Rand: rand[:], Origin: o.Name.String()})
+	answer, err := call(ctx, c, true, c.service.RestoreRAND, &kmev1.RestoreRANDRequest{Imsi: imsi.String(), Rand: rand[:],
+		Origin: o.Name.String()})
 	if err != nil {
 		return out, err
 	}

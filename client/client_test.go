@@ -152,7 +152,8 @@ func TestCalls(t *testing.T) {
 		t.Errorf("%v, %v", opened, err)
 	}
 	rand := client.RAND{9: 9}
-	if v, err := c.PrepareVector(ctx, one, client.Origin{}, rand); err != nil || v.RANDs[0] != rand || v.AttemptID != opened.AttemptId {
+	if v, err := c.PrepareVector(ctx, one, client.Origin{}, rand); err != nil || v.RANDs[0] != rand ||
+		v.AttemptID != opened.AttemptId {
 		t.Errorf("%+v, %v", v, err)
 	}
 }
@@ -205,7 +206,8 @@ func TestRetries(t *testing.T) {
 		w.WriteHeader(http.StatusServiceUnavailable)
 		return true
 	})
-	if v, err := c.PrepareVector(t.Context(), imsi(t, "001010123456789"), client.Origin{}, client.RAND{}); err != nil || v.AttemptID == "" {
+	if v, err := c.PrepareVector(t.Context(), imsi(t, "001010123456789"), client.Origin{}, client.RAND{}); err != nil ||
+		v.AttemptID == "" {
 		t.Errorf("%+v, %v", v, err)
 	}
 	// No call is longer than its time-out, nor than its context's deadline, and the service learns of it.

@@ -129,14 +129,15 @@ func (i *IMSI) UnmarshalText(b []byte) error {
 	return err
 }
 
-// An Origin names who at the other end of the network asked: the Origin-Host of an MME, the id of an AMF. Its zero value stands
-// for the only peer of a caller that has one.
+// An Origin names who at the other end of the network asked: the Origin-Host of an MME, the id of an AMF. Its zero
+// value stands for the only peer of a caller that has one.
 type Origin struct{ name string }
 
 // maxOrigin is the length of the longest domain name (RFC 1035 clause 2.3.4), which a DiameterIdentity is.
 const maxOrigin = 255
 
-// ParseOrigin accepts up to 255 printable ASCII characters without spaces. Names of hosts have no case: it is kept in lower case.
+// ParseOrigin accepts up to 255 printable ASCII characters without spaces. Names of hosts have no case: it is kept in
+// lower case.
 func ParseOrigin(s string) (Origin, error) {
 	if len(s) > maxOrigin {
 		return Origin{}, fmt.Errorf("an origin has at most %d characters; this has %d", maxOrigin, len(s))

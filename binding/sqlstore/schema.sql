@@ -1,5 +1,6 @@
--- Times are milliseconds since 1970. Digits (IMSI, IMEI) are text: they may begin with zeros. On SQLite a table WITHOUT ROWID is
--- its primary key's index, which suits short rows: there are fewer trees, and with them fewer pages, in each commit.
+-- Times are milliseconds since 1970. Digits (IMSI, IMEI) are text: they may begin with zeros. On SQLite a table WITHOUT
+-- ROWID is its primary key's index, which suits short rows: there are fewer trees, and with them fewer pages, in each
+-- commit.
 
 CREATE TABLE manufacturers (
   key_id      TEXT PRIMARY KEY,            -- RFC 7638 thumbprint of its signing key
@@ -34,8 +35,8 @@ CREATE TABLE spent_rands (
   PRIMARY KEY (imsi, rand)
 ) WITHOUT ROWID;
 
--- A KME is accepted once per IMEI for ever: nothing is ever removed from here. It also finds the bindings of a device: a device
--- has had as many KMEs as subscriptions, at least.
+-- A KME is accepted once per IMEI for ever: nothing is ever removed from here. It also finds the bindings of a device:
+-- a device has had as many KMEs as subscriptions, at least.
 CREATE TABLE ledger (
   imei TEXT NOT NULL,
   tag  BLOB NOT NULL,                      -- HMAC(KME) under the token's ledger key
@@ -59,6 +60,7 @@ CREATE TABLE bindings (
   revoked_at     BIGINT NOT NULL,          -- 0 if it was not
   origin         TEXT NOT NULL,            -- from where it was established
   expires_at     BIGINT NOT NULL,          -- of a pending one; else 0
-  sent           TEXT NOT NULL,            -- of a pending one: origins that were sent vectors under it, a line each; else empty
+  -- sent, of a pending one: origins that were sent vectors under it, a line each; else empty
+  sent           TEXT NOT NULL,
   PRIMARY KEY (imsi, state)
 );

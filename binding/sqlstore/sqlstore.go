@@ -55,7 +55,8 @@ func (s *Store) exec(ctx context.Context, key, query string, args ...any) error 
 	})
 }
 
-const bindingColumns = `imsi, state, imei, manufacturer, lot, sealed, nw_sig, attempt_id, payload_sha256, established_at, activated_at, revoked_at, origin, expires_at, sent`
+const bindingColumns = `imsi, state, imei, manufacturer, lot, sealed, nw_sig, attempt_id, payload_sha256, ` +
+	`established_at, activated_at, revoked_at, origin, expires_at, sent`
 
 func scanBinding(scan func(...any) error) (*binding.Binding, error) {
 	var b binding.Binding
@@ -65,7 +66,8 @@ func scanBinding(scan func(...any) error) (*binding.Binding, error) {
 		&established, &activated, &revoked, &origin, &expires, &sent); err != nil {
 		return nil, err
 	}
-	err := errors.Join(b.IMSI.UnmarshalText([]byte(imsi)), b.IMEI.UnmarshalText([]byte(imei)), b.Origin.UnmarshalText([]byte(origin)))
+	err := errors.Join(b.IMSI.UnmarshalText([]byte(imsi)), b.IMEI.UnmarshalText([]byte(imei)),
+		b.Origin.UnmarshalText([]byte(origin)))
 	for line := range strings.Lines(sent) {
 		var o kme.Origin
 		err = errors.Join(err, o.UnmarshalText([]byte(strings.TrimSuffix(line, "\n"))))
@@ -74,7 +76,8 @@ func scanBinding(scan func(...any) error) (*binding.Binding, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the database is damaged: %w", err)
 	}
-	b.Established, b.Activated, b.Revoked, b.Expires = fromMillis(established), fromMillis(activated), fromMillis(revoked), fromMillis(expires)
+	b.Established, b.Activated, b.Revoked, b.Expires = fromMillis(established), fromMillis(activated),
+		fromMillis(revoked), fromMillis(expires)
 	return &b, nil
 }
 
@@ -113,7 +116,8 @@ func (s *Store) Subscription(ctx context.Context, imsi kme.IMSI, now time.Time) 
 }
 
 // subscription also gives the pending binding that has expired, if its row is still there.
-func subscription(ctx context.Context, q queryer, imsi kme.IMSI, now time.Time) (sub *binding.Subscription, expired *binding.Binding, err error) {
+func subscription(ctx context.Context, q queryer, imsi kme.IMSI,
+	now time.Time) (sub *binding.Subscription, expired *binding.Binding, err error) {
 	sub = new(binding.Subscription)
 	// Attempts first: without a lock, a binding that was established in an opening in between is seen beside it.
 	err = query(ctx, q, func(scan func(...any) error) error {
@@ -129,7 +133,8 @@ func subscription(ctx context.Context, q queryer, imsi kme.IMSI, now time.Time) 
 		a.Expires = fromMillis(expires)
 		sub.Attempts = append(sub.Attempts, a)
 		return nil
-	}, `SELECT id, origin, expires_at, opened FROM attempts WHERE imsi = $1 AND expires_at > $2`, imsi.String(), now.UnixMilli())
+	}, `SELECT id, origin, expires_at, opened FROM attempts WHERE imsi = $1 AND expires_at > $2`,
+		imsi.String(), now.UnixMilli())
 	if err != nil {
 		return nil, nil, err
 	}
@@ -155,7 +160,8 @@ func subscription(ctx context.Context, q queryer, imsi kme.IMSI, now time.Time) 
 	return sub, expired, nil
 }
 
-func (s *Store) Bindings(ctx context.Context, after string, imei kme.IMEI, limit int, now time.Time) ([]*binding.Binding, error) {
+func (s *Store) Bindings(ctx context.Context, after string, imei kme.IMEI, limit int,
+	now time.Time) ([]*binding.Binding, error) {
 	where, args := "imsi > $1", []any{after}
 	if imei != (kme.IMEI{}) {
 		where, args = "imsi > $1 AND imei = $2 AND imsi IN (SELECT imsi FROM ledger WHERE imei = $2)", append(args, imei.String())
@@ -167,9 +173,11 @@ func (s *Store) Bindings(ctx context.Context, after string, imei kme.IMEI, limit
 		b, err := scanBinding(scan)
 		all = append(all, b)
 		return err
-	}, `SELECT `+bindingColumns+` FROM bindings AS b WHERE `+where+` AND (state <> 'PENDING' OR expires_at > `+at+`) AND NOT EXISTS (
+	}, `SELECT `+bindingColumns+` FROM bindings AS b
+		WHERE `+where+` AND (state <> 'PENDING' OR expires_at > `+at+`) AND NOT EXISTS (
 			SELECT 1 FROM bindings AS o WHERE o.imsi = b.imsi AND
-				(o.state = 'PENDING' AND o.expires_at > `+at+` AND b.state <> 'PENDING' OR o.state = 'ACTIVE' AND b.state = 'REVOKED'))
+				(o.state = 'PENDING' AND o.expires_at > `+at+` AND b.state <> 'PENDING' OR
+				o.state = 'ACTIVE' AND b.state = 'REVOKED'))
 		ORDER BY imsi LIMIT $`+fmt.Sprint(len(args)+2), append(args, now.UnixMilli(), limit)...)
 	if err != nil {
 		return nil, err
@@ -182,10 +190,12 @@ func (s *Store) Prepare(ctx context.Context, q binding.VectorRequest) (d binding
 	if err != nil {
 		return d, err
 	}
-	// Nearly every vector is for an active binding: it changes nothing and needs no lock. Nor does one that is not ready yet.
+	// Nearly every vector is for an active binding: it changes nothing and needs no lock. Nor does one that is not ready
+	// yet.
 	_, opened := sub.Opened(q.Origin)
 	b := sub.Under(q.Origin.Name)
-	told := b != nil && b == sub.Pending && q.Ready != b.AttemptID && len(b.Sent) < q.PendingVectors // of it, and nothing left
+	// Told of it, and nothing left.
+	told := b != nil && b == sub.Pending && q.Ready != b.AttemptID && len(b.Sent) < q.PendingVectors
 	if b != nil && !opened && (b == sub.Active || told) {
 		return binding.Decision{Binding: b}, unspent(ctx, s.read, q.IMSI, q.RANDs)
 	}
@@ -200,7 +210,8 @@ func (s *Store) Prepare(ctx context.Context, q binding.VectorRequest) (d binding
 			d.Ended, sub.Pending = sub.Pending, nil
 		}
 		if d.Ended != nil {
-			if _, err := tx.ExecContext(ctx, `DELETE FROM bindings WHERE imsi = $1 AND state = 'PENDING'`, q.IMSI.String()); err != nil {
+			if _, err := tx.ExecContext(ctx, `DELETE FROM bindings WHERE imsi = $1 AND state = 'PENDING'`,
+				q.IMSI.String()); err != nil {
 				return err
 			}
 		}
@@ -221,7 +232,8 @@ func (s *Store) Prepare(ctx context.Context, q binding.VectorRequest) (d binding
 		}
 		if d.Binding = b; b == sub.Pending && q.Ready == b.AttemptID {
 			b.Sent = append(b.Sent, q.Origin.Name)
-			_, err = tx.ExecContext(ctx, `UPDATE bindings SET sent = $1 WHERE imsi = $2 AND state = 'PENDING'`, sentText(b.Sent), q.IMSI.String())
+			_, err = tx.ExecContext(ctx, `UPDATE bindings SET sent = $1 WHERE imsi = $2 AND state = 'PENDING'`,
+				sentText(b.Sent), q.IMSI.String())
 		}
 		return err
 	})
@@ -231,8 +243,10 @@ func (s *Store) Prepare(ctx context.Context, q binding.VectorRequest) (d binding
 	return d, refused
 }
 
-// attempt gives the attempt of an origin, in an administrator's if that is open until then, and notes what leaves in clear.
-func attempt(ctx context.Context, tx *sql.Tx, sub *binding.Subscription, q binding.VectorRequest, until time.Time, d *binding.Decision) error {
+// attempt gives the attempt of an origin, in an administrator's if that is open until then, and notes what leaves in
+// clear.
+func attempt(ctx context.Context, tx *sql.Tx, sub *binding.Subscription, q binding.VectorRequest, until time.Time,
+	d *binding.Decision) error {
 	opened := !until.IsZero()
 	reuse := q.Now.Add(q.AttemptTTL / 2)
 	if opened {
@@ -248,7 +262,8 @@ func attempt(ctx context.Context, tx *sql.Tx, sub *binding.Subscription, q bindi
 		}
 	}
 	for _, r := range q.RANDs {
-		if _, err := tx.ExecContext(ctx, `INSERT INTO spent_rands (imsi, rand) VALUES ($1, $2) ON CONFLICT DO NOTHING`, q.IMSI.String(), r[:]); err != nil {
+		if _, err := tx.ExecContext(ctx, `INSERT INTO spent_rands (imsi, rand) VALUES ($1, $2) ON CONFLICT DO NOTHING`,
+			q.IMSI.String(), r[:]); err != nil {
 			return err
 		}
 	}
@@ -268,7 +283,8 @@ func unspent(ctx context.Context, q queryer, imsi kme.IMSI, rands []hsmkeys.RAND
 }
 
 func isSpent(ctx context.Context, q queryer, imsi kme.IMSI, rand hsmkeys.RAND) (spent bool, err error) {
-	err = q.QueryRowContext(ctx, `SELECT EXISTS (SELECT 1 FROM spent_rands WHERE imsi = $1 AND rand = $2)`, imsi.String(), rand[:]).Scan(&spent)
+	err = q.QueryRowContext(ctx, `SELECT EXISTS (SELECT 1 FROM spent_rands WHERE imsi = $1 AND rand = $2)`,
+		imsi.String(), rand[:]).Scan(&spent)
 	return spent, err
 }
 
@@ -281,7 +297,8 @@ func insertAttempt(ctx context.Context, tx *sql.Tx, a binding.Attempt) error {
 	if a.Opened {
 		opened = 1
 	}
-	_, err := tx.ExecContext(ctx, `INSERT INTO attempts (id, imsi, origin, expires_at, opened) VALUES ($1, $2, $3, $4, $5)`,
+	_, err := tx.ExecContext(ctx,
+		`INSERT INTO attempts (id, imsi, origin, expires_at, opened) VALUES ($1, $2, $3, $4, $5)`,
 		a.ID, a.IMSI.String(), a.Origin.String(), a.Expires.UnixMilli(), opened)
 	return err
 }
@@ -300,7 +317,8 @@ func (s *Store) Establish(ctx context.Context, b *binding.Binding, tag []byte, g
 		var expires int64
 		var origin string
 		var opened, bound, used bool
-		err := tx.QueryRowContext(ctx, `SELECT expires_at, origin, opened = 1, EXISTS (SELECT 1 FROM bindings WHERE imsi = $1 AND state = 'ACTIVE'),
+		err := tx.QueryRowContext(ctx, `SELECT expires_at, origin, opened = 1,
+			EXISTS (SELECT 1 FROM bindings WHERE imsi = $1 AND state = 'ACTIVE'),
 			EXISTS (SELECT 1 FROM ledger WHERE imei = $2 AND tag = $3) FROM attempts WHERE imsi = $1 AND id = $4`,
 			b.IMSI.String(), b.IMEI.String(), tag, b.AttemptID).Scan(&expires, &origin, &opened, &bound, &used)
 		switch {
@@ -324,17 +342,21 @@ func (s *Store) Establish(ctx context.Context, b *binding.Binding, tag []byte, g
 		if _, err := tx.ExecContext(ctx, `DELETE FROM attempts WHERE imsi = $1`, b.IMSI.String()); err != nil {
 			return err
 		}
-		_, err = tx.ExecContext(ctx, `INSERT INTO bindings (`+bindingColumns+`) VALUES ($1, 'PENDING', $2, $3, $4, $5, $6, $7, $8, $9, 0, 0, $10, $11, '')
-			ON CONFLICT (imsi, state) DO UPDATE SET imei = excluded.imei, manufacturer = excluded.manufacturer, lot = excluded.lot, sealed = excluded.sealed,
-			nw_sig = excluded.nw_sig, attempt_id = excluded.attempt_id, payload_sha256 = excluded.payload_sha256, established_at = excluded.established_at,
+		_, err = tx.ExecContext(ctx, `INSERT INTO bindings (`+bindingColumns+`)
+			VALUES ($1, 'PENDING', $2, $3, $4, $5, $6, $7, $8, $9, 0, 0, $10, $11, '')
+			ON CONFLICT (imsi, state) DO UPDATE SET
+			imei = excluded.imei, manufacturer = excluded.manufacturer, lot = excluded.lot, sealed = excluded.sealed,
+			nw_sig = excluded.nw_sig, attempt_id = excluded.attempt_id, payload_sha256 = excluded.payload_sha256,
+			established_at = excluded.established_at,
 			origin = excluded.origin, expires_at = excluded.expires_at, sent = ''`,
-			b.IMSI.String(), b.IMEI.String(), b.Manufacturer, b.Lot, b.Sealed, b.NWSig, b.AttemptID, b.PayloadSHA256, b.Established.UnixMilli(),
-			b.Origin.String(), b.Expires.UnixMilli())
+			b.IMSI.String(), b.IMEI.String(), b.Manufacturer, b.Lot, b.Sealed, b.NWSig, b.AttemptID, b.PayloadSHA256,
+			b.Established.UnixMilli(), b.Origin.String(), b.Expires.UnixMilli())
 		return err
 	})
 }
 
-func (s *Store) Report(ctx context.Context, imsi kme.IMSI, o kme.Origin, ok bool, now time.Time) (*binding.Subscription, error) {
+func (s *Store) Report(ctx context.Context, imsi kme.IMSI, o kme.Origin, ok bool,
+	now time.Time) (*binding.Subscription, error) {
 	// Nearly every report is the success of a binding that is active already: it changes nothing and needs no lock.
 	sub, _, err := subscription(ctx, s.read, imsi, now)
 	if err == nil && sub.Standing() == nil {
@@ -364,10 +386,12 @@ func end(ctx context.Context, tx *sql.Tx, sub *binding.Subscription, ok bool, no
 	}
 	b.State, b.Activated, b.Expires, b.Sent = binding.Active, fromMillis(now.UnixMilli()), time.Time{}, nil
 	sub.Active, sub.Revoked = b, nil
-	if _, err := tx.ExecContext(ctx, `DELETE FROM bindings WHERE imsi = $1 AND state <> 'PENDING'`, b.IMSI.String()); err != nil {
+	if _, err := tx.ExecContext(ctx, `DELETE FROM bindings WHERE imsi = $1 AND state <> 'PENDING'`,
+		b.IMSI.String()); err != nil {
 		return err
 	}
-	_, err := tx.ExecContext(ctx, `UPDATE bindings SET state = 'ACTIVE', activated_at = $1, expires_at = 0, sent = '' WHERE imsi = $2`,
+	_, err := tx.ExecContext(ctx,
+		`UPDATE bindings SET state = 'ACTIVE', activated_at = $1, expires_at = 0, sent = '' WHERE imsi = $2`,
 		now.UnixMilli(), b.IMSI.String())
 	return err
 }
@@ -392,10 +416,12 @@ func (s *Store) Revoke(ctx context.Context, imsi kme.IMSI, now time.Time) (b *bi
 		if before {
 			return nil
 		}
-		b.State, b.Revoked, b.Sealed, b.Expires, b.Sent = binding.Revoked, fromMillis(now.UnixMilli()), []byte{}, time.Time{}, nil
+		b.State, b.Revoked, b.Sealed, b.Expires, b.Sent = binding.Revoked, fromMillis(now.UnixMilli()),
+			[]byte{}, time.Time{}, nil
 		_, err = tx.ExecContext(ctx, `INSERT INTO bindings (`+bindingColumns+`)
 			VALUES ($1, 'REVOKED', $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, 0, '')`,
-			imsi.String(), b.IMEI.String(), b.Manufacturer, b.Lot, b.Sealed, b.NWSig, b.AttemptID, b.PayloadSHA256, b.Established.UnixMilli(),
+			imsi.String(), b.IMEI.String(), b.Manufacturer, b.Lot, b.Sealed, b.NWSig, b.AttemptID, b.PayloadSHA256,
+			b.Established.UnixMilli(),
 			millis(b.Activated), now.UnixMilli(), b.Origin.String())
 		return err
 	})
@@ -465,7 +491,8 @@ func lots(ctx context.Context, q queryer) (all []*binding.Lot, err error) {
 		l.Imported = fromMillis(imported)
 		all = append(all, l)
 		return nil
-	}, `SELECT l.manufacturer, l.lot, l.manifest, l.imported_at, m.pem FROM lots l JOIN manufacturers m ON m.key_id = l.manufacturer
+	}, `SELECT l.manufacturer, l.lot, l.manifest, l.imported_at, m.pem FROM lots l
+		JOIN manufacturers m ON m.key_id = l.manufacturer
 		ORDER BY l.manufacturer, l.lot`)
 	return all, err
 }

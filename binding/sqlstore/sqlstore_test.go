@@ -184,7 +184,8 @@ func TestPostgresCopy(t *testing.T) {
 	if sub, err := back.Subscription(t.Context(), all[1].IMSI, t0); err != nil || sub.Latest().State != binding.Revoked {
 		t.Errorf("%+v, %v", sub, err)
 	}
-	if sub, err := back.Subscription(t.Context(), all[0].IMSI, t0); err != nil || sub.Attempt("opened", nobody) == nil || !sub.Attempts[0].Opened {
+	if sub, err := back.Subscription(t.Context(), all[0].IMSI, t0); err != nil || sub.Attempt("opened", nobody) == nil ||
+		!sub.Attempts[0].Opened {
 		t.Errorf("%+v, %v", sub, err)
 	}
 	if sub, err := back.Subscription(t.Context(), waiting.IMSI, t0); err != nil || sub.Attempt("waits", nobody) == nil {
@@ -247,7 +248,8 @@ func newBinding(t *testing.T, id, attempt string) *binding.Binding {
 		t.Fatal(err)
 	}
 	return &binding.Binding{
-		IMSI: imsi(t, id), IMEI: imei, Manufacturer: "maker", Lot: "L1", State: binding.Pending, Sealed: []byte("sealed " + attempt), Established: t0, Expires: t0.Add(time.Hour),
+		IMSI: imsi(t, id), IMEI: imei, Manufacturer: "maker", Lot: "L1", State: binding.Pending,
+		Sealed: []byte("sealed " + attempt), Established: t0, Expires: t0.Add(time.Hour),
 		AttemptID: attempt, PayloadSHA256: []byte("digest"), NWSig: []byte("answer"),
 	}
 }

@@ -31,7 +31,8 @@ func bindFrom(t *testing.T, s Store, imsi kme.IMSI, o binding.Origin, imei kme.I
 // checkUnder asks for a vector, which must be processed under a binding.
 func checkUnder(t *testing.T, s Store, imsi kme.IMSI, o binding.Origin, want *binding.Binding) {
 	t.Helper()
-	if b := decide(t, s, request(imsi, o, "none", t0)).Binding; b == nil || b.AttemptID != want.AttemptID || b.State != want.State {
+	if b := decide(t, s, request(imsi, o, "none", t0)).Binding; b == nil || b.AttemptID != want.AttemptID ||
+		b.State != want.State {
 		t.Errorf("a vector for %s goes under %+v, want %+v", o.Name, b, want)
 	}
 }
@@ -93,7 +94,8 @@ func mayNotProvision(t *testing.T, s Store) {
 	checkUnder(t, s, imsi, binding.Origin{Name: away.Name}, b)
 }
 
-// Success counts from an origin that was sent a vector under the binding, and failure from that and from who established it.
+// Success counts from an origin that was sent a vector under the binding, and failure from that and from who
+// established it.
 func activatedBySent(t *testing.T, s Store) {
 	for i, c := range []struct {
 		sent, reports binding.Origin
@@ -180,11 +182,13 @@ func besideActive(t *testing.T, s Store) {
 		reportFrom(t, s, imsi, home, false, t0)
 		checkBinding(t, s, imsi, pending)
 	}
-	if sub := subscriptionOf(t, s, imsi, t0); sub.Sent(home.Name).State != binding.Active || sub.Sent(away.Name).State != binding.Active {
+	if sub := subscriptionOf(t, s, imsi, t0); sub.Sent(home.Name).State != binding.Active ||
+		sub.Sent(away.Name).State != binding.Active {
 		t.Error("a vector from before is restored under the pending binding")
 	}
 	checkUnder(t, s, imsi, away, pending)
-	if sub := subscriptionOf(t, s, imsi, t0); sub.Sent(home.Name).State != binding.Active || sub.Sent(away.Name).State != binding.Pending {
+	if sub := subscriptionOf(t, s, imsi, t0); sub.Sent(home.Name).State != binding.Active ||
+		sub.Sent(away.Name).State != binding.Pending {
 		t.Error("each origin's vectors are restored under what they were sent with")
 	}
 	reportFrom(t, s, imsi, away, true, t0)
@@ -228,7 +232,8 @@ func pendingEnds(t *testing.T, s Store) {
 		checkUnder(t, s, imsi, binding.Origin{Name: away.Name}, pending)
 	}
 	for range 2 {
-		if _, err := s.Prepare(t.Context(), request(imsi, binding.Origin{Name: away.Name}, "x", t0)); !errors.Is(err, binding.ErrNotBound) {
+		if _, err := s.Prepare(t.Context(),
+			request(imsi, binding.Origin{Name: away.Name}, "x", t0)); !errors.Is(err, binding.ErrNotBound) {
 			t.Errorf("%v, want ErrNotBound", err)
 		}
 		checkBinding(t, s, imsi, nil)

@@ -38,7 +38,8 @@ func newMaker(t *testing.T, s Store) *maker {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := &binding.Manufacturer{KeyID: signer.KeyID(), PEM: string(pem), Operator: "op", Directory: "file:/srv/directory", Enrolled: t0}
+	m := &binding.Manufacturer{KeyID: signer.KeyID(), PEM: string(pem), Operator: "op",
+		Directory: "file:/srv/directory", Enrolled: t0}
 	if s != nil {
 		if err := s.PutManufacturer(t.Context(), m); err != nil {
 			t.Fatal(err)
@@ -86,7 +87,9 @@ func sameLots(t *testing.T, got, want []*binding.Lot) {
 		return
 	}
 	for _, w := range want {
-		i := slices.IndexFunc(got, func(g *binding.Lot) bool { return g.Manufacturer == w.Manufacturer && g.Manifest.Lot == w.Manifest.Lot })
+		i := slices.IndexFunc(got, func(g *binding.Lot) bool {
+			return g.Manufacturer == w.Manufacturer && g.Manifest.Lot == w.Manifest.Lot
+		})
 		if i < 0 {
 			t.Errorf("lot %s of %s is missing", w.Manifest.Lot, w.Manufacturer)
 		} else if !reflect.DeepEqual(got[i], w) {

@@ -123,7 +123,8 @@ func request(imsi kme.IMSI, o binding.Origin, id string, now time.Time) binding.
 	var r hsmkeys.RAND
 	rand.Read(r[:])
 	return binding.VectorRequest{
-		IMSI: imsi, Origin: o, RANDs: []hsmkeys.RAND{r}, Now: now, AttemptID: id, AttemptTTL: ttl, PendingVectors: pendingVectors,
+		IMSI: imsi, Origin: o, RANDs: []hsmkeys.RAND{r}, Now: now, AttemptID: id, AttemptTTL: ttl,
+		PendingVectors: pendingVectors,
 	}
 }
 
@@ -633,7 +634,8 @@ func reportNotBound(t *testing.T, s Store) {
 	bind(t, s, subscription(t, 1), device(t, 1), "a1", []byte("tag"))
 	openAttempt(t, s, subscription(t, 2), "b1", t0)
 	for _, ok := range []bool{true, false} {
-		if b, err := s.Report(t.Context(), subscription(t, 2), nobody.Name, ok, t0); !errors.Is(err, binding.ErrNotBound) || b != nil {
+		if b, err := s.Report(t.Context(), subscription(t, 2), nobody.Name, ok, t0); !errors.Is(err, binding.ErrNotBound) ||
+			b != nil {
 			t.Errorf("ok %v: %v, error %v, want ErrNotBound", ok, b, err)
 		}
 	}

@@ -29,13 +29,15 @@ func TestOctets(t *testing.T) {
 		{"padding", "00000003 80 00000d 00007ed9 41 000000", Text(BindingAttempt, "A")},
 		{"M without a vendor", "00000001 40 000009 31 000000", Text(UserName, "1")},
 		{"V and M", "00000586 c0 00000c 000028af", New(EUTRANVector, nil)},
-		{"a group", "00000004 80 00001c 00007ed9  00000006 80 000010 00007ed9 00000000", Group(BindingAnswer, Number(BindingStatus, 0))},
+		{"a group", "00000004 80 00001c 00007ed9  00000006 80 000010 00007ed9 00000000",
+			Group(BindingAnswer, Number(BindingStatus, 0))},
 	} {
 		if got := appendAVPs(nil, []AVP{c.avp}); !bytes.Equal(got, octets(c.want)) {
 			t.Errorf("%s: %x, want %s", c.name, got, c.want)
 		}
 	}
-	m := &Message{Flags: Request | Proxiable, Code: AuthenticationInfo, App: S6a, HopByHop: 1, EndToEnd: 2, AVPs: []AVP{Text(UserName, "1")}}
+	m := &Message{Flags: Request | Proxiable, Code: AuthenticationInfo, App: S6a, HopByHop: 1, EndToEnd: 2,
+		AVPs: []AVP{Text(UserName, "1")}}
 	want := octets("01 000020 c0 00013e 01000023 00000001 00000002  00000001 40 000009 31000000")
 	if got := m.Bytes(); !bytes.Equal(got, want) {
 		t.Errorf("%x, want %x", got, want)
@@ -85,13 +87,16 @@ func TestFault(t *testing.T) {
 		{"a state that is maintained", "NO_STATE", p.Answer(request, result, Number(AuthSessionState, 0)), 0},
 		{"no result", "0 Result-Code", p.Answer(request, state), 0},
 		{"two results", "1 Result-Code and 1", p.Answer(request, state, result, Number(ResultCode, 2001)), 0},
-		{"a result without a vendor", "{0 266}", p.Answer(request, state, Group(ExperimentalResult, Number(ExperimentalResultCode, 5420))), 0},
+		{"a result without a vendor", "{0 266}",
+			p.Answer(request, state, Group(ExperimentalResult, Number(ExperimentalResultCode, 5420))), 0},
 		{"the E bit", "flags 60", p.Answer(request, state, result), Error},
 		{"no E bit", "3004", p.Answer(request, state, Number(ResultCode, 3004)), 0},
 		{"busy", "", p.Answer(request, state, Number(ResultCode, 3004)), Error},
-		{"a vector without RAND", "{10415 1447}", p.Answer(request, state, Number(ResultCode, 2001), Group(AuthInfo, Group(EUTRANVector))), 0},
+		{"a vector without RAND", "{10415 1447}",
+			p.Answer(request, state, Number(ResultCode, 2001), Group(AuthInfo, Group(EUTRANVector))), 0},
 		{"ULA without flags", "ULA-Flags", p.Answer(p.ULR("r", "1", "1", nil, ""), state, Number(ResultCode, 2001)), 0},
-		{"an M bit on ours", "flags 40", p.Answer(request, state, result, AVP{BindingControl, mandatory, []byte{0, 0, 0, 2}}), 0},
+		{"an M bit on ours", "flags 40",
+			p.Answer(request, state, result, AVP{BindingControl, mandatory, []byte{0, 0, 0, 2}}), 0},
 	} {
 		c.answer.Flags |= c.flags
 		if got := Fault(c.answer); (got == "") != (c.fault == "") || !strings.Contains(got, c.fault) {
@@ -174,7 +179,8 @@ func TestPeer(t *testing.T) {
 // Whatever is parsed is made again, and the same.
 func FuzzParse(f *testing.F) {
 	p := &Peer{Host: "mme", Realm: "r"}
-	for _, m := range []*Message{p.AIR("r", "1", 1, make([]byte, 30), Features(), PLMN("00101")), p.ULR("r", "1", "1", []byte("x"), "a"), p.MAR(SWx, "r", "1", 1, nil)} {
+	for _, m := range []*Message{p.AIR("r", "1", 1, make([]byte, 30), Features(), PLMN("00101")),
+		p.ULR("r", "1", "1", []byte("x"), "a"), p.MAR(SWx, "r", "1", 1, nil)} {
 		f.Add(m.Bytes())
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {

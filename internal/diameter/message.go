@@ -129,7 +129,8 @@ type Message struct {
 func New(id ID, data []byte) AVP {
 	flags := mandatory
 	switch {
-	case id.Vendor == Own, id == SupportedFeatures, id == FeatureList, id == FeatureListID, id == ProductName, id == ErrorMessage, id == ErrorReportingHost:
+	case id.Vendor == Own, id == SupportedFeatures, id == FeatureList, id == FeatureListID, id == ProductName,
+		id == ErrorMessage, id == ErrorReportingHost:
 		flags = 0
 	}
 	return AVP{id, flags, data}

@@ -31,7 +31,8 @@ func Dial(ctx context.Context, address, host, realm string, handle func(p *Peer,
 	if err != nil {
 		return nil, err
 	}
-	p := &Peer{Host: host, Realm: realm, conn: conn, handle: handle, left: make(chan struct{}), waiting: map[uint32]chan *Message{}}
+	p := &Peer{Host: host, Realm: realm, conn: conn, handle: handle, left: make(chan struct{}),
+		waiting: map[uint32]chan *Message{}}
 	p.next = uint32(time.Now().UnixNano())
 	go p.read()
 	cer := &Message{Flags: Request, Code: capabilitiesExchange, AVPs: p.capabilities()}
@@ -49,7 +50,8 @@ func Dial(ctx context.Context, address, host, realm string, handle func(p *Peer,
 func (p *Peer) origin() []AVP { return []AVP{Text(OriginHost, p.Host), Text(OriginRealm, p.Realm)} }
 
 func (p *Peer) capabilities() []AVP {
-	avps := append(p.origin(), New(HostIPAddress, []byte{0, 1, 127, 0, 0, 1}), Number(VendorID, 0), Text(ProductName, "a test peer"),
+	avps := append(p.origin(), New(HostIPAddress, []byte{0, 1, 127, 0, 0, 1}), Number(VendorID, 0),
+		Text(ProductName, "a test peer"),
 		Number(InbandSecurityID, 0), Number(SupportedVendorID, ThreeGPP))
 	for _, app := range []uint32{S6a, Cx, SWx, Zh} {
 		avps = append(avps, Group(VendorSpecificApp, Number(VendorID, ThreeGPP), Number(AuthApplicationID, app)))
@@ -97,7 +99,8 @@ func (p *Peer) Send(m *Message) error {
 
 // Answer makes the answer to a request: with its Session-Id and Proxy-Info, and this peer's origin.
 func (p *Peer) Answer(request *Message, avps ...AVP) *Message {
-	a := &Message{Flags: request.Flags & Proxiable, Code: request.Code, App: request.App, HopByHop: request.HopByHop, EndToEnd: request.EndToEnd}
+	a := &Message{Flags: request.Flags & Proxiable, Code: request.Code, App: request.App, HopByHop: request.HopByHop,
+		EndToEnd: request.EndToEnd}
 	a.AVPs = append(request.All(SessionID), p.origin()...)
 	a.AVPs = append(append(a.AVPs, avps...), request.All(ProxyInfo)...)
 	return a
@@ -181,7 +184,8 @@ func (p *Peer) AIR(realm, imsi string, vectors uint32, resync []byte, avps ...AV
 
 // ULR is an Update-Location-Request of an initial attach. A payload goes with its attempt.
 func (p *Peer) ULR(realm, imsi, imei string, payload []byte, attempt string, avps ...AVP) *Message {
-	avps = append(avps, Number(RATType, 1004), Number(ULRFlags, 0x22), Group(TerminalInformation, Text(IMEI, imei), Text(SoftwareVersion, "01")))
+	avps = append(avps, Number(RATType, 1004), Number(ULRFlags, 0x22),
+		Group(TerminalInformation, Text(IMEI, imei), Text(SoftwareVersion, "01")))
 	if payload != nil {
 		avps = append(avps, Group(BindingRequest, New(BindingPayload, payload), Text(BindingAttempt, attempt)))
 	}

@@ -47,7 +47,8 @@ func TestDemo(t *testing.T) {
 		t.Fatalf("%v, %v\n%s", runErr, err, printed)
 	}
 	for _, step := range []string{
-		"\n== 1.", "\n== 2.", "\n== 3.", "\n== 4.", "\n$ factory lot provision L1", "\n== 5.", "\n== 6.", "\n== 7.", "\n== Summary",
+		"\n== 1.", "\n== 2.", "\n== 3.", "\n== 4.", "\n$ factory lot provision L1", "\n== 5.", "\n== 6.",
+		"\n== 7.", "\n== Summary",
 	} {
 		if strings.Count(string(printed), step) != 1 {
 			t.Errorf("the demo does not print %q once:\n%s", step, printed)
@@ -59,7 +60,8 @@ func TestDemo(t *testing.T) {
 		t.Errorf("the demo leaves %v, %v", beside, err)
 	}
 	for _, name := range []string{
-		"softhsm/env", "keysvc", "keysvc.yaml", "factory/manufacturer.pem", "directory", "injection", "fixture.key", "fixture.pem",
+		"softhsm/env", "keysvc", "keysvc.yaml", "factory/manufacturer.pem", "directory", "injection",
+		"fixture.key", "fixture.pem",
 		"fixture-enrolment.json", "grant.jws", "tls",
 	} {
 		if _, err := os.Stat(filepath.Join(dir, "var/demo", name)); err != nil {

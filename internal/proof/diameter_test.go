@@ -24,8 +24,8 @@ import (
 
 const success = "2001"
 
-// A network is real freeDiameter daemons around a real keysvc: an MME, an HSS and, in one set-up, an agent between them. One that has the extension asks
-// keysvc.
+// A network is real freeDiameter daemons around a real keysvc: an MME, an HSS and, in one set-up, an agent between
+// them. One that has the extension asks keysvc.
 type network struct {
 	*world
 	extensions string // the folder of the built ones
@@ -60,7 +60,8 @@ func marked(mark string, k int) string {
 	return fmt.Sprintf("0010190%08d", 10*slices.Index(marks, mark)+k)
 }
 
-// newNetwork makes a lot, starts keysvc, and writes what the daemons need. sanitize is a list of gcc's sanitizers, or empty.
+// newNetwork makes a lot, starts keysvc, and writes what the daemons need. sanitize is a list of gcc's sanitizers, or
+// empty.
 func newNetwork(t *testing.T, devices int, sanitize string) *network {
 	t.Helper()
 	if !strings.Contains(t.Name(), "S6a") {
@@ -116,11 +117,17 @@ func newNetwork(t *testing.T, devices int, sanitize string) *network {
 	d.write("subscribers", sims.String())
 	d.openssl(nil, "dhparam", "-out", "dh.pem", "1024") // no connection uses it, and the daemon wants it
 	ec := []string{"-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"}
-	d.openssl(nil, slices.Concat([]string{"req", "-x509"}, ec, []string{"-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj", "/CN=test CA"})...)
-	for name, extensions := range map[string]string{"server": "subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth\n", "hss": "subjectAltName=DNS:hss.test\nextendedKeyUsage=clientAuth\n"} {
+	d.openssl(nil, slices.Concat([]string{"req", "-x509"}, ec,
+		[]string{"-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj", "/CN=test CA"})...)
+	for name, extensions := range map[string]string{
+		"server": "subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth\n",
+		"hss":    "subjectAltName=DNS:hss.test\nextendedKeyUsage=clientAuth\n",
+	} {
 		d.write(name+".ext", extensions)
-		request := d.openssl(nil, slices.Concat([]string{"req"}, ec, []string{"-keyout", name + ".key", "-subj", "/CN=" + name})...)
-		d.openssl(request, "x509", "-req", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-out", name+".pem", "-extfile", name+".ext")
+		request := d.openssl(nil, slices.Concat([]string{"req"}, ec,
+			[]string{"-keyout", name + ".key", "-subj", "/CN=" + name})...)
+		d.openssl(request, "x509", "-req", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2",
+			"-out", name+".pem", "-extfile", name+".ext")
 	}
 	d.startKeysvc()
 	return d
@@ -136,11 +143,15 @@ func (d *network) write(name, text string) {
 // startKeysvc starts keysvc, with more lines of configuration.
 func (d *network) startKeysvc(more ...string) {
 	d.t.Helper()
-	d.write("keysvc.yaml", fmt.Sprintf("state: var/keysvc\nsocket: s\nlisten: 127.0.0.1:%d\ntls: {certificate: server.pem, key: server.key, client_ca: ca.pem}\n", d.port("keysvc"))+strings.Join(more, ""))
-	d.http = &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", d.path("s"))
-	}}}
-	d.keysvc = testproc.Start(d.t, d.command(d.operator, "keysvc", "serve", "--config", "keysvc.yaml"), func(*testproc.Process) bool { return ready(d.http) })
+	d.write("keysvc.yaml", fmt.Sprintf("state: var/keysvc\nsocket: s\nlisten: 127.0.0.1:%d\n"+
+		"tls: {certificate: server.pem, key: server.key, client_ca: ca.pem}\n", d.port("keysvc"))+strings.Join(more, ""))
+	d.http = &http.Client{Transport: &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", d.path("s"))
+		},
+	}}
+	d.keysvc = testproc.Start(d.t, d.command(d.operator, "keysvc", "serve", "--config", "keysvc.yaml"),
+		func(*testproc.Process) bool { return ready(d.http) })
 }
 
 // port is a daemon's, free a moment ago.
@@ -174,11 +185,14 @@ func (d *network) start(name string, extensions []string, peers ...string) *node
 	id := identity(name)
 	own := "node-" + name
 	if _, err := os.Stat(d.path(own + ".pem")); err != nil {
-		d.openssl(nil, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2", "-keyout", own+".key", "-out", own+".pem", "-subj", "/CN="+id)
+		d.openssl(nil, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
+			"-keyout", own+".key", "-out", own+".pem", "-subj", "/CN="+id)
 	}
 	var c bytes.Buffer
-	fmt.Fprintf(&c, "Identity = %q;\nRealm = %q;\nPort = %d;\nSecPort = 0;\nNo_SCTP;\nNo_IPv6;\nListenOn = \"127.0.0.1\";\nTcTimer = 1;\nTwTimer = 6;\n", id, id[strings.Index(id, ".")+1:], d.port(name))
-	fmt.Fprintf(&c, "TLS_Cred = %q, %q;\nTLS_CA = %q;\nTLS_DH_File = %q;\n", d.path(own+".pem"), d.path(own+".key"), d.path(own+".pem"), d.path("dh.pem"))
+	fmt.Fprintf(&c, "Identity = %q;\nRealm = %q;\nPort = %d;\nSecPort = 0;\nNo_SCTP;\nNo_IPv6;\n"+
+		"ListenOn = \"127.0.0.1\";\nTcTimer = 1;\nTwTimer = 6;\n", id, id[strings.Index(id, ".")+1:], d.port(name))
+	fmt.Fprintf(&c, "TLS_Cred = %q, %q;\nTLS_CA = %q;\nTLS_DH_File = %q;\n", d.path(own+".pem"), d.path(own+".key"),
+		d.path(own+".pem"), d.path("dh.pem"))
 	program := []string{"freeDiameterd", "-c", d.path(name + ".conf")}
 	var ready func(p *testproc.Process) bool
 	for _, e := range extensions {
@@ -197,7 +211,8 @@ func (d *network) start(name string, extensions []string, peers ...string) *node
 	cmd := exec.Command(program[0], program[1:]...)
 	cmd.Dir = d.dir
 	if d.preload != "" {
-		cmd.Env = append(os.Environ(), "LD_PRELOAD="+d.preload, "ASAN_OPTIONS=detect_odr_violation=0", "UBSAN_OPTIONS=print_stacktrace=1")
+		cmd.Env = append(os.Environ(), "LD_PRELOAD="+d.preload, "ASAN_OPTIONS=detect_odr_violation=0",
+			"UBSAN_OPTIONS=print_stacktrace=1")
 	}
 	return &node{d, name, testproc.Start(d.t, cmd, ready)}
 }
@@ -231,7 +246,8 @@ func (d *network) conf(name string, lines ...string) (extension string) {
 
 // confHTTPS is conf by way of mutual TLS.
 func (d *network) confHTTPS() (extension string) {
-	d.write("https.conf", fmt.Sprintf("service = https://127.0.0.1:%d\nca = %s\ncert = %s\nkey = %s\n", d.port("keysvc"), d.path("ca.pem"), d.path("hss.pem"), d.path("hss.key")))
+	d.write("https.conf", fmt.Sprintf("service = https://127.0.0.1:%d\nca = %s\ncert = %s\nkey = %s\n", d.port("keysvc"),
+		d.path("ca.pem"), d.path("hss.pem"), d.path("hss.key")))
 	return "kme:" + d.path("https.conf")
 }
 
@@ -242,7 +258,8 @@ func (d *network) attach(socket string, ok bool, args ...string) (result struct 
 	PerSecond float64 `json:"per_second"`
 }) {
 	d.t.Helper()
-	cmd := d.command(d.operator, "mesim", append([]string{"attach", "--injection", "injection", "--fixture-key", "fixture.key", "--fixture-enrolment", "fixture.json",
+	cmd := d.command(d.operator, "mesim", append([]string{"attach", "--injection", "injection",
+		"--fixture-key", "fixture.key", "--fixture-enrolment", "fixture.json",
 		"--server", "s6a:" + d.path(socket), "--subscribers", "subscribers"}, args...)...)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
@@ -322,7 +339,8 @@ func (d *network) states() map[string]int {
 	return states
 }
 
-// setUps are an HSS that has the extension itself, whose handlers send their answers in either way, and one that has an agent in front of it.
+// setUps are an HSS that has the extension itself, whose handlers send their answers in either way, and one that has an
+// agent in front of it.
 var setUps = []struct {
 	name  string
 	start func(d *network) (nodes []*node, front string)

@@ -70,7 +70,8 @@ const (
 type lineEdge struct{ *mme }
 
 func (e lineEdge) ask(o options, command string, args ...string) (fields []string, lost string) {
-	for key, value := range map[string]string{"host": o.host, "realm": o.realm, "plmn": o.plmn, "uresync": hex.EncodeToString(o.uresync)} {
+	for key, value := range map[string]string{"host": o.host, "realm": o.realm, "plmn": o.plmn,
+		"uresync": hex.EncodeToString(o.uresync)} {
 		if value != "" {
 			args = append(args, key+"="+value)
 		}
@@ -260,7 +261,8 @@ func (e peerEdge) ulr(imsi, imei string, payload []byte, attempt string, o optio
 	if u.lost = lost; lost != "" {
 		return u
 	}
-	u.result, u.nwSig, u.data = m.Result(), m.Data(diameter.BindingAnswer, diameter.NWSig), m.Data(diameter.SubscriptionData) != nil
+	u.result, u.nwSig, u.data = m.Result(), m.Data(diameter.BindingAnswer, diameter.NWSig),
+		m.Data(diameter.SubscriptionData) != nil
 	if n, ok := m.Number(diameter.BindingAnswer, diameter.BindingStatus); ok {
 		u.status = fmt.Sprint(n)
 	}
@@ -347,7 +349,8 @@ func (p *phone) accepts(v vec, clear bool) error {
 // binding is what keysvc says of an IMSI; empty: it is not bound.
 func (d *network) binding(imsi string) (state, imei string) {
 	d.t.Helper()
-	r, err := d.http.Post("http://keysvc/kme.v1.KeyService/GetBinding", "application/json", strings.NewReader(`{"imsi":"`+imsi+`"}`))
+	r, err := d.http.Post("http://keysvc/kme.v1.KeyService/GetBinding", "application/json",
+		strings.NewReader(`{"imsi":"`+imsi+`"}`))
 	if err != nil {
 		d.t.Fatal(err)
 	}

@@ -25,7 +25,8 @@ func await(t *testing.T, what string, ok func() bool) {
 }
 
 // provisioning is a lot in a new Vault, and its lot provision, started and under way.
-func provisioning(t *testing.T, devices int) (w *world, server *vaulttest.Server, run *testproc.Process, args []string) {
+func provisioning(t *testing.T, devices int) (w *world, server *vaulttest.Server,
+	run *testproc.Process, args []string) {
 	server = vaulttest.Start(t)
 	server.Mount(t, "kme", "2")
 	w = newWorld(t, nil, "VAULT_ADDR="+server.Addr, "VAULT_TOKEN="+server.Root)
@@ -86,7 +87,8 @@ func TestTokenRemovedWhilePublishingToVault(t *testing.T) {
 	}
 	err := run.Wait()
 	t.Logf("without its token: %v, %s", err, run.Log)
-	if code := run.Cmd.ProcessState.ExitCode(); err != nil && (code != 1 && code != 3 || strings.Contains(run.Log.String(), "goroutine ")) {
+	if code := run.Cmd.ProcessState.ExitCode(); err != nil &&
+		(code != 1 && code != 3 || strings.Contains(run.Log.String(), "goroutine ")) {
 		t.Errorf("exit code %d\n%s", code, run.Log)
 	}
 	again := w.command(w.factory, "factory", args...)

@@ -383,14 +383,16 @@ func TestNothingSecretIsWritten(t *testing.T) {
 			secrets["the RME of "+d.imei] = bytes.Clone(p.RME.Bytes())
 			payload := w.encrypt(d, p)
 			imsi := fmt.Sprintf("0010100000%05d", i)
-			prepared := call(t, client, "PrepareVector", map[string]any{"imsi": imsi, "rands": [][]byte{[]byte("what is in clear")}})
+			prepared := call(t, client, "PrepareVector",
+				map[string]any{"imsi": imsi, "rands": [][]byte{[]byte("what is in clear")}})
 			answer := call(t, client, "EstablishKME", map[string]any{"imsi": imsi, "imei": d.imei, "attempt_id": prepared["attempt_id"], "payload": payload})
 			want := sha256.Sum256(append(bytes.Clone(p.KME.Bytes()), p.RME.Bytes()...))
 			if answer["nw_sig"] != base64.StdEncoding.EncodeToString(want[:]) || answer["state"] != "PENDING" {
 				t.Errorf("NW_SIG is %v", answer)
 			}
 			prepared = call(t, client, "PrepareVector", map[string]any{"imsi": imsi, "rands": [][]byte{make([]byte, 16)}})
-			if prepared["control"] != "PREPROCESSED" || fmt.Sprint(prepared["rands"]) != fmt.Sprint([]string{base64.StdEncoding.EncodeToString(aesOfZero(t, p.KME.Bytes()))}) {
+			if prepared["control"] != "PREPROCESSED" || fmt.Sprint(prepared["rands"]) !=
+				fmt.Sprint([]string{base64.StdEncoding.EncodeToString(aesOfZero(t, p.KME.Bytes()))}) {
 				t.Errorf("the next vector is %v", prepared)
 			}
 			if state := call(t, client, "ReportAuthentication", map[string]any{"imsi": imsi, "ok": true})["state"]; state != "ACTIVE" {
@@ -401,7 +403,8 @@ func TestNothingSecretIsWritten(t *testing.T) {
 			secrets["the refused KME of "+d.imei] = bytes.Clone(bad.KME.Bytes())
 			bad.Sig[20] ^= 1
 			imsi = fmt.Sprintf("0010111111%05d", i)
-			prepared = call(t, client, "PrepareVector", map[string]any{"imsi": imsi, "rands": [][]byte{[]byte("what is in clear")}})
+			prepared = call(t, client, "PrepareVector",
+				map[string]any{"imsi": imsi, "rands": [][]byte{[]byte("what is in clear")}})
 			body, _ := json.Marshal(map[string]any{"imsi": imsi, "imei": d.imei, "attempt_id": prepared["attempt_id"], "payload": w.encrypt(d, bad)})
 			r, err := client.Post("http://keysvc/kme.v1.KeyService/EstablishKME", "application/json", bytes.NewReader(body))
 			if err != nil {

@@ -60,10 +60,12 @@ func (h *lossyHSS) handle(p *diameter.Peer, m *diameter.Message) {
 		rand.Read(random[:])
 		rand.Read(kasme)
 		autn, xres, _, _ := h.sim.Challenge(random, h.sqn.Add(32), [2]byte{0x80})
-		avps = append(avps, diameter.Group(diameter.AuthInfo, diameter.Group(diameter.EUTRANVector, diameter.New(diameter.RAND, random[:]),
-			diameter.New(diameter.XRES, xres[:]), diameter.New(diameter.AUTN, autn[:]), diameter.New(diameter.KASME, kasme))))
+		avps = append(avps, diameter.Group(diameter.AuthInfo, diameter.Group(diameter.EUTRANVector,
+			diameter.New(diameter.RAND, random[:]), diameter.New(diameter.XRES, xres[:]),
+			diameter.New(diameter.AUTN, autn[:]), diameter.New(diameter.KASME, kasme))))
 	} else {
-		avps = append(avps, diameter.Number(diameter.ULAFlags, 1), diameter.Group(diameter.SubscriptionData, diameter.Number(diameter.SubscriberStatus, 0)))
+		avps = append(avps, diameter.Number(diameter.ULAFlags, 1),
+			diameter.Group(diameter.SubscriptionData, diameter.Number(diameter.SubscriberStatus, 0)))
 	}
 	h.deliver(p, p.Answer(m, avps...))
 }
@@ -207,8 +209,9 @@ func TestS6aChaos(t *testing.T) {
 			d.startKeysvc()
 		}
 	}
-	t.Logf("%d devices in %v: %d payloads; %d answers dropped, %d delayed, %d doubled; keysvc was killed %d times", devices,
-		time.Since(start).Round(time.Second), payloads.Load(), hss.dropped.Load(), hss.delayed.Load(), hss.doubled.Load(), kills)
+	t.Logf("%d devices in %v: %d payloads; %d answers dropped, %d delayed, %d doubled; keysvc was killed %d times",
+		devices, time.Since(start).Round(time.Second), payloads.Load(), hss.dropped.Load(), hss.delayed.Load(),
+		hss.doubled.Load(), kills)
 	if devices >= 1000 && payloads.Load() == int64(devices) {
 		t.Error("no device has had to make a second payload, so that nothing had to heal")
 	}

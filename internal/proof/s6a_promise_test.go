@@ -61,7 +61,8 @@ func TestS6aPromises(t *testing.T) {
 					d.t = t
 					if g.name == "provision_from" { // keysvc has a say, too
 						d.keysvc.Stop(syscall.SIGTERM)
-						d.startKeysvc(fmt.Sprintf("clients: [{name: hss, uid: %d, roles: [hss, admin], plmns: [all], provision_from: [home, '*.%s']}]\n", os.Getuid(), away))
+						d.startKeysvc(fmt.Sprintf("clients: [{name: hss, uid: %d, roles: [hss, admin], plmns: [all], "+
+							"provision_from: [home, '*.%s']}]\n", os.Getuid(), away))
 					}
 					s := d.scene(where == "in an agent", g.conf()...)
 					for _, stack := range []string{"freeDiameter", "own"} {
@@ -102,7 +103,8 @@ func refusals(s *scene) {
 	_, payload := p.payload()
 	payload[7] ^= 1
 	s.expectULA("a payload that was changed", s.mme.ulr(p.imsi, p.imei, payload, attempt, options{}), 5420, "1")
-	s.expectULA("a payload without an attempt", s.mme.ulr(p.imsi, p.imei, payload, "AAAAAAAAAAAAAAAAAAAAAA", options{}), 5420, "2")
+	s.expectULA("a payload without an attempt", s.mme.ulr(p.imsi, p.imei, payload, "AAAAAAAAAAAAAAAAAAAAAA", options{}),
+		5420, "2")
 	bound := s.phone().bind(s, s.mme, options{})
 	s.expectAIA("AUTS that nobody made", s.mme.air(bound.imsi, 1, options{resync: make([]byte, 30)}), 4181, 0)
 	s.expectAIA("the HSS's own error", s.mme.air(marked("air=4181", 0), 1, options{}), 4181, 0)
@@ -135,7 +137,8 @@ func withoutAKA(s *scene) {
 	p := s.phone()
 	s.expectULA("a location of who is not bound", s.mme.ulr(p.imsi, p.imei, nil, "", options{}), 5420, "")
 	p.provision(s, s.mme, options{})
-	for what, e := range map[string]edge{"the MME that provisioned": s.mme, "another MME": s.mme2, "another network's": s.visited} {
+	for what, e := range map[string]edge{"the MME that provisioned": s.mme, "another MME": s.mme2,
+		"another network's": s.visited} {
 		s.expectULA("a location by "+what, e.ulr(p.imsi, p.imei, nil, "", options{}), 5420, "")
 		s.expectState("after a location by "+what, p.imsi, "PENDING", p.imei)
 	}
@@ -205,7 +208,8 @@ func multimediaRefused(s *scene) {
 	pending.provision(s, s.mme, options{})
 	active, unbound := s.phone().bind(s, s.mme, options{}), s.phone()
 	for _, app := range []uint32{diameter.SWx, diameter.Cx, diameter.Zh} {
-		for what, user := range map[string]string{"PENDING": pending.imsi, "ACTIVE": active.imsi, "an EAP identity": "0" + active.imsi + "@nai." + home} {
+		for what, user := range map[string]string{"PENDING": pending.imsi, "ACTIVE": active.imsi,
+			"an EAP identity": "0" + active.imsi + "@nai." + home} {
 			if r := s.mme.mar(app, user, nil, options{}); r.lost != "" || r.result != 5003 || r.authenticate != nil {
 				s.t.Errorf("application %d, %s: %+v, want 5003", app, what, r)
 			}
@@ -240,7 +244,8 @@ func multimediaProcessed(s *scene) {
 		if r.lost != "" || r.result != 2001 || len(r.authenticate) != 2 {
 			s.t.Fatalf("application %d, resynchronisation: %+v", app, r)
 		}
-		if _, again, err := p.sim.Authenticate(p.decrypt(r.authenticate[0][:16]), r.authenticate[0][16:]); err != nil || again <= sqn+1<<20 {
+		if _, again, err := p.sim.Authenticate(p.decrypt(r.authenticate[0][:16]), r.authenticate[0][16:]); err != nil ||
+			again <= sqn+1<<20 {
 			s.t.Errorf("application %d: after resynchronisation to %d the HSS uses %d: %v", app, sqn+1<<20, again, err)
 		}
 		r = s.mme.mar(app, unbound.imsi, nil, options{})
@@ -308,7 +313,8 @@ func resynchronisationOpen(s *scene) {
 			// The last vector went out pre-processed; the SIM may ask with it still.
 			rand, sqn := p.decrypt(before.eutran[0].rand), p.sequence(before.eutran[0])
 			auts := p.sim.Resynchronise(rand, sqn+1<<20)
-			s.expectAIA("AUTS of a vector from before", s.mme.air(p.imsi, 1, options{resync: append(before.eutran[0].rand, auts[:]...)}), 2001, clearOnly)
+			s.expectAIA("AUTS of a vector from before",
+				s.mme.air(p.imsi, 1, options{resync: append(before.eutran[0].rand, auts[:]...)}), 2001, clearOnly)
 			before = s.mme.air(p.imsi, 1, options{})
 		}
 		if s.expectAIA(what, before, 2001, clearOnly); len(before.eutran) != 1 {
@@ -322,7 +328,8 @@ func resynchronisationOpen(s *scene) {
 		if len(a.eutran) != 1 || err != nil {
 			s.t.Fatalf("%d vectors, %v", len(a.eutran), err)
 		}
-		if _, again, err := p.sim.Authenticate([16]byte(a.eutran[0].rand), a.eutran[0].autn); err != nil || again <= sqn+1<<20 {
+		if _, again, err := p.sim.Authenticate([16]byte(a.eutran[0].rand), a.eutran[0].autn); err != nil ||
+			again <= sqn+1<<20 {
 			s.t.Errorf("%s: after resynchronisation to %d the HSS uses %d: %v", what, sqn+1<<20, again, err)
 		}
 	}
@@ -340,7 +347,8 @@ func hssFirst(s *scene) {
 		p := s.with(mark)
 		attempt := p.opened(s, s.mme, options{})
 		_, payload := p.payload()
-		s.expectULA(mark, s.mme.ulr(p.imsi, p.imei, payload, attempt, options{}), number(strings.TrimPrefix(mark, "ulr=")), "")
+		s.expectULA(mark, s.mme.ulr(p.imsi, p.imei, payload, attempt, options{}),
+			number(strings.TrimPrefix(mark, "ulr=")), "")
 		if state, _ := s.binding(p.imsi); state == "PENDING" || state == "ACTIVE" {
 			s.t.Errorf("%s: the binding is %s", mark, state)
 		}
@@ -442,7 +450,8 @@ func logged(s *scene) {
 	if s.front.name != "hss" {
 		return
 	}
-	if first, _, _ := strings.Cut(s.hss.Log.String(), "\n"); !strings.Contains(first, "kme: ") || !strings.Contains(first, s.path("s")) {
+	if first, _, _ := strings.Cut(s.hss.Log.String(), "\n"); !strings.Contains(first, "kme: ") ||
+		!strings.Contains(first, s.path("s")) {
 		s.t.Errorf("the first line is not that of the extension's start: %s", first)
 	}
 	p := s.phone()

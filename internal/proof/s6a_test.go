@@ -56,7 +56,8 @@ func TestS6a(t *testing.T) {
 			}
 			m := d.mme("m")
 			m.expect("a subscriber that nobody knows", "AIA 5001 - -", "AIR", "001019999999999", "1", "-")
-			m.expect("and its location, for which nobody asks the HSS", "ULA 5420 - -", "ULR", "001019999999999", "35209900000001", "-", "-")
+			m.expect("and its location, for which nobody asks the HSS", "ULA 5420 - -", "ULR", "001019999999999",
+				"35209900000001", "-", "-")
 			m.expect("an attempt that is none", "ULA 5420 2 -", "ULR", unbound, "35209900000001", strings.Repeat("00", 256), "AAAAAAAAAAAAAAAAAAAAAA")
 			m.expect("a payload of another length", "ULA 5420", "ULR", unbound, "35209900000001", "00", "AAAAAAAAAAAAAAAAAAAAAA")
 			if opened := m.expect("a subscriber that is not bound", "AIA 2001 1", "AIR", unbound, "1", "-"); len(opened) > 3 {
@@ -156,7 +157,9 @@ func TestS6aMalformed(t *testing.T) {
 				t.Errorf("%+v", result)
 			}
 			for _, n := range append([]*node{client}, reversed(nodes)...) {
-				n.Kill() // 1.2.1 does not always end under AddressSanitizer, with a lock of p11-kit's held by a thread that it cancelled
+				// 1.2.1 does not always end under AddressSanitizer, with a lock of p11-kit's held by a thread that it
+				// cancelled.
+				n.Kill()
 				if text := n.Log.String(); strings.Contains(text, "Sanitizer") || strings.Contains(text, "runtime error") {
 					t.Errorf("%s:\n%s", n.name, text[max(0, len(text)-6000):])
 				}
@@ -169,7 +172,8 @@ func TestS6aMalformed(t *testing.T) {
 func TestS6aFaults(t *testing.T) {
 	d := newNetwork(t, 200, "")
 	hss := d.start("hss", []string{"hssd:" + d.path("subscribers")}, "agent")
-	agent := d.start("agent", []string{d.conf("kme.conf", "timeout_ms = 500", "open = 00102", "provision_from = any", "in_flight = 50")}, "hss", "mme")
+	agent := d.start("agent", []string{d.conf("kme.conf", "timeout_ms = 500", "open = 00102", "provision_from = any",
+		"in_flight = 50")}, "hss", "mme")
 	client := d.start("mme", []string{"mme:" + d.path("m")}, "agent")
 	client.connected("agent")
 	m := d.mme("m")
@@ -216,8 +220,10 @@ func TestS6aFaults(t *testing.T) {
 	m.expect("back", "AIA 2001 2 -", "AIR", closed, "1", "-")
 
 	// An MME that is killed under load, and comes back.
-	testproc.Start(t, d.command(d.operator, "mesim", "attach", "--injection", "injection", "--fixture-key", "fixture.key", "--fixture-enrolment", "fixture.json",
-		"--server", "s6a:"+d.path("m"), "--subscribers", "subscribers", "--first", "20", "--count", "100"), func(*testproc.Process) bool { return d.states()["ACTIVE"] > 10 })
+	testproc.Start(t, d.command(d.operator, "mesim", "attach", "--injection", "injection", "--fixture-key", "fixture.key",
+		"--fixture-enrolment", "fixture.json",
+		"--server", "s6a:"+d.path("m"), "--subscribers", "subscribers", "--first", "20", "--count", "100"),
+		func(*testproc.Process) bool { return d.states()["ACTIVE"] > 10 })
 	client.Kill()
 	client = d.start("mme", []string{"mme:" + d.path("m")}, "agent")
 	client.connected("agent")
@@ -294,7 +300,8 @@ func TestS6aOnTheWire(t *testing.T) {
 		decode = append(decode, "-d", fmt.Sprintf("tcp.port==%d,diameter", p))
 	}
 	tshark := exec.Command("tshark", "-q", "-i", "lo", "-f", strings.Join(filter, " or "), "-w", capture)
-	capturing := testproc.Start(t, tshark, func(p *testproc.Process) bool { return strings.Contains(p.Log.String(), "Capturing on") })
+	capturing := testproc.Start(t, tshark,
+		func(p *testproc.Process) bool { return strings.Contains(p.Log.String(), "Capturing on") })
 	time.Sleep(time.Second)
 	d.attach("m", true, "--count", "3")
 	time.Sleep(time.Second)

@@ -55,18 +55,20 @@ func (s *scene) open(imsi string) { s.run(s.operator, "keysvc", "binding", "open
 // expectAIA checks a result and Binding-Control.
 func (s *scene) expectAIA(what string, a aia, result, control uint32) {
 	s.t.Helper()
-	if a.lost != "" || a.result != result || a.control != control || result != 2001 && len(a.eutran)+len(a.utran)+len(a.gsm) > 0 {
-		s.t.Errorf("%s: result %d, Binding-Control %d, %d vectors, lost: %q; want result %d, Binding-Control %d", what, a.result, a.control,
-			len(a.eutran)+len(a.utran)+len(a.gsm), a.lost, result, control)
+	if a.lost != "" || a.result != result || a.control != control ||
+		result != 2001 && len(a.eutran)+len(a.utran)+len(a.gsm) > 0 {
+		s.t.Errorf("%s: result %d, Binding-Control %d, %d vectors, lost: %q; want result %d, Binding-Control %d",
+			what, a.result, a.control, len(a.eutran)+len(a.utran)+len(a.gsm), a.lost, result, control)
 	}
 }
 
 // expectULA checks a result, and the status of a payload; data is there with a success that has none.
 func (s *scene) expectULA(what string, u ula, result uint32, status string) {
 	s.t.Helper()
-	if u.lost != "" || u.result != result || u.status != status || (u.nwSig != nil) != (status == "0") || u.data != (result == 2001 && status == "") {
-		s.t.Errorf("%s: result %d, status %q, NW-Sig of %d bytes, Subscription-Data %v, lost: %q; want result %d, status %q", what, u.result, u.status,
-			len(u.nwSig), u.data, u.lost, result, status)
+	if u.lost != "" || u.result != result || u.status != status || (u.nwSig != nil) != (status == "0") ||
+		u.data != (result == 2001 && status == "") {
+		s.t.Errorf("%s: result %d, status %q, NW-Sig of %d bytes, Subscription-Data %v, lost: %q; want result %d, status %q",
+			what, u.result, u.status, len(u.nwSig), u.data, u.lost, result, status)
 	}
 }
 

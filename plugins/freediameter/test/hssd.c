@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * A small HSS for tests, in the order that Open5GS's has: the library, its configuration with all extensions, only then a
- * dictionary with all rules of TS 29.272, the handlers, and the connections. As there, an object of the dictionary that
- * exists with other data ends it, and of what is logged only errors are seen.
+ * A small HSS for tests, in the order that Open5GS's has: the library, its configuration with all extensions, only then
+ * a dictionary with all rules of TS 29.272, the handlers, and the connections. As there, an object of the dictionary
+ * that exists with other data ends it, and of what is logged only errors are seen.
  *
  *	hssd freeDiameter.conf subscribers [act]
  *
@@ -156,8 +156,8 @@ static int load_line(char *line)
 	s->sqn = SQN_STEP;
 	k = strtok_r(NULL, blank, &save);
 	opc = strtok_r(NULL, blank, &save);
-	if (strlen(imsi) > IMSI_MAX || imsi[strspn(imsi, "0123456789")] || !k || !opc || unhex(k, &k_size) || unhex(opc, &opc_size) ||
-	    k_size != BLOCK || opc_size != BLOCK)
+	if (strlen(imsi) > IMSI_MAX || imsi[strspn(imsi, "0123456789")] || !k || !opc ||
+	    unhex(k, &k_size) || unhex(opc, &opc_size) || k_size != BLOCK || opc_size != BLOCK)
 		return EINVAL;
 	strcpy(s->imsi, imsi);
 	memcpy(s->k, k, BLOCK);
@@ -355,7 +355,8 @@ static int add_result(struct msg *ans, uint32_t code)
 	struct avp *group;
 
 	if (base)
-		return fd_msg_rescode_set(ans, (char *)(code == 3004 ? "DIAMETER_TOO_BUSY" : code == 5003 ? "DIAMETER_AUTHORIZATION_REJECTED" :
+		return fd_msg_rescode_set(ans, (char *)(code == 3004 ? "DIAMETER_TOO_BUSY" :
+							code == 5003 ? "DIAMETER_AUTHORIZATION_REJECTED" :
 							"DIAMETER_UNABLE_TO_COMPLY"), NULL, NULL, 1);
 	CHECK_FCT(fd_msg_add_origin(ans, 0));
 	CHECK_FCT(add_group(ans, A_EXPERIMENTAL_RESULT, &group));

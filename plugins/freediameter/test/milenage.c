@@ -45,8 +45,8 @@ static int begin(struct milenage *m, const uint8_t k[BLOCK], const uint8_t opc[B
 		return ENOMEM;
 	memcpy(in, rand, BLOCK);
 	xor_into(in, opc, BLOCK);
-	if (EVP_EncryptInit_ex(m->aes, EVP_aes_128_ecb(), NULL, k, NULL) == 1 && EVP_CIPHER_CTX_set_padding(m->aes, 0) == 1 &&
-	    !aes(m, in, m->temp))
+	if (EVP_EncryptInit_ex(m->aes, EVP_aes_128_ecb(), NULL, k, NULL) == 1 &&
+	    EVP_CIPHER_CTX_set_padding(m->aes, 0) == 1 && !aes(m, in, m->temp))
 		return 0;
 	end(m);
 	return EIO;
@@ -125,8 +125,8 @@ static int fill(struct milenage *m, uint64_t sqn, int eps, struct vector *v)
 	return 0;
 }
 
-int milenage_vector(const uint8_t k[BLOCK], const uint8_t opc[BLOCK], uint64_t sqn, int eps, const uint8_t plmn[PLMN_SIZE],
-		    struct vector *v)
+int milenage_vector(const uint8_t k[BLOCK], const uint8_t opc[BLOCK], uint64_t sqn, int eps,
+		    const uint8_t plmn[PLMN_SIZE], struct vector *v)
 {
 	struct milenage m;
 	int err = begin(&m, k, opc, v->rand);

@@ -25,10 +25,11 @@ struct vector {
 };
 
 /* Fills all of a vector but its RAND, which is there. eps: the AMF separation bit (TS 33.401, 6.1.2). */
-int milenage_vector(const uint8_t k[BLOCK], const uint8_t opc[BLOCK], uint64_t sqn, int eps, const uint8_t plmn[PLMN_SIZE],
-		    struct vector *v);
+int milenage_vector(const uint8_t k[BLOCK], const uint8_t opc[BLOCK], uint64_t sqn, int eps,
+		    const uint8_t plmn[PLMN_SIZE], struct vector *v);
 
 /* RAND || AUTS (TS 33.102, 6.3.3): SQN of the SIM; EPERM where MAC-S is not right. */
-int milenage_open_auts(const uint8_t k[BLOCK], const uint8_t opc[BLOCK], const uint8_t info[RESYNC_SIZE], uint64_t *sqn);
+int milenage_open_auts(const uint8_t k[BLOCK], const uint8_t opc[BLOCK], const uint8_t info[RESYNC_SIZE],
+		       uint64_t *sqn);
 
 #endif

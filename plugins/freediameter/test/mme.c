@@ -3,8 +3,8 @@
  * The MME side of S6a for tests: lines of text on a Unix stream socket (its path is the configuration string) become
  * requests, and their answers lines; see mme_lines.c.
  *
- * One thread does all work on descriptors. The answers come in threads of the daemon, which only queue a line: they never
- * block, and never see a descriptor.
+ * One thread does all work on descriptors. The answers come in threads of the daemon, which only queue a line: they
+ * never block, and never see a descriptor.
  */
 #define _GNU_SOURCE
 #include "mme.h"

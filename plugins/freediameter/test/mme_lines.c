@@ -10,13 +10,13 @@
  *	MAA id result [authenticate]...
  *	ERR id reason
  *
- * Options: host=H and realm=R, Origin-Host and Origin-Realm; plmn=00101, Visited-PLMN-Id; plain, Supported-Features is left
- * out; utran=N and uresync=HEX, Requested-UTRAN-GERAN-Authentication-Info.
+ * Options: host=H and realm=R, Origin-Host and Origin-Realm; plmn=00101, Visited-PLMN-Id; plain, Supported-Features is
+ * left out; utran=N and uresync=HEX, Requested-UTRAN-GERAN-Authentication-Info.
  *
- * An answer that a strict MME drops is "ERR id dropped REASON": one that breaks the grammar of TS 29.272, and what Open5GS
- * 2.8 drops in its callbacks: a success without E-UTRAN vectors where they were asked for, without ULA-Flags or, unless it
- * is for provisioning, without Subscription-Data. (It drops every ULA that is an error, also its own HSS's, for want of
- * ULA-Flags: that is not done here.)
+ * An answer that a strict MME drops is "ERR id dropped REASON": one that breaks the grammar of TS 29.272, and what
+ * Open5GS 2.8 drops in its callbacks: a success without E-UTRAN vectors where they were asked for, without ULA-Flags
+ * or, unless it is for provisioning, without Subscription-Data. (It drops every ULA that is an error, also its own
+ * HSS's, for want of ULA-Flags: that is not done here.)
  */
 #include "mme.h"
 
@@ -98,7 +98,8 @@ static const char *unusable(struct msg *m, uint32_t command)
 
 	if (result_of(m) != SUCCESS || fd_msg_answ_getq(m, &request))
 		return NULL;
-	if (command == CMD_AIR && child(request, A_REQUESTED_EUTRAN) && !child(child(m, A_AUTHENTICATION_INFO), A_EUTRAN_VECTOR))
+	if (command == CMD_AIR && child(request, A_REQUESTED_EUTRAN) &&
+	    !child(child(m, A_AUTHENTICATION_INFO), A_EUTRAN_VECTOR))
 		return "no E-UTRAN-Vector";
 	if (command == CMD_ULR && !child(m, A_ULA_FLAGS))
 		return "no ULA-Flags";
@@ -182,7 +183,8 @@ static int read_options(char **w, int n, struct options *o)
 
 static int add_origin(struct msg *msg, const struct options *o)
 {
-	const char *host = o->host ? o->host : fd_g_config->cnf_diamid, *realm = o->realm ? o->realm : fd_g_config->cnf_diamrlm;
+	const char *host = o->host ? o->host : fd_g_config->cnf_diamid;
+	const char *realm = o->realm ? o->realm : fd_g_config->cnf_diamrlm;
 
 	CHECK_FCT(add_octets(msg, A_ORIGIN_HOST, host, strlen(host)));
 	return add_octets(msg, A_ORIGIN_REALM, realm, strlen(realm));
@@ -290,8 +292,8 @@ static int fill_mar(struct msg *msg, char **w, const char *realm, const struct o
 }
 
 /*
- * The library reads and writes back a list of AVPs by these lengths without looking inside them, and is not safe against
- * lengths below a header's.
+ * The library reads and writes back a list of AVPs by these lengths without looking inside them, and is not safe
+ * against lengths below a header's.
  */
 static int raw_list_ok(const uint8_t *p, size_t size)
 {
@@ -357,8 +359,9 @@ static const char *raw_request(char **w, const char *realm, struct msg **msg)
 		return "bad-flags";
 	if (!raw_list_ok((uint8_t *)w[2], size))
 		return "bad-avps";
-	if (fd_msg_new(tgpp_commands[code == CMD_AIR ? AIR : ULR], MSGFL_ALLOC_ETEID, msg) || fd_msg_new_session(*msg, NULL, 0) ||
-	    add_origin(*msg, &none) || add_octets(*msg, A_DESTINATION_REALM, realm, strlen(realm)) || fd_msg_hdr(*msg, &h))
+	if (fd_msg_new(tgpp_commands[code == CMD_AIR ? AIR : ULR], MSGFL_ALLOC_ETEID, msg) ||
+	    fd_msg_new_session(*msg, NULL, 0) || add_origin(*msg, &none) ||
+	    add_octets(*msg, A_DESTINATION_REALM, realm, strlen(realm)) || fd_msg_hdr(*msg, &h))
 		return "cannot-build";
 	h->msg_flags = (uint8_t)flags;
 	return append_raw(msg, w[2], size) ? "cannot-build" : NULL;

@@ -46,8 +46,8 @@ static const struct {
 };
 
 /* <fixed> {required} [optional], * many. What is not named may be there, too. */
-#define REQUEST "<Session-Id> {Auth-Session-State} {Origin-Host} {Origin-Realm} [Destination-Host] {Destination-Realm} " \
-	"*[Supported-Features] *[Proxy-Info] *[Route-Record] {User-Name} "
+#define REQUEST "<Session-Id> {Auth-Session-State} {Origin-Host} {Origin-Realm} [Destination-Host] " \
+	"{Destination-Realm} *[Supported-Features] *[Proxy-Info] *[Route-Record] {User-Name} "
 #define ANSWER "<Session-Id> {Auth-Session-State} {Origin-Host} {Origin-Realm} [Result-Code] [Experimental-Result] " \
 	"*[Supported-Features] [Failed-AVP] *[Proxy-Info] *[Route-Record] [Error-Diagnostic] "
 static const struct {
@@ -55,28 +55,34 @@ static const struct {
 	const char *rules;
 } grammar[] = {
 	/* TS 29.272, 7.2.3 to 7.2.6 */
-	{ IS_COMMAND | AIR, REQUEST "[Vendor-Specific-Application-Id] {Visited-PLMN-Id} [Requested-EUTRAN-Authentication-Info] "
-			    "[Requested-UTRAN-GERAN-Authentication-Info]" },
+	{ IS_COMMAND | AIR, REQUEST "[Vendor-Specific-Application-Id] {Visited-PLMN-Id} "
+			    "[Requested-EUTRAN-Authentication-Info] [Requested-UTRAN-GERAN-Authentication-Info]" },
 	{ IS_COMMAND | AIA, ANSWER "[Vendor-Specific-Application-Id] *[Authentication-Info]" },
-	{ IS_COMMAND | ULR, REQUEST "[Vendor-Specific-Application-Id] {Visited-PLMN-Id} {RAT-Type} {ULR-Flags} [Terminal-Information]" },
+	{ IS_COMMAND | ULR, REQUEST "[Vendor-Specific-Application-Id] {Visited-PLMN-Id} {RAT-Type} {ULR-Flags} "
+			    "[Terminal-Information]" },
 	{ IS_COMMAND | ULA, ANSWER "[Vendor-Specific-Application-Id] [ULA-Flags] [Subscription-Data]" },
 	/* TS 29.229, 6.1.7 and 6.1.8, with what SWx and Zh leave out */
-	{ IS_COMMAND | MAR, REQUEST "{Vendor-Specific-Application-Id} {SIP-Number-Auth-Items} {SIP-Auth-Data-Item} [Public-Identity] "
-			    "[Server-Name] [Visited-Network-Identifier] [RAT-Type] [Terminal-Information]" },
-	{ IS_COMMAND | MAA, ANSWER "{Vendor-Specific-Application-Id} [User-Name] [Public-Identity] [SIP-Number-Auth-Items] "
-			    "*[SIP-Auth-Data-Item]" },
+	{ IS_COMMAND | MAR, REQUEST "{Vendor-Specific-Application-Id} {SIP-Number-Auth-Items} {SIP-Auth-Data-Item} "
+			    "[Public-Identity] [Server-Name] [Visited-Network-Identifier] [RAT-Type] "
+			    "[Terminal-Information]" },
+	{ IS_COMMAND | MAA, ANSWER "{Vendor-Specific-Application-Id} [User-Name] [Public-Identity] "
+			   "[SIP-Number-Auth-Items] *[SIP-Auth-Data-Item]" },
 	/* TS 29.272, 7.3.2 to 7.3.41 */
 	{ A_TERMINAL_INFORMATION, "[IMEI] [Software-Version]" },
-	{ A_REQUESTED_EUTRAN, "[Number-Of-Requested-Vectors] [Immediate-Response-Preferred] [Re-Synchronization-Info]" },
-	{ A_REQUESTED_UTRAN_GERAN, "[Number-Of-Requested-Vectors] [Immediate-Response-Preferred] [Re-Synchronization-Info]" },
+	{ A_REQUESTED_EUTRAN, "[Number-Of-Requested-Vectors] [Immediate-Response-Preferred] "
+			      "[Re-Synchronization-Info]" },
+	{ A_REQUESTED_UTRAN_GERAN, "[Number-Of-Requested-Vectors] [Immediate-Response-Preferred] "
+				   "[Re-Synchronization-Info]" },
 	{ A_AUTHENTICATION_INFO, "*[E-UTRAN-Vector] *[UTRAN-Vector] *[GERAN-Vector]" },
 	{ A_EUTRAN_VECTOR, "[Item-Number] {RAND} {XRES} {AUTN} {KASME}" },
 	{ A_UTRAN_VECTOR, "[Item-Number] {RAND} {XRES} {AUTN} {Confidentiality-Key} {Integrity-Key}" },
 	{ A_GERAN_VECTOR, "[Item-Number] {RAND} {SRES} {Kc}" },
 	{ A_SUBSCRIPTION_DATA, "[Subscriber-Status] [Network-Access-Mode] [AMBR] [APN-Configuration-Profile]" },
 	{ A_AMBR, "{Max-Requested-Bandwidth-UL} {Max-Requested-Bandwidth-DL}" },
-	{ A_APN_CONFIGURATION_PROFILE, "{Context-Identifier} {All-APN-Configurations-Included-Indicator} 1*{APN-Configuration}" },
-	{ A_APN_CONFIGURATION, "{Context-Identifier} {PDN-Type} {Service-Selection} [EPS-Subscribed-QoS-Profile] [AMBR]" },
+	{ A_APN_CONFIGURATION_PROFILE, "{Context-Identifier} {All-APN-Configurations-Included-Indicator} "
+				       "1*{APN-Configuration}" },
+	{ A_APN_CONFIGURATION, "{Context-Identifier} {PDN-Type} {Service-Selection} "
+			       "[EPS-Subscribed-QoS-Profile] [AMBR]" },
 	{ A_QOS_PROFILE, "{QoS-Class-Identifier} {Allocation-Retention-Priority}" },
 	{ A_ARP, "{Priority-Level}" },
 	/* TS 29.229, 6.3.13 and 6.3.29 */
@@ -150,7 +156,8 @@ static int avp_make(enum avp_id id, int hss)
 	struct dictionary *dict = fd_g_config->cnf_dict;
 	struct dict_avp_data data = {
 		.avp_code = avps[id].code, .avp_vendor = avps[id].vendor, .avp_name = (char *)avps[id].name,
-		.avp_flag_mask = AVP_FLAG_VENDOR | AVP_FLAG_MANDATORY, .avp_flag_val = avps[id].flags, .avp_basetype = avps[id].type,
+		.avp_flag_mask = AVP_FLAG_VENDOR | AVP_FLAG_MANDATORY, .avp_flag_val = avps[id].flags,
+		.avp_basetype = avps[id].type,
 	};
 	avp_code_t code = avps[id].code;
 
@@ -173,13 +180,16 @@ static int command_make(enum command c)
 	};
 
 	return conflict(commands[c].name, fd_dict_new(fd_g_config->cnf_dict, DICT_COMMAND, &data,
-						      tgpp_apps[commands[c].code == CMD_MAR ? CX : S6A], &tgpp_commands[c]));
+						      tgpp_apps[commands[c].code == CMD_MAR ? CX : S6A],
+						      &tgpp_commands[c]));
 }
 
 static int rule_define(const struct rule *r)
 {
-	struct dict_object *parent = r->parent & IS_COMMAND ? tgpp_commands[r->parent & ~IS_COMMAND] : avps[r->parent].model;
-	struct dict_rule_data data = { avps[r->avp].model, r->position, r->position == RULE_FIXED_HEAD, r->min, r->max };
+	struct dict_object *parent = r->parent & IS_COMMAND ? tgpp_commands[r->parent & ~IS_COMMAND] :
+							      avps[r->parent].model;
+	struct dict_rule_data data = { avps[r->avp].model, r->position, r->position == RULE_FIXED_HEAD,
+				       r->min, r->max };
 
 	if (!parent || !data.rule_avp || !(r->parent & IS_COMMAND || avps[r->parent].vendor))
 		return 0;	/* ours, or the base dictionary's */
@@ -200,7 +210,8 @@ int tgpp_dictionary(int hss)
 	for (i = 0; i < APPS; i++) {
 		struct dict_application_data data = { tgpp_app_ids[i], (char *)app_names[i] };
 
-		CHECK_FCT(conflict(app_names[i], fd_dict_new(dict, DICT_APPLICATION, &data, tgpp_vendor, &tgpp_apps[i])));
+		CHECK_FCT(conflict(app_names[i], fd_dict_new(dict, DICT_APPLICATION, &data, tgpp_vendor,
+							&tgpp_apps[i])));
 	}
 	for (i = 0; i < AVPS; i++)
 		CHECK_FCT(avp_make((enum avp_id)i, hss));
@@ -216,7 +227,8 @@ static int avp_is(struct avp *avp, uint32_t vendor, uint32_t code)
 {
 	struct avp_hdr *h;
 
-	return !fd_msg_avp_hdr(avp, &h) && h->avp_code == code && (h->avp_flags & AVP_FLAG_VENDOR ? h->avp_vendor : 0) == vendor;
+	return !fd_msg_avp_hdr(avp, &h) && h->avp_code == code &&
+	       (h->avp_flags & AVP_FLAG_VENDOR ? h->avp_vendor : 0) == vendor;
 }
 
 struct avp *next(struct avp *avp, enum avp_id id)
@@ -242,10 +254,12 @@ static union avp_value *value_of(struct avp *avp, int size)
 	struct dict_avp_data data;
 	struct avp_hdr *h;
 
-	if (!avp || fd_msg_avp_hdr(avp, &h) || !h->avp_value || fd_msg_model(avp, &model) || !model || fd_dict_getval(model, &data))
+	if (!avp || fd_msg_avp_hdr(avp, &h) || !h->avp_value || fd_msg_model(avp, &model) || !model ||
+	    fd_dict_getval(model, &data))
 		return NULL;
 	if (size)
-		return data.avp_basetype == AVP_TYPE_UNSIGNED32 || data.avp_basetype == AVP_TYPE_INTEGER32 ? h->avp_value : NULL;
+		return data.avp_basetype == AVP_TYPE_UNSIGNED32 || data.avp_basetype == AVP_TYPE_INTEGER32 ?
+		       h->avp_value : NULL;
 	return data.avp_basetype == AVP_TYPE_OCTETSTRING ? h->avp_value : NULL;
 }
 
@@ -367,7 +381,8 @@ static const char *group_fault(msg_or_avp *group, int parent, const char *name, 
 			return FAULT("an AVP without a header in %s", name);
 		n = known(a);
 		if (n < 0 && h->avp_flags & AVP_FLAG_MANDATORY)
-			return FAULT("AVP %u of vendor %u in %s must be known, and is not", h->avp_code, h->avp_vendor, name);
+			return FAULT("AVP %u of vendor %u in %s must be known, and is not", h->avp_code,
+				     h->avp_vendor, name);
 		if (n < 0)
 			continue;
 		if ((h->avp_flags & VM) != avps[n].flags && n != A_ERROR_MESSAGE && n != A_ERROR_REPORTING_HOST)
@@ -401,7 +416,8 @@ const char *tgpp_fault(struct msg *m)
 	if (i == COMMANDS)
 		return "a command that is none of ours";
 	if (occurs(m, A_RESULT_CODE) + occurs(m, A_EXPERIMENTAL_RESULT) != 1)
-		return FAULT("%d Result-Code and %d Experimental-Result", occurs(m, A_RESULT_CODE), occurs(m, A_EXPERIMENTAL_RESULT));
+		return FAULT("%d Result-Code and %d Experimental-Result", occurs(m, A_RESULT_CODE),
+			     occurs(m, A_EXPERIMENTAL_RESULT));
 	if (result_of(m) / 1000 == 3 && child(m, A_RESULT_CODE))
 		return FAULT("result %u without the E bit", result_of(m));
 	return group_fault(m, IS_COMMAND | i, commands[i].name, 0);

@@ -110,8 +110,8 @@ extern const uint32_t tgpp_app_ids[APPS];
 extern struct dict_object *tgpp_apps[APPS], *tgpp_commands[COMMANDS], *tgpp_vendor;
 
 /*
- * Makes the dictionary: for an HSS with all rules, and without what is ours, which no HSS knows. An object that is there
- * already with other data is an error, as it is in Open5GS.
+ * Makes the dictionary: for an HSS with all rules, and without what is ours, which no HSS knows. An object that is
+ * there already with other data is an error, as it is in Open5GS.
  */
 int tgpp_dictionary(int hss);
 
