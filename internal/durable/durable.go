@@ -9,12 +9,14 @@ import (
 )
 
 // WriteFile puts data at path in one step, replacing what was there, and returns when file and name would survive a
-// loss of power.
+// loss of power. What a process leaves that is killed meanwhile is beside path, and begins with a dot.
 func WriteFile(path string, data []byte, perm os.FileMode) error {
-	if err := renameio.WriteFile(path, data, perm, renameio.WithStaticPermissions(perm)); err != nil {
+	dir := filepath.Dir(path)
+	err := renameio.WriteFile(path, data, perm, renameio.WithStaticPermissions(perm), renameio.WithTempDir(dir))
+	if err != nil {
 		return err
 	}
-	return SyncDir(filepath.Dir(path))
+	return SyncDir(dir)
 }
 
 // MkdirAll makes a folder and its parents, so that they survive a loss of power.
