@@ -30,7 +30,7 @@ build: deps-build ## bin/factory, bin/keysvc and bin/mesim
 demo: deps-demo build $(if $(filter vault,$(DIRECTORY)),vaultdev) ## the whole flow on SoftHSM (DEVICES=1000, BITS=2048|3072|4096, DIRECTORY=file|vault)
 	DEVICES=$(DEVICES) BITS=$(BITS) DIRECTORY=$(DIRECTORY) scripts/demo.sh
 
-plugin: deps-plugin ## bin/kme.fdx, the extension of freeDiameter
+plugin: deps-plugin ## bin/kme.fdx, the extension of freeDiameter (FREEDIAMETER=PREFIX: of one that is not the system's)
 	@mkdir -p bin
 	$(MAKE) -C plugins/freediameter OUT=$(CURDIR)/bin
 

@@ -527,6 +527,7 @@ func TestS6aFaults(t *testing.T) {
 	d.keysvc.Stop(syscall.SIGTERM)
 	bound("down")
 	d.startKeysvc()
+	await(t, "keysvc is asked again", func() bool { return m.ask("AIR", closed, "1", "-")[1] == success })
 	m.expect("back", "AIA 2001 2 -", "AIR", closed, "1", "-")
 
 	// An MME that is killed under load, and comes back.

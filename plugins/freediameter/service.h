@@ -1,5 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Calls of kme.v1.KeyService over HTTP/JSON. See ../../api/kme/v1/kme.proto. */
+/*
+ * Calls of kme.v1.KeyService over HTTP/JSON, any number at once on one thread. See ../../api/kme/v1/kme.proto.
+ *
+ * All but kme_wake() is for that one thread. A call goes: kme_ask_*(), kme_start(), and, unless its reply is there at
+ * once, kme_turn() until it calls done. It has its time-out in any case.
+ */
 #ifndef KME_SERVICE_H
 #define KME_SERVICE_H
 
@@ -9,42 +14,80 @@
 #define KME_RAND	16
 #define KME_NW_SIG	32
 #define KME_ATTEMPT	64	/* the longest attempt id that is taken */
+#define KME_RANDS	32	/* the most of a call */
+#define KME_REASON	32
 
-/* Binding-Status: what became of a call. */
+/* The first four are Binding-Status, too. */
 enum kme_status {
 	KME_OK = 0,
 	KME_REFUSED = 1,	/* the payload, the device or the subscription: the same again will not do */
 	KME_NO_ATTEMPT = 2,	/* none is open: a new vector opens one */
 	KME_UNAVAILABLE = 3,	/* the service is away, slow or overloaded: later, maybe */
-	KME_NOT_BOUND = 4,	/* never on the wire */
+	KME_NOT_BOUND,
+	KME_NOT_ALLOWED,	/* this origin may not provision, or this caller not ask */
+	KME_BUSY,		/* not asked: too many calls are under way */
 };
+
+enum kme_control { KME_NO_CONTROL, KME_PROVISIONING_ONLY = 1, KME_PREPROCESSED = 2 };	/* as in Binding-Control */
+enum kme_method { KME_PREPARE, KME_ESTABLISH, KME_REPORT, KME_RESTORE, KME_BINDING };
 
 struct kme_service {
 	const char *url;		/* https://host:port, or unix:/path */
 	const char *ca, *cert, *key;	/* PEM files, for https */
 	long timeout_ms;
+	long calls;			/* at once, at most */
+	long breaker;			/* so many failures in a row, and nobody waits any more */
 };
 
-struct kme_vector {
-	uint8_t rand[KME_RAND];
-	char attempt[KME_ATTEMPT + 1];	/* empty: RAND is encrypted under the KME */
+struct kme_reply {
+	enum kme_status status;
+	char reason[KME_REASON + 1];	/* why it is not KME_OK */
+	enum kme_control control;
+	char attempt[KME_ATTEMPT + 1];	/* empty unless PROVISIONING_ONLY */
+	uint8_t rands[KME_RANDS][KME_RAND];
+	uint8_t nw_sig[KME_NW_SIG];
+	int bound;			/* PENDING or ACTIVE */
 };
 
-/* A caller is one thread's connection to the service. NULL when memory is short. */
-struct kme_caller;
-struct kme_caller *kme_caller_new(const struct kme_service *service);
-void kme_caller_free(struct kme_caller *c);
+struct kme_call {
+	void (*done)(struct kme_call *c);
+	struct kme_reply reply;
+	/* below here, service.c's own */
+	enum kme_method method;
+	size_t asked;			/* RANDs */
+	char *body;
+	struct kme_call *older, *newer;	/* of those under way */
+	void *curl;
+	uint64_t deadline;
+	size_t size;
+	char text[8192];		/* several times the longest reply */
+};
 
-/* The text of an identity is checked: digits only for IMSI and IMEI, base64url for an attempt. */
-enum kme_status kme_prepare(struct kme_caller *c, const char *imsi, const uint8_t rand[KME_RAND], struct kme_vector *out);
-enum kme_status kme_restore(struct kme_caller *c, const char *imsi, uint8_t rand[KME_RAND]);
-enum kme_status kme_report(struct kme_caller *c, const char *imsi);
-enum kme_status kme_establish(struct kme_caller *c, const char *imsi, const char *imei, const char *attempt,
-			      const uint8_t *payload, size_t size, uint8_t nw_sig[KME_NW_SIG]);
+int kme_service_start(const struct kme_service *of);
+void kme_wake(void);			/* ends kme_turn(); from any thread */
+void kme_turn(int wait_ms);		/* at most; runs what there is to do */
+void kme_service_end(void);		/* what is under way is done, in vain; nothing may be started then */
 
-/* What a reply says. A refusal has its reason in the header Kme-Reason; NULL is none. For tests and fuzzing too. */
-enum kme_status kme_parse_vector(const char *json, size_t size, struct kme_vector *out);
-enum kme_status kme_parse_nw_sig(const char *json, size_t size, uint8_t nw_sig[KME_NW_SIG]);
-enum kme_status kme_parse_reason(const char *reason);
+/*
+ * What is asked is checked: digits only for IMSI and IMEI, base64url for an attempt. What is not right has its reply
+ * already.
+ */
+void kme_ask_prepare(struct kme_call *c, const char *imsi, const char *origin, uint8_t *const *rands, size_t n,
+		     int no_provisioning);
+void kme_ask_establish(struct kme_call *c, const char *imsi, const char *origin, const char *imei, const char *attempt,
+		       const uint8_t *payload, size_t size);
+void kme_ask_report(struct kme_call *c, const char *imsi, const char *origin, int ok, int no_provisioning);
+void kme_ask_restore(struct kme_call *c, const char *imsi, const char *origin, const uint8_t *rand);
+void kme_ask_binding(struct kme_call *c, const char *imsi);
+
+/* 1: under way. 0: the reply is there. */
+int kme_start(struct kme_call *c);
+
+/* Milliseconds that only go on. */
+uint64_t kme_now(void);
+
+/* What a reply with HTTP status 200, and one with another and this Kme-Reason (or NULL), says. For fuzzing too. */
+void kme_parse(enum kme_method method, const char *json, size_t size, size_t asked, struct kme_reply *out);
+void kme_parse_error(const char *reason, struct kme_reply *out);
 
 #endif

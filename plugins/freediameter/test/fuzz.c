@@ -1,69 +1,72 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * A target of libFuzzer: what kme.c does with messages from the wire, and service.c with replies of the service. The first
- * byte says which; the calls of the service are answered here, as the byte says.
+ * A target of libFuzzer: what s6a.c does with messages from the wire, and service.c with replies of the service. The
+ * first two bytes say which; the calls of the service are answered here, as they say.
  */
-#define kme_prepare	real_prepare
-#define kme_restore	real_restore
-#define kme_report	real_report
-#define kme_establish	real_establish
+#define kme_start	real_start
 #include "../service.c"
-#undef kme_prepare
-#undef kme_restore
-#undef kme_report
-#undef kme_establish
+#undef kme_start
 
-static enum kme_status verdict;
-static enum kme_status kme_prepare(struct kme_caller *c, const char *imsi, const uint8_t rand[KME_RAND], struct kme_vector *out)
-{
-	memset(out, 0, sizeof(*out));
-	memcpy(out->rand, rand, KME_RAND);
-	memcpy(out->attempt, "attempt", verdict & 1 ? 0 : 7);
-	return verdict;
-}
-static enum kme_status kme_restore(struct kme_caller *c, const char *imsi, uint8_t rand[KME_RAND])
-{
-	memset(rand, 1, KME_RAND);
-	return verdict;
-}
-static enum kme_status kme_report(struct kme_caller *c, const char *imsi)
-{
-	return strlen(imsi) > 15 ? abort(), verdict : verdict;
-}
-static enum kme_status kme_establish(struct kme_caller *c, const char *imsi, const char *imei, const char *attempt, const uint8_t *payload, size_t size, uint8_t nw_sig[KME_NW_SIG])
-{
-	volatile uint8_t sum = 0;
-
-	while (size)
-		sum ^= payload[--size];
-	memset(nw_sig, sum, KME_NW_SIG);
-	return verdict;
-}
-#include "../kme.c"
+#include "../kme.h"
 
 int fd_msg_init(void);	/* the core's own, which it calls once it has read its configuration */
+
+static unsigned choice;	/* what the calls come to */
+
+int kme_start(struct kme_call *c)
+{
+	struct kme_reply *r = &c->reply;
+
+	if (!c->body)
+		return 0;	/* it has been refused */
+	free(c->body);
+	c->body = NULL;
+	reply_is(r, (enum kme_status)(choice % (KME_BUSY + 1)), "a reason");
+	r->control = choice & 8 ? KME_PREPROCESSED : KME_PROVISIONING_ONLY;
+	if (r->control == KME_PROVISIONING_ONLY)
+		memcpy(r->attempt, "attempt", 8);
+	r->bound = choice & 1;
+	memset(r->rands, 0x5a, sizeof(r->rands));
+	choice /= 2;	/* the next call comes to something else */
+	return 0;
+}
+
+void count(enum counter c)
+{
+}
+
+void say_refused(struct msg *m, const char *imsi, const char *origin, const char *why)
+{
+	if (strlen(imsi) > 15 || strlen(origin) > MAX_ORIGIN || !*why)
+		abort();
+}
 
 int LLVMFuzzerInitialize(int *argc, char ***argv)
 {
 	fd_g_debug_lvl = FD_LOG_FATAL + 1;
-	if (fd_core_initialize() || fd_msg_init() || dictionary())
+	if (fd_core_initialize() || fd_msg_init() || dict_own(VENDOR_OWN) || dict_ready())
 		abort();
 	fd_g_config->cnf_diamid = (DiamId_t)"fuzz.test";
 	fd_g_config->cnf_diamid_len = 9;
 	fd_g_config->cnf_diamrlm = (DiamId_t)"test";
 	fd_g_config->cnf_diamrlm_len = 4;
-	conf.open[conf.opens++] = "00102";
+	conf.origin_rate = 1000000;
+	conf.open.of[conf.open.n++] = "00102";
+	conf.provision_from.of[conf.provision_from.n++] = "home";
+	conf.provision_from.of[conf.provision_from.n++] = "26201";
+	conf.home_realms.of[conf.home_realms.n++] = "mme.test";
+	conf.legacy_mmes.of[conf.legacy_mmes.n++] = "*.old.test";
 	return 0;
 }
 
 /* A message of these AVPs as it comes to one that passes it on: the top level is parsed, and nothing below. */
-static struct msg *from_wire(uint32_t command, uint8_t flags, const uint8_t *avps, size_t size)
+static struct msg *from_wire(uint32_t application, uint32_t command, uint8_t flags, const uint8_t *avps, size_t size)
 {
 	size_t all = 20 + ((size + 3) & ~(size_t)3);
 	uint8_t *wire = calloc(1, all);
 	struct msg *m = NULL;
-	const uint8_t head[] = { 1, (uint8_t)(all >> 16), (uint8_t)(all >> 8), (uint8_t)all, flags, 0, (uint8_t)(command >> 8), (uint8_t)command,
-		1, 0, 0, 0x23 };	/* S6A_APP */
+	const uint8_t head[] = { 1, (uint8_t)(all >> 16), (uint8_t)(all >> 8), (uint8_t)all, flags, 0,
+		(uint8_t)(command >> 8), (uint8_t)command, 1, 0, 0, (uint8_t)application };
 
 	if (!wire)
 		return NULL;
@@ -72,43 +75,73 @@ static struct msg *from_wire(uint32_t command, uint8_t flags, const uint8_t *avp
 		memcpy(wire + 20, avps, size);
 	if (fd_msg_parse_buffer(&wire, all, &m))
 		free(wire);
+	else
+		fd_msg_source_set(m, (DiamId_t)"peer.test", 9);
 	return m;
+}
+
+static int is_whole(struct msg *m)
+{
+	uint8_t *bytes = NULL;
+	size_t size;
+	int whole = !fd_msg_bufferize(m, &bytes, &size);
+
+	free(bytes);
+	return whole;
+}
+
+static enum verdict all_steps(struct job *j)
+{
+	enum verdict v;
+
+	while ((v = j->step(j)) == ASK)
+		kme_start(&j->call);
+	return v;
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-	struct kme_vector vector;
-	uint8_t nw_sig[KME_NW_SIG];
-	char reason[64];
-	struct msg *m, *question;
-	uint32_t command;
+	static const struct {
+		uint32_t application, command;
+	} kinds[] = { { S6A_APP, CMD_AIR }, { S6A_APP, CMD_ULR }, { SWX_APP, CMD_MAR }, { CX_APP, CMD_MAR } };
+	static const char *const reasons[] = { NULL, "NOT_BOUND", "KME_REJECTED", "no reason" };
+	struct job job = { .kind = REQUEST_PASSING };
+	struct kme_reply reply;
+	struct msg *question;
+	unsigned kind;
+	int whole;
 
-	if (size < 1)
+	if (size < 2)
 		return 0;
-	verdict = (enum kme_status)(data[0] % 5);
-	conf.rejected = (enum rejected)(data[0] / 5 % 3);
-	command = data[0] & 0x40 ? CMD_AIR : CMD_ULR;
-	data++, size--;
-	if ((data[-1] & 0x30) == 0x30) {
-		kme_parse_vector((const char *)data, size, &vector);
-		kme_parse_nw_sig((const char *)data, size, nw_sig);
-		snprintf(reason, sizeof(reason), "%.*s", (int)size, (const char *)data);
-		kme_parse_reason(reason);
+	kind = data[0];
+	choice = data[1];
+	data += 2, size -= 2;
+	if (kind & 0x80) {
+		kme_parse((enum kme_method)(kind % 5), (const char *)data, size, choice % 40, &reply);
+		kme_parse_error(reasons[choice % 4], &reply);
 		return 0;
 	}
-	if (data[-1] & 0x80) {
-		if (!(m = from_wire(command, CMD_FLAG_REQUEST | CMD_FLAG_PROXIABLE, data, size)))
-			return 0;
-		unseen_request(NULL, &m);
+	conf.swx = conf.cx = kind & 4 ? MODE_PROCESS : MODE_REFUSE;
+	conf.authorization_rejected = kind >> 3 & 1;
+	conf.agents = (struct list){ .of = { "peer.test" }, .n = kind >> 4 & 1 };
+	job.msg = from_wire(kinds[kind & 3].application, kinds[kind & 3].command,
+			    (uint8_t)(CMD_FLAG_PROXIABLE | (kind & 0x20 ? CMD_FLAG_REQUEST : 0)), data, size);
+	if (!job.msg)
+		return 0;
+	if (kind & 0x20) {
+		job.step = s6a_request;
 	} else {
-		if (!(m = from_wire(command, CMD_FLAG_PROXIABLE, data, size)))
-			return 0;
+		job.kind = ANSWER;
+		job.step = s6a_answer;
 		/* Its question has the same AVPs, which is as good as any. */
-		if ((question = from_wire(command, CMD_FLAG_REQUEST | CMD_FLAG_PROXIABLE, data, size))) {
-			fd_msg_answ_associate(m, question);
-			answer(NULL, m);
-		}
+		question = from_wire(kinds[kind & 3].application, kinds[kind & 3].command,
+				     CMD_FLAG_REQUEST | CMD_FLAG_PROXIABLE, data, size);
+		if (question)
+			fd_msg_answ_associate(job.msg, question);
 	}
-	fd_msg_free(m);
+	whole = is_whole(job.msg);
+	if (all_steps(&job) != DROP && whole && !is_whole(job.msg))
+		abort();	/* it would be cut short */
+	fd_msg_free(job.msg);
 	return 0;
 }

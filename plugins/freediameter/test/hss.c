@@ -4,7 +4,7 @@
  * a line of the file being "IMSI K OPc". With "act:" answers are handed back
  * by DISP_ACT_SEND, else sent by fd_msg_send(): real handlers do either.
  */
-#include "../dict.h"
+#include "dict.h"
 
 #include <pthread.h>
 #include <stdio.h>

@@ -16,7 +16,7 @@
  * descriptor.
  */
 #define _GNU_SOURCE
-#include "../dict.h"
+#include "dict.h"
 
 #include <fcntl.h>
 #include <inttypes.h>

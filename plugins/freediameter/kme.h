@@ -1,0 +1,86 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* What the files of kme.fdx know of each other. kme.c says what it does. */
+#ifndef KME_H
+#define KME_H
+
+#include "dict.h"
+#include "service.h"
+
+/* conf.c */
+
+#define MAX_LIST	64
+#define MAX_ORIGIN	255
+
+struct list {
+	const char *of[MAX_LIST];
+	int n;
+};
+
+enum mode { MODE_REFUSE, MODE_PROCESS, MODE_PASS };
+
+struct conf {
+	struct kme_service service;
+	char *text;				/* the file, which the strings point into */
+	uint32_t vendor;
+	long handlers, origin_rate;
+	int authorization_rejected;		/* a refused payload is answered 5003, not 5420 */
+	enum mode swx, cx, zh;
+	struct list open;			/* IMSIs that begin like this pass while the service cannot be asked */
+	struct list agents, legacy_mmes;	/* HOST, or *.REALM */
+	struct list provision_from;		/* PLMNs, "home" or "any" */
+	struct list home_realms;
+};
+
+extern struct conf conf;
+
+int conf_read(const char *path);
+int conf_names(const struct list *l, const char *name);
+
+/* kme.c: counters and the log */
+
+enum counter {
+	PREPARED, RESTORED, ESTABLISHED, REPORTED, REFUSED, UNAVAILABLE, PASSED_OPEN, OVERLOADED, LIMITED, SPOOFED,
+	MALFORMED, COUNTERS
+};
+
+void count(enum counter c);	/* from any thread; the others from the calls' */
+void say_refused(struct msg *m, const char *imsi, const char *origin, const char *why);
+void tell(int end);		/* what there is to tell by now */
+
+/* tap.c: how messages are taken and given back */
+
+enum kind { REQUEST_LOCAL, REQUEST_PASSING, ANSWER };
+
+/* What becomes of a message. */
+enum verdict {
+	ASK,	/* it waits for job.call; then job.step is next */
+	GO_ON,	/* a request goes to its handler or its next hop, an answer to who asked */
+	REPLY,	/* job.msg is the answer to the request that it was */
+	DROP,	/* neither, for want of memory: whoever asked runs into a time-out */
+};
+
+/* A message that is ours for a while. */
+struct job {
+	struct kme_call call;		/* first */
+	struct job *next;		/* in a queue */
+	enum kind kind;
+	struct msg *msg;
+	enum verdict (*step)(struct job *j);
+	/* below here, s6a.c's own: what the request says */
+	char imsi[16], origin[MAX_ORIGIN + 1];
+	int announced, may_provision, legacy, no_provisioning;
+	uint8_t *rands[KME_RANDS];	/* in the message, or to be so */
+	size_t n, at;
+};
+
+int tap_start(void);	/* from here on, messages are taken */
+void tap_end(void);	/* nobody else runs in here, or has a message of the host, when it returns */
+
+/* s6a.c */
+
+int s6a_takes(struct msg *m, int request);
+enum verdict s6a_request(struct job *j);
+enum verdict s6a_answer(struct job *j);
+int s6a_refuse(struct msg **m, const char *result, uint32_t experimental);
+
+#endif
