@@ -293,7 +293,11 @@ static int is_imsi(const char *s)
 	return n >= 6 && n <= 15 && strspn(s, "0123456789") == n;
 }
 
-/* User-Name is an IMSI in S6a. Elsewhere it may be an NAI with one: of EAP-AKA (0) and EAP-AKA' (6), and of IMS. */
+/*
+ * User-Name is an IMSI in S6a. Elsewhere it may be an NAI with one: of EAP-AKA (0) and EAP-AKA' (6), and of IMS. An HSS
+ * may read an IMSI where there is none for others: all digits of the name, the realm's too, or an MSISDN (Open5GS 2.8
+ * does both). So there it has 15 digits, beside which no other is left to be read.
+ */
 static void read_imsi(struct job *j, struct msg *request)
 {
 	char name[MAX_ORIGIN + 1], *imsi = name;
@@ -303,6 +307,8 @@ static void read_imsi(struct job *j, struct msg *request)
 		name[strcspn(name, "@")] = 0;
 		if (strlen(name) == 16 && (*name == '0' || *name == '6'))
 			imsi++;
+		if (strlen(imsi) != 15)
+			*imsi = 0;
 	}
 	snprintf(j->imsi, sizeof(j->imsi), "%s", is_imsi(imsi) ? imsi : "");
 }
@@ -803,11 +809,9 @@ static enum verdict multimedia_request(struct job *j)
 	uint8_t *info;
 	size_t size;
 
-	if (!*j->imsi) {	/* whose it is cannot be told; a name that is no SIM's is IMS's own */
-		if (application(j->msg) != SWX_APP && child(j->msg, 0, BASE_USER_NAME))
-			return GO_ON;
+	if (!*j->imsi) {	/* whose SIM it is only the HSS can tell */
 		count(REFUSED);
-		return refuse(j, "its User-Name is no IMSI", AUTHORIZATION_REJECTED, 0);
+		return refuse(j, "its User-Name is no IMSI of 15 digits", AUTHORIZATION_REJECTED, 0);
 	}
 	if (mode_of(application(j->msg)) == MODE_REFUSE) {
 		kme_ask_binding(&j->call, j->imsi);
@@ -870,8 +874,6 @@ enum verdict s6a_answer(struct job *j)
 	case CMD_ULR:
 		return location_answer(j, request);
 	}
-	if (!*j->imsi)
-		return GO_ON;	/* no SIM's: its request has passed, too */
 	j->no_provisioning = 1;
 	j->legacy = 0;
 	return vectors_answer(j, TGPP_SIP_AUTH_DATA_ITEM);
