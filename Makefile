@@ -56,13 +56,15 @@ check: lint deps-check ## lint, and the tests that need no Vault, PostgreSQL, br
 
 test: check deps-test vaultdev ## what CI runs: check, and the other tests
 	@scripts/step.sh 'tests with Vault, PostgreSQL, a browser and Diameter' scripts/leaves-nothing.sh go test -race -run '$(SERVERS)' $(SERVER_PACKAGES)
+	@scripts/step.sh 'the model of a binding, by spin' scripts/model.sh
 	$(MAKE) fuzz-plugin PLUGIN_FUZZ='-seed=1 -runs=1000000' # always the same inputs
 
 flaky: deps-test vaultdev ## the tests N=20 times with every core busy, and once with GOMAXPROCS=1: logs of failed runs in var/flaky
 	N=$(or $(N),20) scripts/flaky.sh
 
-soak: deps-test vaultdev ## 200 random kill -9 of factory and Vault over a lot of 20,000 devices; 200 of keysvc and PostgreSQL; an HSM away for 10 s
+soak: deps-test vaultdev ## 200 random kill -9 of factory and Vault over a lot of 20,000 devices; 200 of keysvc and PostgreSQL; an HSM away for 10 s; 10,000 attaches over S6a, with a tenth of all answers lost
 	KMEHSM_SOAK=1 go test -count=1 -timeout 60m -run KilledWhilePublishing -v ./internal/proof
+	KMEHSM_SOAK=1 go test -count=1 -timeout 100m -run TestS6aChaos -v ./internal/proof
 	KMEHSM_SOAK=1 go test -count=1 -timeout 60m -run 'Killed|TestMutated' -v ./binding
 	KMEHSM_SOAK=1 go test -count=1 -timeout 20m -run 'TestOutage|TestRemoteKilled' -v ./internal/faultmodule
 

@@ -69,6 +69,7 @@ type VectorRequest struct {
 	AttemptID      string        // of the attempt, should one be opened
 	AttemptTTL     time.Duration // its life; one that is open already serves while it has half of that left
 	PendingVectors int           // how many requests a pending binding answers before it ends
+	Ready          string        // AttemptID of the pending binding that the vectors are encrypted under; empty at first
 }
 
 // A Decision is what the vectors of a VectorRequest are processed with: either a Binding or an Attempt.
@@ -111,9 +112,10 @@ var (
 type Store interface {
 	// Subscription is what there is of an IMSI.
 	Subscription(ctx context.Context, imsi kme.IMSI, now time.Time) (*Subscription, error)
-	// Prepare decides what vectors are processed with, and notes it: RANDs that leave in clear as spent, and the origin in a pending
-	// binding. An attempt that an administrator has opened comes before a binding. Fails with ErrNotBound where there is no binding
-	// and the origin may not provision, and with ErrSpent if a RAND would leave under a KME after it has left in clear.
+	// Prepare decides what vectors are processed with, and notes what leaves: RANDs in clear as spent, and the origin in
+	// a pending binding, but only when vectors are Ready under it: who gets none is not one who was sent one. An attempt
+	// that an administrator has opened comes before a binding. Fails with ErrNotBound where there is no binding and the
+	// origin may not provision, and with ErrSpent if a RAND would leave under a KME after it has left in clear.
 	Prepare(ctx context.Context, q VectorRequest) (Decision, error)
 	// Spent says whether an IMSI was sent a RAND in clear.
 	Spent(ctx context.Context, imsi kme.IMSI, rand hsmkeys.RAND) (bool, error)
@@ -131,7 +133,7 @@ type Store interface {
 	// device, unless imei is zero.
 	Bindings(ctx context.Context, after string, imei kme.IMEI, limit int, now time.Time) ([]*Binding, error)
 	// Revoke ends an IMSI's bindings and attempts, and forgets the KME. It gives the binding as it is then, also if it was revoked
-	// before, or fails with ErrNotBound.
+	// before, or fails with ErrNotBound if there was none; attempts end all the same.
 	Revoke(ctx context.Context, imsi kme.IMSI, now time.Time) (*Binding, error)
 	// DropExpired removes attempts that have expired.
 	DropExpired(ctx context.Context, now time.Time) error

@@ -42,8 +42,8 @@ func rejected(cause error) *Refusal {
 	return refuse(kme.KMERejected, "the payload was not accepted", cause)
 }
 
-// fromStore turns a Store's error into a refusal. It leaves the caller's own deadline and cancellation what they are, and
-// a panic: no store is away then, and none will be back.
+// fromStore turns a Store's error into a refusal. It leaves the caller's own deadline and cancellation what they
+// are, and a panic: no store is away then, and none will be back.
 func fromStore(ctx context.Context, err error) error {
 	switch {
 	case err == nil:

@@ -53,8 +53,9 @@ func serveChild(t *testing.T, args []string) {
 	t.Fatal(server.Serve(l))
 }
 
-// The service is killed with -9 under load, again and again, and with it PostgreSQL, where that is the store: every NW_SIG that a client received is in the
-// store, and no KME is accepted twice, asked again in the same attempt or in others.
+// The service is killed with -9 under load, again and again, and with it PostgreSQL, where that is the store: every
+// NW_SIG that a client received is in the store, and no KME is accepted twice, asked again in the same attempt or
+// in others.
 func TestKilled(t *testing.T) {
 	if args := os.Getenv(childArgs); args != "" {
 		serveChild(t, strings.Split(args, "\n"))

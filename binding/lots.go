@@ -99,7 +99,10 @@ func (l *Lots) CheckDirectories(ctx context.Context) map[string]error {
 func (l *Lots) Overdue() map[string][]directory.Overdue {
 	all := map[string][]directory.Overdue{}
 	for _, r := range l.ranges {
-		all[r.lot.manifest.Manufacturer] = r.lot.reader.Overdue()
+		m := r.lot.manifest.Manufacturer
+		if _, asked := all[m]; !asked { // its lots have one reader
+			all[m] = r.lot.reader.Overdue()
+		}
 	}
 	return all
 }

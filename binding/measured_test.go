@@ -10,7 +10,8 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys"
 )
 
-// Every operation of the HSM is measured by its name, the decryption for kme-export too, and each has its wait for a session.
+// Every operation of the HSM is measured by its name, the decryption for kme-export too, and each has its wait for
+// a session.
 func TestMeasured(t *testing.T) {
 	r, _, l := newServed(t)
 	registry := prometheus.NewRegistry()

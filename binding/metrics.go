@@ -29,10 +29,14 @@ func NewMetrics(r prometheus.Registerer) *Metrics {
 		calls:    prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "kme_call_seconds", Help: "Calls by method and reason (OK, or that of the refusal).", Buckets: buckets}, []string{"method", "reason"}),
 		refusals: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "kme_refusals_total", Help: "Refused calls, by reason."}, []string{"reason"}),
 		rejected: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "kme_rejected_payloads_total", Help: "Payloads that were rejected, by what was wrong; callers do not learn it."}, []string{"fault"}),
-		hsm:      prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "kme_hsm_operation_seconds", Help: "Operations of the HSM, without the wait for a session.", Buckets: buckets}, []string{"operation", "result"}),
+		hsm: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "kme_hsm_operation_seconds", Help: "Operations of the HSM, without the wait for a session.", Buckets: buckets,
+		}, []string{"operation", "result"}),
 		queue:    prometheus.NewHistogram(prometheus.HistogramOpts{Name: "kme_hsm_queue_seconds", Help: "The wait for a session of the HSM.", Buckets: buckets}),
 		inFlight: prometheus.NewGauge(prometheus.GaugeOpts{Name: "kme_calls_in_flight", Help: "Calls that are at the HSM, or wait for it."}),
-		panics:   prometheus.NewCounter(prometheus.CounterOpts{Name: "kme_panics_total", Help: "Panics, each of which has ended a call or some work."}),
+		panics: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "kme_panics_total", Help: "Panics, each of which has ended a call or some work.",
+		}),
 	}
 	r.MustRegister(m.calls, m.refusals, m.rejected, m.hsm, m.queue, m.inFlight, m.panics)
 	return m

@@ -360,12 +360,13 @@ func (r *modelRun) open(m *modelled) {
 func (r *modelRun) revoke(m *modelled) {
 	b, err := r.r.service.RevokeBinding(r.Context(), m.imsi)
 	r.note(m, "revoked: %v", err)
+	m.attempts = nil
 	if m.standing() == nil && m.revoked == nil {
 		checkRefused(r, "nothing was revoked", err, kme.NotBound, "")
 		return
 	}
 	if s := m.standing(); s != nil {
-		m.revoked, m.pending, m.active, m.attempts = s, nil, nil, nil
+		m.revoked, m.pending, m.active = s, nil, nil
 	}
 	if err != nil || b.State != binding.Revoked || b.IMEI != m.revoked.device.imei || len(b.Sealed) != 0 {
 		r.fail("revoked %+v, %v", b, err)
@@ -390,8 +391,8 @@ func (r *modelRun) get(m *modelled) {
 	}
 }
 
-// Calls of all kinds at once: no KME is accepted twice, and in the end each IMSI has at most one binding of each state, of a
-// payload that was accepted for it.
+// Calls of all kinds at once, from several origins: no KME is accepted twice, a vector is in clear or under the KME of a
+// payload, and in the end each IMSI has at most one binding of each state, of a payload that was accepted for it.
 func TestModelAtOnce(t *testing.T) {
 	r, _, l := newServed(t)
 	r.service = binding.NewService(r.token, r.store, must[*binding.Lots](t)(binding.NewLots(must[[]*binding.Lot](t)(r.store.Lots(t.Context())), r.readers)), times(), slog.New(slog.DiscardHandler))
@@ -407,15 +408,31 @@ func TestModelAtOnce(t *testing.T) {
 	}
 	var mu sync.Mutex
 	accepted := map[int]map[string]bool{} // the attempts that a payload was accepted in
+	activated := 0
+	origins := modelOrigins(t)
 	var all sync.WaitGroup
 	for w := range 8 {
 		all.Go(func() {
 			random := rand.New(rand.NewPCG(uint64(w), uint64(time.Now().UnixNano())))
+			report := func(imsi string, ok bool, o binding.Origin) {
+				got, err := r.service.ReportAuthentication(t.Context(), imsi, ok, o)
+				if err != nil {
+					checkRefused(t, "a report", err, kme.NotBound, "")
+					return
+				}
+				if b := got.Binding; b != nil && b.State == binding.Active {
+					mu.Lock()
+					activated++
+					mu.Unlock()
+				} else if b != nil && b.State != binding.Pending || got.Served && b == nil {
+					t.Errorf("the report gives %+v", got)
+				}
+			}
 			for range 200 {
-				imsi := imsis[random.IntN(len(imsis))]
+				imsi, o := imsis[random.IntN(len(imsis))], origins[random.IntN(len(origins))]
 				switch random.IntN(8) {
 				case 0:
-					r.service.ReportAuthentication(t.Context(), imsi, random.IntN(2) == 0, here)
+					report(imsi, random.IntN(4) > 0, o)
 				case 1:
 					if random.IntN(4) == 0 {
 						r.service.RevokeBinding(t.Context(), imsi)
@@ -423,17 +440,36 @@ func TestModelAtOnce(t *testing.T) {
 				case 2:
 					r.service.OpenProvisioning(t.Context(), imsi, time.Minute)
 				default:
-					p, err := r.service.PrepareVector(t.Context(), imsi, newRANDs(1), here)
+					rands := newRANDs(1)
+					p, err := r.service.PrepareVector(t.Context(), imsi, rands, o)
 					if err != nil {
-						t.Error(err)
-						return
+						if o.Provisioning == binding.Allowed {
+							t.Error(err)
+							return
+						}
+						checkRefused(t, "an origin that may not provision", err, kme.CallerNotAllowed, "")
+						continue
 					}
 					if p.AttemptID == "" {
+						if !slices.ContainsFunc(payloads, func(s sent) bool {
+							block := must[cipher.Block](t)(aes.NewCipher(s.plain.KME.Bytes()))
+							want := make([]byte, hsmkeys.RANDSize)
+							block.Encrypt(want, rands[0])
+							return bytes.Equal(p.RANDs[0][:], want)
+						}) {
+							t.Error("a vector is under no KME")
+						}
+						if random.IntN(2) == 0 { // AKA has succeeded
+							report(imsi, true, o)
+						}
 						continue
+					}
+					if o.Provisioning != binding.Allowed {
+						t.Errorf("%s may not provision, and has an attempt", o.Name)
 					}
 					n := random.IntN(len(payloads))
 					s := payloads[n]
-					e, err := r.service.EstablishKME(t.Context(), imsi, s.device.imei.String(), p.AttemptID, s.payload, here, false)
+					e, err := r.service.EstablishKME(t.Context(), imsi, s.device.imei.String(), p.AttemptID, s.payload, o, false)
 					var refusal *binding.Refusal
 					if err != nil && (!errors.As(err, &refusal) || !slices.Contains([]kme.Reason{kme.KMERejected, kme.NoAttempt, kme.OtherDevice}, refusal.Reason)) {
 						t.Error(err)
@@ -456,8 +492,8 @@ func TestModelAtOnce(t *testing.T) {
 		})
 	}
 	all.Wait()
-	if len(accepted) == 0 {
-		t.Error("nothing was accepted")
+	if len(accepted) == 0 || activated == 0 {
+		t.Errorf("%d payloads were accepted, %d reports found an active binding", len(accepted), activated)
 	}
 	for n, attempts := range accepted {
 		if len(attempts) != 1 {

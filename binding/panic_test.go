@@ -9,8 +9,8 @@ import (
 	"github.com/kmehsm/kmehsm/internal/panics"
 )
 
-// A panic of the token or the store leaves nothing taken: no place among the calls, and none of those that a commit waits
-// for. One that ended on another goroutine is no refusal: nothing is away.
+// A panic of the token or the store leaves nothing taken: no place among the calls, and none of those that a commit
+// waits for. One that ended on another goroutine is no refusal: nothing is away.
 func TestPanics(t *testing.T) {
 	r, _, l := newServed(t)
 	r.service.Limit(binding.Limits{Calls: 1})

@@ -139,32 +139,39 @@ func (s *Service) PrepareVector(ctx context.Context, imsiText string, rands [][]
 }
 
 func (s *Service) prepare(ctx context.Context, imsi kme.IMSI, rands []hsmkeys.RAND, o Origin) (*Prepared, error) {
-	d, err := s.decide(ctx, VectorRequest{
+	q := VectorRequest{
 		IMSI: imsi, Origin: o, RANDs: rands, Now: s.times.Now(), AttemptID: newAttemptID(), AttemptTTL: s.times.Attempt,
 		PendingVectors: s.times.PendingVectors,
-	})
-	if b := d.Ended; b != nil {
-		s.log.InfoContext(ctx, "pending binding ended", "imsi", imsi, "imei", b.IMEI, "vectors", len(b.Sent), "established", b.Established)
 	}
-	switch {
-	case errors.Is(err, ErrNotBound) && o.Provisioning == Forbidden:
-		return nil, mayNotProvision()
-	case err != nil:
-		return nil, fromStore(ctx, err)
-	case d.Attempt != nil:
-		if d.Fresh {
-			s.log.InfoContext(ctx, "attempt opened", "imsi", imsi, "origin", o.Name, "expires", d.Attempt.Expires)
+	for out := rands; ; {
+		d, err := s.decide(ctx, q)
+		if b := d.Ended; b != nil {
+			s.log.InfoContext(ctx, "pending binding ended", "imsi", imsi, "imei", b.IMEI, "vectors", len(b.Sent), "established", b.Established)
 		}
-		s.open.Set(imsi, *d.Attempt)
-		return &Prepared{RANDs: rands, AttemptID: d.Attempt.ID}, nil
-	case s.lots.Load().revoked(ctx, d.Binding.IMEI):
-		return nil, deviceRevoked()
+		switch {
+		case errors.Is(err, ErrNotBound) && o.Provisioning == Forbidden:
+			return nil, mayNotProvision()
+		case err != nil:
+			return nil, fromStore(ctx, err)
+		case d.Attempt != nil:
+			if d.Fresh {
+				s.log.InfoContext(ctx, "attempt opened", "imsi", imsi, "origin", o.Name, "expires", d.Attempt.Expires)
+			}
+			s.open.Set(imsi, *d.Attempt)
+			return &Prepared{RANDs: rands, AttemptID: d.Attempt.ID}, nil
+		case d.Binding.AttemptID == q.Ready: // it was pending, and it is noted who is sent vectors under it
+			return &Prepared{RANDs: out}, nil
+		case s.lots.Load().revoked(ctx, d.Binding.IMEI):
+			return nil, deviceRevoked()
+		}
+		if out, err = s.token.EncryptRANDs(ctx, d.Binding.Sealed, rands); err != nil {
+			return nil, fromToken(ctx, err)
+		}
+		if d.Binding.State == Active {
+			return &Prepared{RANDs: out}, nil
+		}
+		q.Ready = d.Binding.AttemptID
 	}
-	out, err := s.token.EncryptRANDs(ctx, d.Binding.Sealed, rands)
-	if err != nil {
-		return nil, fromToken(ctx, err)
-	}
-	return &Prepared{RANDs: out}, nil
 }
 
 func (s *Service) decide(ctx context.Context, q VectorRequest) (Decision, error) {

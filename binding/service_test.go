@@ -609,6 +609,43 @@ func TestUnavailable(t *testing.T) {
 	}
 }
 
+// Who was sent no vector because the HSM was away, or the device revoked, does not activate a binding.
+func TestNotSent(t *testing.T) {
+	r, m, l := newServed(t)
+	d, imsi := l.devices[0], newIMSI()
+	payload, _ := d.payload(t)
+	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, d.imei.String(), r.attempt(t, imsi), payload, here, false))
+	check := func(reason kme.Reason) {
+		t.Helper()
+		for range 2 * binding.DefaultTimes().PendingVectors {
+			_, err := r.service.PrepareVector(t.Context(), imsi, newRANDs(1), here)
+			checkRefused(t, "a vector", err, reason, "")
+			got := must[*binding.Reported](t)(r.service.ReportAuthentication(t.Context(), imsi, true, here))
+			if got.Binding == nil || got.Binding.State != binding.Pending {
+				t.Fatalf("after no vector it is %+v", got.Binding)
+			}
+		}
+	}
+	r.recorder.mu.Lock()
+	r.recorder.before = func(call string) error {
+		if call == "EncryptRANDs" {
+			return errors.New("away")
+		}
+		return nil
+	}
+	r.recorder.mu.Unlock()
+	check(kme.HSMUnavailable)
+	r.recorder.mu.Lock()
+	r.recorder.before = nil
+	r.recorder.mu.Unlock()
+	if err := directory.Revoke(t.Context(), m.store, m.Signer, l.Manifest, d.imei, "stolen", time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	r.readers[m.KeyID()] = m.reader(t) // one that has not cached the list
+	r.serve(t)
+	check(kme.RevokedDevice)
+}
+
 // A caller who has gone is no fault of the HSM, the directory or the database, and changes nothing.
 func TestCanceled(t *testing.T) {
 	r, _, l := newServed(t)

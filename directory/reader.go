@@ -68,8 +68,8 @@ type packedShard struct {
 	keys  []byte
 }
 
-// A revocationList is the last list that was read and believed, and what came of the last try to read it again: a try that
-// fails does not make it younger.
+// A revocationList is the last list that was read and believed, and what came of the last try to read it again: a
+// try that fails does not make it younger.
 type revocationList struct {
 	list    *Revocations // nil if none was read yet
 	fetched time.Time
@@ -253,8 +253,8 @@ func oneFlight[T any](ctx context.Context, g *singleflight.Group, key string, f 
 	}
 }
 
-// revoked gives a lot's list of revoked devices, read RevocationTTL ago at most if it could be. If the store is away, or its
-// list is refused, the last one stands.
+// revoked gives a lot's list of revoked devices, read RevocationTTL ago at most if it could be. If the store is
+// away, or its list is refused, the last one stands.
 func (r *Reader) revoked(ctx context.Context, m *Manifest) (*Revocations, error) {
 	if list := r.freshList(m.Lot); list != nil {
 		return list, nil
@@ -268,8 +268,8 @@ func (r *Reader) revoked(ctx context.Context, m *Manifest) (*Revocations, error)
 		r.mu.Lock()
 		last := r.revocations[m.Lot]
 		if err == nil && last.list != nil && list.Version < last.list.Version {
-			err = refused(RevocationsPath(m.Lot), "it has version %d, and version %d was there before: ask who runs the store why",
-				list.Version, last.list.Version)
+			err = refused(RevocationsPath(m.Lot), "it has version %d, and version %d was there before: "+
+				"ask who runs the store why", list.Version, last.list.Version)
 		}
 		if err == nil {
 			last.list, last.fetched = list, now

@@ -63,7 +63,8 @@ func (t *Token) MakeDeviceKey(ctx context.Context, suite kme.Suite, injection Ke
 			return p, err
 		}
 		if !suite.Verify(p.public, challenge, sig) {
-			return p, errors.New("the token made a device key whose signature its public key does not verify: do not use this token")
+			return p, errors.New("the token made a device key whose signature its public key does not verify: " +
+				"do not use this token")
 		}
 		p.wrapped, err = s.wrap(t.kwp, w, h, make([]byte, wrappedRoom))
 		return p, explainIf("wrap a device key", err)

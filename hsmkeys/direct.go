@@ -125,7 +125,8 @@ func (s *session) wrap(mechanism uint, wrapping, key pkcs11.ObjectHandle, out []
 // shape is a template as C takes it: pairs of type and size, and the values in a row.
 func shape(a attributes) (shape []C.ck, values []byte, err error) {
 	if len(a) > C.max_attributes {
-		return nil, nil, fmt.Errorf("a template of %d attributes: there is room for %d, see max_attributes", len(a), C.max_attributes)
+		return nil, nil, fmt.Errorf("a template of %d attributes: there is room for %d, see max_attributes",
+			len(a), C.max_attributes)
 	}
 	size := 0
 	for _, e := range a {

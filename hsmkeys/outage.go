@@ -127,8 +127,8 @@ type Observer interface {
 // Observe has operations reported. It is for the time before the first call.
 func (t *Token) Observe(o Observer) { t.observer = o }
 
-// noPanic runs f. A panic in it becomes its error, a *panics.Error, is counted, and is logged here, since an error may have
-// nobody to go to.
+// noPanic runs f. A panic in it becomes its error, a *panics.Error, is counted, and is logged here, since an error
+// may have nobody to go to.
 func noPanic[T any](t *Token, f func() (T, error)) (v T, err error) {
 	defer func() {
 		if p := recover(); p != nil {
@@ -141,8 +141,8 @@ func noPanic[T any](t *Token, f func() (T, error)) (v T, err error) {
 	return f()
 }
 
-// within runs f, and returns its result, or gives it up after d: then f goes on, and its result goes to nobody; a secret is
-// wiped. ended is called when f has, and told whether anybody waited for it.
+// within runs f, and returns its result, or gives it up after d: then f goes on, and its result goes to nobody; a
+// secret is wiped. ended is called when f has, and told whether anybody waited for it.
 func within[T any](t *Token, d time.Duration, f func() (T, error), ended func(bool)) (v T, gaveUp bool, err error) {
 	type result struct {
 		v   T
@@ -169,11 +169,12 @@ func within[T any](t *Token, d time.Duration, f func() (T, error), ended func(bo
 	case r := <-done:
 		return r.v, false, r.err
 	case <-timer.C:
+		t.hung.Add(1) // before f can see that it was given up: it takes this one off, and no other's
 		if !over.CompareAndSwap(false, true) {
+			t.hung.Add(-1)
 			r := <-done
 			return r.v, false, r.err
 		}
-		t.hung.Add(1)
 		return v, true, fmt.Errorf("%w: it does not answer", ErrUnavailable)
 	}
 }
@@ -278,9 +279,9 @@ func (t *Token) recover() {
 	}
 }
 
-// reopen takes the module through C_Finalize and C_Initialize, and logs in again; when that fails, the token is lost. Calls
-// wait for it; none is under way, since it holds all entries of idle. The caller holds reopening: two at once would each hold
-// half of the entries and wait for the other's.
+// reopen takes the module through C_Finalize and C_Initialize, and logs in again; when that fails, the token is
+// lost. Calls wait for it; none is under way, since it holds all entries of idle. The caller holds reopening: two
+// at once would each hold half of the entries and wait for the other's.
 func (t *Token) reopen(pin string) error {
 	taken := 0
 	defer func() {
@@ -304,8 +305,8 @@ func (t *Token) reopen(pin string) error {
 	return err
 }
 
-// initializeAgain is the part of reopen in the module. While a call hangs there, C_Finalize must not be: then it tries whether
-// a new session works.
+// initializeAgain is the part of reopen in the module. While a call hangs there, C_Finalize must not be: then it
+// tries whether a new session works.
 func (t *Token) initializeAgain(pin string) error {
 	t.forget() // handles end with the login
 	if t.hung.Load() > 0 {
@@ -353,9 +354,9 @@ func (t *Token) tryBeside(pin string) error {
 	return err
 }
 
-// do runs f on a session of the pool, and gives its result. operation says to observers what f is. f may go on after do has
-// returned, when it was given up: nothing comes out of it but its result. A session that has ended is replaced, and f run
-// once more: whatever f makes for good, it first looks for.
+// do runs f on a session of the pool, and gives its result. operation says to observers what f is. f may go on
+// after do has returned, when it was given up: nothing comes out of it but its result. A session that has ended is
+// replaced, and f run once more: whatever f makes for good, it first looks for.
 func do[T any](ctx context.Context, t *Token, operation string, f func(*session) (T, error)) (T, error) {
 	v, err := run(ctx, t, operation, f)
 	if classify(err) == classSession {

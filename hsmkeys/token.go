@@ -92,9 +92,9 @@ func (k Key) Label() string {
 
 func (k Key) String() string { return k.Label() }
 
-// A Token is an open, logged-in token with a bounded pool of sessions. All methods may be called concurrently.
-// A method waits for a session until its context ends; a call that has reached the token is not interrupted. One that is given
-// up (ErrUnavailable) may still read the bytes that it was given: they must not be changed afterwards.
+// A Token is an open, logged-in token with a bounded pool of sessions. All methods may be called concurrently. A
+// method waits for a session until its context ends; a call that has reached the token is not interrupted. One that
+// is given up (ErrUnavailable) may still read the bytes that it was given: they must not be changed afterwards.
 type Token struct {
 	module *pkcs11.Ctx
 	slot   uint

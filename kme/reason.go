@@ -1,7 +1,7 @@
 package kme
 
-// A Reason is what a caller of the service may learn about a refusal. It stands in the header ReasonHeader of the response,
-// and in the google.rpc.ErrorInfo of the error, domain ErrorDomain.
+// A Reason is what a caller of the service may learn about a refusal. It stands in the header ReasonHeader of the
+// response, and in the google.rpc.ErrorInfo of the error, domain ErrorDomain.
 type Reason string
 
 const (

@@ -11,7 +11,7 @@ Installs, with apt-get, what this machine lacks for a Make target, and nothing e
     demo        build's, and SoftHSM, curl, jq, openssl
     plugin      build's, and make, the headers of freeDiameter, libcurl and Jansson
     check       demo's, and shellcheck, OpenSC (pkcs11-tool and pkcs11-spy.so), openCryptoki, p11-kit
-    test        check's and plugin's, and freeDiameterd, clang with libFuzzer, tshark, PostgreSQL, Chromium
+    test        check's and plugin's, and freeDiameterd, clang with libFuzzer, tshark, spin, PostgreSQL, Chromium
     generate    protoc
 
 It does so as root or with sudo. With nothing missing it does nothing, on any system.
@@ -100,6 +100,7 @@ for_test() {
 	need clang command -v clang
 	need libclang-rt-dev has_fuzzer
 	need tshark command -v tshark
+	need spin command -v spin
 	need postgresql has_postgres
 	need chromium command -v chromium
 }

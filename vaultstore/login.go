@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"net/http"
+	"net/url"
 	"os"
 	"strings"
 	"time"
@@ -59,6 +61,11 @@ func Connect(ctx context.Context, l Login, log *slog.Logger) (*api.Client, error
 	if err != nil {
 		return nil, fmt.Errorf("the environment for Vault: %w", err)
 	}
+	own, err := url.Parse(client.Address())
+	if err != nil {
+		return nil, fmt.Errorf("the environment for Vault: %w", err)
+	}
+	client.SetCheckRetry(retryPolicy(own.Host))
 	s := &session{client: client, login: l, log: log}
 	secret, err := s.token(ctx)
 	switch {
@@ -70,6 +77,25 @@ func Connect(ctx context.Context, l Login, log *slog.Logger) (*api.Client, error
 		return nil, err
 	}
 	return client, nil
+}
+
+var errNoActive = errors.New("no node of this Vault is active")
+
+// retryPolicy is the client library's, and more. A standby that cannot forward a request redirects it to the active
+// node, which after an unsealing may be itself, or one that is not active any more. The library follows one
+// redirect, and takes the next for an answer without a body: a write would count as done, and a read as not found.
+// So only the server at own, the client's address, may redirect, and to another; else the request is tried again,
+// and in the end fails.
+func retryPolicy(own string) func(context.Context, *http.Response, error) (bool, error) {
+	return func(ctx context.Context, r *http.Response, err error) (bool, error) {
+		if err == nil && r.StatusCode >= 300 && r.StatusCode < 400 {
+			to, err := r.Location()
+			if err != nil || r.Request.URL.Host != own || to.Host == own {
+				return true, errNoActive
+			}
+		}
+		return api.DefaultRetryPolicy(ctx, r, err)
+	}
 }
 
 // A session belongs to the goroutine that runs keep.

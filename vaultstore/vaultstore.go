@@ -31,7 +31,8 @@ type Store struct {
 
 var _ directory.Store = (*Store)(nil)
 
-// New keeps objects on a mount, with a client that Login has logged in. It asks Vault nothing.
+// New keeps objects on a mount, with a client that Connect has made: another would take some redirects for answers.
+// It asks Vault nothing.
 func New(client *api.Client, mount string) *Store {
 	return &Store{client: client, mount: strings.Trim(mount, "/")}
 }
@@ -184,7 +185,7 @@ func (s *Store) explain(err error, what, path string) error {
 	case err == nil || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded):
 		return err
 	case !errors.As(err, &r):
-		if errors.As(err, new(interface{ Timeout() bool })) { // from the network
+		if errors.Is(err, errNoActive) || errors.As(err, new(interface{ Timeout() bool })) { // from the network
 			return fmt.Errorf("%s %s: %w: %w", what, path, directory.ErrUnavailable, err)
 		}
 		return err

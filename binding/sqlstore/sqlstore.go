@@ -115,6 +115,24 @@ func (s *Store) Subscription(ctx context.Context, imsi kme.IMSI, now time.Time) 
 // subscription also gives the pending binding that has expired, if its row is still there.
 func subscription(ctx context.Context, q queryer, imsi kme.IMSI, now time.Time) (sub *binding.Subscription, expired *binding.Binding, err error) {
 	sub = new(binding.Subscription)
+	// Attempts first: without a lock, a binding that was established in an opening in between is seen beside it.
+	err = query(ctx, q, func(scan func(...any) error) error {
+		a := binding.Attempt{IMSI: imsi}
+		var origin string
+		var expires int64
+		if err := scan(&a.ID, &origin, &expires, &a.Opened); err != nil {
+			return err
+		}
+		if err := a.Origin.UnmarshalText([]byte(origin)); err != nil {
+			return fmt.Errorf("the database is damaged: %w", err)
+		}
+		a.Expires = fromMillis(expires)
+		sub.Attempts = append(sub.Attempts, a)
+		return nil
+	}, `SELECT id, origin, expires_at, opened FROM attempts WHERE imsi = $1 AND expires_at > $2`, imsi.String(), now.UnixMilli())
+	if err != nil {
+		return nil, nil, err
+	}
 	err = query(ctx, q, func(scan func(...any) error) error {
 		b, err := scanBinding(scan)
 		switch {
@@ -131,23 +149,6 @@ func subscription(ctx context.Context, q queryer, imsi kme.IMSI, now time.Time) 
 		}
 		return nil
 	}, `SELECT `+bindingColumns+` FROM bindings WHERE imsi = $1`, imsi.String())
-	if err != nil {
-		return nil, nil, err
-	}
-	err = query(ctx, q, func(scan func(...any) error) error {
-		a := binding.Attempt{IMSI: imsi}
-		var origin string
-		var expires int64
-		if err := scan(&a.ID, &origin, &expires, &a.Opened); err != nil {
-			return err
-		}
-		if err := a.Origin.UnmarshalText([]byte(origin)); err != nil {
-			return fmt.Errorf("the database is damaged: %w", err)
-		}
-		a.Expires = fromMillis(expires)
-		sub.Attempts = append(sub.Attempts, a)
-		return nil
-	}, `SELECT id, origin, expires_at, opened FROM attempts WHERE imsi = $1 AND expires_at > $2`, imsi.String(), now.UnixMilli())
 	if err != nil {
 		return nil, nil, err
 	}
@@ -181,11 +182,12 @@ func (s *Store) Prepare(ctx context.Context, q binding.VectorRequest) (d binding
 	if err != nil {
 		return d, err
 	}
-	// Nearly every vector is for an active binding: it changes nothing and needs no lock.
-	if b := sub.Under(q.Origin.Name); b != nil && b == sub.Active {
-		if _, opened := sub.Opened(q.Origin); !opened {
-			return binding.Decision{Binding: b}, unspent(ctx, s.read, q.IMSI, q.RANDs)
-		}
+	// Nearly every vector is for an active binding: it changes nothing and needs no lock. Nor does one that is not ready yet.
+	_, opened := sub.Opened(q.Origin)
+	b := sub.Under(q.Origin.Name)
+	told := b != nil && b == sub.Pending && q.Ready != b.AttemptID && len(b.Sent) < q.PendingVectors // of it, and nothing left
+	if b != nil && !opened && (b == sub.Active || told) {
+		return binding.Decision{Binding: b}, unspent(ctx, s.read, q.IMSI, q.RANDs)
 	}
 	var refused error // what has ended has ended, refused or not
 	err = s.change(ctx, q.IMSI.String(), func(ctx context.Context, tx *sql.Tx) (err error) {
@@ -217,7 +219,7 @@ func (s *Store) Prepare(ctx context.Context, q binding.VectorRequest) (d binding
 		} else if err != nil {
 			return err
 		}
-		if d.Binding = b; b.State == binding.Pending {
+		if d.Binding = b; b == sub.Pending && q.Ready == b.AttemptID {
 			b.Sent = append(b.Sent, q.Origin.Name)
 			_, err = tx.ExecContext(ctx, `UPDATE bindings SET sent = $1 WHERE imsi = $2 AND state = 'PENDING'`, sentText(b.Sent), q.IMSI.String())
 		}
@@ -377,16 +379,18 @@ func (s *Store) Revoke(ctx context.Context, imsi kme.IMSI, now time.Time) (b *bi
 			return err
 		}
 		b = sub.Latest()
-		switch {
-		case b == nil:
-			return binding.ErrNotBound
-		case b.State == binding.Revoked:
-			return nil
+		before := b == nil || b.State == binding.Revoked // what else there is has expired
+		drop := `DELETE FROM bindings WHERE imsi = $1`
+		if before {
+			drop += ` AND state <> 'REVOKED'`
 		}
-		for _, query := range []string{`DELETE FROM attempts WHERE imsi = $1`, `DELETE FROM bindings WHERE imsi = $1`} {
+		for _, query := range []string{`DELETE FROM attempts WHERE imsi = $1`, drop} {
 			if _, err := tx.ExecContext(ctx, query, imsi.String()); err != nil {
 				return err
 			}
+		}
+		if before {
+			return nil
 		}
 		b.State, b.Revoked, b.Sealed, b.Expires, b.Sent = binding.Revoked, fromMillis(now.UnixMilli()), []byte{}, time.Time{}, nil
 		_, err = tx.ExecContext(ctx, `INSERT INTO bindings (`+bindingColumns+`)
@@ -395,6 +399,9 @@ func (s *Store) Revoke(ctx context.Context, imsi kme.IMSI, now time.Time) (b *bi
 			millis(b.Activated), now.UnixMilli(), b.Origin.String())
 		return err
 	})
+	if err == nil && b == nil {
+		err = binding.ErrNotBound
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -127,6 +127,44 @@ func activatedBySent(t *testing.T, s Store) {
 	}
 }
 
+// Who was only told of a pending binding was sent nothing, and it lasts.
+func notReady(t *testing.T, s Store) {
+	imsi := subscription(t, 1)
+	b := bindFrom(t, s, imsi, home, device(t, 1), "b1")
+	for range 2 * pendingVectors {
+		for _, ready := range []string{"", "another"} {
+			q := request(imsi, away, "none", t0)
+			q.Ready = ready
+			if d, err := s.Prepare(t.Context(), q); err != nil || !reflect.DeepEqual(d.Binding, b) {
+				t.Fatalf("%+v, %v", d.Binding, err)
+			}
+		}
+	}
+	if got := reportFrom(t, s, imsi, away, true, t0); !reflect.DeepEqual(got, b) {
+		t.Errorf("without a vector that left it is %+v", got)
+	}
+}
+
+// What was sent under a pending binding counts nothing for one that takes its place.
+func pendingReplaced(t *testing.T, s Store) {
+	imsi := subscription(t, 1)
+	before := bindFrom(t, s, imsi, home, device(t, 1), "b1")
+	checkUnder(t, s, imsi, away, before)
+	open(t, s, imsi)
+	b := bindFrom(t, s, imsi, home, device(t, 2), "b2")
+	for _, ok := range []bool{true, false} {
+		if got := reportFrom(t, s, imsi, away, ok, t0); !reflect.DeepEqual(got, b) {
+			t.Errorf("a report of %v about the binding before gives %+v", ok, got)
+		}
+	}
+	q := request(imsi, away, "none", t0)
+	q.Ready = before.AttemptID // it was replaced meanwhile
+	if d, err := s.Prepare(t.Context(), q); err != nil || !reflect.DeepEqual(d.Binding, b) {
+		t.Errorf("with vectors under the binding before: %+v, %v", d.Binding, err)
+	}
+	checkBinding(t, s, imsi, b)
+}
+
 // What the old device does, elsewhere, neither promotes nor removes anything of the new one.
 func besideActive(t *testing.T, s Store) {
 	imsi := subscription(t, 1)

@@ -46,6 +46,8 @@ func Run(t *testing.T, open func(t *testing.T) Store) {
 		{"AttemptsByOrigin", attemptsByOrigin},
 		{"MayNotProvision", mayNotProvision},
 		{"ActivatedBySent", activatedBySent},
+		{"NotReady", notReady},
+		{"PendingReplaced", pendingReplaced},
 		{"BesideActive", besideActive},
 		{"PendingEnds", pendingEnds},
 		{"PendingExpires", pendingExpires},
@@ -125,10 +127,14 @@ func request(imsi kme.IMSI, o binding.Origin, id string, now time.Time) binding.
 	}
 }
 
-// decide calls Prepare, which must succeed.
+// decide calls Prepare, which must succeed, and again when vectors are ready under a pending binding.
 func decide(t *testing.T, s Store, q binding.VectorRequest) binding.Decision {
 	t.Helper()
 	d, err := s.Prepare(t.Context(), q)
+	if err == nil && d.Binding != nil && d.Binding.State == binding.Pending {
+		q.Ready = d.Binding.AttemptID
+		d, err = s.Prepare(t.Context(), q)
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -540,6 +546,15 @@ func revoke(t *testing.T, s Store) {
 	if _, err := s.Report(t.Context(), imsi, nobody.Name, true, t0); !errors.Is(err, binding.ErrNotBound) {
 		t.Errorf("reported about a revoked binding: %v", err)
 	}
+	// It ends what was opened since, also of one that was never bound.
+	for _, imsi := range []kme.IMSI{imsi, subscription(t, 2)} {
+		open(t, s, imsi)
+		if _, err := s.Revoke(t.Context(), imsi, t0); err != nil && !errors.Is(err, binding.ErrNotBound) {
+			t.Fatal(err)
+		}
+		checkOpen(t, s, imsi, "admin's", t0, false)
+	}
+	checkBinding(t, s, imsi, want)
 	// The subscription is as one that was never bound; the KME of before stays used.
 	if b, a := prepare(t, s, imsi, "a2", t0); b != nil || a == nil {
 		t.Fatalf("prepared %+v, %+v", b, a)
@@ -558,7 +573,13 @@ func revoke(t *testing.T, s Store) {
 	if err := s.Establish(t.Context(), newBinding(imsi, device(t, 2), "a3"), []byte("tag 3"), true, t0); err != nil {
 		t.Fatal(err)
 	}
+	// Revoked when it has expired: a clock that is set back does not bring it back.
+	if _, err := s.Revoke(t.Context(), imsi, t0.Add(pendingTTL)); err != nil {
+		t.Fatal(err)
+	}
+	checkBinding(t, s, imsi, want)
 	// Revoked while it is pending.
+	bind(t, s, imsi, device(t, 2), "a4", []byte("tag 4"))
 	if b, err := s.Revoke(t.Context(), imsi, t0); err != nil || b.IMEI != device(t, 2) || !b.Activated.IsZero() {
 		t.Errorf("%+v, %v", b, err)
 	}

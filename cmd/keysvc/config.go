@@ -29,32 +29,37 @@ import (
 const configHelp = `The configuration (a relative path in it is relative to its folder):
 
     token: pkcs11:token=operator?module-path=...&pin-source=file:...   # or KMEHSM_TOKEN
-    tokens: [pkcs11:..., pkcs11:...]   # or several, copies of each other, which share the load and stand in for each other
+    tokens: [pkcs11:..., pkcs11:...]   # or several, copies of each other, which share the load and stand in for
+                                       # each other
     state: /var/lib/kmehsm             # the folder of the database, as --state of the other commands
     directory: file:/srv/directory     # for manufacturers enrolled without one
     listen: 127.0.0.1:8443             # mutual TLS 1.3; with tls
     tls: {certificate: server.pem, key: server.key, client_ca: clients.pem}
     socket: /run/kmehsm/keysvc.sock    # for the service's own user, and the clients with a uid
-    clients:                           # who may call; without this, any certificate of client_ca is an hss for all PLMNs, and the
-                                       # service's own user, on the socket, an hss and an admin
+    clients:                           # who may call; without this, any certificate of client_ca is an hss for all
+                                       # PLMNs, and the service's own user, on the socket, an hss and an admin
       - {name: hss-1, san: hss-1.example, roles: [hss], plmns: ["00101"]}   # san: a DNS name or URI of its certificate
                                        # rate: 500 for at most so many calls a second
       - {name: ops, uid: 1000, roles: [admin], plmns: [all]}                # roles: hss, admin, monitor, kme-export
-                                       # provision_from: [home]: origins that may provision: home (names of the IMSI's own PLMN,
-                                       # mme.epc.mnc001.mcc001.3gppnetwork.org), any, names of hosts, "*.example.net"
-    store: postgres://keysvc@db/keysvc # for several instances (default: SQLite in the state folder); password: PGPASSFILE
+                                       # provision_from: [home]: origins that may provision: home (names of the IMSI's
+                                       # own PLMN, mme.epc.mnc001.mcc001.3gppnetwork.org), any, names of hosts,
+                                       # "*.example.net"
+    store: postgres://keysvc@db/keysvc # for several instances (default: SQLite in the state folder); its
+                                       # password: PGPASSFILE
     attempt_ttl: 5m                    # how long a device has for EstablishKME after PrepareVector
     pending_ttl: 1h                    # how long a device has to show its KME after EstablishKME
     pending_vectors: 3                 # how many PrepareVectors it may take for that
     revocation_ttl: 1m                 # how old a list of revoked devices may be
-    calls: 128                         # that are at the HSM or wait for it; more are refused (default: 32 for each session)
+    calls: 128                         # that are at the HSM or wait for it; more are refused (default: 32 for
+                                       # each session)
     imei_rate: 10                      # payloads a second of one device, imei_burst: 1000 at once; more are refused
     verify: token                      # or software, where the doctor says that the token cannot validate KME_SIG
     hsm_timeout: 5s                    # after which a call that hangs in the token's module is given up
     cache_mb: 64                       # memory for cached public keys
-    vault: {role_id: ID, secret_id_file: FILE, secret_id_wrapped: false}   # or {cert_role: ROLE}; for directories in Vault
+    vault: {role_id: ID, secret_id_file: FILE, secret_id_wrapped: false}   # for directories in Vault, or {cert_role: ROLE}
     otlp: http://127.0.0.1:4318        # a collector of OpenTelemetry traces (default: none)
-    log_identities: plain              # or hashed: IMSI and IMEI as HMACs under log.key in the state folder, the same for the same
+    log_identities: plain              # or hashed: IMSI and IMEI as HMACs under log.key in the state folder, the
+                                       # same for the same
     log_level: info                    # debug, info, warn or error`
 
 type config struct {
@@ -122,9 +127,12 @@ var kinds = map[reflect.Kind]string{
 	reflect.Pointer: "a whole number", // a uid
 }
 
+// secret are the settings whose value may have a password or a PIN in it.
+var secret = []string{"store", "token", "tokens", "otlp"}
+
 func notAllowed(name, want, value string) error {
-	if want = cmp.Or(allowed[name], want); name == "store" {
-		return fmt.Errorf("%s is %s, not what is there", name, want) // which may have a password
+	if want = cmp.Or(allowed[name], want); slices.Contains(secret, name) {
+		return fmt.Errorf("%s is %s, not what is there", name, want)
 	}
 	return fmt.Errorf("%s is %s, not %q", name, want, value)
 }
@@ -152,7 +160,7 @@ func decode(prefix string, n *yaml.Node, to reflect.Value) error {
 		}
 		seen[name] = true
 		if err := decodeValue(name, value, to.Field(at)); err != nil {
-			return fmt.Errorf("line %d: %w", value.Line, err)
+			return err
 		}
 	}
 	return nil
@@ -181,7 +189,7 @@ func decodeValue(name string, n *yaml.Node, to reflect.Value) error {
 		if n.Kind != yaml.ScalarNode {
 			value = "a list or a mapping"
 		}
-		return notAllowed(name, kinds[to.Kind()], value)
+		return fmt.Errorf("line %d: %w", n.Line, notAllowed(name, kinds[to.Kind()], value))
 	}
 	return nil
 }
@@ -197,11 +205,15 @@ func readConfig(path string) (*config, error) {
 		AttemptTTL: times.Attempt, PendingTTL: times.Pending, PendingLimit: times.PendingVectors, RevocationTTL: time.Minute,
 		HSMTimeout: 5 * time.Second, IMEIRate: 10, IMEIBurst: 1000, LogIdentities: "plain", Verify: "token", CacheMB: 64,
 	}
-	var n yaml.Node
-	if err = yaml.NewDecoder(bytes.NewReader(data)).Decode(&n); err == nil {
-		err = decode("", n.Content[0], reflect.ValueOf(c).Elem())
-	} else if errors.Is(err, io.EOF) { // an empty one
+	var n, more yaml.Node
+	d := yaml.NewDecoder(bytes.NewReader(data))
+	switch err = d.Decode(&n); {
+	case errors.Is(err, io.EOF): // an empty one
 		err = nil
+	case err == nil && d.Decode(&more) != io.EOF:
+		err = errors.New("there is a second document, after ---: put all settings into one")
+	case err == nil:
+		err = decode("", n.Content[0], reflect.ValueOf(c).Elem())
 	}
 	if err == nil {
 		err = c.complete(filepath.Dir(path))
@@ -291,7 +303,7 @@ func (c *config) check() error {
 // login is the one to Vault.
 func (c *config) login() vaultstore.Login {
 	return vaultstore.Login{
-		RoleID: c.Vault.RoleID, SecretIDFile: c.Vault.SecretIDFile, Wrapped: c.Vault.SecretIDWrapped, CertRole: c.Vault.CertRole,
-		Wait: true,
+		RoleID: c.Vault.RoleID, SecretIDFile: c.Vault.SecretIDFile, Wrapped: c.Vault.SecretIDWrapped,
+		CertRole: c.Vault.CertRole, Wait: true,
 	}
 }

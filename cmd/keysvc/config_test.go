@@ -34,9 +34,9 @@ func TestConfigRefused(t *testing.T) {
 	for _, c := range []struct{ setting, text, want string }{
 		{"token", aSocket + "token: hunter2\n", `token: the token's URI is not one of RFC 7512`},
 		{"token missing", aSocket, `token: no token`},
-		{"token as a list", aSocket + "token: [a]\n", `token is a text, not "a list or a mapping"`},
+		{"token as a list", aSocket + "token: [a]\n", `token is a text, not what is there`},
 		{"tokens", aSocket + "tokens: [x]\n", `token: the token's URI is not one of RFC 7512`},
-		{"tokens as a text", aSocket + "tokens: x\n", `tokens is a list of texts, not "x"`},
+		{"tokens as a text", aSocket + "tokens: pkcs11:token=x?pin-value=hunter2\n", `line 2: tokens is a list of texts, not what is there`},
 		{"state", good + "state: {}\n", `state is a text, not "a list or a mapping"`},
 		{"directory", good + "directory: /srv\n", `directory is file:DIR or vault:MOUNT, not "/srv"`},
 		{"listen", aToken + tlsOf + "listen: localhost\n", `listen is HOST:PORT, not "localhost"`},
@@ -65,7 +65,8 @@ func TestConfigRefused(t *testing.T) {
 		{"cache_mb above all memory", good + "cache_mb: 8796093022208\n", `cache_mb is a whole number from 1 to 1048576, not "8796093022208"`},
 		{"log_level", good + "log_level: loud\n", `log_level is debug, info, warn or error, not "loud"`},
 		{"log_identities", good + "log_identities: none\n", `log_identities is plain or hashed, not "none"`},
-		{"otlp", good + "otlp: localhost:4318\n", `otlp is http://HOST:PORT or https://HOST:PORT, not "localhost:4318"`},
+		{"otlp", good + "otlp: localhost:4318\n", `otlp is http://HOST:PORT or https://HOST:PORT, not what is there`},
+		{"otlp with a password", good + "otlp: ftp://u:hunter2@h\n", `otlp is http://HOST:PORT`},
 		{"vault", good + "vault: {role_id: x}\n", `vault: AppRole needs a role id and a file with the secret id`},
 		{"vault twice", good + "vault: {role_id: x, secret_id_file: f, cert_role: y}\n", `vault: log in to Vault by AppRole or by certificate, not both`},
 		{"vault.secret_id_wrapped", good + "vault: {secret_id_wrapped: maybe}\n", `vault.secret_id_wrapped is true or false, not "maybe"`},
@@ -81,6 +82,7 @@ func TestConfigRefused(t *testing.T) {
 		{"unknown", good + "listne: x\n", `line 3: there is no setting listne`},
 		{"empty", good + "'': x\n", `line 3: there is no setting `},
 		{"twice", good + aSocket, `line 3: socket is there twice`},
+		{"after ---", good + "---\ncalls: 5\n", `there is a second document`},
 		{"no mapping", "- socket\n", `line 1: the configuration has settings in it: key: value`},
 		{"no YAML", "socket: [\n", `yaml: line`},
 	} {
@@ -89,7 +91,7 @@ func TestConfigRefused(t *testing.T) {
 			if err == nil {
 				t.Fatalf("accepted: %+v", got)
 			}
-			if !strings.Contains(err.Error(), c.want) || strings.Contains(err.Error(), "hunter2") {
+			if !strings.Contains(err.Error(), c.want) || strings.Contains(err.Error(), "hunter2") || strings.Count(err.Error(), "line ") > 1 {
 				t.Errorf("%v\ndoes not say %s", err, c.want)
 			}
 		})

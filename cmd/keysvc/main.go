@@ -198,7 +198,8 @@ func device(c *cli.Context) error {
 		return cmdline.Usage(err)
 	}
 	return withStore(c, func(store *sqlstore.Store) error {
-		open := opener(c.Context, c.String("directory"), cmdline.VaultLogin(c), directory.ReaderOptions{}, nil, cmdline.StderrLog(c))
+		open := opener(c.Context, c.String("directory"), cmdline.VaultLogin(c), directory.ReaderOptions{}, nil,
+			cmdline.StderrLog(c))
 		lots, err := openLots(c.Context, store, open)
 		if err != nil {
 			return err

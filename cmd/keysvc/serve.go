@@ -46,7 +46,8 @@ import (
 // cached stays, and so does the login. It is for one goroutine at a time.
 // overdue is ReaderOptions.Overdue with the manufacturer.
 func opener(ctx context.Context, fallback string, login vaultstore.Login, o directory.ReaderOptions,
-	overdue func(manufacturer string, d directory.Overdue), log *slog.Logger) func(m *binding.Manufacturer) (*directory.Reader, error) {
+	overdue func(manufacturer string, d directory.Overdue), log *slog.Logger,
+) func(m *binding.Manufacturer) (*directory.Reader, error) {
 	stores, readers := map[string]directory.Store{}, map[string]*directory.Reader{}
 	return func(m *binding.Manufacturer) (*directory.Reader, error) {
 		name := cmp.Or(m.Directory, fallback)
@@ -189,8 +190,8 @@ func serve(c *cli.Context) error {
 		}
 		for manufacturer, lists := range service.Overdue() {
 			for _, d := range lists {
-				warnings = append(warnings, fmt.Sprintf("the list of revoked devices of lot %s of manufacturer %s was not taken up; %s",
-					d.Lot, manufacturer, standing(d.Since)))
+				const warning = "the list of revoked devices of lot %s of manufacturer %s was not taken up; %s"
+				warnings = append(warnings, fmt.Sprintf(warning, d.Lot, manufacturer, standing(d.Since)))
 			}
 		}
 		return warnings, nil

@@ -147,8 +147,11 @@ func (m *mme) update(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, payload,
 	if err != nil {
 		return nil, err
 	}
-	if len(f) != 4 || f[1] != success || f[2] != "-" && f[2] != "0" {
+	if len(f) != 5 || f[1] != success || f[2] != "-" && f[2] != "0" {
 		return nil, resultError{f[1], f[min(2, len(f)-1)]}
+	}
+	if payload != "-" && f[4] != "-" {
+		return nil, errors.New("the answer to a payload has a subscription: it allows a bearer")
 	}
 	if f[3] == "-" {
 		return nil, nil
@@ -156,7 +159,7 @@ func (m *mme) update(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, payload,
 	return hex.DecodeString(f[3])
 }
 
-// readSIMs reads a file with a subscriber a line: IMSI, K and OPc, as the test HSS does.
+// readSIMs reads a file with a subscriber a line: IMSI, K and OPc. What the test HSS reads behind them is not for SIMs.
 func readSIMs(path string) (map[kme.IMSI]*milenage.SIM, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -169,8 +172,8 @@ func readSIMs(path string) (map[kme.IMSI]*milenage.SIM, error) {
 		if len(fields) == 0 || strings.HasPrefix(fields[0], "#") {
 			continue
 		}
-		if len(fields) != 3 {
-			return nil, fmt.Errorf("%s: a line is IMSI, K and OPc", path)
+		if len(fields) < 3 {
+			return nil, fmt.Errorf("%s: a line begins with IMSI, K and OPc", path)
 		}
 		imsi, err := kme.ParseIMSI(fields[0])
 		k, kerr := hex.DecodeString(fields[1])

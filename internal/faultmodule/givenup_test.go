@@ -42,7 +42,7 @@ func givenUp(t *testing.T, token *hsmkeys.Token, call func() error, lines ...str
 // A call that was given up goes on, and writes nothing that its caller has: the race detector sees it otherwise.
 func TestGivenUp(t *testing.T) {
 	ctx := t.Context()
-	operator, _, _ := newOperator(t)
+	operator, operatorTok, _ := newOperator(t)
 	must[bool](t)(operator.EnsureTransportKey(ctx))
 	transport := must[*rsa.PublicKey](t)(operator.TransportPublicKey(ctx))
 	kek := hsmkeys.Key{Role: hsmkeys.RoleKEK, Manufacturer: "m", Name: "op"}
@@ -53,10 +53,6 @@ func TestGivenUp(t *testing.T) {
 	must[bool](t)(factory.EnsureInjectionKey(ctx, injection))
 	signing := hsmkeys.Key{Role: hsmkeys.RoleSigning}
 	must[bool](t)(factory.EnsureSigningKey(ctx, signing))
-	signer, err := factory.Signer(signing)
-	if err != nil {
-		t.Fatal(err)
-	}
 	lot := hsmkeys.Key{Role: hsmkeys.RoleLot, Manufacturer: "m", Name: "L1"}
 	pub, _, err := factory.EnsureLotKey(ctx, lot, 2048, hsmkeys.PrimesAuto)
 	if err != nil {
@@ -68,47 +64,64 @@ func TestGivenUp(t *testing.T) {
 	}
 	must[bool](t)(operator.UnwrapLotKey(ctx, lot, kek, wrapped, pub))
 	device := must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
-	payload := hsmkeys.Payload{Suite: kme.SuiteECDSA, Lot: lot, N: pub, Device: &device.PublicKey, Bytes: make([]byte, 256)}
+	payload := hsmkeys.Payload{
+		Suite: kme.SuiteECDSA, Lot: lot, N: pub, Device: &device.PublicKey, Bytes: make([]byte, 256),
+	}
 	sealed := must[*hsmkeys.Opened](t)(operator.OpenPayload(ctx, payload)).Sealed
-	none := hsmkeys.Key{Role: hsmkeys.RoleLot, Name: "never made"}
+	none, lot2 := hsmkeys.Key{Role: hsmkeys.RoleLot, Name: "never made"}, lot
+	lot2.Name = "L2"
 
-	// Long enough for what hangs nowhere, and what does is given up soon.
-	operator.SetHangTimeout(300 * time.Millisecond)
-	factory.SetHangTimeout(300 * time.Millisecond)
+	o, f := operatorTok.URI, tok.URI
+	type token = *hsmkeys.Token
 	for _, c := range []struct {
-		name, hangs string
-		token       *hsmkeys.Token
-		call        func() error
+		name, hangs, uri string
+		call             func(token) error
 	}{
-		{"OpenPayload", "C_Decrypt", operator, func() error { _, err := operator.OpenPayload(ctx, payload); return err }},
-		{"ExportKME", "C_Decrypt", operator, func() error { _, err := operator.ExportKME(ctx, payload); return err }},
-		{"EncryptRANDs", "C_UnwrapKey", operator, func() error { _, err := operator.EncryptRANDs(ctx, sealed, make([]hsmkeys.RAND, 1)); return err }},
-		{"DecryptRAND", "C_UnwrapKey", operator, func() error { _, err := operator.DecryptRAND(ctx, sealed, [16]byte{}); return err }},
-		{"Has", "C_FindObjects", operator, func() error { _, err := operator.Has(ctx, none); return err }},
-		{"TransportPublicKey", "C_GetAttributeValue", operator, func() error { _, err := operator.TransportPublicKey(ctx); return err }},
-		{"UnwrapLotKey", "C_UnwrapKey", operator, func() error {
-			k := lot
-			k.Name = "L2"
-			_, err := operator.UnwrapLotKey(ctx, k, kek, wrapped, pub)
+		{"OpenPayload", "C_Decrypt", o, func(t token) error { return second(t.OpenPayload(ctx, payload)) }},
+		{"ExportKME", "C_Decrypt", o, func(t token) error { return second(t.ExportKME(ctx, payload)) }},
+		{"EncryptRANDs", "C_UnwrapKey", o, func(t token) error {
+			return second(t.EncryptRANDs(ctx, sealed, make([]hsmkeys.RAND, 1)))
+		}},
+		{"DecryptRAND", "C_UnwrapKey", o, func(t token) error { return second(t.DecryptRAND(ctx, sealed, [16]byte{})) }},
+		{"Has", "C_FindObjects", o, func(t token) error { return second(t.Has(ctx, none)) }},
+		{"TransportPublicKey", "C_GetAttributeValue", o, func(t token) error { return second(t.TransportPublicKey(ctx)) }},
+		{"UnwrapLotKey", "C_UnwrapKey", o, func(t token) error {
+			return second(t.UnwrapLotKey(ctx, lot2, kek, wrapped, pub))
+		}},
+		{"DoctorOperator, mechanisms", "C_GetMechanismInfo", o, func(t token) error { return second(t.DoctorOperator(ctx)) }},
+		{"DoctorOperator, policies", "C_GenerateKeyPair", o, func(t token) error { return second(t.DoctorOperator(ctx)) }},
+		{"EnsureSigningKey", "C_GenerateKeyPair", f, func(t token) error { return second(t.EnsureSigningKey(ctx, none)) }},
+		{"MakeDeviceKey", "C_WrapKey", f, func(t token) error {
+			_, _, err := t.MakeDeviceKey(ctx, kme.SuiteECDSA, injection)
 			return err
 		}},
-		{"DoctorOperator, mechanisms", "C_GetMechanismInfo", operator, func() error { _, err := operator.DoctorOperator(ctx); return err }},
-		{"DoctorOperator, policies", "C_GenerateKeyPair", operator, func() error { _, err := operator.DoctorOperator(ctx); return err }},
-		{"EnsureSigningKey", "C_GenerateKeyPair", factory, func() error { _, err := factory.EnsureSigningKey(ctx, none); return err }},
-		{"MakeDeviceKey", "C_WrapKey", factory, func() error { _, _, err := factory.MakeDeviceKey(ctx, kme.SuiteECDSA, injection); return err }},
-		{"LotKeySealed", "C_GetAttributeValue", factory, func() error { _, err := factory.LotKeySealed(ctx, lot); return err }},
-		{"WrapLotKey", "C_WrapKey", factory, func() error { _, err := factory.WrapLotKey(ctx, lot, kek); return err }},
-		{"WrapKEK", "C_WrapKey", factory, func() error { _, err := factory.WrapKEK(ctx, kek); return err }},
-		{"WrapInjectionKey", "C_WrapKey", factory, func() error { _, err := factory.WrapInjectionKey(ctx, injection, transport); return err }},
-		{"Sign", "C_Sign", factory, func() error { _, err := signer.Sign(rand.Reader, make([]byte, 32), nil); return err }},
-		{"Signer", "C_FindObjects", factory, func() error { _, err := factory.Signer(signing); return err }},
+		{"LotKeySealed", "C_GetAttributeValue", f, func(t token) error { return second(t.LotKeySealed(ctx, lot)) }},
+		{"WrapLotKey", "C_WrapKey", f, func(t token) error { return second(t.WrapLotKey(ctx, lot, kek)) }},
+		{"WrapKEK", "C_WrapKey", f, func(t token) error { return second(t.WrapKEK(ctx, kek)) }},
+		{"WrapInjectionKey", "C_WrapKey", f, func(t token) error {
+			return second(t.WrapInjectionKey(ctx, injection, transport))
+		}},
+		{"Sign", "C_Sign", f, func(t token) error {
+			signer, err := t.Signer(signing)
+			if err != nil {
+				return err
+			}
+			return second(signer.Sign(rand.Reader, make([]byte, 32), nil))
+		}},
+		{"Signer", "C_FindObjects", f, func(t token) error { return second(t.Signer(signing)) }},
 	} {
-		t.Run(c.name, func(t *testing.T) { givenUp(t, c.token, c.call, c.hangs+" hang") })
+		t.Run(c.name, func(t *testing.T) {
+			token := open(t, c.uri)                      // a new one: what was just lost is opened again only after a second
+			token.SetHangTimeout(300 * time.Millisecond) // long enough for what hangs nowhere
+			givenUp(t, token, func() error { return c.call(token) }, c.hangs+" hang")
+		})
 	}
 }
 
-// A token that fails, and then hangs when it is asked for a new session, holds up its callers no longer than any other that
-// hangs.
+func second[T any](_ T, err error) error { return err }
+
+// A token that fails, and then hangs when it is asked for a new session, holds up its callers no longer than any
+// other that hangs.
 func TestHangBehindAFailure(t *testing.T) {
 	token, _, opening := newOperator(t)
 	for range token.Sessions() { // all are open: one after the other gets its turn
@@ -121,7 +134,8 @@ func TestHangBehindAFailure(t *testing.T) {
 	back(t, token, opening)
 }
 
-// A handle that a call finds which was given up is nobody's: the key may have gone meanwhile, and the handle be another's.
+// A handle that a call finds which was given up is nobody's: the key may have gone meanwhile, and the handle be
+// another's.
 func TestGivenUpHandle(t *testing.T) {
 	maker, tok, opening := newOperator(t)
 	lot := hsmkeys.Key{Role: hsmkeys.RoleLot, Name: "L1"}

@@ -90,3 +90,39 @@ func (s *SIM) Resynchronise(rand [16]byte, sqn uint64) (auts [14]byte) {
 	copy(auts[6:], macS[:])
 	return auts
 }
+
+// GSM is what a SIM answers in GERAN, SRES and Kc: TS 33.102 clause 6.8.1.2, c2 and c3.
+func (s *SIM) GSM(rand [16]byte) (sres [4]byte, kc [8]byte) {
+	res, ck, ik, _ := s.f2345(rand)
+	subtle.XORBytes(sres[:], res[:4], res[4:])
+	for _, half := range [][]byte{ck[:8], ck[8:], ik[:8], ik[8:]} {
+		subtle.XORBytes(kc[:], kc[:], half)
+	}
+	return sres, kc
+}
+
+// Challenge is the network's side: AUTN, XRES, CK and IK of a vector with this sequence number and AMF.
+func (s *SIM) Challenge(rand [16]byte, sqn uint64, amf [2]byte) (autn [16]byte, xres [8]byte, ck, ik [16]byte) {
+	xres, ck, ik, ak := s.f2345(rand)
+	var number [8]byte
+	binary.BigEndian.PutUint64(number[:], sqn)
+	subtle.XORBytes(autn[:6], number[2:], ak[:])
+	copy(autn[6:], amf[:])
+	macA, _ := s.f1(rand, number[2:], amf[:])
+	copy(autn[8:], macA[:])
+	return autn, xres, ck, ik
+}
+
+// Resynchronised opens AUTS, as the network does: the sequence number of the SIM.
+func (s *SIM) Resynchronised(rand [16]byte, auts []byte) (sqn uint64, err error) {
+	if len(auts) != 14 {
+		return 0, errors.New("AUTS has not 14 bytes")
+	}
+	var number [8]byte
+	ak := s.f5star(rand)
+	subtle.XORBytes(number[2:], auts[:6], ak[:])
+	if _, macS := s.f1(rand, number[2:], []byte{0, 0}); subtle.ConstantTimeCompare(macS[:], auts[6:]) != 1 {
+		return 0, errors.New("AUTS was not made for this RAND by who has K")
+	}
+	return binary.BigEndian.Uint64(number[:]), nil
+}

@@ -47,3 +47,28 @@ func TestSet1(t *testing.T) {
 		t.Error("no keys were accepted")
 	}
 }
+
+// Kc and SRES are those of TS 35.208's test set 1 (c3 and c2 of its CK, IK and RES); SIM and network understand each
+// other.
+func TestBothSides(t *testing.T) {
+	s, err := New(unhex(t, "465b5ce8b199b49faa5f0a2ee238a6bc"), unhex(t, "cd63cb71954a9f4e48a5994e37a02baf"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	rand := [16]byte(unhex(t, "23553cbe9637a89d218ae64dae47bf35"))
+	if sres, kc := s.GSM(rand); fmt.Sprintf("%x %x", sres, kc) != "46f8416a eae4be823af9a08b" {
+		t.Errorf("SRES and Kc are %x %x", sres, kc)
+	}
+	autn, xres, _, _ := s.Challenge(rand, 1<<40|7, [2]byte{0x80})
+	if res, sqn, err := s.Authenticate(rand, autn[:]); err != nil || sqn != 1<<40|7 || res != xres {
+		t.Errorf("%x, SQN %x, %v", res, sqn, err)
+	}
+	auts := s.Resynchronise(rand, 1<<41)
+	if sqn, err := s.Resynchronised(rand, auts[:]); err != nil || sqn != 1<<41 {
+		t.Errorf("SQN %x, %v", sqn, err)
+	}
+	auts[13] ^= 1
+	if _, err := s.Resynchronised(rand, auts[:]); err == nil {
+		t.Error("AUTS with another byte was accepted")
+	}
+}

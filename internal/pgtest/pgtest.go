@@ -73,8 +73,8 @@ func (s *Server) Run(t testing.TB) {
 		"-c", "max_connections=200", "-c", "dynamic_shared_memory_type=mmap"), func(*testproc.Process) bool { return db.PingContext(t.Context()) == nil })
 }
 
-// Kill ends the server at once, as kill -9 does. It waits until the processes of its connections have seen that, and removes what
-// they shared: while one of them has it, the server does not start again.
+// Kill ends the server at once, as kill -9 does. It waits until the processes of its connections have seen that,
+// and removes what they shared: while one of them has it, the server does not start again.
 func (s *Server) Kill(t testing.TB) {
 	t.Helper()
 	lines, err := os.ReadFile(filepath.Join(s.dir, "postmaster.pid"))

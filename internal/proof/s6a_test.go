@@ -1,20 +1,13 @@
 package proof
 
 import (
-	"bufio"
 	"bytes"
-	"context"
 	"encoding/binary"
 	"encoding/hex"
-	"encoding/json"
-	"errors"
 	"fmt"
 	"maps"
-	"net"
-	"net/http"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -29,307 +22,15 @@ import (
 // attaches is how many devices go through the whole message flow in each set-up.
 const attaches = 1000
 
-// A diameter is real freeDiameter daemons around a real keysvc: an MME, an HSS and, in one set-up, an agent between them. One that has the extension asks
-// keysvc.
-type diameter struct {
-	*world
-	extensions string // the folder of the built ones
-	keysvc     *testproc.Process
-	http       *http.Client
-	ports      map[string]int
-	preload    string // libraries of sanitizers
-}
-
-// node is one daemon.
-type node struct {
-	d    *diameter
-	name string
-	*testproc.Process
-}
-
-const (
-	realm     = "hss.test"
-	operatorK = "465b5ce8b199b49faa5f0a2ee238a6bc" // of all test SIMs: 3GPP TS 35.208, test set 1
-	operatorO = "cd63cb71954a9f4e48a5994e37a02baf"
-)
-
-// newDiameter makes a lot, starts keysvc, and writes what the daemons need. sanitize is a list of gcc's sanitizers, or empty.
-func newDiameter(t *testing.T, devices int, sanitize string) *diameter {
-	t.Helper()
-	if !strings.Contains(t.Name(), "S6a") {
-		t.Fatal("a test that needs Diameter says S6a in its name: make check leaves it out")
-	}
-	if _, err := exec.LookPath("freeDiameterd"); err != nil {
-		t.Fatal("there is no freeDiameterd: run scripts/deps.sh test")
-	}
-	d := &diameter{world: newWorld(t, nil), ports: map[string]int{}}
-	d.extensions = d.path("extensions")
-	if err := os.Mkdir(d.extensions, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	// go test keeps a result until something changes that the test has read itself.
-	sources, err := filepath.Glob("../../plugins/freediameter/*/*.[ch]")
-	more, merr := filepath.Glob("../../plugins/freediameter/*.[ch]")
-	if err := errors.Join(err, merr); err != nil {
-		t.Fatal(err)
-	}
-	for _, source := range append(sources, more...) {
-		if _, err := os.ReadFile(source); err != nil {
-			t.Fatal(err)
-		}
-	}
-	build := exec.Command("make", "-C", "../../plugins/freediameter", "OUT="+d.extensions, "test")
-	if sanitize != "" {
-		build.Args = append(build.Args, "SANITIZE="+sanitize)
-		for _, library := range []string{"libasan.so", "libubsan.so"} {
-			path, err := exec.Command("gcc", "-print-file-name="+library).Output()
-			if err != nil {
-				t.Fatal(err)
-			}
-			d.preload += " " + strings.TrimSpace(string(path))
-		}
-	}
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
-
-	d.setUp(lotOf{"L1", "tr33868-ecdsa-p256", "35209900", 2048, devices})
-	var sims bytes.Buffer
-	for i := range devices {
-		for _, plmn := range []string{"00101", "00102"} { // 00102 fails open, where a test says so
-			fmt.Fprintf(&sims, "%s%010d %s %s\n", plmn, i, operatorK, operatorO)
-		}
-		fmt.Fprintf(&sims, "00101%010d %s %s\n", 5_000_000+i, operatorK, operatorO) // of mesim attach --tamper replay
-	}
-	d.write("subscribers", sims.String())
-	d.openssl(nil, "dhparam", "-out", "dh.pem", "1024") // no connection uses it, and the daemon wants it
-	ec := []string{"-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"}
-	d.openssl(nil, slices.Concat([]string{"req", "-x509"}, ec, []string{"-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj", "/CN=test CA"})...)
-	for name, extensions := range map[string]string{"server": "subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth\n", "hss": "subjectAltName=DNS:hss.test\nextendedKeyUsage=clientAuth\n"} {
-		d.write(name+".ext", extensions)
-		request := d.openssl(nil, slices.Concat([]string{"req"}, ec, []string{"-keyout", name + ".key", "-subj", "/CN=" + name})...)
-		d.openssl(request, "x509", "-req", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-out", name+".pem", "-extfile", name+".ext")
-	}
-	d.startKeysvc()
-	return d
-}
-
-func (d *diameter) write(name, text string) {
-	d.t.Helper()
-	if err := os.WriteFile(d.path(name), []byte(text), 0o600); err != nil {
-		d.t.Fatal(err)
-	}
-}
-
-func (d *diameter) startKeysvc() {
-	d.t.Helper()
-	d.write("keysvc.yaml", fmt.Sprintf("state: var/keysvc\nsocket: s\nlisten: 127.0.0.1:%d\ntls: {certificate: server.pem, key: server.key, client_ca: ca.pem}\n", d.port("keysvc")))
-	d.http = &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", d.path("s"))
-	}}}
-	d.keysvc = testproc.Start(d.t, d.command(d.operator, "keysvc", "serve", "--config", "keysvc.yaml"), func(*testproc.Process) bool { return ready(d.http) })
-}
-
-// port is a daemon's, free a moment ago.
-func (d *diameter) port(name string) int {
-	d.t.Helper()
-	if d.ports[name] == 0 {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			d.t.Fatal(err)
-		}
-		d.ports[name] = l.Addr().(*net.TCPAddr).Port
-		l.Close()
-	}
-	return d.ports[name]
-}
-
-// identity is a daemon's. The agent is of the HSS's realm: a request to that realm is then for it.
-func identity(name string) string {
-	if strings.HasPrefix(name, "mme") {
-		return name + ".mme.test"
-	}
-	return name + "." + realm
-}
-
-// start starts a daemon with extensions, each the name of one and its configuration, and connections to peers.
-func (d *diameter) start(name string, extensions []string, peers ...string) *node {
-	d.t.Helper()
-	id := identity(name)
-	own := "node-" + name
-	if _, err := os.Stat(d.path(own + ".pem")); err != nil {
-		d.openssl(nil, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2", "-keyout", own+".key", "-out", own+".pem", "-subj", "/CN="+id)
-	}
-	var c bytes.Buffer
-	fmt.Fprintf(&c, "Identity = %q;\nRealm = %q;\nPort = %d;\nSecPort = 0;\nNo_SCTP;\nNo_IPv6;\nListenOn = \"127.0.0.1\";\nTcTimer = 1;\nTwTimer = 6;\n", id, id[strings.Index(id, ".")+1:], d.port(name))
-	fmt.Fprintf(&c, "TLS_Cred = %q, %q;\nTLS_CA = %q;\nTLS_DH_File = %q;\n", d.path(own+".pem"), d.path(own+".key"), d.path(own+".pem"), d.path("dh.pem"))
-	for _, e := range extensions {
-		extension, conf, _ := strings.Cut(e, ":")
-		fmt.Fprintf(&c, "LoadExtension = %q : %q;\n", filepath.Join(d.extensions, extension+".fdx"), conf)
-	}
-	for _, p := range peers {
-		fmt.Fprintf(&c, "ConnectPeer = %q { ConnectTo = \"127.0.0.1\"; Port = %d; No_TLS; };\n", identity(p), d.port(p))
-	}
-	d.write(name+".conf", c.String())
-	cmd := exec.Command("freeDiameterd", "-c", d.path(name+".conf"))
-	cmd.Dir = d.dir
-	if d.preload != "" {
-		cmd.Env = append(os.Environ(), "LD_PRELOAD="+d.preload, "ASAN_OPTIONS=detect_odr_violation=0", "UBSAN_OPTIONS=print_stacktrace=1")
-	}
-	return &node{d, name, testproc.Start(d.t, cmd, nil)}
-}
-
-// connected waits until a daemon has so many open connections.
-func (n *node) connected(peers ...string) {
-	n.d.t.Helper()
-	await(n.d.t, n.name+" connected", func() bool {
-		text := n.Log.String()
-		return !slices.ContainsFunc(peers, func(p string) bool {
-			// The last word on a peer counts.
-			open, closed := -1, -1
-			for _, state := range []string{"'STATE_OPEN'", "'STATE_CLOSED'", "'STATE_SUSPECT'"} {
-				at := strings.LastIndex(text, "-> "+state+"\t'"+identity(p)+"'")
-				if state == "'STATE_OPEN'" {
-					open = at
-				} else {
-					closed = max(closed, at)
-				}
-			}
-			return open <= closed
-		})
-	})
-}
-
-// stop ends a daemon, which must end well.
-func (n *node) stop() {
-	n.d.t.Helper()
-	if err := n.Stop(syscall.SIGTERM); err != nil {
-		n.d.t.Errorf("%s ended with %v", n.name, err)
-	}
-}
-
-// conf writes a configuration of the extension.
-func (d *diameter) conf(name string, lines ...string) (extension string) {
-	d.write(name, "service = unix:"+d.path("s")+" # keysvc\n"+strings.Join(lines, "\n")+"\n")
-	return "kme:" + d.path(name)
-}
-
-// confHTTPS is conf by way of mutual TLS.
-func (d *diameter) confHTTPS() (extension string) {
-	d.write("https.conf", fmt.Sprintf("service = https://127.0.0.1:%d\nca = %s\ncert = %s\nkey = %s\n", d.port("keysvc"), d.path("ca.pem"), d.path("hss.pem"), d.path("hss.key")))
-	return "kme:" + d.path("https.conf")
-}
-
-// attach has mesim play devices through the MME. It gives what mesim printed.
-func (d *diameter) attach(socket string, ok bool, args ...string) (result struct {
-	Attached  int
-	Rejected  map[string]int
-	PerSecond float64 `json:"per_second"`
-}) {
-	d.t.Helper()
-	cmd := d.command(d.operator, "mesim", append([]string{"attach", "--injection", "injection", "--fixture-key", "fixture.key", "--fixture-enrolment", "fixture.json",
-		"--server", "s6a:" + d.path(socket), "--subscribers", "subscribers"}, args...)...)
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
-	out, err := cmd.Output()
-	if (err == nil) != ok {
-		d.t.Fatalf("mesim %v: %v\n%s%s", args, err, out, stderr.String())
-	}
-	if err := json.Unmarshal(out, &result); err != nil {
-		d.t.Fatal(err)
-	}
-	return result
-}
-
-// mme is a connection to a test MME.
-type mme struct {
-	t     *testing.T
-	conn  net.Conn
-	lines *bufio.Reader
-	next  int
-}
-
-func (d *diameter) mme(socket string) *mme {
-	d.t.Helper()
-	var conn net.Conn
-	await(d.t, "the MME's socket", func() (ok bool) {
-		var err error
-		conn, err = net.Dial("unix", d.path(socket))
-		return err == nil
-	})
-	d.t.Cleanup(func() { conn.Close() })
-	return &mme{t: d.t, conn: conn, lines: bufio.NewReader(conn)}
-}
-
-// ask makes one request, and gives the answer's fields behind its id.
-func (m *mme) ask(command string, args ...string) []string {
-	m.t.Helper()
-	m.next++
-	if _, err := fmt.Fprintf(m.conn, "%s %d %s\n", command, m.next, strings.Join(args, " ")); err != nil {
-		m.t.Fatal(err)
-	}
-	m.conn.SetReadDeadline(time.Now().Add(testproc.Patience))
-	for {
-		line, err := m.lines.ReadString('\n')
-		if err != nil {
-			m.t.Fatal(err)
-		}
-		if f := strings.Fields(line); len(f) >= 3 && f[1] == fmt.Sprint(m.next) {
-			return append([]string{f[0]}, f[2:]...)
-		}
-	}
-}
-
-// expect is ask with an answer whose first fields must be these.
-func (m *mme) expect(what, want string, command string, args ...string) []string {
-	m.t.Helper()
-	got := m.ask(command, args...)
-	if s := strings.Join(got, " "); s != want && !strings.HasPrefix(s, want+" ") {
-		m.t.Errorf("%s: %s, want %s", what, s, want)
-	}
-	return got
-}
-
-// unbound is a subscriber who never attaches.
-const unbound = "001020000000000"
-
-func (d *diameter) states() map[string]int {
-	d.t.Helper()
-	states := map[string]int{}
-	for line := range strings.Lines(d.run(d.operator, "keysvc", "binding", "list")) {
-		if f := strings.Fields(line); len(f) > 2 && f[0] != "IMSI" {
-			states[f[2]]++
-		}
-	}
-	return states
-}
-
-// setUps are an HSS that has the extension itself, whose handlers send their answers in either way, and one that has an agent in front of it.
-var setUps = []struct {
-	name  string
-	start func(d *diameter) (nodes []*node, front string)
-}{
-	{"in the HSS", func(d *diameter) ([]*node, string) {
-		return []*node{d.start("hss", []string{"hss:" + d.path("subscribers"), d.conf("kme.conf")}, "mme")}, "hss"
-	}},
-	{"in the HSS and loaded first", func(d *diameter) ([]*node, string) {
-		return []*node{d.start("hss", []string{d.conf("kme.conf"), "hss:act:" + d.path("subscribers")}, "mme")}, "hss"
-	}},
-	{"in an agent", func(d *diameter) ([]*node, string) {
-		hss := d.start("hss", []string{"hss:" + d.path("subscribers")}, "agent")
-		return []*node{hss, d.start("agent", []string{d.confHTTPS()}, "hss", "mme")}, "agent"
-	}},
-}
-
 // The message flow of the text, with real Diameter nodes: devices attach, resynchronise and are refused.
 func TestS6a(t *testing.T) {
 	for _, s := range setUps {
 		t.Run(s.name, func(t *testing.T) {
 			devices := attaches
-			if strings.HasSuffix(s.name, "first") {
+			if strings.HasSuffix(s.name, "answers") {
 				devices = 50
 			}
-			d := newDiameter(t, devices+50, "")
+			d := newNetwork(t, devices+50, "")
 			nodes, front := s.start(d)
 			client := d.start("mme", []string{"mme:" + d.path("m")}, front)
 			client.connected(front)
@@ -355,7 +56,7 @@ func TestS6a(t *testing.T) {
 			}
 			m := d.mme("m")
 			m.expect("a subscriber that nobody knows", "AIA 5001 - -", "AIR", "001019999999999", "1", "-")
-			m.expect("and its location", "ULA 5001 - -", "ULR", "001019999999999", "35209900000001", "-", "-")
+			m.expect("and its location, for which nobody asks the HSS", "ULA 5420 - -", "ULR", "001019999999999", "35209900000001", "-", "-")
 			m.expect("an attempt that is none", "ULA 5420 2 -", "ULR", unbound, "35209900000001", strings.Repeat("00", 256), "AAAAAAAAAAAAAAAAAAAAAA")
 			m.expect("a payload of another length", "ULA 5420", "ULR", unbound, "35209900000001", "00", "AAAAAAAAAAAAAAAAAAAAAA")
 			if opened := m.expect("a subscriber that is not bound", "AIA 2001 1", "AIR", unbound, "1", "-"); len(opened) > 3 {
@@ -373,20 +74,6 @@ func TestS6a(t *testing.T) {
 			stopAll(append([]*node{client}, reversed(nodes)...)...)
 		})
 	}
-}
-
-func stopAll(nodes ...*node) {
-	for _, n := range nodes {
-		n.d.t.Helper()
-		n.stop()
-		time.Sleep(300 * time.Millisecond) // peers that say goodbye at once wait for each other
-	}
-}
-
-func reversed(nodes []*node) []*node {
-	nodes = slices.Clone(nodes)
-	slices.Reverse(nodes)
-	return nodes
 }
 
 // avp is an AVP in octets, its length changed by so much.
@@ -410,7 +97,7 @@ func TestS6aMalformed(t *testing.T) {
 	const tgpp, own = 10415, 32473
 	for _, s := range setUps[1:] {
 		t.Run(s.name, func(t *testing.T) {
-			d := newDiameter(t, 10, "address,undefined")
+			d := newNetwork(t, 10, "address,undefined")
 			nodes, front := s.start(d)
 			client := d.start("mme", []string{"mme:" + d.path("m")}, front)
 			client.connected(front)
@@ -478,17 +165,15 @@ func TestS6aMalformed(t *testing.T) {
 	}
 }
 
-const success = "2001"
-
 // keysvc slow, down and back; MMEs that go; and what the configuration can say of all that.
 func TestS6aFaults(t *testing.T) {
-	d := newDiameter(t, 200, "")
-	hss := d.start("hss", []string{"hss:" + d.path("subscribers")}, "agent")
-	agent := d.start("agent", []string{d.conf("kme.conf", "timeout_ms = 500", "open = 00102", "workers = 4", "queue = 50")}, "hss", "mme")
+	d := newNetwork(t, 200, "")
+	hss := d.start("hss", []string{"hssd:" + d.path("subscribers")}, "agent")
+	agent := d.start("agent", []string{d.conf("kme.conf", "timeout_ms = 500", "open = 00102", "provision_from = any", "in_flight = 50")}, "hss", "mme")
 	client := d.start("mme", []string{"mme:" + d.path("m")}, "agent")
 	client.connected("agent")
 	m := d.mme("m")
-	closed, open := "001010000000000", unbound
+	closed, open := "001010000000000", openTo
 	payload := []string{"35209900000001", strings.Repeat("00", 256), "AAAAAAAAAAAAAAAAAAAAAA"}
 	d.attach("m", true, "--count", "1")
 
@@ -527,7 +212,7 @@ func TestS6aFaults(t *testing.T) {
 	d.keysvc.Stop(syscall.SIGTERM)
 	bound("down")
 	d.startKeysvc()
-	await(t, "keysvc is asked again", func() bool { return m.ask("AIR", closed, "1", "-")[1] == success })
+	await(t, "keysvc is back", func() bool { return m.ask("AIR", closed, "1", "-")[1] == success })
 	m.expect("back", "AIA 2001 2 -", "AIR", closed, "1", "-")
 
 	// An MME that is killed under load, and comes back.
@@ -541,7 +226,7 @@ func TestS6aFaults(t *testing.T) {
 	}
 
 	// What becomes of a rejected payload.
-	for rejected, want := range map[string]string{"authorization-rejected": "5003/1", "provision": success + "/1"} {
+	for rejected, want := range map[string]string{"authorization-rejected": "5003/1", "unknown-subscription": "5420/1"} {
 		agent.stop()
 		agent = d.start("agent", []string{d.conf("kme.conf", "rejected = "+rejected)}, "hss", "mme")
 		client.connected("agent")
@@ -561,7 +246,7 @@ func TestS6aFaults(t *testing.T) {
 
 // A configuration that says something else than its writer meant keeps the daemon from starting.
 func TestS6aConfiguration(t *testing.T) {
-	d := newDiameter(t, 1, "")
+	d := newNetwork(t, 1, "")
 	for want, lines := range map[string]string{
 		"there is no setting":    "sevice = unix:/x",
 		"is not key = value":     "service",
@@ -571,7 +256,15 @@ func TestS6aConfiguration(t *testing.T) {
 		"rejected is":            "service = unix:/x\nrejected = maybe",
 		"the beginning of IMSIs": "service = unix:/x\nopen = 1",
 		"vendor is a number":     "service = unix:/x\nvendor = 0",
-		"workers is a number":    "service = unix:/x\nworkers = 1000",
+		"in_flight is a number":  "service = unix:/x\nin_flight = 0",
+		"handlers is a number":   "service = unix:/x\nhandlers = 1000",
+		"breaker is a number":    "service = unix:/x\nbreaker = -1",
+		"origin_rate is":         "service = unix:/x\norigin_rate = many",
+		"swx is":                 "service = unix:/x\nswx = yes",
+		"provision_from is":      "service = unix:/x\nprovision_from = abroad",
+		"legacy_mme is":          "service = unix:/x\nlegacy_mme = *",
+		"agent is":               "service = unix:/x\nagent = *.",
+		"home_realm is":          "service = unix:/x\nhome_realm = ",
 		"cannot be read":         "",
 	} {
 		d.write("broken.conf", lines)
@@ -588,7 +281,7 @@ func TestS6aConfiguration(t *testing.T) {
 
 // Another implementation reads what is sent as docs/s6a.md says.
 func TestS6aOnTheWire(t *testing.T) {
-	d := newDiameter(t, 5, "")
+	d := newNetwork(t, 5, "")
 	nodes, front := setUps[2].start(d)
 	client := d.start("mme", []string{"mme:" + d.path("m")}, front)
 	client.connected(front)

@@ -41,7 +41,8 @@ var (
 	unused []Tok
 )
 
-// Main runs a package's tests below testproc's guard, with a number of tokens, t00 and up, and exits. It is for TestMain:
+// Main runs a package's tests below testproc's guard, with a number of tokens, t00 and up, and exits. It is for
+// TestMain:
 //
 //	func TestMain(m *testing.M) { softhsmtest.Main(m, 8) }
 func Main(m *testing.M, tokens int) {

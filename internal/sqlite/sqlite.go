@@ -147,10 +147,10 @@ func (c change) run(tx *sql.Tx) (err error) {
 // maxBatch bounds how long the first of a commit's changes waits for the last.
 const maxBatch = 64
 
-// Do makes a change, and returns when it is durable. An error of f leaves everything as it was. A change whose context has ended
-// before its turn is not made; one that is under way is finished, since its transaction is others' too: f gets a context
-// that does not end. f is called again when another change has failed, and only its last call counts. A panic of f is its
-// error, a *panics.Error.
+// Do makes a change, and returns when it is durable. An error of f leaves everything as it was. A change whose
+// context has ended before its turn is not made; one that is under way is finished, since its transaction is
+// others' too: f gets a context that does not end. f is called again when another change has failed, and only its
+// last call counts. A panic of f is its error, a *panics.Error.
 func (w *Writer) Do(ctx context.Context, f func(context.Context, *sql.Tx) error) error {
 	c := change{ctx, f, make(chan error, 1)}
 	select {

@@ -1,5 +1,5 @@
-// Package testproc starts other programs for tests, and sees to it that a test leaves no process, no socket and no folder
-// behind, however it ends.
+// Package testproc starts other programs for tests, and sees to it that a test leaves no process, no socket and no
+// folder behind, however it ends.
 package testproc
 
 import (
@@ -24,9 +24,9 @@ const guarded = "KMEHSM_TEST_GUARDED"
 //
 //	func TestMain(m *testing.M) { testproc.Main(m.Run) }
 //
-// The guard is this process. It runs the tests in a child, with a TMPDIR of their own. When the child has ended, also by a
-// panic, a timeout or a signal, the guard ends every process that is left of it and removes the TMPDIR. Tests that passed and
-// leave one of these fail.
+// The guard is this process. It runs the tests in a child, with a TMPDIR of their own. When the child has ended,
+// also by a panic, a timeout or a signal, the guard ends every process that is left of it and removes the TMPDIR.
+// Tests that passed and leave one of these fail.
 func Main(run func() int) {
 	if os.Getenv(guarded) != "" {
 		os.Exit(run())

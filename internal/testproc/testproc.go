@@ -14,8 +14,8 @@ import (
 // Patience is how long a test waits for another process.
 const Patience = time.Minute
 
-// A Process is a program that a test has started. It is the head of a process group of its own, which ends with the test,
-// and itself also when the test's process is killed.
+// A Process is a program that a test has started. It is the head of a process group of its own, which ends with the
+// test, and itself also when the test's process is killed.
 type Process struct {
 	Cmd   *exec.Cmd
 	Log   *Log          // what it writes to those of standard output and error that the test has not set
@@ -23,8 +23,8 @@ type Process struct {
 	err   error         // of the program's end; set before ended is closed
 }
 
-// Start starts a program, and waits until it is ready: a test whose program is not, within Patience, fails with the program's log.
-// A nil ready waits for nothing.
+// Start starts a program, and waits until it is ready: a test whose program is not, within Patience, fails with the
+// program's log. A nil ready waits for nothing.
 func Start(t testing.TB, cmd *exec.Cmd, ready func(p *Process) bool) *Process {
 	t.Helper()
 	return startWithin(t, cmd, ready, Patience)
@@ -72,8 +72,8 @@ func startWithin(t testing.TB, cmd *exec.Cmd, ready func(p *Process) bool, patie
 	return p
 }
 
-// start starts a command in the one thread that lives as long as the process: Linux sends Pdeathsig when the thread ends that
-// started the child.
+// start starts a command in the one thread that lives as long as the process: Linux sends Pdeathsig when the thread
+// ends that started the child.
 func start(cmd *exec.Cmd) error {
 	result := make(chan error)
 	starter() <- func() { result <- cmd.Start() }
@@ -107,7 +107,8 @@ func (p *Process) Wait() error {
 	return p.err
 }
 
-// Stop asks the program to end by a signal, and gives the error of its end; one that does not end within Patience is killed.
+// Stop asks the program to end by a signal, and gives the error of its end; one that does not end within Patience
+// is killed.
 func (p *Process) Stop(s syscall.Signal) error {
 	p.Cmd.Process.Signal(s)
 	select {

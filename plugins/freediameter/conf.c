@@ -9,7 +9,7 @@
 
 struct conf conf = {
 	.service = { .timeout_ms = 2000, .calls = 256, .breaker = 3 }, .vendor = VENDOR_OWN, .handlers = 4,
-	.origin_rate = 1000,
+	.origin_rate = 10000,
 };
 
 int conf_names(const struct list *l, const char *name)

@@ -1,9 +1,9 @@
 // Command vaultrun starts a Vault server for tests and local work, initialises it once, and unseals it with a key that it
 // keeps beside the data: nothing of worth may depend on such a server.
 //
-// The server is the vault or bao on PATH, else bin/vaultdev, Vault built from its source. It ends with this process, also
-// when that is killed; and this process ends with it. The first line on standard output, once the server takes requests, is
-// its address and process id as JSON.
+// The server is the vault or bao on PATH, else bin/vaultdev, Vault built from its source. It ends with this
+// process, also when that is killed; and this process ends with it. The first line on standard output, once the
+// server takes requests, is its address and process id as JSON.
 package main
 
 import (

@@ -1,23 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The MME side of S6a for tests: lines of text on a Unix stream socket (its
- * path is the configuration string) become requests, and their answers lines:
+ * The MME side of S6a for tests: lines of text on a Unix stream socket (its path is the configuration string) become
+ * requests, and their answers lines; see mme_lines.c.
  *
- *	AIR id imsi vectors resync|-
- *	ULR id imsi imei payload|- attempt|-
- *	RAW id code flags avps|-
- *
- *	AIA id result control|- attempt|- [rand:xres:autn:kasme]...
- *	ULA id result status|- nw_sig|-
- *	ERR id reason
- *
- * One thread does all work on descriptors. The answers come in threads of the
- * daemon, which only queue a line: they never block, and never see a
- * descriptor.
+ * One thread does all work on descriptors. The answers come in threads of the daemon, which only queue a line: they never
+ * block, and never see a descriptor.
  */
 #define _GNU_SOURCE
-#include "dict.h"
+#include "mme.h"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
 #include <poll.h>
@@ -25,6 +17,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -34,18 +27,10 @@
 
 #define LINE_MAX_SIZE	((256u << 10) + 2)	/* with its CR LF */
 #define OUT_MAX		(64u << 20)	/* a reader that far behind is dropped */
-#define WORDS_MAX	6
-#define TIMEOUT_S	10
+#define WORDS_MAX	16
+#define TIMEOUT_S	30
 #define TABLE_SIZE	4096u		/* a power of two */
 #define MESSAGE_MAX	65535u		/* more, and a freeDiameter peer hangs up */
-#define MESSAGE_HEADER	20u
-#define RAT_EUTRAN	1004u		/* TS 29.212, 5.3.31 */
-#define ULR_FLAGS	0x22u		/* S6a indicator, initial attach */
-
-struct text {
-	char *data;
-	size_t off, len, room;
-};
 
 struct conn {
 	struct conn *next;
@@ -105,7 +90,7 @@ static int text_reserve(struct text *t, size_t more)
 	return 0;
 }
 
-static int text_add(struct text *t, const void *data, size_t size)
+int text_add(struct text *t, const void *data, size_t size)
 {
 	if (t->room - t->len < size && text_reserve(t, size))
 		return ENOMEM;
@@ -114,8 +99,7 @@ static int text_add(struct text *t, const void *data, size_t size)
 	return 0;
 }
 
-static int __attribute__((format(printf, 2, 3)))
-text_print(struct text *t, const char *format, ...)
+int text_print(struct text *t, const char *format, ...)
 {
 	char line[128];
 	va_list args;
@@ -127,21 +111,6 @@ text_print(struct text *t, const char *format, ...)
 	if (n < 0 || (size_t)n >= sizeof(line))
 		return EINVAL;
 	return text_add(t, line, n);
-}
-
-static int text_hex(struct text *t, const uint8_t *data, size_t size)
-{
-	static const char digits[] = "0123456789abcdef";
-	char pair[2];
-	size_t i;
-
-	for (i = 0; i < size; i++) {
-		pair[0] = digits[data[i] >> 4];
-		pair[1] = digits[data[i] & 15];
-		if (text_add(t, pair, 2))
-			return ENOMEM;
-	}
-	return 0;
 }
 
 static void conn_break(struct conn *c)
@@ -242,103 +211,13 @@ static void wake(void)
 
 /* Answers */
 
-static uint32_t result_of(struct msg *msg)
-{
-	struct avp *group;
-	uint32_t code = 0;
-
-	if (u32_of(child(msg, 0, BASE_RESULT_CODE), &code))
-		return code;
-	group = child(msg, 0, BASE_EXPERIMENTAL_RESULT);
-	u32_of(child(group, 0, BASE_EXPERIMENTAL_RESULT_CODE), &code);
-	return code;
-}
-
-static int say_number(struct text *t, struct avp *avp)
-{
-	uint32_t number;
-
-	if (!u32_of(avp, &number))
-		return text_add(t, " -", 2);
-	return text_print(t, " %" PRIu32, number);
-}
-
-static int say_hex(struct text *t, const char *before, struct avp *avp)
-{
-	size_t size;
-	const uint8_t *data = octets(avp, &size);
-
-	if (text_add(t, before, strlen(before)))
-		return ENOMEM;
-	return data && size ? text_hex(t, data, size) : text_add(t, "-", 1);
-}
-
-/* One word whatever the octets are */
-static int say_word(struct text *t, struct avp *avp)
-{
-	size_t size, i;
-	const uint8_t *data = octets(avp, &size);
-
-	if (!data || !size)
-		return text_add(t, " -", 2);
-	if (text_add(t, " ", 1))
-		return ENOMEM;
-	for (i = 0; i < size; i++)
-		if (text_add(t, data[i] > ' ' && data[i] < 0x7f ?
-			     (const char *)&data[i] : "?", 1))
-			return ENOMEM;
-	return 0;
-}
-
-static int say_vector(struct text *t, struct avp *v)
-{
-	if (say_hex(t, " ", child(v, VENDOR_3GPP, TGPP_RAND)) ||
-	    say_hex(t, ":", child(v, VENDOR_3GPP, TGPP_XRES)) ||
-	    say_hex(t, ":", child(v, VENDOR_3GPP, TGPP_AUTN)))
-		return ENOMEM;
-	return say_hex(t, ":", child(v, VENDOR_3GPP, TGPP_KASME));
-}
-
-static int say_aia(struct text *t, uint64_t id, struct msg *msg)
-{
-	struct avp *v;
-
-	if (text_print(t, "AIA %" PRIu64 " %" PRIu32, id, result_of(msg)) ||
-	    say_number(t, child(msg, own_vendor_id, OWN_BINDING_CONTROL)) ||
-	    say_word(t, child(msg, own_vendor_id, OWN_BINDING_ATTEMPT)))
-		return ENOMEM;
-	v = child(msg, VENDOR_3GPP, TGPP_AUTHENTICATION_INFO);
-	v = child(v, VENDOR_3GPP, TGPP_EUTRAN_VECTOR);
-	for (; v; v = next(v, VENDOR_3GPP, TGPP_EUTRAN_VECTOR))
-		if (say_vector(t, v))
-			return ENOMEM;
-	return 0;
-}
-
-static int say_ula(struct text *t, uint64_t id, struct msg *msg)
-{
-	struct avp *b = child(msg, own_vendor_id, OWN_BINDING_ANSWER);
-
-	if (text_print(t, "ULA %" PRIu64 " %" PRIu32, id, result_of(msg)) ||
-	    say_number(t, child(b, own_vendor_id, OWN_BINDING_STATUS)))
-		return ENOMEM;
-	return say_hex(t, " ", child(b, own_vendor_id, OWN_NW_SIG));
-}
-
 static void report(struct pending *p, struct msg *msg)
 {
 	struct text line = { 0 };
-	struct msg_hdr *h;
-	int err;
+	char id[24];
 
-	err = fd_msg_hdr(msg, &h);
-	if (!err && h->msg_code == CMD_AIR)
-		err = say_aia(&line, p->id, msg);
-	else if (!err)
-		err = say_ula(&line, p->id, msg);
-	if (!err)
-		err = text_add(&line, "\n", 1);
-	if (err)
+	snprintf(id, sizeof(id), "%" PRIu64, p->id);
+	if (mme_answer(&line, id, msg) || text_add(&line, "\n", 1))
 		conn_break(p->conn);
 	else
 		conn_say(p->conn, &line);
@@ -364,200 +243,6 @@ static void on_answer(void *data, struct msg **msg)
 	fd_msg_free(*msg);
 	*msg = NULL;
 	pthread_setcancelstate(state, NULL);
-}
-
-/* Requests */
-
-static int nibble(char c)
-{
-	if (c >= '0' && c <= '9')
-		return c - '0';
-	c |= 0x20;
-	return c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
-}
-
-/* In place; "-" is no octets at all */
-static int unhex(char *word, size_t *size)
-{
-	uint8_t *out = (uint8_t *)word;
-	size_t i, len = strlen(word);
-
-	*size = 0;
-	if (!strcmp(word, "-"))
-		return 0;
-	if (!len || len % 2)
-		return EINVAL;
-	for (i = 0; i < len; i += 2) {
-		int hi = nibble(word[i]), lo = nibble(word[i + 1]);
-
-		if (hi < 0 || lo < 0)
-			return EINVAL;
-		out[i / 2] = hi << 4 | lo;
-	}
-	*size = len / 2;
-	return 0;
-}
-
-static int number(const char *word, int base, uint64_t max, uint64_t *out)
-{
-	const char *digits = base == 16 ? "0123456789abcdefABCDEF" : "0123456789";
-	char *end;
-
-	if (!*word || word[strspn(word, digits)])
-		return EINVAL;
-	errno = 0;
-	*out = strtoull(word, &end, base);
-	return errno || *end || *out > max ? EINVAL : 0;
-}
-
-static int digits(const char *word, size_t max)
-{
-	size_t len = strspn(word, "0123456789");
-
-	return len && len <= max && !word[len];
-}
-
-static int add_features(struct msg *msg)
-{
-	struct avp *group;
-
-	CHECK_FCT(add_group(msg, a_supported_features, &group));
-	CHECK_FCT(add_u32(group, a_vendor_id, own_vendor_id));
-	CHECK_FCT(add_u32(group, a_feature_list_id, 1));
-	return add_u32(group, a_feature_list, 1);
-}
-
-static int add_routing(struct msg *msg)
-{
-	CHECK_FCT(fd_msg_new_session(msg, NULL, 0));
-	CHECK_FCT(fd_msg_add_origin(msg, 0));
-	return add_octets(msg, a_destination_realm, realm, strlen(realm));
-}
-
-static int add_common(struct msg *msg, const char *imsi)
-{
-	static const uint8_t plmn[] = { 0x00, 0xf1, 0x10 };	/* 001 01 */
-
-	CHECK_FCT(add_routing(msg));
-	CHECK_FCT(add_u32(msg, a_auth_session_state, 1));
-	CHECK_FCT(add_octets(msg, a_user_name, imsi, strlen(imsi)));
-	CHECK_FCT(add_features(msg));
-	return add_octets(msg, a_visited_plmn_id, plmn, sizeof(plmn));
-}
-
-static int fill_air(struct msg *msg, const char *imsi, uint32_t vectors,
-		    const char *resync, size_t resync_size)
-{
-	struct avp *group;
-
-	CHECK_FCT(add_common(msg, imsi));
-	CHECK_FCT(add_group(msg, a_requested_eutran, &group));
-	CHECK_FCT(add_u32(group, a_number_of_vectors, vectors));
-	if (!resync_size)
-		return 0;
-	return add_octets(group, a_resync_info, resync, resync_size);
-}
-
-static int add_terminal(struct msg *msg, const char *imei)
-{
-	struct avp *group;
-
-	CHECK_FCT(add_group(msg, a_terminal_information, &group));
-	CHECK_FCT(add_octets(group, a_imei, imei, strlen(imei)));
-	return add_octets(group, a_software_version, "01", 2);
-}
-
-static int add_binding(struct msg *msg, const char *payload, size_t size,
-		       const char *attempt)
-{
-	struct avp *group;
-
-	CHECK_FCT(add_group(msg, a_binding_request, &group));
-	CHECK_FCT(add_octets(group, a_binding_payload, payload, size));
-	if (!strcmp(attempt, "-"))
-		return 0;
-	return add_octets(group, a_binding_attempt, attempt, strlen(attempt));
-}
-
-static int fill_ulr(struct msg *msg, const char *imsi, const char *imei,
-		    const char *payload, size_t size, const char *attempt)
-{
-	CHECK_FCT(add_common(msg, imsi));
-	CHECK_FCT(add_u32(msg, a_rat_type, RAT_EUTRAN));
-	CHECK_FCT(add_u32(msg, a_ulr_flags, ULR_FLAGS));
-	CHECK_FCT(add_terminal(msg, imei));
-	if (!size)
-		return 0;
-	return add_binding(msg, payload, size, attempt);
-}
-
-/*
- * The library reads and writes back a list of AVPs by these lengths without
- * looking inside them, and is not safe against lengths below a header's.
- */
-static int raw_list_ok(const uint8_t *p, size_t size)
-{
-	while (size) {
-		size_t head, len;
-
-		if (size < 8)
-			return 0;
-		head = p[4] & AVP_FLAG_VENDOR ? 12 : 8;
-		len = (size_t)p[5] << 16 | (size_t)p[6] << 8 | p[7];
-		if (len < head || len > size)
-			return 0;
-		len = (len + 3) & ~(size_t)3;
-		if (len >= size)
-			return 1;
-		p += len;
-		size -= len;
-	}
-	return 1;
-}
-
-static void put_length(uint8_t *message, size_t size)
-{
-	message[1] = size >> 16;
-	message[2] = size >> 8;
-	message[3] = size;
-}
-
-/* Makes *msg anew from its octets and the raw ones: those stay unparsed */
-static int append_raw(struct msg **msg, const char *raw, size_t size)
-{
-	size_t head, total;
-	uint8_t *buf = NULL, *more;
-	struct msg *joined;
-
-	CHECK_FCT(fd_msg_bufferize(*msg, &buf, &head));
-	total = head + ((size + 3) & ~(size_t)3);
-	more = realloc(buf, total);
-	if (!more) {
-		free(buf);
-		return ENOMEM;
-	}
-	buf = more;
-	memset(buf + head, 0, total - head);
-	memcpy(buf + head, raw, size);
-	put_length(buf, total);
-	if (fd_msg_parse_buffer(&buf, total, &joined)) {
-		free(buf);
-		return EBADMSG;
-	}
-	fd_msg_free(*msg);
-	*msg = joined;
-	return 0;
-}
-
-static int fill_raw(struct msg **msg, uint8_t flags, const char *raw,
-		    size_t size)
-{
-	struct msg_hdr *h;
-
-	CHECK_FCT(add_routing(*msg));
-	CHECK_FCT(fd_msg_hdr(*msg, &h));
-	h->msg_flags = flags;
-	return append_raw(msg, raw, size);
 }
 
 /* Sending */
@@ -656,97 +341,18 @@ static const char *post(struct conn *c, uint64_t id, struct msg **msg)
 	return p ? "cannot-send" : NULL;
 }
 
-static void submit(struct conn *c, uint64_t id, struct msg **msg, int err)
+static void submit(struct conn *c, uint64_t id, struct msg **msg, const char *why)
 {
-	const char *why = err ? "cannot-build" : too_long(*msg);
+	if (!why)
+		why = too_long(*msg);
 
 	if (!why)
 		why = peer_open() ? post(c, id, msg) : "no-peer";
 	if (*msg)
 		fd_msg_free(*msg);
-	*msg = NULL;
 	if (why)
 		say_error(c, id, why);
 }
-
-static int new_request(struct dict_object *model, struct msg **msg)
-{
-	*msg = NULL;
-	return fd_msg_new(model, MSGFL_ALLOC_ETEID, msg);
-}
-
-/* Lines: EINVAL means malformed */
-
-static int do_air(struct conn *c, uint64_t id, char **w)
-{
-	struct msg *msg;
-	uint64_t vectors;
-	size_t size;
-	int err;
-
-	if (!digits(w[2], 15) || number(w[3], 10, UINT32_MAX, &vectors) ||
-	    unhex(w[4], &size))
-		return EINVAL;
-	err = new_request(d_air, &msg);
-	if (!err)
-		err = fill_air(msg, w[2], vectors, w[4], size);
-	submit(c, id, &msg, err);
-	return 0;
-}
-
-static int do_ulr(struct conn *c, uint64_t id, char **w)
-{
-	struct msg *msg;
-	size_t size;
-	int err;
-
-	if (!digits(w[2], 15) || !digits(w[3], 16) || unhex(w[4], &size))
-		return EINVAL;
-	err = new_request(d_ulr, &msg);
-	if (!err)
-		err = fill_ulr(msg, w[2], w[3], w[4], size, w[5]);
-	submit(c, id, &msg, err);
-	return 0;
-}
-
-static int do_raw(struct conn *c, uint64_t id, char **w)
-{
-	struct msg *msg;
-	uint64_t code, flags;
-	size_t size;
-	int err;
-
-	if (number(w[2], 10, UINT32_MAX, &code) ||
-	    number(w[3], 16, 0xff, &flags) || unhex(w[4], &size))
-		return EINVAL;
-	if (code != CMD_AIR && code != CMD_ULR) {
-		say_error(c, id, "bad-code");
-		return 0;
-	}
-	if (!(flags & CMD_FLAG_REQUEST)) {
-		say_error(c, id, "bad-flags");
-		return 0;
-	}
-	if (!raw_list_ok((uint8_t *)w[4], size)) {
-		say_error(c, id, "bad-avps");
-		return 0;
-	}
-	err = new_request(code == CMD_AIR ? d_air : d_ulr, &msg);
-	if (!err)
-		err = fill_raw(&msg, flags, w[4], size);
-	submit(c, id, &msg, err);
-	return 0;
-}
-
-static const struct verb {
-	const char *name;
-	int words;
-	int (*run)(struct conn *c, uint64_t id, char **w);
-} verbs[] = {
-	{ "AIR", 5, do_air },
-	{ "ULR", 6, do_ulr },
-	{ "RAW", 5, do_raw },
-};
 
 /* -1: more words than any verb has */
 static int split(char *line, char **w)
@@ -764,27 +370,22 @@ static int split(char *line, char **w)
 	return n;
 }
 
-static int do_words(struct conn *c, char **w, int n)
-{
-	uint64_t id;
-	size_t i;
-
-	if (n < 2 || number(w[1], 10, UINT64_MAX, &id))
-		return EINVAL;
-	for (i = 0; i < sizeof(verbs) / sizeof(verbs[0]); i++)
-		if (!strcmp(w[0], verbs[i].name) && n == verbs[i].words)
-			return verbs[i].run(c, id, w);
-	return EINVAL;
-}
-
 static void do_line(struct conn *c, char *line, size_t len)
 {
-	char *w[WORDS_MAX];
+	char *w[WORDS_MAX], *end = NULL;
+	struct msg *msg = NULL;
+	uint64_t id = 0;
+	const char *why = "malformed";
+	int n;
 
 	if (len && line[len - 1] == '\r')
 		line[--len] = 0;
-	if (strlen(line) != len || do_words(c, w, split(line, w)))
-		say_error(c, 0, "malformed");
+	n = strlen(line) == len ? split(line, w) : -1;
+	if (n >= 2 && *w[1] && !w[1][strspn(w[1], "0123456789")])
+		id = strtoull(w[1], &end, 10);
+	if (end)
+		why = mme_request(w, n, realm, &msg);
+	submit(c, why && !strcmp(why, "malformed") ? 0 : id, &msg, why);
 }
 
 /* I/O thread */
@@ -1084,6 +685,8 @@ static int socket_open(const char *path)
 
 static int mme_entry(char *conf)
 {
+	int app;
+
 	if (!conf || !*conf) {
 		LOG_E("mme: the configuration string must be a socket path");
 		return EINVAL;
@@ -1091,8 +694,9 @@ static int mme_entry(char *conf)
 	realm = getenv("KME_TEST_REALM");
 	if (!realm || !*realm)
 		realm = "hss.test";
-	CHECK_FCT(s6a_dict(VENDOR_OWN));
-	CHECK_FCT(fd_disp_app_support(d_app, d_3gpp, 1, 0));
+	CHECK_FCT(tgpp_dictionary(0));
+	for (app = S6A; app < APPS; app++)
+		CHECK_FCT(fd_disp_app_support(tgpp_apps[app], tgpp_vendor, 1, 0));
 	wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (wake_fd < 0)
 		return errno;

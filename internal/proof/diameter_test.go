@@ -1,0 +1,354 @@
+package proof
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/kmehsm/kmehsm/internal/testproc"
+)
+
+const success = "2001"
+
+// A network is real freeDiameter daemons around a real keysvc: an MME, an HSS and, in one set-up, an agent between them. One that has the extension asks
+// keysvc.
+type network struct {
+	*world
+	extensions string // the folder of the built ones
+	keysvc     *testproc.Process
+	http       *http.Client
+	ports      map[string]int
+	preload    string // libraries of sanitizers
+
+	devicesLeft []device // that no test has had
+}
+
+// node is one daemon.
+type node struct {
+	d    *network
+	name string
+	*testproc.Process
+}
+
+const (
+	realm     = "hss.test"
+	away      = "epc.mnc002.mcc262.3gppnetwork.org" // another network's
+	home      = "epc.mnc001.mcc001.3gppnetwork.org" // the realm of the MMEs: that of the IMSIs (TS 23.003, 19.2)
+	operatorK = "465b5ce8b199b49faa5f0a2ee238a6bc"  // of all test SIMs: 3GPP TS 35.208, test set 1
+	operatorO = "cd63cb71954a9f4e48a5994e37a02baf"
+)
+
+// marks are what the test HSS does with subscribers who have one (plugins/freediameter/test/hssd.c).
+var marks = []string{"ulr=5001", "ulr=5012", "air=4181", "repeat", "split"}
+
+// marked is a subscriber with a mark, one of ten.
+func marked(mark string, k int) string {
+	return fmt.Sprintf("0010190%08d", 10*slices.Index(marks, mark)+k)
+}
+
+// newNetwork makes a lot, starts keysvc, and writes what the daemons need. sanitize is a list of gcc's sanitizers, or empty.
+func newNetwork(t *testing.T, devices int, sanitize string) *network {
+	t.Helper()
+	if !strings.Contains(t.Name(), "S6a") {
+		t.Fatal("a test that needs Diameter says S6a in its name: make check leaves it out")
+	}
+	if _, err := exec.LookPath("freeDiameterd"); err != nil {
+		t.Fatal("there is no freeDiameterd: run scripts/deps.sh test")
+	}
+	d := &network{world: newWorld(t, nil), ports: map[string]int{}}
+	d.extensions = d.path("extensions")
+	if err := os.Mkdir(d.extensions, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	// go test keeps a result until something changes that the test has read itself.
+	sources, err := filepath.Glob("../../plugins/freediameter/*/*.[ch]")
+	more, merr := filepath.Glob("../../plugins/freediameter/*.[ch]")
+	if err := errors.Join(err, merr); err != nil {
+		t.Fatal(err)
+	}
+	for _, source := range append(sources, more...) {
+		if _, err := os.ReadFile(source); err != nil {
+			t.Fatal(err)
+		}
+	}
+	build := exec.Command("make", "-C", "../../plugins/freediameter", "OUT="+d.extensions, "test")
+	if sanitize != "" {
+		build.Args = append(build.Args, "SANITIZE="+sanitize)
+		for _, library := range []string{"libasan.so", "libubsan.so"} {
+			path, err := exec.Command("gcc", "-print-file-name="+library).Output()
+			if err != nil {
+				t.Fatal(err)
+			}
+			d.preload += " " + strings.TrimSpace(string(path))
+		}
+	}
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+
+	d.setUp(lotOf{"L1", "tr33868-ecdsa-p256", "35209900", 2048, devices})
+	var sims bytes.Buffer
+	for i := range devices {
+		for _, plmn := range []string{"00101", "00102"} { // 00102 fails open, where a test says so
+			fmt.Fprintf(&sims, "%s%010d %s %s\n", plmn, i, operatorK, operatorO)
+		}
+		fmt.Fprintf(&sims, "00101%010d %s %s\n", 5_000_000+i, operatorK, operatorO) // of mesim attach --tamper replay
+	}
+	for _, mark := range marks {
+		for k := range 10 {
+			fmt.Fprintf(&sims, "%s %s %s %s\n", marked(mark, k), operatorK, operatorO, mark)
+		}
+	}
+	d.write("subscribers", sims.String())
+	d.openssl(nil, "dhparam", "-out", "dh.pem", "1024") // no connection uses it, and the daemon wants it
+	ec := []string{"-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"}
+	d.openssl(nil, slices.Concat([]string{"req", "-x509"}, ec, []string{"-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj", "/CN=test CA"})...)
+	for name, extensions := range map[string]string{"server": "subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth\n", "hss": "subjectAltName=DNS:hss.test\nextendedKeyUsage=clientAuth\n"} {
+		d.write(name+".ext", extensions)
+		request := d.openssl(nil, slices.Concat([]string{"req"}, ec, []string{"-keyout", name + ".key", "-subj", "/CN=" + name})...)
+		d.openssl(request, "x509", "-req", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-out", name+".pem", "-extfile", name+".ext")
+	}
+	d.startKeysvc()
+	return d
+}
+
+func (d *network) write(name, text string) {
+	d.t.Helper()
+	if err := os.WriteFile(d.path(name), []byte(text), 0o600); err != nil {
+		d.t.Fatal(err)
+	}
+}
+
+// startKeysvc starts keysvc, with more lines of configuration.
+func (d *network) startKeysvc(more ...string) {
+	d.t.Helper()
+	d.write("keysvc.yaml", fmt.Sprintf("state: var/keysvc\nsocket: s\nlisten: 127.0.0.1:%d\ntls: {certificate: server.pem, key: server.key, client_ca: ca.pem}\n", d.port("keysvc"))+strings.Join(more, ""))
+	d.http = &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", d.path("s"))
+	}}}
+	d.keysvc = testproc.Start(d.t, d.command(d.operator, "keysvc", "serve", "--config", "keysvc.yaml"), func(*testproc.Process) bool { return ready(d.http) })
+}
+
+// port is a daemon's, free a moment ago.
+func (d *network) port(name string) int {
+	d.t.Helper()
+	if d.ports[name] == 0 {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			d.t.Fatal(err)
+		}
+		d.ports[name] = l.Addr().(*net.TCPAddr).Port
+		l.Close()
+	}
+	return d.ports[name]
+}
+
+// identity is a daemon's, or a peer's. The agent is of the HSS's realm: a request to that realm is then for it.
+func identity(name string) string {
+	if strings.HasPrefix(name, "mme") {
+		return name + "." + home
+	}
+	if strings.HasPrefix(name, "visited") {
+		return name + "." + away
+	}
+	return name + "." + realm
+}
+
+// start starts a daemon with extensions, each the name of one and its configuration, and connections to peers.
+func (d *network) start(name string, extensions []string, peers ...string) *node {
+	d.t.Helper()
+	id := identity(name)
+	own := "node-" + name
+	if _, err := os.Stat(d.path(own + ".pem")); err != nil {
+		d.openssl(nil, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2", "-keyout", own+".key", "-out", own+".pem", "-subj", "/CN="+id)
+	}
+	var c bytes.Buffer
+	fmt.Fprintf(&c, "Identity = %q;\nRealm = %q;\nPort = %d;\nSecPort = 0;\nNo_SCTP;\nNo_IPv6;\nListenOn = \"127.0.0.1\";\nTcTimer = 1;\nTwTimer = 6;\n", id, id[strings.Index(id, ".")+1:], d.port(name))
+	fmt.Fprintf(&c, "TLS_Cred = %q, %q;\nTLS_CA = %q;\nTLS_DH_File = %q;\n", d.path(own+".pem"), d.path(own+".key"), d.path(own+".pem"), d.path("dh.pem"))
+	program := []string{"freeDiameterd", "-c", d.path(name + ".conf")}
+	var ready func(p *testproc.Process) bool
+	for _, e := range extensions {
+		extension, conf, _ := strings.Cut(e, ":")
+		if extension == "hssd" { // a program of its own, with its arguments
+			program = append([]string{filepath.Join(d.extensions, "hssd"), d.path(name + ".conf")}, strings.Split(conf, ":")...)
+			ready = func(p *testproc.Process) bool { return strings.Contains(p.Log.String(), "subscribers") }
+			continue
+		}
+		fmt.Fprintf(&c, "LoadExtension = %q : %q;\n", filepath.Join(d.extensions, extension+".fdx"), conf)
+	}
+	for _, p := range peers {
+		fmt.Fprintf(&c, "ConnectPeer = %q { ConnectTo = \"127.0.0.1\"; Port = %d; No_TLS; };\n", identity(p), d.port(p))
+	}
+	d.write(name+".conf", c.String())
+	cmd := exec.Command(program[0], program[1:]...)
+	cmd.Dir = d.dir
+	if d.preload != "" {
+		cmd.Env = append(os.Environ(), "LD_PRELOAD="+d.preload, "ASAN_OPTIONS=detect_odr_violation=0", "UBSAN_OPTIONS=print_stacktrace=1")
+	}
+	return &node{d, name, testproc.Start(d.t, cmd, ready)}
+}
+
+// connected waits until a daemon has so many open connections.
+func (n *node) connected(peers ...string) {
+	n.d.t.Helper()
+	await(n.d.t, n.name+" connected", func() bool {
+		text := n.Log.String()
+		return !slices.ContainsFunc(peers, func(p string) bool {
+			// The last word on a peer counts: on its way to be closed it is open no more.
+			states := regexp.MustCompile(`-> '(STATE_\w+)'\t'`+regexp.QuoteMeta(identity(p))+`'`).FindAllStringSubmatch(text, -1)
+			return len(states) == 0 || states[len(states)-1][1] != "STATE_OPEN"
+		})
+	})
+}
+
+// stop ends a daemon, which must end well.
+func (n *node) stop() {
+	n.d.t.Helper()
+	if err := n.Stop(syscall.SIGTERM); err != nil {
+		n.d.t.Errorf("%s ended with %v", n.name, err)
+	}
+}
+
+// conf writes a configuration of the extension.
+func (d *network) conf(name string, lines ...string) (extension string) {
+	d.write(name, "service = unix:"+d.path("s")+" # keysvc\n"+strings.Join(lines, "\n")+"\n")
+	return "kme:" + d.path(name)
+}
+
+// confHTTPS is conf by way of mutual TLS.
+func (d *network) confHTTPS() (extension string) {
+	d.write("https.conf", fmt.Sprintf("service = https://127.0.0.1:%d\nca = %s\ncert = %s\nkey = %s\n", d.port("keysvc"), d.path("ca.pem"), d.path("hss.pem"), d.path("hss.key")))
+	return "kme:" + d.path("https.conf")
+}
+
+// attach has mesim play devices through the MME. It gives what mesim printed.
+func (d *network) attach(socket string, ok bool, args ...string) (result struct {
+	Attached  int
+	Rejected  map[string]int
+	PerSecond float64 `json:"per_second"`
+}) {
+	d.t.Helper()
+	cmd := d.command(d.operator, "mesim", append([]string{"attach", "--injection", "injection", "--fixture-key", "fixture.key", "--fixture-enrolment", "fixture.json",
+		"--server", "s6a:" + d.path(socket), "--subscribers", "subscribers"}, args...)...)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if (err == nil) != ok {
+		d.t.Fatalf("mesim %v: %v\n%s%s", args, err, out, stderr.String())
+	}
+	if err := json.Unmarshal(out, &result); err != nil {
+		d.t.Fatal(err)
+	}
+	return result
+}
+
+// mme is a connection to a test MME.
+type mme struct {
+	t     *testing.T
+	conn  net.Conn
+	lines *bufio.Reader
+	next  int
+}
+
+func (d *network) mme(socket string) *mme {
+	d.t.Helper()
+	var conn net.Conn
+	await(d.t, "the MME's socket", func() (ok bool) {
+		var err error
+		conn, err = net.Dial("unix", d.path(socket))
+		return err == nil
+	})
+	d.t.Cleanup(func() { conn.Close() })
+	return &mme{t: d.t, conn: conn, lines: bufio.NewReader(conn)}
+}
+
+// ask makes one request, and gives the answer's fields behind its id.
+func (m *mme) ask(command string, args ...string) []string {
+	m.t.Helper()
+	m.next++
+	if _, err := fmt.Fprintf(m.conn, "%s %d %s\n", command, m.next, strings.Join(args, " ")); err != nil {
+		m.t.Fatal(err)
+	}
+	m.conn.SetReadDeadline(time.Now().Add(testproc.Patience))
+	for {
+		line, err := m.lines.ReadString('\n')
+		if err != nil {
+			m.t.Fatal(err)
+		}
+		if f := strings.Fields(line); len(f) >= 3 && f[1] == fmt.Sprint(m.next) {
+			return append([]string{f[0]}, f[2:]...)
+		}
+	}
+}
+
+// expect is ask with an answer whose first fields must be these.
+func (m *mme) expect(what, want string, command string, args ...string) []string {
+	m.t.Helper()
+	got := m.ask(command, args...)
+	if s := strings.Join(got, " "); s != want && !strings.HasPrefix(s, want+" ") {
+		m.t.Errorf("%s: %s, want %s", what, s, want)
+	}
+	return got
+}
+
+// Subscribers who never attach: of the home network, and of one whose IMSIs fail open where a test says so.
+const (
+	unbound = "001010005000000"
+	openTo  = "001020000000000"
+)
+
+func (d *network) states() map[string]int {
+	d.t.Helper()
+	states := map[string]int{}
+	for line := range strings.Lines(d.run(d.operator, "keysvc", "binding", "list")) {
+		if f := strings.Fields(line); len(f) > 2 && f[0] != "IMSI" {
+			states[f[2]]++
+		}
+	}
+	return states
+}
+
+// setUps are an HSS that has the extension itself, whose handlers send their answers in either way, and one that has an agent in front of it.
+var setUps = []struct {
+	name  string
+	start func(d *network) (nodes []*node, front string)
+}{
+	{"in the HSS", func(d *network) ([]*node, string) {
+		return []*node{d.start("hss", []string{"hssd:" + d.path("subscribers"), d.conf("kme.conf")}, "mme")}, "hss"
+	}},
+	{"in an HSS whose handlers return answers", func(d *network) ([]*node, string) {
+		return []*node{d.start("hss", []string{d.conf("kme.conf"), "hssd:" + d.path("subscribers") + ":act"}, "mme")}, "hss"
+	}},
+	{"in an agent", func(d *network) ([]*node, string) {
+		hss := d.start("hss", []string{"hssd:" + d.path("subscribers")}, "agent")
+		return []*node{hss, d.start("agent", []string{d.confHTTPS()}, "hss", "mme")}, "agent"
+	}},
+}
+
+func stopAll(nodes ...*node) {
+	for _, n := range nodes {
+		n.d.t.Helper()
+		n.stop()
+		time.Sleep(300 * time.Millisecond) // peers that say goodbye at once wait for each other
+	}
+}
+
+func reversed(nodes []*node) []*node {
+	nodes = slices.Clone(nodes)
+	slices.Reverse(nodes)
+	return nodes
+}
