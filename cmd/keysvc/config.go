@@ -41,7 +41,8 @@ const configHelp = `The configuration (a relative path in it is relative to its 
                                        # rate: 500 for at most so many calls a second
       - {name: ops, uid: 1000, roles: [admin], plmns: [all]}                # roles: hss, admin, monitor, kme-export
                                        # provision_from: [home]: origins that may provision: home (names of the IMSI's own PLMN,
-                                       # mme.epc.mnc001.mcc001.3gppnetwork.org), any, names of hosts, "*.example.net"
+                                       # mme.epc.mnc001.mcc001.3gppnetwork.org), any, "26202" (that PLMN's), names of hosts,
+                                       # "*.example.net"
     store: postgres://keysvc@db/keysvc # for several instances (default: SQLite in the state folder); password: PGPASSFILE
     attempt_ttl: 5m                    # how long a device has for EstablishKME after PrepareVector
     pending_ttl: 1h                    # how long a device has to show its KME after EstablishKME
@@ -152,7 +153,7 @@ func decode(prefix string, n *yaml.Node, to reflect.Value) error {
 		}
 		seen[name] = true
 		if err := decodeValue(name, value, to.Field(at)); err != nil {
-			return fmt.Errorf("line %d: %w", value.Line, err)
+			return err
 		}
 	}
 	return nil
@@ -181,7 +182,7 @@ func decodeValue(name string, n *yaml.Node, to reflect.Value) error {
 		if n.Kind != yaml.ScalarNode {
 			value = "a list or a mapping"
 		}
-		return notAllowed(name, kinds[to.Kind()], value)
+		return fmt.Errorf("line %d: %w", n.Line, notAllowed(name, kinds[to.Kind()], value))
 	}
 	return nil
 }
