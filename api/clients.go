@@ -54,7 +54,7 @@ type Client struct {
 	PLMNs []string `yaml:"plmns"` // MCC and MNC, whose IMSIs it may name; or all
 	Rate  float64  `yaml:"rate"`  // calls a second, and as many at once; 0 for no limit
 
-	// Origins from which devices may be provisioned: home (the default), any, names of hosts, or *.SUFFIX.
+	// Origins from which devices may be provisioned: home (the default), any, MCC and MNC, names of hosts, or *.SUFFIX.
 	ProvisionFrom []string `yaml:"provision_from"`
 
 	limit *rate.Limiter
@@ -119,14 +119,15 @@ func (c *Clients) add(e *Client) error {
 		}
 	}
 	for _, p := range e.PLMNs {
-		if p != all && (len(p) < 5 || len(p) > 6 || strings.Trim(p, "0123456789") != "") {
+		if p != all && !isPLMN(p) {
 			return fmt.Errorf("%q is no PLMN: MCC and MNC, 5 or 6 digits, or all", p)
 		}
 	}
 	for i, p := range e.ProvisionFrom {
 		o, err := kme.ParseOrigin(p)
-		if err != nil || o.String() == "" || strings.Contains(strings.TrimPrefix(o.String(), "*."), "*") {
-			return fmt.Errorf("provision_from has %q, which is none of home, any, the name of a host and *.SUFFIX", p)
+		name := strings.TrimPrefix(o.String(), "*.")
+		if err != nil || name == "" || strings.Contains(name, "*") || isDigits(name) && !isPLMN(p) {
+			return fmt.Errorf("provision_from has %q, which is none of home, any, MCC and MNC, the name of a host and *.SUFFIX", p)
 		}
 		e.ProvisionFrom[i] = o.String()
 	}
@@ -201,19 +202,33 @@ func provisions(from, origin, imsi string) bool {
 		return strings.HasSuffix(origin, suffix)
 	case from == home:
 		return origin == "" || ofPLMN.MatchString(origin) && isHome(origin, imsi)
+	case isPLMN(from):
+		return ofPLMN.MatchString(origin) && slices.Contains(plmns(origin), from)
 	}
 	return from == anywhere || from == origin
 }
 
+func isDigits(s string) bool { return strings.Trim(s, "0123456789") == "" }
+
+// isPLMN says whether a text is MCC and MNC.
+func isPLMN(s string) bool { return (len(s) == 5 || len(s) == 6) && isDigits(s) }
+
 // ofPLMN is how the names of a PLMN's nodes end; its MNC has three digits always.
 var ofPLMN = regexp.MustCompile(`\.mnc[0-9]{3}\.mcc[0-9]{3}\.3gppnetwork\.org$`)
 
-// isHome says whether an IMSI begins with the PLMN that a name ends with. An MNC of two digits has a 0 before it in a
-// name.
-func isHome(origin, imsi string) bool {
+// plmns are those that a name ends with: an MNC of two digits has a 0 before it in a name.
+func plmns(origin string) []string {
 	tail := origin[len(origin)-len("mncMMM.mccCCC.3gppnetwork.org"):]
 	mnc, mcc := tail[3:6], tail[10:13]
-	return strings.HasPrefix(imsi, mcc+mnc) || mnc[0] == '0' && strings.HasPrefix(imsi, mcc+mnc[1:])
+	if mnc[0] == '0' {
+		return []string{mcc + mnc, mcc + mnc[1:]}
+	}
+	return []string{mcc + mnc}
+}
+
+// isHome says whether an IMSI begins with the PLMN that a name ends with.
+func isHome(origin, imsi string) bool {
+	return slices.ContainsFunc(plmns(origin), func(p string) bool { return strings.HasPrefix(imsi, p) })
 }
 
 type (

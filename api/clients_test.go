@@ -118,6 +118,13 @@ func TestProvisionFrom(t *testing.T) {
 		{[]string{"*.example"}, "mmeexample", "001010000000001", false},
 		{[]string{"other", "any"}, "whoever", "001010000000001", true},
 		{[]string{"any"}, "", "001010000000001", true},
+		{[]string{"26202"}, "mme.epc.mnc002.mcc262.3gppnetwork.org", "001010000000001", true},
+		{[]string{"310410"}, "mme.epc.mnc410.mcc310.3gppnetwork.org", "001010000000001", true},
+		{[]string{"310410"}, "mme.epc.mnc041.mcc310.3gppnetwork.org", "310410000000001", false},
+		{[]string{"26202"}, "mme.epc.mnc001.mcc001.3gppnetwork.org", "001010000000001", false},
+		{[]string{"26202"}, "mme.epc.mnc002.mcc262.3gppnetwork.org.example", "262020000000001", false},
+		{[]string{"26202"}, "26202", "262020000000001", false},
+		{[]string{"26202"}, "", "262020000000001", false},
 	} {
 		client := Client{Name: "hss", SAN: "hss", Roles: []Role{RoleHSS}, PLMNs: []string{all}, ProvisionFrom: c.from}
 		all, err := NewClients([]Client{client})
@@ -132,7 +139,7 @@ func TestProvisionFrom(t *testing.T) {
 			t.Errorf("who declines: %+v", o)
 		}
 	}
-	for _, bad := range []string{"", "a b", "*", "*.*.x", "a*"} {
+	for _, bad := range []string{"", "a b", "*", "*.", "*.*.x", "a*", "1", "2620", "2620212"} {
 		if _, err := NewClients([]Client{{Name: "hss", SAN: "hss", Roles: []Role{RoleHSS}, PLMNs: []string{all},
 			ProvisionFrom: []string{bad}}}); err == nil {
 			t.Errorf("provision_from %q was taken", bad)

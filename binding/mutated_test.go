@@ -133,7 +133,7 @@ func TestMutatedMessages(t *testing.T) {
 	defer conn.Close()
 	imsi, d := newIMSI(), l.devices[0]
 	bodies := map[string]string{
-		"PrepareVector":        `{"imsi":"` + imsi + `","rand":"AAECAwQFBgcICQoLDA0ODw=="}`,
+		"PrepareVector":        `{"imsi":"` + imsi + `","rands":["AAECAwQFBgcICQoLDA0ODw=="]}`,
 		"EstablishKME":         `{"imsi":"` + imsi + `","imei":"` + d.imei.String() + `","attempt_id":"` + r.attempt(t, imsi) + `","payload":"AAECAwQFBgcICQoLDA0ODw=="}`,
 		"EstablishKMEs":        `{"calls":[{"imsi":"` + imsi + `","imei":"` + d.imei.String() + `","attempt_id":"a","payload":"AAECAwQFBgcICQoLDA0ODw=="},{}]}`,
 		"ReportAuthentication": `{"imsi":"` + imsi + `","ok":true}`,

@@ -42,8 +42,8 @@ const configHelp = `The configuration (a relative path in it is relative to its 
                                        # rate: 500 for at most so many calls a second
       - {name: ops, uid: 1000, roles: [admin], plmns: [all]}                # roles: hss, admin, monitor, kme-export
                                        # provision_from: [home]: origins that may provision: home (names of the IMSI's
-                                       # own PLMN, mme.epc.mnc001.mcc001.3gppnetwork.org), any, names of hosts,
-                                       # "*.example.net"
+                                       # own PLMN, mme.epc.mnc001.mcc001.3gppnetwork.org), any, "26202" (that
+                                       # PLMN's), names of hosts, "*.example.net"
     store: postgres://keysvc@db/keysvc # for several instances (default: SQLite in the state folder); its
                                        # password: PGPASSFILE
     attempt_ttl: 5m                    # how long a device has for EstablishKME after PrepareVector

@@ -74,6 +74,7 @@ func TestConfigRefused(t *testing.T) {
 		{"clients of texts", good + "clients: [x]\n", `clients[0] has settings in it`},
 		{"a client's rate", good + client + "rate: -1}]\n", `clients: client "x": rate is a number of calls a second, or 0 for no limit, not -1`},
 		{"a client's rate as a text", good + client + "rate: fast}]\n", `clients[0].rate is a number, not "fast"`},
+		{"a client's provision_from as a text", good + client + "provision_from: home}]\n", `keysvc.yaml: line 3: clients[0].provision_from is a list of texts, not "home"`},
 		{"a client's uid", good + "clients: [{name: x, uid: -1, roles: [hss], plmns: [all]}]\n", `clients: client "x": uid is a number from 0 on, not -1`},
 		{"a client's uid as a text", good + "clients: [{name: x, uid: root}]\n", `clients[0].uid is a whole number, not "root"`},
 		{"a client's roles", good + "clients: [{name: x, san: y, roles: [root], plmns: [all]}]\n", `clients: client "x": there is no role "root": hss, admin, monitor, kme-export`},
@@ -111,6 +112,8 @@ socket: s
 clients: [{name: x, san: y, roles: [hss], plmns: ["00101"], rate: 1.5}, {name: z, uid: 0, roles: [admin], plmns: [all]}]
 store: postgres://keysvc@db/keysvc
 attempt_ttl: 1m
+pending_ttl: 3m
+pending_vectors: 8
 revocation_ttl: 2m
 calls: 3
 imei_rate: 4.5
@@ -126,7 +129,7 @@ log_level: warn
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(c.Tokens) != 2 || c.Tokens[1] != c.Tokens[0] || c.AttemptTTL != time.Minute || c.LogLevel != slog.LevelWarn ||
+	if len(c.Tokens) != 2 || c.Tokens[1] != c.Tokens[0] || c.AttemptTTL != time.Minute || c.PendingTTL != 3*time.Minute || c.PendingLimit != 8 || c.LogLevel != slog.LevelWarn ||
 		c.Clients[0].PLMNs[0] != "00101" || *c.Clients[1].UID != 0 || !c.Vault.SecretIDWrapped {
 		t.Errorf("%+v", c)
 	}

@@ -117,6 +117,7 @@ func foreignPeer(s *scene) {
 	a := s.visited.air(p.imsi, 1, roaming)
 	s.expectAIA("a vector for who is not bound", a, 5420, 0)
 	s.expectAIA("a vector, with a Visited-PLMN-Id that is a lie", s.visited.air(p.imsi, 1, options{}), 5420, 0)
+	s.expectAIA("a vector, with a realm that is a lie, too", s.visited.air(p.imsi, 1, options{realm: home}), 5420, 0)
 	// An attempt that a home MME has opened is not another's, whoever asks.
 	attempt := p.opened(s, s.mme, options{})
 	for what, e := range map[string]edge{"of another network": s.visited, "of another MME": s.mme2} {

@@ -258,6 +258,7 @@ func TestS6aConfiguration(t *testing.T) {
 		"is not key = value":     "service",
 		"https needs ca":         "service = https://127.0.0.1:1",
 		"service is https":       "service = http://127.0.0.1:1",
+		"has 107 bytes at most":  "service = unix:/" + strings.Repeat("s", 107),
 		"timeout_ms is a number": "service = unix:/x\ntimeout_ms = 5s",
 		"rejected is":            "service = unix:/x\nrejected = maybe",
 		"the beginning of IMSIs": "service = unix:/x\nopen = 1",

@@ -7,6 +7,8 @@
 
 #include "kme.h"
 
+#define MAX_SOCKET	107	/* the longest path of a Unix socket (unix(7)) */
+
 struct conf conf = {
 	.service = { .timeout_ms = 2000, .calls = 256, .breaker = 3 }, .vendor = VENDOR_OWN, .handlers = 4,
 	.origin_rate = 10000,
@@ -242,6 +244,10 @@ int conf_read(const char *path)
 	CHECK_FCT(parse(path));
 	if (!s->url || strlen(s->url) > 200 || (!begins(s->url, "unix:/") && !begins(s->url, "https://"))) {
 		LOG_F("kme: %s: service is https://HOST:PORT or unix:/PATH", path);
+		return EINVAL;
+	}
+	if (begins(s->url, "unix:") && strlen(s->url) > 5 + MAX_SOCKET) {
+		LOG_F("kme: %s: the path of service has %d bytes at most", path, MAX_SOCKET);
 		return EINVAL;
 	}
 	if (begins(s->url, "https:") && (!s->ca || !s->cert || !s->key)) {
