@@ -542,7 +542,7 @@ func (s *Service) failed(ctx context.Context, what string, imsi kme.IMSI, err er
 	var r *Refusal
 	if errors.As(err, &r) {
 		s.metrics.refused(r)
-		attrs := append([]any{"call", what, "imsi", imsi, "reason", r.Reason}, more...)
+		attrs := append([]any{"call", what, "imsi", imsi, "reason", r.Reason, "message", r.Message}, more...)
 		if r.Cause != nil {
 			attrs = append(attrs, "cause", r.Cause.Error())
 		}

@@ -77,10 +77,12 @@ func (s *Subscription) Opened(o Origin) (until time.Time, ok bool) {
 	return until, !until.IsZero()
 }
 
-// Served says whether a device may be let in for more than provisioning.
+// Served says whether a device may be let in for more than provisioning. It may not where a vector went out in clear beside
+// an active binding, also if the origin says by now that it cannot provision.
 func (s *Subscription) Served(o Origin) bool {
 	_, opened := s.Opened(o)
-	return s.Active != nil && !opened
+	inClear := s.attempt(func(a Attempt) bool { return a.Opened && a.Origin == o.Name })
+	return s.Active != nil && !opened && inClear == nil
 }
 
 // Attempt is the open attempt of an id that is an origin's; nil if there is none.

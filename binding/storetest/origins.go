@@ -333,8 +333,15 @@ func openedByOrigin(t *testing.T, s Store) {
 	}
 	checkUnder(t, s, imsi, binding.Origin{Name: away.Name, Provisioning: binding.Declined}, before)
 	sub := subscriptionOf(t, s, imsi, t0)
-	if sub.Served(home) || !sub.Served(binding.Origin{Name: home.Name}) {
-		t.Error("who may provision is not served while it is open, and everybody else is")
+	for o, want := range map[binding.Origin]bool{
+		home:               false,
+		{Name: home.Name}:  false, // it was sent a vector in clear, whatever it says now
+		third:              false,
+		{Name: third.Name}: true,
+	} {
+		if sub.Served(o) != want {
+			t.Errorf("while it is open %+v is served: %v", o, !want)
+		}
 	}
 	if d := decide(t, s, request(imsi, home, "x", t0.Add(ttl))); d.Binding == nil {
 		t.Errorf("after its end: %+v", d)

@@ -108,7 +108,7 @@ func tac(t *testing.T) kme.TAC {
 }
 
 // home and away are two origins; nobody is that of callers that have one peer.
-var nobody, home, away = origin(""), origin("mme-1.home"), origin("mme-2.away")
+var nobody, home, away, third = origin(""), origin("mme-1.home"), origin("mme-2.away"), origin("mme-3.home")
 
 func origin(name string) binding.Origin {
 	o, err := kme.ParseOrigin(name)
