@@ -190,11 +190,10 @@ func (s *Store) Prepare(ctx context.Context, q binding.VectorRequest) (d binding
 	if err != nil {
 		return d, err
 	}
-	// Nearly every vector is for an active binding: it changes nothing and needs no lock. Nor does one that is not ready
-	// yet.
+	// Nearly every vector is for an active binding: it changes nothing and needs no lock. Nor does a vector for a pending one
+	// that the HSM has not made yet.
 	_, opened := sub.Opened(q.Origin)
 	b := sub.Under(q.Origin.Name)
-	// Told of it, and nothing left.
 	told := b != nil && b == sub.Pending && q.Ready != b.AttemptID && len(b.Sent) < q.PendingVectors
 	if b != nil && !opened && (b == sub.Active || told) {
 		return binding.Decision{Binding: b}, unspent(ctx, s.read, q.IMSI, q.RANDs)
