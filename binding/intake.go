@@ -5,6 +5,7 @@ import (
 	"crypto/rsa"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
@@ -13,18 +14,24 @@ import (
 
 // An IntakeToken is what taking in enrolments and lots needs of the operator's HSM.
 type IntakeToken interface {
-	TransportPublicKey(ctx context.Context) (*rsa.PublicKey, error)
-	UnwrapKEK(ctx context.Context, kek hsmkeys.Key, wrapped []byte) error
+	TransportKeys(ctx context.Context) ([]*rsa.PublicKey, error)
+	DestroyTransportKey(ctx context.Context, pub *rsa.PublicKey) error
+	Has(ctx context.Context, k hsmkeys.Key) (bool, error)
+	UnwrapKEK(ctx context.Context, kek hsmkeys.Key, transport *rsa.PublicKey, wrapped []byte) error
 	UnwrapLotKey(ctx context.Context, lot, kek hsmkeys.Key, wrapped []byte, pub *rsa.PublicKey) (taken bool, err error)
 	RemoveLotKey(ctx context.Context, k hsmkeys.Key) error
 }
 
-// Enroll takes a manufacturer's enrolment: it pins the manufacturer's key and takes the operator's KEK into the token.
-// pem is the manufacturer's key, which the operator has from the manufacturer itself, not with the enrolment.
-// Enrolling again replaces the KEK; one of another generation is taken beside those that are there.
-func Enroll(ctx context.Context, token IntakeToken, registry Registry, jws, pem []byte, directoryURL string) (*Manufacturer, error) {
+// Enroll takes a manufacturer's enrolment: it pins the manufacturer's key, takes the operator's KEK into the token, and destroys the transport key that
+// the KEK came under. pem is the manufacturer's key, and thumbprint what the manufacturer has read out of it, neither of which came with the enrolment.
+// The KEK of an earlier enrolment with the same generation is replaced; one of another generation is taken beside those that are there. An enrolment that
+// was taken before changes nothing but the directory.
+func Enroll(ctx context.Context, token IntakeToken, registry Registry, jws, pem []byte, thumbprint, directoryURL string) (*Manufacturer, error) {
 	verifier, err := directory.ParseVerifier(pem)
 	if err != nil {
+		return nil, fmt.Errorf("the manufacturer's key: %w", err)
+	}
+	if err := directory.CheckThumbprint(verifier.KeyID(), thumbprint); err != nil {
 		return nil, fmt.Errorf("the manufacturer's key: %w", err)
 	}
 	var e directory.Enrolment
@@ -37,22 +44,43 @@ func Enroll(ctx context.Context, token IntakeToken, registry Registry, jws, pem 
 	if e.Manufacturer != verifier.KeyID() {
 		return nil, fmt.Errorf("the enrolment is of manufacturer %s, and the key given is that of %s", e.Manufacturer, verifier.KeyID())
 	}
-	transport, err := token.TransportPublicKey(ctx)
-	if err != nil {
-		return nil, err
-	}
-	if have := directory.RSAThumbprint(transport); e.TransportKey != have {
-		return nil, fmt.Errorf("the enrolment was made for transport key %s, and this token's is %s: give the manufacturer the transport.pem that keysvc init wrote for this token", e.TransportKey, have)
-	}
 	kek, ok := kekOf(e.Manufacturer, e.Operator).Named(e.KEK)
 	if !ok {
 		return nil, fmt.Errorf("the enrolment carries key %s: it does not fit the operator that it names", e.KEK)
 	}
-	if err := token.UnwrapKEK(ctx, kek, e.Wrapped); err != nil {
+	m := &Manufacturer{KeyID: e.Manufacturer, PEM: string(pem), Operator: e.Operator, Directory: directoryURL, Enrolled: time.Now()}
+	transports, err := token.TransportKeys(ctx)
+	if err != nil {
 		return nil, err
 	}
-	m := &Manufacturer{KeyID: e.Manufacturer, PEM: string(pem), Operator: e.Operator, Directory: directoryURL, Enrolled: time.Now()}
-	return m, registry.PutManufacturer(ctx, m)
+	at := slices.IndexFunc(transports, func(pub *rsa.PublicKey) bool { return directory.RSAThumbprint(pub) == e.TransportKey })
+	if at < 0 {
+		return m, enrolledBefore(ctx, token, registry, m, &e, kek)
+	}
+	if err := token.UnwrapKEK(ctx, kek, transports[at], e.Wrapped); err != nil {
+		return nil, err
+	}
+	if err := registry.PutManufacturer(ctx, m); err != nil {
+		return nil, err
+	}
+	return m, token.DestroyTransportKey(ctx, transports[at])
+}
+
+// enrolledBefore is Enroll where the transport key is gone: it went with an enrolment that was taken, or was never here.
+func enrolledBefore(ctx context.Context, token IntakeToken, registry Registry, m *Manufacturer, e *directory.Enrolment, kek hsmkeys.Key) error {
+	has, err := token.Has(ctx, kek)
+	if err != nil {
+		return err
+	}
+	all, err := registry.Manufacturers(ctx)
+	if err != nil {
+		return err
+	}
+	enrolled := slices.ContainsFunc(all, func(o *Manufacturer) bool { return o.KeyID == m.KeyID && o.Operator == m.Operator })
+	if !has || !enrolled {
+		return fmt.Errorf("the enrolment was made for transport key %s, which this token has not got: make one with keysvc transport new, and have the manufacturer enrol that", e.TransportKey)
+	}
+	return registry.PutManufacturer(ctx, m)
 }
 
 // ImportLot takes a granted lot: it takes the lot's private key into the token, proves with a decryption that it is

@@ -70,13 +70,22 @@ func checkLeft(t *testing.T, name string, r *rig, keys map[hsmkeys.Key]bool, man
 
 func TestEnroll(t *testing.T) {
 	r, m, other := newRig(t), newMaker(t), newMaker(t)
+	// Everybody has read out what the key given says.
 	enroll := func(jws, pem []byte) (*binding.Manufacturer, error) {
-		return binding.Enroll(t.Context(), r.token, r.store, jws, pem, "file:"+m.dir)
+		readOut := ""
+		if v, err := directory.ParseVerifier(pem); err == nil {
+			readOut = v.KeyID()
+		}
+		return binding.Enroll(t.Context(), r.token, r.store, jws, pem, readOut, "file:"+m.dir)
 	}
 	good := m.sign(t, directory.TypeEnrolment, m.enrolment(t, r))
-	transport := must[*rsa.PublicKey](t)(r.token.TransportPublicKey(t.Context()))
+	transport := r.transport(t)
 	elsewhere := vectors(t).lot(t, "lot-3072")
 
+	for _, readOut := range []string{"", other.KeyID(), m.KeyID()[1:]} {
+		_, err := binding.Enroll(t.Context(), r.token, r.store, good, m.pem, readOut, "file:"+m.dir)
+		checkSays(t, "another thumbprint read out", err, "read it out again")
+	}
 	type refusal struct {
 		name string
 		jws  []byte
@@ -101,7 +110,7 @@ func TestEnroll(t *testing.T) {
 		{"for another transport key", func(e *directory.Enrolment) {
 			e.TransportKey = directory.RSAThumbprint(&elsewhere.PublicKey)
 			e.Wrapped = must[[]byte](t)(rsa.EncryptOAEP(sha1.New(), rand.Reader, &elsewhere.PublicKey, m.kek, nil))
-		}, "transport.pem"},
+		}, "keysvc transport new"},
 		{"wrapped under another transport key than it says", func(e *directory.Enrolment) {
 			key := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072))
 			e.Wrapped = must[[]byte](t)(rsa.EncryptOAEP(sha1.New(), rand.Reader, &key.PublicKey, m.kek, nil))
@@ -136,6 +145,14 @@ func TestEnroll(t *testing.T) {
 		t.Errorf("enrolled %+v", got)
 	}
 	checkLeft(t, "enrolled", r, map[hsmkeys.Key]bool{m.kekKey(): true}, 1, 0)
+	if left := must[[]*rsa.PublicKey](t)(r.token.TransportKeys(t.Context())); len(left) != 0 {
+		t.Errorf("%d transport keys outlive their enrolment", len(left))
+	}
+	must[*binding.Manufacturer](t)(enroll(good, m.pem)) // as who was told nothing of the first time does
+	_, err := enroll(other.sign(t, directory.TypeEnrolment, &directory.Enrolment{Manufacturer: other.KeyID(), Operator: operator,
+		TransportKey: directory.RSAThumbprint(transport), KEK: other.kekKey().HexID(), Algorithm: directory.RSAOAEP, Wrapped: []byte{1}}), other.pem)
+	checkSays(t, "for a transport key that another enrolment has used", err, "keysvc transport new")
+	checkLeft(t, "enrolled again", r, map[hsmkeys.Key]bool{m.kekKey(): true, other.kekKey(): false}, 1, 0)
 
 	// Enrolling again replaces the KEK: a grant under the new one can be imported, and one under the old cannot.
 	l := m.newLot(t, "L1", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 1)...)
@@ -278,7 +295,7 @@ func TestInvalidFiles(t *testing.T) {
 		e := m.enrolment(t, r)
 		c.change(e)
 		e.KEK = hsmkeys.Key{Role: hsmkeys.RoleKEK, Manufacturer: m.KeyID(), Name: e.Operator}.HexID()
-		_, err := binding.Enroll(t.Context(), r.token, r.store, m.sign(t, directory.TypeEnrolment, e), m.pem, "")
+		_, err := binding.Enroll(t.Context(), r.token, r.store, m.sign(t, directory.TypeEnrolment, e), m.pem, m.KeyID(), "")
 		checkSays(t, c.name, err, c.want)
 	}
 	r.enroll(t, m)

@@ -94,9 +94,9 @@ func newRig(t testing.TB) *rig {
 	tok := softhsmtest.Token(t)
 	token := must[*hsmkeys.Token](t)(hsmkeys.Open(ctx, tok.URI))
 	t.Cleanup(func() { token.Close() })
+	must[bool](t)(token.Dedicate(ctx, hsmkeys.Dedication{Side: hsmkeys.Operator}))
 	must[bool](t)(token.EnsureStorageKey(ctx))
 	must[bool](t)(token.EnsureLedgerKey(ctx))
-	must[bool](t)(token.EnsureTransportKey(ctx))
 	store := must[*sqlstore.Store](t)(sqlstore.Open(ctx, sqlstore.InFolder(t.TempDir())))
 	t.Cleanup(func() { store.Close() })
 	r := &rig{token: token, tokenURI: tok.URI, store: store, log: new(logBuffer), readers: map[string]*directory.Reader{}}
@@ -106,10 +106,19 @@ func newRig(t testing.TB) *rig {
 	return r
 }
 
+// transport is a transport key that waits for its enrolment.
+func (r *rig) transport(t testing.TB) *rsa.PublicKey {
+	t.Helper()
+	if all := must[[]*rsa.PublicKey](t)(r.token.TransportKeys(t.Context())); len(all) > 0 {
+		return all[0]
+	}
+	return must[*rsa.PublicKey](t)(r.token.NewTransportKey(t.Context()))
+}
+
 // enroll takes a manufacturer in, and reads its directory.
 func (r *rig) enroll(t testing.TB, m *maker) {
 	t.Helper()
-	must[*binding.Manufacturer](t)(binding.Enroll(t.Context(), r.token, r.store, m.sign(t, directory.TypeEnrolment, m.enrolment(t, r)), m.pem, "file:"+m.dir))
+	must[*binding.Manufacturer](t)(binding.Enroll(t.Context(), r.token, r.store, m.sign(t, directory.TypeEnrolment, m.enrolment(t, r)), m.pem, m.KeyID(), "file:"+m.dir))
 	r.readers[m.KeyID()] = m.reader(t)
 }
 
@@ -198,7 +207,7 @@ func (m *maker) sign(t testing.TB, typ directory.Type, payload any) []byte {
 
 func (m *maker) enrolment(t testing.TB, r *rig) *directory.Enrolment {
 	t.Helper()
-	transport := must[*rsa.PublicKey](t)(r.token.TransportPublicKey(t.Context()))
+	transport := r.transport(t)
 	return &directory.Enrolment{
 		Manufacturer: m.KeyID(), Operator: operator, TransportKey: directory.RSAThumbprint(transport), KEK: m.kekKey().HexID(),
 		Algorithm: directory.RSAOAEP, Wrapped: must[[]byte](t)(rsa.EncryptOAEP(sha1.New(), rand.Reader, transport, m.kek, nil)),

@@ -25,6 +25,7 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/faultmodule"
 	"github.com/kmehsm/kmehsm/internal/programs"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
@@ -61,7 +62,7 @@ func TestScripts(t *testing.T) {
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"exits": exits, "faultmodule": faultModule, "collector": collector, "ready": ready, "json": isJSON, "snapshot": snapshot, "same": same, "small": small, "flip": flip, "truncate": truncate,
+			"exits": exits, "faultmodule": faultModule, "collector": collector, "ready": ready, "json": isJSON, "snapshot": snapshot, "same": same, "small": small, "flip": flip, "truncate": truncate, "thumbprint": thumbprint,
 		},
 	})
 }
@@ -87,6 +88,18 @@ func exits(ts *testscript.TestScript, _ bool, args []string) {
 	}
 	if code != 0 && strings.TrimSpace(stderr) == "" {
 		ts.Fatalf("it failed without a word")
+	}
+}
+
+// thumbprint NAME FILE sets a variable to the thumbprint of a manufacturer's key or a transport key, as its owner reads it out.
+func thumbprint(ts *testscript.TestScript, _ bool, args []string) {
+	data := ts.ReadFile(args[1])
+	var transport struct{ Key struct{ Kid string } }
+	if v, err := directory.ParseVerifier([]byte(data)); err == nil {
+		ts.Setenv(args[0], v.KeyID())
+	} else {
+		ts.Check(json.Unmarshal([]byte(data), &transport))
+		ts.Setenv(args[0], transport.Key.Kid)
 	}
 }
 

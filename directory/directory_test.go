@@ -28,6 +28,7 @@ import (
 	"github.com/go-jose/go-jose/v4"
 
 	"github.com/kmehsm/kmehsm/internal/panics"
+	"github.com/kmehsm/kmehsm/internal/pemkey"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -1022,7 +1023,7 @@ func TestInjection(t *testing.T) {
 
 func TestPartiesFiles(t *testing.T) {
 	key := newKey(t)
-	e := NewFixtureEnrolment("a1", []byte{1}, &key.PublicKey)
+	e := NewFixtureEnrolment("f1", "a1", []byte{1}, &key.PublicKey)
 	data, err := e.Marshal()
 	if err != nil {
 		t.Fatal(err)
@@ -1037,10 +1038,33 @@ func TestPartiesFiles(t *testing.T) {
 	for name, bad := range map[string]string{
 		"truncated": string(data[:len(data)/2]), "empty": "", "no kid": strings.Replace(string(data), `"a1"`, `""`, 1),
 		"another algorithm": strings.Replace(string(data), `"RSA-OAEP"`, `"RSA1_5"`, 1), "no key": strings.Replace(string(data), `"AQ"`, `""`, 1),
-		"an unknown field": strings.Replace(string(data), `{`, `{"x":1,`, 1),
+		"an unknown field": strings.Replace(string(data), `{`, `{"x":1,`, 1), "another type": strings.Replace(string(data), TypeFixtureEnrolment, TypeTransportKey, 1),
+		"a bad name": strings.Replace(string(data), `"f1"`, `"../f1"`, 1),
 	} {
 		if _, err := ParseFixtureEnrolment([]byte(bad)); err == nil {
 			t.Errorf("%s: accepted", name)
+		}
+	}
+	transport := &must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048)).PublicKey
+	file := must[[]byte](t)(NewTransportKey(transport, "0123"))
+	if pub, err := ParseTransportKey(file, RSAThumbprint(transport)); err != nil || !pub.Equal(transport) {
+		t.Error(pub, err)
+	}
+	fixture := must[[]byte](t)(pemkey.Encode(transport))
+	for name, bad := range map[string]string{
+		"truncated": string(file[:len(file)/2]), "empty": "", "a bare public key": string(fixture), "a fixture's enrolment": string(data),
+		"another type":     strings.Replace(string(file), TypeTransportKey, TypeFixtureEnrolment, 1),
+		"an unknown field": strings.Replace(string(file), `{`, `{"x":1,`, 1),
+		"another kid":      strings.Replace(string(file), RSAThumbprint(transport), thumbprint(&key.PublicKey), 1),
+		"for signatures":   strings.Replace(string(file), `"enc"`, `"sig"`, 1),
+	} {
+		if _, err := ParseTransportKey([]byte(bad), RSAThumbprint(transport)); err == nil {
+			t.Errorf("a transport key, %s: accepted", name)
+		}
+	}
+	for _, readOut := range []string{"", thumbprint(&key.PublicKey), RSAThumbprint(transport) + "A"} {
+		if _, err := ParseTransportKey(file, readOut); err == nil || !strings.Contains(err.Error(), "read it out again") {
+			t.Errorf("thumbprint %q: %v", readOut, err)
 		}
 	}
 	good := Enrolment{"m", "op", "t", "k", RSAOAEP, []byte{1}}

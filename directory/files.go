@@ -5,11 +5,13 @@ import (
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
+	"crypto/rsa"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"iter"
+	"time"
 
 	"github.com/go-jose/go-jose/v4"
 
@@ -74,9 +76,58 @@ func checkAlgorithm(have, want string) error {
 	return nil
 }
 
-// A FixtureEnrolment carries the injection key to a fixture, under the fixture's RSA key, and the manufacturer's public
+// A TransportKey is the public key of an operator's that receives one KEK, in the file that the operator gives to the manufacturer. Nothing in it
+// proves whose it is: that is for the thumbprint, read aloud by one to the other.
+type TransportKey struct {
+	Type    string          `json:"typ"`   // TypeTransportKey
+	Token   string          `json:"token"` // the serial number of the operator's token
+	Created time.Time       `json:"created"`
+	Key     jose.JSONWebKey `json:"key"`
+}
+
+// TypeTransportKey and TypeFixtureEnrolment are the types of files that nobody signs.
+const (
+	TypeTransportKey     = "kme-transport-key"
+	TypeFixtureEnrolment = "kme-fixture-enrolment"
+)
+
+// NewTransportKey makes the file.
+func NewTransportKey(pub *rsa.PublicKey, token string) ([]byte, error) {
+	return marshalFile(&TransportKey{TypeTransportKey, token, time.Now().UTC().Truncate(time.Second),
+		jose.JSONWebKey{Key: pub, KeyID: RSAThumbprint(pub), Use: "enc", Algorithm: RSAOAEP}})
+}
+
+// ParseTransportKey reads the file, and refuses a key that has not the thumbprint that its owner read out.
+func ParseTransportKey(data []byte, thumbprint string) (*rsa.PublicKey, error) {
+	k := new(TransportKey)
+	if err := ParseStrict(data, k); err != nil {
+		return nil, fmt.Errorf("it is no transport key, as keysvc transport new writes it: %w", err)
+	}
+	pub, ok := k.Key.Key.(*rsa.PublicKey)
+	if k.Type != TypeTransportKey || !ok || k.Key.Use != "enc" || k.Key.KeyID != RSAThumbprint(pub) {
+		return nil, errors.New("it is no transport key, as keysvc transport new writes it")
+	}
+	return pub, CheckThumbprint(k.Key.KeyID, thumbprint)
+}
+
+// CheckThumbprint refuses a key that is not the one whose thumbprint was read out.
+func CheckThumbprint(have, readOut string) error {
+	if have != readOut {
+		return fmt.Errorf("the key's thumbprint is %s, and the one given is %s: ask its owner to read it out again, and if it differs, do not use this file: it was swapped on its way", have, readOut)
+	}
+	return nil
+}
+
+func marshalFile(v any) ([]byte, error) {
+	b, err := json.MarshalIndent(v, "", "  ")
+	return append(b, '\n'), err
+}
+
+// A FixtureEnrolment carries a fixture's injection key to it, under the fixture's RSA key, and the manufacturer's public
 // key, which vouches for the modulus that the fixture injects.
 type FixtureEnrolment struct {
+	Type         string          `json:"typ"` // TypeFixtureEnrolment
+	Fixture      string          `json:"fixture"`
 	KeyID        string          `json:"kid"` // the injection key's CKA_ID, hex
 	Algorithm    string          `json:"alg"`
 	Wrapped      Base64          `json:"wrapped"`
@@ -84,21 +135,24 @@ type FixtureEnrolment struct {
 }
 
 // NewFixtureEnrolment makes one of a key wrapped by RSA-OAEP.
-func NewFixtureEnrolment(keyID string, wrapped []byte, manufacturer *ecdsa.PublicKey) *FixtureEnrolment {
-	return &FixtureEnrolment{keyID, RSAOAEP, wrapped, jose.JSONWebKey{Key: manufacturer, KeyID: thumbprint(manufacturer)}}
+func NewFixtureEnrolment(fixture, keyID string, wrapped []byte, manufacturer *ecdsa.PublicKey) *FixtureEnrolment {
+	return &FixtureEnrolment{TypeFixtureEnrolment, fixture, keyID, RSAOAEP, wrapped, jose.JSONWebKey{Key: manufacturer, KeyID: thumbprint(manufacturer)}}
 }
 
 // Marshal is the file.
-func (e *FixtureEnrolment) Marshal() ([]byte, error) {
-	b, err := json.MarshalIndent(e, "", "  ")
-	return append(b, '\n'), err
-}
+func (e *FixtureEnrolment) Marshal() ([]byte, error) { return marshalFile(e) }
 
 // ParseFixtureEnrolment reads the file.
 func ParseFixtureEnrolment(data []byte) (*FixtureEnrolment, error) {
 	e := new(FixtureEnrolment)
 	if err := ParseStrict(data, e); err != nil {
 		return nil, err
+	}
+	if e.Type != TypeFixtureEnrolment {
+		return nil, fmt.Errorf("it is a %q, not a %s", e.Type, TypeFixtureEnrolment)
+	}
+	if err := CheckName(e.Fixture); err != nil {
+		return nil, fmt.Errorf("the fixture: %w", err)
 	}
 	if e.KeyID == "" || len(e.Wrapped) == 0 {
 		return nil, errors.New("a part of the enrolment is missing")

@@ -46,7 +46,7 @@ func TestClockSetBack(t *testing.T) {
 	if p, err := line.Provision(ctx, "L1", ProvisionOptions{State: state, Out: out, Workers: 2}); err != nil || p.Made != 12 {
 		t.Errorf("%+v, %v", p, err)
 	}
-	if _, err := line.Reissue(ctx, "L1", m.IMEI(2), "found again", out); err != nil {
+	if _, err := line.Reissue(ctx, "L1", m.IMEI(2), "found again", "", out); err != nil {
 		t.Error(err)
 	}
 	if v, err := VerifyLot(ctx, line.store, line.verifier, "L1", out, nil); err != nil || !v.OK() {

@@ -16,6 +16,8 @@ import (
 	"math/big"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
@@ -27,10 +29,11 @@ import (
 
 // A Token is what the line needs of the manufacturer's HSM.
 type Token interface {
+	Dedicate(ctx context.Context, d hsmkeys.Dedication) (created bool, err error)
 	EnsureSigningKey(ctx context.Context, k hsmkeys.Key) (created bool, err error)
-	EnsureInjectionKey(ctx context.Context, k hsmkeys.Key) (created bool, err error)
 	Signer(k hsmkeys.Key) (crypto.Signer, error)
-	WrapInjectionKey(ctx context.Context, k hsmkeys.Key, fixture *rsa.PublicKey) ([]byte, error)
+	Fixtures(ctx context.Context, manufacturer string) ([]string, error)
+	WrapEnrolled(ctx context.Context, k hsmkeys.Key) ([]byte, error)
 	EnsureLotKey(ctx context.Context, k hsmkeys.Key, bits int, primes hsmkeys.Primes) (*rsa.PublicKey, string, error)
 	RemoveLotKey(ctx context.Context, k hsmkeys.Key) error
 	ProveLotKey(ctx context.Context, k hsmkeys.Key, pub *rsa.PublicKey) error
@@ -38,7 +41,6 @@ type Token interface {
 	SealLotKey(ctx context.Context, k hsmkeys.Key) error
 	Has(ctx context.Context, k hsmkeys.Key) (bool, error)
 	LotKeySealed(ctx context.Context, k hsmkeys.Key) (bool, error)
-	WrapKEK(ctx context.Context, kek hsmkeys.Key) ([]byte, error)
 	MakeDeviceKey(ctx context.Context, suite kme.Suite, injection hsmkeys.Key) (crypto.PublicKey, []byte, error)
 	KeyWrapMechanism() string
 	Sessions() int
@@ -46,10 +48,13 @@ type Token interface {
 
 var signingKey = hsmkeys.Key{Role: hsmkeys.RoleSigning}
 
-// Init makes the signing key and the injection key, unless the token has them, and gives the public signing key as PEM:
-// what operators pin.
+// Init makes the token the manufacturer's and makes the signing key, unless that was done, and gives the public signing key as PEM: what operators
+// pin.
 func Init(ctx context.Context, token Token) (pem []byte, keyID string, created bool, err error) {
-	created, err = token.EnsureSigningKey(ctx, signingKey)
+	if created, err = token.Dedicate(ctx, hsmkeys.Dedication{Side: hsmkeys.Factory}); err != nil {
+		return nil, "", false, err
+	}
+	made, err := token.EnsureSigningKey(ctx, signingKey)
 	if err != nil {
 		return nil, "", false, err
 	}
@@ -57,16 +62,12 @@ func Init(ctx context.Context, token Token) (pem []byte, keyID string, created b
 	if err != nil {
 		return nil, "", false, err
 	}
-	made, err := token.EnsureInjectionKey(ctx, injectionKey(signer.KeyID()))
-	if err != nil {
-		return nil, "", false, err
-	}
 	pem, err = pemkey.Encode(signer.Public())
 	return pem, signer.KeyID(), created || made, err
 }
 
-// Keys are the keys that the line needs of its own, each in its newest generation. The injection key's name is known
-// once the signing key is there.
+// Keys are the keys that the line needs of its own, each in its newest generation: the signing key, and the injection keys of all fixtures, whose names
+// are known once the signing key is there.
 func Keys(ctx context.Context, token Token) (keys []hsmkeys.Key, err error) {
 	signing, err := newest(ctx, token, signingKey)
 	if err != nil {
@@ -80,8 +81,19 @@ func Keys(ctx context.Context, token Token) (keys []hsmkeys.Key, err error) {
 	if err != nil {
 		return nil, err
 	}
-	injection, err := newest(ctx, token, injectionKey(signer.KeyID()))
-	return append(keys, injection), err
+	fixtures, err := token.Fixtures(ctx, signer.KeyID())
+	if err != nil {
+		return nil, err
+	}
+	slices.Sort(fixtures)
+	for _, name := range fixtures {
+		injection, err := newest(ctx, token, injectionKey(signer.KeyID(), name))
+		if err != nil {
+			return nil, err
+		}
+		keys = append(keys, injection)
+	}
+	return keys, nil
 }
 
 // newest is the last generation of a key that the token has; the first if it has none.
@@ -96,13 +108,13 @@ func newest(ctx context.Context, token Token, k hsmkeys.Key) (hsmkeys.Key, error
 	return last, nil
 }
 
-// next checks that generation is the newest of a key, or the one after, and gives it.
+// next checks that generation is one that a key has, or the one after, and gives it.
 func next(ctx context.Context, token Token, k hsmkeys.Key, generation int) (hsmkeys.Key, error) {
 	have, err := newest(ctx, token, k)
 	if err != nil {
 		return k, err
 	}
-	if now := max(have.Generation, 1); generation != now && generation != now+1 {
+	if now := max(have.Generation, 1); generation < 1 || generation > now+1 {
 		return k, fmt.Errorf("%s has generation %d now: the next is %d", k.Label(), now, now+1)
 	}
 	if generation > hsmkeys.MaxGenerations {
@@ -132,21 +144,6 @@ func RotateSigningKey(ctx context.Context, token Token, generation int) (keyID s
 		return "", false, err
 	}
 	return signer.SigningKeyID(), created, nil
-}
-
-// RotateInjectionKey makes a generation of the injection key, from 2 on. The packages of the commands that are begun after
-// this are for fixtures that have it; the packages there are stay for those that have the one before.
-func RotateInjectionKey(ctx context.Context, token Token, generation int) (keyID string, created bool, err error) {
-	signer, err := openSigner(token)
-	if err != nil {
-		return "", false, err
-	}
-	k, err := next(ctx, token, injectionKey(signer.KeyID()), generation)
-	if err != nil {
-		return "", false, err
-	}
-	created, err = token.EnsureInjectionKey(ctx, k)
-	return k.HexID(), created, err
 }
 
 var errNoSigningKey = errors.New("the token has no signing key yet: run factory init first")
@@ -179,33 +176,48 @@ func openSigner(token Token) (*directory.Signer, error) {
 	return signer, err
 }
 
-func injectionKey(manufacturer string) hsmkeys.Key {
-	return hsmkeys.Key{Role: hsmkeys.RoleInjection, Manufacturer: manufacturer}
+func injectionKey(manufacturer, fixture string) hsmkeys.Key {
+	return hsmkeys.Key{Role: hsmkeys.RoleInjection, Manufacturer: manufacturer, Name: fixture}
 }
 
 // A Line is one manufacturer's, on one token and one directory. All methods may be called concurrently, but two
 // CreateLots at once may take the same IMEIs: one process at a time makes lots.
 type Line struct {
-	token     Token
-	store     directory.Store
-	signer    *directory.Signer
-	injection hsmkeys.Key // which new device keys are wrapped with
-	verifier  *directory.Verifier
-	reader    *directory.Reader
+	token    Token
+	store    directory.Store
+	signer   *directory.Signer
+	verifier *directory.Verifier
+	reader   *directory.Reader
 }
 
 // NewLine opens the line that Init has prepared.
-func NewLine(ctx context.Context, token Token, store directory.Store) (*Line, error) {
+func NewLine(token Token, store directory.Store) (*Line, error) {
 	signer, err := openSigner(token)
 	if err != nil {
 		return nil, err
 	}
-	injection, err := newest(ctx, token, injectionKey(signer.KeyID()))
-	if err != nil {
-		return nil, err
-	}
 	verifier := directory.NewVerifier(signer.Public())
-	return &Line{token, store, signer, injection, verifier, directory.NewReader(store, verifier, directory.ReaderOptions{})}, nil
+	return &Line{token, store, signer, verifier, directory.NewReader(store, verifier, directory.ReaderOptions{})}, nil
+}
+
+// injection is the injection key, in its newest generation, of a fixture; of the only one if no name is given.
+func (l *Line) injection(ctx context.Context, fixture string) (k hsmkeys.Key, err error) {
+	all, err := l.token.Fixtures(ctx, l.Manufacturer())
+	if err != nil {
+		return k, err
+	}
+	slices.Sort(all)
+	switch {
+	case len(all) == 0:
+		return k, errors.New("no fixture is enrolled, so nobody could inject the device keys: run factory fixture enroll first")
+	case fixture == "" && len(all) == 1:
+		fixture = all[0]
+	case fixture == "":
+		return k, fmt.Errorf("%d fixtures are enrolled, and injection packages are for one: say which with --fixture, of %s", len(all), strings.Join(all, ", "))
+	case !slices.Contains(all, fixture):
+		return k, fmt.Errorf("no fixture %s is enrolled, but %s: run factory fixture enroll %[1]s first", fixture, strings.Join(all, ", "))
+	}
+	return newest(ctx, l.token, injectionKey(l.Manufacturer(), fixture))
 }
 
 // Manufacturer is the RFC 7638 thumbprint of the line's first signing key.
@@ -217,20 +229,6 @@ func (l *Line) lotKey(lot string) hsmkeys.Key {
 
 func kekOf(manufacturer, operator string) hsmkeys.Key {
 	return hsmkeys.Key{Role: hsmkeys.RoleKEK, Manufacturer: manufacturer, Name: operator}
-}
-
-// FixtureEnrolment is a generation of the injection key, the newest with 0, for the fixture that injects device keys, under
-// the fixture's RSA key.
-func (l *Line) FixtureEnrolment(ctx context.Context, fixture *rsa.PublicKey, generation int) (*directory.FixtureEnrolment, error) {
-	k := l.injection
-	if generation > 0 {
-		k.Generation = generation
-	}
-	wrapped, err := l.token.WrapInjectionKey(ctx, k, fixture)
-	if err != nil {
-		return nil, err
-	}
-	return directory.NewFixtureEnrolment(k.HexID(), wrapped, l.signer.Public()), nil
 }
 
 // A LotSpec says what lot to make.
@@ -376,9 +374,9 @@ func (l *Line) Revoke(ctx context.Context, lot string, imei kme.IMEI, reason str
 func ReissueFile(imei kme.IMEI, n int) string { return fmt.Sprintf("reissue-%s-%d.jsonl", imei, n) }
 
 // Reissue gives a device that came back a new key, in an injection package of its own below out, and revokes the one that
-// it had. The reason names the return: with the same one again nothing changes, so that a run that was interrupted can
+// it had, for a fixture, as in ProvisionOptions. The reason names the return: with the same one again nothing changes, so that a run that was interrupted can
 // be repeated.
-func (l *Line) Reissue(ctx context.Context, lot string, imei kme.IMEI, reason, out string) (path string, err error) {
+func (l *Line) Reissue(ctx context.Context, lot string, imei kme.IMEI, reason, fixture, out string) (path string, err error) {
 	m, err := l.Lot(ctx, lot)
 	if err != nil {
 		return "", err
@@ -418,7 +416,7 @@ func (l *Line) Reissue(ctx context.Context, lot string, imei kme.IMEI, reason, o
 	// As with shards: the package is on disk before its key is published; one that is there was not published yet.
 	line, err := readReissue(m, imei, path)
 	if errors.Is(err, fs.ErrNotExist) {
-		line, err = l.makeReissue(ctx, m, imei, shard, path)
+		line, err = l.makeReissue(ctx, m, imei, shard, fixture, path)
 	}
 	if err != nil {
 		return "", err
@@ -426,8 +424,12 @@ func (l *Line) Reissue(ctx context.Context, lot string, imei kme.IMEI, reason, o
 	return path, directory.Reissue(ctx, l.store, l.signer, m, line.PublicKey, reason, time.Now())
 }
 
-func (l *Line) makeReissue(ctx context.Context, m *directory.Manifest, imei kme.IMEI, shard int, path string) (line directory.InjectionLine, err error) {
-	if line, err = l.makeLine(ctx, m, imei, shard); err != nil {
+func (l *Line) makeReissue(ctx context.Context, m *directory.Manifest, imei kme.IMEI, shard int, fixture, path string) (line directory.InjectionLine, err error) {
+	injection, err := l.injection(ctx, fixture)
+	if err != nil {
+		return line, err
+	}
+	if line, err = l.makeLine(ctx, m, imei, shard, injection); err != nil {
 		return line, err
 	}
 	var file bytes.Buffer
@@ -450,7 +452,7 @@ func ReadReissue(path, manufacturer, lot string, imei kme.IMEI) (line directory.
 	defer f.Close()
 	n := 0
 	for line, err = range directory.ReadInjection(f) {
-		if n++; err != nil || n > 1 || line.IMEI != imei || line.Lot != lot || !wrappedBy(manufacturer, line) {
+		if n++; err != nil || n > 1 || line.IMEI != imei || line.Lot != lot {
 			return line, fmt.Errorf("%s is damaged, or not of IMEI %s: bring back the file as it was", path, imei)
 		}
 	}
@@ -460,36 +462,11 @@ func ReadReissue(path, manufacturer, lot string, imei kme.IMEI) (line directory.
 	return line, nil
 }
 
-// EnrollOperator makes an operator's KEK in the token, with the security officer's PIN, and wraps it for the operator's
-// transport key. generation is that of the KEK: 0 for the newest, and one more than that to rotate it. It opens the token
-// itself: nobody else in the process may have it open.
-func EnrollOperator(ctx context.Context, tokenURI, soPINSource, operator string, transport *rsa.PublicKey, generation int) (jws []byte, created bool, err error) {
-	if err := directory.CheckName(operator); err != nil {
-		return nil, false, fmt.Errorf("the operator's name: %w", err)
-	}
-	// The KEK is named after the manufacturer, whose key only a user's login shows; the security officer's login
-	// ends that one.
-	var kek hsmkeys.Key
-	err = withSigner(ctx, tokenURI, func(t Token, s *directory.Signer) (err error) {
-		kek = kekOf(s.KeyID(), operator)
-		if generation > 0 {
-			kek, err = next(ctx, t, kek, generation)
-		} else {
-			kek, err = newest(ctx, t, kek)
-		}
-		return err
-	})
-	if err != nil {
-		return nil, false, err
-	}
-	if created, err = hsmkeys.MakeKEK(ctx, tokenURI, soPINSource, kek, transport); err != nil {
-		return nil, false, err
-	}
-	err = withSigner(ctx, tokenURI, func(t Token, s *directory.Signer) error {
-		wrapped, err := t.WrapKEK(ctx, kek)
-		if err != nil {
-			return err
-		}
+// EnrollOperator makes an operator's KEK in the token, as the security officer, and wraps it for the operator's transport key. generation is that of
+// the KEK: 0 for the newest, and one more than that to rotate it; an earlier one is for what was wrapped under it. It opens the token itself: nobody else in the process may have it open.
+func EnrollOperator(ctx context.Context, tokenURI string, officer hsmkeys.PIN, operator string, transport *rsa.PublicKey, generation int) (jws []byte, created bool, err error) {
+	name := func(manufacturer string) hsmkeys.Key { return kekOf(manufacturer, operator) }
+	created, err = enroll(ctx, tokenURI, officer, operator, name, transport, generation, func(kek hsmkeys.Key, wrapped []byte, s *directory.Signer) error {
 		e := &directory.Enrolment{
 			Manufacturer: kek.Manufacturer, Operator: operator, TransportKey: directory.RSAThumbprint(transport),
 			KEK: kek.HexID(), Algorithm: directory.RSAOAEP, Wrapped: wrapped,
@@ -501,6 +478,49 @@ func EnrollOperator(ctx context.Context, tokenURI, soPINSource, operator string,
 		return err
 	})
 	return jws, created, err
+}
+
+// EnrollFixture makes the injection key of a fixture that injects device keys, and wraps it for the fixture's RSA key, as EnrollOperator does for an
+// operator. With one more than the newest generation, the packages made from then on are for that one.
+func EnrollFixture(ctx context.Context, tokenURI string, officer hsmkeys.PIN, fixture string, key *rsa.PublicKey, generation int) (e *directory.FixtureEnrolment, created bool, err error) {
+	name := func(manufacturer string) hsmkeys.Key { return injectionKey(manufacturer, fixture) }
+	created, err = enroll(ctx, tokenURI, officer, fixture, name, key, generation, func(k hsmkeys.Key, wrapped []byte, s *directory.Signer) error {
+		e = directory.NewFixtureEnrolment(fixture, k.HexID(), wrapped, s.Public())
+		return nil
+	})
+	return e, created, err
+}
+
+func enroll(ctx context.Context, tokenURI string, officer hsmkeys.PIN, name string, named func(manufacturer string) hsmkeys.Key,
+	to *rsa.PublicKey, generation int, done func(k hsmkeys.Key, wrapped []byte, s *directory.Signer) error,
+) (created bool, err error) {
+	if err := directory.CheckName(name); err != nil {
+		return false, err
+	}
+	// The key is named after the manufacturer, whose signing key only a user's login shows; the security officer's login
+	// ends that one.
+	var k hsmkeys.Key
+	err = withSigner(ctx, tokenURI, func(t Token, s *directory.Signer) (err error) {
+		if k = named(s.KeyID()); generation > 0 {
+			k, err = next(ctx, t, k, generation)
+		} else {
+			k, err = newest(ctx, t, k)
+		}
+		return err
+	})
+	if err != nil {
+		return false, err
+	}
+	if created, err = hsmkeys.EnrollKey(ctx, tokenURI, officer, k, to); err != nil {
+		return false, fmt.Errorf("enroll %s: %w", name, err)
+	}
+	return created, withSigner(ctx, tokenURI, func(t Token, s *directory.Signer) error {
+		wrapped, err := t.WrapEnrolled(ctx, k)
+		if err != nil {
+			return err
+		}
+		return done(k, wrapped, s)
+	})
 }
 
 func withSigner(ctx context.Context, tokenURI string, f func(Token, *directory.Signer) error) error {

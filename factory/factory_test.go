@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto"
+	"crypto/rand"
 	"crypto/rsa"
 	"errors"
 	"fmt"
@@ -23,29 +24,34 @@ import (
 
 func TestMain(m *testing.M) { softhsmtest.Main(m, 16) }
 
-// newLine is a line on a new token and an empty directory.
+// fixtureKey is the fixture's, of all lines.
+var fixtureKey = sync.OnceValue(func() *rsa.PublicKey {
+	key, err := rsa.GenerateKey(rand.Reader, 3072)
+	if err != nil {
+		panic(err)
+	}
+	return &key.PublicKey
+})
+
+// newLine is a line on a new token, with one fixture, and an empty directory.
 func newLine(t *testing.T) (line *Line, dir string, token *hsmkeys.Token) {
 	t.Helper()
-	token, err := hsmkeys.Open(t.Context(), softhsmtest.Token(t).URI)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { token.Close() })
-	if _, err := NewLine(t.Context(), token, nil); err == nil || !strings.Contains(err.Error(), "factory init") {
+	tok := softhsmtest.Token(t)
+	token = must(hsmkeys.Open(t.Context(), tok.URI))
+	if _, err := NewLine(token, nil); err == nil || !strings.Contains(err.Error(), "factory init") {
 		t.Errorf("a line without keys: %v", err)
 	}
 	if _, _, created, err := Init(t.Context(), token); err != nil || !created {
 		t.Fatal(created, err)
 	}
+	token.Close()
+	if _, _, err := EnrollFixture(t.Context(), tok.URI, hsmkeys.PIN(tok.SOPIN), "f1", fixtureKey(), 0); err != nil {
+		t.Fatal(err)
+	}
+	token = must(hsmkeys.Open(t.Context(), tok.URI))
+	t.Cleanup(func() { token.Close() })
 	dir = t.TempDir()
-	store, err := directory.OpenFileStore(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if line, err = NewLine(t.Context(), token, store); err != nil {
-		t.Fatal(err)
-	}
-	return line, dir, token
+	return must(NewLine(token, must(directory.OpenFileStore(dir)))), dir, token
 }
 
 func spec(t *testing.T, lot string, first, count int) LotSpec {
@@ -62,6 +68,80 @@ func TestInitAgain(t *testing.T) {
 	pem, keyID, created, err := Init(t.Context(), token)
 	if err != nil || created || keyID != line.Manufacturer() || !bytes.Contains(pem, []byte("PUBLIC KEY")) {
 		t.Error(string(pem), keyID, created, err)
+	}
+}
+
+// Packages are for one fixture. With several, who provisions says which; each has an injection key of its own.
+func TestFixtures(t *testing.T) {
+	ctx := t.Context()
+	tok := softhsmtest.Token(t)
+	officer := hsmkeys.PIN(tok.SOPIN)
+	onLine := func(f func(line *Line)) {
+		t.Helper()
+		token := must(hsmkeys.Open(ctx, tok.URI))
+		defer token.Close()
+		f(must(NewLine(token, must(directory.OpenFileStore(t.TempDir())))))
+	}
+	token := must(hsmkeys.Open(ctx, tok.URI))
+	if _, _, _, err := Init(ctx, token); err != nil {
+		t.Fatal(err)
+	}
+	token.Close()
+	onLine(func(line *Line) {
+		if _, err := line.injection(ctx, ""); err == nil || !strings.Contains(err.Error(), "factory fixture enroll") {
+			t.Errorf("without a fixture: %v", err)
+		}
+	})
+	enrol := func(name string, key *rsa.PublicKey, generation int) (*directory.FixtureEnrolment, bool) {
+		t.Helper()
+		e, created, err := EnrollFixture(ctx, tok.URI, officer, name, key, generation)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return e, created
+	}
+	second := must(rsa.GenerateKey(rand.Reader, 3072))
+	a, _ := enrol("a", fixtureKey(), 0)
+	onLine(func(line *Line) {
+		if k := must(line.injection(ctx, "")); k.HexID() != a.KeyID {
+			t.Errorf("the only fixture: %s", k)
+		}
+	})
+	b, created := enrol("b", &second.PublicKey, 0)
+	if again, madeAgain := enrol("b", &second.PublicKey, 0); !created || madeAgain || again.KeyID != b.KeyID || a.KeyID == b.KeyID {
+		t.Errorf("created %v, again %v, keys %s and %s", created, madeAgain, a.KeyID, b.KeyID)
+	}
+	next, created := enrol("b", &second.PublicKey, 2)
+	if !created || next.KeyID == b.KeyID {
+		t.Errorf("the second generation: %v, %s", created, next.KeyID)
+	}
+	onLine(func(line *Line) {
+		if k := must(line.injection(ctx, "b")); k.HexID() != next.KeyID {
+			t.Errorf("fixture b has %s", k)
+		}
+		for name, want := range map[string]string{"": "--fixture", "c": "no fixture c"} {
+			if _, err := line.injection(ctx, name); err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("fixture %q: %v", name, err)
+			}
+		}
+	})
+	for name, c := range map[string]struct {
+		name       string
+		key        *rsa.PublicKey
+		generation int
+		want       string
+	}{
+		"a bad name":              {"../a", fixtureKey(), 0, "not valid"},
+		"another fixture's key":   {"b", fixtureKey(), 0, "enrolled already"},
+		"a generation left out":   {"a", fixtureKey(), 3, "the next is 2"},
+		"a key that is too short": {"a", &must(rsa.GenerateKey(rand.Reader, 2048)).PublicKey, 0, "3072"},
+	} {
+		if _, _, err := EnrollFixture(ctx, tok.URI, officer, c.name, c.key, c.generation); err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if _, _, err := EnrollOperator(ctx, tok.URI, officer, "op", fixtureKey(), 0); err == nil || !strings.Contains(err.Error(), "enrolled already") {
+		t.Errorf("a fixture's key as an operator's: %v", err)
 	}
 }
 
@@ -275,7 +355,7 @@ func TestProvision(t *testing.T) {
 	t.Run("published, package lost", func(t *testing.T) { harm(t, pkg(2), "bring it back", remove) })
 	t.Run("published, package truncated", func(t *testing.T) { harm(t, pkg(2), "damaged", truncate) })
 	t.Run("published, package of another shard", func(t *testing.T) {
-		harm(t, pkg(2), "not of this lot, shard", func([]byte) []byte { return read(pkg(3)) })
+		harm(t, pkg(2), "not of this lot and shard", func([]byte) []byte { return read(pkg(3)) })
 	})
 	t.Run("shard tampered with", func(t *testing.T) { harm(t, shard(2), "refused", flip) })
 	t.Run("shard truncated", func(t *testing.T) { harm(t, shard(2), "refused", truncate) })
@@ -349,7 +429,7 @@ func TestProvision(t *testing.T) {
 	})
 	t.Run("keys swapped after publication", func(t *testing.T) {
 		other := t.TempDir()
-		p := &provisioning{Line: line, m: must(line.Lot(t.Context(), "L1"))}
+		p := &provisioning{Line: line, m: must(line.Lot(t.Context(), "L1")), injection: must(line.injection(t.Context(), ""))}
 		if _, err := p.makeShard(t.Context(), 1, filepath.Join(other, "p")); err != nil {
 			t.Fatal(err)
 		}

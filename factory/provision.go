@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -47,6 +48,7 @@ func InjectionFile(shard int) string { return fmt.Sprintf("injection-%06d.jsonl"
 // ProvisionOptions are a Provision's.
 type ProvisionOptions struct {
 	State    string         // the folder of the line's journal
+	Fixture  string         // the fixture that the packages are for; may be empty if there is only one
 	Out      string         // the folder for the injection packages
 	Workers  int            // shards whose keys are made at once; at least 1
 	From, To int            // the shards to do, To excluded; 0, 0 for all
@@ -78,6 +80,10 @@ func (l *Line) Provision(ctx context.Context, lot string, o ProvisionOptions) (P
 	if o.From < 0 || o.From >= o.To || o.To > m.Shards() {
 		return Progress{}, fmt.Errorf("lot %s has the shards 0 to %d", lot, m.Shards()-1)
 	}
+	injection, err := l.injection(ctx, o.Fixture)
+	if err != nil {
+		return Progress{}, err
+	}
 	dir := filepath.Join(o.Out, lot)
 	if err := durable.MkdirAll(dir, 0o700); err != nil {
 		return Progress{}, fmt.Errorf("the folder for the injection packages cannot be made: %w", err)
@@ -100,7 +106,7 @@ func (l *Line) Provision(ctx context.Context, lot string, o ProvisionOptions) (P
 		return Progress{}, err
 	}
 	defer j.close()
-	p := &provisioning{Line: l, m: m, j: j, dir: dir, o: o, started: time.Now(), backlog: make(chan int, o.To-o.From), made: make(chan struct{})}
+	p := &provisioning{Line: l, m: m, injection: injection, j: j, dir: dir, o: o, started: time.Now(), backlog: make(chan int, o.To-o.From), made: make(chan struct{})}
 	return p.run(ctx)
 }
 
@@ -108,11 +114,12 @@ func (l *Line) Provision(ctx context.Context, lot string, o ProvisionOptions) (P
 // directory.
 type provisioning struct {
 	*Line
-	m       *directory.Manifest
-	j       *journal
-	dir     string
-	o       ProvisionOptions
-	started time.Time
+	m         *directory.Manifest
+	injection hsmkeys.Key
+	j         *journal
+	dir       string
+	o         ProvisionOptions
+	started   time.Time
 
 	entries   map[int]entry // the journal's, as this run found it; not changed
 	published map[int]bool  // shards in the directory, as this run found it; not changed
@@ -333,12 +340,12 @@ func (p *provisioning) patiently(user, ctx context.Context, f func() error) erro
 }
 
 // makeLine makes a device's key, as it stands in an injection package.
-func (l *Line) makeLine(ctx context.Context, m *directory.Manifest, imei kme.IMEI, shard int) (line directory.InjectionLine, err error) {
-	pub, wrapped, err := l.token.MakeDeviceKey(ctx, m.Suite, l.injection)
+func (l *Line) makeLine(ctx context.Context, m *directory.Manifest, imei kme.IMEI, shard int, injection hsmkeys.Key) (line directory.InjectionLine, err error) {
+	pub, wrapped, err := l.token.MakeDeviceKey(ctx, m.Suite, injection)
 	if err != nil {
 		return line, err
 	}
-	return directory.NewInjectionLine(imei, m.Lot, shard, pub, l.injection.HexID(), wrapped), nil
+	return directory.NewInjectionLine(imei, m.Lot, shard, pub, injection.HexID(), wrapped), nil
 }
 
 // makeShard makes the keys of a shard and writes its injection package.
@@ -349,7 +356,7 @@ func (p *provisioning) makeShard(ctx context.Context, n int, path string) ([]dir
 	for i := range count {
 		imei := p.m.IMEI(first + i)
 		start := time.Now()
-		line, err := p.makeLine(ctx, p.m, imei, n)
+		line, err := p.makeLine(ctx, p.m, imei, n, p.injection)
 		p.inToken.Add(int64(time.Since(start)))
 		if err != nil {
 			return nil, fmt.Errorf("IMEI %s: %w", imei, err)
@@ -365,14 +372,7 @@ func (p *provisioning) makeShard(ctx context.Context, n int, path string) ([]dir
 	return lines, nil
 }
 
-// wrappedBy says whether a line's device key is wrapped by a generation of the manufacturer's injection key.
-func wrappedBy(manufacturer string, line directory.InjectionLine) bool {
-	_, ok := injectionKey(manufacturer).Named(line.DeviceKey.KeyID)
-	return ok
-}
-
-// ReadPackage reads a shard's injection package, which must be that of this lot and shard, and of the manufacturer's
-// injection key.
+// ReadPackage reads a shard's injection package, which must be that of this lot and shard.
 func ReadPackage(m *directory.Manifest, n int, path string) ([]directory.InjectionLine, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -384,8 +384,8 @@ func ReadPackage(m *directory.Manifest, n int, path string) ([]directory.Injecti
 		if err != nil {
 			return nil, fmt.Errorf("%s is damaged: %w", path, err)
 		}
-		if line.Lot != m.Lot || line.Shard != n || !wrappedBy(m.Manufacturer, line) {
-			return nil, fmt.Errorf("%s is damaged: line %d is not of this lot, shard and injection key", path, len(lines)+1)
+		if line.Lot != m.Lot || line.Shard != n {
+			return nil, fmt.Errorf("%s is damaged: line %d is not of this lot and shard", path, len(lines)+1)
 		}
 		lines = append(lines, line)
 	}

@@ -55,7 +55,7 @@ func TestReconcile(t *testing.T) {
 	}
 	whole, signed, keys := must(os.ReadFile(pkg)), must(os.ReadFile(shard)), must(must(line.reader.ReadShard(t.Context(), m, 2)).Digest())
 	others := filepath.Join(t.TempDir(), "p")
-	must((&provisioning{Line: line, m: m}).makeShard(t.Context(), 2, others))
+	must((&provisioning{Line: line, m: m, injection: must(line.injection(t.Context(), ""))}).makeShard(t.Context(), 2, others))
 	forget := func() { journal("DELETE FROM shard WHERE number = 2") }
 	plan := func() { journal("UPDATE shard SET state = 0, keys = NULL WHERE number = 2") }
 	for name, c := range map[string]struct {

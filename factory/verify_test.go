@@ -111,13 +111,13 @@ func TestReissue(t *testing.T) {
 	line, _, _ := newLine(t)
 	m := must(line.CreateLot(t.Context(), spec(t, "L1", 0, 8)))
 	out, imei := t.TempDir(), m.IMEI(5)
-	if _, err := line.Reissue(t.Context(), "L1", imei, "return 1", out); err == nil || !strings.Contains(err.Error(), "provision the lot") {
+	if _, err := line.Reissue(t.Context(), "L1", imei, "return 1", "", out); err == nil || !strings.Contains(err.Error(), "provision the lot") {
 		t.Errorf("before the lot is provisioned: %v", err)
 	}
 	provision(t, line, out)
 	reissue := func(reason, name string) directory.InjectionLine {
 		t.Helper()
-		path, err := line.Reissue(t.Context(), "L1", imei, reason, out)
+		path, err := line.Reissue(t.Context(), "L1", imei, reason, "", out)
 		if err != nil || path != filepath.Join(out, "L1", name) {
 			t.Fatal(path, err)
 		}
@@ -132,7 +132,7 @@ func TestReissue(t *testing.T) {
 	if again := reissue("return 1", "reissue-35209900000005-1.jsonl"); again.PublicKey.Fingerprint() != first.PublicKey.Fingerprint() {
 		t.Error("the same return made another key")
 	}
-	killed := must(line.makeReissue(t.Context(), m, imei, 1, filepath.Join(out, "L1", ReissueFile(imei, 2))))
+	killed := must(line.makeReissue(t.Context(), m, imei, 1, "", filepath.Join(out, "L1", ReissueFile(imei, 2))))
 	if second := reissue("return 2", "reissue-35209900000005-2.jsonl"); second.PublicKey.Fingerprint() != killed.PublicKey.Fingerprint() {
 		t.Error("a package that was there was not used")
 	}
@@ -147,9 +147,9 @@ func TestReissue(t *testing.T) {
 		t.Errorf("%+v, %v", v, err)
 	}
 	for name, err := range map[string]error{
-		"a damaged package": second(line.Reissue(t.Context(), "L1", m.IMEI(0), "r", damaged(t, m, out))),
-		"no reason":         second(line.Reissue(t.Context(), "L1", imei, " ", out)),
-		"no such lot":       second(line.Reissue(t.Context(), "L9", imei, "r", out)),
+		"a damaged package": second(line.Reissue(t.Context(), "L1", m.IMEI(0), "r", "", damaged(t, m, out))),
+		"no reason":         second(line.Reissue(t.Context(), "L1", imei, " ", "", out)),
+		"no such lot":       second(line.Reissue(t.Context(), "L9", imei, "r", "", out)),
 	} {
 		if err == nil {
 			t.Errorf("%s: accepted", name)

@@ -72,7 +72,7 @@ func BenchmarkSeal(b *testing.B) {
 	token, _ := benchOperator(b)
 	h := token.mustFind(b, pkcs11.CKO_SECRET_KEY, storageKey)
 	secret := kme.RandomSecret()
-	sessions(b, token, func(s *session) error { _, err := seal(s, h, secret); return err })
+	sessions(b, token, func(s *session) error { _, err := seal(s, 1, h, secret); return err })
 }
 
 func BenchmarkOpenPayload(b *testing.B) {
@@ -108,7 +108,7 @@ func BenchmarkEncryptRAND(b *testing.B) {
 }
 
 func BenchmarkMakeDeviceKey(b *testing.B) {
-	token := newFactory(b, nil)
+	token, _ := newFactory(b, nil)
 	softhsmtest.AsServed(b, token.Sessions())
 	b.SetParallelism(max(1, token.Sessions()/runtime.GOMAXPROCS(0)))
 	b.ReportAllocs()

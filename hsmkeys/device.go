@@ -38,7 +38,7 @@ func (t *Token) MakeDeviceKey(ctx context.Context, suite kme.Suite, injection Ke
 		if suite == kme.SuiteRSA {
 			m, public = pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN, rsaPublic(2048)
 		}
-		hp, h, err := s.GenerateKeyPair(s.h, mechanism(m), public, devicePrivate)
+		hp, h, err := s.generatePair(m, public, devicePrivate)
 		if err != nil {
 			return p, explain("make a device key", err)
 		}
@@ -66,7 +66,7 @@ func (t *Token) MakeDeviceKey(ctx context.Context, suite kme.Suite, injection Ke
 			return p, errors.New("the token made a device key whose signature its public key does not verify: " +
 				"do not use this token")
 		}
-		p.wrapped, err = s.wrap(t.kwp, w, h, make([]byte, wrappedRoom))
+		p.wrapped, err = s.wrap(t.kwp, w, h, make([]byte, wrappedRoom/2))
 		return p, explainIf("wrap a device key", err)
 	})
 	if err != nil {
@@ -74,9 +74,6 @@ func (t *Token) MakeDeviceKey(ctx context.Context, suite kme.Suite, injection Ke
 	}
 	return made.public, made.wrapped, nil
 }
-
-// wrappedRoom is more than an RSA-2048 key takes as PKCS #8 in AES-KWP, some 1,230 bytes.
-const wrappedRoom = 2048
 
 // kmeSignature is the mechanism of KME_SIG and what it is given. ECDSA gets the digest, since many tokens, SoftHSM
 // among them, have no CKM_ECDSA_SHA256.

@@ -7,44 +7,87 @@ typedef struct { ck type; void *value; ck length; } ck_attribute;
 
 // CK_FUNCTION_LIST of PKCS #11 2.40, with which those of later versions begin.
 typedef struct { unsigned char version[2]; ck (*function[68])(); } ck_list;
-enum { create_object = 20, encrypt_init = 29, decrypt_init = 33, sign_init = 42, wrap_key = 60, unwrap_key = 61 };
+enum { create_object = 20, encrypt_init = 29, decrypt_init = 33, sign_init = 42, generate_key = 58, generate_key_pair = 59, wrap_key = 60, unwrap_key = 61 };
 enum { max_attributes = 32 };
 
-static ck crypt(ck_list *list, int init, ck session, ck mechanism, ck key, unsigned char *in, ck in_size, unsigned char *out, ck *out_size)
+// RSA-OAEP with SHA-1 and MGF1-SHA-1, CK_RSA_PKCS_OAEP_PARAMS: see oaep in keys.go.
+enum { ckm_rsa_pkcs_oaep = 9 };
+static struct { ck hash, mgf, source; void *label; ck size; } oaep = { 0x220, 1, 1, 0, 0 };
+
+static ck_mechanism mechanism(ck m)
 {
-	ck_mechanism m = { mechanism, 0, 0 };
-	ck rv = ((ck (*)(ck, ck_mechanism *, ck))list->function[init])(session, &m, key);
+	if (m == ckm_rsa_pkcs_oaep)
+		return (ck_mechanism){ m, &oaep, sizeof oaep };
+	return (ck_mechanism){ m, 0, 0 };
+}
+
+// A template, and the members of its array attributes. Go gives it as rows: a type, a size and a number of members for each attribute; and their
+// values one after the other. The members of an array attribute follow it.
+typedef struct { ck_attribute a[max_attributes], member[max_attributes]; ck count; } ck_template;
+
+static void template(ck_template *t, const ck *shape, ck rows, unsigned char *values)
+{
+	ck_attribute *a = t->a, *member = t->member;
+	ck members = 0;
+	for (const ck *s = shape; s < shape + 3 * rows; values += s[1], s += 3) {
+		if (members) {
+			*member++ = (ck_attribute){ s[0], values, s[1] };
+			members--;
+		} else if ((members = s[2])) {
+			*a++ = (ck_attribute){ s[0], member, members * sizeof *member };
+		} else {
+			*a++ = (ck_attribute){ s[0], values, s[1] };
+		}
+	}
+	t->count = a - t->a;
+}
+
+static ck crypt(ck_list *list, int init, ck session, ck m, ck key, unsigned char *in, ck in_size, unsigned char *out, ck *out_size)
+{
+	ck_mechanism how = mechanism(m);
+	ck rv = ((ck (*)(ck, ck_mechanism *, ck))list->function[init])(session, &how, key);
 	if (rv)
 		return rv;
 	return ((ck (*)(ck, unsigned char *, ck, unsigned char *, ck *))list->function[init + 1])(session, in, in_size, out, out_size);
 }
 
-static ck wrap(ck_list *list, ck session, ck mechanism, ck wrapping, ck key, unsigned char *out, ck *out_size)
+static ck wrap(ck_list *list, ck session, ck m, ck wrapping, ck key, unsigned char *out, ck *out_size)
 {
-	ck_mechanism m = { mechanism, 0, 0 };
-	return ((ck (*)(ck, ck_mechanism *, ck, ck, unsigned char *, ck *))list->function[wrap_key])(session, &m, wrapping, key, out, out_size);
+	ck_mechanism how = mechanism(m);
+	return ((ck (*)(ck, ck_mechanism *, ck, ck, unsigned char *, ck *))list->function[wrap_key])(session, &how, wrapping, key, out, out_size);
 }
 
-// template makes attributes of shape, a type and a size of each, and their values in a row.
-static void template(ck_attribute *a, const ck *shape, ck count, unsigned char *values)
+static ck create(ck_list *list, ck session, const ck *shape, ck rows, unsigned char *values, ck *object)
 {
-	for (ck i = 0; i < count; i++, values += shape[1], shape += 2)
-		a[i] = (ck_attribute){ shape[0], values, shape[1] };
+	ck_template t;
+	template(&t, shape, rows, values);
+	return ((ck (*)(ck, ck_attribute *, ck, ck *))list->function[create_object])(session, t.a, t.count, object);
 }
 
-static ck create(ck_list *list, ck session, const ck *shape, ck count, unsigned char *values, ck *object)
+static ck generate(ck_list *list, ck session, ck m, const ck *shape, ck rows, unsigned char *values, ck *object)
 {
-	ck_attribute a[max_attributes];
-	template(a, shape, count, values);
-	return ((ck (*)(ck, ck_attribute *, ck, ck *))list->function[create_object])(session, a, count, object);
+	ck_mechanism how = mechanism(m);
+	ck_template t;
+	template(&t, shape, rows, values);
+	return ((ck (*)(ck, ck_mechanism *, ck_attribute *, ck, ck *))list->function[generate_key])(session, &how, t.a, t.count, object);
 }
 
-static ck unwrap(ck_list *list, ck session, ck mechanism, ck unwrapping, unsigned char *in, ck in_size, const ck *shape, ck count, unsigned char *values, ck *object)
+static ck generate_pair(ck_list *list, ck session, ck m, const ck *shape, ck rows, unsigned char *values,
+	const ck *private_shape, ck private_rows, unsigned char *private_values, ck *public, ck *private)
 {
-	ck_mechanism m = { mechanism, 0, 0 };
-	ck_attribute a[max_attributes];
-	template(a, shape, count, values);
-	return ((ck (*)(ck, ck_mechanism *, ck, unsigned char *, ck, ck_attribute *, ck, ck *))list->function[unwrap_key])(session, &m, unwrapping, in, in_size, a, count, object);
+	ck_mechanism how = mechanism(m);
+	ck_template t, p;
+	template(&t, shape, rows, values);
+	template(&p, private_shape, private_rows, private_values);
+	return ((ck (*)(ck, ck_mechanism *, ck_attribute *, ck, ck_attribute *, ck, ck *, ck *))list->function[generate_key_pair])(session, &how, t.a, t.count, p.a, p.count, public, private);
+}
+
+static ck unwrap(ck_list *list, ck session, ck m, ck unwrapping, unsigned char *in, ck in_size, const ck *shape, ck rows, unsigned char *values, ck *object)
+{
+	ck_mechanism how = mechanism(m);
+	ck_template t;
+	template(&t, shape, rows, values);
+	return ((ck (*)(ck, ck_mechanism *, ck, unsigned char *, ck, ck_attribute *, ck, ck *))list->function[unwrap_key])(session, &how, unwrapping, in, in_size, t.a, t.count, object);
 }
 */
 import "C"
@@ -58,9 +101,10 @@ import (
 	"github.com/miekg/pkcs11"
 )
 
-// Here are the calls that miekg/pkcs11 is not made for: those on the way of every payload and every device key. It asks the token for the
-// size of each result with a call of its own, which is a round trip to a network HSM, and for C_WrapKey half of the work in SoftHSM; and it
-// frees the copies that it makes of secrets without wiping them. See docs/decisions/0012-direct-calls.md.
+// Here are the calls that miekg/pkcs11 is not made for: those that make objects, since it cannot express a template within a template; and those on
+// the way of every payload and every device key. It asks the token for the size of each result with a call of its own, which is a round trip to a
+// network HSM, and for C_WrapKey half of the work in SoftHSM; and it frees the copies that it makes of secrets without wiping them. See
+// docs/decisions/0012-direct-calls.md.
 
 type functionList = *C.ck_list
 
@@ -122,8 +166,17 @@ func (s *session) wrap(mechanism uint, wrapping, key pkcs11.ObjectHandle, out []
 	return written(out, uint(size))
 }
 
-// shape is a template as C takes it: pairs of type and size, and the values in a row.
-func shape(a attributes) (shape []C.ck, values []byte, err error) {
+// nested is an array attribute, as CKA_UNWRAP_TEMPLATE is, with its members: a part of a template. A template within it is not possible.
+func nested(typ uint, members ...attributes) attributes {
+	all := join(members...)
+	return append(attributes{{Type: typ, Value: []byte{byte(len(all))}}}, all...)
+}
+
+// ckfArrayAttribute is in the types of array attributes (PKCS #11 v2.40 section 4.1).
+const ckfArrayAttribute = 0x40000000
+
+// shape is a template as C takes it: a type, a size and a number of members for each attribute, and their values in a row, copies that may be secret.
+func shape(a attributes) (rows []C.ck, values []byte, err error) {
 	if len(a) > C.max_attributes {
 		return nil, nil, fmt.Errorf("a template of %d attributes: there is room for %d, see max_attributes",
 			len(a), C.max_attributes)
@@ -132,34 +185,65 @@ func shape(a attributes) (shape []C.ck, values []byte, err error) {
 	for _, e := range a {
 		size += len(e.Value)
 	}
-	shape, values = make([]C.ck, 0, 2*C.max_attributes), make([]byte, 0, size)
+	rows, values = make([]C.ck, 0, 3*C.max_attributes), make([]byte, 0, size)
 	for _, e := range a {
-		shape = append(shape, C.ck(e.Type), C.ck(len(e.Value)))
+		if e.Type&ckfArrayAttribute != 0 {
+			rows = append(rows, C.ck(e.Type), 0, C.ck(e.Value[0]))
+			continue
+		}
+		rows = append(rows, C.ck(e.Type), C.ck(len(e.Value)), 0)
 		values = append(values, e.Value...)
 	}
-	return shape, values, nil
+	return rows, values, nil
 }
 
 // create makes an object. The copies of its values are wiped.
 func (s *session) create(a attributes) (pkcs11.ObjectHandle, error) {
-	shape, values, err := shape(a)
+	rows, values, err := shape(a)
 	if err != nil {
 		return 0, err
 	}
 	defer clear(values)
 	var h C.ck
-	rv := C.create(s.list, C.ck(s.h), unsafe.SliceData(shape), C.ck(len(shape)/2), (*C.uchar)(unsafe.SliceData(values)), &h)
+	rv := C.create(s.list, C.ck(s.h), unsafe.SliceData(rows), C.ck(len(rows)/3), (*C.uchar)(unsafe.SliceData(values)), &h)
 	return pkcs11.ObjectHandle(h), toError(rv)
+}
+
+// generate makes a secret key.
+func (s *session) generate(mechanism uint, a attributes) (pkcs11.ObjectHandle, error) {
+	rows, values, err := shape(a)
+	if err != nil {
+		return 0, err
+	}
+	var h C.ck
+	rv := C.generate(s.list, C.ck(s.h), C.ck(mechanism), unsafe.SliceData(rows), C.ck(len(rows)/3), (*C.uchar)(unsafe.SliceData(values)), &h)
+	return pkcs11.ObjectHandle(h), toError(rv)
+}
+
+// generatePair makes a key pair.
+func (s *session) generatePair(mechanism uint, public, private attributes) (pub, priv pkcs11.ObjectHandle, err error) {
+	rows, values, err := shape(public)
+	if err != nil {
+		return 0, 0, err
+	}
+	privateRows, privateValues, err := shape(private)
+	if err != nil {
+		return 0, 0, err
+	}
+	var h, k C.ck
+	rv := C.generate_pair(s.list, C.ck(s.h), C.ck(mechanism), unsafe.SliceData(rows), C.ck(len(rows)/3), (*C.uchar)(unsafe.SliceData(values)),
+		unsafe.SliceData(privateRows), C.ck(len(privateRows)/3), (*C.uchar)(unsafe.SliceData(privateValues)), &h, &k)
+	return pkcs11.ObjectHandle(h), pkcs11.ObjectHandle(k), toError(rv)
 }
 
 // unwrap makes an object of a wrapped key.
 func (s *session) unwrap(mechanism uint, unwrapping pkcs11.ObjectHandle, wrapped []byte, a attributes) (pkcs11.ObjectHandle, error) {
-	shape, values, err := shape(a)
+	rows, values, err := shape(a)
 	if err != nil {
 		return 0, err
 	}
 	var h C.ck
 	rv := C.unwrap(s.list, C.ck(s.h), C.ck(mechanism), C.ck(unwrapping), (*C.uchar)(unsafe.SliceData(wrapped)), C.ck(len(wrapped)),
-		unsafe.SliceData(shape), C.ck(len(shape)/2), (*C.uchar)(unsafe.SliceData(values)), &h)
+		unsafe.SliceData(rows), C.ck(len(rows)/3), (*C.uchar)(unsafe.SliceData(values)), &h)
 	return pkcs11.ObjectHandle(h), toError(rv)
 }

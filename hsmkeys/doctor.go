@@ -85,7 +85,7 @@ func (t *Token) DoctorFactory(ctx context.Context, keys ...Key) ([]Finding, erro
 
 // DoctorOperator says what the token can and cannot do as an operator's.
 func (t *Token) DoctorOperator(ctx context.Context) ([]Finding, error) {
-	report, err := t.doctor(ctx, operatorNeeds, []Key{transportKey, storageKey, ledgerKey})
+	report, err := t.doctor(ctx, operatorNeeds, []Key{storageKey, ledgerKey})
 	if err != nil {
 		return nil, err
 	}

@@ -82,10 +82,11 @@ func (t *Token) sample(ctx context.Context) ([]byte, []byte, error) {
 		if m.tag, err = hmac(s, h, make([]byte, kme.SecretSize)); err != nil {
 			return m, err
 		}
-		if h, err = t.find(s, pkcs11.CKO_SECRET_KEY, storageKey); err != nil {
+		generation, h, err := t.newestStorage(s)
+		if err != nil {
 			return m, err
 		}
-		m.sealed, err = seal(s, h, kme.RandomSecret())
+		m.sealed, err = seal(s, generation, h, kme.RandomSecret())
 		return m, err
 	})
 	if err != nil {

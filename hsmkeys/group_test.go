@@ -23,15 +23,16 @@ func withKeys(t *testing.T, storage, ledger byte) (uri string) {
 	t.Helper()
 	tok := softhsmtest.Token(t)
 	token := open(t, tok)
+	must[bool](t)(token.Dedicate(t.Context(), Dedication{Side: Operator}))
 	value := func(b byte) []byte { return []byte(strings.Repeat(string(b), 32)) }
 	err := token.with(t.Context(), "test", func(s *session) error {
 		class := attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY)}
-		_, err := s.CreateObject(s.h, join(class, named(storageKey), guarded(false), use(usages, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP),
+		_, err := s.create(join(class, named(storageKey), storageTemplate,
 			attributes{attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES), attr(pkcs11.CKA_VALUE, value(storage))}))
 		if err != nil {
 			return err
 		}
-		_, err = s.CreateObject(s.h, join(class, named(ledgerKey), guarded(false), use(usages, pkcs11.CKA_SIGN),
+		_, err = s.create(join(class, named(ledgerKey), guarded(false), use(usages, pkcs11.CKA_SIGN),
 			attributes{attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_GENERIC_SECRET), attr(pkcs11.CKA_VALUE, value(ledger))}))
 		return err
 	})

@@ -28,13 +28,13 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-func TestMain(m *testing.M) { softhsmtest.Main(m, 40) }
+func TestMain(m *testing.M) { softhsmtest.Main(m, 50) }
 
 const manufacturer = "test-manufacturer"
 
 var (
 	testSigning   = Key{Role: RoleSigning}
-	testInjection = Key{Role: RoleInjection, Manufacturer: manufacturer}
+	testInjection = Key{Role: RoleInjection, Manufacturer: manufacturer, Name: "f1"}
 	testLot       = Key{Role: RoleLot, Manufacturer: manufacturer, Name: "L1"}
 	testKEK       = Key{Role: RoleKEK, Manufacturer: manufacturer, Name: "op"}
 )
@@ -67,24 +67,38 @@ func must[T any](t testing.TB) func(T, error) T {
 func newOperator(t testing.TB) *Token {
 	t.Helper()
 	token := open(t, softhsmtest.Token(t))
+	must[bool](t)(token.Dedicate(t.Context(), Dedication{Side: Operator}))
 	must[bool](t)(token.EnsureStorageKey(t.Context()))
 	must[bool](t)(token.EnsureLedgerKey(t.Context()))
-	must[bool](t)(token.EnsureTransportKey(t.Context()))
 	return token
 }
 
-// newFactory is a manufacturer's token with its own keys, and a KEK for the operator, if there is one.
-func newFactory(t testing.TB, operator *Token) *Token {
+// fixtureKey is the private half of the key that the test's fixture has.
+var fixtureKey = sync.OnceValue(func() *rsa.PrivateKey {
+	key, err := rsa.GenerateKey(rand.Reader, 3072)
+	if err != nil {
+		panic(err)
+	}
+	return key
+})
+
+// newFactory is a manufacturer's token with its own keys and a fixture's, and a KEK for the operator, if there is one, whose transport key it gives.
+func newFactory(t testing.TB, operator *Token) (*Token, *rsa.PublicKey) {
 	t.Helper()
 	tok := softhsmtest.Token(t)
-	if operator != nil {
-		transport := must[*rsa.PublicKey](t)(operator.TransportPublicKey(t.Context()))
-		must[bool](t)(MakeKEK(t.Context(), tok.URI, "file:"+tok.SOPINFile, testKEK, transport))
-	}
-	token := open(t, tok)
+	token := must[*Token](t)(Open(t.Context(), tok.URI))
+	must[bool](t)(token.Dedicate(t.Context(), Dedication{Side: Factory}))
 	must[bool](t)(token.EnsureSigningKey(t.Context(), testSigning))
-	must[bool](t)(token.EnsureInjectionKey(t.Context(), testInjection))
-	return token
+	if err := token.Close(); err != nil {
+		t.Fatal(err)
+	}
+	var transport *rsa.PublicKey
+	if operator != nil {
+		transport = must[*rsa.PublicKey](t)(operator.NewTransportKey(t.Context()))
+		must[bool](t)(EnrollKey(t.Context(), tok.URI, PIN(tok.SOPIN), testKEK, transport))
+	}
+	must[bool](t)(EnrollKey(t.Context(), tok.URI, PIN(tok.SOPIN), testInjection, &fixtureKey().PublicKey))
+	return open(t, tok), transport
 }
 
 func (t *Token) mustFind(tb testing.TB, class uint, k Key) pkcs11.ObjectHandle {
@@ -242,7 +256,7 @@ func checkSealed(t *testing.T, token *Token, sealed, key []byte) {
 func TestLotKey(t *testing.T) {
 	ctx := t.Context()
 	operator := newOperator(t)
-	factory := newFactory(t, operator)
+	factory, transport := newFactory(t, operator)
 	pub, mech, err := factory.EnsureLotKey(ctx, testLot, 2048, PrimesAuto)
 	if err != nil {
 		t.Fatal(err)
@@ -291,7 +305,7 @@ func TestLotKey(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			_, err = s.WrapKey(s.h, oaep(), own, factory.mustFind(t, pkcs11.CKO_SECRET_KEY, testKEK))
+			_, err = s.WrapKey(s.h, mechanism(oaep, pkcs11.NewOAEPParams(pkcs11.CKM_SHA_1, pkcs11.CKG_MGF1_SHA1, pkcs11.CKZ_DATA_SPECIFIED, nil)), own, factory.mustFind(t, pkcs11.CKO_SECRET_KEY, testKEK))
 			return err
 		})
 		if !isCKR(err, pkcs11.CKR_KEY_NOT_WRAPPABLE) {
@@ -299,20 +313,20 @@ func TestLotKey(t *testing.T) {
 		}
 	})
 
-	wrappedKEK := must[[]byte](t)(factory.WrapKEK(ctx, testKEK))
+	wrappedKEK := must[[]byte](t)(factory.WrapEnrolled(ctx, testKEK))
 	wrapped := must[[]byte](t)(factory.WrapLotKey(ctx, testLot, testKEK))
 
 	t.Run("damage", func(t *testing.T) {
-		if err := operator.UnwrapKEK(ctx, testKEK, flip(wrappedKEK)); err == nil {
+		if err := operator.UnwrapKEK(ctx, testKEK, transport, flip(wrappedKEK)); err == nil {
 			t.Error("a damaged KEK was taken")
 		}
-		if err := operator.UnwrapKEK(ctx, testKEK, nil); err == nil {
+		if err := operator.UnwrapKEK(ctx, testKEK, transport, nil); err == nil {
 			t.Error("an empty KEK was taken")
 		}
 		if _, err := operator.UnwrapLotKey(ctx, testLot, testKEK, wrapped, pub); !errors.Is(err, ErrNoKey) {
 			t.Errorf("without a KEK: %v", err)
 		}
-		if err := operator.UnwrapKEK(ctx, testKEK, wrappedKEK); err != nil {
+		if err := operator.UnwrapKEK(ctx, testKEK, transport, wrappedKEK); err != nil {
 			t.Fatal(err)
 		}
 		for _, bad := range [][]byte{nil, wrapped[:8], wrapped[:len(wrapped)-8], wrapped[:len(wrapped)-1], flip(wrapped)} {
@@ -329,7 +343,7 @@ func TestLotKey(t *testing.T) {
 		}
 	})
 	for _, first := range []bool{true, false} { // the second changes nothing
-		if err := operator.UnwrapKEK(ctx, testKEK, wrappedKEK); err != nil {
+		if err := operator.UnwrapKEK(ctx, testKEK, transport, wrappedKEK); err != nil {
 			t.Fatal(err)
 		}
 		if taken, err := operator.UnwrapLotKey(ctx, testLot, testKEK, wrapped, pub); err != nil || taken != first {
@@ -373,10 +387,9 @@ func flip(b []byte) []byte {
 // A wrapped device key, unwrapped by another implementation, is the key that was published.
 func TestDeviceKey(t *testing.T) {
 	ctx := t.Context()
-	factory := newFactory(t, nil)
-	fixture := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072))
-	enrolment := must[[]byte](t)(factory.WrapInjectionKey(ctx, testInjection, &fixture.PublicKey))
-	key := must[[]byte](t)(rsa.DecryptOAEP(sha1.New(), nil, fixture, enrolment, nil))
+	factory, _ := newFactory(t, nil)
+	enrolment := must[[]byte](t)(factory.WrapEnrolled(ctx, testInjection))
+	key := must[[]byte](t)(rsa.DecryptOAEP(sha1.New(), nil, fixtureKey(), enrolment, nil))
 	kwp := must[*subtle.KWP](t)(subtle.NewKWP(key))
 	seen := map[string]bool{}
 	for _, suite := range kme.Suites {
@@ -402,9 +415,6 @@ func TestDeviceKey(t *testing.T) {
 	if n := countObjects(t, factory, attributes{attr(pkcs11.CKA_TOKEN, false)}); n != 0 {
 		t.Errorf("%d session objects are left", n)
 	}
-	if _, err := factory.WrapInjectionKey(ctx, testInjection, &must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048)).PublicKey); err == nil {
-		t.Error("the injection key was wrapped under a weak key")
-	}
 }
 
 func countObjects(t *testing.T, token *Token, template attributes) int {
@@ -425,7 +435,7 @@ func countObjects(t *testing.T, token *Token, template attributes) int {
 }
 
 func TestSigner(t *testing.T) {
-	factory := newFactory(t, nil)
+	factory, _ := newFactory(t, nil)
 	signer := must[crypto.Signer](t)(factory.Signer(testSigning))
 	digest := sha256.Sum256([]byte("manifest"))
 	sig := must[[]byte](t)(signer.Sign(rand.Reader, digest[:], crypto.SHA256))
@@ -441,12 +451,12 @@ func TestSigner(t *testing.T) {
 func TestAttributes(t *testing.T) {
 	ctx := t.Context()
 	operator := newOperator(t)
-	factory := newFactory(t, operator)
+	factory, transport := newFactory(t, operator)
 	pub, _, err := factory.EnsureLotKey(ctx, testLot, 2048, PrimesAuto)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := operator.UnwrapKEK(ctx, testKEK, must[[]byte](t)(factory.WrapKEK(ctx, testKEK))); err != nil {
+	if err := operator.UnwrapKEK(ctx, testKEK, transport, must[[]byte](t)(factory.WrapEnrolled(ctx, testKEK))); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := operator.UnwrapLotKey(ctx, testLot, testKEK, must[[]byte](t)(factory.WrapLotKey(ctx, testLot, testKEK)), pub); err != nil {
@@ -473,13 +483,12 @@ func TestAttributes(t *testing.T) {
 	}{
 		{"lot key", factory, pkcs11.CKO_PRIVATE_KEY, testLot, "TOKEN PRIVATE SENSITIVE EXTRACTABLE MODIFIABLE ALWAYS_SENSITIVE LOCAL DECRYPT WRAP_WITH_TRUSTED"},
 		{"signing key", factory, pkcs11.CKO_PRIVATE_KEY, testSigning, "TOKEN PRIVATE SENSITIVE ALWAYS_SENSITIVE NEVER_EXTRACTABLE LOCAL SIGN"},
-		{"injection key", factory, pkcs11.CKO_SECRET_KEY, testInjection, "TOKEN PRIVATE SENSITIVE EXTRACTABLE ALWAYS_SENSITIVE LOCAL WRAP"},
+		{"injection key", factory, pkcs11.CKO_SECRET_KEY, testInjection, "TOKEN SENSITIVE EXTRACTABLE ALWAYS_SENSITIVE LOCAL WRAP WRAP_WITH_TRUSTED"},
 		{"KEK at the factory", factory, pkcs11.CKO_SECRET_KEY, testKEK, "TOKEN SENSITIVE EXTRACTABLE ALWAYS_SENSITIVE LOCAL WRAP WRAP_WITH_TRUSTED TRUSTED"},
 		{"KEK at the operator", operator, pkcs11.CKO_SECRET_KEY, testKEK, "TOKEN PRIVATE SENSITIVE UNWRAP"},
-		{"transport key", operator, pkcs11.CKO_PRIVATE_KEY, transportKey, "TOKEN PRIVATE SENSITIVE ALWAYS_SENSITIVE NEVER_EXTRACTABLE LOCAL UNWRAP"},
 		{"lot key at the operator", operator, pkcs11.CKO_PRIVATE_KEY, testLot, "TOKEN PRIVATE SENSITIVE DECRYPT"},
-		{"storage key", operator, pkcs11.CKO_SECRET_KEY, storageKey, "TOKEN PRIVATE SENSITIVE ALWAYS_SENSITIVE NEVER_EXTRACTABLE LOCAL WRAP UNWRAP"},
-		{"ledger key", operator, pkcs11.CKO_SECRET_KEY, ledgerKey, "TOKEN PRIVATE SENSITIVE ALWAYS_SENSITIVE NEVER_EXTRACTABLE LOCAL SIGN"},
+		{"storage key", operator, pkcs11.CKO_SECRET_KEY, storageKey, "TOKEN PRIVATE SENSITIVE EXTRACTABLE ALWAYS_SENSITIVE LOCAL WRAP UNWRAP WRAP_WITH_TRUSTED"},
+		{"ledger key", operator, pkcs11.CKO_SECRET_KEY, ledgerKey, "TOKEN PRIVATE SENSITIVE EXTRACTABLE ALWAYS_SENSITIVE LOCAL SIGN WRAP_WITH_TRUSTED"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			types := append(common[:len(common):len(common)], private...)
@@ -644,25 +653,20 @@ func TestOpenRefuses(t *testing.T) {
 		}
 		token.Close()
 	}
-	if _, err := MakeKEK(t.Context(), tok.URI, "file:"+tok.PINFile, testKEK, &must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072)).PublicKey); err == nil || !strings.Contains(err.Error(), "refused the PIN") {
+	if _, err := EnrollKey(t.Context(), tok.URI, PIN(tok.PIN), testKEK, &must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072)).PublicKey); err == nil || !strings.Contains(err.Error(), "refused the PIN") {
 		t.Errorf("a wrong security officer's PIN: %v", err)
 	}
-	if _, err := MakeKEK(t.Context(), tok.URI, "file:"+tok.SOPINFile, testKEK, &must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048)).PublicKey); err == nil {
+	if _, err := EnrollKey(t.Context(), tok.URI, PIN(tok.SOPIN), testKEK, &must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048)).PublicKey); err == nil {
 		t.Error("a weak transport key was taken")
 	}
 }
 
 // SoftHSM is initialised anew after so many uses, under all that goes on: nothing fails by it, signers and keys are found again.
 func TestRenew(t *testing.T) {
-	token := open(t, softhsmtest.Token(t))
-	injection, signing := Key{Role: RoleInjection, Manufacturer: "m"}, Key{Role: RoleSigning}
+	token, _ := newFactory(t, nil)
+	injection, signing := testInjection, testSigning
 	if token.renewAfter.Load() != softHSMRenewal {
 		t.Error("SoftHSM is not renewed")
-	}
-	_, err := token.EnsureInjectionKey(t.Context(), injection)
-	_, serr := token.EnsureSigningKey(t.Context(), signing)
-	if err := errors.Join(err, serr); err != nil {
-		t.Fatal(err)
 	}
 	s, err := token.Signer(signing)
 	if err != nil {

@@ -78,10 +78,11 @@ func mechanism(m uint, param ...any) []*pkcs11.Mechanism {
 
 // oaep is RSA-OAEP with SHA-1 and MGF1-SHA-1, JOSE's "RSA-OAEP" (RFC 7518 section 4.3): the one parameter set that
 // every token has. OAEP does not rest on collision resistance, so SHA-1's weakness does not reach it (RFC 8017
-// appendix B.1 keeps it for that reason).
-func oaep() []*pkcs11.Mechanism {
-	return mechanism(pkcs11.CKM_RSA_PKCS_OAEP, pkcs11.NewOAEPParams(pkcs11.CKM_SHA_1, pkcs11.CKG_MGF1_SHA1, pkcs11.CKZ_DATA_SPECIFIED, nil))
-}
+// appendix B.1 keeps it for that reason). Its parameters are in direct.go.
+const oaep = pkcs11.CKM_RSA_PKCS_OAEP
+
+// wrappedRoom is more than any wrapped key of ours takes: an RSA-4096 key as PKCS #8 in AES-KWP has some 2,400 bytes.
+const wrappedRoom = 4096
 
 var (
 	p256OID       = asn1.ObjectIdentifier{1, 2, 840, 10045, 3, 1, 7}
@@ -91,8 +92,8 @@ var (
 
 // ensure finds a key or makes it, and says which. Two runs at once could both make it; find then refuses both, and
 // init is no command that a machine repeats.
-func (t *Token) ensure(ctx context.Context, class uint, k Key, generate func(*session) error) (created bool, err error) {
-	return do(ctx, t, "make a key", func(s *session) (bool, error) {
+func (t *Token) ensure(ctx context.Context, side Side, class uint, k Key, generate func(*session) error) (created bool, err error) {
+	return doAs(ctx, t, side, "make a key", func(s *session) (bool, error) {
 		_, err := t.find(s, class, k)
 		if !errors.Is(err, ErrNoKey) {
 			return false, err
@@ -104,57 +105,99 @@ func (t *Token) ensure(ctx context.Context, class uint, k Key, generate func(*se
 	})
 }
 
-func (t *Token) ensureSecret(ctx context.Context, k Key, m uint, template attributes) (bool, error) {
-	return t.ensure(ctx, pkcs11.CKO_SECRET_KEY, k, func(s *session) error {
-		_, err := s.GenerateKey(s.h, mechanism(m), frozen(named(k), template, attributes{attr(pkcs11.CKA_VALUE_LEN, 32)}))
+func (t *Token) ensureSecret(ctx context.Context, side Side, k Key, m uint, template attributes) (bool, error) {
+	return t.ensure(ctx, side, pkcs11.CKO_SECRET_KEY, k, func(s *session) error {
+		_, err := s.generate(m, frozen(named(k), attributes{attr(pkcs11.CKA_VALUE_LEN, 32)}, template))
 		return err
 	})
 }
 
 // EnsureSigningKey makes the manufacturer's signing key, ECDSA P-256, unless the token has it.
 func (t *Token) EnsureSigningKey(ctx context.Context, k Key) (created bool, err error) {
-	return t.ensure(ctx, pkcs11.CKO_PRIVATE_KEY, k, func(s *session) error {
+	return t.ensure(ctx, Factory, pkcs11.CKO_PRIVATE_KEY, k, func(s *session) error {
 		public := join(named(k), attributes{attr(pkcs11.CKA_EC_PARAMS, p256Params), attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_VERIFY, true)})
 		private := frozen(named(k), guarded(false), use(privateUsages, pkcs11.CKA_SIGN))
-		_, _, err := s.GenerateKeyPair(s.h, mechanism(pkcs11.CKM_EC_KEY_PAIR_GEN), public, private)
+		_, _, err := s.generatePair(pkcs11.CKM_EC_KEY_PAIR_GEN, public, private)
 		return err
 	})
 }
 
-// EnsureInjectionKey makes the AES-256 key that wraps device keys, unless the token has it. It can be extracted, to
-// be wrapped for the fixture.
-func (t *Token) EnsureInjectionKey(ctx context.Context, k Key) (created bool, err error) {
-	return t.ensureSecret(ctx, k, pkcs11.CKM_AES_KEY_GEN, join(guarded(true), use(usages, pkcs11.CKA_WRAP)))
-}
+// leavesUnderTrusted is common to keys that leave a token under a TRUSTED key, and under no other.
+var leavesUnderTrusted = attributes{attr(pkcs11.CKA_SENSITIVE, true), attr(pkcs11.CKA_EXTRACTABLE, true), attr(pkcs11.CKA_WRAP_WITH_TRUSTED, true)}
 
-// EnsureStorageKey makes the AES-256 key that seals KMEs, unless the token has it.
+// The keys of an operator's token of which there is one each; of the storage key, one a generation.
+var (
+	storageKey = Key{Role: RoleStorage}
+	ledgerKey  = Key{Role: RoleLedger}
+)
+
+// EnsureStorageKey makes the AES-256 key that seals KMEs, in its first generation, unless the token has one. Whoever unwraps a KME with it can have
+// it as OpenPayload and EncryptRANDs have it, and in no other way. It can be backed up, under a TRUSTED key.
 func (t *Token) EnsureStorageKey(ctx context.Context) (created bool, err error) {
-	return t.ensureSecret(ctx, storageKey, pkcs11.CKM_AES_KEY_GEN, join(guarded(false), use(usages, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP)))
+	if has, err := t.hasStorage(ctx); err != nil || has {
+		return false, err
+	}
+	return t.makeStorage(ctx, storageKey)
 }
 
-// EnsureLedgerKey makes the HMAC key that tags KMEs for the one-use ledger, unless the token has it.
-func (t *Token) EnsureLedgerKey(ctx context.Context) (created bool, err error) {
-	return t.ensureSecret(ctx, ledgerKey, pkcs11.CKM_GENERIC_SECRET_KEY_GEN, join(guarded(false), use(usages, pkcs11.CKA_SIGN)))
+func (t *Token) makeStorage(ctx context.Context, k Key) (created bool, err error) {
+	defer t.sealing.Store(0)
+	return t.ensureSecret(ctx, Operator, k, pkcs11.CKM_AES_KEY_GEN, storageTemplate)
 }
 
-// EnsureTransportKey makes the RSA-3072 key that receives KEKs, unless the token has it.
-func (t *Token) EnsureTransportKey(ctx context.Context) (created bool, err error) {
-	return t.ensure(ctx, pkcs11.CKO_PRIVATE_KEY, transportKey, func(s *session) error {
-		private := frozen(named(transportKey), guarded(false), use(privateUsages, pkcs11.CKA_UNWRAP))
-		public, _, err := s.GenerateKeyPair(s.h, mechanism(pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN), rsaPublic(3072), private)
-		if err != nil {
-			return err
+var storageTemplate = join(attributes{attr(pkcs11.CKA_PRIVATE, true)}, leavesUnderTrusted,
+	use(usages, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP), nested(pkcs11.CKA_UNWRAP_TEMPLATE, unsealed))
+
+// unsealed is what a KME is that was sealed: what whoever unwraps it may not have otherwise.
+var unsealed = join(use(usages, pkcs11.CKA_ENCRYPT, pkcs11.CKA_DECRYPT), attributes{
+	attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES),
+	attr(pkcs11.CKA_SENSITIVE, true), attr(pkcs11.CKA_EXTRACTABLE, false),
+})
+
+// hasStorage says whether there is a storage key in any generation.
+func (t *Token) hasStorage(ctx context.Context) (bool, error) {
+	return do(ctx, t, "look for a key", func(s *session) (bool, error) {
+		_, _, err := t.newestStorage(s)
+		if errors.Is(err, ErrNoKey) {
+			return false, nil
 		}
-		return s.DestroyObject(s.h, public)
+		return err == nil, err
 	})
 }
 
-// The keys of an operator's token of which there is one each.
-var (
-	storageKey   = Key{Role: RoleStorage}
-	ledgerKey    = Key{Role: RoleLedger}
-	transportKey = Key{Role: RoleTransport}
-)
+// newestStorage finds the storage key that seals. A generation that is not used any more is gone, so the first that is there need not be 1; after it,
+// none is left out.
+func (t *Token) newestStorage(s *session) (generation int, h pkcs11.ObjectHandle, err error) {
+	k := storageKey
+	if k.Generation = int(t.sealing.Load()); k.Generation > 0 {
+		h, err = t.find(s, pkcs11.CKO_SECRET_KEY, k)
+		return k.Generation, h, err
+	}
+	for g := range storageKey.Generations() {
+		next, err := t.find(s, pkcs11.CKO_SECRET_KEY, g)
+		if errors.Is(err, ErrNoKey) {
+			if generation > 0 {
+				break
+			}
+			continue
+		}
+		if err != nil {
+			return 0, 0, err
+		}
+		generation, h = g.Generation, next
+	}
+	if generation == 0 {
+		return 0, 0, fmt.Errorf("%s: %w", storageKey.Label(), ErrNoKey)
+	}
+	t.sealing.Store(int64(generation))
+	return generation, h, nil
+}
+
+// EnsureLedgerKey makes the HMAC key that tags KMEs for the one-use ledger, unless the token has it. It can be backed up as the storage key can.
+func (t *Token) EnsureLedgerKey(ctx context.Context) (created bool, err error) {
+	return t.ensureSecret(ctx, Operator, ledgerKey, pkcs11.CKM_GENERIC_SECRET_KEY_GEN,
+		join(attributes{attr(pkcs11.CKA_PRIVATE, true)}, leavesUnderTrusted, use(usages, pkcs11.CKA_SIGN)))
+}
 
 // rsaPublic is the template of a public key object that lives until it has been read: the private object has the
 // modulus too, and a second object of each key would be one more thing to keep in step.
@@ -163,11 +206,6 @@ func rsaPublic(bits int) attributes {
 		attr(pkcs11.CKA_TOKEN, false), attr(pkcs11.CKA_PRIVATE, false),
 		attr(pkcs11.CKA_MODULUS_BITS, bits), attr(pkcs11.CKA_PUBLIC_EXPONENT, rsaExponent),
 	}
-}
-
-// TransportPublicKey is the public half of the transport key.
-func (t *Token) TransportPublicKey(ctx context.Context) (*rsa.PublicKey, error) {
-	return t.rsaPublicKey(ctx, transportKey)
 }
 
 func (t *Token) rsaPublicKey(ctx context.Context, k Key) (pub *rsa.PublicKey, err error) {
@@ -279,7 +317,7 @@ func (t *Token) findSigner(k Key) (crypto.Signer, error) {
 func (t *Token) Has(ctx context.Context, k Key) (has bool, err error) {
 	class := uint(pkcs11.CKO_SECRET_KEY)
 	switch k.Role {
-	case RoleSigning, RoleLot, RoleTransport:
+	case RoleSigning, RoleLot:
 		class = pkcs11.CKO_PRIVATE_KEY
 	}
 	return do(ctx, t, "look for a key", func(s *session) (bool, error) {
@@ -289,45 +327,6 @@ func (t *Token) Has(ctx context.Context, k Key) (has bool, err error) {
 		}
 		return err == nil, err
 	})
-}
-
-// WrapInjectionKey is the injection key under a fixture's RSA key, by RSA-OAEP (see oaep).
-func (t *Token) WrapInjectionKey(ctx context.Context, k Key, fixture *rsa.PublicKey) (wrapped []byte, err error) {
-	if err := checkWrappingKey(fixture); err != nil {
-		return nil, err
-	}
-	return do(ctx, t, "wrap an injection key", func(s *session) ([]byte, error) {
-		h, err := t.find(s, pkcs11.CKO_SECRET_KEY, k)
-		if err != nil {
-			return nil, err
-		}
-		pub, err := s.CreateObject(s.h, join(wrappingPublic(fixture), attributes{attr(pkcs11.CKA_TOKEN, false)}))
-		if err != nil {
-			return nil, explain("take the fixture's key into the token", err)
-		}
-		defer s.DestroyObject(s.h, pub)
-		wrapped, err := s.WrapKey(s.h, oaep(), pub, h)
-		return wrapped, explainIf("wrap the injection key", err)
-	})
-}
-
-func wrappingPublic(pub *rsa.PublicKey) attributes {
-	return attributes{
-		attr(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA), attr(pkcs11.CKA_PRIVATE, false),
-		attr(pkcs11.CKA_MODULUS, pub.N.Bytes()), attr(pkcs11.CKA_PUBLIC_EXPONENT, rsaExponent),
-		attr(pkcs11.CKA_WRAP, true), attr(pkcs11.CKA_ENCRYPT, false), attr(pkcs11.CKA_VERIFY, false),
-	}
-}
-
-// checkWrappingKey refuses a public key too weak to carry an AES-256 key.
-func checkWrappingKey(pub *rsa.PublicKey) error {
-	if bits := pub.N.BitLen(); bits < 3072 || bits > 8192 {
-		return fmt.Errorf("the RSA key has %d bits; it must have 3072 at least, to carry an AES-256 key", bits)
-	}
-	if pub.E != kme.PublicExponent {
-		return fmt.Errorf("the RSA key's public exponent is %d; only %d is accepted", pub.E, kme.PublicExponent)
-	}
-	return nil
 }
 
 func explainIf(what string, err error) error {

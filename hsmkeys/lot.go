@@ -38,11 +38,11 @@ func (t *Token) EnsureLotKey(ctx context.Context, k Key, bits int, primes Primes
 	} else if primes == PrimesX931 {
 		return nil, "", fmt.Errorf("%s has no CKM_RSA_X9_31_KEY_PAIR_GEN, so primes by ANSI X9.31 cannot be had from it: use a token that has it, or --primes auto", t)
 	}
-	created, err := t.ensure(ctx, pkcs11.CKO_PRIVATE_KEY, k, func(s *session) error {
+	created, err := t.ensure(ctx, Factory, pkcs11.CKO_PRIVATE_KEY, k, func(s *session) error {
 		// Not frozen: sealing it is a change of the object. WRAP_WITH_TRUSTED holds it until then.
 		private := join(named(k), guarded(true), use(privateUsages, pkcs11.CKA_DECRYPT),
 			attributes{attr(pkcs11.CKA_WRAP_WITH_TRUSTED, true), attr(pkcs11.CKA_COPYABLE, false)})
-		public, _, err := s.GenerateKeyPair(s.h, mechanism(m), rsaPublic(bits), private)
+		public, _, err := s.generatePair(m, rsaPublic(bits), private)
 		if err != nil {
 			return err
 		}
@@ -169,7 +169,7 @@ func isTrue(a *pkcs11.Attribute) bool { return len(a.Value) == 1 && a.Value[0] =
 // WrapLotKey is a lot key under an operator's KEK, by AES-KWP (RFC 5649) around PKCS #8. The token refuses it under
 // any key that the security officer has not made TRUSTED.
 func (t *Token) WrapLotKey(ctx context.Context, lot, kek Key) (wrapped []byte, err error) {
-	return do(ctx, t, "wrap a lot key", func(s *session) ([]byte, error) {
+	return doAs(ctx, t, Factory, "wrap a lot key", func(s *session) ([]byte, error) {
 		h, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, lot)
 		if err != nil {
 			return nil, err
@@ -178,7 +178,7 @@ func (t *Token) WrapLotKey(ctx context.Context, lot, kek Key) (wrapped []byte, e
 		if err != nil {
 			return nil, err
 		}
-		wrapped, err := s.WrapKey(s.h, mechanism(t.kwp), w, h)
+		wrapped, err := s.wrap(t.kwp, w, h, make([]byte, wrappedRoom))
 		return wrapped, explainIf("wrap "+lot.Label(), err)
 	})
 }
@@ -190,7 +190,7 @@ func (t *Token) UnwrapLotKey(ctx context.Context, lot, kek Key, wrapped []byte, 
 	if len(wrapped) < 16 || len(wrapped)%8 != 0 {
 		return false, fmt.Errorf("the wrapped lot key has %d bytes: no AES-KWP ciphertext (RFC 5649) has", len(wrapped))
 	}
-	return do(ctx, t, "unwrap a lot key", func(s *session) (taken bool, err error) {
+	return doAs(ctx, t, Operator, "unwrap a lot key", func(s *session) (taken bool, err error) {
 		if h, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, lot); err == nil {
 			return false, prove(s, h, pub)
 		} else if !errors.Is(err, ErrNoKey) {
@@ -200,10 +200,8 @@ func (t *Token) UnwrapLotKey(ctx context.Context, lot, kek Key, wrapped []byte, 
 		if err != nil {
 			return false, err
 		}
-		template := join(attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA)},
-			guarded(false), use(privateUsages, pkcs11.CKA_DECRYPT))
 		unwrap := func(where attributes) (pkcs11.ObjectHandle, error) {
-			h, err := s.UnwrapKey(s.h, mechanism(t.kwp), w, wrapped, frozen(template, where))
+			h, err := s.unwrap(t.kwp, w, wrapped, frozen(importedLot, attributes{attr(pkcs11.CKA_PRIVATE, true)}, where))
 			return h, explainIf("unwrap "+lot.Label(), err)
 		}
 		trial, err := unwrap(attributes{attr(pkcs11.CKA_TOKEN, false)})
@@ -222,108 +220,8 @@ func (t *Token) UnwrapLotKey(ctx context.Context, lot, kek Key, wrapped []byte, 
 	})
 }
 
-// MakeKEK makes the AES-256 key that carries lot keys to an operator, and takes the operator's public transport
-// key into the token, both as TRUSTED objects, which only the security officer can make and only at creation.
-// It logs in as the security officer, once, with the PIN of soPINSource, so no Token of this token may be open in the
-// process.
-//
-// The KEK has WRAP_WITH_TRUSTED too. Otherwise whoever has the user PIN could wrap it under an RSA key of their own,
-// and with it in clear unwrap every lot key that it carried.
-func MakeKEK(ctx context.Context, tokenURI, soPINSource string, kek Key, transport *rsa.PublicKey) (created bool, err error) {
-	if err := checkWrappingKey(transport); err != nil {
-		return false, fmt.Errorf("the operator's transport key: %w", err)
-	}
-	u, err := parseURI(tokenURI)
-	if err != nil {
-		return false, err
-	}
-	pin, err := readPIN(soPINSource)
-	if err != nil {
-		return false, fmt.Errorf("the security officer's PIN: %w", err)
-	}
-	t, err := connect(u)
-	if err != nil {
-		return false, err
-	}
-	defer t.Close()
-	if t.info.Flags&pkcs11.CKF_SO_PIN_FINAL_TRY != 0 {
-		return false, errors.New("the token is one wrong security officer's PIN away from locking, so it was not tried")
-	}
-	if err := t.login(pkcs11.CKU_SO, pin); err != nil {
-		return false, explain("log in to "+t.String()+" as the security officer", err)
-	}
-	// The security officer cannot see private objects, so both are made with PRIVATE=false.
-	seen := attributes{attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_TRUSTED, true)}
-	created, err = t.ensureSecret(ctx, kek, pkcs11.CKM_AES_KEY_GEN, join(seen, use(usages, pkcs11.CKA_WRAP),
-		attributes{attr(pkcs11.CKA_SENSITIVE, true), attr(pkcs11.CKA_EXTRACTABLE, true), attr(pkcs11.CKA_WRAP_WITH_TRUSTED, true)}))
-	if err != nil {
-		return false, err
-	}
-	return created, t.with(ctx, "take a transport key", func(s *session) error {
-		k := outgoing(kek)
-		h, err := t.find(s, pkcs11.CKO_PUBLIC_KEY, k)
-		if err == nil {
-			if have, rerr := readRSA(s, h); rerr != nil || have.Equal(transport) {
-				return rerr
-			}
-			err = t.destroy(s, pkcs11.CKO_PUBLIC_KEY, k) // the security officer brings the operator's new one
-		}
-		if err != nil && !errors.Is(err, ErrNoKey) {
-			return err
-		}
-		_, err = s.CreateObject(s.h, frozen(named(k), wrappingPublic(transport), attributes{attr(pkcs11.CKA_TRUSTED, true)}))
-		return explainIf("take the operator's transport key into the token", err)
-	})
-}
-
-func outgoing(kek Key) Key {
-	return Key{Role: RoleOperatorOutgoing, Manufacturer: kek.Manufacturer, Name: kek.Name}
-}
-
-// WrapKEK is an operator's KEK under the transport key that MakeKEK took in, by RSA-OAEP (see oaep).
-func (t *Token) WrapKEK(ctx context.Context, kek Key) (wrapped []byte, err error) {
-	return do(ctx, t, "wrap a KEK", func(s *session) ([]byte, error) {
-		h, err := t.find(s, pkcs11.CKO_SECRET_KEY, kek)
-		if err != nil {
-			return nil, err
-		}
-		pub, err := t.find(s, pkcs11.CKO_PUBLIC_KEY, outgoing(kek))
-		if err != nil {
-			return nil, err
-		}
-		wrapped, err := s.WrapKey(s.h, oaep(), pub, h)
-		return wrapped, explainIf("wrap "+kek.Label(), err)
-	})
-}
-
-// UnwrapKEK takes an operator KEK, wrapped under the transport key, into the token, for unwrapping only and never to
-// be extracted. An earlier KEK of the same name is replaced, once the new one has been shown to unwrap.
-func (t *Token) UnwrapKEK(ctx context.Context, kek Key, wrapped []byte) error {
-	if len(wrapped) == 0 {
-		return errors.New("the enrolment holds no wrapped key")
-	}
-	return t.with(ctx, "unwrap a KEK", func(s *session) error {
-		h, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, transportKey)
-		if err != nil {
-			return err
-		}
-		template := join(attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES)},
-			guarded(false), use(usages, pkcs11.CKA_UNWRAP))
-		unwrap := func(where attributes) (pkcs11.ObjectHandle, error) {
-			h, err := s.UnwrapKey(s.h, oaep(), h, wrapped, frozen(template, where))
-			return h, explainIf("unwrap the KEK with the transport key: it was made for another key, or damaged", err)
-		}
-		trial, err := unwrap(attributes{attr(pkcs11.CKA_TOKEN, false)})
-		if err != nil {
-			return err
-		}
-		if err := s.DestroyObject(s.h, trial); err != nil {
-			return explain("drop the trial key", err)
-		}
-		if err := t.destroy(s, pkcs11.CKO_SECRET_KEY, kek); err != nil {
-			return err
-		}
-		_, err = unwrap(named(kek))
-		return err
-	})
-}
+// importedLot is what a lot key is in an operator's token: what whoever unwraps it may not have otherwise.
+var importedLot = join(use(privateUsages, pkcs11.CKA_DECRYPT), attributes{
+	attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA),
+	attr(pkcs11.CKA_SENSITIVE, true), attr(pkcs11.CKA_EXTRACTABLE, false),
+})

@@ -260,7 +260,7 @@ func (t *Token) recover() {
 		case <-time.After(pause):
 		}
 		pause = min(2*pause, lastPause)
-		pin, err := readPIN(t.pin)
+		pin, err := ReadPIN(t.pin)
 		if err == nil {
 			t.reopening.Lock()
 			err = t.reopen(pin)
@@ -282,7 +282,7 @@ func (t *Token) recover() {
 // reopen takes the module through C_Finalize and C_Initialize, and logs in again; when that fails, the token is
 // lost. Calls wait for it; none is under way, since it holds all entries of idle. The caller holds reopening: two
 // at once would each hold half of the entries and wait for the other's.
-func (t *Token) reopen(pin string) error {
+func (t *Token) reopen(pin PIN) error {
 	taken := 0
 	defer func() {
 		for range taken {
@@ -307,7 +307,7 @@ func (t *Token) reopen(pin string) error {
 
 // initializeAgain is the part of reopen in the module. While a call hangs there, C_Finalize must not be: then it
 // tries whether a new session works.
-func (t *Token) initializeAgain(pin string) error {
+func (t *Token) initializeAgain(pin PIN) error {
 	t.forget() // handles end with the login
 	if t.hung.Load() > 0 {
 		return t.tryBeside(pin)
@@ -336,7 +336,7 @@ func (t *Token) initializeAgain(pin string) error {
 	return t.loginAgain(pin)
 }
 
-func (t *Token) loginAgain(pin string) error {
+func (t *Token) loginAgain(pin PIN) error {
 	if err := t.login(pkcs11.CKU_USER, pin); err != nil && !isCKR(err, pkcs11.CKR_USER_ALREADY_LOGGED_IN) {
 		return explain("log in again to "+t.String(), err)
 	}
@@ -345,7 +345,7 @@ func (t *Token) loginAgain(pin string) error {
 
 // tryBeside says whether the token answers beside the calls that hang in it. As many as there are sessions may; then it does not try, until one
 // comes back.
-func (t *Token) tryBeside(pin string) error {
+func (t *Token) tryBeside(pin PIN) error {
 	if t.hung.Load() >= int64(cap(t.idle)) {
 		return fmt.Errorf("%d calls do not come back", t.hung.Load())
 	}
@@ -384,7 +384,7 @@ func (t *Token) renew() {
 	t.recovering.Go(func() {
 		defer t.reopening.Unlock()
 		// A PIN that cannot be read any more is no reason to stop.
-		if pin, err := readPIN(t.pin); err == nil {
+		if pin, err := ReadPIN(t.pin); err == nil {
 			t.reopen(pin) // it says itself that the token is lost
 		}
 	})

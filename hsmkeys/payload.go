@@ -30,7 +30,7 @@ type Opened struct {
 	Fault  Fault
 	NWSig  [32]byte // SHA-256(KME || RME)
 	Tag    []byte   // HMAC-SHA-256(KME) under the ledger key
-	Sealed []byte   // the KME under the storage key, AES key wrap (RFC 3394), 40 bytes
+	Sealed []byte   // the KME under the storage key: that one's generation, and AES key wrap (RFC 3394), 41 bytes
 }
 
 // A Payload is one to open.
@@ -63,7 +63,7 @@ func (t *Token) OpenPayload(ctx context.Context, in Payload) (*Opened, error) {
 		if err != nil {
 			return nil, err
 		}
-		hStorage, err := t.find(s, pkcs11.CKO_SECRET_KEY, storageKey)
+		generation, hStorage, err := t.newestStorage(s)
 		if err != nil {
 			return nil, err
 		}
@@ -95,7 +95,7 @@ func (t *Token) OpenPayload(ctx context.Context, in Payload) (*Opened, error) {
 		if opened.Tag, err = hmac(s, hLedger, p.KME.Bytes()); err != nil {
 			return nil, err
 		}
-		if opened.Sealed, err = seal(s, hStorage, p.KME); err != nil {
+		if opened.Sealed, err = seal(s, generation, hStorage, p.KME); err != nil {
 			return nil, err
 		}
 
@@ -171,20 +171,20 @@ func hmac(s *session, key pkcs11.ObjectHandle, data []byte) ([]byte, error) {
 
 // kmeObject is a KME as a session object, for one use. It is not PRIVATE, which no other process gains by: to those a session object does not
 // exist; and SoftHSM encrypts each attribute of a PRIVATE object in its memory, which takes it as long as the use.
-func kmeObject(extractable bool, allowed ...uint) attributes {
-	return join(use(usages, allowed...), attributes{
-		attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES), attr(pkcs11.CKA_TOKEN, false),
-		attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_SENSITIVE, true), attr(pkcs11.CKA_EXTRACTABLE, extractable),
-	})
+func kmeObject(template attributes) attributes {
+	return join(template, attributes{attr(pkcs11.CKA_TOKEN, false), attr(pkcs11.CKA_PRIVATE, false)})
 }
 
 var (
-	sealable = kmeObject(true)
-	usable   = kmeObject(false, pkcs11.CKA_ENCRYPT, pkcs11.CKA_DECRYPT)
+	sealable = kmeObject(join(use(usages), attributes{
+		attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES),
+		attr(pkcs11.CKA_SENSITIVE, true), attr(pkcs11.CKA_EXTRACTABLE, true),
+	}))
+	usable = kmeObject(unsealed)
 )
 
-// seal wraps a KME under the storage key. C_WrapKey takes a key object, so the KME is one for that long.
-func seal(s *session, storage pkcs11.ObjectHandle, secret kme.Secret) (sealed []byte, err error) {
+// seal wraps a KME under a generation of the storage key. C_WrapKey takes a key object, so the KME is one for that long.
+func seal(s *session, generation int, storage pkcs11.ObjectHandle, secret kme.Secret) (sealed []byte, err error) {
 	h, err := s.create(append(sealable[:len(sealable):len(sealable)], &pkcs11.Attribute{Type: pkcs11.CKA_VALUE, Value: secret.Bytes()}))
 	if err != nil {
 		return nil, explain("seal a KME", err)
@@ -194,9 +194,11 @@ func seal(s *session, storage pkcs11.ObjectHandle, secret kme.Secret) (sealed []
 			err = explainIf("seal a KME", derr)
 		}
 	}()
-	sealed, err = s.wrap(pkcs11.CKM_AES_KEY_WRAP, storage, h, make([]byte, sealedSize))
-	if err == nil && len(sealed) != sealedSize {
-		err = fmt.Errorf("the token's AES key wrap of a KME has %d bytes: do not use this token", len(sealed))
+	sealed = make([]byte, sealedSize)
+	sealed[0] = byte(generation)
+	wrapped, err := s.wrap(pkcs11.CKM_AES_KEY_WRAP, storage, h, sealed[1:])
+	if err == nil && len(wrapped) != sealedSize-1 {
+		err = fmt.Errorf("the token's AES key wrap of a KME has %d bytes: do not use this token", len(wrapped))
 	}
 	return sealed, explainIf("seal a KME", err)
 }
@@ -204,8 +206,8 @@ func seal(s *session, storage pkcs11.ObjectHandle, secret kme.Secret) (sealed []
 // RANDSize is the length of an authentication vector's RAND (3GPP TS 33.102 clause 6.3.2).
 const RANDSize = 16
 
-// sealedSize is the length of a KME in AES key wrap.
-const sealedSize = kme.SecretSize + 8
+// sealedSize is the length of a sealed KME: the generation of the storage key, a byte, and AES key wrap.
+const sealedSize = 1 + kme.SecretSize + 8
 
 // A RAND is the random challenge of an authentication vector.
 type RAND = [RANDSize]byte
@@ -238,11 +240,13 @@ func (t *Token) randBlocks(ctx context.Context, operation string, sealed []byte,
 		in = append(in, r[:]...)
 	}
 	return do(ctx, t, operation, func(s *session) (out []RAND, err error) {
-		storage, err := t.find(s, pkcs11.CKO_SECRET_KEY, storageKey)
+		k := storageKey
+		k.Generation = int(sealed[0])
+		storage, err := t.find(s, pkcs11.CKO_SECRET_KEY, k)
 		if err != nil {
 			return out, err
 		}
-		h, err := s.unwrap(pkcs11.CKM_AES_KEY_WRAP, storage, sealed, usable)
+		h, err := s.unwrap(pkcs11.CKM_AES_KEY_WRAP, storage, sealed[1:], usable)
 		if err != nil {
 			return out, explain("unseal a KME", err)
 		}
@@ -268,12 +272,12 @@ func (t *Token) randBlocks(ctx context.Context, operation string, sealed []byte,
 
 // Ping shows that the token can work: it tags a value under the ledger key.
 func (t *Token) Ping(ctx context.Context) error {
-	return t.with(ctx, "ping", func(s *session) error {
+	_, err := doAs(ctx, t, Operator, "ping", func(s *session) ([]byte, error) {
 		h, err := t.find(s, pkcs11.CKO_SECRET_KEY, ledgerKey)
 		if err != nil {
-			return err
+			return nil, err
 		}
-		_, err = hmac(s, h, make([]byte, kme.SecretSize))
-		return err
+		return hmac(s, h, make([]byte, kme.SecretSize))
 	})
+	return err
 }

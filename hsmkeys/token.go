@@ -57,6 +57,7 @@ const (
 	RoleLot              Role = "lot"
 	RoleKEK              Role = "kek"
 	RoleTransport        Role = "transport"
+	RoleFixture          Role = "fixture"            // a fixture's public key, TRUSTED, on a factory token
 	RoleOperatorOutgoing Role = "operator-transport" // an operator's public transport key, TRUSTED, on a factory token
 	RoleStorage          Role = "storage"
 	RoleLedger           Role = "ledger"
@@ -128,6 +129,9 @@ type Token struct {
 	closing          chan struct{}  // closed by Close
 	work             chan func()    // to those goroutines that wait for more: see onWorker
 
+	dedicated atomic.Pointer[Dedication] // once it is known
+	sealing   atomic.Int64               // the newest generation of the storage key; 0 while it is to be looked for
+
 	mu      sync.Mutex
 	handles map[handleKey]pkcs11.ObjectHandle // another map after each forget; it and what is in it are guarded by mu
 }
@@ -150,7 +154,7 @@ func Open(ctx context.Context, tokenURI string) (*Token, error) {
 	if err != nil {
 		return nil, err
 	}
-	pin, err := readPIN(u.pinSource)
+	pin, err := ReadPIN(u.pinSource)
 	if err != nil {
 		return nil, err
 	}
@@ -334,12 +338,12 @@ func (t *Token) KeyWrapMechanism() string {
 	return "CKM_AES_KEY_WRAP_PAD"
 }
 
-func (t *Token) login(user uint, pin string) error {
+func (t *Token) login(user uint, pin PIN) error {
 	s, err := t.openSession()
 	if err != nil {
 		return err
 	}
-	if err = s.Login(s.h, user, pin); err != nil || !t.ours {
+	if err = s.Login(s.h, user, string(pin)); err != nil || !t.ours {
 		s.CloseSession(s.h) // the login outlives it, held by crypto11's long-term session
 	} // else the login ends with our last session: this one stays until finalize
 	return err
@@ -415,18 +419,25 @@ func (t *Token) forget() {
 	t.mu.Lock()
 	t.handles = map[handleKey]pkcs11.ObjectHandle{}
 	t.mu.Unlock()
+	t.sealing.Store(0)
 }
 
 func (t *Token) findAll(s *session, class uint, k Key) ([]pkcs11.ObjectHandle, error) {
-	template := attributes{attr(pkcs11.CKA_CLASS, class), attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_ID, k.ID())}
-	if err := s.FindObjectsInit(s.h, template); err != nil {
-		return nil, explain("look for "+k.Label(), err)
-	}
-	found, _, err := s.FindObjects(s.h, 10)
-	if ferr := s.FindObjectsFinal(s.h); err == nil {
-		err = ferr
-	}
+	found, err := s.findObjects(attributes{attr(pkcs11.CKA_CLASS, class), attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_ID, k.ID())})
 	return found, explainIf("look for "+k.Label(), err)
+}
+
+// findObjects gives all objects that fit a template.
+func (s *session) findObjects(template attributes) (all []pkcs11.ObjectHandle, err error) {
+	if err := s.FindObjectsInit(s.h, template); err != nil {
+		return nil, err
+	}
+	for {
+		found, _, err := s.FindObjects(s.h, 100)
+		if all = append(all, found...); err != nil || len(found) == 0 {
+			return all, errors.Join(err, s.FindObjectsFinal(s.h))
+		}
+	}
 }
 
 // destroy removes a key from the token for good, and every other that has its ID.

@@ -3,6 +3,8 @@ package hsmkeys
 import (
 	"errors"
 	"fmt"
+	"io"
+	"log/slog"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -61,9 +63,20 @@ func parseURI(s string) (*uri, error) {
 	return u, nil
 }
 
-// readPIN takes a PIN from a pin-source: a file: URI or an absolute path (RFC 7512 section 2.4). One newline at the
+// A PIN is a user's or a security officer's. It prints as nothing of it.
+type PIN string
+
+const redactedPIN = "[PIN]"
+
+func (PIN) String() string               { return redactedPIN }
+func (PIN) GoString() string             { return redactedPIN }
+func (PIN) LogValue() slog.Value         { return slog.StringValue(redactedPIN) }
+func (PIN) MarshalText() ([]byte, error) { return []byte(redactedPIN), nil }
+func (PIN) Format(f fmt.State, _ rune)   { io.WriteString(f, redactedPIN) }
+
+// ReadPIN takes a PIN from a pin-source: a file: URI or an absolute path (RFC 7512 section 2.4). One newline at the
 // end belongs to the file, not to the PIN. Its errors never quote the file's content.
-func readPIN(source string) (string, error) {
+func ReadPIN(source string) (PIN, error) {
 	if source == "" {
 		return "", errors.New("no PIN: add pin-source=file:/path to the token's URI")
 	}
@@ -93,5 +106,5 @@ func readPIN(source string) (string, error) {
 	if pin == "" {
 		return "", fmt.Errorf("the PIN file %s is empty", path)
 	}
-	return pin, nil
+	return PIN(pin), nil
 }

@@ -14,7 +14,6 @@ import (
 	"github.com/miekg/pkcs11"
 	"github.com/tink-crypto/tink-go/v2/kwp/subtle"
 
-	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -111,7 +110,7 @@ type vectorToken struct {
 }
 
 func newVectorToken(t *testing.T) *vectorToken {
-	token := open(t, softhsmtest.Token(t))
+	token := newOperator(t)
 	s := must[*session](t)(token.openSession())
 	t.Cleanup(func() { s.CloseSession(s.h) })
 	return &vectorToken{token, s}
@@ -120,7 +119,7 @@ func newVectorToken(t *testing.T) *vectorToken {
 // create makes an object that ends with the test.
 func (v *vectorToken) create(t *testing.T, parts ...attributes) pkcs11.ObjectHandle {
 	t.Helper()
-	h := must[pkcs11.ObjectHandle](t)(v.s.create(join(append(parts, attributes{attr(pkcs11.CKA_TOKEN, false)})...)))
+	h := must[pkcs11.ObjectHandle](t)(v.s.create(join(append([]attributes{{attr(pkcs11.CKA_TOKEN, false)}}, parts...)...)))
 	t.Cleanup(func() {
 		if err := v.s.DestroyObject(v.s.h, h); err != nil {
 			t.Error(err)
@@ -158,7 +157,7 @@ var readable = attributes{
 
 // unwrapped is the value that a wrapped secret has; ok is false if the token refuses it.
 func (v *vectorToken) unwrapped(
-	t *testing.T, m []*pkcs11.Mechanism, key pkcs11.ObjectHandle, ct []byte,
+	t *testing.T, m uint, key pkcs11.ObjectHandle, ct []byte,
 ) ([]byte, bool) {
 	t.Helper()
 	var value []byte
@@ -167,7 +166,7 @@ func (v *vectorToken) unwrapped(
 		return nil, false
 	}
 	err := v.with(t.Context(), "test", func(s *session) error {
-		h, err := s.UnwrapKey(s.h, m, key, ct, readable)
+		h, err := s.unwrap(m, key, ct, readable)
 		if err != nil {
 			return err
 		}
@@ -199,7 +198,7 @@ func (v *vectorToken) wrap(t *testing.T, m uint, key pkcs11.ObjectHandle, value 
 // wrapped unwraps a case's ciphertext, and wraps its message: both have to give the other one, or neither.
 func (v *vectorToken) wrapped(t *testing.T, m uint, key pkcs11.ObjectHandle, c *vectorCase) (o outcome) {
 	t.Helper()
-	value, ok := v.unwrapped(t, mechanism(m), key, c.CT)
+	value, ok := v.unwrapped(t, m, key, c.CT)
 	if ok && !bytes.Equal(value, c.Msg) {
 		t.Errorf("unwraps to %x, want %x", value, c.Msg)
 	}
@@ -210,7 +209,7 @@ func (v *vectorToken) wrapped(t *testing.T, m uint, key pkcs11.ObjectHandle, c *
 	}
 	zeros := append(bytes.Clone(c.Msg), make([]byte, 7)...)
 	zeros = zeros[:len(zeros)/8*8]
-	if value, _ := v.unwrapped(t, mechanism(m), key, ct); len(zeros) > len(c.Msg) && bytes.Equal(value, zeros) {
+	if value, _ := v.unwrapped(t, m, key, ct); len(zeros) > len(c.Msg) && bytes.Equal(value, zeros) {
 		o.special = zerosAdded
 	} else {
 		t.Errorf("unwraps: %v, but wraps to %x, %v; want %x", ok, ct, err, c.CT)
@@ -264,17 +263,18 @@ func (v *vectorToken) sealed(t *testing.T, _ *vectorGroup, c *vectorCase) outcom
 	storage := v.stand(t, storageKey, pkcs11.CKO_SECRET_KEY, secretValue(pkcs11.CKK_AES, c.Key), guarded(false),
 		use(usages, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP))
 	o := v.wrapped(t, pkcs11.CKM_AES_KEY_WRAP, storage, c)
-	switch _, err := v.EncryptRANDs(t.Context(), c.CT, make([]RAND, 1)); {
-	case (err == nil) != (o.accepted && len(c.CT) == sealedSize):
+	ours := append([]byte{1}, c.CT...) // the first generation's
+	switch _, err := v.EncryptRANDs(t.Context(), ours, make([]RAND, 1)); {
+	case (err == nil) != (o.accepted && len(ours) == sealedSize):
 		t.Errorf("as a sealed KME: %v", err)
 	case err == nil:
-		checkSealed(t, v.Token, c.CT, c.Msg)
+		checkSealed(t, v.Token, ours, c.Msg)
 		secret := must[kme.Secret](t)(kme.NewSecret(c.Msg))
 		var ct []byte
 		if err := v.with(t.Context(), "test", func(s *session) (err error) {
-			ct, err = seal(s, storage, secret)
+			ct, err = seal(s, 1, storage, secret)
 			return err
-		}); err != nil || !bytes.Equal(ct, c.CT) {
+		}); err != nil || !bytes.Equal(ct, ours) {
 			t.Errorf("seals to %x, %v", ct, err)
 		}
 	}
@@ -287,13 +287,13 @@ func (v *vectorToken) sealed(t *testing.T, _ *vectorGroup, c *vectorCase) outcom
 // transport is RSA-OAEP as it brings KEKs.
 func (v *vectorToken) transport(t *testing.T, g *vectorGroup, c *vectorCase) outcome {
 	key := must[any](t)(x509.ParsePKCS8PrivateKey(g.PrivateKey)).(*rsa.PrivateKey)
-	h := v.stand(t, transportKey, pkcs11.CKO_PRIVATE_KEY, rsaPrivate(key), guarded(false),
-		use(privateUsages, pkcs11.CKA_UNWRAP))
-	value, ok := v.unwrapped(t, oaep(), h, c.CT)
+	h := v.create(t, rsaPrivate(key), guarded(false), use(privateUsages, pkcs11.CKA_UNWRAP),
+		attributes{attr(pkcs11.CKA_LABEL, transportLabel+"of a case"), attr(pkcs11.CKA_TOKEN, true)})
+	value, ok := v.unwrapped(t, oaep, h, c.CT)
 	if ok && !bytes.Equal(value, c.Msg) {
 		t.Errorf("decrypts to %x, want %x", value, c.Msg)
 	}
-	err := v.UnwrapKEK(t.Context(), testKEK, c.CT)
+	err := v.UnwrapKEK(t.Context(), testKEK, &key.PublicKey, c.CT)
 	if ok != (err == nil) {
 		t.Errorf("as a KEK: %v", err)
 	}
@@ -305,10 +305,12 @@ func (v *vectorToken) transport(t *testing.T, g *vectorGroup, c *vectorCase) out
 		o.special = noKEKsLength
 	case o.accepted: // what it unwraps says which key it is
 		kwp := must[*subtle.KWP](t)(subtle.NewKWP(c.Msg))
-		want := bytes.Repeat([]byte("KME "), 8)
-		kek := v.mustFind(t, pkcs11.CKO_SECRET_KEY, testKEK)
-		if got, _ := v.unwrapped(t, mechanism(v.kwp), kek, must[[]byte](t)(kwp.Wrap(want))); !bytes.Equal(got, want) {
-			t.Error("the KEK is not the message")
+		lot := must[[]byte](t)(kwp.Wrap(g.PrivateKey))
+		if taken, err := v.UnwrapLotKey(t.Context(), testLot, testKEK, lot, &key.PublicKey); !taken || err != nil {
+			t.Errorf("the KEK is not the message: %v", err)
+		}
+		if err := v.RemoveLotKey(t.Context(), testLot); err != nil {
+			t.Error(err)
 		}
 	}
 	return o

@@ -69,15 +69,19 @@ fi
 
 step "2. The manufacturer's keys, and the fixture that injects device keys"
 export KMEHSM_TOKEN=$FACTORY_TOKEN
+officer=file:$PWD/$dir/softhsm/factory.so-pin
 run factory init "${state[@]}"
+manufacturer=$(factory init "${state[@]}" --json | jq -r .manufacturer)
 openssl genrsa -out "$dir/fixture.key" 3072 2>/dev/null
 openssl rsa -in "$dir/fixture.key" -pubout -out "$dir/fixture.pem" 2>/dev/null
-run factory fixture enroll "${state[@]}" --fixture-key "$dir/fixture.pem" --out "$dir/fixture-enrolment.json"
+run factory fixture enroll f1 "${state[@]}" --fixture-key "$dir/fixture.pem" --so-pin-source "$officer" --out "$dir/fixture-enrolment.json"
 
 step "3. The operator's keys, and a KEK between the two tokens"
 KMEHSM_TOKEN=$OPERATOR_TOKEN run keysvc init --state "$dir/keysvc"
-run factory operator enroll acme "${state[@]}" --transport-key "$dir/keysvc/transport.pem" --so-pin-source "file:$PWD/$dir/softhsm/factory.so-pin" --out "$dir/enrolment.jws"
-KMEHSM_TOKEN=$OPERATOR_TOKEN run keysvc enroll "$dir/enrolment.jws" --state "$dir/keysvc" --manufacturer "$dir/factory/manufacturer.pem" --directory "$where"
+KMEHSM_TOKEN=$OPERATOR_TOKEN run keysvc transport new --state "$dir/keysvc"
+thumbprint=$(jq -r .key.kid "$dir/keysvc/transport.json") # as the operator reads it out
+run factory operator enroll acme "${state[@]}" --transport-key "$dir/keysvc/transport.json" --thumbprint "$thumbprint" --so-pin-source "$officer" --out "$dir/enrolment.jws"
+KMEHSM_TOKEN=$OPERATOR_TOKEN run keysvc enroll "$dir/enrolment.jws" --state "$dir/keysvc" --manufacturer "$dir/factory/manufacturer.pem" --thumbprint "$manufacturer" --directory "$where"
 
 step "4. A lot: its P and Q are made in the factory's token, and so is every device key"
 run factory lot create L1 "${line[@]}" --tac 35209900 --first 1 --count "$devices" --bits "$bits"

@@ -4,7 +4,6 @@ package main
 
 import (
 	"cmp"
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -38,7 +37,14 @@ var (
 
 func main() { cmdline.Main(app()) }
 
-var rotateFlags = []cli.Flag{cmdline.Token, stateFlag, &cli.IntFlag{Name: "generation", Usage: "which one to make, `N`: the first rotation makes 2. With the same N again nothing changes"}, cmdline.JSON}
+// enrolFlags are those of the commands that need the security officer.
+func enrolFlags(key string) []cli.Flag {
+	return []cli.Flag{&cli.StringFlag{Name: "so-pin-source", Usage: "where the security officer's PIN is: file:/path, a `URI`"},
+		&cli.IntFlag{Name: "generation", Usage: "of the " + key + ", `N`: one more than the newest rotates it, an earlier one is for what was wrapped under it (default: the newest)"},
+		outFileFlag, cmdline.JSON}
+}
+
+var fixtureFlag = &cli.StringFlag{Name: "fixture", Usage: "the fixture that the packages are for, `NAME` (default: the one that is enrolled)"}
 
 // lineFlags are those of the commands that work on lots, and the command's own.
 func lineFlags(own ...cli.Flag) []cli.Flag {
@@ -56,8 +62,8 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 		Writer: os.Stdout, ErrWriter: os.Stderr,
 		Commands: []*cli.Command{
 			{
-				Name: "init", Usage: "make the signing key and the injection key, and write the public signing key, manufacturer.pem",
-				Description: "Operators pin manufacturer.pem: give it to them on a way that nobody can tamper with. Running this again changes nothing.",
+				Name: "init", Usage: "make the token the manufacturer's, and the signing key in it, and write the public signing key, manufacturer.pem",
+				Description: "Operators pin manufacturer.pem: give it to them, and read out the manufacturer's name, its thumbprint, on another way. Running this again\nchanges nothing.",
 				Flags:       []cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "out", Usage: "the folder, `DIR`, for manufacturer.pem (default: the --state folder)"}, cmdline.JSON},
 				Action:      cmdline.Alone(initLine),
 			},
@@ -74,9 +80,10 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 			{
 				Name: "fixture", Usage: "the fixtures that inject keys into devices",
 				Subcommands: []*cli.Command{{
-					Name: "enroll", Usage: "write the injection key, wrapped to a fixture's RSA key (RSA-OAEP)",
-					Flags: []cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "fixture-key", Usage: "the fixture's public key, RSA of 3072 bits or more, as `PEM`"},
-						&cli.IntFlag{Name: "generation", Usage: "of the injection key, `N`, for packages made before the last rotation (default: the newest)"}, outFileFlag, cmdline.JSON},
+					Name: "enroll", Usage: "make a fixture's own injection key, and write it wrapped to the fixture's RSA key (RSA-OAEP)", ArgsUsage: "NAME",
+					Description: "The security officer's PIN is needed: an injection key leaves the token only under a key that the security officer has made TRUSTED. For another RSA\nkey of the fixture's, run it again; with one more --generation, packages made from then on are for a new injection key.",
+					Flags: append([]cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "fixture-key", Usage: "the fixture's public key, RSA of 3072 bits or more, as `PEM`"}},
+						enrolFlags("injection key")...),
 					Action: fixtureEnroll,
 				}},
 			},
@@ -84,10 +91,9 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 				Name: "operator", Usage: "the operators that are granted lots",
 				Subcommands: []*cli.Command{{
 					Name: "enroll", Usage: "make an operator's KEK as a TRUSTED key, and write it wrapped to the operator's transport key", ArgsUsage: "NAME",
-					Description: "The operator's transport.pem comes from keysvc init: make sure that it is the operator's. The security officer's PIN is needed, since only keys made\nTRUSTED by the security officer may ever wrap a lot key.",
-					Flags: []cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "transport-key", Usage: "the operator's transport key, as `PEM`"},
-						&cli.StringFlag{Name: "so-pin-source", Usage: "where the security officer's PIN is: file:/path, a `URI`"},
-						&cli.IntFlag{Name: "generation", Usage: "of the KEK, `N`: the newest, or one more, to rotate it (default: the newest)"}, outFileFlag, cmdline.JSON},
+					Description: "The operator makes a transport key with keysvc transport new, gives you the file, and reads out its thumbprint on another way: whoever has the private\nhalf will have the lots that you grant. The security officer's PIN is needed, since only keys made TRUSTED by the security officer may ever wrap a lot\nkey.",
+					Flags: append([]cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "transport-key", Usage: "the operator's transport key, the `FILE` that keysvc transport new wrote"},
+						&cli.StringFlag{Name: "thumbprint", Usage: "its thumbprint, `T`, as the operator reads it out"}}, enrolFlags("KEK")...),
 					Action: operatorEnroll,
 				}, {
 					Name: "policy", Usage: "print the Vault policy of one operator: its granted lots, to read", ArgsUsage: "NAME",
@@ -101,11 +107,9 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 				Subcommands: []*cli.Command{{
 					Name: "signing-key", Usage: "make the next signing key, which the ones before vouch for",
 					Description: "Readers go on pinning the first key, manufacturer.pem: every object that is signed from now on carries the statements that lead from it\nto the new one. What was signed before stays valid. It is no remedy for a signing key that was stolen: that needs a new manufacturer.",
-					Flags:       rotateFlags, Action: rotate("signing key", factory.RotateSigningKey),
-				}, {
-					Name: "injection-key", Usage: "make the next injection key, for the packages that are made from now on",
-					Description: "Then run factory fixture enroll for every fixture: it holds both keys as long as packages of the one before are to be injected.",
-					Flags:       rotateFlags, Action: rotate("injection key", factory.RotateInjectionKey),
+					Flags: []cli.Flag{cmdline.Token, stateFlag, &cli.IntFlag{Name: "generation", Usage: "which one to make, `N`: the first rotation makes 2. With the same N again nothing changes"},
+						cmdline.JSON},
+					Action: cmdline.Alone(rotateSigningKey),
 				}},
 			},
 			stationCommand(),
@@ -152,6 +156,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 						Name: "provision", Usage: "make the keys of a lot's devices, write their injection packages, publish their public keys", ArgsUsage: "LOT",
 						Description: "Ctrl-C finishes the shards in flight; the same command again goes on.",
 						Flags: lineFlags(&cli.StringFlag{Name: "out", Usage: "the folder, `DIR`, for DIR/LOT/injection-000000.jsonl and so on (default: injection in the --state folder)"},
+							fixtureFlag,
 							&cli.StringFlag{Name: "shards", Usage: "only these shards, `FIRST-LAST`, so that machines can share a lot (default: all)"},
 							&cli.IntFlag{Name: "workers", Usage: "shards in work at once, `N` (default: twice the sessions of the token, which is then never idle while a package is written)"}),
 						Action: cmdline.Alone(lotProvision),
@@ -176,7 +181,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 					{
 						Name: "reissue", Usage: "give a device that came back a new key, and revoke the one that it had", ArgsUsage: "LOT IMEI",
 						Description: "The new injection package is DIR/LOT/reissue-IMEI-1.jsonl and so on. The reason names the return: with the same one again nothing changes.",
-						Flags: lineFlags(&cli.StringFlag{Name: "reason", Usage: "which return this is, `TEXT`"},
+						Flags: lineFlags(&cli.StringFlag{Name: "reason", Usage: "which return this is, `TEXT`"}, fixtureFlag,
 							&cli.StringFlag{Name: "out", Usage: "the folder, `DIR`, of the injection packages (default: injection in the --state folder)"}),
 						Action: cmdline.Alone(lotReissue),
 					},
@@ -196,7 +201,7 @@ func withLine(c *cli.Context, f func(*hsmkeys.Token, *factory.Line) error) error
 		return err
 	}
 	return withToken(c, func(token *hsmkeys.Token) error {
-		line, err := factory.NewLine(c.Context, token, store)
+		line, err := factory.NewLine(token, store)
 		if err != nil {
 			return err
 		}
@@ -254,9 +259,9 @@ func initLine(c *cli.Context) error {
 		result := map[string]any{"manufacturer": keyID, "key": path, "created": created, "token": token.Serial()}
 		return cmdline.Print(c, result, func(w io.Writer) {
 			if created {
-				fmt.Fprintf(w, "made the signing key and the injection key in %s\n", token)
+				fmt.Fprintf(w, "made the signing key in %s\n", token)
 			} else {
-				fmt.Fprintf(w, "%s has its keys already; nothing changed\n", token)
+				fmt.Fprintf(w, "%s has its key already; nothing changed\n", token)
 			}
 			fmt.Fprintf(w, "manufacturer %s\npublic key   %s\n", keyID, path)
 		})
@@ -277,54 +282,65 @@ func doctor(c *cli.Context) error {
 	})
 }
 
-func rotate(what string, f func(context.Context, factory.Token, int) (string, bool, error)) cli.ActionFunc {
-	return cmdline.Alone(func(c *cli.Context) error {
-		generation := c.Int("generation")
-		if generation < 2 {
-			return cmdline.Usagef("--generation is missing: the first rotation makes generation 2; see %s --help", c.Command.HelpName)
+func rotateSigningKey(c *cli.Context) error {
+	generation := c.Int("generation")
+	if generation < 2 {
+		return cmdline.Usagef("--generation is missing: the first rotation makes generation 2; see %s --help", c.Command.HelpName)
+	}
+	return withToken(c, func(token *hsmkeys.Token) error {
+		keyID, created, err := factory.RotateSigningKey(c.Context, token, generation)
+		if err != nil {
+			return err
 		}
-		return withToken(c, func(token *hsmkeys.Token) error {
-			keyID, created, err := f(c.Context, token, generation)
-			if err != nil {
-				return err
+		return cmdline.Print(c, map[string]any{"key": keyID, "generation": generation, "created": created}, func(w io.Writer) {
+			if created {
+				fmt.Fprintf(w, "made signing key %s, generation %d\n", keyID, generation)
+			} else {
+				fmt.Fprintf(w, "generation %d of the signing key is there already: %s; nothing changed\n", generation, keyID)
 			}
-			return cmdline.Print(c, map[string]any{"key": keyID, "generation": generation, "created": created}, func(w io.Writer) {
-				if created {
-					fmt.Fprintf(w, "made %s %s, generation %d\n", what, keyID, generation)
-				} else {
-					fmt.Fprintf(w, "generation %d of the %s is there already: %s; nothing changed\n", generation, what, keyID)
-				}
-			})
 		})
 	})
 }
 
 func fixtureEnroll(c *cli.Context) error {
-	if err := cmdline.Require(c, "fixture-key", "out"); err != nil {
+	if err := cmdline.Require(c, "fixture-key", "so-pin-source", "out"); err != nil {
 		return err
 	}
 	data, err := cmdline.ReadFile(c.String("fixture-key"))
 	if err != nil {
 		return err
 	}
-	fixture, err := pemkey.RSA(data)
+	key, err := pemkey.RSA(data)
 	if err != nil {
 		return fmt.Errorf("the fixture's key %s: %w", c.String("fixture-key"), err)
 	}
-	return withToken(c, func(token *hsmkeys.Token) error {
-		line, err := factory.NewLine(c.Context, token, nil)
-		if err != nil {
-			return err
-		}
-		e, err := line.FixtureEnrolment(c.Context, fixture, c.Int("generation"))
-		if err != nil {
-			return err
-		}
-		data, err := e.Marshal()
-		if err != nil {
-			return err
-		}
-		return writeOut(c, data, map[string]any{"injection_key": e.KeyID}, "the injection key %s, wrapped to the fixture's key", e.KeyID)
+	name := c.Args().First()
+	var e *directory.FixtureEnrolment
+	err = withOfficer(c, func(officer hsmkeys.PIN) (err error) {
+		e, _, err = factory.EnrollFixture(c.Context, c.String("token"), officer, name, key, c.Int("generation"))
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if data, err = e.Marshal(); err != nil {
+		return err
+	}
+	return writeOut(c, data, map[string]any{"fixture": name, "injection_key": e.KeyID}, "the injection key %s of fixture %s, wrapped to the fixture's key %s", e.KeyID, name, directory.RSAThumbprint(key))
+}
+
+// withOfficer runs what logs in as the security officer, which needs the token for itself, and puts it down in the audit log.
+func withOfficer(c *cli.Context, f func(officer hsmkeys.PIN) error) error {
+	officer, err := hsmkeys.ReadPIN(c.String("so-pin-source"))
+	if err != nil {
+		return fmt.Errorf("the security officer's PIN: %w", err)
+	}
+	var serial string
+	if err := cmdline.WithToken(c, func(token *hsmkeys.Token) error { serial = token.Serial(); return nil }); err != nil {
+		return err
+	}
+	return logged(c, serial, func() error { return f(officer) }, func(head *factory.LogHead) error {
+		return cmdline.WithToken(c, func(token *hsmkeys.Token) error { return factory.SignLog(c.String("state"), token, head) })
 	})
 }
 
@@ -339,30 +355,23 @@ func writeOut(c *cli.Context, data []byte, result map[string]any, format string,
 }
 
 func operatorEnroll(c *cli.Context) error {
-	if err := cmdline.Require(c, "transport-key", "so-pin-source", "out"); err != nil {
+	if err := cmdline.Require(c, "transport-key", "thumbprint", "so-pin-source", "out"); err != nil {
 		return err
 	}
 	data, err := cmdline.ReadFile(c.String("transport-key"))
 	if err != nil {
 		return err
 	}
-	transport, err := pemkey.RSA(data)
+	transport, err := directory.ParseTransportKey(data, c.String("thumbprint"))
 	if err != nil {
 		return fmt.Errorf("the operator's transport key %s: %w", c.String("transport-key"), err)
 	}
 	name := c.Args().First()
 	var jws []byte
 	var created bool
-	// The security officer's login needs the token for itself.
-	var serial string
-	if err := cmdline.WithToken(c, func(token *hsmkeys.Token) error { serial = token.Serial(); return nil }); err != nil {
+	err = withOfficer(c, func(officer hsmkeys.PIN) (err error) {
+		jws, created, err = factory.EnrollOperator(c.Context, c.String("token"), officer, name, transport, c.Int("generation"))
 		return err
-	}
-	err = logged(c, serial, func() (err error) {
-		jws, created, err = factory.EnrollOperator(c.Context, c.String("token"), c.String("so-pin-source"), name, transport, c.Int("generation"))
-		return err
-	}, func(head *factory.LogHead) error {
-		return cmdline.WithToken(c, func(token *hsmkeys.Token) error { return factory.SignLog(c.String("state"), token, head) })
 	})
 	if err != nil {
 		return err
@@ -428,7 +437,7 @@ func lotProvision(c *cli.Context) error {
 		_ = scheduling.ForCalls(token.Sessions()) // a kernel that refuses costs a few devices a second
 		lot, start := c.Args().First(), time.Now()
 		p, err := line.Provision(c.Context, lot, factory.ProvisionOptions{
-			State: c.String("state"), Out: out, Workers: workers, From: from, To: to, Report: showProgress(c, lot),
+			State: c.String("state"), Fixture: c.String("fixture"), Out: out, Workers: workers, From: from, To: to, Report: showProgress(c, lot),
 		})
 		seconds := time.Since(start).Seconds()
 		if err != nil {
@@ -726,7 +735,7 @@ func lotRevoke(c *cli.Context) error {
 
 func lotReissue(c *cli.Context) error {
 	return withDevice(c, func(line *factory.Line, lot string, imei kme.IMEI) error {
-		path, err := line.Reissue(c.Context, lot, imei, c.String("reason"), injectionDir(c, "out"))
+		path, err := line.Reissue(c.Context, lot, imei, c.String("reason"), c.String("fixture"), injectionDir(c, "out"))
 		if err != nil {
 			return err
 		}

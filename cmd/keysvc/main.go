@@ -16,7 +16,6 @@ import (
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
-	"github.com/kmehsm/kmehsm/internal/pemkey"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -28,7 +27,7 @@ func app() *cli.App {
 	return &cli.App{
 		Name:  "keysvc",
 		Usage: "bind subscriptions to devices, for an operator's HSS",
-		Description: `The order of things, once:        keysvc init; for each manufacturer keysvc enroll
+		Description: `The order of things, once:        keysvc init; for each manufacturer keysvc transport new, keysvc enroll
 for each lot that is granted:     keysvc lot import
 and then:                         keysvc serve
 
@@ -36,16 +35,18 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 		Writer: os.Stdout, ErrWriter: os.Stderr,
 		Commands: []*cli.Command{
 			{
-				Name: "init", Usage: "make the storage, ledger and transport key, and write the public transport key, transport.pem",
-				Description: "Give transport.pem to each manufacturer on a way that nobody can tamper with. Running this again changes nothing.",
-				Flags:       []cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "out", Usage: "the folder, `DIR`, for transport.pem (default: the --state folder)"}, cmdline.JSON},
+				Name: "init", Usage: "make the token the operator's, and the storage and ledger key in it",
+				Description: "Running this again changes nothing.",
+				Flags:       []cli.Flag{cmdline.Token, stateFlag, cmdline.JSON},
 				Action:      cmdline.Alone(initToken),
 			},
+			transportCommand(),
 			{
 				Name: "enroll", Usage: "take a manufacturer's enrolment: pin its key, take the operator's KEK into the token", ArgsUsage: "FILE",
-				Description: "The manufacturer's key must come from the manufacturer itself, on another way than the enrolment: from then on whatever it signed is believed.",
+				Description: "The manufacturer's key must come from the manufacturer itself, on another way than the enrolment: from then on whatever it signed is believed.\nHave the manufacturer read out the key's thumbprint, as factory init prints it. The transport key that the enrolment came under is destroyed.",
 				Flags: []cli.Flag{cmdline.Token, stateFlag, storeFlag, &cli.StringFlag{Name: "directory", Usage: "where the manufacturer publishes its public keys, `WHERE`: file:DIR or vault:MOUNT"},
-					&cli.StringFlag{Name: "manufacturer", Usage: "the manufacturer's public signing key, as `PEM`"}, cmdline.JSON},
+					&cli.StringFlag{Name: "manufacturer", Usage: "the manufacturer's public signing key, as `PEM`"},
+					&cli.StringFlag{Name: "thumbprint", Usage: "that key's thumbprint, `T`, as the manufacturer reads it out"}, cmdline.JSON},
 				Action: cmdline.Alone(enroll),
 			},
 			{
@@ -82,9 +83,9 @@ func initToken(c *cli.Context) error {
 	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
 		created := false
 		for _, ensure := range []func() (bool, error){
+			func() (bool, error) { return token.Dedicate(c.Context, hsmkeys.Dedication{Side: hsmkeys.Operator}) },
 			func() (bool, error) { return token.EnsureStorageKey(c.Context) },
 			func() (bool, error) { return token.EnsureLedgerKey(c.Context) },
-			func() (bool, error) { return token.EnsureTransportKey(c.Context) },
 		} {
 			made, err := ensure()
 			if err != nil {
@@ -92,32 +93,18 @@ func initToken(c *cli.Context) error {
 			}
 			created = created || made
 		}
-		transport, err := token.TransportPublicKey(c.Context)
-		if err != nil {
-			return err
-		}
-		pem, err := pemkey.Encode(transport)
-		if err != nil {
-			return err
-		}
-		path, err := cmdline.WritePublicKey(c, "transport.pem", pem)
-		if err != nil {
-			return err
-		}
-		thumbprint := directory.RSAThumbprint(transport)
-		return cmdline.Print(c, map[string]any{"transport_key": thumbprint, "key": path, "created": created, "token": token.Serial()}, func(w io.Writer) {
+		return cmdline.Print(c, map[string]any{"created": created, "token": token.Serial()}, func(w io.Writer) {
 			if created {
-				fmt.Fprintf(w, "made the storage, ledger and transport key in %s\n", token)
+				fmt.Fprintf(w, "made the storage and ledger key in %s\nnext, for each manufacturer: keysvc transport new\n", token)
 			} else {
 				fmt.Fprintf(w, "%s has its keys already; nothing changed\n", token)
 			}
-			fmt.Fprintf(w, "transport key %s\npublic key    %s\n", thumbprint, path)
 		})
 	})
 }
 
 func enroll(c *cli.Context) error {
-	if err := cmdline.Require(c, "manufacturer"); err != nil {
+	if err := cmdline.Require(c, "manufacturer", "thumbprint"); err != nil {
 		return err
 	}
 	url := c.String("directory")
@@ -137,7 +124,7 @@ func enroll(c *cli.Context) error {
 	}
 	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
 		return withStore(c, func(store *sqlstore.Store) error {
-			m, err := binding.Enroll(c.Context, token, store, jws, pem, url)
+			m, err := binding.Enroll(c.Context, token, store, jws, pem, c.String("thumbprint"), url)
 			if err != nil {
 				return err
 			}

@@ -2,6 +2,8 @@ package station
 
 import (
 	"context"
+	cryptorand "crypto/rand"
+	"crypto/rsa"
 	"crypto/tls"
 	"encoding/json"
 	"errors"
@@ -41,15 +43,22 @@ type shop struct {
 
 func newShop(t *testing.T, devices int) *shop {
 	t.Helper()
-	token := must(hsmkeys.Open(t.Context(), softhsmtest.Token(t).URI))
-	t.Cleanup(func() { token.Close() })
+	tok := softhsmtest.Token(t)
+	token := must(hsmkeys.Open(t.Context(), tok.URI))
 	pem, _, _, err := factory.Init(t.Context(), token)
 	if err != nil {
 		t.Fatal(err)
 	}
+	token.Close()
+	fixture := must(rsa.GenerateKey(cryptorand.Reader, 3072))
+	if _, _, err := factory.EnrollFixture(t.Context(), tok.URI, hsmkeys.PIN(tok.SOPIN), "f1", &fixture.PublicKey, 0); err != nil {
+		t.Fatal(err)
+	}
+	token = must(hsmkeys.Open(t.Context(), tok.URI))
+	t.Cleanup(func() { token.Close() })
 	store := must(directory.OpenFileStore(t.TempDir()))
 	s := &shop{Options: &Options{State: t.TempDir(), Injection: t.TempDir(), Store: store, Verifier: must(directory.ParseVerifier(pem)), Timeout: time.Hour, Log: slog.New(slog.DiscardHandler)}}
-	s.line = must(factory.NewLine(t.Context(), token, store))
+	s.line = must(factory.NewLine(token, store))
 	tac := must(kme.ParseTAC("35209900"))
 	s.manifest = must(s.line.CreateLot(t.Context(), factory.LotSpec{Lot: "L1", Range: directory.Range{TAC: tac, Count: devices}, Bits: 2048, Suite: kme.SuiteECDSA, ShardSize: 16, Primes: hsmkeys.PrimesAuto}))
 	must(s.line.Provision(t.Context(), "L1", factory.ProvisionOptions{State: s.State, Out: s.Injection, Workers: 2}))

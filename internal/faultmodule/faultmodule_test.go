@@ -1,6 +1,8 @@
 package faultmodule_test
 
 import (
+	"crypto/rand"
+	"crypto/rsa"
 	"fmt"
 	"os"
 	"testing"
@@ -53,13 +55,21 @@ func TestKWPByEitherName(t *testing.T) {
 		t.Run(c.want, func(t *testing.T) {
 			faulty.Tell(t, c.tell)
 			defer faulty.Tell(t)
-			token := open(t, softhsmtest.Token(t).URI)
+			tok := softhsmtest.Token(t)
+			token := must[*hsmkeys.Token](t)(hsmkeys.Open(t.Context(), faulty.URI(tok.URI)))
 			must[string](t)(first(factory.Init(t.Context(), token)))
+			token.Close()
+			fixture := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072))
+			_, _, err := factory.EnrollFixture(t.Context(), faulty.URI(tok.URI), hsmkeys.PIN(tok.SOPIN), "f1", &fixture.PublicKey, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			token = open(t, tok.URI)
 			store, err := directory.OpenFileStore(t.TempDir())
 			if err != nil {
 				t.Fatal(err)
 			}
-			line := must[*factory.Line](t)(factory.NewLine(t.Context(), token, store))
+			line := must[*factory.Line](t)(factory.NewLine(token, store))
 			tac := must[kme.TAC](t)(kme.ParseTAC("35209900"))
 			m := must[*directory.Manifest](t)(line.CreateLot(t.Context(), factory.LotSpec{Lot: "L1", Range: directory.Range{TAC: tac, Count: 4}, Bits: 2048, Suite: kme.SuiteECDSA, ShardSize: 4, Primes: hsmkeys.PrimesAuto}))
 			if m.Wrapping != c.want {

@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/hsmkeys"
-	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -43,23 +42,19 @@ func givenUp(t *testing.T, token *hsmkeys.Token, call func() error, lines ...str
 func TestGivenUp(t *testing.T) {
 	ctx := t.Context()
 	operator, operatorTok, _ := newOperator(t)
-	must[bool](t)(operator.EnsureTransportKey(ctx))
-	transport := must[*rsa.PublicKey](t)(operator.TransportPublicKey(ctx))
+	transport := must[*rsa.PublicKey](t)(operator.NewTransportKey(ctx))
 	kek := hsmkeys.Key{Role: hsmkeys.RoleKEK, Manufacturer: "m", Name: "op"}
-	tok := softhsmtest.Token(t)
-	must[bool](t)(hsmkeys.MakeKEK(ctx, faulty.URI(tok.URI), "file:"+tok.SOPINFile, kek, transport))
-	factory := open(t, tok.URI)
-	injection := hsmkeys.Key{Role: hsmkeys.RoleInjection, Manufacturer: "m"}
-	must[bool](t)(factory.EnsureInjectionKey(ctx, injection))
+	injection := hsmkeys.Key{Role: hsmkeys.RoleInjection, Manufacturer: "m", Name: "f1"}
+	fixture := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072))
+	factory, tok := newFactory(t, map[hsmkeys.Key]*rsa.PublicKey{kek: transport, injection: &fixture.PublicKey})
 	signing := hsmkeys.Key{Role: hsmkeys.RoleSigning}
-	must[bool](t)(factory.EnsureSigningKey(ctx, signing))
 	lot := hsmkeys.Key{Role: hsmkeys.RoleLot, Manufacturer: "m", Name: "L1"}
 	pub, _, err := factory.EnsureLotKey(ctx, lot, 2048, hsmkeys.PrimesAuto)
 	if err != nil {
 		t.Fatal(err)
 	}
-	wrapped := must[[]byte](t)(factory.WrapLotKey(ctx, lot, kek))
-	if err := operator.UnwrapKEK(ctx, kek, must[[]byte](t)(factory.WrapKEK(ctx, kek))); err != nil {
+	wrapped, enrolment := must[[]byte](t)(factory.WrapLotKey(ctx, lot, kek)), must[[]byte](t)(factory.WrapEnrolled(ctx, kek))
+	if err := operator.UnwrapKEK(ctx, kek, transport, enrolment); err != nil {
 		t.Fatal(err)
 	}
 	must[bool](t)(operator.UnwrapLotKey(ctx, lot, kek, wrapped, pub))
@@ -84,7 +79,9 @@ func TestGivenUp(t *testing.T) {
 		}},
 		{"DecryptRAND", "C_UnwrapKey", o, func(t token) error { return second(t.DecryptRAND(ctx, sealed, [16]byte{})) }},
 		{"Has", "C_FindObjects", o, func(t token) error { return second(t.Has(ctx, none)) }},
-		{"TransportPublicKey", "C_GetAttributeValue", o, func(t token) error { return second(t.TransportPublicKey(ctx)) }},
+		{"TransportKeys", "C_GetAttributeValue", o, func(t token) error { return second(t.TransportKeys(ctx)) }},
+		{"NewTransportKey", "C_GenerateKeyPair", o, func(t token) error { return second(t.NewTransportKey(ctx)) }},
+		{"UnwrapKEK", "C_UnwrapKey", o, func(t token) error { return t.UnwrapKEK(ctx, kek, transport, enrolment) }},
 		{"UnwrapLotKey", "C_UnwrapKey", o, func(t token) error {
 			return second(t.UnwrapLotKey(ctx, lot2, kek, wrapped, pub))
 		}},
@@ -97,10 +94,8 @@ func TestGivenUp(t *testing.T) {
 		}},
 		{"LotKeySealed", "C_GetAttributeValue", f, func(t token) error { return second(t.LotKeySealed(ctx, lot)) }},
 		{"WrapLotKey", "C_WrapKey", f, func(t token) error { return second(t.WrapLotKey(ctx, lot, kek)) }},
-		{"WrapKEK", "C_WrapKey", f, func(t token) error { return second(t.WrapKEK(ctx, kek)) }},
-		{"WrapInjectionKey", "C_WrapKey", f, func(t token) error {
-			return second(t.WrapInjectionKey(ctx, injection, transport))
-		}},
+		{"WrapEnrolled", "C_WrapKey", f, func(t token) error { return second(t.WrapEnrolled(ctx, kek)) }},
+		{"Fixtures", "C_FindObjects", f, func(t token) error { return second(t.Fixtures(ctx, "m")) }},
 		{"Sign", "C_Sign", f, func(t token) error {
 			signer, err := t.Signer(signing)
 			if err != nil {

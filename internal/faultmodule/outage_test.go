@@ -2,6 +2,7 @@ package faultmodule_test
 
 import (
 	"context"
+	"crypto/rsa"
 	"errors"
 	"os"
 	"slices"
@@ -11,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/kmehsm/kmehsm/factory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 	"github.com/kmehsm/kmehsm/internal/testproc"
@@ -23,9 +25,23 @@ func newOperator(t *testing.T) (token *hsmkeys.Token, tok softhsmtest.Tok, openi
 	start := time.Now()
 	token = open(t, tok.URI)
 	opening = time.Since(start)
+	must[bool](t)(token.Dedicate(t.Context(), hsmkeys.Dedication{Side: hsmkeys.Operator}))
 	must[bool](t)(token.EnsureStorageKey(t.Context()))
 	must[bool](t)(token.EnsureLedgerKey(t.Context()))
 	return token, tok, opening
+}
+
+// newFactory opens a new token, with its signing key and the keys given, each enrolled for who receives it.
+func newFactory(t *testing.T, keys map[hsmkeys.Key]*rsa.PublicKey) (*hsmkeys.Token, softhsmtest.Tok) {
+	t.Helper()
+	tok := softhsmtest.Token(t)
+	token := must[*hsmkeys.Token](t)(hsmkeys.Open(t.Context(), faulty.URI(tok.URI)))
+	must[string](t)(first(factory.Init(t.Context(), token)))
+	token.Close()
+	for k, to := range keys {
+		must[bool](t)(hsmkeys.EnrollKey(t.Context(), faulty.URI(tok.URI), hsmkeys.PIN(tok.SOPIN), k, to))
+	}
+	return open(t, tok.URI), tok
 }
 
 // await waits until ok.

@@ -105,14 +105,18 @@ var bothSuites = []lotOf{
 // setUp runs everything that comes before the service of these lots: the fixture's key is made in software, as the fixture's own.
 func (w *world) setUp(lots ...lotOf) {
 	w.t.Helper()
-	w.run(w.factory, "factory", "init")
+	// What each reads out to the other.
+	manufacturer := field(w.t, w.run(w.factory, "factory", "init", "--json"), "manufacturer")
 	w.run(w.operator, "keysvc", "init")
+	transport := field(w.t, w.run(w.operator, "keysvc", "transport", "new", "--json"), "thumbprint")
 	for _, args := range [][]string{{"genrsa", "-out", "fixture.key", "3072"}, {"rsa", "-in", "fixture.key", "-pubout", "-out", "fixture.pem"}} {
 		w.openssl(nil, args...)
 	}
-	w.run(w.factory, "factory", "fixture", "enroll", "--fixture-key", "fixture.pem", "--out", "fixture.json")
-	w.run(w.factory, "factory", "operator", "enroll", "op", "--transport-key", "var/keysvc/transport.pem", "--so-pin-source", "file:"+w.factory.SOPINFile, "--out", "enrolment.jws")
-	w.run(w.operator, "keysvc", "enroll", "enrolment.jws", "--manufacturer", "var/factory/manufacturer.pem", "--directory", "file:directory")
+	w.run(w.factory, "factory", "fixture", "enroll", "f1", "--fixture-key", "fixture.pem", "--so-pin-source", "file:"+w.factory.SOPINFile, "--out", "fixture.json")
+	w.run(w.factory, "factory", "operator", "enroll", "op", "--transport-key", "var/keysvc/transport.json",
+		"--thumbprint", transport, "--so-pin-source", "file:"+w.factory.SOPINFile, "--out", "enrolment.jws")
+	w.run(w.operator, "keysvc", "enroll", "enrolment.jws", "--manufacturer", "var/factory/manufacturer.pem",
+		"--thumbprint", manufacturer, "--directory", "file:directory")
 	for _, l := range lots {
 		w.made += l.devices
 		w.run(w.factory, "factory", "lot", "create", l.name, "--directory", "file:directory", "--suite", l.suite, "--tac", l.tac, "--first", "0",
@@ -124,6 +128,17 @@ func (w *world) setUp(lots ...lotOf) {
 	}
 	w.run(w.factory, "factory", "doctor")
 	w.run(w.operator, "keysvc", "doctor")
+}
+
+// field is one of a command's JSON document.
+func field(t *testing.T, document, name string) string {
+	t.Helper()
+	var fields map[string]any
+	if err := json.Unmarshal([]byte(document), &fields); err != nil {
+		t.Fatal(err)
+	}
+	value, _ := fields[name].(string)
+	return value
 }
 
 // openssl runs the openssl command.

@@ -1,0 +1,271 @@
+package hsmkeys
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/rsa"
+	"errors"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/miekg/pkcs11"
+
+	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+)
+
+// with changes attributes of a template.
+func with(template attributes, changes ...*pkcs11.Attribute) attributes {
+	out := slices.Clone(template)
+	for _, c := range changes {
+		at := slices.IndexFunc(out, func(a *pkcs11.Attribute) bool { return a.Type == c.Type })
+		if at < 0 {
+			out = append(out, c)
+		} else {
+			out[at] = c
+		}
+	}
+	return out
+}
+
+// without leaves attributes out of a template.
+func without(template attributes, types ...uint) attributes {
+	return slices.DeleteFunc(slices.Clone(template), func(a *pkcs11.Attribute) bool { return slices.Contains(types, a.Type) })
+}
+
+// Whoever has the user PIN, and the files that pass between the parties, unwraps nothing into a key that says what it is.
+func TestUnwrapTemplates(t *testing.T) {
+	ctx := t.Context()
+	operator := newOperator(t)
+	factory, transport := newFactory(t, operator)
+	pub, _, err := factory.EnsureLotKey(ctx, testLot, 2048, PrimesAuto)
+	if err != nil {
+		t.Fatal(err)
+	}
+	enrolment := must[[]byte](t)(factory.WrapEnrolled(ctx, testKEK))
+	grant := must[[]byte](t)(factory.WrapLotKey(ctx, testLot, testKEK))
+	_, sealed, err := operator.sample(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := operator.UnwrapKEK(ctx, testKEK, transport, enrolment); err != nil {
+		t.Fatal(err)
+	}
+	var private pkcs11.ObjectHandle
+	if err := operator.with(ctx, "test", func(s *session) (err error) { private, err = operator.transportKey(s, transport); return err }); err != nil {
+		t.Fatal(err)
+	}
+	here := attributes{attr(pkcs11.CKA_TOKEN, false)}
+	for _, target := range []struct {
+		name      string
+		mechanism uint
+		key       pkcs11.ObjectHandle
+		wrapped   []byte
+		ours      attributes
+	}{
+		{"a lot key", operator.kwp, operator.mustFind(t, pkcs11.CKO_SECRET_KEY, testKEK), grant, importedLot},
+		{"a KEK", oaep, private, enrolment, importedKEK},
+		{"a KME", pkcs11.CKM_AES_KEY_WRAP, operator.mustFind(t, pkcs11.CKO_SECRET_KEY, storageKey), sealed[1:], unsealed},
+	} {
+		for _, try := range []struct {
+			name     string
+			template attributes
+			works    bool
+		}{
+			{"as it should be", target.ours, true},
+			{"that can be read", with(target.ours, attr(pkcs11.CKA_SENSITIVE, false)), false},
+			{"that can be extracted", with(target.ours, attr(pkcs11.CKA_EXTRACTABLE, true)), false},
+			{"both", with(target.ours, attr(pkcs11.CKA_SENSITIVE, false), attr(pkcs11.CKA_EXTRACTABLE, true)), false},
+			{"for nothing said", without(target.ours, pkcs11.CKA_SENSITIVE, pkcs11.CKA_EXTRACTABLE), false},
+			{"that signs", with(target.ours, attr(pkcs11.CKA_SIGN, true)), false},
+			{"that derives", with(target.ours, attr(pkcs11.CKA_DERIVE, true)), false},
+			{"as a generic secret", with(target.ours, attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_GENERIC_SECRET)), false},
+		} {
+			t.Run(target.name+" "+try.name, func(t *testing.T) {
+				err := operator.with(ctx, "test", func(s *session) error {
+					h, err := s.unwrap(target.mechanism, target.key, target.wrapped, join(try.template, here))
+					if err == nil {
+						err = s.DestroyObject(s.h, h)
+					}
+					return err
+				})
+				if works := err == nil; works != try.works {
+					t.Errorf("it works: %v, %v", works, err)
+				}
+			})
+		}
+	}
+	// When the KEK is there, nothing makes it again without its template.
+	if err := operator.DestroyTransportKey(ctx, transport); err != nil {
+		t.Fatal(err)
+	}
+	if err := operator.DestroyTransportKey(ctx, transport); err != nil {
+		t.Errorf("a second time: %v", err)
+	}
+	if err := operator.UnwrapKEK(ctx, testKEK, transport, enrolment); !errors.Is(err, ErrNoKey) {
+		t.Errorf("the enrolment is taken again: %v", err)
+	}
+	if _, err := operator.UnwrapLotKey(ctx, testLot, testKEK, grant, pub); err != nil {
+		t.Errorf("the KEK has gone: %v", err)
+	}
+}
+
+// Whoever has the factory's user PIN sends each key only where it belongs. A fixture's key may be in software: nothing but its own injection key may be
+// wrapped under it, although the security officer has made it TRUSTED.
+func TestWhatLeavesTheFactory(t *testing.T) {
+	ctx := t.Context()
+	factory, _ := newFactory(t, newOperator(t))
+	if _, _, err := factory.EnsureLotKey(ctx, testLot, 2048, PrimesAuto); err != nil {
+		t.Fatal(err)
+	}
+	fixture := factory.mustFind(t, pkcs11.CKO_PUBLIC_KEY, recipient(testInjection))
+	operator := factory.mustFind(t, pkcs11.CKO_PUBLIC_KEY, recipient(testKEK))
+	kek := factory.mustFind(t, pkcs11.CKO_SECRET_KEY, testKEK)
+	injection := factory.mustFind(t, pkcs11.CKO_SECRET_KEY, testInjection)
+	lot := factory.mustFind(t, pkcs11.CKO_PRIVATE_KEY, testLot)
+	for _, c := range []struct {
+		what, under   string
+		mechanism     uint
+		wrapping, key pkcs11.ObjectHandle
+		works         bool
+	}{
+		{"the injection key", "its fixture's", oaep, fixture, injection, true},
+		{"a KEK", "a fixture's", oaep, fixture, kek, false},
+		{"the KEK", "its operator's", oaep, operator, kek, true},
+		{"the injection key", "an operator's", oaep, operator, injection, false},
+		{"the lot key", "a KEK", factory.kwp, kek, lot, true},
+		{"the injection key", "a KEK", factory.kwp, kek, injection, false},
+		{"the KEK", "itself", factory.kwp, kek, kek, false},
+		{"the lot key", "an injection key", factory.kwp, injection, lot, false},
+		{"the KEK", "an injection key", factory.kwp, injection, kek, false},
+	} {
+		err := factory.with(ctx, "test", func(s *session) error {
+			_, err := s.wrap(c.mechanism, c.wrapping, c.key, make([]byte, wrappedRoom))
+			return err
+		})
+		if c.works != (err == nil) || err != nil && !isCKR(err, pkcs11.CKR_KEY_NOT_WRAPPABLE) {
+			t.Errorf("%s under %s: %v", c.what, c.under, err)
+		}
+	}
+	// Nor does the user make keys that are taken for others.
+	err := factory.with(ctx, "test", func(s *session) error {
+		_, err := s.create(join(wrappingPublic(&fixtureKey().PublicKey), attributes{attr(pkcs11.CKA_TOKEN, false), attr(pkcs11.CKA_TRUSTED, true)}))
+		return err
+	})
+	if err == nil {
+		t.Error("the user made a TRUSTED key")
+	}
+}
+
+// A key that is enrolled as a fixture's is not an operator's, nor another fixture's, and the reverse.
+func TestOneKeyOneRecipient(t *testing.T) {
+	ctx := t.Context()
+	tok := softhsmtest.Token(t)
+	officer := PIN(tok.SOPIN)
+	fixture, other := &fixtureKey().PublicKey, &must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072)).PublicKey
+	if _, err := EnrollKey(ctx, tok.URI, officer, testInjection, fixture); !errors.Is(err, ErrNotDedicated) {
+		t.Errorf("before init: %v", err)
+	}
+	token := must[*Token](t)(Open(ctx, tok.URI))
+	must[bool](t)(token.Dedicate(ctx, Dedication{Side: Factory}))
+	token.Close()
+	second := testInjection
+	second.Name = "f2"
+	must[bool](t)(EnrollKey(ctx, tok.URI, officer, testInjection, fixture))
+	for _, k := range []Key{testKEK, second} {
+		if _, err := EnrollKey(ctx, tok.URI, officer, k, fixture); err == nil || !strings.Contains(err.Error(), "kme fixture f1") {
+			t.Errorf("%s: %v", k, err)
+		}
+	}
+	must[bool](t)(EnrollKey(ctx, tok.URI, officer, testKEK, other))
+	if _, err := EnrollKey(ctx, tok.URI, officer, second, other); err == nil || !strings.Contains(err.Error(), "kme operator-transport op") {
+		t.Errorf("an operator's as a fixture's: %v", err)
+	}
+	if created := must[bool](t)(EnrollKey(ctx, tok.URI, officer, testInjection, fixture)); created {
+		t.Error("the injection key was made a second time")
+	}
+	token = open(t, tok)
+	if names := must[[]string](t)(token.Fixtures(ctx, manufacturer)); !slices.Equal(names, []string{"f1"}) {
+		t.Errorf("fixtures %q", names)
+	}
+	for _, k := range []Key{testKEK, second} {
+		if has := must[bool](t)(token.Has(ctx, k)); has != (k == testKEK) {
+			t.Errorf("%s: %v", k, has)
+		}
+	}
+}
+
+// A token of one side is refused by all that make keys of the other.
+func TestSides(t *testing.T) {
+	ctx := t.Context()
+	operator := newOperator(t)
+	factory, transport := newFactory(t, operator)
+	lot := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048))
+	wrapped := make([]byte, 1024)
+	for name, do := range map[string]func(context.Context) error{
+		"Dedicate": func(ctx context.Context) error {
+			_, err := factory.Dedicate(ctx, Dedication{Side: Operator})
+			return err
+		},
+		"EnsureStorageKey": func(ctx context.Context) error { _, err := factory.EnsureStorageKey(ctx); return err },
+		"EnsureLedgerKey":  func(ctx context.Context) error { _, err := factory.EnsureLedgerKey(ctx); return err },
+		"NewTransportKey":  func(ctx context.Context) error { _, err := factory.NewTransportKey(ctx); return err },
+		"UnwrapKEK":        func(ctx context.Context) error { return factory.UnwrapKEK(ctx, testKEK, transport, wrapped) },
+		"UnwrapLotKey": func(ctx context.Context) error {
+			_, err := factory.UnwrapLotKey(ctx, testLot, testKEK, wrapped, &lot.PublicKey)
+			return err
+		},
+		"Ping": factory.Ping,
+	} {
+		if err := do(ctx); err == nil || !strings.Contains(err.Error(), "a token of the factory's") {
+			t.Errorf("%s of a factory's: %v", name, err)
+		}
+	}
+	for name, do := range map[string]func(context.Context) error{
+		"Dedicate": func(ctx context.Context) error {
+			_, err := operator.Dedicate(ctx, Dedication{Side: Factory})
+			return err
+		},
+		"EnsureSigningKey": func(ctx context.Context) error { _, err := operator.EnsureSigningKey(ctx, testSigning); return err },
+		"EnsureLotKey": func(ctx context.Context) error {
+			_, _, err := operator.EnsureLotKey(ctx, testLot, 2048, PrimesAuto)
+			return err
+		},
+		"WrapLotKey":   func(ctx context.Context) error { _, err := operator.WrapLotKey(ctx, testLot, testKEK); return err },
+		"WrapEnrolled": func(ctx context.Context) error { _, err := operator.WrapEnrolled(ctx, testKEK); return err },
+	} {
+		if err := do(ctx); err == nil || !strings.Contains(err.Error(), "a token of the operator's") {
+			t.Errorf("%s of an operator's: %v", name, err)
+		}
+	}
+	// What a token is for stands for ever, and so does what was accepted with it.
+	for _, token := range []*Token{operator, factory} {
+		err := token.with(ctx, "test", func(s *session) error {
+			found, err := s.findObjects(attributes{attr(pkcs11.CKA_LABEL, dedicationLabel)})
+			if err != nil || len(found) != 1 {
+				t.Fatal(found, err)
+			}
+			if err := s.SetAttributeValue(s.h, found[0], attributes{attr(pkcs11.CKA_VALUE, "{}")}); err == nil {
+				t.Error("it was changed")
+			}
+			if err := s.DestroyObject(s.h, found[0]); err == nil {
+				t.Error("it was destroyed")
+			}
+			return nil
+		})
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	fresh := open(t, softhsmtest.Token(t))
+	if _, err := fresh.EnsureStorageKey(ctx); !errors.Is(err, ErrNotDedicated) {
+		t.Errorf("a token that nobody initialised: %v", err)
+	}
+	must[bool](t)(fresh.Dedicate(ctx, Dedication{Side: Operator, Weak: []string{"it does not enforce x"}}))
+	if again := must[bool](t)(fresh.Dedicate(ctx, Dedication{Side: Operator})); again {
+		t.Error("dedicated twice")
+	}
+	if weak := must[[]string](t)(fresh.Weak(ctx)); !slices.Equal(weak, []string{"it does not enforce x"}) {
+		t.Errorf("weak: %q", weak)
+	}
+}
