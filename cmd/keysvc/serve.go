@@ -126,7 +126,7 @@ func serve(c *cli.Context) error {
 		token.VerifyInSoftware()
 		log.Warn("KME_SIG is validated in software, and not in the token, as the configuration says")
 	}
-	if err := token.Ping(ctx); errors.Is(err, hsmkeys.ErrNoKey) {
+	if err := token.Ping(ctx); errors.Is(err, hsmkeys.ErrNoKey) || errors.Is(err, hsmkeys.ErrNotDedicated) {
 		return fmt.Errorf("%s has no keys yet: run keysvc init first", token)
 	} else if err != nil {
 		return err
