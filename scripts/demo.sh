@@ -70,8 +70,9 @@ fi
 step "2. The manufacturer's keys, and the fixture that injects device keys"
 export KMEHSM_TOKEN=$FACTORY_TOKEN
 officer=file:$PWD/$dir/softhsm/factory.so-pin
-run factory init "${state[@]}"
-manufacturer=$(factory init "${state[@]}" --json | jq -r .manufacturer)
+made=$(run factory init "${state[@]}" --json)
+echo "$made"
+manufacturer=$(jq -r .manufacturer <<<"$made") # as the manufacturer reads it out
 openssl genrsa -out "$dir/fixture.key" 3072 2>/dev/null
 openssl rsa -in "$dir/fixture.key" -pubout -out "$dir/fixture.pem" 2>/dev/null
 run factory fixture enroll f1 "${state[@]}" --fixture-key "$dir/fixture.pem" --so-pin-source "$officer" --out "$dir/fixture-enrolment.json"

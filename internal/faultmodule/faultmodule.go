@@ -29,7 +29,7 @@ func Build(dir, path string) (*Module, error) {
 	if err != nil {
 		return nil, err
 	}
-	include, err := headers()
+	include, err := Headers()
 	if err != nil {
 		return nil, err
 	}
@@ -43,7 +43,7 @@ func Build(dir, path string) (*Module, error) {
 
 // Built is what Build has built, for another process.
 func Built(dir, path string) (*Module, error) {
-	include, err := headers()
+	include, err := Headers()
 	if err != nil {
 		return nil, err
 	}
@@ -58,8 +58,8 @@ func Built(dir, path string) (*Module, error) {
 	return m, nil
 }
 
-// headers is the folder of pkcs11.h.
-func headers() (string, error) {
+// Headers is the folder of pkcs11.h.
+func Headers() (string, error) {
 	out, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", "github.com/miekg/pkcs11").Output()
 	if err != nil {
 		return "", fmt.Errorf("the folder of pkcs11.h: %w", err)

@@ -82,4 +82,6 @@ func TestDemo(t *testing.T) {
 	if log.Lines != 2*used || log.Signed != log.Lines || len(log.Interrupted) != 0 {
 		t.Errorf("the audit log of %d commands: %+v", used, log)
 	}
+	w.env = append(w.env, softhsmtest.Env(filepath.Join(dir, "var/demo/softhsm")))
+	attackDemo(t, w, filepath.Join(dir, "var/demo"))
 }
