@@ -133,8 +133,9 @@ static void weaken_all(void)
 	}
 }
 
-/* Keys of its own, to wrap others under. */
-static void own_keys(void)
+/* Keys of its own, to wrap others under. Of TRUSTED ones it makes none when others are to be tried: SoftHSM keeps half of what it refuses to make, and
+   crashes by it. */
+static void own_keys(int trusted)
 {
 	CK_OBJECT_CLASS public = CKO_PUBLIC_KEY, secret = CKO_SECRET_KEY;
 	CK_KEY_TYPE rsa = CKK_RSA, aes = CKK_AES;
@@ -142,27 +143,25 @@ static void own_keys(void)
 	CK_ULONG bits = 3072;
 	CK_MECHANISM pair = { CKM_RSA_PKCS_KEY_PAIR_GEN, NULL, 0 };
 	CK_OBJECT_HANDLE h, k;
-	for (int trusted = 0; trusted < 2; trusted++) {
-		CK_ATTRIBUTE p[] = { { CKA_MODULUS_BITS, &bits, sizeof bits }, { CKA_PUBLIC_EXPONENT, e, sizeof e }, { CKA_TOKEN, &no, 1 }, { CKA_WRAP, &yes, 1 },
-			{ CKA_TRUSTED, &yes, 1 } };
-		CK_ATTRIBUTE q[] = { { CKA_TOKEN, &no, 1 }, { CKA_DECRYPT, &yes, 1 }, { CKA_UNWRAP, &yes, 1 }, { CKA_SENSITIVE, &yes, 1 }, { CKA_EXTRACTABLE, &no, 1 } };
-		CK_ATTRIBUTE s[] = { { CKA_CLASS, &secret, sizeof secret }, { CKA_KEY_TYPE, &aes, sizeof aes }, { CKA_VALUE, value, sizeof value }, { CKA_TOKEN, &no, 1 },
-			{ CKA_WRAP, &yes, 1 }, { CKA_UNWRAP, &yes, 1 }, { CKA_SENSITIVE, &yes, 1 }, { CKA_EXTRACTABLE, &no, 1 }, { CKA_TRUSTED, &yes, 1 } };
-		CK_BYTE n[384];
-		memset(n, 0xC1, sizeof n);
-		CK_ATTRIBUTE c[] = { { CKA_CLASS, &public, sizeof public }, { CKA_KEY_TYPE, &rsa, sizeof rsa }, { CKA_MODULUS, n, sizeof n }, { CKA_PUBLIC_EXPONENT, e, sizeof e },
-			{ CKA_TOKEN, &no, 1 }, { CKA_WRAP, &yes, 1 }, { CKA_TRUSTED, &yes, 1 } };
-		CK_RV made[] = {
-			f->C_GenerateKeyPair(session, &pair, p, 4 + trusted, q, 5, &h, &k),
-			f->C_CreateObject(session, s, 8 + trusted, &h),
-			f->C_CreateObject(session, c, 6 + trusted, &h),
-		};
-		for (int i = 0; i < 3; i++)
-			if (trusted && made[i] == CKR_OK)
-				printf("made a TRUSTED key\n");
-			else if (!trusted)
-				demand("a key of its own", made[i]);
-	}
+	CK_ATTRIBUTE p[] = { { CKA_MODULUS_BITS, &bits, sizeof bits }, { CKA_PUBLIC_EXPONENT, e, sizeof e }, { CKA_TOKEN, &no, 1 }, { CKA_PRIVATE, &no, 1 },
+		{ CKA_WRAP, &yes, 1 }, { CKA_TRUSTED, &yes, 1 } };
+	CK_ATTRIBUTE q[] = { { CKA_TOKEN, &no, 1 }, { CKA_DECRYPT, &yes, 1 }, { CKA_UNWRAP, &yes, 1 }, { CKA_SENSITIVE, &yes, 1 }, { CKA_EXTRACTABLE, &no, 1 } };
+	CK_ATTRIBUTE s[] = { { CKA_CLASS, &secret, sizeof secret }, { CKA_KEY_TYPE, &aes, sizeof aes }, { CKA_VALUE, value, sizeof value }, { CKA_TOKEN, &no, 1 },
+		{ CKA_WRAP, &yes, 1 }, { CKA_UNWRAP, &yes, 1 }, { CKA_SENSITIVE, &yes, 1 }, { CKA_EXTRACTABLE, &no, 1 }, { CKA_TRUSTED, &yes, 1 } };
+	CK_BYTE n[384];
+	memset(n, 0xC1, sizeof n);
+	CK_ATTRIBUTE c[] = { { CKA_CLASS, &public, sizeof public }, { CKA_KEY_TYPE, &rsa, sizeof rsa }, { CKA_MODULUS, n, sizeof n }, { CKA_PUBLIC_EXPONENT, e, sizeof e },
+		{ CKA_TOKEN, &no, 1 }, { CKA_PRIVATE, &no, 1 }, { CKA_WRAP, &yes, 1 }, { CKA_TRUSTED, &yes, 1 } };
+	CK_RV made[] = {
+		f->C_GenerateKeyPair(session, &pair, p, 5 + trusted, q, 5, &h, &k),
+		f->C_CreateObject(session, s, 8 + trusted, &h),
+		f->C_CreateObject(session, c, 7 + trusted, &h),
+	};
+	for (int i = 0; i < 3; i++)
+		if (trusted && made[i] == CKR_OK)
+			printf("made a TRUSTED key\n");
+		else if (!trusted)
+			demand("a key of its own", made[i]);
 }
 
 static void unwrap_all(const char *path)
@@ -231,12 +230,13 @@ int main(int argc, char **argv)
 	pin[strcspn(pin, "\r\n")] = 0;
 	demand("C_Login", f->C_Login(session, CKU_USER, (CK_UTF8CHAR_PTR)pin, strlen(pin)));
 	if (!strcmp(argv[4], "everything")) {
-		own_keys();
+		own_keys(0);
 		read_all("as they are");
 		wrap_all();
 		weaken_all();
 		read_all("changed");
 		wrap_all();
+		own_keys(1);
 	} else if (!strcmp(argv[4], "unwrap") && argc == 6) {
 		unwrap_all(argv[5]);
 	} else {
