@@ -9,6 +9,7 @@ import (
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha1"
+	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
@@ -251,7 +252,7 @@ func (m *maker) newLot(t testing.TB, name string, suite kme.Suite, key *rsa.Priv
 		l.devices = append(l.devices, &device{imei, signer, l})
 		keys = append(keys, directory.DeviceKey{IMEI: imei, Key: d})
 	}
-	shard := must[*directory.Shard](t)(directory.NewShard(l.Manifest, 0, keys))
+	shard := must[*directory.Shard](t)(directory.NewShard(l.Manifest, 0, keys, make([]byte, sha256.Size)))
 	for path, o := range map[string]struct {
 		typ     directory.Type
 		payload any

@@ -188,10 +188,11 @@ type Revocations struct {
 // A Revocation is one device's. The key that the device had before is not to be trusted any more; with Key, the device was
 // issued that one instead, else it is not to be trusted at all.
 type Revocation struct {
-	IMEI   kme.IMEI   `json:"imei"`
-	Reason string     `json:"reason"`
-	Time   time.Time  `json:"time"`
-	Key    *DeviceKey `json:"key,omitempty"`
+	IMEI    kme.IMEI   `json:"imei"`
+	Reason  string     `json:"reason"`
+	Time    time.Time  `json:"time"`
+	Key     *DeviceKey `json:"key,omitempty"`
+	Package Base64     `json:"package,omitempty"` // with Key, the SHA-256 of the injection package that has its private key
 }
 
 // Of gives a device's entries.
@@ -222,9 +223,15 @@ func (r *Revocations) check(m *Manifest) error {
 			return fmt.Errorf("IMEI %s is revoked twice", e.IMEI)
 		case e.Key != nil && e.Key.IMEI != e.IMEI:
 			return fmt.Errorf("the key issued to IMEI %s is that of %s", e.IMEI, e.Key.IMEI)
+		case e.Key == nil && e.Package != nil:
+			return fmt.Errorf("IMEI %s was issued an injection package without a key", e.IMEI)
 		}
 		if e.Key != nil {
-			if err := m.Suite.CheckDevice(e.Key.Key); err != nil {
+			err := m.Suite.CheckDevice(e.Key.Key)
+			if err == nil {
+				err = checkPackage(e.Package)
+			}
+			if err != nil {
 				return fmt.Errorf("the key issued to IMEI %s: %w", e.IMEI, err)
 			}
 		}

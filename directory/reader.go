@@ -66,6 +66,7 @@ type packedShard struct {
 	first int // position of the first key
 	size  int // bytes a key
 	keys  []byte
+	pkg   Base64
 }
 
 // A revocationList is the last list that was read and believed, and what came of the last try to read it again: a
@@ -88,7 +89,7 @@ func NewReader(store Store, v *Verifier, o ReaderOptions) *Reader {
 	if o.NegativeTTL == 0 {
 		o.NegativeTTL = 5 * time.Second
 	}
-	const overhead = 200 // of an entry, about
+	const overhead = 256 // of an entry, about
 	return &Reader{
 		store: store, verifier: v, o: o, revocations: map[string]revocationList{},
 		shards: otter.Must(&otter.Options[shardKey, *packedShard]{
@@ -158,6 +159,7 @@ func (r *Reader) ReadShard(ctx context.Context, m *Manifest, n int) (*Shard, err
 type Device struct {
 	Shard   int
 	Key     crypto.PublicKey // *ecdsa.PublicKey or *rsa.PublicKey, as the lot's suite has it: the one issued last
+	Package Base64           // SHA-256 of the injection package with that key
 	Revoked *Revocation      // nil if it is not
 	History []Revocation     // how it came to that, in the order of time; none for most devices
 }
@@ -189,10 +191,10 @@ func (r *Reader) Device(ctx context.Context, m *Manifest, imei kme.IMEI) (Device
 	if err != nil {
 		return Device{}, err
 	}
-	d := Device{Shard: n, Key: key, History: list.Of(imei)}
+	d := Device{Shard: n, Key: key, Package: s.pkg, History: list.Of(imei)}
 	for i, e := range d.History {
 		if d.Revoked = &d.History[i]; e.Key != nil {
-			d.Key, d.Revoked = e.Key.Key, nil
+			d.Key, d.Package, d.Revoked = e.Key.Key, e.Package, nil
 		}
 	}
 	return d, nil
@@ -226,6 +228,7 @@ func (r *Reader) fetchShard(ctx context.Context, m *Manifest, n int) (*packedSha
 			}
 			packed.keys = slices.Clip(packed.keys)
 			packed.size = len(packed.keys) / len(s.Keys)
+			packed.pkg = s.Package
 		}
 		r.shards.Set(shardKey{m.Lot, n}, packed)
 		return packed, nil
@@ -338,12 +341,13 @@ func parseRevocations(v *Verifier, m *Manifest, jws []byte) (*Revocations, error
 
 // Revoke adds a device to its lot's list. A device that is revoked stays as it is.
 func Revoke(ctx context.Context, store Store, s *Signer, m *Manifest, imei kme.IMEI, reason string, now time.Time) error {
-	return revise(ctx, store, s, m, Revocation{imei, reason, now, nil})
+	return revise(ctx, store, s, m, Revocation{IMEI: imei, Reason: reason, Time: now})
 }
 
-// Reissue revokes the key that a device has, and issues it another one. A device that has this one stays as it is.
-func Reissue(ctx context.Context, store Store, s *Signer, m *Manifest, key DeviceKey, reason string, now time.Time) error {
-	return revise(ctx, store, s, m, Revocation{key.IMEI, reason, now, &key})
+// Reissue revokes the key that a device has, and issues it another one, in the injection package whose SHA-256 is pkg. A
+// device that has this key stays as it is.
+func Reissue(ctx context.Context, store Store, s *Signer, m *Manifest, key DeviceKey, pkg []byte, reason string, now time.Time) error {
+	return revise(ctx, store, s, m, Revocation{key.IMEI, reason, now, &key, pkg})
 }
 
 // CheckReason gives a reason as it is published.

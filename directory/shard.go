@@ -1,13 +1,13 @@
 package directory
 
 import (
+	"bytes"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rsa"
 	"crypto/sha256"
 	"encoding/binary"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"math/big"
@@ -19,9 +19,10 @@ import (
 
 // A Shard is the public keys of a lot's devices at successive positions: those of Manifest.ShardRange.
 type Shard struct {
-	Lot    string      `json:"lot"`
-	Number int         `json:"shard"`
-	Keys   []DeviceKey `json:"keys"` // makes the payload a JWK Set (RFC 7517 section 5)
+	Lot     string      `json:"lot"`
+	Number  int         `json:"shard"`
+	Package Base64      `json:"package"` // SHA-256 of the injection package that has the private keys
+	Keys    []DeviceKey `json:"keys"`    // makes the payload a JWK Set (RFC 7517 section 5)
 }
 
 // A DeviceKey is a device's public key, *ecdsa.PublicKey on P-256 or *rsa.PublicKey; in JSON a JWK whose kid is the IMEI.
@@ -47,9 +48,9 @@ func (k *DeviceKey) UnmarshalJSON(data []byte) error {
 }
 
 // NewShard makes shard n of a lot. It refuses keys that are not exactly those of the shard's devices, in order, each of
-// the lot's suite and no two the same.
-func NewShard(m *Manifest, n int, keys []DeviceKey) (*Shard, error) {
-	s := &Shard{m.Lot, n, keys}
+// the lot's suite and no two the same. pkg is the SHA-256 of their injection package.
+func NewShard(m *Manifest, n int, keys []DeviceKey, pkg []byte) (*Shard, error) {
+	s := &Shard{m.Lot, n, pkg, keys}
 	return s, s.check(m, n)
 }
 
@@ -63,6 +64,9 @@ func (s *Shard) check(m *Manifest, n int) error {
 	}
 	if len(s.Keys) != count {
 		return fmt.Errorf("it has %d keys, not %d", len(s.Keys), count)
+	}
+	if err := checkPackage(s.Package); err != nil {
+		return err
 	}
 	seen := make(map[string]kme.IMEI, count)
 	for i, k := range s.Keys {
@@ -81,9 +85,16 @@ func (s *Shard) check(m *Manifest, n int) error {
 	return nil
 }
 
-// Equal says whether two shards hold the same keys.
+func checkPackage(hash Base64) error {
+	if len(hash) != sha256.Size {
+		return fmt.Errorf("the SHA-256 of its injection package has %d bytes, not %d", len(hash), sha256.Size)
+	}
+	return nil
+}
+
+// Equal says whether two shards hold the same keys, out of the same injection package.
 func (s *Shard) Equal(o *Shard) bool {
-	if s.Lot != o.Lot || s.Number != o.Number || len(s.Keys) != len(o.Keys) {
+	if s.Lot != o.Lot || s.Number != o.Number || !bytes.Equal(s.Package, o.Package) || len(s.Keys) != len(o.Keys) {
 		return false
 	}
 	for i, k := range s.Keys {
@@ -92,16 +103,6 @@ func (s *Shard) Equal(o *Shard) bool {
 		}
 	}
 	return true
-}
-
-// Digest is the SHA-256 of what is published of the shard: another for other keys.
-func (s *Shard) Digest() ([]byte, error) {
-	payload, err := json.Marshal(s)
-	if err != nil {
-		return nil, err
-	}
-	sum := sha256.Sum256(payload)
-	return sum[:], nil
 }
 
 // Fingerprint is the first eight bytes of the SHA-256 of the key: the same for the same key, and for others the same so

@@ -10,9 +10,12 @@ import (
 	"context"
 	"crypto"
 	"crypto/rsa"
+	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
+	"iter"
 	"math/big"
 	"os"
 	"path/filepath"
@@ -408,58 +411,87 @@ func (l *Line) Reissue(ctx context.Context, lot string, imei kme.IMEI, reason, f
 			continue
 		}
 		if e.Reason == reason {
-			return filepath.Join(dir, ReissueFile(imei, n)), nil
+			path = filepath.Join(dir, ReissueFile(imei, n))
+			if err := checkReissue(lot, path, e); err != nil {
+				return "", fmt.Errorf("%w: %s", err, bringBack(e.Package))
+			}
+			return path, nil
 		}
 		n++
 	}
 	path = filepath.Join(dir, ReissueFile(imei, n))
 	// As with shards: the package is on disk before its key is published; one that is there was not published yet.
-	line, err := readReissue(m, imei, path)
+	line, hash, err := ReadReissue(path, lot, imei)
 	if errors.Is(err, fs.ErrNotExist) {
-		line, err = l.makeReissue(ctx, m, imei, shard, fixture, path)
+		line, hash, err = l.makeReissue(ctx, m, imei, shard, fixture, path)
+	} else if err != nil {
+		err = fmt.Errorf("%w: its key was never published, so remove the file and run this again to make another one", err)
 	}
 	if err != nil {
 		return "", err
 	}
-	return path, directory.Reissue(ctx, l.store, l.signer, m, line.PublicKey, reason, time.Now())
+	return path, directory.Reissue(ctx, l.store, l.signer, m, line.PublicKey, hash, reason, time.Now())
 }
 
-func (l *Line) makeReissue(ctx context.Context, m *directory.Manifest, imei kme.IMEI, shard int, fixture, path string) (line directory.InjectionLine, err error) {
+func (l *Line) makeReissue(ctx context.Context, m *directory.Manifest, imei kme.IMEI, shard int, fixture, path string) (
+	line directory.InjectionLine, hash []byte, err error) {
 	injection, err := l.injection(ctx, fixture)
 	if err != nil {
-		return line, err
+		return line, nil, err
 	}
 	if line, err = l.makeLine(ctx, m, imei, shard, injection); err != nil {
-		return line, err
+		return line, nil, err
 	}
 	var file bytes.Buffer
 	if err := line.Write(&file); err != nil {
-		return line, err
+		return line, nil, err
 	}
-	return line, durable.WriteFile(path, file.Bytes(), 0o600)
+	sum := sha256.Sum256(file.Bytes())
+	return line, sum[:], durable.WriteFile(path, file.Bytes(), 0o600)
 }
 
-func readReissue(m *directory.Manifest, imei kme.IMEI, path string) (directory.InjectionLine, error) {
-	return ReadReissue(path, m.Manufacturer, m.Lot, imei)
-}
-
-// ReadReissue reads the injection package of one device of a manufacturer's lot.
-func ReadReissue(path, manufacturer, lot string, imei kme.IMEI) (line directory.InjectionLine, err error) {
+// ReadReissue reads the injection package of one device of a lot, and gives its SHA-256 too.
+func ReadReissue(path, lot string, imei kme.IMEI) (line directory.InjectionLine, hash []byte, err error) {
 	f, err := os.Open(path)
 	if err != nil {
-		return line, err
+		return line, nil, err
 	}
 	defer f.Close()
-	n := 0
-	for line, err = range directory.ReadInjection(f) {
+	sum, n := sha256.New(), 0
+	for line, err = range directory.ReadInjection(io.TeeReader(f, sum)) {
 		if n++; err != nil || n > 1 || line.IMEI != imei || line.Lot != lot {
-			return line, fmt.Errorf("%s is damaged, or not of IMEI %s: bring back the file as it was", path, imei)
+			return line, nil, fmt.Errorf("%s is damaged, or not of IMEI %s", path, imei)
 		}
 	}
 	if n == 0 {
-		return line, fmt.Errorf("%s is empty: bring back the file as it was", path)
+		return line, nil, fmt.Errorf("%s is empty", path)
 	}
-	return line, nil
+	return line, sum.Sum(nil), nil
+}
+
+// reissues gives the keys that came in the place of others, each with the path of its package below dir.
+func reissues(list *directory.Revocations, dir string) iter.Seq2[string, directory.Revocation] {
+	return func(yield func(string, directory.Revocation) bool) {
+		issued := map[kme.IMEI]int{}
+		for _, e := range list.Revoked {
+			if e.Key == nil {
+				continue
+			}
+			issued[e.IMEI]++
+			if !yield(filepath.Join(dir, ReissueFile(e.IMEI, issued[e.IMEI])), e) {
+				return
+			}
+		}
+	}
+}
+
+// checkReissue refuses a package that is not that of the key which an entry of the revocations has issued.
+func checkReissue(lot, path string, e directory.Revocation) error {
+	line, hash, err := ReadReissue(path, lot, e.IMEI)
+	if err == nil && (!bytes.Equal(hash, e.Package) || line.PublicKey.Fingerprint() != e.Key.Fingerprint()) {
+		err = fmt.Errorf("%s is not the package of the published key", path)
+	}
+	return err
 }
 
 // EnrollOperator makes an operator's KEK in the token, as the security officer, and wraps it for the operator's transport key. generation is that of

@@ -6,6 +6,7 @@ import (
 	"crypto"
 	"crypto/rand"
 	"crypto/rsa"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"math/big"
@@ -267,13 +268,14 @@ func checkLot(t *testing.T, line *Line, out string) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		lines, err := ReadPackage(m, n, filepath.Join(out, "L1", InjectionFile(n)))
+		path := filepath.Join(out, "L1", InjectionFile(n))
+		lines, packed, err := ReadPackage(m, n, path)
 		if err != nil {
 			t.Fatal(err)
 		}
-		packed, err := shardOf(m, n, lines)
-		if err != nil || !packed.Equal(published) {
-			t.Errorf("shard %d: package and directory differ: %v", n, err)
+		hash := sha256.Sum256(must(os.ReadFile(path)))
+		if !packed.Equal(published) || !bytes.Equal(published.Package, hash[:]) || entries[n].pkg != string(hash[:]) {
+			t.Errorf("shard %d: package, directory and journal differ", n)
 		}
 		for _, l := range lines {
 			if seen[l.IMEI] {
@@ -415,7 +417,7 @@ func TestProvision(t *testing.T) {
 	t.Run("planned, package damaged", func(t *testing.T) {
 		provision(t, line, out)
 		j := must(openJournal(t.Context(), filepath.Join(out, "state"), line.Manufacturer()))
-		if err := errors.Join(j.exec("UPDATE shard SET state = ?, keys = NULL WHERE number = 5", planned), j.close()); err != nil {
+		if err := errors.Join(j.exec("UPDATE shard SET state = ?, package = NULL WHERE number = 5", planned), j.close()); err != nil {
 			t.Fatal(err)
 		}
 		os.Remove(shard(5))
@@ -433,7 +435,7 @@ func TestProvision(t *testing.T) {
 		if _, err := p.makeShard(t.Context(), 1, filepath.Join(other, "p")); err != nil {
 			t.Fatal(err)
 		}
-		harm(t, pkg(1), "not those that are published", func([]byte) []byte { return read(filepath.Join(other, "p")) })
+		harm(t, pkg(1), "is not the package of the published keys", func([]byte) []byte { return read(filepath.Join(other, "p")) })
 	})
 	t.Run("folder not writable", func(t *testing.T) {
 		if _, err := line.Provision(t.Context(), "L1", options("/dev/null/x", 1)); err == nil || !strings.Contains(err.Error(), "cannot be made") {

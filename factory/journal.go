@@ -49,12 +49,12 @@ func (j *journal) exec(query string, args ...any) error {
 // An entry is what the journal has of a shard.
 type entry struct {
 	state state
-	keys  string // SHA-256; empty before generated
+	pkg   string // SHA-256 of its injection package; empty before generated
 }
 
 // entries gives those of a lot's shards that have been begun.
 func (j *journal) entries(ctx context.Context, lot string) (map[int]entry, error) {
-	rows, err := j.read.QueryContext(ctx, "SELECT number, state, keys FROM shard WHERE manufacturer = ? AND lot = ?", j.manufacturer, lot)
+	rows, err := j.read.QueryContext(ctx, "SELECT number, state, package FROM shard WHERE manufacturer = ? AND lot = ?", j.manufacturer, lot)
 	if err != nil {
 		return nil, err
 	}
@@ -63,11 +63,11 @@ func (j *journal) entries(ctx context.Context, lot string) (map[int]entry, error
 	for rows.Next() {
 		var n int
 		var e entry
-		var keys []byte
-		if err := rows.Scan(&n, &e.state, &keys); err != nil {
+		var pkg []byte
+		if err := rows.Scan(&n, &e.state, &pkg); err != nil {
 			return nil, err
 		}
-		e.keys = string(keys)
+		e.pkg = string(pkg)
 		all[n] = e
 	}
 	return all, rows.Err()
@@ -79,9 +79,9 @@ func (j *journal) plan(lot string, from, to int) error {
 		INSERT INTO shard (manufacturer, lot, number, state) SELECT ?1, ?2, i, 0 FROM n WHERE true ON CONFLICT DO NOTHING`, j.manufacturer, lot, from, to)
 }
 
-func (j *journal) generated(lot string, n int, keys, jws []byte) error {
-	return j.exec(`INSERT INTO shard (manufacturer, lot, number, state, keys, jws) VALUES (?, ?, ?, ?, ?, ?)
-		ON CONFLICT DO UPDATE SET state = excluded.state, keys = excluded.keys, jws = excluded.jws`, j.manufacturer, lot, n, generated, keys, jws)
+func (j *journal) generated(lot string, n int, pkg, jws []byte) error {
+	return j.exec(`INSERT INTO shard (manufacturer, lot, number, state, package, jws) VALUES (?, ?, ?, ?, ?, ?)
+		ON CONFLICT DO UPDATE SET state = excluded.state, package = excluded.package, jws = excluded.jws`, j.manufacturer, lot, n, generated, pkg, jws)
 }
 
 func (j *journal) published(lot string, n int) error {
@@ -89,9 +89,9 @@ func (j *journal) published(lot string, n int) error {
 }
 
 // acknowledged remembers a shard as read back from the directory.
-func (j *journal) acknowledged(lot string, n int, keys []byte) error {
-	return j.exec(`INSERT INTO shard (manufacturer, lot, number, state, keys) VALUES (?, ?, ?, ?, ?)
-		ON CONFLICT DO UPDATE SET state = excluded.state, keys = coalesce(excluded.keys, keys), jws = NULL`, j.manufacturer, lot, n, acknowledged, keys)
+func (j *journal) acknowledged(lot string, n int, pkg []byte) error {
+	return j.exec(`INSERT INTO shard (manufacturer, lot, number, state, package) VALUES (?, ?, ?, ?, ?)
+		ON CONFLICT DO UPDATE SET state = excluded.state, package = coalesce(excluded.package, package), jws = NULL`, j.manufacturer, lot, n, acknowledged, pkg)
 }
 
 // signed is what is to be published of a shard; nil if the journal has it no more.

@@ -4,7 +4,7 @@ CREATE TABLE shard (
     lot          TEXT    NOT NULL,
     number       INTEGER NOT NULL,
     state        INTEGER NOT NULL, -- 0 planned, 1 generated, 2 published, 3 acknowledged
-    keys         BLOB,             -- SHA-256 of what is published of it, from generated on
-    jws          BLOB,             -- it, signed, until it is acknowledged
+    package      BLOB,             -- SHA-256 of its injection package, from generated on
+    jws          BLOB,             -- what is published of it, signed, until it is acknowledged
     PRIMARY KEY (manufacturer, lot, number)
 );

@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"math/rand/v2"
 	"os"
@@ -227,7 +229,7 @@ func (p *provisioning) generate(ctx context.Context, n int) error {
 			return err
 		}
 	}
-	lines, err := ReadPackage(p.m, n, path)
+	_, shard, err := ReadPackage(p.m, n, path)
 	made := 0
 	switch lost := errors.Is(err, fs.ErrNotExist); {
 	case err == nil:
@@ -240,28 +242,23 @@ func (p *provisioning) generate(ctx context.Context, n int) error {
 	case !lost && !known: // not ours: this run's journal never began it
 		return fmt.Errorf("%w: it was never published, so remove the file and run this again to make its keys anew", err)
 	default:
-		if lines, err = p.makeShard(ctx, n, path); err != nil {
+		if shard, err = p.makeShard(ctx, n, path); err != nil {
 			return err
 		}
 		made = devices
 	}
-	shard, err := shardOf(p.m, n, lines)
-	if err != nil {
-		return fmt.Errorf("%s: %w", path, err)
-	}
-	keys, err := shard.Digest()
-	if err != nil {
-		return err
-	}
 	if there != nil && !there.Equal(shard) {
-		return fmt.Errorf("the keys in %s are not those that are published: bring back the file that belongs to them", path)
+		return fmt.Errorf("%s is not the package of the published keys: %s", path, bringBack(there.Package))
 	}
-	if was.state > planned && was.keys != string(keys) {
-		return fmt.Errorf("the keys in %s are not those that the journal knows of: bring back the file that belongs to them", path)
+	if was.state > planned && was.pkg != string(shard.Package) {
+		if there != nil {
+			return fmt.Errorf("%s is the package of the published keys, and the journal knows of another: factory reconcile %s --repair puts this one down", path, p.m.Lot)
+		}
+		return fmt.Errorf("%s is not the package that the journal knows of: %s", path, bringBack([]byte(was.pkg)))
 	}
 	if there != nil {
 		if was.state < acknowledged {
-			err = p.j.acknowledged(p.m.Lot, n, keys)
+			err = p.j.acknowledged(p.m.Lot, n, shard.Package)
 		}
 		p.note(func(r *Progress) { r.Generated += devices; r.Done += devices })
 		return err
@@ -270,7 +267,7 @@ func (p *provisioning) generate(ctx context.Context, n int) error {
 	if err != nil {
 		return err
 	}
-	if err := p.j.generated(p.m.Lot, n, keys, jws); err != nil {
+	if err := p.j.generated(p.m.Lot, n, shard.Package, jws); err != nil {
 		return fmt.Errorf("the journal cannot be written: %w", err)
 	}
 	p.note(func(r *Progress) { r.Generated += devices; r.Made += made })
@@ -348,10 +345,10 @@ func (l *Line) makeLine(ctx context.Context, m *directory.Manifest, imei kme.IME
 	return directory.NewInjectionLine(imei, m.Lot, shard, pub, injection.HexID(), wrapped), nil
 }
 
-// makeShard makes the keys of a shard and writes its injection package.
-func (p *provisioning) makeShard(ctx context.Context, n int, path string) ([]directory.InjectionLine, error) {
+// makeShard makes the keys of a shard, writes its injection package, and gives what is published of it.
+func (p *provisioning) makeShard(ctx context.Context, n int, path string) (*directory.Shard, error) {
 	first, count := p.m.ShardRange(n)
-	lines := make([]directory.InjectionLine, 0, count)
+	keys := make([]directory.DeviceKey, 0, count)
 	var file bytes.Buffer
 	for i := range count {
 		imei := p.m.IMEI(first + i)
@@ -364,42 +361,45 @@ func (p *provisioning) makeShard(ctx context.Context, n int, path string) ([]dir
 		if err := line.Write(&file); err != nil {
 			return nil, err
 		}
-		lines = append(lines, line)
+		keys = append(keys, line.PublicKey)
+	}
+	hash := sha256.Sum256(file.Bytes())
+	shard, err := directory.NewShard(p.m, n, keys, hash[:])
+	if err != nil {
+		return nil, err
 	}
 	if err := durable.WriteFile(path, file.Bytes(), 0o600); err != nil {
 		return nil, fmt.Errorf("the injection package cannot be written; make room or give another --out, and run this again: %w", err)
 	}
-	return lines, nil
+	return shard, nil
 }
 
-// ReadPackage reads a shard's injection package, which must be that of this lot and shard.
-func ReadPackage(m *directory.Manifest, n int, path string) ([]directory.InjectionLine, error) {
+// ReadPackage reads a shard's injection package, which must be that of this lot and shard, and gives its lines and what is
+// published of it. Whether it is the very package that was made, the caller sees by the published or remembered SHA-256.
+func ReadPackage(m *directory.Manifest, n int, path string) (lines []directory.InjectionLine, shard *directory.Shard, err error) {
 	f, err := os.Open(path)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	defer f.Close()
-	var lines []directory.InjectionLine
-	for line, err := range directory.ReadInjection(f) {
+	hash := sha256.New()
+	var keys []directory.DeviceKey
+	for line, err := range directory.ReadInjection(io.TeeReader(f, hash)) {
 		if err != nil {
-			return nil, fmt.Errorf("%s is damaged: %w", path, err)
+			return nil, nil, fmt.Errorf("%s is damaged: %w", path, err)
 		}
 		if line.Lot != m.Lot || line.Shard != n {
-			return nil, fmt.Errorf("%s is damaged: line %d is not of this lot and shard", path, len(lines)+1)
+			return nil, nil, fmt.Errorf("%s is damaged: line %d is not of this lot and shard", path, len(lines)+1)
 		}
-		lines = append(lines, line)
+		lines, keys = append(lines, line), append(keys, line.PublicKey)
 	}
-	if _, count := m.ShardRange(n); len(lines) != count {
-		return nil, fmt.Errorf("%s is damaged: it has %d lines, not %d", path, len(lines), count)
+	if shard, err = directory.NewShard(m, n, keys, hash.Sum(nil)); err != nil {
+		return nil, nil, fmt.Errorf("%s is damaged: %w", path, err)
 	}
-	return lines, nil
+	return lines, shard, nil
 }
 
-// shardOf is what a shard publishes of its injection package.
-func shardOf(m *directory.Manifest, n int, lines []directory.InjectionLine) (*directory.Shard, error) {
-	keys := make([]directory.DeviceKey, len(lines))
-	for i, line := range lines {
-		keys[i] = line.PublicKey
-	}
-	return directory.NewShard(m, n, keys)
+// bringBack is what to do about a package that is not the one whose SHA-256 is known.
+func bringBack(hash []byte) string {
+	return fmt.Sprintf("inject no device from it, and bring back the file whose SHA-256 is %x", hash)
 }

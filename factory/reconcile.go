@@ -28,6 +28,8 @@ type Difference struct {
 	repair   func(context.Context) error
 }
 
+const objectBack = "whoever runs the directory must bring the object back as it was, from a backup; it cannot be published anew in its place"
+
 // A Reconciliation is what Reconcile found.
 type Reconciliation struct {
 	Lot         string       `json:"lot"`
@@ -70,6 +72,9 @@ func (l *Line) Reconcile(ctx context.Context, lot, state, out string, repair boo
 	}
 	dir := filepath.Join(out, lot)
 	if err := r.strays(m, dir); err != nil {
+		return nil, err
+	}
+	if err := l.reissued(ctx, r, m, dir); err != nil {
 		return nil, err
 	}
 	var mu sync.Mutex // guards r
@@ -123,7 +128,7 @@ func (r *Reconciliation) strays(m *directory.Manifest, dir string) error {
 		_, serr := fmt.Sscanf(name, "injection-%d.jsonl", &n)
 		switch {
 		case serr == nil && name == InjectionFile(n) && n < m.Shards(), name == ManifestFile, name == ".lock":
-		case strings.HasPrefix(name, "reissue-") && strings.HasSuffix(name, ".jsonl"): // lot verify looks at them
+		case strings.HasPrefix(name, "reissue-") && strings.HasSuffix(name, ".jsonl"): // reissued looks at them
 		case strings.HasPrefix(name, "."): // as renameio names what it has not yet put in place
 			path := filepath.Join(dir, name)
 			r.Differences = append(r.Differences, Difference{Shard: -1, What: path + " was left by a run that was killed", Remedy: "remove it: it never was a package",
@@ -135,30 +140,38 @@ func (r *Reconciliation) strays(m *directory.Manifest, dir string) error {
 	return err
 }
 
+// reissued looks at the packages of reissued keys.
+func (l *Line) reissued(ctx context.Context, r *Reconciliation, m *directory.Manifest, dir string) error {
+	list, err := l.reader.ReadRevocations(ctx, m)
+	if refused := new(directory.RefusedError); errors.As(err, &refused) {
+		r.Differences = append(r.Differences, Difference{Shard: -1, What: fmt.Sprintf("directory: %v", err), Remedy: objectBack})
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for path, e := range reissues(list, dir) {
+		if err := checkReissue(m.Lot, path, e); err != nil {
+			r.Differences = append(r.Differences, Difference{Shard: -1, What: err.Error(), Remedy: bringBack(e.Package)})
+		}
+	}
+	return nil
+}
+
 // compare looks at one shard; neither difference nor pending is that all agree.
 func (l *Line) compare(ctx context.Context, j *journal, m *directory.Manifest, n int, path string, was entry, known bool) (d *Difference, pending bool, err error) {
 	object := directory.ShardPath(m.Lot, n)
 	var refused *directory.RefusedError
 	there, err := l.reader.ReadShard(ctx, m, n)
 	if errors.As(err, &refused) {
-		return &Difference{What: fmt.Sprintf("directory: %v", err), Remedy: "whoever runs the directory must bring the object back as it was, from a backup; it cannot be published anew in its place"}, false, nil
+		return &Difference{What: fmt.Sprintf("directory: %v", err), Remedy: objectBack}, false, nil
 	}
 	if err != nil && !errors.Is(err, directory.ErrNotFound) {
 		return nil, false, err
 	}
-	lines, ferr := ReadPackage(m, n, path)
-	var packed *directory.Shard
-	if ferr == nil {
-		packed, ferr = shardOf(m, n, lines)
-	}
+	_, packed, ferr := ReadPackage(m, n, path)
 	missing := errors.Is(ferr, fs.ErrNotExist)
-	var keys []byte
-	if ferr == nil {
-		if keys, err = packed.Digest(); err != nil {
-			return nil, false, err
-		}
-	}
-	same := ferr == nil && was.keys == string(keys)
+	same := ferr == nil && was.pkg == string(packed.Package)
 
 	switch {
 	case there != nil && ferr != nil:
@@ -166,17 +179,18 @@ func (l *Line) compare(ctx context.Context, j *journal, m *directory.Manifest, n
 		if !missing {
 			what = fmt.Sprintf("its keys are published, and %v", ferr)
 		}
-		return &Difference{What: what, Remedy: "bring the package back from where the line keeps it; if it is lost for good, factory lot reissue its devices one by one"}, false, nil
+		return &Difference{What: what, Remedy: fmt.Sprintf("bring the package back from where the line keeps it, SHA-256 %x; "+
+			"if it is lost for good, factory lot reissue its devices one by one", there.Package)}, false, nil
 	case there != nil && !there.Equal(packed):
-		return &Difference{What: "the keys in " + path + " are not those that are published", Remedy: "inject no device from it, and bring back the package that belongs to the published keys"}, false, nil
+		return &Difference{What: path + " is not the package of the published keys", Remedy: bringBack(there.Package)}, false, nil
 	case there != nil && was.state == acknowledged && same:
 		return nil, false, nil
 	case there != nil:
 		return &Difference{What: "package and directory agree, and the journal does not know it", Remedy: "put it down in the journal",
-			repair: func(context.Context) error { return j.acknowledged(m.Lot, n, keys) }}, false, nil
+			repair: func(context.Context) error { return j.acknowledged(m.Lot, n, packed.Package) }}, false, nil
 
 	case ferr == nil && was.state > planned && !same:
-		return &Difference{What: "it is not published, and the keys in " + path + " are not those that the journal knows of", Remedy: "inject no device from it, and bring back the package that belongs to the journal"}, false, nil
+		return &Difference{What: "it is not published, and " + path + " is not the package that the journal knows of", Remedy: bringBack([]byte(was.pkg))}, false, nil
 	case ferr == nil:
 		what := "it is made, and not published"
 		if was.state >= published {
@@ -185,18 +199,18 @@ func (l *Line) compare(ctx context.Context, j *journal, m *directory.Manifest, n
 		return &Difference{What: what, Remedy: "publish " + object + " with the keys of its package", repair: func(ctx context.Context) error {
 			jws, err := l.signer.Sign(directory.TypeShard, packed)
 			if err == nil {
-				err = j.generated(m.Lot, n, keys, jws)
+				err = j.generated(m.Lot, n, packed.Package, jws)
 			}
 			if err == nil {
 				err = directory.PublishSigned(ctx, l.store, object, l.verifier, directory.TypeShard, jws)
 			}
 			if err == nil {
-				err = j.acknowledged(m.Lot, n, keys)
+				err = j.acknowledged(m.Lot, n, packed.Package)
 			}
 			return err
 		}}, false, nil
 	case was.state > planned:
-		return &Difference{What: fmt.Sprintf("the journal knows of its keys, it is not published, and %v", ferr), Remedy: "bring the package back as it was: its keys may have been handed out"}, false, nil
+		return &Difference{What: fmt.Sprintf("the journal knows of its keys, it is not published, and %v", ferr), Remedy: fmt.Sprintf("bring the package back, SHA-256 %x: its keys may have been handed out", was.pkg)}, false, nil
 	case missing:
 		return nil, true, nil
 	case known: // planned: a run that was killed left it, and published nothing of it

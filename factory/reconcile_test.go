@@ -53,11 +53,11 @@ func TestReconcile(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	whole, signed, keys := must(os.ReadFile(pkg)), must(os.ReadFile(shard)), must(must(line.reader.ReadShard(t.Context(), m, 2)).Digest())
+	whole, signed, hash := must(os.ReadFile(pkg)), must(os.ReadFile(shard)), must(line.reader.ReadShard(t.Context(), m, 2)).Package
 	others := filepath.Join(t.TempDir(), "p")
 	must((&provisioning{Line: line, m: m, injection: must(line.injection(t.Context(), ""))}).makeShard(t.Context(), 2, others))
 	forget := func() { journal("DELETE FROM shard WHERE number = 2") }
-	plan := func() { journal("UPDATE shard SET state = 0, keys = NULL WHERE number = 2") }
+	plan := func() { journal("UPDATE shard SET state = 0, package = NULL WHERE number = 2") }
 	for name, c := range map[string]struct {
 		harm    func()
 		want    string
@@ -66,7 +66,7 @@ func TestReconcile(t *testing.T) {
 	}{
 		"journal lost":                    {forget, "the journal does not know", true, false},
 		"killed after publishing":         {func() { journal("UPDATE shard SET state = 1 WHERE number = 2") }, "the journal does not know", true, false},
-		"the journal has other keys":      {func() { journal("UPDATE shard SET keys = x'00' WHERE number = 2") }, "the journal does not know", true, false},
+		"the journal has another":         {func() { journal("UPDATE shard SET package = x'00' WHERE number = 2") }, "the journal does not know", true, false},
 		"the directory has lost it":       {func() { remove(shard) }, "the directory has lost it", true, false},
 		"killed before publishing":        {func() { remove(shard); journal("UPDATE shard SET state = 1 WHERE number = 2") }, "it is made, and not published", true, false},
 		"killed before the journal":       {func() { remove(shard); plan() }, "it is made, and not published", true, false},
@@ -75,8 +75,8 @@ func TestReconcile(t *testing.T) {
 		"cut, journal lost":               {func() { remove(shard); forget(); write(pkg, whole[:99]) }, "the journal never began it", false, false},
 		"package lost":                    {func() { remove(pkg) }, "is missing", false, false},
 		"package cut":                     {func() { write(pkg, whole[:99]) }, "its keys are published, and", false, false},
-		"package of other keys":           {func() { write(pkg, must(os.ReadFile(others))) }, "are not those that are published", false, false},
-		"package of other keys, lost":     {func() { remove(shard); write(pkg, must(os.ReadFile(others))) }, "not those that the journal knows of", false, false},
+		"package of other keys":           {func() { write(pkg, must(os.ReadFile(others))) }, "is not the package of the published keys", false, false},
+		"package of other keys, lost":     {func() { remove(shard); write(pkg, must(os.ReadFile(others))) }, "is not the package that the journal knows of", false, false},
 		"both lost":                       {func() { remove(shard); remove(pkg) }, "the journal knows of its keys", false, false},
 		"the directory's is changed":      {func() { write(shard, bytes.ToUpper(signed)) }, "is refused", false, false},
 		"a file that a killed run left":   {func() { write(filepath.Join(out, "L1", ".injection-000002.jsonl123"), nil) }, "left by a run that was killed", true, false},
@@ -96,7 +96,7 @@ func TestReconcile(t *testing.T) {
 			case c.pending && (r.Pending != 1 || r.Agreed != 7):
 				t.Errorf("after the repair: %+v", r)
 			case c.safe && !c.pending:
-				if now := must(must(line.reader.ReadShard(t.Context(), m, 2)).Digest()); r.Agreed != 8 || len(r.Differences) != 0 || !bytes.Equal(now, keys) || !bytes.Equal(must(os.ReadFile(pkg)), whole) {
+				if now := must(line.reader.ReadShard(t.Context(), m, 2)).Package; r.Agreed != 8 || len(r.Differences) != 0 || !bytes.Equal(now, hash) || !bytes.Equal(must(os.ReadFile(pkg)), whole) {
 					t.Errorf("after the repair: %+v", r)
 				}
 			case !c.safe && len(r.Differences) != 1:
@@ -107,7 +107,7 @@ func TestReconcile(t *testing.T) {
 			}
 			write(pkg, whole)
 			write(shard, signed)
-			journal("INSERT OR REPLACE INTO shard (manufacturer, lot, number, state, keys) VALUES (?, 'L1', 2, 3, ?)", line.Manufacturer(), keys)
+			journal("INSERT OR REPLACE INTO shard (manufacturer, lot, number, state, package) VALUES (?, 'L1', 2, 3, ?)", line.Manufacturer(), hash)
 			if r := reconcile(t, false); r.Agreed != 8 || len(r.Differences) != 0 {
 				t.Fatalf("what was as before does not agree: %+v", r)
 			}

@@ -18,7 +18,6 @@ import (
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
-	"github.com/kmehsm/kmehsm/kme"
 )
 
 // maxProblems bounds what a Verification lists; the rest is counted.
@@ -173,21 +172,14 @@ func (v *verifying) objects(ctx context.Context, m *directory.Manifest, packages
 		return err
 	} else {
 		v.found.Revoked += len(list.Revoked)
-		issued := map[kme.IMEI]int{}
-		for _, e := range list.Revoked {
-			if e.Key == nil {
-				continue
-			}
+		for path, e := range reissues(list, filepath.Join(packages, m.Lot)) {
 			v.keys = append(v.keys, e.Key.Fingerprint())
 			v.issued[m.Lot] = append(v.issued[m.Lot], *e.Key)
-			if issued[e.IMEI]++; packages == "" {
+			if packages == "" {
 				continue
 			}
-			path := filepath.Join(packages, m.Lot, ReissueFile(e.IMEI, issued[e.IMEI]))
-			if line, err := readReissue(m, e.IMEI, path); err != nil {
-				v.problem("%v", err)
-			} else if line.PublicKey.Fingerprint() != e.Key.Fingerprint() {
-				v.problem("%s: its key is not the one that is published", path)
+			if err := checkReissue(m.Lot, path, e); err != nil {
+				v.problem("%v: %s", err, bringBack(e.Package))
 			}
 			v.found.Packages++
 		}
@@ -229,20 +221,14 @@ func (v *verifying) shards(ctx context.Context, m *directory.Manifest, f func(in
 
 // compare checks an injection package against the published shard.
 func (v *verifying) compare(m *directory.Manifest, n int, s *directory.Shard, path string) {
-	lines, err := ReadPackage(m, n, path)
-	if errors.Is(err, fs.ErrNotExist) {
+	_, packed, err := ReadPackage(m, n, path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
 		v.problem("%s: there is no such injection package", path)
-		return
-	}
-	if err != nil {
-		v.problem("%v", err)
-		return
-	}
-	packed, err := shardOf(m, n, lines)
-	if err != nil {
-		v.problem("%s: %v", path, err)
-	} else if !packed.Equal(s) {
-		v.problem("%s: its keys are not those that are published", path)
+	case err != nil:
+		v.problem("%v: %s", err, bringBack(s.Package))
+	case !packed.Equal(s):
+		v.problem("%s is not the package of the published keys: %s", path, bringBack(s.Package))
 	}
 }
 

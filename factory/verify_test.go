@@ -6,7 +6,9 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha256"
 	"errors"
+	"fmt"
 	"math/big"
 	"os"
 	"path/filepath"
@@ -53,7 +55,7 @@ func TestVerifyLot(t *testing.T) {
 		"manifest":                   {at("manifest"), "lots/L1/manifest is refused", flip},
 		"a package is missing":       {pkg(4), "no such injection package", nil},
 		"a package is cut":           {pkg(4), "damaged", func(b []byte) []byte { return b[:len(b)/2] }},
-		"a package of other keys": {pkg(0), "not those that are published", func(b []byte) []byte {
+		"a package of other keys": {pkg(0), "is not the package of the published keys", func(b []byte) []byte {
 			lines := bytes.SplitAfter(b, []byte("\n"))
 			one, two := bytes.Index(lines[0], []byte(`"x":"`)), bytes.Index(lines[1], []byte(`"x":"`))
 			end := bytes.Index(lines[0][one:], []byte("}"))
@@ -105,6 +107,85 @@ func TestVerifyLot(t *testing.T) {
 	}
 }
 
+// A byte of one device's wrapped key is changed, so that the package reads as before: whoever looks at the package refuses it,
+// names it, and says which file is the right one.
+func TestChangedWrappedKey(t *testing.T) {
+	line, dir, _ := newLine(t)
+	m := must(line.CreateLot(t.Context(), spec(t, "L1", 0, 8)))
+	out, returned := t.TempDir(), m.IMEI(5)
+	provision(t, line, out)
+	reissued := must(line.Reissue(t.Context(), "L1", returned, "return 1", out))
+	verify := func(t *testing.T) []string {
+		t.Helper()
+		return must(VerifyLot(t.Context(), line.store, line.verifier, "L1", out, nil)).Problems
+	}
+	reconcile := func(t *testing.T) (found []string) {
+		t.Helper()
+		for _, d := range must(line.Reconcile(t.Context(), "L1", filepath.Join(out, "state"), out, true)).Differences {
+			found = append(found, d.What+": "+d.Remedy)
+		}
+		return found
+	}
+	provisionAgain := func(t *testing.T) []string {
+		t.Helper()
+		if _, err := line.Provision(t.Context(), "L1", options(out, 1)); err != nil {
+			return []string{err.Error()}
+		}
+		return nil
+	}
+	reissueAgain := func(t *testing.T) []string {
+		t.Helper()
+		if _, err := line.Reissue(t.Context(), "L1", returned, "return 1", out); err != nil {
+			return []string{err.Error()}
+		}
+		return nil
+	}
+	type look map[string]func(*testing.T) []string
+	pkg, shard := filepath.Join(out, "L1", InjectionFile(1)), filepath.Join(dir, filepath.FromSlash(directory.ShardPath("L1", 1)))
+	for _, c := range []struct {
+		name, path string
+		lost       bool // by the directory: only the journal knows of the package
+		looks      look
+	}{
+		{"a shard's", pkg, false, look{"verify": verify, "reconcile": reconcile, "provision": provisionAgain}},
+		{"a shard's that is not published", pkg, true, look{"reconcile": reconcile, "provision": provisionAgain}},
+		{"a reissued device's", reissued, false, look{"verify": verify, "reconcile": reconcile, "reissue": reissueAgain}},
+	} {
+		signed := must(os.ReadFile(shard))
+		if c.lost {
+			os.Remove(shard)
+		}
+		was := must(os.ReadFile(c.path))
+		at := bytes.Index(was, []byte(`"wrapped":"`)) + 40
+		changed := bytes.Clone(was)
+		if changed[at] = 'A'; was[at] == 'A' {
+			changed[at] = 'B'
+		}
+		if err := os.WriteFile(c.path, changed, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		for name, found := range c.looks {
+			t.Run(c.name+"/"+name, func(t *testing.T) {
+				want := fmt.Sprintf("bring back the file whose SHA-256 is %x", sha256.Sum256(was))
+				if got := found(t); len(got) != 1 || !strings.Contains(got[0], c.path) || !strings.HasSuffix(got[0], want) {
+					t.Errorf("%q does not name the file and say %q", got, want)
+				}
+				if !bytes.Equal(must(os.ReadFile(c.path)), changed) {
+					t.Error("the package is not as it was left")
+				}
+			})
+		}
+		if err := errors.Join(os.WriteFile(c.path, was, 0o600), os.WriteFile(shard, signed, 0o644)); err != nil {
+			t.Fatal(err)
+		}
+		for name, found := range map[string]func(*testing.T) []string{"verify": verify, "reconcile": reconcile, "provision": provisionAgain, "reissue": reissueAgain} {
+			if got := found(t); len(got) != 0 {
+				t.Errorf("%s package, as it was, %s: %q", c.name, name, got)
+			}
+		}
+	}
+}
+
 // A device that came back: a new key and package, the old key revoked; the same return again changes nothing, nor does a
 // run that was killed after it had written the package cost the device a key.
 func TestReissue(t *testing.T) {
@@ -121,7 +202,10 @@ func TestReissue(t *testing.T) {
 		if err != nil || path != filepath.Join(out, "L1", name) {
 			t.Fatal(path, err)
 		}
-		issued := must(readReissue(m, imei, path))
+		issued, _, err := ReadReissue(path, "L1", imei)
+		if err != nil {
+			t.Fatal(err)
+		}
 		d := must(directory.NewReader(line.store, line.verifier, directory.ReaderOptions{}).Device(t.Context(), m, imei))
 		if d.Revoked != nil || (directory.DeviceKey{IMEI: imei, Key: d.Key}).Fingerprint() != issued.PublicKey.Fingerprint() {
 			t.Errorf("the directory has %+v", d)
@@ -132,7 +216,10 @@ func TestReissue(t *testing.T) {
 	if again := reissue("return 1", "reissue-35209900000005-1.jsonl"); again.PublicKey.Fingerprint() != first.PublicKey.Fingerprint() {
 		t.Error("the same return made another key")
 	}
-	killed := must(line.makeReissue(t.Context(), m, imei, 1, "", filepath.Join(out, "L1", ReissueFile(imei, 2))))
+	killed, _, err := line.makeReissue(t.Context(), m, imei, 1, "", filepath.Join(out, "L1", ReissueFile(imei, 2)))
+	if err != nil {
+		t.Fatal(err)
+	}
 	if second := reissue("return 2", "reissue-35209900000005-2.jsonl"); second.PublicKey.Fingerprint() != killed.PublicKey.Fingerprint() {
 		t.Error("a package that was there was not used")
 	}
@@ -196,7 +283,7 @@ func TestAudit(t *testing.T) {
 		if key != nil {
 			keys[1].Key = key.Key
 		}
-		shard := must(directory.NewShard(m, 0, keys))
+		shard := must(directory.NewShard(m, 0, keys, make([]byte, sha256.Size)))
 		if err := errors.Join(
 			directory.Publish(t.Context(), line.store, directory.ManifestPath(lot), line.signer, directory.TypeManifest, m),
 			directory.Publish(t.Context(), line.store, directory.ShardPath(lot, 0), line.signer, directory.TypeShard, shard)); err != nil {

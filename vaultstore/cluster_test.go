@@ -5,6 +5,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
+	"crypto/sha256"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -114,7 +115,7 @@ func TestVaultColdShardIsOneRead(t *testing.T) {
 		}
 		keys[i] = directory.DeviceKey{IMEI: m.IMEI(i), Key: &k.PublicKey}
 	}
-	shard, err := directory.NewShard(m, 0, keys)
+	shard, err := directory.NewShard(m, 0, keys, make([]byte, sha256.Size))
 	if err != nil {
 		t.Fatal(err)
 	}

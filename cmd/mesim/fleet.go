@@ -171,17 +171,16 @@ func (f *fleet) eachOf(path string, use func(directory.InjectionLine) (bool, err
 
 // newest is what a device was issued last: the line of its shard's package, or of a package of its own.
 func (f *fleet) newest(dir string, line directory.InjectionLine) (directory.InjectionLine, error) {
-	lot := f.lots[line.Lot]
-	if lot == nil {
+	if f.lots[line.Lot] == nil {
 		return line, fmt.Errorf("lot %s has no manifest.jws beside its packages", line.Lot)
 	}
 	for n := 1; ; n++ {
-		reissued, err := factory.ReadReissue(filepath.Join(dir, factory.ReissueFile(line.IMEI, n)), lot.manifest.Manufacturer, line.Lot, line.IMEI)
+		reissued, _, err := factory.ReadReissue(filepath.Join(dir, factory.ReissueFile(line.IMEI, n)), line.Lot, line.IMEI)
 		if errors.Is(err, fs.ErrNotExist) {
 			return line, nil
 		}
 		if err != nil {
-			return line, err
+			return line, fmt.Errorf("%w: bring back the file as it was", err)
 		}
 		line = reissued
 	}

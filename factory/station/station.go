@@ -5,8 +5,8 @@
 package station
 
 import (
+	"bytes"
 	"context"
-	"crypto"
 	"database/sql"
 	_ "embed"
 	"errors"
@@ -479,30 +479,40 @@ func (d *Desk) ticket(ctx context.Context, l *lot, at int) (device, *Ticket, err
 	if published.Revoked != nil {
 		return k, nil, &revokedError{}
 	}
-	line, err := d.line(l, at, k.issue)
+	line, err := d.line(l, at, k.issue, published.Package)
 	if err != nil {
 		return k, nil, err
-	}
-	if !published.Key.(interface {
-		Equal(x crypto.PublicKey) bool
-	}).Equal(line.PublicKey.Key) {
-		return k, nil, fmt.Errorf("the injection package of IMEI %s has another key than the directory: run factory reconcile %s", imei, l.Lot)
 	}
 	return k, &Ticket{imei, l.Lot, k.issue, line, l.jws, d.o.Timeout.Seconds()}, nil
 }
 
-// line is a device's in its injection package. The package of the shard last asked for is kept.
-func (d *Desk) line(l *lot, at, issue int) (line directory.InjectionLine, err error) {
+// line is a device's in its injection package, which must have this SHA-256. The package of the shard last asked for is kept.
+func (d *Desk) line(l *lot, at, issue int, hash []byte) (line directory.InjectionLine, err error) {
 	dir, imei := filepath.Join(d.o.Injection, l.Lot), l.IMEI(at)
+	is := func(path string, have []byte) error {
+		if !bytes.Equal(have, hash) {
+			return fmt.Errorf("%s is not the package of the published keys: factory reconcile %s says what to do", path, l.Lot)
+		}
+		return nil
+	}
 	if issue > 0 {
-		return factory.ReadReissue(filepath.Join(dir, factory.ReissueFile(imei, issue)), l.Manufacturer, l.Lot, imei)
+		path := filepath.Join(dir, factory.ReissueFile(imei, issue))
+		line, have, err := factory.ReadReissue(path, l.Lot, imei)
+		if err != nil {
+			return line, err
+		}
+		return line, is(path, have)
 	}
 	shard := at / l.ShardSize
 	first, _ := l.ShardRange(shard)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.shard != shard {
-		lines, err := factory.ReadPackage(l.Manifest, shard, filepath.Join(dir, factory.InjectionFile(shard)))
+		path := filepath.Join(dir, factory.InjectionFile(shard))
+		lines, packed, err := factory.ReadPackage(l.Manifest, shard, path)
+		if err == nil {
+			err = is(path, packed.Package)
+		}
 		if err != nil {
 			return line, err
 		}

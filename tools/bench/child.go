@@ -5,6 +5,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -90,7 +91,7 @@ func (g *generated) Read(_ context.Context, path string) ([]byte, string, error)
 	for i := range keys {
 		keys[i] = directory.DeviceKey{IMEI: m.IMEI(first + i), Key: g.keys[i].Key}
 	}
-	shard, err := directory.NewShard(m, n, keys)
+	shard, err := directory.NewShard(m, n, keys, make([]byte, sha256.Size))
 	if err != nil {
 		return nil, "", err
 	}
