@@ -192,7 +192,7 @@ type Revocation struct {
 	Reason  string     `json:"reason"`
 	Time    time.Time  `json:"time"`
 	Key     *DeviceKey `json:"key,omitempty"`
-	Package Base64     `json:"package,omitempty"` // with Key, the SHA-256 of the injection package that has its private key
+	Package Base64     `json:"package,omitempty"` // with Key: SHA-256 of the injection package that has the private key
 }
 
 // Of gives a device's entries.

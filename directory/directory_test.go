@@ -72,6 +72,9 @@ func newManifest(t testing.TB, s *Signer, lot string) *Manifest {
 	}
 }
 
+// someHash stands for the SHA-256 of an injection package.
+var someHash = bytes.Repeat([]byte{0xfb}, sha256.Size)
+
 func keysOf(t testing.TB, m *Manifest, n int) []DeviceKey {
 	t.Helper()
 	first, count := m.ShardRange(n)
@@ -135,7 +138,7 @@ func publish(t testing.TB, store Store, s *Signer, m *Manifest) {
 		t.Fatal(err)
 	}
 	for n := range m.Shards() {
-		shard, err := NewShard(m, n, keysOf(t, m, n))
+		shard, err := NewShard(m, n, keysOf(t, m, n), someHash)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -403,7 +406,7 @@ func TestCompromisedStore(t *testing.T) {
 	}
 	m := newManifest(t, s, "L1")
 	keys := keysOf(t, m, 1)
-	good, err := NewShard(m, 1, keys)
+	good, err := NewShard(m, 1, keys, someHash)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -468,6 +471,10 @@ func TestCompromisedStore(t *testing.T) {
 		"another shard":             {sign(t, header, shard(func(s *Shard) { s.Number = 0 }), own), "shard 0"},
 		"in another order":          {sign(t, header, shard(func(s *Shard) { s.Keys[0], s.Keys[1] = s.Keys[1], s.Keys[0] }), own), "key 0 is that of"},
 		"a device missing":          {sign(t, header, shard(func(s *Shard) { s.Keys = s.Keys[:3] }), own), "3 keys"},
+		"of no package":             {sign(t, header, shard(func(s *Shard) { s.Package = nil }), own), "package has 0 bytes"},
+		"a hash cut short":          {sign(t, header, shard(func(s *Shard) { s.Package = s.Package[:31] }), own), "package has 31 bytes"},
+		"a hash too long":           {sign(t, header, shard(func(s *Shard) { s.Package = append(bytes.Clone(s.Package), 0) }), own), "package has 33 bytes"},
+		"a hash that is no base64":  {sign(t, header, bytes.Replace(payload, []byte(`"package":"-`), []byte(`"package":"+`), 1), own), "base64url"},
 		"one key twice":             {sign(t, header, shard(func(s *Shard) { s.Keys[1].Key = s.Keys[0].Key }), own), "have one key"},
 		"a key of the other suite":  {sign(t, header, shard(func(s *Shard) { s.Keys[0].Key = &rsa.PublicKey{N: new(big.Int).SetBytes(m.N), E: 65537} }), own), "suite"},
 		"a private key":             {sign(t, header, bytes.Replace(payload, first, private, 1), own), "not a valid public key"},
@@ -584,7 +591,7 @@ func TestReaderRSA(t *testing.T) {
 		}
 		keys = append(keys, DeviceKey{m.IMEI(i), k.Public()})
 	}
-	shard, err := NewShard(m, 0, keys)
+	shard, err := NewShard(m, 0, keys, someHash)
 	if err == nil {
 		err = Publish(t.Context(), store, ShardPath("L1", 0), s, TypeShard, shard)
 	}
@@ -651,7 +658,7 @@ func (g *generated) Read(_ context.Context, path string) ([]byte, string, error)
 	for i := range keys {
 		keys[i].IMEI = g.m.IMEI(first + i)
 	}
-	shard, err := NewShard(g.m, n, keys)
+	shard, err := NewShard(g.m, n, keys, someHash)
 	if err != nil {
 		g.t.Fatal(err)
 	}
@@ -925,11 +932,18 @@ func TestReissue(t *testing.T) {
 		t.Fatal(err)
 	}
 	step(nil, first, false, 0)
-	step(Reissue(ctx, store, s, m, second, "return 1", now), second.Key, false, 1)
-	step(Reissue(ctx, store, s, m, second, "return 1", now), second.Key, false, 1)
+	if d := device(); !bytes.Equal(d.Package, someHash) {
+		t.Errorf("the package of the first key is %x", d.Package)
+	}
+	anotherHash := bytes.Repeat([]byte{1}, sha256.Size)
+	step(Reissue(ctx, store, s, m, second, someHash, "return 1", now), second.Key, false, 1)
+	step(Reissue(ctx, store, s, m, second, someHash, "return 1", now), second.Key, false, 1)
 	step(Revoke(ctx, store, s, m, imei, "stolen", now), second.Key, true, 2)
 	step(Revoke(ctx, store, s, m, imei, "stolen", now), second.Key, true, 2)
-	step(Reissue(ctx, store, s, m, third, "return 2", now), third.Key, false, 3)
+	step(Reissue(ctx, store, s, m, third, anotherHash, "return 2", now), third.Key, false, 3)
+	if d := device(); !bytes.Equal(d.Package, anotherHash) {
+		t.Errorf("the package of the key issued last is %x", d.Package)
+	}
 	if d, err := NewReader(store, NewVerifier(s.Public()), ReaderOptions{}).Device(ctx, m, m.IMEI(5)); err != nil || d.Revoked == nil {
 		t.Errorf("the other device: %+v, %v", d, err)
 	}
@@ -939,17 +953,31 @@ func TestReissue(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, key := range map[string]DeviceKey{"another lot's device": {stranger, newKey(t).Public()}, "a key of another suite": {imei, &rsaKey.PublicKey}} {
-		if err := Reissue(ctx, store, s, m, key, "x", now); err == nil {
+		if err := Reissue(ctx, store, s, m, key, someHash, "x", now); err == nil {
 			t.Errorf("%s: accepted", name)
 		}
 	}
+	err = Reissue(ctx, store, s, m, DeviceKey{imei, newKey(t).Public()}, nil, "x", now)
+	if err == nil || !strings.Contains(err.Error(), "package has 0 bytes") {
+		t.Errorf("a key of no package: %v", err)
+	}
 	// Lists that the line would never sign.
-	entry := func(n int, key *DeviceKey) Revocation { return Revocation{m.IMEI(n), "x", now.UTC(), key} }
+	entry := func(n int, key *DeviceKey) Revocation {
+		r := Revocation{m.IMEI(n), "x", now.UTC(), key, nil}
+		if key != nil {
+			r.Package = someHash
+		}
+		return r
+	}
+	short, alone := entry(3, &DeviceKey{imei, newKey(t).Public()}), entry(3, nil)
+	short.Package, alone.Package = someHash[1:], someHash
 	for name, list := range map[string]*Revocations{
 		"another device's key": {"L1", 99, []Revocation{entry(3, &DeviceKey{m.IMEI(4), newKey(t).Public()})}},
 		"revoked twice":        {"L1", 99, []Revocation{entry(3, nil), entry(3, nil)}},
 		"not in order":         {"L1", 99, []Revocation{entry(4, nil), entry(3, nil)}},
 		"a key of no suite":    {"L1", 99, []Revocation{entry(3, &DeviceKey{imei, &rsaKey.PublicKey})}},
+		"a hash cut short":     {"L1", 99, []Revocation{short}},
+		"a hash without a key": {"L1", 99, []Revocation{alone}},
 	} {
 		jws, err := s.Sign(TypeRevocations, list)
 		if err != nil {
@@ -961,6 +989,34 @@ func TestReissue(t *testing.T) {
 		}
 		if _, err := NewReader(store, NewVerifier(s.Public()), ReaderOptions{}).Device(ctx, m, imei); !errors.As(err, new(*RefusedError)) {
 			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// What is published, byte for byte: the key is the base point of P-256 (SP 800-186, 3.2.1.3), the hash that of "abc"
+// (FIPS 180-4).
+func TestPublishedEncodings(t *testing.T) {
+	const jwk = `{"kty":"EC","kid":"35209900000001","crv":"P-256","x":"axfR8uEsQkf4vOblY6RA8ncDfYEt6zOg9KE5RdiYwpY",` +
+		`"y":"T-NC4v4af5uO5-tKfA-eFivOM1drMV7Oy7ZAaDe_UfU"}`
+	const sum = `"ungWv48Bz-pBQUDeXa4iI7ADYaOWF3qctBD_YfIAFa0"`
+	imei, _ := kme.ParseIMEI("35209900000001")
+	var key DeviceKey
+	if err := key.UnmarshalJSON([]byte(jwk)); err != nil {
+		t.Fatal(err)
+	}
+	hash, at := sha256.Sum256([]byte("abc")), time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	for _, c := range []struct {
+		v    any
+		want string
+	}{
+		{Shard{"L1", 7, hash[:], []DeviceKey{key}}, `{"lot":"L1","shard":7,"package":` + sum + `,"keys":[` + jwk + `]}`},
+		{Revocation{imei, "RMA 1", at, &key, hash[:]},
+			`{"imei":"35209900000001","reason":"RMA 1","time":"2026-01-02T03:04:05Z","key":` + jwk + `,"package":` + sum + `}`},
+		{Revocation{imei, "stolen", at, nil, nil},
+			`{"imei":"35209900000001","reason":"stolen","time":"2026-01-02T03:04:05Z"}`},
+	} {
+		if have, err := json.Marshal(c.v); err != nil || string(have) != c.want {
+			t.Errorf("%s, %v\nwant\n%s", have, err, c.want)
 		}
 	}
 }
@@ -1122,11 +1178,12 @@ func FuzzVerify(f *testing.F) {
 func FuzzPayloads(f *testing.F) {
 	s := newSigner(f)
 	m := newManifest(f, s, "L1")
-	shard, err := NewShard(m, 0, keysOf(f, m, 0))
+	shard, err := NewShard(m, 0, keysOf(f, m, 0), someHash)
 	if err != nil {
 		f.Fatal(err)
 	}
-	for _, v := range []any{m, shard, &Revocations{Lot: "L1", Version: 1}} {
+	reissued := Revocation{m.IMEI(0), "x", time.Now().UTC(), &shard.Keys[0], someHash}
+	for _, v := range []any{m, shard, &Revocations{Lot: "L1", Version: 1, Revoked: []Revocation{reissued}}} {
 		b, err := json.Marshal(v)
 		if err != nil {
 			f.Fatal(err)
@@ -1144,6 +1201,9 @@ func FuzzPayloads(f *testing.F) {
 		}
 		var anyS Shard
 		if ParseStrict(data, &anyS) == nil && anyS.check(m, 0) == nil {
+			if len(anyS.Package) != sha256.Size {
+				t.Errorf("a shard with the hash %x was accepted", anyS.Package)
+			}
 			for _, k := range anyS.Keys {
 				if key, err := unpack(m.Suite, pack(k.Key)); err != nil || !k.Key.(*ecdsa.PublicKey).Equal(key) {
 					t.Errorf("%v became %v, %v", k.Key, key, err)
@@ -1151,7 +1211,13 @@ func FuzzPayloads(f *testing.F) {
 			}
 		}
 		var anyR Revocations
-		ParseStrict(data, &anyR)
+		if ParseStrict(data, &anyR) == nil && anyR.check(m) == nil {
+			for _, e := range anyR.Revoked {
+				if (e.Key == nil) != (len(e.Package) == 0) || e.Key != nil && len(e.Package) != sha256.Size {
+					t.Errorf("%+v was accepted", e)
+				}
+			}
+		}
 		ParseFixtureEnrolment(data)
 	})
 }

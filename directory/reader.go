@@ -344,9 +344,10 @@ func Revoke(ctx context.Context, store Store, s *Signer, m *Manifest, imei kme.I
 	return revise(ctx, store, s, m, Revocation{IMEI: imei, Reason: reason, Time: now})
 }
 
-// Reissue revokes the key that a device has, and issues it another one, in the injection package whose SHA-256 is pkg. A
-// device that has this key stays as it is.
-func Reissue(ctx context.Context, store Store, s *Signer, m *Manifest, key DeviceKey, pkg []byte, reason string, now time.Time) error {
+// Reissue revokes the key that a device has, and issues it another one, in the injection package whose SHA-256 is pkg.
+// A device that has this key stays as it is.
+func Reissue(ctx context.Context, store Store, s *Signer, m *Manifest, key DeviceKey, pkg []byte, reason string,
+	now time.Time) error {
 	return revise(ctx, store, s, m, Revocation{key.IMEI, reason, now, &key, pkg})
 }
 

@@ -450,7 +450,7 @@ func (l *Line) makeReissue(ctx context.Context, m *directory.Manifest, imei kme.
 	return line, sum[:], durable.WriteFile(path, file.Bytes(), 0o600)
 }
 
-// ReadReissue reads the injection package of one device of a lot, and gives its SHA-256 too.
+// ReadReissue reads the injection package of one device of a lot, and gives the SHA-256 of the file too.
 func ReadReissue(path, lot string, imei kme.IMEI) (line directory.InjectionLine, hash []byte, err error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -485,7 +485,7 @@ func reissues(list *directory.Revocations, dir string) iter.Seq2[string, directo
 	}
 }
 
-// checkReissue refuses a package that is not that of the key which an entry of the revocations has issued.
+// checkReissue refuses a package that is not the one of an entry of the revocations.
 func checkReissue(lot, path string, e directory.Revocation) error {
 	line, hash, err := ReadReissue(path, lot, e.IMEI)
 	if err == nil && (!bytes.Equal(hash, e.Package) || line.PublicKey.Fingerprint() != e.Key.Fingerprint()) {

@@ -437,6 +437,17 @@ func TestProvision(t *testing.T) {
 		}
 		harm(t, pkg(1), "is not the package of the published keys", func([]byte) []byte { return read(filepath.Join(other, "p")) })
 	})
+	t.Run("the journal has another package", func(t *testing.T) {
+		state := filepath.Join(out, "state")
+		j := must(openJournal(t.Context(), state, line.Manufacturer()))
+		if err := errors.Join(j.exec("UPDATE shard SET package = x'00' WHERE number = 5"), j.close()); err != nil {
+			t.Fatal(err)
+		}
+		refused(t, "factory reconcile L1 --repair")
+		must(line.Reconcile(t.Context(), "L1", state, out, true))
+		provision(t, line, out)
+		checkLot(t, line, out)
+	})
 	t.Run("folder not writable", func(t *testing.T) {
 		if _, err := line.Provision(t.Context(), "L1", options("/dev/null/x", 1)); err == nil || !strings.Contains(err.Error(), "cannot be made") {
 			t.Error(err)

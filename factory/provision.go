@@ -252,7 +252,8 @@ func (p *provisioning) generate(ctx context.Context, n int) error {
 	}
 	if was.state > planned && was.pkg != string(shard.Package) {
 		if there != nil {
-			return fmt.Errorf("%s is the package of the published keys, and the journal knows of another: factory reconcile %s --repair puts this one down", path, p.m.Lot)
+			return fmt.Errorf("%s is the package of the published keys, and the journal knows of another: "+
+				"factory reconcile %s --repair puts this one down", path, p.m.Lot)
 		}
 		return fmt.Errorf("%s is not the package that the journal knows of: %s", path, bringBack([]byte(was.pkg)))
 	}
@@ -374,15 +375,16 @@ func (p *provisioning) makeShard(ctx context.Context, n int, path string) (*dire
 	return shard, nil
 }
 
-// ReadPackage reads a shard's injection package, which must be that of this lot and shard, and gives its lines and what is
-// published of it. Whether it is the very package that was made, the caller sees by the published or remembered SHA-256.
-func ReadPackage(m *directory.Manifest, n int, path string) (lines []directory.InjectionLine, shard *directory.Shard, err error) {
+// ReadPackage reads a shard's injection package, which must be that of this lot and shard, and gives its lines and what
+// is published of it. The SHA-256 in there is that of the file as it was read: the caller compares it with the known one.
+func ReadPackage(m *directory.Manifest, n int, path string) ([]directory.InjectionLine, *directory.Shard, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, nil, err
 	}
 	defer f.Close()
 	hash := sha256.New()
+	var lines []directory.InjectionLine
 	var keys []directory.DeviceKey
 	for line, err := range directory.ReadInjection(io.TeeReader(f, hash)) {
 		if err != nil {
@@ -393,13 +395,14 @@ func ReadPackage(m *directory.Manifest, n int, path string) (lines []directory.I
 		}
 		lines, keys = append(lines, line), append(keys, line.PublicKey)
 	}
-	if shard, err = directory.NewShard(m, n, keys, hash.Sum(nil)); err != nil {
+	shard, err := directory.NewShard(m, n, keys, hash.Sum(nil))
+	if err != nil {
 		return nil, nil, fmt.Errorf("%s is damaged: %w", path, err)
 	}
 	return lines, shard, nil
 }
 
-// bringBack is what to do about a package that is not the one whose SHA-256 is known.
+// bringBack is what to do when a package is not the one whose SHA-256 is known.
 func bringBack(hash []byte) string {
-	return fmt.Sprintf("inject no device from it, and bring back the file whose SHA-256 is %x", hash)
+	return fmt.Sprintf("bring back the file whose SHA-256 is %x, and inject from no other", hash)
 }

@@ -28,7 +28,8 @@ type Difference struct {
 	repair   func(context.Context) error
 }
 
-const objectBack = "whoever runs the directory must bring the object back as it was, from a backup; it cannot be published anew in its place"
+const objectBack = "whoever runs the directory must bring the object back as it was, from a backup; " +
+	"it cannot be published anew in its place"
 
 // A Reconciliation is what Reconcile found.
 type Reconciliation struct {
@@ -144,7 +145,7 @@ func (r *Reconciliation) strays(m *directory.Manifest, dir string) error {
 func (l *Line) reissued(ctx context.Context, r *Reconciliation, m *directory.Manifest, dir string) error {
 	list, err := l.reader.ReadRevocations(ctx, m)
 	if refused := new(directory.RefusedError); errors.As(err, &refused) {
-		r.Differences = append(r.Differences, Difference{Shard: -1, What: fmt.Sprintf("directory: %v", err), Remedy: objectBack})
+		r.Differences = append(r.Differences, Difference{Shard: -1, What: "directory: " + err.Error(), Remedy: objectBack})
 		return nil
 	}
 	if err != nil {
@@ -182,7 +183,8 @@ func (l *Line) compare(ctx context.Context, j *journal, m *directory.Manifest, n
 		return &Difference{What: what, Remedy: fmt.Sprintf("bring the package back from where the line keeps it, SHA-256 %x; "+
 			"if it is lost for good, factory lot reissue its devices one by one", there.Package)}, false, nil
 	case there != nil && !there.Equal(packed):
-		return &Difference{What: path + " is not the package of the published keys", Remedy: bringBack(there.Package)}, false, nil
+		return &Difference{What: path + " is not the package of the published keys",
+			Remedy: bringBack(there.Package)}, false, nil
 	case there != nil && was.state == acknowledged && same:
 		return nil, false, nil
 	case there != nil:
@@ -190,7 +192,8 @@ func (l *Line) compare(ctx context.Context, j *journal, m *directory.Manifest, n
 			repair: func(context.Context) error { return j.acknowledged(m.Lot, n, packed.Package) }}, false, nil
 
 	case ferr == nil && was.state > planned && !same:
-		return &Difference{What: "it is not published, and " + path + " is not the package that the journal knows of", Remedy: bringBack([]byte(was.pkg))}, false, nil
+		return &Difference{What: "it is not published, and " + path + " is not the package that the journal knows of",
+			Remedy: bringBack([]byte(was.pkg))}, false, nil
 	case ferr == nil:
 		what := "it is made, and not published"
 		if was.state >= published {
@@ -210,7 +213,8 @@ func (l *Line) compare(ctx context.Context, j *journal, m *directory.Manifest, n
 			return err
 		}}, false, nil
 	case was.state > planned:
-		return &Difference{What: fmt.Sprintf("the journal knows of its keys, it is not published, and %v", ferr), Remedy: fmt.Sprintf("bring the package back, SHA-256 %x: its keys may have been handed out", was.pkg)}, false, nil
+		return &Difference{What: fmt.Sprintf("the journal knows of its keys, it is not published, and %v", ferr),
+			Remedy: fmt.Sprintf("bring the package back, SHA-256 %x: its keys may have been handed out", was.pkg)}, false, nil
 	case missing:
 		return nil, true, nil
 	case known: // planned: a run that was killed left it, and published nothing of it

@@ -35,6 +35,7 @@ func TestReconcile(t *testing.T) {
 		t.Fatalf("%+v", r)
 	}
 	pkg, shard := filepath.Join(out, "L1", InjectionFile(2)), filepath.Join(dir, filepath.FromSlash(directory.ShardPath("L1", 2)))
+	revocations := filepath.Join(dir, filepath.FromSlash(directory.RevocationsPath("L1")))
 	write := func(path string, data []byte) {
 		t.Helper()
 		if err := os.WriteFile(path, data, 0o600); err != nil {
@@ -79,6 +80,7 @@ func TestReconcile(t *testing.T) {
 		"package of other keys, lost":     {func() { remove(shard); write(pkg, must(os.ReadFile(others))) }, "is not the package that the journal knows of", false, false},
 		"both lost":                       {func() { remove(shard); remove(pkg) }, "the journal knows of its keys", false, false},
 		"the directory's is changed":      {func() { write(shard, bytes.ToUpper(signed)) }, "is refused", false, false},
+		"the revocations are changed":     {func() { write(revocations, must(os.ReadFile(shard))) }, "revocations is refused", false, false},
 		"a file that a killed run left":   {func() { write(filepath.Join(out, "L1", ".injection-000002.jsonl123"), nil) }, "left by a run that was killed", true, false},
 		"a file that belongs to nothing":  {func() { write(filepath.Join(out, "L1", "injection-000008.jsonl"), nil) }, "belongs to nothing", false, false},
 		"a file of no name that we write": {func() { write(filepath.Join(out, "L1", "injection-2.jsonl"), nil) }, "belongs to nothing", false, false},
@@ -105,6 +107,7 @@ func TestReconcile(t *testing.T) {
 			for _, stray := range []string{"injection-000008.jsonl", "injection-2.jsonl"} {
 				os.Remove(filepath.Join(out, "L1", stray))
 			}
+			os.Remove(revocations)
 			write(pkg, whole)
 			write(shard, signed)
 			journal("INSERT OR REPLACE INTO shard (manufacturer, lot, number, state, package) VALUES (?, 'L1', 2, 3, ?)", line.Manufacturer(), hash)

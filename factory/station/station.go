@@ -481,27 +481,23 @@ func (d *Desk) ticket(ctx context.Context, l *lot, at int) (device, *Ticket, err
 	}
 	line, err := d.line(l, at, k.issue, published.Package)
 	if err != nil {
-		return k, nil, err
+		return k, nil, fmt.Errorf("%w: factory reconcile %s says what to do", err, l.Lot)
 	}
 	return k, &Ticket{imei, l.Lot, k.issue, line, l.jws, d.o.Timeout.Seconds()}, nil
 }
 
-// line is a device's in its injection package, which must have this SHA-256. The package of the shard last asked for is kept.
+// line is a device's in its injection package, which must have this SHA-256. The package of the shard last asked for is
+// kept.
 func (d *Desk) line(l *lot, at, issue int, hash []byte) (line directory.InjectionLine, err error) {
 	dir, imei := filepath.Join(d.o.Injection, l.Lot), l.IMEI(at)
-	is := func(path string, have []byte) error {
-		if !bytes.Equal(have, hash) {
-			return fmt.Errorf("%s is not the package of the published keys: factory reconcile %s says what to do", path, l.Lot)
-		}
-		return nil
-	}
+	another := func(path string) error { return fmt.Errorf("%s is not the package of the published key", path) }
 	if issue > 0 {
 		path := filepath.Join(dir, factory.ReissueFile(imei, issue))
 		line, have, err := factory.ReadReissue(path, l.Lot, imei)
-		if err != nil {
-			return line, err
+		if err == nil && !bytes.Equal(have, hash) {
+			err = another(path)
 		}
-		return line, is(path, have)
+		return line, err
 	}
 	shard := at / l.ShardSize
 	first, _ := l.ShardRange(shard)
@@ -510,8 +506,8 @@ func (d *Desk) line(l *lot, at, issue int, hash []byte) (line directory.Injectio
 	if l.shard != shard {
 		path := filepath.Join(dir, factory.InjectionFile(shard))
 		lines, packed, err := factory.ReadPackage(l.Manifest, shard, path)
-		if err == nil {
-			err = is(path, packed.Package)
+		if err == nil && !bytes.Equal(packed.Package, hash) {
+			err = another(path)
 		}
 		if err != nil {
 			return line, err

@@ -241,13 +241,28 @@ func TestOnlyPublished(t *testing.T) {
 	path := filepath.Join(s.Injection, "L1", factory.InjectionFile(0))
 	good := must(os.ReadFile(path))
 	lines := strings.SplitAfter(string(good), "\n")
-	// A line with the key of another device of ours.
-	key := regexp.MustCompile(`"x":"[^"]*","y":"[^"]*"`)
-	if err := os.WriteFile(path, []byte(key.ReplaceAllString(lines[0], key.FindString(lines[1]))+strings.Join(lines[1:], "")), 0o600); err != nil {
-		t.Fatal(err)
+	key, wrapped := regexp.MustCompile(`"x":"[^"]*","y":"[^"]*"`), regexp.MustCompile(`"wrapped":"[^"]*"`)
+	write := func(path, text string) {
+		t.Helper()
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
 	}
-	if _, err := d.Next(ctx, "A", "L1"); err == nil || !strings.Contains(err.Error(), "factory reconcile") {
-		t.Errorf("another key than the published one: %v", err)
+	refused := func(path string, err error) {
+		t.Helper()
+		if err == nil || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), "factory reconcile L1") {
+			t.Error(err)
+		}
+	}
+	// A line with the key of another device of ours, its public or its private one.
+	for _, of := range []*regexp.Regexp{key, wrapped} {
+		write(path, of.ReplaceAllString(lines[0], of.FindString(lines[1]))+strings.Join(lines[1:], ""))
+		_, err := d.Next(ctx, "A", "L1")
+		refused(path, err)
+	}
+	write(path, string(good))
+	if ticket, err := d.Next(ctx, "A", "L1"); err != nil || ticket.IMEI != s.manifest.IMEI(0) {
+		t.Errorf("once the package is back: %v, %v", ticket, err)
 	}
 	if err := os.Remove(path); err != nil {
 		t.Fatal(err)
@@ -255,9 +270,7 @@ func TestOnlyPublished(t *testing.T) {
 	if err := s.line.Revoke(ctx, "L1", s.manifest.IMEI(1), "stolen"); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(path, good, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	write(path, string(good))
 	d.Close()
 	d = s.open(t)
 	ticket, err := d.Next(ctx, "A", "L1")
@@ -283,6 +296,18 @@ func TestOnlyPublished(t *testing.T) {
 	}
 	if err := d.Report(ctx, "A", "L1", ticket.IMEI, Scrapped, ""); err != nil {
 		t.Error(err)
+	}
+	// The package of a new key.
+	returned := s.manifest.IMEI(20)
+	path = must(s.line.Reissue(ctx, "L1", returned, "return 1", s.Injection))
+	good = must(os.ReadFile(path))
+	write(path, wrapped.ReplaceAllString(string(good), wrapped.FindString(lines[1])))
+	time.Sleep(1100 * time.Millisecond)
+	_, err = d.Named(ctx, "A", "L1", returned)
+	refused(path, err)
+	write(path, string(good))
+	if ticket, err := d.Named(ctx, "A", "L1", returned); err != nil || ticket.Issue != 1 {
+		t.Errorf("once the package is back: %+v, %v", ticket, err)
 	}
 }
 
