@@ -1021,6 +1021,30 @@ func TestPublishedEncodings(t *testing.T) {
 	}
 }
 
+func TestShardEqual(t *testing.T) {
+	m := newManifest(t, newSigner(t), "L1")
+	keys := keysOf(t, m, 0)
+	shard := func(n int, key DeviceKey, hash []byte) *Shard {
+		return &Shard{"L1", n, hash, []DeviceKey{keys[0], key}}
+	}
+	one := shard(0, keys[1], someHash)
+	for name, c := range map[string]struct {
+		other *Shard
+		want  bool
+	}{
+		"the same":        {shard(0, keys[1], bytes.Clone(someHash)), true},
+		"another number":  {shard(1, keys[1], someHash), false},
+		"another key":     {shard(0, DeviceKey{keys[1].IMEI, newKey(t).Public()}, someHash), false},
+		"another IMEI":    {shard(0, DeviceKey{keys[2].IMEI, keys[1].Key}, someHash), false},
+		"another package": {shard(0, keys[1], someHash[1:]), false},
+		"a key fewer":     {&Shard{"L1", 0, someHash, keys[:1]}, false},
+	} {
+		if one.Equal(c.other) != c.want || c.other.Equal(one) != c.want {
+			t.Errorf("%s: not %v", name, c.want)
+		}
+	}
+}
+
 func TestInjection(t *testing.T) {
 	imei, _ := kme.ParseIMEI("35209900000001")
 	key := newKey(t)

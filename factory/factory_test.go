@@ -359,6 +359,11 @@ func TestProvision(t *testing.T) {
 	t.Run("published, package of another shard", func(t *testing.T) {
 		harm(t, pkg(2), "not of this lot and shard", func([]byte) []byte { return read(pkg(3)) })
 	})
+	t.Run("published, package of another lot", func(t *testing.T) {
+		harm(t, pkg(2), "not of this lot and shard", func(b []byte) []byte {
+			return bytes.Replace(b, []byte(`"lot":"L1"`), []byte(`"lot":"L2"`), 1)
+		})
+	})
 	t.Run("shard tampered with", func(t *testing.T) { harm(t, shard(2), "refused", flip) })
 	t.Run("shard truncated", func(t *testing.T) { harm(t, shard(2), "refused", truncate) })
 	t.Run("another shard in its place", func(t *testing.T) { harm(t, shard(2), "it is shard 3", func([]byte) []byte { return read(shard(3)) }) })

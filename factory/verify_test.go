@@ -234,6 +234,17 @@ func TestReissue(t *testing.T) {
 	if v, err = VerifyLot(t.Context(), line.store, line.verifier, "L1", out, nil); err != nil || len(v.Problems) != 2 {
 		t.Errorf("%+v, %v", v, err)
 	}
+	// What the line would never sign: another key than that of the package.
+	other := m.IMEI(6)
+	_, hash, err := line.makeReissue(t.Context(), m, other, 1, filepath.Join(out, "L1", ReissueFile(other, 1)))
+	key := directory.DeviceKey{IMEI: other, Key: &must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader)).PublicKey}
+	if err := errors.Join(err, directory.Reissue(t.Context(), line.store, line.signer, m, key, hash, "x", time.Now())); err != nil {
+		t.Fatal(err)
+	}
+	v, err = VerifyLot(t.Context(), line.store, line.verifier, "L1", out, nil)
+	if err != nil || len(v.Problems) != 3 || !strings.Contains(v.Problems[2], "is not the package of the published key") {
+		t.Errorf("%+v, %v", v, err)
+	}
 	for name, err := range map[string]error{
 		"a damaged package": second(line.Reissue(t.Context(), "L1", m.IMEI(0), "r", "", damaged(t, m, out))),
 		"no reason":         second(line.Reissue(t.Context(), "L1", imei, " ", "", out)),
