@@ -236,9 +236,9 @@ func (p *provisioning) generate(ctx context.Context, n int) error {
 	case there != nil && lost:
 		return fmt.Errorf("its public keys are published, but its injection package %s is missing: bring it back from where the line keeps it; the private keys are nowhere else", path)
 	case there != nil:
-		return fmt.Errorf("%w: its public keys are published, so bring back the file as it was", err)
+		return fmt.Errorf("%w: its public keys are published, so %s", err, bringBack(there.Package))
 	case was.state > planned: // and so its keys may have been published
-		return fmt.Errorf("%w: the journal knows of its keys, so bring back the file as it was", err)
+		return fmt.Errorf("%w: the journal knows of its keys, so %s", err, bringBack([]byte(was.pkg)))
 	case !lost && !known: // not ours: this run's journal never began it
 		return fmt.Errorf("%w: it was never published, so remove the file and run this again to make its keys anew", err)
 	default:

@@ -114,7 +114,7 @@ func TestChangedWrappedKey(t *testing.T) {
 	m := must(line.CreateLot(t.Context(), spec(t, "L1", 0, 8)))
 	out, returned := t.TempDir(), m.IMEI(5)
 	provision(t, line, out)
-	reissued := must(line.Reissue(t.Context(), "L1", returned, "return 1", out))
+	reissued := must(line.Reissue(t.Context(), "L1", returned, "return 1", "", out))
 	verify := func(t *testing.T) []string {
 		t.Helper()
 		return must(VerifyLot(t.Context(), line.store, line.verifier, "L1", out, nil)).Problems
@@ -135,7 +135,7 @@ func TestChangedWrappedKey(t *testing.T) {
 	}
 	reissueAgain := func(t *testing.T) []string {
 		t.Helper()
-		if _, err := line.Reissue(t.Context(), "L1", returned, "return 1", out); err != nil {
+		if _, err := line.Reissue(t.Context(), "L1", returned, "return 1", "", out); err != nil {
 			return []string{err.Error()}
 		}
 		return nil
@@ -236,7 +236,7 @@ func TestReissue(t *testing.T) {
 	}
 	// What the line would never sign: another key than that of the package.
 	other := m.IMEI(6)
-	_, hash, err := line.makeReissue(t.Context(), m, other, 1, filepath.Join(out, "L1", ReissueFile(other, 1)))
+	_, hash, err := line.makeReissue(t.Context(), m, other, 1, "", filepath.Join(out, "L1", ReissueFile(other, 1)))
 	key := directory.DeviceKey{IMEI: other, Key: &must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader)).PublicKey}
 	if err := errors.Join(err, directory.Reissue(t.Context(), line.store, line.signer, m, key, hash, "x", time.Now())); err != nil {
 		t.Fatal(err)

@@ -299,7 +299,7 @@ func TestOnlyPublished(t *testing.T) {
 	}
 	// The package of a new key.
 	returned := s.manifest.IMEI(20)
-	path = must(s.line.Reissue(ctx, "L1", returned, "return 1", s.Injection))
+	path = must(s.line.Reissue(ctx, "L1", returned, "return 1", "", s.Injection))
 	good = must(os.ReadFile(path))
 	write(path, wrapped.ReplaceAllString(string(good), wrapped.FindString(lines[1])))
 	time.Sleep(1100 * time.Millisecond)
