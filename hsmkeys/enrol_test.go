@@ -245,7 +245,7 @@ func TestSides(t *testing.T) {
 			if err != nil || len(found) != 1 {
 				t.Fatal(found, err)
 			}
-			if err := s.SetAttributeValue(s.h, found[0], attributes{attr(pkcs11.CKA_VALUE, "{}")}); err == nil {
+			if err := s.SetAttributeValue(s.h, found[0], attributes{attr(pkcs11.CKA_APPLICATION, "{}")}); err == nil {
 				t.Error("it was changed")
 			}
 			if err := s.DestroyObject(s.h, found[0]); err == nil {

@@ -17,7 +17,8 @@ const (
 	Operator Side = "operator" // the operator's
 )
 
-// A Dedication says what a token is for. It is a data object in the token, which init makes and nobody can change.
+// A Dedication says what a token is for. It is a data object in the token, which init makes and nobody can change: JSON
+// in its CKA_APPLICATION, since nothing of ours ever asks a token for a CKA_VALUE.
 type Dedication struct {
 	Side Side     `json:"role"`
 	Weak []string `json:"weak,omitempty"` // what the token does not keep secret as it should, and who made it was told and accepted
@@ -30,7 +31,7 @@ var ErrNotDedicated = errors.New("the token has no keys of this project yet: run
 
 // Dedicate says for ever that the token is of one side. A token that is of the other is refused; of one that is dedicated already, nothing changes.
 func (t *Token) Dedicate(ctx context.Context, d Dedication) (created bool, err error) {
-	value, err := json.Marshal(d)
+	text, err := json.Marshal(d)
 	if err != nil {
 		return false, err
 	}
@@ -40,7 +41,7 @@ func (t *Token) Dedicate(ctx context.Context, d Dedication) (created bool, err e
 		}
 		_, err := s.create(attributes{
 			attr(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_PRIVATE, false),
-			attr(pkcs11.CKA_LABEL, dedicationLabel), attr(pkcs11.CKA_APPLICATION, "kmehsm"), attr(pkcs11.CKA_VALUE, value),
+			attr(pkcs11.CKA_LABEL, dedicationLabel), attr(pkcs11.CKA_APPLICATION, text),
 			attr(pkcs11.CKA_DESTROYABLE, false), attr(pkcs11.CKA_COPYABLE, false), attr(pkcs11.CKA_MODIFIABLE, false),
 		})
 		return err == nil, explainIf("say in the token what it is for", err)
@@ -95,7 +96,7 @@ func (t *Token) dedication(s *session) (*Dedication, error) {
 	default:
 		return nil, fmt.Errorf("%s has %d objects %q: somebody has put another beside the one of its init; remove it with the token's own tool", t, len(found), dedicationLabel)
 	}
-	a, err := s.GetAttributeValue(s.h, found[0], attributes{attr(pkcs11.CKA_VALUE, nil)})
+	a, err := s.GetAttributeValue(s.h, found[0], attributes{attr(pkcs11.CKA_APPLICATION, nil)})
 	if err != nil {
 		return nil, explain("ask what the token is for", err)
 	}

@@ -31,6 +31,7 @@ func provisioning(t *testing.T, devices int) (w *world, server *vaulttest.Server
 	server.Mount(t, "kme", "2")
 	w = newWorld(t, nil, "VAULT_ADDR="+server.Addr, "VAULT_TOKEN="+server.Root)
 	w.run(w.factory, "factory", "init")
+	w.enrolFixture()
 	w.run(w.factory, "factory", "lot", "create", "L1", "--directory", "vault:kme", "--tac", "35209900", "--first", "0", "--count", fmt.Sprint(devices), "--bits", "2048", "--shard-size", "50")
 	args = []string{"lot", "provision", "L1", "--directory", "vault:kme"}
 	run = testproc.Start(t, w.command(w.factory, "factory", args...), func(*testproc.Process) bool {

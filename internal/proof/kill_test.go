@@ -21,6 +21,7 @@ func TestKilledWhilePublishingToVault(t *testing.T) {
 	server.Mount(t, "kme", "2")
 	w := newWorld(t, nil, "VAULT_ADDR="+server.Addr, "VAULT_TOKEN="+server.Root)
 	w.run(w.factory, "factory", "init")
+	w.enrolFixture()
 	shards, size, rounds, window := 50, 100, 20, 150
 	if os.Getenv("KMEHSM_SOAK") != "" { // make soak
 		shards, size, rounds, window = 400, 50, 200, 130

@@ -109,10 +109,7 @@ func (w *world) setUp(lots ...lotOf) {
 	manufacturer := field(w.t, w.run(w.factory, "factory", "init", "--json"), "manufacturer")
 	w.run(w.operator, "keysvc", "init")
 	transport := field(w.t, w.run(w.operator, "keysvc", "transport", "new", "--json"), "thumbprint")
-	for _, args := range [][]string{{"genrsa", "-out", "fixture.key", "3072"}, {"rsa", "-in", "fixture.key", "-pubout", "-out", "fixture.pem"}} {
-		w.openssl(nil, args...)
-	}
-	w.run(w.factory, "factory", "fixture", "enroll", "f1", "--fixture-key", "fixture.pem", "--so-pin-source", "file:"+w.factory.SOPINFile, "--out", "fixture.json")
+	w.enrolFixture()
 	w.run(w.factory, "factory", "operator", "enroll", "op", "--transport-key", "var/keysvc/transport.json",
 		"--thumbprint", transport, "--so-pin-source", "file:"+w.factory.SOPINFile, "--out", "enrolment.jws")
 	w.run(w.operator, "keysvc", "enroll", "enrolment.jws", "--manufacturer", "var/factory/manufacturer.pem",
@@ -128,6 +125,15 @@ func (w *world) setUp(lots ...lotOf) {
 	}
 	w.run(w.factory, "factory", "doctor")
 	w.run(w.operator, "keysvc", "doctor")
+}
+
+// enrolFixture makes a fixture's key in software, as the fixture's own, and enrols it.
+func (w *world) enrolFixture() {
+	w.t.Helper()
+	for _, args := range [][]string{{"genrsa", "-out", "fixture.key", "3072"}, {"rsa", "-in", "fixture.key", "-pubout", "-out", "fixture.pem"}} {
+		w.openssl(nil, args...)
+	}
+	w.run(w.factory, "factory", "fixture", "enroll", "f1", "--fixture-key", "fixture.pem", "--so-pin-source", "file:"+w.factory.SOPINFile, "--out", "fixture.json")
 }
 
 // field is one of a command's JSON document.
