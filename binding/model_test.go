@@ -536,7 +536,7 @@ func TestRevokedWhileBound(t *testing.T) {
 	if err := prepare(); err != nil {
 		t.Fatal(err)
 	}
-	if err := directory.Revoke(t.Context(), m.store, m.Signer, l.Manifest, d.imei, "stolen", time.Now()); err != nil {
+	if err := directory.Revoke(t.Context(), m.store, m.Signer, l.Manifest, []kme.IMEI{d.imei}, "stolen", time.Now(), nil); err != nil {
 		t.Fatal(err)
 	}
 	r.readers[m.KeyID()] = m.reader(t) // one that has not cached the list
@@ -547,6 +547,27 @@ func TestRevokedWhileBound(t *testing.T) {
 	if err := prepare(); err != nil {
 		t.Error(err)
 	}
+}
+
+// A lot that the manufacturer revokes: none of its devices is bound any more, and none that is bound is served on.
+func TestRevokedLot(t *testing.T) {
+	r, m, l := newServed(t)
+	imsi, d := newIMSI(), l.devices[0]
+	payload, _ := d.payload(t)
+	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, d.imei.String(), r.attempt(t, imsi),
+		payload, here, false))
+	r.activate(t, imsi)
+	if err := directory.RevokeLot(t.Context(), m.store, m.Signer, l.Manifest, "its key has leaked", time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	r.readers[m.KeyID()] = m.reader(t) // one that has not cached the list
+	r.serve(t)
+	_, err := r.service.PrepareVector(t.Context(), imsi, newRANDs(1), here)
+	checkRefused(t, "a vector for a device of a revoked lot", err, kme.RevokedDevice, "")
+	other := newIMSI()
+	payload, _ = l.devices[1].payload(t)
+	_, err = r.service.EstablishKME(t.Context(), other, l.devices[1].imei.String(), r.attempt(t, other), payload, here, false)
+	checkRefused(t, "a payload of a device of a revoked lot", err, kme.RevokedDevice, "")
 }
 
 // Only who asks for it gets the KME, and also with an answer that is given again.

@@ -147,7 +147,7 @@ func TestBeforeTheHSM(t *testing.T) {
 	must[*binding.Established](t)(r.service.EstablishKME(ctx, used, l.devices[1].imei.String(), usedAttempt,
 		earlier, here, false))
 
-	if err := directory.Revoke(ctx, m.store, m.Signer, l.Manifest, l.devices[2].imei, "stolen", time.Now()); err != nil {
+	if err := directory.Revoke(ctx, m.store, m.Signer, l.Manifest, []kme.IMEI{l.devices[2].imei}, "stolen", time.Now(), nil); err != nil {
 		t.Fatal(err)
 	}
 	unpublished := m.newLot(t, "L2", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 100, newDevices(t, 1)...)
@@ -646,7 +646,7 @@ func TestNotSent(t *testing.T) {
 	r.recorder.mu.Lock()
 	r.recorder.before = nil
 	r.recorder.mu.Unlock()
-	if err := directory.Revoke(t.Context(), m.store, m.Signer, l.Manifest, d.imei, "stolen", time.Now()); err != nil {
+	if err := directory.Revoke(t.Context(), m.store, m.Signer, l.Manifest, []kme.IMEI{d.imei}, "stolen", time.Now(), nil); err != nil {
 		t.Fatal(err)
 	}
 	r.readers[m.KeyID()] = m.reader(t) // one that has not cached the list

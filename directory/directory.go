@@ -15,7 +15,6 @@ import (
 	"io"
 	"math/big"
 	"regexp"
-	"sort"
 	"strings"
 	"time"
 
@@ -57,11 +56,10 @@ func CheckName(name string) error {
 	return nil
 }
 
-// ManifestPath, ShardPath and RevocationsPath say where in a store an object of a lot is.
+// ManifestPath, ShardPath and ShardsPath say where in a store an object of a lot is.
 func ManifestPath(lot string) string     { return "lots/" + lot + "/manifest" }
 func ShardPath(lot string, n int) string { return fmt.Sprintf("lots/%s/shards/%06d", lot, n) }
 func ShardsPath(lot string) string       { return "lots/" + lot + "/shards" }
-func RevocationsPath(lot string) string  { return "lots/" + lot + "/revocations" }
 
 // Validate refuses a manifest that does not hold together.
 func (m *Manifest) Validate() error {
@@ -174,69 +172,6 @@ func (m *Manifest) IMEI(position int) kme.IMEI {
 		position -= r.Count
 	}
 	return kme.IMEI{}
-}
-
-// Revocations lists the device keys of a lot that are not to be trusted any more, and those that came in their place. It is
-// the one object that changes: Version counts up from 1, and a reader refuses to go back. The entries are in the order of
-// their IMEIs, and those of one IMEI in the order of time: the last one counts.
-type Revocations struct {
-	Lot     string       `json:"lot"`
-	Version int          `json:"version"`
-	Revoked []Revocation `json:"revoked"`
-}
-
-// A Revocation is one device's. The key that the device had before is not to be trusted any more; with Key, the device was
-// issued that one instead, else it is not to be trusted at all.
-type Revocation struct {
-	IMEI    kme.IMEI   `json:"imei"`
-	Reason  string     `json:"reason"`
-	Time    time.Time  `json:"time"`
-	Key     *DeviceKey `json:"key,omitempty"`
-	Package Base64     `json:"package,omitempty"` // with Key: SHA-256 of the injection package that has the private key
-}
-
-// Of gives a device's entries.
-func (r *Revocations) Of(imei kme.IMEI) []Revocation {
-	name := imei.String()
-	first := sort.Search(len(r.Revoked), func(i int) bool { return r.Revoked[i].IMEI.String() >= name })
-	end := first
-	for end < len(r.Revoked) && r.Revoked[end].IMEI == imei {
-		end++
-	}
-	return r.Revoked[first:end]
-}
-
-// check refuses a list that is not the lot's, not in order, or says nothing new in an entry.
-func (r *Revocations) check(m *Manifest) error {
-	if r.Lot != m.Lot || r.Version < 1 {
-		return fmt.Errorf("it is version %d of lot %q", r.Version, r.Lot)
-	}
-	for i, e := range r.Revoked {
-		var before *Revocation
-		if i > 0 {
-			before = &r.Revoked[i-1]
-		}
-		switch _, ok := m.Position(e.IMEI); {
-		case !ok || before != nil && before.IMEI.String() > e.IMEI.String():
-			return fmt.Errorf("IMEI %s is not in the lot, or not in order", e.IMEI)
-		case before != nil && before.IMEI == e.IMEI && before.Key == nil && e.Key == nil:
-			return fmt.Errorf("IMEI %s is revoked twice", e.IMEI)
-		case e.Key != nil && e.Key.IMEI != e.IMEI:
-			return fmt.Errorf("the key issued to IMEI %s is that of %s", e.IMEI, e.Key.IMEI)
-		case e.Key == nil && e.Package != nil:
-			return fmt.Errorf("IMEI %s was issued an injection package without a key", e.IMEI)
-		}
-		if e.Key != nil {
-			err := m.Suite.CheckDevice(e.Key.Key)
-			if err == nil {
-				err = checkPackage(e.Package)
-			}
-			if err != nil {
-				return fmt.Errorf("the key issued to IMEI %s: %w", e.IMEI, err)
-			}
-		}
-	}
-	return nil
 }
 
 // Base64 is bytes that JSON has as base64url without padding, as JOSE does (RFC 7515 section 2).

@@ -756,7 +756,7 @@ func TestRevocations(t *testing.T) {
 		t.Error("revoked before it was")
 	}
 	for range 2 {
-		if err := Revoke(ctx, store, s, m, m.IMEI(3), "stolen", now); err != nil {
+		if err := Revoke(ctx, store, s, m, []kme.IMEI{m.IMEI(3)}, "stolen", now, nil); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -770,14 +770,14 @@ func TestRevocations(t *testing.T) {
 	var all sync.WaitGroup
 	for _, i := range []int{1, 5, 0, 9} {
 		all.Go(func() {
-			if err := Revoke(ctx, store, s, m, m.IMEI(i), "lost", now); err != nil {
+			if err := Revoke(ctx, store, s, m, []kme.IMEI{m.IMEI(i)}, "lost", now, nil); err != nil {
 				t.Error(err)
 			}
 		})
 	}
 	all.Wait()
 	list, err := r.ReadRevocations(ctx, m)
-	if err != nil || list.Version != 5 || len(list.Revoked) != 5 {
+	if err != nil || len(list.Parts) != 1 || list.Parts[0].Version != 5 || fmt.Sprintf("%x", []byte(list.Parts[0].Revoked)) != "d440" {
 		t.Fatalf("%+v, %v", list, err)
 	}
 	if !revoked(9) {
@@ -798,10 +798,10 @@ func TestRevocations(t *testing.T) {
 	stranger, _ := kme.ParseIMEI("35209902000000")
 	store.down.Store(false)
 	for name, err := range map[string]error{
-		"another lot's device": Revoke(ctx, store, s, m, stranger, "x", now),
-		"no reason":            Revoke(ctx, store, s, m, m.IMEI(2), " ", now),
-		"a long reason":        Revoke(ctx, store, s, m, m.IMEI(2), strings.Repeat("x", 201), now),
-		"another's list":       Revoke(ctx, store, newSigner(t), m, m.IMEI(2), "x", now),
+		"another lot's device": Revoke(ctx, store, s, m, []kme.IMEI{stranger}, "x", now, nil),
+		"no reason":            Revoke(ctx, store, s, m, []kme.IMEI{m.IMEI(2)}, " ", now, nil),
+		"a long reason":        Revoke(ctx, store, s, m, []kme.IMEI{m.IMEI(2)}, strings.Repeat("x", 201), now, nil),
+		"another's list":       Revoke(ctx, store, newSigner(t), m, []kme.IMEI{m.IMEI(2)}, "x", now, nil),
 	} {
 		if err == nil {
 			t.Errorf("%s: accepted", name)
@@ -830,7 +830,7 @@ func TestOverdue(t *testing.T) {
 		t.Fatalf("%v, %+v", err, told)
 	}
 	store.down.Store(false)
-	if err := errors.Join(look(), Revoke(ctx, store, s, m, m.IMEI(3), "stolen", now), look()); err != nil {
+	if err := errors.Join(look(), Revoke(ctx, store, s, m, []kme.IMEI{m.IMEI(3)}, "stolen", now, nil), look()); err != nil {
 		t.Fatal(err)
 	}
 	if got := r.Overdue(); len(got) != 0 || len(told) != 1 {
@@ -841,16 +841,7 @@ func TestOverdue(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	put := func(jws []byte) {
-		t.Helper()
-		_, version, err := store.Read(ctx, RevocationsPath("L1"))
-		if err == nil {
-			err = store.Update(ctx, RevocationsPath("L1"), jws, version)
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
+	put := func(jws []byte) { put(t, store, RevocationsPath("L1"), jws) }
 	older, err := s.Sign(TypeRevocations, &Revocations{Lot: "L1"})
 	if err != nil {
 		t.Fatal(err)
@@ -927,8 +918,11 @@ func TestReissue(t *testing.T) {
 		if d := device(); err != nil || !same(d.Key, key) || (d.Revoked != nil) != revoked || len(d.History) != history {
 			t.Errorf("%+v, %v", d, err)
 		}
+		if got, err := NewReader(store, NewVerifier(s.Public()), ReaderOptions{}).Revoked(ctx, m, imei); got != revoked || err != nil {
+			t.Errorf("the list alone: %v, %v", got, err)
+		}
 	}
-	if err := Revoke(ctx, store, s, m, m.IMEI(5), "stolen", now); err != nil {
+	if err := Revoke(ctx, store, s, m, []kme.IMEI{m.IMEI(5)}, "stolen", now, nil); err != nil {
 		t.Fatal(err)
 	}
 	step(nil, first, false, 0)
@@ -938,8 +932,8 @@ func TestReissue(t *testing.T) {
 	anotherHash := bytes.Repeat([]byte{1}, sha256.Size)
 	step(Reissue(ctx, store, s, m, second, someHash, "return 1", now), second.Key, false, 1)
 	step(Reissue(ctx, store, s, m, second, someHash, "return 1", now), second.Key, false, 1)
-	step(Revoke(ctx, store, s, m, imei, "stolen", now), second.Key, true, 2)
-	step(Revoke(ctx, store, s, m, imei, "stolen", now), second.Key, true, 2)
+	step(Revoke(ctx, store, s, m, []kme.IMEI{imei}, "stolen", now, nil), second.Key, true, 2)
+	step(Revoke(ctx, store, s, m, []kme.IMEI{imei}, "stolen", now, nil), second.Key, true, 2)
 	step(Reissue(ctx, store, s, m, third, anotherHash, "return 2", now), third.Key, false, 3)
 	if d := device(); !bytes.Equal(d.Package, anotherHash) {
 		t.Errorf("the package of the key issued last is %x", d.Package)
@@ -961,7 +955,7 @@ func TestReissue(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "package has 0 bytes") {
 		t.Errorf("a key of no package: %v", err)
 	}
-	// Lists that the line would never sign.
+	// Parts that the line would never sign.
 	entry := func(n int, key *DeviceKey) Revocation {
 		r := Revocation{m.IMEI(n), "x", now.UTC(), key, nil}
 		if key != nil {
@@ -971,22 +965,17 @@ func TestReissue(t *testing.T) {
 	}
 	short, alone := entry(3, &DeviceKey{imei, newKey(t).Public()}), entry(3, nil)
 	short.Package, alone.Package = someHash[1:], someHash
-	for name, list := range map[string]*Revocations{
-		"another device's key": {"L1", 99, []Revocation{entry(3, &DeviceKey{m.IMEI(4), newKey(t).Public()})}},
-		"revoked twice":        {"L1", 99, []Revocation{entry(3, nil), entry(3, nil)}},
-		"not in order":         {"L1", 99, []Revocation{entry(4, nil), entry(3, nil)}},
-		"a key of no suite":    {"L1", 99, []Revocation{entry(3, &DeviceKey{imei, &rsaKey.PublicKey})}},
-		"a hash cut short":     {"L1", 99, []Revocation{short}},
-		"a hash without a key": {"L1", 99, []Revocation{alone}},
+	for name, part := range map[string]*RevocationPart{
+		"another device's key": {"L1", 0, 99, []Revocation{entry(3, &DeviceKey{m.IMEI(4), newKey(t).Public()})}},
+		"revoked twice":        {"L1", 0, 99, []Revocation{entry(3, nil), entry(3, nil)}},
+		"not in order":         {"L1", 0, 99, []Revocation{entry(4, nil), entry(3, nil)}},
+		"a key of no suite":    {"L1", 0, 99, []Revocation{entry(3, &DeviceKey{imei, &rsaKey.PublicKey})}},
+		"a hash cut short":     {"L1", 0, 99, []Revocation{short}},
+		"a hash without a key": {"L1", 0, 99, []Revocation{alone}},
+		"another lot's":        {"L2", 0, 99, nil},
+		"another part":         {"L1", 1, 99, nil},
 	} {
-		jws, err := s.Sign(TypeRevocations, list)
-		if err != nil {
-			t.Fatal(err)
-		}
-		_, version, _ := store.Read(ctx, RevocationsPath("L1"))
-		if err := store.Update(ctx, RevocationsPath("L1"), jws, version); err != nil {
-			t.Fatal(err)
-		}
+		put(t, store, RevocationPartPath("L1", 0), must[[]byte](t)(s.Sign(TypeRevocationPart, part)))
 		if _, err := NewReader(store, NewVerifier(s.Public()), ReaderOptions{}).Device(ctx, m, imei); !errors.As(err, new(*RefusedError)) {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -1042,6 +1031,18 @@ func TestShardEqual(t *testing.T) {
 		if one.Equal(c.other) != c.want || c.other.Equal(one) != c.want {
 			t.Errorf("%s: not %v", name, c.want)
 		}
+	}
+}
+
+// put replaces what a store has, as whoever runs it may.
+func put(t testing.TB, store Store, path string, jws []byte) {
+	t.Helper()
+	_, version, err := store.Read(t.Context(), path)
+	if err == nil || errors.Is(err, ErrNotFound) {
+		err = store.Update(t.Context(), path, jws, version)
+	}
+	if err != nil {
+		t.Fatal(err)
 	}
 }
 
@@ -1207,7 +1208,8 @@ func FuzzPayloads(f *testing.F) {
 		f.Fatal(err)
 	}
 	reissued := Revocation{m.IMEI(0), "x", time.Now().UTC(), &shard.Keys[0], someHash}
-	for _, v := range []any{m, shard, &Revocations{Lot: "L1", Version: 1, Revoked: []Revocation{reissued}}} {
+	part := &RevocationPart{Lot: "L1", Version: 1, Revoked: []Revocation{reissued}}
+	for _, v := range []any{m, shard, &Revocations{Lot: "L1", Version: 1}, part} {
 		b, err := json.Marshal(v)
 		if err != nil {
 			f.Fatal(err)
@@ -1236,7 +1238,14 @@ func FuzzPayloads(f *testing.F) {
 		}
 		var anyR Revocations
 		if ParseStrict(data, &anyR) == nil && anyR.check(m) == nil {
-			for _, e := range anyR.Revoked {
+			for i := range m.Devices() {
+				anyR.revokes(i)
+			}
+		}
+		var anyP RevocationPart
+		if ParseStrict(data, &anyP) == nil && anyP.check(m, 0) == nil {
+			anyP.bitmap(m)
+			for _, e := range anyP.Revoked {
 				if (e.Key == nil) != (len(e.Package) == 0) || e.Key != nil && len(e.Package) != sha256.Size {
 					t.Errorf("%+v was accepted", e)
 				}

@@ -2,6 +2,7 @@ package directory
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -17,9 +18,6 @@ import (
 
 	"github.com/kmehsm/kmehsm/internal/durable"
 )
-
-// maxObject is far above the largest object, a shard of 1024 RSA keys.
-const maxObject = 4 << 20
 
 // temporary marks files that are being written; no path of an object begins so.
 const temporary = ".tmp-"
@@ -50,7 +48,7 @@ func (s *FileStore) file(path string) (string, error) {
 
 // Create writes a temporary file and links it to its name, which fails where there is one, whoever made it.
 func (s *FileStore) Create(ctx context.Context, path string, data []byte) error {
-	if err := ctx.Err(); err != nil {
+	if err := cmp.Or(ctx.Err(), CheckSize(path, data)); err != nil {
 		return err
 	}
 	file, err := s.file(path)
@@ -102,7 +100,7 @@ func (s *FileStore) Read(ctx context.Context, path string) (data []byte, version
 		return nil, "", fmt.Errorf("%s: %w", path, ErrNotFound)
 	case err != nil:
 		return nil, "", fmt.Errorf("%s cannot be read: %w", path, err)
-	case info.Size() > maxObject || !info.Mode().IsRegular():
+	case info.Size() > MaxObject || !info.Mode().IsRegular():
 		return nil, "", fmt.Errorf("%s cannot be read: it is larger than any object, or no file", path)
 	}
 	if data, err = os.ReadFile(file); err != nil {
@@ -114,6 +112,9 @@ func (s *FileStore) Read(ctx context.Context, path string) (data []byte, version
 
 // Update compares and replaces under a lock on the object's folder, which other processes take too.
 func (s *FileStore) Update(ctx context.Context, path string, data []byte, version string) error {
+	if err := CheckSize(path, data); err != nil {
+		return err
+	}
 	file, err := s.file(path)
 	if err != nil {
 		return err

@@ -24,13 +24,14 @@ import (
 type Type string
 
 const (
-	TypeManifest    Type = "kme-lot-manifest+jws"
-	TypeShard       Type = "kme-key-shard+jws"
-	TypeRevocations Type = "kme-revocations+jws"
-	TypeEnrolment   Type = "kme-operator-enrolment+jws"
-	TypeGrant       Type = "kme-lot-grant+jws"
-	TypeLogHead     Type = "kme-audit-log-head+jws" // of the manufacturer's own audit log; not in the directory
-	TypeSuccession  Type = "kme-key-succession+jws" // in the header of objects that a later key has signed
+	TypeManifest       Type = "kme-lot-manifest+jws"
+	TypeShard          Type = "kme-key-shard+jws"
+	TypeRevocations    Type = "kme-revocations+jws"
+	TypeRevocationPart Type = "kme-revocations-part+jws"
+	TypeEnrolment      Type = "kme-operator-enrolment+jws"
+	TypeGrant          Type = "kme-lot-grant+jws"
+	TypeLogHead        Type = "kme-audit-log-head+jws" // of the manufacturer's own audit log; not in the directory
+	TypeSuccession     Type = "kme-key-succession+jws" // in the header of objects that a later key has signed
 )
 
 // A RefusedError says which object is not believed, and why.

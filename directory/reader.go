@@ -3,9 +3,11 @@ package directory
 import (
 	"context"
 	"crypto"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -23,7 +25,7 @@ var ErrUnknownDevice = errors.New("the directory has no such device")
 
 // ReaderOptions are a Reader's; the zero value of each stands for its default.
 type ReaderOptions struct {
-	CacheBytes    int64          // memory for device keys, 64 MiB
+	CacheBytes    int64          // memory for device keys and for why devices were revoked, 64 MiB
 	RevocationTTL time.Duration  // after which a list of revoked devices is read again, 1 minute
 	Stats         stats.Recorder // counts hits and misses of the cache; may be nil
 	NegativeTTL   time.Duration  // for how long a shard that was not there is not asked for again, 5 seconds
@@ -49,7 +51,8 @@ type Reader struct {
 	verifier *Verifier
 	o        ReaderOptions
 	shards   *otter.Cache[shardKey, *packedShard]
-	flight   singleflight.Group // one read an object, however many ask
+	parts    *otter.Cache[shardKey, *storedPart] // of revocations
+	flight   singleflight.Group                  // one read an object, however many ask
 
 	mu          sync.Mutex
 	revocations map[string]revocationList // by lot; guarded by mu
@@ -72,7 +75,8 @@ type packedShard struct {
 // A revocationList is the last list that was read and believed, and what came of the last try to read it again: a
 // try that fails does not make it younger.
 type revocationList struct {
-	list    *Revocations // nil if none was read yet
+	list    *Revocations      // nil if none was read yet; it does not change
+	sum     [sha256.Size]byte // of its JWS; zero if none is published
 	fetched time.Time
 	tried   time.Time
 	err     error // of the last try
@@ -94,7 +98,7 @@ func NewReader(store Store, v *Verifier, o ReaderOptions) *Reader {
 		store: store, verifier: v, o: o, revocations: map[string]revocationList{},
 		shards: otter.Must(&otter.Options[shardKey, *packedShard]{
 			StatsRecorder: o.Stats,
-			MaximumWeight: uint64(o.CacheBytes),
+			MaximumWeight: uint64(o.CacheBytes - o.CacheBytes/8),
 			Weigher:       func(_ shardKey, s *packedShard) uint32 { return uint32(len(s.keys) + overhead) },
 			ExpiryCalculator: otter.ExpiryWritingFunc(func(e otter.Entry[shardKey, *packedShard]) time.Duration {
 				if e.Value.keys == nil {
@@ -102,6 +106,10 @@ func NewReader(store Store, v *Verifier, o ReaderOptions) *Reader {
 				}
 				return 365 * 24 * time.Hour // a published shard never changes
 			}),
+		}),
+		parts: otter.Must(&otter.Options[shardKey, *storedPart]{
+			MaximumWeight: uint64(o.CacheBytes / 8),
+			Weigher:       func(_ shardKey, p *storedPart) uint32 { return uint32(p.size + overhead) },
 		}),
 	}
 }
@@ -162,6 +170,7 @@ type Device struct {
 	Package Base64           // SHA-256 of the injection package with that key
 	Revoked *Revocation      // nil if it is not
 	History []Revocation     // how it came to that, in the order of time; none for most devices
+	Lot     *LotRevocation   // its whole lot is revoked, the last of its history; nil if it is not
 }
 
 // Device looks a device of a lot up. It fails with ErrUnknownDevice, with the store's error, or with a *RefusedError. If
@@ -191,7 +200,17 @@ func (r *Reader) Device(ctx context.Context, m *Manifest, imei kme.IMEI) (Device
 	if err != nil {
 		return Device{}, err
 	}
-	d := Device{Shard: n, Key: key, Package: s.pkg, History: list.Of(imei)}
+	d := Device{Shard: n, Key: key, Package: s.pkg, Lot: list.Whole}
+	if ref := list.ref(position / revocationPart); ref != nil {
+		part, err := r.part(ctx, m, ref)
+		if err != nil {
+			return Device{}, err
+		}
+		d.History = part.Of(imei)
+	}
+	if w := list.Whole; w != nil {
+		d.History = append(slices.Clip(d.History), Revocation{IMEI: imei, Reason: w.Reason, Time: w.Time})
+	}
 	for i, e := range d.History {
 		if d.Revoked = &d.History[i]; e.Key != nil {
 			d.Key, d.Package, d.Revoked = e.Key.Key, e.Package, nil
@@ -200,14 +219,14 @@ func (r *Reader) Device(ctx context.Context, m *Manifest, imei kme.IMEI) (Device
 	return d, nil
 }
 
-// Revoked says whether a device of a lot is revoked, without a look at its key.
+// Revoked says whether a device of a lot is revoked, without a look at its key. It reads no more than the lot's list.
 func (r *Reader) Revoked(ctx context.Context, m *Manifest, imei kme.IMEI) (bool, error) {
 	list, err := r.revoked(ctx, m)
 	if err != nil {
 		return false, err
 	}
-	history := list.Of(imei)
-	return len(history) > 0 && history[len(history)-1].Key == nil, nil
+	position, ok := m.Position(imei)
+	return ok && list.revokes(position), nil
 }
 
 func (r *Reader) fetchShard(ctx context.Context, m *Manifest, n int) (*packedShard, error) {
@@ -266,18 +285,16 @@ func (r *Reader) revoked(ctx context.Context, m *Manifest) (*Revocations, error)
 		if list := r.freshList(m.Lot); list != nil { // as in fetchShard
 			return list, nil
 		}
-		list, err := r.ReadRevocations(ctx, m)
-		now := time.Now()
 		r.mu.Lock()
-		last := r.revocations[m.Lot]
-		if err == nil && last.list != nil && list.Version < last.list.Version {
-			err = refused(RevocationsPath(m.Lot), "it has version %d, and version %d was there before: "+
-				"ask who runs the store why", list.Version, last.list.Version)
-		}
+		last := r.revocations[m.Lot] // which nobody else replaces: this is the one flight
+		r.mu.Unlock()
+		list, sum, err := r.nextList(ctx, m, last)
+		now := time.Now()
 		if err == nil {
-			last.list, last.fetched = list, now
+			last.list, last.sum, last.fetched = list, sum, now
 		}
 		last.tried, last.err = now, err
+		r.mu.Lock()
 		r.revocations[m.Lot] = last
 		r.mu.Unlock()
 		if err != nil && r.o.Overdue != nil {
@@ -288,6 +305,37 @@ func (r *Reader) revoked(ctx context.Context, m *Manifest) (*Revocations, error)
 		}
 		return last.list, nil
 	})
+}
+
+// nextList reads a lot's list, which must be the last one or one that came after it.
+func (r *Reader) nextList(ctx context.Context, m *Manifest,
+	last revocationList) (list *Revocations, sum [sha256.Size]byte, err error) {
+	defer panics.Recover(&err) // whatever comes from the store, the last list stands
+	jws, _, err := r.store.Read(ctx, RevocationsPath(m.Lot))
+	switch {
+	case errors.Is(err, ErrNotFound):
+		list = &Revocations{Lot: m.Lot}
+	case err != nil:
+		return nil, sum, err
+	default:
+		if sum = sha256.Sum256(jws); last.list != nil && sum == last.sum {
+			return last.list, sum, nil
+		}
+		if list, err = parseRevocations(r.verifier, m, jws); err != nil {
+			return nil, sum, err
+		}
+	}
+	path := RevocationsPath(m.Lot)
+	switch was := last.list; {
+	case was == nil:
+	case list.Version < was.Version || list.Version == was.Version && sum != last.sum:
+		return nil, sum, refused(path, "it has version %d, and version %d was there before: "+askWhy,
+			list.Version, was.Version)
+	case was.Whole != nil && list.Whole == nil:
+		return nil, sum, refused(path, "it does not revoke the whole lot, as version %d does, which is for good: "+askWhy,
+			was.Version)
+	}
+	return list, sum, nil
 }
 
 // freshList is the list that may still be used unasked; nil if there is none.
@@ -315,90 +363,73 @@ func (r *Reader) Overdue() []Overdue {
 }
 
 // ReadRevocations reads a lot's list of revoked devices from the store; none published is an empty one, of version 0.
-func (r *Reader) ReadRevocations(ctx context.Context, m *Manifest) (list *Revocations, err error) {
-	defer panics.Recover(&err) // whatever comes from the store, the last list stands
-	jws, _, err := r.store.Read(ctx, RevocationsPath(m.Lot))
-	if errors.Is(err, ErrNotFound) {
-		return &Revocations{Lot: m.Lot}, nil
-	}
+func (r *Reader) ReadRevocations(ctx context.Context, m *Manifest) (*Revocations, error) {
+	list, _, err := readRevocations(ctx, r.store, r.verifier, m)
+	return list, err
+}
+
+// ReadRevocationPart reads a part of a lot's revocations from the store, whatever the cache has: the one that list
+// names, or a later one. Where the store has none, and list neither, it is an empty one, of version 0.
+func (r *Reader) ReadRevocationPart(ctx context.Context, m *Manifest, list *Revocations,
+	n int) (*RevocationPart, error) {
+	p, err := readPart(ctx, r.store, r.verifier, m, n, list.ref(n))
 	if err != nil {
 		return nil, err
 	}
-	return parseRevocations(r.verifier, m, jws)
+	return &p.RevocationPart, nil
 }
 
-func parseRevocations(v *Verifier, m *Manifest, jws []byte) (*Revocations, error) {
-	path := RevocationsPath(m.Lot)
-	list := new(Revocations)
-	if err := v.Verify(TypeRevocations, path, jws, list); err != nil {
+// RevocationParts says which parts of a lot's revocations the list names or the store has, and which names the store
+// has in their place that are none.
+func (r *Reader) RevocationParts(ctx context.Context, m *Manifest,
+	list *Revocations) (parts []int, strays []string, err error) {
+	for _, ref := range list.Parts {
+		parts = append(parts, ref.Part)
+	}
+	names, err := r.store.List(ctx, RevocationPartsPath(m.Lot))
+	for _, name := range names {
+		n, err := strconv.Atoi(name)
+		path := RevocationPartsPath(m.Lot) + "/" + name
+		if err != nil || n < 0 || n >= m.RevocationParts() || RevocationPartPath(m.Lot, n) != path {
+			strays = append(strays, path)
+		} else {
+			parts = append(parts, n)
+		}
+	}
+	slices.Sort(parts)
+	return slices.Compact(parts), strays, err
+}
+
+// History reads a device's revocations from the store, whatever the cache has; also those that the list does not name
+// yet.
+func (r *Reader) History(ctx context.Context, m *Manifest, imei kme.IMEI) ([]Revocation, error) {
+	list, err := r.ReadRevocations(ctx, m)
+	if err != nil {
 		return nil, err
 	}
-	if err := list.check(m); err != nil {
-		return nil, refused(path, "%v", err)
+	position, ok := m.Position(imei)
+	if !ok {
+		return nil, nil
 	}
-	return list, nil
-}
-
-// Revoke adds a device to its lot's list. A device that is revoked stays as it is.
-func Revoke(ctx context.Context, store Store, s *Signer, m *Manifest, imei kme.IMEI, reason string, now time.Time) error {
-	return revise(ctx, store, s, m, Revocation{IMEI: imei, Reason: reason, Time: now})
-}
-
-// Reissue revokes the key that a device has, and issues it another one, in the injection package whose SHA-256 is pkg.
-// A device that has this key stays as it is.
-func Reissue(ctx context.Context, store Store, s *Signer, m *Manifest, key DeviceKey, pkg []byte, reason string,
-	now time.Time) error {
-	return revise(ctx, store, s, m, Revocation{key.IMEI, reason, now, &key, pkg})
-}
-
-// CheckReason gives a reason as it is published.
-func CheckReason(reason string) (string, error) {
-	if reason = strings.TrimSpace(reason); reason == "" || len(reason) > 200 {
-		return "", errors.New("the reason has 1 to 200 bytes")
-	}
-	return reason, nil
-}
-
-func revise(ctx context.Context, store Store, s *Signer, m *Manifest, entry Revocation) error {
-	if _, ok := m.Position(entry.IMEI); !ok {
-		return fmt.Errorf("IMEI %s is not in lot %s", entry.IMEI, m.Lot)
-	}
-	reason, err := CheckReason(entry.Reason)
+	p, err := r.ReadRevocationPart(ctx, m, list, position/revocationPart)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	entry.Reason = reason
-	entry.Time = entry.Time.UTC().Truncate(time.Second)
-	path := RevocationsPath(m.Lot)
-	for tries := 0; ; tries++ {
-		list := &Revocations{Lot: m.Lot}
-		jws, version, err := store.Read(ctx, path)
+	return p.Of(imei), nil
+}
+
+// part gives the part of a lot's revocations that a list names, or a later one.
+func (r *Reader) part(ctx context.Context, m *Manifest, ref *RevocationRef) (*storedPart, error) {
+	key := shardKey{m.Lot, ref.Part}
+	if p, ok := r.parts.GetIfPresent(key); ok && p.satisfies(ref) {
+		return p, nil
+	}
+	flight := fmt.Sprintf("%s %d", RevocationPartPath(m.Lot, ref.Part), ref.Version) // a later list wants a later part
+	return oneFlight(ctx, &r.flight, flight, func(ctx context.Context) (*storedPart, error) {
+		p, err := readPart(ctx, r.store, r.verifier, m, ref.Part, ref)
 		if err == nil {
-			list, err = parseRevocations(NewVerifier(s.root), m, jws)
+			r.parts.Set(key, p)
 		}
-		if err != nil && !errors.Is(err, ErrNotFound) {
-			return err
-		}
-		if had := list.Of(entry.IMEI); len(had) > 0 {
-			switch last := had[len(had)-1]; {
-			case entry.Key == nil && last.Key == nil:
-				return nil
-			case entry.Key != nil && last.Key != nil && string(pack(entry.Key.Key)) == string(pack(last.Key.Key)):
-				return nil
-			}
-		}
-		list.Version++
-		list.Revoked = append(list.Revoked, entry)
-		slices.SortStableFunc(list.Revoked, func(a, b Revocation) int { return strings.Compare(a.IMEI.String(), b.IMEI.String()) })
-		if err := list.check(m); err != nil {
-			return err
-		}
-		if jws, err = s.Sign(TypeRevocations, list); err != nil {
-			return err
-		}
-		// Another process may be revoking too; each round one of them gets through.
-		if err = store.Update(ctx, path, jws, version); !errors.Is(err, ErrChanged) || tries == 10 {
-			return err
-		}
-	}
+		return p, err
+	})
 }

@@ -8,7 +8,8 @@ import (
 )
 
 // A Store keeps objects by path. It verifies nothing. All methods may be called concurrently and by several processes; what
-// they have done is durable when they return. Package storetest holds every implementation to this.
+// they have done is durable when they return. They write nothing that CheckSize refuses. Package storetest holds every
+// implementation to this.
 type Store interface {
 	// Create puts an object where there is none. The same bytes again are success; other bytes a *ConflictError.
 	Create(ctx context.Context, path string, data []byte) error
@@ -29,6 +30,18 @@ var (
 	// ErrUnavailable: the store cannot be reached, or is sealed; the same call may work later.
 	ErrUnavailable = errors.New("the directory is not available")
 )
+
+// MaxObject is the most bytes that an object may have, in every store, so that a directory can move from one to
+// another: Vault on Raft storage takes 1 MiB as it is set up, with some 100 bytes of its own.
+const MaxObject = 1_000_000
+
+// CheckSize refuses an object that no store takes.
+func CheckSize(path string, data []byte) error {
+	if len(data) > MaxObject {
+		return fmt.Errorf("%s would have %d bytes, and an object has %d at most: it was not written", path, len(data), MaxObject)
+	}
+	return nil
+}
 
 // A ConflictError says that a path holds other bytes than those to be created there.
 type ConflictError struct {

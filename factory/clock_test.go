@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/kme"
 )
 
 // The clock is set back by a day in the middle of a lot: here, as what was written before, dated a day too late. Nothing of the line
@@ -24,7 +25,7 @@ func TestClockSetBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	tomorrow := time.Now().Add(24 * time.Hour)
-	if err := directory.Revoke(ctx, line.store, line.signer, m, m.IMEI(2), "stolen", tomorrow); err != nil {
+	if err := directory.Revoke(ctx, line.store, line.signer, m, []kme.IMEI{m.IMEI(2)}, "stolen", tomorrow, nil); err != nil {
 		t.Fatal(err)
 	}
 	if err := filepath.WalkDir(out, func(path string, _ os.DirEntry, err error) error {

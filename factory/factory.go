@@ -325,9 +325,10 @@ func (l *Line) Seal(ctx context.Context, lot string) error {
 	return l.token.SealLotKey(ctx, l.lotKey(lot))
 }
 
-// Grant is a lot's key for an operator, under the operator's KEK, with the lot's manifest, signed.
+// Grant is a lot's key for an operator, under the operator's KEK, with the lot's manifest, signed. A revoked lot is
+// granted to nobody.
 func (l *Line) Grant(ctx context.Context, lot, operator string) ([]byte, error) {
-	m, err := l.Lot(ctx, lot)
+	m, err := l.usable(ctx, lot)
 	if err != nil {
 		return nil, err
 	}
@@ -364,13 +365,41 @@ func (l *Line) Grant(ctx context.Context, lot, operator string) ([]byte, error) 
 	return l.signer.Sign(directory.TypeGrant, g)
 }
 
-// Revoke publishes that a device is not to be trusted any more. Doing it again changes nothing.
-func (l *Line) Revoke(ctx context.Context, lot string, imei kme.IMEI, reason string) error {
+// Revoke publishes that devices of a lot are not to be trusted any more. Doing it again changes nothing, and finishes
+// what a run that was interrupted has left. report gets the number of devices that are done; it may be nil.
+func (l *Line) Revoke(ctx context.Context, lot string, imeis []kme.IMEI, reason string, report func(done int)) error {
 	m, err := l.Lot(ctx, lot)
 	if err != nil {
 		return err
 	}
-	return directory.Revoke(ctx, l.store, l.signer, m, imei, reason, time.Now())
+	return directory.Revoke(ctx, l.store, l.signer, m, imeis, reason, time.Now(), report)
+}
+
+// RevokeLot publishes that no device of a lot is to be trusted any more, for good.
+func (l *Line) RevokeLot(ctx context.Context, lot, reason string) error {
+	m, err := l.Lot(ctx, lot)
+	if err != nil {
+		return err
+	}
+	return directory.RevokeLot(ctx, l.store, l.signer, m, reason, time.Now())
+}
+
+// Revocations gives a lot's list of revoked devices.
+func (l *Line) Revocations(ctx context.Context, m *directory.Manifest) (*directory.Revocations, error) {
+	return l.reader.ReadRevocations(ctx, m)
+}
+
+// usable gives the manifest of a lot that is not revoked.
+func (l *Line) usable(ctx context.Context, lot string) (*directory.Manifest, error) {
+	m, err := l.Lot(ctx, lot)
+	if err != nil {
+		return nil, err
+	}
+	list, err := l.Revocations(ctx, m)
+	if err != nil {
+		return nil, err
+	}
+	return m, list.Refusal()
 }
 
 // ReissueFile is the name of the injection package of a device's n-th new key, counted from 1.
@@ -380,7 +409,7 @@ func ReissueFile(imei kme.IMEI, n int) string { return fmt.Sprintf("reissue-%s-%
 // it had, for a fixture, as in ProvisionOptions. The reason names the return: with the same one again nothing changes, so that a run that was interrupted can
 // be repeated.
 func (l *Line) Reissue(ctx context.Context, lot string, imei kme.IMEI, reason, fixture, out string) (path string, err error) {
-	m, err := l.Lot(ctx, lot)
+	m, err := l.usable(ctx, lot)
 	if err != nil {
 		return "", err
 	}
@@ -397,7 +426,7 @@ func (l *Line) Reissue(ctx context.Context, lot string, imei kme.IMEI, reason, f
 	} else if err != nil {
 		return "", err
 	}
-	list, err := l.reader.ReadRevocations(ctx, m)
+	earlier, err := l.reader.History(ctx, m, imei)
 	if err != nil {
 		return "", err
 	}
@@ -406,7 +435,7 @@ func (l *Line) Reissue(ctx context.Context, lot string, imei kme.IMEI, reason, f
 		return "", err
 	}
 	n := 1
-	for _, e := range list.Of(imei) {
+	for _, e := range earlier {
 		if e.Key == nil {
 			continue
 		}
@@ -470,10 +499,10 @@ func ReadReissue(path, lot string, imei kme.IMEI) (line directory.InjectionLine,
 }
 
 // reissues gives the keys that came in the place of others, each with the path of its package below dir.
-func reissues(list *directory.Revocations, dir string) iter.Seq2[string, directory.Revocation] {
+func reissues(entries []directory.Revocation, dir string) iter.Seq2[string, directory.Revocation] {
 	return func(yield func(string, directory.Revocation) bool) {
 		issued := map[kme.IMEI]int{}
-		for _, e := range list.Revoked {
+		for _, e := range entries {
 			if e.Key == nil {
 				continue
 			}

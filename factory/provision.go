@@ -72,7 +72,7 @@ const publishers = 16
 //
 // When ctx ends, the shards in flight are finished; the error is then ErrInterrupted.
 func (l *Line) Provision(ctx context.Context, lot string, o ProvisionOptions) (Progress, error) {
-	m, err := l.Lot(ctx, lot)
+	m, err := l.usable(ctx, lot)
 	if err != nil {
 		return Progress{}, err
 	}

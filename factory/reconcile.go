@@ -75,7 +75,7 @@ func (l *Line) Reconcile(ctx context.Context, lot, state, out string, repair boo
 	if err := r.strays(m, dir); err != nil {
 		return nil, err
 	}
-	if err := l.reissued(ctx, r, m, dir); err != nil {
+	if err := l.compareRevocations(ctx, r, m, dir); err != nil {
 		return nil, err
 	}
 	var mu sync.Mutex // guards r
@@ -129,7 +129,7 @@ func (r *Reconciliation) strays(m *directory.Manifest, dir string) error {
 		_, serr := fmt.Sscanf(name, "injection-%d.jsonl", &n)
 		switch {
 		case serr == nil && name == InjectionFile(n) && n < m.Shards(), name == ManifestFile, name == ".lock":
-		case strings.HasPrefix(name, "reissue-") && strings.HasSuffix(name, ".jsonl"): // reissued looks at them
+		case strings.HasPrefix(name, "reissue-") && strings.HasSuffix(name, ".jsonl"): // compareRevocations looks at them
 		case strings.HasPrefix(name, "."): // as renameio names what it has not yet put in place
 			path := filepath.Join(dir, name)
 			r.Differences = append(r.Differences, Difference{Shard: -1, What: path + " was left by a run that was killed", Remedy: "remove it: it never was a package",
@@ -141,20 +141,58 @@ func (r *Reconciliation) strays(m *directory.Manifest, dir string) error {
 	return err
 }
 
-// reissued looks at the packages of reissued keys.
-func (l *Line) reissued(ctx context.Context, r *Reconciliation, m *directory.Manifest, dir string) error {
-	list, err := l.reader.ReadRevocations(ctx, m)
-	if refused := new(directory.RefusedError); errors.As(err, &refused) {
-		r.Differences = append(r.Differences, Difference{Shard: -1, What: "directory: " + err.Error(), Remedy: objectBack})
+// compareRevocations looks at a lot's list of revoked devices and its parts, and at the packages of reissued keys.
+func (l *Line) compareRevocations(ctx context.Context, r *Reconciliation, m *directory.Manifest, dir string) error {
+	differs := func(d Difference) {
+		d.Shard, d.Safe = -1, d.repair != nil
+		r.Differences = append(r.Differences, d)
+	}
+	isRefused := func(err error) bool {
+		refused := errors.As(err, new(*directory.RefusedError))
+		if refused {
+			differs(Difference{What: fmt.Sprintf("directory: %v", err), Remedy: objectBack})
+		}
+		return refused
+	}
+	list, err := l.Revocations(ctx, m)
+	if isRefused(err) {
 		return nil
 	}
 	if err != nil {
 		return err
 	}
-	for path, e := range reissues(list, dir) {
-		if err := checkReissue(m.Lot, path, e); err != nil {
-			r.Differences = append(r.Differences, Difference{Shard: -1, What: err.Error(), Remedy: bringBack(e.Package)})
+	parts, _, err := l.reader.RevocationParts(ctx, m, list)
+	if err != nil {
+		return err
+	}
+	var behind []int
+	for _, n := range parts {
+		part, err := l.reader.ReadRevocationPart(ctx, m, list, n)
+		complete := true
+		if err == nil {
+			complete, err = list.Compare(m, part)
 		}
+		if isRefused(err) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if !complete {
+			behind = append(behind, n)
+		}
+		for path, e := range reissues(part.Revoked, dir) {
+			if err := checkReissue(m.Lot, path, e); err != nil {
+				differs(Difference{What: err.Error(), Remedy: bringBack(e.Package)})
+			}
+		}
+	}
+	if len(behind) > 0 {
+		differs(Difference{What: fmt.Sprintf("a run of lot revoke or lot reissue was killed: "+
+			"the list of revocations does not name what %d of its parts have", len(behind)),
+			Remedy: "publish the list anew", repair: func(ctx context.Context) error {
+				return directory.CompleteRevocations(ctx, l.store, l.signer, m, behind)
+			}})
 	}
 	return nil
 }

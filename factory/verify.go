@@ -25,12 +25,19 @@ const maxProblems = 100
 
 // A Verification is what was found of lots. It has no problem if all is as it should be.
 type Verification struct {
-	Lots     int      `json:"lots"`
-	Devices  int      `json:"devices"`  // whose keys were verified
-	Packages int      `json:"packages"` // injection packages compared with what is published
-	Revoked  int      `json:"revoked"`
-	Problems []string `json:"problems"` // what is wrong, each with the object that it is wrong with; not more than 100
-	More     int      `json:"more"`     // problems that are not listed
+	Lots        int          `json:"lots"`
+	Devices     int          `json:"devices"`  // whose keys were verified
+	Packages    int          `json:"packages"` // injection packages compared with what is published
+	Revoked     int          `json:"revoked"`
+	RevokedLots []RevokedLot `json:"revoked_lots"` // those that are revoked as a whole
+	Problems    []string     `json:"problems"`     // what is wrong, each with the object that it is wrong with; not more than 100
+	More        int          `json:"more"`         // problems that are not listed
+}
+
+// A RevokedLot is a lot of which no device is to be trusted.
+type RevokedLot struct {
+	Lot string `json:"lot"`
+	directory.LotRevocation
 }
 
 // OK says that nothing is wrong.
@@ -50,7 +57,7 @@ type verifying struct {
 }
 
 func newVerifying(store directory.Store, v *directory.Verifier, report func(int)) *verifying {
-	return &verifying{reader: directory.NewReader(store, v, directory.ReaderOptions{}), store: store, report: report, found: Verification{Problems: []string{}},
+	return &verifying{reader: directory.NewReader(store, v, directory.ReaderOptions{}), store: store, report: report, found: Verification{Problems: []string{}, RevokedLots: []RevokedLot{}},
 		issued: map[string][]directory.DeviceKey{}}
 }
 
@@ -163,26 +170,72 @@ func (v *verifying) lots(ctx context.Context, lots []*directory.Manifest, packag
 	return v.duplicates(ctx, lots)
 }
 
+// refused notes an error that says that an object is not believed, and gives any other.
+func (v *verifying) refused(err error) error {
+	if errors.As(err, new(*directory.RefusedError)) {
+		v.problem("%v", err)
+		return nil
+	}
+	return err
+}
+
+// revocations checks a lot's list of revoked devices and its parts.
+func (v *verifying) revocations(ctx context.Context, m *directory.Manifest, packages string) error {
+	list, err := v.reader.ReadRevocations(ctx, m)
+	if err != nil {
+		return v.refused(err)
+	}
+	if list.Whole != nil {
+		v.found.RevokedLots = append(v.found.RevokedLots, RevokedLot{m.Lot, *list.Whole})
+	}
+	parts, strays, err := v.reader.RevocationParts(ctx, m, list)
+	if err != nil {
+		return err
+	}
+	for _, path := range strays {
+		v.problem("%s: the lot's revocations have no such part", path)
+	}
+	for _, n := range parts {
+		part, err := v.reader.ReadRevocationPart(ctx, m, list, n)
+		complete := true
+		if err == nil {
+			complete, err = list.Compare(m, part)
+		}
+		if err != nil {
+			if err := v.refused(err); err != nil {
+				return err
+			}
+			continue
+		}
+		if !complete {
+			v.problem("%s: the list of revocations does not name it yet: a run is at work, or was killed; factory reconcile "+
+				"--repair finishes it", directory.RevocationPartPath(m.Lot, n))
+		}
+		v.part(m, part, packages)
+	}
+	return nil
+}
+
+// part looks at the keys that were issued in the place of others.
+func (v *verifying) part(m *directory.Manifest, part *directory.RevocationPart, packages string) {
+	v.found.Revoked += len(part.Revoked)
+	for path, e := range reissues(part.Revoked, filepath.Join(packages, m.Lot)) {
+		v.keys = append(v.keys, e.Key.Fingerprint())
+		v.issued[m.Lot] = append(v.issued[m.Lot], *e.Key)
+		if packages == "" {
+			continue
+		}
+		if err := checkReissue(m.Lot, path, e); err != nil {
+			v.problem("%v: %s", err, bringBack(e.Package))
+		}
+		v.found.Packages++
+	}
+}
+
 // objects checks what of a lot is neither manifest nor shard.
 func (v *verifying) objects(ctx context.Context, m *directory.Manifest, packages string) error {
-	list, err := v.reader.ReadRevocations(ctx, m)
-	if refused := new(directory.RefusedError); errors.As(err, &refused) {
-		v.problem("%v", err)
-	} else if err != nil {
+	if err := v.revocations(ctx, m, packages); err != nil {
 		return err
-	} else {
-		v.found.Revoked += len(list.Revoked)
-		for path, e := range reissues(list, filepath.Join(packages, m.Lot)) {
-			v.keys = append(v.keys, e.Key.Fingerprint())
-			v.issued[m.Lot] = append(v.issued[m.Lot], *e.Key)
-			if packages == "" {
-				continue
-			}
-			if err := checkReissue(m.Lot, path, e); err != nil {
-				v.problem("%v: %s", err, bringBack(e.Package))
-			}
-			v.found.Packages++
-		}
 	}
 	names, err := v.store.List(ctx, directory.ShardsPath(m.Lot))
 	for _, name := range names {

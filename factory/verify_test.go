@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/kme"
 )
 
 func TestVerifyLot(t *testing.T) {
@@ -26,7 +27,7 @@ func TestVerifyLot(t *testing.T) {
 	}
 	out := t.TempDir()
 	provision(t, line, out)
-	if err := line.Revoke(t.Context(), "L1", must(line.Lot(t.Context(), "L1")).IMEI(3), "stolen"); err != nil {
+	if err := line.Revoke(t.Context(), "L1", []kme.IMEI{must(line.Lot(t.Context(), "L1")).IMEI(3)}, "stolen", nil); err != nil {
 		t.Fatal(err)
 	}
 	verify := func(t *testing.T) *Verification {
@@ -253,6 +254,116 @@ func TestReissue(t *testing.T) {
 		if err == nil {
 			t.Errorf("%s: accepted", name)
 		}
+	}
+}
+
+// A lot that is revoked gets no keys and no new ones, and is granted to nobody; who verifies it is told. Doing it again
+// changes nothing.
+func TestRevokedLot(t *testing.T) {
+	line, _, _ := newLine(t)
+	ctx, out := t.Context(), t.TempDir()
+	for i, lot := range []string{"L1", "L2"} {
+		must(line.CreateLot(ctx, spec(t, lot, 10*i, 8)))
+	}
+	provision(t, line, out)
+	m := must(line.Lot(ctx, "L1"))
+	if err := line.RevokeLot(ctx, "L9", "x"); err == nil || !strings.Contains(err.Error(), "no lot L9") {
+		t.Error(err)
+	}
+	for range 2 {
+		if err := line.RevokeLot(ctx, "L1", "its key has leaked"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if list := must(line.Revocations(ctx, m)); list.Version != 1 || list.Whole == nil {
+		t.Errorf("%+v", list)
+	}
+	for what, err := range map[string]error{
+		"provision": second(line.Provision(ctx, "L1", ProvisionOptions{State: filepath.Join(out, "state"), Out: out, Workers: 1})),
+		"grant":     second(line.Grant(ctx, "L1", "op")),
+		"reissue":   second(line.Reissue(ctx, "L1", m.IMEI(0), "return 1", "", out)),
+	} {
+		if err == nil || !strings.Contains(err.Error(), "lot L1 is revoked since") || !strings.Contains(err.Error(), "its key has leaked") {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	v := must(VerifyLot(ctx, line.store, line.verifier, "L1", out, nil))
+	if !v.OK() || len(v.RevokedLots) != 1 || v.RevokedLots[0].Lot != "L1" || v.RevokedLots[0].Reason != "its key has leaked" {
+		t.Errorf("%+v", v)
+	}
+	if v = must(Audit(ctx, line.store, line.verifier, nil)); len(v.RevokedLots) != 1 {
+		t.Errorf("%+v", v)
+	}
+	if _, err := line.Grant(ctx, "L2", "op"); err == nil || !strings.Contains(err.Error(), "not enrolled") {
+		t.Errorf("the other lot: %v", err)
+	}
+}
+
+// killing is a store that a run is killed before it has written a path of.
+type killing struct {
+	directory.Store
+	path string
+}
+
+func (k killing) Update(ctx context.Context, path string, data []byte, version string) error {
+	if path == k.path {
+		return errors.New("killed")
+	}
+	return k.Store.Update(ctx, path, data, version)
+}
+
+// A run of lot revoke that was killed between a part and the list is found by verify and reconcile, and finished by
+// repair. So are parts that the store has put back, or made up.
+func TestRevocationsReconciled(t *testing.T) {
+	line, dir, _ := newLine(t)
+	ctx, out := t.Context(), t.TempDir()
+	must(line.CreateLot(ctx, spec(t, "L1", 0, 8)))
+	provision(t, line, out)
+	m, state := must(line.Lot(ctx, "L1")), filepath.Join(out, "state")
+	revoke := func(i int) error { return line.Revoke(ctx, "L1", []kme.IMEI{m.IMEI(i)}, "stolen", nil) }
+	problems := func() string {
+		t.Helper()
+		return strings.Join(must(VerifyLot(ctx, line.store, line.verifier, "L1", out, nil)).Problems, "\n")
+	}
+	reconcile := func(repair bool) *Reconciliation {
+		t.Helper()
+		return must(line.Reconcile(ctx, "L1", state, out, repair))
+	}
+	if err := revoke(1); err != nil {
+		t.Fatal(err)
+	}
+	part := filepath.Join(dir, filepath.FromSlash(directory.RevocationPartPath("L1", 0)))
+	first := must(os.ReadFile(part))
+	files := line.store
+	line.store = killing{files, directory.RevocationsPath("L1")}
+	if err := revoke(2); err == nil {
+		t.Fatal("not killed")
+	}
+	line.store = files
+	if p := problems(); !strings.Contains(p, "does not name it yet") {
+		t.Error(p)
+	}
+	if r := reconcile(false); len(r.Differences) != 1 || !r.Differences[0].Safe || r.Open() != 1 {
+		t.Errorf("%+v", r)
+	}
+	if r := reconcile(true); r.Open() != 0 {
+		t.Errorf("%+v", r)
+	}
+	if p, r := problems(), reconcile(false); p != "" || len(r.Differences) != 0 {
+		t.Errorf("%s %+v", p, r)
+	}
+	if d, err := directory.NewReader(files, line.verifier, directory.ReaderOptions{}).Device(ctx, m, m.IMEI(2)); err != nil || d.Revoked == nil {
+		t.Errorf("%+v, %v", d, err)
+	}
+	// The store goes back to the first part.
+	if err := errors.Join(os.WriteFile(part, first, 0o600), os.WriteFile(filepath.Join(filepath.Dir(part), "x"), nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	if p := problems(); !strings.Contains(p, "ask who runs the store why") || !strings.Contains(p, "no such part") {
+		t.Error(p)
+	}
+	if r := reconcile(true); r.Open() != 1 || r.Differences[0].Safe || !strings.Contains(r.Differences[0].Remedy, "backup") {
+		t.Errorf("%+v", r)
 	}
 }
 

@@ -5,8 +5,11 @@ path "{{.Mount}}/data/lots/+/manifest" {
 path "{{.Mount}}/data/lots/+/shards/+" {
   capabilities = ["create", "read"]
 }
-# The one object that changes; each change is a new version, compared and set.
+# The objects that change, the list of revocations and its parts; each change is a new version, compared and set.
 path "{{.Mount}}/data/lots/+/revocations" {
+  capabilities = ["create", "read", "update"]
+}
+path "{{.Mount}}/data/lots/+/revoked/+" {
   capabilities = ["create", "read", "update"]
 }
 path "{{.Mount}}/metadata/lots" {
@@ -14,5 +17,8 @@ path "{{.Mount}}/metadata/lots" {
 }
 # What of a lot is published is asked once a run, instead of shard by shard.
 path "{{.Mount}}/metadata/lots/+/shards" {
+  capabilities = ["list"]
+}
+path "{{.Mount}}/metadata/lots/+/revoked" {
   capabilities = ["list"]
 }

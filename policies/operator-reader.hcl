@@ -9,4 +9,7 @@ path "{{$.Mount}}/data/lots/{{.}}/shards/+" {
 path "{{$.Mount}}/data/lots/{{.}}/revocations" {
   capabilities = ["read"]
 }
+path "{{$.Mount}}/data/lots/{{.}}/revoked/+" {
+  capabilities = ["read"]
+}
 {{- end}}

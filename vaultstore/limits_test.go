@@ -8,11 +8,13 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"errors"
 	"log/slog"
 	"math/big"
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -21,6 +23,8 @@ import (
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/vaulttest"
+	"github.com/kmehsm/kmehsm/kme"
+	"github.com/kmehsm/kmehsm/policies"
 )
 
 // A server that limits the rate answers 429: the client waits, tries again and gets through.
@@ -59,6 +63,74 @@ func TestVaultRateLimit(t *testing.T) {
 		})
 	}
 	all.Wait()
+}
+
+// Ten thousand devices of a million are revoked in Vault as it is set up, by the line's own policy, and one more; an
+// operator reads them by its policy. One list of all of them would be more than a Raft entry takes.
+func TestVaultRevocationsOfAMillion(t *testing.T) {
+	server, as, _ := world(t)
+	for _, path := range []string{"revocations", "revoked/000000"} {
+		if _, err := server.Client(t, server.Root).Logical().Delete("kme/metadata/lots/L1/" + path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	signer, err := directory.NewSigner(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tac, err := kme.ParseTAC("35209900")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := &directory.Manifest{Lot: "L1", Suite: kme.SuiteECDSA, Ranges: []directory.Range{{TAC: tac, Count: 1_000_000}}, ShardSize: 256}
+	var imeis []kme.IMEI
+	for i := 0; i < m.Devices(); i += 100 {
+		imeis = append(imeis, m.IMEI(i))
+	}
+	publisher := as[policies.Publisher]
+	if err := directory.Revoke(t.Context(), publisher, signer, m, imeis, "stolen from the warehouse in Rotterdam", time.Now(), nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := directory.Revoke(t.Context(), publisher, signer, m, []kme.IMEI{m.IMEI(1)}, "stolen", time.Now(), nil); err != nil {
+		t.Fatal(err)
+	}
+	reader := directory.NewReader(as["operator"], directory.NewVerifier(signer.Public()), directory.ReaderOptions{})
+	for i := range 1000 {
+		revoked, err := reader.Revoked(t.Context(), m, m.IMEI(i))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if revoked != (i%100 == 0 || i == 1) {
+			t.Errorf("device %d is revoked: %v", i, revoked)
+		}
+	}
+	if history, err := reader.History(t.Context(), m, m.IMEI(999_900)); err != nil || len(history) != 1 {
+		t.Error(history, err)
+	}
+	if err := directory.RevokeLot(t.Context(), publisher, signer, m, "the lot's key has leaked", time.Now()); err != nil {
+		t.Error(err)
+	}
+}
+
+// An object that is too large for a Vault, which may have been set up with less room than ours need, is not taken for a
+// Vault that is away.
+func TestVaultTooLarge(t *testing.T) {
+	server := vaulttest.Any(t)
+	server.Mount(t, "kme", "2")
+	store := New(server.Client(t, server.Root), "kme")
+	if err := store.Create(t.Context(), directory.ManifestPath("L1"), []byte("x")); err != nil { // waits for the mount
+		t.Fatal(err)
+	}
+	for _, size := range []int{1 << 20, 1<<20 + 1} { // by the storage, and by the parser
+		_, err := store.client.Logical().Write("kme/data/lots/L1/revocations", map[string]any{"data": map[string]any{"jws": strings.Repeat("e", size)}})
+		if err = store.explain(err, "update", "lots/L1/revocations"); err == nil || errors.Is(err, directory.ErrUnavailable) || !strings.Contains(err.Error(), "max_entry_size") {
+			t.Errorf("%d bytes: %v", size, err)
+		}
+	}
 }
 
 // certificates makes a CA, and a server's and a client's certificate, in PEM files.

@@ -77,6 +77,9 @@ func (s *Store) Update(ctx context.Context, path string, data []byte, version st
 }
 
 func (s *Store) write(ctx context.Context, path string, data []byte, cas int) error {
+	if err := directory.CheckSize(path, data); err != nil {
+		return err
+	}
 	if err := s.checkMount(ctx); err != nil {
 		return err
 	}
@@ -194,6 +197,9 @@ func (s *Store) explain(err error, what, path string) error {
 	switch {
 	case r.StatusCode == http.StatusForbidden:
 		return fmt.Errorf("this token may not %s %s in Vault (403): its policy must have that path on mount %s (see policies/), or the token has ended", what, s.data(path), s.mount)
+	case strings.Contains(reasons, "value being too large") || strings.Contains(reasons, "exceeds allowed length"):
+		return fmt.Errorf("%s %s: Vault takes no value of that size: give its storage a max_entry_size, "+
+			"and its listener a max_json_string_value_length, of 1 MiB at least: %s", what, path, reasons)
 	case r.StatusCode == http.StatusTooManyRequests || r.StatusCode >= 500:
 		return fmt.Errorf("%s %s: %w (%d): %s", what, path, directory.ErrUnavailable, r.StatusCode, reasons)
 	}

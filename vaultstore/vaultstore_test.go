@@ -188,8 +188,10 @@ func world(t *testing.T) (server *vaulttest.Server, as map[string]*Store, client
 				t.Fatal(err)
 			}
 		}
-		if err := store.Update(t.Context(), directory.RevocationsPath("L1"), []byte("list"), ""); err != nil {
-			t.Fatal(err)
+		for _, path := range []string{directory.RevocationsPath("L1"), directory.RevocationPartPath("L1", 0), directory.RevocationPartPath("L2", 0)} {
+			if err := store.Update(t.Context(), path, []byte("list"), ""); err != nil {
+				t.Fatal(err)
+			}
 		}
 	}
 	as, client = map[string]*Store{}, map[string]*api.Client{}
@@ -224,6 +226,7 @@ func TestVaultPolicies(t *testing.T) {
 		manifest1, manifest2 = "kme/data/lots/L1/manifest", "kme/data/lots/L2/manifest"
 		shard1, shard2       = "kme/data/lots/L1/shards/000000", "kme/data/lots/L2/shards/000000"
 		revocations1         = "kme/data/lots/L1/revocations"
+		revoked1, revoked2   = "kme/data/lots/L1/revoked/000000", "kme/data/lots/L2/revoked/000000"
 	)
 	read := func(path string) func(*api.Client) error {
 		return func(c *api.Client) error {
@@ -254,22 +257,28 @@ func TestVaultPolicies(t *testing.T) {
 		{"read a granted lot's manifest", read(manifest1), "factory-publisher auditor operator"},
 		{"read its shard", read(shard1), "factory-publisher auditor operator"},
 		{"read its revocations", read(revocations1), "factory-publisher auditor operator"},
+		{"read a part of them", read(revoked1), "factory-publisher auditor operator"},
+		{"read a part of another lot's", read(revoked2), "factory-publisher auditor"},
 		{"read another lot's manifest", read(manifest2), "factory-publisher auditor"},
 		{"read another lot's shard", read(shard2), "factory-publisher auditor"},
 		{"read on another mount", read("other/data/lots/L1/manifest"), ""},
 		{"list the lots", list("kme/metadata/lots"), "factory-publisher auditor"},
 		{"list a lot", list("kme/metadata/lots/L1"), "auditor"},
 		{"list a lot's shards", list("kme/metadata/lots/L1/shards"), "factory-publisher auditor"},
+		{"list a lot's parts of revocations", list("kme/metadata/lots/L1/revoked"), "factory-publisher auditor"},
 		{"list another mount", list("other/metadata/lots"), ""},
 		{"read metadata", read("kme/metadata/lots/L1/manifest"), "auditor"},
 		{"change a manifest", write(manifest1), ""},
 		{"change a shard", write(shard1), ""},
 		{"change revocations", write(revocations1), "factory-publisher"},
+		{"change a part of them", write(revoked1), "factory-publisher"},
+		{"publish below a part", write(revoked1 + "/x"), ""},
 		{"publish what is no object", write("kme/data/lots/L1/anything"), ""},
 		{"publish elsewhere", write("kme/data/anything"), ""},
 		{"publish on another mount", write("other/data/lots/L9/manifest"), ""},
 		{"delete a manifest", remove(manifest1), ""},
 		{"delete revocations", remove(revocations1), ""},
+		{"delete a part of them", remove(revoked1), ""},
 		{"delete all versions", remove("kme/metadata/lots/L1/manifest"), ""},
 		{"destroy versions", func(c *api.Client) error {
 			_, err := c.Logical().Write("kme/destroy/lots/L1/manifest", map[string]any{"versions": []int{1}})

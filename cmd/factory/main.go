@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bufio"
 	"cmp"
 	"encoding/json"
 	"errors"
@@ -186,8 +187,11 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 						Action: cmdline.Alone(lotReissue),
 					},
 					{
-						Name: "revoke", Usage: "publish that a device is not to be trusted any more", ArgsUsage: "LOT IMEI",
-						Flags: lineFlags(&cli.StringFlag{Name: "reason", Usage: "why, `TEXT`"}), Action: cmdline.Alone(lotRevoke),
+						Name: "revoke", Usage: "publish that devices, or a whole lot, are not to be trusted any more", ArgsUsage: "LOT [IMEI]",
+						Description: "The same command again changes nothing, and finishes what was interrupted. A whole lot is revoked for good: none of its devices is served any\nmore, it gets no more keys, and is granted to nobody.",
+						Flags: lineFlags(&cli.StringFlag{Name: "imeis", Usage: "the devices whose IMEIs are in `FILE`, one a line"},
+							&cli.BoolFlag{Name: "all", Usage: "the whole lot, for good"},
+							&cli.StringFlag{Name: "reason", Usage: "why, `TEXT`"}), Action: cmdline.Alone(lotRevoke),
 					},
 				},
 			},
@@ -627,6 +631,9 @@ func verify(c *cli.Context, f func(directory.Store, *directory.Verifier, func(in
 		if found.More > 0 {
 			fmt.Fprintf(w, "and %d more\n", found.More)
 		}
+		for _, l := range found.RevokedLots {
+			fmt.Fprintf(w, "lot %s is revoked since %s, all of it and for good: %s\n", l.Lot, l.Time.Format(time.RFC3339), l.Reason)
+		}
 		fmt.Fprintf(w, "%d lots, %d devices verified, %d injection packages compared, %d revocations\n", found.Lots, found.Devices, found.Packages, found.Revoked)
 	})
 	if err == nil && !found.OK() {
@@ -641,10 +648,26 @@ func lotList(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		return cmdline.Print(c, map[string]any{"lots": lots}, func(w io.Writer) {
+		type listed struct {
+			*directory.Manifest
+			Revoked *directory.LotRevocation `json:"revoked,omitempty"`
+		}
+		all := make([]listed, len(lots))
+		for i, m := range lots {
+			list, err := line.Revocations(c.Context, m)
+			if err != nil {
+				return err
+			}
+			all[i] = listed{m, list.Whole}
+		}
+		return cmdline.Print(c, map[string]any{"lots": all}, func(w io.Writer) {
 			fmt.Fprintf(w, "%-24s %5s %9s  %-20s %s\n", "LOT", "BITS", "DEVICES", "SUITE", "CREATED")
-			for _, m := range lots {
-				fmt.Fprintf(w, "%-24s %5d %9d  %-20s %s\n", m.Lot, m.PublicKey().N.BitLen(), m.Devices(), m.Suite, m.Created.Format(time.RFC3339))
+			for _, m := range all {
+				fmt.Fprintf(w, "%-24s %5d %9d  %-20s %s", m.Lot, m.PublicKey().N.BitLen(), m.Devices(), m.Suite, m.Created.Format(time.RFC3339))
+				if m.Revoked != nil {
+					fmt.Fprintf(w, "  REVOKED %s: %s", m.Revoked.Time.Format(time.RFC3339), m.Revoked.Reason)
+				}
+				fmt.Fprintln(w)
 			}
 		})
 	})
@@ -666,13 +689,22 @@ func lotShow(c *cli.Context) error {
 		case sealed:
 			where = "sealed: cannot be extracted"
 		}
+		list, err := line.Revocations(c.Context, m)
+		if err != nil {
+			return err
+		}
 		result := struct {
 			*directory.Manifest
-			Sealed bool `json:"sealed"`
-		}{m, sealed}
+			Sealed  bool                     `json:"sealed"`
+			Revoked *directory.LotRevocation `json:"revoked,omitempty"`
+		}{m, sealed, list.Whole}
 		return cmdline.Print(c, result, func(w io.Writer) {
 			fmt.Fprintf(w, "lot           %s\nmanufacturer  %s\nsuite         %s\nkey made by   %s\nprivate key   %s\ncreated       %s\n",
 				m.Lot, m.Manufacturer, m.Suite, m.Mechanism, where, m.Created.Format(time.RFC3339))
+			if list.Whole != nil {
+				fmt.Fprintf(w, "REVOKED       %s, all of it and for good: %s\n",
+					list.Whole.Time.Format(time.RFC3339), list.Whole.Reason)
+			}
 			for _, r := range m.Ranges {
 				fmt.Fprintf(w, "IMEIs         %d from %s%06d\n", r.Count, r.TAC, r.First)
 			}
@@ -710,8 +742,98 @@ func lotSeal(c *cli.Context) error {
 	})
 }
 
-// withDevice is for the commands about one device of a lot, which want a reason.
-func withDevice(c *cli.Context, f func(line *factory.Line, lot string, imei kme.IMEI) error) error {
+func lotRevoke(c *cli.Context) error {
+	if err := cmdline.Require(c, "reason"); err != nil {
+		return err
+	}
+	if _, err := directory.CheckReason(c.String("reason")); err != nil {
+		return cmdline.Usage(err)
+	}
+	lot, reason, one := c.Args().First(), c.String("reason"), c.NArg() == 2
+	var imeis []kme.IMEI
+	switch {
+	case one && !c.IsSet("imeis") && !c.Bool("all"):
+		imei, err := kme.ParseIMEI(c.Args().Get(1))
+		if err != nil {
+			return cmdline.Usage(err)
+		}
+		imeis = []kme.IMEI{imei}
+	case c.IsSet("imeis") && !one && !c.Bool("all"):
+		var err error
+		if imeis, err = readIMEIs(c.String("imeis")); err != nil {
+			return cmdline.Usagef("--imeis: %w", err)
+		}
+	case !c.Bool("all") || one || c.IsSet("imeis"):
+		return cmdline.Usagef("say what is revoked: an IMEI, --imeis FILE, or --all for the whole lot; see %s --help",
+			c.Command.HelpName)
+	}
+	return withLine(c, func(_ *hsmkeys.Token, line *factory.Line) error {
+		if c.Bool("all") {
+			if err := line.RevokeLot(c.Context, lot, reason); err != nil {
+				return err
+			}
+			return cmdline.Print(c, map[string]any{"lot": lot, "all": true, "revoked": true}, func(w io.Writer) {
+				fmt.Fprintf(w, "lot %s is revoked, all of it and for good\n", lot)
+			})
+		}
+		said, done := time.Now(), 0
+		err := line.Revoke(c.Context, lot, imeis, reason, func(n int) {
+			if done = n; time.Since(said) > 5*time.Second {
+				said = time.Now()
+				fmt.Fprintf(c.App.ErrWriter, "%d of %d devices revoked\n", n, len(imeis))
+			}
+		})
+		if err != nil && done > 0 {
+			return cmdline.Partial(fmt.Errorf("%w (%d of %d devices are revoked; the same command again goes on)",
+				err, done, len(imeis)))
+		}
+		if err != nil {
+			return err
+		}
+		result := map[string]any{"lot": lot, "devices": len(imeis), "revoked": true}
+		if one {
+			result["imei"] = imeis[0]
+		}
+		return cmdline.Print(c, result, func(w io.Writer) {
+			if one {
+				fmt.Fprintf(w, "%s of lot %s is revoked\n", imeis[0], lot)
+			} else {
+				fmt.Fprintf(w, "%d devices of lot %s are revoked\n", len(imeis), lot)
+			}
+		})
+	})
+}
+
+// readIMEIs reads a file with an IMEI a line. Empty lines do not count.
+func readIMEIs(path string) (imeis []kme.IMEI, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	lines, n := bufio.NewScanner(f), 0
+	for lines.Scan() {
+		n++
+		text := strings.TrimSpace(lines.Text())
+		if text == "" {
+			continue
+		}
+		imei, err := kme.ParseIMEI(text)
+		if err != nil {
+			return nil, fmt.Errorf("%s, line %d: %w", path, n, err)
+		}
+		imeis = append(imeis, imei)
+	}
+	if err := lines.Err(); err != nil {
+		return nil, fmt.Errorf("%s, line %d: %w", path, n+1, err)
+	}
+	if len(imeis) == 0 {
+		return nil, fmt.Errorf("%s has no IMEI", path)
+	}
+	return imeis, nil
+}
+
+func lotReissue(c *cli.Context) error {
 	if err := cmdline.Require(c, "reason"); err != nil {
 		return err
 	}
@@ -719,22 +841,8 @@ func withDevice(c *cli.Context, f func(line *factory.Line, lot string, imei kme.
 	if err != nil {
 		return cmdline.Usage(err)
 	}
-	return withLine(c, func(_ *hsmkeys.Token, line *factory.Line) error { return f(line, c.Args().First(), imei) })
-}
-
-func lotRevoke(c *cli.Context) error {
-	return withDevice(c, func(line *factory.Line, lot string, imei kme.IMEI) error {
-		if err := line.Revoke(c.Context, lot, imei, c.String("reason")); err != nil {
-			return err
-		}
-		return cmdline.Print(c, map[string]any{"lot": lot, "imei": imei, "revoked": true}, func(w io.Writer) {
-			fmt.Fprintf(w, "%s of lot %s is revoked\n", imei, lot)
-		})
-	})
-}
-
-func lotReissue(c *cli.Context) error {
-	return withDevice(c, func(line *factory.Line, lot string, imei kme.IMEI) error {
+	return withLine(c, func(_ *hsmkeys.Token, line *factory.Line) error {
+		lot := c.Args().First()
 		path, err := line.Reissue(c.Context, lot, imei, c.String("reason"), c.String("fixture"), injectionDir(c, "out"))
 		if err != nil {
 			return err

@@ -199,16 +199,22 @@ func device(c *cli.Context) error {
 		if d.Revoked != nil {
 			result["revocation"] = d.Revoked
 		}
+		if d.Lot != nil {
+			result["lot_revoked"] = d.Lot
+		}
 		if len(d.History) > 0 {
 			result["history"] = d.History
 		}
 		return cmdline.Print(c, result, func(w io.Writer) {
 			key, _ := json.Marshal(result["public_key"])
 			fmt.Fprintf(w, "IMEI          %s\nlot           %s, shard %d\nmanufacturer  %s\npublic key    %s\n", imei, manifest.Lot, d.Shard, manifest.Manufacturer, key)
-			for _, e := range d.History {
+			for i, e := range d.History {
 				what := "REVOKED     "
-				if e.Key != nil {
+				switch {
+				case e.Key != nil:
 					what = "new key     "
+				case d.Lot != nil && i == len(d.History)-1:
+					what = "LOT REVOKED "
 				}
 				fmt.Fprintf(w, "%s  %s: %s\n", what, e.Time.Format(time.RFC3339), e.Reason)
 			}

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 
@@ -90,6 +91,42 @@ func Run(t *testing.T, newStore func(t *testing.T) (one, two directory.Store)) {
 		}
 		if got, now := read(t, one, path); got != "2" || now == first {
 			t.Errorf("%q, version %q after %q", got, now, first)
+		}
+	})
+	t.Run("the largest object", func(t *testing.T) {
+		one, two := newStore(t)
+		path := directory.RevocationsPath("L1")
+		large := string(bytes.Repeat([]byte("e"), directory.MaxObject))
+		for what, err := range map[string]error{"create": one.Create(ctx, path, []byte(large+"e")), "update": one.Update(ctx, path, []byte(large+"e"), "")} {
+			if err == nil || errors.Is(err, directory.ErrUnavailable) || !strings.Contains(err.Error(), "at most") {
+				t.Errorf("%s of a larger one: %v", what, err)
+			}
+		}
+		if _, _, err := two.Read(ctx, path); !errors.Is(err, directory.ErrNotFound) {
+			t.Errorf("something was written: %v", err)
+		}
+		create(t, one, directory.ManifestPath("L1"), large)
+		if err := one.Update(ctx, path, []byte(large), ""); err != nil {
+			t.Error(err)
+		}
+		for _, p := range []string{path, directory.ManifestPath("L1")} {
+			if got, _ := read(t, two, p); got != large {
+				t.Errorf("%s: %d bytes", p, len(got))
+			}
+		}
+	})
+	t.Run("an object beside a folder", func(t *testing.T) {
+		one, two := newStore(t)
+		for _, p := range []string{directory.RevocationsPath("L1"), directory.RevocationPartPath("L1", 0), directory.RevocationPartPath("L1", 976)} {
+			if err := one.Update(ctx, p, []byte(p), ""); err != nil {
+				t.Fatal(err)
+			}
+			if got, _ := read(t, two, p); got != p {
+				t.Errorf("%s: %q", p, got)
+			}
+		}
+		if names, err := two.List(ctx, directory.RevocationPartsPath("L1")); err != nil || !slices.Equal(names, []string{"000000", "000976"}) {
+			t.Error(names, err)
 		}
 	})
 	t.Run("list", func(t *testing.T) {

@@ -257,6 +257,9 @@ func (d *Desk) Next(ctx context.Context, station, name string) (*Ticket, error) 
 		k, t, err := d.ticket(ctx, l, at)
 		var revoked *revokedError
 		if errors.As(err, &revoked) {
+			if revoked.lot {
+				return nil, refuse("lot %s is revoked, all of it and for good: no device of it gets a key any more", name)
+			}
 			if _, err := d.claim(ctx, k, station, Revoked, false); err != nil {
 				return nil, err
 			}
@@ -457,7 +460,7 @@ func (d *Desk) again(ctx context.Context, l *lot, k device) (*Ticket, error) {
 	return t, err
 }
 
-type revokedError struct{}
+type revokedError struct{ lot bool } // all of the lot is
 
 func (*revokedError) Error() string { return "the device is revoked" }
 
@@ -477,7 +480,7 @@ func (d *Desk) ticket(ctx context.Context, l *lot, at int) (device, *Ticket, err
 		}
 	}
 	if published.Revoked != nil {
-		return k, nil, &revokedError{}
+		return k, nil, &revokedError{published.Lot != nil}
 	}
 	line, err := d.line(l, at, k.issue, published.Package)
 	if err != nil {

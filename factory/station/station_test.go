@@ -267,7 +267,7 @@ func TestOnlyPublished(t *testing.T) {
 	if err := os.Remove(path); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.line.Revoke(ctx, "L1", s.manifest.IMEI(1), "stolen"); err != nil {
+	if err := s.line.Revoke(ctx, "L1", []kme.IMEI{s.manifest.IMEI(1)}, "stolen", nil); err != nil {
 		t.Fatal(err)
 	}
 	write(path, string(good))
@@ -287,7 +287,7 @@ func TestOnlyPublished(t *testing.T) {
 		t.Errorf("after a revoked one: %v, %v", ticket, err)
 	}
 	// Revoked while a station has it.
-	if err := s.line.Revoke(ctx, "L1", s.manifest.IMEI(2), "stolen"); err != nil {
+	if err := s.line.Revoke(ctx, "L1", []kme.IMEI{s.manifest.IMEI(2)}, "stolen", nil); err != nil {
 		t.Fatal(err)
 	}
 	time.Sleep(1100 * time.Millisecond)
@@ -308,6 +308,26 @@ func TestOnlyPublished(t *testing.T) {
 	write(path, string(good))
 	if ticket, err := d.Named(ctx, "A", "L1", returned); err != nil || ticket.Issue != 1 {
 		t.Errorf("once the package is back: %+v, %v", ticket, err)
+	}
+}
+
+// Of a lot that is revoked no device is handed out, nor is each of them put down as revoked.
+func TestRevokedLot(t *testing.T) {
+	s := newShop(t, 32)
+	d := s.open(t)
+	defer d.Close()
+	ctx := t.Context()
+	if err := s.line.RevokeLot(ctx, "L1", "its key has leaked"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.Next(ctx, "A", "L1"); !errors.As(err, new(*RefusedError)) || !strings.Contains(err.Error(), "lot L1 is revoked") {
+		t.Error(err)
+	}
+	if _, err := d.Named(ctx, "A", "L1", s.manifest.IMEI(3)); !errors.As(err, new(*RefusedError)) || !strings.Contains(err.Error(), "revoked") {
+		t.Error(err)
+	}
+	if status := must(d.Status(ctx)); status.Lots[0].Waiting != 32 || status.Lots[0].Revoked != 0 {
+		t.Errorf("%+v", status.Lots)
 	}
 }
 

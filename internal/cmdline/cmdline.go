@@ -110,8 +110,12 @@ func prepare(parent string, commands []*cli.Command) {
 			continue
 		}
 		action, want := c.Action, strings.Fields(c.ArgsUsage)
+		least := len(want)
+		for least > 0 && want[least-1][0] == '[' { // optional
+			least--
+		}
 		c.Action = func(c *cli.Context) error {
-			if c.NArg() != len(want) {
+			if c.NArg() < least || c.NArg() > len(want) {
 				return Usagef("%s takes %s; see %s --help", name, describeArgs(want), name)
 			}
 			return action(c)

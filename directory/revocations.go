@@ -1,0 +1,461 @@
+package directory
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"sort"
+	"strings"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// Revocations says which devices of a lot are not to be trusted any more: it alone, without its parts. Why and when,
+// and the keys that were issued in the place of others, is in the parts. It and its parts are the objects that change.
+type Revocations struct {
+	Lot     string          `json:"lot"`
+	Version int             `json:"version"`         // counts up from 1; a reader refuses to go back
+	Whole   *LotRevocation  `json:"whole,omitempty"` // the lot is revoked, all of it and for good; nil if it is not
+	Parts   []RevocationRef `json:"parts,omitempty"` // those that there are, in order
+}
+
+// A LotRevocation says why and since when no device of a lot is to be trusted.
+type LotRevocation struct {
+	Reason string    `json:"reason"`
+	Time   time.Time `json:"time"`
+}
+
+// A RevocationRef is what a list says of one of its parts. The part that the store has is that one, or a later version:
+// a part is written before the list that names it.
+type RevocationRef struct {
+	Part    int    `json:"part"`
+	Version int    `json:"version"`
+	SHA256  Base64 `json:"sha256"`  // of the part's JWS
+	Revoked Base64 `json:"revoked"` // a bit for each device of the part; the first is the highest bit of the first byte
+}
+
+// A RevocationPart has the entries of the devices at revocationPart successive positions. The entries are in the order
+// of their IMEIs, and those of one IMEI in the order of time: the last one counts.
+type RevocationPart struct {
+	Lot     string       `json:"lot"`
+	Part    int          `json:"part"`
+	Version int          `json:"version"` // counts up from 1
+	Revoked []Revocation `json:"revoked"`
+}
+
+// A Revocation is one device's. The key that the device had before is not to be trusted any more; with Key, the device
+// was issued that one instead, else it is not to be trusted at all.
+type Revocation struct {
+	IMEI    kme.IMEI   `json:"imei"`
+	Reason  string     `json:"reason"`
+	Time    time.Time  `json:"time"`
+	Key     *DeviceKey `json:"key,omitempty"`
+	Package Base64     `json:"package,omitempty"` // with Key: SHA-256 of the injection package that has the private key
+}
+
+// revocationPart is how many devices share a part: what one more revocation rewrites is in proportion to it, and the
+// list of a lot of a million with revocations everywhere has 350 kB.
+const revocationPart = 1024
+
+// RevocationsPath, RevocationPartPath and RevocationPartsPath say where in a store a lot's revocations are.
+func RevocationsPath(lot string) string           { return "lots/" + lot + "/revocations" }
+func RevocationPartPath(lot string, n int) string { return fmt.Sprintf("lots/%s/revoked/%06d", lot, n) }
+func RevocationPartsPath(lot string) string       { return "lots/" + lot + "/revoked" }
+
+// RevocationParts is how many parts the lot's revocations may have.
+func (m *Manifest) RevocationParts() int {
+	return (m.Devices() + revocationPart - 1) / revocationPart
+}
+
+// bitmap is one for the devices of a part, with no bit set.
+func (m *Manifest) bitmap(n int) Base64 {
+	return make(Base64, (min(revocationPart, m.Devices()-n*revocationPart)+7)/8)
+}
+
+// ref is what the list says of a part; nil if there is no such part.
+func (r *Revocations) ref(n int) *RevocationRef {
+	i := sort.Search(len(r.Parts), func(i int) bool { return r.Parts[i].Part >= n })
+	if i == len(r.Parts) || r.Parts[i].Part != n {
+		return nil
+	}
+	return &r.Parts[i]
+}
+
+// revokes says whether the device at a position is not to be trusted.
+func (r *Revocations) revokes(position int) bool {
+	if r.Whole != nil {
+		return true
+	}
+	ref, at := r.ref(position/revocationPart), position%revocationPart
+	return ref != nil && ref.Revoked[at/8]&(0x80>>(at%8)) != 0
+}
+
+// Compare says how the list stands to a part as ReadRevocationPart gives it: complete is false if the part is newer,
+// since a run was killed between the two, or is at work. An error is that the list says another thing of the same part.
+func (r *Revocations) Compare(m *Manifest, p *RevocationPart) (complete bool, err error) {
+	ref := r.ref(p.Part)
+	if p.Version == 0 || ref == nil || ref.Version < p.Version {
+		return p.Version == 0, nil
+	}
+	if !bytes.Equal(ref.Revoked, p.bitmap(m)) {
+		return true, refused(RevocationsPath(m.Lot), "it revokes other devices of part %d than the part itself", p.Part)
+	}
+	return true, nil
+}
+
+// check refuses a list that is not the lot's, or that does not hold together.
+func (r *Revocations) check(m *Manifest) error {
+	if r.Lot != m.Lot || r.Version < 1 {
+		return fmt.Errorf("it is version %d of lot %q", r.Version, r.Lot)
+	}
+	if r.Whole != nil && (r.Whole.Reason == "" || r.Whole.Time.IsZero()) {
+		return errors.New("why or when the lot was revoked is missing")
+	}
+	last := -1
+	for _, ref := range r.Parts {
+		if ref.Part <= last || ref.Part >= m.RevocationParts() {
+			return fmt.Errorf("part %d is not one of the lot, or not in order", ref.Part)
+		}
+		last = ref.Part
+		if ref.Version < 1 || len(ref.SHA256) != sha256.Size || len(ref.Revoked) != len(m.bitmap(ref.Part)) {
+			return fmt.Errorf("what it says of part %d cannot be", ref.Part)
+		}
+	}
+	return nil
+}
+
+// Of gives a device's entries.
+func (p *RevocationPart) Of(imei kme.IMEI) []Revocation {
+	name := imei.String()
+	first := sort.Search(len(p.Revoked), func(i int) bool { return p.Revoked[i].IMEI.String() >= name })
+	end := first
+	for end < len(p.Revoked) && p.Revoked[end].IMEI == imei {
+		end++
+	}
+	return p.Revoked[first:end]
+}
+
+// check refuses a part that is not that of the lot, not in order, or says nothing new in an entry.
+func (p *RevocationPart) check(m *Manifest, n int) error {
+	if p.Lot != m.Lot || p.Part != n || p.Version < 1 {
+		return fmt.Errorf("it is version %d of part %d of lot %q", p.Version, p.Part, p.Lot)
+	}
+	for i, e := range p.Revoked {
+		var before *Revocation
+		if i > 0 {
+			before = &p.Revoked[i-1]
+		}
+		switch position, ok := m.Position(e.IMEI); {
+		case !ok || position/revocationPart != n || before != nil && before.IMEI.String() > e.IMEI.String():
+			return fmt.Errorf("IMEI %s is not in this part of the lot, or not in order", e.IMEI)
+		case before != nil && before.IMEI == e.IMEI && before.Key == nil && e.Key == nil:
+			return fmt.Errorf("IMEI %s is revoked twice", e.IMEI)
+		case e.Key != nil && e.Key.IMEI != e.IMEI:
+			return fmt.Errorf("the key issued to IMEI %s is that of %s", e.IMEI, e.Key.IMEI)
+		case e.Key == nil && e.Package != nil:
+			return fmt.Errorf("IMEI %s was issued an injection package without a key", e.IMEI)
+		}
+		if e.Key != nil {
+			err := m.Suite.CheckDevice(e.Key.Key)
+			if err == nil {
+				err = checkPackage(e.Package)
+			}
+			if err != nil {
+				return fmt.Errorf("the key issued to IMEI %s: %w", e.IMEI, err)
+			}
+		}
+	}
+	return nil
+}
+
+// bitmap says which devices are revoked, as a RevocationRef has it.
+func (p *RevocationPart) bitmap(m *Manifest) Base64 {
+	bits := m.bitmap(p.Part)
+	for _, e := range p.Revoked { // of the entries of one device, the last one counts
+		position, _ := m.Position(e.IMEI)
+		at := position % revocationPart
+		bits[at/8] &^= 0x80 >> (at % 8)
+		if e.Key == nil {
+			bits[at/8] |= 0x80 >> (at % 8)
+		}
+	}
+	return bits
+}
+
+// add puts an entry in its place, unless the last one of the device says so already.
+func (p *RevocationPart) add(entry Revocation) (added bool) {
+	if had := p.Of(entry.IMEI); len(had) > 0 {
+		switch last := had[len(had)-1]; {
+		case entry.Key == nil && last.Key == nil:
+			return false
+		case entry.Key != nil && last.Key != nil && bytes.Equal(pack(entry.Key.Key), pack(last.Key.Key)):
+			return false
+		}
+	}
+	name := entry.IMEI.String()
+	at := sort.Search(len(p.Revoked), func(i int) bool { return p.Revoked[i].IMEI.String() > name })
+	p.Revoked = slices.Insert(p.Revoked, at, entry)
+	return true
+}
+
+// readRevocations reads a lot's list; where none is published, an empty one of version 0. It also gives the store's
+// version of it.
+func readRevocations(ctx context.Context, store Store, v *Verifier, m *Manifest) (*Revocations, string, error) {
+	jws, version, err := store.Read(ctx, RevocationsPath(m.Lot))
+	if errors.Is(err, ErrNotFound) {
+		return &Revocations{Lot: m.Lot}, "", nil
+	}
+	if err != nil {
+		return nil, "", err
+	}
+	list, err := parseRevocations(v, m, jws)
+	return list, version, err
+}
+
+func parseRevocations(v *Verifier, m *Manifest, jws []byte) (*Revocations, error) {
+	path := RevocationsPath(m.Lot)
+	list := new(Revocations)
+	if err := v.Verify(TypeRevocations, path, jws, list); err != nil {
+		return nil, err
+	}
+	if err := list.check(m); err != nil {
+		return nil, refused(path, "%v", err)
+	}
+	return list, nil
+}
+
+const askWhy = "ask who runs the store why"
+
+// A storedPart is a part as it was read.
+type storedPart struct {
+	RevocationPart
+	sum     [sha256.Size]byte // of its JWS
+	size    int               // of its JWS
+	version string            // the store's
+}
+
+// satisfies says whether the part is the one that the list names, or a later one.
+func (p *storedPart) satisfies(ref *RevocationRef) bool {
+	return p.Version > ref.Version || p.Version == ref.Version && bytes.Equal(p.sum[:], ref.SHA256)
+}
+
+// readPart reads part n of a lot's revocations. It refuses one that is older than the list says, or another of the same
+// version; ref is nil where the list has no such part, and one that the store does not have is then an empty one, of
+// version 0.
+func readPart(ctx context.Context, store Store, v *Verifier, m *Manifest, n int,
+	ref *RevocationRef) (*storedPart, error) {
+	path := RevocationPartPath(m.Lot, n)
+	jws, version, err := store.Read(ctx, path)
+	switch {
+	case errors.Is(err, ErrNotFound) && ref != nil:
+		return nil, refused(path, "it is not there, and the list of revocations has version %d of it: "+askWhy, ref.Version)
+	case errors.Is(err, ErrNotFound):
+		return &storedPart{RevocationPart: RevocationPart{Lot: m.Lot, Part: n}}, nil
+	case err != nil:
+		return nil, err
+	}
+	p := &storedPart{sum: sha256.Sum256(jws), size: len(jws), version: version}
+	if err := v.Verify(TypeRevocationPart, path, jws, &p.RevocationPart); err != nil {
+		return nil, err
+	}
+	if err := p.check(m, n); err != nil {
+		return nil, refused(path, "%v", err)
+	}
+	if ref != nil && !p.satisfies(ref) {
+		return nil, refused(path, "it has version %d, and is not what the list of revocations has as version %d: "+askWhy,
+			p.Version, ref.Version)
+	}
+	return p, nil
+}
+
+// Revoke adds devices to their lot's revocations. A device that is revoked stays as it is, so a run that was
+// interrupted can be repeated. report gets the number of devices that are done; it may be nil.
+func Revoke(ctx context.Context, store Store, s *Signer, m *Manifest, imeis []kme.IMEI, reason string, now time.Time,
+	report func(done int)) error {
+	entries := make([]Revocation, len(imeis))
+	for i, imei := range imeis {
+		entries[i] = Revocation{IMEI: imei, Reason: reason, Time: now}
+	}
+	return revise(ctx, store, s, m, entries, report)
+}
+
+// Reissue revokes the key that a device has, and issues it another one, in the injection package whose SHA-256 is pkg.
+// A device that has this key stays as it is.
+func Reissue(ctx context.Context, store Store, s *Signer, m *Manifest, key DeviceKey, pkg []byte, reason string,
+	now time.Time) error {
+	return revise(ctx, store, s, m, []Revocation{{key.IMEI, reason, now, &key, pkg}}, nil)
+}
+
+// RevokeLot revokes a whole lot, for good. A lot that is revoked stays as it is.
+func RevokeLot(ctx context.Context, store Store, s *Signer, m *Manifest, reason string, now time.Time) error {
+	reason, err := CheckReason(reason)
+	if err != nil {
+		return err
+	}
+	return publishRevocations(ctx, store, s, m, nil, nil, &LotRevocation{reason, now.UTC().Truncate(time.Second)})
+}
+
+// CompleteRevocations has the list name what its parts say, where a run was killed between the two.
+func CompleteRevocations(ctx context.Context, store Store, s *Signer, m *Manifest, parts []int) error {
+	return publishRevocations(ctx, store, s, m, parts, nil, nil)
+}
+
+// CheckReason gives a reason as it is published.
+func CheckReason(reason string) (string, error) {
+	reason = strings.TrimSpace(reason)
+	text := utf8.ValidString(reason) && !strings.ContainsFunc(reason, unicode.IsControl)
+	if reason == "" || len(reason) > 200 || !text {
+		return "", errors.New("the reason has 1 to 200 bytes of text, in one line")
+	}
+	return reason, nil
+}
+
+// partsAtOnce is after how many parts the list is written: each of its versions takes effect at readers.
+const partsAtOnce = 32
+
+func revise(ctx context.Context, store Store, s *Signer, m *Manifest, entries []Revocation,
+	report func(done int)) error {
+	by := map[int][]Revocation{}
+	for _, e := range entries {
+		position, ok := m.Position(e.IMEI)
+		if !ok {
+			return fmt.Errorf("IMEI %s is not in lot %s", e.IMEI, m.Lot)
+		}
+		var err error
+		if e.Reason, err = CheckReason(e.Reason); err != nil {
+			return err
+		}
+		e.Time = e.Time.UTC().Truncate(time.Second)
+		by[position/revocationPart] = append(by[position/revocationPart], e)
+	}
+	done := 0
+	for parts := range slices.Chunk(slices.Sorted(maps.Keys(by)), partsAtOnce) {
+		if err := publishRevocations(ctx, store, s, m, parts, by, nil); err != nil {
+			return err
+		}
+		for _, n := range parts {
+			done += len(by[n])
+		}
+		if report != nil {
+			report(done)
+		}
+	}
+	return nil
+}
+
+// publishRevocations adds entries to some parts of a lot's revocations, and whole to the list, unless that is nil.
+func publishRevocations(ctx context.Context, store Store, s *Signer, m *Manifest, parts []int,
+	entries map[int][]Revocation, whole *LotRevocation) error {
+	for tries := 1; ; tries++ {
+		err := tryRevocations(ctx, store, s, m, parts, entries, whole)
+		if !errors.Is(err, ErrChanged) || tries == 30 {
+			return err
+		}
+		// Another process is at work here too; each round one of them gets through.
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(rand.N(time.Duration(tries) * 10 * time.Millisecond)):
+		}
+	}
+}
+
+// tryRevocations writes the parts, and then the list that names them. A run that is killed in between leaves parts that
+// are newer than the list says, which readers take; the same again finds its entries there, and writes the list.
+func tryRevocations(ctx context.Context, store Store, s *Signer, m *Manifest, parts []int,
+	entries map[int][]Revocation, whole *LotRevocation) error {
+	v := NewVerifier(s.root)
+	list, version, err := readRevocations(ctx, store, v, m)
+	if err != nil {
+		return err
+	}
+	if list.Whole != nil {
+		for _, n := range parts {
+			if slices.ContainsFunc(entries[n], func(e Revocation) bool { return e.Key != nil }) {
+				return list.Refusal()
+			}
+		}
+		return nil // so is every device of it
+	}
+	type update struct {
+		path, version string
+		jws           []byte
+	}
+	var updates []update
+	list.Whole = whole
+	changed := whole != nil
+	for _, n := range parts {
+		ref := list.ref(n)
+		part, err := readPart(ctx, store, v, m, n, ref)
+		if err != nil {
+			return err
+		}
+		added := false
+		for _, e := range entries[n] {
+			added = part.add(e) || added
+		}
+		if added {
+			part.Version++
+			if err := part.check(m, n); err != nil {
+				return err
+			}
+			jws, err := s.Sign(TypeRevocationPart, part.RevocationPart)
+			if err != nil {
+				return err
+			}
+			part.sum = sha256.Sum256(jws)
+			updates = append(updates, update{RevocationPartPath(m.Lot, n), part.version, jws})
+		}
+		if part.Version == 0 || ref != nil && ref.Version == part.Version {
+			continue
+		}
+		changed = true
+		now := RevocationRef{n, part.Version, part.sum[:], part.bitmap(m)}
+		if ref != nil {
+			*ref = now
+			continue
+		}
+		at := sort.Search(len(list.Parts), func(i int) bool { return list.Parts[i].Part > n })
+		list.Parts = slices.Insert(list.Parts, at, now)
+	}
+	if !changed {
+		return nil
+	}
+	list.Version++
+	if err := list.check(m); err != nil {
+		return err
+	}
+	jws, err := s.Sign(TypeRevocations, list)
+	if err != nil {
+		return err
+	}
+	updates = append(updates, update{RevocationsPath(m.Lot), version, jws})
+	for _, u := range updates { // before the first of them is written
+		if err := CheckSize(u.path, u.jws); err != nil {
+			return fmt.Errorf("%w; give shorter reasons, or revoke the whole lot", err)
+		}
+	}
+	for _, u := range updates {
+		if err := store.Update(ctx, u.path, u.jws, u.version); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Refusal says that a lot is revoked; nil if it is not.
+func (r *Revocations) Refusal() error {
+	if r.Whole == nil {
+		return nil
+	}
+	return fmt.Errorf("lot %s is revoked since %s, all of it and for good: %s",
+		r.Lot, r.Whole.Time.Format(time.RFC3339), r.Whole.Reason)
+}

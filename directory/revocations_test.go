@@ -1,0 +1,547 @@
+package directory
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/rsa"
+	"errors"
+	"math/big"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// newMillion is a lot of a million devices, of which nothing is published.
+func newMillion(t testing.TB, s *Signer) *Manifest {
+	t.Helper()
+	m := newManifest(t, s, "L1")
+	m.Ranges, m.ShardSize = []Range{{tac(t, "35209900"), 0, 1_000_000}}, 256
+	return m
+}
+
+// every gives every n-th device of a lot.
+func every(m *Manifest, n int) (imeis []kme.IMEI) {
+	for i := 0; i < m.Devices(); i += n {
+		imeis = append(imeis, m.IMEI(i))
+	}
+	return imeis
+}
+
+// writing notes what is written where, and fails the update that fail names.
+type writing struct {
+	Store
+	mu      sync.Mutex
+	written map[string]int // bytes by path
+	fail    string
+}
+
+var errKilled = errors.New("killed")
+
+func (w *writing) Update(ctx context.Context, path string, data []byte, version string) error {
+	if path == w.fail {
+		return errKilled
+	}
+	err := w.Store.Update(ctx, path, data, version)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if err == nil {
+		w.written[path] += len(data)
+	}
+	return err
+}
+
+func (w *writing) take() (paths []string, bytes int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for path, n := range w.written {
+		paths, bytes = append(paths, path), bytes+n
+	}
+	clear(w.written)
+	slices.Sort(paths)
+	return paths, bytes
+}
+
+func newWriting(t testing.TB) *writing {
+	t.Helper()
+	return &writing{Store: must[*FileStore](t)(OpenFileStore(t.TempDir())), written: map[string]int{}}
+}
+
+func readerOf(store Store, s *Signer) *Reader {
+	return NewReader(store, NewVerifier(s.Public()), ReaderOptions{RevocationTTL: time.Nanosecond, NegativeTTL: time.Nanosecond})
+}
+
+// Ten thousand devices of a million, each in a place of its own: no object is larger than a store takes, one device
+// more is two objects and no megabytes, and a reader that looks at one device reads what that one needs.
+func TestRevocationsOfAMillion(t *testing.T) {
+	ctx, s, files := t.Context(), newSigner(t), newWriting(t)
+	m := newMillion(t, s)
+	imeis := every(m, 100)
+	var told []int
+	if err := Revoke(ctx, files, s, m, imeis, "stolen from a warehouse", time.Now(), func(done int) { told = append(told, done) }); err != nil {
+		t.Fatal(err)
+	}
+	if len(told) < 2 || told[len(told)-1] != len(imeis) || !slices.IsSorted(told) {
+		t.Errorf("progress: %v", told)
+	}
+	if paths, _ := files.take(); len(paths) != m.RevocationParts()+1 {
+		t.Errorf("%d objects were written, for %d parts", len(paths), m.RevocationParts())
+	}
+	if err := Revoke(ctx, files, s, m, []kme.IMEI{m.IMEI(100_001)}, "stolen", time.Now(), nil); err != nil {
+		t.Fatal(err)
+	}
+	if paths, bytes := files.take(); len(paths) != 2 || bytes > MaxObject/2 {
+		t.Errorf("for one more device %d bytes were written: %v", bytes, paths)
+	}
+	store := &counting{Store: files, reads: map[string]int{}}
+	r := NewReader(store, NewVerifier(s.Public()), ReaderOptions{})
+	n := 0
+	for i := range m.Devices() {
+		revoked, err := r.Revoked(ctx, m, m.IMEI(i))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if revoked {
+			n++
+		}
+		if revoked != (i%100 == 0 || i == 100_001) {
+			t.Errorf("device %d is revoked: %v", i, revoked)
+		}
+	}
+	if n != len(imeis)+1 || len(store.reads) != 1 {
+		t.Errorf("%d are revoked; read was %v", n, store.reads)
+	}
+	history, err := r.History(ctx, m, m.IMEI(100_001))
+	if err != nil || len(history) != 1 || history[0].Reason != "stolen" {
+		t.Errorf("%+v, %v", history, err)
+	}
+}
+
+// No object is written of a change of which one would be too large.
+func TestRevocationsTooLarge(t *testing.T) {
+	s, files := newSigner(t), newWriting(t)
+	m := newMillion(t, s)
+	imeis := every(m, 1)[:2*revocationPart]
+	reason := strings.Repeat("<", 200) // six bytes each, in JSON
+	err := Revoke(t.Context(), files, s, m, imeis, reason, time.Now(), nil)
+	if err == nil || !strings.Contains(err.Error(), "shorter reasons") {
+		t.Error(err)
+	}
+	if paths, _ := files.take(); len(paths) != 0 {
+		t.Errorf("%v was written", paths)
+	}
+	if err := Revoke(t.Context(), files, s, m, imeis, strings.Repeat("x", 200), time.Now(), nil); err != nil {
+		t.Error(err)
+	}
+}
+
+// The largest shard that a manifest allows fits, and the largest list.
+func TestLargestObjects(t *testing.T) {
+	s := newSigner(t)
+	for suite, key := range map[kme.Suite]func() any{
+		kme.SuiteECDSA: func() any { return newKey(t).Public() },
+		kme.SuiteRSA: func() any {
+			n := make([]byte, 256)
+			rand.Read(n)
+			n[0], n[255] = n[0]|0x80, n[255]|1
+			return &rsa.PublicKey{N: new(big.Int).SetBytes(n), E: kme.PublicExponent}
+		},
+	} {
+		m := newMillion(t, s)
+		m.Suite, m.ShardSize = suite, maxShard
+		var keys []DeviceKey
+		for i := range maxShard {
+			keys = append(keys, DeviceKey{m.IMEI(i), key()})
+		}
+		shard := must[*Shard](t)(NewShard(m, 0, keys, someHash))
+		jws := must[[]byte](t)(s.Sign(TypeShard, shard))
+		t.Logf("a shard of %d keys of %s has %d bytes", maxShard, suite, len(jws))
+		if err := CheckSize("x", jws); err != nil {
+			t.Errorf("%s: %v", suite, err)
+		}
+	}
+	m := newMillion(t, s)
+	list := &Revocations{Lot: m.Lot, Version: 1_000_000}
+	for n := range m.RevocationParts() {
+		list.Parts = append(list.Parts, RevocationRef{n, 1_000_000, make(Base64, 32), m.bitmap(n)})
+	}
+	if err := list.check(m); err != nil {
+		t.Error(err)
+	}
+	jws := must[[]byte](t)(s.Sign(TypeRevocations, list))
+	t.Logf("a list of a million devices has %d bytes", len(jws))
+	if err := CheckSize("x", jws); err != nil {
+		t.Error(err)
+	}
+}
+
+// What whoever runs the store may put in the place of a part. The reader refuses it, and what the list says stands.
+func TestRevocationPartReplaced(t *testing.T) {
+	ctx, s := t.Context(), newSigner(t)
+	store, m := newLot(t, s, "L1")
+	path, now := RevocationPartPath("L1", 0), time.Now()
+	revoke := func(i int) (part []byte) {
+		t.Helper()
+		if err := Revoke(ctx, store, s, m, []kme.IMEI{m.IMEI(i)}, "stolen", now, nil); err != nil {
+			t.Fatal(err)
+		}
+		part, _, err := store.Read(ctx, path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return part
+	}
+	sign := func(by *Signer, p *RevocationPart) []byte { return must[[]byte](t)(by.Sign(TypeRevocationPart, p)) }
+	entry := Revocation{IMEI: m.IMEI(5), Reason: "stolen", Time: now.UTC().Truncate(time.Second)}
+	first := revoke(3)
+	good := revoke(5)
+	list, _, err := store.Read(ctx, RevocationsPath("L1"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct {
+		jws  []byte
+		want string
+	}{
+		"good":                       {good, ""},
+		"the one before":             {first, "version 1, and is not what the list of revocations has as version 2"},
+		"another of this version":    {sign(s, &RevocationPart{"L1", 0, 2, []Revocation{entry}}), "version 2, and is not what"},
+		"a later one":                {sign(s, &RevocationPart{"L1", 0, 3, []Revocation{{IMEI: m.IMEI(3), Reason: "x", Time: entry.Time}, entry}}), ""},
+		"another manufacturer's":     {sign(newSigner(t), &RevocationPart{"L1", 0, 3, nil}), "pinned"},
+		"the list":                   {must[[]byte](t)(s.Sign(TypeRevocations, &Revocations{Lot: "L1", Version: 3})), "type"},
+		"one without a version":      {sign(s, &RevocationPart{"L1", 0, 0, nil}), "version 0"},
+		"a device of another's part": {sign(s, &RevocationPart{"L1", 0, 3, []Revocation{{IMEI: must[kme.IMEI](t)(kme.ParseIMEI("35209902000000"))}}}), "not in this part"},
+		"noise":                      {[]byte("noise"), "compact JWS"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			put(t, store, RevocationsPath("L1"), list)
+			put(t, store, path, c.jws)
+			r := readerOf(store, s)
+			d, err := r.Device(ctx, m, m.IMEI(3))
+			if c.want == "" && (err != nil || d.Revoked == nil) || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
+				t.Errorf("%+v, %v", d, err)
+			}
+			if c.want != "" && !errors.As(err, new(*RefusedError)) {
+				t.Errorf("%T", err)
+			}
+			if revoked, err := r.Revoked(ctx, m, m.IMEI(3)); !revoked || err != nil {
+				t.Errorf("the list says otherwise: %v, %v", revoked, err)
+			}
+			// And the line does not build on it.
+			if err := Revoke(ctx, store, s, m, []kme.IMEI{m.IMEI(3)}, "x", now, nil); (c.want == "") != (err == nil) {
+				t.Errorf("the line: %v", err)
+			}
+		})
+	}
+	// The part that is cached serves on, and when the list names a later one, it does not.
+	put(t, store, path, good)
+	put(t, store, RevocationsPath("L1"), must[[]byte](t)(s.Sign(TypeRevocations, &Revocations{Lot: "L1", Version: 50, Parts: []RevocationRef{refOf(t, s, m, good)}})))
+	r := readerOf(store, s)
+	if d, err := r.Device(ctx, m, m.IMEI(5)); err != nil || d.Revoked == nil {
+		t.Fatal(d, err)
+	}
+	put(t, store, path, first)
+	if d, err := r.Device(ctx, m, m.IMEI(5)); err != nil || d.Revoked == nil {
+		t.Errorf("the cached part: %+v, %v", d, err)
+	}
+	put(t, store, path, good)
+	newest := revoke(6)
+	put(t, store, path, good)
+	if _, err := r.Device(ctx, m, m.IMEI(6)); !errors.As(err, new(*RefusedError)) {
+		t.Errorf("a list that names a later part, and the part that is cached: %v", err)
+	}
+	put(t, store, path, newest)
+	if d, err := r.Device(ctx, m, m.IMEI(6)); err != nil || d.Revoked == nil {
+		t.Errorf("%+v, %v", d, err)
+	}
+}
+
+func refOf(t *testing.T, s *Signer, m *Manifest, jws []byte) RevocationRef {
+	t.Helper()
+	store := must[*FileStore](t)(OpenFileStore(t.TempDir()))
+	put(t, store, RevocationPartPath(m.Lot, 0), jws)
+	p := must[*storedPart](t)(readPart(t.Context(), store, NewVerifier(s.Public()), m, 0, nil))
+	return RevocationRef{0, p.Version, p.sum[:], p.bitmap(m)}
+}
+
+// Lists that the line would never sign.
+func TestRevocationsCheck(t *testing.T) {
+	m := newMillion(t, newSigner(t))
+	ref := func(n int) RevocationRef { return RevocationRef{n, 1, make(Base64, 32), m.bitmap(n)} }
+	for name, c := range map[string]struct {
+		change func(*Revocations)
+		good   bool
+	}{
+		"good":                {func(*Revocations) {}, true},
+		"the last part":       {func(r *Revocations) { r.Parts = []RevocationRef{ref(976)} }, true},
+		"another lot":         {func(r *Revocations) { r.Lot = "L2" }, false},
+		"no version":          {func(r *Revocations) { r.Version = 0 }, false},
+		"a part twice":        {func(r *Revocations) { r.Parts = append(r.Parts, ref(1)) }, false},
+		"not in order":        {func(r *Revocations) { r.Parts = append(r.Parts, ref(0)) }, false},
+		"a part of no device": {func(r *Revocations) { r.Parts[1].Part = 977 }, false},
+		"a negative part":     {func(r *Revocations) { r.Parts[0].Part = -1 }, false},
+		"a part's version":    {func(r *Revocations) { r.Parts[0].Version = 0 }, false},
+		"a short digest":      {func(r *Revocations) { r.Parts[0].SHA256 = r.Parts[0].SHA256[1:] }, false},
+		"too few devices":     {func(r *Revocations) { r.Parts[0].Revoked = r.Parts[0].Revoked[1:] }, false},
+		"no reason":           {func(r *Revocations) { r.Whole = &LotRevocation{Time: time.Now()} }, false},
+		"no time":             {func(r *Revocations) { r.Whole = &LotRevocation{Reason: "x"} }, false},
+	} {
+		list := &Revocations{Lot: "L1", Version: 1, Parts: []RevocationRef{ref(0), ref(1)}}
+		c.change(list)
+		if err := list.check(m); (err == nil) != c.good {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// A run that is killed between a part and the list leaves what readers take; the same command finishes it, and so does
+// CompleteRevocations.
+func TestRevokeKilled(t *testing.T) {
+	for name, finish := range map[string]func(store Store, s *Signer, m *Manifest) error{
+		"the same again": func(store Store, s *Signer, m *Manifest) error {
+			return Revoke(t.Context(), store, s, m, []kme.IMEI{m.IMEI(4)}, "stolen", time.Now(), nil)
+		},
+		"another device of the part": func(store Store, s *Signer, m *Manifest) error {
+			return Revoke(t.Context(), store, s, m, []kme.IMEI{m.IMEI(5)}, "stolen", time.Now(), nil)
+		},
+		"complete": func(store Store, s *Signer, m *Manifest) error {
+			return CompleteRevocations(t.Context(), store, s, m, []int{0})
+		},
+	} {
+		for _, earlier := range []bool{false, true} {
+			s := newSigner(t)
+			store, m := newLot(t, s, "L1")
+			files := &writing{Store: store, written: map[string]int{}}
+			if earlier {
+				if err := Revoke(t.Context(), files, s, m, []kme.IMEI{m.IMEI(1)}, "stolen", time.Now(), nil); err != nil {
+					t.Fatal(err)
+				}
+			}
+			files.fail = RevocationsPath("L1")
+			if err := Revoke(t.Context(), files, s, m, []kme.IMEI{m.IMEI(4)}, "stolen", time.Now(), nil); !errors.Is(err, errKilled) {
+				t.Fatal(err)
+			}
+			files.fail = ""
+			r := readerOf(store, s)
+			look := func(list bool) {
+				t.Helper()
+				if revoked, err := r.Revoked(t.Context(), m, m.IMEI(4)); revoked != list || err != nil {
+					t.Errorf("%s: %v, %v", name, revoked, err)
+				}
+				if d, err := r.Device(t.Context(), m, m.IMEI(4)); (d.Revoked != nil) != (list || earlier) || err != nil {
+					t.Errorf("%s: %+v, %v", name, d, err)
+				}
+				whole := must[*Revocations](t)(r.ReadRevocations(t.Context(), m))
+				parts, strays, err := r.RevocationParts(t.Context(), m, whole)
+				if err != nil || !slices.Equal(parts, []int{0}) || len(strays) != 0 {
+					t.Errorf("%s: %v %v %v", name, parts, strays, err)
+				}
+				part := must[*RevocationPart](t)(r.ReadRevocationPart(t.Context(), m, whole, 0))
+				if complete, err := whole.Compare(m, part); complete != list || err != nil {
+					t.Errorf("%s: complete %v, %v", name, complete, err)
+				}
+			}
+			look(false)
+			if err := finish(files, s, m); err != nil {
+				t.Fatal(err)
+			}
+			look(true)
+		}
+	}
+}
+
+// Many revoke at once, in the same parts: nothing is lost, and the list and its parts agree.
+func TestRevokeAtOnce(t *testing.T) {
+	ctx, s, files := t.Context(), newSigner(t), newWriting(t)
+	m := newMillion(t, s)
+	var all sync.WaitGroup
+	for i := range 6 {
+		all.Go(func() {
+			imeis := []kme.IMEI{m.IMEI(i), m.IMEI(1023 - i), m.IMEI(1024 + i), m.IMEI(999_999 - i)}
+			if i%2 == 0 {
+				slices.Reverse(imeis)
+			}
+			if err := Revoke(ctx, files, s, m, imeis, "stolen", time.Now(), nil); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+	r := readerOf(files, s)
+	list := must[*Revocations](t)(r.ReadRevocations(ctx, m))
+	n := 0
+	for i := range m.Devices() {
+		if list.revokes(i) {
+			n++
+		}
+	}
+	if n != 24 || len(list.Parts) != 3 {
+		t.Errorf("%d are revoked, in %d parts", n, len(list.Parts))
+	}
+	for _, ref := range list.Parts {
+		part := must[*RevocationPart](t)(r.ReadRevocationPart(ctx, m, list, ref.Part))
+		if complete, err := list.Compare(m, part); !complete || err != nil {
+			t.Errorf("part %d: %v, %v", ref.Part, complete, err)
+		}
+	}
+}
+
+// A whole lot is revoked for good.
+func TestRevokeLot(t *testing.T) {
+	ctx, s := t.Context(), newSigner(t)
+	store, m := newLot(t, s, "L1")
+	second := DeviceKey{m.IMEI(3), newKey(t).Public()}
+	r := readerOf(store, s)
+	if err := errors.Join(
+		Reissue(ctx, store, s, m, second, someHash, "return 1", time.Now()),
+		Revoke(ctx, store, s, m, []kme.IMEI{m.IMEI(5)}, "stolen", time.Now(), nil)); err != nil {
+		t.Fatal(err)
+	}
+	before, _, err := store.Read(ctx, RevocationsPath("L1"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := RevokeLot(ctx, store, s, m, " P and Q have leaked ", time.Now()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	list := must[*Revocations](t)(r.ReadRevocations(ctx, m))
+	if list.Version != 3 || list.Whole == nil || list.Whole.Reason != "P and Q have leaked" || list.Refusal() == nil {
+		t.Errorf("%+v", list)
+	}
+	all := func() {
+		t.Helper()
+		for i := range m.Devices() {
+			revoked, err := r.Revoked(ctx, m, m.IMEI(i))
+			d, derr := r.Device(ctx, m, m.IMEI(i))
+			if !revoked || d.Revoked == nil || d.Revoked.Reason != "P and Q have leaked" || d.Lot == nil || err != nil || derr != nil {
+				t.Errorf("device %d: %v, %+v, %v, %v", i, revoked, d, err, derr)
+			}
+		}
+	}
+	all()
+	// A device of the lot is revoked already, and gets no new key.
+	if err := Revoke(ctx, store, s, m, []kme.IMEI{m.IMEI(1)}, "stolen", time.Now(), nil); err != nil {
+		t.Error(err)
+	}
+	if err := Reissue(ctx, store, s, m, second, someHash, "return 2", time.Now()); err == nil || !strings.Contains(err.Error(), "lot L1 is revoked since") {
+		t.Error(err)
+	}
+	if again := must[*Revocations](t)(r.ReadRevocations(ctx, m)); again.Version != list.Version {
+		t.Errorf("version %d", again.Version)
+	}
+	// Neither an older list, nor a later one that does not know it, takes it back.
+	put(t, store, RevocationsPath("L1"), before)
+	all()
+	put(t, store, RevocationsPath("L1"), must[[]byte](t)(s.Sign(TypeRevocations, &Revocations{Lot: "L1", Version: 9})))
+	all()
+	if got := r.Overdue(); len(got) != 1 || !strings.Contains(got[0].Cause.Error(), "for good") {
+		t.Errorf("%+v", got)
+	}
+	for _, reason := range []string{"", " ", strings.Repeat("x", 201), "two\nlines", "\xff"} {
+		if err := RevokeLot(ctx, store, s, m, reason, time.Now()); err == nil {
+			t.Errorf("the reason %q", reason)
+		}
+	}
+}
+
+// A list of the same version with another content is not believed either: of each version, the line publishes one.
+func TestRevocationsSameVersion(t *testing.T) {
+	ctx, s := t.Context(), newSigner(t)
+	store, m := newLot(t, s, "L1")
+	if err := Revoke(ctx, store, s, m, []kme.IMEI{m.IMEI(3)}, "stolen", time.Now(), nil); err != nil {
+		t.Fatal(err)
+	}
+	r := readerOf(store, s)
+	look := func() {
+		t.Helper()
+		if revoked, err := r.Revoked(ctx, m, m.IMEI(3)); !revoked || err != nil {
+			t.Error(revoked, err)
+		}
+	}
+	look()
+	put(t, store, RevocationsPath("L1"), must[[]byte](t)(s.Sign(TypeRevocations, &Revocations{Lot: "L1", Version: 1})))
+	look()
+	if len(r.Overdue()) != 1 {
+		t.Error("it was believed")
+	}
+}
+
+// However many revoked devices are looked up, what a reader keeps of why is bounded.
+func TestRevocationsCacheBound(t *testing.T) {
+	const limit, parts = int64(16 << 20), 100
+	s, files := newSigner(t), newWriting(t)
+	m := newMillion(t, s)
+	if err := Revoke(t.Context(), files, s, m, every(m, 1)[:parts*revocationPart], strings.Repeat("stolen ", 20), time.Now(), nil); err != nil {
+		t.Fatal(err)
+	}
+	_, published := files.take()
+	r := NewReader(files, NewVerifier(s.Public()), ReaderOptions{CacheBytes: limit})
+	list := must[*Revocations](t)(r.revoked(t.Context(), m))
+	heap := func() int64 {
+		runtime.GC()
+		runtime.GC()
+		var stats runtime.MemStats
+		runtime.ReadMemStats(&stats)
+		return int64(stats.HeapAlloc)
+	}
+	before := heap()
+	for i := range list.Parts {
+		if _, err := r.part(t.Context(), m, &list.Parts[i]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.parts.CleanUp()
+	grown := heap() - before
+	t.Logf("%d parts of %d bytes were read with a cache of %d MiB: the heap has grown by %.1f MiB", parts, published/parts, limit>>20, float64(grown)/(1<<20))
+	if grown > limit/8*3/2+1<<20 {
+		t.Errorf("the heap has grown by %d bytes with a cache of %d", grown, limit)
+	}
+	runtime.KeepAlive(r)
+}
+
+// What a vector for a bound device costs here: a look at the list, in a lot of a million with 10,000 revoked.
+func BenchmarkRevoked(b *testing.B) {
+	s, files := newSigner(b), newWriting(b)
+	m := newMillion(b, s)
+	if err := Revoke(b.Context(), files, s, m, every(m, 100), "stolen", time.Now(), nil); err != nil {
+		b.Fatal(err)
+	}
+	files.take()
+	if err := Revoke(b.Context(), files, s, m, []kme.IMEI{m.IMEI(1)}, "stolen", time.Now(), nil); err != nil {
+		b.Fatal(err)
+	}
+	_, update := files.take()
+	jws, _, err := files.Read(b.Context(), RevocationsPath("L1"))
+	if err != nil {
+		b.Fatal(err)
+	}
+	r := NewReader(files, NewVerifier(s.Public()), ReaderOptions{RevocationTTL: time.Hour})
+	heap := func() float64 {
+		runtime.GC()
+		runtime.GC()
+		var stats runtime.MemStats
+		runtime.ReadMemStats(&stats)
+		return float64(stats.HeapAlloc)
+	}
+	before, start := heap(), time.Now()
+	if _, err := r.Revoked(b.Context(), m, m.IMEI(0)); err != nil {
+		b.Fatal(err)
+	}
+	took, grown := time.Since(start), heap()-before
+	b.ReportAllocs()
+	for i := 0; b.Loop(); i++ {
+		if _, err := r.Revoked(b.Context(), m, m.IMEI(i*7919%1_000_000)); err != nil {
+			b.Fatal(err)
+		}
+	}
+	b.ReportMetric(float64(took.Microseconds()), "us/list")
+	b.ReportMetric(grown/1024, "KiB/lot")
+	b.ReportMetric(float64(len(jws)), "bytes/list")
+	b.ReportMetric(float64(update), "bytes/revocation")
+}
