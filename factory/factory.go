@@ -421,7 +421,8 @@ func (l *Line) Reissue(ctx context.Context, lot string, imei kme.IMEI, reason, f
 		return "", fmt.Errorf("IMEI %s is not in lot %s", imei, lot)
 	}
 	shard := position / m.ShardSize
-	if _, err := l.reader.ReadShard(ctx, m, shard); errors.Is(err, directory.ErrNotFound) {
+	issued, err := l.reader.ReadShard(ctx, m, shard)
+	if errors.Is(err, directory.ErrNotFound) {
 		return "", fmt.Errorf("IMEI %s was never issued a key: its shard is not published; provision the lot", imei)
 	} else if err != nil {
 		return "", err
@@ -434,11 +435,12 @@ func (l *Line) Reissue(ctx context.Context, lot string, imei kme.IMEI, reason, f
 	if err := durable.MkdirAll(dir, 0o700); err != nil {
 		return "", err
 	}
-	n := 1
+	n, had := 1, []uint64{issued.Keys[position%m.ShardSize].Fingerprint()}
 	for _, e := range earlier {
 		if e.Key == nil {
 			continue
 		}
+		had = append(had, e.Key.Fingerprint())
 		if e.Reason == reason {
 			path = filepath.Join(dir, ReissueFile(imei, n))
 			if err := checkReissue(lot, path, e); err != nil {
@@ -455,6 +457,8 @@ func (l *Line) Reissue(ctx context.Context, lot string, imei kme.IMEI, reason, f
 		line, hash, err = l.makeReissue(ctx, m, imei, shard, fixture, path)
 	} else if err != nil {
 		err = fmt.Errorf("%w: its key was never published, so remove the file and run this again to make another one", err)
+	} else if slices.Contains(had, line.PublicKey.Fingerprint()) {
+		err = fmt.Errorf("%s has a key that the device had before: remove the file, and run this again to make another one", path)
 	}
 	if err != nil {
 		return "", err

@@ -218,6 +218,16 @@ func TestReissue(t *testing.T) {
 	if again := reissue("return 1", "reissue-35209900000005-1.jsonl"); again.PublicKey.Fingerprint() != first.PublicKey.Fingerprint() {
 		t.Error("the same return made another key")
 	}
+	copied := filepath.Join(out, "L1", ReissueFile(imei, 2))
+	if err := os.WriteFile(copied, must(os.ReadFile(filepath.Join(out, "L1", ReissueFile(imei, 1)))), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := line.Reissue(t.Context(), "L1", imei, "return 2", "", out); err == nil || !strings.Contains(err.Error(), "had before") {
+		t.Errorf("a copy of the first package as the second: %v", err)
+	}
+	if err := os.Remove(copied); err != nil {
+		t.Fatal(err)
+	}
 	killed, _, err := line.makeReissue(t.Context(), m, imei, 1, "", filepath.Join(out, "L1", ReissueFile(imei, 2)))
 	if err != nil {
 		t.Fatal(err)

@@ -10,6 +10,7 @@ import (
 	"iter"
 	"os"
 	"os/signal"
+	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -166,6 +167,10 @@ func flagsFirst(app *cli.App, args []string) []string {
 			rest = append(rest, args[i:]...)
 			break
 		}
+		if thumbprint.MatchString(a) {
+			rest = append(rest, a)
+			continue
+		}
 		if name := strings.TrimLeft(a, "-"); len(a) > 1 && a[0] == '-' {
 			flags = append(flags, a)
 			if takesValue[name] && i+1 < len(args) {
@@ -183,8 +188,14 @@ func flagsFirst(app *cli.App, args []string) []string {
 		commands = commands[at].Subcommands
 		words = append(words, a)
 	}
+	if len(rest) > 0 && thumbprint.MatchString(rest[0]) {
+		rest = append([]string{"--"}, rest...)
+	}
 	return slices.Concat(args[:1], words, flags, rest)
 }
+
+// thumbprint is one of RFC 7638 that looks like a flag: base64url has the minus sign, and one of 64 begins with it.
+var thumbprint = regexp.MustCompile(`^-[A-Za-z0-9_-]{42}$`)
 
 // Print gives a result: v as one JSON document with --json, else what human writes.
 func Print(c *cli.Context, v any, human func(io.Writer)) error {

@@ -31,6 +31,10 @@ func TestFlagsFirst(t *testing.T) {
 			t.Errorf("%q became %q, want %q", in, got, want)
 		}
 	}
+	const minus = "-euMzHXk2vYzjqEoIb7y1gTn4yqGxqUq0v9k1mQvWc0"
+	if got := flagsFirst(app, []string{"p", "lot", "create", minus, "--tac", "1"}); !slices.Equal(got, []string{"p", "lot", "create", "--tac", "1", "--", minus}) {
+		t.Errorf("a thumbprint that begins with a minus sign: %q", got)
+	}
 	if got := flagsFirst(app, []string{"p", "lot", "create", ""}); !slices.Equal(got, []string{"p", "lot", "create", ""}) {
 		t.Errorf("an empty argument became %q", got)
 	}
