@@ -672,7 +672,7 @@ func TestRenew(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	first := token.signers
+	first := token.held
 	token.renewAfter.Store(25)
 	var all sync.WaitGroup
 	for range 6 {
@@ -691,7 +691,7 @@ func TestRenew(t *testing.T) {
 	}
 	all.Wait()
 	token.reopening.Lock() // a renewal goes on beside the calls
-	if token.signers == first {
+	if token.held == first {
 		t.Error("the module was not initialised anew")
 	}
 	// A PIN that is gone is no reason to stop.
