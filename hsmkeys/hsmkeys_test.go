@@ -66,7 +66,7 @@ func must[T any](t testing.TB) func(T, error) T {
 // newOperator is an operator's token with its own keys.
 func newOperator(t testing.TB) *Token {
 	t.Helper()
-	token := open(t, softhsmtest.Token(t))
+	token := open(t, softhsmtest.Operator(t))
 	must[bool](t)(token.Dedicate(t.Context(), Dedication{Side: Operator}))
 	must[bool](t)(token.EnsureStorageKey(t.Context()))
 	must[bool](t)(token.EnsureLedgerKey(t.Context()))
