@@ -100,7 +100,8 @@ type Token struct {
 	using  bool // it is initialised for us
 	slot   uint
 	info   pkcs11.TokenInfo
-	kwp    uint     // the mechanism that is AES-KWP (RFC 5649) on this token
+	kwp    uint // the mechanism that is AES-KWP (RFC 5649) on this token
+	lacks  atomic.Uint32
 	held   *session // of the login, which ends with the last session
 	pin    string   // its source, a URI; empty for the security officer's
 
@@ -138,8 +139,9 @@ type handleKey struct {
 // A session is used by one goroutine at a time.
 type session struct {
 	*pkcs11.Ctx
-	h    pkcs11.SessionHandle
-	list functionList
+	h     pkcs11.SessionHandle
+	list  functionList
+	lacks *atomic.Uint32 // which of the attributes in optional the token has no place for, by bits
 }
 
 // Open opens the token that an RFC 7512 URI names and logs in, once, with the PIN of its pin-source.
@@ -370,7 +372,7 @@ func (t *Token) openSession() (*session, error) {
 	if err != nil {
 		return nil, explain("open a session", err)
 	}
-	return &session{t.module.Ctx, h, t.module.list}, nil
+	return &session{t.module.Ctx, h, t.module.list, &t.lacks}, nil
 }
 
 // find looks a key up by CKA_ID, and fails with ErrNoKey. Two keys of one ID are an error: neither can be trusted.
