@@ -38,9 +38,9 @@ func NSS(t testing.TB) Tok {
 	if err := os.Setenv("NSS_MAX_MP_PBE_ITERATION_COUNT", "1"); err != nil {
 		t.Fatal(err)
 	}
-	library, err := nssLibrary()
+	library, err := os.ReadFile(nssLibrary())
 	if err != nil {
-		t.Fatal(err)
+		t.Fatalf("libsoftokn3.so: %v: scripts/deps.sh check installs it", err)
 	}
 	if err := os.WriteFile(tok.Module, library, 0o600); err != nil {
 		t.Fatal(err)
@@ -50,15 +50,16 @@ func NSS(t testing.TB) Tok {
 	return tok
 }
 
-// nssLibrary is where this machine's C compiler would link it from.
-func nssLibrary() ([]byte, error) {
-	out, err := exec.Command("gcc", "-print-file-name=libsoftokn3.so").Output()
-	if err != nil {
-		return nil, fmt.Errorf("gcc -print-file-name: %w", err)
+// OperatorModule is the library of an operator's tokens, for who loads one for all of them.
+func OperatorModule() string {
+	if os.Getenv(operatorEnv) == "nss" {
+		return nssLibrary()
 	}
-	library, err := os.ReadFile(strings.TrimSpace(string(out)))
-	if err != nil {
-		return nil, fmt.Errorf("libsoftokn3.so: %w: scripts/deps.sh check installs it", err)
-	}
-	return library, nil
+	return ModulePath()
+}
+
+// nssLibrary is where the C compiler of this machine would find it.
+func nssLibrary() string {
+	out, _ := exec.Command("gcc", "-print-file-name=libsoftokn3.so").Output()
+	return strings.TrimSpace(string(out))
 }
