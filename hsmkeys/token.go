@@ -184,7 +184,7 @@ func connect(u *uri) (*Token, error) {
 	}
 	t := &Token{module: m, uri: u, latch: newLatch(), hangAfter: hangTimeout, closing: make(chan struct{}), work: make(chan func()), handles: map[handleKey]pkcs11.ObjectHandle{}}
 	if err := t.acquire(); err != nil {
-		return nil, fmt.Errorf("the PKCS #11 module %s cannot be used: %w: is its token connected, and its configuration right%s?", u.module, err, softhsmConf())
+		return nil, fmt.Errorf("the PKCS #11 module %s cannot be used: %w: is its token connected, its configuration right%s, and does it want %s in the URI?", u.module, err, softhsmConf(), initReserved)
 	}
 	if t.slot, t.info, err = t.findSlot(u); err != nil {
 		t.Close()
