@@ -92,7 +92,7 @@ type rig struct {
 func newRig(t testing.TB) *rig {
 	t.Helper()
 	ctx := t.Context()
-	tok := softhsmtest.Token(t)
+	tok := softhsmtest.Operator(t)
 	token := must[*hsmkeys.Token](t)(hsmkeys.Open(ctx, tok.URI))
 	t.Cleanup(func() { token.Close() })
 	must[bool](t)(token.Dedicate(ctx, hsmkeys.Dedication{Side: hsmkeys.Operator}))

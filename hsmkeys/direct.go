@@ -199,25 +199,29 @@ func shape(a attributes) (rows []C.ck, values []byte, err error) {
 
 // create makes an object. The copies of its values are wiped.
 func (s *session) create(a attributes) (pkcs11.ObjectHandle, error) {
-	rows, values, err := shape(a)
-	if err != nil {
-		return 0, err
-	}
-	defer clear(values)
-	var h C.ck
-	rv := C.create(s.list, C.ck(s.h), unsafe.SliceData(rows), C.ck(len(rows)/3), (*C.uchar)(unsafe.SliceData(values)), &h)
-	return pkcs11.ObjectHandle(h), toError(rv)
+	return s.fitting(a, func(a attributes) (pkcs11.ObjectHandle, error) {
+		rows, values, err := shape(a)
+		if err != nil {
+			return 0, err
+		}
+		defer clear(values)
+		var h C.ck
+		rv := C.create(s.list, C.ck(s.h), unsafe.SliceData(rows), C.ck(len(rows)/3), (*C.uchar)(unsafe.SliceData(values)), &h)
+		return pkcs11.ObjectHandle(h), toError(rv)
+	})
 }
 
 // generate makes a secret key.
 func (s *session) generate(mechanism uint, a attributes) (pkcs11.ObjectHandle, error) {
-	rows, values, err := shape(a)
-	if err != nil {
-		return 0, err
-	}
-	var h C.ck
-	rv := C.generate(s.list, C.ck(s.h), C.ck(mechanism), unsafe.SliceData(rows), C.ck(len(rows)/3), (*C.uchar)(unsafe.SliceData(values)), &h)
-	return pkcs11.ObjectHandle(h), toError(rv)
+	return s.fitting(a, func(a attributes) (pkcs11.ObjectHandle, error) {
+		rows, values, err := shape(a)
+		if err != nil {
+			return 0, err
+		}
+		var h C.ck
+		rv := C.generate(s.list, C.ck(s.h), C.ck(mechanism), unsafe.SliceData(rows), C.ck(len(rows)/3), (*C.uchar)(unsafe.SliceData(values)), &h)
+		return pkcs11.ObjectHandle(h), toError(rv)
+	})
 }
 
 // generatePair makes a key pair.
@@ -226,24 +230,30 @@ func (s *session) generatePair(mechanism uint, public, private attributes) (pub,
 	if err != nil {
 		return 0, 0, err
 	}
-	privateRows, privateValues, err := shape(private)
-	if err != nil {
-		return 0, 0, err
-	}
-	var h, k C.ck
-	rv := C.generate_pair(s.list, C.ck(s.h), C.ck(mechanism), unsafe.SliceData(rows), C.ck(len(rows)/3), (*C.uchar)(unsafe.SliceData(values)),
-		unsafe.SliceData(privateRows), C.ck(len(privateRows)/3), (*C.uchar)(unsafe.SliceData(privateValues)), &h, &k)
-	return pkcs11.ObjectHandle(h), pkcs11.ObjectHandle(k), toError(rv)
+	priv, err = s.fitting(private, func(private attributes) (pkcs11.ObjectHandle, error) {
+		privateRows, privateValues, err := shape(private)
+		if err != nil {
+			return 0, err
+		}
+		var h, k C.ck
+		rv := C.generate_pair(s.list, C.ck(s.h), C.ck(mechanism), unsafe.SliceData(rows), C.ck(len(rows)/3), (*C.uchar)(unsafe.SliceData(values)),
+			unsafe.SliceData(privateRows), C.ck(len(privateRows)/3), (*C.uchar)(unsafe.SliceData(privateValues)), &h, &k)
+		pub = pkcs11.ObjectHandle(h)
+		return pkcs11.ObjectHandle(k), toError(rv)
+	})
+	return pub, priv, err
 }
 
 // unwrap makes an object of a wrapped key.
 func (s *session) unwrap(mechanism uint, unwrapping pkcs11.ObjectHandle, wrapped []byte, a attributes) (pkcs11.ObjectHandle, error) {
-	rows, values, err := shape(a)
-	if err != nil {
-		return 0, err
-	}
-	var h C.ck
-	rv := C.unwrap(s.list, C.ck(s.h), C.ck(mechanism), C.ck(unwrapping), (*C.uchar)(unsafe.SliceData(wrapped)), C.ck(len(wrapped)),
-		unsafe.SliceData(rows), C.ck(len(rows)/3), (*C.uchar)(unsafe.SliceData(values)), &h)
-	return pkcs11.ObjectHandle(h), toError(rv)
+	return s.fitting(a, func(a attributes) (pkcs11.ObjectHandle, error) {
+		rows, values, err := shape(a)
+		if err != nil {
+			return 0, err
+		}
+		var h C.ck
+		rv := C.unwrap(s.list, C.ck(s.h), C.ck(mechanism), C.ck(unwrapping), (*C.uchar)(unsafe.SliceData(wrapped)), C.ck(len(wrapped)),
+			unsafe.SliceData(rows), C.ck(len(rows)/3), (*C.uchar)(unsafe.SliceData(values)), &h)
+		return pkcs11.ObjectHandle(h), toError(rv)
+	})
 }

@@ -36,7 +36,7 @@ func without(template attributes, types ...uint) attributes {
 // Whoever has the user PIN, and the files that pass between the parties, unwraps nothing into a key that says what it is.
 func TestUnwrapTemplates(t *testing.T) {
 	ctx := t.Context()
-	operator := newOperator(t)
+	operator := newOperatorOn(t, softhsmtest.Token(t))
 	factory, transport := newFactory(t, operator)
 	pub, _, err := factory.EnsureLotKey(ctx, testLot, 2048, PrimesAuto)
 	if err != nil {
@@ -114,7 +114,7 @@ func TestUnwrapTemplates(t *testing.T) {
 // wrapped under it, although the security officer has made it TRUSTED.
 func TestWhatLeavesTheFactory(t *testing.T) {
 	ctx := t.Context()
-	factory, _ := newFactory(t, newOperator(t))
+	factory, _ := newFactory(t, newOperatorOn(t, softhsmtest.Token(t)))
 	if _, _, err := factory.EnsureLotKey(ctx, testLot, 2048, PrimesAuto); err != nil {
 		t.Fatal(err)
 	}
@@ -198,7 +198,7 @@ func TestOneKeyOneRecipient(t *testing.T) {
 // A token of one side is refused by all that make keys of the other.
 func TestSides(t *testing.T) {
 	ctx := t.Context()
-	operator := newOperator(t)
+	operator := newOperatorOn(t, softhsmtest.Token(t))
 	factory, transport := newFactory(t, operator)
 	lot := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048))
 	wrapped := make([]byte, 1024)

@@ -64,9 +64,11 @@ func must[T any](t testing.TB) func(T, error) T {
 }
 
 // newOperator is an operator's token with its own keys.
-func newOperator(t testing.TB) *Token {
+func newOperator(t testing.TB) *Token { return newOperatorOn(t, softhsmtest.Operator(t)) }
+
+func newOperatorOn(t testing.TB, tok softhsmtest.Tok) *Token {
 	t.Helper()
-	token := open(t, softhsmtest.Token(t))
+	token := open(t, tok)
 	must[bool](t)(token.Dedicate(t.Context(), Dedication{Side: Operator}))
 	must[bool](t)(token.EnsureStorageKey(t.Context()))
 	must[bool](t)(token.EnsureLedgerKey(t.Context()))
@@ -450,7 +452,7 @@ func TestSigner(t *testing.T) {
 // What DESIGN calls the attributes that matter, read back from the token.
 func TestAttributes(t *testing.T) {
 	ctx := t.Context()
-	operator := newOperator(t)
+	operator := newOperatorOn(t, softhsmtest.Token(t))
 	factory, transport := newFactory(t, operator)
 	pub, _, err := factory.EnsureLotKey(ctx, testLot, 2048, PrimesAuto)
 	if err != nil {
@@ -672,7 +674,7 @@ func TestRenew(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	first := token.signers
+	first := token.held
 	token.renewAfter.Store(25)
 	var all sync.WaitGroup
 	for range 6 {
@@ -691,7 +693,7 @@ func TestRenew(t *testing.T) {
 	}
 	all.Wait()
 	token.reopening.Lock() // a renewal goes on beside the calls
-	if token.signers == first {
+	if token.held == first {
 		t.Error("the module was not initialised anew")
 	}
 	// A PIN that is gone is no reason to stop.

@@ -11,9 +11,7 @@ import (
 	"fmt"
 	"io"
 	"math/big"
-	"sync/atomic"
 
-	"github.com/ThalesGroup/crypto11"
 	"github.com/miekg/pkcs11"
 
 	"github.com/kmehsm/kmehsm/kme"
@@ -247,70 +245,46 @@ func readP256(s *session, h pkcs11.ObjectHandle) (*ecdsa.PublicKey, error) {
 	return ecdsa.ParseUncompressedPublicKey(elliptic.P256(), point)
 }
 
-// A signer signs with a key of a token, and finds it again when the module was initialised anew.
+// A signer signs with an ECDSA P-256 key of a token.
 type signer struct {
 	t      *Token
 	k      Key
-	public crypto.PublicKey
-	found  atomic.Pointer[found]
-}
-
-// A found signer is one of crypto11, good for as long as the module stays initialised.
-type found struct {
-	crypto.Signer
-	under *crypto11.Context
+	public *ecdsa.PublicKey
 }
 
 func (s *signer) Public() crypto.PublicKey { return s.public }
 
-func (s *signer) Sign(random io.Reader, digest []byte, o crypto.SignerOpts) (signature []byte, err error) {
-	// crypto11 has sessions of its own; ours is held so that the module stays.
-	return do(context.Background(), s.t, "sign", func(*session) ([]byte, error) {
-		f, err := s.current()
+// Sign gives an ASN.1 signature, as crypto.Signer says of ECDSA.
+func (s *signer) Sign(_ io.Reader, digest []byte, _ crypto.SignerOpts) ([]byte, error) {
+	return do(context.Background(), s.t, "sign", func(in *session) ([]byte, error) {
+		h, err := s.t.find(in, pkcs11.CKO_PRIVATE_KEY, s.k)
 		if err != nil {
 			return nil, err
 		}
-		signature, err := f.Sign(random, digest, o)
-		return signature, explainIf("sign with "+s.k.Label(), err)
+		sig, err := in.sign(pkcs11.CKM_ECDSA, h, digest, make([]byte, 64))
+		if err != nil {
+			return nil, explain("sign with "+s.k.Label(), err)
+		}
+		if len(sig) != 64 {
+			return nil, fmt.Errorf("the token's ECDSA signature has %d bytes, not 64: do not use this token", len(sig))
+		}
+		return asn1.Marshal(struct{ R, S *big.Int }{new(big.Int).SetBytes(sig[:32]), new(big.Int).SetBytes(sig[32:])})
 	})
-}
-
-// current finds the key again if need be; two at once may both do.
-func (s *signer) current() (*found, error) {
-	if f := s.found.Load(); f != nil && f.under == s.t.signers {
-		return f, nil
-	}
-	made, err := s.t.findSigner(s.k)
-	if err != nil {
-		return nil, err
-	}
-	f := &found{made, s.t.signers}
-	s.found.Store(f)
-	return f, nil
 }
 
 // Signer is the signing key k as a crypto.Signer, good for as long as the token is open.
 func (t *Token) Signer(k Key) (crypto.Signer, error) {
-	s := &signer{t: t, k: k}
-	f, err := do(context.Background(), t, "find a signer", func(*session) (*found, error) { return s.current() })
-	if err != nil {
-		return nil, err
-	}
-	s.public = f.Public()
-	return s, nil
-}
-
-func (t *Token) findSigner(k Key) (crypto.Signer, error) {
-	signers, err := t.signers.FindKeyPairs(k.ID(), nil)
-	switch {
-	case err != nil:
-		return nil, explain("look for "+k.Label(), err)
-	case len(signers) == 0:
-		return nil, fmt.Errorf("%s: %w", k.Label(), ErrNoKey)
-	case len(signers) > 1:
-		return nil, fmt.Errorf("%s has two key pairs %q: one of them is not ours; remove it with the token's own tool", t, k.Label())
-	}
-	return signers[0], nil
+	return do(context.Background(), t, "find a signer", func(s *session) (crypto.Signer, error) {
+		if _, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, k); err != nil {
+			return nil, err
+		}
+		h, err := t.find(s, pkcs11.CKO_PUBLIC_KEY, k)
+		if err != nil {
+			return nil, err
+		}
+		public, err := readP256(s, h)
+		return &signer{t, k, public}, err
+	})
 }
 
 // Has says whether the token has a private or secret key k.

@@ -10,7 +10,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/ThalesGroup/crypto11"
 	"github.com/miekg/pkcs11"
 
 	"github.com/kmehsm/kmehsm/internal/panics"
@@ -312,18 +311,9 @@ func (t *Token) initializeAgain(pin PIN) error {
 	if t.hung.Load() > 0 {
 		return t.tryBeside(pin)
 	}
-	t.finalize()
-	if t.signers != nil {
-		t.signers.Close() // ends what is left of the sessions, and the module, unless another Token of the process uses it
-		t.signers = nil
-	}
-	var err error
-	if t.signers, err = crypto11.Configure(t.config); err != nil {
-		t.signers = nil
+	t.release() // ends what is left of the sessions, and the module, unless another Token of the process uses it
+	if err := t.acquire(); err != nil {
 		return fmt.Errorf("the PKCS #11 module cannot be initialised again: %w", err)
-	}
-	if err := t.initialize(); err != nil {
-		return err
 	}
 	slot, info, err := t.findSlot(t.uri)
 	if err != nil {
@@ -333,14 +323,7 @@ func (t *Token) initializeAgain(pin PIN) error {
 		return fmt.Errorf("another token has come in the place of %s", t)
 	}
 	t.slot = slot
-	return t.loginAgain(pin)
-}
-
-func (t *Token) loginAgain(pin PIN) error {
-	if err := t.login(pkcs11.CKU_USER, pin); err != nil && !isCKR(err, pkcs11.CKR_USER_ALREADY_LOGGED_IN) {
-		return explain("log in again to "+t.String(), err)
-	}
-	return nil
+	return explainIf("log in again to "+t.String(), t.login(pkcs11.CKU_USER, pin))
 }
 
 // tryBeside says whether the token answers beside the calls that hang in it. As many as there are sessions may; then it does not try, until one
@@ -349,9 +332,16 @@ func (t *Token) tryBeside(pin PIN) error {
 	if t.hung.Load() >= int64(cap(t.idle)) {
 		return fmt.Errorf("%d calls do not come back", t.hung.Load())
 	}
-	login := func() (struct{}, error) { return struct{}{}, t.loginAgain(pin) }
-	_, _, err := within(t, min(t.hangAfter, time.Second), login, func(bool) {})
-	return err
+	login := func() (*session, error) { return t.logIn(pkcs11.CKU_USER, pin) }
+	s, _, err := within(t, min(t.hangAfter, time.Second), login, func(bool) {})
+	if err != nil {
+		return explain("log in again to "+t.String(), err)
+	}
+	if t.held != nil {
+		t.held.CloseSession(t.held.h)
+	}
+	t.held = s
+	return nil
 }
 
 // do runs f on a session of the pool, and gives its result. operation says to observers what f is. f may go on

@@ -128,8 +128,8 @@ func TestPanic(t *testing.T) {
 			logged(t)
 			before := token.Health()
 			token.reopening.Lock()
-			config := token.config
-			token.config = nil // crypto11 reads it
+			uri := token.uri
+			token.uri = nil // to initialise the module takes it
 			token.reopening.Unlock()
 			begin()
 			eventually(t, "a panic is why it is away", func() bool {
@@ -140,7 +140,7 @@ func TestPanic(t *testing.T) {
 				t.Error(err)
 			}
 			token.reopening.Lock()
-			token.config = config
+			token.uri = uri
 			token.reopening.Unlock()
 			checkWhole(t, token)
 			if h := token.Health(); h.Reopened != before.Reopened+1 {

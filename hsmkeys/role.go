@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/miekg/pkcs11"
 )
@@ -17,8 +18,8 @@ const (
 	Operator Side = "operator" // the operator's
 )
 
-// A Dedication says what a token is for. It is a data object in the token, which init makes and nobody can change: JSON
-// in its CKA_APPLICATION, since nothing of ours ever asks a token for a CKA_VALUE.
+// A Dedication says what a token is for. It is an object in the token, which init makes and nobody can change: JSON
+// in the CKA_APPLICATION of a data object, since nothing of ours ever asks a token for a CKA_VALUE.
 type Dedication struct {
 	Side Side     `json:"role"`
 	Weak []string `json:"weak,omitempty"` // what the token does not keep secret as it should, and who made it was told and accepted
@@ -39,11 +40,16 @@ func (t *Token) Dedicate(ctx context.Context, d Dedication) (created bool, err e
 		if err := t.mustBe(s, d.Side); !errors.Is(err, ErrNotDedicated) {
 			return false, err
 		}
-		_, err := s.create(attributes{
-			attr(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_PRIVATE, false),
-			attr(pkcs11.CKA_LABEL, dedicationLabel), attr(pkcs11.CKA_APPLICATION, text),
+		common := attributes{
+			attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_LABEL, dedicationLabel),
 			attr(pkcs11.CKA_DESTROYABLE, false), attr(pkcs11.CKA_COPYABLE, false), attr(pkcs11.CKA_MODIFIABLE, false),
-		})
+		}
+		_, err := s.create(join(attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), attr(pkcs11.CKA_APPLICATION, text)}, common))
+		if err != nil && isCKR(err, refusedTemplate...) {
+			// NSS softoken keeps no data objects (CKR_ATTRIBUTE_VALUE_INVALID). There a key of no use says it by its CKA_ID.
+			_, err = s.generate(pkcs11.CKM_AES_KEY_GEN, join(attributes{attr(pkcs11.CKA_VALUE_LEN, 32), attr(pkcs11.CKA_SENSITIVE, true),
+				attr(pkcs11.CKA_EXTRACTABLE, false), attr(pkcs11.CKA_ID, text)}, use(usages), common))
+		}
 		return err == nil, explainIf("say in the token what it is for", err)
 	})
 }
@@ -85,7 +91,7 @@ func (t *Token) dedication(s *session) (*Dedication, error) {
 	if d := t.dedicated.Load(); d != nil {
 		return d, nil
 	}
-	found, err := s.findObjects(attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_LABEL, dedicationLabel)})
+	found, err := s.findObjects(attributes{attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_LABEL, dedicationLabel)})
 	if err != nil {
 		return nil, explain("ask what the token is for", err)
 	}
@@ -96,7 +102,14 @@ func (t *Token) dedication(s *session) (*Dedication, error) {
 	default:
 		return nil, fmt.Errorf("%s has %d objects %q: somebody has put another beside the one of its init; remove it with the token's own tool", t, len(found), dedicationLabel)
 	}
-	a, err := s.GetAttributeValue(s.h, found[0], attributes{attr(pkcs11.CKA_APPLICATION, nil)})
+	a, err := s.GetAttributeValue(s.h, found[0], attributes{attr(pkcs11.CKA_CLASS, nil)})
+	if err == nil {
+		says := uint(pkcs11.CKA_APPLICATION)
+		if slices.Equal(a[0].Value, attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY).Value) {
+			says = pkcs11.CKA_ID
+		}
+		a, err = s.GetAttributeValue(s.h, found[0], attributes{attr(says, nil)})
+	}
 	if err != nil {
 		return nil, explain("ask what the token is for", err)
 	}

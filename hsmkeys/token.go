@@ -15,7 +15,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/ThalesGroup/crypto11"
 	"github.com/miekg/pkcs11"
 )
 
@@ -97,18 +96,14 @@ func (k Key) String() string { return k.Label() }
 // method waits for a session until its context ends; a call that has reached the token is not interrupted. One that
 // is given up (ErrUnavailable) may still read the bytes that it was given: they must not be changed afterwards.
 type Token struct {
-	module *pkcs11.Ctx
+	module *module
+	using  bool // it is initialised for us
 	slot   uint
 	info   pkcs11.TokenInfo
 	kwp    uint // the mechanism that is AES-KWP (RFC 5649) on this token
-	list   functionList
-
-	// crypto11 owns C_Initialize and C_Finalize, since it insists on making the first and counts its users in the
-	// process. It never gets the PIN: a login is the token's, not a session's, so ours serves it too.
-	ours    bool              // we have initialised it besides
-	signers *crypto11.Context // used by who holds an entry of idle
-	config  *crypto11.Config
-	pin     string // its source, a URI; empty for the security officer's
+	lacks  atomic.Uint32
+	held   *session // of the login, which ends with the last session
+	pin    string   // its source, a URI; empty for the security officer's
 
 	// idle holds as many entries as there may be sessions; nil stands for one that is not open yet.
 	idle chan *session
@@ -144,8 +139,9 @@ type handleKey struct {
 // A session is used by one goroutine at a time.
 type session struct {
 	*pkcs11.Ctx
-	h    pkcs11.SessionHandle
-	list functionList
+	h     pkcs11.SessionHandle
+	list  functionList
+	lacks *atomic.Uint32 // which of the attributes in optional the token has no place for, by bits
 }
 
 // Open opens the token that an RFC 7512 URI names and logs in, once, with the PIN of its pin-source.
@@ -166,8 +162,7 @@ func Open(ctx context.Context, tokenURI string) (*Token, error) {
 		t.Close()
 		return nil, errors.New("the token is one wrong PIN away from locking, so it was not tried: log in once with another tool and the right PIN, then run this again")
 	}
-	// Two Tokens of one process may share a token; the login is the process's.
-	if err := t.login(pkcs11.CKU_USER, pin); err != nil && !isCKR(err, pkcs11.CKR_USER_ALREADY_LOGGED_IN) {
+	if err := t.login(pkcs11.CKU_USER, pin); err != nil {
 		t.Close()
 		return nil, explain("log in to "+t.String(), err)
 	}
@@ -183,32 +178,16 @@ const softHSMRenewal = 100_000
 
 // connect finds the token and prepares the pool, without logging in.
 func connect(u *uri) (*Token, error) {
-	config := &crypto11.Config{Path: u.module, LoginNotSupported: true, MaxSessions: 1 + runtime.GOMAXPROCS(0)*2}
-	if config.TokenSerial = u.token["serial"]; config.TokenSerial == "" {
-		config.TokenLabel = u.token["token"]
-	}
-	signers, err := crypto11.Configure(config)
+	m, err := loadModule(u.module)
 	if err != nil {
-		if strings.Contains(err.Error(), "could not find PKCS#11 token") {
-			return nil, fmt.Errorf("the module %s has no token %v: check the URI and, for SoftHSM, SOFTHSM2_CONF%s", u.module, u.token, softhsmConf())
-		}
-		return nil, fmt.Errorf("the PKCS #11 module %s cannot be used: %w: is its token connected, and its configuration right%s?", u.module, err, softhsmConf())
+		return nil, err
 	}
-	t := &Token{module: pkcs11.New(u.module), signers: signers, config: config, uri: u, latch: newLatch(), hangAfter: hangTimeout, closing: make(chan struct{}), work: make(chan func()), handles: map[handleKey]pkcs11.ObjectHandle{}}
-	if t.module == nil {
-		signers.Close()
-		return nil, fmt.Errorf("the PKCS #11 module %s cannot be loaded", u.module)
+	t := &Token{module: m, uri: u, latch: newLatch(), hangAfter: hangTimeout, closing: make(chan struct{}), work: make(chan func()), handles: map[handleKey]pkcs11.ObjectHandle{}}
+	if err := t.acquire(); err != nil {
+		return nil, fmt.Errorf("the PKCS #11 module %s cannot be used: %w: is its token connected, its configuration right%s, and does it want %s in the URI?", u.module, err, softhsmConf(), initReserved)
 	}
-	if err = t.initialize(); err == nil {
-		t.slot, t.info, err = t.findSlot(u)
-	}
-	if err == nil {
-		t.list, err = functions(t.module)
-	}
-	if err != nil {
-		t.finalize()
-		signers.Close()
-		t.module.Destroy()
+	if t.slot, t.info, err = t.findSlot(u); err != nil {
+		t.Close()
 		return nil, err
 	}
 	if t.kwp, err = t.findKWP(); err != nil {
@@ -257,27 +236,29 @@ func (t *Token) poolSize() (int, error) {
 		size = max(size, sessionsAway)
 	}
 	if limit := t.info.MaxSessionCount; limit != pkcs11.CK_EFFECTIVELY_INFINITE && limit != pkcs11.CK_UNAVAILABLE_INFORMATION {
-		size = min(size, max(1, int(limit)-t.config.MaxSessions))
+		size = min(size, max(1, int(limit)-1)) // one holds the login
 	}
 	return size, nil
 }
 
-// initialize initialises the module for us too. crypto11 did, and that is enough, but for a module that keeps those apart who have asked it
-// for its functions, as p11-kit's client does.
-func (t *Token) initialize() error {
-	err := t.module.Initialize()
-	t.ours = err == nil
-	if isCKR(err, pkcs11.CKR_CRYPTOKI_ALREADY_INITIALIZED) {
-		return nil
-	}
-	return explainIf("initialise the PKCS #11 module", err)
+// acquire has the module initialised.
+func (t *Token) acquire() error {
+	err := t.module.initialize(t.uri.reserved)
+	t.using = err == nil
+	return err
 }
 
-func (t *Token) finalize() {
-	if t.ours {
-		t.module.Finalize()
-		t.ours = false
+// release undoes acquire and login. Nothing may be in the module.
+func (t *Token) release() error {
+	if t.held != nil {
+		t.held.CloseSession(t.held.h)
+		t.held = nil
 	}
+	if !t.using {
+		return nil
+	}
+	t.using = false
+	return t.module.finalize()
 }
 
 func softhsmConf() string {
@@ -311,7 +292,7 @@ func (t *Token) findSlot(u *uri) (slot uint, info pkcs11.TokenInfo, err error) {
 	}
 	switch found {
 	case 0:
-		return 0, info, fmt.Errorf("the module %s has no token %v", u.module, u.token)
+		return 0, info, fmt.Errorf("the module %s has no token %v: check the URI and, for SoftHSM, SOFTHSM2_CONF%s", u.module, u.token, softhsmConf())
 	case 1:
 		return slot, info, nil
 	}
@@ -338,15 +319,26 @@ func (t *Token) KeyWrapMechanism() string {
 	return "CKM_AES_KEY_WRAP_PAD"
 }
 
-func (t *Token) login(user uint, pin PIN) error {
+func (t *Token) login(user uint, pin PIN) (err error) {
+	t.held, err = t.logIn(user, pin)
+	return err
+}
+
+// logIn gives the session that holds the login.
+func (t *Token) logIn(user uint, pin PIN) (*session, error) {
 	s, err := t.openSession()
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if err = s.Login(s.h, user, string(pin)); err != nil || !t.ours {
-		s.CloseSession(s.h) // the login outlives it, held by crypto11's long-term session
-	} // else the login ends with our last session: this one stays until finalize
-	return err
+	err = s.Login(s.h, user, string(pin))
+	if user == pkcs11.CKU_USER && isCKR(err, pkcs11.CKR_USER_ALREADY_LOGGED_IN) {
+		err = nil // two Tokens of one process may share a token; the login is the process's
+	}
+	if err != nil {
+		s.CloseSession(s.h)
+		return nil, err
+	}
+	return s, nil
 }
 
 // Close ends all sessions and the login. No other method may be running or be called afterwards.
@@ -361,13 +353,7 @@ func (t *Token) Close() error {
 	if t.hung.Load() > 0 {
 		return errors.New("calls that do not come back are still in the module: it is left as it is") // C_Finalize would be undefined
 	}
-	var err error
-	t.finalize()
-	if t.signers != nil {
-		err = t.signers.Close()
-	}
-	t.module.Destroy()
-	return err
+	return t.release()
 }
 
 // String names the token by label and serial number.
@@ -386,7 +372,7 @@ func (t *Token) openSession() (*session, error) {
 	if err != nil {
 		return nil, explain("open a session", err)
 	}
-	return &session{t.module, h, t.list}, nil
+	return &session{t.module.Ctx, h, t.module.list, &t.lacks}, nil
 }
 
 // find looks a key up by CKA_ID, and fails with ErrNoKey. Two keys of one ID are an error: neither can be trusted.

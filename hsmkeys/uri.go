@@ -17,8 +17,12 @@ import (
 type uri struct {
 	module    string
 	pinSource string
+	reserved  string            // what the module wants at C_Initialize as pReserved
 	token     map[string]string // path attributes that name the token, by their RFC 7512 names
 }
+
+// initReserved is a query attribute of our own (RFC 7512 section 2.4), with the name that p11-kit has for it in its module files.
+const initReserved = "x-init-reserved"
 
 const uriExample = "for example pkcs11:token=factory?module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source=file:/etc/kmehsm/factory.pin"
 
@@ -52,6 +56,10 @@ func parseURI(s string) (*uri, error) {
 		return nil, fmt.Errorf("the PKCS #11 module cannot be read: %w: check module-path, and that the token's driver is installed", err)
 	}
 	u.pinSource, _ = p.GetQueryAttribute("pin-source", false)
+	u.reserved, _ = p.GetQueryAttribute(initReserved, false)
+	if strings.ContainsRune(u.reserved, 0) {
+		return nil, fmt.Errorf("the %s of the token's URI has a zero byte: write it without", initReserved)
+	}
 	for _, name := range tokenAttributes {
 		if v, ok := p.GetPathAttribute(name, false); ok {
 			u.token[name] = v

@@ -14,6 +14,7 @@ import (
 	"github.com/miekg/pkcs11"
 	"github.com/tink-crypto/tink-go/v2/kwp/subtle"
 
+	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -110,7 +111,7 @@ type vectorToken struct {
 }
 
 func newVectorToken(t *testing.T) *vectorToken {
-	token := newOperator(t)
+	token := newOperatorOn(t, softhsmtest.Token(t))
 	s := must[*session](t)(token.openSession())
 	t.Cleanup(func() { s.CloseSession(s.h) })
 	return &vectorToken{token, s}

@@ -10,7 +10,7 @@ Installs, with apt-get, what this machine lacks for a Make target, and nothing e
     build       a C compiler and the C library's headers (cgo, for PKCS #11 and SQLite), CA certificates
     demo        build's, and SoftHSM, curl, jq, openssl
     plugin      build's, and make, the headers of freeDiameter, libcurl and Jansson
-    check       demo's, and shellcheck, OpenSC (pkcs11-tool and pkcs11-spy.so), openCryptoki, p11-kit
+    check       demo's, and shellcheck, OpenSC (pkcs11-tool and pkcs11-spy.so), openCryptoki, p11-kit, NSS softoken
     test        check's and plugin's, and freeDiameterd, clang with libFuzzer, tshark, spin, PostgreSQL, Chromium
     generate    protoc
 
@@ -52,6 +52,10 @@ has_p11_kit_client() {
 	compgen -G '/usr/lib/*/pkcs11/p11-kit-client.so'
 }
 
+has_softoken() {
+	[ -e "$($cc -print-file-name=libsoftokn3.so)" ]
+}
+
 has_postgres() {
 	command -v postgres || compgen -G '/usr/lib/postgresql/*/bin/postgres'
 }
@@ -90,6 +94,8 @@ for_check() {
 	need opencryptoki command -v pkcsslotd
 	need p11-kit command -v p11-kit
 	need p11-kit-modules has_p11_kit_client
+	need libnss3 has_softoken
+	need libnss3-tools command -v certutil
 }
 
 for_test() {

@@ -73,7 +73,9 @@ func (m *Module) Env() []string {
 }
 
 // URI is the token's URI by way of this module.
-func (m *Module) URI(token string) string { return strings.ReplaceAll(token, m.inner, m.Path) }
+func (m *Module) URI(token string) string {
+	return regexp.MustCompile(`module-path=[^&]*`).ReplaceAllLiteralString(token, "module-path="+m.Path)
+}
 
 // Set makes the module do as the lines say, from the next call on; no lines make it well again.
 func (m *Module) Set(lines ...string) error {

@@ -15,7 +15,7 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// faulty is around SoftHSM; every token of these tests is reached by way of it, since the one C_Initialize of the process is its.
+// faulty is around the module of an operator's token; every token of these tests is reached by way of it, since the one C_Initialize of the process is its.
 var faulty *faultmodule.Module
 
 func TestMain(m *testing.M) {
@@ -24,7 +24,7 @@ func TestMain(m *testing.M) {
 		if err != nil {
 			return err
 		}
-		if faulty, err = faultmodule.Build(dir, softhsmtest.ModulePath()); err != nil {
+		if faulty, err = faultmodule.Build(dir, softhsmtest.OperatorModule()); err != nil {
 			return err
 		}
 		return faulty.Setenv()

@@ -21,7 +21,7 @@ import (
 // newOperator opens a new token, with its keys, and says how long the opening took.
 func newOperator(t *testing.T) (token *hsmkeys.Token, tok softhsmtest.Tok, opening time.Duration) {
 	t.Helper()
-	tok = softhsmtest.Token(t)
+	tok = softhsmtest.Operator(t)
 	start := time.Now()
 	token = open(t, tok.URI)
 	opening = time.Since(start)

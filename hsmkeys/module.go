@@ -1,0 +1,83 @@
+package hsmkeys
+
+// #include <stdlib.h>
+import "C"
+
+import (
+	"fmt"
+	"sync"
+	"unsafe"
+
+	"github.com/miekg/pkcs11"
+)
+
+// A module is a PKCS #11 library in this process. It stays loaded. C_Initialize and C_Finalize are made once for all Tokens that use it at a time.
+type module struct {
+	*pkcs11.Ctx
+	list functionList
+
+	mu       sync.Mutex // held over C_Initialize and C_Finalize: who comes meanwhile can do nothing before they have ended
+	users    int        // guarded by mu
+	reserved string     // what C_Initialize was given; guarded by mu
+}
+
+// modules are those that are loaded, by their paths.
+var modules struct {
+	sync.Mutex
+	at map[string]*module
+}
+
+func loadModule(path string) (*module, error) {
+	modules.Lock()
+	defer modules.Unlock()
+	if m := modules.at[path]; m != nil {
+		return m, nil
+	}
+	ctx := pkcs11.New(path)
+	if ctx == nil {
+		return nil, fmt.Errorf("the PKCS #11 module %s cannot be used: it is no library, or none of PKCS #11", path)
+	}
+	list, err := functions(ctx)
+	if err != nil {
+		ctx.Destroy()
+		return nil, err
+	}
+	if modules.at == nil {
+		modules.at = map[string]*module{}
+	}
+	m := &module{Ctx: ctx, list: list}
+	modules.at[path] = m
+	return m, nil
+}
+
+// initialize makes C_Initialize for the first user, with a string of the module's own as pReserved if there is one.
+func (m *module) initialize(reserved string) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.users == 0 {
+		var options []pkcs11.InitializeOption
+		if reserved != "" {
+			p := unsafe.Pointer(C.CString(reserved))
+			defer C.free(p)
+			options = append(options, pkcs11.InitializeWithReserved(p))
+		}
+		if err := m.Initialize(options...); err != nil {
+			return err
+		}
+		m.reserved = reserved
+	} else if reserved != m.reserved {
+		return fmt.Errorf("it is in use in this process with another %s: a module takes one, for all of its tokens", initReserved)
+	}
+	m.users++
+	return nil
+}
+
+// finalize makes C_Finalize for the last user.
+func (m *module) finalize() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.users--; m.users > 0 {
+		return nil
+	}
+	return m.Finalize()
+}
