@@ -1,7 +1,199 @@
 package hsmkeys
 
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/miekg/pkcs11"
+)
+
+// A Split names the shares that a security officer's PIN is in.
 type Split struct {
 	ID        string `json:"split"`
-	Threshold int    `json:"threshold"`
-	Count     int    `json:"count"`
+	Threshold int    `json:"threshold"` // so many shares are needed
+	Count     int    `json:"count"`     // of so many
+}
+
+// An OfficerPIN is the security officer's PIN, and the split whose shares gave it; nil if it is in no shares.
+type OfficerPIN struct {
+	PIN   PIN
+	Split *Split
+}
+
+// ErrPINMaybeSet goes with an error after which a token may have its security officer's new PIN, or still the one before.
+var ErrPINMaybeSet = errors.New("the security officer's PIN may have been changed")
+
+// The token says in data objects, for everybody to read, which split its security officer's PIN is in: so no PIN of other shares is ever tried.
+// C_SetPIN and these objects cannot change in one step, so a change is announced first:
+//
+//  1. splitBegun of the new split is made;    2. C_SetPIN;
+//  3. splitInForce of the new one is made;    4. the earlier splitInForce is removed, and then splitBegun.
+//
+// A splitBegun without its splitInForce was interrupted about 2: either PIN may be the token's.
+const (
+	splitBegun   = "kme so split begun"
+	splitInForce = "kme so split"
+)
+
+// OfficerSplit says which split the security officer's PIN is in, nil if none; and which one it may be in since a change was interrupted, nil if
+// none was.
+func (t *Token) OfficerSplit(ctx context.Context) (inForce, begun *Split, err error) {
+	err = t.with(ctx, "ask for the security officer's split", func(s *session) error {
+		all, err := s.splits()
+		if err != nil {
+			return err
+		}
+		if len(all[splitBegun]) > 1 || len(all[splitInForce]) > 1+len(all[splitBegun]) {
+			return fmt.Errorf("%s has more objects %q or %q than can be: remove those that are not yours with the token's own tool", t, splitBegun, splitInForce)
+		}
+		for _, o := range all[splitBegun] {
+			begun = &o.Split
+		}
+		for _, o := range all[splitInForce] {
+			if begun != nil && o.Split == *begun { // the change was made; what is left of it is removed by the next
+				inForce, begun = &o.Split, nil
+				return nil
+			}
+			inForce = &o.Split
+		}
+		return nil
+	})
+	return inForce, begun, err
+}
+
+type splitObject struct {
+	Split
+	h pkcs11.ObjectHandle
+}
+
+// splits gives the objects by their label.
+func (s *session) splits() (map[string][]splitObject, error) {
+	all := map[string][]splitObject{}
+	for _, label := range []string{splitBegun, splitInForce} {
+		found, err := s.findObjects(attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_LABEL, label)})
+		if err != nil {
+			return nil, explain("look for the security officer's split", err)
+		}
+		for _, h := range found {
+			a, err := s.GetAttributeValue(s.h, h, attributes{attr(pkcs11.CKA_VALUE, nil)})
+			if err != nil {
+				return nil, explain("read the security officer's split", err)
+			}
+			o := splitObject{h: h}
+			if err := json.Unmarshal(a[0].Value, &o.Split); err != nil || o.ID == "" {
+				return nil, fmt.Errorf("the token's object %q is damaged: remove it with the token's own tool", label)
+			}
+			all[label] = append(all[label], o)
+		}
+	}
+	return all, nil
+}
+
+func (s *session) makeSplit(label string, split *Split) error {
+	value, err := json.Marshal(split)
+	if err != nil {
+		return err
+	}
+	_, err = s.CreateObject(s.h, frozen(attributes{
+		attr(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_PRIVATE, false),
+		attr(pkcs11.CKA_LABEL, label), attr(pkcs11.CKA_APPLICATION, "kmehsm"), attr(pkcs11.CKA_VALUE, value),
+	}))
+	return explainIf("say in the token which split its security officer's PIN is in", err)
+}
+
+// settle makes the token say what a login has shown: that the PIN is in this split, or in none.
+func (s *session) settle(split *Split) error {
+	all, err := s.splits()
+	if err != nil {
+		return err
+	}
+	has := func(o splitObject) bool { return split != nil && o.Split == *split }
+	if split != nil && !slices.ContainsFunc(all[splitInForce], has) {
+		if err := s.makeSplit(splitInForce, split); err != nil {
+			return err
+		}
+	}
+	for _, o := range append(slices.DeleteFunc(all[splitInForce], has), all[splitBegun]...) {
+		if err := s.DestroyObject(s.h, o.h); err != nil {
+			return explain("remove what the token says of an earlier split", err)
+		}
+	}
+	return nil
+}
+
+// asOfficer runs f while the security officer is logged in, once. No Token of this token may be open in the process.
+func asOfficer(ctx context.Context, tokenURI string, pin PIN, f func(*Token) error) error {
+	u, err := parseURI(tokenURI)
+	if err != nil {
+		return err
+	}
+	t, err := connect(u)
+	if err != nil {
+		return err
+	}
+	defer t.Close()
+	if t.info.Flags&pkcs11.CKF_SO_PIN_FINAL_TRY != 0 {
+		return errors.New("the token is one wrong security officer's PIN away from locking, so it was not tried")
+	}
+	if err := t.login(pkcs11.CKU_SO, string(pin)); err != nil {
+		return explain("log in to "+t.String()+" as the security officer", err)
+	}
+	return f(t)
+}
+
+// CheckOfficerPIN logs in as the security officer, and makes the token say which split the PIN is in. So it ends a change that was interrupted.
+func CheckOfficerPIN(ctx context.Context, tokenURI string, pin OfficerPIN) error {
+	return asOfficer(ctx, tokenURI, pin.PIN, func(t *Token) error {
+		return t.with(ctx, "check the security officer's PIN", func(s *session) error { return s.settle(pin.Split) })
+	})
+}
+
+// unchanged are what C_SetPIN says that certainly has changed nothing.
+var unchanged = []pkcs11.Error{pkcs11.CKR_PIN_INCORRECT, pkcs11.CKR_PIN_INVALID, pkcs11.CKR_PIN_LEN_RANGE, pkcs11.CKR_PIN_LOCKED, pkcs11.CKR_ARGUMENTS_BAD,
+	pkcs11.CKR_SESSION_READ_ONLY, pkcs11.CKR_TOKEN_WRITE_PROTECTED, pkcs11.CKR_USER_NOT_LOGGED_IN, pkcs11.CKR_FUNCTION_NOT_SUPPORTED}
+
+// SetOfficerPIN changes the security officer's PIN, and logs in with the next one. With ErrPINMaybeSet either of the two may be the token's, and
+// CheckOfficerPIN finds out which; with another error it is the present one.
+func SetOfficerPIN(ctx context.Context, tokenURI string, present, next OfficerPIN) error {
+	return asOfficer(ctx, tokenURI, present.PIN, func(t *Token) error {
+		if n := uint(len(next.PIN)); n < t.info.MinPinLen || n > t.info.MaxPinLen {
+			return fmt.Errorf("%s takes PINs of %d to %d characters, and a new one has %d: its security officer's PIN cannot be split", t, t.info.MinPinLen, t.info.MaxPinLen, n)
+		}
+		err := t.with(ctx, "announce the security officer's new PIN", func(s *session) error {
+			if err := s.settle(present.Split); err != nil {
+				return err
+			}
+			return s.makeSplit(splitBegun, next.Split)
+		})
+		if err != nil {
+			return err
+		}
+		ctx := context.WithoutCancel(ctx) // from here on it is brought to its end
+		// C_SetPIN is not called twice: the second call's CKR_PIN_INCORRECT would say nothing.
+		_, err = run(ctx, t, "set the security officer's PIN", func(s *session) (struct{}, error) {
+			return struct{}{}, s.SetPIN(s.h, string(present.PIN), string(next.PIN))
+		})
+		if isCKR(err, unchanged...) {
+			return errors.Join(explain("set the security officer's PIN", err),
+				t.with(ctx, "take the announcement back", func(s *session) error { return s.settle(present.Split) }))
+		}
+		if err == nil {
+			err = t.with(ctx, "log in with the security officer's new PIN", func(s *session) error {
+				if err := s.Logout(s.h); err != nil {
+					return explain("log out", err)
+				}
+				if err := s.Login(s.h, pkcs11.CKU_SO, string(next.PIN)); err != nil {
+					return explain("log in with the security officer's new PIN", err)
+				}
+				return s.settle(next.Split)
+			})
+		}
+		if err != nil {
+			return fmt.Errorf("%w: %w", ErrPINMaybeSet, err)
+		}
+		return nil
+	})
 }
