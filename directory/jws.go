@@ -30,8 +30,9 @@ const (
 	TypeRevocationPart Type = "kme-revocations-part+jws"
 	TypeEnrolment      Type = "kme-operator-enrolment+jws"
 	TypeGrant          Type = "kme-lot-grant+jws"
-	TypeLogHead        Type = "kme-audit-log-head+jws" // of the manufacturer's own audit log; not in the directory
-	TypeSuccession     Type = "kme-key-succession+jws" // in the header of objects that a later key has signed
+	TypeLogHead        Type = "kme-audit-log-head+jws"   // of the manufacturer's own audit log; not in the directory
+	TypeMinutes        Type = "kme-ceremony-minutes+jws" // of what was done with the security officer's PIN; not in the directory
+	TypeSuccession     Type = "kme-key-succession+jws"   // in the header of objects that a later key has signed
 )
 
 // A RefusedError says which object is not believed, and why.

@@ -55,17 +55,22 @@ func lineDigest(line []byte) string {
 	return hex.EncodeToString(sum[:])
 }
 
+// who is the operating system's user, and the machine.
+func who() string {
+	name := "?"
+	if u, err := user.Current(); err == nil {
+		name = u.Username
+	}
+	host, _ := os.Hostname()
+	return name + "@" + host
+}
+
 // AppendLog adds a line to the audit log in the state folder, durably. Several processes may.
 func AppendLog(state string, command []string, token, result string) (*LogHead, error) {
 	if err := durable.MkdirAll(state, 0o755); err != nil {
 		return nil, err
 	}
 	var head *LogHead
-	who := "?"
-	if u, err := user.Current(); err == nil {
-		who = u.Username
-	}
-	host, _ := os.Hostname()
 	err := durable.AppendLine(filepath.Join(state, logFile), 0o600, func(last []byte) ([]byte, error) {
 		var before LogEntry
 		if last != nil {
@@ -74,7 +79,7 @@ func AppendLog(state string, command []string, token, result string) (*LogHead, 
 			}
 		}
 		line, err := json.Marshal(LogEntry{
-			before.Seq + 1, time.Now().UTC(), who + "@" + host, os.Getpid(), command, token, result, lineDigest(last),
+			before.Seq + 1, time.Now().UTC(), who(), os.Getpid(), command, token, result, lineDigest(last),
 		})
 		if len(line) > maxEntry {
 			err = errors.New("the command line is too long for it")

@@ -61,6 +61,7 @@ for every manufacturing lot:    factory lot create; lot provision; lot grant; an
 
 Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same command again to go on.`,
 		Writer: os.Stdout, ErrWriter: os.Stderr,
+		DisableSliceFlagSeparator: true, // a name may have a comma
 		Commands: []*cli.Command{
 			{
 				Name: "init", Usage: "make the token the manufacturer's, and the signing key in it, and write the public signing key, manufacturer.pem",
@@ -113,6 +114,8 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 					Action: cmdline.Alone(rotateSigningKey),
 				}},
 			},
+			officerCommand(),
+			minutesCommand(),
 			stationCommand(),
 			{
 				Name: "reconcile", Usage: "compare what journal, injection packages, directory and token have of a lot", ArgsUsage: "LOT",

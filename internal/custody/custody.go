@@ -86,7 +86,7 @@ type wire struct {
 
 // New makes a new PIN for a token, and count shares, of which threshold have it. All are checked as those are that custodians bring.
 func New(token string, threshold, count int) (hsmkeys.PIN, []*Share, error) {
-	if err := checkSize(threshold, count); err != nil {
+	if err := CheckSize(threshold, count); err != nil {
 		return "", nil, err
 	}
 	sharing := secretsharing.New(rand.Reader, uint(threshold-1), curve.RandomNonZeroScalar(rand.Reader))
@@ -114,7 +114,7 @@ func New(token string, threshold, count int) (hsmkeys.PIN, []*Share, error) {
 	}
 	var pin hsmkeys.PIN
 	for i := range shares { // every share is in threshold of these
-		q := Quorum{Token: token, Splits: []string{split.ID}}
+		q := Quorum{Token: token, Splits: []hsmkeys.Split{split.Split}}
 		for j := range threshold {
 			if err := q.Add(shares[(i+j)%count]); err != nil {
 				return "", nil, err
@@ -129,7 +129,8 @@ func New(token string, threshold, count int) (hsmkeys.PIN, []*Share, error) {
 	return pin, shares, nil
 }
 
-func checkSize(threshold, count int) error {
+// CheckSize refuses a split that cannot be.
+func CheckSize(threshold, count int) error {
 	if threshold < 2 || threshold > count || count > MaxShares {
 		return fmt.Errorf("%d of %d shares: at least 2 are needed, and there are at most %d", threshold, count, MaxShares)
 	}
@@ -156,7 +157,7 @@ func Parse(text []byte) (*Share, error) {
 	if err := directory.ParseStrict(text, &w); err != nil || w.Type != shareType {
 		return nil, errors.New("it is no share: a share is the one line that age -d prints of a custodian's file")
 	}
-	if err := checkSize(w.Threshold, w.Count); err != nil {
+	if err := CheckSize(w.Threshold, w.Count); err != nil {
 		return nil, fmt.Errorf("the share is damaged: %w", err)
 	}
 	s := &Share{Split: Split{hsmkeys.Split{ID: w.Split, Threshold: w.Threshold, Count: w.Count}, w.Token, w.Commitments}, Index: w.Index}
@@ -177,8 +178,8 @@ func Parse(text []byte) (*Share, error) {
 
 // A Quorum collects shares of one split.
 type Quorum struct {
-	Token  string   // serial number
-	Splits []string // the IDs of those that may be; any if there are none
+	Token  string          // serial number
+	Splits []hsmkeys.Split // those that may be; any if there are none
 	shares []*Share
 }
 
@@ -187,8 +188,8 @@ func (q *Quorum) Add(s *Share) error {
 	if s.Token != q.Token {
 		return fmt.Errorf("%v is of the token with serial number %s, not of %s", s, s.Token, q.Token)
 	}
-	if len(q.Splits) > 0 && !slices.Contains(q.Splits, s.ID) {
-		return fmt.Errorf("%v is not of the split that the token names, %s", s, strings.Join(q.Splits, " or "))
+	if len(q.Splits) > 0 && !slices.Contains(q.Splits, s.Split.Split) {
+		return fmt.Errorf("%v is of another split than the one that the token names, %s", s, q.Splits[len(q.Splits)-1].ID)
 	}
 	for _, have := range q.shares {
 		if have.ID != s.ID {

@@ -15,6 +15,7 @@ import (
 
 	"filippo.io/age"
 
+	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
@@ -110,7 +111,7 @@ func TestAddRefuses(t *testing.T) {
 	}{
 		{"twice", Quorum{Token: "0123"}, a[:1], a[0], "was given twice"},
 		{"of another split", Quorum{Token: "0123"}, a[:1], b[1], "not of the same split"},
-		{"of a split that is not the token's", Quorum{Token: "0123", Splits: []string{a[0].ID}}, nil, b[0], "not of the split that the token names"},
+		{"of a split that is not the token's", Quorum{Token: "0123", Splits: []hsmkeys.Split{a[0].Split.Split}}, nil, b[0], "of another split than the one that the token names"},
 		{"of another token", Quorum{Token: "0123"}, nil, c[0], "serial number 4567"},
 	} {
 		for _, s := range e.first {

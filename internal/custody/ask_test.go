@@ -1,0 +1,161 @@
+package custody
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/testproc"
+)
+
+// terminal is a pseudo-terminal: what a person types and sees, and what a program has.
+func terminal(t *testing.T) (person, program *os.File) {
+	t.Helper()
+	person, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { person.Close() })
+	if err := unix.IoctlSetPointerInt(int(person.Fd()), unix.TIOCSPTLCK, 0); err != nil {
+		t.Fatal(err)
+	}
+	n, err := unix.IoctlGetInt(int(person.Fd()), unix.TIOCGPTN)
+	if err != nil {
+		t.Fatal(err)
+	}
+	program, err = os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { program.Close() })
+	return person, program
+}
+
+func echoes(t *testing.T, tty *os.File) bool {
+	t.Helper()
+	state, err := unix.IoctlGetTermios(int(tty.Fd()), unix.TCGETS)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return state.Lflag&unix.ECHO != 0
+}
+
+// screen collects what is said, for who waits for it.
+type screen struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+func (s *screen) Write(b []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.text.Write(b)
+}
+
+func (s *screen) String() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.text.String()
+}
+
+func waitFor(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(testproc.Patience); !ok(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("it does not come: %s", what)
+		}
+	}
+}
+
+// ask runs Ask, and types each text when it is asked for.
+func ask(t *testing.T, q *Quorum, typed ...string) (said, seen string, err error) {
+	t.Helper()
+	person, program := terminal(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var out screen
+	done := make(chan error, 1)
+	go func() { done <- q.Ask(ctx, program, &out) }()
+	for i, text := range typed {
+		waitFor(t, "question", func() bool { return strings.Count(out.String(), "press Enter") == i+1 && !echoes(t, program) })
+		if text == "interrupt" {
+			cancel()
+			break
+		}
+		if _, err := person.WriteString(text); err != nil {
+			t.Fatal(err)
+		}
+	}
+	err = <-done
+	if !echoes(t, program) {
+		t.Error("the terminal shows nothing any more")
+	}
+	fd, b := int(person.Fd()), make([]byte, 64<<10)
+	if err := unix.SetNonblock(fd, true); err != nil {
+		t.Fatal(err)
+	}
+	n, _ := unix.Read(fd, b) // fails if nothing was shown
+	return out.String(), string(b[:max(n, 0)]), err
+}
+
+func TestAsk(t *testing.T) {
+	pin, shares := split(t, "0123", 3, 5)
+	_, others := split(t, "0123", 3, 5)
+	var text []string
+	for _, s := range append(shares, others[0]) {
+		b, err := s.Marshal()
+		if err != nil {
+			t.Fatal(err)
+		}
+		text = append(text, string(b))
+	}
+	q := &Quorum{Token: "0123", Splits: []hsmkeys.Split{shares[0].Split.Split}}
+	said, seen, err := ask(t, q, text[1], "nonsense\n", text[1], "\n", text[5], text[4], text[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := q.PIN(); err != nil || string(got) != pin || fmt.Sprint(q.Indexes()) != "[2 5 1]" {
+		t.Errorf("%v of shares %v", err, q.Indexes())
+	}
+	for _, want := range []string{
+		"Share 1 of the 3 that are needed, of split " + shares[0].ID + ", by any custodian.",
+		"Taken: share 2 of", "Not taken: it is no share", "Not taken: share 2 of split " + shares[0].ID + " was given twice",
+		"Not taken: share 1 of split " + others[0].ID + " is of another split",
+		"Share 3 of the 3 that are needed, of split " + shares[0].ID + ", by any custodian but 2, 5.", "Taken: share 1 of",
+	} {
+		if !strings.Contains(said, want) {
+			t.Errorf("it does not say %q", want)
+		}
+	}
+	if strings.Contains(said+seen, "kme-so-share") {
+		t.Error("a share is shown")
+	}
+
+	for _, typed := range [][]string{{text[0], "\x04"}, {text[0], "interrupt"}} {
+		q := &Quorum{Token: "0123", Splits: []hsmkeys.Split{shares[0].Split.Split}}
+		if _, _, err := ask(t, q, typed...); err == nil || !strings.Contains(err.Error(), "not enough shares, and no PIN was tried") {
+			t.Errorf("%q: %v", typed[1], err)
+		}
+	}
+	if err := new(Quorum).Ask(t.Context(), must(os.Open(os.DevNull))(t), new(screen)); err == nil {
+		t.Error("asked where there is no terminal")
+	}
+}
+
+func must(f *os.File, err error) func(*testing.T) *os.File {
+	return func(t *testing.T) *os.File {
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { f.Close() })
+		return f
+	}
+}
