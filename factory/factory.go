@@ -529,10 +529,10 @@ func checkReissue(lot, path string, e directory.Revocation) error {
 
 // EnrollOperator makes an operator's KEK in the token, as the security officer, and wraps it for the operator's transport key. generation is that of
 // the KEK: 0 for the newest, and one more than that to rotate it; an earlier one is for what was wrapped under it. It opens the token itself: nobody else in the process may have it open.
-func EnrollOperator(ctx context.Context, tokenURI string, officer hsmkeys.PIN, operator string, transport *rsa.PublicKey, generation int) (jws []byte, created bool, err error) {
+func EnrollOperator(ctx context.Context, tokenURI string, officer hsmkeys.PIN, operator string, transport *rsa.PublicKey, generation int) (e *directory.Enrolment, jws []byte, created bool, err error) {
 	name := func(manufacturer string) hsmkeys.Key { return kekOf(manufacturer, operator) }
 	created, err = enroll(ctx, tokenURI, officer, operator, name, transport, generation, func(kek hsmkeys.Key, wrapped []byte, s *directory.Signer) error {
-		e := &directory.Enrolment{
+		e = &directory.Enrolment{
 			Manufacturer: kek.Manufacturer, Operator: operator, TransportKey: directory.RSAThumbprint(transport),
 			KEK: kek.HexID(), Algorithm: directory.RSAOAEP, Wrapped: wrapped,
 		}
@@ -542,7 +542,7 @@ func EnrollOperator(ctx context.Context, tokenURI string, officer hsmkeys.PIN, o
 		jws, err = s.Sign(directory.TypeEnrolment, e)
 		return err
 	})
-	return jws, created, err
+	return e, jws, created, err
 }
 
 // EnrollFixture makes the injection key of a fixture that injects device keys, and wraps it for the fixture's RSA key, as EnrollOperator does for an

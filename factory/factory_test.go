@@ -141,7 +141,7 @@ func TestFixtures(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	if _, _, err := EnrollOperator(ctx, tok.URI, officer, "op", fixtureKey(), 0); err == nil || !strings.Contains(err.Error(), "enrolled already") {
+	if _, _, _, err := EnrollOperator(ctx, tok.URI, officer, "op", fixtureKey(), 0); err == nil || !strings.Contains(err.Error(), "enrolled already") {
 		t.Errorf("a fixture's key as an operator's: %v", err)
 	}
 }

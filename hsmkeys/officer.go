@@ -97,7 +97,7 @@ func (s *session) makeSplit(label string, split *Split) error {
 	if err != nil {
 		return err
 	}
-	_, err = s.CreateObject(s.h, frozen(attributes{
+	_, err = s.create(frozen(attributes{
 		attr(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_PRIVATE, false),
 		attr(pkcs11.CKA_LABEL, label), attr(pkcs11.CKA_APPLICATION, "kmehsm"), attr(pkcs11.CKA_VALUE, value),
 	}))
@@ -125,28 +125,18 @@ func (s *session) settle(split *Split) error {
 }
 
 // asOfficer runs f while the security officer is logged in, once. No Token of this token may be open in the process.
-func asOfficer(ctx context.Context, tokenURI string, pin PIN, f func(*Token) error) error {
-	u, err := parseURI(tokenURI)
-	if err != nil {
-		return err
-	}
-	t, err := connect(u)
+func asOfficer(tokenURI string, pin PIN, f func(*Token) error) error {
+	t, err := openAsOfficer(tokenURI, pin)
 	if err != nil {
 		return err
 	}
 	defer t.Close()
-	if t.info.Flags&pkcs11.CKF_SO_PIN_FINAL_TRY != 0 {
-		return errors.New("the token is one wrong security officer's PIN away from locking, so it was not tried")
-	}
-	if err := t.login(pkcs11.CKU_SO, string(pin)); err != nil {
-		return explain("log in to "+t.String()+" as the security officer", err)
-	}
 	return f(t)
 }
 
 // CheckOfficerPIN logs in as the security officer, and makes the token say which split the PIN is in. So it ends a change that was interrupted.
 func CheckOfficerPIN(ctx context.Context, tokenURI string, pin OfficerPIN) error {
-	return asOfficer(ctx, tokenURI, pin.PIN, func(t *Token) error {
+	return asOfficer(tokenURI, pin.PIN, func(t *Token) error {
 		return t.with(ctx, "check the security officer's PIN", func(s *session) error { return s.settle(pin.Split) })
 	})
 }
@@ -158,7 +148,7 @@ var unchanged = []pkcs11.Error{pkcs11.CKR_PIN_INCORRECT, pkcs11.CKR_PIN_INVALID,
 // SetOfficerPIN changes the security officer's PIN, and logs in with the next one. With ErrPINMaybeSet either of the two may be the token's, and
 // CheckOfficerPIN finds out which; with another error it is the present one.
 func SetOfficerPIN(ctx context.Context, tokenURI string, present, next OfficerPIN) error {
-	return asOfficer(ctx, tokenURI, present.PIN, func(t *Token) error {
+	return asOfficer(tokenURI, present.PIN, func(t *Token) error {
 		if n := uint(len(next.PIN)); n < t.info.MinPinLen || n > t.info.MaxPinLen {
 			return fmt.Errorf("%s takes PINs of %d to %d characters, and a new one has %d: its security officer's PIN cannot be split", t, t.info.MinPinLen, t.info.MaxPinLen, n)
 		}

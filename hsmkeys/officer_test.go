@@ -35,7 +35,7 @@ func officerSplit(t *testing.T, tok softhsmtest.Tok) string {
 // asSO does something with the token's objects as the security officer.
 func asSO(t *testing.T, tok softhsmtest.Tok, pin PIN, f func(*session) error) {
 	t.Helper()
-	err := asOfficer(t.Context(), tok.URI, pin, func(token *Token) error { return token.with(t.Context(), "test", f) })
+	err := asOfficer(tok.URI, pin, func(token *Token) error { return token.with(t.Context(), "test", f) })
 	if err != nil {
 		t.Fatal(err)
 	}

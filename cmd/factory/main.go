@@ -38,11 +38,9 @@ var (
 
 func main() { cmdline.Main(app()) }
 
-// enrolFlags are those of the commands that need the security officer.
-func enrolFlags(key string) []cli.Flag {
-	return []cli.Flag{&cli.StringFlag{Name: "so-pin-source", Usage: "where the security officer's PIN is: file:/path, a `URI`"},
-		&cli.IntFlag{Name: "generation", Usage: "of the " + key + ", `N`: one more than the newest rotates it, an earlier one is for what was wrapped under it (default: the newest)"},
-		outFileFlag, cmdline.JSON}
+// enrolFlags are those of the commands that make a key as the security officer, and the command's own.
+func enrolFlags(key string, own ...cli.Flag) []cli.Flag {
+	return officerFlags(append(own, &cli.IntFlag{Name: "generation", Usage: "of the " + key + ", `N`: one more than the newest rotates it, an earlier one is for what was wrapped under it (default: the newest)"}, outFileFlag)...)
 }
 
 var fixtureFlag = &cli.StringFlag{Name: "fixture", Usage: "the fixture that the packages are for, `NAME` (default: the one that is enrolled)"}
@@ -84,9 +82,8 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 				Subcommands: []*cli.Command{{
 					Name: "enroll", Usage: "make a fixture's own injection key, and write it wrapped to the fixture's RSA key (RSA-OAEP)", ArgsUsage: "NAME",
 					Description: "The security officer's PIN is needed: an injection key leaves the token only under a key that the security officer has made TRUSTED. For another RSA\nkey of the fixture's, run it again; with one more --generation, packages made from then on are for a new injection key.",
-					Flags: append([]cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "fixture-key", Usage: "the fixture's public key, RSA of 3072 bits or more, as `PEM`"}},
-						enrolFlags("injection key")...),
-					Action: fixtureEnroll,
+					Flags:       enrolFlags("injection key", &cli.StringFlag{Name: "fixture-key", Usage: "the fixture's public key, RSA of 3072 bits or more, as `PEM`"}),
+					Action:      fixtureEnroll,
 				}},
 			},
 			{
@@ -94,8 +91,8 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 				Subcommands: []*cli.Command{{
 					Name: "enroll", Usage: "make an operator's KEK as a TRUSTED key, and write it wrapped to the operator's transport key", ArgsUsage: "NAME",
 					Description: "The operator makes a transport key with keysvc transport new, gives you the file, and reads out its thumbprint on another way: whoever has the private\nhalf will have the lots that you grant. The security officer's PIN is needed, since only keys made TRUSTED by the security officer may ever wrap a lot\nkey.",
-					Flags: append([]cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "transport-key", Usage: "the operator's transport key, the `FILE` that keysvc transport new wrote"},
-						&cli.StringFlag{Name: "thumbprint", Usage: "its thumbprint, `T`, as the operator reads it out"}}, enrolFlags("KEK")...),
+					Flags: enrolFlags("KEK", &cli.StringFlag{Name: "transport-key", Usage: "the operator's transport key, the `FILE` that keysvc transport new wrote"},
+						&cli.StringFlag{Name: "thumbprint", Usage: "its thumbprint, `T`, as the operator reads it out"}),
 					Action: operatorEnroll,
 				}, {
 					Name: "policy", Usage: "print the Vault policy of one operator: its granted lots, to read", ArgsUsage: "NAME",
@@ -310,7 +307,7 @@ func rotateSigningKey(c *cli.Context) error {
 }
 
 func fixtureEnroll(c *cli.Context) error {
-	if err := cmdline.Require(c, "fixture-key", "so-pin-source", "out"); err != nil {
+	if err := cmdline.Require(c, "fixture-key", "out"); err != nil {
 		return err
 	}
 	data, err := cmdline.ReadFile(c.String("fixture-key"))
@@ -323,32 +320,18 @@ func fixtureEnroll(c *cli.Context) error {
 	}
 	name := c.Args().First()
 	var e *directory.FixtureEnrolment
-	err = withOfficer(c, func(officer hsmkeys.PIN) (err error) {
-		e, _, err = factory.EnrollFixture(c.Context, c.String("token"), officer, name, key, c.Int("generation"))
-		return err
+	minutes, err := ceremony(c, "fixture enroll", factory.Settled, func(_ string, officer hsmkeys.OfficerPIN) (made map[string]string, err error) {
+		var created bool
+		if e, created, err = factory.EnrollFixture(c.Context, c.String("token"), officer.PIN, name, key, c.Int("generation")); err != nil {
+			return nil, err
+		}
+		data, err = e.Marshal()
+		return enrolled(data, created, map[string]string{"fixture": name, "injection key": e.KeyID, "fixture's key": directory.RSAThumbprint(key)}), err
 	})
 	if err != nil {
 		return err
 	}
-	if data, err = e.Marshal(); err != nil {
-		return err
-	}
-	return writeOut(c, data, map[string]any{"fixture": name, "injection_key": e.KeyID}, "the injection key %s of fixture %s, wrapped to the fixture's key %s", e.KeyID, name, directory.RSAThumbprint(key))
-}
-
-// withOfficer runs what logs in as the security officer, which needs the token for itself, and puts it down in the audit log.
-func withOfficer(c *cli.Context, f func(officer hsmkeys.PIN) error) error {
-	officer, err := hsmkeys.ReadPIN(c.String("so-pin-source"))
-	if err != nil {
-		return fmt.Errorf("the security officer's PIN: %w", err)
-	}
-	var serial string
-	if err := cmdline.WithToken(c, func(token *hsmkeys.Token) error { serial = token.Serial(); return nil }); err != nil {
-		return err
-	}
-	return logged(c, serial, func() error { return f(officer) }, func(head *factory.LogHead) error {
-		return cmdline.WithToken(c, func(token *hsmkeys.Token) error { return factory.SignLog(c.String("state"), token, head) })
-	})
+	return writeOut(c, data, map[string]any{"fixture": name, "injection_key": e.KeyID, "minutes": minutes}, "the injection key %s of fixture %s, wrapped to the fixture's key %s", e.KeyID, name, directory.RSAThumbprint(key))
 }
 
 // writeOut writes a file for another party and says so.
@@ -362,7 +345,7 @@ func writeOut(c *cli.Context, data []byte, result map[string]any, format string,
 }
 
 func operatorEnroll(c *cli.Context) error {
-	if err := cmdline.Require(c, "transport-key", "thumbprint", "so-pin-source", "out"); err != nil {
+	if err := cmdline.Require(c, "transport-key", "thumbprint", "out"); err != nil {
 		return err
 	}
 	data, err := cmdline.ReadFile(c.String("transport-key"))
@@ -376,9 +359,12 @@ func operatorEnroll(c *cli.Context) error {
 	name := c.Args().First()
 	var jws []byte
 	var created bool
-	err = withOfficer(c, func(officer hsmkeys.PIN) (err error) {
-		jws, created, err = factory.EnrollOperator(c.Context, c.String("token"), officer, name, transport, c.Int("generation"))
-		return err
+	minutes, err := ceremony(c, "operator enroll", factory.Settled, func(_ string, officer hsmkeys.OfficerPIN) (made map[string]string, err error) {
+		var e *directory.Enrolment
+		if e, jws, created, err = factory.EnrollOperator(c.Context, c.String("token"), officer.PIN, name, transport, c.Int("generation")); err != nil {
+			return nil, err
+		}
+		return enrolled(jws, created, map[string]string{"operator": name, "KEK": e.KEK, "transport key": e.TransportKey}), nil
 	})
 	if err != nil {
 		return err
@@ -387,7 +373,7 @@ func operatorEnroll(c *cli.Context) error {
 	if !created {
 		what = "the KEK made before"
 	}
-	return writeOut(c, jws, map[string]any{"operator": name, "created": created}, "%s of operator %s, wrapped to transport key %s", what, name, directory.RSAThumbprint(transport))
+	return writeOut(c, jws, map[string]any{"operator": name, "created": created, "minutes": minutes}, "%s of operator %s, wrapped to transport key %s", what, name, directory.RSAThumbprint(transport))
 }
 
 func lotCreate(c *cli.Context) error {

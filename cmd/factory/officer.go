@@ -1,6 +1,7 @@
 package main
 
 import (
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -103,6 +104,13 @@ func ceremony(c *cli.Context, what string, basis factory.Basis, f func(token str
 		return cmdline.WithToken(c, func(token *hsmkeys.Token) error { return factory.SignLog(c.String("state"), token, head) })
 	})
 	return minutes, err
+}
+
+// enrolled adds to what an enrolment has made its file, and whether its key was made now.
+func enrolled(file []byte, created bool, made map[string]string) map[string]string {
+	made["file, SHA-256"] = fmt.Sprintf("%x", sha256.Sum256(file))
+	made["key made now"] = map[bool]string{true: "yes", false: "no, earlier"}[created]
+	return made
 }
 
 func soSplit(c *cli.Context) error {
