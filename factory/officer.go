@@ -19,6 +19,9 @@ type Officer struct {
 	Ask    func(*custody.Quorum) error // takes shares at a terminal; nil if there is none
 }
 
+// ErrNoOfficerPIN: it was not said where it is.
+var ErrNoOfficerPIN = errors.New("this needs the security officer's PIN")
+
 // A Basis is what a command needs to know of the security officer's PIN before it logs in.
 type Basis int
 
@@ -58,17 +61,17 @@ func (o Officer) PIN(ctx context.Context, token *hsmkeys.Token, basis Basis) (pi
 		}
 	}
 	switch {
-	case len(q.Splits) == 0 && basis != Anything:
-		return pin, nil, fmt.Errorf("the security officer's PIN of %s is in no shares: give --so-pin-source; if somebody has removed what the token says of them, "+
+	case len(o.Shares) > 0 && len(q.Splits) == 0 && basis != Anything:
+		err = fmt.Errorf("the security officer's PIN of %s is in no shares: give --so-pin-source; if somebody has removed what the token says of them, "+
 			"factory so check with the shares brings it back", token)
 	case len(o.Shares) > 0:
 		err = q.ReadFiles(o.Shares)
-	case o.Ask != nil:
-		err = o.Ask(q)
-	case len(q.Splits) > 0:
-		err = fmt.Errorf("the security officer's PIN of %s is in shares, %s: give --so-share for each, or run this at a terminal", token, describe(inForce))
+	case len(q.Splits) == 0:
+		err = fmt.Errorf("%w of %s, which is in no shares: give --so-pin-source", ErrNoOfficerPIN, token)
+	case o.Ask == nil:
+		err = fmt.Errorf("%w of %s, which is in shares, %s: give --so-share for each, or run this at a terminal", ErrNoOfficerPIN, token, describe(inForce))
 	default:
-		err = errors.New("give --so-pin-source, or --so-share for each share")
+		err = o.Ask(q)
 	}
 	if err != nil {
 		return pin, nil, err

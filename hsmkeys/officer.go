@@ -148,7 +148,7 @@ var unchanged = []pkcs11.Error{pkcs11.CKR_PIN_INCORRECT, pkcs11.CKR_PIN_INVALID,
 // SetOfficerPIN changes the security officer's PIN, and logs in with the next one. With ErrPINMaybeSet either of the two may be the token's, and
 // CheckOfficerPIN finds out which; with another error it is the present one.
 func SetOfficerPIN(ctx context.Context, tokenURI string, present, next OfficerPIN) error {
-	return asOfficer(tokenURI, present.PIN, func(t *Token) error {
+	change := func(t *Token) error {
 		if n := uint(len(next.PIN)); n < t.info.MinPinLen || n > t.info.MaxPinLen {
 			return fmt.Errorf("%s takes PINs of %d to %d characters, and a new one has %d: its security officer's PIN cannot be split", t, t.info.MinPinLen, t.info.MaxPinLen, n)
 		}
@@ -185,5 +185,10 @@ func SetOfficerPIN(ctx context.Context, tokenURI string, present, next OfficerPI
 			return fmt.Errorf("%w: %w", ErrPINMaybeSet, err)
 		}
 		return nil
-	})
+	}
+	err := asOfficer(tokenURI, present.PIN, change)
+	if isCKR(err, pkcs11.CKR_PIN_INCORRECT) {
+		err = fmt.Errorf("%w; if factory so split was interrupted before, its shares may be in force: see factory so show", err)
+	}
+	return err
 }

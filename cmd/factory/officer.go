@@ -85,6 +85,9 @@ func ceremony(c *cli.Context, what string, basis factory.Basis, f func(token str
 		m.Split = pin.Split
 		return err
 	})
+	if errors.Is(err, factory.ErrNoOfficerPIN) {
+		return "", cmdline.Usage(err)
+	}
 	if err != nil {
 		return "", err
 	}
