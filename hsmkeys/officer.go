@@ -145,10 +145,11 @@ func CheckOfficerPIN(ctx context.Context, tokenURI string, pin OfficerPIN) error
 var unchanged = []pkcs11.Error{pkcs11.CKR_PIN_INCORRECT, pkcs11.CKR_PIN_INVALID, pkcs11.CKR_PIN_LEN_RANGE, pkcs11.CKR_PIN_LOCKED, pkcs11.CKR_ARGUMENTS_BAD,
 	pkcs11.CKR_SESSION_READ_ONLY, pkcs11.CKR_TOKEN_WRITE_PROTECTED, pkcs11.CKR_USER_NOT_LOGGED_IN, pkcs11.CKR_FUNCTION_NOT_SUPPORTED}
 
-// SetOfficerPIN changes the security officer's PIN, and logs in with the next one. With ErrPINMaybeSet either of the two may be the token's, and
+// SetOfficerPIN changes the security officer's PIN, and logs in anew with the next one. With ErrPINMaybeSet either of the two may be the token's, and
 // CheckOfficerPIN finds out which; with another error it is the present one.
 func SetOfficerPIN(ctx context.Context, tokenURI string, present, next OfficerPIN) error {
-	change := func(t *Token) error {
+	ctx = context.WithoutCancel(ctx) // what has begun is brought to its end
+	err := asOfficer(tokenURI, present.PIN, func(t *Token) error {
 		if n := uint(len(next.PIN)); n < t.info.MinPinLen || n > t.info.MaxPinLen {
 			return fmt.Errorf("%s takes PINs of %d to %d characters, and a new one has %d: its security officer's PIN cannot be split", t, t.info.MinPinLen, t.info.MaxPinLen, n)
 		}
@@ -161,7 +162,6 @@ func SetOfficerPIN(ctx context.Context, tokenURI string, present, next OfficerPI
 		if err != nil {
 			return err
 		}
-		ctx := context.WithoutCancel(ctx) // from here on it is brought to its end
 		// C_SetPIN is not called twice: the second call's CKR_PIN_INCORRECT would say nothing.
 		_, err = run(ctx, t, "set the security officer's PIN", func(s *session) (struct{}, error) {
 			return struct{}{}, s.SetPIN(s.h, string(present.PIN), string(next.PIN))
@@ -170,25 +170,19 @@ func SetOfficerPIN(ctx context.Context, tokenURI string, present, next OfficerPI
 			return errors.Join(explain("set the security officer's PIN", err),
 				t.with(ctx, "take the announcement back", func(s *session) error { return s.settle(present.Split) }))
 		}
-		if err == nil {
-			err = t.with(ctx, "log in with the security officer's new PIN", func(s *session) error {
-				if err := s.Logout(s.h); err != nil {
-					return explain("log out", err)
-				}
-				if err := s.Login(s.h, pkcs11.CKU_SO, string(next.PIN)); err != nil {
-					return explain("log in with the security officer's new PIN", err)
-				}
-				return s.settle(next.Split)
-			})
-		}
 		if err != nil {
 			return fmt.Errorf("%w: %w", ErrPINMaybeSet, err)
 		}
 		return nil
-	}
-	err := asOfficer(tokenURI, present.PIN, change)
+	})
 	if isCKR(err, pkcs11.CKR_PIN_INCORRECT) {
 		err = fmt.Errorf("%w; if factory so split was interrupted before, its shares may be in force: see factory so show", err)
 	}
-	return err
+	if err != nil {
+		return err
+	}
+	if err := CheckOfficerPIN(ctx, tokenURI, next); err != nil {
+		return fmt.Errorf("%w: %w", ErrPINMaybeSet, err)
+	}
+	return nil
 }

@@ -89,6 +89,7 @@ for_plugin() {
 for_check() {
 	for_demo
 	need shellcheck command -v shellcheck
+	need age command -v age
 	need opensc command -v pkcs11-tool
 	need opensc-pkcs11 has_spy
 	need opencryptoki command -v pkcsslotd
