@@ -210,24 +210,17 @@ func TestForgedShare(t *testing.T) {
 
 func TestPrintsNoSecret(t *testing.T) {
 	_, shares := split(t, "0123", 2, 2)
-	value := shares[0].value.Value
-	b, err := value.MarshalBinary()
-	if err != nil {
-		t.Fatal(err)
-	}
+	said := regexp.MustCompile(`share [12] of split [0-9a-f]{20}`)
 	for _, v := range []any{shares[0], *shares[0], shares, struct{ S Share }{*shares[0]}} {
 		for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%x", "%d"} {
 			text := fmt.Sprintf(verb, v)
-			for _, secret := range []string{fmt.Sprint(value), fmt.Sprintf("%x", b)} {
-				if strings.Contains(text, strings.TrimPrefix(secret, "0x")) {
-					t.Errorf("%s of a %T prints its secret", verb, v)
-				}
+			if rest := said.ReplaceAllString(text, ""); rest == text || regexp.MustCompile(`[0-9a-f]{3}`).MatchString(rest) {
+				t.Errorf("%s of a %T prints %q", verb, v, text)
 			}
 		}
 	}
-	j, err := json.Marshal(shares[0])
-	if encoded, _ := json.Marshal(b); err != nil || bytes.Contains(j, encoded[1:len(encoded)-2]) || bytes.Contains(j, []byte("value")) {
-		t.Errorf("JSON has the secret, or %v", err)
+	if j, err := json.Marshal(shares[0]); err != nil || bytes.Contains(j, []byte("alue")) {
+		t.Errorf("JSON: %s, %v", j, err)
 	}
 }
 
