@@ -26,7 +26,7 @@ type OfficerPIN struct {
 // ErrPINMaybeSet goes with an error after which a token may have its security officer's new PIN, or still the one before.
 var ErrPINMaybeSet = errors.New("the security officer's PIN may have been changed")
 
-// The token says in data objects, for everybody to read, which split its security officer's PIN is in: so no PIN of other shares is ever tried.
+// The token says in data objects (JSON in CKA_APPLICATION), for everybody to read, which split its security officer's PIN is in: so no PIN of other shares is ever tried.
 // C_SetPIN and these objects cannot change in one step, so a change is announced first:
 //
 //  1. splitBegun of the new split is made;    2. C_SetPIN;
@@ -78,7 +78,7 @@ func (s *session) splits() (map[string][]splitObject, error) {
 			return nil, explain("look for the security officer's split", err)
 		}
 		for _, h := range found {
-			a, err := s.GetAttributeValue(s.h, h, attributes{attr(pkcs11.CKA_VALUE, nil)})
+			a, err := s.GetAttributeValue(s.h, h, attributes{attr(pkcs11.CKA_APPLICATION, nil)})
 			if err != nil {
 				return nil, explain("read the security officer's split", err)
 			}
@@ -93,13 +93,13 @@ func (s *session) splits() (map[string][]splitObject, error) {
 }
 
 func (s *session) makeSplit(label string, split *Split) error {
-	value, err := json.Marshal(split)
+	text, err := json.Marshal(split)
 	if err != nil {
 		return err
 	}
 	_, err = s.create(frozen(attributes{
 		attr(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_PRIVATE, false),
-		attr(pkcs11.CKA_LABEL, label), attr(pkcs11.CKA_APPLICATION, "kmehsm"), attr(pkcs11.CKA_VALUE, value),
+		attr(pkcs11.CKA_LABEL, label), attr(pkcs11.CKA_APPLICATION, text),
 	}))
 	return explainIf("say in the token which split its security officer's PIN is in", err)
 }

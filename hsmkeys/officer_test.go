@@ -168,7 +168,7 @@ func TestOfficerSplitForged(t *testing.T) {
 	user(func(s *session) error { return s.settle(nil) })
 	user(func(s *session) error {
 		_, err := s.CreateObject(s.h, attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), attr(pkcs11.CKA_TOKEN, true),
-			attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_LABEL, splitInForce), attr(pkcs11.CKA_VALUE, []byte("junk"))})
+			attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_LABEL, splitInForce), attr(pkcs11.CKA_APPLICATION, "junk")})
 		return err
 	})
 	if _, _, err := token.OfficerSplit(t.Context()); err == nil || !strings.Contains(err.Error(), "damaged") {
