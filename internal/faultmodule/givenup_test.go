@@ -132,12 +132,14 @@ func TestHangBehindAFailure(t *testing.T) {
 // A handle that a call finds which was given up is nobody's: the key may have gone meanwhile, and the handle be
 // another's.
 func TestGivenUpHandle(t *testing.T) {
-	maker, tok, opening := newOperator(t)
+	maker, tok := newFactory(t, nil)
 	lot := hsmkeys.Key{Role: hsmkeys.RoleLot, Name: "L1"}
 	if _, _, err := maker.EnsureLotKey(t.Context(), lot, 2048, hsmkeys.PrimesAuto); err != nil {
 		t.Fatal(err)
 	}
+	start := time.Now()
 	token := open(t, tok.URI) // which has not looked for it yet
+	opening := time.Since(start)
 	token.SetHangTimeout(300 * time.Millisecond)
 	givenUp(t, token, func() error {
 		_, err := token.Has(t.Context(), lot)
