@@ -39,7 +39,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 				Description: "Tries first whether the token keeps keys as it should, and refuses it otherwise: keysvc doctor says more. Running this again changes nothing.",
 				Flags: []cli.Flag{cmdline.Token, stateFlag,
 					&cli.BoolFlag{Name: "accept-weak-token", Usage: "take a token all the same that does not keep keys as it should; the token, the service's log and /readyz say so for ever"}, cmdline.JSON},
-				Action:      cmdline.Alone(initToken),
+				Action: cmdline.Alone(initToken),
 			},
 			transportCommand(),
 			{
