@@ -21,6 +21,8 @@ type Finding struct {
 	Required    bool   `json:"required"`
 	Consequence string `json:"consequence,omitempty"` // what follows, where it is not there
 	Measured    string `json:"measured,omitempty"`    // how long it takes
+
+	Attributes map[string]bool `json:"attributes,omitempty"` // of a key
 }
 
 // Sentences say of a token what it does not do, by findings that are not OK.
@@ -98,7 +100,13 @@ func (t *Token) DoctorFactory(ctx context.Context, keys ...Key) ([]Finding, erro
 
 // DoctorOperator says what the token can and cannot do as an operator's.
 func (t *Token) DoctorOperator(ctx context.Context) ([]Finding, error) {
-	report, err := t.doctor(ctx, operatorNeeds, []Key{storageKey, ledgerKey})
+	keys := []Key{ledgerKey}
+	if has, err := t.hasStorage(ctx); err != nil {
+		return nil, err
+	} else if !has {
+		keys = append(keys, storageKey)
+	}
+	report, err := t.doctor(ctx, operatorNeeds, keys)
 	if err != nil {
 		return nil, err
 	}
@@ -111,8 +119,12 @@ func (t *Token) examine(ctx context.Context, side Side, report []Finding) ([]Fin
 	if err != nil {
 		return nil, err
 	}
-	seen, err := t.trials(ctx, side, (*trial).decryption)
-	return slices.Concat(report, tried, seen), err
+	seen, err := t.trials(ctx, side, (*trial).decryption, (*trial).keys)
+	if err != nil {
+		return nil, err
+	}
+	id, err := t.Identity(ctx)
+	return append(slices.Concat(report, tried, seen), id.pins()), err
 }
 
 // measure runs do n times, and says how long one takes, or what goes wrong.
@@ -160,11 +172,9 @@ func (t *Token) doctor(ctx context.Context, needs []need, keys []Key) ([]Finding
 		if err != nil {
 			return nil, err
 		}
-		f := Finding{Check: fmt.Sprintf("key %q", k.Label()), For: "made by init", OK: has, Required: true}
-		if !has {
-			f.Consequence = "run init"
+		if !has { // those that are there, examine reports
+			report = append(report, Finding{Check: fmt.Sprintf("key %q", k.Label()), For: "made by init", Required: true, Consequence: "run init"})
 		}
-		report = append(report, f)
 	}
 	return report, nil
 }

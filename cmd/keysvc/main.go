@@ -225,6 +225,6 @@ func doctor(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		return cmdline.PrintFindings(c, token.String(), report)
+		return cmdline.PrintFindings(c, token, report)
 	})
 }
