@@ -13,8 +13,8 @@ import (
 	"github.com/miekg/pkcs11"
 )
 
-// Here is tried what the secrecy of keys rests on. Each trial does what whoever has the user PIN could do, to objects of a session that are gone
-// afterwards, and is a Finding: that the token refuses it.
+// Here is tried what the secrecy of keys rests on. Each trial does what whoever has the user PIN could do, to objects of a session of its own that
+// are gone afterwards, and is a Finding: that the token refuses it.
 
 // Weaknesses are the trials that a token fails on which a side's keys rest. No key of the token is touched.
 func (t *Token) Weaknesses(ctx context.Context, side Side) (weak []Finding, err error) {
@@ -42,8 +42,11 @@ func (t *Token) try(ctx context.Context, side Side) ([]Finding, error) {
 func (t *Token) trials(ctx context.Context, side Side, all ...func(*trial)) ([]Finding, error) {
 	var report []Finding
 	for _, f := range all {
-		found, err := do(ctx, t, "try the token", func(s *session) ([]Finding, error) {
-			x := &trial{t: t, s: s, side: side}
+		found, err := do(ctx, t, "try the token", func(*session) ([]Finding, error) {
+			x, err := t.newTrial(side)
+			if err != nil {
+				return nil, err
+			}
 			defer x.end()
 			f(x)
 			return x.report, x.err
@@ -61,17 +64,17 @@ type trial struct {
 	t      *Token
 	s      *session
 	side   Side
-	made   []pkcs11.ObjectHandle
 	report []Finding
 	err    error // the token is away: nothing more is tried
 }
 
-// end drops what was made. It would end with the session.
-func (x *trial) end() {
-	for _, h := range x.made {
-		x.s.DestroyObject(x.s.h, h)
-	}
+// newTrial opens a session for trials. Whatever is made in it ends with it: SoftHSM 2.6.1 leaves objects behind of calls that it refuses.
+func (t *Token) newTrial(side Side) (*trial, error) {
+	s, err := t.openSession()
+	return &trial{t: t, s: s, side: side}, err
 }
+
+func (x *trial) end() { x.s.CloseSession(x.s.h) }
 
 // here makes a template of an object of the session.
 func here(parts ...attributes) attributes {
@@ -115,14 +118,6 @@ func (x *trial) away(err error) bool {
 	return x.err != nil
 }
 
-// keep has an object dropped in the end.
-func (x *trial) keep(h pkcs11.ObjectHandle, err error) (pkcs11.ObjectHandle, error) {
-	if err == nil {
-		x.made = append(x.made, h)
-	}
-	return h, err
-}
-
 // can enters that the token can do what the trials need. Without it they cannot be made.
 func (x *trial) can(what, means string, err error) bool {
 	if x.away(err) {
@@ -162,15 +157,12 @@ func (x *trial) follows() string {
 
 // aes makes an AES-256 key of the session.
 func (x *trial) aes(parts ...attributes) (pkcs11.ObjectHandle, error) {
-	return x.keep(x.s.generate(pkcs11.CKM_AES_KEY_GEN, here(append(parts, attributes{attr(pkcs11.CKA_PRIVATE, true), attr(pkcs11.CKA_VALUE_LEN, 32)})...)))
+	return x.s.generate(pkcs11.CKM_AES_KEY_GEN, here(append(parts, attributes{attr(pkcs11.CKA_PRIVATE, true), attr(pkcs11.CKA_VALUE_LEN, 32)})...))
 }
 
 // pair makes an RSA key pair of the session.
 func (x *trial) pair(public attributes, private ...attributes) (pub, priv pkcs11.ObjectHandle, err error) {
-	pub, priv, err = x.s.generatePair(pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN, public, here(private...))
-	x.keep(pub, err)
-	x.keep(priv, err)
-	return pub, priv, err
+	return x.s.generatePair(pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN, public, here(private...))
 }
 
 func (x *trial) wrap(m uint, under, key pkcs11.ObjectHandle) ([]byte, error) {
@@ -178,7 +170,7 @@ func (x *trial) wrap(m uint, under, key pkcs11.ObjectHandle) ([]byte, error) {
 }
 
 func (x *trial) copy(h pkcs11.ObjectHandle, changes ...*pkcs11.Attribute) (pkcs11.ObjectHandle, error) {
-	return x.keep(x.s.CopyObject(x.s.h, h, here(changes)))
+	return x.s.CopyObject(x.s.h, h, here(changes))
 }
 
 func (x *trial) set(h pkcs11.ObjectHandle, changes ...*pkcs11.Attribute) error {
@@ -227,7 +219,7 @@ func (x *trial) leaving() {
 	aes := attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES), attr(pkcs11.CKA_PRIVATE, true)}
 	value := [32]byte{}
 	rand.Read(value[:])
-	h, err := x.keep(x.s.create(here(aes, unextractable, carries, attributes{trusted, attr(pkcs11.CKA_VALUE, value[:])})))
+	h, err := x.s.create(here(aes, unextractable, carries, attributes{trusted, attr(pkcs11.CKA_VALUE, value[:])}))
 	x.refuses(make+"C_CreateObject", means, x.has(h, err, pkcs11.CKA_TRUSTED, true))
 	h, err = x.aes(unextractable, carries, attributes{trusted})
 	x.refuses(make+"C_GenerateKey", means, x.has(h, err, pkcs11.CKA_TRUSTED, true))
@@ -239,11 +231,9 @@ func (x *trial) leaving() {
 		return err
 	}
 	ec := here(attributes{attr(pkcs11.CKA_EC_PARAMS, p256Params), attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_VERIFY, true), trusted})
-	h, priv, err := x.s.generatePair(pkcs11.CKM_EC_KEY_PAIR_GEN, ec, here(guarded(false), use(privateUsages, pkcs11.CKA_SIGN)))
-	x.keep(h, err)
-	x.keep(priv, err)
+	h, _, err = x.s.generatePair(pkcs11.CKM_EC_KEY_PAIR_GEN, ec, here(guarded(false), use(privateUsages, pkcs11.CKA_SIGN)))
 	x.refuses(make+"C_GenerateKeyPair", means, x.has(h, refused(err), pkcs11.CKA_TRUSTED, true))
-	h, err = x.keep(x.s.unwrap(x.wrapsAES(), carrier, wrapped, here(aes, unextractable, carries, attributes{trusted})))
+	h, err = x.s.unwrap(x.wrapsAES(), carrier, wrapped, here(aes, unextractable, carries, attributes{trusted}))
 	x.refuses(make+"C_UnwrapKey", means, x.has(h, refused(err), pkcs11.CKA_TRUSTED, true))
 	h, err = x.copy(plain, trusted)
 	x.refuses(make+"C_CopyObject", means, x.has(h, err, pkcs11.CKA_TRUSTED, true))
@@ -281,16 +271,19 @@ func (x *trial) weakening() {
 	x.refuses("clear CKA_SENSITIVE", means, x.has(carrier, x.set(carrier, readable), pkcs11.CKA_SENSITIVE, false))
 	x.refuses("set CKA_EXTRACTABLE again", means, x.has(carrier, x.set(carrier, leaves), pkcs11.CKA_EXTRACTABLE, true))
 
+	single, err := x.aes(unextractable, use(usages, pkcs11.CKA_WRAP), attributes{attr(pkcs11.CKA_COPYABLE, false)})
+	if !x.can("an AES key that is not COPYABLE", means, err) {
+		return
+	}
+	_, err = x.copy(single)
+	x.refuses("copy a key that is not COPYABLE", means, err)
 	// A key that only wraps must not decrypt what it wrapped.
-	fixed, err := x.keep(x.s.generate(pkcs11.CKM_AES_KEY_GEN, frozen(here(unextractable, use(usages, pkcs11.CKA_WRAP),
-		attributes{attr(pkcs11.CKA_PRIVATE, true), attr(pkcs11.CKA_VALUE_LEN, 32)}))))
+	fixed, err := x.s.generate(pkcs11.CKM_AES_KEY_GEN, frozen(here(unextractable, use(usages, pkcs11.CKA_WRAP),
+		attributes{attr(pkcs11.CKA_PRIVATE, true), attr(pkcs11.CKA_VALUE_LEN, 32)})))
 	if !x.can("an AES key that is neither MODIFIABLE nor COPYABLE", means, err) {
 		return
 	}
-	decrypts := attr(pkcs11.CKA_DECRYPT, true)
-	h, err = x.copy(fixed, decrypts)
-	x.refuses("copy a key that is not COPYABLE", means, x.has(h, err, pkcs11.CKA_DECRYPT, true))
-	x.refuses("change a key that is not MODIFIABLE", means, x.has(fixed, x.set(fixed, decrypts), pkcs11.CKA_DECRYPT, true))
+	x.refuses("change a key that is not MODIFIABLE", means, x.has(fixed, x.set(fixed, attr(pkcs11.CKA_DECRYPT, true)), pkcs11.CKA_DECRYPT, true))
 }
 
 // secretAttributes are those that hold a key or a part of it.
@@ -371,13 +364,13 @@ func (x *trial) lotLike() {
 // wrapping tries keys as those that EnrollKey makes and takes in, whose CKA_WRAP_TEMPLATE says what they wrap. The user cannot make them TRUSTED, which is another matter.
 func (x *trial) wrapping(key *rsa.PublicKey) {
 	const means = "a fixture's or an operator's key receives what is meant for it, and no other key"
-	h, err := x.keep(x.s.create(here(wrappingPublic(key), attributes{trusted})))
+	h, err := x.s.create(here(wrappingPublic(key), attributes{trusted}))
 	x.refuses("make a TRUSTED RSA key for the user", means, x.has(h, err, pkcs11.CKA_TRUSTED, true))
 
 	id := func(last byte) *pkcs11.Attribute { return attr(pkcs11.CKA_ID, append(make([]byte, 19), last)) }
 	secret := func(id *pkcs11.Attribute) (pkcs11.ObjectHandle, error) { // as an injection key, but for WRAP_WITH_TRUSTED
-		return x.keep(x.s.generate(pkcs11.CKM_AES_KEY_GEN, here(extractable, use(usages, pkcs11.CKA_WRAP),
-			attributes{attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_VALUE_LEN, 32), id})))
+		return x.s.generate(pkcs11.CKM_AES_KEY_GEN, here(extractable, use(usages, pkcs11.CKA_WRAP),
+			attributes{attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_VALUE_LEN, 32), id}))
 	}
 	own, err := secret(id(1))
 	if !x.can("an AES key that is wrapped", means, err) {
@@ -387,7 +380,7 @@ func (x *trial) wrapping(key *rsa.PublicKey) {
 	if !x.can("an AES key that is wrapped", means, err) {
 		return
 	}
-	receiver, err := x.keep(x.s.create(here(wrappingPublic(key), nested(pkcs11.CKA_WRAP_TEMPLATE, attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), id(1)}))))
+	receiver, err := x.s.create(here(wrappingPublic(key), nested(pkcs11.CKA_WRAP_TEMPLATE, attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), id(1)})))
 	if !x.can("CKA_WRAP_TEMPLATE on an RSA key", means, err) {
 		return
 	}
@@ -435,7 +428,7 @@ func (x *trial) unwrapping() {
 	if !x.can("wraps a lot key", means, err) {
 		return
 	}
-	taken, err := x.keep(x.s.unwrap(oaep, priv, enrolment, here(importedKEK, attributes{attr(pkcs11.CKA_PRIVATE, true)}, traits.unwraps(importedLot))))
+	taken, err := x.s.unwrap(oaep, priv, enrolment, here(importedKEK, attributes{attr(pkcs11.CKA_PRIVATE, true)}, traits.unwraps(importedLot)))
 	if !x.can("CKA_UNWRAP_TEMPLATE on a KEK that is unwrapped", means, err) {
 		return
 	}
@@ -444,7 +437,7 @@ func (x *trial) unwrapping() {
 		if err != nil {
 			return err
 		}
-		h, err := x.keep(x.s.unwrap(x.t.kwp, kek, grant, here(with(importedLot, attr(pkcs11.CKA_SENSITIVE, false)))))
+		h, err := x.s.unwrap(x.t.kwp, kek, grant, here(with(importedLot, attr(pkcs11.CKA_SENSITIVE, false))))
 		return x.has(h, err, pkcs11.CKA_SENSITIVE, false)
 	}
 	none := &pkcs11.Attribute{Type: pkcs11.CKA_UNWRAP_TEMPLATE}
@@ -455,7 +448,7 @@ func (x *trial) unwrapping() {
 	if !x.can("CKA_UNWRAP_TEMPLATE on a storage key", means, err) {
 		return
 	}
-	secret, err := x.keep(x.s.generate(pkcs11.CKM_AES_KEY_GEN, join(without(sealable, pkcs11.CKA_CLASS, pkcs11.CKA_KEY_TYPE), attributes{attr(pkcs11.CKA_VALUE_LEN, 32)})))
+	secret, err := x.s.generate(pkcs11.CKM_AES_KEY_GEN, join(without(sealable, pkcs11.CKA_CLASS, pkcs11.CKA_KEY_TYPE), attributes{attr(pkcs11.CKA_VALUE_LEN, 32)}))
 	if !x.can("a key as a KME", means, err) {
 		return
 	}
@@ -468,7 +461,7 @@ func (x *trial) unwrapping() {
 
 // against tries to unwrap a key as a template forbids it.
 func (x *trial) against(what, means string, m uint, under pkcs11.ObjectHandle, wrapped []byte, template attributes, usage uint) {
-	unwrap := func(a attributes) (pkcs11.ObjectHandle, error) { return x.keep(x.s.unwrap(m, under, wrapped, here(a))) }
+	unwrap := func(a attributes) (pkcs11.ObjectHandle, error) { return x.s.unwrap(m, under, wrapped, here(a)) }
 	if _, err := unwrap(template); !x.can("unwraps "+what+" as CKA_UNWRAP_TEMPLATE says", means, err) {
 		return
 	}
@@ -593,16 +586,19 @@ func (t *Token) learnt(ctx context.Context) (traits, error) {
 	return doAs(ctx, t, Operator, "try the token", t.learn)
 }
 
-// learn finds the traits by trial, once.
-func (t *Token) learn(s *session) (traits, error) {
+// learn finds the traits by trial, once. The caller holds a session, so that the module stays.
+func (t *Token) learn(*session) (traits, error) {
 	if known := t.traits.Load(); known != nil {
 		return *known, nil
 	}
-	x := &trial{t: t, s: s, side: Operator}
+	x, err := t.newTrial(Operator)
+	if err != nil {
+		return traits{}, err
+	}
 	defer x.end()
 	x.leaving()
 	learnt := traits{leavesTrusted: !slices.ContainsFunc(x.report, func(f Finding) bool { return !f.OK })}
-	_, err := x.aes(unextractable, carries, nested(pkcs11.CKA_UNWRAP_TEMPLATE, unsealed))
+	_, err = x.aes(unextractable, carries, nested(pkcs11.CKA_UNWRAP_TEMPLATE, unsealed))
 	learnt.unwrapTemplate = err == nil
 	if x.away(err) {
 		return traits{}, x.err

@@ -39,7 +39,11 @@ func PrintFindings(c *cli.Context, token *hsmkeys.Token, report []hsmkeys.Findin
 			case !f.OK:
 				mark = "no"
 			}
-			fmt.Fprintf(w, "%-4s %-52s %s\n", mark, f.Check, f.For)
+			if len(f.Check) > 52 { // the reason goes below
+				fmt.Fprintf(w, "%-4s %s\n     %-52s %s\n", mark, f.Check, "", f.For)
+			} else {
+				fmt.Fprintf(w, "%-4s %-52s %s\n", mark, f.Check, f.For)
+			}
 			if len(f.Attributes) > 0 {
 				fmt.Fprintf(w, "     %-52s %s\n", "", attributes(f.Attributes))
 			}
