@@ -24,7 +24,7 @@ func finding(report []Finding, check string) *Finding {
 // The doctor reports every key of ours, as an auditor asks for it, and nothing is wrong with any. The trials leave nothing behind.
 func TestDoctorReportsKeys(t *testing.T) {
 	ctx := t.Context()
-	operator := newOperator(t)
+	operator := newOperatorOn(t, softhsmtest.Token(t))
 	factory, transport := newFactory(t, operator)
 	pub, _, err := factory.EnsureLotKey(ctx, testLot, 2048, PrimesAuto)
 	if err != nil {
@@ -43,17 +43,6 @@ func TestDoctorReportsKeys(t *testing.T) {
 	if err := factory.SealLotKey(ctx, sealed); err != nil {
 		t.Fatal(err)
 	}
-	objects := func(token *Token) (n int) {
-		err := token.with(ctx, "test", func(s *session) error {
-			all, err := s.findObjects(nil)
-			n = len(all)
-			return err
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		return n
-	}
 	transportLabel := ""
 	for _, c := range []struct {
 		token *Token
@@ -62,14 +51,14 @@ func TestDoctorReportsKeys(t *testing.T) {
 		{factory, map[string]string{testSigning.Label(): "111", testInjection.Label(): "110", testKEK.Label(): "110", testLot.Label(): "110", sealed.Label(): "110"}},
 		{operator, map[string]string{storageKey.Label(): "110", ledgerKey.Label(): "110", testKEK.Label(): "000", testLot.Label(): "000", "": "111"}},
 	} {
-		before := objects(c.token)
+		before := countObjects(t, c.token, nil)
 		var report []Finding
 		if c.token == factory {
 			report = must[[]Finding](t)(c.token.DoctorFactory(ctx, testSigning, testInjection))
 		} else {
 			report = must[[]Finding](t)(c.token.DoctorOperator(ctx))
 		}
-		if after := objects(c.token); after != before {
+		if after := countObjects(t, c.token, nil); after != before {
 			t.Errorf("%d objects before, %d after", before, after)
 		}
 		for _, f := range report {
@@ -168,7 +157,26 @@ func TestDoctorFindsStrangers(t *testing.T) {
 	}
 }
 
-// Who made a key, and when, is in no attribute; what the token is, is in its information.
+// As a factory's, NSS softoken is refused: what a lot rests on, it does not do. On an operator's side, what it does not do is known and has a consequence.
+func TestNSSIsWeak(t *testing.T) {
+	token := open(t, softhsmtest.NSS(t))
+	for side, wants := range map[Side][]string{
+		Factory:  {"refuses to wrap a lot key under a key that is not TRUSTED", "refuses to wrap a WRAP_WITH_TRUSTED key under another"},
+		Operator: {"refuses to wrap a WRAP_WITH_TRUSTED key under another"},
+	} {
+		weak := must[[]Finding](t)(token.Weaknesses(t.Context(), side))
+		for _, f := range weak {
+			t.Logf("%s: %s: %s", side, f.Check, f.Consequence)
+		}
+		for _, want := range wants {
+			if f := finding(weak, want); f == nil {
+				t.Errorf("%s: not found out: %s", side, want)
+			}
+		}
+	}
+}
+
+// What a token says of itself, and of its PINs.
 func TestIdentity(t *testing.T) {
 	tok := softhsmtest.Token(t)
 	token := open(t, tok)

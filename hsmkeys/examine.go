@@ -123,7 +123,7 @@ func (x *trial) keys() {
 			switch {
 			case ours:
 				x.key(class, h, label, k.Role, shape)
-			case strings.HasPrefix(label, "kme "):
+			case strings.HasPrefix(label, "kme ") && label != dedicationLabel:
 				x.report = append(x.report, Finding{Check: fmt.Sprintf("key %q", label), For: "nothing that is known", Required: true,
 					Consequence: "it has a label as keys of ours have, and is none of the " + string(x.side) + "'s: remove it with the token's own tool"})
 			}

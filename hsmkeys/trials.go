@@ -64,6 +64,7 @@ type trial struct {
 	t      *Token
 	s      *session
 	side   Side
+	backup bool // what is tried is what a backup rests on, and no other secrecy: see traits
 	report []Finding
 	err    error // the token is away: nothing more is tried
 }
@@ -149,8 +150,11 @@ func (x *trial) refuses(what, means string, answers ...answer) {
 
 // follows is what follows where a token does what it should not.
 func (x *trial) follows() string {
-	if x.side == Factory {
+	switch {
+	case x.side == Factory:
 		return "the token does it: do not use it for lots"
+	case x.backup:
+		return "the token does it: its storage and ledger key are made so that they never leave it, and there is no backup of them"
 	}
 	return "the token does it: whoever has its user PIN can have keys of it in clear"
 }
@@ -195,7 +199,7 @@ var (
 // leaving tries whether a WRAP_WITH_TRUSTED key leaves under a key that the security officer has not made.
 func (x *trial) leaving() {
 	const means = "keys leave only under a key that the security officer has made TRUSTED"
-	begin := len(x.report)
+	x.backup = true
 	carrier, err := x.aes(unextractable, carries)
 	if !x.can("an AES key that wraps", means, err) {
 		return
@@ -243,14 +247,6 @@ func (x *trial) leaving() {
 	h, err = x.copy(key, untrusted)
 	x.refuses("clear CKA_WRAP_WITH_TRUSTED on a copy", means, x.has(h, err, pkcs11.CKA_WRAP_WITH_TRUSTED, false))
 	x.refuses("clear CKA_WRAP_WITH_TRUSTED", means, x.has(key, x.set(key, untrusted), pkcs11.CKA_WRAP_WITH_TRUSTED, false))
-
-	if x.side == Operator { // see traits
-		for i := range x.report[begin:] {
-			if f := &x.report[begin+i]; !f.OK {
-				f.Consequence = "storage and ledger key are made so that they never leave the token, and there is no backup of them: " + f.Consequence
-			}
-		}
-	}
 }
 
 // weakening tries whether a key can be made more than it was made as.
