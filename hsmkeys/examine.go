@@ -9,7 +9,7 @@ import (
 	"github.com/miekg/pkcs11"
 )
 
-// Here is reported what an auditor asks of a token and of the keys in it. Keys are looked at, and nothing is tried on them.
+// Here is reported what an auditor asks of a token and of the keys in it. They are looked at; nothing is tried on them.
 
 // An Identity is what a token says of itself.
 type Identity struct {
@@ -55,7 +55,8 @@ func (t *Token) Identity(ctx context.Context) (id Identity, err error) {
 		}
 		version := func(v pkcs11.Version) string { return fmt.Sprintf("%d.%d", v.Major, v.Minor) }
 		id = Identity{
-			Manufacturer: trim(info.ManufacturerID), Model: trim(info.Model), Serial: t.Serial(), Label: trim(info.Label),
+			Manufacturer: trim(info.ManufacturerID), Model: trim(info.Model),
+			Serial: t.Serial(), Label: trim(info.Label),
 			HardwareVersion: version(info.HardwareVersion), FirmwareVersion: version(info.FirmwareVersion),
 			Library:        strings.TrimSpace(trim(library.ManufacturerID) + " " + trim(library.LibraryDescription)),
 			LibraryVersion: version(library.LibraryVersion), Cryptoki: version(library.CryptokiVersion),
@@ -101,10 +102,20 @@ var shapes = map[Side]map[Role]keyShape{
 
 // attributeNames are the names of those attributes that are compared.
 var attributeNames = map[uint]string{
-	pkcs11.CKA_LOCAL: "CKA_LOCAL", pkcs11.CKA_ALWAYS_SENSITIVE: "CKA_ALWAYS_SENSITIVE", pkcs11.CKA_NEVER_EXTRACTABLE: "CKA_NEVER_EXTRACTABLE",
-	pkcs11.CKA_SENSITIVE: "CKA_SENSITIVE", pkcs11.CKA_EXTRACTABLE: "CKA_EXTRACTABLE", pkcs11.CKA_WRAP_WITH_TRUSTED: "CKA_WRAP_WITH_TRUSTED",
-	pkcs11.CKA_TRUSTED: "CKA_TRUSTED", pkcs11.CKA_SIGN: "CKA_SIGN", pkcs11.CKA_VERIFY: "CKA_VERIFY", pkcs11.CKA_ENCRYPT: "CKA_ENCRYPT",
-	pkcs11.CKA_DECRYPT: "CKA_DECRYPT", pkcs11.CKA_WRAP: "CKA_WRAP", pkcs11.CKA_UNWRAP: "CKA_UNWRAP", pkcs11.CKA_DERIVE: "CKA_DERIVE",
+	pkcs11.CKA_LOCAL:             "CKA_LOCAL",
+	pkcs11.CKA_ALWAYS_SENSITIVE:  "CKA_ALWAYS_SENSITIVE",
+	pkcs11.CKA_NEVER_EXTRACTABLE: "CKA_NEVER_EXTRACTABLE",
+	pkcs11.CKA_SENSITIVE:         "CKA_SENSITIVE",
+	pkcs11.CKA_EXTRACTABLE:       "CKA_EXTRACTABLE",
+	pkcs11.CKA_WRAP_WITH_TRUSTED: "CKA_WRAP_WITH_TRUSTED",
+	pkcs11.CKA_TRUSTED:           "CKA_TRUSTED",
+	pkcs11.CKA_SIGN:              "CKA_SIGN",
+	pkcs11.CKA_VERIFY:            "CKA_VERIFY",
+	pkcs11.CKA_ENCRYPT:           "CKA_ENCRYPT",
+	pkcs11.CKA_DECRYPT:           "CKA_DECRYPT",
+	pkcs11.CKA_WRAP:              "CKA_WRAP",
+	pkcs11.CKA_UNWRAP:            "CKA_UNWRAP",
+	pkcs11.CKA_DERIVE:            "CKA_DERIVE",
 }
 
 // keys reports every private and secret key of the token.
@@ -124,8 +135,11 @@ func (x *trial) keys() {
 			case ours:
 				x.key(class, h, label, k.Role, shape)
 			case strings.HasPrefix(label, "kme ") && label != dedicationLabel:
-				x.report = append(x.report, Finding{Check: fmt.Sprintf("key %q", label), For: "nothing that is known", Required: true,
-					Consequence: "it has a label as keys of ours have, and is none of the " + string(x.side) + "'s: remove it with the token's own tool"})
+				x.report = append(x.report, Finding{
+					Check: fmt.Sprintf("key %q", label), For: "nothing that is known", Required: true,
+					Consequence: "it has a label as keys of ours have, and is none of the " + string(x.side) +
+						"'s: remove it with the token's own tool",
+				})
 			}
 		}
 	}
@@ -133,8 +147,8 @@ func (x *trial) keys() {
 
 // key compares a key with what its role asks for.
 func (x *trial) key(class uint, h pkcs11.ObjectHandle, label string, role Role, want keyShape) {
-	f := Finding{Check: fmt.Sprintf("key %q", label), For: "taken in", OK: true, Required: true, Attributes: map[string]bool{}}
-	if want.made {
+	f := Finding{Check: fmt.Sprintf("key %q", label), For: "taken in", OK: true, Required: true}
+	if f.Attributes = map[string]bool{}; want.made {
 		f.For = "made in this token"
 	}
 	var wrong, unsaid []string
@@ -200,14 +214,17 @@ func (x *trial) key(class uint, h pkcs11.ObjectHandle, label string, role Role, 
 	case len(unsaid) > 0:
 		f.OK, f.Required, f.Consequence = false, false, "the token does not say "+strings.Join(unsaid, ", ")
 	case want.made && !made:
-		f.OK, f.Required, f.Consequence = false, false, "it was not made in this token: right only for a key that was restored from a backup"
+		f.OK, f.Required = false, false
+		f.Consequence = "it was not made in this token: right only for a key that was restored from a backup"
 	case role == RoleTransport:
-		f.OK, f.Required, f.Consequence = false, false, "it waits for its enrolment; if none is under way, destroy it: keysvc transport list, keysvc transport destroy"
+		f.OK, f.Required = false, false
+		f.Consequence = "it waits for its enrolment; if none is under way, end it: keysvc transport list, keysvc transport destroy"
 	}
 	x.report = append(x.report, f)
 }
 
 // pins reports what the token says of its PINs.
 func (id Identity) pins() Finding {
-	return Finding{Check: "nothing is wrong with the PINs", For: "whoever has a PIN has what it gives", OK: len(id.PINs) == 0, Consequence: strings.Join(id.PINs, "; ")}
+	const what, means = "nothing is wrong with the PINs", "whoever has a PIN has what it gives"
+	return Finding{Check: what, For: means, OK: len(id.PINs) == 0, Consequence: strings.Join(id.PINs, "; ")}
 }

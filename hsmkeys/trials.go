@@ -13,8 +13,8 @@ import (
 	"github.com/miekg/pkcs11"
 )
 
-// Here is tried what the secrecy of keys rests on. Each trial does what whoever has the user PIN could do, to objects of a session of its own that
-// are gone afterwards, and is a Finding: that the token refuses it.
+// Here is tried what the secrecy of keys rests on. Each trial does what whoever has the user PIN could do, to objects
+// of a session of its own that are gone afterwards, and is a Finding: that the token refuses it.
 
 // Weaknesses are the trials that a token fails on which a side's keys rest. No key of the token is touched.
 func (t *Token) Weaknesses(ctx context.Context, side Side) (weak []Finding, err error) {
@@ -69,7 +69,8 @@ type trial struct {
 	err    error // the token is away: nothing more is tried
 }
 
-// newTrial opens a session for trials. Whatever is made in it ends with it: SoftHSM 2.6.1 leaves objects behind of calls that it refuses.
+// newTrial opens a session for trials. Whatever is made in it ends with it: SoftHSM 2.6.1 leaves objects behind of
+// calls that it refuses.
 func (t *Token) newTrial(side Side) (*trial, error) {
 	s, err := t.openSession()
 	return &trial{t: t, s: s, side: side}, err
@@ -85,8 +86,8 @@ func here(parts ...attributes) attributes {
 // An answer is what a token did of what it should not: with no error, it has done it.
 type answer = error
 
-// has is the answer of a token that said CKR_OK: many leave an object as it was, or make another than they were told to. It has done it if the
-// object's attribute has the value.
+// has is the answer of a token that made or changed an object: with CKR_OK, many leave it as it was, or make another
+// than they were told to. It has done it if the object's attribute has the value.
 func (x *trial) has(h pkcs11.ObjectHandle, err error, attribute uint, value bool) answer {
 	if err != nil {
 		return err
@@ -125,7 +126,8 @@ func (x *trial) can(what, means string, err error) bool {
 		return false
 	}
 	if err != nil {
-		x.report = append(x.report, Finding{Check: what, For: means, Required: true, Consequence: explain("the trials cannot be made", err).Error()})
+		x.report = append(x.report, Finding{Check: what, For: means, Required: true,
+			Consequence: explain("the trials cannot be made", err).Error()})
 	}
 	return err == nil
 }
@@ -154,14 +156,15 @@ func (x *trial) follows() string {
 	case x.side == Factory:
 		return "the token does it: do not use it for lots"
 	case x.backup:
-		return "the token does it: its storage and ledger key are made so that they never leave it, and there is no backup of them"
+		return "the token does it: its storage and ledger key are made so that they never leave it: no backup of them"
 	}
 	return "the token does it: whoever has its user PIN can have keys of it in clear"
 }
 
 // aes makes an AES-256 key of the session.
 func (x *trial) aes(parts ...attributes) (pkcs11.ObjectHandle, error) {
-	return x.s.generate(pkcs11.CKM_AES_KEY_GEN, here(append(parts, attributes{attr(pkcs11.CKA_PRIVATE, true), attr(pkcs11.CKA_VALUE_LEN, 32)})...))
+	template := here(append(parts, attributes{attr(pkcs11.CKA_PRIVATE, true), attr(pkcs11.CKA_VALUE_LEN, 32)})...)
+	return x.s.generate(pkcs11.CKM_AES_KEY_GEN, template)
 }
 
 // pair makes an RSA key pair of the session.
@@ -177,8 +180,14 @@ func (x *trial) copy(h pkcs11.ObjectHandle, changes ...*pkcs11.Attribute) (pkcs1
 	return x.s.CopyObject(x.s.h, h, here(changes))
 }
 
-func (x *trial) set(h pkcs11.ObjectHandle, changes ...*pkcs11.Attribute) error {
-	return x.s.SetAttributeValue(x.s.h, h, changes)
+// changed is the answer to C_SetAttributeValue, and copied the one to C_CopyObject, with another value of an attribute.
+func (x *trial) changed(h pkcs11.ObjectHandle, attribute uint, value bool) answer {
+	return x.has(h, x.s.SetAttributeValue(x.s.h, h, attributes{attr(attribute, value)}), attribute, value)
+}
+
+func (x *trial) copied(h pkcs11.ObjectHandle, attribute uint, value bool) answer {
+	copied, err := x.copy(h, attr(attribute, value))
+	return x.has(copied, err, attribute, value)
 }
 
 // wrapsAES is the mechanism by which the side wraps AES keys.
@@ -220,7 +229,10 @@ func (x *trial) leaving() {
 	x.refuses("wrap a WRAP_WITH_TRUSTED key under another", means, err)
 
 	const make = "make a TRUSTED key for the user, "
-	aes := attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES), attr(pkcs11.CKA_PRIVATE, true)}
+	aes := attributes{
+		attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES),
+		attr(pkcs11.CKA_PRIVATE, true),
+	}
 	value := [32]byte{}
 	rand.Read(value[:])
 	h, err := x.s.create(here(aes, unextractable, carries, attributes{trusted, attr(pkcs11.CKA_VALUE, value[:])}))
@@ -234,19 +246,17 @@ func (x *trial) leaving() {
 		}
 		return err
 	}
-	ec := here(attributes{attr(pkcs11.CKA_EC_PARAMS, p256Params), attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_VERIFY, true), trusted})
-	h, _, err = x.s.generatePair(pkcs11.CKM_EC_KEY_PAIR_GEN, ec, here(guarded(false), use(privateUsages, pkcs11.CKA_SIGN)))
+	public := here(attributes{attr(pkcs11.CKA_EC_PARAMS, p256Params), attr(pkcs11.CKA_PRIVATE, false), trusted})
+	private := here(guarded(false), use(privateUsages, pkcs11.CKA_SIGN))
+	h, _, err = x.s.generatePair(pkcs11.CKM_EC_KEY_PAIR_GEN, public, private)
 	x.refuses(make+"C_GenerateKeyPair", means, x.has(h, refused(err), pkcs11.CKA_TRUSTED, true))
 	h, err = x.s.unwrap(x.wrapsAES(), carrier, wrapped, here(aes, unextractable, carries, attributes{trusted}))
 	x.refuses(make+"C_UnwrapKey", means, x.has(h, refused(err), pkcs11.CKA_TRUSTED, true))
-	h, err = x.copy(plain, trusted)
-	x.refuses(make+"C_CopyObject", means, x.has(h, err, pkcs11.CKA_TRUSTED, true))
-	x.refuses(make+"C_SetAttributeValue", means, x.has(plain, x.set(plain, trusted), pkcs11.CKA_TRUSTED, true))
+	x.refuses(make+"C_CopyObject", means, x.copied(plain, pkcs11.CKA_TRUSTED, true))
+	x.refuses(make+"C_SetAttributeValue", means, x.changed(plain, pkcs11.CKA_TRUSTED, true))
 
-	untrusted := attr(pkcs11.CKA_WRAP_WITH_TRUSTED, false)
-	h, err = x.copy(key, untrusted)
-	x.refuses("clear CKA_WRAP_WITH_TRUSTED on a copy", means, x.has(h, err, pkcs11.CKA_WRAP_WITH_TRUSTED, false))
-	x.refuses("clear CKA_WRAP_WITH_TRUSTED", means, x.has(key, x.set(key, untrusted), pkcs11.CKA_WRAP_WITH_TRUSTED, false))
+	x.refuses("clear CKA_WRAP_WITH_TRUSTED on a copy", means, x.copied(key, pkcs11.CKA_WRAP_WITH_TRUSTED, false))
+	x.refuses("clear CKA_WRAP_WITH_TRUSTED", means, x.changed(key, pkcs11.CKA_WRAP_WITH_TRUSTED, false))
 }
 
 // weakening tries whether a key can be made more than it was made as.
@@ -259,13 +269,10 @@ func (x *trial) weakening() {
 	x.unreadable("an AES key", pkcs11.CKO_SECRET_KEY, carrier)
 	_, err = x.wrap(x.wrapsAES(), carrier, carrier)
 	x.refuses("wrap a key that is not EXTRACTABLE", means, err)
-	readable, leaves := attr(pkcs11.CKA_SENSITIVE, false), attr(pkcs11.CKA_EXTRACTABLE, true)
-	h, err := x.copy(carrier, readable)
-	x.refuses("clear CKA_SENSITIVE on a copy", means, x.has(h, err, pkcs11.CKA_SENSITIVE, false))
-	h, err = x.copy(carrier, leaves)
-	x.refuses("set CKA_EXTRACTABLE on a copy", means, x.has(h, err, pkcs11.CKA_EXTRACTABLE, true))
-	x.refuses("clear CKA_SENSITIVE", means, x.has(carrier, x.set(carrier, readable), pkcs11.CKA_SENSITIVE, false))
-	x.refuses("set CKA_EXTRACTABLE again", means, x.has(carrier, x.set(carrier, leaves), pkcs11.CKA_EXTRACTABLE, true))
+	x.refuses("clear CKA_SENSITIVE on a copy", means, x.copied(carrier, pkcs11.CKA_SENSITIVE, false))
+	x.refuses("set CKA_EXTRACTABLE on a copy", means, x.copied(carrier, pkcs11.CKA_EXTRACTABLE, true))
+	x.refuses("clear CKA_SENSITIVE", means, x.changed(carrier, pkcs11.CKA_SENSITIVE, false))
+	x.refuses("set CKA_EXTRACTABLE again", means, x.changed(carrier, pkcs11.CKA_EXTRACTABLE, true))
 
 	single, err := x.aes(unextractable, use(usages, pkcs11.CKA_WRAP), attributes{attr(pkcs11.CKA_COPYABLE, false)})
 	if !x.can("an AES key that is not COPYABLE", means, err) {
@@ -279,7 +286,7 @@ func (x *trial) weakening() {
 	if !x.can("an AES key that is neither MODIFIABLE nor COPYABLE", means, err) {
 		return
 	}
-	x.refuses("change a key that is not MODIFIABLE", means, x.has(fixed, x.set(fixed, attr(pkcs11.CKA_DECRYPT, true)), pkcs11.CKA_DECRYPT, true))
+	x.refuses("change a key that is not MODIFIABLE", means, x.changed(fixed, pkcs11.CKA_DECRYPT, true))
 }
 
 // secretAttributes are those that hold a key or a part of it.
@@ -296,8 +303,8 @@ var secretAttributes = []struct {
 	{pkcs11.CKA_COEFFICIENT, "CKA_COEFFICIENT"},
 }
 
-// readable names the secret attributes that the token would give. It is asked how long they are, and none is fetched: a token that says a length has
-// failed.
+// readable names the secret attributes that the token would give. It is asked how long they are, and none is fetched: a
+// token that says a length has failed.
 func (x *trial) readable(class uint, h pkcs11.ObjectHandle) (names []string) {
 	for _, a := range secretAttributes {
 		if class == pkcs11.CKO_SECRET_KEY && a.attribute != pkcs11.CKA_VALUE {
@@ -343,28 +350,28 @@ func (x *trial) lotLike() {
 	x.unreadable("a lot key", pkcs11.CKO_PRIVATE_KEY, priv)
 	_, err = x.copy(priv)
 	x.refuses("copy a lot key", means, err)
-	x.refuses("make a lot key readable", means, x.has(priv, x.set(priv, attr(pkcs11.CKA_SENSITIVE, false)), pkcs11.CKA_SENSITIVE, false))
-	x.refuses("clear CKA_WRAP_WITH_TRUSTED of a lot key", means,
-		x.has(priv, x.set(priv, attr(pkcs11.CKA_WRAP_WITH_TRUSTED, false)), pkcs11.CKA_WRAP_WITH_TRUSTED, false))
+	x.refuses("make a lot key readable", means, x.changed(priv, pkcs11.CKA_SENSITIVE, false))
+	x.refuses("clear CKA_WRAP_WITH_TRUSTED of a lot key", means, x.changed(priv, pkcs11.CKA_WRAP_WITH_TRUSTED, false))
 
 	const sealed = "a sealed lot stays sealed"
-	err = x.has(priv, x.set(priv, attr(pkcs11.CKA_EXTRACTABLE, false)), pkcs11.CKA_EXTRACTABLE, false)
+	err = x.changed(priv, pkcs11.CKA_EXTRACTABLE, false)
 	if !x.can("seals a lot key", sealed, err) {
 		return
 	}
 	_, err = x.wrap(x.t.kwp, carrier, priv)
 	x.refuses("wrap a sealed lot key", sealed, err)
-	x.refuses("set CKA_EXTRACTABLE of a sealed lot key again", sealed, x.has(priv, x.set(priv, attr(pkcs11.CKA_EXTRACTABLE, true)), pkcs11.CKA_EXTRACTABLE, true))
+	x.refuses("set CKA_EXTRACTABLE of a sealed lot key again", sealed, x.changed(priv, pkcs11.CKA_EXTRACTABLE, true))
 }
 
-// wrapping tries keys as those that EnrollKey makes and takes in, whose CKA_WRAP_TEMPLATE says what they wrap. The user cannot make them TRUSTED, which is another matter.
+// wrapping tries keys as those that EnrollKey makes and takes in, whose CKA_WRAP_TEMPLATE says what they wrap. They are
+// not TRUSTED, since the user makes them; so the keys that they wrap are not WRAP_WITH_TRUSTED.
 func (x *trial) wrapping(key *rsa.PublicKey) {
 	const means = "a fixture's or an operator's key receives what is meant for it, and no other key"
 	h, err := x.s.create(here(wrappingPublic(key), attributes{trusted}))
 	x.refuses("make a TRUSTED RSA key for the user", means, x.has(h, err, pkcs11.CKA_TRUSTED, true))
 
 	id := func(last byte) *pkcs11.Attribute { return attr(pkcs11.CKA_ID, append(make([]byte, 19), last)) }
-	secret := func(id *pkcs11.Attribute) (pkcs11.ObjectHandle, error) { // as an injection key, but for WRAP_WITH_TRUSTED
+	secret := func(id *pkcs11.Attribute) (pkcs11.ObjectHandle, error) { // as an injection key
 		return x.s.generate(pkcs11.CKM_AES_KEY_GEN, here(extractable, use(usages, pkcs11.CKA_WRAP),
 			attributes{attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_VALUE_LEN, 32), id}))
 	}
@@ -376,7 +383,8 @@ func (x *trial) wrapping(key *rsa.PublicKey) {
 	if !x.can("an AES key that is wrapped", means, err) {
 		return
 	}
-	receiver, err := x.s.create(here(wrappingPublic(key), nested(pkcs11.CKA_WRAP_TEMPLATE, attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), id(1)})))
+	names := attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), id(1)}
+	receiver, err := x.s.create(here(wrappingPublic(key), nested(pkcs11.CKA_WRAP_TEMPLATE, names)))
 	if !x.can("CKA_WRAP_TEMPLATE on an RSA key", means, err) {
 		return
 	}
@@ -402,12 +410,14 @@ func (x *trial) unwrapping() {
 		return
 	}
 	if !traits.unwrapTemplate {
-		x.report = append(x.report, Finding{Check: "refuses to unwrap a key otherwise than as CKA_UNWRAP_TEMPLATE says", For: means, Required: true,
+		const what = "refuses to unwrap a key otherwise than as CKA_UNWRAP_TEMPLATE says"
+		x.report = append(x.report, Finding{Check: what, For: means, Required: true,
 			Consequence: "it does not know CKA_UNWRAP_TEMPLATE, and keys are made without: " + x.follows()})
 		return
 	}
 	// One pair is both: the transport key, and the lot key that is granted.
-	pub, priv, err := x.pair(append(rsaPublic(2048), attr(pkcs11.CKA_WRAP, true)), guarded(true), use(privateUsages, pkcs11.CKA_UNWRAP), traits.unwraps(importedKEK))
+	pub, priv, err := x.pair(append(rsaPublic(2048), attr(pkcs11.CKA_WRAP, true)),
+		guarded(true), use(privateUsages, pkcs11.CKA_UNWRAP), traits.unwraps(importedKEK))
 	if !x.can("CKA_UNWRAP_TEMPLATE on a new RSA key", means, err) {
 		return
 	}
@@ -424,7 +434,8 @@ func (x *trial) unwrapping() {
 	if !x.can("wraps a lot key", means, err) {
 		return
 	}
-	taken, err := x.s.unwrap(oaep, priv, enrolment, here(importedKEK, attributes{attr(pkcs11.CKA_PRIVATE, true)}, traits.unwraps(importedLot)))
+	template := here(importedKEK, attributes{attr(pkcs11.CKA_PRIVATE, true)}, traits.unwraps(importedLot))
+	taken, err := x.s.unwrap(oaep, priv, enrolment, template)
 	if !x.can("CKA_UNWRAP_TEMPLATE on a KEK that is unwrapped", means, err) {
 		return
 	}
@@ -438,13 +449,14 @@ func (x *trial) unwrapping() {
 	}
 	none := &pkcs11.Attribute{Type: pkcs11.CKA_UNWRAP_TEMPLATE}
 	x.refuses("forget CKA_UNWRAP_TEMPLATE on a copy", means, reads(x.copy(taken)), reads(x.copy(taken, none)))
-	x.refuses("clear CKA_UNWRAP_TEMPLATE", means, reads(taken, x.set(taken, none)))
+	x.refuses("clear CKA_UNWRAP_TEMPLATE", means, reads(taken, x.s.SetAttributeValue(x.s.h, taken, attributes{none})))
 
 	storage, err := x.aes(traits.leaves(), carries, traits.unwraps(unsealed))
 	if !x.can("CKA_UNWRAP_TEMPLATE on a storage key", means, err) {
 		return
 	}
-	secret, err := x.s.generate(pkcs11.CKM_AES_KEY_GEN, join(without(sealable, pkcs11.CKA_CLASS, pkcs11.CKA_KEY_TYPE), attributes{attr(pkcs11.CKA_VALUE_LEN, 32)}))
+	like := append(without(sealable, pkcs11.CKA_CLASS, pkcs11.CKA_KEY_TYPE), attr(pkcs11.CKA_VALUE_LEN, 32))
+	secret, err := x.s.generate(pkcs11.CKM_AES_KEY_GEN, like)
 	if !x.can("a key as a KME", means, err) {
 		return
 	}
@@ -456,7 +468,9 @@ func (x *trial) unwrapping() {
 }
 
 // against tries to unwrap a key as a template forbids it.
-func (x *trial) against(what, means string, m uint, under pkcs11.ObjectHandle, wrapped []byte, template attributes, usage uint) {
+func (x *trial) against(
+	what, means string, m uint, under pkcs11.ObjectHandle, wrapped []byte, template attributes, usage uint,
+) {
 	unwrap := func(a attributes) (pkcs11.ObjectHandle, error) { return x.s.unwrap(m, under, wrapped, here(a)) }
 	if _, err := unwrap(template); !x.can("unwraps "+what+" as CKA_UNWRAP_TEMPLATE says", means, err) {
 		return
@@ -471,7 +485,8 @@ func (x *trial) against(what, means string, m uint, under pkcs11.ObjectHandle, w
 	as = append(as, x.has(h, err, pkcs11.CKA_SENSITIVE, false), x.has(h, err, pkcs11.CKA_EXTRACTABLE, true))
 	h, err = unwrap(with(template, attr(usage, true)))
 	as = append(as, x.has(h, err, usage, true))
-	_, err = unwrap(with(template, attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_GENERIC_SECRET)))
+	_, err = unwrap(with(template,
+		attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_GENERIC_SECRET)))
 	x.refuses("unwrap "+what+" otherwise than as CKA_UNWRAP_TEMPLATE says", means, append(as, err)...)
 }
 
@@ -491,7 +506,8 @@ func with(template attributes, changes ...*pkcs11.Attribute) attributes {
 
 // without is a template without some attributes.
 func without(template attributes, types ...uint) attributes {
-	return slices.DeleteFunc(slices.Clone(template), func(a *pkcs11.Attribute) bool { return slices.Contains(types, a.Type) })
+	left := func(a *pkcs11.Attribute) bool { return slices.Contains(types, a.Type) }
+	return slices.DeleteFunc(slices.Clone(template), left)
 }
 
 // strangers looks for TRUSTED keys that are not ours: whatever is WRAP_WITH_TRUSTED leaves under them.
@@ -518,7 +534,7 @@ func (x *trial) strangers() {
 	}
 	if len(strange) > 0 {
 		f.OK, f.Consequence = false, "the token has "+strings.Join(strange, "; ")+
-			": whoever has its private half or its value can have the keys of this token; the security officer must remove it"
+			": keys leave to whoever has its other half or its value; the security officer must remove it"
 	}
 	x.report = append(x.report, f)
 }
@@ -544,7 +560,8 @@ func (x *trial) whose(h pkcs11.ObjectHandle) (k Key, label string, err error) {
 
 // decryption measures what payloads, and the proof of a new lot key, take most of.
 func (x *trial) decryption() {
-	f := Finding{Check: "raw RSA-2048 decryption", For: "payloads, and the proof of a new lot key, on one session", Required: true}
+	const what, means = "raw RSA-2048 decryption", "payloads, and the proof of a new lot key, on one session"
+	f := Finding{Check: what, For: means, Required: true}
 	_, priv, err := x.pair(rsaPublic(2048), guarded(false), use(privateUsages, pkcs11.CKA_DECRYPT))
 	if !x.can("an RSA key", f.For, err) {
 		return
@@ -558,7 +575,7 @@ func (x *trial) decryption() {
 // traits are what one token does otherwise than another. The templates of keys are chosen by them.
 type traits struct {
 	unwrapTemplate bool // keys may have a CKA_UNWRAP_TEMPLATE; if not, they are made without
-	leavesTrusted  bool // a WRAP_WITH_TRUSTED key leaves only under a key that the security officer has made; if not, none of ours may leave
+	leavesTrusted  bool // WRAP_WITH_TRUSTED holds, and the user makes no key TRUSTED; if not, no key may leave
 }
 
 // unwraps says what a key unwraps.
