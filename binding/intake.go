@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
@@ -20,6 +21,48 @@ type IntakeToken interface {
 	UnwrapKEK(ctx context.Context, kek hsmkeys.Key, transport *rsa.PublicKey, wrapped []byte) error
 	UnwrapLotKey(ctx context.Context, lot, kek hsmkeys.Key, wrapped []byte, pub *rsa.PublicKey) (taken bool, err error)
 	RemoveLotKey(ctx context.Context, k hsmkeys.Key) error
+}
+
+// An InitToken is what Init needs of the operator's HSM.
+type InitToken interface {
+	Weaknesses(ctx context.Context, side hsmkeys.Side) ([]hsmkeys.Finding, error)
+	Weak(ctx context.Context) ([]string, error)
+	Dedicate(ctx context.Context, d hsmkeys.Dedication) (created bool, err error)
+	EnsureStorageKey(ctx context.Context) (created bool, err error)
+	EnsureLedgerKey(ctx context.Context) (created bool, err error)
+}
+
+// Init makes the token the operator's, and its storage and ledger key, unless that was done. A token that does not do what the secrecy of keys rests on
+// is refused, unless it is accepted as it is: then weak is what it does not do, and the token itself says so from then on.
+func Init(ctx context.Context, token InitToken, accept bool) (created bool, weak []string, err error) {
+	weak, err = token.Weak(ctx)
+	if errors.Is(err, hsmkeys.ErrNotDedicated) {
+		var found []hsmkeys.Finding
+		if found, err = token.Weaknesses(ctx, hsmkeys.Operator); len(found) > 0 {
+			weak = hsmkeys.Sentences(found)
+			if !accept {
+				return false, weak, fmt.Errorf("the token was tried, and keys would not be safe in it: %s: use another token; or accept this one with --accept-weak-token, "+
+					"and the service says so in its log and at /readyz for ever", strings.Join(weak, "; "))
+			}
+		}
+	}
+	if err != nil {
+		return false, nil, err
+	}
+	for _, ensure := range []func() (bool, error){
+		func() (bool, error) {
+			return token.Dedicate(ctx, hsmkeys.Dedication{Side: hsmkeys.Operator, Weak: weak})
+		},
+		func() (bool, error) { return token.EnsureStorageKey(ctx) },
+		func() (bool, error) { return token.EnsureLedgerKey(ctx) },
+	} {
+		made, err := ensure()
+		if err != nil {
+			return false, nil, err
+		}
+		created = created || made
+	}
+	return created, weak, nil
 }
 
 // Enroll takes a manufacturer's enrolment: it pins the manufacturer's key, takes the operator's KEK into the token, and destroys the transport key that

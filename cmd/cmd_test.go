@@ -186,6 +186,7 @@ func faultModule(ts *testscript.TestScript, _ bool, args []string) {
 		ts.Setenv(name, value)
 	}
 	ts.Setenv("FAULTY", m.URI(ts.Getenv("OPERATOR")))
+	ts.Setenv("FAULTY_FACTORY", m.URI(ts.Getenv("FACTORY")))
 }
 
 // collector FILE takes what is sent to $COLLECTOR, as an OpenTelemetry collector does, and puts it into a file.

@@ -32,6 +32,7 @@ import (
 
 // A Token is what the line needs of the manufacturer's HSM.
 type Token interface {
+	Weaknesses(ctx context.Context, side hsmkeys.Side) ([]hsmkeys.Finding, error)
 	Dedicate(ctx context.Context, d hsmkeys.Dedication) (created bool, err error)
 	EnsureSigningKey(ctx context.Context, k hsmkeys.Key) (created bool, err error)
 	Signer(k hsmkeys.Key) (crypto.Signer, error)
@@ -51,9 +52,22 @@ type Token interface {
 
 var signingKey = hsmkeys.Key{Role: hsmkeys.RoleSigning}
 
+// refuseWeak refuses a token that does not do what the secrecy of lot keys rests on.
+func refuseWeak(ctx context.Context, token Token) error {
+	weak, err := token.Weaknesses(ctx, hsmkeys.Factory)
+	if err == nil && len(weak) > 0 {
+		err = fmt.Errorf("the token was tried, and P and Q would not be safe in it: %s: use another token, or have its maker put this right; factory doctor says what follows",
+			strings.Join(hsmkeys.Sentences(weak), "; "))
+	}
+	return err
+}
+
 // Init makes the token the manufacturer's and makes the signing key, unless that was done, and gives the public signing key as PEM: what operators
-// pin.
+// pin. It refuses a token that could hold no lot.
 func Init(ctx context.Context, token Token) (pem []byte, keyID string, created bool, err error) {
+	if err := refuseWeak(ctx, token); err != nil {
+		return nil, "", false, err
+	}
 	if created, err = token.Dedicate(ctx, hsmkeys.Dedication{Side: hsmkeys.Factory}); err != nil {
 		return nil, "", false, err
 	}
@@ -255,7 +269,7 @@ func (s LotSpec) manifest(manufacturer string) *directory.Manifest {
 	}
 }
 
-// CreateLot makes a lot's key in the token, checks it, and publishes the lot's manifest. A run that was
+// CreateLot tries the token, makes a lot's key in it, checks it, and publishes the lot's manifest. A run that was
 // interrupted before the manifest was out is finished with the key that it made.
 func (l *Line) CreateLot(ctx context.Context, spec LotSpec) (*directory.Manifest, error) {
 	if err := spec.Validate(); err != nil { // before a key is spent on it
@@ -273,6 +287,9 @@ func (l *Line) CreateLot(ctx context.Context, spec LotSpec) (*directory.Manifest
 		if r := m.Overlap(other); r != nil {
 			return nil, fmt.Errorf("the IMEIs from %s%06d on are in lot %s already (%d from %s%06d): choose another range", spec.Range.TAC, spec.Range.First, other.Lot, r.Count, r.TAC, r.First)
 		}
+	}
+	if err := refuseWeak(ctx, l.token); err != nil {
+		return nil, err
 	}
 	pub, mechanism, err := l.token.EnsureLotKey(ctx, l.lotKey(m.Lot), spec.Bits, spec.Primes)
 	if err != nil {

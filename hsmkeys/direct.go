@@ -7,7 +7,7 @@ typedef struct { ck type; void *value; ck length; } ck_attribute;
 
 // CK_FUNCTION_LIST of PKCS #11 2.40, with which those of later versions begin.
 typedef struct { unsigned char version[2]; ck (*function[68])(); } ck_list;
-enum { create_object = 20, encrypt_init = 29, decrypt_init = 33, sign_init = 42, generate_key = 58, generate_key_pair = 59, wrap_key = 60, unwrap_key = 61 };
+enum { create_object = 20, get_attribute_value = 24, encrypt_init = 29, decrypt_init = 33, sign_init = 42, generate_key = 58, generate_key_pair = 59, wrap_key = 60, unwrap_key = 61 };
 enum { max_attributes = 32 };
 
 // RSA-OAEP with SHA-1 and MGF1-SHA-1, CK_RSA_PKCS_OAEP_PARAMS: see oaep in keys.go.
@@ -88,6 +88,14 @@ static ck unwrap(ck_list *list, ck session, ck m, ck unwrapping, unsigned char *
 	ck_template t;
 	template(&t, shape, rows, values);
 	return ((ck (*)(ck, ck_mechanism *, ck, unsigned char *, ck, ck_attribute *, ck, ck *))list->function[unwrap_key])(session, &how, unwrapping, in, in_size, t.a, t.count, object);
+}
+
+static ck attribute_size(ck_list *list, ck session, ck object, ck type, ck *size)
+{
+	ck_attribute a = { type, 0, 0 };
+	ck rv = ((ck (*)(ck, ck, ck_attribute *, ck))list->function[get_attribute_value])(session, object, &a, 1);
+	*size = a.length;
+	return rv;
 }
 */
 import "C"
@@ -256,4 +264,14 @@ func (s *session) unwrap(mechanism uint, unwrapping pkcs11.ObjectHandle, wrapped
 			unsafe.SliceData(rows), C.ck(len(rows)/3), (*C.uchar)(unsafe.SliceData(values)), &h)
 		return pkcs11.ObjectHandle(h), toError(rv)
 	})
+}
+
+// size is how long an attribute is that the token would give, 0 if it would not. The value is not fetched: there is no room for it in the call.
+func (s *session) size(h pkcs11.ObjectHandle, attribute uint) (uint, error) {
+	var size C.ck
+	err := toError(C.attribute_size(s.list, C.ck(s.h), C.ck(h), C.ck(attribute), &size))
+	if isCKR(err, pkcs11.CKR_ATTRIBUTE_SENSITIVE, pkcs11.CKR_ATTRIBUTE_TYPE_INVALID) || err == nil && uint(size) == pkcs11.CK_UNAVAILABLE_INFORMATION {
+		return 0, nil
+	}
+	return uint(size), err
 }

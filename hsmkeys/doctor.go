@@ -3,6 +3,8 @@ package hsmkeys
 import (
 	"context"
 	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/miekg/pkcs11"
@@ -19,6 +21,20 @@ type Finding struct {
 	Required    bool   `json:"required"`
 	Consequence string `json:"consequence,omitempty"` // what follows, where it is not there
 	Measured    string `json:"measured,omitempty"`    // how long it takes
+
+	Attributes map[string]bool `json:"attributes,omitempty"` // of a key
+}
+
+// Sentences say of a token what it does not do, by findings that are not OK.
+func Sentences(findings []Finding) (all []string) {
+	for _, f := range findings {
+		if what, ok := strings.CutPrefix(f.Check, "refuses "); ok {
+			all = append(all, "it does not refuse "+what)
+		} else {
+			all = append(all, f.Check+": "+f.Consequence)
+		}
+	}
+	return all
 }
 
 // A need is a mechanism that a role cannot do without, or that it prefers.
@@ -79,18 +95,36 @@ func (t *Token) DoctorFactory(ctx context.Context, keys ...Key) ([]Finding, erro
 		f.measure(20, func() error { _, _, err := t.MakeDeviceKey(ctx, kme.SuiteECDSA, k); return err })
 		report = append(report, f)
 	}
-	policies, err := t.tryPolicies(ctx)
-	return append(report, policies...), err
+	return t.examine(ctx, Factory, report)
 }
 
 // DoctorOperator says what the token can and cannot do as an operator's.
 func (t *Token) DoctorOperator(ctx context.Context) ([]Finding, error) {
-	report, err := t.doctor(ctx, operatorNeeds, []Key{storageKey, ledgerKey})
+	keys := []Key{ledgerKey}
+	if has, err := t.hasStorage(ctx); err != nil {
+		return nil, err
+	} else if !has {
+		keys = append(keys, storageKey)
+	}
+	report, err := t.doctor(ctx, operatorNeeds, keys)
 	if err != nil {
 		return nil, err
 	}
-	policies, err := t.tryPolicies(ctx)
-	return append(report, policies...), err
+	return t.examine(ctx, Operator, report)
+}
+
+// examine adds to a report what is tried, and what is seen of keys and token.
+func (t *Token) examine(ctx context.Context, side Side, report []Finding) ([]Finding, error) {
+	tried, err := t.try(ctx, side)
+	if err != nil {
+		return nil, err
+	}
+	seen, err := t.trials(ctx, side, (*trial).decryption, (*trial).keys)
+	if err != nil {
+		return nil, err
+	}
+	id, err := t.Identity(ctx)
+	return append(slices.Concat(report, tried, seen), id.pins()), err
 }
 
 // measure runs do n times, and says how long one takes, or what goes wrong.
@@ -104,90 +138,6 @@ func (f *Finding) measure(n int, do func() error) {
 	}
 	each := time.Since(start) / time.Duration(n)
 	f.OK, f.Measured = true, fmt.Sprintf("%s each, %.0f a second", each.Round(time.Microsecond), float64(time.Second)/float64(each))
-}
-
-// tryPolicies tries what the design relies on for the secrecy of lot keys, with session objects that are gone afterwards: a
-// pair as a lot's, and an AES key that nobody trusts.
-func (t *Token) tryPolicies(ctx context.Context) (report []Finding, err error) {
-	return do(ctx, t, "try the token's policies", func(s *session) (report []Finding, err error) {
-		made := []pkcs11.ObjectHandle{}
-		defer func() {
-			for _, h := range made {
-				s.DestroyObject(s.h, h) // it would end with the session
-			}
-		}()
-		lotLike := func(extractable bool) (pkcs11.ObjectHandle, pkcs11.ObjectHandle, error) {
-			public := append(rsaPublic(2048), attr(pkcs11.CKA_ENCRYPT, true))
-			private := join(guarded(extractable), use(privateUsages, pkcs11.CKA_DECRYPT), attributes{attr(pkcs11.CKA_TOKEN, false)})
-			if extractable {
-				private = append(private, attr(pkcs11.CKA_WRAP_WITH_TRUSTED, true))
-			}
-			pub, priv, err := s.GenerateKeyPair(s.h, mechanism(pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN), public, private)
-			if err == nil {
-				made = append(made, pub, priv)
-			}
-			return pub, priv, err
-		}
-		pub, priv, err := lotLike(true)
-		if err != nil {
-			report = append(report, Finding{Check: "CKA_WRAP_WITH_TRUSTED on a new RSA key", For: "lot keys", Required: true, Consequence: explain("make one", err).Error()})
-			return report, nil
-		}
-		decrypt := Finding{Check: "raw RSA-2048 decryption", For: "payloads, and the proof of a new lot key, on one session", Required: true}
-		if key, rerr := readRSA(s, pub); rerr != nil {
-			decrypt.Consequence = rerr.Error()
-		} else {
-			block := make([]byte, key.Size())
-			block[key.Size()-1] = 2
-			decrypt.measure(20, func() error {
-				if err := s.DecryptInit(s.h, mechanism(pkcs11.CKM_RSA_X_509), priv); err != nil {
-					return explain("start", err)
-				}
-				_, err := s.Decrypt(s.h, block)
-				return explainIf("decrypt", err)
-			})
-		}
-		report = append(report, decrypt)
-
-		// Nothing of ours ever asks a token for a secret attribute, not even to see it refused.
-		report = append(report, refusedTo(s.SetAttributeValue(s.h, priv, attributes{attr(pkcs11.CKA_SENSITIVE, false)}), "make a SENSITIVE key readable", "P and Q stay in the token"))
-		_, sealed, err := lotLike(false)
-		if err != nil {
-			return nil, explain("make a key that cannot be extracted", err)
-		}
-		report = append(report, refusedTo(s.SetAttributeValue(s.h, sealed, attributes{attr(pkcs11.CKA_EXTRACTABLE, true)}), "set CKA_EXTRACTABLE again", "a sealed lot stays sealed"))
-
-		wrapper, err := s.GenerateKey(s.h, mechanism(pkcs11.CKM_AES_KEY_GEN), join(guarded(false), use(usages, pkcs11.CKA_WRAP), attributes{attr(pkcs11.CKA_TOKEN, false), attr(pkcs11.CKA_VALUE_LEN, 32)}))
-		if err != nil {
-			report = append(report, Finding{Check: "an AES key that wraps", For: "injection key and KEKs", Required: true, Consequence: explain("make one", err).Error()})
-			return report, nil
-		}
-		made = append(made, wrapper)
-		for _, w := range []struct {
-			key         pkcs11.ObjectHandle
-			what, means string
-		}{
-			{priv, "wrap a WRAP_WITH_TRUSTED key under another", "lot keys leave only under a KEK that the security officer made"},
-			{sealed, "wrap a key that is not EXTRACTABLE", "a sealed lot stays sealed"},
-		} {
-			_, werr := s.WrapKey(s.h, mechanism(t.kwp), wrapper, w.key)
-			f := refusedTo(werr, w.what, w.means)
-			if isCKR(werr, pkcs11.CKR_MECHANISM_INVALID) {
-				f.OK, f.Consequence = false, "it cannot be tried without AES-KWP"
-			}
-			report = append(report, f)
-		}
-		return report, nil
-	})
-}
-
-// refusedTo is the finding about what the token must not do.
-func refusedTo(err error, what, means string) Finding {
-	f := Finding{Check: "refuses to " + what, For: means, OK: err != nil, Required: true}
-	if err == nil {
-		f.Consequence = "the token does it: do not use this token for lots"
-	}
-	return f
 }
 
 func (t *Token) doctor(ctx context.Context, needs []need, keys []Key) ([]Finding, error) {
@@ -222,11 +172,9 @@ func (t *Token) doctor(ctx context.Context, needs []need, keys []Key) ([]Finding
 		if err != nil {
 			return nil, err
 		}
-		f := Finding{Check: fmt.Sprintf("key %q", k.Label()), For: "made by init", OK: has, Required: true}
-		if !has {
-			f.Consequence = "run init"
+		if !has { // those that are there, examine reports
+			report = append(report, Finding{Check: fmt.Sprintf("key %q", k.Label()), For: "made by init", Required: true, Consequence: "run init"})
 		}
-		report = append(report, f)
 	}
 	return report, nil
 }

@@ -33,8 +33,7 @@ func EnrollKey(ctx context.Context, tokenURI string, officer PIN, k Key, to *rsa
 	// The security officer cannot see private objects, so all are made with PRIVATE=false.
 	template := join(attributes{attr(pkcs11.CKA_PRIVATE, false)}, leavesUnderTrusted, use(usages, pkcs11.CKA_WRAP))
 	if k.Role == RoleKEK {
-		template = join(template, attributes{attr(pkcs11.CKA_TRUSTED, true)}, nested(pkcs11.CKA_WRAP_TEMPLATE,
-			attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA)}))
+		template = join(template, attributes{attr(pkcs11.CKA_TRUSTED, true)}, nested(pkcs11.CKA_WRAP_TEMPLATE, lotKeys))
 	}
 	if err := t.checkRecipient(ctx, recipient(k), to); err != nil {
 		return false, err
@@ -52,6 +51,9 @@ func EnrollKey(ctx context.Context, tokenURI string, officer PIN, k Key, to *rsa
 		return explainIf("take the key that receives into the token", err)
 	})
 }
+
+// lotKeys are all that a KEK wraps.
+var lotKeys = attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA)}
 
 // recipient is the RSA key that receives k.
 func recipient(k Key) Key {
@@ -157,10 +159,14 @@ const transportLabel = "kme transport "
 // but a template cannot nest, so it would make the KEK without one of its own, too: DestroyTransportKey ends it when the KEK is there.
 func (t *Token) NewTransportKey(ctx context.Context) (*rsa.PublicKey, error) {
 	return doAs(ctx, t, Operator, "make a transport key", func(s *session) (*rsa.PublicKey, error) {
+		traits, err := t.learn(s)
+		if err != nil {
+			return nil, err
+		}
 		id := make([]byte, 20)
 		rand.Read(id)
 		private := frozen(attributes{attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_ID, id), attr(pkcs11.CKA_LABEL, transportLabel+hex.EncodeToString(id[:4]))},
-			guarded(false), use(privateUsages, pkcs11.CKA_UNWRAP), nested(pkcs11.CKA_UNWRAP_TEMPLATE, importedKEK))
+			guarded(false), use(privateUsages, pkcs11.CKA_UNWRAP), traits.unwraps(importedKEK))
 		public, h, err := s.generatePair(pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN, rsaPublic(3072), private)
 		if err != nil {
 			return nil, explain("make a transport key", err)
@@ -244,7 +250,11 @@ func (t *Token) UnwrapKEK(ctx context.Context, kek Key, transport *rsa.PublicKey
 		if err != nil {
 			return none, err
 		}
-		template := join(importedKEK, attributes{attr(pkcs11.CKA_PRIVATE, true)}, nested(pkcs11.CKA_UNWRAP_TEMPLATE, importedLot))
+		traits, err := t.learn(s)
+		if err != nil {
+			return none, err
+		}
+		template := join(importedKEK, attributes{attr(pkcs11.CKA_PRIVATE, true)}, traits.unwraps(importedLot))
 		unwrap := func(where attributes) (pkcs11.ObjectHandle, error) {
 			h, err := s.unwrap(oaep, h, wrapped, frozen(template, where))
 			return h, explainIf("unwrap the KEK with the transport key: it was made for another key, or damaged", err)

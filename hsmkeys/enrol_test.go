@@ -14,25 +14,6 @@ import (
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 )
 
-// with changes attributes of a template.
-func with(template attributes, changes ...*pkcs11.Attribute) attributes {
-	out := slices.Clone(template)
-	for _, c := range changes {
-		at := slices.IndexFunc(out, func(a *pkcs11.Attribute) bool { return a.Type == c.Type })
-		if at < 0 {
-			out = append(out, c)
-		} else {
-			out[at] = c
-		}
-	}
-	return out
-}
-
-// without leaves attributes out of a template.
-func without(template attributes, types ...uint) attributes {
-	return slices.DeleteFunc(slices.Clone(template), func(a *pkcs11.Attribute) bool { return slices.Contains(types, a.Type) })
-}
-
 // Whoever has the user PIN, and the files that pass between the parties, unwraps nothing into a key that says what it is.
 func TestUnwrapTemplates(t *testing.T) {
 	ctx := t.Context()

@@ -27,7 +27,7 @@ func withKeys(t *testing.T, storage, ledger byte) (uri string) {
 	value := func(b byte) []byte { return []byte(strings.Repeat(string(b), 32)) }
 	err := token.with(t.Context(), "test", func(s *session) error {
 		class := attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY)}
-		_, err := s.create(join(class, named(storageKey), storageTemplate,
+		_, err := s.create(join(class, named(storageKey), storageTemplate(traits{true, true}),
 			attributes{attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES), attr(pkcs11.CKA_VALUE, value(storage))}))
 		if err != nil {
 			return err

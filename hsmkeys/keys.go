@@ -140,11 +140,16 @@ func (t *Token) EnsureStorageKey(ctx context.Context) (created bool, err error) 
 
 func (t *Token) makeStorage(ctx context.Context, k Key) (created bool, err error) {
 	defer t.sealing.Store(0)
-	return t.ensureSecret(ctx, Operator, k, pkcs11.CKM_AES_KEY_GEN, storageTemplate)
+	traits, err := t.learnt(ctx)
+	if err != nil {
+		return false, err
+	}
+	return t.ensureSecret(ctx, Operator, k, pkcs11.CKM_AES_KEY_GEN, storageTemplate(traits))
 }
 
-var storageTemplate = join(attributes{attr(pkcs11.CKA_PRIVATE, true)}, leavesUnderTrusted,
-	use(usages, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP), nested(pkcs11.CKA_UNWRAP_TEMPLATE, unsealed))
+func storageTemplate(t traits) attributes {
+	return join(attributes{attr(pkcs11.CKA_PRIVATE, true)}, t.leaves(), use(usages, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP), t.unwraps(unsealed))
+}
 
 // unsealed is what a KME is that was sealed: what whoever unwraps it may not have otherwise.
 var unsealed = join(use(usages, pkcs11.CKA_ENCRYPT, pkcs11.CKA_DECRYPT), attributes{
@@ -193,8 +198,12 @@ func (t *Token) newestStorage(s *session) (generation int, h pkcs11.ObjectHandle
 
 // EnsureLedgerKey makes the HMAC key that tags KMEs for the one-use ledger, unless the token has it. It can be backed up as the storage key can.
 func (t *Token) EnsureLedgerKey(ctx context.Context) (created bool, err error) {
+	traits, err := t.learnt(ctx)
+	if err != nil {
+		return false, err
+	}
 	return t.ensureSecret(ctx, Operator, ledgerKey, pkcs11.CKM_GENERIC_SECRET_KEY_GEN,
-		join(attributes{attr(pkcs11.CKA_PRIVATE, true)}, leavesUnderTrusted, use(usages, pkcs11.CKA_SIGN)))
+		join(attributes{attr(pkcs11.CKA_PRIVATE, true)}, traits.leaves(), use(usages, pkcs11.CKA_SIGN)))
 }
 
 // rsaPublic is the template of a public key object that lives until it has been read: the private object has the

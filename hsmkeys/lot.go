@@ -39,10 +39,7 @@ func (t *Token) EnsureLotKey(ctx context.Context, k Key, bits int, primes Primes
 		return nil, "", fmt.Errorf("%s has no CKM_RSA_X9_31_KEY_PAIR_GEN, so primes by ANSI X9.31 cannot be had from it: use a token that has it, or --primes auto", t)
 	}
 	created, err := t.ensure(ctx, Factory, pkcs11.CKO_PRIVATE_KEY, k, func(s *session) error {
-		// Not frozen: sealing it is a change of the object. WRAP_WITH_TRUSTED holds it until then.
-		private := join(named(k), guarded(true), use(privateUsages, pkcs11.CKA_DECRYPT),
-			attributes{attr(pkcs11.CKA_WRAP_WITH_TRUSTED, true), attr(pkcs11.CKA_COPYABLE, false)})
-		public, _, err := s.generatePair(m, rsaPublic(bits), private)
+		public, _, err := s.generatePair(m, rsaPublic(bits), join(named(k), lotTemplate))
 		if err != nil {
 			return err
 		}
@@ -68,6 +65,10 @@ func (t *Token) EnsureLotKey(ctx context.Context, k Key, bits int, primes Primes
 	}
 	return pub, mech, nil
 }
+
+// lotTemplate is what a lot key is in a factory's token. It is not frozen: sealing it is a change of the object. WRAP_WITH_TRUSTED holds it until then.
+var lotTemplate = join(guarded(true), use(privateUsages, pkcs11.CKA_DECRYPT),
+	attributes{attr(pkcs11.CKA_WRAP_WITH_TRUSTED, true), attr(pkcs11.CKA_COPYABLE, false)})
 
 // RemoveLotKey destroys a lot key for good.
 func (t *Token) RemoveLotKey(ctx context.Context, k Key) error {

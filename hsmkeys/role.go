@@ -19,7 +19,7 @@ const (
 )
 
 // A Dedication says what a token is for. It is an object in the token, which init makes and nobody can change: JSON
-// in the CKA_APPLICATION of a data object, since nothing of ours ever asks a token for a CKA_VALUE.
+// in the CKA_APPLICATION of a data object, since nothing of ours ever fetches a CKA_VALUE.
 type Dedication struct {
 	Side Side     `json:"role"`
 	Weak []string `json:"weak,omitempty"` // what the token does not keep secret as it should, and who made it was told and accepted

@@ -90,6 +90,22 @@ func (k Key) Label() string {
 	return label
 }
 
+// parseLabel is the key that has this label.
+func parseLabel(label string) (k Key, ok bool) {
+	rest, ok := strings.CutPrefix(label, "kme ")
+	if at := strings.LastIndex(rest, " ("); at > 0 && strings.HasSuffix(rest, ")") {
+		if k.Generation, _ = strconv.Atoi(rest[at+2 : len(rest)-1]); k.Generation > 1 {
+			rest = rest[:at]
+		}
+	}
+	if at := strings.LastIndex(rest, " of "); at > 0 {
+		rest, k.Manufacturer = rest[:at], rest[at+4:]
+	}
+	role, name, _ := strings.Cut(rest, " ")
+	k.Role, k.Name = Role(role), name
+	return k, ok && k.Label() == label
+}
+
 func (k Key) String() string { return k.Label() }
 
 // A Token is an open, logged-in token with a bounded pool of sessions. All methods may be called concurrently. A
@@ -125,6 +141,7 @@ type Token struct {
 	work             chan func()    // to those goroutines that wait for more: see onWorker
 
 	dedicated atomic.Pointer[Dedication] // once it is known
+	traits    atomic.Pointer[traits]     // once they are learnt
 	sealing   atomic.Int64               // the newest generation of the storage key; 0 while it is to be looked for
 
 	mu      sync.Mutex

@@ -282,7 +282,7 @@ func doctor(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		return cmdline.PrintFindings(c, token.String(), report)
+		return cmdline.PrintFindings(c, token, report)
 	})
 }
 

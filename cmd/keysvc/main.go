@@ -36,9 +36,10 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 		Commands: []*cli.Command{
 			{
 				Name: "init", Usage: "make the token the operator's, and the storage and ledger key in it",
-				Description: "Running this again changes nothing.",
-				Flags:       []cli.Flag{cmdline.Token, stateFlag, cmdline.JSON},
-				Action:      cmdline.Alone(initToken),
+				Description: "Tries first whether the token keeps keys as it should, and refuses it otherwise: keysvc doctor says more. Running this again changes nothing.",
+				Flags: []cli.Flag{cmdline.Token, stateFlag,
+					&cli.BoolFlag{Name: "accept-weak-token", Usage: "take a token all the same that does not keep keys as it should; the token, the service's log and /readyz say so for ever"}, cmdline.JSON},
+				Action: cmdline.Alone(initToken),
 			},
 			transportCommand(),
 			{
@@ -81,23 +82,18 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 
 func initToken(c *cli.Context) error {
 	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
-		created := false
-		for _, ensure := range []func() (bool, error){
-			func() (bool, error) { return token.Dedicate(c.Context, hsmkeys.Dedication{Side: hsmkeys.Operator}) },
-			func() (bool, error) { return token.EnsureStorageKey(c.Context) },
-			func() (bool, error) { return token.EnsureLedgerKey(c.Context) },
-		} {
-			made, err := ensure()
-			if err != nil {
-				return err
-			}
-			created = created || made
+		created, weak, err := binding.Init(c.Context, token, c.Bool("accept-weak-token"))
+		if err != nil {
+			return err
 		}
-		return cmdline.Print(c, map[string]any{"created": created, "token": token.Serial()}, func(w io.Writer) {
+		return cmdline.Print(c, map[string]any{"created": created, "token": token.Serial(), "weak": weak}, func(w io.Writer) {
 			if created {
 				fmt.Fprintf(w, "made the storage and ledger key in %s\nnext, for each manufacturer: keysvc transport new\n", token)
 			} else {
 				fmt.Fprintf(w, "%s has its keys already; nothing changed\n", token)
+			}
+			for _, what := range weak {
+				fmt.Fprintf(w, "accepted as it is: %s\n", what)
 			}
 		})
 	})
@@ -229,6 +225,6 @@ func doctor(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		return cmdline.PrintFindings(c, token.String(), report)
+		return cmdline.PrintFindings(c, token, report)
 	})
 }

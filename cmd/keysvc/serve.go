@@ -157,6 +157,10 @@ func serve(c *cli.Context) error {
 	service.Limit(binding.Limits{Calls: cmp.Or(cfg.Calls, 32*token.Sessions()), IMEIRate: cfg.IMEIRate, IMEIBurst: cfg.IMEIBurst})
 	store.Company(service.Coming)
 	registry := prometheus.NewRegistry()
+	weak, err := weaknesses(ctx, token.Tokens(), registry, log)
+	if err != nil {
+		return err
+	}
 	registry.MustRegister(overdue)
 	metrics := binding.NewMetrics(registry)
 	service.Observe(metrics)
@@ -182,6 +186,7 @@ func serve(c *cli.Context) error {
 			log.WarnContext(ctx, "not ready", "cause", err.Error())
 			return nil, err
 		}
+		warnings = append(warnings, weak...)
 		short, cancel := context.WithTimeout(ctx, 2*time.Second)
 		defer cancel()
 		for manufacturer, err := range service.CheckDirectories(short) {
@@ -260,6 +265,26 @@ func serve(c *cli.Context) error {
 	}
 	log.Info("serving", "token", token.String(), "ranges", lots.Len(), "addresses", addresses)
 	return run(ctx, handler, listeners, reload, sweep, log)
+}
+
+// weaknesses are what was accepted of the tokens at their keysvc init. They are said in the log, and counted, too.
+func weaknesses(ctx context.Context, tokens []*hsmkeys.Token, registry prometheus.Registerer, log *slog.Logger) (all []string, err error) {
+	count := prometheus.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "kme_hsm_weaknesses", Help: "What the token does not do that the secrecy of keys rests on, accepted when it was initialised.",
+	}, []string{"token"})
+	registry.MustRegister(count)
+	for _, token := range tokens {
+		weak, err := token.Weak(ctx)
+		if err != nil {
+			return nil, err
+		}
+		count.WithLabelValues(token.Serial()).Set(float64(len(weak)))
+		for _, what := range weak {
+			log.Warn("the token does not keep keys as it should, which was accepted when it was initialised", "token", token.String(), "weakness", what)
+			all = append(all, fmt.Sprintf("%s does not keep keys as it should, which was accepted when it was initialised: %s", token, what))
+		}
+	}
+	return all, nil
 }
 
 // standing says what is served in the place of a list of revoked devices that is overdue.
