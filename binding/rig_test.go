@@ -126,14 +126,20 @@ func (r *rig) enroll(t testing.TB, m *maker) {
 // take imports a lot and serves it.
 func (r *rig) take(t testing.TB, m *maker, lot *lot) {
 	t.Helper()
-	must[*binding.Lot](t)(binding.ImportLot(t.Context(), r.token, r.store, m.sign(t, directory.TypeGrant, m.grant(t, lot))))
+	must[*binding.Lot](t)(binding.ImportLot(t.Context(), r.token, r.store, m.sign(t, directory.TypeGrant, m.grant(t, lot)), nil))
 	r.serve(t)
+}
+
+func (r *rig) lots(t testing.TB) *binding.Lots {
+	t.Helper()
+	return must[*binding.Lots](t)(binding.OpenLots(t.Context(), r.store, func(m *binding.Manufacturer) (*directory.Reader, error) {
+		return r.readers[m.KeyID], nil
+	}))
 }
 
 func (r *rig) serve(t testing.TB) {
 	t.Helper()
-	all := must[[]*binding.Lot](t)(r.store.Lots(t.Context()))
-	r.service.SetLots(must[*binding.Lots](t)(binding.NewLots(all, r.readers)))
+	r.service.SetLots(r.lots(t))
 }
 
 // attempt opens an attempt as an HSS does.

@@ -229,6 +229,25 @@ func (r *Reader) Revoked(ctx context.Context, m *Manifest, imei kme.IMEI) (bool,
 	return ok && list.revokes(position), nil
 }
 
+// Issued is how many keys the device was issued in the place of its first.
+func (d Device) Issued() (n int) {
+	for _, e := range d.History {
+		if e.Key != nil {
+			n++
+		}
+	}
+	return n
+}
+
+// History is that of a Device, without a look at its key.
+func (r *Reader) History(ctx context.Context, m *Manifest, imei kme.IMEI) ([]Revocation, error) {
+	list, err := r.revoked(ctx, m)
+	if err != nil {
+		return nil, err
+	}
+	return list.Of(imei), nil
+}
+
 func (r *Reader) fetchShard(ctx context.Context, m *Manifest, n int) (*packedShard, error) {
 	return oneFlight(ctx, &r.flight, ShardPath(m.Lot, n), func(ctx context.Context) (*packedShard, error) {
 		// An earlier flight may have landed since the cache was asked.

@@ -9,13 +9,13 @@ import (
 	"fmt"
 	"maps"
 	"os"
-	"os/user"
 	"path/filepath"
 	"slices"
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/who"
 )
 
 // A LogEntry is a line of the audit log, STATE/log.jsonl: a command that has begun, or how one has ended. Previous chains the
@@ -61,11 +61,6 @@ func AppendLog(state string, command []string, token, result string) (*LogHead, 
 		return nil, err
 	}
 	var head *LogHead
-	who := "?"
-	if u, err := user.Current(); err == nil {
-		who = u.Username
-	}
-	host, _ := os.Hostname()
 	err := durable.AppendLine(filepath.Join(state, logFile), 0o600, func(last []byte) ([]byte, error) {
 		var before LogEntry
 		if last != nil {
@@ -74,7 +69,7 @@ func AppendLog(state string, command []string, token, result string) (*LogHead, 
 			}
 		}
 		line, err := json.Marshal(LogEntry{
-			before.Seq + 1, time.Now().UTC(), who + "@" + host, os.Getpid(), command, token, result, lineDigest(last),
+			before.Seq + 1, time.Now().UTC(), who.Name(), os.Getpid(), command, token, result, lineDigest(last),
 		})
 		if len(line) > maxEntry {
 			err = errors.New("the command line is too long for it")
