@@ -124,7 +124,7 @@ var (
 	ErrUsed      = errors.New("the KME was used before")
 	ErrSpent     = errors.New("the IMSI was sent this RAND in clear before")
 	ErrNotGood   = errors.New("the KME is not good")
-	ErrNotTaken  = errors.New("no such manufacturer is enrolled, or no such lot was imported")
+	ErrNotTaken  = errors.New("no such manufacturer is enrolled, or no such lot imported: see keysvc manufacturer list and lot list")
 	ErrBound     = errors.New("the IMSI has an active binding, and no administrator has opened provisioning for it")
 )
 

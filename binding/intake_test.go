@@ -170,7 +170,9 @@ func TestEnroll(t *testing.T) {
 
 func TestImportLot(t *testing.T) {
 	r, m, other := newRig(t), newMaker(t), newMaker(t)
-	importLot := func(jws []byte) (*binding.Lot, error) { return binding.ImportLot(t.Context(), r.token, r.store, jws, nil) }
+	importLot := func(jws []byte) (*binding.Lot, error) {
+		return binding.ImportLot(t.Context(), r.token, r.store, jws, nil)
+	}
 	l := m.newLot(t, "L2", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 10, newDevices(t, 10)...)
 	good := m.sign(t, directory.TypeGrant, m.grant(t, l))
 

@@ -22,6 +22,7 @@ type Why string
 const (
 	ManufacturerDistrusted Why = "MANUFACTURER_DISTRUSTED"
 	LotRetired             Why = "LOT_RETIRED"
+	LotRevoked             Why = "LOT_REVOKED" // as a whole, by its manufacturer
 	DeviceRevoked          Why = "DEVICE_REVOKED"
 	DeviceReissued         Why = "DEVICE_REISSUED" // the device's key that signed the KME was replaced later
 )
@@ -127,9 +128,12 @@ func (l *Lots) doubts(ctx context.Context, b *Binding) (doubts []Doubt, err erro
 	if v, distrusted := l.distrusted[b.Manufacturer]; distrusted {
 		return append(doubts, Doubt{ManufacturerDistrusted, v.Reason, v.Time}), nil
 	}
-	history, err := lot.reader.History(ctx, lot.manifest, b.IMEI)
+	history, whole, err := lot.reader.RevocationsOf(ctx, lot.manifest, b.IMEI)
 	if err != nil {
 		return nil, unknownRevocations(lotName{b.Manufacturer, b.Lot}, err)
+	}
+	if whole != nil {
+		doubts = append(doubts, Doubt{LotRevoked, whole.Reason, whole.Time})
 	}
 	issued := 0
 	for i, e := range history {

@@ -280,12 +280,21 @@ func TestSuspects(t *testing.T) {
 	want[at(imsis[second.devices[0]], second.devices[0])] = []binding.Why{binding.ManufacturerDistrusted}
 	check("a manufacturer was distrusted")
 
+	if err := directory.RevokeLot(ctx, m.store, m.Signer, l.Manifest, "its key has leaked", time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range []*device{old, fresh, gone, good, pending} {
+		want[at(imsis[d], d)] = append([]binding.Why{binding.LotRevoked}, want[at(imsis[d], d)]...)
+	}
+	want[at(imsis[gone], good)] = []binding.Why{binding.LotRevoked}
+	check("a lot was revoked")
+
 	must[binding.Verdict](t)(binding.RetireLot(ctx, r.token, r.store,
 		must[*binding.Lot](t)(binding.FindLot(ctx, r.store, "L1", m.KeyID())), verdict(t, true, "too old")))
 	for _, d := range []*device{old, fresh, gone, good, pending} {
 		want[at(imsis[d], d)] = append([]binding.Why{binding.LotRetired}, want[at(imsis[d], d)]...)
 	}
-	want[at(imsis[gone], good)] = []binding.Why{binding.LotRetired}
+	want[at(imsis[gone], good)] = []binding.Why{binding.LotRetired, binding.LotRevoked}
 	check("a lot was retired")
 
 	// Without the directory it is not known who is suspect.

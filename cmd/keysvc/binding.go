@@ -46,7 +46,7 @@ func bindingCommand() *cli.Command {
 			{
 				Name: "report", Usage: "list the bindings that rest on keys which are not to be trusted any more, and why",
 				Description: "The device's key was issued anew after the binding was established (DEVICE_REISSUED), or revoked (DEVICE_REVOKED);\n" +
-					"the lot was retired (LOT_RETIRED); the manufacturer is distrusted (MANUFACTURER_DISTRUSTED).\n" +
+					"the lot was retired (LOT_RETIRED), or revoked as a whole by its manufacturer (LOT_REVOKED); the manufacturer is distrusted (MANUFACTURER_DISTRUSTED).\n" +
 					"These bindings are served on: end them with keysvc binding revoke.",
 				Flags: slices.Concat([]cli.Flag{stateFlag, storeFlag}, cmdline.DirectoryFlags(), []cli.Flag{cmdline.JSON}), Action: bindingReport,
 			},
