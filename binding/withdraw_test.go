@@ -84,7 +84,7 @@ func TestDistrust(t *testing.T) {
 	}
 
 	// Nothing of it is taken any more.
-	_, err := binding.Enroll(ctx, r.token, r.store, m.sign(t, directory.TypeEnrolment, m.enrolment(t, r)), m.pem, "")
+	_, err := binding.Enroll(ctx, r.token, r.store, m.sign(t, directory.TypeEnrolment, m.enrolment(t, r)), m.pem, m.KeyID(), "")
 	checkSays(t, "an enrolment of a distrusted manufacturer", err, "is distrusted, by somebody@here")
 	next := m.newLot(t, "L2", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 50, newDevices(t, 1)...)
 	grant := m.sign(t, directory.TypeGrant, m.grant(t, next))
