@@ -82,6 +82,7 @@ func newRANDs(n int) (all [][]byte) {
 type rig struct {
 	token    *hsmkeys.Token
 	tokenURI string
+	soPIN    string // where the security officer's is
 	store    *sqlstore.Store
 	recorder *recorder
 	log      *logBuffer
@@ -94,13 +95,13 @@ func newRig(t testing.TB) *rig {
 	ctx := t.Context()
 	tok := softhsmtest.Operator(t)
 	token := must[*hsmkeys.Token](t)(hsmkeys.Open(ctx, tok.URI))
-	t.Cleanup(func() { token.Close() })
 	must[bool](t)(token.Dedicate(ctx, hsmkeys.Dedication{Side: hsmkeys.Operator}))
 	must[bool](t)(token.EnsureStorageKey(ctx))
 	must[bool](t)(token.EnsureLedgerKey(ctx))
 	store := must[*sqlstore.Store](t)(sqlstore.Open(ctx, sqlstore.InFolder(t.TempDir())))
 	t.Cleanup(func() { store.Close() })
-	r := &rig{token: token, tokenURI: tok.URI, store: store, log: new(logBuffer), readers: map[string]*directory.Reader{}}
+	r := &rig{token: token, tokenURI: tok.URI, soPIN: "file:" + tok.SOPINFile, store: store, log: new(logBuffer), readers: map[string]*directory.Reader{}}
+	t.Cleanup(func() { r.token.Close() })
 	r.recorder = &recorder{token: token, store: store}
 	r.service = binding.NewService(r.recorder, r.recorder, new(binding.Lots), times(),
 		slog.New(slog.NewJSONHandler(r.log, nil)))

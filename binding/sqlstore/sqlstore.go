@@ -22,14 +22,17 @@ type Store struct {
 	read *sql.DB
 	// change makes a change durably and alone: no other with the same key is under way.
 	change func(ctx context.Context, key string, f func(context.Context, *sql.Tx) error) error
-	close  func() error
+	// lock has no other change with the key until the transaction ends.
+	lock  func(ctx context.Context, tx *sql.Tx, key string) error
+	close func() error
 	// company is sqlite.Writer's; nil for PostgreSQL, which has commit_delay of its own.
 	company func(func() int)
 }
 
 var (
-	_ binding.Store    = (*Store)(nil)
-	_ binding.Registry = (*Store)(nil)
+	_ binding.Store       = (*Store)(nil)
+	_ binding.Registry    = (*Store)(nil)
+	_ binding.SealedStore = (*Store)(nil)
 )
 
 // Close ends all connections.
@@ -438,6 +441,54 @@ func (s *Store) Bound(ctx context.Context, manufacturer, lot string, now time.Ti
 	err = s.read.QueryRowContext(ctx, `SELECT COUNT(*) FROM bindings WHERE manufacturer = $1 AND (lot = $2 OR $2 = '') AND
 		(state = 'ACTIVE' OR state = 'PENDING' AND expires_at > $3)`, manufacturer, lot, now.UnixMilli()).Scan(&n)
 	return n, err
+}
+
+const sealedBelow = `sealed < $1 AND state <> 'REVOKED'`
+
+func (s *Store) CountSealed(ctx context.Context, below []byte) (n int, err error) {
+	err = s.read.QueryRowContext(ctx, `SELECT COUNT(*) FROM bindings WHERE `+sealedBelow, below).Scan(&n)
+	return n, err
+}
+
+func (s *Store) Sealed(ctx context.Context, after binding.Sealed, below []byte, limit int) (all []binding.Sealed, err error) {
+	err = query(ctx, s.read, func(scan func(...any) error) error {
+		var b binding.Sealed
+		var imsi string
+		if err := scan(&imsi, &b.State, &b.KME); err != nil {
+			return err
+		}
+		if err := b.IMSI.UnmarshalText([]byte(imsi)); err != nil {
+			return fmt.Errorf("the database is damaged: %w", err)
+		}
+		all = append(all, b)
+		return nil
+	}, `SELECT imsi, state, sealed FROM bindings WHERE `+sealedBelow+` AND (imsi, state) > ($2, $3) ORDER BY imsi, state LIMIT $4`,
+		below, after.IMSI.String(), string(after.State), limit)
+	return all, err
+}
+
+func (s *Store) Reseal(ctx context.Context, all []binding.Resealed) (changed int, err error) {
+	err = s.change(ctx, "reseal", func(ctx context.Context, tx *sql.Tx) error {
+		changed = 0 // it may be called again
+		for _, r := range all {
+			// One after the other: whoever changes an IMSI has no other's lock.
+			if err := s.lock(ctx, tx, r.IMSI.String()); err != nil {
+				return err
+			}
+			result, err := tx.ExecContext(ctx, `UPDATE bindings SET sealed = $1 WHERE imsi = $2 AND sealed = $3`,
+				r.Again, r.IMSI.String(), r.KME)
+			if err != nil {
+				return err
+			}
+			n, err := result.RowsAffected()
+			if err != nil {
+				return err
+			}
+			changed += int(n)
+		}
+		return nil
+	})
+	return changed, err
 }
 
 func (s *Store) DropExpired(ctx context.Context, now time.Time) error {

@@ -23,6 +23,7 @@ import (
 type Store = interface {
 	binding.Store
 	binding.Registry
+	binding.SealedStore
 }
 
 // Run tests an implementation. open gives a store that holds nothing, and closes it at the end of its test.
@@ -62,6 +63,7 @@ func Run(t *testing.T, open func(t *testing.T) Store) {
 		{"Verdicts", verdicts},
 		{"VerdictsRefused", verdictsRefused},
 		{"Bound", boundTo},
+		{"Reseal", reseal},
 		{"RacePrepare", racePrepare},
 		{"RaceAttempt", raceAttempt},
 		{"RaceLedger", raceLedger},
