@@ -71,6 +71,8 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 			},
 			bindingCommand(),
 			storeCommand(),
+			backupCommand(),
+			storageCommand(),
 			{
 				Name: "serve", Usage: "serve the HSS",
 				Description: "SIGTERM finishes the calls under way and ends; SIGHUP takes up lots and certificates anew.\n\n" + configHelp,
