@@ -203,7 +203,7 @@ func TestSuspects(t *testing.T) {
 		t.Helper()
 		key := must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
 		entry := directory.DeviceKey{IMEI: d.imei, Key: &key.PublicKey}
-		if err := directory.Reissue(ctx, m.store, m.Signer, l.Manifest, entry, reason, time.Now()); err != nil {
+		if err := directory.Reissue(ctx, m.store, m.Signer, l.Manifest, entry, make([]byte, 32), reason, time.Now()); err != nil {
 			t.Fatal(err)
 		}
 		d.signer = key

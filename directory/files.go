@@ -93,10 +93,14 @@ const (
 )
 
 // NewTransportKey makes the file.
-func NewTransportKey(pub *rsa.PublicKey, token string) ([]byte, error) { return newReceiver(TypeTransportKey, pub, token) }
+func NewTransportKey(pub *rsa.PublicKey, token string) ([]byte, error) {
+	return newReceiver(TypeTransportKey, pub, token)
+}
 
 // NewRestoreKey makes one of TypeRestoreKey.
-func NewRestoreKey(pub *rsa.PublicKey, token string) ([]byte, error) { return newReceiver(TypeRestoreKey, pub, token) }
+func NewRestoreKey(pub *rsa.PublicKey, token string) ([]byte, error) {
+	return newReceiver(TypeRestoreKey, pub, token)
+}
 
 func newReceiver(typ string, pub *rsa.PublicKey, token string) ([]byte, error) {
 	return marshalFile(&TransportKey{typ, token, time.Now().UTC().Truncate(time.Second),

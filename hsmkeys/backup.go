@@ -123,13 +123,19 @@ var restored = join(leavesUnderTrusted, attributes{attr(pkcs11.CKA_CLASS, pkcs11
 }))
 
 // NewRestoreKey makes an RSA-3072 key that receives another token's storage and ledger key. It is a transport key (see NewTransportKey) for those.
-func (t *Token) NewRestoreKey(ctx context.Context) (*rsa.PublicKey, error) { return t.newReceiver(ctx, restoreLabel, restored) }
+func (t *Token) NewRestoreKey(ctx context.Context) (*rsa.PublicKey, error) {
+	return t.newReceiver(ctx, restoreLabel, restored)
+}
 
 // RestoreKeys are the public halves of those that the token has.
-func (t *Token) RestoreKeys(ctx context.Context) ([]*rsa.PublicKey, error) { return t.receivers(ctx, restoreLabel) }
+func (t *Token) RestoreKeys(ctx context.Context) ([]*rsa.PublicKey, error) {
+	return t.receivers(ctx, restoreLabel)
+}
 
 // DestroyRestoreKey ends one for good. Of one that is gone, it changes nothing.
-func (t *Token) DestroyRestoreKey(ctx context.Context, pub *rsa.PublicKey) error { return t.destroyReceiver(ctx, restoreLabel, pub) }
+func (t *Token) DestroyRestoreKey(ctx context.Context, pub *rsa.PublicKey) error {
+	return t.destroyReceiver(ctx, restoreLabel, pub)
+}
 
 // CarryIn takes in keys that CarryOut has wrapped under a key of NewRestoreKey's, with the templates of our own. None is taken before all have been
 // shown to be what their check values say; one that the token has already must be so too. It gives those that were taken.

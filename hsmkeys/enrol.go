@@ -182,7 +182,9 @@ var importedKEK = join(use(usages, pkcs11.CKA_UNWRAP), attributes{
 })
 
 // TransportKeys are the public halves of the transport keys that the token has, in no order.
-func (t *Token) TransportKeys(ctx context.Context) ([]*rsa.PublicKey, error) { return t.receivers(ctx, transportLabel) }
+func (t *Token) TransportKeys(ctx context.Context) ([]*rsa.PublicKey, error) {
+	return t.receivers(ctx, transportLabel)
+}
 
 func (t *Token) receivers(ctx context.Context, label string) ([]*rsa.PublicKey, error) {
 	return doAs(ctx, t, Operator, "look for transport keys", func(s *session) (all []*rsa.PublicKey, err error) {

@@ -43,7 +43,7 @@ factory operator enroll, keysvc enroll), and import the same grants there.`,
 			},
 			{
 				Name: "restore", Usage: "on the token that is to get the keys: take them in", ArgsUsage: "FILE",
-				Flags: []cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "thumbprint", Usage: "what keysvc backup create printed, read out, `B`"}, cmdline.JSON},
+				Flags:  []cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "thumbprint", Usage: "what keysvc backup create printed, read out, `B`"}, cmdline.JSON},
 				Action: cmdline.Alone(backupRestore),
 			},
 		},
