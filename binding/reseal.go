@@ -2,6 +2,7 @@ package binding
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -45,6 +46,13 @@ type Resealer interface {
 // settled is how long after a storage key was made nobody seals with an earlier one any more.
 const settled = 2 * hsmkeys.LookAgain
 
+// ErrStillSealing: somebody goes on sealing KMEs under an earlier storage key, after everybody could know the newest one.
+var ErrStillSealing = errors.New("KMEs are still being sealed under an earlier storage key: a token that serves has not got the newest one; " +
+	"bring it there with keysvc backup, and run this again")
+
+// latePasses is after how many passes that found some Reseal says so: the first one finds those of calls that were under way.
+const latePasses = 3
+
 // resealBatch is how many KMEs go into one commit, beside which the service makes its own.
 const resealBatch = 100
 
@@ -65,26 +73,27 @@ const maxDamaged = 100
 // Reseal seals every KME below these bytes again, while services serve and seal; since they may seal under an earlier key for some time, it goes on until
 // that has passed and none is left. It gives how many it has sealed, also when it fails; then the same again goes on. report is called with that now and then.
 func Reseal(ctx context.Context, token Resealer, store SealedStore, below []byte, report func(done int)) (done int, err error) {
-	began := time.Now()
+	began, late := time.Now(), 0
 	for {
 		last := time.Since(began) >= settled
 		left, damaged, err := resealPass(ctx, token, store, below, func(n int) { done += n; report(done) })
 		if err != nil {
 			return done, err
 		}
-		if left > len(damaged.IMSIs) {
-			continue
-		}
-		if last {
-			if len(damaged.IMSIs) > 0 {
-				return done, damaged
+		switch more := left > len(damaged.IMSIs); {
+		case last && more:
+			if late++; late == latePasses {
+				return done, ErrStillSealing
 			}
+		case last && len(damaged.IMSIs) > 0:
+			return done, damaged
+		case last:
 			return done, nil
 		}
 		select {
 		case <-ctx.Done():
 			return done, ctx.Err()
-		case <-time.After(time.Until(began.Add(settled))):
+		case <-time.After(hsmkeys.LookAgain / 5):
 		}
 	}
 }

@@ -198,3 +198,23 @@ func TestResealDamaged(t *testing.T) {
 	}
 	checkSays(t, "a damaged KME", err, "keysvc binding revoke")
 }
+
+// losing is a store in which each KME that is to be replaced has just been replaced by another of the same age.
+type losing struct{ *sqlstore.Store }
+
+func (losing) Reseal(context.Context, []binding.Resealed) (int, error) { return 0, nil }
+
+// same seals as it was sealed.
+type same struct{ *hsmkeys.Token }
+
+func (same) Reseal(_ context.Context, sealed []byte) ([]byte, error) { return sealed, nil }
+
+// Where a token that has not got the new key goes on sealing, that is said, and the rotation ends.
+func TestStillSealing(t *testing.T) {
+	r, _, l := newServed(t)
+	r.bind(t, l.devices[0])
+	_, err := binding.Reseal(t.Context(), same{r.token}, losing{r.store}, hsmkeys.SealedFrom(2), func(int) {})
+	if !errors.Is(err, binding.ErrStillSealing) {
+		t.Errorf("%v, want ErrStillSealing", err)
+	}
+}

@@ -145,7 +145,7 @@ func TestRetireLot(t *testing.T) {
 		t.Errorf("the log has no word of it: %s", log)
 	}
 	// What its manufacturer says of its devices still counts.
-	if err := directory.Revoke(ctx, m.store, m.Signer, l.Manifest, l.devices[1].imei, "stolen", time.Now()); err != nil {
+	if err := directory.Revoke(ctx, m.store, m.Signer, l.Manifest, []kme.IMEI{l.devices[1].imei}, "stolen", time.Now(), nil); err != nil {
 		t.Fatal(err)
 	}
 	_, err := r.service.PrepareVector(ctx, revoked, newRANDs(1), here)
@@ -210,7 +210,7 @@ func TestSuspects(t *testing.T) {
 	}
 	revoke := func(d *device, reason string) {
 		t.Helper()
-		if err := directory.Revoke(ctx, m.store, m.Signer, l.Manifest, d.imei, reason, time.Now()); err != nil {
+		if err := directory.Revoke(ctx, m.store, m.Signer, l.Manifest, []kme.IMEI{d.imei}, reason, time.Now(), nil); err != nil {
 			t.Fatal(err)
 		}
 	}
