@@ -8,6 +8,7 @@ package binding
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"time"
 
@@ -31,6 +32,7 @@ type Binding struct {
 	IMEI         kme.IMEI
 	Manufacturer string // RFC 7638 thumbprint of the manufacturer's signing key
 	Lot          string
+	DeviceKey    int // how many keys the device had been issued in the place of its first: which of them signed the KME
 	State        State
 	Sealed       []byte // the KME under the token's storage key
 	Established  time.Time
@@ -87,6 +89,7 @@ type Manufacturer struct {
 	Operator  string // the name that it knows this operator by
 	Directory string // where its public keys are, as --directory has it; empty for the service's default
 	Enrolled  time.Time
+	Verdict   Verdict // withdrawn: none of its lots is served any more
 }
 
 // A Lot is one whose private key is in the operator's token.
@@ -95,6 +98,23 @@ type Lot struct {
 	Manifest     *directory.Manifest
 	ManifestJWS  string
 	Imported     time.Time
+	Retired      Verdict // about the lot itself
+	Distrusted   Verdict // its manufacturer's
+}
+
+// Served says whether the lot's devices may be bound.
+func (l *Lot) Served() bool { return !l.Retired.Withdrawn && !l.Distrusted.Withdrawn }
+
+// A Verdict is the last decision about a manufacturer or a lot; its zero value, that there was none.
+type Verdict struct {
+	Withdrawn bool      `json:"withdrawn"` // it is served no more
+	By        string    `json:"by"`
+	Reason    string    `json:"reason"`
+	Time      time.Time `json:"time"`
+}
+
+func (v Verdict) String() string {
+	return fmt.Sprintf("by %s at %s: %s", v.By, v.Time.Format(time.RFC3339), v.Reason)
 }
 
 // Errors of a Store that the service tells apart.
@@ -104,6 +124,7 @@ var (
 	ErrUsed      = errors.New("the KME was used before")
 	ErrSpent     = errors.New("the IMSI was sent this RAND in clear before")
 	ErrNotGood   = errors.New("the KME is not good")
+	ErrNotTaken  = errors.New("no such manufacturer is enrolled, or no such lot imported: see keysvc manufacturer list and lot list")
 	ErrBound     = errors.New("the IMSI has an active binding, and no administrator has opened provisioning for it")
 )
 
@@ -141,11 +162,16 @@ type Store interface {
 
 // A Registry keeps which manufacturers and lots the operator has taken in.
 type Registry interface {
-	// PutManufacturer enters or replaces a manufacturer.
+	// PutManufacturer enters or replaces a manufacturer; the verdict about it stays.
 	PutManufacturer(ctx context.Context, m *Manufacturer) error
 	Manufacturers(ctx context.Context) ([]*Manufacturer, error)
 	// PutLot enters a lot; entering it again changes nothing. check is called with all lots entered before, in the
 	// same transaction, and its error prevents it.
 	PutLot(ctx context.Context, lot *Lot, check func([]*Lot) error) error
 	Lots(ctx context.Context) ([]*Lot, error)
+	// Decide enters a verdict about a lot, or about the manufacturer if lot is empty, and gives the one that stands then:
+	// one that says the same and is there already stays. check is as in PutLot. Fails with ErrNotTaken.
+	Decide(ctx context.Context, manufacturer, lot string, v Verdict, check func([]*Lot) error) (Verdict, error)
+	// Bound is how many bindings stand with a manufacturer's devices; of one lot, unless lot is empty.
+	Bound(ctx context.Context, manufacturer, lot string, now time.Time) (int, error)
 }

@@ -87,6 +87,15 @@ func Enroll(ctx context.Context, token IntakeToken, registry Registry, jws, pem 
 	if e.Manufacturer != verifier.KeyID() {
 		return nil, fmt.Errorf("the enrolment is of manufacturer %s, and the key given is that of %s", e.Manufacturer, verifier.KeyID())
 	}
+	manufacturers, err := registry.Manufacturers(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, m := range manufacturers {
+		if m.KeyID == e.Manufacturer && m.Verdict.Withdrawn {
+			return nil, distrustedError(m.KeyID, m.Verdict)
+		}
+	}
 	kek, ok := kekOf(e.Manufacturer, e.Operator).Named(e.KEK)
 	if !ok {
 		return nil, fmt.Errorf("the enrolment carries key %s: it does not fit the operator that it names", e.KEK)
@@ -127,8 +136,9 @@ func enrolledBefore(ctx context.Context, token IntakeToken, registry Registry, m
 }
 
 // ImportLot takes a granted lot: it takes the lot's private key into the token, proves with a decryption that it is
-// the key of the manifest's modulus, and enters the lot. The same grant again changes nothing.
-func ImportLot(ctx context.Context, token IntakeToken, registry Registry, jws []byte) (*Lot, error) {
+// the key of the manifest's modulus, and enters the lot. The same grant again changes nothing. A lot that was retired is
+// refused, unless again is the verdict that it is served again.
+func ImportLot(ctx context.Context, token IntakeToken, registry Registry, jws []byte, again *Verdict) (*Lot, error) {
 	manufacturers, err := registry.Manufacturers(ctx)
 	if err != nil {
 		return nil, err
@@ -142,13 +152,16 @@ func ImportLot(ctx context.Context, token IntakeToken, registry Registry, jws []
 	}
 	for _, m := range manufacturers {
 		if m.KeyID == signer {
-			return importLot(ctx, token, registry, m, jws)
+			return importLot(ctx, token, registry, m, jws, again)
 		}
 	}
 	return nil, fmt.Errorf("the grant is signed by %s, a manufacturer who is not enrolled", signer)
 }
 
-func importLot(ctx context.Context, token IntakeToken, registry Registry, m *Manufacturer, jws []byte) (*Lot, error) {
+func importLot(ctx context.Context, token IntakeToken, registry Registry, m *Manufacturer, jws []byte, again *Verdict) (*Lot, error) {
+	if m.Verdict.Withdrawn {
+		return nil, distrustedError(m.KeyID, m.Verdict)
+	}
 	verifier, err := directory.ParseVerifier([]byte(m.PEM))
 	if err != nil {
 		return nil, err
@@ -172,7 +185,7 @@ func importLot(ctx context.Context, token IntakeToken, registry Registry, m *Man
 		return nil, err
 	}
 	lot := &Lot{Manufacturer: m.KeyID, Manifest: manifest, ManifestJWS: g.Manifest, Imported: time.Now()}
-	check := func(all []*Lot) error { return checkLot(lot, all) }
+	check := func(all []*Lot) error { return checkLot(lot, all, again != nil) }
 	// Before the key is in the token, so that a refusal leaves nothing there; again when it is entered.
 	all, err := registry.Lots(ctx)
 	if err == nil {
@@ -195,17 +208,29 @@ func importLot(ctx context.Context, token IntakeToken, registry Registry, m *Man
 		}
 		return nil, err
 	}
+	if again != nil {
+		if _, err := registry.Decide(ctx, m.KeyID, manifest.Lot, *again, check); err != nil {
+			return nil, err
+		}
+	}
 	return lot, nil
 }
 
-// checkLot refuses a lot that is not the one taken before under its name, or whose IMEIs are another lot's, whoever
-// made that.
-func checkLot(lot *Lot, all []*Lot) error {
+// checkLot refuses a lot that is not the one taken before under its name, that was retired, unless again, or whose IMEIs
+// are another lot's that is served, whoever made that.
+func checkLot(lot *Lot, all []*Lot, again bool) error {
 	for _, other := range all {
 		if other.Manufacturer == lot.Manufacturer && other.Manifest.Lot == lot.Manifest.Lot {
 			if other.ManifestJWS != lot.ManifestJWS {
 				return fmt.Errorf("lot %s of manufacturer %s was imported before with another manifest", lot.Manifest.Lot, lot.Manufacturer)
 			}
+			if other.Retired.Withdrawn && !again {
+				return fmt.Errorf("lot %s of manufacturer %s was retired, %s; if that is to be undone, import it with --reinstate REASON",
+					lot.Manifest.Lot, lot.Manufacturer, other.Retired)
+			}
+			continue
+		}
+		if !other.Served() {
 			continue
 		}
 		if r := lot.Manifest.Overlap(other.Manifest); r != nil {

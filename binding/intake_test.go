@@ -160,7 +160,7 @@ func TestEnroll(t *testing.T) {
 	rand.Read(m.kek)
 	r.readers[m.KeyID()] = m.reader(t)
 	must[*binding.Manufacturer](t)(enroll(m.sign(t, directory.TypeEnrolment, m.enrolment(t, r)), m.pem))
-	if _, err := binding.ImportLot(t.Context(), r.token, r.store, old); err == nil {
+	if _, err := binding.ImportLot(t.Context(), r.token, r.store, old, nil); err == nil {
 		t.Error("a grant under the replaced KEK was imported")
 	}
 	checkLeft(t, "a grant under the replaced KEK", r, map[hsmkeys.Key]bool{m.lotKey("L1"): false}, 1, 0)
@@ -170,7 +170,9 @@ func TestEnroll(t *testing.T) {
 
 func TestImportLot(t *testing.T) {
 	r, m, other := newRig(t), newMaker(t), newMaker(t)
-	importLot := func(jws []byte) (*binding.Lot, error) { return binding.ImportLot(t.Context(), r.token, r.store, jws) }
+	importLot := func(jws []byte) (*binding.Lot, error) {
+		return binding.ImportLot(t.Context(), r.token, r.store, jws, nil)
+	}
 	l := m.newLot(t, "L2", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 10, newDevices(t, 10)...)
 	good := m.sign(t, directory.TypeGrant, m.grant(t, l))
 
@@ -303,7 +305,7 @@ func TestInvalidFiles(t *testing.T) {
 		l := m.newLot(t, fmt.Sprint("L", i), kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), i, newDevices(t, 1)...)
 		g := m.grant(t, l)
 		g.Algorithm = algorithm
-		_, err := binding.ImportLot(t.Context(), r.token, r.store, m.sign(t, directory.TypeGrant, g))
+		_, err := binding.ImportLot(t.Context(), r.token, r.store, m.sign(t, directory.TypeGrant, g), nil)
 		checkSays(t, "a grant by algorithm "+algorithm, err, directory.A256KWP)
 	}
 }
@@ -328,7 +330,7 @@ func TestImportOvertaken(t *testing.T) {
 	first := a.newLot(t, "L1", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 1)...)
 	second := b.newLot(t, "L1", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 1)...)
 	registry := overtaken{r.store, func() { r.take(t, a, first) }}
-	_, err := binding.ImportLot(t.Context(), r.token, registry, b.sign(t, directory.TypeGrant, b.grant(t, second)))
+	_, err := binding.ImportLot(t.Context(), r.token, registry, b.sign(t, directory.TypeGrant, b.grant(t, second)), nil)
 	checkSays(t, "a lot whose IMEIs were taken meanwhile", err, "settle it with who made them")
 	checkLeft(t, "a lot whose IMEIs were taken meanwhile", r, map[hsmkeys.Key]bool{a.lotKey("L1"): true, b.lotKey("L1"): false}, 2, 1)
 }

@@ -6,6 +6,8 @@ import (
 	"crypto"
 	"crypto/rsa"
 	"fmt"
+	"log/slog"
+	"maps"
 	"slices"
 
 	"github.com/kmehsm/kmehsm/directory"
@@ -15,7 +17,17 @@ import (
 
 // Lots finds the lot of an IMEI: by the manifests' ranges, never by what a caller says. It does not change.
 type Lots struct {
-	ranges []lotRange // by first IMEI; they do not overlap
+	ranges     []lotRange // by first IMEI; they do not overlap
+	taken      map[lotName]*takenLot
+	distrusted map[string]Verdict // manufacturers, by KeyID
+}
+
+type lotName struct{ manufacturer, lot string }
+
+// A takenLot is one that was imported, whether it is served or not.
+type takenLot struct {
+	*servedLot // nil if its manufacturer is distrusted, whose directory is not asked any more
+	retired    Verdict
 }
 
 type lotRange struct {
@@ -37,15 +49,47 @@ func (l *servedLot) payload(imsi kme.IMSI, imei kme.IMEI, device crypto.PublicKe
 	}
 }
 
-// NewLots indexes lots. readers has the reader of each manufacturer's directory, by KeyID.
+// OpenLots indexes all lots of a registry. open gives the reader of a manufacturer's directory.
+func OpenLots(ctx context.Context, registry Registry, open func(*Manufacturer) (*directory.Reader, error)) (*Lots, error) {
+	manufacturers, err := registry.Manufacturers(ctx)
+	if err != nil {
+		return nil, err
+	}
+	readers := map[string]*directory.Reader{}
+	for _, m := range manufacturers {
+		if m.Verdict.Withdrawn {
+			continue
+		}
+		if readers[m.KeyID], err = open(m); err != nil {
+			return nil, err
+		}
+	}
+	lots, err := registry.Lots(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return NewLots(lots, readers)
+}
+
+// NewLots indexes lots. readers has the reader of each manufacturer's directory, by KeyID; of one that is distrusted,
+// none is needed.
 func NewLots(lots []*Lot, readers map[string]*directory.Reader) (*Lots, error) {
-	index := new(Lots)
+	index := &Lots{taken: map[lotName]*takenLot{}, distrusted: map[string]Verdict{}}
 	for _, l := range lots {
+		taken := &takenLot{retired: l.Retired}
+		index.taken[lotName{l.Manufacturer, l.Manifest.Lot}] = taken
+		if l.Distrusted.Withdrawn {
+			index.distrusted[l.Manufacturer] = l.Distrusted
+			continue
+		}
 		reader := readers[l.Manufacturer]
 		if reader == nil {
 			return nil, fmt.Errorf("lot %s is of manufacturer %s, who is not enrolled", l.Manifest.Lot, l.Manufacturer)
 		}
 		served := &servedLot{manifest: l.Manifest, public: l.Manifest.PublicKey(), key: lotKey(l.Manufacturer, l.Manifest.Lot), reader: reader}
+		if taken.servedLot = served; !l.Served() {
+			continue
+		}
 		for _, r := range l.Manifest.Ranges {
 			first, err := kme.NewIMEI(r.TAC, r.First)
 			if err != nil {
@@ -78,6 +122,20 @@ func lotKey(manufacturer, lot string) hsmkeys.Key {
 	return hsmkeys.Key{Role: hsmkeys.RoleLot, Manufacturer: manufacturer, Name: lot}
 }
 
+func (l *Lots) logWithdrawn(log *slog.Logger) {
+	for _, m := range slices.Sorted(maps.Keys(l.distrusted)) {
+		v := l.distrusted[m]
+		log.Warn("a manufacturer is distrusted: its lots are not served",
+			"manufacturer", m, "by", v.By, "reason", v.Reason, "time", v.Time)
+	}
+	for name, taken := range l.taken {
+		if v := taken.retired; v.Withdrawn {
+			log.Warn("a lot is retired: it is not served", "manufacturer", name.manufacturer, "lot", name.lot,
+				"by", v.By, "reason", v.Reason, "time", v.Time)
+		}
+	}
+}
+
 // Len is how many ranges of IMEIs are served.
 func (l *Lots) Len() int { return len(l.ranges) }
 
@@ -107,14 +165,17 @@ func (l *Lots) Overdue() map[string][]directory.Overdue {
 	return all
 }
 
-// revoked says whether the directory has a device as revoked, as far as it can be asked: the binding of one is not served on. A
-// device whose lot is not served any more, or whose directory is away, is not.
-func (l *Lots) revoked(ctx context.Context, imei kme.IMEI) bool {
-	lot := l.find(imei)
+// revoked says whether the directory has a binding's device as revoked, as far as it can be asked: such a binding is not
+// served on. It is asked for a lot that was retired too, but not if it is away, and not that of a distrusted manufacturer.
+func (l *Lots) revoked(ctx context.Context, b *Binding) bool {
+	lot := l.find(b.IMEI)
+	if taken := l.taken[lotName{b.Manufacturer, b.Lot}]; lot == nil && taken != nil {
+		lot = taken.servedLot
+	}
 	if lot == nil {
 		return false
 	}
-	revoked, err := lot.reader.Revoked(ctx, lot.manifest, imei)
+	revoked, err := lot.reader.Revoked(ctx, lot.manifest, b.IMEI)
 	return err == nil && revoked
 }
 
@@ -122,7 +183,7 @@ func (l *Lots) revoked(ctx context.Context, imei kme.IMEI) bool {
 func (l *Lots) Device(ctx context.Context, imei kme.IMEI) (*directory.Manifest, directory.Device, error) {
 	lot := l.find(imei)
 	if lot == nil {
-		return nil, directory.Device{}, fmt.Errorf("IMEI %s is in no lot that was imported", imei)
+		return nil, directory.Device{}, fmt.Errorf("IMEI %s is in no lot that is served", imei)
 	}
 	d, err := lot.reader.Device(ctx, lot.manifest, imei)
 	return lot.manifest, d, err

@@ -82,6 +82,7 @@ func newRANDs(n int) (all [][]byte) {
 type rig struct {
 	token    *hsmkeys.Token
 	tokenURI string
+	soPIN    string // where the security officer's is
 	store    *sqlstore.Store
 	recorder *recorder
 	log      *logBuffer
@@ -94,13 +95,13 @@ func newRig(t testing.TB) *rig {
 	ctx := t.Context()
 	tok := softhsmtest.Operator(t)
 	token := must[*hsmkeys.Token](t)(hsmkeys.Open(ctx, tok.URI))
-	t.Cleanup(func() { token.Close() })
 	must[bool](t)(token.Dedicate(ctx, hsmkeys.Dedication{Side: hsmkeys.Operator}))
 	must[bool](t)(token.EnsureStorageKey(ctx))
 	must[bool](t)(token.EnsureLedgerKey(ctx))
 	store := must[*sqlstore.Store](t)(sqlstore.Open(ctx, sqlstore.InFolder(t.TempDir())))
 	t.Cleanup(func() { store.Close() })
-	r := &rig{token: token, tokenURI: tok.URI, store: store, log: new(logBuffer), readers: map[string]*directory.Reader{}}
+	r := &rig{token: token, tokenURI: tok.URI, soPIN: "file:" + tok.SOPINFile, store: store, log: new(logBuffer), readers: map[string]*directory.Reader{}}
+	t.Cleanup(func() { r.token.Close() })
 	r.recorder = &recorder{token: token, store: store}
 	r.service = binding.NewService(r.recorder, r.recorder, new(binding.Lots), times(),
 		slog.New(slog.NewJSONHandler(r.log, nil)))
@@ -126,14 +127,20 @@ func (r *rig) enroll(t testing.TB, m *maker) {
 // take imports a lot and serves it.
 func (r *rig) take(t testing.TB, m *maker, lot *lot) {
 	t.Helper()
-	must[*binding.Lot](t)(binding.ImportLot(t.Context(), r.token, r.store, m.sign(t, directory.TypeGrant, m.grant(t, lot))))
+	must[*binding.Lot](t)(binding.ImportLot(t.Context(), r.token, r.store, m.sign(t, directory.TypeGrant, m.grant(t, lot)), nil))
 	r.serve(t)
+}
+
+func (r *rig) lots(t testing.TB) *binding.Lots {
+	t.Helper()
+	return must[*binding.Lots](t)(binding.OpenLots(t.Context(), r.store, func(m *binding.Manufacturer) (*directory.Reader, error) {
+		return r.readers[m.KeyID], nil
+	}))
 }
 
 func (r *rig) serve(t testing.TB) {
 	t.Helper()
-	all := must[[]*binding.Lot](t)(r.store.Lots(t.Context()))
-	r.service.SetLots(must[*binding.Lots](t)(binding.NewLots(all, r.readers)))
+	r.service.SetLots(r.lots(t))
 }
 
 // attempt opens an attempt as an HSS does.

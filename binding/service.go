@@ -96,8 +96,12 @@ func (s *Service) enter() (leave func(), err error) {
 // Coming is how many calls are on their way to a change of the store and will soon be there: what they wait for is the HSM, if anything, and no directory.
 func (s *Service) Coming() int { return int(s.coming.Load()) }
 
-// SetLots changes the lots that are served. Calls under way finish with those that they began with.
-func (s *Service) SetLots(lots *Lots) { s.lots.Store(lots) }
+// SetLots changes the lots that are served. Calls under way finish with those that they began with. What is not served, by
+// whose decision, is logged.
+func (s *Service) SetLots(lots *Lots) {
+	s.lots.Store(lots)
+	lots.logWithdrawn(s.log)
+}
 
 // CheckDirectories says which manufacturers' directories cannot be read now. Devices whose keys are cached are served all the
 // same.
@@ -163,7 +167,7 @@ func (s *Service) prepare(ctx context.Context, imsi kme.IMSI, rands []hsmkeys.RA
 			return &Prepared{RANDs: rands, AttemptID: d.Attempt.ID}, nil
 		case d.Binding.AttemptID == q.Ready: // it was pending, and it is noted who is sent vectors under it
 			return &Prepared{RANDs: out}, nil
-		case s.lots.Load().revoked(ctx, d.Binding.IMEI):
+		case s.lots.Load().revoked(ctx, d.Binding):
 			return nil, deviceRevoked()
 		}
 		if out, err = s.token.EncryptRANDs(ctx, d.Binding.Sealed, rands); err != nil {
@@ -350,8 +354,8 @@ func (s *Service) accept(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, atte
 	}
 	now := s.times.Now()
 	b := &Binding{
-		IMSI: imsi, IMEI: imei, Manufacturer: lot.manifest.Manufacturer, Lot: lot.manifest.Lot, State: Pending, Sealed: opened.Sealed,
-		Established: now, Origin: o, Expires: now.Add(s.times.Pending), AttemptID: attemptID, PayloadSHA256: digest,
+		IMSI: imsi, IMEI: imei, Manufacturer: lot.manifest.Manufacturer, Lot: lot.manifest.Lot, State: Pending,
+		DeviceKey: device.Issued(), Sealed: opened.Sealed, Established: now, Origin: o, Expires: now.Add(s.times.Pending), AttemptID: attemptID, PayloadSHA256: digest,
 		NWSig: opened.NWSig[:],
 	}
 	err = s.store.Establish(ctx, b, opened.Tag, opened.Fault == hsmkeys.FaultNone, now)

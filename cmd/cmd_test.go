@@ -34,14 +34,14 @@ import (
 
 func TestMain(m *testing.M) { programs.Main(m) }
 
-// Each script begins with tokens and keys of its own: factory, factory2 and operator.
+// Each script begins with tokens and keys of its own: factory, factory2, operator and operator2.
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata/script", RequireExplicitExec: true, WorkdirRoot: t.TempDir(), // its own stays where not all scripts run
 		Setup: func(env *testscript.Env) error {
 			tb := env.T().(testing.TB)
 			dir := filepath.Join(env.WorkDir, "softhsm")
-			toks := softhsmtest.Make(tb, dir, "factory", "factory2", "operator")
+			toks := softhsmtest.Make(tb, dir, "factory", "factory2", "operator", "operator2")
 			conf := strings.SplitN(softhsmtest.Env(dir), "=", 2)
 			env.Setenv(conf[0], conf[1])
 			for label, tok := range toks {

@@ -85,27 +85,46 @@ type TransportKey struct {
 	Key     jose.JSONWebKey `json:"key"`
 }
 
-// TypeTransportKey and TypeFixtureEnrolment are the types of files that nobody signs.
+// The types of files that nobody signs.
 const (
 	TypeTransportKey     = "kme-transport-key"
+	TypeRestoreKey       = "kme-restore-key" // as a TransportKey; it receives the keys of another token of the operator's
 	TypeFixtureEnrolment = "kme-fixture-enrolment"
 )
 
 // NewTransportKey makes the file.
 func NewTransportKey(pub *rsa.PublicKey, token string) ([]byte, error) {
-	return marshalFile(&TransportKey{TypeTransportKey, token, time.Now().UTC().Truncate(time.Second),
+	return newReceiver(TypeTransportKey, pub, token)
+}
+
+// NewRestoreKey makes one of TypeRestoreKey.
+func NewRestoreKey(pub *rsa.PublicKey, token string) ([]byte, error) {
+	return newReceiver(TypeRestoreKey, pub, token)
+}
+
+func newReceiver(typ string, pub *rsa.PublicKey, token string) ([]byte, error) {
+	return marshalFile(&TransportKey{typ, token, time.Now().UTC().Truncate(time.Second),
 		jose.JSONWebKey{Key: pub, KeyID: RSAThumbprint(pub), Use: "enc", Algorithm: RSAOAEP}})
 }
 
 // ParseTransportKey reads the file, and refuses a key that has not the thumbprint that its owner read out.
 func ParseTransportKey(data []byte, thumbprint string) (*rsa.PublicKey, error) {
+	return parseReceiver(TypeTransportKey, "it is no transport key, as keysvc transport new writes it", data, thumbprint)
+}
+
+// ParseRestoreKey does the same with one of TypeRestoreKey.
+func ParseRestoreKey(data []byte, thumbprint string) (*rsa.PublicKey, error) {
+	return parseReceiver(TypeRestoreKey, "it is no restore key, as keysvc backup prepare writes it", data, thumbprint)
+}
+
+func parseReceiver(typ, otherwise string, data []byte, thumbprint string) (*rsa.PublicKey, error) {
 	k := new(TransportKey)
 	if err := ParseStrict(data, k); err != nil {
-		return nil, fmt.Errorf("it is no transport key, as keysvc transport new writes it: %w", err)
+		return nil, fmt.Errorf("%s: %w", otherwise, err)
 	}
 	pub, ok := k.Key.Key.(*rsa.PublicKey)
-	if k.Type != TypeTransportKey || !ok || k.Key.Use != "enc" || k.Key.KeyID != RSAThumbprint(pub) {
-		return nil, errors.New("it is no transport key, as keysvc transport new writes it")
+	if k.Type != typ || !ok || k.Key.Use != "enc" || k.Key.KeyID != RSAThumbprint(pub) {
+		return nil, errors.New(otherwise)
 	}
 	return pub, CheckThumbprint(k.Key.KeyID, thumbprint)
 }

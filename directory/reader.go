@@ -196,19 +196,11 @@ func (r *Reader) Device(ctx context.Context, m *Manifest, imei kme.IMEI) (Device
 	if err != nil {
 		return Device{}, err
 	}
-	list, err := r.revoked(ctx, m)
-	if err != nil {
+	d := Device{Shard: n, Key: key, Package: s.pkg}
+	if d.History, d.Lot, err = r.RevocationsOf(ctx, m, imei); err != nil {
 		return Device{}, err
 	}
-	d := Device{Shard: n, Key: key, Package: s.pkg, Lot: list.Whole}
-	if ref := list.ref(position / revocationPart); ref != nil {
-		part, err := r.part(ctx, m, ref)
-		if err != nil {
-			return Device{}, err
-		}
-		d.History = part.Of(imei)
-	}
-	if w := list.Whole; w != nil {
+	if w := d.Lot; w != nil {
 		d.History = append(slices.Clip(d.History), Revocation{IMEI: imei, Reason: w.Reason, Time: w.Time})
 	}
 	for i, e := range d.History {
@@ -227,6 +219,34 @@ func (r *Reader) Revoked(ctx context.Context, m *Manifest, imei kme.IMEI) (bool,
 	}
 	position, ok := m.Position(imei)
 	return ok && list.revokes(position), nil
+}
+
+// Issued is how many keys the device was issued in the place of its first.
+func (d Device) Issued() (n int) {
+	for _, e := range d.History {
+		if e.Key != nil {
+			n++
+		}
+	}
+	return n
+}
+
+// RevocationsOf gives a device's own revocations, and its lot's if that is revoked as a whole, without a look at its key.
+func (r *Reader) RevocationsOf(ctx context.Context, m *Manifest, imei kme.IMEI) ([]Revocation, *LotRevocation, error) {
+	list, err := r.revoked(ctx, m)
+	if err != nil {
+		return nil, nil, err
+	}
+	position, ok := m.Position(imei)
+	ref := list.ref(position / revocationPart)
+	if !ok || ref == nil {
+		return nil, list.Whole, nil
+	}
+	part, err := r.part(ctx, m, ref)
+	if err != nil {
+		return nil, nil, err
+	}
+	return part.Of(imei), list.Whole, nil
 }
 
 func (r *Reader) fetchShard(ctx context.Context, m *Manifest, n int) (*packedShard, error) {

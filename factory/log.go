@@ -9,13 +9,13 @@ import (
 	"fmt"
 	"maps"
 	"os"
-	"os/user"
 	"path/filepath"
 	"slices"
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/who"
 )
 
 // A LogEntry is a line of the audit log, STATE/log.jsonl: a command that has begun, or how one has ended. Previous chains the
@@ -55,16 +55,6 @@ func lineDigest(line []byte) string {
 	return hex.EncodeToString(sum[:])
 }
 
-// who is the operating system's user, and the machine.
-func who() string {
-	name := "?"
-	if u, err := user.Current(); err == nil {
-		name = u.Username
-	}
-	host, _ := os.Hostname()
-	return name + "@" + host
-}
-
 // AppendLog adds a line to the audit log in the state folder, durably. Several processes may.
 func AppendLog(state string, command []string, token, result string) (*LogHead, error) {
 	if err := durable.MkdirAll(state, 0o755); err != nil {
@@ -79,7 +69,7 @@ func AppendLog(state string, command []string, token, result string) (*LogHead, 
 			}
 		}
 		line, err := json.Marshal(LogEntry{
-			before.Seq + 1, time.Now().UTC(), who(), os.Getpid(), command, token, result, lineDigest(last),
+			before.Seq + 1, time.Now().UTC(), who.Name(), os.Getpid(), command, token, result, lineDigest(last),
 		})
 		if len(line) > maxEntry {
 			err = errors.New("the command line is too long for it")

@@ -9,6 +9,7 @@ import (
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/who"
 )
 
 // Minutes say what was done with the security officer's PIN, and in whose presence. The token signs them.
@@ -30,7 +31,7 @@ func WriteMinutes(state string, token Token, m Minutes) (path string, err error)
 	if err != nil {
 		return "", err
 	}
-	m.Manufacturer, m.Time, m.Who = signer.KeyID(), time.Now().UTC().Truncate(time.Millisecond), who()
+	m.Manufacturer, m.Time, m.Who = signer.KeyID(), time.Now().UTC().Truncate(time.Millisecond), who.Name()
 	jws, err := signer.Sign(directory.TypeMinutes, m)
 	if err != nil {
 		return "", err

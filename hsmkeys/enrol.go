@@ -158,6 +158,11 @@ const transportLabel = "kme transport "
 // NewTransportKey makes an RSA-3072 key that receives one KEK. Its CKA_UNWRAP_TEMPLATE makes that a key that unwraps and never leaves the token;
 // but a template cannot nest, so it would make the KEK without one of its own, too: DestroyTransportKey ends it when the KEK is there.
 func (t *Token) NewTransportKey(ctx context.Context) (*rsa.PublicKey, error) {
+	return t.newReceiver(ctx, transportLabel, importedKEK)
+}
+
+// newReceiver makes an RSA-3072 key, with a label that begins so, under which keys come into the token as template has them.
+func (t *Token) newReceiver(ctx context.Context, label string, template attributes) (*rsa.PublicKey, error) {
 	return doAs(ctx, t, Operator, "make a transport key", func(s *session) (*rsa.PublicKey, error) {
 		traits, err := t.learn(s)
 		if err != nil {
@@ -165,8 +170,8 @@ func (t *Token) NewTransportKey(ctx context.Context) (*rsa.PublicKey, error) {
 		}
 		id := make([]byte, 20)
 		rand.Read(id)
-		private := frozen(attributes{attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_ID, id), attr(pkcs11.CKA_LABEL, transportLabel+hex.EncodeToString(id[:4]))},
-			guarded(false), use(privateUsages, pkcs11.CKA_UNWRAP), traits.unwraps(importedKEK))
+		private := frozen(attributes{attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_ID, id), attr(pkcs11.CKA_LABEL, label+hex.EncodeToString(id[:4]))},
+			guarded(false), use(privateUsages, pkcs11.CKA_UNWRAP), traits.unwraps(template))
 		public, h, err := s.generatePair(pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN, rsaPublic(3072), private)
 		if err != nil {
 			return nil, explain("make a transport key", err)
@@ -184,12 +189,16 @@ var importedKEK = join(use(usages, pkcs11.CKA_UNWRAP), attributes{
 
 // TransportKeys are the public halves of the transport keys that the token has, in no order.
 func (t *Token) TransportKeys(ctx context.Context) ([]*rsa.PublicKey, error) {
+	return t.receivers(ctx, transportLabel)
+}
+
+func (t *Token) receivers(ctx context.Context, label string) ([]*rsa.PublicKey, error) {
 	return doAs(ctx, t, Operator, "look for transport keys", func(s *session) (all []*rsa.PublicKey, err error) {
-		return all, t.eachTransportKey(s, func(_ pkcs11.ObjectHandle, pub *rsa.PublicKey) { all = append(all, pub) })
+		return all, t.eachReceiver(s, label, func(_ pkcs11.ObjectHandle, pub *rsa.PublicKey) { all = append(all, pub) })
 	})
 }
 
-func (t *Token) eachTransportKey(s *session, f func(pkcs11.ObjectHandle, *rsa.PublicKey)) error {
+func (t *Token) eachReceiver(s *session, label string, f func(pkcs11.ObjectHandle, *rsa.PublicKey)) error {
 	found, err := s.findObjects(attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_UNWRAP, true)})
 	if err != nil {
 		return explain("look for transport keys", err)
@@ -199,7 +208,7 @@ func (t *Token) eachTransportKey(s *session, f func(pkcs11.ObjectHandle, *rsa.Pu
 		if err != nil {
 			return explain("look for transport keys", err)
 		}
-		if !strings.HasPrefix(string(a[0].Value), transportLabel) {
+		if !strings.HasPrefix(string(a[0].Value), label) {
 			continue
 		}
 		pub, err := readRSA(s, h)
@@ -213,7 +222,11 @@ func (t *Token) eachTransportKey(s *session, f func(pkcs11.ObjectHandle, *rsa.Pu
 
 // transportKey finds the private half of a transport key; ErrNoKey if the token has it no more.
 func (t *Token) transportKey(s *session, pub *rsa.PublicKey) (found pkcs11.ObjectHandle, err error) {
-	err = t.eachTransportKey(s, func(h pkcs11.ObjectHandle, have *rsa.PublicKey) {
+	return t.receiver(s, transportLabel, pub)
+}
+
+func (t *Token) receiver(s *session, label string, pub *rsa.PublicKey) (found pkcs11.ObjectHandle, err error) {
+	err = t.eachReceiver(s, label, func(h pkcs11.ObjectHandle, have *rsa.PublicKey) {
 		if have.Equal(pub) {
 			found = h
 		}
@@ -226,8 +239,12 @@ func (t *Token) transportKey(s *session, pub *rsa.PublicKey) (found pkcs11.Objec
 
 // DestroyTransportKey ends a transport key for good. Of one that is gone, it changes nothing.
 func (t *Token) DestroyTransportKey(ctx context.Context, pub *rsa.PublicKey) error {
+	return t.destroyReceiver(ctx, transportLabel, pub)
+}
+
+func (t *Token) destroyReceiver(ctx context.Context, label string, pub *rsa.PublicKey) error {
 	return t.with(ctx, "destroy a transport key", func(s *session) error {
-		h, err := t.transportKey(s, pub)
+		h, err := t.receiver(s, label, pub)
 		if errors.Is(err, ErrNoKey) {
 			return nil
 		}

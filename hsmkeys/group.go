@@ -65,7 +65,7 @@ func (g *Group) checkSame(ctx context.Context) error {
 		}
 		got, err := t.EncryptRANDs(ctx, sealed, make([]RAND, 1))
 		if err != nil || got[0] != want[0] || !bytes.Equal(tag, other) {
-			return fmt.Errorf("%s and %s do not have the same storage and ledger keys: make the one a copy of the other, with the HSM's own tool", first, t)
+			return fmt.Errorf("%s and %s do not have the same storage and ledger keys: copy the keys of the one to the other, with keysvc backup", first, t)
 		}
 	}
 	return nil
@@ -144,13 +144,13 @@ func (g *Group) VerifyInSoftware() {
 	}
 }
 
-// inGroup does an operation on one token after the other, beginning with another one each time, until one is there. All that a Group does can be done
-// twice.
+// inGroup does an operation on one token after the other, beginning with another one each time, until one is there and has the key: of a storage key
+// that is being rotated, the newest generation is in one token first. All that a Group does can be done twice.
 func inGroup[T any](g *Group, f func(*Token) (T, error)) (out T, err error) {
 	first := int(g.next.Add(1) % uint64(len(g.tokens)))
 	for i := range g.tokens {
 		out, err = f(g.tokens[(first+i)%len(g.tokens)])
-		if c := classify(err); !errors.Is(err, ErrUnavailable) && c != classDevice && c != classSession && c != classSuspect {
+		if c := classify(err); !errors.Is(err, ErrUnavailable) && c != classDevice && c != classSession && c != classSuspect && !errors.Is(err, ErrNoKey) {
 			return out, err
 		}
 	}

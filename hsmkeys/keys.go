@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"math/big"
+	"time"
 
 	"github.com/miekg/pkcs11"
 
@@ -139,7 +140,7 @@ func (t *Token) EnsureStorageKey(ctx context.Context) (created bool, err error) 
 }
 
 func (t *Token) makeStorage(ctx context.Context, k Key) (created bool, err error) {
-	defer t.sealing.Store(0)
+	defer t.sealing.Store(nil)
 	traits, err := t.learnt(ctx)
 	if err != nil {
 		return false, err
@@ -168,13 +169,22 @@ func (t *Token) hasStorage(ctx context.Context) (bool, error) {
 	})
 }
 
+// A sealing is the generation of the storage key that seals, for some time.
+type sealing struct {
+	generation int
+	until      time.Time
+}
+
+// LookAgain is after how long a token is asked again whether there is a newer storage key: so long after one was made, and the calls then under way,
+// nobody seals with an older one.
+const LookAgain = 5 * time.Second
+
 // newestStorage finds the storage key that seals. A generation that is not used any more is gone, so the first that is there need not be 1; after it,
 // none is left out.
 func (t *Token) newestStorage(s *session) (generation int, h pkcs11.ObjectHandle, err error) {
-	k := storageKey
-	if k.Generation = int(t.sealing.Load()); k.Generation > 0 {
-		h, err = t.find(s, pkcs11.CKO_SECRET_KEY, k)
-		return k.Generation, h, err
+	if known := t.sealing.Load(); known != nil && time.Now().Before(known.until) {
+		h, err = t.find(s, pkcs11.CKO_SECRET_KEY, storageGeneration(known.generation))
+		return known.generation, h, err
 	}
 	for g := range storageKey.Generations() {
 		next, err := t.find(s, pkcs11.CKO_SECRET_KEY, g)
@@ -192,8 +202,14 @@ func (t *Token) newestStorage(s *session) (generation int, h pkcs11.ObjectHandle
 	if generation == 0 {
 		return 0, 0, fmt.Errorf("%s: %w", storageKey.Label(), ErrNoKey)
 	}
-	t.sealing.Store(int64(generation))
+	t.sealing.Store(&sealing{generation, time.Now().Add(LookAgain)})
 	return generation, h, nil
+}
+
+func storageGeneration(n int) Key {
+	k := storageKey
+	k.Generation = n
+	return k
 }
 
 // EnsureLedgerKey makes the HMAC key that tags KMEs for the one-use ledger, unless the token has it. It can be backed up as the storage key can.
@@ -202,8 +218,11 @@ func (t *Token) EnsureLedgerKey(ctx context.Context) (created bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	return t.ensureSecret(ctx, Operator, ledgerKey, pkcs11.CKM_GENERIC_SECRET_KEY_GEN,
-		join(attributes{attr(pkcs11.CKA_PRIVATE, true)}, traits.leaves(), use(usages, pkcs11.CKA_SIGN)))
+	return t.ensureSecret(ctx, Operator, ledgerKey, pkcs11.CKM_GENERIC_SECRET_KEY_GEN, ledgerTemplate(traits))
+}
+
+func ledgerTemplate(t traits) attributes {
+	return join(attributes{attr(pkcs11.CKA_PRIVATE, true)}, t.leaves(), use(usages, pkcs11.CKA_SIGN))
 }
 
 // rsaPublic is the template of a public key object that lives until it has been read: the private object has the

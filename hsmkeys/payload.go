@@ -194,7 +194,12 @@ func seal(s *session, generation int, storage pkcs11.ObjectHandle, secret kme.Se
 			err = explainIf("seal a KME", derr)
 		}
 	}()
-	sealed = make([]byte, sealedSize)
+	return sealObject(s, generation, storage, h)
+}
+
+// sealObject wraps a KME that is an object.
+func sealObject(s *session, generation int, storage, h pkcs11.ObjectHandle) ([]byte, error) {
+	sealed := make([]byte, sealedSize)
 	sealed[0] = byte(generation)
 	wrapped, err := s.wrap(pkcs11.CKM_AES_KEY_WRAP, storage, h, sealed[1:])
 	if err == nil && len(wrapped) != sealedSize-1 {
@@ -240,9 +245,11 @@ func (t *Token) randBlocks(ctx context.Context, operation string, sealed []byte,
 		in = append(in, r[:]...)
 	}
 	return do(ctx, t, operation, func(s *session) (out []RAND, err error) {
-		k := storageKey
-		k.Generation = int(sealed[0])
-		storage, err := t.find(s, pkcs11.CKO_SECRET_KEY, k)
+		generation := int(sealed[0])
+		if known := t.sealing.Load(); known != nil && known.generation < generation {
+			t.sealing.Store(nil) // somebody has made a newer storage key
+		}
+		storage, err := t.find(s, pkcs11.CKO_SECRET_KEY, storageGeneration(generation))
 		if err != nil {
 			return out, err
 		}

@@ -60,6 +60,7 @@ const (
 	RoleOperatorOutgoing Role = "operator-transport" // an operator's public transport key, TRUSTED, on a factory token
 	RoleStorage          Role = "storage"
 	RoleLedger           Role = "ledger"
+	RoleBackup           Role = "backup" // a public key, TRUSTED, that receives storage and ledger key for the moment of a backup
 )
 
 // ID is the CKA_ID: 20 bytes, the same on every token.
@@ -142,7 +143,7 @@ type Token struct {
 
 	dedicated atomic.Pointer[Dedication] // once it is known
 	traits    atomic.Pointer[traits]     // once they are learnt
-	sealing   atomic.Int64               // the newest generation of the storage key; 0 while it is to be looked for
+	sealing   atomic.Pointer[sealing]    // the newest generation of the storage key; nil while it is to be looked for
 
 	mu      sync.Mutex
 	handles map[handleKey]pkcs11.ObjectHandle // another map after each forget; it and what is in it are guarded by mu
@@ -422,7 +423,7 @@ func (t *Token) forget() {
 	t.mu.Lock()
 	t.handles = map[handleKey]pkcs11.ObjectHandle{}
 	t.mu.Unlock()
-	t.sealing.Store(0)
+	t.sealing.Store(nil)
 }
 
 func (t *Token) findAll(s *session, class uint, k Key) ([]pkcs11.ObjectHandle, error) {

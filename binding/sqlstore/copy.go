@@ -13,8 +13,8 @@ var tables = []struct {
 	name    string
 	columns []string
 }{
-	{"manufacturers", []string{"key_id", "pem", "operator", "directory", "enrolled_at"}},
-	{"lots", []string{"manufacturer", "lot", "manifest", "imported_at"}},
+	{"manufacturers", []string{"key_id", "pem", "operator", "directory", "enrolled_at", "withdrawn", "decided_by", "decided_because", "decided_at"}},
+	{"lots", []string{"manufacturer", "lot", "manifest", "imported_at", "withdrawn", "decided_by", "decided_because", "decided_at"}},
 	{"attempts", []string{"id", "imsi", "origin", "expires_at", "opened"}},
 	{"spent_rands", []string{"imsi", "rand"}},
 	{"ledger", []string{"imei", "tag", "imsi"}},

@@ -51,6 +51,7 @@ func openSQLite(ctx context.Context, path string) (*Store, error) {
 		change: func(ctx context.Context, _ string, f func(context.Context, *sql.Tx) error) error {
 			return write.Do(ctx, f)
 		},
+		lock:    func(context.Context, *sql.Tx, string) error { return nil },
 		close:   write.Close,
 		company: write.Company,
 	}, nil
@@ -63,7 +64,7 @@ func openPostgres(ctx context.Context, name string) (*Store, error) {
 	}
 	db.SetMaxOpenConns(32)
 	db.SetMaxIdleConns(32)
-	s := &Store{read: db, change: changePostgres(db), close: func() error { return nil }}
+	s := &Store{read: db, change: changePostgres(db), lock: lockPostgres, close: func() error { return nil }}
 	if err := errors.Join(checkPostgres(ctx, db), s.migrate(ctx)); err != nil {
 		return nil, errors.Join(fmt.Errorf("the PostgreSQL database cannot be used: %w", err), db.Close())
 	}
@@ -93,7 +94,7 @@ func changePostgres(db *sql.DB) func(context.Context, string, func(context.Conte
 			return err
 		}
 		defer tx.Rollback() // no effect after Commit
-		if _, err := tx.ExecContext(ctx, "SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", key); err != nil {
+		if err := lockPostgres(ctx, tx, key); err != nil {
 			return err
 		}
 		if err := f(ctx, tx); err != nil {
@@ -101,6 +102,11 @@ func changePostgres(db *sql.DB) func(context.Context, string, func(context.Conte
 		}
 		return tx.Commit()
 	}
+}
+
+func lockPostgres(ctx context.Context, tx *sql.Tx, key string) error {
+	_, err := tx.ExecContext(ctx, "SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", key)
+	return err
 }
 
 // forPostgres turns a migration into PostgreSQL's dialect.

@@ -7,7 +7,12 @@ CREATE TABLE manufacturers (
   pem         TEXT NOT NULL,
   operator    TEXT NOT NULL,
   directory   TEXT NOT NULL,
-  enrolled_at BIGINT NOT NULL
+  enrolled_at BIGINT NOT NULL,
+  -- The last decision about it, whose: 1 if none of its lots is served any more.
+  withdrawn       INTEGER NOT NULL DEFAULT 0,
+  decided_by      TEXT NOT NULL DEFAULT '',
+  decided_because TEXT NOT NULL DEFAULT '',
+  decided_at      BIGINT NOT NULL DEFAULT 0
 );
 
 CREATE TABLE lots (
@@ -15,6 +20,11 @@ CREATE TABLE lots (
   lot          TEXT NOT NULL,
   manifest     TEXT NOT NULL,              -- the signed manifest, a compact JWS
   imported_at  BIGINT NOT NULL,
+  -- As in manufacturers: 1 if the lot is not served any more.
+  withdrawn       INTEGER NOT NULL DEFAULT 0,
+  decided_by      TEXT NOT NULL DEFAULT '',
+  decided_because TEXT NOT NULL DEFAULT '',
+  decided_at      BIGINT NOT NULL DEFAULT 0,
   PRIMARY KEY (manufacturer, lot)
 );
 
@@ -51,6 +61,7 @@ CREATE TABLE bindings (
   imei           TEXT NOT NULL,
   manufacturer   TEXT NOT NULL,
   lot            TEXT NOT NULL,
+  device_key     INTEGER NOT NULL,         -- how many keys the device had been issued in the place of its first
   sealed         BLOB NOT NULL,            -- the KME under the token's storage key, AES key wrap; empty when revoked
   nw_sig         BLOB NOT NULL,
   attempt_id     TEXT NOT NULL,

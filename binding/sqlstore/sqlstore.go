@@ -22,14 +22,17 @@ type Store struct {
 	read *sql.DB
 	// change makes a change durably and alone: no other with the same key is under way.
 	change func(ctx context.Context, key string, f func(context.Context, *sql.Tx) error) error
-	close  func() error
+	// lock has no other change with the key until the transaction ends.
+	lock  func(ctx context.Context, tx *sql.Tx, key string) error
+	close func() error
 	// company is sqlite.Writer's; nil for PostgreSQL, which has commit_delay of its own.
 	company func(func() int)
 }
 
 var (
-	_ binding.Store    = (*Store)(nil)
-	_ binding.Registry = (*Store)(nil)
+	_ binding.Store       = (*Store)(nil)
+	_ binding.Registry    = (*Store)(nil)
+	_ binding.SealedStore = (*Store)(nil)
 )
 
 // Close ends all connections.
@@ -55,14 +58,14 @@ func (s *Store) exec(ctx context.Context, key, query string, args ...any) error 
 	})
 }
 
-const bindingColumns = `imsi, state, imei, manufacturer, lot, sealed, nw_sig, attempt_id, payload_sha256, ` +
+const bindingColumns = `imsi, state, imei, manufacturer, lot, device_key, sealed, nw_sig, attempt_id, payload_sha256, ` +
 	`established_at, activated_at, revoked_at, origin, expires_at, sent`
 
 func scanBinding(scan func(...any) error) (*binding.Binding, error) {
 	var b binding.Binding
 	var imsi, imei, origin, sent string
 	var established, activated, revoked, expires int64
-	if err := scan(&imsi, &b.State, &imei, &b.Manufacturer, &b.Lot, &b.Sealed, &b.NWSig, &b.AttemptID, &b.PayloadSHA256,
+	if err := scan(&imsi, &b.State, &imei, &b.Manufacturer, &b.Lot, &b.DeviceKey, &b.Sealed, &b.NWSig, &b.AttemptID, &b.PayloadSHA256,
 		&established, &activated, &revoked, &origin, &expires, &sent); err != nil {
 		return nil, err
 	}
@@ -342,13 +345,14 @@ func (s *Store) Establish(ctx context.Context, b *binding.Binding, tag []byte, g
 			return err
 		}
 		_, err = tx.ExecContext(ctx, `INSERT INTO bindings (`+bindingColumns+`)
-			VALUES ($1, 'PENDING', $2, $3, $4, $5, $6, $7, $8, $9, 0, 0, $10, $11, '')
+			VALUES ($1, 'PENDING', $2, $3, $4, $5, $6, $7, $8, $9, $10, 0, 0, $11, $12, '')
 			ON CONFLICT (imsi, state) DO UPDATE SET
-			imei = excluded.imei, manufacturer = excluded.manufacturer, lot = excluded.lot, sealed = excluded.sealed,
-			nw_sig = excluded.nw_sig, attempt_id = excluded.attempt_id, payload_sha256 = excluded.payload_sha256,
+			imei = excluded.imei, manufacturer = excluded.manufacturer, lot = excluded.lot,
+			device_key = excluded.device_key, sealed = excluded.sealed, nw_sig = excluded.nw_sig,
+			attempt_id = excluded.attempt_id, payload_sha256 = excluded.payload_sha256,
 			established_at = excluded.established_at,
 			origin = excluded.origin, expires_at = excluded.expires_at, sent = ''`,
-			b.IMSI.String(), b.IMEI.String(), b.Manufacturer, b.Lot, b.Sealed, b.NWSig, b.AttemptID, b.PayloadSHA256,
+			b.IMSI.String(), b.IMEI.String(), b.Manufacturer, b.Lot, b.DeviceKey, b.Sealed, b.NWSig, b.AttemptID, b.PayloadSHA256,
 			b.Established.UnixMilli(), b.Origin.String(), b.Expires.UnixMilli())
 		return err
 	})
@@ -418,8 +422,8 @@ func (s *Store) Revoke(ctx context.Context, imsi kme.IMSI, now time.Time) (b *bi
 		b.State, b.Revoked, b.Sealed, b.Expires, b.Sent = binding.Revoked, fromMillis(now.UnixMilli()),
 			[]byte{}, time.Time{}, nil
 		_, err = tx.ExecContext(ctx, `INSERT INTO bindings (`+bindingColumns+`)
-			VALUES ($1, 'REVOKED', $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, 0, '')`,
-			imsi.String(), b.IMEI.String(), b.Manufacturer, b.Lot, b.Sealed, b.NWSig, b.AttemptID, b.PayloadSHA256,
+			VALUES ($1, 'REVOKED', $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, 0, '')`,
+			imsi.String(), b.IMEI.String(), b.Manufacturer, b.Lot, b.DeviceKey, b.Sealed, b.NWSig, b.AttemptID, b.PayloadSHA256,
 			b.Established.UnixMilli(),
 			millis(b.Activated), now.UnixMilli(), b.Origin.String())
 		return err
@@ -431,6 +435,60 @@ func (s *Store) Revoke(ctx context.Context, imsi kme.IMSI, now time.Time) (b *bi
 		return nil, err
 	}
 	return b, nil
+}
+
+func (s *Store) Bound(ctx context.Context, manufacturer, lot string, now time.Time) (n int, err error) {
+	err = s.read.QueryRowContext(ctx, `SELECT COUNT(*) FROM bindings WHERE manufacturer = $1 AND (lot = $2 OR $2 = '') AND
+		(state = 'ACTIVE' OR state = 'PENDING' AND expires_at > $3)`, manufacturer, lot, now.UnixMilli()).Scan(&n)
+	return n, err
+}
+
+const sealedBelow = `sealed < $1 AND state <> 'REVOKED'`
+
+func (s *Store) CountSealed(ctx context.Context, below []byte) (n int, err error) {
+	err = s.read.QueryRowContext(ctx, `SELECT COUNT(*) FROM bindings WHERE `+sealedBelow, below).Scan(&n)
+	return n, err
+}
+
+func (s *Store) Sealed(ctx context.Context, after binding.Sealed, below []byte, limit int) (all []binding.Sealed, err error) {
+	err = query(ctx, s.read, func(scan func(...any) error) error {
+		var b binding.Sealed
+		var imsi string
+		if err := scan(&imsi, &b.State, &b.KME); err != nil {
+			return err
+		}
+		if err := b.IMSI.UnmarshalText([]byte(imsi)); err != nil {
+			return fmt.Errorf("the database is damaged: %w", err)
+		}
+		all = append(all, b)
+		return nil
+	}, `SELECT imsi, state, sealed FROM bindings WHERE `+sealedBelow+` AND (imsi, state) > ($2, $3) ORDER BY imsi, state LIMIT $4`,
+		below, after.IMSI.String(), string(after.State), limit)
+	return all, err
+}
+
+func (s *Store) Reseal(ctx context.Context, all []binding.Resealed) (changed int, err error) {
+	err = s.change(ctx, "reseal", func(ctx context.Context, tx *sql.Tx) error {
+		changed = 0 // it may be called again
+		for _, r := range all {
+			// One after the other: whoever changes an IMSI has no other's lock.
+			if err := s.lock(ctx, tx, r.IMSI.String()); err != nil {
+				return err
+			}
+			result, err := tx.ExecContext(ctx, `UPDATE bindings SET sealed = $1 WHERE imsi = $2 AND sealed = $3`,
+				r.Again, r.IMSI.String(), r.KME)
+			if err != nil {
+				return err
+			}
+			n, err := result.RowsAffected()
+			if err != nil {
+				return err
+			}
+			changed += int(n)
+		}
+		return nil
+	})
+	return changed, err
 }
 
 func (s *Store) DropExpired(ctx context.Context, now time.Time) error {
@@ -446,13 +504,51 @@ func (s *Store) PutManufacturer(ctx context.Context, m *binding.Manufacturer) er
 func (s *Store) Manufacturers(ctx context.Context) (all []*binding.Manufacturer, err error) {
 	err = query(ctx, s.read, func(scan func(...any) error) error {
 		m := new(binding.Manufacturer)
-		var enrolled int64
-		err := scan(&m.KeyID, &m.PEM, &m.Operator, &m.Directory, &enrolled)
-		m.Enrolled = fromMillis(enrolled)
+		var enrolled, decided int64
+		err := scan(&m.KeyID, &m.PEM, &m.Operator, &m.Directory, &enrolled, &m.Verdict.Withdrawn, &m.Verdict.By, &m.Verdict.Reason, &decided)
+		m.Enrolled, m.Verdict.Time = fromMillis(enrolled), fromMillis(decided)
 		all = append(all, m)
 		return err
-	}, `SELECT key_id, pem, operator, directory, enrolled_at FROM manufacturers ORDER BY key_id`)
+	}, `SELECT key_id, pem, operator, directory, enrolled_at, `+verdictColumns+` FROM manufacturers ORDER BY key_id`)
 	return all, err
+}
+
+const verdictColumns = `withdrawn, decided_by, decided_because, decided_at`
+
+func (s *Store) Decide(ctx context.Context, manufacturer, lot string, v binding.Verdict,
+	check func([]*binding.Lot) error) (stands binding.Verdict, err error) {
+	table, where := "manufacturers", "key_id = $%d AND $%d = ''"
+	if lot != "" {
+		table, where = "lots", "manufacturer = $%d AND lot = $%d"
+	}
+	withdrawn := 0
+	if v.Withdrawn {
+		withdrawn = 1
+	}
+	err = s.change(ctx, "registry", func(ctx context.Context, tx *sql.Tx) error {
+		var decided int64
+		err := tx.QueryRowContext(ctx, `SELECT `+verdictColumns+` FROM `+table+` WHERE `+fmt.Sprintf(where, 1, 2),
+			manufacturer, lot).Scan(&stands.Withdrawn, &stands.By, &stands.Reason, &decided)
+		stands.Time = fromMillis(decided)
+		switch {
+		case errors.Is(err, sql.ErrNoRows):
+			return binding.ErrNotTaken
+		case err != nil || stands.Withdrawn == v.Withdrawn:
+			return err
+		}
+		all, err := lots(ctx, tx)
+		if err == nil {
+			err = check(all)
+		}
+		if err != nil {
+			return err
+		}
+		stands = v
+		_, err = tx.ExecContext(ctx, `UPDATE `+table+` SET withdrawn = $1, decided_by = $2, decided_because = $3, decided_at = $4
+			WHERE `+fmt.Sprintf(where, 5, 6), withdrawn, v.By, v.Reason, v.Time.UnixMilli(), manufacturer, lot)
+		return err
+	})
+	return stands, err
 }
 
 func (s *Store) PutLot(ctx context.Context, lot *binding.Lot, check func([]*binding.Lot) error) error {
@@ -476,8 +572,10 @@ func lots(ctx context.Context, q queryer) (all []*binding.Lot, err error) {
 	err = query(ctx, q, func(scan func(...any) error) error {
 		l := new(binding.Lot)
 		var name, pem string
-		var imported int64
-		if err := scan(&l.Manufacturer, &name, &l.ManifestJWS, &imported, &pem); err != nil {
+		var imported, retired, distrusted int64
+		if err := scan(&l.Manufacturer, &name, &l.ManifestJWS, &imported, &pem,
+			&l.Retired.Withdrawn, &l.Retired.By, &l.Retired.Reason, &retired,
+			&l.Distrusted.Withdrawn, &l.Distrusted.By, &l.Distrusted.Reason, &distrusted); err != nil {
 			return err
 		}
 		verifier, err := directory.ParseVerifier([]byte(pem))
@@ -487,10 +585,11 @@ func lots(ctx context.Context, q queryer) (all []*binding.Lot, err error) {
 		if l.Manifest, err = verifier.Manifest(name, []byte(l.ManifestJWS)); err != nil {
 			return err
 		}
-		l.Imported = fromMillis(imported)
+		l.Imported, l.Retired.Time, l.Distrusted.Time = fromMillis(imported), fromMillis(retired), fromMillis(distrusted)
 		all = append(all, l)
 		return nil
-	}, `SELECT l.manufacturer, l.lot, l.manifest, l.imported_at, m.pem FROM lots l
+	}, `SELECT l.manufacturer, l.lot, l.manifest, l.imported_at, m.pem,
+		l.withdrawn, l.decided_by, l.decided_because, l.decided_at, m.withdrawn, m.decided_by, m.decided_because, m.decided_at FROM lots l
 		JOIN manufacturers m ON m.key_id = l.manufacturer
 		ORDER BY l.manufacturer, l.lot`)
 	return all, err

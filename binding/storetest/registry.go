@@ -177,6 +177,113 @@ func lotRefused(t *testing.T, s Store) {
 	}
 }
 
+func verdicts(t *testing.T, s Store) {
+	a, b := newMaker(t, s), newMaker(t, s)
+	lots := []*binding.Lot{a.lot(t, "L1", 0), b.lot(t, "L1", 10), a.lot(t, "L2", 20)}
+	for _, l := range lots {
+		if err := s.PutLot(t.Context(), l, allowed); err != nil {
+			t.Fatal(err)
+		}
+	}
+	enter := func(manufacturer, lot string, v, want binding.Verdict) {
+		t.Helper()
+		checked := false
+		stands, err := s.Decide(t.Context(), manufacturer, lot, v, func(before []*binding.Lot) error {
+			checked = true
+			sameLots(t, before, lots)
+			return nil
+		})
+		if err != nil || stands != want || checked != (v == want) {
+			t.Errorf("decided %+v, error %v, checked %v; want %+v", stands, err, checked, want)
+		}
+	}
+	verdict := func(withdrawn bool, by string, after time.Duration) binding.Verdict {
+		return binding.Verdict{Withdrawn: withdrawn, By: by, Reason: "why " + by, Time: t0.Add(after)}
+	}
+	enter(a.KeyID, "", verdict(false, "x@h", 0), binding.Verdict{}) // it is served already
+
+	// A lot of that name of that manufacturer, and no other.
+	retired := verdict(true, "a@h", time.Second)
+	enter(a.KeyID, "L1", retired, retired)
+	lots[0].Retired = retired
+	checkLots(t, s, lots...)
+	enter(a.KeyID, "L1", verdict(true, "b@h", time.Hour), retired) // the first one stands
+
+	// All lots of that manufacturer, what is decided about them besides stays.
+	distrusted := verdict(true, "c@h", time.Minute)
+	enter(a.KeyID, "", distrusted, distrusted)
+	lots[0].Distrusted, lots[2].Distrusted, a.Verdict = distrusted, distrusted, distrusted
+	checkLots(t, s, lots...)
+	checkManufacturers(t, s, a.Manufacturer, b.Manufacturer)
+
+	// Enrolling and importing again do not undo it.
+	if err := s.PutManufacturer(t.Context(), &binding.Manufacturer{KeyID: a.KeyID, PEM: a.PEM, Operator: "op",
+		Directory: a.Directory, Enrolled: t0}); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.PutLot(t.Context(), a.lot(t, "L1", 0), allowed); err != nil {
+		t.Fatal(err)
+	}
+	checkManufacturers(t, s, a.Manufacturer, b.Manufacturer)
+	checkLots(t, s, lots...)
+
+	trusted := verdict(false, "d@h", 2*time.Minute)
+	enter(a.KeyID, "", trusted, trusted)
+	lots[0].Distrusted, lots[2].Distrusted, a.Verdict = trusted, trusted, trusted
+	checkLots(t, s, lots...)
+	checkManufacturers(t, s, a.Manufacturer, b.Manufacturer)
+}
+
+func verdictsRefused(t *testing.T, s Store) {
+	a := newMaker(t, s)
+	lot := a.lot(t, "L1", 0)
+	if err := s.PutLot(t.Context(), lot, allowed); err != nil {
+		t.Fatal(err)
+	}
+	v := binding.Verdict{Withdrawn: true, By: "a@h", Reason: "r", Time: t0}
+	for _, c := range [][2]string{{"nobody", ""}, {a.KeyID, "L2"}, {"nobody", "L1"}, {"", ""}} {
+		if _, err := s.Decide(t.Context(), c[0], c[1], v, allowed); !errors.Is(err, binding.ErrNotTaken) {
+			t.Errorf("manufacturer %q, lot %q: %v, want ErrNotTaken", c[0], c[1], err)
+		}
+	}
+	no := errors.New("no")
+	for _, name := range []string{"", "L1"} {
+		if _, err := s.Decide(t.Context(), a.KeyID, name, v, func([]*binding.Lot) error { return no }); !errors.Is(err, no) {
+			t.Errorf("a verdict that its check refuses: %v, want the check's error", err)
+		}
+	}
+	checkManufacturers(t, s, a.Manufacturer)
+	checkLots(t, s, lot)
+}
+
+func boundTo(t *testing.T, s Store) {
+	check := func(when time.Time, want ...int) {
+		t.Helper()
+		for i, c := range [][2]string{{"maker", ""}, {"maker", "L1"}, {"maker", "L2"}, {"other", ""}} {
+			if n, err := s.Bound(t.Context(), c[0], c[1], when); err != nil || n != want[i] {
+				t.Errorf("%d bindings stand with lot %q of %q, error %v; want %d", n, c[1], c[0], err, want[i])
+			}
+		}
+	}
+	check(t0, 0, 0, 0, 0)
+	for i := range 3 {
+		bind(t, s, subscription(t, i), device(t, i), fmt.Sprint(i), []byte{byte(i)})
+	}
+	b := newBinding(subscription(t, 3), device(t, 3), "3")
+	b.Lot = "L2"
+	openAttempt(t, s, b.IMSI, "3", t0)
+	if err := s.Establish(t.Context(), b, []byte{3}, true, t0); err != nil {
+		t.Fatal(err)
+	}
+	check(t0, 4, 3, 1, 0)
+	activate(t, s, subscription(t, 0), t0)
+	if _, err := s.Revoke(t.Context(), subscription(t, 1), t0); err != nil {
+		t.Fatal(err)
+	}
+	check(t0, 3, 2, 1, 0)
+	check(t0.Add(pendingTTL), 1, 1, 0, 0) // pending ones have ended by themselves
+}
+
 func raceLots(t *testing.T, s Store) {
 	makers := []*maker{newMaker(t, s), newMaker(t, s)}
 	lots := make([]*binding.Lot, racers)

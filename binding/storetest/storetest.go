@@ -23,6 +23,7 @@ import (
 type Store = interface {
 	binding.Store
 	binding.Registry
+	binding.SealedStore
 }
 
 // Run tests an implementation. open gives a store that holds nothing, and closes it at the end of its test.
@@ -59,6 +60,10 @@ func Run(t *testing.T, open func(t *testing.T) Store) {
 		{"Manufacturers", manufacturers},
 		{"Lots", lots},
 		{"LotRefused", lotRefused},
+		{"Verdicts", verdicts},
+		{"VerdictsRefused", verdictsRefused},
+		{"Bound", boundTo},
+		{"Reseal", reseal},
 		{"RacePrepare", racePrepare},
 		{"RaceAttempt", raceAttempt},
 		{"RaceLedger", raceLedger},
@@ -179,7 +184,7 @@ func subscriptionOf(t *testing.T, s Store, imsi kme.IMSI, now time.Time) *bindin
 func newBinding(imsi kme.IMSI, imei kme.IMEI, attempt string) *binding.Binding {
 	fill := func(n int) []byte { return bytes.Repeat([]byte(attempt[:1]), n) }
 	return &binding.Binding{
-		IMSI: imsi, IMEI: imei, Manufacturer: "maker", Lot: "L1", State: binding.Pending, Sealed: fill(40), Established: t0.Add(time.Second),
+		IMSI: imsi, IMEI: imei, Manufacturer: "maker", Lot: "L1", State: binding.Pending, DeviceKey: 2, Sealed: fill(40), Established: t0.Add(time.Second),
 		Expires: t0.Add(pendingTTL), AttemptID: attempt, PayloadSHA256: append([]byte{0, 0xff}, fill(30)...), NWSig: fill(32),
 	}
 }

@@ -2,7 +2,6 @@ package main
 
 import (
 	"cmp"
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -14,6 +13,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
+	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -42,6 +42,13 @@ func bindingCommand() *cli.Command {
 				Name: "list", Usage: "list the bindings, one an IMSI",
 				Flags:  storeFlags(&cli.StringFlag{Name: "imei", Usage: "only those of this device, `IMEI`"}),
 				Action: bindingList,
+			},
+			{
+				Name: "report", Usage: "list the bindings that rest on keys which are not to be trusted any more, and why",
+				Description: "The device's key was issued anew after the binding was established (DEVICE_REISSUED), or revoked (DEVICE_REVOKED);\n" +
+					"the lot was retired (LOT_RETIRED), or revoked as a whole by its manufacturer (LOT_REVOKED); the manufacturer is distrusted (MANUFACTURER_DISTRUSTED).\n" +
+					"These bindings are served on: end them with keysvc binding revoke.",
+				Flags: slices.Concat([]cli.Flag{stateFlag, storeFlag}, cmdline.DirectoryFlags(), []cli.Flag{cmdline.JSON}), Action: bindingReport,
 			},
 			{Name: "show", Usage: "show an IMSI's binding", ArgsUsage: "IMSI", Flags: storeFlags(), Action: bindingShow},
 			{
@@ -102,41 +109,65 @@ func bindingList(c *cli.Context) error {
 		}
 	}
 	return withStore(c, func(s *sqlstore.Store) error {
-		all := bindings(c.Context, s, imei)
+		all := binding.Each(c.Context, s, imei, time.Now())
 		if c.Bool("json") {
-			return cmdline.PrintList(c, `"bindings"`, all)
+			return cmdline.PrintList(c, `"bindings"`, each(all, show))
 		}
 		fmt.Fprintf(c.App.Writer, bindingLine, "IMSI", "IMEI", "STATE", "LOT", "ESTABLISHED")
 		for b, err := range all {
 			if err != nil {
 				return err
 			}
-			b.print(c.App.Writer)
+			show(b).print(c.App.Writer)
 		}
 		return nil
 	})
 }
 
-// bindings reads them page by page: there may be millions.
-func bindings(ctx context.Context, s *sqlstore.Store, imei kme.IMEI) iter.Seq2[shown, error] {
-	const page = 1000
-	return func(yield func(shown, error) bool) {
-		for after := ""; ; {
-			list, err := s.Bindings(ctx, after, imei, page, time.Now())
-			if err != nil {
-				yield(shown{}, err)
-				return
+// each shows the items of a list.
+func each[T, S any](all iter.Seq2[T, error], show func(T) S) iter.Seq2[S, error] {
+	return func(yield func(S, error) bool) {
+		for item, err := range all {
+			var s S
+			if err == nil {
+				s = show(item)
 			}
-			for _, b := range list {
-				if after = b.IMSI.String(); !yield(show(b), nil) {
-					return
-				}
-			}
-			if len(list) < page {
+			if !yield(s, err) {
 				return
 			}
 		}
 	}
+}
+
+func bindingReport(c *cli.Context) error {
+	return withStore(c, func(store *sqlstore.Store) error {
+		open := opener(c.Context, c.String("directory"), cmdline.VaultLogin(c), directory.ReaderOptions{}, nil, cmdline.StderrLog(c))
+		lots, err := binding.OpenLots(c.Context, store, open)
+		if err != nil {
+			return err
+		}
+		type suspect struct {
+			shown
+			Doubts []binding.Doubt `json:"doubts"`
+		}
+		all := lots.Suspects(c.Context, store, time.Now())
+		if c.Bool("json") {
+			return cmdline.PrintList(c, `"bindings"`, each(all, func(s binding.Suspect) suspect { return suspect{show(s.Binding), s.Doubts} }))
+		}
+		n := 0
+		for s, err := range all {
+			if err != nil {
+				return err
+			}
+			show(s.Binding).print(c.App.Writer)
+			for _, d := range s.Doubts {
+				fmt.Fprintf(c.App.Writer, "    %s  %s: %s\n", d.Time.Format(time.RFC3339), d.Why, d.Reason)
+			}
+			n++
+		}
+		fmt.Fprintf(c.App.Writer, "%d bindings rest on keys that are not to be trusted any more\n", n)
+		return nil
+	})
 }
 
 func withIMSI(c *cli.Context, f func(*sqlstore.Store, kme.IMSI) error) error {

@@ -16,6 +16,7 @@ import (
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/who"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -56,17 +57,23 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 					{
 						Name: "import", Usage: "take a granted lot's key into the token, and prove that it fits the lot's modulus", ArgsUsage: "FILE",
 						Description: "A running service serves the lot after a SIGHUP.",
-						Flags:       []cli.Flag{cmdline.Token, stateFlag, storeFlag, cmdline.JSON}, Action: cmdline.Alone(lotImport),
+						Flags: []cli.Flag{cmdline.Token, stateFlag, storeFlag,
+							&cli.StringFlag{Name: "reinstate", Usage: "serve a lot again that was retired, for this `REASON`"}, cmdline.JSON},
+						Action: cmdline.Alone(lotImport),
 					},
 					{Name: "list", Usage: "list the lots", Flags: storeFlags(), Action: lotList},
+					lotRetireCommand(),
 				},
 			},
+			manufacturerCommand(),
 			{
 				Name: "device", Usage: "say what the directory says of a device, its signatures verified", ArgsUsage: "IMEI",
 				Flags: slices.Concat([]cli.Flag{stateFlag, storeFlag}, cmdline.DirectoryFlags(), []cli.Flag{cmdline.JSON}), Action: device,
 			},
 			bindingCommand(),
 			storeCommand(),
+			backupCommand(),
+			storageCommand(),
 			{
 				Name: "serve", Usage: "serve the HSS",
 				Description: "SIGTERM finishes the calls under way and ends; SIGHUP takes up lots and certificates anew.\n\n" + configHelp,
@@ -136,9 +143,17 @@ func lotImport(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	var again *binding.Verdict
+	if reason := c.String("reinstate"); c.IsSet("reinstate") {
+		v, err := binding.NewVerdict(false, who.Name(), reason)
+		if err != nil {
+			return cmdline.Usage(fmt.Errorf("--reinstate: %w", err))
+		}
+		again = &v
+	}
 	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
 		return withStore(c, func(store *sqlstore.Store) error {
-			lot, err := binding.ImportLot(c.Context, token, store, jws)
+			lot, err := binding.ImportLot(c.Context, token, store, jws, again)
 			if err != nil {
 				return err
 			}
@@ -159,17 +174,20 @@ func lotList(c *cli.Context) error {
 		}
 		type row struct {
 			*directory.Manifest
-			Imported time.Time `json:"imported"`
+			Imported   time.Time        `json:"imported"`
+			Retired    *binding.Verdict `json:"retired,omitempty"`
+			Distrusted *binding.Verdict `json:"distrusted,omitempty"`
 		}
 		rows := make([]row, len(lots))
 		for i, l := range lots {
-			rows[i] = row{l.Manifest, l.Imported}
+			rows[i] = row{l.Manifest, l.Imported, decided(l.Retired), decided(l.Distrusted)}
 		}
 		return cmdline.Print(c, map[string]any{"lots": rows}, func(w io.Writer) {
-			fmt.Fprintf(w, "%-24s %5s %9s  %-20s %-20s %s\n", "LOT", "BITS", "DEVICES", "SUITE", "IMPORTED", "MANUFACTURER")
+			fmt.Fprintf(w, "%-24s %5s %9s  %-20s %-20s %-10s %s\n", "LOT", "BITS", "DEVICES", "SUITE", "IMPORTED", "STATE", "MANUFACTURER")
 			for _, l := range lots {
 				m := l.Manifest
-				fmt.Fprintf(w, "%-24s %5d %9d  %-20s %-20s %s\n", m.Lot, m.PublicKey().N.BitLen(), m.Devices(), m.Suite, l.Imported.Format(time.RFC3339), l.Manufacturer)
+				fmt.Fprintf(w, "%-24s %5d %9d  %-20s %-20s %-10s %s\n", m.Lot, m.PublicKey().N.BitLen(), m.Devices(), m.Suite,
+					l.Imported.Format(time.RFC3339), lotState(l), l.Manufacturer)
 			}
 		})
 	})
@@ -183,7 +201,7 @@ func device(c *cli.Context) error {
 	return withStore(c, func(store *sqlstore.Store) error {
 		open := opener(c.Context, c.String("directory"), cmdline.VaultLogin(c), directory.ReaderOptions{}, nil,
 			cmdline.StderrLog(c))
-		lots, err := openLots(c.Context, store, open)
+		lots, err := binding.OpenLots(c.Context, store, open)
 		if err != nil {
 			return err
 		}

@@ -77,25 +77,6 @@ func opener(ctx context.Context, fallback string, login vaultstore.Login, o dire
 	}
 }
 
-// openLots indexes all lots, with the readers of their manufacturers' directories.
-func openLots(ctx context.Context, registry binding.Registry, open func(*binding.Manufacturer) (*directory.Reader, error)) (*binding.Lots, error) {
-	manufacturers, err := registry.Manufacturers(ctx)
-	if err != nil {
-		return nil, err
-	}
-	readers := map[string]*directory.Reader{}
-	for _, m := range manufacturers {
-		if readers[m.KeyID], err = open(m); err != nil {
-			return nil, err
-		}
-	}
-	lots, err := registry.Lots(ctx)
-	if err != nil {
-		return nil, err
-	}
-	return binding.NewLots(lots, readers)
-}
-
 func serve(c *cli.Context) error {
 	if err := cmdline.Require(c, "config"); err != nil {
 		return err
@@ -214,7 +195,7 @@ func serve(c *cli.Context) error {
 				return nil, err
 			}
 		}
-		if lots, err = openLots(ctx, store, open); err != nil {
+		if lots, err = binding.OpenLots(ctx, store, open); err != nil {
 			return nil, err
 		}
 		// All of it, or nothing.

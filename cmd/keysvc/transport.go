@@ -14,7 +14,6 @@ import (
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
-	"github.com/kmehsm/kmehsm/internal/durable"
 )
 
 func transportCommand() *cli.Command {
@@ -48,10 +47,7 @@ func transportNew(c *cli.Context) error {
 			return err
 		}
 		path := cmp.Or(c.String("out"), filepath.Join(c.String("state"), "transport.json"))
-		if err = durable.MkdirAll(filepath.Dir(path), 0o755); err == nil {
-			err = durable.WriteFile(path, data, 0o644)
-		}
-		if err != nil { // a key that nobody can be given
+		if err = writeOut(path, data); err != nil { // a key that nobody can be given
 			return fmt.Errorf("the file cannot be written: %w", errors.Join(err, token.DestroyTransportKey(c.Context, pub)))
 		}
 		thumbprint := directory.RSAThumbprint(pub)

@@ -225,6 +225,15 @@ func TestSpy(t *testing.T) {
 			}
 			w.run(w.operator, "mesim", args...)
 		}
+		officer := "file:" + w.operator.SOPINFile
+		w.run(w.operator, "keysvc", "storage", "rotate", "--so-pin-source", officer)
+		w.run(w.operator, "keysvc", "storage", "retire")
+		to := field(t, w.run(w.operator, "keysvc", "backup", "prepare", "--out", "restore-key.json", "--json"), "thumbprint")
+		made := field(t, w.run(w.operator, "keysvc", "backup", "create", "--to", "restore-key.json", "--thumbprint", to,
+			"--so-pin-source", officer, "--out", "backup.json", "--json"), "thumbprint")
+		w.run(w.operator, "keysvc", "backup", "restore", "backup.json", "--thumbprint", made)
+		w.run(w.operator, "mesim", "attach", "--injection", "injection", "--fixture-key", "fixture.key",
+			"--fixture-enrolment", "fixture.json", "--server", "unix:"+w.path("s"), "--first-imsi", "001012222222222")
 	})
 
 	data, err := os.ReadFile(log)

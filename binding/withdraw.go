@@ -1,0 +1,74 @@
+package binding
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/kmehsm/kmehsm/directory"
+)
+
+// NewVerdict is a decision of now.
+func NewVerdict(withdrawn bool, by, reason string) (v Verdict, err error) {
+	if reason, err = directory.CheckReason(reason); err != nil {
+		return v, err
+	}
+	return Verdict{withdrawn, by, reason, time.Now().UTC().Truncate(time.Millisecond)}, nil
+}
+
+func distrustedError(manufacturer string, v Verdict) error {
+	return fmt.Errorf("manufacturer %s is distrusted, %s; if that is over, run keysvc manufacturer trust first", manufacturer, v)
+}
+
+// Distrust has none of a manufacturer's lots served any more, and its enrolments and grants refused. Bindings stand, and
+// the keys stay in the token. It gives the verdict that stands: an earlier one stays.
+func Distrust(ctx context.Context, registry Registry, manufacturer string, v Verdict) (Verdict, error) {
+	return registry.Decide(ctx, manufacturer, "", v, func([]*Lot) error { return nil })
+}
+
+// Trust ends what Distrust began. It fails if the IMEIs of a lot are by now those of another one.
+func Trust(ctx context.Context, registry Registry, manufacturer string, v Verdict) (Verdict, error) {
+	return registry.Decide(ctx, manufacturer, "", v, func(all []*Lot) error {
+		for _, l := range all {
+			if l.Manufacturer != manufacturer || l.Retired.Withdrawn {
+				continue
+			}
+			if err := checkLot(l, all, false); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// RetireLot has a lot served no more, and destroys its key in the token. Bindings stand. It gives the verdict that stands:
+// an earlier one stays, and the key is destroyed all the same.
+func RetireLot(ctx context.Context, token IntakeToken, registry Registry, lot *Lot, v Verdict) (Verdict, error) {
+	stands, err := registry.Decide(ctx, lot.Manufacturer, lot.Manifest.Lot, v, func([]*Lot) error { return nil })
+	if err != nil {
+		return stands, err
+	}
+	return stands, token.RemoveLotKey(ctx, lotKey(lot.Manufacturer, lot.Manifest.Lot))
+}
+
+// FindLot gives the lot of a name; manufacturer may be empty where the name is one lot's only.
+func FindLot(ctx context.Context, registry Registry, name, manufacturer string) (*Lot, error) {
+	lots, err := registry.Lots(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var found *Lot
+	for _, l := range lots {
+		if l.Manifest.Lot != name || manufacturer != "" && l.Manufacturer != manufacturer {
+			continue
+		}
+		if found != nil {
+			return nil, fmt.Errorf("lot %s is manufacturer %s's and also %s's: say which with --manufacturer", name, found.Manufacturer, l.Manufacturer)
+		}
+		found = l
+	}
+	if found == nil {
+		return nil, fmt.Errorf("lot %s was not imported: see keysvc lot list", name)
+	}
+	return found, nil
+}

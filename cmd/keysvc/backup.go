@@ -1,0 +1,150 @@
+package main
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io"
+	"path/filepath"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/durable"
+)
+
+var soPINFlag = &cli.StringFlag{Name: "so-pin-source", Usage: "where the security officer's PIN is: file:/path, a `URI`"}
+
+func backupCommand() *cli.Command {
+	return &cli.Command{
+		Name: "backup", Usage: "bring the storage and ledger key to another token, from HSM to HSM",
+		Description: `On the other token:   keysvc backup prepare --out restore-key.json       and read its thumbprint out
+On this token:        keysvc backup create --to restore-key.json --thumbprint T --so-pin-source URI --out backup.json
+                                                                         and read the backup's thumbprint out
+On the other token:   keysvc backup restore backup.json --thumbprint B
+KEKs and lot keys never leave a token: enroll the other token with each manufacturer under the same operator name (keysvc transport new,
+factory operator enroll, keysvc enroll), and import the same grants there.`,
+		Subcommands: []*cli.Command{
+			{
+				Name: "prepare", Usage: "on the token that is to get the keys: make a key that receives them",
+				Description: "keysvc backup restore destroys the key. Until then, whoever has this token's PIN and the backup can have the storage key without\nits limits: do not let days pass between the two.",
+				Flags:       []cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "out", Usage: "the `FILE` to write (default: restore-key.json in the --state folder)"}, cmdline.JSON},
+				Action:      cmdline.Alone(backupPrepare),
+			},
+			{
+				Name: "create", Usage: "on the token that has the keys: wrap them for another token",
+				Flags: []cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "to", Usage: "the other token's key, the `FILE` of keysvc backup prepare"},
+					&cli.StringFlag{Name: "thumbprint", Usage: "what keysvc backup prepare printed there, read out, `T`"}, soPINFlag,
+					&cli.StringFlag{Name: "out", Usage: "the backup, a `FILE` to write"}, cmdline.JSON},
+				Action: cmdline.Alone(backupCreate),
+			},
+			{
+				Name: "restore", Usage: "on the token that is to get the keys: take them in", ArgsUsage: "FILE",
+				Flags:  []cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "thumbprint", Usage: "what keysvc backup create printed, read out, `B`"}, cmdline.JSON},
+				Action: cmdline.Alone(backupRestore),
+			},
+		},
+	}
+}
+
+func backupPrepare(c *cli.Context) error {
+	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
+		if _, err := token.Dedicate(c.Context, hsmkeys.Dedication{Side: hsmkeys.Operator}); err != nil {
+			return err
+		}
+		pub, err := token.NewRestoreKey(c.Context)
+		if err != nil {
+			return err
+		}
+		path := cmp.Or(c.String("out"), filepath.Join(c.String("state"), "restore-key.json"))
+		data, err := directory.NewRestoreKey(pub, token.Serial())
+		if err == nil {
+			err = writeOut(path, data)
+		}
+		if err != nil { // a key that nobody can be given
+			return fmt.Errorf("the file cannot be written: %w", errors.Join(err, token.DestroyRestoreKey(c.Context, pub)))
+		}
+		thumbprint := directory.RSAThumbprint(pub)
+		return cmdline.Print(c, map[string]any{"thumbprint": thumbprint, "out": path, "token": token.Serial()}, func(w io.Writer) {
+			fmt.Fprintf(w, "wrote %s: for keysvc backup create on the token that has the keys\nthumbprint %s: read it out there\n", path, thumbprint)
+		})
+	})
+}
+
+func writeOut(path string, data []byte) error {
+	if err := durable.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return err
+	}
+	return durable.WriteFile(path, data, 0o644)
+}
+
+func backupCreate(c *cli.Context) error {
+	if err := cmdline.Require(c, "to", "thumbprint", "so-pin-source", "out"); err != nil {
+		return err
+	}
+	data, err := cmdline.ReadFile(c.String("to"))
+	if err != nil {
+		return err
+	}
+	to, err := directory.ParseRestoreKey(data, c.String("thumbprint"))
+	if err != nil {
+		return fmt.Errorf("--to: %w", err)
+	}
+	officer, err := hsmkeys.ReadPIN(c.String("so-pin-source"))
+	if err != nil {
+		return fmt.Errorf("the security officer's PIN: %w", err)
+	}
+	if err := hsmkeys.TakeRecipient(c.Context, c.String("token"), officer, to); err != nil {
+		return err
+	}
+	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
+		keys, err := token.CarryOut(c.Context)
+		if err != nil {
+			return err
+		}
+		data, thumbprint, err := binding.NewBackup(token.Serial(), to, keys)
+		if err == nil {
+			err = writeOut(c.String("out"), data)
+		}
+		if err != nil {
+			return err
+		}
+		return cmdline.Print(c, map[string]any{"thumbprint": thumbprint, "out": c.String("out"), "token": token.Serial(), "keys": labels(keys, func(k hsmkeys.Carried) hsmkeys.Key { return k.Key })}, func(w io.Writer) {
+			fmt.Fprintf(w, "wrote %s, with %d keys, for keysvc backup restore on the other token\nthumbprint %s: read it out there\n", c.String("out"), len(keys), thumbprint)
+		})
+	})
+}
+
+func labels[T any](all []T, key func(T) hsmkeys.Key) []string {
+	out := make([]string, len(all))
+	for i, v := range all {
+		out[i] = key(v).Label()
+	}
+	return out
+}
+
+func backupRestore(c *cli.Context) error {
+	if err := cmdline.Require(c, "thumbprint"); err != nil {
+		return err
+	}
+	data, err := cmdline.ReadFile(c.Args().First())
+	if err != nil {
+		return err
+	}
+	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
+		taken, err := binding.Restore(c.Context, token, data, c.String("thumbprint"))
+		if err != nil {
+			return err
+		}
+		return cmdline.Print(c, map[string]any{"taken": labels(taken, func(k hsmkeys.Key) hsmkeys.Key { return k }), "token": token.Serial()}, func(w io.Writer) {
+			if len(taken) == 0 {
+				fmt.Fprintf(w, "%s has the keys of this backup already; nothing changed\n", token)
+				return
+			}
+			fmt.Fprintf(w, "%d keys are in %s, and the key that they came under is destroyed\n", len(taken), token)
+		})
+	})
+}

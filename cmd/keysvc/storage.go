@@ -1,0 +1,130 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/cmdline"
+)
+
+func storageCommand() *cli.Command {
+	return &cli.Command{
+		Name: "storage", Usage: "the storage key, which seals KMEs in the store",
+		Subcommands: []*cli.Command{
+			{
+				Name: "list", Usage: "list the generations that the token has, and how many KMEs are sealed under each",
+				Flags: []cli.Flag{cmdline.Token, stateFlag, storeFlag, cmdline.JSON}, Action: storageList,
+			},
+			{
+				Name: "rotate", Usage: "make a new storage key, and seal all KMEs again under it, while services serve",
+				Description: "Interrupted, the same command goes on. Services take the new key up by themselves. With several tokens that share keys, bring the new\n" +
+					"key to the others by keysvc backup: until then the others do not open what is sealed under it. End with keysvc storage retire.",
+				Flags: []cli.Flag{cmdline.Token, stateFlag, storeFlag, soPINFlag, cmdline.JSON}, Action: cmdline.Alone(storageRotate),
+			},
+			{
+				Name: "retire", Usage: "destroy the earlier storage keys, if nothing is sealed under them any more",
+				Description: "A backup of the store that was made before the rotation cannot be used after that. With several tokens, run this once for each.",
+				Flags:       []cli.Flag{cmdline.Token, stateFlag, storeFlag, cmdline.JSON}, Action: cmdline.Alone(storageRetire),
+			},
+		},
+	}
+}
+
+func storageList(c *cli.Context) error {
+	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
+		return withStore(c, func(store *sqlstore.Store) error {
+			all, err := token.StorageGenerations(c.Context)
+			if err != nil {
+				return err
+			}
+			type row struct {
+				Generation int `json:"generation"`
+				KMEs       int `json:"kmes"`
+			}
+			rows := []row{}
+			for _, g := range all {
+				from, err := store.CountSealed(c.Context, hsmkeys.SealedFrom(g))
+				if err != nil {
+					return err
+				}
+				to, err := store.CountSealed(c.Context, hsmkeys.SealedFrom(g+1))
+				if err != nil {
+					return err
+				}
+				rows = append(rows, row{g, to - from})
+			}
+			return cmdline.Print(c, map[string]any{"storage_keys": rows}, func(w io.Writer) {
+				fmt.Fprintf(w, "%10s  %s\n", "GENERATION", "KMES")
+				for _, r := range rows {
+					fmt.Fprintf(w, "%10d  %d\n", r.Generation, r.KMEs)
+				}
+			})
+		})
+	})
+}
+
+func storageRotate(c *cli.Context) (err error) {
+	if err := cmdline.Require(c, "so-pin-source"); err != nil {
+		return err
+	}
+	officer, err := hsmkeys.ReadPIN(c.String("so-pin-source"))
+	if err != nil {
+		return fmt.Errorf("the security officer's PIN: %w", err)
+	}
+	return withStore(c, func(store *sqlstore.Store) error {
+		r, err := hsmkeys.OpenRotation(c.Context, c.String("token"), officer)
+		if err != nil {
+			return err
+		}
+		below, began := hsmkeys.SealedFrom(r.Newest()), time.Now()
+		total, err := store.CountSealed(c.Context, below)
+		if err != nil {
+			return errors.Join(err, r.Close())
+		}
+		fmt.Fprintf(c.App.ErrWriter, "%d KMEs to be sealed again under generation %d of the storage key\n", total, r.Newest())
+		said := began
+		done, err := binding.Reseal(c.Context, r, store, below, func(n int) {
+			if time.Since(said) > 5*time.Second {
+				said = time.Now()
+				rate := float64(n) / time.Since(began).Seconds()
+				left := time.Duration(float64(max(0, total-n)) / rate * float64(time.Second)).Round(time.Second)
+				fmt.Fprintf(c.App.ErrWriter, "%d of %d, %.0f/s, %s left\n", n, total, rate, left)
+			}
+		})
+		if cerr := r.Close(); err == nil {
+			err = cerr
+		}
+		if err != nil && done > 0 {
+			return cmdline.Partial(fmt.Errorf("%d of %d KMEs were sealed again; run the same command again: %w", done, total, err))
+		}
+		if err != nil {
+			return err
+		}
+		seconds := time.Since(began).Seconds()
+		return cmdline.Print(c, map[string]any{"generation": r.Newest(), "resealed": done, "seconds": seconds}, func(w io.Writer) {
+			fmt.Fprintf(w, "%d KMEs were sealed again, in %.0f s; all are under generation %d of the storage key now\nend with keysvc storage retire\n",
+				done, seconds, r.Newest())
+		})
+	})
+}
+
+func storageRetire(c *cli.Context) error {
+	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
+		return withStore(c, func(store *sqlstore.Store) error {
+			destroyed, err := binding.RetireStorage(c.Context, token, store)
+			if err != nil {
+				return err
+			}
+			return cmdline.Print(c, map[string]any{"destroyed": append([]int{}, destroyed...)}, func(w io.Writer) {
+				fmt.Fprintf(w, "%d earlier storage keys are destroyed in %s\n", len(destroyed), token)
+			})
+		})
+	})
+}

@@ -1,0 +1,218 @@
+package hsmkeys
+
+import (
+	"bytes"
+	"context"
+	"crypto/rsa"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/miekg/pkcs11"
+
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// Storage and ledger key leave a token for another one, by RSA-OAEP under a key that the other one made (NewRestoreKey) and the security officer of
+// this one took in as TRUSTED (TakeRecipient). It is TRUSTED for the moment of a backup only, and wraps no other key.
+
+// backupKey is the recipient in the token that is backed up.
+var backupKey = Key{Role: RoleBackup}
+
+// TakeRecipient takes in the RSA key that receives the storage and ledger key. It logs in as the security officer, once: no Token of this token may be
+// open in the process.
+func TakeRecipient(ctx context.Context, tokenURI string, officer PIN, to *rsa.PublicKey) error {
+	if err := checkWrappingKey(to); err != nil {
+		return err
+	}
+	t, err := openAsOfficer(tokenURI, officer)
+	if err != nil {
+		return err
+	}
+	defer t.Close()
+	_, err = doAs(ctx, t, Operator, "take in a key that receives", func(s *session) (none struct{}, err error) {
+		if err := t.destroy(s, pkcs11.CKO_PUBLIC_KEY, backupKey); err != nil { // of a run that was interrupted
+			return none, err
+		}
+		// By class and WRAP_WITH_TRUSTED: SoftHSM compares no byte strings with those of PRIVATE objects, as CKA_ID is.
+		_, err = s.create(frozen(named(backupKey), wrappingPublic(to), attributes{attr(pkcs11.CKA_TRUSTED, true)}, nested(pkcs11.CKA_WRAP_TEMPLATE,
+			attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_WRAP_WITH_TRUSTED, true)})))
+		return none, explainIf("take the key that receives into the token", err)
+	})
+	return err
+}
+
+// A Carried key is a storage or ledger key on its way to another token.
+type Carried struct {
+	Key     Key
+	Wrapped []byte // by RSA-OAEP
+	Check   []byte // what the key does with a known or a random value: whoever has it finds out whether it is the key
+}
+
+// CarryOut is the ledger key and all storage keys that the token has, under the key that TakeRecipient took in, which it destroys.
+func (t *Token) CarryOut(ctx context.Context) ([]Carried, error) {
+	return doAs(ctx, t, Operator, "back up keys", func(s *session) (all []Carried, err error) {
+		to, err := t.find(s, pkcs11.CKO_PUBLIC_KEY, backupKey)
+		if err != nil {
+			return nil, err
+		}
+		defer func() { err = errors.Join(err, t.destroy(s, pkcs11.CKO_PUBLIC_KEY, backupKey)) }()
+		for k := range carriedKeys() {
+			h, err := t.find(s, pkcs11.CKO_SECRET_KEY, k)
+			if errors.Is(err, ErrNoKey) && k.Role == RoleStorage {
+				continue
+			}
+			if err != nil {
+				return nil, err
+			}
+			c := Carried{Key: k}
+			if c.Wrapped, err = s.wrap(oaep, to, h, make([]byte, wrappedRoom)); err != nil {
+				return nil, explain("wrap "+k.Label(), err)
+			}
+			if c.Check, err = checkValue(s, k, h); err != nil {
+				return nil, err
+			}
+			all = append(all, c)
+		}
+		if len(all) < 2 {
+			return nil, fmt.Errorf("%s: %w", storageKey.Label(), ErrNoKey)
+		}
+		return all, nil
+	})
+}
+
+// carriedKeys are those that a backup may have: the ledger key, and the generations of the storage key.
+func carriedKeys() func(func(Key) bool) {
+	return func(yield func(Key) bool) {
+		if yield(ledgerKey) {
+			storageKey.Generations()(yield)
+		}
+	}
+}
+
+// checkValue is the ledger key's tag of zeros, or a random KME under the storage key, which AES key wrap protects (RFC 3394 section 2.2.3).
+func checkValue(s *session, k Key, h pkcs11.ObjectHandle) ([]byte, error) {
+	if k.Role == RoleLedger {
+		return hmac(s, h, make([]byte, kme.SecretSize))
+	}
+	return seal(s, k.Generation, h, kme.RandomSecret())
+}
+
+// isKey says whether a key does what its check value says.
+func isKey(s *session, h pkcs11.ObjectHandle, c Carried) (bool, error) {
+	if c.Key.Role == RoleLedger {
+		tag, err := hmac(s, h, make([]byte, kme.SecretSize))
+		return bytes.Equal(tag, c.Check), err
+	}
+	if len(c.Check) != sealedSize || int(c.Check[0]) != c.Key.Generation {
+		return false, nil
+	}
+	opened, err := s.unwrap(pkcs11.CKM_AES_KEY_WRAP, h, c.Check[1:], usable)
+	if err != nil {
+		return false, nil // tokens have several codes for it
+	}
+	return true, explainIf("drop an unsealed KME", s.DestroyObject(s.h, opened))
+}
+
+// restoreLabel is in the labels of the keys that NewRestoreKey makes.
+const restoreLabel = "kme restore "
+
+// restored is what storage and ledger key have in common: what whoever unwraps them may not have otherwise.
+func restored(t traits) attributes {
+	return join(t.leaves(), attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY)}, use([]uint{
+		pkcs11.CKA_VERIFY, pkcs11.CKA_ENCRYPT, pkcs11.CKA_DECRYPT, pkcs11.CKA_DERIVE,
+	}))
+}
+
+// NewRestoreKey makes an RSA-3072 key that receives another token's storage and ledger key. It is a transport key (see NewTransportKey) for those.
+func (t *Token) NewRestoreKey(ctx context.Context) (*rsa.PublicKey, error) {
+	traits, err := t.learnt(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return t.newReceiver(ctx, restoreLabel, restored(traits))
+}
+
+// RestoreKeys are the public halves of those that the token has.
+func (t *Token) RestoreKeys(ctx context.Context) ([]*rsa.PublicKey, error) {
+	return t.receivers(ctx, restoreLabel)
+}
+
+// DestroyRestoreKey ends one for good. Of one that is gone, it changes nothing.
+func (t *Token) DestroyRestoreKey(ctx context.Context, pub *rsa.PublicKey) error {
+	return t.destroyReceiver(ctx, restoreLabel, pub)
+}
+
+// CarryIn takes in keys that CarryOut has wrapped under a key of NewRestoreKey's, with the templates of our own. None is taken before all have been
+// shown to be what their check values say; one that the token has already must be so too. It gives those that were taken.
+func (t *Token) CarryIn(ctx context.Context, to *rsa.PublicKey, all []Carried) (taken []Key, err error) {
+	return doAs(ctx, t, Operator, "restore keys", func(s *session) (taken []Key, err error) {
+		var missing []Carried
+		for _, c := range all {
+			if !slices.Contains(slices.Collect(carriedKeys()), c.Key) || len(c.Wrapped) == 0 {
+				return nil, fmt.Errorf("the backup has a key %q that no backup has", c.Key.Label())
+			}
+			h, err := t.find(s, pkcs11.CKO_SECRET_KEY, c.Key)
+			if errors.Is(err, ErrNoKey) {
+				missing = append(missing, c)
+				continue
+			}
+			if err != nil {
+				return nil, err
+			}
+			if same, err := isKey(s, h, c); err != nil {
+				return nil, err
+			} else if !same {
+				return nil, fmt.Errorf("%s has another %s than the backup: restore to a token without keys", t, c.Key.Label())
+			}
+		}
+		if len(missing) == 0 {
+			return nil, nil
+		}
+		private, err := t.receiver(s, restoreLabel, to)
+		if err != nil {
+			return nil, err
+		}
+		traits, err := t.learn(s)
+		if err != nil {
+			return nil, err
+		}
+		unwrap := func(c Carried, where attributes) (pkcs11.ObjectHandle, error) {
+			h, err := s.unwrap(oaep, private, c.Wrapped, frozen(carriedTemplate(traits, c.Key), where))
+			return h, explainIf("unwrap "+c.Key.Label()+": it was wrapped for another key, or damaged", err)
+		}
+		for _, c := range missing {
+			trial, err := unwrap(c, attributes{attr(pkcs11.CKA_TOKEN, false)})
+			if err != nil {
+				return nil, err
+			}
+			same, err := isKey(s, trial, c)
+			if derr := s.DestroyObject(s.h, trial); err == nil {
+				err = explainIf("drop the trial key", derr)
+			}
+			if err == nil && !same {
+				err = fmt.Errorf("the backup's %s does not do what it should: the backup is damaged, make another", c.Key.Label())
+			}
+			if err != nil {
+				return nil, err
+			}
+		}
+		defer t.sealing.Store(nil)
+		for _, c := range missing {
+			if _, err := unwrap(c, named(c.Key)); err != nil {
+				return taken, err
+			}
+			taken = append(taken, c.Key)
+		}
+		return taken, nil
+	})
+}
+
+// carriedTemplate is that of EnsureStorageKey and EnsureLedgerKey.
+func carriedTemplate(t traits, k Key) attributes {
+	template, kind := ledgerTemplate(t), uint(pkcs11.CKK_GENERIC_SECRET)
+	if k.Role == RoleStorage {
+		template, kind = storageTemplate(t), pkcs11.CKK_AES
+	}
+	return join(attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_KEY_TYPE, kind)}, template)
+}

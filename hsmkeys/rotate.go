@@ -1,0 +1,183 @@
+package hsmkeys
+
+import (
+	"context"
+	"crypto/rsa"
+	"errors"
+	"fmt"
+
+	"github.com/miekg/pkcs11"
+)
+
+// A Rotation seals KMEs again, under the newest generation of the storage key. The older ones cannot: by their CKA_UNWRAP_TEMPLATE no KME that they
+// unwrap can be wrapped. As in a backup, they are wrapped under an RSA key that the security officer has taken in, whose private half is in the same
+// token; and unwrapped into session objects without such a template, which end with this process. No KME is ever in its memory.
+type Rotation struct {
+	*Token
+	to      *rsa.PublicKey
+	wrapped map[int][]byte // storage keys of earlier generations, under to
+	newest  int
+}
+
+// rotationLabel is in the label of the RSA key of a rotation.
+const rotationLabel = "kme rotation "
+
+// unwrapsOnly is what an earlier storage key is during a rotation: what whoever unwraps it may not have otherwise.
+var unwrapsOnly = join(use(usages, pkcs11.CKA_UNWRAP), attributes{
+	attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES),
+	attr(pkcs11.CKA_SENSITIVE, true), attr(pkcs11.CKA_EXTRACTABLE, false),
+})
+
+// OpenRotation makes a storage key of the next generation, unless one of a rotation that was interrupted is there, and opens the token for sealing
+// again. It logs in as the security officer, once: no Token of this token may be open in the process. Close ends it.
+func OpenRotation(ctx context.Context, tokenURI string, officer PIN) (r *Rotation, err error) {
+	t, err := Open(ctx, tokenURI)
+	if err != nil {
+		return nil, err
+	}
+	r = &Rotation{Token: t}
+	if err = r.dropLeft(ctx); err == nil {
+		r.to, err = t.newReceiver(ctx, rotationLabel, unwrapsOnly)
+	}
+	if err = errors.Join(err, t.Close()); err != nil {
+		return nil, err
+	}
+	taken := TakeRecipient(ctx, tokenURI, officer, r.to)
+	if r.Token, err = Open(ctx, tokenURI); err != nil {
+		return nil, errors.Join(taken, err)
+	}
+	if err = taken; err == nil {
+		err = r.begin(ctx)
+	}
+	if err != nil {
+		return nil, errors.Join(err, r.Close())
+	}
+	return r, nil
+}
+
+// dropLeft destroys what an interrupted rotation or backup has left.
+func (r *Rotation) dropLeft(ctx context.Context) error {
+	left, err := r.receivers(ctx, rotationLabel)
+	for _, pub := range left {
+		err = errors.Join(err, r.destroyReceiver(ctx, rotationLabel, pub))
+	}
+	return err
+}
+
+func (r *Rotation) begin(ctx context.Context) error {
+	all, err := r.CarryOut(ctx)
+	if err != nil {
+		return err
+	}
+	r.wrapped = map[int][]byte{}
+	for _, c := range all {
+		if c.Key.Role == RoleStorage {
+			r.wrapped[c.Key.Generation], r.newest = c.Wrapped, c.Key.Generation
+		}
+	}
+	if len(r.wrapped) > 1 { // an earlier rotation has made it
+		return nil
+	}
+	if r.newest == MaxGenerations {
+		return fmt.Errorf("the storage key has been rotated %d times, and cannot be once more", MaxGenerations-1)
+	}
+	r.newest++
+	_, err = r.makeStorage(ctx, storageGeneration(r.newest))
+	return err
+}
+
+// Newest is the generation that KMEs are sealed under.
+func (r *Rotation) Newest() int { return r.newest }
+
+// Close ends the rotation, finished or not: what it needed is destroyed.
+func (r *Rotation) Close() error {
+	return errors.Join(r.dropLeft(context.Background()), r.Token.Close())
+}
+
+// Reseal seals a KME under the newest generation.
+func (r *Rotation) Reseal(ctx context.Context, sealed []byte) ([]byte, error) {
+	if len(sealed) != sealedSize {
+		return nil, errors.New("the sealed KME is damaged: it has the wrong length")
+	}
+	return do(ctx, r.Token, "reseal a KME", func(s *session) (out []byte, err error) {
+		earlier, err := r.earlier(s, int(sealed[0]))
+		if err != nil {
+			return nil, err
+		}
+		newest, err := r.find(s, pkcs11.CKO_SECRET_KEY, storageGeneration(r.newest))
+		if err != nil {
+			return nil, err
+		}
+		h, err := s.unwrap(pkcs11.CKM_AES_KEY_WRAP, earlier, sealed[1:], sealable)
+		if err != nil {
+			return nil, explain("unseal a KME", err)
+		}
+		defer func() {
+			if derr := s.DestroyObject(s.h, h); err == nil {
+				err = explainIf("drop an unsealed KME", derr)
+			}
+		}()
+		return sealObject(s, r.newest, newest, h)
+	})
+}
+
+// earlier is a storage key of an earlier generation as an object of this session, with which it ends.
+func (r *Rotation) earlier(s *session, generation int) (pkcs11.ObjectHandle, error) {
+	wrapped := r.wrapped[generation]
+	if wrapped == nil {
+		return 0, fmt.Errorf("%s: %w", storageGeneration(generation).Label(), ErrNoKey)
+	}
+	at := handleKey{pkcs11.CKO_SECRET_KEY, fmt.Sprintf("earlier %d of session %d", generation, s.h)}
+	r.mu.Lock()
+	known := r.handles
+	h, ok := known[at]
+	r.mu.Unlock()
+	if ok {
+		return h, nil
+	}
+	private, err := r.receiver(s, rotationLabel, r.to)
+	if err != nil {
+		return 0, err
+	}
+	if h, err = s.unwrap(oaep, private, wrapped, frozen(unwrapsOnly, attributes{attr(pkcs11.CKA_PRIVATE, true), attr(pkcs11.CKA_TOKEN, false)})); err != nil {
+		return 0, explain("unwrap "+storageGeneration(generation).Label(), err)
+	}
+	r.mu.Lock()
+	known[at] = h // whoever has forgotten meanwhile does not see it
+	r.mu.Unlock()
+	return h, nil
+}
+
+// SealedFrom is what a KME that is sealed under this generation of the storage key, or a later one, is not below, byte by byte.
+func SealedFrom(generation int) []byte { return []byte{byte(generation)} }
+
+// StorageGenerations are those that the token has, in their order.
+func (t *Token) StorageGenerations(ctx context.Context) (all []int, err error) {
+	return doAs(ctx, t, Operator, "look for storage keys", func(s *session) (all []int, err error) {
+		for k := range storageKey.Generations() {
+			_, err := t.find(s, pkcs11.CKO_SECRET_KEY, k)
+			if err == nil {
+				all = append(all, k.Generation)
+			} else if !errors.Is(err, ErrNoKey) {
+				return nil, err
+			}
+		}
+		return all, nil
+	})
+}
+
+// DestroyStorageKey ends an earlier generation of the storage key for good, and with it whatever is sealed under it. It refuses the newest.
+func (t *Token) DestroyStorageKey(ctx context.Context, generation int) error {
+	_, err := doAs(ctx, t, Operator, "destroy a storage key", func(s *session) (none struct{}, err error) {
+		t.sealing.Store(nil)
+		newest, _, err := t.newestStorage(s)
+		if err == nil && generation >= newest {
+			err = fmt.Errorf("generation %d of the storage key is in use", generation)
+		}
+		if err != nil {
+			return none, err
+		}
+		return none, t.destroy(s, pkcs11.CKO_SECRET_KEY, storageGeneration(generation))
+	})
+	return err
+}
