@@ -28,7 +28,7 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-func TestMain(m *testing.M) { softhsmtest.Main(m, 50) }
+func TestMain(m *testing.M) { softhsmtest.Main(m, 64) }
 
 const manufacturer = "test-manufacturer"
 
