@@ -34,7 +34,7 @@ import (
 
 func TestMain(m *testing.M) { programs.Main(m) }
 
-// Each script begins with tokens and keys of its own: factory, factory2, operator and operator2.
+// Each script begins with tokens and keys of its own: factory, factory2, operator and operator2; and with two of NSS, NSS and NSS_FACTORY.
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata/script", RequireExplicitExec: true, WorkdirRoot: t.TempDir(), // its own stays where not all scripts run
@@ -50,6 +50,8 @@ func TestScripts(t *testing.T) {
 				env.Setenv(strings.ToUpper(label)+"_PINFILE", tok.PINFile)
 			}
 			env.Setenv("MODULE", toks["factory"].Module)
+			env.Setenv("NSS", softhsmtest.NSS(tb).URI)
+			env.Setenv("NSS_FACTORY", softhsmtest.NSS(tb).URI)
 			env.Setenv("KMEHSM_TOKEN", toks["factory"].URI)
 			env.Setenv("PATH", programs.Dir(tb)+":"+env.Getenv("PATH"))
 			for _, args := range [][]string{{"genrsa", "-out", "fixture.key", "3072"}, {"rsa", "-in", "fixture.key", "-pubout", "-out", "fixture.pem"}} {

@@ -1,0 +1,48 @@
+package factory
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// NSS softoken keeps no lot key: it is refused for what it does when it is tried, at init, and at lot create too where it is a factory's already. Nothing
+// is made.
+func TestNSSRefused(t *testing.T) {
+	ctx := t.Context()
+	token := must(hsmkeys.Open(ctx, softhsmtest.NSS(t).URI))
+	t.Cleanup(func() { token.Close() })
+	check := func(what string, err error) {
+		t.Helper()
+		for _, want := range []string{
+			"wrap a lot key under a key that is not TRUSTED", "wrap a key that is not EXTRACTABLE", "wrap a sealed lot key",
+			"make a TRUSTED key for the user, C_GenerateKey", "clear CKA_WRAP_WITH_TRUSTED of a lot key", "copy a lot key",
+		} {
+			if err == nil || !strings.Contains(err.Error(), "does not refuse to "+want) {
+				t.Errorf("%s: %v; it does not say %q", what, err, want)
+			}
+		}
+	}
+	_, _, _, err := Init(ctx, token)
+	check("init", err)
+	if has := must(token.Has(ctx, signingKey)); has {
+		t.Error("init has made a signing key")
+	}
+	must(token.Dedicate(ctx, hsmkeys.Dedication{Side: hsmkeys.Factory}))
+	must(token.EnsureSigningKey(ctx, signingKey))
+	store := must(directory.OpenFileStore(t.TempDir()))
+	line := must(NewLine(token, store))
+	tac := must(kme.ParseTAC("35209900"))
+	_, err = line.CreateLot(ctx, LotSpec{Lot: "L1", Range: directory.Range{TAC: tac, Count: 4}, Bits: 2048, Suite: kme.SuiteECDSA, ShardSize: 4, Primes: hsmkeys.PrimesAuto})
+	check("lot create", err)
+	if has := must(token.Has(ctx, hsmkeys.Key{Role: hsmkeys.RoleLot, Manufacturer: line.signer.KeyID(), Name: "L1"})); has {
+		t.Error("lot create has made a key")
+	}
+	if lots := must(store.List(ctx, "lots")); len(lots) > 0 {
+		t.Errorf("lots %q", lots)
+	}
+}
