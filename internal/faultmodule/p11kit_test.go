@@ -58,6 +58,7 @@ func TestRemoteKilled(t *testing.T) {
 	token := must[*hsmkeys.Token](t)(hsmkeys.Open(t.Context(), "pkcs11:"+label+"?module-path="+url.PathEscape(module[0])+"&pin-source=file:"+tok.PINFile))
 	opening := time.Since(begin)
 	defer token.Close()
+	must[bool](t)(token.Dedicate(t.Context(), hsmkeys.Dedication{Side: hsmkeys.Factory}))
 	pub, _, err := token.EnsureLotKey(t.Context(), lot, 2048, hsmkeys.PrimesAuto)
 	if err != nil {
 		t.Fatal(err)

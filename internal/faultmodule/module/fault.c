@@ -249,6 +249,15 @@ static CK_RV lie(CK_RV rv, struct template *t, const CK_OBJECT_HANDLE *object)
 	return rv;
 }
 
+/* Handles begin anew. */
+static CK_RV with_weak_C_Initialize(CK_VOID_PTR args)
+{
+	pthread_mutex_lock(&lying);
+	memset(lies, 0, sizeof lies);
+	pthread_mutex_unlock(&lying);
+	return ((CK_C_Initialize)fault_C_Initialize)(args);
+}
+
 static CK_RV with_weak_C_CreateObject(CK_SESSION_HANDLE s, CK_ATTRIBUTE_PTR a, CK_ULONG n, CK_OBJECT_HANDLE_PTR o)
 {
 	struct template t;
@@ -378,6 +387,7 @@ __attribute__((visibility("default"))) CK_RV C_GetFunctionList(CK_FUNCTION_LIST_
 	list.C_GetAttributeValue = with_weak_C_GetAttributeValue;
 	list.C_GenerateKey = with_weak_C_GenerateKey;
 	list.C_GenerateKeyPair = with_weak_C_GenerateKeyPair;
+	list.C_Initialize = with_weak_C_Initialize;
 	list.C_WrapKey = with_weak_C_WrapKey;
 	list.C_UnwrapKey = with_weak_C_UnwrapKey;
 	list.C_GetMechanismInfo = with_kwp_C_GetMechanismInfo;
