@@ -11,8 +11,10 @@ import (
 	"fmt"
 	"io"
 	"math/big"
+	"sync/atomic"
 	"time"
 
+	"github.com/ThalesGroup/crypto11"
 	"github.com/miekg/pkcs11"
 
 	"github.com/kmehsm/kmehsm/kme"
@@ -273,57 +275,80 @@ func readP256(s *session, h pkcs11.ObjectHandle) (*ecdsa.PublicKey, error) {
 	return ecdsa.ParseUncompressedPublicKey(elliptic.P256(), point)
 }
 
-// A signer signs with an ECDSA P-256 key of a token.
+// A signer signs with a key of a token, and finds it again when the module was initialised anew.
 type signer struct {
 	t      *Token
 	k      Key
 	public *ecdsa.PublicKey
+	found  atomic.Pointer[found]
+}
+
+// A found signer is one of crypto11, good for as long as the module stays initialised.
+type found struct {
+	crypto.Signer
+	under *crypto11.Context
 }
 
 func (s *signer) Public() crypto.PublicKey { return s.public }
 
 // Sign gives an ASN.1 signature, as crypto.Signer says of ECDSA.
-func (s *signer) Sign(_ io.Reader, digest []byte, _ crypto.SignerOpts) ([]byte, error) {
-	return do(context.Background(), s.t, "sign", func(in *session) ([]byte, error) { return s.signIn(in, digest) })
+func (s *signer) Sign(random io.Reader, digest []byte, o crypto.SignerOpts) ([]byte, error) {
+	// crypto11 has sessions of its own; ours is held so that the module stays.
+	return do(context.Background(), s.t, "sign", func(in *session) ([]byte, error) {
+		f, err := s.current(in)
+		if err != nil {
+			return nil, err
+		}
+		signature, err := f.Sign(random, digest, o)
+		return signature, explainIf("sign with "+s.k.Label(), err)
+	})
 }
 
-func (s *signer) signIn(in *session, digest []byte) ([]byte, error) {
-	h, err := s.t.find(in, pkcs11.CKO_PRIVATE_KEY, s.k)
-	if err != nil {
+// current finds the key again if need be; two at once may both do.
+func (s *signer) current(in *session) (*found, error) {
+	if f := s.found.Load(); f != nil && f.under == s.t.signers {
+		return f, nil
+	}
+	if s.t.signers == nil {
+		return nil, fmt.Errorf("%s signs for no manufacturer: its module wants %s, which crypto11 cannot give", s.t, initReserved)
+	}
+	if _, err := s.t.find(in, pkcs11.CKO_PRIVATE_KEY, s.k); err != nil {
 		return nil, err
 	}
-	sig, err := in.sign(pkcs11.CKM_ECDSA, h, digest, make([]byte, 64))
+	signers, err := s.t.signers.FindKeyPairs(s.k.ID(), nil)
+	if err != nil {
+		return nil, explain("look for "+s.k.Label(), err)
+	}
+	if len(signers) != 1 {
+		return nil, fmt.Errorf("%s has %d key pairs %q: only one of them can be ours; remove the others with the token's own tool", s.t, len(signers), s.k.Label())
+	}
+	public, ok := signers[0].Public().(*ecdsa.PublicKey)
+	if !ok || s.public != nil && !public.Equal(s.public) {
+		return nil, fmt.Errorf("%s has another key in the place of %q", s.t, s.k.Label())
+	}
+	// Whoever has no PIN could have put another public key there, which operators would pin.
+	digest := kme.RandomSecret().Bytes()
+	sig, err := signers[0].Sign(nil, digest, crypto.SHA256)
 	if err != nil {
 		return nil, explain("sign with "+s.k.Label(), err)
 	}
-	if len(sig) != 64 {
-		return nil, fmt.Errorf("the token's ECDSA signature has %d bytes, not 64: do not use this token", len(sig))
+	if !ecdsa.VerifyASN1(public, digest, sig) {
+		return nil, fmt.Errorf("the object %q in %s is not its public key: find out who put it there, and bring back the token from a backup", s.k.Label(), s.t)
 	}
-	return asn1.Marshal(struct{ R, S *big.Int }{new(big.Int).SetBytes(sig[:32]), new(big.Int).SetBytes(sig[32:])})
+	f := &found{signers[0], s.t.signers}
+	s.found.Store(f)
+	return f, nil
 }
 
 // Signer is the signing key k as a crypto.Signer, good for as long as the token is open.
 func (t *Token) Signer(k Key) (crypto.Signer, error) {
-	return do(context.Background(), t, "find a signer", func(s *session) (crypto.Signer, error) {
-		if _, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, k); err != nil {
-			return nil, err
-		}
-		h, err := t.find(s, pkcs11.CKO_PUBLIC_KEY, k)
-		if err != nil {
-			return nil, err
-		}
-		public, err := readP256(s, h)
-		if err != nil {
-			return nil, err
-		}
-		// Whoever has no PIN could have put another public key there, which operators would pin.
-		made, digest := &signer{t, k, public}, kme.RandomSecret().Bytes()
-		sig, err := made.signIn(s, digest)
-		if err == nil && !ecdsa.VerifyASN1(public, digest, sig) {
-			err = fmt.Errorf("the object %q in %s is not its public key: find out who put it there, and bring back the token from a backup", k.Label(), t)
-		}
-		return made, err
-	})
+	s := &signer{t: t, k: k}
+	f, err := do(context.Background(), t, "find a signer", s.current)
+	if err != nil {
+		return nil, err
+	}
+	s.public = f.Public().(*ecdsa.PublicKey)
+	return s, nil
 }
 
 // Has says whether the token has a private or secret key k.

@@ -11,13 +11,16 @@ import (
 	"github.com/miekg/pkcs11"
 )
 
-// A module is a PKCS #11 library in this process. It stays loaded. C_Initialize and C_Finalize are made once for all Tokens that use it at a time.
+// A module is a PKCS #11 library in this process. It stays loaded. C_Initialize and C_Finalize are made once for all Tokens that use it at a time: by
+// crypto11 where it can, and by ourselves where the library wants a string of its own, or keeps those apart who have asked it for its functions, as
+// p11-kit's client does.
 type module struct {
 	*pkcs11.Ctx
 	list functionList
 
 	mu       sync.Mutex // held over C_Initialize and C_Finalize: who comes meanwhile can do nothing before they have ended
 	users    int        // guarded by mu
+	ours     bool       // C_Initialize was this call; if not, it was crypto11's, which makes C_Finalize too; guarded by mu
 	reserved string     // what C_Initialize was given; guarded by mu
 }
 
@@ -61,7 +64,8 @@ func (m *module) initialize(reserved string) error {
 			defer C.free(p)
 			options = append(options, pkcs11.InitializeWithReserved(p))
 		}
-		if err := m.Initialize(options...); err != nil {
+		err := m.Initialize(options...)
+		if m.ours = err == nil; err != nil && (reserved != "" || !isCKR(err, pkcs11.CKR_CRYPTOKI_ALREADY_INITIALIZED)) {
 			return err
 		}
 		m.reserved = reserved
@@ -76,7 +80,7 @@ func (m *module) initialize(reserved string) error {
 func (m *module) finalize() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.users--; m.users > 0 {
+	if m.users--; m.users > 0 || !m.ours {
 		return nil
 	}
 	return m.Finalize()

@@ -15,6 +15,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/ThalesGroup/crypto11"
 	"github.com/miekg/pkcs11"
 )
 
@@ -120,7 +121,10 @@ type Token struct {
 	kwp    uint // the mechanism that is AES-KWP (RFC 5649) on this token
 	lacks  atomic.Uint32
 	held   *session // of the login, which ends with the last session
-	pin    string   // its source, a URI; empty for the security officer's
+	// crypto11 signs for the manufacturer. It never gets the PIN: a login is the token's, not a session's, so ours serves it too. Used by who
+	// holds an entry of idle.
+	signers *crypto11.Context
+	pin     string // its source, a URI; empty for the security officer's
 
 	// idle holds as many entries as there may be sessions; nil stands for one that is not open yet.
 	idle chan *session
@@ -202,6 +206,7 @@ func connect(u *uri) (*Token, error) {
 	}
 	t := &Token{module: m, uri: u, latch: newLatch(), hangAfter: hangTimeout, closing: make(chan struct{}), work: make(chan func()), handles: map[handleKey]pkcs11.ObjectHandle{}}
 	if err := t.acquire(); err != nil {
+		t.release()
 		return nil, fmt.Errorf("the PKCS #11 module %s cannot be used: %w: is its token connected, its configuration right%s, and does it want %s in the URI?", u.module, err, softhsmConf(), initReserved)
 	}
 	if t.slot, t.info, err = t.findSlot(u); err != nil {
@@ -254,14 +259,35 @@ func (t *Token) poolSize() (int, error) {
 		size = max(size, sessionsAway)
 	}
 	if limit := t.info.MaxSessionCount; limit != pkcs11.CK_EFFECTIVELY_INFINITE && limit != pkcs11.CK_UNAVAILABLE_INFORMATION {
-		size = min(size, max(1, int(limit)-1)) // one holds the login
+		others := 1 // holds the login
+		if t.signers != nil {
+			others += crypto11Sessions()
+		}
+		size = min(size, max(1, int(limit)-others))
 	}
 	return size, nil
 }
 
-// acquire has the module initialised.
-func (t *Token) acquire() error {
-	err := t.module.initialize(t.uri.reserved)
+// crypto11Sessions are those that crypto11 may open: one that stays, and those that sign.
+func crypto11Sessions() int { return 1 + 2*runtime.GOMAXPROCS(0) }
+
+// acquire has the module initialised. crypto11 insists on making C_Initialize itself, so it comes first; and it gives no string of the module's own, so
+// a token whose module wants one has no signers, and is no manufacturer's.
+func (t *Token) acquire() (err error) {
+	if t.uri.reserved == "" {
+		config := &crypto11.Config{Path: t.uri.module, LoginNotSupported: true, MaxSessions: crypto11Sessions()}
+		if config.TokenSerial = t.uri.token["serial"]; config.TokenSerial == "" {
+			config.TokenLabel = t.uri.token["token"]
+		}
+		if t.signers, err = crypto11.Configure(config); err != nil {
+			t.signers = nil
+			if strings.Contains(err.Error(), "could not find PKCS#11 token") {
+				return t.noToken()
+			}
+			return err
+		}
+	}
+	err = t.module.initialize(t.uri.reserved)
 	t.using = err == nil
 	return err
 }
@@ -272,11 +298,20 @@ func (t *Token) release() error {
 		t.held.CloseSession(t.held.h)
 		t.held = nil
 	}
-	if !t.using {
-		return nil
+	var errs []error
+	if t.using {
+		t.using = false
+		errs = append(errs, t.module.finalize())
 	}
-	t.using = false
-	return t.module.finalize()
+	if t.signers != nil {
+		errs = append(errs, t.signers.Close())
+		t.signers = nil
+	}
+	return errors.Join(errs...)
+}
+
+func (t *Token) noToken() error {
+	return fmt.Errorf("the module %s has no token %v: check the URI and, for SoftHSM, SOFTHSM2_CONF%s", t.uri.module, t.uri.token, softhsmConf())
 }
 
 func softhsmConf() string {
@@ -310,7 +345,7 @@ func (t *Token) findSlot(u *uri) (slot uint, info pkcs11.TokenInfo, err error) {
 	}
 	switch found {
 	case 0:
-		return 0, info, fmt.Errorf("the module %s has no token %v: check the URI and, for SoftHSM, SOFTHSM2_CONF%s", u.module, u.token, softhsmConf())
+		return 0, info, t.noToken()
 	case 1:
 		return slot, info, nil
 	}
