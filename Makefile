@@ -50,9 +50,9 @@ SERVER_PACKAGES = $(sort $(dir $(shell grep -rlE '^func Test\w*($(SERVERS))' --i
 # openCryptoki's daemon needs root.
 ROOT_ONLY := $(if $(filter-out 0,$(shell id -u)),|OpenCryptoki)
 
-# What the run of an operator's side on a second token leaves out: tests that have SoftHSM's token all the same, or need a factory's by way of the same module;
+# What the run of an operator's side on a second token leaves out: tests that have SoftHSM's token all the same, need a factory's by way of the same module, or a security officer;
 # and one that NSS softoken fails, for a reason that docs/tokens.md has.
-SOFTHSM_ONLY := Wycheproof|Attributes|Sides|UnwrapTemplates|WhatLeaves|CheckLotKey|CommonFactors|SharedFactors|Renew|Group|OpenRefuses|TestGivenUp$$|GivenUpHandle|KWPByEitherName|TestWeak|TrialsOf|RemoteKilled|KnownRefusalsTakeAsLong
+SOFTHSM_ONLY := Wycheproof|Attributes|Sides|UnwrapTemplates|WhatLeaves|CheckLotKey|CommonFactors|SharedFactors|Renew|Group|OpenRefuses|TestGivenUp$$|GivenUpHandle|KWPByEitherName|TestWeak|TrialsOf|RemoteKilled|KnownRefusalsTakeAsLong|Rotated|ResealDamaged
 
 check: lint deps-check ## lint, and the tests that need no Vault, PostgreSQL, browser or Diameter
 	@$(if $(ROOT_ONLY),echo 'TestDoctorOnOpenCryptoki is left out: only root can run it')
