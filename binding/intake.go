@@ -25,16 +25,35 @@ type IntakeToken interface {
 
 // An InitToken is what Init needs of the operator's HSM.
 type InitToken interface {
-	Weaknesses(ctx context.Context, side hsmkeys.Side) ([]hsmkeys.Finding, error)
-	Weak(ctx context.Context) ([]string, error)
-	Dedicate(ctx context.Context, d hsmkeys.Dedication) (created bool, err error)
+	DedicateToken
 	EnsureStorageKey(ctx context.Context) (created bool, err error)
 	EnsureLedgerKey(ctx context.Context) (created bool, err error)
 }
 
-// Init makes the token the operator's, and its storage and ledger key, unless that was done. A token that does not do what the secrecy of keys rests on
-// is refused, unless it is accepted as it is: then weak is what it does not do, and the token itself says so from then on.
+// A DedicateToken is what Dedicate needs of it.
+type DedicateToken interface {
+	Weaknesses(ctx context.Context, side hsmkeys.Side) ([]hsmkeys.Finding, error)
+	Weak(ctx context.Context) ([]string, error)
+	Dedicate(ctx context.Context, d hsmkeys.Dedication) (created bool, err error)
+}
+
+// Init is Dedicate, and makes the token's storage and ledger key unless it has them.
 func Init(ctx context.Context, token InitToken, accept bool) (created bool, weak []string, err error) {
+	created, weak, err = Dedicate(ctx, token, accept)
+	for _, ensure := range []func(context.Context) (bool, error){token.EnsureStorageKey, token.EnsureLedgerKey} {
+		if err != nil {
+			return false, nil, err
+		}
+		var made bool
+		made, err = ensure(ctx)
+		created = created || made
+	}
+	return created, weak, err
+}
+
+// Dedicate makes the token the operator's, unless that was done. A token that does not do what the secrecy of keys rests on
+// is refused, unless it is accepted as it is: then weak is what it does not do, and the token itself says so from then on.
+func Dedicate(ctx context.Context, token DedicateToken, accept bool) (created bool, weak []string, err error) {
 	weak, err = token.Weak(ctx)
 	if errors.Is(err, hsmkeys.ErrNotDedicated) {
 		var found []hsmkeys.Finding
@@ -49,20 +68,8 @@ func Init(ctx context.Context, token InitToken, accept bool) (created bool, weak
 	if err != nil {
 		return false, nil, err
 	}
-	for _, ensure := range []func() (bool, error){
-		func() (bool, error) {
-			return token.Dedicate(ctx, hsmkeys.Dedication{Side: hsmkeys.Operator, Weak: weak})
-		},
-		func() (bool, error) { return token.EnsureStorageKey(ctx) },
-		func() (bool, error) { return token.EnsureLedgerKey(ctx) },
-	} {
-		made, err := ensure()
-		if err != nil {
-			return false, nil, err
-		}
-		created = created || made
-	}
-	return created, weak, nil
+	created, err = token.Dedicate(ctx, hsmkeys.Dedication{Side: hsmkeys.Operator, Weak: weak})
+	return created, weak, err
 }
 
 // Enroll takes a manufacturer's enrolment: it pins the manufacturer's key, takes the operator's KEK into the token, and destroys the transport key that

@@ -31,8 +31,9 @@ factory operator enroll, keysvc enroll), and import the same grants there.`,
 			{
 				Name: "prepare", Usage: "on the token that is to get the keys: make a key that receives them",
 				Description: "keysvc backup restore destroys the key. Until then, whoever has this token's PIN and the backup can have the storage key without\nits limits: do not let days pass between the two.",
-				Flags:       []cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "out", Usage: "the `FILE` to write (default: restore-key.json in the --state folder)"}, cmdline.JSON},
-				Action:      cmdline.Alone(backupPrepare),
+				Flags: []cli.Flag{cmdline.Token, stateFlag, acceptFlag,
+					&cli.StringFlag{Name: "out", Usage: "the `FILE` to write (default: restore-key.json in the --state folder)"}, cmdline.JSON},
+				Action: cmdline.Alone(backupPrepare),
 			},
 			{
 				Name: "create", Usage: "on the token that has the keys: wrap them for another token",
@@ -52,7 +53,7 @@ factory operator enroll, keysvc enroll), and import the same grants there.`,
 
 func backupPrepare(c *cli.Context) error {
 	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
-		if _, err := token.Dedicate(c.Context, hsmkeys.Dedication{Side: hsmkeys.Operator}); err != nil {
+		if _, _, err := binding.Dedicate(c.Context, token, c.Bool(acceptFlag.Name)); err != nil {
 			return err
 		}
 		pub, err := token.NewRestoreKey(c.Context)

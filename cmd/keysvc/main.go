@@ -22,6 +22,9 @@ import (
 
 var stateFlag = &cli.StringFlag{Name: "state", Value: "var/keysvc", Usage: "the service's own folder, `DIR`, with its database"}
 
+var acceptFlag = &cli.BoolFlag{Name: "accept-weak-token",
+	Usage: "take a token all the same that does not keep keys as it should; the token, the service's log and /readyz say so for ever"}
+
 func main() { cmdline.Main(app()) }
 
 func app() *cli.App {
@@ -38,9 +41,8 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 			{
 				Name: "init", Usage: "make the token the operator's, and the storage and ledger key in it",
 				Description: "Tries first whether the token keeps keys as it should, and refuses it otherwise: keysvc doctor says more. Running this again changes nothing.",
-				Flags: []cli.Flag{cmdline.Token, stateFlag,
-					&cli.BoolFlag{Name: "accept-weak-token", Usage: "take a token all the same that does not keep keys as it should; the token, the service's log and /readyz say so for ever"}, cmdline.JSON},
-				Action: cmdline.Alone(initToken),
+				Flags:       []cli.Flag{cmdline.Token, stateFlag, acceptFlag, cmdline.JSON},
+				Action:      cmdline.Alone(initToken),
 			},
 			transportCommand(),
 			{
