@@ -18,7 +18,8 @@ import (
 // The two templates of a device's key pair on P-256; the private one does for RSA too. As kmeObject, it is not PRIVATE.
 var (
 	devicePublic  = attributes{attr(pkcs11.CKA_TOKEN, false), attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_EC_PARAMS, p256Params)}
-	devicePrivate = join(use(privateUsages, pkcs11.CKA_SIGN), attributes{attr(pkcs11.CKA_TOKEN, false), attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_SENSITIVE, true), attr(pkcs11.CKA_EXTRACTABLE, true)})
+	devicePrivate = join(use(privateUsages, pkcs11.CKA_SIGN), attributes{attr(pkcs11.CKA_TOKEN, false), attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_SENSITIVE, true), attr(pkcs11.CKA_EXTRACTABLE, true),
+		attr(pkcs11.CKA_WRAP_WITH_TRUSTED, false)})
 )
 
 // MakeDeviceKey makes a device's key pair and gives its public key, and its private key under the injection key:

@@ -19,8 +19,9 @@ import (
 // no Token of this token may be open in the process.
 //
 // Each key leaves the token only as far as it must. Both are WRAP_WITH_TRUSTED, as lot keys are: they leave under a TRUSTED key. The receiving key
-// wraps, by its CKA_WRAP_TEMPLATE, nothing but its one key; a KEK wraps nothing but RSA private keys; an injection key is not TRUSTED. Otherwise
-// whoever has the user PIN could wrap a KEK for a fixture, whose key may be in software, and have every lot key that the KEK has carried.
+// wraps, by its CKA_WRAP_TEMPLATE, nothing but its one key; a KEK wraps nothing but RSA private keys; an injection key nothing but private keys that are
+// not WRAP_WITH_TRUSTED, as device keys are. Otherwise whoever has the user PIN could wrap a KEK for a fixture, whose key may be in software, and have
+// every lot key that the KEK has carried. An injection key is TRUSTED so that it is known for the security officer's: see checkMaker.
 func EnrollKey(ctx context.Context, tokenURI string, officer PIN, k Key, to *rsa.PublicKey) (created bool, err error) {
 	if err := checkWrappingKey(to); err != nil {
 		return false, err
@@ -31,10 +32,12 @@ func EnrollKey(ctx context.Context, tokenURI string, officer PIN, k Key, to *rsa
 	}
 	defer t.Close()
 	// The security officer cannot see private objects, so all are made with PRIVATE=false.
-	template := join(attributes{attr(pkcs11.CKA_PRIVATE, false)}, leavesUnderTrusted, use(usages, pkcs11.CKA_WRAP))
-	if k.Role == RoleKEK {
-		template = join(template, attributes{attr(pkcs11.CKA_TRUSTED, true)}, nested(pkcs11.CKA_WRAP_TEMPLATE, lotKeys))
+	wraps := lotKeys
+	if k.Role == RoleInjection {
+		wraps = deviceKeys
 	}
+	template := join(attributes{attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_TRUSTED, true)}, leavesUnderTrusted, use(usages, pkcs11.CKA_WRAP),
+		nested(pkcs11.CKA_WRAP_TEMPLATE, wraps))
 	if err := t.checkRecipient(ctx, recipient(k), to); err != nil {
 		return false, err
 	}
@@ -52,8 +55,11 @@ func EnrollKey(ctx context.Context, tokenURI string, officer PIN, k Key, to *rsa
 	})
 }
 
-// lotKeys are all that a KEK wraps.
-var lotKeys = attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA)}
+// lotKeys are all that a KEK wraps, and deviceKeys what an injection key wraps, which lot keys are not.
+var (
+	lotKeys    = attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA)}
+	deviceKeys = attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), attr(pkcs11.CKA_WRAP_WITH_TRUSTED, false)}
+)
 
 // recipient is the RSA key that receives k.
 func recipient(k Key) Key {

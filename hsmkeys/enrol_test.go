@@ -2,8 +2,12 @@ package hsmkeys
 
 import (
 	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
+	"encoding/asn1"
 	"errors"
 	"slices"
 	"strings"
@@ -12,6 +16,7 @@ import (
 	"github.com/miekg/pkcs11"
 
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/kme"
 )
 
 // Whoever has the user PIN, and the files that pass between the parties, unwraps nothing into a key that says what it is.
@@ -248,5 +253,68 @@ func TestSides(t *testing.T) {
 	}
 	if weak := must[[]string](t)(fresh.Weak(ctx)); !slices.Equal(weak, []string{"it does not enforce x"}) {
 		t.Errorf("weak: %q", weak)
+	}
+}
+
+// Objects that are not PRIVATE can be removed and made without a PIN, under the label and CKA_ID of ours too. None is taken for a key of ours.
+func TestPlantedKeys(t *testing.T) {
+	ctx := t.Context()
+	plant := func(token *Token, k Key, more ...*pkcs11.Attribute) {
+		t.Helper()
+		err := token.with(ctx, "test", func(s *session) error {
+			if err := token.destroy(s, pkcs11.CKO_SECRET_KEY, k); err != nil {
+				return err
+			}
+			_, err := s.create(frozen(named(k), leavesUnderTrusted, use(usages, pkcs11.CKA_WRAP), more, attributes{
+				attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES), attr(pkcs11.CKA_VALUE, make([]byte, 32)),
+			}))
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	refused := func(what string, err error) {
+		t.Helper()
+		if err == nil || !strings.Contains(err.Error(), "not made by") {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+
+	factory, _ := newFactory(t, nil)
+	if _, _, err := factory.MakeDeviceKey(ctx, kme.SuiteECDSA, testInjection); err != nil {
+		t.Fatal(err)
+	}
+	for _, private := range []bool{false, true} { // true takes the user's PIN
+		plant(factory, testInjection, attr(pkcs11.CKA_PRIVATE, private))
+		_, _, err := factory.MakeDeviceKey(ctx, kme.SuiteECDSA, testInjection)
+		refused("a device key under a planted injection key", err)
+		_, err = factory.WrapEnrolled(ctx, testInjection)
+		refused("a planted injection key for its fixture", err)
+	}
+
+	operator := open(t, softhsmtest.Token(t))
+	must[bool](t)(operator.Dedicate(ctx, Dedication{Side: Operator}))
+	plant(operator, storageKey, attr(pkcs11.CKA_PRIVATE, false))
+	_, err := operator.EnsureStorageKey(ctx)
+	refused("a planted storage key", err)
+
+	// The public half of the signing key is what operators pin.
+	other := must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
+	must[crypto.Signer](t)(factory.Signer(testSigning))
+	err = factory.with(ctx, "test", func(s *session) error {
+		if err := factory.destroy(s, pkcs11.CKO_PUBLIC_KEY, testSigning); err != nil {
+			return err
+		}
+		point := must[[]byte](t)(asn1.Marshal(must[[]byte](t)(other.PublicKey.Bytes())))
+		_, err := s.create(join(named(testSigning), attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_EC),
+			attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_EC_PARAMS, p256Params), attr(pkcs11.CKA_EC_POINT, point)}))
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := factory.Signer(testSigning); err == nil || !strings.Contains(err.Error(), "not its public key") {
+		t.Errorf("a planted public key: %v", err)
 	}
 }

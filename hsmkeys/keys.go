@@ -284,20 +284,22 @@ func (s *signer) Public() crypto.PublicKey { return s.public }
 
 // Sign gives an ASN.1 signature, as crypto.Signer says of ECDSA.
 func (s *signer) Sign(_ io.Reader, digest []byte, _ crypto.SignerOpts) ([]byte, error) {
-	return do(context.Background(), s.t, "sign", func(in *session) ([]byte, error) {
-		h, err := s.t.find(in, pkcs11.CKO_PRIVATE_KEY, s.k)
-		if err != nil {
-			return nil, err
-		}
-		sig, err := in.sign(pkcs11.CKM_ECDSA, h, digest, make([]byte, 64))
-		if err != nil {
-			return nil, explain("sign with "+s.k.Label(), err)
-		}
-		if len(sig) != 64 {
-			return nil, fmt.Errorf("the token's ECDSA signature has %d bytes, not 64: do not use this token", len(sig))
-		}
-		return asn1.Marshal(struct{ R, S *big.Int }{new(big.Int).SetBytes(sig[:32]), new(big.Int).SetBytes(sig[32:])})
-	})
+	return do(context.Background(), s.t, "sign", func(in *session) ([]byte, error) { return s.signIn(in, digest) })
+}
+
+func (s *signer) signIn(in *session, digest []byte) ([]byte, error) {
+	h, err := s.t.find(in, pkcs11.CKO_PRIVATE_KEY, s.k)
+	if err != nil {
+		return nil, err
+	}
+	sig, err := in.sign(pkcs11.CKM_ECDSA, h, digest, make([]byte, 64))
+	if err != nil {
+		return nil, explain("sign with "+s.k.Label(), err)
+	}
+	if len(sig) != 64 {
+		return nil, fmt.Errorf("the token's ECDSA signature has %d bytes, not 64: do not use this token", len(sig))
+	}
+	return asn1.Marshal(struct{ R, S *big.Int }{new(big.Int).SetBytes(sig[:32]), new(big.Int).SetBytes(sig[32:])})
 }
 
 // Signer is the signing key k as a crypto.Signer, good for as long as the token is open.
@@ -311,7 +313,16 @@ func (t *Token) Signer(k Key) (crypto.Signer, error) {
 			return nil, err
 		}
 		public, err := readP256(s, h)
-		return &signer{t, k, public}, err
+		if err != nil {
+			return nil, err
+		}
+		// Whoever has no PIN could have put another public key there, which operators would pin.
+		made, digest := &signer{t, k, public}, kme.RandomSecret().Bytes()
+		sig, err := made.signIn(s, digest)
+		if err == nil && !ecdsa.VerifyASN1(public, digest, sig) {
+			err = fmt.Errorf("the object %q in %s is not its public key: find out who put it there, and bring back the token from a backup", k.Label(), t)
+		}
+		return made, err
 	})
 }
 

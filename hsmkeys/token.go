@@ -412,10 +412,38 @@ func (t *Token) find(s *session, class uint, k Key) (pkcs11.ObjectHandle, error)
 	case len(found) > 1:
 		return 0, fmt.Errorf("%s has %d objects %q: only one of them can be ours; remove the others with the token's own tool", t, len(found), k.Label())
 	}
+	if err := t.checkMaker(s, class, found[0], k); err != nil {
+		return 0, err
+	}
 	t.mu.Lock()
 	known[at] = found[0] // whoever has forgotten meanwhile does not see it
 	t.mu.Unlock()
 	return found[0], nil
+}
+
+// checkMaker refuses an object in the place of a key of ours that others could have made. CKA_ID and label say nothing: what is not PRIVATE is made, and
+// destroyed, without a PIN, but only the security officer makes TRUSTED keys. An injection key must be one: device keys are under it, and whoever has
+// the user PIN, too, could put one of a known value in its place.
+func (t *Token) checkMaker(s *session, class uint, h pkcs11.ObjectHandle, k Key) error {
+	if class == pkcs11.CKO_PUBLIC_KEY {
+		return nil // it is compared with what it is the other half of, or the token asks that it is TRUSTED
+	}
+	is := func(typ uint) (bool, error) {
+		a, err := s.GetAttributeValue(s.h, h, attributes{attr(typ, nil)})
+		return err == nil && isTrue(a[0]), explainIf("look at "+k.Label(), err)
+	}
+	ok, err := false, error(nil)
+	if k.Role != RoleInjection {
+		ok, err = is(pkcs11.CKA_PRIVATE)
+	}
+	if err == nil && !ok && class == pkcs11.CKO_SECRET_KEY {
+		ok, err = is(pkcs11.CKA_TRUSTED)
+	}
+	if err == nil && !ok {
+		err = fmt.Errorf("%s has an object %q that was not made by whom it should: others may know its value. "+
+			"Find out who made it, remove it with the token's own tool, and make the key anew", t, k.Label())
+	}
+	return err
 }
 
 // forget has all keys looked up again by those who ask from now on.
