@@ -44,6 +44,34 @@ var ErrInterrupted = errors.New("interrupted: run the same command again to go o
 // its lot beside its own key.
 const ManifestFile = "manifest.jws"
 
+func writeManifest(ctx context.Context, store directory.Store, lot, dir string) error {
+	manifest, _, err := store.Read(ctx, directory.ManifestPath(lot))
+	if err != nil {
+		return err
+	}
+	if err := durable.WriteFile(filepath.Join(dir, ManifestFile), manifest, 0o600); err != nil {
+		return fmt.Errorf("the injection packages cannot be written: %w", err)
+	}
+	return nil
+}
+
+// checkManifest says what is wrong with the manifest beside the injection packages, if it is there: nothing, if it is the directory's.
+func checkManifest(ctx context.Context, store directory.Store, lot, dir string) (wrong string, err error) {
+	path := filepath.Join(dir, ManifestFile)
+	beside, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", nil
+	}
+	if err != nil {
+		return err.Error(), nil
+	}
+	manifest, _, err := store.Read(ctx, directory.ManifestPath(lot))
+	if err == nil && !bytes.Equal(beside, manifest) {
+		wrong = path + " is not the lot's manifest as the directory has it"
+	}
+	return wrong, err
+}
+
 // InjectionFile is the name of a shard's injection package.
 func InjectionFile(shard int) string { return fmt.Sprintf("injection-%06d.jsonl", shard) }
 
@@ -96,12 +124,8 @@ func (l *Line) Provision(ctx context.Context, lot string, o ProvisionOptions) (P
 		return Progress{}, err
 	}
 	defer unlock()
-	manifest, _, err := l.store.Read(ctx, directory.ManifestPath(lot))
-	if err != nil {
+	if err := writeManifest(ctx, l.store, lot, dir); err != nil {
 		return Progress{}, err
-	}
-	if err := durable.WriteFile(filepath.Join(dir, ManifestFile), manifest, 0o600); err != nil {
-		return Progress{}, fmt.Errorf("the injection packages cannot be written: %w", err)
 	}
 	j, err := openJournal(ctx, o.State, l.Manufacturer())
 	if err != nil {

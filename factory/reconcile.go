@@ -75,6 +75,12 @@ func (l *Line) Reconcile(ctx context.Context, lot, state, out string, repair boo
 	if err := r.strays(m, dir); err != nil {
 		return nil, err
 	}
+	if wrong, err := checkManifest(ctx, l.store, lot, dir); err != nil {
+		return nil, err
+	} else if wrong != "" {
+		r.Differences = append(r.Differences, Difference{Shard: -1, What: wrong, Remedy: "write the directory's there", Safe: true,
+			repair: func(ctx context.Context) error { return writeManifest(ctx, l.store, lot, dir) }})
+	}
 	if err := l.compareRevocations(ctx, r, m, dir); err != nil {
 		return nil, err
 	}

@@ -237,6 +237,15 @@ func (v *verifying) objects(ctx context.Context, m *directory.Manifest, packages
 	if err := v.revocations(ctx, m, packages); err != nil {
 		return err
 	}
+	if packages != "" {
+		wrong, err := checkManifest(ctx, v.store, m.Lot, filepath.Join(packages, m.Lot))
+		if err != nil {
+			return err
+		}
+		if wrong != "" {
+			v.problem("%s: inject from no package beside it, and run factory reconcile --repair", wrong)
+		}
+	}
 	names, err := v.store.List(ctx, directory.ShardsPath(m.Lot))
 	for _, name := range names {
 		if n, aerr := strconv.Atoi(name); aerr != nil || n >= m.Shards() || directory.ShardPath(m.Lot, n) != directory.ShardsPath(m.Lot)+"/"+name {

@@ -188,6 +188,37 @@ func TestChangedWrappedKey(t *testing.T) {
 	}
 }
 
+// The manifest beside the packages has the modulus that a fixture injects.
+func TestChangedManifestFile(t *testing.T) {
+	line, _, _ := newLine(t)
+	must(line.CreateLot(t.Context(), spec(t, "L1", 0, 8)))
+	out := t.TempDir()
+	provision(t, line, out)
+	path := filepath.Join(out, "L1", ManifestFile)
+	was := must(os.ReadFile(path))
+	verify := func() []string { return must(VerifyLot(t.Context(), line.store, line.verifier, "L1", out, nil)).Problems }
+	reconcile := func(repair bool) *Reconciliation {
+		return must(line.Reconcile(t.Context(), "L1", filepath.Join(out, "state"), out, repair))
+	}
+	if found := verify(); len(found) != 0 {
+		t.Fatal(found)
+	}
+	for _, changed := range [][]byte{bytes.Replace(was, []byte("."), []byte("A."), 1), append(bytes.Clone(was), '\n'), nil} {
+		if err := os.WriteFile(path, changed, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if found := verify(); len(found) != 1 || !strings.Contains(found[0], path) {
+			t.Errorf("verify: %q", found)
+		}
+		if r := reconcile(false); len(r.Differences) != 1 || !strings.Contains(r.Differences[0].What, path) {
+			t.Errorf("reconcile: %+v", r)
+		}
+		if r := reconcile(true); r.Open() != 0 || !bytes.Equal(must(os.ReadFile(path)), was) {
+			t.Errorf("repaired: %+v", r)
+		}
+	}
+}
+
 // A device that came back: a new key and package, the old key revoked; the same return again changes nothing, nor does a
 // run that was killed after it had written the package cost the device a key.
 func TestReissue(t *testing.T) {
