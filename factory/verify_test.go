@@ -196,7 +196,9 @@ func TestChangedManifestFile(t *testing.T) {
 	provision(t, line, out)
 	path := filepath.Join(out, "L1", ManifestFile)
 	was := must(os.ReadFile(path))
-	verify := func() []string { return must(VerifyLot(t.Context(), line.store, line.verifier, "L1", out, nil)).Problems }
+	verify := func() []string {
+		return must(VerifyLot(t.Context(), line.store, line.verifier, "L1", out, nil)).Problems
+	}
 	reconcile := func(repair bool) *Reconciliation {
 		return must(line.Reconcile(t.Context(), "L1", filepath.Join(out, "state"), out, repair))
 	}
