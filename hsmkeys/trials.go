@@ -540,7 +540,7 @@ func (x *trial) strangers() {
 }
 
 // trustedRoles are those of the TRUSTED keys that EnrollKey makes.
-var trustedRoles = map[Side][]Role{Factory: {RoleKEK, RoleFixture, RoleOperatorOutgoing}}
+var trustedRoles = map[Side][]Role{Factory: {RoleKEK, RoleInjection, RoleFixture, RoleOperatorOutgoing}}
 
 // whose says which key of ours an object is, by its label and its CKA_ID; none if it is not.
 func (x *trial) whose(h pkcs11.ObjectHandle) (k Key, label string, err error) {
