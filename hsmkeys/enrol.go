@@ -34,7 +34,7 @@ func EnrollKey(ctx context.Context, tokenURI string, officer PIN, k Key, to *rsa
 	// The security officer cannot see private objects, so all are made with PRIVATE=false.
 	wraps := lotKeys
 	if k.Role == RoleInjection {
-		wraps = attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), attr(pkcs11.CKA_WRAP_WITH_TRUSTED, false)}
+		wraps = deviceKeys
 	}
 	template := join(attributes{attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_TRUSTED, true)}, leavesUnderTrusted, use(usages, pkcs11.CKA_WRAP),
 		nested(pkcs11.CKA_WRAP_TEMPLATE, wraps))
@@ -55,8 +55,11 @@ func EnrollKey(ctx context.Context, tokenURI string, officer PIN, k Key, to *rsa
 	})
 }
 
-// lotKeys are all that a KEK wraps.
-var lotKeys = attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA)}
+// lotKeys are all that a KEK wraps, and deviceKeys what an injection key wraps, which lot keys are not.
+var (
+	lotKeys    = attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA)}
+	deviceKeys = attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), attr(pkcs11.CKA_WRAP_WITH_TRUSTED, false)}
+)
 
 // recipient is the RSA key that receives k.
 func recipient(k Key) Key {

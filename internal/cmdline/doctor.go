@@ -56,7 +56,7 @@ func PrintFindings(c *cli.Context, token *hsmkeys.Token, report []hsmkeys.Findin
 		}
 	})
 	if err == nil && missing > 0 {
-		err = fmt.Errorf("%d of what is required is missing", missing)
+		err = Said(fmt.Errorf("%d of what is required is missing", missing))
 	}
 	return err
 }
