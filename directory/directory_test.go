@@ -1138,6 +1138,7 @@ func TestPartiesFiles(t *testing.T) {
 		"an unknown field": strings.Replace(string(file), `{`, `{"x":1,`, 1),
 		"another kid":      strings.Replace(string(file), RSAThumbprint(transport), thumbprint(&key.PublicKey), 1),
 		"for signatures":   strings.Replace(string(file), `"enc"`, `"sig"`, 1),
+		"for RSA1_5":       strings.Replace(string(file), `"RSA-OAEP"`, `"RSA1_5"`, 1),
 	} {
 		if _, err := ParseTransportKey([]byte(bad), RSAThumbprint(transport)); err == nil {
 			t.Errorf("a transport key, %s: accepted", name)

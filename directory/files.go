@@ -123,7 +123,7 @@ func parseReceiver(typ, otherwise string, data []byte, thumbprint string) (*rsa.
 		return nil, fmt.Errorf("%s: %w", otherwise, err)
 	}
 	pub, ok := k.Key.Key.(*rsa.PublicKey)
-	if k.Type != typ || !ok || k.Key.Use != "enc" || k.Key.KeyID != RSAThumbprint(pub) {
+	if k.Type != typ || !ok || k.Key.Use != "enc" || k.Key.Algorithm != RSAOAEP || k.Key.KeyID != RSAThumbprint(pub) {
 		return nil, errors.New(otherwise)
 	}
 	return pub, CheckThumbprint(k.Key.KeyID, thumbprint)

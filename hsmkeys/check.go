@@ -8,8 +8,10 @@ import (
 	"iter"
 	"math/big"
 	"runtime"
+	"sync"
 
 	"github.com/letsencrypt/boulder/goodkey"
+	"github.com/titanous/rocacheck"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/kmehsm/kmehsm/kme"
@@ -36,6 +38,33 @@ func CheckLotKey(ctx context.Context, pub *rsa.PublicKey, bits int) error {
 	}
 	return nil
 }
+
+// checkModulus refuses, of a key that others have made and of any length, what can be seen of a modulus at once: a small factor, a prime, a square, ROCA.
+func checkModulus(n *big.Int) error {
+	root := new(big.Int).Sqrt(n)
+	switch {
+	case new(big.Int).GCD(nil, nil, n, smallPrimes()).Cmp(big.NewInt(1)) != 0:
+		return errors.New("it has a small prime factor")
+	case n.ProbablyPrime(0):
+		return errors.New("it is a prime")
+	case root.Mul(root, root).Cmp(n) == 0:
+		return errors.New("it is a square")
+	case rocacheck.IsWeak(&rsa.PublicKey{N: n, E: kme.PublicExponent}):
+		return errors.New("it was made by an Infineon chip (CVE-2017-15361)")
+	}
+	return nil
+}
+
+// smallPrimes is the product of the primes below 752, which is how far NIST SP 800-89 section 5.3.3 looks.
+var smallPrimes = sync.OnceValue(func() *big.Int {
+	product := big.NewInt(2)
+	for p := int64(3); p < 752; p += 2 {
+		if n := big.NewInt(p); n.ProbablyPrime(0) {
+			product.Mul(product, n)
+		}
+	}
+	return product
+})
 
 // CheckCommonFactors refuses a modulus that shares a prime with an earlier one, or is one of them: both keys are
 // then open to anybody who computes a greatest common divisor. For one new modulus, the product of the earlier ones is

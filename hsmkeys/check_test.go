@@ -67,6 +67,31 @@ func TestCheckLotKey(t *testing.T) {
 	}
 }
 
+// A key that a KEK or an injection key is wrapped to was made by somebody else.
+func TestCheckWrappingKey(t *testing.T) {
+	good := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072))
+	mersenne := func(p uint) *big.Int { n := new(big.Int).Lsh(big.NewInt(1), p); return n.Sub(n, big.NewInt(1)) }
+	three := new(big.Int).Exp(big.NewInt(3), big.NewInt(1938), nil)
+	for name, c := range map[string]struct {
+		n    *big.Int
+		e    int
+		want string
+	}{
+		"good":         {good.N, 65537, ""},
+		"short":        {new(big.Int).Rsh(good.N, 1), 65537, "3071 bits"},
+		"e = 3":        {good.N, 3, "exponent is 3"},
+		"even":         {new(big.Int).Sub(good.N, big.NewInt(1)), 65537, "small prime"},
+		"a power of 3": {three, 65537, "small prime"},
+		"a prime":      {mersenne(3217), 65537, "a prime"},
+		"a square":     {new(big.Int).Exp(mersenne(2203), big.NewInt(2), nil), 65537, "a square"},
+		"ROCA":         {new(big.Int).Exp(rocaModulus(t), big.NewInt(3), nil), 65537, "Infineon"}, // powers of 65537, still
+	} {
+		if err := checkWrappingKey(&rsa.PublicKey{N: c.n, E: c.e}); (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: got %v, want %q", name, err, c.want)
+		}
+	}
+}
+
 // rocaModulus has the fingerprint of CVE-2017-15361: modulo each of the first primes it is a power of 65537. The other
 // small primes, which are tried before, do not divide it.
 func rocaModulus(t *testing.T) *big.Int {

@@ -306,6 +306,9 @@ func checkWrappingKey(pub *rsa.PublicKey) error {
 	if pub.E != kme.PublicExponent {
 		return fmt.Errorf("the RSA key's public exponent is %d; only %d is accepted", pub.E, kme.PublicExponent)
 	}
+	if err := checkModulus(pub.N); err != nil {
+		return fmt.Errorf("the RSA key's modulus is weak: %w: it needs to be made anew, by another generator", err)
+	}
 	return nil
 }
 
