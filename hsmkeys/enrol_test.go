@@ -143,6 +143,15 @@ func TestWhatLeavesTheFactory(t *testing.T) {
 	}
 }
 
+// A lot key that somebody has put there is not taken for one of a run that was interrupted.
+func TestPlantedLotKey(t *testing.T) {
+	factory, _ := newFactory(t, nil)
+	importLot(t, factory, testLot, must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048)))
+	if _, _, err := factory.EnsureLotKey(t.Context(), testLot, 2048, PrimesAuto); err == nil || !strings.Contains(err.Error(), "others may know its P and Q") {
+		t.Error(err)
+	}
+}
+
 // A key that is enrolled as a fixture's is not an operator's, nor another fixture's, and the reverse.
 func TestOneKeyOneRecipient(t *testing.T) {
 	ctx := t.Context()

@@ -116,7 +116,8 @@ func (t *Token) ensureSecret(ctx context.Context, side Side, k Key, m uint, temp
 // EnsureSigningKey makes the manufacturer's signing key, ECDSA P-256, unless the token has it.
 func (t *Token) EnsureSigningKey(ctx context.Context, k Key) (created bool, err error) {
 	return t.ensure(ctx, Factory, pkcs11.CKO_PRIVATE_KEY, k, func(s *session) error {
-		public := join(named(k), attributes{attr(pkcs11.CKA_EC_PARAMS, p256Params), attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_VERIFY, true)})
+		public := frozen(named(k), attributes{attr(pkcs11.CKA_EC_PARAMS, p256Params), attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_VERIFY, true),
+			attr(pkcs11.CKA_ENCRYPT, false), attr(pkcs11.CKA_WRAP, false)})
 		private := frozen(named(k), guarded(false), use(privateUsages, pkcs11.CKA_SIGN))
 		_, _, err := s.generatePair(pkcs11.CKM_EC_KEY_PAIR_GEN, public, private)
 		return err

@@ -48,6 +48,11 @@ func (t *Token) EnsureLotKey(ctx context.Context, k Key, bits int, primes Primes
 	if err != nil {
 		return nil, "", err
 	}
+	if !created {
+		if err = t.checkOrigin(ctx, k); err != nil {
+			return nil, "", err
+		}
+	}
 	if pub, err = t.rsaPublicKey(ctx, k); err != nil {
 		return nil, "", err
 	}
@@ -69,6 +74,25 @@ func (t *Token) EnsureLotKey(ctx context.Context, k Key, bits int, primes Primes
 // lotTemplate is what a lot key is in a factory's token. It is not frozen: sealing it is a change of the object. WRAP_WITH_TRUSTED holds it until then.
 var lotTemplate = join(guarded(true), use(privateUsages, pkcs11.CKA_DECRYPT),
 	attributes{attr(pkcs11.CKA_WRAP_WITH_TRUSTED, true), attr(pkcs11.CKA_COPYABLE, false)})
+
+// checkOrigin refuses a lot key that this token has not made, or that was open at some time: whoever has the user PIN can put one there whose P and Q
+// they know.
+func (t *Token) checkOrigin(ctx context.Context, k Key) error {
+	return t.with(ctx, "look at a lot key", func(s *session) error {
+		h, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, k)
+		if err != nil {
+			return err
+		}
+		a, err := s.GetAttributeValue(s.h, h, attributes{attr(pkcs11.CKA_LOCAL, nil), attr(pkcs11.CKA_ALWAYS_SENSITIVE, nil), attr(pkcs11.CKA_WRAP_WITH_TRUSTED, nil)})
+		if err != nil {
+			return explain("look at "+k.Label(), err)
+		}
+		if !isTrue(a[0]) || !isTrue(a[1]) || !isTrue(a[2]) {
+			return fmt.Errorf("%s has a key %q that no run of this command has made: others may know its P and Q; find out who put it there, and remove it with the token's own tool", t, k.Label())
+		}
+		return nil
+	})
+}
 
 // RemoveLotKey destroys a lot key for good.
 func (t *Token) RemoveLotKey(ctx context.Context, k Key) error {

@@ -433,6 +433,9 @@ func lotProvision(c *cli.Context) error {
 			State: c.String("state"), Fixture: c.String("fixture"), Out: out, Workers: workers, From: from, To: to, Report: showProgress(c, lot),
 		})
 		seconds := time.Since(start).Seconds()
+		if err != nil && p.Total == 0 { // it has not begun
+			return err
+		}
 		if err != nil {
 			err = fmt.Errorf("%w (%d of %d devices done)", err, p.Done, p.Total)
 			if p.Generated > 0 || errors.Is(err, factory.ErrInterrupted) {
