@@ -310,11 +310,11 @@ func (s *signer) current(in *session) (*found, error) {
 	if f := s.found.Load(); f != nil && f.under == s.t.signers {
 		return f, nil
 	}
-	if s.t.signers == nil {
-		return nil, fmt.Errorf("%s signs for no manufacturer: its module wants %s, which crypto11 cannot give", s.t, initReserved)
-	}
 	if _, err := s.t.find(in, pkcs11.CKO_PRIVATE_KEY, s.k); err != nil {
 		return nil, err
+	}
+	if s.t.signers == nil {
+		return nil, fmt.Errorf("%s signs for no manufacturer: its module wants %s, which crypto11 cannot give", s.t, initReserved)
 	}
 	signers, err := s.t.signers.FindKeyPairs(s.k.ID(), nil)
 	if err != nil {

@@ -1,6 +1,14 @@
 package hsmkeys
 
 import (
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/sha1"
+	"crypto/x509"
+
+	"github.com/tink-crypto/tink-go/v2/kwp/subtle"
+
+	"github.com/kmehsm/kmehsm/kme"
 	"slices"
 	"strings"
 	"testing"
@@ -51,6 +59,40 @@ func TestNSSTemplates(t *testing.T) {
 	}
 	if created := must[bool](t)(again.EnsureStorageKey(ctx)); created {
 		t.Error("a second storage key was made")
+	}
+}
+
+// The keys of an operator's token as NSS has them, read back. Where it does not keep WRAP_WITH_TRUSTED, storage and ledger key never leave. It says LOCAL
+// of no key, and lets every RSA private key that it unwraps sign and unwrap, whatever the template says.
+func TestNSSAttributes(t *testing.T) {
+	ctx := t.Context()
+	token := newOperatorOn(t, softhsmtest.NSS(t))
+	transport := must[*rsa.PublicKey](t)(token.NewTransportKey(ctx))
+	var receiver pkcs11.ObjectHandle
+	if err := token.with(ctx, "test", func(s *session) (err error) { receiver, err = token.transportKey(s, transport); return err }); err != nil {
+		t.Fatal(err)
+	}
+	value := kme.RandomSecret().Bytes()
+	if err := token.UnwrapKEK(ctx, testKEK, transport, must[[]byte](t)(rsa.EncryptOAEP(sha1.New(), rand.Reader, transport, value, nil))); err != nil {
+		t.Fatal(err)
+	}
+	lot := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048))
+	grant := must[[]byte](t)(must[*subtle.KWP](t)(subtle.NewKWP(value)).Wrap(must[[]byte](t)(x509.MarshalPKCS8PrivateKey(lot))))
+	must[bool](t)(token.UnwrapLotKey(ctx, testLot, testKEK, grant, &lot.PublicKey))
+	for _, c := range []struct {
+		name string
+		h    pkcs11.ObjectHandle
+		want string
+	}{
+		{"transport key", receiver, "TOKEN PRIVATE SENSITIVE ALWAYS_SENSITIVE NEVER_EXTRACTABLE UNWRAP"},
+		{"KEK", token.mustFind(t, pkcs11.CKO_SECRET_KEY, testKEK), "TOKEN PRIVATE SENSITIVE UNWRAP"},
+		{"lot key", token.mustFind(t, pkcs11.CKO_PRIVATE_KEY, testLot), "TOKEN PRIVATE SENSITIVE SIGN DECRYPT UNWRAP"},
+		{"storage key", token.mustFind(t, pkcs11.CKO_SECRET_KEY, storageKey), "TOKEN PRIVATE SENSITIVE ALWAYS_SENSITIVE NEVER_EXTRACTABLE WRAP UNWRAP"},
+		{"ledger key", token.mustFind(t, pkcs11.CKO_SECRET_KEY, ledgerKey), "TOKEN PRIVATE SENSITIVE ALWAYS_SENSITIVE NEVER_EXTRACTABLE SIGN"},
+	} {
+		if got := trueAttributes(t, token, c.h); got != c.want {
+			t.Errorf("%s:\n got %s\nwant %s", c.name, got, c.want)
+		}
 	}
 }
 
