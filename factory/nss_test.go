@@ -1,6 +1,10 @@
 package factory
 
 import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"strings"
 	"testing"
 
@@ -9,6 +13,19 @@ import (
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 	"github.com/kmehsm/kmehsm/kme"
 )
+
+// signsElsewhere is a token whose manufacturer signs with another: NSS softoken signs for none.
+type signsElsewhere struct {
+	*hsmkeys.Token
+	key *ecdsa.PrivateKey
+}
+
+func (s signsElsewhere) Signer(k hsmkeys.Key) (crypto.Signer, error) {
+	if k.Generation > 1 {
+		return nil, hsmkeys.ErrNoKey
+	}
+	return s.key, nil
+}
 
 // NSS softoken keeps no lot key: it is refused for what it does when it is tried, at init, and at lot create too where it is a factory's already. Nothing
 // is made.
@@ -33,9 +50,8 @@ func TestNSSRefused(t *testing.T) {
 		t.Error("init has made a signing key")
 	}
 	must(token.Dedicate(ctx, hsmkeys.Dedication{Side: hsmkeys.Factory}))
-	must(token.EnsureSigningKey(ctx, signingKey))
 	store := must(directory.OpenFileStore(t.TempDir()))
-	line := must(NewLine(token, store))
+	line := must(NewLine(signsElsewhere{token, must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))}, store))
 	tac := must(kme.ParseTAC("35209900"))
 	_, err = line.CreateLot(ctx, LotSpec{Lot: "L1", Range: directory.Range{TAC: tac, Count: 4}, Bits: 2048, Suite: kme.SuiteECDSA, ShardSize: 4, Primes: hsmkeys.PrimesAuto})
 	check("lot create", err)
