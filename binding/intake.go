@@ -21,6 +21,7 @@ type IntakeToken interface {
 	UnwrapKEK(ctx context.Context, kek hsmkeys.Key, transport *rsa.PublicKey, wrapped []byte) error
 	UnwrapLotKey(ctx context.Context, lot, kek hsmkeys.Key, wrapped []byte, pub *rsa.PublicKey) (taken bool, err error)
 	RemoveLotKey(ctx context.Context, k hsmkeys.Key) error
+	MustBe(ctx context.Context, side hsmkeys.Side) error
 }
 
 // An InitToken is what Init needs of the operator's HSM.

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/hsmkeys"
 )
 
 // NewVerdict is a decision of now.
@@ -42,8 +43,11 @@ func Trust(ctx context.Context, registry Registry, manufacturer string, v Verdic
 }
 
 // RetireLot has a lot served no more, and destroys its key in the token. Bindings stand. It gives the verdict that stands:
-// an earlier one stays, and the key is destroyed all the same.
+// an earlier one stays, and the key is destroyed all the same. A factory's token has the lot's own key under the same name.
 func RetireLot(ctx context.Context, token IntakeToken, registry Registry, lot *Lot, v Verdict) (Verdict, error) {
+	if err := token.MustBe(ctx, hsmkeys.Operator); err != nil {
+		return Verdict{}, err
+	}
 	stands, err := registry.Decide(ctx, lot.Manufacturer, lot.Manifest.Lot, v, func([]*Lot) error { return nil })
 	if err != nil {
 		return stands, err

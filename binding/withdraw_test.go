@@ -14,6 +14,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -181,6 +182,27 @@ func TestRetireLot(t *testing.T) {
 }
 
 // A grant that is imported while its lot is retired leaves no key.
+// Of a manufacturer's token, nothing is destroyed: it has the lot's key under the same name, and may be the only one that has.
+func TestRetireLotOfAFactory(t *testing.T) {
+	r, m, _ := newServed(t)
+	ctx := t.Context()
+	factory := must[*hsmkeys.Token](t)(hsmkeys.Open(ctx, softhsmtest.Token(t).URI))
+	t.Cleanup(func() { factory.Close() })
+	must[bool](t)(factory.Dedicate(ctx, hsmkeys.Dedication{Side: hsmkeys.Factory}))
+	if _, _, err := factory.EnsureLotKey(ctx, m.lotKey("L1"), 2048, hsmkeys.PrimesAuto); err != nil {
+		t.Fatal(err)
+	}
+	taken := must[*binding.Lot](t)(binding.FindLot(ctx, r.store, "L1", ""))
+	_, err := binding.RetireLot(ctx, factory, r.store, taken, verdict(t, true, "P and Q are known"))
+	checkSays(t, "a lot of a factory's token", err, "a token of the factory's")
+	if !must[bool](t)(factory.Has(ctx, m.lotKey("L1"))) {
+		t.Error("the manufacturer's lot key is destroyed")
+	}
+	if taken = must[*binding.Lot](t)(binding.FindLot(ctx, r.store, "L1", "")); taken.Retired.Withdrawn {
+		t.Error("the lot is retired")
+	}
+}
+
 func TestRetiredMeanwhile(t *testing.T) {
 	r, m, l := newServed(t)
 	taken := must[*binding.Lot](t)(binding.FindLot(t.Context(), r.store, "L1", ""))

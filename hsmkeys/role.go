@@ -75,7 +75,11 @@ func doAs[T any](ctx context.Context, t *Token, side Side, operation string, f f
 	})
 }
 
-// mustBe refuses a token that is not of this side.
+// MustBe refuses a token that is not of this side.
+func (t *Token) MustBe(ctx context.Context, side Side) error {
+	return t.with(ctx, "ask what the token is for", func(s *session) error { return t.mustBe(s, side) })
+}
+
 func (t *Token) mustBe(s *session, side Side) error {
 	d, err := t.dedication(s)
 	if err != nil {
