@@ -98,6 +98,11 @@ func backupCreate(c *cli.Context) error {
 	if err != nil {
 		return fmt.Errorf("the security officer's PIN: %w", err)
 	}
+	// Before the security officer's PIN is tried, of which a token allows few tries, and before a key is TRUSTED that the user's login would have to remove.
+	err = cmdline.WithToken(c, func(token *hsmkeys.Token) error { return token.MustBe(c.Context, hsmkeys.Operator) })
+	if err != nil {
+		return err
+	}
 	if err := hsmkeys.TakeRecipient(c.Context, c.String("token"), officer, to); err != nil {
 		return err
 	}
