@@ -76,6 +76,9 @@ func Restore(ctx context.Context, token RestoreToken, data []byte, thumbprint st
 		all = append(all, hsmkeys.Carried{Key: hsmkeys.Key{Role: k.Role, Generation: k.Generation}, Wrapped: k.Wrapped, Check: k.Check})
 	}
 	own, err := token.RestoreKeys(ctx)
+	if errors.Is(err, hsmkeys.ErrNotDedicated) { // whose advice, init, would make other keys
+		return nil, errors.New("this token has no key that a backup can be made for: run keysvc backup prepare on it, not init, and make a backup for that key")
+	}
 	if err != nil {
 		return nil, err
 	}

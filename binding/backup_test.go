@@ -1,0 +1,25 @@
+package binding_test
+
+import (
+	"crypto/rand"
+	"crypto/rsa"
+	"testing"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+)
+
+// Whoever restores to a token that is not prepared is not sent to init: to the keys that it makes, nothing can be restored.
+func TestRestoreToUnprepared(t *testing.T) {
+	token := must[*hsmkeys.Token](t)(hsmkeys.Open(t.Context(), softhsmtest.Token(t).URI))
+	t.Cleanup(func() { token.Close() })
+	to := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072))
+	keys := []hsmkeys.Carried{{Key: hsmkeys.Key{Role: hsmkeys.RoleLedger}, Wrapped: []byte{1}, Check: []byte{1}}}
+	data, thumbprint, err := binding.NewBackup("0123", &to.PublicKey, keys)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = binding.Restore(t.Context(), token, data, thumbprint)
+	checkSays(t, "a token that is not prepared", err, "run keysvc backup prepare on it, not init")
+}
