@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/urfave/cli/v2"
 
@@ -72,6 +73,11 @@ func ceremony(c *cli.Context, what string, basis factory.Basis, f func(token str
 	}
 	if cmdline.Terminal(os.Stdin) {
 		officer.Ask = func(q *custody.Quorum) error { return q.Ask(c.Context, os.Stdin, c.App.ErrWriter) }
+	}
+	for _, name := range c.StringSlice("present") { // minutes are printed, a fact a line
+		if strings.TrimSpace(name) == "" || strings.ContainsFunc(name, func(r rune) bool { return !unicode.IsPrint(r) }) {
+			return "", cmdline.Usagef("--present %q is no name: give each in one line of text", name)
+		}
 	}
 	m := factory.Minutes{Ceremony: what, Present: append([]string{}, c.StringSlice("present")...)}
 	var pin hsmkeys.OfficerPIN
