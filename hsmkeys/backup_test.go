@@ -341,3 +341,24 @@ func TestNewStorageKeyIsNoticed(t *testing.T) {
 		t.Errorf("after a while, sealed under %d", g)
 	}
 }
+
+// What a rotation that was killed and a backup that nobody has restored leave behind, the doctor says how to get rid of.
+func TestDoctorOfWhatWaits(t *testing.T) {
+	token := newOperatorOn(t, softhsmtest.Token(t))
+	must[*rsa.PublicKey](t)(token.NewRestoreKey(t.Context()))
+	must[*rsa.PublicKey](t)(token.newReceiver(t.Context(), rotationLabel, unwrapsOnly))
+	says := map[string]string{restoreLabel: "keysvc backup restore", rotationLabel: "keysvc storage rotate again"}
+	for _, f := range must[[]Finding](t)(token.DoctorOperator(t.Context())) {
+		for label, want := range says {
+			if strings.HasPrefix(f.Check, `key "`+label) {
+				if f.OK || !strings.Contains(f.Consequence, want) {
+					t.Errorf("%s: %v, %s", f.Check, f.OK, f.Consequence)
+				}
+				delete(says, label)
+			}
+		}
+	}
+	if len(says) > 0 {
+		t.Errorf("not reported: %v", says)
+	}
+}

@@ -136,13 +136,22 @@ func (x *trial) keys() {
 				x.key(class, h, label, k.Role, shape)
 			case strings.HasPrefix(label, "kme ") && label != dedicationLabel:
 				x.report = append(x.report, Finding{
-					Check: fmt.Sprintf("key %q", label), For: "nothing that is known", Required: true,
-					Consequence: "it has a label as keys of ours have, and is none of the " + string(x.side) +
-						"'s: remove it with the token's own tool",
+					Check: fmt.Sprintf("key %q", label), For: "nothing that is known", Required: true, Consequence: x.unknown(label),
 				})
 			}
 		}
 	}
+}
+
+// unknown says what to do about a key with a label as keys of ours have, which is of no role.
+func (x *trial) unknown(label string) string {
+	switch {
+	case x.side == Operator && strings.HasPrefix(label, restoreLabel):
+		return "it waits for keysvc backup restore, which destroys it; if no backup is under way, remove it with the token's own tool"
+	case x.side == Operator && strings.HasPrefix(label, rotationLabel):
+		return "unless a rotation is under way, an interrupted one has left it: run keysvc storage rotate again, which destroys it"
+	}
+	return "it has a label as keys of ours have, and is none of the " + string(x.side) + "'s: remove it with the token's own tool"
 }
 
 // key compares a key with what its role asks for.
