@@ -17,6 +17,7 @@ type Rotation struct {
 	to      *rsa.PublicKey
 	wrapped map[int][]byte // storage keys of earlier generations, under to
 	newest  int
+	made    bool
 }
 
 // rotationLabel is in the label of the RSA key of a rotation.
@@ -82,9 +83,12 @@ func (r *Rotation) begin(ctx context.Context) error {
 		return fmt.Errorf("the storage key has been rotated %d times, and cannot be once more", MaxGenerations-1)
 	}
 	r.newest++
-	_, err = r.makeStorage(ctx, storageGeneration(r.newest))
+	r.made, err = r.makeStorage(ctx, storageGeneration(r.newest))
 	return err
 }
+
+// Made says whether this rotation has made its newest generation. If not, an earlier one did, which was not finished, or not ended.
+func (r *Rotation) Made() bool { return r.made }
 
 // Newest is the generation that KMEs are sealed under.
 func (r *Rotation) Newest() int { return r.newest }

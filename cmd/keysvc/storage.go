@@ -88,6 +88,9 @@ func storageRotate(c *cli.Context) (err error) {
 		if err != nil {
 			return errors.Join(err, r.Close())
 		}
+		if !r.Made() {
+			fmt.Fprintf(c.App.ErrWriter, "no new key was made: generation %d is of a rotation that was not ended; for another key, run keysvc storage retire first, and then this again\n", r.Newest())
+		}
 		fmt.Fprintf(c.App.ErrWriter, "%d KMEs to be sealed again under generation %d of the storage key\n", total, r.Newest())
 		said := began
 		done, err := binding.Reseal(c.Context, r, store, below, func(n int) {
@@ -108,7 +111,7 @@ func storageRotate(c *cli.Context) (err error) {
 			return err
 		}
 		seconds := time.Since(began).Seconds()
-		return cmdline.Print(c, map[string]any{"generation": r.Newest(), "resealed": done, "seconds": seconds}, func(w io.Writer) {
+		return cmdline.Print(c, map[string]any{"generation": r.Newest(), "made": r.Made(), "resealed": done, "seconds": seconds}, func(w io.Writer) {
 			fmt.Fprintf(w, "%d KMEs were sealed again, in %.0f s; all are under generation %d of the storage key now\nend with keysvc storage retire\n",
 				done, seconds, r.Newest())
 		})
