@@ -238,6 +238,10 @@ func TestCustodians(t *testing.T) {
 	if err != nil || len(all) != 2 || all[0].String() != ra || all[1].String() != rb {
 		t.Fatalf("%v, %v", all, err)
 	}
+	mistyped := ra[:len(ra)-1] + "x"
+	if mistyped == ra {
+		mistyped = ra[:len(ra)-1] + "z"
+	}
 	for name, c := range map[string]struct {
 		list []string
 		want string
@@ -246,7 +250,7 @@ func TestCustodians(t *testing.T) {
 		"twice, with space": {[]string{ra, ra + "\n"}, "custodians 1 and 2 are the same"},
 		"two in one":        {[]string{ra + "\n" + rb}, "no age recipient"},
 		"nothing":           {[]string{""}, "no age recipient"},
-		"mistyped":          {[]string{ra[:len(ra)-1] + "x"}, "no age recipient"},
+		"mistyped":          {[]string{mistyped}, "no age recipient"},
 		"a secret key":      {[]string{a.String()}, "secret key"},
 		"an SSH key":        {[]string{"ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ"}, "no age recipient"},
 	} {
