@@ -25,21 +25,9 @@ func TakeRecipient(ctx context.Context, tokenURI string, officer PIN, to *rsa.Pu
 	if err := checkWrappingKey(to); err != nil {
 		return err
 	}
-	t, err := openAsOfficer(tokenURI, officer)
-	if err != nil {
-		return err
-	}
-	defer t.Close()
-	_, err = doAs(ctx, t, Operator, "take in a key that receives", func(s *session) (none struct{}, err error) {
-		if err := t.destroy(s, pkcs11.CKO_PUBLIC_KEY, backupKey); err != nil { // of a run that was interrupted
-			return none, err
-		}
-		// By class and WRAP_WITH_TRUSTED: SoftHSM compares no byte strings with those of PRIVATE objects, as CKA_ID is.
-		_, err = s.create(frozen(named(backupKey), wrappingPublic(to), attributes{attr(pkcs11.CKA_TRUSTED, true)}, nested(pkcs11.CKA_WRAP_TEMPLATE,
-			attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_WRAP_WITH_TRUSTED, true)})))
-		return none, explainIf("take the key that receives into the token", err)
-	})
-	return err
+	// By class and WRAP_WITH_TRUSTED: SoftHSM compares no byte strings with those of PRIVATE objects, as CKA_ID is.
+	wraps := attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_WRAP_WITH_TRUSTED, true)}
+	return asOfficer(tokenURI, officer, func(t *Token) error { return t.takeRecipient(ctx, Operator, backupKey, to, wraps) })
 }
 
 // A Carried key is a storage or ledger key on its way to another token.

@@ -346,7 +346,7 @@ func TestNewStorageKeyIsNoticed(t *testing.T) {
 func TestDoctorOfWhatWaits(t *testing.T) {
 	token := newOperatorOn(t, softhsmtest.Token(t))
 	must[*rsa.PublicKey](t)(token.NewRestoreKey(t.Context()))
-	must[*rsa.PublicKey](t)(token.newReceiver(t.Context(), rotationLabel, unwrapsOnly))
+	must[*rsa.PublicKey](t)(token.newReceiver(t.Context(), rotationLabel, importedKEK))
 	says := map[string]string{restoreLabel: "keysvc backup restore", rotationLabel: "keysvc storage rotate again"}
 	for _, f := range must[[]Finding](t)(token.DoctorOperator(t.Context())) {
 		for label, want := range says {

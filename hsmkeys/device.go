@@ -67,7 +67,7 @@ func (t *Token) MakeDeviceKey(ctx context.Context, suite kme.Suite, injection Ke
 			return p, errors.New("the token made a device key whose signature its public key does not verify: " +
 				"do not use this token")
 		}
-		p.wrapped, err = s.wrap(t.kwp, w, h, make([]byte, wrappedRoom/2))
+		p.wrapped, err = s.wrap(t.kwp, w, h, make([]byte, wrappedRoom))
 		return p, explainIf("wrap a device key", err)
 	})
 	if err != nil {

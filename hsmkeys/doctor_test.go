@@ -123,11 +123,13 @@ func TestDoctorFindsStrangers(t *testing.T) {
 		t.Fatal(err)
 	}
 	// The security officer makes any key TRUSTED: one of their own, and one with our label that wraps everything.
-	officer := must[*Token](t)(openAsOfficer(tok.URI, PIN(tok.SOPIN)))
-	trusted := attributes{attr(pkcs11.CKA_TRUSTED, true)}
-	put(officer, wrappingPublic(&fixtureKey().PublicKey), trusted, attributes{attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_LABEL, "kme fixture f9")})
-	put(officer, wrappingPublic(&fixtureKey().PublicKey), trusted, named(recipient(testInjection)))
-	if err := officer.Close(); err != nil {
+	err := asOfficer(tok.URI, PIN(tok.SOPIN), func(officer *Token) error {
+		trusted := attributes{attr(pkcs11.CKA_TRUSTED, true)}
+		put(officer, wrappingPublic(&fixtureKey().PublicKey), trusted, attributes{attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_LABEL, "kme fixture f9")})
+		put(officer, wrappingPublic(&fixtureKey().PublicKey), trusted, named(recipient(testInjection)))
+		return nil
+	})
+	if err != nil {
 		t.Fatal(err)
 	}
 	factory = open(t, tok)
@@ -193,7 +195,7 @@ func TestIdentity(t *testing.T) {
 	}
 	// A wrong PIN of the security officer's is on record until the right one comes.
 	other := softhsmtest.Token(t)
-	if _, err := openAsOfficer(other.URI, "wrong"); err == nil {
+	if err := asOfficer(other.URI, "wrong", func(*Token) error { return nil }); err == nil {
 		t.Fatal("a wrong PIN was taken")
 	}
 	if id = must[Identity](t)(open(t, other).Identity(t.Context())); len(id.PINs) != 1 || !strings.Contains(id.PINs[0], "security officer") || id.pins().OK {

@@ -26,33 +26,38 @@ func EnrollKey(ctx context.Context, tokenURI string, officer PIN, k Key, to *rsa
 	if err := checkWrappingKey(to); err != nil {
 		return false, err
 	}
-	t, err := openAsOfficer(tokenURI, officer)
-	if err != nil {
-		return false, err
-	}
-	defer t.Close()
 	// The security officer cannot see private objects, so all are made with PRIVATE=false.
 	wraps := lotKeys
 	if k.Role == RoleInjection {
 		wraps = deviceKeys
 	}
-	template := join(attributes{attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_TRUSTED, true)}, leavesUnderTrusted, use(usages, pkcs11.CKA_WRAP),
-		nested(pkcs11.CKA_WRAP_TEMPLATE, wraps))
-	if err := t.checkRecipient(ctx, recipient(k), to); err != nil {
-		return false, err
-	}
-	if created, err = t.ensureSecret(ctx, Factory, k, pkcs11.CKM_AES_KEY_GEN, template); err != nil {
-		return false, err
-	}
-	return created, t.with(ctx, "take in a key that receives", func(s *session) error {
-		r := recipient(k) // of an earlier enrolment, or of another generation of the key
-		if err := t.destroy(s, pkcs11.CKO_PUBLIC_KEY, r); err != nil {
+	template := join(attributes{attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_TRUSTED, true)}, leavesUnderTrusted,
+		use(usages, pkcs11.CKA_WRAP), nested(pkcs11.CKA_WRAP_TEMPLATE, wraps))
+	err = asOfficer(tokenURI, officer, func(t *Token) error {
+		if err := t.checkRecipient(ctx, recipient(k), to); err != nil {
 			return err
 		}
-		_, err := s.create(frozen(named(r), wrappingPublic(to), attributes{attr(pkcs11.CKA_TRUSTED, true)}, nested(pkcs11.CKA_WRAP_TEMPLATE,
-			attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_ID, k.ID())})))
-		return explainIf("take the key that receives into the token", err)
+		if created, err = t.ensureSecret(ctx, Factory, k, pkcs11.CKM_AES_KEY_GEN, template); err != nil {
+			return err
+		}
+		return t.takeRecipient(ctx, Factory, recipient(k), to,
+			attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_ID, k.ID())})
 	})
+	return created, err
+}
+
+// takeRecipient takes in an RSA key that wraps nothing but what fits a template, in the place of the one that was there: of
+// an earlier enrolment, or of a run that was interrupted. The security officer is logged in.
+func (t *Token) takeRecipient(ctx context.Context, side Side, r Key, to *rsa.PublicKey, wraps attributes) error {
+	_, err := doAs(ctx, t, side, "take in a key that receives", func(s *session) (none struct{}, err error) {
+		if err := t.destroy(s, pkcs11.CKO_PUBLIC_KEY, r); err != nil {
+			return none, err
+		}
+		_, err = s.create(frozen(named(r), wrappingPublic(to), attributes{attr(pkcs11.CKA_TRUSTED, true)},
+			nested(pkcs11.CKA_WRAP_TEMPLATE, wraps)))
+		return none, explainIf("take the key that receives into the token", err)
+	})
+	return err
 }
 
 // lotKeys are all that a KEK wraps, and deviceKeys what an injection key wraps, which lot keys are not.
@@ -70,32 +75,15 @@ func recipient(k Key) Key {
 	return r
 }
 
-// openAsOfficer opens a token and logs in as the security officer, once.
-func openAsOfficer(tokenURI string, pin PIN) (*Token, error) {
-	u, err := parseURI(tokenURI)
-	if err != nil {
-		return nil, err
-	}
-	t, err := connect(u)
-	if err != nil {
-		return nil, err
-	}
-	if t.info.Flags&pkcs11.CKF_SO_PIN_FINAL_TRY != 0 {
-		t.Close()
-		return nil, errors.New("the token is one wrong security officer's PIN away from locking, so it was not tried")
-	}
-	if err := t.login(pkcs11.CKU_SO, pin); err != nil {
-		err = explain("log in to "+t.String()+" as the security officer", err)
-		t.Close()
-		return nil, err
-	}
-	return t, nil
+// receives are the RSA keys that the security officer took in.
+var receives = attributes{
+	attr(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_TRUSTED, true),
 }
 
 // checkRecipient refuses a key that is enrolled already for somebody else: a fixture's is never an operator's.
 func (t *Token) checkRecipient(ctx context.Context, r Key, to *rsa.PublicKey) error {
 	return t.with(ctx, "look at the keys that receive", func(s *session) error {
-		trusted, err := s.findObjects(attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_TRUSTED, true)})
+		trusted, err := s.findObjects(receives)
 		if err != nil {
 			return explain("look at the keys that receive", err)
 		}
@@ -136,22 +124,17 @@ func (t *Token) WrapEnrolled(ctx context.Context, k Key) (wrapped []byte, err er
 // Fixtures are the names of a manufacturer's fixtures that are enrolled in the token, in no order.
 func (t *Token) Fixtures(ctx context.Context, manufacturer string) (names []string, err error) {
 	return doAs(ctx, t, Factory, "look for fixtures", func(s *session) (names []string, err error) {
-		found, err := s.findObjects(attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_TRUSTED, true)})
+		found, err := s.findObjects(receives)
 		if err != nil {
 			return nil, explain("look for fixtures", err)
 		}
-		blank := Key{Role: RoleFixture, Manufacturer: manufacturer, Name: "\x00"}
-		before, after, _ := strings.Cut(blank.Label(), "\x00")
 		for _, h := range found {
-			a, err := s.GetAttributeValue(s.h, h, attributes{attr(pkcs11.CKA_LABEL, nil), attr(pkcs11.CKA_ID, nil)})
+			k, _, err := s.whose(h)
 			if err != nil {
-				return nil, explain("look for fixtures", err)
+				return nil, err
 			}
-			name, begins := strings.CutPrefix(string(a[0].Value), before)
-			name, ends := strings.CutSuffix(name, after)
-			k := blank
-			if k.Name = name; begins && ends && string(k.ID()) == string(a[1].Value) {
-				names = append(names, name)
+			if k.Role == RoleFixture && k.Manufacturer == manufacturer {
+				names = append(names, k.Name)
 			}
 		}
 		return names, nil
@@ -187,12 +170,6 @@ func (t *Token) newReceiver(ctx context.Context, label string, template attribut
 	})
 }
 
-// importedKEK is what a KEK is in an operator's token: what whoever unwraps it may not have otherwise. A template in it is not possible.
-var importedKEK = join(use(usages, pkcs11.CKA_UNWRAP), attributes{
-	attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES),
-	attr(pkcs11.CKA_SENSITIVE, true), attr(pkcs11.CKA_EXTRACTABLE, false),
-})
-
 // TransportKeys are the public halves of the transport keys that the token has, in no order.
 func (t *Token) TransportKeys(ctx context.Context) ([]*rsa.PublicKey, error) {
 	return t.receivers(ctx, transportLabel)
@@ -226,11 +203,7 @@ func (t *Token) eachReceiver(s *session, label string, f func(pkcs11.ObjectHandl
 	return nil
 }
 
-// transportKey finds the private half of a transport key; ErrNoKey if the token has it no more.
-func (t *Token) transportKey(s *session, pub *rsa.PublicKey) (found pkcs11.ObjectHandle, err error) {
-	return t.receiver(s, transportLabel, pub)
-}
-
+// receiver finds the private half of a key of newReceiver's; ErrNoKey if the token has it no more.
 func (t *Token) receiver(s *session, label string, pub *rsa.PublicKey) (found pkcs11.ObjectHandle, err error) {
 	err = t.eachReceiver(s, label, func(h pkcs11.ObjectHandle, have *rsa.PublicKey) {
 		if have.Equal(pub) {
@@ -269,7 +242,7 @@ func (t *Token) UnwrapKEK(ctx context.Context, kek Key, transport *rsa.PublicKey
 		return errors.New("the enrolment holds no wrapped key")
 	}
 	_, err := doAs(ctx, t, Operator, "unwrap a KEK", func(s *session) (none struct{}, err error) {
-		h, err := t.transportKey(s, transport)
+		h, err := t.receiver(s, transportLabel, transport)
 		if err != nil {
 			return none, err
 		}

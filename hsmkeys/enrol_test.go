@@ -38,7 +38,10 @@ func TestUnwrapTemplates(t *testing.T) {
 		t.Fatal(err)
 	}
 	var private pkcs11.ObjectHandle
-	if err := operator.with(ctx, "test", func(s *session) (err error) { private, err = operator.transportKey(s, transport); return err }); err != nil {
+	if err := operator.with(ctx, "test", func(s *session) (err error) {
+		private, err = operator.receiver(s, transportLabel, transport)
+		return err
+	}); err != nil {
 		t.Fatal(err)
 	}
 	here := attributes{attr(pkcs11.CKA_TOKEN, false)}

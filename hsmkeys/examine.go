@@ -126,7 +126,7 @@ func (x *trial) keys() {
 			return
 		}
 		for _, h := range found {
-			k, label, err := x.whose(h)
+			k, label, err := x.s.whose(h)
 			if x.away(err) {
 				return
 			}

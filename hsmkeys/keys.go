@@ -155,11 +155,17 @@ func storageTemplate(t traits) attributes {
 	return join(attributes{attr(pkcs11.CKA_PRIVATE, true)}, t.leaves(), use(usages, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP), t.unwraps(unsealed))
 }
 
-// unsealed is what a KME is that was sealed: what whoever unwraps it may not have otherwise.
-var unsealed = join(use(usages, pkcs11.CKA_ENCRYPT, pkcs11.CKA_DECRYPT), attributes{
-	attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES),
-	attr(pkcs11.CKA_SENSITIVE, true), attr(pkcs11.CKA_EXTRACTABLE, false),
-})
+// What a key is that is unwrapped, and never leaves the token again: what whoever unwraps it may not have otherwise. In a
+// KEK a template of its own is not possible.
+var (
+	unsealed    = unwrapped(pkcs11.CKO_SECRET_KEY, pkcs11.CKK_AES, use(usages, pkcs11.CKA_ENCRYPT, pkcs11.CKA_DECRYPT))
+	importedKEK = unwrapped(pkcs11.CKO_SECRET_KEY, pkcs11.CKK_AES, use(usages, pkcs11.CKA_UNWRAP))
+	importedLot = unwrapped(pkcs11.CKO_PRIVATE_KEY, pkcs11.CKK_RSA, use(privateUsages, pkcs11.CKA_DECRYPT))
+)
+
+func unwrapped(class, kind uint, usage attributes) attributes {
+	return join(usage, attributes{attr(pkcs11.CKA_CLASS, class), attr(pkcs11.CKA_KEY_TYPE, kind)}, unextractable)
+}
 
 // hasStorage says whether there is a storage key in any generation.
 func (t *Token) hasStorage(ctx context.Context) (bool, error) {

@@ -244,9 +244,3 @@ func (t *Token) UnwrapLotKey(ctx context.Context, lot, kek Key, wrapped []byte, 
 		return err == nil, err
 	})
 }
-
-// importedLot is what a lot key is in an operator's token: what whoever unwraps it may not have otherwise.
-var importedLot = join(use(privateUsages, pkcs11.CKA_DECRYPT), attributes{
-	attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA),
-	attr(pkcs11.CKA_SENSITIVE, true), attr(pkcs11.CKA_EXTRACTABLE, false),
-})

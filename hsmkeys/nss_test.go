@@ -69,7 +69,7 @@ func TestNSSAttributes(t *testing.T) {
 	token := newOperatorOn(t, softhsmtest.NSS(t))
 	transport := must[*rsa.PublicKey](t)(token.NewTransportKey(ctx))
 	var receiver pkcs11.ObjectHandle
-	if err := token.with(ctx, "test", func(s *session) (err error) { receiver, err = token.transportKey(s, transport); return err }); err != nil {
+	if err := token.with(ctx, "test", func(s *session) (err error) { receiver, err = token.receiver(s, transportLabel, transport); return err }); err != nil {
 		t.Fatal(err)
 	}
 	value := kme.RandomSecret().Bytes()

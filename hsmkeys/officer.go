@@ -126,11 +126,21 @@ func (s *session) settle(split *Split) error {
 
 // asOfficer runs f while the security officer is logged in, once. No Token of this token may be open in the process.
 func asOfficer(tokenURI string, pin PIN, f func(*Token) error) error {
-	t, err := openAsOfficer(tokenURI, pin)
+	u, err := parseURI(tokenURI)
+	if err != nil {
+		return err
+	}
+	t, err := connect(u)
 	if err != nil {
 		return err
 	}
 	defer t.Close()
+	if t.info.Flags&pkcs11.CKF_SO_PIN_FINAL_TRY != 0 {
+		return errors.New("the token is one wrong security officer's PIN away from locking, so it was not tried")
+	}
+	if err := t.login(pkcs11.CKU_SO, pin); err != nil {
+		return explain("log in to "+t.String()+" as the security officer", err)
+	}
 	return f(t)
 }
 

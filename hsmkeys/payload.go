@@ -208,6 +208,21 @@ func sealObject(s *session, generation int, storage, h pkcs11.ObjectHandle) ([]b
 	return sealed, explainIf("seal a KME", err)
 }
 
+// unseal runs f on a sealed KME, which is an object of the session for that long.
+func (s *session) unseal(storage pkcs11.ObjectHandle, sealed []byte, template attributes,
+	f func(pkcs11.ObjectHandle) error) (err error) {
+	h, err := s.unwrap(pkcs11.CKM_AES_KEY_WRAP, storage, sealed[1:], template)
+	if err != nil {
+		return explain("unseal a KME", err)
+	}
+	defer func() {
+		if derr := s.DestroyObject(s.h, h); err == nil {
+			err = explainIf("drop an unsealed KME", derr)
+		}
+	}()
+	return f(h)
+}
+
 // RANDSize is the length of an authentication vector's RAND (3GPP TS 33.102 clause 6.3.2).
 const RANDSize = 16
 
@@ -253,18 +268,13 @@ func (t *Token) randBlocks(ctx context.Context, operation string, sealed []byte,
 		if err != nil {
 			return out, err
 		}
-		h, err := s.unwrap(pkcs11.CKM_AES_KEY_WRAP, storage, sealed[1:], usable)
+		var b []byte
+		err = s.unseal(storage, sealed, usable, func(h pkcs11.ObjectHandle) (err error) {
+			b, err = process(s, pkcs11.CKM_AES_ECB, h, in, make([]byte, len(in)))
+			return explainIf("process RAND", err)
+		})
 		if err != nil {
-			return out, explain("unseal a KME", err)
-		}
-		defer func() {
-			if derr := s.DestroyObject(s.h, h); err == nil {
-				err = explainIf("drop an unsealed KME", derr)
-			}
-		}()
-		b, err := process(s, pkcs11.CKM_AES_ECB, h, in, make([]byte, len(in)))
-		if err != nil {
-			return out, explain("process RAND", err)
+			return out, err
 		}
 		if len(b) != len(in) {
 			return out, errors.New("the token's AES-ECB gives another number of blocks than it was given")

@@ -23,12 +23,6 @@ type Rotation struct {
 // rotationLabel is in the label of the RSA key of a rotation.
 const rotationLabel = "kme rotation "
 
-// unwrapsOnly is what an earlier storage key is during a rotation: what whoever unwraps it may not have otherwise.
-var unwrapsOnly = join(use(usages, pkcs11.CKA_UNWRAP), attributes{
-	attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES),
-	attr(pkcs11.CKA_SENSITIVE, true), attr(pkcs11.CKA_EXTRACTABLE, false),
-})
-
 // OpenRotation makes a storage key of the next generation, unless one of a rotation that was interrupted is there, and opens the token for sealing
 // again. It logs in as the security officer, once: no Token of this token may be open in the process. Close ends it.
 func OpenRotation(ctx context.Context, tokenURI string, officer PIN) (r *Rotation, err error) {
@@ -38,7 +32,7 @@ func OpenRotation(ctx context.Context, tokenURI string, officer PIN) (r *Rotatio
 	}
 	r = &Rotation{Token: t}
 	if err = r.dropLeft(ctx); err == nil {
-		r.to, err = t.newReceiver(ctx, rotationLabel, unwrapsOnly)
+		r.to, err = t.newReceiver(ctx, rotationLabel, importedKEK) // an earlier storage key is as a KEK meanwhile
 	}
 	if err = errors.Join(err, t.Close()); err != nil {
 		return nil, err
@@ -112,16 +106,11 @@ func (r *Rotation) Reseal(ctx context.Context, sealed []byte) ([]byte, error) {
 		if err != nil {
 			return nil, err
 		}
-		h, err := s.unwrap(pkcs11.CKM_AES_KEY_WRAP, earlier, sealed[1:], sealable)
-		if err != nil {
-			return nil, explain("unseal a KME", err)
-		}
-		defer func() {
-			if derr := s.DestroyObject(s.h, h); err == nil {
-				err = explainIf("drop an unsealed KME", derr)
-			}
-		}()
-		return sealObject(s, r.newest, newest, h)
+		err = s.unseal(earlier, sealed, sealable, func(h pkcs11.ObjectHandle) (err error) {
+			out, err = sealObject(s, r.newest, newest, h)
+			return err
+		})
+		return out, err
 	})
 }
 
@@ -132,24 +121,15 @@ func (r *Rotation) earlier(s *session, generation int) (pkcs11.ObjectHandle, err
 		return 0, fmt.Errorf("%s: %w", storageGeneration(generation).Label(), ErrNoKey)
 	}
 	at := handleKey{pkcs11.CKO_SECRET_KEY, fmt.Sprintf("earlier %d of session %d", generation, s.h)}
-	r.mu.Lock()
-	known := r.handles
-	h, ok := known[at]
-	r.mu.Unlock()
-	if ok {
-		return h, nil
-	}
-	private, err := r.receiver(s, rotationLabel, r.to)
-	if err != nil {
-		return 0, err
-	}
-	if h, err = s.unwrap(oaep, private, wrapped, frozen(unwrapsOnly, attributes{attr(pkcs11.CKA_PRIVATE, true), attr(pkcs11.CKA_TOKEN, false)})); err != nil {
-		return 0, explain("unwrap "+storageGeneration(generation).Label(), err)
-	}
-	r.mu.Lock()
-	known[at] = h // whoever has forgotten meanwhile does not see it
-	r.mu.Unlock()
-	return h, nil
+	return r.remembered(at, func() (pkcs11.ObjectHandle, error) {
+		private, err := r.receiver(s, rotationLabel, r.to)
+		if err != nil {
+			return 0, err
+		}
+		here := attributes{attr(pkcs11.CKA_PRIVATE, true), attr(pkcs11.CKA_TOKEN, false)}
+		h, err := s.unwrap(oaep, private, wrapped, frozen(importedKEK, here))
+		return h, explainIf("unwrap "+storageGeneration(generation).Label(), err)
+	})
 }
 
 // SealedFrom is what a KME that is sealed under this generation of the storage key, or a later one, is not below, byte by byte.

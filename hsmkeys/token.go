@@ -430,7 +430,11 @@ func (t *Token) openSession() (*session, error) {
 
 // find looks a key up by CKA_ID, and fails with ErrNoKey. Two keys of one ID are an error: neither can be trusted.
 func (t *Token) find(s *session, class uint, k Key) (pkcs11.ObjectHandle, error) {
-	at := handleKey{class, string(k.ID())}
+	return t.remembered(handleKey{class, string(k.ID())}, func() (pkcs11.ObjectHandle, error) { return t.lookUp(s, class, k) })
+}
+
+// remembered gives a handle that is known, or the one that look gives, which is known from then on until it is forgotten.
+func (t *Token) remembered(at handleKey, look func() (pkcs11.ObjectHandle, error)) (pkcs11.ObjectHandle, error) {
 	t.mu.Lock()
 	known := t.handles
 	h, ok := known[at]
@@ -438,6 +442,17 @@ func (t *Token) find(s *session, class uint, k Key) (pkcs11.ObjectHandle, error)
 	if ok {
 		return h, nil
 	}
+	h, err := look()
+	if err != nil {
+		return 0, err
+	}
+	t.mu.Lock()
+	known[at] = h // whoever has forgotten meanwhile does not see it
+	t.mu.Unlock()
+	return h, nil
+}
+
+func (t *Token) lookUp(s *session, class uint, k Key) (pkcs11.ObjectHandle, error) {
 	found, err := t.findAll(s, class, k)
 	switch {
 	case err != nil:
@@ -447,13 +462,7 @@ func (t *Token) find(s *session, class uint, k Key) (pkcs11.ObjectHandle, error)
 	case len(found) > 1:
 		return 0, fmt.Errorf("%s has %d objects %q: only one of them can be ours; remove the others with the token's own tool", t, len(found), k.Label())
 	}
-	if err := t.checkMaker(s, class, found[0], k); err != nil {
-		return 0, err
-	}
-	t.mu.Lock()
-	known[at] = found[0] // whoever has forgotten meanwhile does not see it
-	t.mu.Unlock()
-	return found[0], nil
+	return found[0], t.checkMaker(s, class, found[0], k)
 }
 
 // checkMaker refuses an object in the place of a key of ours that others could have made. CKA_ID and label say nothing: what is not PRIVATE is made, and

@@ -520,7 +520,7 @@ func (x *trial) strangers() {
 	}
 	var strange []string
 	for _, h := range found {
-		k, label, err := x.whose(h)
+		k, label, err := x.s.whose(h)
 		if x.away(err) {
 			return
 		}
@@ -543,8 +543,8 @@ func (x *trial) strangers() {
 var trustedRoles = map[Side][]Role{Factory: {RoleKEK, RoleInjection, RoleFixture, RoleOperatorOutgoing}}
 
 // whose says which key of ours an object is, by its label and its CKA_ID; none if it is not.
-func (x *trial) whose(h pkcs11.ObjectHandle) (k Key, label string, err error) {
-	a, err := x.s.GetAttributeValue(x.s.h, h, attributes{attr(pkcs11.CKA_LABEL, nil), attr(pkcs11.CKA_ID, nil)})
+func (s *session) whose(h pkcs11.ObjectHandle) (k Key, label string, err error) {
+	a, err := s.GetAttributeValue(s.h, h, attributes{attr(pkcs11.CKA_LABEL, nil), attr(pkcs11.CKA_ID, nil)})
 	if err != nil {
 		return Key{}, "", explain("look at a key", err)
 	}
