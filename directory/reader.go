@@ -399,6 +399,15 @@ func (r *Reader) ReadRevocationPart(ctx context.Context, m *Manifest, list *Revo
 	return &p.RevocationPart, nil
 }
 
+// CompareRevocationPart is ReadRevocationPart, and what Compare of the list says of it.
+func (r *Reader) CompareRevocationPart(ctx context.Context, m *Manifest, list *Revocations,
+	n int) (part *RevocationPart, complete bool, err error) {
+	if part, err = r.ReadRevocationPart(ctx, m, list, n); err == nil {
+		complete, err = list.Compare(m, part)
+	}
+	return part, complete, err
+}
+
 // RevocationParts says which parts of a lot's revocations the list names or the store has, and which names the store
 // has in their place that are none.
 func (r *Reader) RevocationParts(ctx context.Context, m *Manifest,

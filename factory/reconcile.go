@@ -173,11 +173,7 @@ func (l *Line) compareRevocations(ctx context.Context, r *Reconciliation, m *dir
 	}
 	var behind []int
 	for _, n := range parts {
-		part, err := l.reader.ReadRevocationPart(ctx, m, list, n)
-		complete := true
-		if err == nil {
-			complete, err = list.Compare(m, part)
-		}
+		part, complete, err := l.reader.CompareRevocationPart(ctx, m, list, n)
 		if isRefused(err) {
 			continue
 		}

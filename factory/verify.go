@@ -196,11 +196,7 @@ func (v *verifying) revocations(ctx context.Context, m *directory.Manifest, pack
 		v.problem("%s: the lot's revocations have no such part", path)
 	}
 	for _, n := range parts {
-		part, err := v.reader.ReadRevocationPart(ctx, m, list, n)
-		complete := true
-		if err == nil {
-			complete, err = list.Compare(m, part)
-		}
+		part, complete, err := v.reader.CompareRevocationPart(ctx, m, list, n)
 		if err != nil {
 			if err := v.refused(err); err != nil {
 				return err

@@ -1,11 +1,8 @@
 package main
 
 import (
-	"cmp"
-	"errors"
 	"fmt"
 	"io"
-	"path/filepath"
 
 	"github.com/urfave/cli/v2"
 
@@ -13,7 +10,6 @@ import (
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
-	"github.com/kmehsm/kmehsm/internal/durable"
 )
 
 var soPINFlag = &cli.StringFlag{Name: "so-pin-source", Usage: "where the security officer's PIN is: file:/path, a `URI`"}
@@ -60,26 +56,20 @@ func backupPrepare(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		path := cmp.Or(c.String("out"), filepath.Join(c.String("state"), "restore-key.json"))
-		data, err := directory.NewRestoreKey(pub, token.Serial())
-		if err == nil {
-			err = writeOut(path, data)
-		}
-		if err != nil { // a key that nobody can be given
-			return fmt.Errorf("the file cannot be written: %w", errors.Join(err, token.DestroyRestoreKey(c.Context, pub)))
-		}
-		thumbprint := directory.RSAThumbprint(pub)
-		return cmdline.Print(c, map[string]any{"thumbprint": thumbprint, "out": path, "token": token.Serial()}, func(w io.Writer) {
-			fmt.Fprintf(w, "wrote %s: for keysvc backup create on the token that has the keys\nthumbprint %s: read it out there\n", path, thumbprint)
-		})
+		return handOut{
+			file: "restore-key.json", make: directory.NewRestoreKey, destroy: token.DestroyRestoreKey,
+			use: "for keysvc backup create on the token that has the keys", listener: "there",
+		}.do(c, token, pub)
 	})
 }
 
-func writeOut(path string, data []byte) error {
-	if err := durable.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return err
+// officerPIN is the PIN that --so-pin-source says.
+func officerPIN(c *cli.Context) (hsmkeys.PIN, error) {
+	pin, err := hsmkeys.ReadPIN(c.String("so-pin-source"))
+	if err != nil {
+		err = fmt.Errorf("the security officer's PIN: %w", err)
 	}
-	return durable.WriteFile(path, data, 0o644)
+	return pin, err
 }
 
 func backupCreate(c *cli.Context) error {
@@ -94,9 +84,9 @@ func backupCreate(c *cli.Context) error {
 	if err != nil {
 		return fmt.Errorf("--to: %w", err)
 	}
-	officer, err := hsmkeys.ReadPIN(c.String("so-pin-source"))
+	officer, err := officerPIN(c)
 	if err != nil {
-		return fmt.Errorf("the security officer's PIN: %w", err)
+		return err
 	}
 	// Before the security officer's PIN is tried, of which a token allows few tries, and before a key is TRUSTED that the user's login would have to remove.
 	err = cmdline.WithToken(c, func(token *hsmkeys.Token) error { return token.MustBe(c.Context, hsmkeys.Operator) })

@@ -91,7 +91,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 
 func initToken(c *cli.Context) error {
 	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
-		created, weak, err := binding.Init(c.Context, token, c.Bool("accept-weak-token"))
+		created, weak, err := binding.Init(c.Context, token, c.Bool(acceptFlag.Name))
 		if err != nil {
 			return err
 		}

@@ -74,9 +74,9 @@ func storageRotate(c *cli.Context) (err error) {
 	if err := cmdline.Require(c, "so-pin-source"); err != nil {
 		return err
 	}
-	officer, err := hsmkeys.ReadPIN(c.String("so-pin-source"))
+	officer, err := officerPIN(c)
 	if err != nil {
-		return fmt.Errorf("the security officer's PIN: %w", err)
+		return err
 	}
 	return withStore(c, func(store *sqlstore.Store) error {
 		r, err := hsmkeys.OpenRotation(c.Context, c.String("token"), officer)

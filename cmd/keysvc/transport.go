@@ -2,6 +2,7 @@ package main
 
 import (
 	"cmp"
+	"context"
 	"crypto/rsa"
 	"errors"
 	"fmt"
@@ -14,6 +15,7 @@ import (
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/durable"
 )
 
 func transportCommand() *cli.Command {
@@ -42,19 +44,43 @@ func transportNew(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		data, err := directory.NewTransportKey(pub, token.Serial())
-		if err != nil {
-			return err
-		}
-		path := cmp.Or(c.String("out"), filepath.Join(c.String("state"), "transport.json"))
-		if err = writeOut(path, data); err != nil { // a key that nobody can be given
-			return fmt.Errorf("the file cannot be written: %w", errors.Join(err, token.DestroyTransportKey(c.Context, pub)))
-		}
-		thumbprint := directory.RSAThumbprint(pub)
-		return cmdline.Print(c, map[string]any{"thumbprint": thumbprint, "out": path, "token": token.Serial()}, func(w io.Writer) {
-			fmt.Fprintf(w, "wrote %s: for the manufacturer's factory operator enroll\nthumbprint %s: read it out to the manufacturer\n", path, thumbprint)
-		})
+		return handOut{
+			file: "transport.json", make: directory.NewTransportKey, destroy: token.DestroyTransportKey,
+			use: "for the manufacturer's factory operator enroll", listener: "to the manufacturer",
+		}.do(c, token, pub)
 	})
+}
+
+// A handOut is how the public half of a key that receives others comes to who sends them.
+type handOut struct {
+	file          string // its name, in the --state folder
+	make          func(pub *rsa.PublicKey, serial string) ([]byte, error)
+	destroy       func(context.Context, *rsa.PublicKey) error
+	use, listener string // what the file is for, and to whom its thumbprint is read out
+}
+
+// do writes the file and says its thumbprint. A key that nobody can be given is destroyed.
+func (h handOut) do(c *cli.Context, token *hsmkeys.Token, pub *rsa.PublicKey) error {
+	path := cmp.Or(c.String("out"), filepath.Join(c.String("state"), h.file))
+	data, err := h.make(pub, token.Serial())
+	if err == nil {
+		err = writeOut(path, data)
+	}
+	if err != nil {
+		return fmt.Errorf("the file cannot be written: %w", errors.Join(err, h.destroy(c.Context, pub)))
+	}
+	thumbprint := directory.RSAThumbprint(pub)
+	result := map[string]any{"thumbprint": thumbprint, "out": path, "token": token.Serial()}
+	return cmdline.Print(c, result, func(w io.Writer) {
+		fmt.Fprintf(w, "wrote %s: %s\nthumbprint %s: read it out %s\n", path, h.use, thumbprint, h.listener)
+	})
+}
+
+func writeOut(path string, data []byte) error {
+	if err := durable.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return err
+	}
+	return durable.WriteFile(path, data, 0o644)
 }
 
 func transportList(c *cli.Context) error {

@@ -23,16 +23,21 @@ func (q *Quorum) ReadFiles(paths []string) error {
 		if err != nil {
 			return fmt.Errorf("the share cannot be read: %w", err)
 		}
-		s, err := Parse(text)
-		clear(text)
-		if err == nil {
-			err = q.Add(s)
-		}
-		if err != nil {
+		if _, err := q.take(text); err != nil {
 			return fmt.Errorf("%s: %w; no PIN was tried", path, err)
 		}
 	}
 	return nil
+}
+
+// take adds a share, and wipes its text.
+func (q *Quorum) take(text []byte) (*Share, error) {
+	defer clear(text)
+	s, err := Parse(text)
+	if err == nil {
+		err = q.Add(s)
+	}
+	return s, err
 }
 
 // readShare reads a file, or a pipe as the shell's <(age -d ...).
@@ -72,11 +77,7 @@ func (q *Quorum) Ask(ctx context.Context, terminal *os.File, say io.Writer) erro
 		if err != nil {
 			return fmt.Errorf("%w: there are not enough shares, and no PIN was tried", err)
 		}
-		s, err := Parse(text)
-		clear(text)
-		if err == nil {
-			err = q.Add(s)
-		}
+		s, err := q.take(text)
 		if err != nil {
 			fmt.Fprintf(say, "Not taken: %v.\n", err)
 			continue
