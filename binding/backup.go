@@ -15,7 +15,8 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys"
 )
 
-// A backup carries a token's storage and ledger key to another token of the operator's. Nobody signs it: an operator's token has no key for that.
+// A backup carries a token's storage and ledger key to another token of the operator's. Nobody signs it: an operator's
+// token has no key for that.
 type backup struct {
 	Type       string      `json:"typ"`   // typeBackup
 	Token      string      `json:"token"` // the serial number of the token whose keys they are
@@ -57,8 +58,9 @@ type RestoreToken interface {
 	DestroyRestoreKey(ctx context.Context, pub *rsa.PublicKey) error
 }
 
-// Restore takes the keys of a backup into the token, and destroys the key that they came under. thumbprint was read out by who made the backup: without
-// it, whoever can swap the file could give the token keys that they know. A backup that was restored before changes nothing. It gives the keys that were taken.
+// Restore takes the keys of a backup into the token, and destroys the key that they came under. thumbprint was read out
+// by who made the backup: without it, whoever can swap the file could give the token keys that they know. A backup that
+// was restored before changes nothing. It gives the keys that were taken.
 func Restore(ctx context.Context, token RestoreToken, data []byte, thumbprint string) ([]hsmkeys.Key, error) {
 	if have := backupThumbprint(data); have != thumbprint {
 		return nil, fmt.Errorf("the backup's thumbprint is %s, and the one given is %s: have it read out again, and if it differs, do not use this file: it was swapped or damaged on its way",

@@ -52,8 +52,9 @@ func Init(ctx context.Context, token InitToken, accept bool) (created bool, weak
 	return created, weak, err
 }
 
-// Dedicate makes the token the operator's, unless that was done. A token that does not do what the secrecy of keys rests on
-// is refused, unless it is accepted as it is: then weak is what it does not do, and the token itself says so from then on.
+// Dedicate makes the token the operator's, unless that was done. A token that does not do what the secrecy of keys
+// rests on is refused, unless it is accepted as it is: then weak is what it does not do, and the token itself says so
+// from then on.
 func Dedicate(ctx context.Context, token DedicateToken, accept bool) (created bool, weak []string, err error) {
 	weak, err = token.Weak(ctx)
 	if errors.Is(err, hsmkeys.ErrNotDedicated) {
@@ -73,10 +74,11 @@ func Dedicate(ctx context.Context, token DedicateToken, accept bool) (created bo
 	return created, weak, err
 }
 
-// Enroll takes a manufacturer's enrolment: it pins the manufacturer's key, takes the operator's KEK into the token, and destroys the transport key that
-// the KEK came under. pem is the manufacturer's key, and thumbprint what the manufacturer has read out of it, neither of which came with the enrolment.
-// The KEK of an earlier enrolment with the same generation is replaced; one of another generation is taken beside those that are there. An enrolment that
-// was taken before changes nothing but the directory.
+// Enroll takes a manufacturer's enrolment: it pins the manufacturer's key, takes the operator's KEK into the token, and
+// destroys the transport key that the KEK came under. pem is the manufacturer's key, and thumbprint what the
+// manufacturer has read out of it, neither of which came with the enrolment. The KEK of an earlier enrolment with the
+// same generation is replaced; one of another generation is taken beside those that are there. An enrolment that was
+// taken before changes nothing but the directory.
 func Enroll(ctx context.Context, token IntakeToken, registry Registry, jws, pem []byte, thumbprint, directoryURL string) (*Manufacturer, error) {
 	verifier, err := directory.ParseVerifier(pem)
 	if err != nil {
@@ -126,7 +128,8 @@ func Enroll(ctx context.Context, token IntakeToken, registry Registry, jws, pem 
 	return m, token.DestroyTransportKey(ctx, transports[at])
 }
 
-// enrolledBefore is Enroll where the transport key is gone: it went with an enrolment that was taken, or was never here.
+// enrolledBefore is Enroll where the transport key is gone: it went with an enrolment that was taken, or was never
+// here.
 func enrolledBefore(ctx context.Context, token IntakeToken, registry Registry, m *Manufacturer, e *directory.Enrolment, kek hsmkeys.Key) error {
 	has, err := token.Has(ctx, kek)
 	if err != nil {
@@ -143,8 +146,8 @@ func enrolledBefore(ctx context.Context, token IntakeToken, registry Registry, m
 	return registry.PutManufacturer(ctx, m)
 }
 
-// ImportLot takes a granted lot: it takes the lot's private key into the token, proves with a decryption that it is
-// the key of the manifest's modulus, and enters the lot. The same grant again changes nothing. A lot that was retired is
+// ImportLot takes a granted lot: it takes the lot's private key into the token, proves with a decryption that it is the
+// key of the manifest's modulus, and enters the lot. The same grant again changes nothing. A lot that was retired is
 // refused, unless again is the verdict that it is served again.
 func ImportLot(ctx context.Context, token IntakeToken, registry Registry, jws []byte, again *Verdict) (*Lot, error) {
 	manufacturers, err := registry.Manufacturers(ctx)
@@ -224,8 +227,8 @@ func importLot(ctx context.Context, token IntakeToken, registry Registry, m *Man
 	return lot, nil
 }
 
-// checkLot refuses a lot that is not the one taken before under its name, that was retired, unless again, or whose IMEIs
-// are another lot's that is served, whoever made that.
+// checkLot refuses a lot that is not the one taken before under its name, that was retired, unless again, or whose
+// IMEIs are another lot's that is served, whoever made that.
 func checkLot(lot *Lot, all []*Lot, again bool) error {
 	for _, other := range all {
 		if other.Manufacturer == lot.Manufacturer && other.Manifest.Lot == lot.Manifest.Lot {

@@ -27,8 +27,8 @@ const (
 	DeviceReissued         Why = "DEVICE_REISSUED" // the device's key that signed the KME was replaced later
 )
 
-// Each gives Subscription.Latest of all IMSIs in their order, page by page: there may be millions. Only those of a device,
-// unless imei is zero.
+// Each gives Subscription.Latest of all IMSIs in their order, page by page: there may be millions. Only those of a
+// device, unless imei is zero.
 func Each(ctx context.Context, store Store, imei kme.IMEI, now time.Time) iter.Seq2[*Binding, error] {
 	const page = 1000
 	return func(yield func(*Binding, error) bool) {

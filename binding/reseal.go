@@ -26,13 +26,15 @@ type Resealed struct {
 	Again []byte
 }
 
-// A SealedStore gives the KMEs of bindings to be sealed again. Which ones are to be is told by their bytes: see hsmkeys.SealedFrom.
+// A SealedStore gives the KMEs of bindings to be sealed again. Which ones are to be is told by their bytes: see
+// hsmkeys.SealedFrom.
 type SealedStore interface {
 	// CountSealed is how many KMEs are below these bytes.
 	CountSealed(ctx context.Context, below []byte) (int, error)
 	// Sealed gives KMEs below these bytes, in the order of IMSIs and states, behind after, limit at most.
 	Sealed(ctx context.Context, after Sealed, below []byte, limit int) ([]Sealed, error)
-	// Reseal replaces KMEs, in the order of their IMSIs, where they are still what they were, in one step. It gives how many were.
+	// Reseal replaces KMEs, in the order of their IMSIs, where they are still what they were, in one step. It gives how
+	// many were.
 	Reseal(ctx context.Context, all []Resealed) (int, error)
 }
 
@@ -46,11 +48,13 @@ type Resealer interface {
 // settled is how long after a storage key was made nobody seals with an earlier one any more.
 const settled = 2 * hsmkeys.LookAgain
 
-// ErrStillSealing: somebody goes on sealing KMEs under an earlier storage key, after everybody could know the newest one.
+// ErrStillSealing: somebody goes on sealing KMEs under an earlier storage key, after everybody could know the newest
+// one.
 var ErrStillSealing = errors.New("KMEs are still being sealed under an earlier storage key: a token that serves has not got the newest one; " +
 	"bring it there with keysvc backup, and run this again")
 
-// latePasses is after how many passes that found some Reseal says so: the first one finds those of calls that were under way.
+// latePasses is after how many passes that found some Reseal says so: the first one finds those of calls that were
+// under way.
 const latePasses = 3
 
 // resealBatch is how many KMEs go into one commit, beside which the service makes its own.
@@ -70,8 +74,9 @@ func (e *DamagedError) Error() string {
 // maxDamaged bounds a DamagedError: where there are more, something else is wrong.
 const maxDamaged = 100
 
-// Reseal seals every KME below these bytes again, while services serve and seal; since they may seal under an earlier key for some time, it goes on until
-// that has passed and none is left. It gives how many it has sealed, also when it fails; then the same again goes on. report is called with that now and then.
+// Reseal seals every KME below these bytes again, while services serve and seal; since they may seal under an earlier
+// key for some time, it goes on until that has passed and none is left. It gives how many it has sealed, also when it
+// fails; then the same again goes on. report is called with that now and then.
 func Reseal(ctx context.Context, token Resealer, store SealedStore, below []byte, report func(done int)) (done int, err error) {
 	began, late := time.Now(), 0
 	for {
@@ -147,7 +152,8 @@ func resealPass(ctx context.Context, token Resealer, store SealedStore, below []
 	}
 }
 
-// RetireStorage destroys the earlier generations of the storage key, if no KME is sealed under them, and none is for as long as one could. It gives those.
+// RetireStorage destroys the earlier generations of the storage key, if no KME is sealed under them, and none is for as
+// long as one could. It gives those.
 func RetireStorage(ctx context.Context, token StorageToken, store SealedStore) (destroyed []int, err error) {
 	all, err := token.StorageGenerations(ctx)
 	if err != nil || len(all) < 2 {

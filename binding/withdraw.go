@@ -21,8 +21,8 @@ func distrustedError(manufacturer string, v Verdict) error {
 	return fmt.Errorf("manufacturer %s is distrusted, %s; if that is over, run keysvc manufacturer trust first", manufacturer, v)
 }
 
-// Distrust has none of a manufacturer's lots served any more, and its enrolments and grants refused. Bindings stand, and
-// the keys stay in the token. It gives the verdict that stands: an earlier one stays.
+// Distrust has none of a manufacturer's lots served any more, and its enrolments and grants refused. Bindings stand,
+// and the keys stay in the token. It gives the verdict that stands: an earlier one stays.
 func Distrust(ctx context.Context, registry Registry, manufacturer string, v Verdict) (Verdict, error) {
 	return registry.Decide(ctx, manufacturer, "", v, func([]*Lot) error { return nil })
 }
@@ -42,8 +42,9 @@ func Trust(ctx context.Context, registry Registry, manufacturer string, v Verdic
 	})
 }
 
-// RetireLot has a lot served no more, and destroys its key in the token. Bindings stand. It gives the verdict that stands:
-// an earlier one stays, and the key is destroyed all the same. A factory's token has the lot's own key under the same name.
+// RetireLot has a lot served no more, and destroys its key in the token. Bindings stand. It gives the verdict that
+// stands: an earlier one stays, and the key is destroyed all the same. A factory's token has the lot's own key under
+// the same name.
 func RetireLot(ctx context.Context, token IntakeToken, registry Registry, lot *Lot, v Verdict) (Verdict, error) {
 	if err := token.MustBe(ctx, hsmkeys.Operator); err != nil {
 		return Verdict{}, err

@@ -62,8 +62,8 @@ func refuseWeak(ctx context.Context, token Token) error {
 	return err
 }
 
-// Init makes the token the manufacturer's and makes the signing key, unless that was done, and gives the public signing key as PEM: what operators
-// pin. It refuses a token that could hold no lot.
+// Init makes the token the manufacturer's and makes the signing key, unless that was done, and gives the public signing
+// key as PEM: what operators pin. It refuses a token that could hold no lot.
 func Init(ctx context.Context, token Token) (pem []byte, keyID string, created bool, err error) {
 	if err := refuseWeak(ctx, token); err != nil {
 		return nil, "", false, err
@@ -83,8 +83,8 @@ func Init(ctx context.Context, token Token) (pem []byte, keyID string, created b
 	return pem, signer.KeyID(), created || made, err
 }
 
-// Keys are the keys that the line needs of its own, each in its newest generation: the signing key, and the injection keys of all fixtures, whose names
-// are known once the signing key is there.
+// Keys are the keys that the line needs of its own, each in its newest generation: the signing key, and the injection
+// keys of all fixtures, whose names are known once the signing key is there.
 func Keys(ctx context.Context, token Token) (keys []hsmkeys.Key, err error) {
 	signing, err := newest(ctx, token, signingKey)
 	if err != nil {
@@ -141,10 +141,10 @@ func next(ctx context.Context, token Token, k hsmkeys.Key, generation int) (hsmk
 	return k, nil
 }
 
-// RotateSigningKey makes a generation of the signing key, from 2 on; the one that there is already stays as it is. What is
-// signed from then on carries the statements that lead to it from the first one, which readers go on pinning; the line goes
-// on meanwhile, and the commands that are begun after this use the new key. The earlier keys stay in the token, to sign
-// those statements.
+// RotateSigningKey makes a generation of the signing key, from 2 on; the one that there is already stays as it is. What
+// is signed from then on carries the statements that lead to it from the first one, which readers go on pinning; the
+// line goes on meanwhile, and the commands that are begun after this use the new key. The earlier keys stay in the
+// token, to sign those statements.
 func RotateSigningKey(ctx context.Context, token Token, generation int) (keyID string, created bool, err error) {
 	if _, err := openSigner(token); err != nil {
 		return "", false, err
@@ -422,9 +422,9 @@ func (l *Line) usable(ctx context.Context, lot string) (*directory.Manifest, err
 // ReissueFile is the name of the injection package of a device's n-th new key, counted from 1.
 func ReissueFile(imei kme.IMEI, n int) string { return fmt.Sprintf("reissue-%s-%d.jsonl", imei, n) }
 
-// Reissue gives a device that came back a new key, in an injection package of its own below out, and revokes the one that
-// it had, for a fixture, as in ProvisionOptions. The reason names the return: with the same one again nothing changes, so that a run that was interrupted can
-// be repeated.
+// Reissue gives a device that came back a new key, in an injection package of its own below out, and revokes the one
+// that it had, for a fixture, as in ProvisionOptions. The reason names the return: with the same one again nothing
+// changes, so that a run that was interrupted can be repeated.
 func (l *Line) Reissue(ctx context.Context, lot string, imei kme.IMEI, reason, fixture, out string) (path string, err error) {
 	m, err := l.usable(ctx, lot)
 	if err != nil {
@@ -544,8 +544,9 @@ func checkReissue(lot, path string, e directory.Revocation) error {
 	return err
 }
 
-// EnrollOperator makes an operator's KEK in the token, as the security officer, and wraps it for the operator's transport key. generation is that of
-// the KEK: 0 for the newest, and one more than that to rotate it; an earlier one is for what was wrapped under it. It opens the token itself: nobody else in the process may have it open.
+// EnrollOperator makes an operator's KEK in the token, as the security officer, and wraps it for the operator's
+// transport key. generation is that of the KEK: 0 for the newest, and one more than that to rotate it; an earlier one
+// is for what was wrapped under it. It opens the token itself: nobody else in the process may have it open.
 func EnrollOperator(ctx context.Context, tokenURI string, officer hsmkeys.PIN, operator string, transport *rsa.PublicKey, generation int) (e *directory.Enrolment, jws []byte, created bool, err error) {
 	name := func(manufacturer string) hsmkeys.Key { return kekOf(manufacturer, operator) }
 	created, err = enroll(ctx, tokenURI, officer, operator, name, transport, generation, func(kek hsmkeys.Key, wrapped []byte, s *directory.Signer) error {
@@ -562,8 +563,9 @@ func EnrollOperator(ctx context.Context, tokenURI string, officer hsmkeys.PIN, o
 	return e, jws, created, err
 }
 
-// EnrollFixture makes the injection key of a fixture that injects device keys, and wraps it for the fixture's RSA key, as EnrollOperator does for an
-// operator. With one more than the newest generation, the packages made from then on are for that one.
+// EnrollFixture makes the injection key of a fixture that injects device keys, and wraps it for the fixture's RSA key,
+// as EnrollOperator does for an operator. With one more than the newest generation, the packages made from then on are
+// for that one.
 func EnrollFixture(ctx context.Context, tokenURI string, officer hsmkeys.PIN, fixture string, key *rsa.PublicKey, generation int) (e *directory.FixtureEnrolment, created bool, err error) {
 	name := func(manufacturer string) hsmkeys.Key { return injectionKey(manufacturer, fixture) }
 	created, err = enroll(ctx, tokenURI, officer, fixture, name, key, generation, func(k hsmkeys.Key, wrapped []byte, s *directory.Signer) error {
@@ -579,8 +581,8 @@ func enroll(ctx context.Context, tokenURI string, officer hsmkeys.PIN, name stri
 	if err := directory.CheckName(name); err != nil {
 		return false, err
 	}
-	// The key is named after the manufacturer, whose signing key only a user's login shows; the security officer's login
-	// ends that one.
+	// The key is named after the manufacturer, whose signing key only a user's login shows; the security officer's
+	// login ends that one.
 	var k hsmkeys.Key
 	err = withSigner(ctx, tokenURI, func(t Token, s *directory.Signer) (err error) {
 		if k = named(s.KeyID()); generation > 0 {

@@ -12,7 +12,8 @@ import (
 	"github.com/kmehsm/kmehsm/internal/durable"
 )
 
-// An Officer is how the security officer's PIN comes to a command: from a file, or from shares, in files or pasted at a terminal.
+// An Officer is how the security officer's PIN comes to a command: from a file, or from shares, in files or pasted at a
+// terminal.
 type Officer struct {
 	Source string                      // a pin-source; empty for shares
 	Shares []string                    // files, each as a custodian has decrypted it
@@ -30,12 +31,13 @@ const (
 	Settled Basis = iota
 	// MaybeInterrupted: as it says, or as an interrupted change has left it.
 	MaybeInterrupted
-	// Anything: whatever the token says, the PIN that was given is tried; shares are still those of one split of this token.
+	// Anything: whatever the token says, the PIN that was given is tried; shares are still those of one split of this
+	// token.
 	Anything
 )
 
-// PIN is the security officer's PIN, and the numbers of the custodians whose shares gave it. A PIN that cannot be the token's, by what the token says,
-// is refused, so that it costs none of the few tries that a token allows.
+// PIN is the security officer's PIN, and the numbers of the custodians whose shares gave it. A PIN that cannot be the
+// token's, by what the token says, is refused, so that it costs none of the few tries that a token allows.
 func (o Officer) PIN(ctx context.Context, token *hsmkeys.Token, basis Basis) (pin hsmkeys.OfficerPIN, custodians []int, err error) {
 	inForce, begun, err := token.OfficerSplit(ctx)
 	if err != nil {
@@ -88,9 +90,9 @@ func describe(s *hsmkeys.Split) string {
 	return fmt.Sprintf("%d of %d of split %s", s.Threshold, s.Count, s.ID)
 }
 
-// SplitOfficerPIN gives the token a new security officer's PIN, which nobody has seen, in as many shares as there are custodians. The shares are on disk,
-// each encrypted to its custodian, below dir, before the PIN is set. With hsmkeys.ErrPINMaybeSet they are kept, since the PIN may be in them; with another
-// error nothing is left of them.
+// SplitOfficerPIN gives the token a new security officer's PIN, which nobody has seen, in as many shares as there are
+// custodians. The shares are on disk, each encrypted to its custodian, below dir, before the PIN is set. With
+// hsmkeys.ErrPINMaybeSet they are kept, since the PIN may be in them; with another error nothing is left of them.
 func SplitOfficerPIN(ctx context.Context, tokenURI, serial string, present hsmkeys.OfficerPIN, threshold int, custodians []custody.Custodian, dir string) (split *hsmkeys.Split, files []string, err error) {
 	pin, shares, err := custody.New(serial, threshold, len(custodians))
 	if err != nil {

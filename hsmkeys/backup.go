@@ -13,14 +13,15 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// Storage and ledger key leave a token for another one, by RSA-OAEP under a key that the other one made (NewRestoreKey) and the security officer of
-// this one took in as TRUSTED (TakeRecipient). It is TRUSTED for the moment of a backup only, and wraps no other key.
+// Storage and ledger key leave a token for another one, by RSA-OAEP under a key that the other one made (NewRestoreKey)
+// and the security officer of this one took in as TRUSTED (TakeRecipient). It is TRUSTED for the moment of a backup
+// only, and wraps no other key.
 
 // backupKey is the recipient in the token that is backed up.
 var backupKey = Key{Role: RoleBackup}
 
-// TakeRecipient takes in the RSA key that receives the storage and ledger key. It logs in as the security officer, once: no Token of this token may be
-// open in the process.
+// TakeRecipient takes in the RSA key that receives the storage and ledger key. It logs in as the security officer,
+// once: no Token of this token may be open in the process.
 func TakeRecipient(ctx context.Context, tokenURI string, officer PIN, to *rsa.PublicKey) error {
 	if err := checkWrappingKey(to); err != nil {
 		return err
@@ -37,7 +38,8 @@ type Carried struct {
 	Check   []byte // what the key does with a known or a random value: whoever has it finds out whether it is the key
 }
 
-// CarryOut is the ledger key and all storage keys that the token has, under the key that TakeRecipient took in, which it destroys.
+// CarryOut is the ledger key and all storage keys that the token has, under the key that TakeRecipient took in, which
+// it destroys.
 func (t *Token) CarryOut(ctx context.Context) ([]Carried, error) {
 	return doAs(ctx, t, Operator, "back up keys", func(s *session) (all []Carried, err error) {
 		to, err := t.find(s, pkcs11.CKO_PUBLIC_KEY, backupKey)
@@ -78,7 +80,8 @@ func carriedKeys() func(func(Key) bool) {
 	}
 }
 
-// checkValue is the ledger key's tag of zeros, or a random KME under the storage key, which AES key wrap protects (RFC 3394 section 2.2.3).
+// checkValue is the ledger key's tag of zeros, or a random KME under the storage key, which AES key wrap protects (RFC
+// 3394 section 2.2.3).
 func checkValue(s *session, k Key, h pkcs11.ObjectHandle) ([]byte, error) {
 	if k.Role == RoleLedger {
 		return hmac(s, h, make([]byte, kme.SecretSize))
@@ -112,7 +115,8 @@ func restored(t traits) attributes {
 	}))
 }
 
-// NewRestoreKey makes an RSA-3072 key that receives another token's storage and ledger key. It is a transport key (see NewTransportKey) for those.
+// NewRestoreKey makes an RSA-3072 key that receives another token's storage and ledger key. It is a transport key (see
+// NewTransportKey) for those.
 func (t *Token) NewRestoreKey(ctx context.Context) (*rsa.PublicKey, error) {
 	traits, err := t.learnt(ctx)
 	if err != nil {
@@ -131,8 +135,9 @@ func (t *Token) DestroyRestoreKey(ctx context.Context, pub *rsa.PublicKey) error
 	return t.destroyReceiver(ctx, restoreLabel, pub)
 }
 
-// CarryIn takes in keys that CarryOut has wrapped under a key of NewRestoreKey's, with the templates of our own. None is taken before all have been
-// shown to be what their check values say; one that the token has already must be so too. It gives those that were taken.
+// CarryIn takes in keys that CarryOut has wrapped under a key of NewRestoreKey's, with the templates of our own. None
+// is taken before all have been shown to be what their check values say; one that the token has already must be so too.
+// It gives those that were taken.
 func (t *Token) CarryIn(ctx context.Context, to *rsa.PublicKey, all []Carried) (taken []Key, err error) {
 	return doAs(ctx, t, Operator, "restore keys", func(s *session) (taken []Key, err error) {
 		var missing []Carried

@@ -14,14 +14,15 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// EnrollKey makes the key of an operator (RoleKEK: it carries lot keys) or of a fixture (RoleInjection: it carries device keys), AES-256, and takes in
-// the RSA key that receives it. Only the security officer can make TRUSTED objects, and only at creation, so it logs in as the security officer, once:
-// no Token of this token may be open in the process.
+// EnrollKey makes the key of an operator (RoleKEK: it carries lot keys) or of a fixture (RoleInjection: it carries
+// device keys), AES-256, and takes in the RSA key that receives it. Only the security officer can make TRUSTED objects,
+// and only at creation, so it logs in as the security officer, once: no Token of this token may be open in the process.
 //
-// Each key leaves the token only as far as it must. Both are WRAP_WITH_TRUSTED, as lot keys are: they leave under a TRUSTED key. The receiving key
-// wraps, by its CKA_WRAP_TEMPLATE, nothing but its one key; a KEK wraps nothing but RSA private keys; an injection key nothing but private keys that are
-// not WRAP_WITH_TRUSTED, as device keys are. Otherwise whoever has the user PIN could wrap a KEK for a fixture, whose key may be in software, and have
-// every lot key that the KEK has carried. An injection key is TRUSTED so that it is known for the security officer's: see checkMaker.
+// Each key leaves the token only as far as it must. Both are WRAP_WITH_TRUSTED, as lot keys are: they leave under a
+// TRUSTED key. The receiving key wraps, by its CKA_WRAP_TEMPLATE, nothing but its one key; a KEK wraps nothing but RSA
+// private keys; an injection key nothing but private keys that are not WRAP_WITH_TRUSTED, as device keys are. Otherwise
+// whoever has the user PIN could wrap a KEK for a fixture, whose key may be in software, and have every lot key that
+// the KEK has carried. An injection key is TRUSTED so that it is known for the security officer's: see checkMaker.
 func EnrollKey(ctx context.Context, tokenURI string, officer PIN, k Key, to *rsa.PublicKey) (created bool, err error) {
 	if err := checkWrappingKey(to); err != nil {
 		return false, err
@@ -46,8 +47,8 @@ func EnrollKey(ctx context.Context, tokenURI string, officer PIN, k Key, to *rsa
 	return created, err
 }
 
-// takeRecipient takes in an RSA key that wraps nothing but what fits a template, in the place of the one that was there: of
-// an earlier enrolment, or of a run that was interrupted. The security officer is logged in.
+// takeRecipient takes in an RSA key that wraps nothing but what fits a template, in the place of the one that was
+// there: of an earlier enrolment, or of a run that was interrupted. The security officer is logged in.
 func (t *Token) takeRecipient(ctx context.Context, side Side, r Key, to *rsa.PublicKey, wraps attributes) error {
 	_, err := doAs(ctx, t, side, "take in a key that receives", func(s *session) (none struct{}, err error) {
 		if err := t.destroy(s, pkcs11.CKO_PUBLIC_KEY, r); err != nil {
@@ -144,13 +145,15 @@ func (t *Token) Fixtures(ctx context.Context, manufacturer string) (names []stri
 // transportLabel is in the labels of an operator's transport keys. They are found by their modulus.
 const transportLabel = "kme transport "
 
-// NewTransportKey makes an RSA-3072 key that receives one KEK. Its CKA_UNWRAP_TEMPLATE makes that a key that unwraps and never leaves the token;
-// but a template cannot nest, so it would make the KEK without one of its own, too: DestroyTransportKey ends it when the KEK is there.
+// NewTransportKey makes an RSA-3072 key that receives one KEK. Its CKA_UNWRAP_TEMPLATE makes that a key that unwraps
+// and never leaves the token; but a template cannot nest, so it would make the KEK without one of its own, too:
+// DestroyTransportKey ends it when the KEK is there.
 func (t *Token) NewTransportKey(ctx context.Context) (*rsa.PublicKey, error) {
 	return t.newReceiver(ctx, transportLabel, importedKEK)
 }
 
-// newReceiver makes an RSA-3072 key, with a label that begins so, under which keys come into the token as template has them.
+// newReceiver makes an RSA-3072 key, with a label that begins so, under which keys come into the token as template has
+// them.
 func (t *Token) newReceiver(ctx context.Context, label string, template attributes) (*rsa.PublicKey, error) {
 	return doAs(ctx, t, Operator, "make a transport key", func(s *session) (*rsa.PublicKey, error) {
 		traits, err := t.learn(s)
@@ -234,9 +237,9 @@ func (t *Token) destroyReceiver(ctx context.Context, label string, pub *rsa.Publ
 	})
 }
 
-// UnwrapKEK takes an operator KEK, wrapped under a transport key, into the token, for unwrapping lot keys only and never to be extracted: by its
-// CKA_UNWRAP_TEMPLATE, lot keys are as UnwrapLotKey makes them, whoever unwraps them. An earlier KEK of the same name and generation is replaced, once
-// the new one has been shown to unwrap.
+// UnwrapKEK takes an operator KEK, wrapped under a transport key, into the token, for unwrapping lot keys only and
+// never to be extracted: by its CKA_UNWRAP_TEMPLATE, lot keys are as UnwrapLotKey makes them, whoever unwraps them. An
+// earlier KEK of the same name and generation is replaced, once the new one has been shown to unwrap.
 func (t *Token) UnwrapKEK(ctx context.Context, kek Key, transport *rsa.PublicKey, wrapped []byte) error {
 	if len(wrapped) == 0 {
 		return errors.New("the enrolment holds no wrapped key")

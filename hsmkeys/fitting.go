@@ -2,18 +2,21 @@ package hsmkeys
 
 import "github.com/miekg/pkcs11"
 
-// optional are attributes that a token may have no place for, and without which our objects still serve. NSS softoken has none for either in token
-// objects: C_GenerateKey with one of them is CKR_GENERAL_ERROR. What the keys lose by it, the doctor sees when it copies one.
+// optional are attributes that a token may have no place for, and without which our objects still serve. NSS softoken
+// has none for either in token objects: C_GenerateKey with one of them is CKR_GENERAL_ERROR. What the keys lose by it,
+// the doctor sees when it copies one.
 var optional = []uint{pkcs11.CKA_COPYABLE, pkcs11.CKA_DESTROYABLE}
 
-// refusedTemplate is what tokens say of a template that they do not take. None of it says which attribute they mean, and some means other things too.
+// refusedTemplate is what tokens say of a template that they do not take. None of it says which attribute they mean,
+// and some means other things too.
 var refusedTemplate = []pkcs11.Error{
 	pkcs11.CKR_ATTRIBUTE_TYPE_INVALID, pkcs11.CKR_ATTRIBUTE_VALUE_INVALID, pkcs11.CKR_ATTRIBUTE_READ_ONLY, pkcs11.CKR_TEMPLATE_INCONSISTENT,
 	pkcs11.CKR_GENERAL_ERROR, pkcs11.CKR_FUNCTION_FAILED,
 }
 
-// fitting makes an object by a template, with what of it the token has a place for. That is learnt where a token refuses the whole of it, by trying each
-// optional attribute on an object of no other use: a token that takes all is never asked.
+// fitting makes an object by a template, with what of it the token has a place for. That is learnt where a token
+// refuses the whole of it, by trying each optional attribute on an object of no other use: a token that takes all is
+// never asked.
 func (s *session) fitting(a attributes, make func(attributes) (pkcs11.ObjectHandle, error)) (pkcs11.ObjectHandle, error) {
 	lacks := s.lacks.Load()
 	h, err := make(leavingOut(a, lacks))
@@ -58,8 +61,8 @@ func leavingOut(a attributes, lacks uint32) attributes {
 	return a
 }
 
-// lacking tries whether the token refuses an attribute, and nothing else of a token object. Once could be a fault that passes, and then a
-// key would lose for good what keeps it.
+// lacking tries whether the token refuses an attribute, and nothing else of a token object. Once could be a fault that
+// passes, and then a key would lose for good what keeps it.
 func (s *session) lacking(typ uint) bool {
 	try := func(more ...*pkcs11.Attribute) error {
 		h, err := s.GenerateKey(s.h, mechanism(pkcs11.CKM_AES_KEY_GEN), join(use(usages), more, attributes{

@@ -133,8 +133,9 @@ var (
 	ledgerKey  = Key{Role: RoleLedger}
 )
 
-// EnsureStorageKey makes the AES-256 key that seals KMEs, in its first generation, unless the token has one. Whoever unwraps a KME with it can have
-// it as OpenPayload and EncryptRANDs have it, and in no other way. It can be backed up, under a TRUSTED key.
+// EnsureStorageKey makes the AES-256 key that seals KMEs, in its first generation, unless the token has one. Whoever
+// unwraps a KME with it can have it as OpenPayload and EncryptRANDs have it, and in no other way. It can be backed up,
+// under a TRUSTED key.
 func (t *Token) EnsureStorageKey(ctx context.Context) (created bool, err error) {
 	if has, err := t.hasStorage(ctx); err != nil || has {
 		return false, err
@@ -155,8 +156,8 @@ func storageTemplate(t traits) attributes {
 	return join(attributes{attr(pkcs11.CKA_PRIVATE, true)}, t.leaves(), use(usages, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP), t.unwraps(unsealed))
 }
 
-// What a key is that is unwrapped, and never leaves the token again: what whoever unwraps it may not have otherwise. In a
-// KEK a template of its own is not possible.
+// What a key is that is unwrapped, and never leaves the token again: what whoever unwraps it may not have otherwise. In
+// a KEK a template of its own is not possible.
 var (
 	unsealed    = unwrapped(pkcs11.CKO_SECRET_KEY, pkcs11.CKK_AES, use(usages, pkcs11.CKA_ENCRYPT, pkcs11.CKA_DECRYPT))
 	importedKEK = unwrapped(pkcs11.CKO_SECRET_KEY, pkcs11.CKK_AES, use(usages, pkcs11.CKA_UNWRAP))
@@ -184,12 +185,12 @@ type sealing struct {
 	until      time.Time
 }
 
-// LookAgain is after how long a token is asked again whether there is a newer storage key: so long after one was made, and the calls then under way,
-// nobody seals with an older one.
+// LookAgain is after how long a token is asked again whether there is a newer storage key: so long after one was made,
+// and the calls then under way, nobody seals with an older one.
 const LookAgain = 5 * time.Second
 
-// newestStorage finds the storage key that seals. A generation that is not used any more is gone, so the first that is there need not be 1; after it,
-// none is left out.
+// newestStorage finds the storage key that seals. A generation that is not used any more is gone, so the first that is
+// there need not be 1; after it, none is left out.
 func (t *Token) newestStorage(s *session) (generation int, h pkcs11.ObjectHandle, err error) {
 	if known := t.sealing.Load(); known != nil && time.Now().Before(known.until) {
 		h, err = t.find(s, pkcs11.CKO_SECRET_KEY, storageGeneration(known.generation))
@@ -221,7 +222,8 @@ func storageGeneration(n int) Key {
 	return k
 }
 
-// EnsureLedgerKey makes the HMAC key that tags KMEs for the one-use ledger, unless the token has it. It can be backed up as the storage key can.
+// EnsureLedgerKey makes the HMAC key that tags KMEs for the one-use ledger, unless the token has it. It can be backed
+// up as the storage key can.
 func (t *Token) EnsureLedgerKey(ctx context.Context) (created bool, err error) {
 	traits, err := t.learnt(ctx)
 	if err != nil {

@@ -23,11 +23,13 @@ type OfficerPIN struct {
 	Split *Split
 }
 
-// ErrPINMaybeSet goes with an error after which a token may have its security officer's new PIN, or still the one before.
+// ErrPINMaybeSet goes with an error after which a token may have its security officer's new PIN, or still the one
+// before.
 var ErrPINMaybeSet = errors.New("the security officer's PIN may have been changed")
 
-// The token says in data objects (JSON in CKA_APPLICATION), for everybody to read, which split its security officer's PIN is in: so no PIN of other shares is ever tried.
-// C_SetPIN and these objects cannot change in one step, so a change is announced first:
+// The token says in data objects (JSON in CKA_APPLICATION), for everybody to read, which split its security officer's
+// PIN is in: so no PIN of other shares is ever tried. C_SetPIN and these objects cannot change in one step, so a change
+// is announced first:
 //
 //  1. splitBegun of the new split is made;    2. C_SetPIN;
 //  3. splitInForce of the new one is made;    4. the earlier splitInForce is removed, and then splitBegun.
@@ -38,8 +40,8 @@ const (
 	splitInForce = "kme so split"
 )
 
-// OfficerSplit says which split the security officer's PIN is in, nil if none; and which one it may be in since a change was interrupted, nil if
-// none was.
+// OfficerSplit says which split the security officer's PIN is in, nil if none; and which one it may be in since a
+// change was interrupted, nil if none was.
 func (t *Token) OfficerSplit(ctx context.Context) (inForce, begun *Split, err error) {
 	err = t.with(ctx, "ask for the security officer's split", func(s *session) error {
 		all, err := s.splits()
@@ -144,7 +146,8 @@ func asOfficer(tokenURI string, pin PIN, f func(*Token) error) error {
 	return f(t)
 }
 
-// CheckOfficerPIN logs in as the security officer, and makes the token say which split the PIN is in. So it ends a change that was interrupted.
+// CheckOfficerPIN logs in as the security officer, and makes the token say which split the PIN is in. So it ends a
+// change that was interrupted.
 func CheckOfficerPIN(ctx context.Context, tokenURI string, pin OfficerPIN) error {
 	return asOfficer(tokenURI, pin.PIN, func(t *Token) error {
 		return t.with(ctx, "check the security officer's PIN", func(s *session) error { return s.settle(pin.Split) })
@@ -155,8 +158,8 @@ func CheckOfficerPIN(ctx context.Context, tokenURI string, pin OfficerPIN) error
 var unchanged = []pkcs11.Error{pkcs11.CKR_PIN_INCORRECT, pkcs11.CKR_PIN_INVALID, pkcs11.CKR_PIN_LEN_RANGE, pkcs11.CKR_PIN_LOCKED, pkcs11.CKR_ARGUMENTS_BAD,
 	pkcs11.CKR_SESSION_READ_ONLY, pkcs11.CKR_TOKEN_WRITE_PROTECTED, pkcs11.CKR_USER_NOT_LOGGED_IN, pkcs11.CKR_FUNCTION_NOT_SUPPORTED}
 
-// SetOfficerPIN changes the security officer's PIN, and logs in anew with the next one. With ErrPINMaybeSet either of the two may be the token's, and
-// CheckOfficerPIN finds out which; with another error it is the present one.
+// SetOfficerPIN changes the security officer's PIN, and logs in anew with the next one. With ErrPINMaybeSet either of
+// the two may be the token's, and CheckOfficerPIN finds out which; with another error it is the present one.
 func SetOfficerPIN(ctx context.Context, tokenURI string, present, next OfficerPIN) error {
 	ctx = context.WithoutCancel(ctx) // what has begun is brought to its end
 	err := asOfficer(tokenURI, present.PIN, func(t *Token) error {

@@ -111,12 +111,12 @@ func (t *Token) OpenPayload(ctx context.Context, in Payload) (*Opened, error) {
 	})
 }
 
-// VerifyInSoftware has KME_SIG validated in this process, for tokens without the mechanism: it needs no secret, and no answer is another by it. It is
-// for the time before the first call.
+// VerifyInSoftware has KME_SIG validated in this process, for tokens without the mechanism: it needs no secret, and no
+// answer is another by it. It is for the time before the first call.
 func (t *Token) VerifyInSoftware() { t.verifyInSoftware = true }
 
-// ExportKME decrypts a payload that OpenPayload has found good, and gives its KME. It is for an HSS that keeps the KME itself; the caller
-// wipes it.
+// ExportKME decrypts a payload that OpenPayload has found good, and gives its KME. It is for an HSS that keeps the KME
+// itself; the caller wipes it.
 func (t *Token) ExportKME(ctx context.Context, in Payload) (kme.Secret, error) {
 	reduced, _, err := kme.ReducePayload(in.N, in.Bytes)
 	if err != nil {
@@ -169,8 +169,9 @@ func hmac(s *session, key pkcs11.ObjectHandle, data []byte) ([]byte, error) {
 	return tag, explainIf("tag a KME", err)
 }
 
-// kmeObject is a KME as a session object, for one use. It is not PRIVATE, which no other process gains by: to those a session object does not
-// exist; and SoftHSM encrypts each attribute of a PRIVATE object in its memory, which takes it as long as the use.
+// kmeObject is a KME as a session object, for one use. It is not PRIVATE, which no other process gains by: to those a
+// session object does not exist; and SoftHSM encrypts each attribute of a PRIVATE object in its memory, which takes it
+// as long as the use.
 func kmeObject(template attributes) attributes {
 	return join(template, attributes{attr(pkcs11.CKA_TOKEN, false), attr(pkcs11.CKA_PRIVATE, false)})
 }
@@ -183,7 +184,8 @@ var (
 	usable = kmeObject(unsealed)
 )
 
-// seal wraps a KME under a generation of the storage key. C_WrapKey takes a key object, so the KME is one for that long.
+// seal wraps a KME under a generation of the storage key. C_WrapKey takes a key object, so the KME is one for that
+// long.
 func seal(s *session, generation int, storage pkcs11.ObjectHandle, secret kme.Secret) (sealed []byte, err error) {
 	h, err := s.create(append(sealable[:len(sealable):len(sealable)], &pkcs11.Attribute{Type: pkcs11.CKA_VALUE, Value: secret.Bytes()}))
 	if err != nil {
@@ -232,8 +234,8 @@ const sealedSize = 1 + kme.SecretSize + 8
 // A RAND is the random challenge of an authentication vector.
 type RAND = [RANDSize]byte
 
-// EncryptRANDs encrypts RANDs, each as one AES-256 block under a sealed KME, inside the token: 4 calls, however many. The text
-// says only that RAND is encrypted; one block, of exactly its size, is our choice.
+// EncryptRANDs encrypts RANDs, each as one AES-256 block under a sealed KME, inside the token: 4 calls, however many.
+// The text says only that RAND is encrypted; one block, of exactly its size, is our choice.
 func (t *Token) EncryptRANDs(ctx context.Context, sealed []byte, rands []RAND) ([]RAND, error) {
 	return t.randBlocks(ctx, "encrypt RANDs", sealed, rands, (*session).encrypt)
 }

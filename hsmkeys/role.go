@@ -10,7 +10,8 @@ import (
 	"github.com/miekg/pkcs11"
 )
 
-// A Side is whose token it is. A token has keys of one side only: on a token of both, who may use the one's could send the other's away.
+// A Side is whose token it is. A token has keys of one side only: on a token of both, who may use the one's could send
+// the other's away.
 type Side string
 
 const (
@@ -30,7 +31,8 @@ const dedicationLabel = "kme token role"
 // ErrNotDedicated: init was not run on the token.
 var ErrNotDedicated = errors.New("the token has no keys of this project yet: run init first")
 
-// Dedicate says for ever that the token is of one side. A token that is of the other is refused; of one that is dedicated already, nothing changes.
+// Dedicate says for ever that the token is of one side. A token that is of the other is refused; of one that is
+// dedicated already, nothing changes.
 func (t *Token) Dedicate(ctx context.Context, d Dedication) (created bool, err error) {
 	text, err := json.Marshal(d)
 	if err != nil {
@@ -46,7 +48,8 @@ func (t *Token) Dedicate(ctx context.Context, d Dedication) (created bool, err e
 		}
 		_, err := s.create(join(attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), attr(pkcs11.CKA_APPLICATION, text)}, common))
 		if err != nil && isCKR(err, refusedTemplate...) {
-			// NSS softoken keeps no data objects (CKR_ATTRIBUTE_VALUE_INVALID). There a key of no use says it by its CKA_ID.
+			// NSS softoken keeps no data objects (CKR_ATTRIBUTE_VALUE_INVALID). There a key of no use says it by its
+			// CKA_ID.
 			_, err = s.generate(pkcs11.CKM_AES_KEY_GEN, join(attributes{attr(pkcs11.CKA_VALUE_LEN, 32), attr(pkcs11.CKA_SENSITIVE, true),
 				attr(pkcs11.CKA_EXTRACTABLE, false), attr(pkcs11.CKA_ID, text)}, use(usages), common))
 		}

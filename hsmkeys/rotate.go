@@ -9,9 +9,10 @@ import (
 	"github.com/miekg/pkcs11"
 )
 
-// A Rotation seals KMEs again, under the newest generation of the storage key. The older ones cannot: by their CKA_UNWRAP_TEMPLATE no KME that they
-// unwrap can be wrapped. As in a backup, they are wrapped under an RSA key that the security officer has taken in, whose private half is in the same
-// token; and unwrapped into session objects without such a template, which end with this process. No KME is ever in its memory.
+// A Rotation seals KMEs again, under the newest generation of the storage key. The older ones cannot: by their
+// CKA_UNWRAP_TEMPLATE no KME that they unwrap can be wrapped. As in a backup, they are wrapped under an RSA key that
+// the security officer has taken in, whose private half is in the same token; and unwrapped into session objects
+// without such a template, which end with this process. No KME is ever in its memory.
 type Rotation struct {
 	*Token
 	to      *rsa.PublicKey
@@ -23,8 +24,9 @@ type Rotation struct {
 // rotationLabel is in the label of the RSA key of a rotation.
 const rotationLabel = "kme rotation "
 
-// OpenRotation makes a storage key of the next generation, unless one of a rotation that was interrupted is there, and opens the token for sealing
-// again. It logs in as the security officer, once: no Token of this token may be open in the process. Close ends it.
+// OpenRotation makes a storage key of the next generation, unless one of a rotation that was interrupted is there, and
+// opens the token for sealing again. It logs in as the security officer, once: no Token of this token may be open in
+// the process. Close ends it.
 func OpenRotation(ctx context.Context, tokenURI string, officer PIN) (r *Rotation, err error) {
 	t, err := Open(ctx, tokenURI)
 	if err != nil {
@@ -81,7 +83,8 @@ func (r *Rotation) begin(ctx context.Context) error {
 	return err
 }
 
-// Made says whether this rotation has made its newest generation. If not, an earlier one did, which was not finished, or not ended.
+// Made says whether this rotation has made its newest generation. If not, an earlier one did, which was not finished,
+// or not ended.
 func (r *Rotation) Made() bool { return r.made }
 
 // Newest is the generation that KMEs are sealed under.
@@ -132,7 +135,8 @@ func (r *Rotation) earlier(s *session, generation int) (pkcs11.ObjectHandle, err
 	})
 }
 
-// SealedFrom is what a KME that is sealed under this generation of the storage key, or a later one, is not below, byte by byte.
+// SealedFrom is what a KME that is sealed under this generation of the storage key, or a later one, is not below, byte
+// by byte.
 func SealedFrom(generation int) []byte { return []byte{byte(generation)} }
 
 // StorageGenerations are those that the token has, in their order.
@@ -150,7 +154,8 @@ func (t *Token) StorageGenerations(ctx context.Context) (all []int, err error) {
 	})
 }
 
-// DestroyStorageKey ends an earlier generation of the storage key for good, and with it whatever is sealed under it. It refuses the newest.
+// DestroyStorageKey ends an earlier generation of the storage key for good, and with it whatever is sealed under it. It
+// refuses the newest.
 func (t *Token) DestroyStorageKey(ctx context.Context, generation int) error {
 	_, err := doAs(ctx, t, Operator, "destroy a storage key", func(s *session) (none struct{}, err error) {
 		t.sealing.Store(nil)

@@ -55,7 +55,8 @@ func readShare(path string) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(f, maxShare))
 }
 
-// Ask takes shares at a terminal, one at a time and without echo, until there are enough. One that is refused is asked for again.
+// Ask takes shares at a terminal, one at a time and without echo, until there are enough. One that is refused is asked
+// for again.
 func (q *Quorum) Ask(ctx context.Context, terminal *os.File, say io.Writer) error {
 	for {
 		split := q.expected()

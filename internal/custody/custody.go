@@ -1,7 +1,8 @@
 // Package custody splits a security officer's PIN among custodians, so that some of them must come together to have it.
 //
-// The PIN is derived from a random scalar of the group ristretto255, which Shamir's scheme splits. Feldman's commitments, which every
-// share has, show of each share by itself that it is one of its split, before any PIN is tried.
+// The PIN is derived from a random scalar of the group ristretto255, which Shamir's scheme splits. Feldman's
+// commitments, which every share has, show of each share by itself that it is one of its split, before any PIN is
+// tried.
 package custody
 
 import (
@@ -84,7 +85,8 @@ type wire struct {
 	Value       directory.Base64 `json:"value"`
 }
 
-// New makes a new PIN for a token, and count shares, of which threshold have it. All are checked as those are that custodians bring.
+// New makes a new PIN for a token, and count shares, of which threshold have it. All are checked as those are that
+// custodians bring.
 func New(token string, threshold, count int) (hsmkeys.PIN, []*Share, error) {
 	if err := CheckSize(threshold, count); err != nil {
 		return "", nil, err
@@ -147,7 +149,8 @@ func (s *Share) Marshal() ([]byte, error) {
 	return append(line, '\n'), err
 }
 
-// Parse reads a share, and refuses what is none of the split that it names. Its errors have nothing of the share's secret.
+// Parse reads a share, and refuses what is none of the split that it names. Its errors have nothing of the share's
+// secret.
 func Parse(text []byte) (*Share, error) {
 	text = bytes.TrimSpace(text)
 	if bytes.HasPrefix(text, []byte("age-encryption.org/")) || bytes.HasPrefix(text, []byte("-----BEGIN AGE ENCRYPTED FILE")) {
