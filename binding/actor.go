@@ -1,0 +1,47 @@
+package binding
+
+import (
+	"context"
+	"log/slog"
+
+	"github.com/kmehsm/kmehsm/internal/who"
+)
+
+// An Actor is who asks for something: a client of the service, or a user at the command line. It stands in the ledger
+// beside what was done, and in each log line.
+type Actor struct {
+	Client      string `json:"client"`                // the name that the configuration gives it, or of the command
+	Role        string `json:"role,omitempty"`        // by which it may ask for that
+	Certificate string `json:"certificate,omitempty"` // the SHA-256 of its certificate, hex
+	User        string `json:"user,omitempty"`        // at the other end of the Unix socket, or who runs the command
+	Address     string `json:"address,omitempty"`     // from where it came
+}
+
+type actorKey struct{}
+
+// WithActor gives a context to everything that is done for an actor.
+func WithActor(ctx context.Context, a Actor) context.Context {
+	return context.WithValue(ctx, actorKey{}, a)
+}
+
+// ActorOf is who something is done for; the zero Actor stands for the service itself.
+func ActorOf(ctx context.Context) Actor {
+	a, _ := ctx.Value(actorKey{}).(Actor)
+	return a
+}
+
+// CommandActor is who runs a command.
+func CommandActor(command string) Actor { return Actor{Client: command, User: who.Name()} }
+
+// LogValue is slog.LogValuer's.
+func (a Actor) LogValue() slog.Value {
+	var attrs []slog.Attr
+	for _, f := range []struct{ name, value string }{
+		{"client", a.Client}, {"role", a.Role}, {"certificate", a.Certificate}, {"user", a.User}, {"address", a.Address},
+	} {
+		if f.value != "" {
+			attrs = append(attrs, slog.String(f.name, f.value))
+		}
+	}
+	return slog.GroupValue(attrs...)
+}
