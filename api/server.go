@@ -388,6 +388,8 @@ var codes = map[kme.Reason]connect.Code{
 	kme.HSMUnavailable:       connect.CodeUnavailable,
 	kme.DirectoryUnavailable: connect.CodeUnavailable,
 	kme.StoreUnavailable:     connect.CodeUnavailable,
+	kme.RolledBack:           connect.CodeFailedPrecondition,
+	kme.Damaged:              connect.CodeFailedPrecondition,
 }
 
 // toRefusal says what toConnect's error says.

@@ -182,3 +182,8 @@ func (g *Group) Ping(ctx context.Context) error {
 	_, err := inGroup(g, func(t *Token) (struct{}, error) { return struct{}{}, t.Ping(ctx) })
 	return err
 }
+
+// Derive is Token.Derive.
+func (g *Group) Derive(ctx context.Context, purpose string) (kme.Secret, error) {
+	return inGroup(g, func(t *Token) (kme.Secret, error) { return t.Derive(ctx, purpose) })
+}

@@ -382,3 +382,24 @@ func explainIf(what string, err error) error {
 	}
 	return explain(what, err)
 }
+
+// Derive makes a key of the ledger key for a purpose: HMAC-SHA-256 of its name, made in the token. No name has as many
+// bytes as a KME, so that no key is the tag of one. It is as secret as what it is for; the caller wipes it.
+func (t *Token) Derive(ctx context.Context, purpose string) (kme.Secret, error) {
+	name := []byte("kme derived key " + purpose)
+	if len(name) == kme.SecretSize {
+		return kme.Secret{}, errors.New("the name of a derived key has the length of a KME")
+	}
+	return do(ctx, t, "derive a key", func(s *session) (kme.Secret, error) {
+		h, err := t.find(s, pkcs11.CKO_SECRET_KEY, ledgerKey)
+		if err != nil {
+			return kme.Secret{}, err
+		}
+		tag, err := hmac(s, h, name)
+		if err != nil {
+			return kme.Secret{}, err
+		}
+		defer clear(tag)
+		return kme.NewSecret(tag)
+	})
+}

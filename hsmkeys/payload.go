@@ -166,7 +166,7 @@ func hmac(s *session, key pkcs11.ObjectHandle, data []byte) ([]byte, error) {
 	if err == nil && len(tag) != sha256.Size {
 		err = fmt.Errorf("the token's HMAC-SHA-256 has %d bytes: do not use this token", len(tag))
 	}
-	return tag, explainIf("tag a KME", err)
+	return tag, explainIf("make an HMAC", err)
 }
 
 // kmeObject is a KME as a session object, for one use. It is not PRIVATE, which no other process gains by: to those a

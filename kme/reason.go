@@ -23,4 +23,6 @@ const (
 	HSMUnavailable       Reason = "HSM_UNAVAILABLE"
 	DirectoryUnavailable Reason = "DIRECTORY_UNAVAILABLE"
 	StoreUnavailable     Reason = "STORE_UNAVAILABLE"
+	RolledBack           Reason = "ROLLED_BACK" // the database is an earlier one than the service wrote
+	Damaged              Reason = "DAMAGED"     // a row of it is not what the service wrote
 )
