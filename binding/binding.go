@@ -84,10 +84,11 @@ type Decision struct {
 
 // A Manufacturer is one whose enrolment this operator has taken.
 type Manufacturer struct {
-	KeyID     string // RFC 7638 thumbprint of its signing key, which names it everywhere
-	PEM       string // the signing key itself, pinned
-	Operator  string // the name that it knows this operator by
-	Directory string // where its public keys are, as --directory has it; empty for the service's default
+	KeyID     string    // RFC 7638 thumbprint of its signing key, which names it everywhere
+	PEM       string    // the signing key itself, pinned
+	Operator  string    // the name that it knows this operator by
+	Directory string    // where its public keys are, as --directory has it; empty for the service's default
+	TACs      []kme.TAC // that its lots may have; none for any that is no other's
 	Enrolled  time.Time
 	Verdict   Verdict // withdrawn: none of its lots is served any more
 }
@@ -129,8 +130,10 @@ var (
 )
 
 // A Store keeps what the service must not forget. All methods may be called concurrently, by several processes, and a
-// change is durable when its method returns.
+// change is durable when its method returns. What it gives is what a service wrote last: for anything else they fail
+// with a *DamagedRow. Who made a change is the Actor in the context.
 type Store interface {
+	Ledger
 	// Subscription is what there is of an IMSI.
 	Subscription(ctx context.Context, imsi kme.IMSI, now time.Time) (*Subscription, error)
 	// Prepare decides what vectors are processed with, and notes what leaves: RANDs in clear as spent, and the origin in
@@ -150,11 +153,11 @@ type Store interface {
 	// Report does what Subscription.Ends says: the pending binding becomes the active one, or is dropped. Gives the
 	// subscription as it is then, or fails with ErrNotBound if it had no binding to begin with.
 	Report(ctx context.Context, imsi kme.IMSI, o kme.Origin, ok bool, now time.Time) (*Subscription, error)
-	// Bindings gives Subscription.Latest of each IMSI that sorts behind after, in their order, limit at most; only those
-	// of a device, unless imei is zero.
-	Bindings(ctx context.Context, after string, imei kme.IMEI, limit int, now time.Time) ([]*Binding, error)
+	// Bindings gives Subscription.Latest of each IMSI that is asked for, in their order.
+	Bindings(ctx context.Context, q BindingQuery) ([]*Binding, error)
 	// Revoke ends an IMSI's bindings and attempts, and forgets the KME. It gives the binding as it is then, also if it was revoked
-	// before, or fails with ErrNotBound if there was none; attempts end all the same.
+	// before, or fails with ErrNotBound if there was none; attempts end all the same. Where rows are damaged it ends them
+	// too, and of the binding only IMSI and IMEI are known.
 	Revoke(ctx context.Context, imsi kme.IMSI, now time.Time) (*Binding, error)
 	// DropExpired removes attempts that have expired.
 	DropExpired(ctx context.Context, now time.Time) error

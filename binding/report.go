@@ -33,7 +33,7 @@ func Each(ctx context.Context, store Store, imei kme.IMEI, now time.Time) iter.S
 	const page = 1000
 	return func(yield func(*Binding, error) bool) {
 		for after := ""; ; {
-			list, err := store.Bindings(ctx, after, imei, page, now)
+			list, err := store.Bindings(ctx, BindingQuery{After: after, IMEI: imei, Limit: page, Now: now})
 			if err != nil {
 				yield(nil, err)
 				return

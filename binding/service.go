@@ -518,7 +518,7 @@ func (s *Service) ListBindings(ctx context.Context, after, imeiText string, limi
 			return nil, refuse(kme.Malformed, "the page token is none of ours", nil)
 		}
 	}
-	all, err := s.store.Bindings(ctx, after, imei, limit, s.times.Now())
+	all, err := s.store.Bindings(ctx, BindingQuery{After: after, IMEI: imei, Limit: limit, Now: s.times.Now()})
 	if err != nil {
 		return nil, s.failed(ctx, "list", kme.IMSI{}, fromStore(ctx, err))
 	}

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"slices"
 
 	"github.com/miekg/pkcs11"
 )
@@ -19,8 +18,8 @@ const (
 	Operator Side = "operator" // the operator's
 )
 
-// A Dedication says what a token is for. It is an object in the token, which init makes and nobody can change: JSON
-// in the CKA_APPLICATION of a data object, since nothing of ours ever fetches a CKA_VALUE.
+// A Dedication says what a token is for. It is an object in the token, which init makes and nobody can change: JSON,
+// see putNote.
 type Dedication struct {
 	Side Side     `json:"role"`
 	Weak []string `json:"weak,omitempty"` // what the token does not keep secret as it should, and who made it was told and accepted
@@ -42,17 +41,7 @@ func (t *Token) Dedicate(ctx context.Context, d Dedication) (created bool, err e
 		if err := t.mustBe(s, d.Side); !errors.Is(err, ErrNotDedicated) {
 			return false, err
 		}
-		common := attributes{
-			attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_LABEL, dedicationLabel),
-			attr(pkcs11.CKA_DESTROYABLE, false), attr(pkcs11.CKA_COPYABLE, false), attr(pkcs11.CKA_MODIFIABLE, false),
-		}
-		_, err := s.create(join(attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), attr(pkcs11.CKA_APPLICATION, text)}, common))
-		if err != nil && isCKR(err, refusedTemplate...) {
-			// NSS softoken keeps no data objects (CKR_ATTRIBUTE_VALUE_INVALID). There a key of no use says it by its
-			// CKA_ID.
-			_, err = s.generate(pkcs11.CKM_AES_KEY_GEN, join(attributes{attr(pkcs11.CKA_VALUE_LEN, 32), attr(pkcs11.CKA_SENSITIVE, true),
-				attr(pkcs11.CKA_EXTRACTABLE, false), attr(pkcs11.CKA_ID, text)}, use(usages), common))
-		}
+		err := s.putNote(dedicationLabel, text, attributes{attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_DESTROYABLE, false)})
 		return err == nil, explainIf("say in the token what it is for", err)
 	})
 }
@@ -98,7 +87,7 @@ func (t *Token) dedication(s *session) (*Dedication, error) {
 	if d := t.dedicated.Load(); d != nil {
 		return d, nil
 	}
-	found, err := s.findObjects(attributes{attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_LABEL, dedicationLabel)})
+	found, err := s.notes(dedicationLabel)
 	if err != nil {
 		return nil, explain("ask what the token is for", err)
 	}
@@ -109,19 +98,8 @@ func (t *Token) dedication(s *session) (*Dedication, error) {
 	default:
 		return nil, fmt.Errorf("%s has %d objects %q: somebody has put another beside the one of its init; remove it with the token's own tool", t, len(found), dedicationLabel)
 	}
-	a, err := s.GetAttributeValue(s.h, found[0], attributes{attr(pkcs11.CKA_CLASS, nil)})
-	if err == nil {
-		says := uint(pkcs11.CKA_APPLICATION)
-		if slices.Equal(a[0].Value, attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY).Value) {
-			says = pkcs11.CKA_ID
-		}
-		a, err = s.GetAttributeValue(s.h, found[0], attributes{attr(says, nil)})
-	}
-	if err != nil {
-		return nil, explain("ask what the token is for", err)
-	}
 	d := new(Dedication)
-	if err := json.Unmarshal(a[0].Value, d); err != nil || d.Side != Factory && d.Side != Operator {
+	if err := json.Unmarshal(found[0].text, d); err != nil || d.Side != Factory && d.Side != Operator {
 		return nil, fmt.Errorf("%s does not say whether it is a factory's or an operator's: its object %q is damaged", t, dedicationLabel)
 	}
 	t.dedicated.Store(d)

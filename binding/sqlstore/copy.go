@@ -5,36 +5,32 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
-	"strings"
+
+	"github.com/kmehsm/kmehsm/binding"
 )
 
-// tables are all, in an order that their references allow, with their columns; the first ones are the key.
-var tables = []struct {
-	name    string
-	columns []string
-}{
-	{"manufacturers", []string{"key_id", "pem", "operator", "directory", "enrolled_at", "withdrawn", "decided_by", "decided_because", "decided_at"}},
-	{"lots", []string{"manufacturer", "lot", "manifest", "imported_at", "withdrawn", "decided_by", "decided_because", "decided_at"}},
-	{"attempts", []string{"id", "imsi", "origin", "expires_at", "opened"}},
-	{"spent_rands", []string{"imsi", "rand"}},
-	{"ledger", []string{"imei", "tag", "imsi"}},
-	{"bindings", strings.Split(bindingColumns, ", ")},
-}
+// tables are all that have rows with a MAC of their own, in an order that their references allow.
+var tables = []*table{manufacturers, lots, attempts, spentRANDs, bindings}
 
 // ErrNotEmpty: the store to copy to has something in it already.
 var ErrNotEmpty = errors.New("the store to copy to is not empty: give it a new database")
 
-// Copy copies everything to an empty store, in one transaction: it has all of it, or nothing. Nobody may be changing s meanwhile. report is
-// called with the rows copied so far.
+// Copy copies everything to an empty store, in one transaction: it has all of it, or nothing. Rows keep their MACs, and
+// are verified on their way; to has an entry more in its ledger then, which says so. Nobody may be changing s meanwhile.
+// report is called with the rows copied so far.
 func (s *Store) Copy(ctx context.Context, to *Store, report func(rows int)) (rows int, err error) {
+	if err := s.refusal(); err != nil {
+		return 0, err
+	}
 	from, err := s.read.BeginTx(ctx, &sql.TxOptions{ReadOnly: true})
 	if err != nil {
 		return 0, err
 	}
 	defer from.Rollback()
-	err = to.change(ctx, "schema", func(ctx context.Context, tx *sql.Tx) error {
+	err = to.change(ctx, "schema", func(ctx context.Context, tx *txn) error {
 		rows = 0 // it may be called again
-		for _, t := range tables {
+		copied := func() { rows++; report(rows) }
+		for _, t := range append(tables, ledger) {
 			var n int
 			if err := tx.QueryRowContext(ctx, "SELECT COUNT(*) FROM "+t.name).Scan(&n); err != nil {
 				return err
@@ -44,40 +40,43 @@ func (s *Store) Copy(ctx context.Context, to *Store, report func(rows int)) (row
 			}
 		}
 		for _, t := range tables {
-			if err := copyTable(ctx, from, tx, t.name, t.columns, func() { rows++; report(rows) }); err != nil {
-				return fmt.Errorf("table %s: %w", t.name, err)
+			insert := func(r row) error {
+				copied()
+				return to.add(ctx, tx, t, r...)
+			}
+			if err := s.rows(ctx, from, t, insert, ""); err != nil {
+				return err
 			}
 		}
-		return nil
+		for chain := range int64(binding.Chains) {
+			head, err := s.head(ctx, from, chain)
+			if err != nil {
+				return err
+			}
+			_, err = s.verifyChain(ctx, from, chain, head.Seq, func(r row) error {
+				copied()
+				return tx.do(ctx, ledger.insert, r...)
+			})
+			if err != nil {
+				return err
+			}
+		}
+		if err := copyActors(ctx, from, tx); err != nil {
+			return err
+		}
+		_, err := to.note(ctx, tx, entry{event: binding.EventMigrated, subject: binding.StoreSubject, detail: fmt.Sprintf("%d rows", rows)})
+		return err
 	})
 	return rows, err
 }
 
-func copyTable(ctx context.Context, from, to *sql.Tx, name string, columns []string, copied func()) error {
-	list := strings.Join(columns, ", ")
-	rows, err := from.QueryContext(ctx, "SELECT "+list+" FROM "+name)
-	if err != nil {
-		return err
-	}
-	defer rows.Close()
-	marks := make([]string, len(columns))
-	values, pointers := make([]any, len(columns)), make([]any, len(columns))
-	for i := range columns {
-		marks[i], pointers[i] = fmt.Sprintf("$%d", i+1), &values[i]
-	}
-	insert, err := to.PrepareContext(ctx, "INSERT INTO "+name+" ("+list+") VALUES ("+strings.Join(marks, ", ")+")")
-	if err != nil {
-		return err
-	}
-	defer insert.Close()
-	for rows.Next() {
-		if err := rows.Scan(pointers...); err != nil {
+func copyActors(ctx context.Context, from *sql.Tx, to *txn) error {
+	return query(ctx, from, func(scan func(...any) error) error {
+		var id []byte
+		var text string
+		if err := scan(&id, &text); err != nil {
 			return err
 		}
-		if _, err := insert.ExecContext(ctx, values...); err != nil {
-			return err
-		}
-		copied()
-	}
-	return rows.Err()
+		return to.do(ctx, `INSERT INTO actors (actor, json) VALUES ($1, $2)`, id, text)
+	}, `SELECT actor, json FROM actors`)
 }

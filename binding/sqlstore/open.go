@@ -13,6 +13,7 @@ import (
 	"github.com/mattn/go-sqlite3"
 
 	"github.com/kmehsm/kmehsm/internal/sqlite"
+	"github.com/kmehsm/kmehsm/kme"
 )
 
 // CheckName refuses what is no name of a store. Its error has no password.
@@ -27,48 +28,61 @@ func CheckName(name string) error {
 
 // Open opens the store that name stands for, or makes it: sqlite:PATH, or a connection string of PostgreSQL,
 // postgres://USER@HOST/DATABASE. A password for that is better in PGPASSFILE than in the string.
-func Open(ctx context.Context, name string) (*Store, error) {
+//
+// key is that of the rows' MACs, hsmkeys' Derive for RowKey: a store that was written under another one is damaged. It is
+// copied.
+func Open(ctx context.Context, name string, key kme.Secret) (*Store, error) {
 	if err := CheckName(name); err != nil {
 		return nil, err
 	}
-	if path, ok := strings.CutPrefix(name, "sqlite:"); ok {
-		return openSQLite(ctx, path)
+	own, err := kme.NewSecret(key.Bytes())
+	if err != nil {
+		return nil, err
 	}
-	return openPostgres(ctx, name)
+	s := &Store{key: own, macs: newMACs(own), moved: make(chan struct{}, 1)}
+	if path, ok := strings.CutPrefix(name, "sqlite:"); ok {
+		err = s.openSQLite(ctx, path)
+	} else {
+		err = s.openPostgres(ctx, name)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return s, nil
 }
+
+// RowKey is the purpose of the key that Open takes.
+const RowKey = "rows"
 
 // InFolder is the name of the embedded store of a service whose own folder is dir.
 func InFolder(dir string) string { return "sqlite:" + filepath.Join(dir, "keysvc.db") }
 
-func openSQLite(ctx context.Context, path string) (*Store, error) {
+func (s *Store) openSQLite(ctx context.Context, path string) error {
 	read, write, err := sqlite.Open(ctx, path, migrations...)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	return &Store{
-		read: read,
-		// SQLite has one writer at a time: what must not happen at once does not.
-		change: func(ctx context.Context, _ string, f func(context.Context, *sql.Tx) error) error {
-			return write.Do(ctx, f)
-		},
-		lock:    func(context.Context, *sql.Tx, string) error { return nil },
-		close:   write.Close,
-		company: write.Company,
-	}, nil
+	s.read, s.close, s.company = read, write.Close, write.Company
+	// SQLite has one writer at a time: what must not happen at once does not.
+	s.begin = func(ctx context.Context, _ string, f func(context.Context, *sql.Tx) error) error {
+		return write.Do(ctx, f)
+	}
+	s.lock = func(context.Context, *sql.Tx, string) error { return nil }
+	return nil
 }
 
-func openPostgres(ctx context.Context, name string) (*Store, error) {
+func (s *Store) openPostgres(ctx context.Context, name string) error {
 	db, err := sql.Open("pgx", name)
 	if err != nil {
-		return nil, errors.New("the connection string of PostgreSQL cannot be parsed") // err may have the password
+		return errors.New("the connection string of PostgreSQL cannot be parsed") // err may have the password
 	}
 	db.SetMaxOpenConns(32)
 	db.SetMaxIdleConns(32)
-	s := &Store{read: db, change: changePostgres(db), lock: lockPostgres, close: func() error { return nil }}
+	s.read, s.begin, s.lock, s.close = db, changePostgres(db), lockPostgres, func() error { return nil }
 	if err := errors.Join(checkPostgres(ctx, db), s.migrate(ctx)); err != nil {
-		return nil, errors.Join(fmt.Errorf("the PostgreSQL database cannot be used: %w", err), db.Close())
+		return errors.Join(fmt.Errorf("the PostgreSQL database cannot be used: %w", err), db.Close())
 	}
-	return s, nil
+	return nil
 }
 
 // checkPostgres refuses a server that confirms what it could still forget.
@@ -109,11 +123,11 @@ func lockPostgres(ctx context.Context, tx *sql.Tx, key string) error {
 	return err
 }
 
-// forPostgres turns a migration into PostgreSQL's dialect.
-var forPostgres = strings.NewReplacer("BLOB", "BYTEA", " WITHOUT ROWID", "")
+// forPostgres turns a migration into PostgreSQL's dialect. Texts are compared byte by byte, as SQLite does.
+var forPostgres = strings.NewReplacer("BLOB", "BYTEA", " WITHOUT ROWID", "", " TEXT", ` TEXT COLLATE "C"`)
 
 func (s *Store) migrate(ctx context.Context) error {
-	return s.change(ctx, "schema", func(ctx context.Context, tx *sql.Tx) error {
+	return s.begin(ctx, "schema", func(ctx context.Context, tx *sql.Tx) error {
 		if _, err := tx.ExecContext(ctx, "CREATE TABLE IF NOT EXISTS schema_version (version INTEGER NOT NULL)"); err != nil {
 			return err
 		}

@@ -1,18 +1,25 @@
 -- Times are milliseconds since 1970. Digits (IMSI, IMEI) are text: they may begin with zeros. On SQLite a table WITHOUT
 -- ROWID is its primary key's index, which suits short rows: there are fewer trees, and with them fewer pages, in each
 -- commit.
+--
+-- mac is a row's MAC: HMAC-SHA-256-128 over the table's name and the row's other columns, under a key that the HSM
+-- derives. seq is that of the last entry of the ledger about the row, which has made it what it is: an older row that was
+-- put back has another.
 
 CREATE TABLE manufacturers (
   key_id      TEXT PRIMARY KEY,            -- RFC 7638 thumbprint of its signing key
   pem         TEXT NOT NULL,
   operator    TEXT NOT NULL,
   directory   TEXT NOT NULL,
+  tacs        TEXT NOT NULL,               -- that its lots may have, with a space between; empty: any that is nobody's
   enrolled_at BIGINT NOT NULL,
   -- The last decision about it, whose: 1 if none of its lots is served any more.
-  withdrawn       INTEGER NOT NULL DEFAULT 0,
-  decided_by      TEXT NOT NULL DEFAULT '',
-  decided_because TEXT NOT NULL DEFAULT '',
-  decided_at      BIGINT NOT NULL DEFAULT 0
+  withdrawn       INTEGER NOT NULL,
+  decided_by      TEXT NOT NULL,
+  decided_because TEXT NOT NULL,
+  decided_at      BIGINT NOT NULL,
+  seq         BIGINT NOT NULL,
+  mac         BLOB NOT NULL
 );
 
 CREATE TABLE lots (
@@ -21,10 +28,12 @@ CREATE TABLE lots (
   manifest     TEXT NOT NULL,              -- the signed manifest, a compact JWS
   imported_at  BIGINT NOT NULL,
   -- As in manufacturers: 1 if the lot is not served any more.
-  withdrawn       INTEGER NOT NULL DEFAULT 0,
-  decided_by      TEXT NOT NULL DEFAULT '',
-  decided_because TEXT NOT NULL DEFAULT '',
-  decided_at      BIGINT NOT NULL DEFAULT 0,
+  withdrawn       INTEGER NOT NULL,
+  decided_by      TEXT NOT NULL,
+  decided_because TEXT NOT NULL,
+  decided_at      BIGINT NOT NULL,
+  seq          BIGINT NOT NULL,
+  mac          BLOB NOT NULL,
   PRIMARY KEY (manufacturer, lot)
 );
 
@@ -34,6 +43,8 @@ CREATE TABLE attempts (
   origin     TEXT NOT NULL,                -- who may use it: an Origin-Host; empty for the only peer of a caller
   expires_at BIGINT NOT NULL,
   opened     INTEGER NOT NULL,             -- 1 if by an administrator: it allows a bound IMSI another device
+  seq        BIGINT NOT NULL,
+  mac        BLOB NOT NULL,
   PRIMARY KEY (imsi, id)
 ) WITHOUT ROWID;
 CREATE INDEX attempts_by_expiry ON attempts (expires_at);
@@ -42,16 +53,32 @@ CREATE INDEX attempts_by_expiry ON attempts (expires_at);
 CREATE TABLE spent_rands (
   imsi TEXT NOT NULL,
   rand BLOB NOT NULL,
+  mac  BLOB NOT NULL,
   PRIMARY KEY (imsi, rand)
 ) WITHOUT ROWID;
 
--- A KME is accepted once per IMEI for ever: nothing is ever removed from here. It also finds the bindings of a device:
--- a device has had as many KMEs as subscriptions, at least.
+-- Everything that was decided, and by whom, in several chains: nothing is ever changed or removed here. mac is over the
+-- entry and the mac of the one before it. A KME is accepted once per IMEI for ever. It also finds the bindings of a
+-- device: a device has had as many KMEs as subscriptions, at least.
 CREATE TABLE ledger (
-  imei TEXT NOT NULL,
-  tag  BLOB NOT NULL,                      -- HMAC(KME) under the token's ledger key
-  imsi TEXT NOT NULL,                      -- that the KME was bound to
-  PRIMARY KEY (imei, tag)
+  chain   INTEGER NOT NULL,                -- which one, is told by the subject
+  seq     BIGINT NOT NULL,                 -- counts up from 1 in each chain
+  at      BIGINT NOT NULL,
+  event   TEXT NOT NULL,
+  subject TEXT NOT NULL,                   -- an IMSI, or what else it is about
+  imei    TEXT NOT NULL,                   -- of a KME that was accepted; else empty
+  tag     BLOB,                            -- of that KME, its HMAC under the token's ledger key
+  actor   BLOB NOT NULL,                   -- who did it
+  detail  TEXT NOT NULL,
+  mac     BLOB NOT NULL,
+  PRIMARY KEY (chain, seq)
+) WITHOUT ROWID;
+CREATE UNIQUE INDEX ledger_by_kme ON ledger (imei, tag) WHERE tag IS NOT NULL;
+CREATE INDEX ledger_by_subject ON ledger (subject, event, seq);
+
+CREATE TABLE actors (
+  actor BLOB PRIMARY KEY,                  -- the MAC of what follows
+  json  TEXT NOT NULL
 ) WITHOUT ROWID;
 
 -- For IN with more than two constants, SQLite makes a table each time.
@@ -73,5 +100,7 @@ CREATE TABLE bindings (
   expires_at     BIGINT NOT NULL,          -- of a pending one; else 0
   -- sent, of a pending one: origins that were sent vectors under it, a line each; else empty
   sent           TEXT NOT NULL,
+  seq            BIGINT NOT NULL,
+  mac            BLOB NOT NULL,
   PRIMARY KEY (imsi, state)
 );

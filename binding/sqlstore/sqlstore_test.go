@@ -20,9 +20,12 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
+// rowKey is the same in each process of a test.
+var rowKey, _ = kme.NewSecret(make([]byte, kme.SecretSize))
+
 func open(t *testing.T, path string) *Store {
 	t.Helper()
-	s, err := Open(t.Context(), "sqlite:"+path)
+	s, err := Open(t.Context(), "sqlite:"+path, rowKey)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -48,7 +51,7 @@ func TestPostgresContract(t *testing.T) {
 
 func openPG(t *testing.T, url string) *Store {
 	t.Helper()
-	s, err := Open(t.Context(), url)
+	s, err := Open(t.Context(), url, rowKey)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -167,7 +170,7 @@ func TestPostgresCopy(t *testing.T) {
 	}
 	none := func(int) {}
 	for _, step := range []struct{ from, to *Store }{{from, through}, {through, back}} {
-		if rows, err := step.from.Copy(t.Context(), step.to, none); err != nil || rows != 153 {
+		if rows, err := step.from.Copy(t.Context(), step.to, none); err != nil || rows != 155 {
 			t.Fatal(rows, err)
 		}
 		if _, err := step.from.Copy(t.Context(), step.to, none); !errors.Is(err, ErrNotEmpty) {
@@ -217,11 +220,11 @@ func checkUsed(t *testing.T, s *Store, b *binding.Binding, tag []byte) {
 func TestPostgresRefused(t *testing.T) {
 	server := pgtest.Start(t)
 	url := server.Database(t)
-	if _, err := Open(t.Context(), url+"&synchronous_commit=off"); err == nil || !strings.Contains(err.Error(), "synchronous_commit") {
+	if _, err := Open(t.Context(), url+"&synchronous_commit=off", rowKey); err == nil || !strings.Contains(err.Error(), "synchronous_commit") {
 		t.Errorf("opened without synchronous commits: %v", err)
 	}
 	for _, name := range []string{"", "sqlite:", "mysql://x", "postgres://u:hunter2@127.0.0.1:1/x?connect_timeout=1", "postgres://u:hunter2@127.0.0.1:x/y"} {
-		if s, err := Open(t.Context(), name); err == nil {
+		if s, err := Open(t.Context(), name, rowKey); err == nil {
 			s.Close()
 			t.Errorf("%q was opened", name)
 		} else if strings.Contains(err.Error(), "hunter2") {
@@ -285,7 +288,7 @@ const childFile = "SQLSTORE_TEST_FILE"
 func TestAnotherProcess(t *testing.T) {
 	b := newBinding(t, "001010000000001", "a1")
 	if file := os.Getenv(childFile); file != "" {
-		s, err := Open(t.Context(), "sqlite:"+file)
+		s, err := Open(t.Context(), "sqlite:"+file, rowKey)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -297,7 +300,7 @@ func TestAnotherProcess(t *testing.T) {
 	}
 
 	file := path(t)
-	first, err := Open(t.Context(), "sqlite:"+file)
+	first, err := Open(t.Context(), "sqlite:"+file, rowKey)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -354,7 +357,7 @@ func TestOpenAtOnce(t *testing.T) {
 	for i := range errs {
 		all.Go(func() {
 			var s *Store
-			if s, errs[i] = Open(t.Context(), "sqlite:"+file); errs[i] == nil {
+			if s, errs[i] = Open(t.Context(), "sqlite:"+file, rowKey); errs[i] == nil {
 				errs[i] = s.Close()
 			}
 		})
@@ -403,7 +406,7 @@ func TestOpenRefuses(t *testing.T) {
 		}, []string{"cannot be used", "not a database"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			s, err := Open(t.Context(), "sqlite:"+c.make(t))
+			s, err := Open(t.Context(), "sqlite:"+c.make(t), rowKey)
 			if err == nil {
 				s.Close()
 				t.Fatal("opened")
@@ -419,7 +422,7 @@ func TestOpenRefuses(t *testing.T) {
 
 // The ledger and the binding, durably, by many at once.
 func BenchmarkLedger(b *testing.B) {
-	s, err := Open(b.Context(), "sqlite:"+filepath.Join(b.TempDir(), "keysvc.db"))
+	s, err := Open(b.Context(), "sqlite:"+filepath.Join(b.TempDir(), "keysvc.db"), rowKey)
 	if err != nil {
 		b.Fatal(err)
 	}

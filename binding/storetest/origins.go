@@ -251,7 +251,7 @@ func pendingExpires(t *testing.T, s Store) {
 	if sub := subscriptionOf(t, s, imsi, end); sub.Latest() != nil {
 		t.Errorf("expired, it is %+v", sub)
 	}
-	if all, err := s.Bindings(t.Context(), "", kme.IMEI{}, 10, end); err != nil || len(all) != 0 {
+	if all, err := s.Bindings(t.Context(), binding.BindingQuery{Limit: 10, Now: end}); err != nil || len(all) != 0 {
 		t.Errorf("expired, it is listed: %v, %v", all, err)
 	}
 	if _, err := s.Report(t.Context(), imsi, home.Name, true, end); !errors.Is(err, binding.ErrNotBound) {

@@ -594,7 +594,7 @@ func revoke(t *testing.T, s Store) {
 func bindings(t *testing.T, s Store) {
 	list := func(after string, imei kme.IMEI, limit int) (names []string) {
 		t.Helper()
-		all, err := s.Bindings(t.Context(), after, imei, limit, t0)
+		all, err := s.Bindings(t.Context(), binding.BindingQuery{After: after, IMEI: imei, Limit: limit, Now: t0})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -1,0 +1,139 @@
+package binding
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"strings"
+	"time"
+
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// An Event is what an entry of the ledger says has happened.
+type Event string
+
+// About a subscription; the subject is its IMSI.
+const (
+	EventEstablished Event = "ESTABLISHED" // a KME was accepted: a pending binding
+	EventActivated   Event = "ACTIVATED"
+	EventRevoked     Event = "REVOKED" // all that it had, by an administrator
+	EventClosed      Event = "CLOSED"  // its attempts, by an administrator: nothing was bound
+	EventOpened      Event = "OPENED"  // to another device, by an administrator
+	EventExported    Event = "EXPORTED"
+)
+
+// About a manufacturer, see ManufacturerSubject; a lot, see LotSubject; or the store itself, StoreSubject.
+const (
+	EventEnrolled   Event = "ENROLLED"
+	EventDistrusted Event = "DISTRUSTED"
+	EventTrusted    Event = "TRUSTED"
+
+	EventImported   Event = "IMPORTED"
+	EventRetired    Event = "RETIRED"
+	EventReinstated Event = "REINSTATED"
+
+	EventMigrated Event = "MIGRATED" // copied here from another store
+	EventAccepted Event = "ACCEPTED" // although it is an earlier one than the service wrote
+)
+
+// StoreSubject is the subject of an entry about the store.
+const StoreSubject = "store"
+
+// ManufacturerSubject is the subject of an entry about a manufacturer.
+func ManufacturerSubject(id string) string { return "manufacturer " + id }
+
+// LotSubject is the subject of an entry about a lot.
+func LotSubject(manufacturer, lot string) string { return "lot " + manufacturer + " " + lot }
+
+// An Entry of the ledger.
+type Entry struct {
+	Chain   int       `json:"chain"`
+	Seq     int64     `json:"seq"` // counts up from 1 in each chain
+	Time    time.Time `json:"time"`
+	Event   Event     `json:"event"`
+	Subject string    `json:"subject"`
+	IMEI    string    `json:"imei,omitempty"` // of the device whose KME was accepted
+	Actor   Actor     `json:"actor"`
+	Detail  string    `json:"detail,omitempty"`
+}
+
+// Chains is how many chains the ledger has: entries of one follow each other, and those of several can be written at
+// the same time. A subject's are all in one.
+const Chains = 16
+
+// A Head is the last entry of a chain; zero of one that has none.
+type Head struct {
+	Seq int64            `json:"seq"`
+	MAC directory.Base64 `json:"mac,omitempty"`
+}
+
+// A Mark is the ledger's high-water mark: how far it had come.
+type Mark struct {
+	Epoch int          `json:"epoch"` // how often an administrator has accepted a ledger that was behind its mark
+	Heads [Chains]Head `json:"heads"`
+}
+
+// A DamagedRow is a row that the service did not write.
+type DamagedRow struct {
+	Table string `json:"table"`
+	Key   string `json:"key"`
+	What  string `json:"what"`
+}
+
+func (e *DamagedRow) Error() string {
+	return fmt.Sprintf("the database is damaged: %s %s %s; keysvc store verify lists all that is", e.Table, e.Key, e.What)
+}
+
+// ErrRolledBack: the ledger is behind its high-water mark.
+var ErrRolledBack = errors.New("the database is an earlier one than the service has written: bring back the last one; " +
+	"or, if there is no other, accept this one with keysvc store accept-rollback")
+
+// A Ledger is the part of a Store that remembers for ever. While it is rolled back, every method of the Store but
+// Check, Accept, Verify and Entries fails with ErrRolledBack.
+type Ledger interface {
+	// Note adds an entry, of the Actor in the context.
+	Note(ctx context.Context, event Event, subject, detail string) error
+	// LastNote gives the detail of the last entry of an event about a subject.
+	LastNote(ctx context.Context, event Event, subject string) (detail string, found bool, err error)
+	// History gives the entries about a subject, in their order.
+	History(ctx context.Context, subject string) ([]Entry, error)
+	// Check fails with ErrRolledBack if the ledger is behind the mark, or behind what this Store has seen under the same
+	// Epoch. It gives how far the ledger is now. Of a token without a mark it is nil: then the ledger must be empty.
+	Check(ctx context.Context, mark *Mark) (*Mark, error)
+	// Accept notes in each chain that a ledger behind its mark is accepted, and gives the mark to set.
+	Accept(ctx context.Context, mark *Mark, reason string) (*Mark, error)
+	// Moved is sent something after entries were added.
+	Moved() <-chan struct{}
+	// VerifyLedger reads all entries in their order. It fails with a *DamagedRow for the first that does not follow the
+	// one before it.
+	VerifyLedger(ctx context.Context) (entries int, err error)
+}
+
+// A BindingQuery says which bindings a list has.
+type BindingQuery struct {
+	After   string   // the IMSI behind which it begins; empty for the first
+	IMEI    kme.IMEI // only those of a device; zero for all
+	Within  []string // only IMSIs that begin with one of these; nil for all
+	Without []string // and with none of these
+	Limit   int
+	Now     time.Time
+}
+
+// Has says whether an IMSI is one that the query asks for.
+func (q *BindingQuery) Has(imsi string) bool {
+	begins := func(with []string) bool {
+		for _, p := range with {
+			if strings.HasPrefix(imsi, p) {
+				return true
+			}
+		}
+		return false
+	}
+	return imsi > q.After && (q.Within == nil || begins(q.Within)) && !begins(q.Without)
+}
+
+// Entries gives all entries, chain after chain.
+type Entries = iter.Seq2[Entry, error]

@@ -1,0 +1,389 @@
+package sqlstore
+
+import (
+	"bytes"
+	"context"
+	"crypto/hmac"
+	"database/sql"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"strings"
+	"time"
+
+	"github.com/kmehsm/kmehsm/binding"
+)
+
+// chainOf is the chain that a subject's entries are in.
+func chainOf(subject string) int64 {
+	return int64(crc32.ChecksumIEEE([]byte(subject)) % binding.Chains)
+}
+
+// An entry to be added.
+type entry struct {
+	event   binding.Event
+	subject string
+	imei    string
+	tag     any // []byte, or nil
+	detail  string
+}
+
+// errDuplicate: the ledger has the tag.
+var errDuplicate = errors.New("the ledger has this KME")
+
+// note adds an entry in a transaction, and gives its number. An entry of a chain follows the last one: until the
+// transaction ends, nobody else adds one there.
+func (s *Store) note(ctx context.Context, tx *txn, e entry) (seq int64, err error) {
+	return s.noteIn(ctx, tx, chainOf(e.subject), e)
+}
+
+func (s *Store) noteIn(ctx context.Context, tx *txn, chain int64, e entry) (seq int64, err error) {
+	if err := s.lock(ctx, tx.Tx, fmt.Sprint("chain ", chain)); err != nil {
+		return 0, err
+	}
+	head, err := s.head(ctx, tx, chain)
+	if err != nil {
+		return 0, err
+	}
+	if err := s.behind(chain, head); err != nil {
+		return 0, err
+	}
+	actor, err := s.actor(ctx, tx)
+	if err != nil {
+		return 0, err
+	}
+	next := binding.Head{Seq: head.Seq + 1}
+	values := []any{chain, next.Seq, time.Now().UnixMilli(), string(e.event), e.subject, e.imei, e.tag, actor, e.detail}
+	next.MAC = s.entryMAC(values, head.MAC)
+	if _, err = tx.ExecContext(ctx, ledger.insert, append(values, []byte(next.MAC))...); err != nil {
+		if isDuplicate(err) { // entered meanwhile, for another IMSI
+			err = errDuplicate
+		}
+		return 0, err
+	}
+	tx.after = append(tx.after, func() { s.saw(chain, next) })
+	return next.Seq, nil
+}
+
+func (s *Store) entryMAC(values []any, before []byte) []byte {
+	return s.macs.of(ledger.name, append(values[:len(values):len(values)], before)...)
+}
+
+// head is the last entry of a chain.
+func (s *Store) head(ctx context.Context, q queryer, chain int64) (h binding.Head, err error) {
+	// A sum, since SQLite compiles a statement anew at each use that orders rows by what follows a parameter in an index.
+	err = q.QueryRowContext(ctx, `SELECT seq, mac FROM ledger WHERE chain = $1 + 0 ORDER BY seq DESC LIMIT 1`, chain).Scan(&h.Seq, (*[]byte)(&h.MAC))
+	if errors.Is(err, sql.ErrNoRows) {
+		err = nil
+	}
+	return h, err
+}
+
+// actor enters who the context's work is done for, unless that was done.
+func (s *Store) actor(ctx context.Context, tx *txn) ([]byte, error) {
+	actor := binding.ActorOf(ctx)
+	if id, ok := s.actors.Load(actor); ok {
+		return id.([]byte), nil
+	}
+	text, err := json.Marshal(actor)
+	if err != nil {
+		return nil, err
+	}
+	id := s.macs.of("actors", string(text))
+	if _, err := tx.ExecContext(ctx, `INSERT INTO actors (actor, json) VALUES ($1, $2) ON CONFLICT DO NOTHING`, id, string(text)); err != nil {
+		return nil, err
+	}
+	tx.after = append(tx.after, func() {
+		if s.known.Add(1) > maxActors {
+			s.known.Store(0)
+			s.actors.Clear()
+		}
+		s.actors.Store(actor, id)
+	})
+	return id, nil
+}
+
+// maxActors bounds the memory for those that are entered.
+const maxActors = 10_000
+
+// behind says whether a chain's head is before one that this process has seen.
+func (s *Store) behind(chain int64, head binding.Head) error {
+	s.mu.Lock()
+	seen := s.seen[chain]
+	s.mu.Unlock()
+	if head.Seq < seen.Seq || head.Seq == seen.Seq && !bytes.Equal(head.MAC, seen.MAC) {
+		return s.refuse(rolledBack(chain, head, seen))
+	}
+	return nil
+}
+
+func rolledBack(chain int64, head, seen binding.Head) error {
+	if head.Seq < seen.Seq {
+		return fmt.Errorf("%w (chain %d of the ledger has %d entries, and had %d)", binding.ErrRolledBack, chain, head.Seq, seen.Seq)
+	}
+	return fmt.Errorf("%w (entry %d of chain %d of the ledger is another one than it was)", binding.ErrRolledBack, seen.Seq, chain)
+}
+
+// saw notes how far a chain has come.
+func (s *Store) saw(chain int64, head binding.Head) {
+	s.mu.Lock()
+	if head.Seq > s.seen[chain].Seq {
+		s.seen[chain] = head
+	}
+	s.mu.Unlock()
+	select {
+	case s.moved <- struct{}{}:
+	default:
+	}
+}
+
+func (s *Store) Moved() <-chan struct{} { return s.moved }
+
+// refuse has every method fail from now on.
+func (s *Store) refuse(err error) error {
+	s.refused.Store(&err)
+	return err
+}
+
+// refusal is what every method fails with; nil while the ledger is not rolled back.
+func (s *Store) refusal() error {
+	if err := s.refused.Load(); err != nil {
+		return *err
+	}
+	return nil
+}
+
+func (s *Store) Check(ctx context.Context, mark *binding.Mark) (*binding.Mark, error) {
+	want := binding.Mark{}
+	s.mu.Lock()
+	if mark != nil && mark.Epoch > s.epoch {
+		s.epoch, s.seen = mark.Epoch, mark.Heads
+	}
+	want.Epoch, want.Heads = s.epoch, s.seen
+	s.mu.Unlock()
+	if mark != nil && mark.Epoch == want.Epoch {
+		for i, h := range mark.Heads {
+			if h.Seq > want.Heads[i].Seq {
+				want.Heads[i] = h
+			}
+		}
+	}
+	now := &binding.Mark{Epoch: want.Epoch}
+	for i := range now.Heads {
+		chain := int64(i)
+		head, err := s.head(ctx, s.read, chain)
+		if err != nil {
+			return nil, err
+		}
+		now.Heads[i] = head
+		if mark == nil && head.Seq > 0 && want.Heads[i].Seq == 0 {
+			return nil, s.refuse(fmt.Errorf("%w (the token has no high-water mark, and the ledger is not empty: the token is another one than it was)", binding.ErrRolledBack))
+		}
+		at, seen := head, want.Heads[i]
+		if head.Seq > seen.Seq && seen.Seq > 0 {
+			at.Seq = seen.Seq
+			err := s.read.QueryRowContext(ctx, `SELECT mac FROM ledger WHERE chain = $1 AND seq = $2`, chain, seen.Seq).Scan((*[]byte)(&at.MAC))
+			if err != nil && !errors.Is(err, sql.ErrNoRows) {
+				return nil, err
+			}
+		}
+		if at.Seq < seen.Seq || at.Seq == seen.Seq && seen.Seq > 0 && !bytes.Equal(at.MAC, seen.MAC) {
+			return nil, s.refuse(rolledBack(chain, at, seen))
+		}
+	}
+	s.mu.Lock()
+	for i, h := range now.Heads {
+		if h.Seq > s.seen[i].Seq {
+			s.seen[i] = h
+		}
+	}
+	s.mu.Unlock()
+	s.refused.Store(nil)
+	return now, nil
+}
+
+func (s *Store) Accept(ctx context.Context, mark *binding.Mark, reason string) (*binding.Mark, error) {
+	s.mu.Lock()
+	s.seen = [binding.Chains]binding.Head{} // what was seen is what is given up
+	s.mu.Unlock()
+	s.refused.Store(nil)
+	accepted := &binding.Mark{Epoch: 1}
+	if mark != nil {
+		accepted.Epoch = mark.Epoch + 1
+	}
+	err := s.change(ctx, "accept", func(ctx context.Context, tx *txn) error {
+		for i := range accepted.Heads {
+			had := int64(0)
+			if mark != nil {
+				had = mark.Heads[i].Seq
+			}
+			e := entry{event: binding.EventAccepted, subject: binding.StoreSubject, detail: fmt.Sprintf("there were %d entries: %s", had, reason)}
+			if _, err := s.noteIn(ctx, tx, int64(i), e); err != nil {
+				return err
+			}
+			head, err := s.head(ctx, tx, int64(i))
+			if err != nil {
+				return err
+			}
+			accepted.Heads[i] = head
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	s.epoch, s.seen = accepted.Epoch, accepted.Heads
+	s.mu.Unlock()
+	return accepted, nil
+}
+
+func (s *Store) Note(ctx context.Context, event binding.Event, subject, detail string) error {
+	return s.change(ctx, subject, func(ctx context.Context, tx *txn) error {
+		_, err := s.note(ctx, tx, entry{event: event, subject: subject, detail: detail})
+		return err
+	})
+}
+
+func (s *Store) LastNote(ctx context.Context, event binding.Event, subject string) (detail string, found bool, err error) {
+	if err := s.refusal(); err != nil {
+		return "", false, err
+	}
+	err = s.entries(ctx, s.read, func(e binding.Entry) error { detail, found = e.Detail, true; return nil },
+		`WHERE e.subject = $1 AND e.event = $2 AND e.seq = (SELECT MAX(seq) FROM ledger WHERE subject = $1 AND event = $2)`, subject, string(event))
+	return detail, found, err
+}
+
+func (s *Store) History(ctx context.Context, subject string) (all []binding.Entry, err error) {
+	if err := s.refusal(); err != nil {
+		return nil, err
+	}
+	err = s.entries(ctx, s.read, func(e binding.Entry) error { all = append(all, e); return nil }, `WHERE e.subject = $1 ORDER BY e.seq`, subject)
+	return all, err
+}
+
+// entries gives entries whose MACs, over the MAC of the one before too, are good.
+func (s *Store) entries(ctx context.Context, q queryer, each func(binding.Entry) error, where string, args ...any) error {
+	n := len(ledger.columns)
+	values, pointers := make(row, n+3), make([]any, n+3) // and its mac, the mac before, the actor's JSON
+	for i := range values {
+		pointers[i] = &values[i]
+	}
+	return query(ctx, q, func(scan func(...any) error) error {
+		if err := scan(pointers...); err != nil {
+			return err
+		}
+		if !hmac.Equal(values.bytes(n), s.entryMAC(values[:n], values.bytes(n+1))) {
+			return damaged(ledger, values, "was changed, or the one before it is gone or was")
+		}
+		e := binding.Entry{
+			Chain: int(values.int(0)), Seq: values.int(1), Time: fromMillis(values.int(2)), Event: binding.Event(values.text(3)),
+			Subject: values.text(4), IMEI: values.text(5), Detail: values.text(8),
+		}
+		text := values.text(n + 2)
+		if !hmac.Equal(values.bytes(7), s.macs.of("actors", text)) {
+			return damaged(ledger, values, "has another actor than the service wrote")
+		}
+		if err := json.Unmarshal([]byte(text), &e.Actor); err != nil {
+			return err
+		}
+		return each(e)
+	}, `SELECT e.`+strings.Join(ledger.columns, ", e.")+`, e.mac, p.mac, a.json FROM ledger AS e
+		LEFT JOIN ledger AS p ON p.chain = e.chain AND p.seq = e.seq - 1 LEFT JOIN actors AS a ON a.actor = e.actor `+where, args...)
+}
+
+// Entries gives all entries, chain after chain.
+func (s *Store) Entries(ctx context.Context) binding.Entries {
+	return func(yield func(binding.Entry, error) bool) {
+		stop := errors.New("stop")
+		err := s.entries(ctx, s.read, func(e binding.Entry) error {
+			if !yield(e, nil) {
+				return stop
+			}
+			return nil
+		}, `ORDER BY e.chain, e.seq`)
+		if err != nil && !errors.Is(err, stop) {
+			yield(binding.Entry{}, err)
+		}
+	}
+}
+
+func (s *Store) VerifyLedger(ctx context.Context) (n int, err error) {
+	for chain := range int64(binding.Chains) {
+		// As far as it went when this began: what is added meanwhile is looked at next time.
+		head, err := s.head(ctx, s.read, chain)
+		if err != nil {
+			return n, err
+		}
+		m, err := s.verifyChain(ctx, s.read, chain, head.Seq, func(row) error { return nil })
+		if n += m; err != nil {
+			return n, err
+		}
+	}
+	return n, nil
+}
+
+// verifyChain reads a chain up to an entry.
+func (s *Store) verifyChain(ctx context.Context, q queryer, chain, upTo int64, each func(row) error) (n int, err error) {
+	values, pointers := make(row, len(ledger.columns)+1), make([]any, len(ledger.columns)+1)
+	for i := range values {
+		pointers[i] = &values[i]
+	}
+	var before []byte
+	err = query(ctx, q, func(scan func(...any) error) error {
+		if err := scan(pointers...); err != nil {
+			return err
+		}
+		if values.int(1) != int64(n)+1 {
+			return damaged(ledger, row{chain, int64(n) + 1}, "is gone")
+		}
+		columns := values[:len(ledger.columns)]
+		if !hmac.Equal(values.bytes(len(columns)), s.entryMAC(columns, before)) {
+			return damaged(ledger, values, "was changed, or does not follow the one before it")
+		}
+		n++
+		before = bytes.Clone(values.bytes(len(columns)))
+		return each(values)
+	}, ledger.selectAll+`WHERE chain = $1 AND seq <= $2 ORDER BY seq`, chain, upTo)
+	if err == nil && int64(n) < upTo {
+		err = damaged(ledger, row{chain, int64(n) + 1}, "is gone")
+	}
+	return n, err
+}
+
+// last has the number of the last entry of each event about a subject.
+type last map[binding.Event]int64
+
+// of is that of the last of some events; 0 if there was none.
+func (l last) of(events ...binding.Event) (seq int64) {
+	for _, e := range events {
+		seq = max(seq, l[e])
+	}
+	return seq
+}
+
+func lastOf(ctx context.Context, q queryer, subject string) (last, error) {
+	l := last{}
+	err := query(ctx, q, func(scan func(...any) error) error {
+		var event binding.Event
+		var seq int64
+		err := scan(&event, &seq)
+		l[event] = max(seq, l[event])
+		return err
+	}, `SELECT event, seq FROM ledger WHERE subject = $1`, subject)
+	return l, err
+}
+
+// lastOfAll is lastOf for all subjects whose names begin alike; what follows is its name there.
+func lastOfAll(ctx context.Context, q queryer, begin string) (map[string]int64, error) {
+	all := map[string]int64{}
+	err := query(ctx, q, func(scan func(...any) error) error {
+		var subject string
+		var seq int64
+		err := scan(&subject, &seq)
+		all[strings.TrimPrefix(subject, begin)] = seq
+		return err
+	}, `SELECT subject, MAX(seq) FROM ledger WHERE subject >= $1 AND subject < $2 GROUP BY subject`, begin, begin+"\x7f")
+	return all, err
+}

@@ -1,0 +1,234 @@
+package sqlstore
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+func verdictOf(r row, from int) binding.Verdict {
+	return binding.Verdict{Withdrawn: r.int(from) == 1, By: r.text(from + 1), Reason: r.text(from + 2), Time: fromMillis(r.int(from + 3))}
+}
+
+func verdictValues(v binding.Verdict) []any {
+	return []any{asInt(v.Withdrawn), v.By, v.Reason, millis(v.Time)}
+}
+
+func manufacturerValues(m *binding.Manufacturer, seq int64) []any {
+	tacs := make([]string, len(m.TACs))
+	for i, t := range m.TACs {
+		tacs[i] = t.String()
+	}
+	return slices.Concat([]any{m.KeyID, m.PEM, m.Operator, m.Directory, strings.Join(tacs, " "), millis(m.Enrolled)}, verdictValues(m.Verdict), []any{seq})
+}
+
+func lotValues(l *binding.Lot, seq int64) []any {
+	return slices.Concat([]any{l.Manufacturer, l.Manifest.Lot, l.ManifestJWS, millis(l.Imported)}, verdictValues(l.Retired), []any{seq})
+}
+
+// registry runs f without the lock, and if it finds damage with it: only then nothing has changed between its
+// statements.
+func (s *Store) registry(ctx context.Context, f func(queryer) error) error {
+	if err := s.refusal(); err != nil {
+		return err
+	}
+	err := f(s.read)
+	if isDamaged(err) {
+		err = s.change(ctx, "registry", func(ctx context.Context, tx *txn) error { return f(tx) })
+	}
+	return err
+}
+
+func (s *Store) PutManufacturer(ctx context.Context, m *binding.Manufacturer) error {
+	return s.change(ctx, "registry", func(ctx context.Context, tx *txn) error {
+		all, err := s.manufacturers(ctx, tx)
+		if err != nil {
+			return err
+		}
+		now := *m
+		if i := slices.IndexFunc(all, func(o *binding.Manufacturer) bool { return o.KeyID == m.KeyID }); i >= 0 {
+			now.Verdict = all[i].Verdict
+		}
+		seq, err := s.note(ctx, tx, entry{event: binding.EventEnrolled, subject: binding.ManufacturerSubject(m.KeyID), detail: "as operator " + m.Operator})
+		if err != nil {
+			return err
+		}
+		return s.put(ctx, tx, manufacturers, manufacturerValues(&now, seq)...)
+	})
+}
+
+func (s *Store) Manufacturers(ctx context.Context) (all []*binding.Manufacturer, err error) {
+	err = s.registry(ctx, func(q queryer) error {
+		all, err = s.manufacturers(ctx, q)
+		return err
+	})
+	return all, err
+}
+
+// manufacturers are all, each the one that its own key names.
+func (s *Store) manufacturers(ctx context.Context, q queryer) (all []*binding.Manufacturer, err error) {
+	found := map[string]int64{}
+	err = s.rows(ctx, q, manufacturers, func(r row) error {
+		m := &binding.Manufacturer{
+			KeyID: r.text(0), PEM: r.text(1), Operator: r.text(2), Directory: r.text(3), Enrolled: fromMillis(r.int(5)), Verdict: verdictOf(r, 6),
+		}
+		for _, text := range strings.Fields(r.text(4)) {
+			t, err := kme.ParseTAC(text)
+			if err != nil {
+				return err
+			}
+			m.TACs = append(m.TACs, t)
+		}
+		verifier, err := directory.ParseVerifier([]byte(m.PEM))
+		if err != nil {
+			return fmt.Errorf("manufacturer %s: %w", m.KeyID, err)
+		}
+		if verifier.KeyID() != m.KeyID {
+			return damaged(manufacturers, r, "has the key of "+verifier.KeyID())
+		}
+		all = append(all, m)
+		found[m.KeyID] = r.int(10)
+		return nil
+	}, `ORDER BY key_id`)
+	if err == nil {
+		err = s.same(ctx, q, manufacturers, found, binding.ManufacturerSubject(""))
+	}
+	return all, err
+}
+
+// same fails unless rows are all that the ledger speaks of, and each is the last one.
+func (s *Store) same(ctx context.Context, q queryer, t *table, found map[string]int64, subject string) error {
+	last, err := lastOfAll(ctx, q, subject)
+	if err != nil {
+		return err
+	}
+	for _, name := range slices.Sorted(maps.Keys(last)) {
+		if _, there := found[name]; !there {
+			return &binding.DamagedRow{Table: t.name, Key: name, What: "is gone"}
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(found)) {
+		if found[name] != last[name] {
+			return &binding.DamagedRow{Table: t.name, Key: name, What: "is an earlier one than the service has written last"}
+		}
+	}
+	return nil
+}
+
+func (s *Store) Decide(ctx context.Context, manufacturer, lot string, v binding.Verdict,
+	check func([]*binding.Lot) error) (stands binding.Verdict, err error) {
+	err = s.change(ctx, "registry", func(ctx context.Context, tx *txn) error {
+		makers, err := s.manufacturers(ctx, tx)
+		if err != nil {
+			return err
+		}
+		all, err := s.lots(ctx, tx, makers)
+		if err != nil {
+			return err
+		}
+		enter := func(was *binding.Verdict, withdraw, restore binding.Event, subject string, write func(seq int64) error) error {
+			if stands = *was; was.Withdrawn == v.Withdrawn {
+				return nil
+			}
+			if err := check(all); err != nil {
+				return err
+			}
+			event := restore
+			if v.Withdrawn {
+				event = withdraw
+			}
+			seq, err := s.note(ctx, tx, entry{event: event, subject: subject, detail: v.Reason})
+			if err != nil {
+				return err
+			}
+			*was, stands = v, v
+			return write(seq)
+		}
+		for _, m := range makers {
+			if lot == "" && m.KeyID == manufacturer {
+				return enter(&m.Verdict, binding.EventDistrusted, binding.EventTrusted, binding.ManufacturerSubject(m.KeyID), func(seq int64) error {
+					return s.put(ctx, tx, manufacturers, manufacturerValues(m, seq)...)
+				})
+			}
+		}
+		for _, l := range all {
+			if lot != "" && l.Manufacturer == manufacturer && l.Manifest.Lot == lot {
+				return enter(&l.Retired, binding.EventRetired, binding.EventReinstated, binding.LotSubject(manufacturer, lot), func(seq int64) error {
+					return s.put(ctx, tx, lots, lotValues(l, seq)...)
+				})
+			}
+		}
+		return binding.ErrNotTaken
+	})
+	return stands, err
+}
+
+func (s *Store) PutLot(ctx context.Context, lot *binding.Lot, check func([]*binding.Lot) error) error {
+	return s.change(ctx, "registry", func(ctx context.Context, tx *txn) error {
+		makers, err := s.manufacturers(ctx, tx)
+		if err != nil {
+			return err
+		}
+		all, err := s.lots(ctx, tx, makers)
+		if err == nil {
+			err = check(all)
+		}
+		if err != nil {
+			return err
+		}
+		if slices.ContainsFunc(all, func(o *binding.Lot) bool {
+			return o.Manufacturer == lot.Manufacturer && o.Manifest.Lot == lot.Manifest.Lot
+		}) {
+			return nil
+		}
+		seq, err := s.note(ctx, tx, entry{event: binding.EventImported, subject: binding.LotSubject(lot.Manufacturer, lot.Manifest.Lot)})
+		if err != nil {
+			return err
+		}
+		return s.add(ctx, tx, lots, lotValues(lot, seq)...)
+	})
+}
+
+func (s *Store) Lots(ctx context.Context) (all []*binding.Lot, err error) {
+	err = s.registry(ctx, func(q queryer) error {
+		makers, err := s.manufacturers(ctx, q)
+		if err == nil {
+			all, err = s.lots(ctx, q, makers)
+		}
+		return err
+	})
+	return all, err
+}
+
+// lots are all, each as its manufacturer has signed it.
+func (s *Store) lots(ctx context.Context, q queryer, makers []*binding.Manufacturer) (all []*binding.Lot, err error) {
+	found := map[string]int64{}
+	err = s.rows(ctx, q, lots, func(r row) error {
+		l := &binding.Lot{Manufacturer: r.text(0), ManifestJWS: r.text(2), Imported: fromMillis(r.int(3)), Retired: verdictOf(r, 4)}
+		at := slices.IndexFunc(makers, func(m *binding.Manufacturer) bool { return m.KeyID == l.Manufacturer })
+		if at < 0 {
+			return damaged(lots, r, "is of a manufacturer who is not enrolled")
+		}
+		verifier, err := directory.ParseVerifier([]byte(makers[at].PEM))
+		if err != nil {
+			return err
+		}
+		if l.Manifest, err = verifier.Manifest(r.text(1), []byte(l.ManifestJWS)); err != nil {
+			return err
+		}
+		l.Distrusted = makers[at].Verdict
+		all = append(all, l)
+		found[l.Manufacturer+" "+l.Manifest.Lot] = r.int(8)
+		return nil
+	}, `ORDER BY manufacturer, lot`)
+	if err == nil {
+		err = s.same(ctx, q, lots, found, "lot ")
+	}
+	return all, err
+}

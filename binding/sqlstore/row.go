@@ -1,0 +1,184 @@
+package sqlstore
+
+import (
+	"bytes"
+	"context"
+	"crypto/hmac"
+	"crypto/sha256"
+	"database/sql"
+	"encoding/binary"
+	"fmt"
+	"hash"
+	"strings"
+	"sync"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// A table has rows with a MAC, the column mac, over all other columns.
+type table struct {
+	name      string
+	columns   []string // in the order that the MAC has them; mac is not among them
+	key       int      // how many of the first make the primary key
+	selectAll string   // from the table: all columns, and mac
+	insert    string
+	put       string // insert, or replace the row of the same key
+}
+
+func newTable(name string, key int, columns ...string) *table {
+	t := &table{name: name, columns: columns, key: key}
+	all := append(columns[:len(columns):len(columns)], "mac")
+	marks, set := make([]string, len(all)), []string{}
+	for i, c := range all {
+		marks[i] = fmt.Sprintf("$%d", i+1)
+		if i >= key {
+			set = append(set, c+" = excluded."+c)
+		}
+	}
+	list := strings.Join(all, ", ")
+	t.selectAll = "SELECT " + list + " FROM " + name + " "
+	t.insert = "INSERT INTO " + name + " (" + list + ") VALUES (" + strings.Join(marks, ", ") + ")"
+	t.put = t.insert + " ON CONFLICT (" + strings.Join(columns[:key], ", ") + ") DO UPDATE SET " + strings.Join(set, ", ")
+	return t
+}
+
+var (
+	manufacturers = newTable("manufacturers", 1, "key_id", "pem", "operator", "directory", "tacs", "enrolled_at",
+		"withdrawn", "decided_by", "decided_because", "decided_at", "seq")
+	lots = newTable("lots", 2, "manufacturer", "lot", "manifest", "imported_at",
+		"withdrawn", "decided_by", "decided_because", "decided_at", "seq")
+	attempts   = newTable("attempts", 2, "imsi", "id", "origin", "expires_at", "opened", "seq")
+	spentRANDs = newTable("spent_rands", 2, "imsi", "rand")
+	ledger     = newTable("ledger", 2, "chain", "seq", "at", "event", "subject", "imei", "tag", "actor", "detail")
+	bindings   = newTable("bindings", 2, "imsi", "state", "imei", "manufacturer", "lot", "device_key", "sealed", "nw_sig",
+		"attempt_id", "payload_sha256", "established_at", "activated_at", "revoked_at", "origin", "expires_at", "sent", "seq")
+)
+
+// macSize is that of HMAC-SHA-256-128 (RFC 4868 section 2.3).
+const macSize = 16
+
+// macs makes the MACs of rows.
+type macs struct{ pool sync.Pool }
+
+func newMACs(key kme.Secret) *macs {
+	return &macs{sync.Pool{New: func() any { return &macState{Hash: hmac.New(sha256.New, key.Bytes())} }}}
+}
+
+type macState struct {
+	hash.Hash
+	in  []byte
+	sum []byte
+}
+
+// of is the MAC of values under a name. Each value has its kind and length before it, so that no two rows are alike.
+func (m *macs) of(name string, values ...any) []byte {
+	st := m.pool.Get().(*macState)
+	defer m.pool.Put(st)
+	in := st.in[:0]
+	text := func(kind byte, s string) {
+		in = binary.BigEndian.AppendUint32(append(in, kind), uint32(len(s)))
+		in = append(in, s...)
+	}
+	text('s', name)
+	for _, v := range values {
+		switch v := v.(type) {
+		case nil:
+			in = append(in, 'n')
+		case int64:
+			in = binary.BigEndian.AppendUint64(append(in, 'i'), uint64(v))
+		case string:
+			text('s', v)
+		case []byte:
+			in = binary.BigEndian.AppendUint32(append(in, 'b'), uint32(len(v)))
+			in = append(in, v...)
+		default: // of no column of ours
+			text('?', fmt.Sprintf("%T", v))
+		}
+	}
+	st.in = in
+	st.Reset()
+	st.Write(in)
+	st.sum = st.Sum(st.sum[:0])
+	return bytes.Clone(st.sum[:macSize])
+}
+
+// add makes a row; put replaces the one of the same key too. ints are int64.
+func (s *Store) add(ctx context.Context, tx *txn, t *table, values ...any) error {
+	_, err := tx.ExecContext(ctx, t.insert, append(values, s.macs.of(t.name, values...))...)
+	return err
+}
+
+func (s *Store) put(ctx context.Context, tx *txn, t *table, values ...any) error {
+	_, err := tx.ExecContext(ctx, t.put, append(values, s.macs.of(t.name, values...))...)
+	return err
+}
+
+// A row is one as the database has it.
+type row []any
+
+func (r row) text(i int) string { s, _ := r[i].(string); return s }
+func (r row) int(i int) int64   { n, _ := r[i].(int64); return n }
+func (r row) bytes(i int) []byte {
+	b, _ := r[i].([]byte)
+	return b
+}
+
+// rows gives those of a table that the service wrote, and fails with a *binding.DamagedRow for the first other one.
+// What each gets is good until it returns.
+func (s *Store) rows(ctx context.Context, q queryer, t *table, each func(r row) error, where string, args ...any) error {
+	values, pointers := make(row, len(t.columns)+1), make([]any, len(t.columns)+1)
+	for i := range values {
+		pointers[i] = &values[i]
+	}
+	return query(ctx, q, func(scan func(...any) error) error {
+		if err := scan(pointers...); err != nil {
+			return err
+		}
+		if err := s.checkMAC(t, values); err != nil {
+			return err
+		}
+		return each(values[:len(t.columns)])
+	}, t.selectAll+where, args...)
+}
+
+// checkMAC is about a row with its MAC.
+func (s *Store) checkMAC(t *table, values row) error {
+	n := len(t.columns)
+	if !hmac.Equal(values.bytes(n), s.macs.of(t.name, values[:n]...)) {
+		return damaged(t, values, "was changed or made up by somebody else")
+	}
+	return nil
+}
+
+func damaged(t *table, values row, what string) error {
+	var key []string
+	for i := range t.key {
+		if b, ok := values[i].([]byte); ok {
+			key = append(key, fmt.Sprintf("%x", b))
+		} else {
+			key = append(key, fmt.Sprint(values[i]))
+		}
+	}
+	return &binding.DamagedRow{Table: t.name, Key: strings.Join(key, " "), What: what}
+}
+
+type queryer interface {
+	QueryRowContext(ctx context.Context, query string, args ...any) *sql.Row
+	QueryContext(ctx context.Context, query string, args ...any) (*sql.Rows, error)
+}
+
+// query calls each for every row.
+func query(ctx context.Context, q queryer, each func(scan func(...any) error) error, text string, args ...any) error {
+	rows, err := q.QueryContext(ctx, text, args...)
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		if err := each(rows.Scan); err != nil {
+			return err
+		}
+	}
+	return rows.Err()
+}
