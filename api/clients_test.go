@@ -23,6 +23,7 @@ import (
 	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
+	"github.com/kmehsm/kmehsm/kme"
 )
 
 // Every method, by every role, for a PLMN that the client may name and one that it may not.
@@ -42,7 +43,7 @@ func TestWhoMayDoWhat(t *testing.T) {
 	if methods.Len() != len(may) {
 		t.Errorf("the service has %d methods, this table %d", methods.Len(), len(may))
 	}
-	store, err := sqlstore.Open(t.Context(), sqlstore.InFolder(t.TempDir()))
+	store, err := sqlstore.Open(t.Context(), sqlstore.InFolder(t.TempDir()), kme.RandomSecret())
 	if err != nil {
 		t.Fatal(err)
 	}

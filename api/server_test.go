@@ -111,7 +111,7 @@ func serve(t *testing.T) (*httptest.Server, *sqlstore.Store) {
 // serveTo serves everybody as one client.
 func serveTo(t *testing.T, client *Client) (*httptest.Server, *sqlstore.Store) {
 	t.Helper()
-	store, err := sqlstore.Open(t.Context(), sqlstore.InFolder(t.TempDir()))
+	store, err := sqlstore.Open(t.Context(), sqlstore.InFolder(t.TempDir()), kme.RandomSecret())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -60,6 +60,10 @@ func fromStore(ctx context.Context, err error) error {
 		return refuse(kme.Malformed, "the IMSI was sent this RAND in clear before: make another one", nil)
 	case errors.Is(err, ErrUsed):
 		return rejected(err)
+	case errors.Is(err, ErrRolledBack):
+		return refuse(kme.RolledBack, "the database is an earlier one than the service has written: an administrator has to settle that", err)
+	case errors.As(err, new(*DamagedRow)):
+		return refuse(kme.Damaged, "what the database has about this is not what the service wrote: an administrator has to settle that", err)
 	case ctx.Err() != nil:
 		return ctx.Err()
 	}

@@ -14,7 +14,7 @@ import (
 // Whatever a caller sends, a service that has no lot accepts nothing, says why, and does not touch its token: there is
 // none, and a call would panic.
 func FuzzEstablish(f *testing.F) {
-	store := must[*sqlstore.Store](f)(sqlstore.Open(f.Context(), sqlstore.InFolder(f.TempDir())))
+	store := must[*sqlstore.Store](f)(sqlstore.Open(f.Context(), sqlstore.InFolder(f.TempDir()), kme.RandomSecret()))
 	f.Cleanup(func() { store.Close() })
 	service := binding.NewService(nil, store, new(binding.Lots), times(), slog.New(slog.DiscardHandler))
 	const imsi = "001010000000001"

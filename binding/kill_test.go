@@ -36,7 +36,7 @@ const childArgs = "KMEHSM_TEST_CHILD"
 // serveChild is the service as a process that can be killed.
 func serveChild(t *testing.T, args []string) {
 	token := must[*hsmkeys.Token](t)(hsmkeys.Open(t.Context(), args[0]))
-	store := must[*sqlstore.Store](t)(sqlstore.Open(t.Context(), args[1]))
+	store := openStore(t, token, args[1])
 	files := must[*directory.FileStore](t)(directory.OpenFileStore(args[2]))
 	readers := map[string]*directory.Reader{}
 	for _, m := range must[[]*binding.Manufacturer](t)(store.Manufacturers(t.Context())) {
@@ -83,7 +83,7 @@ type world struct {
 
 func newWorld(t *testing.T, storeName string) *world {
 	r, m := newRig(t), newMaker(t)
-	r.store = must[*sqlstore.Store](t)(sqlstore.Open(t.Context(), storeName))
+	r.store = openStore(t, r.token, storeName)
 	t.Cleanup(func() { r.store.Close() })
 	r.enroll(t, m)
 	l := m.newLot(t, "L1", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 5)...)

@@ -92,7 +92,7 @@ var ErrRolledBack = errors.New("the database is an earlier one than the service 
 	"or, if there is no other, accept this one with keysvc store accept-rollback")
 
 // A Ledger is the part of a Store that remembers for ever. While it is rolled back, every method of the Store but
-// Check, Accept, Verify and Entries fails with ErrRolledBack.
+// Check, Accept, VerifyLedger and Entries fails with ErrRolledBack.
 type Ledger interface {
 	// Note adds an entry, of the Actor in the context.
 	Note(ctx context.Context, event Event, subject, detail string) error
@@ -103,12 +103,12 @@ type Ledger interface {
 	// Check fails with ErrRolledBack if the ledger is behind the mark, or behind what this Store has seen under the same
 	// Epoch. It gives how far the ledger is now. Of a token without a mark it is nil: then the ledger must be empty.
 	Check(ctx context.Context, mark *Mark) (*Mark, error)
-	// Accept notes in each chain that a ledger behind its mark is accepted, and gives the mark to set.
+	// Accept notes in each chain that it is accepted as it is, and gives the mark to set.
 	Accept(ctx context.Context, mark *Mark, reason string) (*Mark, error)
 	// Moved is sent something after entries were added.
 	Moved() <-chan struct{}
-	// VerifyLedger reads all entries in their order. It fails with a *DamagedRow for the first that does not follow the
-	// one before it.
+	// VerifyLedger reads all entries in their order. It fails with ErrRolledBack and a *DamagedRow for the first that is
+	// gone or not what it was; the Store refuses then too.
 	VerifyLedger(ctx context.Context) (entries int, err error)
 }
 

@@ -115,7 +115,7 @@ func newNetwork(t testing.TB, stores ...binding.Store) *network {
 	times.Now = n.time
 	lots := must[*binding.Lots](t)(binding.NewLots(must[[]*binding.Lot](t)(r.store.Lots(t.Context())), r.readers))
 	for _, s := range stores {
-		token := &recorder{token: r.token, store: s, before: func(call string) error {
+		token := &recorder{Ledger: s, token: r.token, store: s, before: func(call string) error {
 			if call == "EncryptRANDs" && n.fault() {
 				return errors.New("the HSM is away")
 			}
@@ -515,8 +515,9 @@ func onSQLite(t *testing.T) *network { return newNetwork(t) }
 func onPostgres(t *testing.T) *network {
 	url := pgtest.Start(t).Database(t)
 	var stores []binding.Store
+	key := kme.RandomSecret()
 	for range 2 {
-		s := must[*sqlstore.Store](t)(sqlstore.Open(t.Context(), url))
+		s := must[*sqlstore.Store](t)(sqlstore.Open(t.Context(), url, key))
 		t.Cleanup(func() { s.Close() })
 		stores = append(stores, s)
 	}

@@ -26,7 +26,7 @@ func rotateChild(t *testing.T, uri, soPIN, storeName, kill string) {
 	officer := must[hsmkeys.PIN](t)(hsmkeys.ReadPIN(soPIN))
 	r := must[*hsmkeys.Rotation](t)(hsmkeys.OpenRotation(t.Context(), uri, officer))
 	defer r.Close()
-	store := must[*sqlstore.Store](t)(sqlstore.Open(t.Context(), storeName))
+	store := openStore(t, r.Token, storeName)
 	defer store.Close()
 	must[int](t)(binding.Reseal(t.Context(), r, store, hsmkeys.SealedFrom(r.Newest()), func(int) {
 		if kill == "kill" {
@@ -50,7 +50,7 @@ func TestPostgresRotated(t *testing.T) { rotated(t, pgtest.Start(t).Database(t))
 
 func rotated(t *testing.T, storeName string) {
 	w := newWorld(t, storeName)
-	w.recorder = &recorder{token: w.token, store: w.store}
+	w.recorder = &recorder{Ledger: w.store, token: w.token, store: w.store}
 	w.service = binding.NewService(w.recorder, w.recorder, w.lots(t), times(), w.slog())
 	type bound struct {
 		imsi string

@@ -98,14 +98,21 @@ func newRig(t testing.TB) *rig {
 	must[bool](t)(token.Dedicate(ctx, hsmkeys.Dedication{Side: hsmkeys.Operator}))
 	must[bool](t)(token.EnsureStorageKey(ctx))
 	must[bool](t)(token.EnsureLedgerKey(ctx))
-	store := must[*sqlstore.Store](t)(sqlstore.Open(ctx, sqlstore.InFolder(t.TempDir())))
+	store := openStore(t, token, sqlstore.InFolder(t.TempDir()))
 	t.Cleanup(func() { store.Close() })
 	r := &rig{token: token, tokenURI: tok.URI, soPIN: "file:" + tok.SOPINFile, store: store, log: new(logBuffer), readers: map[string]*directory.Reader{}}
 	t.Cleanup(func() { r.token.Close() })
-	r.recorder = &recorder{token: token, store: store}
+	r.recorder = &recorder{Ledger: store, token: token, store: store}
 	r.service = binding.NewService(r.recorder, r.recorder, new(binding.Lots), times(),
 		slog.New(slog.NewJSONHandler(r.log, nil)))
 	return r
+}
+
+// openStore opens a store whose rows have their MACs under a token's key.
+func openStore(t testing.TB, token *hsmkeys.Token, name string) *sqlstore.Store {
+	t.Helper()
+	key := must[kme.Secret](t)(token.Derive(t.Context(), sqlstore.RowKey))
+	return must[*sqlstore.Store](t)(sqlstore.Open(t.Context(), name, key))
 }
 
 // transport is a transport key that waits for its enrolment.
@@ -334,8 +341,9 @@ var imsis struct {
 
 // A recorder notes each call of the service to its token and its store, and can make one fail or something happen first.
 type recorder struct {
-	token binding.Token
-	store binding.Store
+	binding.Ledger // of the store
+	token          binding.Token
+	store          binding.Store
 
 	mu     sync.Mutex
 	calls  []string                // guarded by mu
@@ -462,12 +470,11 @@ func (r *recorder) Revoke(ctx context.Context, imsi kme.IMSI, now time.Time) (*b
 	return r.store.Revoke(ctx, imsi, now)
 }
 
-func (r *recorder) Bindings(ctx context.Context, after string, imei kme.IMEI, limit int,
-	now time.Time) ([]*binding.Binding, error) {
+func (r *recorder) Bindings(ctx context.Context, q binding.BindingQuery) ([]*binding.Binding, error) {
 	if err := r.enter("Bindings"); err != nil {
 		return nil, err
 	}
-	return r.store.Bindings(ctx, after, imei, limit, now)
+	return r.store.Bindings(ctx, q)
 }
 
 func (r *recorder) DropExpired(ctx context.Context, now time.Time) error {

@@ -271,7 +271,9 @@ func (s *Service) EstablishKME(ctx context.Context, imsiText, imeiText, attemptI
 	if err == nil && export {
 		// Only now: a KME that was not accepted, or not durably, is nobody's. It is decrypted once more, since the answer may be one
 		// that was given before.
-		if e.KME, err = s.export(ctx, imei, payload); err == nil {
+		if err = s.store.Note(ctx, EventExported, imsi.String(), "of "+imei.String()); err != nil {
+			err = fromStore(ctx, err)
+		} else if e.KME, err = s.export(ctx, imei, payload); err == nil {
 			s.log.InfoContext(ctx, "KME exported", "imsi", imsi, "imei", imei)
 		}
 	}
@@ -550,7 +552,11 @@ func (s *Service) failed(ctx context.Context, what string, imsi kme.IMSI, err er
 		if r.Cause != nil {
 			attrs = append(attrs, "cause", r.Cause.Error())
 		}
-		s.log.WarnContext(ctx, "refused", attrs...)
+		level := slog.LevelWarn
+		if r.Reason == kme.Damaged || r.Reason == kme.RolledBack {
+			level = slog.LevelError
+		}
+		s.log.Log(ctx, level, "refused", attrs...)
 	}
 	return err
 }

@@ -37,7 +37,7 @@ func serve(before func(w http.ResponseWriter, r *http.Request) (answered bool)) 
 	if err != nil {
 		return "", nil, err
 	}
-	store, err := sqlstore.Open(context.Background(), sqlstore.InFolder(dir))
+	store, err := sqlstore.Open(context.Background(), sqlstore.InFolder(dir), kme.RandomSecret())
 	if err != nil {
 		return "", nil, err
 	}

@@ -53,7 +53,7 @@ func (s *Store) Copy(ctx context.Context, to *Store, report func(rows int)) (row
 			if err != nil {
 				return err
 			}
-			_, err = s.verifyChain(ctx, from, chain, head.Seq, func(r row) error {
+			_, _, err = s.verifyChain(ctx, from, chain, head.Seq, func(r row) error {
 				copied()
 				return tx.do(ctx, ledger.insert, r...)
 			})

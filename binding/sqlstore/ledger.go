@@ -9,10 +9,13 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/directory"
 )
 
 // chainOf is the chain that a subject's entries are in.
@@ -146,10 +149,12 @@ func (s *Store) refuse(err error) error {
 	return err
 }
 
-// refusal is what every method fails with; nil while the ledger is not rolled back.
+// refusal is what every method fails with; nil while the ledger is what it should be.
 func (s *Store) refusal() error {
-	if err := s.refused.Load(); err != nil {
-		return *err
+	for _, reason := range []*atomic.Pointer[error]{&s.refused, &s.broken} {
+		if err := reason.Load(); err != nil {
+			return *err
+		}
 	}
 	return nil
 }
@@ -157,8 +162,9 @@ func (s *Store) refusal() error {
 func (s *Store) Check(ctx context.Context, mark *binding.Mark) (*binding.Mark, error) {
 	want := binding.Mark{}
 	s.mu.Lock()
-	if mark != nil && mark.Epoch > s.epoch {
+	if mark != nil && mark.Epoch > s.epoch { // what was wrong is accepted
 		s.epoch, s.seen = mark.Epoch, mark.Heads
+		s.broken.Store(nil)
 	}
 	want.Epoch, want.Heads = s.epoch, s.seen
 	s.mu.Unlock()
@@ -200,7 +206,14 @@ func (s *Store) Check(ctx context.Context, mark *binding.Mark) (*binding.Mark, e
 	}
 	s.mu.Unlock()
 	s.refused.Store(nil)
-	return now, nil
+	return now, s.refusal()
+}
+
+// An acceptance is the detail of an EventAccepted.
+type acceptance struct {
+	Reason string           `json:"reason"`
+	Had    int64            `json:"had"`    // entries, by the mark
+	Digest directory.Base64 `json:"digest"` // of the chain's entries before it, see verifyChain
 }
 
 func (s *Store) Accept(ctx context.Context, mark *binding.Mark, reason string) (*binding.Mark, error) {
@@ -208,25 +221,37 @@ func (s *Store) Accept(ctx context.Context, mark *binding.Mark, reason string) (
 	s.seen = [binding.Chains]binding.Head{} // what was seen is what is given up
 	s.mu.Unlock()
 	s.refused.Store(nil)
+	s.broken.Store(nil)
 	accepted := &binding.Mark{Epoch: 1}
 	if mark != nil {
 		accepted.Epoch = mark.Epoch + 1
 	}
 	err := s.change(ctx, "accept", func(ctx context.Context, tx *txn) error {
 		for i := range accepted.Heads {
-			had := int64(0)
+			chain, a := int64(i), acceptance{Reason: reason}
 			if mark != nil {
-				had = mark.Heads[i].Seq
+				a.Had = mark.Heads[i].Seq
 			}
-			e := entry{event: binding.EventAccepted, subject: binding.StoreSubject, detail: fmt.Sprintf("there were %d entries: %s", had, reason)}
-			if _, err := s.noteIn(ctx, tx, int64(i), e); err != nil {
+			if err := s.lock(ctx, tx.Tx, fmt.Sprint("chain ", chain)); err != nil {
 				return err
 			}
-			head, err := s.head(ctx, tx, int64(i))
+			head, err := s.head(ctx, tx, chain)
 			if err != nil {
 				return err
 			}
-			accepted.Heads[i] = head
+			if _, a.Digest, err = s.verifyChain(ctx, tx, chain, head.Seq, func(row) error { return nil }); err != nil && !isDamaged(err) {
+				return err
+			}
+			detail, err := json.Marshal(a)
+			if err != nil {
+				return err
+			}
+			if _, err := s.noteIn(ctx, tx, chain, entry{event: binding.EventAccepted, subject: binding.StoreSubject, detail: string(detail)}); err != nil {
+				return err
+			}
+			if accepted.Heads[i], err = s.head(ctx, tx, chain); err != nil {
+				return err
+			}
 		}
 		return nil
 	})
@@ -316,40 +341,60 @@ func (s *Store) VerifyLedger(ctx context.Context) (n int, err error) {
 		if err != nil {
 			return n, err
 		}
-		m, err := s.verifyChain(ctx, s.read, chain, head.Seq, func(row) error { return nil })
-		if n += m; err != nil {
+		m, _, err := s.verifyChain(ctx, s.read, chain, head.Seq, func(row) error { return nil })
+		n += m
+		if isDamaged(err) {
+			err = fmt.Errorf("%w (%w)", binding.ErrRolledBack, err)
+			s.broken.Store(&err)
+		}
+		if err != nil {
 			return n, err
 		}
 	}
+	s.broken.Store(nil)
 	return n, nil
 }
 
-// verifyChain reads a chain up to an entry.
-func (s *Store) verifyChain(ctx context.Context, q queryer, chain, upTo int64, each func(row) error) (n int, err error) {
+// verifyChain reads a chain up to an entry. It fails with a *binding.DamagedRow for the first entry that is gone, was
+// changed or does not follow the one before it, unless that was accepted since, as it is now. digest is over all that it
+// has read.
+func (s *Store) verifyChain(ctx context.Context, q queryer, chain, upTo int64, each func(row) error) (n int, digest []byte, err error) {
 	values, pointers := make(row, len(ledger.columns)+1), make([]any, len(ledger.columns)+1)
 	for i := range values {
 		pointers[i] = &values[i]
 	}
+	var wrong error
+	found := func(seq int64, what string) {
+		if wrong == nil {
+			wrong = damaged(ledger, row{chain, seq}, what)
+		}
+	}
+	var last int64
 	var before []byte
 	err = query(ctx, q, func(scan func(...any) error) error {
 		if err := scan(pointers...); err != nil {
 			return err
 		}
-		if values.int(1) != int64(n)+1 {
-			return damaged(ledger, row{chain, int64(n) + 1}, "is gone")
+		if values.int(1) != last+1 {
+			found(last+1, "is gone")
 		}
 		columns := values[:len(ledger.columns)]
-		if !hmac.Equal(values.bytes(len(columns)), s.entryMAC(columns, before)) {
-			return damaged(ledger, values, "was changed, or does not follow the one before it")
+		mac := values.bytes(len(columns))
+		var a acceptance
+		switch {
+		case !hmac.Equal(mac, s.entryMAC(columns, before)):
+			found(values.int(1), "was changed, or does not follow the one before it")
+		case values.text(3) == string(binding.EventAccepted) && json.Unmarshal([]byte(values.text(8)), &a) == nil && hmac.Equal(a.Digest, digest):
+			wrong = nil
 		}
 		n++
-		before = bytes.Clone(values.bytes(len(columns)))
+		last, before, digest = values.int(1), bytes.Clone(mac), s.macs.of("ledger so far", append(slices.Clone(values), digest)...)
 		return each(values)
 	}, ledger.selectAll+`WHERE chain = $1 AND seq <= $2 ORDER BY seq`, chain, upTo)
-	if err == nil && int64(n) < upTo {
-		err = damaged(ledger, row{chain, int64(n) + 1}, "is gone")
+	if err == nil && last < upTo {
+		found(upTo, "is gone")
 	}
-	return n, err
+	return n, digest, errors.Join(err, wrong)
 }
 
 // last has the number of the last entry of each event about a subject.

@@ -33,7 +33,8 @@ type Store struct {
 	key     kme.Secret // of the MACs
 	macs    *macs
 	moved   chan struct{}
-	refused atomic.Pointer[error] // see refusal
+	refused atomic.Pointer[error] // the ledger is behind its mark: see refusal
+	broken  atomic.Pointer[error] // an entry of it is not what it was
 	actors  sync.Map              // binding.Actor to []byte, of those that are entered
 	known   atomic.Int64          // how many
 

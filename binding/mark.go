@@ -1,0 +1,198 @@
+package binding
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/kmehsm/kmehsm/directory"
+)
+
+// A MarkToken is an HSM that keeps the ledger's high-water mark, where who has the database does not reach it.
+type MarkToken interface {
+	Marks(ctx context.Context) ([][]byte, error)
+	SetMark(ctx context.Context, mark []byte) error
+}
+
+// ReadMark gives the mark that a token keeps, the furthest if processes have left several; nil if there is none.
+func ReadMark(ctx context.Context, token MarkToken) (*Mark, error) {
+	all, err := token.Marks(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var mark *Mark
+	for _, text := range all {
+		m := new(Mark)
+		if err := json.Unmarshal(text, m); err != nil {
+			return nil, fmt.Errorf("the high-water mark in the token is damaged: %w", err)
+		}
+		mark = mark.merge(m)
+	}
+	return mark, nil
+}
+
+// merge is the mark of a higher Epoch, or how far either has come in the same.
+func (m *Mark) merge(o *Mark) *Mark {
+	switch {
+	case m == nil || o != nil && o.Epoch > m.Epoch:
+		return o
+	case o == nil || m.Epoch > o.Epoch:
+		return m
+	}
+	both := *m
+	for i, h := range o.Heads {
+		if h.Seq > both.Heads[i].Seq {
+			both.Heads[i] = h
+		}
+	}
+	return &both
+}
+
+// ahead says whether a mark is higher than another one that it was merged with.
+func (m *Mark) ahead(o *Mark) bool {
+	for i, h := range m.Heads {
+		if o == nil || h.Seq > o.Heads[i].Seq {
+			return true
+		}
+	}
+	return false
+}
+
+// CheckMark compares the ledger with the token's mark. It fails with ErrRolledBack where the ledger is behind it. A token
+// that has none gets one, if the ledger is empty.
+func CheckMark(ctx context.Context, store Ledger, token MarkToken) error {
+	mark, err := ReadMark(ctx, token)
+	if err != nil {
+		return err
+	}
+	now, err := store.Check(ctx, mark)
+	if err != nil || mark != nil {
+		return err
+	}
+	return setMark(ctx, token, now)
+}
+
+// RaiseMark is CheckMark, and raises the mark to how far the ledger is.
+func RaiseMark(ctx context.Context, store Ledger, token MarkToken) error {
+	mark, err := ReadMark(ctx, token)
+	if err != nil {
+		return err
+	}
+	now, err := store.Check(ctx, mark)
+	if err != nil {
+		return err
+	}
+	if raised := mark.merge(now); raised.ahead(mark) {
+		return setMark(ctx, token, raised)
+	}
+	return nil
+}
+
+func setMark(ctx context.Context, token MarkToken, m *Mark) error {
+	text, err := json.Marshal(m)
+	if err != nil {
+		return err
+	}
+	return token.SetMark(ctx, text)
+}
+
+// AcceptRollback has the ledger accepted as it is, with a reason that it notes.
+func AcceptRollback(ctx context.Context, store Ledger, token MarkToken, reason string) error {
+	reason, err := directory.CheckReason(reason)
+	if err != nil {
+		return err
+	}
+	mark, err := ReadMark(ctx, token)
+	if err != nil {
+		return err
+	}
+	_, behind := store.Check(ctx, mark)
+	_, damaged := store.VerifyLedger(ctx)
+	switch {
+	case behind == nil && damaged == nil:
+		return errors.New("the ledger is whole, and not behind its mark: there is nothing to accept")
+	case behind != nil && !errors.Is(behind, ErrRolledBack):
+		return behind
+	case damaged != nil && !errors.Is(damaged, ErrRolledBack):
+		return damaged
+	}
+	now, err := store.Accept(ctx, mark, reason)
+	if err != nil {
+		return err
+	}
+	return setMark(ctx, token, now)
+}
+
+// How often a service looks whether the ledger is what it was, sets the mark at most, and reads the whole ledger.
+const (
+	lookEvery = time.Second
+	markEvery = 5 * time.Second
+	readEvery = 10 * time.Minute
+)
+
+// KeepMark is for a service: until the context ends it raises the mark soon after the ledger has moved, looks at the heads
+// of its chains every second, and at all of its entries every ten minutes. What it finds is logged; the Store refuses by
+// itself while the ledger is rolled back, and until that is accepted.
+func KeepMark(ctx context.Context, store Ledger, token MarkToken, log *slog.Logger) {
+	look, read := time.NewTicker(lookEvery), time.NewTicker(readEvery)
+	defer look.Stop()
+	defer read.Stop()
+	said := map[string]string{}
+	say := func(what string, err error) {
+		now := ""
+		if err != nil {
+			now = err.Error()
+		}
+		switch {
+		case now == said[what] || ctx.Err() != nil:
+		case err != nil:
+			log.ErrorContext(ctx, what+" failed", "cause", now)
+		default:
+			log.InfoContext(ctx, what+" succeeded again")
+		}
+		said[what] = now
+	}
+	verify := func() {
+		_, err := store.VerifyLedger(ctx)
+		say("reading the ledger", err)
+	}
+	verify()
+	moved, failed := store.Moved(), false
+	var rested <-chan time.Time
+	raise := func() {
+		err := RaiseMark(ctx, store, token)
+		say("raising the high-water mark", err)
+		moved, failed, rested = nil, err != nil, time.After(markEvery)
+	}
+	for {
+		select {
+		case <-ctx.Done():
+			// What came last is not to wait for the next start.
+			last, cancel := context.WithTimeout(context.WithoutCancel(ctx), markEvery)
+			defer cancel()
+			if err := RaiseMark(last, store, token); err != nil {
+				log.Warn("the high-water mark was not raised at the end", "cause", err.Error())
+			}
+			return
+		case <-read.C:
+			verify()
+		case <-look.C:
+			_, err := store.Check(ctx, new(Mark)) // with what this process has seen
+			if errors.Is(err, ErrRolledBack) {    // which may have been accepted
+				if err = CheckMark(ctx, store, token); err == nil {
+					verify()
+				}
+			}
+			say("comparing the ledger with its high-water mark", err)
+		case <-moved:
+			raise()
+		case <-rested:
+			if moved, rested = store.Moved(), nil; failed {
+				raise()
+			}
+		}
+	}
+}
