@@ -48,6 +48,8 @@ func TestToConnect(t *testing.T) {
 		kme.HSMUnavailable:       {"HSM_UNAVAILABLE", connect.CodeUnavailable},
 		kme.DirectoryUnavailable: {"DIRECTORY_UNAVAILABLE", connect.CodeUnavailable},
 		kme.StoreUnavailable:     {"STORE_UNAVAILABLE", connect.CodeUnavailable},
+		kme.RolledBack:           {"ROLLED_BACK", connect.CodeFailedPrecondition},
+		kme.Damaged:              {"DAMAGED", connect.CodeFailedPrecondition},
 	}
 	for reason, want := range table {
 		refusal := &binding.Refusal{Reason: reason, Message: "what the caller may know", Cause: errors.New(secret)}

@@ -135,8 +135,8 @@ const (
 
 // KeepMark is for a service: until the context ends it raises the mark soon after the ledger has moved, looks at the heads
 // of its chains every second, and at all of its entries every ten minutes. What it finds is logged; the Store refuses by
-// itself while the ledger is rolled back, and until that is accepted.
-func KeepMark(ctx context.Context, store Ledger, token MarkToken, log *slog.Logger) {
+// itself while the ledger is rolled back, and until that is accepted: then accepted is called.
+func KeepMark(ctx context.Context, store Ledger, token MarkToken, accepted func(), log *slog.Logger) {
 	look, read := time.NewTicker(lookEvery), time.NewTicker(readEvery)
 	defer look.Stop()
 	defer read.Stop()
@@ -184,6 +184,7 @@ func KeepMark(ctx context.Context, store Ledger, token MarkToken, log *slog.Logg
 			if errors.Is(err, ErrRolledBack) {    // which may have been accepted
 				if err = CheckMark(ctx, store, token); err == nil {
 					verify()
+					accepted()
 				}
 			}
 			say("comparing the ledger with its high-water mark", err)

@@ -359,10 +359,6 @@ func (s *Store) VerifyLedger(ctx context.Context) (n int, err error) {
 // changed or does not follow the one before it, unless that was accepted since, as it is now. digest is over all that it
 // has read.
 func (s *Store) verifyChain(ctx context.Context, q queryer, chain, upTo int64, each func(row) error) (n int, digest []byte, err error) {
-	values, pointers := make(row, len(ledger.columns)+1), make([]any, len(ledger.columns)+1)
-	for i := range values {
-		pointers[i] = &values[i]
-	}
 	var wrong error
 	found := func(seq int64, what string) {
 		if wrong == nil {
@@ -371,10 +367,7 @@ func (s *Store) verifyChain(ctx context.Context, q queryer, chain, upTo int64, e
 	}
 	var last int64
 	var before []byte
-	err = query(ctx, q, func(scan func(...any) error) error {
-		if err := scan(pointers...); err != nil {
-			return err
-		}
+	err = s.scan(ctx, q, ledger, func(values row) error {
 		if values.int(1) != last+1 {
 			found(last+1, "is gone")
 		}
@@ -390,7 +383,7 @@ func (s *Store) verifyChain(ctx context.Context, q queryer, chain, upTo int64, e
 		n++
 		last, before, digest = values.int(1), bytes.Clone(mac), s.macs.of("ledger so far", append(slices.Clone(values), digest)...)
 		return each(values)
-	}, ledger.selectAll+`WHERE chain = $1 AND seq <= $2 ORDER BY seq`, chain, upTo)
+	}, `WHERE chain = $1 AND seq <= $2 ORDER BY seq`, chain, upTo)
 	if err == nil && last < upTo {
 		found(upTo, "is gone")
 	}

@@ -171,11 +171,7 @@ func (s *Store) Decide(ctx context.Context, manufacturer, lot string, v binding.
 
 func (s *Store) PutLot(ctx context.Context, lot *binding.Lot, check func([]*binding.Lot) error) error {
 	return s.change(ctx, "registry", func(ctx context.Context, tx *txn) error {
-		makers, err := s.manufacturers(ctx, tx)
-		if err != nil {
-			return err
-		}
-		all, err := s.lots(ctx, tx, makers)
+		all, err := s.taken(ctx, tx)
 		if err == nil {
 			err = check(all)
 		}
@@ -197,13 +193,18 @@ func (s *Store) PutLot(ctx context.Context, lot *binding.Lot, check func([]*bind
 
 func (s *Store) Lots(ctx context.Context) (all []*binding.Lot, err error) {
 	err = s.registry(ctx, func(q queryer) error {
-		makers, err := s.manufacturers(ctx, q)
-		if err == nil {
-			all, err = s.lots(ctx, q, makers)
-		}
+		all, err = s.taken(ctx, q)
 		return err
 	})
 	return all, err
+}
+
+func (s *Store) taken(ctx context.Context, q queryer) ([]*binding.Lot, error) {
+	makers, err := s.manufacturers(ctx, q)
+	if err != nil {
+		return nil, err
+	}
+	return s.lots(ctx, q, makers)
 }
 
 // lots are all, each as its manufacturer has signed it.

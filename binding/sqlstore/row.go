@@ -127,6 +127,16 @@ func (r row) bytes(i int) []byte {
 // rows gives those of a table that the service wrote, and fails with a *binding.DamagedRow for the first other one.
 // What each gets is good until it returns.
 func (s *Store) rows(ctx context.Context, q queryer, t *table, each func(r row) error, where string, args ...any) error {
+	return s.scan(ctx, q, t, func(values row) error {
+		if err := s.checkMAC(t, values); err != nil {
+			return err
+		}
+		return each(values[:len(t.columns)])
+	}, where, args...)
+}
+
+// scan gives rows with their MACs, which it does not look at.
+func (s *Store) scan(ctx context.Context, q queryer, t *table, each func(values row) error, where string, args ...any) error {
 	values, pointers := make(row, len(t.columns)+1), make([]any, len(t.columns)+1)
 	for i := range values {
 		pointers[i] = &values[i]
@@ -135,10 +145,7 @@ func (s *Store) rows(ctx context.Context, q queryer, t *table, each func(r row) 
 		if err := scan(pointers...); err != nil {
 			return err
 		}
-		if err := s.checkMAC(t, values); err != nil {
-			return err
-		}
-		return each(values[:len(t.columns)])
+		return each(values)
 	}, t.selectAll+where, args...)
 }
 
@@ -146,10 +153,12 @@ func (s *Store) rows(ctx context.Context, q queryer, t *table, each func(r row) 
 func (s *Store) checkMAC(t *table, values row) error {
 	n := len(t.columns)
 	if !hmac.Equal(values.bytes(n), s.macs.of(t.name, values[:n]...)) {
-		return damaged(t, values, "was changed or made up by somebody else")
+		return damaged(t, values, changed)
 	}
 	return nil
 }
+
+const changed = "was changed or made up by somebody else"
 
 func damaged(t *table, values row, what string) error {
 	var key []string

@@ -142,9 +142,13 @@ func (s *Store) Subscription(ctx context.Context, imsi kme.IMSI, now time.Time) 
 	if err := s.refusal(); err != nil {
 		return nil, err
 	}
+	return s.current(ctx, imsi, now)
+}
+
+func (s *Store) current(ctx context.Context, imsi kme.IMSI, now time.Time) (*binding.Subscription, error) {
 	sub, err := s.subscription(ctx, s.read, imsi, now)
 	if isDamaged(err) { // or it has changed between the statements: under the lock nothing does
-		err = s.change(ctx, imsi.String(), func(ctx context.Context, tx *txn) (err error) {
+		err = s.begin(ctx, imsi.String(), func(ctx context.Context, tx *sql.Tx) (err error) {
 			sub, err = s.subscription(ctx, tx, imsi, now)
 			return err
 		})

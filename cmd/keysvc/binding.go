@@ -2,11 +2,16 @@ package main
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"iter"
+	"os"
+	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -14,19 +19,74 @@ import (
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
 var storeFlag = &cli.StringFlag{Name: "store", EnvVars: []string{"KMEHSM_STORE"}, Usage: "the `STORE`: sqlite:PATH, or postgres://USER@HOST/DATABASE (default: keysvc.db in the --state folder)"}
 
-// storeFlags say where the service's store is.
+// storeFlags say where the service's store is, and the token whose key its rows are verified with.
 func storeFlags(own ...cli.Flag) []cli.Flag {
-	return slices.Concat([]cli.Flag{stateFlag, storeFlag}, own, []cli.Flag{cmdline.JSON})
+	return slices.Concat([]cli.Flag{cmdline.Token, stateFlag, storeFlag}, own, []cli.Flag{cmdline.JSON})
 }
 
+// withStore runs f with the store, which must not be rolled back. What f does is the command's in the ledger, and the
+// token's high-water mark is raised afterwards.
 func withStore(c *cli.Context, f func(*sqlstore.Store) error) error {
-	store, err := sqlstore.Open(c.Context, cmp.Or(c.String("store"), sqlstore.InFolder(c.String("state"))))
+	return withStoreToken(c, func(token *hsmkeys.Token) error { return useStore(c, token, f) })
+}
+
+// withTokenAndStore is withStore for what changes the token that --token names.
+func withTokenAndStore(c *cli.Context, f func(*hsmkeys.Token, *sqlstore.Store) error) error {
+	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
+		return useStore(c, token, func(store *sqlstore.Store) error { return f(token, store) })
+	})
+}
+
+// tokenFile is where keysvc init leaves the URI of the token in the --state folder.
+const tokenFile = "token"
+
+// withStoreToken runs f with the token that the store's rows have their MACs from: what --token says, else that of keysvc
+// init, else what the environment says.
+func withStoreToken(c *cli.Context, f func(*hsmkeys.Token) error) error {
+	uri := c.String("token")
+	if uri == os.Getenv("KMEHSM_TOKEN") {
+		own, err := os.ReadFile(filepath.Join(c.String("state"), tokenFile))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		uri = cmp.Or(strings.TrimSpace(string(own)), uri)
+	}
+	return cmdline.WithTokenOf(c, uri, f)
+}
+
+func useStore(c *cli.Context, token *hsmkeys.Token, f func(*sqlstore.Store) error) error {
+	return openStore(c, token, storeName(c), func(store *sqlstore.Store) error {
+		if err := binding.CheckMark(c.Context, store, token); err != nil {
+			return err
+		}
+		err := f(store)
+		return errors.Join(err, binding.RaiseMark(context.WithoutCancel(c.Context), store, token))
+	})
+}
+
+func storeName(c *cli.Context) string {
+	return cmp.Or(c.String("store"), sqlstore.InFolder(c.String("state")))
+}
+
+// openStore runs f with a store, whatever state that is in.
+func openStore(c *cli.Context, token *hsmkeys.Token, name string, f func(*sqlstore.Store) error) error {
+	c.Context = binding.WithActor(c.Context, binding.CommandActor(c.Command.HelpName))
+	key, err := token.Derive(c.Context, sqlstore.RowKey)
+	if errors.Is(err, hsmkeys.ErrNoKey) {
+		return fmt.Errorf("%s has no keys yet: run keysvc init first", token)
+	}
+	if err != nil {
+		return err
+	}
+	defer key.Wipe()
+	store, err := sqlstore.Open(c.Context, name, key)
 	if err != nil {
 		return err
 	}
@@ -48,7 +108,7 @@ func bindingCommand() *cli.Command {
 				Description: "The device's key was issued anew after the binding was established (DEVICE_REISSUED), or revoked (DEVICE_REVOKED);\n" +
 					"the lot was retired (LOT_RETIRED), or revoked as a whole by its manufacturer (LOT_REVOKED); the manufacturer is distrusted (MANUFACTURER_DISTRUSTED).\n" +
 					"These bindings are served on: end them with keysvc binding revoke.",
-				Flags: slices.Concat([]cli.Flag{stateFlag, storeFlag}, cmdline.DirectoryFlags(), []cli.Flag{cmdline.JSON}), Action: bindingReport,
+				Flags: storeFlags(cmdline.DirectoryFlags()...), Action: bindingReport,
 			},
 			{Name: "show", Usage: "show an IMSI's binding", ArgsUsage: "IMSI", Flags: storeFlags(), Action: bindingShow},
 			{
@@ -62,19 +122,6 @@ func bindingCommand() *cli.Command {
 				Flags:       storeFlags(&cli.DurationFlag{Name: "ttl", Value: time.Hour, Usage: "for how long, at most 720h"}), Action: bindingOpen,
 			},
 		},
-	}
-}
-
-func storeCommand() *cli.Command {
-	return &cli.Command{
-		Name: "store", Usage: "the service's store",
-		Subcommands: []*cli.Command{{
-			Name: "migrate", Usage: "copy everything from one store to another, empty one",
-			Description: "Stop the service first. The other store has all of it in the end, or nothing.",
-			Flags: []cli.Flag{&cli.StringFlag{Name: "from", Usage: "the `STORE` to copy: sqlite:PATH, or postgres://USER@HOST/DATABASE"},
-				&cli.StringFlag{Name: "to", Usage: "the empty `STORE` to copy to"}, cmdline.JSON},
-			Action: storeMigrate,
-		}},
 	}
 }
 
@@ -188,7 +235,18 @@ func bindingShow(c *cli.Context) error {
 		if b == nil {
 			return binding.ErrNotBound
 		}
-		return cmdline.Print(c, show(b), show(b).print)
+		history, err := s.History(c.Context, imsi.String())
+		if err != nil {
+			return err
+		}
+		result := struct {
+			shown
+			History []binding.Entry `json:"history"`
+		}{show(b), history}
+		return cmdline.Print(c, result, func(w io.Writer) {
+			result.print(w)
+			printEntries(w, history)
+		})
 	})
 }
 
@@ -215,31 +273,4 @@ func bindingOpen(c *cli.Context) error {
 			fmt.Fprintf(w, "%s may be bound to another device until %s\n", imsi, a.Expires.Format(time.RFC3339))
 		})
 	})
-}
-
-func storeMigrate(c *cli.Context) error {
-	if err := cmdline.Require(c, "from", "to"); err != nil {
-		return err
-	}
-	from, err := sqlstore.Open(c.Context, c.String("from"))
-	if err != nil {
-		return fmt.Errorf("--from: %w", err)
-	}
-	defer from.Close()
-	to, err := sqlstore.Open(c.Context, c.String("to"))
-	if err != nil {
-		return fmt.Errorf("--to: %w", err)
-	}
-	defer to.Close()
-	said := time.Now()
-	rows, err := from.Copy(c.Context, to, func(rows int) {
-		if time.Since(said) > 5*time.Second {
-			said = time.Now()
-			fmt.Fprintf(c.App.ErrWriter, "%d rows copied\n", rows)
-		}
-	})
-	if err != nil {
-		return err
-	}
-	return cmdline.Print(c, map[string]any{"rows": rows}, func(w io.Writer) { fmt.Fprintf(w, "%d rows copied\n", rows) })
 }

@@ -6,7 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"slices"
+	"path/filepath"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -16,6 +16,7 @@ import (
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/who"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -40,9 +41,10 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 		Commands: []*cli.Command{
 			{
 				Name: "init", Usage: "make the token the operator's, and the storage and ledger key in it",
-				Description: "Tries first whether the token keeps keys as it should, and refuses it otherwise: keysvc doctor says more. Running this again changes nothing.",
-				Flags:       []cli.Flag{cmdline.Token, stateFlag, acceptFlag, cmdline.JSON},
-				Action:      cmdline.Alone(initToken),
+				Description: "Tries first whether the token keeps keys as it should, and refuses it otherwise: keysvc doctor says more. Running this again changes nothing.\n" +
+					"The --state folder remembers the token, for the commands that need no other than the store's own.",
+				Flags:  []cli.Flag{cmdline.Token, stateFlag, acceptFlag, cmdline.JSON},
+				Action: cmdline.Alone(initToken),
 			},
 			transportCommand(),
 			{
@@ -70,7 +72,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 			manufacturerCommand(),
 			{
 				Name: "device", Usage: "say what the directory says of a device, its signatures verified", ArgsUsage: "IMEI",
-				Flags: slices.Concat([]cli.Flag{stateFlag, storeFlag}, cmdline.DirectoryFlags(), []cli.Flag{cmdline.JSON}), Action: device,
+				Flags: storeFlags(cmdline.DirectoryFlags()...), Action: device,
 			},
 			bindingCommand(),
 			storeCommand(),
@@ -92,6 +94,9 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 func initToken(c *cli.Context) error {
 	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
 		created, weak, err := binding.Init(c.Context, token, c.Bool(acceptFlag.Name))
+		if err == nil { // the folder is there: see cmdline.Alone
+			err = durable.WriteFile(filepath.Join(c.String("state"), tokenFile), []byte(c.String("token")+"\n"), 0o600)
+		}
 		if err != nil {
 			return err
 		}
@@ -127,15 +132,13 @@ func enroll(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
-		return withStore(c, func(store *sqlstore.Store) error {
-			m, err := binding.Enroll(c.Context, token, store, jws, pem, c.String("thumbprint"), url)
-			if err != nil {
-				return err
-			}
-			return cmdline.Print(c, map[string]any{"manufacturer": m.KeyID, "operator": m.Operator, "directory": m.Directory}, func(w io.Writer) {
-				fmt.Fprintf(w, "enrolled with manufacturer %s as operator %s\n", m.KeyID, m.Operator)
-			})
+	return withTokenAndStore(c, func(token *hsmkeys.Token, store *sqlstore.Store) error {
+		m, err := binding.Enroll(c.Context, token, store, jws, pem, c.String("thumbprint"), url)
+		if err != nil {
+			return err
+		}
+		return cmdline.Print(c, map[string]any{"manufacturer": m.KeyID, "operator": m.Operator, "directory": m.Directory}, func(w io.Writer) {
+			fmt.Fprintf(w, "enrolled with manufacturer %s as operator %s\n", m.KeyID, m.Operator)
 		})
 	})
 }
@@ -153,17 +156,15 @@ func lotImport(c *cli.Context) error {
 		}
 		again = &v
 	}
-	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
-		return withStore(c, func(store *sqlstore.Store) error {
-			lot, err := binding.ImportLot(c.Context, token, store, jws, again)
-			if err != nil {
-				return err
-			}
-			m := lot.Manifest
-			return cmdline.Print(c, map[string]any{"lot": m.Lot, "manufacturer": lot.Manufacturer, "devices": m.Devices(), "bits": m.PublicKey().N.BitLen()}, func(w io.Writer) {
-				fmt.Fprintf(w, "lot %s of manufacturer %s is in %s: %d devices, %d bits; its key decrypts what is encrypted to the manifest's modulus\n",
-					m.Lot, lot.Manufacturer, token, m.Devices(), m.PublicKey().N.BitLen())
-			})
+	return withTokenAndStore(c, func(token *hsmkeys.Token, store *sqlstore.Store) error {
+		lot, err := binding.ImportLot(c.Context, token, store, jws, again)
+		if err != nil {
+			return err
+		}
+		m := lot.Manifest
+		return cmdline.Print(c, map[string]any{"lot": m.Lot, "manufacturer": lot.Manufacturer, "devices": m.Devices(), "bits": m.PublicKey().N.BitLen()}, func(w io.Writer) {
+			fmt.Fprintf(w, "lot %s of manufacturer %s is in %s: %d devices, %d bits; its key decrypts what is encrypted to the manifest's modulus\n",
+				m.Lot, lot.Manufacturer, token, m.Devices(), m.PublicKey().N.BitLen())
 		})
 	})
 }

@@ -112,11 +112,21 @@ func serve(c *cli.Context) error {
 	} else if err != nil {
 		return err
 	}
-	store, err := sqlstore.Open(ctx, cfg.Store)
+	rowKey, err := token.Derive(ctx, sqlstore.RowKey)
+	if err != nil {
+		return err
+	}
+	defer rowKey.Wipe()
+	store, err := sqlstore.Open(ctx, cfg.Store, rowKey)
 	if err != nil {
 		return err
 	}
 	defer store.Close()
+	// One that is rolled back is served all the same: each call is told so, until it is accepted.
+	rolledBack := binding.CheckMark(ctx, store, token)
+	if rolledBack != nil && !errors.Is(rolledBack, binding.ErrRolledBack) {
+		return rolledBack
+	}
 
 	cache := stats.NewCounter()
 	overdue := prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -195,7 +205,11 @@ func serve(c *cli.Context) error {
 				return nil, err
 			}
 		}
-		if lots, err = binding.OpenLots(ctx, store, open); err != nil {
+		lots, err = binding.OpenLots(ctx, store, open)
+		if errors.Is(err, binding.ErrRolledBack) && rolledBack != nil { // from the start on: there are none until it is accepted
+			lots, err = new(binding.Lots), nil
+		}
+		if err != nil {
 			return nil, err
 		}
 		// All of it, or nothing.
@@ -244,8 +258,27 @@ func serve(c *cli.Context) error {
 	for _, t := range token.Tokens() {
 		go watch(ctx, t, log)
 	}
+	if rolledBack != nil {
+		log.Error("no call is served", "cause", rolledBack.Error())
+	}
+	accepted := make(chan struct{}, 1)
+	keeping, stopKeeping := context.WithCancel(context.WithoutCancel(ctx)) // until the calls under way have ended
+	kept := make(chan struct{})
+	go func() {
+		defer close(kept)
+		safely(func() error {
+			binding.KeepMark(keeping, store, token, func() {
+				select {
+				case accepted <- struct{}{}:
+				default:
+				}
+			}, log)
+			return nil
+		})
+	}()
+	defer func() { stopKeeping(); <-kept }()
 	log.Info("serving", "token", token.String(), "ranges", lots.Len(), "addresses", addresses)
-	return run(ctx, handler, listeners, reload, sweep, log)
+	return run(ctx, handler, listeners, accepted, reload, sweep, log)
 }
 
 // weaknesses are what was accepted of the tokens at their keysvc init. They are said in the log, and counted, too.
@@ -444,8 +477,9 @@ func listenUnix(path string, others bool) (net.Listener, error) {
 	return l, err
 }
 
-// run serves until ctx ends, and then finishes the calls under way.
-func run(ctx context.Context, handler http.Handler, listeners []net.Listener,
+// run serves until ctx ends, and then finishes the calls under way. It reloads at SIGHUP, and when a database that was
+// rolled back is accepted.
+func run(ctx context.Context, handler http.Handler, listeners []net.Listener, accepted <-chan struct{},
 	reload func() error, sweep func(context.Context) error, log *slog.Logger) error {
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
@@ -470,14 +504,19 @@ func run(ctx context.Context, handler http.Handler, listeners []net.Listener,
 		defer signal.Stop(hup)
 		minute := time.NewTicker(time.Minute)
 		defer minute.Stop()
+		again := func() {
+			if err := reload(); err != nil {
+				log.Error("reload failed; what was served before goes on", "cause", err.Error())
+			} else {
+				log.Info("reloaded")
+			}
+		}
 		for {
 			select {
 			case <-hup:
-				if err := reload(); err != nil {
-					log.Error("reload failed; what was served before goes on", "cause", err.Error())
-				} else {
-					log.Info("reloaded")
-				}
+				again()
+			case <-accepted:
+				again()
 			case <-minute.C:
 				if err := sweep(gctx); err != nil && gctx.Err() == nil {
 					log.Warn("expired attempts were not removed", "cause", err.Error())

@@ -38,34 +38,32 @@ func storageCommand() *cli.Command {
 }
 
 func storageList(c *cli.Context) error {
-	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
-		return withStore(c, func(store *sqlstore.Store) error {
-			all, err := token.StorageGenerations(c.Context)
+	return withTokenAndStore(c, func(token *hsmkeys.Token, store *sqlstore.Store) error {
+		all, err := token.StorageGenerations(c.Context)
+		if err != nil {
+			return err
+		}
+		type row struct {
+			Generation int `json:"generation"`
+			KMEs       int `json:"kmes"`
+		}
+		rows := []row{}
+		for _, g := range all {
+			from, err := store.CountSealed(c.Context, hsmkeys.SealedFrom(g))
 			if err != nil {
 				return err
 			}
-			type row struct {
-				Generation int `json:"generation"`
-				KMEs       int `json:"kmes"`
+			to, err := store.CountSealed(c.Context, hsmkeys.SealedFrom(g+1))
+			if err != nil {
+				return err
 			}
-			rows := []row{}
-			for _, g := range all {
-				from, err := store.CountSealed(c.Context, hsmkeys.SealedFrom(g))
-				if err != nil {
-					return err
-				}
-				to, err := store.CountSealed(c.Context, hsmkeys.SealedFrom(g+1))
-				if err != nil {
-					return err
-				}
-				rows = append(rows, row{g, to - from})
+			rows = append(rows, row{g, to - from})
+		}
+		return cmdline.Print(c, map[string]any{"storage_keys": rows}, func(w io.Writer) {
+			fmt.Fprintf(w, "%10s  %s\n", "GENERATION", "KMES")
+			for _, r := range rows {
+				fmt.Fprintf(w, "%10d  %d\n", r.Generation, r.KMEs)
 			}
-			return cmdline.Print(c, map[string]any{"storage_keys": rows}, func(w io.Writer) {
-				fmt.Fprintf(w, "%10s  %s\n", "GENERATION", "KMES")
-				for _, r := range rows {
-					fmt.Fprintf(w, "%10d  %d\n", r.Generation, r.KMEs)
-				}
-			})
 		})
 	})
 }
@@ -78,56 +76,53 @@ func storageRotate(c *cli.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	return withStore(c, func(store *sqlstore.Store) error {
-		r, err := hsmkeys.OpenRotation(c.Context, c.String("token"), officer)
-		if err != nil {
-			return err
+	r, err := hsmkeys.OpenRotation(c.Context, c.String("token"), officer)
+	if err != nil {
+		return err
+	}
+	return errors.Join(useStore(c, r.Token, func(store *sqlstore.Store) error { return reseal(c, r, store) }), r.Close())
+}
+
+func reseal(c *cli.Context, r *hsmkeys.Rotation, store *sqlstore.Store) error {
+	below, began := hsmkeys.SealedFrom(r.Newest()), time.Now()
+	total, err := store.CountSealed(c.Context, below)
+	if err != nil {
+		return err
+	}
+	if !r.Made() {
+		fmt.Fprintf(c.App.ErrWriter, "no new key was made: generation %d is of a rotation that was not ended; for another key, run keysvc storage retire first, and then this again\n", r.Newest())
+	}
+	fmt.Fprintf(c.App.ErrWriter, "%d KMEs to be sealed again under generation %d of the storage key\n", total, r.Newest())
+	said := began
+	done, err := binding.Reseal(c.Context, r, store, below, func(n int) {
+		if time.Since(said) > 5*time.Second {
+			said = time.Now()
+			rate := float64(n) / time.Since(began).Seconds()
+			left := time.Duration(float64(max(0, total-n)) / rate * float64(time.Second)).Round(time.Second)
+			fmt.Fprintf(c.App.ErrWriter, "%d of %d, %.0f/s, %s left\n", n, total, rate, left)
 		}
-		below, began := hsmkeys.SealedFrom(r.Newest()), time.Now()
-		total, err := store.CountSealed(c.Context, below)
-		if err != nil {
-			return errors.Join(err, r.Close())
-		}
-		if !r.Made() {
-			fmt.Fprintf(c.App.ErrWriter, "no new key was made: generation %d is of a rotation that was not ended; for another key, run keysvc storage retire first, and then this again\n", r.Newest())
-		}
-		fmt.Fprintf(c.App.ErrWriter, "%d KMEs to be sealed again under generation %d of the storage key\n", total, r.Newest())
-		said := began
-		done, err := binding.Reseal(c.Context, r, store, below, func(n int) {
-			if time.Since(said) > 5*time.Second {
-				said = time.Now()
-				rate := float64(n) / time.Since(began).Seconds()
-				left := time.Duration(float64(max(0, total-n)) / rate * float64(time.Second)).Round(time.Second)
-				fmt.Fprintf(c.App.ErrWriter, "%d of %d, %.0f/s, %s left\n", n, total, rate, left)
-			}
-		})
-		if cerr := r.Close(); err == nil {
-			err = cerr
-		}
-		if err != nil && done > 0 {
-			return cmdline.Partial(fmt.Errorf("%d of %d KMEs were sealed again; run the same command again: %w", done, total, err))
-		}
-		if err != nil {
-			return err
-		}
-		seconds := time.Since(began).Seconds()
-		return cmdline.Print(c, map[string]any{"generation": r.Newest(), "made": r.Made(), "resealed": done, "seconds": seconds}, func(w io.Writer) {
-			fmt.Fprintf(w, "%d KMEs were sealed again, in %.0f s; all are under generation %d of the storage key now\nend with keysvc storage retire\n",
-				done, seconds, r.Newest())
-		})
+	})
+	if err != nil && done > 0 {
+		return cmdline.Partial(fmt.Errorf("%d of %d KMEs were sealed again; run the same command again: %w", done, total, err))
+	}
+	if err != nil {
+		return err
+	}
+	seconds := time.Since(began).Seconds()
+	return cmdline.Print(c, map[string]any{"generation": r.Newest(), "made": r.Made(), "resealed": done, "seconds": seconds}, func(w io.Writer) {
+		fmt.Fprintf(w, "%d KMEs were sealed again, in %.0f s; all are under generation %d of the storage key now\nend with keysvc storage retire\n",
+			done, seconds, r.Newest())
 	})
 }
 
 func storageRetire(c *cli.Context) error {
-	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
-		return withStore(c, func(store *sqlstore.Store) error {
-			destroyed, err := binding.RetireStorage(c.Context, token, store)
-			if err != nil {
-				return err
-			}
-			return cmdline.Print(c, map[string]any{"destroyed": append([]int{}, destroyed...)}, func(w io.Writer) {
-				fmt.Fprintf(w, "%d earlier storage keys are destroyed in %s\n", len(destroyed), token)
-			})
+	return withTokenAndStore(c, func(token *hsmkeys.Token, store *sqlstore.Store) error {
+		destroyed, err := binding.RetireStorage(c.Context, token, store)
+		if err != nil {
+			return err
+		}
+		return cmdline.Print(c, map[string]any{"destroyed": append([]int{}, destroyed...)}, func(w io.Writer) {
+			fmt.Fprintf(w, "%d earlier storage keys are destroyed in %s\n", len(destroyed), token)
 		})
 	})
 }

@@ -135,19 +135,17 @@ func lotRetire(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
-		return withStore(c, func(store *sqlstore.Store) error {
-			lot, err := binding.FindLot(c.Context, store, c.Args().First(), c.String("manufacturer"))
-			if err != nil {
-				return err
-			}
-			stands, err := binding.RetireLot(c.Context, token, store, lot, v)
-			if err != nil {
-				return err
-			}
-			what := fmt.Sprintf("lot %s of manufacturer %s is retired, its key is not in %s any more", lot.Manifest.Lot, lot.Manufacturer, token)
-			return printVerdict(c, store, what, lot.Manufacturer, lot.Manifest.Lot, stands)
-		})
+	return withTokenAndStore(c, func(token *hsmkeys.Token, store *sqlstore.Store) error {
+		lot, err := binding.FindLot(c.Context, store, c.Args().First(), c.String("manufacturer"))
+		if err != nil {
+			return err
+		}
+		stands, err := binding.RetireLot(c.Context, token, store, lot, v)
+		if err != nil {
+			return err
+		}
+		what := fmt.Sprintf("lot %s of manufacturer %s is retired, its key is not in %s any more", lot.Manifest.Lot, lot.Manufacturer, token)
+		return printVerdict(c, store, what, lot.Manufacturer, lot.Manifest.Lot, stands)
 	})
 }
 

@@ -12,7 +12,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 )
@@ -60,15 +59,15 @@ func (b *bench) establish(r *report) error {
 }
 
 func (b *bench) lots() (map[string]*directory.Manifest, error) {
-	store, err := sqlstore.Open(b.ctx, sqlstore.InFolder(filepath.Join(b.dir, "keysvc")))
+	out, err := output(b.ctx, "bin/keysvc", "lot", "list", "--state", filepath.Join(b.dir, "keysvc"), "--json")
 	if err != nil {
 		return nil, err
 	}
-	defer store.Close()
-	all, err := store.Lots(b.ctx)
+	var all struct{ Lots []*directory.Manifest }
+	err = json.Unmarshal(out, &all)
 	byName := map[string]*directory.Manifest{}
-	for _, l := range all {
-		byName[l.Manifest.Lot] = l.Manifest
+	for _, m := range all.Lots {
+		byName[m.Lot] = m
 	}
 	return byName, err
 }

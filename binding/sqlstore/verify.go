@@ -1,0 +1,102 @@
+package sqlstore
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"time"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// A Report is what Verify has found.
+type Report struct {
+	Rows    int                   `json:"rows"`
+	Entries int                   `json:"entries"` // of the ledger, which are rows too
+	Damaged []*binding.DamagedRow `json:"damaged"` // maxDamaged at most
+}
+
+// maxDamaged bounds a Report: where there are more, it is not rows that are damaged.
+const maxDamaged = 1000
+
+// Verify reads everything: whether each row and each entry of the ledger is what a service wrote, and the last that it
+// wrote. report is called with the rows read so far.
+func (s *Store) Verify(ctx context.Context, report func(rows int)) (*Report, error) {
+	r := &Report{Damaged: []*binding.DamagedRow{}}
+	read := func() { r.Rows++; report(r.Rows) }
+	// found takes a damage in, and gives any other error.
+	found := func(err error) error {
+		var d *binding.DamagedRow
+		if errors.As(err, &d) && len(r.Damaged) < maxDamaged {
+			r.Damaged = append(r.Damaged, d)
+			return nil
+		}
+		return err
+	}
+	for chain := range int64(binding.Chains) {
+		head, err := s.head(ctx, s.read, chain)
+		if err != nil {
+			return r, err
+		}
+		n, _, err := s.verifyChain(ctx, s.read, chain, head.Seq, func(row) error { read(); return nil })
+		if r.Entries += n; found(err) != nil {
+			return r, err
+		}
+	}
+	for _, t := range tables {
+		err := s.scan(ctx, s.read, t, func(values row) error { read(); return found(s.checkMAC(t, values)) }, "")
+		if err != nil {
+			return r, err
+		}
+	}
+	locked := func(f func(q queryer) error) error {
+		err := f(s.read)
+		if isDamaged(err) { // see registry
+			err = s.begin(ctx, "registry", func(ctx context.Context, tx *sql.Tx) error { return f(tx) })
+		}
+		return found(err)
+	}
+	if err := locked(func(q queryer) error { _, err := s.taken(ctx, q); return err }); err != nil {
+		return r, err
+	}
+	return r, s.imsis(ctx, func(imsi kme.IMSI) error {
+		_, err := s.current(ctx, imsi, time.Now())
+		var d *binding.DamagedRow
+		if errors.As(err, &d) && d.What == changed { // it is in the report
+			return nil
+		}
+		return found(err)
+	})
+}
+
+// imsis calls each for every IMSI of which there is anything.
+func (s *Store) imsis(ctx context.Context, each func(kme.IMSI) error) error {
+	const page = "1000"
+	for after := ""; ; {
+		var texts []string
+		err := query(ctx, s.read, func(scan func(...any) error) error {
+			texts = append(texts, "")
+			return scan(&texts[len(texts)-1])
+		}, `SELECT imsi FROM (
+			SELECT * FROM (SELECT DISTINCT subject AS imsi FROM ledger WHERE subject > $1 AND subject < ':' ORDER BY subject LIMIT `+page+`) AS a UNION
+			SELECT * FROM (SELECT DISTINCT imsi FROM bindings WHERE imsi > $1 ORDER BY imsi LIMIT `+page+`) AS b UNION
+			SELECT * FROM (SELECT DISTINCT imsi FROM attempts WHERE imsi > $1 ORDER BY imsi LIMIT `+page+`) AS c) AS d ORDER BY imsi LIMIT `+page, after)
+		if err != nil || len(texts) == 0 {
+			return err
+		}
+		for _, text := range texts {
+			imsi, err := kme.ParseIMSI(text)
+			if err != nil {
+				err = &binding.DamagedRow{Table: "bindings", Key: text, What: "has no IMSI"}
+			}
+			if err == nil {
+				err = each(imsi)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		after = texts[len(texts)-1]
+	}
+}

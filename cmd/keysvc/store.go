@@ -1,0 +1,189 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/cmdline"
+)
+
+func storeCommand() *cli.Command {
+	return &cli.Command{
+		Name: "store", Usage: "the service's store",
+		Subcommands: []*cli.Command{
+			{
+				Name: "verify", Usage: "read all of the store, and say whether it is what the service has written last",
+				Description: "Every row has a MAC under a key that the token derives; the ledger is a chain, and the token keeps its high-water mark.\n" +
+					"A service may serve meanwhile. Exit code 1 if anything is not as it should be.",
+				Flags: storeFlags(), Action: storeVerify,
+			},
+			{
+				Name: "accept-rollback", Usage: "have a store served that is an earlier one than the service has written",
+				Description: "What was decided since is not in it: KMEs that were used since can be used again, devices that were bound since are not, and what was\n" +
+					"revoked since is not. Bring back the last store instead, if there is one. The reason and your name go into the ledger.",
+				Flags: storeFlags(reasonFlag), Action: cmdline.Alone(storeAccept),
+			},
+			{
+				Name: "log", Usage: "list what was decided, and by whom: the ledger",
+				Flags:  storeFlags(&cli.StringFlag{Name: "imsi", Usage: "only what is about this `IMSI`"}),
+				Action: storeLog,
+			},
+			{
+				Name: "migrate", Usage: "copy everything from one store to another, empty one",
+				Description: "Stop the service first. The other store has all of it in the end, or nothing: rows keep their MACs, which are verified on the way, and the ledger its chains.",
+				Flags: []cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "from", Usage: "the `STORE` to copy: sqlite:PATH, or postgres://USER@HOST/DATABASE"},
+					&cli.StringFlag{Name: "to", Usage: "the empty `STORE` to copy to"}, cmdline.JSON},
+				Action: storeMigrate,
+			},
+		},
+	}
+}
+
+func storeVerify(c *cli.Context) error {
+	return withStoreToken(c, func(token *hsmkeys.Token) error {
+		return openStore(c, token, storeName(c), func(store *sqlstore.Store) error {
+			behind := binding.CheckMark(c.Context, store, token)
+			report, err := store.Verify(c.Context, progress(c, "rows verified"))
+			if err != nil {
+				return err
+			}
+			result := struct {
+				*sqlstore.Report
+				OK         bool   `json:"ok"`
+				RolledBack string `json:"rolled_back,omitempty"`
+			}{Report: report, OK: behind == nil && len(report.Damaged) == 0}
+			if behind != nil {
+				result.RolledBack = behind.Error()
+			}
+			err = cmdline.Print(c, result, func(w io.Writer) {
+				for _, d := range report.Damaged {
+					fmt.Fprintf(w, "%s %s %s\n", d.Table, d.Key, d.What)
+				}
+				if behind != nil {
+					fmt.Fprintln(w, behind)
+				}
+				fmt.Fprintf(w, "%d rows were read, %d of them entries of the ledger; %d are damaged\n", report.Rows, report.Entries, len(report.Damaged))
+			})
+			if err == nil && !result.OK {
+				err = cmdline.Said(fmt.Errorf("the store is not what the service has written last: find out who has changed it; " +
+					"a subscription that is damaged can be ended with keysvc binding revoke, a manufacturer or a lot needs a backup of the store"))
+			}
+			return err
+		})
+	})
+}
+
+// progress says how far a long work is.
+func progress(c *cli.Context, what string) func(n int) {
+	began := time.Now()
+	said := began
+	return func(n int) {
+		if now := time.Now(); now.Sub(said) > 5*time.Second {
+			said = now
+			fmt.Fprintf(c.App.ErrWriter, "%d %s, %.0f/s\n", n, what, float64(n)/now.Sub(began).Seconds())
+		}
+	}
+}
+
+func storeAccept(c *cli.Context) error {
+	if err := cmdline.Require(c, "reason"); err != nil {
+		return err
+	}
+	return withStoreToken(c, func(token *hsmkeys.Token) error {
+		return openStore(c, token, storeName(c), func(store *sqlstore.Store) error {
+			if err := binding.AcceptRollback(c.Context, store, token, c.String("reason")); err != nil {
+				return err
+			}
+			return cmdline.Print(c, map[string]any{"accepted": true}, func(w io.Writer) {
+				fmt.Fprintln(w, "the store is accepted as it is; a service that runs goes on within seconds\nwhat was revoked since it was made is not revoked in it: see the service's log, and keysvc binding report")
+			})
+		})
+	})
+}
+
+const entryLine = "%-20s  %-12s  %-32s  %s\n"
+
+func printEntries(w io.Writer, all []binding.Entry) {
+	for _, e := range all {
+		printEntry(w, e)
+	}
+}
+
+func printEntry(w io.Writer, e binding.Entry) {
+	by := []string{e.Actor.Client, e.Actor.Role, e.Actor.User, e.Actor.Address}
+	if e.Actor.Certificate != "" {
+		by = append(by, "certificate "+e.Actor.Certificate[:min(16, len(e.Actor.Certificate))])
+	}
+	what := e.Subject
+	if e.IMEI != "" {
+		what += " " + e.IMEI
+	}
+	who := strings.Join(strings.Fields(strings.Join(by, " ")), " ")
+	if who == "" {
+		who = "the service"
+	}
+	if e.Detail != "" {
+		who += ": " + e.Detail
+	}
+	fmt.Fprintf(w, entryLine, e.Time.Format(time.RFC3339), e.Event, what, who)
+}
+
+func storeLog(c *cli.Context) error {
+	return withStore(c, func(store *sqlstore.Store) error {
+		all := store.Entries(c.Context)
+		if c.IsSet("imsi") {
+			history, err := store.History(c.Context, c.String("imsi"))
+			if err != nil {
+				return err
+			}
+			all = func(yield func(binding.Entry, error) bool) {
+				for _, e := range history {
+					if !yield(e, nil) {
+						return
+					}
+				}
+			}
+		}
+		if c.Bool("json") {
+			return cmdline.PrintList(c, `"entries"`, all)
+		}
+		fmt.Fprintf(c.App.Writer, entryLine, "TIME", "EVENT", "SUBJECT", "BY")
+		for e, err := range all {
+			if err != nil {
+				return err
+			}
+			printEntry(c.App.Writer, e)
+		}
+		return nil
+	})
+}
+
+func storeMigrate(c *cli.Context) error {
+	if err := cmdline.Require(c, "from", "to"); err != nil {
+		return err
+	}
+	return withStoreToken(c, func(token *hsmkeys.Token) error {
+		return openStore(c, token, c.String("from"), func(from *sqlstore.Store) error {
+			if err := binding.CheckMark(c.Context, from, token); err != nil {
+				return fmt.Errorf("--from: %w", err)
+			}
+			return openStore(c, token, c.String("to"), func(to *sqlstore.Store) error {
+				rows, err := from.Copy(c.Context, to, progress(c, "rows copied"))
+				if err == nil {
+					err = binding.RaiseMark(c.Context, to, token)
+				}
+				if err != nil {
+					return err
+				}
+				return cmdline.Print(c, map[string]any{"rows": rows}, func(w io.Writer) { fmt.Fprintf(w, "%d rows copied\n", rows) })
+			})
+		})
+	})
+}
