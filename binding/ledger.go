@@ -103,6 +103,8 @@ type Ledger interface {
 	// Check fails with ErrRolledBack if the ledger is behind the mark, or behind what this Store has seen under the same
 	// Epoch. It gives how far the ledger is now. Of a token without a mark it is nil: then the ledger must be empty.
 	Check(ctx context.Context, mark *Mark) (*Mark, error)
+	// Seen is how far this Store has seen the ledger come.
+	Seen() *Mark
 	// Accept notes in each chain that it is accepted as it is, and gives the mark to set.
 	Accept(ctx context.Context, mark *Mark, reason string) (*Mark, error)
 	// Moved is sent something after entries were added.

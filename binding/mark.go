@@ -75,17 +75,13 @@ func CheckMark(ctx context.Context, store Ledger, token MarkToken) error {
 	return setMark(ctx, token, now)
 }
 
-// RaiseMark is CheckMark, and raises the mark to how far the ledger is.
+// RaiseMark raises the token's mark to how far this process has seen the ledger come.
 func RaiseMark(ctx context.Context, store Ledger, token MarkToken) error {
 	mark, err := ReadMark(ctx, token)
 	if err != nil {
 		return err
 	}
-	now, err := store.Check(ctx, mark)
-	if err != nil {
-		return err
-	}
-	if raised := mark.merge(now); raised.ahead(mark) {
+	if raised := mark.merge(store.Seen()); raised.ahead(mark) {
 		return setMark(ctx, token, raised)
 	}
 	return nil
@@ -129,7 +125,7 @@ func AcceptRollback(ctx context.Context, store Ledger, token MarkToken, reason s
 // How often a service looks whether the ledger is what it was, sets the mark at most, and reads the whole ledger.
 const (
 	lookEvery = time.Second
-	markEvery = 5 * time.Second
+	markEvery = time.Second
 	readEvery = 10 * time.Minute
 )
 
@@ -171,7 +167,7 @@ func KeepMark(ctx context.Context, store Ledger, token MarkToken, accepted func(
 		select {
 		case <-ctx.Done():
 			// What came last is not to wait for the next start.
-			last, cancel := context.WithTimeout(context.WithoutCancel(ctx), markEvery)
+			last, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 			defer cancel()
 			if err := RaiseMark(last, store, token); err != nil {
 				log.Warn("the high-water mark was not raised at the end", "cause", err.Error())
@@ -182,6 +178,7 @@ func KeepMark(ctx context.Context, store Ledger, token MarkToken, accepted func(
 		case <-look.C:
 			_, err := store.Check(ctx, new(Mark)) // with what this process has seen
 			if errors.Is(err, ErrRolledBack) {    // which may have been accepted
+				say("raising the high-water mark", RaiseMark(ctx, store, token))
 				if err = CheckMark(ctx, store, token); err == nil {
 					verify()
 					accepted()

@@ -10,7 +10,7 @@ Installs, with apt-get, what this machine lacks for a Make target, and nothing e
     build       a C compiler and the C library's headers (cgo, for PKCS #11 and SQLite), CA certificates
     demo        build's, and SoftHSM, curl, jq, openssl
     plugin      build's, and make, the headers of freeDiameter, libcurl and Jansson
-    check       demo's, and shellcheck, OpenSC (pkcs11-tool and pkcs11-spy.so), openCryptoki, p11-kit, NSS softoken
+    check       demo's, and shellcheck, age, SQLite's shell, OpenSC (pkcs11-tool and pkcs11-spy.so), openCryptoki, p11-kit, NSS softoken
     test        check's and plugin's, and freeDiameterd, clang with libFuzzer, tshark, spin, PostgreSQL, Chromium
     generate    protoc
 
@@ -90,6 +90,7 @@ for_check() {
 	for_demo
 	need shellcheck command -v shellcheck
 	need age command -v age
+	need sqlite3 command -v sqlite3
 	need opensc command -v pkcs11-tool
 	need opensc-pkcs11 has_spy
 	need opencryptoki command -v pkcsslotd

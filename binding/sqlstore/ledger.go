@@ -141,6 +141,12 @@ func (s *Store) saw(chain int64, head binding.Head) {
 	}
 }
 
+func (s *Store) Seen() *binding.Mark {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return &binding.Mark{Epoch: s.epoch, Heads: s.seen}
+}
+
 func (s *Store) Moved() <-chan struct{} { return s.moved }
 
 // refuse has every method fail from now on.
@@ -160,14 +166,13 @@ func (s *Store) refusal() error {
 }
 
 func (s *Store) Check(ctx context.Context, mark *binding.Mark) (*binding.Mark, error) {
-	want := binding.Mark{}
 	s.mu.Lock()
 	if mark != nil && mark.Epoch > s.epoch { // what was wrong is accepted
 		s.epoch, s.seen = mark.Epoch, mark.Heads
 		s.broken.Store(nil)
 	}
-	want.Epoch, want.Heads = s.epoch, s.seen
 	s.mu.Unlock()
+	want := s.Seen()
 	if mark != nil && mark.Epoch == want.Epoch {
 		for i, h := range mark.Heads {
 			if h.Seq > want.Heads[i].Seq {
