@@ -49,8 +49,9 @@ func (s *Store) noteIn(ctx context.Context, tx *txn, chain int64, e entry) (seq 
 	if err != nil {
 		return 0, err
 	}
-	if err := s.behind(chain, head); err != nil {
-		return 0, err
+	seen := s.Seen().Heads[chain]
+	if head.Seq < seen.Seq || head.Seq == seen.Seq && !bytes.Equal(head.MAC, seen.MAC) {
+		return 0, s.refuse(rolledBack(chain, head, seen))
 	}
 	actor, err := s.actor(ctx, tx)
 	if err != nil {
@@ -110,17 +111,6 @@ func (s *Store) actor(ctx context.Context, tx *txn) ([]byte, error) {
 // maxActors bounds the memory for those that are entered.
 const maxActors = 10_000
 
-// behind says whether a chain's head is before one that this process has seen.
-func (s *Store) behind(chain int64, head binding.Head) error {
-	s.mu.Lock()
-	seen := s.seen[chain]
-	s.mu.Unlock()
-	if head.Seq < seen.Seq || head.Seq == seen.Seq && !bytes.Equal(head.MAC, seen.MAC) {
-		return s.refuse(rolledBack(chain, head, seen))
-	}
-	return nil
-}
-
 func rolledBack(chain int64, head, seen binding.Head) error {
 	if head.Seq < seen.Seq {
 		return fmt.Errorf("%w (chain %d of the ledger has %d entries, and had %d)", binding.ErrRolledBack, chain, head.Seq, seen.Seq)
@@ -165,6 +155,23 @@ func (s *Store) refusal() error {
 	return nil
 }
 
+// reached refuses a chain that has not, or has no more, the entry that it had come to.
+func (s *Store) reached(ctx context.Context, chain int64, head, had binding.Head) error {
+	if head.Seq > had.Seq && had.Seq > 0 {
+		head.Seq = had.Seq
+		err := s.read.QueryRowContext(ctx, `SELECT mac FROM ledger WHERE chain = $1 AND seq = $2`, chain, had.Seq).Scan((*[]byte)(&head.MAC))
+		if errors.Is(err, sql.ErrNoRows) {
+			head.MAC = nil
+		} else if err != nil {
+			return err
+		}
+	}
+	if head.Seq < had.Seq || head.Seq == had.Seq && !bytes.Equal(head.MAC, had.MAC) {
+		return s.refuse(rolledBack(chain, head, had))
+	}
+	return nil
+}
+
 func (s *Store) Check(ctx context.Context, mark *binding.Mark) (*binding.Mark, error) {
 	s.mu.Lock()
 	if mark != nil && mark.Epoch > s.epoch { // what was wrong is accepted
@@ -172,35 +179,25 @@ func (s *Store) Check(ctx context.Context, mark *binding.Mark) (*binding.Mark, e
 		s.broken.Store(nil)
 	}
 	s.mu.Unlock()
-	want := s.Seen()
-	if mark != nil && mark.Epoch == want.Epoch {
-		for i, h := range mark.Heads {
-			if h.Seq > want.Heads[i].Seq {
-				want.Heads[i] = h
-			}
-		}
-	}
-	now := &binding.Mark{Epoch: want.Epoch}
+	seen := s.Seen()
+	now := &binding.Mark{Epoch: seen.Epoch}
 	for i := range now.Heads {
-		chain := int64(i)
-		head, err := s.head(ctx, s.read, chain)
+		head, err := s.head(ctx, s.read, int64(i))
 		if err != nil {
 			return nil, err
 		}
 		now.Heads[i] = head
-		if mark == nil && head.Seq > 0 && want.Heads[i].Seq == 0 {
+		if mark == nil && head.Seq > 0 && seen.Heads[i].Seq == 0 {
 			return nil, s.refuse(fmt.Errorf("%w (the token has no high-water mark, and the ledger is not empty: the token is another one than it was)", binding.ErrRolledBack))
 		}
-		at, seen := head, want.Heads[i]
-		if head.Seq > seen.Seq && seen.Seq > 0 {
-			at.Seq = seen.Seq
-			err := s.read.QueryRowContext(ctx, `SELECT mac FROM ledger WHERE chain = $1 AND seq = $2`, chain, seen.Seq).Scan((*[]byte)(&at.MAC))
-			if err != nil && !errors.Is(err, sql.ErrNoRows) {
-				return nil, err
-			}
+		if err := s.reached(ctx, int64(i), head, seen.Heads[i]); err != nil {
+			return nil, err
 		}
-		if at.Seq < seen.Seq || at.Seq == seen.Seq && seen.Seq > 0 && !bytes.Equal(at.MAC, seen.MAC) {
-			return nil, s.refuse(rolledBack(chain, at, seen))
+		if mark == nil || mark.Epoch < seen.Epoch {
+			continue
+		}
+		if err := s.reached(ctx, int64(i), head, mark.Heads[i]); err != nil {
+			return nil, err
 		}
 	}
 	s.mu.Lock()
