@@ -216,9 +216,6 @@ func rolledBack(t *testing.T, s Store) {
 			t.Errorf("%+v", e)
 		}
 	}
-	if _, err := s.Check(ctx, nil); err == nil {
-		t.Error("a ledger that is not empty was taken for a new token's")
-	}
 }
 
 func must(t *testing.T, s Store, subject string) []binding.Entry {
