@@ -15,8 +15,8 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys"
 )
 
-// A backup carries a token's storage and ledger key to another token of the operator's. Nobody signs it: an operator's
-// token has no key for that.
+// A backup carries a token's storage and ledger key to another token of the operator's, and how far the ledger had come.
+// Nobody signs it: an operator's token has no key for that.
 type backup struct {
 	Type       string      `json:"typ"`   // typeBackup
 	Token      string      `json:"token"` // the serial number of the token whose keys they are
@@ -24,6 +24,7 @@ type backup struct {
 	RestoreKey string      `json:"restore_key"` // RFC 7638 thumbprint of the key that they are wrapped under
 	Algorithm  string      `json:"alg"`
 	Keys       []backupKey `json:"keys"`
+	Mark       *Mark       `json:"mark,omitempty"`
 }
 
 type backupKey struct {
@@ -36,8 +37,8 @@ type backupKey struct {
 const typeBackup = "kme-token-backup"
 
 // NewBackup makes the file, and what identifies it: the SHA-256 of its bytes, for people to read out.
-func NewBackup(token string, to *rsa.PublicKey, keys []hsmkeys.Carried) (data []byte, thumbprint string, err error) {
-	b := backup{typeBackup, token, time.Now().UTC().Truncate(time.Second), directory.RSAThumbprint(to), directory.RSAOAEP, nil}
+func NewBackup(token string, to *rsa.PublicKey, keys []hsmkeys.Carried, mark *Mark) (data []byte, thumbprint string, err error) {
+	b := backup{typeBackup, token, time.Now().UTC().Truncate(time.Second), directory.RSAThumbprint(to), directory.RSAOAEP, nil, mark}
 	for _, k := range keys {
 		b.Keys = append(b.Keys, backupKey{k.Key.Role, k.Key.Generation, k.Wrapped, k.Check})
 	}
@@ -53,6 +54,7 @@ func backupThumbprint(data []byte) string {
 
 // A RestoreToken is what Restore needs of the operator's HSM.
 type RestoreToken interface {
+	MarkToken
 	RestoreKeys(ctx context.Context) ([]*rsa.PublicKey, error)
 	CarryIn(ctx context.Context, to *rsa.PublicKey, all []hsmkeys.Carried) ([]hsmkeys.Key, error)
 	DestroyRestoreKey(ctx context.Context, pub *rsa.PublicKey) error
@@ -92,7 +94,14 @@ func Restore(ctx context.Context, token RestoreToken, data []byte, thumbprint st
 	switch {
 	case errors.Is(err, hsmkeys.ErrNoKey):
 		return nil, fmt.Errorf("the backup was made for key %s, which this token has not got: run keysvc backup prepare on it, and make a backup for that: %w", b.RestoreKey, err)
-	case err != nil || to.N == nil:
+	case err != nil:
+		return taken, err
+	}
+	mark, err := ReadMark(ctx, token)
+	if raised := mark.merge(b.Mark); err == nil && raised != nil && raised.ahead(mark) {
+		err = setMark(ctx, token, raised)
+	}
+	if err != nil || to.N == nil {
 		return taken, err
 	}
 	return taken, token.DestroyRestoreKey(ctx, to)

@@ -16,7 +16,7 @@ func TestRestoreToUnprepared(t *testing.T) {
 	t.Cleanup(func() { token.Close() })
 	to := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072))
 	keys := []hsmkeys.Carried{{Key: hsmkeys.Key{Role: hsmkeys.RoleLedger}, Wrapped: []byte{1}, Check: []byte{1}}}
-	data, thumbprint, err := binding.NewBackup("0123", &to.PublicKey, keys)
+	data, thumbprint, err := binding.NewBackup("0123", &to.PublicKey, keys, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -53,8 +53,11 @@ func (m *Mark) merge(o *Mark) *Mark {
 
 // ahead says whether a mark is higher than another one that it was merged with.
 func (m *Mark) ahead(o *Mark) bool {
+	if o == nil || m.Epoch > o.Epoch {
+		return true
+	}
 	for i, h := range m.Heads {
-		if o == nil || h.Seq > o.Heads[i].Seq {
+		if h.Seq > o.Heads[i].Seq {
 			return true
 		}
 	}

@@ -101,7 +101,11 @@ func backupCreate(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		data, thumbprint, err := binding.NewBackup(token.Serial(), to, keys)
+		mark, err := binding.ReadMark(c.Context, token)
+		if err != nil {
+			return err
+		}
+		data, thumbprint, err := binding.NewBackup(token.Serial(), to, keys, mark)
 		if err == nil {
 			err = writeOut(c.String("out"), data)
 		}

@@ -1,0 +1,91 @@
+package hsmkeys
+
+import (
+	"bytes"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/miekg/pkcs11"
+
+	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+)
+
+// A mark is there until the next one, for whoever has the user PIN; several who set one leave one, or theirs.
+func TestMark(t *testing.T) {
+	tok := softhsmtest.Operator(t)
+	token := newOperatorOn(t, tok)
+	marks := func() [][]byte {
+		t.Helper()
+		all, err := token.Marks(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return all
+	}
+	set := func(mark string) {
+		t.Helper()
+		if err := token.SetMark(t.Context(), []byte(mark)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if all := marks(); len(all) != 0 {
+		t.Errorf("a token that has none gives %q", all)
+	}
+	long := strings.Repeat("a mark of sixteen chains ", 80)
+	for _, mark := range []string{"1", long, "3"} {
+		set(mark)
+		if all := marks(); len(all) != 1 || string(all[0]) != mark {
+			t.Errorf("set %q, and got %q", mark, all)
+		}
+	}
+	var done sync.WaitGroup
+	for i := range 8 {
+		done.Go(func() {
+			if err := token.SetMark(t.Context(), fmt.Append(nil, i)); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	done.Wait()
+	if len(marks()) == 0 {
+		t.Error("none of several is left")
+	}
+	set("last")
+	if all := marks(); len(all) != 1 || !bytes.Equal(all[0], []byte("last")) {
+		t.Errorf("the last one: %q", all)
+	}
+
+	// Without a PIN nobody sees it, or puts another one there.
+	err := token.with(t.Context(), "look", func(s *session) error {
+		found, err := s.findObjects(attributes{attr(pkcs11.CKA_LABEL, markLabel), attr(pkcs11.CKA_PRIVATE, false)})
+		if len(found) > 0 {
+			t.Error("a mark is an object that needs no PIN")
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Derived keys are those of the ledger key and the purpose.
+func TestDerive(t *testing.T) {
+	one, two := newOperator(t), newOperator(t)
+	derive := func(token *Token, purpose string) []byte {
+		t.Helper()
+		key, err := token.Derive(t.Context(), purpose)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return key.Bytes()
+	}
+	rows := derive(one, "rows")
+	if !bytes.Equal(rows, derive(one, "rows")) || bytes.Equal(rows, derive(one, "pages")) || bytes.Equal(rows, derive(two, "rows")) {
+		t.Error("a derived key is not that of its token and its purpose")
+	}
+	if _, err := one.Derive(t.Context(), "0123456789abcdef"); err == nil {
+		t.Error("a purpose was taken whose name is as long as a KME")
+	}
+}
