@@ -68,7 +68,8 @@ func TestVaultRateLimit(t *testing.T) {
 // Ten thousand devices of a million are revoked in Vault as it is set up, by the line's own policy, and one more; an
 // operator reads them by its policy. One list of all of them would be more than a Raft entry takes.
 func TestVaultRevocationsOfAMillion(t *testing.T) {
-	server, as, _ := world(t)
+	server := vaulttest.Any(t)
+	as, _ := world(t, server)
 	for _, path := range []string{"revocations", "revoked/000000"} {
 		if _, err := server.Client(t, server.Root).Logical().Delete("kme/metadata/lots/L1/" + path); err != nil {
 			t.Fatal(err)
