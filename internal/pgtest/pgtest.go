@@ -144,19 +144,41 @@ func (s *Server) Kill(t testing.TB) {
 	t.Fatal("a connection of a killed PostgreSQL does not end")
 }
 
-// Database makes an empty database, and gives its connection string.
+// Database makes an empty database, and gives its connection string, as the superuser.
 func (s *Server) Database(t testing.TB) string {
 	t.Helper()
-	db, err := sql.Open("pgx", s.url("postgres"))
+	name := fmt.Sprintf("t%d", s.databases.Add(1))
+	s.Exec(t, "CREATE DATABASE "+name)
+	return s.url(name)
+}
+
+// As is the connection string of a database as another role, that must be there.
+func (s *Server) As(t testing.TB, database, role string) string {
+	t.Helper()
+	u, err := url.Parse(database)
+	if err != nil {
+		t.Fatal(err)
+	}
+	u.User = url.User(role)
+	return u.String()
+}
+
+// Exec executes statements, as the superuser; ExecIn does so in a database that Database or As has named.
+func (s *Server) Exec(t testing.TB, statements string) {
+	t.Helper()
+	s.ExecIn(t, s.url("postgres"), statements)
+}
+
+func (s *Server) ExecIn(t testing.TB, database, statements string) {
+	t.Helper()
+	db, err := sql.Open("pgx", s.As(t, database, "postgres"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer db.Close()
-	name := fmt.Sprintf("t%d", s.databases.Add(1))
-	if _, err := db.ExecContext(t.Context(), "CREATE DATABASE "+name); err != nil {
-		t.Fatal(err)
+	if _, err := db.ExecContext(t.Context(), statements); err != nil {
+		t.Fatalf("%s: %v", statements, err)
 	}
-	return s.url(name)
 }
 
 func (s *Server) url(database string) string {
