@@ -26,7 +26,8 @@ func CheckName(name string) error {
 }
 
 // Open opens the store that name stands for, or makes it: sqlite:PATH, or a connection string of PostgreSQL,
-// postgres://USER@HOST/DATABASE. A password for that is better in PGPASSFILE than in the string.
+// postgres://USER@HOST/DATABASE?sslmode=verify-full. A password for that is better in PGPASSFILE than in the string. Tables in
+// PostgreSQL are made by the role that owns them: see Upgrade.
 //
 // key is that of the rows' MACs, hsmkeys' Derive for RowKey: a store that was written under another one is damaged. It is
 // copied.

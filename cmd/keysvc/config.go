@@ -44,7 +44,7 @@ const configHelp = `The configuration (a relative path in it is relative to its 
                                        # provision_from: [home]: origins that may provision: home (names of the IMSI's
                                        # own PLMN, mme.epc.mnc001.mcc001.3gppnetwork.org), any, "26202" (that
                                        # PLMN's), names of hosts, "*.example.net"
-    store: postgres://keysvc@db/keysvc # for several instances (default: SQLite in the state folder); its
+    store: postgres://keysvc@db/keysvc?sslmode=verify-full # for several instances (default: SQLite in the state folder); its
                                        # password: PGPASSFILE
     attempt_ttl: 5m                    # how long a device has for EstablishKME after PrepareVector
     pending_ttl: 1h                    # how long a device has to show its KME after EstablishKME
