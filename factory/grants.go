@@ -28,8 +28,8 @@ func RecordGrant(state, operator, lot string) error {
 	return durable.WriteFile(filepath.Join(dir, lot), []byte(time.Now().UTC().Format(time.RFC3339)+"\n"), 0o644)
 }
 
-// GrantedLots lists the lots that an operator was granted, sorted, for a policy of Vault's. Vault knows no capital letters in a policy's
-// name: operators whose names differ in them alone are refused.
+// GrantedLots lists the lots that an operator was granted, sorted, for a policy of Vault's. Vault knows no capital
+// letters in a policy's name: operators whose names differ in them alone are refused.
 func GrantedLots(state, operator string) (lots []string, err error) {
 	if err := directory.CheckName(operator); err != nil {
 		return nil, err
@@ -52,7 +52,8 @@ func GrantedLots(state, operator string) (lots []string, err error) {
 	}
 	for _, other := range operators {
 		if other != operator && strings.EqualFold(other, operator) {
-			return nil, fmt.Errorf("to Vault the operators %s and %s are one, and would have one policy: enroll one of them by another name, and grant it its lots by that", min(operator, other), max(operator, other))
+			return nil, fmt.Errorf("to Vault the operators %s and %s are one, and would have one policy: "+
+				"enroll one of them by another name, and grant it its lots by that", min(operator, other), max(operator, other))
 		}
 	}
 	return names(operator)

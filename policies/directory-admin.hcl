@@ -1,5 +1,5 @@
-# Whoever looks after the directory: how its mount is described, and how many versions of an object are kept. No object of it; and no
-# policy, AppRole or mount: whoever writes one of those may give it, and so itself, all of Vault.
+# Whoever looks after the directory: how its mount is described, and how many versions of an object are kept. No
+# object of it; and no policy, AppRole or mount: whoever writes one of those may give it, and so itself, all of Vault.
 path "sys/mounts/{{.Mount}}" {
   capabilities = ["read"]
 }

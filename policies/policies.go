@@ -37,7 +37,8 @@ func Of(mount, role string) (string, error) {
 
 // Operator is the policy of an operator who was granted lots.
 func Operator(mount, operator string, lots []string) (string, error) {
-	return render("operator-reader", map[string]any{"Mount": mount, "Operator": operator, "Lots": lots}, slices.Concat([]string{mount, operator}, lots)...)
+	values := map[string]any{"Mount": mount, "Operator": operator, "Lots": lots}
+	return render("operator-reader", values, slices.Concat([]string{mount, operator}, lots)...)
 }
 
 // render refuses names that a policy would take for more than themselves: a + or a *, and what ends a line.

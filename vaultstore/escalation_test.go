@@ -20,7 +20,7 @@ import (
 )
 
 // ask sends one request with a token, as curl would, and gives the status and the answer.
-func ask(t *testing.T, server *vaulttest.Server, token, method, path, body string, header ...string) (status int, answer string) {
+func ask(t *testing.T, server *vaulttest.Server, token, method, path, body string, header ...string) (int, string) {
 	t.Helper()
 	r, err := http.NewRequestWithContext(t.Context(), method, server.Addr+"/v1/"+path, strings.NewReader(body))
 	if err != nil {
@@ -42,150 +42,181 @@ func ask(t *testing.T, server *vaulttest.Server, token, method, path, body strin
 	return response.StatusCode, string(data)
 }
 
-const anything = `{"policy": "path \"*\" { capabilities = [\"create\", \"read\", \"update\", \"delete\", \"list\", \"sudo\"] }"}`
+const anything = `{"policy": "path \"*\" { capabilities = [\"create\", \"read\", \"update\", \"delete\", \"sudo\"] }"}`
 
-// What the holder of a policy would try, to get more than it gives. Vault's default policy, which each login has too, is tried along.
+// What the holder of a policy would try, to get more than it gives. Vault's default policy, which each login has too,
+// is tried along.
 var escalations = []struct {
-	what, method, path, body string
-	allowed                  string // the policies that may, or "default": whoever has a login
-	root                     int    // what root's token is answered, where that is no success
+	what    string
+	request string // method and path
+	body    string
+	allowed string // the policies that may, or "default": whoever has a login
+	root    int    // what root's token is answered, where that is no success
 }{
 	// Policies.
-	{what: "write a policy", method: "PUT", path: "sys/policies/acl/anything", body: anything},
-	{what: "write one by its older path", method: "PUT", path: "sys/policy/anything", body: anything},
-	{what: "write a policy of the directory", method: "PUT", path: "sys/policies/acl/kme-operator-x", body: anything},
-	{what: "write its own policy", method: "PUT", path: "sys/policies/acl/kme-directory-admin", body: anything},
-	{what: "write the publisher's", method: "PUT", path: "sys/policy/kme-factory-publisher", body: anything},
-	{what: "write the operator's", method: "PUT", path: "sys/policies/acl/kme-operator-acme", body: anything},
-	{what: "write the default policy", method: "PUT", path: "sys/policies/acl/default", body: anything},
-	{what: "read a policy of the directory", method: "GET", path: "sys/policies/acl/kme-auditor"},
-	{what: "list the policies", method: "LIST", path: "sys/policies/acl"},
-	{what: "list them by the older path", method: "GET", path: "sys/policy"},
-	{what: "write a policy for passwords", method: "PUT", path: "sys/policies/password/p", body: `{"policy": "length = 20\nrule \"charset\" { charset = \"abcde\" }"}`},
-	{what: "delete a policy", method: "DELETE", path: "sys/policies/acl/kme-operator-x"},
+	{"write a policy", "PUT sys/policies/acl/anything", anything, "", 0},
+	{"write one by its older path", "PUT sys/policy/anything", anything, "", 0},
+	{"write a policy of the directory", "PUT sys/policies/acl/kme-operator-x", anything, "", 0},
+	{"write its own policy", "PUT sys/policies/acl/kme-directory-admin", anything, "", 0},
+	{"write the publisher's", "PUT sys/policy/kme-factory-publisher", anything, "", 0},
+	{"write the operator's", "PUT sys/policies/acl/kme-operator-acme", anything, "", 0},
+	{"write the default policy", "PUT sys/policies/acl/default", anything, "", 0},
+	{"read a policy of the directory", "GET sys/policies/acl/kme-auditor", "", "", 0},
+	{"list the policies", "LIST sys/policies/acl", "", "", 0},
+	{"list them by the older path", "GET sys/policy", "", "", 0},
+	{
+		"write a policy for passwords", "PUT sys/policies/password/p",
+		`{"policy": "length = 20\nrule \"charset\" { charset = \"abcde\" }"}`, "", 0,
+	},
+	{"delete a policy", "DELETE sys/policies/acl/kme-operator-x", "", "", 0},
 
 	// Logins that have another policy.
-	{what: "make an AppRole of the directory with root's children", method: "POST", path: "auth/approle/role/kme-operator-x", body: `{"token_policies": "kme-factory-publisher,anything"}`},
-	{what: "change the publisher's AppRole", method: "POST", path: "auth/approle/role/kme-factory-publisher/policies", body: `{"token_policies": "anything"}`},
-	{what: "make another AppRole", method: "POST", path: "auth/approle/role/x", body: `{"token_policies": "anything"}`},
-	{what: "read the publisher's role id", method: "GET", path: "auth/approle/role/kme-factory-publisher/role-id"},
-	{what: "set it", method: "POST", path: "auth/approle/role/kme-factory-publisher/role-id", body: `{"role_id": "known"}`},
-	{what: "have a secret id of the publisher", method: "POST", path: "auth/approle/role/kme-factory-publisher/secret-id"},
-	{what: "set one", method: "POST", path: "auth/approle/role/kme-factory-publisher/custom-secret-id", body: `{"secret_id": "known"}`},
-	{what: "list the AppRoles", method: "LIST", path: "auth/approle/role"},
-	{what: "delete an AppRole", method: "DELETE", path: "auth/approle/role/kme-operator-x"},
-	{what: "make a token with root's policy", method: "POST", path: "auth/token/create", body: `{"policies": ["root"]}`},
-	{what: "make a token with its own", method: "POST", path: "auth/token/create", body: `{}`},
-	{what: "make a token without parent", method: "POST", path: "auth/token/create-orphan", body: `{"policies": ["root"]}`},
-	{what: "make a role of tokens", method: "POST", path: "auth/token/roles/r", body: `{"allowed_policies": "anything", "orphan": true}`},
-	{what: "make a token of a role", method: "POST", path: "auth/token/create/r", body: `{"policies": ["anything"]}`},
-	{what: "list the tokens", method: "LIST", path: "auth/token/accessors"},
-	{what: "look up another's token", method: "POST", path: "auth/token/lookup", body: `{"token": "VICTIM"}`},
-	{what: "look it up by its accessor", method: "POST", path: "auth/token/lookup-accessor", body: `{"accessor": "ACCESSOR"}`},
-	{what: "look up its own token", method: "GET", path: "auth/token/lookup-self", allowed: "default"},
+	{
+		"make an AppRole of the directory with root's children", "POST auth/approle/role/kme-operator-x",
+		`{"token_policies": "kme-factory-publisher,anything"}`, "", 0,
+	},
+	{
+		"change the publisher's AppRole", "POST auth/approle/role/kme-factory-publisher/policies",
+		`{"token_policies": "anything"}`, "", 0,
+	},
+	{"make another AppRole", "POST auth/approle/role/x", `{"token_policies": "anything"}`, "", 0},
+	{"read the publisher's role id", "GET auth/approle/role/kme-factory-publisher/role-id", "", "", 0},
+	{"set it", "POST auth/approle/role/kme-factory-publisher/role-id", `{"role_id": "known"}`, "", 0},
+	{"have a secret id of the publisher", "POST auth/approle/role/kme-factory-publisher/secret-id", "", "", 0},
+	{"set one", "POST auth/approle/role/kme-factory-publisher/custom-secret-id", `{"secret_id": "known"}`, "", 0},
+	{"list the AppRoles", "LIST auth/approle/role", "", "", 0},
+	{"delete an AppRole", "DELETE auth/approle/role/kme-operator-x", "", "", 0},
+	{"make a token with root's policy", "POST auth/token/create", `{"policies": ["root"]}`, "", 0},
+	{"make a token with its own", "POST auth/token/create", `{}`, "", 0},
+	{"make a token without parent", "POST auth/token/create-orphan", `{"policies": ["root"]}`, "", 0},
+	{"make a role of tokens", "POST auth/token/roles/r", `{"allowed_policies": "anything", "orphan": true}`, "", 0},
+	{"make a token of a role", "POST auth/token/create/r", `{"policies": ["anything"]}`, "", 0},
+	{"list the tokens", "LIST auth/token/accessors", "", "", 0},
+	{"look up another's token", "POST auth/token/lookup", `{"token": "VICTIM"}`, "", 0},
+	{"look it up by its accessor", "POST auth/token/lookup-accessor", `{"accessor": "ACCESSOR"}`, "", 0},
+	{"look up its own token", "GET auth/token/lookup-self", "", "default", 0},
 
 	// Policies by way of the identity that a login has.
-	{what: "make an identity with a policy", method: "POST", path: "identity/entity", body: `{"name": "e", "policies": ["anything"]}`},
-	{what: "change one", method: "POST", path: "identity/entity/name/e", body: `{"policies": ["anything", "kme-auditor"]}`},
-	{what: "make a group with a policy", method: "POST", path: "identity/group", body: `{"name": "g", "policies": ["anything"]}`},
-	{what: "change it", method: "POST", path: "identity/group/name/g", body: `{"policies": ["anything", "kme-auditor"]}`},
-	{what: "make an alias of an identity", method: "POST", path: "identity/entity-alias", body: `{"name": "a", "canonical_id": "ENTITY", "mount_accessor": "APPROLE"}`},
-	{what: "list the identities", method: "LIST", path: "identity/entity/name"},
-	{what: "make an identity token's key", method: "POST", path: "identity/oidc/key/k", body: `{}`},
+	{"make an identity with a policy", "POST identity/entity", `{"name": "e", "policies": ["anything"]}`, "", 0},
+	{"change one", "POST identity/entity/name/e", `{"policies": ["anything", "kme-auditor"]}`, "", 0},
+	{"make a group with a policy", "POST identity/group", `{"name": "g", "policies": ["anything"]}`, "", 0},
+	{"change it", "POST identity/group/name/g", `{"policies": ["anything", "kme-auditor"]}`, "", 0},
+	{
+		"make an alias of an identity", "POST identity/entity-alias",
+		`{"name": "a", "canonical_id": "ENTITY", "mount_accessor": "APPROLE"}`, "", 0,
+	},
+	{"list the identities", "LIST identity/entity/name", "", "", 0},
+	{"make an identity token's key", "POST identity/oidc/key/k", `{}`, "", 0},
 
 	// Mounts.
-	{what: "enable a way to log in", method: "POST", path: "sys/auth/other", body: `{"type": "approle"}`},
-	{what: "tune one", method: "POST", path: "sys/auth/approle/tune", body: `{"description": "d", "token_type": "default-service"}`},
-	{what: "tune it by the path of a mount", method: "POST", path: "sys/mounts/auth/approle/tune", body: `{"description": "d"}`},
-	{what: "disable one", method: "DELETE", path: "sys/auth/other"},
-	{what: "list the ways to log in", method: "GET", path: "sys/auth"},
-	{what: "make another mount", method: "POST", path: "sys/mounts/third", body: `{"type": "kv"}`},
-	{what: "make one whose name begins alike", method: "POST", path: "sys/mounts/kme-third", body: `{"type": "kv"}`},
-	{what: "mount another kind over the directory", method: "POST", path: "sys/mounts/kme", body: `{"type": "transit"}`, root: 400},
-	{what: "tune another mount", method: "POST", path: "sys/mounts/other/tune", body: `{"description": "d"}`},
-	{what: "read another mount's settings", method: "GET", path: "sys/mounts/other"},
-	{what: "list the mounts", method: "GET", path: "sys/mounts"},
-	{what: "read the directory's mount", method: "GET", path: "sys/mounts/kme", allowed: "directory-admin"},
-	{what: "read how it is tuned", method: "GET", path: "sys/mounts/kme/tune", allowed: "directory-admin"},
-	{what: "describe it", method: "POST", path: "sys/mounts/kme/tune", body: `{"description": "d"}`, allowed: "directory-admin"},
-	{what: "make it of version 1", method: "POST", path: "sys/mounts/kme/tune", body: `{"options": {"version": "1"}}`, root: 400},
-	{what: "hand clients' headers to it", method: "POST", path: "sys/mounts/kme/tune", body: `{"passthrough_request_headers": ["X-Vault-Token"]}`},
-	{what: "take its values' hashes from the audit log", method: "POST", path: "sys/mounts/kme/tune", body: `{"audit_non_hmac_response_keys": ["jws"]}`},
-	{what: "change how long a login lives", method: "POST", path: "sys/mounts/kme/tune", body: `{"max_lease_ttl": "87600h"}`},
-	{what: "show it without login", method: "POST", path: "sys/mounts/kme/tune", body: `{"listing_visibility": "unauth"}`},
-	{what: "choose its program", method: "POST", path: "sys/mounts/kme/tune", body: `{"plugin_version": "v0.0.1"}`, root: 400},
-	{what: "move the directory away", method: "POST", path: "sys/remount", body: `{"from": "third", "to": "fourth"}`},
-	{what: "disable the directory", method: "DELETE", path: "sys/mounts/kme-third"},
+	{"enable a way to log in", "POST sys/auth/other", `{"type": "approle"}`, "", 0},
+	{"tune one", "POST sys/auth/approle/tune", `{"description": "d", "token_type": "default-service"}`, "", 0},
+	{"tune it by the path of a mount", "POST sys/mounts/auth/approle/tune", `{"description": "d"}`, "", 0},
+	{"disable one", "DELETE sys/auth/other", "", "", 0},
+	{"list the ways to log in", "GET sys/auth", "", "", 0},
+	{"make another mount", "POST sys/mounts/third", `{"type": "kv"}`, "", 0},
+	{"make one whose name begins alike", "POST sys/mounts/kme-third", `{"type": "kv"}`, "", 0},
+	{"mount another kind over the directory", "POST sys/mounts/kme", `{"type": "transit"}`, "", 400},
+	{"tune another mount", "POST sys/mounts/other/tune", `{"description": "d"}`, "", 0},
+	{"read another mount's settings", "GET sys/mounts/other", "", "", 0},
+	{"list the mounts", "GET sys/mounts", "", "", 0},
+	{"read the directory's mount", "GET sys/mounts/kme", "", "directory-admin", 0},
+	{"read how it is tuned", "GET sys/mounts/kme/tune", "", "directory-admin", 0},
+	{"describe it", "POST sys/mounts/kme/tune", `{"description": "d"}`, "directory-admin", 0},
+	{"make it of version 1", "POST sys/mounts/kme/tune", `{"options": {"version": "1"}}`, "", 400},
+	{
+		"hand clients' headers to it", "POST sys/mounts/kme/tune",
+		`{"passthrough_request_headers": ["X-Vault-Token"]}`, "", 0,
+	},
+	{
+		"take its values' hashes from the audit log", "POST sys/mounts/kme/tune",
+		`{"audit_non_hmac_response_keys": ["jws"]}`, "", 0,
+	},
+	{"change how long a login lives", "POST sys/mounts/kme/tune", `{"max_lease_ttl": "87600h"}`, "", 0},
+	{"show it without login", "POST sys/mounts/kme/tune", `{"listing_visibility": "unauth"}`, "", 0},
+	{"choose its program", "POST sys/mounts/kme/tune", `{"plugin_version": "v0.0.1"}`, "", 400},
+	{"move the directory away", "POST sys/remount", `{"from": "third", "to": "fourth"}`, "", 0},
+	{"disable the directory", "DELETE sys/mounts/kme-third", "", "", 0},
 
 	// The directory's own settings.
-	{what: "read how many versions are kept", method: "GET", path: "kme/config", allowed: "directory-admin auditor"},
-	{what: "keep more versions", method: "POST", path: "kme/config", body: `{"max_versions": 20}`, allowed: "directory-admin"},
-	{what: "insist on compare and set", method: "POST", path: "kme/config", body: `{"cas_required": true}`, allowed: "directory-admin"},
-	{what: "have each object deleted after a second", method: "POST", path: "kme/config", body: `{"delete_version_after": "1s"}`},
-	{what: "configure another mount", method: "POST", path: "other/config", body: `{"max_versions": 1}`},
+	{"read how many versions are kept", "GET kme/config", "", "directory-admin auditor", 0},
+	{"keep more versions", "POST kme/config", `{"max_versions": 20}`, "directory-admin", 0},
+	{"insist on compare and set", "POST kme/config", `{"cas_required": true}`, "directory-admin", 0},
+	{"have each object deleted after a second", "POST kme/config", `{"delete_version_after": "1s"}`, "", 0},
+	{"configure another mount", "POST other/config", `{"max_versions": 1}`, "", 0},
 
 	// Another tenant's secrets.
-	{what: "read the granted lot", method: "GET", path: "kme/data/lots/L1/manifest", allowed: "factory-publisher auditor operator"},
-	{what: "read a lot that was not granted", method: "GET", path: "kme/data/lots/L2/manifest", allowed: "factory-publisher auditor"},
-	{what: "read a lot whose name begins alike", method: "GET", path: "kme/data/lots/L10/manifest", allowed: "factory-publisher auditor"},
-	{what: "the same, its shard", method: "GET", path: "kme/data/lots/L1-x/shards/000000", allowed: "factory-publisher auditor"},
-	{what: "the same, with a dot", method: "GET", path: "kme/data/lots/L1.x/manifest", allowed: "factory-publisher auditor"},
-	{what: "read all lots by a star", method: "GET", path: "kme/data/lots/*/manifest", allowed: "factory-publisher auditor", root: 404},
-	{what: "read all lots by a plus", method: "GET", path: "kme/data/lots/+/manifest", allowed: "factory-publisher auditor", root: 404},
-	{what: "go up from the granted lot", method: "GET", path: "kme/data/lots/L1/shards/%2e%2e%2f%2e%2e%2fL2/manifest", allowed: "auditor", root: 500},
-	{what: "read with a slash in the lot's name", method: "GET", path: "kme/data/lots/L1%2fmanifest", allowed: "factory-publisher auditor operator"},
-	{what: "read another lot that way", method: "GET", path: "kme/data/lots%2fL2%2fmanifest", allowed: "factory-publisher auditor"},
-	{what: "read below a shard", method: "GET", path: "kme/data/lots/L1/shards/000000/x", allowed: "auditor", root: 404},
-	{what: "read which keys an object has", method: "GET", path: "kme/subkeys/lots/L2/manifest"},
-	{what: "read metadata", method: "GET", path: "kme/metadata/lots/L2/manifest", allowed: "auditor"},
-	{what: "list the lots", method: "LIST", path: "kme/metadata/lots", allowed: "factory-publisher auditor"},
-	{what: "read on another mount", method: "GET", path: "other/data/lots/L1/manifest"},
-	{what: "list another mount", method: "LIST", path: "other/metadata/lots"},
+	{"read the granted lot", "GET kme/data/lots/L1/manifest", "", "factory-publisher auditor operator", 0},
+	{"read a lot that was not granted", "GET kme/data/lots/L2/manifest", "", "factory-publisher auditor", 0},
+	{"read a lot whose name begins alike", "GET kme/data/lots/L10/manifest", "", "factory-publisher auditor", 0},
+	{"the same, its shard", "GET kme/data/lots/L1-x/shards/000000", "", "factory-publisher auditor", 0},
+	{"the same, with a dot", "GET kme/data/lots/L1.x/manifest", "", "factory-publisher auditor", 0},
+	{"read all lots by a star", "GET kme/data/lots/*/manifest", "", "factory-publisher auditor", 404},
+	{"read all lots by a plus", "GET kme/data/lots/+/manifest", "", "factory-publisher auditor", 404},
+	{"go up from the granted lot", "GET kme/data/lots/L1/shards/%2e%2e%2f%2e%2e%2fL2/manifest", "", "auditor", 500},
+	{
+		"read with a slash in the lot's name", "GET kme/data/lots/L1%2fmanifest",
+		"", "factory-publisher auditor operator", 0,
+	},
+	{"read another lot that way", "GET kme/data/lots%2fL2%2fmanifest", "", "factory-publisher auditor", 0},
+	{"read below a shard", "GET kme/data/lots/L1/shards/000000/x", "", "auditor", 404},
+	{"read which keys an object has", "GET kme/subkeys/lots/L2/manifest", "", "", 0},
+	{"read metadata", "GET kme/metadata/lots/L2/manifest", "", "auditor", 0},
+	{"list the lots", "LIST kme/metadata/lots", "", "factory-publisher auditor", 0},
+	{"read on another mount", "GET other/data/lots/L1/manifest", "", "", 0},
+	{"list another mount", "LIST other/metadata/lots", "", "", 0},
 
 	// What is published stays.
-	{what: "change a manifest", method: "POST", path: "kme/data/lots/L1/manifest", body: `{"data": {"jws": "y"}, "options": {"cas": 1}}`},
-	{what: "patch it", method: "PATCH", path: "kme/data/lots/L1/manifest", body: `{"data": {"jws": "y"}, "options": {"cas": 2}}`},
-	{what: "patch the revocations", method: "PATCH", path: "kme/data/lots/L1/revocations", body: `{"data": {"more": "y"}, "options": {"cas": 1}}`},
-	{what: "change metadata", method: "POST", path: "kme/metadata/lots/L1/manifest", body: `{"max_versions": 5}`},
-	{what: "delete a manifest", method: "DELETE", path: "kme/data/lots/L1/manifest"},
-	{what: "delete a version", method: "POST", path: "kme/delete/lots/L1/manifest", body: `{"versions": [1]}`},
-	{what: "take that back", method: "POST", path: "kme/undelete/lots/L1/manifest", body: `{"versions": [1]}`},
-	{what: "destroy a version", method: "PUT", path: "kme/destroy/lots/L1/manifest", body: `{"versions": [1]}`},
-	{what: "destroy the revocations", method: "PUT", path: "kme/destroy/lots/L1/revocations", body: `{"versions": [1]}`},
-	{what: "delete all versions", method: "DELETE", path: "kme/metadata/lots/L1/manifest"},
-	{what: "delete all of the revocations", method: "DELETE", path: "kme/metadata/lots/L1/revocations"},
+	{"change a manifest", "POST kme/data/lots/L1/manifest", `{"data": {"jws": "y"}, "options": {"cas": 1}}`, "", 0},
+	{"patch it", "PATCH kme/data/lots/L1/manifest", `{"data": {"jws": "y"}, "options": {"cas": 2}}`, "", 0},
+	{
+		"patch the revocations", "PATCH kme/data/lots/L1/revocations",
+		`{"data": {"more": "y"}, "options": {"cas": 1}}`, "", 0,
+	},
+	{"change metadata", "POST kme/metadata/lots/L1/manifest", `{"max_versions": 5}`, "", 0},
+	{"delete a manifest", "DELETE kme/data/lots/L1/manifest", "", "", 0},
+	{"delete a version", "POST kme/delete/lots/L1/manifest", `{"versions": [1]}`, "", 0},
+	{"take that back", "POST kme/undelete/lots/L1/manifest", `{"versions": [1]}`, "", 0},
+	{"destroy a version", "PUT kme/destroy/lots/L1/manifest", `{"versions": [1]}`, "", 0},
+	{"destroy the revocations", "PUT kme/destroy/lots/L1/revocations", `{"versions": [1]}`, "", 0},
+	{"delete all versions", "DELETE kme/metadata/lots/L1/manifest", "", "", 0},
+	{"delete all of the revocations", "DELETE kme/metadata/lots/L1/revocations", "", "", 0},
 
 	// Vault itself.
-	{what: "read the raw storage", method: "GET", path: "sys/raw/core/keyring", root: 404},
-	{what: "list the audit devices", method: "GET", path: "sys/audit"},
-	{what: "enable one", method: "POST", path: "sys/audit/a", body: `{"type": "file", "options": {"file_path": "discard"}}`},
-	{what: "disable it", method: "DELETE", path: "sys/audit/a"},
-	{what: "hash a value as the audit log does", method: "POST", path: "sys/audit-hash/a", body: `{"input": "x"}`, root: 400},
-	{what: "list leases", method: "LIST", path: "sys/leases/lookup/auth/approle/login", root: 404},
-	{what: "revoke all leases", method: "POST", path: "sys/leases/revoke-prefix/third"},
-	{what: "force that", method: "POST", path: "sys/leases/revoke-force/third"},
-	{what: "take a snapshot of the storage", method: "GET", path: "sys/storage/raft/snapshot"},
-	{what: "read the cluster", method: "GET", path: "sys/storage/raft/configuration"},
-	{what: "take a server out of the cluster", method: "POST", path: "sys/storage/raft/remove-peer", body: `{"server_id": "none"}`},
-	{what: "read the configuration", method: "GET", path: "sys/config/state/sanitized"},
-	{what: "allow a web page", method: "POST", path: "sys/config/cors", body: `{"allowed_origins": "*"}`},
-	{what: "register a program", method: "PUT", path: "sys/plugins/catalog/secret/x", body: `{"sha256": "00", "command": "x"}`, root: 500},
-	{what: "limit the rate of others", method: "POST", path: "sys/quotas/rate-limit/q", body: `{"path": "other", "rate": 1000}`},
-	{what: "rotate the storage's key", method: "PUT", path: "sys/rotate"},
-	{what: "count the requests", method: "GET", path: "sys/internal/counters/requests", root: 404},
+	{"read the raw storage", "GET sys/raw/core/keyring", "", "", 404},
+	{"list the audit devices", "GET sys/audit", "", "", 0},
+	{"enable one", "POST sys/audit/a", `{"type": "file", "options": {"file_path": "discard"}}`, "", 0},
+	{"disable it", "DELETE sys/audit/a", "", "", 0},
+	{"hash a value as the audit log does", "POST sys/audit-hash/a", `{"input": "x"}`, "", 400},
+	{"list leases", "LIST sys/leases/lookup/auth/approle/login", "", "", 404},
+	{"revoke all leases", "POST sys/leases/revoke-prefix/third", "", "", 0},
+	{"force that", "POST sys/leases/revoke-force/third", "", "", 0},
+	{"take a snapshot of the storage", "GET sys/storage/raft/snapshot", "", "", 0},
+	{"read the cluster", "GET sys/storage/raft/configuration", "", "", 0},
+	{"take a server out of the cluster", "POST sys/storage/raft/remove-peer", `{"server_id": "none"}`, "", 0},
+	{"read the configuration", "GET sys/config/state/sanitized", "", "", 0},
+	{"allow a web page", "POST sys/config/cors", `{"allowed_origins": "*"}`, "", 0},
+	{"register a program", "PUT sys/plugins/catalog/secret/x", `{"sha256": "00", "command": "x"}`, "", 500},
+	{"limit the rate of others", "POST sys/quotas/rate-limit/q", `{"path": "other", "rate": 1000}`, "", 0},
+	{"rotate the storage's key", "PUT sys/rotate", "", "", 0},
+	{"count the requests", "GET sys/internal/counters/requests", "", "", 404},
 
 	// What a login without any policy has, and what it is worth.
-	{what: "wrap a value of its own", method: "POST", path: "sys/wrapping/wrap", body: `{"a": "b"}`, allowed: "default"},
-	{what: "look up another's wrapped value", method: "POST", path: "sys/wrapping/lookup", body: `{"token": "WRAPPED"}`, allowed: "default"}, // whoever has that token may
-	{what: "keep a value in its own cubbyhole", method: "POST", path: "cubbyhole/x", body: `{"a": "b"}`, allowed: "default"},
-	{what: "read another's cubbyhole", method: "GET", path: "cubbyhole/victim", allowed: "default", root: 404}, // each token sees its own alone
-	{what: "ask what it may do", method: "POST", path: "sys/capabilities-self", body: `{"paths": ["kme/config"]}`, allowed: "default"},
-	{what: "ask what another may do", method: "POST", path: "sys/capabilities", body: `{"paths": ["kme/config"], "token": "VICTIM"}`},
-	{what: "revoke another's token by its accessor", method: "POST", path: "auth/token/revoke-accessor", body: `{"accessor": "ACCESSOR"}`},
-	{what: "seal Vault", method: "PUT", path: "sys/seal"}, // root's last one
+	{"wrap a value of its own", "POST sys/wrapping/wrap", `{"a": "b"}`, "default", 0},
+	{
+		"look up another's wrapped value", "POST sys/wrapping/lookup",
+		`{"token": "WRAPPED"}`, "default", 0,
+	}, // whoever has that token may
+	{"keep a value in its own cubbyhole", "POST cubbyhole/x", `{"a": "b"}`, "default", 0},
+	{"read another's cubbyhole", "GET cubbyhole/victim", "", "default", 404}, // each token sees its own alone
+	{"ask what it may do", "POST sys/capabilities-self", `{"paths": ["kme/config"]}`, "default", 0},
+	{"ask what another may do", "POST sys/capabilities", `{"paths": ["kme/config"], "token": "VICTIM"}`, "", 0},
+	{"revoke another's token by its accessor", "POST auth/token/revoke-accessor", `{"accessor": "ACCESSOR"}`, "", 0},
+	{"seal Vault", "PUT sys/seal", "", "", 0}, // root's last one
 }
 
-// Each policy against each of them. What is refused has changed nothing, and what root may not do either shows nothing of a policy.
+// Each policy against each of them. What is refused has changed nothing, and what root may not do either shows
+// nothing of a policy.
 func TestVaultEscalation(t *testing.T) {
 	server := vaulttest.Start(t) // root's own requests would harm another
 	_, client := world(t, server)
@@ -223,14 +254,15 @@ func TestVaultEscalation(t *testing.T) {
 		"ENTITY", entity.Data["id"].(string), "APPROLE", auths["approle/"].Accessor)
 	try := func(token string, i int) (status int, answer string) {
 		e := escalations[i]
+		method, path, _ := strings.Cut(e.request, " ")
 		var header []string
 		switch {
-		case e.method == "PATCH":
+		case method == "PATCH":
 			header = []string{"Content-Type", "application/merge-patch+json"}
-		case e.path == "sys/wrapping/wrap":
+		case path == "sys/wrapping/wrap":
 			header = []string{"X-Vault-Wrap-TTL", "5m"}
 		}
-		return ask(t, server, token, e.method, e.path, fill.Replace(e.body), header...)
+		return ask(t, server, token, method, path, fill.Replace(e.body), header...)
 	}
 	if err := root.Sys().TuneMount("kme", api.MountConfigInput{Description: new("d")}); err != nil { // as whoever may will describe it
 		t.Fatal(err)
@@ -242,9 +274,9 @@ func TestVaultEscalation(t *testing.T) {
 			may := e.allowed == "default" || strings.Contains(" "+e.allowed+" ", " "+role+" ")
 			switch {
 			case !may && status != 403:
-				t.Errorf("%s can %s: %s %s: %d %s", role, e.what, e.method, e.path, status, answer)
+				t.Errorf("%s can %s: %s: %d %s", role, e.what, e.request, status, answer)
 			case may && status/100 != 2 && status != e.root:
-				t.Errorf("%s cannot %s: %s %s: %d %s", role, e.what, e.method, e.path, status, answer)
+				t.Errorf("%s cannot %s: %s: %d %s", role, e.what, e.request, status, answer)
 			}
 		}
 	}
@@ -256,7 +288,7 @@ func TestVaultEscalation(t *testing.T) {
 	}
 	for i, e := range escalations {
 		if status, answer := try(server.Root, i); status != e.root && (e.root != 0 || status/100 != 2) {
-			t.Errorf("root's token to %s: %s %s: %d %s", e.what, e.method, e.path, status, answer)
+			t.Errorf("root's token to %s: %s: %d %s", e.what, e.request, status, answer)
 		}
 	}
 }
@@ -327,8 +359,8 @@ func TestVaultCapabilities(t *testing.T) {
 		"identity/group/id/x", "identity/lookup/entity", "identity/oidc/role/x", "cubbyhole/x",
 	}
 	for _, e := range escalations {
-		if !strings.Contains(e.path, "%") {
-			paths = append(paths, e.path)
+		if _, path, _ := strings.Cut(e.request, " "); !strings.Contains(path, "%") {
+			paths = append(paths, path)
 		}
 	}
 	for _, has := range need {
@@ -369,7 +401,8 @@ func TestVaultCapabilities(t *testing.T) {
 	}
 }
 
-// An operator's policy is for one lot, whatever that is called: no name is written into it that a policy would take for more.
+// An operator's policy is for one lot, whatever that is called: no name is written into it that a policy would take
+// for more.
 func TestOperatorNames(t *testing.T) {
 	for _, name := range []string{"", "+", "*", "L*", "L1/+", "../L2", "L1..", "L1\" { capabilities = [\"sudo\"] }\npath \"*", "L1\n", "{{identity.entity.id}}"} {
 		if text, err := policies.Operator("kme", "acme", []string{"L1", name}); err == nil {

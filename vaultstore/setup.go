@@ -17,14 +17,15 @@ type Step struct {
 	Done bool   `json:"done"` // it was so before
 }
 
-// Setup makes a directory's mount and writes its policies, where they are not as they should be. It changes no object. With
-// dryRun it only says what it would do. The client's token is of whoever runs Vault: who may write policies may do everything, so none
-// of ours allows that.
+// Setup makes a directory's mount and writes its policies, where they are not as they should be. It changes no
+// object. With dryRun it only says what it would do. The client's token is of whoever runs Vault: who may write
+// policies may do everything, so none of ours allows that.
 func Setup(ctx context.Context, client *api.Client, mount string, dryRun bool) (steps []Step, err error) {
 	store := New(client, mount)
 	explain := func(err error, what, path string) error {
 		if statusOf(err) == http.StatusForbidden {
-			return fmt.Errorf("this token may not %s %s in Vault (403): a directory is set up with a token of whoever runs Vault, which may make mounts and policies", what, path)
+			return fmt.Errorf("this token may not %s %s in Vault (403): "+
+				"a directory is set up with a token of whoever runs Vault, which may make mounts and policies", what, path)
 		}
 		return store.explain(err, what, path)
 	}

@@ -26,11 +26,11 @@ func CheckName(name string) error {
 }
 
 // Open opens the store that name stands for, or makes it: sqlite:PATH, or a connection string of PostgreSQL,
-// postgres://USER@HOST/DATABASE?sslmode=verify-full. A password for that is better in PGPASSFILE than in the string. Tables in
-// PostgreSQL are made by the role that owns them: see Upgrade.
+// postgres://USER@HOST/DATABASE?sslmode=verify-full. A password for that is better in PGPASSFILE than in the string.
+// Tables in PostgreSQL are made by the role that owns them: see Upgrade.
 //
-// key is that of the rows' MACs, hsmkeys' Derive for RowKey: a store that was written under another one is damaged. It is
-// copied.
+// key is that of the rows' MACs, hsmkeys' Derive for RowKey: a store that was written under another one is damaged.
+// It is copied.
 func Open(ctx context.Context, name string, key kme.Secret) (*Store, error) {
 	if err := CheckName(name); err != nil {
 		return nil, err
@@ -140,7 +140,8 @@ func (s *Store) upToDate(ctx context.Context) error {
 	}
 	var pg *pgconn.PgError
 	if errors.As(err, &pg) && pg.Code == "42501" { // insufficient_privilege
-		err = fmt.Errorf("its tables are not what this program needs, or this role may not use them: run keysvc store upgrade with the role that owns them: %w", err)
+		err = fmt.Errorf("its tables are not what this program needs, or this role may not use them: "+
+			"run keysvc store upgrade with the role that owns them: %w", err)
 	}
 	return err
 }

@@ -16,7 +16,8 @@ import (
 	"time"
 )
 
-// Make makes a CA, ca.pem, and a certificate of it for each name, NAME.pem with NAME.key: for an IP address, or for a name in DNS.
+// Make makes a CA, ca.pem, and a certificate of it for each name, NAME.pem with NAME.key: for an IP address, or for a
+// name in DNS.
 func Make(t testing.TB, names ...string) (dir string) {
 	t.Helper()
 	dir = t.TempDir()
