@@ -136,8 +136,8 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 					Name: "setup", Usage: "make the directory's mount, write its policies, and print the AppRole steps",
 					Description: "With a token of whoever runs Vault (VAULT_ADDR, VAULT_TOKEN): none of the policies that it writes may do this.\n" +
 						"Running this again changes only what is not as it should be.",
-					Flags:       append(cmdline.DirectoryFlags(), &cli.BoolFlag{Name: "dry-run", Usage: "say what would be done, and do nothing"}, cmdline.JSON),
-					Action:      vaultSetup,
+					Flags:  append(cmdline.DirectoryFlags(), &cli.BoolFlag{Name: "dry-run", Usage: "say what would be done, and do nothing"}, cmdline.JSON),
+					Action: vaultSetup,
 				}},
 			},
 			{
