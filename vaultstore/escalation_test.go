@@ -264,8 +264,8 @@ func TestVaultEscalation(t *testing.T) {
 		}
 		return ask(t, server, token, method, path, fill.Replace(e.body), header...)
 	}
-	if err := root.Sys().TuneMount("kme", api.MountConfigInput{Description: new("d")}); err != nil { // as whoever may will describe it
-		t.Fatal(err)
+	if status, answer := ask(t, server, server.Root, "POST", "sys/mounts/kme/tune", `{"description": "d"}`); status != 204 {
+		t.Fatal(status, answer) // it is described as whoever may will describe it
 	}
 	before := state(t, server)
 	for _, role := range slices.Sorted(maps.Keys(client)) {
