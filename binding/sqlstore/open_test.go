@@ -33,6 +33,8 @@ func TestConnection(t *testing.T) {
 		{"postgres://u:hunter2@127.0.0.1:1/d?sslmode=prefer", "", true},
 		{"postgres://u:hunter2@127.0.0.1:1/d?sslmode=require", "", true},
 		{"postgres://u:hunter2@127.0.0.1:1/d?sslmode=verify-ca", "", true},
+		{"postgres://u:hunter2@localhost:1/d?sslmode=require", "", true}, // sent as the name that it wants, and not verified
+		{"postgres://u:hunter2@localhost:1/d?sslmode=verify-ca", "", true},
 		{"postgres://u:hunter2@127.0.0.1:1/d?sslmode=verify-full", "", false},
 		{"postgres://u:hunter2@127.0.0.1:1,127.0.0.2:1/d?sslmode=verify-full", "", false},
 		{"postgres://u:hunter2@127.0.0.1:1/d?sslrootcert=system", "", false}, // which means verify-full
