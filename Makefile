@@ -14,7 +14,7 @@ PROTOC_GEN_CONNECT_GO := connectrpc.com/connect/cmd/protoc-gen-connect-go@v1.21.
 # A target's prerequisites come in their order also under make -j: the tools are installed before they are used.
 .NOTPARALLEL:
 DEPS := deps-build deps-demo deps-plugin deps-check deps-test deps-generate
-.PHONY: help build demo plugin vaultdev check test flaky soak bench benchstat lint fuzz fuzz-plugin generate clean $(DEPS)
+.PHONY: help build demo plugin release reproducible vaultdev check test flaky soak bench benchstat lint fuzz fuzz-plugin generate clean $(DEPS)
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,12 @@ demo: deps-demo build $(if $(filter vault,$(DIRECTORY)),vaultdev) ## the whole f
 plugin: deps-plugin ## bin/kme.fdx, the extension of freeDiameter (FREEDIAMETER=PREFIX: of one that is not the system's)
 	@mkdir -p bin
 	$(MAKE) -C plugins/freediameter OUT=$(CURDIR)/bin
+
+release: deps-demo ## bin/release: the programs, kme.fdx if it can be built here, their SBOM (CycloneDX) and SHA256SUMS, of the last commit
+	@scripts/step.sh 'building the release' scripts/release.sh bin/release
+
+reproducible: deps-demo ## build the release twice, in two places and with empty caches (minutes), and compare all bytes
+	@scripts/step.sh 'building the release twice' scripts/reproducible.sh
 
 # A vault or bao that is on PATH is used. Vault's server, built from its own source, takes minutes the first time. It is a
 # module of its own, so that none of it enters the product.
@@ -62,6 +68,7 @@ check: lint deps-check ## lint, and the tests that need no Vault, PostgreSQL, br
 test: check deps-test vaultdev ## what CI runs: check, and the other tests
 	@scripts/step.sh 'tests with Vault, PostgreSQL, a browser and Diameter' scripts/leaves-nothing.sh go test -race -run '$(SERVERS)' $(SERVER_PACKAGES)
 	@scripts/step.sh 'the model of a binding, by spin' scripts/model.sh
+	@scripts/step.sh 'the release, linked twice' scripts/reproducible.sh --warm
 	$(MAKE) fuzz-plugin PLUGIN_FUZZ='-seed=1 -runs=1000000' # always the same inputs
 
 flaky: deps-test vaultdev ## the tests N=20 times with every core busy, and once with GOMAXPROCS=1: logs of failed runs in var/flaky

@@ -27,6 +27,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/faultmodule"
+	"github.com/kmehsm/kmehsm/internal/pgtest"
 	"github.com/kmehsm/kmehsm/internal/programs"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 	"github.com/kmehsm/kmehsm/internal/testproc"
@@ -35,9 +36,23 @@ import (
 func TestMain(m *testing.M) { programs.Main(m) }
 
 // Each script begins with tokens and keys of its own: factory, factory2, operator and operator2; and with two of NSS, NSS and NSS_FACTORY.
-func TestScripts(t *testing.T) {
+func TestScripts(t *testing.T) { scripts(t, "testdata/script", nil) }
+
+// These have an empty database besides, of which service is no owner.
+func TestPostgresScripts(t *testing.T) {
+	server := pgtest.Start(t)
+	server.Exec(t, "CREATE ROLE service LOGIN")
+	scripts(t, "testdata/postgres", func(env *testscript.Env) {
+		owner := server.Database(t)
+		env.Setenv("OWNER", owner)
+		env.Setenv("SERVICE", server.As(t, owner, "service"))
+	})
+}
+
+// scripts runs those of a folder; more sets up what others do not need.
+func scripts(t *testing.T, dir string, more func(*testscript.Env)) {
 	testscript.Run(t, testscript.Params{
-		Dir: "testdata/script", RequireExplicitExec: true, WorkdirRoot: t.TempDir(), // its own stays where not all scripts run
+		Dir: dir, RequireExplicitExec: true, WorkdirRoot: t.TempDir(), // its own stays where not all scripts run
 		Setup: func(env *testscript.Env) error {
 			tb := env.T().(testing.TB)
 			dir := filepath.Join(env.WorkDir, "softhsm")
@@ -60,6 +75,9 @@ func TestScripts(t *testing.T) {
 				if out, err := cmd.CombinedOutput(); err != nil {
 					return fmt.Errorf("%s: %w", out, err)
 				}
+			}
+			if more != nil {
+				more(env)
 			}
 			return nil
 		},

@@ -4,8 +4,11 @@ package policies
 import (
 	"embed"
 	"fmt"
+	"slices"
 	"strings"
 	"text/template"
+
+	"github.com/kmehsm/kmehsm/directory"
 )
 
 //go:embed *.hcl
@@ -29,16 +32,22 @@ func OperatorName(mount, operator string) string { return mount + "-operator-" +
 
 // Of is the policy of a role on a mount.
 func Of(mount, role string) (string, error) {
-	return render(role, map[string]any{"Mount": mount})
+	return render(role, map[string]any{"Mount": mount}, mount)
 }
 
-// Operator is the policy of an operator who was granted lots. Names of mount, operator and lots are the caller's to
-// check: see directory.CheckName.
+// Operator is the policy of an operator who was granted lots.
 func Operator(mount, operator string, lots []string) (string, error) {
-	return render("operator-reader", map[string]any{"Mount": mount, "Operator": operator, "Lots": lots})
+	values := map[string]any{"Mount": mount, "Operator": operator, "Lots": lots}
+	return render("operator-reader", values, slices.Concat([]string{mount, operator}, lots)...)
 }
 
-func render(role string, values map[string]any) (string, error) {
+// render refuses names that a policy would take for more than themselves: a + or a *, and what ends a line.
+func render(role string, values map[string]any, names ...string) (string, error) {
+	for _, name := range names {
+		if err := directory.CheckName(name); err != nil {
+			return "", err
+		}
+	}
 	t, err := template.ParseFS(files, role+".hcl")
 	if err != nil {
 		return "", fmt.Errorf("there is no policy %s: %w", role, err)

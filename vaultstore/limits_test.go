@@ -5,13 +5,8 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
-	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/pem"
 	"errors"
 	"log/slog"
-	"math/big"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -22,6 +17,7 @@ import (
 	"github.com/hashicorp/vault/api"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/certtest"
 	"github.com/kmehsm/kmehsm/internal/vaulttest"
 	"github.com/kmehsm/kmehsm/kme"
 	"github.com/kmehsm/kmehsm/policies"
@@ -68,7 +64,8 @@ func TestVaultRateLimit(t *testing.T) {
 // Ten thousand devices of a million are revoked in Vault as it is set up, by the line's own policy, and one more; an
 // operator reads them by its policy. One list of all of them would be more than a Raft entry takes.
 func TestVaultRevocationsOfAMillion(t *testing.T) {
-	server, as, _ := world(t)
+	server := vaulttest.Any(t)
+	as, _ := world(t, server)
 	for _, path := range []string{"revocations", "revoked/000000"} {
 		if _, err := server.Client(t, server.Root).Logical().Delete("kme/metadata/lots/L1/" + path); err != nil {
 			t.Fatal(err)
@@ -133,47 +130,11 @@ func TestVaultTooLarge(t *testing.T) {
 	}
 }
 
-// certificates makes a CA, and a server's and a client's certificate, in PEM files.
-func certificates(t *testing.T) (dir string) {
-	t.Helper()
-	dir = t.TempDir()
-	var ca *x509.Certificate
-	var caKey *ecdsa.PrivateKey
-	for i, name := range []string{"ca", "server", "client"} {
-		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-		if err != nil {
-			t.Fatal(err)
-		}
-		c := &x509.Certificate{
-			SerialNumber: big.NewInt(int64(i + 1)), Subject: pkix.Name{CommonName: name}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-			IsCA: i == 0, BasicConstraintsValid: true, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
-			KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-		}
-		if i == 0 {
-			ca, caKey = c, key
-		}
-		der, err := x509.CreateCertificate(rand.Reader, c, ca, key.Public(), caKey)
-		if err != nil {
-			t.Fatal(err)
-		}
-		pkcs8, err := x509.MarshalPKCS8PrivateKey(key)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for file, block := range map[string]*pem.Block{name + ".pem": {Type: "CERTIFICATE", Bytes: der}, name + ".key": {Type: "PRIVATE KEY", Bytes: pkcs8}} {
-			if err := os.WriteFile(filepath.Join(dir, file), pem.EncodeToMemory(block), 0o600); err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
-	return dir
-}
-
 func TestVaultCertificateLogin(t *testing.T) {
-	dir := certificates(t)
+	dir := certtest.Make(t, "127.0.0.1", "client")
 	at := func(name string) string { return filepath.Join(dir, name) }
 	t.Setenv("VAULT_CACERT", at("ca.pem"))
-	server := vaulttest.Start(t, "-tls-cert", at("server.pem"), "-tls-key", at("server.key"), "-tls-client-ca", at("ca.pem"))
+	server := vaulttest.Start(t, "-tls-cert", at("127.0.0.1.pem"), "-tls-key", at("127.0.0.1.key"), "-tls-client-ca", at("ca.pem"))
 	server.Mount(t, "kme", "2")
 	root := server.Client(t, server.Root)
 	if err := New(root, "kme").Create(t.Context(), directory.ManifestPath("L1"), []byte("x")); err != nil {

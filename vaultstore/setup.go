@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 
 	"github.com/hashicorp/vault/api"
 
@@ -16,11 +17,19 @@ type Step struct {
 	Done bool   `json:"done"` // it was so before
 }
 
-// Setup makes a directory's mount and writes its policies, where they are not as they should be. It changes no object. With
-// dryRun it only says what it would do. The client's token must have what directory-admin.hcl gives, and for a new mount
-// also sys/mounts.
+// Setup makes a directory's mount and writes its policies, where they are not as they should be. It changes no
+// object. With dryRun it only says what it would do. The client's token is of whoever runs Vault: who may write
+// policies may do everything, so none of ours allows that.
 func Setup(ctx context.Context, client *api.Client, mount string, dryRun bool) (steps []Step, err error) {
-	err = New(client, mount).checkMount(ctx)
+	store := New(client, mount)
+	explain := func(err error, what, path string) error {
+		if statusOf(err) == http.StatusForbidden {
+			return fmt.Errorf("this token may not %s %s in Vault (403): "+
+				"a directory is set up with a token of whoever runs Vault, which may make mounts and policies", what, path)
+		}
+		return store.explain(err, what, path)
+	}
+	err = store.checkMount(ctx)
 	exists := err == nil
 	if !exists && !errors.Is(err, errNoMount) {
 		return nil, err
@@ -29,7 +38,7 @@ func Setup(ctx context.Context, client *api.Client, mount string, dryRun bool) (
 	if !exists && !dryRun {
 		input := &api.MountInput{Type: "kv", Description: "public keys of devices, signed by their manufacturer", Options: map[string]string{"version": "2"}}
 		if err := client.Sys().MountWithContext(ctx, mount, input); err != nil {
-			return steps, fmt.Errorf("make mount %s: %w", mount, New(client, mount).explain(err, "mount", mount))
+			return steps, explain(err, "mount", "sys/mounts/"+mount)
 		}
 	}
 	for _, role := range policies.Names {
@@ -40,14 +49,14 @@ func Setup(ctx context.Context, client *api.Client, mount string, dryRun bool) (
 		name := policies.Name(mount, role)
 		have, err := client.Sys().GetPolicyWithContext(ctx, name)
 		if err != nil {
-			return steps, New(client, mount).explain(err, "read policy", name)
+			return steps, explain(err, "read", "sys/policies/acl/"+name)
 		}
 		steps = append(steps, Step{"policy " + name, have == text})
 		if have == text || dryRun {
 			continue
 		}
 		if err := client.Sys().PutPolicyWithContext(ctx, name, text); err != nil {
-			return steps, New(client, mount).explain(err, "write policy", name)
+			return steps, explain(err, "write", "sys/policies/acl/"+name)
 		}
 	}
 	return steps, nil

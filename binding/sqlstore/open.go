@@ -9,7 +9,6 @@ import (
 	"strings"
 
 	"github.com/jackc/pgx/v5/pgconn"
-	_ "github.com/jackc/pgx/v5/stdlib" // the driver
 	"github.com/mattn/go-sqlite3"
 
 	"github.com/kmehsm/kmehsm/internal/sqlite"
@@ -27,10 +26,11 @@ func CheckName(name string) error {
 }
 
 // Open opens the store that name stands for, or makes it: sqlite:PATH, or a connection string of PostgreSQL,
-// postgres://USER@HOST/DATABASE. A password for that is better in PGPASSFILE than in the string.
+// postgres://USER@HOST/DATABASE?sslmode=verify-full. A password for that is better in PGPASSFILE than in the string.
+// Tables in PostgreSQL are made by the role that owns them: see Upgrade.
 //
-// key is that of the rows' MACs, hsmkeys' Derive for RowKey: a store that was written under another one is damaged. It is
-// copied.
+// key is that of the rows' MACs, hsmkeys' Derive for RowKey: a store that was written under another one is damaged.
+// It is copied.
 func Open(ctx context.Context, name string, key kme.Secret) (*Store, error) {
 	if err := CheckName(name); err != nil {
 		return nil, err
@@ -72,14 +72,17 @@ func (s *Store) openSQLite(ctx context.Context, path string) error {
 }
 
 func (s *Store) openPostgres(ctx context.Context, name string) error {
-	db, err := sql.Open("pgx", name)
+	db, err := connect(name)
 	if err != nil {
-		return errors.New("the connection string of PostgreSQL cannot be parsed") // err may have the password
+		return err
 	}
 	db.SetMaxOpenConns(32)
 	db.SetMaxIdleConns(32)
 	s.read, s.begin, s.lock, s.close = db, changePostgres(db), lockPostgres, func() error { return nil }
-	if err := errors.Join(checkPostgres(ctx, db), s.migrate(ctx)); err != nil {
+	if err = checkPostgres(ctx, db); err == nil {
+		err = s.upToDate(ctx)
+	}
+	if err != nil {
 		return errors.Join(fmt.Errorf("the PostgreSQL database cannot be used: %w", err), db.Close())
 	}
 	return nil
@@ -126,32 +129,57 @@ func lockPostgres(ctx context.Context, tx *sql.Tx, key string) error {
 // forPostgres turns a migration into PostgreSQL's dialect. Texts are compared byte by byte, as SQLite does.
 var forPostgres = strings.NewReplacer("BLOB", "BYTEA", " WITHOUT ROWID", "", " TEXT", ` TEXT COLLATE "C"`)
 
-func (s *Store) migrate(ctx context.Context) error {
-	return s.begin(ctx, "schema", func(ctx context.Context, tx *sql.Tx) error {
-		if _, err := tx.ExecContext(ctx, "CREATE TABLE IF NOT EXISTS schema_version (version INTEGER NOT NULL)"); err != nil {
-			return err
-		}
-		have := 0
-		if err := tx.QueryRowContext(ctx, "SELECT version FROM schema_version").Scan(&have); err != nil && !errors.Is(err, sql.ErrNoRows) {
-			return err
-		}
-		if have > len(migrations) {
-			return fmt.Errorf("its schema has version %d, this program knows %d: use a newer program", have, len(migrations))
-		}
-		if have == len(migrations) {
-			return nil
-		}
-		for _, m := range migrations[have:] {
-			if _, err := tx.ExecContext(ctx, forPostgres.Replace(m)); err != nil {
-				return err
-			}
-		}
-		if _, err := tx.ExecContext(ctx, "DELETE FROM schema_version"); err != nil {
-			return err
-		}
-		_, err := tx.ExecContext(ctx, "INSERT INTO schema_version VALUES ($1)", len(migrations))
+// schemaLock is the key under which one instance after the other looks after the schema.
+const schemaLock = "schema"
+
+// upToDate brings the schema up to date, if it is not and s has the role that may.
+func (s *Store) upToDate(ctx context.Context) error {
+	have, err := schemaVersion(ctx, s.read)
+	if err == nil && have < len(migrations) {
+		err = s.begin(ctx, schemaLock, migrate)
+	}
+	var pg *pgconn.PgError
+	if errors.As(err, &pg) && pg.Code == "42501" { // insufficient_privilege
+		err = fmt.Errorf("its tables are not what this program needs, or this role may not use them: "+
+			"run keysvc store upgrade with the role that owns them: %w", err)
+	}
+	return err
+}
+
+// schemaVersion is 0 for an empty database.
+func schemaVersion(ctx context.Context, db interface {
+	QueryRowContext(context.Context, string, ...any) *sql.Row
+},
+) (have int, err error) {
+	var table sql.NullString
+	if err := db.QueryRowContext(ctx, "SELECT to_regclass('schema_version')::text").Scan(&table); err != nil || !table.Valid {
+		return 0, err
+	}
+	if err = db.QueryRowContext(ctx, "SELECT version FROM schema_version").Scan(&have); errors.Is(err, sql.ErrNoRows) {
+		err = nil
+	}
+	if have > len(migrations) {
+		err = fmt.Errorf("its schema has version %d, this program knows %d: use a newer program", have, len(migrations))
+	}
+	return have, err
+}
+
+func migrate(ctx context.Context, tx *sql.Tx) error {
+	have, err := schemaVersion(ctx, tx)
+	if err != nil || have == len(migrations) {
 		return err
-	})
+	}
+	statements := []string{"CREATE TABLE IF NOT EXISTS schema_version (version INTEGER NOT NULL)"}
+	for _, m := range migrations[have:] {
+		statements = append(statements, forPostgres.Replace(m))
+	}
+	statements = append(statements, "DELETE FROM schema_version", fmt.Sprintf("INSERT INTO schema_version VALUES (%d)", len(migrations)))
+	for _, statement := range statements {
+		if _, err := tx.ExecContext(ctx, statement); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func isDuplicate(err error) bool {

@@ -134,9 +134,10 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 				Name: "vault", Usage: "HashiCorp Vault as the public-key directory",
 				Subcommands: []*cli.Command{{
 					Name: "setup", Usage: "make the directory's mount, write its policies, and print the AppRole steps",
-					Description: "With the token of somebody who may (VAULT_ADDR, VAULT_TOKEN). Running this again changes only what is not as it should be.",
-					Flags:       append(cmdline.DirectoryFlags(), &cli.BoolFlag{Name: "dry-run", Usage: "say what would be done, and do nothing"}, cmdline.JSON),
-					Action:      vaultSetup,
+					Description: "With a token of whoever runs Vault (VAULT_ADDR, VAULT_TOKEN): none of the policies that it writes may do this.\n" +
+						"Running this again changes only what is not as it should be.",
+					Flags:  append(cmdline.DirectoryFlags(), &cli.BoolFlag{Name: "dry-run", Usage: "say what would be done, and do nothing"}, cmdline.JSON),
+					Action: vaultSetup,
 				}},
 			},
 			{

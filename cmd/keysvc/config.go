@@ -44,8 +44,8 @@ const configHelp = `The configuration (a relative path in it is relative to its 
                                        # provision_from: [home]: origins that may provision: home (names of the IMSI's
                                        # own PLMN, mme.epc.mnc001.mcc001.3gppnetwork.org), any, "26202" (that
                                        # PLMN's), names of hosts, "*.example.net"
-    store: postgres://keysvc@db/keysvc # for several instances (default: SQLite in the state folder); its
-                                       # password: PGPASSFILE
+    store: postgres://keysvc@db/keysvc?sslmode=verify-full   # for several instances; its password: PGPASSFILE
+                                       # (default: SQLite in the state folder)
     attempt_ttl: 5m                    # how long a device has for EstablishKME after PrepareVector
     pending_ttl: 1h                    # how long a device has to show its KME after EstablishKME
     pending_vectors: 3                 # how many PrepareVectors it may take for that

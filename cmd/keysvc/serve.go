@@ -19,6 +19,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -152,6 +153,13 @@ func serve(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	unsafe, err := store.Warnings(ctx)
+	if err != nil {
+		return err
+	}
+	for _, what := range unsafe {
+		log.Warn("the store is not kept as it should be", "warning", what)
+	}
 	registry.MustRegister(overdue)
 	metrics := binding.NewMetrics(registry)
 	service.Observe(metrics)
@@ -177,7 +185,7 @@ func serve(c *cli.Context) error {
 			log.WarnContext(ctx, "not ready", "cause", err.Error())
 			return nil, err
 		}
-		warnings = append(warnings, weak...)
+		warnings = slices.Concat(weak, unsafe)
 		short, cancel := context.WithTimeout(ctx, 2*time.Second)
 		defer cancel()
 		for manufacturer, err := range service.CheckDirectories(short) {

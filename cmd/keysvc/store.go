@@ -42,8 +42,28 @@ func storeCommand() *cli.Command {
 					&cli.StringFlag{Name: "to", Usage: "the empty `STORE` to copy to"}, cmdline.JSON},
 				Action: storeMigrate,
 			},
+			{
+				Name: "upgrade", Usage: "make the tables in PostgreSQL, or bring them up to date, and grant the service's role what it needs of them",
+				Description: "With the role that owns the tables, before the service of a new release starts. The service's role may then read the ledger and add to it, and\n" +
+					"neither change nor remove what is in it. It is made before, with CREATE ROLE ... LOGIN.",
+				Flags:  []cli.Flag{storeFlag, &cli.StringFlag{Name: "role", Usage: "the service's `ROLE` in PostgreSQL"}, cmdline.JSON},
+				Action: storeUpgrade,
+			},
 		},
 	}
+}
+
+func storeUpgrade(c *cli.Context) error {
+	if err := cmdline.Require(c, "store", "role"); err != nil {
+		return err
+	}
+	role := c.String("role")
+	if err := sqlstore.Upgrade(c.Context, c.String("store"), role); err != nil {
+		return err
+	}
+	return cmdline.Print(c, map[string]any{"role": role}, func(w io.Writer) {
+		fmt.Fprintf(w, "the tables are up to date, and role %s has what the service needs of them\n", role)
+	})
 }
 
 func storeVerify(c *cli.Context) error {

@@ -1,4 +1,4 @@
-// Package pgtest runs a PostgreSQL server of its own on 127.0.0.1, for tests.
+// Package pgtest runs a PostgreSQL server of its own, for tests: on a Unix socket, or on 127.0.0.1 with TLS besides.
 package pgtest
 
 import (
@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/url"
 	"os"
 	"os/exec"
 	"os/user"
@@ -25,7 +26,9 @@ import (
 
 // A Server is one that runs.
 type Server struct {
-	dir, port string
+	dir       string // its data, and its socket
+	Port      int    // of 127.0.0.1 too, if it has TLS
+	settings  []string
 	process   *testproc.Process
 	databases atomic.Int64
 }
@@ -33,32 +36,72 @@ type Server struct {
 // Start makes a cluster and starts its server, which ends with the test.
 func Start(t testing.TB) *Server {
 	t.Helper()
-	if !strings.Contains(t.Name(), "Postgres") {
-		t.Fatal("a test that needs PostgreSQL says Postgres in its name: make check leaves it out")
-	}
+	s := initialise(t)
+	s.Run(t)
+	return s
+}
+
+// StartTLS is Start for a server that has a port too, on which it has the certificate and the key of two PEM files.
+func StartTLS(t testing.TB, certificate, key string) *Server {
+	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, port, _ := net.SplitHostPort(l.Addr().String())
+	s := initialise(t)
+	s.Port = l.Addr().(*net.TCPAddr).Port
 	l.Close()
+	s.settings = []string{"-c", "listen_addresses=127.0.0.1", "-c", "ssl=on"}
+	for setting, from := range map[string]string{"ssl_cert_file": certificate, "ssl_key_file": key} {
+		data, err := os.ReadFile(from)
+		if err != nil {
+			t.Fatal(err)
+		}
+		to := filepath.Join(s.dir, setting)
+		if err := os.WriteFile(to, data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		own(t, to)
+		s.settings = append(s.settings, "-c", setting+"="+to)
+	}
+	s.Run(t)
+	return s
+}
+
+func initialise(t testing.TB) *Server {
+	t.Helper()
+	if !strings.Contains(t.Name(), "Postgres") {
+		t.Fatal("a test that needs PostgreSQL says Postgres in its name: make check leaves it out")
+	}
 	dir, err := os.MkdirTemp("", "pgtest-") // not t.TempDir(), whose parents the server's user may not enter
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	s := &Server{dir: dir, port: port}
-	if c := credential(t); c != nil {
-		if err := os.Chown(dir, int(c.Uid), int(c.Gid)); err != nil {
-			t.Fatal(err)
-		}
+	own(t, dir)
+	s := &Server{dir: dir, Port: 5432, settings: []string{"-c", "listen_addresses="}}
+	if socket := filepath.Join(dir, ".s.PGSQL.00000"); len(socket) > 107 {
+		t.Fatalf("the path of PostgreSQL's socket, %s, has more than 107 bytes: set TMPDIR to a shorter one", socket)
 	}
 	if out, err := s.command(t, "initdb", "-D", dir, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync").CombinedOutput(); err != nil {
 		t.Fatalf("initdb: %v\n%s", err, out)
 	}
-	s.Run(t)
-	t.Cleanup(func() { s.process.Stop(syscall.SIGQUIT) }) // it removes its System V shared memory
+	t.Cleanup(func() {
+		if s.process != nil {
+			s.process.Stop(syscall.SIGQUIT) // it removes its System V shared memory
+		}
+	})
 	return s
+}
+
+// own gives a file to the server's user.
+func own(t testing.TB, path string) {
+	t.Helper()
+	if c := credential(t); c != nil {
+		if err := os.Chown(path, int(c.Uid), int(c.Gid)); err != nil {
+			t.Fatal(err)
+		}
+	}
 }
 
 // Run starts the server, again after Kill, and waits until it answers.
@@ -69,8 +112,8 @@ func (s *Server) Run(t testing.TB) {
 		t.Fatal(err)
 	}
 	defer db.Close()
-	s.process = testproc.Start(t, s.command(t, "postgres", "-D", s.dir, "-p", s.port, "-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=",
-		"-c", "max_connections=200", "-c", "dynamic_shared_memory_type=mmap"), func(*testproc.Process) bool { return db.PingContext(t.Context()) == nil })
+	args := append([]string{"-D", s.dir, "-p", strconv.Itoa(s.Port), "-k", s.dir, "-c", "max_connections=200", "-c", "dynamic_shared_memory_type=mmap"}, s.settings...)
+	s.process = testproc.Start(t, s.command(t, "postgres", args...), func(*testproc.Process) bool { return db.PingContext(t.Context()) == nil })
 }
 
 // Kill ends the server at once, as kill -9 does. It waits until the processes of its connections have seen that,
@@ -101,23 +144,45 @@ func (s *Server) Kill(t testing.TB) {
 	t.Fatal("a connection of a killed PostgreSQL does not end")
 }
 
-// Database makes an empty database, and gives its connection string.
+// Database makes an empty database, and gives its connection string, as the superuser.
 func (s *Server) Database(t testing.TB) string {
 	t.Helper()
-	db, err := sql.Open("pgx", s.url("postgres"))
+	name := fmt.Sprintf("t%d", s.databases.Add(1))
+	s.Exec(t, "CREATE DATABASE "+name)
+	return s.url(name)
+}
+
+// As is the connection string of a database as another role, that must be there.
+func (s *Server) As(t testing.TB, database, role string) string {
+	t.Helper()
+	u, err := url.Parse(database)
+	if err != nil {
+		t.Fatal(err)
+	}
+	u.User = url.User(role)
+	return u.String()
+}
+
+// Exec executes statements, as the superuser; ExecIn does so in a database that Database or As has named.
+func (s *Server) Exec(t testing.TB, statements string) {
+	t.Helper()
+	s.ExecIn(t, s.url("postgres"), statements)
+}
+
+func (s *Server) ExecIn(t testing.TB, database, statements string) {
+	t.Helper()
+	db, err := sql.Open("pgx", s.As(t, database, "postgres"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer db.Close()
-	name := fmt.Sprintf("t%d", s.databases.Add(1))
-	if _, err := db.ExecContext(t.Context(), "CREATE DATABASE "+name); err != nil {
-		t.Fatal(err)
+	if _, err := db.ExecContext(t.Context(), statements); err != nil {
+		t.Fatalf("%s: %v", statements, err)
 	}
-	return s.url(name)
 }
 
 func (s *Server) url(database string) string {
-	return fmt.Sprintf("postgres://postgres@127.0.0.1:%s/%s?connect_timeout=2", s.port, database)
+	return fmt.Sprintf("postgres://postgres@/%s?host=%s&port=%d&connect_timeout=2", database, url.QueryEscape(s.dir), s.Port)
 }
 
 // command is one of PostgreSQL's programs, as a user that it accepts: not as root.

@@ -1,0 +1,257 @@
+package sqlstore
+
+import (
+	"errors"
+	"fmt"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/kmehsm/kmehsm/binding/storetest"
+	"github.com/kmehsm/kmehsm/internal/certtest"
+	"github.com/kmehsm/kmehsm/internal/pgtest"
+)
+
+// Whatever leads to a host without TLS that proves its name is refused, before anything is sent to it.
+func TestConnection(t *testing.T) {
+	service := filepath.Join(t.TempDir(), "services")
+	if err := os.WriteFile(service, []byte("[plain]\nhost=127.0.0.1\n[proved]\nhost=127.0.0.1\nsslmode=verify-full\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		name, environment string
+		refused           bool
+	}{
+		{"postgres://u:hunter2@127.0.0.1:1/d", "", true},
+		{"postgresql://u:hunter2@127.0.0.1:1/d", "", true},
+		{"postgres://u:hunter2@127.0.0.1:1/d?sslmode=disable", "", true},
+		{"postgres://u:hunter2@127.0.0.1:1/d?sslmode=allow", "", true},
+		{"postgres://u:hunter2@127.0.0.1:1/d?sslmode=prefer", "", true},
+		{"postgres://u:hunter2@127.0.0.1:1/d?sslmode=require", "", true},
+		{"postgres://u:hunter2@127.0.0.1:1/d?sslmode=verify-ca", "", true},
+		{"postgres://u:hunter2@localhost:1/d?sslmode=require", "", true}, // sent as the name that it wants, and not verified
+		{"postgres://u:hunter2@localhost:1/d?sslmode=verify-ca", "", true},
+		{"postgres://u:hunter2@127.0.0.1:1/d?sslmode=verify-full", "", false},
+		{"postgres://u:hunter2@127.0.0.1:1,127.0.0.2:1/d?sslmode=verify-full", "", false},
+		{"postgres://u:hunter2@127.0.0.1:1/d?sslrootcert=system", "", false}, // which means verify-full
+		{"postgres:///d?host=/nowhere", "", false},
+		{"postgres:///d?host=/nowhere&sslmode=disable", "", false},
+		{"postgres:///d?host=/nowhere,/elsewhere", "", false},
+		{"postgres:///d?host=/nowhere,127.0.0.1&port=1", "", true}, // a second host
+		{"postgres:///d?host=127.0.0.1,/nowhere&port=1", "", true},
+		{"postgres:///d?host=nowhere", "", true}, // no folder: a host's name
+		{"postgres://u:hunter2@/d", "PGHOST=127.0.0.1", true},
+		{"postgres://u:hunter2@/d", "PGHOST=/nowhere", false},
+		{"postgres://u:hunter2@/d", "PGHOST=/nowhere,127.0.0.1", true},
+		{"postgres://u:hunter2@127.0.0.1:1/d", "PGSSLMODE=verify-full", false},
+		{"postgres://u:hunter2@127.0.0.1:1/d?sslmode=verify-full", "PGSSLMODE=disable", false}, // the string has the last word
+		{"postgres:///d?service=plain", "PGSERVICEFILE=" + service, true},
+		{"postgres:///d?service=proved&port=1", "PGSERVICEFILE=" + service, false},
+	} {
+		t.Run(c.name+" "+c.environment, func(t *testing.T) {
+			for _, name := range []string{"PGHOST", "PGSSLMODE", "PGSERVICE", "PGSERVICEFILE", "PGPORT"} {
+				t.Setenv(name, "")
+			}
+			if name, value, _ := strings.Cut(c.environment, "="); name != "" {
+				t.Setenv(name, value)
+			}
+			s, err := Open(t.Context(), c.name, rowKey)
+			if err == nil {
+				s.Close()
+				t.Fatal("there is no server")
+			}
+			if got := strings.Contains(err.Error(), "sslmode=verify-full") && strings.Contains(err.Error(), "host=/"); got != c.refused {
+				t.Errorf("refused %v, want %v: %v", got, c.refused, err)
+			}
+			if strings.Contains(err.Error(), "hunter2") {
+				t.Errorf("the error has the password: %v", err)
+			}
+		})
+	}
+}
+
+// The same with a server, whose certificate is for one name.
+func TestPostgresTLS(t *testing.T) {
+	dir := certtest.Make(t, "localhost", "other.example")
+	ca := url.QueryEscape(filepath.Join(dir, "ca.pem"))
+	elsewhere := url.QueryEscape(filepath.Join(certtest.Make(t), "ca.pem"))
+	named := func(name string) *pgtest.Server {
+		return pgtest.StartTLS(t, filepath.Join(dir, name+".pem"), filepath.Join(dir, name+".key"))
+	}
+	server, other := named("localhost"), named("other.example")
+	at := func(s *pgtest.Server, parameters string) string {
+		return fmt.Sprintf("postgres://postgres@localhost:%d/postgres?connect_timeout=20&%s", s.Port, parameters)
+	}
+	s := openPG(t, at(server, "sslmode=verify-full&sslrootcert="+ca))
+	var version string
+	if err := s.read.QueryRowContext(t.Context(), "SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid() AND ssl").Scan(&version); err != nil || !strings.HasPrefix(version, "TLSv1.") {
+		t.Errorf("connected by %q: %v", version, err)
+	}
+	for name, want := range map[string]string{
+		at(server, "sslmode=verify-ca&sslrootcert="+ca):          "sslmode=verify-full",
+		at(server, "sslmode=require"):                            "sslmode=verify-full",
+		at(server, "sslmode=prefer"):                             "sslmode=verify-full",
+		at(server, "sslmode=disable"):                            "sslmode=verify-full",
+		at(server, "sslmode=verify-full&sslrootcert="+elsewhere): "unknown authority",
+		at(other, "sslmode=verify-full&sslrootcert="+ca):         "valid for other.example, not localhost",
+	} {
+		if s, err := Open(t.Context(), name, rowKey); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %q", name, err, want)
+			if err == nil {
+				s.Close()
+			}
+		}
+	}
+}
+
+// limited makes the tables as one role and gives the connection string of another, the service's.
+func limited(t *testing.T, server *pgtest.Server) (url string) {
+	t.Helper()
+	owner := server.Database(t)
+	if err := Upgrade(t.Context(), owner, "service"); err != nil {
+		t.Fatal(err)
+	}
+	return server.As(t, owner, "service")
+}
+
+func TestPostgresContractAsService(t *testing.T) {
+	server := pgtest.Start(t)
+	server.Exec(t, "CREATE ROLE service LOGIN")
+	storetest.Run(t, func(t *testing.T) storetest.Store { return openPG(t, limited(t, server)) })
+}
+
+// The service's role may not touch what is in the ledger, whatever it sends.
+func TestPostgresRoles(t *testing.T) {
+	server := pgtest.Start(t)
+	server.Exec(t, "CREATE ROLE service LOGIN")
+	url := limited(t, server)
+	s := openPG(t, url)
+	b := newBinding(t, "001010000000001", "a")
+	beginAttempt(t, s, b)
+	if err := s.Establish(t.Context(), b, []byte("tag"), true, t0); err != nil {
+		t.Fatal(err)
+	}
+	if warnings, err := s.Warnings(t.Context()); err != nil || len(warnings) > 0 {
+		t.Error(warnings, err)
+	}
+	for _, statement := range []string{
+		"DELETE FROM ledger", "DELETE FROM ledger WHERE false", "UPDATE ledger SET imei = imei", "TRUNCATE ledger", "DROP TABLE ledger", "ALTER TABLE ledger RENAME TO l",
+		"ALTER TABLE ledger OWNER TO service", "CREATE RULE r AS ON INSERT TO ledger DO INSTEAD NOTHING",
+		"CREATE TRIGGER t BEFORE INSERT ON ledger FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()",
+		"DELETE FROM spent_rands", "UPDATE spent_rands SET imsi = imsi", "TRUNCATE spent_rands", "DROP TABLE spent_rands",
+		"DELETE FROM lots", "DELETE FROM manufacturers", "TRUNCATE bindings", "DROP TABLE bindings", "CREATE TABLE mine (x INTEGER)", "DELETE FROM schema_version",
+		"DROP SCHEMA public CASCADE", "CREATE ROLE more", "ALTER ROLE service SUPERUSER", "SET ROLE postgres",
+	} {
+		_, err := s.read.ExecContext(t.Context(), statement)
+		if pg := (*pgconn.PgError)(nil); !errors.As(err, &pg) || pg.Code != "42501" {
+			t.Errorf("%s: %v, want a refusal", statement, err)
+		}
+	}
+	checkBinding(t, s, b)
+
+	// A second upgrade takes back what was granted besides.
+	server.ExecIn(t, url, "GRANT DELETE ON ledger TO service; GRANT ALL ON spent_rands TO PUBLIC")
+	if warnings, err := s.Warnings(t.Context()); err != nil || len(warnings) != 1 || !strings.Contains(warnings[0], "role service") || !strings.Contains(warnings[0], "on the table ledger") {
+		t.Error(warnings, err)
+	}
+	if err := Upgrade(t.Context(), server.As(t, url, "postgres"), "service"); err != nil {
+		t.Error(err)
+	}
+	if warnings, err := s.Warnings(t.Context()); err != nil || len(warnings) > 0 {
+		t.Error(warnings, err)
+	}
+}
+
+// Every way that leads to the ledger is seen.
+func TestPostgresRolesThatMayTooMuch(t *testing.T) {
+	server := pgtest.Start(t)
+	owner := server.Database(t)
+	server.Exec(t, "CREATE ROLE fine LOGIN")
+	if err := Upgrade(t.Context(), owner, "fine"); err != nil {
+		t.Fatal(err)
+	}
+	for i, c := range []struct{ make, want string }{ // ? is a new role, that may log in
+		{"ALTER ROLE ? SUPERUSER", "superuser"},
+		{"ALTER ROLE ? CREATEROLE", "may make roles"},
+		{"GRANT postgres TO ?", "owns the table"},
+		{"ALTER ROLE ? NOINHERIT; GRANT postgres TO ?", "owns the table"},
+		{"ALTER SCHEMA public OWNER TO ?", "owns the schema public"},
+		{"ALTER SCHEMA public OWNER TO pg_database_owner; ALTER DATABASE t1 OWNER TO ?", "owns the schema public"},
+		{"GRANT pg_write_all_data TO ?", "more than SELECT and INSERT"},
+		{"CREATE ROLE helpers; GRANT TRUNCATE ON ledger TO helpers; GRANT helpers TO ?", "on the table ledger"},
+		{"CREATE ROLE others; GRANT UPDATE (rand) ON spent_rands TO others; GRANT others TO ?", "on the table spent_rands"},
+		{"ALTER ROLE ? CREATEDB", ""},
+	} {
+		role := fmt.Sprint("r", i)
+		server.ExecIn(t, owner, "CREATE ROLE "+role+" LOGIN; "+strings.ReplaceAll(c.make, "?", role))
+		err := Upgrade(t.Context(), owner, role)
+		if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want) || !strings.Contains(err.Error(), role)) {
+			t.Errorf("%s: %v, want %q", c.make, err, c.want)
+		}
+		server.ExecIn(t, owner, "GRANT SELECT ON schema_version TO "+role) // so that it may open the store
+		s := openPG(t, server.As(t, owner, role))
+		if warnings, err := s.Warnings(t.Context()); err != nil || (len(warnings) == 1) != (c.want != "") || c.want != "" && !strings.Contains(warnings[0], c.want) {
+			t.Errorf("%s: %q, %v, want %q", c.make, warnings, err, c.want)
+		}
+	}
+	var granted int
+	if err := openPG(t, owner).read.QueryRowContext(t.Context(), "SELECT count(*) FROM information_schema.role_table_grants WHERE grantee LIKE 'r_' AND grantee <> 'r9' AND table_name <> 'schema_version'").Scan(&granted); err != nil || granted > 0 {
+		t.Errorf("roles that were refused have %d grants, %v", granted, err)
+	}
+	for role, want := range map[string]string{"nobody": `no role "nobody"`, "": `no role ""`, `fine"; DROP TABLE ledger; --`: "no role"} {
+		if err := Upgrade(t.Context(), owner, role); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("role %q: %v", role, err)
+		}
+	}
+}
+
+// A role that may not make tables opens what is up to date, and else says what to do.
+func TestPostgresUpgrade(t *testing.T) {
+	server := pgtest.Start(t)
+	server.Exec(t, "CREATE ROLE service LOGIN")
+	owner := server.Database(t)
+	url := server.As(t, owner, "service")
+	refused := func(what string) {
+		t.Helper()
+		if s, err := Open(t.Context(), url, rowKey); err == nil || !strings.Contains(err.Error(), "keysvc store upgrade") {
+			t.Errorf("%s: %v", what, err)
+			if err == nil {
+				s.Close()
+			}
+		}
+	}
+	refused("an empty database")
+	openPG(t, owner)
+	refused("tables that nothing was granted of")
+	if err := Upgrade(t.Context(), url, "service"); err == nil {
+		t.Error("the service's role has upgraded")
+	}
+	for range 2 { // and again
+		if err := Upgrade(t.Context(), owner, "service"); err != nil {
+			t.Fatal(err)
+		}
+		openPG(t, url)
+	}
+	server.ExecIn(t, owner, fmt.Sprintf("UPDATE schema_version SET version = %d", len(migrations)+1))
+	for what, err := range map[string]error{"Open": second(Open(t.Context(), url, rowKey)), "Upgrade": Upgrade(t.Context(), owner, "service")} {
+		if err == nil || !strings.Contains(err.Error(), "use a newer program") {
+			t.Errorf("%s of a newer schema: %v", what, err)
+		}
+	}
+	defer func(known []string) { migrations = known }(migrations)
+	migrations = append(migrations[:len(migrations):len(migrations)], "CREATE TABLE next (x INTEGER NOT NULL)", "CREATE TABLE after (x INTEGER NOT NULL)")
+	refused("an older schema")
+	if err := Upgrade(t.Context(), owner, "service"); err != nil {
+		t.Fatal(err)
+	}
+	openPG(t, url)
+	if err := Upgrade(t.Context(), "sqlite:"+path(t), "service"); err == nil || !strings.Contains(err.Error(), "SQLite") {
+		t.Error(err)
+	}
+}
+
+func second(_ *Store, err error) error { return err }
