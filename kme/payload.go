@@ -88,9 +88,12 @@ func (s Suite) plaintext(lot *rsa.PublicKey, p *Plaintext) ([]byte, error) {
 	return m, nil
 }
 
-// ReducePayload prepares a payload of exactly k bytes for raw decryption. ok is false for one that is not
-// below N; what it returns then is the payload minus N, which is below N, so that a caller can send it the
-// same way through the token and nobody can tell this fault from others by the time it takes.
+// ReducePayload prepares a payload of exactly k bytes for raw decryption, so that a caller can send every one the same way through the token and
+// nobody can tell one fault from another by the answer or its time.
+//
+// ok is false for a payload that is not below N; what comes back is the payload minus N then, which is. In the place of 0, 1 and N-1 comes 2: a token may
+// refuse those three (NIST SP 800-56B Rev. 2 section 7.1.2.1 decrypts only what is between 1 and N-1), which decrypt to themselves; and no more than they
+// has what 2 decrypts to a KME_SIG that verifies.
 func ReducePayload(lot *rsa.PublicKey, payload []byte) (reduced []byte, ok bool, err error) {
 	k := PayloadSize(lot)
 	if len(payload) != k {
@@ -99,6 +102,10 @@ func ReducePayload(lot *rsa.PublicKey, payload []byte) (reduced []byte, ok bool,
 	c := new(big.Int).SetBytes(payload)
 	if ok = c.Cmp(lot.N) < 0; !ok {
 		c.Sub(c, lot.N) // below N, since payload < 2^(8k) <= 2N
+	}
+	one := big.NewInt(1)
+	if c.Cmp(one) <= 0 || new(big.Int).Add(c, one).Cmp(lot.N) == 0 {
+		c.SetInt64(2)
 	}
 	return c.FillBytes(make([]byte, k)), ok, nil
 }

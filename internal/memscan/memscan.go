@@ -1,129 +1,75 @@
-// Package memscan finds what a program has left in its memory. It is for tests that secrets are wiped: a test that looks at the buffers
-// it knows of cannot see the copies that it does not know of.
+// Package memscan finds what a program has left in its memory. It is for tests that secrets are wiped: a test that looks at the buffers that it knows
+// of cannot see the copies that it does not know of.
+//
+// It sees the heap and the frames of calls under way. What it does not see is what nobody can wipe in Go: frames of calls that have returned, until
+// others overwrite them, and registers that the kernel saved for a signal.
 package memscan
 
 import (
 	"bytes"
-	"fmt"
 	"os"
-	"strings"
+	"path/filepath"
+	"runtime"
+	"runtime/debug"
 	"syscall"
 	"testing"
-	"unsafe"
 )
 
-const chunk = 1 << 20
+// A Memory is this program's, for the time of a test that runs alone.
+type Memory struct{ t testing.TB }
 
 // canary is on the heap, so that a search that sees nothing is not taken for one that finds nothing.
 var canary = bytes.Clone([]byte("what every search has to find too"))
 
-// A Needle is a secret to look for, kept where Find does not look; and masked but for the first bytes: a signal leaves the contents of the registers in
-// memory, so that no register may have the whole of it.
-type Needle []byte
-
-const (
-	open = 4
-	mask = 0x5a
-)
-
-// outside is memory that Go's heap knows nothing of.
-func outside(t testing.TB, size int) []byte {
-	t.Helper()
-	b, err := syscall.Mmap(-1, 0, size, syscall.PROT_READ|syscall.PROT_WRITE, syscall.MAP_ANON|syscall.MAP_PRIVATE)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { syscall.Munmap(b) })
-	return b
+// Of has no memory collected and used anew until the test ends: what is dropped stays to be found.
+func Of(t testing.TB) Memory {
+	runtime.GC()
+	percent := debug.SetGCPercent(-1)
+	t.Cleanup(func() { debug.SetGCPercent(percent) })
+	return Memory{t}
 }
 
-// Take moves a secret out of b, which it wipes.
-func Take(t testing.TB, b []byte) Needle {
-	t.Helper()
-	n := outside(t, len(b))
-	for i := range n {
-		n[i] = b[i]
-		if i >= open {
-			n[i] ^= mask
-		}
-	}
-	clear(b)
+// A Needle is a secret to look for, kept where Find does not look.
+type Needle []byte
+
+// Take copies a secret.
+func (m Memory) Take(secret []byte) Needle {
+	m.t.Helper()
+	n := m.outside(-1, len(secret), syscall.MAP_ANON|syscall.MAP_PRIVATE)
+	copy(n, secret)
 	return n
 }
 
-// Find says at how many places of Go's heap, stacks of goroutines among them, a secret stands, in use or left behind. It looks at no C memory: a
-// token that is a library has its secrets there.
-func Find(t testing.TB, n Needle) (places int) {
-	t.Helper()
-	scrub := outside(t, 512)
-	copy(scrub[256:], scrub[:256]) // zeros, through all registers that copies go through (runtime/memmove_amd64.s)
-	mark, seen := Take(t, bytes.Clone(canary)), 0
-	buffer := outside(t, chunk+len(n)+len(mark))
-	mem, err := os.Open("/proc/self/mem")
+// outside is memory that Go's heap knows nothing of.
+func (m Memory) outside(fd, size, flags int) []byte {
+	m.t.Helper()
+	b, err := syscall.Mmap(fd, 0, size, syscall.PROT_READ|syscall.PROT_WRITE, flags)
 	if err != nil {
-		t.Fatal(err)
+		m.t.Fatal(err)
 	}
-	defer mem.Close()
-	for _, part := range heap(t) {
-		from, to := part[0], part[1]
-		for at := from; at < to; at += chunk {
-			// Longer than a chunk, for what stands across its end; counted by where it begins.
-			text := buffer[:min(uint64(len(buffer)), to-at)]
-			if _, err := mem.ReadAt(text, int64(at)); err != nil {
-				t.Fatal(err)
-			}
-			places += count(text, n)
-			seen += count(text, mark)
-		}
+	m.t.Cleanup(func() { syscall.Munmap(b) })
+	return b
+}
+
+// Find says at how many places each secret stands.
+func (m Memory) Find(all []Needle) (places []int) {
+	m.t.Helper()
+	f, err := os.Create(filepath.Join(m.t.TempDir(), "heap"))
+	if err != nil {
+		m.t.Fatal(err)
 	}
-	if seen == 0 {
-		t.Fatal("what is in memory is not found there")
+	defer f.Close()
+	debug.WriteHeapDump(f.Fd())
+	end, err := f.Seek(0, 2)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	dump := m.outside(int(f.Fd()), int(end), syscall.MAP_SHARED)
+	if !bytes.Contains(dump, canary) {
+		m.t.Fatal("what is in memory is not found there")
+	}
+	for _, n := range all {
+		places = append(places, bytes.Count(dump, n))
 	}
 	return places
-}
-
-// heap is what can be read of Go's heap: the mapping that holds a thing on it, and those beside it without a gap. Where it begins differs by run.
-func heap(t testing.TB) (parts [][2]uint64) {
-	t.Helper()
-	maps, err := os.ReadFile("/proc/self/maps")
-	if err != nil {
-		t.Fatal(err)
-	}
-	known := uint64(uintptr(unsafe.Pointer(unsafe.SliceData(canary))))
-	var last uint64
-	found := false
-	for line := range strings.Lines(string(maps)) {
-		var from, to uint64
-		var mode string
-		if _, err := fmt.Sscanf(line, "%x-%x %s", &from, &to, &mode); err != nil {
-			t.Fatal(err)
-		}
-		if from != last {
-			if found {
-				break
-			}
-			parts = nil
-		}
-		if last = to; mode[:2] == "rw" {
-			parts = append(parts, [2]uint64{from, to})
-		}
-		found = found || from <= known && known < to
-	}
-	return parts
-}
-
-func count(in []byte, n Needle) (places int) {
-	for at := 0; ; at++ {
-		i := bytes.Index(in[at:], n[:open])
-		if at += i; i < 0 || at >= chunk || len(in)-at < len(n) {
-			return places
-		}
-		j := open
-		for j < len(n) && in[at+j]^mask == n[j] {
-			j++
-		}
-		if j == len(n) {
-			places++
-		}
-	}
 }
