@@ -2,7 +2,7 @@
 // of cannot see the copies that it does not know of.
 //
 // It sees the heap and the frames of calls under way. What it does not see is what nobody can wipe in Go: frames of calls that have returned, until
-// others overwrite them, and registers that the kernel saved for a signal.
+// others overwrite them. Registers that were saved for a signal it does see: they hold 16 bytes each, so that a secret is to be longer.
 package memscan
 
 import (
