@@ -159,9 +159,9 @@ func pinnable(ctx context.Context, registry Registry, manufacturers []*Manufactu
 	return nil
 }
 
-// pinned is the manufacturer that a TAC is pinned to, or nil.
+// pinned is the manufacturer that a TAC is pinned to, or nil. A distrusted one has none: its devices may be another's, under a new signing key.
 func pinned(t kme.TAC, manufacturers []*Manufacturer) *Manufacturer {
-	i := slices.IndexFunc(manufacturers, func(m *Manufacturer) bool { return slices.Contains(m.TACs, t) })
+	i := slices.IndexFunc(manufacturers, func(m *Manufacturer) bool { return !m.Verdict.Withdrawn && slices.Contains(m.TACs, t) })
 	if i < 0 {
 		return nil
 	}

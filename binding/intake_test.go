@@ -378,4 +378,9 @@ func TestPinnedTACs(t *testing.T) {
 			t.Errorf("%s has %v", m.KeyID, m.TACs)
 		}
 	}
+	v := must[binding.Verdict](t)(binding.NewVerdict(true, "somebody", "its key is lost"))
+	must[binding.Verdict](t)(r.store.Decide(t.Context(), one.KeyID(), "", v, nil))
+	if err := grant(two, "E", "35000002"); err != nil {
+		t.Errorf("a TAC of a manufacturer that is distrusted: %v", err)
+	}
 }

@@ -149,13 +149,12 @@ func enroll(c *cli.Context) error {
 		}
 		return cmdline.Print(c, map[string]any{"manufacturer": m.KeyID, "operator": m.Operator, "directory": m.Directory, "tacs": append([]kme.TAC{}, m.TACs...)}, func(w io.Writer) {
 			fmt.Fprintf(w, "enrolled with manufacturer %s as operator %s\n", m.KeyID, m.Operator)
-			switch {
-			case len(m.TACs) == 0:
-				fmt.Fprintln(w, "its lots may have any TAC that is pinned to no other manufacturer: --tac pins")
-			case len(tacs) == 0:
-				fmt.Fprintf(w, "its lots may have TAC %s alone, as before\n", m.TACs)
-			default:
-				fmt.Fprintf(w, "its lots may have TAC %s alone\n", m.TACs)
+			if len(m.TACs) > 0 {
+				before := ""
+				if len(tacs) == 0 {
+					before = ", as before"
+				}
+				fmt.Fprintf(w, "its lots may have TAC %s alone%s\n", m.TACs, before)
 			}
 		})
 	})
