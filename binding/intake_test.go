@@ -379,7 +379,7 @@ func TestPinnedTACs(t *testing.T) {
 		}
 	}
 	v := must[binding.Verdict](t)(binding.NewVerdict(true, "somebody", "its key is lost"))
-	must[binding.Verdict](t)(r.store.Decide(t.Context(), one.KeyID(), "", v, nil))
+	must[binding.Verdict](t)(binding.Distrust(t.Context(), r.store, one.KeyID(), v))
 	if err := grant(two, "E", "35000002"); err != nil {
 		t.Errorf("a TAC of a manufacturer that is distrusted: %v", err)
 	}
