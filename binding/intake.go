@@ -139,7 +139,8 @@ func Enroll(ctx context.Context, token IntakeToken, registry Registry, jws, pem 
 	return m, token.DestroyTransportKey(ctx, transports[at])
 }
 
-// pinnable fails if one of the TACs that a manufacturer is to have is another's: pinned to it, or in a lot of its that is served.
+// pinnable fails if one of the TACs that a manufacturer is to have is another's: pinned to it, or in a lot of its that
+// is served.
 func pinnable(ctx context.Context, registry Registry, manufacturers []*Manufacturer, id string, tacs []kme.TAC) error {
 	lots, err := registry.Lots(ctx)
 	if err != nil {
@@ -159,7 +160,8 @@ func pinnable(ctx context.Context, registry Registry, manufacturers []*Manufactu
 	return nil
 }
 
-// pinned is the manufacturer that a TAC is pinned to, or nil. A distrusted one has none: its devices may be another's, under a new signing key.
+// pinned is the manufacturer that a TAC is pinned to, or nil. A distrusted one has none: its devices may be another's,
+// under a new signing key.
 func pinned(t kme.TAC, manufacturers []*Manufacturer) *Manufacturer {
 	i := slices.IndexFunc(manufacturers, func(m *Manufacturer) bool { return !m.Verdict.Withdrawn && slices.Contains(m.TACs, t) })
 	if i < 0 {

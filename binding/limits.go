@@ -31,8 +31,9 @@ func newLimits(l Limits) *limits {
 	return &limits{Limits: l, imsis: newRates[kme.IMSI](l), imeis: newRates[kme.IMEI](l)}
 }
 
-// allow says whether the HSM may have another payload of an IMSI's for an IMEI, and charges the IMSI for it. The IMEI is charged by established
-// alone: anybody who has an attempt can name one and send garbage, or a (KME, KME_SIG) that was used.
+// allow says whether the HSM may have another payload of an IMSI's for an IMEI, and charges the IMSI for it. The IMEI
+// is charged by established alone: anybody who has an attempt can name one and send garbage, or a (KME, KME_SIG) that
+// was used.
 func (l *limits) allow(imsi kme.IMSI, imei kme.IMEI) bool {
 	return l.IMEIRate <= 0 || l.imeis.of(imei).Tokens() >= 1 && l.imsis.of(imsi).Allow()
 }

@@ -99,8 +99,8 @@ func TestOverload(t *testing.T) {
 	}
 }
 
-// Whoever has an attempt uses up its own rate by what it sends, and never that of a device that it names: garbage counts for the IMSI alone, and so
-// does what the device once sent. What the device itself sends counts for it.
+// Whoever has an attempt uses up its own rate by what it sends, and never that of a device that it names: garbage
+// counts for the IMSI alone, and so does what the device once sent. What the device itself sends counts for it.
 func TestIMEIRate(t *testing.T) {
 	r, _, l := newServed(t)
 	service := r.unrecorded(t)

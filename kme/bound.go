@@ -29,8 +29,8 @@ func (s Suite) Signed(c Context, p *Plaintext) []byte {
 		return bytes.Clone(p.KME.Bytes())
 	}
 	imsi := c.IMSI.String()
-	about := "kme-binding-v2\x00" + string([]byte{byte(len(c.Lot))}) + c.Lot + c.IMEI.String() + string([]byte{byte(len(imsi))}) + imsi
-	return slices.Concat([]byte(about), p.KME.Bytes(), p.RME.Bytes()) // once, in its whole length: append leaves copies behind
+	about := fmt.Sprintf("kme-binding-v2\x00%s%s%s%s%s", []byte{byte(len(c.Lot))}, c.Lot, c.IMEI, []byte{byte(len(imsi))}, imsi)
+	return slices.Concat([]byte(about), p.KME.Bytes(), p.RME.Bytes()) // at once: append leaves copies behind
 }
 
 // OAEPHash is the hash of the bound suite's RSA-OAEP and of its MGF1, as manifests name it.

@@ -73,7 +73,10 @@ static int new_multi(void)
 	return 0;
 }
 
-/* The CA of this file and no other: beside it, libcurl trusts those of a folder of the system's, and may ask the system itself. */
+/*
+ * The CA of this file and no other: beside it, libcurl trusts those of a folder of the system's, and may ask the system
+ * itself.
+ */
 static int trust_alone(CURL *h, const char *ca)
 {
 	CURLcode folder = curl_easy_setopt(h, CURLOPT_CAPATH, NULL);
