@@ -13,8 +13,8 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// When a payload has been opened, neither its KME nor its RME stands anywhere in this program's memory; nor when it was refused, or when its KME has
-// been exported and wiped.
+// When a payload has been opened, neither its KME nor its RME stands anywhere in this program's memory; nor when it was
+// refused, or when its KME has been exported and wiped.
 func TestSecretsAreWiped(t *testing.T) {
 	token := newOperator(t)
 	key := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072))

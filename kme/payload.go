@@ -49,7 +49,8 @@ func (s Suite) Encrypt(lot *rsa.PublicKey, p *Plaintext) ([]byte, error) {
 	return power(m, lot.N).FillBytes(make([]byte, PayloadSize(lot))), nil
 }
 
-// power is m^65537 mod n. math/big wipes nothing, so that what it is given to raise is m^8 mod n, of which nobody finds m.
+// power is m^65537 mod n. math/big wipes nothing, so that what it is given to raise is m^8 mod n, of which nobody finds
+// m.
 func power(m []byte, n *big.Int) *big.Int {
 	x := new(big.Int).SetBytes(m)
 	y := new(big.Int).SetBytes(m)
@@ -88,12 +89,13 @@ func (s Suite) plaintext(lot *rsa.PublicKey, p *Plaintext) ([]byte, error) {
 	return m, nil
 }
 
-// ReducePayload prepares a payload of exactly k bytes for raw decryption, so that a caller can send every one the same way through the token and
-// nobody can tell one fault from another by the answer or its time.
+// ReducePayload prepares a payload of exactly k bytes for raw decryption, so that a caller can send every one the same
+// way through the token and nobody can tell one fault from another by the answer or its time.
 //
-// ok is false for a payload that is not below N; what comes back is the payload minus N then, which is. In the place of 0, 1 and N-1 comes 2: a token may
-// refuse those three (NIST SP 800-56B Rev. 2 section 7.1.2.1 decrypts only what is between 1 and N-1), which decrypt to themselves; and no more than they
-// has what 2 decrypts to a KME_SIG that verifies.
+// ok is false for a payload that is not below N; what comes back is the payload minus N then, which is. In the place of
+// 0, 1 and N-1 comes 2: a token may refuse those three (NIST SP 800-56B Rev. 2 section 7.1.2.1 decrypts only what is
+// between 1 and N-1), which decrypt to themselves; and no more than they has what 2 decrypts to a KME_SIG that
+// verifies.
 func ReducePayload(lot *rsa.PublicKey, payload []byte) (reduced []byte, ok bool, err error) {
 	k := PayloadSize(lot)
 	if len(payload) != k {

@@ -15,8 +15,8 @@ const SecretSize = 32
 // all that comes out is "[secret]". Only Bytes gives it.
 type Secret struct{ b *[SecretSize]byte }
 
-// NewSecret copies a secret of exactly SecretSize bytes. It is not inlined, since its copy could be on the caller's stack then: a stack that grows or
-// shrinks is moved, and leaves its contents behind.
+// NewSecret copies a secret of exactly SecretSize bytes. It is not inlined, since its copy could be on the caller's
+// stack then: a stack that grows or shrinks is moved, and leaves its contents behind.
 //
 //go:noinline
 func NewSecret(b []byte) (Secret, error) {

@@ -14,8 +14,8 @@ import (
 	"github.com/kmehsm/kmehsm/internal/memscan"
 )
 
-// What a payload holds stands nowhere in memory any more when it has been made, or taken apart, and wiped: neither KME nor RME, in whichever order of
-// bytes, nor the seed of the padding, which gives the rest of it.
+// What a payload holds stands nowhere in memory any more when it has been made, or taken apart, and wiped: neither KME
+// nor RME, in whichever order of bytes, nor the seed of the padding, which gives the rest of it.
 func TestSecretsAreWiped(t *testing.T) {
 	lot, err := rsa.GenerateKey(rand.Reader, 3072)
 	if err != nil {

@@ -17,9 +17,10 @@ import (
 //go:embed wall.html wall.js
 var wall embed.FS
 
-// Handler serves stations, and a wall screen. A station is who its client certificate says, the common name of its subject, and is one of
-// Options.Stations. Who is none sees the counts, and no device. A browser shows a client certificate to whatever page asks it to, so that requests of
-// other pages are refused (see http.CrossOriginProtection), and bodies that a form can make.
+// Handler serves stations, and a wall screen. A station is who its client certificate says, the common name of its
+// subject, and is one of Options.Stations. Who is none sees the counts, and no device. A browser shows a client
+// certificate to whatever page asks it to, so that requests of other pages are refused (see
+// http.CrossOriginProtection), and bodies that a form can make.
 //
 //	POST /v1/lots/{lot}/next                     the next device: a Ticket
 //	POST /v1/lots/{lot}/devices/{imei}           that device: a Ticket
@@ -27,8 +28,9 @@ var wall embed.FS
 //	GET  /v1/status                              a Status
 //	GET  /                                       the wall screen
 //
-// An error is {"error": "..."}: 400 for what makes no sense, 403 for who is no station or comes from another page, 404 when no device is left, 409 for what this
-// station may not do now, 415 for a body that does not say that it is JSON, 503 for what may work later.
+// An error is {"error": "..."}: 400 for what makes no sense, 403 for who is no station or comes from another page, 404
+// when no device is left, 409 for what this station may not do now, 415 for a body that does not say that it is JSON,
+// 503 for what may work later.
 func (d *Desk) Handler() http.Handler {
 	mux := http.NewServeMux()
 	station := func(pattern string, f func(r *http.Request, station string) (any, error)) {

@@ -31,7 +31,8 @@ func served(t *testing.T) (service *binding.Service, lot *rsa.PublicKey, imei km
 	t.Helper()
 	ctx := t.Context()
 	token, _, _ := newOperator(t)
-	store := must[*sqlstore.Store](t)(sqlstore.Open(ctx, sqlstore.InFolder(t.TempDir())))
+	rowKey := must[kme.Secret](t)(token.Derive(ctx, sqlstore.RowKey))
+	store := must[*sqlstore.Store](t)(sqlstore.Open(ctx, sqlstore.InFolder(t.TempDir()), rowKey))
 	t.Cleanup(func() { store.Close() })
 	maker := must[*directory.Signer](t)(directory.NewSigner(must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))))
 	files := must[*directory.FileStore](t)(directory.OpenFileStore(t.TempDir()))
@@ -72,8 +73,8 @@ func served(t *testing.T) (service *binding.Service, lot *rsa.PublicKey, imei km
 	return binding.NewService(token, store, lots, binding.DefaultTimes(), slog.New(slog.NewTextHandler(io.Discard, nil))), &key.PublicKey, imei
 }
 
-// Whether a token decrypts 0, 1 and N-1, which are their own roots, or refuses them, as NIST SP 800-56B Rev. 2 section 7.1.2.1 has it: nobody
-// learns it, nor by which calls of the token they were answered.
+// Whether a token decrypts 0, 1 and N-1, which are their own roots, or refuses them, as NIST SP 800-56B Rev. 2 section
+// 7.1.2.1 has it: nobody learns it, nor by which calls of the token they were answered.
 func TestTrivialPayloads(t *testing.T) {
 	service, lot, imei := served(t)
 	here := binding.Origin{Provisioning: binding.Allowed}

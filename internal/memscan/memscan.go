@@ -1,8 +1,9 @@
-// Package memscan finds what a program has left in its memory. It is for tests that secrets are wiped: a test that looks at the buffers that it knows
-// of cannot see the copies that it does not know of.
+// Package memscan finds what a program has left in its memory. It is for tests that secrets are wiped: a test that
+// looks at the buffers that it knows of cannot see the copies that it does not know of.
 //
-// It sees the heap and the frames of calls under way. What it does not see is what nobody can wipe in Go: frames of calls that have returned, until
-// others overwrite them. Registers that were saved for a signal it does see: they hold 16 bytes each, so that a secret is to be longer.
+// It sees the heap and the frames of calls under way. What it does not see is what nobody can wipe in Go: frames of
+// calls that have returned, until others overwrite them. Registers that were saved for a signal it does see: they hold
+// 16 bytes each, so that a secret is to be longer.
 package memscan
 
 import (

@@ -288,8 +288,8 @@ func TestS6aConfiguration(t *testing.T) {
 	}
 }
 
-// The CA that the configuration names is trusted, and none of the system's: libcurl looks for those in a folder that is compiled into it, for which this
-// test's copy of libcurl has another name, as long.
+// The CA that the configuration names is trusted, and none of the system's: libcurl looks for those in a folder that is
+// compiled into it, for which this test's copy of libcurl has another name, as long.
 func TestS6aTrustsItsCAAlone(t *testing.T) {
 	d := newNetwork(t, 1, "")
 	const folder, ours = "\x00/etc/ssl/certs\x00", "\x00./system-certs\x00"
