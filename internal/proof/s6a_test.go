@@ -325,6 +325,7 @@ func TestS6aTrustsItsCAAlone(t *testing.T) {
 		hss := d.start("hss", []string{"hssd:" + d.path("subscribers")}, "agent")
 		agent := d.start("agent", []string{d.confTrusting(c.ca)}, "hss", "mme")
 		client := d.start("mme", []string{"mme:" + d.path("m")}, "agent")
+		agent.connected("hss", "mme")
 		client.connected("agent")
 		d.mme("m").expect("keysvc with a certificate of other.pem, of which "+c.ca+" is trusted", c.want, "AIR", "001010000000000", "1", "-")
 		stopAll(client, agent, hss)
