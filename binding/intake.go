@@ -11,6 +11,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/kme"
 )
 
 // An IntakeToken is what taking in enrolments and lots needs of the operator's HSM.
@@ -79,7 +80,8 @@ func Dedicate(ctx context.Context, token DedicateToken, accept bool) (created bo
 // manufacturer has read out of it, neither of which came with the enrolment. The KEK of an earlier enrolment with the
 // same generation is replaced; one of another generation is taken beside those that are there. An enrolment that was
 // taken before changes nothing but the directory.
-func Enroll(ctx context.Context, token IntakeToken, registry Registry, jws, pem []byte, thumbprint, directoryURL string) (*Manufacturer, error) {
+func Enroll(ctx context.Context, token IntakeToken, registry Registry, jws, pem []byte, thumbprint, directoryURL string,
+	tacs ...kme.TAC) (*Manufacturer, error) {
 	verifier, err := directory.ParseVerifier(pem)
 	if err != nil {
 		return nil, fmt.Errorf("the manufacturer's key: %w", err)
@@ -102,15 +104,24 @@ func Enroll(ctx context.Context, token IntakeToken, registry Registry, jws, pem 
 		return nil, err
 	}
 	for _, m := range manufacturers {
-		if m.KeyID == e.Manufacturer && m.Verdict.Withdrawn {
+		if m.KeyID != e.Manufacturer {
+			continue
+		}
+		if m.Verdict.Withdrawn {
 			return nil, distrustedError(m.KeyID, m.Verdict)
 		}
+		if len(tacs) == 0 {
+			tacs = m.TACs
+		}
+	}
+	if err := pinnable(ctx, registry, manufacturers, e.Manufacturer, tacs); err != nil {
+		return nil, err
 	}
 	kek, ok := kekOf(e.Manufacturer, e.Operator).Named(e.KEK)
 	if !ok {
 		return nil, fmt.Errorf("the enrolment carries key %s: it does not fit the operator that it names", e.KEK)
 	}
-	m := &Manufacturer{KeyID: e.Manufacturer, PEM: string(pem), Operator: e.Operator, Directory: directoryURL, Enrolled: time.Now()}
+	m := &Manufacturer{KeyID: e.Manufacturer, PEM: string(pem), Operator: e.Operator, Directory: directoryURL, TACs: tacs, Enrolled: time.Now()}
 	transports, err := token.TransportKeys(ctx)
 	if err != nil {
 		return nil, err
@@ -126,6 +137,53 @@ func Enroll(ctx context.Context, token IntakeToken, registry Registry, jws, pem 
 		return nil, err
 	}
 	return m, token.DestroyTransportKey(ctx, transports[at])
+}
+
+// pinnable fails if one of the TACs that a manufacturer is to have is another's: pinned to it, or in a lot of its that
+// is served.
+func pinnable(ctx context.Context, registry Registry, manufacturers []*Manufacturer, id string, tacs []kme.TAC) error {
+	lots, err := registry.Lots(ctx)
+	if err != nil {
+		return err
+	}
+	for _, t := range tacs {
+		if o := pinned(t, manufacturers); o != nil && o.KeyID != id {
+			return fmt.Errorf("TAC %s is pinned to manufacturer %s: settle it with who made the devices", t, o.KeyID)
+		}
+		for _, l := range lots {
+			if l.Manufacturer != id && l.Served() && slices.ContainsFunc(l.Manifest.Ranges, func(r directory.Range) bool { return r.TAC == t }) {
+				return fmt.Errorf("lot %s of manufacturer %s has TAC %s: settle it with who made them; keysvc lot retire ends a lot",
+					l.Manifest.Lot, l.Manufacturer, t)
+			}
+		}
+	}
+	return nil
+}
+
+// pinned is the manufacturer that a TAC is pinned to, or nil. A distrusted one has none: its devices may be another's,
+// under a new signing key.
+func pinned(t kme.TAC, manufacturers []*Manufacturer) *Manufacturer {
+	i := slices.IndexFunc(manufacturers, func(m *Manufacturer) bool { return !m.Verdict.Withdrawn && slices.Contains(m.TACs, t) })
+	if i < 0 {
+		return nil
+	}
+	return manufacturers[i]
+}
+
+// checkTACs fails if a lot of m's has a TAC that m may not have.
+func checkTACs(lot *directory.Manifest, manufacturers []*Manufacturer, m *Manufacturer) error {
+	for _, r := range lot.Ranges {
+		o := pinned(r.TAC, manufacturers)
+		if o != nil && o.KeyID != m.KeyID {
+			return fmt.Errorf("lot %s has TAC %s, which is pinned to manufacturer %s: settle it with who made them",
+				lot.Lot, r.TAC, o.KeyID)
+		}
+		if o == nil && len(m.TACs) > 0 {
+			return fmt.Errorf("lot %s has TAC %s, and manufacturer %s was enrolled for %s alone: if that is its TAC too, run keysvc enroll "+
+				"again with --tac for each", lot.Lot, r.TAC, m.KeyID, m.TACs)
+		}
+	}
+	return nil
 }
 
 // enrolledBefore is Enroll where the transport key is gone: it went with an enrolment that was taken, or was never
@@ -163,13 +221,14 @@ func ImportLot(ctx context.Context, token IntakeToken, registry Registry, jws []
 	}
 	for _, m := range manufacturers {
 		if m.KeyID == signer {
-			return importLot(ctx, token, registry, m, jws, again)
+			return importLot(ctx, token, registry, manufacturers, m, jws, again)
 		}
 	}
 	return nil, fmt.Errorf("the grant is signed by %s, a manufacturer who is not enrolled", signer)
 }
 
-func importLot(ctx context.Context, token IntakeToken, registry Registry, m *Manufacturer, jws []byte, again *Verdict) (*Lot, error) {
+func importLot(ctx context.Context, token IntakeToken, registry Registry, manufacturers []*Manufacturer, m *Manufacturer, jws []byte,
+	again *Verdict) (*Lot, error) {
 	if m.Verdict.Withdrawn {
 		return nil, distrustedError(m.KeyID, m.Verdict)
 	}
@@ -193,6 +252,9 @@ func importLot(ctx context.Context, token IntakeToken, registry Registry, m *Man
 	}
 	manifest, err := verifier.Manifest(g.Lot, []byte(g.Manifest))
 	if err != nil {
+		return nil, err
+	}
+	if err := checkTACs(manifest, manufacturers, m); err != nil {
 		return nil, err
 	}
 	lot := &Lot{Manufacturer: m.KeyID, Manifest: manifest, ManifestJWS: g.Manifest, Imported: time.Now()}

@@ -334,3 +334,53 @@ func TestImportOvertaken(t *testing.T) {
 	checkSays(t, "a lot whose IMEIs were taken meanwhile", err, "settle it with who made them")
 	checkLeft(t, "a lot whose IMEIs were taken meanwhile", r, map[hsmkeys.Key]bool{a.lotKey("L1"): true, b.lotKey("L1"): false}, 2, 1)
 }
+
+// A TAC is pinned to a manufacturer: no other has a lot of it, and it has no lot of another TAC.
+func TestPinnedTACs(t *testing.T) {
+	r, one, two := newRig(t), newMaker(t), newMaker(t)
+	tac := func(s string) kme.TAC { return must[kme.TAC](t)(kme.ParseTAC(s)) }
+	key := vectors(t).lot(t, "lot-2048")
+	enroll := func(m *maker, tacs ...kme.TAC) (*binding.Manufacturer, error) {
+		return binding.Enroll(t.Context(), r.token, r.store, m.sign(t, directory.TypeEnrolment, m.enrolment(t, r)), m.pem, m.KeyID(), "file:"+m.dir, tacs...)
+	}
+	refused := func(what string, err error, want string) {
+		t.Helper()
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %q", what, err, want)
+		}
+	}
+	grant := func(m *maker, name, of string) error {
+		was := testTAC
+		testTAC = of
+		l := m.newLot(t, name, kme.SuiteECDSA, key, 1, newDevices(t, 1)...)
+		testTAC = was
+		_, err := binding.ImportLot(t.Context(), r.token, r.store, m.sign(t, directory.TypeGrant, m.grant(t, l)), nil)
+		return err
+	}
+	must[*binding.Manufacturer](t)(enroll(one, tac("35000001"), tac("35000002")))
+	if m := must[*binding.Manufacturer](t)(enroll(one)); len(m.TACs) != 2 {
+		t.Errorf("enrolled again, it has %v", m.TACs)
+	}
+	must[*binding.Manufacturer](t)(enroll(two))
+	refused("another's lot", grant(two, "A", "35000002"), "pinned to manufacturer "+one.KeyID())
+	refused("a lot of a TAC that is not its own", grant(one, "B", "35000003"), "--tac")
+	_, err := enroll(two, tac("35000004"), tac("35000001"))
+	refused("another's TAC", err, "pinned to manufacturer "+one.KeyID())
+	for m, lot := range map[*maker][2]string{one: {"C", "35000001"}, two: {"D", "35000003"}} {
+		if err := grant(m, lot[0], lot[1]); err != nil {
+			t.Error(err)
+		}
+	}
+	_, err = enroll(one, tac("35000003"))
+	refused("a TAC of another's lot", err, "lot D of manufacturer "+two.KeyID())
+	for _, m := range must[[]*binding.Manufacturer](t)(r.store.Manufacturers(t.Context())) {
+		if want := map[string]int{one.KeyID(): 2, two.KeyID(): 0}[m.KeyID]; len(m.TACs) != want {
+			t.Errorf("%s has %v", m.KeyID, m.TACs)
+		}
+	}
+	v := must[binding.Verdict](t)(binding.NewVerdict(true, "somebody", "its key is lost"))
+	must[binding.Verdict](t)(binding.Distrust(t.Context(), r.store, one.KeyID(), v))
+	if err := grant(two, "E", "35000002"); err != nil {
+		t.Errorf("a TAC of a manufacturer that is distrusted: %v", err)
+	}
+}

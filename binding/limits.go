@@ -13,39 +13,56 @@ import (
 // Limits keep the service fast when more comes than it can do. The zero value of each is no limit.
 type Limits struct {
 	Calls     int     // at the HSM or waiting for it; more are refused at once
-	IMEIRate  float64 // EstablishKME a second, of one IMEI
+	IMEIRate  float64 // payloads a second of one IMSI, whatever they are; and accepted ones of one IMEI
 	IMEIBurst int     // so many at once
 }
 
-// maxIMEIs bounds the memory for the rates: who has not come for longest is forgotten first.
-const maxIMEIs = 100_000
+// maxRates bounds the memory for the rates, of IMSIs and of IMEIs: who has not come for longest is forgotten first.
+const maxRates = 100_000
 
 type limits struct {
 	Limits
 	calls atomic.Int64
-	imeis *otter.Cache[kme.IMEI, *rate.Limiter]
+	imsis *rates[kme.IMSI]
+	imeis *rates[kme.IMEI]
 }
 
 func newLimits(l Limits) *limits {
-	all := &limits{Limits: l}
-	if l.IMEIRate > 0 {
-		all.imeis = otter.Must(&otter.Options[kme.IMEI, *rate.Limiter]{
-			MaximumSize: maxIMEIs, ExpiryCalculator: otter.ExpiryAccessing[kme.IMEI, *rate.Limiter](time.Hour),
-		})
-	}
-	return all
+	return &limits{Limits: l, imsis: newRates[kme.IMSI](l), imeis: newRates[kme.IMEI](l)}
 }
 
-// allow says whether an IMEI's rate allows it another payload.
-func (l *limits) allow(imei kme.IMEI) bool {
-	if l.imeis == nil {
-		return true
+// allow says whether the HSM may have another payload of an IMSI's for an IMEI, and charges the IMSI for it. The IMEI
+// is charged by established alone: anybody who has an attempt can name one and send garbage, or a (KME, KME_SIG) that
+// was used.
+func (l *limits) allow(imsi kme.IMSI, imei kme.IMEI) bool {
+	return l.IMEIRate <= 0 || l.imeis.of(imei).Tokens() >= 1 && l.imsis.of(imsi).Allow()
+}
+
+// established charges an IMEI. Calls that passed allow at the same time may take it below zero, which time makes good.
+func (l *limits) established(imei kme.IMEI) {
+	if l.IMEIRate > 0 {
+		l.imeis.of(imei).Reserve()
 	}
-	r, ok := l.imeis.GetIfPresent(imei)
+}
+
+type rates[K comparable] struct {
+	cache *otter.Cache[K, *rate.Limiter]
+	rate  rate.Limit
+	burst int
+}
+
+func newRates[K comparable](l Limits) *rates[K] {
+	return &rates[K]{otter.Must(&otter.Options[K, *rate.Limiter]{
+		MaximumSize: maxRates, ExpiryCalculator: otter.ExpiryAccessing[K, *rate.Limiter](time.Hour),
+	}), rate.Limit(l.IMEIRate), max(l.IMEIBurst, 1)}
+}
+
+func (r *rates[K]) of(key K) *rate.Limiter {
+	l, ok := r.cache.GetIfPresent(key)
 	if !ok {
-		r, _ = l.imeis.SetIfAbsent(imei, rate.NewLimiter(rate.Limit(l.IMEIRate), max(l.IMEIBurst, 1)))
+		l, _ = r.cache.SetIfAbsent(key, rate.NewLimiter(r.rate, r.burst))
 	}
-	return r.Allow()
+	return l
 }
 
 func overloaded(message string) *Refusal { return refuse(kme.Overloaded, message, nil) }

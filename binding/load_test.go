@@ -99,25 +99,46 @@ func TestOverload(t *testing.T) {
 	}
 }
 
+// Whoever has an attempt uses up its own rate by what it sends, and never that of a device that it names: garbage
+// counts for the IMSI alone, and so does what the device once sent. What the device itself sends counts for it.
 func TestIMEIRate(t *testing.T) {
 	r, _, l := newServed(t)
 	service := r.unrecorded(t)
 	service.Limit(binding.Limits{IMEIRate: 0.001, IMEIBurst: 3})
-	imsi := newIMSI()
-	attempt := r.attempt(t, imsi)
-	for i := range 5 {
-		payload, _ := l.devices[0].payload(t)
-		payload[9] ^= 1
-		_, err := service.EstablishKME(t.Context(), imsi, l.devices[0].imei.String(), attempt, payload, here, false)
-		want := kme.KMERejected
-		if i >= 3 {
-			want = kme.Overloaded
-		}
-		checkRefused(t, "a device that sends too much", err, want, "")
+	victim := l.devices[0]
+	send := func(imsi string, d *device, payload []byte) error {
+		_, err := service.EstablishKME(t.Context(), imsi, d.imei.String(), r.attempt(t, imsi), payload, here, false)
+		return err
 	}
-	payload, _ := l.devices[1].payload(t)
-	must[*binding.Established](t)(service.EstablishKME(t.Context(), imsi, l.devices[1].imei.String(), attempt,
-		payload, here, false))
+	for range 2 {
+		imsi := newIMSI()
+		for i := range 4 {
+			bad, _ := victim.payload(t)
+			bad[9] ^= 1
+			want := kme.KMERejected
+			if i == 3 {
+				want = kme.Overloaded
+			}
+			checkRefused(t, "garbage", send(imsi, victim, bad), want, "")
+		}
+	}
+	for i := range 3 {
+		good, plain := victim.payload(t)
+		if err := send(newIMSI(), victim, good); err != nil {
+			t.Fatalf("the device's payload %d: %v", i, err)
+		}
+		for range 2 - i { // as long as there is any of its own rate
+			again := victim.encrypt(t, &kme.Plaintext{KME: plain.KME, Sig: plain.Sig, RME: kme.RandomSecret()})
+			checkRefused(t, "what was used", send(newIMSI(), victim, again), kme.KMERejected, "")
+		}
+	}
+	good, _ := victim.payload(t)
+	imsi := newIMSI()
+	checkRefused(t, "a device that sends too much", send(imsi, victim, good), kme.Overloaded, "")
+	good, _ = l.devices[1].payload(t)
+	if err := send(imsi, l.devices[1], good); err != nil {
+		t.Error("another device: ", err)
+	}
 }
 
 // A caller cannot tell by the time what was wrong with a payload. Method: payloads of each kind, and random ones, in random order; of each

@@ -1,13 +1,16 @@
 package binding_test
 
 import (
+	"fmt"
 	"maps"
+	"strings"
 	"testing"
 
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/kme"
 )
 
 // Every operation of the HSM is measured by its name, the decryption for kme-export too, and each has its wait for
@@ -47,5 +50,50 @@ func TestMeasured(t *testing.T) {
 	want := map[string]uint64{"open payload ok ": 1, "export KME ok ": 1, "encrypt RANDs ok ": 1, "decrypt RAND ok ": 1}
 	if !maps.Equal(operations, want) || waits != 4 {
 		t.Errorf("operations %v and %d waits", operations, waits)
+	}
+}
+
+// No metric says why a payload was rejected: who may read metrics, and sends payloads, would have an oracle.
+func TestMetricsAreNoOracle(t *testing.T) {
+	r, devices := newKnown(t)
+	registry := prometheus.NewRegistry()
+	r.service.Observe(binding.NewMetrics(registry))
+	send := func(v *vector) error {
+		imsi := newIMSI()
+		_, err := r.service.EstablishKME(t.Context(), imsi, devices[v].imei.String(), r.attempt(t, imsi), v.Payload, here, false)
+		return err
+	}
+	series := map[string]string{} // of all metrics, after a payload of each kind
+	for _, v := range vectors(t).Vectors {
+		why := v.Why
+		if v.Expect == "accept" {
+			why = "used"
+		}
+		if series[why] != "" || why == "length" {
+			continue
+		}
+		if why == "used" {
+			must[any](t)(nil, send(v))
+		}
+		checkRefused(t, v.Name, send(v), kme.KMERejected, "")
+		text := ""
+		families, err := registry.Gather()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, family := range families {
+			for _, m := range family.GetMetric() {
+				text += family.GetName() + fmt.Sprint(m.GetLabel()) + "\n"
+			}
+		}
+		series[why] = text
+	}
+	if len(series) != 4 {
+		t.Errorf("%d kinds were tried", len(series))
+	}
+	for why, text := range series {
+		if text != series["used"] || !strings.Contains(text, "kme_rejected_payloads_total[]") {
+			t.Errorf("%s: %s", why, text)
+		}
 	}
 }

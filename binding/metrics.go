@@ -1,7 +1,6 @@
 package binding
 
 import (
-	"errors"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -13,7 +12,7 @@ import (
 type Metrics struct {
 	calls    *prometheus.HistogramVec
 	refusals *prometheus.CounterVec
-	rejected *prometheus.CounterVec
+	rejected prometheus.Counter
 	hsm      *prometheus.HistogramVec
 	queue    prometheus.Histogram
 	inFlight prometheus.Gauge
@@ -28,7 +27,8 @@ func NewMetrics(r prometheus.Registerer) *Metrics {
 	m := &Metrics{
 		calls:    prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "kme_call_seconds", Help: "Calls by method and reason (OK, or that of the refusal).", Buckets: buckets}, []string{"method", "reason"}),
 		refusals: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "kme_refusals_total", Help: "Refused calls, by reason."}, []string{"reason"}),
-		rejected: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "kme_rejected_payloads_total", Help: "Payloads that were rejected, by what was wrong; callers do not learn it."}, []string{"fault"}),
+		// Without what was wrong: who reads metrics and may send payloads would have an oracle.
+		rejected: prometheus.NewCounter(prometheus.CounterOpts{Name: "kme_rejected_payloads_total", Help: "Payloads that were rejected; why stands in the log alone."}),
 		hsm: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name: "kme_hsm_operation_seconds", Help: "Operations of the HSM, without the wait for a session.", Buckets: buckets,
 		}, []string{"operation", "result"}),
@@ -62,13 +62,6 @@ func (m *Metrics) Called(method, reason string, took time.Duration) {
 func (m *Metrics) refused(r *Refusal) {
 	m.refusals.WithLabelValues(string(r.Reason)).Inc()
 	if r.Reason == kme.KMERejected {
-		fault := "other"
-		switch {
-		case errors.Is(r.Cause, ErrUsed):
-			fault = "used"
-		case r.Cause != nil:
-			fault = r.Cause.Error()
-		}
-		m.rejected.WithLabelValues(fault).Inc()
+		m.rejected.Inc()
 	}
 }

@@ -344,8 +344,8 @@ func (s *Service) accept(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, atte
 	if device.Revoked != nil {
 		return nil, deviceRevoked()
 	}
-	if !s.limits.allow(imei) {
-		return nil, overloaded("this device sends too many payloads")
+	if !s.limits.allow(imsi, imei) {
+		return nil, overloaded("this subscription or this device sends too many payloads")
 	}
 
 	s.coming.Add(1)
@@ -369,6 +369,7 @@ func (s *Service) accept(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, atte
 	case err != nil:
 		return nil, fromStore(ctx, err)
 	}
+	s.limits.established(imei)
 	s.open.Invalidate(imsi)
 	return b, nil
 }

@@ -86,7 +86,9 @@ func (t *Token) OpenPayload(ctx context.Context, in Payload) (*Opened, error) {
 			sig = standIn(suite) // a token answers malformed values without computing anything
 		}
 		var verified bool
-		if signed := suite.Signed(in.For, &p); t.verifyInSoftware {
+		signed := suite.Signed(in.For, &p)
+		defer clear(signed)
+		if t.verifyInSoftware {
 			verified = suite.Verify(device, signed, sig)
 		} else if verified, err = verifyKME(s, suite, device, signed, sig); err != nil {
 			return nil, err

@@ -1,12 +1,14 @@
 package kme
 
 import (
+	"bytes"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/subtle"
 	"encoding/binary"
 	"fmt"
+	"slices"
 )
 
 // A Context is what KME_SIG of the bound suite is about, besides KME and RME.
@@ -20,15 +22,15 @@ type Context struct {
 // attempt, so that it is of no use to anybody who has learnt it:
 //
 //	"kme-binding-v2\x00" || len8(lot) || lot || IMEI14 || len8(IMSI) || IMSI || KME || RME
+//
+// It is a copy, which the caller wipes.
 func (s Suite) Signed(c Context, p *Plaintext) []byte {
 	if s != SuiteBound {
-		return p.KME.Bytes()
+		return bytes.Clone(p.KME.Bytes())
 	}
 	imsi := c.IMSI.String()
-	m := append([]byte("kme-binding-v2\x00"), byte(len(c.Lot)))
-	m = append(append(m, c.Lot...), c.IMEI.String()...)
-	m = append(append(m, byte(len(imsi))), imsi...)
-	return append(append(m, p.KME.Bytes()...), p.RME.Bytes()...)
+	about := fmt.Sprintf("kme-binding-v2\x00%s%s%s%s%s", []byte{byte(len(c.Lot))}, c.Lot, c.IMEI, []byte{byte(len(imsi))}, imsi)
+	return slices.Concat([]byte(about), p.KME.Bytes(), p.RME.Bytes()) // at once: append leaves copies behind
 }
 
 // OAEPHash is the hash of the bound suite's RSA-OAEP and of its MGF1, as manifests name it.
@@ -71,11 +73,12 @@ func unpadOAEP(raw []byte, size int) (m []byte, ok bool) {
 
 // mgf1 masks out with MGF1 of seed (RFC 8017 appendix B.2.1).
 func mgf1(out, seed []byte) {
-	var counter [4]byte
-	for done := 0; done < len(out); binary.BigEndian.PutUint32(counter[:], binary.BigEndian.Uint32(counter[:])+1) {
-		d := sha256.New()
-		d.Write(seed)
-		d.Write(counter[:])
-		done += subtle.XORBytes(out[done:], out[done:], d.Sum(nil))
+	text := slices.Concat(seed, make([]byte, 4))
+	defer clear(text)
+	for i, done := uint32(0), 0; done < len(out); i++ {
+		binary.BigEndian.PutUint32(text[len(seed):], i)
+		mask := sha256.Sum256(text)
+		done += subtle.XORBytes(out[done:], out[done:], mask[:])
+		clear(mask[:])
 	}
 }

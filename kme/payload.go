@@ -1,12 +1,14 @@
 package kme
 
 import (
+	"bytes"
 	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/subtle"
 	"errors"
 	"fmt"
 	"math/big"
+	"slices"
 )
 
 // A Plaintext is what a payload carries.
@@ -25,10 +27,9 @@ func (p *Plaintext) Wipe() {
 
 // NWSig is the network's proof that it has the KME: SHA-256(KME || RME).
 func (p *Plaintext) NWSig() [sha256.Size]byte {
-	h := sha256.New()
-	h.Write(p.KME.Bytes())
-	h.Write(p.RME.Bytes())
-	return [sha256.Size]byte(h.Sum(nil))
+	both := slices.Concat(p.KME.Bytes(), p.RME.Bytes()) // a block of SHA-256, which is hashed where it stands
+	defer clear(both)
+	return sha256.Sum256(both)
 }
 
 // PayloadSize is the length of a payload to a lot, k, in bytes.
@@ -45,8 +46,31 @@ func (s Suite) Encrypt(lot *rsa.PublicKey, p *Plaintext) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := new(big.Int).Exp(new(big.Int).SetBytes(m), big.NewInt(int64(lot.E)), lot.N)
-	return c.FillBytes(make([]byte, PayloadSize(lot))), nil
+	return power(m, lot.N).FillBytes(make([]byte, PayloadSize(lot))), nil
+}
+
+// power is m^65537 mod n. math/big wipes nothing, so that what it is given to raise is m^8 mod n, of which nobody finds
+// m.
+func power(m []byte, n *big.Int) *big.Int {
+	x := new(big.Int).SetBytes(m)
+	y := new(big.Int).SetBytes(m)
+	for range 3 {
+		square := new(big.Int).Mul(y, y)
+		quotient, rest := new(big.Int).QuoRem(square, n, new(big.Int))
+		wipe(y, square, quotient)
+		y = rest
+	}
+	y.Exp(y, big.NewInt(PublicExponent>>3), n)
+	product := y.Mul(y, x)
+	quotient, c := new(big.Int).QuoRem(product, n, new(big.Int))
+	wipe(x, product, quotient)
+	return c
+}
+
+func wipe(all ...*big.Int) {
+	for _, x := range all {
+		clear(x.Bits()[:cap(x.Bits())])
+	}
 }
 
 // plaintext is KME || KME_SIG || RME, for a lot of the suite.
@@ -65,9 +89,13 @@ func (s Suite) plaintext(lot *rsa.PublicKey, p *Plaintext) ([]byte, error) {
 	return m, nil
 }
 
-// ReducePayload prepares a payload of exactly k bytes for raw decryption. ok is false for one that is not
-// below N; what it returns then is the payload minus N, which is below N, so that a caller can send it the
-// same way through the token and nobody can tell this fault from others by the time it takes.
+// ReducePayload prepares a payload of exactly k bytes for raw decryption, so that a caller can send every one the same
+// way through the token and nobody can tell one fault from another by the answer or its time.
+//
+// ok is false for a payload that is not below N; what comes back is the payload minus N then, which is. In the place of
+// 0, 1 and N-1 comes 2: a token may refuse those three (NIST SP 800-56B Rev. 2 section 7.1.2.1 decrypts only what is
+// between 1 and N-1), which decrypt to themselves; and no more than they has what 2 decrypts to a KME_SIG that
+// verifies.
 func ReducePayload(lot *rsa.PublicKey, payload []byte) (reduced []byte, ok bool, err error) {
 	k := PayloadSize(lot)
 	if len(payload) != k {
@@ -76,6 +104,10 @@ func ReducePayload(lot *rsa.PublicKey, payload []byte) (reduced []byte, ok bool,
 	c := new(big.Int).SetBytes(payload)
 	if ok = c.Cmp(lot.N) < 0; !ok {
 		c.Sub(c, lot.N) // below N, since payload < 2^(8k) <= 2N
+	}
+	one := big.NewInt(1)
+	if c.Cmp(one) <= 0 || new(big.Int).Add(c, one).Cmp(lot.N) == 0 {
+		c.SetInt64(2)
 	}
 	return c.FillBytes(make([]byte, k)), ok, nil
 }
@@ -99,7 +131,7 @@ func (s Suite) Split(raw []byte) (p Plaintext, ok bool) {
 		text = m[len(lead):]
 	}
 	p.KME, _ = NewSecret(text[:SecretSize])
-	p.Sig = append([]byte(nil), text[SecretSize:size-SecretSize]...)
+	p.Sig = bytes.Clone(text[SecretSize : size-SecretSize])
 	p.RME, _ = NewSecret(text[size-SecretSize:])
 	return p, ok
 }

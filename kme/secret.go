@@ -15,7 +15,10 @@ const SecretSize = 32
 // all that comes out is "[secret]". Only Bytes gives it.
 type Secret struct{ b *[SecretSize]byte }
 
-// NewSecret copies a secret of exactly SecretSize bytes.
+// NewSecret copies a secret of exactly SecretSize bytes. It is not inlined, since its copy could be on the caller's
+// stack then: a stack that grows or shrinks is moved, and leaves its contents behind.
+//
+//go:noinline
 func NewSecret(b []byte) (Secret, error) {
 	if len(b) != SecretSize {
 		return Secret{}, fmt.Errorf("a KME or RME has %d bytes, not %d", SecretSize, len(b))
@@ -23,7 +26,9 @@ func NewSecret(b []byte) (Secret, error) {
 	return Secret{(*[SecretSize]byte)(append([]byte(nil), b...))}, nil
 }
 
-// RandomSecret is a fresh KME or RME.
+// RandomSecret is a fresh KME or RME. It is not inlined for the same reason as NewSecret.
+//
+//go:noinline
 func RandomSecret() Secret {
 	var b [SecretSize]byte
 	rand.Read(b[:]) // never fails since Go 1.24

@@ -14,6 +14,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/factory/station"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 )
@@ -25,7 +26,7 @@ func stationCommand() *cli.Command {
 		Name: "station", Usage: "the stations that inject keys into devices",
 		Subcommands: []*cli.Command{{
 			Name: "serve", Usage: "hand devices out to stations, and show on a wall screen how it goes",
-			Description: `Stations speak HTTPS with a client certificate, whose common name is the station's. A station has one device at a time:
+			Description: `Stations speak HTTPS with a client certificate, whose common name is the station's and stands in --station. A station has one device at a time:
     POST /v1/lots/LOT/next                   the next device, or the one that the station has, as JSON
     POST /v1/lots/LOT/devices/IMEI           that device: one that failed, is overdue, or came back
     PUT  /v1/lots/LOT/devices/IMEI/result    {"result": "injected", "failed" or "scrapped", "note": "..."}
@@ -37,6 +38,7 @@ provision. Ctrl-C ends it; begun again, it goes on where it was.`,
 				&cli.StringFlag{Name: "tls-certificate", Usage: "the server's certificate, `PEM`"},
 				&cli.StringFlag{Name: "tls-key", Usage: "its key, `PEM`"},
 				&cli.StringFlag{Name: "client-ca", Usage: "the CA of the stations' certificates, `PEM`"},
+				&cli.StringSliceFlag{Name: "station", Usage: "a station, by the common name of its certificate, `NAME`, again for each; without, nobody is one"},
 				&cli.DurationFlag{Name: "timeout", Value: 10 * time.Minute, Usage: "after which a device that its station did not report is overdue"}),
 			Action: stationServe,
 		}, {
@@ -55,6 +57,11 @@ func stationServe(c *cli.Context) error {
 	if c.Duration("timeout") < time.Second {
 		return cmdline.Usagef("--timeout is a second at least, and better as long as a station needs for a device")
 	}
+	for _, name := range c.StringSlice("station") {
+		if err := directory.CheckName(name); err != nil {
+			return cmdline.Usagef("--station: %v", err)
+		}
+	}
 	verifier, err := manufacturer(c)
 	if err != nil {
 		return err
@@ -71,6 +78,7 @@ func stationServe(c *cli.Context) error {
 	log := slog.New(slog.NewTextHandler(c.App.ErrWriter, nil))
 	desk, err := station.Open(c.Context, station.Options{
 		State: c.String("state"), Injection: injectionDir(c, "injection"), Store: store, Verifier: verifier, Timeout: c.Duration("timeout"), Log: log,
+		Stations: c.StringSlice("station"),
 	})
 	if err != nil {
 		return err

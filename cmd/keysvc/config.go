@@ -52,7 +52,7 @@ const configHelp = `The configuration (a relative path in it is relative to its 
     revocation_ttl: 1m                 # how old a list of revoked devices may be
     calls: 128                         # that are at the HSM or wait for it; more are refused (default: 32 for
                                        # each session)
-    imei_rate: 10                      # payloads a second of one device, imei_burst: 1000 at once; more are refused
+    imei_rate: 10                      # payloads a second of one IMSI, accepted ones of one IMEI; imei_burst: 1000 at once; more are refused
     verify: token                      # or software, where the doctor says that the token cannot validate KME_SIG
     hsm_timeout: 5s                    # after which a call that hangs in the token's module is given up
     cache_mb: 64                       # memory for cached public keys

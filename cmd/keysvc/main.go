@@ -52,7 +52,9 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 				Description: "The manufacturer's key must come from the manufacturer itself, on another way than the enrolment: from then on whatever it signed is believed.\nHave the manufacturer read out the key's thumbprint, as factory init prints it. The transport key that the enrolment came under is destroyed.",
 				Flags: []cli.Flag{cmdline.Token, stateFlag, storeFlag, &cli.StringFlag{Name: "directory", Usage: "where the manufacturer publishes its public keys, `WHERE`: file:DIR or vault:MOUNT"},
 					&cli.StringFlag{Name: "manufacturer", Usage: "the manufacturer's public signing key, as `PEM`"},
-					&cli.StringFlag{Name: "thumbprint", Usage: "that key's thumbprint, `T`, as the manufacturer reads it out"}, cmdline.JSON},
+					&cli.StringFlag{Name: "thumbprint", Usage: "that key's thumbprint, `T`, as the manufacturer reads it out"},
+					&cli.StringSliceFlag{Name: "tac", Usage: "a type allocation code, `TAC`, of its devices, again for each: no lot of its may have another, and none of others these (default: those given before; else any that is no other's)"},
+					cmdline.JSON},
 				Action: cmdline.Alone(enroll),
 			},
 			{
@@ -124,6 +126,14 @@ func enroll(c *cli.Context) error {
 			return err
 		}
 	}
+	var tacs []kme.TAC
+	for _, text := range c.StringSlice("tac") {
+		t, err := kme.ParseTAC(text)
+		if err != nil {
+			return cmdline.Usage(fmt.Errorf("--tac %s: %w", text, err))
+		}
+		tacs = append(tacs, t)
+	}
 	jws, err := cmdline.ReadFile(c.Args().First())
 	if err != nil {
 		return err
@@ -133,12 +143,19 @@ func enroll(c *cli.Context) error {
 		return err
 	}
 	return withTokenAndStore(c, func(token *hsmkeys.Token, store *sqlstore.Store) error {
-		m, err := binding.Enroll(c.Context, token, store, jws, pem, c.String("thumbprint"), url)
+		m, err := binding.Enroll(c.Context, token, store, jws, pem, c.String("thumbprint"), url, tacs...)
 		if err != nil {
 			return err
 		}
-		return cmdline.Print(c, map[string]any{"manufacturer": m.KeyID, "operator": m.Operator, "directory": m.Directory}, func(w io.Writer) {
+		return cmdline.Print(c, map[string]any{"manufacturer": m.KeyID, "operator": m.Operator, "directory": m.Directory, "tacs": append([]kme.TAC{}, m.TACs...)}, func(w io.Writer) {
 			fmt.Fprintf(w, "enrolled with manufacturer %s as operator %s\n", m.KeyID, m.Operator)
+			if len(m.TACs) > 0 {
+				before := ""
+				if len(tacs) == 0 {
+					before = ", as before"
+				}
+				fmt.Fprintf(w, "its lots may have TAC %s alone%s\n", m.TACs, before)
+			}
 		})
 	})
 }

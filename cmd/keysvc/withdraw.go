@@ -13,6 +13,7 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/who"
+	"github.com/kmehsm/kmehsm/kme"
 )
 
 var reasonFlag = &cli.StringFlag{Name: "reason", Usage: "why, in `TEXT` of 1 to 200 bytes"}
@@ -76,22 +77,23 @@ func manufacturerList(c *cli.Context) error {
 			KeyID     string           `json:"manufacturer"`
 			Operator  string           `json:"operator"`
 			Directory string           `json:"directory"`
+			TACs      []kme.TAC        `json:"tacs,omitempty"`
 			Enrolled  time.Time        `json:"enrolled"`
 			Verdict   *binding.Verdict `json:"verdict,omitempty"`
 		}
 		rows := make([]row, len(all))
 		for i, m := range all {
-			rows[i] = row{m.KeyID, m.Operator, m.Directory, m.Enrolled, decided(m.Verdict)}
+			rows[i] = row{m.KeyID, m.Operator, m.Directory, m.TACs, m.Enrolled, decided(m.Verdict)}
 		}
 		return cmdline.Print(c, map[string]any{"manufacturers": rows}, func(w io.Writer) {
-			const line = "%-43s  %-20s  %-20s  %-10s  %s\n"
-			fmt.Fprintf(w, line, "MANUFACTURER", "ENROLLED", "AS OPERATOR", "STATE", "DIRECTORY")
+			const line = "%-43s  %-20s  %-20s  %-10s  %-10s  %s\n"
+			fmt.Fprintf(w, line, "MANUFACTURER", "ENROLLED", "AS OPERATOR", "STATE", "TACS", "DIRECTORY")
 			for _, m := range all {
 				state := "trusted"
 				if m.Verdict.Withdrawn {
 					state = "distrusted"
 				}
-				fmt.Fprintf(w, line, m.KeyID, m.Enrolled.Format(time.RFC3339), m.Operator, state, m.Directory)
+				fmt.Fprintf(w, line, m.KeyID, m.Enrolled.Format(time.RFC3339), m.Operator, state, fmt.Sprint(m.TACs), m.Directory)
 			}
 		})
 	})

@@ -257,8 +257,10 @@ func (d *device) message(imsi kme.IMSI) (*message, error) {
 func (d *device) sign(key crypto.Signer, imsi kme.IMSI) (*message, error) {
 	m := &message{plain: kme.Plaintext{KME: kme.RandomSecret(), RME: kme.RandomSecret()}}
 	suite, about := d.lot.manifest.Suite, kme.Context{Lot: d.lot.manifest.Lot, IMEI: d.imei, IMSI: imsi}
+	signed := suite.Signed(about, &m.plain)
+	defer clear(signed)
 	var err error
-	m.plain.Sig, err = suite.Sign(key, suite.Signed(about, &m.plain))
+	m.plain.Sig, err = suite.Sign(key, signed)
 	return m, err
 }
 

@@ -4,8 +4,11 @@ import (
 	"embed"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
+	"mime"
 	"net/http"
+	"slices"
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/kme"
@@ -14,8 +17,10 @@ import (
 //go:embed wall.html wall.js
 var wall embed.FS
 
-// Handler serves stations, and a wall screen. A station is who its client certificate says: the common name of its subject.
-// Who has none sees the counts, and no device.
+// Handler serves stations, and a wall screen. A station is who its client certificate says, the common name of its
+// subject, and is one of Options.Stations. Who is none sees the counts, and no device. A browser shows a client
+// certificate to whatever page asks it to, so that requests of other pages are refused (see
+// http.CrossOriginProtection), and bodies that a form can make.
 //
 //	POST /v1/lots/{lot}/next                     the next device: a Ticket
 //	POST /v1/lots/{lot}/devices/{imei}           that device: a Ticket
@@ -23,15 +28,20 @@ var wall embed.FS
 //	GET  /v1/status                              a Status
 //	GET  /                                       the wall screen
 //
-// An error is {"error": "..."}: 400 for what makes no sense, 403 without a certificate, 404 when no device is left, 409 for what this
-// station may not do now, 503 for what may work later.
+// An error is {"error": "..."}: 400 for what makes no sense, 403 for who is no station or comes from another page, 404
+// when no device is left, 409 for what this station may not do now, 415 for a body that does not say that it is JSON,
+// 503 for what may work later.
 func (d *Desk) Handler() http.Handler {
 	mux := http.NewServeMux()
 	station := func(pattern string, f func(r *http.Request, station string) (any, error)) {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
-			name, err := stationOf(r)
+			name, err := d.stationOf(r)
 			if err != nil {
 				answer(w, http.StatusForbidden, map[string]string{"error": err.Error()})
+				return
+			}
+			if t, _, _ := mime.ParseMediaType(r.Header.Get("Content-Type")); r.ContentLength != 0 && t != "application/json" {
+				answer(w, http.StatusUnsupportedMediaType, map[string]string{"error": "the body is JSON: say Content-Type: application/json"})
 				return
 			}
 			v, err := f(r, name)
@@ -77,16 +87,23 @@ func (d *Desk) Handler() http.Handler {
 		w.Header().Set("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; connect-src 'self'")
 		http.ServeFileFS(w, r, wall, "wall.html")
 	})
-	return mux
+	protection := http.NewCrossOriginProtection()
+	protection.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		answer(w, http.StatusForbidden, map[string]string{"error": "this was asked for by a page of another origin"})
+	}))
+	return protection.Handler(mux)
 }
 
-func stationOf(r *http.Request) (string, error) {
+func (d *Desk) stationOf(r *http.Request) (string, error) {
 	if r.TLS == nil || len(r.TLS.VerifiedChains) == 0 {
 		return "", errors.New("a station shows its client certificate")
 	}
 	name := r.TLS.VerifiedChains[0][0].Subject.CommonName
 	if err := directory.CheckName(name); err != nil {
 		return "", errors.New("the common name of the station's certificate is no name: letters, digits, dots, dashes")
+	}
+	if !slices.Contains(d.o.Stations, name) {
+		return "", fmt.Errorf("%s is no station of this line: begin factory station serve with --station %s, if it is to be one", name, name)
 	}
 	return name, nil
 }

@@ -63,6 +63,7 @@ type Options struct {
 	Store     directory.Store
 	Verifier  *directory.Verifier
 	Timeout   time.Duration // after which a device that nobody reported is overdue
+	Stations  []string      // whom Handler serves as stations, by the common names of their certificates; nobody else
 	Log       *slog.Logger
 }
 

@@ -33,6 +33,7 @@ type network struct {
 	http       *http.Client
 	ports      map[string]int
 	preload    string // libraries of sanitizers
+	libraries  string // the folder of those that come before the system's
 
 	devicesLeft []device // that no test has had
 }
@@ -116,21 +117,27 @@ func newNetwork(t *testing.T, devices int, sanitize string) *network {
 	}
 	d.write("subscribers", sims.String())
 	d.openssl(nil, "dhparam", "-out", "dh.pem", "1024") // no connection uses it, and the daemon wants it
-	ec := []string{"-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"}
-	d.openssl(nil, slices.Concat([]string{"req", "-x509"}, ec,
-		[]string{"-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj", "/CN=test CA"})...)
-	for name, extensions := range map[string]string{
-		"server": "subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth\n",
-		"hss":    "subjectAltName=DNS:hss.test\nextendedKeyUsage=clientAuth\n",
-	} {
-		d.write(name+".ext", extensions)
-		request := d.openssl(nil, slices.Concat([]string{"req"}, ec,
-			[]string{"-keyout", name + ".key", "-subj", "/CN=" + name})...)
-		d.openssl(request, "x509", "-req", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2",
-			"-out", name+".pem", "-extfile", name+".ext")
-	}
+	d.newCA("ca")
+	d.certificate("server", "ca", "subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth\n")
+	d.certificate("hss", "ca", "subjectAltName=DNS:hss.test\nextendedKeyUsage=clientAuth\n")
 	d.startKeysvc()
 	return d
+}
+
+var ec = []string{"-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"}
+
+func (d *network) newCA(name string) {
+	d.t.Helper()
+	d.openssl(nil, slices.Concat([]string{"req", "-x509"}, ec,
+		[]string{"-keyout", name + ".key", "-out", name + ".pem", "-days", "2", "-subj", "/CN=test CA " + name})...)
+}
+
+func (d *network) certificate(name, ca, extensions string) {
+	d.t.Helper()
+	d.write(name+".ext", extensions)
+	request := d.openssl(nil, slices.Concat([]string{"req"}, ec, []string{"-keyout", name + ".key", "-subj", "/CN=" + name})...)
+	d.openssl(request, "x509", "-req", "-CA", ca+".pem", "-CAkey", ca+".key", "-CAcreateserial", "-days", "2",
+		"-out", name+".pem", "-extfile", name+".ext")
 }
 
 func (d *network) write(name, text string) {
@@ -210,6 +217,9 @@ func (d *network) start(name string, extensions []string, peers ...string) *node
 	d.write(name+".conf", c.String())
 	cmd := exec.Command(program[0], program[1:]...)
 	cmd.Dir = d.dir
+	if d.libraries != "" {
+		cmd.Env = append(os.Environ(), "LD_LIBRARY_PATH="+d.libraries)
+	}
 	if d.preload != "" {
 		cmd.Env = append(os.Environ(), "LD_PRELOAD="+d.preload, "ASAN_OPTIONS=detect_odr_violation=0",
 			"UBSAN_OPTIONS=print_stacktrace=1")
@@ -245,9 +255,12 @@ func (d *network) conf(name string, lines ...string) (extension string) {
 }
 
 // confHTTPS is conf by way of mutual TLS.
-func (d *network) confHTTPS() (extension string) {
+func (d *network) confHTTPS() (extension string) { return d.confTrusting("ca.pem") }
+
+// confTrusting is confHTTPS with another CA for keysvc's certificate.
+func (d *network) confTrusting(ca string) (extension string) {
 	d.write("https.conf", fmt.Sprintf("service = https://127.0.0.1:%d\nca = %s\ncert = %s\nkey = %s\n", d.port("keysvc"),
-		d.path("ca.pem"), d.path("hss.pem"), d.path("hss.key")))
+		d.path(ca), d.path("hss.pem"), d.path("hss.key")))
 	return "kme:" + d.path("https.conf")
 }
 

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -257,6 +258,7 @@ func TestS6aConfiguration(t *testing.T) {
 		"there is no setting":    "sevice = unix:/x",
 		"is not key = value":     "service",
 		"https needs ca":         "service = https://127.0.0.1:1",
+		"https needs ca, ":       "service = https://127.0.0.1:1\nca =\ncert = /c\nkey = /k",
 		"service is https":       "service = http://127.0.0.1:1",
 		"has 107 bytes at most":  "service = unix:/" + strings.Repeat("s", 107),
 		"timeout_ms is a number": "service = unix:/x\ntimeout_ms = 5s",
@@ -283,6 +285,50 @@ func TestS6aConfiguration(t *testing.T) {
 		if err := n.Wait(); err == nil || !strings.Contains(n.Log.String(), want) {
 			t.Errorf("%q: %v\n%s", lines, err, n.Log)
 		}
+	}
+}
+
+// The CA that the configuration names is trusted, and none of the system's: libcurl looks for those in a folder that is
+// compiled into it, for which this test's copy of libcurl has another name, as long.
+func TestS6aTrustsItsCAAlone(t *testing.T) {
+	d := newNetwork(t, 1, "")
+	const folder, ours = "\x00/etc/ssl/certs\x00", "\x00./system-certs\x00"
+	libraries, err := exec.Command("ldd", d.path("extensions/kme.fdx")).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := regexp.MustCompile(`libcurl\S* => (\S+)`).FindSubmatch(libraries)
+	if path == nil {
+		t.Fatalf("kme.fdx has no libcurl: %s", libraries)
+	}
+	library, err := os.ReadFile(string(path[1]))
+	if err != nil || bytes.Count(library, []byte(folder)) != 1 {
+		t.Fatalf("%s does not have the folder of the system's CAs once (%v)", path[1], err)
+	}
+	for _, folder := range []string{"libraries", "system-certs"} {
+		if err := os.Mkdir(d.path(folder), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d.write("libraries/"+filepath.Base(string(path[1])), string(bytes.Replace(library, []byte(folder), []byte(ours), 1)))
+	d.libraries = d.path("libraries")
+
+	d.newCA("other")
+	hash := d.openssl(nil, "x509", "-hash", "-noout", "-in", "other.pem")
+	if err := os.Link(d.path("other.pem"), d.path("system-certs/"+strings.TrimSpace(string(hash))+".0")); err != nil {
+		t.Fatal(err)
+	}
+	d.certificate("server", "other", "subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth\n")
+	d.keysvc.Stop(syscall.SIGTERM)
+	d.startKeysvc()
+	for _, c := range []struct{ ca, want string }{{"ca.pem", "AIA 4181 - -"}, {"other.pem", "AIA 2001 1"}} {
+		hss := d.start("hss", []string{"hssd:" + d.path("subscribers")}, "agent")
+		agent := d.start("agent", []string{d.confTrusting(c.ca)}, "hss", "mme")
+		client := d.start("mme", []string{"mme:" + d.path("m")}, "agent")
+		agent.connected("hss", "mme")
+		client.connected("agent")
+		d.mme("m").expect("keysvc with a certificate of other.pem, of which "+c.ca+" is trusted", c.want, "AIR", "001010000000000", "1", "-")
+		stopAll(client, agent, hss)
 	}
 }
 

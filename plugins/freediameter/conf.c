@@ -250,7 +250,7 @@ int conf_read(const char *path)
 		LOG_F("kme: %s: the path of service has %d bytes at most", path, MAX_SOCKET);
 		return EINVAL;
 	}
-	if (begins(s->url, "https:") && (!s->ca || !s->cert || !s->key)) {
+	if (begins(s->url, "https:") && (!s->ca || !*s->ca || !s->cert || !s->key)) {
 		LOG_F("kme: %s: https needs ca, cert and key, the files of mutual TLS", path);
 		return EINVAL;
 	}

@@ -73,6 +73,18 @@ static int new_multi(void)
 	return 0;
 }
 
+/*
+ * The CA of this file and no other: beside it, libcurl trusts those of a folder of the system's, and may ask the system
+ * itself.
+ */
+static int trust_alone(CURL *h, const char *ca)
+{
+	CURLcode folder = curl_easy_setopt(h, CURLOPT_CAPATH, NULL);
+
+	return (folder && folder != CURLE_NOT_BUILT_IN) || curl_easy_setopt(h, CURLOPT_SSL_OPTIONS, 0L) ||
+	       !ca || !*ca || curl_easy_setopt(h, CURLOPT_CAINFO, ca);
+}
+
 static CURL *new_handle(void)
 {
 	const char *socket = socket_path();
@@ -87,7 +99,10 @@ static CURL *new_handle(void)
 	curl_easy_setopt(h, CURLOPT_NOSIGNAL, 1L);	/* no alarm() in somebody else's process */
 	curl_easy_setopt(h, CURLOPT_QUICK_EXIT, 1L);	/* nor a wait for a name server that hangs */
 	curl_easy_setopt(h, CURLOPT_PROXY, "");
-	curl_easy_setopt(h, CURLOPT_CAINFO, service.ca);
+	if (!socket && trust_alone(h, service.ca)) {
+		curl_easy_cleanup(h);
+		return NULL;
+	}
 	curl_easy_setopt(h, CURLOPT_SSLCERT, service.cert);
 	curl_easy_setopt(h, CURLOPT_SSLKEY, service.key);
 	curl_easy_setopt(h, CURLOPT_HTTPHEADER, headers);

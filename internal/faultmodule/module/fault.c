@@ -8,6 +8,7 @@
  *     C_Sign hang          calls when the line is gone
  *     C_Sign hang-once 7   so does the first call that reads this number; the others are made
  *     * delay 1000         returns 1000 us after it was called, as an HSM at the other end of a network does, or later
+ *     trivial 0x40         C_Decrypt returns CKR_ENCRYPTED_DATA_INVALID of what decrypts to itself, as 0, 1 and N-1 do by RSA
  *     kwp                  has CKM_AES_KEY_WRAP_KWP (PKCS #11 3.0) in the place of CKM_AES_KEY_WRAP_PAD
  *
  * and, of attributes in templates, as a token that does not keep keys as it should:
@@ -346,6 +347,17 @@ static CK_RV with_weak_C_UnwrapKey(CK_SESSION_HANDLE s, CK_MECHANISM_PTR m, CK_O
 	return rv != CKR_OK ? rv : lie(((CK_C_UnwrapKey)fault_C_UnwrapKey)(s, &use, u, in, n, t.a, t.count, k), &t, k);
 }
 
+static CK_RV with_trivial_C_Decrypt(CK_SESSION_HANDLE s, CK_BYTE_PTR in, CK_ULONG n, CK_BYTE_PTR out, CK_ULONG_PTR size)
+{
+	char action[32];
+	unsigned long value;
+	CK_RV rv = ((CK_C_Decrypt)fault_C_Decrypt)(s, in, n, out, size);
+
+	if (rv == CKR_OK && out && *size == n && !memcmp(in, out, n) && told("trivial", action, &value))
+		return strtoul(action, NULL, 0);
+	return rv;
+}
+
 static CK_RV with_kwp_C_GetMechanismInfo(CK_SLOT_ID slot, CK_MECHANISM_TYPE type, CK_MECHANISM_INFO_PTR info)
 {
 	CK_MECHANISM m = { type, NULL, 0 }, use;
@@ -388,6 +400,7 @@ __attribute__((visibility("default"))) CK_RV C_GetFunctionList(CK_FUNCTION_LIST_
 	list.C_GenerateKey = with_weak_C_GenerateKey;
 	list.C_GenerateKeyPair = with_weak_C_GenerateKeyPair;
 	list.C_Initialize = with_weak_C_Initialize;
+	list.C_Decrypt = with_trivial_C_Decrypt;
 	list.C_WrapKey = with_weak_C_WrapKey;
 	list.C_UnwrapKey = with_weak_C_UnwrapKey;
 	list.C_GetMechanismInfo = with_kwp_C_GetMechanismInfo;

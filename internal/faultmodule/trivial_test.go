@@ -1,0 +1,114 @@
+package faultmodule_test
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/sha1"
+	"crypto/sha256"
+	"crypto/x509"
+	"errors"
+	"io"
+	"log/slog"
+	"maps"
+	"math/big"
+	"testing"
+	"time"
+
+	"github.com/tink-crypto/tink-go/v2/kwp/subtle"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore"
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/pemkey"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// A service with a lot of 2048 bits, L1, of one device, through the module around the token.
+func served(t *testing.T) (service *binding.Service, lot *rsa.PublicKey, imei kme.IMEI) {
+	t.Helper()
+	ctx := t.Context()
+	token, _, _ := newOperator(t)
+	rowKey := must[kme.Secret](t)(token.Derive(ctx, sqlstore.RowKey))
+	store := must[*sqlstore.Store](t)(sqlstore.Open(ctx, sqlstore.InFolder(t.TempDir()), rowKey))
+	t.Cleanup(func() { store.Close() })
+	maker := must[*directory.Signer](t)(directory.NewSigner(must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))))
+	files := must[*directory.FileStore](t)(directory.OpenFileStore(t.TempDir()))
+
+	kek := make([]byte, 32)
+	rand.Read(kek)
+	id := hsmkeys.Key{Role: hsmkeys.RoleKEK, Manufacturer: maker.KeyID(), Name: "op"}.HexID()
+	transport := must[*rsa.PublicKey](t)(token.NewTransportKey(ctx))
+	pem := must[[]byte](t)(pemkey.Encode(maker.Public()))
+	must[*binding.Manufacturer](t)(binding.Enroll(ctx, token, store, must[[]byte](t)(maker.Sign(directory.TypeEnrolment, &directory.Enrolment{
+		Manufacturer: maker.KeyID(), Operator: "op", TransportKey: directory.RSAThumbprint(transport), KEK: id, Algorithm: directory.RSAOAEP,
+		Wrapped: must[[]byte](t)(rsa.EncryptOAEP(sha1.New(), rand.Reader, transport, kek, nil)),
+	})), pem, maker.KeyID(), "file:/"))
+
+	key := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048))
+	tac := must[kme.TAC](t)(kme.ParseTAC("35209900"))
+	m := &directory.Manifest{
+		Lot: "L1", Manufacturer: maker.KeyID(), Suite: kme.SuiteECDSA, N: key.N.Bytes(), E: key.E, Mechanism: "software",
+		Ranges: []directory.Range{{TAC: tac, First: 1, Count: 1}}, ShardSize: 1, Created: time.Now().UTC(),
+	}
+	imei = must[kme.IMEI](t)(kme.NewIMEI(tac, 1))
+	device := must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
+	shard := must[*directory.Shard](t)(directory.NewShard(m, 0, []directory.DeviceKey{{IMEI: imei, Key: &device.PublicKey}}, make([]byte, sha256.Size)))
+	publish := func(path string, typ directory.Type, payload any) {
+		if err := directory.Publish(ctx, files, path, maker, typ, payload); err != nil {
+			t.Fatal(err)
+		}
+	}
+	publish(directory.ManifestPath("L1"), directory.TypeManifest, m)
+	publish(directory.ShardPath("L1", 0), directory.TypeShard, shard)
+	wrapped := must[[]byte](t)(must[*subtle.KWP](t)(subtle.NewKWP(kek)).Wrap(must[[]byte](t)(x509.MarshalPKCS8PrivateKey(key))))
+	must[*binding.Lot](t)(binding.ImportLot(ctx, token, store, must[[]byte](t)(maker.Sign(directory.TypeGrant, &directory.Grant{
+		Operator: "op", KEK: id, Lot: "L1", Algorithm: directory.A256KWP, Wrapped: wrapped,
+		Manifest: string(must[[]byte](t)(maker.Sign(directory.TypeManifest, m))),
+	})), nil))
+	reader := directory.NewReader(files, directory.NewVerifier(maker.Public()), directory.ReaderOptions{})
+	lots := must[*binding.Lots](t)(binding.OpenLots(ctx, store, func(*binding.Manufacturer) (*directory.Reader, error) { return reader, nil }))
+	return binding.NewService(token, store, lots, binding.DefaultTimes(), slog.New(slog.NewTextHandler(io.Discard, nil))), &key.PublicKey, imei
+}
+
+// Whether a token decrypts 0, 1 and N-1, which are their own roots, or refuses them, as NIST SP 800-56B Rev. 2 section
+// 7.1.2.1 has it: nobody learns it, nor by which calls of the token they were answered.
+func TestTrivialPayloads(t *testing.T) {
+	service, lot, imei := served(t)
+	here := binding.Origin{Provisioning: binding.Allowed}
+	const imsi = "001010000000001"
+	attempt := must[*binding.Prepared](t)(service.PrepareVector(t.Context(), imsi, [][]byte{make([]byte, 16)}, here)).AttemptID
+	send := func(payload []byte) (kme.Reason, map[string]uint64) {
+		before := faulty.Counts()
+		_, err := service.EstablishKME(t.Context(), imsi, imei.String(), attempt, payload, here, false)
+		var r *binding.Refusal
+		if !errors.As(err, &r) {
+			t.Fatalf("%v", err)
+		}
+		calls := faulty.Counts()
+		maps.DeleteFunc(calls, func(f string, n uint64) bool { return n == before[f] })
+		for f := range calls {
+			calls[f] -= before[f]
+		}
+		return r.Reason, calls
+	}
+	ordinary := make([]byte, 256)
+	rand.Read(ordinary[1:])
+	send(ordinary) // which finds the keys
+	_, want := send(ordinary)
+	for _, rv := range []string{"0x20", "0x40"} { // CKR_DATA_INVALID, CKR_ENCRYPTED_DATA_INVALID
+		faulty.Tell(t, "trivial "+rv)
+		defer faulty.Tell(t)
+		for name, n := range map[string]*big.Int{
+			"0": big.NewInt(0), "1": big.NewInt(1), "N-1": new(big.Int).Sub(lot.N, big.NewInt(1)),
+			"N": lot.N, "N+1": new(big.Int).Add(lot.N, big.NewInt(1)),
+		} {
+			reason, calls := send(n.FillBytes(make([]byte, 256)))
+			if reason != kme.KMERejected || !maps.Equal(calls, want) {
+				t.Errorf("%s, with a token that answers %s: %s, by %v, want %v", name, rv, reason, calls, want)
+			}
+		}
+	}
+}
