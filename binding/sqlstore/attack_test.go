@@ -207,6 +207,8 @@ func attacked(t *testing.T, name string) {
 		`UPDATE ledger SET actor = BYTES(00) WHERE subject = IMSI0 AND event = 'ACTIVATED'`,
 		`DELETE FROM ledger WHERE subject = IMSI2 AND event = 'ESTABLISHED'`,
 		`DELETE FROM ledger WHERE event = 'ACCEPTED' AND chain = 3 AND seq = (SELECT MAX(seq) FROM ledger WHERE chain = 3)`,
+		`INSERT INTO ledger SELECT chain, seq + 1000, at, event, subject, '', NULL, actor, detail, mac FROM ledger
+			WHERE chain = 5 AND seq = (SELECT MAX(seq) FROM ledger WHERE chain = 5)`,
 	} {
 		t.Run(text, func(t *testing.T) {
 			mark, err := s.Check(ctx, new(binding.Mark))
@@ -215,6 +217,9 @@ func attacked(t *testing.T, name string) {
 			}
 			run(text)
 			_, err = s.Check(ctx, mark)
+			if seen := s.Seen(); strings.HasPrefix(text, "INSERT") && (err == nil || seen.Heads[5].Seq > 1000) {
+				t.Errorf("what was made up counts: %v, %v", err, seen.Heads[5])
+			}
 			if _, verr := s.VerifyLedger(ctx); !errors.Is(errors.Join(err, verr), binding.ErrRolledBack) {
 				t.Fatal("it was not noticed")
 			}

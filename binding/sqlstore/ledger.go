@@ -193,6 +193,15 @@ func (s *Store) Check(ctx context.Context, mark *binding.Mark) (*binding.Mark, e
 		if err := s.reached(ctx, int64(i), head, seen.Heads[i]); err != nil {
 			return nil, err
 		}
+		if head.Seq > seen.Heads[i].Seq { // no mark is raised to what somebody has made up
+			err := s.entries(ctx, s.read, func(binding.Entry) error { return nil }, `WHERE e.chain = $1 AND e.seq = $2`, int64(i), head.Seq)
+			if isDamaged(err) {
+				err = s.refuse(fmt.Errorf("%w (%w)", binding.ErrRolledBack, err))
+			}
+			if err != nil {
+				return nil, err
+			}
+		}
 		if mark == nil || mark.Epoch < seen.Epoch {
 			continue
 		}
