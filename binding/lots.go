@@ -225,43 +225,39 @@ func (l *Lots) Device(ctx context.Context, imei kme.IMEI) (*directory.Manifest, 
 	return lot.manifest, d, err
 }
 
-// eventRevocations is in the ledger for each list of revoked devices that was believed.
-const eventRevocations = "REVOCATIONS"
-
-// Notes are what the ledger keeps for others: the last of an event and a subject counts.
+// Notes is what a RevocationMemory needs of a Ledger.
 type Notes interface {
-	Note(ctx context.Context, event, subject, detail string) error
-	LastNote(ctx context.Context, event, subject string) (detail string, found bool, err error)
+	Note(ctx context.Context, event Event, subject, detail string) error
+	LastNote(ctx context.Context, event Event, subject string) (detail string, found bool, err error)
 }
 
-// RevocationMemory keeps a directory.Memory of a manufacturer's lots in the ledger.
+// RevocationMemory keeps in the ledger which lists of a manufacturer's revoked devices were believed last. An entry is
+// the service's own, whoever's call has the list read.
 func RevocationMemory(ledger Notes, manufacturer string) directory.Memory {
-	return &revocationMemory{ledger, manufacturer}
+	return revocationMemory{ledger, manufacturer}
 }
 
 type revocationMemory struct {
-	ledger       Notes
+	Notes
 	manufacturer string
 }
 
-func (m *revocationMemory) subject(lot string) string { return "revocations " + m.manufacturer + " " + lot }
-
-func (m *revocationMemory) Last(ctx context.Context, lot string) (mark directory.ListMark, found bool, err error) {
-	detail, found, err := m.ledger.LastNote(ctx, eventRevocations, m.subject(lot))
-	if err != nil || !found {
-		return mark, false, err
+func (m revocationMemory) Last(ctx context.Context, lot string) (mark directory.ListMark, found bool, err error) {
+	subject := RevocationsSubject(m.manufacturer, lot)
+	detail, found, err := m.LastNote(ctx, EventRevocations, subject)
+	if err == nil && found {
+		if err = directory.ParseStrict([]byte(detail), &mark); err != nil {
+			err = fmt.Errorf("the ledger's last entry about %s: %w", subject, err)
+		}
 	}
-	if err := directory.ParseStrict([]byte(detail), &mark); err != nil {
-		return mark, false, fmt.Errorf("the ledger's last entry of %s: %w", m.subject(lot), err)
-	}
-	return mark, true, nil
+	return mark, found, err
 }
 
-// Note writes as the service itself, whoever's call has the list read.
-func (m *revocationMemory) Note(ctx context.Context, lot string, mark directory.ListMark) error {
+func (m revocationMemory) Note(ctx context.Context, lot string, mark directory.ListMark) error {
 	detail, err := json.Marshal(mark)
 	if err != nil {
 		return err
 	}
-	return m.ledger.Note(WithActor(ctx, Actor{}), eventRevocations, m.subject(lot), string(detail))
+	own := WithActor(ctx, Actor{})
+	return m.Notes.Note(own, EventRevocations, RevocationsSubject(m.manufacturer, lot), string(detail))
 }
