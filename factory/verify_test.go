@@ -55,7 +55,8 @@ func TestVerifyLot(t *testing.T) {
 		"revocations":                {at("revocations"), "lots/L1/revocations is refused", flip},
 		"revocations withheld":       {at("revocations"), "lots/L1/revocations: not in the directory", nil},
 		"revocations overdue": {at("revocations"), "the list was to be replaced by", func([]byte) []byte {
-			late := directory.Revocations{Lot: "L1", Version: 9, ThisUpdate: time.Unix(1, 0), NextUpdate: time.Unix(2, 0)}
+			late := must(line.Revocations(t.Context(), must(line.Lot(t.Context(), "L1"))))
+			late.ThisUpdate, late.NextUpdate = time.Unix(1, 0), time.Unix(2, 0)
 			return must(line.signer.Sign(directory.TypeRevocations, late))
 		}},
 		"manifest":             {at("manifest"), "lots/L1/manifest is refused", flip},
