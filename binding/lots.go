@@ -202,8 +202,8 @@ func (l *Lots) Overdue() map[string][]directory.Overdue {
 }
 
 // revoked says whether the directory has a binding's device as revoked, by the list that is there: such a binding is
-// not served on. Nobody waits for a directory here. It is an error if the list is too old, and the reader has a MaxAge. A
-// lot that was retired counts too, but not those of a distrusted manufacturer.
+// not served on. Nobody waits for a directory here. It is an error if the list is too old, and the reader has a MaxAge.
+// A lot that was retired counts too, but not those of a distrusted manufacturer.
 func (l *Lots) revoked(b *Binding) (bool, error) {
 	lot := l.find(b.IMEI)
 	if taken := l.taken[lotName{b.Manufacturer, b.Lot}]; lot == nil && taken != nil {

@@ -311,8 +311,8 @@ func (s *Service) outside(p *place, wait func()) error {
 	return err
 }
 
-func (s *Service) establish(ctx context.Context, p *place, imsi kme.IMSI, imei kme.IMEI, attemptID string, payload []byte,
-	o kme.Origin) (*Established, error) {
+func (s *Service) establish(ctx context.Context, p *place, imsi kme.IMSI, imei kme.IMEI, attemptID string,
+	payload []byte, o kme.Origin) (*Established, error) {
 	digest := sha256.Sum256(payload)
 	b, err := s.accept(ctx, p, imsi, imei, attemptID, payload, digest[:], o)
 	if err == nil {
@@ -351,8 +351,8 @@ func deviceRevoked() *Refusal {
 }
 
 // accept makes the binding, durably, or refuses.
-func (s *Service) accept(ctx context.Context, p *place, imsi kme.IMSI, imei kme.IMEI, attemptID string, payload, digest []byte,
-	o kme.Origin) (*Binding, error) {
+func (s *Service) accept(ctx context.Context, p *place, imsi kme.IMSI, imei kme.IMEI, attemptID string,
+	payload, digest []byte, o kme.Origin) (*Binding, error) {
 	if err := s.attempt(ctx, imsi, attemptID, o); errors.Is(err, ErrNoAttempt) {
 		return nil, s.noAttempt(ctx, imsi, imei)
 	} else if err != nil {

@@ -21,7 +21,8 @@ import (
 	"github.com/kmehsm/kmehsm/vaultstore"
 )
 
-// spread publishes a lot of so many devices in another store too, of which each has a shard of its own; all have the keys of l's first.
+// spread publishes a lot of so many devices in another store too, of which each has a shard of its own; all have the
+// key of l's first.
 func (m *maker) spread(t *testing.T, store directory.Store, l *lot, devices int) *lot {
 	t.Helper()
 	key := must[*directory.Shard](t)(m.reader(t).ReadShard(t.Context(), l.Manifest, 0)).Keys[0].Key
@@ -38,7 +39,8 @@ func (m *maker) spread(t *testing.T, store directory.Store, l *lot, devices int)
 	publish(directory.ManifestPath(l.Lot), directory.TypeManifest, &manifest)
 	for i := range devices {
 		imei := manifest.IMEI(i)
-		shard := must[*directory.Shard](t)(directory.NewShard(&manifest, i, []directory.DeviceKey{{IMEI: imei, Key: key}}, make([]byte, sha256.Size)))
+		keys := []directory.DeviceKey{{IMEI: imei, Key: key}}
+		shard := must[*directory.Shard](t)(directory.NewShard(&manifest, i, keys, make([]byte, sha256.Size)))
 		publish(directory.ShardPath(l.Lot, i), directory.TypeShard, shard)
 		s.devices = append(s.devices, &device{imei, l.devices[0].signer, s})
 	}
@@ -55,14 +57,18 @@ func TestVaultFrozen(t *testing.T) {
 	server.Mount(t, "kme", "2")
 	t.Setenv("VAULT_ADDR", server.Addr)
 	t.Setenv("VAULT_TOKEN", server.Root)
-	store := vaultstore.New(must[*vaultapi.Client](t)(vaultstore.Connect(t.Context(), vaultstore.Login{Wait: true}, slog.New(slog.DiscardHandler))), "kme")
+	client := must[*vaultapi.Client](t)(vaultstore.Connect(t.Context(), vaultstore.Login{Wait: true},
+		slog.New(slog.DiscardHandler)))
+	store := vaultstore.New(client, "kme")
 
 	const bound, cold = 16, 500
 	r, m := newRig(t), newMaker(t)
 	r.enroll(t, m)
-	l := m.spread(t, store, m.newLot(t, "L1", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 1)...), bound+cold)
+	small := m.newLot(t, "L1", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 1)...)
+	l := m.spread(t, store, small, bound+cold)
 	const ttl = 50 * time.Millisecond
-	r.readers[m.KeyID()] = directory.NewReader(store, directory.NewVerifier(m.Public()), directory.ReaderOptions{RevocationTTL: ttl})
+	r.readers[m.KeyID()] = directory.NewReader(store, directory.NewVerifier(m.Public()),
+		directory.ReaderOptions{RevocationTTL: ttl})
 	r.take(t, m, l)
 	t.Cleanup(func() { r.service.SetLots(new(binding.Lots)) })
 	const calls = 64 // fewer than the cold payloads, as it is in production
@@ -71,7 +77,8 @@ func TestVaultFrozen(t *testing.T) {
 	for _, d := range l.devices[:bound] {
 		imsi := newIMSI()
 		payload, _ := d.payload(t)
-		must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, d.imei.String(), r.attempt(t, imsi), payload, here, false))
+		must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, d.imei.String(), r.attempt(t, imsi),
+			payload, here, false))
 		r.activate(t, imsi)
 		imsis = append(imsis, imsi)
 	}

@@ -26,7 +26,7 @@ type Revocations struct {
 	Lot        string          `json:"lot"`
 	Version    int             `json:"version"` // counts up from 1; a reader refuses to go back
 	ThisUpdate time.Time       `json:"this_update"`
-	NextUpdate time.Time       `json:"next_update"`     // by when there is a later version, whether anything changes or not
+	NextUpdate time.Time       `json:"next_update"`     // by when there is a later version, also if nothing changes
 	Whole      *LotRevocation  `json:"whole,omitempty"` // the lot is revoked, all of it and for good; nil if it is not
 	Parts      []RevocationRef `json:"parts,omitempty"` // those that there are, in order
 }
@@ -242,8 +242,8 @@ func (p *RevocationPart) add(entry Revocation) (added bool) {
 func readRevocations(ctx context.Context, store Store, v *Verifier, m *Manifest) (*Revocations, string, error) {
 	jws, version, err := store.Read(ctx, RevocationsPath(m.Lot))
 	if errors.Is(err, ErrNotFound) {
-		return nil, "", fmt.Errorf("%w: every lot has a list of revoked devices: if lot create was interrupted, run it again; "+
-			"if the lot was made before that was so, run factory lot refresh --begin; else %s", err, askWhy)
+		return nil, "", fmt.Errorf("%w: every lot has a list of revoked devices: if lot create was interrupted, run it "+
+			"again; if the lot was made before that was so, run factory lot refresh --begin; else %s", err, askWhy)
 	}
 	if err != nil {
 		return nil, "", err
@@ -319,7 +319,8 @@ type revision struct {
 	validity time.Duration        // of the list; 0: as long as the last one was good for
 }
 
-// BeginRevocations publishes the first list of a lot, with nobody in it, good for validity. A lot that has a list keeps it.
+// BeginRevocations publishes the first list of a lot, with nobody in it, good for validity. A lot that has a list keeps
+// it.
 func BeginRevocations(ctx context.Context, store Store, s *Signer, m *Manifest, now time.Time,
 	validity time.Duration) error {
 	return publishRevocations(ctx, store, s, m, revision{now: now, begin: true, validity: validity})

@@ -269,8 +269,8 @@ func (s LotSpec) validity() time.Duration { return cmp.Or(s.Validity, directory.
 
 // made says whether a manifest is of a lot of this kind.
 func (s LotSpec) made(m *directory.Manifest) bool {
-	return slices.Equal(m.Ranges, []directory.Range{s.Range}) && m.PublicKey().N.BitLen() == s.Bits && m.Suite == s.Suite &&
-		m.ShardSize == s.ShardSize
+	return slices.Equal(m.Ranges, []directory.Range{s.Range}) && m.PublicKey().N.BitLen() == s.Bits &&
+		m.Suite == s.Suite && m.ShardSize == s.ShardSize
 }
 
 // manifest is the lot's, without what its key brings.
@@ -282,8 +282,8 @@ func (s LotSpec) manifest(manufacturer string) *directory.Manifest {
 }
 
 // CreateLot tries the token, makes a lot's key in it, checks it, and publishes the lot's manifest, and then its first
-// list of revoked devices. A run that was interrupted before the manifest was out is finished with the key that it made;
-// one that was interrupted after it, with its list.
+// list of revoked devices. A run that was interrupted before the manifest was out is finished with the key that it
+// made; one that was interrupted after it, with its list.
 func (l *Line) CreateLot(ctx context.Context, spec LotSpec) (*directory.Manifest, error) {
 	if err := spec.Validate(); err != nil { // before a key is spent on it
 		return nil, err
@@ -357,7 +357,8 @@ func (l *Line) bare(ctx context.Context, m *directory.Manifest) (bool, error) {
 
 // Refresh signs a lot's list of revoked devices anew, with a later next_update, good for validity; with 0, for as long
 // as the last one was. begin publishes the first list of a lot that was made before lots had one from the start.
-func (l *Line) Refresh(ctx context.Context, lot string, validity time.Duration, begin bool) (*directory.Revocations, error) {
+func (l *Line) Refresh(ctx context.Context, lot string, validity time.Duration,
+	begin bool) (*directory.Revocations, error) {
 	m, err := l.Lot(ctx, lot)
 	if err != nil {
 		return nil, err

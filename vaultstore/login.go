@@ -31,8 +31,8 @@ type Login struct {
 	Wait bool
 }
 
-// answerTimeout bounds what a service waits for Vault. A login gets loginTimeout: a wrapping token whose answer is given
-// up is lost.
+// answerTimeout bounds what a service waits for Vault. A login gets loginTimeout: a wrapping token whose answer is
+// given up is lost.
 const (
 	answerTimeout = 2 * time.Second
 	loginTimeout  = time.Minute

@@ -191,9 +191,12 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 					},
 					{
 						Name: "refresh", Usage: "sign the lists of revoked devices anew, of all lots if none is named", ArgsUsage: "[LOT...]",
-						Description: "For a daily job: operators are told of a list that is past its next_update. A list that is not there is\nnot begun anew: it was taken away.",
-						Flags: lineFlags(&cli.DurationFlag{Name: "valid-for", Usage: "for how long they are good, `D`, from now on also after a revocation (default: as long as before)"},
-							&cli.BoolFlag{Name: "begin", Usage: "publish the first list of lots, named, that were made before lots had one from the start"}),
+						Description: "For a daily job: operators are told of a list that is past its next_update. A list that is not there " +
+							"is\nnot begun anew: it was taken away.",
+						Flags: lineFlags(&cli.DurationFlag{Name: "valid-for", Usage: "for how long they are good, `D`, " +
+							"from now on also after a revocation (default: as long as before)"},
+							&cli.BoolFlag{Name: "begin", Usage: "publish the first list of lots, named, that were made " +
+								"before lots had one from the start"}),
 						Action: cmdline.Alone(lotRefresh),
 					},
 					{

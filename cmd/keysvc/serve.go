@@ -135,7 +135,9 @@ func serve(c *cli.Context) error {
 		Name: "kme_revocations_overdue_total",
 		Help: "Tries to read a list of revoked devices that did not give a later one when it was time: the last one stands.",
 	}, []string{"manufacturer", "why"})
-	o := directory.ReaderOptions{CacheBytes: cfg.CacheMB << 20, RevocationTTL: cfg.RevocationTTL, MaxAge: cfg.MaxRevocationAge, Stats: cache}
+	o := directory.ReaderOptions{
+		CacheBytes: cfg.CacheMB << 20, RevocationTTL: cfg.RevocationTTL, MaxAge: cfg.MaxRevocationAge, Stats: cache,
+	}
 	open := opener(ctx, cfg.Directory, cfg.login(), o, func(manufacturer string, o *directory.ReaderOptions) {
 		o.Memory = binding.RevocationMemory(store, manufacturer)
 		o.Overdue = func(d directory.Overdue) {
