@@ -124,8 +124,9 @@ func TestFollow(t *testing.T) {
 	if o := r.Overdue()[0]; o.Why != Failed || !errors.Is(o.Cause, ErrUnavailable) || len(or.Overdue()) != 0 {
 		t.Errorf("%+v, the other's %+v", o, or.Overdue())
 	}
-	for range 100 {
-		start := time.Now()
+	const looks = 100
+	start := time.Now()
+	for range looks {
 		if revoked(r, m, 8) || !revoked(r, m, 9) {
 			t.Fatal("it does not say what the last list says")
 		}
@@ -133,10 +134,9 @@ func TestFollow(t *testing.T) {
 		if !ok || err != nil || d.Revoked != nil {
 			t.Fatalf("%+v, %v, %v", d, ok, err)
 		}
-		// A hundred of them that each wait would take a hundred time-outs.
-		if took := time.Since(start); took > timeout*50 {
-			t.Fatalf("a device that is cached has taken %s", took)
-		}
+	}
+	if took := time.Since(start); took > looks*timeout/2 { // if each waits, twice that
+		t.Errorf("%d looks at devices that are cached have taken %s", looks, took)
 	}
 	if n := store.unanswered(); n > 1 {
 		t.Errorf("%d reads of one list wait for the store", n)

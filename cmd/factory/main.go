@@ -408,6 +408,9 @@ func lotCreate(c *cli.Context) error {
 	if !c.IsSet("first") || !c.IsSet("count") {
 		return cmdline.Usagef("--first and --count say which serial numbers the lot has; see %s --help", c.Command.HelpName)
 	}
+	if err := directory.CheckValidity(c.Duration("valid-for")); err != nil {
+		return cmdline.Usagef("--valid-for: %w", err)
+	}
 	spec := factory.LotSpec{
 		Lot: c.Args().First(), Range: directory.Range{TAC: tac, First: c.Int("first"), Count: c.Int("count")},
 		Bits: c.Int("bits"), Suite: suite, ShardSize: c.Int("shard-size"), Primes: primes, Validity: c.Duration("valid-for"),
