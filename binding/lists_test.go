@@ -1,6 +1,7 @@
 package binding_test
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"testing"
@@ -121,5 +122,35 @@ func TestRevocationMemory(t *testing.T) {
 	other := binding.RevocationMemory(r.store, "another")
 	if _, found, err := other.Last(ctx, "L1"); found || err != nil {
 		t.Errorf("found: %v, %v", found, err)
+	}
+}
+
+// hung is a store that does not answer.
+type hung struct{ directory.Store }
+
+func (hung) Read(ctx context.Context, _ string) ([]byte, string, error) {
+	<-ctx.Done()
+	return nil, "", ctx.Err()
+}
+
+// A manufacturer whose directory does not answer is named, and no other is for the time that this takes.
+func TestCheckDirectories(t *testing.T) {
+	r, _, _ := newServed(t)
+	const silent = 4
+	last := ""
+	for i := range silent + 1 { // in the order of IMEIs, the last one answers
+		m := newMaker(t)
+		r.enroll(t, m)
+		if last = m.KeyID(); i < silent {
+			r.readers[last] = directory.NewReader(hung{}, directory.NewVerifier(m.Public()), directory.ReaderOptions{})
+		}
+		key := vectors(t).lot(t, "lot-2048")
+		r.take(t, m, m.newLot(t, "L1", kme.SuiteECDSA, key, 100*(i+1), newDevices(t, 1)...))
+	}
+	t.Cleanup(func() { r.service.SetLots(new(binding.Lots)) })
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	if failed := r.service.CheckDirectories(ctx); len(failed) != silent || failed[last] != nil {
+		t.Errorf("%v", failed)
 	}
 }
