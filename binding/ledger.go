@@ -25,7 +25,8 @@ const (
 	EventExported    Event = "EXPORTED"
 )
 
-// About a manufacturer, see ManufacturerSubject; a lot, see LotSubject; or the store itself, StoreSubject.
+// About a manufacturer, see ManufacturerSubject; a lot, see LotSubject; its list of revoked devices, see
+// RevocationsSubject; or the store itself, StoreSubject.
 const (
 	EventEnrolled   Event = "ENROLLED"
 	EventDistrusted Event = "DISTRUSTED"
@@ -34,6 +35,9 @@ const (
 	EventImported   Event = "IMPORTED"
 	EventRetired    Event = "RETIRED"
 	EventReinstated Event = "REINSTATED"
+
+	// EventRevocations is a list of revoked devices that was believed for the first time; see RevocationMemory.
+	EventRevocations Event = "REVOCATIONS"
 
 	EventMigrated Event = "MIGRATED" // copied here from another store
 	EventAccepted Event = "ACCEPTED" // although it is an earlier one than the service wrote
@@ -47,6 +51,11 @@ func ManufacturerSubject(id string) string { return "manufacturer " + id }
 
 // LotSubject is the subject of an entry about a lot.
 func LotSubject(manufacturer, lot string) string { return "lot " + manufacturer + " " + lot }
+
+// RevocationsSubject is the subject of an entry about a lot's list of revoked devices.
+func RevocationsSubject(manufacturer, lot string) string {
+	return "revocations " + manufacturer + " " + lot
+}
 
 // An Entry of the ledger.
 type Entry struct {

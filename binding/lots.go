@@ -5,10 +5,12 @@ import (
 	"context"
 	"crypto"
 	"crypto/rsa"
+	"encoding/json"
 	"fmt"
 	"log/slog"
 	"maps"
 	"slices"
+	"sync"
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
@@ -139,44 +141,78 @@ func (l *Lots) logWithdrawn(log *slog.Logger) {
 // Len is how many ranges of IMEIs are served.
 func (l *Lots) Len() int { return len(l.ranges) }
 
-// CheckDirectories reads one manifest of each manufacturer, and gives the errors by manufacturer.
+// CheckDirectories reads one manifest of each manufacturer, of all at once, and gives the errors by manufacturer.
 func (l *Lots) CheckDirectories(ctx context.Context) map[string]error {
 	checked, failed := map[*directory.Reader]bool{}, map[string]error{}
+	var mu sync.Mutex // guards failed
+	var all sync.WaitGroup
 	for _, r := range l.ranges {
-		if m := r.lot.manifest; !checked[r.lot.reader] {
-			checked[r.lot.reader] = true
+		if checked[r.lot.reader] {
+			continue
+		}
+		checked[r.lot.reader] = true
+		all.Go(func() {
+			m := r.lot.manifest
 			if _, err := r.lot.reader.Manifest(ctx, m.Lot); err != nil {
+				mu.Lock()
+				defer mu.Unlock()
 				failed[m.Manufacturer] = err
 			}
-		}
+		})
 	}
+	all.Wait()
 	return failed
 }
 
-// Overdue gives the lists of revoked devices that could not be read again when it was time, by manufacturer.
-func (l *Lots) Overdue() map[string][]directory.Overdue {
-	all := map[string][]directory.Overdue{}
-	for _, r := range l.ranges {
-		m := r.lot.manifest.Manufacturer
-		if _, asked := all[m]; !asked { // its lots have one reader
-			all[m] = r.lot.reader.Overdue()
+// byReader gives the lots whose directory is asked: those that are served, and those that were retired, whose devices
+// may still be bound.
+func (l *Lots) byReader() map[*directory.Reader][]*directory.Manifest {
+	all := map[*directory.Reader][]*directory.Manifest{}
+	for _, taken := range l.taken {
+		if taken.servedLot != nil {
+			all[taken.reader] = append(all[taken.reader], taken.manifest)
 		}
 	}
 	return all
 }
 
-// revoked says whether the directory has a binding's device as revoked, as far as it can be asked: such a binding is not
-// served on. It is asked for a lot that was retired too, but not if it is away, and not that of a distrusted manufacturer.
-func (l *Lots) revoked(ctx context.Context, b *Binding) bool {
+// follow has the lists of revoked devices of these lots read in the background, in the place of those of before.
+func (l *Lots) follow(before *Lots) {
+	now := l.byReader()
+	for reader := range before.byReader() {
+		if now[reader] == nil {
+			reader.Follow(nil)
+		}
+	}
+	for reader, lots := range now {
+		reader.Follow(lots)
+	}
+}
+
+// Overdue gives the lists of revoked devices that could not be read again when it was time, or are late, by
+// manufacturer.
+func (l *Lots) Overdue() map[string][]directory.Overdue {
+	all := map[string][]directory.Overdue{}
+	for reader, lots := range l.byReader() { // a manufacturer's lots have one reader
+		if lists := reader.Overdue(); len(lists) > 0 {
+			all[lots[0].Manufacturer] = lists
+		}
+	}
+	return all
+}
+
+// revoked says whether the directory has a binding's device as revoked, by the list that is there: such a binding is
+// not served on. Nobody waits for a directory here. It is an error if the list is too old, and the reader has a MaxAge.
+// A lot that was retired counts too, but not those of a distrusted manufacturer.
+func (l *Lots) revoked(b *Binding) (bool, error) {
 	lot := l.find(b.IMEI)
 	if taken := l.taken[lotName{b.Manufacturer, b.Lot}]; lot == nil && taken != nil {
 		lot = taken.servedLot
 	}
 	if lot == nil {
-		return false
+		return false, nil
 	}
-	revoked, err := lot.reader.Revoked(ctx, lot.manifest, b.IMEI)
-	return err == nil && revoked
+	return lot.reader.Revoked(lot.manifest, b.IMEI)
 }
 
 // Device is what the directory says of a device, and the manifest of its lot.
@@ -187,4 +223,41 @@ func (l *Lots) Device(ctx context.Context, imei kme.IMEI) (*directory.Manifest, 
 	}
 	d, err := lot.reader.Device(ctx, lot.manifest, imei)
 	return lot.manifest, d, err
+}
+
+// Notes is what a RevocationMemory needs of a Ledger.
+type Notes interface {
+	Note(ctx context.Context, event Event, subject, detail string) error
+	LastNote(ctx context.Context, event Event, subject string) (detail string, found bool, err error)
+}
+
+// RevocationMemory keeps in the ledger which lists of a manufacturer's revoked devices were believed last. An entry is
+// the service's own, whoever's call has the list read.
+func RevocationMemory(ledger Notes, manufacturer string) directory.Memory {
+	return revocationMemory{ledger, manufacturer}
+}
+
+type revocationMemory struct {
+	Notes
+	manufacturer string
+}
+
+func (m revocationMemory) Last(ctx context.Context, lot string) (mark directory.ListMark, found bool, err error) {
+	subject := RevocationsSubject(m.manufacturer, lot)
+	detail, found, err := m.LastNote(ctx, EventRevocations, subject)
+	if err == nil && found {
+		if err = directory.ParseStrict([]byte(detail), &mark); err != nil {
+			err = fmt.Errorf("the ledger's last entry about %s: %w", subject, err)
+		}
+	}
+	return mark, found, err
+}
+
+func (m revocationMemory) Note(ctx context.Context, lot string, mark directory.ListMark) error {
+	detail, err := json.Marshal(mark)
+	if err != nil {
+		return err
+	}
+	own := WithActor(ctx, Actor{})
+	return m.Notes.Note(own, EventRevocations, RevocationsSubject(m.manufacturer, lot), string(detail))
 }

@@ -539,8 +539,7 @@ func TestRevokedWhileBound(t *testing.T) {
 	if err := directory.Revoke(t.Context(), m.store, m.Signer, l.Manifest, []kme.IMEI{d.imei}, "stolen", time.Now(), nil); err != nil {
 		t.Fatal(err)
 	}
-	r.readers[m.KeyID()] = m.reader(t) // one that has not cached the list
-	r.serve(t)
+	r.refresh(t, m, l)
 	checkRefused(t, "a vector for a device that was revoked", prepare(), kme.RevokedDevice, "")
 	// Its lot is not served any more: what is bound stays bound.
 	r.service.SetLots(new(binding.Lots))
@@ -560,8 +559,7 @@ func TestRevokedLot(t *testing.T) {
 	if err := directory.RevokeLot(t.Context(), m.store, m.Signer, l.Manifest, "its key has leaked", time.Now()); err != nil {
 		t.Fatal(err)
 	}
-	r.readers[m.KeyID()] = m.reader(t) // one that has not cached the list
-	r.serve(t)
+	r.refresh(t, m, l)
 	_, err := r.service.PrepareVector(t.Context(), imsi, newRANDs(1), here)
 	checkRefused(t, "a vector for a device of a revoked lot", err, kme.RevokedDevice, "")
 	other := newIMSI()

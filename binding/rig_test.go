@@ -150,6 +150,14 @@ func (r *rig) serve(t testing.TB) {
 	r.service.SetLots(r.lots(t))
 }
 
+// refresh has the service know what a maker has revoked, without the wait for revocation_ttl.
+func (r *rig) refresh(t testing.TB, m *maker, l *lot) {
+	t.Helper()
+	if err := r.readers[m.KeyID()].Refresh(t.Context(), l.Manifest); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // attempt opens an attempt as an HSS does.
 func (r *rig) attempt(t testing.TB, imsi string) string {
 	t.Helper()
@@ -203,8 +211,8 @@ func newMaker(t testing.TB) *maker {
 
 func (m *maker) reader(t testing.TB) *directory.Reader {
 	t.Helper()
-	// Tests revoke and publish while they read.
-	return directory.NewReader(m.store, directory.NewVerifier(m.Public()), directory.ReaderOptions{RevocationTTL: time.Nanosecond, NegativeTTL: time.Nanosecond})
+	// Tests publish while they read, and revoke: see rig.refresh.
+	return directory.NewReader(m.store, directory.NewVerifier(m.Public()), directory.ReaderOptions{RevocationTTL: time.Hour, NegativeTTL: time.Nanosecond})
 }
 
 func (m *maker) kekKey() hsmkeys.Key {
@@ -277,6 +285,9 @@ func (m *maker) newLot(t testing.TB, name string, suite kme.Suite, key *rsa.Priv
 		if err := directory.Publish(t.Context(), m.store, path, m.Signer, o.typ, o.payload); err != nil {
 			t.Fatal(err)
 		}
+	}
+	if err := directory.BeginRevocations(t.Context(), m.store, m.Signer, l.Manifest, time.Now(), time.Hour); err != nil {
+		t.Fatal(err)
 	}
 	return l
 }

@@ -74,6 +74,7 @@ func NewService(token Token, store Store, lots *Lots, times Times, log *slog.Log
 		}),
 	}
 	s.lots.Store(lots)
+	lots.follow(new(Lots))
 	return s
 }
 
@@ -99,7 +100,7 @@ func (s *Service) Coming() int { return int(s.coming.Load()) }
 // SetLots changes the lots that are served. Calls under way finish with those that they began with. What is not served, by
 // whose decision, is logged.
 func (s *Service) SetLots(lots *Lots) {
-	s.lots.Store(lots)
+	lots.follow(s.lots.Swap(lots))
 	lots.logWithdrawn(s.log)
 }
 
@@ -167,8 +168,9 @@ func (s *Service) prepare(ctx context.Context, imsi kme.IMSI, rands []hsmkeys.RA
 			return &Prepared{RANDs: rands, AttemptID: d.Attempt.ID}, nil
 		case d.Binding.AttemptID == q.Ready: // it was pending, and it is noted who is sent vectors under it
 			return &Prepared{RANDs: out}, nil
-		case s.lots.Load().revoked(ctx, d.Binding):
-			return nil, deviceRevoked()
+		}
+		if err := s.notRevoked(d.Binding); err != nil {
+			return nil, err
 		}
 		if out, err = s.token.EncryptRANDs(ctx, d.Binding.Sealed, rands); err != nil {
 			return nil, fromToken(ctx, err)
@@ -178,6 +180,17 @@ func (s *Service) prepare(ctx context.Context, imsi kme.IMSI, rands []hsmkeys.RA
 		}
 		q.Ready = d.Binding.AttemptID
 	}
+}
+
+// notRevoked refuses a binding whose device the manufacturer has revoked, or may have.
+func (s *Service) notRevoked(b *Binding) error {
+	switch revoked, err := s.lots.Load().revoked(b); {
+	case err != nil:
+		return refuse(kme.DirectoryUnavailable, "whether the device was revoked is not known", err)
+	case revoked:
+		return deviceRevoked()
+	}
+	return nil
 }
 
 func (s *Service) decide(ctx context.Context, q VectorRequest) (Decision, error) {
@@ -261,10 +274,11 @@ func (s *Service) EstablishKME(ctx context.Context, imsiText, imeiText, attemptI
 	if err != nil {
 		return nil, s.failed(ctx, "establish", imsi, err, "imei", imei)
 	}
-	defer leave()
+	place := &place{leave}
+	defer func() { place.leave() }()
 	var e *Established
 	if o.Provisioning == Allowed {
-		e, err = s.establish(ctx, imsi, imei, attemptID, payload, o.Name)
+		e, err = s.establish(ctx, place, imsi, imei, attemptID, payload, o.Name)
 	} else {
 		err = mayNotProvision()
 	}
@@ -283,10 +297,24 @@ func (s *Service) EstablishKME(ctx context.Context, imsiText, imeiText, attemptI
 	return e, nil
 }
 
-func (s *Service) establish(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, attemptID string, payload []byte,
-	o kme.Origin) (*Established, error) {
+// A place is that of one call among those that enter admits.
+type place struct{ leave func() }
+
+// outside does what waits for others than the HSM and the store: meanwhile the place is somebody else's.
+func (s *Service) outside(p *place, wait func()) error {
+	p.leave()
+	wait()
+	leave, err := s.enter()
+	if p.leave = leave; err != nil {
+		p.leave = func() {}
+	}
+	return err
+}
+
+func (s *Service) establish(ctx context.Context, p *place, imsi kme.IMSI, imei kme.IMEI, attemptID string,
+	payload []byte, o kme.Origin) (*Established, error) {
 	digest := sha256.Sum256(payload)
-	b, err := s.accept(ctx, imsi, imei, attemptID, payload, digest[:], o)
+	b, err := s.accept(ctx, p, imsi, imei, attemptID, payload, digest[:], o)
 	if err == nil {
 		s.log.InfoContext(ctx, "established", "imsi", imsi, "imei", imei, "lot", b.Lot,
 			"manufacturer", b.Manufacturer, "origin", o)
@@ -323,8 +351,8 @@ func deviceRevoked() *Refusal {
 }
 
 // accept makes the binding, durably, or refuses.
-func (s *Service) accept(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, attemptID string, payload, digest []byte,
-	o kme.Origin) (*Binding, error) {
+func (s *Service) accept(ctx context.Context, p *place, imsi kme.IMSI, imei kme.IMEI, attemptID string,
+	payload, digest []byte, o kme.Origin) (*Binding, error) {
 	if err := s.attempt(ctx, imsi, attemptID, o); errors.Is(err, ErrNoAttempt) {
 		return nil, s.noAttempt(ctx, imsi, imei)
 	} else if err != nil {
@@ -337,7 +365,13 @@ func (s *Service) accept(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, atte
 	if want := kme.PayloadSize(lot.public); len(payload) != want {
 		return nil, refuse(kme.Malformed, fmt.Sprintf("a payload of this device has %d bytes, not %d", want, len(payload)), nil)
 	}
-	device, err := lot.reader.Device(ctx, lot.manifest, imei)
+	device, cached, err := lot.reader.Cached(lot.manifest, imei)
+	if !cached {
+		full := s.outside(p, func() { device, err = lot.reader.Fetch(ctx, lot.manifest, imei) })
+		if err == nil && full != nil {
+			return nil, full
+		}
+	}
 	if err != nil {
 		return nil, fromDirectory(ctx, err)
 	}

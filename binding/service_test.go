@@ -150,6 +150,7 @@ func TestBeforeTheHSM(t *testing.T) {
 	if err := directory.Revoke(ctx, m.store, m.Signer, l.Manifest, []kme.IMEI{l.devices[2].imei}, "stolen", time.Now(), nil); err != nil {
 		t.Fatal(err)
 	}
+	r.refresh(t, m, l)
 	unpublished := m.newLot(t, "L2", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 100, newDevices(t, 1)...)
 	r.take(t, m, unpublished)
 	if err := os.Remove(filepath.Join(m.dir, filepath.FromSlash(directory.ShardPath("L2", 0)))); err != nil {
@@ -649,8 +650,7 @@ func TestNotSent(t *testing.T) {
 	if err := directory.Revoke(t.Context(), m.store, m.Signer, l.Manifest, []kme.IMEI{d.imei}, "stolen", time.Now(), nil); err != nil {
 		t.Fatal(err)
 	}
-	r.readers[m.KeyID()] = m.reader(t) // one that has not cached the list
-	r.serve(t)
+	r.refresh(t, m, l)
 	check(kme.RevokedDevice)
 }
 

@@ -149,6 +149,7 @@ func TestRetireLot(t *testing.T) {
 	if err := directory.Revoke(ctx, m.store, m.Signer, l.Manifest, []kme.IMEI{l.devices[1].imei}, "stolen", time.Now(), nil); err != nil {
 		t.Fatal(err)
 	}
+	r.refresh(t, m, l)
 	_, err := r.service.PrepareVector(ctx, revoked, newRANDs(1), here)
 	checkRefused(t, "a revoked device of a retired lot", err, kme.RevokedDevice, "")
 
@@ -228,6 +229,7 @@ func TestSuspects(t *testing.T) {
 		if err := directory.Reissue(ctx, m.store, m.Signer, l.Manifest, entry, make([]byte, 32), reason, time.Now()); err != nil {
 			t.Fatal(err)
 		}
+		r.refresh(t, m, l)
 		d.signer = key
 	}
 	revoke := func(d *device, reason string) {
@@ -235,6 +237,7 @@ func TestSuspects(t *testing.T) {
 		if err := directory.Revoke(ctx, m.store, m.Signer, l.Manifest, []kme.IMEI{d.imei}, reason, time.Now(), nil); err != nil {
 			t.Fatal(err)
 		}
+		r.refresh(t, m, l)
 	}
 	want := map[string][]binding.Why{}
 	check := func(what string) {
@@ -305,6 +308,7 @@ func TestSuspects(t *testing.T) {
 	if err := directory.RevokeLot(ctx, m.store, m.Signer, l.Manifest, "its key has leaked", time.Now()); err != nil {
 		t.Fatal(err)
 	}
+	r.refresh(t, m, l)
 	for _, d := range []*device{old, fresh, gone, good, pending} {
 		want[at(imsis[d], d)] = append([]binding.Why{binding.LotRevoked}, want[at(imsis[d], d)]...)
 	}

@@ -17,6 +17,7 @@ import (
 	"fmt"
 	"io"
 	"math/big"
+	"os"
 	"runtime"
 	"slices"
 	"strings"
@@ -134,7 +135,8 @@ func newLot(t testing.TB, s *Signer, lot string) (*counting, *Manifest) {
 
 func publish(t testing.TB, store Store, s *Signer, m *Manifest) {
 	t.Helper()
-	if err := Publish(t.Context(), store, ManifestPath(m.Lot), s, TypeManifest, m); err != nil {
+	if err := errors.Join(Publish(t.Context(), store, ManifestPath(m.Lot), s, TypeManifest, m),
+		BeginRevocations(t.Context(), store, s, m, time.Now(), time.Hour)); err != nil {
 		t.Fatal(err)
 	}
 	for n := range m.Shards() {
@@ -487,7 +489,8 @@ func TestCompromisedStore(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := store.Create(t.Context(), ShardPath("L1", 1), c.jws); err != nil {
+			if err := errors.Join(store.Create(t.Context(), ShardPath("L1", 1), c.jws),
+				BeginRevocations(t.Context(), store, s, m, time.Now(), time.Hour)); err != nil {
 				t.Fatal(err)
 			}
 			_, err = NewReader(store, NewVerifier(s.Public()), ReaderOptions{}).Device(t.Context(), m, m.IMEI(4))
@@ -593,7 +596,8 @@ func TestReaderRSA(t *testing.T) {
 	}
 	shard, err := NewShard(m, 0, keys, someHash)
 	if err == nil {
-		err = Publish(t.Context(), store, ShardPath("L1", 0), s, TypeShard, shard)
+		err = errors.Join(Publish(t.Context(), store, ShardPath("L1", 0), s, TypeShard, shard),
+			BeginRevocations(t.Context(), store, s, m, time.Now(), time.Hour))
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -650,6 +654,10 @@ type generated struct {
 
 func (g *generated) Read(_ context.Context, path string) ([]byte, string, error) {
 	var n int
+	if path == RevocationsPath(g.m.Lot) {
+		jws, err := g.s.Sign(TypeRevocations, &Revocations{Lot: g.m.Lot, Version: 1})
+		return jws, "1", err
+	}
 	if _, err := fmt.Sscanf(path, "lots/"+g.m.Lot+"/shards/%06d", &n); err != nil {
 		return nil, "", ErrNotFound
 	}
@@ -709,13 +717,13 @@ func TestReaderMissingShard(t *testing.T) {
 	const ttl = 300 * time.Millisecond
 	r := NewReader(store, NewVerifier(s.Public()), ReaderOptions{NegativeTTL: ttl})
 	path := ShardPath("L1", 0)
-	begin := time.Now()
+	start := time.Now()
 	for range 1000 {
 		if _, err := r.Device(t.Context(), m, m.IMEI(0)); !errors.Is(err, ErrUnknownDevice) {
 			t.Fatal(err)
 		}
 	}
-	if n, took := store.count(path), time.Since(begin); n > 1+int(took/ttl) {
+	if n, took := store.count(path), time.Since(start); n > 1+int(took/ttl) {
 		t.Errorf("a missing shard was asked for %d times in %s", n, took)
 	}
 	publish(t, files, s, m)
@@ -821,12 +829,12 @@ func TestOverdue(t *testing.T) {
 	look := func() error {
 		t.Helper()
 		time.Sleep(2 * ttl)
-		_, err := r.Revoked(ctx, m, m.IMEI(3))
+		_, _, err := r.RevocationsOf(ctx, m, m.IMEI(3))
 		return err
 	}
 	// Without a list there is no answer.
 	store.down.Store(true)
-	if err := look(); !errors.Is(err, errDown) || len(told) != 1 || told[0] != (Overdue{"L1", time.Time{}, errDown}) {
+	if err := look(); !errors.Is(err, errDown) || len(told) != 1 || told[0] != (Overdue{"L1", Failed, time.Time{}, errDown}) {
 		t.Fatalf("%v, %+v", err, told)
 	}
 	store.down.Store(false)
@@ -842,7 +850,7 @@ func TestOverdue(t *testing.T) {
 		t.Fatal(err)
 	}
 	put := func(jws []byte) { put(t, store, RevocationsPath("L1"), jws) }
-	older, err := s.Sign(TypeRevocations, &Revocations{Lot: "L1"})
+	older, err := s.Sign(TypeRevocations, &Revocations{Lot: "L1", Version: 1})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -850,15 +858,18 @@ func TestOverdue(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	same := must[[]byte](t)(s.Sign(TypeRevocations, &Revocations{Lot: "L1", Version: 2}))
 	for name, c := range map[string]struct {
-		harm   func()
-		refuse bool
+		harm func()
+		why  Why
 	}{
-		"away":            {func() { store.down.Store(true) }, false},
-		"an older one":    {func() { put(older) }, true},
-		"another's":       {func() { put(anothers) }, true},
-		"noise":           {func() { put([]byte("noise")) }, true},
-		"a panic on read": {func() { store.panics.Store(true) }, false},
+		"away":                    {func() { store.down.Store(true) }, Failed},
+		"an older one":            {func() { put(older) }, Rollback},
+		"another of this version": {func() { put(same) }, Rollback},
+		"another's":               {func() { put(anothers) }, Refused},
+		"noise":                   {func() { put([]byte("noise")) }, Refused},
+		"a panic on read":         {func() { store.panics.Store(true) }, Failed},
+		"gone":                    {func() { remove(t, store, RevocationsPath("L1")) }, Withheld},
 	} {
 		told = nil
 		c.harm()
@@ -868,7 +879,7 @@ func TestOverdue(t *testing.T) {
 			}
 		}
 		got := r.Overdue()
-		if len(told) != 2 || len(got) != 1 || got[0].Lot != "L1" || errors.As(got[0].Cause, new(*RefusedError)) != c.refuse {
+		if len(told) != 2 || len(got) != 1 || got[0].Lot != "L1" || got[0].Why != c.why || told[1].Why != c.why {
 			t.Errorf("%s: told %+v, overdue %+v", name, told, got)
 		} else if !got[0].Since.Before(read) {
 			t.Errorf("%s: the list that stands is said to be of %s", name, got[0].Since)
@@ -918,8 +929,8 @@ func TestReissue(t *testing.T) {
 		if d := device(); err != nil || !same(d.Key, key) || (d.Revoked != nil) != revoked || len(d.History) != history {
 			t.Errorf("%+v, %v", d, err)
 		}
-		if got, err := NewReader(store, NewVerifier(s.Public()), ReaderOptions{}).Revoked(ctx, m, imei); got != revoked || err != nil {
-			t.Errorf("the list alone: %v, %v", got, err)
+		if got := listed(t, readerOf(store, s), m, imei); got != revoked {
+			t.Errorf("the list alone: %v", got)
 		}
 	}
 	if err := Revoke(ctx, store, s, m, []kme.IMEI{m.IMEI(5)}, "stolen", now, nil); err != nil {
@@ -1042,6 +1053,14 @@ func put(t testing.TB, store Store, path string, jws []byte) {
 		err = store.Update(t.Context(), path, jws, version)
 	}
 	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// remove takes an object away, as whoever runs the store may.
+func remove(t testing.TB, store *counting, path string) {
+	t.Helper()
+	if err := os.Remove(must[string](t)(store.Store.(*FileStore).file(path))); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -36,12 +36,15 @@ const (
 )
 
 // A RefusedError says which object is not believed, and why.
-type RefusedError struct{ Object, Reason string }
+type RefusedError struct {
+	Object, Reason string
+	Rollback       bool // a later version of it was there before, or another of this version
+}
 
 func (e *RefusedError) Error() string { return fmt.Sprintf("%s is refused: %s", e.Object, e.Reason) }
 
 func refused(object, format string, args ...any) error {
-	return &RefusedError{object, fmt.Sprintf(format, args...)}
+	return &RefusedError{Object: object, Reason: fmt.Sprintf(format, args...)}
 }
 
 func thumbprint(key any) string {

@@ -20,11 +20,40 @@ import (
 
 // Revocations says which devices of a lot are not to be trusted any more: it alone, without its parts. Why and when,
 // and the keys that were issued in the place of others, is in the parts. It and its parts are the objects that change.
+//
+// A lot has its list from its creation on, version 1 with nobody in it: where there is none, it is withheld.
 type Revocations struct {
-	Lot     string          `json:"lot"`
-	Version int             `json:"version"`         // counts up from 1; a reader refuses to go back
-	Whole   *LotRevocation  `json:"whole,omitempty"` // the lot is revoked, all of it and for good; nil if it is not
-	Parts   []RevocationRef `json:"parts,omitempty"` // those that there are, in order
+	Lot        string          `json:"lot"`
+	Version    int             `json:"version"` // counts up from 1; a reader refuses to go back
+	ThisUpdate time.Time       `json:"this_update"`
+	NextUpdate time.Time       `json:"next_update"`     // by when there is a later version, also if nothing changes
+	Whole      *LotRevocation  `json:"whole,omitempty"` // the lot is revoked, all of it and for good; nil if it is not
+	Parts      []RevocationRef `json:"parts,omitempty"` // those that there are, in order
+}
+
+// DefaultValidity is from ThisUpdate to NextUpdate where nobody says otherwise. It is seven runs of a daily job: a
+// long weekend without the line raises no alarm, and a list that is withheld does within a week.
+const DefaultValidity = 7 * 24 * time.Hour
+
+// CheckValidity refuses a time for which no list is good.
+func CheckValidity(d time.Duration) error {
+	if d < time.Second || d > 366*24*time.Hour {
+		return fmt.Errorf("a list of revoked devices is good for a second to 366 days, not %s", d)
+	}
+	return nil
+}
+
+// Overdue says since when there should be a later version; nil while there need not be. A list of before there was
+// next_update is overdue.
+func (r *Revocations) Overdue(now time.Time) error {
+	switch {
+	case r.NextUpdate.IsZero():
+		return errors.New("the list has no next_update: the manufacturer has to run factory lot refresh")
+	case now.After(r.NextUpdate):
+		return fmt.Errorf("the list was to be replaced by %s: the manufacturer has to run factory lot refresh, or the "+
+			"store withholds a later one", r.NextUpdate.Format(time.RFC3339))
+	}
+	return nil
 }
 
 // A LotRevocation says why and since when no device of a lot is to be trusted.
@@ -119,6 +148,9 @@ func (r *Revocations) check(m *Manifest) error {
 	if r.Whole != nil && (r.Whole.Reason == "" || r.Whole.Time.IsZero()) {
 		return errors.New("why or when the lot was revoked is missing")
 	}
+	if !r.NextUpdate.IsZero() && !r.NextUpdate.After(r.ThisUpdate) {
+		return errors.New("its next_update is not after its this_update")
+	}
 	last := -1
 	for _, ref := range r.Parts {
 		if ref.Part <= last || ref.Part >= m.RevocationParts() {
@@ -206,12 +238,12 @@ func (p *RevocationPart) add(entry Revocation) (added bool) {
 	return true
 }
 
-// readRevocations reads a lot's list; where none is published, an empty one of version 0. It also gives the store's
-// version of it.
+// readRevocations reads a lot's list, and gives the store's version of it too.
 func readRevocations(ctx context.Context, store Store, v *Verifier, m *Manifest) (*Revocations, string, error) {
 	jws, version, err := store.Read(ctx, RevocationsPath(m.Lot))
 	if errors.Is(err, ErrNotFound) {
-		return &Revocations{Lot: m.Lot}, "", nil
+		return nil, "", fmt.Errorf("%w: every lot has a list of revoked devices: if lot create was interrupted, run it "+
+			"again; if the lot was made before that was so, run factory lot refresh --begin; else %s", err, askWhy)
 	}
 	if err != nil {
 		return nil, "", err
@@ -276,6 +308,30 @@ func readPart(ctx context.Context, store Store, v *Verifier, m *Manifest, n int,
 	return p, nil
 }
 
+// A revision is what is to become of a lot's revocations.
+type revision struct {
+	now      time.Time
+	parts    []int                // those to look at
+	entries  map[int][]Revocation // to add, by part
+	whole    *LotRevocation       // unless it is nil
+	begin    bool                 // publish the first list; where there is one, that is it
+	refresh  bool                 // sign the list anew, also if nothing changes
+	validity time.Duration        // of the list; 0: as long as the last one was good for
+}
+
+// BeginRevocations publishes the first list of a lot, with nobody in it, good for validity. A lot that has a list keeps
+// it.
+func BeginRevocations(ctx context.Context, store Store, s *Signer, m *Manifest, now time.Time,
+	validity time.Duration) error {
+	return publishRevocations(ctx, store, s, m, revision{now: now, begin: true, validity: validity})
+}
+
+// RefreshRevocations signs a lot's list anew, good for validity; with 0, for as long as the last one was.
+func RefreshRevocations(ctx context.Context, store Store, s *Signer, m *Manifest, now time.Time,
+	validity time.Duration) error {
+	return publishRevocations(ctx, store, s, m, revision{now: now, refresh: true, validity: validity})
+}
+
 // Revoke adds devices to their lot's revocations. A device that is revoked stays as it is, so a run that was
 // interrupted can be repeated. report gets the number of devices that are done; it may be nil.
 func Revoke(ctx context.Context, store Store, s *Signer, m *Manifest, imeis []kme.IMEI, reason string, now time.Time,
@@ -284,14 +340,14 @@ func Revoke(ctx context.Context, store Store, s *Signer, m *Manifest, imeis []km
 	for i, imei := range imeis {
 		entries[i] = Revocation{IMEI: imei, Reason: reason, Time: now}
 	}
-	return revise(ctx, store, s, m, entries, report)
+	return revise(ctx, store, s, m, entries, now, report)
 }
 
 // Reissue revokes the key that a device has, and issues it another one, in the injection package whose SHA-256 is pkg.
 // A device that has this key stays as it is.
 func Reissue(ctx context.Context, store Store, s *Signer, m *Manifest, key DeviceKey, pkg []byte, reason string,
 	now time.Time) error {
-	return revise(ctx, store, s, m, []Revocation{{key.IMEI, reason, now, &key, pkg}}, nil)
+	return revise(ctx, store, s, m, []Revocation{{key.IMEI, reason, now, &key, pkg}}, now, nil)
 }
 
 // RevokeLot revokes a whole lot, for good. A lot that is revoked stays as it is.
@@ -300,12 +356,13 @@ func RevokeLot(ctx context.Context, store Store, s *Signer, m *Manifest, reason 
 	if err != nil {
 		return err
 	}
-	return publishRevocations(ctx, store, s, m, nil, nil, &LotRevocation{reason, now.UTC().Truncate(time.Second)})
+	whole := &LotRevocation{reason, now.UTC().Truncate(time.Second)}
+	return publishRevocations(ctx, store, s, m, revision{now: now, whole: whole})
 }
 
 // CompleteRevocations has the list name what its parts say, where a run was killed between the two.
-func CompleteRevocations(ctx context.Context, store Store, s *Signer, m *Manifest, parts []int) error {
-	return publishRevocations(ctx, store, s, m, parts, nil, nil)
+func CompleteRevocations(ctx context.Context, store Store, s *Signer, m *Manifest, parts []int, now time.Time) error {
+	return publishRevocations(ctx, store, s, m, revision{now: now, parts: parts})
 }
 
 // CheckReason gives a reason as it is published.
@@ -321,7 +378,7 @@ func CheckReason(reason string) (string, error) {
 // partsAtOnce is after how many parts the list is written: each of its versions takes effect at readers.
 const partsAtOnce = 32
 
-func revise(ctx context.Context, store Store, s *Signer, m *Manifest, entries []Revocation,
+func revise(ctx context.Context, store Store, s *Signer, m *Manifest, entries []Revocation, now time.Time,
 	report func(done int)) error {
 	by := map[int][]Revocation{}
 	for _, e := range entries {
@@ -338,7 +395,7 @@ func revise(ctx context.Context, store Store, s *Signer, m *Manifest, entries []
 	}
 	done := 0
 	for parts := range slices.Chunk(slices.Sorted(maps.Keys(by)), partsAtOnce) {
-		if err := publishRevocations(ctx, store, s, m, parts, by, nil); err != nil {
+		if err := publishRevocations(ctx, store, s, m, revision{now: now, parts: parts, entries: by}); err != nil {
 			return err
 		}
 		for _, n := range parts {
@@ -351,11 +408,10 @@ func revise(ctx context.Context, store Store, s *Signer, m *Manifest, entries []
 	return nil
 }
 
-// publishRevocations adds entries to some parts of a lot's revocations, and whole to the list, unless that is nil.
-func publishRevocations(ctx context.Context, store Store, s *Signer, m *Manifest, parts []int,
-	entries map[int][]Revocation, whole *LotRevocation) error {
+// publishRevocations makes a revision, however many others are made at the same time.
+func publishRevocations(ctx context.Context, store Store, s *Signer, m *Manifest, r revision) error {
 	for tries := 1; ; tries++ {
-		err := tryRevocations(ctx, store, s, m, parts, entries, whole)
+		err := tryRevocations(ctx, store, s, m, r)
 		if !errors.Is(err, ErrChanged) || tries == 30 {
 			return err
 		}
@@ -370,16 +426,20 @@ func publishRevocations(ctx context.Context, store Store, s *Signer, m *Manifest
 
 // tryRevocations writes the parts, and then the list that names them. A run that is killed in between leaves parts that
 // are newer than the list says, which readers take; the same again finds its entries there, and writes the list.
-func tryRevocations(ctx context.Context, store Store, s *Signer, m *Manifest, parts []int,
-	entries map[int][]Revocation, whole *LotRevocation) error {
+func tryRevocations(ctx context.Context, store Store, s *Signer, m *Manifest, r revision) error {
 	v := NewVerifier(s.root)
 	list, version, err := readRevocations(ctx, store, v, m)
-	if err != nil {
+	switch {
+	case r.begin && errors.Is(err, ErrNotFound):
+		list = &Revocations{Lot: m.Lot}
+	case err != nil:
 		return err
+	case r.begin:
+		return nil
 	}
-	if list.Whole != nil {
-		for _, n := range parts {
-			if slices.ContainsFunc(entries[n], func(e Revocation) bool { return e.Key != nil }) {
+	if list.Whole != nil && !r.refresh {
+		for _, n := range r.parts {
+			if slices.ContainsFunc(r.entries[n], func(e Revocation) bool { return e.Key != nil }) {
 				return list.Refusal()
 			}
 		}
@@ -390,16 +450,18 @@ func tryRevocations(ctx context.Context, store Store, s *Signer, m *Manifest, pa
 		jws           []byte
 	}
 	var updates []update
-	list.Whole = whole
-	changed := whole != nil
-	for _, n := range parts {
+	changed := r.begin || r.refresh
+	if r.whole != nil {
+		list.Whole, changed = r.whole, true
+	}
+	for _, n := range r.parts {
 		ref := list.ref(n)
 		part, err := readPart(ctx, store, v, m, n, ref)
 		if err != nil {
 			return err
 		}
 		added := false
-		for _, e := range entries[n] {
+		for _, e := range r.entries[n] {
 			added = part.add(e) || added
 		}
 		if added {
@@ -418,18 +480,25 @@ func tryRevocations(ctx context.Context, store Store, s *Signer, m *Manifest, pa
 			continue
 		}
 		changed = true
-		now := RevocationRef{n, part.Version, part.sum[:], part.bitmap(m)}
+		named := RevocationRef{n, part.Version, part.sum[:], part.bitmap(m)}
 		if ref != nil {
-			*ref = now
+			*ref = named
 			continue
 		}
 		at := sort.Search(len(list.Parts), func(i int) bool { return list.Parts[i].Part > n })
-		list.Parts = slices.Insert(list.Parts, at, now)
+		list.Parts = slices.Insert(list.Parts, at, named)
 	}
 	if !changed {
 		return nil
 	}
-	list.Version++
+	if r.validity == 0 {
+		r.validity = list.NextUpdate.Sub(list.ThisUpdate)
+	}
+	if list.Version++; CheckValidity(r.validity) != nil { // a list of before there was next_update
+		r.validity = DefaultValidity
+	}
+	list.ThisUpdate = r.now.UTC().Truncate(time.Second)
+	list.NextUpdate = list.ThisUpdate.Add(r.validity)
 	if err := list.check(m); err != nil {
 		return err
 	}

@@ -71,6 +71,24 @@ func newWriting(t testing.TB) *writing {
 	return &writing{Store: must[*FileStore](t)(OpenFileStore(t.TempDir())), written: map[string]int{}}
 }
 
+// begin publishes the first list of a lot of which nothing else is published.
+func begin(t testing.TB, store Store, s *Signer, m *Manifest) {
+	t.Helper()
+	if err := BeginRevocations(t.Context(), store, s, m, time.Now(), time.Hour); err != nil {
+		t.Fatal(err)
+	}
+	if w, ok := store.(*writing); ok {
+		w.take()
+	}
+}
+
+// listed says what the list, read now, has of a device.
+func listed(t testing.TB, r *Reader, m *Manifest, imei kme.IMEI) bool {
+	t.Helper()
+	r.Refresh(t.Context(), m)
+	return must[bool](t)(r.Revoked(m, imei))
+}
+
 func readerOf(store Store, s *Signer) *Reader {
 	return NewReader(store, NewVerifier(s.Public()), ReaderOptions{RevocationTTL: time.Nanosecond, NegativeTTL: time.Nanosecond})
 }
@@ -80,6 +98,7 @@ func readerOf(store Store, s *Signer) *Reader {
 func TestRevocationsOfAMillion(t *testing.T) {
 	ctx, s, files := t.Context(), newSigner(t), newWriting(t)
 	m := newMillion(t, s)
+	begin(t, files, s, m)
 	imeis := every(m, 100)
 	var told []int
 	if err := Revoke(ctx, files, s, m, imeis, "stolen from a warehouse", time.Now(), func(done int) { told = append(told, done) }); err != nil {
@@ -99,9 +118,12 @@ func TestRevocationsOfAMillion(t *testing.T) {
 	}
 	store := &counting{Store: files, reads: map[string]int{}}
 	r := NewReader(store, NewVerifier(s.Public()), ReaderOptions{})
+	if err := r.Refresh(ctx, m); err != nil {
+		t.Fatal(err)
+	}
 	n := 0
 	for i := range m.Devices() {
-		revoked, err := r.Revoked(ctx, m, m.IMEI(i))
+		revoked, err := r.Revoked(m, m.IMEI(i))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -125,6 +147,7 @@ func TestRevocationsOfAMillion(t *testing.T) {
 func TestRevocationsTooLarge(t *testing.T) {
 	s, files := newSigner(t), newWriting(t)
 	m := newMillion(t, s)
+	begin(t, files, s, m)
 	imeis := every(m, 1)[:2*revocationPart]
 	reason := strings.Repeat("<", 200) // six bytes each, in JSON
 	err := Revoke(t.Context(), files, s, m, imeis, reason, time.Now(), nil)
@@ -228,8 +251,8 @@ func TestRevocationPartReplaced(t *testing.T) {
 			if c.want != "" && !errors.As(err, new(*RefusedError)) {
 				t.Errorf("%T", err)
 			}
-			if revoked, err := r.Revoked(ctx, m, m.IMEI(3)); !revoked || err != nil {
-				t.Errorf("the list says otherwise: %v, %v", revoked, err)
+			if !listed(t, r, m, m.IMEI(3)) {
+				t.Error("the list says otherwise")
 			}
 			// And the line does not build on it.
 			if err := Revoke(ctx, store, s, m, []kme.IMEI{m.IMEI(3)}, "x", now, nil); (c.want == "") != (err == nil) {
@@ -309,7 +332,7 @@ func TestRevokeKilled(t *testing.T) {
 			return Revoke(t.Context(), store, s, m, []kme.IMEI{m.IMEI(5)}, "stolen", time.Now(), nil)
 		},
 		"complete": func(store Store, s *Signer, m *Manifest) error {
-			return CompleteRevocations(t.Context(), store, s, m, []int{0})
+			return CompleteRevocations(t.Context(), store, s, m, []int{0}, time.Now())
 		},
 	} {
 		for _, earlier := range []bool{false, true} {
@@ -329,8 +352,8 @@ func TestRevokeKilled(t *testing.T) {
 			r := readerOf(store, s)
 			look := func(list bool) {
 				t.Helper()
-				if revoked, err := r.Revoked(t.Context(), m, m.IMEI(4)); revoked != list || err != nil {
-					t.Errorf("%s: %v, %v", name, revoked, err)
+				if revoked := listed(t, r, m, m.IMEI(4)); revoked != list {
+					t.Errorf("%s: %v", name, revoked)
 				}
 				if d, err := r.Device(t.Context(), m, m.IMEI(4)); (d.Revoked != nil) != (list || earlier) || err != nil {
 					t.Errorf("%s: %+v, %v", name, d, err)
@@ -358,6 +381,7 @@ func TestRevokeKilled(t *testing.T) {
 func TestRevokeAtOnce(t *testing.T) {
 	ctx, s, files := t.Context(), newSigner(t), newWriting(t)
 	m := newMillion(t, s)
+	begin(t, files, s, m)
 	var all sync.WaitGroup
 	for i := range 6 {
 		all.Go(func() {
@@ -411,16 +435,16 @@ func TestRevokeLot(t *testing.T) {
 		}
 	}
 	list := must[*Revocations](t)(r.ReadRevocations(ctx, m))
-	if list.Version != 3 || list.Whole == nil || list.Whole.Reason != "P and Q have leaked" || list.Refusal() == nil {
+	if list.Version != 4 || list.Whole == nil || list.Whole.Reason != "P and Q have leaked" || list.Refusal() == nil {
 		t.Errorf("%+v", list)
 	}
 	all := func() {
 		t.Helper()
 		for i := range m.Devices() {
-			revoked, err := r.Revoked(ctx, m, m.IMEI(i))
-			d, derr := r.Device(ctx, m, m.IMEI(i))
-			if !revoked || d.Revoked == nil || d.Revoked.Reason != "P and Q have leaked" || d.Lot == nil || err != nil || derr != nil {
-				t.Errorf("device %d: %v, %+v, %v, %v", i, revoked, d, err, derr)
+			revoked := listed(t, r, m, m.IMEI(i))
+			d, err := r.Device(ctx, m, m.IMEI(i))
+			if !revoked || d.Revoked == nil || d.Revoked.Reason != "P and Q have leaked" || d.Lot == nil || err != nil {
+				t.Errorf("device %d: %v, %+v, %v", i, revoked, d, err)
 			}
 		}
 	}
@@ -460,12 +484,12 @@ func TestRevocationsSameVersion(t *testing.T) {
 	r := readerOf(store, s)
 	look := func() {
 		t.Helper()
-		if revoked, err := r.Revoked(ctx, m, m.IMEI(3)); !revoked || err != nil {
-			t.Error(revoked, err)
+		if !listed(t, r, m, m.IMEI(3)) {
+			t.Error("it is not revoked")
 		}
 	}
 	look()
-	put(t, store, RevocationsPath("L1"), must[[]byte](t)(s.Sign(TypeRevocations, &Revocations{Lot: "L1", Version: 1})))
+	put(t, store, RevocationsPath("L1"), must[[]byte](t)(s.Sign(TypeRevocations, &Revocations{Lot: "L1", Version: 2})))
 	look()
 	if len(r.Overdue()) != 1 {
 		t.Error("it was believed")
@@ -477,12 +501,13 @@ func TestRevocationsCacheBound(t *testing.T) {
 	const limit, parts = int64(16 << 20), 100
 	s, files := newSigner(t), newWriting(t)
 	m := newMillion(t, s)
+	begin(t, files, s, m)
 	if err := Revoke(t.Context(), files, s, m, every(m, 1)[:parts*revocationPart], strings.Repeat("stolen ", 20), time.Now(), nil); err != nil {
 		t.Fatal(err)
 	}
 	_, published := files.take()
 	r := NewReader(files, NewVerifier(s.Public()), ReaderOptions{CacheBytes: limit})
-	list := must[*Revocations](t)(r.revoked(t.Context(), m))
+	list := must[*Revocations](t)(r.list(t.Context(), m))
 	heap := func() int64 {
 		runtime.GC()
 		runtime.GC()
@@ -509,6 +534,7 @@ func TestRevocationsCacheBound(t *testing.T) {
 func BenchmarkRevoked(b *testing.B) {
 	s, files := newSigner(b), newWriting(b)
 	m := newMillion(b, s)
+	begin(b, files, s, m)
 	if err := Revoke(b.Context(), files, s, m, every(m, 100), "stolen", time.Now(), nil); err != nil {
 		b.Fatal(err)
 	}
@@ -530,13 +556,13 @@ func BenchmarkRevoked(b *testing.B) {
 		return float64(stats.HeapAlloc)
 	}
 	before, start := heap(), time.Now()
-	if _, err := r.Revoked(b.Context(), m, m.IMEI(0)); err != nil {
+	if err := r.Refresh(b.Context(), m); err != nil {
 		b.Fatal(err)
 	}
 	took, grown := time.Since(start), heap()-before
 	b.ReportAllocs()
 	for i := 0; b.Loop(); i++ {
-		if _, err := r.Revoked(b.Context(), m, m.IMEI(i*7919%1_000_000)); err != nil {
+		if _, err := r.Revoked(m, m.IMEI(i*7919%1_000_000)); err != nil {
 			b.Fatal(err)
 		}
 	}

@@ -7,6 +7,7 @@ package factory
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/rsa"
@@ -256,10 +257,21 @@ type LotSpec struct {
 	Suite     kme.Suite
 	ShardSize int
 	Primes    hsmkeys.Primes
+	Validity  time.Duration // of the lot's lists of revoked devices; 0: directory.DefaultValidity
 }
 
 // Validate refuses what no token could make a lot of.
-func (s LotSpec) Validate() error { return s.manifest("any").ValidateSpec(s.Bits) }
+func (s LotSpec) Validate() error {
+	return cmp.Or(directory.CheckValidity(s.validity()), s.manifest("any").ValidateSpec(s.Bits))
+}
+
+func (s LotSpec) validity() time.Duration { return cmp.Or(s.Validity, directory.DefaultValidity) }
+
+// made says whether a manifest is of a lot of this kind.
+func (s LotSpec) made(m *directory.Manifest) bool {
+	return slices.Equal(m.Ranges, []directory.Range{s.Range}) && m.PublicKey().N.BitLen() == s.Bits &&
+		m.Suite == s.Suite && m.ShardSize == s.ShardSize
+}
 
 // manifest is the lot's, without what its key brings.
 func (s LotSpec) manifest(manufacturer string) *directory.Manifest {
@@ -269,8 +281,9 @@ func (s LotSpec) manifest(manufacturer string) *directory.Manifest {
 	}
 }
 
-// CreateLot tries the token, makes a lot's key in it, checks it, and publishes the lot's manifest. A run that was
-// interrupted before the manifest was out is finished with the key that it made.
+// CreateLot tries the token, makes a lot's key in it, checks it, and publishes the lot's manifest, and then its first
+// list of revoked devices. A run that was interrupted before the manifest was out is finished with the key that it
+// made; one that was interrupted after it, with its list.
 func (l *Line) CreateLot(ctx context.Context, spec LotSpec) (*directory.Manifest, error) {
 	if err := spec.Validate(); err != nil { // before a key is spent on it
 		return nil, err
@@ -282,6 +295,11 @@ func (l *Line) CreateLot(ctx context.Context, spec LotSpec) (*directory.Manifest
 	}
 	for _, other := range earlier {
 		if other.Lot == m.Lot {
+			if bare, err := l.bare(ctx, other); err != nil {
+				return nil, err
+			} else if bare && spec.made(other) {
+				return other, l.beginRevocations(ctx, other, spec.validity())
+			}
 			return nil, fmt.Errorf("lot %s exists: it was made on %s with %d devices; choose another name, or go on with lot provision", m.Lot, other.Created.Format(time.RFC3339), other.Devices())
 		}
 		if r := m.Overlap(other); r != nil {
@@ -312,7 +330,48 @@ func (l *Line) CreateLot(ctx context.Context, spec LotSpec) (*directory.Manifest
 	if err := m.Validate(); err != nil {
 		return nil, err
 	}
-	return m, directory.Publish(ctx, l.store, directory.ManifestPath(m.Lot), l.signer, directory.TypeManifest, m)
+	err = directory.Publish(ctx, l.store, directory.ManifestPath(m.Lot), l.signer, directory.TypeManifest, m)
+	if err != nil {
+		return nil, err
+	}
+	return m, l.beginRevocations(ctx, m, spec.validity())
+}
+
+func (l *Line) beginRevocations(ctx context.Context, m *directory.Manifest, validity time.Duration) error {
+	return directory.BeginRevocations(ctx, l.store, l.signer, m, time.Now(), validity)
+}
+
+// bare says whether nothing of a lot is published but its manifest, as an interrupted CreateLot leaves it. Where there
+// are shards or parts, a list that is not there was taken away.
+func (l *Line) bare(ctx context.Context, m *directory.Manifest) (bool, error) {
+	if _, err := l.Revocations(ctx, m); !errors.Is(err, directory.ErrNotFound) {
+		return false, nil // what is wrong with it is for others to say
+	}
+	for _, path := range []string{directory.ShardsPath(m.Lot), directory.RevocationPartsPath(m.Lot)} {
+		if names, err := l.store.List(ctx, path); err != nil || len(names) > 0 {
+			return false, err
+		}
+	}
+	return true, nil
+}
+
+// Refresh signs a lot's list of revoked devices anew, with a later next_update, good for validity; with 0, for as long
+// as the last one was. begin publishes the first list of a lot that was made before lots had one from the start.
+func (l *Line) Refresh(ctx context.Context, lot string, validity time.Duration,
+	begin bool) (*directory.Revocations, error) {
+	m, err := l.Lot(ctx, lot)
+	if err != nil {
+		return nil, err
+	}
+	if begin {
+		err = l.beginRevocations(ctx, m, cmp.Or(validity, directory.DefaultValidity))
+	} else {
+		err = directory.RefreshRevocations(ctx, l.store, l.signer, m, time.Now(), validity)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return l.Revocations(ctx, m)
 }
 
 // Lots gives the manifests of all lots, their signatures verified.

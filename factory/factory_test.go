@@ -61,7 +61,44 @@ func spec(t *testing.T, lot string, first, count int) LotSpec {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return LotSpec{lot, directory.Range{TAC: tac, First: first, Count: count}, 2048, kme.SuiteECDSA, 4, hsmkeys.PrimesAuto}
+	return LotSpec{lot, directory.Range{TAC: tac, First: first, Count: count}, 2048, kme.SuiteECDSA, 4, hsmkeys.PrimesAuto, time.Hour}
+}
+
+// removeObject takes an object out of the directory, as whoever runs it may.
+func removeObject(t *testing.T, dir, path string) {
+	t.Helper()
+	if err := os.Remove(filepath.Join(dir, filepath.FromSlash(path))); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A list of revoked devices is signed anew, for as long as before or for another time; a lot that has none gets one only
+// where that is said.
+func TestRefresh(t *testing.T) {
+	line, dir, _ := newLine(t)
+	ctx := t.Context()
+	must(line.CreateLot(ctx, spec(t, "L1", 0, 8)))
+	for _, c := range []struct {
+		validity, want time.Duration
+		version        int
+	}{{0, time.Hour, 2}, {3 * time.Hour, 3 * time.Hour, 3}, {0, 3 * time.Hour, 4}} {
+		list, err := line.Refresh(ctx, "L1", c.validity, false)
+		if err != nil || list.Version != c.version || list.NextUpdate.Sub(list.ThisUpdate) != c.want {
+			t.Errorf("%+v, %v", list, err)
+		}
+	}
+	removeObject(t, dir, directory.RevocationsPath("L1"))
+	if _, err := line.Refresh(ctx, "L1", 0, false); !errors.Is(err, directory.ErrNotFound) || !strings.Contains(err.Error(), "--begin") {
+		t.Errorf("a list that is not there was signed anew: %v", err)
+	}
+	for _, err := range []error{second(line.Grant(ctx, "L1", "op")), second(line.Lot(ctx, "L9")), second(line.Refresh(ctx, "L9", 0, true))} {
+		if err == nil {
+			t.Error("what needs a list was done without, or a lot that is not there")
+		}
+	}
+	if list, err := line.Refresh(ctx, "L1", 0, true); err != nil || list.Version != 1 || list.NextUpdate.Sub(list.ThisUpdate) != directory.DefaultValidity {
+		t.Errorf("%+v, %v", list, err)
+	}
 }
 
 func TestInitAgain(t *testing.T) {
@@ -148,7 +185,7 @@ func TestFixtures(t *testing.T) {
 
 func TestCreateLot(t *testing.T) {
 	ctx := t.Context()
-	line, _, token := newLine(t)
+	line, dir, token := newLine(t)
 	m, err := line.CreateLot(ctx, spec(t, "L1", 10, 10))
 	if err != nil {
 		t.Fatal(err)
@@ -190,6 +227,29 @@ func TestCreateLot(t *testing.T) {
 	if m, err = line.CreateLot(ctx, spec(t, "L3", 20, 10)); err != nil || !m.PublicKey().Equal(pub) {
 		t.Errorf("the interrupted lot's key was not taken: %v", err)
 	}
+
+	// Interrupted after the manifest was out: the next run publishes the list, if it is the same lot and there is no more of it.
+	list := directory.RevocationsPath("L3")
+	exists := func(what string, s LotSpec) {
+		t.Helper()
+		if _, err := line.CreateLot(ctx, s); err == nil || !strings.Contains(err.Error(), "lot L3 exists") {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	exists("a lot that has its list", spec(t, "L3", 20, 10))
+	removeObject(t, dir, list)
+	exists("another lot of this name", spec(t, "L3", 20, 11))
+	if again, err := line.CreateLot(ctx, spec(t, "L3", 20, 10)); err != nil || !again.PublicKey().Equal(pub) {
+		t.Errorf("the interrupted lot got no list: %v", err)
+	}
+	if l := must(line.Revocations(ctx, m)); l.Version != 1 || l.NextUpdate.Sub(l.ThisUpdate) != time.Hour {
+		t.Errorf("%+v", l)
+	}
+	if err := line.Revoke(ctx, "L3", []kme.IMEI{m.IMEI(1)}, "stolen", nil); err != nil {
+		t.Fatal(err)
+	}
+	removeObject(t, dir, list)
+	exists("a lot whose list was taken away", spec(t, "L3", 20, 10))
 
 	// What is published is not published again with other content.
 	m.ShardSize++

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -161,6 +162,17 @@ func (l *Line) compareRevocations(ctx context.Context, r *Reconciliation, m *dir
 		return refused
 	}
 	list, err := l.Revocations(ctx, m)
+	if errors.Is(err, directory.ErrNotFound) {
+		bare, berr := l.bare(ctx, m)
+		d := Difference{What: "directory: " + directory.RevocationsPath(m.Lot) + " is not there", Remedy: objectBack +
+			"; a lot of before lots had it from the start gets one by factory lot refresh --begin"}
+		if bare {
+			d.Remedy = "publish it: lot create was killed before it did"
+			d.repair = func(ctx context.Context) error { return l.beginRevocations(ctx, m, directory.DefaultValidity) }
+		}
+		differs(d)
+		return berr
+	}
 	if isRefused(err) {
 		return nil
 	}
@@ -193,7 +205,7 @@ func (l *Line) compareRevocations(ctx context.Context, r *Reconciliation, m *dir
 		differs(Difference{What: fmt.Sprintf("a run of lot revoke or lot reissue was killed: "+
 			"the list of revocations does not name what %d of its parts have", len(behind)),
 			Remedy: "publish the list anew", repair: func(ctx context.Context) error {
-				return directory.CompleteRevocations(ctx, l.store, l.signer, m, behind)
+				return directory.CompleteRevocations(ctx, l.store, l.signer, m, behind, time.Now())
 			}})
 	}
 	return nil

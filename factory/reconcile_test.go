@@ -30,6 +30,10 @@ func TestReconcile(t *testing.T) {
 	if r := reconcile(t, true); r.Pending != 8 || len(r.Differences) != 0 {
 		t.Errorf("before anything is made: %+v", r)
 	}
+	removeObject(t, dir, directory.RevocationsPath("L1"))
+	if r := reconcile(t, true); len(r.Differences) != 1 || !r.Differences[0].Repaired || must(line.Revocations(t.Context(), m)).Version != 1 {
+		t.Errorf("killed before the list was published: %+v", r)
+	}
 	provision(t, line, out)
 	if r := reconcile(t, false); r.Agreed != 8 || r.Pending != 0 || len(r.Differences) != 0 {
 		t.Fatalf("%+v", r)
@@ -55,6 +59,7 @@ func TestReconcile(t *testing.T) {
 		}
 	}
 	whole, signed, hash := must(os.ReadFile(pkg)), must(os.ReadFile(shard)), must(line.reader.ReadShard(t.Context(), m, 2)).Package
+	list := must(os.ReadFile(revocations))
 	others := filepath.Join(t.TempDir(), "p")
 	must((&provisioning{Line: line, m: m, injection: must(line.injection(t.Context(), ""))}).makeShard(t.Context(), 2, others))
 	forget := func() { journal("DELETE FROM shard WHERE number = 2") }
@@ -81,6 +86,7 @@ func TestReconcile(t *testing.T) {
 		"both lost":                       {func() { remove(shard); remove(pkg) }, "the journal knows of its keys", false, false},
 		"the directory's is changed":      {func() { write(shard, bytes.ToUpper(signed)) }, "is refused", false, false},
 		"the revocations are changed":     {func() { write(revocations, must(os.ReadFile(shard))) }, "revocations is refused", false, false},
+		"the revocations are gone":        {func() { remove(revocations) }, "revocations is not there", false, false},
 		"a file that a killed run left":   {func() { write(filepath.Join(out, "L1", ".injection-000002.jsonl123"), nil) }, "left by a run that was killed", true, false},
 		"a file that belongs to nothing":  {func() { write(filepath.Join(out, "L1", "injection-000008.jsonl"), nil) }, "belongs to nothing", false, false},
 		"a file of no name that we write": {func() { write(filepath.Join(out, "L1", "injection-2.jsonl"), nil) }, "belongs to nothing", false, false},
@@ -107,7 +113,7 @@ func TestReconcile(t *testing.T) {
 			for _, stray := range []string{"injection-000008.jsonl", "injection-2.jsonl"} {
 				os.Remove(filepath.Join(out, "L1", stray))
 			}
-			os.Remove(revocations)
+			write(revocations, list)
 			write(pkg, whole)
 			write(shard, signed)
 			journal("INSERT OR REPLACE INTO shard (manufacturer, lot, number, state, package) VALUES (?, 'L1', 2, 3, ?)", line.Manufacturer(), hash)

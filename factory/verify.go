@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -170,9 +171,9 @@ func (v *verifying) lots(ctx context.Context, lots []*directory.Manifest, packag
 	return v.duplicates(ctx, lots)
 }
 
-// refused notes an error that says that an object is not believed, and gives any other.
+// refused notes an error that says that an object is not believed, or not there, and gives any other.
 func (v *verifying) refused(err error) error {
-	if errors.As(err, new(*directory.RefusedError)) {
+	if errors.As(err, new(*directory.RefusedError)) || errors.Is(err, directory.ErrNotFound) {
 		v.problem("%v", err)
 		return nil
 	}
@@ -184,6 +185,9 @@ func (v *verifying) revocations(ctx context.Context, m *directory.Manifest, pack
 	list, err := v.reader.ReadRevocations(ctx, m)
 	if err != nil {
 		return v.refused(err)
+	}
+	if late := list.Overdue(time.Now()); late != nil {
+		v.problem("%s: %v", directory.RevocationsPath(m.Lot), late)
 	}
 	if list.Whole != nil {
 		v.found.RevokedLots = append(v.found.RevokedLots, RevokedLot{m.Lot, *list.Whole})

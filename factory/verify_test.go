@@ -53,9 +53,15 @@ func TestVerifyLot(t *testing.T) {
 		"a shard is tampered with":   {at("shards/000002"), "lots/L1/shards/000002 is refused", flip},
 		"another shard in its place": {at("shards/000002"), "it is shard 3", func([]byte) []byte { return read(at("shards/000003")) }},
 		"revocations":                {at("revocations"), "lots/L1/revocations is refused", flip},
-		"manifest":                   {at("manifest"), "lots/L1/manifest is refused", flip},
-		"a package is missing":       {pkg(4), "no such injection package", nil},
-		"a package is cut":           {pkg(4), "damaged", func(b []byte) []byte { return b[:len(b)/2] }},
+		"revocations withheld":       {at("revocations"), "lots/L1/revocations: not in the directory", nil},
+		"revocations overdue": {at("revocations"), "the list was to be replaced by", func([]byte) []byte {
+			late := must(line.Revocations(t.Context(), must(line.Lot(t.Context(), "L1"))))
+			late.ThisUpdate, late.NextUpdate = time.Unix(1, 0), time.Unix(2, 0)
+			return must(line.signer.Sign(directory.TypeRevocations, late))
+		}},
+		"manifest":             {at("manifest"), "lots/L1/manifest is refused", flip},
+		"a package is missing": {pkg(4), "no such injection package", nil},
+		"a package is cut":     {pkg(4), "damaged", func(b []byte) []byte { return b[:len(b)/2] }},
 		"a package of other keys": {pkg(0), "is not the package of the published keys", func(b []byte) []byte {
 			lines := bytes.SplitAfter(b, []byte("\n"))
 			one, two := bytes.Index(lines[0], []byte(`"x":"`)), bytes.Index(lines[1], []byte(`"x":"`))
@@ -318,7 +324,7 @@ func TestRevokedLot(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if list := must(line.Revocations(ctx, m)); list.Version != 1 || list.Whole == nil {
+	if list := must(line.Revocations(ctx, m)); list.Version != 2 || list.Whole == nil {
 		t.Errorf("%+v", list)
 	}
 	for what, err := range map[string]error{
@@ -452,6 +458,7 @@ func TestAudit(t *testing.T) {
 		shard := must(directory.NewShard(m, 0, keys, make([]byte, sha256.Size)))
 		if err := errors.Join(
 			directory.Publish(t.Context(), line.store, directory.ManifestPath(lot), line.signer, directory.TypeManifest, m),
+			line.beginRevocations(t.Context(), m, time.Hour),
 			directory.Publish(t.Context(), line.store, directory.ShardPath(lot, 0), line.signer, directory.TypeShard, shard)); err != nil {
 			t.Fatal(err)
 		}

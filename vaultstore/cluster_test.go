@@ -81,10 +81,6 @@ func TestVaultStandby(t *testing.T) {
 func TestVaultColdShardIsOneRead(t *testing.T) {
 	server := vaulttest.Start(t)
 	server.Mount(t, "kme", "2")
-	log := filepath.Join(t.TempDir(), "audit.log")
-	if err := server.Client(t, server.Root).Sys().EnableAuditWithOptions("file", &api.EnableAuditOptions{Type: "file", Options: map[string]string{"file_path": log}}); err != nil {
-		t.Fatal(err)
-	}
 	store := New(server.Client(t, server.Root), "kme")
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -120,6 +116,13 @@ func TestVaultColdShardIsOneRead(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := directory.Publish(t.Context(), store, directory.ShardPath("L1", 0), signer, directory.TypeShard, shard); err != nil {
+		t.Fatal(err)
+	}
+	if err := directory.BeginRevocations(t.Context(), store, signer, m, time.Now(), time.Hour); err != nil {
+		t.Fatal(err)
+	}
+	log := filepath.Join(t.TempDir(), "audit.log")
+	if err := server.Client(t, server.Root).Sys().EnableAuditWithOptions("file", &api.EnableAuditOptions{Type: "file", Options: map[string]string{"file_path": log}}); err != nil {
 		t.Fatal(err)
 	}
 	reader := directory.NewReader(store, directory.NewVerifier(&key.PublicKey), directory.ReaderOptions{})

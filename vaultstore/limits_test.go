@@ -84,11 +84,14 @@ func TestVaultRevocationsOfAMillion(t *testing.T) {
 		t.Fatal(err)
 	}
 	m := &directory.Manifest{Lot: "L1", Suite: kme.SuiteECDSA, Ranges: []directory.Range{{TAC: tac, Count: 1_000_000}}, ShardSize: 256}
+	publisher := as[policies.Publisher]
+	if err := directory.BeginRevocations(t.Context(), publisher, signer, m, time.Now(), time.Hour); err != nil {
+		t.Fatal(err)
+	}
 	var imeis []kme.IMEI
 	for i := 0; i < m.Devices(); i += 100 {
 		imeis = append(imeis, m.IMEI(i))
 	}
-	publisher := as[policies.Publisher]
 	if err := directory.Revoke(t.Context(), publisher, signer, m, imeis, "stolen from the warehouse in Rotterdam", time.Now(), nil); err != nil {
 		t.Fatal(err)
 	}
@@ -96,8 +99,11 @@ func TestVaultRevocationsOfAMillion(t *testing.T) {
 		t.Fatal(err)
 	}
 	reader := directory.NewReader(as["operator"], directory.NewVerifier(signer.Public()), directory.ReaderOptions{})
+	if err := reader.Refresh(t.Context(), m); err != nil {
+		t.Fatal(err)
+	}
 	for i := range 1000 {
-		revoked, err := reader.Revoked(t.Context(), m, m.IMEI(i))
+		revoked, err := reader.Revoked(m, m.IMEI(i))
 		if err != nil {
 			t.Fatal(err)
 		}

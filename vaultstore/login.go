@@ -25,10 +25,18 @@ type Login struct {
 	Wrapped      bool   // what the file has is a wrapping token for the secret id, good once
 	CertRole     string // TLS certificate (VAULT_CLIENT_CERT, VAULT_CLIENT_KEY), in this role
 
-	// Wait makes it no error that Vault is away at first: the login is tried until it succeeds. A service starts so
-	// with what it needs no directory for.
+	// Wait is for a service, which starts with what it needs no directory for, and whose calls do not wait for one that
+	// is silent: it is no error that Vault is away at first, or has not answered in answerTimeout, and the login is
+	// tried until it succeeds; and each request gets answerTimeout, with all its repetitions.
 	Wait bool
 }
+
+// answerTimeout bounds what a service waits for Vault. A login gets loginTimeout: a wrapping token whose answer is
+// given up is lost.
+const (
+	answerTimeout = 2 * time.Second
+	loginTimeout  = time.Minute
+)
 
 // Validate refuses a login that is not one of the three ways.
 func (l Login) Validate() error {
@@ -67,16 +75,44 @@ func Connect(ctx context.Context, l Login, log *slog.Logger) (*api.Client, error
 	}
 	client.SetCheckRetry(retryPolicy(own.Host))
 	s := &session{client: client, login: l, log: log}
-	secret, err := s.token(ctx)
-	switch {
-	case err == nil:
-		go s.keep(ctx, secret)
-	case l.Wait && errors.Is(err, directory.ErrUnavailable):
-		go func() { s.keep(ctx, s.tokenAtLast(ctx, err)) }()
-	default:
-		return nil, err
+	var silent <-chan time.Time
+	if l.Wait {
+		client.SetClientTimeout(answerTimeout)
+		silent = time.After(answerTimeout)
 	}
+	first := make(chan error, 1)
+	var secret *api.Secret // set before first is
+	go func() {
+		var err error
+		secret, err = s.token(ctx)
+		first <- err
+	}()
+	select {
+	case err = <-first:
+		if err != nil && !(l.Wait && errors.Is(err, directory.ErrUnavailable)) {
+			return nil, err
+		}
+		first <- err
+	case <-silent:
+		log.WarnContext(ctx, "Vault has not answered the login yet")
+	}
+	go func() {
+		if err := <-first; err != nil {
+			secret = s.tokenAtLast(ctx, err)
+		}
+		s.keep(ctx, secret)
+	}()
 	return client, nil
+}
+
+// patient is a client as the session's, for a login.
+func (s *session) patient() (*api.Client, error) {
+	c, err := s.client.Clone()
+	if err == nil {
+		c.SetToken(s.client.Token())
+		c.SetClientTimeout(loginTimeout)
+	}
+	return c, err
 }
 
 var errNoActive = errors.New("no node of this Vault is active")
@@ -124,7 +160,7 @@ func (s *session) token(ctx context.Context) (secret *api.Secret, err error) {
 		return s.ownToken(ctx)
 	}
 	// Whatever token there was must not come along: an ended one is refused even at login.
-	fresh, err := s.client.Clone()
+	fresh, err := s.patient()
 	if err != nil {
 		return nil, err
 	}
@@ -145,7 +181,11 @@ func (s *session) ownToken(ctx context.Context) (*api.Secret, error) {
 	if s.client.Token() == "" {
 		return nil, errors.New("no login to Vault: set VAULT_TOKEN, or log in by AppRole or by certificate")
 	}
-	self, err := s.client.Auth().Token().LookupSelfWithContext(ctx)
+	client, err := s.patient()
+	if err != nil {
+		return nil, err
+	}
+	self, err := client.Auth().Token().LookupSelfWithContext(ctx)
 	if statusOf(err) == 403 {
 		return nil, nil // a token need not be allowed to look at itself
 	}
@@ -173,7 +213,11 @@ func (s *session) readSecretID(ctx context.Context) (string, error) {
 	}
 	id := strings.TrimSpace(string(b))
 	if s.login.Wrapped {
-		secret, err := s.client.Logical().UnwrapWithContext(ctx, id)
+		client, err := s.patient()
+		if err != nil {
+			return "", err
+		}
+		secret, err := client.Logical().UnwrapWithContext(ctx, id)
 		if status := statusOf(err); err != nil && status != 400 && status != 403 {
 			return "", loginError(err)
 		} else if err != nil {

@@ -185,8 +185,10 @@ func isUpgrading(err error) bool {
 func (s *Store) explain(err error, what, path string) error {
 	var r *api.ResponseError
 	switch {
-	case err == nil || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded):
+	case err == nil || errors.Is(err, context.Canceled):
 		return err
+	case errors.Is(err, context.DeadlineExceeded):
+		return fmt.Errorf("%s %s: %w: no answer in time: %w", what, path, directory.ErrUnavailable, err)
 	case !errors.As(err, &r):
 		if errors.Is(err, errNoActive) || errors.As(err, new(interface{ Timeout() bool })) { // from the network
 			return fmt.Errorf("%s %s: %w: %w", what, path, directory.ErrUnavailable, err)

@@ -86,6 +86,7 @@ func TestVaultSealedAndRestarted(t *testing.T) {
 		t.Fatal(err)
 	}
 	client.SetMaxRetries(60)
+	client.SetClientTimeout(testproc.Patience)
 	got, version, err := New(client, "kme").Read(t.Context(), "lots/L1/manifest")
 	<-back
 	if err != nil || string(got) != "x" || version != "1" {

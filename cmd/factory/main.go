@@ -151,7 +151,9 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 							&cli.IntFlag{Name: "bits", Value: 3072, Usage: "the length of the modulus, `B`: 2048, 3072 or 4096"},
 							&cli.StringFlag{Name: "suite", Value: string(kme.SuiteECDSA), Usage: "how devices sign, `S`: tr33868-ecdsa-p256, tr33868-rsa2048, or bound-ecdsa-p256-oaep, which departs from the text"},
 							&cli.IntFlag{Name: "shard-size", Value: 256, Usage: "devices in a directory object and in an injection package, `N`, 1 to 1024"},
-							&cli.StringFlag{Name: "primes", Value: string(hsmkeys.PrimesAuto), Usage: "auto, or x931 to insist on ANSI X9.31"}),
+							&cli.StringFlag{Name: "primes", Value: string(hsmkeys.PrimesAuto), Usage: "auto, or x931 to insist on ANSI X9.31"},
+							&cli.DurationFlag{Name: "valid-for", Value: directory.DefaultValidity,
+								Usage: "for how long a list of revoked devices of the lot is good, `D`: lot refresh signs it anew before"}),
 						Action: cmdline.Alone(lotCreate),
 					},
 					{
@@ -186,6 +188,16 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 						Flags: lineFlags(&cli.StringFlag{Name: "reason", Usage: "which return this is, `TEXT`"}, fixtureFlag,
 							&cli.StringFlag{Name: "out", Usage: "the folder, `DIR`, of the injection packages (default: injection in the --state folder)"}),
 						Action: cmdline.Alone(lotReissue),
+					},
+					{
+						Name: "refresh", Usage: "sign the lists of revoked devices anew, of all lots if none is named", ArgsUsage: "[LOT...]",
+						Description: "For a daily job: operators are told of a list that is past its next_update. A list that is not there " +
+							"is\nnot begun anew: it was taken away.",
+						Flags: lineFlags(&cli.DurationFlag{Name: "valid-for", Usage: "for how long they are good, `D`, " +
+							"from now on also after a revocation (default: as long as before)"},
+							&cli.BoolFlag{Name: "begin", Usage: "publish the first list of lots, named, that were made " +
+								"before lots had one from the start"}),
+						Action: cmdline.Alone(lotRefresh),
 					},
 					{
 						Name: "revoke", Usage: "publish that devices, or a whole lot, are not to be trusted any more", ArgsUsage: "LOT [IMEI]",
@@ -396,9 +408,12 @@ func lotCreate(c *cli.Context) error {
 	if !c.IsSet("first") || !c.IsSet("count") {
 		return cmdline.Usagef("--first and --count say which serial numbers the lot has; see %s --help", c.Command.HelpName)
 	}
+	if err := directory.CheckValidity(c.Duration("valid-for")); err != nil {
+		return cmdline.Usagef("--valid-for: %w", err)
+	}
 	spec := factory.LotSpec{
 		Lot: c.Args().First(), Range: directory.Range{TAC: tac, First: c.Int("first"), Count: c.Int("count")},
-		Bits: c.Int("bits"), Suite: suite, ShardSize: c.Int("shard-size"), Primes: primes,
+		Bits: c.Int("bits"), Suite: suite, ShardSize: c.Int("shard-size"), Primes: primes, Validity: c.Duration("valid-for"),
 	}
 	if err := spec.Validate(); err != nil {
 		return cmdline.Usage(err)
@@ -647,7 +662,7 @@ func lotList(c *cli.Context) error {
 		}
 		all := make([]listed, len(lots))
 		for i, m := range lots {
-			list, err := line.Revocations(c.Context, m)
+			list, err := revocations(c, line, m)
 			if err != nil {
 				return err
 			}
@@ -666,6 +681,16 @@ func lotList(c *cli.Context) error {
 	})
 }
 
+// revocations is a lot's list of revoked devices. A lot that has none is shown all the same, with a warning.
+func revocations(c *cli.Context, line *factory.Line, m *directory.Manifest) (*directory.Revocations, error) {
+	list, err := line.Revocations(c.Context, m)
+	if errors.Is(err, directory.ErrNotFound) {
+		fmt.Fprintf(c.App.ErrWriter, "warning: lot %s: %v\n", m.Lot, err)
+		return new(directory.Revocations), nil
+	}
+	return list, err
+}
+
 func lotShow(c *cli.Context) error {
 	return withLine(c, func(_ *hsmkeys.Token, line *factory.Line) error {
 		m, err := line.Lot(c.Context, c.Args().First())
@@ -682,15 +707,16 @@ func lotShow(c *cli.Context) error {
 		case sealed:
 			where = "sealed: cannot be extracted"
 		}
-		list, err := line.Revocations(c.Context, m)
+		list, err := revocations(c, line, m)
 		if err != nil {
 			return err
 		}
 		result := struct {
 			*directory.Manifest
-			Sealed  bool                     `json:"sealed"`
-			Revoked *directory.LotRevocation `json:"revoked,omitempty"`
-		}{m, sealed, list.Whole}
+			Sealed     bool                     `json:"sealed"`
+			Revoked    *directory.LotRevocation `json:"revoked,omitempty"`
+			NextUpdate time.Time                `json:"next_update"` // of the list of revoked devices
+		}{m, sealed, list.Whole, list.NextUpdate}
 		return cmdline.Print(c, result, func(w io.Writer) {
 			fmt.Fprintf(w, "lot           %s\nmanufacturer  %s\nsuite         %s\nkey made by   %s\nprivate key   %s\ncreated       %s\n",
 				m.Lot, m.Manufacturer, m.Suite, m.Mechanism, where, m.Created.Format(time.RFC3339))
@@ -698,6 +724,7 @@ func lotShow(c *cli.Context) error {
 				fmt.Fprintf(w, "REVOKED       %s, all of it and for good: %s\n",
 					list.Whole.Time.Format(time.RFC3339), list.Whole.Reason)
 			}
+			fmt.Fprintf(w, "revocations   version %d, good until %s\n", list.Version, list.NextUpdate.Format(time.RFC3339))
 			for _, r := range m.Ranges {
 				fmt.Fprintf(w, "IMEIs         %d from %s%06d\n", r.Count, r.TAC, r.First)
 			}
@@ -731,6 +758,56 @@ func lotSeal(c *cli.Context) error {
 		}
 		return cmdline.Print(c, map[string]any{"lot": lot, "sealed": true}, func(w io.Writer) {
 			fmt.Fprintf(w, "lot %s is sealed: its key can never leave %s again, not even wrapped\n", lot, token)
+		})
+	})
+}
+
+func lotRefresh(c *cli.Context) error {
+	validity, lots := c.Duration("valid-for"), c.Args().Slice()
+	if c.IsSet("valid-for") {
+		if err := directory.CheckValidity(validity); err != nil {
+			return cmdline.Usagef("--valid-for: %w", err)
+		}
+	}
+	if c.Bool("begin") && len(lots) == 0 {
+		return cmdline.Usagef("--begin is for lots that are named: a list that is not there may have been taken away")
+	}
+	return withLine(c, func(_ *hsmkeys.Token, line *factory.Line) error {
+		if len(lots) == 0 {
+			all, err := line.Lots(c.Context)
+			if err != nil {
+				return err
+			}
+			for _, m := range all {
+				lots = append(lots, m.Lot)
+			}
+		}
+		type refreshed struct {
+			Lot        string    `json:"lot"`
+			Version    int       `json:"version"`
+			NextUpdate time.Time `json:"next_update"`
+		}
+		done := []refreshed{}
+		var failed error
+		for _, lot := range lots { // one that fails does not hold up the others
+			list, err := line.Refresh(c.Context, lot, validity, c.Bool("begin"))
+			if err != nil {
+				failed = errors.Join(failed, fmt.Errorf("lot %s: %w", lot, err))
+				continue
+			}
+			done = append(done, refreshed{lot, list.Version, list.NextUpdate})
+		}
+		if failed != nil && len(done) > 0 {
+			return cmdline.Partial(fmt.Errorf("%w\nthe lists of the %d other lots are signed anew", failed, len(done)))
+		}
+		if failed != nil {
+			return failed
+		}
+		return cmdline.Print(c, map[string]any{"lots": done}, func(w io.Writer) {
+			for _, r := range done {
+				fmt.Fprintf(w, "the list of revoked devices of lot %s, version %d, is good until %s\n", r.Lot, r.Version,
+					r.NextUpdate.Format(time.RFC3339))
+			}
 		})
 	})
 }

@@ -49,7 +49,9 @@ const configHelp = `The configuration (a relative path in it is relative to its 
     attempt_ttl: 5m                    # how long a device has for EstablishKME after PrepareVector
     pending_ttl: 1h                    # how long a device has to show its KME after EstablishKME
     pending_vectors: 3                 # how many PrepareVectors it may take for that
-    revocation_ttl: 1m                 # how old a list of revoked devices may be
+    revocation_ttl: 1m                 # after which a list of revoked devices is read again, in the background
+    max_revocation_age: 0s             # of a list that cannot be read again, or is past its next_update: beyond it, the
+                                       # devices of its lot are not served, bound or not (0s: the last list stands)
     calls: 128                         # that are at the HSM or wait for it; more are refused (default: 32 for
                                        # each session)
     imei_rate: 10                      # payloads a second of one IMSI, accepted ones of one IMEI; imei_burst: 1000 at once; more are refused
@@ -73,23 +75,24 @@ type config struct {
 		Key         string `yaml:"key"`
 		ClientCA    string `yaml:"client_ca"`
 	} `yaml:"tls"`
-	Socket        string        `yaml:"socket"`
-	Clients       []api.Client  `yaml:"clients"`
-	Store         string        `yaml:"store"`
-	AttemptTTL    time.Duration `yaml:"attempt_ttl"`
-	PendingTTL    time.Duration `yaml:"pending_ttl"`
-	PendingLimit  int           `yaml:"pending_vectors"`
-	RevocationTTL time.Duration `yaml:"revocation_ttl"`
-	HSMTimeout    time.Duration `yaml:"hsm_timeout"`
-	Verify        string        `yaml:"verify"`
-	Calls         int           `yaml:"calls"`
-	IMEIRate      float64       `yaml:"imei_rate"`
-	IMEIBurst     int           `yaml:"imei_burst"`
-	CacheMB       int64         `yaml:"cache_mb"`
-	LogLevel      slog.Level    `yaml:"log_level"`
-	OTLP          string        `yaml:"otlp"`
-	LogIdentities string        `yaml:"log_identities"`
-	Vault         struct {
+	Socket           string        `yaml:"socket"`
+	Clients          []api.Client  `yaml:"clients"`
+	Store            string        `yaml:"store"`
+	AttemptTTL       time.Duration `yaml:"attempt_ttl"`
+	PendingTTL       time.Duration `yaml:"pending_ttl"`
+	PendingLimit     int           `yaml:"pending_vectors"`
+	RevocationTTL    time.Duration `yaml:"revocation_ttl"`
+	MaxRevocationAge time.Duration `yaml:"max_revocation_age"`
+	HSMTimeout       time.Duration `yaml:"hsm_timeout"`
+	Verify           string        `yaml:"verify"`
+	Calls            int           `yaml:"calls"`
+	IMEIRate         float64       `yaml:"imei_rate"`
+	IMEIBurst        int           `yaml:"imei_burst"`
+	CacheMB          int64         `yaml:"cache_mb"`
+	LogLevel         slog.Level    `yaml:"log_level"`
+	OTLP             string        `yaml:"otlp"`
+	LogIdentities    string        `yaml:"log_identities"`
+	Vault            struct {
 		RoleID          string `yaml:"role_id"`
 		SecretIDFile    string `yaml:"secret_id_file"`
 		SecretIDWrapped bool   `yaml:"secret_id_wrapped"`
@@ -102,23 +105,24 @@ const maxSocket = 107
 
 // allowed says what a setting may be, where it is not all that its type has.
 var allowed = map[string]string{
-	"listen":          "HOST:PORT",
-	"socket":          fmt.Sprintf("a path of %d bytes at most", maxSocket),
-	"directory":       "file:DIR or vault:MOUNT",
-	"store":           "sqlite:PATH or postgres://USER@HOST/DATABASE",
-	"attempt_ttl":     "a time above zero, such as 5m",
-	"pending_ttl":     "a time above zero, such as 1h",
-	"pending_vectors": "a whole number above zero",
-	"revocation_ttl":  "a time above zero, such as 1m",
-	"hsm_timeout":     "a time above zero, such as 5s",
-	"verify":          "token or software",
-	"calls":           "a whole number, or 0 for 32 of each session",
-	"imei_rate":       "a number above zero",
-	"imei_burst":      "a whole number above zero",
-	"cache_mb":        "a whole number from 1 to 1048576",
-	"log_level":       "debug, info, warn or error",
-	"otlp":            "http://HOST:PORT or https://HOST:PORT",
-	"log_identities":  "plain or hashed",
+	"listen":             "HOST:PORT",
+	"socket":             fmt.Sprintf("a path of %d bytes at most", maxSocket),
+	"directory":          "file:DIR or vault:MOUNT",
+	"store":              "sqlite:PATH or postgres://USER@HOST/DATABASE",
+	"attempt_ttl":        "a time above zero, such as 5m",
+	"pending_ttl":        "a time above zero, such as 1h",
+	"pending_vectors":    "a whole number above zero",
+	"revocation_ttl":     "a time above zero, such as 1m",
+	"max_revocation_age": "0s, or a time of more than twice revocation_ttl, such as 72h",
+	"hsm_timeout":        "a time above zero, such as 5s",
+	"verify":             "token or software",
+	"calls":              "a whole number, or 0 for 32 of each session",
+	"imei_rate":          "a number above zero",
+	"imei_burst":         "a whole number above zero",
+	"cache_mb":           "a whole number from 1 to 1048576",
+	"log_level":          "debug, info, warn or error",
+	"otlp":               "http://HOST:PORT or https://HOST:PORT",
+	"log_identities":     "plain or hashed",
 }
 
 // kinds says what a setting of a type may be.
@@ -267,6 +271,7 @@ func (c *config) check() error {
 		{"pending_ttl", c.PendingTTL > 0, c.PendingTTL},
 		{"pending_vectors", c.PendingLimit > 0, c.PendingLimit},
 		{"revocation_ttl", c.RevocationTTL > 0, c.RevocationTTL},
+		{"max_revocation_age", c.MaxRevocationAge == 0 || c.MaxRevocationAge/2 > c.RevocationTTL, c.MaxRevocationAge},
 		{"hsm_timeout", c.HSMTimeout > 0, c.HSMTimeout},
 		{"verify", slices.Contains([]string{"token", "software"}, c.Verify), c.Verify},
 		{"calls", c.Calls >= 0, c.Calls},

@@ -51,6 +51,8 @@ func TestConfigRefused(t *testing.T) {
 		{"attempt_ttl", good + "attempt_ttl: 0s\n", `attempt_ttl is a time above zero, such as 5m, not "0s"`},
 		{"attempt_ttl without unit", good + "attempt_ttl: 5\n", `attempt_ttl is a time above zero, such as 5m, not "5"`},
 		{"revocation_ttl", good + "revocation_ttl: -1m\n", `revocation_ttl is a time above zero, such as 1m, not "-1m0s"`},
+		{"max_revocation_age", good + "max_revocation_age: -1h\n", `max_revocation_age is 0s, or a time of more than twice revocation_ttl, such as 72h, not "-1h0m0s"`},
+		{"max_revocation_age between two reads", good + "max_revocation_age: 90s\n", `max_revocation_age is 0s, or a time of more than twice`},
 		{"hsm_timeout", good + "hsm_timeout: soon\n", `hsm_timeout is a time above zero, such as 5s, not "soon"`},
 		{"hsm_timeout of none", good + "hsm_timeout: 0s\n", `hsm_timeout is a time above zero, such as 5s, not "0s"`},
 		{"calls", good + "calls: -1\n", `calls is a whole number, or 0 for 32 of each session, not "-1"`},
@@ -115,6 +117,7 @@ attempt_ttl: 1m
 pending_ttl: 3m
 pending_vectors: 8
 revocation_ttl: 2m
+max_revocation_age: 72h
 calls: 3
 imei_rate: 4.5
 imei_burst: 5
@@ -129,7 +132,7 @@ log_level: warn
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(c.Tokens) != 2 || c.Tokens[1] != c.Tokens[0] || c.AttemptTTL != time.Minute || c.PendingTTL != 3*time.Minute || c.PendingLimit != 8 || c.LogLevel != slog.LevelWarn ||
+	if len(c.Tokens) != 2 || c.Tokens[1] != c.Tokens[0] || c.AttemptTTL != time.Minute || c.PendingTTL != 3*time.Minute || c.PendingLimit != 8 || c.MaxRevocationAge != 72*time.Hour || c.LogLevel != slog.LevelWarn ||
 		c.Clients[0].PLMNs[0] != "00101" || *c.Clients[1].UID != 0 || !c.Vault.SecretIDWrapped {
 		t.Errorf("%+v", c)
 	}

@@ -45,9 +45,9 @@ import (
 
 // opener gives the reader of a manufacturer's directory, the same one however often lots are taken up anew: what it has
 // cached stays, and so does the login. It is for one goroutine at a time.
-// overdue is ReaderOptions.Overdue with the manufacturer.
+// own changes the options of one manufacturer's reader; nil changes none.
 func opener(ctx context.Context, fallback string, login vaultstore.Login, o directory.ReaderOptions,
-	overdue func(manufacturer string, d directory.Overdue), log *slog.Logger,
+	own func(manufacturer string, o *directory.ReaderOptions), log *slog.Logger,
 ) func(m *binding.Manufacturer) (*directory.Reader, error) {
 	stores, readers := map[string]directory.Store{}, map[string]*directory.Reader{}
 	return func(m *binding.Manufacturer) (*directory.Reader, error) {
@@ -70,8 +70,9 @@ func opener(ctx context.Context, fallback string, login vaultstore.Login, o dire
 		if err != nil {
 			return nil, err
 		}
-		if overdue != nil {
-			o.Overdue = func(d directory.Overdue) { overdue(m.KeyID, d) }
+		o := o
+		if own != nil {
+			own(m.KeyID, &o)
 		}
 		readers[key] = directory.NewReader(stores[name], verifier, o)
 		return readers[key], nil
@@ -132,19 +133,19 @@ func serve(c *cli.Context) error {
 	cache := stats.NewCounter()
 	overdue := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "kme_revocations_overdue_total",
-		Help: "Tries to read a list of revoked devices that failed, or whose list was refused: the last one stands.",
+		Help: "Tries to read a list of revoked devices that did not give a later one when it was time: the last one stands.",
 	}, []string{"manufacturer", "why"})
-	notTaken := func(manufacturer string, d directory.Overdue) {
-		why := "failed"
-		if errors.As(d.Cause, new(*directory.RefusedError)) {
-			why = "refused"
-		}
-		overdue.WithLabelValues(manufacturer, why).Inc()
-		log.Warn("a list of revoked devices was not taken up; the last one stands",
-			"manufacturer", manufacturer, "lot", d.Lot, "since", d.Since, "cause", d.Cause.Error())
+	o := directory.ReaderOptions{
+		CacheBytes: cfg.CacheMB << 20, RevocationTTL: cfg.RevocationTTL, MaxAge: cfg.MaxRevocationAge, Stats: cache,
 	}
-	o := directory.ReaderOptions{CacheBytes: cfg.CacheMB << 20, RevocationTTL: cfg.RevocationTTL, Stats: cache}
-	open := opener(ctx, cfg.Directory, cfg.login(), o, notTaken, log)
+	open := opener(ctx, cfg.Directory, cfg.login(), o, func(manufacturer string, o *directory.ReaderOptions) {
+		o.Memory = binding.RevocationMemory(store, manufacturer)
+		o.Overdue = func(d directory.Overdue) {
+			overdue.WithLabelValues(manufacturer, string(d.Why)).Inc()
+			log.Warn("a list of revoked devices is overdue; the last one stands", "manufacturer", manufacturer,
+				"lot", d.Lot, "why", d.Why, "since", d.Since, "cause", d.Cause.Error())
+		}
+	}, log)
 	service := binding.NewService(token, store, new(binding.Lots), cfg.times(), log)
 	service.Limit(binding.Limits{Calls: cmp.Or(cfg.Calls, 32*token.Sessions()), IMEIRate: cfg.IMEIRate, IMEIBurst: cfg.IMEIBurst})
 	store.Company(service.Coming)
@@ -194,8 +195,8 @@ func serve(c *cli.Context) error {
 		}
 		for manufacturer, lists := range service.Overdue() {
 			for _, d := range lists {
-				const warning = "the list of revoked devices of lot %s of manufacturer %s was not taken up; %s"
-				warnings = append(warnings, fmt.Sprintf(warning, d.Lot, manufacturer, standing(d.Since)))
+				const warning = "the list of revoked devices of lot %s of manufacturer %s is overdue (%s); %s"
+				warnings = append(warnings, fmt.Sprintf(warning, d.Lot, manufacturer, d.Why, standing(d.Since)))
 			}
 		}
 		return warnings, nil

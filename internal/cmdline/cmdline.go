@@ -116,8 +116,9 @@ func prepare(parent string, commands []*cli.Command) {
 		for least > 0 && want[least-1][0] == '[' { // optional
 			least--
 		}
+		any := least < len(want) && strings.HasSuffix(want[len(want)-1], "...]") // as many as one likes
 		c.Action = func(c *cli.Context) error {
-			if c.NArg() < least || c.NArg() > len(want) {
+			if c.NArg() < least || c.NArg() > len(want) && !any {
 				return Usagef("%s takes %s; see %s --help", name, describeArgs(want), name)
 			}
 			return action(c)

@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/hashicorp/vault/api"
@@ -117,6 +118,19 @@ func (s *Server) Join(t testing.TB) *Server {
 
 // Kill ends the server as a loss of power would.
 func (s *Server) Kill() { s.process.Kill() }
+
+// Freeze stops the server where it is: its kernel goes on taking connections, and nobody answers. Thaw has it go on.
+func (s *Server) Freeze(t testing.TB) { s.signal(t, syscall.SIGSTOP) }
+
+// Thaw is described at Freeze.
+func (s *Server) Thaw(t testing.TB) { s.signal(t, syscall.SIGCONT) }
+
+func (s *Server) signal(t testing.TB, signal syscall.Signal) {
+	t.Helper()
+	if err := syscall.Kill(-s.process.Cmd.Process.Pid, signal); err != nil { // vaultrun and the server are one group
+		t.Fatal(err)
+	}
+}
 
 // Restart starts a killed server again at its address; sealed leaves it sealed.
 func (s *Server) Restart(t testing.TB, sealed bool) {

@@ -77,6 +77,11 @@ type generated struct {
 
 func (g *generated) Read(_ context.Context, path string) ([]byte, string, error) {
 	parts := strings.Split(path, "/") // lots/LOT/shards/NUMBER
+	if len(parts) == 3 {              // lots/LOT/revocations
+		list := directory.Revocations{Lot: parts[1], Version: 1}
+		jws, err := g.signer.Sign(directory.TypeRevocations, list)
+		return jws, "1", err
+	}
 	if len(parts) != 4 {
 		return nil, "", directory.ErrNotFound
 	}

@@ -1,0 +1,156 @@
+package binding_test
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// readAgain puts another reader of a maker's directory in the place of the rig's, and has the service use it.
+func (r *rig) readAgain(t *testing.T, m *maker, l *lot, o directory.ReaderOptions) error {
+	t.Helper()
+	o.RevocationTTL = time.Hour
+	reader := directory.NewReader(m.store, directory.NewVerifier(m.Public()), o)
+	r.readers[m.KeyID()] = reader
+	r.serve(t)
+	t.Cleanup(func() { reader.Follow(nil) })
+	return reader.Refresh(t.Context(), l.Manifest)
+}
+
+// A list that was to be replaced longer ago than max_revocation_age: nobody of the lot is bound, and nobody who is bound
+// gets a vector; without that setting, and when the list is signed anew, all goes on.
+func TestMaxRevocationAge(t *testing.T) {
+	r, m, l := newServed(t)
+	ctx, imsi := t.Context(), newIMSI()
+	establish := func(imsi string, d *device) error {
+		t.Helper()
+		payload, _ := d.payload(t)
+		_, err := r.service.EstablishKME(ctx, imsi, d.imei.String(), r.attempt(t, imsi), payload, here, false)
+		return err
+	}
+	prepare := func() error {
+		_, err := r.service.PrepareVector(ctx, imsi, newRANDs(1), here)
+		return err
+	}
+	if err := establish(imsi, l.devices[0]); err != nil {
+		t.Fatal(err)
+	}
+	r.activate(t, imsi)
+	sign := func(now time.Time) {
+		t.Helper()
+		if err := directory.RefreshRevocations(ctx, m.store, m.Signer, l.Manifest, now, time.Hour); err != nil {
+			t.Fatal(err)
+		}
+	}
+	sign(time.Now().Add(-3 * time.Hour))
+	if err := r.readAgain(t, m, l, directory.ReaderOptions{}); err == nil {
+		t.Error("the list is not late")
+	}
+	if err := errors.Join(prepare(), establish(newIMSI(), l.devices[1])); err != nil {
+		t.Errorf("without max_revocation_age: %v", err)
+	}
+	if lists := r.service.Overdue()[m.KeyID()]; len(lists) != 1 || lists[0].Why != directory.Late {
+		t.Errorf("%+v", lists)
+	}
+	r.readAgain(t, m, l, directory.ReaderOptions{MaxAge: time.Hour})
+	r.recorder.take()
+	checkRefused(t, "a vector", prepare(), kme.DirectoryUnavailable, "")
+	checkRefused(t, "a payload", establish(newIMSI(), l.devices[2]), kme.DirectoryUnavailable, "")
+	if calls := r.recorder.takeToken(); len(calls) > 0 {
+		t.Errorf("the HSM was asked: %q", calls)
+	}
+	if _, err := r.service.ReportAuthentication(ctx, imsi, true, here); err != nil {
+		t.Errorf("a report needs no directory: %v", err)
+	}
+	sign(time.Now())
+	r.refresh(t, m, l)
+	if err := errors.Join(prepare(), establish(newIMSI(), l.devices[2])); err != nil {
+		t.Errorf("when the list was signed anew: %v", err)
+	}
+}
+
+// Which list was believed last is an entry of the ledger, the service's own, for each list one.
+func TestRevocationMemory(t *testing.T) {
+	r, m, l := newServed(t)
+	o := directory.ReaderOptions{Memory: binding.RevocationMemory(r.store, m.KeyID())}
+	ctx := binding.WithActor(t.Context(), binding.Actor{Client: "hss"})
+	first, _, err := m.store.Read(ctx, directory.RevocationsPath("L1"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		if err := r.readAgain(t, m, l, o); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := directory.Revoke(ctx, m.store, m.Signer, l.Manifest, []kme.IMEI{l.devices[0].imei}, "stolen", time.Now(), nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.readers[m.KeyID()].Refresh(ctx, l.Manifest); err != nil {
+		t.Fatal(err)
+	}
+	entries := must[[]binding.Entry](t)(r.store.History(ctx, binding.RevocationsSubject(m.KeyID(), "L1")))
+	if len(entries) != 2 {
+		t.Fatalf("%+v", entries)
+	}
+	for i, e := range entries {
+		var mark directory.ListMark
+		if err := json.Unmarshal([]byte(e.Detail), &mark); err != nil || mark.Version != i+1 || len(mark.SHA256) != 32 {
+			t.Errorf("%s, %v", e.Detail, err)
+		}
+		if e.Event != binding.EventRevocations || e.Actor != (binding.Actor{}) {
+			t.Errorf("%+v", e)
+		}
+	}
+	_, version, err := m.store.Read(ctx, directory.RevocationsPath("L1"))
+	if err == nil {
+		err = m.store.Update(ctx, directory.RevocationsPath("L1"), first, version)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.readAgain(t, m, l, o); err == nil || r.service.Overdue()[m.KeyID()][0].Why != directory.Rollback {
+		t.Errorf("an earlier list after a restart: %v", err)
+	}
+	// Another manufacturer's lot of this name has a subject of its own.
+	other := binding.RevocationMemory(r.store, "another")
+	if _, found, err := other.Last(ctx, "L1"); found || err != nil {
+		t.Errorf("found: %v, %v", found, err)
+	}
+}
+
+// hung is a store that does not answer.
+type hung struct{ directory.Store }
+
+func (hung) Read(ctx context.Context, _ string) ([]byte, string, error) {
+	<-ctx.Done()
+	return nil, "", ctx.Err()
+}
+
+// A manufacturer whose directory does not answer is named, and no other is for the time that this takes.
+func TestCheckDirectories(t *testing.T) {
+	r, _, _ := newServed(t)
+	const silent = 4
+	last := ""
+	for i := range silent + 1 { // in the order of IMEIs, the last one answers
+		m := newMaker(t)
+		r.enroll(t, m)
+		if last = m.KeyID(); i < silent {
+			r.readers[last] = directory.NewReader(hung{}, directory.NewVerifier(m.Public()), directory.ReaderOptions{})
+		}
+		key := vectors(t).lot(t, "lot-2048")
+		r.take(t, m, m.newLot(t, "L1", kme.SuiteECDSA, key, 100*(i+1), newDevices(t, 1)...))
+	}
+	t.Cleanup(func() { r.service.SetLots(new(binding.Lots)) })
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	if failed := r.service.CheckDirectories(ctx); len(failed) != silent || failed[last] != nil {
+		t.Errorf("%v", failed)
+	}
+}
