@@ -28,6 +28,7 @@ type IntakeToken interface {
 // An InitToken is what Init needs of the operator's HSM.
 type InitToken interface {
 	DedicateToken
+	MarkToken
 	EnsureStorageKey(ctx context.Context) (created bool, err error)
 	EnsureLedgerKey(ctx context.Context) (created bool, err error)
 }
@@ -39,10 +40,11 @@ type DedicateToken interface {
 	Dedicate(ctx context.Context, d hsmkeys.Dedication) (created bool, err error)
 }
 
-// Init is Dedicate, and makes the token's storage and ledger key unless it has them.
+// Init is Dedicate, and makes the token's storage key, ledger key and high-water mark unless it has them.
 func Init(ctx context.Context, token InitToken, accept bool) (created bool, weak []string, err error) {
 	created, weak, err = Dedicate(ctx, token, accept)
-	for _, ensure := range []func(context.Context) (bool, error){token.EnsureStorageKey, token.EnsureLedgerKey} {
+	mark := func(ctx context.Context) (bool, error) { return ensureMark(ctx, token) }
+	for _, ensure := range []func(context.Context) (bool, error){token.EnsureStorageKey, token.EnsureLedgerKey, mark} {
 		if err != nil {
 			return false, nil, err
 		}

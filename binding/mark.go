@@ -64,18 +64,23 @@ func (m *Mark) ahead(o *Mark) bool {
 	return false
 }
 
-// CheckMark compares the ledger with the token's mark. It fails with ErrRolledBack where the ledger is behind it. A token
-// that has none gets one, if the ledger is empty.
+// CheckMark compares the ledger with the token's mark. It fails with ErrRolledBack where the ledger is behind it.
 func CheckMark(ctx context.Context, store Ledger, token MarkToken) error {
 	mark, err := ReadMark(ctx, token)
 	if err != nil {
 		return err
 	}
-	now, err := store.Check(ctx, mark)
+	_, err = store.Check(ctx, mark)
+	return err
+}
+
+// ensureMark sets a mark of an empty ledger, unless the token has one.
+func ensureMark(ctx context.Context, token MarkToken) (created bool, err error) {
+	mark, err := ReadMark(ctx, token)
 	if err != nil || mark != nil {
-		return err
+		return false, err
 	}
-	return setMark(ctx, token, now)
+	return true, setMark(ctx, token, new(Mark))
 }
 
 // RaiseMark raises the token's mark to how far this process has seen the ledger come.
