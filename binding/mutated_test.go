@@ -178,7 +178,7 @@ func TestMutatedMessages(t *testing.T) {
 	if codes[http.StatusForbidden].Load() > 0 {
 		t.Error("not allowed to call")
 	}
-	if all := must[[]*binding.Binding](t)(service.ListBindings(t.Context(), "", "", 10)); len(all) > 0 {
+	if all := must[[]*binding.Binding](t)(service.ListBindings(t.Context(), binding.BindingQuery{Limit: 10})); len(all) > 0 {
 		t.Errorf("bindings came to be: %+v", all)
 	}
 }
