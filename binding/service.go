@@ -40,6 +40,7 @@ type Service struct {
 	lots    *Lots
 	limits  *limits
 	metrics *Metrics
+	unknown *strangers
 	coming  *atomic.Int64 // see Coming
 
 	// open has the attempts that this process has seen open, the last of each IMSI: the store need not be asked before their EstablishKME.
@@ -69,6 +70,7 @@ func NewService(token Token, store Store, lots *Lots, times Times, log *slog.Log
 	return &Service{
 		token: token, store: store, log: slog.New(actorLog{log.Handler()}), times: times, limits: newLimits(Limits{}),
 		lots: lots, coming: new(atomic.Int64), metrics: NewMetrics(prometheus.NewRegistry()),
+		unknown: newStrangers(unauthenticatedEvery, unauthenticatedBurst),
 		open: otter.Must(&otter.Options[kme.IMSI, Attempt]{
 			MaximumSize: maxOpen, ExpiryCalculator: otter.ExpiryWriting[kme.IMSI, Attempt](times.Attempt),
 		}),
