@@ -186,7 +186,7 @@ func TestActorInLog(t *testing.T) {
 		{[]tls.Certificate{certificate}, "ReportAuthentication", `{` + imsi + `}`, "refused", "NOT_BOUND", "hss"},
 		{[]tls.Certificate{certificate}, "GetBinding", `{` + imsi + `}`, "refused", "NOT_BOUND", "hss"},
 		{[]tls.Certificate{certificate}, "RevokeBinding", `{` + imsi + `}`, "refused", "NOT_BOUND", "admin"},
-		{[]tls.Certificate{certificate}, "RevokeBinding", `{"imsi":"262010000000001"}`, "refused", "CALLER_NOT_ALLOWED", "admin"},
+		{[]tls.Certificate{certificate}, "RevokeBinding", `{"imsi":"262010000000001"}`, "refused", "CALLER_NOT_ALLOWED", ""},
 		{nil, "OpenProvisioning", `{` + imsi + `}`, "provisioning opened", "", "admin"},
 		{nil, "PrepareVector", `{` + imsi + `}`, "refused", "CALLER_NOT_ALLOWED", ""},
 	} {

@@ -149,20 +149,18 @@ func (g *guard) finish(ctx context.Context, procedure string, work func() error)
 
 func (g *guard) admit(ctx context.Context, procedure string, message any) (context.Context, error) {
 	client := clientOf(ctx)
-	role := client.as(allowed[procedure]...)
-	if role == "" {
-		return nil, g.refuse(ctx, notAllowed(), procedure)
-	}
-	ctx = as(ctx, role)
+	named, names := message.(interface{ GetImsi() string })
 	var attrs []any
-	if named, has := message.(interface{ GetImsi() string }); has {
+	if names {
 		if imsi, err := kme.ParseIMSI(named.GetImsi()); err == nil {
 			attrs = []any{"imsi", imsi}
 		}
-		if !client.view.has(named.GetImsi()) {
-			return nil, g.refuse(ctx, notAllowed(), procedure, attrs...)
-		}
 	}
+	role := client.as(allowed[procedure]...)
+	if role == "" || names && !client.view.has(named.GetImsi()) {
+		return nil, g.refuse(ctx, notAllowed(), procedure, attrs...)
+	}
+	ctx = as(ctx, role)
 	if client.tooMany() {
 		return nil, g.refuse(ctx, &binding.Refusal{Reason: kme.Overloaded, Message: "this client calls more often than it may"}, procedure, attrs...)
 	}
