@@ -79,6 +79,15 @@ func (l *live) take(ctx context.Context, cfg *config) error {
 	return nil
 }
 
+// reload takes up what a file says now.
+func (l *live) reload(ctx context.Context, path string) error {
+	cfg, err := readConfig(path)
+	if err != nil {
+		return err
+	}
+	return l.take(ctx, cfg)
+}
+
 func (l *live) ServeHTTP(w http.ResponseWriter, r *http.Request) { l.Load().handler.ServeHTTP(w, r) }
 
 // fixed are the settings of another configuration that differ, and that a reload does not take up.

@@ -221,13 +221,7 @@ func serve(c *cli.Context) error {
 		return work()
 	}
 	reload := func() error {
-		return safely(func() error {
-			now, err := readConfig(c.String("config"))
-			if err == nil {
-				err = served.take(ctx, now)
-			}
-			return err
-		})
+		return safely(func() error { return served.reload(ctx, c.String("config")) })
 	}
 	sweep := func(ctx context.Context) error {
 		return safely(func() error { return store.DropExpired(ctx, time.Now()) })
