@@ -45,6 +45,9 @@ func NewMetrics(r prometheus.Registerer) *Metrics {
 		}, []string{"why"}),
 	}
 	r.MustRegister(m.calls, m.refusals, m.rejected, m.hsm, m.queue, m.inFlight, m.panics, m.unauthenticated)
+	for _, why := range []string{"certificate", "handshake", "client", "user"} { // so that the first is an increase
+		m.unauthenticated.WithLabelValues(why)
+	}
 	return m
 }
 

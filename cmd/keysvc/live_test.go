@@ -40,6 +40,7 @@ func (s *site) Manufacturers(context.Context) ([]*binding.Manufacturer, error) {
 	return []*binding.Manufacturer{s.manufacturer}, s.err
 }
 func (s *site) Lots(context.Context) ([]*binding.Lot, error) { return s.lots, s.err }
+
 const (
 	siteBase    = aToken + "listen: 127.0.0.1:0\ntls: {certificate: a.pem, key: a.key, client_ca: a.pem}\n"
 	siteClients = "clients: [{name: hss-1, san: hss.example, roles: [hss], plmns: [all]}]\n"
