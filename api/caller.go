@@ -56,12 +56,13 @@ func ConnState(service *binding.Service) func(net.Conn, http.ConnState) {
 		case err == nil, errors.Is(err, io.EOF), broken: // who went, or is slow, has shown nothing that could be refused
 			return
 		}
-		why, attrs := "handshake", []any{"address", c.RemoteAddr().String(), "cause", err.Error()}
+		why, attrs, actor := "handshake", []any{"cause", err.Error()}, binding.Actor{Address: c.RemoteAddr().String()}
 		var unverified *tls.CertificateVerificationError
 		if errors.As(err, &unverified) && len(unverified.UnverifiedCertificates) > 0 {
-			why, attrs = "certificate", append(attrs, describe(unverified.UnverifiedCertificates[0])...)
+			shown := unverified.UnverifiedCertificates[0]
+			why, attrs, actor.Certificate = "certificate", append(attrs, describe(shown)...), fingerprint(shown)
 		}
-		service.Unauthenticated(context.Background(), why, attrs...)
+		service.Unauthenticated(binding.WithActor(context.Background(), actor), why, attrs...)
 	}
 }
 
@@ -100,13 +101,13 @@ func fingerprint(c *x509.Certificate) string {
 	return hex.EncodeToString(sum[:])
 }
 
-// describe is what a certificate says of itself, for the log.
+// describe is what a certificate says of itself, for the log. Its fingerprint is in the Actor.
 func describe(c *x509.Certificate) []any {
 	names := append([]string(nil), c.DNSNames...)
 	for _, uri := range c.URIs {
 		names = append(names, uri.String())
 	}
-	return []any{"certificate", fingerprint(c), "subject", c.Subject.String(), "names", names, "not_after", c.NotAfter}
+	return []any{"subject", c.Subject.String(), "names", names, "not_after", c.NotAfter}
 }
 
 // stranger logs and counts a caller that nobody knows, and what it asked for.
