@@ -26,6 +26,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
+	"github.com/kmehsm/kmehsm/kme"
 )
 
 // An authority certifies clients.
@@ -116,7 +117,7 @@ type front struct {
 func newFront(t *testing.T, list ...Client) *front {
 	t.Helper()
 	f := &front{log: new(lines), registry: prometheus.NewRegistry(), ca: newAuthority(t)}
-	store, err := sqlstore.Open(t.Context(), sqlstore.InFolder(t.TempDir()))
+	store, err := sqlstore.Open(t.Context(), sqlstore.InFolder(t.TempDir()), kme.RandomSecret())
 	if err != nil {
 		t.Fatal(err)
 	}

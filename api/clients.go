@@ -58,15 +58,7 @@ type Client struct {
 
 	limit *rate.Limiter
 	known plmns
-	view  view
-}
-
-// A view is the IMSIs that a client may name, as binding.BindingQuery has them.
-type view struct{ within, without []string }
-
-func (v view) has(imsi string) bool {
-	begins := func(plmn string) bool { return strings.HasPrefix(imsi, plmn) }
-	return (v.within == nil || slices.ContainsFunc(v.within, begins)) && !slices.ContainsFunc(v.without, begins)
+	view  binding.BindingQuery // for the IMSIs that it may name
 }
 
 // plmns are all PLMNs that a configuration names, for whichever client. MNCs have two digits or three, which no IMSI
@@ -97,17 +89,17 @@ func (k plmns) ofName(origin string) []string {
 }
 
 // view is that of a client that may name some PLMNs: theirs are not the IMSIs that begin with a longer one, of others.
-func (k plmns) view(some []string) (v view) {
+func (k plmns) view(some []string) (v binding.BindingQuery) {
 	if slices.Contains(some, all) {
 		return v
 	}
-	v.within = some
+	v.Within = some
 	for p := range k {
 		if len(p) == 6 && slices.Contains(some, p[:5]) && !slices.Contains(some, p) {
-			v.without = append(v.without, p)
+			v.Without = append(v.Without, p)
 		}
 	}
-	slices.Sort(v.without)
+	slices.Sort(v.Without)
 	return v
 }
 

@@ -351,7 +351,7 @@ func TestPLMNs(t *testing.T) {
 			[]string{"31041"}, "310410000000001", false},
 	} {
 		clients := everybody(t, client("a", c.mine...), c.others...)
-		if got := clients.byUID[-1].view.has(c.imsi); got != c.allowed {
+		if got := clients.byUID[-1].view.Has(c.imsi); got != c.allowed {
 			t.Errorf("a client for %q beside %+v may name %s: %v", c.mine, c.others, c.imsi, got)
 		}
 	}

@@ -52,7 +52,7 @@ func bind(t *testing.T, store binding.Store, imsi string, n int) {
 // A page has what its client may name, as many as it asked for; no IMSI is in its token, and the token is good for the
 // bindings that this client asked for, at every instance, and for nothing else.
 func TestPages(t *testing.T) {
-	store, err := sqlstore.Open(t.Context(), sqlstore.InFolder(t.TempDir()))
+	store, err := sqlstore.Open(t.Context(), sqlstore.InFolder(t.TempDir()), kme.RandomSecret())
 	if err != nil {
 		t.Fatal(err)
 	}

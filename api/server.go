@@ -157,7 +157,7 @@ func (g *guard) admit(ctx context.Context, procedure string, message any) (conte
 		}
 	}
 	role := client.as(allowed[procedure]...)
-	if role == "" || names && !client.view.has(named.GetImsi()) {
+	if role == "" || names && !client.view.Has(named.GetImsi()) {
 		return nil, g.refuse(ctx, notAllowed(), procedure, attrs...)
 	}
 	ctx = as(ctx, role)
@@ -382,7 +382,8 @@ func (s *server) ListBindings(ctx context.Context, req *connect.Request[kmev1.Li
 		return nil, toConnect(&binding.Refusal{Reason: kme.Malformed, Message: "the page_size is from 1 to 1000"})
 	}
 	client := clientOf(ctx)
-	q := binding.BindingQuery{Within: client.view.within, Without: client.view.without, Limit: size + 1} // is there more
+	q := client.view
+	q.Limit = size + 1 // is there more
 	var err error
 	if req.Msg.Imei != "" {
 		if q.IMEI, err = kme.ParseIMEI(req.Msg.Imei); err != nil {
