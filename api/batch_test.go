@@ -113,7 +113,8 @@ func TestPanic(t *testing.T) {
 	service := binding.NewService(nil, nil, new(binding.Lots), binding.DefaultTimes(),
 		slog.New(slog.NewJSONHandler(&log, nil)))
 	service.Observe(metrics)
-	anybody := Client{Name: "anybody", Roles: []Role{RoleHSS, RoleMetrics}, PLMNs: []string{all}, ProvisionFrom: []string{anywhere}}
+	anybody := Client{Name: "anybody", Roles: []Role{RoleHSS, RoleMetrics}, PLMNs: []string{all},
+		ProvisionFrom: []string{anywhere}}
 	panics := func(context.Context) ([]string, error) { panic("readiness") }
 	gather := http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic("gathering") })
 	s := httptest.NewUnstartedServer(NewHandler(Options{Service: service, Clients: everybody(t, anybody), Metrics: metrics,

@@ -72,7 +72,8 @@ func (a *authority) client(t *testing.T, name string, until time.Time) tls.Certi
 	}
 	c := a.issue(t, &x509.Certificate{
 		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: "the " + name}, DNSNames: []string{name},
-		NotBefore: time.Now().Add(-2 * time.Hour), NotAfter: until, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+		NotBefore: time.Now().Add(-2 * time.Hour), NotAfter: until,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
 	}, &key.PublicKey)
 	return tls.Certificate{Certificate: [][]byte{c.Raw}, PrivateKey: key, Leaf: c}
 }
@@ -127,7 +128,8 @@ func newFront(t *testing.T, list ...Client) *front {
 		t.Fatal(err)
 	}
 	metrics := binding.NewMetrics(f.registry)
-	service := binding.NewService(nil, store, new(binding.Lots), binding.DefaultTimes(), slog.New(slog.NewJSONHandler(f.log, nil)))
+	service := binding.NewService(nil, store, new(binding.Lots), binding.DefaultTimes(),
+		slog.New(slog.NewJSONHandler(f.log, nil)))
 	service.Observe(metrics)
 	handler := NewHandler(Options{Service: service, Clients: clients, Metrics: metrics, Gather: http.NotFoundHandler()})
 	s := httptest.NewUnstartedServer(handler)
@@ -149,7 +151,7 @@ func newFront(t *testing.T, list ...Client) *front {
 	return f
 }
 
-// call makes a call with a certificate, or on the socket if there is none to be asked for; status is 0 if there was no answer.
+// call makes a call with certificates, or on the socket if they are nil; status is 0 if there was no answer.
 func (f *front) call(t *testing.T, certificates []tls.Certificate, method, body string) (status int, answer string) {
 	t.Helper()
 	transport := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true, Certificates: certificates}}
@@ -175,6 +177,7 @@ func TestActorInLog(t *testing.T) {
 		Client{Name: "hss-1", SAN: "hss.example", Roles: []Role{RoleHSS, RoleAdmin}, PLMNs: []string{"00101"}},
 		Client{Name: "ops", UID: &own, Roles: []Role{RoleAdmin}, PLMNs: []string{all}})
 	certificate := f.ca.client(t, "hss.example", time.Now().Add(time.Hour))
+	hss := []tls.Certificate{certificate}
 	const imsi = `"imsi":"001010000000001"`
 	for _, c := range []struct {
 		certificates []tls.Certificate
@@ -182,12 +185,12 @@ func TestActorInLog(t *testing.T) {
 		msg, how     string
 		role         string
 	}{
-		{[]tls.Certificate{certificate}, "PrepareVector", `{` + imsi + `,"rands":["AAECAwQFBgcICQoLDA0ODw=="]}`, "attempt opened", "", "hss"},
-		{[]tls.Certificate{certificate}, "EstablishKME", `{` + imsi + `,"imei":"35209900000001"}`, "refused", "NO_ATTEMPT", "hss"},
-		{[]tls.Certificate{certificate}, "ReportAuthentication", `{` + imsi + `}`, "refused", "NOT_BOUND", "hss"},
-		{[]tls.Certificate{certificate}, "GetBinding", `{` + imsi + `}`, "refused", "NOT_BOUND", "hss"},
-		{[]tls.Certificate{certificate}, "RevokeBinding", `{` + imsi + `}`, "refused", "NOT_BOUND", "admin"},
-		{[]tls.Certificate{certificate}, "RevokeBinding", `{"imsi":"262010000000001"}`, "refused", "CALLER_NOT_ALLOWED", ""},
+		{hss, "PrepareVector", `{` + imsi + `,"rands":["AAECAwQFBgcICQoLDA0ODw=="]}`, "attempt opened", "", "hss"},
+		{hss, "EstablishKME", `{` + imsi + `,"imei":"35209900000001"}`, "refused", "NO_ATTEMPT", "hss"},
+		{hss, "ReportAuthentication", `{` + imsi + `}`, "refused", "NOT_BOUND", "hss"},
+		{hss, "GetBinding", `{` + imsi + `}`, "refused", "NOT_BOUND", "hss"},
+		{hss, "RevokeBinding", `{` + imsi + `}`, "refused", "NOT_BOUND", "admin"},
+		{hss, "RevokeBinding", `{"imsi":"262010000000001"}`, "refused", "CALLER_NOT_ALLOWED", ""},
 		{nil, "OpenProvisioning", `{` + imsi + `}`, "provisioning opened", "", "admin"},
 		{nil, "PrepareVector", `{` + imsi + `}`, "refused", "CALLER_NOT_ALLOWED", ""},
 	} {
@@ -232,9 +235,12 @@ func TestUnauthenticated(t *testing.T) {
 		status       int
 	}{
 		{"no certificate", []tls.Certificate{}, "handshake", "didn't provide a certificate", "", "", 0},
-		{"another CA's certificate", []tls.Certificate{wrong}, "certificate", "unknown authority", "hss.example", fingerprint(wrong.Leaf), 0},
-		{"an expired certificate", []tls.Certificate{expired}, "certificate", "expired", "hss.example", fingerprint(expired.Leaf), 0},
-		{"an unknown client", []tls.Certificate{unknown}, "client", "", "unknown.example", fingerprint(unknown.Leaf), 403},
+		{"another CA's certificate", []tls.Certificate{wrong}, "certificate", "unknown authority", "hss.example",
+			fingerprint(wrong.Leaf), 0},
+		{"an expired certificate", []tls.Certificate{expired}, "certificate", "expired", "hss.example",
+			fingerprint(expired.Leaf), 0},
+		{"an unknown client", []tls.Certificate{unknown}, "client", "", "unknown.example",
+			fingerprint(unknown.Leaf), 403},
 		{"an unknown user", nil, "user", "", "", "", 403},
 	} {
 		status, answer := f.call(t, c.certificates, "GetBinding", `{"imsi":"001010000000001"}`)
@@ -259,7 +265,8 @@ func TestUnauthenticated(t *testing.T) {
 		if c.certificates == nil {
 			from = fmt.Sprint("uid ", os.Getuid())
 		}
-		if line["level"] != "WARN" || line["msg"] != "client authentication failed" || line["why"] != c.why || !strings.Contains(text, from) {
+		if line["level"] != "WARN" || line["msg"] != "client authentication failed" || line["why"] != c.why ||
+			!strings.Contains(text, from) {
 			t.Errorf("%s: %v", c.what, text)
 		}
 		if count[c.why]++; counted(t, f.registry, c.why) != count[c.why] {
@@ -286,7 +293,7 @@ func TestUnauthenticatedFlood(t *testing.T) {
 		f.call(t, nil, "GetBinding", `{"imsi":"001010000000001"}`)
 	}
 	told, left := 0, 0
-	for end := time.Now().Add(time.Minute); told+left < flood && time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); told+left < flood && time.Now().Before(end); time.Sleep(time.Second / 10) {
 		for _, line := range f.log.take(t) {
 			if n, ok := line["left_out"].(float64); ok {
 				left += int(n)

@@ -233,9 +233,12 @@ func TestClientRate(t *testing.T) {
 func TestHealthAndMetrics(t *testing.T) {
 	var log strings.Builder
 	registry := prometheus.NewRegistry()
-	o := Options{Metrics: binding.NewMetrics(registry),
-		Service: binding.NewService(nil, nil, new(binding.Lots), binding.DefaultTimes(), slog.New(slog.NewJSONHandler(&log, nil))),
-		Gather:  http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "kme_counts") })}
+	o := Options{
+		Service: binding.NewService(nil, nil, new(binding.Lots), binding.DefaultTimes(),
+			slog.New(slog.NewJSONHandler(&log, nil))),
+		Metrics: binding.NewMetrics(registry),
+		Gather:  http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "kme_counts") }),
+	}
 	ask := func(clients *Clients, broken error, method, path string) (int, string) {
 		r := httptest.NewRequest(method, path, strings.NewReader(`{}`))
 		r.Header.Set("Content-Type", "application/json")

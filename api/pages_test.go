@@ -42,8 +42,8 @@ func bind(t *testing.T, store binding.Store, imsi string, n int) {
 	if _, err := store.Prepare(t.Context(), q); err != nil {
 		t.Fatal(err)
 	}
-	b := &binding.Binding{IMSI: parsed, IMEI: device(t, n), Manufacturer: "m", Lot: "L1", State: binding.Pending, Sealed: []byte{1},
-		Established: now, Expires: now.Add(time.Hour), AttemptID: q.AttemptID, PayloadSHA256: []byte{1}, NWSig: []byte{1}}
+	b := &binding.Binding{IMSI: parsed, IMEI: device(t, n), Manufacturer: "m", Lot: "L1", State: binding.Pending,
+		Sealed: []byte{1}, Established: now, Expires: now.Add(time.Hour), AttemptID: q.AttemptID, PayloadSHA256: []byte{1}, NWSig: []byte{1}}
 	if err := store.Establish(t.Context(), b, []byte("tag of "+imsi), true, now); err != nil {
 		t.Fatal(err)
 	}
@@ -86,8 +86,10 @@ func TestPages(t *testing.T) {
 			t.Fatal(err)
 		}
 		clients.byUID[-1] = clients.bySAN[client]
-		handler := NewHandler(Options{Clients: clients, Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(),
-			PageKey: key, Service: binding.NewService(nil, store, new(binding.Lots), binding.DefaultTimes(), slog.New(slog.DiscardHandler))})
+		handler := NewHandler(Options{
+			Service: binding.NewService(nil, store, new(binding.Lots), binding.DefaultTimes(), slog.New(slog.DiscardHandler)),
+			Clients: clients, Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(),
+			PageKey: key})
 		body, err := json.Marshal(request)
 		if err != nil {
 			t.Fatal(err)
@@ -162,8 +164,8 @@ func TestPages(t *testing.T) {
 		"an IMSI":                         {"a", key, mine[4], ""},
 		"what is no base64":               {"a", key, "!", ""},
 	} {
-		if got, text := ask(p.client, p.key, map[string]any{"page_token": p.token, "imei": p.imei}); got.Code != "invalid_argument" ||
-			len(got.Bindings) > 0 || !strings.Contains(text, "begin again without one") {
+		got, text := ask(p.client, p.key, map[string]any{"page_token": p.token, "imei": p.imei})
+		if got.Code != "invalid_argument" || len(got.Bindings) > 0 || !strings.Contains(text, "begin again without one") {
 			t.Errorf("%s: %s", what, text)
 		}
 	}

@@ -53,7 +53,8 @@ func NewHandler(o Options) http.Handler {
 	mux := http.NewServeMux()
 	g := guard{o.Service, o.Metrics}
 	s := &server{g, newPages(o.PageKey)}
-	mux.Handle(kmev1connect.NewKeyServiceHandler(s, connect.WithReadMaxBytes(maxRequest), connect.WithCompressMinBytes(minCompressed), connect.WithInterceptors(append(slices.Clone(o.Outer), &s.guard)...)))
+	mux.Handle(kmev1connect.NewKeyServiceHandler(s, connect.WithReadMaxBytes(maxRequest),
+		connect.WithCompressMinBytes(minCompressed), connect.WithInterceptors(append(slices.Clone(o.Outer), &s.guard)...)))
 	ready := &readiness{find: func(ctx context.Context) (warnings []string, err error) {
 		err = g.finish(ctx, "ready", func() (err error) { warnings, err = o.Ready(ctx); return err })
 		return warnings, err
@@ -162,7 +163,8 @@ func (g *guard) admit(ctx context.Context, procedure string, message any) (conte
 	}
 	ctx = as(ctx, role)
 	if client.tooMany() {
-		return nil, g.refuse(ctx, &binding.Refusal{Reason: kme.Overloaded, Message: "this client calls more often than it may"}, procedure, attrs...)
+		r := &binding.Refusal{Reason: kme.Overloaded, Message: "this client calls more often than it may"}
+		return nil, g.refuse(ctx, r, procedure, attrs...)
 	}
 	return ctx, nil
 }

@@ -140,8 +140,9 @@ func serveTo(t *testing.T, client Client) (*httptest.Server, *sqlstore.Store) {
 		return nil
 	}
 	s := httptest.NewUnstartedServer(NewHandler(Options{
-		Service: service, Clients: everybody(t, client), Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(),
-		Ready: func(ctx context.Context) ([]string, error) { return []string{"a warning"}, ready(ctx) },
+		Service: service, Clients: everybody(t, client), Metrics: binding.NewMetrics(prometheus.NewRegistry()),
+		Gather: http.NotFoundHandler(),
+		Ready:  func(ctx context.Context) ([]string, error) { return []string{"a warning"}, ready(ctx) },
 	}))
 	s.EnableHTTP2 = true
 	s.StartTLS()

@@ -8,7 +8,8 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// unauthenticatedEvery is how often a line about callers who were not let in may come, after unauthenticatedBurst at once.
+// unauthenticatedEvery is how often a line about callers who were not let in may come, after unauthenticatedBurst at
+// once.
 const (
 	unauthenticatedEvery = 5 * time.Second
 	unauthenticatedBurst = 20
