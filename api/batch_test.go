@@ -98,7 +98,8 @@ func TestEstablishKMEsAreCalls(t *testing.T) {
 	for _, r := range all {
 		reasons[r.GetRefused().GetReason()]++
 	}
-	if all[0].GetRefused().GetReason() != "CALLER_NOT_ALLOWED" || !maps.Equal(reasons, map[string]int{"CALLER_NOT_ALLOWED": 1, "MALFORMED": 1, "OVERLOADED": 4}) {
+	want := map[string]int{"CALLER_NOT_ALLOWED": 1, "MALFORMED": 1, "OVERLOADED": 4}
+	if all[0].GetRefused().GetReason() != "CALLER_NOT_ALLOWED" || !maps.Equal(reasons, want) {
 		t.Errorf("%v of a client that may make one call and may not name the first IMSI", reasons)
 	}
 }

@@ -43,7 +43,8 @@ func bind(t *testing.T, store binding.Store, imsi string, n int) {
 		t.Fatal(err)
 	}
 	b := &binding.Binding{IMSI: parsed, IMEI: device(t, n), Manufacturer: "m", Lot: "L1", State: binding.Pending,
-		Sealed: []byte{1}, Established: now, Expires: now.Add(time.Hour), AttemptID: q.AttemptID, PayloadSHA256: []byte{1}, NWSig: []byte{1}}
+		Sealed: []byte{1}, Established: now, Expires: now.Add(time.Hour), AttemptID: q.AttemptID,
+		PayloadSHA256: []byte{1}, NWSig: []byte{1}}
 	if err := store.Establish(t.Context(), b, []byte("tag of "+imsi), true, now); err != nil {
 		t.Fatal(err)
 	}

@@ -60,8 +60,8 @@ func TestActorInEveryLine(t *testing.T) {
 			t.Errorf("not whose it is: %s", line)
 		}
 	}
-	for _, msg := range []string{"attempt opened", "refused", "established", "established again", "KME exported", "pending binding ended",
-		"provisioning opened", "authentication reported", "binding revoked", "internal error"} {
+	for _, msg := range []string{"attempt opened", "refused", "established", "established again", "KME exported",
+		"pending binding ended", "provisioning opened", "authentication reported", "binding revoked", "internal error"} {
 		if !seen[msg] {
 			t.Errorf("no line %q", msg)
 		}

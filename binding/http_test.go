@@ -32,7 +32,8 @@ import (
 func anybody(t *testing.T) *api.Clients {
 	t.Helper()
 	own := os.Getuid()
-	return must[*api.Clients](t)(api.NewClients([]api.Client{{Name: "test", UID: &own, Roles: []api.Role{api.RoleHSS, api.RoleAdmin, api.RoleMonitor}, PLMNs: []string{"all"}}}))
+	return must[*api.Clients](t)(api.NewClients([]api.Client{{Name: "test", UID: &own, PLMNs: []string{"all"},
+		Roles: []api.Role{api.RoleHSS, api.RoleAdmin, api.RoleMonitor}}}))
 }
 
 // listen serves the rig on a socket, HTTP/1.1 and HTTP/2, and gives a way to dial it.
@@ -43,8 +44,8 @@ func (r *rig) listen(t *testing.T) func(ctx context.Context) (net.Conn, error) {
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
 	protocols.SetUnencryptedHTTP2(true)
-	handler := api.NewHandler(api.Options{Service: r.service, Clients: anybody(t), Metrics: binding.NewMetrics(prometheus.NewRegistry()),
-		Gather: http.NotFoundHandler(), Ready: func(ctx context.Context) ([]string, error) { return nil, r.token.Ping(ctx) }})
+	handler := api.NewHandler(api.Options{Service: r.service, Clients: anybody(t),
+		Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(), Ready: func(ctx context.Context) ([]string, error) { return nil, r.token.Ping(ctx) }})
 	server := &http.Server{Handler: handler, Protocols: protocols, ConnContext: api.ConnContext}
 	go server.Serve(l)
 	t.Cleanup(func() { server.Close() })

@@ -34,8 +34,8 @@ func newLimits(l Limits) *limits {
 }
 
 // take gives a client's call a place, which leave gives back. A client that is alone may have all of them. Of several
-// that have calls under way, each may have its share, at least one, also while others have the rest: then there are more
-// than Calls, for so long as those finish. With n clients these are Calls*(1 + 1/2 + ... + 1/n) at most, and n more.
+// that have calls under way, each may have its share, at least one, also while others have the rest: then there are
+// more than Calls, until those finish. With n clients these are Calls*(1 + 1/2 + ... + 1/n) at most, and n more.
 func (l *limits) take(client string) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()

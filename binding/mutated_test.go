@@ -124,8 +124,8 @@ func TestMutatedMessages(t *testing.T) {
 	}
 	r, _, l := newServed(t)
 	service := r.unrecorded(t)
-	handler := api.NewHandler(api.Options{Service: service, Clients: anybody(t), Metrics: binding.NewMetrics(prometheus.NewRegistry()),
-		Gather: http.NotFoundHandler()})
+	handler := api.NewHandler(api.Options{Service: service, Clients: anybody(t),
+		Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler()})
 	socket := filepath.Join(t.TempDir(), "s") // for its user at the other end, who is us
 	listener := must[net.Listener](t)(net.Listen("unix", socket))
 	defer listener.Close()

@@ -47,8 +47,8 @@ func serve(before func(w http.ResponseWriter, r *http.Request) (answered bool)) 
 		return "", nil, err
 	}
 	service := binding.NewService(nil, store, new(binding.Lots), binding.DefaultTimes(), slog.New(slog.DiscardHandler))
-	handler := api.NewHandler(api.Options{Service: service, Clients: known, Metrics: binding.NewMetrics(prometheus.NewRegistry()),
-		Gather: http.NotFoundHandler(), Ready: func(context.Context) ([]string, error) { return nil, nil }})
+	handler := api.NewHandler(api.Options{Service: service, Clients: known,
+		Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(), Ready: func(context.Context) ([]string, error) { return nil, nil }})
 	path := filepath.Join(dir, "s")
 	l, err := net.Listen("unix", path)
 	if err != nil {

@@ -52,8 +52,8 @@ func newSite(t *testing.T, store binding.Store) *site {
 	t.Setenv("KMEHSM_STORE", "")
 	s := &site{dir: t.TempDir(), log: new(strings.Builder)}
 	for _, name := range []string{"a", "m"} {
-		make := exec.Command("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN="+name,
-			"-keyout", filepath.Join(s.dir, name+".key"), "-out", filepath.Join(s.dir, name+".pem"))
+		make := exec.Command("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
+			"-subj", "/CN="+name, "-keyout", filepath.Join(s.dir, name+".key"), "-out", filepath.Join(s.dir, name+".pem"))
 		if out, err := make.CombinedOutput(); err != nil {
 			t.Fatal(err, string(out))
 		}
@@ -109,11 +109,13 @@ func TestReloadFails(t *testing.T) {
 		{"no YAML", "clients: [", nil, "yaml"},
 		{"an unknown setting", siteBase + newClients + "listne: x\n", nil, "there is no setting listne"},
 		{"no clients", siteBase, nil, "listen needs clients"},
-		{"a bad list of clients", siteBase + "clients: [{name: x, san: y, roles: [root], plmns: [all]}]\n", nil, `no role "root"`},
-		{"two of the same certificate", siteBase + newClients[:len(newClients)-2] + ", {name: x, san: other.example, roles: [hss], plmns: [all]}]\n", nil, "another client has the same"},
+		{"a bad list of clients", siteBase + strings.Replace(newClients, "hss", "root", 1), nil, `no role "root"`},
+		{"two of one certificate", siteBase + newClients[:len(newClients)-2] +
+			", {name: x, san: other.example, roles: [hss], plmns: [all]}]\n", nil, "another client has the same"},
 		{"no certificate", strings.Replace(siteBase, "a.pem", "nope.pem", 1) + newClients, nil, "server's certificate"},
 		{"another's key", strings.Replace(siteBase, "a.key", "m.key", 1) + newClients, nil, "server's certificate"},
-		{"a CA that is none", strings.Replace(siteBase, "client_ca: a.pem", "client_ca: a.key", 1) + newClients, nil, "holds no certificate"},
+		{"a CA that is none", strings.Replace(siteBase, "client_ca: a.pem", "client_ca: a.key", 1) + newClients, nil,
+			"holds no certificate"},
 		{"a manufacturer's key that is none", siteBase + newClients, func() func() {
 			s.manufacturer.PEM = "none"
 			s.manufacturer.Directory = "file:" + s.dir + "/other"
@@ -162,18 +164,22 @@ func TestNeedsRestart(t *testing.T) {
 	for range 2 {
 		s.log.Reset()
 		before := s.Load()
-		s.write(t, strings.Replace(siteBase, "token=operator", "token=hunter2", 1)+siteClients+"calls: 7\nlog_level: debug\nsocket: s\n")
+		s.write(t, strings.Replace(siteBase, "token=operator", "token=hunter2", 1)+siteClients+
+			"calls: 7\nlog_level: debug\nsocket: s\n")
 		if err := s.reload(t.Context(), s.config()); err != nil || s.Load() == before {
 			t.Error(err)
 		}
-		if want := `"needs a restart: tokens, socket, calls, log_level"`; strings.Count(s.log.String(), want) != 1 || strings.Contains(s.log.String(), "hunter2") {
-			t.Errorf("the log has no %s: %s", want, s.log)
+		const want = `"needs a restart: tokens, socket, calls, log_level"`
+		if text := s.log.String(); strings.Count(text, want) != 1 || strings.Contains(text, "hunter2") {
+			t.Errorf("the log has no %s: %s", want, text)
 		}
 	}
 	s.log.Reset()
 	s.started.Socket = filepath.Join(s.dir, "s")
-	s.write(t, siteBase+fmt.Sprintf("socket: s\nclients: [{name: x, uid: %d, roles: [hss], plmns: [all]}]\n", os.Getuid()+1))
-	if err := s.reload(t.Context(), s.config()); err != nil || !strings.Contains(s.log.String(), "needs a restart: socket, which is not open yet") {
+	s.write(t, siteBase+fmt.Sprintf("socket: s\nclients: [{name: x, uid: %d, roles: [hss], plmns: [all]}]\n",
+		os.Getuid()+1))
+	if err := s.reload(t.Context(), s.config()); err != nil ||
+		!strings.Contains(s.log.String(), "needs a restart: socket, which is not open yet") {
 		t.Errorf("%v; the log: %s", err, s.log)
 	}
 }
@@ -211,9 +217,12 @@ func TestCallsSeeOneState(t *testing.T) {
 	go server.Serve(l)
 	defer server.Close()
 	ask := func() string {
-		c := &http.Client{Transport: &http.Transport{Dial: func(string, string) (net.Conn, error) { return net.Dial("unix", path) }}}
+		c := &http.Client{Transport: &http.Transport{
+			Dial: func(string, string) (net.Conn, error) { return net.Dial("unix", path) },
+		}}
 		defer c.CloseIdleConnections()
-		r, err := c.Post("http://keysvc/kme.v1.KeyService/GetBinding", "application/json", strings.NewReader(`{"imsi":"001010000000001"}`))
+		r, err := c.Post("http://keysvc/kme.v1.KeyService/GetBinding", "application/json",
+			strings.NewReader(`{"imsi":"001010000000001"}`))
 		if err != nil {
 			t.Error(err)
 			return ""

@@ -204,8 +204,8 @@ func serve(c *cli.Context) error {
 	}
 	served := &live{
 		started: cfg, registry: store, open: open, ready: ready, log: log, rolledBack: rolledBack != nil,
-		options: api.Options{Service: service, Metrics: metrics, Gather: promhttp.HandlerFor(registry, promhttp.HandlerOpts{}),
-			Outer: traces, PageKey: pageKey},
+		options: api.Options{Service: service, Metrics: metrics, Outer: traces, PageKey: pageKey,
+			Gather: promhttp.HandlerFor(registry, promhttp.HandlerOpts{})},
 	}
 	if err := served.take(ctx, cfg); err != nil {
 		return err
