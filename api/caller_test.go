@@ -1,6 +1,7 @@
 package api
 
 import (
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -158,7 +159,7 @@ func (f *front) call(t *testing.T, certificates []tls.Certificate, method, body 
 	url := f.url
 	if certificates == nil {
 		url = "http://keysvc"
-		transport.Dial = func(string, string) (net.Conn, error) { return net.Dial("unix", f.socket) }
+		transport.DialContext = func(context.Context, string, string) (net.Conn, error) { return net.Dial("unix", f.socket) }
 	}
 	defer transport.CloseIdleConnections()
 	r, err := (&http.Client{Transport: transport}).Post(url+service+method, "application/json", strings.NewReader(body))

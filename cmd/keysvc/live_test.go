@@ -218,7 +218,7 @@ func TestCallsSeeOneState(t *testing.T) {
 	defer server.Close()
 	ask := func() string {
 		c := &http.Client{Transport: &http.Transport{
-			Dial: func(string, string) (net.Conn, error) { return net.Dial("unix", path) },
+			DialContext: func(context.Context, string, string) (net.Conn, error) { return net.Dial("unix", path) },
 		}}
 		defer c.CloseIdleConnections()
 		r, err := c.Post("http://keysvc/kme.v1.KeyService/GetBinding", "application/json",
