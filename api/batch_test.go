@@ -7,12 +7,10 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
-	"sync/atomic"
 	"testing"
 
 	"connectrpc.com/connect"
 	"github.com/prometheus/client_golang/prometheus"
-	"golang.org/x/time/rate"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 
 	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
@@ -86,8 +84,7 @@ func TestEstablishKMEs(t *testing.T) {
 
 // A client's rate and PLMNs are about calls, however they come.
 func TestEstablishKMEsAreCalls(t *testing.T) {
-	s, _ := serveTo(t, &Client{Name: "slow", Roles: []Role{RoleHSS}, PLMNs: []string{"00101"},
-		ProvisionFrom: []string{home}, limit: rate.NewLimiter(0, 3)})
+	s, _ := serveTo(t, Client{Name: "slow", Roles: []Role{RoleHSS}, PLMNs: []string{"00101"}, Rate: 0.001})
 	calls := []*kmev1.EstablishKMERequest{{Imsi: "001020000000001"}}
 	for range 5 {
 		calls = append(calls, &kmev1.EstablishKMERequest{Imsi: "001010000000001"})
@@ -101,8 +98,9 @@ func TestEstablishKMEsAreCalls(t *testing.T) {
 	for _, r := range all {
 		reasons[r.GetRefused().GetReason()]++
 	}
-	if all[0].GetRefused().GetReason() != "CALLER_NOT_ALLOWED" || !maps.Equal(reasons, map[string]int{"CALLER_NOT_ALLOWED": 1, "MALFORMED": 3, "OVERLOADED": 2}) {
-		t.Errorf("%v of a client that may make three calls and may not name the first IMSI", reasons)
+	want := map[string]int{"CALLER_NOT_ALLOWED": 1, "MALFORMED": 1, "OVERLOADED": 4}
+	if all[0].GetRefused().GetReason() != "CALLER_NOT_ALLOWED" || !maps.Equal(reasons, want) {
+		t.Errorf("%v of a client that may make one call and may not name the first IMSI", reasons)
 	}
 }
 
@@ -116,11 +114,12 @@ func TestPanic(t *testing.T) {
 	service := binding.NewService(nil, nil, new(binding.Lots), binding.DefaultTimes(),
 		slog.New(slog.NewJSONHandler(&log, nil)))
 	service.Observe(metrics)
-	clients := new(atomic.Pointer[Clients])
-	anybody := &Client{Name: "anybody", Roles: []Role{RoleHSS}, PLMNs: []string{all}, ProvisionFrom: []string{anywhere}}
-	clients.Store(&Clients{byUID: map[int]*Client{-1: anybody}})
+	anybody := Client{Name: "anybody", Roles: []Role{RoleHSS, RoleMetrics}, PLMNs: []string{all},
+		ProvisionFrom: []string{anywhere}}
 	panics := func(context.Context) ([]string, error) { panic("readiness") }
-	s := httptest.NewUnstartedServer(NewHandler(service, clients, metrics, http.NotFoundHandler(), nil, panics))
+	gather := http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic("gathering") })
+	s := httptest.NewUnstartedServer(NewHandler(Options{Service: service, Clients: everybody(t, anybody), Metrics: metrics,
+		Gather: gather, Ready: panics}))
 	s.EnableHTTP2 = true
 	s.StartTLS()
 	defer s.Close()
@@ -168,9 +167,14 @@ func TestPanic(t *testing.T) {
 			t.Errorf("the log does not say %q: %s", want, log.String())
 		}
 	}
-	if status, body := read(t)(s.Client().Get(s.URL + "/readyz")); status != http.StatusInternalServerError ||
-		body != "internal error\n" {
+	if status, body := read(t)(s.Client().Get(s.URL + "/readyz")); status != http.StatusServiceUnavailable ||
+		body != "not ready\n" {
 		t.Errorf("/readyz: %d, %s", status, body)
 	}
 	counted(6)
+	if status, body := read(t)(s.Client().Get(s.URL + "/metrics")); status != http.StatusInternalServerError ||
+		body != "internal error\n" {
+		t.Errorf("/metrics: %d, %s", status, body)
+	}
+	counted(7)
 }

@@ -2,19 +2,14 @@ package api
 
 import (
 	"cmp"
-	"context"
 	"crypto/x509"
 	"errors"
 	"fmt"
 	"math"
-	"net"
-	"net/http"
 	"regexp"
 	"slices"
 	"strings"
-	"sync/atomic"
 
-	"golang.org/x/sys/unix"
 	"golang.org/x/time/rate"
 
 	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
@@ -28,9 +23,13 @@ type Role string
 const (
 	RoleHSS     Role = "hss"        // what an attach needs
 	RoleAdmin   Role = "admin"      // see, open and revoke
-	RoleMonitor Role = "monitor"    // see
+	RoleMonitor Role = "monitor"    // see who is bound
+	RoleMetrics Role = "metrics"    // read GET /metrics
 	RoleExport  Role = "kme-export" // be answered the KME by EstablishKME
 )
+
+// roles are all of them. Whoever has one may ask whether the service is ready.
+var roles = []Role{RoleHSS, RoleAdmin, RoleMonitor, RoleMetrics, RoleExport}
 
 // allowed has the roles that each method wants one of. A method that is not here is nobody's.
 var allowed = map[string][]Role{
@@ -58,6 +57,50 @@ type Client struct {
 	ProvisionFrom []string `yaml:"provision_from"`
 
 	limit *rate.Limiter
+	known plmns
+	view  binding.BindingQuery // for the IMSIs that it may name
+}
+
+// plmns are all PLMNs that a configuration names, for whichever client. MNCs have two digits or three, which no IMSI
+// tells: what it begins with is the longest PLMN that is named.
+type plmns map[string]bool
+
+// of is the PLMN of an IMSI; empty if it is none that is named.
+func (k plmns) of(imsi string) string {
+	for _, n := range []int{6, 5} {
+		if len(imsi) >= n && k[imsi[:n]] {
+			return imsi[:n]
+		}
+	}
+	return ""
+}
+
+// ofName are those that the name of a PLMN's node may stand for: an MNC of two digits has a 0 before it in a name.
+func (k plmns) ofName(origin string) []string {
+	if !ofPLMN.MatchString(origin) {
+		return nil
+	}
+	tail := origin[len(origin)-len("mncMMM.mccCCC.3gppnetwork.org"):]
+	mnc, mcc := tail[3:6], tail[10:13]
+	if long := mcc + mnc; mnc[0] != '0' || k[long] {
+		return []string{long}
+	}
+	return []string{mcc + mnc, mcc + mnc[1:]}
+}
+
+// view is that of a client that may name some PLMNs: theirs are not the IMSIs that begin with a longer one, of others.
+func (k plmns) view(some []string) (v binding.BindingQuery) {
+	if slices.Contains(some, all) {
+		return v
+	}
+	v.Within = some
+	for p := range k {
+		if len(p) == 6 && slices.Contains(some, p[:5]) && !slices.Contains(some, p) {
+			v.Without = append(v.Without, p)
+		}
+	}
+	slices.Sort(v.Without)
+	return v
 }
 
 // all stands for every PLMN.
@@ -74,14 +117,6 @@ const (
 type Clients struct {
 	bySAN map[string]*Client
 	byUID map[int]*Client
-	// anyCertificate is who has a certificate that is verified, and is not named.
-	anyCertificate *Client
-}
-
-// AnyCertificate makes every client with a certificate one for all PLMNs.
-func (c *Clients) AnyCertificate(roles ...Role) *Clients {
-	c.anyCertificate = &Client{Name: "any certificate", Roles: roles, PLMNs: []string{all}, ProvisionFrom: []string{home}}
-	return c
 }
 
 // NewClients checks a list of clients.
@@ -92,6 +127,17 @@ func NewClients(list []Client) (*Clients, error) {
 		if err := c.add(e); err != nil {
 			return nil, fmt.Errorf("client %q: %w", cmp.Or(e.Name, e.SAN), err)
 		}
+	}
+	known := plmns{}
+	for _, e := range list {
+		for _, p := range slices.Concat(e.PLMNs, e.ProvisionFrom) {
+			if isPLMN(p) {
+				known[p] = true
+			}
+		}
+	}
+	for i := range list {
+		list[i].known, list[i].view = known, known.view(list[i].PLMNs)
 	}
 	return c, nil
 }
@@ -114,8 +160,8 @@ func (c *Clients) add(e *Client) error {
 		return errors.New("another client has the same san or uid")
 	}
 	for _, r := range e.Roles {
-		if !slices.Contains([]Role{RoleHSS, RoleAdmin, RoleMonitor, RoleExport}, r) {
-			return fmt.Errorf("there is no role %q: hss, admin, monitor, kme-export", r)
+		if !slices.Contains(roles, r) {
+			return fmt.Errorf("there is no role %q: hss, admin, monitor, metrics, kme-export", r)
 		}
 	}
 	for _, p := range e.PLMNs {
@@ -170,16 +216,17 @@ func (c *Clients) of(certificate *x509.Certificate, uid int) *Client {
 			return e
 		}
 	}
-	return c.anyCertificate
+	return nil
 }
 
-func (e *Client) has(roles ...Role) bool {
-	return e != nil && slices.ContainsFunc(roles, func(r Role) bool { return slices.Contains(e.Roles, r) })
-}
-
-// may says whether a client may name an IMSI.
-func (e *Client) may(imsi string) bool {
-	return e != nil && slices.ContainsFunc(e.PLMNs, func(p string) bool { return p == all || strings.HasPrefix(imsi, p) })
+// as is the first of some roles that a client has; empty if it has none of them.
+func (e *Client) as(some ...Role) Role {
+	for _, r := range some {
+		if e != nil && slices.Contains(e.Roles, r) {
+			return r
+		}
+	}
+	return ""
 }
 
 // origin is who asked a client for an IMSI, and whether devices may be provisioned from there.
@@ -190,22 +237,30 @@ func (e *Client) origin(name, imsi string, declined bool) (o binding.Origin, err
 	switch {
 	case declined:
 		o.Provisioning = binding.Declined
-	case slices.ContainsFunc(e.ProvisionFrom, func(p string) bool { return provisions(p, o.Name.String(), imsi) }):
+	case slices.ContainsFunc(e.ProvisionFrom, func(p string) bool { return e.provisions(p, o.Name.String(), imsi) }):
 		o.Provisioning = binding.Allowed
 	}
 	return o, nil
 }
 
-func provisions(from, origin, imsi string) bool {
+func (e *Client) provisions(from, origin, imsi string) bool {
 	switch suffix, ok := strings.CutPrefix(from, "*"); {
 	case ok:
 		return strings.HasSuffix(origin, suffix)
 	case from == home:
-		return origin == "" || ofPLMN.MatchString(origin) && isHome(origin, imsi)
+		return origin == "" || e.isHome(origin, imsi)
 	case isPLMN(from):
-		return ofPLMN.MatchString(origin) && slices.Contains(plmns(origin), from)
+		return slices.Contains(e.known.ofName(origin), from)
 	}
 	return from == anywhere || from == origin
+}
+
+// isHome says whether a name is of the IMSI's own PLMN.
+func (e *Client) isHome(origin, imsi string) bool {
+	own := e.known.of(imsi)
+	return slices.ContainsFunc(e.known.ofName(origin), func(p string) bool {
+		return p == own || own == "" && strings.HasPrefix(imsi, p)
+	})
 }
 
 func isDigits(s string) bool { return strings.Trim(s, "0123456789") == "" }
@@ -215,62 +270,6 @@ func isPLMN(s string) bool { return (len(s) == 5 || len(s) == 6) && isDigits(s) 
 
 // ofPLMN is how the names of a PLMN's nodes end; its MNC has three digits always.
 var ofPLMN = regexp.MustCompile(`\.mnc[0-9]{3}\.mcc[0-9]{3}\.3gppnetwork\.org$`)
-
-// plmns are those that a name ends with: an MNC of two digits has a 0 before it in a name.
-func plmns(origin string) []string {
-	tail := origin[len(origin)-len("mncMMM.mccCCC.3gppnetwork.org"):]
-	mnc, mcc := tail[3:6], tail[10:13]
-	if mnc[0] == '0' {
-		return []string{mcc + mnc, mcc + mnc[1:]}
-	}
-	return []string{mcc + mnc}
-}
-
-// isHome says whether an IMSI begins with the PLMN that a name ends with.
-func isHome(origin, imsi string) bool {
-	return slices.ContainsFunc(plmns(origin), func(p string) bool { return strings.HasPrefix(imsi, p) })
-}
-
-type (
-	clientKey struct{}
-	uidKey    struct{}
-)
-
-// ConnContext remembers the user at the other end of a Unix socket. It is for http.Server.
-func ConnContext(ctx context.Context, c net.Conn) context.Context {
-	uid := -1
-	if u, ok := c.(*net.UnixConn); ok {
-		if raw, err := u.SyscallConn(); err == nil {
-			raw.Control(func(fd uintptr) {
-				if cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
-					uid = int(cred.Uid)
-				}
-			})
-		}
-	}
-	return context.WithValue(ctx, uidKey{}, uid)
-}
-
-// identify puts the client into the context of each request.
-func identify(clients *atomic.Pointer[Clients], next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		var certificate *x509.Certificate
-		if r.TLS != nil && len(r.TLS.VerifiedChains) > 0 {
-			certificate = r.TLS.VerifiedChains[0][0]
-		}
-		uid, ok := r.Context().Value(uidKey{}).(int)
-		if !ok {
-			uid = -1
-		}
-		client := clients.Load().of(certificate, uid)
-		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), clientKey{}, client)))
-	})
-}
-
-func clientOf(ctx context.Context) *Client {
-	c, _ := ctx.Value(clientKey{}).(*Client)
-	return c
-}
 
 // tooMany says whether a client calls more often than it may.
 func (e *Client) tooMany() bool { return e != nil && e.limit != nil && !e.limit.Allow() }

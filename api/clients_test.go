@@ -14,8 +14,10 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/protobuf/reflect/protoreflect"
@@ -48,10 +50,9 @@ func TestWhoMayDoWhat(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer store.Close()
-	clients := new(atomic.Pointer[Clients])
-	handler := NewHandler(binding.NewService(nil, store, new(binding.Lots), binding.DefaultTimes(),
-		slog.New(slog.DiscardHandler)), clients, binding.NewMetrics(prometheus.NewRegistry()), nil, nil, nil)
-	refused := func(method protoreflect.MethodDescriptor, imsi string) bool {
+	o := Options{Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(),
+		Service: binding.NewService(nil, store, new(binding.Lots), binding.DefaultTimes(), slog.New(slog.DiscardHandler))}
+	refused := func(clients *Clients, method protoreflect.MethodDescriptor, imsi string) bool {
 		body, contentType := `{}`, "application/json"
 		if method.Input().Fields().ByName("imsi") != nil {
 			body = `{"imsi": "` + imsi + `"}`
@@ -62,7 +63,9 @@ func TestWhoMayDoWhat(t *testing.T) {
 		r := httptest.NewRequest("POST", "/kme.v1.KeyService/"+string(method.Name()), strings.NewReader(body))
 		r.Header.Set("Content-Type", contentType)
 		w := httptest.NewRecorder()
-		handler.ServeHTTP(w, r)
+		o := o
+		o.Clients = clients
+		NewHandler(o).ServeHTTP(w, r)
 		answer, _ := io.ReadAll(w.Result().Body)
 		if w.Code == http.StatusNotFound && !strings.Contains(string(answer), "code") {
 			t.Errorf("%s: %d %s", method.Name(), w.Code, answer)
@@ -72,21 +75,19 @@ func TestWhoMayDoWhat(t *testing.T) {
 	for i := range methods.Len() {
 		method := methods.Get(i)
 		names := method.Input().Fields().ByName("imsi") != nil || method.IsStreamingServer()
-		for _, role := range []Role{RoleHSS, RoleAdmin, RoleMonitor, RoleExport} {
-			clients.Store(&Clients{byUID: map[int]*Client{-1: {Name: "test", Roles: []Role{role}, PLMNs: []string{"00101", "310150"}}}})
+		for _, role := range roles {
+			clients := everybody(t, Client{Name: "test", Roles: []Role{role}, PLMNs: []string{"00101", "310150"}})
 			want := slices.Contains(may[string(method.Name())], role)
 			for imsi, named := range map[string]bool{"001010123456789": true, "310150123456789": true, "001020123456789": false, "310151123456789": false, "00101": true, "": false} {
-				if got := !refused(method, imsi); got != (want && (named || !names)) {
+				if got := !refused(clients, method, imsi); got != (want && (named || !names)) {
 					t.Errorf("%s by %s for %q is allowed: %v", method.Name(), role, imsi, got)
 				}
 			}
 		}
-		clients.Store(&Clients{byUID: map[int]*Client{-1: {Name: "test", Roles: []Role{RoleHSS, RoleAdmin, RoleMonitor, RoleExport}, PLMNs: []string{all}}}})
-		if refused(method, "262011234567890") {
+		if refused(everybody(t, Client{Name: "test", Roles: roles, PLMNs: []string{all}}), method, "262011234567890") {
 			t.Errorf("%s is refused with all roles", method.Name())
 		}
-		clients.Store(new(Clients))
-		if !refused(method, "001010123456789") {
+		if !refused(new(Clients), method, "001010123456789") {
 			t.Errorf("%s is allowed for nobody we know", method.Name())
 		}
 	}
@@ -190,9 +191,6 @@ func TestClients(t *testing.T) {
 	if !c.OtherUsers(os.Getuid()) || c.OtherUsers(uid) {
 		t.Error("the users who are to reach the socket")
 	}
-	if got := c.AnyCertificate(RoleHSS).of(&x509.Certificate{}, -1); !got.has(RoleHSS) || got.has(RoleAdmin, RoleExport, RoleMonitor) || !got.may("123456") {
-		t.Errorf("any certificate is %+v", got)
-	}
 	negative := -1
 	for want, e := range map[string]Client{
 		"no name":             {SAN: "x", Roles: []Role{RoleHSS}, PLMNs: []string{all}},
@@ -230,31 +228,160 @@ func TestClientRate(t *testing.T) {
 	}
 }
 
-// Health is for everybody, in gRPC's own words too; the counts are for monitors.
+// Health is for clients, in gRPC's own words too; the counts are for those with the role metrics; and that the process
+// runs is no secret.
 func TestHealthAndMetrics(t *testing.T) {
-	clients := new(atomic.Pointer[Clients])
-	clients.Store(new(Clients))
-	var broken error
-	gather := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "kme_counts") })
-	handler := NewHandler(nil, clients, binding.NewMetrics(prometheus.NewRegistry()), gather, nil, func(context.Context) ([]string, error) { return nil, broken })
-	ask := func(method, path string) (int, string) {
+	var log strings.Builder
+	registry := prometheus.NewRegistry()
+	o := Options{
+		Service: binding.NewService(nil, nil, new(binding.Lots), binding.DefaultTimes(),
+			slog.New(slog.NewJSONHandler(&log, nil))),
+		Metrics: binding.NewMetrics(registry),
+		Gather:  http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "kme_counts") }),
+	}
+	ask := func(clients *Clients, broken error, method, path string) (int, string) {
 		r := httptest.NewRequest(method, path, strings.NewReader(`{}`))
 		r.Header.Set("Content-Type", "application/json")
 		w := httptest.NewRecorder()
-		handler.ServeHTTP(w, r)
+		o := o
+		o.Clients, o.Ready = clients, func(context.Context) ([]string, error) { return nil, broken }
+		NewHandler(o).ServeHTTP(w, r)
 		return w.Code, w.Body.String()
 	}
-	for _, want := range []string{"SERVING_STATUS_SERVING", "SERVING_STATUS_NOT_SERVING"} {
-		if code, text := ask("POST", "/grpc.health.v1.Health/Check"); code != http.StatusOK || !strings.Contains(text, strings.TrimPrefix(want, "SERVING_STATUS_")) || strings.Contains(text, "NOT_SERVING") != (broken != nil) {
-			t.Errorf("%d %s, want %s", code, text, want)
+	of := func(r Role) *Clients {
+		return everybody(t, Client{Name: "test", Roles: []Role{r}, PLMNs: []string{"00101"}})
+	}
+	for _, c := range []struct {
+		method, path string
+		broken       error
+		clients      *Clients
+		code         int
+		text         string
+	}{
+		{"GET", "/healthz", nil, new(Clients), http.StatusOK, "ok\n"},
+		{"GET", "/readyz", nil, new(Clients), http.StatusForbidden, "this client may not do that\n"},
+		{"GET", "/metrics", nil, new(Clients), http.StatusForbidden, "this client may not do that\n"},
+		{"GET", "/metrics", nil, of(RoleMonitor), http.StatusForbidden, "this client may not do that\n"},
+		{"GET", "/metrics", nil, of(RoleAdmin), http.StatusForbidden, "this client may not do that\n"},
+		{"GET", "/metrics", nil, of(RoleMetrics), http.StatusOK, "kme_counts"},
+		{"POST", health, nil, new(Clients), http.StatusForbidden, `"code":"permission_denied"`},
+		{"POST", health, nil, of(RoleHSS), http.StatusOK, `"SERVING`},
+		{"POST", health, errors.New("away"), of(RoleHSS), http.StatusOK, `"NOT_SERVING`},
+	} {
+		code, text := ask(c.clients, c.broken, c.method, c.path)
+		text = strings.ReplaceAll(text, "SERVING_STATUS_", "")
+		if code != c.code || !strings.Contains(text, c.text) {
+			t.Errorf("%s: %d %s, want %d %s", c.path, code, text, c.code, c.text)
 		}
-		broken = errors.New("away")
 	}
-	if code, text := ask("GET", "/metrics"); code != http.StatusForbidden || strings.Contains(text, "kme_counts") {
-		t.Errorf("nobody reads the counts: %d %s", code, text)
+	for _, role := range roles {
+		if code, text := ask(of(role), nil, "GET", "/readyz"); code != http.StatusOK || text != "ready\n" {
+			t.Errorf("/readyz for %s: %d %s", role, code, text)
+		}
+		if code, text := ask(of(role), nil, "GET", "/healthz"); code != http.StatusOK {
+			t.Errorf("/healthz for %s: %d %s", role, code, text)
+		}
 	}
-	clients.Store(&Clients{byUID: map[int]*Client{-1: {Name: "m", Roles: []Role{RoleMonitor}, PLMNs: []string{all}}}})
-	if code, text := ask("GET", "/metrics"); code != http.StatusOK || text != "kme_counts" {
-		t.Errorf("a monitor reads %d %s", code, text)
+	for _, call := range []string{"/readyz", "/metrics", "health"} {
+		if !strings.Contains(log.String(), `"call":"`+call+`"`) {
+			t.Errorf("who asked for %s, and was refused, is not in the log: %s", call, log.String())
+		}
+	}
+}
+
+const health = "/grpc.health.v1.Health/Check"
+
+// However many ask, over HTTP and gRPC, whether the service is ready, its HSM and its store are asked once a second.
+func TestReadyOnceASecond(t *testing.T) {
+	var asked atomic.Int64
+	handler := NewHandler(Options{
+		Service: binding.NewService(nil, nil, new(binding.Lots), binding.DefaultTimes(), slog.New(slog.DiscardHandler)),
+		Clients: everybody(t, Client{Name: "test", Roles: []Role{RoleMetrics}, PLMNs: []string{all}}),
+		Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(),
+		Ready: func(ctx context.Context) ([]string, error) {
+			if _, ok := ctx.Deadline(); !ok {
+				t.Error("a token that hangs would hang all who ask")
+			}
+			asked.Add(1)
+			return []string{"one is away"}, nil
+		},
+	})
+	start := time.Now()
+	var all sync.WaitGroup
+	for range 16 {
+		all.Go(func() {
+			for time.Since(start) < 2*time.Second {
+				for method, path := range map[string]string{"GET": "/readyz", "POST": health} {
+					r := httptest.NewRequest(method, path, strings.NewReader(`{}`))
+					r.Header.Set("Content-Type", "application/json")
+					w := httptest.NewRecorder()
+					handler.ServeHTTP(w, r)
+					if w.Code != http.StatusOK || method == "GET" && w.Body.String() != "ready\nbut one is away\n" {
+						t.Errorf("%s: %d %s", path, w.Code, w.Body)
+						return
+					}
+				}
+			}
+		})
+	}
+	all.Wait()
+	took := time.Since(start)
+	if n := asked.Load(); n < 2 || n > 1+int64(took/time.Second) {
+		t.Errorf("asked %d times in %v", n, took)
+	}
+}
+
+// An IMSI is of the longest PLMN that the configuration names, for whichever client.
+func TestPLMNs(t *testing.T) {
+	client := func(name string, plmns ...string) Client {
+		return Client{Name: name, SAN: name, Roles: []Role{RoleHSS}, PLMNs: plmns}
+	}
+	for _, c := range []struct {
+		others  []Client
+		mine    []string
+		imsi    string
+		allowed bool
+	}{
+		{nil, []string{"31041"}, "310410000000001", true}, // nobody says that there is another
+		{[]Client{client("b", "310410")}, []string{"31041"}, "310410000000001", false},
+		{[]Client{client("b", "310410")}, []string{"31041"}, "310411000000001", true},
+		{[]Client{client("b", "310410")}, []string{"31041", "310410"}, "310410000000001", true},
+		{[]Client{client("b", "31041")}, []string{"310410"}, "310410000000001", true},
+		{[]Client{client("b", "31041")}, []string{"310410"}, "310411000000001", false},
+		{[]Client{client("b", "31041", "310410")}, []string{all}, "310410000000001", true},
+		{[]Client{client("b", all)}, []string{"31041"}, "310410000000001", true},
+		{[]Client{{Name: "b", SAN: "b", Roles: []Role{RoleHSS}, PLMNs: []string{all}, ProvisionFrom: []string{"310410"}}},
+			[]string{"31041"}, "310410000000001", false},
+	} {
+		clients := everybody(t, client("a", c.mine...), c.others...)
+		if got := clients.byUID[-1].view.Has(c.imsi); got != c.allowed {
+			t.Errorf("a client for %q beside %+v may name %s: %v", c.mine, c.others, c.imsi, got)
+		}
+	}
+	for _, c := range []struct {
+		named        []string
+		from         string
+		origin, imsi string
+		want         bool
+	}{
+		// A home is that of the IMSI's own PLMN.
+		{[]string{all}, home, "mme.epc.mnc041.mcc310.3gppnetwork.org", "310410000000001", true},
+		{[]string{"31041"}, home, "mme.epc.mnc041.mcc310.3gppnetwork.org", "310410000000001", true},
+		{[]string{"310410"}, home, "mme.epc.mnc041.mcc310.3gppnetwork.org", "310410000000001", false},
+		{[]string{"310410"}, home, "mme.epc.mnc410.mcc310.3gppnetwork.org", "310410000000001", true},
+		{[]string{"310410"}, home, "mme.epc.mnc041.mcc310.3gppnetwork.org", "310411000000001", true},
+		{[]string{"31041"}, home, "mme.epc.mnc410.mcc310.3gppnetwork.org", "310410000000001", false},
+		// A name whose MNC begins with 0 has two readings, of which the longer counts if it is named.
+		{[]string{"31041"}, "31041", "mme.epc.mnc041.mcc310.3gppnetwork.org", "310410000000001", true},
+		{[]string{"310041"}, "31041", "mme.epc.mnc041.mcc310.3gppnetwork.org", "310410000000001", false},
+		{[]string{"310041"}, "310041", "mme.epc.mnc041.mcc310.3gppnetwork.org", "310410000000001", true},
+	} {
+		a := client("a", all)
+		a.ProvisionFrom = []string{c.from}
+		clients := everybody(t, a, client("b", c.named...))
+		o, err := clients.byUID[-1].origin(c.origin, c.imsi, false)
+		if err != nil || (o.Provisioning == binding.Allowed) != c.want {
+			t.Errorf("%s, with %q named, for %s from %s: %+v, %v", c.from, c.named, c.imsi, c.origin, o, err)
+		}
 	}
 }

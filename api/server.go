@@ -10,7 +10,6 @@ import (
 	"path"
 	"runtime"
 	"slices"
-	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect"
@@ -31,28 +30,40 @@ const maxRequest = 16 << 10
 // minCompressed keeps all answers but those of ListBindings as they are: of random bytes, compression makes more.
 const minCompressed = 4 << 10
 
-// NewHandler serves the service, and health: /healthz says that the process runs; /readyz that ready does not fail, and what
-// ready warns of: something that is away, and that the service goes on without for now.
-//
-// clients says who may call what; it is read at each request. metrics counts the calls, and gather serves GET /metrics to monitors.
-// outer are around each call. The gRPC health service says what /readyz says.
-func NewHandler(service *binding.Service, clients *atomic.Pointer[Clients], metrics *binding.Metrics, gather http.Handler, outer []connect.Interceptor, ready func(context.Context) (warnings []string, err error)) http.Handler {
+// Options are what NewHandler serves, and for whom.
+type Options struct {
+	Service *binding.Service
+	Clients *Clients
+	Metrics *binding.Metrics      // counts the calls
+	Gather  http.Handler          // serves GET /metrics
+	Outer   []connect.Interceptor // are around each call
+	// Ready fails while the service cannot do its work, and warns of what it goes on without for now. It is asked once a
+	// second at most.
+	Ready func(context.Context) (warnings []string, err error)
+	// PageKey is the one of ListBindings' tokens, which all instances share. Without it, tokens are good for this Handler.
+	PageKey kme.Secret
+}
+
+// NewHandler serves the service, and health: /healthz, for everybody, says that the process runs; /readyz and gRPC's
+// health service, for clients, what Ready says.
+func NewHandler(o Options) http.Handler {
+	if o.PageKey == (kme.Secret{}) {
+		o.PageKey = kme.RandomSecret()
+	}
 	mux := http.NewServeMux()
-	s := &server{guard{service, metrics}}
-	mux.Handle(kmev1connect.NewKeyServiceHandler(s, connect.WithReadMaxBytes(maxRequest), connect.WithCompressMinBytes(minCompressed), connect.WithInterceptors(append(slices.Clone(outer), &s.guard)...)))
-	mux.Handle(grpchealth.NewHandler(checker(func(ctx context.Context) error { _, err := ready(ctx); return err })))
-	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, r *http.Request) {
-		if !clientOf(r.Context()).has(RoleMonitor) {
-			http.Error(w, "this client may not do that", http.StatusForbidden)
-			return
-		}
-		gather.ServeHTTP(w, r)
-	})
+	g := guard{o.Service, o.Metrics}
+	s := &server{g, newPages(o.PageKey)}
+	mux.Handle(kmev1connect.NewKeyServiceHandler(s, connect.WithReadMaxBytes(maxRequest),
+		connect.WithCompressMinBytes(minCompressed), connect.WithInterceptors(append(slices.Clone(o.Outer), &s.guard)...)))
+	ready := &readiness{find: func(ctx context.Context) (warnings []string, err error) {
+		err = g.finish(ctx, "ready", func() (err error) { warnings, err = o.Ready(ctx); return err })
+		return warnings, err
+	}}
+	mux.Handle(grpchealth.NewHandler(&checker{g, ready}))
+	mux.HandleFunc("GET /metrics", g.only(o.Gather.ServeHTTP, RoleMetrics))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { w.Write([]byte("ok\n")) })
-	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
-		ctx, cancel := context.WithTimeout(r.Context(), 5*time.Second)
-		defer cancel()
-		warnings, err := ready(ctx)
+	mux.HandleFunc("GET /readyz", g.only(func(w http.ResponseWriter, r *http.Request) {
+		warnings, err := ready.ask(r.Context())
 		if err != nil { // why is for the log of whoever runs the service
 			http.Error(w, "not ready", http.StatusServiceUnavailable)
 			return
@@ -61,29 +72,34 @@ func NewHandler(service *binding.Service, clients *atomic.Pointer[Clients], metr
 		for _, warning := range warnings {
 			fmt.Fprintf(w, "but %s\n", warning)
 		}
-	})
-	return identify(clients, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	}, roles...))
+	return identify(o.Clients, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		err := func() (err error) {
 			defer panics.Recover(&err)
 			mux.ServeHTTP(w, r)
 			return nil
 		}()
 		if err != nil { // of no call: guard has had those
-			service.Broken(r.Context(), err, "path", r.URL.Path)
+			o.Service.Broken(r.Context(), err, "path", r.URL.Path)
 			http.Error(w, "internal error", http.StatusInternalServerError)
 		}
 	}))
 }
 
-type checker func(context.Context) error
+// A checker says over gRPC what /readyz says.
+type checker struct {
+	guard
+	ready *readiness
+}
 
-func (c checker) Check(ctx context.Context, req *grpchealth.CheckRequest) (*grpchealth.CheckResponse, error) {
+func (c *checker) Check(ctx context.Context, req *grpchealth.CheckRequest) (*grpchealth.CheckResponse, error) {
+	if clientOf(ctx).as(roles...) == "" {
+		return nil, c.refuse(ctx, notAllowed(), "health")
+	}
 	if req.Service != "" && req.Service != kmev1connect.KeyServiceName {
 		return nil, connect.NewError(connect.CodeNotFound, errors.New("there is no such service"))
 	}
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-	defer cancel()
-	if c(ctx) != nil {
+	if _, err := c.ready.ask(ctx); err != nil {
 		return &grpchealth.CheckResponse{Status: grpchealth.StatusNotServing}, nil
 	}
 	return &grpchealth.CheckResponse{Status: grpchealth.StatusServing}, nil
@@ -95,15 +111,16 @@ type guard struct {
 	metrics *binding.Metrics
 }
 
-// call makes a call unless its client may not make it: then it is refused before anything is done for it. It counts it by what the caller is
-// answered.
-func (g *guard) call(ctx context.Context, procedure string, message any, f func() error) error {
+// call makes a call unless its client may not make it: then it is refused before anything is done for it. f gets a
+// context whose Actor has the role by which it may. It counts the call by what the caller is answered.
+func (g *guard) call(ctx context.Context, procedure string, message any, f func(context.Context) error) error {
 	start := time.Now()
 	err := g.finish(ctx, procedure, func() error {
-		if err := g.admit(ctx, procedure, message); err != nil {
+		ctx, err := g.admit(ctx, procedure, message)
+		if err != nil {
 			return err
 		}
-		return f()
+		return f(ctx)
 	})
 	reason := "OK"
 	if r := refusalOf(err); r != nil {
@@ -131,34 +148,52 @@ func (g *guard) finish(ctx context.Context, procedure string, work func() error)
 	return err
 }
 
-func (g *guard) admit(ctx context.Context, procedure string, message any) error {
+func (g *guard) admit(ctx context.Context, procedure string, message any) (context.Context, error) {
 	client := clientOf(ctx)
-	ok := client.has(allowed[procedure]...)
-	if named, has := message.(interface{ GetImsi() string }); ok && has {
-		ok = client.may(named.GetImsi())
+	named, names := message.(interface{ GetImsi() string })
+	var attrs []any
+	if names {
+		if imsi, err := kme.ParseIMSI(named.GetImsi()); err == nil {
+			attrs = []any{"imsi", imsi}
+		}
 	}
-	if !ok {
-		return g.refuse(ctx, notAllowed(), procedure)
+	role := client.as(allowed[procedure]...)
+	if role == "" || names && !client.view.Has(named.GetImsi()) {
+		return nil, g.refuse(ctx, notAllowed(), procedure, attrs...)
 	}
+	ctx = as(ctx, role)
 	if client.tooMany() {
-		return g.refuse(ctx, &binding.Refusal{Reason: kme.Overloaded, Message: "this client calls more often than it may"}, procedure)
+		r := &binding.Refusal{Reason: kme.Overloaded, Message: "this client calls more often than it may"}
+		return nil, g.refuse(ctx, r, procedure, attrs...)
 	}
-	return nil
+	return ctx, nil
 }
 
-func (g *guard) refuse(ctx context.Context, r *binding.Refusal, procedure string) error {
-	name := ""
-	if client := clientOf(ctx); client != nil {
-		name = client.Name
+func (g *guard) refuse(ctx context.Context, r *binding.Refusal, call string, attrs ...any) error {
+	if clientOf(ctx) == nil {
+		stranger(ctx, g.service, call)
+	} else {
+		g.service.Refused(ctx, r, append(attrs, "call", call)...)
 	}
-	g.service.Refused(ctx, r, "client", name, "call", procedure)
 	return toConnect(r)
+}
+
+// only serves clients that have one of some roles.
+func (g *guard) only(next http.HandlerFunc, some ...Role) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		if clientOf(r.Context()).as(some...) == "" {
+			g.refuse(r.Context(), notAllowed(), r.URL.Path)
+			http.Error(w, notAllowed().Message, http.StatusForbidden)
+			return
+		}
+		next(w, r)
+	}
 }
 
 // WrapUnary is connect.Interceptor's.
 func (g *guard) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, req connect.AnyRequest) (answer connect.AnyResponse, err error) {
-		err = g.call(ctx, req.Spec().Procedure, req.Any(), func() error {
+		err = g.call(ctx, req.Spec().Procedure, req.Any(), func(ctx context.Context) error {
 			answer, err = next(ctx, req)
 			return err
 		})
@@ -174,7 +209,7 @@ func (g *guard) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.
 	return func(ctx context.Context, conn connect.StreamingHandlerConn) error {
 		procedure := conn.Spec().Procedure
 		err := g.finish(ctx, procedure, func() error {
-			if !clientOf(ctx).has(allowed[procedure]...) {
+			if clientOf(ctx).as(allowed[procedure]...) == "" {
 				return g.refuse(ctx, notAllowed(), procedure)
 			}
 			return next(ctx, conn)
@@ -196,7 +231,10 @@ func (g *guard) WrapStreamingClient(next connect.StreamingClientFunc) connect.St
 	return next
 }
 
-type server struct{ guard }
+type server struct {
+	guard
+	pages
+}
 
 func (s *server) PrepareVector(ctx context.Context, req *connect.Request[kmev1.PrepareVectorRequest]) (*connect.Response[kmev1.PrepareVectorResponse], error) {
 	o, err := clientOf(ctx).origin(req.Msg.Origin, req.Msg.Imsi, req.Msg.NoProvisioning)
@@ -229,8 +267,11 @@ func (s *server) EstablishKME(ctx context.Context, req *connect.Request[kmev1.Es
 	if err != nil {
 		return nil, toConnect(err)
 	}
-	e, err := s.service.EstablishKME(ctx, req.Msg.Imsi, req.Msg.Imei, req.Msg.AttemptId, req.Msg.Payload, o,
-		client.has(RoleExport))
+	export := client.as(RoleExport) != ""
+	if export { // it asks for more than an HSS does
+		ctx = as(ctx, RoleExport)
+	}
+	e, err := s.service.EstablishKME(ctx, req.Msg.Imsi, req.Msg.Imei, req.Msg.AttemptId, req.Msg.Payload, o, export)
 	if err != nil {
 		return nil, toConnect(err)
 	}
@@ -275,7 +316,7 @@ func (s *server) EstablishKMEs(ctx context.Context, req *connect.Request[kmev1.E
 }
 
 func (s *server) establishOne(ctx context.Context, call *kmev1.EstablishKMERequest) (answer *kmev1.EstablishKMEResponse, err error) {
-	err = s.call(ctx, kmev1connect.KeyServiceEstablishKMEProcedure, call, func() error {
+	err = s.call(ctx, kmev1connect.KeyServiceEstablishKMEProcedure, call, func(ctx context.Context) error {
 		r, err := s.EstablishKME(ctx, connect.NewRequest(call))
 		if err == nil {
 			answer = r.Msg
@@ -342,19 +383,31 @@ func (s *server) ListBindings(ctx context.Context, req *connect.Request[kmev1.Li
 	if size < 1 {
 		return nil, toConnect(&binding.Refusal{Reason: kme.Malformed, Message: "the page_size is from 1 to 1000"})
 	}
-	page, err := s.service.ListBindings(ctx, req.Msg.PageToken, req.Msg.Imei, size)
+	client := clientOf(ctx)
+	q := client.view
+	q.Limit = size + 1 // is there more
+	var err error
+	if req.Msg.Imei != "" {
+		if q.IMEI, err = kme.ParseIMEI(req.Msg.Imei); err != nil {
+			return nil, toConnect(&binding.Refusal{Reason: kme.Malformed, Message: err.Error()})
+		}
+	}
+	if req.Msg.PageToken != "" {
+		if q.After, err = s.after(client, q.IMEI, req.Msg.PageToken); err != nil {
+			return nil, toConnect(err)
+		}
+	}
+	page, err := s.service.ListBindings(ctx, q)
 	if err != nil {
 		return nil, toConnect(err)
 	}
 	out := new(kmev1.ListBindingsResponse)
-	if len(page) == size {
-		out.NextPageToken = page[size-1].IMSI.String()
+	if len(page) > size {
+		page = page[:size]
+		out.NextPageToken = s.token(client, q.IMEI, page[size-1].IMSI)
 	}
-	client := clientOf(ctx)
 	for _, b := range page {
-		if client.may(b.IMSI.String()) { // a page may have fewer than asked for, or none
-			out.Bindings = append(out.Bindings, toBinding(b))
-		}
+		out.Bindings = append(out.Bindings, toBinding(b))
 	}
 	return connect.NewResponse(out), nil
 }

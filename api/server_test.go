@@ -14,8 +14,8 @@ import (
 	"net/http/httptest"
 	"slices"
 	"strings"
-	"sync/atomic"
 	"testing"
+	"time"
 
 	"connectrpc.com/connect"
 	"github.com/prometheus/client_golang/prometheus"
@@ -106,12 +106,23 @@ func checkInfo(t *testing.T, err error, reason string) {
 // serve is a service with a real database, and no token: nothing here gets so far.
 func serve(t *testing.T) (*httptest.Server, *sqlstore.Store) {
 	t.Helper()
-	return serveTo(t, &Client{Name: "anybody", Roles: []Role{RoleHSS, RoleAdmin, RoleMonitor}, PLMNs: []string{all},
-		ProvisionFrom: []string{home}})
+	return serveTo(t, Client{Name: "anybody", Roles: []Role{RoleHSS, RoleAdmin, RoleMonitor}, PLMNs: []string{all}})
+}
+
+// everybody has one client for whoever comes, and others.
+func everybody(t *testing.T, client Client, others ...Client) *Clients {
+	t.Helper()
+	client.SAN = "everybody"
+	clients, err := NewClients(append([]Client{client}, others...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	clients.byUID[-1] = clients.bySAN[client.SAN]
+	return clients
 }
 
 // serveTo serves everybody as one client.
-func serveTo(t *testing.T, client *Client) (*httptest.Server, *sqlstore.Store) {
+func serveTo(t *testing.T, client Client) (*httptest.Server, *sqlstore.Store) {
 	t.Helper()
 	store, err := sqlstore.Open(t.Context(), sqlstore.InFolder(t.TempDir()), kme.RandomSecret())
 	if err != nil {
@@ -128,9 +139,11 @@ func serveTo(t *testing.T, client *Client) (*httptest.Server, *sqlstore.Store) {
 		}
 		return nil
 	}
-	clients := new(atomic.Pointer[Clients])
-	clients.Store(&Clients{byUID: map[int]*Client{-1: client}})
-	s := httptest.NewUnstartedServer(NewHandler(service, clients, binding.NewMetrics(prometheus.NewRegistry()), http.NotFoundHandler(), nil, func(ctx context.Context) ([]string, error) { return []string{"a warning"}, ready(ctx) }))
+	s := httptest.NewUnstartedServer(NewHandler(Options{
+		Service: service, Clients: everybody(t, client), Metrics: binding.NewMetrics(prometheus.NewRegistry()),
+		Gather: http.NotFoundHandler(),
+		Ready:  func(ctx context.Context) ([]string, error) { return []string{"a warning"}, ready(ctx) },
+	}))
 	s.EnableHTTP2 = true
 	s.StartTLS()
 	t.Cleanup(s.Close)
@@ -176,6 +189,7 @@ func TestHealth(t *testing.T) {
 		t.Fatal(err)
 	}
 	check("/healthz", http.StatusOK, "ok\n")
+	time.Sleep(readyFor) // what was found before is not said for longer
 	check("/readyz", http.StatusServiceUnavailable, "not ready\n")
 }
 

@@ -33,6 +33,21 @@ func ActorOf(ctx context.Context) Actor {
 // CommandActor is who runs a command.
 func CommandActor(command string) Actor { return Actor{Client: command, User: who.Name()} }
 
+// An actorLog adds the actor of the context to each line.
+type actorLog struct{ slog.Handler }
+
+func (h actorLog) Handle(ctx context.Context, r slog.Record) error {
+	if a := ActorOf(ctx); a != (Actor{}) {
+		r.AddAttrs(slog.Any("actor", a))
+	}
+	return h.Handler.Handle(ctx, r)
+}
+
+func (h actorLog) WithAttrs(attrs []slog.Attr) slog.Handler {
+	return actorLog{h.Handler.WithAttrs(attrs)}
+}
+func (h actorLog) WithGroup(name string) slog.Handler { return actorLog{h.Handler.WithGroup(name)} }
+
 // LogValue is slog.LogValuer's.
 func (a Actor) LogValue() slog.Value {
 	var attrs []slog.Attr

@@ -16,7 +16,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync/atomic"
 	"testing"
 
 	"connectrpc.com/connect"
@@ -30,13 +29,11 @@ import (
 )
 
 // anybody who reaches the socket may call everything.
-func anybody(t *testing.T) *atomic.Pointer[api.Clients] {
+func anybody(t *testing.T) *api.Clients {
 	t.Helper()
 	own := os.Getuid()
-	clients := must[*api.Clients](t)(api.NewClients([]api.Client{{Name: "test", UID: &own, Roles: []api.Role{api.RoleHSS, api.RoleAdmin, api.RoleMonitor}, PLMNs: []string{"all"}}}))
-	p := new(atomic.Pointer[api.Clients])
-	p.Store(clients)
-	return p
+	return must[*api.Clients](t)(api.NewClients([]api.Client{{Name: "test", UID: &own, PLMNs: []string{"all"},
+		Roles: []api.Role{api.RoleHSS, api.RoleAdmin, api.RoleMonitor}}}))
 }
 
 // listen serves the rig on a socket, HTTP/1.1 and HTTP/2, and gives a way to dial it.
@@ -47,7 +44,9 @@ func (r *rig) listen(t *testing.T) func(ctx context.Context) (net.Conn, error) {
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
 	protocols.SetUnencryptedHTTP2(true)
-	server := &http.Server{Handler: api.NewHandler(r.service, anybody(t), binding.NewMetrics(prometheus.NewRegistry()), http.NotFoundHandler(), nil, func(ctx context.Context) ([]string, error) { return nil, r.token.Ping(ctx) }), Protocols: protocols, ConnContext: api.ConnContext}
+	handler := api.NewHandler(api.Options{Service: r.service, Clients: anybody(t),
+		Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(), Ready: func(ctx context.Context) ([]string, error) { return nil, r.token.Ping(ctx) }})
+	server := &http.Server{Handler: handler, Protocols: protocols, ConnContext: api.ConnContext}
 	go server.Serve(l)
 	t.Cleanup(func() { server.Close() })
 	return func(ctx context.Context) (net.Conn, error) { return new(net.Dialer).DialContext(ctx, "unix", path) }

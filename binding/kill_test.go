@@ -49,7 +49,9 @@ func serveChild(t *testing.T, args []string) {
 	protocols := new(http.Protocols)
 	protocols.SetUnencryptedHTTP2(true)
 	server := &http.Server{Protocols: protocols, ConnContext: api.ConnContext,
-		Handler: api.NewHandler(service, anybody(t), binding.NewMetrics(prometheus.NewRegistry()), http.NotFoundHandler(), nil, func(context.Context) ([]string, error) { return nil, nil })}
+		Handler: api.NewHandler(api.Options{Service: service, Clients: anybody(t),
+			Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(),
+			Ready: func(context.Context) ([]string, error) { return nil, nil }})}
 	t.Fatal(server.Serve(l))
 }
 

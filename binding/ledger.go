@@ -143,7 +143,7 @@ func (q *BindingQuery) Has(imsi string) bool {
 		}
 		return false
 	}
-	return imsi > q.After && (q.Within == nil || begins(q.Within)) && !begins(q.Without)
+	return (q.After == "" || imsi > q.After) && (q.Within == nil || begins(q.Within)) && !begins(q.Without)
 }
 
 // Entries gives all entries, chain after chain.

@@ -1,7 +1,7 @@
 package binding
 
 import (
-	"sync/atomic"
+	"sync"
 	"time"
 
 	"github.com/maypok86/otter/v2"
@@ -12,7 +12,7 @@ import (
 
 // Limits keep the service fast when more comes than it can do. The zero value of each is no limit.
 type Limits struct {
-	Calls     int     // at the HSM or waiting for it; more are refused at once
+	Calls     int     // at the HSM or waiting for it; more are refused at once, but see take
 	IMEIRate  float64 // payloads a second of one IMSI, whatever they are; and accepted ones of one IMEI
 	IMEIBurst int     // so many at once
 }
@@ -22,13 +22,44 @@ const maxRates = 100_000
 
 type limits struct {
 	Limits
-	calls atomic.Int64
+	mu    sync.Mutex
+	total int            // guarded by mu: calls that have a place
+	calls map[string]int // guarded by mu: those by client; who has none is not there
 	imsis *rates[kme.IMSI]
 	imeis *rates[kme.IMEI]
 }
 
 func newLimits(l Limits) *limits {
-	return &limits{Limits: l, imsis: newRates[kme.IMSI](l), imeis: newRates[kme.IMEI](l)}
+	return &limits{Limits: l, calls: map[string]int{}, imsis: newRates[kme.IMSI](l), imeis: newRates[kme.IMEI](l)}
+}
+
+// take gives a client's call a place, which leave gives back. A client that is alone may have all of them. Of several
+// that have calls under way, each may have its share, at least one, also while others have the rest: then there are
+// more than Calls, until those finish. With n clients these are Calls*(1 + 1/2 + ... + 1/n) at most, and n more.
+func (l *limits) take(client string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.Calls > 0 && l.total >= l.Calls {
+		active := len(l.calls)
+		if l.calls[client] == 0 {
+			active++
+		}
+		if l.calls[client] >= max(l.Calls/active, 1) {
+			return false
+		}
+	}
+	l.total++
+	l.calls[client]++
+	return true
+}
+
+func (l *limits) leave(client string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.total--
+	if l.calls[client]--; l.calls[client] == 0 {
+		delete(l.calls, client)
+	}
 }
 
 // allow says whether the HSM may have another payload of an IMSI's for an IMEI, and charges the IMSI for it. The IMEI

@@ -124,7 +124,8 @@ func lotKey(manufacturer, lot string) hsmkeys.Key {
 	return hsmkeys.Key{Role: hsmkeys.RoleLot, Manufacturer: manufacturer, Name: lot}
 }
 
-func (l *Lots) logWithdrawn(log *slog.Logger) {
+// LogWithdrawn logs what is not served, and by whose decision.
+func (l *Lots) LogWithdrawn(log *slog.Logger) {
 	for _, m := range slices.Sorted(maps.Keys(l.distrusted)) {
 		v := l.distrusted[m]
 		log.Warn("a manufacturer is distrusted: its lots are not served",

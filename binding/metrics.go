@@ -17,6 +17,8 @@ type Metrics struct {
 	queue    prometheus.Histogram
 	inFlight prometheus.Gauge
 	panics   prometheus.Counter
+
+	unauthenticated *prometheus.CounterVec
 }
 
 // buckets are from 100 us to 6 s: a cached answer and a raw RSA-4096 decryption in a slow token are in there.
@@ -37,8 +39,15 @@ func NewMetrics(r prometheus.Registerer) *Metrics {
 		panics: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "kme_panics_total", Help: "Panics, each of which has ended a call or some work.",
 		}),
+		unauthenticated: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "kme_unauthenticated_total", Help: "Callers that were not let in: certificate, it was not verified; " +
+				"handshake, TLS failed otherwise, as without a certificate; client and user, the configuration has none such.",
+		}, []string{"why"}),
 	}
-	r.MustRegister(m.calls, m.refusals, m.rejected, m.hsm, m.queue, m.inFlight, m.panics)
+	r.MustRegister(m.calls, m.refusals, m.rejected, m.hsm, m.queue, m.inFlight, m.panics, m.unauthenticated)
+	for _, why := range []string{"certificate", "handshake", "client", "user"} { // so that the first is an increase
+		m.unauthenticated.WithLabelValues(why)
+	}
 	return m
 }
 

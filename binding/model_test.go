@@ -507,7 +507,7 @@ func TestModelAtOnce(t *testing.T) {
 			t.Errorf("payload %d was accepted in %d attempts", n, len(attempts))
 		}
 	}
-	listed := must[[]*binding.Binding](t)(r.service.ListBindings(t.Context(), "", "", 1000))
+	listed := must[[]*binding.Binding](t)(r.service.ListBindings(t.Context(), binding.BindingQuery{Limit: 1000}))
 	for i, b := range listed {
 		if i > 0 && listed[i-1].IMSI.String() >= b.IMSI.String() {
 			t.Error("the list is not in order")
@@ -542,7 +542,7 @@ func TestRevokedWhileBound(t *testing.T) {
 	r.refresh(t, m, l)
 	checkRefused(t, "a vector for a device that was revoked", prepare(), kme.RevokedDevice, "")
 	// Its lot is not served any more: what is bound stays bound.
-	r.service.SetLots(new(binding.Lots))
+	r.service = r.service.WithLots(new(binding.Lots))
 	if err := prepare(); err != nil {
 		t.Error(err)
 	}

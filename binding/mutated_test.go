@@ -124,7 +124,8 @@ func TestMutatedMessages(t *testing.T) {
 	}
 	r, _, l := newServed(t)
 	service := r.unrecorded(t)
-	handler := api.NewHandler(service, anybody(t), binding.NewMetrics(prometheus.NewRegistry()), http.NotFoundHandler(), nil, nil)
+	handler := api.NewHandler(api.Options{Service: service, Clients: anybody(t),
+		Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler()})
 	socket := filepath.Join(t.TempDir(), "s") // for its user at the other end, who is us
 	listener := must[net.Listener](t)(net.Listen("unix", socket))
 	defer listener.Close()
@@ -178,7 +179,7 @@ func TestMutatedMessages(t *testing.T) {
 	if codes[http.StatusForbidden].Load() > 0 {
 		t.Error("not allowed to call")
 	}
-	if all := must[[]*binding.Binding](t)(service.ListBindings(t.Context(), "", "", 10)); len(all) > 0 {
+	if all := must[[]*binding.Binding](t)(service.ListBindings(t.Context(), binding.BindingQuery{Limit: 10})); len(all) > 0 {
 		t.Errorf("bindings came to be: %+v", all)
 	}
 }

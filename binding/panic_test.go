@@ -96,7 +96,10 @@ func TestStoreErrors(t *testing.T) {
 			return err
 		}},
 		{"get", "Subscription", func() error { _, err := r.service.GetBinding(t.Context(), imsi); return err }},
-		{"list", "Bindings", func() error { _, err := r.service.ListBindings(t.Context(), "", "", 10); return err }},
+		{"list", "Bindings", func() error {
+			_, err := r.service.ListBindings(t.Context(), binding.BindingQuery{Limit: 10})
+			return err
+		}},
 	} {
 		before := len(r.log.String())
 		r.recorder.onFirst(c.seam, func() error { return away })

@@ -147,7 +147,7 @@ func (r *rig) lots(t testing.TB) *binding.Lots {
 
 func (r *rig) serve(t testing.TB) {
 	t.Helper()
-	r.service.SetLots(r.lots(t))
+	r.service = r.service.WithLots(r.lots(t))
 }
 
 // refresh has the service know what a maker has revoked, without the wait for revocation_ttl.

@@ -37,10 +37,11 @@ type Service struct {
 	store   Store
 	log     *slog.Logger
 	times   Times
-	lots    atomic.Pointer[Lots]
+	lots    *Lots
 	limits  *limits
 	metrics *Metrics
-	coming  atomic.Int64 // see Coming
+	unknown *strangers
+	coming  *atomic.Int64 // see Coming
 
 	// open has the attempts that this process has seen open, the last of each IMSI: the store need not be asked before their EstablishKME.
 	// Another process may have closed one since; then the store says so before it establishes anything.
@@ -63,19 +64,29 @@ func DefaultTimes() Times {
 	return Times{Attempt: 5 * time.Minute, Pending: time.Hour, PendingVectors: 3, Now: time.Now}
 }
 
-// NewService serves the lots given until SetLots gives it others. Decisions are logged, one line each; no line holds a
+// NewService serves lots. Decisions are logged, one line each, with the Actor of the call's context; no line holds a
 // secret.
 func NewService(token Token, store Store, lots *Lots, times Times, log *slog.Logger) *Service {
 	s := &Service{
-		token: token, store: store, log: log, times: times, limits: newLimits(Limits{}),
-		metrics: NewMetrics(prometheus.NewRegistry()),
+		token: token, store: store, log: slog.New(actorLog{log.Handler()}), times: times, limits: newLimits(Limits{}),
+		lots: lots, coming: new(atomic.Int64), metrics: NewMetrics(prometheus.NewRegistry()),
+		unknown: newStrangers(unauthenticatedEvery, unauthenticatedBurst),
 		open: otter.Must(&otter.Options[kme.IMSI, Attempt]{
 			MaximumSize: maxOpen, ExpiryCalculator: otter.ExpiryWriting[kme.IMSI, Attempt](times.Attempt),
 		}),
 	}
-	s.lots.Store(lots)
 	lots.follow(new(Lots))
 	return s
+}
+
+// WithLots is the same service with other lots. Both have the same limits and metrics, and calls under way finish with
+// the lots that they began with. From now on the lists of revoked devices of these lots are read in the background, and
+// no more those of the lots before.
+func (s *Service) WithLots(lots *Lots) *Service {
+	other := *s
+	other.lots = lots
+	lots.follow(s.lots)
+	return &other
 }
 
 // Limit sets limits, and Observe where to count and measure, for the time before the first call. Without, there are none.
@@ -85,33 +96,26 @@ func (s *Service) Limit(l Limits) { s.limits = newLimits(l) }
 func (s *Service) Observe(m *Metrics) { s.metrics = m }
 
 // enter admits a call that may reach the HSM. Work that nobody waits for is not begun: see hsmkeys.
-func (s *Service) enter() (leave func(), err error) {
-	if n := s.limits.calls.Add(1); s.limits.Calls > 0 && n > int64(s.limits.Calls) {
-		s.limits.calls.Add(-1)
+func (s *Service) enter(ctx context.Context) (leave func(), err error) {
+	client := ActorOf(ctx).Client
+	if !s.limits.take(client) {
 		return nil, overloaded("the service has all the work that it can do: call again later")
 	}
 	s.metrics.inFlight.Inc()
-	return func() { s.metrics.inFlight.Dec(); s.limits.calls.Add(-1) }, nil
+	return func() { s.metrics.inFlight.Dec(); s.limits.leave(client) }, nil
 }
 
 // Coming is how many calls are on their way to a change of the store and will soon be there: what they wait for is the HSM, if anything, and no directory.
 func (s *Service) Coming() int { return int(s.coming.Load()) }
 
-// SetLots changes the lots that are served. Calls under way finish with those that they began with. What is not served, by
-// whose decision, is logged.
-func (s *Service) SetLots(lots *Lots) {
-	lots.follow(s.lots.Swap(lots))
-	lots.logWithdrawn(s.log)
-}
-
 // CheckDirectories says which manufacturers' directories cannot be read now. Devices whose keys are cached are served all the
 // same.
 func (s *Service) CheckDirectories(ctx context.Context) map[string]error {
-	return s.lots.Load().CheckDirectories(ctx)
+	return s.lots.CheckDirectories(ctx)
 }
 
 // Overdue gives the lists of revoked devices that could not be read again when it was time, by manufacturer.
-func (s *Service) Overdue() map[string][]directory.Overdue { return s.lots.Load().Overdue() }
+func (s *Service) Overdue() map[string][]directory.Overdue { return s.lots.Overdue() }
 
 // MaxRANDs is how many RANDs one PrepareVector takes.
 const MaxRANDs = 32
@@ -132,7 +136,7 @@ func (s *Service) PrepareVector(ctx context.Context, imsiText string, rands [][]
 	if err != nil {
 		return nil, err
 	}
-	leave, err := s.enter()
+	leave, err := s.enter(ctx)
 	if err != nil {
 		return nil, s.failed(ctx, "prepare", imsi, err)
 	}
@@ -184,7 +188,7 @@ func (s *Service) prepare(ctx context.Context, imsi kme.IMSI, rands []hsmkeys.RA
 
 // notRevoked refuses a binding whose device the manufacturer has revoked, or may have.
 func (s *Service) notRevoked(b *Binding) error {
-	switch revoked, err := s.lots.Load().revoked(b); {
+	switch revoked, err := s.lots.revoked(b); {
 	case err != nil:
 		return refuse(kme.DirectoryUnavailable, "whether the device was revoked is not known", err)
 	case revoked:
@@ -210,7 +214,7 @@ func (s *Service) RestoreRAND(ctx context.Context, imsiText string, randBytes []
 	if err != nil {
 		return out, err
 	}
-	leave, err := s.enter()
+	leave, err := s.enter(ctx)
 	if err != nil {
 		return out, s.failed(ctx, "restore", imsi, err)
 	}
@@ -270,7 +274,7 @@ func (s *Service) EstablishKME(ctx context.Context, imsiText, imeiText, attemptI
 	if err != nil {
 		return nil, refuse(kme.Malformed, err.Error(), nil)
 	}
-	leave, err := s.enter()
+	leave, err := s.enter(ctx)
 	if err != nil {
 		return nil, s.failed(ctx, "establish", imsi, err, "imei", imei)
 	}
@@ -301,10 +305,10 @@ func (s *Service) EstablishKME(ctx context.Context, imsiText, imeiText, attemptI
 type place struct{ leave func() }
 
 // outside does what waits for others than the HSM and the store: meanwhile the place is somebody else's.
-func (s *Service) outside(p *place, wait func()) error {
+func (s *Service) outside(ctx context.Context, p *place, wait func()) error {
 	p.leave()
 	wait()
-	leave, err := s.enter()
+	leave, err := s.enter(ctx)
 	if p.leave = leave; err != nil {
 		p.leave = func() {}
 	}
@@ -332,7 +336,7 @@ func (s *Service) establish(ctx context.Context, p *place, imsi kme.IMSI, imei k
 }
 
 func (s *Service) export(ctx context.Context, imei kme.IMEI, payload []byte) (secret kme.Secret, err error) {
-	lot := s.lots.Load().find(imei)
+	lot := s.lots.find(imei)
 	if lot == nil {
 		return secret, unknownDevice()
 	}
@@ -358,7 +362,7 @@ func (s *Service) accept(ctx context.Context, p *place, imsi kme.IMSI, imei kme.
 	} else if err != nil {
 		return nil, fromStore(ctx, err)
 	}
-	lot := s.lots.Load().find(imei)
+	lot := s.lots.find(imei)
 	if lot == nil {
 		return nil, unknownDevice()
 	}
@@ -367,7 +371,7 @@ func (s *Service) accept(ctx context.Context, p *place, imsi kme.IMSI, imei kme.
 	}
 	device, cached, err := lot.reader.Cached(lot.manifest, imei)
 	if !cached {
-		full := s.outside(p, func() { device, err = lot.reader.Fetch(ctx, lot.manifest, imei) })
+		full := s.outside(ctx, p, func() { device, err = lot.reader.Fetch(ctx, lot.manifest, imei) })
 		if err == nil && full != nil {
 			return nil, full
 		}
@@ -541,21 +545,10 @@ func (s *Service) RevokeBinding(ctx context.Context, imsiText string) (*Binding,
 	return b, nil
 }
 
-// ListBindings gives a page of all bindings, those behind the IMSI after, and only those of a device unless imei is empty.
-func (s *Service) ListBindings(ctx context.Context, after, imeiText string, limit int) ([]*Binding, error) {
-	var imei kme.IMEI
-	if imeiText != "" {
-		var err error
-		if imei, err = kme.ParseIMEI(imeiText); err != nil {
-			return nil, refuse(kme.Malformed, err.Error(), nil)
-		}
-	}
-	if after != "" {
-		if _, err := parseIMSI(after); err != nil {
-			return nil, refuse(kme.Malformed, "the page token is none of ours", nil)
-		}
-	}
-	all, err := s.store.Bindings(ctx, BindingQuery{After: after, IMEI: imei, Limit: limit, Now: s.times.Now()})
+// ListBindings gives a page of bindings.
+func (s *Service) ListBindings(ctx context.Context, q BindingQuery) ([]*Binding, error) {
+	q.Now = s.times.Now()
+	all, err := s.store.Bindings(ctx, q)
 	if err != nil {
 		return nil, s.failed(ctx, "list", kme.IMSI{}, fromStore(ctx, err))
 	}

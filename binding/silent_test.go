@@ -70,7 +70,7 @@ func TestVaultFrozen(t *testing.T) {
 	r.readers[m.KeyID()] = directory.NewReader(store, directory.NewVerifier(m.Public()),
 		directory.ReaderOptions{RevocationTTL: ttl})
 	r.take(t, m, l)
-	t.Cleanup(func() { r.service.SetLots(new(binding.Lots)) })
+	t.Cleanup(func() { r.service.WithLots(new(binding.Lots)) })
 	const calls = 64 // fewer than the cold payloads, as it is in production
 	r.service.Limit(binding.Limits{Calls: calls})
 	var imsis []string

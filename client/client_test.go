@@ -46,10 +46,9 @@ func serve(before func(w http.ResponseWriter, r *http.Request) (answered bool)) 
 	if err != nil {
 		return "", nil, err
 	}
-	clients := new(atomic.Pointer[api.Clients])
-	clients.Store(known)
 	service := binding.NewService(nil, store, new(binding.Lots), binding.DefaultTimes(), slog.New(slog.DiscardHandler))
-	handler := api.NewHandler(service, clients, binding.NewMetrics(prometheus.NewRegistry()), http.NotFoundHandler(), nil, func(context.Context) ([]string, error) { return nil, nil })
+	handler := api.NewHandler(api.Options{Service: service, Clients: known,
+		Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(), Ready: func(context.Context) ([]string, error) { return nil, nil }})
 	path := filepath.Join(dir, "s")
 	l, err := net.Listen("unix", path)
 	if err != nil {

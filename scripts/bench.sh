@@ -35,5 +35,6 @@ token: '$OPERATOR_TOKEN'
 state: keysvc
 listen: 127.0.0.1:0
 tls: {certificate: tls/keysvc.pem, key: tls/keysvc.key, client_ca: tls/ca.pem}
+clients: [{name: hss, san: hss.bench, roles: [hss], plmns: [all]}]
 EOC
 bin/bench -dir "$dir" -pairs "$pairs" -seconds "$seconds"

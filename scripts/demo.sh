@@ -120,6 +120,9 @@ state: keysvc
 listen: 127.0.0.1:0
 tls: {certificate: tls/keysvc.pem, key: tls/keysvc.key, client_ca: tls/ca.pem}
 socket: keysvc.sock
+clients:
+  - {name: hss, san: hss.demo, roles: [hss], plmns: [all]}
+  - {name: operator, uid: $(id -u), roles: [hss, admin, monitor, metrics], plmns: [all]}
 revocation_ttl: 1s
 $login
 EOF

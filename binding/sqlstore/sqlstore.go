@@ -257,8 +257,8 @@ func (s *Store) Bindings(ctx context.Context, q binding.BindingQuery) ([]*bindin
 	}
 	begins := func(prefixes []string) string {
 		var any []string
-		for _, p := range prefixes { // all that begins so, and a digit at least
-			any = append(any, "imsi >= "+arg(p)+" AND imsi < "+arg(p+":"))
+		for _, p := range prefixes { // as numbers of 15 digits: that is so in every collation of a database
+			any = append(any, "imsi BETWEEN "+arg(p)+" AND "+arg(p+strings.Repeat("9", 15-len(p))))
 		}
 		return "(" + strings.Join(any, " OR ") + ")"
 	}

@@ -595,9 +595,10 @@ func revoke(t *testing.T, s Store) {
 }
 
 func bindings(t *testing.T, s Store) {
-	list := func(after string, imei kme.IMEI, limit int) (names []string) {
+	query := func(q binding.BindingQuery) (names []string) {
 		t.Helper()
-		all, err := s.Bindings(t.Context(), binding.BindingQuery{After: after, IMEI: imei, Limit: limit, Now: t0})
+		q.Now = t0
+		all, err := s.Bindings(t.Context(), q)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -605,6 +606,10 @@ func bindings(t *testing.T, s Store) {
 			names = append(names, fmt.Sprint(b.IMSI.String()[10:], " ", b.IMEI.String()[11:], " ", b.State))
 		}
 		return names
+	}
+	list := func(after string, imei kme.IMEI, limit int) []string {
+		t.Helper()
+		return query(binding.BindingQuery{After: after, IMEI: imei, Limit: limit})
 	}
 	if got := list("", kme.IMEI{}, 10); len(got) != 0 {
 		t.Errorf("an empty store lists %v", got)
@@ -635,6 +640,34 @@ func bindings(t *testing.T, s Store) {
 	}
 	if got := list("", device(t, 1), 10); !slices.Equal(got, all[2:4]) {
 		t.Errorf("those of a device: %v", got)
+	}
+	plmn := subscription(t, 0).String()[:5]
+	ends := func(n int) string { return subscription(t, n).String() }
+	for _, c := range []struct {
+		within, without []string
+		want            []string
+	}{
+		{[]string{plmn}, nil, all},
+		{[]string{"99999", plmn}, nil, all},
+		{[]string{"99999"}, nil, nil},
+		{[]string{}, nil, nil},
+		{nil, []string{"99999"}, all},
+		{nil, []string{plmn}, nil},
+		{[]string{ends(1), ends(3), ends(4)}, []string{ends(3)}, []string{all[1], all[4]}},
+	} {
+		got := query(binding.BindingQuery{Within: c.within, Without: c.without, Limit: 10})
+		if !slices.Equal(got, c.want) {
+			t.Errorf("within %q, without %q: %v, want %v", c.within, c.without, got, c.want)
+		}
+	}
+	// The limit counts what is asked for alone, and a device's are filtered too.
+	q := binding.BindingQuery{Within: []string{ends(0), ends(2), ends(4)}, Limit: 2}
+	if got := query(q); !slices.Equal(got, []string{all[0], all[2]}) {
+		t.Errorf("a page of some: %v", got)
+	}
+	q = binding.BindingQuery{IMEI: device(t, 1), Without: []string{ends(2)}, Limit: 2}
+	if got := query(q); !slices.Equal(got, all[3:4]) {
+		t.Errorf("some of a device: %v", got)
 	}
 }
 

@@ -35,12 +35,14 @@ const configHelp = `The configuration (a relative path in it is relative to its 
     directory: file:/srv/directory     # for manufacturers enrolled without one
     listen: 127.0.0.1:8443             # mutual TLS 1.3; with tls
     tls: {certificate: server.pem, key: server.key, client_ca: clients.pem}
-    socket: /run/kmehsm/keysvc.sock    # for the service's own user, and the clients with a uid
-    clients:                           # who may call; without this, any certificate of client_ca is an hss for all
-                                       # PLMNs, and the service's own user, on the socket, an hss and an admin
+    socket: /run/kmehsm/keysvc.sock    # for the clients with a uid
+    clients:                           # who may call, which listen needs; without this, on the socket alone, the
+                                       # service's own user, for all but kme-export
       - {name: hss-1, san: hss-1.example, roles: [hss], plmns: ["00101"]}   # san: a DNS name or URI of its certificate
                                        # rate: 500 for at most so many calls a second
-      - {name: ops, uid: 1000, roles: [admin], plmns: [all]}                # roles: hss, admin, monitor, kme-export
+      - {name: ops, uid: 1000, roles: [admin], plmns: [all]}   # roles: hss, admin, monitor (sees bindings), metrics
+                                       # (reads GET /metrics), kme-export; an IMSI is of the longest PLMN that is
+                                       # named anywhere here
                                        # provision_from: [home]: origins that may provision: home (names of the IMSI's
                                        # own PLMN, mme.epc.mnc001.mcc001.3gppnetwork.org), any, "26202" (that
                                        # PLMN's), names of hosts, "*.example.net"
@@ -52,9 +54,10 @@ const configHelp = `The configuration (a relative path in it is relative to its 
     revocation_ttl: 1m                 # after which a list of revoked devices is read again, in the background
     max_revocation_age: 0s             # of a list that cannot be read again, or is past its next_update: beyond it, the
                                        # devices of its lot are not served, bound or not (0s: the last list stands)
-    calls: 128                         # that are at the HSM or wait for it; more are refused (default: 32 for
-                                       # each session)
-    imei_rate: 10                      # payloads a second of one IMSI, accepted ones of one IMEI; imei_burst: 1000 at once; more are refused
+    calls: 128                         # that are at the HSM or wait for it; more are refused, but not those of a
+                                       # client that has less than its share (default: 32 for each session)
+    imei_rate: 10                      # payloads a second of one IMSI, accepted ones of one IMEI; imei_burst: 1000
+                                       # at once; more are refused
     verify: token                      # or software, where the doctor says that the token cannot validate KME_SIG
     hsm_timeout: 5s                    # after which a call that hangs in the token's module is given up
     cache_mb: 64                       # memory for cached public keys
@@ -290,6 +293,9 @@ func (c *config) check() error {
 		return errors.New("neither listen nor socket says where to serve")
 	case c.Listen != "" && (c.TLS.Certificate == "" || c.TLS.Key == "" || c.TLS.ClientCA == ""):
 		return errors.New("listen needs tls with certificate, key and client_ca: it is never offered without mutual TLS")
+	case c.Listen != "" && len(c.Clients) == 0:
+		return errors.New(`listen needs clients, who may call: clients: [{name: hss-1, san: hss-1.example, roles: [hss], ` +
+			`plmns: ["00101"]}], where san is a DNS name or URI of its certificate`)
 	}
 	if err := c.login().Validate(); err != nil {
 		return fmt.Errorf("vault: %w", err)

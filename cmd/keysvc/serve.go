@@ -20,7 +20,6 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"slices"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -177,8 +176,11 @@ func serve(c *cli.Context) error {
 			log.Warn("the last traces were not sent", "cause", err.Error())
 		}
 	}()
-	clients := new(atomic.Pointer[api.Clients])
-	handler := api.NewHandler(service, clients, metrics, promhttp.HandlerFor(registry, promhttp.HandlerOpts{}), traces, func(ctx context.Context) (warnings []string, err error) {
+	pageKey, err := token.Derive(ctx, "pages")
+	if err != nil {
+		return err
+	}
+	ready := func(ctx context.Context, service *binding.Service) (warnings []string, err error) {
 		if err = token.Ping(ctx); err == nil {
 			_, err = store.Lots(ctx)
 		}
@@ -200,35 +202,13 @@ func serve(c *cli.Context) error {
 			}
 		}
 		return warnings, nil
-	})
-	tlsConfig := new(atomic.Pointer[tls.Config])
-	// take takes up what may change while the service runs: certificates and clients of a configuration, and the lots.
-	take := func(now *config) (lots *binding.Lots, err error) {
-		known, err := knownClients(now)
-		if err != nil {
-			return nil, err
-		}
-		var certificates *tls.Config
-		if cfg.Listen != "" {
-			if certificates, err = loadTLS(now); err != nil {
-				return nil, err
-			}
-		}
-		lots, err = binding.OpenLots(ctx, store, open)
-		if errors.Is(err, binding.ErrRolledBack) && rolledBack != nil { // from the start on: there are none until it is accepted
-			lots, err = new(binding.Lots), nil
-		}
-		if err != nil {
-			return nil, err
-		}
-		// All of it, or nothing.
-		tlsConfig.Store(certificates)
-		clients.Store(known)
-		service.SetLots(lots)
-		return lots, nil
 	}
-	lots, err := take(cfg)
-	if err != nil {
+	served := &live{
+		started: cfg, registry: store, open: open, ready: ready, log: log, rolledBack: rolledBack != nil,
+		options: api.Options{Service: service, Metrics: metrics, Outer: traces, PageKey: pageKey,
+			Gather: promhttp.HandlerFor(registry, promhttp.HandlerOpts{})},
+	}
+	if err := served.take(ctx, cfg); err != nil {
 		return err
 	}
 	// safely does work that no call waits for. A panic is its error, and the service goes on.
@@ -242,21 +222,12 @@ func serve(c *cli.Context) error {
 		return work()
 	}
 	reload := func() error {
-		return safely(func() error {
-			now, err := readConfig(c.String("config"))
-			if err == nil {
-				_, err = take(now)
-			}
-			return err
-		})
+		return safely(func() error { return served.reload(ctx, c.String("config")) })
 	}
 	sweep := func(ctx context.Context) error {
 		return safely(func() error { return store.DropExpired(ctx, time.Now()) })
 	}
-	if len(cfg.Clients) == 0 && cfg.Listen != "" {
-		log.Warn("no clients are configured: every certificate of client_ca may act as an HSS for every PLMN")
-	}
-	listeners, err := listen(cfg, tlsConfig, clients.Load().OtherUsers(os.Getuid()))
+	listeners, err := listen(cfg, served)
 	if err != nil {
 		return err
 	}
@@ -286,8 +257,8 @@ func serve(c *cli.Context) error {
 		})
 	}()
 	defer func() { stopKeeping(); <-kept }()
-	log.Info("serving", "token", token.String(), "ranges", lots.Len(), "addresses", addresses)
-	return run(ctx, handler, listeners, accepted, reload, sweep, log)
+	log.Info("serving", "token", token.String(), "ranges", served.Load().lots.Len(), "addresses", addresses)
+	return run(ctx, served, service, listeners, accepted, reload, sweep, log)
 }
 
 // weaknesses are what was accepted of the tokens at their keysvc init. They are said in the log, and counted, too.
@@ -316,11 +287,6 @@ func standing(since time.Time) string {
 		return "there is none yet, and no device of the lot is bound"
 	}
 	return "that of " + since.UTC().Format(time.RFC3339) + " stands"
-}
-
-// loadTLS reads certificates anew: a client without one is not served.
-func loadTLS(cfg *config) (*tls.Config, error) {
-	return cmdline.ServerTLS(cfg.TLS.Certificate, cfg.TLS.Key, cfg.TLS.ClientCA, tls.RequireAndVerifyClientCert)
 }
 
 // newLog is JSON lines, a decision each. Hashed, IMSIs and IMEIs are keyed: there are too few of them for a hash that anybody can compute.
@@ -420,20 +386,7 @@ func observeProcess(registry prometheus.Registerer, group *hsmkeys.Group, store 
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 }
 
-// knownClients are those of the configuration.
-func knownClients(cfg *config) (*api.Clients, error) {
-	if len(cfg.Clients) > 0 {
-		return api.NewClients(cfg.Clients)
-	}
-	own := os.Getuid()
-	known, err := api.NewClients([]api.Client{{Name: "own user", UID: &own, Roles: []api.Role{api.RoleHSS, api.RoleAdmin, api.RoleMonitor}, PLMNs: []string{"all"}}})
-	if err != nil {
-		return nil, err
-	}
-	return known.AnyCertificate(api.RoleHSS), nil
-}
-
-func listen(cfg *config, tlsConfig *atomic.Pointer[tls.Config], others bool) (listeners []net.Listener, err error) {
+func listen(cfg *config, served *live) (listeners []net.Listener, err error) {
 	defer func() {
 		if err != nil {
 			for _, l := range listeners {
@@ -448,11 +401,11 @@ func listen(cfg *config, tlsConfig *atomic.Pointer[tls.Config], others bool) (li
 		}
 		listeners = append(listeners, tls.NewListener(l, &tls.Config{
 			MinVersion:         tls.VersionTLS13,
-			GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return tlsConfig.Load(), nil },
+			GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return served.Load().tls, nil },
 		}))
 	}
 	if cfg.Socket != "" {
-		l, err := listenUnix(cfg.Socket, others)
+		l, err := listenUnix(cfg.Socket, served.others)
 		if err != nil {
 			return listeners, err
 		}
@@ -488,15 +441,15 @@ func listenUnix(path string, others bool) (net.Listener, error) {
 
 // run serves until ctx ends, and then finishes the calls under way. It reloads at SIGHUP, and when a database that was
 // rolled back is accepted.
-func run(ctx context.Context, handler http.Handler, listeners []net.Listener, accepted <-chan struct{},
-	reload func() error, sweep func(context.Context) error, log *slog.Logger) error {
+func run(ctx context.Context, handler http.Handler, service *binding.Service, listeners []net.Listener,
+	accepted <-chan struct{}, reload func() error, sweep func(context.Context) error, log *slog.Logger) error {
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
 	protocols.SetHTTP2(true)
 	protocols.SetUnencryptedHTTP2(true) // on the socket, where gRPC comes without TLS
 	server := &http.Server{
 		Handler: handler, ConnContext: api.ConnContext, Protocols: protocols, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, IdleTimeout: 5 * time.Minute,
-		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		ConnState: api.ConnState(service), ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}
 	g, gctx := errgroup.WithContext(ctx)
 	for _, l := range listeners {

@@ -1,0 +1,120 @@
+package api
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kmehsm/kmehsm/binding"
+)
+
+// A caller is who is at the other end of a request. Its Actor is in the context, too.
+type caller struct {
+	client      *Client           // nil: nobody knows it
+	certificate *x509.Certificate // that was verified; nil on the Unix socket
+}
+
+type (
+	callerKey struct{}
+	uidKey    struct{}
+)
+
+// ConnContext remembers the user at the other end of a Unix socket. It is for http.Server.
+func ConnContext(ctx context.Context, c net.Conn) context.Context {
+	uid := -1
+	if u, ok := c.(*net.UnixConn); ok {
+		if raw, err := u.SyscallConn(); err == nil {
+			raw.Control(func(fd uintptr) {
+				if cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
+					uid = int(cred.Uid)
+				}
+			})
+		}
+	}
+	return context.WithValue(ctx, uidKey{}, uid)
+}
+
+// ConnState has TLS handshakes that fail logged and counted. It is for http.Server.
+func ConnState(service *binding.Service) func(net.Conn, http.ConnState) {
+	return func(c net.Conn, state http.ConnState) {
+		t, ok := c.(*tls.Conn)
+		if !ok || state != http.StateClosed {
+			return
+		}
+		err := t.Handshake() // it has been: this is how it went
+		var transport *net.OpError
+		switch broken := errors.As(err, &transport) && (transport.Op == "read" || transport.Op == "write"); {
+		case err == nil, errors.Is(err, io.EOF), broken: // who went, or is slow, has shown nothing that could be refused
+			return
+		}
+		why, attrs, actor := "handshake", []any{"cause", err.Error()}, binding.Actor{Address: c.RemoteAddr().String()}
+		var unverified *tls.CertificateVerificationError
+		if errors.As(err, &unverified) && len(unverified.UnverifiedCertificates) > 0 {
+			shown := unverified.UnverifiedCertificates[0]
+			why, attrs, actor.Certificate = "certificate", append(attrs, describe(shown)...), fingerprint(shown)
+		}
+		service.Unauthenticated(binding.WithActor(context.Background(), actor), why, attrs...)
+	}
+}
+
+// identify puts caller and Actor into the context of each request.
+func identify(clients *Clients, next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		c, uid := new(caller), -1
+		actor := binding.Actor{Address: r.RemoteAddr}
+		if r.TLS != nil && len(r.TLS.VerifiedChains) > 0 {
+			c.certificate = r.TLS.VerifiedChains[0][0]
+			actor.Certificate = fingerprint(c.certificate)
+		} else if peer, ok := r.Context().Value(uidKey{}).(int); ok && peer >= 0 {
+			uid, actor.User, actor.Address = peer, fmt.Sprint("uid ", peer), ""
+		}
+		if c.client = clients.of(c.certificate, uid); c.client != nil {
+			actor.Client = c.client.Name
+		}
+		ctx := binding.WithActor(context.WithValue(r.Context(), callerKey{}, c), actor)
+		next.ServeHTTP(w, r.WithContext(ctx))
+	})
+}
+
+func callerOf(ctx context.Context) *caller { return ctx.Value(callerKey{}).(*caller) }
+func clientOf(ctx context.Context) *Client { return callerOf(ctx).client }
+
+// as has the Actor of a context act by a role.
+func as(ctx context.Context, r Role) context.Context {
+	actor := binding.ActorOf(ctx)
+	actor.Role = string(r)
+	return binding.WithActor(ctx, actor)
+}
+
+// fingerprint is what a certificate is known by: its SHA-256, in hexadecimal.
+func fingerprint(c *x509.Certificate) string {
+	sum := sha256.Sum256(c.Raw)
+	return hex.EncodeToString(sum[:])
+}
+
+// describe is what a certificate says of itself, for the log. Its fingerprint is in the Actor.
+func describe(c *x509.Certificate) []any {
+	names := append([]string(nil), c.DNSNames...)
+	for _, uri := range c.URIs {
+		names = append(names, uri.String())
+	}
+	return []any{"subject", c.Subject.String(), "names", names, "not_after", c.NotAfter}
+}
+
+// stranger logs and counts a caller that nobody knows, and what it asked for.
+func stranger(ctx context.Context, service *binding.Service, call string) {
+	why, attrs := "user", []any{"call", call}
+	if c := callerOf(ctx).certificate; c != nil {
+		why, attrs = "client", append(attrs, describe(c)...)
+	}
+	service.Unauthenticated(ctx, why, attrs...)
+}

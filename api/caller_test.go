@@ -1,0 +1,328 @@
+package api
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/big"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// An authority certifies clients.
+type authority struct {
+	certificate *x509.Certificate
+	key         *ecdsa.PrivateKey
+}
+
+func newAuthority(t *testing.T) *authority {
+	t.Helper()
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "CA"}, NotBefore: time.Now().Add(-time.Hour),
+		NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := &authority{template, key}
+	a.certificate = a.issue(t, template, &key.PublicKey)
+	return a
+}
+
+func (a *authority) issue(t *testing.T, template *x509.Certificate, key *ecdsa.PublicKey) *x509.Certificate {
+	t.Helper()
+	der, err := x509.CreateCertificate(rand.Reader, template, a.certificate, key, a.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// client is a certificate for a DNS name.
+func (a *authority) client(t *testing.T, name string, until time.Time) tls.Certificate {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := a.issue(t, &x509.Certificate{
+		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: "the " + name}, DNSNames: []string{name},
+		NotBefore: time.Now().Add(-2 * time.Hour), NotAfter: until,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	}, &key.PublicKey)
+	return tls.Certificate{Certificate: [][]byte{c.Raw}, PrivateKey: key, Leaf: c}
+}
+
+// A lines is a log, JSON lines.
+type lines struct {
+	mu   sync.Mutex
+	text strings.Builder // guarded by mu
+}
+
+func (l *lines) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(b)
+}
+
+// take gives what was logged, and forgets it.
+func (l *lines) take(t *testing.T) (all []map[string]any) {
+	t.Helper()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for line := range strings.Lines(l.text.String()) {
+		var m map[string]any
+		if err := json.Unmarshal([]byte(line), &m); err != nil {
+			t.Fatal(line, err)
+		}
+		all = append(all, m)
+	}
+	l.text.Reset()
+	return all
+}
+
+// A front is a service with a real database, served with mutual TLS and on a socket, as keysvc serves it.
+type front struct {
+	log      *lines
+	registry *prometheus.Registry
+	ca       *authority
+	url      string
+	socket   string
+}
+
+func newFront(t *testing.T, list ...Client) *front {
+	t.Helper()
+	f := &front{log: new(lines), registry: prometheus.NewRegistry(), ca: newAuthority(t)}
+	store, err := sqlstore.Open(t.Context(), sqlstore.InFolder(t.TempDir()), kme.RandomSecret())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { store.Close() })
+	clients, err := NewClients(list)
+	if err != nil {
+		t.Fatal(err)
+	}
+	metrics := binding.NewMetrics(f.registry)
+	service := binding.NewService(nil, store, new(binding.Lots), binding.DefaultTimes(),
+		slog.New(slog.NewJSONHandler(f.log, nil)))
+	service.Observe(metrics)
+	handler := NewHandler(Options{Service: service, Clients: clients, Metrics: metrics, Gather: http.NotFoundHandler()})
+	s := httptest.NewUnstartedServer(handler)
+	pool := x509.NewCertPool()
+	pool.AddCert(f.ca.certificate)
+	s.TLS = &tls.Config{ClientCAs: pool, ClientAuth: tls.RequireAndVerifyClientCert, MinVersion: tls.VersionTLS13}
+	s.Config.ConnState, s.Config.ConnContext = ConnState(service), ConnContext
+	s.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelDebug)
+	s.StartTLS()
+	t.Cleanup(s.Close)
+	f.url, f.socket = s.URL, filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", f.socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	local := &http.Server{Handler: handler, ConnContext: ConnContext}
+	go local.Serve(l)
+	t.Cleanup(func() { local.Close() })
+	return f
+}
+
+// call makes a call with certificates, or on the socket if they are nil; status is 0 if there was no answer.
+func (f *front) call(t *testing.T, certificates []tls.Certificate, method, body string) (status int, answer string) {
+	t.Helper()
+	transport := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true, Certificates: certificates}}
+	url := f.url
+	if certificates == nil {
+		url = "http://keysvc"
+		transport.DialContext = func(context.Context, string, string) (net.Conn, error) { return net.Dial("unix", f.socket) }
+	}
+	defer transport.CloseIdleConnections()
+	r, err := (&http.Client{Transport: transport}).Post(url+service+method, "application/json", strings.NewReader(body))
+	if err != nil {
+		return 0, err.Error()
+	}
+	defer r.Body.Close()
+	text, _ := io.ReadAll(r.Body)
+	return r.StatusCode, string(text)
+}
+
+// Every line of a call says whose it is.
+func TestActorInLog(t *testing.T) {
+	own := os.Getuid()
+	f := newFront(t,
+		Client{Name: "hss-1", SAN: "hss.example", Roles: []Role{RoleHSS, RoleAdmin}, PLMNs: []string{"00101"}},
+		Client{Name: "ops", UID: &own, Roles: []Role{RoleAdmin}, PLMNs: []string{all}})
+	certificate := f.ca.client(t, "hss.example", time.Now().Add(time.Hour))
+	hss := []tls.Certificate{certificate}
+	const imsi = `"imsi":"001010000000001"`
+	for _, c := range []struct {
+		certificates []tls.Certificate
+		method, body string
+		msg, how     string
+		role         string
+	}{
+		{hss, "PrepareVector", `{` + imsi + `,"rands":["AAECAwQFBgcICQoLDA0ODw=="]}`, "attempt opened", "", "hss"},
+		{hss, "EstablishKME", `{` + imsi + `,"imei":"35209900000001"}`, "refused", "NO_ATTEMPT", "hss"},
+		{hss, "ReportAuthentication", `{` + imsi + `}`, "refused", "NOT_BOUND", "hss"},
+		{hss, "GetBinding", `{` + imsi + `}`, "refused", "NOT_BOUND", "hss"},
+		{hss, "RevokeBinding", `{` + imsi + `}`, "refused", "NOT_BOUND", "admin"},
+		{hss, "RevokeBinding", `{"imsi":"262010000000001"}`, "refused", "CALLER_NOT_ALLOWED", ""},
+		{nil, "OpenProvisioning", `{` + imsi + `}`, "provisioning opened", "", "admin"},
+		{nil, "PrepareVector", `{` + imsi + `}`, "refused", "CALLER_NOT_ALLOWED", ""},
+	} {
+		status, answer := f.call(t, c.certificates, c.method, c.body)
+		log := f.log.take(t)
+		if len(log) != 1 || log[0]["msg"] != c.msg || c.how != "" && log[0]["reason"] != c.how {
+			t.Errorf("%s: %d %s; the log has %v", c.method, status, answer, log)
+			continue
+		}
+		actor, _ := log[0]["actor"].(map[string]any)
+		want := map[string]any{"client": "hss-1", "certificate": fingerprint(certificate.Leaf), "address": actor["address"]}
+		if c.certificates == nil {
+			want = map[string]any{"client": "ops", "user": fmt.Sprint("uid ", own)}
+		} else if a, _ := actor["address"].(string); !strings.HasPrefix(a, "127.0.0.1:") {
+			t.Errorf("%s: from %q", c.method, a)
+		}
+		if c.role != "" {
+			want["role"] = c.role
+		}
+		if fmt.Sprint(actor) != fmt.Sprint(want) {
+			t.Errorf("%s: the actor is %v, want %v", c.method, actor, want)
+		}
+		if log[0]["imsi"] == nil {
+			t.Errorf("%s: no IMSI in %v", c.method, log[0])
+		}
+	}
+}
+
+// Whoever is not let in is logged and counted: who it is, as far as it has said, and why.
+func TestUnauthenticated(t *testing.T) {
+	f := newFront(t, Client{Name: "hss-1", SAN: "hss.example", Roles: []Role{RoleHSS}, PLMNs: []string{all}})
+	later := time.Now().Add(time.Hour)
+	unknown, wrong := f.ca.client(t, "unknown.example", later), newAuthority(t).client(t, "hss.example", later)
+	expired := f.ca.client(t, "hss.example", time.Now().Add(-time.Hour))
+	count := map[string]float64{}
+	for _, c := range []struct {
+		what         string
+		certificates []tls.Certificate
+		why          string
+		cause, name  string
+		fingerprint  string
+		status       int
+	}{
+		{"no certificate", []tls.Certificate{}, "handshake", "didn't provide a certificate", "", "", 0},
+		{"another CA's certificate", []tls.Certificate{wrong}, "certificate", "unknown authority", "hss.example",
+			fingerprint(wrong.Leaf), 0},
+		{"an expired certificate", []tls.Certificate{expired}, "certificate", "expired", "hss.example",
+			fingerprint(expired.Leaf), 0},
+		{"an unknown client", []tls.Certificate{unknown}, "client", "", "unknown.example",
+			fingerprint(unknown.Leaf), 403},
+		{"an unknown user", nil, "user", "", "", "", 403},
+	} {
+		status, answer := f.call(t, c.certificates, "GetBinding", `{"imsi":"001010000000001"}`)
+		if status != c.status {
+			t.Errorf("%s: %d %s", c.what, status, answer)
+		}
+		var line map[string]any
+		for range 1000 { // the client may know before the server
+			if log := f.log.take(t); len(log) > 0 {
+				line = log[0]
+				break
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		text := fmt.Sprint(line)
+		for _, want := range []string{c.cause, c.name, c.fingerprint} {
+			if !strings.Contains(text, want) {
+				t.Errorf("%s: %v does not say %q", c.what, text, want)
+			}
+		}
+		from := "127.0.0.1:"
+		if c.certificates == nil {
+			from = fmt.Sprint("uid ", os.Getuid())
+		}
+		if line["level"] != "WARN" || line["msg"] != "client authentication failed" || line["why"] != c.why ||
+			!strings.Contains(text, from) {
+			t.Errorf("%s: %v", c.what, text)
+		}
+		if count[c.why]++; counted(t, f.registry, c.why) != count[c.why] {
+			t.Errorf("%s: %v are counted as %q, want %v", c.what, counted(t, f.registry, c.why), c.why, count[c.why])
+		}
+	}
+	// A probe that connects and goes has not tried to be anybody; and who is known is none of these.
+	c, err := net.Dial("tcp", strings.TrimPrefix(f.url, "https://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Close()
+	f.call(t, []tls.Certificate{f.ca.client(t, "hss.example", later)}, "GetBinding", `{"imsi":"001010000000001"}`)
+	if log := f.log.take(t); len(log) != 1 || log[0]["reason"] != "NOT_BOUND" {
+		t.Errorf("%v", log)
+	}
+}
+
+// Whoever fails again and again does not fill the log, and is counted all the same.
+func TestUnauthenticatedFlood(t *testing.T) {
+	f := newFront(t, Client{Name: "hss-1", SAN: "hss.example", Roles: []Role{RoleHSS}, PLMNs: []string{all}})
+	told, left, flood := 0, 0, 0
+	for range 2 { // what was left out is told once
+		for range 150 {
+			flood++
+			f.call(t, nil, "GetBinding", `{"imsi":"001010000000001"}`)
+		}
+		for end := time.Now().Add(time.Minute); told+left < flood && time.Now().Before(end); time.Sleep(time.Second / 10) {
+			for _, line := range f.log.take(t) {
+				if n, ok := line["left_out"].(float64); ok {
+					left += int(n)
+				} else if line["why"] == "user" {
+					told++
+				}
+			}
+		}
+	}
+	if told+left != flood || told > flood/2 || told == 0 || counted(t, f.registry, "user") != float64(flood) {
+		t.Errorf("of %d, %d lines, %d left out, %v counted", flood, told, left, counted(t, f.registry, "user"))
+	}
+}
+
+// counted is kme_unauthenticated_total, by why.
+func counted(t *testing.T, registry *prometheus.Registry, why string) (n float64) {
+	t.Helper()
+	families, err := registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range families {
+		for _, m := range f.Metric {
+			if f.GetName() == "kme_unauthenticated_total" && m.Label[0].GetValue() == why {
+				n = m.Counter.GetValue()
+			}
+		}
+	}
+	return n
+}

@@ -1,0 +1,50 @@
+package api
+
+import (
+	"context"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/singleflight"
+)
+
+const (
+	readyFor  = time.Second     // how long an answer is given again
+	readyWait = 5 * time.Second // how long it may take to find
+)
+
+// readiness finds out at most once in readyFor whether the service is ready, however many ask.
+type readiness struct {
+	find   func(context.Context) (warnings []string, err error) // does not panic
+	flight singleflight.Group
+	last   atomic.Pointer[readyAnswer]
+}
+
+type readyAnswer struct {
+	warnings []string
+	err      error
+	found    time.Time
+}
+
+// ask gives the last answer, or waits for the next one.
+func (r *readiness) ask(ctx context.Context) ([]string, error) {
+	flight := r.flight.DoChan("", func() (any, error) {
+		if last := r.last.Load(); last != nil && time.Since(last.found) < readyFor {
+			return last, nil
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), readyWait) // it is for whoever asks
+		defer cancel()
+		a := new(readyAnswer)
+		a.warnings, a.err = r.find(ctx)
+		a.found = time.Now()
+		r.last.Store(a)
+		return a, nil
+	})
+	select {
+	case got := <-flight:
+		a := got.Val.(*readyAnswer)
+		return a.warnings, a.err
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}

@@ -1,0 +1,120 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"log/slog"
+	"net/http"
+	"os"
+	"reflect"
+	"slices"
+	"strings"
+	"sync/atomic"
+
+	"github.com/kmehsm/kmehsm/api"
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/cmdline"
+)
+
+// A state is what a reload takes up: certificates, clients and lots. It does not change, and a call sees one from its
+// beginning to its end.
+type state struct {
+	tls     *tls.Config // nil if the service does not listen
+	clients *api.Clients
+	lots    *binding.Lots
+	handler http.Handler // serves the lots for the clients
+}
+
+// live has the state that is served.
+type live struct {
+	atomic.Pointer[state]
+	started  *config // the settings that a reload does not take up are these
+	registry binding.Registry
+	open     func(*binding.Manufacturer) (*directory.Reader, error)
+	options  api.Options // of the handler that serves, or of the first
+	ready    func(context.Context, *binding.Service) (warnings []string, err error)
+	log      *slog.Logger
+	others   bool // the socket is open for other users
+	// The database was rolled back at the start: until that is accepted, there are no lots.
+	rolledBack bool
+}
+
+// take builds all of the state that a configuration says, and then serves it. If any of it fails, nothing has changed.
+// It is for one goroutine at a time.
+func (l *live) take(ctx context.Context, cfg *config) error {
+	next := new(state)
+	var err error
+	if next.clients, err = knownClients(cfg); err != nil {
+		return err
+	}
+	if l.started.Listen != "" {
+		if next.tls, err = loadTLS(cfg); err != nil {
+			return err
+		}
+	}
+	next.lots, err = binding.OpenLots(ctx, l.registry, l.open)
+	if errors.Is(err, binding.ErrRolledBack) && l.rolledBack {
+		next.lots, err = new(binding.Lots), nil
+	}
+	if err != nil {
+		return err
+	}
+	o := l.options
+	o.Clients, o.Service = next.clients, o.Service.WithLots(next.lots)
+	o.Ready = func(ctx context.Context) ([]string, error) { return l.ready(ctx, o.Service) }
+	next.handler = api.NewHandler(o)
+	others := next.clients.OtherUsers(os.Getuid())
+	fixed := l.started.fixed(cfg)
+	l.options.Service = o.Service
+	if l.Swap(next) == nil {
+		l.others = others
+	} else if others && !l.others && l.started.Socket != "" {
+		fixed = append(fixed, "socket, which is not open yet for clients that are other users")
+	}
+	next.lots.LogWithdrawn(l.log)
+	if len(fixed) > 0 {
+		l.log.Warn("needs a restart: " + strings.Join(fixed, ", "))
+	}
+	return nil
+}
+
+// reload takes up what a file says now.
+func (l *live) reload(ctx context.Context, path string) error {
+	cfg, err := readConfig(path)
+	if err != nil {
+		return err
+	}
+	return l.take(ctx, cfg)
+}
+
+func (l *live) ServeHTTP(w http.ResponseWriter, r *http.Request) { l.Load().handler.ServeHTTP(w, r) }
+
+// fixed are the settings of another configuration that differ, and that a reload does not take up.
+func (c *config) fixed(other *config) (names []string) {
+	taken := []string{"clients", "tls", "token"} // the last is in tokens, if it counts
+	for _, f := range reflect.VisibleFields(reflect.TypeFor[config]()) {
+		name := f.Tag.Get("yaml")
+		mine, theirs := reflect.ValueOf(c).Elem().FieldByIndex(f.Index), reflect.ValueOf(other).Elem().FieldByIndex(f.Index)
+		if !slices.Contains(taken, name) && !reflect.DeepEqual(mine.Interface(), theirs.Interface()) {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+// loadTLS reads certificates anew: a client without one is not served.
+func loadTLS(cfg *config) (*tls.Config, error) {
+	return cmdline.ServerTLS(cfg.TLS.Certificate, cfg.TLS.Key, cfg.TLS.ClientCA, tls.RequireAndVerifyClientCert)
+}
+
+// knownClients are those of the configuration. On the socket alone, the service's own user needs no entry.
+func knownClients(cfg *config) (*api.Clients, error) {
+	if len(cfg.Clients) > 0 {
+		return api.NewClients(cfg.Clients)
+	}
+	own := os.Getuid()
+	return api.NewClients([]api.Client{{Name: "own user", UID: &own, PLMNs: []string{"all"},
+		Roles: []api.Role{api.RoleHSS, api.RoleAdmin, api.RoleMonitor, api.RoleMetrics}}})
+}

@@ -1,0 +1,250 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/kmehsm/kmehsm/api"
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// A site is a service's configuration, what it reads, and what it serves.
+type site struct {
+	*live
+	binding.Registry
+	dir          string
+	log          *strings.Builder
+	manufacturer *binding.Manufacturer // the only one
+	lots         []*binding.Lot
+	err          error // the registry's
+}
+
+// Manufacturers and Lots are what a reload asks a Registry for.
+func (s *site) Manufacturers(context.Context) ([]*binding.Manufacturer, error) {
+	return []*binding.Manufacturer{s.manufacturer}, s.err
+}
+func (s *site) Lots(context.Context) ([]*binding.Lot, error) { return s.lots, s.err }
+
+const (
+	siteBase    = aToken + "listen: 127.0.0.1:0\ntls: {certificate: a.pem, key: a.key, client_ca: a.pem}\n"
+	siteClients = "clients: [{name: hss-1, san: hss.example, roles: [hss], plmns: [all]}]\n"
+)
+
+func newSite(t *testing.T, store binding.Store) *site {
+	t.Helper()
+	t.Setenv("KMEHSM_TOKEN", "")
+	t.Setenv("KMEHSM_STORE", "")
+	s := &site{dir: t.TempDir(), log: new(strings.Builder)}
+	for _, name := range []string{"a", "m"} {
+		make := exec.Command("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
+			"-subj", "/CN="+name, "-keyout", filepath.Join(s.dir, name+".key"), "-out", filepath.Join(s.dir, name+".pem"))
+		if out, err := make.CombinedOutput(); err != nil {
+			t.Fatal(err, string(out))
+		}
+	}
+	public, err := exec.Command("openssl", "pkey", "-in", filepath.Join(s.dir, "m.key"), "-pubout").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	verifier, err := directory.ParseVerifier(public)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.manufacturer = &binding.Manufacturer{KeyID: verifier.KeyID(), PEM: string(public), Directory: "file:" + s.dir}
+	s.write(t, siteBase+siteClients)
+	cfg, err := readConfig(s.config())
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := slog.New(slog.NewJSONHandler(s.log, nil))
+	s.live = &live{
+		started: cfg, registry: s, log: log, open: opener(t.Context(), "", cfg.login(), directory.ReaderOptions{}, nil, log),
+		ready: func(context.Context, *binding.Service) ([]string, error) { return nil, nil },
+		options: api.Options{Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(),
+			Service: binding.NewService(nil, store, new(binding.Lots), cfg.times(), log)},
+	}
+	if err := s.take(t.Context(), cfg); err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func (s *site) config() string { return filepath.Join(s.dir, "keysvc.yaml") }
+
+func (s *site) write(t *testing.T, config string) {
+	t.Helper()
+	if err := os.WriteFile(s.config(), []byte(config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A reload that fails, at whatever stage, changes nothing; the same one, mended, changes all.
+func TestReloadFails(t *testing.T) {
+	s := newSite(t, nil)
+	const newClients = "clients: [{name: other, san: other.example, roles: [hss], plmns: [all]}]\n"
+	good := *s.manufacturer
+	for _, c := range []struct {
+		stage  string
+		config string
+		spoil  func() (mend func())
+		want   string
+	}{
+		{"no configuration", "", func() func() { os.Remove(s.config()); return func() {} }, "keysvc.yaml"},
+		{"no YAML", "clients: [", nil, "yaml"},
+		{"an unknown setting", siteBase + newClients + "listne: x\n", nil, "there is no setting listne"},
+		{"no clients", siteBase, nil, "listen needs clients"},
+		{"a bad list of clients", siteBase + strings.Replace(newClients, "hss", "root", 1), nil, `no role "root"`},
+		{"two of one certificate", siteBase + newClients[:len(newClients)-2] +
+			", {name: x, san: other.example, roles: [hss], plmns: [all]}]\n", nil, "another client has the same"},
+		{"no certificate", strings.Replace(siteBase, "a.pem", "nope.pem", 1) + newClients, nil, "server's certificate"},
+		{"another's key", strings.Replace(siteBase, "a.key", "m.key", 1) + newClients, nil, "server's certificate"},
+		{"a CA that is none", strings.Replace(siteBase, "client_ca: a.pem", "client_ca: a.key", 1) + newClients, nil,
+			"holds no certificate"},
+		{"a manufacturer's key that is none", siteBase + newClients, func() func() {
+			s.manufacturer.PEM = "none"
+			s.manufacturer.Directory = "file:" + s.dir + "/other"
+			return func() { *s.manufacturer = good }
+		}, "PEM"},
+		{"a manufacturer without a directory", siteBase + newClients, func() func() {
+			s.manufacturer.Directory = ""
+			return func() { *s.manufacturer = good }
+		}, "enrolled without a directory"},
+		{"a lot of nobody's", siteBase + newClients, func() func() {
+			s.lots = []*binding.Lot{{Manufacturer: "nobody", Manifest: &directory.Manifest{Lot: "L1"}}}
+			return func() { s.lots = nil }
+		}, "who is not enrolled"},
+		{"no database", siteBase + newClients, func() func() {
+			s.err = errors.New("the database is away")
+			return func() { s.err = nil }
+		}, "the database is away"},
+	} {
+		s.write(t, c.config)
+		mend := func() {}
+		if c.spoil != nil {
+			mend = c.spoil()
+		}
+		before := s.Load()
+		if err := s.reload(t.Context(), s.config()); err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: %v, want %q", c.stage, err, c.want)
+		}
+		if s.Load() != before {
+			t.Errorf("%s: something has changed", c.stage)
+		}
+		mend()
+	}
+	before := s.Load()
+	s.write(t, siteBase+newClients)
+	if err := s.reload(t.Context(), s.config()); err != nil || s.Load() == before {
+		t.Errorf("mended, it is not taken up: %v", err)
+	}
+	if strings.Contains(s.log.String(), "needs a restart") {
+		t.Errorf("the log: %s", s.log)
+	}
+}
+
+// What a reload does not take up is named, again at each, and what it does take up is taken up all the same.
+func TestNeedsRestart(t *testing.T) {
+	s := newSite(t, nil)
+	for range 2 {
+		s.log.Reset()
+		before := s.Load()
+		s.write(t, strings.Replace(siteBase, "token=operator", "token=hunter2", 1)+siteClients+
+			"calls: 7\nlog_level: debug\nsocket: s\n")
+		if err := s.reload(t.Context(), s.config()); err != nil || s.Load() == before {
+			t.Error(err)
+		}
+		const want = `"needs a restart: tokens, socket, calls, log_level"`
+		if text := s.log.String(); strings.Count(text, want) != 1 || strings.Contains(text, "hunter2") {
+			t.Errorf("the log has no %s: %s", want, text)
+		}
+	}
+	s.log.Reset()
+	s.started.Socket = filepath.Join(s.dir, "s")
+	s.write(t, siteBase+fmt.Sprintf("socket: s\nclients: [{name: x, uid: %d, roles: [hss], plmns: [all]}]\n",
+		os.Getuid()+1))
+	if err := s.reload(t.Context(), s.config()); err != nil ||
+		!strings.Contains(s.log.String(), "needs a restart: socket, which is not open yet") {
+		t.Errorf("%v; the log: %s", err, s.log)
+	}
+}
+
+// A slowStore keeps whoever looks for a subscription.
+type slowStore struct {
+	binding.Store
+	came, goOn chan struct{}
+}
+
+func (s *slowStore) Subscription(context.Context, kme.IMSI, time.Time) (*binding.Subscription, error) {
+	s.came <- struct{}{}
+	<-s.goOn
+	return new(binding.Subscription), nil
+}
+
+// A call that is under way while a reload takes its client away ends as it began; the next one is refused.
+func TestCallsSeeOneState(t *testing.T) {
+	store := &slowStore{came: make(chan struct{}), goOn: make(chan struct{})}
+	s := newSite(t, store)
+	own := os.Getuid()
+	client := func(uid int) string {
+		return siteBase + fmt.Sprintf("clients: [{name: me, uid: %d, roles: [hss], plmns: [all]}]\n", uid)
+	}
+	s.write(t, client(own))
+	if err := s.reload(t.Context(), s.config()); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := &http.Server{Handler: s, ConnContext: api.ConnContext}
+	go server.Serve(l)
+	defer server.Close()
+	ask := func() string {
+		c := &http.Client{Transport: &http.Transport{
+			DialContext: func(context.Context, string, string) (net.Conn, error) { return net.Dial("unix", path) },
+		}}
+		defer c.CloseIdleConnections()
+		r, err := c.Post("http://keysvc/kme.v1.KeyService/GetBinding", "application/json",
+			strings.NewReader(`{"imsi":"001010000000001"}`))
+		if err != nil {
+			t.Error(err)
+			return ""
+		}
+		defer r.Body.Close()
+		body, _ := io.ReadAll(r.Body)
+		return string(body)
+	}
+	var underWay sync.WaitGroup
+	underWay.Go(func() {
+		if got := ask(); !strings.Contains(got, "NOT_BOUND") {
+			t.Errorf("the call under way: %s", got)
+		}
+	})
+	<-store.came
+	s.write(t, client(own+1))
+	if err := s.reload(t.Context(), s.config()); err != nil {
+		t.Error(err)
+	}
+	if got := ask(); !strings.Contains(got, "CALLER_NOT_ALLOWED") {
+		t.Errorf("the next call: %s", got)
+	}
+	store.goOn <- struct{}{}
+	underWay.Wait()
+}
