@@ -3,7 +3,10 @@ package deploy_test
 
 import (
 	"encoding/json"
+	"io/fs"
+	"maps"
 	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -79,6 +82,43 @@ func TestNames(t *testing.T) {
 					t.Errorf("%s: there is no reason %s", name, reason)
 				}
 			}
+		}
+	}
+}
+
+// Every test and script that a page for auditors names is one that there is.
+func TestAuditNames(t *testing.T) {
+	page, err := os.ReadFile("../docs/security.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	tests := map[string]bool{}
+	err = filepath.WalkDir("..", func(path string, e fs.DirEntry, err error) error {
+		if err != nil || e.IsDir() || !strings.HasSuffix(path, "_test.go") {
+			return err
+		}
+		source, err := os.ReadFile(path)
+		for _, m := range regexp.MustCompile(`(?m)^func (Test\w+)\(`).FindAllSubmatch(source, -1) {
+			tests[string(m[1])] = true
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	named := regexp.MustCompile("\\bTest[A-Z]\\w+").FindAllString(string(page), -1)
+	if len(named) < 30 {
+		t.Errorf("the page names only %d tests", len(named))
+	}
+	for _, name := range named {
+		begins := func(test string) bool { return strings.HasPrefix(test, name) } // go test -run does so too
+		if !slices.ContainsFunc(slices.Collect(maps.Keys(tests)), begins) {
+			t.Errorf("there is no test %s", name)
+		}
+	}
+	for _, m := range regexp.MustCompile("script `(\\w+)`").FindAllStringSubmatch(string(page), -1) {
+		if _, err := os.Stat("../cmd/testdata/script/" + m[1] + ".txtar"); err != nil {
+			t.Error(err)
 		}
 	}
 }
