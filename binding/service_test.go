@@ -550,9 +550,20 @@ func TestUnavailable(t *testing.T) {
 		{"establish", "Subscription", establish, newIMSI(), kme.StoreUnavailable},
 		{"establish", "OpenPayload", establish, newIMSI(), kme.HSMUnavailable},
 		{"establish", "Establish", establish, newIMSI(), kme.StoreUnavailable},
+		{"prepare", "Prepare", prepare, bound, kme.RolledBack},
+		{"establish", "Establish", establish, newIMSI(), kme.RolledBack},
+		{"get", "Subscription", get, bound, kme.Damaged},
+		{"report", "Report", report, bound, kme.Damaged},
 	} {
 		name := c.name + ", when " + c.fails + " fails"
-		r.recorder.onFirst(c.fails, func() error { return secret })
+		fault := secret
+		switch c.reason {
+		case kme.RolledBack:
+			fault = fmt.Errorf("%w (%w)", binding.ErrRolledBack, secret)
+		case kme.Damaged:
+			fault = fmt.Errorf("%w: %w", &binding.DamagedRow{Table: "bindings"}, secret)
+		}
+		r.recorder.onFirst(c.fails, func() error { return fault })
 		err := c.call(ctx, r, c.imsi)
 		checkRefused(t, name, err, c.reason, "")
 		var refusal *binding.Refusal

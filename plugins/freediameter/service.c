@@ -196,6 +196,8 @@ void kme_parse_error(const char *reason, struct kme_reply *out)
 		{ "CALLER_NOT_ALLOWED", KME_NOT_ALLOWED }, { "MALFORMED", KME_REFUSED },
 		{ "UNKNOWN_DEVICE", KME_REFUSED }, { "REVOKED_DEVICE", KME_REFUSED },
 		{ "OTHER_DEVICE", KME_REFUSED }, { "KME_REJECTED", KME_REFUSED },
+		/* Not as if keysvc were away: whoever has its database could have an open range served so. */
+		{ "DAMAGED", KME_REFUSED }, { "ROLLED_BACK", KME_REFUSED },
 	};
 	size_t i;
 
