@@ -196,7 +196,7 @@ func (s *Store) Check(ctx context.Context, mark *binding.Mark) (*binding.Mark, e
 		if head.Seq > seen.Heads[i].Seq { // no mark is raised to what somebody has made up
 			err := s.entries(ctx, s.read, func(binding.Entry) error { return nil }, `WHERE e.chain = $1 AND e.seq = $2`, int64(i), head.Seq)
 			if isDamaged(err) {
-				err = s.refuse(fmt.Errorf("%w (%w)", binding.ErrRolledBack, err))
+				err = s.refuse(fmt.Errorf("%w (%w; or this token is not the one that it was written with)", binding.ErrRolledBack, err))
 			}
 			if err != nil {
 				return nil, err
