@@ -147,7 +147,9 @@ func (r *rig) lots(t testing.TB) *binding.Lots {
 
 func (r *rig) serve(t testing.TB) {
 	t.Helper()
-	r.service = r.service.WithLots(r.lots(t))
+	lots := r.lots(t)
+	r.service = r.service.WithLots(lots)
+	lots.LogWithdrawn(slog.New(slog.NewJSONHandler(r.log, nil)))
 }
 
 // refresh has the service know what a maker has revoked, without the wait for revocation_ttl.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -89,11 +90,14 @@ func manufacturerList(c *cli.Context) error {
 			const line = "%-43s  %-20s  %-20s  %-10s  %-10s  %s\n"
 			fmt.Fprintf(w, line, "MANUFACTURER", "ENROLLED", "AS OPERATOR", "STATE", "TACS", "DIRECTORY")
 			for _, m := range all {
-				state := "trusted"
+				state, tacs := "trusted", "any"
 				if m.Verdict.Withdrawn {
 					state = "distrusted"
 				}
-				fmt.Fprintf(w, line, m.KeyID, m.Enrolled.Format(time.RFC3339), m.Operator, state, fmt.Sprint(m.TACs), m.Directory)
+				if len(m.TACs) > 0 {
+					tacs = strings.Trim(fmt.Sprint(m.TACs), "[]")
+				}
+				fmt.Fprintf(w, line, m.KeyID, m.Enrolled.Format(time.RFC3339), m.Operator, state, tacs, m.Directory)
 			}
 		})
 	})
