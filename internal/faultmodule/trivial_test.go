@@ -63,6 +63,9 @@ func served(t *testing.T) (service *binding.Service, lot *rsa.PublicKey, imei km
 	}
 	publish(directory.ManifestPath("L1"), directory.TypeManifest, m)
 	publish(directory.ShardPath("L1", 0), directory.TypeShard, shard)
+	if err := directory.BeginRevocations(ctx, files, maker, m, time.Now(), time.Hour); err != nil {
+		t.Fatal(err)
+	}
 	wrapped := must[[]byte](t)(must[*subtle.KWP](t)(subtle.NewKWP(kek)).Wrap(must[[]byte](t)(x509.MarshalPKCS8PrivateKey(key))))
 	must[*binding.Lot](t)(binding.ImportLot(ctx, token, store, must[[]byte](t)(maker.Sign(directory.TypeGrant, &directory.Grant{
 		Operator: "op", KEK: id, Lot: "L1", Algorithm: directory.A256KWP, Wrapped: wrapped,
