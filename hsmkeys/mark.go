@@ -10,11 +10,15 @@ import (
 // markLabel is that of the objects which hold a mark.
 const markLabel = "kme high-water mark"
 
+// private has an object that only who is logged in as the user can make or see. Anybody can make others, in a session
+// that is not logged in: an object of a mark's name that is not PRIVATE is none.
+var private = attributes{attr(pkcs11.CKA_PRIVATE, true)}
+
 // Marks gives the marks that SetMark has left: one; or several, of processes that set one at the same time or were
 // killed meanwhile.
 func (t *Token) Marks(ctx context.Context) ([][]byte, error) {
 	return do(ctx, t, "read the high-water mark", func(s *session) (all [][]byte, err error) {
-		found, err := s.notes(markLabel)
+		found, err := s.notes(markLabel, private)
 		for _, n := range found {
 			all = append(all, n.text)
 		}
@@ -26,9 +30,9 @@ func (t *Token) Marks(ctx context.Context) ([][]byte, error) {
 // that is changed in its place could be lost with the process.
 func (t *Token) SetMark(ctx context.Context, mark []byte) error {
 	_, err := doAs(ctx, t, Operator, "set the high-water mark", func(s *session) (struct{}, error) {
-		before, err := s.notes(markLabel)
+		before, err := s.notes(markLabel, private)
 		if err == nil {
-			err = s.putNote(markLabel, mark, attributes{attr(pkcs11.CKA_PRIVATE, true)})
+			err = s.putNote(markLabel, mark, private)
 		}
 		for _, n := range before {
 			if err != nil {
@@ -91,9 +95,9 @@ func (s *session) putNote(label string, text []byte, how attributes) error {
 	return err
 }
 
-// notes finds the texts of a label.
-func (s *session) notes(label string) (all []note, err error) {
-	found, err := s.findObjects(attributes{attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_LABEL, label)})
+// notes finds the texts of a label, in objects that are how putNote made them.
+func (s *session) notes(label string, how attributes) (all []note, err error) {
+	found, err := s.findObjects(join(attributes{attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_LABEL, label)}, how))
 	if err != nil {
 		return nil, err
 	}

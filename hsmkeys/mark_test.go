@@ -57,7 +57,28 @@ func TestMark(t *testing.T) {
 		t.Errorf("the last one: %q", all)
 	}
 
-	// Without a PIN nobody sees it, or puts another one there.
+	// Who has no PIN can make an object that is not PRIVATE, under the same name: it is no mark, and stays what it is.
+	err := token.with(t.Context(), "forge", func(s *session) error {
+		return s.putNote(markLabel, []byte("forged"), attributes{attr(pkcs11.CKA_PRIVATE, false)})
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if all := marks(); len(all) != 1 || string(all[0]) != "last" {
+		t.Errorf("beside an object that needs no PIN: %q", all)
+	}
+	set("last but one")
+	if all := marks(); len(all) != 1 || string(all[0]) != "last but one" {
+		t.Errorf("set beside an object that needs no PIN: %q", all)
+	}
+}
+
+// Nobody sees a mark without a PIN.
+func TestMarkIsPrivate(t *testing.T) {
+	token := newOperator(t)
+	if err := token.SetMark(t.Context(), []byte("1")); err != nil {
+		t.Fatal(err)
+	}
 	err := token.with(t.Context(), "look", func(s *session) error {
 		found, err := s.findObjects(attributes{attr(pkcs11.CKA_LABEL, markLabel), attr(pkcs11.CKA_PRIVATE, false)})
 		if len(found) > 0 {
