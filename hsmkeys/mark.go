@@ -1,8 +1,10 @@
 package hsmkeys
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"slices"
 
 	"github.com/miekg/pkcs11"
 )
@@ -26,9 +28,9 @@ func (t *Token) Marks(ctx context.Context) ([][]byte, error) {
 	})
 }
 
-// SetMark replaces what Marks gives by one mark, a text. Only who has the user PIN can do that. It is a new object: one
-// that is changed in its place could be lost with the process.
-func (t *Token) SetMark(ctx context.Context, mark []byte) error {
+// SetMark sets a mark, a text, in the place of others, and leaves those that another process has set meanwhile. Only
+// who has the user PIN can do that. It is a new object: one that is changed in its place could be lost with the process.
+func (t *Token) SetMark(ctx context.Context, mark []byte, others [][]byte) error {
 	_, err := doAs(ctx, t, Operator, "set the high-water mark", func(s *session) (struct{}, error) {
 		before, err := s.notes(markLabel, private)
 		if err == nil {
@@ -37,6 +39,9 @@ func (t *Token) SetMark(ctx context.Context, mark []byte) error {
 		for _, n := range before {
 			if err != nil {
 				break
+			}
+			if !slices.ContainsFunc(others, func(o []byte) bool { return bytes.Equal(o, n.text) }) {
+				continue
 			}
 			// Another process may have replaced it meanwhile.
 			if err = s.DestroyObject(s.h, n.object); isCKR(err, pkcs11.CKR_OBJECT_HANDLE_INVALID) {
@@ -63,10 +68,10 @@ func (g *Group) Marks(ctx context.Context) (all [][]byte, err error) {
 }
 
 // SetMark sets it in all tokens. It fails if none could be set.
-func (g *Group) SetMark(ctx context.Context, mark []byte) error {
+func (g *Group) SetMark(ctx context.Context, mark []byte, others [][]byte) error {
 	var errs []error
 	for _, t := range g.tokens {
-		if err := t.SetMark(ctx, mark); err != nil {
+		if err := t.SetMark(ctx, mark, others); err != nil {
 			errs = append(errs, err)
 		}
 	}
