@@ -38,6 +38,8 @@ type Store struct {
 	actors  sync.Map              // binding.Actor to []byte, of those that are entered
 	known   atomic.Int64          // how many
 
+	accepted sync.Map // chain to the number of its last entry ACCEPTED, where what it accepts is as it was
+
 	mu    sync.Mutex
 	epoch int                          // of seen; guarded by mu
 	seen  [binding.Chains]binding.Head // how far this process knows that the ledger had come; guarded by mu
