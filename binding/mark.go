@@ -88,9 +88,14 @@ func ensureMark(ctx context.Context, token MarkToken) (created bool, err error) 
 	return true, raiseMark(ctx, token, new(Mark))
 }
 
-// RaiseMark raises the token's mark to how far this process has seen the ledger come.
+// RaiseMark raises the token's mark to how far this process has seen the ledger come. It makes none of having seen
+// nothing: a token that has no mark does not go with a ledger that has entries.
 func RaiseMark(ctx context.Context, store Ledger, token MarkToken) error {
-	return raiseMark(ctx, token, store.Seen())
+	seen := store.Seen()
+	if !seen.ahead(new(Mark)) {
+		return nil
+	}
+	return raiseMark(ctx, token, seen)
 }
 
 // raiseMark raises the token's mark to another one, if that is higher. It replaces the marks that it has read alone:
@@ -175,6 +180,9 @@ func KeepMark(ctx context.Context, store Ledger, token MarkToken, accepted func(
 		say("reading the ledger", err)
 	}
 	verify()
+	// A ledger that is behind the token's mark stays so until it has been compared with that again: this process may have
+	// seen nothing later itself.
+	behind := CheckMark(ctx, store, token) != nil
 	moved, failed := store.Moved(), false
 	var rested <-chan time.Time
 	raise := func() {
@@ -195,10 +203,15 @@ func KeepMark(ctx context.Context, store Ledger, token MarkToken, accepted func(
 		case <-read.C:
 			verify()
 		case <-look.C:
-			_, err := store.Check(ctx, new(Mark)) // with what this process has seen
-			if errors.Is(err, ErrRolledBack) {    // which may have been accepted
+			var err error
+			if !behind {
+				_, err = store.Check(ctx, new(Mark)) // with what this process has seen
+				behind = errors.Is(err, ErrRolledBack)
+			}
+			if behind { // which may have been accepted, or the last database is back
 				say("raising the high-water mark", RaiseMark(ctx, store, token))
 				if err = CheckMark(ctx, store, token); err == nil {
+					behind = false
 					verify()
 					accepted()
 				}
