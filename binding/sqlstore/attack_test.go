@@ -250,6 +250,21 @@ func attacked(t *testing.T, name string) {
 			}
 		})
 	}
+	t.Run("a KME hidden from the count", func(t *testing.T) { // by which storage keys are destroyed
+		below := []byte{0xff, 0xff}
+		n := must(s.CountSealed(ctx, below))
+		for _, hide := range []string{"sealed = BYTES(ffffff)", "state = 'REVOKED'"} {
+			run("DELETE FROM bindings WHERE imsi = IMSI0; INSERT INTO bindings SELECT * FROM kept_bindings WHERE imsi = IMSI0")
+			if again := must(s.CountSealed(ctx, below)); again != n {
+				t.Fatalf("%d KMEs, and then %d", n, again)
+			}
+			run("UPDATE bindings SET " + hide + " WHERE imsi = IMSI0")
+			if n, err := s.CountSealed(ctx, below); !isDamaged(err) {
+				t.Errorf("%s: %d KMEs, %v", hide, n, err)
+			}
+		}
+		run("DELETE FROM bindings WHERE imsi = IMSI0; INSERT INTO bindings SELECT * FROM kept_bindings WHERE imsi = IMSI0")
+	})
 	t.Run("rows of no IMSI", func(t *testing.T) {
 		before := must(s.Verify(ctx, func(int) {}))
 		const columns = `state, imei, manufacturer, lot, device_key, sealed, nw_sig, attempt_id, payload_sha256,
