@@ -97,11 +97,7 @@ func Restore(ctx context.Context, token RestoreToken, data []byte, thumbprint st
 	case err != nil:
 		return taken, err
 	}
-	mark, err := ReadMark(ctx, token)
-	if raised := mark.merge(b.Mark); err == nil && raised != nil && raised.ahead(mark) {
-		err = setMark(ctx, token, raised)
-	}
-	if err != nil || to.N == nil {
+	if err := raiseMark(ctx, token, b.Mark); err != nil || to.N == nil {
 		return taken, err
 	}
 	return taken, token.DestroyRestoreKey(ctx, to)

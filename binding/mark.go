@@ -14,24 +14,29 @@ import (
 // A MarkToken is an HSM that keeps the ledger's high-water mark, where who has the database does not reach it.
 type MarkToken interface {
 	Marks(ctx context.Context) ([][]byte, error)
-	SetMark(ctx context.Context, mark []byte) error
+	// SetMark sets a mark in the place of others, and leaves those that are not among them.
+	SetMark(ctx context.Context, mark []byte, others [][]byte) error
 }
 
 // ReadMark gives the mark that a token keeps, the furthest if processes have left several; nil if there is none.
 func ReadMark(ctx context.Context, token MarkToken) (*Mark, error) {
-	all, err := token.Marks(ctx)
-	if err != nil {
-		return nil, err
+	mark, _, err := readMarks(ctx, token)
+	return mark, err
+}
+
+// readMarks is ReadMark, and gives all that the token keeps.
+func readMarks(ctx context.Context, token MarkToken) (mark *Mark, all [][]byte, err error) {
+	if all, err = token.Marks(ctx); err != nil {
+		return nil, nil, err
 	}
-	var mark *Mark
 	for _, text := range all {
 		m := new(Mark)
 		if err := json.Unmarshal(text, m); err != nil {
-			return nil, fmt.Errorf("the high-water mark in the token is damaged: %w", err)
+			return nil, nil, fmt.Errorf("the high-water mark in the token is damaged: %w", err)
 		}
 		mark = mark.merge(m)
 	}
-	return mark, nil
+	return mark, all, nil
 }
 
 // merge is the mark of a higher Epoch, or how far either has come in the same.
@@ -80,27 +85,38 @@ func ensureMark(ctx context.Context, token MarkToken) (created bool, err error) 
 	if err != nil || mark != nil {
 		return false, err
 	}
-	return true, setMark(ctx, token, new(Mark))
+	return true, raiseMark(ctx, token, new(Mark))
 }
 
-// RaiseMark raises the token's mark to how far this process has seen the ledger come.
+// RaiseMark raises the token's mark to how far this process has seen the ledger come. It makes none of having seen
+// nothing: a token that has no mark does not go with a ledger that has entries.
 func RaiseMark(ctx context.Context, store Ledger, token MarkToken) error {
-	mark, err := ReadMark(ctx, token)
+	seen := store.Seen()
+	if !seen.ahead(new(Mark)) {
+		return nil
+	}
+	return raiseMark(ctx, token, seen)
+}
+
+// raiseMark raises the token's mark to another one, if that is higher. It replaces the marks that it has read alone:
+// another process may set a higher one meanwhile.
+func raiseMark(ctx context.Context, token MarkToken, to *Mark) error {
+	mark, all, err := readMarks(ctx, token)
 	if err != nil {
 		return err
 	}
-	if raised := mark.merge(store.Seen()); raised.ahead(mark) {
-		return setMark(ctx, token, raised)
+	if raised := mark.merge(to); raised != nil && raised.ahead(mark) {
+		return setMark(ctx, token, raised, all)
 	}
 	return nil
 }
 
-func setMark(ctx context.Context, token MarkToken, m *Mark) error {
+func setMark(ctx context.Context, token MarkToken, m *Mark, others [][]byte) error {
 	text, err := json.Marshal(m)
 	if err != nil {
 		return err
 	}
-	return token.SetMark(ctx, text)
+	return token.SetMark(ctx, text, others)
 }
 
 // AcceptRollback has the ledger accepted as it is, with a reason that it notes.
@@ -109,7 +125,7 @@ func AcceptRollback(ctx context.Context, store Ledger, token MarkToken, reason s
 	if err != nil {
 		return err
 	}
-	mark, err := ReadMark(ctx, token)
+	mark, all, err := readMarks(ctx, token)
 	if err != nil {
 		return err
 	}
@@ -127,7 +143,7 @@ func AcceptRollback(ctx context.Context, store Ledger, token MarkToken, reason s
 	if err != nil {
 		return err
 	}
-	return setMark(ctx, token, now)
+	return setMark(ctx, token, now, all)
 }
 
 // How often a service looks whether the ledger is what it was, sets the mark at most, and reads the whole ledger.
@@ -164,6 +180,9 @@ func KeepMark(ctx context.Context, store Ledger, token MarkToken, accepted func(
 		say("reading the ledger", err)
 	}
 	verify()
+	// A ledger that is behind the token's mark stays so until it has been compared with that again: this process may have
+	// seen nothing later itself.
+	behind := CheckMark(ctx, store, token) != nil
 	moved, failed := store.Moved(), false
 	var rested <-chan time.Time
 	raise := func() {
@@ -184,10 +203,15 @@ func KeepMark(ctx context.Context, store Ledger, token MarkToken, accepted func(
 		case <-read.C:
 			verify()
 		case <-look.C:
-			_, err := store.Check(ctx, new(Mark)) // with what this process has seen
-			if errors.Is(err, ErrRolledBack) {    // which may have been accepted
+			var err error
+			if !behind {
+				_, err = store.Check(ctx, new(Mark)) // with what this process has seen
+				behind = errors.Is(err, ErrRolledBack)
+			}
+			if behind { // which may have been accepted, or the last database is back
 				say("raising the high-water mark", RaiseMark(ctx, store, token))
 				if err = CheckMark(ctx, store, token); err == nil {
+					behind = false
 					verify()
 					accepted()
 				}

@@ -1,8 +1,10 @@
 package hsmkeys
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"slices"
 
 	"github.com/miekg/pkcs11"
 )
@@ -10,11 +12,15 @@ import (
 // markLabel is that of the objects which hold a mark.
 const markLabel = "kme high-water mark"
 
+// private has an object that only who is logged in as the user can make or see. Anybody can make others, in a session
+// that is not logged in: an object of a mark's name that is not PRIVATE is none.
+var private = attributes{attr(pkcs11.CKA_PRIVATE, true)}
+
 // Marks gives the marks that SetMark has left: one; or several, of processes that set one at the same time or were
 // killed meanwhile.
 func (t *Token) Marks(ctx context.Context) ([][]byte, error) {
 	return do(ctx, t, "read the high-water mark", func(s *session) (all [][]byte, err error) {
-		found, err := s.notes(markLabel)
+		found, err := s.notes(markLabel, private)
 		for _, n := range found {
 			all = append(all, n.text)
 		}
@@ -22,17 +28,20 @@ func (t *Token) Marks(ctx context.Context) ([][]byte, error) {
 	})
 }
 
-// SetMark replaces what Marks gives by one mark, a text. Only who has the user PIN can do that. It is a new object: one
-// that is changed in its place could be lost with the process.
-func (t *Token) SetMark(ctx context.Context, mark []byte) error {
+// SetMark sets a mark, a text, in the place of others, and leaves those that another process has set meanwhile. Only
+// who has the user PIN can do that. It is a new object: one that is changed in its place could be lost with the process.
+func (t *Token) SetMark(ctx context.Context, mark []byte, others [][]byte) error {
 	_, err := doAs(ctx, t, Operator, "set the high-water mark", func(s *session) (struct{}, error) {
-		before, err := s.notes(markLabel)
+		before, err := s.notes(markLabel, private)
 		if err == nil {
-			err = s.putNote(markLabel, mark, attributes{attr(pkcs11.CKA_PRIVATE, true)})
+			err = s.putNote(markLabel, mark, private)
 		}
 		for _, n := range before {
 			if err != nil {
 				break
+			}
+			if !slices.ContainsFunc(others, func(o []byte) bool { return bytes.Equal(o, n.text) }) {
+				continue
 			}
 			// Another process may have replaced it meanwhile.
 			if err = s.DestroyObject(s.h, n.object); isCKR(err, pkcs11.CKR_OBJECT_HANDLE_INVALID) {
@@ -59,10 +68,10 @@ func (g *Group) Marks(ctx context.Context) (all [][]byte, err error) {
 }
 
 // SetMark sets it in all tokens. It fails if none could be set.
-func (g *Group) SetMark(ctx context.Context, mark []byte) error {
+func (g *Group) SetMark(ctx context.Context, mark []byte, others [][]byte) error {
 	var errs []error
 	for _, t := range g.tokens {
-		if err := t.SetMark(ctx, mark); err != nil {
+		if err := t.SetMark(ctx, mark, others); err != nil {
 			errs = append(errs, err)
 		}
 	}
@@ -91,9 +100,9 @@ func (s *session) putNote(label string, text []byte, how attributes) error {
 	return err
 }
 
-// notes finds the texts of a label.
-func (s *session) notes(label string) (all []note, err error) {
-	found, err := s.findObjects(attributes{attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_LABEL, label)})
+// notes finds the texts of a label, in objects that are how putNote made them.
+func (s *session) notes(label string, how attributes) (all []note, err error) {
+	found, err := s.findObjects(join(attributes{attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_LABEL, label)}, how))
 	if err != nil {
 		return nil, err
 	}

@@ -26,7 +26,7 @@ func TestMark(t *testing.T) {
 	}
 	set := func(mark string) {
 		t.Helper()
-		if err := token.SetMark(t.Context(), []byte(mark)); err != nil {
+		if err := token.SetMark(t.Context(), []byte(mark), marks()); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -40,24 +40,46 @@ func TestMark(t *testing.T) {
 			t.Errorf("set %q, and got %q", mark, all)
 		}
 	}
+	before := marks()
 	var done sync.WaitGroup
 	for i := range 8 {
 		done.Go(func() {
-			if err := token.SetMark(t.Context(), fmt.Append(nil, i)); err != nil {
+			if err := token.SetMark(t.Context(), fmt.Append(nil, "of ", i), before); err != nil {
 				t.Error(err)
 			}
 		})
 	}
 	done.Wait()
-	if len(marks()) == 0 {
-		t.Error("none of several is left")
+	if all := marks(); len(all) != 8 {
+		t.Errorf("eight that did not know each other's marks left %q: a higher one may be lost", all)
 	}
 	set("last")
 	if all := marks(); len(all) != 1 || !bytes.Equal(all[0], []byte("last")) {
 		t.Errorf("the last one: %q", all)
 	}
 
-	// Without a PIN nobody sees it, or puts another one there.
+	// Who has no PIN can make an object that is not PRIVATE, under the same name: it is no mark, and stays what it is.
+	err := token.with(t.Context(), "forge", func(s *session) error {
+		return s.putNote(markLabel, []byte("forged"), attributes{attr(pkcs11.CKA_PRIVATE, false)})
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if all := marks(); len(all) != 1 || string(all[0]) != "last" {
+		t.Errorf("beside an object that needs no PIN: %q", all)
+	}
+	set("last but one")
+	if all := marks(); len(all) != 1 || string(all[0]) != "last but one" {
+		t.Errorf("set beside an object that needs no PIN: %q", all)
+	}
+}
+
+// Nobody sees a mark without a PIN.
+func TestMarkIsPrivate(t *testing.T) {
+	token := newOperator(t)
+	if err := token.SetMark(t.Context(), []byte("1"), nil); err != nil {
+		t.Fatal(err)
+	}
 	err := token.with(t.Context(), "look", func(s *session) error {
 		found, err := s.findObjects(attributes{attr(pkcs11.CKA_LABEL, markLabel), attr(pkcs11.CKA_PRIVATE, false)})
 		if len(found) > 0 {

@@ -87,7 +87,7 @@ func (t *Token) dedication(s *session) (*Dedication, error) {
 	if d := t.dedicated.Load(); d != nil {
 		return d, nil
 	}
-	found, err := s.notes(dedicationLabel)
+	found, err := s.notes(dedicationLabel, nil)
 	if err != nil {
 		return nil, explain("ask what the token is for", err)
 	}

@@ -209,6 +209,8 @@ func attacked(t *testing.T, name string) {
 		`DELETE FROM ledger WHERE event = 'ACCEPTED' AND chain = 3 AND seq = (SELECT MAX(seq) FROM ledger WHERE chain = 3)`,
 		`INSERT INTO ledger SELECT chain, seq + 1000, at, event, subject, '', NULL, actor, detail, mac FROM ledger
 			WHERE chain = 5 AND seq = (SELECT MAX(seq) FROM ledger WHERE chain = 5)`,
+		`UPDATE actors SET json = '{"client":"nobody"}'`,
+		`DELETE FROM actors`,
 	} {
 		t.Run(text, func(t *testing.T) {
 			mark, err := s.Check(ctx, new(binding.Mark))
@@ -230,8 +232,54 @@ func attacked(t *testing.T, name string) {
 			if n, err := s.VerifyLedger(ctx); err != nil {
 				t.Errorf("after it was accepted: %d entries, %v", n, err)
 			}
+			// What is left can be read, and goes on.
+			n := 0
+			for _, err := range s.Entries(ctx) {
+				if n++; err != nil {
+					t.Fatalf("entry %d after it was accepted: %v", n, err)
+				}
+			}
+			for i := range 3 {
+				must(s.History(ctx, all[i].IMSI.String()))
+			}
+			if err := s.Note(ctx, "TRIED", "s", text); err != nil {
+				t.Error(err)
+			}
+			if last, _, err := s.LastNote(ctx, "TRIED", "s"); err != nil || last != text {
+				t.Errorf("a note after it was accepted: %q, %v", last, err)
+			}
 		})
 	}
+	t.Run("a KME hidden from the count", func(t *testing.T) { // by which storage keys are destroyed
+		below := []byte{0xff, 0xff}
+		n := must(s.CountSealed(ctx, below))
+		for _, hide := range []string{"sealed = BYTES(ffffff)", "state = 'REVOKED'"} {
+			run("DELETE FROM bindings WHERE imsi = IMSI0; INSERT INTO bindings SELECT * FROM kept_bindings WHERE imsi = IMSI0")
+			if again := must(s.CountSealed(ctx, below)); again != n {
+				t.Fatalf("%d KMEs, and then %d", n, again)
+			}
+			run("UPDATE bindings SET " + hide + " WHERE imsi = IMSI0")
+			if n, err := s.CountSealed(ctx, below); !isDamaged(err) {
+				t.Errorf("%s: %d KMEs, %v", hide, n, err)
+			}
+		}
+		run("DELETE FROM bindings WHERE imsi = IMSI0; INSERT INTO bindings SELECT * FROM kept_bindings WHERE imsi = IMSI0")
+	})
+	t.Run("rows of no IMSI", func(t *testing.T) {
+		before := must(s.Verify(ctx, func(int) {}))
+		const columns = `state, imei, manufacturer, lot, device_key, sealed, nw_sig, attempt_id, payload_sha256,
+			established_at, activated_at, revoked_at, origin, expires_at, sent, seq, mac FROM bindings WHERE imsi = IMSI0`
+		made := []string{"'none'"}
+		if strings.HasPrefix(name, "sqlite:") {
+			made = append(made, "CAST(IMSI0 AS BLOB)", "CAST('x' AS BLOB)")
+		}
+		for _, imsi := range made {
+			run("INSERT INTO bindings SELECT " + imsi + ", " + columns)
+		}
+		if r, err := s.Verify(ctx, func(int) {}); err != nil || len(r.Damaged) != len(before.Damaged)+len(made) {
+			t.Errorf("of %d rows made up, verified: %+v, %v", len(made), r, err)
+		}
+	})
 	// Another process, whose token has no mark.
 	fresh, err := Open(ctx, name, rowKey)
 	if err != nil {

@@ -94,9 +94,19 @@ func (s *Store) actor(ctx context.Context, tx *txn) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	id := s.macs.of("actors", string(text))
-	if _, err := tx.ExecContext(ctx, `INSERT INTO actors (actor, json) VALUES ($1, $2) ON CONFLICT DO NOTHING`, id, string(text)); err != nil {
-		return nil, err
+	var id []byte
+	for ; ; text = append(text, ' ') { // the same in other bytes, where somebody has changed the row
+		var have string
+		id = s.macs.of("actors", string(text))
+		if err := tx.do(ctx, `INSERT INTO actors (actor, json) VALUES ($1, $2) ON CONFLICT DO NOTHING`, id, string(text)); err != nil {
+			return nil, err
+		}
+		if err := tx.QueryRowContext(ctx, `SELECT json FROM actors WHERE actor = $1`, id).Scan(&have); err != nil {
+			return nil, err
+		}
+		if have == string(text) {
+			break
+		}
 	}
 	tx.after = append(tx.after, func() {
 		if s.known.Add(1) > maxActors {
@@ -177,6 +187,7 @@ func (s *Store) Check(ctx context.Context, mark *binding.Mark) (*binding.Mark, e
 	if mark != nil && mark.Epoch > s.epoch { // what was wrong is accepted
 		s.epoch, s.seen = mark.Epoch, mark.Heads
 		s.broken.Store(nil)
+		s.actors.Clear()
 	}
 	s.mu.Unlock()
 	seen := s.Seen()
@@ -233,6 +244,7 @@ func (s *Store) Accept(ctx context.Context, mark *binding.Mark, reason string) (
 	s.mu.Unlock()
 	s.refused.Store(nil)
 	s.broken.Store(nil)
+	s.actors.Clear()
 	accepted := &binding.Mark{Epoch: 1}
 	if mark != nil {
 		accepted.Epoch = mark.Epoch + 1
@@ -299,8 +311,13 @@ func (s *Store) History(ctx context.Context, subject string) (all []binding.Entr
 	return all, err
 }
 
-// entries gives entries whose MACs, over the MAC of the one before too, are good.
+// entries gives entries whose MACs, over the MAC of the one before too, are good; and, as they are, those that were
+// accepted: without an Actor, unless it is the one that was entered.
 func (s *Store) entries(ctx context.Context, q queryer, each func(binding.Entry) error, where string, args ...any) error {
+	accepted, err := s.acceptedUpTo(ctx, q)
+	if err != nil {
+		return err
+	}
 	n := len(ledger.columns)
 	values, pointers := make(row, n+3), make([]any, n+3) // and its mac, the mac before, the actor's JSON
 	for i := range values {
@@ -310,23 +327,62 @@ func (s *Store) entries(ctx context.Context, q queryer, each func(binding.Entry)
 		if err := scan(pointers...); err != nil {
 			return err
 		}
-		if !hmac.Equal(values.bytes(n), s.entryMAC(values[:n], values.bytes(n+1))) {
+		asItIs := values.int(1) < accepted[values.int(0)]
+		if !asItIs && !hmac.Equal(values.bytes(n), s.entryMAC(values[:n], values.bytes(n+1))) {
 			return damaged(ledger, values, "was changed, or the one before it is gone or was")
 		}
 		e := binding.Entry{
 			Chain: int(values.int(0)), Seq: values.int(1), Time: fromMillis(values.int(2)), Event: binding.Event(values.text(3)),
 			Subject: values.text(4), IMEI: values.text(5), Detail: values.text(8),
 		}
-		text := values.text(n + 2)
-		if !hmac.Equal(values.bytes(7), s.macs.of("actors", text)) {
-			return damaged(ledger, values, "has another actor than the service wrote")
-		}
-		if err := json.Unmarshal([]byte(text), &e.Actor); err != nil {
-			return err
+		if text := values.text(n + 2); s.isActor(values, text) {
+			if err := json.Unmarshal([]byte(text), &e.Actor); err != nil {
+				return err
+			}
+		} else if !asItIs {
+			return damaged(ledger, values, otherActor)
+		} else {
+			e.Actor.Client = "unknown"
 		}
 		return each(e)
 	}, `SELECT e.`+strings.Join(ledger.columns, ", e.")+`, e.mac, p.mac, a.json FROM ledger AS e
 		LEFT JOIN ledger AS p ON p.chain = e.chain AND p.seq = e.seq - 1 LEFT JOIN actors AS a ON a.actor = e.actor `+where, args...)
+}
+
+const otherActor = "has another actor than the service wrote"
+
+// isActor says whether a JSON text is that of an entry's actor.
+func (s *Store) isActor(entry row, text string) bool {
+	return hmac.Equal(entry.bytes(7), s.macs.of("actors", text))
+}
+
+// acceptedUpTo has, of each chain that was accepted although it was not whole, the number of the entry that says so; that
+// is missing where the chain is another one than then.
+func (s *Store) acceptedUpTo(ctx context.Context, q queryer) (map[int64]int64, error) {
+	last := map[int64]int64{}
+	err := query(ctx, q, func(scan func(...any) error) error {
+		var chain, seq int64
+		err := scan(&chain, &seq)
+		last[chain] = seq
+		return err
+	}, `SELECT chain, MAX(seq) FROM ledger WHERE subject = $1 AND event = $2 GROUP BY chain`, binding.StoreSubject, string(binding.EventAccepted))
+	if err != nil {
+		return nil, err
+	}
+	for chain, seq := range last {
+		if known, ok := s.accepted.Load(chain); ok && known == seq {
+			continue
+		}
+		_, _, err := s.verifyChain(ctx, q, chain, seq, func(row) error { return nil })
+		if isDamaged(err) {
+			delete(last, chain)
+		} else if err != nil {
+			return nil, err
+		} else {
+			s.accepted.Store(chain, seq)
+		}
+	}
+	return last, nil
 }
 
 // Entries gives all entries, chain after chain.
@@ -367,8 +423,8 @@ func (s *Store) VerifyLedger(ctx context.Context) (n int, err error) {
 }
 
 // verifyChain reads a chain up to an entry. It fails with a *binding.DamagedRow for the first entry that is gone, was
-// changed or does not follow the one before it, unless that was accepted since, as it is now. digest is over all that it
-// has read.
+// changed, has another actor or does not follow the one before it, unless that was accepted since, as it is now. digest
+// is over all entries that it has read, without who their actors are: one that is gone is entered again.
 func (s *Store) verifyChain(ctx context.Context, q queryer, chain, upTo int64, each func(row) error) (n int, digest []byte, err error) {
 	var wrong error
 	found := func(seq int64, what string) {
@@ -378,23 +434,36 @@ func (s *Store) verifyChain(ctx context.Context, q queryer, chain, upTo int64, e
 	}
 	var last int64
 	var before []byte
-	err = s.scan(ctx, q, ledger, func(values row) error {
+	columns := len(ledger.columns)
+	values, pointers := make(row, columns+2), make([]any, columns+2) // and its mac, the actor's JSON
+	for i := range values {
+		pointers[i] = &values[i]
+	}
+	err = query(ctx, q, func(scan func(...any) error) error {
+		if err := scan(pointers...); err != nil {
+			return err
+		}
 		if values.int(1) != last+1 {
 			found(last+1, "is gone")
 		}
-		columns := values[:len(ledger.columns)]
-		mac := values.bytes(len(columns))
-		var a acceptance
-		switch {
-		case !hmac.Equal(mac, s.entryMAC(columns, before)):
+		mac := values.bytes(columns)
+		whole := hmac.Equal(mac, s.entryMAC(values[:columns], before))
+		if !whole {
 			found(values.int(1), "was changed, or does not follow the one before it")
-		case values.text(3) == string(binding.EventAccepted) && json.Unmarshal([]byte(values.text(8)), &a) == nil && hmac.Equal(a.Digest, digest):
+		}
+		if !s.isActor(values, values.text(columns+1)) {
+			found(values.int(1), otherActor)
+			whole = false
+		}
+		var a acceptance
+		if whole && values.text(3) == string(binding.EventAccepted) && json.Unmarshal([]byte(values.text(8)), &a) == nil && hmac.Equal(a.Digest, digest) {
 			wrong = nil
 		}
 		n++
-		last, before, digest = values.int(1), bytes.Clone(mac), s.macs.of("ledger so far", append(slices.Clone(values), digest)...)
-		return each(values)
-	}, `WHERE chain = $1 AND seq <= $2 ORDER BY seq`, chain, upTo)
+		last, before, digest = values.int(1), bytes.Clone(mac), s.macs.of("ledger so far", append(slices.Clone(values[:columns+1]), digest)...)
+		return each(values[:columns+1])
+	}, `SELECT e.`+strings.Join(ledger.columns, ", e.")+`, e.mac, a.json FROM ledger AS e LEFT JOIN actors AS a ON a.actor = e.actor
+		WHERE e.chain = $1 AND e.seq <= $2 ORDER BY e.seq`, chain, upTo)
 	if err == nil && last < upTo {
 		found(upTo, "is gone")
 	}

@@ -4,6 +4,7 @@
 package sqlstore
 
 import (
+	"bytes"
 	"context"
 	"database/sql"
 	"errors"
@@ -37,6 +38,8 @@ type Store struct {
 	broken  atomic.Pointer[error] // an entry of it is not what it was
 	actors  sync.Map              // binding.Actor to []byte, of those that are entered
 	known   atomic.Int64          // how many
+
+	accepted sync.Map // chain to the number of its last entry ACCEPTED, where what it accepts is as it was
 
 	mu    sync.Mutex
 	epoch int                          // of seen; guarded by mu
@@ -585,7 +588,13 @@ func (s *Store) CountSealed(ctx context.Context, below []byte) (n int, err error
 	if err := s.refusal(); err != nil {
 		return 0, err
 	}
-	err = s.read.QueryRowContext(ctx, `SELECT COUNT(*) FROM bindings WHERE `+sealedBelow, below).Scan(&n)
+	// Of all rows, not of those that say so: a storage key is destroyed when none is left under it.
+	err = s.rows(ctx, s.read, bindings, func(r row) error {
+		if r.text(1) != string(binding.Revoked) && bytes.Compare(r.bytes(6), below) < 0 {
+			n++
+		}
+		return nil
+	}, "")
 	return n, err
 }
 

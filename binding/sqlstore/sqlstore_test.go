@@ -169,8 +169,9 @@ func TestPostgresCopy(t *testing.T) {
 		t.Fatal(err)
 	}
 	none := func(int) {}
-	for _, step := range []struct{ from, to *Store }{{from, through}, {through, back}} {
-		if rows, err := step.from.Copy(t.Context(), step.to, none); err != nil || rows != 155 {
+	for i, step := range []struct{ from, to *Store }{{from, through}, {through, back}} {
+		// The first copy has an entry of its own in its ledger.
+		if rows, err := step.from.Copy(t.Context(), step.to, none); err != nil || rows != 155+i {
 			t.Fatal(rows, err)
 		}
 		if _, err := step.from.Copy(t.Context(), step.to, none); !errors.Is(err, ErrNotEmpty) {

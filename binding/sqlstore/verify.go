@@ -88,15 +88,16 @@ func (s *Store) imsis(ctx context.Context, each func(kme.IMSI) error) error {
 		for _, text := range texts {
 			imsi, err := kme.ParseIMSI(text)
 			if err != nil {
-				err = &binding.DamagedRow{Table: "bindings", Key: text, What: "has no IMSI"}
+				continue // of a row that the service did not write, and whose MAC says so
 			}
-			if err == nil {
-				err = each(imsi)
-			}
-			if err != nil {
+			if err := each(imsi); err != nil {
 				return err
 			}
 		}
-		after = texts[len(texts)-1]
+		last := texts[len(texts)-1]
+		if last <= after { // SQLite sorts a BLOB, which the service did not write either, behind all texts
+			return nil
+		}
+		after = last
 	}
 }

@@ -284,7 +284,7 @@ func weaknesses(ctx context.Context, tokens []*hsmkeys.Token, registry prometheu
 // standing says what is served in the place of a list of revoked devices that is overdue.
 func standing(since time.Time) string {
 	if since.IsZero() {
-		return "there is none yet, and no device of the lot is bound"
+		return "there is none yet: no device of the lot is newly bound, and whether one that is bound was revoked is not known"
 	}
 	return "that of " + since.UTC().Format(time.RFC3339) + " stands"
 }

@@ -1,0 +1,97 @@
+package binding_test
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// A markToken keeps marks as an HSM does.
+type markToken struct {
+	mu    sync.Mutex
+	marks [][]byte
+	read  int // how often
+}
+
+func (m *markToken) Marks(context.Context) ([][]byte, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.read++
+	return m.marks, nil
+}
+
+func (m *markToken) SetMark(_ context.Context, mark []byte, _ [][]byte) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.marks = [][]byte{mark}
+	return nil
+}
+
+// A service that starts with a database of before, or with a token that has no mark, serves nothing, however long it
+// runs, until that is accepted.
+func TestStartedWithAnEarlierDatabase(t *testing.T) {
+	key, err := kme.NewSecret(make([]byte, 32))
+	if err != nil {
+		t.Fatal(err)
+	}
+	open := func(path string) *sqlstore.Store {
+		s, err := sqlstore.Open(t.Context(), "sqlite:"+path, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { s.Close() })
+		return s
+	}
+	note := func(s *sqlstore.Store) error { return s.Note(t.Context(), "TRIED", "s", "") }
+	path := func() string { return filepath.Join(t.TempDir(), "keysvc.db") }
+	later, token := open(path()), new(markToken)
+	for range 2 {
+		if err := note(later); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := binding.RaiseMark(t.Context(), later, token); err != nil {
+		t.Fatal(err)
+	}
+	for name, token := range map[string]*markToken{"an earlier database": token, "a token without a mark": new(markToken)} {
+		t.Run(name, func(t *testing.T) {
+			earlier := path()
+			if err := note(open(earlier)); err != nil {
+				t.Fatal(err)
+			}
+			fresh := open(earlier)
+			if err := binding.CheckMark(t.Context(), fresh, token); !errors.Is(err, binding.ErrRolledBack) {
+				t.Fatalf("at the start: %v", err)
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			accepted := make(chan struct{}, 1)
+			go binding.KeepMark(ctx, fresh, token, func() { accepted <- struct{}{} }, slog.New(slog.DiscardHandler))
+			looked := func() int {
+				token.mu.Lock()
+				defer token.mu.Unlock()
+				return token.read
+			}
+			for began := looked(); looked() < began+4; time.Sleep(10 * time.Millisecond) { // it looks every second
+				if err := note(fresh); !errors.Is(err, binding.ErrRolledBack) {
+					t.Fatalf("it serves: %v", err)
+				}
+			}
+			if err := binding.AcceptRollback(t.Context(), open(earlier), token, "tried"); err != nil {
+				t.Fatal(err)
+			}
+			<-accepted
+			if err := note(fresh); err != nil {
+				t.Errorf("after it was accepted: %v", err)
+			}
+		})
+	}
+}
