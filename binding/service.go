@@ -497,6 +497,7 @@ func (s *Service) GetBinding(ctx context.Context, imsiText string) (*Binding, er
 	if err != nil {
 		return nil, s.failed(ctx, "get", imsi, fromStore(ctx, err))
 	}
+	s.log.InfoContext(ctx, "binding read", "imsi", imsi, "imei", sub.Latest().IMEI)
 	return sub.Latest(), nil
 }
 
@@ -552,6 +553,7 @@ func (s *Service) ListBindings(ctx context.Context, q BindingQuery) ([]*Binding,
 	if err != nil {
 		return nil, s.failed(ctx, "list", kme.IMSI{}, fromStore(ctx, err))
 	}
+	s.log.InfoContext(ctx, "bindings listed", "bindings", len(all))
 	return all, nil
 }
 
