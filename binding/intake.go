@@ -189,7 +189,7 @@ func checkTACs(lot *directory.Manifest, manufacturers []*Manufacturer, m *Manufa
 				lot.Lot, r.TAC, o.KeyID)
 		}
 		if len(m.TACs) > 0 && !slices.Contains(m.TACs, r.TAC) {
-			return fmt.Errorf("lot %s has TAC %s, and manufacturer %s is enrolled for %s alone: if that is its TAC too, run keysvc enroll "+
+			return fmt.Errorf("lot %s has TAC %s, and manufacturer %s was enrolled for %s alone: if that is its TAC too, run keysvc enroll "+
 				"again with --tac for each; keysvc lot retire ends a lot", lot.Lot, r.TAC, m.KeyID, m.TACs)
 		}
 	}
