@@ -192,6 +192,10 @@ func TestActorInLog(t *testing.T) {
 		{hss, "GetBinding", `{` + imsi + `}`, "refused", "NOT_BOUND", "hss"},
 		{hss, "RevokeBinding", `{` + imsi + `}`, "refused", "NOT_BOUND", "admin"},
 		{hss, "RevokeBinding", `{"imsi":"262010000000001"}`, "refused", "CALLER_NOT_ALLOWED", ""},
+		{hss, "PrepareVector", `{` + imsi + `}`, "refused", "MALFORMED", "hss"},
+		{hss, "PrepareVector", `{` + imsi + `,"origin":"a b"}`, "refused", "MALFORMED", "hss"},
+		{hss, "EstablishKME", `{` + imsi + `,"imei":"1"}`, "refused", "MALFORMED", "hss"},
+		{hss, "OpenProvisioning", `{` + imsi + `,"ttl":"0.1s"}`, "refused", "MALFORMED", "admin"},
 		{nil, "OpenProvisioning", `{` + imsi + `}`, "provisioning opened", "", "admin"},
 		{nil, "PrepareVector", `{` + imsi + `}`, "refused", "CALLER_NOT_ALLOWED", ""},
 	} {
@@ -307,6 +311,35 @@ func TestUnauthenticatedFlood(t *testing.T) {
 	}
 	if told+left != flood || told > flood/2 || told == 0 || counted(t, f.registry, "user") != float64(flood) {
 		t.Errorf("of %d, %d lines, %d left out, %v counted", flood, told, left, counted(t, f.registry, "user"))
+	}
+}
+
+// Who fails again and again without a certificate does not hide who has one, and is no client.
+func TestFloodHidesNobody(t *testing.T) {
+	f := newFront(t, Client{Name: "hss-1", SAN: "hss.example", Roles: []Role{RoleHSS}, PLMNs: []string{all}})
+	for range 3 * 20 {
+		f.call(t, nil, "GetBinding", `{"imsi":"001010000000001"}`)
+	}
+	unknown := f.ca.client(t, "unknown.example", time.Now().Add(time.Hour))
+	f.log.take(t)
+	f.call(t, []tls.Certificate{unknown}, "GetBinding", `{"imsi":"001010000000001"}`)
+	if text := fmt.Sprint(f.log.take(t)); !strings.Contains(text, fingerprint(unknown.Leaf)) {
+		t.Errorf("the log has nothing of it: %s", text)
+	}
+}
+
+// Whoever is not let in is refused, logged and counted whatever it sends, and to which path.
+func TestStrangersAreNotRead(t *testing.T) {
+	f := newFront(t, Client{Name: "hss-1", SAN: "hss.example", Roles: []Role{RoleHSS}, PLMNs: []string{all}})
+	unknown := []tls.Certificate{f.ca.client(t, "unknown.example", time.Now().Add(time.Hour))}
+	for _, body := range []string{`{`, `{"imsi":1}`, strings.Repeat(" ", maxRequest+1)} {
+		for _, method := range []string{"PrepareVector", "RevokeBinding", "EstablishKMEs", "Nope"} {
+			status, answer := f.call(t, unknown, method, body)
+			log := f.log.take(t)
+			if status != 403 || len(log) != 1 || log[0]["msg"] != "client authentication failed" || log[0]["call"] != service+method {
+				t.Errorf("%s, %.20q: %d %s; the log has %v", method, body, status, answer, log)
+			}
+		}
 	}
 }
 

@@ -59,10 +59,10 @@ func NewHandler(o Options) http.Handler {
 		err = g.finish(ctx, "ready", func() (err error) { warnings, err = o.Ready(ctx); return err })
 		return warnings, err
 	}}
-	mux.Handle(grpchealth.NewHandler(&checker{g, ready}))
+	mux.Handle(grpchealth.NewHandler(&checker{ready}))
 	mux.HandleFunc("GET /metrics", g.only(o.Gather.ServeHTTP, RoleMetrics))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { w.Write([]byte("ok\n")) })
-	mux.HandleFunc("GET /readyz", g.only(func(w http.ResponseWriter, r *http.Request) {
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
 		warnings, err := ready.ask(r.Context())
 		if err != nil { // why is for the log of whoever runs the service
 			http.Error(w, "not ready", http.StatusServiceUnavailable)
@@ -72,10 +72,14 @@ func NewHandler(o Options) http.Handler {
 		for _, warning := range warnings {
 			fmt.Fprintf(w, "but %s\n", warning)
 		}
-	}, roles...))
+	})
+	errorWriter := connect.NewErrorWriter()
 	return identify(o.Clients, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		err := func() (err error) {
 			defer panics.Recover(&err)
+			if clientOf(r.Context()) == nil && r.URL.Path != "/healthz" { // nothing of its body is read
+				return g.turnAway(w, r, errorWriter)
+			}
 			mux.ServeHTTP(w, r)
 			return nil
 		}()
@@ -86,16 +90,22 @@ func NewHandler(o Options) http.Handler {
 	}))
 }
 
-// A checker says over gRPC what /readyz says.
-type checker struct {
-	guard
-	ready *readiness
+// turnAway answers a caller that nobody knows, in the protocol that it speaks.
+func (g *guard) turnAway(w http.ResponseWriter, r *http.Request, errorWriter *connect.ErrorWriter) error {
+	stranger(r.Context(), g.service, r.URL.Path)
+	refusal := toConnect(notAllowed())
+	setReason(w.Header(), refusal)
+	if r.Method == http.MethodPost && errorWriter.IsSupported(r) {
+		return errorWriter.Write(w, r, refusal)
+	}
+	http.Error(w, notAllowed().Message, http.StatusForbidden)
+	return nil
 }
 
+// A checker says over gRPC what /readyz says.
+type checker struct{ ready *readiness }
+
 func (c *checker) Check(ctx context.Context, req *grpchealth.CheckRequest) (*grpchealth.CheckResponse, error) {
-	if clientOf(ctx).as(roles...) == "" {
-		return nil, c.refuse(ctx, notAllowed(), "health")
-	}
 	if req.Service != "" && req.Service != kmev1connect.KeyServiceName {
 		return nil, connect.NewError(connect.CodeNotFound, errors.New("there is no such service"))
 	}
@@ -116,15 +126,17 @@ type guard struct {
 func (g *guard) call(ctx context.Context, procedure string, message any, f func(context.Context) error) error {
 	start := time.Now()
 	err := g.finish(ctx, procedure, func() error {
-		ctx, err := g.admit(ctx, procedure, message)
+		admitted, err := g.admit(ctx, procedure, message)
 		if err != nil {
 			return err
 		}
+		ctx = admitted
 		return f(ctx)
 	})
 	reason := "OK"
 	if r := refusalOf(err); r != nil {
 		reason = string(r.Reason)
+		g.service.Refused(ctx, r, append(imsiOf(message), "call", procedure)...)
 	} else if err != nil {
 		reason = connect.CodeOf(err).String()
 	}
@@ -151,12 +163,7 @@ func (g *guard) finish(ctx context.Context, procedure string, work func() error)
 func (g *guard) admit(ctx context.Context, procedure string, message any) (context.Context, error) {
 	client := clientOf(ctx)
 	named, names := message.(interface{ GetImsi() string })
-	var attrs []any
-	if names {
-		if imsi, err := kme.ParseIMSI(named.GetImsi()); err == nil {
-			attrs = []any{"imsi", imsi}
-		}
-	}
+	attrs := imsiOf(message)
 	role := client.as(allowed[procedure]...)
 	if role == "" || names && !client.view.Has(named.GetImsi()) {
 		return nil, g.refuse(ctx, notAllowed(), procedure, attrs...)
@@ -169,12 +176,18 @@ func (g *guard) admit(ctx context.Context, procedure string, message any) (conte
 	return ctx, nil
 }
 
-func (g *guard) refuse(ctx context.Context, r *binding.Refusal, call string, attrs ...any) error {
-	if clientOf(ctx) == nil {
-		stranger(ctx, g.service, call)
-	} else {
-		g.service.Refused(ctx, r, append(attrs, "call", call)...)
+// imsiOf is the IMSI that a message names, for the log.
+func imsiOf(message any) []any {
+	if named, ok := message.(interface{ GetImsi() string }); ok {
+		if imsi, err := kme.ParseIMSI(named.GetImsi()); err == nil {
+			return []any{"imsi", imsi}
+		}
 	}
+	return nil
+}
+
+func (g *guard) refuse(ctx context.Context, r *binding.Refusal, call string, attrs ...any) error {
+	g.service.Refused(ctx, r, append(attrs, "call", call)...)
 	return toConnect(r)
 }
 
@@ -208,12 +221,16 @@ func (g *guard) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 func (g *guard) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
 	return func(ctx context.Context, conn connect.StreamingHandlerConn) error {
 		procedure := conn.Spec().Procedure
+		role := clientOf(ctx).as(allowed[procedure]...)
 		err := g.finish(ctx, procedure, func() error {
-			if clientOf(ctx).as(allowed[procedure]...) == "" {
+			if role == "" {
 				return g.refuse(ctx, notAllowed(), procedure)
 			}
-			return next(ctx, conn)
+			return next(as(ctx, role), conn)
 		})
+		if r := refusalOf(err); r != nil {
+			g.service.Refused(as(ctx, role), r, "call", procedure)
+		}
 		setReason(conn.ResponseHeader(), err)
 		return err
 	}

@@ -44,6 +44,8 @@ func TestActorInEveryLine(t *testing.T) {
 	must[*binding.Established](t)(establish(attempt, payload))
 	prepare()
 	must[*binding.Reported](t)(r.service.ReportAuthentication(ctx, imsi, true, here))
+	must[*binding.Binding](t)(r.service.GetBinding(ctx, imsi))
+	must[[]*binding.Binding](t)(r.service.ListBindings(ctx, binding.BindingQuery{Limit: 10}))
 	must[*binding.Binding](t)(r.service.RevokeBinding(ctx, imsi))
 	r.service.Broken(ctx, errors.New("a fault"))
 	r.service.Refused(ctx, &binding.Refusal{Reason: kme.CallerNotAllowed})
@@ -61,7 +63,8 @@ func TestActorInEveryLine(t *testing.T) {
 		}
 	}
 	for _, msg := range []string{"attempt opened", "refused", "established", "established again", "KME exported",
-		"pending binding ended", "provisioning opened", "authentication reported", "binding revoked", "internal error"} {
+		"pending binding ended", "provisioning opened", "authentication reported", "binding read", "bindings listed",
+		"binding revoked", "internal error"} {
 		if !seen[msg] {
 			t.Errorf("no line %q", msg)
 		}

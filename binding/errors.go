@@ -14,6 +14,8 @@ type Refusal struct {
 	Reason  kme.Reason
 	Message string
 	Cause   error
+
+	logged bool
 }
 
 func (r *Refusal) Error() string {

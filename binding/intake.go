@@ -116,14 +116,18 @@ func Enroll(ctx context.Context, token IntakeToken, registry Registry, jws, pem 
 			tacs = m.TACs
 		}
 	}
-	if err := pinnable(ctx, registry, manufacturers, e.Manufacturer, tacs); err != nil {
+	m := &Manufacturer{KeyID: e.Manufacturer, PEM: string(pem), Operator: e.Operator, Directory: directoryURL, TACs: tacs, Enrolled: time.Now()}
+	lots, err := registry.Lots(ctx)
+	if err == nil {
+		err = checkPins(lots, manufacturers, m)
+	}
+	if err != nil {
 		return nil, err
 	}
 	kek, ok := kekOf(e.Manufacturer, e.Operator).Named(e.KEK)
 	if !ok {
 		return nil, fmt.Errorf("the enrolment carries key %s: it does not fit the operator that it names", e.KEK)
 	}
-	m := &Manufacturer{KeyID: e.Manufacturer, PEM: string(pem), Operator: e.Operator, Directory: directoryURL, TACs: tacs, Enrolled: time.Now()}
 	transports, err := token.TransportKeys(ctx)
 	if err != nil {
 		return nil, err
@@ -141,31 +145,36 @@ func Enroll(ctx context.Context, token IntakeToken, registry Registry, jws, pem 
 	return m, token.DestroyTransportKey(ctx, transports[at])
 }
 
-// pinnable fails if one of the TACs that a manufacturer is to have is another's: pinned to it, or in a lot of its that
-// is served.
-func pinnable(ctx context.Context, registry Registry, manufacturers []*Manufacturer, id string, tacs []kme.TAC) error {
-	lots, err := registry.Lots(ctx)
-	if err != nil {
-		return err
-	}
-	for _, t := range tacs {
-		if o := pinned(t, manufacturers); o != nil && o.KeyID != id {
+// checkPins fails if a TAC that m is to have is another's, pinned to it or in a lot of its that is served, or if a lot
+// of m's has one that m is not to have.
+func checkPins(lots []*Lot, manufacturers []*Manufacturer, m *Manufacturer) error {
+	for _, t := range m.TACs {
+		if o := pinned(t, manufacturers, m); o != nil {
 			return fmt.Errorf("TAC %s is pinned to manufacturer %s: settle it with who made the devices", t, o.KeyID)
 		}
 		for _, l := range lots {
-			if l.Manufacturer != id && l.Served() && slices.ContainsFunc(l.Manifest.Ranges, func(r directory.Range) bool { return r.TAC == t }) {
+			if l.Manufacturer != m.KeyID && l.Served() && slices.ContainsFunc(l.Manifest.Ranges, func(r directory.Range) bool { return r.TAC == t }) {
 				return fmt.Errorf("lot %s of manufacturer %s has TAC %s: settle it with who made them; keysvc lot retire ends a lot",
 					l.Manifest.Lot, l.Manufacturer, t)
+			}
+		}
+	}
+	for _, l := range lots {
+		if l.Manufacturer == m.KeyID && !l.Retired.Withdrawn {
+			if err := checkTACs(l.Manifest, manufacturers, m); err != nil {
+				return err
 			}
 		}
 	}
 	return nil
 }
 
-// pinned is the manufacturer that a TAC is pinned to, or nil. A distrusted one has none: its devices may be another's,
-// under a new signing key.
-func pinned(t kme.TAC, manufacturers []*Manufacturer) *Manufacturer {
-	i := slices.IndexFunc(manufacturers, func(m *Manufacturer) bool { return !m.Verdict.Withdrawn && slices.Contains(m.TACs, t) })
+// pinned is the manufacturer, another than m, that a TAC is pinned to, or nil. A distrusted one has none: its devices
+// may be another's, under a new signing key.
+func pinned(t kme.TAC, manufacturers []*Manufacturer, m *Manufacturer) *Manufacturer {
+	i := slices.IndexFunc(manufacturers, func(o *Manufacturer) bool {
+		return o.KeyID != m.KeyID && !o.Verdict.Withdrawn && slices.Contains(o.TACs, t)
+	})
 	if i < 0 {
 		return nil
 	}
@@ -175,14 +184,13 @@ func pinned(t kme.TAC, manufacturers []*Manufacturer) *Manufacturer {
 // checkTACs fails if a lot of m's has a TAC that m may not have.
 func checkTACs(lot *directory.Manifest, manufacturers []*Manufacturer, m *Manufacturer) error {
 	for _, r := range lot.Ranges {
-		o := pinned(r.TAC, manufacturers)
-		if o != nil && o.KeyID != m.KeyID {
+		if o := pinned(r.TAC, manufacturers, m); o != nil {
 			return fmt.Errorf("lot %s has TAC %s, which is pinned to manufacturer %s: settle it with who made them",
 				lot.Lot, r.TAC, o.KeyID)
 		}
-		if o == nil && len(m.TACs) > 0 {
+		if len(m.TACs) > 0 && !slices.Contains(m.TACs, r.TAC) {
 			return fmt.Errorf("lot %s has TAC %s, and manufacturer %s was enrolled for %s alone: if that is its TAC too, run keysvc enroll "+
-				"again with --tac for each", lot.Lot, r.TAC, m.KeyID, m.TACs)
+				"again with --tac for each; keysvc lot retire ends a lot", lot.Lot, r.TAC, m.KeyID, m.TACs)
 		}
 	}
 	return nil

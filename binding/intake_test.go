@@ -383,4 +383,36 @@ func TestPinnedTACs(t *testing.T) {
 	if err := grant(two, "E", "35000002"); err != nil {
 		t.Errorf("a TAC of a manufacturer that is distrusted: %v", err)
 	}
+	again := must[binding.Verdict](t)(binding.NewVerdict(false, "somebody", "it was found"))
+	_, err = binding.Trust(t.Context(), r.store, one.KeyID(), again)
+	refused("trusted again, with a TAC of another's lot", err, "lot E of manufacturer "+two.KeyID())
+}
+
+// A manufacturer's lots have its TACs alone, also those that were taken before it was pinned; and a TAC that was pinned
+// to another while a manufacturer was distrusted stays that one's.
+func TestPinnedLater(t *testing.T) {
+	r, one, two := newRig(t), newMaker(t), newMaker(t)
+	other := must[kme.TAC](t)(kme.ParseTAC("35000001"))
+	own := must[kme.TAC](t)(kme.ParseTAC(testTAC))
+	enroll := func(m *maker, tacs ...kme.TAC) error {
+		_, err := binding.Enroll(t.Context(), r.token, r.store, m.sign(t, directory.TypeEnrolment, m.enrolment(t, r)), m.pem, m.KeyID(), "file:"+m.dir, tacs...)
+		return err
+	}
+	if err := enroll(one); err != nil {
+		t.Fatal(err)
+	}
+	l := one.newLot(t, "L1", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 1)...)
+	must[*binding.Lot](t)(binding.ImportLot(t.Context(), r.token, r.store, one.sign(t, directory.TypeGrant, one.grant(t, l)), nil))
+	checkSays(t, "pinned to another TAC than its lot has", enroll(one, other), "lot L1 has TAC "+testTAC)
+	if err := enroll(one, own, other); err != nil {
+		t.Fatal(err)
+	}
+	checkSays(t, "with fewer TACs than its lots have", enroll(one, other), "lot L1 has TAC "+testTAC)
+
+	must[binding.Verdict](t)(binding.Distrust(t.Context(), r.store, one.KeyID(), verdict(t, true, "its key is lost")))
+	if err := enroll(two, other); err != nil {
+		t.Fatal(err)
+	}
+	_, err := binding.Trust(t.Context(), r.store, one.KeyID(), verdict(t, false, "it was found"))
+	checkSays(t, "trusted again", err, "TAC 35000001 is pinned to manufacturer "+two.KeyID())
 }

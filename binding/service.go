@@ -70,7 +70,7 @@ func NewService(token Token, store Store, lots *Lots, times Times, log *slog.Log
 	s := &Service{
 		token: token, store: store, log: slog.New(actorLog{log.Handler()}), times: times, limits: newLimits(Limits{}),
 		lots: lots, coming: new(atomic.Int64), metrics: NewMetrics(prometheus.NewRegistry()),
-		unknown: newStrangers(unauthenticatedEvery, unauthenticatedBurst),
+		unknown: newStrangers(),
 		open: otter.Must(&otter.Options[kme.IMSI, Attempt]{
 			MaximumSize: maxOpen, ExpiryCalculator: otter.ExpiryWriting[kme.IMSI, Attempt](times.Attempt),
 		}),
@@ -497,6 +497,7 @@ func (s *Service) GetBinding(ctx context.Context, imsiText string) (*Binding, er
 	if err != nil {
 		return nil, s.failed(ctx, "get", imsi, fromStore(ctx, err))
 	}
+	s.log.InfoContext(ctx, "binding read", "imsi", imsi, "imei", sub.Latest().IMEI)
 	return sub.Latest(), nil
 }
 
@@ -552,13 +553,18 @@ func (s *Service) ListBindings(ctx context.Context, q BindingQuery) ([]*Binding,
 	if err != nil {
 		return nil, s.failed(ctx, "list", kme.IMSI{}, fromStore(ctx, err))
 	}
+	s.log.InfoContext(ctx, "bindings listed", "bindings", len(all))
 	return all, nil
 }
 
-// Refused logs a refusal that was made before the service was asked.
+// Refused logs and counts a refusal, unless that was done.
 func (s *Service) Refused(ctx context.Context, r *Refusal, attrs ...any) {
+	if r.logged {
+		return
+	}
+	r.logged = true
 	s.metrics.refused(r)
-	s.log.WarnContext(ctx, "refused", append([]any{"reason", r.Reason}, attrs...)...)
+	s.log.WarnContext(ctx, "refused", append([]any{"reason", r.Reason, "message", r.Message}, attrs...)...)
 }
 
 // Broken logs an error that is no refusal: a fault of the service itself. A panic is counted.
@@ -575,6 +581,7 @@ func (s *Service) Broken(ctx context.Context, err error, attrs ...any) {
 func (s *Service) failed(ctx context.Context, what string, imsi kme.IMSI, err error, more ...any) error {
 	var r *Refusal
 	if errors.As(err, &r) {
+		r.logged = true
 		s.metrics.refused(r)
 		attrs := append([]any{"call", what, "imsi", imsi, "reason", r.Reason, "message", r.Message}, more...)
 		if r.Cause != nil {

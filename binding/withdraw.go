@@ -27,9 +27,21 @@ func Distrust(ctx context.Context, registry Registry, manufacturer string, v Ver
 	return registry.Decide(ctx, manufacturer, "", v, func([]*Lot) error { return nil })
 }
 
-// Trust ends what Distrust began. It fails if the IMEIs of a lot are by now those of another one.
+// Trust ends what Distrust began. It fails if the IMEIs of a lot are by now those of another one, or a TAC that of
+// another manufacturer.
 func Trust(ctx context.Context, registry Registry, manufacturer string, v Verdict) (Verdict, error) {
+	manufacturers, err := registry.Manufacturers(ctx)
+	if err != nil {
+		return Verdict{}, err
+	}
 	return registry.Decide(ctx, manufacturer, "", v, func(all []*Lot) error {
+		for _, m := range manufacturers {
+			if m.KeyID == manufacturer {
+				if err := checkPins(all, manufacturers, m); err != nil {
+					return err
+				}
+			}
+		}
 		for _, l := range all {
 			if l.Manufacturer != manufacturer || l.Retired.Withdrawn {
 				continue

@@ -11,7 +11,7 @@ path "sys/mounts/{{.Mount}}/tune" {
 }
 # Not delete_version_after, by which Vault would delete what is published.
 path "{{.Mount}}/config" {
-  capabilities = ["create", "read", "update"]
+  capabilities = ["read", "update"]
   allowed_parameters = {
     "max_versions" = []
     "cas_required" = []

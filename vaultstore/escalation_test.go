@@ -343,7 +343,7 @@ func TestVaultCapabilities(t *testing.T) {
 		},
 		policies.Auditor: {"kme/data/": "read", "kme/metadata/": "list read", "kme/config": "read"}, // and all below
 		policies.Admin: {
-			"sys/mounts/kme": "read", "sys/mounts/kme/tune": "read update", "kme/config": "create read update",
+			"sys/mounts/kme": "read", "sys/mounts/kme/tune": "read update", "kme/config": "read update",
 		},
 		"operator": {
 			"kme/data/lots/L1/manifest": "read", "kme/data/lots/L1/shards/000000": "read",

@@ -141,8 +141,9 @@ func (s *Store) Warnings(ctx context.Context) ([]string, error) {
 	return []string{fmt.Sprintf(warning, role, why)}, nil
 }
 
-// mayChangeLedger says by what a role could, or nothing. A member of the role that owns something is as good as that;
-// and the owner of a schema, as that of its database often is, may drop what others have in it.
+// mayChangeLedger says by what a role could, or nothing. A member of the role that owns something is as good as that,
+// and so is one that has to SET ROLE first; the owner of a schema or of the database may drop what others have in it;
+// and whoever runs programs on the server, or writes its files, may do all that the server may.
 func mayChangeLedger(ctx context.Context, db interface {
 	QueryRowContext(context.Context, string, ...any) *sql.Row
 }, role string,
@@ -150,14 +151,19 @@ func mayChangeLedger(ctx context.Context, db interface {
 	err = db.QueryRowContext(ctx, `
 		SELECT coalesce(min(CASE
 			WHEN r.rolsuper THEN 'is a superuser'
-			WHEN r.rolcreaterole THEN 'may make roles, and give itself those of others'
+			WHEN m.rolcreaterole AND NOT m.rolsuper THEN 'may make roles, and give itself those of others'
+			WHEN m.rolname = 'pg_execute_server_program' THEN 'may run programs on the server'
+			WHEN m.rolname = 'pg_write_server_files' THEN 'may write files of the server'
 			WHEN pg_has_role(r.oid, c.relowner, 'MEMBER') THEN 'owns the table ' || c.relname
 			WHEN pg_has_role(r.oid, n.nspowner, 'MEMBER') THEN 'owns the schema ' || n.nspname
-			WHEN has_any_column_privilege(r.oid, c.oid, 'UPDATE')
-				OR has_table_privilege(r.oid, c.oid, 'DELETE, TRUNCATE, TRIGGER')
+			WHEN pg_has_role(r.oid, d.datdba, 'MEMBER') THEN 'owns the database ' || d.datname
+			WHEN has_any_column_privilege(m.oid, c.oid, 'UPDATE')
+				OR has_table_privilege(m.oid, c.oid, 'DELETE, TRUNCATE, TRIGGER')
 				THEN 'has more than SELECT and INSERT on the table ' || c.relname
 		END), '')
-		FROM pg_roles r, pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-		WHERE r.rolname = $1 AND n.nspname = current_schema() AND c.relname IN ('ledger', 'spent_rands')`, role).Scan(&why)
+		FROM pg_roles r JOIN pg_roles m ON pg_has_role(r.oid, m.oid, 'MEMBER'),
+			pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace, pg_database d
+		WHERE r.rolname = $1 AND n.nspname = current_schema() AND c.relname IN ('ledger', 'spent_rands')
+			AND d.datname = current_database()`, role).Scan(&why)
 	return why, err
 }

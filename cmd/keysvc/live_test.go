@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -99,6 +100,20 @@ func TestReloadFails(t *testing.T) {
 	s := newSite(t, nil)
 	const newClients = "clients: [{name: other, san: other.example, roles: [hss], plmns: [all]}]\n"
 	good := *s.manufacturer
+	data, err := os.ReadFile(filepath.Join(s.dir, "a.pem"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ca, cas := string(data), 0
+	notOne := string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: []byte("none")}))
+	ofCA := func(text string) string { // the configuration with that file
+		cas++
+		name := fmt.Sprintf("ca%d.pem", cas)
+		if err := os.WriteFile(filepath.Join(s.dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return strings.Replace(siteBase, "client_ca: a.pem", "client_ca: "+name, 1) + newClients
+	}
 	for _, c := range []struct {
 		stage  string
 		config string
@@ -115,7 +130,11 @@ func TestReloadFails(t *testing.T) {
 		{"no certificate", strings.Replace(siteBase, "a.pem", "nope.pem", 1) + newClients, nil, "server's certificate"},
 		{"another's key", strings.Replace(siteBase, "a.key", "m.key", 1) + newClients, nil, "server's certificate"},
 		{"a CA that is none", strings.Replace(siteBase, "client_ca: a.pem", "client_ca: a.key", 1) + newClients, nil,
-			"holds no certificate"},
+			"no certificate"},
+		{"no CA", ofCA(""), nil, "holds no certificate"},
+		{"two CAs, of which one was cut short", ofCA(ca + ca[:len(ca)/2]), nil, "2 begin, and 1 can be read"},
+		{"two CAs, of which one is damaged", ofCA(ca + strings.Replace(ca, "M", "*", 1)), nil, "2 begin, and 1 can be read"},
+		{"two CAs, of which one is another object", ofCA(ca + notOne), nil, "after 1 that are"},
 		{"a manufacturer's key that is none", siteBase + newClients, func() func() {
 			s.manufacturer.PEM = "none"
 			s.manufacturer.Directory = "file:" + s.dir + "/other"

@@ -18,6 +18,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"runtime/debug"
 	"slices"
 	"syscall"
@@ -297,17 +298,31 @@ func newLog(w io.Writer, cfg *config) (*slog.Logger, error) {
 		if err != nil {
 			return nil, err
 		}
+		hash := func(kind, value string) string {
+			h := hmac.New(sha256.New, key)
+			fmt.Fprint(h, kind, " ", value)
+			return hex.EncodeToString(h.Sum(nil)[:12])
+		}
 		o.ReplaceAttr = func(_ []string, a slog.Attr) slog.Attr {
-			if a.Key == "imsi" || a.Key == "imei" {
-				h := hmac.New(sha256.New, key)
-				fmt.Fprint(h, a.Key, " ", a.Value)
-				a.Value = slog.StringValue(hex.EncodeToString(h.Sum(nil)[:12]))
+			switch a.Key {
+			case "imsi", "imei":
+				a.Value = slog.StringValue(hash(a.Key, a.Value.String()))
+			case "cause": // of a row or a list, which it names by them
+				a.Value = slog.StringValue(identity.ReplaceAllStringFunc(a.Value.String(), func(digits string) string {
+					if len(digits) == 14 {
+						return hash("imei", digits)
+					}
+					return hash("imsi", digits)
+				}))
 			}
 			return a
 		}
 	}
 	return slog.New(slog.NewJSONHandler(w, o)), nil
 }
+
+// identity finds an IMEI, of 14 digits here, and an IMSI, of 15.
+var identity = regexp.MustCompile(`\b[0-9]{14,15}\b`)
 
 // logKey is made once.
 func logKey(state string) ([]byte, error) {
