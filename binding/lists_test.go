@@ -4,6 +4,8 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"os"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -78,7 +80,7 @@ func TestMaxRevocationAge(t *testing.T) {
 // Which list was believed last is an entry of the ledger, the service's own, for each list one.
 func TestRevocationMemory(t *testing.T) {
 	r, m, l := newServed(t)
-	o := directory.ReaderOptions{Memory: binding.RevocationMemory(r.store, m.KeyID())}
+	o := directory.ReaderOptions{Memory: binding.RevocationMemory(r.store, m.KeyID(), t.TempDir())}
 	ctx := binding.WithActor(t.Context(), binding.Actor{Client: "hss"})
 	first, _, err := m.store.Read(ctx, directory.RevocationsPath("L1"))
 	if err != nil {
@@ -118,8 +120,28 @@ func TestRevocationMemory(t *testing.T) {
 	if err := r.readAgain(t, m, l, o); err == nil || r.service.Overdue()[m.KeyID()][0].Why != directory.Rollback {
 		t.Errorf("an earlier list after a restart: %v", err)
 	}
+	// The copy of the last one serves on, also where the directory has none; one that was changed does not.
+	for _, directoryHas := range []bool{true, false} {
+		if !directoryHas {
+			if err := os.Remove(filepath.Join(m.dir, filepath.FromSlash(directory.RevocationsPath("L1")))); err != nil {
+				t.Fatal(err)
+			}
+			r.readAgain(t, m, l, o)
+		}
+		if revoked, err := r.readers[m.KeyID()].Revoked(l.Manifest, l.devices[0].imei); err != nil || !revoked {
+			t.Errorf("a revoked device, after a restart, with a list in the directory (%v): revoked %v, error %v", directoryHas, revoked, err)
+		}
+	}
+	older := directory.ReaderOptions{Memory: o.Memory}
+	if err := o.Memory.Keep("L1", first); err != nil {
+		t.Fatal(err)
+	}
+	r.readAgain(t, m, l, older)
+	if overdue := r.service.Overdue()[m.KeyID()]; len(overdue) != 1 || !overdue[0].Since.IsZero() {
+		t.Errorf("an earlier list was kept in the place of the last one: %+v", overdue)
+	}
 	// Another manufacturer's lot of this name has a subject of its own.
-	other := binding.RevocationMemory(r.store, "another")
+	other := binding.RevocationMemory(r.store, "another", t.TempDir())
 	if _, found, err := other.Last(ctx, "L1"); found || err != nil {
 		t.Errorf("found: %v, %v", found, err)
 	}

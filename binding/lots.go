@@ -9,11 +9,14 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -232,16 +235,28 @@ type Notes interface {
 	LastNote(ctx context.Context, event Event, subject string) (detail string, found bool, err error)
 }
 
-// RevocationMemory keeps in the ledger which lists of a manufacturer's revoked devices were believed last. An entry is
-// the service's own, whoever's call has the list read.
-func RevocationMemory(ledger Notes, manufacturer string) directory.Memory {
-	return revocationMemory{ledger, manufacturer}
+// RevocationMemory keeps in the ledger which lists of a manufacturer's revoked devices were believed last, and copies of
+// them in a folder, which is trusted no further than their digests in the ledger. An entry is the service's own, whoever's
+// call has the list read.
+func RevocationMemory(ledger Notes, manufacturer, dir string) directory.Memory {
+	return revocationMemory{ledger, manufacturer, filepath.Join(dir, manufacturer)}
 }
 
 type revocationMemory struct {
 	Notes
-	manufacturer string
+	manufacturer, dir string
 }
+
+func (m revocationMemory) file(lot string) string { return filepath.Join(m.dir, lot+".jws") }
+
+func (m revocationMemory) Keep(lot string, jws []byte) error {
+	if err := durable.MkdirAll(m.dir, 0o700); err != nil {
+		return err
+	}
+	return durable.WriteFile(m.file(lot), jws, 0o600)
+}
+
+func (m revocationMemory) Kept(lot string) ([]byte, error) { return os.ReadFile(m.file(lot)) }
 
 func (m revocationMemory) Last(ctx context.Context, lot string) (mark directory.ListMark, found bool, err error) {
 	subject := RevocationsSubject(m.manufacturer, lot)

@@ -334,6 +334,20 @@ type notes struct {
 	marks map[string][]ListMark // guarded by mu
 	asked int                   // guarded by mu
 	err   error                 // guarded by mu
+	kept  []byte                // guarded by mu
+}
+
+func (n *notes) Keep(_ string, jws []byte) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.kept = jws
+	return nil
+}
+
+func (n *notes) Kept(string) ([]byte, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.kept, nil
 }
 
 func (n *notes) Last(_ context.Context, lot string) (mark ListMark, found bool, err error) {
@@ -413,12 +427,34 @@ func TestMemory(t *testing.T) {
 			t.Errorf("%s: a device is known", name)
 		}
 	}
+	// The copy of the last list stands meanwhile, if there is one that is the last.
+	stands := func(name string) {
+		t.Helper()
+		r := start()
+		r.Refresh(ctx, m)
+		if revoked, err := r.Revoked(m, m.IMEI(1)); err != nil || !revoked {
+			t.Errorf("%s, with a copy: revoked %v, error %v", name, revoked, err)
+		}
+	}
+	kept := memory.kept
+	lost := func(copy []byte) {
+		memory.mu.Lock()
+		defer memory.mu.Unlock()
+		memory.kept = copy
+	}
+	put(t, store, RevocationsPath("L1"), first)
+	stands("the first list again")
+	remove(t, store, RevocationsPath("L1"))
+	stands("none")
+	lost(first)
 	put(t, store, RevocationsPath("L1"), first)
 	wrong("the first list again", start(), Rollback)
 	put(t, store, RevocationsPath("L1"), must[[]byte](t)(s.Sign(TypeRevocations, &Revocations{Lot: "L1", Version: 2})))
 	wrong("another of this version", start(), Rollback)
 	remove(t, store, RevocationsPath("L1"))
+	lost(nil)
 	wrong("none", start(), Withheld)
+	lost(kept)
 	put(t, store, RevocationsPath("L1"), second)
 	if err := start().Refresh(ctx, m); err != nil {
 		t.Error(err)

@@ -47,10 +47,13 @@ type ReaderOptions struct {
 	Overdue func(Overdue)
 }
 
-// A Memory keeps the mark of the last list of revoked devices of each lot, durably. Other processes may share it.
+// A Memory keeps the mark of the last list of revoked devices of each lot, durably. Other processes may share it. A copy
+// of the list itself serves after a restart, should the directory show none or an earlier one; it is as good as its mark.
 type Memory interface {
 	Last(ctx context.Context, lot string) (mark ListMark, found bool, err error)
 	Note(ctx context.Context, lot string, mark ListMark) error
+	Keep(lot string, jws []byte) error
+	Kept(lot string) (jws []byte, err error)
 }
 
 // A ListMark says which list of revoked devices one is: of each version, a manufacturer publishes one.
@@ -506,9 +509,19 @@ func (r *Reader) Refresh(ctx context.Context, m *Manifest) error {
 	}
 	r.mu.Lock()
 	known := r.revocations[m.Lot]
+	r.mu.Unlock()
+	var kept revocationList
+	if err != nil && known.list == nil {
+		kept = r.recall(ctx, m)
+	}
+	r.mu.Lock()
+	known = r.revocations[m.Lot]
 	if err == nil {
 		err = known.err // it was taken, and is late
 	} else {
+		if known.list == nil {
+			known = kept
+		}
 		known.tried, known.err = time.Now(), err
 		r.revocations[m.Lot] = known
 	}
@@ -517,6 +530,26 @@ func (r *Reader) Refresh(ctx context.Context, m *Manifest) error {
 		r.o.Overdue(overdueFor(m.Lot, known.fetched, err))
 	}
 	return err
+}
+
+// recall is the list that was believed last before a restart, if there is a copy; as old as its manufacturer says.
+func (r *Reader) recall(ctx context.Context, m *Manifest) (kept revocationList) {
+	if r.o.Memory == nil {
+		return kept
+	}
+	mark, found, err := r.o.Memory.Last(ctx, m.Lot)
+	if err != nil || !found {
+		return kept
+	}
+	jws, err := r.o.Memory.Kept(m.Lot)
+	sum := sha256.Sum256(jws)
+	if err != nil || !bytes.Equal(sum[:], mark.SHA256) {
+		return kept
+	}
+	if list, err := parseRevocations(r.verifier, m, jws); err == nil {
+		kept = revocationList{list: list, sum: sum, noted: true, fetched: list.ThisUpdate}
+	}
+	return kept
 }
 
 // inMemory is the list that may be used unasked; nil if there is none. That of a lot that nobody follows is read again
@@ -619,6 +652,9 @@ func (r *Reader) nextList(ctx context.Context, m *Manifest, last revocationList)
 		err := r.remember(ctx, m.Lot, path, mark)
 		if errors.As(err, new(*RefusedError)) || err != nil && last.list == nil {
 			return next, err
+		}
+		if err == nil && r.o.Memory != nil {
+			err = r.o.Memory.Keep(m.Lot, jws)
 		}
 		// A later list is better than the last one, also if the memory is away.
 		if next.noted = err == nil; err != nil {

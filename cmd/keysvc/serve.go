@@ -139,7 +139,7 @@ func serve(c *cli.Context) error {
 		CacheBytes: cfg.CacheMB << 20, RevocationTTL: cfg.RevocationTTL, MaxAge: cfg.MaxRevocationAge, Stats: cache,
 	}
 	open := opener(ctx, cfg.Directory, cfg.login(), o, func(manufacturer string, o *directory.ReaderOptions) {
-		o.Memory = binding.RevocationMemory(store, manufacturer)
+		o.Memory = binding.RevocationMemory(store, manufacturer, filepath.Join(cfg.State, "revocations"))
 		o.Overdue = func(d directory.Overdue) {
 			overdue.WithLabelValues(manufacturer, string(d.Why)).Inc()
 			log.Warn("a list of revoked devices is overdue; the last one stands", "manufacturer", manufacturer,
