@@ -106,7 +106,7 @@ func TestAuditNames(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	named := regexp.MustCompile("\\bTest[A-Z]\\w+").FindAllString(string(page), -1)
+	named := regexp.MustCompile(`\bTest[A-Z]\w+`).FindAllString(string(page), -1)
 	if len(named) < 30 {
 		t.Errorf("the page names only %d tests", len(named))
 	}
@@ -116,7 +116,7 @@ func TestAuditNames(t *testing.T) {
 			t.Errorf("there is no test %s", name)
 		}
 	}
-	for _, m := range regexp.MustCompile("script `(\\w+)`").FindAllStringSubmatch(string(page), -1) {
+	for _, m := range regexp.MustCompile(`script \x60(\w+)\x60`).FindAllStringSubmatch(string(page), -1) {
 		if _, err := os.Stat("../cmd/testdata/script/" + m[1] + ".txtar"); err != nil {
 			t.Error(err)
 		}

@@ -418,4 +418,8 @@ func TestOperatorNames(t *testing.T) {
 			t.Errorf("a lot may be called %q", name)
 		}
 	}
+	// Its auditor's policy would be that of an operator "auditor" of the mount kme.
+	if text, err := policies.Of("kme-operator", policies.Auditor); err == nil {
+		t.Errorf("mount kme-operator: %s", text)
+	}
 }

@@ -156,6 +156,10 @@ func attacked(t *testing.T, name string) {
 		}
 		_, err := s.Lots(ctx)
 		note(-1, err)
+		bound := wrong[0] || wrong[1] || wrong[2]
+		if all, err := s.Bindings(ctx, binding.BindingQuery{Limit: 10, Now: t0}); isDamaged(err) != bound || !bound && len(all) != 3 {
+			t.Errorf("listed: %d bindings, error %v; damaged are %v", len(all), err, wrong)
+		}
 		if report, err := s.Verify(ctx, func(int) {}); err != nil || (len(report.Damaged) > 0) != (len(wrong) > 0) {
 			t.Errorf("verified: %+v, error %v; damaged are %v", report, err, wrong)
 		}

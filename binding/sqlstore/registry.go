@@ -55,12 +55,24 @@ func (s *Store) PutManufacturer(ctx context.Context, m *binding.Manufacturer) er
 		if i := slices.IndexFunc(all, func(o *binding.Manufacturer) bool { return o.KeyID == m.KeyID }); i >= 0 {
 			now.Verdict = all[i].Verdict
 		}
-		seq, err := s.note(ctx, tx, entry{event: binding.EventEnrolled, subject: binding.ManufacturerSubject(m.KeyID), detail: "as operator " + m.Operator})
+		seq, err := s.note(ctx, tx, entry{event: binding.EventEnrolled, subject: binding.ManufacturerSubject(m.KeyID), detail: enrolled(m)})
 		if err != nil {
 			return err
 		}
 		return s.put(ctx, tx, manufacturers, manufacturerValues(&now, seq)...)
 	})
+}
+
+// enrolled is what an entry says of an enrolment.
+func enrolled(m *binding.Manufacturer) string {
+	detail := "as operator " + m.Operator
+	if m.Directory != "" {
+		detail += ", directory " + m.Directory
+	}
+	if len(m.TACs) > 0 {
+		detail += fmt.Sprint(", TACs ", m.TACs)
+	}
+	return detail
 }
 
 func (s *Store) Manufacturers(ctx context.Context) (all []*binding.Manufacturer, err error) {

@@ -247,60 +247,62 @@ func (sub *stored) fresh(last last, imsi string) error {
 	return nil
 }
 
-func (s *Store) Bindings(ctx context.Context, q binding.BindingQuery) ([]*binding.Binding, error) {
+func (s *Store) Bindings(ctx context.Context, q binding.BindingQuery) (all []*binding.Binding, err error) {
 	if err := s.refusal(); err != nil {
 		return nil, err
 	}
+	for len(all) < q.Limit {
+		imsis, err := s.bound(ctx, q, q.Limit-len(all))
+		if err != nil || len(imsis) == 0 {
+			return all, err
+		}
+		for _, imsi := range imsis {
+			sub, err := s.Subscription(ctx, imsi, q.Now)
+			if err != nil {
+				return nil, err
+			}
+			if b := sub.Latest(); b != nil && (q.IMEI == (kme.IMEI{}) || b.IMEI == q.IMEI) {
+				all = append(all, b)
+			}
+		}
+		q.After = imsis[len(imsis)-1].String()
+	}
+	return all, nil
+}
+
+// bound gives IMSIs that were ever bound, to a device if the query names one. The ledger knows them: a row that is gone,
+// or was edited, would not be missed.
+func (s *Store) bound(ctx context.Context, q binding.BindingQuery, limit int) (all []kme.IMSI, err error) {
 	var args []any
 	arg := func(v any) string { args = append(args, v); return fmt.Sprint("$", len(args)) }
-	where := "WHERE imsi > " + arg(q.After)
-	if q.IMEI != (kme.IMEI{}) {
-		imei := arg(q.IMEI.String())
-		where += " AND imei = " + imei + " AND imsi IN (SELECT subject FROM ledger WHERE imei = " + imei + " AND tag IS NOT NULL)"
-	}
 	begins := func(prefixes []string) string {
-		var any []string
+		any := []string{"1 = 0"}
 		for _, p := range prefixes { // as numbers of 15 digits: that is so in every collation of a database
-			any = append(any, "imsi BETWEEN "+arg(p)+" AND "+arg(p+strings.Repeat("9", 15-len(p))))
+			any = append(any, "subject BETWEEN "+arg(p)+" AND "+arg(p+strings.Repeat("9", 15-len(p))))
 		}
 		return "(" + strings.Join(any, " OR ") + ")"
 	}
-	switch {
-	case q.Within == nil:
-	case len(q.Within) == 0:
-		return nil, nil
-	default:
+	where := "WHERE event = '" + string(binding.EventEstablished) + "' AND subject > " + arg(q.After)
+	if q.IMEI != (kme.IMEI{}) {
+		where += " AND tag IS NOT NULL AND imei = " + arg(q.IMEI.String())
+	}
+	if q.Within != nil {
 		where += " AND " + begins(q.Within)
 	}
-	if len(q.Without) > 0 {
-		where += " AND NOT " + begins(q.Without)
-	}
-	at := arg(q.Now.UnixMilli())
-	// One row an IMSI: the latest of its bindings.
-	where += ` AND (state <> 'PENDING' OR expires_at > ` + at + `) AND NOT EXISTS (
-			SELECT 1 FROM bindings AS o WHERE o.imsi = bindings.imsi AND
-				(o.state = 'PENDING' AND o.expires_at > ` + at + ` AND bindings.state <> 'PENDING' OR
-				o.state = 'ACTIVE' AND bindings.state = 'REVOKED'))
-		ORDER BY imsi LIMIT ` + arg(q.Limit)
-	var all []*binding.Binding
-	err := s.rows(ctx, s.read, bindings, func(r row) error {
-		b, _, err := toBinding(r)
-		all = append(all, b)
-		return err
-	}, where, args...)
-	if err != nil {
-		return nil, err
-	}
-	for i, b := range all {
-		sub, err := s.Subscription(ctx, b.IMSI, q.Now) // which looks whether it is the last one
-		if err != nil {
-			return nil, err
+	where += " AND NOT " + begins(q.Without)
+	err = query(ctx, s.read, func(scan func(...any) error) error {
+		var imsi kme.IMSI
+		var text string
+		if err := scan(&text); err != nil {
+			return err
 		}
-		if latest := sub.Latest(); latest != nil {
-			all[i] = latest
+		if imsi.UnmarshalText([]byte(text)) != nil {
+			return &binding.DamagedRow{Table: ledger.name, Key: text, What: "has no IMSI"}
 		}
-	}
-	return all, nil
+		all = append(all, imsi)
+		return nil
+	}, "SELECT DISTINCT subject FROM ledger "+where+" ORDER BY subject LIMIT "+arg(limit), args...)
+	return all, err
 }
 
 func (s *Store) Prepare(ctx context.Context, q binding.VectorRequest) (d binding.Decision, err error) {

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"time"
 )
 
 // ServerTLS reads a server's certificate, and the CA of its clients: TLS 1.3, nothing less, and a client's certificate is
@@ -16,6 +17,9 @@ func ServerTLS(certificate, key, clientCA string, auth tls.ClientAuthType) (*tls
 	own, err := tls.LoadX509KeyPair(certificate, key)
 	if err != nil {
 		return nil, fmt.Errorf("the server's certificate: %w", err)
+	}
+	if until := own.Leaf.NotAfter; time.Now().After(until) {
+		return nil, fmt.Errorf("the server's certificate %s has expired at %s: put a new one there", certificate, until.Format(time.RFC3339))
 	}
 	ca, err := os.ReadFile(clientCA)
 	if err != nil {
