@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync"
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/panics"
 )
 
 // A MarkToken is an HSM that keeps the ledger's high-water mark, where who has the database does not reach it.
@@ -157,29 +159,13 @@ const (
 // of its chains every second, and at all of its entries every ten minutes. What it finds is logged; the Store refuses by
 // itself while the ledger is rolled back, and until that is accepted: then accepted is called.
 func KeepMark(ctx context.Context, store Ledger, token MarkToken, accepted func(), log *slog.Logger) {
-	look, read := time.NewTicker(lookEvery), time.NewTicker(readEvery)
+	look := time.NewTicker(lookEvery)
 	defer look.Stop()
-	defer read.Stop()
-	said := map[string]string{}
-	say := func(what string, err error) {
-		now := ""
-		if err != nil {
-			now = err.Error()
-		}
-		switch {
-		case now == said[what] || ctx.Err() != nil:
-		case err != nil:
-			log.ErrorContext(ctx, what+" failed", "cause", now)
-		default:
-			log.InfoContext(ctx, what+" succeeded again")
-		}
-		said[what] = now
-	}
-	verify := func() {
-		_, err := store.VerifyLedger(ctx)
-		say("reading the ledger", err)
-	}
-	verify()
+	say := sayer(ctx, log)
+	read := make(chan struct{}, 1)
+	var reading sync.WaitGroup
+	defer reading.Wait()
+	reading.Go(func() { keepReading(ctx, store, read, log) })
 	// A ledger that is behind the token's mark stays so until it has been compared with that again: this process may have
 	// seen nothing later itself.
 	behind := CheckMark(ctx, store, token) != nil
@@ -200,8 +186,6 @@ func KeepMark(ctx context.Context, store Ledger, token MarkToken, accepted func(
 				log.Warn("the high-water mark was not raised at the end", "cause", err.Error())
 			}
 			return
-		case <-read.C:
-			verify()
 		case <-look.C:
 			var err error
 			if !behind {
@@ -212,7 +196,10 @@ func KeepMark(ctx context.Context, store Ledger, token MarkToken, accepted func(
 				say("raising the high-water mark", RaiseMark(ctx, store, token))
 				if err = CheckMark(ctx, store, token); err == nil {
 					behind = false
-					verify()
+					select {
+					case read <- struct{}{}:
+					default:
+					}
 					accepted()
 				}
 			}
@@ -224,5 +211,46 @@ func KeepMark(ctx context.Context, store Ledger, token MarkToken, accepted func(
 				raise()
 			}
 		}
+	}
+}
+
+// keepReading reads the ledger at once, whenever it is told to, and every ten minutes: many entries take long, and
+// nothing else waits for that.
+func keepReading(ctx context.Context, store Ledger, read <-chan struct{}, log *slog.Logger) {
+	tick := time.NewTicker(readEvery)
+	defer tick.Stop()
+	say := sayer(ctx, log)
+	for {
+		err := func() (err error) {
+			defer panics.Recover(&err)
+			_, err = store.VerifyLedger(ctx)
+			return err
+		}()
+		say("reading the ledger", err)
+		select {
+		case <-ctx.Done():
+			return
+		case <-read:
+		case <-tick.C:
+		}
+	}
+}
+
+// sayer logs how a thing that is done again and again has ended, when that is another end than the last one.
+func sayer(ctx context.Context, log *slog.Logger) func(what string, err error) {
+	said := map[string]string{}
+	return func(what string, err error) {
+		now := ""
+		if err != nil {
+			now = err.Error()
+		}
+		switch {
+		case now == said[what] || ctx.Err() != nil:
+		case err != nil:
+			log.ErrorContext(ctx, what+" failed", "cause", now)
+		default:
+			log.InfoContext(ctx, what+" succeeded again")
+		}
+		said[what] = now
 	}
 }
