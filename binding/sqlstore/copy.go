@@ -49,11 +49,7 @@ func (s *Store) Copy(ctx context.Context, to *Store, report func(rows int)) (row
 			}
 		}
 		for chain := range int64(binding.Chains) {
-			head, err := s.head(ctx, from, chain)
-			if err != nil {
-				return err
-			}
-			_, _, err = s.verifyChain(ctx, from, chain, head.Seq, func(r row) error {
+			_, _, err := s.verifyToHead(ctx, from, chain, func(r row) error {
 				copied()
 				return tx.do(ctx, ledger.insert, r...)
 			})

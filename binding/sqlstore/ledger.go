@@ -258,11 +258,8 @@ func (s *Store) Accept(ctx context.Context, mark *binding.Mark, reason string) (
 			if err := s.lock(ctx, tx.Tx, fmt.Sprint("chain ", chain)); err != nil {
 				return err
 			}
-			head, err := s.head(ctx, tx, chain)
-			if err != nil {
-				return err
-			}
-			if _, a.Digest, err = s.verifyChain(ctx, tx, chain, head.Seq, func(row) error { return nil }); err != nil && !isDamaged(err) {
+			var err error
+			if _, a.Digest, err = s.verifyToHead(ctx, tx, chain, ignore); err != nil && !isDamaged(err) {
 				return err
 			}
 			detail, err := json.Marshal(a)
@@ -373,7 +370,7 @@ func (s *Store) acceptedUpTo(ctx context.Context, q queryer) (map[int64]int64, e
 		if known, ok := s.accepted.Load(chain); ok && known == seq {
 			continue
 		}
-		_, _, err := s.verifyChain(ctx, q, chain, seq, func(row) error { return nil })
+		_, _, err := s.verifyChain(ctx, q, chain, seq, ignore)
 		if isDamaged(err) {
 			delete(last, chain)
 		} else if err != nil {
@@ -403,12 +400,7 @@ func (s *Store) Entries(ctx context.Context) binding.Entries {
 
 func (s *Store) VerifyLedger(ctx context.Context) (n int, err error) {
 	for chain := range int64(binding.Chains) {
-		// As far as it went when this began: what is added meanwhile is looked at next time.
-		head, err := s.head(ctx, s.read, chain)
-		if err != nil {
-			return n, err
-		}
-		m, _, err := s.verifyChain(ctx, s.read, chain, head.Seq, func(row) error { return nil })
+		m, _, err := s.verifyToHead(ctx, s.read, chain, ignore)
 		n += m
 		if isDamaged(err) {
 			err = fmt.Errorf("%w (%w)", binding.ErrRolledBack, err)
@@ -420,6 +412,17 @@ func (s *Store) VerifyLedger(ctx context.Context) (n int, err error) {
 	}
 	s.broken.Store(nil)
 	return n, nil
+}
+
+func ignore(row) error { return nil }
+
+// verifyToHead is verifyChain as far as the chain goes when this begins: what is added meanwhile is looked at next time.
+func (s *Store) verifyToHead(ctx context.Context, q queryer, chain int64, each func(row) error) (n int, digest []byte, err error) {
+	head, err := s.head(ctx, q, chain)
+	if err != nil {
+		return 0, nil, err
+	}
+	return s.verifyChain(ctx, q, chain, head.Seq, each)
 }
 
 // verifyChain reads a chain up to an entry. It fails with a *binding.DamagedRow for the first entry that is gone, was

@@ -32,17 +32,12 @@ func lotValues(l *binding.Lot, seq int64) []any {
 	return slices.Concat([]any{l.Manufacturer, l.Manifest.Lot, l.ManifestJWS, millis(l.Imported)}, verdictValues(l.Retired), []any{seq})
 }
 
-// registry runs f without the lock, and if it finds damage with it: only then nothing has changed between its
-// statements.
+// registry is settled for what nobody is given while the ledger is rolled back.
 func (s *Store) registry(ctx context.Context, f func(queryer) error) error {
 	if err := s.refusal(); err != nil {
 		return err
 	}
-	err := f(s.read)
-	if isDamaged(err) {
-		err = s.change(ctx, "registry", func(ctx context.Context, tx *txn) error { return f(tx) })
-	}
-	return err
+	return s.settled(ctx, "registry", f)
 }
 
 func (s *Store) PutManufacturer(ctx context.Context, m *binding.Manufacturer) error {

@@ -149,17 +149,25 @@ func (s *Store) Subscription(ctx context.Context, imsi kme.IMSI, now time.Time) 
 }
 
 func (s *Store) current(ctx context.Context, imsi kme.IMSI, now time.Time) (*binding.Subscription, error) {
-	sub, err := s.subscription(ctx, s.read, imsi, now)
-	if isDamaged(err) { // or it has changed between the statements: under the lock nothing does
-		err = s.begin(ctx, imsi.String(), func(ctx context.Context, tx *sql.Tx) (err error) {
-			sub, err = s.subscription(ctx, tx, imsi, now)
-			return err
-		})
-	}
+	var sub *stored
+	err := s.settled(ctx, imsi.String(), func(q queryer) (err error) {
+		sub, err = s.subscription(ctx, q, imsi, now)
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}
 	return &sub.Subscription, nil
+}
+
+// settled reads without the lock of a key, and if f finds damage, again with it: only then nothing has changed between
+// its statements.
+func (s *Store) settled(ctx context.Context, key string, f func(queryer) error) error {
+	err := f(s.read)
+	if isDamaged(err) {
+		err = s.begin(ctx, key, func(_ context.Context, tx *sql.Tx) error { return f(tx) })
+	}
+	return err
 }
 
 func isDamaged(err error) bool {

@@ -2,7 +2,6 @@ package sqlstore
 
 import (
 	"context"
-	"database/sql"
 	"errors"
 	"time"
 
@@ -35,11 +34,7 @@ func (s *Store) Verify(ctx context.Context, report func(rows int)) (*Report, err
 		return err
 	}
 	for chain := range int64(binding.Chains) {
-		head, err := s.head(ctx, s.read, chain)
-		if err != nil {
-			return r, err
-		}
-		n, _, err := s.verifyChain(ctx, s.read, chain, head.Seq, func(row) error { read(); return nil })
+		n, _, err := s.verifyToHead(ctx, s.read, chain, func(row) error { read(); return nil })
 		if r.Entries += n; found(err) != nil {
 			return r, err
 		}
@@ -50,14 +45,8 @@ func (s *Store) Verify(ctx context.Context, report func(rows int)) (*Report, err
 			return r, err
 		}
 	}
-	locked := func(f func(q queryer) error) error {
-		err := f(s.read)
-		if isDamaged(err) { // see registry
-			err = s.begin(ctx, "registry", func(ctx context.Context, tx *sql.Tx) error { return f(tx) })
-		}
-		return found(err)
-	}
-	if err := locked(func(q queryer) error { _, err := s.taken(ctx, q); return err }); err != nil {
+	err := s.settled(ctx, "registry", func(q queryer) error { _, err := s.taken(ctx, q); return err })
+	if found(err) != nil {
 		return r, err
 	}
 	return r, s.imsis(ctx, func(imsi kme.IMSI) error {
