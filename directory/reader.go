@@ -500,10 +500,13 @@ func (r *Reader) follow(ctx context.Context, lots []*Manifest) {
 
 // Refresh reads a lot's list of revoked devices again, for ReadTimeout at most. If it fails, the last list stands, and
 // is overdue.
-func (r *Reader) Refresh(ctx context.Context, m *Manifest) error {
+func (r *Reader) Refresh(ctx context.Context, m *Manifest) error { return r.refresh(ctx, m, time.Now()) }
+
+// refresh is Refresh, unless the list was read after asked.
+func (r *Reader) refresh(ctx context.Context, m *Manifest, asked time.Time) error {
 	short, cancel := context.WithTimeout(ctx, r.o.ReadTimeout)
 	defer cancel()
-	_, err := r.load(short, m)
+	_, err := r.load(short, m, asked)
 	if ctx.Err() != nil {
 		return ctx.Err() // nobody asks any more
 	}
@@ -584,6 +587,7 @@ func (r *Reader) tooOld(lot string, known revocationList) error {
 // list gives a lot's list of revoked devices. Who asks waits if there is none yet, or if nobody follows the lot and
 // RevocationTTL has passed; if the store is away then, or its list is refused, the last one stands.
 func (r *Reader) list(ctx context.Context, m *Manifest) (*Revocations, error) {
+	asked := time.Now()
 	if list, err := r.inMemory(m.Lot); list != nil {
 		return list, err
 	}
@@ -591,10 +595,10 @@ func (r *Reader) list(ctx context.Context, m *Manifest) (*Revocations, error) {
 	followed := r.followed[m.Lot]
 	r.mu.Unlock()
 	if followed {
-		if list, err := r.load(ctx, m); err != nil {
+		if list, err := r.load(ctx, m, asked); err != nil {
 			return list, err
 		}
-	} else if err := r.Refresh(ctx, m); ctx.Err() != nil {
+	} else if err := r.refresh(ctx, m, asked); ctx.Err() != nil {
 		return nil, err
 	}
 	r.mu.Lock()
@@ -606,12 +610,16 @@ func (r *Reader) list(ctx context.Context, m *Manifest) (*Revocations, error) {
 	return known.list, r.tooOld(m.Lot, known)
 }
 
-// load reads a lot's list, and puts it in the place of the last one.
-func (r *Reader) load(ctx context.Context, m *Manifest) (*Revocations, error) {
+// load reads a lot's list, and puts it in the place of the last one; unless an earlier flight has landed since the
+// caller asked.
+func (r *Reader) load(ctx context.Context, m *Manifest, asked time.Time) (*Revocations, error) {
 	return oneFlight(ctx, r, RevocationsPath(m.Lot), func(ctx context.Context) (*Revocations, error) {
 		r.mu.Lock()
 		last := r.revocations[m.Lot]
 		r.mu.Unlock()
+		if last.list != nil && last.fetched.After(asked) {
+			return last.list, nil
+		}
 		next, err := r.nextList(ctx, m, last)
 		if err != nil {
 			return nil, err
