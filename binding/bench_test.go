@@ -2,10 +2,10 @@ package binding_test
 
 import (
 	"sync/atomic"
-	"syscall"
 	"testing"
 
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
 // EstablishKME without the way to the service: token, ledger, and a durable commit.
@@ -33,7 +33,7 @@ func BenchmarkEstablish(b *testing.B) {
 	b.SetParallelism(16)
 	b.ReportAllocs()
 	b.ResetTimer()
-	defer reportCPU(b)()
+	defer testproc.ReportCPU(b)()
 	b.RunParallel(func(pb *testing.PB) {
 		for pb.Next() {
 			c := &calls[next.Add(1)-1]
@@ -59,7 +59,7 @@ func BenchmarkPrepareBound(b *testing.B) {
 	b.SetParallelism(16)
 	b.ReportAllocs()
 	b.ResetTimer()
-	defer reportCPU(b)()
+	defer testproc.ReportCPU(b)()
 	b.RunParallel(func(pb *testing.PB) {
 		for pb.Next() {
 			if _, err := service.PrepareVector(b.Context(), imsi, newRANDs(1), here); err != nil {
@@ -67,17 +67,4 @@ func BenchmarkPrepareBound(b *testing.B) {
 			}
 		}
 	})
-}
-
-// reportCPU reports the time that all cores spent on an operation, which whatever else the machine does changes least.
-func reportCPU(b *testing.B) (done func()) {
-	used := func() (us float64) {
-		var u syscall.Rusage
-		if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
-			b.Fatal(err)
-		}
-		return float64(u.Utime.Nano()+u.Stime.Nano()) / 1e3
-	}
-	before := used()
-	return func() { b.ReportMetric((used()-before)/float64(b.N), "cpu-us/op") }
 }

@@ -32,43 +32,69 @@ type entry struct {
 	detail  string
 }
 
-// errDuplicate: the ledger has the tag.
-var errDuplicate = errors.New("the ledger has this KME")
+// used fails with ErrUsed if the ledger has the entry's KME.
+func used(ctx context.Context, q queryer, e entry) error {
+	var there bool
+	err := q.QueryRowContext(ctx, `SELECT EXISTS (SELECT 1 FROM ledger WHERE imei = $1 AND tag = $2)`, e.imei, e.tag).Scan(&there)
+	if err == nil && there {
+		err = binding.ErrUsed
+	}
+	return err
+}
 
 // note adds an entry in a transaction, and gives its number. An entry of a chain follows the last one: until the
-// transaction ends, nobody else adds one there.
+// transaction ends, nobody else adds one there. It fails with ErrUsed if the ledger has the entry's KME.
 func (s *Store) note(ctx context.Context, tx *txn, e entry) (seq int64, err error) {
 	return s.noteIn(ctx, tx, chainOf(e.subject), e)
 }
 
 func (s *Store) noteIn(ctx context.Context, tx *txn, chain int64, e entry) (seq int64, err error) {
-	if err := s.lock(ctx, tx.Tx, fmt.Sprint("chain ", chain)); err != nil {
-		return 0, err
+	before := tx.heads[chain]
+	if before == nil {
+		if err := s.lock(ctx, tx.Tx, chainLocks[chain]); err != nil {
+			return 0, err
+		}
+		head, err := s.head(ctx, tx, chain)
+		if err != nil {
+			return 0, err
+		}
+		before = &head
 	}
-	head, err := s.head(ctx, tx, chain)
-	if err != nil {
-		return 0, err
-	}
-	seen := s.Seen().Heads[chain]
-	if head.Seq < seen.Seq || head.Seq == seen.Seq && !bytes.Equal(head.MAC, seen.MAC) {
-		return 0, s.refuse(rolledBack(chain, head, seen))
+	seen := s.seenOf(chain)
+	if before.Seq < seen.Seq || before.Seq == seen.Seq && !bytes.Equal(before.MAC, seen.MAC) {
+		return 0, s.refuse(rolledBack(chain, *before, seen))
 	}
 	actor, err := s.actor(ctx, tx)
 	if err != nil {
 		return 0, err
 	}
-	next := binding.Head{Seq: head.Seq + 1}
+	next := binding.Head{Seq: before.Seq + 1}
 	values := []any{chain, next.Seq, time.Now().UnixMilli(), string(e.event), e.subject, e.imei, e.tag, actor, e.detail}
-	next.MAC = s.entryMAC(values, head.MAC)
-	if _, err = tx.ExecContext(ctx, ledger.insert, append(values, []byte(next.MAC))...); err != nil {
-		if isDuplicate(err) { // entered meanwhile, for another IMSI
-			err = errDuplicate
-		}
+	next.MAC = s.entryMAC(values, before.MAC)
+	added, err := tx.ExecContext(ctx, ledger.insert+" ON CONFLICT DO NOTHING", append(values, []byte(next.MAC))...)
+	if err != nil {
 		return 0, err
 	}
+	switch n, err := added.RowsAffected(); {
+	case err != nil:
+		return 0, err
+	case n == 0 && e.tag != nil:
+		return 0, binding.ErrUsed // also by another IMSI's, meanwhile
+	case n == 0:
+		return 0, fmt.Errorf("entry %d of chain %d of the ledger is there already", next.Seq, chain)
+	}
+	tx.heads[chain] = &next
 	tx.after = append(tx.after, func() { s.saw(chain, next) })
 	return next.Seq, nil
 }
+
+// chainLocks are the keys of the chains' locks.
+var chainLocks = func() (keys [binding.Chains]string) {
+	for i := range keys {
+		keys[i] = fmt.Sprint("chain ", i)
+	}
+	return keys
+}()
 
 func (s *Store) entryMAC(values []any, before []byte) []byte {
 	return s.macs.of(ledger.name, append(values[:len(values):len(values)], before)...)
@@ -145,6 +171,12 @@ func (s *Store) Seen() *binding.Mark {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return &binding.Mark{Epoch: s.epoch, Heads: s.seen}
+}
+
+func (s *Store) seenOf(chain int64) binding.Head {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.seen[chain]
 }
 
 func (s *Store) Moved() <-chan struct{} { return s.moved }
@@ -255,7 +287,7 @@ func (s *Store) Accept(ctx context.Context, mark *binding.Mark, reason string) (
 			if mark != nil {
 				a.Had = mark.Heads[i].Seq
 			}
-			if err := s.lock(ctx, tx.Tx, fmt.Sprint("chain ", chain)); err != nil {
+			if err := s.lock(ctx, tx.Tx, chainLocks[chain]); err != nil {
 				return err
 			}
 			var err error
@@ -473,30 +505,29 @@ func (s *Store) verifyChain(ctx context.Context, q queryer, chain, upTo int64, e
 	return n, digest, errors.Join(err, wrong)
 }
 
-// last has the number of the last entry of each event about a subject.
-type last map[binding.Event]int64
+// last has the numbers of the last entries about a subscription; 0 if there was none.
+type last struct {
+	established, activated, revoked int64
+	closed                          int64 // of the one that has closed the attempts before it
+}
 
-// of is that of the last of some events; 0 if there was none.
-func (l last) of(events ...binding.Event) (seq int64) {
-	for _, e := range events {
-		seq = max(seq, l[e])
+func (l *last) note(e binding.Event, seq int64) {
+	switch e {
+	case binding.EventEstablished:
+		l.established = max(l.established, seq)
+	case binding.EventActivated:
+		l.activated = max(l.activated, seq)
+		return
+	case binding.EventRevoked:
+		l.revoked = max(l.revoked, seq)
+	case binding.EventOpened, binding.EventClosed:
+	default:
+		return
 	}
-	return seq
+	l.closed = max(l.closed, seq)
 }
 
-func lastOf(ctx context.Context, q queryer, subject string) (last, error) {
-	l := last{}
-	err := query(ctx, q, func(scan func(...any) error) error {
-		var event binding.Event
-		var seq int64
-		err := scan(&event, &seq)
-		l[event] = max(seq, l[event])
-		return err
-	}, `SELECT event, seq FROM ledger WHERE subject = $1`, subject)
-	return l, err
-}
-
-// lastOfAll is lastOf for all subjects whose names begin alike; what follows is its name there.
+// lastOfAll has the number of the last entry about each of the subjects whose names begin alike; what follows is its name there.
 func lastOfAll(ctx context.Context, q queryer, begin string) (map[string]int64, error) {
 	all := map[string]int64{}
 	err := query(ctx, q, func(scan func(...any) error) error {

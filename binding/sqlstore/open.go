@@ -9,7 +9,6 @@ import (
 	"strings"
 
 	"github.com/jackc/pgx/v5/pgconn"
-	"github.com/mattn/go-sqlite3"
 
 	"github.com/kmehsm/kmehsm/internal/sqlite"
 	"github.com/kmehsm/kmehsm/kme"
@@ -180,11 +179,4 @@ func migrate(ctx context.Context, tx *sql.Tx) error {
 		}
 	}
 	return nil
-}
-
-func isDuplicate(err error) bool {
-	var lite sqlite3.Error
-	var pg *pgconn.PgError
-	return errors.As(err, &lite) && (lite.ExtendedCode == sqlite3.ErrConstraintPrimaryKey || lite.ExtendedCode == sqlite3.ErrConstraintUnique) ||
-		errors.As(err, &pg) && pg.Code == "23505" // unique_violation
 }

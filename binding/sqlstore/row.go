@@ -127,17 +127,17 @@ func (r row) bytes(i int) []byte {
 // rows gives those of a table that the service wrote, and fails with a *binding.DamagedRow for the first other one.
 // What each gets is good until it returns.
 func (s *Store) rows(ctx context.Context, q queryer, t *table, each func(r row) error, where string, args ...any) error {
-	return s.scan(ctx, q, t, func(values row) error {
+	return scan(ctx, q, len(t.columns)+1, func(values row) error {
 		if err := s.checkMAC(t, values); err != nil {
 			return err
 		}
 		return each(values[:len(t.columns)])
-	}, where, args...)
+	}, t.selectAll+where, args...)
 }
 
-// scan gives rows with their MACs, which it does not look at.
-func (s *Store) scan(ctx context.Context, q queryer, t *table, each func(values row) error, where string, args ...any) error {
-	values, pointers := make(row, len(t.columns)+1), make([]any, len(t.columns)+1)
+// scan gives rows of so many columns, each good until each returns.
+func scan(ctx context.Context, q queryer, columns int, each func(values row) error, text string, args ...any) error {
+	values, pointers := make(row, columns), make([]any, columns)
 	for i := range values {
 		pointers[i] = &values[i]
 	}
@@ -146,7 +146,7 @@ func (s *Store) scan(ctx context.Context, q queryer, t *table, each func(values 
 			return err
 		}
 		return each(values)
-	}, t.selectAll+where, args...)
+	}, text, args...)
 }
 
 // checkMAC is about a row with its MAC.

@@ -75,7 +75,8 @@ func (s *Store) Ping(ctx context.Context) error {
 // A txn is a change that is under way.
 type txn struct {
 	*sql.Tx
-	after []func() // to be called when it is durable
+	after []func()                      // to be called when it is durable
+	heads [binding.Chains]*binding.Head // of the ledger's chains whose locks it has; nil: not read yet
 }
 
 func (s *Store) change(ctx context.Context, key string, f func(context.Context, *txn) error) error {
@@ -179,77 +180,134 @@ func isDamaged(err error) bool {
 type stored struct {
 	binding.Subscription
 	expired *binding.Binding // the pending binding that has expired
-	seq     map[binding.State]int64
-	closed  int64 // number of the entry that has closed the attempts before it
+	seq     seqs             // of the bindings
+	last    last             // what the ledger says
 }
+
+// seqs has the number of the entry of the ledger that has made a binding what it is; 0 if there is none.
+type seqs struct{ pending, active, revoked int64 }
+
+func (s *seqs) of(state binding.State) *int64 {
+	switch state {
+	case binding.Pending:
+		return &s.pending
+	case binding.Active:
+		return &s.active
+	}
+	return &s.revoked
+}
+
+// ofIMSI reads all of an IMSI in one statement, and so at one moment: from which table a row is, then the columns of
+// bindings, in which those of another table have the places that attemptOf and subscriptionIn say.
+var ofIMSI = `SELECT 'bindings', ` + strings.Join(bindings.columns, ", ") + `, mac FROM bindings WHERE imsi = $1
+	UNION ALL SELECT 'attempts', imsi, id, origin, NULL, NULL, opened, NULL, NULL, NULL, NULL, expires_at, NULL, NULL, NULL, NULL, NULL, seq, mac
+		FROM attempts WHERE imsi = $1 AND expires_at > $2
+	UNION ALL SELECT 'ledger', subject, event, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, seq, NULL
+		FROM ledger WHERE subject = $1`
+
+// ofIMSIToChange reads the head of its chain too. A sum, see head.
+var ofIMSIToChange = ofIMSI + `
+	UNION ALL SELECT 'head', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, seq, mac
+		FROM (SELECT seq, mac FROM ledger WHERE chain = $3 + 0 ORDER BY seq DESC LIMIT 1) AS head`
+
+// attemptOf is a row of attempts, with its MAC, in one of ofIMSI.
+func attemptOf(r row) row { return row{r[1], r[2], r[3], r[11], r[6], r[17], r[18]} }
 
 // subscription fails with a *binding.DamagedRow for a row that is not the service's, that is not the last one, or that
 // is gone.
 func (s *Store) subscription(ctx context.Context, q queryer, imsi kme.IMSI, now time.Time) (*stored, error) {
-	sub := &stored{seq: map[binding.State]int64{}}
-	digits := imsi.String()
-	type open struct {
-		row row
-		seq int64
+	sub, _, err := s.subscriptionIn(ctx, q, imsi, now, ofIMSI)
+	return sub, err
+}
+
+// toChange is subscription for whoever will note an entry about it in the same transaction.
+func (s *Store) toChange(ctx context.Context, tx *txn, imsi kme.IMSI, now time.Time) (*stored, error) {
+	chain := chainOf(imsi.String())
+	if err := s.lock(ctx, tx.Tx, chainLocks[chain]); err != nil {
+		return nil, err
 	}
-	var opened []open
-	// Attempts first: without a lock, a binding that was established in an opening in between is seen beside it.
-	err := s.rows(ctx, q, attempts, func(r row) error {
-		a := binding.Attempt{ID: r.text(1), IMSI: imsi, Expires: fromMillis(r.int(3)), Opened: r.int(4) == 1}
-		sub.Attempts = append(sub.Attempts, a)
-		opened = append(opened, open{slices.Clone(r), r.int(5)})
-		return sub.Attempts[len(sub.Attempts)-1].Origin.UnmarshalText([]byte(r.text(2)))
-	}, `WHERE imsi = $1 AND expires_at > $2`, digits, now.UnixMilli())
+	sub, head, err := s.subscriptionIn(ctx, tx, imsi, now, ofIMSIToChange, chain)
 	if err != nil {
 		return nil, err
 	}
-	err = s.rows(ctx, q, bindings, func(r row) error {
-		b, seq, err := toBinding(r)
-		sub.seq[b.State] = seq
-		switch {
-		case err != nil:
+	tx.heads[chain] = head
+	return sub, nil
+}
+
+// subscriptionIn is both, with the head that ofIMSIToChange reads.
+func (s *Store) subscriptionIn(ctx context.Context, q queryer, imsi kme.IMSI, now time.Time, text string, chain ...any) (*stored, *binding.Head, error) {
+	sub, head, digits := new(stored), new(binding.Head), imsi.String()
+	var opened []row // attempts
+	err := scan(ctx, q, len(bindings.columns)+2, func(r row) error {
+		switch r.text(0) {
+		case "bindings":
+			if err := s.checkMAC(bindings, r[1:]); err != nil {
+				return err
+			}
+			return sub.take(r[1:], now)
+		case "attempts":
+			r = attemptOf(r)
+			if err := s.checkMAC(attempts, r); err != nil {
+				return err
+			}
+			opened = append(opened, r)
+			a := binding.Attempt{ID: r.text(1), IMSI: imsi, Expires: fromMillis(r.int(3)), Opened: r.int(4) == 1}
+			err := a.Origin.UnmarshalText([]byte(r.text(2)))
+			sub.Attempts = append(sub.Attempts, a)
 			return err
-		case b.State == binding.Active:
-			sub.Active = b
-		case b.State == binding.Revoked:
-			sub.Revoked = b
-		case b.Expires.After(now):
-			sub.Pending = b
-		default:
-			sub.expired = b
+		case "ledger":
+			sub.last.note(binding.Event(r.text(2)), r.int(17))
+		case "head":
+			head.Seq, head.MAC = r.int(17), r.bytes(18)
 		}
 		return nil
-	}, `WHERE imsi = $1`, digits)
+	}, text, append([]any{digits, now.UnixMilli()}, chain...)...)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	last, err := lastOf(ctx, q, digits)
-	if err != nil {
-		return nil, err
-	}
-	sub.closed = last.of(binding.EventEstablished, binding.EventRevoked, binding.EventOpened, binding.EventClosed)
 	for _, a := range opened {
-		if a.seq != sub.closed {
-			return nil, damaged(attempts, a.row, "was closed before, and is back")
+		if a.int(5) != sub.last.closed {
+			return nil, nil, damaged(attempts, a, "was closed before, and is back")
 		}
 	}
-	return sub, sub.fresh(last, digits)
+	return sub, head, sub.fresh(digits)
+}
+
+// take takes a row of bindings.
+func (sub *stored) take(r row, now time.Time) error {
+	b, seq, err := toBinding(r)
+	if err != nil {
+		return err
+	}
+	*sub.seq.of(b.State) = seq
+	switch {
+	case b.State == binding.Active:
+		sub.Active = b
+	case b.State == binding.Revoked:
+		sub.Revoked = b
+	case b.Expires.After(now):
+		sub.Pending = b
+	default:
+		sub.expired = b
+	}
+	return nil
 }
 
 // fresh fails unless the bindings are those that the ledger speaks of last.
-func (sub *stored) fresh(last last, imsi string) error {
-	activated, revoked := last[binding.EventActivated], last[binding.EventRevoked]
-	settled := max(activated, revoked)
-	for state, want := range map[binding.State]int64{binding.Active: activated, binding.Revoked: revoked} {
-		have, there := sub.seq[state]
+func (sub *stored) fresh(imsi string) error {
+	settled := max(sub.last.activated, sub.last.revoked)
+	for _, is := range [...]struct {
+		state      binding.State
+		have, want int64
+	}{{binding.Active, sub.seq.active, sub.last.activated}, {binding.Revoked, sub.seq.revoked, sub.last.revoked}} {
 		switch {
-		case want == settled && want > 0 && !there:
-			return damaged(bindings, row{imsi, string(state)}, "is gone")
-		case there && (have != want || want != settled):
-			return damaged(bindings, row{imsi, string(state)}, "is an earlier one than the service has written last")
+		case is.have == 0 && is.want == settled && is.want > 0:
+			return damaged(bindings, row{imsi, string(is.state)}, "is gone")
+		case is.have != 0 && (is.have != is.want || is.want != settled):
+			return damaged(bindings, row{imsi, string(is.state)}, "is an earlier one than the service has written last")
 		}
 	}
-	if seq, there := sub.seq[binding.Pending]; there && (seq != last[binding.EventEstablished] || seq < settled) {
+	if have := sub.seq.pending; have != 0 && (have != sub.last.established || have < settled) {
 		return damaged(bindings, row{imsi, string(binding.Pending)}, "is an earlier one than the service has written last")
 	}
 	return nil
@@ -358,7 +416,7 @@ func (s *Store) Prepare(ctx context.Context, q binding.VectorRequest) (d binding
 		}
 		if d.Binding = b; b == sub.Pending && q.Ready == b.AttemptID {
 			b.Sent = append(b.Sent, q.Origin.Name)
-			return s.put(ctx, tx, bindings, values(b, sub.seq[b.State])...)
+			return s.put(ctx, tx, bindings, values(b, *sub.seq.of(b.State))...)
 		}
 		return nil
 	})
@@ -385,7 +443,7 @@ func (s *Store) attempt(ctx context.Context, tx *txn, sub *stored, q binding.Vec
 	if d.Attempt = sub.Reusable(q.Origin.Name, opened, reuse); d.Attempt == nil {
 		d.Attempt = &binding.Attempt{ID: q.AttemptID, IMSI: q.IMSI, Origin: q.Origin.Name, Expires: until, Opened: opened}
 		d.Fresh = true
-		if err := s.addAttempt(ctx, tx, *d.Attempt, sub.closed); err != nil {
+		if err := s.addAttempt(ctx, tx, *d.Attempt, sub.last.closed); err != nil {
 			return err
 		}
 	}
@@ -451,26 +509,24 @@ func (s *Store) OpenAttempt(ctx context.Context, a binding.Attempt) error {
 }
 
 func (s *Store) Establish(ctx context.Context, b *binding.Binding, tag []byte, good bool, now time.Time) error {
-	err := s.change(ctx, b.IMSI.String(), func(ctx context.Context, tx *txn) error {
-		sub, err := s.subscription(ctx, tx, b.IMSI, now)
+	return s.change(ctx, b.IMSI.String(), func(ctx context.Context, tx *txn) error {
+		sub, err := s.toChange(ctx, tx, b.IMSI, now)
 		if err != nil {
 			return err
 		}
-		var used bool
-		if err := tx.QueryRowContext(ctx, `SELECT EXISTS (SELECT 1 FROM ledger WHERE imei = $1 AND tag = $2)`, b.IMEI.String(), tag).Scan(&used); err != nil {
-			return err
-		}
+		of := entry{event: binding.EventEstablished, subject: b.IMSI.String(), imei: b.IMEI.String(), tag: tag}
 		switch a := sub.Attempt(b.AttemptID, b.Origin); {
 		case a == nil:
 			return binding.ErrNoAttempt
 		case sub.Active != nil && !a.Opened:
 			return binding.ErrBound
-		case used:
-			return binding.ErrUsed
 		case !good:
+			if err := used(ctx, tx, of); err != nil {
+				return err
+			}
 			return binding.ErrNotGood
 		}
-		seq, err := s.note(ctx, tx, entry{event: binding.EventEstablished, subject: b.IMSI.String(), imei: b.IMEI.String(), tag: tag})
+		seq, err := s.note(ctx, tx, of)
 		if err == nil {
 			err = dropAttempts(ctx, tx, b.IMSI)
 		}
@@ -479,10 +535,6 @@ func (s *Store) Establish(ctx context.Context, b *binding.Binding, tag []byte, g
 		}
 		return s.put(ctx, tx, bindings, values(b, seq)...)
 	})
-	if errors.Is(err, errDuplicate) {
-		return binding.ErrUsed
-	}
-	return err
 }
 
 func (s *Store) Report(ctx context.Context, imsi kme.IMSI, o kme.Origin, ok bool,
@@ -494,7 +546,7 @@ func (s *Store) Report(ctx context.Context, imsi kme.IMSI, o kme.Origin, ok bool
 	}
 	if err == nil && sub.Ends(o, ok) {
 		err = s.change(ctx, imsi.String(), func(ctx context.Context, tx *txn) error {
-			all, err := s.subscription(ctx, tx, imsi, now)
+			all, err := s.toChange(ctx, tx, imsi, now)
 			if err != nil {
 				return err
 			}
@@ -537,7 +589,7 @@ func (s *Store) replace(ctx context.Context, tx *txn, b *binding.Binding, becaus
 func (s *Store) Revoke(ctx context.Context, imsi kme.IMSI, now time.Time) (b *binding.Binding, err error) {
 	err = s.change(ctx, imsi.String(), func(ctx context.Context, tx *txn) error {
 		b = nil
-		sub, err := s.subscription(ctx, tx, imsi, now)
+		sub, err := s.toChange(ctx, tx, imsi, now)
 		switch {
 		case isDamaged(err): // which ends so too
 			if b, err = s.lastDevice(ctx, tx, imsi); err == nil {

@@ -1,6 +1,7 @@
 package sqlstore
 
 import (
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"os"
@@ -17,6 +18,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding/storetest"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/pgtest"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -421,8 +423,8 @@ func TestOpenRefuses(t *testing.T) {
 	}
 }
 
-// The ledger and the binding, durably, by many at once.
-func BenchmarkLedger(b *testing.B) {
+// The ledger and the binding, durably, by many at once, as a service has it under load.
+func BenchmarkEstablish(b *testing.B) {
 	s, err := Open(b.Context(), "sqlite:"+filepath.Join(b.TempDir(), "keysvc.db"), rowKey)
 	if err != nil {
 		b.Fatal(err)
@@ -432,27 +434,41 @@ func BenchmarkLedger(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
+	const atOnce = 32
+	s.Company(func() int { return atOnce })
 	imsis := make([]kme.IMSI, b.N)
-	for i := range imsis {
-		if imsis[i], err = kme.ParseIMSI(fmt.Sprintf("00101%010d", i)); err == nil {
-			err = s.OpenAttempt(b.Context(), binding.Attempt{ID: "a", IMSI: imsis[i], Expires: t0.Add(time.Hour)})
+	forAll := func(f func(i int64) error) {
+		var next atomic.Int64
+		var all sync.WaitGroup
+		for range atOnce {
+			all.Go(func() {
+				for i := next.Add(1) - 1; i < int64(b.N); i = next.Add(1) - 1 {
+					if err := f(i); err != nil {
+						b.Error(err)
+					}
+				}
+			})
 		}
-		if err != nil {
-			b.Fatal(err)
-		}
+		all.Wait()
 	}
-	var next atomic.Int64
-	b.SetParallelism(16)
+	forAll(func(i int64) (err error) {
+		if imsis[i], err = kme.ParseIMSI(fmt.Sprintf("00101%010d", i*7919%1e9)); err != nil {
+			return err
+		}
+		_, err = s.Prepare(b.Context(), binding.VectorRequest{
+			IMSI: imsis[i], Origin: binding.Origin{Provisioning: binding.Allowed}, RANDs: []hsmkeys.RAND{{byte(i), byte(i >> 8)}},
+			Now: t0, AttemptID: "AAECAwQFBgcICQoLDA0ODw", AttemptTTL: time.Hour,
+		})
+		return err
+	})
 	b.ReportAllocs()
 	b.ResetTimer()
-	b.RunParallel(func(pb *testing.PB) {
-		for pb.Next() {
-			i := next.Add(1) - 1
-			tag := fmt.Appendf(nil, "%032d", i)
-			bound := &binding.Binding{IMSI: imsis[i], IMEI: imei, State: binding.Pending, Sealed: tag, NWSig: tag, AttemptID: "a", PayloadSHA256: tag, Established: t0}
-			if err := s.Establish(b.Context(), bound, tag, true, t0); err != nil {
-				b.Error(err)
-			}
-		}
+	defer testproc.ReportCPU(b)()
+	forAll(func(i int64) error {
+		tag := sha256.Sum256(fmt.Append(nil, i))
+		return s.Establish(b.Context(), &binding.Binding{
+			IMSI: imsis[i], IMEI: imei, Manufacturer: "uogvGY7XcA_OB_9takJbeRvZ4FEM767Bc3xPYsO5e-Q", Lot: "L1", State: binding.Pending, Sealed: tag[:], NWSig: tag[:],
+			AttemptID: "AAECAwQFBgcICQoLDA0ODw", PayloadSHA256: tag[:], Established: t0, Expires: t0.Add(time.Hour),
+		}, tag[:], true, t0)
 	})
 }

@@ -40,7 +40,7 @@ func (s *Store) Verify(ctx context.Context, report func(rows int)) (*Report, err
 		}
 	}
 	for _, t := range tables {
-		err := s.scan(ctx, s.read, t, func(values row) error { read(); return found(s.checkMAC(t, values)) }, "")
+		err := scan(ctx, s.read, len(t.columns)+1, func(values row) error { read(); return found(s.checkMAC(t, values)) }, t.selectAll)
 		if err != nil {
 			return r, err
 		}
