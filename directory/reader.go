@@ -500,7 +500,9 @@ func (r *Reader) follow(ctx context.Context, lots []*Manifest) {
 
 // Refresh reads a lot's list of revoked devices again, for ReadTimeout at most. If it fails, the last list stands, and
 // is overdue.
-func (r *Reader) Refresh(ctx context.Context, m *Manifest) error { return r.refresh(ctx, m, time.Now()) }
+func (r *Reader) Refresh(ctx context.Context, m *Manifest) error {
+	return r.refresh(ctx, m, time.Now())
+}
 
 // refresh is Refresh, unless the list was read after asked.
 func (r *Reader) refresh(ctx context.Context, m *Manifest, asked time.Time) error {
