@@ -28,7 +28,15 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-func TestMain(m *testing.M) { softhsmtest.Main(m, 64) }
+func TestMain(m *testing.M) {
+	if os.Getenv(childURI) != "" { // its tokens are those of the process that began it
+		os.Exit(m.Run())
+	}
+	softhsmtest.Main(m, 64)
+}
+
+// childURI names the token of a test's second process.
+const childURI = "KMEHSM_TEST_CHILD_URI"
 
 const manufacturer = "test-manufacturer"
 

@@ -346,11 +346,20 @@ func (t *Token) tryBeside(pin PIN) error {
 
 // do runs f on a session of the pool, and gives its result. operation says to observers what f is. f may go on
 // after do has returned, when it was given up: nothing comes out of it but its result. A session that has ended is
-// replaced, and f run once more: whatever f makes for good, it first looks for.
+// replaced, and f run once more: whatever f makes for good, it first looks for. So it is, a few times, where a key is
+// missing in SoftHSM: while one thread reads what another process has just made, the others do not see it yet (2.6.1).
 func do[T any](ctx context.Context, t *Token, operation string, f func(*session) (T, error)) (T, error) {
 	v, err := run(ctx, t, operation, f)
 	if classify(err) == classSession {
 		v, err = run(ctx, t, operation, f)
+	}
+	for pause := 10 * time.Millisecond; errors.Is(err, ErrNoKey) && t.isSoftHSM() && pause < time.Second/2; pause *= 2 {
+		select {
+		case <-time.After(pause):
+			v, err = run(ctx, t, operation, f)
+		case <-ctx.Done():
+			return v, err
+		}
 	}
 	if c := classify(err); c == classSession || c == classDevice {
 		t.lose(err)

@@ -188,11 +188,13 @@ func Open(ctx context.Context, tokenURI string) (*Token, error) {
 		t.Close()
 		return nil, explain("log in to "+t.String(), err)
 	}
-	if t.pin = u.pinSource; strings.HasPrefix(t.info.ManufacturerID, "SoftHSM") {
+	if t.pin = u.pinSource; t.isSoftHSM() {
 		t.renewAfter.Store(softHSMRenewal)
 	}
 	return t, nil
 }
+
+func (t *Token) isSoftHSM() bool { return strings.HasPrefix(t.info.ManufacturerID, "SoftHSM") }
 
 // softHSMRenewal is after how many uses the module is initialised anew. SoftHSM 2.6.1 keeps some 250 bytes of each session
 // object that ever was, until C_Finalize: 490 bytes a device key, and half a gigabyte for a lot of a million.

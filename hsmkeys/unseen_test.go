@@ -1,0 +1,93 @@
+package hsmkeys
+
+import (
+	"encoding/hex"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/miekg/pkcs11"
+
+	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// Another process makes a storage key, and this one looks when the key's file is still empty: it finds the key all the same.
+func TestUnseenKey(t *testing.T) {
+	if uri := os.Getenv(childURI); uri != "" {
+		token := must[*Token](t)(Open(t.Context(), uri))
+		defer token.Close()
+		must[bool](t)(token.makeStorage(t.Context(), storageGeneration(2)))
+		sealed := must[[]byte](t)(do(t.Context(), token, "test", func(s *session) ([]byte, error) {
+			generation, h, err := token.newestStorage(s)
+			if err != nil {
+				return nil, err
+			}
+			return seal(s, generation, h, kme.RandomSecret())
+		}))
+		os.Stdout.WriteString("sealed " + hex.EncodeToString(sealed) + "\n")
+		return
+	}
+	tok := softhsmtest.Token(t)
+	token := newOperatorOn(t, tok)
+	objects := func() map[string]bool {
+		all := map[string]bool{}
+		for _, file := range must[[]string](t)(filepath.Glob(filepath.Join(softhsmtest.Dir(), "*", "*", "*.object"))) {
+			all[file] = true
+		}
+		return all
+	}
+	before := objects()
+	cmd := exec.Command(os.Args[0], "-test.run=^TestUnseenKey$")
+	cmd.Env = append(os.Environ(), childURI+"="+tok.URI)
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	_, text, _ := strings.Cut(string(out), "sealed ")
+	text, _, _ = strings.Cut(text, "\n")
+	sealed := must[[]byte](t)(hex.DecodeString(text))
+	written := map[string][]byte{}
+	for file := range objects() {
+		if !before[file] {
+			written[file] = must[[]byte](t)(os.ReadFile(file))
+			if err := os.Truncate(file, 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if len(written) == 0 {
+		t.Fatal("the key is in no file")
+	}
+	if _, err := token.EncryptRANDs(t.Context(), sealed, make([]RAND, 1)); !errors.Is(err, ErrNoKey) {
+		t.Fatalf("a key that is not there: %v", err)
+	}
+	read := make(chan struct{})
+	looked := sync.OnceFunc(func() { close(read) })
+	var there sync.WaitGroup
+	there.Go(func() {
+		<-read
+		for file, data := range written {
+			if err := os.WriteFile(file, data, 0o600); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	got, err := do(t.Context(), token, "test", func(s *session) (pkcs11.ObjectHandle, error) {
+		h, err := token.find(s, pkcs11.CKO_SECRET_KEY, storageGeneration(2))
+		if errors.Is(err, ErrNoKey) {
+			looked()
+		}
+		return h, err
+	})
+	if there.Wait(); err != nil || got == 0 {
+		t.Fatalf("a key that is there: %d, %v", got, err)
+	}
+	if _, err := token.EncryptRANDs(t.Context(), sealed, make([]RAND, 1)); err != nil {
+		t.Fatal(err)
+	}
+}
