@@ -50,6 +50,9 @@ bin/vaultdev: $(wildcard tools/vaultdev/*.go) tools/vaultdev/go.mod tools/vaultd
 	@mkdir -p bin
 	@cd tools/vaultdev && $(call go-build,a Vault server (minutes),.)
 
+# For a package: a machine that is eight times slower than ours passes too.
+TIMEOUT := 45m
+
 # A test that needs one of these says so in its name. The two runs are a partition: every test is in one of them.
 SERVERS := Vault|Postgres|Browser|S6a
 SERVER_PACKAGES = $(sort $(dir $(shell grep -rlE '^func Test\w*($(SERVERS))' --include=*_test.go .)))
@@ -62,11 +65,11 @@ SOFTHSM_ONLY := Wycheproof|Attributes|Sides|UnwrapTemplates|WhatLeaves|CheckLotK
 
 check: lint deps-check ## lint, and the tests that need no Vault, PostgreSQL, browser or Diameter
 	@$(if $(ROOT_ONLY),echo 'TestDoctorOnOpenCryptoki is left out: only root can run it')
-	@scripts/step.sh 'tests without servers' scripts/leaves-nothing.sh go test -race -skip '$(SERVERS)$(ROOT_ONLY)' ./...
-	@KMEHSM_TEST_OPERATOR=nss scripts/step.sh "an operator's side on NSS softoken" scripts/leaves-nothing.sh go test -race -skip '$(SERVERS)|$(SOFTHSM_ONLY)' ./binding ./hsmkeys ./internal/faultmodule
+	@scripts/step.sh 'tests without servers' scripts/leaves-nothing.sh go test -race -timeout $(TIMEOUT) -skip '$(SERVERS)$(ROOT_ONLY)' ./...
+	@KMEHSM_TEST_OPERATOR=nss scripts/step.sh "an operator's side on NSS softoken" scripts/leaves-nothing.sh go test -race -timeout $(TIMEOUT) -skip '$(SERVERS)|$(SOFTHSM_ONLY)' ./binding ./hsmkeys ./internal/faultmodule
 
 test: check deps-test vaultdev ## what CI runs: check, and the other tests
-	@scripts/step.sh 'tests with Vault, PostgreSQL, a browser and Diameter' scripts/leaves-nothing.sh go test -race -run '$(SERVERS)' $(SERVER_PACKAGES)
+	@scripts/step.sh 'tests with Vault, PostgreSQL, a browser and Diameter' scripts/leaves-nothing.sh go test -race -timeout $(TIMEOUT) -run '$(SERVERS)' $(SERVER_PACKAGES)
 	@scripts/step.sh 'the model of a binding, by spin' scripts/model.sh
 	@scripts/step.sh 'the release, linked twice' scripts/reproducible.sh --warm
 	$(MAKE) fuzz-plugin PLUGIN_FUZZ='-seed=1 -runs=1000000' # always the same inputs
