@@ -21,7 +21,9 @@ help: ## print this list
 
 # $(call go-build,WHAT,PACKAGES) builds into bin/. go build -v prints a line for each package that it compiles: those that are stale.
 go-build = $(CURDIR)/scripts/step.sh -q -n "$$(go list -trimpath -deps -f '{{if .Stale}}{{.ImportPath}}{{end}}' $(2) | wc -l) packages" \
-	'building $(1)' go build -v -trimpath -o $(CURDIR)/bin/ $(2)
+	'building $(1)' go build -v -trimpath $(STAMP) -o $(CURDIR)/bin/ $(2)
+# --version names the commit, if git can name it here, whatever GOFLAGS says.
+STAMP := $(if $(shell git rev-parse HEAD 2>/dev/null),-buildvcs=true)
 
 build: deps-build ## bin/factory, bin/keysvc and bin/mesim
 	@mkdir -p bin
@@ -81,7 +83,7 @@ soak: deps-test vaultdev ## 200 random kill -9 of factory and Vault over a lot o
 	KMEHSM_SOAK=1 go test -count=1 -timeout 20m -run 'TestOutage|TestRemoteKilled' -v ./internal/faultmodule
 
 bench: deps-demo build vaultdev ## how near all is to the bare token: prints a table, and writes var/bench/bench.json (PAIRS=5, SECONDS_EACH=5)
-	go build -trimpath -o bin/ ./tools/bench
+	go build -trimpath $(STAMP) -o bin/ ./tools/bench
 	scripts/bench.sh
 
 benchstat: deps-demo ## the hot paths at revision BASE=HEAD~1 and now, compared by benchstat (COUNT=6)

@@ -31,6 +31,9 @@ SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)
 export SOURCE_DATE_EPOCH
 
 go build -trimpath -buildvcs=true -ldflags='-s -w' -o "$out/" ./cmd/...
+for program in factory keysvc mesim; do
+	[[ $("$out/$program" --version) == *"commit $(git rev-parse HEAD),"* ]] || die "$program --version does not name the commit"
+done
 headers='#include <freeDiameter/extension.h>
 #include <curl/curl.h>
 #include <jansson.h>
