@@ -103,8 +103,10 @@ bench: deps-demo build vaultdev ## how near all is to the bare token: var/bench/
 benchstat: deps-demo ## the hot paths at revision BASE=HEAD~1 and now, compared by benchstat (COUNT=6)
 	BASE=$(or $(BASE),HEAD~1) COUNT=$(or $(COUNT),6) scripts/benchstat.sh
 
-lint: deps-check ## gofmt, go vet, staticcheck and shellcheck
+# staticcheck.conf has what staticcheck looks for. go fix shows where newer Go says the same in less.
+lint: deps-check ## gofmt, go vet, go fix, staticcheck, shellcheck and the width of lines
 #	@scripts/widths.sh
+#	@scripts/step.sh 'go fix' go fix -diff ./...
 	@unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || \
 		{ printf 'run gofmt -w on:\n%s\n' "$$unformatted" >&2; exit 1; }
 	@scripts/step.sh 'go vet' go vet ./...
