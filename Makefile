@@ -14,36 +14,42 @@ PROTOC_GEN_CONNECT_GO := connectrpc.com/connect/cmd/protoc-gen-connect-go@v1.21.
 # A target's prerequisites come in their order also under make -j: the tools are installed before they are used.
 .NOTPARALLEL:
 DEPS := deps-build deps-demo deps-plugin deps-check deps-test deps-generate
-.PHONY: help build demo plugin release reproducible vaultdev check test flaky soak bench benchstat lint fuzz fuzz-plugin generate clean $(DEPS)
+.PHONY: help build demo plugin release reproducible vaultdev check test flaky soak bench benchstat lint fuzz \
+	fuzz-plugin generate clean $(DEPS)
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-# $(call go-build,WHAT,PACKAGES) builds into bin/. go build -v prints a line for each package that it compiles: those that are stale.
-go-build = $(CURDIR)/scripts/step.sh -q -n "$$(go list -trimpath -deps -f '{{if .Stale}}{{.ImportPath}}{{end}}' $(2) | wc -l) packages" \
-	'building $(1)' go build -v -trimpath -o $(CURDIR)/bin/ $(2)
+# $(call go-build,WHAT,PACKAGES) builds into bin/. go build -v prints a line for each package that it
+# compiles: those that are stale.
+go-build = $(CURDIR)/scripts/step.sh -q \
+	-n "$$(go list -trimpath -deps -f '{{if .Stale}}{{.ImportPath}}{{end}}' $(2) | wc -l) packages" \
+	'building $(1)' go build -v -trimpath $(STAMP) -o $(CURDIR)/bin/ $(2)
+# --version names the commit, if git can name it here, whatever GOFLAGS says.
+STAMP := $(if $(shell git rev-parse HEAD 2>/dev/null),-buildvcs=true)
 
 build: deps-build ## bin/factory, bin/keysvc and bin/mesim
 	@mkdir -p bin
 	@$(call go-build,the programs,./cmd/...)
 
-demo: deps-demo build $(if $(filter vault,$(DIRECTORY)),vaultdev) ## the whole flow on SoftHSM (DEVICES=1000, BITS=2048|3072|4096, DIRECTORY=file|vault)
+# DEVICES=1000, BITS=2048|3072|4096, DIRECTORY=file|vault
+demo: deps-demo build $(if $(filter vault,$(DIRECTORY)),vaultdev) ## the whole flow on SoftHSM
 	DEVICES=$(DEVICES) BITS=$(BITS) DIRECTORY=$(DIRECTORY) scripts/demo.sh
 
 plugin: deps-plugin ## bin/kme.fdx, the extension of freeDiameter (FREEDIAMETER=PREFIX: of one that is not the system's)
 	@mkdir -p bin
 	$(MAKE) -C plugins/freediameter OUT=$(CURDIR)/bin
 
-release: deps-demo ## bin/release: the programs, kme.fdx if it can be built here, their SBOM (CycloneDX) and SHA256SUMS, of the last commit
+release: deps-demo ## bin/release: programs, kme.fdx, SBOM and SHA256SUMS of the last commit
 	@scripts/step.sh 'building the release' scripts/release.sh bin/release
 
 reproducible: deps-demo ## build the release twice, in two places and with empty caches (minutes), and compare all bytes
 	@scripts/step.sh 'building the release twice' scripts/reproducible.sh
 
-# A vault or bao that is on PATH is used. Vault's server, built from its own source, takes minutes the first time. It is a
-# module of its own, so that none of it enters the product.
+# A vault or bao that is on PATH is used. Vault's server, built from its own source, takes minutes the first time. It is
+# a module of its own, so that none of it enters the product.
 VAULT_SERVER := $(or $(shell command -v vault || command -v bao),bin/vaultdev)
-vaultdev: deps-build $(filter bin/vaultdev,$(VAULT_SERVER)) ## a real Vault server for tests and local work: bin/vaultrun starts it
+vaultdev: deps-build $(filter bin/vaultdev,$(VAULT_SERVER)) ## a real Vault server: bin/vaultrun starts it
 	@mkdir -p bin
 	@$(call go-build,bin/vaultrun,./tools/vaultrun)
 bin/vaultdev: $(wildcard tools/vaultdev/*.go) tools/vaultdev/go.mod tools/vaultdev/go.sum
@@ -59,39 +65,53 @@ SERVER_PACKAGES = $(sort $(dir $(shell grep -rlE '^func Test\w*($(SERVERS))' --i
 # openCryptoki's daemon needs root.
 ROOT_ONLY := $(if $(filter-out 0,$(shell id -u)),|OpenCryptoki)
 
-# What the run of an operator's side on a second token leaves out: tests that have SoftHSM's token all the same, need a factory's by way of the same module, or a security officer;
-# and one that NSS softoken fails, for a reason that docs/tokens.md has.
-SOFTHSM_ONLY := Wycheproof|Attributes|Sides|UnwrapTemplates|WhatLeaves|CheckLotKey|CommonFactors|SharedFactors|Renew|Group|OpenRefuses|TestGivenUp$$|GivenUpHandle|KWPByEitherName|TestWeak|TrialsOf|RemoteKilled|KnownRefusalsTakeAsLong|Rotated|ResealDamaged
+# What the run of an operator's side on a second token leaves out: tests that have SoftHSM's token all the same, need a
+# factory's by way of the same module, or a security officer; and one that NSS softoken fails, for a reason that
+# docs/tokens.md has.
+SOFTHSM_ONLY := Wycheproof Attributes Sides UnwrapTemplates WhatLeaves CheckLotKey CommonFactors SharedFactors Renew \
+	Group OpenRefuses TestGivenUp$$ GivenUpHandle KWPByEitherName TestWeak TrialsOf RemoteKilled \
+	KnownRefusalsTakeAsLong Rotated ResealDamaged
+empty :=
+any-of = $(subst $(empty) ,|,$(strip $(1)))
 
 check: lint deps-check ## lint, and the tests that need no Vault, PostgreSQL, browser or Diameter
 	@$(if $(ROOT_ONLY),echo 'TestDoctorOnOpenCryptoki is left out: only root can run it')
-	@scripts/step.sh 'tests without servers' scripts/leaves-nothing.sh go test -race -timeout $(TIMEOUT) -skip '$(SERVERS)$(ROOT_ONLY)' ./...
-	@KMEHSM_TEST_OPERATOR=nss scripts/step.sh "an operator's side on NSS softoken" scripts/leaves-nothing.sh go test -race -timeout $(TIMEOUT) -skip '$(SERVERS)|$(SOFTHSM_ONLY)' ./binding ./hsmkeys ./internal/faultmodule
+	@scripts/step.sh 'tests without servers' scripts/leaves-nothing.sh \
+		go test -race -timeout $(TIMEOUT) -skip '$(SERVERS)$(ROOT_ONLY)' ./...
+	@KMEHSM_TEST_OPERATOR=nss scripts/step.sh "an operator's side on NSS softoken" scripts/leaves-nothing.sh \
+		go test -race -timeout $(TIMEOUT) -skip '$(SERVERS)|$(call any-of,$(SOFTHSM_ONLY))' ./binding ./hsmkeys ./internal/faultmodule
 
 test: check deps-test vaultdev ## what CI runs: check, and the other tests
-	@scripts/step.sh 'tests with Vault, PostgreSQL, a browser and Diameter' scripts/leaves-nothing.sh go test -race -timeout $(TIMEOUT) -run '$(SERVERS)' $(SERVER_PACKAGES)
+	@scripts/step.sh 'tests with Vault, PostgreSQL, a browser and Diameter' scripts/leaves-nothing.sh \
+		go test -race -timeout $(TIMEOUT) -run '$(SERVERS)' $(SERVER_PACKAGES)
 	@scripts/step.sh 'the model of a binding, by spin' scripts/model.sh
 	@scripts/step.sh 'the release, linked twice' scripts/reproducible.sh --warm
 	$(MAKE) fuzz-plugin PLUGIN_FUZZ='-seed=1 -runs=1000000' # always the same inputs
 
-flaky: deps-test vaultdev ## the tests N=20 times with every core busy, and once with GOMAXPROCS=1: logs of failed runs in var/flaky
+flaky: deps-test vaultdev ## the tests N=20 times with every core busy, once with GOMAXPROCS=1; failures in var/flaky
 	N=$(or $(N),20) scripts/flaky.sh
 
-soak: deps-test vaultdev ## 200 random kill -9 of factory and Vault over a lot of 20,000 devices; 200 of keysvc and PostgreSQL; an HSM away for 10 s; 10,000 attaches over S6a, with a tenth of all answers lost
+# 200 random kill -9 of factory and Vault over a lot of 20,000 devices; 200 of keysvc and PostgreSQL; an HSM away for
+# 10 s; 10,000 attaches over S6a, with a tenth of all answers lost.
+soak: deps-test vaultdev ## the long tests: kill -9, outages and lost answers, over and over
 	KMEHSM_SOAK=1 go test -count=1 -timeout 60m -run KilledWhilePublishing -v ./internal/proof
 	KMEHSM_SOAK=1 go test -count=1 -timeout 100m -run TestS6aChaos -v ./internal/proof
 	KMEHSM_SOAK=1 go test -count=1 -timeout 60m -run 'Killed|TestMutated' -v ./binding
 	KMEHSM_SOAK=1 go test -count=1 -timeout 20m -run 'TestOutage|TestRemoteKilled' -v ./internal/faultmodule
 
-bench: deps-demo build vaultdev ## how near all is to the bare token: prints a table, and writes var/bench/bench.json (PAIRS=5, SECONDS_EACH=5)
-	go build -trimpath -o bin/ ./tools/bench
+bench: deps-demo build vaultdev ## how near all is to the bare token: var/bench/bench.json (PAIRS=5, SECONDS_EACH=5)
+	go build -trimpath $(STAMP) -o bin/ ./tools/bench
 	scripts/bench.sh
 
 benchstat: deps-demo ## the hot paths at revision BASE=HEAD~1 and now, compared by benchstat (COUNT=6)
 	BASE=$(or $(BASE),HEAD~1) COUNT=$(or $(COUNT),6) scripts/benchstat.sh
 
-lint: deps-check ## gofmt, go vet, staticcheck and shellcheck
-	@unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || { printf 'run gofmt -w on:\n%s\n' "$$unformatted" >&2; exit 1; }
+# staticcheck.conf has what staticcheck looks for. go fix shows where newer Go says the same in less.
+lint: deps-check ## gofmt, go vet, go fix, staticcheck, shellcheck and the width of lines
+#	@scripts/widths.sh
+#	@scripts/step.sh 'go fix' go fix -diff ./...
+	@unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || \
+		{ printf 'run gofmt -w on:\n%s\n' "$$unformatted" >&2; exit 1; }
 	@scripts/step.sh 'go vet' go vet ./...
 	@scripts/step.sh staticcheck go run $(STATICCHECK) ./...
 	shellcheck *.sh scripts/*.sh .ci/run
@@ -109,7 +129,8 @@ PLUGIN_FUZZ = -max_total_time=$(FUZZTIME:s=) corpus
 fuzz-plugin: deps-test # kme.fdx's, by libFuzzer
 	@mkdir -p bin/fuzz-plugin
 	$(MAKE) -C plugins/freediameter OUT=$(CURDIR)/bin/fuzz-plugin $(CURDIR)/bin/fuzz-plugin/fuzz
-	cd bin/fuzz-plugin && mkdir -p corpus && $(CURDIR)/scripts/step.sh 'fuzzing kme.fdx' ./fuzz -dict=$(CURDIR)/plugins/freediameter/test/fuzz.dict -print_final_stats=1 -verbosity=0 $(PLUGIN_FUZZ)
+	cd bin/fuzz-plugin && mkdir -p corpus && $(CURDIR)/scripts/step.sh 'fuzzing kme.fdx' ./fuzz \
+		-dict=$(CURDIR)/plugins/freediameter/test/fuzz.dict -print_final_stats=1 -verbosity=0 $(PLUGIN_FUZZ)
 
 generate: deps-generate ## the Go code of api/kme/v1
 	GOBIN="$(CURDIR)/bin/tools" go install $(PROTOC_GEN_GO)

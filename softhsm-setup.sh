@@ -45,7 +45,8 @@ wrong_usage() {
 }
 
 readonly marker='# Made by softhsm-setup.sh.'
-readonly how_to_install='Debian and Ubuntu: apt-get install softhsm2; Fedora: dnf install softhsm; macOS: brew install softhsm'
+readonly how_to_install='Debian and Ubuntu: apt-get install softhsm2; Fedora: dnf install softhsm;'\
+' macOS: brew install softhsm'
 
 find_module() {
 	if [ -n "${SOFTHSM2_MODULE:-}" ]; then
@@ -74,7 +75,8 @@ put() {
 }
 
 conf() {
-	printf '%s\n' "$marker" "directories.tokendir = $1" 'objectstore.backend = file' 'log.level = ERROR' 'slots.removable = false'
+	printf '%s\n' "$marker" "directories.tokendir = $1" 'objectstore.backend = file' 'log.level = ERROR' \
+		'slots.removable = false'
 }
 
 # is_made LABEL: a token is moved to its place last of all, so one that is there is complete.
@@ -131,7 +133,12 @@ new_pin() {
 pin() {
 	local text
 	text=$(cat -- "$1")
-	case $text in *[!\!-~]*) die "$1 holds more than one line, or a character that is not printable ASCII: write another PIN, or remove the file" ;; esac
+	case $text in
+	*[!\!-~]*)
+		die "$1 holds more than one line, or a character that is not printable ASCII: write another PIN, \
+or remove the file"
+		;;
+	esac
 	if [ ${#text} -lt 4 ] || [ ${#text} -gt 255 ]; then
 		die "$1 holds ${#text} characters, and a PIN has 4 to 255: write another, or remove the file"
 	fi
@@ -156,7 +163,8 @@ init_token() {
 			/dev/null <&3 >/dev/null || ok=false
 	else
 		# The tokens are for work on one's own machine, where nobody else is there to look for this instant.
-		printf 'note: script(1) of util-linux does not work here: the PINs of %s are visible to ps while softhsm2-util runs\n' "$1" >&2
+		printf 'note: script(1) of util-linux does not work here: the PINs of %s are visible to ps while %s runs\n' \
+			"$1" softhsm2-util >&2
 		softhsm2-util --init-token --free --module "$MODULE" --label "$LABEL" --pin "$2" --so-pin "$3" \
 			>"$LOG" 2>&1 </dev/null || ok=false
 	fi
@@ -237,14 +245,19 @@ done
 case $dir in /*) ;; *) dir=$PWD/$dir ;; esac
 # SoftHSM's configuration ends a path at # or =. A % stands for itself once or twice decoded, and readers of a
 # pin-source differ in that.
-case $dir in *[#=%]* | *[[:cntrl:]]*) die "$dir: the path has a character (# = % or a control character) that SoftHSM or URIs cannot take" 2 ;; esac
+case $dir in
+*[#=%]* | *[[:cntrl:]]*)
+	die "$dir: the path has a character (# = % or a control character) that SoftHSM or URIs cannot take" 2
+	;;
+esac
 [ ${#dir} -le 900 ] || die "$dir: the path is too long for SoftHSM's configuration" 2
 
 command -v softhsm2-util >/dev/null || die "softhsm2-util not found: install SoftHSM 2 ($how_to_install)"
 module=$(find_module)
 
 if [ -e "$dir/softhsm2.conf" ]; then
-	grep -qxF -- "$marker" "$dir/softhsm2.conf" || die "$dir/softhsm2.conf was not made by this script: choose another --dir"
+	grep -qxF -- "$marker" "$dir/softhsm2.conf" ||
+		die "$dir/softhsm2.conf was not made by this script: choose another --dir"
 elif $reset && [ -e "$dir" ]; then
 	die "$dir has no softhsm2.conf of this script, so nothing there is its to reset: is --dir right?"
 elif [ -e "$dir/env" ] || [ -e "$dir/tokens" ]; then
@@ -277,7 +290,8 @@ for label in "${labels[@]}"; do
 	elif [ -f "$dir/$label.pin" ] && [ -f "$dir/$label.so-pin" ]; then
 		printf 'the token %s is there already\n' "$label"
 	else
-		die "the token $label is there, but its PIN is gone ($dir/$label.pin, $dir/$label.so-pin): --reset makes a new one"
+		die "the token $label is there, but its PIN is gone ($dir/$label.pin, $dir/$label.so-pin): \
+--reset makes a new one"
 	fi
 done
 # shellcheck disable=SC2046 # labels have no spaces

@@ -77,7 +77,7 @@ func TestNames(t *testing.T) {
 			}
 		}
 		for _, quoted := range regexp.MustCompile(`reason=~?"([^"]*)"`).FindAllStringSubmatch(expr, -1) {
-			for _, reason := range strings.Split(quoted[1], "|") {
+			for reason := range strings.SplitSeq(quoted[1], "|") {
 				if !slices.Contains(reasons, reason) {
 					t.Errorf("%s: there is no reason %s", name, reason)
 				}

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The figures of docs/performance.md, in var/bench: a manufacturer and an operator on SoftHSM, a Vault on Raft storage, and bin/bench, which measures.
-# make bench runs it. PAIRS and SECONDS_EACH are its settings.
+# The figures of docs/performance.md, in var/bench: a manufacturer and an operator on SoftHSM, a Vault on Raft storage,
+# and bin/bench, which measures. make bench runs it. PAIRS and SECONDS_EACH are its settings.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 pairs=${PAIRS:-5} seconds=${SECONDS_EACH:-5} devices=2000
@@ -11,13 +11,18 @@ umask 077
 openssl genrsa -out "$dir/fixture.key" 3072 2>/dev/null
 openssl rsa -in "$dir/fixture.key" -pubout -out "$dir/fixture.pem" 2>/dev/null
 {
-	factory fixture enroll bench --state "$dir/factory" --fixture-key "$dir/fixture.pem" --so-pin-source "file:$dir/softhsm/factory.so-pin" --out "$dir/fixture-enrolment.json"
+	officer=file:$dir/softhsm/factory.so-pin
+	factory fixture enroll bench --state "$dir/factory" --fixture-key "$dir/fixture.pem" \
+		--so-pin-source "$officer" --out "$dir/fixture-enrolment.json"
 	export KMEHSM_TOKEN=$OPERATOR_TOKEN
 	keysvc init --state "$dir/keysvc"
 	thumbprint=$(keysvc transport new --state "$dir/keysvc" --json | jq -r .thumbprint)
 	manufacturer=$(KMEHSM_TOKEN=$FACTORY_TOKEN factory init --state "$dir/factory" --json | jq -r .manufacturer)
-	KMEHSM_TOKEN=$FACTORY_TOKEN factory operator enroll bench --state "$dir/factory" --transport-key "$dir/keysvc/transport.json" --thumbprint "$thumbprint" --so-pin-source "file:$dir/softhsm/factory.so-pin" --out "$dir/enrolment.jws"
-	keysvc enroll "$dir/enrolment.jws" --state "$dir/keysvc" --manufacturer "$dir/factory/manufacturer.pem" --thumbprint "$manufacturer" --directory "file:$dir/directory"
+	KMEHSM_TOKEN=$FACTORY_TOKEN factory operator enroll bench --state "$dir/factory" \
+		--transport-key "$dir/keysvc/transport.json" --thumbprint "$thumbprint" \
+		--so-pin-source "$officer" --out "$dir/enrolment.jws"
+	keysvc enroll "$dir/enrolment.jws" --state "$dir/keysvc" --manufacturer "$dir/factory/manufacturer.pem" \
+		--thumbprint "$manufacturer" --directory "file:$dir/directory"
 	for bits in 2048 3072; do
 		line=(--token "$FACTORY_TOKEN" --directory "file:$dir/directory" --state "$dir/factory")
 		factory lot create "L$bits" "${line[@]}" --tac "3520${bits}" --first 1 --count "$devices" --bits "$bits"

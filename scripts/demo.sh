@@ -63,7 +63,8 @@ if [ "$directory" = vault ]; then
 		as_admin "$VAULT_ADDR/v1/auth/approle/role/$1/role-id" | jq -r .data.role_id
 	}
 	publisher=$(approle kme-factory-publisher)
-	line=("${state[@]}" --directory vault:kme --vault-role-id "$publisher" --vault-secret-id-file "$dir/kme-factory-publisher.secret-id")
+	line=("${state[@]}" --directory vault:kme --vault-role-id "$publisher"
+		--vault-secret-id-file "$dir/kme-factory-publisher.secret-id")
 	where=vault:kme
 fi
 
@@ -75,14 +76,17 @@ echo "$made"
 manufacturer=$(jq -r .manufacturer <<<"$made") # as the manufacturer reads it out
 openssl genrsa -out "$dir/fixture.key" 3072 2>/dev/null
 openssl rsa -in "$dir/fixture.key" -pubout -out "$dir/fixture.pem" 2>/dev/null
-run factory fixture enroll f1 "${state[@]}" --fixture-key "$dir/fixture.pem" --so-pin-source "$officer" --out "$dir/fixture-enrolment.json"
+run factory fixture enroll f1 "${state[@]}" --fixture-key "$dir/fixture.pem" --so-pin-source "$officer" \
+	--out "$dir/fixture-enrolment.json"
 
 step "3. The operator's keys, and a KEK between the two tokens"
 KMEHSM_TOKEN=$OPERATOR_TOKEN run keysvc init --state "$dir/keysvc"
 KMEHSM_TOKEN=$OPERATOR_TOKEN run keysvc transport new --state "$dir/keysvc"
 thumbprint=$(jq -r .key.kid "$dir/keysvc/transport.json") # as the operator reads it out
-run factory operator enroll acme "${state[@]}" --transport-key "$dir/keysvc/transport.json" --thumbprint "$thumbprint" --so-pin-source "$officer" --out "$dir/enrolment.jws"
-KMEHSM_TOKEN=$OPERATOR_TOKEN run keysvc enroll "$dir/enrolment.jws" --state "$dir/keysvc" --manufacturer "$dir/factory/manufacturer.pem" --thumbprint "$manufacturer" --directory "$where"
+run factory operator enroll acme "${state[@]}" --transport-key "$dir/keysvc/transport.json" \
+	--thumbprint "$thumbprint" --so-pin-source "$officer" --out "$dir/enrolment.jws"
+KMEHSM_TOKEN=$OPERATOR_TOKEN run keysvc enroll "$dir/enrolment.jws" --state "$dir/keysvc" \
+	--manufacturer "$dir/factory/manufacturer.pem" --thumbprint "$manufacturer" --directory "$where"
 
 step "4. A lot: its P and Q are made in the factory's token, and so is every device key"
 run factory lot create L1 "${line[@]}" --tac 35209900 --first 1 --count "$devices" --bits "$bits"
@@ -100,11 +104,17 @@ if [ "$directory" = vault ]; then
 	role=$(approle kme-operator-acme)
 	login="vault: {role_id: '$role', secret_id_file: kme-operator-acme.secret-id}"
 	run factory lot create L2 "${line[@]}" --tac 35209901 --first 1 --count 1 --bits "$bits"
-	token=$(curl -sSf -X POST "$VAULT_ADDR/v1/auth/approle/login" -d "$(jq -n --arg r "$role" --arg s "$(cat "$dir/kme-operator-acme.secret-id")" '{role_id: $r, secret_id: $s}')" | jq -r .auth.client_token)
+	credentials=$(jq -n --arg r "$role" --rawfile s "$dir/kme-operator-acme.secret-id" \
+		'{role_id: $r, secret_id: ($s | rtrimstr("\n"))}')
+	token=$(curl -sSf -X POST "$VAULT_ADDR/v1/auth/approle/login" -d "$credentials" | jq -r .auth.client_token)
+	# may LOT: the status of reading its manifest as the operator
+	may() {
+		curl -s -o /dev/null -w '%{http_code}' -H "X-Vault-Token: $token" "$VAULT_ADDR/v1/kme/data/lots/$1/manifest"
+	}
 	for lot in L1 L2; do
-		printf '%-14s %s\n' "$lot" "$(curl -s -o /dev/null -w '%{http_code}' -H "X-Vault-Token: $token" "$VAULT_ADDR/v1/kme/data/lots/$lot/manifest")"
+		printf '%-14s %s\n' "$lot" "$(may "$lot")"
 	done
-	[ "$(curl -s -o /dev/null -w '%{http_code}' -H "X-Vault-Token: $token" "$VAULT_ADDR/v1/kme/data/lots/L2/manifest")" = 403 ]
+	[ "$(may L2)" = 403 ]
 	unset VAULT_TOKEN # from here on nobody but the AppRoles
 fi
 
@@ -142,8 +152,9 @@ curl -sSf "${as_hss[@]}" "$url/readyz"
 
 step "6. Every device attaches: NW_SIG compared, the next RAND decrypted under KME"
 simulate() {
-	mesim attach --injection "$dir/injection" --fixture-key "$dir/fixture.key" --fixture-enrolment "$dir/fixture-enrolment.json" \
-		--server "$url" --ca "$dir/tls/ca.pem" --cert "$dir/tls/hss.pem" --key "$dir/tls/hss.key" "$@"
+	mesim attach --injection "$dir/injection" --fixture-key "$dir/fixture.key" \
+		--fixture-enrolment "$dir/fixture-enrolment.json" --server "$url" --ca "$dir/tls/ca.pem" \
+		--cert "$dir/tls/hss.pem" --key "$dir/tls/hss.key" "$@"
 }
 begin=$(date +%s.%N)
 attached=$(simulate)
@@ -153,7 +164,10 @@ echo "$attached"
 step "7. Refusals: what is tampered with gets one answer, whatever was"
 refusals='{}'
 # adds what a run of mesim printed to what was refused
-add() { refusals=$(jq -c --argjson r "$(jq -c .rejected <<<"$1")" 'reduce ($r | to_entries[]) as $e (.; .[$e.key] += $e.value)' <<<"$refusals"); }
+add() {
+	refusals=$(jq -c --argjson r "$(jq -c .rejected <<<"$1")" \
+		'reduce ($r | to_entries[]) as $e (.; .[$e.key] += $e.value)' <<<"$refusals")
+}
 for kind in kme signature payload other-device other-lot replay; do
 	result=$(simulate --count 3 --tamper "$kind")
 	printf '%-14s %s\n' "$kind" "$(jq -c .rejected <<<"$result")"
@@ -165,17 +179,20 @@ sleep 2 # the service's list of revoked devices is not older than revocation_ttl
 result=$(simulate --first $((devices - 1)) --first-imsi 001019000000000 2>/dev/null || true)
 printf '%-14s %s\n' revoked "$(jq -c .rejected <<<"$result")"
 add "$result"
-KMEHSM_TOKEN=$FACTORY_TOKEN factory lot grant L1 "${line[@]}" --operator acme --out "$dir/late.jws" 2>"$dir/late.txt" && exit 1
+KMEHSM_TOKEN=$FACTORY_TOKEN factory lot grant L1 "${line[@]}" --operator acme --out "$dir/late.jws" \
+	2>"$dir/late.txt" && exit 1
 printf '%-14s %s\n' "late grant" "$(cat "$dir/late.txt")"
 
 jq -n --argjson p "$(jq -c . <<<"$provisioned")" --argjson a "$attached" --argjson rejected "$refusals" \
 	--argjson devices "$devices" --argjson bits "$bits" --argjson seconds "$attach_seconds" '
-	{devices: $devices, lot_bits: $bits, provision_seconds: $p.seconds, attach_seconds: $seconds, attached: $a.attached, rejected: $rejected,
-	 ok: ($a.attached == $devices and $p.made == $devices and $rejected == {KME_REJECTED: 18, REVOKED_DEVICE: 1})}' >"$dir/summary.json"
+	{devices: $devices, lot_bits: $bits, provision_seconds: $p.seconds, attach_seconds: $seconds,
+	 attached: $a.attached, rejected: $rejected, ok: ($a.attached == $devices and $p.made == $devices
+	 and $rejected == {KME_REJECTED: 18, REVOKED_DEVICE: 1})}' >"$dir/summary.json"
 
 step "Summary"
 jq -r '"lot            L1, \(.lot_bits) bits; P and Q never left the tokens
-devices made   \(.devices) in \(.provision_seconds * 10 | round / 10) s, \(.devices / .provision_seconds | round) a second
+devices made   \(.devices) in \(.provision_seconds * 10 | round / 10) s, \(
+	.devices / .provision_seconds | round) a second
 attached       \(.attached) in \(.attach_seconds * 10 | round / 10) s, \(.attached / .attach_seconds | round) a second
 refused        \(.rejected | to_entries | map("\(.value) \(.key)") | join(", "))
 result         \(if .ok then "everything as it should be" else "NOT as it should be" end)"' "$dir/summary.json"

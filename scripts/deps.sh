@@ -10,7 +10,8 @@ Installs, with apt-get, what this machine lacks for a Make target, and nothing e
     build       a C compiler and the C library's headers (cgo, for PKCS #11 and SQLite), CA certificates
     demo        build's, and SoftHSM, curl, jq, openssl
     plugin      build's, and make, the headers of freeDiameter, libcurl and Jansson
-    check       demo's, and shellcheck, age, SQLite's shell, OpenSC (pkcs11-tool and pkcs11-spy.so), openCryptoki, p11-kit, NSS softoken
+    check       demo's, and shellcheck, age, SQLite's shell, OpenSC (pkcs11-tool and pkcs11-spy.so), openCryptoki,
+                p11-kit, NSS softoken
     test        check's and plugin's, and freeDiameterd, clang with libFuzzer, tshark, spin, PostgreSQL, Chromium
     generate    protoc
 
@@ -132,7 +133,8 @@ cc=$(go env CC)
 "for_$1"
 [ ${#missing[@]} -gt 0 ] || exit 0
 
-command -v apt-get >/dev/null || die "missing: ${missing[*]} (as Debian calls them), and there is no apt-get here: install them with this system's package manager"
+command -v apt-get >/dev/null || die "missing: ${missing[*]} (as Debian calls them), and there is no apt-get here: \
+install them with this system's package manager"
 root=(env)
 if [ "$(id -u)" -ne 0 ]; then
 	command -v sudo >/dev/null || die "missing: ${missing[*]}: install them as root, or install sudo"
@@ -140,7 +142,8 @@ if [ "$(id -u)" -ne 0 ]; then
 fi
 
 apt() {
-	"$(dirname "${BASH_SOURCE[0]}")/step.sh" -q "apt-get $1" "${root[@]}" DEBIAN_FRONTEND=noninteractive apt-get -q -o DPkg::Lock::Timeout=120 -o Dpkg::Use-Pty=0 "$@" </dev/null
+	"$(dirname "${BASH_SOURCE[0]}")/step.sh" -q "apt-get $1" "${root[@]}" DEBIAN_FRONTEND=noninteractive \
+		apt-get -q -o DPkg::Lock::Timeout=120 -o Dpkg::Use-Pty=0 "$@" </dev/null
 }
 
 printf 'installing, with all that they depend on: %s\n' "${missing[*]}"

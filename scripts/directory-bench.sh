@@ -9,8 +9,10 @@ dir=$PWD/var/directory-bench
 
 # provision DIRECTORY LOT SHARD-SIZE COUNT: prints devices a second
 provision() {
-	factory lot create "$2" --state "$dir/factory" --directory "$1" --tac "$tac" --first 0 --count "$4" --bits 2048 --shard-size "$3" >/dev/null
-	factory lot provision "$2" --state "$dir/factory" --directory "$1" --out "$dir/out" --json 2>/dev/null | jq '.devices / .seconds | round'
+	factory lot create "$2" --state "$dir/factory" --directory "$1" --tac "$tac" --first 0 --count "$4" \
+		--bits 2048 --shard-size "$3" >/dev/null
+	factory lot provision "$2" --state "$dir/factory" --directory "$1" --out "$dir/out" --json 2>/dev/null |
+		jq '.devices / .seconds | round'
 }
 median() { sort -n | awk '{v[NR] = $1} END {print v[int((NR + 1) / 2)], "(" v[1] " to " v[NR] ")"}'; }
 for i in $(seq "$pairs"); do

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What make test tests, N times with every core kept busy by something else, and once with GOMAXPROCS=1. make flaky runs it.
-# The logs are in var/flaky; those of runs that passed are removed. PACKAGES and ARGS are for go test.
+# What make test tests, N times with every core kept busy by something else, and once with GOMAXPROCS=1. make flaky runs
+# it. The logs are in var/flaky; those of runs that passed are removed. PACKAGES and ARGS are for go test.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 n=${N:-20}

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# scripts/leaves-nothing.sh COMMAND...: runs it, and fails if it leaves a process, or a file in TMPDIR. What it leaves is named, ended and removed.
-# The TMPDIR is its own, and always the same for this tree: every process of the run inherits it, which tells that the process is of
-# this run, and go test keeps the results of tests that read it.
+# scripts/leaves-nothing.sh COMMAND...: runs it, and fails if it leaves a process, or a file in TMPDIR. What it leaves
+# is named, ended and removed. The TMPDIR is its own, and always the same for this tree: every process of the run
+# inherits it, which tells that the process is of this run, and go test keeps the results of tests that read it.
 set -uo pipefail
 dir=/tmp/kmehsm-$(printf %s "$PWD" | cksum | cut -d ' ' -f 1)
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One lot of DEVICES devices (a million) in one command, published to a Vault on Raft storage: its progress, its rate, and
-# the memory that it took at most.
+# One lot of DEVICES devices (a million) in one command, published to a Vault on Raft storage: its progress, its rate,
+# and the memory that it took at most.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 devices=${DEVICES:-1000000}

@@ -22,7 +22,8 @@ trap 'rm -rf "$source"' EXIT
 git clone -q . "$source"
 cd "$source"
 # Nothing of this shell's goes into the programs.
-unset GOFLAGS GOWORK GOAMD64 GOARM64 GOEXPERIMENT GODEBUG CGO_CFLAGS CGO_CPPFLAGS CGO_CXXFLAGS CGO_LDFLAGS CFLAGS LDFLAGS CPATH
+unset GOFLAGS GOWORK GOAMD64 GOARM64 GOEXPERIMENT GODEBUG
+unset CGO_CFLAGS CGO_CPPFLAGS CGO_CXXFLAGS CGO_LDFLAGS CFLAGS LDFLAGS CPATH
 for name in GOPROXY GOSUMDB GONOSUMDB GOPRIVATE GOCACHE GOMODCACHE; do # where modules come from, and are kept
 	export "$name=$(go env $name)"
 done
@@ -31,6 +32,10 @@ SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)
 export SOURCE_DATE_EPOCH
 
 go build -trimpath -buildvcs=true -ldflags='-s -w' -o "$out/" ./cmd/...
+for program in factory keysvc mesim; do
+	[[ $("$out/$program" --version) == *"commit $(git rev-parse HEAD),"* ]] ||
+		die "$program --version does not name the commit"
+done
 headers='#include <freeDiameter/extension.h>
 #include <curl/curl.h>
 #include <jansson.h>
@@ -55,8 +60,9 @@ component() {
 	local version
 	version=$(printf '#include <%s>\n%s\n' "$4" "$5" | $cc -E -P -xc - | tail -n 1 | tr -d '" ')
 	[[ $version =~ ^[0-9.]+$ ]] || die "which version of $2 is in $1? $4 says: $version"
-	jq -n --arg of "$1" --arg name "$2" --arg version "$version" --arg licence "$3" --arg purl "pkg:generic/$2@$version" \
-		'{$of, component: {"bom-ref": $purl, type: "library", $name, $version, scope: "required", licenses: [{license: {id: $licence}}], $purl}}'
+	jq -n --arg of "$1" --arg name "$2" --arg version "$version" --arg licence "$3" \
+		--arg purl "pkg:generic/$2@$version" '{$of, component: {"bom-ref": $purl, type: "library", $name, $version,
+			scope: "required", licenses: [{license: {id: $licence}}], $purl}}'
 }
 
 # modules PROGRAM: the Go modules in it, PATH@VERSION; none of kme.fdx
@@ -69,7 +75,8 @@ modules() {
 libraries() {
 	local name sqlite
 	sqlite=$(modules "$1" | sed -n '/^github.com.mattn.go-sqlite3@/p')
-	[ -z "$sqlite" ] || component "$1" sqlite blessing "$GOMODCACHE/$sqlite/sqlite3-binding.h" SQLITE_VERSION # it comes as source
+	# It comes as source.
+	[ -z "$sqlite" ] || component "$1" sqlite blessing "$GOMODCACHE/$sqlite/sqlite3-binding.h" SQLITE_VERSION
 	for name in $(readelf -d "$1" | sed -n 's/.*(NEEDED).*\[\(.*\)\]/\1/p'); do
 		case $name in
 		libc.so.* | ld-linux*) component "$1" glibc LGPL-2.1-or-later features.h __GLIBC__.__GLIBC_MINOR__ ;;
@@ -88,15 +95,17 @@ libraries() {
 sbom=$source/sbom
 mkdir "$sbom"
 for program in factory keysvc mesim; do
-	(cd "$source" && go run $CYCLONEDX_GOMOD app -json -licenses -assert-licenses -std -noserial -notimestamp -main cmd/$program -output "$sbom/$program.json" .) \
-		2>"$sbom/log" || die "$(<"$sbom/log")"
+	(cd "$source" && go run $CYCLONEDX_GOMOD app -json -licenses -assert-licenses -std -noserial -notimestamp \
+		-main cmd/$program -output "$sbom/$program.json" .) 2>"$sbom/log" || die "$(<"$sbom/log")"
 done
 for program in "${programs[@]}"; do
 	libraries "$program"
 done >"$sbom/c"
-jq -S --slurp --slurpfile c "$sbom/c" --rawfile sums SHA256SUMS --arg time "$(date -u -d "@$SOURCE_DATE_EPOCH" +%Y-%m-%dT%H:%M:%SZ)" '
+time=$(date -u -d "@$SOURCE_DATE_EPOCH" +%Y-%m-%dT%H:%M:%SZ)
+jq -S --slurp --slurpfile c "$sbom/c" --rawfile sums SHA256SUMS --arg time "$time" '
 	# What the detector takes for another of the same family, or does not find in the Go distribution.
-	def licensed: if .name == "std" or (.name | startswith("golang.org/x/")) then .licenses = [{license: {id: "BSD-3-Clause"}}] else . end;
+	def licensed: if .name == "std" or (.name | startswith("golang.org/x/"))
+		then .licenses = [{license: {id: "BSD-3-Clause"}}] else . end;
 	($sums | rtrimstr("\n") | split("\n") | map(split("  ") | {name: .[1], sha256: .[0]})) as $programs
 	| .[0].metadata.component as $main
 	| (map({key: (.metadata.component["bom-ref"] | split("cmd/")[1]), value: .}) | from_entries) as $boms
@@ -106,11 +115,13 @@ jq -S --slurp --slurpfile c "$sbom/c" --rawfile sums SHA256SUMS --arg time "$(da
 			timestamp: $time, tools: (.[0].metadata.tools | map(del(.hashes))),
 			component: ($main | {"bom-ref": "kmehsm", type: "application", name, version, licenses, externalReferences})
 		},
-		components: ([$programs[] | {"bom-ref": .name, type: "application", name, version: $main.version, licenses: $main.licenses, hashes: [{alg: "SHA-256", content: .sha256}],
+		components: ([$programs[] | {"bom-ref": .name, type: "application", name, version: $main.version,
+				licenses: $main.licenses, hashes: [{alg: "SHA-256", content: .sha256}],
 				properties: ($boms[.name].metadata.component.properties // [])}]
 			+ (map(.components[] | licensed) + ($c | map(.component)) | unique_by(.["bom-ref"]))),
 		dependencies: ([{ref: "kmehsm", dependsOn: ($programs | map(.name))}]
-			+ [$programs[].name as $p | {ref: $p, dependsOn: ([($boms[$p].components // [])[]["bom-ref"]] + [$c[] | select(.of == $p).component["bom-ref"]] | unique)}]
+			+ [$programs[].name as $p | {ref: $p, dependsOn: ([($boms[$p].components // [])[]["bom-ref"]]
+				+ [$c[] | select(.of == $p).component["bom-ref"]] | unique)}]
 			+ (map(.dependencies[] | select(.ref | contains("#cmd/") | not)) | group_by(.ref)
 				| map({ref: .[0].ref, dependsOn: (map(.dependsOn // []) | add | unique)} | select(.dependsOn != []))))
 	}' "$sbom"/{factory,keysvc,mesim}.json >kmehsm.cdx.json

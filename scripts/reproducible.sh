@@ -14,7 +14,10 @@ for build in one a-second; do
 	fi
 	mkdir -p "$dir/$build/tmp"
 	git clone -q . "$dir/$build/from"
-	(umask "$([ $build = one ] && echo 022 || echo 077)" && TMPDIR=$dir/$build/tmp "$dir/$build/from/scripts/release.sh" "$dir/$build/out" $programs >/dev/null)
+	(
+		umask "$([ $build = one ] && echo 022 || echo 077)"
+		TMPDIR=$dir/$build/tmp "$dir/$build/from/scripts/release.sh" "$dir/$build/out" $programs >/dev/null
+	)
 done
 cd "$dir"
 diff -u one/out/SHA256SUMS a-second/out/SHA256SUMS

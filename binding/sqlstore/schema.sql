@@ -3,8 +3,8 @@
 -- commit.
 --
 -- mac is a row's MAC: HMAC-SHA-256-128 over the table's name and the row's other columns, under a key that the HSM
--- derives. seq is that of the last entry of the ledger about the row, which has made it what it is: an older row that was
--- put back has another.
+-- derives. seq is that of the last entry of the ledger about the row, which has made it what it is: an older row
+-- that was put back has another.
 
 CREATE TABLE manufacturers (
   key_id      TEXT PRIMARY KEY,            -- RFC 7638 thumbprint of its signing key

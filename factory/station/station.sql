@@ -15,13 +15,31 @@ CREATE TABLE device (
 CREATE UNIQUE INDEX holds ON device (station) WHERE state = 'out'; -- a station has one device at a time
 
 -- Every step, for the plot of the last hour.
-CREATE TABLE event (at INTEGER NOT NULL, lot TEXT NOT NULL, position INTEGER NOT NULL, issue INTEGER NOT NULL, station TEXT NOT NULL, state TEXT NOT NULL);
+CREATE TABLE event (
+    at       INTEGER NOT NULL,
+    lot      TEXT    NOT NULL,
+    position INTEGER NOT NULL,
+    issue    INTEGER NOT NULL,
+    station  TEXT    NOT NULL,
+    state    TEXT    NOT NULL
+);
 CREATE INDEX event_at ON event (at);
 
 -- Counted as it happens, so that a wall screen costs nothing: the devices that are in a state, and how often a station
 -- brought one there.
-CREATE TABLE now (lot TEXT NOT NULL, again INTEGER NOT NULL, state TEXT NOT NULL, n INTEGER NOT NULL, PRIMARY KEY (lot, again, state)) WITHOUT ROWID;
-CREATE TABLE work (station TEXT NOT NULL, state TEXT NOT NULL, n INTEGER NOT NULL, PRIMARY KEY (station, state)) WITHOUT ROWID;
+CREATE TABLE now (
+    lot   TEXT    NOT NULL,
+    again INTEGER NOT NULL,
+    state TEXT    NOT NULL,
+    n     INTEGER NOT NULL,
+    PRIMARY KEY (lot, again, state)
+) WITHOUT ROWID;
+CREATE TABLE work (
+    station TEXT    NOT NULL,
+    state   TEXT    NOT NULL,
+    n       INTEGER NOT NULL,
+    PRIMARY KEY (station, state)
+) WITHOUT ROWID;
 
 CREATE TRIGGER device_made AFTER INSERT ON device BEGIN
     INSERT INTO event VALUES (max(new.handed, new.reported), new.lot, new.position, new.issue, new.station, new.state);

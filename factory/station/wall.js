@@ -47,8 +47,9 @@ async function refresh() {
     const failures = sum('failed') + sum('scrapped') + sum('overdue');
     id('failures').textContent = number(failures);
     id('failures').className = failures ? 'bad' : '';
-    rows(id('stations'), s.stations, ['station', 'holds', 'injected', 'failed', 'scrapped', 'overdue'], ['failed', 'scrapped', 'overdue']);
-    rows(id('lots'), s.lots, ['lot', 'devices', 'waiting', 'out', 'injected', 'failed', 'scrapped', 'overdue'], ['failed', 'scrapped', 'overdue']);
+    const bad = ['failed', 'scrapped', 'overdue'];
+    rows(id('stations'), s.stations, ['station', 'holds', 'injected', ...bad], bad);
+    rows(id('lots'), s.lots, ['lot', 'devices', 'waiting', 'out', 'injected', ...bad], bad);
     plot(id('hour'), s.hour);
     id('away').textContent = '';
   } catch {

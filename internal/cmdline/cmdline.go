@@ -68,6 +68,7 @@ func Run(ctx context.Context, app *cli.App, args []string) int {
 	args = flagsFirst(app, args)
 	app.ExitErrHandler = func(*cli.Context, error) {} // errors are printed below, once
 	app.HideHelpCommand = true
+	app.Version = Version()
 	prepare(app.Name, app.Commands)
 	app.OnUsageError = onUsageError
 	app.Action = unknown

@@ -45,7 +45,7 @@ var (
 		// every file's size and time.
 		ours := "{{with .Module}}{{if .Main}}{{$.Dir}}{{end}}{{end}}"
 		sources, err := exec.Command("go", "list", "-deps", "-f", ours, cmd).Output()
-		for _, folder := range strings.Fields(string(sources)) {
+		for folder := range strings.FieldsSeq(string(sources)) {
 			_, rerr := os.ReadDir(folder)
 			err = errors.Join(err, rerr)
 		}

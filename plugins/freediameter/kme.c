@@ -93,8 +93,9 @@ static int kme_entry(char *path)
 	started = 1;
 	CHECK_FCT(kme_service_start(&conf.service));
 	CHECK_FCT(tap_start());
-	LOG_E("kme: started: %s, vendor %u, time-out %ld ms, %ld calls in flight, %ld handlers, %d ranges fail open",
-	      conf.service.url, conf.vendor, conf.service.timeout_ms, conf.service.calls, conf.handlers, conf.open.n);
+	LOG_E("kme: started: %s, vendor %u, time-out %ld ms, %ld calls in flight, %ld handlers, %d ranges fail open, "
+	      "version " VERSION, conf.service.url, conf.vendor, conf.service.timeout_ms, conf.service.calls,
+	      conf.handlers, conf.open.n);
 	return 0;
 }
 

@@ -54,7 +54,7 @@ enum kind { REQUEST_LOCAL, REQUEST_PASSING, ANSWER };
 /* What becomes of a message. */
 enum verdict {
 	ASK,	/* it waits for job.call; then job.step is next */
-	GO_ON,	/* a request goes to its handler or its next hop, an answer to who asked */
+	GO_ON,	/* a request goes to its handler or its next hop, an answer to whoever asked */
 	REPLY,	/* job.msg is the answer to the request that it was */
 	DROP,	/* neither, for want of memory: whoever asked runs into a time-out */
 };

@@ -408,7 +408,7 @@ static int is_spoofed(struct job *j)
 
 /*
  * Parses what is read of a request: of one that passes, only the top level is parsed, and not even its values. An AVP
- * that is there twice would mean two things: who took the second for the first would look at somebody else's.
+ * that is there twice would mean two things: whoever took the second for the first would look at somebody else's.
  */
 static const char *fault_of(struct msg *m)
 {

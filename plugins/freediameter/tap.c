@@ -51,7 +51,7 @@ static struct fd_rt_fwd_hdl *request_handle, *answer_handle;
 static struct fd_hook_hdl *peer_handle;
 static _Thread_local int in_handler;	/* the dispatcher is called by one of ours: the message has been seen to */
 
-/* 0: there is no room. NULL always has some: it ends who waits. */
+/* 0: there is no room. NULL always has some: it ends whoever waits. */
 static int queue_add(struct queue *q, struct job *j, long room)
 {
 	int added = 0;

@@ -232,7 +232,7 @@ func (b *bench) hsmCalls(r *report) error {
 // modulePath is the module-path of a token's URI.
 func modulePath(uri string) string {
 	_, query, _ := strings.Cut(uri, "?")
-	for _, part := range strings.Split(query, "&") {
+	for part := range strings.SplitSeq(query, "&") {
 		if path, ok := strings.CutPrefix(part, "module-path="); ok {
 			return path
 		}

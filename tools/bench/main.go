@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/cmdline"
 )
 
 // A report is bench.json. Shares are medians of the pairs' shares.
@@ -86,7 +87,12 @@ func main() {
 	child := flag.String("child", "", "measure one thing in this process, and print it")
 	only := flag.String("only", "", "one of the report's parts: establish, provision, lookup, hsm_calls")
 	bits := flag.String("bits", "2048,3072", "the lots to establish KMEs with")
+	version := flag.Bool("version", false, "print tag, commit and Go's version")
 	flag.Parse()
+	if *version {
+		fmt.Println("bench version", cmdline.Version())
+		return
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	absolute, err := filepath.Abs(*dir) // as a module-path is

@@ -8,7 +8,7 @@
  *     C_Sign hang          calls when the line is gone
  *     C_Sign hang-once 7   so does the first call that reads this number; the others are made
  *     * delay 1000         returns 1000 us after it was called, as an HSM at the other end of a network does, or later
- *     trivial 0x40         C_Decrypt returns CKR_ENCRYPTED_DATA_INVALID of what decrypts to itself, as 0, 1 and N-1 do by RSA
+ *     trivial 0x40         C_Decrypt returns CKR_ENCRYPTED_DATA_INVALID of what decrypts to itself, as 0, 1 and N-1 do
  *     kwp                  has CKM_AES_KEY_WRAP_KWP (PKCS #11 3.0) in the place of CKM_AES_KEY_WRAP_PAD
  *
  * and, of attributes in templates, as a token that does not keep keys as it should:
@@ -19,8 +19,9 @@
  *     tells * 0x124                has a length for the attribute, of any object
  *     allows C_WrapKey 0           returns zeros and CKR_OK, of a key that may not be wrapped
  *
- * The first line that fits counts; * is any function on a session. The last five may come many times. KMEHSM_FAULT_COUNTS is a file that gets, for each function in
- * the order of the standard's list, how often it was called, as 64-bit numbers.
+ * The first line that fits counts; * is any function on a session. The last five may come many times.
+ * KMEHSM_FAULT_COUNTS is a file that gets, for each function in the order of the standard's list, how often it
+ * was called, as 64-bit numbers.
  *
  * It is built with GCC, whose __builtin_apply forwards a call without knowing its arguments.
  */
@@ -72,7 +73,8 @@ static int told(const char *name, char action[32], unsigned long *value)
 		if (sscanf(line, "%63s %31s %lu", function, action, value) < 1)
 			continue;
 		found = !strcmp(function, name) ||
-			(!strcmp(function, "*") && strcmp(name, "C_GetFunctionList") && strcmp(name, "C_Initialize") && strcmp(name, "C_Finalize"));
+			(!strcmp(function, "*") && strcmp(name, "C_GetFunctionList") && strcmp(name, "C_Initialize") &&
+			 strcmp(name, "C_Finalize"));
 	}
 	fclose(f);
 	return found;
@@ -266,7 +268,8 @@ static CK_RV with_weak_C_CreateObject(CK_SESSION_HANDLE s, CK_ATTRIBUTE_PTR a, C
 	return rv != CKR_OK ? rv : lie(((CK_C_CreateObject)fault_C_CreateObject)(s, t.a, t.count, o), &t, o);
 }
 
-static CK_RV with_weak_C_CopyObject(CK_SESSION_HANDLE s, CK_OBJECT_HANDLE of, CK_ATTRIBUTE_PTR a, CK_ULONG n, CK_OBJECT_HANDLE_PTR o)
+static CK_RV with_weak_C_CopyObject(CK_SESSION_HANDLE s, CK_OBJECT_HANDLE of, CK_ATTRIBUTE_PTR a, CK_ULONG n,
+				    CK_OBJECT_HANDLE_PTR o)
 {
 	struct template t;
 	CK_RV rv = weaken(&t, "C_CopyObject", a, n);
@@ -304,14 +307,17 @@ static CK_RV with_weak_C_GetAttributeValue(CK_SESSION_HANDLE s, CK_OBJECT_HANDLE
 	return rv;
 }
 
-static CK_RV with_weak_C_GenerateKey(CK_SESSION_HANDLE s, CK_MECHANISM_PTR m, CK_ATTRIBUTE_PTR a, CK_ULONG n, CK_OBJECT_HANDLE_PTR o)
+static CK_RV with_weak_C_GenerateKey(CK_SESSION_HANDLE s, CK_MECHANISM_PTR m, CK_ATTRIBUTE_PTR a, CK_ULONG n,
+				     CK_OBJECT_HANDLE_PTR o)
 {
 	struct template t;
 	CK_RV rv = weaken(&t, "C_GenerateKey", a, n);
 	return rv != CKR_OK ? rv : lie(((CK_C_GenerateKey)fault_C_GenerateKey)(s, m, t.a, t.count, o), &t, o);
 }
 
-static CK_RV with_weak_C_GenerateKeyPair(CK_SESSION_HANDLE s, CK_MECHANISM_PTR m, CK_ATTRIBUTE_PTR a, CK_ULONG n, CK_ATTRIBUTE_PTR b, CK_ULONG k, CK_OBJECT_HANDLE_PTR pub, CK_OBJECT_HANDLE_PTR priv)
+static CK_RV with_weak_C_GenerateKeyPair(CK_SESSION_HANDLE s, CK_MECHANISM_PTR m, CK_ATTRIBUTE_PTR a, CK_ULONG n,
+					 CK_ATTRIBUTE_PTR b, CK_ULONG k, CK_OBJECT_HANDLE_PTR pub,
+					 CK_OBJECT_HANDLE_PTR priv)
 {
 	struct template t, u;
 	CK_RV rv = weaken(&t, "C_GenerateKeyPair", a, n) ?: weaken(&u, "C_GenerateKeyPair", b, k);
@@ -321,7 +327,8 @@ static CK_RV with_weak_C_GenerateKeyPair(CK_SESSION_HANDLE s, CK_MECHANISM_PTR m
 	return lie(lie(rv, &t, pub), &u, priv);
 }
 
-static CK_RV with_weak_C_WrapKey(CK_SESSION_HANDLE s, CK_MECHANISM_PTR m, CK_OBJECT_HANDLE w, CK_OBJECT_HANDLE k, CK_BYTE_PTR out, CK_ULONG_PTR n)
+static CK_RV with_weak_C_WrapKey(CK_SESSION_HANDLE s, CK_MECHANISM_PTR m, CK_OBJECT_HANDLE w, CK_OBJECT_HANDLE k,
+				 CK_BYTE_PTR out, CK_ULONG_PTR n)
 {
 	CK_MECHANISM use;
 	struct rules r;
@@ -339,7 +346,8 @@ static CK_RV with_weak_C_WrapKey(CK_SESSION_HANDLE s, CK_MECHANISM_PTR m, CK_OBJ
 	return CKR_OK;
 }
 
-static CK_RV with_weak_C_UnwrapKey(CK_SESSION_HANDLE s, CK_MECHANISM_PTR m, CK_OBJECT_HANDLE u, CK_BYTE_PTR in, CK_ULONG n, CK_ATTRIBUTE_PTR a, CK_ULONG count, CK_OBJECT_HANDLE_PTR k)
+static CK_RV with_weak_C_UnwrapKey(CK_SESSION_HANDLE s, CK_MECHANISM_PTR m, CK_OBJECT_HANDLE u, CK_BYTE_PTR in,
+				   CK_ULONG n, CK_ATTRIBUTE_PTR a, CK_ULONG count, CK_OBJECT_HANDLE_PTR k)
 {
 	CK_MECHANISM use;
 	struct template t;

@@ -2,11 +2,11 @@
  * What somebody tries who has a token's user PIN and no program of ours: plain PKCS #11.
  *
  *     attack MODULE LABEL PIN-FILE everything
- *         tries each key that wraps, by each mechanism, on each key, and each private attribute of each key; then the same with copies, and with
- *         keys of its own; prints a line for each that worked
+ *         tries each key that wraps, by each mechanism, on each key, and each private attribute of each key; then the
+ *         same with copies, and with keys of its own; prints a line for each that worked
  *     attack MODULE LABEL PIN-FILE unwrap FILE
- *         tries each key that unwraps, by each mechanism, on what is in the file, as keys of many kinds that can be read; prints a line for each
- *         that worked
+ *         tries each key that unwraps, by each mechanism, on what is in the file, as keys of many kinds that can be
+ *         read; prints a line for each that worked
  */
 #include <dlfcn.h>
 #include <stdio.h>
@@ -31,8 +31,9 @@ static void demand(const char *what, CK_RV rv)
 static CK_RSA_PKCS_OAEP_PARAMS oaep = { CKM_SHA_1, CKG_MGF1_SHA1, CKZ_DATA_SPECIFIED, NULL, 0 };
 static CK_BYTE iv[16];
 static CK_MECHANISM mechanisms[] = {
-	{ CKM_RSA_PKCS_OAEP, &oaep, sizeof oaep }, { CKM_RSA_PKCS, NULL, 0 }, { CKM_RSA_X_509, NULL, 0 }, { 0x1054 /* CKM_RSA_AES_KEY_WRAP */, NULL, 0 },
-	{ 0x2109 /* CKM_AES_KEY_WRAP */, NULL, 0 }, { 0x210A /* CKM_AES_KEY_WRAP_PAD */, NULL, 0 }, { 0x210B /* CKM_AES_KEY_WRAP_KWP */, NULL, 0 },
+	{ CKM_RSA_PKCS_OAEP, &oaep, sizeof oaep }, { CKM_RSA_PKCS, NULL, 0 }, { CKM_RSA_X_509, NULL, 0 },
+	{ 0x1054 /* CKM_RSA_AES_KEY_WRAP */, NULL, 0 }, { 0x2109 /* CKM_AES_KEY_WRAP */, NULL, 0 },
+	{ 0x210A /* CKM_AES_KEY_WRAP_PAD */, NULL, 0 }, { 0x210B /* CKM_AES_KEY_WRAP_KWP */, NULL, 0 },
 	{ CKM_AES_CBC_PAD, iv, sizeof iv }, { CKM_AES_CBC, iv, sizeof iv }, { CKM_AES_ECB, NULL, 0 },
 };
 enum { mechanism_count = sizeof mechanisms / sizeof *mechanisms };
@@ -70,7 +71,8 @@ static CK_ULONG all(CK_OBJECT_HANDLE *h)
 static void read_all(const char *when)
 {
 	static CK_OBJECT_HANDLE h[max_objects];
-	static const CK_ATTRIBUTE_TYPE types[] = { CKA_VALUE, CKA_PRIVATE_EXPONENT, CKA_PRIME_1, CKA_PRIME_2, CKA_EXPONENT_1, CKA_EXPONENT_2, CKA_COEFFICIENT };
+	static const CK_ATTRIBUTE_TYPE types[] = { CKA_VALUE, CKA_PRIVATE_EXPONENT, CKA_PRIME_1, CKA_PRIME_2,
+		CKA_EXPONENT_1, CKA_EXPONENT_2, CKA_COEFFICIENT };
 	CK_ULONG n = all(h);
 	for (CK_ULONG i = 0; i < n; i++) {
 		if (class_of(h[i]) != CKO_PRIVATE_KEY && class_of(h[i]) != CKO_SECRET_KEY)
@@ -78,7 +80,8 @@ static void read_all(const char *when)
 		for (size_t t = 0; t < sizeof types / sizeof *types; t++) {
 			CK_BYTE value[1024];
 			CK_ATTRIBUTE a = { types[t], value, sizeof value };
-			if (f->C_GetAttributeValue(session, h[i], &a, 1) == CKR_OK && a.ulValueLen > 0 && a.ulValueLen <= sizeof value)
+			if (f->C_GetAttributeValue(session, h[i], &a, 1) == CKR_OK &&
+			    a.ulValueLen > 0 && a.ulValueLen <= sizeof value)
 				printf("read 0x%lX of %s, %s\n", types[t], label_of(h[i]), when);
 		}
 	}
@@ -105,13 +108,17 @@ static void wrap_all(void)
 	}
 }
 
-/* Every key changed, or copied and changed, into one that is open. Those that it can change are tried last, so that wrap_all has found what it can. */
+/*
+ * Every key changed, or copied and changed, into one that is open. Those that it can change are tried last, so that
+ * wrap_all has found what it can.
+ */
 static void weaken_all(void)
 {
 	static CK_OBJECT_HANDLE h[max_objects];
 	CK_ATTRIBUTE changes[] = {
-		{ CKA_SENSITIVE, &no, 1 }, { CKA_EXTRACTABLE, &yes, 1 }, { CKA_WRAP_WITH_TRUSTED, &no, 1 }, { CKA_TRUSTED, &yes, 1 }, { CKA_DECRYPT, &yes, 1 },
-		{ CKA_UNWRAP, &yes, 1 }, { CKA_UNWRAP_TEMPLATE, NULL, 0 }, { CKA_WRAP_TEMPLATE, NULL, 0 },
+		{ CKA_SENSITIVE, &no, 1 }, { CKA_EXTRACTABLE, &yes, 1 }, { CKA_WRAP_WITH_TRUSTED, &no, 1 },
+		{ CKA_TRUSTED, &yes, 1 }, { CKA_DECRYPT, &yes, 1 }, { CKA_UNWRAP, &yes, 1 },
+		{ CKA_UNWRAP_TEMPLATE, NULL, 0 }, { CKA_WRAP_TEMPLATE, NULL, 0 },
 	};
 	CK_ULONG n = all(h);
 	for (CK_ULONG i = 0; i < n; i++) {
@@ -121,7 +128,8 @@ static void weaken_all(void)
 		CK_BBOOL is = CK_FALSE;
 		for (size_t c = 0; c < sizeof changes / sizeof *changes; c++) {
 			CK_ATTRIBUTE have = { changes[c].type, &is, 1 };
-			if (changes[c].pValue && f->C_GetAttributeValue(session, h[i], &have, 1) == CKR_OK && is == *(CK_BBOOL *)changes[c].pValue)
+			if (changes[c].pValue && f->C_GetAttributeValue(session, h[i], &have, 1) == CKR_OK &&
+			    is == *(CK_BBOOL *)changes[c].pValue)
 				continue; /* it is so already */
 			CK_ATTRIBUTE copy[] = { { CKA_TOKEN, &no, 1 }, changes[c] };
 			CK_OBJECT_HANDLE made;
@@ -133,8 +141,10 @@ static void weaken_all(void)
 	}
 }
 
-/* Keys of its own, to wrap others under. Of TRUSTED ones it makes none when others are to be tried: SoftHSM keeps half of what it refuses to make, and
-   crashes by it. */
+/*
+ * Keys of its own, to wrap others under. Of TRUSTED ones it makes none when others are to be tried: SoftHSM keeps half
+ * of what it refuses to make, and crashes by it.
+ */
 static void own_keys(int trusted)
 {
 	CK_OBJECT_CLASS public = CKO_PUBLIC_KEY, secret = CKO_SECRET_KEY;
@@ -143,15 +153,18 @@ static void own_keys(int trusted)
 	CK_ULONG bits = 3072;
 	CK_MECHANISM pair = { CKM_RSA_PKCS_KEY_PAIR_GEN, NULL, 0 };
 	CK_OBJECT_HANDLE h, k;
-	CK_ATTRIBUTE p[] = { { CKA_MODULUS_BITS, &bits, sizeof bits }, { CKA_PUBLIC_EXPONENT, e, sizeof e }, { CKA_TOKEN, &no, 1 }, { CKA_PRIVATE, &no, 1 },
-		{ CKA_WRAP, &yes, 1 }, { CKA_TRUSTED, &yes, 1 } };
-	CK_ATTRIBUTE q[] = { { CKA_TOKEN, &no, 1 }, { CKA_DECRYPT, &yes, 1 }, { CKA_UNWRAP, &yes, 1 }, { CKA_SENSITIVE, &yes, 1 }, { CKA_EXTRACTABLE, &no, 1 } };
-	CK_ATTRIBUTE s[] = { { CKA_CLASS, &secret, sizeof secret }, { CKA_KEY_TYPE, &aes, sizeof aes }, { CKA_VALUE, value, sizeof value }, { CKA_TOKEN, &no, 1 },
-		{ CKA_WRAP, &yes, 1 }, { CKA_UNWRAP, &yes, 1 }, { CKA_SENSITIVE, &yes, 1 }, { CKA_EXTRACTABLE, &no, 1 }, { CKA_TRUSTED, &yes, 1 } };
+	CK_ATTRIBUTE p[] = { { CKA_MODULUS_BITS, &bits, sizeof bits }, { CKA_PUBLIC_EXPONENT, e, sizeof e },
+		{ CKA_TOKEN, &no, 1 }, { CKA_PRIVATE, &no, 1 }, { CKA_WRAP, &yes, 1 }, { CKA_TRUSTED, &yes, 1 } };
+	CK_ATTRIBUTE q[] = { { CKA_TOKEN, &no, 1 }, { CKA_DECRYPT, &yes, 1 }, { CKA_UNWRAP, &yes, 1 },
+		{ CKA_SENSITIVE, &yes, 1 }, { CKA_EXTRACTABLE, &no, 1 } };
+	CK_ATTRIBUTE s[] = { { CKA_CLASS, &secret, sizeof secret }, { CKA_KEY_TYPE, &aes, sizeof aes },
+		{ CKA_VALUE, value, sizeof value }, { CKA_TOKEN, &no, 1 }, { CKA_WRAP, &yes, 1 },
+		{ CKA_UNWRAP, &yes, 1 }, { CKA_SENSITIVE, &yes, 1 }, { CKA_EXTRACTABLE, &no, 1 }, { CKA_TRUSTED, &yes, 1 } };
 	CK_BYTE n[384];
 	memset(n, 0xC1, sizeof n);
-	CK_ATTRIBUTE c[] = { { CKA_CLASS, &public, sizeof public }, { CKA_KEY_TYPE, &rsa, sizeof rsa }, { CKA_MODULUS, n, sizeof n }, { CKA_PUBLIC_EXPONENT, e, sizeof e },
-		{ CKA_TOKEN, &no, 1 }, { CKA_PRIVATE, &no, 1 }, { CKA_WRAP, &yes, 1 }, { CKA_TRUSTED, &yes, 1 } };
+	CK_ATTRIBUTE c[] = { { CKA_CLASS, &public, sizeof public }, { CKA_KEY_TYPE, &rsa, sizeof rsa },
+		{ CKA_MODULUS, n, sizeof n }, { CKA_PUBLIC_EXPONENT, e, sizeof e }, { CKA_TOKEN, &no, 1 },
+		{ CKA_PRIVATE, &no, 1 }, { CKA_WRAP, &yes, 1 }, { CKA_TRUSTED, &yes, 1 } };
 	CK_RV made[] = {
 		f->C_GenerateKeyPair(session, &pair, p, 5 + trusted, q, 5, &h, &k),
 		f->C_CreateObject(session, s, 8 + trusted, &h),
@@ -181,7 +194,8 @@ static void unwrap_all(const char *path)
 		for (int m = 0; m < mechanism_count; m++)
 			for (int kind = 0; kind < 3; kind++)
 				for (int way = 0; way < 64; way++) { /* each attribute open, closed or left out */
-					CK_ATTRIBUTE t[12] = { { CKA_CLASS, &classes[kind], sizeof classes[kind] }, { CKA_KEY_TYPE, &kinds[kind], sizeof kinds[kind] }, { CKA_TOKEN, &no, 1 } };
+					CK_ATTRIBUTE t[12] = { { CKA_CLASS, &classes[kind], sizeof classes[kind] },
+						{ CKA_KEY_TYPE, &kinds[kind], sizeof kinds[kind] }, { CKA_TOKEN, &no, 1 } };
 					CK_ULONG count = 3;
 					if (way & 1)
 						t[count++] = (CK_ATTRIBUTE){ CKA_SENSITIVE, way & 2 ? &yes : &no, 1 };
@@ -219,7 +233,8 @@ int main(int argc, char **argv)
 	int found = 0;
 	for (CK_ULONG i = 0; i < count; i++) {
 		CK_TOKEN_INFO info;
-		if (f->C_GetTokenInfo(slots[i], &info) == CKR_OK && !strncmp((char *)info.label, argv[2], strlen(argv[2])) && info.label[strlen(argv[2])] == ' ')
+		if (f->C_GetTokenInfo(slots[i], &info) == CKR_OK &&
+		    !strncmp((char *)info.label, argv[2], strlen(argv[2])) && info.label[strlen(argv[2])] == ' ')
 			slot = slots[i], found = 1;
 	}
 	demand("the token", !found);

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# usage: scripts/widths.sh Prints FILE:LINE for each line that has more than 120 characters, and fails if there is one.
+# A tab counts 4. Left out are lines that are one word, as a link is; rows of tables in Markdown; the commands of
+# testscripts; JSON, the licence, what is generated, and the data of others.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export LC_ALL=C.UTF-8
+
+# wide COMMANDS PATHSPEC...: sed's COMMANDS delete the lines that may be wider.
+wide() {
+	local commands=$1
+	shift
+	git grep --untracked -zLE '^// Code generated .* DO NOT EDIT\.$' -- "$@" ':!*.json' ':!*go.sum' ':!LICENSE' \
+		':!hsmkeys/testdata' ':!kme/testdata' ':!*/openapi/*' |
+		xargs -0r sed -snE "$commands"'; s/\t/    /g; /^\s*(\S{1,3}\s+)?\S+$/d; /^.{121}/ {F;=}' | paste -d : - -
+}
+
+lines=$(
+	wide '/^\s*\|/d' '*.md'
+	wide '/^[^#]/d' '*.txtar'
+	wide '' . ':!*.md' ':!*.txtar'
+)
+[ -z "$lines" ] || { printf '%s\nare wider than 120 columns\n' "$lines" >&2; exit 1; }
