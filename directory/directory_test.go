@@ -17,7 +17,6 @@ import (
 	"fmt"
 	"io"
 	"math/big"
-	"os"
 	"runtime"
 	"slices"
 	"strings"
@@ -124,10 +123,7 @@ func (c *counting) count(path string) int {
 // newLot publishes a whole lot.
 func newLot(t testing.TB, s *Signer, lot string) (*counting, *Manifest) {
 	t.Helper()
-	files, err := OpenFileStore(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
+	files := newMemory()
 	m := newManifest(t, s, lot)
 	publish(t, files, s, m)
 	return &counting{Store: files, reads: map[string]int{}}, m
@@ -485,10 +481,7 @@ func TestCompromisedStore(t *testing.T) {
 		"no JSON":                   {sign(t, header, []byte("x"), own), "parsed"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			store, err := OpenFileStore(t.TempDir())
-			if err != nil {
-				t.Fatal(err)
-			}
+			store := newMemory()
 			if err := errors.Join(store.Create(t.Context(), ShardPath("L1", 1), c.jws),
 				BeginRevocations(t.Context(), store, s, m, time.Now(), time.Hour)); err != nil {
 				t.Fatal(err)
@@ -507,10 +500,7 @@ func TestCompromisedStore(t *testing.T) {
 		})
 	}
 	// And in the place of a manifest, another lot's.
-	store, err := OpenFileStore(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
+	store := newMemory()
 	other, err := s.Sign(TypeManifest, newManifest(t, s, "L2"))
 	if err == nil {
 		err = store.Create(t.Context(), ManifestPath("L1"), other)
@@ -576,10 +566,7 @@ func TestReader(t *testing.T) {
 
 func TestReaderRSA(t *testing.T) {
 	s := newSigner(t)
-	store, err := OpenFileStore(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
+	store := newMemory()
 	m := newManifest(t, s, "L1")
 	n := make([]byte, 384)
 	rand.Read(n)
@@ -709,10 +696,7 @@ func TestReaderCacheBound(t *testing.T) {
 
 func TestReaderMissingShard(t *testing.T) {
 	s := newSigner(t)
-	files, err := OpenFileStore(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
+	files := newMemory()
 	store, m := &counting{Store: files, reads: map[string]int{}}, newManifest(t, s, "L1")
 	const ttl = 300 * time.Millisecond
 	r := NewReader(store, NewVerifier(s.Public()), ReaderOptions{NegativeTTL: ttl})
@@ -1060,9 +1044,7 @@ func put(t testing.TB, store Store, path string, jws []byte) {
 // remove takes an object away, as whoever runs the store may.
 func remove(t testing.TB, store *counting, path string) {
 	t.Helper()
-	if err := os.Remove(must[string](t)(store.Store.(*FileStore).file(path))); err != nil {
-		t.Fatal(err)
-	}
+	store.Store.(*memory).remove(path)
 }
 
 func TestInjection(t *testing.T) {
@@ -1308,10 +1290,7 @@ func BenchmarkShard256(b *testing.B) {
 	s := newSigner(b)
 	m := newManifest(b, s, "L1")
 	m.Ranges, m.ShardSize = []Range{{tac(b, "35209900"), 0, 256}}, 256
-	store, err := OpenFileStore(b.TempDir())
-	if err != nil {
-		b.Fatal(err)
-	}
+	store := newMemory()
 	publish(b, store, s, m)
 	r := NewReader(store, NewVerifier(s.Public()), ReaderOptions{})
 	b.ReportAllocs()

@@ -239,7 +239,7 @@ func TestNextUpdate(t *testing.T) {
 // Every lot has a list: where there is none, the line does not begin one by the way.
 func TestBeginRevocations(t *testing.T) {
 	ctx, s, now := t.Context(), newSigner(t), time.Now()
-	store := must[*FileStore](t)(OpenFileStore(t.TempDir()))
+	store := newMemory()
 	m := newManifest(t, s, "L1")
 	for name, err := range map[string]error{
 		"revoke":   Revoke(ctx, store, s, m, []kme.IMEI{m.IMEI(1)}, "x", now, nil),

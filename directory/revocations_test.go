@@ -68,7 +68,7 @@ func (w *writing) take() (paths []string, bytes int) {
 
 func newWriting(t testing.TB) *writing {
 	t.Helper()
-	return &writing{Store: must[*FileStore](t)(OpenFileStore(t.TempDir())), written: map[string]int{}}
+	return &writing{Store: newMemory(), written: map[string]int{}}
 }
 
 // begin publishes the first list of a lot of which nothing else is published.
@@ -285,7 +285,7 @@ func TestRevocationPartReplaced(t *testing.T) {
 
 func refOf(t *testing.T, s *Signer, m *Manifest, jws []byte) RevocationRef {
 	t.Helper()
-	store := must[*FileStore](t)(OpenFileStore(t.TempDir()))
+	store := newMemory()
 	put(t, store, RevocationPartPath(m.Lot, 0), jws)
 	p := must[*storedPart](t)(readPart(t.Context(), store, NewVerifier(s.Public()), m, 0, nil))
 	return RevocationRef{0, p.Version, p.sum[:], p.bitmap(m)}
