@@ -27,6 +27,7 @@ import (
 
 	"github.com/go-jose/go-jose/v4"
 
+	"github.com/kmehsm/kmehsm/directory/internal/packed"
 	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
 	"github.com/kmehsm/kmehsm/kme"
@@ -1233,7 +1234,7 @@ func FuzzPayloads(f *testing.F) {
 				t.Errorf("a shard with the hash %x was accepted", anyS.Package)
 			}
 			for _, k := range anyS.Keys {
-				if key, err := unpack(m.Suite, pack(k.Key)); err != nil || !k.Key.(*ecdsa.PublicKey).Equal(key) {
+				if key, err := packed.Join(1, func(int) crypto.PublicKey { return k.Key }).At(0, m.Suite); err != nil || !k.Key.(*ecdsa.PublicKey).Equal(key) {
 					t.Errorf("%v became %v, %v", k.Key, key, err)
 				}
 			}
