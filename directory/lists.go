@@ -52,7 +52,7 @@ type Overdue struct {
 }
 
 func overdueFor(lot string, since time.Time, cause error) Overdue {
-	o := Overdue{lot, Failed, since, cause}
+	o := Overdue{Lot: lot, Why: Failed, Since: since, Cause: cause}
 	var refused *RefusedError
 	switch {
 	case errors.As(cause, new(*lateError)):
@@ -211,7 +211,7 @@ func (r *Reader) tooOld(lot string, known revocationList) error {
 	return nil
 }
 
-// list gives a lot's list of revoked devices. Who asks waits if there is none yet, or if nobody follows the lot and
+// list gives a lot's list of revoked devices. The caller waits if there is none yet, or if nobody follows the lot and
 // RevocationTTL has passed; if the store is away then, or its list is refused, the last one stands.
 func (r *Reader) list(ctx context.Context, m *Manifest) (*Revocations, error) {
 	asked := time.Now()
@@ -266,9 +266,9 @@ func (r *Reader) nextList(ctx context.Context, m *Manifest, last revocationList)
 	} else if next.list, err = parseRevocations(r.verifier, m, jws); err != nil {
 		return next, err
 	}
-	mark := ListMark{next.list.Version, next.sum[:]}
+	mark := ListMark{Version: next.list.Version, SHA256: next.sum[:]}
 	if was := last.list; was != nil {
-		if err := mark.follows(path, ListMark{was.Version, last.sum[:]}); err != nil {
+		if err := mark.follows(path, ListMark{Version: was.Version, SHA256: last.sum[:]}); err != nil {
 			return next, err
 		}
 		if was.Whole != nil && next.list.Whole == nil {

@@ -56,7 +56,8 @@ func Revoke(ctx context.Context, store Store, s *Signer, m *Manifest, imeis []km
 // A device that has this key stays as it is.
 func Reissue(ctx context.Context, store Store, s *Signer, m *Manifest, key DeviceKey, pkg []byte, reason string,
 	now time.Time) error {
-	return revise(ctx, store, s, m, []Revocation{{key.IMEI, reason, now, &key, pkg}}, now, nil)
+	entry := Revocation{IMEI: key.IMEI, Reason: reason, Time: now, Key: &key, Package: pkg}
+	return revise(ctx, store, s, m, []Revocation{entry}, now, nil)
 }
 
 // RevokeLot revokes a whole lot, for good. A lot that is revoked stays as it is.
@@ -65,7 +66,7 @@ func RevokeLot(ctx context.Context, store Store, s *Signer, m *Manifest, reason 
 	if err != nil {
 		return err
 	}
-	whole := &LotRevocation{reason, now.UTC().Truncate(time.Second)}
+	whole := &LotRevocation{Reason: reason, Time: now.UTC().Truncate(time.Second)}
 	return publishRevocations(ctx, store, s, m, revision{now: now, whole: whole})
 }
 
@@ -189,7 +190,7 @@ func tryRevocations(ctx context.Context, store Store, s *Signer, m *Manifest, r 
 			continue
 		}
 		changed = true
-		named := RevocationRef{n, part.Version, part.sum[:], part.bitmap(m)}
+		named := RevocationRef{Part: n, Version: part.Version, SHA256: part.sum[:], Revoked: part.bitmap(m)}
 		if ref != nil {
 			*ref = named
 			continue

@@ -47,7 +47,7 @@ func (k *DeviceKey) UnmarshalJSON(data []byte) error {
 // NewShard makes shard n of a lot. It refuses keys that are not exactly those of the shard's devices, in order, each of
 // the lot's suite and no two the same. pkg is the SHA-256 of their injection package.
 func NewShard(m *Manifest, n int, keys []DeviceKey, pkg []byte) (*Shard, error) {
-	s := &Shard{m.Lot, n, pkg, keys}
+	s := &Shard{Lot: m.Lot, Number: n, Package: pkg, Keys: keys}
 	return s, s.check(m, n)
 }
 
@@ -103,7 +103,7 @@ func (s *Shard) Equal(o *Shard) bool {
 }
 
 // Fingerprint is the first eight bytes of the SHA-256 of the key: the same for the same key, and for others the same so
-// rarely that who finds two has to look at the keys.
+// rarely that whoever finds two has to look at the keys.
 func (k DeviceKey) Fingerprint() uint64 {
 	sum := sha256.Sum256(packed.Key(k.Key))
 	return binary.BigEndian.Uint64(sum[:])
