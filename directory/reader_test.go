@@ -158,7 +158,7 @@ func TestReaderCacheBound(t *testing.T) {
 	s := newSigner(t)
 	m := newManifest(t, s, "L1")
 	m.Ranges, m.ShardSize = []Range{{tac(t, "35209900"), 0, devices}}, 1024
-	r := NewReader(&generated{t: t, s: s, m: m, keys: keysOf(t, m, 0)}, NewVerifier(s.Public()), ReaderOptions{CacheBytes: limit})
+	r := NewReader(&generated{t: t, s: s, m: m, keys: keysOf(t, m, 0)}, NewVerifier(s.Public()), ReaderOptions{CacheBytes: limit, ReadTimeout: time.Minute})
 	heap := func() int64 {
 		runtime.GC()
 		runtime.GC() // what the first one finalised

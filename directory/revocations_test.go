@@ -290,7 +290,7 @@ func TestRevocationsCacheBound(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, published := files.take()
-	r := NewReader(files, NewVerifier(s.Public()), ReaderOptions{CacheBytes: limit})
+	r := NewReader(files, NewVerifier(s.Public()), ReaderOptions{CacheBytes: limit, ReadTimeout: time.Minute})
 	list := must[*Revocations](t)(r.list(t.Context(), m))
 	heap := func() int64 {
 		runtime.GC()
