@@ -24,6 +24,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/client"
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/directory/filestore"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/pgtest"
 	"github.com/kmehsm/kmehsm/internal/testproc"
@@ -37,7 +38,7 @@ const childArgs = "KMEHSM_TEST_CHILD"
 func serveChild(t *testing.T, args []string) {
 	token := must[*hsmkeys.Token](t)(hsmkeys.Open(t.Context(), args[0]))
 	store := openStore(t, token, args[1])
-	files := must[*directory.FileStore](t)(directory.OpenFileStore(args[2]))
+	files := must[*filestore.Store](t)(filestore.Open(args[2]))
 	readers := map[string]*directory.Reader{}
 	for _, m := range must[[]*binding.Manufacturer](t)(store.Manufacturers(t.Context())) {
 		readers[m.KeyID] = directory.NewReader(files, must[*directory.Verifier](t)(directory.ParseVerifier([]byte(m.PEM))), directory.ReaderOptions{})

@@ -30,6 +30,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/directory/filestore"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
@@ -198,7 +199,7 @@ type maker struct {
 	pem   []byte
 	kek   []byte
 	dir   string
-	store *directory.FileStore
+	store *filestore.Store
 }
 
 func newMaker(t testing.TB) *maker {
@@ -207,7 +208,7 @@ func newMaker(t testing.TB) *maker {
 	m := &maker{Signer: must[*directory.Signer](t)(directory.NewSigner(key)), kek: make([]byte, 32), dir: t.TempDir()}
 	rand.Read(m.kek)
 	m.pem = must[[]byte](t)(pemkey.Encode(m.Public()))
-	m.store = must[*directory.FileStore](t)(directory.OpenFileStore(m.dir))
+	m.store = must[*filestore.Store](t)(filestore.Open(m.dir))
 	return m
 }
 

@@ -13,6 +13,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/directory/filestore"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 	"github.com/kmehsm/kmehsm/kme"
@@ -324,7 +325,7 @@ func TestSuspects(t *testing.T) {
 	check("a lot was retired")
 
 	// Without the directory it is not known who is suspect.
-	m.store = must[*directory.FileStore](t)(directory.OpenFileStore(t.TempDir()))
+	m.store = must[*filestore.Store](t)(filestore.Open(t.TempDir()))
 	r.readers[m.KeyID()] = m.reader(t)
 	var failed error
 	for _, err := range r.lots(t).Suspects(ctx, r.store, time.Now()) {

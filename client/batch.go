@@ -3,6 +3,7 @@ package client
 import (
 	"context"
 	"errors"
+	"fmt"
 	"runtime"
 	"sync"
 	"time"
@@ -12,7 +13,6 @@ import (
 
 	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
 	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
-	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -86,7 +86,11 @@ func (b *batcher) send(all []*waiting) {
 
 // exchange answers calls that the service has answered, and puts nil in their place.
 func (b *batcher) exchange(all []*waiting) (err error) {
-	defer panics.Recover(&err) // in the process of an HSS
+	defer func() { // in the process of an HSS
+		if p := recover(); p != nil {
+			err = fmt.Errorf("panic: %v", p)
+		}
+	}()
 	var deadline time.Time
 	request := &kmev1.EstablishKMEsRequest{Calls: make([]*kmev1.EstablishKMERequest, len(all))}
 	for i, w := range all {

@@ -155,7 +155,7 @@ func TestWaiting(t *testing.T) {
 	files, m := newLot(t, s, "L1")
 	m.ShardSize = 1 // so that each device is a read
 	store := &hanging{Store: files}
-	const waiting, timeout = 3, 200 * time.Millisecond
+	const waiting, timeout = 3, 2 * time.Second
 	r := following(t, store, s, ReaderOptions{ReadTimeout: timeout, Waiting: waiting}, m)
 	eventually(t, "the list is there", func() bool { return r.has("L1") })
 	store.hang()
@@ -163,7 +163,7 @@ func TestWaiting(t *testing.T) {
 	for i := range waiting {
 		go func() { _, err := r.Fetch(ctx, m, m.IMEI(i)); results <- err }()
 	}
-	eventually(t, "they wait", func() bool { return r.waiting.Load() == waiting && r.reading.Load() == waiting })
+	eventually(t, "they wait, and whatever reads the list", func() bool { return store.unanswered() == waiting+1 })
 	if _, err := r.Device(ctx, m, m.IMEI(9)); !errors.Is(err, ErrUnavailable) || !strings.Contains(err.Error(), "wait for it already") {
 		t.Errorf("one more: %v", err)
 	}
@@ -172,7 +172,6 @@ func TestWaiting(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	eventually(t, "they have gone", func() bool { return r.waiting.Load() == 0 })
 	if _, err := r.Device(ctx, m, m.IMEI(9)); !errors.Is(err, ErrUnavailable) || !strings.Contains(err.Error(), "has not answered 3 reads") {
 		t.Errorf("while they hang: %v", err)
 	}
@@ -239,7 +238,7 @@ func TestNextUpdate(t *testing.T) {
 // Every lot has a list: where there is none, the line does not begin one by the way.
 func TestBeginRevocations(t *testing.T) {
 	ctx, s, now := t.Context(), newSigner(t), time.Now()
-	store := must[*FileStore](t)(OpenFileStore(t.TempDir()))
+	store := newMemory()
 	m := newManifest(t, s, "L1")
 	for name, err := range map[string]error{
 		"revoke":   Revoke(ctx, store, s, m, []kme.IMEI{m.IMEI(1)}, "x", now, nil),

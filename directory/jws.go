@@ -95,7 +95,10 @@ func (s *Signer) Succeed(next crypto.Signer) (*Signer, error) {
 	}
 	// The statement's place says who vouches for the key that signs it, so it needs no chain itself.
 	alone := &Signer{signer: s.signer, public: s.public, root: s.root}
-	statement, err := alone.Sign(TypeSuccession, Succession{s.KeyID(), len(s.chain) + 2, jose.JSONWebKey{Key: n.public, KeyID: thumbprint(n.public)}})
+	statement, err := alone.Sign(TypeSuccession, Succession{
+		Manufacturer: s.KeyID(), Generation: len(s.chain) + 2,
+		Key: jose.JSONWebKey{Key: n.public, KeyID: thumbprint(n.public)},
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -149,7 +152,7 @@ type Verifier struct {
 
 // NewVerifier pins a manufacturer's key.
 func NewVerifier(pub *ecdsa.PublicKey) *Verifier {
-	return &Verifier{pub, thumbprint(pub), new(sync.Map)}
+	return &Verifier{public: pub, keyID: thumbprint(pub), later: new(sync.Map)}
 }
 
 // ParseVerifier pins a manufacturer's key that a PEM file holds.

@@ -6,15 +6,11 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"maps"
-	"math/rand/v2"
 	"slices"
 	"sort"
-	"strings"
 	"time"
-	"unicode"
-	"unicode/utf8"
 
+	"github.com/kmehsm/kmehsm/directory/internal/packed"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -127,9 +123,9 @@ func (r *Revocations) revokes(position int) bool {
 	return ref != nil && ref.Revoked[at/8]&(0x80>>(at%8)) != 0
 }
 
-// Compare says how the list stands to a part as ReadRevocationPart gives it: complete is false if the part is newer,
-// since a run was killed between the two, or is at work. An error is that the list says another thing of the same part.
-func (r *Revocations) Compare(m *Manifest, p *RevocationPart) (complete bool, err error) {
+// compare says how the list stands to a part, as CompareRevocationPart does. An error is that the list says another thing of
+// the same part.
+func (r *Revocations) compare(m *Manifest, p *RevocationPart) (complete bool, err error) {
 	ref := r.ref(p.Part)
 	if p.Version == 0 || ref == nil || ref.Version < p.Version {
 		return p.Version == 0, nil
@@ -228,7 +224,7 @@ func (p *RevocationPart) add(entry Revocation) (added bool) {
 		switch last := had[len(had)-1]; {
 		case entry.Key == nil && last.Key == nil:
 			return false
-		case entry.Key != nil && last.Key != nil && bytes.Equal(pack(entry.Key.Key), pack(last.Key.Key)):
+		case entry.Key != nil && last.Key != nil && bytes.Equal(packed.Key(entry.Key.Key), packed.Key(last.Key.Key)):
 			return false
 		}
 	}
@@ -306,218 +302,6 @@ func readPart(ctx context.Context, store Store, v *Verifier, m *Manifest, n int,
 			p.Version, ref.Version)
 	}
 	return p, nil
-}
-
-// A revision is what is to become of a lot's revocations.
-type revision struct {
-	now      time.Time
-	parts    []int                // those to look at
-	entries  map[int][]Revocation // to add, by part
-	whole    *LotRevocation       // unless it is nil
-	begin    bool                 // publish the first list; where there is one, that is it
-	refresh  bool                 // sign the list anew, also if nothing changes
-	validity time.Duration        // of the list; 0: as long as the last one was good for
-}
-
-// BeginRevocations publishes the first list of a lot, with nobody in it, good for validity. A lot that has a list keeps
-// it.
-func BeginRevocations(ctx context.Context, store Store, s *Signer, m *Manifest, now time.Time,
-	validity time.Duration) error {
-	return publishRevocations(ctx, store, s, m, revision{now: now, begin: true, validity: validity})
-}
-
-// RefreshRevocations signs a lot's list anew, good for validity; with 0, for as long as the last one was.
-func RefreshRevocations(ctx context.Context, store Store, s *Signer, m *Manifest, now time.Time,
-	validity time.Duration) error {
-	return publishRevocations(ctx, store, s, m, revision{now: now, refresh: true, validity: validity})
-}
-
-// Revoke adds devices to their lot's revocations. A device that is revoked stays as it is, so a run that was
-// interrupted can be repeated. report gets the number of devices that are done; it may be nil.
-func Revoke(ctx context.Context, store Store, s *Signer, m *Manifest, imeis []kme.IMEI, reason string, now time.Time,
-	report func(done int)) error {
-	entries := make([]Revocation, len(imeis))
-	for i, imei := range imeis {
-		entries[i] = Revocation{IMEI: imei, Reason: reason, Time: now}
-	}
-	return revise(ctx, store, s, m, entries, now, report)
-}
-
-// Reissue revokes the key that a device has, and issues it another one, in the injection package whose SHA-256 is pkg.
-// A device that has this key stays as it is.
-func Reissue(ctx context.Context, store Store, s *Signer, m *Manifest, key DeviceKey, pkg []byte, reason string,
-	now time.Time) error {
-	return revise(ctx, store, s, m, []Revocation{{key.IMEI, reason, now, &key, pkg}}, now, nil)
-}
-
-// RevokeLot revokes a whole lot, for good. A lot that is revoked stays as it is.
-func RevokeLot(ctx context.Context, store Store, s *Signer, m *Manifest, reason string, now time.Time) error {
-	reason, err := CheckReason(reason)
-	if err != nil {
-		return err
-	}
-	whole := &LotRevocation{reason, now.UTC().Truncate(time.Second)}
-	return publishRevocations(ctx, store, s, m, revision{now: now, whole: whole})
-}
-
-// CompleteRevocations has the list name what its parts say, where a run was killed between the two.
-func CompleteRevocations(ctx context.Context, store Store, s *Signer, m *Manifest, parts []int, now time.Time) error {
-	return publishRevocations(ctx, store, s, m, revision{now: now, parts: parts})
-}
-
-// CheckReason gives a reason as it is published.
-func CheckReason(reason string) (string, error) {
-	reason = strings.TrimSpace(reason)
-	text := utf8.ValidString(reason) && !strings.ContainsFunc(reason, unicode.IsControl)
-	if reason == "" || len(reason) > 200 || !text {
-		return "", errors.New("the reason has 1 to 200 bytes of text, in one line")
-	}
-	return reason, nil
-}
-
-// partsAtOnce is after how many parts the list is written: each of its versions takes effect at readers.
-const partsAtOnce = 32
-
-func revise(ctx context.Context, store Store, s *Signer, m *Manifest, entries []Revocation, now time.Time,
-	report func(done int)) error {
-	by := map[int][]Revocation{}
-	for _, e := range entries {
-		position, ok := m.Position(e.IMEI)
-		if !ok {
-			return fmt.Errorf("IMEI %s is not in lot %s", e.IMEI, m.Lot)
-		}
-		var err error
-		if e.Reason, err = CheckReason(e.Reason); err != nil {
-			return err
-		}
-		e.Time = e.Time.UTC().Truncate(time.Second)
-		by[position/revocationPart] = append(by[position/revocationPart], e)
-	}
-	done := 0
-	for parts := range slices.Chunk(slices.Sorted(maps.Keys(by)), partsAtOnce) {
-		if err := publishRevocations(ctx, store, s, m, revision{now: now, parts: parts, entries: by}); err != nil {
-			return err
-		}
-		for _, n := range parts {
-			done += len(by[n])
-		}
-		if report != nil {
-			report(done)
-		}
-	}
-	return nil
-}
-
-// publishRevocations makes a revision, however many others are made at the same time.
-func publishRevocations(ctx context.Context, store Store, s *Signer, m *Manifest, r revision) error {
-	for tries := 1; ; tries++ {
-		err := tryRevocations(ctx, store, s, m, r)
-		if !errors.Is(err, ErrChanged) || tries == 30 {
-			return err
-		}
-		// Another process is at work here too; each round one of them gets through.
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(rand.N(time.Duration(tries) * 10 * time.Millisecond)):
-		}
-	}
-}
-
-// tryRevocations writes the parts, and then the list that names them. A run that is killed in between leaves parts that
-// are newer than the list says, which readers take; the same again finds its entries there, and writes the list.
-func tryRevocations(ctx context.Context, store Store, s *Signer, m *Manifest, r revision) error {
-	v := NewVerifier(s.root)
-	list, version, err := readRevocations(ctx, store, v, m)
-	switch {
-	case r.begin && errors.Is(err, ErrNotFound):
-		list = &Revocations{Lot: m.Lot}
-	case err != nil:
-		return err
-	case r.begin:
-		return nil
-	}
-	if list.Whole != nil && !r.refresh {
-		for _, n := range r.parts {
-			if slices.ContainsFunc(r.entries[n], func(e Revocation) bool { return e.Key != nil }) {
-				return list.Refusal()
-			}
-		}
-		return nil // so is every device of it
-	}
-	type update struct {
-		path, version string
-		jws           []byte
-	}
-	var updates []update
-	changed := r.begin || r.refresh
-	if r.whole != nil {
-		list.Whole, changed = r.whole, true
-	}
-	for _, n := range r.parts {
-		ref := list.ref(n)
-		part, err := readPart(ctx, store, v, m, n, ref)
-		if err != nil {
-			return err
-		}
-		added := false
-		for _, e := range r.entries[n] {
-			added = part.add(e) || added
-		}
-		if added {
-			part.Version++
-			if err := part.check(m, n); err != nil {
-				return err
-			}
-			jws, err := s.Sign(TypeRevocationPart, part.RevocationPart)
-			if err != nil {
-				return err
-			}
-			part.sum = sha256.Sum256(jws)
-			updates = append(updates, update{RevocationPartPath(m.Lot, n), part.version, jws})
-		}
-		if part.Version == 0 || ref != nil && ref.Version == part.Version {
-			continue
-		}
-		changed = true
-		named := RevocationRef{n, part.Version, part.sum[:], part.bitmap(m)}
-		if ref != nil {
-			*ref = named
-			continue
-		}
-		at := sort.Search(len(list.Parts), func(i int) bool { return list.Parts[i].Part > n })
-		list.Parts = slices.Insert(list.Parts, at, named)
-	}
-	if !changed {
-		return nil
-	}
-	if r.validity == 0 {
-		r.validity = list.NextUpdate.Sub(list.ThisUpdate)
-	}
-	if list.Version++; CheckValidity(r.validity) != nil { // a list of before there was next_update
-		r.validity = DefaultValidity
-	}
-	list.ThisUpdate = r.now.UTC().Truncate(time.Second)
-	list.NextUpdate = list.ThisUpdate.Add(r.validity)
-	if err := list.check(m); err != nil {
-		return err
-	}
-	jws, err := s.Sign(TypeRevocations, list)
-	if err != nil {
-		return err
-	}
-	updates = append(updates, update{RevocationsPath(m.Lot), version, jws})
-	for _, u := range updates { // before the first of them is written
-		if err := CheckSize(u.path, u.jws); err != nil {
-			return fmt.Errorf("%w; give shorter reasons, or revoke the whole lot", err)
-		}
-	}
-	for _, u := range updates {
-		if err := store.Update(ctx, u.path, u.jws, u.version); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // Refusal says that a lot is revoked; nil if it is not.

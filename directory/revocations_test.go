@@ -1,7 +1,6 @@
 package directory
 
 import (
-	"context"
 	"crypto/rand"
 	"crypto/rsa"
 	"errors"
@@ -9,7 +8,6 @@ import (
 	"runtime"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -30,45 +28,6 @@ func every(m *Manifest, n int) (imeis []kme.IMEI) {
 		imeis = append(imeis, m.IMEI(i))
 	}
 	return imeis
-}
-
-// writing notes what is written where, and fails the update that fail names.
-type writing struct {
-	Store
-	mu      sync.Mutex
-	written map[string]int // bytes by path
-	fail    string
-}
-
-var errKilled = errors.New("killed")
-
-func (w *writing) Update(ctx context.Context, path string, data []byte, version string) error {
-	if path == w.fail {
-		return errKilled
-	}
-	err := w.Store.Update(ctx, path, data, version)
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if err == nil {
-		w.written[path] += len(data)
-	}
-	return err
-}
-
-func (w *writing) take() (paths []string, bytes int) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	for path, n := range w.written {
-		paths, bytes = append(paths, path), bytes+n
-	}
-	clear(w.written)
-	slices.Sort(paths)
-	return paths, bytes
-}
-
-func newWriting(t testing.TB) *writing {
-	t.Helper()
-	return &writing{Store: must[*FileStore](t)(OpenFileStore(t.TempDir())), written: map[string]int{}}
 }
 
 // begin publishes the first list of a lot of which nothing else is published.
@@ -285,7 +244,7 @@ func TestRevocationPartReplaced(t *testing.T) {
 
 func refOf(t *testing.T, s *Signer, m *Manifest, jws []byte) RevocationRef {
 	t.Helper()
-	store := must[*FileStore](t)(OpenFileStore(t.TempDir()))
+	store := newMemory()
 	put(t, store, RevocationPartPath(m.Lot, 0), jws)
 	p := must[*storedPart](t)(readPart(t.Context(), store, NewVerifier(s.Public()), m, 0, nil))
 	return RevocationRef{0, p.Version, p.sum[:], p.bitmap(m)}
@@ -321,181 +280,6 @@ func TestRevocationsCheck(t *testing.T) {
 	}
 }
 
-// A run that is killed between a part and the list leaves what readers take; the same command finishes it, and so does
-// CompleteRevocations.
-func TestRevokeKilled(t *testing.T) {
-	for name, finish := range map[string]func(store Store, s *Signer, m *Manifest) error{
-		"the same again": func(store Store, s *Signer, m *Manifest) error {
-			return Revoke(t.Context(), store, s, m, []kme.IMEI{m.IMEI(4)}, "stolen", time.Now(), nil)
-		},
-		"another device of the part": func(store Store, s *Signer, m *Manifest) error {
-			return Revoke(t.Context(), store, s, m, []kme.IMEI{m.IMEI(5)}, "stolen", time.Now(), nil)
-		},
-		"complete": func(store Store, s *Signer, m *Manifest) error {
-			return CompleteRevocations(t.Context(), store, s, m, []int{0}, time.Now())
-		},
-	} {
-		for _, earlier := range []bool{false, true} {
-			s := newSigner(t)
-			store, m := newLot(t, s, "L1")
-			files := &writing{Store: store, written: map[string]int{}}
-			if earlier {
-				if err := Revoke(t.Context(), files, s, m, []kme.IMEI{m.IMEI(1)}, "stolen", time.Now(), nil); err != nil {
-					t.Fatal(err)
-				}
-			}
-			files.fail = RevocationsPath("L1")
-			if err := Revoke(t.Context(), files, s, m, []kme.IMEI{m.IMEI(4)}, "stolen", time.Now(), nil); !errors.Is(err, errKilled) {
-				t.Fatal(err)
-			}
-			files.fail = ""
-			r := readerOf(store, s)
-			look := func(list bool) {
-				t.Helper()
-				if revoked := listed(t, r, m, m.IMEI(4)); revoked != list {
-					t.Errorf("%s: %v", name, revoked)
-				}
-				if d, err := r.Device(t.Context(), m, m.IMEI(4)); (d.Revoked != nil) != (list || earlier) || err != nil {
-					t.Errorf("%s: %+v, %v", name, d, err)
-				}
-				whole := must[*Revocations](t)(r.ReadRevocations(t.Context(), m))
-				parts, strays, err := r.RevocationParts(t.Context(), m, whole)
-				if err != nil || !slices.Equal(parts, []int{0}) || len(strays) != 0 {
-					t.Errorf("%s: %v %v %v", name, parts, strays, err)
-				}
-				part := must[*RevocationPart](t)(r.ReadRevocationPart(t.Context(), m, whole, 0))
-				if complete, err := whole.Compare(m, part); complete != list || err != nil {
-					t.Errorf("%s: complete %v, %v", name, complete, err)
-				}
-			}
-			look(false)
-			if err := finish(files, s, m); err != nil {
-				t.Fatal(err)
-			}
-			look(true)
-		}
-	}
-}
-
-// Many revoke at once, in the same parts: nothing is lost, and the list and its parts agree.
-func TestRevokeAtOnce(t *testing.T) {
-	ctx, s, files := t.Context(), newSigner(t), newWriting(t)
-	m := newMillion(t, s)
-	begin(t, files, s, m)
-	var all sync.WaitGroup
-	for i := range 6 {
-		all.Go(func() {
-			imeis := []kme.IMEI{m.IMEI(i), m.IMEI(1023 - i), m.IMEI(1024 + i), m.IMEI(999_999 - i)}
-			if i%2 == 0 {
-				slices.Reverse(imeis)
-			}
-			if err := Revoke(ctx, files, s, m, imeis, "stolen", time.Now(), nil); err != nil {
-				t.Error(err)
-			}
-		})
-	}
-	all.Wait()
-	r := readerOf(files, s)
-	list := must[*Revocations](t)(r.ReadRevocations(ctx, m))
-	n := 0
-	for i := range m.Devices() {
-		if list.revokes(i) {
-			n++
-		}
-	}
-	if n != 24 || len(list.Parts) != 3 {
-		t.Errorf("%d are revoked, in %d parts", n, len(list.Parts))
-	}
-	for _, ref := range list.Parts {
-		part := must[*RevocationPart](t)(r.ReadRevocationPart(ctx, m, list, ref.Part))
-		if complete, err := list.Compare(m, part); !complete || err != nil {
-			t.Errorf("part %d: %v, %v", ref.Part, complete, err)
-		}
-	}
-}
-
-// A whole lot is revoked for good.
-func TestRevokeLot(t *testing.T) {
-	ctx, s := t.Context(), newSigner(t)
-	store, m := newLot(t, s, "L1")
-	second := DeviceKey{m.IMEI(3), newKey(t).Public()}
-	r := readerOf(store, s)
-	if err := errors.Join(
-		Reissue(ctx, store, s, m, second, someHash, "return 1", time.Now()),
-		Revoke(ctx, store, s, m, []kme.IMEI{m.IMEI(5)}, "stolen", time.Now(), nil)); err != nil {
-		t.Fatal(err)
-	}
-	before, _, err := store.Read(ctx, RevocationsPath("L1"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for range 2 {
-		if err := RevokeLot(ctx, store, s, m, " P and Q have leaked ", time.Now()); err != nil {
-			t.Fatal(err)
-		}
-	}
-	list := must[*Revocations](t)(r.ReadRevocations(ctx, m))
-	if list.Version != 4 || list.Whole == nil || list.Whole.Reason != "P and Q have leaked" || list.Refusal() == nil {
-		t.Errorf("%+v", list)
-	}
-	all := func() {
-		t.Helper()
-		for i := range m.Devices() {
-			revoked := listed(t, r, m, m.IMEI(i))
-			d, err := r.Device(ctx, m, m.IMEI(i))
-			if !revoked || d.Revoked == nil || d.Revoked.Reason != "P and Q have leaked" || d.Lot == nil || err != nil {
-				t.Errorf("device %d: %v, %+v, %v", i, revoked, d, err)
-			}
-		}
-	}
-	all()
-	// A device of the lot is revoked already, and gets no new key.
-	if err := Revoke(ctx, store, s, m, []kme.IMEI{m.IMEI(1)}, "stolen", time.Now(), nil); err != nil {
-		t.Error(err)
-	}
-	if err := Reissue(ctx, store, s, m, second, someHash, "return 2", time.Now()); err == nil || !strings.Contains(err.Error(), "lot L1 is revoked since") {
-		t.Error(err)
-	}
-	if again := must[*Revocations](t)(r.ReadRevocations(ctx, m)); again.Version != list.Version {
-		t.Errorf("version %d", again.Version)
-	}
-	// Neither an older list, nor a later one that does not know it, takes it back.
-	put(t, store, RevocationsPath("L1"), before)
-	all()
-	put(t, store, RevocationsPath("L1"), must[[]byte](t)(s.Sign(TypeRevocations, &Revocations{Lot: "L1", Version: 9})))
-	all()
-	if got := r.Overdue(); len(got) != 1 || !strings.Contains(got[0].Cause.Error(), "for good") {
-		t.Errorf("%+v", got)
-	}
-	for _, reason := range []string{"", " ", strings.Repeat("x", 201), "two\nlines", "\xff"} {
-		if err := RevokeLot(ctx, store, s, m, reason, time.Now()); err == nil {
-			t.Errorf("the reason %q", reason)
-		}
-	}
-}
-
-// A list of the same version with another content is not believed either: of each version, the line publishes one.
-func TestRevocationsSameVersion(t *testing.T) {
-	ctx, s := t.Context(), newSigner(t)
-	store, m := newLot(t, s, "L1")
-	if err := Revoke(ctx, store, s, m, []kme.IMEI{m.IMEI(3)}, "stolen", time.Now(), nil); err != nil {
-		t.Fatal(err)
-	}
-	r := readerOf(store, s)
-	look := func() {
-		t.Helper()
-		if !listed(t, r, m, m.IMEI(3)) {
-			t.Error("it is not revoked")
-		}
-	}
-	look()
-	put(t, store, RevocationsPath("L1"), must[[]byte](t)(s.Sign(TypeRevocations, &Revocations{Lot: "L1", Version: 2})))
-	look()
-	if len(r.Overdue()) != 1 {
-		t.Error("it was believed")
-	}
-}
-
 // However many revoked devices are looked up, what a reader keeps of why is bounded.
 func TestRevocationsCacheBound(t *testing.T) {
 	const limit, parts = int64(16 << 20), 100
@@ -506,7 +290,7 @@ func TestRevocationsCacheBound(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, published := files.take()
-	r := NewReader(files, NewVerifier(s.Public()), ReaderOptions{CacheBytes: limit})
+	r := NewReader(files, NewVerifier(s.Public()), ReaderOptions{CacheBytes: limit, ReadTimeout: time.Minute})
 	list := must[*Revocations](t)(r.list(t.Context(), m))
 	heap := func() int64 {
 		runtime.GC()

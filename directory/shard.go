@@ -3,17 +3,14 @@ package directory
 import (
 	"bytes"
 	"crypto"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rsa"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"math/big"
 
 	"github.com/go-jose/go-jose/v4"
 
+	"github.com/kmehsm/kmehsm/directory/internal/packed"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -50,7 +47,7 @@ func (k *DeviceKey) UnmarshalJSON(data []byte) error {
 // NewShard makes shard n of a lot. It refuses keys that are not exactly those of the shard's devices, in order, each of
 // the lot's suite and no two the same. pkg is the SHA-256 of their injection package.
 func NewShard(m *Manifest, n int, keys []DeviceKey, pkg []byte) (*Shard, error) {
-	s := &Shard{m.Lot, n, pkg, keys}
+	s := &Shard{Lot: m.Lot, Number: n, Package: pkg, Keys: keys}
 	return s, s.check(m, n)
 }
 
@@ -76,11 +73,11 @@ func (s *Shard) check(m *Manifest, n int) error {
 		if err := m.Suite.CheckDevice(k.Key); err != nil {
 			return fmt.Errorf("IMEI %s: %w", k.IMEI, err)
 		}
-		packed := string(pack(k.Key))
-		if other, twice := seen[packed]; twice {
+		key := string(packed.Key(k.Key))
+		if other, twice := seen[key]; twice {
 			return fmt.Errorf("IMEIs %s and %s have one key", other, k.IMEI)
 		}
-		seen[packed] = k.IMEI
+		seen[key] = k.IMEI
 	}
 	return nil
 }
@@ -98,7 +95,7 @@ func (s *Shard) Equal(o *Shard) bool {
 		return false
 	}
 	for i, k := range s.Keys {
-		if k.IMEI != o.Keys[i].IMEI || string(pack(k.Key)) != string(pack(o.Keys[i].Key)) {
+		if k.IMEI != o.Keys[i].IMEI || !bytes.Equal(packed.Key(k.Key), packed.Key(o.Keys[i].Key)) {
 			return false
 		}
 	}
@@ -106,29 +103,8 @@ func (s *Shard) Equal(o *Shard) bool {
 }
 
 // Fingerprint is the first eight bytes of the SHA-256 of the key: the same for the same key, and for others the same so
-// rarely that who finds two has to look at the keys.
+// rarely that whoever finds two has to look at the keys.
 func (k DeviceKey) Fingerprint() uint64 {
-	sum := sha256.Sum256(pack(k.Key))
+	sum := sha256.Sum256(packed.Key(k.Key))
 	return binary.BigEndian.Uint64(sum[:])
-}
-
-// pack makes the fewest bytes of a device key that CheckDevice has passed: the point without its prefix, or the modulus.
-func pack(key crypto.PublicKey) []byte {
-	switch k := key.(type) {
-	case *ecdsa.PublicKey:
-		if b, err := k.Bytes(); err == nil {
-			return b[1:]
-		}
-	case *rsa.PublicKey:
-		return k.N.Bytes()
-	}
-	return nil
-}
-
-// unpack undoes pack.
-func unpack(suite kme.Suite, packed []byte) (crypto.PublicKey, error) {
-	if suite == kme.SuiteRSA {
-		return &rsa.PublicKey{N: new(big.Int).SetBytes(packed), E: kme.PublicExponent}, nil
-	}
-	return ecdsa.ParseUncompressedPublicKey(elliptic.P256(), append([]byte{4}, packed...))
 }

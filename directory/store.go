@@ -51,7 +51,7 @@ type ConflictError struct {
 
 // NewConflictError compares what a path has with what it was to get.
 func NewConflictError(path string, have, want []byte) *ConflictError {
-	return &ConflictError{path, sha256.Sum256(have), sha256.Sum256(want)}
+	return &ConflictError{Path: path, Have: sha256.Sum256(have), Want: sha256.Sum256(want)}
 }
 
 func (e *ConflictError) Error() string {

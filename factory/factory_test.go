@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/directory/filestore"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 	"github.com/kmehsm/kmehsm/kme"
@@ -52,7 +53,7 @@ func newLine(t *testing.T) (line *Line, dir string, token *hsmkeys.Token) {
 	token = must(hsmkeys.Open(t.Context(), tok.URI))
 	t.Cleanup(func() { token.Close() })
 	dir = t.TempDir()
-	return must(NewLine(token, must(directory.OpenFileStore(dir)))), dir, token
+	return must(NewLine(token, must(filestore.Open(dir)))), dir, token
 }
 
 func spec(t *testing.T, lot string, first, count int) LotSpec {
@@ -118,7 +119,7 @@ func TestFixtures(t *testing.T) {
 		t.Helper()
 		token := must(hsmkeys.Open(ctx, tok.URI))
 		defer token.Close()
-		f(must(NewLine(token, must(directory.OpenFileStore(t.TempDir())))))
+		f(must(NewLine(token, must(filestore.Open(t.TempDir())))))
 	}
 	token := must(hsmkeys.Open(ctx, tok.URI))
 	if _, _, _, err := Init(ctx, token); err != nil {

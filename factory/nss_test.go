@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/directory/filestore"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 	"github.com/kmehsm/kmehsm/kme"
@@ -50,7 +51,7 @@ func TestNSSRefused(t *testing.T) {
 		t.Error("init has made a signing key")
 	}
 	must(token.Dedicate(ctx, hsmkeys.Dedication{Side: hsmkeys.Factory}))
-	store := must(directory.OpenFileStore(t.TempDir()))
+	store := must(filestore.Open(t.TempDir()))
 	line := must(NewLine(signsElsewhere{token, must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))}, store))
 	tac := must(kme.ParseTAC("35209900"))
 	_, err = line.CreateLot(ctx, LotSpec{Lot: "L1", Range: directory.Range{TAC: tac, Count: 4}, Bits: 2048, Suite: kme.SuiteECDSA, ShardSize: 4, Primes: hsmkeys.PrimesAuto})

@@ -18,7 +18,7 @@ type Plaintext struct {
 	RME Secret
 }
 
-// Wipe overwrites both secrets and the signature: who learns a (KME, KME_SIG) can encrypt it again.
+// Wipe overwrites both secrets and the signature: whoever learns a (KME, KME_SIG) can encrypt it again.
 func (p *Plaintext) Wipe() {
 	p.KME.Wipe()
 	p.RME.Wipe()

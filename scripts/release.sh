@@ -65,9 +65,11 @@ component() {
 			scope: "required", licenses: [{license: {id: $licence}}], $purl}}'
 }
 
-# modules PROGRAM: the Go modules in it, PATH@VERSION; none of kme.fdx
+# modules PROGRAM: the Go modules in it, PATH@VERSION; none of kme.fdx. Those of this repository are "(devel)" in it, and
+# have the version of the program.
 modules() {
-	{ go version -m "$1" 2>/dev/null || true; } | awk '$1 == "dep" { print $2 "@" $3 }'
+	{ go version -m "$1" 2>/dev/null || true; } |
+		awk '$1 == "mod" { version = $3 } $1 == "dep" { print $2 "@" ($3 == "(devel)" ? version : $3) }'
 }
 
 # libraries PROGRAM: the C libraries in it. One that is not known here is no release: its licence is to be looked up
@@ -106,6 +108,9 @@ jq -S --slurp --slurpfile c "$sbom/c" --rawfile sums SHA256SUMS --arg time "$tim
 	# What the detector takes for another of the same family, or does not find in the Go distribution.
 	def licensed: if .name == "std" or (.name | startswith("golang.org/x/"))
 		then .licenses = [{license: {id: "BSD-3-Clause"}}] else . end;
+	# The other modules of this repository are of the same commit.
+	def ours($main): if .name | startswith($main.name + "/")
+		then .version = $main.version | .licenses = $main.licenses | .purl |= sub("[?]"; "@\($main.version)?") else . end;
 	($sums | rtrimstr("\n") | split("\n") | map(split("  ") | {name: .[1], sha256: .[0]})) as $programs
 	| .[0].metadata.component as $main
 	| (map({key: (.metadata.component["bom-ref"] | split("cmd/")[1]), value: .}) | from_entries) as $boms
@@ -118,7 +123,7 @@ jq -S --slurp --slurpfile c "$sbom/c" --rawfile sums SHA256SUMS --arg time "$tim
 		components: ([$programs[] | {"bom-ref": .name, type: "application", name, version: $main.version,
 				licenses: $main.licenses, hashes: [{alg: "SHA-256", content: .sha256}],
 				properties: ($boms[.name].metadata.component.properties // [])}]
-			+ (map(.components[] | licensed) + ($c | map(.component)) | unique_by(.["bom-ref"]))),
+			+ (map(.components[] | licensed | ours($main)) + ($c | map(.component)) | unique_by(.["bom-ref"]))),
 		dependencies: ([{ref: "kmehsm", dependsOn: ($programs | map(.name))}]
 			+ [$programs[].name as $p | {ref: $p, dependsOn: ([($boms[$p].components // [])[]["bom-ref"]]
 				+ [$c[] | select(.of == $p).component["bom-ref"]] | unique)}]

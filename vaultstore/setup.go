@@ -34,7 +34,7 @@ func Setup(ctx context.Context, client *api.Client, mount string, dryRun bool) (
 	if !exists && !errors.Is(err, errNoMount) {
 		return nil, err
 	}
-	steps = append(steps, Step{fmt.Sprintf("mount %s, kv version 2", mount), exists})
+	steps = append(steps, Step{What: fmt.Sprintf("mount %s, kv version 2", mount), Done: exists})
 	if !exists && !dryRun {
 		input := &api.MountInput{Type: "kv", Description: "public keys of devices, signed by their manufacturer", Options: map[string]string{"version": "2"}}
 		if err := client.Sys().MountWithContext(ctx, mount, input); err != nil {
@@ -51,7 +51,7 @@ func Setup(ctx context.Context, client *api.Client, mount string, dryRun bool) (
 		if err != nil {
 			return steps, explain(err, "read", "sys/policies/acl/"+name)
 		}
-		steps = append(steps, Step{"policy " + name, have == text})
+		steps = append(steps, Step{What: "policy " + name, Done: have == text})
 		if have == text || dryRun {
 			continue
 		}

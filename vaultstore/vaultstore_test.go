@@ -94,7 +94,8 @@ func TestVaultSealedAndRestarted(t *testing.T) {
 	}
 }
 
-// Who waits for a Vault that is away gets its client at once, and it works when the server is there; who does not, is told.
+// A caller that waits for a Vault that is away gets its client at once, and it works when the server is there; one that
+// does not wait is told.
 func TestVaultConnectWhileAway(t *testing.T) {
 	server := vaulttest.Start(t)
 	server.Mount(t, "kme", "2")
@@ -469,7 +470,7 @@ func TestVaultSetup(t *testing.T) {
 	if n := todo(false); n != 1 {
 		t.Errorf("a changed policy: %d steps", n)
 	}
-	// Whoever has the admin's policy is not who sets up: it may not even look at a policy.
+	// The admin's policy is not for setting up: its holder may not even look at a policy.
 	token, err := root.Auth().Token().Create(&api.TokenCreateRequest{Policies: []string{policies.Name("kme", policies.Admin)}})
 	if err != nil {
 		t.Fatal(err)

@@ -25,6 +25,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/directory/filestore"
 	"github.com/kmehsm/kmehsm/factory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
@@ -56,7 +57,7 @@ func newShop(t *testing.T, devices int) *shop {
 	}
 	token = must(hsmkeys.Open(t.Context(), tok.URI))
 	t.Cleanup(func() { token.Close() })
-	store := must(directory.OpenFileStore(t.TempDir()))
+	store := must(filestore.Open(t.TempDir()))
 	s := &shop{Options: &Options{State: t.TempDir(), Injection: t.TempDir(), Store: store, Verifier: must(directory.ParseVerifier(pem)), Timeout: time.Hour, Log: slog.New(slog.DiscardHandler)}}
 	s.line = must(factory.NewLine(token, store))
 	tac := must(kme.ParseTAC("35209900"))

@@ -10,6 +10,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/directory/filestore"
 	"github.com/kmehsm/kmehsm/vaultstore"
 )
 
@@ -53,7 +54,7 @@ func OpenDirectory(ctx context.Context, name string, login vaultstore.Login, log
 	}
 	kind, where, _ := strings.Cut(name, ":")
 	if kind == "file" {
-		return directory.OpenFileStore(where)
+		return filestore.Open(where)
 	}
 	if err := login.Validate(); err != nil {
 		return nil, Usage(err)

@@ -133,7 +133,7 @@ func New(id ID, data []byte) AVP {
 		id == ErrorMessage, id == ErrorReportingHost:
 		flags = 0
 	}
-	return AVP{id, flags, data}
+	return AVP{ID: id, Flags: flags, Data: data}
 }
 
 // Text makes an AVP of text.

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/directory/filestore"
 	"github.com/kmehsm/kmehsm/factory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/faultmodule"
@@ -65,7 +66,7 @@ func TestKWPByEitherName(t *testing.T) {
 				t.Fatal(err)
 			}
 			token = open(t, tok.URI)
-			store, err := directory.OpenFileStore(t.TempDir())
+			store, err := filestore.Open(t.TempDir())
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -21,6 +21,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/directory/filestore"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
 	"github.com/kmehsm/kmehsm/kme"
@@ -35,7 +36,7 @@ func served(t *testing.T) (service *binding.Service, lot *rsa.PublicKey, imei km
 	store := must[*sqlstore.Store](t)(sqlstore.Open(ctx, sqlstore.InFolder(t.TempDir()), rowKey))
 	t.Cleanup(func() { store.Close() })
 	maker := must[*directory.Signer](t)(directory.NewSigner(must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))))
-	files := must[*directory.FileStore](t)(directory.OpenFileStore(t.TempDir()))
+	files := must[*filestore.Store](t)(filestore.Open(t.TempDir()))
 
 	kek := make([]byte, 32)
 	rand.Read(kek)

@@ -9,6 +9,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/directory/filestore"
 	"github.com/kmehsm/kmehsm/factory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
@@ -130,7 +131,7 @@ func TestWeakFactory(t *testing.T) {
 	}
 	faulty.Tell(t)
 	must[string](t)(first(factory.Init(ctx, token)))
-	store := must[*directory.FileStore](t)(directory.OpenFileStore(t.TempDir()))
+	store := must[*filestore.Store](t)(filestore.Open(t.TempDir()))
 	line := must[*factory.Line](t)(factory.NewLine(token, store))
 	spec := factory.LotSpec{Lot: "L1", Range: directory.Range{TAC: must[kme.TAC](t)(kme.ParseTAC("35209900")), Count: 4}, Bits: 2048, Suite: kme.SuiteECDSA,
 		ShardSize: 4, Primes: hsmkeys.PrimesAuto}

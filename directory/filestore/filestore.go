@@ -1,4 +1,5 @@
-package directory
+// Package filestore keeps a directory in a folder: each object in a file.
+package filestore
 
 import (
 	"bytes"
@@ -16,19 +17,20 @@ import (
 
 	"github.com/google/renameio/v2"
 
+	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/durable"
 )
 
 // temporary marks files that are being written; no path of an object begins so.
 const temporary = ".tmp-"
 
-// A FileStore keeps each object in a file, below a folder.
-type FileStore struct{ dir string }
+// A Store is a directory.Store. Other processes may use the same folder.
+type Store struct{ dir string }
 
-var _ Store = (*FileStore)(nil)
+var _ directory.Store = (*Store)(nil)
 
-// OpenFileStore keeps objects below dir, which is made with the first one.
-func OpenFileStore(dir string) (*FileStore, error) {
+// Open keeps objects below dir, which is made with the first one.
+func Open(dir string) (*Store, error) {
 	abs, err := filepath.Abs(dir)
 	if err != nil {
 		return nil, err
@@ -36,29 +38,38 @@ func OpenFileStore(dir string) (*FileStore, error) {
 	if info, err := os.Stat(abs); err == nil && !info.IsDir() {
 		return nil, fmt.Errorf("%s is a file, not a folder", abs)
 	}
-	return &FileStore{abs}, nil
+	return &Store{abs}, nil
 }
 
-func (s *FileStore) file(path string) (string, error) {
+func (s *Store) file(path string) (string, error) {
 	if !filepath.IsLocal(path) || strings.Contains(path, "/.") {
 		return "", fmt.Errorf("%q is no path of an object", path)
 	}
 	return filepath.Join(s.dir, filepath.FromSlash(path)), nil
 }
 
-// Create writes a temporary file and links it to its name, which fails where there is one, whoever made it.
-func (s *FileStore) Create(ctx context.Context, path string, data []byte) error {
-	if err := cmp.Or(ctx.Err(), CheckSize(path, data)); err != nil {
-		return err
+// place is the file that an object is to be written to, in a folder that is there.
+func (s *Store) place(ctx context.Context, path string, data []byte) (string, error) {
+	if err := cmp.Or(ctx.Err(), directory.CheckSize(path, data)); err != nil {
+		return "", err
 	}
 	file, err := s.file(path)
+	if err != nil {
+		return "", err
+	}
+	if err := durable.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+		return "", cannotWrite(path, err)
+	}
+	return file, nil
+}
+
+// Create writes a temporary file and links it to its name, which fails where there is one, whoever made it.
+func (s *Store) Create(ctx context.Context, path string, data []byte) error {
+	file, err := s.place(ctx, path, data)
 	if err != nil {
 		return err
 	}
 	dir := filepath.Dir(file)
-	if err := durable.MkdirAll(dir, 0o755); err != nil {
-		return cannotWrite(path, err)
-	}
 	tmp, err := os.CreateTemp(dir, temporary)
 	if err != nil {
 		return cannotWrite(path, err)
@@ -77,7 +88,7 @@ func (s *FileStore) Create(ctx context.Context, path string, data []byte) error 
 			return err
 		}
 		if !bytes.Equal(have, data) {
-			return NewConflictError(path, have, data)
+			return directory.NewConflictError(path, have, data)
 		}
 	} else if err != nil {
 		return cannotWrite(path, err)
@@ -86,7 +97,7 @@ func (s *FileStore) Create(ctx context.Context, path string, data []byte) error 
 	return durable.SyncDir(dir)
 }
 
-func (s *FileStore) Read(ctx context.Context, path string) (data []byte, version string, err error) {
+func (s *Store) Read(ctx context.Context, path string) (data []byte, version string, err error) {
 	if err := ctx.Err(); err != nil {
 		return nil, "", err
 	}
@@ -97,10 +108,10 @@ func (s *FileStore) Read(ctx context.Context, path string) (data []byte, version
 	info, err := os.Stat(file)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return nil, "", fmt.Errorf("%s: %w", path, ErrNotFound)
+		return nil, "", fmt.Errorf("%s: %w", path, directory.ErrNotFound)
 	case err != nil:
 		return nil, "", fmt.Errorf("%s cannot be read: %w", path, err)
-	case info.Size() > MaxObject || !info.Mode().IsRegular():
+	case info.Size() > directory.MaxObject || !info.Mode().IsRegular():
 		return nil, "", fmt.Errorf("%s cannot be read: it is larger than any object, or no file", path)
 	}
 	if data, err = os.ReadFile(file); err != nil {
@@ -111,18 +122,12 @@ func (s *FileStore) Read(ctx context.Context, path string) (data []byte, version
 }
 
 // Update compares and replaces under a lock on the object's folder, which other processes take too.
-func (s *FileStore) Update(ctx context.Context, path string, data []byte, version string) error {
-	if err := CheckSize(path, data); err != nil {
-		return err
-	}
-	file, err := s.file(path)
+func (s *Store) Update(ctx context.Context, path string, data []byte, version string) error {
+	file, err := s.place(ctx, path, data)
 	if err != nil {
 		return err
 	}
 	dir := filepath.Dir(file)
-	if err := durable.MkdirAll(dir, 0o755); err != nil {
-		return cannotWrite(path, err)
-	}
 	lock, err := os.Open(dir)
 	if err != nil {
 		return cannotWrite(path, err)
@@ -132,11 +137,11 @@ func (s *FileStore) Update(ctx context.Context, path string, data []byte, versio
 		return cannotWrite(path, err)
 	}
 	_, now, err := s.Read(ctx, path)
-	if err != nil && !errors.Is(err, ErrNotFound) {
+	if err != nil && !errors.Is(err, directory.ErrNotFound) {
 		return err
 	}
 	if now != version {
-		return fmt.Errorf("%s: %w", path, ErrChanged)
+		return fmt.Errorf("%s: %w", path, directory.ErrChanged)
 	}
 	if err := renameio.WriteFile(file, data, 0o644, renameio.WithTempDir(dir)); err != nil {
 		return cannotWrite(path, err)
@@ -144,7 +149,7 @@ func (s *FileStore) Update(ctx context.Context, path string, data []byte, versio
 	return durable.SyncDir(dir)
 }
 
-func (s *FileStore) List(ctx context.Context, path string) ([]string, error) {
+func (s *Store) List(ctx context.Context, path string) ([]string, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}

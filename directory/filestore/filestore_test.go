@@ -1,4 +1,4 @@
-package directory_test
+package filestore_test
 
 import (
 	"errors"
@@ -8,26 +8,27 @@ import (
 	"testing"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/directory/filestore"
 	"github.com/kmehsm/kmehsm/directory/storetest"
 )
 
-func openStore(t *testing.T, dir string) *directory.FileStore {
+func openStore(t *testing.T, dir string) *filestore.Store {
 	t.Helper()
-	s, err := directory.OpenFileStore(dir)
+	s, err := filestore.Open(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return s
 }
 
-func TestFileStore(t *testing.T) {
+func TestStore(t *testing.T) {
 	storetest.Run(t, func(t *testing.T) (directory.Store, directory.Store) {
 		dir := t.TempDir()
 		return openStore(t, dir), openStore(t, dir)
 	})
 }
 
-func TestFileStorePaths(t *testing.T) {
+func TestPaths(t *testing.T) {
 	dir := t.TempDir()
 	s := openStore(t, filepath.Join(dir, "inside"))
 	for _, path := range []string{"../x", "lots/../../x", "/etc/passwd", "", "lots/.tmp-x", "lots/./x", ".hidden/../../x"} {
@@ -43,7 +44,7 @@ func TestFileStorePaths(t *testing.T) {
 	}
 }
 
-func TestFileStoreFolder(t *testing.T) {
+func TestFolder(t *testing.T) {
 	dir := t.TempDir()
 	s := openStore(t, dir)
 	if err := s.Create(t.Context(), "lots/L1/manifest", []byte("x")); err != nil {
@@ -69,7 +70,7 @@ func TestFileStoreFolder(t *testing.T) {
 	if _, _, err := s.Read(t.Context(), "large"); err == nil || !strings.Contains(err.Error(), "larger") {
 		t.Errorf("a file of 5 MiB was read: %v", err)
 	}
-	if _, err := directory.OpenFileStore(filepath.Join(dir, "large")); err == nil {
+	if _, err := filestore.Open(filepath.Join(dir, "large")); err == nil {
 		t.Error("a file was opened as a store")
 	}
 	blocked := openStore(t, filepath.Join(dir, "large", "below"))

@@ -1,17 +1,19 @@
-package kme
+package memscan_test
 
 import (
-	"bytes"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/subtle"
 	"math/big"
 	"slices"
 	"testing"
 
 	"github.com/kmehsm/kmehsm/internal/memscan"
+	"github.com/kmehsm/kmehsm/kme"
 )
 
 // What a payload holds stands nowhere in memory any more when it has been made, or taken apart, and wiped: neither KME
@@ -30,10 +32,10 @@ func TestSecretsAreWiped(t *testing.T) {
 		t.Fatal(err)
 	}
 	memory := memscan.Of(t)
-	about := Context{Lot: "L1"}
-	for _, suite := range Suites {
-		device := map[bool]crypto.Signer{true: rsa2048, false: p256}[suite == SuiteRSA]
-		p := &Plaintext{KME: RandomSecret(), RME: RandomSecret()}
+	about := kme.Context{Lot: "L1"}
+	for _, suite := range kme.Suites {
+		device := map[bool]crypto.Signer{true: rsa2048, false: p256}[suite == kme.SuiteRSA]
+		p := &kme.Plaintext{KME: kme.RandomSecret(), RME: kme.RandomSecret()}
 		needles := []memscan.Needle{memory.Take(p.KME.Bytes()), memory.Take(p.RME.Bytes())}
 		for _, n := range needles[:2] {
 			n = memory.Take(n)
@@ -58,12 +60,12 @@ func TestSecretsAreWiped(t *testing.T) {
 		}
 		left("encrypted", 1, 1, 0, 0)
 		var raw []byte // as the token gives it; math/big leaves copies of a plaintext that is not masked
-		if suite == SuiteBound {
+		if suite == kme.SuiteBound {
 			raw = new(big.Int).Exp(new(big.Int).SetBytes(payload), lot.D, lot.N).FillBytes(make([]byte, 384))
-			padded := bytes.Clone(raw)
-			unpadOAEP(padded, suite.PlaintextSize())
-			seed := memory.Take(padded[1:33])
-			clear(padded)
+			mask := sha256.Sum256(slices.Concat(raw[33:], make([]byte, 4))) // MGF1's first block (RFC 8017 appendix B.2.1)
+			subtle.XORBytes(mask[:], mask[:], raw[1:33])
+			seed := memory.Take(mask[:])
+			clear(mask[:])
 			defer func() {
 				if found := memory.Find([]memscan.Needle{seed}); found[0] != 0 {
 					t.Errorf("%s: the seed stands at %v places", suite, found)

@@ -1,0 +1,344 @@
+package api_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/kmehsm/kmehsm/api"
+	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore"
+	"github.com/kmehsm/kmehsm/client"
+	"github.com/kmehsm/kmehsm/internal/testproc"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// serve serves a service with a real store and no token on a socket; before may answer in its place. (mesim attaches through this client to all
+// of it, in the scripts of package cmd.)
+func serve(before func(w http.ResponseWriter, r *http.Request) (answered bool)) (url string, close func(), err error) {
+	dir, err := os.MkdirTemp("", "client-")
+	if err != nil {
+		return "", nil, err
+	}
+	store, err := sqlstore.Open(context.Background(), sqlstore.InFolder(dir), kme.RandomSecret())
+	if err != nil {
+		return "", nil, err
+	}
+	own := os.Getuid()
+	known, err := api.NewClients([]api.Client{{Name: "test", UID: &own, Roles: []api.Role{api.RoleHSS, api.RoleAdmin}, PLMNs: []string{"00101"}}})
+	if err != nil {
+		return "", nil, err
+	}
+	service := binding.NewService(nil, store, new(binding.Lots), binding.DefaultTimes(), slog.New(slog.DiscardHandler))
+	handler := api.NewHandler(api.Options{Service: service, Clients: known,
+		Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(), Ready: func(context.Context) ([]string, error) { return nil, nil }})
+	path := filepath.Join(dir, "s")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return "", nil, err
+	}
+	protocols := new(http.Protocols)
+	protocols.SetUnencryptedHTTP2(true)
+	server := &http.Server{Protocols: protocols, ConnContext: api.ConnContext, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if before == nil || !before(w, r) {
+			handler.ServeHTTP(w, r)
+		}
+	})}
+	go server.Serve(l)
+	return "unix:" + path, func() { server.Close(); store.Close(); os.RemoveAll(dir) }, nil
+}
+
+// An HSS asks for a vector, and finds that the subscription has no KME yet.
+func Example() {
+	url, stop, err := serve(nil)
+	if err != nil {
+		panic(err)
+	}
+	defer stop()
+
+	c, err := client.New(client.Options{URL: url}) // or https://HOST:PORT, with TLS
+	if err != nil {
+		panic(err)
+	}
+	defer c.Close()
+	imsi, err := kme.ParseIMSI("001010123456789")
+	if err != nil {
+		panic(err)
+	}
+	vector, err := c.PrepareVector(context.Background(), imsi, client.Origin{}, client.RAND{1, 2, 3})
+	if err != nil {
+		panic(err)
+	}
+	fmt.Println("provisioning only:", vector.AttemptID != "")
+
+	imei, err := kme.ParseIMEI("35209900000001")
+	if err != nil {
+		panic(err)
+	}
+	_, err = c.EstablishKME(context.Background(), imsi, client.Origin{}, imei, vector.AttemptID, make([]byte, 256))
+	fmt.Println("a device of no lot:", errors.Is(err, client.Reason(kme.UnknownDevice)))
+	// Output:
+	// provisioning only: true
+	// a device of no lot: true
+}
+
+func open(t *testing.T, o client.Options, before func(http.ResponseWriter, *http.Request) bool) *client.Client {
+	t.Helper()
+	url, stop, err := serve(before)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(stop)
+	o.URL = url
+	c, err := client.New(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.Close)
+	return c
+}
+
+func imsi(t *testing.T, s string) kme.IMSI {
+	t.Helper()
+	i, err := kme.ParseIMSI(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return i
+}
+
+func TestCalls(t *testing.T) {
+	c := open(t, client.Options{}, nil)
+	ctx, one := t.Context(), imsi(t, "001010123456789")
+	is := func(err error, reason kme.Reason) {
+		t.Helper()
+		if !errors.Is(err, client.Reason(reason)) || errors.Is(err, client.Reason("OTHER")) {
+			t.Errorf("%v, want %s", err, reason)
+		}
+	}
+	_, err := c.GetBinding(ctx, one)
+	is(err, kme.NotBound)
+	_, err = c.RestoreRAND(ctx, one, client.Origin{}, client.RAND{})
+	is(err, kme.NotBound)
+	_, err = c.RevokeBinding(ctx, one)
+	is(err, kme.NotBound)
+	report, err := c.ReportAuthentication(ctx, one, client.Origin{}, true)
+	is(err, kme.NotBound)
+	if report != (client.Report{}) {
+		t.Error(report)
+	}
+	_, err = c.PrepareVector(ctx, imsi(t, "001020123456789"), client.Origin{}, client.RAND{})
+	is(err, kme.CallerNotAllowed)
+	opened, err := c.OpenProvisioning(ctx, one, time.Minute)
+	if err != nil || opened.AttemptId == "" || time.Until(opened.ExpiresAt.AsTime()) < 50*time.Second {
+		t.Errorf("%v, %v", opened, err)
+	}
+	rand := client.RAND{9: 9}
+	if v, err := c.PrepareVector(ctx, one, client.Origin{}, rand); err != nil || v.RANDs[0] != rand ||
+		v.AttemptID != opened.AttemptId {
+		t.Errorf("%+v, %v", v, err)
+	}
+}
+
+// Calls are made again where that is safe, and only then.
+func TestRetries(t *testing.T) {
+	unavailable := `{"code":"unavailable","message":"m"}`
+	for _, c := range []struct {
+		name  string
+		call  func(ctx context.Context, c *client.Client, i kme.IMSI) error
+		times int64
+	}{
+		{"PrepareVector", func(ctx context.Context, c *client.Client, i kme.IMSI) error {
+			_, err := c.PrepareVector(ctx, i, client.Origin{}, client.RAND{})
+			return err
+		}, 3},
+		{"report ok", func(ctx context.Context, c *client.Client, i kme.IMSI) error {
+			_, err := c.ReportAuthentication(ctx, i, client.Origin{}, true)
+			return err
+		}, 3},
+		{"report not ok", func(ctx context.Context, c *client.Client, i kme.IMSI) error {
+			_, err := c.ReportAuthentication(ctx, i, client.Origin{}, false)
+			return err
+		}, 1},
+		{"OpenProvisioning", func(ctx context.Context, c *client.Client, i kme.IMSI) error {
+			_, err := c.OpenProvisioning(ctx, i, time.Minute)
+			return err
+		}, 1},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			var n atomic.Int64
+			client := open(t, client.Options{}, func(w http.ResponseWriter, _ *http.Request) bool {
+				n.Add(1)
+				w.Header().Set("Content-Type", "application/json")
+				w.WriteHeader(http.StatusServiceUnavailable)
+				w.Write([]byte(unavailable))
+				return true
+			})
+			if err := c.call(t.Context(), client, imsi(t, "001010123456789")); err == nil || n.Load() != c.times {
+				t.Errorf("%v after %d calls, want %d", err, n.Load(), c.times)
+			}
+		})
+	}
+	// The third try is answered.
+	var n atomic.Int64
+	c := open(t, client.Options{}, func(w http.ResponseWriter, _ *http.Request) bool {
+		if n.Add(1) == 3 {
+			return false
+		}
+		w.WriteHeader(http.StatusServiceUnavailable)
+		return true
+	})
+	if v, err := c.PrepareVector(t.Context(), imsi(t, "001010123456789"), client.Origin{}, client.RAND{}); err != nil ||
+		v.AttemptID == "" {
+		t.Errorf("%+v, %v", v, err)
+	}
+	// No call is longer than its time-out, nor than its context's deadline, and the service learns of it.
+	deadline := make(chan string, 8)
+	c = open(t, client.Options{Timeout: 200 * time.Millisecond}, func(_ http.ResponseWriter, r *http.Request) bool {
+		deadline <- r.Header.Get("Connect-Timeout-Ms")
+		<-r.Context().Done()
+		return true
+	})
+	_, err := c.GetBinding(t.Context(), imsi(t, "001010123456789"))
+	ms, nerr := strconv.Atoi(<-deadline)
+	if connect.CodeOf(err) != connect.CodeDeadlineExceeded || nerr != nil || ms > 200 {
+		t.Errorf("%v; the service was given %d ms", err, ms)
+	}
+}
+
+// EstablishKMEs of calls that come together: each caller has its own answer, and there are fewer requests than calls.
+func TestTogether(t *testing.T) {
+	const n = 50
+	var requests, alone atomic.Int64
+	hold := make(chan struct{})
+	c := open(t, client.Options{Timeout: 2 * testproc.Patience}, func(_ http.ResponseWriter, r *http.Request) bool {
+		requests.Add(1)
+		if strings.HasSuffix(r.URL.Path, "/EstablishKME") {
+			alone.Add(1)
+		}
+		<-hold
+		return false
+	})
+	var all, begun sync.WaitGroup
+	begun.Add(n)
+	for i := range n {
+		all.Go(func() {
+			want, mine := kme.NoAttempt, fmt.Sprintf("0010101234567%02d", i)
+			if i%5 == 4 {
+				want, mine = kme.CallerNotAllowed, fmt.Sprintf("0010201234567%02d", i)
+			}
+			imei, err := kme.ParseIMEI("35209900000001")
+			if err != nil {
+				t.Error(err)
+			}
+			begun.Done()
+			if _, err := c.EstablishKME(t.Context(), imsi(t, mine), client.Origin{}, imei, "none", make([]byte, 256)); !errors.Is(err, client.Reason(want)) {
+				t.Errorf("%s: %v, want %s", mine, err, want)
+			}
+		})
+	}
+	begun.Wait()
+	time.Sleep(50 * time.Millisecond) // they come together
+	close(hold)
+	all.Wait()
+	if r := requests.Load(); r >= n || r < n/kmev1.MaxCalls {
+		t.Errorf("%d requests, %d of them of one call, for %d calls", r, alone.Load(), n)
+	}
+	// A caller who has gone waits for nobody.
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	hold = make(chan struct{})
+	defer close(hold)
+	start := time.Now()
+	for range 20 {
+		all.Go(func() {
+			_, err := c.EstablishKME(ctx, imsi(t, "001010123456789"), client.Origin{}, kme.IMEI{}, "none", nil)
+			if err == nil || time.Since(start) > testproc.Patience {
+				t.Errorf("%v after %s", err, time.Since(start))
+			}
+		})
+	}
+	all.Wait()
+}
+
+// A service that ends without all results, names calls that there are not, and has an outcome that this client does not know.
+func TestResultsMissing(t *testing.T) {
+	c := open(t, client.Options{Tries: 1}, func(w http.ResponseWriter, r *http.Request) bool {
+		if !strings.HasSuffix(r.URL.Path, "/EstablishKMEs") {
+			return false
+		}
+		w.Header().Set("Content-Type", "application/connect+proto")
+		message, err := proto.Marshal(&kmev1.EstablishKMEsResponse{Results: []*kmev1.EstablishKMEsResponse_Result{{Call: 99}, {Call: -1}, {Call: 0}}})
+		if err != nil {
+			t.Error(err)
+		}
+		w.Write(append([]byte{0, 0, 0, 0, byte(len(message))}, message...))
+		w.Write([]byte("\x02\x00\x00\x00\x02{}"))
+		return true
+	})
+	var all sync.WaitGroup
+	var missing atomic.Int64
+	for range 40 {
+		all.Go(func() {
+			_, err := c.EstablishKME(t.Context(), imsi(t, "001010123456789"), client.Origin{}, kme.IMEI{}, "none", nil)
+			switch {
+			case err == nil:
+				t.Error("there is an answer")
+			case connect.CodeOf(err) == connect.CodeUnavailable && strings.Contains(err.Error(), "without a result"):
+				missing.Add(1)
+			case !errors.Is(err, client.Reason(kme.Malformed)): // it was asked alone
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+	if missing.Load() == 0 {
+		t.Error("no call was told that it has no result")
+	}
+}
+
+// A request that is refused as a whole is the refusal of each call in it.
+func TestRefusedTogether(t *testing.T) {
+	c := open(t, client.Options{Tries: 1}, func(w http.ResponseWriter, r *http.Request) bool {
+		if !strings.HasSuffix(r.URL.Path, "/EstablishKMEs") {
+			return false
+		}
+		w.Header().Set("Content-Type", "application/connect+proto")
+		w.Header().Set("Kme-Reason", "OVERLOADED")
+		end := `{"error":{"code":"resource_exhausted","message":"later"}}`
+		w.Write(append([]byte{2, 0, 0, 0, byte(len(end))}, end...))
+		return true
+	})
+	var all sync.WaitGroup
+	var refused atomic.Int64
+	for range 40 {
+		all.Go(func() {
+			_, err := c.EstablishKME(t.Context(), imsi(t, "001010123456789"), client.Origin{}, kme.IMEI{}, "none", nil)
+			if errors.Is(err, client.Reason(kme.Overloaded)) && strings.Contains(err.Error(), "later") {
+				refused.Add(1)
+			} else if !errors.Is(err, client.Reason(kme.Malformed)) { // it was asked alone
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+	if refused.Load() == 0 {
+		t.Error("no calls came together")
+	}
+}

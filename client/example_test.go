@@ -1,0 +1,72 @@
+package client_test
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+
+	"connectrpc.com/connect"
+
+	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
+	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
+	"github.com/kmehsm/kmehsm/client"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// A service knows one subscription, which is not bound yet, and accepts no device.
+type service struct {
+	kmev1connect.UnimplementedKeyServiceHandler
+}
+
+func (service) PrepareVector(_ context.Context, q *connect.Request[kmev1.PrepareVectorRequest]) (
+	*connect.Response[kmev1.PrepareVectorResponse], error) {
+	return connect.NewResponse(&kmev1.PrepareVectorResponse{Rands: q.Msg.Rands, AttemptId: "a1"}), nil
+}
+
+func (service) EstablishKME(context.Context, *connect.Request[kmev1.EstablishKMERequest]) (
+	*connect.Response[kmev1.EstablishKMEResponse], error) {
+	refusal := connect.NewError(connect.CodePermissionDenied, errors.New("the payload is not accepted"))
+	refusal.Meta().Set(kme.ReasonHeader, string(kme.KMERejected))
+	return nil, refusal
+}
+
+// An HSS asks for a vector, learns that the subscription has no KME, and gives the service what the device has sent.
+func Example() {
+	_, handler := kmev1connect.NewKeyServiceHandler(service{}) // keysvc, elsewhere
+	server := httptest.NewUnstartedServer(handler)
+	server.EnableHTTP2 = true
+	server.StartTLS()
+	defer server.Close()
+	trust := server.Client().Transport.(*http.Transport).TLSClientConfig.RootCAs
+
+	c, err := client.New(client.Options{
+		URL: server.URL,                                                         // https://HOST:PORT
+		TLS: &tls.Config{RootCAs: trust, Certificates: server.TLS.Certificates}, // its CA, and the HSS's own certificate
+	})
+	if err != nil {
+		panic(err)
+	}
+	defer c.Close()
+	ctx, mme := context.Background(), client.Origin{}
+	imsi, err := kme.ParseIMSI("001010123456789")
+	if err != nil {
+		panic(err)
+	}
+	imei, err := kme.ParseIMEI("35209900000001")
+	if err != nil {
+		panic(err)
+	}
+
+	vector, err := c.PrepareVector(ctx, imsi, mme, client.RAND{1, 2, 3})
+	fmt.Println("let the device in for provisioning only:", vector.AttemptID != "", err)
+	_, err = c.EstablishKME(ctx, imsi, mme, imei, vector.AttemptID, make([]byte, 256))
+	fmt.Println("refuse the device:", errors.Is(err, client.Reason(kme.KMERejected)))
+	fmt.Println(err)
+	// Output:
+	// let the device in for provisioning only: true <nil>
+	// refuse the device: true
+	// KME_REJECTED: the payload is not accepted
+}

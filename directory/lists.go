@@ -1,0 +1,356 @@
+package directory
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/kmehsm/kmehsm/directory/internal/flight"
+	"github.com/kmehsm/kmehsm/internal/panics"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// A Memory keeps the mark of the last list of revoked devices of each lot, durably. Other processes may share it. A copy
+// of the list itself serves after a restart, should the directory show none or an earlier one; it is as good as its mark.
+type Memory interface {
+	Last(ctx context.Context, lot string) (mark ListMark, found bool, err error)
+	Note(ctx context.Context, lot string, mark ListMark) error
+	Keep(lot string, jws []byte) error
+	Kept(lot string) (jws []byte, err error)
+}
+
+// A ListMark says which list of revoked devices one is: of each version, a manufacturer publishes one.
+type ListMark struct {
+	Version int    `json:"version"`
+	SHA256  Base64 `json:"sha256"` // of its JWS
+}
+
+// A Why is what is wrong with a list of revoked devices.
+type Why string
+
+const (
+	Failed   Why = "failed"   // the store cannot be read
+	Refused  Why = "refused"  // it is not the manufacturer's, or not a list of this lot
+	Rollback Why = "rollback" // it is not the last one that was there
+	Withheld Why = "withheld" // it is not there, and every lot has one
+	Late     Why = "overdue"  // it is past its next_update
+)
+
+// An Overdue is a list of revoked devices that should have been replaced by now.
+type Overdue struct {
+	Lot   string
+	Why   Why
+	Since time.Time // when the list that serves on was read; zero if there is none
+	Cause error     // of the last try
+}
+
+func overdueFor(lot string, since time.Time, cause error) Overdue {
+	o := Overdue{Lot: lot, Why: Failed, Since: since, Cause: cause}
+	var refused *RefusedError
+	switch {
+	case errors.As(cause, new(*lateError)):
+		o.Why = Late
+	case errors.Is(cause, ErrNotFound):
+		o.Why = Withheld
+	case errors.As(cause, &refused):
+		if o.Why = Refused; refused.Rollback {
+			o.Why = Rollback
+		}
+	}
+	return o
+}
+
+type lateError struct{ error }
+
+// A revocationList is the last list that was read and believed, and what came of the last try to read it again: a
+// try that fails does not make it younger.
+type revocationList struct {
+	list    *Revocations      // nil if none was read yet; it does not change
+	sum     [sha256.Size]byte // of its JWS
+	noted   bool              // the Memory has it
+	fetched time.Time
+	tried   time.Time
+	err     error // of the last try, or that the list is late
+}
+
+// Follow has the lists of revoked devices of these lots, and of no others, read now and every RevocationTTL, in the
+// background: no lookup waits for that of a list that is there. It is in the place of an earlier Follow, and goes on
+// until the next one; without lots it ends.
+func (r *Reader) Follow(lots []*Manifest) {
+	ctx, cancel := context.WithCancel(context.Background())
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.unfollow != nil {
+		r.unfollow()
+	}
+	r.unfollow, r.followed = cancel, map[string]bool{}
+	for _, m := range lots {
+		r.followed[m.Lot] = true
+	}
+	if len(lots) > 0 {
+		go r.follow(ctx, lots)
+	}
+}
+
+func (r *Reader) follow(ctx context.Context, lots []*Manifest) {
+	for {
+		var all errgroup.Group
+		all.SetLimit(8)
+		for _, m := range lots {
+			all.Go(func() error {
+				if ctx.Err() == nil {
+					r.Refresh(ctx, m) // what comes of it is told to Overdue
+				}
+				return nil
+			})
+		}
+		all.Wait()
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(r.o.RevocationTTL):
+		}
+	}
+}
+
+// Refresh reads a lot's list of revoked devices again, for ReadTimeout at most. If it fails, the last list stands, and
+// is overdue.
+func (r *Reader) Refresh(ctx context.Context, m *Manifest) error {
+	return r.refresh(ctx, m, time.Now())
+}
+
+// refresh is Refresh, unless the list was read after asked.
+func (r *Reader) refresh(ctx context.Context, m *Manifest, asked time.Time) error {
+	short, cancel := context.WithTimeout(ctx, r.o.ReadTimeout)
+	defer cancel()
+	_, err := r.load(short, m, asked)
+	if ctx.Err() != nil {
+		return ctx.Err() // nobody asks any more
+	}
+	known, _ := r.known(m.Lot)
+	var kept revocationList
+	if err != nil && known.list == nil {
+		kept = r.recall(ctx, m)
+	}
+	r.mu.Lock()
+	known = r.revocations[m.Lot]
+	if err == nil {
+		err = known.err // it was taken, and is late
+	} else {
+		if known.list == nil {
+			known = kept
+		}
+		known.tried, known.err = time.Now(), err
+		r.revocations[m.Lot] = known
+	}
+	r.mu.Unlock()
+	if err != nil && r.o.Overdue != nil {
+		r.o.Overdue(overdueFor(m.Lot, known.fetched, err))
+	}
+	return err
+}
+
+// known is the last list of a lot, and whether Follow has the lot.
+func (r *Reader) known(lot string) (list revocationList, followed bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.revocations[lot], r.followed[lot]
+}
+
+// recall is the list that was believed last before a restart, if there is a copy; as old as its manufacturer says.
+func (r *Reader) recall(ctx context.Context, m *Manifest) (kept revocationList) {
+	if r.o.Memory == nil {
+		return kept
+	}
+	mark, found, err := r.o.Memory.Last(ctx, m.Lot)
+	if err != nil || !found {
+		return kept
+	}
+	jws, err := r.o.Memory.Kept(m.Lot)
+	sum := sha256.Sum256(jws)
+	if err != nil || !bytes.Equal(sum[:], mark.SHA256) {
+		return kept
+	}
+	if list, err := parseRevocations(r.verifier, m, jws); err == nil {
+		kept = revocationList{list: list, sum: sum, noted: true, fetched: list.ThisUpdate}
+	}
+	return kept
+}
+
+// inMemory is the list that may be used unasked; nil if there is none. That of a lot that nobody follows is read again
+// when RevocationTTL has passed.
+func (r *Reader) inMemory(lot string) (*Revocations, error) {
+	known, followed := r.known(lot)
+	if known.list == nil || !followed && time.Since(known.tried) >= r.o.RevocationTTL {
+		return nil, nil
+	}
+	return known.list, r.tooOld(lot, known)
+}
+
+// tooOld refuses to say anything by a list of before MaxAge.
+func (r *Reader) tooOld(lot string, known revocationList) error {
+	now := time.Now()
+	switch {
+	case r.o.MaxAge == 0:
+		return nil
+	case known.list == nil:
+		return fmt.Errorf("the list of revoked devices of lot %s was not read yet, and max_revocation_age is %s",
+			lot, r.o.MaxAge)
+	case now.Sub(known.fetched) > r.o.MaxAge || now.Sub(known.list.NextUpdate) > r.o.MaxAge:
+		return fmt.Errorf("the list of revoked devices of lot %s was read %s and was good until %s, and "+
+			"max_revocation_age is %s", lot, known.fetched.UTC().Format(time.RFC3339),
+			known.list.NextUpdate.Format(time.RFC3339), r.o.MaxAge)
+	}
+	return nil
+}
+
+// list gives a lot's list of revoked devices. The caller waits if there is none yet, or if nobody follows the lot and
+// RevocationTTL has passed; if the store is away then, or its list is refused, the last one stands.
+func (r *Reader) list(ctx context.Context, m *Manifest) (*Revocations, error) {
+	asked := time.Now()
+	if list, err := r.inMemory(m.Lot); list != nil {
+		return list, err
+	}
+	if _, followed := r.known(m.Lot); followed {
+		if list, err := r.load(ctx, m, asked); err != nil {
+			return list, err
+		}
+	} else if err := r.refresh(ctx, m, asked); ctx.Err() != nil {
+		return nil, err
+	}
+	known, _ := r.known(m.Lot)
+	if known.list == nil {
+		return nil, known.err
+	}
+	return known.list, r.tooOld(m.Lot, known)
+}
+
+// load reads a lot's list, and puts it in the place of the last one; unless an earlier flight has landed since the
+// caller asked.
+func (r *Reader) load(ctx context.Context, m *Manifest, asked time.Time) (*Revocations, error) {
+	return flight.Do(ctx, &r.flights, RevocationsPath(m.Lot), func(ctx context.Context) (*Revocations, error) {
+		last, _ := r.known(m.Lot)
+		if last.list != nil && last.fetched.After(asked) {
+			return last.list, nil
+		}
+		next, err := r.nextList(ctx, m, last)
+		if err != nil {
+			return nil, err
+		}
+		r.mu.Lock()
+		r.revocations[m.Lot] = next
+		r.mu.Unlock()
+		return next.list, nil
+	})
+}
+
+// nextList reads a lot's list, which must be the last one or one that came after it.
+func (r *Reader) nextList(ctx context.Context, m *Manifest, last revocationList) (next revocationList, err error) {
+	defer panics.Recover(&err) // whatever comes from the store, the last list stands
+	path := RevocationsPath(m.Lot)
+	jws, _, err := r.store.Read(ctx, path)
+	if err != nil {
+		return next, err
+	}
+	now := time.Now()
+	next = revocationList{sum: sha256.Sum256(jws), fetched: now, tried: now}
+	if last.list != nil && next.sum == last.sum {
+		next.list, next.noted = last.list, last.noted
+	} else if next.list, err = parseRevocations(r.verifier, m, jws); err != nil {
+		return next, err
+	}
+	mark := ListMark{Version: next.list.Version, SHA256: next.sum[:]}
+	if was := last.list; was != nil {
+		if err := mark.follows(path, ListMark{Version: was.Version, SHA256: last.sum[:]}); err != nil {
+			return next, err
+		}
+		if was.Whole != nil && next.list.Whole == nil {
+			return next, rolledBack(path, "it does not revoke the whole lot, as version %d does, which is for good: "+askWhy,
+				was.Version)
+		}
+	}
+	if !next.noted && r.o.Memory != nil {
+		err := r.remember(ctx, m.Lot, path, mark)
+		if errors.As(err, new(*RefusedError)) || err != nil && last.list == nil {
+			return next, err
+		}
+		if err == nil {
+			err = r.o.Memory.Keep(m.Lot, jws)
+		}
+		// A later list is better than the last one, also if the memory is away.
+		if next.noted = err == nil; err != nil {
+			next.err = fmt.Errorf("the list was taken, and would be forgotten at a restart: %w", err)
+		}
+	}
+	if late := next.list.Overdue(now); next.err == nil && late != nil {
+		next.err = &lateError{late}
+	}
+	return next, nil
+}
+
+// follows refuses a list that came before last, or another of the same version.
+func (l ListMark) follows(path string, last ListMark) error {
+	if l.Version < last.Version || l.Version == last.Version && !bytes.Equal(l.SHA256, last.SHA256) {
+		return rolledBack(path, "it has version %d, and version %d, another one, was there before: "+askWhy,
+			l.Version, last.Version)
+	}
+	return nil
+}
+
+func rolledBack(object, format string, args ...any) error {
+	return &RefusedError{Object: object, Reason: fmt.Sprintf(format, args...), Rollback: true}
+}
+
+// remember notes a list, unless it is the one that was noted last. Where another process has noted a later one, also
+// at the same time, it is refused.
+func (r *Reader) remember(ctx context.Context, lot, path string, mark ListMark) error {
+	for tries := 0; ; tries++ {
+		last, found, err := r.o.Memory.Last(ctx, lot)
+		if err != nil {
+			return err
+		}
+		if found {
+			if err := mark.follows(path, last); err != nil || mark.Version == last.Version {
+				return err
+			}
+		}
+		if tries == 3 {
+			return errors.New("what was noted of it is not there")
+		}
+		if err := r.o.Memory.Note(ctx, lot, mark); err != nil {
+			return err
+		}
+	}
+}
+
+// Overdue gives the lists of revoked devices whose last try to read them has failed, or that are late.
+func (r *Reader) Overdue() []Overdue {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var all []Overdue
+	for lot, known := range r.revocations {
+		if known.err != nil {
+			all = append(all, overdueFor(lot, known.fetched, known.err))
+		}
+	}
+	slices.SortFunc(all, func(a, b Overdue) int { return strings.Compare(a.Lot, b.Lot) })
+	return all
+}
+
+// Revoked says whether a device of a lot is revoked, by the list in memory: it waits for nobody. Where there is none,
+// nobody is known to be revoked, unless MaxAge is set: then that is an error, as is a list that is too old.
+func (r *Reader) Revoked(m *Manifest, imei kme.IMEI) (bool, error) {
+	known, _ := r.known(m.Lot)
+	if err := r.tooOld(m.Lot, known); err != nil || known.list == nil {
+		return false, err
+	}
+	position, ok := m.Position(imei)
+	return ok && known.list.revokes(position), nil
+}

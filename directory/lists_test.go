@@ -1,0 +1,108 @@
+package directory
+
+import (
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// A list that cannot be read, or is not believed, does not make the one before it younger, and each try is told.
+func TestOverdue(t *testing.T) {
+	s := newSigner(t)
+	store, m := newLot(t, s, "L1")
+	ctx, now := t.Context(), time.Now()
+	var told []Overdue
+	const ttl = 20 * time.Millisecond
+	o := ReaderOptions{RevocationTTL: ttl, Overdue: func(d Overdue) { told = append(told, d) }}
+	r := NewReader(store, NewVerifier(s.Public()), o)
+	look := func() error {
+		t.Helper()
+		time.Sleep(2 * ttl)
+		_, _, err := r.RevocationsOf(ctx, m, m.IMEI(3))
+		return err
+	}
+	// Without a list there is no answer.
+	store.down.Store(true)
+	if err := look(); !errors.Is(err, errDown) || len(told) != 1 || told[0] != (Overdue{"L1", Failed, time.Time{}, errDown}) {
+		t.Fatalf("%v, %+v", err, told)
+	}
+	store.down.Store(false)
+	if err := errors.Join(look(), Revoke(ctx, store, s, m, []kme.IMEI{m.IMEI(3)}, "stolen", now, nil), look()); err != nil {
+		t.Fatal(err)
+	}
+	if got := r.Overdue(); len(got) != 0 || len(told) != 1 {
+		t.Errorf("%+v", got)
+	}
+	read := time.Now()
+	good, _, err := store.Read(ctx, RevocationsPath("L1"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	put := func(jws []byte) { put(t, store, RevocationsPath("L1"), jws) }
+	older, err := s.Sign(TypeRevocations, &Revocations{Lot: "L1", Version: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	anothers, err := newSigner(t).Sign(TypeRevocations, &Revocations{Lot: "L1", Version: 9})
+	if err != nil {
+		t.Fatal(err)
+	}
+	same := must[[]byte](t)(s.Sign(TypeRevocations, &Revocations{Lot: "L1", Version: 2}))
+	for name, c := range map[string]struct {
+		harm func()
+		why  Why
+	}{
+		"away":                    {func() { store.down.Store(true) }, Failed},
+		"an older one":            {func() { put(older) }, Rollback},
+		"another of this version": {func() { put(same) }, Rollback},
+		"another's":               {func() { put(anothers) }, Refused},
+		"noise":                   {func() { put([]byte("noise")) }, Refused},
+		"a panic on read":         {func() { store.panics.Store(true) }, Failed},
+		"gone":                    {func() { remove(t, store, RevocationsPath("L1")) }, Withheld},
+	} {
+		told = nil
+		c.harm()
+		for range 2 {
+			if err := look(); err != nil {
+				t.Errorf("%s: the last list does not stand: %v", name, err)
+			}
+		}
+		got := r.Overdue()
+		if len(told) != 2 || len(got) != 1 || got[0].Lot != "L1" || got[0].Why != c.why || told[1].Why != c.why {
+			t.Errorf("%s: told %+v, overdue %+v", name, told, got)
+		} else if !got[0].Since.Before(read) {
+			t.Errorf("%s: the list that stands is said to be of %s", name, got[0].Since)
+		}
+		store.down.Store(false)
+		store.panics.Store(false)
+		put(good)
+		if err := look(); err != nil || len(r.Overdue()) != 0 {
+			t.Errorf("after %s: %v, %+v", name, err, r.Overdue())
+		}
+		read = time.Now()
+	}
+}
+
+// A list of the same version with another content is not believed either: of each version, the line publishes one.
+func TestRevocationsSameVersion(t *testing.T) {
+	ctx, s := t.Context(), newSigner(t)
+	store, m := newLot(t, s, "L1")
+	if err := Revoke(ctx, store, s, m, []kme.IMEI{m.IMEI(3)}, "stolen", time.Now(), nil); err != nil {
+		t.Fatal(err)
+	}
+	r := readerOf(store, s)
+	look := func() {
+		t.Helper()
+		if !listed(t, r, m, m.IMEI(3)) {
+			t.Error("it is not revoked")
+		}
+	}
+	look()
+	put(t, store, RevocationsPath("L1"), must[[]byte](t)(s.Sign(TypeRevocations, &Revocations{Lot: "L1", Version: 2})))
+	look()
+	if len(r.Overdue()) != 1 {
+		t.Error("it was believed")
+	}
+}
