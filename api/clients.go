@@ -35,7 +35,6 @@ var roles = []Role{RoleHSS, RoleAdmin, RoleMonitor, RoleMetrics, RoleExport}
 var allowed = map[string][]Role{
 	kmev1connect.KeyServicePrepareVectorProcedure:        {RoleHSS},
 	kmev1connect.KeyServiceEstablishKMEProcedure:         {RoleHSS},
-	kmev1connect.KeyServiceEstablishKMEsProcedure:        {RoleHSS},
 	kmev1connect.KeyServiceReportAuthenticationProcedure: {RoleHSS},
 	kmev1connect.KeyServiceRestoreRANDProcedure:          {RoleHSS},
 	kmev1connect.KeyServiceGetBindingProcedure:           {RoleHSS, RoleAdmin, RoleMonitor},

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"net/http"
 	"path"
-	"runtime"
 	"slices"
 	"time"
 
@@ -24,7 +23,7 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// maxRequest is above any valid request: the largest payload has 512 bytes, and there are kmev1.MaxCalls at most.
+// maxRequest is above any valid request: the largest payload has 512 bytes.
 const maxRequest = 16 << 10
 
 // minCompressed keeps all answers but those of ListBindings as they are: of random bytes, compression makes more.
@@ -51,10 +50,10 @@ func NewHandler(o Options) http.Handler {
 		o.PageKey = kme.RandomSecret()
 	}
 	mux := http.NewServeMux()
-	g := guard{o.Service, o.Metrics}
-	s := &server{g, newPages(o.PageKey)}
+	g := &guard{service: o.Service, metrics: o.Metrics}
+	s := &server{service: o.Service, pages: newPages(o.PageKey)}
 	mux.Handle(kmev1connect.NewKeyServiceHandler(s, connect.WithReadMaxBytes(maxRequest),
-		connect.WithCompressMinBytes(minCompressed), connect.WithInterceptors(append(slices.Clone(o.Outer), &s.guard)...)))
+		connect.WithCompressMinBytes(minCompressed), connect.WithInterceptors(append(slices.Clone(o.Outer), connect.UnaryInterceptorFunc(g.around))...)))
 	ready := &readiness{find: func(ctx context.Context) (warnings []string, err error) {
 		err = g.finish(ctx, "ready", func() (err error) { warnings, err = o.Ready(ctx); return err })
 		return warnings, err
@@ -121,29 +120,6 @@ type guard struct {
 	metrics *binding.Metrics
 }
 
-// call makes a call unless its client may not make it: then it is refused before anything is done for it. f gets a
-// context whose Actor has the role by which it may. It counts the call by what the caller is answered.
-func (g *guard) call(ctx context.Context, procedure string, message any, f func(context.Context) error) error {
-	start := time.Now()
-	err := g.finish(ctx, procedure, func() error {
-		admitted, err := g.admit(ctx, procedure, message)
-		if err != nil {
-			return err
-		}
-		ctx = admitted
-		return f(ctx)
-	})
-	reason := "OK"
-	if r := refusalOf(err); r != nil {
-		reason = string(r.Reason)
-		g.service.Refused(ctx, r, append(imsiOf(message), "call", procedure)...)
-	} else if err != nil {
-		reason = connect.CodeOf(err).String()
-	}
-	g.metrics.Called(path.Base(procedure), reason, time.Since(start))
-	return err
-}
-
 // finish ends a call's work with an answer, also where it panics: net/http would end the connection.
 func (g *guard) finish(ctx context.Context, procedure string, work func() error) error {
 	err := func() (err error) {
@@ -203,36 +179,32 @@ func (g *guard) only(next http.HandlerFunc, some ...Role) http.HandlerFunc {
 	}
 }
 
-// WrapUnary is connect.Interceptor's.
-func (g *guard) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
+// around makes a call unless its client may not make it: then it is refused before anything is done for it. The call gets
+// a context whose Actor has the role by which it may, and is counted by what the caller is answered. No method streams.
+func (g *guard) around(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, req connect.AnyRequest) (answer connect.AnyResponse, err error) {
-		err = g.call(ctx, req.Spec().Procedure, req.Any(), func(ctx context.Context) error {
+		start, procedure := time.Now(), req.Spec().Procedure
+		err = g.finish(ctx, procedure, func() error {
+			admitted, err := g.admit(ctx, procedure, req.Any())
+			if err != nil {
+				return err
+			}
+			ctx = admitted
 			answer, err = next(ctx, req)
 			return err
 		})
+		reason := "OK"
+		if r := refusalOf(err); r != nil {
+			reason = string(r.Reason)
+			g.service.Refused(ctx, r, append(imsiOf(req.Any()), "call", procedure)...)
+		} else if err != nil {
+			reason = connect.CodeOf(err).String()
+		}
+		g.metrics.Called(path.Base(procedure), reason, time.Since(start))
 		if info, ok := connect.CallInfoForHandlerContext(ctx); ok {
 			setReason(info.ResponseHeader(), err)
 		}
 		return answer, err
-	}
-}
-
-// WrapStreamingHandler is connect.Interceptor's. It leaves to the method what depends on messages.
-func (g *guard) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
-	return func(ctx context.Context, conn connect.StreamingHandlerConn) error {
-		procedure := conn.Spec().Procedure
-		role := clientOf(ctx).as(allowed[procedure]...)
-		err := g.finish(ctx, procedure, func() error {
-			if role == "" {
-				return g.refuse(ctx, notAllowed(), procedure)
-			}
-			return next(as(ctx, role), conn)
-		})
-		if r := refusalOf(err); r != nil {
-			g.service.Refused(as(ctx, role), r, "call", procedure)
-		}
-		setReason(conn.ResponseHeader(), err)
-		return err
 	}
 }
 
@@ -243,13 +215,8 @@ func setReason(h http.Header, err error) {
 	}
 }
 
-// WrapStreamingClient is connect.Interceptor's.
-func (g *guard) WrapStreamingClient(next connect.StreamingClientFunc) connect.StreamingClientFunc {
-	return next
-}
-
 type server struct {
-	guard
+	service *binding.Service
 	pages
 }
 
@@ -294,53 +261,6 @@ func (s *server) EstablishKME(ctx context.Context, req *connect.Request[kmev1.Es
 	}
 	// The answer's copy of the KME is the marshaller's, who does not wipe it: that is what a client with kme-export asks for.
 	return connect.NewResponse(&kmev1.EstablishKMEResponse{NwSig: e.NWSig, State: toState(e.State), Kme: e.KME.Bytes()}), nil
-}
-
-func (s *server) EstablishKMEs(ctx context.Context, req *connect.Request[kmev1.EstablishKMEsRequest], stream *connect.ServerStream[kmev1.EstablishKMEsResponse]) error {
-	calls := req.Msg.Calls
-	if len(calls) == 0 || len(calls) > kmev1.MaxCalls {
-		return toConnect(&binding.Refusal{Reason: kme.Malformed, Message: fmt.Sprintf("there are %d calls, and not 1 to %d", len(calls), kmev1.MaxCalls)})
-	}
-	results := make(chan *kmev1.EstablishKMEsResponse_Result, len(calls)) // with room, should the caller go
-	for i, call := range calls {
-		go func() {
-			r := &kmev1.EstablishKMEsResponse_Result{Call: int32(i)}
-			if answer, err := s.establishOne(ctx, call); err == nil {
-				r.Outcome = &kmev1.EstablishKMEsResponse_Result_Established{Established: answer}
-			} else {
-				r.Outcome = &kmev1.EstablishKMEsResponse_Result_Refused{Refused: toRefusal(err)}
-			}
-			results <- r
-		}()
-	}
-	for left := len(calls); left > 0; {
-		answer := &kmev1.EstablishKMEsResponse{Results: []*kmev1.EstablishKMEsResponse_Result{<-results}}
-		runtime.Gosched() // those that were in the same commit
-		for more := true; more; {
-			select {
-			case r := <-results:
-				answer.Results = append(answer.Results, r)
-			default:
-				more = false
-			}
-		}
-		if err := stream.Send(answer); err != nil {
-			return err
-		}
-		left -= len(answer.Results)
-	}
-	return nil
-}
-
-func (s *server) establishOne(ctx context.Context, call *kmev1.EstablishKMERequest) (answer *kmev1.EstablishKMEResponse, err error) {
-	err = s.call(ctx, kmev1connect.KeyServiceEstablishKMEProcedure, call, func(ctx context.Context) error {
-		r, err := s.EstablishKME(ctx, connect.NewRequest(call))
-		if err == nil {
-			answer = r.Msg
-		}
-		return err
-	})
-	return answer, err
 }
 
 func (s *server) ReportAuthentication(ctx context.Context, req *connect.Request[kmev1.ReportAuthenticationRequest]) (*connect.Response[kmev1.ReportAuthenticationResponse], error) {
@@ -460,19 +380,6 @@ var codes = map[kme.Reason]connect.Code{
 	kme.StoreUnavailable:     connect.CodeUnavailable,
 	kme.RolledBack:           connect.CodeFailedPrecondition,
 	kme.Damaged:              connect.CodeFailedPrecondition,
-}
-
-// toRefusal says what toConnect's error says.
-func toRefusal(err error) *kmev1.Refusal {
-	out := &kmev1.Refusal{Code: int32(connect.CodeOf(err))}
-	var e *connect.Error
-	if errors.As(err, &e) {
-		out.Message = e.Message()
-	}
-	if r := refusalOf(err); r != nil {
-		out.Reason = string(r.Reason)
-	}
-	return out
 }
 
 // refusalOf is the refusal that an error is; nil if it is none.

@@ -306,16 +306,6 @@ func TestProtocols(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 		checkReason(t, err, "NOT_BOUND")
-		// A call that is refused as a whole, though its results would come in a stream.
-		stream, err := client.EstablishKMEs(t.Context(), connect.NewRequest(&kmev1.EstablishKMEsRequest{}))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if stream.Receive() || stream.Err() == nil || stream.ResponseHeader().Get("Kme-Reason") != "MALFORMED" {
-			t.Errorf("%s: %v, Kme-Reason %q", name, stream.Err(), stream.ResponseHeader().Get("Kme-Reason"))
-		}
-		checkInfo(t, stream.Err(), "MALFORMED")
-		stream.Close()
 		vector := &kmev1.PrepareVectorRequest{Imsi: "001010000000001", Rands: [][]byte{make([]byte, 16)}}
 		if answer, err := client.PrepareVector(t.Context(), connect.NewRequest(vector)); err != nil ||
 			answer.Header().Get("Kme-Reason") != "" {

@@ -2,7 +2,6 @@ package binding_test
 
 import (
 	"bytes"
-	"encoding/binary"
 	"errors"
 	"io"
 	"math/rand/v2"
@@ -136,7 +135,6 @@ func TestMutatedMessages(t *testing.T) {
 	bodies := map[string]string{
 		"PrepareVector":        `{"imsi":"` + imsi + `","rands":["AAECAwQFBgcICQoLDA0ODw=="]}`,
 		"EstablishKME":         `{"imsi":"` + imsi + `","imei":"` + d.imei.String() + `","attempt_id":"` + r.attempt(t, imsi) + `","payload":"AAECAwQFBgcICQoLDA0ODw=="}`,
-		"EstablishKMEs":        `{"calls":[{"imsi":"` + imsi + `","imei":"` + d.imei.String() + `","attempt_id":"a","payload":"AAECAwQFBgcICQoLDA0ODw=="},{}]}`,
 		"ReportAuthentication": `{"imsi":"` + imsi + `","ok":true}`,
 		"RestoreRAND":          `{"imsi":"` + imsi + `","rand":"AAECAwQFBgcICQoLDA0ODw=="}`,
 		"GetBinding":           `{"imsi":"` + imsi + `"}`,
@@ -152,10 +150,6 @@ func TestMutatedMessages(t *testing.T) {
 		method := methods[random.IntN(len(methods))]
 		body := mutate(random, []byte(bodies[method]))
 		types := []string{"application/json", "application/proto", "application/grpc+proto"}
-		if method == "EstablishKMEs" {
-			types = []string{"application/connect+json", "application/connect+proto", "application/grpc+json"}
-			body = append(binary.BigEndian.AppendUint32([]byte{0}, uint32(len(body))), body...)
-		}
 		q := httptest.NewRequest("POST", "/kme.v1.KeyService/"+method, bytes.NewReader(body))
 		q.Header.Set("Content-Type", types[random.IntN(3)])
 		q.ProtoMajor = 2

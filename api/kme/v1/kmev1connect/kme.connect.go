@@ -46,9 +46,6 @@ const (
 	KeyServicePrepareVectorProcedure = "/kme.v1.KeyService/PrepareVector"
 	// KeyServiceEstablishKMEProcedure is the fully-qualified name of the KeyService's EstablishKME RPC.
 	KeyServiceEstablishKMEProcedure = "/kme.v1.KeyService/EstablishKME"
-	// KeyServiceEstablishKMEsProcedure is the fully-qualified name of the KeyService's EstablishKMEs
-	// RPC.
-	KeyServiceEstablishKMEsProcedure = "/kme.v1.KeyService/EstablishKMEs"
 	// KeyServiceReportAuthenticationProcedure is the fully-qualified name of the KeyService's
 	// ReportAuthentication RPC.
 	KeyServiceReportAuthenticationProcedure = "/kme.v1.KeyService/ReportAuthentication"
@@ -80,10 +77,6 @@ type KeyServiceClient interface {
 	// Reasons: MALFORMED, NO_ATTEMPT, UNKNOWN_DEVICE, REVOKED_DEVICE, OTHER_DEVICE, KME_REJECTED, HSM_UNAVAILABLE,
 	// DIRECTORY_UNAVAILABLE, STORE_UNAVAILABLE.
 	EstablishKME(context.Context, *connect.Request[v1.EstablishKMERequest]) (*connect.Response[v1.EstablishKMEResponse], error)
-	// EstablishKMEs is EstablishKME of up to 16 devices, with much less work for both sides than a call each. What is asked first need not be answered
-	// first: an answer has all results that there are by then, and no result waits for another. Each is what its own EstablishKME would have been.
-	// Reasons of the call itself: MALFORMED.
-	EstablishKMEs(context.Context, *connect.Request[v1.EstablishKMEsRequest]) (*connect.ServerStreamForClient[v1.EstablishKMEsResponse], error)
 	// ReportAuthentication is called when AKA with a pre-processed vector has ended. Success makes a pending binding active if
 	// the origin was sent a vector under it since it was established. Failure ends a pending binding if the origin was sent a
 	// vector under it, or established it; an earlier binding, if there is one, stands. Any other report changes nothing.
@@ -133,12 +126,6 @@ func NewKeyServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...
 			connect.WithSchema(keyServiceMethods.ByName("EstablishKME")),
 			connect.WithClientOptions(opts...),
 		),
-		establishKMEs: connect.NewClient[v1.EstablishKMEsRequest, v1.EstablishKMEsResponse](
-			httpClient,
-			baseURL+KeyServiceEstablishKMEsProcedure,
-			connect.WithSchema(keyServiceMethods.ByName("EstablishKMEs")),
-			connect.WithClientOptions(opts...),
-		),
 		reportAuthentication: connect.NewClient[v1.ReportAuthenticationRequest, v1.ReportAuthenticationResponse](
 			httpClient,
 			baseURL+KeyServiceReportAuthenticationProcedure,
@@ -182,7 +169,6 @@ func NewKeyServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...
 type keyServiceClient struct {
 	prepareVector        *connect.Client[v1.PrepareVectorRequest, v1.PrepareVectorResponse]
 	establishKME         *connect.Client[v1.EstablishKMERequest, v1.EstablishKMEResponse]
-	establishKMEs        *connect.Client[v1.EstablishKMEsRequest, v1.EstablishKMEsResponse]
 	reportAuthentication *connect.Client[v1.ReportAuthenticationRequest, v1.ReportAuthenticationResponse]
 	restoreRAND          *connect.Client[v1.RestoreRANDRequest, v1.RestoreRANDResponse]
 	openProvisioning     *connect.Client[v1.OpenProvisioningRequest, v1.OpenProvisioningResponse]
@@ -199,11 +185,6 @@ func (c *keyServiceClient) PrepareVector(ctx context.Context, req *connect.Reque
 // EstablishKME calls kme.v1.KeyService.EstablishKME.
 func (c *keyServiceClient) EstablishKME(ctx context.Context, req *connect.Request[v1.EstablishKMERequest]) (*connect.Response[v1.EstablishKMEResponse], error) {
 	return c.establishKME.CallUnary(ctx, req)
-}
-
-// EstablishKMEs calls kme.v1.KeyService.EstablishKMEs.
-func (c *keyServiceClient) EstablishKMEs(ctx context.Context, req *connect.Request[v1.EstablishKMEsRequest]) (*connect.ServerStreamForClient[v1.EstablishKMEsResponse], error) {
-	return c.establishKMEs.CallServerStream(ctx, req)
 }
 
 // ReportAuthentication calls kme.v1.KeyService.ReportAuthentication.
@@ -250,10 +231,6 @@ type KeyServiceHandler interface {
 	// Reasons: MALFORMED, NO_ATTEMPT, UNKNOWN_DEVICE, REVOKED_DEVICE, OTHER_DEVICE, KME_REJECTED, HSM_UNAVAILABLE,
 	// DIRECTORY_UNAVAILABLE, STORE_UNAVAILABLE.
 	EstablishKME(context.Context, *connect.Request[v1.EstablishKMERequest]) (*connect.Response[v1.EstablishKMEResponse], error)
-	// EstablishKMEs is EstablishKME of up to 16 devices, with much less work for both sides than a call each. What is asked first need not be answered
-	// first: an answer has all results that there are by then, and no result waits for another. Each is what its own EstablishKME would have been.
-	// Reasons of the call itself: MALFORMED.
-	EstablishKMEs(context.Context, *connect.Request[v1.EstablishKMEsRequest], *connect.ServerStream[v1.EstablishKMEsResponse]) error
 	// ReportAuthentication is called when AKA with a pre-processed vector has ended. Success makes a pending binding active if
 	// the origin was sent a vector under it since it was established. Failure ends a pending binding if the origin was sent a
 	// vector under it, or established it; an earlier binding, if there is one, stands. Any other report changes nothing.
@@ -299,12 +276,6 @@ func NewKeyServiceHandler(svc KeyServiceHandler, opts ...connect.HandlerOption) 
 		connect.WithSchema(keyServiceMethods.ByName("EstablishKME")),
 		connect.WithHandlerOptions(opts...),
 	)
-	keyServiceEstablishKMEsHandler := connect.NewServerStreamHandler(
-		KeyServiceEstablishKMEsProcedure,
-		svc.EstablishKMEs,
-		connect.WithSchema(keyServiceMethods.ByName("EstablishKMEs")),
-		connect.WithHandlerOptions(opts...),
-	)
 	keyServiceReportAuthenticationHandler := connect.NewUnaryHandler(
 		KeyServiceReportAuthenticationProcedure,
 		svc.ReportAuthentication,
@@ -347,8 +318,6 @@ func NewKeyServiceHandler(svc KeyServiceHandler, opts ...connect.HandlerOption) 
 			keyServicePrepareVectorHandler.ServeHTTP(w, r)
 		case KeyServiceEstablishKMEProcedure:
 			keyServiceEstablishKMEHandler.ServeHTTP(w, r)
-		case KeyServiceEstablishKMEsProcedure:
-			keyServiceEstablishKMEsHandler.ServeHTTP(w, r)
 		case KeyServiceReportAuthenticationProcedure:
 			keyServiceReportAuthenticationHandler.ServeHTTP(w, r)
 		case KeyServiceRestoreRANDProcedure:
@@ -376,10 +345,6 @@ func (UnimplementedKeyServiceHandler) PrepareVector(context.Context, *connect.Re
 
 func (UnimplementedKeyServiceHandler) EstablishKME(context.Context, *connect.Request[v1.EstablishKMERequest]) (*connect.Response[v1.EstablishKMEResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("kme.v1.KeyService.EstablishKME is not implemented"))
-}
-
-func (UnimplementedKeyServiceHandler) EstablishKMEs(context.Context, *connect.Request[v1.EstablishKMEsRequest], *connect.ServerStream[v1.EstablishKMEsResponse]) error {
-	return connect.NewError(connect.CodeUnimplemented, errors.New("kme.v1.KeyService.EstablishKMEs is not implemented"))
 }
 
 func (UnimplementedKeyServiceHandler) ReportAuthentication(context.Context, *connect.Request[v1.ReportAuthenticationRequest]) (*connect.Response[v1.ReportAuthenticationResponse], error) {
