@@ -129,9 +129,9 @@ func newFront(t *testing.T, list ...Client) *front {
 		t.Fatal(err)
 	}
 	metrics := binding.NewMetrics(f.registry)
-	service := binding.NewService(nil, store, new(binding.Lots), binding.DefaultTimes(),
-		slog.New(slog.NewJSONHandler(f.log, nil)))
-	service.Observe(metrics)
+	service := binding.NewService(binding.Options{
+		Store: store, Times: binding.DefaultTimes(), Metrics: metrics, Log: slog.New(slog.NewJSONHandler(f.log, nil)),
+	})
 	handler := NewHandler(Options{Service: service, Clients: clients, Metrics: metrics, Gather: http.NotFoundHandler()})
 	s := httptest.NewUnstartedServer(handler)
 	pool := x509.NewCertPool()

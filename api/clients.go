@@ -231,7 +231,7 @@ func (e *Client) as(some ...Role) Role {
 // origin is who asked a client for an IMSI, and whether devices may be provisioned from there.
 func (e *Client) origin(name, imsi string, declined bool) (o binding.Origin, err error) {
 	if o.Name, err = kme.ParseOrigin(name); err != nil {
-		return o, &binding.Refusal{Reason: kme.Malformed, Message: err.Error()}
+		return o, malformed(err)
 	}
 	switch {
 	case declined:

@@ -49,7 +49,7 @@ func TestWhoMayDoWhat(t *testing.T) {
 	}
 	defer store.Close()
 	o := Options{Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(),
-		Service: binding.NewService(nil, store, new(binding.Lots), binding.DefaultTimes(), slog.New(slog.DiscardHandler))}
+		Service: binding.NewService(binding.Options{Store: store, Times: binding.DefaultTimes(), Log: slog.New(slog.DiscardHandler)})}
 	refused := func(clients *Clients, method protoreflect.MethodDescriptor, imsi string) bool {
 		body := `{}`
 		if method.Input().Fields().ByName("imsi") != nil {
@@ -227,8 +227,7 @@ func TestHealthAndMetrics(t *testing.T) {
 	var log strings.Builder
 	registry := prometheus.NewRegistry()
 	o := Options{
-		Service: binding.NewService(nil, nil, new(binding.Lots), binding.DefaultTimes(),
-			slog.New(slog.NewJSONHandler(&log, nil))),
+		Service: binding.NewService(binding.Options{Times: binding.DefaultTimes(), Log: slog.New(slog.NewJSONHandler(&log, nil))}),
 		Metrics: binding.NewMetrics(registry),
 		Gather:  http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "kme_counts") }),
 	}
@@ -288,7 +287,7 @@ const health = "/grpc.health.v1.Health/Check"
 func TestReadyOnceASecond(t *testing.T) {
 	var asked atomic.Int64
 	handler := NewHandler(Options{
-		Service: binding.NewService(nil, nil, new(binding.Lots), binding.DefaultTimes(), slog.New(slog.DiscardHandler)),
+		Service: binding.NewService(binding.Options{Times: binding.DefaultTimes(), Log: slog.New(slog.DiscardHandler)}),
 		Clients: everybody(t, Client{Name: "test", Roles: []Role{RoleMetrics}, PLMNs: []string{all}}),
 		Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(),
 		Ready: func(ctx context.Context) ([]string, error) {

@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"connectrpc.com/connect"
@@ -16,16 +17,27 @@ import (
 	"github.com/kmehsm/kmehsm/binding"
 )
 
+// A ticketStore gives tickets. Whoever asks it for anything else panics.
+type ticketStore struct {
+	binding.Store
+	tickets atomic.Int64
+}
+
+func (s *ticketStore) Soon() (done func()) {
+	s.tickets.Add(1)
+	return func() { s.tickets.Add(-1) }
+}
+
 // What one call panics of is that call's end alone, however it came: it is answered, logged and counted, and nothing is
 // taken up for ever.
 func TestPanic(t *testing.T) {
 	var log strings.Builder
 	registry := prometheus.NewRegistry()
 	metrics := binding.NewMetrics(registry)
-	// Whoever asks its store panics.
-	service := binding.NewService(nil, nil, new(binding.Lots), binding.DefaultTimes(),
-		slog.New(slog.NewJSONHandler(&log, nil)))
-	service.Observe(metrics)
+	store := new(ticketStore)
+	service := binding.NewService(binding.Options{
+		Store: store, Times: binding.DefaultTimes(), Metrics: metrics, Log: slog.New(slog.NewJSONHandler(&log, nil)),
+	})
 	anybody := Client{Name: "anybody", Roles: []Role{RoleHSS, RoleMetrics}, PLMNs: []string{all},
 		ProvisionFrom: []string{anywhere}}
 	panics := func(context.Context) ([]string, error) { panic("readiness") }
@@ -69,10 +81,10 @@ func TestPanic(t *testing.T) {
 		}
 	}
 	counted(5)
-	if n := service.Coming(); n != 0 {
-		t.Errorf("%d calls are on their way to the store for ever", n)
+	if n := store.tickets.Load(); n != 0 {
+		t.Errorf("%d tickets of the store are out for ever", n)
 	}
-	for _, want := range []string{"nil pointer", "service.go", "KeyService/PrepareVector"} {
+	for _, want := range []string{"nil pointer", "vectors.go", "KeyService/PrepareVector"} {
 		if !strings.Contains(log.String(), want) {
 			t.Errorf("the log does not say %q: %s", want, log.String())
 		}

@@ -134,6 +134,9 @@ var (
 // with a *DamagedRow. Who made a change is the Actor in the context.
 type Store interface {
 	Ledger
+	// Soon takes a ticket: whoever has it will soon make a change, and meanwhile waits for nobody but the HSM. done gives
+	// it back, after the change or without one. Changes of others may wait for those that are to come, to share a commit.
+	Soon() (done func())
 	// Subscription is what there is of an IMSI.
 	Subscription(ctx context.Context, imsi kme.IMSI, now time.Time) (*Subscription, error)
 	// Prepare decides what vectors are processed with, and notes what leaves: RANDs in clear as spent, and the origin in

@@ -119,8 +119,8 @@ func TestOneAnswer(t *testing.T) {
 		t.Helper()
 		imsi := newIMSI()
 		imei, attempt := devices[v].imei.String(), r.attempt(t, imsi)
-		jsonAnswers[exchangeJSON(t, dial, imsi, imei, attempt, v.Payload)] = name
-		grpcAnswers[exchangeGRPC(t, client, imsi, imei, attempt, v.Payload)] = name
+		jsonAnswers[exchangeJSON(t, dial, imsi.String(), imei, attempt, v.Payload)] = name
+		grpcAnswers[exchangeGRPC(t, client, imsi.String(), imei, attempt, v.Payload)] = name
 	}
 	for _, v := range vectors(t).Vectors {
 		if v.Expect == "reject" && v.Why != "length" {
@@ -130,8 +130,7 @@ func TestOneAnswer(t *testing.T) {
 	for _, v := range vectors(t).Vectors {
 		if v.Expect == "accept" && !v.secondOfPair() {
 			imsi := newIMSI()
-			must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, devices[v].imei.String(), r.attempt(t, imsi),
-				v.Payload, here, false))
+			must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: devices[v].imei, AttemptID: r.attempt(t, imsi), Payload: v.Payload, Origin: here}))
 			try(v, v.Name+", again")
 		}
 		if v.secondOfPair() {
@@ -240,22 +239,22 @@ func TestGRPCFlow(t *testing.T) {
 	client := kmev1connect.NewKeyServiceClient(http2Client(t, r.listen(t)), "http://kme", connect.WithGRPC())
 	ctx, d, imsi := t.Context(), l.devices[0], newIMSI()
 	prepared, err := client.PrepareVector(ctx,
-		connect.NewRequest(&kmev1.PrepareVectorRequest{Imsi: imsi, Rands: newRANDs(3)}))
+		connect.NewRequest(&kmev1.PrepareVectorRequest{Imsi: imsi.String(), Rands: newRANDs(3)}))
 	if err != nil || prepared.Msg.Control != kmev1.Control_PROVISIONING_ONLY {
 		t.Fatal(prepared, err)
 	}
 	payload, p := d.payload(t)
-	request := &kmev1.EstablishKMERequest{Imsi: imsi, Imei: d.imei.String(), AttemptId: prepared.Msg.AttemptId, Payload: payload}
+	request := &kmev1.EstablishKMERequest{Imsi: imsi.String(), Imei: d.imei.String(), AttemptId: prepared.Msg.AttemptId, Payload: payload}
 	established, err := client.EstablishKME(ctx, connect.NewRequest(request))
 	if want := p.NWSig(); err != nil || !bytes.Equal(established.Msg.NwSig, want[:]) || established.Msg.State != kmev1.State_PENDING {
 		t.Fatal(established, err)
 	}
 	// A failed authentication leaves no binding, and so no state.
-	reported, err := client.ReportAuthentication(ctx, connect.NewRequest(&kmev1.ReportAuthenticationRequest{Imsi: imsi}))
+	reported, err := client.ReportAuthentication(ctx, connect.NewRequest(&kmev1.ReportAuthenticationRequest{Imsi: imsi.String()}))
 	if err != nil || reported.Msg.State != kmev1.State_STATE_UNSPECIFIED {
 		t.Error(reported, err)
 	}
-	_, err = client.RestoreRAND(ctx, connect.NewRequest(&kmev1.RestoreRANDRequest{Imsi: imsi, Rand: make([]byte, 16)}))
+	_, err = client.RestoreRAND(ctx, connect.NewRequest(&kmev1.RestoreRANDRequest{Imsi: imsi.String(), Rand: make([]byte, 16)}))
 	if connect.CodeOf(err) != connect.CodeFailedPrecondition {
 		t.Errorf("restore without a binding: %v", err)
 	}

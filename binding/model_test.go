@@ -6,7 +6,6 @@ import (
 	"crypto/cipher"
 	"errors"
 	"fmt"
-	"log/slog"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -22,7 +21,7 @@ import (
 
 // A modelled subscription is what docs/protocol.md says of the life of a binding, with nothing else in it.
 type modelled struct {
-	imsi                     string
+	imsi                     kme.IMSI
 	pending, active, revoked *modelBinding
 	attempts                 []modelAttempt // that were not used or closed
 	clear                    [][]byte       // RANDs that were sent in clear
@@ -114,7 +113,7 @@ type modelRun struct {
 }
 
 func (r *modelRun) note(m *modelled, format string, args ...any) {
-	r.history = append(r.history, m.imsi+" "+fmt.Sprintf(format, args...))
+	r.history = append(r.history, m.imsi.String()+" "+fmt.Sprintf(format, args...))
 }
 
 func (r *modelRun) fail(format string, args ...any) {
@@ -131,9 +130,7 @@ func TestModel(t *testing.T) {
 	r := &modelRun{T: t, r: rig, l: l, random: rand.New(rand.NewPCG(seed, 0)), now: time.Now(), origins: modelOrigins(t)}
 	times := times()
 	times.Now = func() time.Time { return r.now }
-	rig.service = binding.NewService(rig.token, rig.store,
-		must[*binding.Lots](t)(binding.NewLots(must[[]*binding.Lot](t)(rig.store.Lots(t.Context())), rig.readers)), times,
-		slog.New(slog.DiscardHandler))
+	rig.service = rig.unrecorded(t, binding.Options{Times: times})
 	for range 4 {
 		r.world = append(r.world, &modelled{imsi: newIMSI(), last: map[binding.Origin]*modelVector{}})
 	}
@@ -305,7 +302,7 @@ func (r *modelRun) establish(m *modelled, o binding.Origin) {
 	case replayed:
 		want = kme.KMERejected
 	}
-	e, err := r.r.service.EstablishKME(r.Context(), m.imsi, s.device.imei.String(), id, s.payload, o, false)
+	e, err := r.r.service.EstablishKME(r.Context(), binding.EstablishRequest{IMSI: m.imsi, IMEI: s.device.imei, AttemptID: id, Payload: s.payload, Origin: o})
 	r.note(m, "established %s from %q with attempt %q: %v, want %q", s.device.imei, o.Name, id, err, want)
 	var refusal *binding.Refusal
 	if want != "" {
@@ -400,10 +397,8 @@ func (r *modelRun) get(m *modelled) {
 // a payload, and in the end each IMSI has at most one binding of each state, of a payload that was accepted for it.
 func TestModelAtOnce(t *testing.T) {
 	r, _, l := newServed(t)
-	r.service = binding.NewService(r.token, r.store,
-		must[*binding.Lots](t)(binding.NewLots(must[[]*binding.Lot](t)(r.store.Lots(t.Context())), r.readers)), times(),
-		slog.New(slog.DiscardHandler))
-	var imsis []string
+	r.service = r.unrecorded(t, binding.Options{})
+	var imsis []kme.IMSI
 	for range 3 {
 		imsis = append(imsis, newIMSI())
 	}
@@ -421,7 +416,7 @@ func TestModelAtOnce(t *testing.T) {
 	for w := range 8 {
 		all.Go(func() {
 			random := rand.New(rand.NewPCG(uint64(w), uint64(time.Now().UnixNano())))
-			report := func(imsi string, ok bool, o binding.Origin) {
+			report := func(imsi kme.IMSI, ok bool, o binding.Origin) {
 				got, err := r.service.ReportAuthentication(t.Context(), imsi, ok, o)
 				if err != nil {
 					checkRefused(t, "a report", err, kme.NotBound, "")
@@ -476,7 +471,7 @@ func TestModelAtOnce(t *testing.T) {
 					}
 					n := random.IntN(len(payloads))
 					s := payloads[n]
-					e, err := r.service.EstablishKME(t.Context(), imsi, s.device.imei.String(), p.AttemptID, s.payload, o, false)
+					e, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: s.device.imei, AttemptID: p.AttemptID, Payload: s.payload, Origin: o})
 					var refusal *binding.Refusal
 					if err != nil && (!errors.As(err, &refusal) || !slices.Contains([]kme.Reason{kme.KMERejected, kme.NoAttempt, kme.OtherDevice}, refusal.Reason)) {
 						t.Error(err)
@@ -526,8 +521,7 @@ func TestRevokedWhileBound(t *testing.T) {
 	r, m, l := newServed(t)
 	imsi, d := newIMSI(), l.devices[0]
 	payload, _ := d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, d.imei.String(), r.attempt(t, imsi),
-		payload, here, false))
+	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here}))
 	r.activate(t, imsi)
 	prepare := func() error {
 		_, err := r.service.PrepareVector(t.Context(), imsi, newRANDs(1), here)
@@ -553,8 +547,7 @@ func TestRevokedLot(t *testing.T) {
 	r, m, l := newServed(t)
 	imsi, d := newIMSI(), l.devices[0]
 	payload, _ := d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, d.imei.String(), r.attempt(t, imsi),
-		payload, here, false))
+	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here}))
 	r.activate(t, imsi)
 	if err := directory.RevokeLot(t.Context(), m.store, m.Signer, l.Manifest, "its key has leaked", time.Now()); err != nil {
 		t.Fatal(err)
@@ -564,7 +557,7 @@ func TestRevokedLot(t *testing.T) {
 	checkRefused(t, "a vector for a device of a revoked lot", err, kme.RevokedDevice, "")
 	other := newIMSI()
 	payload, _ = l.devices[1].payload(t)
-	_, err = r.service.EstablishKME(t.Context(), other, l.devices[1].imei.String(), r.attempt(t, other), payload, here, false)
+	_, err = r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: other, IMEI: l.devices[1].imei, AttemptID: r.attempt(t, other), Payload: payload, Origin: here})
 	checkRefused(t, "a payload of a device of a revoked lot", err, kme.RevokedDevice, "")
 }
 
@@ -575,8 +568,7 @@ func TestExport(t *testing.T) {
 	payload, plain := d.payload(t)
 	attempt := r.attempt(t, imsi)
 	for i, export := range []bool{true, false, true} {
-		e := must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt,
-			payload, here, export))
+		e := must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: payload, Origin: here, Export: export}))
 		if export != e.KME.Equal(plain.KME) || !export && e.KME.Bytes() != nil {
 			t.Errorf("call %d: exported %v", i, e.KME.Bytes() != nil)
 		}
@@ -584,8 +576,7 @@ func TestExport(t *testing.T) {
 	bad := slices.Clone(payload)
 	bad[len(bad)-1] ^= 1
 	other := newIMSI()
-	if _, err := r.service.EstablishKME(t.Context(), other, d.imei.String(), r.attempt(t, other), bad,
-		here, true); err == nil {
+	if _, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: other, IMEI: d.imei, AttemptID: r.attempt(t, other), Payload: bad, Origin: here, Export: true}); err == nil {
 		t.Error("a bad payload's plaintext was exported")
 	}
 	if calls := r.recorder.take(); slices.Index(calls, "ExportKME") < slices.Index(calls, "Establish") {

@@ -54,7 +54,7 @@ type network struct {
 }
 
 type sim struct {
-	imsi  string
+	imsi  kme.IMSI
 	in    *phone
 	clear [][]byte // RANDs that went out in clear: anybody may have them
 }
@@ -121,7 +121,7 @@ func newNetwork(t testing.TB, stores ...binding.Store) *network {
 			}
 			return nil
 		}}
-		n.services = append(n.services, binding.NewService(token, s, lots, times, slog.New(slog.DiscardHandler)))
+		n.services = append(n.services, binding.NewService(binding.Options{Token: token, Store: s, Lots: lots, Times: times, Log: slog.New(slog.DiscardHandler)}))
 	}
 	for _, d := range l.devices[:5] {
 		n.phones = append(n.phones, &phone{d, map[*sim]*key{}, map[*sim]*key{}})
@@ -170,7 +170,7 @@ func (n *network) fail(s *sim, format string, args ...any) {
 	if n.Failed() {
 		return
 	}
-	last := slices.DeleteFunc(slices.Clone(n.history), func(line string) bool { return !strings.HasPrefix(line, s.imsi) })
+	last := slices.DeleteFunc(slices.Clone(n.history), func(line string) bool { return !strings.HasPrefix(line, s.imsi.String()) })
 	n.Errorf("%s: %s\n%s", s.imsi, fmt.Sprintf(format, args...), strings.Join(last[max(0, len(last)-30):], "\n"))
 }
 
@@ -184,8 +184,7 @@ func (n *network) refused(s *sim, what string, err error, reasons ...kme.Reason)
 }
 
 func (n *network) subscription(s *sim) *binding.Subscription {
-	imsi, _ := kme.ParseIMSI(s.imsi)
-	sub, err := n.store.Subscription(n.Context(), imsi, n.time())
+	sub, err := n.store.Subscription(n.Context(), s.imsi, n.time())
 	if err != nil {
 		n.Error(err)
 		return new(binding.Subscription)
@@ -329,7 +328,7 @@ func (n *network) establish(p *peer, s *sim) {
 		k = n.newKey(d, s)
 	}
 	at.key = k
-	e, err := n.service().EstablishKME(n.Context(), s.imsi, k.phone.imei.String(), attempt, k.payload, p.Origin, false)
+	e, err := n.service().EstablishKME(n.Context(), binding.EstablishRequest{IMSI: s.imsi, IMEI: k.phone.imei, AttemptID: attempt, Payload: k.payload, Origin: p.Origin})
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if err != nil {

@@ -51,9 +51,9 @@ func TestPostgresRotated(t *testing.T) { rotated(t, pgtest.Start(t).Database(t))
 func rotated(t *testing.T, storeName string) {
 	w := newWorld(t, storeName)
 	w.recorder = &recorder{Ledger: w.store, token: w.token, store: w.store}
-	w.service = binding.NewService(w.recorder, w.recorder, w.lots(t), times(), w.slog())
+	w.service = w.newService(binding.Options{Lots: w.lots(t)})
 	type bound struct {
-		imsi string
+		imsi kme.IMSI
 		kme  kme.Secret
 	}
 	bind := func(ctx context.Context, d *device) (bound, error) {
@@ -64,7 +64,7 @@ func rotated(t *testing.T, storeName string) {
 		}
 		payload, plain := d.payload(t)
 		b.kme = plain.KME
-		if _, err = w.service.EstablishKME(ctx, b.imsi, d.imei.String(), p.AttemptID, payload, here, false); err != nil {
+		if _, err = w.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: b.imsi, IMEI: d.imei, AttemptID: p.AttemptID, Payload: payload, Origin: here}); err != nil {
 			return b, err
 		}
 		if _, err = w.service.PrepareVector(ctx, b.imsi, newRANDs(1), here); err == nil {
@@ -176,7 +176,7 @@ func rotated(t *testing.T, storeName string) {
 // A KME that the token does not open stays as it is, and is named; all others are sealed again.
 func TestResealDamaged(t *testing.T) {
 	r, _, l := newServed(t)
-	imsis := []string{r.bind(t, l.devices[0]), r.bind(t, l.devices[1]), r.bind(t, l.devices[2])}
+	imsis := []kme.IMSI{r.bind(t, l.devices[0]), r.bind(t, l.devices[1]), r.bind(t, l.devices[2])}
 	all := must[[]binding.Sealed](t)(r.store.Sealed(t.Context(), binding.Sealed{}, hsmkeys.SealedFrom(2), 10))
 	broken := bytes.Clone(all[1].KME)
 	broken[9] ^= 1
@@ -193,7 +193,7 @@ func TestResealDamaged(t *testing.T) {
 	}()
 	done, err := binding.Reseal(t.Context(), rotation, r.store, hsmkeys.SealedFrom(2), func(int) {})
 	var damaged *binding.DamagedError
-	if !errors.As(err, &damaged) || done != 2 || len(damaged.IMSIs) != 1 || damaged.IMSIs[0] != imsis[1] {
+	if !errors.As(err, &damaged) || done != 2 || len(damaged.IMSIs) != 1 || damaged.IMSIs[0] != imsis[1].String() {
 		t.Errorf("%d were sealed again, error %v; want 2, and IMSI %s", done, err, imsis[1])
 	}
 	checkSays(t, "a damaged KME", err, "keysvc binding revoke")

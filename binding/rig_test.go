@@ -22,6 +22,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -103,9 +104,17 @@ func newRig(t testing.TB) *rig {
 	r := &rig{token: token, tokenURI: tok.URI, soPIN: "file:" + tok.SOPINFile, store: store, log: new(logBuffer), readers: map[string]*directory.Reader{}}
 	t.Cleanup(func() { r.token.Close() })
 	r.recorder = &recorder{Ledger: store, token: token, store: store}
-	r.service = binding.NewService(r.recorder, r.recorder, new(binding.Lots), times(),
-		slog.New(slog.NewJSONHandler(r.log, nil)))
+	r.service = r.newService(binding.Options{})
 	return r
+}
+
+// newService is one with the rig's recorder, log and, unless there are others, times.
+func (r *rig) newService(o binding.Options) *binding.Service {
+	o.Token, o.Store, o.Log = r.recorder, r.recorder, r.slog()
+	if o.Times.Now == nil {
+		o.Times = times()
+	}
+	return binding.NewService(o)
 }
 
 // openStore opens a store whose rows have their MACs under a token's key.
@@ -161,7 +170,7 @@ func (r *rig) refresh(t testing.TB, m *maker, l *lot) {
 }
 
 // attempt opens an attempt as an HSS does.
-func (r *rig) attempt(t testing.TB, imsi string) string {
+func (r *rig) attempt(t testing.TB, imsi kme.IMSI) string {
 	t.Helper()
 	p := must[*binding.Prepared](t)(r.service.PrepareVector(t.Context(), imsi, newRANDs(1), here))
 	if p.AttemptID == "" {
@@ -171,7 +180,7 @@ func (r *rig) attempt(t testing.TB, imsi string) string {
 }
 
 // activate has a vector go out under an IMSI's pending binding, and reports success.
-func (r *rig) activate(t testing.TB, imsi string) {
+func (r *rig) activate(t testing.TB, imsi kme.IMSI) {
 	t.Helper()
 	if p := must[*binding.Prepared](t)(r.service.PrepareVector(t.Context(), imsi, newRANDs(1), here)); p.AttemptID != "" {
 		t.Fatalf("IMSI %s is not bound", imsi)
@@ -183,10 +192,9 @@ func (r *rig) activate(t testing.TB, imsi string) {
 }
 
 // checkBound looks into the store, past the service.
-func (r *rig) checkBound(t testing.TB, imsi string, want bool) {
+func (r *rig) checkBound(t testing.TB, imsi kme.IMSI, want bool) {
 	t.Helper()
-	sub := must[*binding.Subscription](t)(r.store.Subscription(t.Context(),
-		must[kme.IMSI](t)(kme.ParseIMSI(imsi)), time.Now()))
+	sub := must[*binding.Subscription](t)(r.store.Subscription(t.Context(), imsi, time.Now()))
 	if bound := sub.Latest() != nil; bound != want {
 		t.Errorf("IMSI %s is bound: %v, want %v", imsi, bound, want)
 	}
@@ -340,16 +348,26 @@ func (d *device) encrypt(t testing.TB, p *kme.Plaintext) []byte {
 }
 
 // newIMSI gives an IMSI that no test has had.
-func newIMSI() string {
-	imsis.Lock()
-	defer imsis.Unlock()
-	imsis.n++
-	return fmt.Sprintf("00101%010d", imsis.n)
+func newIMSI() kme.IMSI { return parseIMSI(fmt.Sprintf("00101%010d", imsis.Add(1))) }
+
+var imsis atomic.Int64
+
+// parseIMSI is for texts that are IMSIs.
+func parseIMSI(text string) kme.IMSI {
+	imsi, err := kme.ParseIMSI(text)
+	if err != nil {
+		panic(err)
+	}
+	return imsi
 }
 
-var imsis struct {
-	sync.Mutex
-	n int
+// parseIMEI is for texts that are IMEIs.
+func parseIMEI(text string) kme.IMEI {
+	imei, err := kme.ParseIMEI(text)
+	if err != nil {
+		panic(err)
+	}
+	return imei
 }
 
 // A recorder notes each call of the service to its token and its store, and can make one fail or something happen first.
@@ -357,6 +375,8 @@ type recorder struct {
 	binding.Ledger // of the store
 	token          binding.Token
 	store          binding.Store
+
+	tickets atomic.Int64 // that are out
 
 	mu     sync.Mutex
 	calls  []string                // guarded by mu
@@ -403,6 +423,11 @@ func (r *recorder) onFirst(call string, f func() error) {
 		r.mu.Unlock()
 		return f()
 	}
+}
+
+func (r *recorder) Soon() (done func()) {
+	r.tickets.Add(1)
+	return func() { r.tickets.Add(-1) }
 }
 
 func (r *recorder) OpenPayload(ctx context.Context, p hsmkeys.Payload) (*hsmkeys.Opened, error) {
@@ -618,12 +643,11 @@ func newKnown(t testing.TB) (r *rig, devices map[*vector]*device) {
 func (r *rig) slog() *slog.Logger { return slog.New(slog.NewJSONHandler(r.log, nil)) }
 
 // attemptPastRecorder opens an attempt unless the IMSI is bound, where the recorder does not see it.
-func (r *rig) attemptPastRecorder(t testing.TB, imsi string) string {
+func (r *rig) attemptPastRecorder(t testing.TB, imsi kme.IMSI) string {
 	t.Helper()
-	parsed := must[kme.IMSI](t)(kme.ParseIMSI(imsi))
 	d := must[binding.Decision](t)(r.store.Prepare(t.Context(), binding.VectorRequest{
-		IMSI: parsed, Origin: here, RANDs: []hsmkeys.RAND{hsmkeys.RAND(newRANDs(1)[0])}, Now: time.Now(),
-		AttemptID: "attempt of " + imsi, AttemptTTL: ttl, PendingVectors: 3,
+		IMSI: imsi, Origin: here, RANDs: []hsmkeys.RAND{hsmkeys.RAND(newRANDs(1)[0])}, Now: time.Now(),
+		AttemptID: "attempt of " + imsi.String(), AttemptTTL: ttl, PendingVectors: 3,
 	}))
 	if d.Attempt == nil {
 		return ""

@@ -35,7 +35,7 @@ func TestVectors(t *testing.T) {
 		t.Run(v.Name, func(t *testing.T) {
 			imsi := newIMSI()
 			attempt := r.attempt(t, imsi)
-			e, err := r.service.EstablishKME(t.Context(), imsi, devices[v].imei.String(), attempt, v.Payload, here, false)
+			e, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: devices[v].imei, AttemptID: attempt, Payload: v.Payload, Origin: here})
 			switch {
 			case v.Why == "length":
 				checkRefused(t, "establish", err, kme.Malformed, "")
@@ -98,7 +98,7 @@ func TestOneWayToReject(t *testing.T) {
 		imsi := newIMSI()
 		attempt := r.attempt(t, imsi)
 		r.recorder.take()
-		_, err := r.service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, payload, here, false)
+		_, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: payload, Origin: here})
 		checkRefused(t, name, err, kme.KMERejected, notAccepted)
 		calls := r.recorder.take()
 		if n := len(slices.DeleteFunc(slices.Clone(calls), func(c string) bool { return c != "OpenPayload" })); n != 1 {
@@ -114,8 +114,7 @@ func TestOneWayToReject(t *testing.T) {
 	for _, v := range vectors(t).Vectors {
 		if v.Expect == "accept" && !v.secondOfPair() {
 			imsi := newIMSI()
-			must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, devices[v].imei.String(), r.attempt(t, imsi),
-				v.Payload, here, false))
+			must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: devices[v].imei, AttemptID: r.attempt(t, imsi), Payload: v.Payload, Origin: here}))
 			try(v.Name+", again", devices[v], v.Payload)
 		}
 	}
@@ -137,15 +136,13 @@ func TestBeforeTheHSM(t *testing.T) {
 	others := r.attempt(t, other)
 
 	expired := newIMSI()
-	parsed := must[kme.IMSI](t)(kme.ParseIMSI(expired))
-	if err := r.store.OpenAttempt(ctx, binding.Attempt{ID: "expired", IMSI: parsed, Expires: time.Now()}); err != nil {
+	if err := r.store.OpenAttempt(ctx, binding.Attempt{ID: "expired", IMSI: expired, Expires: time.Now()}); err != nil {
 		t.Fatal(err)
 	}
 	used := newIMSI()
 	usedAttempt := r.attempt(t, used)
 	earlier, _ := l.devices[1].payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(ctx, used, l.devices[1].imei.String(), usedAttempt,
-		earlier, here, false))
+	must[*binding.Established](t)(r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: used, IMEI: l.devices[1].imei, AttemptID: usedAttempt, Payload: earlier, Origin: here}))
 
 	if err := directory.Revoke(ctx, m.store, m.Signer, l.Manifest, []kme.IMEI{l.devices[2].imei}, "stolen", time.Now(), nil); err != nil {
 		t.Fatal(err)
@@ -159,38 +156,32 @@ func TestBeforeTheHSM(t *testing.T) {
 	r.recorder.take()
 
 	for _, c := range []struct {
-		name, imsi, imei, attempt string
-		payload                   []byte
-		reason                    kme.Reason
+		name    string
+		imsi    kme.IMSI
+		imei    kme.IMEI
+		attempt string
+		payload []byte
+		reason  kme.Reason
 	}{
-		{"IMSI empty", "", d.imei.String(), attempt, payload, kme.Malformed},
-		{"IMSI short", imsi[:5], d.imei.String(), attempt, payload, kme.Malformed},
-		{"IMSI long", imsi + "0", d.imei.String(), attempt, payload, kme.Malformed},
-		{"IMSI with a sign", "+" + imsi[1:], d.imei.String(), attempt, payload, kme.Malformed},
-		{"IMSI with a zero byte", imsi[:14] + "\x00", d.imei.String(), attempt, payload, kme.Malformed},
-		{"IMEI empty", imsi, "", attempt, payload, kme.Malformed},
-		{"IMEI short", imsi, d.imei.String()[1:], attempt, payload, kme.Malformed},
-		{"IMEI with the wrong check digit", imsi, "352099000000011", attempt, payload, kme.Malformed},
-		{"IMEI long", imsi, d.imei.String() + "000", attempt, payload, kme.Malformed},
-		{"payload empty", imsi, d.imei.String(), attempt, nil, kme.Malformed},
-		{"payload one byte short", imsi, d.imei.String(), attempt, payload[1:], kme.Malformed},
-		{"payload one byte long", imsi, d.imei.String(), attempt, append([]byte{0}, payload...), kme.Malformed},
-		{"no attempt", imsi, d.imei.String(), "", payload, kme.NoAttempt},
-		{"unknown attempt", imsi, d.imei.String(), attempt[1:] + "A", payload, kme.NoAttempt},
-		{"another IMSI's attempt", imsi, d.imei.String(), others, payload, kme.NoAttempt},
-		{"expired attempt", expired, d.imei.String(), "expired", payload, kme.NoAttempt},
-		{"used attempt", used, d.imei.String(), usedAttempt, payload, kme.NoAttempt},
-		{"used attempt, another device", used, d.imei.String(), usedAttempt, earlier, kme.NoAttempt},
+		{"payload empty", imsi, d.imei, attempt, nil, kme.Malformed},
+		{"payload one byte short", imsi, d.imei, attempt, payload[1:], kme.Malformed},
+		{"payload one byte long", imsi, d.imei, attempt, append([]byte{0}, payload...), kme.Malformed},
+		{"no attempt", imsi, d.imei, "", payload, kme.NoAttempt},
+		{"unknown attempt", imsi, d.imei, attempt[1:] + "A", payload, kme.NoAttempt},
+		{"another IMSI's attempt", imsi, d.imei, others, payload, kme.NoAttempt},
+		{"expired attempt", expired, d.imei, "expired", payload, kme.NoAttempt},
+		{"used attempt", used, d.imei, usedAttempt, payload, kme.NoAttempt},
+		{"used attempt, another device", used, d.imei, usedAttempt, earlier, kme.NoAttempt},
 		// Without an attempt nobody learns which devices there are.
-		{"no attempt, unknown device", imsi, "99999999999999", "", payload, kme.NoAttempt},
-		{"no attempt, payload empty", imsi, d.imei.String(), "", nil, kme.NoAttempt},
-		{"no attempt, revoked device", imsi, l.devices[2].imei.String(), "", payload, kme.NoAttempt},
-		{"device in no lot", imsi, "35209900000006", attempt, payload, kme.UnknownDevice},
-		{"device of another TAC", imsi, "35209800000001", attempt, payload, kme.UnknownDevice},
-		{"device in no shard", imsi, unpublished.devices[0].imei.String(), attempt, payload, kme.UnknownDevice},
-		{"revoked device", imsi, l.devices[2].imei.String(), attempt, payload, kme.RevokedDevice},
+		{"no attempt, unknown device", imsi, parseIMEI("99999999999999"), "", payload, kme.NoAttempt},
+		{"no attempt, payload empty", imsi, d.imei, "", nil, kme.NoAttempt},
+		{"no attempt, revoked device", imsi, l.devices[2].imei, "", payload, kme.NoAttempt},
+		{"device in no lot", imsi, parseIMEI("35209900000006"), attempt, payload, kme.UnknownDevice},
+		{"device of another TAC", imsi, parseIMEI("35209800000001"), attempt, payload, kme.UnknownDevice},
+		{"device in no shard", imsi, unpublished.devices[0].imei, attempt, payload, kme.UnknownDevice},
+		{"revoked device", imsi, l.devices[2].imei, attempt, payload, kme.RevokedDevice},
 	} {
-		_, err := r.service.EstablishKME(ctx, c.imsi, c.imei, c.attempt, c.payload, here, false)
+		_, err := r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: c.imsi, IMEI: c.imei, AttemptID: c.attempt, Payload: c.payload, Origin: here})
 		checkRefused(t, c.name, err, c.reason, "")
 		if calls := r.recorder.takeToken(); len(calls) > 0 {
 			t.Errorf("%s: reached the HSM with %q", c.name, calls)
@@ -198,9 +189,9 @@ func TestBeforeTheHSM(t *testing.T) {
 	}
 	// None of it used the attempt up, and the 15 and 16 digits of an IMEI are the same device.
 	for i, imei := range []string{"352099000000014", "3520990000000199"} {
-		imsi, attempt := []string{imsi, other}[i], []string{attempt, others}[i]
+		imsi, attempt := []kme.IMSI{imsi, other}[i], []string{attempt, others}[i]
 		payload, p := d.payload(t)
-		e, err := r.service.EstablishKME(ctx, imsi, imei, attempt, payload, here, false)
+		e, err := r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: parseIMEI(imei), AttemptID: attempt, Payload: payload, Origin: here})
 		if want := p.NWSig(); err != nil || !bytes.Equal(e.NWSig, want[:]) {
 			t.Errorf("IMEI %s: %v, error %v", imei, e, err)
 		}
@@ -213,23 +204,17 @@ func TestMalformed(t *testing.T) {
 	imsi, vector := newIMSI(), make([]byte, hsmkeys.RANDSize)
 	for _, c := range []struct {
 		name   string
-		imsi   string
 		vector []byte
 	}{
-		{"IMSI", "12a456", vector},
-		{"RAND empty", imsi, nil},
-		{"RAND short", imsi, vector[1:]},
-		{"RAND long", imsi, append([]byte{0}, vector...)},
+		{"RAND empty", nil},
+		{"RAND short", vector[1:]},
+		{"RAND long", append([]byte{0}, vector...)},
 	} {
-		_, err := r.service.PrepareVector(ctx, c.imsi, [][]byte{c.vector}, here)
+		_, err := r.service.PrepareVector(ctx, imsi, [][]byte{c.vector}, here)
 		checkRefused(t, c.name+", prepare", err, kme.Malformed, "")
-		_, err = r.service.RestoreRAND(ctx, c.imsi, c.vector, here)
+		_, err = r.service.RestoreRAND(ctx, imsi, c.vector, here)
 		checkRefused(t, c.name+", restore", err, kme.Malformed, "")
 	}
-	_, err := r.service.ReportAuthentication(ctx, "12a456", true, here)
-	checkRefused(t, "report", err, kme.Malformed, "")
-	_, err = r.service.GetBinding(ctx, "12a456")
-	checkRefused(t, "get", err, kme.Malformed, "")
 	if calls := r.recorder.take(); len(calls) > 0 {
 		t.Errorf("malformed requests made calls %q", calls)
 	}
@@ -243,8 +228,7 @@ func TestOneUse(t *testing.T) {
 	d := l.devices[0]
 	payload, p := d.payload(t)
 	imsi := newIMSI()
-	must[*binding.Established](t)(r.service.EstablishKME(ctx, imsi, d.imei.String(), r.attempt(t, imsi),
-		payload, here, false))
+	must[*binding.Established](t)(r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here}))
 
 	freshNonce := *p
 	freshNonce.RME = kme.RandomSecret()
@@ -257,7 +241,7 @@ func TestOneUse(t *testing.T) {
 	} {
 		other := newIMSI()
 		attempt := r.attempt(t, other)
-		_, err := r.service.EstablishKME(ctx, other, d.imei.String(), attempt, again, here, false)
+		_, err := r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: other, IMEI: d.imei, AttemptID: attempt, Payload: again, Origin: here})
 		checkRefused(t, name, err, kme.KMERejected, notAccepted)
 		r.checkBound(t, other, false)
 	}
@@ -265,11 +249,11 @@ func TestOneUse(t *testing.T) {
 		t.Fatal(err)
 	}
 	attempt := r.attempt(t, imsi)
-	_, err := r.service.EstablishKME(ctx, imsi, d.imei.String(), attempt, payload, here, false)
+	_, err := r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: payload, Origin: here})
 	checkRefused(t, "after the binding was dropped", err, kme.KMERejected, notAccepted)
 	// A refusal leaves the attempt open for a better payload.
 	better, _ := d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(ctx, imsi, d.imei.String(), attempt, better, here, false))
+	must[*binding.Established](t)(r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: better, Origin: here}))
 }
 
 // The same call again gives the stored NW_SIG, without the HSM, for as long as the binding stands.
@@ -281,15 +265,15 @@ func TestRetransmission(t *testing.T) {
 	want := p.NWSig()
 	imsi := newIMSI()
 	attempt := r.attempt(t, imsi)
-	call := func(imei string, payload []byte) (*binding.Established, error) {
-		return r.service.EstablishKME(ctx, imsi, imei, attempt, payload, here, false)
+	call := func(imei kme.IMEI, payload []byte) (*binding.Established, error) {
+		return r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: imei, AttemptID: attempt, Payload: payload, Origin: here})
 	}
 	for i, state := range []binding.State{binding.Pending, binding.Pending, binding.Active, binding.Active} {
 		if i == 2 {
 			r.activate(t, imsi)
 		}
 		r.recorder.take()
-		e, err := call(d.imei.String(), payload)
+		e, err := call(d.imei, payload)
 		if err != nil || !bytes.Equal(e.NWSig, want[:]) || e.State != state {
 			t.Fatalf("call %d: %v, error %v, want %x, %s", i, e, err, want, state)
 		}
@@ -300,14 +284,14 @@ func TestRetransmission(t *testing.T) {
 	// What differs in anything is no retransmission.
 	changed := slices.Clone(payload)
 	changed[len(changed)-1] ^= 1
-	_, err := call(d.imei.String(), changed)
+	_, err := call(d.imei, changed)
 	checkRefused(t, "another payload", err, kme.NoAttempt, "")
-	_, err = call(l.devices[1].imei.String(), payload)
+	_, err = call(l.devices[1].imei, payload)
 	checkRefused(t, "another device", err, kme.OtherDevice, "")
-	_, err = r.service.EstablishKME(ctx, imsi, d.imei.String(), "", payload, here, false)
+	_, err = r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, Payload: payload, Origin: here})
 	checkRefused(t, "no attempt", err, kme.NoAttempt, "")
 	other := newIMSI()
-	_, err = r.service.EstablishKME(ctx, other, d.imei.String(), attempt, payload, here, false)
+	_, err = r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: other, IMEI: d.imei, AttemptID: attempt, Payload: payload, Origin: here})
 	checkRefused(t, "another subscriber", err, kme.NoAttempt, "")
 }
 
@@ -324,7 +308,7 @@ func TestOvertaken(t *testing.T) {
 			imsi := newIMSI()
 			attempt := r.attempt(t, imsi)
 			establish := func() (*binding.Established, error) {
-				return r.service.EstablishKME(ctx, imsi, d.imei.String(), attempt, payload, here, false)
+				return r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: payload, Origin: here})
 			}
 			r.recorder.onFirst(at, func() error {
 				e, err := establish()
@@ -356,7 +340,7 @@ func TestSameCallAtOnce(t *testing.T) {
 		var all sync.WaitGroup
 		for range 16 {
 			all.Go(func() {
-				e, err := r.service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, payload, here, false)
+				e, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: payload, Origin: here})
 				if err != nil {
 					t.Error(err)
 				} else if !bytes.Equal(e.NWSig, want[:]) {
@@ -367,8 +351,8 @@ func TestSameCallAtOnce(t *testing.T) {
 		all.Wait()
 		// The ledger holds its one entry; a second would have failed as used.
 		opened := must[*hsmkeys.Opened](t)(r.token.OpenPayload(t.Context(), hsmkeys.Payload{Suite: l.Suite, Lot: r.lotKey(l), N: l.PublicKey(), Device: d.signer.Public(), Bytes: payload}))
-		other := must[kme.IMSI](t)(kme.ParseIMSI(newIMSI()))
-		err := r.store.Establish(t.Context(), &binding.Binding{IMSI: other, IMEI: d.imei, AttemptID: r.attempt(t, other.String())}, opened.Tag, true, time.Now())
+		other := newIMSI()
+		err := r.store.Establish(t.Context(), &binding.Binding{IMSI: other, IMEI: d.imei, AttemptID: r.attempt(t, other)}, opened.Tag, true, time.Now())
 		if !errors.Is(err, binding.ErrUsed) {
 			t.Errorf("the ledger does not have the KME: %v", err)
 		}
@@ -394,7 +378,7 @@ func TestOneKMEAtOnce(t *testing.T) {
 		imsi := newIMSI()
 		attempt := r.attempt(t, imsi)
 		all.Go(func() {
-			_, errs[i] = r.service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, payload, here, false)
+			_, errs[i] = r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: payload, Origin: here})
 		})
 	}
 	all.Wait()
@@ -459,19 +443,18 @@ func TestLife(t *testing.T) {
 		t.Errorf("two vectors asked for at once have attempts %q and %q", attempt, again)
 	}
 	payload, p := d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(ctx, imsi, d.imei.String(), attempt, payload, here, false))
+	must[*binding.Established](t)(r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: payload, Origin: here}))
 	checkBound("established", p, binding.Pending)
 
 	if got, err := r.service.ReportAuthentication(ctx, imsi, false, here); err != nil || got.Binding != nil || got.Served {
 		t.Errorf("a failed authentication leaves %+v, error %v", got, err)
 	}
 	checkUnbound("dropped")
-	_, err := r.service.EstablishKME(ctx, imsi, d.imei.String(), attempt, payload, here, false)
+	_, err := r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: payload, Origin: here})
 	checkRefused(t, "the dropped binding's attempt", err, kme.NoAttempt, "")
 
 	payload, p = d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(ctx, imsi, d.imei.String(), r.attempt(t, imsi),
-		payload, here, false))
+	must[*binding.Established](t)(r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here}))
 	r.activate(t, imsi)
 	for _, ok := range []bool{true, true, false} { // an active binding outlives a failed authentication
 		if got := must[*binding.Reported](t)(r.service.ReportAuthentication(ctx, imsi, ok, here)); !got.Served ||
@@ -487,13 +470,12 @@ func TestAttemptExpires(t *testing.T) {
 	r, _, l := newServed(t)
 	d := l.devices[0]
 	const short = 20 * time.Millisecond
-	service := binding.NewService(r.recorder, r.recorder, new(binding.Lots), binding.Times{Attempt: short, Pending: ttl,
-		PendingVectors: 3, Now: time.Now}, r.slog())
+	service := r.newService(binding.Options{Times: binding.Times{Attempt: short, Pending: ttl, PendingVectors: 3, Now: time.Now}})
 	imsi := newIMSI()
 	p := must[*binding.Prepared](t)(service.PrepareVector(t.Context(), imsi, newRANDs(1), here))
 	time.Sleep(short + 2*time.Millisecond) // stores keep milliseconds
 	payload, _ := d.payload(t)
-	_, err := r.service.EstablishKME(t.Context(), imsi, d.imei.String(), p.AttemptID, payload, here, false)
+	_, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: p.AttemptID, Payload: payload, Origin: here})
 	checkRefused(t, "after its time", err, kme.NoAttempt, "")
 	again := must[*binding.Prepared](t)(service.PrepareVector(t.Context(), imsi, newRANDs(1), here))
 	if again.AttemptID == "" || again.AttemptID == p.AttemptID {
@@ -502,29 +484,29 @@ func TestAttemptExpires(t *testing.T) {
 }
 
 func TestUnavailable(t *testing.T) {
-	type call func(ctx context.Context, r *rig, imsi string) error
-	prepare := func(ctx context.Context, r *rig, imsi string) error {
+	type call func(ctx context.Context, r *rig, imsi kme.IMSI) error
+	prepare := func(ctx context.Context, r *rig, imsi kme.IMSI) error {
 		_, err := r.service.PrepareVector(ctx, imsi, newRANDs(1), here)
 		return err
 	}
-	restore := func(ctx context.Context, r *rig, imsi string) error {
+	restore := func(ctx context.Context, r *rig, imsi kme.IMSI) error {
 		_, err := r.service.RestoreRAND(ctx, imsi, make([]byte, hsmkeys.RANDSize), here)
 		return err
 	}
-	report := func(ctx context.Context, r *rig, imsi string) error {
+	report := func(ctx context.Context, r *rig, imsi kme.IMSI) error {
 		_, err := r.service.ReportAuthentication(ctx, imsi, true, here)
 		return err
 	}
-	get := func(ctx context.Context, r *rig, imsi string) error {
+	get := func(ctx context.Context, r *rig, imsi kme.IMSI) error {
 		_, err := r.service.GetBinding(ctx, imsi)
 		return err
 	}
 	r, m, l := newServed(t)
 	ctx := t.Context()
 	d := l.devices[0]
-	establish := func(ctx context.Context, r *rig, imsi string) error {
+	establish := func(ctx context.Context, r *rig, imsi kme.IMSI) error {
 		payload, _ := d.payload(t)
-		_, err := r.service.EstablishKME(ctx, imsi, d.imei.String(), r.attemptPastRecorder(t, imsi), payload, here, false)
+		_, err := r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: r.attemptPastRecorder(t, imsi), Payload: payload, Origin: here})
 		return err
 	}
 	bound := newIMSI()
@@ -537,7 +519,7 @@ func TestUnavailable(t *testing.T) {
 		name   string
 		fails  string
 		call   call
-		imsi   string
+		imsi   kme.IMSI
 		reason kme.Reason
 	}{
 		{"prepare", "Prepare", prepare, newIMSI(), kme.StoreUnavailable},
@@ -620,8 +602,8 @@ func TestUnavailable(t *testing.T) {
 		t.Fatal(err)
 	}
 	payload, _ := d.payload(t)
-	for name, c := range map[string]call{"prepare": prepare, "restore": restore, "report": report, "get": get, "establish": func(ctx context.Context, r *rig, imsi string) error {
-		_, err := r.service.EstablishKME(ctx, imsi, d.imei.String(), "attempt", payload, here, false)
+	for name, c := range map[string]call{"prepare": prepare, "restore": restore, "report": report, "get": get, "establish": func(ctx context.Context, r *rig, imsi kme.IMSI) error {
+		_, err := r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: "attempt", Payload: payload, Origin: here})
 		return err
 	}} {
 		checkRefused(t, name+" on a closed database", c(ctx, r, last), kme.StoreUnavailable, "")
@@ -633,8 +615,7 @@ func TestNotSent(t *testing.T) {
 	r, m, l := newServed(t)
 	d, imsi := l.devices[0], newIMSI()
 	payload, _ := d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, d.imei.String(), r.attempt(t, imsi),
-		payload, here, false))
+	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here}))
 	check := func(reason kme.Reason) {
 		t.Helper()
 		for range 2 * binding.DefaultTimes().PendingVectors {
@@ -671,15 +652,14 @@ func TestCanceled(t *testing.T) {
 	d := l.devices[0]
 	bound := newIMSI()
 	payload, _ := d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), bound, d.imei.String(), r.attempt(t, bound),
-		payload, here, false))
+	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: bound, IMEI: d.imei, AttemptID: r.attempt(t, bound), Payload: payload, Origin: here}))
 	vector := newRANDs(1)[0]
 
 	open := newIMSI()
 	attempt := r.attempt(t, open)
 	fresh, p := d.payload(t)
 	establish := func(ctx context.Context) error {
-		_, err := r.service.EstablishKME(ctx, open, d.imei.String(), attempt, fresh, here, false)
+		_, err := r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: open, IMEI: d.imei, AttemptID: attempt, Payload: fresh, Origin: here})
 		return err
 	}
 	for _, c := range []struct {
@@ -728,7 +708,7 @@ func TestCanceled(t *testing.T) {
 	r.checkBound(t, bound, true)
 	r.checkBound(t, open, false)
 	want := p.NWSig()
-	e, err := r.service.EstablishKME(t.Context(), open, d.imei.String(), attempt, fresh, here, false)
+	e, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: open, IMEI: d.imei, AttemptID: attempt, Payload: fresh, Origin: here})
 	if err != nil || !bytes.Equal(e.NWSig, want[:]) {
 		t.Errorf("after all that: %v, error %v", e, err)
 	}
@@ -745,7 +725,7 @@ func TestTwoManufacturers(t *testing.T) {
 		d := l.devices[0]
 		payload, p := d.payload(t)
 		imsi := newIMSI()
-		e, err := r.service.EstablishKME(t.Context(), imsi, d.imei.String(), r.attempt(t, imsi), payload, here, false)
+		e, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here})
 		if want := p.NWSig(); err != nil || !bytes.Equal(e.NWSig, want[:]) {
 			t.Fatalf("manufacturer %s: %v, error %v", l.Manufacturer, e, err)
 		}
@@ -762,8 +742,7 @@ func TestTwoManufacturers(t *testing.T) {
 	// The devices of one are not those of the other, whatever they have signed.
 	payload, _ := first.devices[0].payload(t)
 	imsi := newIMSI()
-	_, err := r.service.EstablishKME(t.Context(), imsi, first.devices[1].imei.String(),
-		r.attempt(t, imsi), payload, here, false)
+	_, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: first.devices[1].imei, AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here})
 	checkRefused(t, "another device's payload", err, kme.KMERejected, notAccepted)
 
 	manifest, dev, err := must[*binding.Lots](t)(binding.NewLots(lots, r.readers)).Device(t.Context(), second.devices[0].imei)

@@ -32,11 +32,11 @@ func (m *maker) grantAgain(t *testing.T, l *lot, taken *binding.Lot) []byte {
 }
 
 // bind binds a new IMSI to a device, and gives it.
-func (r *rig) bind(t *testing.T, d *device) string {
+func (r *rig) bind(t *testing.T, d *device) kme.IMSI {
 	t.Helper()
 	imsi := newIMSI()
 	payload, _ := d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, d.imei.String(), r.attempt(t, imsi), payload, here, false))
+	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here}))
 	return imsi
 }
 
@@ -47,7 +47,7 @@ func (r *rig) checkNotBindable(t *testing.T, what string, d *device) {
 	payload, _ := d.payload(t)
 	attempt := r.attempt(t, imsi)
 	r.recorder.take()
-	_, err := r.service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, payload, here, false)
+	_, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: payload, Origin: here})
 	checkRefused(t, what, err, kme.UnknownDevice, "")
 	if calls := r.recorder.takeToken(); len(calls) > 0 {
 		t.Errorf("%s: the token was asked: %v", what, calls)
@@ -55,7 +55,7 @@ func (r *rig) checkNotBindable(t *testing.T, what string, d *device) {
 }
 
 // checkServedOn insists that vectors are made under an IMSI's active binding, and restored.
-func (r *rig) checkServedOn(t *testing.T, what, imsi string) {
+func (r *rig) checkServedOn(t *testing.T, what string, imsi kme.IMSI) {
 	t.Helper()
 	vector := newRANDs(1)
 	p, err := r.service.PrepareVector(t.Context(), imsi, vector, here)
@@ -261,11 +261,11 @@ func TestSuspects(t *testing.T) {
 			t.Errorf("%s: reported %v, want %v", what, got, want)
 		}
 	}
-	at := func(imsi string, d *device) string { return imsi + " " + d.imei.String() }
+	at := func(imsi kme.IMSI, d *device) string { return imsi.String() + " " + d.imei.String() }
 
 	old, fresh, gone, good, pending := l.devices[0], l.devices[1], l.devices[2], l.devices[3], l.devices[4]
 	reissue(fresh, "repaired before it was bound")
-	imsis := map[*device]string{}
+	imsis := map[*device]kme.IMSI{}
 	for _, d := range []*device{old, fresh, gone, good, second.devices[0]} {
 		imsis[d] = r.bind(t, d)
 		r.activate(t, imsis[d])
@@ -293,7 +293,7 @@ func TestSuspects(t *testing.T) {
 	// Beside an active binding, a pending one of another device: both are looked at.
 	must[*binding.Attempt](t)(r.service.OpenProvisioning(ctx, imsis[gone], 0))
 	payload, _ := good.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(ctx, imsis[gone], good.imei.String(), r.attempt(t, imsis[gone]), payload, here, false))
+	must[*binding.Established](t)(r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsis[gone], IMEI: good.imei, AttemptID: r.attempt(t, imsis[gone]), Payload: payload, Origin: here}))
 	check("a suspect binding beside a pending one")
 
 	must[*binding.Binding](t)(r.service.RevokeBinding(ctx, again))

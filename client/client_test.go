@@ -44,7 +44,7 @@ func serve(before func(w http.ResponseWriter, r *http.Request) (answered bool)) 
 	if err != nil {
 		return "", nil, err
 	}
-	service := binding.NewService(nil, store, new(binding.Lots), binding.DefaultTimes(), slog.New(slog.DiscardHandler))
+	service := binding.NewService(binding.Options{Store: store, Times: binding.DefaultTimes(), Log: slog.New(slog.DiscardHandler)})
 	handler := api.NewHandler(api.Options{Service: service, Clients: known,
 		Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(), Ready: func(context.Context) ([]string, error) { return nil, nil }})
 	path := filepath.Join(dir, "s")

@@ -26,10 +26,10 @@ type Store struct {
 	// begin makes a change durably and alone: no other with the same key is under way.
 	begin func(ctx context.Context, key string, f func(context.Context, *sql.Tx) error) error
 	// lock has no other change with the key until the transaction ends.
-	lock  func(ctx context.Context, tx *sql.Tx, key string) error
-	close func() error
-	// company is sqlite.Writer's; nil for PostgreSQL, which has commit_delay of its own.
-	company func(func() int)
+	lock     func(ctx context.Context, tx *sql.Tx, key string) error
+	close    func() error
+	soon     func() (done func()) // sqlite.Writer's; PostgreSQL has commit_delay of its own
+	hasRoles bool                 // it is PostgreSQL, whose roles may be allowed too much
 
 	key     kme.Secret // of the MACs
 	macs    *macs
@@ -59,12 +59,7 @@ func (s *Store) Close() error {
 	return err
 }
 
-// Company tells how many calls will soon make a change, those included that wait for their commit: a commit waits for half of them.
-func (s *Store) Company(n func() int) {
-	if s.company != nil {
-		s.company(n)
-	}
-}
+func (s *Store) Soon() (done func()) { return s.soon() }
 
 // Ping says whether the store can be read. (The driver of SQLite says of every open database that it can.)
 func (s *Store) Ping(ctx context.Context) error {

@@ -435,13 +435,14 @@ func BenchmarkEstablish(b *testing.B) {
 		b.Fatal(err)
 	}
 	const atOnce = 32
-	s.Company(func() int { return atOnce })
 	imsis := make([]kme.IMSI, b.N)
 	forAll := func(f func(i int64) error) {
 		var next atomic.Int64
 		var all sync.WaitGroup
 		for range atOnce {
 			all.Go(func() {
+				done := s.Soon()
+				defer done()
 				for i := next.Add(1) - 1; i < int64(b.N); i = next.Add(1) - 1 {
 					if err := f(i); err != nil {
 						b.Error(err)

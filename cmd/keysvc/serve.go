@@ -146,10 +146,12 @@ func serve(c *cli.Context) error {
 				"lot", d.Lot, "why", d.Why, "since", d.Since, "cause", d.Cause.Error())
 		}
 	}, log)
-	service := binding.NewService(token, store, new(binding.Lots), cfg.times(), log)
-	service.Limit(binding.Limits{Calls: cmp.Or(cfg.Calls, 32*token.Sessions()), IMEIRate: cfg.IMEIRate, IMEIBurst: cfg.IMEIBurst})
-	store.Company(service.Coming)
 	registry := prometheus.NewRegistry()
+	metrics := binding.NewMetrics(registry)
+	service := binding.NewService(binding.Options{
+		Token: token, Store: store, Times: cfg.times(), Metrics: metrics, Log: log,
+		Limits: binding.Limits{Calls: cmp.Or(cfg.Calls, 32*token.Sessions()), IMEIRate: cfg.IMEIRate, IMEIBurst: cfg.IMEIBurst},
+	})
 	weak, err := weaknesses(ctx, token.Tokens(), registry, log)
 	if err != nil {
 		return err
@@ -162,8 +164,6 @@ func serve(c *cli.Context) error {
 		log.Warn("the store is not kept as it should be", "warning", what)
 	}
 	registry.MustRegister(overdue)
-	metrics := binding.NewMetrics(registry)
-	service.Observe(metrics)
 	token.Observe(metrics)
 	observeProcess(registry, token, store, cache)
 	traces, stop, err := tracing(ctx, cfg.OTLP)

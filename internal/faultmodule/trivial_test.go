@@ -73,7 +73,7 @@ func served(t *testing.T) (service *binding.Service, lot *rsa.PublicKey, imei km
 	})), nil))
 	reader := directory.NewReader(files, directory.NewVerifier(maker.Public()), directory.ReaderOptions{})
 	lots := must[*binding.Lots](t)(binding.OpenLots(ctx, store, func(*binding.Manufacturer) (*directory.Reader, error) { return reader, nil }))
-	return binding.NewService(token, store, lots, binding.DefaultTimes(), slog.New(slog.NewTextHandler(io.Discard, nil))), &key.PublicKey, imei
+	return binding.NewService(binding.Options{Token: token, Store: store, Lots: lots, Times: binding.DefaultTimes(), Log: slog.New(slog.NewTextHandler(io.Discard, nil))}), &key.PublicKey, imei
 }
 
 // Whether a token decrypts 0, 1 and N-1, which are their own roots, or refuses them, as NIST SP 800-56B Rev. 2 section
@@ -81,11 +81,11 @@ func served(t *testing.T) (service *binding.Service, lot *rsa.PublicKey, imei km
 func TestTrivialPayloads(t *testing.T) {
 	service, lot, imei := served(t)
 	here := binding.Origin{Provisioning: binding.Allowed}
-	const imsi = "001010000000001"
+	imsi := must[kme.IMSI](t)(kme.ParseIMSI("001010000000001"))
 	attempt := must[*binding.Prepared](t)(service.PrepareVector(t.Context(), imsi, [][]byte{make([]byte, 16)}, here)).AttemptID
 	send := func(payload []byte) (kme.Reason, map[string]uint64) {
 		before := faulty.Counts()
-		_, err := service.EstablishKME(t.Context(), imsi, imei.String(), attempt, payload, here, false)
+		_, err := service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: imei, AttemptID: attempt, Payload: payload, Origin: here})
 		var r *binding.Refusal
 		if !errors.As(err, &r) {
 			t.Fatalf("%v", err)
