@@ -103,6 +103,11 @@ type Lot struct {
 	Distrusted   Verdict // its manufacturer's
 }
 
+// Key is the lot's in the operator's token.
+func (l *Lot) Key() hsmkeys.Key {
+	return hsmkeys.Key{Role: hsmkeys.RoleLot, Manufacturer: l.Manufacturer, Name: l.Manifest.Lot}
+}
+
 // Served says whether the lot's devices may be bound.
 func (l *Lot) Served() bool { return !l.Retired.Withdrawn && !l.Distrusted.Withdrawn }
 

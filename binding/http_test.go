@@ -213,7 +213,7 @@ func TestJSONFlow(t *testing.T) {
 		t.Error("pending without established_at")
 	}
 	delete(b, "established_at")
-	check("pending", b, map[string]any{"imsi": imsi, "imei": d.imei.String(), "lot": "L1", "manufacturer": m.KeyID(), "state": "PENDING"})
+	check("pending", b, map[string]any{"imsi": imsi.String(), "imei": d.imei.String(), "lot": "L1", "manufacturer": m.KeyID(), "state": "PENDING"})
 	check("reported from elsewhere",
 		call("ReportAuthentication", map[string]any{"imsi": imsi, "ok": true, "origin": "another"}),
 		map[string]any{"state": "PENDING", "control": "PROVISIONING_ONLY"})

@@ -91,7 +91,7 @@ func NewLots(lots []*Lot, readers map[string]*directory.Reader) (*Lots, error) {
 		if reader == nil {
 			return nil, fmt.Errorf("lot %s is of manufacturer %s, who is not enrolled", l.Manifest.Lot, l.Manufacturer)
 		}
-		served := &servedLot{manifest: l.Manifest, public: l.Manifest.PublicKey(), key: lotKey(l.Manufacturer, l.Manifest.Lot), reader: reader}
+		served := &servedLot{manifest: l.Manifest, public: l.Manifest.PublicKey(), key: l.Key(), reader: reader}
 		if taken.servedLot = served; !l.Served() {
 			continue
 		}
@@ -121,10 +121,6 @@ func (l *Lots) find(imei kme.IMEI) *servedLot {
 		return nil
 	}
 	return l.ranges[i].lot
-}
-
-func lotKey(manufacturer, lot string) hsmkeys.Key {
-	return hsmkeys.Key{Role: hsmkeys.RoleLot, Manufacturer: manufacturer, Name: lot}
 }
 
 // LogWithdrawn logs what is not served, and by whose decision.

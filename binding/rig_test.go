@@ -29,6 +29,7 @@ import (
 	"github.com/tink-crypto/tink-go/v2/kwp/subtle"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/imports"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
@@ -136,14 +137,14 @@ func (r *rig) transport(t testing.TB) *rsa.PublicKey {
 // enroll takes a manufacturer in, and reads its directory.
 func (r *rig) enroll(t testing.TB, m *maker) {
 	t.Helper()
-	must[*binding.Manufacturer](t)(binding.Enroll(t.Context(), r.token, r.store, m.sign(t, directory.TypeEnrolment, m.enrolment(t, r)), m.pem, m.KeyID(), "file:"+m.dir))
+	must[*binding.Manufacturer](t)(imports.Enroll(t.Context(), r.token, r.store, imports.Enrolment{JWS: m.sign(t, directory.TypeEnrolment, m.enrolment(t, r)), PEM: m.pem, Thumbprint: m.KeyID(), Directory: "file:" + m.dir}))
 	r.readers[m.KeyID()] = m.reader(t)
 }
 
 // take imports a lot and serves it.
 func (r *rig) take(t testing.TB, m *maker, lot *lot) {
 	t.Helper()
-	must[*binding.Lot](t)(binding.ImportLot(t.Context(), r.token, r.store, m.sign(t, directory.TypeGrant, m.grant(t, lot)), nil))
+	must[*binding.Lot](t)(imports.ImportLot(t.Context(), r.token, r.store, m.sign(t, directory.TypeGrant, m.grant(t, lot)), nil))
 	r.serve(t)
 }
 

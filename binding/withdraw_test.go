@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/imports"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
@@ -20,7 +21,7 @@ import (
 
 func verdict(t *testing.T, withdrawn bool, reason string) binding.Verdict {
 	t.Helper()
-	return must[binding.Verdict](t)(binding.NewVerdict(withdrawn, "somebody@here", reason))
+	return must[binding.Verdict](t)(imports.NewVerdict(withdrawn, "somebody@here", reason))
 }
 
 // grantAgain is another grant of a lot that was taken.
@@ -73,7 +74,7 @@ func TestDistrust(t *testing.T) {
 	imsi := r.bind(t, l.devices[0])
 	r.activate(t, imsi)
 	v := verdict(t, true, "its signing key was stolen")
-	if stands := must[binding.Verdict](t)(binding.Distrust(ctx, r.store, m.KeyID(), v)); stands != v {
+	if stands := must[binding.Verdict](t)(imports.Distrust(ctx, r.store, m.KeyID(), v)); stands != v {
 		t.Errorf("stands %+v, want %+v", stands, v)
 	}
 	r.serve(t)
@@ -85,19 +86,19 @@ func TestDistrust(t *testing.T) {
 	}
 
 	// Nothing of it is taken any more.
-	_, err := binding.Enroll(ctx, r.token, r.store, m.sign(t, directory.TypeEnrolment, m.enrolment(t, r)), m.pem, m.KeyID(), "")
+	_, err := imports.Enroll(ctx, r.token, r.store, imports.Enrolment{JWS: m.sign(t, directory.TypeEnrolment, m.enrolment(t, r)), PEM: m.pem, Thumbprint: m.KeyID()})
 	checkSays(t, "an enrolment of a distrusted manufacturer", err, "is distrusted, by somebody@here")
 	next := m.newLot(t, "L2", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 50, newDevices(t, 1)...)
 	grant := m.sign(t, directory.TypeGrant, m.grant(t, next))
-	_, err = binding.ImportLot(ctx, r.token, r.store, grant, nil)
+	_, err = imports.ImportLot(ctx, r.token, r.store, grant, nil)
 	checkSays(t, "a grant of a distrusted manufacturer", err, "is distrusted")
 	again := verdict(t, false, "no")
-	_, err = binding.ImportLot(ctx, r.token, r.store, grant, &again)
+	_, err = imports.ImportLot(ctx, r.token, r.store, grant, &again)
 	checkSays(t, "a grant of a distrusted manufacturer, to be served again", err, "is distrusted")
 	checkLeft(t, "a distrusted manufacturer", r, map[hsmkeys.Key]bool{m.lotKey("L1"): true, m.lotKey("L2"): false}, 1, 1)
 
 	// A second verdict changes nothing.
-	if stands := must[binding.Verdict](t)(binding.Distrust(ctx, r.store, m.KeyID(), verdict(t, true, "again"))); stands != v {
+	if stands := must[binding.Verdict](t)(imports.Distrust(ctx, r.store, m.KeyID(), verdict(t, true, "again"))); stands != v {
 		t.Errorf("after a second verdict stands %+v, want %+v", stands, v)
 	}
 
@@ -112,15 +113,15 @@ func TestDistrust(t *testing.T) {
 	r.take(t, reborn, moved)
 	r.activate(t, r.bind(t, moved.devices[1]))
 	r.checkServedOn(t, "its devices are another manufacturer's", imsi)
-	_, err = binding.Trust(ctx, r.store, m.KeyID(), verdict(t, false, "a mistake"))
+	_, err = imports.Trust(ctx, r.store, m.KeyID(), verdict(t, false, "a mistake"))
 	checkSays(t, "trusted beside its other name", err, "shares IMEIs with lot L1 of manufacturer "+reborn.KeyID())
 
-	must[binding.Verdict](t)(binding.Distrust(ctx, r.store, reborn.KeyID(), verdict(t, true, "the wrong one")))
-	must[binding.Verdict](t)(binding.Trust(ctx, r.store, m.KeyID(), verdict(t, false, "a mistake")))
+	must[binding.Verdict](t)(imports.Distrust(ctx, r.store, reborn.KeyID(), verdict(t, true, "the wrong one")))
+	must[binding.Verdict](t)(imports.Trust(ctx, r.store, m.KeyID(), verdict(t, false, "a mistake")))
 	r.serve(t)
 	r.activate(t, r.bind(t, l.devices[2]))
-	must[*binding.Lot](t)(binding.ImportLot(ctx, r.token, r.store, grant, nil))
-	_, err = binding.Distrust(ctx, r.store, "nobody", v)
+	must[*binding.Lot](t)(imports.ImportLot(ctx, r.token, r.store, grant, nil))
+	_, err = imports.Distrust(ctx, r.store, "nobody", v)
 	checkSays(t, "nobody", err, "no such manufacturer")
 }
 
@@ -130,11 +131,11 @@ func TestRetireLot(t *testing.T) {
 	imsi, revoked := r.bind(t, l.devices[0]), r.bind(t, l.devices[1])
 	r.activate(t, imsi)
 	r.activate(t, revoked)
-	taken := must[*binding.Lot](t)(binding.FindLot(ctx, r.store, "L1", ""))
+	taken := must[*binding.Lot](t)(imports.FindLot(ctx, r.store, "L1", ""))
 	grant := m.grantAgain(t, l, taken)
 	v := verdict(t, true, "P and Q are known")
 	for range 2 { // the second changes nothing
-		if stands := must[binding.Verdict](t)(binding.RetireLot(ctx, r.token, r.store, taken, v)); stands != v {
+		if stands := must[binding.Verdict](t)(imports.RetireLot(ctx, r.token, r.store, taken, v)); stands != v {
 			t.Errorf("stands %+v, want %+v", stands, v)
 		}
 		checkLeft(t, "a retired lot", r, map[hsmkeys.Key]bool{m.lotKey("L1"): false}, 1, 1)
@@ -154,30 +155,30 @@ func TestRetireLot(t *testing.T) {
 	checkRefused(t, "a revoked device of a retired lot", err, kme.RevokedDevice, "")
 
 	// It does not come back by accident, also not by a grant that is under way. Others may have its IMEIs.
-	_, err = binding.ImportLot(ctx, r.token, r.store, grant, nil)
+	_, err = imports.ImportLot(ctx, r.token, r.store, grant, nil)
 	checkSays(t, "a retired lot", err, "was retired, by somebody@here")
 	checkLeft(t, "a retired lot imported", r, map[hsmkeys.Key]bool{m.lotKey("L1"): false}, 1, 1)
 	other := newMaker(t)
 	r.enroll(t, other)
 	r.take(t, other, other.newLot(t, "L1", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 1)...))
-	_, err = binding.FindLot(ctx, r.store, "L1", "")
+	_, err = imports.FindLot(ctx, r.store, "L1", "")
 	checkSays(t, "a name of two lots", err, "--manufacturer")
-	if found := must[*binding.Lot](t)(binding.FindLot(ctx, r.store, "L1", m.KeyID())); found.Manufacturer != m.KeyID() {
+	if found := must[*binding.Lot](t)(imports.FindLot(ctx, r.store, "L1", m.KeyID())); found.Manufacturer != m.KeyID() {
 		t.Errorf("found %+v", found)
 	}
-	_, err = binding.FindLot(ctx, r.store, "L9", "")
+	_, err = imports.FindLot(ctx, r.store, "L9", "")
 	checkSays(t, "no lot", err, "keysvc lot list")
 
 	// On purpose it does, unless its IMEIs are another lot's by now.
 	again := verdict(t, false, "the wrong lot was retired")
-	_, err = binding.ImportLot(ctx, r.token, r.store, grant, &again)
+	_, err = imports.ImportLot(ctx, r.token, r.store, grant, &again)
 	checkSays(t, "a retired lot whose IMEIs are another's", err, "settle it with who made them")
 	checkLeft(t, "a retired lot whose IMEIs are another's", r, map[hsmkeys.Key]bool{m.lotKey("L1"): false}, 2, 2)
-	must[binding.Verdict](t)(binding.Distrust(ctx, r.store, other.KeyID(), v))
-	must[*binding.Lot](t)(binding.ImportLot(ctx, r.token, r.store, grant, &again))
+	must[binding.Verdict](t)(imports.Distrust(ctx, r.store, other.KeyID(), v))
+	must[*binding.Lot](t)(imports.ImportLot(ctx, r.token, r.store, grant, &again))
 	r.serve(t)
 	r.activate(t, r.bind(t, l.devices[2]))
-	if got := must[*binding.Lot](t)(binding.FindLot(ctx, r.store, "L1", m.KeyID())); got.Retired != again {
+	if got := must[*binding.Lot](t)(imports.FindLot(ctx, r.store, "L1", m.KeyID())); got.Retired != again {
 		t.Errorf("the verdict is %+v, want %+v", got.Retired, again)
 	}
 }
@@ -193,24 +194,24 @@ func TestRetireLotOfAFactory(t *testing.T) {
 	if _, _, err := factory.EnsureLotKey(ctx, m.lotKey("L1"), 2048, hsmkeys.PrimesAuto); err != nil {
 		t.Fatal(err)
 	}
-	taken := must[*binding.Lot](t)(binding.FindLot(ctx, r.store, "L1", ""))
-	_, err := binding.RetireLot(ctx, factory, r.store, taken, verdict(t, true, "P and Q are known"))
+	taken := must[*binding.Lot](t)(imports.FindLot(ctx, r.store, "L1", ""))
+	_, err := imports.RetireLot(ctx, factory, r.store, taken, verdict(t, true, "P and Q are known"))
 	checkSays(t, "a lot of a factory's token", err, "a token of the factory's")
 	if !must[bool](t)(factory.Has(ctx, m.lotKey("L1"))) {
 		t.Error("the manufacturer's lot key is destroyed")
 	}
-	if taken = must[*binding.Lot](t)(binding.FindLot(ctx, r.store, "L1", "")); taken.Retired.Withdrawn {
+	if taken = must[*binding.Lot](t)(imports.FindLot(ctx, r.store, "L1", "")); taken.Retired.Withdrawn {
 		t.Error("the lot is retired")
 	}
 }
 
 func TestRetiredMeanwhile(t *testing.T) {
 	r, m, l := newServed(t)
-	taken := must[*binding.Lot](t)(binding.FindLot(t.Context(), r.store, "L1", ""))
+	taken := must[*binding.Lot](t)(imports.FindLot(t.Context(), r.store, "L1", ""))
 	registry := overtaken{r.store, func() {
-		must[binding.Verdict](t)(binding.RetireLot(t.Context(), r.token, r.store, taken, verdict(t, true, "old")))
+		must[binding.Verdict](t)(imports.RetireLot(t.Context(), r.token, r.store, taken, verdict(t, true, "old")))
 	}}
-	_, err := binding.ImportLot(t.Context(), r.token, registry, m.grantAgain(t, l, taken), nil)
+	_, err := imports.ImportLot(t.Context(), r.token, registry, m.grantAgain(t, l, taken), nil)
 	checkSays(t, "a lot that was retired meanwhile", err, "was retired")
 	checkLeft(t, "a lot that was retired meanwhile", r, map[hsmkeys.Key]bool{m.lotKey("L1"): false}, 1, 1)
 }
@@ -300,7 +301,7 @@ func TestSuspects(t *testing.T) {
 	delete(want, at(again, old))
 	check("a binding was revoked")
 
-	must[binding.Verdict](t)(binding.Distrust(ctx, r.store, other.KeyID(), verdict(t, true, "its key was stolen")))
+	must[binding.Verdict](t)(imports.Distrust(ctx, r.store, other.KeyID(), verdict(t, true, "its key was stolen")))
 	r.readers[other.KeyID()] = nil // its directory is not asked
 	want[at(imsis[second.devices[0]], second.devices[0])] = []binding.Why{binding.ManufacturerDistrusted}
 	check("a manufacturer was distrusted")
@@ -315,8 +316,8 @@ func TestSuspects(t *testing.T) {
 	want[at(imsis[gone], good)] = []binding.Why{binding.LotRevoked}
 	check("a lot was revoked")
 
-	must[binding.Verdict](t)(binding.RetireLot(ctx, r.token, r.store,
-		must[*binding.Lot](t)(binding.FindLot(ctx, r.store, "L1", m.KeyID())), verdict(t, true, "too old")))
+	must[binding.Verdict](t)(imports.RetireLot(ctx, r.token, r.store,
+		must[*binding.Lot](t)(imports.FindLot(ctx, r.store, "L1", m.KeyID())), verdict(t, true, "too old")))
 	for _, d := range []*device{old, fresh, gone, good, pending} {
 		want[at(imsis[d], d)] = append([]binding.Why{binding.LotRetired}, want[at(imsis[d], d)]...)
 	}

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/tokenkeys"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -47,9 +48,9 @@ type Store struct {
 }
 
 var (
-	_ binding.Store       = (*Store)(nil)
-	_ binding.Registry    = (*Store)(nil)
-	_ binding.SealedStore = (*Store)(nil)
+	_ binding.Store         = (*Store)(nil)
+	_ binding.Registry      = (*Store)(nil)
+	_ tokenkeys.SealedStore = (*Store)(nil)
 )
 
 // Close ends all connections.
@@ -655,19 +656,19 @@ func (s *Store) CountSealed(ctx context.Context, below []byte) (n int, err error
 	return n, err
 }
 
-func (s *Store) Sealed(ctx context.Context, after binding.Sealed, below []byte, limit int) (all []binding.Sealed, err error) {
+func (s *Store) Sealed(ctx context.Context, after tokenkeys.Sealed, below []byte, limit int) (all []tokenkeys.Sealed, err error) {
 	if err := s.refusal(); err != nil {
 		return nil, err
 	}
 	err = s.rows(ctx, s.read, bindings, func(r row) error {
 		b, _, err := toBinding(r)
-		all = append(all, binding.Sealed{IMSI: b.IMSI, State: b.State, KME: b.Sealed})
+		all = append(all, tokenkeys.Sealed{IMSI: b.IMSI, State: b.State, KME: b.Sealed})
 		return err
 	}, `WHERE `+sealedBelow+` AND (imsi, state) > ($2, $3) ORDER BY imsi, state LIMIT $4`, below, after.IMSI.String(), string(after.State), limit)
 	return all, err
 }
 
-func (s *Store) Reseal(ctx context.Context, all []binding.Resealed) (changed int, err error) {
+func (s *Store) Reseal(ctx context.Context, all []tokenkeys.Resealed) (changed int, err error) {
 	err = s.change(ctx, "reseal", func(ctx context.Context, tx *txn) error {
 		changed = 0 // it may be called again
 		for _, r := range all {

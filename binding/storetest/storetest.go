@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/tokenkeys"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -23,7 +24,7 @@ import (
 type Store = interface {
 	binding.Store
 	binding.Registry
-	binding.SealedStore
+	tokenkeys.SealedStore
 }
 
 // Run tests an implementation. open gives a store that holds nothing, and closes it at the end of its test.

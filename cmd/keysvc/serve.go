@@ -33,6 +33,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/api"
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/mark"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
@@ -125,7 +126,7 @@ func serve(c *cli.Context) error {
 	}
 	defer store.Close()
 	// One that is rolled back is served all the same: each call is told so, until it is accepted.
-	rolledBack := binding.CheckMark(ctx, store, token)
+	rolledBack := mark.Check(ctx, store, token)
 	if rolledBack != nil && !errors.Is(rolledBack, binding.ErrRolledBack) {
 		return rolledBack
 	}
@@ -248,7 +249,7 @@ func serve(c *cli.Context) error {
 	go func() {
 		defer close(kept)
 		safely(func() error {
-			binding.KeepMark(keeping, store, token, func() {
+			mark.Keep(keeping, store, token, func() {
 				select {
 				case accepted <- struct{}{}:
 				default:

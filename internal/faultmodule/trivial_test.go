@@ -19,6 +19,7 @@ import (
 	"github.com/tink-crypto/tink-go/v2/kwp/subtle"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/imports"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
@@ -42,10 +43,10 @@ func served(t *testing.T) (service *binding.Service, lot *rsa.PublicKey, imei km
 	id := hsmkeys.Key{Role: hsmkeys.RoleKEK, Manufacturer: maker.KeyID(), Name: "op"}.HexID()
 	transport := must[*rsa.PublicKey](t)(token.NewTransportKey(ctx))
 	pem := must[[]byte](t)(pemkey.Encode(maker.Public()))
-	must[*binding.Manufacturer](t)(binding.Enroll(ctx, token, store, must[[]byte](t)(maker.Sign(directory.TypeEnrolment, &directory.Enrolment{
+	must[*binding.Manufacturer](t)(imports.Enroll(ctx, token, store, imports.Enrolment{JWS: must[[]byte](t)(maker.Sign(directory.TypeEnrolment, &directory.Enrolment{
 		Manufacturer: maker.KeyID(), Operator: "op", TransportKey: directory.RSAThumbprint(transport), KEK: id, Algorithm: directory.RSAOAEP,
 		Wrapped: must[[]byte](t)(rsa.EncryptOAEP(sha1.New(), rand.Reader, transport, kek, nil)),
-	})), pem, maker.KeyID(), "file:/"))
+	})), PEM: pem, Thumbprint: maker.KeyID(), Directory: "file:/"}))
 
 	key := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048))
 	tac := must[kme.TAC](t)(kme.ParseTAC("35209900"))
@@ -67,7 +68,7 @@ func served(t *testing.T) (service *binding.Service, lot *rsa.PublicKey, imei km
 		t.Fatal(err)
 	}
 	wrapped := must[[]byte](t)(must[*subtle.KWP](t)(subtle.NewKWP(kek)).Wrap(must[[]byte](t)(x509.MarshalPKCS8PrivateKey(key))))
-	must[*binding.Lot](t)(binding.ImportLot(ctx, token, store, must[[]byte](t)(maker.Sign(directory.TypeGrant, &directory.Grant{
+	must[*binding.Lot](t)(imports.ImportLot(ctx, token, store, must[[]byte](t)(maker.Sign(directory.TypeGrant, &directory.Grant{
 		Operator: "op", KEK: id, Lot: "L1", Algorithm: directory.A256KWP, Wrapped: wrapped,
 		Manifest: string(must[[]byte](t)(maker.Sign(directory.TypeManifest, m))),
 	})), nil))
