@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/kmehsm/kmehsm/internal/postgres"
+	"github.com/kmehsm/kmehsm/internal/rowmac"
 	"github.com/kmehsm/kmehsm/internal/sqlite"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -47,7 +48,7 @@ func Open(ctx context.Context, name string, key kme.Secret) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{key: own, macs: newMACs(own), moved: make(chan struct{}, 1)}
+	s := &Store{key: own, macs: rowmac.New(own), moved: make(chan struct{}, 1)}
 	if path, ok := strings.CutPrefix(name, "sqlite:"); ok {
 		err = s.openSQLite(ctx, path)
 	} else {
@@ -76,6 +77,7 @@ func (s *Store) openSQLite(ctx context.Context, path string) error {
 		return write.Do(ctx, f)
 	}
 	s.lock = func(context.Context, *sql.Tx, string) error { return nil }
+	s.mayChange = func(context.Context) (role, why string, err error) { return "", "", nil }
 	return nil
 }
 
@@ -84,7 +86,9 @@ func (s *Store) openPostgres(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	s.hasRoles = true
+	s.mayChange = func(ctx context.Context) (role, why string, err error) {
+		return db.MayChange(ctx, rights.AppendOnly...)
+	}
 	s.read, s.begin, s.lock, s.close = db.DB, db.Do, postgres.Lock, func() error { return nil }
 	s.soon = func() (done func()) { return func() {} }
 	return nil
@@ -123,16 +127,9 @@ func Upgrade(ctx context.Context, name, role string) error {
 // in the ledger, or in the table of spent RANDs. The row MACs and the high-water mark show that afterwards; a role of
 // its own prevents it.
 func (s *Store) Warnings(ctx context.Context) ([]string, error) {
-	if !s.hasRoles {
-		return nil, nil
-	}
-	var role string
-	if err := s.read.QueryRowContext(ctx, "SELECT current_user").Scan(&role); err != nil {
-		return nil, err
-	}
-	why, err := postgres.MayChange(ctx, s.read, role, rights.AppendOnly...)
+	role, why, err := s.mayChange(ctx)
 	if err != nil || why == "" {
-		return nil, err
+		return nil, s.reads("look at the role").Named(err)
 	}
 	const warning = "the store's role %s could change or remove entries of the ledger, since it %s: " +
 		"give the service a role of its own (keysvc store upgrade)"

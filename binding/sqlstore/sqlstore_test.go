@@ -2,6 +2,7 @@ package sqlstore
 
 import (
 	"crypto/sha256"
+	"database/sql"
 	"errors"
 	"fmt"
 	"os"
@@ -420,6 +421,44 @@ func TestOpenRefuses(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// An error of the database names what was being done, whatever that was, and is still the error.
+func TestErrorsNameTheOperation(t *testing.T) {
+	s, err := Open(t.Context(), "sqlite:"+filepath.Join(t.TempDir(), "keysvc.db"), rowKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	ctx, imsi, none := t.Context(), kme.IMSI{}, func([]*binding.Lot) error { return nil }
+	for want, call := range map[string]func() error{
+		"read a subscription: ":   func() error { _, err := s.Subscription(ctx, imsi, t0); return err },
+		"look for a spent RAND: ": func() error { _, err := s.Spent(ctx, imsi, hsmkeys.RAND{}); return err },
+		"establish: ":             func() error { return s.Establish(ctx, &binding.Binding{}, nil, true, t0) },
+		"open provisioning: ":     func() error { return s.OpenAttempt(ctx, binding.Attempt{}) },
+		"list bindings: ":         func() error { _, err := s.Bindings(ctx, binding.BindingQuery{Limit: 1}); return err },
+		"revoke: ":                func() error { _, err := s.Revoke(ctx, imsi, t0); return err },
+		"drop what has expired: ": func() error { return s.DropExpired(ctx, t0) },
+		"note: ":                  func() error { return s.Note(ctx, binding.EventExported, "x", "") },
+		"read the ledger: ":       func() error { _, err := s.History(ctx, "x"); return err },
+		"check the ledger: ":      func() error { _, err := s.Check(ctx, nil); return err },
+		"verify the ledger: ":     func() error { _, err := s.VerifyLedger(ctx); return err },
+		"read the registry: ":     func() error { _, err := s.Lots(ctx); return err },
+		"enroll: ":                func() error { return s.PutManufacturer(ctx, &binding.Manufacturer{}) },
+		"import a lot: ":          func() error { return s.PutLot(ctx, &binding.Lot{}, none) },
+		"decide: ":                func() error { _, err := s.Decide(ctx, "", "", binding.Verdict{}, none); return err },
+		"count bindings: ":        func() error { _, err := s.Bound(ctx, "", "", t0); return err },
+		"ping: ":                  func() error { return s.Ping(ctx) },
+		"copy: ":                  func() error { _, err := s.Copy(ctx, s, func(int) {}); return err },
+		"verify: ":                func() error { _, err := s.Verify(ctx, func(int) {}); return err },
+	} {
+		err := call()
+		if !strings.HasPrefix(err.Error(), want) || !errors.Is(err, sql.ErrConnDone) && !strings.HasSuffix(err.Error(), "database is closed") {
+			t.Errorf("%v, want %q and that the database is closed", err, want)
+		}
 	}
 }
 

@@ -31,7 +31,7 @@ func Upgrade(ctx context.Context, name, role string, rights Rights, migrations .
 		if err := grant(ctx, tx, role, rights.On); err != nil {
 			return err
 		}
-		why, err := MayChange(ctx, tx, role, rights.AppendOnly...)
+		why, err := mayChange(ctx, tx, role, rights.AppendOnly)
 		if err == nil && why != "" {
 			err = fmt.Errorf("the role %s %s: give the service a role without that", role, why)
 		}
@@ -80,10 +80,18 @@ func grant(ctx context.Context, tx *sql.Tx, role string, rights map[string]strin
 	return nil
 }
 
-// MayChange says by what a role could change or remove rows of some tables, or nothing. A member of the role that owns something is as good as that,
+// MayChange says by what the role of this connection could change or remove rows of some tables, or nothing.
+func (db *DB) MayChange(ctx context.Context, tables ...string) (role, why string, err error) {
+	if err = db.QueryRowContext(ctx, "SELECT current_user").Scan(&role); err == nil {
+		why, err = mayChange(ctx, db, role, tables)
+	}
+	return role, why, err
+}
+
+// mayChange says by what a role could change or remove rows of some tables, or nothing. A member of the role that owns something is as good as that,
 // and so is one that has to SET ROLE first; the owner of a schema or of the database may drop what others have in it;
 // and whoever runs programs on the server, or writes its files, may do all that the server may.
-func MayChange(ctx context.Context, q queryer, role string, tables ...string) (why string, err error) {
+func mayChange(ctx context.Context, q queryer, role string, tables []string) (why string, err error) {
 	err = q.QueryRowContext(ctx, `
 		SELECT coalesce(min(CASE
 			WHEN r.rolsuper THEN 'is a superuser'
