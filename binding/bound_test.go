@@ -14,7 +14,7 @@ import (
 
 // In the bound suite a payload is good for one subscription, device and lot, and for nothing else.
 func TestBoundSuite(t *testing.T) {
-	r, m := newRig(t), newMaker(t)
+	r, m := newHarness(t), newMaker(t)
 	r.enroll(t, m)
 	l := m.newLot(t, "LB", kme.SuiteBound, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 3)...)
 	r.take(t, m, l)

@@ -36,8 +36,8 @@ func anybody(t *testing.T) *api.Clients {
 		Roles: []api.Role{api.RoleHSS, api.RoleAdmin, api.RoleMonitor}}}))
 }
 
-// listen serves the rig on a socket, HTTP/1.1 and HTTP/2, and gives a way to dial it.
-func (r *rig) listen(t *testing.T) func(ctx context.Context) (net.Conn, error) {
+// listen serves the harness on a socket, HTTP/1.1 and HTTP/2, and gives a way to dial it.
+func (r *harness) listen(t *testing.T) func(ctx context.Context) (net.Conn, error) {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "s")
 	l := must[net.Listener](t)(net.Listen("unix", path))

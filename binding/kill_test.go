@@ -77,14 +77,14 @@ func TestPostgresKilled(t *testing.T) {
 
 // A world is everything but the service, which is other processes.
 type world struct {
-	*rig
+	*harness
 	lot       *lot
 	storeName string
 	dir       string
 }
 
 func newWorld(t *testing.T, storeName string) *world {
-	r, m := newRig(t), newMaker(t)
+	r, m := newHarness(t), newMaker(t)
 	r.store = openStore(t, r.token, storeName)
 	t.Cleanup(func() { r.store.Close() })
 	r.enroll(t, m)

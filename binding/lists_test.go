@@ -14,8 +14,8 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// readAgain puts another reader of a maker's directory in the place of the rig's, and has the service use it.
-func (r *rig) readAgain(t *testing.T, m *maker, l *lot, o directory.ReaderOptions) error {
+// readAgain puts another reader of a maker's directory in the place of the harness's, and has the service use it.
+func (r *harness) readAgain(t *testing.T, m *maker, l *lot, o directory.ReaderOptions) error {
 	t.Helper()
 	o.RevocationTTL = time.Hour
 	reader := directory.NewReader(m.store, directory.NewVerifier(m.Public()), o)

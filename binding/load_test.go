@@ -16,8 +16,8 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// unrecorded serves the rig's lots without its recorder, which has a lock, and without a log.
-func (r *rig) unrecorded(t testing.TB, o binding.Options) *binding.Service {
+// unrecorded serves the harness's lots without its recorder, which has a lock, and without a log.
+func (r *harness) unrecorded(t testing.TB, o binding.Options) *binding.Service {
 	t.Helper()
 	o.Token, o.Store, o.Lots, o.Log = r.token, r.store, r.lots(t), slog.New(slog.DiscardHandler)
 	if o.Times.Now == nil {
@@ -211,7 +211,7 @@ func TestKnownRefusalsTakeAsLong(t *testing.T) {
 
 // In the bound suite a payload that OAEP refuses takes as long as one with a bad signature.
 func TestBoundRefusalsTakeAsLong(t *testing.T) {
-	r, m := newRig(t), newMaker(t)
+	r, m := newHarness(t), newMaker(t)
 	r.enroll(t, m)
 	l := m.newLot(t, "LB", kme.SuiteBound, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 2)...)
 	r.take(t, m, l)
@@ -231,7 +231,7 @@ func TestBoundRefusalsTakeAsLong(t *testing.T) {
 	})
 }
 
-func (r *rig) takeAsLong(t *testing.T, service *binding.Service, d *device, imsi kme.IMSI, kinds map[string]func() []byte) {
+func (r *harness) takeAsLong(t *testing.T, service *binding.Service, d *device, imsi kme.IMSI, kinds map[string]func() []byte) {
 	const samples = 400
 	names := slices.Sorted(func(yield func(string) bool) {
 		for k := range kinds {

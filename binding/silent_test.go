@@ -62,7 +62,7 @@ func TestVaultFrozen(t *testing.T) {
 	store := vaultstore.New(client, "kme")
 
 	const bound, cold = 16, 500
-	r, m := newRig(t), newMaker(t)
+	r, m := newHarness(t), newMaker(t)
 	r.enroll(t, m)
 	small := m.newLot(t, "L1", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 1)...)
 	l := m.spread(t, store, small, bound+cold)

@@ -33,7 +33,7 @@ func (m *maker) grantAgain(t *testing.T, l *lot, taken *binding.Lot) []byte {
 }
 
 // bind binds a new IMSI to a device, and gives it.
-func (r *rig) bind(t *testing.T, d *device) kme.IMSI {
+func (r *harness) bind(t *testing.T, d *device) kme.IMSI {
 	t.Helper()
 	imsi := newIMSI()
 	payload, _ := d.payload(t)
@@ -42,7 +42,7 @@ func (r *rig) bind(t *testing.T, d *device) kme.IMSI {
 }
 
 // checkNotBindable insists on UNKNOWN_DEVICE, and that the token was not asked.
-func (r *rig) checkNotBindable(t *testing.T, what string, d *device) {
+func (r *harness) checkNotBindable(t *testing.T, what string, d *device) {
 	t.Helper()
 	imsi := newIMSI()
 	payload, _ := d.payload(t)
@@ -56,7 +56,7 @@ func (r *rig) checkNotBindable(t *testing.T, what string, d *device) {
 }
 
 // checkServedOn insists that vectors are made under an IMSI's active binding, and restored.
-func (r *rig) checkServedOn(t *testing.T, what string, imsi kme.IMSI) {
+func (r *harness) checkServedOn(t *testing.T, what string, imsi kme.IMSI) {
 	t.Helper()
 	vector := newRANDs(1)
 	p, err := r.service.PrepareVector(t.Context(), imsi, vector, here)

@@ -1,4 +1,4 @@
-// Package imports takes in what manufacturers hand over, enrolments and lots, and ends what it has taken in.
+// Package imports enters what manufacturers hand over, enrolments and lots, and ends what it has entered.
 package imports
 
 import (
@@ -35,10 +35,10 @@ type Enrolment struct {
 	TACs       []kme.TAC
 }
 
-// Enroll takes a manufacturer's enrolment: it pins the manufacturer's key, takes the operator's KEK into the token, and
+// Enroll imports a manufacturer's enrolment: it pins the manufacturer's key, takes the operator's KEK into the token, and
 // destroys the transport key that the KEK came under. The KEK of an earlier enrolment with the same generation is
-// replaced; one of another generation is taken beside those that are there. Without TACs those of the enrolment before
-// stay. An enrolment that was taken before changes nothing but the directory.
+// replaced; one of another generation is imported beside those that are there. Without TACs those of the enrolment before
+// stay. An enrolment that was imported before changes nothing but the directory.
 func Enroll(ctx context.Context, token Token, registry binding.Registry, by Enrolment) (*binding.Manufacturer, error) {
 	verifier, err := directory.ParseVerifier(by.PEM)
 	if err != nil {
@@ -154,7 +154,7 @@ func checkTACs(lot *directory.Manifest, manufacturers []*binding.Manufacturer, m
 	return nil
 }
 
-// enrolledBefore is Enroll where the transport key is gone: it went with an enrolment that was taken, or was never
+// enrolledBefore is Enroll where the transport key is gone: it went with an enrolment that was imported, or was never
 // here.
 func enrolledBefore(ctx context.Context, token Token, registry binding.Registry, manufacturers []*binding.Manufacturer,
 	m *binding.Manufacturer, e *directory.Enrolment, kek hsmkeys.Key) error {
@@ -171,7 +171,7 @@ func enrolledBefore(ctx context.Context, token Token, registry binding.Registry,
 	return registry.PutManufacturer(ctx, m)
 }
 
-// ImportLot takes a granted lot: it takes the lot's private key into the token, proves with a decryption that it is the
+// ImportLot imports a granted lot: it takes the lot's private key into the token, proves with a decryption that it is the
 // key of the manifest's modulus, and enters the lot. The same grant again changes nothing. A lot that was retired is
 // refused, unless again is the verdict that it is served again.
 func ImportLot(ctx context.Context, token Token, registry binding.Registry, jws []byte, again *binding.Verdict) (*binding.Lot, error) {
@@ -255,7 +255,7 @@ func importLot(ctx context.Context, token Token, registry binding.Registry, manu
 	return lot, nil
 }
 
-// checkLot refuses a lot that is not the one taken before under its name, that was retired, unless again, or whose
+// checkLot refuses a lot that is not the one imported before under its name, that was retired, unless again, or whose
 // IMEIs are another lot's that is served, whoever made that.
 func checkLot(lot *binding.Lot, all []*binding.Lot, again bool) error {
 	for _, other := range all {

@@ -172,14 +172,14 @@ func (s *Store) Decide(ctx context.Context, manufacturer, lot string, v binding.
 				})
 			}
 		}
-		return binding.ErrNotTaken
+		return binding.ErrNotImported
 	})
 	return stands, err
 }
 
 func (s *Store) PutLot(ctx context.Context, lot *binding.Lot, check func([]*binding.Lot) error) error {
 	return s.change(ctx, "import a lot", "registry", func(ctx context.Context, tx *txn) error {
-		all, err := s.taken(ctx, tx.Conn)
+		all, err := s.imported(ctx, tx.Conn)
 		if err == nil {
 			err = check(all)
 		}
@@ -201,13 +201,14 @@ func (s *Store) PutLot(ctx context.Context, lot *binding.Lot, check func([]*bind
 
 func (s *Store) Lots(ctx context.Context) (all []*binding.Lot, err error) {
 	err = s.registry(ctx, func(q sqlconn.Conn) error {
-		all, err = s.taken(ctx, q)
+		all, err = s.imported(ctx, q)
 		return err
 	})
 	return all, err
 }
 
-func (s *Store) taken(ctx context.Context, q sqlconn.Conn) ([]*binding.Lot, error) {
+// imported are all lots, whatever their manufacturers.
+func (s *Store) imported(ctx context.Context, q sqlconn.Conn) ([]*binding.Lot, error) {
 	makers, err := s.manufacturers(ctx, q)
 	if err != nil {
 		return nil, err

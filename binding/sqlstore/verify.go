@@ -47,7 +47,7 @@ func (s *Store) Verify(ctx context.Context, report func(rows int)) (*Report, err
 			return r, err
 		}
 	}
-	err := s.settled(ctx, "verify", "registry", func(q sqlconn.Conn) error { _, err := s.taken(ctx, q); return err })
+	err := s.settled(ctx, "verify", "registry", func(q sqlconn.Conn) error { _, err := s.imported(ctx, q); return err })
 	if found(err) != nil {
 		return r, err
 	}

@@ -54,7 +54,7 @@ func checkSays(t *testing.T, name string, err error, want string) {
 }
 
 // checkLeft insists on what is in the token and the database.
-func checkLeft(t *testing.T, name string, r *rig, keys map[hsmkeys.Key]bool, manufacturers, lots int) {
+func checkLeft(t *testing.T, name string, r *harness, keys map[hsmkeys.Key]bool, manufacturers, lots int) {
 	t.Helper()
 	for k, want := range keys {
 		if has := must[bool](t)(r.token.Has(t.Context(), k)); has != want {
@@ -70,7 +70,7 @@ func checkLeft(t *testing.T, name string, r *rig, keys map[hsmkeys.Key]bool, man
 }
 
 func TestEnroll(t *testing.T) {
-	r, m, other := newRig(t), newMaker(t), newMaker(t)
+	r, m, other := newHarness(t), newMaker(t), newMaker(t)
 	// Everybody has read out what the key given says.
 	enroll := func(jws, pem []byte) (*binding.Manufacturer, error) {
 		readOut := ""
@@ -170,7 +170,7 @@ func TestEnroll(t *testing.T) {
 }
 
 func TestImportLot(t *testing.T) {
-	r, m, other := newRig(t), newMaker(t), newMaker(t)
+	r, m, other := newHarness(t), newMaker(t), newMaker(t)
 	importLot := func(jws []byte) (*binding.Lot, error) {
 		return imports.ImportLot(t.Context(), r.token, r.store, jws, nil)
 	}
@@ -284,7 +284,7 @@ func TestImportLot(t *testing.T) {
 
 // What a manufacturer has signed is believed, but not followed blindly: a file that does not hold together is refused.
 func TestInvalidFiles(t *testing.T) {
-	r, m := newRig(t), newMaker(t)
+	r, m := newHarness(t), newMaker(t)
 	for _, c := range []struct {
 		name   string
 		change func(e *directory.Enrolment)
@@ -325,7 +325,7 @@ func (o overtaken) Lots(ctx context.Context) ([]*binding.Lot, error) {
 
 // Of two lots with the same IMEIs that are imported at once one is refused, and its key does not stay in the token.
 func TestImportOvertaken(t *testing.T) {
-	r, a, b := newRig(t), newMaker(t), newMaker(t)
+	r, a, b := newHarness(t), newMaker(t), newMaker(t)
 	r.enroll(t, a)
 	r.enroll(t, b)
 	first := a.newLot(t, "L1", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 1)...)
@@ -338,7 +338,7 @@ func TestImportOvertaken(t *testing.T) {
 
 // A TAC is pinned to a manufacturer: no other has a lot of it, and it has no lot of another TAC.
 func TestPinnedTACs(t *testing.T) {
-	r, one, two := newRig(t), newMaker(t), newMaker(t)
+	r, one, two := newHarness(t), newMaker(t), newMaker(t)
 	tac := func(s string) kme.TAC { return must[kme.TAC](t)(kme.ParseTAC(s)) }
 	key := vectors(t).lot(t, "lot-2048")
 	enroll := func(m *maker, tacs ...kme.TAC) (*binding.Manufacturer, error) {
@@ -392,7 +392,7 @@ func TestPinnedTACs(t *testing.T) {
 // A manufacturer's lots have its TACs alone, also those that were taken before it was pinned; and a TAC that was pinned
 // to another while a manufacturer was distrusted stays that one's.
 func TestPinnedLater(t *testing.T) {
-	r, one, two := newRig(t), newMaker(t), newMaker(t)
+	r, one, two := newHarness(t), newMaker(t), newMaker(t)
 	other := must[kme.TAC](t)(kme.ParseTAC("35000001"))
 	own := must[kme.TAC](t)(kme.ParseTAC(testTAC))
 	enroll := func(m *maker, tacs ...kme.TAC) error {
