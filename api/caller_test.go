@@ -129,9 +129,9 @@ func newFront(t *testing.T, list ...Client) *front {
 		t.Fatal(err)
 	}
 	metrics := binding.NewMetrics(f.registry)
-	service := binding.NewService(nil, store, new(binding.Lots), binding.DefaultTimes(),
-		slog.New(slog.NewJSONHandler(f.log, nil)))
-	service.Observe(metrics)
+	service := binding.NewService(binding.Options{
+		Store: store, Times: binding.DefaultTimes(), Metrics: metrics, Log: slog.New(slog.NewJSONHandler(f.log, nil)),
+	})
 	handler := NewHandler(Options{Service: service, Clients: clients, Metrics: metrics, Gather: http.NotFoundHandler()})
 	s := httptest.NewUnstartedServer(handler)
 	pool := x509.NewCertPool()
@@ -333,7 +333,7 @@ func TestStrangersAreNotRead(t *testing.T) {
 	f := newFront(t, Client{Name: "hss-1", SAN: "hss.example", Roles: []Role{RoleHSS}, PLMNs: []string{all}})
 	unknown := []tls.Certificate{f.ca.client(t, "unknown.example", time.Now().Add(time.Hour))}
 	for _, body := range []string{`{`, `{"imsi":1}`, strings.Repeat(" ", maxRequest+1)} {
-		for _, method := range []string{"PrepareVector", "RevokeBinding", "EstablishKMEs", "Nope"} {
+		for _, method := range []string{"PrepareVector", "RevokeBinding", "Nope"} {
 			status, answer := f.call(t, unknown, method, body)
 			log := f.log.take(t)
 			if status != 403 || len(log) != 1 || log[0]["msg"] != "client authentication failed" || log[0]["call"] != service+method {

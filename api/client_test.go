@@ -10,7 +10,6 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -18,10 +17,8 @@ import (
 
 	"connectrpc.com/connect"
 	"github.com/prometheus/client_golang/prometheus"
-	"google.golang.org/protobuf/proto"
 
 	"github.com/kmehsm/kmehsm/api"
-	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/client"
@@ -45,7 +42,7 @@ func serve(before func(w http.ResponseWriter, r *http.Request) (answered bool)) 
 	if err != nil {
 		return "", nil, err
 	}
-	service := binding.NewService(nil, store, new(binding.Lots), binding.DefaultTimes(), slog.New(slog.DiscardHandler))
+	service := binding.NewService(binding.Options{Store: store, Times: binding.DefaultTimes(), Log: slog.New(slog.DiscardHandler)})
 	handler := api.NewHandler(api.Options{Service: service, Clients: known,
 		Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(), Ready: func(context.Context) ([]string, error) { return nil, nil }})
 	path := filepath.Join(dir, "s")
@@ -222,21 +219,15 @@ func TestRetries(t *testing.T) {
 	}
 }
 
-// EstablishKMEs of calls that come together: each caller has its own answer, and there are fewer requests than calls.
-func TestTogether(t *testing.T) {
+// Calls that come at the same time: each caller has its own answer, and one who has gone waits for nobody.
+func TestAtOnce(t *testing.T) {
 	const n = 50
-	var requests, alone atomic.Int64
 	hold := make(chan struct{})
-	c := open(t, client.Options{Timeout: 2 * testproc.Patience}, func(_ http.ResponseWriter, r *http.Request) bool {
-		requests.Add(1)
-		if strings.HasSuffix(r.URL.Path, "/EstablishKME") {
-			alone.Add(1)
-		}
+	c := open(t, client.Options{Timeout: 2 * testproc.Patience}, func(http.ResponseWriter, *http.Request) bool {
 		<-hold
 		return false
 	})
-	var all, begun sync.WaitGroup
-	begun.Add(n)
+	var all sync.WaitGroup
 	for i := range n {
 		all.Go(func() {
 			want, mine := kme.NoAttempt, fmt.Sprintf("0010101234567%02d", i)
@@ -247,20 +238,13 @@ func TestTogether(t *testing.T) {
 			if err != nil {
 				t.Error(err)
 			}
-			begun.Done()
 			if _, err := c.EstablishKME(t.Context(), imsi(t, mine), client.Origin{}, imei, "none", make([]byte, 256)); !errors.Is(err, client.Reason(want)) {
 				t.Errorf("%s: %v, want %s", mine, err, want)
 			}
 		})
 	}
-	begun.Wait()
-	time.Sleep(50 * time.Millisecond) // they come together
 	close(hold)
 	all.Wait()
-	if r := requests.Load(); r >= n || r < n/kmev1.MaxCalls {
-		t.Errorf("%d requests, %d of them of one call, for %d calls", r, alone.Load(), n)
-	}
-	// A caller who has gone waits for nobody.
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
 	hold = make(chan struct{})
@@ -275,70 +259,4 @@ func TestTogether(t *testing.T) {
 		})
 	}
 	all.Wait()
-}
-
-// A service that ends without all results, names calls that there are not, and has an outcome that this client does not know.
-func TestResultsMissing(t *testing.T) {
-	c := open(t, client.Options{Tries: 1}, func(w http.ResponseWriter, r *http.Request) bool {
-		if !strings.HasSuffix(r.URL.Path, "/EstablishKMEs") {
-			return false
-		}
-		w.Header().Set("Content-Type", "application/connect+proto")
-		message, err := proto.Marshal(&kmev1.EstablishKMEsResponse{Results: []*kmev1.EstablishKMEsResponse_Result{{Call: 99}, {Call: -1}, {Call: 0}}})
-		if err != nil {
-			t.Error(err)
-		}
-		w.Write(append([]byte{0, 0, 0, 0, byte(len(message))}, message...))
-		w.Write([]byte("\x02\x00\x00\x00\x02{}"))
-		return true
-	})
-	var all sync.WaitGroup
-	var missing atomic.Int64
-	for range 40 {
-		all.Go(func() {
-			_, err := c.EstablishKME(t.Context(), imsi(t, "001010123456789"), client.Origin{}, kme.IMEI{}, "none", nil)
-			switch {
-			case err == nil:
-				t.Error("there is an answer")
-			case connect.CodeOf(err) == connect.CodeUnavailable && strings.Contains(err.Error(), "without a result"):
-				missing.Add(1)
-			case !errors.Is(err, client.Reason(kme.Malformed)): // it was asked alone
-				t.Error(err)
-			}
-		})
-	}
-	all.Wait()
-	if missing.Load() == 0 {
-		t.Error("no call was told that it has no result")
-	}
-}
-
-// A request that is refused as a whole is the refusal of each call in it.
-func TestRefusedTogether(t *testing.T) {
-	c := open(t, client.Options{Tries: 1}, func(w http.ResponseWriter, r *http.Request) bool {
-		if !strings.HasSuffix(r.URL.Path, "/EstablishKMEs") {
-			return false
-		}
-		w.Header().Set("Content-Type", "application/connect+proto")
-		w.Header().Set("Kme-Reason", "OVERLOADED")
-		end := `{"error":{"code":"resource_exhausted","message":"later"}}`
-		w.Write(append([]byte{2, 0, 0, 0, byte(len(end))}, end...))
-		return true
-	})
-	var all sync.WaitGroup
-	var refused atomic.Int64
-	for range 40 {
-		all.Go(func() {
-			_, err := c.EstablishKME(t.Context(), imsi(t, "001010123456789"), client.Origin{}, kme.IMEI{}, "none", nil)
-			if errors.Is(err, client.Reason(kme.Overloaded)) && strings.Contains(err.Error(), "later") {
-				refused.Add(1)
-			} else if !errors.Is(err, client.Reason(kme.Malformed)) { // it was asked alone
-				t.Error(err)
-			}
-		})
-	}
-	all.Wait()
-	if refused.Load() == 0 {
-		t.Error("no calls came together")
-	}
 }

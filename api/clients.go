@@ -35,7 +35,6 @@ var roles = []Role{RoleHSS, RoleAdmin, RoleMonitor, RoleMetrics, RoleExport}
 var allowed = map[string][]Role{
 	kmev1connect.KeyServicePrepareVectorProcedure:        {RoleHSS},
 	kmev1connect.KeyServiceEstablishKMEProcedure:         {RoleHSS},
-	kmev1connect.KeyServiceEstablishKMEsProcedure:        {RoleHSS},
 	kmev1connect.KeyServiceReportAuthenticationProcedure: {RoleHSS},
 	kmev1connect.KeyServiceRestoreRANDProcedure:          {RoleHSS},
 	kmev1connect.KeyServiceGetBindingProcedure:           {RoleHSS, RoleAdmin, RoleMonitor},
@@ -232,7 +231,7 @@ func (e *Client) as(some ...Role) Role {
 // origin is who asked a client for an IMSI, and whether devices may be provisioned from there.
 func (e *Client) origin(name, imsi string, declined bool) (o binding.Origin, err error) {
 	if o.Name, err = kme.ParseOrigin(name); err != nil {
-		return o, &binding.Refusal{Reason: kme.Malformed, Message: err.Error()}
+		return o, malformed(err)
 	}
 	switch {
 	case declined:

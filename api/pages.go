@@ -5,10 +5,10 @@ import (
 	"crypto/cipher"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"slices"
 	"strings"
 
-	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -41,8 +41,7 @@ func (p pages) after(c *Client, imei kme.IMEI, token string) (string, error) {
 		sealed, err = p.Open(nil, nil, sealed, asked(c, imei))
 	}
 	if err != nil {
-		return "", &binding.Refusal{Reason: kme.Malformed,
-			Message: "the page_token is none that this client was given for these bindings: begin again without one"}
+		return "", malformed(errors.New("the page_token is none that this client was given for these bindings: begin again without one"))
 	}
 	return strings.TrimRight(string(sealed), " "), nil
 }

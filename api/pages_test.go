@@ -88,7 +88,7 @@ func TestPages(t *testing.T) {
 		}
 		clients.byUID[-1] = clients.bySAN[client]
 		handler := NewHandler(Options{
-			Service: binding.NewService(nil, store, new(binding.Lots), binding.DefaultTimes(), slog.New(slog.DiscardHandler)),
+			Service: binding.NewService(binding.Options{Store: store, Times: binding.DefaultTimes(), Log: slog.New(slog.DiscardHandler)}),
 			Clients: clients, Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(),
 			PageKey: key})
 		body, err := json.Marshal(request)

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"net/http"
 	"path"
-	"runtime"
 	"slices"
 	"time"
 
@@ -24,7 +23,7 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// maxRequest is above any valid request: the largest payload has 512 bytes, and there are kmev1.MaxCalls at most.
+// maxRequest is above any valid request: the largest payload has 512 bytes.
 const maxRequest = 16 << 10
 
 // minCompressed keeps all answers but those of ListBindings as they are: of random bytes, compression makes more.
@@ -51,10 +50,10 @@ func NewHandler(o Options) http.Handler {
 		o.PageKey = kme.RandomSecret()
 	}
 	mux := http.NewServeMux()
-	g := guard{o.Service, o.Metrics}
-	s := &server{g, newPages(o.PageKey)}
+	g := &guard{service: o.Service, metrics: o.Metrics}
+	s := &server{service: o.Service, pages: newPages(o.PageKey)}
 	mux.Handle(kmev1connect.NewKeyServiceHandler(s, connect.WithReadMaxBytes(maxRequest),
-		connect.WithCompressMinBytes(minCompressed), connect.WithInterceptors(append(slices.Clone(o.Outer), &s.guard)...)))
+		connect.WithCompressMinBytes(minCompressed), connect.WithInterceptors(append(slices.Clone(o.Outer), connect.UnaryInterceptorFunc(g.around))...)))
 	ready := &readiness{find: func(ctx context.Context) (warnings []string, err error) {
 		err = g.finish(ctx, "ready", func() (err error) { warnings, err = o.Ready(ctx); return err })
 		return warnings, err
@@ -121,29 +120,6 @@ type guard struct {
 	metrics *binding.Metrics
 }
 
-// call makes a call unless its client may not make it: then it is refused before anything is done for it. f gets a
-// context whose Actor has the role by which it may. It counts the call by what the caller is answered.
-func (g *guard) call(ctx context.Context, procedure string, message any, f func(context.Context) error) error {
-	start := time.Now()
-	err := g.finish(ctx, procedure, func() error {
-		admitted, err := g.admit(ctx, procedure, message)
-		if err != nil {
-			return err
-		}
-		ctx = admitted
-		return f(ctx)
-	})
-	reason := "OK"
-	if r := refusalOf(err); r != nil {
-		reason = string(r.Reason)
-		g.service.Refused(ctx, r, append(imsiOf(message), "call", procedure)...)
-	} else if err != nil {
-		reason = connect.CodeOf(err).String()
-	}
-	g.metrics.Called(path.Base(procedure), reason, time.Since(start))
-	return err
-}
-
 // finish ends a call's work with an answer, also where it panics: net/http would end the connection.
 func (g *guard) finish(ctx context.Context, procedure string, work func() error) error {
 	err := func() (err error) {
@@ -160,18 +136,17 @@ func (g *guard) finish(ctx context.Context, procedure string, work func() error)
 	return err
 }
 
+// admit refuses what a client may not do. The context that it gives is for what follows, refused or not.
 func (g *guard) admit(ctx context.Context, procedure string, message any) (context.Context, error) {
 	client := clientOf(ctx)
 	named, names := message.(interface{ GetImsi() string })
-	attrs := imsiOf(message)
 	role := client.as(allowed[procedure]...)
 	if role == "" || names && !client.view.Has(named.GetImsi()) {
-		return nil, g.refuse(ctx, notAllowed(), procedure, attrs...)
+		return ctx, notAllowed()
 	}
 	ctx = as(ctx, role)
 	if client.tooMany() {
-		r := &binding.Refusal{Reason: kme.Overloaded, Message: "this client calls more often than it may"}
-		return nil, g.refuse(ctx, r, procedure, attrs...)
+		return ctx, &binding.Refusal{Reason: kme.Overloaded, Message: "this client calls more often than it may"}
 	}
 	return ctx, nil
 }
@@ -186,16 +161,11 @@ func imsiOf(message any) []any {
 	return nil
 }
 
-func (g *guard) refuse(ctx context.Context, r *binding.Refusal, call string, attrs ...any) error {
-	g.service.Refused(ctx, r, append(attrs, "call", call)...)
-	return toConnect(r)
-}
-
 // only serves clients that have one of some roles.
 func (g *guard) only(next http.HandlerFunc, some ...Role) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		if clientOf(r.Context()).as(some...) == "" {
-			g.refuse(r.Context(), notAllowed(), r.URL.Path)
+			g.service.Refused(r.Context(), notAllowed(), "call", r.URL.Path)
 			http.Error(w, notAllowed().Message, http.StatusForbidden)
 			return
 		}
@@ -203,36 +173,29 @@ func (g *guard) only(next http.HandlerFunc, some ...Role) http.HandlerFunc {
 	}
 }
 
-// WrapUnary is connect.Interceptor's.
-func (g *guard) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
+// around makes a call unless its client may not make it: then it is refused before anything is done for it. The call gets
+// a context whose Actor has the role by which it may, and is counted by what the caller is answered. No method streams.
+func (g *guard) around(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, req connect.AnyRequest) (answer connect.AnyResponse, err error) {
-		err = g.call(ctx, req.Spec().Procedure, req.Any(), func(ctx context.Context) error {
-			answer, err = next(ctx, req)
-			return err
+		start, procedure := time.Now(), req.Spec().Procedure
+		err = g.finish(ctx, procedure, func() (err error) {
+			if ctx, err = g.admit(ctx, procedure, req.Any()); err == nil {
+				answer, err = next(ctx, req)
+			}
+			return toConnect(err)
 		})
+		reason := "OK"
+		if r := refusalOf(err); r != nil {
+			reason = string(r.Reason)
+			g.service.Refused(ctx, r, append(imsiOf(req.Any()), "call", procedure)...)
+		} else if err != nil {
+			reason = connect.CodeOf(err).String()
+		}
+		g.metrics.Called(path.Base(procedure), reason, time.Since(start))
 		if info, ok := connect.CallInfoForHandlerContext(ctx); ok {
 			setReason(info.ResponseHeader(), err)
 		}
 		return answer, err
-	}
-}
-
-// WrapStreamingHandler is connect.Interceptor's. It leaves to the method what depends on messages.
-func (g *guard) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
-	return func(ctx context.Context, conn connect.StreamingHandlerConn) error {
-		procedure := conn.Spec().Procedure
-		role := clientOf(ctx).as(allowed[procedure]...)
-		err := g.finish(ctx, procedure, func() error {
-			if role == "" {
-				return g.refuse(ctx, notAllowed(), procedure)
-			}
-			return next(as(ctx, role), conn)
-		})
-		if r := refusalOf(err); r != nil {
-			g.service.Refused(as(ctx, role), r, "call", procedure)
-		}
-		setReason(conn.ResponseHeader(), err)
-		return err
 	}
 }
 
@@ -243,24 +206,45 @@ func setReason(h http.Header, err error) {
 	}
 }
 
-// WrapStreamingClient is connect.Interceptor's.
-func (g *guard) WrapStreamingClient(next connect.StreamingClientFunc) connect.StreamingClientFunc {
-	return next
-}
-
 type server struct {
-	guard
+	service *binding.Service
 	pages
 }
 
-func (s *server) PrepareVector(ctx context.Context, req *connect.Request[kmev1.PrepareVectorRequest]) (*connect.Response[kmev1.PrepareVectorResponse], error) {
-	o, err := clientOf(ctx).origin(req.Msg.Origin, req.Msg.Imsi, req.Msg.NoProvisioning)
-	if err != nil {
-		return nil, toConnect(err)
+// subject parses what most calls name: an IMSI, and the origin that asked the client for it.
+func subject(ctx context.Context, imsiText, origin string, declined bool) (imsi kme.IMSI, o binding.Origin, err error) {
+	if o, err = clientOf(ctx).origin(origin, imsiText, declined); err == nil {
+		imsi, err = parseIMSI(imsiText)
 	}
-	p, err := s.service.PrepareVector(ctx, req.Msg.Imsi, req.Msg.Rands, o)
+	return imsi, o, err
+}
+
+func parseIMSI(text string) (kme.IMSI, error) {
+	imsi, err := kme.ParseIMSI(text)
+	return imsi, malformed(err)
+}
+
+func parseIMEI(text string) (kme.IMEI, error) {
+	imei, err := kme.ParseIMEI(text)
+	return imei, malformed(err)
+}
+
+// malformed is the refusal of what cannot be parsed.
+func malformed(err error) error {
+	if err == nil {
+		return nil
+	}
+	return &binding.Refusal{Reason: kme.Malformed, Message: err.Error()}
+}
+
+func (s *server) PrepareVector(ctx context.Context, req *connect.Request[kmev1.PrepareVectorRequest]) (*connect.Response[kmev1.PrepareVectorResponse], error) {
+	imsi, o, err := subject(ctx, req.Msg.Imsi, req.Msg.Origin, req.Msg.NoProvisioning)
 	if err != nil {
-		return nil, toConnect(err)
+		return nil, err
+	}
+	p, err := s.service.PrepareVector(ctx, imsi, req.Msg.Rands, o)
+	if err != nil {
+		return nil, err
 	}
 	answer := &kmev1.PrepareVectorResponse{Control: toControl(p.AttemptID == ""), AttemptId: p.AttemptID,
 		Rands: make([][]byte, len(p.RANDs))}
@@ -279,78 +263,36 @@ func toControl(preprocessed bool) kmev1.Control {
 }
 
 func (s *server) EstablishKME(ctx context.Context, req *connect.Request[kmev1.EstablishKMERequest]) (*connect.Response[kmev1.EstablishKMEResponse], error) {
-	client := clientOf(ctx)
-	o, err := client.origin(req.Msg.Origin, req.Msg.Imsi, false)
+	imsi, o, err := subject(ctx, req.Msg.Imsi, req.Msg.Origin, false)
 	if err != nil {
-		return nil, toConnect(err)
+		return nil, err
 	}
-	export := client.as(RoleExport) != ""
+	imei, err := parseIMEI(req.Msg.Imei)
+	if err != nil {
+		return nil, err
+	}
+	export := clientOf(ctx).as(RoleExport) != ""
 	if export { // it asks for more than an HSS does
 		ctx = as(ctx, RoleExport)
 	}
-	e, err := s.service.EstablishKME(ctx, req.Msg.Imsi, req.Msg.Imei, req.Msg.AttemptId, req.Msg.Payload, o, export)
+	e, err := s.service.EstablishKME(ctx, binding.EstablishRequest{
+		IMSI: imsi, IMEI: imei, AttemptID: req.Msg.AttemptId, Payload: req.Msg.Payload, Origin: o, Export: export,
+	})
 	if err != nil {
-		return nil, toConnect(err)
+		return nil, err
 	}
 	// The answer's copy of the KME is the marshaller's, who does not wipe it: that is what a client with kme-export asks for.
 	return connect.NewResponse(&kmev1.EstablishKMEResponse{NwSig: e.NWSig, State: toState(e.State), Kme: e.KME.Bytes()}), nil
 }
 
-func (s *server) EstablishKMEs(ctx context.Context, req *connect.Request[kmev1.EstablishKMEsRequest], stream *connect.ServerStream[kmev1.EstablishKMEsResponse]) error {
-	calls := req.Msg.Calls
-	if len(calls) == 0 || len(calls) > kmev1.MaxCalls {
-		return toConnect(&binding.Refusal{Reason: kme.Malformed, Message: fmt.Sprintf("there are %d calls, and not 1 to %d", len(calls), kmev1.MaxCalls)})
-	}
-	results := make(chan *kmev1.EstablishKMEsResponse_Result, len(calls)) // with room, should the caller go
-	for i, call := range calls {
-		go func() {
-			r := &kmev1.EstablishKMEsResponse_Result{Call: int32(i)}
-			if answer, err := s.establishOne(ctx, call); err == nil {
-				r.Outcome = &kmev1.EstablishKMEsResponse_Result_Established{Established: answer}
-			} else {
-				r.Outcome = &kmev1.EstablishKMEsResponse_Result_Refused{Refused: toRefusal(err)}
-			}
-			results <- r
-		}()
-	}
-	for left := len(calls); left > 0; {
-		answer := &kmev1.EstablishKMEsResponse{Results: []*kmev1.EstablishKMEsResponse_Result{<-results}}
-		runtime.Gosched() // those that were in the same commit
-		for more := true; more; {
-			select {
-			case r := <-results:
-				answer.Results = append(answer.Results, r)
-			default:
-				more = false
-			}
-		}
-		if err := stream.Send(answer); err != nil {
-			return err
-		}
-		left -= len(answer.Results)
-	}
-	return nil
-}
-
-func (s *server) establishOne(ctx context.Context, call *kmev1.EstablishKMERequest) (answer *kmev1.EstablishKMEResponse, err error) {
-	err = s.call(ctx, kmev1connect.KeyServiceEstablishKMEProcedure, call, func(ctx context.Context) error {
-		r, err := s.EstablishKME(ctx, connect.NewRequest(call))
-		if err == nil {
-			answer = r.Msg
-		}
-		return err
-	})
-	return answer, err
-}
-
 func (s *server) ReportAuthentication(ctx context.Context, req *connect.Request[kmev1.ReportAuthenticationRequest]) (*connect.Response[kmev1.ReportAuthenticationResponse], error) {
-	o, err := clientOf(ctx).origin(req.Msg.Origin, req.Msg.Imsi, req.Msg.NoProvisioning)
+	imsi, o, err := subject(ctx, req.Msg.Imsi, req.Msg.Origin, req.Msg.NoProvisioning)
 	if err != nil {
-		return nil, toConnect(err)
+		return nil, err
 	}
-	r, err := s.service.ReportAuthentication(ctx, req.Msg.Imsi, req.Msg.Ok, o)
+	r, err := s.service.ReportAuthentication(ctx, imsi, req.Msg.Ok, o)
 	if err != nil {
-		return nil, toConnect(err)
+		return nil, err
 	}
 	answer := &kmev1.ReportAuthenticationResponse{Control: toControl(r.Served)}
 	if r.Binding != nil {
@@ -360,63 +302,71 @@ func (s *server) ReportAuthentication(ctx context.Context, req *connect.Request[
 }
 
 func (s *server) RestoreRAND(ctx context.Context, req *connect.Request[kmev1.RestoreRANDRequest]) (*connect.Response[kmev1.RestoreRANDResponse], error) {
-	o, err := clientOf(ctx).origin(req.Msg.Origin, req.Msg.Imsi, false)
+	imsi, o, err := subject(ctx, req.Msg.Imsi, req.Msg.Origin, false)
 	if err != nil {
-		return nil, toConnect(err)
+		return nil, err
 	}
-	rand, err := s.service.RestoreRAND(ctx, req.Msg.Imsi, req.Msg.Rand, o)
+	rand, err := s.service.RestoreRAND(ctx, imsi, req.Msg.Rand, o)
 	if err != nil {
-		return nil, toConnect(err)
+		return nil, err
 	}
 	return connect.NewResponse(&kmev1.RestoreRANDResponse{Rand: rand[:]}), nil
 }
 
 func (s *server) GetBinding(ctx context.Context, req *connect.Request[kmev1.GetBindingRequest]) (*connect.Response[kmev1.GetBindingResponse], error) {
-	b, err := s.service.GetBinding(ctx, req.Msg.Imsi)
+	return answerBinding(ctx, req.Msg.Imsi, s.service.GetBinding)
+}
+
+func (s *server) RevokeBinding(ctx context.Context, req *connect.Request[kmev1.RevokeBindingRequest]) (*connect.Response[kmev1.GetBindingResponse], error) {
+	return answerBinding(ctx, req.Msg.Imsi, s.service.RevokeBinding)
+}
+
+func answerBinding(ctx context.Context, imsiText string, call func(context.Context, kme.IMSI) (*binding.Binding, error)) (*connect.Response[kmev1.GetBindingResponse], error) {
+	imsi, err := parseIMSI(imsiText)
 	if err != nil {
-		return nil, toConnect(err)
+		return nil, err
+	}
+	b, err := call(ctx, imsi)
+	if err != nil {
+		return nil, err
 	}
 	return connect.NewResponse(toBinding(b)), nil
 }
 
 func (s *server) OpenProvisioning(ctx context.Context, req *connect.Request[kmev1.OpenProvisioningRequest]) (*connect.Response[kmev1.OpenProvisioningResponse], error) {
-	a, err := s.service.OpenProvisioning(ctx, req.Msg.Imsi, req.Msg.Ttl.AsDuration())
+	imsi, err := parseIMSI(req.Msg.Imsi)
 	if err != nil {
-		return nil, toConnect(err)
+		return nil, err
+	}
+	a, err := s.service.OpenProvisioning(ctx, imsi, req.Msg.Ttl.AsDuration())
+	if err != nil {
+		return nil, err
 	}
 	return connect.NewResponse(&kmev1.OpenProvisioningResponse{AttemptId: a.ID, ExpiresAt: timestamppb.New(a.Expires)}), nil
-}
-
-func (s *server) RevokeBinding(ctx context.Context, req *connect.Request[kmev1.RevokeBindingRequest]) (*connect.Response[kmev1.GetBindingResponse], error) {
-	b, err := s.service.RevokeBinding(ctx, req.Msg.Imsi)
-	if err != nil {
-		return nil, toConnect(err)
-	}
-	return connect.NewResponse(toBinding(b)), nil
 }
 
 func (s *server) ListBindings(ctx context.Context, req *connect.Request[kmev1.ListBindingsRequest]) (*connect.Response[kmev1.ListBindingsResponse], error) {
 	size := min(cmp.Or(int(req.Msg.PageSize), 100), 1000)
 	if size < 1 {
-		return nil, toConnect(&binding.Refusal{Reason: kme.Malformed, Message: "the page_size is from 1 to 1000"})
+		return nil, malformed(errors.New("the page_size is from 1 to 1000"))
 	}
 	client := clientOf(ctx)
 	q := client.view
 	q.Limit = size + 1 // is there more
 	var err error
 	if req.Msg.Imei != "" {
-		if q.IMEI, err = kme.ParseIMEI(req.Msg.Imei); err != nil {
-			return nil, toConnect(&binding.Refusal{Reason: kme.Malformed, Message: err.Error()})
+		if q.IMEI, err = parseIMEI(req.Msg.Imei); err != nil {
+			return nil, err
 		}
 	}
 	if req.Msg.PageToken != "" {
 		if q.After, err = s.after(client, q.IMEI, req.Msg.PageToken); err != nil {
-			return nil, toConnect(err)
+			return nil, err
 		}
 	}
 	page, err := s.service.ListBindings(ctx, q)
 	if err != nil {
-		return nil, toConnect(err)
+		return nil, err
 	}
 	out := new(kmev1.ListBindingsResponse)
 	if len(page) > size {
@@ -462,19 +412,6 @@ var codes = map[kme.Reason]connect.Code{
 	kme.Damaged:              connect.CodeFailedPrecondition,
 }
 
-// toRefusal says what toConnect's error says.
-func toRefusal(err error) *kmev1.Refusal {
-	out := &kmev1.Refusal{Code: int32(connect.CodeOf(err))}
-	var e *connect.Error
-	if errors.As(err, &e) {
-		out.Message = e.Message()
-	}
-	if r := refusalOf(err); r != nil {
-		out.Reason = string(r.Reason)
-	}
-	return out
-}
-
 // refusalOf is the refusal that an error is; nil if it is none.
 func refusalOf(err error) *binding.Refusal {
 	var r *binding.Refusal
@@ -495,6 +432,8 @@ func (t told) Unwrap() error { return t.error }
 func toConnect(err error) error {
 	r := refusalOf(err)
 	switch {
+	case err == nil:
+		return nil
 	case r != nil:
 		e := connect.NewError(codes[r.Reason], told{r.Message, r})
 		if d, derr := connect.NewErrorDetail(&errdetails.ErrorInfo{Reason: string(r.Reason), Domain: kme.ErrorDomain}); derr == nil {

@@ -129,7 +129,7 @@ func serveTo(t *testing.T, client Client) (*httptest.Server, *sqlstore.Store) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { store.Close() })
-	service := binding.NewService(nil, store, new(binding.Lots), binding.DefaultTimes(), slog.New(slog.DiscardHandler))
+	service := binding.NewService(binding.Options{Store: store, Times: binding.DefaultTimes(), Log: slog.New(slog.DiscardHandler)})
 	ready := func(ctx context.Context) error {
 		if _, ok := ctx.Deadline(); !ok {
 			t.Error("a token that hangs would hang /readyz")
@@ -306,16 +306,6 @@ func TestProtocols(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 		checkReason(t, err, "NOT_BOUND")
-		// A call that is refused as a whole, though its results would come in a stream.
-		stream, err := client.EstablishKMEs(t.Context(), connect.NewRequest(&kmev1.EstablishKMEsRequest{}))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if stream.Receive() || stream.Err() == nil || stream.ResponseHeader().Get("Kme-Reason") != "MALFORMED" {
-			t.Errorf("%s: %v, Kme-Reason %q", name, stream.Err(), stream.ResponseHeader().Get("Kme-Reason"))
-		}
-		checkInfo(t, stream.Err(), "MALFORMED")
-		stream.Close()
 		vector := &kmev1.PrepareVectorRequest{Imsi: "001010000000001", Rands: [][]byte{make([]byte, 16)}}
 		if answer, err := client.PrepareVector(t.Context(), connect.NewRequest(vector)); err != nil ||
 			answer.Header().Get("Kme-Reason") != "" {
@@ -357,3 +347,53 @@ func TestProtocols(t *testing.T) {
 		checkReason(t, err, "STORE_UNAVAILABLE")
 	}
 }
+
+// What is no IMSI or IMEI is refused before anything else is done with it: the store, which is closed, is not asked.
+func TestMalformed(t *testing.T) {
+	s, store := serve(t)
+	if err := store.Close(); err != nil {
+		t.Fatal(err)
+	}
+	c := kmev1connect.NewKeyServiceClient(s.Client(), s.URL)
+	ctx := t.Context()
+	const imsi, imei = "001010000000001", "35209900000001"
+	establish := func(imsi, imei string) error {
+		_, err := c.EstablishKME(ctx, connect.NewRequest(&kmev1.EstablishKMERequest{Imsi: imsi, Imei: imei}))
+		return err
+	}
+	if err := establish(imsi, imei); connect.CodeOf(err) != connect.CodeUnavailable {
+		t.Errorf("of both good: %v", err)
+	}
+	for name, bad := range map[string]string{
+		"empty": "", "short": imsi[:5], "long": imsi + "0", "with a sign": "+" + imsi[1:], "with a zero byte": imsi[:14] + "\x00",
+		"with a letter": "12a456",
+	} {
+		for method, err := range map[string]error{
+			"EstablishKME":         establish(bad, imei),
+			"PrepareVector":        second(c.PrepareVector(ctx, connect.NewRequest(&kmev1.PrepareVectorRequest{Imsi: bad, Rands: [][]byte{make([]byte, 16)}}))),
+			"RestoreRAND":          second(c.RestoreRAND(ctx, connect.NewRequest(&kmev1.RestoreRANDRequest{Imsi: bad, Rand: make([]byte, 16)}))),
+			"ReportAuthentication": second(c.ReportAuthentication(ctx, connect.NewRequest(&kmev1.ReportAuthenticationRequest{Imsi: bad}))),
+			"GetBinding":           second(c.GetBinding(ctx, connect.NewRequest(&kmev1.GetBindingRequest{Imsi: bad}))),
+			"RevokeBinding":        second(c.RevokeBinding(ctx, connect.NewRequest(&kmev1.RevokeBindingRequest{Imsi: bad}))),
+			"OpenProvisioning":     second(c.OpenProvisioning(ctx, connect.NewRequest(&kmev1.OpenProvisioningRequest{Imsi: bad}))),
+		} {
+			if connect.CodeOf(err) != connect.CodeInvalidArgument {
+				t.Errorf("%s of an IMSI %s: %v", method, name, err)
+				continue
+			}
+			checkReason(t, err, "MALFORMED")
+		}
+	}
+	for name, bad := range map[string]string{
+		"empty": "", "short": imei[1:], "with the wrong check digit": "352099000000011", "long": imei + "000",
+	} {
+		err := establish(imsi, bad)
+		if connect.CodeOf(err) != connect.CodeInvalidArgument {
+			t.Errorf("an IMEI %s: %v", name, err)
+			continue
+		}
+		checkReason(t, err, "MALFORMED")
+	}
+}
+
+func second[T any](_ T, err error) error { return err }

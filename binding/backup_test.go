@@ -5,7 +5,7 @@ import (
 	"crypto/rsa"
 	"testing"
 
-	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/tokenkeys"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 )
@@ -16,10 +16,10 @@ func TestRestoreToUnprepared(t *testing.T) {
 	t.Cleanup(func() { token.Close() })
 	to := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072))
 	keys := []hsmkeys.Carried{{Key: hsmkeys.Key{Role: hsmkeys.RoleLedger}, Wrapped: []byte{1}, Check: []byte{1}}}
-	data, thumbprint, err := binding.NewBackup("0123", &to.PublicKey, keys, nil)
+	data, thumbprint, err := tokenkeys.NewBackup("0123", &to.PublicKey, keys, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, err = binding.Restore(t.Context(), token, data, thumbprint)
+	_, err = tokenkeys.Restore(t.Context(), token, data, thumbprint)
 	checkSays(t, "a token that is not prepared", err, "run keysvc backup prepare on it, not init")
 }

@@ -4,19 +4,22 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 	"github.com/kmehsm/kmehsm/internal/testproc"
+	"github.com/kmehsm/kmehsm/kme"
 )
 
 // EstablishKME without the way to the service: token, ledger, and a durable commit.
 func BenchmarkEstablish(b *testing.B) {
 	r, _, l := newServed(b)
 	softhsmtest.AsServed(b, r.token.Sessions())
-	service := r.unrecorded(b)
+	service := r.unrecorded(b, binding.Options{})
 	type call struct {
-		imsi, attempt string
-		d             *device
-		payload       []byte
+		imsi    kme.IMSI
+		attempt string
+		d       *device
+		payload []byte
 	}
 	calls := make([]call, b.N)
 	for i := range calls {
@@ -37,8 +40,7 @@ func BenchmarkEstablish(b *testing.B) {
 	b.RunParallel(func(pb *testing.PB) {
 		for pb.Next() {
 			c := &calls[next.Add(1)-1]
-			if _, err := service.EstablishKME(b.Context(), c.imsi, c.d.imei.String(), c.attempt, c.payload,
-				here, false); err != nil {
+			if _, err := service.EstablishKME(b.Context(), binding.EstablishRequest{IMSI: c.imsi, IMEI: c.d.imei, AttemptID: c.attempt, Payload: c.payload, Origin: here}); err != nil {
 				b.Error(err)
 			}
 		}
@@ -48,11 +50,10 @@ func BenchmarkEstablish(b *testing.B) {
 // PrepareVector of a bound subscription, without the way to the service.
 func BenchmarkPrepareBound(b *testing.B) {
 	r, _, l := newServed(b)
-	service := r.unrecorded(b)
+	service := r.unrecorded(b, binding.Options{})
 	imsi := newIMSI()
 	payload, _ := l.devices[0].payload(b)
-	if _, err := service.EstablishKME(b.Context(), imsi, l.devices[0].imei.String(), r.attempt(b, imsi), payload,
-		here, false); err != nil {
+	if _, err := service.EstablishKME(b.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: l.devices[0].imei, AttemptID: r.attempt(b, imsi), Payload: payload, Origin: here}); err != nil {
 		b.Fatal(err)
 	}
 	r.activate(b, imsi)

@@ -1,5 +1,5 @@
 // Package binding is the operator's service: it opens attempts, takes a device's KME, binds it to IMSI and IMEI, and
-// processes RANDs under it. It also takes in what manufacturers hand over: enrolments and lot keys.
+// processes RANDs under it. Packages imports, tokenkeys and mark below it are for its administrators.
 //
 // The order of EstablishKME is the guarantee: everything that a caller may learn is checked before the token is
 // asked, everything about the payload's content after it, with one answer; and NW_SIG leaves only after the commit.
@@ -82,7 +82,7 @@ type Decision struct {
 	Ended   *Binding // a pending one that had answered too many requests, or had expired
 }
 
-// A Manufacturer is one whose enrolment this operator has taken.
+// A Manufacturer is one whose enrolment this operator has imported.
 type Manufacturer struct {
 	KeyID     string    // RFC 7638 thumbprint of its signing key, which names it everywhere
 	PEM       string    // the signing key itself, pinned
@@ -103,6 +103,11 @@ type Lot struct {
 	Distrusted   Verdict // its manufacturer's
 }
 
+// Key is the lot's in the operator's token.
+func (l *Lot) Key() hsmkeys.Key {
+	return hsmkeys.Key{Role: hsmkeys.RoleLot, Manufacturer: l.Manufacturer, Name: l.Manifest.Lot}
+}
+
 // Served says whether the lot's devices may be bound.
 func (l *Lot) Served() bool { return !l.Retired.Withdrawn && !l.Distrusted.Withdrawn }
 
@@ -120,13 +125,13 @@ func (v Verdict) String() string {
 
 // Errors of a Store that the service tells apart.
 var (
-	ErrNotBound  = errors.New("the IMSI has no binding")
-	ErrNoAttempt = errors.New("no such attempt is open")
-	ErrUsed      = errors.New("the KME was used before")
-	ErrSpent     = errors.New("the IMSI was sent this RAND in clear before")
-	ErrNotGood   = errors.New("the KME is not good")
-	ErrNotTaken  = errors.New("no such manufacturer is enrolled, or no such lot imported: see keysvc manufacturer list and lot list")
-	ErrBound     = errors.New("the IMSI has an active binding, and no administrator has opened provisioning for it")
+	ErrNotBound    = errors.New("the IMSI has no binding")
+	ErrNoAttempt   = errors.New("no such attempt is open")
+	ErrUsed        = errors.New("the KME was used before")
+	ErrSpent       = errors.New("the IMSI was sent this RAND in clear before")
+	ErrNotGood     = errors.New("the KME is not good")
+	ErrNotImported = errors.New("no such manufacturer is enrolled, or no such lot imported: see keysvc manufacturer list and lot list")
+	ErrBound       = errors.New("the IMSI has an active binding, and no administrator has opened provisioning for it")
 )
 
 // A Store keeps what the service must not forget. All methods may be called concurrently, by several processes, and a
@@ -134,6 +139,9 @@ var (
 // with a *DamagedRow. Who made a change is the Actor in the context.
 type Store interface {
 	Ledger
+	// Soon takes a ticket: whoever has it will soon make a change, and meanwhile waits for nobody but the HSM. done gives
+	// it back, after the change or without one. Changes of others may wait for those that are to come, to share a commit.
+	Soon() (done func())
 	// Subscription is what there is of an IMSI.
 	Subscription(ctx context.Context, imsi kme.IMSI, now time.Time) (*Subscription, error)
 	// Prepare decides what vectors are processed with, and notes what leaves: RANDs in clear as spent, and the origin in
@@ -163,7 +171,7 @@ type Store interface {
 	DropExpired(ctx context.Context, now time.Time) error
 }
 
-// A Registry keeps which manufacturers and lots the operator has taken in.
+// A Registry keeps which manufacturers and lots the operator has imported.
 type Registry interface {
 	// PutManufacturer enters or replaces a manufacturer; the verdict about it stays.
 	PutManufacturer(ctx context.Context, m *Manufacturer) error
@@ -173,7 +181,7 @@ type Registry interface {
 	PutLot(ctx context.Context, lot *Lot, check func([]*Lot) error) error
 	Lots(ctx context.Context) ([]*Lot, error)
 	// Decide enters a verdict about a lot, or about the manufacturer if lot is empty, and gives the one that stands then:
-	// one that says the same and is there already stays. check is as in PutLot. Fails with ErrNotTaken.
+	// one that says the same and is there already stays. check is as in PutLot. Fails with ErrNotImported.
 	Decide(ctx context.Context, manufacturer, lot string, v Verdict, check func([]*Lot) error) (Verdict, error)
 	// Bound is how many bindings stand with a manufacturer's devices; of one lot, unless lot is empty.
 	Bound(ctx context.Context, manufacturer, lot string, now time.Time) (int, error)

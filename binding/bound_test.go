@@ -14,7 +14,7 @@ import (
 
 // In the bound suite a payload is good for one subscription, device and lot, and for nothing else.
 func TestBoundSuite(t *testing.T) {
-	r, m := newRig(t), newMaker(t)
+	r, m := newHarness(t), newMaker(t)
 	r.enroll(t, m)
 	l := m.newLot(t, "LB", kme.SuiteBound, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 3)...)
 	r.take(t, m, l)
@@ -24,17 +24,16 @@ func TestBoundSuite(t *testing.T) {
 		p.Sig = must[[]byte](t)(kme.SuiteBound.Sign(d.signer, kme.SuiteBound.Signed(c, p)))
 		return must[[]byte](t)(kme.SuiteBound.Encrypt(&l.key.PublicKey, p)), p
 	}
-	text := newIMSI()
-	imsi := must[kme.IMSI](t)(kme.ParseIMSI(text))
-	attempt := r.attempt(t, text)
+	imsi := newIMSI()
+	attempt := r.attempt(t, imsi)
 	right := kme.Context{Lot: "LB", IMEI: d.imei, IMSI: imsi}
 	good, plain := make(right)
 	reject := func(name string, payload []byte) {
 		t.Helper()
-		_, err := r.service.EstablishKME(t.Context(), text, d.imei.String(), attempt, payload, here, false)
+		_, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: payload, Origin: here})
 		checkRefused(t, name, err, kme.KMERejected, notAccepted)
 	}
-	other := must[kme.IMSI](t)(kme.ParseIMSI(newIMSI()))
+	other := newIMSI()
 	for name, c := range map[string]kme.Context{
 		"for another subscription": {Lot: "LB", IMEI: d.imei, IMSI: other},
 		"for another device":       {Lot: "LB", IMEI: l.devices[1].imei, IMSI: imsi},
@@ -57,14 +56,12 @@ func TestBoundSuite(t *testing.T) {
 	reject("noise", noise)
 	reject("above N", bytes.Repeat([]byte{0xff}, len(good)))
 
-	e := must[*binding.Established](t)(r.service.EstablishKME(t.Context(), text, d.imei.String(),
-		attempt, good, here, true))
+	e := must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: good, Origin: here, Export: true}))
 	want := plain.NWSig()
 	if !bytes.Equal(e.NWSig, want[:]) || !e.KME.Equal(plain.KME) {
 		t.Errorf("NW_SIG %x, want %x", e.NWSig, want)
 	}
-	_, err := r.service.EstablishKME(t.Context(), other.String(), d.imei.String(),
-		r.attempt(t, other.String()), good, here, false)
+	_, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: other, IMEI: d.imei, AttemptID: r.attempt(t, other), Payload: good, Origin: here})
 	checkRefused(t, "by another subscription", err, kme.KMERejected, notAccepted)
 	if h := r.token.Health(); h.Reopened != 0 || h.Cause != nil {
 		t.Errorf("payloads have closed the token: %+v", h)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -33,6 +34,14 @@ func refuse(reason kme.Reason, message string, cause error) *Refusal {
 
 func otherDevice() *Refusal {
 	return refuse(kme.OtherDevice, "the IMSI is bound to a device: an administrator has to open provisioning first", nil)
+}
+
+func unknownDevice() *Refusal {
+	return refuse(kme.UnknownDevice, "the IMEI is in no lot that this operator has", nil)
+}
+
+func deviceRevoked() *Refusal {
+	return refuse(kme.RevokedDevice, "the manufacturer has revoked the device", nil)
 }
 
 func mayNotProvision() *Refusal {
@@ -70,4 +79,27 @@ func fromStore(ctx context.Context, err error) error {
 		return ctx.Err()
 	}
 	return refuse(kme.StoreUnavailable, "the database is not available", err)
+}
+
+// fromToken and fromDirectory do as fromStore does.
+func fromToken(ctx context.Context, err error) error {
+	switch {
+	case panics.Of(err) != nil:
+		return err
+	case ctx.Err() != nil:
+		return ctx.Err()
+	}
+	return refuse(kme.HSMUnavailable, "the HSM is not available", err)
+}
+
+func fromDirectory(ctx context.Context, err error) error {
+	switch {
+	case panics.Of(err) != nil:
+		return err
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case errors.Is(err, directory.ErrUnknownDevice):
+		return refuse(kme.UnknownDevice, "the IMEI is not in its lot's directory", err)
+	}
+	return refuse(kme.DirectoryUnavailable, "the device's public key cannot be had", err)
 }

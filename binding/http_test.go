@@ -36,8 +36,8 @@ func anybody(t *testing.T) *api.Clients {
 		Roles: []api.Role{api.RoleHSS, api.RoleAdmin, api.RoleMonitor}}}))
 }
 
-// listen serves the rig on a socket, HTTP/1.1 and HTTP/2, and gives a way to dial it.
-func (r *rig) listen(t *testing.T) func(ctx context.Context) (net.Conn, error) {
+// listen serves the harness on a socket, HTTP/1.1 and HTTP/2, and gives a way to dial it.
+func (r *harness) listen(t *testing.T) func(ctx context.Context) (net.Conn, error) {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "s")
 	l := must[net.Listener](t)(net.Listen("unix", path))
@@ -119,8 +119,8 @@ func TestOneAnswer(t *testing.T) {
 		t.Helper()
 		imsi := newIMSI()
 		imei, attempt := devices[v].imei.String(), r.attempt(t, imsi)
-		jsonAnswers[exchangeJSON(t, dial, imsi, imei, attempt, v.Payload)] = name
-		grpcAnswers[exchangeGRPC(t, client, imsi, imei, attempt, v.Payload)] = name
+		jsonAnswers[exchangeJSON(t, dial, imsi.String(), imei, attempt, v.Payload)] = name
+		grpcAnswers[exchangeGRPC(t, client, imsi.String(), imei, attempt, v.Payload)] = name
 	}
 	for _, v := range vectors(t).Vectors {
 		if v.Expect == "reject" && v.Why != "length" {
@@ -130,8 +130,7 @@ func TestOneAnswer(t *testing.T) {
 	for _, v := range vectors(t).Vectors {
 		if v.Expect == "accept" && !v.secondOfPair() {
 			imsi := newIMSI()
-			must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, devices[v].imei.String(), r.attempt(t, imsi),
-				v.Payload, here, false))
+			must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: devices[v].imei, AttemptID: r.attempt(t, imsi), Payload: v.Payload, Origin: here}))
 			try(v, v.Name+", again")
 		}
 		if v.secondOfPair() {
@@ -214,7 +213,7 @@ func TestJSONFlow(t *testing.T) {
 		t.Error("pending without established_at")
 	}
 	delete(b, "established_at")
-	check("pending", b, map[string]any{"imsi": imsi, "imei": d.imei.String(), "lot": "L1", "manufacturer": m.KeyID(), "state": "PENDING"})
+	check("pending", b, map[string]any{"imsi": imsi.String(), "imei": d.imei.String(), "lot": "L1", "manufacturer": m.KeyID(), "state": "PENDING"})
 	check("reported from elsewhere",
 		call("ReportAuthentication", map[string]any{"imsi": imsi, "ok": true, "origin": "another"}),
 		map[string]any{"state": "PENDING", "control": "PROVISIONING_ONLY"})
@@ -240,22 +239,22 @@ func TestGRPCFlow(t *testing.T) {
 	client := kmev1connect.NewKeyServiceClient(http2Client(t, r.listen(t)), "http://kme", connect.WithGRPC())
 	ctx, d, imsi := t.Context(), l.devices[0], newIMSI()
 	prepared, err := client.PrepareVector(ctx,
-		connect.NewRequest(&kmev1.PrepareVectorRequest{Imsi: imsi, Rands: newRANDs(3)}))
+		connect.NewRequest(&kmev1.PrepareVectorRequest{Imsi: imsi.String(), Rands: newRANDs(3)}))
 	if err != nil || prepared.Msg.Control != kmev1.Control_PROVISIONING_ONLY {
 		t.Fatal(prepared, err)
 	}
 	payload, p := d.payload(t)
-	request := &kmev1.EstablishKMERequest{Imsi: imsi, Imei: d.imei.String(), AttemptId: prepared.Msg.AttemptId, Payload: payload}
+	request := &kmev1.EstablishKMERequest{Imsi: imsi.String(), Imei: d.imei.String(), AttemptId: prepared.Msg.AttemptId, Payload: payload}
 	established, err := client.EstablishKME(ctx, connect.NewRequest(request))
 	if want := p.NWSig(); err != nil || !bytes.Equal(established.Msg.NwSig, want[:]) || established.Msg.State != kmev1.State_PENDING {
 		t.Fatal(established, err)
 	}
 	// A failed authentication leaves no binding, and so no state.
-	reported, err := client.ReportAuthentication(ctx, connect.NewRequest(&kmev1.ReportAuthenticationRequest{Imsi: imsi}))
+	reported, err := client.ReportAuthentication(ctx, connect.NewRequest(&kmev1.ReportAuthenticationRequest{Imsi: imsi.String()}))
 	if err != nil || reported.Msg.State != kmev1.State_STATE_UNSPECIFIED {
 		t.Error(reported, err)
 	}
-	_, err = client.RestoreRAND(ctx, connect.NewRequest(&kmev1.RestoreRANDRequest{Imsi: imsi, Rand: make([]byte, 16)}))
+	_, err = client.RestoreRAND(ctx, connect.NewRequest(&kmev1.RestoreRANDRequest{Imsi: imsi.String(), Rand: make([]byte, 16)}))
 	if connect.CodeOf(err) != connect.CodeFailedPrecondition {
 		t.Errorf("restore without a binding: %v", err)
 	}

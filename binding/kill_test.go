@@ -44,7 +44,7 @@ func serveChild(t *testing.T, args []string) {
 		readers[m.KeyID] = directory.NewReader(files, must[*directory.Verifier](t)(directory.ParseVerifier([]byte(m.PEM))), directory.ReaderOptions{})
 	}
 	lots := must[*binding.Lots](t)(binding.NewLots(must[[]*binding.Lot](t)(store.Lots(t.Context())), readers))
-	service := binding.NewService(token, store, lots, binding.DefaultTimes(), slog.New(slog.DiscardHandler))
+	service := binding.NewService(binding.Options{Token: token, Store: store, Lots: lots, Times: binding.DefaultTimes(), Log: slog.New(slog.DiscardHandler)})
 	os.Remove(args[3])
 	l := must[net.Listener](t)(net.Listen("unix", args[3]))
 	protocols := new(http.Protocols)
@@ -78,14 +78,14 @@ func TestPostgresKilled(t *testing.T) {
 
 // A world is everything but the service, which is other processes.
 type world struct {
-	*rig
+	*harness
 	lot       *lot
 	storeName string
 	dir       string
 }
 
 func newWorld(t *testing.T, storeName string) *world {
-	r, m := newRig(t), newMaker(t)
+	r, m := newHarness(t), newMaker(t)
 	r.store = openStore(t, r.token, storeName)
 	t.Cleanup(func() { r.store.Close() })
 	r.enroll(t, m)
@@ -126,7 +126,7 @@ func TestPostgresTwoInstances(t *testing.T) {
 		var imsis [2]kme.IMSI
 		var ids [2]string
 		for i := range 2 { // the attempts are opened by one, and used at the other
-			imsis[i] = must[kme.IMSI](t)(kme.ParseIMSI(newIMSI()))
+			imsis[i] = newIMSI()
 			ids[i] = must[client.Vectors](t)(clients[1-i].PrepareVector(ctx, imsis[i], client.Origin{}, client.RAND{})).AttemptID
 		}
 		payload, plain := d.payload(t)
@@ -201,7 +201,7 @@ func killed(t *testing.T, storeName string, besides func(round int)) {
 				c := dial()
 				defer c.Close()
 				for ctx.Err() == nil {
-					a := &attempt{imsi: must[kme.IMSI](t)(kme.ParseIMSI(newIMSI())), device: l.devices[w]}
+					a := &attempt{imsi: newIMSI(), device: l.devices[w]}
 					v, err := c.PrepareVector(ctx, a.imsi, client.Origin{}, client.RAND{})
 					if err != nil {
 						continue
@@ -251,7 +251,7 @@ func killed(t *testing.T, storeName string, besides func(round int)) {
 		if err := establish(t.Context(), c, a); err != nil || !bytes.Equal(a.nwSig, was) {
 			t.Errorf("the same call again: %v", err)
 		}
-		other := must[kme.IMSI](t)(kme.ParseIMSI(newIMSI()))
+		other := newIMSI()
 		v, err := c.PrepareVector(t.Context(), other, client.Origin{}, client.RAND{})
 		if err != nil {
 			t.Fatal(err)

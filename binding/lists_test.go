@@ -14,8 +14,8 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// readAgain puts another reader of a maker's directory in the place of the rig's, and has the service use it.
-func (r *rig) readAgain(t *testing.T, m *maker, l *lot, o directory.ReaderOptions) error {
+// readAgain puts another reader of a maker's directory in the place of the harness's, and has the service use it.
+func (r *harness) readAgain(t *testing.T, m *maker, l *lot, o directory.ReaderOptions) error {
 	t.Helper()
 	o.RevocationTTL = time.Hour
 	reader := directory.NewReader(m.store, directory.NewVerifier(m.Public()), o)
@@ -30,10 +30,10 @@ func (r *rig) readAgain(t *testing.T, m *maker, l *lot, o directory.ReaderOption
 func TestMaxRevocationAge(t *testing.T) {
 	r, m, l := newServed(t)
 	ctx, imsi := t.Context(), newIMSI()
-	establish := func(imsi string, d *device) error {
+	establish := func(imsi kme.IMSI, d *device) error {
 		t.Helper()
 		payload, _ := d.payload(t)
-		_, err := r.service.EstablishKME(ctx, imsi, d.imei.String(), r.attempt(t, imsi), payload, here, false)
+		_, err := r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here})
 		return err
 	}
 	prepare := func() error {

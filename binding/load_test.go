@@ -16,20 +16,22 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// unrecorded serves the rig's lots without its recorder, which has a lock, and without a log.
-func (r *rig) unrecorded(t testing.TB) *binding.Service {
+// unrecorded serves the harness's lots without its recorder, which has a lock, and without a log.
+func (r *harness) unrecorded(t testing.TB, o binding.Options) *binding.Service {
 	t.Helper()
-	lots := must[*binding.Lots](t)(binding.NewLots(must[[]*binding.Lot](t)(r.store.Lots(t.Context())), r.readers))
-	return binding.NewService(r.token, r.store, lots, times(), slog.New(slog.DiscardHandler))
+	o.Token, o.Store, o.Lots, o.Log = r.token, r.store, r.lots(t), slog.New(slog.DiscardHandler)
+	if o.Times.Now == nil {
+		o.Times = times()
+	}
+	return binding.NewService(o)
 }
 
 // At three times the calls that the service can do, it does as many as at its best, and those that it accepts are fast; the others are refused
 // at once.
 func TestOverload(t *testing.T) {
 	r, _, l := newServed(t)
-	service := r.unrecorded(t)
 	limit := 8 * r.token.Sessions()
-	service.Limit(binding.Limits{Calls: limit})
+	service := r.unrecorded(t, binding.Options{Limits: binding.Limits{Calls: limit}})
 	d := l.devices[0]
 	// A rejected payload is the dearest call that can be made again and again: the private-key operation and all after it.
 	payload, _ := d.payload(t)
@@ -37,7 +39,7 @@ func TestOverload(t *testing.T) {
 	imsi := newIMSI()
 	attempt := r.attempt(t, imsi)
 	call := func() (accepted bool) {
-		_, err := service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, payload, here, false)
+		_, err := service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: payload, Origin: here})
 		var refusal *binding.Refusal
 		if !errors.As(err, &refusal) || refusal.Reason != kme.KMERejected && refusal.Reason != kme.Overloaded {
 			t.Errorf("%v", err)
@@ -103,11 +105,10 @@ func TestOverload(t *testing.T) {
 // counts for the IMSI alone, and so does what the device once sent. What the device itself sends counts for it.
 func TestIMEIRate(t *testing.T) {
 	r, _, l := newServed(t)
-	service := r.unrecorded(t)
-	service.Limit(binding.Limits{IMEIRate: 0.001, IMEIBurst: 3})
+	service := r.unrecorded(t, binding.Options{Limits: binding.Limits{IMEIRate: 0.001, IMEIBurst: 3}})
 	victim := l.devices[0]
-	send := func(imsi string, d *device, payload []byte) error {
-		_, err := service.EstablishKME(t.Context(), imsi, d.imei.String(), r.attempt(t, imsi), payload, here, false)
+	send := func(imsi kme.IMSI, d *device, payload []byte) error {
+		_, err := service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here})
 		return err
 	}
 	for range 2 {
@@ -147,13 +148,12 @@ func TestIMEIRate(t *testing.T) {
 // is a difference of some 2%. The machine is shared, so one good round of four is enough; a real difference is in all.
 func TestRefusalsTakeAsLong(t *testing.T) {
 	r, _, l := newServed(t)
-	service := r.unrecorded(t)
+	service := r.unrecorded(t, binding.Options{})
 	d := l.devices[0]
 	imsi := newIMSI()
 	used, _ := d.payload(t)
 	other := newIMSI()
-	must[*binding.Established](t)(service.EstablishKME(t.Context(), other, d.imei.String(),
-		r.attempt(t, other), used, here, false))
+	must[*binding.Established](t)(service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: other, IMEI: d.imei, AttemptID: r.attempt(t, other), Payload: used, Origin: here}))
 	n := l.key.N
 	kinds := map[string]func() []byte{
 		"signature": func() []byte {
@@ -202,7 +202,7 @@ func TestKnownRefusalsTakeAsLong(t *testing.T) {
 		for why, payloads := range kinds {
 			make[why] = func() []byte { return payloads[rand.IntN(len(payloads))] }
 		}
-		r.takeAsLong(t, r.unrecorded(t), d, newIMSI(), make)
+		r.takeAsLong(t, r.unrecorded(t, binding.Options{}), d, newIMSI(), make)
 	}
 	if compared == 0 {
 		t.Error("no device has known answers of two kinds")
@@ -211,11 +211,11 @@ func TestKnownRefusalsTakeAsLong(t *testing.T) {
 
 // In the bound suite a payload that OAEP refuses takes as long as one with a bad signature.
 func TestBoundRefusalsTakeAsLong(t *testing.T) {
-	r, m := newRig(t), newMaker(t)
+	r, m := newHarness(t), newMaker(t)
 	r.enroll(t, m)
 	l := m.newLot(t, "LB", kme.SuiteBound, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 2)...)
 	r.take(t, m, l)
-	r.takeAsLong(t, r.unrecorded(t), l.devices[0], newIMSI(), map[string]func() []byte{
+	r.takeAsLong(t, r.unrecorded(t, binding.Options{}), l.devices[0], newIMSI(), map[string]func() []byte{
 		"signature": func() []byte {
 			p := &kme.Plaintext{KME: kme.RandomSecret(), RME: kme.RandomSecret()}
 			p.Sig = must[[]byte](t)(kme.SuiteBound.Sign(l.devices[1].signer, p.KME.Bytes()))
@@ -231,7 +231,7 @@ func TestBoundRefusalsTakeAsLong(t *testing.T) {
 	})
 }
 
-func (r *rig) takeAsLong(t *testing.T, service *binding.Service, d *device, imsi string, kinds map[string]func() []byte) {
+func (r *harness) takeAsLong(t *testing.T, service *binding.Service, d *device, imsi kme.IMSI, kinds map[string]func() []byte) {
 	const samples = 400
 	names := slices.Sorted(func(yield func(string) bool) {
 		for k := range kinds {
@@ -256,7 +256,7 @@ func (r *rig) takeAsLong(t *testing.T, service *binding.Service, d *device, imsi
 		took := map[string][]float64{}
 		for _, o := range all {
 			start := time.Now()
-			_, err := service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, o.payload, here, false)
+			_, err := service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: o.payload, Origin: here})
 			took[o.kind] = append(took[o.kind], time.Since(start).Seconds())
 			checkRefused(t, o.kind, err, kme.KMERejected, "")
 		}

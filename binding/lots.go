@@ -23,14 +23,14 @@ import (
 // Lots finds the lot of an IMEI: by the manifests' ranges, never by what a caller says. It does not change.
 type Lots struct {
 	ranges     []lotRange // by first IMEI; they do not overlap
-	taken      map[lotName]*takenLot
+	imported   map[lotName]*importedLot
 	distrusted map[string]Verdict // manufacturers, by KeyID
 }
 
 type lotName struct{ manufacturer, lot string }
 
-// A takenLot is one that was imported, whether it is served or not.
-type takenLot struct {
+// An importedLot is one that was imported, whether it is served or not.
+type importedLot struct {
 	*servedLot // nil if its manufacturer is distrusted, whose directory is not asked any more
 	retired    Verdict
 }
@@ -79,10 +79,10 @@ func OpenLots(ctx context.Context, registry Registry, open func(*Manufacturer) (
 // NewLots indexes lots. readers has the reader of each manufacturer's directory, by KeyID; of one that is distrusted,
 // none is needed.
 func NewLots(lots []*Lot, readers map[string]*directory.Reader) (*Lots, error) {
-	index := &Lots{taken: map[lotName]*takenLot{}, distrusted: map[string]Verdict{}}
+	index := &Lots{imported: map[lotName]*importedLot{}, distrusted: map[string]Verdict{}}
 	for _, l := range lots {
-		taken := &takenLot{retired: l.Retired}
-		index.taken[lotName{l.Manufacturer, l.Manifest.Lot}] = taken
+		lot := &importedLot{retired: l.Retired}
+		index.imported[lotName{l.Manufacturer, l.Manifest.Lot}] = lot
 		if l.Distrusted.Withdrawn {
 			index.distrusted[l.Manufacturer] = l.Distrusted
 			continue
@@ -91,8 +91,8 @@ func NewLots(lots []*Lot, readers map[string]*directory.Reader) (*Lots, error) {
 		if reader == nil {
 			return nil, fmt.Errorf("lot %s is of manufacturer %s, who is not enrolled", l.Manifest.Lot, l.Manufacturer)
 		}
-		served := &servedLot{manifest: l.Manifest, public: l.Manifest.PublicKey(), key: lotKey(l.Manufacturer, l.Manifest.Lot), reader: reader}
-		if taken.servedLot = served; !l.Served() {
+		served := &servedLot{manifest: l.Manifest, public: l.Manifest.PublicKey(), key: l.Key(), reader: reader}
+		if lot.servedLot = served; !l.Served() {
 			continue
 		}
 		for _, r := range l.Manifest.Ranges {
@@ -123,10 +123,6 @@ func (l *Lots) find(imei kme.IMEI) *servedLot {
 	return l.ranges[i].lot
 }
 
-func lotKey(manufacturer, lot string) hsmkeys.Key {
-	return hsmkeys.Key{Role: hsmkeys.RoleLot, Manufacturer: manufacturer, Name: lot}
-}
-
 // LogWithdrawn logs what is not served, and by whose decision.
 func (l *Lots) LogWithdrawn(log *slog.Logger) {
 	for _, m := range slices.Sorted(maps.Keys(l.distrusted)) {
@@ -134,8 +130,8 @@ func (l *Lots) LogWithdrawn(log *slog.Logger) {
 		log.Warn("a manufacturer is distrusted: its lots are not served",
 			"manufacturer", m, "by", v.By, "reason", v.Reason, "time", v.Time)
 	}
-	for name, taken := range l.taken {
-		if v := taken.retired; v.Withdrawn {
+	for name, lot := range l.imported {
+		if v := lot.retired; v.Withdrawn {
 			log.Warn("a lot is retired: it is not served", "manufacturer", name.manufacturer, "lot", name.lot,
 				"by", v.By, "reason", v.Reason, "time", v.Time)
 		}
@@ -172,9 +168,9 @@ func (l *Lots) CheckDirectories(ctx context.Context) map[string]error {
 // may still be bound.
 func (l *Lots) byReader() map[*directory.Reader][]*directory.Manifest {
 	all := map[*directory.Reader][]*directory.Manifest{}
-	for _, taken := range l.taken {
-		if taken.servedLot != nil {
-			all[taken.reader] = append(all[taken.reader], taken.manifest)
+	for _, lot := range l.imported {
+		if lot.servedLot != nil {
+			all[lot.reader] = append(all[lot.reader], lot.manifest)
 		}
 	}
 	return all
@@ -210,8 +206,8 @@ func (l *Lots) Overdue() map[string][]directory.Overdue {
 // A lot that was retired counts too, but not those of a distrusted manufacturer.
 func (l *Lots) revoked(b *Binding) (bool, error) {
 	lot := l.find(b.IMEI)
-	if taken := l.taken[lotName{b.Manufacturer, b.Lot}]; lot == nil && taken != nil {
-		lot = taken.servedLot
+	if imported := l.imported[lotName{b.Manufacturer, b.Lot}]; lot == nil && imported != nil {
+		lot = imported.servedLot
 	}
 	if lot == nil {
 		return false, nil

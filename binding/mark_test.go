@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/mark"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -58,7 +59,7 @@ func TestStartedWithAnEarlierDatabase(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := binding.RaiseMark(t.Context(), later, token); err != nil {
+	if err := mark.Raise(t.Context(), later, token); err != nil {
 		t.Fatal(err)
 	}
 	for name, token := range map[string]*markToken{"an earlier database": token, "a token without a mark": new(markToken)} {
@@ -68,13 +69,13 @@ func TestStartedWithAnEarlierDatabase(t *testing.T) {
 				t.Fatal(err)
 			}
 			fresh := open(earlier)
-			if err := binding.CheckMark(t.Context(), fresh, token); !errors.Is(err, binding.ErrRolledBack) {
+			if err := mark.Check(t.Context(), fresh, token); !errors.Is(err, binding.ErrRolledBack) {
 				t.Fatalf("at the start: %v", err)
 			}
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			accepted := make(chan struct{}, 1)
-			go binding.KeepMark(ctx, fresh, token, func() { accepted <- struct{}{} }, slog.New(slog.DiscardHandler))
+			go mark.Keep(ctx, fresh, token, func() { accepted <- struct{}{} }, slog.New(slog.DiscardHandler))
 			looked := func() int {
 				token.mu.Lock()
 				defer token.mu.Unlock()
@@ -85,7 +86,7 @@ func TestStartedWithAnEarlierDatabase(t *testing.T) {
 					t.Fatalf("it serves: %v", err)
 				}
 			}
-			if err := binding.AcceptRollback(t.Context(), open(earlier), token, "tried"); err != nil {
+			if err := mark.Accept(t.Context(), open(earlier), token, "tried"); err != nil {
 				t.Fatal(err)
 			}
 			<-accepted

@@ -19,12 +19,11 @@ func TestMeasured(t *testing.T) {
 	r, _, l := newServed(t)
 	registry := prometheus.NewRegistry()
 	metrics := binding.NewMetrics(registry)
-	r.service.Observe(metrics)
+	r.service = r.newService(binding.Options{Lots: r.lots(t), Metrics: metrics})
 	r.token.Observe(metrics)
 	imsi, d := newIMSI(), l.devices[0]
 	payload, _ := d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, d.imei.String(),
-		r.attempt(t, imsi), payload, here, true))
+	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here, Export: true}))
 	must[*binding.Prepared](t)(r.service.PrepareVector(t.Context(), imsi, newRANDs(2), here))
 	must[hsmkeys.RAND](t)(r.service.RestoreRAND(t.Context(), imsi, make([]byte, 16), here))
 
@@ -57,10 +56,10 @@ func TestMeasured(t *testing.T) {
 func TestMetricsAreNoOracle(t *testing.T) {
 	r, devices := newKnown(t)
 	registry := prometheus.NewRegistry()
-	r.service.Observe(binding.NewMetrics(registry))
+	r.service = r.newService(binding.Options{Lots: r.lots(t), Metrics: binding.NewMetrics(registry)})
 	send := func(v *vector) error {
 		imsi := newIMSI()
-		_, err := r.service.EstablishKME(t.Context(), imsi, devices[v].imei.String(), r.attempt(t, imsi), v.Payload, here, false)
+		_, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: devices[v].imei, AttemptID: r.attempt(t, imsi), Payload: v.Payload, Origin: here})
 		return err
 	}
 	series := map[string]string{} // of all metrics, after a payload of each kind

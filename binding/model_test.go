@@ -6,23 +6,20 @@ import (
 	"crypto/cipher"
 	"errors"
 	"fmt"
-	"log/slog"
 	"math/rand/v2"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
-	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
 // A modelled subscription is what docs/protocol.md says of the life of a binding, with nothing else in it.
 type modelled struct {
-	imsi                     string
+	imsi                     kme.IMSI
 	pending, active, revoked *modelBinding
 	attempts                 []modelAttempt // that were not used or closed
 	clear                    [][]byte       // RANDs that were sent in clear
@@ -102,7 +99,7 @@ func modelOrigins(t *testing.T) (all []binding.Origin) {
 // A modelRun makes random calls, and compares each with what the model says.
 type modelRun struct {
 	*testing.T
-	r        *rig
+	r        *harness
 	l        *lot
 	random   *rand.Rand
 	now      time.Time
@@ -114,7 +111,7 @@ type modelRun struct {
 }
 
 func (r *modelRun) note(m *modelled, format string, args ...any) {
-	r.history = append(r.history, m.imsi+" "+fmt.Sprintf(format, args...))
+	r.history = append(r.history, m.imsi.String()+" "+fmt.Sprintf(format, args...))
 }
 
 func (r *modelRun) fail(format string, args ...any) {
@@ -125,15 +122,13 @@ func (r *modelRun) fail(format string, args ...any) {
 func (r *modelRun) origin() binding.Origin { return r.origins[r.random.IntN(len(r.origins))] }
 
 func TestModel(t *testing.T) {
-	rig, _, l := newServed(t)
+	h, _, l := newServed(t)
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
-	r := &modelRun{T: t, r: rig, l: l, random: rand.New(rand.NewPCG(seed, 0)), now: time.Now(), origins: modelOrigins(t)}
+	r := &modelRun{T: t, r: h, l: l, random: rand.New(rand.NewPCG(seed, 0)), now: time.Now(), origins: modelOrigins(t)}
 	times := times()
 	times.Now = func() time.Time { return r.now }
-	rig.service = binding.NewService(rig.token, rig.store,
-		must[*binding.Lots](t)(binding.NewLots(must[[]*binding.Lot](t)(rig.store.Lots(t.Context())), rig.readers)), times,
-		slog.New(slog.DiscardHandler))
+	h.service = h.unrecorded(t, binding.Options{Times: times})
 	for range 4 {
 		r.world = append(r.world, &modelled{imsi: newIMSI(), last: map[binding.Origin]*modelVector{}})
 	}
@@ -305,7 +300,7 @@ func (r *modelRun) establish(m *modelled, o binding.Origin) {
 	case replayed:
 		want = kme.KMERejected
 	}
-	e, err := r.r.service.EstablishKME(r.Context(), m.imsi, s.device.imei.String(), id, s.payload, o, false)
+	e, err := r.r.service.EstablishKME(r.Context(), binding.EstablishRequest{IMSI: m.imsi, IMEI: s.device.imei, AttemptID: id, Payload: s.payload, Origin: o})
 	r.note(m, "established %s from %q with attempt %q: %v, want %q", s.device.imei, o.Name, id, err, want)
 	var refusal *binding.Refusal
 	if want != "" {
@@ -393,202 +388,5 @@ func (r *modelRun) get(m *modelled) {
 	}
 	if err != nil || b.State != state || b.IMEI != of.device.imei {
 		r.fail("the binding is %+v, %v, want %s to %s", b, err, state, of.device.imei)
-	}
-}
-
-// Calls of all kinds at once, from several origins: no KME is accepted twice, a vector is in clear or under the KME of
-// a payload, and in the end each IMSI has at most one binding of each state, of a payload that was accepted for it.
-func TestModelAtOnce(t *testing.T) {
-	r, _, l := newServed(t)
-	r.service = binding.NewService(r.token, r.store,
-		must[*binding.Lots](t)(binding.NewLots(must[[]*binding.Lot](t)(r.store.Lots(t.Context())), r.readers)), times(),
-		slog.New(slog.DiscardHandler))
-	var imsis []string
-	for range 3 {
-		imsis = append(imsis, newIMSI())
-	}
-	var payloads []sent
-	for i := range 24 {
-		s := sent{device: l.devices[i%3]}
-		s.payload, s.plain = s.device.payload(t)
-		payloads = append(payloads, s)
-	}
-	var mu sync.Mutex
-	accepted := map[int]map[string]bool{} // the attempts that a payload was accepted in
-	activated := 0
-	origins := modelOrigins(t)
-	var all sync.WaitGroup
-	for w := range 8 {
-		all.Go(func() {
-			random := rand.New(rand.NewPCG(uint64(w), uint64(time.Now().UnixNano())))
-			report := func(imsi string, ok bool, o binding.Origin) {
-				got, err := r.service.ReportAuthentication(t.Context(), imsi, ok, o)
-				if err != nil {
-					checkRefused(t, "a report", err, kme.NotBound, "")
-					return
-				}
-				if b := got.Binding; b != nil && b.State == binding.Active {
-					mu.Lock()
-					activated++
-					mu.Unlock()
-				} else if b != nil && b.State != binding.Pending || got.Served && b == nil {
-					t.Errorf("the report gives %+v", got)
-				}
-			}
-			for range 200 {
-				imsi, o := imsis[random.IntN(len(imsis))], origins[random.IntN(len(origins))]
-				switch random.IntN(8) {
-				case 0:
-					report(imsi, random.IntN(4) > 0, o)
-				case 1:
-					if random.IntN(4) == 0 {
-						r.service.RevokeBinding(t.Context(), imsi)
-					}
-				case 2:
-					r.service.OpenProvisioning(t.Context(), imsi, time.Minute)
-				default:
-					rands := newRANDs(1)
-					p, err := r.service.PrepareVector(t.Context(), imsi, rands, o)
-					if err != nil {
-						if o.Provisioning == binding.Allowed {
-							t.Error(err)
-							return
-						}
-						checkRefused(t, "an origin that may not provision", err, kme.CallerNotAllowed, "")
-						continue
-					}
-					if p.AttemptID == "" {
-						if !slices.ContainsFunc(payloads, func(s sent) bool {
-							block := must[cipher.Block](t)(aes.NewCipher(s.plain.KME.Bytes()))
-							want := make([]byte, hsmkeys.RANDSize)
-							block.Encrypt(want, rands[0])
-							return bytes.Equal(p.RANDs[0][:], want)
-						}) {
-							t.Error("a vector is under no KME")
-						}
-						if random.IntN(2) == 0 { // AKA has succeeded
-							report(imsi, true, o)
-						}
-						continue
-					}
-					if o.Provisioning != binding.Allowed {
-						t.Errorf("%s may not provision, and has an attempt", o.Name)
-					}
-					n := random.IntN(len(payloads))
-					s := payloads[n]
-					e, err := r.service.EstablishKME(t.Context(), imsi, s.device.imei.String(), p.AttemptID, s.payload, o, false)
-					var refusal *binding.Refusal
-					if err != nil && (!errors.As(err, &refusal) || !slices.Contains([]kme.Reason{kme.KMERejected, kme.NoAttempt, kme.OtherDevice}, refusal.Reason)) {
-						t.Error(err)
-						return
-					}
-					if err != nil {
-						continue
-					}
-					if want := s.plain.NWSig(); !bytes.Equal(e.NWSig, want[:]) {
-						t.Error("another payload's NW_SIG was answered")
-					}
-					mu.Lock()
-					if accepted[n] == nil {
-						accepted[n] = map[string]bool{}
-					}
-					accepted[n][p.AttemptID] = true
-					mu.Unlock()
-				}
-			}
-		})
-	}
-	all.Wait()
-	if len(accepted) == 0 || activated == 0 {
-		t.Errorf("%d payloads were accepted, %d reports found an active binding", len(accepted), activated)
-	}
-	for n, attempts := range accepted {
-		if len(attempts) != 1 {
-			t.Errorf("payload %d was accepted in %d attempts", n, len(attempts))
-		}
-	}
-	listed := must[[]*binding.Binding](t)(r.service.ListBindings(t.Context(), binding.BindingQuery{Limit: 1000}))
-	for i, b := range listed {
-		if i > 0 && listed[i-1].IMSI.String() >= b.IMSI.String() {
-			t.Error("the list is not in order")
-		}
-		if !slices.ContainsFunc(payloads, func(s sent) bool {
-			nwSig := s.plain.NWSig()
-			return bytes.Equal(nwSig[:], b.NWSig) && s.device.imei == b.IMEI
-		}) {
-			t.Errorf("a binding of no payload: %+v", b)
-		}
-	}
-}
-
-// A bound device that the manufacturer revokes is not served on; one that got another key is.
-func TestRevokedWhileBound(t *testing.T) {
-	r, m, l := newServed(t)
-	imsi, d := newIMSI(), l.devices[0]
-	payload, _ := d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, d.imei.String(), r.attempt(t, imsi),
-		payload, here, false))
-	r.activate(t, imsi)
-	prepare := func() error {
-		_, err := r.service.PrepareVector(t.Context(), imsi, newRANDs(1), here)
-		return err
-	}
-	if err := prepare(); err != nil {
-		t.Fatal(err)
-	}
-	if err := directory.Revoke(t.Context(), m.store, m.Signer, l.Manifest, []kme.IMEI{d.imei}, "stolen", time.Now(), nil); err != nil {
-		t.Fatal(err)
-	}
-	r.refresh(t, m, l)
-	checkRefused(t, "a vector for a device that was revoked", prepare(), kme.RevokedDevice, "")
-	// Its lot is not served any more: what is bound stays bound.
-	r.service = r.service.WithLots(new(binding.Lots))
-	if err := prepare(); err != nil {
-		t.Error(err)
-	}
-}
-
-// A lot that the manufacturer revokes: none of its devices is bound any more, and none that is bound is served on.
-func TestRevokedLot(t *testing.T) {
-	r, m, l := newServed(t)
-	imsi, d := newIMSI(), l.devices[0]
-	payload, _ := d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, d.imei.String(), r.attempt(t, imsi),
-		payload, here, false))
-	r.activate(t, imsi)
-	if err := directory.RevokeLot(t.Context(), m.store, m.Signer, l.Manifest, "its key has leaked", time.Now()); err != nil {
-		t.Fatal(err)
-	}
-	r.refresh(t, m, l)
-	_, err := r.service.PrepareVector(t.Context(), imsi, newRANDs(1), here)
-	checkRefused(t, "a vector for a device of a revoked lot", err, kme.RevokedDevice, "")
-	other := newIMSI()
-	payload, _ = l.devices[1].payload(t)
-	_, err = r.service.EstablishKME(t.Context(), other, l.devices[1].imei.String(), r.attempt(t, other), payload, here, false)
-	checkRefused(t, "a payload of a device of a revoked lot", err, kme.RevokedDevice, "")
-}
-
-// Only who asks for it gets the KME, and also with an answer that is given again.
-func TestExport(t *testing.T) {
-	r, _, l := newServed(t)
-	imsi, d := newIMSI(), l.devices[0]
-	payload, plain := d.payload(t)
-	attempt := r.attempt(t, imsi)
-	for i, export := range []bool{true, false, true} {
-		e := must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt,
-			payload, here, export))
-		if export != e.KME.Equal(plain.KME) || !export && e.KME.Bytes() != nil {
-			t.Errorf("call %d: exported %v", i, e.KME.Bytes() != nil)
-		}
-	}
-	bad := slices.Clone(payload)
-	bad[len(bad)-1] ^= 1
-	other := newIMSI()
-	if _, err := r.service.EstablishKME(t.Context(), other, d.imei.String(), r.attempt(t, other), bad,
-		here, true); err == nil {
-		t.Error("a bad payload's plaintext was exported")
-	}
-	if calls := r.recorder.take(); slices.Index(calls, "ExportKME") < slices.Index(calls, "Establish") {
-		t.Errorf("exported before it was durable: %q", calls)
 	}
 }

@@ -2,7 +2,6 @@ package binding_test
 
 import (
 	"bytes"
-	"encoding/binary"
 	"errors"
 	"io"
 	"math/rand/v2"
@@ -93,14 +92,14 @@ func TestMutatedPayloads(t *testing.T) {
 		n = 1_000_000
 	}
 	r, _, l := newServed(t)
-	service := r.unrecorded(t)
+	service := r.unrecorded(t, binding.Options{})
 	imsi := newIMSI()
 	attempt := must[*binding.Attempt](t)(service.OpenProvisioning(t.Context(), imsi, 24*time.Hour)).ID // a million take a while
 	d := l.devices[0]
 	good, _ := d.payload(t)
 	flat(t, n, func(random *rand.Rand) bool {
 		payload := mutate(random, good)
-		_, err := service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, payload, here, true)
+		_, err := service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: payload, Origin: here, Export: true})
 		var refusal *binding.Refusal
 		if !errors.As(err, &refusal) || refusal.Reason != kme.KMERejected && !(refusal.Reason == kme.Malformed && len(payload) != len(good)) {
 			t.Errorf("%x: %v", payload, err)
@@ -111,7 +110,7 @@ func TestMutatedPayloads(t *testing.T) {
 	if h := r.token.Health(); h.Cause != nil || h.Hung != 0 {
 		t.Errorf("%+v", h)
 	}
-	if _, err := service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, good, here, false); err != nil {
+	if _, err := service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: good, Origin: here}); err != nil {
 		t.Errorf("the payload itself, at last: %v", err)
 	}
 }
@@ -123,7 +122,7 @@ func TestMutatedMessages(t *testing.T) {
 		n = 1_000_000
 	}
 	r, _, l := newServed(t)
-	service := r.unrecorded(t)
+	service := r.unrecorded(t, binding.Options{})
 	handler := api.NewHandler(api.Options{Service: service, Clients: anybody(t),
 		Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler()})
 	socket := filepath.Join(t.TempDir(), "s") // for its user at the other end, who is us
@@ -134,14 +133,13 @@ func TestMutatedMessages(t *testing.T) {
 	defer conn.Close()
 	imsi, d := newIMSI(), l.devices[0]
 	bodies := map[string]string{
-		"PrepareVector":        `{"imsi":"` + imsi + `","rands":["AAECAwQFBgcICQoLDA0ODw=="]}`,
-		"EstablishKME":         `{"imsi":"` + imsi + `","imei":"` + d.imei.String() + `","attempt_id":"` + r.attempt(t, imsi) + `","payload":"AAECAwQFBgcICQoLDA0ODw=="}`,
-		"EstablishKMEs":        `{"calls":[{"imsi":"` + imsi + `","imei":"` + d.imei.String() + `","attempt_id":"a","payload":"AAECAwQFBgcICQoLDA0ODw=="},{}]}`,
-		"ReportAuthentication": `{"imsi":"` + imsi + `","ok":true}`,
-		"RestoreRAND":          `{"imsi":"` + imsi + `","rand":"AAECAwQFBgcICQoLDA0ODw=="}`,
-		"GetBinding":           `{"imsi":"` + imsi + `"}`,
+		"PrepareVector":        `{"imsi":"` + imsi.String() + `","rands":["AAECAwQFBgcICQoLDA0ODw=="]}`,
+		"EstablishKME":         `{"imsi":"` + imsi.String() + `","imei":"` + d.imei.String() + `","attempt_id":"` + r.attempt(t, imsi) + `","payload":"AAECAwQFBgcICQoLDA0ODw=="}`,
+		"ReportAuthentication": `{"imsi":"` + imsi.String() + `","ok":true}`,
+		"RestoreRAND":          `{"imsi":"` + imsi.String() + `","rand":"AAECAwQFBgcICQoLDA0ODw=="}`,
+		"GetBinding":           `{"imsi":"` + imsi.String() + `"}`,
 		"ListBindings":         `{"page_size":3,"page_token":"001","imei":"` + d.imei.String() + `"}`,
-		"RevokeBinding":        `{"imsi":"` + imsi + `"}`,
+		"RevokeBinding":        `{"imsi":"` + imsi.String() + `"}`,
 	}
 	methods := []string{}
 	for m := range bodies {
@@ -152,10 +150,6 @@ func TestMutatedMessages(t *testing.T) {
 		method := methods[random.IntN(len(methods))]
 		body := mutate(random, []byte(bodies[method]))
 		types := []string{"application/json", "application/proto", "application/grpc+proto"}
-		if method == "EstablishKMEs" {
-			types = []string{"application/connect+json", "application/connect+proto", "application/grpc+json"}
-			body = append(binary.BigEndian.AppendUint32([]byte{0}, uint32(len(body))), body...)
-		}
 		q := httptest.NewRequest("POST", "/kme.v1.KeyService/"+method, bytes.NewReader(body))
 		q.Header.Set("Content-Type", types[random.IntN(3)])
 		q.ProtoMajor = 2

@@ -7,21 +7,21 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/internal/panics"
+	"github.com/kmehsm/kmehsm/kme"
 )
 
-// A panic of the token or the store leaves nothing taken: no place among the calls, and none of those that a commit
-// waits for. One that ended on another goroutine is no refusal: nothing is away.
+// A panic of the token or the store leaves nothing taken: no place among the calls, and no ticket of the store. One that ended on another goroutine is no refusal: nothing is away.
 func TestPanics(t *testing.T) {
 	r, _, l := newServed(t)
-	r.service.Limit(binding.Limits{Calls: 1})
+	r.service = r.newService(binding.Options{Lots: r.lots(t), Limits: binding.Limits{Calls: 1}})
 	bound := newIMSI()
 	payload, _ := l.devices[0].payload(t)
-	imei, attempt := l.devices[0].imei.String(), r.attempt(t, bound)
-	if _, err := r.service.EstablishKME(t.Context(), bound, imei, attempt, payload, here, false); err != nil {
+	imei, attempt := l.devices[0].imei, r.attempt(t, bound)
+	if _, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: bound, IMEI: imei, AttemptID: attempt, Payload: payload, Origin: here}); err != nil {
 		t.Fatal(err)
 	}
 	r.activate(t, bound)
-	vector := func(imsi string) error {
+	vector := func(imsi kme.IMSI) error {
 		_, err := r.service.PrepareVector(t.Context(), imsi, newRANDs(1), here)
 		return err
 	}
@@ -34,7 +34,7 @@ func TestPanics(t *testing.T) {
 		attempt := r.attempt(t, imsi)
 		payload, _ := l.devices[1].payload(t)
 		return func() error {
-			_, err := r.service.EstablishKME(t.Context(), imsi, l.devices[1].imei.String(), attempt, payload, here, export)
+			_, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: l.devices[1].imei, AttemptID: attempt, Payload: payload, Origin: here, Export: export})
 			return err
 		}
 	}
@@ -66,8 +66,8 @@ func TestPanics(t *testing.T) {
 			if p := panics.Of(err); p == nil || p.Value != "elsewhere" || errors.As(err, new(*binding.Refusal)) {
 				t.Errorf("the call ended with %v", err)
 			}
-			if n := r.service.Coming(); n != 0 {
-				t.Errorf("%d calls are still on their way to the store", n)
+			if n := r.recorder.tickets.Load(); n != 0 {
+				t.Errorf("%d tickets are still out", n)
 			}
 			if err := call(); err != nil {
 				t.Errorf("the same call again: %v", err)
@@ -91,8 +91,7 @@ func TestStoreErrors(t *testing.T) {
 				r.recorder.onFirst("Subscription", func() error { return away })
 				return nil
 			})
-			_, err := r.service.EstablishKME(t.Context(), imsi, l.devices[0].imei.String(), "none",
-				make([]byte, 256), here, false)
+			_, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: l.devices[0].imei, AttemptID: "none", Payload: make([]byte, 256), Origin: here})
 			return err
 		}},
 		{"get", "Subscription", func() error { _, err := r.service.GetBinding(t.Context(), imsi); return err }},

@@ -60,11 +60,11 @@ type Suspect struct {
 // directories of the manufacturers that are trusted, and fails without.
 func (l *Lots) Suspects(ctx context.Context, store Store, now time.Time) iter.Seq2[Suspect, error] {
 	return func(yield func(Suspect, error) bool) {
-		for name, taken := range l.taken {
-			if taken.servedLot == nil {
+		for name, lot := range l.imported {
+			if lot.servedLot == nil {
 				continue
 			}
-			if _, err := taken.reader.Manifest(ctx, name.lot); err != nil { // a directory that is gone would have nothing revoked
+			if _, err := lot.reader.Manifest(ctx, name.lot); err != nil { // a directory that is gone would have nothing revoked
 				yield(Suspect{}, unknownRevocations(name, err))
 				return
 			}
@@ -117,7 +117,7 @@ func unknownRevocations(n lotName, err error) error {
 }
 
 func (l *Lots) doubts(ctx context.Context, b *Binding) (doubts []Doubt, err error) {
-	lot := l.taken[lotName{b.Manufacturer, b.Lot}]
+	lot := l.imported[lotName{b.Manufacturer, b.Lot}]
 	if lot == nil {
 		return nil, fmt.Errorf("IMSI %s is bound to a device of lot %s of manufacturer %s, which was not imported: the database is damaged",
 			b.IMSI, b.Lot, b.Manufacturer)

@@ -16,6 +16,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
+	"github.com/kmehsm/kmehsm/binding/tokenkeys"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/pgtest"
 	"github.com/kmehsm/kmehsm/kme"
@@ -28,7 +29,7 @@ func rotateChild(t *testing.T, uri, soPIN, storeName, kill string) {
 	defer r.Close()
 	store := openStore(t, r.Token, storeName)
 	defer store.Close()
-	must[int](t)(binding.Reseal(t.Context(), r, store, hsmkeys.SealedFrom(r.Newest()), func(int) {
+	must[int](t)(tokenkeys.Reseal(t.Context(), r, store, hsmkeys.SealedFrom(r.Newest()), func(int) {
 		if kill == "kill" {
 			syscall.Kill(os.Getpid(), syscall.SIGKILL)
 		}
@@ -51,9 +52,9 @@ func TestPostgresRotated(t *testing.T) { rotated(t, pgtest.Start(t).Database(t))
 func rotated(t *testing.T, storeName string) {
 	w := newWorld(t, storeName)
 	w.recorder = &recorder{Ledger: w.store, token: w.token, store: w.store}
-	w.service = binding.NewService(w.recorder, w.recorder, w.lots(t), times(), w.slog())
+	w.service = w.newService(binding.Options{Lots: w.lots(t)})
 	type bound struct {
-		imsi string
+		imsi kme.IMSI
 		kme  kme.Secret
 	}
 	bind := func(ctx context.Context, d *device) (bound, error) {
@@ -64,7 +65,7 @@ func rotated(t *testing.T, storeName string) {
 		}
 		payload, plain := d.payload(t)
 		b.kme = plain.KME
-		if _, err = w.service.EstablishKME(ctx, b.imsi, d.imei.String(), p.AttemptID, payload, here, false); err != nil {
+		if _, err = w.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: b.imsi, IMEI: d.imei, AttemptID: p.AttemptID, Payload: payload, Origin: here}); err != nil {
 			return b, err
 		}
 		if _, err = w.service.PrepareVector(ctx, b.imsi, newRANDs(1), here); err == nil {
@@ -146,7 +147,7 @@ func rotated(t *testing.T, storeName string) {
 	if left, all := count(2), count(3); left == 0 || left == all {
 		t.Errorf("after the kill %d of %d KMEs are sealed under the first key: this test tests nothing", left, all)
 	}
-	if destroyed, err := binding.RetireStorage(t.Context(), w.token, w.store); err == nil || len(destroyed) > 0 {
+	if destroyed, err := tokenkeys.RetireStorage(t.Context(), w.token, w.store); err == nil || len(destroyed) > 0 {
 		t.Errorf("an earlier storage key that is needed was destroyed: %v, error %v", destroyed, err)
 	}
 	if err := rotate(""); err != nil {
@@ -156,7 +157,7 @@ func rotated(t *testing.T, storeName string) {
 		t.Errorf("%d KMEs are sealed under the first key", left)
 	}
 	served("rotated")
-	destroyed, err := binding.RetireStorage(t.Context(), w.token, w.store)
+	destroyed, err := tokenkeys.RetireStorage(t.Context(), w.token, w.store)
 	if err != nil || len(destroyed) != 1 || destroyed[0] != 1 {
 		t.Errorf("destroyed %v, error %v", destroyed, err)
 	}
@@ -176,11 +177,11 @@ func rotated(t *testing.T, storeName string) {
 // A KME that the token does not open stays as it is, and is named; all others are sealed again.
 func TestResealDamaged(t *testing.T) {
 	r, _, l := newServed(t)
-	imsis := []string{r.bind(t, l.devices[0]), r.bind(t, l.devices[1]), r.bind(t, l.devices[2])}
-	all := must[[]binding.Sealed](t)(r.store.Sealed(t.Context(), binding.Sealed{}, hsmkeys.SealedFrom(2), 10))
+	imsis := []kme.IMSI{r.bind(t, l.devices[0]), r.bind(t, l.devices[1]), r.bind(t, l.devices[2])}
+	all := must[[]tokenkeys.Sealed](t)(r.store.Sealed(t.Context(), tokenkeys.Sealed{}, hsmkeys.SealedFrom(2), 10))
 	broken := bytes.Clone(all[1].KME)
 	broken[9] ^= 1
-	if n := must[int](t)(r.store.Reseal(t.Context(), []binding.Resealed{{Sealed: all[1], Again: broken}})); n != 1 {
+	if n := must[int](t)(r.store.Reseal(t.Context(), []tokenkeys.Resealed{{Sealed: all[1], Again: broken}})); n != 1 {
 		t.Fatal("the KME is as it was")
 	}
 	if err := r.token.Close(); err != nil { // the security officer logs in
@@ -191,9 +192,9 @@ func TestResealDamaged(t *testing.T) {
 		rotation.Close()
 		r.token = must[*hsmkeys.Token](t)(hsmkeys.Open(t.Context(), r.tokenURI))
 	}()
-	done, err := binding.Reseal(t.Context(), rotation, r.store, hsmkeys.SealedFrom(2), func(int) {})
-	var damaged *binding.DamagedError
-	if !errors.As(err, &damaged) || done != 2 || len(damaged.IMSIs) != 1 || damaged.IMSIs[0] != imsis[1] {
+	done, err := tokenkeys.Reseal(t.Context(), rotation, r.store, hsmkeys.SealedFrom(2), func(int) {})
+	var damaged *tokenkeys.DamagedError
+	if !errors.As(err, &damaged) || done != 2 || len(damaged.IMSIs) != 1 || damaged.IMSIs[0] != imsis[1].String() {
 		t.Errorf("%d were sealed again, error %v; want 2, and IMSI %s", done, err, imsis[1])
 	}
 	checkSays(t, "a damaged KME", err, "keysvc binding revoke")
@@ -202,7 +203,7 @@ func TestResealDamaged(t *testing.T) {
 // losing is a store in which each KME that is to be replaced has just been replaced by another of the same age.
 type losing struct{ *sqlstore.Store }
 
-func (losing) Reseal(context.Context, []binding.Resealed) (int, error) { return 0, nil }
+func (losing) Reseal(context.Context, []tokenkeys.Resealed) (int, error) { return 0, nil }
 
 // same seals as it was sealed.
 type same struct{ *hsmkeys.Token }
@@ -213,8 +214,8 @@ func (same) Reseal(_ context.Context, sealed []byte) ([]byte, error) { return se
 func TestStillSealing(t *testing.T) {
 	r, _, l := newServed(t)
 	r.bind(t, l.devices[0])
-	_, err := binding.Reseal(t.Context(), same{r.token}, losing{r.store}, hsmkeys.SealedFrom(2), func(int) {})
-	if !errors.Is(err, binding.ErrStillSealing) {
+	_, err := tokenkeys.Reseal(t.Context(), same{r.token}, losing{r.store}, hsmkeys.SealedFrom(2), func(int) {})
+	if !errors.Is(err, tokenkeys.ErrStillSealing) {
 		t.Errorf("%v, want ErrStillSealing", err)
 	}
 }

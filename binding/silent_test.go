@@ -62,7 +62,7 @@ func TestVaultFrozen(t *testing.T) {
 	store := vaultstore.New(client, "kme")
 
 	const bound, cold = 16, 500
-	r, m := newRig(t), newMaker(t)
+	r, m := newHarness(t), newMaker(t)
 	r.enroll(t, m)
 	small := m.newLot(t, "L1", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 1)...)
 	l := m.spread(t, store, small, bound+cold)
@@ -72,25 +72,26 @@ func TestVaultFrozen(t *testing.T) {
 	r.take(t, m, l)
 	t.Cleanup(func() { r.service.WithLots(new(binding.Lots)) })
 	const calls = 64 // fewer than the cold payloads, as it is in production
-	r.service.Limit(binding.Limits{Calls: calls})
-	var imsis []string
+	r.service = r.newService(binding.Options{Lots: r.lots(t), Limits: binding.Limits{Calls: calls}})
+	var imsis []kme.IMSI
 	for _, d := range l.devices[:bound] {
 		imsi := newIMSI()
 		payload, _ := d.payload(t)
-		must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, d.imei.String(), r.attempt(t, imsi),
-			payload, here, false))
+		must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here}))
 		r.activate(t, imsi)
 		imsis = append(imsis, imsi)
 	}
 	type payload struct {
-		imsi, imei, attempt string
-		bytes               []byte
+		imsi    kme.IMSI
+		imei    kme.IMEI
+		attempt string
+		bytes   []byte
 	}
 	var waiting []payload
 	for _, d := range l.devices[bound:] {
 		imsi := newIMSI()
 		bytes, _ := d.payload(t)
-		waiting = append(waiting, payload{imsi, d.imei.String(), r.attempt(t, imsi), bytes})
+		waiting = append(waiting, payload{imsi, d.imei, r.attempt(t, imsi), bytes})
 	}
 
 	// vectors has all who are bound attach, some at a time, and gives the time that 99 of 100 calls take.
@@ -134,7 +135,7 @@ func TestVaultFrozen(t *testing.T) {
 			time.Sleep(time.Duration(i) * 2 * time.Millisecond) // not all in one moment
 			for ctx.Err() == nil {                              // an HSS tries again
 				asking.Add(1)
-				_, err := r.service.EstablishKME(ctx, p.imsi, p.imei, p.attempt, p.bytes, here, false)
+				_, err := r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: p.imsi, IMEI: p.imei, AttemptID: p.attempt, Payload: p.bytes, Origin: here})
 				if refusal := new(binding.Refusal); errors.As(err, &refusal) {
 					refused.Store(refusal.Reason, true)
 				}
@@ -166,7 +167,7 @@ func TestVaultFrozen(t *testing.T) {
 	server.Thaw(t)
 	p := waiting[0]
 	for start := time.Now(); ; time.Sleep(ttl) {
-		_, err := r.service.EstablishKME(t.Context(), p.imsi, p.imei, p.attempt, p.bytes, here, false)
+		_, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: p.imsi, IMEI: p.imei, AttemptID: p.attempt, Payload: p.bytes, Origin: here})
 		if err == nil && len(r.service.Overdue()) == 0 {
 			break
 		}

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/imports"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/directory/filestore"
 	"github.com/kmehsm/kmehsm/hsmkeys"
@@ -21,7 +22,7 @@ import (
 
 func verdict(t *testing.T, withdrawn bool, reason string) binding.Verdict {
 	t.Helper()
-	return must[binding.Verdict](t)(binding.NewVerdict(withdrawn, "somebody@here", reason))
+	return must[binding.Verdict](t)(imports.NewVerdict(withdrawn, "somebody@here", reason))
 }
 
 // grantAgain is another grant of a lot that was taken.
@@ -33,22 +34,22 @@ func (m *maker) grantAgain(t *testing.T, l *lot, taken *binding.Lot) []byte {
 }
 
 // bind binds a new IMSI to a device, and gives it.
-func (r *rig) bind(t *testing.T, d *device) string {
+func (r *harness) bind(t *testing.T, d *device) kme.IMSI {
 	t.Helper()
 	imsi := newIMSI()
 	payload, _ := d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, d.imei.String(), r.attempt(t, imsi), payload, here, false))
+	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here}))
 	return imsi
 }
 
 // checkNotBindable insists on UNKNOWN_DEVICE, and that the token was not asked.
-func (r *rig) checkNotBindable(t *testing.T, what string, d *device) {
+func (r *harness) checkNotBindable(t *testing.T, what string, d *device) {
 	t.Helper()
 	imsi := newIMSI()
 	payload, _ := d.payload(t)
 	attempt := r.attempt(t, imsi)
 	r.recorder.take()
-	_, err := r.service.EstablishKME(t.Context(), imsi, d.imei.String(), attempt, payload, here, false)
+	_, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: payload, Origin: here})
 	checkRefused(t, what, err, kme.UnknownDevice, "")
 	if calls := r.recorder.takeToken(); len(calls) > 0 {
 		t.Errorf("%s: the token was asked: %v", what, calls)
@@ -56,7 +57,7 @@ func (r *rig) checkNotBindable(t *testing.T, what string, d *device) {
 }
 
 // checkServedOn insists that vectors are made under an IMSI's active binding, and restored.
-func (r *rig) checkServedOn(t *testing.T, what, imsi string) {
+func (r *harness) checkServedOn(t *testing.T, what string, imsi kme.IMSI) {
 	t.Helper()
 	vector := newRANDs(1)
 	p, err := r.service.PrepareVector(t.Context(), imsi, vector, here)
@@ -74,7 +75,7 @@ func TestDistrust(t *testing.T) {
 	imsi := r.bind(t, l.devices[0])
 	r.activate(t, imsi)
 	v := verdict(t, true, "its signing key was stolen")
-	if stands := must[binding.Verdict](t)(binding.Distrust(ctx, r.store, m.KeyID(), v)); stands != v {
+	if stands := must[binding.Verdict](t)(imports.Distrust(ctx, r.store, m.KeyID(), v)); stands != v {
 		t.Errorf("stands %+v, want %+v", stands, v)
 	}
 	r.serve(t)
@@ -86,19 +87,19 @@ func TestDistrust(t *testing.T) {
 	}
 
 	// Nothing of it is taken any more.
-	_, err := binding.Enroll(ctx, r.token, r.store, m.sign(t, directory.TypeEnrolment, m.enrolment(t, r)), m.pem, m.KeyID(), "")
+	_, err := imports.Enroll(ctx, r.token, r.store, imports.Enrolment{JWS: m.sign(t, directory.TypeEnrolment, m.enrolment(t, r)), PEM: m.pem, Thumbprint: m.KeyID()})
 	checkSays(t, "an enrolment of a distrusted manufacturer", err, "is distrusted, by somebody@here")
 	next := m.newLot(t, "L2", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 50, newDevices(t, 1)...)
 	grant := m.sign(t, directory.TypeGrant, m.grant(t, next))
-	_, err = binding.ImportLot(ctx, r.token, r.store, grant, nil)
+	_, err = imports.ImportLot(ctx, r.token, r.store, grant, nil)
 	checkSays(t, "a grant of a distrusted manufacturer", err, "is distrusted")
 	again := verdict(t, false, "no")
-	_, err = binding.ImportLot(ctx, r.token, r.store, grant, &again)
+	_, err = imports.ImportLot(ctx, r.token, r.store, grant, &again)
 	checkSays(t, "a grant of a distrusted manufacturer, to be served again", err, "is distrusted")
 	checkLeft(t, "a distrusted manufacturer", r, map[hsmkeys.Key]bool{m.lotKey("L1"): true, m.lotKey("L2"): false}, 1, 1)
 
 	// A second verdict changes nothing.
-	if stands := must[binding.Verdict](t)(binding.Distrust(ctx, r.store, m.KeyID(), verdict(t, true, "again"))); stands != v {
+	if stands := must[binding.Verdict](t)(imports.Distrust(ctx, r.store, m.KeyID(), verdict(t, true, "again"))); stands != v {
 		t.Errorf("after a second verdict stands %+v, want %+v", stands, v)
 	}
 
@@ -113,15 +114,15 @@ func TestDistrust(t *testing.T) {
 	r.take(t, reborn, moved)
 	r.activate(t, r.bind(t, moved.devices[1]))
 	r.checkServedOn(t, "its devices are another manufacturer's", imsi)
-	_, err = binding.Trust(ctx, r.store, m.KeyID(), verdict(t, false, "a mistake"))
+	_, err = imports.Trust(ctx, r.store, m.KeyID(), verdict(t, false, "a mistake"))
 	checkSays(t, "trusted beside its other name", err, "shares IMEIs with lot L1 of manufacturer "+reborn.KeyID())
 
-	must[binding.Verdict](t)(binding.Distrust(ctx, r.store, reborn.KeyID(), verdict(t, true, "the wrong one")))
-	must[binding.Verdict](t)(binding.Trust(ctx, r.store, m.KeyID(), verdict(t, false, "a mistake")))
+	must[binding.Verdict](t)(imports.Distrust(ctx, r.store, reborn.KeyID(), verdict(t, true, "the wrong one")))
+	must[binding.Verdict](t)(imports.Trust(ctx, r.store, m.KeyID(), verdict(t, false, "a mistake")))
 	r.serve(t)
 	r.activate(t, r.bind(t, l.devices[2]))
-	must[*binding.Lot](t)(binding.ImportLot(ctx, r.token, r.store, grant, nil))
-	_, err = binding.Distrust(ctx, r.store, "nobody", v)
+	must[*binding.Lot](t)(imports.ImportLot(ctx, r.token, r.store, grant, nil))
+	_, err = imports.Distrust(ctx, r.store, "nobody", v)
 	checkSays(t, "nobody", err, "no such manufacturer")
 }
 
@@ -131,11 +132,11 @@ func TestRetireLot(t *testing.T) {
 	imsi, revoked := r.bind(t, l.devices[0]), r.bind(t, l.devices[1])
 	r.activate(t, imsi)
 	r.activate(t, revoked)
-	taken := must[*binding.Lot](t)(binding.FindLot(ctx, r.store, "L1", ""))
+	taken := must[*binding.Lot](t)(imports.FindLot(ctx, r.store, "L1", ""))
 	grant := m.grantAgain(t, l, taken)
 	v := verdict(t, true, "P and Q are known")
 	for range 2 { // the second changes nothing
-		if stands := must[binding.Verdict](t)(binding.RetireLot(ctx, r.token, r.store, taken, v)); stands != v {
+		if stands := must[binding.Verdict](t)(imports.RetireLot(ctx, r.token, r.store, taken, v)); stands != v {
 			t.Errorf("stands %+v, want %+v", stands, v)
 		}
 		checkLeft(t, "a retired lot", r, map[hsmkeys.Key]bool{m.lotKey("L1"): false}, 1, 1)
@@ -155,30 +156,30 @@ func TestRetireLot(t *testing.T) {
 	checkRefused(t, "a revoked device of a retired lot", err, kme.RevokedDevice, "")
 
 	// It does not come back by accident, also not by a grant that is under way. Others may have its IMEIs.
-	_, err = binding.ImportLot(ctx, r.token, r.store, grant, nil)
+	_, err = imports.ImportLot(ctx, r.token, r.store, grant, nil)
 	checkSays(t, "a retired lot", err, "was retired, by somebody@here")
 	checkLeft(t, "a retired lot imported", r, map[hsmkeys.Key]bool{m.lotKey("L1"): false}, 1, 1)
 	other := newMaker(t)
 	r.enroll(t, other)
 	r.take(t, other, other.newLot(t, "L1", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 1)...))
-	_, err = binding.FindLot(ctx, r.store, "L1", "")
+	_, err = imports.FindLot(ctx, r.store, "L1", "")
 	checkSays(t, "a name of two lots", err, "--manufacturer")
-	if found := must[*binding.Lot](t)(binding.FindLot(ctx, r.store, "L1", m.KeyID())); found.Manufacturer != m.KeyID() {
+	if found := must[*binding.Lot](t)(imports.FindLot(ctx, r.store, "L1", m.KeyID())); found.Manufacturer != m.KeyID() {
 		t.Errorf("found %+v", found)
 	}
-	_, err = binding.FindLot(ctx, r.store, "L9", "")
+	_, err = imports.FindLot(ctx, r.store, "L9", "")
 	checkSays(t, "no lot", err, "keysvc lot list")
 
 	// On purpose it does, unless its IMEIs are another lot's by now.
 	again := verdict(t, false, "the wrong lot was retired")
-	_, err = binding.ImportLot(ctx, r.token, r.store, grant, &again)
+	_, err = imports.ImportLot(ctx, r.token, r.store, grant, &again)
 	checkSays(t, "a retired lot whose IMEIs are another's", err, "settle it with who made them")
 	checkLeft(t, "a retired lot whose IMEIs are another's", r, map[hsmkeys.Key]bool{m.lotKey("L1"): false}, 2, 2)
-	must[binding.Verdict](t)(binding.Distrust(ctx, r.store, other.KeyID(), v))
-	must[*binding.Lot](t)(binding.ImportLot(ctx, r.token, r.store, grant, &again))
+	must[binding.Verdict](t)(imports.Distrust(ctx, r.store, other.KeyID(), v))
+	must[*binding.Lot](t)(imports.ImportLot(ctx, r.token, r.store, grant, &again))
 	r.serve(t)
 	r.activate(t, r.bind(t, l.devices[2]))
-	if got := must[*binding.Lot](t)(binding.FindLot(ctx, r.store, "L1", m.KeyID())); got.Retired != again {
+	if got := must[*binding.Lot](t)(imports.FindLot(ctx, r.store, "L1", m.KeyID())); got.Retired != again {
 		t.Errorf("the verdict is %+v, want %+v", got.Retired, again)
 	}
 }
@@ -194,24 +195,24 @@ func TestRetireLotOfAFactory(t *testing.T) {
 	if _, _, err := factory.EnsureLotKey(ctx, m.lotKey("L1"), 2048, hsmkeys.PrimesAuto); err != nil {
 		t.Fatal(err)
 	}
-	taken := must[*binding.Lot](t)(binding.FindLot(ctx, r.store, "L1", ""))
-	_, err := binding.RetireLot(ctx, factory, r.store, taken, verdict(t, true, "P and Q are known"))
+	taken := must[*binding.Lot](t)(imports.FindLot(ctx, r.store, "L1", ""))
+	_, err := imports.RetireLot(ctx, factory, r.store, taken, verdict(t, true, "P and Q are known"))
 	checkSays(t, "a lot of a factory's token", err, "a token of the factory's")
 	if !must[bool](t)(factory.Has(ctx, m.lotKey("L1"))) {
 		t.Error("the manufacturer's lot key is destroyed")
 	}
-	if taken = must[*binding.Lot](t)(binding.FindLot(ctx, r.store, "L1", "")); taken.Retired.Withdrawn {
+	if taken = must[*binding.Lot](t)(imports.FindLot(ctx, r.store, "L1", "")); taken.Retired.Withdrawn {
 		t.Error("the lot is retired")
 	}
 }
 
 func TestRetiredMeanwhile(t *testing.T) {
 	r, m, l := newServed(t)
-	taken := must[*binding.Lot](t)(binding.FindLot(t.Context(), r.store, "L1", ""))
+	taken := must[*binding.Lot](t)(imports.FindLot(t.Context(), r.store, "L1", ""))
 	registry := overtaken{r.store, func() {
-		must[binding.Verdict](t)(binding.RetireLot(t.Context(), r.token, r.store, taken, verdict(t, true, "old")))
+		must[binding.Verdict](t)(imports.RetireLot(t.Context(), r.token, r.store, taken, verdict(t, true, "old")))
 	}}
-	_, err := binding.ImportLot(t.Context(), r.token, registry, m.grantAgain(t, l, taken), nil)
+	_, err := imports.ImportLot(t.Context(), r.token, registry, m.grantAgain(t, l, taken), nil)
 	checkSays(t, "a lot that was retired meanwhile", err, "was retired")
 	checkLeft(t, "a lot that was retired meanwhile", r, map[hsmkeys.Key]bool{m.lotKey("L1"): false}, 1, 1)
 }
@@ -262,11 +263,11 @@ func TestSuspects(t *testing.T) {
 			t.Errorf("%s: reported %v, want %v", what, got, want)
 		}
 	}
-	at := func(imsi string, d *device) string { return imsi + " " + d.imei.String() }
+	at := func(imsi kme.IMSI, d *device) string { return imsi.String() + " " + d.imei.String() }
 
 	old, fresh, gone, good, pending := l.devices[0], l.devices[1], l.devices[2], l.devices[3], l.devices[4]
 	reissue(fresh, "repaired before it was bound")
-	imsis := map[*device]string{}
+	imsis := map[*device]kme.IMSI{}
 	for _, d := range []*device{old, fresh, gone, good, second.devices[0]} {
 		imsis[d] = r.bind(t, d)
 		r.activate(t, imsis[d])
@@ -294,14 +295,14 @@ func TestSuspects(t *testing.T) {
 	// Beside an active binding, a pending one of another device: both are looked at.
 	must[*binding.Attempt](t)(r.service.OpenProvisioning(ctx, imsis[gone], 0))
 	payload, _ := good.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(ctx, imsis[gone], good.imei.String(), r.attempt(t, imsis[gone]), payload, here, false))
+	must[*binding.Established](t)(r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsis[gone], IMEI: good.imei, AttemptID: r.attempt(t, imsis[gone]), Payload: payload, Origin: here}))
 	check("a suspect binding beside a pending one")
 
 	must[*binding.Binding](t)(r.service.RevokeBinding(ctx, again))
 	delete(want, at(again, old))
 	check("a binding was revoked")
 
-	must[binding.Verdict](t)(binding.Distrust(ctx, r.store, other.KeyID(), verdict(t, true, "its key was stolen")))
+	must[binding.Verdict](t)(imports.Distrust(ctx, r.store, other.KeyID(), verdict(t, true, "its key was stolen")))
 	r.readers[other.KeyID()] = nil // its directory is not asked
 	want[at(imsis[second.devices[0]], second.devices[0])] = []binding.Why{binding.ManufacturerDistrusted}
 	check("a manufacturer was distrusted")
@@ -316,8 +317,8 @@ func TestSuspects(t *testing.T) {
 	want[at(imsis[gone], good)] = []binding.Why{binding.LotRevoked}
 	check("a lot was revoked")
 
-	must[binding.Verdict](t)(binding.RetireLot(ctx, r.token, r.store,
-		must[*binding.Lot](t)(binding.FindLot(ctx, r.store, "L1", m.KeyID())), verdict(t, true, "too old")))
+	must[binding.Verdict](t)(imports.RetireLot(ctx, r.token, r.store,
+		must[*binding.Lot](t)(imports.FindLot(ctx, r.store, "L1", m.KeyID())), verdict(t, true, "too old")))
 	for _, d := range []*device{old, fresh, gone, good, pending} {
 		want[at(imsis[d], d)] = append([]binding.Why{binding.LotRetired}, want[at(imsis[d], d)]...)
 	}

@@ -55,14 +55,12 @@ type Options struct {
 	Tries   int           // of a call that may be repeated, 3 if 0
 }
 
-// A Client may be used concurrently. A context's deadline goes with the call: the service does no work for who has gone. EstablishKMEs of calls that
-// come at the same time are one request, with the last of their deadlines.
+// A Client may be used concurrently. A context's deadline goes with the call: the service does no work for whoever has gone.
 //
 // Calls that give the same answer however often they are made are made again, with a pause, when the service cannot be reached or says that it may
 // answer later: all but OpenProvisioning and a report of a failed authentication.
 type Client struct {
 	service kmev1connect.KeyServiceClient
-	batcher *batcher
 	http    *http.Client
 	timeout time.Duration
 	tries   int
@@ -97,7 +95,6 @@ func New(o Options) (*Client, error) {
 		c.tries = 3
 	}
 	c.service = kmev1connect.NewKeyServiceClient(c.http, base)
-	c.batcher = &batcher{service: c.service}
 	return c, nil
 }
 
@@ -149,7 +146,7 @@ type Establishment struct {
 // EstablishKME is called with the payload that a device has sent, by way of the origin that was given the attempt.
 func (c *Client) EstablishKME(ctx context.Context, imsi kme.IMSI, o Origin, imei kme.IMEI, attemptID string,
 	payload []byte) (e Establishment, err error) {
-	answer, err := call(ctx, c, true, c.batcher.establish, &kmev1.EstablishKMERequest{
+	answer, err := call(ctx, c, true, c.service.EstablishKME, &kmev1.EstablishKMERequest{
 		Imsi: imsi.String(), Imei: imei.String(), AttemptId: attemptID, Payload: payload, Origin: o.Name.String(),
 	})
 	if err != nil {
@@ -234,10 +231,6 @@ func call[Q, A any](ctx context.Context, c *Client, again bool, method func(cont
 
 // explain gives the error that a caller sees, and whether the call may be made again.
 func explain(err error) (error, bool) {
-	var refusal *Error
-	if errors.As(err, &refusal) {
-		return err, refusal.Temporary()
-	}
 	var e *connect.Error
 	if !errors.As(err, &e) {
 		return err, false

@@ -7,6 +7,7 @@ import (
 	"fmt"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/internal/sqlconn"
 )
 
 // tables are all that have rows with a MAC of their own, in an order that their references allow.
@@ -19,20 +20,22 @@ var ErrNotEmpty = errors.New("the store to copy to is not empty: give it a new d
 // are verified on their way; to has an entry more in its ledger then, which says so. Nobody may be changing s meanwhile.
 // report is called with the rows copied so far.
 func (s *Store) Copy(ctx context.Context, to *Store, report func(rows int)) (rows int, err error) {
-	if err := s.refusal(); err != nil {
-		return 0, err
-	}
-	from, err := s.read.BeginTx(ctx, &sql.TxOptions{ReadOnly: true})
+	from, err := s.reading("copy")
 	if err != nil {
 		return 0, err
 	}
-	defer from.Rollback()
-	err = to.change(ctx, "schema", func(ctx context.Context, tx *txn) error {
+	read, err := s.read.BeginTx(ctx, &sql.TxOptions{ReadOnly: true})
+	if err != nil {
+		return 0, from.Named(err)
+	}
+	defer read.Rollback()
+	from.DB = read
+	err = to.change(ctx, "copy", "schema", func(ctx context.Context, tx *txn) error {
 		rows = 0 // it may be called again
 		copied := func() { rows++; report(rows) }
 		for _, t := range append(tables, ledger) {
 			var n int
-			if err := tx.QueryRowContext(ctx, "SELECT COUNT(*) FROM "+t.name).Scan(&n); err != nil {
+			if _, err := tx.One(ctx, []any{&n}, "SELECT COUNT(*) FROM "+t.name); err != nil {
 				return err
 			}
 			if n > 0 {
@@ -51,7 +54,7 @@ func (s *Store) Copy(ctx context.Context, to *Store, report func(rows int)) (row
 		for chain := range int64(binding.Chains) {
 			_, _, err := s.verifyToHead(ctx, from, chain, func(r row) error {
 				copied()
-				return tx.do(ctx, ledger.insert, r...)
+				return tx.Do(ctx, ledger.insert, r...)
 			})
 			if err != nil {
 				return err
@@ -66,13 +69,13 @@ func (s *Store) Copy(ctx context.Context, to *Store, report func(rows int)) (row
 	return rows, err
 }
 
-func copyActors(ctx context.Context, from *sql.Tx, to *txn) error {
-	return query(ctx, from, func(scan func(...any) error) error {
+func copyActors(ctx context.Context, from sqlconn.Conn, to *txn) error {
+	return from.Each(ctx, func(scan func(...any) error) error {
 		var id []byte
 		var text string
 		if err := scan(&id, &text); err != nil {
 			return err
 		}
-		return to.do(ctx, `INSERT INTO actors (actor, json) VALUES ($1, $2)`, id, text)
+		return to.Do(ctx, `INSERT INTO actors (actor, json) VALUES ($1, $2)`, id, text)
 	}, `SELECT actor, json FROM actors`)
 }

@@ -3,15 +3,25 @@ package sqlstore
 import (
 	"context"
 	"database/sql"
+	_ "embed"
 	"errors"
 	"fmt"
 	"path/filepath"
 	"strings"
 
-	"github.com/jackc/pgx/v5/pgconn"
-
+	"github.com/kmehsm/kmehsm/internal/postgres"
+	"github.com/kmehsm/kmehsm/internal/rowmac"
 	"github.com/kmehsm/kmehsm/internal/sqlite"
 	"github.com/kmehsm/kmehsm/kme"
+)
+
+// The migrations make an empty database what this program knows, one after the other, on SQLite and PostgreSQL alike. One that was
+// released is never changed.
+var (
+	//go:embed schema.sql
+	schema string
+
+	migrations = []string{schema}
 )
 
 // CheckName refuses what is no name of a store. Its error has no password.
@@ -38,7 +48,7 @@ func Open(ctx context.Context, name string, key kme.Secret) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{key: own, macs: newMACs(own), moved: make(chan struct{}, 1)}
+	s := &Store{key: own, macs: rowmac.New(own), moved: make(chan struct{}, 1)}
 	if path, ok := strings.CutPrefix(name, "sqlite:"); ok {
 		err = s.openSQLite(ctx, path)
 	} else {
@@ -61,122 +71,67 @@ func (s *Store) openSQLite(ctx context.Context, path string) error {
 	if err != nil {
 		return err
 	}
-	s.read, s.close, s.company = read, write.Close, write.Company
+	s.read, s.close, s.soon = read, write.Close, write.Soon
 	// SQLite has one writer at a time: what must not happen at once does not.
 	s.begin = func(ctx context.Context, _ string, f func(context.Context, *sql.Tx) error) error {
 		return write.Do(ctx, f)
 	}
 	s.lock = func(context.Context, *sql.Tx, string) error { return nil }
+	s.mayChange = func(context.Context) (role, why string, err error) { return "", "", nil }
 	return nil
 }
 
 func (s *Store) openPostgres(ctx context.Context, name string) error {
-	db, err := connect(name)
+	db, err := postgres.Open(ctx, name, migrations...)
 	if err != nil {
 		return err
 	}
-	db.SetMaxOpenConns(32)
-	db.SetMaxIdleConns(32)
-	s.read, s.begin, s.lock, s.close = db, changePostgres(db), lockPostgres, func() error { return nil }
-	if err = checkPostgres(ctx, db); err == nil {
-		err = s.upToDate(ctx)
+	s.mayChange = func(ctx context.Context) (role, why string, err error) {
+		return db.MayChange(ctx, rights.AppendOnly...)
 	}
-	if err != nil {
-		return errors.Join(fmt.Errorf("the PostgreSQL database cannot be used: %w", err), db.Close())
-	}
+	s.read, s.begin, s.lock, s.close = db.DB, db.Do, postgres.Lock, func() error { return nil }
+	s.soon = func() (done func()) { return func() {} }
 	return nil
 }
 
-// checkPostgres refuses a server that confirms what it could still forget.
-func checkPostgres(ctx context.Context, db *sql.DB) error {
-	for _, setting := range []string{"fsync", "synchronous_commit", "full_page_writes"} {
-		var value string
-		if err := db.QueryRowContext(ctx, "SELECT current_setting($1)", setting).Scan(&value); err != nil {
-			return err
-		}
-		if value == "off" {
-			return fmt.Errorf("its setting %s is off: a loss of power would take bindings that were confirmed", setting)
-		}
-	}
-	return nil
+// Two roles of PostgreSQL: the owner of the tables makes and changes them; the service's own may do what it has to,
+// and neither change nor remove an entry of the ledger.
+var rights = postgres.Rights{
+	On: map[string]string{
+		"schema_version": "SELECT",
+		"manufacturers":  "SELECT, INSERT, UPDATE",
+		"lots":           "SELECT, INSERT, UPDATE",
+		"attempts":       "SELECT, INSERT, UPDATE, DELETE",
+		"bindings":       "SELECT, INSERT, UPDATE, DELETE",
+		"ledger":         "SELECT, INSERT",
+		"spent_rands":    "SELECT, INSERT",
+		"actors":         "SELECT, INSERT",
+	},
+	AppendOnly: []string{"ledger", "spent_rands"},
 }
 
-// changePostgres makes changes with the same key one after the other, whichever instance makes them: each sees all that
-// the one before did. What has to be unique besides, a KME of an IMEI, is so by a key of its table.
-func changePostgres(db *sql.DB) func(context.Context, string, func(context.Context, *sql.Tx) error) error {
-	return func(ctx context.Context, key string, f func(context.Context, *sql.Tx) error) error {
-		tx, err := db.BeginTx(ctx, nil)
-		if err != nil {
-			return err
-		}
-		defer tx.Rollback() // no effect after Commit
-		if err := lockPostgres(ctx, tx, key); err != nil {
-			return err
-		}
-		if err := f(ctx, tx); err != nil {
-			return err
-		}
-		return tx.Commit()
-	}
-}
-
-func lockPostgres(ctx context.Context, tx *sql.Tx, key string) error {
-	_, err := tx.ExecContext(ctx, "SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", key)
-	return err
-}
-
-// forPostgres turns a migration into PostgreSQL's dialect. Texts are compared byte by byte, as SQLite does.
-var forPostgres = strings.NewReplacer("BLOB", "BYTEA", " WITHOUT ROWID", "", " TEXT", ` TEXT COLLATE "C"`)
-
-// schemaLock is the key under which one instance after the other looks after the schema.
-const schemaLock = "schema"
-
-// upToDate brings the schema up to date, if it is not and s has the role that may.
-func (s *Store) upToDate(ctx context.Context) error {
-	have, err := schemaVersion(ctx, s.read)
-	if err == nil && have < len(migrations) {
-		err = s.begin(ctx, schemaLock, migrate)
-	}
-	var pg *pgconn.PgError
-	if errors.As(err, &pg) && pg.Code == "42501" { // insufficient_privilege
-		err = fmt.Errorf("its tables are not what this program needs, or this role may not use them: "+
-			"run keysvc store upgrade with the role that owns them: %w", err)
-	}
-	return err
-}
-
-// schemaVersion is 0 for an empty database.
-func schemaVersion(ctx context.Context, db interface {
-	QueryRowContext(context.Context, string, ...any) *sql.Row
-},
-) (have int, err error) {
-	var table sql.NullString
-	if err := db.QueryRowContext(ctx, "SELECT to_regclass('schema_version')::text").Scan(&table); err != nil || !table.Valid {
-		return 0, err
-	}
-	if err = db.QueryRowContext(ctx, "SELECT version FROM schema_version").Scan(&have); errors.Is(err, sql.ErrNoRows) {
-		err = nil
-	}
-	if have > len(migrations) {
-		err = fmt.Errorf("its schema has version %d, this program knows %d: use a newer program", have, len(migrations))
-	}
-	return have, err
-}
-
-func migrate(ctx context.Context, tx *sql.Tx) error {
-	have, err := schemaVersion(ctx, tx)
-	if err != nil || have == len(migrations) {
+// Upgrade makes the tables of a PostgreSQL database, or brings them up to date, as the role that owns them, and
+// grants the service's role what it needs of them, and no more. A role that could change the ledger all the same is
+// refused, and nothing is changed then.
+func Upgrade(ctx context.Context, name, role string) error {
+	if err := CheckName(name); err != nil {
 		return err
 	}
-	statements := []string{"CREATE TABLE IF NOT EXISTS schema_version (version INTEGER NOT NULL)"}
-	for _, m := range migrations[have:] {
-		statements = append(statements, forPostgres.Replace(m))
+	if strings.HasPrefix(name, "sqlite:") {
+		return errors.New("only a store in PostgreSQL has roles; one in SQLite is brought up to date when it is opened")
 	}
-	statements = append(statements, "DELETE FROM schema_version", fmt.Sprintf("INSERT INTO schema_version VALUES (%d)", len(migrations)))
-	for _, statement := range statements {
-		if _, err := tx.ExecContext(ctx, statement); err != nil {
-			return err
-		}
+	return postgres.Upgrade(ctx, name, role, rights, migrations...)
+}
+
+// Warnings says what of the database is not as it should be for a service: a role that could change or remove what is
+// in the ledger, or in the table of spent RANDs. The row MACs and the high-water mark show that afterwards; a role of
+// its own prevents it.
+func (s *Store) Warnings(ctx context.Context) ([]string, error) {
+	role, why, err := s.mayChange(ctx)
+	if err != nil || why == "" {
+		return nil, s.reads("look at the role").Named(err)
 	}
-	return nil
+	const warning = "the store's role %s could change or remove entries of the ledger, since it %s: " +
+		"give the service a role of its own (keysvc store upgrade)"
+	return []string{fmt.Sprintf(warning, role, why)}, nil
 }

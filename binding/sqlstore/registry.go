@@ -9,6 +9,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/sqlconn"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -33,16 +34,16 @@ func lotValues(l *binding.Lot, seq int64) []any {
 }
 
 // registry is settled for what nobody is given while the ledger is rolled back.
-func (s *Store) registry(ctx context.Context, f func(queryer) error) error {
+func (s *Store) registry(ctx context.Context, f func(sqlconn.Conn) error) error {
 	if err := s.refusal(); err != nil {
 		return err
 	}
-	return s.settled(ctx, "registry", f)
+	return s.settled(ctx, "read the registry", "registry", f)
 }
 
 func (s *Store) PutManufacturer(ctx context.Context, m *binding.Manufacturer) error {
-	return s.change(ctx, "registry", func(ctx context.Context, tx *txn) error {
-		all, err := s.manufacturers(ctx, tx)
+	return s.change(ctx, "enroll", "registry", func(ctx context.Context, tx *txn) error {
+		all, err := s.manufacturers(ctx, tx.Conn)
 		if err != nil {
 			return err
 		}
@@ -71,7 +72,7 @@ func enrolled(m *binding.Manufacturer) string {
 }
 
 func (s *Store) Manufacturers(ctx context.Context) (all []*binding.Manufacturer, err error) {
-	err = s.registry(ctx, func(q queryer) error {
+	err = s.registry(ctx, func(q sqlconn.Conn) error {
 		all, err = s.manufacturers(ctx, q)
 		return err
 	})
@@ -79,7 +80,7 @@ func (s *Store) Manufacturers(ctx context.Context) (all []*binding.Manufacturer,
 }
 
 // manufacturers are all, each the one that its own key names.
-func (s *Store) manufacturers(ctx context.Context, q queryer) (all []*binding.Manufacturer, err error) {
+func (s *Store) manufacturers(ctx context.Context, q sqlconn.Conn) (all []*binding.Manufacturer, err error) {
 	found := map[string]int64{}
 	err = s.rows(ctx, q, manufacturers, func(r row) error {
 		m := &binding.Manufacturer{
@@ -110,7 +111,7 @@ func (s *Store) manufacturers(ctx context.Context, q queryer) (all []*binding.Ma
 }
 
 // same fails unless rows are all that the ledger speaks of, and each is the last one.
-func (s *Store) same(ctx context.Context, q queryer, t *table, found map[string]int64, subject string) error {
+func (s *Store) same(ctx context.Context, q sqlconn.Conn, t *table, found map[string]int64, subject string) error {
 	last, err := lastOfAll(ctx, q, subject)
 	if err != nil {
 		return err
@@ -130,12 +131,12 @@ func (s *Store) same(ctx context.Context, q queryer, t *table, found map[string]
 
 func (s *Store) Decide(ctx context.Context, manufacturer, lot string, v binding.Verdict,
 	check func([]*binding.Lot) error) (stands binding.Verdict, err error) {
-	err = s.change(ctx, "registry", func(ctx context.Context, tx *txn) error {
-		makers, err := s.manufacturers(ctx, tx)
+	err = s.change(ctx, "decide", "registry", func(ctx context.Context, tx *txn) error {
+		makers, err := s.manufacturers(ctx, tx.Conn)
 		if err != nil {
 			return err
 		}
-		all, err := s.lots(ctx, tx, makers)
+		all, err := s.lots(ctx, tx.Conn, makers)
 		if err != nil {
 			return err
 		}
@@ -171,14 +172,14 @@ func (s *Store) Decide(ctx context.Context, manufacturer, lot string, v binding.
 				})
 			}
 		}
-		return binding.ErrNotTaken
+		return binding.ErrNotImported
 	})
 	return stands, err
 }
 
 func (s *Store) PutLot(ctx context.Context, lot *binding.Lot, check func([]*binding.Lot) error) error {
-	return s.change(ctx, "registry", func(ctx context.Context, tx *txn) error {
-		all, err := s.taken(ctx, tx)
+	return s.change(ctx, "import a lot", "registry", func(ctx context.Context, tx *txn) error {
+		all, err := s.imported(ctx, tx.Conn)
 		if err == nil {
 			err = check(all)
 		}
@@ -199,14 +200,15 @@ func (s *Store) PutLot(ctx context.Context, lot *binding.Lot, check func([]*bind
 }
 
 func (s *Store) Lots(ctx context.Context) (all []*binding.Lot, err error) {
-	err = s.registry(ctx, func(q queryer) error {
-		all, err = s.taken(ctx, q)
+	err = s.registry(ctx, func(q sqlconn.Conn) error {
+		all, err = s.imported(ctx, q)
 		return err
 	})
 	return all, err
 }
 
-func (s *Store) taken(ctx context.Context, q queryer) ([]*binding.Lot, error) {
+// imported are all lots, whatever their manufacturers.
+func (s *Store) imported(ctx context.Context, q sqlconn.Conn) ([]*binding.Lot, error) {
 	makers, err := s.manufacturers(ctx, q)
 	if err != nil {
 		return nil, err
@@ -215,7 +217,7 @@ func (s *Store) taken(ctx context.Context, q queryer) ([]*binding.Lot, error) {
 }
 
 // lots are all, each as its manufacturer has signed it.
-func (s *Store) lots(ctx context.Context, q queryer, makers []*binding.Manufacturer) (all []*binding.Lot, err error) {
+func (s *Store) lots(ctx context.Context, q sqlconn.Conn, makers []*binding.Manufacturer) (all []*binding.Lot, err error) {
 	found := map[string]int64{}
 	err = s.rows(ctx, q, lots, func(r row) error {
 		l := &binding.Lot{Manufacturer: r.text(0), ManifestJWS: r.text(2), Imported: fromMillis(r.int(3)), Retired: verdictOf(r, 4)}

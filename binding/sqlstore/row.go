@@ -1,19 +1,13 @@
 package sqlstore
 
 import (
-	"bytes"
 	"context"
 	"crypto/hmac"
-	"crypto/sha256"
-	"database/sql"
-	"encoding/binary"
 	"fmt"
-	"hash"
 	"strings"
-	"sync"
 
 	"github.com/kmehsm/kmehsm/binding"
-	"github.com/kmehsm/kmehsm/kme"
+	"github.com/kmehsm/kmehsm/internal/sqlconn"
 )
 
 // A table has rows with a MAC, the column mac, over all other columns.
@@ -55,63 +49,13 @@ var (
 		"attempt_id", "payload_sha256", "established_at", "activated_at", "revoked_at", "origin", "expires_at", "sent", "seq")
 )
 
-// macSize is that of HMAC-SHA-256-128 (RFC 4868 section 2.3).
-const macSize = 16
-
-// macs makes the MACs of rows.
-type macs struct{ pool sync.Pool }
-
-func newMACs(key kme.Secret) *macs {
-	return &macs{sync.Pool{New: func() any { return &macState{Hash: hmac.New(sha256.New, key.Bytes())} }}}
-}
-
-type macState struct {
-	hash.Hash
-	in  []byte
-	sum []byte
-}
-
-// of is the MAC of values under a name. Each value has its kind and length before it, so that no two rows are alike.
-func (m *macs) of(name string, values ...any) []byte {
-	st := m.pool.Get().(*macState)
-	defer m.pool.Put(st)
-	in := st.in[:0]
-	text := func(kind byte, s string) {
-		in = binary.BigEndian.AppendUint32(append(in, kind), uint32(len(s)))
-		in = append(in, s...)
-	}
-	text('s', name)
-	for _, v := range values {
-		switch v := v.(type) {
-		case nil:
-			in = append(in, 'n')
-		case int64:
-			in = binary.BigEndian.AppendUint64(append(in, 'i'), uint64(v))
-		case string:
-			text('s', v)
-		case []byte:
-			in = binary.BigEndian.AppendUint32(append(in, 'b'), uint32(len(v)))
-			in = append(in, v...)
-		default: // of no column of ours
-			text('?', fmt.Sprintf("%T", v))
-		}
-	}
-	st.in = in
-	st.Reset()
-	st.Write(in)
-	st.sum = st.Sum(st.sum[:0])
-	return bytes.Clone(st.sum[:macSize])
-}
-
 // add makes a row; put replaces the one of the same key too. ints are int64.
 func (s *Store) add(ctx context.Context, tx *txn, t *table, values ...any) error {
-	_, err := tx.ExecContext(ctx, t.insert, append(values, s.macs.of(t.name, values...))...)
-	return err
+	return tx.Do(ctx, t.insert, append(values, s.macs.Of(t.name, values...))...)
 }
 
 func (s *Store) put(ctx context.Context, tx *txn, t *table, values ...any) error {
-	_, err := tx.ExecContext(ctx, t.put, append(values, s.macs.of(t.name, values...))...)
-	return err
+	return tx.Do(ctx, t.put, append(values, s.macs.Of(t.name, values...))...)
 }
 
 // A row is one as the database has it.
@@ -126,7 +70,7 @@ func (r row) bytes(i int) []byte {
 
 // rows gives those of a table that the service wrote, and fails with a *binding.DamagedRow for the first other one.
 // What each gets is good until it returns.
-func (s *Store) rows(ctx context.Context, q queryer, t *table, each func(r row) error, where string, args ...any) error {
+func (s *Store) rows(ctx context.Context, q sqlconn.Conn, t *table, each func(r row) error, where string, args ...any) error {
 	return scan(ctx, q, len(t.columns)+1, func(values row) error {
 		if err := s.checkMAC(t, values); err != nil {
 			return err
@@ -135,24 +79,24 @@ func (s *Store) rows(ctx context.Context, q queryer, t *table, each func(r row) 
 	}, t.selectAll+where, args...)
 }
 
-// scan gives rows of so many columns, each good until each returns.
-func scan(ctx context.Context, q queryer, columns int, each func(values row) error, text string, args ...any) error {
+// scan gives rows of so many columns, each good until f returns.
+func scan(ctx context.Context, q sqlconn.Conn, columns int, f func(values row) error, text string, args ...any) error {
 	values, pointers := make(row, columns), make([]any, columns)
 	for i := range values {
 		pointers[i] = &values[i]
 	}
-	return query(ctx, q, func(scan func(...any) error) error {
+	return q.Each(ctx, func(scan func(...any) error) error {
 		if err := scan(pointers...); err != nil {
 			return err
 		}
-		return each(values)
+		return f(values)
 	}, text, args...)
 }
 
 // checkMAC is about a row with its MAC.
 func (s *Store) checkMAC(t *table, values row) error {
 	n := len(t.columns)
-	if !hmac.Equal(values.bytes(n), s.macs.of(t.name, values[:n]...)) {
+	if !hmac.Equal(values.bytes(n), s.macs.Of(t.name, values[:n]...)) {
 		return damaged(t, values, changed)
 	}
 	return nil
@@ -170,24 +114,4 @@ func damaged(t *table, values row, what string) error {
 		}
 	}
 	return &binding.DamagedRow{Table: t.name, Key: strings.Join(key, " "), What: what}
-}
-
-type queryer interface {
-	QueryRowContext(ctx context.Context, query string, args ...any) *sql.Row
-	QueryContext(ctx context.Context, query string, args ...any) (*sql.Rows, error)
-}
-
-// query calls each for every row.
-func query(ctx context.Context, q queryer, each func(scan func(...any) error) error, text string, args ...any) error {
-	rows, err := q.QueryContext(ctx, text, args...)
-	if err != nil {
-		return err
-	}
-	defer rows.Close()
-	for rows.Next() {
-		if err := each(rows.Scan); err != nil {
-			return err
-		}
-	}
-	return rows.Err()
 }

@@ -1,7 +1,7 @@
 package sqlstore
 
 import (
-	"crypto/sha256"
+	"database/sql"
 	"errors"
 	"fmt"
 	"os"
@@ -18,7 +18,6 @@ import (
 	"github.com/kmehsm/kmehsm/binding/storetest"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/pgtest"
-	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -423,52 +422,40 @@ func TestOpenRefuses(t *testing.T) {
 	}
 }
 
-// The ledger and the binding, durably, by many at once, as a service has it under load.
-func BenchmarkEstablish(b *testing.B) {
-	s, err := Open(b.Context(), "sqlite:"+filepath.Join(b.TempDir(), "keysvc.db"), rowKey)
+// An error of the database names what was being done, whatever that was, and is still the error.
+func TestErrorsNameTheOperation(t *testing.T) {
+	s, err := Open(t.Context(), "sqlite:"+filepath.Join(t.TempDir(), "keysvc.db"), rowKey)
 	if err != nil {
-		b.Fatal(err)
+		t.Fatal(err)
 	}
-	defer s.Close()
-	imei, err := kme.ParseIMEI("35209900000001")
-	if err != nil {
-		b.Fatal(err)
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
 	}
-	const atOnce = 32
-	s.Company(func() int { return atOnce })
-	imsis := make([]kme.IMSI, b.N)
-	forAll := func(f func(i int64) error) {
-		var next atomic.Int64
-		var all sync.WaitGroup
-		for range atOnce {
-			all.Go(func() {
-				for i := next.Add(1) - 1; i < int64(b.N); i = next.Add(1) - 1 {
-					if err := f(i); err != nil {
-						b.Error(err)
-					}
-				}
-			})
+	ctx, imsi, none := t.Context(), kme.IMSI{}, func([]*binding.Lot) error { return nil }
+	for want, call := range map[string]func() error{
+		"read a subscription: ":   func() error { _, err := s.Subscription(ctx, imsi, t0); return err },
+		"look for a spent RAND: ": func() error { _, err := s.Spent(ctx, imsi, hsmkeys.RAND{}); return err },
+		"establish: ":             func() error { return s.Establish(ctx, &binding.Binding{}, nil, true, t0) },
+		"open provisioning: ":     func() error { return s.OpenAttempt(ctx, binding.Attempt{}) },
+		"list bindings: ":         func() error { _, err := s.Bindings(ctx, binding.BindingQuery{Limit: 1}); return err },
+		"revoke: ":                func() error { _, err := s.Revoke(ctx, imsi, t0); return err },
+		"drop what has expired: ": func() error { return s.DropExpired(ctx, t0) },
+		"note: ":                  func() error { return s.Note(ctx, binding.EventExported, "x", "") },
+		"read the ledger: ":       func() error { _, err := s.History(ctx, "x"); return err },
+		"check the ledger: ":      func() error { _, err := s.Check(ctx, nil); return err },
+		"verify the ledger: ":     func() error { _, err := s.VerifyLedger(ctx); return err },
+		"read the registry: ":     func() error { _, err := s.Lots(ctx); return err },
+		"enroll: ":                func() error { return s.PutManufacturer(ctx, &binding.Manufacturer{}) },
+		"import a lot: ":          func() error { return s.PutLot(ctx, &binding.Lot{}, none) },
+		"decide: ":                func() error { _, err := s.Decide(ctx, "", "", binding.Verdict{}, none); return err },
+		"count bindings: ":        func() error { _, err := s.Bound(ctx, "", "", t0); return err },
+		"ping: ":                  func() error { return s.Ping(ctx) },
+		"copy: ":                  func() error { _, err := s.Copy(ctx, s, func(int) {}); return err },
+		"verify: ":                func() error { _, err := s.Verify(ctx, func(int) {}); return err },
+	} {
+		err := call()
+		if !strings.HasPrefix(err.Error(), want) || !errors.Is(err, sql.ErrConnDone) && !strings.HasSuffix(err.Error(), "database is closed") {
+			t.Errorf("%v, want %q and that the database is closed", err, want)
 		}
-		all.Wait()
 	}
-	forAll(func(i int64) (err error) {
-		if imsis[i], err = kme.ParseIMSI(fmt.Sprintf("00101%010d", i*7919%1e9)); err != nil {
-			return err
-		}
-		_, err = s.Prepare(b.Context(), binding.VectorRequest{
-			IMSI: imsis[i], Origin: binding.Origin{Provisioning: binding.Allowed}, RANDs: []hsmkeys.RAND{{byte(i), byte(i >> 8)}},
-			Now: t0, AttemptID: "AAECAwQFBgcICQoLDA0ODw", AttemptTTL: time.Hour,
-		})
-		return err
-	})
-	b.ReportAllocs()
-	b.ResetTimer()
-	defer testproc.ReportCPU(b)()
-	forAll(func(i int64) error {
-		tag := sha256.Sum256(fmt.Append(nil, i))
-		return s.Establish(b.Context(), &binding.Binding{
-			IMSI: imsis[i], IMEI: imei, Manufacturer: "uogvGY7XcA_OB_9takJbeRvZ4FEM767Bc3xPYsO5e-Q", Lot: "L1", State: binding.Pending, Sealed: tag[:], NWSig: tag[:],
-			AttemptID: "AAECAwQFBgcICQoLDA0ODw", PayloadSHA256: tag[:], Established: t0, Expires: t0.Add(time.Hour),
-		}, tag[:], true, t0)
-	})
 }

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/internal/sqlconn"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -33,24 +34,25 @@ func (s *Store) Verify(ctx context.Context, report func(rows int)) (*Report, err
 		}
 		return err
 	}
+	q := s.reads("verify")
 	for chain := range int64(binding.Chains) {
-		n, _, err := s.verifyToHead(ctx, s.read, chain, func(row) error { read(); return nil })
+		n, _, err := s.verifyToHead(ctx, q, chain, func(row) error { read(); return nil })
 		if r.Entries += n; found(err) != nil {
 			return r, err
 		}
 	}
 	for _, t := range tables {
-		err := scan(ctx, s.read, len(t.columns)+1, func(values row) error { read(); return found(s.checkMAC(t, values)) }, t.selectAll)
+		err := scan(ctx, q, len(t.columns)+1, func(values row) error { read(); return found(s.checkMAC(t, values)) }, t.selectAll)
 		if err != nil {
 			return r, err
 		}
 	}
-	err := s.settled(ctx, "registry", func(q queryer) error { _, err := s.taken(ctx, q); return err })
+	err := s.settled(ctx, "verify", "registry", func(q sqlconn.Conn) error { _, err := s.imported(ctx, q); return err })
 	if found(err) != nil {
 		return r, err
 	}
-	return r, s.imsis(ctx, func(imsi kme.IMSI) error {
-		_, err := s.current(ctx, imsi, time.Now())
+	return r, imsis(ctx, q, func(imsi kme.IMSI) error {
+		_, err := s.current(ctx, "verify", imsi, time.Now())
 		var d *binding.DamagedRow
 		if errors.As(err, &d) && d.What == changed { // it is in the report
 			return nil
@@ -60,11 +62,11 @@ func (s *Store) Verify(ctx context.Context, report func(rows int)) (*Report, err
 }
 
 // imsis calls each for every IMSI of which there is anything.
-func (s *Store) imsis(ctx context.Context, each func(kme.IMSI) error) error {
+func imsis(ctx context.Context, q sqlconn.Conn, each func(kme.IMSI) error) error {
 	const page = "1000"
 	for after := ""; ; {
 		var texts []string
-		err := query(ctx, s.read, func(scan func(...any) error) error {
+		err := q.Each(ctx, func(scan func(...any) error) error {
 			texts = append(texts, "")
 			return scan(&texts[len(texts)-1])
 		}, `SELECT imsi FROM (

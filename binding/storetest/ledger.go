@@ -5,6 +5,7 @@ import (
 	"testing"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/tokenkeys"
 )
 
 var actor = binding.Actor{Client: "ops", Role: "admin", Certificate: "ab12", Address: "192.0.2.1"}
@@ -180,7 +181,7 @@ func rolledBack(t *testing.T, s Store) {
 			"Decide":          func() error { _, err := s.Decide(ctx, "m", "", binding.Verdict{}, allowed); return err },
 			"Bound":           func() error { _, err := s.Bound(ctx, "m", "", t0); return err },
 			"CountSealed":     func() error { _, err := s.CountSealed(ctx, []byte{2}); return err },
-			"Sealed":          func() error { _, err := s.Sealed(ctx, binding.Sealed{}, []byte{2}, 1); return err },
+			"Sealed":          func() error { _, err := s.Sealed(ctx, tokenkeys.Sealed{}, []byte{2}, 1); return err },
 			"Reseal":          func() error { _, err := s.Reseal(ctx, nil); return err },
 		} {
 			if err := call(); !errors.Is(err, binding.ErrRolledBack) {

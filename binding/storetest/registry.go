@@ -242,8 +242,8 @@ func verdictsRefused(t *testing.T, s Store) {
 	}
 	v := binding.Verdict{Withdrawn: true, By: "a@h", Reason: "r", Time: t0}
 	for _, c := range [][2]string{{"nobody", ""}, {a.KeyID, "L2"}, {"nobody", "L1"}, {"", ""}} {
-		if _, err := s.Decide(t.Context(), c[0], c[1], v, allowed); !errors.Is(err, binding.ErrNotTaken) {
-			t.Errorf("manufacturer %q, lot %q: %v, want ErrNotTaken", c[0], c[1], err)
+		if _, err := s.Decide(t.Context(), c[0], c[1], v, allowed); !errors.Is(err, binding.ErrNotImported) {
+			t.Errorf("manufacturer %q, lot %q: %v, want ErrNotImported", c[0], c[1], err)
 		}
 	}
 	no := errors.New("no")

@@ -5,6 +5,7 @@ import (
 	"testing"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/tokenkeys"
 )
 
 func reseal(t *testing.T, s Store) {
@@ -43,7 +44,7 @@ func reseal(t *testing.T, s Store) {
 			t.Errorf("%d KMEs, error %v; want %d", n, err, len(want))
 		}
 		var got []byte
-		for after := (binding.Sealed{}); ; {
+		for after := (tokenkeys.Sealed{}); ; {
 			page, err := s.Sealed(t.Context(), after, below, 2)
 			if err != nil || len(page) > 2 {
 				t.Fatalf("%d KMEs, error %v", len(page), err)
@@ -64,13 +65,13 @@ func reseal(t *testing.T, s Store) {
 		}
 	}
 	check(0, 9, 1, 4) // ACTIVE is before PENDING
-	all, err := s.Sealed(t.Context(), binding.Sealed{}, below, 10)
+	all, err := s.Sealed(t.Context(), tokenkeys.Sealed{}, below, 10)
 	if err != nil {
 		t.Fatal(err)
 	}
-	var again []binding.Resealed
+	var again []tokenkeys.Resealed
 	for _, b := range all {
-		again = append(again, binding.Resealed{Sealed: b, Again: sealed(2, b.KME[1])})
+		again = append(again, tokenkeys.Resealed{Sealed: b, Again: sealed(2, b.KME[1])})
 	}
 	// Meanwhile the pending one becomes the active one, and another is ended.
 	if _, err := s.Revoke(t.Context(), subscription(t, 4), t0); err != nil {

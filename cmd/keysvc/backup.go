@@ -6,7 +6,8 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/mark"
+	"github.com/kmehsm/kmehsm/binding/tokenkeys"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
@@ -49,7 +50,7 @@ factory operator enroll, keysvc enroll), and import the same grants there.`,
 
 func backupPrepare(c *cli.Context) error {
 	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
-		if _, _, err := binding.Dedicate(c.Context, token, c.Bool(acceptFlag.Name)); err != nil {
+		if _, _, err := tokenkeys.Dedicate(c.Context, token, c.Bool(acceptFlag.Name)); err != nil {
 			return err
 		}
 		pub, err := token.NewRestoreKey(c.Context)
@@ -101,11 +102,11 @@ func backupCreate(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		mark, err := binding.ReadMark(c.Context, token)
+		reached, err := mark.Read(c.Context, token)
 		if err != nil {
 			return err
 		}
-		data, thumbprint, err := binding.NewBackup(token.Serial(), to, keys, mark)
+		data, thumbprint, err := tokenkeys.NewBackup(token.Serial(), to, keys, reached)
 		if err == nil {
 			err = writeOut(c.String("out"), data)
 		}
@@ -135,7 +136,7 @@ func backupRestore(c *cli.Context) error {
 		return err
 	}
 	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
-		taken, err := binding.Restore(c.Context, token, data, c.String("thumbprint"))
+		taken, err := tokenkeys.Restore(c.Context, token, data, c.String("thumbprint"))
 		if err != nil {
 			return err
 		}

@@ -17,6 +17,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/mark"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
@@ -63,11 +64,11 @@ func withStoreToken(c *cli.Context, f func(*hsmkeys.Token) error) error {
 
 func useStore(c *cli.Context, token *hsmkeys.Token, f func(*sqlstore.Store) error) error {
 	return openStore(c, token, storeName(c), func(store *sqlstore.Store) error {
-		if err := binding.CheckMark(c.Context, store, token); err != nil {
+		if err := mark.Check(c.Context, store, token); err != nil {
 			return err
 		}
 		err := f(store)
-		return errors.Join(err, binding.RaiseMark(context.WithoutCancel(c.Context), store, token))
+		return errors.Join(err, mark.Raise(context.WithoutCancel(c.Context), store, token))
 	})
 }
 

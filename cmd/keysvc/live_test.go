@@ -78,7 +78,7 @@ func newSite(t *testing.T, store binding.Store) *site {
 		started: cfg, registry: s, log: log, open: opener(t.Context(), "", cfg.login(), directory.ReaderOptions{}, nil, log),
 		ready: func(context.Context, *binding.Service) ([]string, error) { return nil, nil },
 		options: api.Options{Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(),
-			Service: binding.NewService(nil, store, new(binding.Lots), cfg.times(), log)},
+			Service: binding.NewService(binding.Options{Store: store, Times: cfg.times(), Log: log})},
 	}
 	if err := s.take(t.Context(), cfg); err != nil {
 		t.Fatal(err)

@@ -12,7 +12,9 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/imports"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
+	"github.com/kmehsm/kmehsm/binding/tokenkeys"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
@@ -95,7 +97,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 
 func initToken(c *cli.Context) error {
 	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
-		created, weak, err := binding.Init(c.Context, token, c.Bool(acceptFlag.Name))
+		created, weak, err := tokenkeys.Init(c.Context, token, c.Bool(acceptFlag.Name))
 		if err == nil { // the folder is there: see cmdline.Alone
 			err = durable.WriteFile(filepath.Join(c.String("state"), tokenFile), []byte(c.String("token")+"\n"), 0o600)
 		}
@@ -143,7 +145,7 @@ func enroll(c *cli.Context) error {
 		return err
 	}
 	return withTokenAndStore(c, func(token *hsmkeys.Token, store *sqlstore.Store) error {
-		m, err := binding.Enroll(c.Context, token, store, jws, pem, c.String("thumbprint"), url, tacs...)
+		m, err := imports.Enroll(c.Context, token, store, imports.Enrolment{JWS: jws, PEM: pem, Thumbprint: c.String("thumbprint"), Directory: url, TACs: tacs})
 		if err != nil {
 			return err
 		}
@@ -167,14 +169,14 @@ func lotImport(c *cli.Context) error {
 	}
 	var again *binding.Verdict
 	if reason := c.String("reinstate"); c.IsSet("reinstate") {
-		v, err := binding.NewVerdict(false, who.Name(), reason)
+		v, err := imports.NewVerdict(false, who.Name(), reason)
 		if err != nil {
 			return cmdline.Usage(fmt.Errorf("--reinstate: %w", err))
 		}
 		again = &v
 	}
 	return withTokenAndStore(c, func(token *hsmkeys.Token, store *sqlstore.Store) error {
-		lot, err := binding.ImportLot(c.Context, token, store, jws, again)
+		lot, err := imports.ImportLot(c.Context, token, store, jws, again)
 		if err != nil {
 			return err
 		}

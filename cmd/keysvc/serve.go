@@ -33,6 +33,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/api"
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/mark"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
@@ -125,7 +126,7 @@ func serve(c *cli.Context) error {
 	}
 	defer store.Close()
 	// One that is rolled back is served all the same: each call is told so, until it is accepted.
-	rolledBack := binding.CheckMark(ctx, store, token)
+	rolledBack := mark.Check(ctx, store, token)
 	if rolledBack != nil && !errors.Is(rolledBack, binding.ErrRolledBack) {
 		return rolledBack
 	}
@@ -146,10 +147,12 @@ func serve(c *cli.Context) error {
 				"lot", d.Lot, "why", d.Why, "since", d.Since, "cause", d.Cause.Error())
 		}
 	}, log)
-	service := binding.NewService(token, store, new(binding.Lots), cfg.times(), log)
-	service.Limit(binding.Limits{Calls: cmp.Or(cfg.Calls, 32*token.Sessions()), IMEIRate: cfg.IMEIRate, IMEIBurst: cfg.IMEIBurst})
-	store.Company(service.Coming)
 	registry := prometheus.NewRegistry()
+	metrics := binding.NewMetrics(registry)
+	service := binding.NewService(binding.Options{
+		Token: token, Store: store, Times: cfg.times(), Metrics: metrics, Log: log,
+		Limits: binding.Limits{Calls: cmp.Or(cfg.Calls, 32*token.Sessions()), IMEIRate: cfg.IMEIRate, IMEIBurst: cfg.IMEIBurst},
+	})
 	weak, err := weaknesses(ctx, token.Tokens(), registry, log)
 	if err != nil {
 		return err
@@ -162,8 +165,6 @@ func serve(c *cli.Context) error {
 		log.Warn("the store is not kept as it should be", "warning", what)
 	}
 	registry.MustRegister(overdue)
-	metrics := binding.NewMetrics(registry)
-	service.Observe(metrics)
 	token.Observe(metrics)
 	observeProcess(registry, token, store, cache)
 	traces, stop, err := tracing(ctx, cfg.OTLP)
@@ -248,7 +249,7 @@ func serve(c *cli.Context) error {
 	go func() {
 		defer close(kept)
 		safely(func() error {
-			binding.KeepMark(keeping, store, token, func() {
+			mark.Keep(keeping, store, token, func() {
 				select {
 				case accepted <- struct{}{}:
 				default:

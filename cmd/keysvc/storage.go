@@ -8,8 +8,8 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
+	"github.com/kmehsm/kmehsm/binding/tokenkeys"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 )
@@ -94,7 +94,7 @@ func reseal(c *cli.Context, r *hsmkeys.Rotation, store *sqlstore.Store) error {
 	}
 	fmt.Fprintf(c.App.ErrWriter, "%d KMEs to be sealed again under generation %d of the storage key\n", total, r.Newest())
 	said := began
-	done, err := binding.Reseal(c.Context, r, store, below, func(n int) {
+	done, err := tokenkeys.Reseal(c.Context, r, store, below, func(n int) {
 		if time.Since(said) > 5*time.Second {
 			said = time.Now()
 			rate := float64(n) / time.Since(began).Seconds()
@@ -117,7 +117,7 @@ func reseal(c *cli.Context, r *hsmkeys.Rotation, store *sqlstore.Store) error {
 
 func storageRetire(c *cli.Context) error {
 	return withTokenAndStore(c, func(token *hsmkeys.Token, store *sqlstore.Store) error {
-		destroyed, err := binding.RetireStorage(c.Context, token, store)
+		destroyed, err := tokenkeys.RetireStorage(c.Context, token, store)
 		if err != nil {
 			return err
 		}

@@ -9,6 +9,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/mark"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
@@ -69,7 +70,7 @@ func storeUpgrade(c *cli.Context) error {
 func storeVerify(c *cli.Context) error {
 	return withStoreToken(c, func(token *hsmkeys.Token) error {
 		return openStore(c, token, storeName(c), func(store *sqlstore.Store) error {
-			behind := binding.CheckMark(c.Context, store, token)
+			behind := mark.Check(c.Context, store, token)
 			report, err := store.Verify(c.Context, progress(c, "rows verified"))
 			if err != nil {
 				return err
@@ -118,7 +119,7 @@ func storeAccept(c *cli.Context) error {
 	}
 	return withStoreToken(c, func(token *hsmkeys.Token) error {
 		return openStore(c, token, storeName(c), func(store *sqlstore.Store) error {
-			if err := binding.AcceptRollback(c.Context, store, token, c.String("reason")); err != nil {
+			if err := mark.Accept(c.Context, store, token, c.String("reason")); err != nil {
 				return err
 			}
 			return cmdline.Print(c, map[string]any{"accepted": true}, func(w io.Writer) {
@@ -191,13 +192,13 @@ func storeMigrate(c *cli.Context) error {
 	}
 	return withStoreToken(c, func(token *hsmkeys.Token) error {
 		return openStore(c, token, c.String("from"), func(from *sqlstore.Store) error {
-			if err := binding.CheckMark(c.Context, from, token); err != nil {
+			if err := mark.Check(c.Context, from, token); err != nil {
 				return fmt.Errorf("--from: %w", err)
 			}
 			return openStore(c, token, c.String("to"), func(to *sqlstore.Store) error {
 				rows, err := from.Copy(c.Context, to, progress(c, "rows copied"))
 				if err == nil {
-					err = binding.RaiseMark(c.Context, to, token)
+					err = mark.Raise(c.Context, to, token)
 				}
 				if err != nil {
 					return err

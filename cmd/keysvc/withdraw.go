@@ -10,6 +10,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/imports"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
@@ -28,12 +29,12 @@ func manufacturerCommand() *cli.Command {
 				Name: "distrust", Usage: "serve none of a manufacturer's lots any more, and refuse its files", ArgsUsage: "ID",
 				Description: "For a manufacturer whose signing key is lost or stolen. A running service does so after a SIGHUP. What is bound stays bound and\n" +
 					"is served on: keysvc binding report lists it. The keys stay in the token: keysvc lot retire destroys a lot's.",
-				Flags: storeFlags(reasonFlag), Action: decide(true, binding.Distrust),
+				Flags: storeFlags(reasonFlag), Action: decide(true, imports.Distrust),
 			},
 			{
 				Name: "trust", Usage: "end what distrust began", ArgsUsage: "ID",
 				Description: "A running service serves its lots after a SIGHUP.",
-				Flags:       storeFlags(reasonFlag), Action: decide(false, binding.Trust),
+				Flags:       storeFlags(reasonFlag), Action: decide(false, imports.Trust),
 			},
 		},
 	}
@@ -108,7 +109,7 @@ func verdict(c *cli.Context, withdrawn bool) (binding.Verdict, error) {
 	if err := cmdline.Require(c, "reason"); err != nil {
 		return binding.Verdict{}, err
 	}
-	v, err := binding.NewVerdict(withdrawn, who.Name(), c.String("reason"))
+	v, err := imports.NewVerdict(withdrawn, who.Name(), c.String("reason"))
 	if err != nil {
 		return v, cmdline.Usage(err)
 	}
@@ -142,11 +143,11 @@ func lotRetire(c *cli.Context) error {
 		return err
 	}
 	return withTokenAndStore(c, func(token *hsmkeys.Token, store *sqlstore.Store) error {
-		lot, err := binding.FindLot(c.Context, store, c.Args().First(), c.String("manufacturer"))
+		lot, err := imports.FindLot(c.Context, store, c.Args().First(), c.String("manufacturer"))
 		if err != nil {
 			return err
 		}
-		stands, err := binding.RetireLot(c.Context, token, store, lot, v)
+		stands, err := imports.RetireLot(c.Context, token, store, lot, v)
 		if err != nil {
 			return err
 		}

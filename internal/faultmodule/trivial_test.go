@@ -19,6 +19,7 @@ import (
 	"github.com/tink-crypto/tink-go/v2/kwp/subtle"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/imports"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/directory/filestore"
@@ -43,10 +44,10 @@ func served(t *testing.T) (service *binding.Service, lot *rsa.PublicKey, imei km
 	id := hsmkeys.Key{Role: hsmkeys.RoleKEK, Manufacturer: maker.KeyID(), Name: "op"}.HexID()
 	transport := must[*rsa.PublicKey](t)(token.NewTransportKey(ctx))
 	pem := must[[]byte](t)(pemkey.Encode(maker.Public()))
-	must[*binding.Manufacturer](t)(binding.Enroll(ctx, token, store, must[[]byte](t)(maker.Sign(directory.TypeEnrolment, &directory.Enrolment{
+	must[*binding.Manufacturer](t)(imports.Enroll(ctx, token, store, imports.Enrolment{JWS: must[[]byte](t)(maker.Sign(directory.TypeEnrolment, &directory.Enrolment{
 		Manufacturer: maker.KeyID(), Operator: "op", TransportKey: directory.RSAThumbprint(transport), KEK: id, Algorithm: directory.RSAOAEP,
 		Wrapped: must[[]byte](t)(rsa.EncryptOAEP(sha1.New(), rand.Reader, transport, kek, nil)),
-	})), pem, maker.KeyID(), "file:/"))
+	})), PEM: pem, Thumbprint: maker.KeyID(), Directory: "file:/"}))
 
 	key := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048))
 	tac := must[kme.TAC](t)(kme.ParseTAC("35209900"))
@@ -68,13 +69,13 @@ func served(t *testing.T) (service *binding.Service, lot *rsa.PublicKey, imei km
 		t.Fatal(err)
 	}
 	wrapped := must[[]byte](t)(must[*subtle.KWP](t)(subtle.NewKWP(kek)).Wrap(must[[]byte](t)(x509.MarshalPKCS8PrivateKey(key))))
-	must[*binding.Lot](t)(binding.ImportLot(ctx, token, store, must[[]byte](t)(maker.Sign(directory.TypeGrant, &directory.Grant{
+	must[*binding.Lot](t)(imports.ImportLot(ctx, token, store, must[[]byte](t)(maker.Sign(directory.TypeGrant, &directory.Grant{
 		Operator: "op", KEK: id, Lot: "L1", Algorithm: directory.A256KWP, Wrapped: wrapped,
 		Manifest: string(must[[]byte](t)(maker.Sign(directory.TypeManifest, m))),
 	})), nil))
 	reader := directory.NewReader(files, directory.NewVerifier(maker.Public()), directory.ReaderOptions{})
 	lots := must[*binding.Lots](t)(binding.OpenLots(ctx, store, func(*binding.Manufacturer) (*directory.Reader, error) { return reader, nil }))
-	return binding.NewService(token, store, lots, binding.DefaultTimes(), slog.New(slog.NewTextHandler(io.Discard, nil))), &key.PublicKey, imei
+	return binding.NewService(binding.Options{Token: token, Store: store, Lots: lots, Times: binding.DefaultTimes(), Log: slog.New(slog.NewTextHandler(io.Discard, nil))}), &key.PublicKey, imei
 }
 
 // Whether a token decrypts 0, 1 and N-1, which are their own roots, or refuses them, as NIST SP 800-56B Rev. 2 section
@@ -82,11 +83,11 @@ func served(t *testing.T) (service *binding.Service, lot *rsa.PublicKey, imei km
 func TestTrivialPayloads(t *testing.T) {
 	service, lot, imei := served(t)
 	here := binding.Origin{Provisioning: binding.Allowed}
-	const imsi = "001010000000001"
+	imsi := must[kme.IMSI](t)(kme.ParseIMSI("001010000000001"))
 	attempt := must[*binding.Prepared](t)(service.PrepareVector(t.Context(), imsi, [][]byte{make([]byte, 16)}, here)).AttemptID
 	send := func(payload []byte) (kme.Reason, map[string]uint64) {
 		before := faulty.Counts()
-		_, err := service.EstablishKME(t.Context(), imsi, imei.String(), attempt, payload, here, false)
+		_, err := service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: imei, AttemptID: attempt, Payload: payload, Origin: here})
 		var r *binding.Refusal
 		if !errors.As(err, &r) {
 			t.Fatalf("%v", err)

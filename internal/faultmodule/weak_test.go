@@ -7,7 +7,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/tokenkeys"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/directory/filestore"
 	"github.com/kmehsm/kmehsm/factory"
@@ -168,13 +168,13 @@ func TestWeakOperator(t *testing.T) {
 			token := open(t, tok.URI)
 			faulty.Tell(t, c.tell)
 			defer faulty.Tell(t)
-			if _, _, err := binding.Init(ctx, token, false); err == nil || !strings.Contains(err.Error(), c.says) || !strings.Contains(err.Error(), "--accept-weak-token") {
+			if _, _, err := tokenkeys.Init(ctx, token, false); err == nil || !strings.Contains(err.Error(), c.says) || !strings.Contains(err.Error(), "--accept-weak-token") {
 				t.Fatalf("init: %v", err)
 			}
 			if _, err := token.Weak(ctx); !errors.Is(err, hsmkeys.ErrNotDedicated) {
 				t.Errorf("the token that was refused is dedicated: %v", err)
 			}
-			created, weak, err := binding.Init(ctx, token, true)
+			created, weak, err := tokenkeys.Init(ctx, token, true)
 			if err != nil || !created || !strings.Contains(strings.Join(weak, "; "), c.says) {
 				t.Fatal(created, weak, err)
 			}
@@ -203,7 +203,7 @@ func TestWeakOperator(t *testing.T) {
 			if got := must[[]string](t)(again.Weak(ctx)); !slices.Equal(got, weak) {
 				t.Errorf("it remembers %q, was accepted for %q", got, weak)
 			}
-			if created, got, err := binding.Init(ctx, again, false); created || err != nil || !slices.Equal(got, weak) {
+			if created, got, err := tokenkeys.Init(ctx, again, false); created || err != nil || !slices.Equal(got, weak) {
 				t.Errorf("init again: %v, %q, %v", created, got, err)
 			}
 		})

@@ -69,6 +69,7 @@ func Open(ctx context.Context, path string, migrations ...string) (read *sql.DB,
 			return nil, nil, errors.Join(err, read.Close(), db.Close())
 		}
 	}
+	write.done = func() { write.tickets.Add(-1) }
 	write.stop = sync.OnceFunc(func() { close(write.stopped) })
 	go write.run()
 	return read, write, nil
@@ -124,7 +125,8 @@ type Writer struct {
 	db      *sql.DB
 	changes chan change
 
-	company atomic.Pointer[func() int] // see Company
+	tickets atomic.Int64 // that are out: see Soon
+	done    func()       // gives one back
 
 	savepoint, release, rollback *sql.Stmt // around each change
 
@@ -178,10 +180,15 @@ func (w *Writer) Close() error {
 	return w.db.Close()
 }
 
-// Company tells how many will soon make a change, those who wait for their commit included. A commit costs as much as several changes, most of it
-// for the disk: so it waits until half of them wait with it, but only until pause after the one before. Without company none waits; what comes during
-// a commit is in the next.
-func (w *Writer) Company(n func() int) { w.company.Store(&n) }
+// Soon takes a ticket: whoever has it will soon make a change. done gives it back, once, when that is made or will not be.
+//
+// A commit costs as much as several changes, most of it for the disk: so it waits for half of the tickets that are out,
+// but only until pause after the commit before. While no tickets are out, no commit waits; what comes during one is in
+// the next.
+func (w *Writer) Soon() (done func()) {
+	w.tickets.Add(1)
+	return w.done
+}
 
 const pause = 20 * time.Millisecond
 
@@ -211,8 +218,7 @@ func (w *Writer) gather(first change, last time.Time) []change {
 			continue
 		default:
 		}
-		company := w.company.Load()
-		if company == nil || 2*len(batch) >= (*company)() {
+		if int64(2*len(batch)) >= w.tickets.Load() {
 			break
 		}
 		if due == nil {

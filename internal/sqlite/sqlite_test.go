@@ -103,7 +103,8 @@ func TestPanic(t *testing.T) {
 			return nil
 		})
 	}
-	write.Company(func() int { return 20 }) // several share a commit
+	hold := tickets(write)
+	hold(20) // several share a commit
 	var g sync.WaitGroup
 	for n := range 20 {
 		g.Go(func() {
@@ -115,7 +116,7 @@ func TestPanic(t *testing.T) {
 		})
 	}
 	g.Wait()
-	write.Company(func() int { return 0 })
+	hold(0)
 	var p *panics.Error
 	if err := insert(panicsOnErr{t.Context()}, 100); !errors.As(err, &p) || p.Value != "no error" {
 		t.Errorf("a panic beside the changes: %v", err)
@@ -129,8 +130,22 @@ func TestPanic(t *testing.T) {
 	}
 }
 
-// A commit waits for half of the company, and for no more than that; and it does not wait for ever.
-func TestCompany(t *testing.T) {
+// tickets gives what takes tickets, and gives some back, until so many are out.
+func tickets(w *Writer) func(n int) {
+	var out []func()
+	return func(n int) {
+		for len(out) < n {
+			out = append(out, w.Soon())
+		}
+		for len(out) > n {
+			out[len(out)-1]()
+			out = out[:len(out)-1]
+		}
+	}
+}
+
+// A commit waits for half of the tickets that are out, and for no more than that; and it does not wait for ever.
+func TestTickets(t *testing.T) {
 	_, write := open(t, filepath.Join(t.TempDir(), "db"), "CREATE TABLE t (n INTEGER)")
 	defer write.Close()
 	insert := func() (commit *sql.Tx) {
@@ -155,14 +170,15 @@ func TestCompany(t *testing.T) {
 		return best
 	}
 	alone := twenty()
-	write.Company(func() int { return 2 })
+	hold := tickets(write)
+	hold(2)
 	one := twenty()
-	write.Company(func() int { return 1000 })
+	hold(1000)
 	if many := twenty(); many < 19*pause || one > alone+many/2 {
 		t.Errorf("20 changes one after the other take %s; where one more may come, %s; where many may, %s", alone, one, many)
 	}
-	// The second of a company of four comes within the pause, if the machine is not too busy for that.
-	write.Company(func() int { return 4 })
+	// The second of four comes within the pause, if the machine is not too busy for that.
+	hold(4)
 	for range 100 {
 		var g sync.WaitGroup
 		var commits [2]*sql.Tx

@@ -133,11 +133,12 @@ func (State) EnumDescriptor() ([]byte, []int) {
 }
 
 type PrepareVectorRequest struct {
-	state          protoimpl.MessageState `protogen:"open.v1"`
-	Imsi           string                 `protobuf:"bytes,1,opt,name=imsi,proto3" json:"imsi,omitempty"`                        // 6 to 15 digits
-	Rands          [][]byte               `protobuf:"bytes,2,rep,name=rands,proto3" json:"rands,omitempty"`                      // 1 to 32, of 16 bytes
-	Origin         string                 `protobuf:"bytes,3,opt,name=origin,proto3" json:"origin,omitempty"`                    // who asked: an MME's Origin-Host, an AMF's id; empty where the caller has one peer only
-	NoProvisioning bool                   `protobuf:"varint,4,opt,name=no_provisioning,proto3" json:"no_provisioning,omitempty"` // the origin cannot provision: NOT_BOUND unless the IMSI is bound
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Imsi   string                 `protobuf:"bytes,1,opt,name=imsi,proto3" json:"imsi,omitempty"`     // 6 to 15 digits
+	Rands  [][]byte               `protobuf:"bytes,2,rep,name=rands,proto3" json:"rands,omitempty"`   // 1 to 32, of 16 bytes
+	Origin string                 `protobuf:"bytes,3,opt,name=origin,proto3" json:"origin,omitempty"` // who asked: an MME's Origin-Host, an AMF's id; empty where the caller has one peer only
+	// The origin cannot provision: NOT_BOUND unless the IMSI is bound.
+	NoProvisioning bool `protobuf:"varint,4,opt,name=no_provisioning,proto3" json:"no_provisioning,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -396,154 +397,6 @@ func (x *EstablishKMEResponse) GetKme() []byte {
 	return nil
 }
 
-type EstablishKMEsRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Calls         []*EstablishKMERequest `protobuf:"bytes,1,rep,name=calls,proto3" json:"calls,omitempty"` // 1 to 16
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *EstablishKMEsRequest) Reset() {
-	*x = EstablishKMEsRequest{}
-	mi := &file_kme_v1_kme_proto_msgTypes[4]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *EstablishKMEsRequest) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*EstablishKMEsRequest) ProtoMessage() {}
-
-func (x *EstablishKMEsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[4]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use EstablishKMEsRequest.ProtoReflect.Descriptor instead.
-func (*EstablishKMEsRequest) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{4}
-}
-
-func (x *EstablishKMEsRequest) GetCalls() []*EstablishKMERequest {
-	if x != nil {
-		return x.Calls
-	}
-	return nil
-}
-
-type EstablishKMEsResponse struct {
-	state         protoimpl.MessageState          `protogen:"open.v1"`
-	Results       []*EstablishKMEsResponse_Result `protobuf:"bytes,1,rep,name=results,proto3" json:"results,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *EstablishKMEsResponse) Reset() {
-	*x = EstablishKMEsResponse{}
-	mi := &file_kme_v1_kme_proto_msgTypes[5]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *EstablishKMEsResponse) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*EstablishKMEsResponse) ProtoMessage() {}
-
-func (x *EstablishKMEsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[5]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use EstablishKMEsResponse.ProtoReflect.Descriptor instead.
-func (*EstablishKMEsResponse) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{5}
-}
-
-func (x *EstablishKMEsResponse) GetResults() []*EstablishKMEsResponse_Result {
-	if x != nil {
-		return x.Results
-	}
-	return nil
-}
-
-type Refusal struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Code          int32                  `protobuf:"varint,1,opt,name=code,proto3" json:"code,omitempty"`    // google.rpc.Code
-	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"` // empty where an error would have none
-	Message       string                 `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *Refusal) Reset() {
-	*x = Refusal{}
-	mi := &file_kme_v1_kme_proto_msgTypes[6]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *Refusal) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*Refusal) ProtoMessage() {}
-
-func (x *Refusal) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[6]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use Refusal.ProtoReflect.Descriptor instead.
-func (*Refusal) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{6}
-}
-
-func (x *Refusal) GetCode() int32 {
-	if x != nil {
-		return x.Code
-	}
-	return 0
-}
-
-func (x *Refusal) GetReason() string {
-	if x != nil {
-		return x.Reason
-	}
-	return ""
-}
-
-func (x *Refusal) GetMessage() string {
-	if x != nil {
-		return x.Message
-	}
-	return ""
-}
-
 type ReportAuthenticationRequest struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	Imsi           string                 `protobuf:"bytes,1,opt,name=imsi,proto3" json:"imsi,omitempty"`
@@ -556,7 +409,7 @@ type ReportAuthenticationRequest struct {
 
 func (x *ReportAuthenticationRequest) Reset() {
 	*x = ReportAuthenticationRequest{}
-	mi := &file_kme_v1_kme_proto_msgTypes[7]
+	mi := &file_kme_v1_kme_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -568,7 +421,7 @@ func (x *ReportAuthenticationRequest) String() string {
 func (*ReportAuthenticationRequest) ProtoMessage() {}
 
 func (x *ReportAuthenticationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[7]
+	mi := &file_kme_v1_kme_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -581,7 +434,7 @@ func (x *ReportAuthenticationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportAuthenticationRequest.ProtoReflect.Descriptor instead.
 func (*ReportAuthenticationRequest) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{7}
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *ReportAuthenticationRequest) GetImsi() string {
@@ -615,8 +468,8 @@ func (x *ReportAuthenticationRequest) GetNoProvisioning() bool {
 type ReportAuthenticationResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	State State                  `protobuf:"varint,1,opt,name=state,proto3,enum=kme.v1.State" json:"state,omitempty"` // of the binding that GetBinding tells now; unspecified if none stands
-	// What the device may be let in for: PREPROCESSED, anything: an active binding stands, and provisioning is not open for this
-	// origin. PROVISIONING_ONLY: no bearer may be set up.
+	// What the device may be let in for: PREPROCESSED, anything: an active binding stands, and provisioning is not open
+	// for this origin. PROVISIONING_ONLY: no bearer may be set up.
 	Control       Control `protobuf:"varint,2,opt,name=control,proto3,enum=kme.v1.Control" json:"control,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -624,7 +477,7 @@ type ReportAuthenticationResponse struct {
 
 func (x *ReportAuthenticationResponse) Reset() {
 	*x = ReportAuthenticationResponse{}
-	mi := &file_kme_v1_kme_proto_msgTypes[8]
+	mi := &file_kme_v1_kme_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -636,7 +489,7 @@ func (x *ReportAuthenticationResponse) String() string {
 func (*ReportAuthenticationResponse) ProtoMessage() {}
 
 func (x *ReportAuthenticationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[8]
+	mi := &file_kme_v1_kme_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -649,7 +502,7 @@ func (x *ReportAuthenticationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportAuthenticationResponse.ProtoReflect.Descriptor instead.
 func (*ReportAuthenticationResponse) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{8}
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *ReportAuthenticationResponse) GetState() State {
@@ -677,7 +530,7 @@ type RestoreRANDRequest struct {
 
 func (x *RestoreRANDRequest) Reset() {
 	*x = RestoreRANDRequest{}
-	mi := &file_kme_v1_kme_proto_msgTypes[9]
+	mi := &file_kme_v1_kme_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -689,7 +542,7 @@ func (x *RestoreRANDRequest) String() string {
 func (*RestoreRANDRequest) ProtoMessage() {}
 
 func (x *RestoreRANDRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[9]
+	mi := &file_kme_v1_kme_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -702,7 +555,7 @@ func (x *RestoreRANDRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreRANDRequest.ProtoReflect.Descriptor instead.
 func (*RestoreRANDRequest) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{9}
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *RestoreRANDRequest) GetImsi() string {
@@ -735,7 +588,7 @@ type RestoreRANDResponse struct {
 
 func (x *RestoreRANDResponse) Reset() {
 	*x = RestoreRANDResponse{}
-	mi := &file_kme_v1_kme_proto_msgTypes[10]
+	mi := &file_kme_v1_kme_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -747,7 +600,7 @@ func (x *RestoreRANDResponse) String() string {
 func (*RestoreRANDResponse) ProtoMessage() {}
 
 func (x *RestoreRANDResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[10]
+	mi := &file_kme_v1_kme_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -760,7 +613,7 @@ func (x *RestoreRANDResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreRANDResponse.ProtoReflect.Descriptor instead.
 func (*RestoreRANDResponse) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{10}
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *RestoreRANDResponse) GetRand() []byte {
@@ -779,7 +632,7 @@ type GetBindingRequest struct {
 
 func (x *GetBindingRequest) Reset() {
 	*x = GetBindingRequest{}
-	mi := &file_kme_v1_kme_proto_msgTypes[11]
+	mi := &file_kme_v1_kme_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -791,7 +644,7 @@ func (x *GetBindingRequest) String() string {
 func (*GetBindingRequest) ProtoMessage() {}
 
 func (x *GetBindingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[11]
+	mi := &file_kme_v1_kme_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -804,7 +657,7 @@ func (x *GetBindingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBindingRequest.ProtoReflect.Descriptor instead.
 func (*GetBindingRequest) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{11}
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *GetBindingRequest) GetImsi() string {
@@ -830,7 +683,7 @@ type GetBindingResponse struct {
 
 func (x *GetBindingResponse) Reset() {
 	*x = GetBindingResponse{}
-	mi := &file_kme_v1_kme_proto_msgTypes[12]
+	mi := &file_kme_v1_kme_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -842,7 +695,7 @@ func (x *GetBindingResponse) String() string {
 func (*GetBindingResponse) ProtoMessage() {}
 
 func (x *GetBindingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[12]
+	mi := &file_kme_v1_kme_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -855,7 +708,7 @@ func (x *GetBindingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBindingResponse.ProtoReflect.Descriptor instead.
 func (*GetBindingResponse) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{12}
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *GetBindingResponse) GetImsi() string {
@@ -924,7 +777,7 @@ type OpenProvisioningRequest struct {
 
 func (x *OpenProvisioningRequest) Reset() {
 	*x = OpenProvisioningRequest{}
-	mi := &file_kme_v1_kme_proto_msgTypes[13]
+	mi := &file_kme_v1_kme_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -936,7 +789,7 @@ func (x *OpenProvisioningRequest) String() string {
 func (*OpenProvisioningRequest) ProtoMessage() {}
 
 func (x *OpenProvisioningRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[13]
+	mi := &file_kme_v1_kme_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -949,7 +802,7 @@ func (x *OpenProvisioningRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenProvisioningRequest.ProtoReflect.Descriptor instead.
 func (*OpenProvisioningRequest) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{13}
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *OpenProvisioningRequest) GetImsi() string {
@@ -976,7 +829,7 @@ type OpenProvisioningResponse struct {
 
 func (x *OpenProvisioningResponse) Reset() {
 	*x = OpenProvisioningResponse{}
-	mi := &file_kme_v1_kme_proto_msgTypes[14]
+	mi := &file_kme_v1_kme_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -988,7 +841,7 @@ func (x *OpenProvisioningResponse) String() string {
 func (*OpenProvisioningResponse) ProtoMessage() {}
 
 func (x *OpenProvisioningResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[14]
+	mi := &file_kme_v1_kme_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1001,7 +854,7 @@ func (x *OpenProvisioningResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenProvisioningResponse.ProtoReflect.Descriptor instead.
 func (*OpenProvisioningResponse) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{14}
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *OpenProvisioningResponse) GetAttemptId() string {
@@ -1029,7 +882,7 @@ type ListBindingsRequest struct {
 
 func (x *ListBindingsRequest) Reset() {
 	*x = ListBindingsRequest{}
-	mi := &file_kme_v1_kme_proto_msgTypes[15]
+	mi := &file_kme_v1_kme_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1041,7 +894,7 @@ func (x *ListBindingsRequest) String() string {
 func (*ListBindingsRequest) ProtoMessage() {}
 
 func (x *ListBindingsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[15]
+	mi := &file_kme_v1_kme_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1054,7 +907,7 @@ func (x *ListBindingsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBindingsRequest.ProtoReflect.Descriptor instead.
 func (*ListBindingsRequest) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{15}
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ListBindingsRequest) GetPageSize() int32 {
@@ -1088,7 +941,7 @@ type ListBindingsResponse struct {
 
 func (x *ListBindingsResponse) Reset() {
 	*x = ListBindingsResponse{}
-	mi := &file_kme_v1_kme_proto_msgTypes[16]
+	mi := &file_kme_v1_kme_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1100,7 +953,7 @@ func (x *ListBindingsResponse) String() string {
 func (*ListBindingsResponse) ProtoMessage() {}
 
 func (x *ListBindingsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[16]
+	mi := &file_kme_v1_kme_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1113,7 +966,7 @@ func (x *ListBindingsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBindingsResponse.ProtoReflect.Descriptor instead.
 func (*ListBindingsResponse) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{16}
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ListBindingsResponse) GetBindings() []*GetBindingResponse {
@@ -1139,7 +992,7 @@ type RevokeBindingRequest struct {
 
 func (x *RevokeBindingRequest) Reset() {
 	*x = RevokeBindingRequest{}
-	mi := &file_kme_v1_kme_proto_msgTypes[17]
+	mi := &file_kme_v1_kme_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1151,7 +1004,7 @@ func (x *RevokeBindingRequest) String() string {
 func (*RevokeBindingRequest) ProtoMessage() {}
 
 func (x *RevokeBindingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[17]
+	mi := &file_kme_v1_kme_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1164,7 +1017,7 @@ func (x *RevokeBindingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeBindingRequest.ProtoReflect.Descriptor instead.
 func (*RevokeBindingRequest) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{17}
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RevokeBindingRequest) GetImsi() string {
@@ -1173,96 +1026,6 @@ func (x *RevokeBindingRequest) GetImsi() string {
 	}
 	return ""
 }
-
-type EstablishKMEsResponse_Result struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	Call  int32                  `protobuf:"varint,1,opt,name=call,proto3" json:"call,omitempty"` // its place among the calls, from 0
-	// Types that are valid to be assigned to Outcome:
-	//
-	//	*EstablishKMEsResponse_Result_Established
-	//	*EstablishKMEsResponse_Result_Refused
-	Outcome       isEstablishKMEsResponse_Result_Outcome `protobuf_oneof:"outcome"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *EstablishKMEsResponse_Result) Reset() {
-	*x = EstablishKMEsResponse_Result{}
-	mi := &file_kme_v1_kme_proto_msgTypes[18]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *EstablishKMEsResponse_Result) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*EstablishKMEsResponse_Result) ProtoMessage() {}
-
-func (x *EstablishKMEsResponse_Result) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[18]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use EstablishKMEsResponse_Result.ProtoReflect.Descriptor instead.
-func (*EstablishKMEsResponse_Result) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{5, 0}
-}
-
-func (x *EstablishKMEsResponse_Result) GetCall() int32 {
-	if x != nil {
-		return x.Call
-	}
-	return 0
-}
-
-func (x *EstablishKMEsResponse_Result) GetOutcome() isEstablishKMEsResponse_Result_Outcome {
-	if x != nil {
-		return x.Outcome
-	}
-	return nil
-}
-
-func (x *EstablishKMEsResponse_Result) GetEstablished() *EstablishKMEResponse {
-	if x != nil {
-		if x, ok := x.Outcome.(*EstablishKMEsResponse_Result_Established); ok {
-			return x.Established
-		}
-	}
-	return nil
-}
-
-func (x *EstablishKMEsResponse_Result) GetRefused() *Refusal {
-	if x != nil {
-		if x, ok := x.Outcome.(*EstablishKMEsResponse_Result_Refused); ok {
-			return x.Refused
-		}
-	}
-	return nil
-}
-
-type isEstablishKMEsResponse_Result_Outcome interface {
-	isEstablishKMEsResponse_Result_Outcome()
-}
-
-type EstablishKMEsResponse_Result_Established struct {
-	Established *EstablishKMEResponse `protobuf:"bytes,2,opt,name=established,proto3,oneof"`
-}
-
-type EstablishKMEsResponse_Result_Refused struct {
-	Refused *Refusal `protobuf:"bytes,3,opt,name=refused,proto3,oneof"`
-}
-
-func (*EstablishKMEsResponse_Result_Established) isEstablishKMEsResponse_Result_Outcome() {}
-
-func (*EstablishKMEsResponse_Result_Refused) isEstablishKMEsResponse_Result_Outcome() {}
 
 var File_kme_v1_kme_proto protoreflect.FileDescriptor
 
@@ -1291,20 +1054,7 @@ const file_kme_v1_kme_proto_rawDesc = "" +
 	"\x14EstablishKMEResponse\x12\x16\n" +
 	"\x06nw_sig\x18\x01 \x01(\fR\x06nw_sig\x12#\n" +
 	"\x05state\x18\x02 \x01(\x0e2\r.kme.v1.StateR\x05state\x12\x10\n" +
-	"\x03kme\x18\x03 \x01(\fR\x03kme\"I\n" +
-	"\x14EstablishKMEsRequest\x121\n" +
-	"\x05calls\x18\x01 \x03(\v2\x1b.kme.v1.EstablishKMERequestR\x05calls\"\xf0\x01\n" +
-	"\x15EstablishKMEsResponse\x12>\n" +
-	"\aresults\x18\x01 \x03(\v2$.kme.v1.EstablishKMEsResponse.ResultR\aresults\x1a\x96\x01\n" +
-	"\x06Result\x12\x12\n" +
-	"\x04call\x18\x01 \x01(\x05R\x04call\x12@\n" +
-	"\vestablished\x18\x02 \x01(\v2\x1c.kme.v1.EstablishKMEResponseH\x00R\vestablished\x12+\n" +
-	"\arefused\x18\x03 \x01(\v2\x0f.kme.v1.RefusalH\x00R\arefusedB\t\n" +
-	"\aoutcome\"O\n" +
-	"\aRefusal\x12\x12\n" +
-	"\x04code\x18\x01 \x01(\x05R\x04code\x12\x16\n" +
-	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x18\n" +
-	"\amessage\x18\x03 \x01(\tR\amessage\"\x83\x01\n" +
+	"\x03kme\x18\x03 \x01(\fR\x03kme\"\x83\x01\n" +
 	"\x1bReportAuthenticationRequest\x12\x12\n" +
 	"\x04imsi\x18\x01 \x01(\tR\x04imsi\x12\x0e\n" +
 	"\x02ok\x18\x02 \x01(\bR\x02ok\x12\x16\n" +
@@ -1362,12 +1112,11 @@ const file_kme_v1_kme_proto_rawDesc = "" +
 	"\aPENDING\x10\x01\x12\n" +
 	"\n" +
 	"\x06ACTIVE\x10\x02\x12\v\n" +
-	"\aREVOKED\x10\x032\xd2\x05\n" +
+	"\aREVOKED\x10\x032\x82\x05\n" +
 	"\n" +
 	"KeyService\x12L\n" +
 	"\rPrepareVector\x12\x1c.kme.v1.PrepareVectorRequest\x1a\x1d.kme.v1.PrepareVectorResponse\x12I\n" +
-	"\fEstablishKME\x12\x1b.kme.v1.EstablishKMERequest\x1a\x1c.kme.v1.EstablishKMEResponse\x12N\n" +
-	"\rEstablishKMEs\x12\x1c.kme.v1.EstablishKMEsRequest\x1a\x1d.kme.v1.EstablishKMEsResponse0\x01\x12a\n" +
+	"\fEstablishKME\x12\x1b.kme.v1.EstablishKMERequest\x1a\x1c.kme.v1.EstablishKMEResponse\x12a\n" +
 	"\x14ReportAuthentication\x12#.kme.v1.ReportAuthenticationRequest\x1a$.kme.v1.ReportAuthenticationResponse\x12F\n" +
 	"\vRestoreRAND\x12\x1a.kme.v1.RestoreRANDRequest\x1a\x1b.kme.v1.RestoreRANDResponse\x12U\n" +
 	"\x10OpenProvisioning\x12\x1f.kme.v1.OpenProvisioningRequest\x1a .kme.v1.OpenProvisioningResponse\x12C\n" +
@@ -1389,7 +1138,7 @@ func file_kme_v1_kme_proto_rawDescGZIP() []byte {
 }
 
 var file_kme_v1_kme_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_kme_v1_kme_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
+var file_kme_v1_kme_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
 var file_kme_v1_kme_proto_goTypes = []any{
 	(Control)(0),                         // 0: kme.v1.Control
 	(State)(0),                           // 1: kme.v1.State
@@ -1397,63 +1146,53 @@ var file_kme_v1_kme_proto_goTypes = []any{
 	(*PrepareVectorResponse)(nil),        // 3: kme.v1.PrepareVectorResponse
 	(*EstablishKMERequest)(nil),          // 4: kme.v1.EstablishKMERequest
 	(*EstablishKMEResponse)(nil),         // 5: kme.v1.EstablishKMEResponse
-	(*EstablishKMEsRequest)(nil),         // 6: kme.v1.EstablishKMEsRequest
-	(*EstablishKMEsResponse)(nil),        // 7: kme.v1.EstablishKMEsResponse
-	(*Refusal)(nil),                      // 8: kme.v1.Refusal
-	(*ReportAuthenticationRequest)(nil),  // 9: kme.v1.ReportAuthenticationRequest
-	(*ReportAuthenticationResponse)(nil), // 10: kme.v1.ReportAuthenticationResponse
-	(*RestoreRANDRequest)(nil),           // 11: kme.v1.RestoreRANDRequest
-	(*RestoreRANDResponse)(nil),          // 12: kme.v1.RestoreRANDResponse
-	(*GetBindingRequest)(nil),            // 13: kme.v1.GetBindingRequest
-	(*GetBindingResponse)(nil),           // 14: kme.v1.GetBindingResponse
-	(*OpenProvisioningRequest)(nil),      // 15: kme.v1.OpenProvisioningRequest
-	(*OpenProvisioningResponse)(nil),     // 16: kme.v1.OpenProvisioningResponse
-	(*ListBindingsRequest)(nil),          // 17: kme.v1.ListBindingsRequest
-	(*ListBindingsResponse)(nil),         // 18: kme.v1.ListBindingsResponse
-	(*RevokeBindingRequest)(nil),         // 19: kme.v1.RevokeBindingRequest
-	(*EstablishKMEsResponse_Result)(nil), // 20: kme.v1.EstablishKMEsResponse.Result
-	(*timestamppb.Timestamp)(nil),        // 21: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),          // 22: google.protobuf.Duration
+	(*ReportAuthenticationRequest)(nil),  // 6: kme.v1.ReportAuthenticationRequest
+	(*ReportAuthenticationResponse)(nil), // 7: kme.v1.ReportAuthenticationResponse
+	(*RestoreRANDRequest)(nil),           // 8: kme.v1.RestoreRANDRequest
+	(*RestoreRANDResponse)(nil),          // 9: kme.v1.RestoreRANDResponse
+	(*GetBindingRequest)(nil),            // 10: kme.v1.GetBindingRequest
+	(*GetBindingResponse)(nil),           // 11: kme.v1.GetBindingResponse
+	(*OpenProvisioningRequest)(nil),      // 12: kme.v1.OpenProvisioningRequest
+	(*OpenProvisioningResponse)(nil),     // 13: kme.v1.OpenProvisioningResponse
+	(*ListBindingsRequest)(nil),          // 14: kme.v1.ListBindingsRequest
+	(*ListBindingsResponse)(nil),         // 15: kme.v1.ListBindingsResponse
+	(*RevokeBindingRequest)(nil),         // 16: kme.v1.RevokeBindingRequest
+	(*timestamppb.Timestamp)(nil),        // 17: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),          // 18: google.protobuf.Duration
 }
 var file_kme_v1_kme_proto_depIdxs = []int32{
 	0,  // 0: kme.v1.PrepareVectorResponse.control:type_name -> kme.v1.Control
 	1,  // 1: kme.v1.EstablishKMEResponse.state:type_name -> kme.v1.State
-	4,  // 2: kme.v1.EstablishKMEsRequest.calls:type_name -> kme.v1.EstablishKMERequest
-	20, // 3: kme.v1.EstablishKMEsResponse.results:type_name -> kme.v1.EstablishKMEsResponse.Result
-	1,  // 4: kme.v1.ReportAuthenticationResponse.state:type_name -> kme.v1.State
-	0,  // 5: kme.v1.ReportAuthenticationResponse.control:type_name -> kme.v1.Control
-	1,  // 6: kme.v1.GetBindingResponse.state:type_name -> kme.v1.State
-	21, // 7: kme.v1.GetBindingResponse.established_at:type_name -> google.protobuf.Timestamp
-	21, // 8: kme.v1.GetBindingResponse.activated_at:type_name -> google.protobuf.Timestamp
-	21, // 9: kme.v1.GetBindingResponse.revoked_at:type_name -> google.protobuf.Timestamp
-	22, // 10: kme.v1.OpenProvisioningRequest.ttl:type_name -> google.protobuf.Duration
-	21, // 11: kme.v1.OpenProvisioningResponse.expires_at:type_name -> google.protobuf.Timestamp
-	14, // 12: kme.v1.ListBindingsResponse.bindings:type_name -> kme.v1.GetBindingResponse
-	5,  // 13: kme.v1.EstablishKMEsResponse.Result.established:type_name -> kme.v1.EstablishKMEResponse
-	8,  // 14: kme.v1.EstablishKMEsResponse.Result.refused:type_name -> kme.v1.Refusal
-	2,  // 15: kme.v1.KeyService.PrepareVector:input_type -> kme.v1.PrepareVectorRequest
-	4,  // 16: kme.v1.KeyService.EstablishKME:input_type -> kme.v1.EstablishKMERequest
-	6,  // 17: kme.v1.KeyService.EstablishKMEs:input_type -> kme.v1.EstablishKMEsRequest
-	9,  // 18: kme.v1.KeyService.ReportAuthentication:input_type -> kme.v1.ReportAuthenticationRequest
-	11, // 19: kme.v1.KeyService.RestoreRAND:input_type -> kme.v1.RestoreRANDRequest
-	15, // 20: kme.v1.KeyService.OpenProvisioning:input_type -> kme.v1.OpenProvisioningRequest
-	13, // 21: kme.v1.KeyService.GetBinding:input_type -> kme.v1.GetBindingRequest
-	17, // 22: kme.v1.KeyService.ListBindings:input_type -> kme.v1.ListBindingsRequest
-	19, // 23: kme.v1.KeyService.RevokeBinding:input_type -> kme.v1.RevokeBindingRequest
-	3,  // 24: kme.v1.KeyService.PrepareVector:output_type -> kme.v1.PrepareVectorResponse
-	5,  // 25: kme.v1.KeyService.EstablishKME:output_type -> kme.v1.EstablishKMEResponse
-	7,  // 26: kme.v1.KeyService.EstablishKMEs:output_type -> kme.v1.EstablishKMEsResponse
-	10, // 27: kme.v1.KeyService.ReportAuthentication:output_type -> kme.v1.ReportAuthenticationResponse
-	12, // 28: kme.v1.KeyService.RestoreRAND:output_type -> kme.v1.RestoreRANDResponse
-	16, // 29: kme.v1.KeyService.OpenProvisioning:output_type -> kme.v1.OpenProvisioningResponse
-	14, // 30: kme.v1.KeyService.GetBinding:output_type -> kme.v1.GetBindingResponse
-	18, // 31: kme.v1.KeyService.ListBindings:output_type -> kme.v1.ListBindingsResponse
-	14, // 32: kme.v1.KeyService.RevokeBinding:output_type -> kme.v1.GetBindingResponse
-	24, // [24:33] is the sub-list for method output_type
-	15, // [15:24] is the sub-list for method input_type
-	15, // [15:15] is the sub-list for extension type_name
-	15, // [15:15] is the sub-list for extension extendee
-	0,  // [0:15] is the sub-list for field type_name
+	1,  // 2: kme.v1.ReportAuthenticationResponse.state:type_name -> kme.v1.State
+	0,  // 3: kme.v1.ReportAuthenticationResponse.control:type_name -> kme.v1.Control
+	1,  // 4: kme.v1.GetBindingResponse.state:type_name -> kme.v1.State
+	17, // 5: kme.v1.GetBindingResponse.established_at:type_name -> google.protobuf.Timestamp
+	17, // 6: kme.v1.GetBindingResponse.activated_at:type_name -> google.protobuf.Timestamp
+	17, // 7: kme.v1.GetBindingResponse.revoked_at:type_name -> google.protobuf.Timestamp
+	18, // 8: kme.v1.OpenProvisioningRequest.ttl:type_name -> google.protobuf.Duration
+	17, // 9: kme.v1.OpenProvisioningResponse.expires_at:type_name -> google.protobuf.Timestamp
+	11, // 10: kme.v1.ListBindingsResponse.bindings:type_name -> kme.v1.GetBindingResponse
+	2,  // 11: kme.v1.KeyService.PrepareVector:input_type -> kme.v1.PrepareVectorRequest
+	4,  // 12: kme.v1.KeyService.EstablishKME:input_type -> kme.v1.EstablishKMERequest
+	6,  // 13: kme.v1.KeyService.ReportAuthentication:input_type -> kme.v1.ReportAuthenticationRequest
+	8,  // 14: kme.v1.KeyService.RestoreRAND:input_type -> kme.v1.RestoreRANDRequest
+	12, // 15: kme.v1.KeyService.OpenProvisioning:input_type -> kme.v1.OpenProvisioningRequest
+	10, // 16: kme.v1.KeyService.GetBinding:input_type -> kme.v1.GetBindingRequest
+	14, // 17: kme.v1.KeyService.ListBindings:input_type -> kme.v1.ListBindingsRequest
+	16, // 18: kme.v1.KeyService.RevokeBinding:input_type -> kme.v1.RevokeBindingRequest
+	3,  // 19: kme.v1.KeyService.PrepareVector:output_type -> kme.v1.PrepareVectorResponse
+	5,  // 20: kme.v1.KeyService.EstablishKME:output_type -> kme.v1.EstablishKMEResponse
+	7,  // 21: kme.v1.KeyService.ReportAuthentication:output_type -> kme.v1.ReportAuthenticationResponse
+	9,  // 22: kme.v1.KeyService.RestoreRAND:output_type -> kme.v1.RestoreRANDResponse
+	13, // 23: kme.v1.KeyService.OpenProvisioning:output_type -> kme.v1.OpenProvisioningResponse
+	11, // 24: kme.v1.KeyService.GetBinding:output_type -> kme.v1.GetBindingResponse
+	15, // 25: kme.v1.KeyService.ListBindings:output_type -> kme.v1.ListBindingsResponse
+	11, // 26: kme.v1.KeyService.RevokeBinding:output_type -> kme.v1.GetBindingResponse
+	19, // [19:27] is the sub-list for method output_type
+	11, // [11:19] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_kme_v1_kme_proto_init() }
@@ -1461,17 +1200,13 @@ func file_kme_v1_kme_proto_init() {
 	if File_kme_v1_kme_proto != nil {
 		return
 	}
-	file_kme_v1_kme_proto_msgTypes[18].OneofWrappers = []any{
-		(*EstablishKMEsResponse_Result_Established)(nil),
-		(*EstablishKMEsResponse_Result_Refused)(nil),
-	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_kme_v1_kme_proto_rawDesc), len(file_kme_v1_kme_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   19,
+			NumMessages:   15,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

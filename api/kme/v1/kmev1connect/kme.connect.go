@@ -46,9 +46,6 @@ const (
 	KeyServicePrepareVectorProcedure = "/kme.v1.KeyService/PrepareVector"
 	// KeyServiceEstablishKMEProcedure is the fully-qualified name of the KeyService's EstablishKME RPC.
 	KeyServiceEstablishKMEProcedure = "/kme.v1.KeyService/EstablishKME"
-	// KeyServiceEstablishKMEsProcedure is the fully-qualified name of the KeyService's EstablishKMEs
-	// RPC.
-	KeyServiceEstablishKMEsProcedure = "/kme.v1.KeyService/EstablishKMEs"
 	// KeyServiceReportAuthenticationProcedure is the fully-qualified name of the KeyService's
 	// ReportAuthentication RPC.
 	KeyServiceReportAuthenticationProcedure = "/kme.v1.KeyService/ReportAuthentication"
@@ -68,11 +65,11 @@ const (
 
 // KeyServiceClient is a client for the kme.v1.KeyService service.
 type KeyServiceClient interface {
-	// PrepareVector is called when the HSS builds authentication vectors: all of one AIR in one call. For a bound IMSI it answers
-	// the RANDs to send, encrypted under the KME. For any other it answers the RANDs as they are, and the id of an attempt that
-	// allows one EstablishKME from the same origin; the device may then be let in for provisioning only: no bearer may be set up.
-	// A RAND that went out in clear is spent: it is refused (MALFORMED) for a pre-processed vector of that IMSI ever after.
-	// Reasons: MALFORMED, NOT_BOUND, REVOKED_DEVICE, HSM_UNAVAILABLE, STORE_UNAVAILABLE.
+	// PrepareVector is called when the HSS builds authentication vectors: all of one AIR in one call. For a bound IMSI it
+	// answers the RANDs to send, encrypted under the KME. For any other it answers the RANDs as they are, and the id of
+	// an attempt that allows one EstablishKME from the same origin; the device may then be let in for provisioning only:
+	// no bearer may be set up. A RAND that went out in clear is spent: it is refused (MALFORMED) for a pre-processed
+	// vector of that IMSI ever after. Reasons: MALFORMED, NOT_BOUND, REVOKED_DEVICE, HSM_UNAVAILABLE, STORE_UNAVAILABLE.
 	PrepareVector(context.Context, *connect.Request[v1.PrepareVectorRequest]) (*connect.Response[v1.PrepareVectorResponse], error)
 	// EstablishKME is called when the MME has carried the payload (ULR). It answers NW_SIG once the binding is
 	// durable. The same call again gives the same answer. Everything that can be wrong with the payload's content has the
@@ -80,33 +77,28 @@ type KeyServiceClient interface {
 	// Reasons: MALFORMED, NO_ATTEMPT, UNKNOWN_DEVICE, REVOKED_DEVICE, OTHER_DEVICE, KME_REJECTED, HSM_UNAVAILABLE,
 	// DIRECTORY_UNAVAILABLE, STORE_UNAVAILABLE.
 	EstablishKME(context.Context, *connect.Request[v1.EstablishKMERequest]) (*connect.Response[v1.EstablishKMEResponse], error)
-	// EstablishKMEs is EstablishKME of up to 16 devices, with much less work for both sides than a call each. What is asked first need not be answered
-	// first: an answer has all results that there are by then, and no result waits for another. Each is what its own EstablishKME would have been.
-	// Reasons of the call itself: MALFORMED.
-	EstablishKMEs(context.Context, *connect.Request[v1.EstablishKMEsRequest]) (*connect.ServerStreamForClient[v1.EstablishKMEsResponse], error)
-	// ReportAuthentication is called when AKA with a pre-processed vector has ended. Success makes a pending binding active if
-	// the origin was sent a vector under it since it was established. Failure ends a pending binding if the origin was sent a
-	// vector under it, or established it; an earlier binding, if there is one, stands. Any other report changes nothing.
-	// Reasons: MALFORMED, NOT_BOUND, STORE_UNAVAILABLE.
+	// ReportAuthentication is called when AKA with a pre-processed vector has ended. Success makes a pending binding
+	// active if the origin was sent a vector under it since it was established. Failure ends a pending binding if the
+	// origin was sent a vector under it, or established it; an earlier binding, if there is one, stands. Any other report
+	// changes nothing. Reasons: MALFORMED, NOT_BOUND, STORE_UNAVAILABLE.
 	ReportAuthentication(context.Context, *connect.Request[v1.ReportAuthenticationRequest]) (*connect.Response[v1.ReportAuthenticationResponse], error)
-	// RestoreRAND is called when the SIM has asked for resynchronisation (AUTS): the MME returns the RAND as it was sent, and
-	// AUTS was made with the RAND as the HSS made it. One that was sent in clear comes back as it is.
-	// Reasons: MALFORMED, NOT_BOUND, HSM_UNAVAILABLE, STORE_UNAVAILABLE.
+	// RestoreRAND is called when the SIM has asked for resynchronisation (AUTS): the MME returns the RAND as it was sent,
+	// and AUTS was made with the RAND as the HSS made it. One that was sent in clear comes back as it is. Reasons:
+	// MALFORMED, NOT_BOUND, HSM_UNAVAILABLE, STORE_UNAVAILABLE.
 	RestoreRAND(context.Context, *connect.Request[v1.RestoreRANDRequest]) (*connect.Response[v1.RestoreRANDResponse], error)
-	// OpenProvisioning lets an IMSI be bound to another device, or anew to the same one, once: until ttl has passed, or a KME is
-	// established, vectors for origins that may provision are PROVISIONING_ONLY, in an attempt of each origin's own. The binding
-	// that the IMSI has stands until the first pre-processed authentication of the new one. For administrators.
-	// Reasons: MALFORMED, STORE_UNAVAILABLE.
+	// OpenProvisioning lets an IMSI be bound to another device, or anew to the same one, once: until ttl has passed, or a
+	// KME is established, vectors for origins that may provision are PROVISIONING_ONLY, in an attempt of each origin's
+	// own. The binding that the IMSI has stands until the first pre-processed authentication of the new one. For
+	// administrators. Reasons: MALFORMED, STORE_UNAVAILABLE.
 	OpenProvisioning(context.Context, *connect.Request[v1.OpenProvisioningRequest]) (*connect.Response[v1.OpenProvisioningResponse], error)
-	// GetBinding tells what an IMSI is bound to: a pending binding before an earlier active one, and that before a revoked one.
-	// Reasons: MALFORMED, NOT_BOUND, STORE_UNAVAILABLE.
+	// GetBinding tells what an IMSI is bound to: a pending binding before an earlier active one, and that before a
+	// revoked one. Reasons: MALFORMED, NOT_BOUND, STORE_UNAVAILABLE.
 	GetBinding(context.Context, *connect.Request[v1.GetBindingRequest]) (*connect.Response[v1.GetBindingResponse], error)
-	// ListBindings gives what GetBinding gives of all IMSIs, in their order, page by page. For administrators and monitors.
-	// Reasons: MALFORMED, STORE_UNAVAILABLE.
+	// ListBindings gives what GetBinding gives of all IMSIs, in their order, page by page. For administrators and
+	// monitors. Reasons: MALFORMED, STORE_UNAVAILABLE.
 	ListBindings(context.Context, *connect.Request[v1.ListBindingsRequest]) (*connect.Response[v1.ListBindingsResponse], error)
-	// RevokeBinding ends an IMSI's bindings and forgets the KME. The IMSI is then as one that was never bound: its next vector opens an
-	// attempt. For administrators.
-	// Reasons: MALFORMED, NOT_BOUND, STORE_UNAVAILABLE.
+	// RevokeBinding ends an IMSI's bindings and forgets the KME. The IMSI is then as one that was never bound: its next
+	// vector opens an attempt. For administrators. Reasons: MALFORMED, NOT_BOUND, STORE_UNAVAILABLE.
 	RevokeBinding(context.Context, *connect.Request[v1.RevokeBindingRequest]) (*connect.Response[v1.GetBindingResponse], error)
 }
 
@@ -131,12 +123,6 @@ func NewKeyServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...
 			httpClient,
 			baseURL+KeyServiceEstablishKMEProcedure,
 			connect.WithSchema(keyServiceMethods.ByName("EstablishKME")),
-			connect.WithClientOptions(opts...),
-		),
-		establishKMEs: connect.NewClient[v1.EstablishKMEsRequest, v1.EstablishKMEsResponse](
-			httpClient,
-			baseURL+KeyServiceEstablishKMEsProcedure,
-			connect.WithSchema(keyServiceMethods.ByName("EstablishKMEs")),
 			connect.WithClientOptions(opts...),
 		),
 		reportAuthentication: connect.NewClient[v1.ReportAuthenticationRequest, v1.ReportAuthenticationResponse](
@@ -182,7 +168,6 @@ func NewKeyServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...
 type keyServiceClient struct {
 	prepareVector        *connect.Client[v1.PrepareVectorRequest, v1.PrepareVectorResponse]
 	establishKME         *connect.Client[v1.EstablishKMERequest, v1.EstablishKMEResponse]
-	establishKMEs        *connect.Client[v1.EstablishKMEsRequest, v1.EstablishKMEsResponse]
 	reportAuthentication *connect.Client[v1.ReportAuthenticationRequest, v1.ReportAuthenticationResponse]
 	restoreRAND          *connect.Client[v1.RestoreRANDRequest, v1.RestoreRANDResponse]
 	openProvisioning     *connect.Client[v1.OpenProvisioningRequest, v1.OpenProvisioningResponse]
@@ -199,11 +184,6 @@ func (c *keyServiceClient) PrepareVector(ctx context.Context, req *connect.Reque
 // EstablishKME calls kme.v1.KeyService.EstablishKME.
 func (c *keyServiceClient) EstablishKME(ctx context.Context, req *connect.Request[v1.EstablishKMERequest]) (*connect.Response[v1.EstablishKMEResponse], error) {
 	return c.establishKME.CallUnary(ctx, req)
-}
-
-// EstablishKMEs calls kme.v1.KeyService.EstablishKMEs.
-func (c *keyServiceClient) EstablishKMEs(ctx context.Context, req *connect.Request[v1.EstablishKMEsRequest]) (*connect.ServerStreamForClient[v1.EstablishKMEsResponse], error) {
-	return c.establishKMEs.CallServerStream(ctx, req)
 }
 
 // ReportAuthentication calls kme.v1.KeyService.ReportAuthentication.
@@ -238,11 +218,11 @@ func (c *keyServiceClient) RevokeBinding(ctx context.Context, req *connect.Reque
 
 // KeyServiceHandler is an implementation of the kme.v1.KeyService service.
 type KeyServiceHandler interface {
-	// PrepareVector is called when the HSS builds authentication vectors: all of one AIR in one call. For a bound IMSI it answers
-	// the RANDs to send, encrypted under the KME. For any other it answers the RANDs as they are, and the id of an attempt that
-	// allows one EstablishKME from the same origin; the device may then be let in for provisioning only: no bearer may be set up.
-	// A RAND that went out in clear is spent: it is refused (MALFORMED) for a pre-processed vector of that IMSI ever after.
-	// Reasons: MALFORMED, NOT_BOUND, REVOKED_DEVICE, HSM_UNAVAILABLE, STORE_UNAVAILABLE.
+	// PrepareVector is called when the HSS builds authentication vectors: all of one AIR in one call. For a bound IMSI it
+	// answers the RANDs to send, encrypted under the KME. For any other it answers the RANDs as they are, and the id of
+	// an attempt that allows one EstablishKME from the same origin; the device may then be let in for provisioning only:
+	// no bearer may be set up. A RAND that went out in clear is spent: it is refused (MALFORMED) for a pre-processed
+	// vector of that IMSI ever after. Reasons: MALFORMED, NOT_BOUND, REVOKED_DEVICE, HSM_UNAVAILABLE, STORE_UNAVAILABLE.
 	PrepareVector(context.Context, *connect.Request[v1.PrepareVectorRequest]) (*connect.Response[v1.PrepareVectorResponse], error)
 	// EstablishKME is called when the MME has carried the payload (ULR). It answers NW_SIG once the binding is
 	// durable. The same call again gives the same answer. Everything that can be wrong with the payload's content has the
@@ -250,33 +230,28 @@ type KeyServiceHandler interface {
 	// Reasons: MALFORMED, NO_ATTEMPT, UNKNOWN_DEVICE, REVOKED_DEVICE, OTHER_DEVICE, KME_REJECTED, HSM_UNAVAILABLE,
 	// DIRECTORY_UNAVAILABLE, STORE_UNAVAILABLE.
 	EstablishKME(context.Context, *connect.Request[v1.EstablishKMERequest]) (*connect.Response[v1.EstablishKMEResponse], error)
-	// EstablishKMEs is EstablishKME of up to 16 devices, with much less work for both sides than a call each. What is asked first need not be answered
-	// first: an answer has all results that there are by then, and no result waits for another. Each is what its own EstablishKME would have been.
-	// Reasons of the call itself: MALFORMED.
-	EstablishKMEs(context.Context, *connect.Request[v1.EstablishKMEsRequest], *connect.ServerStream[v1.EstablishKMEsResponse]) error
-	// ReportAuthentication is called when AKA with a pre-processed vector has ended. Success makes a pending binding active if
-	// the origin was sent a vector under it since it was established. Failure ends a pending binding if the origin was sent a
-	// vector under it, or established it; an earlier binding, if there is one, stands. Any other report changes nothing.
-	// Reasons: MALFORMED, NOT_BOUND, STORE_UNAVAILABLE.
+	// ReportAuthentication is called when AKA with a pre-processed vector has ended. Success makes a pending binding
+	// active if the origin was sent a vector under it since it was established. Failure ends a pending binding if the
+	// origin was sent a vector under it, or established it; an earlier binding, if there is one, stands. Any other report
+	// changes nothing. Reasons: MALFORMED, NOT_BOUND, STORE_UNAVAILABLE.
 	ReportAuthentication(context.Context, *connect.Request[v1.ReportAuthenticationRequest]) (*connect.Response[v1.ReportAuthenticationResponse], error)
-	// RestoreRAND is called when the SIM has asked for resynchronisation (AUTS): the MME returns the RAND as it was sent, and
-	// AUTS was made with the RAND as the HSS made it. One that was sent in clear comes back as it is.
-	// Reasons: MALFORMED, NOT_BOUND, HSM_UNAVAILABLE, STORE_UNAVAILABLE.
+	// RestoreRAND is called when the SIM has asked for resynchronisation (AUTS): the MME returns the RAND as it was sent,
+	// and AUTS was made with the RAND as the HSS made it. One that was sent in clear comes back as it is. Reasons:
+	// MALFORMED, NOT_BOUND, HSM_UNAVAILABLE, STORE_UNAVAILABLE.
 	RestoreRAND(context.Context, *connect.Request[v1.RestoreRANDRequest]) (*connect.Response[v1.RestoreRANDResponse], error)
-	// OpenProvisioning lets an IMSI be bound to another device, or anew to the same one, once: until ttl has passed, or a KME is
-	// established, vectors for origins that may provision are PROVISIONING_ONLY, in an attempt of each origin's own. The binding
-	// that the IMSI has stands until the first pre-processed authentication of the new one. For administrators.
-	// Reasons: MALFORMED, STORE_UNAVAILABLE.
+	// OpenProvisioning lets an IMSI be bound to another device, or anew to the same one, once: until ttl has passed, or a
+	// KME is established, vectors for origins that may provision are PROVISIONING_ONLY, in an attempt of each origin's
+	// own. The binding that the IMSI has stands until the first pre-processed authentication of the new one. For
+	// administrators. Reasons: MALFORMED, STORE_UNAVAILABLE.
 	OpenProvisioning(context.Context, *connect.Request[v1.OpenProvisioningRequest]) (*connect.Response[v1.OpenProvisioningResponse], error)
-	// GetBinding tells what an IMSI is bound to: a pending binding before an earlier active one, and that before a revoked one.
-	// Reasons: MALFORMED, NOT_BOUND, STORE_UNAVAILABLE.
+	// GetBinding tells what an IMSI is bound to: a pending binding before an earlier active one, and that before a
+	// revoked one. Reasons: MALFORMED, NOT_BOUND, STORE_UNAVAILABLE.
 	GetBinding(context.Context, *connect.Request[v1.GetBindingRequest]) (*connect.Response[v1.GetBindingResponse], error)
-	// ListBindings gives what GetBinding gives of all IMSIs, in their order, page by page. For administrators and monitors.
-	// Reasons: MALFORMED, STORE_UNAVAILABLE.
+	// ListBindings gives what GetBinding gives of all IMSIs, in their order, page by page. For administrators and
+	// monitors. Reasons: MALFORMED, STORE_UNAVAILABLE.
 	ListBindings(context.Context, *connect.Request[v1.ListBindingsRequest]) (*connect.Response[v1.ListBindingsResponse], error)
-	// RevokeBinding ends an IMSI's bindings and forgets the KME. The IMSI is then as one that was never bound: its next vector opens an
-	// attempt. For administrators.
-	// Reasons: MALFORMED, NOT_BOUND, STORE_UNAVAILABLE.
+	// RevokeBinding ends an IMSI's bindings and forgets the KME. The IMSI is then as one that was never bound: its next
+	// vector opens an attempt. For administrators. Reasons: MALFORMED, NOT_BOUND, STORE_UNAVAILABLE.
 	RevokeBinding(context.Context, *connect.Request[v1.RevokeBindingRequest]) (*connect.Response[v1.GetBindingResponse], error)
 }
 
@@ -297,12 +272,6 @@ func NewKeyServiceHandler(svc KeyServiceHandler, opts ...connect.HandlerOption) 
 		KeyServiceEstablishKMEProcedure,
 		svc.EstablishKME,
 		connect.WithSchema(keyServiceMethods.ByName("EstablishKME")),
-		connect.WithHandlerOptions(opts...),
-	)
-	keyServiceEstablishKMEsHandler := connect.NewServerStreamHandler(
-		KeyServiceEstablishKMEsProcedure,
-		svc.EstablishKMEs,
-		connect.WithSchema(keyServiceMethods.ByName("EstablishKMEs")),
 		connect.WithHandlerOptions(opts...),
 	)
 	keyServiceReportAuthenticationHandler := connect.NewUnaryHandler(
@@ -347,8 +316,6 @@ func NewKeyServiceHandler(svc KeyServiceHandler, opts ...connect.HandlerOption) 
 			keyServicePrepareVectorHandler.ServeHTTP(w, r)
 		case KeyServiceEstablishKMEProcedure:
 			keyServiceEstablishKMEHandler.ServeHTTP(w, r)
-		case KeyServiceEstablishKMEsProcedure:
-			keyServiceEstablishKMEsHandler.ServeHTTP(w, r)
 		case KeyServiceReportAuthenticationProcedure:
 			keyServiceReportAuthenticationHandler.ServeHTTP(w, r)
 		case KeyServiceRestoreRANDProcedure:
@@ -376,10 +343,6 @@ func (UnimplementedKeyServiceHandler) PrepareVector(context.Context, *connect.Re
 
 func (UnimplementedKeyServiceHandler) EstablishKME(context.Context, *connect.Request[v1.EstablishKMERequest]) (*connect.Response[v1.EstablishKMEResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("kme.v1.KeyService.EstablishKME is not implemented"))
-}
-
-func (UnimplementedKeyServiceHandler) EstablishKMEs(context.Context, *connect.Request[v1.EstablishKMEsRequest], *connect.ServerStream[v1.EstablishKMEsResponse]) error {
-	return connect.NewError(connect.CodeUnimplemented, errors.New("kme.v1.KeyService.EstablishKMEs is not implemented"))
 }
 
 func (UnimplementedKeyServiceHandler) ReportAuthentication(context.Context, *connect.Request[v1.ReportAuthenticationRequest]) (*connect.Response[v1.ReportAuthenticationResponse], error) {

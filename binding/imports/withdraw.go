@@ -1,40 +1,41 @@
-package binding
+package imports
 
 import (
 	"context"
 	"fmt"
 	"time"
 
+	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 )
 
 // NewVerdict is a decision of now.
-func NewVerdict(withdrawn bool, by, reason string) (v Verdict, err error) {
+func NewVerdict(withdrawn bool, by, reason string) (v binding.Verdict, err error) {
 	if reason, err = directory.CheckReason(reason); err != nil {
 		return v, err
 	}
-	return Verdict{withdrawn, by, reason, time.Now().UTC().Truncate(time.Millisecond)}, nil
+	return binding.Verdict{Withdrawn: withdrawn, By: by, Reason: reason, Time: time.Now().UTC().Truncate(time.Millisecond)}, nil
 }
 
-func distrustedError(manufacturer string, v Verdict) error {
+func distrustedError(manufacturer string, v binding.Verdict) error {
 	return fmt.Errorf("manufacturer %s is distrusted, %s; if that is over, run keysvc manufacturer trust first", manufacturer, v)
 }
 
 // Distrust has none of a manufacturer's lots served any more, and its enrolments and grants refused. Bindings stand,
 // and the keys stay in the token. It gives the verdict that stands: an earlier one stays.
-func Distrust(ctx context.Context, registry Registry, manufacturer string, v Verdict) (Verdict, error) {
-	return registry.Decide(ctx, manufacturer, "", v, func([]*Lot) error { return nil })
+func Distrust(ctx context.Context, registry binding.Registry, manufacturer string, v binding.Verdict) (binding.Verdict, error) {
+	return registry.Decide(ctx, manufacturer, "", v, func([]*binding.Lot) error { return nil })
 }
 
 // Trust ends what Distrust began. It fails if the IMEIs of a lot are by now those of another one, or a TAC that of
 // another manufacturer.
-func Trust(ctx context.Context, registry Registry, manufacturer string, v Verdict) (Verdict, error) {
+func Trust(ctx context.Context, registry binding.Registry, manufacturer string, v binding.Verdict) (binding.Verdict, error) {
 	manufacturers, err := registry.Manufacturers(ctx)
 	if err != nil {
-		return Verdict{}, err
+		return binding.Verdict{}, err
 	}
-	return registry.Decide(ctx, manufacturer, "", v, func(all []*Lot) error {
+	return registry.Decide(ctx, manufacturer, "", v, func(all []*binding.Lot) error {
 		for _, m := range manufacturers {
 			if m.KeyID == manufacturer {
 				if err := checkPins(all, manufacturers, m); err != nil {
@@ -57,24 +58,24 @@ func Trust(ctx context.Context, registry Registry, manufacturer string, v Verdic
 // RetireLot has a lot served no more, and destroys its key in the token. Bindings stand. It gives the verdict that
 // stands: an earlier one stays, and the key is destroyed all the same. A factory's token has the lot's own key under
 // the same name.
-func RetireLot(ctx context.Context, token IntakeToken, registry Registry, lot *Lot, v Verdict) (Verdict, error) {
+func RetireLot(ctx context.Context, token Token, registry binding.Registry, lot *binding.Lot, v binding.Verdict) (binding.Verdict, error) {
 	if err := token.MustBe(ctx, hsmkeys.Operator); err != nil {
-		return Verdict{}, err
+		return binding.Verdict{}, err
 	}
-	stands, err := registry.Decide(ctx, lot.Manufacturer, lot.Manifest.Lot, v, func([]*Lot) error { return nil })
+	stands, err := registry.Decide(ctx, lot.Manufacturer, lot.Manifest.Lot, v, func([]*binding.Lot) error { return nil })
 	if err != nil {
 		return stands, err
 	}
-	return stands, token.RemoveLotKey(ctx, lotKey(lot.Manufacturer, lot.Manifest.Lot))
+	return stands, token.RemoveLotKey(ctx, lot.Key())
 }
 
 // FindLot gives the lot of a name; manufacturer may be empty where the name is one lot's only.
-func FindLot(ctx context.Context, registry Registry, name, manufacturer string) (*Lot, error) {
+func FindLot(ctx context.Context, registry binding.Registry, name, manufacturer string) (*binding.Lot, error) {
 	lots, err := registry.Lots(ctx)
 	if err != nil {
 		return nil, err
 	}
-	var found *Lot
+	var found *binding.Lot
 	for _, l := range lots {
 		if l.Manifest.Lot != name || manufacturer != "" && l.Manufacturer != manufacturer {
 			continue

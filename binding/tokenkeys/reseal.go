@@ -1,4 +1,4 @@
-package binding
+package tokenkeys
 
 import (
 	"context"
@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -16,7 +17,7 @@ import (
 // A Sealed is a KME as a binding has it.
 type Sealed struct {
 	IMSI  kme.IMSI
-	State State
+	State binding.State
 	KME   []byte
 }
 
@@ -134,7 +135,7 @@ func resealPass(ctx context.Context, token Resealer, store SealedStore, below []
 		var good []Resealed
 		for i, s := range batch {
 			if failed[i] == nil {
-				good = append(good, Resealed{s, again[i]})
+				good = append(good, Resealed{Sealed: s, Again: again[i]})
 				continue
 			}
 			if damaged.IMSIs = append(damaged.IMSIs, s.IMSI.String()); damaged.Cause == nil {

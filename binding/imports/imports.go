@@ -1,4 +1,5 @@
-package binding
+// Package imports enters what manufacturers hand over, enrolments and lots, and ends what it has entered.
+package imports
 
 import (
 	"context"
@@ -6,93 +7,48 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 	"time"
 
+	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// An IntakeToken is what taking in enrolments and lots needs of the operator's HSM.
-type IntakeToken interface {
+// A Token is what imports need of the operator's HSM.
+type Token interface {
 	TransportKeys(ctx context.Context) ([]*rsa.PublicKey, error)
 	DestroyTransportKey(ctx context.Context, pub *rsa.PublicKey) error
 	Has(ctx context.Context, k hsmkeys.Key) (bool, error)
 	UnwrapKEK(ctx context.Context, kek hsmkeys.Key, transport *rsa.PublicKey, wrapped []byte) error
-	UnwrapLotKey(ctx context.Context, lot, kek hsmkeys.Key, wrapped []byte, pub *rsa.PublicKey) (taken bool, err error)
+	UnwrapLotKey(ctx context.Context, lot, kek hsmkeys.Key, wrapped []byte, pub *rsa.PublicKey) (fresh bool, err error)
 	RemoveLotKey(ctx context.Context, k hsmkeys.Key) error
 	MustBe(ctx context.Context, side hsmkeys.Side) error
 }
 
-// An InitToken is what Init needs of the operator's HSM.
-type InitToken interface {
-	DedicateToken
-	MarkToken
-	EnsureStorageKey(ctx context.Context) (created bool, err error)
-	EnsureLedgerKey(ctx context.Context) (created bool, err error)
+// An Enrolment is what a manufacturer has handed over, and what else the operator knows of it.
+type Enrolment struct {
+	JWS        []byte // signed by the manufacturer
+	PEM        []byte // the manufacturer's key, which did not come with the enrolment
+	Thumbprint string // of that key, as the manufacturer has read it out
+	Directory  string // where its public keys are; empty for the service's default
+	TACs       []kme.TAC
 }
 
-// A DedicateToken is what Dedicate needs of it.
-type DedicateToken interface {
-	Weaknesses(ctx context.Context, side hsmkeys.Side) ([]hsmkeys.Finding, error)
-	Weak(ctx context.Context) ([]string, error)
-	Dedicate(ctx context.Context, d hsmkeys.Dedication) (created bool, err error)
-}
-
-// Init is Dedicate, and makes the token's storage key, ledger key and high-water mark unless it has them.
-func Init(ctx context.Context, token InitToken, accept bool) (created bool, weak []string, err error) {
-	created, weak, err = Dedicate(ctx, token, accept)
-	mark := func(ctx context.Context) (bool, error) { return ensureMark(ctx, token) }
-	for _, ensure := range []func(context.Context) (bool, error){token.EnsureStorageKey, token.EnsureLedgerKey, mark} {
-		if err != nil {
-			return false, nil, err
-		}
-		var made bool
-		made, err = ensure(ctx)
-		created = created || made
-	}
-	return created, weak, err
-}
-
-// Dedicate makes the token the operator's, unless that was done. A token that does not do what the secrecy of keys
-// rests on is refused, unless it is accepted as it is: then weak is what it does not do, and the token itself says so
-// from then on.
-func Dedicate(ctx context.Context, token DedicateToken, accept bool) (created bool, weak []string, err error) {
-	weak, err = token.Weak(ctx)
-	if errors.Is(err, hsmkeys.ErrNotDedicated) {
-		var found []hsmkeys.Finding
-		if found, err = token.Weaknesses(ctx, hsmkeys.Operator); len(found) > 0 {
-			weak = hsmkeys.Sentences(found)
-			if !accept {
-				return false, weak, fmt.Errorf("the token was tried, and keys would not be safe in it: %s: use another token; or accept this one with --accept-weak-token, "+
-					"and the service says so in its log and at /readyz for ever", strings.Join(weak, "; "))
-			}
-		}
-	}
-	if err != nil {
-		return false, nil, err
-	}
-	created, err = token.Dedicate(ctx, hsmkeys.Dedication{Side: hsmkeys.Operator, Weak: weak})
-	return created, weak, err
-}
-
-// Enroll takes a manufacturer's enrolment: it pins the manufacturer's key, takes the operator's KEK into the token, and
-// destroys the transport key that the KEK came under. pem is the manufacturer's key, and thumbprint what the
-// manufacturer has read out of it, neither of which came with the enrolment. The KEK of an earlier enrolment with the
-// same generation is replaced; one of another generation is taken beside those that are there. An enrolment that was
-// taken before changes nothing but the directory.
-func Enroll(ctx context.Context, token IntakeToken, registry Registry, jws, pem []byte, thumbprint, directoryURL string,
-	tacs ...kme.TAC) (*Manufacturer, error) {
-	verifier, err := directory.ParseVerifier(pem)
+// Enroll imports a manufacturer's enrolment: it pins the manufacturer's key, takes the operator's KEK into the token, and
+// destroys the transport key that the KEK came under. The KEK of an earlier enrolment with the same generation is
+// replaced; one of another generation is imported beside those that are there. Without TACs those of the enrolment before
+// stay. An enrolment that was imported before changes nothing but the directory.
+func Enroll(ctx context.Context, token Token, registry binding.Registry, by Enrolment) (*binding.Manufacturer, error) {
+	verifier, err := directory.ParseVerifier(by.PEM)
 	if err != nil {
 		return nil, fmt.Errorf("the manufacturer's key: %w", err)
 	}
-	if err := directory.CheckThumbprint(verifier.KeyID(), thumbprint); err != nil {
+	if err := directory.CheckThumbprint(verifier.KeyID(), by.Thumbprint); err != nil {
 		return nil, fmt.Errorf("the manufacturer's key: %w", err)
 	}
 	var e directory.Enrolment
-	if err := verifier.Verify(directory.TypeEnrolment, "the enrolment", jws, &e); err != nil {
+	if err := verifier.Verify(directory.TypeEnrolment, "the enrolment", by.JWS, &e); err != nil {
 		return nil, err
 	}
 	if err := e.Validate(); err != nil {
@@ -112,11 +68,13 @@ func Enroll(ctx context.Context, token IntakeToken, registry Registry, jws, pem 
 		if m.Verdict.Withdrawn {
 			return nil, distrustedError(m.KeyID, m.Verdict)
 		}
-		if len(tacs) == 0 {
-			tacs = m.TACs
+		if len(by.TACs) == 0 {
+			by.TACs = m.TACs
 		}
 	}
-	m := &Manufacturer{KeyID: e.Manufacturer, PEM: string(pem), Operator: e.Operator, Directory: directoryURL, TACs: tacs, Enrolled: time.Now()}
+	m := &binding.Manufacturer{
+		KeyID: e.Manufacturer, PEM: string(by.PEM), Operator: e.Operator, Directory: by.Directory, TACs: by.TACs, Enrolled: time.Now(),
+	}
 	lots, err := registry.Lots(ctx)
 	if err == nil {
 		err = checkPins(lots, manufacturers, m)
@@ -134,7 +92,7 @@ func Enroll(ctx context.Context, token IntakeToken, registry Registry, jws, pem 
 	}
 	at := slices.IndexFunc(transports, func(pub *rsa.PublicKey) bool { return directory.RSAThumbprint(pub) == e.TransportKey })
 	if at < 0 {
-		return m, enrolledBefore(ctx, token, registry, m, &e, kek)
+		return m, enrolledBefore(ctx, token, registry, manufacturers, m, &e, kek)
 	}
 	if err := token.UnwrapKEK(ctx, kek, transports[at], e.Wrapped); err != nil {
 		return nil, err
@@ -147,7 +105,7 @@ func Enroll(ctx context.Context, token IntakeToken, registry Registry, jws, pem 
 
 // checkPins fails if a TAC that m is to have is another's, pinned to it or in a lot of its that is served, or if a lot
 // of m's has one that m is not to have.
-func checkPins(lots []*Lot, manufacturers []*Manufacturer, m *Manufacturer) error {
+func checkPins(lots []*binding.Lot, manufacturers []*binding.Manufacturer, m *binding.Manufacturer) error {
 	for _, t := range m.TACs {
 		if o := pinned(t, manufacturers, m); o != nil {
 			return fmt.Errorf("TAC %s is pinned to manufacturer %s: settle it with who made the devices", t, o.KeyID)
@@ -171,8 +129,8 @@ func checkPins(lots []*Lot, manufacturers []*Manufacturer, m *Manufacturer) erro
 
 // pinned is the manufacturer, another than m, that a TAC is pinned to, or nil. A distrusted one has none: its devices
 // may be another's, under a new signing key.
-func pinned(t kme.TAC, manufacturers []*Manufacturer, m *Manufacturer) *Manufacturer {
-	i := slices.IndexFunc(manufacturers, func(o *Manufacturer) bool {
+func pinned(t kme.TAC, manufacturers []*binding.Manufacturer, m *binding.Manufacturer) *binding.Manufacturer {
+	i := slices.IndexFunc(manufacturers, func(o *binding.Manufacturer) bool {
 		return o.KeyID != m.KeyID && !o.Verdict.Withdrawn && slices.Contains(o.TACs, t)
 	})
 	if i < 0 {
@@ -182,7 +140,7 @@ func pinned(t kme.TAC, manufacturers []*Manufacturer, m *Manufacturer) *Manufact
 }
 
 // checkTACs fails if a lot of m's has a TAC that m may not have.
-func checkTACs(lot *directory.Manifest, manufacturers []*Manufacturer, m *Manufacturer) error {
+func checkTACs(lot *directory.Manifest, manufacturers []*binding.Manufacturer, m *binding.Manufacturer) error {
 	for _, r := range lot.Ranges {
 		if o := pinned(r.TAC, manufacturers, m); o != nil {
 			return fmt.Errorf("lot %s has TAC %s, which is pinned to manufacturer %s: settle it with who made them",
@@ -196,28 +154,27 @@ func checkTACs(lot *directory.Manifest, manufacturers []*Manufacturer, m *Manufa
 	return nil
 }
 
-// enrolledBefore is Enroll where the transport key is gone: it went with an enrolment that was taken, or was never
+// enrolledBefore is Enroll where the transport key is gone: it went with an enrolment that was imported, or was never
 // here.
-func enrolledBefore(ctx context.Context, token IntakeToken, registry Registry, m *Manufacturer, e *directory.Enrolment, kek hsmkeys.Key) error {
+func enrolledBefore(ctx context.Context, token Token, registry binding.Registry, manufacturers []*binding.Manufacturer,
+	m *binding.Manufacturer, e *directory.Enrolment, kek hsmkeys.Key) error {
 	has, err := token.Has(ctx, kek)
 	if err != nil {
 		return err
 	}
-	all, err := registry.Manufacturers(ctx)
-	if err != nil {
-		return err
-	}
-	enrolled := slices.ContainsFunc(all, func(o *Manufacturer) bool { return o.KeyID == m.KeyID && o.Operator == m.Operator })
+	enrolled := slices.ContainsFunc(manufacturers, func(o *binding.Manufacturer) bool {
+		return o.KeyID == m.KeyID && o.Operator == m.Operator
+	})
 	if !has || !enrolled {
 		return fmt.Errorf("the enrolment was made for transport key %s, which this token has not got: make one with keysvc transport new, and have the manufacturer enrol that", e.TransportKey)
 	}
 	return registry.PutManufacturer(ctx, m)
 }
 
-// ImportLot takes a granted lot: it takes the lot's private key into the token, proves with a decryption that it is the
+// ImportLot imports a granted lot: it takes the lot's private key into the token, proves with a decryption that it is the
 // key of the manifest's modulus, and enters the lot. The same grant again changes nothing. A lot that was retired is
 // refused, unless again is the verdict that it is served again.
-func ImportLot(ctx context.Context, token IntakeToken, registry Registry, jws []byte, again *Verdict) (*Lot, error) {
+func ImportLot(ctx context.Context, token Token, registry binding.Registry, jws []byte, again *binding.Verdict) (*binding.Lot, error) {
 	manufacturers, err := registry.Manufacturers(ctx)
 	if err != nil {
 		return nil, err
@@ -237,8 +194,8 @@ func ImportLot(ctx context.Context, token IntakeToken, registry Registry, jws []
 	return nil, fmt.Errorf("the grant is signed by %s, a manufacturer who is not enrolled", signer)
 }
 
-func importLot(ctx context.Context, token IntakeToken, registry Registry, manufacturers []*Manufacturer, m *Manufacturer, jws []byte,
-	again *Verdict) (*Lot, error) {
+func importLot(ctx context.Context, token Token, registry binding.Registry, manufacturers []*binding.Manufacturer, m *binding.Manufacturer, jws []byte,
+	again *binding.Verdict) (*binding.Lot, error) {
 	if m.Verdict.Withdrawn {
 		return nil, distrustedError(m.KeyID, m.Verdict)
 	}
@@ -267,8 +224,8 @@ func importLot(ctx context.Context, token IntakeToken, registry Registry, manufa
 	if err := checkTACs(manifest, manufacturers, m); err != nil {
 		return nil, err
 	}
-	lot := &Lot{Manufacturer: m.KeyID, Manifest: manifest, ManifestJWS: g.Manifest, Imported: time.Now()}
-	check := func(all []*Lot) error { return checkLot(lot, all, again != nil) }
+	lot := &binding.Lot{Manufacturer: m.KeyID, Manifest: manifest, ManifestJWS: g.Manifest, Imported: time.Now()}
+	check := func(all []*binding.Lot) error { return checkLot(lot, all, again != nil) }
 	// Before the key is in the token, so that a refusal leaves nothing there; again when it is entered.
 	all, err := registry.Lots(ctx)
 	if err == nil {
@@ -277,8 +234,7 @@ func importLot(ctx context.Context, token IntakeToken, registry Registry, manufa
 	if err != nil {
 		return nil, err
 	}
-	key := lotKey(m.KeyID, manifest.Lot)
-	taken, err := token.UnwrapLotKey(ctx, key, kek, g.Wrapped, manifest.PublicKey())
+	fresh, err := token.UnwrapLotKey(ctx, lot.Key(), kek, g.Wrapped, manifest.PublicKey())
 	if errors.Is(err, hsmkeys.ErrNoKey) {
 		return nil, fmt.Errorf("lot %s was wrapped under generation %d of the KEK, which this token has not got: have the manufacturer's enrolment with that one, and run keysvc enroll: %w", manifest.Lot, max(kek.Generation, 1), err)
 	}
@@ -286,8 +242,8 @@ func importLot(ctx context.Context, token IntakeToken, registry Registry, manufa
 		return nil, fmt.Errorf("lot %s: %w", manifest.Lot, err)
 	}
 	if err := registry.PutLot(ctx, lot, check); err != nil {
-		if taken {
-			err = errors.Join(err, token.RemoveLotKey(context.WithoutCancel(ctx), key))
+		if fresh {
+			err = errors.Join(err, token.RemoveLotKey(context.WithoutCancel(ctx), lot.Key()))
 		}
 		return nil, err
 	}
@@ -299,9 +255,9 @@ func importLot(ctx context.Context, token IntakeToken, registry Registry, manufa
 	return lot, nil
 }
 
-// checkLot refuses a lot that is not the one taken before under its name, that was retired, unless again, or whose
+// checkLot refuses a lot that is not the one imported before under its name, that was retired, unless again, or whose
 // IMEIs are another lot's that is served, whoever made that.
-func checkLot(lot *Lot, all []*Lot, again bool) error {
+func checkLot(lot *binding.Lot, all []*binding.Lot, again bool) error {
 	for _, other := range all {
 		if other.Manufacturer == lot.Manufacturer && other.Manifest.Lot == lot.Manifest.Lot {
 			if other.ManifestJWS != lot.ManifestJWS {

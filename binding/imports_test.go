@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/imports"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
@@ -53,7 +54,7 @@ func checkSays(t *testing.T, name string, err error, want string) {
 }
 
 // checkLeft insists on what is in the token and the database.
-func checkLeft(t *testing.T, name string, r *rig, keys map[hsmkeys.Key]bool, manufacturers, lots int) {
+func checkLeft(t *testing.T, name string, r *harness, keys map[hsmkeys.Key]bool, manufacturers, lots int) {
 	t.Helper()
 	for k, want := range keys {
 		if has := must[bool](t)(r.token.Has(t.Context(), k)); has != want {
@@ -69,21 +70,21 @@ func checkLeft(t *testing.T, name string, r *rig, keys map[hsmkeys.Key]bool, man
 }
 
 func TestEnroll(t *testing.T) {
-	r, m, other := newRig(t), newMaker(t), newMaker(t)
+	r, m, other := newHarness(t), newMaker(t), newMaker(t)
 	// Everybody has read out what the key given says.
 	enroll := func(jws, pem []byte) (*binding.Manufacturer, error) {
 		readOut := ""
 		if v, err := directory.ParseVerifier(pem); err == nil {
 			readOut = v.KeyID()
 		}
-		return binding.Enroll(t.Context(), r.token, r.store, jws, pem, readOut, "file:"+m.dir)
+		return imports.Enroll(t.Context(), r.token, r.store, imports.Enrolment{JWS: jws, PEM: pem, Thumbprint: readOut, Directory: "file:" + m.dir})
 	}
 	good := m.sign(t, directory.TypeEnrolment, m.enrolment(t, r))
 	transport := r.transport(t)
 	elsewhere := vectors(t).lot(t, "lot-3072")
 
 	for _, readOut := range []string{"", other.KeyID(), m.KeyID()[1:]} {
-		_, err := binding.Enroll(t.Context(), r.token, r.store, good, m.pem, readOut, "file:"+m.dir)
+		_, err := imports.Enroll(t.Context(), r.token, r.store, imports.Enrolment{JWS: good, PEM: m.pem, Thumbprint: readOut, Directory: "file:" + m.dir})
 		checkSays(t, "another thumbprint read out", err, "read it out again")
 	}
 	type refusal struct {
@@ -160,7 +161,7 @@ func TestEnroll(t *testing.T) {
 	rand.Read(m.kek)
 	r.readers[m.KeyID()] = m.reader(t)
 	must[*binding.Manufacturer](t)(enroll(m.sign(t, directory.TypeEnrolment, m.enrolment(t, r)), m.pem))
-	if _, err := binding.ImportLot(t.Context(), r.token, r.store, old, nil); err == nil {
+	if _, err := imports.ImportLot(t.Context(), r.token, r.store, old, nil); err == nil {
 		t.Error("a grant under the replaced KEK was imported")
 	}
 	checkLeft(t, "a grant under the replaced KEK", r, map[hsmkeys.Key]bool{m.lotKey("L1"): false}, 1, 0)
@@ -169,9 +170,9 @@ func TestEnroll(t *testing.T) {
 }
 
 func TestImportLot(t *testing.T) {
-	r, m, other := newRig(t), newMaker(t), newMaker(t)
+	r, m, other := newHarness(t), newMaker(t), newMaker(t)
 	importLot := func(jws []byte) (*binding.Lot, error) {
-		return binding.ImportLot(t.Context(), r.token, r.store, jws, nil)
+		return imports.ImportLot(t.Context(), r.token, r.store, jws, nil)
 	}
 	l := m.newLot(t, "L2", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 10, newDevices(t, 10)...)
 	good := m.sign(t, directory.TypeGrant, m.grant(t, l))
@@ -283,7 +284,7 @@ func TestImportLot(t *testing.T) {
 
 // What a manufacturer has signed is believed, but not followed blindly: a file that does not hold together is refused.
 func TestInvalidFiles(t *testing.T) {
-	r, m := newRig(t), newMaker(t)
+	r, m := newHarness(t), newMaker(t)
 	for _, c := range []struct {
 		name   string
 		change func(e *directory.Enrolment)
@@ -297,7 +298,7 @@ func TestInvalidFiles(t *testing.T) {
 		e := m.enrolment(t, r)
 		c.change(e)
 		e.KEK = hsmkeys.Key{Role: hsmkeys.RoleKEK, Manufacturer: m.KeyID(), Name: e.Operator}.HexID()
-		_, err := binding.Enroll(t.Context(), r.token, r.store, m.sign(t, directory.TypeEnrolment, e), m.pem, m.KeyID(), "")
+		_, err := imports.Enroll(t.Context(), r.token, r.store, imports.Enrolment{JWS: m.sign(t, directory.TypeEnrolment, e), PEM: m.pem, Thumbprint: m.KeyID()})
 		checkSays(t, c.name, err, c.want)
 	}
 	r.enroll(t, m)
@@ -305,7 +306,7 @@ func TestInvalidFiles(t *testing.T) {
 		l := m.newLot(t, fmt.Sprint("L", i), kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), i, newDevices(t, 1)...)
 		g := m.grant(t, l)
 		g.Algorithm = algorithm
-		_, err := binding.ImportLot(t.Context(), r.token, r.store, m.sign(t, directory.TypeGrant, g), nil)
+		_, err := imports.ImportLot(t.Context(), r.token, r.store, m.sign(t, directory.TypeGrant, g), nil)
 		checkSays(t, "a grant by algorithm "+algorithm, err, directory.A256KWP)
 	}
 }
@@ -324,24 +325,24 @@ func (o overtaken) Lots(ctx context.Context) ([]*binding.Lot, error) {
 
 // Of two lots with the same IMEIs that are imported at once one is refused, and its key does not stay in the token.
 func TestImportOvertaken(t *testing.T) {
-	r, a, b := newRig(t), newMaker(t), newMaker(t)
+	r, a, b := newHarness(t), newMaker(t), newMaker(t)
 	r.enroll(t, a)
 	r.enroll(t, b)
 	first := a.newLot(t, "L1", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 1)...)
 	second := b.newLot(t, "L1", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 1)...)
 	registry := overtaken{r.store, func() { r.take(t, a, first) }}
-	_, err := binding.ImportLot(t.Context(), r.token, registry, b.sign(t, directory.TypeGrant, b.grant(t, second)), nil)
+	_, err := imports.ImportLot(t.Context(), r.token, registry, b.sign(t, directory.TypeGrant, b.grant(t, second)), nil)
 	checkSays(t, "a lot whose IMEIs were taken meanwhile", err, "settle it with who made them")
 	checkLeft(t, "a lot whose IMEIs were taken meanwhile", r, map[hsmkeys.Key]bool{a.lotKey("L1"): true, b.lotKey("L1"): false}, 2, 1)
 }
 
 // A TAC is pinned to a manufacturer: no other has a lot of it, and it has no lot of another TAC.
 func TestPinnedTACs(t *testing.T) {
-	r, one, two := newRig(t), newMaker(t), newMaker(t)
+	r, one, two := newHarness(t), newMaker(t), newMaker(t)
 	tac := func(s string) kme.TAC { return must[kme.TAC](t)(kme.ParseTAC(s)) }
 	key := vectors(t).lot(t, "lot-2048")
 	enroll := func(m *maker, tacs ...kme.TAC) (*binding.Manufacturer, error) {
-		return binding.Enroll(t.Context(), r.token, r.store, m.sign(t, directory.TypeEnrolment, m.enrolment(t, r)), m.pem, m.KeyID(), "file:"+m.dir, tacs...)
+		return imports.Enroll(t.Context(), r.token, r.store, imports.Enrolment{JWS: m.sign(t, directory.TypeEnrolment, m.enrolment(t, r)), PEM: m.pem, Thumbprint: m.KeyID(), Directory: "file:" + m.dir, TACs: tacs})
 	}
 	refused := func(what string, err error, want string) {
 		t.Helper()
@@ -354,7 +355,7 @@ func TestPinnedTACs(t *testing.T) {
 		testTAC = of
 		l := m.newLot(t, name, kme.SuiteECDSA, key, 1, newDevices(t, 1)...)
 		testTAC = was
-		_, err := binding.ImportLot(t.Context(), r.token, r.store, m.sign(t, directory.TypeGrant, m.grant(t, l)), nil)
+		_, err := imports.ImportLot(t.Context(), r.token, r.store, m.sign(t, directory.TypeGrant, m.grant(t, l)), nil)
 		return err
 	}
 	must[*binding.Manufacturer](t)(enroll(one, tac("35000001"), tac("35000002")))
@@ -378,41 +379,41 @@ func TestPinnedTACs(t *testing.T) {
 			t.Errorf("%s has %v", m.KeyID, m.TACs)
 		}
 	}
-	v := must[binding.Verdict](t)(binding.NewVerdict(true, "somebody", "its key is lost"))
-	must[binding.Verdict](t)(binding.Distrust(t.Context(), r.store, one.KeyID(), v))
+	v := must[binding.Verdict](t)(imports.NewVerdict(true, "somebody", "its key is lost"))
+	must[binding.Verdict](t)(imports.Distrust(t.Context(), r.store, one.KeyID(), v))
 	if err := grant(two, "E", "35000002"); err != nil {
 		t.Errorf("a TAC of a manufacturer that is distrusted: %v", err)
 	}
-	again := must[binding.Verdict](t)(binding.NewVerdict(false, "somebody", "it was found"))
-	_, err = binding.Trust(t.Context(), r.store, one.KeyID(), again)
+	again := must[binding.Verdict](t)(imports.NewVerdict(false, "somebody", "it was found"))
+	_, err = imports.Trust(t.Context(), r.store, one.KeyID(), again)
 	refused("trusted again, with a TAC of another's lot", err, "lot E of manufacturer "+two.KeyID())
 }
 
 // A manufacturer's lots have its TACs alone, also those that were taken before it was pinned; and a TAC that was pinned
 // to another while a manufacturer was distrusted stays that one's.
 func TestPinnedLater(t *testing.T) {
-	r, one, two := newRig(t), newMaker(t), newMaker(t)
+	r, one, two := newHarness(t), newMaker(t), newMaker(t)
 	other := must[kme.TAC](t)(kme.ParseTAC("35000001"))
 	own := must[kme.TAC](t)(kme.ParseTAC(testTAC))
 	enroll := func(m *maker, tacs ...kme.TAC) error {
-		_, err := binding.Enroll(t.Context(), r.token, r.store, m.sign(t, directory.TypeEnrolment, m.enrolment(t, r)), m.pem, m.KeyID(), "file:"+m.dir, tacs...)
+		_, err := imports.Enroll(t.Context(), r.token, r.store, imports.Enrolment{JWS: m.sign(t, directory.TypeEnrolment, m.enrolment(t, r)), PEM: m.pem, Thumbprint: m.KeyID(), Directory: "file:" + m.dir, TACs: tacs})
 		return err
 	}
 	if err := enroll(one); err != nil {
 		t.Fatal(err)
 	}
 	l := one.newLot(t, "L1", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 1)...)
-	must[*binding.Lot](t)(binding.ImportLot(t.Context(), r.token, r.store, one.sign(t, directory.TypeGrant, one.grant(t, l)), nil))
+	must[*binding.Lot](t)(imports.ImportLot(t.Context(), r.token, r.store, one.sign(t, directory.TypeGrant, one.grant(t, l)), nil))
 	checkSays(t, "pinned to another TAC than its lot has", enroll(one, other), "lot L1 has TAC "+testTAC)
 	if err := enroll(one, own, other); err != nil {
 		t.Fatal(err)
 	}
 	checkSays(t, "with fewer TACs than its lots have", enroll(one, other), "lot L1 has TAC "+testTAC)
 
-	must[binding.Verdict](t)(binding.Distrust(t.Context(), r.store, one.KeyID(), verdict(t, true, "its key is lost")))
+	must[binding.Verdict](t)(imports.Distrust(t.Context(), r.store, one.KeyID(), verdict(t, true, "its key is lost")))
 	if err := enroll(two, other); err != nil {
 		t.Fatal(err)
 	}
-	_, err := binding.Trust(t.Context(), r.store, one.KeyID(), verdict(t, false, "it was found"))
+	_, err := imports.Trust(t.Context(), r.store, one.KeyID(), verdict(t, false, "it was found"))
 	checkSays(t, "trusted again", err, "TAC 35000001 is pinned to manufacturer "+two.KeyID())
 }

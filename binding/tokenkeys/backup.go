@@ -1,4 +1,4 @@
-package binding
+package tokenkeys
 
 import (
 	"context"
@@ -11,6 +11,8 @@ import (
 	"slices"
 	"time"
 
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/mark"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 )
@@ -18,13 +20,13 @@ import (
 // A backup carries a token's storage and ledger key to another token of the operator's, and how far the ledger had come.
 // Nobody signs it: an operator's token has no key for that.
 type backup struct {
-	Type       string      `json:"typ"`   // typeBackup
-	Token      string      `json:"token"` // the serial number of the token whose keys they are
-	Created    time.Time   `json:"created"`
-	RestoreKey string      `json:"restore_key"` // RFC 7638 thumbprint of the key that they are wrapped under
-	Algorithm  string      `json:"alg"`
-	Keys       []backupKey `json:"keys"`
-	Mark       *Mark       `json:"mark,omitempty"`
+	Type       string        `json:"typ"`   // typeBackup
+	Token      string        `json:"token"` // the serial number of the token whose keys they are
+	Created    time.Time     `json:"created"`
+	RestoreKey string        `json:"restore_key"` // RFC 7638 thumbprint of the key that they are wrapped under
+	Algorithm  string        `json:"alg"`
+	Keys       []backupKey   `json:"keys"`
+	Mark       *binding.Mark `json:"mark,omitempty"`
 }
 
 type backupKey struct {
@@ -37,10 +39,13 @@ type backupKey struct {
 const typeBackup = "kme-token-backup"
 
 // NewBackup makes the file, and what identifies it: the SHA-256 of its bytes, for people to read out.
-func NewBackup(token string, to *rsa.PublicKey, keys []hsmkeys.Carried, mark *Mark) (data []byte, thumbprint string, err error) {
-	b := backup{typeBackup, token, time.Now().UTC().Truncate(time.Second), directory.RSAThumbprint(to), directory.RSAOAEP, nil, mark}
+func NewBackup(token string, to *rsa.PublicKey, keys []hsmkeys.Carried, mark *binding.Mark) (data []byte, thumbprint string, err error) {
+	b := backup{
+		Type: typeBackup, Token: token, Created: time.Now().UTC().Truncate(time.Second), RestoreKey: directory.RSAThumbprint(to),
+		Algorithm: directory.RSAOAEP, Mark: mark,
+	}
 	for _, k := range keys {
-		b.Keys = append(b.Keys, backupKey{k.Key.Role, k.Key.Generation, k.Wrapped, k.Check})
+		b.Keys = append(b.Keys, backupKey{Role: k.Key.Role, Generation: k.Key.Generation, Wrapped: k.Wrapped, Check: k.Check})
 	}
 	data, err = json.MarshalIndent(b, "", "  ")
 	data = append(data, '\n')
@@ -54,7 +59,7 @@ func backupThumbprint(data []byte) string {
 
 // A RestoreToken is what Restore needs of the operator's HSM.
 type RestoreToken interface {
-	MarkToken
+	mark.Token
 	RestoreKeys(ctx context.Context) ([]*rsa.PublicKey, error)
 	CarryIn(ctx context.Context, to *rsa.PublicKey, all []hsmkeys.Carried) ([]hsmkeys.Key, error)
 	DestroyRestoreKey(ctx context.Context, pub *rsa.PublicKey) error
@@ -97,7 +102,7 @@ func Restore(ctx context.Context, token RestoreToken, data []byte, thumbprint st
 	case err != nil:
 		return taken, err
 	}
-	if err := raiseMark(ctx, token, b.Mark); err != nil || to.N == nil {
+	if err := mark.RaiseTo(ctx, token, b.Mark); err != nil || to.N == nil {
 		return taken, err
 	}
 	return taken, token.DestroyRestoreKey(ctx, to)

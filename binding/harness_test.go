@@ -2,7 +2,6 @@ package binding_test
 
 import (
 	"bytes"
-	"context"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -11,23 +10,19 @@ import (
 	"crypto/sha1"
 	"crypto/sha256"
 	"crypto/x509"
-	"encoding/hex"
-	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"log/slog"
 	"os"
-	"path/filepath"
-	"slices"
-	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/tink-crypto/tink-go/v2/kwp/subtle"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/imports"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/directory/filestore"
@@ -79,8 +74,8 @@ func newRANDs(n int) (all [][]byte) {
 	return all
 }
 
-// A rig is an operator: a real token and a real database, and a recorder between them and the service.
-type rig struct {
+// A harness is an operator: a real token and a real database, and a recorder between them and the service.
+type harness struct {
 	token    *hsmkeys.Token
 	tokenURI string
 	soPIN    string // where the security officer's is
@@ -91,7 +86,7 @@ type rig struct {
 	readers  map[string]*directory.Reader
 }
 
-func newRig(t testing.TB) *rig {
+func newHarness(t testing.TB) *harness {
 	t.Helper()
 	ctx := t.Context()
 	tok := softhsmtest.Operator(t)
@@ -101,12 +96,20 @@ func newRig(t testing.TB) *rig {
 	must[bool](t)(token.EnsureLedgerKey(ctx))
 	store := openStore(t, token, sqlstore.InFolder(t.TempDir()))
 	t.Cleanup(func() { store.Close() })
-	r := &rig{token: token, tokenURI: tok.URI, soPIN: "file:" + tok.SOPINFile, store: store, log: new(logBuffer), readers: map[string]*directory.Reader{}}
+	r := &harness{token: token, tokenURI: tok.URI, soPIN: "file:" + tok.SOPINFile, store: store, log: new(logBuffer), readers: map[string]*directory.Reader{}}
 	t.Cleanup(func() { r.token.Close() })
 	r.recorder = &recorder{Ledger: store, token: token, store: store}
-	r.service = binding.NewService(r.recorder, r.recorder, new(binding.Lots), times(),
-		slog.New(slog.NewJSONHandler(r.log, nil)))
+	r.service = r.newService(binding.Options{})
 	return r
+}
+
+// newService is one with the harness's recorder, log and, unless there are others, times.
+func (r *harness) newService(o binding.Options) *binding.Service {
+	o.Token, o.Store, o.Log = r.recorder, r.recorder, r.slog()
+	if o.Times.Now == nil {
+		o.Times = times()
+	}
+	return binding.NewService(o)
 }
 
 // openStore opens a store whose rows have their MACs under a token's key.
@@ -117,7 +120,7 @@ func openStore(t testing.TB, token *hsmkeys.Token, name string) *sqlstore.Store 
 }
 
 // transport is a transport key that waits for its enrolment.
-func (r *rig) transport(t testing.TB) *rsa.PublicKey {
+func (r *harness) transport(t testing.TB) *rsa.PublicKey {
 	t.Helper()
 	if all := must[[]*rsa.PublicKey](t)(r.token.TransportKeys(t.Context())); len(all) > 0 {
 		return all[0]
@@ -126,27 +129,27 @@ func (r *rig) transport(t testing.TB) *rsa.PublicKey {
 }
 
 // enroll takes a manufacturer in, and reads its directory.
-func (r *rig) enroll(t testing.TB, m *maker) {
+func (r *harness) enroll(t testing.TB, m *maker) {
 	t.Helper()
-	must[*binding.Manufacturer](t)(binding.Enroll(t.Context(), r.token, r.store, m.sign(t, directory.TypeEnrolment, m.enrolment(t, r)), m.pem, m.KeyID(), "file:"+m.dir))
+	must[*binding.Manufacturer](t)(imports.Enroll(t.Context(), r.token, r.store, imports.Enrolment{JWS: m.sign(t, directory.TypeEnrolment, m.enrolment(t, r)), PEM: m.pem, Thumbprint: m.KeyID(), Directory: "file:" + m.dir}))
 	r.readers[m.KeyID()] = m.reader(t)
 }
 
 // take imports a lot and serves it.
-func (r *rig) take(t testing.TB, m *maker, lot *lot) {
+func (r *harness) take(t testing.TB, m *maker, lot *lot) {
 	t.Helper()
-	must[*binding.Lot](t)(binding.ImportLot(t.Context(), r.token, r.store, m.sign(t, directory.TypeGrant, m.grant(t, lot)), nil))
+	must[*binding.Lot](t)(imports.ImportLot(t.Context(), r.token, r.store, m.sign(t, directory.TypeGrant, m.grant(t, lot)), nil))
 	r.serve(t)
 }
 
-func (r *rig) lots(t testing.TB) *binding.Lots {
+func (r *harness) lots(t testing.TB) *binding.Lots {
 	t.Helper()
 	return must[*binding.Lots](t)(binding.OpenLots(t.Context(), r.store, func(m *binding.Manufacturer) (*directory.Reader, error) {
 		return r.readers[m.KeyID], nil
 	}))
 }
 
-func (r *rig) serve(t testing.TB) {
+func (r *harness) serve(t testing.TB) {
 	t.Helper()
 	lots := r.lots(t)
 	r.service = r.service.WithLots(lots)
@@ -154,7 +157,7 @@ func (r *rig) serve(t testing.TB) {
 }
 
 // refresh has the service know what a maker has revoked, without the wait for revocation_ttl.
-func (r *rig) refresh(t testing.TB, m *maker, l *lot) {
+func (r *harness) refresh(t testing.TB, m *maker, l *lot) {
 	t.Helper()
 	if err := r.readers[m.KeyID()].Refresh(t.Context(), l.Manifest); err != nil {
 		t.Fatal(err)
@@ -162,7 +165,7 @@ func (r *rig) refresh(t testing.TB, m *maker, l *lot) {
 }
 
 // attempt opens an attempt as an HSS does.
-func (r *rig) attempt(t testing.TB, imsi string) string {
+func (r *harness) attempt(t testing.TB, imsi kme.IMSI) string {
 	t.Helper()
 	p := must[*binding.Prepared](t)(r.service.PrepareVector(t.Context(), imsi, newRANDs(1), here))
 	if p.AttemptID == "" {
@@ -172,7 +175,7 @@ func (r *rig) attempt(t testing.TB, imsi string) string {
 }
 
 // activate has a vector go out under an IMSI's pending binding, and reports success.
-func (r *rig) activate(t testing.TB, imsi string) {
+func (r *harness) activate(t testing.TB, imsi kme.IMSI) {
 	t.Helper()
 	if p := must[*binding.Prepared](t)(r.service.PrepareVector(t.Context(), imsi, newRANDs(1), here)); p.AttemptID != "" {
 		t.Fatalf("IMSI %s is not bound", imsi)
@@ -184,10 +187,9 @@ func (r *rig) activate(t testing.TB, imsi string) {
 }
 
 // checkBound looks into the store, past the service.
-func (r *rig) checkBound(t testing.TB, imsi string, want bool) {
+func (r *harness) checkBound(t testing.TB, imsi kme.IMSI, want bool) {
 	t.Helper()
-	sub := must[*binding.Subscription](t)(r.store.Subscription(t.Context(),
-		must[kme.IMSI](t)(kme.ParseIMSI(imsi)), time.Now()))
+	sub := must[*binding.Subscription](t)(r.store.Subscription(t.Context(), imsi, time.Now()))
 	if bound := sub.Latest() != nil; bound != want {
 		t.Errorf("IMSI %s is bound: %v, want %v", imsi, bound, want)
 	}
@@ -214,7 +216,7 @@ func newMaker(t testing.TB) *maker {
 
 func (m *maker) reader(t testing.TB) *directory.Reader {
 	t.Helper()
-	// Tests publish while they read, and revoke: see rig.refresh.
+	// Tests publish while they read, and revoke: see harness.refresh.
 	return directory.NewReader(m.store, directory.NewVerifier(m.Public()), directory.ReaderOptions{RevocationTTL: time.Hour, NegativeTTL: time.Nanosecond})
 }
 
@@ -231,7 +233,7 @@ func (m *maker) sign(t testing.TB, typ directory.Type, payload any) []byte {
 	return must[[]byte](t)(m.Sign(typ, payload))
 }
 
-func (m *maker) enrolment(t testing.TB, r *rig) *directory.Enrolment {
+func (m *maker) enrolment(t testing.TB, r *harness) *directory.Enrolment {
 	t.Helper()
 	transport := r.transport(t)
 	return &directory.Enrolment{
@@ -317,9 +319,9 @@ func newDevices(t testing.TB, n int) (keys []any) {
 }
 
 // newServed is an operator who serves one lot, L1, of five devices.
-func newServed(t testing.TB) (*rig, *maker, *lot) {
+func newServed(t testing.TB) (*harness, *maker, *lot) {
 	t.Helper()
-	r, m := newRig(t), newMaker(t)
+	r, m := newHarness(t), newMaker(t)
 	r.enroll(t, m)
 	l := m.newLot(t, "L1", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 5)...)
 	r.take(t, m, l)
@@ -341,158 +343,26 @@ func (d *device) encrypt(t testing.TB, p *kme.Plaintext) []byte {
 }
 
 // newIMSI gives an IMSI that no test has had.
-func newIMSI() string {
-	imsis.Lock()
-	defer imsis.Unlock()
-	imsis.n++
-	return fmt.Sprintf("00101%010d", imsis.n)
-}
+func newIMSI() kme.IMSI { return parseIMSI(fmt.Sprintf("00101%010d", imsis.Add(1))) }
 
-var imsis struct {
-	sync.Mutex
-	n int
-}
+var imsis atomic.Int64
 
-// A recorder notes each call of the service to its token and its store, and can make one fail or something happen first.
-type recorder struct {
-	binding.Ledger // of the store
-	token          binding.Token
-	store          binding.Store
-
-	mu     sync.Mutex
-	calls  []string                // guarded by mu
-	before func(call string) error // guarded by mu
-}
-
-// tokenCalls are the methods of binding.Token.
-var tokenCalls = []string{"OpenPayload", "EncryptRANDs", "DecryptRAND", "ExportKME"}
-
-func (r *recorder) enter(call string) error {
-	r.mu.Lock()
-	r.calls = append(r.calls, call)
-	before := r.before
-	r.mu.Unlock()
-	if before != nil {
-		return before(call)
+// parseIMSI is for texts that are IMSIs.
+func parseIMSI(text string) kme.IMSI {
+	imsi, err := kme.ParseIMSI(text)
+	if err != nil {
+		panic(err)
 	}
-	return nil
+	return imsi
 }
 
-// take gives the calls since the last take.
-func (r *recorder) take() []string {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	calls := r.calls
-	r.calls = nil
-	return calls
-}
-
-func (r *recorder) takeToken() []string {
-	return slices.DeleteFunc(r.take(), func(call string) bool { return !slices.Contains(tokenCalls, call) })
-}
-
-// onFirst lets f happen before a call's first time.
-func (r *recorder) onFirst(call string, f func() error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.before = func(c string) error {
-		if c != call {
-			return nil
-		}
-		r.mu.Lock()
-		r.before = nil
-		r.mu.Unlock()
-		return f()
+// parseIMEI is for texts that are IMEIs.
+func parseIMEI(text string) kme.IMEI {
+	imei, err := kme.ParseIMEI(text)
+	if err != nil {
+		panic(err)
 	}
-}
-
-func (r *recorder) OpenPayload(ctx context.Context, p hsmkeys.Payload) (*hsmkeys.Opened, error) {
-	if err := r.enter("OpenPayload"); err != nil {
-		return nil, err
-	}
-	return r.token.OpenPayload(ctx, p)
-}
-
-func (r *recorder) EncryptRANDs(ctx context.Context, sealed []byte, rands []hsmkeys.RAND) ([]hsmkeys.RAND, error) {
-	if err := r.enter("EncryptRANDs"); err != nil {
-		return nil, err
-	}
-	return r.token.EncryptRANDs(ctx, sealed, rands)
-}
-
-func (r *recorder) ExportKME(ctx context.Context, p hsmkeys.Payload) (kme.Secret, error) {
-	if err := r.enter("ExportKME"); err != nil {
-		return kme.Secret{}, err
-	}
-	return r.token.ExportKME(ctx, p)
-}
-
-func (r *recorder) DecryptRAND(ctx context.Context, sealed []byte, rand hsmkeys.RAND) (out hsmkeys.RAND, err error) {
-	if err := r.enter("DecryptRAND"); err != nil {
-		return out, err
-	}
-	return r.token.DecryptRAND(ctx, sealed, rand)
-}
-
-func (r *recorder) Prepare(ctx context.Context, q binding.VectorRequest) (binding.Decision, error) {
-	if err := r.enter("Prepare"); err != nil {
-		return binding.Decision{}, err
-	}
-	return r.store.Prepare(ctx, q)
-}
-
-func (r *recorder) Spent(ctx context.Context, imsi kme.IMSI, rand hsmkeys.RAND) (bool, error) {
-	if err := r.enter("Spent"); err != nil {
-		return false, err
-	}
-	return r.store.Spent(ctx, imsi, rand)
-}
-
-func (r *recorder) Establish(ctx context.Context, b *binding.Binding, tag []byte, good bool, now time.Time) error {
-	if err := r.enter("Establish"); err != nil {
-		return err
-	}
-	return r.store.Establish(ctx, b, tag, good, now)
-}
-
-func (r *recorder) Report(ctx context.Context, imsi kme.IMSI, o kme.Origin, ok bool,
-	now time.Time) (*binding.Subscription, error) {
-	if err := r.enter("Report"); err != nil {
-		return nil, err
-	}
-	return r.store.Report(ctx, imsi, o, ok, now)
-}
-
-func (r *recorder) Subscription(ctx context.Context, imsi kme.IMSI, now time.Time) (*binding.Subscription, error) {
-	if err := r.enter("Subscription"); err != nil {
-		return nil, err
-	}
-	return r.store.Subscription(ctx, imsi, now)
-}
-
-func (r *recorder) OpenAttempt(ctx context.Context, a binding.Attempt) error {
-	if err := r.enter("OpenAttempt"); err != nil {
-		return err
-	}
-	return r.store.OpenAttempt(ctx, a)
-}
-
-func (r *recorder) Revoke(ctx context.Context, imsi kme.IMSI, now time.Time) (*binding.Binding, error) {
-	if err := r.enter("Revoke"); err != nil {
-		return nil, err
-	}
-	return r.store.Revoke(ctx, imsi, now)
-}
-
-func (r *recorder) Bindings(ctx context.Context, q binding.BindingQuery) ([]*binding.Binding, error) {
-	if err := r.enter("Bindings"); err != nil {
-		return nil, err
-	}
-	return r.store.Bindings(ctx, q)
-}
-
-func (r *recorder) DropExpired(ctx context.Context, now time.Time) error {
-	return r.store.DropExpired(ctx, now)
+	return imei
 }
 
 // A logBuffer holds what the service logged.
@@ -524,107 +394,14 @@ func checkRefused(t testing.TB, what string, err error, reason kme.Reason, messa
 	}
 }
 
-// known are the known answers of kme/testdata.
-type known struct {
-	Lots []struct {
-		Name string
-		Key  string `json:"private_key_pkcs8_pem"`
-	}
-	Vectors []*vector
-}
-
-type vector struct {
-	Name    string
-	Suite   kme.Suite
-	Expect  string
-	Why     string
-	Lot     string   `json:"lot_key"`
-	Device  []byte   `json:"device_public_key_spki_b64"`
-	KME     hexBytes `json:"kme_hex"`
-	RME     hexBytes `json:"rme_hex"`
-	Payload hexBytes `json:"payload_hex"`
-	NWSig   hexBytes `json:"nw_sig_hex"`
-}
-
-// secondOfPair says that the vector is the one to be refused for its KME, which the first of the pair has used.
-func (v *vector) secondOfPair() bool { return strings.Contains(v.Name, "second of a malleated pair") }
-
-type hexBytes []byte
-
-func (h *hexBytes) UnmarshalText(text []byte) (err error) {
-	*h, err = hex.DecodeString(string(text))
-	return err
-}
-
-var vectors = func() func(t testing.TB) *known {
-	read := sync.OnceValues(func() (*known, error) {
-		data, err := os.ReadFile(filepath.FromSlash("../kme/testdata/kme-payload.json"))
-		if err != nil {
-			return nil, err
-		}
-		k := new(known)
-		return k, json.Unmarshal(data, k)
-	})
-	return func(t testing.TB) *known {
-		t.Helper()
-		return must[*known](t)(read())
-	}
-}()
-
-func (k *known) lot(t testing.TB, name string) *rsa.PrivateKey {
-	t.Helper()
-	for _, l := range k.Lots {
-		if l.Name == name {
-			block, _ := pem.Decode([]byte(l.Key))
-			return must[any](t)(x509.ParsePKCS8PrivateKey(block.Bytes)).(*rsa.PrivateKey)
-		}
-	}
-	t.Fatalf("the known answers have no lot %s", name)
-	return nil
-}
-
-// newKnown is an operator who serves the lots of the known answers, and the device of each. A manifest has one suite, so
-// a lot key that is used with two stands for two lots.
-func newKnown(t testing.TB) (r *rig, devices map[*vector]*device) {
-	t.Helper()
-	r, m, k := newRig(t), newMaker(t), vectors(t)
-	r.enroll(t, m)
-	type lotOf struct {
-		key   string
-		suite kme.Suite
-	}
-	keys := map[lotOf][]any{}
-	index := map[string]int{} // of a device in its lot, by its key
-	for _, v := range k.Vectors {
-		at := lotOf{v.Lot, v.Suite}
-		if _, seen := index[string(v.Device)]; !seen {
-			index[string(v.Device)] = len(keys[at])
-			keys[at] = append(keys[at], must[any](t)(x509.ParsePKIXPublicKey(v.Device)))
-		}
-	}
-	lots := map[lotOf]*lot{}
-	for at, devices := range keys {
-		name := at.key + "-" + string(at.suite)
-		lots[at] = m.newLot(t, name, at.suite, k.lot(t, at.key), 100*(len(lots)+1), devices...)
-		r.take(t, m, lots[at])
-	}
-	devices = map[*vector]*device{}
-	for _, v := range k.Vectors {
-		devices[v] = lots[lotOf{v.Lot, v.Suite}].devices[index[string(v.Device)]]
-	}
-	r.recorder.take()
-	return r, devices
-}
-
-func (r *rig) slog() *slog.Logger { return slog.New(slog.NewJSONHandler(r.log, nil)) }
+func (r *harness) slog() *slog.Logger { return slog.New(slog.NewJSONHandler(r.log, nil)) }
 
 // attemptPastRecorder opens an attempt unless the IMSI is bound, where the recorder does not see it.
-func (r *rig) attemptPastRecorder(t testing.TB, imsi string) string {
+func (r *harness) attemptPastRecorder(t testing.TB, imsi kme.IMSI) string {
 	t.Helper()
-	parsed := must[kme.IMSI](t)(kme.ParseIMSI(imsi))
 	d := must[binding.Decision](t)(r.store.Prepare(t.Context(), binding.VectorRequest{
-		IMSI: parsed, Origin: here, RANDs: []hsmkeys.RAND{hsmkeys.RAND(newRANDs(1)[0])}, Now: time.Now(),
-		AttemptID: "attempt of " + imsi, AttemptTTL: ttl, PendingVectors: 3,
+		IMSI: imsi, Origin: here, RANDs: []hsmkeys.RAND{hsmkeys.RAND(newRANDs(1)[0])}, Now: time.Now(),
+		AttemptID: "attempt of " + imsi.String(), AttemptTTL: ttl, PendingVectors: 3,
 	}))
 	if d.Attempt == nil {
 		return ""

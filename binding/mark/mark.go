@@ -1,4 +1,5 @@
-package binding
+// Package mark keeps the ledger's high-water mark in the token, and compares the ledger with it.
+package mark
 
 import (
 	"context"
@@ -9,48 +10,49 @@ import (
 	"sync"
 	"time"
 
+	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/panics"
 )
 
-// A MarkToken is an HSM that keeps the ledger's high-water mark, where who has the database does not reach it.
-type MarkToken interface {
+// A Token is an HSM that keeps the ledger's high-water mark, where who has the database does not reach it.
+type Token interface {
 	Marks(ctx context.Context) ([][]byte, error)
 	// SetMark sets a mark in the place of others, and leaves those that are not among them.
 	SetMark(ctx context.Context, mark []byte, others [][]byte) error
 }
 
-// ReadMark gives the mark that a token keeps, the furthest if processes have left several; nil if there is none.
-func ReadMark(ctx context.Context, token MarkToken) (*Mark, error) {
+// Read gives the mark that a token keeps, the furthest if processes have left several; nil if there is none.
+func Read(ctx context.Context, token Token) (*binding.Mark, error) {
 	mark, _, err := readMarks(ctx, token)
 	return mark, err
 }
 
-// readMarks is ReadMark, and gives all that the token keeps.
-func readMarks(ctx context.Context, token MarkToken) (mark *Mark, all [][]byte, err error) {
+// readMarks is Read, and gives all that the token keeps.
+func readMarks(ctx context.Context, token Token) (mark *binding.Mark, all [][]byte, err error) {
 	if all, err = token.Marks(ctx); err != nil {
 		return nil, nil, err
 	}
 	for _, text := range all {
-		m := new(Mark)
+		m := new(binding.Mark)
 		if err := json.Unmarshal(text, m); err != nil {
 			return nil, nil, fmt.Errorf("the high-water mark in the token is damaged: %w", err)
 		}
-		mark = mark.merge(m)
+		mark = merge(mark, m)
 	}
 	return mark, all, nil
 }
 
 // merge is the mark of a higher Epoch, or how far either has come in the same.
-func (m *Mark) merge(o *Mark) *Mark {
+func merge(a, b *binding.Mark) *binding.Mark {
 	switch {
-	case m == nil || o != nil && o.Epoch > m.Epoch:
-		return o
-	case o == nil || m.Epoch > o.Epoch:
-		return m
+	case a == nil || b != nil && b.Epoch > a.Epoch:
+		return b
+	case b == nil || a.Epoch > b.Epoch:
+		return a
 	}
-	both := *m
-	for i, h := range o.Heads {
+	both := *a
+	for i, h := range b.Heads {
 		if h.Seq > both.Heads[i].Seq {
 			both.Heads[i] = h
 		}
@@ -59,21 +61,21 @@ func (m *Mark) merge(o *Mark) *Mark {
 }
 
 // ahead says whether a mark is higher than another one that it was merged with.
-func (m *Mark) ahead(o *Mark) bool {
-	if o == nil || m.Epoch > o.Epoch {
+func ahead(m, of *binding.Mark) bool {
+	if of == nil || m.Epoch > of.Epoch {
 		return true
 	}
 	for i, h := range m.Heads {
-		if h.Seq > o.Heads[i].Seq {
+		if h.Seq > of.Heads[i].Seq {
 			return true
 		}
 	}
 	return false
 }
 
-// CheckMark compares the ledger with the token's mark. It fails with ErrRolledBack where the ledger is behind it.
-func CheckMark(ctx context.Context, store Ledger, token MarkToken) error {
-	mark, err := ReadMark(ctx, token)
+// Check compares the ledger with the token's mark. It fails with ErrRolledBack where the ledger is behind it.
+func Check(ctx context.Context, store binding.Ledger, token Token) error {
+	mark, err := Read(ctx, token)
 	if err != nil {
 		return err
 	}
@@ -81,39 +83,39 @@ func CheckMark(ctx context.Context, store Ledger, token MarkToken) error {
 	return err
 }
 
-// ensureMark sets a mark of an empty ledger, unless the token has one.
-func ensureMark(ctx context.Context, token MarkToken) (created bool, err error) {
-	mark, err := ReadMark(ctx, token)
+// Ensure sets a mark of an empty ledger, unless the token has one.
+func Ensure(ctx context.Context, token Token) (created bool, err error) {
+	mark, err := Read(ctx, token)
 	if err != nil || mark != nil {
 		return false, err
 	}
-	return true, raiseMark(ctx, token, new(Mark))
+	return true, RaiseTo(ctx, token, new(binding.Mark))
 }
 
-// RaiseMark raises the token's mark to how far this process has seen the ledger come. It makes none of having seen
+// Raise raises the token's mark to how far this process has seen the ledger come. It makes none of having seen
 // nothing: a token that has no mark does not go with a ledger that has entries.
-func RaiseMark(ctx context.Context, store Ledger, token MarkToken) error {
+func Raise(ctx context.Context, store binding.Ledger, token Token) error {
 	seen := store.Seen()
-	if !seen.ahead(new(Mark)) {
+	if !ahead(seen, new(binding.Mark)) {
 		return nil
 	}
-	return raiseMark(ctx, token, seen)
+	return RaiseTo(ctx, token, seen)
 }
 
-// raiseMark raises the token's mark to another one, if that is higher. It replaces the marks that it has read alone:
+// RaiseTo raises the token's mark to another one, if that is higher. It replaces the marks that it has read alone:
 // another process may set a higher one meanwhile.
-func raiseMark(ctx context.Context, token MarkToken, to *Mark) error {
+func RaiseTo(ctx context.Context, token Token, to *binding.Mark) error {
 	mark, all, err := readMarks(ctx, token)
 	if err != nil {
 		return err
 	}
-	if raised := mark.merge(to); raised != nil && raised.ahead(mark) {
-		return setMark(ctx, token, raised, all)
+	if raised := merge(mark, to); raised != nil && ahead(raised, mark) {
+		return set(ctx, token, raised, all)
 	}
 	return nil
 }
 
-func setMark(ctx context.Context, token MarkToken, m *Mark, others [][]byte) error {
+func set(ctx context.Context, token Token, m *binding.Mark, others [][]byte) error {
 	text, err := json.Marshal(m)
 	if err != nil {
 		return err
@@ -121,8 +123,8 @@ func setMark(ctx context.Context, token MarkToken, m *Mark, others [][]byte) err
 	return token.SetMark(ctx, text, others)
 }
 
-// AcceptRollback has the ledger accepted as it is, with a reason that it notes.
-func AcceptRollback(ctx context.Context, store Ledger, token MarkToken, reason string) error {
+// Accept has the ledger accepted as it is, with a reason that it notes.
+func Accept(ctx context.Context, store binding.Ledger, token Token, reason string) error {
 	reason, err := directory.CheckReason(reason)
 	if err != nil {
 		return err
@@ -136,16 +138,16 @@ func AcceptRollback(ctx context.Context, store Ledger, token MarkToken, reason s
 	switch {
 	case behind == nil && damaged == nil:
 		return errors.New("the ledger is whole, and not behind its mark: there is nothing to accept")
-	case behind != nil && !errors.Is(behind, ErrRolledBack):
+	case behind != nil && !errors.Is(behind, binding.ErrRolledBack):
 		return behind
-	case damaged != nil && !errors.Is(damaged, ErrRolledBack):
+	case damaged != nil && !errors.Is(damaged, binding.ErrRolledBack):
 		return damaged
 	}
 	now, err := store.Accept(ctx, mark, reason)
 	if err != nil {
 		return err
 	}
-	return setMark(ctx, token, now, all)
+	return set(ctx, token, now, all)
 }
 
 // How often a service looks whether the ledger is what it was, sets the mark at most, and reads the whole ledger.
@@ -155,10 +157,10 @@ const (
 	readEvery = 10 * time.Minute
 )
 
-// KeepMark is for a service: until the context ends it raises the mark soon after the ledger has moved, looks at the heads
+// Keep is for a service: until the context ends it raises the mark soon after the ledger has moved, looks at the heads
 // of its chains every second, and at all of its entries every ten minutes. What it finds is logged; the Store refuses by
 // itself while the ledger is rolled back, and until that is accepted: then accepted is called.
-func KeepMark(ctx context.Context, store Ledger, token MarkToken, accepted func(), log *slog.Logger) {
+func Keep(ctx context.Context, store binding.Ledger, token Token, accepted func(), log *slog.Logger) {
 	look := time.NewTicker(lookEvery)
 	defer look.Stop()
 	say := sayer(ctx, log)
@@ -168,11 +170,11 @@ func KeepMark(ctx context.Context, store Ledger, token MarkToken, accepted func(
 	reading.Go(func() { keepReading(ctx, store, read, log) })
 	// A ledger that is behind the token's mark stays so until it has been compared with that again: this process may have
 	// seen nothing later itself.
-	behind := CheckMark(ctx, store, token) != nil
+	behind := Check(ctx, store, token) != nil
 	moved, failed := store.Moved(), false
 	var rested <-chan time.Time
 	raise := func() {
-		err := RaiseMark(ctx, store, token)
+		err := Raise(ctx, store, token)
 		say("raising the high-water mark", err)
 		moved, failed, rested = nil, err != nil, time.After(markEvery)
 	}
@@ -182,19 +184,19 @@ func KeepMark(ctx context.Context, store Ledger, token MarkToken, accepted func(
 			// What came last is not to wait for the next start.
 			last, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 			defer cancel()
-			if err := RaiseMark(last, store, token); err != nil {
+			if err := Raise(last, store, token); err != nil {
 				log.Warn("the high-water mark was not raised at the end", "cause", err.Error())
 			}
 			return
 		case <-look.C:
 			var err error
 			if !behind {
-				_, err = store.Check(ctx, new(Mark)) // with what this process has seen
-				behind = errors.Is(err, ErrRolledBack)
+				_, err = store.Check(ctx, new(binding.Mark)) // with what this process has seen
+				behind = errors.Is(err, binding.ErrRolledBack)
 			}
 			if behind { // which may have been accepted, or the last database is back
-				say("raising the high-water mark", RaiseMark(ctx, store, token))
-				if err = CheckMark(ctx, store, token); err == nil {
+				say("raising the high-water mark", Raise(ctx, store, token))
+				if err = Check(ctx, store, token); err == nil {
 					behind = false
 					select {
 					case read <- struct{}{}:
@@ -216,7 +218,7 @@ func KeepMark(ctx context.Context, store Ledger, token MarkToken, accepted func(
 
 // keepReading reads the ledger at once, whenever it is told to, and every ten minutes: many entries take long, and
 // nothing else waits for that.
-func keepReading(ctx context.Context, store Ledger, read <-chan struct{}, log *slog.Logger) {
+func keepReading(ctx context.Context, store binding.Ledger, read <-chan struct{}, log *slog.Logger) {
 	tick := time.NewTicker(readEvery)
 	defer tick.Stop()
 	say := sayer(ctx, log)

@@ -1,0 +1,79 @@
+package binding_test
+
+import (
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// A bound device that the manufacturer revokes is not served on; one that got another key is.
+func TestRevokedWhileBound(t *testing.T) {
+	r, m, l := newServed(t)
+	imsi, d := newIMSI(), l.devices[0]
+	payload, _ := d.payload(t)
+	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here}))
+	r.activate(t, imsi)
+	prepare := func() error {
+		_, err := r.service.PrepareVector(t.Context(), imsi, newRANDs(1), here)
+		return err
+	}
+	if err := prepare(); err != nil {
+		t.Fatal(err)
+	}
+	if err := directory.Revoke(t.Context(), m.store, m.Signer, l.Manifest, []kme.IMEI{d.imei}, "stolen", time.Now(), nil); err != nil {
+		t.Fatal(err)
+	}
+	r.refresh(t, m, l)
+	checkRefused(t, "a vector for a device that was revoked", prepare(), kme.RevokedDevice, "")
+	// Its lot is not served any more: what is bound stays bound.
+	r.service = r.service.WithLots(new(binding.Lots))
+	if err := prepare(); err != nil {
+		t.Error(err)
+	}
+}
+
+// A lot that the manufacturer revokes: none of its devices is bound any more, and none that is bound is served on.
+func TestRevokedLot(t *testing.T) {
+	r, m, l := newServed(t)
+	imsi, d := newIMSI(), l.devices[0]
+	payload, _ := d.payload(t)
+	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here}))
+	r.activate(t, imsi)
+	if err := directory.RevokeLot(t.Context(), m.store, m.Signer, l.Manifest, "its key has leaked", time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	r.refresh(t, m, l)
+	_, err := r.service.PrepareVector(t.Context(), imsi, newRANDs(1), here)
+	checkRefused(t, "a vector for a device of a revoked lot", err, kme.RevokedDevice, "")
+	other := newIMSI()
+	payload, _ = l.devices[1].payload(t)
+	_, err = r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: other, IMEI: l.devices[1].imei, AttemptID: r.attempt(t, other), Payload: payload, Origin: here})
+	checkRefused(t, "a payload of a device of a revoked lot", err, kme.RevokedDevice, "")
+}
+
+// Only who asks for it gets the KME, and also with an answer that is given again.
+func TestExport(t *testing.T) {
+	r, _, l := newServed(t)
+	imsi, d := newIMSI(), l.devices[0]
+	payload, plain := d.payload(t)
+	attempt := r.attempt(t, imsi)
+	for i, export := range []bool{true, false, true} {
+		e := must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: payload, Origin: here, Export: export}))
+		if export != e.KME.Equal(plain.KME) || !export && e.KME.Bytes() != nil {
+			t.Errorf("call %d: exported %v", i, e.KME.Bytes() != nil)
+		}
+	}
+	bad := slices.Clone(payload)
+	bad[len(bad)-1] ^= 1
+	other := newIMSI()
+	if _, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: other, IMEI: d.imei, AttemptID: r.attempt(t, other), Payload: bad, Origin: here, Export: true}); err == nil {
+		t.Error("a bad payload's plaintext was exported")
+	}
+	if calls := r.recorder.take(); slices.Index(calls, "ExportKME") < slices.Index(calls, "Establish") {
+		t.Errorf("exported before it was durable: %q", calls)
+	}
+}

@@ -1,0 +1,281 @@
+package sqlstore
+
+import (
+	"bytes"
+	"context"
+	"crypto/hmac"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync/atomic"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/sqlconn"
+)
+
+func rolledBack(chain int64, head, seen binding.Head) error {
+	if head.Seq < seen.Seq {
+		return fmt.Errorf("%w (chain %d of the ledger has %d entries, and had %d)", binding.ErrRolledBack, chain, head.Seq, seen.Seq)
+	}
+	return fmt.Errorf("%w (entry %d of chain %d of the ledger is another one than it was)", binding.ErrRolledBack, seen.Seq, chain)
+}
+
+// saw notes how far a chain has come.
+func (s *Store) saw(chain int64, head binding.Head) {
+	s.mu.Lock()
+	if head.Seq > s.seen[chain].Seq {
+		s.seen[chain] = head
+	}
+	s.mu.Unlock()
+	select {
+	case s.moved <- struct{}{}:
+	default:
+	}
+}
+
+func (s *Store) Seen() *binding.Mark {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return &binding.Mark{Epoch: s.epoch, Heads: s.seen}
+}
+
+func (s *Store) seenOf(chain int64) binding.Head {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.seen[chain]
+}
+
+func (s *Store) Moved() <-chan struct{} { return s.moved }
+
+// refuse has every method fail from now on.
+func (s *Store) refuse(err error) error {
+	s.refused.Store(&err)
+	return err
+}
+
+// refusal is what every method fails with; nil while the ledger is what it should be.
+func (s *Store) refusal() error {
+	for _, reason := range []*atomic.Pointer[error]{&s.refused, &s.broken} {
+		if err := reason.Load(); err != nil {
+			return *err
+		}
+	}
+	return nil
+}
+
+// reached refuses a chain that has not, or has no more, the entry that it had come to.
+func (s *Store) reached(ctx context.Context, q sqlconn.Conn, chain int64, head, had binding.Head) error {
+	if head.Seq > had.Seq && had.Seq > 0 {
+		head.Seq = had.Seq
+		head.MAC = nil
+		if _, err := q.One(ctx, []any{(*[]byte)(&head.MAC)}, `SELECT mac FROM ledger WHERE chain = $1 AND seq = $2`, chain, had.Seq); err != nil {
+			return err
+		}
+	}
+	if head.Seq < had.Seq || head.Seq == had.Seq && !bytes.Equal(head.MAC, had.MAC) {
+		return s.refuse(rolledBack(chain, head, had))
+	}
+	return nil
+}
+
+func (s *Store) Check(ctx context.Context, mark *binding.Mark) (*binding.Mark, error) {
+	s.mu.Lock()
+	if mark != nil && mark.Epoch > s.epoch { // what was wrong is accepted
+		s.epoch, s.seen = mark.Epoch, mark.Heads
+		s.broken.Store(nil)
+		s.actors.Clear()
+	}
+	s.mu.Unlock()
+	seen := s.Seen()
+	now, q := &binding.Mark{Epoch: seen.Epoch}, s.reads("check the ledger")
+	for i := range now.Heads {
+		head, err := s.head(ctx, q, int64(i))
+		if err != nil {
+			return nil, err
+		}
+		now.Heads[i] = head
+		if mark == nil && head.Seq > 0 && seen.Heads[i].Seq == 0 {
+			return nil, s.refuse(fmt.Errorf("%w (the token has no high-water mark, and the ledger is not empty: the token is another one than it was)", binding.ErrRolledBack))
+		}
+		if err := s.reached(ctx, q, int64(i), head, seen.Heads[i]); err != nil {
+			return nil, err
+		}
+		if head.Seq > seen.Heads[i].Seq { // no mark is raised to what somebody has made up
+			err := s.entries(ctx, q, func(binding.Entry) error { return nil }, `WHERE e.chain = $1 AND e.seq = $2`, int64(i), head.Seq)
+			if isDamaged(err) {
+				err = s.refuse(fmt.Errorf("%w (%w; or this token is not the one that it was written with)", binding.ErrRolledBack, err))
+			}
+			if err != nil {
+				return nil, err
+			}
+		}
+		if mark == nil || mark.Epoch < seen.Epoch {
+			continue
+		}
+		if err := s.reached(ctx, q, int64(i), head, mark.Heads[i]); err != nil {
+			return nil, err
+		}
+	}
+	s.mu.Lock()
+	for i, h := range now.Heads {
+		if h.Seq > s.seen[i].Seq {
+			s.seen[i] = h
+		}
+	}
+	s.mu.Unlock()
+	s.refused.Store(nil)
+	return now, s.refusal()
+}
+
+// An acceptance is the detail of an EventAccepted.
+type acceptance struct {
+	Reason string           `json:"reason"`
+	Had    int64            `json:"had"`    // entries, by the mark
+	Digest directory.Base64 `json:"digest"` // of the chain's entries before it, see verifyChain
+}
+
+func (s *Store) Accept(ctx context.Context, mark *binding.Mark, reason string) (*binding.Mark, error) {
+	s.mu.Lock()
+	s.seen = [binding.Chains]binding.Head{} // what was seen is what is given up
+	s.mu.Unlock()
+	s.refused.Store(nil)
+	s.broken.Store(nil)
+	s.actors.Clear()
+	accepted := &binding.Mark{Epoch: 1}
+	if mark != nil {
+		accepted.Epoch = mark.Epoch + 1
+	}
+	err := s.change(ctx, "accept the ledger", "accept", func(ctx context.Context, tx *txn) error {
+		for i := range accepted.Heads {
+			chain, a := int64(i), acceptance{Reason: reason}
+			if mark != nil {
+				a.Had = mark.Heads[i].Seq
+			}
+			if err := s.locked(ctx, tx, chainLocks[chain]); err != nil {
+				return err
+			}
+			var err error
+			if _, a.Digest, err = s.verifyToHead(ctx, tx.Conn, chain, ignore); err != nil && !isDamaged(err) {
+				return err
+			}
+			detail, err := json.Marshal(a)
+			if err != nil {
+				return err
+			}
+			if _, err := s.noteIn(ctx, tx, chain, entry{event: binding.EventAccepted, subject: binding.StoreSubject, detail: string(detail)}); err != nil {
+				return err
+			}
+			if accepted.Heads[i], err = s.head(ctx, tx.Conn, chain); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	s.epoch, s.seen = accepted.Epoch, accepted.Heads
+	s.mu.Unlock()
+	return accepted, nil
+}
+
+// acceptedUpTo has, of each chain that was accepted although it was not whole, the number of the entry that says so; that
+// is missing where the chain is another one than then.
+func (s *Store) acceptedUpTo(ctx context.Context, q sqlconn.Conn) (map[int64]int64, error) {
+	last := map[int64]int64{}
+	err := q.Each(ctx, func(scan func(...any) error) error {
+		var chain, seq int64
+		err := scan(&chain, &seq)
+		last[chain] = seq
+		return err
+	}, `SELECT chain, MAX(seq) FROM ledger WHERE subject = $1 AND event = $2 GROUP BY chain`, binding.StoreSubject, string(binding.EventAccepted))
+	if err != nil {
+		return nil, err
+	}
+	for chain, seq := range last {
+		if known, ok := s.accepted.Load(chain); ok && known == seq {
+			continue
+		}
+		_, _, err := s.verifyChain(ctx, q, chain, seq, ignore)
+		if isDamaged(err) {
+			delete(last, chain)
+		} else if err != nil {
+			return nil, err
+		} else {
+			s.accepted.Store(chain, seq)
+		}
+	}
+	return last, nil
+}
+
+func (s *Store) VerifyLedger(ctx context.Context) (n int, err error) {
+	for chain := range int64(binding.Chains) {
+		m, _, err := s.verifyToHead(ctx, s.reads("verify the ledger"), chain, ignore)
+		n += m
+		if isDamaged(err) {
+			err = fmt.Errorf("%w (%w)", binding.ErrRolledBack, err)
+			s.broken.Store(&err)
+		}
+		if err != nil {
+			return n, err
+		}
+	}
+	s.broken.Store(nil)
+	return n, nil
+}
+
+func ignore(row) error { return nil }
+
+// verifyToHead is verifyChain as far as the chain goes when this begins: what is added meanwhile is looked at next time.
+func (s *Store) verifyToHead(ctx context.Context, q sqlconn.Conn, chain int64, each func(row) error) (n int, digest []byte, err error) {
+	head, err := s.head(ctx, q, chain)
+	if err != nil {
+		return 0, nil, err
+	}
+	return s.verifyChain(ctx, q, chain, head.Seq, each)
+}
+
+// verifyChain reads a chain up to an entry. It fails with a *binding.DamagedRow for the first entry that is gone, was
+// changed, has another actor or does not follow the one before it, unless that was accepted since, as it is now. digest
+// is over all entries that it has read, without who their actors are: one that is gone is entered again.
+func (s *Store) verifyChain(ctx context.Context, q sqlconn.Conn, chain, upTo int64, each func(row) error) (n int, digest []byte, err error) {
+	var wrong error
+	found := func(seq int64, what string) {
+		if wrong == nil {
+			wrong = damaged(ledger, row{chain, seq}, what)
+		}
+	}
+	var last int64
+	var before []byte
+	columns := len(ledger.columns)
+	err = scan(ctx, q, columns+2, func(values row) error { // and its mac, the actor's JSON
+		if values.int(1) != last+1 {
+			found(last+1, "is gone")
+		}
+		mac := values.bytes(columns)
+		whole := hmac.Equal(mac, s.entryMAC(values[:columns], before))
+		if !whole {
+			found(values.int(1), "was changed, or does not follow the one before it")
+		}
+		if !s.isActor(values, values.text(columns+1)) {
+			found(values.int(1), otherActor)
+			whole = false
+		}
+		var a acceptance
+		if whole && values.text(3) == string(binding.EventAccepted) && json.Unmarshal([]byte(values.text(8)), &a) == nil && hmac.Equal(a.Digest, digest) {
+			wrong = nil
+		}
+		n++
+		last, before, digest = values.int(1), bytes.Clone(mac), s.macs.Of("ledger so far", append(slices.Clone(values[:columns+1]), digest)...)
+		return each(values[:columns+1])
+	}, `SELECT e.`+strings.Join(ledger.columns, ", e.")+`, e.mac, a.json FROM ledger AS e LEFT JOIN actors AS a ON a.actor = e.actor
+		WHERE e.chain = $1 AND e.seq <= $2 ORDER BY e.seq`, chain, upTo)
+	if err == nil && last < upTo {
+		found(upTo, "is gone")
+	}
+	return n, digest, errors.Join(err, wrong)
+}

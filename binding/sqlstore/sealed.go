@@ -1,0 +1,70 @@
+package sqlstore
+
+import (
+	"bytes"
+	"context"
+	"slices"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/tokenkeys"
+)
+
+const sealedBelow = `sealed < $1 AND state <> 'REVOKED'`
+
+func (s *Store) CountSealed(ctx context.Context, below []byte) (n int, err error) {
+	q, err := s.reading("count sealed KMEs")
+	if err != nil {
+		return 0, err
+	}
+	// Of all rows, not of those that say so: a storage key is destroyed when none is left under it.
+	err = s.rows(ctx, q, bindings, func(r row) error {
+		if r.text(1) != string(binding.Revoked) && bytes.Compare(r.bytes(6), below) < 0 {
+			n++
+		}
+		return nil
+	}, "")
+	return n, err
+}
+
+func (s *Store) Sealed(ctx context.Context, after tokenkeys.Sealed, below []byte, limit int) (all []tokenkeys.Sealed, err error) {
+	q, err := s.reading("read sealed KMEs")
+	if err != nil {
+		return nil, err
+	}
+	err = s.rows(ctx, q, bindings, func(r row) error {
+		b, _, err := toBinding(r)
+		all = append(all, tokenkeys.Sealed{IMSI: b.IMSI, State: b.State, KME: b.Sealed})
+		return err
+	}, `WHERE `+sealedBelow+` AND (imsi, state) > ($2, $3) ORDER BY imsi, state LIMIT $4`, below, after.IMSI.String(), string(after.State), limit)
+	return all, err
+}
+
+func (s *Store) Reseal(ctx context.Context, all []tokenkeys.Resealed) (changed int, err error) {
+	err = s.change(ctx, "reseal", "reseal", func(ctx context.Context, tx *txn) error {
+		changed = 0 // it may be called again
+		for _, r := range all {
+			// One after the other: whoever changes an IMSI has no other's lock.
+			if err := s.locked(ctx, tx, r.IMSI.String()); err != nil {
+				return err
+			}
+			var again []any
+			err := s.rows(ctx, tx.Conn, bindings, func(now row) error {
+				again = slices.Clone(now)
+				again[6] = r.Again
+				return nil
+			}, `WHERE imsi = $1 AND sealed = $2`, r.IMSI.String(), r.KME)
+			if err != nil {
+				return err
+			}
+			if again == nil {
+				continue
+			}
+			if err := s.put(ctx, tx, bindings, again...); err != nil {
+				return err
+			}
+			changed++
+		}
+		return nil
+	})
+	return changed, err
+}

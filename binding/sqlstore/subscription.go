@@ -1,0 +1,287 @@
+package sqlstore
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/internal/sqlconn"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// values is a binding as its row has it.
+func values(b *binding.Binding, seq int64) []any {
+	return []any{
+		b.IMSI.String(), string(b.State), b.IMEI.String(), b.Manufacturer, b.Lot, int64(b.DeviceKey), orEmpty(b.Sealed), orEmpty(b.NWSig), b.AttemptID,
+		orEmpty(b.PayloadSHA256), millis(b.Established), millis(b.Activated), millis(b.Revoked), b.Origin.String(), millis(b.Expires), sentText(b.Sent), seq,
+	}
+}
+
+// orEmpty has no NULL in a row.
+func orEmpty(b []byte) []byte {
+	if b == nil {
+		return []byte{}
+	}
+	return b
+}
+
+func toBinding(r row) (b *binding.Binding, seq int64, err error) {
+	b = &binding.Binding{
+		State: binding.State(r.text(1)), Manufacturer: r.text(3), Lot: r.text(4), DeviceKey: int(r.int(5)), Sealed: r.bytes(6), NWSig: r.bytes(7),
+		AttemptID: r.text(8), PayloadSHA256: r.bytes(9), Established: fromMillis(r.int(10)), Activated: fromMillis(r.int(11)),
+		Revoked: fromMillis(r.int(12)), Expires: fromMillis(r.int(14)),
+	}
+	err = errors.Join(b.IMSI.UnmarshalText([]byte(r.text(0))), b.IMEI.UnmarshalText([]byte(r.text(2))), b.Origin.UnmarshalText([]byte(r.text(13))))
+	for line := range strings.Lines(r.text(15)) {
+		var o kme.Origin
+		err = errors.Join(err, o.UnmarshalText([]byte(strings.TrimSuffix(line, "\n"))))
+		b.Sent = append(b.Sent, o)
+	}
+	return b, r.int(16), err
+}
+
+// sentText is a Binding's Sent as its column has it: each with its end of line, since an origin may be empty.
+func sentText(sent []kme.Origin) string {
+	var b strings.Builder
+	for _, o := range sent {
+		b.WriteString(o.String() + "\n")
+	}
+	return b.String()
+}
+
+func (s *Store) Subscription(ctx context.Context, imsi kme.IMSI, now time.Time) (*binding.Subscription, error) {
+	if err := s.refusal(); err != nil {
+		return nil, err
+	}
+	return s.current(ctx, "read a subscription", imsi, now)
+}
+
+func (s *Store) current(ctx context.Context, operation string, imsi kme.IMSI, now time.Time) (*binding.Subscription, error) {
+	var sub *stored
+	err := s.settled(ctx, operation, imsi.String(), func(q sqlconn.Conn) (err error) {
+		sub, err = s.subscription(ctx, q, imsi, now)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &sub.Subscription, nil
+}
+
+func isDamaged(err error) bool {
+	var d *binding.DamagedRow
+	return errors.As(err, &d)
+}
+
+// stored is what there is of an IMSI, and what of its rows is not in a Subscription.
+type stored struct {
+	binding.Subscription
+	expired *binding.Binding // the pending binding that has expired
+	seq     seqs             // of the bindings
+	last    last             // what the ledger says
+}
+
+// seqs has the number of the entry of the ledger that has made a binding what it is; 0 if there is none.
+type seqs struct{ pending, active, revoked int64 }
+
+func (s *seqs) of(state binding.State) *int64 {
+	switch state {
+	case binding.Pending:
+		return &s.pending
+	case binding.Active:
+		return &s.active
+	}
+	return &s.revoked
+}
+
+// ofIMSI reads all of an IMSI in one statement, and so at one moment: from which table a row is, then the columns of
+// bindings, in which those of another table have the places that attemptOf and subscriptionIn say.
+var ofIMSI = `SELECT 'bindings', ` + strings.Join(bindings.columns, ", ") + `, mac FROM bindings WHERE imsi = $1
+	UNION ALL SELECT 'attempts', imsi, id, origin, NULL, NULL, opened, NULL, NULL, NULL, NULL, expires_at, NULL, NULL, NULL, NULL, NULL, seq, mac
+		FROM attempts WHERE imsi = $1 AND expires_at > $2
+	UNION ALL SELECT 'ledger', subject, event, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, seq, NULL
+		FROM ledger WHERE subject = $1`
+
+// ofIMSIToChange reads the head of its chain too. A sum, see head.
+var ofIMSIToChange = ofIMSI + `
+	UNION ALL SELECT 'head', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, seq, mac
+		FROM (SELECT seq, mac FROM ledger WHERE chain = $3 + 0 ORDER BY seq DESC LIMIT 1) AS head`
+
+// attemptOf is a row of attempts, with its MAC, in one of ofIMSI.
+func attemptOf(r row) row { return row{r[1], r[2], r[3], r[11], r[6], r[17], r[18]} }
+
+// subscription fails with a *binding.DamagedRow for a row that is not the service's, that is not the last one, or that
+// is gone.
+func (s *Store) subscription(ctx context.Context, q sqlconn.Conn, imsi kme.IMSI, now time.Time) (*stored, error) {
+	sub, _, err := s.subscriptionIn(ctx, q, imsi, now, ofIMSI)
+	return sub, err
+}
+
+// toChange is subscription for whoever will note an entry about it in the same transaction.
+func (s *Store) toChange(ctx context.Context, tx *txn, imsi kme.IMSI, now time.Time) (*stored, error) {
+	chain := chainOf(imsi.String())
+	if err := s.locked(ctx, tx, chainLocks[chain]); err != nil {
+		return nil, err
+	}
+	sub, head, err := s.subscriptionIn(ctx, tx.Conn, imsi, now, ofIMSIToChange, chain)
+	if err != nil {
+		return nil, err
+	}
+	tx.heads[chain] = head
+	return sub, nil
+}
+
+// subscriptionIn is both, with the head that ofIMSIToChange reads.
+func (s *Store) subscriptionIn(ctx context.Context, q sqlconn.Conn, imsi kme.IMSI, now time.Time, text string, chain ...any) (*stored, *binding.Head, error) {
+	sub, head, digits := new(stored), new(binding.Head), imsi.String()
+	var opened []row // attempts
+	err := scan(ctx, q, len(bindings.columns)+2, func(r row) error {
+		switch r.text(0) {
+		case "bindings":
+			if err := s.checkMAC(bindings, r[1:]); err != nil {
+				return err
+			}
+			return sub.take(r[1:], now)
+		case "attempts":
+			r = attemptOf(r)
+			if err := s.checkMAC(attempts, r); err != nil {
+				return err
+			}
+			opened = append(opened, r)
+			a := binding.Attempt{ID: r.text(1), IMSI: imsi, Expires: fromMillis(r.int(3)), Opened: r.int(4) == 1}
+			err := a.Origin.UnmarshalText([]byte(r.text(2)))
+			sub.Attempts = append(sub.Attempts, a)
+			return err
+		case "ledger":
+			sub.last.note(binding.Event(r.text(2)), r.int(17))
+		case "head":
+			head.Seq, head.MAC = r.int(17), r.bytes(18)
+		}
+		return nil
+	}, text, append([]any{digits, now.UnixMilli()}, chain...)...)
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, a := range opened {
+		if a.int(5) != sub.last.closed {
+			return nil, nil, damaged(attempts, a, "was closed before, and is back")
+		}
+	}
+	return sub, head, sub.fresh(digits)
+}
+
+// take takes a row of bindings.
+func (sub *stored) take(r row, now time.Time) error {
+	b, seq, err := toBinding(r)
+	if err != nil {
+		return err
+	}
+	*sub.seq.of(b.State) = seq
+	switch {
+	case b.State == binding.Active:
+		sub.Active = b
+	case b.State == binding.Revoked:
+		sub.Revoked = b
+	case b.Expires.After(now):
+		sub.Pending = b
+	default:
+		sub.expired = b
+	}
+	return nil
+}
+
+// fresh fails unless the bindings are those that the ledger speaks of last.
+func (sub *stored) fresh(imsi string) error {
+	settled := max(sub.last.activated, sub.last.revoked)
+	for _, is := range [...]struct {
+		state      binding.State
+		have, want int64
+	}{{binding.Active, sub.seq.active, sub.last.activated}, {binding.Revoked, sub.seq.revoked, sub.last.revoked}} {
+		switch {
+		case is.have == 0 && is.want == settled && is.want > 0:
+			return damaged(bindings, row{imsi, string(is.state)}, "is gone")
+		case is.have != 0 && (is.have != is.want || is.want != settled):
+			return damaged(bindings, row{imsi, string(is.state)}, "is an earlier one than the service has written last")
+		}
+	}
+	if have := sub.seq.pending; have != 0 && (have != sub.last.established || have < settled) {
+		return damaged(bindings, row{imsi, string(binding.Pending)}, "is an earlier one than the service has written last")
+	}
+	return nil
+}
+
+func (s *Store) Bindings(ctx context.Context, q binding.BindingQuery) (all []*binding.Binding, err error) {
+	read, err := s.reading("list bindings")
+	if err != nil {
+		return nil, err
+	}
+	for len(all) < q.Limit {
+		imsis, err := bound(ctx, read, q, q.Limit-len(all))
+		if err != nil || len(imsis) == 0 {
+			return all, err
+		}
+		for _, imsi := range imsis {
+			sub, err := s.Subscription(ctx, imsi, q.Now)
+			if err != nil {
+				return nil, err
+			}
+			if b := sub.Latest(); b != nil && (q.IMEI == (kme.IMEI{}) || b.IMEI == q.IMEI) {
+				all = append(all, b)
+			}
+		}
+		q.After = imsis[len(imsis)-1].String()
+	}
+	return all, nil
+}
+
+// bound gives IMSIs that were ever bound, to a device if the query names one. The ledger knows them: a row that is gone,
+// or was edited, would not be missed.
+func bound(ctx context.Context, read sqlconn.Conn, q binding.BindingQuery, limit int) (all []kme.IMSI, err error) {
+	var args []any
+	arg := func(v any) string { args = append(args, v); return fmt.Sprint("$", len(args)) }
+	begins := func(prefixes []string) string {
+		any := []string{"1 = 0"}
+		for _, p := range prefixes { // as numbers of 15 digits: that is so in every collation of a database
+			any = append(any, "subject BETWEEN "+arg(p)+" AND "+arg(p+strings.Repeat("9", 15-len(p))))
+		}
+		return "(" + strings.Join(any, " OR ") + ")"
+	}
+	where := "WHERE event = '" + string(binding.EventEstablished) + "' AND subject > " + arg(q.After)
+	if q.IMEI != (kme.IMEI{}) {
+		where += " AND tag IS NOT NULL AND imei = " + arg(q.IMEI.String())
+	}
+	if q.Within != nil {
+		where += " AND " + begins(q.Within)
+	}
+	where += " AND NOT " + begins(q.Without)
+	err = read.Each(ctx, func(scan func(...any) error) error {
+		var imsi kme.IMSI
+		var text string
+		if err := scan(&text); err != nil {
+			return err
+		}
+		if imsi.UnmarshalText([]byte(text)) != nil {
+			return &binding.DamagedRow{Table: ledger.name, Key: text, What: "has no IMSI"}
+		}
+		all = append(all, imsi)
+		return nil
+	}, "SELECT DISTINCT subject FROM ledger "+where+" ORDER BY subject LIMIT "+arg(limit), args...)
+	return all, err
+}
+
+func millis(t time.Time) int64 {
+	if t.IsZero() {
+		return 0
+	}
+	return t.UnixMilli()
+}
+
+func fromMillis(ms int64) time.Time {
+	if ms == 0 {
+		return time.Time{}
+	}
+	return time.UnixMilli(ms).UTC()
+}

@@ -1,0 +1,199 @@
+package storetest
+
+import (
+	"context"
+	"errors"
+	"reflect"
+	"testing"
+	"time"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+func attempts(t *testing.T, s Store) {
+	one, other := subscription(t, 1), subscription(t, 2)
+	openAttempt(t, s, one, "a1", t0)
+	for _, c := range []struct {
+		name  string
+		after time.Duration
+		want  string
+	}{
+		{"at once", 0, "a1"},
+		{"while it lives for long enough", ttl/2 - time.Millisecond, "a1"},
+		{"while it lives for just long enough", ttl / 2, "a1"},
+		{"when it does not", ttl/2 + time.Millisecond, "a2"},
+		{"of two, the one that lives longer", ttl/2 + time.Second, "a2"},
+	} {
+		if _, a := prepare(t, s, one, "a2", t0.Add(c.after)); a == nil || a.ID != c.want || a.IMSI != one {
+			t.Errorf("%s: attempt %v, want %s", c.name, a, c.want)
+		}
+	}
+	openAttempt(t, s, other, "b1", t0)
+
+	// A second attempt does not close the first: the device may have its answer under way.
+	end := t0.Add(ttl)
+	for _, c := range []struct {
+		imsi kme.IMSI
+		id   string
+		now  time.Time
+		want bool
+	}{
+		{one, "a1", t0, true},
+		{one, "a1", end.Add(-time.Millisecond), true},
+		{one, "a1", end, false},
+		{one, "a1", end.Add(time.Hour), false},
+		{one, "a2", end, true},
+		{one, "b1", t0, false},
+		{other, "b1", t0, true},
+		{other, "a1", t0, false},
+		{one, "", t0, false},
+		{one, "A1", t0, false},
+		{one, "a_", t0, false},
+		{subscription(t, 3), "a1", t0, false},
+	} {
+		checkOpen(t, s, c.imsi, c.id, c.now, c.want)
+	}
+	if a := subscriptionOf(t, s, one, t0).Attempt("a1", nobody.Name); a == nil || !a.Expires.Equal(end) {
+		t.Errorf("attempt a1 is %v; want it to expire at %s", a, end)
+	}
+}
+
+func dropExpired(t *testing.T, s Store) {
+	one, other := subscription(t, 1), subscription(t, 2)
+	openAttempt(t, s, one, "a1", t0)
+	openAttempt(t, s, other, "b1", t0.Add(time.Millisecond))
+	for _, c := range []struct {
+		now          time.Time
+		first, other bool
+	}{
+		{t0.Add(ttl - time.Millisecond), true, true},
+		{t0.Add(ttl), false, true},
+		{t0.Add(ttl + time.Millisecond), false, false},
+	} {
+		if err := s.DropExpired(t.Context(), c.now); err != nil {
+			t.Fatal(err)
+		}
+		// Asked for a time at which they were open: what is gone stays gone.
+		checkOpen(t, s, one, "a1", t0, c.first)
+		checkOpen(t, s, other, "b1", t0, c.other)
+	}
+}
+
+func establish(t *testing.T, s Store) {
+	imsi, imei := subscription(t, 1), device(t, 1)
+	checkBinding(t, s, imsi, nil)
+	b := bind(t, s, imsi, imei, "a1", []byte("tag"))
+	checkBinding(t, s, imsi, b)
+	checkBinding(t, s, subscription(t, 2), nil)
+	b.Sent = []kme.Origin{nobody.Name}
+	if got, _ := prepare(t, s, imsi, "a2", t0); !reflect.DeepEqual(got, b) {
+		t.Errorf("Prepare gives %+v, want the pending binding", got)
+	}
+	checkOpen(t, s, imsi, "a2", t0, false)
+}
+
+func establishNoAttempt(t *testing.T, s Store) {
+	one, other, imei := subscription(t, 1), subscription(t, 2), device(t, 1)
+	openAttempt(t, s, one, "a1", t0)
+	openAttempt(t, s, other, "b1", t0)
+	for _, c := range []struct {
+		name, attempt string
+		now           time.Time
+	}{
+		{"none such", "a0", t0},
+		{"empty", "", t0},
+		{"another IMSI's", "b1", t0},
+		{"expired", "a1", t0.Add(ttl)},
+	} {
+		b := newBinding(one, imei, "a1")
+		b.AttemptID = c.attempt
+		if err := s.Establish(t.Context(), b, []byte("tag"), true, c.now); !errors.Is(err, binding.ErrNoAttempt) {
+			t.Errorf("%s: %v, want ErrNoAttempt", c.name, err)
+		}
+	}
+	checkBinding(t, s, one, nil)
+	checkUsed(t, s, imei, []byte("tag"), false)
+	checkOpen(t, s, one, "a1", t0, true)
+	checkOpen(t, s, other, "b1", t0, true)
+
+	first := newBinding(one, imei, "a1")
+	if err := s.Establish(t.Context(), first, []byte("tag"), true, t0.Add(ttl-time.Millisecond)); err != nil {
+		t.Fatal(err)
+	}
+	again := newBinding(one, device(t, 2), "a1")
+	if err := s.Establish(t.Context(), again, []byte("tag 2"), true, t0); !errors.Is(err, binding.ErrNoAttempt) {
+		t.Errorf("an attempt used twice: %v, want ErrNoAttempt", err)
+	}
+	checkBinding(t, s, one, first)
+	checkUsed(t, s, again.IMEI, []byte("tag 2"), false)
+}
+
+func establishUsed(t *testing.T, s Store) {
+	one, other, imei := subscription(t, 1), subscription(t, 2), device(t, 1)
+	b := bind(t, s, one, imei, "a1", []byte("tag"))
+	openAttempt(t, s, other, "b1", t0)
+	if err := s.Establish(t.Context(), newBinding(other, imei, "b1"), []byte("tag"), true, t0); !errors.Is(err, binding.ErrUsed) {
+		t.Errorf("a KME used twice: %v, want ErrUsed", err)
+	}
+	// The refusal changed nothing: the device may still establish another KME within the same attempt.
+	checkBinding(t, s, other, nil)
+	checkBinding(t, s, one, b)
+	checkOpen(t, s, other, "b1", t0, true)
+	if err := s.Establish(t.Context(), newBinding(other, imei, "b1"), []byte("tag 2"), true, t0); err != nil {
+		t.Errorf("another KME after the refusal: %v", err)
+	}
+}
+
+func establishClosesAttempts(t *testing.T, s Store) {
+	one, other := subscription(t, 1), subscription(t, 2)
+	later := t0.Add(ttl/2 + time.Second)
+	openAttempt(t, s, one, "a1", t0)
+	openAttempt(t, s, one, "a2", later)
+	openAttempt(t, s, other, "b1", t0)
+	if err := s.Establish(t.Context(), newBinding(one, device(t, 1), "a1"), []byte("tag"), true, later); err != nil {
+		t.Fatal(err)
+	}
+	checkOpen(t, s, one, "a1", later, false)
+	checkOpen(t, s, one, "a2", later, false)
+	checkOpen(t, s, other, "b1", later, true)
+}
+
+func establishCanceled(t *testing.T, s Store) {
+	imsi, imei := subscription(t, 1), device(t, 1)
+	openAttempt(t, s, imsi, "a1", t0)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := s.Establish(ctx, newBinding(imsi, imei, "a1"), []byte("tag"), true, t0); !errors.Is(err, context.Canceled) {
+		t.Errorf("a call that was canceled: %v, want context.Canceled", err)
+	}
+	checkBinding(t, s, imsi, nil)
+	checkUsed(t, s, imei, []byte("tag"), false)
+	checkOpen(t, s, imsi, "a1", t0, true)
+}
+
+func ledger(t *testing.T, s Store) {
+	first, second := device(t, 1), device(t, 2)
+	tag, zero := []byte("tag"), []byte{0, 't', 'a', 'g'}
+	checkUsed(t, s, first, tag, false)
+	bind(t, s, subscription(t, 1), first, "a1", tag)
+	checkUsed(t, s, first, tag, true)
+	checkUsed(t, s, second, tag, false)
+	checkUsed(t, s, first, zero, false)
+	checkUsed(t, s, first, tag[:2], false)
+	// The ledger is per device.
+	bind(t, s, subscription(t, 2), second, "b1", tag)
+	checkUsed(t, s, second, tag, true)
+	// It is for ever: a binding that was dropped, and attempts that expired, leave it as it is.
+	if _, err := s.Report(t.Context(), subscription(t, 1), nobody.Name, false, t0); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.DropExpired(t.Context(), t0.Add(100*365*24*time.Hour)); err != nil {
+		t.Fatal(err)
+	}
+	checkUsed(t, s, first, tag, true)
+	openAttempt(t, s, subscription(t, 1), "a2", t0)
+	if err := s.Establish(t.Context(), newBinding(subscription(t, 1), first, "a2"), tag, true, t0); !errors.Is(err, binding.ErrUsed) {
+		t.Errorf("the KME of a dropped binding: %v, want ErrUsed", err)
+	}
+}

@@ -1,0 +1,113 @@
+package postgres
+
+import (
+	"context"
+	"database/sql"
+	"fmt"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// Two roles: the owner of the tables makes and changes them; a service's own may do what it has to, and no more.
+
+// Rights are what a service's role is granted.
+type Rights struct {
+	On         map[string]string // each table: SELECT, INSERT, ...
+	AppendOnly []string          // the tables whose rows it may neither change nor remove: see MayChange
+}
+
+// Upgrade makes the tables of a database, or brings them up to date, as the role that owns them, and grants a service's
+// role its rights. A role that has more on the tables that are AppendOnly is refused, and nothing is changed then.
+func Upgrade(ctx context.Context, name, role string, rights Rights, migrations ...string) error {
+	db, err := connect(name)
+	if err != nil {
+		return err
+	}
+	defer db.Close()
+	return db.Do(ctx, schemaLock, func(ctx context.Context, tx *sql.Tx) error {
+		if err := migrate(ctx, tx, migrations); err != nil {
+			return err
+		}
+		if err := grant(ctx, tx, role, rights.On); err != nil {
+			return err
+		}
+		why, err := mayChange(ctx, tx, role, rights.AppendOnly)
+		if err == nil && why != "" {
+			err = fmt.Errorf("the role %s %s: give the service a role without that", role, why)
+		}
+		return err
+	})
+}
+
+func grant(ctx context.Context, tx *sql.Tx, role string, rights map[string]string) error {
+	var known bool
+	if err := tx.QueryRowContext(ctx, "SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = $1)", role).Scan(&known); err != nil {
+		return err
+	}
+	if !known {
+		return fmt.Errorf("PostgreSQL has no role %q: make it with CREATE ROLE ... LOGIN", role)
+	}
+	var schema string
+	if err := tx.QueryRowContext(ctx, "SELECT current_schema()").Scan(&schema); err != nil {
+		return err
+	}
+	grantee := pgx.Identifier{role}.Sanitize()
+	statements := []string{"GRANT USAGE ON SCHEMA " + pgx.Identifier{schema}.Sanitize() + " TO " + grantee}
+	rows, err := tx.QueryContext(ctx, "SELECT tablename FROM pg_tables WHERE schemaname = $1", schema)
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var table string
+		if err := rows.Scan(&table); err != nil {
+			return err
+		}
+		if may := rights[table]; may != "" {
+			statements = append(statements,
+				"REVOKE ALL ON "+table+" FROM PUBLIC, "+grantee,
+				"GRANT "+may+" ON "+table+" TO "+grantee)
+		}
+	}
+	if err := rows.Err(); err != nil {
+		return err
+	}
+	for _, s := range statements {
+		if _, err := tx.ExecContext(ctx, s); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// MayChange says by what the role of this connection could change or remove rows of some tables, or nothing.
+func (db *DB) MayChange(ctx context.Context, tables ...string) (role, why string, err error) {
+	if err = db.QueryRowContext(ctx, "SELECT current_user").Scan(&role); err == nil {
+		why, err = mayChange(ctx, db, role, tables)
+	}
+	return role, why, err
+}
+
+// mayChange says by what a role could change or remove rows of some tables, or nothing. A member of the role that owns something is as good as that,
+// and so is one that has to SET ROLE first; the owner of a schema or of the database may drop what others have in it;
+// and whoever runs programs on the server, or writes its files, may do all that the server may.
+func mayChange(ctx context.Context, q queryer, role string, tables []string) (why string, err error) {
+	err = q.QueryRowContext(ctx, `
+		SELECT coalesce(min(CASE
+			WHEN r.rolsuper THEN 'is a superuser'
+			WHEN m.rolcreaterole AND NOT m.rolsuper THEN 'may make roles, and give itself those of others'
+			WHEN m.rolname = 'pg_execute_server_program' THEN 'may run programs on the server'
+			WHEN m.rolname = 'pg_write_server_files' THEN 'may write files of the server'
+			WHEN pg_has_role(r.oid, c.relowner, 'MEMBER') THEN 'owns the table ' || c.relname
+			WHEN pg_has_role(r.oid, n.nspowner, 'MEMBER') THEN 'owns the schema ' || n.nspname
+			WHEN pg_has_role(r.oid, d.datdba, 'MEMBER') THEN 'owns the database ' || d.datname
+			WHEN has_any_column_privilege(m.oid, c.oid, 'UPDATE')
+				OR has_table_privilege(m.oid, c.oid, 'DELETE, TRUNCATE, TRIGGER')
+				THEN 'has more than SELECT and INSERT on the table ' || c.relname
+		END), '')
+		FROM pg_roles r JOIN pg_roles m ON pg_has_role(r.oid, m.oid, 'MEMBER'),
+			pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace, pg_database d
+		WHERE r.rolname = $1 AND n.nspname = current_schema() AND c.relname = ANY($2)
+			AND d.datname = current_database()`, role, tables).Scan(&why)
+	return why, err
+}
