@@ -13,6 +13,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/handover"
 )
 
 // A backup carries a token's storage and ledger key to another token of the operator's, and how far the ledger had come.
@@ -38,7 +39,7 @@ const typeBackup = "kme-token-backup"
 
 // NewBackup makes the file, and what identifies it: the SHA-256 of its bytes, for people to read out.
 func NewBackup(token string, to *rsa.PublicKey, keys []hsmkeys.Carried, mark *Mark) (data []byte, thumbprint string, err error) {
-	b := backup{typeBackup, token, time.Now().UTC().Truncate(time.Second), directory.RSAThumbprint(to), directory.RSAOAEP, nil, mark}
+	b := backup{typeBackup, token, time.Now().UTC().Truncate(time.Second), directory.RSAThumbprint(to), handover.RSAOAEP, nil, mark}
 	for _, k := range keys {
 		b.Keys = append(b.Keys, backupKey{k.Key.Role, k.Key.Generation, k.Wrapped, k.Check})
 	}
@@ -72,7 +73,7 @@ func Restore(ctx context.Context, token RestoreToken, data []byte, thumbprint st
 	if err := directory.ParseStrict(data, &b); err != nil {
 		return nil, fmt.Errorf("it is no backup, as keysvc backup create writes it: %w", err)
 	}
-	if b.Type != typeBackup || b.Algorithm != directory.RSAOAEP || len(b.Keys) == 0 {
+	if b.Type != typeBackup || b.Algorithm != handover.RSAOAEP || len(b.Keys) == 0 {
 		return nil, errors.New("it is no backup, as keysvc backup create writes it")
 	}
 	var all []hsmkeys.Carried

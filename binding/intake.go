@@ -11,6 +11,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -88,11 +89,11 @@ func Enroll(ctx context.Context, token IntakeToken, registry Registry, jws, pem 
 	if err != nil {
 		return nil, fmt.Errorf("the manufacturer's key: %w", err)
 	}
-	if err := directory.CheckThumbprint(verifier.KeyID(), thumbprint); err != nil {
+	if err := handover.CheckThumbprint(verifier.KeyID(), thumbprint); err != nil {
 		return nil, fmt.Errorf("the manufacturer's key: %w", err)
 	}
-	var e directory.Enrolment
-	if err := verifier.Verify(directory.TypeEnrolment, "the enrolment", jws, &e); err != nil {
+	var e handover.Enrolment
+	if err := verifier.Verify(handover.TypeEnrolment, "the enrolment", jws, &e); err != nil {
 		return nil, err
 	}
 	if err := e.Validate(); err != nil {
@@ -198,7 +199,7 @@ func checkTACs(lot *directory.Manifest, manufacturers []*Manufacturer, m *Manufa
 
 // enrolledBefore is Enroll where the transport key is gone: it went with an enrolment that was taken, or was never
 // here.
-func enrolledBefore(ctx context.Context, token IntakeToken, registry Registry, m *Manufacturer, e *directory.Enrolment, kek hsmkeys.Key) error {
+func enrolledBefore(ctx context.Context, token IntakeToken, registry Registry, m *Manufacturer, e *handover.Enrolment, kek hsmkeys.Key) error {
 	has, err := token.Has(ctx, kek)
 	if err != nil {
 		return err
@@ -246,8 +247,8 @@ func importLot(ctx context.Context, token IntakeToken, registry Registry, manufa
 	if err != nil {
 		return nil, err
 	}
-	var g directory.Grant
-	if err := verifier.Verify(directory.TypeGrant, "the grant", jws, &g); err != nil {
+	var g handover.Grant
+	if err := verifier.Verify(handover.TypeGrant, "the grant", jws, &g); err != nil {
 		return nil, err
 	}
 	if err := g.Validate(); err != nil {

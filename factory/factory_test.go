@@ -19,6 +19,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -39,7 +40,7 @@ func newLine(t *testing.T) (line *Line, dir string, token *hsmkeys.Token) {
 	t.Helper()
 	tok := softhsmtest.Token(t)
 	token = must(hsmkeys.Open(t.Context(), tok.URI))
-	if _, err := NewLine(token, nil); err == nil || !strings.Contains(err.Error(), "factory init") {
+	if _, err := NewLine(token, nil, State{}); err == nil || !strings.Contains(err.Error(), "factory init") {
 		t.Errorf("a line without keys: %v", err)
 	}
 	if _, _, created, err := Init(t.Context(), token); err != nil || !created {
@@ -52,7 +53,7 @@ func newLine(t *testing.T) (line *Line, dir string, token *hsmkeys.Token) {
 	token = must(hsmkeys.Open(t.Context(), tok.URI))
 	t.Cleanup(func() { token.Close() })
 	dir = t.TempDir()
-	return must(NewLine(token, must(directory.OpenFileStore(dir)))), dir, token
+	return must(NewLine(token, must(directory.OpenFileStore(dir)), State{Dir: t.TempDir()})), dir, token
 }
 
 func spec(t *testing.T, lot string, first, count int) LotSpec {
@@ -61,7 +62,10 @@ func spec(t *testing.T, lot string, first, count int) LotSpec {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return LotSpec{lot, directory.Range{TAC: tac, First: first, Count: count}, 2048, kme.SuiteECDSA, 4, hsmkeys.PrimesAuto, time.Hour}
+	return LotSpec{
+		Lot: lot, Range: directory.Range{TAC: tac, First: first, Count: count}, Bits: 2048, Suite: kme.SuiteECDSA,
+		ShardSize: 4, Primes: hsmkeys.PrimesAuto, Validity: time.Hour,
+	}
 }
 
 // removeObject takes an object out of the directory, as whoever runs it may.
@@ -118,7 +122,7 @@ func TestFixtures(t *testing.T) {
 		t.Helper()
 		token := must(hsmkeys.Open(ctx, tok.URI))
 		defer token.Close()
-		f(must(NewLine(token, must(directory.OpenFileStore(t.TempDir())))))
+		f(must(NewLine(token, must(directory.OpenFileStore(t.TempDir())), State{Dir: t.TempDir()})))
 	}
 	token := must(hsmkeys.Open(ctx, tok.URI))
 	if _, _, _, err := Init(ctx, token); err != nil {
@@ -130,7 +134,7 @@ func TestFixtures(t *testing.T) {
 			t.Errorf("without a fixture: %v", err)
 		}
 	})
-	enrol := func(name string, key *rsa.PublicKey, generation int) (*directory.FixtureEnrolment, bool) {
+	enrol := func(name string, key *rsa.PublicKey, generation int) (*handover.FixtureEnrolment, bool) {
 		t.Helper()
 		e, created, err := EnrollFixture(ctx, tok.URI, officer, name, key, generation)
 		if err != nil {
@@ -290,14 +294,20 @@ func TestRepeatedModulus(t *testing.T) {
 	}
 }
 
-// options keep the journal beside the packages.
 func options(out string, workers int) ProvisionOptions {
-	return ProvisionOptions{State: filepath.Join(out, "state"), Out: out, Workers: workers}
+	return ProvisionOptions{Out: out, Workers: workers}
+}
+
+// keeping is the line with its state beside the packages.
+func keeping(line *Line, out string) *Line {
+	l := *line
+	l.state = State{Dir: filepath.Join(out, "state")}
+	return &l
 }
 
 func provision(t *testing.T, line *Line, out string) Progress {
 	t.Helper()
-	p, err := line.Provision(t.Context(), "L1", options(out, 3))
+	p, err := keeping(line, out).Provision(t.Context(), "L1", options(out, 3))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -315,7 +325,7 @@ func checkLot(t *testing.T, line *Line, out string) {
 		t.Fatal(err)
 	}
 	seen := map[kme.IMEI]bool{}
-	j := must(openJournal(t.Context(), filepath.Join(out, "state"), line.Manufacturer()))
+	j := must(keeping(line, out).state.journal(t.Context(), line.Manufacturer()))
 	entries, err := j.entries(t.Context(), "L1")
 	if err := errors.Join(err, j.close()); err != nil {
 		t.Fatal(err)
@@ -328,8 +338,8 @@ func checkLot(t *testing.T, line *Line, out string) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		path := filepath.Join(out, "L1", InjectionFile(n))
-		lines, packed, err := ReadPackage(m, n, path)
+		path := filepath.Join(out, "L1", handover.InjectionFile(n))
+		lines, packed, err := handover.ReadPackage(m, n, path)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -358,7 +368,7 @@ func TestProvision(t *testing.T) {
 	var reports []Progress
 	o := options(out, 3)
 	o.Report = func(p Progress) { reports = append(reports, p) }
-	p, err := line.Provision(t.Context(), "L1", o)
+	p, err := keeping(line, out).Provision(t.Context(), "L1", o)
 	if err != nil || p.Total != 30 || p.Generated != 30 || p.Done != 30 || p.Made != 30 || len(reports) != 16 || reports[15] != p {
 		t.Fatal(p, reports, err)
 	}
@@ -369,13 +379,13 @@ func TestProvision(t *testing.T) {
 	if p := provision(t, line, out); p.Made != 0 {
 		t.Errorf("a second run made %d keys", p.Made)
 	}
-	for _, path := range []string{"L1/" + InjectionFile(0), "L1/" + ManifestFile} {
+	for _, path := range []string{"L1/" + handover.InjectionFile(0), "L1/" + handover.ManifestFile} {
 		if info, err := os.Stat(filepath.Join(out, path)); err != nil || info.Mode().Perm() != 0o600 {
 			t.Errorf("%s: %v %v", path, info, err)
 		}
 	}
 
-	pkg := func(n int) string { return filepath.Join(out, "L1", InjectionFile(n)) }
+	pkg := func(n int) string { return filepath.Join(out, "L1", handover.InjectionFile(n)) }
 	shard := func(n int) string {
 		return filepath.Join(dir, filepath.FromSlash(directory.ShardPath("L1", n)))
 	}
@@ -388,7 +398,7 @@ func TestProvision(t *testing.T) {
 	}
 	refused := func(t *testing.T, want string) {
 		t.Helper()
-		p, err := line.Provision(t.Context(), "L1", options(out, 1))
+		p, err := keeping(line, out).Provision(t.Context(), "L1", options(out, 1))
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v does not say %q", err, want)
 		}
@@ -481,7 +491,7 @@ func TestProvision(t *testing.T) {
 	})
 	t.Run("planned, package damaged", func(t *testing.T) {
 		provision(t, line, out)
-		j := must(openJournal(t.Context(), filepath.Join(out, "state"), line.Manufacturer()))
+		j := must(keeping(line, out).state.journal(t.Context(), line.Manufacturer()))
 		if err := errors.Join(j.exec("UPDATE shard SET state = ?, package = NULL WHERE number = 5", planned), j.close()); err != nil {
 			t.Fatal(err)
 		}
@@ -503,13 +513,12 @@ func TestProvision(t *testing.T) {
 		harm(t, pkg(1), "is not the package of the published keys", func([]byte) []byte { return read(filepath.Join(other, "p")) })
 	})
 	t.Run("the journal has another package", func(t *testing.T) {
-		state := filepath.Join(out, "state")
-		j := must(openJournal(t.Context(), state, line.Manufacturer()))
+		j := must(keeping(line, out).state.journal(t.Context(), line.Manufacturer()))
 		if err := errors.Join(j.exec("UPDATE shard SET package = x'00' WHERE number = 5"), j.close()); err != nil {
 			t.Fatal(err)
 		}
 		refused(t, "factory reconcile L1 --repair")
-		must(line.Reconcile(t.Context(), "L1", state, out, true))
+		must(keeping(line, out).Reconcile(t.Context(), "L1", out, true))
 		provision(t, line, out)
 		checkLot(t, line, out)
 	})
@@ -543,7 +552,7 @@ func TestProvisionInterrupted(t *testing.T) {
 	defer cancel()
 	o := options(out, 2)
 	o.Report = func(Progress) { cancel() }
-	first, err := line.Provision(ctx, "L1", o)
+	first, err := keeping(line, out).Provision(ctx, "L1", o)
 	if !errors.Is(err, ErrInterrupted) || first.Made == 0 || first.Done == first.Total {
 		t.Fatal(first, err)
 	}
@@ -573,7 +582,7 @@ func TestProvisionTokenFails(t *testing.T) {
 	}
 	out := t.TempDir()
 	line.token = &failing{token, 10}
-	p, err := line.Provision(t.Context(), "L1", options(out, 1))
+	p, err := keeping(line, out).Provision(t.Context(), "L1", options(out, 1))
 	if err == nil || !strings.Contains(err.Error(), "gone") || p.Done != 8 {
 		t.Error(p, err)
 	}
@@ -663,7 +672,7 @@ func TestProvisionDirectoryAway(t *testing.T) {
 			store.mu.Unlock()
 		}
 	}
-	p, err := line.Provision(t.Context(), "L1", o)
+	p, err := keeping(line, out).Provision(t.Context(), "L1", o)
 	if err != nil || p.Done != 120 || p.Waiting != "" || !waited {
 		t.Errorf("%+v, waited %v, %v", p, waited, err)
 	}
@@ -674,11 +683,11 @@ func TestProvisionDirectoryAway(t *testing.T) {
 		t.Fatal(err)
 	}
 	store.until, o.Patience, o.Report = time.Now().Add(time.Hour), time.Millisecond, nil
-	if p, err = line.Provision(t.Context(), "L2", o); !errors.Is(err, directory.ErrUnavailable) || p.Generated != 20 || p.Done != 0 {
+	if p, err = keeping(line, out).Provision(t.Context(), "L2", o); !errors.Is(err, directory.ErrUnavailable) || p.Generated != 20 || p.Done != 0 {
 		t.Errorf("%+v, %v", p, err)
 	}
 	store.until = time.Time{}
-	if p, err = line.Provision(t.Context(), "L2", o); err != nil || p.Made != 0 || p.Done != 20 {
+	if p, err = keeping(line, out).Provision(t.Context(), "L2", o); err != nil || p.Made != 0 || p.Done != 20 {
 		t.Errorf("%+v, %v", p, err)
 	}
 	// What no waiting helps against ends the run at once.
@@ -686,7 +695,7 @@ func TestProvisionDirectoryAway(t *testing.T) {
 		t.Fatal(err)
 	}
 	store.until, store.err, o.Patience = time.Now().Add(time.Hour), errors.New("forbidden"), time.Hour
-	if p, err = line.Provision(t.Context(), "L3", o); err == nil || !strings.Contains(err.Error(), "forbidden") || p.Generated == 400 {
+	if p, err = keeping(line, out).Provision(t.Context(), "L3", o); err == nil || !strings.Contains(err.Error(), "forbidden") || p.Generated == 400 {
 		t.Errorf("%+v, %v", p, err)
 	}
 }
@@ -704,7 +713,7 @@ func TestProvisionShardRanges(t *testing.T) {
 		both.Go(func() {
 			o := options(out, 2)
 			o.From, o.To = r[0], r[1]
-			p, err := line.Provision(t.Context(), "L1", o)
+			p, err := keeping(line, out).Provision(t.Context(), "L1", o)
 			if want := (r[1] - r[0]) * 4; err != nil || p.Done != want || p.Total != want {
 				t.Errorf("machine %d: %+v, %v", i, p, err)
 			}

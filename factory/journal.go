@@ -5,7 +5,6 @@ import (
 	"database/sql"
 	_ "embed"
 	"errors"
-	"path/filepath"
 
 	"github.com/kmehsm/kmehsm/internal/sqlite"
 )
@@ -30,12 +29,12 @@ type journal struct {
 	manufacturer string
 }
 
-func openJournal(ctx context.Context, dir, manufacturer string) (*journal, error) {
-	read, write, err := sqlite.Open(ctx, filepath.Join(dir, "journal.db"), journalSchema)
+func (s State) journal(ctx context.Context, manufacturer string) (*journal, error) {
+	read, write, err := sqlite.Open(ctx, s.path("journal.db"), journalSchema)
 	if err != nil {
 		return nil, err
 	}
-	return &journal{read, write, manufacturer}, nil
+	return &journal{read: read, write: write, manufacturer: manufacturer}, nil
 }
 
 // close may be called when no other call is under way.
@@ -46,8 +45,9 @@ func (j *journal) exec(query string, args ...any) error {
 	return j.write.Exec(context.Background(), query, args...)
 }
 
-// An entry is what the journal has of a shard.
+// An entry is what the journal has of a shard; the zero entry, that it was never begun.
 type entry struct {
+	begun bool
 	state state
 	pkg   string // SHA-256 of its injection package; empty before generated
 }
@@ -62,7 +62,7 @@ func (j *journal) entries(ctx context.Context, lot string) (map[int]entry, error
 	all := map[int]entry{}
 	for rows.Next() {
 		var n int
-		var e entry
+		e := entry{begun: true}
 		var pkg []byte
 		if err := rows.Scan(&n, &e.state, &pkg); err != nil {
 			return nil, err

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"maps"
 	"os"
-	"path/filepath"
 	"slices"
 	"time"
 
@@ -18,9 +17,9 @@ import (
 	"github.com/kmehsm/kmehsm/internal/who"
 )
 
-// A LogEntry is a line of the audit log, STATE/log.jsonl: a command that has begun, or how one has ended. Previous chains the
-// lines, and the token signs the last one at the end of each command (STATE/log.head.jws); so a line that was changed,
-// removed or moved shows.
+// A LogEntry is a line of the audit log, log.jsonl in the state folder: a command that has begun, or how one has ended.
+// Previous chains the lines, and the token signs the last one at the end of each command (log.head.jws); so a line that
+// was changed, removed or moved shows.
 type LogEntry struct {
 	Seq      int       `json:"seq"` // counts up from 1
 	Time     time.Time `json:"time"`
@@ -44,6 +43,8 @@ type LogHead struct {
 	SHA256 string `json:"sha256"` // of the line, hex
 }
 
+const typeLogHead directory.Type = "kme-audit-log-head+jws"
+
 const (
 	logFile  = "log.jsonl"
 	headFile = "log.head.jws"
@@ -55,13 +56,33 @@ func lineDigest(line []byte) string {
 	return hex.EncodeToString(sum[:])
 }
 
-// AppendLog adds a line to the audit log in the state folder, durably. Several processes may.
-func AppendLog(state string, command []string, token, result string) (*LogHead, error) {
-	if err := durable.MkdirAll(state, 0o755); err != nil {
+// Logged runs a command, f, and puts down in the audit log that it has begun, and how it has ended; sign has the token
+// sign that. A command that cannot be put down is not run.
+func (s State) Logged(command []string, token string, f func() error, sign func(*LogHead) error) error {
+	if _, err := s.appendLog(command, token, Begun); err != nil {
+		return err
+	}
+	err, result := f(), Done
+	if err != nil {
+		result = err.Error()
+	}
+	head, lerr := s.appendLog(command, token, result)
+	if lerr == nil {
+		lerr = sign(head)
+	}
+	if lerr != nil && err == nil {
+		return fmt.Errorf("the command is done, but not in the audit log: %w", lerr)
+	}
+	return err
+}
+
+// appendLog adds a line to the audit log, durably. Several processes may.
+func (s State) appendLog(command []string, token, result string) (*LogHead, error) {
+	if err := durable.MkdirAll(s.Dir, 0o755); err != nil {
 		return nil, err
 	}
 	var head *LogHead
-	err := durable.AppendLine(filepath.Join(state, logFile), 0o600, func(last []byte) ([]byte, error) {
+	err := durable.AppendLine(s.path(logFile), 0o600, func(last []byte) ([]byte, error) {
 		var before LogEntry
 		if last != nil {
 			if err := json.Unmarshal(last, &before); err != nil {
@@ -69,16 +90,17 @@ func AppendLog(state string, command []string, token, result string) (*LogHead, 
 			}
 		}
 		line, err := json.Marshal(LogEntry{
-			before.Seq + 1, time.Now().UTC(), who.Name(), os.Getpid(), command, token, result, lineDigest(last),
+			Seq: before.Seq + 1, Time: time.Now().UTC(), Who: who.Name(), Process: os.Getpid(), Command: command,
+			Token: token, Result: result, Previous: lineDigest(last),
 		})
 		if len(line) > maxEntry {
 			err = errors.New("the command line is too long for it")
 		}
-		head = &LogHead{before.Seq + 1, lineDigest(line)}
+		head = &LogHead{Seq: before.Seq + 1, SHA256: lineDigest(line)}
 		return line, err
 	})
 	if err != nil {
-		return nil, fmt.Errorf("the audit log %s cannot be written: %w", filepath.Join(state, logFile), err)
+		return nil, fmt.Errorf("the audit log %s cannot be written: %w", s.path(logFile), err)
 	}
 	return head, nil
 }
@@ -86,7 +108,7 @@ func AppendLog(state string, command []string, token, result string) (*LogHead, 
 // SignLog has the token sign a line of the audit log, the last one of a command. A token without a signing key, before
 // factory init, signs nothing yet. Where commands run side by side, the one that ends last signs last, maybe not the
 // last line: the next command's signature covers that.
-func SignLog(state string, token Token, head *LogHead) error {
+func (s State) SignLog(token Token, head *LogHead) error {
 	signer, err := openSigner(token)
 	if errors.Is(err, errNoSigningKey) {
 		return nil
@@ -94,11 +116,11 @@ func SignLog(state string, token Token, head *LogHead) error {
 	if err != nil {
 		return err
 	}
-	jws, err := signer.Sign(directory.TypeLogHead, head)
+	jws, err := signer.Sign(typeLogHead, head)
 	if err != nil {
 		return err
 	}
-	return durable.WriteFile(filepath.Join(state, headFile), jws, 0o600)
+	return durable.WriteFile(s.path(headFile), jws, 0o600)
 }
 
 // A LogReport is what VerifyLog found of a log that is whole.
@@ -110,18 +132,18 @@ type LogReport struct {
 
 // VerifyLog checks that no line of the audit log was changed, removed or moved. Lines after the signed one, of commands
 // that were killed or are at work, are only chained.
-func VerifyLog(state string, v *directory.Verifier) (*LogReport, error) {
-	digests, entries, err := readLog(state)
+func (s State) VerifyLog(v *directory.Verifier) (*LogReport, error) {
+	digests, entries, err := s.readLog()
 	if err != nil {
-		return nil, fmt.Errorf("the audit log %s: %w", filepath.Join(state, logFile), err)
+		return nil, fmt.Errorf("the audit log %s: %w", s.path(logFile), err)
 	}
-	path := filepath.Join(state, headFile)
+	path := s.path(headFile)
 	jws, err := os.ReadFile(path)
 	if err != nil {
 		return nil, fmt.Errorf("the signature over the audit log: %w", err)
 	}
 	var head LogHead
-	if err := v.Verify(directory.TypeLogHead, path, jws, &head); err != nil {
+	if err := v.Verify(typeLogHead, path, jws, &head); err != nil {
 		return nil, err
 	}
 	if head.Seq < 1 || head.Seq > len(digests) {
@@ -147,8 +169,8 @@ func VerifyLog(state string, v *directory.Verifier) (*LogReport, error) {
 }
 
 // readLog gives the digests of all lines of a log that is a chain, and its entries.
-func readLog(state string) (digests []string, entries []LogEntry, err error) {
-	f, err := os.Open(filepath.Join(state, logFile))
+func (s State) readLog() (digests []string, entries []LogEntry, err error) {
+	f, err := os.Open(s.path(logFile))
 	if err != nil {
 		return nil, nil, err
 	}

@@ -7,16 +7,14 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
 	"time"
 
-	"golang.org/x/sync/errgroup"
-
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/handover"
 )
 
 // A Difference is a place where journal, injection packages, directory and token do not agree.
@@ -50,15 +48,15 @@ func (r *Reconciliation) Open() (n int) {
 	return n
 }
 
-// Reconcile compares what the journal in state, the injection packages below out, the directory and the token have of a lot,
-// and says of each difference what is to be done. With repair it does what is safe. Nobody else may be at work on the
-// lot in these folders.
-func (l *Line) Reconcile(ctx context.Context, lot, state, out string, repair bool) (*Reconciliation, error) {
+// Reconcile compares what the journal, the injection packages below out, the directory and the token have of a lot, and
+// says of each difference what is to be done. With repair it does what is safe. Nobody else may be at work on the lot in
+// these folders.
+func (l *Line) Reconcile(ctx context.Context, lot, out string, repair bool) (*Reconciliation, error) {
 	m, err := l.Lot(ctx, lot)
 	if err != nil {
 		return nil, err
 	}
-	j, err := openJournal(ctx, state, l.Manufacturer())
+	j, err := l.state.journal(ctx, l.Manufacturer())
 	if err != nil {
 		return nil, err
 	}
@@ -80,35 +78,30 @@ func (l *Line) Reconcile(ctx context.Context, lot, state, out string, repair boo
 		return nil, err
 	} else if wrong != "" {
 		r.Differences = append(r.Differences, Difference{Shard: -1, What: wrong, Remedy: "write the directory's there", Safe: true,
-			repair: func(ctx context.Context) error { return writeManifest(ctx, l.store, lot, dir) }})
+			repair: func(ctx context.Context) error { return l.writeManifest(ctx, lot, dir) }})
 	}
 	if err := l.compareRevocations(ctx, r, m, dir); err != nil {
 		return nil, err
 	}
 	var mu sync.Mutex // guards r
-	g, gctx := errgroup.WithContext(ctx)
-	g.SetLimit(2 * runtime.GOMAXPROCS(0))
-	for n := 0; n < m.Shards() && gctx.Err() == nil; n++ {
-		g.Go(func() error {
-			entry, known := entries[n]
-			d, pending, err := l.compare(gctx, j, m, n, filepath.Join(dir, InjectionFile(n)), entry, known)
-			mu.Lock()
-			defer mu.Unlock()
-			switch {
-			case err != nil:
-				return fmt.Errorf("shard %d of lot %s: %w", n, lot, err)
-			case d != nil:
-				d.Shard, d.Safe = n, d.repair != nil
-				r.Differences = append(r.Differences, *d)
-			case pending:
-				r.Pending++
-			default:
-				r.Agreed++
-			}
-			return nil
-		})
-	}
-	if err := errors.Join(g.Wait(), ctx.Err()); err != nil {
+	err = eachShard(ctx, m, func(ctx context.Context, n int) error {
+		d, pending, err := l.compare(ctx, j, m, n, dir, entries[n])
+		mu.Lock()
+		defer mu.Unlock()
+		switch {
+		case err != nil:
+			return fmt.Errorf("shard %d of lot %s: %w", n, lot, err)
+		case d != nil:
+			d.Shard, d.Safe = n, d.repair != nil
+			r.Differences = append(r.Differences, *d)
+		case pending:
+			r.Pending++
+		default:
+			r.Agreed++
+		}
+		return nil
+	})
+	if err != nil {
 		return nil, err
 	}
 	slices.SortFunc(r.Differences, func(a, b Difference) int { return a.Shard - b.Shard })
@@ -135,7 +128,7 @@ func (r *Reconciliation) strays(m *directory.Manifest, dir string) error {
 		name, n := e.Name(), 0
 		_, serr := fmt.Sscanf(name, "injection-%d.jsonl", &n)
 		switch {
-		case serr == nil && name == InjectionFile(n) && n < m.Shards(), name == ManifestFile, name == ".lock":
+		case serr == nil && name == handover.InjectionFile(n) && n < m.Shards(), name == handover.ManifestFile, name == ".lock":
 		case strings.HasPrefix(name, "reissue-") && strings.HasSuffix(name, ".jsonl"): // compareRevocations looks at them
 		case strings.HasPrefix(name, "."): // as renameio names what it has not yet put in place
 			path := filepath.Join(dir, name)
@@ -195,9 +188,9 @@ func (l *Line) compareRevocations(ctx context.Context, r *Reconciliation, m *dir
 		if !complete {
 			behind = append(behind, n)
 		}
-		for path, e := range reissues(part.Revoked, dir) {
-			if err := checkReissue(m.Lot, path, e); err != nil {
-				differs(Difference{What: err.Error(), Remedy: bringBack(e.Package)})
+		for path, e := range handover.Reissues(part.Revoked, dir) {
+			if err := handover.CheckReissue(m.Lot, path, e); err != nil {
+				differs(Difference{What: err.Error(), Remedy: handover.BringBack(e.Package)})
 			}
 		}
 	}
@@ -211,68 +204,41 @@ func (l *Line) compareRevocations(ctx context.Context, r *Reconciliation, m *dir
 	return nil
 }
 
-// compare looks at one shard; neither difference nor pending is that all agree.
-func (l *Line) compare(ctx context.Context, j *journal, m *directory.Manifest, n int, path string, was entry, known bool) (d *Difference, pending bool, err error) {
-	object := directory.ShardPath(m.Lot, n)
-	var refused *directory.RefusedError
+// compare says what does not agree of a shard, nil if all does.
+func (l *Line) compare(ctx context.Context, j *journal, m *directory.Manifest, n int, dir string, e entry) (d *Difference, pending bool, err error) {
 	there, err := l.reader.ReadShard(ctx, m, n)
-	if errors.As(err, &refused) {
+	if errors.As(err, new(*directory.RefusedError)) {
 		return &Difference{What: fmt.Sprintf("directory: %v", err), Remedy: objectBack}, false, nil
 	}
 	if err != nil && !errors.Is(err, directory.ErrNotFound) {
 		return nil, false, err
 	}
-	_, packed, ferr := ReadPackage(m, n, path)
-	missing := errors.Is(ferr, fs.ErrNotExist)
-	same := ferr == nil && was.pkg == string(packed.Package)
-
-	switch {
-	case there != nil && ferr != nil:
-		what := "its keys are published, and its injection package " + path + " is missing"
-		if !missing {
-			what = fmt.Sprintf("its keys are published, and %v", ferr)
-		}
-		return &Difference{What: what, Remedy: fmt.Sprintf("bring the package back from where the line keeps it, SHA-256 %x; "+
-			"if it is lost for good, factory lot reissue its devices one by one", there.Package)}, false, nil
-	case there != nil && !there.Equal(packed):
-		return &Difference{What: path + " is not the package of the published keys",
-			Remedy: bringBack(there.Package)}, false, nil
-	case there != nil && was.state == acknowledged && same:
+	v := look(m, n, dir, there, e)
+	d = new(Difference)
+	d.What, d.Remedy = v.describe()
+	switch v.standing() {
+	case agreed:
 		return nil, false, nil
-	case there != nil:
-		return &Difference{What: "package and directory agree, and the journal does not know it", Remedy: "put it down in the journal",
-			repair: func(context.Context) error { return j.acknowledged(m.Lot, n, packed.Package) }}, false, nil
-
-	case ferr == nil && was.state > planned && !same:
-		return &Difference{What: "it is not published, and " + path + " is not the package that the journal knows of",
-			Remedy: bringBack([]byte(was.pkg))}, false, nil
-	case ferr == nil:
-		what := "it is made, and not published"
-		if was.state >= published {
-			what = "it was published, and the directory has lost it"
-		}
-		return &Difference{What: what, Remedy: "publish " + object + " with the keys of its package", repair: func(ctx context.Context) error {
-			jws, err := l.signer.Sign(directory.TypeShard, packed)
+	case unmade:
+		return nil, true, nil
+	case unrecorded, misrecorded:
+		d.repair = func(context.Context) error { return j.acknowledged(m.Lot, n, v.packed.Package) }
+	case made, lost:
+		d.repair = func(ctx context.Context) error {
+			jws, err := l.signer.Sign(directory.TypeShard, v.packed)
 			if err == nil {
-				err = j.generated(m.Lot, n, packed.Package, jws)
+				err = j.generated(m.Lot, n, v.packed.Package, jws)
 			}
 			if err == nil {
-				err = directory.PublishSigned(ctx, l.store, object, l.verifier, directory.TypeShard, jws)
+				err = directory.PublishSigned(ctx, l.store, directory.ShardPath(m.Lot, n), l.verifier, directory.TypeShard, jws)
 			}
 			if err == nil {
-				err = j.acknowledged(m.Lot, n, packed.Package)
+				err = j.acknowledged(m.Lot, n, v.packed.Package)
 			}
 			return err
-		}}, false, nil
-	case was.state > planned:
-		return &Difference{What: fmt.Sprintf("the journal knows of its keys, it is not published, and %v", ferr),
-			Remedy: fmt.Sprintf("bring the package back, SHA-256 %x: its keys may have been handed out", was.pkg)}, false, nil
-	case missing:
-		return nil, true, nil
-	case known: // planned: a run that was killed left it, and published nothing of it
-		return &Difference{What: ferr.Error(), Remedy: "remove it: nothing of it was published, and lot provision makes the shard anew",
-			repair: func(context.Context) error { return errors.Join(os.Remove(path), durable.SyncDir(filepath.Dir(path))) }}, false, nil
-	default:
-		return &Difference{What: fmt.Sprintf("%v, and the journal never began it", ferr), Remedy: "find out where it comes from; if nothing of it was injected, remove it"}, false, nil
+		}
+	case remnant:
+		d.repair = func(context.Context) error { return errors.Join(os.Remove(v.path), durable.SyncDir(dir)) }
 	}
+	return d, false, nil
 }

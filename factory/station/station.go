@@ -21,8 +21,8 @@ import (
 	"github.com/mattn/go-sqlite3"
 
 	"github.com/kmehsm/kmehsm/directory"
-	"github.com/kmehsm/kmehsm/factory"
 	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/internal/sqlite"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -91,7 +91,7 @@ type lot struct {
 	mu     sync.Mutex
 	cursor int // no device before it is waiting; guarded by mu
 	shard  int // whose package is read; guarded by mu
-	lines  []directory.InjectionLine
+	lines  []handover.InjectionLine
 }
 
 type device struct {
@@ -107,12 +107,12 @@ type handedOut struct {
 
 // A Ticket is a device that a station has.
 type Ticket struct {
-	IMEI      kme.IMEI                `json:"imei"`
-	Lot       string                  `json:"lot"`
-	Issue     int                     `json:"issue"`     // 0: the device's first key; else its n-th new one
-	Injection directory.InjectionLine `json:"injection"` // its line of the injection package
-	Manifest  string                  `json:"manifest"`  // the lot's, signed; it has the modulus
-	Timeout   float64                 `json:"report_within_seconds"`
+	IMEI      kme.IMEI               `json:"imei"`
+	Lot       string                 `json:"lot"`
+	Issue     int                    `json:"issue"`     // 0: the device's first key; else its n-th new one
+	Injection handover.InjectionLine `json:"injection"` // its line of the injection package
+	Manifest  string                 `json:"manifest"`  // the lot's, signed; it has the modulus
+	Timeout   float64                `json:"report_within_seconds"`
 }
 
 // Open opens the desk of a line. What stations had when the last process ended, they still have, and their time begins anew.
@@ -230,7 +230,7 @@ func (d *Desk) lot(name string) (*lot, error) {
 
 // ReadManifest reads a lot's manifest from the folder of the injection packages.
 func ReadManifest(injection, lot string, v *directory.Verifier) (*directory.Manifest, []byte, error) {
-	jws, err := os.ReadFile(filepath.Join(injection, lot, factory.ManifestFile))
+	jws, err := os.ReadFile(filepath.Join(injection, lot, handover.ManifestFile))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil, refuse("there is no lot %s: factory lot provision makes its injection packages", lot)
 	}
@@ -492,12 +492,12 @@ func (d *Desk) ticket(ctx context.Context, l *lot, at int) (device, *Ticket, err
 
 // line is a device's in its injection package, which must have this SHA-256. The package of the shard last asked for is
 // kept.
-func (d *Desk) line(l *lot, at, issue int, hash []byte) (line directory.InjectionLine, err error) {
+func (d *Desk) line(l *lot, at, issue int, hash []byte) (line handover.InjectionLine, err error) {
 	dir, imei := filepath.Join(d.o.Injection, l.Lot), l.IMEI(at)
 	another := func(path string) error { return fmt.Errorf("%s is not the package of the published key", path) }
 	if issue > 0 {
-		path := filepath.Join(dir, factory.ReissueFile(imei, issue))
-		line, have, err := factory.ReadReissue(path, l.Lot, imei)
+		path := filepath.Join(dir, handover.ReissueFile(imei, issue))
+		line, have, err := handover.ReadReissue(path, l.Lot, imei)
 		if err == nil && !bytes.Equal(have, hash) {
 			err = another(path)
 		}
@@ -508,8 +508,8 @@ func (d *Desk) line(l *lot, at, issue int, hash []byte) (line directory.Injectio
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.shard != shard {
-		path := filepath.Join(dir, factory.InjectionFile(shard))
-		lines, packed, err := factory.ReadPackage(l.Manifest, shard, path)
+		path := filepath.Join(dir, handover.InjectionFile(shard))
+		lines, packed, err := handover.ReadPackage(l.Manifest, shard, path)
 		if err == nil && !bytes.Equal(packed.Package, hash) {
 			err = another(path)
 		}
