@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/factory/auditlog"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/custody"
 	"github.com/kmehsm/kmehsm/internal/durable"
@@ -36,7 +37,7 @@ var ErrNoMinutes = errors.New("done, but there are no minutes of it")
 // A Ceremony is a command that needs the security officer's PIN. It leaves minutes.
 type Ceremony struct {
 	Name     string   // as in Minutes
-	Command  []string // as in LogEntry
+	Command  []string // as in auditlog.Entry
 	State    State
 	TokenURI string
 	Officer  custody.Officer
@@ -59,7 +60,7 @@ func (c Ceremony) Hold(ctx context.Context, f func(token string, pin hsmkeys.Off
 	if err != nil {
 		return "", err
 	}
-	err = c.State.Logged(c.Command, m.Token, func() (err error) {
+	err = c.State.Log().Record(c.Command, m.Token, func() (err error) {
 		if m.Made, err = f(m.Token, pin); err != nil {
 			return err
 		}
@@ -71,7 +72,7 @@ func (c Ceremony) Hold(ctx context.Context, f func(token string, pin hsmkeys.Off
 			err = fmt.Errorf("%s is %w: %w", c.Name, ErrNoMinutes, err)
 		}
 		return err
-	}, func(head *LogHead) error {
+	}, func(head *auditlog.Head) error {
 		return withToken(ctx, c.TokenURI, func(token *hsmkeys.Token) error { return c.State.SignLog(token, head) })
 	})
 	return minutes, err

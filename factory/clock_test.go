@@ -1,13 +1,16 @@
 package factory
 
 import (
+	"crypto/sha256"
 	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/factory/auditlog"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -36,9 +39,9 @@ func TestClockSetBack(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	dated, err := json.Marshal(LogEntry{Seq: 1, Time: tomorrow, Who: "a@b", Process: 1, Command: []string{"factory"}, Result: Done, Previous: lineDigest(nil)})
+	dated, err := json.Marshal(auditlog.Entry{Seq: 1, Time: tomorrow, Who: "a@b", Process: 1, Command: []string{"factory"}, Result: auditlog.Done, Previous: fmt.Sprintf("%x", sha256.Sum256(nil))})
 	if err == nil {
-		err = os.WriteFile(state.path(logFile), append(dated, '\n'), 0o600)
+		err = os.WriteFile(state.path("log.jsonl"), append(dated, '\n'), 0o600)
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -56,14 +59,14 @@ func TestClockSetBack(t *testing.T) {
 	if r, err := line.Reconcile(ctx, "L1", out, false); err != nil || r.Open() != 0 {
 		t.Errorf("%+v, %v", r, err)
 	}
-	head, err := state.appendLog([]string{"factory"}, token.Serial(), Done)
+	head, err := state.Log().Append([]string{"factory"}, token.Serial(), auditlog.Done)
 	if err == nil {
 		err = state.SignLog(token, head)
 	}
 	if err != nil {
 		t.Fatal(err)
 	}
-	if r, err := state.VerifyLog(line.verifier); err != nil || r.Lines != 2 || r.Signed != 2 {
+	if r, err := state.Log().Verify(line.verifier); err != nil || r.Lines != 2 || r.Signed != 2 {
 		t.Errorf("%+v, %v", r, err)
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha256"
+	"database/sql"
 	"errors"
 	"fmt"
 	"math/big"
@@ -18,6 +19,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/factory/shard"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
@@ -305,6 +307,16 @@ func keeping(line *Line, out string) *Line {
 	return &l
 }
 
+// changeJournal does to a line's journal what no run does.
+func changeJournal(t *testing.T, line *Line, query string, args ...any) {
+	t.Helper()
+	db := must(sql.Open("sqlite3", line.state.path("journal.db")))
+	_, err := db.ExecContext(t.Context(), query, args...)
+	if err := errors.Join(err, db.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func provision(t *testing.T, line *Line, out string) Progress {
 	t.Helper()
 	p, err := keeping(line, out).Provision(t.Context(), "L1", options(out, 3))
@@ -326,12 +338,12 @@ func checkLot(t *testing.T, line *Line, out string) {
 	}
 	seen := map[kme.IMEI]bool{}
 	j := must(keeping(line, out).state.journal(t.Context(), line.Manufacturer()))
-	entries, err := j.entries(t.Context(), "L1")
-	if err := errors.Join(err, j.close()); err != nil {
+	entries, err := j.Entries(t.Context(), "L1")
+	if err := errors.Join(err, j.Close()); err != nil {
 		t.Fatal(err)
 	}
 	for n := range m.Shards() {
-		if entries[n].state != acknowledged {
+		if entries[n].State != shard.Acknowledged {
 			t.Errorf("shard %d: the journal has %+v", n, entries[n])
 		}
 		published, err := line.reader.ReadShard(t.Context(), m, n)
@@ -344,7 +356,7 @@ func checkLot(t *testing.T, line *Line, out string) {
 			t.Fatal(err)
 		}
 		hash := sha256.Sum256(must(os.ReadFile(path)))
-		if !packed.Equal(published) || !bytes.Equal(published.Package, hash[:]) || entries[n].pkg != string(hash[:]) {
+		if !packed.Equal(published) || !bytes.Equal(published.Package, hash[:]) || !bytes.Equal(entries[n].Package, hash[:]) {
 			t.Errorf("shard %d: package, directory and journal differ", n)
 		}
 		for _, l := range lines {
@@ -386,7 +398,7 @@ func TestProvision(t *testing.T) {
 	}
 
 	pkg := func(n int) string { return filepath.Join(out, "L1", handover.InjectionFile(n)) }
-	shard := func(n int) string {
+	object := func(n int) string {
 		return filepath.Join(dir, filepath.FromSlash(directory.ShardPath("L1", n)))
 	}
 	read := func(path string) []byte {
@@ -434,9 +446,11 @@ func TestProvision(t *testing.T) {
 			return bytes.Replace(b, []byte(`"lot":"L1"`), []byte(`"lot":"L2"`), 1)
 		})
 	})
-	t.Run("shard tampered with", func(t *testing.T) { harm(t, shard(2), "refused", flip) })
-	t.Run("shard truncated", func(t *testing.T) { harm(t, shard(2), "refused", truncate) })
-	t.Run("another shard in its place", func(t *testing.T) { harm(t, shard(2), "it is shard 3", func([]byte) []byte { return read(shard(3)) }) })
+	t.Run("shard tampered with", func(t *testing.T) { harm(t, object(2), "refused", flip) })
+	t.Run("shard truncated", func(t *testing.T) { harm(t, object(2), "refused", truncate) })
+	t.Run("another shard in its place", func(t *testing.T) {
+		harm(t, object(2), "it is shard 3", func([]byte) []byte { return read(object(3)) })
+	})
 	t.Run("manifest tampered with", func(t *testing.T) {
 		harm(t, filepath.Join(dir, "lots", "L1", "manifest"), "refused", flip)
 	})
@@ -449,18 +463,18 @@ func TestProvision(t *testing.T) {
 	}
 	t.Run("lost by the directory", func(t *testing.T) {
 		was := read(pkg(5))
-		os.Remove(shard(5))
+		os.Remove(object(5))
 		if p := provision(t, line, out); p.Made != 0 || !bytes.Equal(read(pkg(5)), was) {
 			t.Errorf("a whole package was not published as it is: %+v", p)
 		}
 		checkLot(t, line, out)
 	})
 	t.Run("lost by the directory, package lost", func(t *testing.T) {
-		signed := read(shard(5))
-		os.Remove(shard(5))
+		signed := read(object(5))
+		os.Remove(object(5))
 		harm(t, pkg(5), "the journal knows of its keys", remove)
 		harm(t, pkg(5), "the journal knows of its keys", truncate)
-		if err := os.WriteFile(shard(5), signed, 0o644); err != nil {
+		if err := os.WriteFile(object(5), signed, 0o644); err != nil {
 			t.Fatal(err)
 		}
 	})
@@ -473,7 +487,7 @@ func TestProvision(t *testing.T) {
 	})
 	t.Run("journal lost, nothing published, no package", func(t *testing.T) {
 		forget()
-		os.Remove(shard(5))
+		os.Remove(object(5))
 		os.Remove(pkg(5))
 		if p := provision(t, line, out); p.Made != 4 {
 			t.Errorf("%+v", p)
@@ -482,20 +496,17 @@ func TestProvision(t *testing.T) {
 	})
 	t.Run("journal lost, not published, package damaged", func(t *testing.T) {
 		forget()
-		signed := read(shard(5))
-		os.Remove(shard(5))
+		signed := read(object(5))
+		os.Remove(object(5))
 		harm(t, pkg(5), "remove the file", truncate)
-		if err := os.WriteFile(shard(5), signed, 0o644); err != nil {
+		if err := os.WriteFile(object(5), signed, 0o644); err != nil {
 			t.Fatal(err)
 		}
 	})
 	t.Run("planned, package damaged", func(t *testing.T) {
 		provision(t, line, out)
-		j := must(keeping(line, out).state.journal(t.Context(), line.Manufacturer()))
-		if err := errors.Join(j.exec("UPDATE shard SET state = ?, package = NULL WHERE number = 5", planned), j.close()); err != nil {
-			t.Fatal(err)
-		}
-		os.Remove(shard(5))
+		changeJournal(t, keeping(line, out), "UPDATE shard SET state = ?, package = NULL WHERE number = 5", shard.Planned)
+		os.Remove(object(5))
 		if err := os.WriteFile(pkg(5), truncate(read(pkg(5))), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -513,10 +524,7 @@ func TestProvision(t *testing.T) {
 		harm(t, pkg(1), "is not the package of the published keys", func([]byte) []byte { return read(filepath.Join(other, "p")) })
 	})
 	t.Run("the journal has another package", func(t *testing.T) {
-		j := must(keeping(line, out).state.journal(t.Context(), line.Manufacturer()))
-		if err := errors.Join(j.exec("UPDATE shard SET package = x'00' WHERE number = 5"), j.close()); err != nil {
-			t.Fatal(err)
-		}
+		changeJournal(t, keeping(line, out), "UPDATE shard SET package = x'00' WHERE number = 5")
 		refused(t, "factory reconcile L1 --repair")
 		must(keeping(line, out).Reconcile(t.Context(), "L1", out, true))
 		provision(t, line, out)

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/factory/shard"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/handover"
@@ -122,7 +123,7 @@ func (l *Line) Provision(ctx context.Context, lot string, o ProvisionOptions) (P
 	if err != nil {
 		return Progress{}, err
 	}
-	defer j.close()
+	defer j.Close()
 	p := &provisioning{
 		Line: l, m: m, injection: injection, j: j, dir: dir, o: o, started: time.Now(),
 		backlog: make(chan int, o.To-o.From), allMade: make(chan struct{}),
@@ -136,13 +137,13 @@ type provisioning struct {
 	*Line
 	m         *directory.Manifest
 	injection hsmkeys.Key
-	j         *journal
+	j         *shard.Journal
 	dir       string
 	o         ProvisionOptions
 	started   time.Time
 
-	entries   map[int]entry // the journal's, as this run found it; not changed
-	published map[int]bool  // shards in the directory, as this run found it; not changed
+	entries   map[int]shard.Entry // the journal's, as this run found it; not changed
+	published map[int]bool        // shards in the directory, as this run found it; not changed
 	next      atomic.Int64
 	backlog   chan int      // shards to publish; it has room for all
 	allMade   chan struct{} // closed when no worker makes keys any more
@@ -167,10 +168,10 @@ func (p *provisioning) run(ctx context.Context) (Progress, error) {
 			p.published[n] = true
 		}
 	}
-	if p.entries, err = p.j.entries(ctx, p.m.Lot); err != nil {
+	if p.entries, err = p.j.Entries(ctx, p.m.Lot); err != nil {
 		return p.progress, err
 	}
-	if err := p.j.plan(p.m.Lot, p.o.From, p.o.To); err != nil {
+	if err := p.j.Plan(p.m.Lot, p.o.From, p.o.To); err != nil {
 		return p.progress, fmt.Errorf("the journal cannot be written: %w", err)
 	}
 	p.next.Store(int64(p.o.From))
@@ -247,41 +248,41 @@ func (p *provisioning) generate(ctx context.Context, n int) error {
 			return err
 		}
 	}
-	v, madeNow := look(p.m, n, p.dir, there, p.entries[n]), 0
-	shard := v.packed
-	switch v.standing() {
-	case agreed:
+	v, made := shard.Look(p.m, n, p.dir, there, p.entries[n]), 0
+	packed := v.Packed
+	switch v.Standing() {
+	case shard.Agreed:
 		p.note(func(r *Progress) { r.Generated += devices; r.Done += devices })
 		return nil
-	case unrecorded:
+	case shard.Unrecorded:
 		p.note(func(r *Progress) { r.Generated += devices; r.Done += devices })
-		return p.j.acknowledged(p.m.Lot, n, shard.Package)
-	case made, lost:
-	case unmade, remnant:
+		return p.j.Acknowledged(p.m.Lot, n, packed.Package)
+	case shard.Made, shard.Lost:
+	case shard.Unmade, shard.Remnant:
 		var err error
-		if shard, err = p.makeShard(ctx, n, v.path); err != nil {
+		if packed, err = p.makeShard(ctx, n, v.Path); err != nil {
 			return err
 		}
-		madeNow = devices
+		made = devices
 	default:
-		what, remedy := v.describe()
+		what, remedy := v.Describe()
 		return fmt.Errorf("%s: %s", what, remedy)
 	}
-	jws, err := p.signer.Sign(directory.TypeShard, shard)
+	jws, err := p.signer.Sign(directory.TypeShard, packed)
 	if err != nil {
 		return err
 	}
-	if err := p.j.generated(p.m.Lot, n, shard.Package, jws); err != nil {
+	if err := p.j.Generated(p.m.Lot, n, packed.Package, jws); err != nil {
 		return fmt.Errorf("the journal cannot be written: %w", err)
 	}
-	p.note(func(r *Progress) { r.Generated += devices; r.Made += madeNow })
+	p.note(func(r *Progress) { r.Generated += devices; r.Made += made })
 	p.backlog <- n
 	return nil
 }
 
 // publish brings one shard from the journal to the directory, and reads it back. user is the context that the user ends.
 func (p *provisioning) publish(user, ctx context.Context, n int) error {
-	jws, err := p.j.signed(ctx, p.m.Lot, n)
+	jws, err := p.j.Signed(ctx, p.m.Lot, n)
 	if err != nil {
 		return err
 	}
@@ -290,7 +291,7 @@ func (p *provisioning) publish(user, ctx context.Context, n int) error {
 	if err != nil {
 		return err
 	}
-	if err := p.j.published(p.m.Lot, n); err != nil {
+	if err := p.j.Published(p.m.Lot, n); err != nil {
 		return err
 	}
 	err = p.patiently(user, ctx, func() error {
@@ -303,7 +304,7 @@ func (p *provisioning) publish(user, ctx context.Context, n int) error {
 	if err != nil {
 		return err
 	}
-	if err := p.j.acknowledged(p.m.Lot, n, nil); err != nil {
+	if err := p.j.Acknowledged(p.m.Lot, n, nil); err != nil {
 		return err
 	}
 	_, devices := p.m.ShardRange(n)
@@ -366,12 +367,12 @@ func (p *provisioning) makeShard(ctx context.Context, n int, path string) (*dire
 	if err != nil {
 		return nil, err
 	}
-	shard, err := handover.NewShard(p.m, n, lines, hash)
+	packed, err := handover.NewShard(p.m, n, lines, hash)
 	if err != nil {
 		return nil, err
 	}
 	if err := durable.WriteFile(path, file, 0o600); err != nil {
 		return nil, fmt.Errorf("the injection package cannot be written; make room or give another --out, and run this again: %w", err)
 	}
-	return shard, nil
+	return packed, nil
 }

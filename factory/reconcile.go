@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/factory/shard"
 	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/handover"
 )
@@ -60,8 +61,8 @@ func (l *Line) Reconcile(ctx context.Context, lot, out string, repair bool) (*Re
 	if err != nil {
 		return nil, err
 	}
-	defer j.close()
-	entries, err := j.entries(ctx, lot)
+	defer j.Close()
+	entries, err := j.Entries(ctx, lot)
 	if err != nil {
 		return nil, err
 	}
@@ -205,7 +206,7 @@ func (l *Line) compareRevocations(ctx context.Context, r *Reconciliation, m *dir
 }
 
 // compare says what does not agree of a shard, nil if all does.
-func (l *Line) compare(ctx context.Context, j *journal, m *directory.Manifest, n int, dir string, e entry) (d *Difference, pending bool, err error) {
+func (l *Line) compare(ctx context.Context, j *shard.Journal, m *directory.Manifest, n int, dir string, e shard.Entry) (d *Difference, pending bool, err error) {
 	there, err := l.reader.ReadShard(ctx, m, n)
 	if errors.As(err, new(*directory.RefusedError)) {
 		return &Difference{What: fmt.Sprintf("directory: %v", err), Remedy: objectBack}, false, nil
@@ -213,32 +214,32 @@ func (l *Line) compare(ctx context.Context, j *journal, m *directory.Manifest, n
 	if err != nil && !errors.Is(err, directory.ErrNotFound) {
 		return nil, false, err
 	}
-	v := look(m, n, dir, there, e)
+	v := shard.Look(m, n, dir, there, e)
 	d = new(Difference)
-	d.What, d.Remedy = v.describe()
-	switch v.standing() {
-	case agreed:
+	d.What, d.Remedy = v.Describe()
+	switch v.Standing() {
+	case shard.Agreed:
 		return nil, false, nil
-	case unmade:
+	case shard.Unmade:
 		return nil, true, nil
-	case unrecorded, misrecorded:
-		d.repair = func(context.Context) error { return j.acknowledged(m.Lot, n, v.packed.Package) }
-	case made, lost:
+	case shard.Unrecorded, shard.Misrecorded:
+		d.repair = func(context.Context) error { return j.Acknowledged(m.Lot, n, v.Packed.Package) }
+	case shard.Made, shard.Lost:
 		d.repair = func(ctx context.Context) error {
-			jws, err := l.signer.Sign(directory.TypeShard, v.packed)
+			jws, err := l.signer.Sign(directory.TypeShard, v.Packed)
 			if err == nil {
-				err = j.generated(m.Lot, n, v.packed.Package, jws)
+				err = j.Generated(m.Lot, n, v.Packed.Package, jws)
 			}
 			if err == nil {
 				err = directory.PublishSigned(ctx, l.store, directory.ShardPath(m.Lot, n), l.verifier, directory.TypeShard, jws)
 			}
 			if err == nil {
-				err = j.acknowledged(m.Lot, n, v.packed.Package)
+				err = j.Acknowledged(m.Lot, n, v.Packed.Package)
 			}
 			return err
 		}
-	case remnant:
-		d.repair = func(context.Context) error { return errors.Join(os.Remove(v.path), durable.SyncDir(dir)) }
+	case shard.Remnant:
+		d.repair = func(context.Context) error { return errors.Join(os.Remove(v.Path), durable.SyncDir(dir)) }
 	}
 	return d, false, nil
 }

@@ -3,7 +3,6 @@ package factory
 import (
 	"bytes"
 	"context"
-	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -49,10 +48,7 @@ func TestReconcile(t *testing.T) {
 	}
 	journal := func(query string, args ...any) {
 		t.Helper()
-		j := must(line.state.journal(t.Context(), line.Manufacturer()))
-		if err := errors.Join(j.exec(query, args...), j.close()); err != nil {
-			t.Fatal(err)
-		}
+		changeJournal(t, line, query, args...)
 	}
 	remove := func(path string) {
 		if err := os.Remove(path); err != nil {

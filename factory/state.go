@@ -1,6 +1,7 @@
 package factory
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -11,6 +12,8 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/factory/auditlog"
+	"github.com/kmehsm/kmehsm/factory/shard"
 	"github.com/kmehsm/kmehsm/internal/durable"
 )
 
@@ -33,6 +36,25 @@ func (s State) Lock() (unlock func(), err error) {
 		return nil, err
 	}
 	return durable.Lock(s.Dir)
+}
+
+// Log is the audit log of all commands that use the token.
+func (s State) Log() auditlog.Log { return auditlog.Log{Dir: s.Dir} }
+
+// SignLog has the token sign a line of the audit log. A token without a signing key, before factory init, signs nothing yet.
+func (s State) SignLog(token Token, head *auditlog.Head) error {
+	signer, err := openSigner(token)
+	if errors.Is(err, errNoSigningKey) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return s.Log().Sign(signer, head)
+}
+
+func (s State) journal(ctx context.Context, manufacturer string) (*shard.Journal, error) {
+	return shard.OpenJournal(ctx, s.path("journal.db"), manufacturer)
 }
 
 // recordGrant remembers, durably, that an operator was granted a lot: grants/OPERATOR/LOT. The grant itself is not kept.

@@ -7,13 +7,17 @@ import (
 	"fmt"
 	"math/big"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/factory/shard"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/handover"
 )
@@ -278,12 +282,22 @@ func (v *verifying) shards(ctx context.Context, m *directory.Manifest, f func(in
 
 // compare checks the injection package of a published shard.
 func (v *verifying) compare(m *directory.Manifest, n int, s *directory.Shard, dir string) {
-	shard := look(m, n, dir, s, entry{})
-	switch shard.standing() {
-	case packageMissing, packageDamaged, packageOther:
-		what, remedy := shard.describe()
+	look := shard.Look(m, n, dir, s, shard.Entry{}) // without the journal, which is the line's own
+	switch look.Standing() {
+	case shard.PackageMissing, shard.PackageDamaged, shard.PackageOther:
+		what, remedy := look.Describe()
 		v.problem("%s: %s: %s", directory.ShardPath(m.Lot, n), what, remedy)
 	}
+}
+
+// eachShard calls f for the shards of a lot, several at a time, until the first error.
+func eachShard(ctx context.Context, m *directory.Manifest, f func(ctx context.Context, n int) error) error {
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(2 * runtime.GOMAXPROCS(0))
+	for n := 0; n < m.Shards() && gctx.Err() == nil; n++ {
+		g.Go(func() error { return f(gctx, n) })
+	}
+	return errors.Join(g.Wait(), ctx.Err())
 }
 
 // duplicates names the devices that have one key. Where fingerprints are alike, the keys themselves are compared, in a second

@@ -145,7 +145,7 @@ func logVerify(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	r, err := state(c).VerifyLog(verifier)
+	r, err := state(c).Log().Verify(verifier)
 	if err != nil {
 		return err
 	}

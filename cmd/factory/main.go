@@ -13,6 +13,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/factory"
+	"github.com/kmehsm/kmehsm/factory/auditlog"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/durable"
@@ -84,8 +85,8 @@ func withLine(c *cli.Context, f func(*hsmkeys.Token, *factory.Line) error) error
 // withToken runs f with the token, and puts down in the audit log who did what with it.
 func withToken(c *cli.Context, f func(*hsmkeys.Token) error) error {
 	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
-		sign := func(head *factory.LogHead) error { return state(c).SignLog(token, head) }
-		return state(c).Logged(calledAs(), token.Serial(), func() error { return f(token) }, sign)
+		sign := func(head *auditlog.Head) error { return state(c).SignLog(token, head) }
+		return state(c).Log().Record(calledAs(), token.Serial(), func() error { return f(token) }, sign)
 	})
 }
 

@@ -1,4 +1,6 @@
-package factory
+// Package auditlog is the record of all commands that used the manufacturer's token: a chain of lines, whose end the token
+// signs.
+package auditlog
 
 import (
 	"bufio"
@@ -9,6 +11,7 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"path/filepath"
 	"slices"
 	"time"
 
@@ -17,10 +20,12 @@ import (
 	"github.com/kmehsm/kmehsm/internal/who"
 )
 
-// A LogEntry is a line of the audit log, log.jsonl in the state folder: a command that has begun, or how one has ended.
-// Previous chains the lines, and the token signs the last one at the end of each command (log.head.jws); so a line that
-// was changed, removed or moved shows.
-type LogEntry struct {
+// A Log is the file log.jsonl in a folder, and the signature over its last line, log.head.jws.
+type Log struct{ Dir string }
+
+// An Entry is a line of the log: a command that has begun, or how one has ended. Previous chains the lines, and the token
+// signs the last one at the end of each command; so a line that was changed, removed or moved shows.
+type Entry struct {
 	Seq      int       `json:"seq"` // counts up from 1
 	Time     time.Time `json:"time"`
 	Who      string    `json:"who"` // the operating system's user, and the machine
@@ -37,13 +42,13 @@ const (
 	Done  = "done"
 )
 
-// A LogHead is a line of the log, as the token signs it.
-type LogHead struct {
+// A Head is a line of the log, as the token signs it.
+type Head struct {
 	Seq    int    `json:"seq"`
 	SHA256 string `json:"sha256"` // of the line, hex
 }
 
-const typeLogHead directory.Type = "kme-audit-log-head+jws"
+const typeHead directory.Type = "kme-audit-log-head+jws"
 
 const (
 	logFile  = "log.jsonl"
@@ -56,17 +61,17 @@ func lineDigest(line []byte) string {
 	return hex.EncodeToString(sum[:])
 }
 
-// Logged runs a command, f, and puts down in the audit log that it has begun, and how it has ended; sign has the token
+// Record runs a command, f, and puts down that it has begun, and how it has ended; sign has the token
 // sign that. A command that cannot be put down is not run.
-func (s State) Logged(command []string, token string, f func() error, sign func(*LogHead) error) error {
-	if _, err := s.appendLog(command, token, Begun); err != nil {
+func (l Log) Record(command []string, token string, f func() error, sign func(*Head) error) error {
+	if _, err := l.Append(command, token, Begun); err != nil {
 		return err
 	}
 	err, result := f(), Done
 	if err != nil {
 		result = err.Error()
 	}
-	head, lerr := s.appendLog(command, token, result)
+	head, lerr := l.Append(command, token, result)
 	if lerr == nil {
 		lerr = sign(head)
 	}
@@ -76,74 +81,66 @@ func (s State) Logged(command []string, token string, f func() error, sign func(
 	return err
 }
 
-// appendLog adds a line to the audit log, durably. Several processes may.
-func (s State) appendLog(command []string, token, result string) (*LogHead, error) {
-	if err := durable.MkdirAll(s.Dir, 0o755); err != nil {
+// Append adds a line, durably. Several processes may.
+func (l Log) Append(command []string, token, result string) (*Head, error) {
+	if err := durable.MkdirAll(l.Dir, 0o755); err != nil {
 		return nil, err
 	}
-	var head *LogHead
-	err := durable.AppendLine(s.path(logFile), 0o600, func(last []byte) ([]byte, error) {
-		var before LogEntry
+	var head *Head
+	err := durable.AppendLine(filepath.Join(l.Dir, logFile), 0o600, func(last []byte) ([]byte, error) {
+		var before Entry
 		if last != nil {
 			if err := json.Unmarshal(last, &before); err != nil {
 				return nil, errors.New("its last line is damaged: see factory log verify")
 			}
 		}
-		line, err := json.Marshal(LogEntry{
+		line, err := json.Marshal(Entry{
 			Seq: before.Seq + 1, Time: time.Now().UTC(), Who: who.Name(), Process: os.Getpid(), Command: command,
 			Token: token, Result: result, Previous: lineDigest(last),
 		})
 		if len(line) > maxEntry {
 			err = errors.New("the command line is too long for it")
 		}
-		head = &LogHead{Seq: before.Seq + 1, SHA256: lineDigest(line)}
+		head = &Head{Seq: before.Seq + 1, SHA256: lineDigest(line)}
 		return line, err
 	})
 	if err != nil {
-		return nil, fmt.Errorf("the audit log %s cannot be written: %w", s.path(logFile), err)
+		return nil, fmt.Errorf("the audit log %s cannot be written: %w", filepath.Join(l.Dir, logFile), err)
 	}
 	return head, nil
 }
 
-// SignLog has the token sign a line of the audit log, the last one of a command. A token without a signing key, before
-// factory init, signs nothing yet. Where commands run side by side, the one that ends last signs last, maybe not the
-// last line: the next command's signature covers that.
-func (s State) SignLog(token Token, head *LogHead) error {
-	signer, err := openSigner(token)
-	if errors.Is(err, errNoSigningKey) {
-		return nil
-	}
+// Sign has a line signed, the last one of a command. Where commands run side by side, the one that ends last signs last,
+// maybe not the last line: the next command's signature covers that.
+func (l Log) Sign(s *directory.Signer, head *Head) error {
+	jws, err := s.Sign(typeHead, head)
 	if err != nil {
 		return err
 	}
-	jws, err := signer.Sign(typeLogHead, head)
-	if err != nil {
-		return err
-	}
-	return durable.WriteFile(s.path(headFile), jws, 0o600)
+	return durable.WriteFile(filepath.Join(l.Dir, headFile), jws, 0o600)
 }
 
-// A LogReport is what VerifyLog found of a log that is whole.
-type LogReport struct {
-	Lines       int        `json:"lines"`
-	Signed      int        `json:"signed"`      // up to this line the token vouches for it
-	Interrupted []LogEntry `json:"interrupted"` // commands that have begun and not ended: killed, or still at work
+// A Report is what Verify found of a log that is whole.
+type Report struct {
+	Lines       int     `json:"lines"`
+	Signed      int     `json:"signed"`      // up to this line the token vouches for it
+	Interrupted []Entry `json:"interrupted"` // commands that have begun and not ended: killed, or still at work
 }
 
-// VerifyLog checks that no line of the audit log was changed, removed or moved. Lines after the signed one, of commands
+// Verify checks that no line was changed, removed or moved. Lines after the signed one, of commands
 // that were killed or are at work, are only chained.
-func (s State) VerifyLog(v *directory.Verifier) (*LogReport, error) {
-	digests, entries, err := s.readLog()
+func (l Log) Verify(v *directory.Verifier) (*Report, error) {
+	digests, entries, err := l.read()
 	if err != nil {
-		return nil, fmt.Errorf("the audit log %s: %w", s.path(logFile), err)
+		return nil, fmt.Errorf("the audit log %s: %w", filepath.Join(l.Dir, logFile), err)
 	}
-	path := s.path(headFile)
+	path := filepath.Join(l.Dir, headFile)
 	jws, err := os.ReadFile(path)
 	if err != nil {
 		return nil, fmt.Errorf("the signature over the audit log: %w", err)
 	}
-	var head LogHead
-	if err := v.Verify(typeLogHead, path, jws, &head); err != nil {
+	var head Head
+	if err := v.Verify(typeHead, path, jws, &head); err != nil {
 		return nil, err
 	}
 	if head.Seq < 1 || head.Seq > len(digests) {
@@ -152,8 +149,8 @@ func (s State) VerifyLog(v *directory.Verifier) (*LogReport, error) {
 	if digests[head.Seq-1] != head.SHA256 {
 		return nil, fmt.Errorf("line %d of the audit log is not the one that the token has signed: it, or one before it, was changed", head.Seq)
 	}
-	r := &LogReport{Lines: len(digests), Signed: head.Seq, Interrupted: []LogEntry{}}
-	open := map[string]LogEntry{} // by machine and process
+	r := &Report{Lines: len(digests), Signed: head.Seq, Interrupted: []Entry{}}
+	open := map[string]Entry{} // by machine and process
 	for _, e := range entries {
 		key := fmt.Sprintf("%s %d", e.Who, e.Process)
 		if was, ok := open[key]; ok && e.Result == Begun {
@@ -164,13 +161,13 @@ func (s State) VerifyLog(v *directory.Verifier) (*LogReport, error) {
 		}
 	}
 	r.Interrupted = slices.AppendSeq(r.Interrupted, maps.Values(open))
-	slices.SortFunc(r.Interrupted, func(a, b LogEntry) int { return a.Seq - b.Seq })
+	slices.SortFunc(r.Interrupted, func(a, b Entry) int { return a.Seq - b.Seq })
 	return r, nil
 }
 
-// readLog gives the digests of all lines of a log that is a chain, and its entries.
-func (s State) readLog() (digests []string, entries []LogEntry, err error) {
-	f, err := os.Open(s.path(logFile))
+// read gives the digests of all lines of a log that is a chain, and its entries.
+func (l Log) read() (digests []string, entries []Entry, err error) {
+	f, err := os.Open(filepath.Join(l.Dir, logFile))
 	if err != nil {
 		return nil, nil, err
 	}
@@ -180,7 +177,7 @@ func (s State) readLog() (digests []string, entries []LogEntry, err error) {
 	in.Buffer(nil, maxEntry+1)
 	for in.Scan() {
 		n := len(digests) + 1
-		var e LogEntry
+		var e Entry
 		if err := directory.ParseStrict(in.Bytes(), &e); err != nil {
 			return nil, nil, fmt.Errorf("line %d is no line of the log: %w", n, err)
 		}
