@@ -2,6 +2,8 @@ package factory
 
 import (
 	"context"
+	"crypto/rsa"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -13,6 +15,7 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/custody"
 	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/internal/who"
 )
 
@@ -97,4 +100,101 @@ func (s State) writeMinutes(signer *directory.Signer, m Minutes) (path string, e
 func ReadMinutes(path string, jws []byte, v *directory.Verifier) (*Minutes, error) {
 	m := new(Minutes)
 	return m, v.Verify(typeMinutes, path, jws, m)
+}
+
+// Enrolled is what an enrolment has made.
+type Enrolled struct {
+	File    []byte // for the other party
+	KeyID   string // of the key in it
+	Created bool   // the key was made now
+	Made    map[string]string
+}
+
+// EnrollOperator makes an operator's KEK in the token, as the security officer, and wraps it for the operator's
+// transport key. generation is that of the KEK: 0 for the newest, and one more than that to rotate it; an earlier one
+// is for what was wrapped under it. It opens the token itself: nobody else in the process may have it open.
+func EnrollOperator(ctx context.Context, tokenURI string, officer hsmkeys.PIN, operator string, transport *rsa.PublicKey, generation int) (*Enrolled, error) {
+	name := func(manufacturer string) hsmkeys.Key { return kekOf(manufacturer, operator) }
+	return enroll(ctx, tokenURI, officer, operator, name, transport, generation, func(kek hsmkeys.Key, wrapped []byte, s *directory.Signer) ([]byte, map[string]string, error) {
+		e := &handover.Enrolment{
+			Manufacturer: kek.Manufacturer, Operator: operator, TransportKey: directory.RSAThumbprint(transport),
+			KEK: kek.HexID(), Algorithm: handover.RSAOAEP, Wrapped: wrapped,
+		}
+		if err := e.Validate(); err != nil {
+			return nil, nil, err
+		}
+		jws, err := s.Sign(handover.TypeEnrolment, e)
+		return jws, map[string]string{"operator": operator, "KEK": e.KEK, "transport key": e.TransportKey}, err
+	})
+}
+
+// EnrollFixture makes the injection key of a fixture that injects device keys, and wraps it for the fixture's RSA key,
+// as EnrollOperator does for an operator. With one more than the newest generation, the packages made from then on are
+// for that one.
+func EnrollFixture(ctx context.Context, tokenURI string, officer hsmkeys.PIN, fixture string, key *rsa.PublicKey, generation int) (*Enrolled, error) {
+	name := func(manufacturer string) hsmkeys.Key { return injectionKey(manufacturer, fixture) }
+	return enroll(ctx, tokenURI, officer, fixture, name, key, generation, func(k hsmkeys.Key, wrapped []byte, s *directory.Signer) ([]byte, map[string]string, error) {
+		file, err := handover.NewFixtureEnrolment(fixture, k.HexID(), wrapped, s.Public()).Marshal()
+		return file, map[string]string{"fixture": fixture, "injection key": k.HexID(), "fixture's key": directory.RSAThumbprint(key)}, err
+	})
+}
+
+// enroll makes a key as the security officer, named by the manufacturer, and wraps it for to; done makes the file and the
+// facts for the minutes.
+func enroll(ctx context.Context, tokenURI string, officer hsmkeys.PIN, name string, named func(manufacturer string) hsmkeys.Key,
+	to *rsa.PublicKey, generation int, done func(hsmkeys.Key, []byte, *directory.Signer) ([]byte, map[string]string, error),
+) (*Enrolled, error) {
+	if err := directory.CheckName(name); err != nil {
+		return nil, err
+	}
+	// The key is named after the manufacturer, whose signing key only a user's login shows; the security officer's
+	// login ends that one.
+	var k hsmkeys.Key
+	err := withSigner(ctx, tokenURI, func(t *hsmkeys.Token, s *directory.Signer) (err error) {
+		if k = named(s.KeyID()); generation > 0 {
+			k, err = next(ctx, t, k, generation)
+		} else {
+			k, err = newest(ctx, t, k)
+		}
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	e := &Enrolled{KeyID: k.HexID()}
+	if e.Created, err = hsmkeys.EnrollKey(ctx, tokenURI, officer, k, to); err != nil {
+		return nil, fmt.Errorf("enroll %s: %w", name, err)
+	}
+	err = withSigner(ctx, tokenURI, func(t *hsmkeys.Token, s *directory.Signer) error {
+		wrapped, err := t.WrapEnrolled(ctx, k)
+		if err == nil {
+			e.File, e.Made, err = done(k, wrapped, s)
+		}
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	e.Made["file, SHA-256"] = fmt.Sprintf("%x", sha256.Sum256(e.File))
+	e.Made["key made now"] = map[bool]string{true: "yes", false: "no, earlier"}[e.Created]
+	return e, nil
+}
+
+func withSigner(ctx context.Context, tokenURI string, f func(*hsmkeys.Token, *directory.Signer) error) error {
+	return withToken(ctx, tokenURI, func(token *hsmkeys.Token) error {
+		signer, err := openSigner(token)
+		if err != nil {
+			return err
+		}
+		return f(token, signer)
+	})
+}
+
+func withToken(ctx context.Context, uri string, f func(*hsmkeys.Token) error) error {
+	token, err := hsmkeys.Open(ctx, uri)
+	if err != nil {
+		return err
+	}
+	defer token.Close()
+	return f(token)
 }

@@ -49,7 +49,7 @@ func newLine(t *testing.T) (line *Line, dir string, token *hsmkeys.Token) {
 		t.Fatal(created, err)
 	}
 	token.Close()
-	if _, _, err := EnrollFixture(t.Context(), tok.URI, hsmkeys.PIN(tok.SOPIN), "f1", fixtureKey(), 0); err != nil {
+	if _, err := EnrollFixture(t.Context(), tok.URI, hsmkeys.PIN(tok.SOPIN), "f1", fixtureKey(), 0); err != nil {
 		t.Fatal(err)
 	}
 	token = must(hsmkeys.Open(t.Context(), tok.URI))
@@ -136,13 +136,13 @@ func TestFixtures(t *testing.T) {
 			t.Errorf("without a fixture: %v", err)
 		}
 	})
-	enrol := func(name string, key *rsa.PublicKey, generation int) (*handover.FixtureEnrolment, bool) {
+	enrol := func(name string, key *rsa.PublicKey, generation int) (*Enrolled, bool) {
 		t.Helper()
-		e, created, err := EnrollFixture(ctx, tok.URI, officer, name, key, generation)
+		e, err := EnrollFixture(ctx, tok.URI, officer, name, key, generation)
 		if err != nil {
 			t.Fatal(err)
 		}
-		return e, created
+		return e, e.Created
 	}
 	second := must(rsa.GenerateKey(rand.Reader, 3072))
 	a, _ := enrol("a", fixtureKey(), 0)
@@ -180,11 +180,11 @@ func TestFixtures(t *testing.T) {
 		"a generation left out":   {"a", fixtureKey(), 3, "the next is 2"},
 		"a key that is too short": {"a", &must(rsa.GenerateKey(rand.Reader, 2048)).PublicKey, 0, "3072"},
 	} {
-		if _, _, err := EnrollFixture(ctx, tok.URI, officer, c.name, c.key, c.generation); err == nil || !strings.Contains(err.Error(), c.want) {
+		if _, err := EnrollFixture(ctx, tok.URI, officer, c.name, c.key, c.generation); err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	if _, _, _, err := EnrollOperator(ctx, tok.URI, officer, "op", fixtureKey(), 0); err == nil || !strings.Contains(err.Error(), "enrolled already") {
+	if _, err := EnrollOperator(ctx, tok.URI, officer, "op", fixtureKey(), 0); err == nil || !strings.Contains(err.Error(), "enrolled already") {
 		t.Errorf("a fixture's key as an operator's: %v", err)
 	}
 }

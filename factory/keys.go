@@ -131,32 +131,25 @@ func RotateSigningKey(ctx context.Context, token Token, generation int) (keyID s
 
 var errNoSigningKey = errors.New("the token has no signing key yet: run factory init first")
 
-func openSigner(token Token) (*directory.Signer, error) {
-	s, err := token.Signer(signingKey)
-	if errors.Is(err, hsmkeys.ErrNoKey) {
-		return nil, errNoSigningKey
-	}
-	if err != nil {
-		return nil, err
-	}
-	signer, err := directory.NewSigner(s)
+// openSigner signs with the newest signing key, which the earlier ones introduce.
+func openSigner(token Token) (signer *directory.Signer, err error) {
 	for g := range signingKey.Generations() {
-		if g.Generation == 1 {
-			continue
+		s, err := token.Signer(g)
+		switch {
+		case errors.Is(err, hsmkeys.ErrNoKey) && signer == nil:
+			return nil, errNoSigningKey
+		case errors.Is(err, hsmkeys.ErrNoKey):
+			return signer, nil
+		case err == nil && signer == nil:
+			signer, err = directory.NewSigner(s)
+		case err == nil:
+			signer, err = signer.Succeed(s)
 		}
 		if err != nil {
 			return nil, err
 		}
-		s, serr := token.Signer(g)
-		if errors.Is(serr, hsmkeys.ErrNoKey) {
-			return signer, nil
-		}
-		if serr != nil {
-			return nil, serr
-		}
-		signer, err = signer.Succeed(s)
 	}
-	return signer, err
+	return signer, nil
 }
 
 // injection is the injection key, in its newest generation, of a fixture; of the only one if no name is given.

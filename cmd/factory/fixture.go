@@ -9,8 +9,6 @@ import (
 	"github.com/kmehsm/kmehsm/factory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
-	"github.com/kmehsm/kmehsm/internal/custody"
-	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
 )
 
@@ -41,17 +39,10 @@ func fixtureEnroll(c *cli.Context) error {
 		return fmt.Errorf("the fixture's key %s: %w", c.String("fixture-key"), err)
 	}
 	name := c.Args().First()
-	var e *handover.FixtureEnrolment
-	minutes, err := ceremony(c, "fixture enroll", custody.Settled, func(_ string, officer hsmkeys.OfficerPIN) (made map[string]string, err error) {
-		var created bool
-		if e, created, err = factory.EnrollFixture(c.Context, c.String("token"), officer.PIN, name, key, c.Int("generation")); err != nil {
-			return nil, err
-		}
-		data, err = e.Marshal()
-		return enrolled(data, created, map[string]string{"fixture": name, "injection key": e.KeyID, "fixture's key": directory.RSAThumbprint(key)}), err
+	return enroll(c, "fixture enroll", func(officer hsmkeys.PIN) (*factory.Enrolled, error) {
+		return factory.EnrollFixture(c.Context, c.String("token"), officer, name, key, c.Int("generation"))
+	}, func(e *factory.Enrolled) (map[string]any, string) {
+		return map[string]any{"fixture": name, "injection_key": e.KeyID},
+			fmt.Sprintf("the injection key %s of fixture %s, wrapped to the fixture's key %s", e.KeyID, name, directory.RSAThumbprint(key))
 	})
-	if err != nil {
-		return err
-	}
-	return writeOut(c, data, map[string]any{"fixture": name, "injection_key": e.KeyID, "minutes": minutes}, "the injection key %s of fixture %s, wrapped to the fixture's key %s", e.KeyID, name, directory.RSAThumbprint(key))
 }

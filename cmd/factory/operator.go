@@ -11,7 +11,6 @@ import (
 	"github.com/kmehsm/kmehsm/factory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
-	"github.com/kmehsm/kmehsm/internal/custody"
 	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/policies"
 )
@@ -47,23 +46,13 @@ func operatorEnroll(c *cli.Context) error {
 		return fmt.Errorf("the operator's transport key %s: %w", c.String("transport-key"), err)
 	}
 	name := c.Args().First()
-	var jws []byte
-	var created bool
-	minutes, err := ceremony(c, "operator enroll", custody.Settled, func(_ string, officer hsmkeys.OfficerPIN) (made map[string]string, err error) {
-		var e *handover.Enrolment
-		if e, jws, created, err = factory.EnrollOperator(c.Context, c.String("token"), officer.PIN, name, transport, c.Int("generation")); err != nil {
-			return nil, err
-		}
-		return enrolled(jws, created, map[string]string{"operator": name, "KEK": e.KEK, "transport key": e.TransportKey}), nil
+	return enroll(c, "operator enroll", func(officer hsmkeys.PIN) (*factory.Enrolled, error) {
+		return factory.EnrollOperator(c.Context, c.String("token"), officer, name, transport, c.Int("generation"))
+	}, func(e *factory.Enrolled) (map[string]any, string) {
+		what := map[bool]string{true: "a new KEK", false: "the KEK made before"}[e.Created]
+		return map[string]any{"operator": name, "created": e.Created},
+			fmt.Sprintf("%s of operator %s, wrapped to transport key %s", what, name, directory.RSAThumbprint(transport))
 	})
-	if err != nil {
-		return err
-	}
-	what := "a new KEK"
-	if !created {
-		what = "the KEK made before"
-	}
-	return writeOut(c, jws, map[string]any{"operator": name, "created": created, "minutes": minutes}, "%s of operator %s, wrapped to transport key %s", what, name, directory.RSAThumbprint(transport))
 }
 
 func operatorPolicy(c *cli.Context) error {

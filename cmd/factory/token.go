@@ -48,8 +48,14 @@ func initLine(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		path, err := writeManufacturer(c, pem)
-		if err != nil {
+		path := state(c).PublicKey()
+		if out := c.String("out"); out != "" {
+			path = filepath.Join(out, filepath.Base(path))
+		}
+		if err := durable.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			return err
+		}
+		if err := durable.WriteFile(path, pem, 0o644); err != nil {
 			return err
 		}
 		result := map[string]any{"manufacturer": keyID, "key": path, "created": created, "token": token.Serial()}
@@ -62,18 +68,6 @@ func initLine(c *cli.Context) error {
 			fmt.Fprintf(w, "manufacturer %s\npublic key   %s\n", keyID, path)
 		})
 	})
-}
-
-// writeManufacturer writes the public signing key to the --out folder, or to the --state folder without one.
-func writeManufacturer(c *cli.Context, pem []byte) (path string, err error) {
-	path = state(c).PublicKey()
-	if out := c.String("out"); out != "" {
-		path = filepath.Join(out, filepath.Base(path))
-	}
-	if err := durable.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return "", err
-	}
-	return path, durable.WriteFile(path, pem, 0o644)
 }
 
 func doctor(c *cli.Context) error {

@@ -52,7 +52,7 @@ func newShop(t *testing.T, devices int) *shop {
 	}
 	token.Close()
 	fixture := must(rsa.GenerateKey(cryptorand.Reader, 3072))
-	if _, _, err := factory.EnrollFixture(t.Context(), tok.URI, hsmkeys.PIN(tok.SOPIN), "f1", &fixture.PublicKey, 0); err != nil {
+	if _, err := factory.EnrollFixture(t.Context(), tok.URI, hsmkeys.PIN(tok.SOPIN), "f1", &fixture.PublicKey, 0); err != nil {
 		t.Fatal(err)
 	}
 	token = must(hsmkeys.Open(t.Context(), tok.URI))

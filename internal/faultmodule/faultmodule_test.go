@@ -60,7 +60,7 @@ func TestKWPByEitherName(t *testing.T) {
 			must[string](t)(first(factory.Init(t.Context(), token)))
 			token.Close()
 			fixture := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072))
-			_, _, err := factory.EnrollFixture(t.Context(), faulty.URI(tok.URI), hsmkeys.PIN(tok.SOPIN), "f1", &fixture.PublicKey, 0)
+			_, err := factory.EnrollFixture(t.Context(), faulty.URI(tok.URI), hsmkeys.PIN(tok.SOPIN), "f1", &fixture.PublicKey, 0)
 			if err != nil {
 				t.Fatal(err)
 			}
