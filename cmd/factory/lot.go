@@ -148,7 +148,7 @@ func lotList(c *cli.Context) error {
 			if err != nil {
 				return err
 			}
-			all[i] = listed{m, list.Whole}
+			all[i] = listed{Manifest: m, Revoked: list.Whole}
 		}
 		return cmdline.Print(c, map[string]any{"lots": all}, func(w io.Writer) {
 			fmt.Fprintf(w, "%-24s %5s %9s  %-20s %s\n", "LOT", "BITS", "DEVICES", "SUITE", "CREATED")

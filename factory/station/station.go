@@ -47,7 +47,9 @@ type RefusedError struct{ Reason string }
 
 func (e *RefusedError) Error() string { return e.Reason }
 
-func refuse(format string, args ...any) error { return &RefusedError{fmt.Sprintf(format, args...)} }
+func refuse(format string, args ...any) error {
+	return &RefusedError{Reason: fmt.Sprintf(format, args...)}
+}
 
 // ErrNoneLeft: every device of the lot was handed out.
 var ErrNoneLeft = errors.New("every device of the lot was handed out: failed and overdue ones may be asked for by IMEI")
@@ -432,7 +434,7 @@ func (d *Desk) claim(ctx context.Context, k device, station string, to State, na
 	if to == Out {
 		d.mu.Lock()
 		defer d.mu.Unlock()
-		d.out[k] = &handedOut{tries, time.Now()}
+		d.out[k] = &handedOut{tries: tries, since: time.Now()}
 	}
 	return true, nil
 }

@@ -55,13 +55,15 @@ func (d *Desk) ticket(ctx context.Context, l *lot, at int) (device, *Ticket, err
 		}
 	}
 	if published.Revoked != nil {
-		return k, nil, &revokedError{published.Lot != nil}
+		return k, nil, &revokedError{lot: published.Lot != nil}
 	}
 	line, err := d.line(l, at, k.issue, published.Package)
 	if err != nil {
 		return k, nil, fmt.Errorf("%w: factory reconcile %s says what to do", err, l.Lot)
 	}
-	return k, &Ticket{imei, l.Lot, k.issue, line, l.jws, d.o.Timeout.Seconds()}, nil
+	return k, &Ticket{
+		IMEI: imei, Lot: l.Lot, Issue: k.issue, Injection: line, Manifest: l.jws, Timeout: d.o.Timeout.Seconds(),
+	}, nil
 }
 
 // line is a device's in its injection package, which must have this SHA-256. The package of the shard last asked for is
