@@ -49,6 +49,11 @@ func (r *Reconciliation) Open() (n int) {
 	return n
 }
 
+// differs adds a difference of the lot as a whole; repair is nil if Reconcile cannot do it.
+func (r *Reconciliation) differs(what, remedy string, repair func(context.Context) error) {
+	r.Differences = append(r.Differences, Difference{Shard: -1, What: what, Remedy: remedy, Safe: repair != nil, repair: repair})
+}
+
 // Reconcile compares what the journal, the injection packages below out, the directory and the token have of a lot, and
 // says of each difference what is to be done. With repair it does what is safe. Nobody else may be at work on the lot in
 // these folders.
@@ -68,8 +73,8 @@ func (l *Line) Reconcile(ctx context.Context, lot, out string, repair bool) (*Re
 	}
 	r := &Reconciliation{Lot: lot, Differences: []Difference{}}
 	if err := l.token.ProveLotKey(ctx, l.lotKey(lot), m.PublicKey()); err != nil {
-		r.Differences = append(r.Differences, Difference{Shard: -1, What: fmt.Sprintf("token: %v", err),
-			Remedy: "use the token that the lot was made in, or a copy of it: without its key, nobody can be granted the lot any more"})
+		r.differs(fmt.Sprintf("token: %v", err), "use the token that the lot was made in, or a copy of it: without its key, "+
+			"nobody can be granted the lot any more", nil)
 	}
 	dir := filepath.Join(out, lot)
 	if err := r.strays(m, dir); err != nil {
@@ -78,8 +83,7 @@ func (l *Line) Reconcile(ctx context.Context, lot, out string, repair bool) (*Re
 	if wrong, err := checkManifest(ctx, l.store, lot, dir); err != nil {
 		return nil, err
 	} else if wrong != "" {
-		r.Differences = append(r.Differences, Difference{Shard: -1, What: wrong, Remedy: "write the directory's there", Safe: true,
-			repair: func(ctx context.Context) error { return l.writeManifest(ctx, lot, dir) }})
+		r.differs(wrong, "write the directory's there", func(ctx context.Context) error { return l.writeManifest(ctx, lot, dir) })
 	}
 	if err := l.compareRevocations(ctx, r, m, dir); err != nil {
 		return nil, err
@@ -133,10 +137,10 @@ func (r *Reconciliation) strays(m *directory.Manifest, dir string) error {
 		case strings.HasPrefix(name, "reissue-") && strings.HasSuffix(name, ".jsonl"): // compareRevocations looks at them
 		case strings.HasPrefix(name, "."): // as renameio names what it has not yet put in place
 			path := filepath.Join(dir, name)
-			r.Differences = append(r.Differences, Difference{Shard: -1, What: path + " was left by a run that was killed", Remedy: "remove it: it never was a package",
-				Safe: true, repair: func(context.Context) error { return errors.Join(os.Remove(path), durable.SyncDir(dir)) }})
+			r.differs(path+" was left by a run that was killed", "remove it: it never was a package",
+				func(context.Context) error { return errors.Join(os.Remove(path), durable.SyncDir(dir)) })
 		default:
-			r.Differences = append(r.Differences, Difference{Shard: -1, What: filepath.Join(dir, name) + " belongs to nothing in the lot", Remedy: "find out where it comes from, and take it away"})
+			r.differs(filepath.Join(dir, name)+" belongs to nothing in the lot", "find out where it comes from, and take it away", nil)
 		}
 	}
 	return err
@@ -144,27 +148,23 @@ func (r *Reconciliation) strays(m *directory.Manifest, dir string) error {
 
 // compareRevocations looks at a lot's list of revoked devices and its parts, and at the packages of reissued keys.
 func (l *Line) compareRevocations(ctx context.Context, r *Reconciliation, m *directory.Manifest, dir string) error {
-	differs := func(d Difference) {
-		d.Shard, d.Safe = -1, d.repair != nil
-		r.Differences = append(r.Differences, d)
-	}
 	isRefused := func(err error) bool {
 		refused := errors.As(err, new(*directory.RefusedError))
 		if refused {
-			differs(Difference{What: fmt.Sprintf("directory: %v", err), Remedy: objectBack})
+			r.differs(fmt.Sprintf("directory: %v", err), objectBack, nil)
 		}
 		return refused
 	}
 	list, err := l.Revocations(ctx, m)
 	if errors.Is(err, directory.ErrNotFound) {
 		bare, berr := l.bare(ctx, m)
-		d := Difference{What: "directory: " + directory.RevocationsPath(m.Lot) + " is not there", Remedy: objectBack +
-			"; a lot of before lots had it from the start gets one by factory lot refresh --begin"}
+		what := "directory: " + directory.RevocationsPath(m.Lot) + " is not there"
 		if bare {
-			d.Remedy = "publish it: lot create was killed before it did"
-			d.repair = func(ctx context.Context) error { return l.beginRevocations(ctx, m, directory.DefaultValidity) }
+			r.differs(what, "publish it: lot create was killed before it did",
+				func(ctx context.Context) error { return l.beginRevocations(ctx, m, directory.DefaultValidity) })
+		} else {
+			r.differs(what, objectBack+"; a lot of before lots had it from the start gets one by factory lot refresh --begin", nil)
 		}
-		differs(d)
 		return berr
 	}
 	if isRefused(err) {
@@ -191,16 +191,15 @@ func (l *Line) compareRevocations(ctx context.Context, r *Reconciliation, m *dir
 		}
 		for path, e := range handover.Reissues(part.Revoked, dir) {
 			if err := handover.CheckReissue(m.Lot, path, e); err != nil {
-				differs(Difference{What: err.Error(), Remedy: handover.BringBack(e.Package)})
+				r.differs(err.Error(), handover.BringBack(e.Package), nil)
 			}
 		}
 	}
 	if len(behind) > 0 {
-		differs(Difference{What: fmt.Sprintf("a run of lot revoke or lot reissue was killed: "+
-			"the list of revocations does not name what %d of its parts have", len(behind)),
-			Remedy: "publish the list anew", repair: func(ctx context.Context) error {
-				return directory.CompleteRevocations(ctx, l.store, l.signer, m, behind, time.Now())
-			}})
+		r.differs(fmt.Sprintf("a run of lot revoke or lot reissue was killed: the list of revocations does not name what %d of "+
+			"its parts have", len(behind)), "publish the list anew", func(ctx context.Context) error {
+			return directory.CompleteRevocations(ctx, l.store, l.signer, m, behind, time.Now())
+		})
 	}
 	return nil
 }
