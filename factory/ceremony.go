@@ -48,10 +48,13 @@ type Ceremony struct {
 	Present  []string // those who are there, as they were named
 }
 
-// Hold runs f with the security officer's PIN, and writes the minutes of what f has made. Without minutes, what f has
-// made is to be handed to nobody. The security officer's login needs the token for itself: nobody else in the process
+// An Act is what a ceremony is held for. It gives the facts for the minutes.
+type Act func(token string, pin hsmkeys.OfficerPIN) (made map[string]string, err error)
+
+// Hold does act with the security officer's PIN, and writes the minutes of what it has made. Without minutes,
+// what it has made is to be handed to nobody. The security officer's login needs the token for itself: nobody else in the process
 // may have it open.
-func (c Ceremony) Hold(ctx context.Context, f func(token string, pin hsmkeys.OfficerPIN) (made map[string]string, err error)) (minutes string, err error) {
+func (c Ceremony) Hold(ctx context.Context, act Act) (minutes string, err error) {
 	m := Minutes{Ceremony: c.Name, Present: append([]string{}, c.Present...)}
 	var pin hsmkeys.OfficerPIN
 	err = withSigner(ctx, c.TokenURI, func(token *hsmkeys.Token, _ *directory.Signer) (err error) { // which can sign the minutes
@@ -64,7 +67,7 @@ func (c Ceremony) Hold(ctx context.Context, f func(token string, pin hsmkeys.Off
 		return "", err
 	}
 	err = c.State.Log().Record(c.Command, m.Token, func() (err error) {
-		if m.Made, err = f(m.Token, pin); err != nil {
+		if m.Made, err = act(m.Token, pin); err != nil {
 			return err
 		}
 		err = withSigner(ctx, c.TokenURI, func(_ *hsmkeys.Token, signer *directory.Signer) (err error) {
@@ -92,7 +95,8 @@ func (s State) writeMinutes(signer *directory.Signer, m Minutes) (path string, e
 	if err := durable.MkdirAll(dir, 0o755); err != nil {
 		return "", err
 	}
-	path = filepath.Join(dir, fmt.Sprintf("%s-%s.jws", m.Time.Format("20060102T150405.000Z"), strings.ReplaceAll(m.Ceremony, " ", "-")))
+	name := m.Time.Format("20060102T150405.000Z-") + strings.ReplaceAll(m.Ceremony, " ", "-") + ".jws"
+	path = filepath.Join(dir, name)
 	return path, durable.WriteFile(path, jws, 0o644)
 }
 
@@ -113,9 +117,10 @@ type Enrolled struct {
 // EnrollOperator makes an operator's KEK in the token, as the security officer, and wraps it for the operator's
 // transport key. generation is that of the KEK: 0 for the newest, and one more than that to rotate it; an earlier one
 // is for what was wrapped under it. It opens the token itself: nobody else in the process may have it open.
-func EnrollOperator(ctx context.Context, tokenURI string, officer hsmkeys.PIN, operator string, transport *rsa.PublicKey, generation int) (*Enrolled, error) {
+func EnrollOperator(ctx context.Context, tokenURI string, officer hsmkeys.PIN, operator string, transport *rsa.PublicKey,
+	generation int) (*Enrolled, error) {
 	name := func(manufacturer string) hsmkeys.Key { return kekOf(manufacturer, operator) }
-	return enroll(ctx, tokenURI, officer, operator, name, transport, generation, func(kek hsmkeys.Key, wrapped []byte, s *directory.Signer) ([]byte, map[string]string, error) {
+	done := func(kek hsmkeys.Key, wrapped []byte, s *directory.Signer) ([]byte, map[string]string, error) {
 		e := &handover.Enrolment{
 			Manufacturer: kek.Manufacturer, Operator: operator, TransportKey: directory.RSAThumbprint(transport),
 			KEK: kek.HexID(), Algorithm: handover.RSAOAEP, Wrapped: wrapped,
@@ -125,18 +130,22 @@ func EnrollOperator(ctx context.Context, tokenURI string, officer hsmkeys.PIN, o
 		}
 		jws, err := s.Sign(handover.TypeEnrolment, e)
 		return jws, map[string]string{"operator": operator, "KEK": e.KEK, "transport key": e.TransportKey}, err
-	})
+	}
+	return enroll(ctx, tokenURI, officer, operator, name, transport, generation, done)
 }
 
 // EnrollFixture makes the injection key of a fixture that injects device keys, and wraps it for the fixture's RSA key,
 // as EnrollOperator does for an operator. With one more than the newest generation, the packages made from then on are
 // for that one.
-func EnrollFixture(ctx context.Context, tokenURI string, officer hsmkeys.PIN, fixture string, key *rsa.PublicKey, generation int) (*Enrolled, error) {
+func EnrollFixture(ctx context.Context, tokenURI string, officer hsmkeys.PIN, fixture string, key *rsa.PublicKey,
+	generation int) (*Enrolled, error) {
 	name := func(manufacturer string) hsmkeys.Key { return injectionKey(manufacturer, fixture) }
-	return enroll(ctx, tokenURI, officer, fixture, name, key, generation, func(k hsmkeys.Key, wrapped []byte, s *directory.Signer) ([]byte, map[string]string, error) {
+	done := func(k hsmkeys.Key, wrapped []byte, s *directory.Signer) ([]byte, map[string]string, error) {
+		made := map[string]string{"fixture": fixture, "injection key": k.HexID(), "fixture's key": directory.RSAThumbprint(key)}
 		file, err := handover.NewFixtureEnrolment(fixture, k.HexID(), wrapped, s.Public()).Marshal()
-		return file, map[string]string{"fixture": fixture, "injection key": k.HexID(), "fixture's key": directory.RSAThumbprint(key)}, err
-	})
+		return file, made, err
+	}
+	return enroll(ctx, tokenURI, officer, fixture, name, key, generation, done)
 }
 
 // enroll makes a key as the security officer, named by the manufacturer, and wraps it for to; done makes the file and the

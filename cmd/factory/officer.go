@@ -147,7 +147,7 @@ func minutesCommand() *cli.Command {
 }
 
 // ceremony holds one, and gives the path of its minutes.
-func ceremony(c *cli.Context, name string, basis custody.Basis, f func(token string, pin hsmkeys.OfficerPIN) (made map[string]string, err error)) (minutes string, err error) {
+func ceremony(c *cli.Context, name string, basis custody.Basis, act factory.Act) (minutes string, err error) {
 	officer := custody.Officer{Source: c.String("so-pin-source"), Shares: c.StringSlice("so-share")}
 	if officer.Source != "" && len(officer.Shares) > 0 {
 		return "", cmdline.Usagef("--so-pin-source and --so-share: the PIN comes from one of them")
@@ -163,7 +163,7 @@ func ceremony(c *cli.Context, name string, basis custody.Basis, f func(token str
 	minutes, err = factory.Ceremony{
 		Name: name, Command: calledAs(), State: state(c), TokenURI: c.String("token"), Officer: officer, Basis: basis,
 		Present: c.StringSlice("present"),
-	}.Hold(c.Context, f)
+	}.Hold(c.Context, act)
 	switch {
 	case errors.Is(err, custody.ErrNoOfficerPIN):
 		err = cmdline.Usage(err)
@@ -174,14 +174,16 @@ func ceremony(c *cli.Context, name string, basis custody.Basis, f func(token str
 }
 
 // enroll holds the ceremony of an enrolment, and writes the file for the other party.
-func enroll(c *cli.Context, name string, f func(officer hsmkeys.PIN) (*factory.Enrolled, error), say func(*factory.Enrolled) (result map[string]any, text string)) error {
+func enroll(c *cli.Context, name string, f func(officer hsmkeys.PIN) (*factory.Enrolled, error),
+	say func(*factory.Enrolled) (result map[string]any, text string)) error {
 	var e *factory.Enrolled
-	minutes, err := ceremony(c, name, custody.Settled, func(_ string, officer hsmkeys.OfficerPIN) (made map[string]string, err error) {
+	act := func(_ string, officer hsmkeys.OfficerPIN) (made map[string]string, err error) {
 		if e, err = f(officer.PIN); err != nil {
 			return nil, err
 		}
 		return e.Made, nil
-	})
+	}
+	minutes, err := ceremony(c, name, custody.Settled, act)
 	if err != nil {
 		return err
 	}
