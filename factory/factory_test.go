@@ -13,6 +13,7 @@ import (
 	"math/big"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -637,6 +638,46 @@ func TestGrantAndSeal(t *testing.T) {
 	}
 	if _, err := line.Grant(ctx, "L1", "op"); err == nil || !strings.Contains(err.Error(), "not this modulus's key") {
 		t.Errorf("another key than %x: %v", new(big.Int).SetBytes(m.N).Bytes()[:4], err)
+	}
+}
+
+// A grant is on record when it is given out; one that is refused is not.
+func TestGrantRecorded(t *testing.T) {
+	ctx, tok := t.Context(), softhsmtest.Token(t)
+	token := must(hsmkeys.Open(ctx, tok.URI))
+	_, _, _, err := Init(ctx, token)
+	if err := errors.Join(err, token.Close()); err != nil {
+		t.Fatal(err)
+	}
+	must(EnrollOperator(ctx, tok.URI, hsmkeys.PIN(tok.SOPIN), "op", fixtureKey(), 0))
+	token = must(hsmkeys.Open(ctx, tok.URI))
+	defer token.Close()
+	line := must(NewLine(token, must(directory.OpenFileStore(t.TempDir())), State{Dir: t.TempDir()}))
+	for i, lot := range []string{"L1", "L2"} {
+		must(line.CreateLot(ctx, spec(t, lot, 4*i, 4)))
+	}
+	if err := line.Seal(ctx, "L2"); err != nil {
+		t.Fatal(err)
+	}
+	var g handover.Grant
+	if err := line.verifier.Verify(handover.TypeGrant, "the grant", must(line.Grant(ctx, "L1", "op")), &g); err != nil || g.Lot != "L1" || g.Operator != "op" {
+		t.Errorf("%+v, %v", g, err)
+	}
+	if _, err := line.Grant(ctx, "L2", "op"); err == nil {
+		t.Error("a sealed lot was granted")
+	}
+	if lots, err := line.state.GrantedLots("op"); err != nil || !slices.Equal(lots, []string{"L1"}) {
+		t.Error(lots, err)
+	}
+	// What cannot be put on record is not given out.
+	if err := os.RemoveAll(line.state.path("grants")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(line.state.path("grants"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if jws, err := line.Grant(ctx, "L1", "op"); err == nil || jws != nil {
+		t.Error("a grant without a record")
 	}
 }
 
