@@ -27,6 +27,7 @@ import (
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/directory/filestore"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 	"github.com/kmehsm/kmehsm/kme"
@@ -131,14 +132,14 @@ func (r *harness) transport(t testing.TB) *rsa.PublicKey {
 // enroll takes a manufacturer in, and reads its directory.
 func (r *harness) enroll(t testing.TB, m *maker) {
 	t.Helper()
-	must[*binding.Manufacturer](t)(imports.Enroll(t.Context(), r.token, r.store, imports.Enrolment{JWS: m.sign(t, directory.TypeEnrolment, m.enrolment(t, r)), PEM: m.pem, Thumbprint: m.KeyID(), Directory: "file:" + m.dir}))
+	must[*binding.Manufacturer](t)(imports.Enroll(t.Context(), r.token, r.store, imports.Enrolment{JWS: m.sign(t, handover.TypeEnrolment, m.enrolment(t, r)), PEM: m.pem, Thumbprint: m.KeyID(), Directory: "file:" + m.dir}))
 	r.readers[m.KeyID()] = m.reader(t)
 }
 
 // take imports a lot and serves it.
 func (r *harness) take(t testing.TB, m *maker, lot *lot) {
 	t.Helper()
-	must[*binding.Lot](t)(imports.ImportLot(t.Context(), r.token, r.store, m.sign(t, directory.TypeGrant, m.grant(t, lot)), nil))
+	must[*binding.Lot](t)(imports.ImportLot(t.Context(), r.token, r.store, m.sign(t, handover.TypeGrant, m.grant(t, lot)), nil))
 	r.serve(t)
 }
 
@@ -233,12 +234,12 @@ func (m *maker) sign(t testing.TB, typ directory.Type, payload any) []byte {
 	return must[[]byte](t)(m.Sign(typ, payload))
 }
 
-func (m *maker) enrolment(t testing.TB, r *harness) *directory.Enrolment {
+func (m *maker) enrolment(t testing.TB, r *harness) *handover.Enrolment {
 	t.Helper()
 	transport := r.transport(t)
-	return &directory.Enrolment{
+	return &handover.Enrolment{
 		Manufacturer: m.KeyID(), Operator: operator, TransportKey: directory.RSAThumbprint(transport), KEK: m.kekKey().HexID(),
-		Algorithm: directory.RSAOAEP, Wrapped: must[[]byte](t)(rsa.EncryptOAEP(sha1.New(), rand.Reader, transport, m.kek, nil)),
+		Algorithm: handover.RSAOAEP, Wrapped: must[[]byte](t)(rsa.EncryptOAEP(sha1.New(), rand.Reader, transport, m.kek, nil)),
 	}
 }
 
@@ -302,10 +303,10 @@ func (m *maker) wrap(t testing.TB, key *rsa.PrivateKey) []byte {
 	return must[[]byte](t)(must[*subtle.KWP](t)(subtle.NewKWP(m.kek)).Wrap(must[[]byte](t)(x509.MarshalPKCS8PrivateKey(key))))
 }
 
-func (m *maker) grant(t testing.TB, l *lot) *directory.Grant {
+func (m *maker) grant(t testing.TB, l *lot) *handover.Grant {
 	t.Helper()
-	return &directory.Grant{
-		Operator: operator, KEK: m.kekKey().HexID(), Lot: l.Lot, Algorithm: directory.A256KWP, Wrapped: m.wrap(t, l.key),
+	return &handover.Grant{
+		Operator: operator, KEK: m.kekKey().HexID(), Lot: l.Lot, Algorithm: handover.A256KWP, Wrapped: m.wrap(t, l.key),
 		Manifest: string(m.sign(t, directory.TypeManifest, l.Manifest)),
 	}
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding/imports"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -79,7 +80,7 @@ func TestEnroll(t *testing.T) {
 		}
 		return imports.Enroll(t.Context(), r.token, r.store, imports.Enrolment{JWS: jws, PEM: pem, Thumbprint: readOut, Directory: "file:" + m.dir})
 	}
-	good := m.sign(t, directory.TypeEnrolment, m.enrolment(t, r))
+	good := m.sign(t, handover.TypeEnrolment, m.enrolment(t, r))
 	transport := r.transport(t)
 	elsewhere := vectors(t).lot(t, "lot-3072")
 
@@ -95,8 +96,8 @@ func TestEnroll(t *testing.T) {
 	}
 	cases := []refusal{
 		{"another manufacturer's key given", good, other.pem, "pinned"},
-		{"signed by another", other.sign(t, directory.TypeEnrolment, m.enrolment(t, r)), m.pem, "pinned"},
-		{"a file of another kind", m.sign(t, directory.TypeGrant, m.enrolment(t, r)), m.pem, "its type is"},
+		{"signed by another", other.sign(t, handover.TypeEnrolment, m.enrolment(t, r)), m.pem, "pinned"},
+		{"a file of another kind", m.sign(t, handover.TypeGrant, m.enrolment(t, r)), m.pem, "its type is"},
 		{"no PEM", good, nil, "no PEM"},
 		{"a PEM of another kind of key", good, must[[]byte](t)(pemkey.Encode(transport)), "not an ECDSA public key"},
 	}
@@ -105,27 +106,27 @@ func TestEnroll(t *testing.T) {
 	}
 	for _, c := range []struct {
 		name   string
-		change func(e *directory.Enrolment)
+		change func(e *handover.Enrolment)
 		want   string
 	}{
-		{"for another transport key", func(e *directory.Enrolment) {
+		{"for another transport key", func(e *handover.Enrolment) {
 			e.TransportKey = directory.RSAThumbprint(&elsewhere.PublicKey)
 			e.Wrapped = must[[]byte](t)(rsa.EncryptOAEP(sha1.New(), rand.Reader, &elsewhere.PublicKey, m.kek, nil))
 		}, "keysvc transport new"},
-		{"wrapped under another transport key than it says", func(e *directory.Enrolment) {
+		{"wrapped under another transport key than it says", func(e *handover.Enrolment) {
 			key := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072))
 			e.Wrapped = must[[]byte](t)(rsa.EncryptOAEP(sha1.New(), rand.Reader, &key.PublicKey, m.kek, nil))
 		}, "unwrap the KEK"},
-		{"for another operator's KEK", func(e *directory.Enrolment) { e.Operator = "op-2" }, "does not fit the operator"},
-		{"with another KEK id", func(e *directory.Enrolment) { e.KEK = other.kekKey().HexID() }, "does not fit the operator"},
-		{"naming another manufacturer", func(e *directory.Enrolment) { e.Manufacturer = other.KeyID() }, "is of manufacturer"},
-		{"damaged before it was signed", func(e *directory.Enrolment) { e.Wrapped[7] ^= 1 }, "unwrap the KEK"},
-		{"cut before it was signed", func(e *directory.Enrolment) { e.Wrapped = e.Wrapped[:100] }, ""},
-		{"without a key", func(e *directory.Enrolment) { e.Wrapped = nil }, ""},
+		{"for another operator's KEK", func(e *handover.Enrolment) { e.Operator = "op-2" }, "does not fit the operator"},
+		{"with another KEK id", func(e *handover.Enrolment) { e.KEK = other.kekKey().HexID() }, "does not fit the operator"},
+		{"naming another manufacturer", func(e *handover.Enrolment) { e.Manufacturer = other.KeyID() }, "is of manufacturer"},
+		{"damaged before it was signed", func(e *handover.Enrolment) { e.Wrapped[7] ^= 1 }, "unwrap the KEK"},
+		{"cut before it was signed", func(e *handover.Enrolment) { e.Wrapped = e.Wrapped[:100] }, ""},
+		{"without a key", func(e *handover.Enrolment) { e.Wrapped = nil }, ""},
 	} {
 		e := m.enrolment(t, r)
 		c.change(e)
-		cases = append(cases, refusal{c.name, m.sign(t, directory.TypeEnrolment, e), m.pem, c.want})
+		cases = append(cases, refusal{c.name, m.sign(t, handover.TypeEnrolment, e), m.pem, c.want})
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
@@ -150,17 +151,17 @@ func TestEnroll(t *testing.T) {
 		t.Errorf("%d transport keys outlive their enrolment", len(left))
 	}
 	must[*binding.Manufacturer](t)(enroll(good, m.pem)) // as who was told nothing of the first time does
-	_, err := enroll(other.sign(t, directory.TypeEnrolment, &directory.Enrolment{Manufacturer: other.KeyID(), Operator: operator,
-		TransportKey: directory.RSAThumbprint(transport), KEK: other.kekKey().HexID(), Algorithm: directory.RSAOAEP, Wrapped: []byte{1}}), other.pem)
+	_, err := enroll(other.sign(t, handover.TypeEnrolment, &handover.Enrolment{Manufacturer: other.KeyID(), Operator: operator,
+		TransportKey: directory.RSAThumbprint(transport), KEK: other.kekKey().HexID(), Algorithm: handover.RSAOAEP, Wrapped: []byte{1}}), other.pem)
 	checkSays(t, "for a transport key that another enrolment has used", err, "keysvc transport new")
 	checkLeft(t, "enrolled again", r, map[hsmkeys.Key]bool{m.kekKey(): true, other.kekKey(): false}, 1, 0)
 
 	// Enrolling again replaces the KEK: a grant under the new one can be imported, and one under the old cannot.
 	l := m.newLot(t, "L1", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 1)...)
-	old := m.sign(t, directory.TypeGrant, m.grant(t, l))
+	old := m.sign(t, handover.TypeGrant, m.grant(t, l))
 	rand.Read(m.kek)
 	r.readers[m.KeyID()] = m.reader(t)
-	must[*binding.Manufacturer](t)(enroll(m.sign(t, directory.TypeEnrolment, m.enrolment(t, r)), m.pem))
+	must[*binding.Manufacturer](t)(enroll(m.sign(t, handover.TypeEnrolment, m.enrolment(t, r)), m.pem))
 	if _, err := imports.ImportLot(t.Context(), r.token, r.store, old, nil); err == nil {
 		t.Error("a grant under the replaced KEK was imported")
 	}
@@ -175,7 +176,7 @@ func TestImportLot(t *testing.T) {
 		return imports.ImportLot(t.Context(), r.token, r.store, jws, nil)
 	}
 	l := m.newLot(t, "L2", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 10, newDevices(t, 10)...)
-	good := m.sign(t, directory.TypeGrant, m.grant(t, l))
+	good := m.sign(t, handover.TypeGrant, m.grant(t, l))
 
 	_, err := importLot(good)
 	checkSays(t, "before any manufacturer", err, "keysvc enroll")
@@ -196,12 +197,12 @@ func TestImportLot(t *testing.T) {
 	}
 	overlapping := func(lot, name string, m *maker, first, count int) refusal {
 		l := m.newLot(t, lot, kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), first, newDevices(t, count)...)
-		return refusal{"IMEIs of another lot, " + name, m.sign(t, directory.TypeGrant, m.grant(t, l)), "settle it with who made them"}
+		return refusal{"IMEIs of another lot, " + name, m.sign(t, handover.TypeGrant, m.grant(t, l)), "settle it with who made them"}
 	}
 	cases := []refusal{
-		{"signed by a manufacturer who is not enrolled", newMaker(t).sign(t, directory.TypeGrant, m.grant(t, l)), "not enrolled"},
-		{"signed by another manufacturer", other.sign(t, directory.TypeGrant, m.grant(t, l)), "wrapped under key"},
-		{"a file of another kind", m.sign(t, directory.TypeEnrolment, m.grant(t, l)), "its type is"},
+		{"signed by a manufacturer who is not enrolled", newMaker(t).sign(t, handover.TypeGrant, m.grant(t, l)), "not enrolled"},
+		{"signed by another manufacturer", other.sign(t, handover.TypeGrant, m.grant(t, l)), "wrapped under key"},
+		{"a file of another kind", m.sign(t, handover.TypeEnrolment, m.grant(t, l)), "its type is"},
 		overlapping("L2-1", "another manufacturer's last", m, 9, 2),
 		overlapping("L2-2", "its own manufacturer's first", m, 15, 6),
 		overlapping("L2-3", "around both", m, 1, 50),
@@ -212,35 +213,35 @@ func TestImportLot(t *testing.T) {
 	}
 	for _, c := range []struct {
 		name   string
-		change func(g *directory.Grant)
+		change func(g *handover.Grant)
 		want   string
 	}{
-		{"for another operator", func(g *directory.Grant) { g.Operator = "op-2" }, `"op-2"`},
-		{"under another KEK", func(g *directory.Grant) { g.KEK = other.kekKey().HexID() }, "wrapped under key"},
-		{"under another KEK than it says", func(g *directory.Grant) { g.Wrapped = other.wrap(t, l.key) }, ""},
-		{"another lot's key", func(g *directory.Grant) {
+		{"for another operator", func(g *handover.Grant) { g.Operator = "op-2" }, `"op-2"`},
+		{"under another KEK", func(g *handover.Grant) { g.KEK = other.kekKey().HexID() }, "wrapped under key"},
+		{"under another KEK than it says", func(g *handover.Grant) { g.Wrapped = other.wrap(t, l.key) }, ""},
+		{"another lot's key", func(g *handover.Grant) {
 			g.Wrapped = m.wrap(t, must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048)))
 		}, "lot L2"},
-		{"a key of another length", func(g *directory.Grant) { g.Wrapped = m.wrap(t, vectors(t).lot(t, "lot-3072")) }, ""},
-		{"damaged before it was signed", func(g *directory.Grant) { g.Wrapped[100] ^= 1 }, ""},
-		{"cut before it was signed", func(g *directory.Grant) { g.Wrapped = g.Wrapped[:len(g.Wrapped)-8] }, ""},
-		{"cut within a block", func(g *directory.Grant) { g.Wrapped = g.Wrapped[:len(g.Wrapped)-1] }, "AES-KWP"},
-		{"without a key", func(g *directory.Grant) { g.Wrapped = nil }, ""},
-		{"another lot's manifest", func(g *directory.Grant) { g.Manifest = string(m.sign(t, directory.TypeManifest, above.Manifest)) }, `manifest of lot "L1"`},
-		{"another manufacturer's manifest", func(g *directory.Grant) { g.Manifest = string(other.sign(t, directory.TypeManifest, l.Manifest)) }, "pinned"},
-		{"a manifest that names another manufacturer", func(g *directory.Grant) {
+		{"a key of another length", func(g *handover.Grant) { g.Wrapped = m.wrap(t, vectors(t).lot(t, "lot-3072")) }, ""},
+		{"damaged before it was signed", func(g *handover.Grant) { g.Wrapped[100] ^= 1 }, ""},
+		{"cut before it was signed", func(g *handover.Grant) { g.Wrapped = g.Wrapped[:len(g.Wrapped)-8] }, ""},
+		{"cut within a block", func(g *handover.Grant) { g.Wrapped = g.Wrapped[:len(g.Wrapped)-1] }, "AES-KWP"},
+		{"without a key", func(g *handover.Grant) { g.Wrapped = nil }, ""},
+		{"another lot's manifest", func(g *handover.Grant) { g.Manifest = string(m.sign(t, directory.TypeManifest, above.Manifest)) }, `manifest of lot "L1"`},
+		{"another manufacturer's manifest", func(g *handover.Grant) { g.Manifest = string(other.sign(t, directory.TypeManifest, l.Manifest)) }, "pinned"},
+		{"a manifest that names another manufacturer", func(g *handover.Grant) {
 			manifest := *l.Manifest
 			manifest.Manufacturer = other.KeyID()
 			g.Manifest = string(m.sign(t, directory.TypeManifest, manifest))
 		}, "names manufacturer"},
-		{"a tampered manifest", func(g *directory.Grant) { g.Manifest = string(replaceAt([]byte(g.Manifest), len(g.Manifest)-20)) }, "does not verify"},
-		{"without a manifest", func(g *directory.Grant) { g.Manifest = "" }, ""},
-		{"a manifest with another modulus", func(g *directory.Grant) {
+		{"a tampered manifest", func(g *handover.Grant) { g.Manifest = string(replaceAt([]byte(g.Manifest), len(g.Manifest)-20)) }, "does not verify"},
+		{"without a manifest", func(g *handover.Grant) { g.Manifest = "" }, ""},
+		{"a manifest with another modulus", func(g *handover.Grant) {
 			manifest := *l.Manifest
 			manifest.N = must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048)).N.Bytes()
 			g.Manifest = string(m.sign(t, directory.TypeManifest, manifest))
 		}, "lot L2"},
-		{"a name that could not be a path", func(g *directory.Grant) {
+		{"a name that could not be a path", func(g *handover.Grant) {
 			manifest := *l.Manifest
 			manifest.Lot, g.Lot = "../L2", "../L2"
 			g.Manifest = string(m.sign(t, directory.TypeManifest, manifest))
@@ -248,7 +249,7 @@ func TestImportLot(t *testing.T) {
 	} {
 		g := m.grant(t, l)
 		c.change(g)
-		cases = append(cases, refusal{c.name, m.sign(t, directory.TypeGrant, g), c.want})
+		cases = append(cases, refusal{c.name, m.sign(t, handover.TypeGrant, g), c.want})
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
@@ -277,7 +278,7 @@ func TestImportLot(t *testing.T) {
 	manifest := *l.Manifest
 	manifest.Ranges = []directory.Range{{TAC: l.Ranges[0].TAC, First: 30, Count: 1}}
 	longer.Manifest = &manifest
-	_, err = importLot(m.sign(t, directory.TypeGrant, m.grant(t, &longer)))
+	_, err = importLot(m.sign(t, handover.TypeGrant, m.grant(t, &longer)))
 	checkSays(t, "the same lot with another manifest", err, "another manifest")
 	checkLeft(t, "the same lot with another manifest", r, map[hsmkeys.Key]bool{m.lotKey("L2"): true}, 2, 3)
 }
@@ -287,18 +288,18 @@ func TestInvalidFiles(t *testing.T) {
 	r, m := newHarness(t), newMaker(t)
 	for _, c := range []struct {
 		name   string
-		change func(e *directory.Enrolment)
+		change func(e *handover.Enrolment)
 		want   string
 	}{
-		{"an enrolment by another algorithm", func(e *directory.Enrolment) { e.Algorithm = "RSA-OAEP-256" }, "RSA-OAEP-256"},
-		{"an enrolment without an algorithm", func(e *directory.Enrolment) { e.Algorithm = "" }, directory.RSAOAEP},
-		{"an enrolment of a name that could not be a path", func(e *directory.Enrolment) { e.Operator = "../op" }, "not valid"},
-		{"an enrolment of no name", func(e *directory.Enrolment) { e.Operator = "" }, "not valid"},
+		{"an enrolment by another algorithm", func(e *handover.Enrolment) { e.Algorithm = "RSA-OAEP-256" }, "RSA-OAEP-256"},
+		{"an enrolment without an algorithm", func(e *handover.Enrolment) { e.Algorithm = "" }, handover.RSAOAEP},
+		{"an enrolment of a name that could not be a path", func(e *handover.Enrolment) { e.Operator = "../op" }, "not valid"},
+		{"an enrolment of no name", func(e *handover.Enrolment) { e.Operator = "" }, "not valid"},
 	} {
 		e := m.enrolment(t, r)
 		c.change(e)
 		e.KEK = hsmkeys.Key{Role: hsmkeys.RoleKEK, Manufacturer: m.KeyID(), Name: e.Operator}.HexID()
-		_, err := imports.Enroll(t.Context(), r.token, r.store, imports.Enrolment{JWS: m.sign(t, directory.TypeEnrolment, e), PEM: m.pem, Thumbprint: m.KeyID()})
+		_, err := imports.Enroll(t.Context(), r.token, r.store, imports.Enrolment{JWS: m.sign(t, handover.TypeEnrolment, e), PEM: m.pem, Thumbprint: m.KeyID()})
 		checkSays(t, c.name, err, c.want)
 	}
 	r.enroll(t, m)
@@ -306,8 +307,8 @@ func TestInvalidFiles(t *testing.T) {
 		l := m.newLot(t, fmt.Sprint("L", i), kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), i, newDevices(t, 1)...)
 		g := m.grant(t, l)
 		g.Algorithm = algorithm
-		_, err := imports.ImportLot(t.Context(), r.token, r.store, m.sign(t, directory.TypeGrant, g), nil)
-		checkSays(t, "a grant by algorithm "+algorithm, err, directory.A256KWP)
+		_, err := imports.ImportLot(t.Context(), r.token, r.store, m.sign(t, handover.TypeGrant, g), nil)
+		checkSays(t, "a grant by algorithm "+algorithm, err, handover.A256KWP)
 	}
 }
 
@@ -331,7 +332,7 @@ func TestImportOvertaken(t *testing.T) {
 	first := a.newLot(t, "L1", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 1)...)
 	second := b.newLot(t, "L1", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 1)...)
 	registry := overtaken{r.store, func() { r.take(t, a, first) }}
-	_, err := imports.ImportLot(t.Context(), r.token, registry, b.sign(t, directory.TypeGrant, b.grant(t, second)), nil)
+	_, err := imports.ImportLot(t.Context(), r.token, registry, b.sign(t, handover.TypeGrant, b.grant(t, second)), nil)
 	checkSays(t, "a lot whose IMEIs were taken meanwhile", err, "settle it with who made them")
 	checkLeft(t, "a lot whose IMEIs were taken meanwhile", r, map[hsmkeys.Key]bool{a.lotKey("L1"): true, b.lotKey("L1"): false}, 2, 1)
 }
@@ -342,7 +343,7 @@ func TestPinnedTACs(t *testing.T) {
 	tac := func(s string) kme.TAC { return must[kme.TAC](t)(kme.ParseTAC(s)) }
 	key := vectors(t).lot(t, "lot-2048")
 	enroll := func(m *maker, tacs ...kme.TAC) (*binding.Manufacturer, error) {
-		return imports.Enroll(t.Context(), r.token, r.store, imports.Enrolment{JWS: m.sign(t, directory.TypeEnrolment, m.enrolment(t, r)), PEM: m.pem, Thumbprint: m.KeyID(), Directory: "file:" + m.dir, TACs: tacs})
+		return imports.Enroll(t.Context(), r.token, r.store, imports.Enrolment{JWS: m.sign(t, handover.TypeEnrolment, m.enrolment(t, r)), PEM: m.pem, Thumbprint: m.KeyID(), Directory: "file:" + m.dir, TACs: tacs})
 	}
 	refused := func(what string, err error, want string) {
 		t.Helper()
@@ -355,7 +356,7 @@ func TestPinnedTACs(t *testing.T) {
 		testTAC = of
 		l := m.newLot(t, name, kme.SuiteECDSA, key, 1, newDevices(t, 1)...)
 		testTAC = was
-		_, err := imports.ImportLot(t.Context(), r.token, r.store, m.sign(t, directory.TypeGrant, m.grant(t, l)), nil)
+		_, err := imports.ImportLot(t.Context(), r.token, r.store, m.sign(t, handover.TypeGrant, m.grant(t, l)), nil)
 		return err
 	}
 	must[*binding.Manufacturer](t)(enroll(one, tac("35000001"), tac("35000002")))
@@ -396,14 +397,14 @@ func TestPinnedLater(t *testing.T) {
 	other := must[kme.TAC](t)(kme.ParseTAC("35000001"))
 	own := must[kme.TAC](t)(kme.ParseTAC(testTAC))
 	enroll := func(m *maker, tacs ...kme.TAC) error {
-		_, err := imports.Enroll(t.Context(), r.token, r.store, imports.Enrolment{JWS: m.sign(t, directory.TypeEnrolment, m.enrolment(t, r)), PEM: m.pem, Thumbprint: m.KeyID(), Directory: "file:" + m.dir, TACs: tacs})
+		_, err := imports.Enroll(t.Context(), r.token, r.store, imports.Enrolment{JWS: m.sign(t, handover.TypeEnrolment, m.enrolment(t, r)), PEM: m.pem, Thumbprint: m.KeyID(), Directory: "file:" + m.dir, TACs: tacs})
 		return err
 	}
 	if err := enroll(one); err != nil {
 		t.Fatal(err)
 	}
 	l := one.newLot(t, "L1", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 1)...)
-	must[*binding.Lot](t)(imports.ImportLot(t.Context(), r.token, r.store, one.sign(t, directory.TypeGrant, one.grant(t, l)), nil))
+	must[*binding.Lot](t)(imports.ImportLot(t.Context(), r.token, r.store, one.sign(t, handover.TypeGrant, one.grant(t, l)), nil))
 	checkSays(t, "pinned to another TAC than its lot has", enroll(one, other), "lot L1 has TAC "+testTAC)
 	if err := enroll(one, own, other); err != nil {
 		t.Fatal(err)

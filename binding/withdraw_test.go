@@ -16,6 +16,7 @@ import (
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/directory/filestore"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -30,7 +31,7 @@ func (m *maker) grantAgain(t *testing.T, l *lot, taken *binding.Lot) []byte {
 	t.Helper()
 	g := m.grant(t, l)
 	g.Manifest = taken.ManifestJWS
-	return m.sign(t, directory.TypeGrant, g)
+	return m.sign(t, handover.TypeGrant, g)
 }
 
 // bind binds a new IMSI to a device, and gives it.
@@ -87,10 +88,10 @@ func TestDistrust(t *testing.T) {
 	}
 
 	// Nothing of it is taken any more.
-	_, err := imports.Enroll(ctx, r.token, r.store, imports.Enrolment{JWS: m.sign(t, directory.TypeEnrolment, m.enrolment(t, r)), PEM: m.pem, Thumbprint: m.KeyID()})
+	_, err := imports.Enroll(ctx, r.token, r.store, imports.Enrolment{JWS: m.sign(t, handover.TypeEnrolment, m.enrolment(t, r)), PEM: m.pem, Thumbprint: m.KeyID()})
 	checkSays(t, "an enrolment of a distrusted manufacturer", err, "is distrusted, by somebody@here")
 	next := m.newLot(t, "L2", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 50, newDevices(t, 1)...)
-	grant := m.sign(t, directory.TypeGrant, m.grant(t, next))
+	grant := m.sign(t, handover.TypeGrant, m.grant(t, next))
 	_, err = imports.ImportLot(ctx, r.token, r.store, grant, nil)
 	checkSays(t, "a grant of a distrusted manufacturer", err, "is distrusted")
 	again := verdict(t, false, "no")

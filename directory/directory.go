@@ -1,5 +1,5 @@
 // Package directory is the public-key directory: the signed objects in it, the stores that keep them, and the reader that
-// believes none of them unverified. It also has the other files that pass between manufacturer, fixture and operator.
+// believes none of them unverified.
 //
 // Every object is a compact JWS (RFC 7515) of the manufacturer's, ES256, whose key its readers pin. Whoever runs a store
 // can lose or withhold objects, but not change them.

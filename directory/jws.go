@@ -20,7 +20,8 @@ import (
 	"github.com/kmehsm/kmehsm/internal/pemkey"
 )
 
-// A Type is the typ header of a signed object: an object of one kind never passes for another.
+// A Type is the typ header of a signed object: an object of one kind never passes for another. Types of what is not in
+// the directory are where that is made.
 type Type string
 
 const (
@@ -28,11 +29,7 @@ const (
 	TypeShard          Type = "kme-key-shard+jws"
 	TypeRevocations    Type = "kme-revocations+jws"
 	TypeRevocationPart Type = "kme-revocations-part+jws"
-	TypeEnrolment      Type = "kme-operator-enrolment+jws"
-	TypeGrant          Type = "kme-lot-grant+jws"
-	TypeLogHead        Type = "kme-audit-log-head+jws"   // of the manufacturer's own audit log; not in the directory
-	TypeMinutes        Type = "kme-ceremony-minutes+jws" // of what was done with the security officer's PIN; not in the directory
-	TypeSuccession     Type = "kme-key-succession+jws"   // in the header of objects that a later key has signed
+	TypeSuccession     Type = "kme-key-succession+jws" // in the header of objects that a later key has signed
 )
 
 // A RefusedError says which object is not believed, and why.

@@ -1,13 +1,16 @@
 package factory
 
 import (
+	"crypto/sha256"
 	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/factory/auditlog"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -20,8 +23,8 @@ func TestClockSetBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	m := must(line.Lot(ctx, "L1"))
-	out, state := t.TempDir(), t.TempDir()
-	if _, err := line.Provision(ctx, "L1", ProvisionOptions{State: state, Out: out, Workers: 2, From: 0, To: 2}); err != nil {
+	out, state := t.TempDir(), line.state
+	if _, err := line.Provision(ctx, "L1", ProvisionOptions{Out: out, Workers: 2, From: 0, To: 2}); err != nil {
 		t.Fatal(err)
 	}
 	tomorrow := time.Now().Add(24 * time.Hour)
@@ -36,15 +39,15 @@ func TestClockSetBack(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	dated, err := json.Marshal(LogEntry{Seq: 1, Time: tomorrow, Who: "a@b", Process: 1, Command: []string{"factory"}, Result: Done, Previous: lineDigest(nil)})
+	dated, err := json.Marshal(auditlog.Entry{Seq: 1, Time: tomorrow, Who: "a@b", Process: 1, Command: []string{"factory"}, Result: auditlog.Done, Previous: fmt.Sprintf("%x", sha256.Sum256(nil))})
 	if err == nil {
-		err = os.WriteFile(filepath.Join(state, logFile), append(dated, '\n'), 0o600)
+		err = os.WriteFile(state.path("log.jsonl"), append(dated, '\n'), 0o600)
 	}
 	if err != nil {
 		t.Fatal(err)
 	}
 
-	if p, err := line.Provision(ctx, "L1", ProvisionOptions{State: state, Out: out, Workers: 2}); err != nil || p.Made != 12 {
+	if p, err := line.Provision(ctx, "L1", ProvisionOptions{Out: out, Workers: 2}); err != nil || p.Made != 12 {
 		t.Errorf("%+v, %v", p, err)
 	}
 	if _, err := line.Reissue(ctx, "L1", m.IMEI(2), "found again", "", out); err != nil {
@@ -53,17 +56,17 @@ func TestClockSetBack(t *testing.T) {
 	if v, err := VerifyLot(ctx, line.store, line.verifier, "L1", out, nil); err != nil || !v.OK() {
 		t.Errorf("%+v, %v", v, err)
 	}
-	if r, err := line.Reconcile(ctx, "L1", state, out, false); err != nil || r.Open() != 0 {
+	if r, err := line.Reconcile(ctx, "L1", out, false); err != nil || r.Open() != 0 {
 		t.Errorf("%+v, %v", r, err)
 	}
-	head, err := AppendLog(state, []string{"factory"}, token.Serial(), Done)
+	head, err := state.Log().Append([]string{"factory"}, token.Serial(), auditlog.Done)
 	if err == nil {
-		err = SignLog(state, token, head)
+		err = state.SignLog(token, head)
 	}
 	if err != nil {
 		t.Fatal(err)
 	}
-	if r, err := VerifyLog(state, line.verifier); err != nil || r.Lines != 2 || r.Signed != 2 {
+	if r, err := state.Log().Verify(line.verifier); err != nil || r.Lines != 2 || r.Signed != 2 {
 		t.Errorf("%+v, %v", r, err)
 	}
 }

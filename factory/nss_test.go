@@ -52,7 +52,7 @@ func TestNSSRefused(t *testing.T) {
 	}
 	must(token.Dedicate(ctx, hsmkeys.Dedication{Side: hsmkeys.Factory}))
 	store := must(filestore.Open(t.TempDir()))
-	line := must(NewLine(signsElsewhere{token, must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))}, store))
+	line := must(NewLine(signsElsewhere{token, must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))}, store, State{Dir: t.TempDir()}))
 	tac := must(kme.ParseTAC("35209900"))
 	_, err = line.CreateLot(ctx, LotSpec{Lot: "L1", Range: directory.Range{TAC: tac, Count: 4}, Bits: 2048, Suite: kme.SuiteECDSA, ShardSize: 4, Primes: hsmkeys.PrimesAuto})
 	check("lot create", err)

@@ -4,10 +4,8 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"math/rand/v2"
 	"os"
@@ -20,8 +18,10 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/factory/shard"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -40,16 +40,12 @@ type Progress struct {
 // ErrInterrupted: part of the lot is still to be done.
 var ErrInterrupted = errors.New("interrupted: run the same command again to go on")
 
-// ManifestFile is the lot's signed manifest in the folder of its injection packages: a device gets the modulus of
-// its lot beside its own key.
-const ManifestFile = "manifest.jws"
-
-func writeManifest(ctx context.Context, store directory.Store, lot, dir string) error {
-	manifest, _, err := store.Read(ctx, directory.ManifestPath(lot))
+func (l *Line) writeManifest(ctx context.Context, lot, dir string) error {
+	manifest, _, err := l.store.Read(ctx, directory.ManifestPath(lot))
 	if err != nil {
 		return err
 	}
-	if err := durable.WriteFile(filepath.Join(dir, ManifestFile), manifest, 0o600); err != nil {
+	if err := durable.WriteFile(filepath.Join(dir, handover.ManifestFile), manifest, 0o600); err != nil {
 		return fmt.Errorf("the injection packages cannot be written: %w", err)
 	}
 	return nil
@@ -57,7 +53,7 @@ func writeManifest(ctx context.Context, store directory.Store, lot, dir string) 
 
 // checkManifest says what is wrong with the manifest beside the injection packages, if it is there: nothing, if it is the directory's.
 func checkManifest(ctx context.Context, store directory.Store, lot, dir string) (wrong string, err error) {
-	path := filepath.Join(dir, ManifestFile)
+	path := filepath.Join(dir, handover.ManifestFile)
 	beside, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return "", nil
@@ -72,15 +68,11 @@ func checkManifest(ctx context.Context, store directory.Store, lot, dir string) 
 	return wrong, err
 }
 
-// InjectionFile is the name of a shard's injection package.
-func InjectionFile(shard int) string { return fmt.Sprintf("injection-%06d.jsonl", shard) }
-
 // ProvisionOptions are a Provision's.
 type ProvisionOptions struct {
-	State    string         // the folder of the line's journal
 	Fixture  string         // the fixture that the packages are for; may be empty if there is only one
 	Out      string         // the folder for the injection packages
-	Workers  int            // shards whose keys are made at once; at least 1
+	Workers  int            // shards whose keys are made at once; 0: twice the sessions of the token
 	From, To int            // the shards to do, To excluded; 0, 0 for all
 	Patience time.Duration  // for how long it waits for a directory that is away when all keys are made; 5 minutes if 0
 	Report   func(Progress) // called at each change, by one goroutine at a time; may be nil
@@ -124,15 +116,18 @@ func (l *Line) Provision(ctx context.Context, lot string, o ProvisionOptions) (P
 		return Progress{}, err
 	}
 	defer unlock()
-	if err := writeManifest(ctx, l.store, lot, dir); err != nil {
+	if err := l.writeManifest(ctx, lot, dir); err != nil {
 		return Progress{}, err
 	}
-	j, err := openJournal(ctx, o.State, l.Manufacturer())
+	j, err := l.state.journal(ctx, l.Manufacturer())
 	if err != nil {
 		return Progress{}, err
 	}
-	defer j.close()
-	p := &provisioning{Line: l, m: m, injection: injection, j: j, dir: dir, o: o, started: time.Now(), backlog: make(chan int, o.To-o.From), made: make(chan struct{})}
+	defer j.Close()
+	p := &provisioning{
+		Line: l, m: m, injection: injection, j: j, dir: dir, o: o, started: time.Now(),
+		backlog: make(chan int, o.To-o.From), allMade: make(chan struct{}),
+	}
 	return p.run(ctx)
 }
 
@@ -142,16 +137,16 @@ type provisioning struct {
 	*Line
 	m         *directory.Manifest
 	injection hsmkeys.Key
-	j         *journal
+	j         *shard.Journal
 	dir       string
 	o         ProvisionOptions
 	started   time.Time
 
-	entries   map[int]entry // the journal's, as this run found it; not changed
-	published map[int]bool  // shards in the directory, as this run found it; not changed
+	entries   map[int]shard.Entry // the journal's, as this run found it; not changed
+	published map[int]bool        // shards in the directory, as this run found it; not changed
 	next      atomic.Int64
 	backlog   chan int      // shards to publish; it has room for all
-	made      chan struct{} // closed when no worker makes keys any more
+	allMade   chan struct{} // closed when no worker makes keys any more
 
 	inToken, inDirectory atomic.Int64 // nanoseconds, of all workers and of all publishers
 
@@ -173,10 +168,10 @@ func (p *provisioning) run(ctx context.Context) (Progress, error) {
 			p.published[n] = true
 		}
 	}
-	if p.entries, err = p.j.entries(ctx, p.m.Lot); err != nil {
+	if p.entries, err = p.j.Entries(ctx, p.m.Lot); err != nil {
 		return p.progress, err
 	}
-	if err := p.j.plan(p.m.Lot, p.o.From, p.o.To); err != nil {
+	if err := p.j.Plan(p.m.Lot, p.o.From, p.o.To); err != nil {
 		return p.progress, fmt.Errorf("the journal cannot be written: %w", err)
 	}
 	p.next.Store(int64(p.o.From))
@@ -213,7 +208,7 @@ func (p *provisioning) run(ctx context.Context) (Progress, error) {
 		})
 	}
 	failed := making.Wait()
-	close(p.made)
+	close(p.allMade)
 	close(p.backlog)
 	failed = errors.Join(failed, publishing.Wait())
 	p.mu.Lock()
@@ -225,7 +220,9 @@ func (p *provisioning) run(ctx context.Context) (Progress, error) {
 }
 
 // No more of either than there are shards.
-func (p *provisioning) workers() int    { return min(max(p.o.Workers, 1), p.o.To-p.o.From) }
+func (p *provisioning) workers() int {
+	return min(cmp.Or(p.o.Workers, 2*p.token.Sessions()), p.o.To-p.o.From)
+}
 func (p *provisioning) publishers() int { return min(publishers, p.o.To-p.o.From) }
 
 // note changes the progress and reports it.
@@ -243,8 +240,6 @@ func (p *provisioning) note(change func(*Progress)) {
 
 // generate brings one shard to where it is to be published, from wherever it is.
 func (p *provisioning) generate(ctx context.Context, n int) error {
-	path := filepath.Join(p.dir, InjectionFile(n))
-	was, known := p.entries[n]
 	_, devices := p.m.ShardRange(n)
 	var there *directory.Shard
 	if p.published[n] {
@@ -253,46 +248,31 @@ func (p *provisioning) generate(ctx context.Context, n int) error {
 			return err
 		}
 	}
-	_, shard, err := ReadPackage(p.m, n, path)
-	made := 0
-	switch lost := errors.Is(err, fs.ErrNotExist); {
-	case err == nil:
-	case there != nil && lost:
-		return fmt.Errorf("its public keys are published, but its injection package %s is missing: bring it back from where the line keeps it; the private keys are nowhere else", path)
-	case there != nil:
-		return fmt.Errorf("%w: its public keys are published, so %s", err, bringBack(there.Package))
-	case was.state > planned: // and so its keys may have been published
-		return fmt.Errorf("%w: the journal knows of its keys, so %s", err, bringBack([]byte(was.pkg)))
-	case !lost && !known: // not ours: this run's journal never began it
-		return fmt.Errorf("%w: it was never published, so remove the file and run this again to make its keys anew", err)
-	default:
-		if shard, err = p.makeShard(ctx, n, path); err != nil {
+	v, made := shard.Look(p.m, n, p.dir, there, p.entries[n]), 0
+	packed := v.Packed
+	switch v.Standing() {
+	case shard.Agreed:
+		p.note(func(r *Progress) { r.Generated += devices; r.Done += devices })
+		return nil
+	case shard.Unrecorded:
+		p.note(func(r *Progress) { r.Generated += devices; r.Done += devices })
+		return p.j.Acknowledged(p.m.Lot, n, packed.Package)
+	case shard.Made, shard.Lost:
+	case shard.Unmade, shard.Remnant:
+		var err error
+		if packed, err = p.makeShard(ctx, n, v.Path); err != nil {
 			return err
 		}
 		made = devices
+	default:
+		what, remedy := v.Describe()
+		return fmt.Errorf("%s: %s", what, remedy)
 	}
-	if there != nil && !there.Equal(shard) {
-		return fmt.Errorf("%s is not the package of the published keys: %s", path, bringBack(there.Package))
-	}
-	if was.state > planned && was.pkg != string(shard.Package) {
-		if there != nil {
-			return fmt.Errorf("%s is the package of the published keys, and the journal knows of another: "+
-				"factory reconcile %s --repair puts this one down", path, p.m.Lot)
-		}
-		return fmt.Errorf("%s is not the package that the journal knows of: %s", path, bringBack([]byte(was.pkg)))
-	}
-	if there != nil {
-		if was.state < acknowledged {
-			err = p.j.acknowledged(p.m.Lot, n, shard.Package)
-		}
-		p.note(func(r *Progress) { r.Generated += devices; r.Done += devices })
-		return err
-	}
-	jws, err := p.signer.Sign(directory.TypeShard, shard)
+	jws, err := p.signer.Sign(directory.TypeShard, packed)
 	if err != nil {
 		return err
 	}
-	if err := p.j.generated(p.m.Lot, n, shard.Package, jws); err != nil {
+	if err := p.j.Generated(p.m.Lot, n, packed.Package, jws); err != nil {
 		return fmt.Errorf("the journal cannot be written: %w", err)
 	}
 	p.note(func(r *Progress) { r.Generated += devices; r.Made += made })
@@ -302,7 +282,7 @@ func (p *provisioning) generate(ctx context.Context, n int) error {
 
 // publish brings one shard from the journal to the directory, and reads it back. user is the context that the user ends.
 func (p *provisioning) publish(user, ctx context.Context, n int) error {
-	jws, err := p.j.signed(ctx, p.m.Lot, n)
+	jws, err := p.j.Signed(ctx, p.m.Lot, n)
 	if err != nil {
 		return err
 	}
@@ -311,7 +291,7 @@ func (p *provisioning) publish(user, ctx context.Context, n int) error {
 	if err != nil {
 		return err
 	}
-	if err := p.j.published(p.m.Lot, n); err != nil {
+	if err := p.j.Published(p.m.Lot, n); err != nil {
 		return err
 	}
 	err = p.patiently(user, ctx, func() error {
@@ -324,7 +304,7 @@ func (p *provisioning) publish(user, ctx context.Context, n int) error {
 	if err != nil {
 		return err
 	}
-	if err := p.j.acknowledged(p.m.Lot, n, nil); err != nil {
+	if err := p.j.Acknowledged(p.m.Lot, n, nil); err != nil {
 		return err
 	}
 	_, devices := p.m.ShardRange(n)
@@ -345,7 +325,7 @@ func (p *provisioning) patiently(user, ctx context.Context, f func() error) erro
 			return ErrInterrupted
 		}
 		select {
-		case <-p.made:
+		case <-p.allMade:
 			if waited += time.Since(start) + pause; waited > cmp.Or(p.o.Patience, 5*time.Minute) {
 				return err
 			}
@@ -362,71 +342,37 @@ func (p *provisioning) patiently(user, ctx context.Context, f func() error) erro
 }
 
 // makeLine makes a device's key, as it stands in an injection package.
-func (l *Line) makeLine(ctx context.Context, m *directory.Manifest, imei kme.IMEI, shard int, injection hsmkeys.Key) (line directory.InjectionLine, err error) {
+func (l *Line) makeLine(ctx context.Context, m *directory.Manifest, imei kme.IMEI, shard int, injection hsmkeys.Key) (line handover.InjectionLine, err error) {
 	pub, wrapped, err := l.token.MakeDeviceKey(ctx, m.Suite, injection)
 	if err != nil {
 		return line, err
 	}
-	return directory.NewInjectionLine(imei, m.Lot, shard, pub, injection.HexID(), wrapped), nil
+	return handover.NewInjectionLine(imei, m.Lot, shard, pub, injection.HexID(), wrapped), nil
 }
 
 // makeShard makes the keys of a shard, writes its injection package, and gives what is published of it.
 func (p *provisioning) makeShard(ctx context.Context, n int, path string) (*directory.Shard, error) {
 	first, count := p.m.ShardRange(n)
-	keys := make([]directory.DeviceKey, 0, count)
-	var file bytes.Buffer
-	for i := range count {
-		imei := p.m.IMEI(first + i)
-		start := time.Now()
-		line, err := p.makeLine(ctx, p.m, imei, n, p.injection)
+	lines := make([]handover.InjectionLine, count)
+	for i := range lines {
+		imei, start := p.m.IMEI(first+i), time.Now()
+		var err error
+		lines[i], err = p.makeLine(ctx, p.m, imei, n, p.injection)
 		p.inToken.Add(int64(time.Since(start)))
 		if err != nil {
 			return nil, fmt.Errorf("IMEI %s: %w", imei, err)
 		}
-		if err := line.Write(&file); err != nil {
-			return nil, err
-		}
-		keys = append(keys, line.PublicKey)
 	}
-	hash := sha256.Sum256(file.Bytes())
-	shard, err := directory.NewShard(p.m, n, keys, hash[:])
+	file, hash, err := handover.MarshalPackage(lines...)
 	if err != nil {
 		return nil, err
 	}
-	if err := durable.WriteFile(path, file.Bytes(), 0o600); err != nil {
+	packed, err := handover.NewShard(p.m, n, lines, hash)
+	if err != nil {
+		return nil, err
+	}
+	if err := durable.WriteFile(path, file, 0o600); err != nil {
 		return nil, fmt.Errorf("the injection package cannot be written; make room or give another --out, and run this again: %w", err)
 	}
-	return shard, nil
-}
-
-// ReadPackage reads a shard's injection package, which must be that of this lot and shard, and gives its lines and what
-// is published of it. The SHA-256 in there is that of the file as it was read: the caller compares it with the known one.
-func ReadPackage(m *directory.Manifest, n int, path string) ([]directory.InjectionLine, *directory.Shard, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, nil, err
-	}
-	defer f.Close()
-	hash := sha256.New()
-	var lines []directory.InjectionLine
-	var keys []directory.DeviceKey
-	for line, err := range directory.ReadInjection(io.TeeReader(f, hash)) {
-		if err != nil {
-			return nil, nil, fmt.Errorf("%s is damaged: %w", path, err)
-		}
-		if line.Lot != m.Lot || line.Shard != n {
-			return nil, nil, fmt.Errorf("%s is damaged: line %d is not of this lot and shard", path, len(lines)+1)
-		}
-		lines, keys = append(lines, line), append(keys, line.PublicKey)
-	}
-	shard, err := directory.NewShard(m, n, keys, hash.Sum(nil))
-	if err != nil {
-		return nil, nil, fmt.Errorf("%s is damaged: %w", path, err)
-	}
-	return lines, shard, nil
-}
-
-// bringBack is what to do when a package is not the one whose SHA-256 is known.
-func bringBack(hash []byte) string {
-	return fmt.Sprintf("bring back the file whose SHA-256 is %x, and inject from no other", hash)
+	return packed, nil
 }

@@ -7,16 +7,15 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
 	"time"
 
-	"golang.org/x/sync/errgroup"
-
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/factory/shard"
 	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/handover"
 )
 
 // A Difference is a place where journal, injection packages, directory and token do not agree.
@@ -50,27 +49,32 @@ func (r *Reconciliation) Open() (n int) {
 	return n
 }
 
-// Reconcile compares what the journal in state, the injection packages below out, the directory and the token have of a lot,
-// and says of each difference what is to be done. With repair it does what is safe. Nobody else may be at work on the
-// lot in these folders.
-func (l *Line) Reconcile(ctx context.Context, lot, state, out string, repair bool) (*Reconciliation, error) {
+// differs adds a difference of the lot as a whole; repair is nil if Reconcile cannot do it.
+func (r *Reconciliation) differs(what, remedy string, repair func(context.Context) error) {
+	r.Differences = append(r.Differences, Difference{Shard: -1, What: what, Remedy: remedy, Safe: repair != nil, repair: repair})
+}
+
+// Reconcile compares what the journal, the injection packages below out, the directory and the token have of a lot, and
+// says of each difference what is to be done. With repair it does what is safe. Nobody else may be at work on the lot in
+// these folders.
+func (l *Line) Reconcile(ctx context.Context, lot, out string, repair bool) (*Reconciliation, error) {
 	m, err := l.Lot(ctx, lot)
 	if err != nil {
 		return nil, err
 	}
-	j, err := openJournal(ctx, state, l.Manufacturer())
+	j, err := l.state.journal(ctx, l.Manufacturer())
 	if err != nil {
 		return nil, err
 	}
-	defer j.close()
-	entries, err := j.entries(ctx, lot)
+	defer j.Close()
+	entries, err := j.Entries(ctx, lot)
 	if err != nil {
 		return nil, err
 	}
 	r := &Reconciliation{Lot: lot, Differences: []Difference{}}
 	if err := l.token.ProveLotKey(ctx, l.lotKey(lot), m.PublicKey()); err != nil {
-		r.Differences = append(r.Differences, Difference{Shard: -1, What: fmt.Sprintf("token: %v", err),
-			Remedy: "use the token that the lot was made in, or a copy of it: without its key, nobody can be granted the lot any more"})
+		r.differs(fmt.Sprintf("token: %v", err), "use the token that the lot was made in, or a copy of it: without its key, "+
+			"nobody can be granted the lot any more", nil)
 	}
 	dir := filepath.Join(out, lot)
 	if err := r.strays(m, dir); err != nil {
@@ -79,36 +83,30 @@ func (l *Line) Reconcile(ctx context.Context, lot, state, out string, repair boo
 	if wrong, err := checkManifest(ctx, l.store, lot, dir); err != nil {
 		return nil, err
 	} else if wrong != "" {
-		r.Differences = append(r.Differences, Difference{Shard: -1, What: wrong, Remedy: "write the directory's there", Safe: true,
-			repair: func(ctx context.Context) error { return writeManifest(ctx, l.store, lot, dir) }})
+		r.differs(wrong, "write the directory's there", func(ctx context.Context) error { return l.writeManifest(ctx, lot, dir) })
 	}
 	if err := l.compareRevocations(ctx, r, m, dir); err != nil {
 		return nil, err
 	}
 	var mu sync.Mutex // guards r
-	g, gctx := errgroup.WithContext(ctx)
-	g.SetLimit(2 * runtime.GOMAXPROCS(0))
-	for n := 0; n < m.Shards() && gctx.Err() == nil; n++ {
-		g.Go(func() error {
-			entry, known := entries[n]
-			d, pending, err := l.compare(gctx, j, m, n, filepath.Join(dir, InjectionFile(n)), entry, known)
-			mu.Lock()
-			defer mu.Unlock()
-			switch {
-			case err != nil:
-				return fmt.Errorf("shard %d of lot %s: %w", n, lot, err)
-			case d != nil:
-				d.Shard, d.Safe = n, d.repair != nil
-				r.Differences = append(r.Differences, *d)
-			case pending:
-				r.Pending++
-			default:
-				r.Agreed++
-			}
-			return nil
-		})
-	}
-	if err := errors.Join(g.Wait(), ctx.Err()); err != nil {
+	err = eachShard(ctx, m, func(ctx context.Context, n int) error {
+		d, pending, err := l.compare(ctx, j, m, n, dir, entries[n])
+		mu.Lock()
+		defer mu.Unlock()
+		switch {
+		case err != nil:
+			return fmt.Errorf("shard %d of lot %s: %w", n, lot, err)
+		case d != nil:
+			d.Shard, d.Safe = n, d.repair != nil
+			r.Differences = append(r.Differences, *d)
+		case pending:
+			r.Pending++
+		default:
+			r.Agreed++
+		}
+		return nil
+	})
+	if err != nil {
 		return nil, err
 	}
 	slices.SortFunc(r.Differences, func(a, b Difference) int { return a.Shard - b.Shard })
@@ -135,14 +133,14 @@ func (r *Reconciliation) strays(m *directory.Manifest, dir string) error {
 		name, n := e.Name(), 0
 		_, serr := fmt.Sscanf(name, "injection-%d.jsonl", &n)
 		switch {
-		case serr == nil && name == InjectionFile(n) && n < m.Shards(), name == ManifestFile, name == ".lock":
+		case serr == nil && name == handover.InjectionFile(n) && n < m.Shards(), name == handover.ManifestFile, name == ".lock":
 		case strings.HasPrefix(name, "reissue-") && strings.HasSuffix(name, ".jsonl"): // compareRevocations looks at them
 		case strings.HasPrefix(name, "."): // as renameio names what it has not yet put in place
 			path := filepath.Join(dir, name)
-			r.Differences = append(r.Differences, Difference{Shard: -1, What: path + " was left by a run that was killed", Remedy: "remove it: it never was a package",
-				Safe: true, repair: func(context.Context) error { return errors.Join(os.Remove(path), durable.SyncDir(dir)) }})
+			r.differs(path+" was left by a run that was killed", "remove it: it never was a package",
+				func(context.Context) error { return errors.Join(os.Remove(path), durable.SyncDir(dir)) })
 		default:
-			r.Differences = append(r.Differences, Difference{Shard: -1, What: filepath.Join(dir, name) + " belongs to nothing in the lot", Remedy: "find out where it comes from, and take it away"})
+			r.differs(filepath.Join(dir, name)+" belongs to nothing in the lot", "find out where it comes from, and take it away", nil)
 		}
 	}
 	return err
@@ -150,27 +148,23 @@ func (r *Reconciliation) strays(m *directory.Manifest, dir string) error {
 
 // compareRevocations looks at a lot's list of revoked devices and its parts, and at the packages of reissued keys.
 func (l *Line) compareRevocations(ctx context.Context, r *Reconciliation, m *directory.Manifest, dir string) error {
-	differs := func(d Difference) {
-		d.Shard, d.Safe = -1, d.repair != nil
-		r.Differences = append(r.Differences, d)
-	}
 	isRefused := func(err error) bool {
 		refused := errors.As(err, new(*directory.RefusedError))
 		if refused {
-			differs(Difference{What: fmt.Sprintf("directory: %v", err), Remedy: objectBack})
+			r.differs(fmt.Sprintf("directory: %v", err), objectBack, nil)
 		}
 		return refused
 	}
 	list, err := l.Revocations(ctx, m)
 	if errors.Is(err, directory.ErrNotFound) {
 		bare, berr := l.bare(ctx, m)
-		d := Difference{What: "directory: " + directory.RevocationsPath(m.Lot) + " is not there", Remedy: objectBack +
-			"; a lot of before lots had it from the start gets one by factory lot refresh --begin"}
+		what := "directory: " + directory.RevocationsPath(m.Lot) + " is not there"
 		if bare {
-			d.Remedy = "publish it: lot create was killed before it did"
-			d.repair = func(ctx context.Context) error { return l.beginRevocations(ctx, m, directory.DefaultValidity) }
+			r.differs(what, "publish it: lot create was killed before it did",
+				func(ctx context.Context) error { return l.beginRevocations(ctx, m, directory.DefaultValidity) })
+		} else {
+			r.differs(what, objectBack+"; a lot of before lots had it from the start gets one by factory lot refresh --begin", nil)
 		}
-		differs(d)
 		return berr
 	}
 	if isRefused(err) {
@@ -195,84 +189,56 @@ func (l *Line) compareRevocations(ctx context.Context, r *Reconciliation, m *dir
 		if !complete {
 			behind = append(behind, n)
 		}
-		for path, e := range reissues(part.Revoked, dir) {
-			if err := checkReissue(m.Lot, path, e); err != nil {
-				differs(Difference{What: err.Error(), Remedy: bringBack(e.Package)})
+		for path, e := range handover.Reissues(part.Revoked, dir) {
+			if err := handover.CheckReissue(m.Lot, path, e); err != nil {
+				r.differs(err.Error(), handover.BringBack(e.Package), nil)
 			}
 		}
 	}
 	if len(behind) > 0 {
-		differs(Difference{What: fmt.Sprintf("a run of lot revoke or lot reissue was killed: "+
-			"the list of revocations does not name what %d of its parts have", len(behind)),
-			Remedy: "publish the list anew", repair: func(ctx context.Context) error {
-				return directory.CompleteRevocations(ctx, l.store, l.signer, m, behind, time.Now())
-			}})
+		r.differs(fmt.Sprintf("a run of lot revoke or lot reissue was killed: the list of revocations does not name what %d of "+
+			"its parts have", len(behind)), "publish the list anew", func(ctx context.Context) error {
+			return directory.CompleteRevocations(ctx, l.store, l.signer, m, behind, time.Now())
+		})
 	}
 	return nil
 }
 
-// compare looks at one shard; neither difference nor pending is that all agree.
-func (l *Line) compare(ctx context.Context, j *journal, m *directory.Manifest, n int, path string, was entry, known bool) (d *Difference, pending bool, err error) {
-	object := directory.ShardPath(m.Lot, n)
-	var refused *directory.RefusedError
+// compare says what does not agree of a shard, nil if all does.
+func (l *Line) compare(ctx context.Context, j *shard.Journal, m *directory.Manifest, n int, dir string, e shard.Entry) (d *Difference, pending bool, err error) {
 	there, err := l.reader.ReadShard(ctx, m, n)
-	if errors.As(err, &refused) {
+	if errors.As(err, new(*directory.RefusedError)) {
 		return &Difference{What: fmt.Sprintf("directory: %v", err), Remedy: objectBack}, false, nil
 	}
 	if err != nil && !errors.Is(err, directory.ErrNotFound) {
 		return nil, false, err
 	}
-	_, packed, ferr := ReadPackage(m, n, path)
-	missing := errors.Is(ferr, fs.ErrNotExist)
-	same := ferr == nil && was.pkg == string(packed.Package)
-
-	switch {
-	case there != nil && ferr != nil:
-		what := "its keys are published, and its injection package " + path + " is missing"
-		if !missing {
-			what = fmt.Sprintf("its keys are published, and %v", ferr)
-		}
-		return &Difference{What: what, Remedy: fmt.Sprintf("bring the package back from where the line keeps it, SHA-256 %x; "+
-			"if it is lost for good, factory lot reissue its devices one by one", there.Package)}, false, nil
-	case there != nil && !there.Equal(packed):
-		return &Difference{What: path + " is not the package of the published keys",
-			Remedy: bringBack(there.Package)}, false, nil
-	case there != nil && was.state == acknowledged && same:
+	v := shard.Look(m, n, dir, there, e)
+	d = new(Difference)
+	d.What, d.Remedy = v.Describe()
+	switch v.Standing() {
+	case shard.Agreed:
 		return nil, false, nil
-	case there != nil:
-		return &Difference{What: "package and directory agree, and the journal does not know it", Remedy: "put it down in the journal",
-			repair: func(context.Context) error { return j.acknowledged(m.Lot, n, packed.Package) }}, false, nil
-
-	case ferr == nil && was.state > planned && !same:
-		return &Difference{What: "it is not published, and " + path + " is not the package that the journal knows of",
-			Remedy: bringBack([]byte(was.pkg))}, false, nil
-	case ferr == nil:
-		what := "it is made, and not published"
-		if was.state >= published {
-			what = "it was published, and the directory has lost it"
-		}
-		return &Difference{What: what, Remedy: "publish " + object + " with the keys of its package", repair: func(ctx context.Context) error {
-			jws, err := l.signer.Sign(directory.TypeShard, packed)
+	case shard.Unmade:
+		return nil, true, nil
+	case shard.Unrecorded, shard.Misrecorded:
+		d.repair = func(context.Context) error { return j.Acknowledged(m.Lot, n, v.Packed.Package) }
+	case shard.Made, shard.Lost:
+		d.repair = func(ctx context.Context) error {
+			jws, err := l.signer.Sign(directory.TypeShard, v.Packed)
 			if err == nil {
-				err = j.generated(m.Lot, n, packed.Package, jws)
+				err = j.Generated(m.Lot, n, v.Packed.Package, jws)
 			}
 			if err == nil {
-				err = directory.PublishSigned(ctx, l.store, object, l.verifier, directory.TypeShard, jws)
+				err = directory.PublishSigned(ctx, l.store, directory.ShardPath(m.Lot, n), l.verifier, directory.TypeShard, jws)
 			}
 			if err == nil {
-				err = j.acknowledged(m.Lot, n, packed.Package)
+				err = j.Acknowledged(m.Lot, n, v.Packed.Package)
 			}
 			return err
-		}}, false, nil
-	case was.state > planned:
-		return &Difference{What: fmt.Sprintf("the journal knows of its keys, it is not published, and %v", ferr),
-			Remedy: fmt.Sprintf("bring the package back, SHA-256 %x: its keys may have been handed out", was.pkg)}, false, nil
-	case missing:
-		return nil, true, nil
-	case known: // planned: a run that was killed left it, and published nothing of it
-		return &Difference{What: ferr.Error(), Remedy: "remove it: nothing of it was published, and lot provision makes the shard anew",
-			repair: func(context.Context) error { return errors.Join(os.Remove(path), durable.SyncDir(filepath.Dir(path))) }}, false, nil
-	default:
-		return &Difference{What: fmt.Sprintf("%v, and the journal never began it", ferr), Remedy: "find out where it comes from; if nothing of it was injected, remove it"}, false, nil
+		}
+	case shard.Remnant:
+		d.repair = func(context.Context) error { return errors.Join(os.Remove(v.Path), durable.SyncDir(dir)) }
 	}
+	return d, false, nil
 }

@@ -3,13 +3,13 @@ package factory
 import (
 	"bytes"
 	"context"
-	"errors"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/handover"
 )
 
 // Each case does one harm to a lot of which all agrees, and says what reconcile must make of it. What it repairs agrees
@@ -18,10 +18,10 @@ func TestReconcile(t *testing.T) {
 	line, dir, token := newLine(t)
 	m := must(line.CreateLot(t.Context(), spec(t, "L1", 0, 30)))
 	out := t.TempDir()
-	state := filepath.Join(out, "state")
+	line = keeping(line, out)
 	reconcile := func(t *testing.T, repair bool) *Reconciliation {
 		t.Helper()
-		r, err := line.Reconcile(t.Context(), "L1", state, out, repair)
+		r, err := line.Reconcile(t.Context(), "L1", out, repair)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -38,7 +38,7 @@ func TestReconcile(t *testing.T) {
 	if r := reconcile(t, false); r.Agreed != 8 || r.Pending != 0 || len(r.Differences) != 0 {
 		t.Fatalf("%+v", r)
 	}
-	pkg, shard := filepath.Join(out, "L1", InjectionFile(2)), filepath.Join(dir, filepath.FromSlash(directory.ShardPath("L1", 2)))
+	pkg, shard := filepath.Join(out, "L1", handover.InjectionFile(2)), filepath.Join(dir, filepath.FromSlash(directory.ShardPath("L1", 2)))
 	revocations := filepath.Join(dir, filepath.FromSlash(directory.RevocationsPath("L1")))
 	write := func(path string, data []byte) {
 		t.Helper()
@@ -48,10 +48,7 @@ func TestReconcile(t *testing.T) {
 	}
 	journal := func(query string, args ...any) {
 		t.Helper()
-		j := must(openJournal(t.Context(), state, line.Manufacturer()))
-		if err := errors.Join(j.exec(query, args...), j.close()); err != nil {
-			t.Fatal(err)
-		}
+		changeJournal(t, line, query, args...)
 	}
 	remove := func(path string) {
 		if err := os.Remove(path); err != nil {
@@ -128,12 +125,12 @@ func TestReconcile(t *testing.T) {
 	if r := reconcile(t, true); len(r.Differences) != 1 || !strings.Contains(r.Differences[0].What, "token") || r.Open() != 1 {
 		t.Errorf("a token without the lot's key: %+v", r)
 	}
-	if _, err := line.Reconcile(t.Context(), "L9", state, out, false); err == nil {
+	if _, err := line.Reconcile(t.Context(), "L9", out, false); err == nil {
 		t.Error("an unknown lot")
 	}
 	ended, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := line.Reconcile(ended, "L1", state, out, false); err == nil {
+	if _, err := line.Reconcile(ended, "L1", out, false); err == nil {
 		t.Error("an ended context was not heeded")
 	}
 }

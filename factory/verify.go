@@ -5,7 +5,6 @@ import (
 	"crypto"
 	"errors"
 	"fmt"
-	"io/fs"
 	"math/big"
 	"path/filepath"
 	"runtime"
@@ -18,7 +17,9 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/factory/shard"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/handover"
 )
 
 // maxProblems bounds what a Verification lists; the rest is counted.
@@ -58,8 +59,11 @@ type verifying struct {
 }
 
 func newVerifying(store directory.Store, v *directory.Verifier, report func(int)) *verifying {
-	return &verifying{reader: directory.NewReader(store, v, directory.ReaderOptions{}), store: store, report: report, found: Verification{Problems: []string{}, RevokedLots: []RevokedLot{}},
-		issued: map[string][]directory.DeviceKey{}}
+	return &verifying{
+		reader: directory.NewReader(store, v, directory.ReaderOptions{}), store: store, report: report,
+		found:  Verification{Problems: []string{}, RevokedLots: []RevokedLot{}},
+		issued: map[string][]directory.DeviceKey{},
+	}
 }
 
 func (v *verifying) problem(format string, args ...any) {
@@ -152,7 +156,7 @@ func (v *verifying) lots(ctx context.Context, lots []*directory.Manifest, packag
 				prints[i] = k.Fingerprint()
 			}
 			if packages != "" {
-				v.compare(m, n, s, filepath.Join(packages, m.Lot, InjectionFile(n)))
+				v.compare(m, n, s, filepath.Join(packages, m.Lot))
 			}
 			v.mu.Lock()
 			defer v.mu.Unlock()
@@ -190,7 +194,7 @@ func (v *verifying) revocations(ctx context.Context, m *directory.Manifest, pack
 		v.problem("%s: %v", directory.RevocationsPath(m.Lot), late)
 	}
 	if list.Whole != nil {
-		v.found.RevokedLots = append(v.found.RevokedLots, RevokedLot{m.Lot, *list.Whole})
+		v.found.RevokedLots = append(v.found.RevokedLots, RevokedLot{Lot: m.Lot, LotRevocation: *list.Whole})
 	}
 	parts, strays, err := v.reader.RevocationParts(ctx, m, list)
 	if err != nil {
@@ -219,14 +223,14 @@ func (v *verifying) revocations(ctx context.Context, m *directory.Manifest, pack
 // part looks at the keys that were issued in the place of others.
 func (v *verifying) part(m *directory.Manifest, part *directory.RevocationPart, packages string) {
 	v.found.Revoked += len(part.Revoked)
-	for path, e := range reissues(part.Revoked, filepath.Join(packages, m.Lot)) {
+	for path, e := range handover.Reissues(part.Revoked, filepath.Join(packages, m.Lot)) {
 		v.keys = append(v.keys, e.Key.Fingerprint())
 		v.issued[m.Lot] = append(v.issued[m.Lot], *e.Key)
 		if packages == "" {
 			continue
 		}
-		if err := checkReissue(m.Lot, path, e); err != nil {
-			v.problem("%v: %s", err, bringBack(e.Package))
+		if err := handover.CheckReissue(m.Lot, path, e); err != nil {
+			v.problem("%v: %s", err, handover.BringBack(e.Package))
 		}
 		v.found.Packages++
 	}
@@ -259,39 +263,41 @@ func (v *verifying) objects(ctx context.Context, m *directory.Manifest, packages
 // refuses it otherwise), and a manifest's ranges do not overlap: with all shards there, each IMEI is there once. What is
 // missing or refused is a problem, noted on the first of two passes.
 func (v *verifying) shards(ctx context.Context, m *directory.Manifest, f func(int, *directory.Shard), note bool) error {
+	return eachShard(ctx, m, func(ctx context.Context, n int) error {
+		s, err := v.reader.ReadShard(ctx, m, n)
+		refused := errors.As(err, new(*directory.RefusedError))
+		switch {
+		case err == nil:
+			f(n, s)
+		case errors.Is(err, directory.ErrNotFound) && note:
+			v.problem("%s: it is not published", directory.ShardPath(m.Lot, n))
+		case refused && note:
+			v.problem("%v", err)
+		case !errors.Is(err, directory.ErrNotFound) && !refused:
+			return err
+		}
+		return nil
+	})
+}
+
+// compare checks the injection package of a published shard.
+func (v *verifying) compare(m *directory.Manifest, n int, s *directory.Shard, dir string) {
+	look := shard.Look(m, n, dir, s, shard.Entry{}) // without the journal, which is the line's own
+	switch look.Standing() {
+	case shard.PackageMissing, shard.PackageDamaged, shard.PackageOther:
+		what, remedy := look.Describe()
+		v.problem("%s: %s: %s", directory.ShardPath(m.Lot, n), what, remedy)
+	}
+}
+
+// eachShard calls f for the shards of a lot, several at a time, until the first error.
+func eachShard(ctx context.Context, m *directory.Manifest, f func(ctx context.Context, n int) error) error {
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(2 * runtime.GOMAXPROCS(0))
 	for n := 0; n < m.Shards() && gctx.Err() == nil; n++ {
-		g.Go(func() error {
-			s, err := v.reader.ReadShard(gctx, m, n)
-			refused := new(directory.RefusedError)
-			switch {
-			case err == nil:
-				f(n, s)
-			case errors.Is(err, directory.ErrNotFound) && note:
-				v.problem("%s: it is not published", directory.ShardPath(m.Lot, n))
-			case errors.As(err, &refused) && note:
-				v.problem("%v", err)
-			case !errors.Is(err, directory.ErrNotFound) && !errors.As(err, &refused):
-				return err
-			}
-			return nil
-		})
+		g.Go(func() error { return f(gctx, n) })
 	}
 	return errors.Join(g.Wait(), ctx.Err())
-}
-
-// compare checks an injection package against the published shard.
-func (v *verifying) compare(m *directory.Manifest, n int, s *directory.Shard, path string) {
-	_, packed, err := ReadPackage(m, n, path)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		v.problem("%s: there is no such injection package", path)
-	case err != nil:
-		v.problem("%v: %s", err, bringBack(s.Package))
-	case !packed.Equal(s):
-		v.problem("%s is not the package of the published keys: %s", path, bringBack(s.Package))
-	}
 }
 
 // duplicates names the devices that have one key. Where fingerprints are alike, the keys themselves are compared, in a second
@@ -317,7 +323,7 @@ func (v *verifying) duplicates(ctx context.Context, lots []*directory.Manifest) 
 			for _, k := range keys {
 				if print := k.Fingerprint(); twice[print] {
 					v.mu.Lock()
-					holders[print] = append(holders[print], holder{k.IMEI.String() + " of lot " + m.Lot, k.Key})
+					holders[print] = append(holders[print], holder{name: k.IMEI.String() + " of lot " + m.Lot, key: k.Key})
 					v.mu.Unlock()
 				}
 			}

@@ -12,6 +12,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -44,11 +45,11 @@ func Enroll(ctx context.Context, token Token, registry binding.Registry, by Enro
 	if err != nil {
 		return nil, fmt.Errorf("the manufacturer's key: %w", err)
 	}
-	if err := directory.CheckThumbprint(verifier.KeyID(), by.Thumbprint); err != nil {
+	if err := handover.CheckThumbprint(verifier.KeyID(), by.Thumbprint); err != nil {
 		return nil, fmt.Errorf("the manufacturer's key: %w", err)
 	}
-	var e directory.Enrolment
-	if err := verifier.Verify(directory.TypeEnrolment, "the enrolment", by.JWS, &e); err != nil {
+	var e handover.Enrolment
+	if err := verifier.Verify(handover.TypeEnrolment, "the enrolment", by.JWS, &e); err != nil {
 		return nil, err
 	}
 	if err := e.Validate(); err != nil {
@@ -157,7 +158,7 @@ func checkTACs(lot *directory.Manifest, manufacturers []*binding.Manufacturer, m
 // enrolledBefore is Enroll where the transport key is gone: it went with an enrolment that was imported, or was never
 // here.
 func enrolledBefore(ctx context.Context, token Token, registry binding.Registry, manufacturers []*binding.Manufacturer,
-	m *binding.Manufacturer, e *directory.Enrolment, kek hsmkeys.Key) error {
+	m *binding.Manufacturer, e *handover.Enrolment, kek hsmkeys.Key) error {
 	has, err := token.Has(ctx, kek)
 	if err != nil {
 		return err
@@ -203,8 +204,8 @@ func importLot(ctx context.Context, token Token, registry binding.Registry, manu
 	if err != nil {
 		return nil, err
 	}
-	var g directory.Grant
-	if err := verifier.Verify(directory.TypeGrant, "the grant", jws, &g); err != nil {
+	var g handover.Grant
+	if err := verifier.Verify(handover.TypeGrant, "the grant", jws, &g); err != nil {
 		return nil, err
 	}
 	if err := g.Validate(); err != nil {

@@ -15,6 +15,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding/mark"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/handover"
 )
 
 // A backup carries a token's storage and ledger key to another token of the operator's, and how far the ledger had come.
@@ -42,7 +43,7 @@ const typeBackup = "kme-token-backup"
 func NewBackup(token string, to *rsa.PublicKey, keys []hsmkeys.Carried, mark *binding.Mark) (data []byte, thumbprint string, err error) {
 	b := backup{
 		Type: typeBackup, Token: token, Created: time.Now().UTC().Truncate(time.Second), RestoreKey: directory.RSAThumbprint(to),
-		Algorithm: directory.RSAOAEP, Mark: mark,
+		Algorithm: handover.RSAOAEP, Mark: mark,
 	}
 	for _, k := range keys {
 		b.Keys = append(b.Keys, backupKey{Role: k.Key.Role, Generation: k.Key.Generation, Wrapped: k.Wrapped, Check: k.Check})
@@ -77,7 +78,7 @@ func Restore(ctx context.Context, token RestoreToken, data []byte, thumbprint st
 	if err := directory.ParseStrict(data, &b); err != nil {
 		return nil, fmt.Errorf("it is no backup, as keysvc backup create writes it: %w", err)
 	}
-	if b.Type != typeBackup || b.Algorithm != directory.RSAOAEP || len(b.Keys) == 0 {
+	if b.Type != typeBackup || b.Algorithm != handover.RSAOAEP || len(b.Keys) == 0 {
 		return nil, errors.New("it is no backup, as keysvc backup create writes it")
 	}
 	var all []hsmkeys.Carried

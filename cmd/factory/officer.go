@@ -1,7 +1,6 @@
 package main
 
 import (
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -30,6 +29,11 @@ func officerFlags(own ...cli.Flag) []cli.Flag {
 	})
 }
 
+// enrolFlags are those of the commands that make a key as the security officer, and the command's own.
+func enrolFlags(key string, own ...cli.Flag) []cli.Flag {
+	return officerFlags(append(own, &cli.IntFlag{Name: "generation", Usage: "of the " + key + ", `N`: one more than the newest rotates it, an earlier one is for what was wrapped under it (default: the newest)"}, outFileFlag)...)
+}
+
 func officerCommand() *cli.Command {
 	return &cli.Command{
 		Name: "so", Usage: "the security officer's PIN, in shares of which nobody has enough alone",
@@ -42,84 +46,16 @@ If it was interrupted, factory so show says so, and factory so check, with the P
 				&cli.IntFlag{Name: "threshold", Usage: "how many are needed, `K`, 2 at least"},
 				&cli.StringSliceFlag{Name: "custodian", Usage: "whom a share is encrypted to, an age `RECIPIENT` (age1...); once for each share"},
 				&cli.StringFlag{Name: "out", Usage: "the folder, `DIR`, for the shares"}),
-			Action: cmdline.Alone(soSplit),
+			Action: alone(soSplit),
 		}, {
 			Name: "check", Usage: "log in with the PIN, to show that the shares, or the PIN in the file, are the token's",
 			Description: "It also ends a factory so split that was interrupted. It tries what it is given once, whatever the token says of splits.",
-			Flags:       officerFlags(), Action: cmdline.Alone(soCheck),
+			Flags:       officerFlags(), Action: alone(soCheck),
 		}, {
 			Name: "show", Usage: "print which split the PIN is in",
 			Flags: []cli.Flag{cmdline.Token, stateFlag, cmdline.JSON}, Action: soShow,
 		}},
 	}
-}
-
-func minutesCommand() *cli.Command {
-	return &cli.Command{
-		Name: "minutes", Usage: "the minutes of what was done with the security officer's PIN, in the folder minutes of the --state folder",
-		Subcommands: []*cli.Command{{
-			Name: "verify", Usage: "check the token's signature on minutes, and print them", ArgsUsage: "FILE",
-			Flags: []cli.Flag{manufacturerFlag, stateFlag, cmdline.JSON}, Action: minutesVerify,
-		}},
-	}
-}
-
-// ceremony runs f with the security officer's PIN, in the presence of who is named, and writes the minutes of what f has made. Without minutes, what f
-// has made is to be handed to nobody.
-func ceremony(c *cli.Context, what string, basis factory.Basis, f func(token string, pin hsmkeys.OfficerPIN) (made map[string]string, err error)) (minutes string, err error) {
-	officer := factory.Officer{Source: c.String("so-pin-source"), Shares: c.StringSlice("so-share")}
-	if officer.Source != "" && len(officer.Shares) > 0 {
-		return "", cmdline.Usagef("--so-pin-source and --so-share: the PIN comes from one of them")
-	}
-	if cmdline.Terminal(os.Stdin) {
-		officer.Ask = func(q *custody.Quorum) error { return q.Ask(c.Context, os.Stdin, c.App.ErrWriter) }
-	}
-	for _, name := range c.StringSlice("present") { // minutes are printed, a fact a line
-		if strings.TrimSpace(name) == "" || strings.ContainsFunc(name, func(r rune) bool { return !unicode.IsPrint(r) }) {
-			return "", cmdline.Usagef("--present %q is no name: give each in one line of text", name)
-		}
-	}
-	m := factory.Minutes{Ceremony: what, Present: append([]string{}, c.StringSlice("present")...)}
-	var pin hsmkeys.OfficerPIN
-	// The security officer's login needs the token for itself.
-	err = cmdline.WithToken(c, func(token *hsmkeys.Token) (err error) {
-		m.Token = token.Serial()
-		if err := factory.CanSign(token); err != nil {
-			return err
-		}
-		pin, m.Shares, err = officer.PIN(c.Context, token, basis)
-		m.Split = pin.Split
-		return err
-	})
-	if errors.Is(err, factory.ErrNoOfficerPIN) {
-		return "", cmdline.Usage(err)
-	}
-	if err != nil {
-		return "", err
-	}
-	err = logged(c, m.Token, func() error {
-		if m.Made, err = f(m.Token, pin); err != nil {
-			return err
-		}
-		err = cmdline.WithToken(c, func(token *hsmkeys.Token) (err error) {
-			minutes, err = factory.WriteMinutes(c.String("state"), token, m)
-			return err
-		})
-		if err != nil {
-			return cmdline.Partial(fmt.Errorf("%s is done, but there are no minutes of it: %w", what, err))
-		}
-		return nil
-	}, func(head *factory.LogHead) error {
-		return cmdline.WithToken(c, func(token *hsmkeys.Token) error { return factory.SignLog(c.String("state"), token, head) })
-	})
-	return minutes, err
-}
-
-// enrolled adds to what an enrolment has made its file, and whether its key was made now.
-func enrolled(file []byte, created bool, made map[string]string) map[string]string {
-	made["file, SHA-256"] = fmt.Sprintf("%x", sha256.Sum256(file))
-	made["key made now"] = map[bool]string{true: "yes", false: "no, earlier"}[created]
-	return made
 }
 
 func soSplit(c *cli.Context) error {
@@ -138,11 +74,8 @@ func soSplit(c *cli.Context) error {
 	}
 	var split *hsmkeys.Split
 	var files []string
-	minutes, err := ceremony(c, "so split", factory.MaybeInterrupted, func(token string, pin hsmkeys.OfficerPIN) (made map[string]string, err error) {
-		split, files, err = factory.SplitOfficerPIN(c.Context, c.String("token"), token, pin, c.Int("threshold"), custodians, c.String("out"))
-		if errors.Is(err, hsmkeys.ErrPINMaybeSet) {
-			return nil, cmdline.Partial(err)
-		}
+	minutes, err := ceremony(c, "so split", custody.MaybeInterrupted, func(token string, pin hsmkeys.OfficerPIN) (made map[string]string, err error) {
+		split, files, err = custody.SplitOfficerPIN(c.Context, c.String("token"), token, pin, c.Int("threshold"), custodians, c.String("out"))
 		if err != nil {
 			return nil, err
 		}
@@ -169,7 +102,7 @@ func soSplit(c *cli.Context) error {
 
 func soCheck(c *cli.Context) error {
 	var now *hsmkeys.Split
-	minutes, err := ceremony(c, "so check", factory.Anything, func(_ string, pin hsmkeys.OfficerPIN) (map[string]string, error) {
+	minutes, err := ceremony(c, "so check", custody.Anything, func(_ string, pin hsmkeys.OfficerPIN) (map[string]string, error) {
 		now = pin.Split
 		return map[string]string{}, hsmkeys.CheckOfficerPIN(c.Context, c.String("token"), pin)
 	})
@@ -201,6 +134,62 @@ func soShow(c *cli.Context) error {
 			fmt.Fprintf(w, "the security officer has a PIN %s\n", inShares(inForce))
 		})
 	})
+}
+
+func minutesCommand() *cli.Command {
+	return &cli.Command{
+		Name: "minutes", Usage: "the minutes of what was done with the security officer's PIN, in the folder minutes of the --state folder",
+		Subcommands: []*cli.Command{{
+			Name: "verify", Usage: "check the token's signature on minutes, and print them", ArgsUsage: "FILE",
+			Flags: []cli.Flag{manufacturerFlag, stateFlag, cmdline.JSON}, Action: minutesVerify,
+		}},
+	}
+}
+
+// ceremony holds one, and gives the path of its minutes.
+func ceremony(c *cli.Context, name string, basis custody.Basis, act factory.Act) (minutes string, err error) {
+	officer := custody.Officer{Source: c.String("so-pin-source"), Shares: c.StringSlice("so-share")}
+	if officer.Source != "" && len(officer.Shares) > 0 {
+		return "", cmdline.Usagef("--so-pin-source and --so-share: the PIN comes from one of them")
+	}
+	if cmdline.Terminal(os.Stdin) {
+		officer.Ask = func(q *custody.Quorum) error { return q.Ask(c.Context, os.Stdin, c.App.ErrWriter) }
+	}
+	for _, name := range c.StringSlice("present") { // minutes are printed, a fact a line
+		if strings.TrimSpace(name) == "" || strings.ContainsFunc(name, func(r rune) bool { return !unicode.IsPrint(r) }) {
+			return "", cmdline.Usagef("--present %q is no name: give each in one line of text", name)
+		}
+	}
+	minutes, err = factory.Ceremony{
+		Name: name, Command: calledAs(), State: state(c), TokenURI: c.String("token"), Officer: officer, Basis: basis,
+		Present: c.StringSlice("present"),
+	}.Hold(c.Context, act)
+	switch {
+	case errors.Is(err, custody.ErrNoOfficerPIN):
+		err = cmdline.Usage(err)
+	case errors.Is(err, factory.ErrNoMinutes), errors.Is(err, hsmkeys.ErrPINMaybeSet):
+		err = cmdline.Partial(err)
+	}
+	return minutes, err
+}
+
+// enroll holds the ceremony of an enrolment, and writes the file for the other party.
+func enroll(c *cli.Context, name string, f func(officer hsmkeys.PIN) (*factory.Enrolled, error),
+	say func(*factory.Enrolled) (result map[string]any, text string)) error {
+	var e *factory.Enrolled
+	act := func(_ string, officer hsmkeys.OfficerPIN) (made map[string]string, err error) {
+		if e, err = f(officer.PIN); err != nil {
+			return nil, err
+		}
+		return e.Made, nil
+	}
+	minutes, err := ceremony(c, name, custody.Settled, act)
+	if err != nil {
+		return err
+	}
+	result, text := say(e)
+	result["minutes"] = minutes
+	return writeOut(c, e.File, result, "%s", text)
 }
 
 func minutesVerify(c *cli.Context) error {

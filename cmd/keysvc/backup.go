@@ -8,9 +8,9 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding/mark"
 	"github.com/kmehsm/kmehsm/binding/tokenkeys"
-	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/handover"
 )
 
 var soPINFlag = &cli.StringFlag{Name: "so-pin-source", Usage: "where the security officer's PIN is: file:/path, a `URI`"}
@@ -58,7 +58,7 @@ func backupPrepare(c *cli.Context) error {
 			return err
 		}
 		return handOut{
-			file: "restore-key.json", make: directory.NewRestoreKey, destroy: token.DestroyRestoreKey,
+			file: "restore-key.json", make: handover.NewRestoreKey, destroy: token.DestroyRestoreKey,
 			use: "for keysvc backup create on the token that has the keys", listener: "there",
 		}.do(c, token, pub)
 	})
@@ -81,7 +81,7 @@ func backupCreate(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	to, err := directory.ParseRestoreKey(data, c.String("thumbprint"))
+	to, err := handover.ParseRestoreKey(data, c.String("thumbprint"))
 	if err != nil {
 		return fmt.Errorf("--to: %w", err)
 	}

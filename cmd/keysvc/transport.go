@@ -16,6 +16,7 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/handover"
 )
 
 func transportCommand() *cli.Command {
@@ -45,7 +46,7 @@ func transportNew(c *cli.Context) error {
 			return err
 		}
 		return handOut{
-			file: "transport.json", make: directory.NewTransportKey, destroy: token.DestroyTransportKey,
+			file: "transport.json", make: handover.NewTransportKey, destroy: token.DestroyTransportKey,
 			use: "for the manufacturer's factory operator enroll", listener: "to the manufacturer",
 		}.do(c, token, pub)
 	})

@@ -18,8 +18,8 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/kmehsm/kmehsm/directory"
-	"github.com/kmehsm/kmehsm/factory"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -83,7 +83,7 @@ func (f *fleet) enrol(fixture *rsa.PrivateKey, path string) (*directory.Verifier
 	if err != nil {
 		return nil, err
 	}
-	enrolment, err := directory.ParseFixtureEnrolment(data)
+	enrolment, err := handover.ParseFixtureEnrolment(data)
 	if err != nil {
 		return nil, err
 	}
@@ -136,7 +136,7 @@ func readPrivateKey(path string) (*rsa.PrivateKey, error) {
 }
 
 // each calls f with the lines of all packages in their order, until it says stop.
-func (f *fleet) each(use func(directory.InjectionLine) (more bool, err error)) error {
+func (f *fleet) each(use func(handover.InjectionLine) (more bool, err error)) error {
 	for _, path := range f.packages {
 		more, err := f.eachOf(path, use)
 		if err != nil {
@@ -149,13 +149,13 @@ func (f *fleet) each(use func(directory.InjectionLine) (more bool, err error)) e
 	return nil
 }
 
-func (f *fleet) eachOf(path string, use func(directory.InjectionLine) (bool, error)) (more bool, err error) {
+func (f *fleet) eachOf(path string, use func(handover.InjectionLine) (bool, error)) (more bool, err error) {
 	file, err := os.Open(path)
 	if err != nil {
 		return false, err
 	}
 	defer file.Close()
-	for line, err := range directory.ReadInjection(file) {
+	for line, err := range handover.ReadInjection(file) {
 		if err != nil {
 			return false, err
 		}
@@ -170,12 +170,12 @@ func (f *fleet) eachOf(path string, use func(directory.InjectionLine) (bool, err
 }
 
 // newest is what a device was issued last: the line of its shard's package, or of a package of its own.
-func (f *fleet) newest(dir string, line directory.InjectionLine) (directory.InjectionLine, error) {
+func (f *fleet) newest(dir string, line handover.InjectionLine) (handover.InjectionLine, error) {
 	if f.lots[line.Lot] == nil {
 		return line, fmt.Errorf("lot %s has no manifest.jws beside its packages", line.Lot)
 	}
 	for n := 1; ; n++ {
-		reissued, _, err := factory.ReadReissue(filepath.Join(dir, factory.ReissueFile(line.IMEI, n)), line.Lot, line.IMEI)
+		reissued, _, err := handover.ReadReissue(filepath.Join(dir, handover.ReissueFile(line.IMEI, n)), line.Lot, line.IMEI)
 		if errors.Is(err, fs.ErrNotExist) {
 			return line, nil
 		}
@@ -189,7 +189,7 @@ func (f *fleet) newest(dir string, line directory.InjectionLine) (directory.Inje
 // devices injects count devices from the first on; all with count 0.
 func (f *fleet) devices(first, count int) (all []*device, err error) {
 	at := 0
-	err = f.each(func(line directory.InjectionLine) (bool, error) {
+	err = f.each(func(line handover.InjectionLine) (bool, error) {
 		if at++; at <= first {
 			return true, nil
 		}
@@ -204,7 +204,7 @@ func (f *fleet) devices(first, count int) (all []*device, err error) {
 }
 
 func (f *fleet) find(imei kme.IMEI) (found *device, err error) {
-	err = f.each(func(line directory.InjectionLine) (bool, error) {
+	err = f.each(func(line handover.InjectionLine) (bool, error) {
 		if line.IMEI != imei {
 			return true, nil
 		}
@@ -218,7 +218,7 @@ func (f *fleet) find(imei kme.IMEI) (found *device, err error) {
 }
 
 // inject unwraps a device's private key, which must be that of its public key.
-func (f *fleet) inject(line directory.InjectionLine) (*device, error) {
+func (f *fleet) inject(line handover.InjectionLine) (*device, error) {
 	injection := f.injection[line.DeviceKey.KeyID]
 	if injection == nil {
 		return nil, fmt.Errorf("IMEI %s is wrapped under injection key %s, which the fixture was not enrolled with", line.IMEI, line.DeviceKey.KeyID)

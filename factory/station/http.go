@@ -17,7 +17,7 @@ import (
 //go:embed wall.html wall.js
 var wall embed.FS
 
-// Handler serves stations, and a wall screen. A station is who its client certificate says, the common name of its
+// Handler serves stations, and a wall screen. A station is whoever its client certificate names, the common name of its
 // subject, and is one of Options.Stations. Who is none sees the counts, and no device. A browser shows a client
 // certificate to whatever page asks it to, so that requests of other pages are refused (see
 // http.CrossOriginProtection), and bodies that a form can make.
@@ -28,7 +28,7 @@ var wall embed.FS
 //	GET  /v1/status                              a Status
 //	GET  /                                       the wall screen
 //
-// An error is {"error": "..."}: 400 for what makes no sense, 403 for who is no station or comes from another page, 404
+// An error is {"error": "..."}: 400 for what makes no sense, 403 for whoever is no station or comes from another page, 404
 // when no device is left, 409 for what this station may not do now, 415 for a body that does not say that it is JSON,
 // 503 for what may work later.
 func (d *Desk) Handler() http.Handler {

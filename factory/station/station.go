@@ -5,7 +5,6 @@
 package station
 
 import (
-	"bytes"
 	"context"
 	"database/sql"
 	_ "embed"
@@ -21,8 +20,8 @@ import (
 	"github.com/mattn/go-sqlite3"
 
 	"github.com/kmehsm/kmehsm/directory"
-	"github.com/kmehsm/kmehsm/factory"
 	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/internal/sqlite"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -48,7 +47,9 @@ type RefusedError struct{ Reason string }
 
 func (e *RefusedError) Error() string { return e.Reason }
 
-func refuse(format string, args ...any) error { return &RefusedError{fmt.Sprintf(format, args...)} }
+func refuse(format string, args ...any) error {
+	return &RefusedError{Reason: fmt.Sprintf(format, args...)}
+}
 
 // ErrNoneLeft: every device of the lot was handed out.
 var ErrNoneLeft = errors.New("every device of the lot was handed out: failed and overdue ones may be asked for by IMEI")
@@ -91,7 +92,7 @@ type lot struct {
 	mu     sync.Mutex
 	cursor int // no device before it is waiting; guarded by mu
 	shard  int // whose package is read; guarded by mu
-	lines  []directory.InjectionLine
+	lines  []handover.InjectionLine
 }
 
 type device struct {
@@ -103,16 +104,6 @@ type device struct {
 type handedOut struct {
 	tries int
 	since time.Time
-}
-
-// A Ticket is a device that a station has.
-type Ticket struct {
-	IMEI      kme.IMEI                `json:"imei"`
-	Lot       string                  `json:"lot"`
-	Issue     int                     `json:"issue"`     // 0: the device's first key; else its n-th new one
-	Injection directory.InjectionLine `json:"injection"` // its line of the injection package
-	Manifest  string                  `json:"manifest"`  // the lot's, signed; it has the modulus
-	Timeout   float64                 `json:"report_within_seconds"`
 }
 
 // Open opens the desk of a line. What stations had when the last process ended, they still have, and their time begins anew.
@@ -230,7 +221,7 @@ func (d *Desk) lot(name string) (*lot, error) {
 
 // ReadManifest reads a lot's manifest from the folder of the injection packages.
 func ReadManifest(injection, lot string, v *directory.Verifier) (*directory.Manifest, []byte, error) {
-	jws, err := os.ReadFile(filepath.Join(injection, lot, factory.ManifestFile))
+	jws, err := os.ReadFile(filepath.Join(injection, lot, handover.ManifestFile))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil, refuse("there is no lot %s: factory lot provision makes its injection packages", lot)
 	}
@@ -443,80 +434,7 @@ func (d *Desk) claim(ctx context.Context, k device, station string, to State, na
 	if to == Out {
 		d.mu.Lock()
 		defer d.mu.Unlock()
-		d.out[k] = &handedOut{tries, time.Now()}
+		d.out[k] = &handedOut{tries: tries, since: time.Now()}
 	}
 	return true, nil
-}
-
-// again is the ticket of a device that a station has. It is the key that it was handed, whatever came after.
-func (d *Desk) again(ctx context.Context, l *lot, k device) (*Ticket, error) {
-	have, t, err := d.ticket(ctx, l, k.position)
-	if err == nil && have.issue != k.issue {
-		err = refuse("IMEI %s was issued another key since this station was handed it: report it failed", l.IMEI(k.position))
-	}
-	var revoked *revokedError
-	if errors.As(err, &revoked) {
-		err = refuse("IMEI %s was revoked since this station was handed it: report it scrapped", l.IMEI(k.position))
-	}
-	return t, err
-}
-
-type revokedError struct{ lot bool } // all of the lot is
-
-func (*revokedError) Error() string { return "the device is revoked" }
-
-// ticket is what a station needs of a device: the newest key that it was issued, which must be the published one.
-func (d *Desk) ticket(ctx context.Context, l *lot, at int) (device, *Ticket, error) {
-	imei, k := l.IMEI(at), device{lot: l.Lot, position: at}
-	published, err := d.reader.Device(ctx, l.Manifest, imei)
-	if errors.Is(err, directory.ErrUnknownDevice) {
-		return k, nil, fmt.Errorf("IMEI %s: %w", imei, ErrNotReady)
-	}
-	if err != nil {
-		return k, nil, err
-	}
-	for _, e := range published.History {
-		if e.Key != nil {
-			k.issue++
-		}
-	}
-	if published.Revoked != nil {
-		return k, nil, &revokedError{published.Lot != nil}
-	}
-	line, err := d.line(l, at, k.issue, published.Package)
-	if err != nil {
-		return k, nil, fmt.Errorf("%w: factory reconcile %s says what to do", err, l.Lot)
-	}
-	return k, &Ticket{imei, l.Lot, k.issue, line, l.jws, d.o.Timeout.Seconds()}, nil
-}
-
-// line is a device's in its injection package, which must have this SHA-256. The package of the shard last asked for is
-// kept.
-func (d *Desk) line(l *lot, at, issue int, hash []byte) (line directory.InjectionLine, err error) {
-	dir, imei := filepath.Join(d.o.Injection, l.Lot), l.IMEI(at)
-	another := func(path string) error { return fmt.Errorf("%s is not the package of the published key", path) }
-	if issue > 0 {
-		path := filepath.Join(dir, factory.ReissueFile(imei, issue))
-		line, have, err := factory.ReadReissue(path, l.Lot, imei)
-		if err == nil && !bytes.Equal(have, hash) {
-			err = another(path)
-		}
-		return line, err
-	}
-	shard := at / l.ShardSize
-	first, _ := l.ShardRange(shard)
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.shard != shard {
-		path := filepath.Join(dir, factory.InjectionFile(shard))
-		lines, packed, err := factory.ReadPackage(l.Manifest, shard, path)
-		if err == nil && !bytes.Equal(packed.Package, hash) {
-			err = another(path)
-		}
-		if err != nil {
-			return line, err
-		}
-		l.shard, l.lines = shard, lines
-	}
-	return l.lines[at-first], nil
 }

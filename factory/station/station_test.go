@@ -28,6 +28,7 @@ import (
 	"github.com/kmehsm/kmehsm/directory/filestore"
 	"github.com/kmehsm/kmehsm/factory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
@@ -52,17 +53,17 @@ func newShop(t *testing.T, devices int) *shop {
 	}
 	token.Close()
 	fixture := must(rsa.GenerateKey(cryptorand.Reader, 3072))
-	if _, _, err := factory.EnrollFixture(t.Context(), tok.URI, hsmkeys.PIN(tok.SOPIN), "f1", &fixture.PublicKey, 0); err != nil {
+	if _, err := factory.EnrollFixture(t.Context(), tok.URI, hsmkeys.PIN(tok.SOPIN), "f1", &fixture.PublicKey, 0); err != nil {
 		t.Fatal(err)
 	}
 	token = must(hsmkeys.Open(t.Context(), tok.URI))
 	t.Cleanup(func() { token.Close() })
 	store := must(filestore.Open(t.TempDir()))
 	s := &shop{Options: &Options{State: t.TempDir(), Injection: t.TempDir(), Store: store, Verifier: must(directory.ParseVerifier(pem)), Timeout: time.Hour, Log: slog.New(slog.DiscardHandler)}}
-	s.line = must(factory.NewLine(token, store))
+	s.line = must(factory.NewLine(token, store, factory.State{Dir: s.State}))
 	tac := must(kme.ParseTAC("35209900"))
 	s.manifest = must(s.line.CreateLot(t.Context(), factory.LotSpec{Lot: "L1", Range: directory.Range{TAC: tac, Count: devices}, Bits: 2048, Suite: kme.SuiteECDSA, ShardSize: 16, Primes: hsmkeys.PrimesAuto}))
-	must(s.line.Provision(t.Context(), "L1", factory.ProvisionOptions{State: s.State, Out: s.Injection, Workers: 2}))
+	must(s.line.Provision(t.Context(), "L1", factory.ProvisionOptions{Out: s.Injection, Workers: 2}))
 	return s
 }
 
@@ -239,7 +240,7 @@ func TestOnlyPublished(t *testing.T) {
 	d := s.open(t)
 	defer func() { d.Close() }()
 	ctx := t.Context()
-	path := filepath.Join(s.Injection, "L1", factory.InjectionFile(0))
+	path := filepath.Join(s.Injection, "L1", handover.InjectionFile(0))
 	good := must(os.ReadFile(path))
 	lines := strings.SplitAfter(string(good), "\n")
 	key, wrapped := regexp.MustCompile(`"x":"[^"]*","y":"[^"]*"`), regexp.MustCompile(`"wrapped":"[^"]*"`)

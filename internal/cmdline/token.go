@@ -1,8 +1,6 @@
 package cmdline
 
 import (
-	"path/filepath"
-
 	"github.com/urfave/cli/v2"
 
 	"github.com/kmehsm/kmehsm/hsmkeys"
@@ -38,17 +36,4 @@ func WithTokenOf(c *cli.Context, uri string, f func(*hsmkeys.Token) error) error
 	}
 	defer token.Close()
 	return f(token)
-}
-
-// WritePublicKey writes a public key to the --out folder, or to the --state folder without one.
-func WritePublicKey(c *cli.Context, name string, pem []byte) (path string, err error) {
-	dir := c.String("out")
-	if dir == "" {
-		dir = c.String("state")
-	}
-	if err := durable.MkdirAll(dir, 0o755); err != nil {
-		return "", err
-	}
-	path = filepath.Join(dir, name)
-	return path, durable.WriteFile(path, pem, 0o644)
 }

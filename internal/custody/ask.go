@@ -108,7 +108,7 @@ func readLine(ctx context.Context, fd int) ([]byte, error) {
 	done := make(chan result, 1)
 	go func() {
 		line, err := term.ReadPassword(fd)
-		done <- result{line, err}
+		done <- result{line: line, err: err}
 	}()
 	select {
 	case <-ctx.Done():

@@ -104,7 +104,7 @@ func New(token string, threshold, count int) (hsmkeys.PIN, []*Share, error) {
 	split.ID = split.id()
 	var shares []*Share
 	for i, value := range sharing.Share(uint(count)) {
-		text, err := (&Share{split, i + 1, value}).Marshal()
+		text, err := (&Share{Split: split, Index: i + 1, value: value}).Marshal()
 		if err != nil {
 			return "", nil, err
 		}
@@ -145,7 +145,10 @@ func (s *Share) Marshal() ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	line, err := json.Marshal(wire{shareType, s.Token, s.ID, s.Index, s.Threshold, s.Count, s.Commitments, value})
+	line, err := json.Marshal(wire{
+		Type: shareType, Token: s.Token, Split: s.ID, Index: s.Index, Threshold: s.Threshold, Count: s.Count,
+		Commitments: s.Commitments, Value: value,
+	})
 	return append(line, '\n'), err
 }
 
@@ -163,7 +166,9 @@ func Parse(text []byte) (*Share, error) {
 	if err := CheckSize(w.Threshold, w.Count); err != nil {
 		return nil, fmt.Errorf("the share is damaged: %w", err)
 	}
-	s := &Share{Split: Split{hsmkeys.Split{ID: w.Split, Threshold: w.Threshold, Count: w.Count}, w.Token, w.Commitments}, Index: w.Index}
+	s := &Share{Index: w.Index, Split: Split{
+		Split: hsmkeys.Split{ID: w.Split, Threshold: w.Threshold, Count: w.Count}, Token: w.Token, Commitments: w.Commitments,
+	}}
 	damaged := fmt.Errorf("the share is damaged: it is not share %d of split %q", w.Index, w.Split)
 	if w.Index < 1 || w.Index > w.Count || len(w.Commitments) != size*w.Threshold || len(w.Value) != size || w.Split != s.id() {
 		return nil, damaged
@@ -271,7 +276,7 @@ func ParseCustodians(recipients []string) (all []Custodian, err error) {
 		if err != nil || len(r) != 1 {
 			return nil, fmt.Errorf("custodian %d: %q is no age recipient: it begins with age1, and age-keygen calls it the public key", i+1, text)
 		}
-		c := Custodian{r[0], fmt.Sprint(r[0])}
+		c := Custodian{Recipient: r[0], name: fmt.Sprint(r[0])}
 		for j, other := range all {
 			if other.name == c.name {
 				return nil, fmt.Errorf("custodians %d and %d are the same: each share needs a custodian of its own", j+1, i+1)

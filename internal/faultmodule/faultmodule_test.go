@@ -61,7 +61,7 @@ func TestKWPByEitherName(t *testing.T) {
 			must[string](t)(first(factory.Init(t.Context(), token)))
 			token.Close()
 			fixture := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072))
-			_, _, err := factory.EnrollFixture(t.Context(), faulty.URI(tok.URI), hsmkeys.PIN(tok.SOPIN), "f1", &fixture.PublicKey, 0)
+			_, err := factory.EnrollFixture(t.Context(), faulty.URI(tok.URI), hsmkeys.PIN(tok.SOPIN), "f1", &fixture.PublicKey, 0)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -70,14 +70,14 @@ func TestKWPByEitherName(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			line := must[*factory.Line](t)(factory.NewLine(token, store))
+			line := must[*factory.Line](t)(factory.NewLine(token, store, factory.State{Dir: t.TempDir()}))
 			tac := must[kme.TAC](t)(kme.ParseTAC("35209900"))
 			m := must[*directory.Manifest](t)(line.CreateLot(t.Context(), factory.LotSpec{Lot: "L1", Range: directory.Range{TAC: tac, Count: 4}, Bits: 2048, Suite: kme.SuiteECDSA, ShardSize: 4, Primes: hsmkeys.PrimesAuto}))
 			if m.Wrapping != c.want {
 				t.Errorf("the manifest says %q", m.Wrapping)
 			}
 			before := faulty.Counts()["C_WrapKey"]
-			must[factory.Progress](t)(line.Provision(t.Context(), "L1", factory.ProvisionOptions{State: t.TempDir(), Out: t.TempDir(), Workers: 1}))
+			must[factory.Progress](t)(line.Provision(t.Context(), "L1", factory.ProvisionOptions{Out: t.TempDir(), Workers: 1}))
 			if n := faulty.Counts()["C_WrapKey"] - before; n < 4 {
 				t.Errorf("C_WrapKey was called %d times for 4 devices", n)
 			}

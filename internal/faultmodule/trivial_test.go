@@ -24,6 +24,7 @@ import (
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/directory/filestore"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -44,8 +45,8 @@ func served(t *testing.T) (service *binding.Service, lot *rsa.PublicKey, imei km
 	id := hsmkeys.Key{Role: hsmkeys.RoleKEK, Manufacturer: maker.KeyID(), Name: "op"}.HexID()
 	transport := must[*rsa.PublicKey](t)(token.NewTransportKey(ctx))
 	pem := must[[]byte](t)(pemkey.Encode(maker.Public()))
-	must[*binding.Manufacturer](t)(imports.Enroll(ctx, token, store, imports.Enrolment{JWS: must[[]byte](t)(maker.Sign(directory.TypeEnrolment, &directory.Enrolment{
-		Manufacturer: maker.KeyID(), Operator: "op", TransportKey: directory.RSAThumbprint(transport), KEK: id, Algorithm: directory.RSAOAEP,
+	must[*binding.Manufacturer](t)(imports.Enroll(ctx, token, store, imports.Enrolment{JWS: must[[]byte](t)(maker.Sign(handover.TypeEnrolment, &handover.Enrolment{
+		Manufacturer: maker.KeyID(), Operator: "op", TransportKey: directory.RSAThumbprint(transport), KEK: id, Algorithm: handover.RSAOAEP,
 		Wrapped: must[[]byte](t)(rsa.EncryptOAEP(sha1.New(), rand.Reader, transport, kek, nil)),
 	})), PEM: pem, Thumbprint: maker.KeyID(), Directory: "file:/"}))
 
@@ -69,8 +70,8 @@ func served(t *testing.T) (service *binding.Service, lot *rsa.PublicKey, imei km
 		t.Fatal(err)
 	}
 	wrapped := must[[]byte](t)(must[*subtle.KWP](t)(subtle.NewKWP(kek)).Wrap(must[[]byte](t)(x509.MarshalPKCS8PrivateKey(key))))
-	must[*binding.Lot](t)(imports.ImportLot(ctx, token, store, must[[]byte](t)(maker.Sign(directory.TypeGrant, &directory.Grant{
-		Operator: "op", KEK: id, Lot: "L1", Algorithm: directory.A256KWP, Wrapped: wrapped,
+	must[*binding.Lot](t)(imports.ImportLot(ctx, token, store, must[[]byte](t)(maker.Sign(handover.TypeGrant, &handover.Grant{
+		Operator: "op", KEK: id, Lot: "L1", Algorithm: handover.A256KWP, Wrapped: wrapped,
 		Manifest: string(must[[]byte](t)(maker.Sign(directory.TypeManifest, m))),
 	})), nil))
 	reader := directory.NewReader(files, directory.NewVerifier(maker.Public()), directory.ReaderOptions{})

@@ -132,7 +132,7 @@ func TestWeakFactory(t *testing.T) {
 	faulty.Tell(t)
 	must[string](t)(first(factory.Init(ctx, token)))
 	store := must[*filestore.Store](t)(filestore.Open(t.TempDir()))
-	line := must[*factory.Line](t)(factory.NewLine(token, store))
+	line := must[*factory.Line](t)(factory.NewLine(token, store, factory.State{Dir: t.TempDir()}))
 	spec := factory.LotSpec{Lot: "L1", Range: directory.Range{TAC: must[kme.TAC](t)(kme.ParseTAC("35209900")), Count: 4}, Bits: 2048, Suite: kme.SuiteECDSA,
 		ShardSize: 4, Primes: hsmkeys.PrimesAuto}
 	must[*directory.Manifest](t)(line.CreateLot(ctx, spec))

@@ -17,6 +17,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/faultmodule"
+	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 )
@@ -120,7 +121,7 @@ func attackDemo(t *testing.T, w *world, dir string) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		typed, err := directory.NewTransportKey(key, "1")
+		typed, err := handover.NewTransportKey(key, "1")
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -1,4 +1,4 @@
-package factory
+package custody
 
 import (
 	"context"
@@ -8,16 +8,22 @@ import (
 	"path/filepath"
 
 	"github.com/kmehsm/kmehsm/hsmkeys"
-	"github.com/kmehsm/kmehsm/internal/custody"
 	"github.com/kmehsm/kmehsm/internal/durable"
 )
+
+// A Token is what is asked of the token whose security officer's PIN it is.
+type Token interface {
+	fmt.Stringer
+	Serial() string
+	OfficerSplit(ctx context.Context) (inForce, begun *hsmkeys.Split, err error)
+}
 
 // An Officer is how the security officer's PIN comes to a command: from a file, or from shares, in files or pasted at a
 // terminal.
 type Officer struct {
-	Source string                      // a pin-source; empty for shares
-	Shares []string                    // files, each as a custodian has decrypted it
-	Ask    func(*custody.Quorum) error // takes shares at a terminal; nil if there is none
+	Source string              // a pin-source; empty for shares
+	Shares []string            // files, each as a custodian has decrypted it
+	Ask    func(*Quorum) error // takes shares at a terminal; nil if there is none
 }
 
 // ErrNoOfficerPIN: it was not said where it is.
@@ -38,7 +44,7 @@ const (
 
 // PIN is the security officer's PIN, and the numbers of the custodians whose shares gave it. A PIN that cannot be the
 // token's, by what the token says, is refused, so that it costs none of the few tries that a token allows.
-func (o Officer) PIN(ctx context.Context, token *hsmkeys.Token, basis Basis) (pin hsmkeys.OfficerPIN, custodians []int, err error) {
+func (o Officer) PIN(ctx context.Context, token Token, basis Basis) (pin hsmkeys.OfficerPIN, custodians []int, err error) {
 	inForce, begun, err := token.OfficerSplit(ctx)
 	if err != nil {
 		return pin, nil, err
@@ -56,7 +62,7 @@ func (o Officer) PIN(ctx context.Context, token *hsmkeys.Token, basis Basis) (pi
 		}
 		return pin, nil, nil
 	}
-	q := &custody.Quorum{Token: token.Serial()}
+	q := &Quorum{Token: token.Serial()}
 	for _, s := range []*hsmkeys.Split{inForce, begun} {
 		if s != nil {
 			q.Splits = append(q.Splits, *s)
@@ -93,8 +99,8 @@ func describe(s *hsmkeys.Split) string {
 // SplitOfficerPIN gives the token a new security officer's PIN, which nobody has seen, in as many shares as there are
 // custodians. The shares are on disk, each encrypted to its custodian, below dir, before the PIN is set. With
 // hsmkeys.ErrPINMaybeSet they are kept, since the PIN may be in them; with another error nothing is left of them.
-func SplitOfficerPIN(ctx context.Context, tokenURI, serial string, present hsmkeys.OfficerPIN, threshold int, custodians []custody.Custodian, dir string) (split *hsmkeys.Split, files []string, err error) {
-	pin, shares, err := custody.New(serial, threshold, len(custodians))
+func SplitOfficerPIN(ctx context.Context, tokenURI, serial string, present hsmkeys.OfficerPIN, threshold int, custodians []Custodian, dir string) (split *hsmkeys.Split, files []string, err error) {
+	pin, shares, err := New(serial, threshold, len(custodians))
 	if err != nil {
 		return nil, nil, err
 	}

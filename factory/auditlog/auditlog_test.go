@@ -1,42 +1,63 @@
-package factory
+package auditlog
 
 import (
 	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
+
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
+func TestMain(m *testing.M) { testproc.Main(m.Run) }
+
+func must[T any](v T, err error) T {
+	if err != nil {
+		panic(err)
+	}
+	return v
+}
+
+func newSigner(t *testing.T) *directory.Signer {
+	t.Helper()
+	return must(directory.NewSigner(must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))))
+}
+
 func TestLog(t *testing.T) {
-	line, _, token := newLine(t)
-	state := filepath.Join(t.TempDir(), "state")
-	entry := func(result string) *LogHead {
+	signer := newSigner(t)
+	verifier := directory.NewVerifier(signer.Public())
+	log := Log{Dir: filepath.Join(t.TempDir(), "state")}
+	entry := func(result string) *Head {
 		t.Helper()
-		return must(AppendLog(state, []string{"factory", "lot", "list"}, token.Serial(), result))
+		return must(log.Append([]string{"factory", "lot", "list"}, "0123", result))
 	}
 	for range 3 {
 		entry(Begun)
-		if err := SignLog(state, token, entry(Done)); err != nil {
+		if err := log.Sign(signer, entry(Done)); err != nil {
 			t.Fatal(err)
 		}
 	}
 	killed := entry(Begun)
 	entry(Begun)
-	if err := SignLog(state, token, entry("it failed")); err != nil {
+	if err := log.Sign(signer, entry("it failed")); err != nil {
 		t.Fatal(err)
 	}
 	entry(Begun) // still at work
-	r, err := VerifyLog(state, line.verifier)
+	r, err := log.Verify(verifier)
 	if err != nil || r.Lines != 10 || r.Signed != 9 || len(r.Interrupted) != 2 || r.Interrupted[0].Seq != killed.Seq || r.Interrupted[1].Seq != 10 {
 		t.Fatalf("%+v, %v", r, err)
 	}
-	if e := r.Interrupted[0]; e.Token != token.Serial() || !slices.Equal(e.Command, []string{"factory", "lot", "list"}) || e.Who == "" || e.Time.IsZero() {
+	if e := r.Interrupted[0]; e.Token != "0123" || !slices.Equal(e.Command, []string{"factory", "lot", "list"}) || e.Who == "" || e.Time.IsZero() {
 		t.Errorf("%+v", e)
 	}
-	path, head := filepath.Join(state, logFile), filepath.Join(state, headFile)
+	path, head := filepath.Join(log.Dir, logFile), filepath.Join(log.Dir, headFile)
 	if info := must(os.Stat(path)); info.Mode().Perm() != 0o600 {
 		t.Errorf("mode %v", info.Mode())
 	}
@@ -66,7 +87,7 @@ func TestLog(t *testing.T) {
 			if err := os.WriteFile(path, c.log, 0o600); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := VerifyLog(state, line.verifier); err == nil || !strings.Contains(err.Error(), c.want) {
+			if _, err := log.Verify(verifier); err == nil || !strings.Contains(err.Error(), c.want) {
 				t.Errorf("%v does not say %q", err, c.want)
 			}
 		})
@@ -81,7 +102,7 @@ func TestLog(t *testing.T) {
 		if err := os.WriteFile(head, other, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := VerifyLog(state, line.verifier); err == nil {
+		if _, err := log.Verify(verifier); err == nil {
 			t.Error("accepted")
 		}
 	})
@@ -89,10 +110,10 @@ func TestLog(t *testing.T) {
 	if err := os.WriteFile(path, append(bytes.Clone(whole), lines[0][:20]...), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := SignLog(state, token, entry(Done)); err != nil {
+	if err := log.Sign(signer, entry(Done)); err != nil {
 		t.Fatal(err)
 	}
-	if r, err := VerifyLog(state, line.verifier); err != nil || r.Lines != 11 || r.Signed != 11 || len(r.Interrupted) != 1 {
+	if r, err := log.Verify(verifier); err != nil || r.Lines != 11 || r.Signed != 11 || len(r.Interrupted) != 1 {
 		t.Errorf("%+v, %v", r, err)
 	}
 }
@@ -100,57 +121,57 @@ func TestLog(t *testing.T) {
 // anew is a log that is a chain, but not the one that was signed.
 func anew(t *testing.T, n int) []byte {
 	t.Helper()
-	dir := t.TempDir()
+	log := Log{Dir: t.TempDir()}
 	for range n {
-		must(AppendLog(dir, []string{"other"}, "", Done))
+		must(log.Append([]string{"other"}, "", Done))
 	}
-	return must(os.ReadFile(filepath.Join(dir, logFile)))
+	return must(os.ReadFile(filepath.Join(log.Dir, logFile)))
 }
 
 // Many at once, with lines of all lengths: still one chain.
 func TestLogConcurrently(t *testing.T) {
-	dir := t.TempDir()
+	log := Log{Dir: t.TempDir()}
 	var all sync.WaitGroup
 	for i := range 8 {
 		all.Go(func() {
 			for j := range 10 {
-				if _, err := AppendLog(dir, []string{strings.Repeat("x", i*j*100)}, "", Done); err != nil {
+				if _, err := log.Append([]string{strings.Repeat("x", i*j*100)}, "", Done); err != nil {
 					t.Error(err)
 				}
 			}
 		})
 	}
 	all.Wait()
-	if digests, _, err := readLog(dir); err != nil || len(digests) != 80 {
+	if digests, _, err := log.read(); err != nil || len(digests) != 80 {
 		t.Error(len(digests), err)
 	}
-	if _, err := AppendLog(dir, []string{strings.Repeat("x", maxEntry)}, "", Done); err == nil {
+	if _, err := log.Append([]string{strings.Repeat("x", maxEntry)}, "", Done); err == nil {
 		t.Error("a line that could not be read again was written")
 	}
 }
 
 // A log that is not ours is refused, and never panics.
 func FuzzReadLog(f *testing.F) {
-	dir := f.TempDir()
+	log := Log{Dir: f.TempDir()}
 	for range 3 {
-		must(AppendLog(dir, []string{"factory", "init"}, "1", Begun))
+		must(log.Append([]string{"factory", "init"}, "1", Begun))
 	}
-	f.Add(must(os.ReadFile(filepath.Join(dir, logFile))))
+	f.Add(must(os.ReadFile(filepath.Join(log.Dir, logFile))))
 	f.Add([]byte("{}\n"))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		state := t.TempDir()
-		if err := os.WriteFile(filepath.Join(state, logFile), data, 0o600); err != nil {
+		log := Log{Dir: t.TempDir()}
+		if err := os.WriteFile(filepath.Join(log.Dir, logFile), data, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		before, _, err := readLog(state)
+		before, _, err := log.read()
 		if err != nil {
 			return
 		}
 		// What reads as a chain can be appended to, and is one still.
-		if _, err := AppendLog(state, nil, "", Done); err != nil {
+		if _, err := log.Append(nil, "", Done); err != nil {
 			return // its last line was cut short, or too long
 		}
-		if after, _, err := readLog(state); err == nil && len(after) < len(before) {
+		if after, _, err := log.read(); err == nil && len(after) < len(before) {
 			t.Errorf("%d lines became %d", len(before), len(after))
 		}
 	})

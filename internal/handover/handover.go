@@ -1,21 +1,26 @@
-package directory
+// Package handover has the files that pass between the parties: enrolments and grants from the manufacturer to an
+// operator, transport keys from an operator to the manufacturer, enrolments and injection packages from the line to a
+// fixture. What is published is in package directory. It needs no token.
+package handover
 
 import (
-	"bufio"
-	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rsa"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"iter"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
 
-	"github.com/kmehsm/kmehsm/kme"
+	"github.com/kmehsm/kmehsm/directory"
+)
+
+// The types of the files that the manufacturer signs.
+const (
+	TypeEnrolment directory.Type = "kme-operator-enrolment+jws"
+	TypeGrant     directory.Type = "kme-lot-grant+jws"
 )
 
 // The algorithms of wrapped keys, by their JOSE names where there is one.
@@ -26,17 +31,17 @@ const (
 
 // An Enrolment carries an operator's KEK from a manufacturer to the operator, under the operator's transport key.
 type Enrolment struct {
-	Manufacturer string `json:"manufacturer"`
-	Operator     string `json:"operator"`
-	TransportKey string `json:"transport_key"` // RFC 7638 thumbprint
-	KEK          string `json:"kek"`           // the KEK's CKA_ID, hex
-	Algorithm    string `json:"alg"`
-	Wrapped      Base64 `json:"wrapped"`
+	Manufacturer string           `json:"manufacturer"`
+	Operator     string           `json:"operator"`
+	TransportKey string           `json:"transport_key"` // RFC 7638 thumbprint
+	KEK          string           `json:"kek"`           // the KEK's CKA_ID, hex
+	Algorithm    string           `json:"alg"`
+	Wrapped      directory.Base64 `json:"wrapped"`
 }
 
 // Validate refuses an enrolment that does not hold together.
 func (e *Enrolment) Validate() error {
-	if err := CheckName(e.Operator); err != nil {
+	if err := directory.CheckName(e.Operator); err != nil {
 		return fmt.Errorf("the operator: %w", err)
 	}
 	if e.Manufacturer == "" || e.TransportKey == "" || e.KEK == "" || len(e.Wrapped) == 0 {
@@ -47,20 +52,20 @@ func (e *Enrolment) Validate() error {
 
 // A Grant carries a lot's private key from a manufacturer to an operator, under the operator's KEK.
 type Grant struct {
-	Operator  string `json:"operator"`
-	KEK       string `json:"kek"` // the KEK's CKA_ID, hex
-	Lot       string `json:"lot"`
-	Algorithm string `json:"alg"`
-	Wrapped   Base64 `json:"wrapped"`  // PKCS #8
-	Manifest  string `json:"manifest"` // the lot's signed manifest, a compact JWS
+	Operator  string           `json:"operator"`
+	KEK       string           `json:"kek"` // the KEK's CKA_ID, hex
+	Lot       string           `json:"lot"`
+	Algorithm string           `json:"alg"`
+	Wrapped   directory.Base64 `json:"wrapped"`  // PKCS #8
+	Manifest  string           `json:"manifest"` // the lot's signed manifest, a compact JWS
 }
 
 // Validate refuses a grant that does not hold together.
 func (g *Grant) Validate() error {
-	if err := CheckName(g.Operator); err != nil {
+	if err := directory.CheckName(g.Operator); err != nil {
 		return fmt.Errorf("the operator: %w", err)
 	}
-	if err := CheckName(g.Lot); err != nil {
+	if err := directory.CheckName(g.Lot); err != nil {
 		return fmt.Errorf("the lot: %w", err)
 	}
 	if g.KEK == "" || len(g.Wrapped) == 0 || g.Manifest == "" {
@@ -103,8 +108,10 @@ func NewRestoreKey(pub *rsa.PublicKey, token string) ([]byte, error) {
 }
 
 func newReceiver(typ string, pub *rsa.PublicKey, token string) ([]byte, error) {
-	return marshalFile(&TransportKey{typ, token, time.Now().UTC().Truncate(time.Second),
-		jose.JSONWebKey{Key: pub, KeyID: RSAThumbprint(pub), Use: "enc", Algorithm: RSAOAEP}})
+	return marshalFile(&TransportKey{
+		Type: typ, Token: token, Created: time.Now().UTC().Truncate(time.Second),
+		Key: jose.JSONWebKey{Key: pub, KeyID: directory.RSAThumbprint(pub), Use: "enc", Algorithm: RSAOAEP},
+	})
 }
 
 // ParseTransportKey reads the file, and refuses a key that has not the thumbprint that its owner read out.
@@ -119,11 +126,11 @@ func ParseRestoreKey(data []byte, thumbprint string) (*rsa.PublicKey, error) {
 
 func parseReceiver(typ, otherwise string, data []byte, thumbprint string) (*rsa.PublicKey, error) {
 	k := new(TransportKey)
-	if err := ParseStrict(data, k); err != nil {
+	if err := directory.ParseStrict(data, k); err != nil {
 		return nil, fmt.Errorf("%s: %w", otherwise, err)
 	}
 	pub, ok := k.Key.Key.(*rsa.PublicKey)
-	if k.Type != typ || !ok || k.Key.Use != "enc" || k.Key.Algorithm != RSAOAEP || k.Key.KeyID != RSAThumbprint(pub) {
+	if k.Type != typ || !ok || k.Key.Use != "enc" || k.Key.Algorithm != RSAOAEP || k.Key.KeyID != directory.RSAThumbprint(pub) {
 		return nil, errors.New(otherwise)
 	}
 	return pub, CheckThumbprint(k.Key.KeyID, thumbprint)
@@ -145,17 +152,20 @@ func marshalFile(v any) ([]byte, error) {
 // A FixtureEnrolment carries a fixture's injection key to it, under the fixture's RSA key, and the manufacturer's public
 // key, which vouches for the modulus that the fixture injects.
 type FixtureEnrolment struct {
-	Type         string          `json:"typ"` // TypeFixtureEnrolment
-	Fixture      string          `json:"fixture"`
-	KeyID        string          `json:"kid"` // the injection key's CKA_ID, hex
-	Algorithm    string          `json:"alg"`
-	Wrapped      Base64          `json:"wrapped"`
-	Manufacturer jose.JSONWebKey `json:"manufacturer"`
+	Type         string           `json:"typ"` // TypeFixtureEnrolment
+	Fixture      string           `json:"fixture"`
+	KeyID        string           `json:"kid"` // the injection key's CKA_ID, hex
+	Algorithm    string           `json:"alg"`
+	Wrapped      directory.Base64 `json:"wrapped"`
+	Manufacturer jose.JSONWebKey  `json:"manufacturer"`
 }
 
 // NewFixtureEnrolment makes one of a key wrapped by RSA-OAEP.
 func NewFixtureEnrolment(fixture, keyID string, wrapped []byte, manufacturer *ecdsa.PublicKey) *FixtureEnrolment {
-	return &FixtureEnrolment{TypeFixtureEnrolment, fixture, keyID, RSAOAEP, wrapped, jose.JSONWebKey{Key: manufacturer, KeyID: thumbprint(manufacturer)}}
+	return &FixtureEnrolment{
+		Type: TypeFixtureEnrolment, Fixture: fixture, KeyID: keyID, Algorithm: RSAOAEP, Wrapped: wrapped,
+		Manufacturer: jose.JSONWebKey{Key: manufacturer, KeyID: directory.NewVerifier(manufacturer).KeyID()},
+	}
 }
 
 // Marshal is the file.
@@ -164,13 +174,13 @@ func (e *FixtureEnrolment) Marshal() ([]byte, error) { return marshalFile(e) }
 // ParseFixtureEnrolment reads the file.
 func ParseFixtureEnrolment(data []byte) (*FixtureEnrolment, error) {
 	e := new(FixtureEnrolment)
-	if err := ParseStrict(data, e); err != nil {
+	if err := directory.ParseStrict(data, e); err != nil {
 		return nil, err
 	}
 	if e.Type != TypeFixtureEnrolment {
 		return nil, fmt.Errorf("it is a %q, not a %s", e.Type, TypeFixtureEnrolment)
 	}
-	if err := CheckName(e.Fixture); err != nil {
+	if err := directory.CheckName(e.Fixture); err != nil {
 		return nil, fmt.Errorf("the fixture: %w", err)
 	}
 	if e.KeyID == "" || len(e.Wrapped) == 0 {
@@ -183,83 +193,10 @@ func ParseFixtureEnrolment(data []byte) (*FixtureEnrolment, error) {
 }
 
 // Verifier pins the manufacturer's key.
-func (e *FixtureEnrolment) Verifier() (*Verifier, error) {
+func (e *FixtureEnrolment) Verifier() (*directory.Verifier, error) {
 	pub, ok := e.Manufacturer.Key.(*ecdsa.PublicKey)
 	if !ok || pub.Curve != elliptic.P256() {
 		return nil, errors.New("the manufacturer's key is not an ECDSA public key on P-256")
 	}
-	return NewVerifier(pub), nil
-}
-
-// An InjectionLine is one device in an injection package, a file of JSON lines.
-type InjectionLine struct {
-	IMEI      kme.IMEI   `json:"imei"`
-	Lot       string     `json:"lot"`
-	Shard     int        `json:"shard"`
-	PublicKey DeviceKey  `json:"public_key"`
-	DeviceKey WrappedKey `json:"device_key"`
-}
-
-// A WrappedKey is a device's private key, PKCS #8, under the injection key.
-type WrappedKey struct {
-	Algorithm string `json:"alg"`
-	KeyID     string `json:"kid"` // the injection key's CKA_ID, hex
-	Wrapped   Base64 `json:"wrapped"`
-}
-
-// NewInjectionLine makes a device's line.
-func NewInjectionLine(imei kme.IMEI, lot string, shard int, pub crypto.PublicKey, keyID string, wrapped []byte) InjectionLine {
-	return InjectionLine{imei, lot, shard, DeviceKey{imei, pub}, WrappedKey{A256KWP, keyID, wrapped}}
-}
-
-// Write appends the line to a package.
-func (l InjectionLine) Write(w io.Writer) error {
-	b, err := json.Marshal(l)
-	if err != nil {
-		return err
-	}
-	_, err = w.Write(append(b, '\n'))
-	return err
-}
-
-// maxLine is above the longest line, that of an RSA device key.
-const maxLine = 16 << 10
-
-// ReadInjection reads a package, line by line, until the first error. Whether the devices are the right ones is the
-// caller's to check.
-func ReadInjection(r io.Reader) iter.Seq2[InjectionLine, error] {
-	return func(yield func(InjectionLine, error) bool) {
-		lines := bufio.NewScanner(r)
-		lines.Buffer(nil, maxLine)
-		n := 0
-		for lines.Scan() {
-			n++
-			line, err := parseInjection(lines.Bytes())
-			if err != nil {
-				yield(InjectionLine{}, fmt.Errorf("line %d: %w", n, err))
-				return
-			}
-			if !yield(line, nil) {
-				return
-			}
-		}
-		if err := lines.Err(); err != nil {
-			yield(InjectionLine{}, fmt.Errorf("line %d: %w", n+1, err))
-		}
-	}
-}
-
-func parseInjection(data []byte) (line InjectionLine, err error) {
-	if err := ParseStrict(data, &line); err != nil {
-		return line, err
-	}
-	switch {
-	case line.IMEI == (kme.IMEI{}) || line.PublicKey.Key == nil || line.PublicKey.IMEI != line.IMEI:
-		err = errors.New("its public key is not that of its IMEI")
-	case CheckName(line.Lot) != nil || line.Shard < 0 || line.DeviceKey.KeyID == "" || len(line.DeviceKey.Wrapped) == 0:
-		err = errors.New("a part of it is missing")
-	default:
-		err = checkAlgorithm(line.DeviceKey.Algorithm, A256KWP)
-	}
-	return line, err
+	return directory.NewVerifier(pub), nil
 }

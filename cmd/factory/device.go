@@ -1,0 +1,133 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/factory"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+func lotRefresh(c *cli.Context) error {
+	validity, lots := c.Duration("valid-for"), c.Args().Slice()
+	if c.IsSet("valid-for") {
+		if err := directory.CheckValidity(validity); err != nil {
+			return cmdline.Usagef("--valid-for: %w", err)
+		}
+	}
+	if c.Bool("begin") && len(lots) == 0 {
+		return cmdline.Usagef("--begin is for lots that are named: a list that is not there may have been taken away")
+	}
+	return withLine(c, func(_ *hsmkeys.Token, line *factory.Line) error {
+		if len(lots) == 0 {
+			all, err := line.Lots(c.Context)
+			if err != nil {
+				return err
+			}
+			for _, m := range all {
+				lots = append(lots, m.Lot)
+			}
+		}
+		done, failed := line.RefreshAll(c.Context, lots, validity, c.Bool("begin"))
+		if failed != nil && len(done) > 0 {
+			return cmdline.Partial(fmt.Errorf("%w\nthe lists of the %d other lots are signed anew", failed, len(done)))
+		}
+		if failed != nil {
+			return failed
+		}
+		return cmdline.Print(c, map[string]any{"lots": done}, func(w io.Writer) {
+			for _, r := range done {
+				fmt.Fprintf(w, "the list of revoked devices of lot %s, version %d, is good until %s\n", r.Lot, r.Version,
+					r.NextUpdate.Format(time.RFC3339))
+			}
+		})
+	})
+}
+
+func lotRevoke(c *cli.Context) error {
+	if err := cmdline.Require(c, "reason"); err != nil {
+		return err
+	}
+	if _, err := directory.CheckReason(c.String("reason")); err != nil {
+		return cmdline.Usage(err)
+	}
+	lot, reason, one := c.Args().First(), c.String("reason"), c.NArg() == 2
+	var imeis []kme.IMEI
+	switch {
+	case one && !c.IsSet("imeis") && !c.Bool("all"):
+		imei, err := kme.ParseIMEI(c.Args().Get(1))
+		if err != nil {
+			return cmdline.Usage(err)
+		}
+		imeis = []kme.IMEI{imei}
+	case c.IsSet("imeis") && !one && !c.Bool("all"):
+		var err error
+		if imeis, err = factory.ReadIMEIs(c.String("imeis")); err != nil {
+			return cmdline.Usagef("--imeis: %w", err)
+		}
+	case !c.Bool("all") || one || c.IsSet("imeis"):
+		return cmdline.Usagef("say what is revoked: an IMEI, --imeis FILE, or --all for the whole lot; see %s --help",
+			c.Command.HelpName)
+	}
+	return withLine(c, func(_ *hsmkeys.Token, line *factory.Line) error {
+		if c.Bool("all") {
+			if err := line.RevokeLot(c.Context, lot, reason); err != nil {
+				return err
+			}
+			return cmdline.Print(c, map[string]any{"lot": lot, "all": true, "revoked": true}, func(w io.Writer) {
+				fmt.Fprintf(w, "lot %s is revoked, all of it and for good\n", lot)
+			})
+		}
+		said, done := time.Now(), 0
+		err := line.Revoke(c.Context, lot, imeis, reason, func(n int) {
+			if done = n; time.Since(said) > 5*time.Second {
+				said = time.Now()
+				fmt.Fprintf(c.App.ErrWriter, "%d of %d devices revoked\n", n, len(imeis))
+			}
+		})
+		if err != nil && done > 0 {
+			return cmdline.Partial(fmt.Errorf("%w (%d of %d devices are revoked; the same command again goes on)",
+				err, done, len(imeis)))
+		}
+		if err != nil {
+			return err
+		}
+		result := map[string]any{"lot": lot, "devices": len(imeis), "revoked": true}
+		if one {
+			result["imei"] = imeis[0]
+		}
+		return cmdline.Print(c, result, func(w io.Writer) {
+			if one {
+				fmt.Fprintf(w, "%s of lot %s is revoked\n", imeis[0], lot)
+			} else {
+				fmt.Fprintf(w, "%d devices of lot %s are revoked\n", len(imeis), lot)
+			}
+		})
+	})
+}
+
+func lotReissue(c *cli.Context) error {
+	if err := cmdline.Require(c, "reason"); err != nil {
+		return err
+	}
+	imei, err := kme.ParseIMEI(c.Args().Get(1))
+	if err != nil {
+		return cmdline.Usage(err)
+	}
+	return withLine(c, func(_ *hsmkeys.Token, line *factory.Line) error {
+		lot := c.Args().First()
+		path, err := line.Reissue(c.Context, lot, imei, c.String("reason"), c.String("fixture"), injectionDir(c, "out"))
+		if err != nil {
+			return err
+		}
+		return cmdline.Print(c, map[string]any{"lot": lot, "imei": imei, "injection": path}, func(w io.Writer) {
+			fmt.Fprintf(w, "%s of lot %s has a new key, and the one that it had is revoked\ninjection package %s\n", imei, lot, path)
+		})
+	})
+}

@@ -1,0 +1,336 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/factory"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/scheduling"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+func lotCommand() *cli.Command {
+	return &cli.Command{
+		Name: "lot", Usage: "manufacturing lots",
+		Subcommands: []*cli.Command{
+			{
+				Name: "create", Usage: "make a lot's key in the token and publish the lot's manifest", ArgsUsage: "LOT",
+				Flags: lineFlags(&cli.StringFlag{Name: "tac", Usage: "the devices' type allocation code, eight digits, `T`"},
+					&cli.IntFlag{Name: "first", Usage: "the first serial number, `N`, 0 to 999999"},
+					&cli.IntFlag{Name: "count", Usage: "how many devices, `N`"},
+					&cli.IntFlag{Name: "bits", Value: 3072, Usage: "the length of the modulus, `B`: 2048, 3072 or 4096"},
+					&cli.StringFlag{Name: "suite", Value: string(kme.SuiteECDSA), Usage: "how devices sign, `S`: tr33868-ecdsa-p256, tr33868-rsa2048, or bound-ecdsa-p256-oaep, which departs from the text"},
+					&cli.IntFlag{Name: "shard-size", Value: 256, Usage: "devices in a directory object and in an injection package, `N`, 1 to 1024"},
+					&cli.StringFlag{Name: "primes", Value: string(hsmkeys.PrimesAuto), Usage: "auto, or x931 to insist on ANSI X9.31"},
+					&cli.DurationFlag{Name: "valid-for", Value: directory.DefaultValidity,
+						Usage: "for how long a list of revoked devices of the lot is good, `D`: lot refresh signs it anew before"}),
+				Action: alone(lotCreate),
+			},
+			{
+				Name: "provision", Usage: "make the keys of a lot's devices, write their injection packages, publish their public keys", ArgsUsage: "LOT",
+				Description: "Ctrl-C finishes the shards in flight; the same command again goes on.",
+				Flags: lineFlags(&cli.StringFlag{Name: "out", Usage: "the folder, `DIR`, for DIR/LOT/injection-000000.jsonl and so on (default: injection in the --state folder)"},
+					fixtureFlag,
+					&cli.StringFlag{Name: "shards", Usage: "only these shards, `FIRST-LAST`, so that machines can share a lot (default: all)"},
+					&cli.IntFlag{Name: "workers", Usage: "shards in work at once, `N` (default: twice the sessions of the token, which is then never idle while a package is written)"}),
+				Action: alone(lotProvision),
+			},
+			{Name: "list", Usage: "list all lots, their signatures verified", Flags: lineFlags(), Action: lotList},
+			{Name: "show", Usage: "print a lot's manifest, with its modulus", ArgsUsage: "LOT", Flags: lineFlags(), Action: lotShow},
+			{
+				Name: "grant", Usage: "write a lot's key for an operator, wrapped under the operator's KEK", ArgsUsage: "LOT",
+				Flags: lineFlags(&cli.StringFlag{Name: "operator", Usage: "the operator's `NAME`, as enrolled"}, outFileFlag), Action: alone(lotGrant),
+			},
+			{
+				Name: "verify", Usage: "check all that is published of a lot, with nothing but the manufacturer's public key", ArgsUsage: "LOT",
+				Description: "Reads, needs no token, and changes nothing: every signature; every IMEI exactly once; every public key of its suite, on its\ncurve and unique; the modulus; the injection packages against the published keys. Exits with 1 if anything is wrong.",
+				Flags: slices.Concat(cmdline.DirectoryFlags(), []cli.Flag{manufacturerFlag, stateFlag,
+					&cli.StringFlag{Name: "injection", Usage: "compare the injection packages below `DIR` too (default: injection in the --state folder, if it is there)"}, cmdline.JSON}),
+				Action: lotVerify,
+			},
+			{
+				Name: "seal", Usage: "make a lot's key non-extractable for good: it cannot be granted any more", ArgsUsage: "LOT",
+				Flags: lineFlags(), Action: alone(lotSeal),
+			},
+			{
+				Name: "reissue", Usage: "give a device that came back a new key, and revoke the one that it had", ArgsUsage: "LOT IMEI",
+				Description: "The new injection package is DIR/LOT/reissue-IMEI-1.jsonl and so on. The reason names the return: with the same one again nothing changes.",
+				Flags: lineFlags(&cli.StringFlag{Name: "reason", Usage: "which return this is, `TEXT`"}, fixtureFlag,
+					&cli.StringFlag{Name: "out", Usage: "the folder, `DIR`, of the injection packages (default: injection in the --state folder)"}),
+				Action: alone(lotReissue),
+			},
+			{
+				Name: "refresh", Usage: "sign the lists of revoked devices anew, of all lots if none is named", ArgsUsage: "[LOT...]",
+				Description: "For a daily job: operators are told of a list that is past its next_update. A list that is not there " +
+					"is\nnot begun anew: it was taken away.",
+				Flags: lineFlags(&cli.DurationFlag{Name: "valid-for", Usage: "for how long they are good, `D`, " +
+					"from now on also after a revocation (default: as long as before)"},
+					&cli.BoolFlag{Name: "begin", Usage: "publish the first list of lots, named, that were made " +
+						"before lots had one from the start"}),
+				Action: alone(lotRefresh),
+			},
+			{
+				Name: "revoke", Usage: "publish that devices, or a whole lot, are not to be trusted any more", ArgsUsage: "LOT [IMEI]",
+				Description: "The same command again changes nothing, and finishes what was interrupted. A whole lot is revoked for good: none of its devices is served any\nmore, it gets no more keys, and is granted to nobody.",
+				Flags: lineFlags(&cli.StringFlag{Name: "imeis", Usage: "the devices whose IMEIs are in `FILE`, one a line"},
+					&cli.BoolFlag{Name: "all", Usage: "the whole lot, for good"},
+					&cli.StringFlag{Name: "reason", Usage: "why, `TEXT`"}), Action: alone(lotRevoke),
+			},
+		},
+	}
+}
+
+func lotCreate(c *cli.Context) error {
+	if err := cmdline.Require(c, "tac"); err != nil {
+		return err
+	}
+	tac, err := kme.ParseTAC(c.String("tac"))
+	if err != nil {
+		return cmdline.Usagef("--tac: %w", err)
+	}
+	suite, err := kme.ParseSuite(c.String("suite"))
+	if err != nil {
+		return cmdline.Usagef("--suite: %w", err)
+	}
+	primes := hsmkeys.Primes(c.String("primes"))
+	if primes != hsmkeys.PrimesAuto && primes != hsmkeys.PrimesX931 {
+		return cmdline.Usagef("--primes is auto or x931, not %q", primes)
+	}
+	if !c.IsSet("first") || !c.IsSet("count") {
+		return cmdline.Usagef("--first and --count say which serial numbers the lot has; see %s --help", c.Command.HelpName)
+	}
+	if err := directory.CheckValidity(c.Duration("valid-for")); err != nil {
+		return cmdline.Usagef("--valid-for: %w", err)
+	}
+	spec := factory.LotSpec{
+		Lot: c.Args().First(), Range: directory.Range{TAC: tac, First: c.Int("first"), Count: c.Int("count")},
+		Bits: c.Int("bits"), Suite: suite, ShardSize: c.Int("shard-size"), Primes: primes, Validity: c.Duration("valid-for"),
+	}
+	if err := spec.Validate(); err != nil {
+		return cmdline.Usage(err)
+	}
+	return withLine(c, func(token *hsmkeys.Token, line *factory.Line) error {
+		m, err := line.CreateLot(c.Context, spec)
+		if err != nil {
+			return err
+		}
+		return cmdline.Print(c, m, func(w io.Writer) {
+			fmt.Fprintf(w, "made lot %s in %s: %d bits by %s, %d devices in %d shards\n", m.Lot, token, m.PublicKey().N.BitLen(), m.Mechanism, m.Devices(), m.Shards())
+		})
+	})
+}
+
+func lotList(c *cli.Context) error {
+	return withLine(c, func(_ *hsmkeys.Token, line *factory.Line) error {
+		lots, err := line.Lots(c.Context)
+		if err != nil {
+			return err
+		}
+		type listed struct {
+			*directory.Manifest
+			Revoked *directory.LotRevocation `json:"revoked,omitempty"`
+		}
+		all := make([]listed, len(lots))
+		for i, m := range lots {
+			list, err := revocations(c, line, m)
+			if err != nil {
+				return err
+			}
+			all[i] = listed{Manifest: m, Revoked: list.Whole}
+		}
+		return cmdline.Print(c, map[string]any{"lots": all}, func(w io.Writer) {
+			fmt.Fprintf(w, "%-24s %5s %9s  %-20s %s\n", "LOT", "BITS", "DEVICES", "SUITE", "CREATED")
+			for _, m := range all {
+				fmt.Fprintf(w, "%-24s %5d %9d  %-20s %s", m.Lot, m.PublicKey().N.BitLen(), m.Devices(), m.Suite, m.Created.Format(time.RFC3339))
+				if m.Revoked != nil {
+					fmt.Fprintf(w, "  REVOKED %s: %s", m.Revoked.Time.Format(time.RFC3339), m.Revoked.Reason)
+				}
+				fmt.Fprintln(w)
+			}
+		})
+	})
+}
+
+// revocations is a lot's list of revoked devices. A lot that has none is shown all the same, with a warning.
+func revocations(c *cli.Context, line *factory.Line, m *directory.Manifest) (*directory.Revocations, error) {
+	list, err := line.Revocations(c.Context, m)
+	if errors.Is(err, directory.ErrNotFound) {
+		fmt.Fprintf(c.App.ErrWriter, "warning: lot %s: %v\n", m.Lot, err)
+		return new(directory.Revocations), nil
+	}
+	return list, err
+}
+
+func lotShow(c *cli.Context) error {
+	return withLine(c, func(_ *hsmkeys.Token, line *factory.Line) error {
+		m, err := line.Lot(c.Context, c.Args().First())
+		if err != nil {
+			return err
+		}
+		sealed, err := line.Sealed(c.Context, m.Lot)
+		where := "extractable only under a TRUSTED key"
+		switch {
+		case errors.Is(err, hsmkeys.ErrNoKey):
+			where = "not in this token"
+		case err != nil:
+			return err
+		case sealed:
+			where = "sealed: cannot be extracted"
+		}
+		list, err := revocations(c, line, m)
+		if err != nil {
+			return err
+		}
+		result := struct {
+			*directory.Manifest
+			Sealed     bool                     `json:"sealed"`
+			Revoked    *directory.LotRevocation `json:"revoked,omitempty"`
+			NextUpdate time.Time                `json:"next_update"` // of the list of revoked devices
+		}{m, sealed, list.Whole, list.NextUpdate}
+		return cmdline.Print(c, result, func(w io.Writer) {
+			fmt.Fprintf(w, "lot           %s\nmanufacturer  %s\nsuite         %s\nkey made by   %s\nprivate key   %s\ncreated       %s\n",
+				m.Lot, m.Manufacturer, m.Suite, m.Mechanism, where, m.Created.Format(time.RFC3339))
+			if list.Whole != nil {
+				fmt.Fprintf(w, "REVOKED       %s, all of it and for good: %s\n",
+					list.Whole.Time.Format(time.RFC3339), list.Whole.Reason)
+			}
+			fmt.Fprintf(w, "revocations   version %d, good until %s\n", list.Version, list.NextUpdate.Format(time.RFC3339))
+			for _, r := range m.Ranges {
+				fmt.Fprintf(w, "IMEIs         %d from %s%06d\n", r.Count, r.TAC, r.First)
+			}
+			fmt.Fprintf(w, "shards        %d of %d devices\ne             %d\nN             %x\n", m.Shards(), m.ShardSize, m.E, []byte(m.N))
+		})
+	})
+}
+
+func lotGrant(c *cli.Context) error {
+	if err := cmdline.Require(c, "operator", "out"); err != nil {
+		return err
+	}
+	return withLine(c, func(_ *hsmkeys.Token, line *factory.Line) error {
+		lot, operator := c.Args().First(), c.String("operator")
+		jws, err := line.Grant(c.Context, lot, operator)
+		if err != nil {
+			return err
+		}
+		return writeOut(c, jws, map[string]any{"lot": lot, "operator": operator}, "the key of lot %s, wrapped for operator %s", lot, operator)
+	})
+}
+
+func lotSeal(c *cli.Context) error {
+	return withLine(c, func(token *hsmkeys.Token, line *factory.Line) error {
+		lot := c.Args().First()
+		if err := line.Seal(c.Context, lot); err != nil {
+			return err
+		}
+		return cmdline.Print(c, map[string]any{"lot": lot, "sealed": true}, func(w io.Writer) {
+			fmt.Fprintf(w, "lot %s is sealed: its key can never leave %s again, not even wrapped\n", lot, token)
+		})
+	})
+}
+
+func lotProvision(c *cli.Context) error {
+	out := injectionDir(c, "out")
+	from, to, err := shardRange(c.String("shards"))
+	if err != nil {
+		return err
+	}
+	if c.Int("workers") < 0 {
+		return cmdline.Usagef("--workers is at least 1")
+	}
+	return withLine(c, func(token *hsmkeys.Token, line *factory.Line) error {
+		_ = scheduling.ForCalls(token.Sessions()) // a kernel that refuses costs a few devices a second
+		lot, start := c.Args().First(), time.Now()
+		p, err := line.Provision(c.Context, lot, factory.ProvisionOptions{
+			Fixture: c.String("fixture"), Out: out, Workers: c.Int("workers"), From: from, To: to, Report: showProgress(c, lot),
+		})
+		seconds := time.Since(start).Seconds()
+		if err != nil && p.Total == 0 { // it has not begun
+			return err
+		}
+		if err != nil {
+			err = fmt.Errorf("%w (%d of %d devices done)", err, p.Done, p.Total)
+			if p.Generated > 0 || errors.Is(err, factory.ErrInterrupted) {
+				return cmdline.Partial(err)
+			}
+			return err
+		}
+		result := map[string]any{"lot": lot, "devices": p.Total, "made": p.Made, "seconds": seconds, "out": filepath.Join(out, lot)}
+		return cmdline.Print(c, result, func(w io.Writer) {
+			fmt.Fprintf(w, "lot %s: all %d devices are published, %d of them made now in %.1f s (%.0f a second)\ninjection packages in %s\n",
+				lot, p.Total, p.Made, seconds, float64(p.Made)/seconds, filepath.Join(out, lot))
+		})
+	})
+}
+
+// shardRange reads --shards: A-B, both included; nothing for all.
+func shardRange(text string) (from, to int, err error) {
+	if text == "" {
+		return 0, 0, nil
+	}
+	first, last, ok := strings.Cut(text, "-")
+	from, ferr := strconv.Atoi(first)
+	to, terr := strconv.Atoi(last)
+	if !ok || ferr != nil || terr != nil || from > to {
+		return 0, 0, cmdline.Usagef("--shards is FIRST-LAST, as 0-499, not %q", text)
+	}
+	return from, to + 1, nil
+}
+
+// showProgress says how far a lot is: on a terminal on one line, else a line every few seconds; with --json each is a JSON
+// document on standard error.
+func showProgress(c *cli.Context, lot string) func(factory.Progress) {
+	start, terminal := time.Now(), cmdline.Terminal(c.App.ErrWriter)
+	every := 5 * time.Second
+	if terminal {
+		every = 200 * time.Millisecond
+	}
+	said, before := start, -1
+	return func(p factory.Progress) {
+		if before < 0 {
+			before = p.Done // what earlier runs did says nothing of the rate
+		}
+		if time.Since(said) < every && !(terminal && p.Done == p.Total) {
+			return
+		}
+		said = time.Now()
+		rate := float64(p.Done-before) / time.Since(start).Seconds()
+		var left time.Duration
+		if rate > 0 {
+			left = time.Duration(float64(p.Total-p.Done) / rate * float64(time.Second)).Round(time.Second)
+		}
+		if c.Bool("json") {
+			json.NewEncoder(c.App.ErrWriter).Encode(struct {
+				Lot string `json:"lot"`
+				factory.Progress
+				Rate    float64 `json:"per_second"`
+				Seconds float64 `json:"seconds_left"`
+			}{lot, p, rate, left.Seconds()})
+			return
+		}
+		line := fmt.Sprintf("%s: %d of %d devices, %.0f a second, %s left; token busy %.0f%%, directory %.0f%%", lot, p.Done, p.Total, rate, left, 100*p.HSM, 100*p.Publish)
+		if p.Waiting != "" {
+			line += fmt.Sprintf("; %d made wait for the directory: %s", p.Generated-p.Done, p.Waiting)
+		}
+		switch {
+		case !terminal:
+			fmt.Fprintln(c.App.ErrWriter, line)
+		case p.Done == p.Total:
+			fmt.Fprintf(c.App.ErrWriter, "\r\x1b[K%s\n", line)
+		default:
+			fmt.Fprintf(c.App.ErrWriter, "\r\x1b[K%s", line)
+		}
+	}
+}

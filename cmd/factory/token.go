@@ -1,0 +1,105 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"path/filepath"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/kmehsm/kmehsm/factory"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/durable"
+)
+
+func initCommand() *cli.Command {
+	return &cli.Command{
+		Name: "init", Usage: "make the token the manufacturer's, and the signing key in it, and write the public signing key, manufacturer.pem",
+		Description: "Operators pin manufacturer.pem: give it to them, and read out the manufacturer's name, its thumbprint, on another way. Running this again\nchanges nothing.",
+		Flags:       []cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "out", Usage: "the folder, `DIR`, for manufacturer.pem (default: the --state folder)"}, cmdline.JSON},
+		Action:      alone(initLine),
+	}
+}
+
+func doctorCommand() *cli.Command {
+	return &cli.Command{
+		Name: "doctor", Usage: "say what the token can and cannot do, and what follows",
+		Flags: []cli.Flag{cmdline.Token, stateFlag, cmdline.JSON}, Action: doctor,
+	}
+}
+
+func rotateCommand() *cli.Command {
+	return &cli.Command{
+		Name: "rotate", Usage: "make the next generation of one of the line's own keys, without stopping the line",
+		Subcommands: []*cli.Command{{
+			Name: "signing-key", Usage: "make the next signing key, which the ones before vouch for",
+			Description: "Readers go on pinning the first key, manufacturer.pem: every object that is signed from now on carries the statements that lead from it\nto the new one. What was signed before stays valid. It is no remedy for a signing key that was stolen: that needs a new manufacturer.",
+			Flags: []cli.Flag{cmdline.Token, stateFlag, &cli.IntFlag{Name: "generation", Usage: "which one to make, `N`: the first rotation makes 2. With the same N again nothing changes"},
+				cmdline.JSON},
+			Action: alone(rotateSigningKey),
+		}},
+	}
+}
+
+func initLine(c *cli.Context) error {
+	return withToken(c, func(token *hsmkeys.Token) error {
+		pem, keyID, created, err := factory.Init(c.Context, token)
+		if err != nil {
+			return err
+		}
+		path := state(c).PublicKey()
+		if out := c.String("out"); out != "" {
+			path = filepath.Join(out, filepath.Base(path))
+		}
+		if err := durable.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			return err
+		}
+		if err := durable.WriteFile(path, pem, 0o644); err != nil {
+			return err
+		}
+		result := map[string]any{"manufacturer": keyID, "key": path, "created": created, "token": token.Serial()}
+		return cmdline.Print(c, result, func(w io.Writer) {
+			if created {
+				fmt.Fprintf(w, "made the signing key in %s\n", token)
+			} else {
+				fmt.Fprintf(w, "%s has its key already; nothing changed\n", token)
+			}
+			fmt.Fprintf(w, "manufacturer %s\npublic key   %s\n", keyID, path)
+		})
+	})
+}
+
+func doctor(c *cli.Context) error {
+	return withToken(c, func(token *hsmkeys.Token) error {
+		keys, err := factory.Keys(c.Context, token)
+		if err != nil {
+			return err
+		}
+		report, err := token.DoctorFactory(c.Context, keys...)
+		if err != nil {
+			return err
+		}
+		return cmdline.PrintFindings(c, token, report)
+	})
+}
+
+func rotateSigningKey(c *cli.Context) error {
+	generation := c.Int("generation")
+	if generation < 2 {
+		return cmdline.Usagef("--generation is missing: the first rotation makes generation 2; see %s --help", c.Command.HelpName)
+	}
+	return withToken(c, func(token *hsmkeys.Token) error {
+		keyID, created, err := factory.RotateSigningKey(c.Context, token, generation)
+		if err != nil {
+			return err
+		}
+		return cmdline.Print(c, map[string]any{"key": keyID, "generation": generation, "created": created}, func(w io.Writer) {
+			if created {
+				fmt.Fprintf(w, "made signing key %s, generation %d\n", keyID, generation)
+			} else {
+				fmt.Fprintf(w, "generation %d of the signing key is there already: %s; nothing changed\n", generation, keyID)
+			}
+		})
+	})
+}

@@ -1,0 +1,191 @@
+// Package auditlog is the record of all commands that used the manufacturer's token: a chain of lines, whose end the token
+// signs.
+package auditlog
+
+import (
+	"bufio"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/who"
+)
+
+// A Log is the file log.jsonl in a folder, and the signature over its last line, log.head.jws.
+type Log struct{ Dir string }
+
+// An Entry is a line of the log: a command that has begun, or how one has ended. Previous chains the lines, and the token
+// signs the last one at the end of each command; so a line that was changed, removed or moved shows.
+type Entry struct {
+	Seq      int       `json:"seq"` // counts up from 1
+	Time     time.Time `json:"time"`
+	Who      string    `json:"who"` // the operating system's user, and the machine
+	Process  int       `json:"process"`
+	Command  []string  `json:"command"`         // as it was called; no secret is ever on a command line
+	Token    string    `json:"token,omitempty"` // serial number
+	Result   string    `json:"result"`          // begun, done, or the error
+	Previous string    `json:"previous"`        // SHA-256 of the line before, hex; of no bytes for the first
+}
+
+// Begun and Done are results; any other is an error's text.
+const (
+	Begun = "begun"
+	Done  = "done"
+)
+
+// A Head is a line of the log, as the token signs it.
+type Head struct {
+	Seq    int    `json:"seq"`
+	SHA256 string `json:"sha256"` // of the line, hex
+}
+
+const typeHead directory.Type = "kme-audit-log-head+jws"
+
+const (
+	logFile  = "log.jsonl"
+	headFile = "log.head.jws"
+	maxEntry = 64 << 10
+)
+
+func lineDigest(line []byte) string {
+	sum := sha256.Sum256(line)
+	return hex.EncodeToString(sum[:])
+}
+
+// Record runs a command, f, and puts down that it has begun, and how it has ended; sign has the token
+// sign that. A command that cannot be put down is not run.
+func (l Log) Record(command []string, token string, f func() error, sign func(*Head) error) error {
+	if _, err := l.Append(command, token, Begun); err != nil {
+		return err
+	}
+	err, result := f(), Done
+	if err != nil {
+		result = err.Error()
+	}
+	head, lerr := l.Append(command, token, result)
+	if lerr == nil {
+		lerr = sign(head)
+	}
+	if lerr != nil && err == nil {
+		return fmt.Errorf("the command is done, but not in the audit log: %w", lerr)
+	}
+	return err
+}
+
+// Append adds a line, durably. Several processes may.
+func (l Log) Append(command []string, token, result string) (*Head, error) {
+	if err := durable.MkdirAll(l.Dir, 0o755); err != nil {
+		return nil, err
+	}
+	var head *Head
+	err := durable.AppendLine(filepath.Join(l.Dir, logFile), 0o600, func(last []byte) ([]byte, error) {
+		var before Entry
+		if last != nil {
+			if err := json.Unmarshal(last, &before); err != nil {
+				return nil, errors.New("its last line is damaged: see factory log verify")
+			}
+		}
+		line, err := json.Marshal(Entry{
+			Seq: before.Seq + 1, Time: time.Now().UTC(), Who: who.Name(), Process: os.Getpid(), Command: command,
+			Token: token, Result: result, Previous: lineDigest(last),
+		})
+		if len(line) > maxEntry {
+			err = errors.New("the command line is too long for it")
+		}
+		head = &Head{Seq: before.Seq + 1, SHA256: lineDigest(line)}
+		return line, err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("the audit log %s cannot be written: %w", filepath.Join(l.Dir, logFile), err)
+	}
+	return head, nil
+}
+
+// Sign has a line signed, the last one of a command. Where commands run side by side, the one that ends last signs last,
+// maybe not the last line: the next command's signature covers that.
+func (l Log) Sign(s *directory.Signer, head *Head) error {
+	jws, err := s.Sign(typeHead, head)
+	if err != nil {
+		return err
+	}
+	return durable.WriteFile(filepath.Join(l.Dir, headFile), jws, 0o600)
+}
+
+// A Report is what Verify found of a log that is whole.
+type Report struct {
+	Lines       int     `json:"lines"`
+	Signed      int     `json:"signed"`      // up to this line the token vouches for it
+	Interrupted []Entry `json:"interrupted"` // commands that have begun and not ended: killed, or still at work
+}
+
+// Verify checks that no line was changed, removed or moved. Lines after the signed one, of commands
+// that were killed or are at work, are only chained.
+func (l Log) Verify(v *directory.Verifier) (*Report, error) {
+	digests, entries, err := l.read()
+	if err != nil {
+		return nil, fmt.Errorf("the audit log %s: %w", filepath.Join(l.Dir, logFile), err)
+	}
+	path := filepath.Join(l.Dir, headFile)
+	jws, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("the signature over the audit log: %w", err)
+	}
+	var head Head
+	if err := v.Verify(typeHead, path, jws, &head); err != nil {
+		return nil, err
+	}
+	if head.Seq < 1 || head.Seq > len(digests) {
+		return nil, fmt.Errorf("the audit log has %d lines, and the token has signed line %d: lines were removed at its end", len(digests), head.Seq)
+	}
+	if digests[head.Seq-1] != head.SHA256 {
+		return nil, fmt.Errorf("line %d of the audit log is not the one that the token has signed: it, or one before it, was changed", head.Seq)
+	}
+	r := &Report{Lines: len(digests), Signed: head.Seq, Interrupted: []Entry{}}
+	open := map[string]Entry{} // by machine and process
+	for _, e := range entries {
+		key := fmt.Sprintf("%s %d", e.Who, e.Process)
+		if was, ok := open[key]; ok && e.Result == Begun {
+			r.Interrupted = append(r.Interrupted, was)
+		}
+		if delete(open, key); e.Result == Begun {
+			open[key] = e
+		}
+	}
+	r.Interrupted = slices.AppendSeq(r.Interrupted, maps.Values(open))
+	slices.SortFunc(r.Interrupted, func(a, b Entry) int { return a.Seq - b.Seq })
+	return r, nil
+}
+
+// read gives the digests of all lines of a log that is a chain, and its entries.
+func (l Log) read() (digests []string, entries []Entry, err error) {
+	f, err := os.Open(filepath.Join(l.Dir, logFile))
+	if err != nil {
+		return nil, nil, err
+	}
+	defer f.Close()
+	previous := lineDigest(nil)
+	in := bufio.NewScanner(f)
+	in.Buffer(nil, maxEntry+1)
+	for in.Scan() {
+		n := len(digests) + 1
+		var e Entry
+		if err := directory.ParseStrict(in.Bytes(), &e); err != nil {
+			return nil, nil, fmt.Errorf("line %d is no line of the log: %w", n, err)
+		}
+		if e.Seq != n || e.Previous != previous {
+			return nil, nil, fmt.Errorf("line %d, which says that it is number %d, does not follow the line before it: a line was changed, removed or moved", n, e.Seq)
+		}
+		previous = lineDigest(in.Bytes())
+		digests, entries = append(digests, previous), append(entries, e)
+	}
+	return digests, entries, in.Err()
+}

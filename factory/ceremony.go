@@ -1,0 +1,209 @@
+package factory
+
+import (
+	"context"
+	"crypto/rsa"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/factory/auditlog"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/custody"
+	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/handover"
+	"github.com/kmehsm/kmehsm/internal/who"
+)
+
+const typeMinutes directory.Type = "kme-ceremony-minutes+jws"
+
+// Minutes say what was done with the security officer's PIN, and in whose presence. The token signs them.
+type Minutes struct {
+	Ceremony     string            `json:"ceremony"` // the command, as "operator enroll"
+	Time         time.Time         `json:"time"`
+	Manufacturer string            `json:"manufacturer"` // RFC 7638 thumbprint of the first signing key
+	Token        string            `json:"token"`        // serial number
+	Who          string            `json:"who"`          // the operating system's user, and the machine
+	Present      []string          `json:"present"`      // as they were named
+	Split        *hsmkeys.Split    `json:"so_split"`     // that gave the security officer's PIN; null if it came from a file
+	Shares       []int             `json:"so_shares"`    // the custodians whose shares were used
+	Made         map[string]string `json:"made"`
+}
+
+// ErrNoMinutes goes with an error after which a ceremony is done and has no minutes.
+var ErrNoMinutes = errors.New("done, but there are no minutes of it")
+
+// A Ceremony is a command that needs the security officer's PIN. It leaves minutes.
+type Ceremony struct {
+	Name     string   // as in Minutes
+	Command  []string // as in auditlog.Entry
+	State    State
+	TokenURI string
+	Officer  custody.Officer
+	Basis    custody.Basis
+	Present  []string // those who are there, as they were named
+}
+
+// An Act is what a ceremony is held for. It gives the facts for the minutes.
+type Act func(token string, pin hsmkeys.OfficerPIN) (made map[string]string, err error)
+
+// Hold does act with the security officer's PIN, and writes the minutes of what it has made. Without minutes,
+// what it has made is to be handed to nobody. The security officer's login needs the token for itself: nobody else in the process
+// may have it open.
+func (c Ceremony) Hold(ctx context.Context, act Act) (minutes string, err error) {
+	m := Minutes{Ceremony: c.Name, Present: append([]string{}, c.Present...)}
+	var pin hsmkeys.OfficerPIN
+	err = withSigner(ctx, c.TokenURI, func(token *hsmkeys.Token, _ *directory.Signer) (err error) { // which can sign the minutes
+		m.Token = token.Serial()
+		pin, m.Shares, err = c.Officer.PIN(ctx, token, c.Basis)
+		m.Split = pin.Split
+		return err
+	})
+	if err != nil {
+		return "", err
+	}
+	err = c.State.Log().Record(c.Command, m.Token, func() (err error) {
+		if m.Made, err = act(m.Token, pin); err != nil {
+			return err
+		}
+		err = withSigner(ctx, c.TokenURI, func(_ *hsmkeys.Token, signer *directory.Signer) (err error) {
+			minutes, err = c.State.writeMinutes(signer, m)
+			return err
+		})
+		if err != nil {
+			err = fmt.Errorf("%s is %w: %w", c.Name, ErrNoMinutes, err)
+		}
+		return err
+	}, func(head *auditlog.Head) error {
+		return withToken(ctx, c.TokenURI, func(token *hsmkeys.Token) error { return c.State.SignLog(token, head) })
+	})
+	return minutes, err
+}
+
+// writeMinutes adds manufacturer, time and who, and writes the minutes, signed, into the state folder.
+func (s State) writeMinutes(signer *directory.Signer, m Minutes) (path string, err error) {
+	m.Manufacturer, m.Time, m.Who = signer.KeyID(), time.Now().UTC().Truncate(time.Millisecond), who.Name()
+	jws, err := signer.Sign(typeMinutes, m)
+	if err != nil {
+		return "", err
+	}
+	dir := s.path("minutes")
+	if err := durable.MkdirAll(dir, 0o755); err != nil {
+		return "", err
+	}
+	name := m.Time.Format("20060102T150405.000Z-") + strings.ReplaceAll(m.Ceremony, " ", "-") + ".jws"
+	path = filepath.Join(dir, name)
+	return path, durable.WriteFile(path, jws, 0o644)
+}
+
+// ReadMinutes gives minutes that the manufacturer's token has signed.
+func ReadMinutes(path string, jws []byte, v *directory.Verifier) (*Minutes, error) {
+	m := new(Minutes)
+	return m, v.Verify(typeMinutes, path, jws, m)
+}
+
+// Enrolled is what an enrolment has made.
+type Enrolled struct {
+	File    []byte // for the other party
+	KeyID   string // of the key in it
+	Created bool   // the key was made now
+	Made    map[string]string
+}
+
+// EnrollOperator makes an operator's KEK in the token, as the security officer, and wraps it for the operator's
+// transport key. generation is that of the KEK: 0 for the newest, and one more than that to rotate it; an earlier one
+// is for what was wrapped under it. It opens the token itself: nobody else in the process may have it open.
+func EnrollOperator(ctx context.Context, tokenURI string, officer hsmkeys.PIN, operator string, transport *rsa.PublicKey,
+	generation int) (*Enrolled, error) {
+	name := func(manufacturer string) hsmkeys.Key { return kekOf(manufacturer, operator) }
+	done := func(kek hsmkeys.Key, wrapped []byte, s *directory.Signer) ([]byte, map[string]string, error) {
+		e := &handover.Enrolment{
+			Manufacturer: kek.Manufacturer, Operator: operator, TransportKey: directory.RSAThumbprint(transport),
+			KEK: kek.HexID(), Algorithm: handover.RSAOAEP, Wrapped: wrapped,
+		}
+		if err := e.Validate(); err != nil {
+			return nil, nil, err
+		}
+		jws, err := s.Sign(handover.TypeEnrolment, e)
+		return jws, map[string]string{"operator": operator, "KEK": e.KEK, "transport key": e.TransportKey}, err
+	}
+	return enroll(ctx, tokenURI, officer, operator, name, transport, generation, done)
+}
+
+// EnrollFixture makes the injection key of a fixture that injects device keys, and wraps it for the fixture's RSA key,
+// as EnrollOperator does for an operator. With one more than the newest generation, the packages made from then on are
+// for that one.
+func EnrollFixture(ctx context.Context, tokenURI string, officer hsmkeys.PIN, fixture string, key *rsa.PublicKey,
+	generation int) (*Enrolled, error) {
+	name := func(manufacturer string) hsmkeys.Key { return injectionKey(manufacturer, fixture) }
+	done := func(k hsmkeys.Key, wrapped []byte, s *directory.Signer) ([]byte, map[string]string, error) {
+		made := map[string]string{"fixture": fixture, "injection key": k.HexID(), "fixture's key": directory.RSAThumbprint(key)}
+		file, err := handover.NewFixtureEnrolment(fixture, k.HexID(), wrapped, s.Public()).Marshal()
+		return file, made, err
+	}
+	return enroll(ctx, tokenURI, officer, fixture, name, key, generation, done)
+}
+
+// enroll makes a key as the security officer, named by the manufacturer, and wraps it for to; done makes the file and the
+// facts for the minutes.
+func enroll(ctx context.Context, tokenURI string, officer hsmkeys.PIN, name string, named func(manufacturer string) hsmkeys.Key,
+	to *rsa.PublicKey, generation int, done func(hsmkeys.Key, []byte, *directory.Signer) ([]byte, map[string]string, error),
+) (*Enrolled, error) {
+	if err := directory.CheckName(name); err != nil {
+		return nil, err
+	}
+	// The key is named after the manufacturer, whose signing key only a user's login shows; the security officer's
+	// login ends that one.
+	var k hsmkeys.Key
+	err := withSigner(ctx, tokenURI, func(t *hsmkeys.Token, s *directory.Signer) (err error) {
+		if k = named(s.KeyID()); generation > 0 {
+			k, err = next(ctx, t, k, generation)
+		} else {
+			k, err = newest(ctx, t, k)
+		}
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	e := &Enrolled{KeyID: k.HexID()}
+	if e.Created, err = hsmkeys.EnrollKey(ctx, tokenURI, officer, k, to); err != nil {
+		return nil, fmt.Errorf("enroll %s: %w", name, err)
+	}
+	err = withSigner(ctx, tokenURI, func(t *hsmkeys.Token, s *directory.Signer) error {
+		wrapped, err := t.WrapEnrolled(ctx, k)
+		if err == nil {
+			e.File, e.Made, err = done(k, wrapped, s)
+		}
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	e.Made["file, SHA-256"] = fmt.Sprintf("%x", sha256.Sum256(e.File))
+	e.Made["key made now"] = map[bool]string{true: "yes", false: "no, earlier"}[e.Created]
+	return e, nil
+}
+
+func withSigner(ctx context.Context, tokenURI string, f func(*hsmkeys.Token, *directory.Signer) error) error {
+	return withToken(ctx, tokenURI, func(token *hsmkeys.Token) error {
+		signer, err := openSigner(token)
+		if err != nil {
+			return err
+		}
+		return f(token, signer)
+	})
+}
+
+func withToken(ctx context.Context, uri string, f func(*hsmkeys.Token) error) error {
+	token, err := hsmkeys.Open(ctx, uri)
+	if err != nil {
+		return err
+	}
+	defer token.Close()
+	return f(token)
+}

@@ -1,0 +1,187 @@
+package factory
+
+import (
+	"bufio"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/handover"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// Revoke publishes that devices of a lot are not to be trusted any more. Doing it again changes nothing, and finishes
+// what a run that was interrupted has left. report gets the number of devices that are done; it may be nil.
+func (l *Line) Revoke(ctx context.Context, lot string, imeis []kme.IMEI, reason string, report func(done int)) error {
+	m, err := l.Lot(ctx, lot)
+	if err != nil {
+		return err
+	}
+	return directory.Revoke(ctx, l.store, l.signer, m, imeis, reason, time.Now(), report)
+}
+
+// RevokeLot publishes that no device of a lot is to be trusted any more, for good.
+func (l *Line) RevokeLot(ctx context.Context, lot, reason string) error {
+	m, err := l.Lot(ctx, lot)
+	if err != nil {
+		return err
+	}
+	return directory.RevokeLot(ctx, l.store, l.signer, m, reason, time.Now())
+}
+
+// Revocations gives a lot's list of revoked devices.
+func (l *Line) Revocations(ctx context.Context, m *directory.Manifest) (*directory.Revocations, error) {
+	return l.reader.ReadRevocations(ctx, m)
+}
+
+// Refresh signs a lot's list of revoked devices anew, with a later next_update, good for validity; with 0, for as long
+// as the last one was. begin publishes the first list of a lot that was made before lots had one from the start.
+func (l *Line) Refresh(ctx context.Context, lot string, validity time.Duration,
+	begin bool) (*directory.Revocations, error) {
+	m, err := l.Lot(ctx, lot)
+	if err != nil {
+		return nil, err
+	}
+	if begin {
+		err = l.beginRevocations(ctx, m, cmp.Or(validity, directory.DefaultValidity))
+	} else {
+		err = directory.RefreshRevocations(ctx, l.store, l.signer, m, time.Now(), validity)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return l.Revocations(ctx, m)
+}
+
+// A Refreshed is a lot whose list of revoked devices was signed anew.
+type Refreshed struct {
+	Lot        string    `json:"lot"`
+	Version    int       `json:"version"`
+	NextUpdate time.Time `json:"next_update"`
+}
+
+// RefreshAll is Refresh for several lots. One that fails does not hold up the others.
+func (l *Line) RefreshAll(ctx context.Context, lots []string, validity time.Duration, begin bool) ([]Refreshed, error) {
+	done := []Refreshed{}
+	var failed error
+	for _, lot := range lots {
+		list, err := l.Refresh(ctx, lot, validity, begin)
+		if err != nil {
+			failed = errors.Join(failed, fmt.Errorf("lot %s: %w", lot, err))
+			continue
+		}
+		done = append(done, Refreshed{Lot: lot, Version: list.Version, NextUpdate: list.NextUpdate})
+	}
+	return done, failed
+}
+
+// ReadIMEIs reads a file with an IMEI a line. Empty lines do not count.
+func ReadIMEIs(path string) (imeis []kme.IMEI, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	lines, n := bufio.NewScanner(f), 0
+	for lines.Scan() {
+		n++
+		text := strings.TrimSpace(lines.Text())
+		if text == "" {
+			continue
+		}
+		imei, err := kme.ParseIMEI(text)
+		if err != nil {
+			return nil, fmt.Errorf("%s, line %d: %w", path, n, err)
+		}
+		imeis = append(imeis, imei)
+	}
+	if err := lines.Err(); err != nil {
+		return nil, fmt.Errorf("%s, line %d: %w", path, n+1, err)
+	}
+	if len(imeis) == 0 {
+		return nil, fmt.Errorf("%s has no IMEI", path)
+	}
+	return imeis, nil
+}
+
+// Reissue gives a device that came back a new key, in an injection package of its own below out, and revokes the one
+// that it had, for a fixture, as in ProvisionOptions. The reason names the return: with the same one again nothing
+// changes, so that a run that was interrupted can be repeated.
+func (l *Line) Reissue(ctx context.Context, lot string, imei kme.IMEI, reason, fixture, out string) (path string, err error) {
+	m, err := l.usable(ctx, lot)
+	if err != nil {
+		return "", err
+	}
+	if reason, err = directory.CheckReason(reason); err != nil {
+		return "", err
+	}
+	position, ok := m.Position(imei)
+	if !ok {
+		return "", fmt.Errorf("IMEI %s is not in lot %s", imei, lot)
+	}
+	shard := position / m.ShardSize
+	issued, err := l.reader.ReadShard(ctx, m, shard)
+	if errors.Is(err, directory.ErrNotFound) {
+		return "", fmt.Errorf("IMEI %s was never issued a key: its shard is not published; provision the lot", imei)
+	} else if err != nil {
+		return "", err
+	}
+	earlier, err := l.reader.History(ctx, m, imei)
+	if err != nil {
+		return "", err
+	}
+	dir := filepath.Join(out, lot)
+	if err := durable.MkdirAll(dir, 0o700); err != nil {
+		return "", err
+	}
+	n, had := 1, []uint64{issued.Keys[position%m.ShardSize].Fingerprint()}
+	for path, e := range handover.Reissues(earlier, dir) {
+		if e.Reason == reason {
+			if err := handover.CheckReissue(lot, path, e); err != nil {
+				return "", fmt.Errorf("%w: %s", err, handover.BringBack(e.Package))
+			}
+			return path, nil
+		}
+		had = append(had, e.Key.Fingerprint())
+		n++
+	}
+	path = filepath.Join(dir, handover.ReissueFile(imei, n))
+	// As with shards: the package is on disk before its key is published; one that is there was not published yet.
+	line, hash, err := handover.ReadReissue(path, lot, imei)
+	if errors.Is(err, fs.ErrNotExist) {
+		line, hash, err = l.makeReissue(ctx, m, imei, shard, fixture, path)
+	} else if err != nil {
+		err = fmt.Errorf("%w: its key was never published, so remove the file and run this again to make another one", err)
+	} else if slices.Contains(had, line.PublicKey.Fingerprint()) {
+		err = fmt.Errorf("%s has a key that the device had before: remove the file, and run this again to make another one", path)
+	}
+	if err != nil {
+		return "", err
+	}
+	return path, directory.Reissue(ctx, l.store, l.signer, m, line.PublicKey, hash, reason, time.Now())
+}
+
+func (l *Line) makeReissue(ctx context.Context, m *directory.Manifest, imei kme.IMEI, shard int, fixture, path string) (
+	line handover.InjectionLine, hash []byte, err error) {
+	injection, err := l.injection(ctx, fixture)
+	if err != nil {
+		return line, nil, err
+	}
+	if line, err = l.makeLine(ctx, m, imei, shard, injection); err != nil {
+		return line, nil, err
+	}
+	file, hash, err := handover.MarshalPackage(line)
+	if err != nil {
+		return line, nil, err
+	}
+	return line, hash, durable.WriteFile(path, file, 0o600)
+}

@@ -1,0 +1,101 @@
+package shard
+
+import (
+	"context"
+	"database/sql"
+	_ "embed"
+	"errors"
+
+	"github.com/kmehsm/kmehsm/internal/sqlite"
+)
+
+//go:embed journal.sql
+var journalSchema string
+
+// A State is how far a shard is.
+type State int
+
+const (
+	Planned      State = iota // keys may have been made; none of them was published
+	Generated                 // its injection package is whole and on disk, and the journal has what is to be published
+	Published                 // the directory has taken it
+	Acknowledged              // it was read back from the directory, byte for byte
+)
+
+// A Journal is the line's memory of the shards of one manufacturer. It may be used concurrently.
+type Journal struct {
+	read         *sql.DB
+	write        *sqlite.Writer
+	manufacturer string
+}
+
+// OpenJournal opens the database at path, which it makes if there is none.
+func OpenJournal(ctx context.Context, path, manufacturer string) (*Journal, error) {
+	read, write, err := sqlite.Open(ctx, path, journalSchema)
+	if err != nil {
+		return nil, err
+	}
+	return &Journal{read: read, write: write, manufacturer: manufacturer}, nil
+}
+
+// Close may be called when no other call is under way.
+func (j *Journal) Close() error { return errors.Join(j.read.Close(), j.write.Close()) }
+
+// exec is not ended by a context: a shard in flight is finished.
+func (j *Journal) exec(query string, args ...any) error {
+	return j.write.Exec(context.Background(), query, args...)
+}
+
+// An Entry is what the journal has of a shard; the zero Entry, that it was never begun.
+type Entry struct {
+	Begun   bool
+	State   State
+	Package []byte // SHA-256 of its injection package; empty before Generated
+}
+
+// Entries gives those of a lot's shards that have been begun.
+func (j *Journal) Entries(ctx context.Context, lot string) (map[int]Entry, error) {
+	rows, err := j.read.QueryContext(ctx, "SELECT number, state, package FROM shard WHERE manufacturer = ? AND lot = ?", j.manufacturer, lot)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	all := map[int]Entry{}
+	for rows.Next() {
+		n, e := 0, Entry{Begun: true}
+		if err := rows.Scan(&n, &e.State, &e.Package); err != nil {
+			return nil, err
+		}
+		all[n] = e
+	}
+	return all, rows.Err()
+}
+
+// Plan remembers the shards from, up to but not including to, as begun, before the first key of them is made.
+func (j *Journal) Plan(lot string, from, to int) error {
+	return j.exec(`WITH RECURSIVE n(i) AS (SELECT ?3 UNION ALL SELECT i + 1 FROM n WHERE i + 1 < ?4)
+		INSERT INTO shard (manufacturer, lot, number, state) SELECT ?1, ?2, i, 0 FROM n WHERE true ON CONFLICT DO NOTHING`, j.manufacturer, lot, from, to)
+}
+
+// Generated remembers the SHA-256 of a shard's package, which is on disk, and what is to be published of it.
+func (j *Journal) Generated(lot string, n int, pkg, jws []byte) error {
+	return j.exec(`INSERT INTO shard (manufacturer, lot, number, state, package, jws) VALUES (?, ?, ?, ?, ?, ?)
+		ON CONFLICT DO UPDATE SET state = excluded.state, package = excluded.package, jws = excluded.jws`, j.manufacturer, lot, n, Generated, pkg, jws)
+}
+
+// Published remembers that the directory has taken a shard.
+func (j *Journal) Published(lot string, n int) error {
+	return j.exec("UPDATE shard SET state = ? WHERE manufacturer = ? AND lot = ? AND number = ?", Published, j.manufacturer, lot, n)
+}
+
+// Acknowledged remembers a shard as read back from the directory, and the SHA-256 of its package unless that is nil.
+func (j *Journal) Acknowledged(lot string, n int, pkg []byte) error {
+	return j.exec(`INSERT INTO shard (manufacturer, lot, number, state, package) VALUES (?, ?, ?, ?, ?)
+		ON CONFLICT DO UPDATE SET state = excluded.state, package = coalesce(excluded.package, package), jws = NULL`, j.manufacturer, lot, n, Acknowledged, pkg)
+}
+
+// Signed is what is to be published of a shard; nil if the journal has it no more.
+func (j *Journal) Signed(ctx context.Context, lot string, n int) (jws []byte, err error) {
+	err = j.read.QueryRowContext(ctx, "SELECT jws FROM shard WHERE manufacturer = ? AND lot = ? AND number = ?", j.manufacturer, lot, n).Scan(&jws)
+	return jws, err
+}

@@ -1,0 +1,98 @@
+package factory
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/factory/auditlog"
+	"github.com/kmehsm/kmehsm/factory/shard"
+	"github.com/kmehsm/kmehsm/internal/durable"
+)
+
+// A State is the line's own folder. It has the journal of the shards, the audit log of all commands, the minutes of
+// ceremonies, the record of who was granted what, and the lock of the commands that make keys.
+type State struct{ Dir string }
+
+func (s State) path(names ...string) string { return filepath.Join(s.Dir, filepath.Join(names...)) }
+
+// PublicKey is the file with the manufacturer's public key, unless that is elsewhere.
+func (s State) PublicKey() string { return s.path("manufacturer.pem") }
+
+// Injection is the folder of the injection packages, unless they are elsewhere.
+func (s State) Injection() string { return s.path("injection") }
+
+// Lock keeps out other processes that lock the folder until unlock. Commands that make keys do: two at once could make
+// a key twice.
+func (s State) Lock() (unlock func(), err error) {
+	if err := durable.MkdirAll(s.Dir, 0o755); err != nil {
+		return nil, err
+	}
+	return durable.Lock(s.Dir)
+}
+
+// Log is the audit log of all commands that use the token.
+func (s State) Log() auditlog.Log { return auditlog.Log{Dir: s.Dir} }
+
+// SignLog has the token sign a line of the audit log. A token without a signing key, before factory init, signs nothing yet.
+func (s State) SignLog(token Token, head *auditlog.Head) error {
+	signer, err := openSigner(token)
+	if errors.Is(err, errNoSigningKey) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return s.Log().Sign(signer, head)
+}
+
+func (s State) journal(ctx context.Context, manufacturer string) (*shard.Journal, error) {
+	return shard.OpenJournal(ctx, s.path("journal.db"), manufacturer)
+}
+
+// recordGrant remembers, durably, that an operator was granted a lot: grants/OPERATOR/LOT. The grant itself is not kept.
+func (s State) recordGrant(operator, lot string) error {
+	dir := s.path("grants", operator)
+	if err := durable.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	return durable.WriteFile(filepath.Join(dir, lot), []byte(time.Now().UTC().Format(time.RFC3339)+"\n"), 0o644)
+}
+
+// GrantedLots lists the lots that an operator was granted, sorted, for a policy of Vault's. Vault knows no capital
+// letters in a policy's name: operators whose names differ in them alone are refused.
+func (s State) GrantedLots(operator string) (lots []string, err error) {
+	if err := directory.CheckName(operator); err != nil {
+		return nil, err
+	}
+	names := func(folder string) (names []string, err error) {
+		entries, err := os.ReadDir(s.path("grants", folder))
+		for _, e := range entries {
+			if directory.CheckName(e.Name()) == nil {
+				names = append(names, e.Name())
+			}
+		}
+		return names, err
+	}
+	operators, err := names("")
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	if !slices.Contains(operators, operator) {
+		return nil, fmt.Errorf("operator %s was granted nothing, as far as the folder %s knows", operator, s.Dir)
+	}
+	for _, other := range operators {
+		if other != operator && strings.EqualFold(other, operator) {
+			return nil, fmt.Errorf("to Vault the operators %s and %s are one, and would have one policy: "+
+				"enroll one of them by another name, and grant it its lots by that", min(operator, other), max(operator, other))
+		}
+	}
+	return names(operator)
+}
