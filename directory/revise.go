@@ -85,9 +85,6 @@ func CheckReason(reason string) (string, error) {
 	return reason, nil
 }
 
-// partsAtOnce is after how many parts the list is written: each of its versions takes effect at readers.
-const partsAtOnce = 32
-
 func revise(ctx context.Context, store Store, s *Signer, m *Manifest, entries []Revocation, now time.Time,
 	report func(done int)) error {
 	by := map[int][]Revocation{}
@@ -104,7 +101,7 @@ func revise(ctx context.Context, store Store, s *Signer, m *Manifest, entries []
 		by[position/revocationPart] = append(by[position/revocationPart], e)
 	}
 	done := 0
-	for parts := range slices.Chunk(slices.Sorted(maps.Keys(by)), partsAtOnce) {
+	for parts := range slices.Chunk(slices.Sorted(maps.Keys(by)), 32) { // each takes effect at readers
 		if err := publishRevocations(ctx, store, s, m, revision{now: now, parts: parts, entries: by}); err != nil {
 			return err
 		}

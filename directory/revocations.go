@@ -10,7 +10,6 @@ import (
 	"sort"
 	"time"
 
-	"github.com/kmehsm/kmehsm/directory/internal/packed"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -221,10 +220,8 @@ func (p *RevocationPart) bitmap(m *Manifest) Base64 {
 // add puts an entry in its place, unless the last one of the device says so already.
 func (p *RevocationPart) add(entry Revocation) (added bool) {
 	if had := p.Of(entry.IMEI); len(had) > 0 {
-		switch last := had[len(had)-1]; {
-		case entry.Key == nil && last.Key == nil:
-			return false
-		case entry.Key != nil && last.Key != nil && bytes.Equal(packed.Key(entry.Key.Key), packed.Key(last.Key.Key)):
+		last := had[len(had)-1].Key
+		if entry.Key == nil && last == nil || entry.Key != nil && last != nil && entry.Key.equal(*last) {
 			return false
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/go-jose/go-jose/v4"
 
@@ -91,15 +92,12 @@ func checkPackage(hash Base64) error {
 
 // Equal says whether two shards hold the same keys, out of the same injection package.
 func (s *Shard) Equal(o *Shard) bool {
-	if s.Lot != o.Lot || s.Number != o.Number || !bytes.Equal(s.Package, o.Package) || len(s.Keys) != len(o.Keys) {
-		return false
-	}
-	for i, k := range s.Keys {
-		if k.IMEI != o.Keys[i].IMEI || !bytes.Equal(packed.Key(k.Key), packed.Key(o.Keys[i].Key)) {
-			return false
-		}
-	}
-	return true
+	return s.Lot == o.Lot && s.Number == o.Number && bytes.Equal(s.Package, o.Package) &&
+		slices.EqualFunc(s.Keys, o.Keys, DeviceKey.equal)
+}
+
+func (k DeviceKey) equal(o DeviceKey) bool {
+	return k.IMEI == o.IMEI && bytes.Equal(packed.Key(k.Key), packed.Key(o.Key))
 }
 
 // Fingerprint is the first eight bytes of the SHA-256 of the key: the same for the same key, and for others the same so
