@@ -21,7 +21,8 @@ run() {
 	local log=var/flaky/$1.log begin=$SECONDS
 	shift
 	# shellcheck disable=SC2086 # a list each
-	if scripts/leaves-nothing.sh env "$@" go test -race -count=1 -timeout 90m ${ARGS:-} ${PACKAGES:-work} >"$log" 2>&1; then
+	if scripts/leaves-nothing.sh env "$@" \
+		go test -race -count=1 -timeout 90m ${ARGS:-} ${PACKAGES:-work} >"$log" 2>&1; then
 		printf '%s: passed in %d s\n' "$log" $((SECONDS - begin))
 		rm "$log"
 	else
