@@ -61,12 +61,12 @@ ROOT_ONLY := $(if $(filter-out 0,$(shell id -u)),|OpenCryptoki)
 
 # What the run of an operator's side on a second token leaves out: tests that have SoftHSM's token all the same, need a factory's by way of the same module, or a security officer;
 # and one that NSS softoken fails, for a reason that docs/tokens.md has.
-SOFTHSM_ONLY := Wycheproof|Attributes|Sides|UnwrapTemplates|WhatLeaves|CheckLotKey|CommonFactors|SharedFactors|Renew|Group|OpenRefuses|TestGivenUp$$|GivenUpHandle|KWPByEitherName|TestWeak|TrialsOf|RemoteKilled|KnownRefusalsTakeAsLong|Rotated|ResealDamaged
+SOFTHSM_ONLY := Wycheproof|Attributes|Sides|UnwrapTemplates|WhatLeaves|Renew|Pool|OpenRefuses|FunctionList|EnrolRefuses|Officer|TestGivenUp$$|GivenUpHandle|KWPByEitherName|TestWeak|TrialsOf|RemoteKilled|KnownRefusalsTakeAsLong|Rotated|ResealDamaged
 
 check: lint deps-check ## lint, and the tests that need no Vault, PostgreSQL, browser or Diameter
 	@$(if $(ROOT_ONLY),echo 'TestDoctorOnOpenCryptoki is left out: only root can run it')
 	@scripts/step.sh 'tests without servers' scripts/leaves-nothing.sh go test -race -timeout $(TIMEOUT) -skip '$(SERVERS)$(ROOT_ONLY)' ./...
-	@KMEHSM_TEST_OPERATOR=nss scripts/step.sh "an operator's side on NSS softoken" scripts/leaves-nothing.sh go test -race -timeout $(TIMEOUT) -skip '$(SERVERS)|$(SOFTHSM_ONLY)' ./binding ./hsmkeys ./internal/faultmodule
+	@KMEHSM_TEST_OPERATOR=nss scripts/step.sh "an operator's side on NSS softoken" scripts/leaves-nothing.sh go test -race -timeout $(TIMEOUT) -skip '$(SERVERS)|$(SOFTHSM_ONLY)' ./binding ./hsmkeys/... ./internal/faultmodule
 
 test: check deps-test vaultdev ## what CI runs: check, and the other tests
 	@scripts/step.sh 'tests with Vault, PostgreSQL, a browser and Diameter' scripts/leaves-nothing.sh go test -race -timeout $(TIMEOUT) -run '$(SERVERS)' $(SERVER_PACKAGES)

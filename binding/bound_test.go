@@ -66,7 +66,7 @@ func TestBoundSuite(t *testing.T) {
 	_, err := r.service.EstablishKME(t.Context(), other.String(), d.imei.String(),
 		r.attempt(t, other.String()), good, here, false)
 	checkRefused(t, "by another subscription", err, kme.KMERejected, notAccepted)
-	if h := r.token.Health(); h.Reopened != 0 || h.Cause != nil {
+	if h := r.token.Health(); h.Reinitialised != 0 || h.Cause != nil {
 		t.Errorf("payloads have closed the token: %+v", h)
 	}
 }

@@ -20,7 +20,7 @@ func TestMeasured(t *testing.T) {
 	registry := prometheus.NewRegistry()
 	metrics := binding.NewMetrics(registry)
 	r.service.Observe(metrics)
-	r.token.Observe(metrics)
+	r.observed.to.Store(metrics)
 	imsi, d := newIMSI(), l.devices[0]
 	payload, _ := d.payload(t)
 	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), imsi, d.imei.String(),

@@ -22,6 +22,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -80,7 +81,8 @@ func newRANDs(n int) (all [][]byte) {
 
 // A rig is an operator: a real token and a real database, and a recorder between them and the service.
 type rig struct {
-	token    *hsmkeys.Token
+	token    *hsmkeys.OperatorToken
+	observed *relay
 	tokenURI string
 	soPIN    string // where the security officer's is
 	store    *sqlstore.Store
@@ -90,17 +92,35 @@ type rig struct {
 	readers  map[string]*directory.Reader
 }
 
+// A relay gives what a token tells its observer to metrics, when there are some.
+type relay struct {
+	to atomic.Pointer[binding.Metrics]
+}
+
+func (r *relay) Waited(d time.Duration) {
+	if m := r.to.Load(); m != nil {
+		m.Waited(d)
+	}
+}
+
+func (r *relay) Worked(operation string, took time.Duration, err error) {
+	if m := r.to.Load(); m != nil {
+		m.Worked(operation, took, err)
+	}
+}
+
 func newRig(t testing.TB) *rig {
 	t.Helper()
 	ctx := t.Context()
 	tok := softhsmtest.Operator(t)
-	token := must[*hsmkeys.Token](t)(hsmkeys.Open(ctx, tok.URI))
+	observed := new(relay)
+	token := must[*hsmkeys.OperatorToken](t)(hsmkeys.OpenOperator(ctx, tok.URI, hsmkeys.Options{Observer: observed}))
 	must[bool](t)(token.Dedicate(ctx, hsmkeys.Dedication{Side: hsmkeys.Operator}))
 	must[bool](t)(token.EnsureStorageKey(ctx))
 	must[bool](t)(token.EnsureLedgerKey(ctx))
 	store := openStore(t, token, sqlstore.InFolder(t.TempDir()))
 	t.Cleanup(func() { store.Close() })
-	r := &rig{token: token, tokenURI: tok.URI, soPIN: "file:" + tok.SOPINFile, store: store, log: new(logBuffer), readers: map[string]*directory.Reader{}}
+	r := &rig{token: token, observed: observed, tokenURI: tok.URI, soPIN: "file:" + tok.SOPINFile, store: store, log: new(logBuffer), readers: map[string]*directory.Reader{}}
 	t.Cleanup(func() { r.token.Close() })
 	r.recorder = &recorder{Ledger: store, token: token, store: store}
 	r.service = binding.NewService(r.recorder, r.recorder, new(binding.Lots), times(),
@@ -109,7 +129,7 @@ func newRig(t testing.TB) *rig {
 }
 
 // openStore opens a store whose rows have their MACs under a token's key.
-func openStore(t testing.TB, token *hsmkeys.Token, name string) *sqlstore.Store {
+func openStore(t testing.TB, token *hsmkeys.OperatorToken, name string) *sqlstore.Store {
 	t.Helper()
 	key := must[kme.Secret](t)(token.Derive(t.Context(), sqlstore.RowKey))
 	return must[*sqlstore.Store](t)(sqlstore.Open(t.Context(), name, key))

@@ -187,14 +187,17 @@ func TestRetireLot(t *testing.T) {
 func TestRetireLotOfAFactory(t *testing.T) {
 	r, m, _ := newServed(t)
 	ctx := t.Context()
-	factory := must[*hsmkeys.Token](t)(hsmkeys.Open(ctx, softhsmtest.Token(t).URI))
+	uri := softhsmtest.Token(t).URI
+	factory := must[*hsmkeys.FactoryToken](t)(hsmkeys.OpenFactory(ctx, uri, hsmkeys.Options{}))
 	t.Cleanup(func() { factory.Close() })
 	must[bool](t)(factory.Dedicate(ctx, hsmkeys.Dedication{Side: hsmkeys.Factory}))
 	if _, _, err := factory.EnsureLotKey(ctx, m.lotKey("L1"), 2048, hsmkeys.PrimesAuto); err != nil {
 		t.Fatal(err)
 	}
+	given := must[*hsmkeys.OperatorToken](t)(hsmkeys.OpenOperator(ctx, uri, hsmkeys.Options{})) // by mistake
+	t.Cleanup(func() { given.Close() })
 	taken := must[*binding.Lot](t)(binding.FindLot(ctx, r.store, "L1", ""))
-	_, err := binding.RetireLot(ctx, factory, r.store, taken, verdict(t, true, "P and Q are known"))
+	_, err := binding.RetireLot(ctx, given, r.store, taken, verdict(t, true, "P and Q are known"))
 	checkSays(t, "a lot of a factory's token", err, "a token of the factory's")
 	if !must[bool](t)(factory.Has(ctx, m.lotKey("L1"))) {
 		t.Error("the manufacturer's lot key is destroyed")

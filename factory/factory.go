@@ -28,6 +28,7 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
+	"github.com/kmehsm/kmehsm/internal/weakkey"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -313,7 +314,7 @@ func (l *Line) CreateLot(ctx context.Context, spec LotSpec) (*directory.Manifest
 	if err != nil {
 		return nil, err
 	}
-	err = hsmkeys.CheckCommonFactors(pub.N, func(yield func(string, *big.Int) bool) {
+	err = weakkey.CommonFactors(pub.N, func(yield func(string, *big.Int) bool) {
 		for _, other := range earlier {
 			if !yield(other.Lot, other.PublicKey().N) {
 				return
@@ -667,7 +668,7 @@ func enroll(ctx context.Context, tokenURI string, officer hsmkeys.PIN, name stri
 }
 
 func withSigner(ctx context.Context, tokenURI string, f func(Token, *directory.Signer) error) error {
-	token, err := hsmkeys.Open(ctx, tokenURI)
+	token, err := hsmkeys.OpenFactory(ctx, tokenURI, hsmkeys.Options{})
 	if err != nil {
 		return err
 	}

@@ -38,7 +38,7 @@ const (
 
 // PIN is the security officer's PIN, and the numbers of the custodians whose shares gave it. A PIN that cannot be the
 // token's, by what the token says, is refused, so that it costs none of the few tries that a token allows.
-func (o Officer) PIN(ctx context.Context, token *hsmkeys.Token, basis Basis) (pin hsmkeys.OfficerPIN, custodians []int, err error) {
+func (o Officer) PIN(ctx context.Context, token *hsmkeys.FactoryToken, basis Basis) (pin hsmkeys.OfficerPIN, custodians []int, err error) {
 	inForce, begun, err := token.OfficerSplit(ctx)
 	if err != nil {
 		return pin, nil, err

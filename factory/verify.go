@@ -18,7 +18,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/kmehsm/kmehsm/directory"
-	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/weakkey"
 )
 
 // maxProblems bounds what a Verification lists; the rest is counted.
@@ -114,7 +114,7 @@ func Audit(ctx context.Context, store directory.Store, verifier *directory.Verif
 		}
 		all, moduli = append(all, m), append(moduli, m.PublicKey().N)
 	}
-	shared, err := hsmkeys.SharedFactors(ctx, moduli)
+	shared, err := weakkey.SharedFactors(ctx, moduli)
 	if err != nil {
 		return nil, err
 	}
@@ -134,7 +134,7 @@ func (v *verifying) manifest(ctx context.Context, lot string) (*directory.Manife
 	if err != nil {
 		return nil, err
 	}
-	if err := hsmkeys.CheckLotKey(ctx, m.PublicKey(), m.PublicKey().N.BitLen()); err != nil {
+	if err := weakkey.Check(ctx, m.PublicKey(), m.PublicKey().N.BitLen()); err != nil {
 		v.problem("lot %s: %v", lot, err)
 	}
 	return m, nil

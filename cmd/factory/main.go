@@ -212,12 +212,12 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 	}
 }
 
-func withLine(c *cli.Context, f func(*hsmkeys.Token, *factory.Line) error) error {
+func withLine(c *cli.Context, f func(*hsmkeys.FactoryToken, *factory.Line) error) error {
 	store, err := openDirectory(c)
 	if err != nil {
 		return err
 	}
-	return withToken(c, func(token *hsmkeys.Token) error {
+	return withToken(c, func(token *hsmkeys.FactoryToken) error {
 		line, err := factory.NewLine(token, store)
 		if err != nil {
 			return err
@@ -228,8 +228,8 @@ func withLine(c *cli.Context, f func(*hsmkeys.Token, *factory.Line) error) error
 
 // withToken runs f with the token, and puts down in the audit log who did what with it. A command that cannot be put down
 // is not run.
-func withToken(c *cli.Context, f func(*hsmkeys.Token) error) error {
-	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
+func withToken(c *cli.Context, f func(*hsmkeys.FactoryToken) error) error {
+	return cmdline.WithFactory(c, func(token *hsmkeys.FactoryToken) error {
 		return logged(c, token.Serial(), func() error { return f(token) }, func(head *factory.LogHead) error {
 			return factory.SignLog(c.String("state"), token, head)
 		})
@@ -264,7 +264,7 @@ func openDirectory(c *cli.Context) (directory.Store, error) {
 }
 
 func initLine(c *cli.Context) error {
-	return withToken(c, func(token *hsmkeys.Token) error {
+	return withToken(c, func(token *hsmkeys.FactoryToken) error {
 		pem, keyID, created, err := factory.Init(c.Context, token)
 		if err != nil {
 			return err
@@ -286,7 +286,7 @@ func initLine(c *cli.Context) error {
 }
 
 func doctor(c *cli.Context) error {
-	return withToken(c, func(token *hsmkeys.Token) error {
+	return withToken(c, func(token *hsmkeys.FactoryToken) error {
 		keys, err := factory.Keys(c.Context, token)
 		if err != nil {
 			return err
@@ -304,7 +304,7 @@ func rotateSigningKey(c *cli.Context) error {
 	if generation < 2 {
 		return cmdline.Usagef("--generation is missing: the first rotation makes generation 2; see %s --help", c.Command.HelpName)
 	}
-	return withToken(c, func(token *hsmkeys.Token) error {
+	return withToken(c, func(token *hsmkeys.FactoryToken) error {
 		keyID, created, err := factory.RotateSigningKey(c.Context, token, generation)
 		if err != nil {
 			return err
@@ -418,7 +418,7 @@ func lotCreate(c *cli.Context) error {
 	if err := spec.Validate(); err != nil {
 		return cmdline.Usage(err)
 	}
-	return withLine(c, func(token *hsmkeys.Token, line *factory.Line) error {
+	return withLine(c, func(token *hsmkeys.FactoryToken, line *factory.Line) error {
 		m, err := line.CreateLot(c.Context, spec)
 		if err != nil {
 			return err
@@ -435,7 +435,7 @@ func lotProvision(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	return withLine(c, func(token *hsmkeys.Token, line *factory.Line) error {
+	return withLine(c, func(token *hsmkeys.FactoryToken, line *factory.Line) error {
 		workers := c.Int("workers")
 		if workers < 0 {
 			return cmdline.Usagef("--workers is at least 1")
@@ -549,7 +549,7 @@ func dirExists(path string) bool {
 }
 
 func reconcile(c *cli.Context) error {
-	return withLine(c, func(_ *hsmkeys.Token, line *factory.Line) error {
+	return withLine(c, func(_ *hsmkeys.FactoryToken, line *factory.Line) error {
 		r, err := line.Reconcile(c.Context, c.Args().First(), c.String("state"), injectionDir(c, "out"), c.Bool("repair"))
 		if err != nil {
 			return err
@@ -651,7 +651,7 @@ func verify(c *cli.Context, f func(directory.Store, *directory.Verifier, func(in
 }
 
 func lotList(c *cli.Context) error {
-	return withLine(c, func(_ *hsmkeys.Token, line *factory.Line) error {
+	return withLine(c, func(_ *hsmkeys.FactoryToken, line *factory.Line) error {
 		lots, err := line.Lots(c.Context)
 		if err != nil {
 			return err
@@ -692,7 +692,7 @@ func revocations(c *cli.Context, line *factory.Line, m *directory.Manifest) (*di
 }
 
 func lotShow(c *cli.Context) error {
-	return withLine(c, func(_ *hsmkeys.Token, line *factory.Line) error {
+	return withLine(c, func(_ *hsmkeys.FactoryToken, line *factory.Line) error {
 		m, err := line.Lot(c.Context, c.Args().First())
 		if err != nil {
 			return err
@@ -737,7 +737,7 @@ func lotGrant(c *cli.Context) error {
 	if err := cmdline.Require(c, "operator", "out"); err != nil {
 		return err
 	}
-	return withLine(c, func(_ *hsmkeys.Token, line *factory.Line) error {
+	return withLine(c, func(_ *hsmkeys.FactoryToken, line *factory.Line) error {
 		lot, operator := c.Args().First(), c.String("operator")
 		jws, err := line.Grant(c.Context, lot, operator)
 		if err != nil {
@@ -751,7 +751,7 @@ func lotGrant(c *cli.Context) error {
 }
 
 func lotSeal(c *cli.Context) error {
-	return withLine(c, func(token *hsmkeys.Token, line *factory.Line) error {
+	return withLine(c, func(token *hsmkeys.FactoryToken, line *factory.Line) error {
 		lot := c.Args().First()
 		if err := line.Seal(c.Context, lot); err != nil {
 			return err
@@ -772,7 +772,7 @@ func lotRefresh(c *cli.Context) error {
 	if c.Bool("begin") && len(lots) == 0 {
 		return cmdline.Usagef("--begin is for lots that are named: a list that is not there may have been taken away")
 	}
-	return withLine(c, func(_ *hsmkeys.Token, line *factory.Line) error {
+	return withLine(c, func(_ *hsmkeys.FactoryToken, line *factory.Line) error {
 		if len(lots) == 0 {
 			all, err := line.Lots(c.Context)
 			if err != nil {
@@ -837,7 +837,7 @@ func lotRevoke(c *cli.Context) error {
 		return cmdline.Usagef("say what is revoked: an IMEI, --imeis FILE, or --all for the whole lot; see %s --help",
 			c.Command.HelpName)
 	}
-	return withLine(c, func(_ *hsmkeys.Token, line *factory.Line) error {
+	return withLine(c, func(_ *hsmkeys.FactoryToken, line *factory.Line) error {
 		if c.Bool("all") {
 			if err := line.RevokeLot(c.Context, lot, reason); err != nil {
 				return err
@@ -911,7 +911,7 @@ func lotReissue(c *cli.Context) error {
 	if err != nil {
 		return cmdline.Usage(err)
 	}
-	return withLine(c, func(_ *hsmkeys.Token, line *factory.Line) error {
+	return withLine(c, func(_ *hsmkeys.FactoryToken, line *factory.Line) error {
 		lot := c.Args().First()
 		path, err := line.Reissue(c.Context, lot, imei, c.String("reason"), c.String("fixture"), injectionDir(c, "out"))
 		if err != nil {

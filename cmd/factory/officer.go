@@ -82,7 +82,7 @@ func ceremony(c *cli.Context, what string, basis factory.Basis, f func(token str
 	m := factory.Minutes{Ceremony: what, Present: append([]string{}, c.StringSlice("present")...)}
 	var pin hsmkeys.OfficerPIN
 	// The security officer's login needs the token for itself.
-	err = cmdline.WithToken(c, func(token *hsmkeys.Token) (err error) {
+	err = cmdline.WithFactory(c, func(token *hsmkeys.FactoryToken) (err error) {
 		m.Token = token.Serial()
 		if err := factory.CanSign(token); err != nil {
 			return err
@@ -101,7 +101,7 @@ func ceremony(c *cli.Context, what string, basis factory.Basis, f func(token str
 		if m.Made, err = f(m.Token, pin); err != nil {
 			return err
 		}
-		err = cmdline.WithToken(c, func(token *hsmkeys.Token) (err error) {
+		err = cmdline.WithFactory(c, func(token *hsmkeys.FactoryToken) (err error) {
 			minutes, err = factory.WriteMinutes(c.String("state"), token, m)
 			return err
 		})
@@ -110,7 +110,7 @@ func ceremony(c *cli.Context, what string, basis factory.Basis, f func(token str
 		}
 		return nil
 	}, func(head *factory.LogHead) error {
-		return cmdline.WithToken(c, func(token *hsmkeys.Token) error { return factory.SignLog(c.String("state"), token, head) })
+		return cmdline.WithFactory(c, func(token *hsmkeys.FactoryToken) error { return factory.SignLog(c.String("state"), token, head) })
 	})
 	return minutes, err
 }
@@ -189,7 +189,7 @@ func inShares(s *hsmkeys.Split) string {
 }
 
 func soShow(c *cli.Context) error {
-	return withToken(c, func(token *hsmkeys.Token) error {
+	return withToken(c, func(token *hsmkeys.FactoryToken) error {
 		inForce, begun, err := token.OfficerSplit(c.Context)
 		if err != nil {
 			return err

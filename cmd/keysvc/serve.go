@@ -96,7 +96,11 @@ func serve(c *cli.Context) error {
 		debug.SetGCPercent(200) // the collector takes 5% of busy cores otherwise, and half of that so
 	}
 	ctx := c.Context
-	token, err := hsmkeys.OpenGroup(ctx, cfg.Tokens...)
+	registry := prometheus.NewRegistry()
+	metrics := binding.NewMetrics(registry)
+	token, err := hsmkeys.OpenOperatorPool(ctx, cfg.Tokens, hsmkeys.Options{
+		Observer: metrics, HangTimeout: cfg.HSMTimeout, VerifyInSoftware: cfg.Verify == "software", Changed: logChanges(log),
+	})
 	if err != nil {
 		return err
 	}
@@ -104,9 +108,7 @@ func serve(c *cli.Context) error {
 	if err := scheduling.ForCalls(token.Sessions()); err != nil {
 		log.Debug("the kernel keeps the scheduling policy as it is", "cause", err.Error())
 	}
-	token.SetHangTimeout(cfg.HSMTimeout)
 	if cfg.Verify == "software" {
-		token.VerifyInSoftware()
 		log.Warn("KME_SIG is validated in software, and not in the token, as the configuration says")
 	}
 	if err := token.Ping(ctx); errors.Is(err, hsmkeys.ErrNoKey) || errors.Is(err, hsmkeys.ErrNotDedicated) {
@@ -149,7 +151,6 @@ func serve(c *cli.Context) error {
 	service := binding.NewService(token, store, new(binding.Lots), cfg.times(), log)
 	service.Limit(binding.Limits{Calls: cmp.Or(cfg.Calls, 32*token.Sessions()), IMEIRate: cfg.IMEIRate, IMEIBurst: cfg.IMEIBurst})
 	store.Company(service.Coming)
-	registry := prometheus.NewRegistry()
 	weak, err := weaknesses(ctx, token.Tokens(), registry, log)
 	if err != nil {
 		return err
@@ -162,9 +163,7 @@ func serve(c *cli.Context) error {
 		log.Warn("the store is not kept as it should be", "warning", what)
 	}
 	registry.MustRegister(overdue)
-	metrics := binding.NewMetrics(registry)
 	service.Observe(metrics)
-	token.Observe(metrics)
 	observeProcess(registry, token, store, cache)
 	traces, stop, err := tracing(ctx, cfg.OTLP)
 	if err != nil {
@@ -236,9 +235,6 @@ func serve(c *cli.Context) error {
 	for i, l := range listeners {
 		addresses[i] = l.Addr().String() // with the port that port 0 became
 	}
-	for _, t := range token.Tokens() {
-		go watch(ctx, t, log)
-	}
 	if rolledBack != nil {
 		log.Error("no call is served", "cause", rolledBack.Error())
 	}
@@ -263,7 +259,7 @@ func serve(c *cli.Context) error {
 }
 
 // weaknesses are what was accepted of the tokens at their keysvc init. They are said in the log, and counted, too.
-func weaknesses(ctx context.Context, tokens []*hsmkeys.Token, registry prometheus.Registerer, log *slog.Logger) (all []string, err error) {
+func weaknesses(ctx context.Context, tokens []*hsmkeys.OperatorToken, registry prometheus.Registerer, log *slog.Logger) (all []string, err error) {
 	count := prometheus.NewGaugeVec(prometheus.GaugeOpts{
 		Name: "kme_hsm_weaknesses", Help: "What the token does not do that the secrecy of keys rests on, accepted when it was initialised.",
 	}, []string{"token"})
@@ -341,29 +337,21 @@ func logKey(state string) ([]byte, error) {
 	return key, err
 }
 
-// watch says in the log when a token goes, and when it is back.
-func watch(ctx context.Context, token *hsmkeys.Token, log *slog.Logger) {
-	tick := time.NewTicker(250 * time.Millisecond)
-	defer tick.Stop()
-	for up := true; ; {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
-		h := token.Health()
+// logChanges says in the log when a token goes, and when it is back.
+func logChanges(log *slog.Logger) func(token string, was, is hsmkeys.Health) {
+	return func(token string, was, is hsmkeys.Health) {
 		switch {
-		case up && h.Cause != nil:
-			log.Error("the HSM is away; it is opened again as soon as it can be", "token", token.String(), "cause", h.Cause.Error(), "hung", h.Hung)
-		case !up && h.Cause == nil:
-			log.Info("the HSM is back", "token", token.String(), "reopened", h.Reopened)
+		case was.Cause == nil && is.Cause != nil:
+			log.Error("the HSM is away; it is opened again as soon as it can be",
+				"token", token, "cause", is.Cause.Error(), "hung", is.Hung)
+		case was.Cause != nil && is.Cause == nil:
+			log.Info("the HSM is back", "token", token, "reopened", is.Reinitialised)
 		}
-		up = h.Cause == nil
 	}
 }
 
 // observeProcess has the health of tokens, store, cache and the process itself in the metrics.
-func observeProcess(registry prometheus.Registerer, group *hsmkeys.Group, store *sqlstore.Store, cache *stats.Counter) {
+func observeProcess(registry prometheus.Registerer, group *hsmkeys.OperatorPool, store *sqlstore.Store, cache *stats.Counter) {
 	for _, token := range group.Tokens() {
 		labels := prometheus.Labels{"token": token.Serial()}
 		gauge := func(name, help string, f func(hsmkeys.Health) float64) {
@@ -382,7 +370,7 @@ func observeProcess(registry prometheus.Registerer, group *hsmkeys.Group, store 
 				func() float64 { return float64(f(token.Health())) }))
 		}
 		counter("kme_hsm_reopened_total", "How often the token was opened again after it was away.",
-			func(h hsmkeys.Health) int64 { return h.Reopened })
+			func(h hsmkeys.Health) int64 { return h.Reinitialised })
 		counter("kme_hsm_panics_total", "Panics that ended work at the token; the log says where.",
 			func(h hsmkeys.Health) int64 { return h.Panics })
 	}

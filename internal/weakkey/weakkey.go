@@ -1,4 +1,5 @@
-package hsmkeys
+// Package weakkey refuses RSA keys that are weak: by themselves, or beside others.
+package weakkey
 
 import (
 	"context"
@@ -20,9 +21,9 @@ import (
 // fermatRounds is what Boulder runs in production: it finds primes that are closer than any good generator makes them.
 const fermatRounds = 110
 
-// CheckLotKey refuses a modulus that is not good: its exact length, e = 65537, small prime factors, ROCA
+// Check refuses a modulus that is not good: its exact length, e = 65537, small prime factors, ROCA
 // (CVE-2017-15361) and primes close together (Fermat's factorisation).
-func CheckLotKey(ctx context.Context, pub *rsa.PublicKey, bits int) error {
+func Check(ctx context.Context, pub *rsa.PublicKey, bits int) error {
 	if got := pub.N.BitLen(); got != bits {
 		return fmt.Errorf("the token made a modulus of %d bits, not %d: do not use this token for lots", got, bits)
 	}
@@ -35,6 +36,20 @@ func CheckLotKey(ctx context.Context, pub *rsa.PublicKey, bits int) error {
 	}
 	if err := policy.GoodKey(ctx, pub); err != nil {
 		return fmt.Errorf("the modulus is weak: %w: do not use this token for lots", err)
+	}
+	return nil
+}
+
+// CheckWrapping refuses a public key too weak to carry an AES-256 key.
+func CheckWrapping(pub *rsa.PublicKey) error {
+	if bits := pub.N.BitLen(); bits < 3072 || bits > 8192 {
+		return fmt.Errorf("the RSA key has %d bits; it must have 3072 at least, to carry an AES-256 key", bits)
+	}
+	if pub.E != kme.PublicExponent {
+		return fmt.Errorf("the RSA key's public exponent is %d; only %d is accepted", pub.E, kme.PublicExponent)
+	}
+	if err := checkModulus(pub.N); err != nil {
+		return fmt.Errorf("the RSA key's modulus is weak: %w: it needs to be made anew, by another generator", err)
 	}
 	return nil
 }
@@ -66,11 +81,11 @@ var smallPrimes = sync.OnceValue(func() *big.Int {
 	return product
 })
 
-// CheckCommonFactors refuses a modulus that shares a prime with an earlier one, or is one of them: both keys are
+// CommonFactors refuses a modulus that shares a prime with an earlier one, or is one of them: both keys are
 // then open to anybody who computes a greatest common divisor. For one new modulus, the product of the earlier ones is
 // needed only modulo it, which costs one multiplication each and constant memory; a product tree pays when all are
 // checked against all.
-func CheckCommonFactors(n *big.Int, earlier iter.Seq2[string, *big.Int]) error {
+func CommonFactors(n *big.Int, earlier iter.Seq2[string, *big.Int]) error {
 	product := big.NewInt(1)
 	for name, m := range earlier {
 		if m.Cmp(n) == 0 {

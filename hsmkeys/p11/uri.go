@@ -1,4 +1,4 @@
-package hsmkeys
+package p11
 
 import (
 	"errors"
