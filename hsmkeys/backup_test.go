@@ -343,7 +343,8 @@ func TestNewStorageKeyIsNoticed(t *testing.T) {
 	}
 }
 
-// What a rotation that was killed and a backup that nobody has restored leave behind, the doctor says how to get rid of.
+// What a rotation that was killed and a backup that nobody has restored leave behind, the doctor says how to get rid
+// of.
 func TestDoctorOfWhatWaits(t *testing.T) {
 	token := newOperatorOn(t, softhsmtest.Token(t))
 	must[*rsa.PublicKey](t)(token.NewRestoreKey(t.Context()))

@@ -23,7 +23,8 @@ func finding(report []Finding, check string) *Finding {
 	return nil
 }
 
-// The doctor reports every key of ours, as an auditor asks for it, and nothing is wrong with any. The trials leave nothing behind.
+// The doctor reports every key of ours, as an auditor asks for it, and nothing is wrong with any. The trials leave
+// nothing behind.
 func TestDoctorReportsKeys(t *testing.T) {
 	ctx := t.Context()
 	operator := newOperatorOn(t, softhsmtest.Token(t))
@@ -111,7 +112,8 @@ func TestDoctorFindsStrangers(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	// What somebody knows, in the place of a lot key; one that signs besides; one that leaves; and an operator's on a factory's.
+	// What somebody knows, in the place of a lot key; one that signs besides; one that leaves; and an operator's on a
+	// factory's.
 	lot := func(name string) Key { return Key{Role: RoleLot, Manufacturer: manufacturer, Name: name} }
 	known := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048))
 	value := rsaPrivate(known)
@@ -161,7 +163,8 @@ func TestDoctorFindsStrangers(t *testing.T) {
 	}
 }
 
-// As a factory's, NSS softoken is refused: what a lot rests on, it does not do. On an operator's side, what it does not do is known and has a consequence.
+// As a factory's, NSS softoken is refused: what a lot rests on, it does not do. On an operator's side, what it does not
+// do is known and has a consequence.
 func TestNSSIsWeak(t *testing.T) {
 	token := open(t, softhsmtest.NSS(t))
 	for side, wants := range map[Side][]string{

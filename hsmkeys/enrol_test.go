@@ -22,7 +22,8 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// Whoever has the user PIN, and the files that pass between the parties, unwraps nothing into a key that says what it is.
+// Whoever has the user PIN, and the files that pass between the parties, unwraps nothing into a key that says what it
+// is.
 func TestUnwrapTemplates(t *testing.T) {
 	ctx := t.Context()
 	operator := newOperatorOn(t, softhsmtest.Token(t))
@@ -102,8 +103,8 @@ func TestUnwrapTemplates(t *testing.T) {
 	}
 }
 
-// Whoever has the factory's user PIN sends each key only where it belongs. A fixture's key may be in software: nothing but its own injection key may be
-// wrapped under it, although the security officer has made it TRUSTED.
+// Whoever has the factory's user PIN sends each key only where it belongs. A fixture's key may be in software: nothing
+// but its own injection key may be wrapped under it, although the security officer has made it TRUSTED.
 func TestWhatLeavesTheFactory(t *testing.T) {
 	ctx := t.Context()
 	factory, _ := newFactory(t, newOperatorOn(t, softhsmtest.Token(t)))
@@ -273,7 +274,8 @@ func TestSides(t *testing.T) {
 	}
 }
 
-// Objects that are not PRIVATE can be removed and made without a PIN, under the label and CKA_ID of ours too. None is taken for a key of ours.
+// Objects that are not PRIVATE can be removed and made without a PIN, under the label and CKA_ID of ours too. None is
+// taken for a key of ours.
 func TestPlantedKeys(t *testing.T) {
 	ctx := t.Context()
 	plant := func(token holder, k Key, more ...*pkcs11.Attribute) {

@@ -497,7 +497,8 @@ var readBack = []struct {
 	{pkcs11.CKA_WRAP_WITH_TRUSTED, "WRAP_WITH_TRUSTED"}, {pkcs11.CKA_TRUSTED, "TRUSTED"},
 }
 
-// trueAttributes names those of an object that are true. One that this kind of object, or the token, does not have is not.
+// trueAttributes names those of an object that are true. One that this kind of object, or the token, does not have is
+// not.
 func trueAttributes(t *testing.T, token holder, h pkcs11.ObjectHandle) string {
 	t.Helper()
 	var is []string
@@ -591,7 +592,8 @@ func TestAttributes(t *testing.T) {
 	}
 }
 
-// SoftHSM is initialised anew after so many uses, under all that goes on: nothing fails by it, signers and keys are found again.
+// SoftHSM is initialised anew after so many uses, under all that goes on: nothing fails by it, signers and keys are
+// found again.
 func TestRenew(t *testing.T) {
 	tok, _ := newFactoryClosed(t, nil)
 	token := must[*FactoryToken](t)(OpenFactory(t.Context(), tok.URI, Options{renewAfter: 25}))

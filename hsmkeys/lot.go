@@ -70,8 +70,8 @@ func (t *FactoryToken) EnsureLotKey(ctx context.Context, k Key, bits int, primes
 	return pub, mech, nil
 }
 
-// checkOrigin refuses a lot key that this token has not made, or that was open at some time: whoever has the user PIN can put one there whose P and Q
-// they know.
+// checkOrigin refuses a lot key that this token has not made, or that was open at some time: whoever has the user PIN
+// can put one there whose P and Q they know.
 func (t *FactoryToken) checkOrigin(ctx context.Context, k Key) error {
 	return t.hsm.With(ctx, "look at a lot key", func(s *p11.Session) error {
 		h, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, k)

@@ -12,8 +12,8 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 )
 
-// private has an object that only somebody who is logged in as the user can make or see. Anybody can make others, in a session
-// that is not logged in: an object of a mark's name that is not PRIVATE is none.
+// private has an object that only somebody who is logged in as the user can make or see. Anybody can make others, in a
+// session that is not logged in: an object of a mark's name that is not PRIVATE is none.
 var private = p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, true)}
 
 // Marks gives the marks that SetMark has left: one; or several, of processes that set one at the same time or were
@@ -29,7 +29,8 @@ func (t *OperatorToken) Marks(ctx context.Context) ([][]byte, error) {
 }
 
 // SetMark sets a mark, a text, in the place of others, and leaves those that another process has set meanwhile. Only
-// somebody who has the user PIN can do that. It is a new object: one that is changed in its place could be lost with the process.
+// somebody who has the user PIN can do that. It is a new object: one that is changed in its place could be lost with
+// the process.
 func (t *OperatorToken) SetMark(ctx context.Context, mark []byte, others [][]byte) error {
 	_, err := doAs(ctx, t.base, Operator, "set the high-water mark", func(s *p11.Session) (struct{}, error) {
 		before, err := s.Notes(keyspec.MarkLabel, private)

@@ -19,8 +19,8 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// NSS softoken has no place for some attributes in token objects. That is learnt from it, once, and leaves nothing there; what is left of the
-// templates, its keys have.
+// NSS softoken has no place for some attributes in token objects. That is learnt from it, once, and leaves nothing
+// there; what is left of the templates, its keys have.
 func TestNSSTemplates(t *testing.T) {
 	ctx := t.Context()
 	tok := softhsmtest.NSS(t)
@@ -57,8 +57,9 @@ func TestNSSTemplates(t *testing.T) {
 	}
 }
 
-// The keys of an operator's token as NSS has them, read back. Where it does not keep WRAP_WITH_TRUSTED, storage and ledger key never leave. It says LOCAL
-// of no key, and lets every RSA private key that it unwraps sign and unwrap, whatever the template says.
+// The keys of an operator's token as NSS has them, read back. Where it does not keep WRAP_WITH_TRUSTED, storage and
+// ledger key never leave. It says LOCAL of no key, and lets every RSA private key that it unwraps sign and unwrap,
+// whatever the template says.
 func TestNSSAttributes(t *testing.T) {
 	ctx := t.Context()
 	token := newOperatorOn(t, softhsmtest.NSS(t))

@@ -86,8 +86,8 @@ func (c *counter) Worked(_ string, _ time.Duration, err error) {
 	}
 }
 
-// A token that really goes, its folder moved away under load, is stood in for without a call failing, and does its share again when it is back. It
-// has a module of its own, since SoftHSM sees it again only after C_Finalize.
+// A token that really goes, its folder moved away under load, is stood in for without a call failing, and does its
+// share again when it is back. It has a module of its own, since SoftHSM sees it again only after C_Finalize.
 func TestPoolLosesAToken(t *testing.T) {
 	module := filepath.Join(t.TempDir(), "softhsm-too.so")
 	if err := os.WriteFile(module, must[[]byte](t)(os.ReadFile(softhsmtest.ModulePath())), 0o700); err != nil {

@@ -19,7 +19,8 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// Another process makes a storage key, and this one looks when the key's file is still empty: it finds the key all the same.
+// Another process makes a storage key, and this one looks when the key's file is still empty: it finds the key all the
+// same.
 func TestUnseenKey(t *testing.T) {
 	if uri := os.Getenv(childURI); uri != "" {
 		token := must[*OperatorToken](t)(OpenOperator(t.Context(), uri, Options{}))

@@ -17,8 +17,9 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 )
 
-// The baseline: what the token does in a second when nothing is asked of it but the operation that the rest has to be made for. It
-// has sessions of its own, and the calls are those of miekg/pkcs11, as a loop that anybody writes makes them.
+// The baseline: what the token does in a second when nothing is asked of it but the operation that the rest has to be
+// made for. It has sessions of its own, and the calls are those of miekg/pkcs11, as a loop that anybody writes makes
+// them.
 
 // BareDecryptions is the baseline of OpenPayload: raw decryptions a second with a lot key.
 func BareDecryptions(
@@ -35,8 +36,8 @@ func BareDecryptions(
 	})
 }
 
-// BareDeviceKeys is the baseline of MakeDeviceKey in the suites with P-256: key pairs a second that are made, wrapped and destroyed. Their private keys
-// are PRIVATE, as tokens make them unless told otherwise.
+// BareDeviceKeys is the baseline of MakeDeviceKey in the suites with P-256: key pairs a second that are made, wrapped
+// and destroyed. Their private keys are PRIVATE, as tokens make them unless told otherwise.
 func BareDeviceKeys(
 	ctx context.Context, t *p11.Token, injection keyspec.Key, d time.Duration,
 ) (float64, error) {
@@ -50,7 +51,8 @@ func BareDeviceKeys(
 	})
 }
 
-// bareSessions are those for each core with which SoftHSM is the fastest at it: a loop has nothing else to do while it waits.
+// bareSessions are those for each core with which SoftHSM is the fastest at it: a loop has nothing else to do while it
+// waits.
 const bareSessions = 4
 
 // bare runs f on many sessions for as long as d, and gives how often a second.

@@ -29,9 +29,10 @@ func lookUp(t *p11.Token, s *p11.Session, class uint, k keyspec.Key) (pkcs11.Obj
 	return found[0], checkMaker(t, s, class, found[0], k)
 }
 
-// checkMaker refuses an object in the place of a key of ours that others could have made. CKA_ID and label say nothing: what is not PRIVATE is made, and
-// destroyed, without a PIN, but only the security officer makes TRUSTED keys. An injection key must be one: device keys are under it, and whoever has
-// the user PIN, too, could put one of a known value in its place.
+// checkMaker refuses an object in the place of a key of ours that others could have made. CKA_ID and label say nothing:
+// what is not PRIVATE is made, and destroyed, without a PIN, but only the security officer makes TRUSTED keys. An
+// injection key must be one: device keys are under it, and whoever has the user PIN, too, could put one of a known
+// value in its place.
 func checkMaker(t *p11.Token, s *p11.Session, class uint, h pkcs11.ObjectHandle, k keyspec.Key) error {
 	if class == pkcs11.CKO_PUBLIC_KEY {
 		return nil // it is compared with what it is the other half of, or the token asks that it is TRUSTED

@@ -16,8 +16,8 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// RSAPublic is the template of a public key object that lives until it has been read: the private object has the modulus
-// too, and a second object of each key would be one more thing to keep in step.
+// RSAPublic is the template of a public key object that lives until it has been read: the private object has the
+// modulus too, and a second object of each key would be one more thing to keep in step.
 func RSAPublic(bits int) p11.Attributes {
 	return p11.Attributes{
 		p11.Attr(pkcs11.CKA_TOKEN, false), p11.Attr(pkcs11.CKA_PRIVATE, false),

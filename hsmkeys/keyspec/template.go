@@ -8,9 +8,9 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 )
 
-// OAEP is RSA-OAEP with SHA-1 and MGF1-SHA-1, JOSE's "RSA-OAEP" (RFC 7518 section 4.3): the one parameter set that every
-// token has. OAEP does not rest on collision resistance, so SHA-1's weakness does not reach it (RFC 8017 appendix B.1
-// keeps it for that reason). Its parameters are in p11/direct.go.
+// OAEP is RSA-OAEP with SHA-1 and MGF1-SHA-1, JOSE's "RSA-OAEP" (RFC 7518 section 4.3): the one parameter set that
+// every token has. OAEP does not rest on collision resistance, so SHA-1's weakness does not reach it (RFC 8017 appendix
+// B.1 keeps it for that reason). Its parameters are in p11/direct.go.
 const OAEP = pkcs11.CKM_RSA_PKCS_OAEP
 
 // WrappedRoom is more than any wrapped key of ours takes: an RSA-4096 key as PKCS #8 in AES-KWP has some 2,400 bytes.

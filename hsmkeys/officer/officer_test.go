@@ -94,8 +94,8 @@ func TestOfficerPINIsSet(t *testing.T) {
 	}
 }
 
-// A change that is interrupted after any step can be told from one that was made, and is brought to its end by a login with the PIN that is
-// the token's.
+// A change that is interrupted after any step can be told from one that was made, and is brought to its end by a login
+// with the PIN that is the token's.
 func TestOfficerPINInterrupted(t *testing.T) {
 	old := PIN{"OLD2OLD2OLD2OLD2OLD2OLD2OLD2OLD2", &Split{"old", 2, 3}}
 	next := PIN{"NEXT2NEXT2NEXT2NEXT2NEXT2NEXT2NE", &Split{"new", 3, 5}}

@@ -26,8 +26,8 @@ type connection struct {
 	signers *crypto11.Context
 }
 
-// acquire has the module initialised. crypto11 insists on making C_Initialize itself, so it comes first; and it gives no
-// string of the module's own, so a token whose module wants one has no signers.
+// acquire has the module initialised. crypto11 insists on making C_Initialize itself, so it comes first; and it gives
+// no string of the module's own, so a token whose module wants one has no signers.
 func (c *connection) acquire() (err error) {
 	if c.uri.reserved == "" {
 		config := &crypto11.Config{Path: c.uri.module, LoginNotSupported: true, MaxSessions: crypto11Sessions()}

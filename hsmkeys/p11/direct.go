@@ -49,8 +49,8 @@ static ck_mechanism mechanism(ck m)
 	return (ck_mechanism){ m, 0, 0 };
 }
 
-// A template, and the members of its array attributes. Go gives it as rows: a type, a size and a number of members for each attribute; and their
-// values one after the other. The members of an array attribute follow it.
+// A template, and the members of its array attributes. Go gives it as rows: a type, a size and a number of members for
+// each attribute; and their values one after the other. The members of an array attribute follow it.
 typedef struct { ck_attribute a[max_attributes], member[max_attributes]; ck count; } ck_template;
 
 static void template(ck_template *t, const ck *shape, ck rows, unsigned char *values)
@@ -214,7 +214,8 @@ func (s *Session) Wrap(mechanism uint, wrapping, key pkcs11.ObjectHandle, out []
 // ckfArrayAttribute is in the types of array attributes (PKCS #11 v2.40 section 4.1).
 const ckfArrayAttribute = 0x40000000
 
-// shape is a template as C takes it: a type, a size and a number of members for each attribute, and their values in a row, copies that may be secret.
+// shape is a template as C takes it: a type, a size and a number of members for each attribute, and their values in a
+// row, copies that may be secret.
 func shape(a Attributes) (rows []C.ck, values []byte, err error) {
 	if len(a) > C.max_attributes {
 		return nil, nil, fmt.Errorf("a template of %d attributes: there is room for %d, see max_attributes",
@@ -297,7 +298,8 @@ func (s *Session) Unwrap(mechanism uint, unwrapping pkcs11.ObjectHandle, wrapped
 	})
 }
 
-// Size is how long an attribute is that the token would give, 0 if it would not. The value is not fetched: there is no room for it in the call.
+// Size is how long an attribute is that the token would give, 0 if it would not. The value is not fetched: there is no
+// room for it in the call.
 func (s *Session) Size(h pkcs11.ObjectHandle, attribute uint) (uint, error) {
 	var size C.ck
 	err := toError(C.attribute_size(s.list, C.ck(s.ID), C.ck(h), C.ck(attribute), &size))

@@ -22,7 +22,7 @@ var hints = map[pkcs11.Error]string{
 	pkcs11.CKR_PIN_INCORRECT:                  hintPIN,
 	pkcs11.CKR_PIN_INVALID:                    hintPIN,
 	pkcs11.CKR_PIN_LEN_RANGE:                  hintPIN,
-	pkcs11.CKR_PIN_LOCKED:                     "the token's PIN is locked after too many wrong tries: the security officer has to set a new one",
+	pkcs11.CKR_PIN_LOCKED:                     hintLocked,
 	pkcs11.CKR_KEY_HANDLE_INVALID:             hintKeyGone,
 	pkcs11.CKR_OBJECT_HANDLE_INVALID:          hintKeyGone,
 	pkcs11.CKR_WRAPPING_KEY_HANDLE_INVALID:    hintKeyGone,
@@ -31,14 +31,16 @@ var hints = map[pkcs11.Error]string{
 	pkcs11.CKR_USER_ANOTHER_ALREADY_LOGGED_IN: hintOtherUser,
 	pkcs11.CKR_SESSION_READ_ONLY_EXISTS:       hintOtherUser,
 	pkcs11.CKR_MECHANISM_INVALID:              "the token cannot do this: see the doctor command",
-	pkcs11.CKR_KEY_NOT_WRAPPABLE:              "the key may only be wrapped under a key that the security officer has made TRUSTED",
+	pkcs11.CKR_KEY_NOT_WRAPPABLE:              hintTrusted,
 	pkcs11.CKR_KEY_UNEXTRACTABLE:              "the key is sealed in the token for good",
 	pkcs11.CKR_DEVICE_MEMORY:                  "the token is full, or its disk is",
 }
 
 const (
-	hintPIN = "the token refused the PIN; it was tried once and will not be tried again, since a token locks after a few " +
-		"wrong PINs: check the pin-source"
+	hintPIN = "the token refused the PIN; it was tried once and will not be tried again, " +
+		"since a token locks after a few wrong PINs: check the pin-source"
+	hintLocked  = "the token's PIN is locked after too many wrong tries: the security officer has to set a new one"
+	hintTrusted = "the key may only be wrapped under a key that the security officer has made TRUSTED"
 	hintKeyGone = "a key that was there is gone: the token was removed, or somebody removed the key; " +
 		"bring it back, and run the same command again"
 	hintOtherUser = "another user is logged in to the token in this process"

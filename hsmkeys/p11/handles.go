@@ -20,8 +20,8 @@ type handles struct {
 	known map[Object]pkcs11.ObjectHandle // another map after each Forget; it and what is in it are guarded by mu
 }
 
-// Remembered gives the handle of an object if it is known, or the one that look gives, which is known from then on until
-// it is forgotten.
+// Remembered gives the handle of an object if it is known, or the one that look gives, which is known from then on
+// until it is forgotten.
 func (h *handles) Remembered(
 	o Object, look func() (pkcs11.ObjectHandle, error),
 ) (pkcs11.ObjectHandle, error) {

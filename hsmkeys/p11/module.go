@@ -12,8 +12,8 @@ import (
 )
 
 // A module is a PKCS #11 library in this process. It stays loaded. C_Initialize and C_Finalize are made once for all
-// [Token]s that use it at a time: by crypto11 where it can, and by ourselves where the library wants a string of its own,
-// or keeps those apart who have asked it for its functions, as p11-kit's client does.
+// [Token]s that use it at a time: by crypto11 where it can, and by ourselves where the library wants a string of its
+// own, or keeps those apart who have asked it for its functions, as p11-kit's client does.
 type module struct {
 	*pkcs11.Ctx
 	list functionList

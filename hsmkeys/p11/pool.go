@@ -18,9 +18,9 @@ func NewPool[T any](tokens ...T) *Pool[T] { return &Pool[T]{tokens: tokens} }
 // Tokens are those of the pool.
 func (p *Pool[T]) Tokens() []T { return p.tokens }
 
-// OnAny does an operation on one token after the other, beginning with another one each time, until one is there and has
-// the key: of a key that is being rotated, the newest generation is in one token first. The operation must be one that
-// can be done twice.
+// OnAny does an operation on one token after the other, beginning with another one each time, until one is there and
+// has the key: of a key that is being rotated, the newest generation is in one token first. The operation must be one
+// that can be done twice.
 func OnAny[T, R any](p *Pool[T], f func(T) (R, error)) (out R, err error) {
 	first := int(p.next.Add(1) % uint64(len(p.tokens)))
 	for i := range p.tokens {

@@ -88,7 +88,8 @@ func (s *Session) PutNote(label string, text []byte, how Attributes) error {
 	_, err := s.Create(Join(
 		Attributes{Attr(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), Attr(pkcs11.CKA_APPLICATION, text)}, common))
 	if err != nil && IsCKR(err, refusedTemplate...) {
-		// NSS softoken keeps no data objects (CKR_ATTRIBUTE_VALUE_INVALID). There a key of no use says it by its CKA_ID.
+		// NSS softoken keeps no data objects (CKR_ATTRIBUTE_VALUE_INVALID). There a key of no use says it by its
+		// CKA_ID.
 		_, err = s.Generate(pkcs11.CKM_AES_KEY_GEN, Join(
 			Attributes{Attr(pkcs11.CKA_VALUE_LEN, 32), Attr(pkcs11.CKA_ID, text)}, Unextractable, Use(Usages), common))
 	}

@@ -15,7 +15,8 @@ import (
 
 // Options say how a token is used. The zero value is right for a command.
 type Options struct {
-	// HangTimeout is after how long a call is given up; 0 for two minutes: the slowest of ours makes an RSA-4096 key pair.
+	// HangTimeout is after how long a call is given up; 0 for two minutes: the slowest of ours makes an RSA-4096 key
+	// pair.
 	HangTimeout time.Duration
 	// Observer is told of operations; it may be nil.
 	Observer Observer
@@ -131,8 +132,8 @@ func connect(u *uri, o Options) (*Token, error) {
 	t.Forget()
 	if err := t.acquire(); err != nil {
 		t.release()
-		return nil, fmt.Errorf("the PKCS #11 module %s cannot be used: %w: is its token connected, its configuration right%s, "+
-			"and does it want %s in the URI?", u.module, err, softhsmConf(), initReserved)
+		return nil, fmt.Errorf("the PKCS #11 module %s cannot be used: %w: is its token connected, "+
+			"its configuration right%s, and does it want %s in the URI?", u.module, err, softhsmConf(), initReserved)
 	}
 	if t.slot, t.info, err = t.findSlot(); err != nil {
 		t.Close()
@@ -154,9 +155,10 @@ func connect(u *uri, o Options) (*Token, error) {
 	return t, nil
 }
 
-// Sessions of a pool: a module that computes in this process, as SoftHSM, keeps the cores busy with two for each, one of
-// which may wait for the module's locks; more of them only take turns, and each turn finds its caches filled by another.
-// An HSM behind a bus or a network is busy elsewhere, and what counts is how many calls are on their way to it.
+// Sessions of a pool: a module that computes in this process, as SoftHSM, keeps the cores busy with two for each, one
+// of which may wait for the module's locks; more of them only take turns, and each turn finds its caches filled by
+// another. An HSM behind a bus or a network is busy elsewhere, and what counts is how many calls are on their way to
+// it.
 const (
 	sessionsACore = 2
 	sessionsAway  = 64

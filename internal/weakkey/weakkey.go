@@ -54,7 +54,8 @@ func CheckWrapping(pub *rsa.PublicKey) error {
 	return nil
 }
 
-// checkModulus refuses, of a key that others have made and of any length, what can be seen of a modulus at once: a small factor, a prime, a square, ROCA.
+// checkModulus refuses, of a key that others have made and of any length, what can be seen of a modulus at once: a
+// small factor, a prime, a square, ROCA.
 func checkModulus(n *big.Int) error {
 	root := new(big.Int).Sqrt(n)
 	switch {
@@ -104,11 +105,11 @@ func CommonFactors(n *big.Int, earlier iter.Seq2[string, *big.Int]) error {
 	return errors.New("the modulus shares a prime with an earlier one")
 }
 
-// SharedFactors gives the places of those moduli that share a prime with another, or are another. It is Bernstein's batch
-// algorithm ("How to find smooth parts of integers", 2004, as Heninger, Durumeric, Wustrow and Halderman used it in "Mining
-// your Ps and Qs", 2012): a product tree, and what is left at each leaf of the product of all others. Instead of taking
-// the product P modulo squares it keeps, at a node with product v, (P/v) mod v, which needs numbers half as long:
-// for v = a*b, P/a = (P/v)*b.
+// SharedFactors gives the places of those moduli that share a prime with another, or are another. It is Bernstein's
+// batch algorithm ("How to find smooth parts of integers", 2004, as Heninger, Durumeric, Wustrow and Halderman used it
+// in "Mining your Ps and Qs", 2012): a product tree, and what is left at each leaf of the product of all others.
+// Instead of taking the product P modulo squares it keeps, at a node with product v, (P/v) mod v, which needs numbers
+// half as long: for v = a*b, P/a = (P/v)*b.
 func SharedFactors(ctx context.Context, moduli []*big.Int) ([]int, error) {
 	if len(moduli) < 2 {
 		return nil, nil
