@@ -30,7 +30,8 @@ func NewReceiver(s *p11.Session, label string, unwraps p11.Attributes) (*rsa.Pub
 
 // Receivers are the public halves of the keys of NewReceiver's with a label that begins so.
 func Receivers(s *p11.Session, label string) (all []*rsa.PublicKey, err error) {
-	return all, eachReceiver(s, label, func(_ pkcs11.ObjectHandle, pub *rsa.PublicKey) { all = append(all, pub) })
+	err = eachReceiver(s, label, func(_ pkcs11.ObjectHandle, pub *rsa.PublicKey) { all = append(all, pub) })
+	return all, err
 }
 
 func eachReceiver(s *p11.Session, label string, f func(pkcs11.ObjectHandle, *rsa.PublicKey)) error {
