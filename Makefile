@@ -68,8 +68,8 @@ ROOT_ONLY := $(if $(filter-out 0,$(shell id -u)),|OpenCryptoki)
 # What the run of an operator's side on a second token leaves out: tests that have SoftHSM's token all the same, need a
 # factory's by way of the same module, or a security officer; and one that NSS softoken fails, for a reason that
 # docs/tokens.md has.
-SOFTHSM_ONLY := Wycheproof Attributes Sides UnwrapTemplates WhatLeaves CheckLotKey CommonFactors SharedFactors Renew \
-	Group OpenRefuses TestGivenUp$$ GivenUpHandle KWPByEitherName TestWeak TrialsOf RemoteKilled \
+SOFTHSM_ONLY := Wycheproof Attributes Sides UnwrapTemplates WhatLeaves Renew Pool OpenRefuses FunctionList \
+	EnrolRefuses Officer TestGivenUp$$ GivenUpHandle KWPByEitherName TestWeak TrialsOf RemoteKilled \
 	KnownRefusalsTakeAsLong Rotated ResealDamaged
 empty :=
 any-of = $(subst $(empty) ,|,$(strip $(1)))
@@ -79,7 +79,7 @@ check: lint deps-check ## lint, and the tests that need no Vault, PostgreSQL, br
 	@scripts/step.sh 'tests without servers' scripts/leaves-nothing.sh \
 		go test -race -timeout $(TIMEOUT) -skip '$(SERVERS)$(ROOT_ONLY)' work
 	@KMEHSM_TEST_OPERATOR=nss scripts/step.sh "an operator's side on NSS softoken" scripts/leaves-nothing.sh \
-		go test -race -timeout $(TIMEOUT) -skip '$(SERVERS)|$(call any-of,$(SOFTHSM_ONLY))' ./binding ./hsmkeys ./internal/faultmodule
+		go test -race -timeout $(TIMEOUT) -skip '$(SERVERS)|$(call any-of,$(SOFTHSM_ONLY))' ./binding ./hsmkeys/... ./internal/faultmodule
 
 test: check deps-test vaultdev ## what CI runs: check, and the other tests
 	@scripts/step.sh 'tests with Vault, PostgreSQL, a browser and Diameter' scripts/leaves-nothing.sh \

@@ -63,7 +63,7 @@ func TestBoundSuite(t *testing.T) {
 	}
 	_, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: other, IMEI: d.imei, AttemptID: r.attempt(t, other), Payload: good, Origin: here})
 	checkRefused(t, "by another subscription", err, kme.KMERejected, notAccepted)
-	if h := r.token.Health(); h.Reopened != 0 || h.Cause != nil {
+	if h := r.token.Health(); h.Reinitialised != 0 || h.Cause != nil {
 		t.Errorf("payloads have closed the token: %+v", h)
 	}
 }

@@ -91,7 +91,8 @@ func newHarness(t testing.TB) *harness {
 	t.Helper()
 	ctx := t.Context()
 	tok := softhsmtest.Operator(t)
-	token := must[*hsmkeys.Token](t)(hsmkeys.Open(ctx, tok.URI))
+	observed := new(relay)
+	token := must[*hsmkeys.OperatorToken](t)(hsmkeys.OpenOperator(ctx, tok.URI, hsmkeys.Options{Observer: observed}))
 	must[bool](t)(token.Dedicate(ctx, hsmkeys.Dedication{Side: hsmkeys.Operator}))
 	must[bool](t)(token.EnsureStorageKey(ctx))
 	must[bool](t)(token.EnsureLedgerKey(ctx))
@@ -114,7 +115,7 @@ func (r *harness) newService(o binding.Options) *binding.Service {
 }
 
 // openStore opens a store whose rows have their MACs under a token's key.
-func openStore(t testing.TB, token *hsmkeys.Token, name string) *sqlstore.Store {
+func openStore(t testing.TB, token *hsmkeys.OperatorToken, name string) *sqlstore.Store {
 	t.Helper()
 	key := must[kme.Secret](t)(token.Derive(t.Context(), sqlstore.RowKey))
 	return must[*sqlstore.Store](t)(sqlstore.Open(t.Context(), name, key))

@@ -36,7 +36,7 @@ const childArgs = "KMEHSM_TEST_CHILD"
 
 // serveChild is the service as a process that can be killed.
 func serveChild(t *testing.T, args []string) {
-	token := must[*hsmkeys.Token](t)(hsmkeys.Open(t.Context(), args[0]))
+	token := must[*hsmkeys.OperatorToken](t)(hsmkeys.OpenOperator(t.Context(), args[0], hsmkeys.Options{}))
 	store := openStore(t, token, args[1])
 	files := must[*filestore.Store](t)(filestore.Open(args[2]))
 	readers := map[string]*directory.Reader{}

@@ -27,7 +27,7 @@ func rotateChild(t *testing.T, uri, soPIN, storeName, kill string) {
 	officer := must[hsmkeys.PIN](t)(hsmkeys.ReadPIN(soPIN))
 	r := must[*hsmkeys.Rotation](t)(hsmkeys.OpenRotation(t.Context(), uri, officer))
 	defer r.Close()
-	store := openStore(t, r.Token, storeName)
+	store := openStore(t, r.OperatorToken, storeName)
 	defer store.Close()
 	must[int](t)(tokenkeys.Reseal(t.Context(), r, store, hsmkeys.SealedFrom(r.Newest()), func(int) {
 		if kill == "kill" {
@@ -190,7 +190,7 @@ func TestResealDamaged(t *testing.T) {
 	rotation := must[*hsmkeys.Rotation](t)(hsmkeys.OpenRotation(t.Context(), r.tokenURI, must[hsmkeys.PIN](t)(hsmkeys.ReadPIN(r.soPIN))))
 	defer func() {
 		rotation.Close()
-		r.token = must[*hsmkeys.Token](t)(hsmkeys.Open(t.Context(), r.tokenURI))
+		r.token = must[*hsmkeys.OperatorToken](t)(hsmkeys.OpenOperator(t.Context(), r.tokenURI, hsmkeys.Options{}))
 	}()
 	done, err := tokenkeys.Reseal(t.Context(), rotation, r.store, hsmkeys.SealedFrom(2), func(int) {})
 	var damaged *tokenkeys.DamagedError
@@ -206,7 +206,7 @@ type losing struct{ *sqlstore.Store }
 func (losing) Reseal(context.Context, []tokenkeys.Resealed) (int, error) { return 0, nil }
 
 // same seals as it was sealed.
-type same struct{ *hsmkeys.Token }
+type same struct{ *hsmkeys.OperatorToken }
 
 func (same) Reseal(_ context.Context, sealed []byte) ([]byte, error) { return sealed, nil }
 

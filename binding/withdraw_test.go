@@ -190,7 +190,8 @@ func TestRetireLot(t *testing.T) {
 func TestRetireLotOfAFactory(t *testing.T) {
 	r, m, _ := newServed(t)
 	ctx := t.Context()
-	factory := must[*hsmkeys.Token](t)(hsmkeys.Open(ctx, softhsmtest.Token(t).URI))
+	uri := softhsmtest.Token(t).URI
+	factory := must[*hsmkeys.FactoryToken](t)(hsmkeys.OpenFactory(ctx, uri, hsmkeys.Options{}))
 	t.Cleanup(func() { factory.Close() })
 	must[bool](t)(factory.Dedicate(ctx, hsmkeys.Dedication{Side: hsmkeys.Factory}))
 	if _, _, err := factory.EnsureLotKey(ctx, m.lotKey("L1"), 2048, hsmkeys.PrimesAuto); err != nil {

@@ -57,7 +57,7 @@ type Act func(token string, pin hsmkeys.OfficerPIN) (made map[string]string, err
 func (c Ceremony) Hold(ctx context.Context, act Act) (minutes string, err error) {
 	m := Minutes{Ceremony: c.Name, Present: append([]string{}, c.Present...)}
 	var pin hsmkeys.OfficerPIN
-	err = withSigner(ctx, c.TokenURI, func(token *hsmkeys.Token, _ *directory.Signer) (err error) { // which can sign the minutes
+	err = withSigner(ctx, c.TokenURI, func(token *hsmkeys.FactoryToken, _ *directory.Signer) (err error) { // which can sign the minutes
 		m.Token = token.Serial()
 		pin, m.Shares, err = c.Officer.PIN(ctx, token, c.Basis)
 		m.Split = pin.Split
@@ -70,7 +70,7 @@ func (c Ceremony) Hold(ctx context.Context, act Act) (minutes string, err error)
 		if m.Made, err = act(m.Token, pin); err != nil {
 			return err
 		}
-		err = withSigner(ctx, c.TokenURI, func(_ *hsmkeys.Token, signer *directory.Signer) (err error) {
+		err = withSigner(ctx, c.TokenURI, func(_ *hsmkeys.FactoryToken, signer *directory.Signer) (err error) {
 			minutes, err = c.State.writeMinutes(signer, m)
 			return err
 		})
@@ -79,7 +79,7 @@ func (c Ceremony) Hold(ctx context.Context, act Act) (minutes string, err error)
 		}
 		return err
 	}, func(head *auditlog.Head) error {
-		return withToken(ctx, c.TokenURI, func(token *hsmkeys.Token) error { return c.State.SignLog(token, head) })
+		return withToken(ctx, c.TokenURI, func(token *hsmkeys.FactoryToken) error { return c.State.SignLog(token, head) })
 	})
 	return minutes, err
 }
@@ -159,7 +159,7 @@ func enroll(ctx context.Context, tokenURI string, officer hsmkeys.PIN, name stri
 	// The key is named after the manufacturer, whose signing key only a user's login shows; the security officer's
 	// login ends that one.
 	var k hsmkeys.Key
-	err := withSigner(ctx, tokenURI, func(t *hsmkeys.Token, s *directory.Signer) (err error) {
+	err := withSigner(ctx, tokenURI, func(t *hsmkeys.FactoryToken, s *directory.Signer) (err error) {
 		if k = named(s.KeyID()); generation > 0 {
 			k, err = next(ctx, t, k, generation)
 		} else {
@@ -174,7 +174,7 @@ func enroll(ctx context.Context, tokenURI string, officer hsmkeys.PIN, name stri
 	if e.Created, err = hsmkeys.EnrollKey(ctx, tokenURI, officer, k, to); err != nil {
 		return nil, fmt.Errorf("enroll %s: %w", name, err)
 	}
-	err = withSigner(ctx, tokenURI, func(t *hsmkeys.Token, s *directory.Signer) error {
+	err = withSigner(ctx, tokenURI, func(t *hsmkeys.FactoryToken, s *directory.Signer) error {
 		wrapped, err := t.WrapEnrolled(ctx, k)
 		if err == nil {
 			e.File, e.Made, err = done(k, wrapped, s)
@@ -189,8 +189,8 @@ func enroll(ctx context.Context, tokenURI string, officer hsmkeys.PIN, name stri
 	return e, nil
 }
 
-func withSigner(ctx context.Context, tokenURI string, f func(*hsmkeys.Token, *directory.Signer) error) error {
-	return withToken(ctx, tokenURI, func(token *hsmkeys.Token) error {
+func withSigner(ctx context.Context, tokenURI string, f func(*hsmkeys.FactoryToken, *directory.Signer) error) error {
+	return withToken(ctx, tokenURI, func(token *hsmkeys.FactoryToken) error {
 		signer, err := openSigner(token)
 		if err != nil {
 			return err
@@ -199,7 +199,7 @@ func withSigner(ctx context.Context, tokenURI string, f func(*hsmkeys.Token, *di
 	})
 }
 
-func withToken(ctx context.Context, uri string, f func(*hsmkeys.Token) error) error {
+func withToken(ctx context.Context, uri string, f func(*hsmkeys.FactoryToken) error) error {
 	token, err := hsmkeys.Open(ctx, uri)
 	if err != nil {
 		return err

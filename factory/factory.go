@@ -142,7 +142,7 @@ func (l *Line) CreateLot(ctx context.Context, spec LotSpec) (*directory.Manifest
 	if err != nil {
 		return nil, err
 	}
-	err = hsmkeys.CheckCommonFactors(pub.N, func(yield func(string, *big.Int) bool) {
+	err = weakkey.CommonFactors(pub.N, func(yield func(string, *big.Int) bool) {
 		for _, other := range earlier {
 			if !yield(other.Lot, other.PublicKey().N) {
 				return

@@ -36,7 +36,7 @@ var fixtureKey = sync.OnceValue(func() *rsa.PublicKey {
 })
 
 // newLine is a line on a new token, with one fixture, and an empty directory.
-func newLine(t *testing.T) (line *Line, dir string, token *hsmkeys.Token) {
+func newLine(t *testing.T) (line *Line, dir string, token *hsmkeys.FactoryToken) {
 	t.Helper()
 	tok := softhsmtest.Token(t)
 	token = must(hsmkeys.Open(t.Context(), tok.URI))
@@ -50,7 +50,7 @@ func newLine(t *testing.T) (line *Line, dir string, token *hsmkeys.Token) {
 	if _, err := EnrollFixture(t.Context(), tok.URI, hsmkeys.PIN(tok.SOPIN), "f1", fixtureKey(), 0); err != nil {
 		t.Fatal(err)
 	}
-	token = must(hsmkeys.Open(t.Context(), tok.URI))
+	token = must(hsmkeys.OpenFactory(t.Context(), tok.URI, hsmkeys.Options{}))
 	t.Cleanup(func() { token.Close() })
 	dir = t.TempDir()
 	return must(NewLine(token, must(filestore.Open(dir)), State{Dir: t.TempDir()})), dir, token
@@ -120,11 +120,11 @@ func TestFixtures(t *testing.T) {
 	officer := hsmkeys.PIN(tok.SOPIN)
 	onLine := func(f func(line *Line)) {
 		t.Helper()
-		token := must(hsmkeys.Open(ctx, tok.URI))
+		token := must(hsmkeys.OpenFactory(ctx, tok.URI, hsmkeys.Options{}))
 		defer token.Close()
 		f(must(NewLine(token, must(filestore.Open(t.TempDir())), State{Dir: t.TempDir()})))
 	}
-	token := must(hsmkeys.Open(ctx, tok.URI))
+	token := must(hsmkeys.OpenFactory(ctx, tok.URI, hsmkeys.Options{}))
 	if _, _, _, err := Init(ctx, token); err != nil {
 		t.Fatal(err)
 	}

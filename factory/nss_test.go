@@ -17,7 +17,7 @@ import (
 
 // signsElsewhere is a token whose manufacturer signs with another: NSS softoken signs for none.
 type signsElsewhere struct {
-	*hsmkeys.Token
+	*hsmkeys.FactoryToken
 	key *ecdsa.PrivateKey
 }
 
@@ -32,7 +32,7 @@ func (s signsElsewhere) Signer(k hsmkeys.Key) (crypto.Signer, error) {
 // is made.
 func TestNSSRefused(t *testing.T) {
 	ctx := t.Context()
-	token := must(hsmkeys.Open(ctx, softhsmtest.NSS(t).URI))
+	token := must(hsmkeys.OpenFactory(ctx, softhsmtest.NSS(t).URI, hsmkeys.Options{}))
 	t.Cleanup(func() { token.Close() })
 	check := func(what string, err error) {
 		t.Helper()

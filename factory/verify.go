@@ -118,7 +118,7 @@ func Audit(ctx context.Context, store directory.Store, verifier *directory.Verif
 		}
 		all, moduli = append(all, m), append(moduli, m.PublicKey().N)
 	}
-	shared, err := hsmkeys.SharedFactors(ctx, moduli)
+	shared, err := weakkey.SharedFactors(ctx, moduli)
 	if err != nil {
 		return nil, err
 	}
@@ -138,7 +138,7 @@ func (v *verifying) manifest(ctx context.Context, lot string) (*directory.Manife
 	if err != nil {
 		return nil, err
 	}
-	if err := hsmkeys.CheckLotKey(ctx, m.PublicKey(), m.PublicKey().N.BitLen()); err != nil {
+	if err := weakkey.Check(ctx, m.PublicKey(), m.PublicKey().N.BitLen()); err != nil {
 		v.problem("lot %s: %v", lot, err)
 	}
 	return m, nil

@@ -10,6 +10,10 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/keyop"
+	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
+	"github.com/kmehsm/kmehsm/hsmkeys/p11"
+	"github.com/kmehsm/kmehsm/internal/weakkey"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -17,18 +21,15 @@ import (
 // and the security officer of this one took in as TRUSTED (TakeRecipient). It is TRUSTED for the moment of a backup
 // only, and wraps no other key.
 
-// backupKey is the recipient in the token that is backed up.
-var backupKey = Key{Role: RoleBackup}
-
 // TakeRecipient takes in the RSA key that receives the storage and ledger key. It logs in as the security officer,
-// once: no Token of this token may be open in the process.
+// once: no token of the URI may be open in the process.
 func TakeRecipient(ctx context.Context, tokenURI string, officer PIN, to *rsa.PublicKey) error {
-	if err := checkWrappingKey(to); err != nil {
+	if err := weakkey.CheckWrapping(to); err != nil {
 		return err
 	}
 	// By class and WRAP_WITH_TRUSTED: SoftHSM compares no byte strings with those of PRIVATE objects, as CKA_ID is.
-	wraps := attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_WRAP_WITH_TRUSTED, true)}
-	return asOfficer(tokenURI, officer, func(t *Token) error { return t.takeRecipient(ctx, Operator, backupKey, to, wraps) })
+	wraps := p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), p11.Attr(pkcs11.CKA_WRAP_WITH_TRUSTED, true)}
+	return asOfficer(tokenURI, officer, func(b *base) error { return b.takeRecipient(ctx, Operator, keyspec.Backup, to, wraps) })
 }
 
 // A Carried key is a storage or ledger key on its way to another token.
@@ -40,13 +41,13 @@ type Carried struct {
 
 // CarryOut is the ledger key and all storage keys that the token has, under the key that TakeRecipient took in, which
 // it destroys.
-func (t *Token) CarryOut(ctx context.Context) ([]Carried, error) {
-	return doAs(ctx, t, Operator, "back up keys", func(s *session) (all []Carried, err error) {
-		to, err := t.find(s, pkcs11.CKO_PUBLIC_KEY, backupKey)
+func (t *OperatorToken) CarryOut(ctx context.Context) ([]Carried, error) {
+	return doAs(ctx, t.base, Operator, "back up keys", func(s *p11.Session) (all []Carried, err error) {
+		to, err := t.find(s, pkcs11.CKO_PUBLIC_KEY, keyspec.Backup)
 		if err != nil {
 			return nil, err
 		}
-		defer func() { err = errors.Join(err, t.destroy(s, pkcs11.CKO_PUBLIC_KEY, backupKey)) }()
+		defer func() { err = errors.Join(err, t.destroy(s, pkcs11.CKO_PUBLIC_KEY, keyspec.Backup)) }()
 		for k := range carriedKeys() {
 			h, err := t.find(s, pkcs11.CKO_SECRET_KEY, k)
 			if errors.Is(err, ErrNoKey) && k.Role == RoleStorage {
@@ -56,8 +57,8 @@ func (t *Token) CarryOut(ctx context.Context) ([]Carried, error) {
 				return nil, err
 			}
 			c := Carried{Key: k}
-			if c.Wrapped, err = s.wrap(oaep, to, h, make([]byte, wrappedRoom)); err != nil {
-				return nil, explain("wrap "+k.Label(), err)
+			if c.Wrapped, err = s.Wrap(keyspec.OAEP, to, h, make([]byte, keyspec.WrappedRoom)); err != nil {
+				return nil, p11.Explain("wrap "+k.Label(), err)
 			}
 			if c.Check, err = checkValue(s, k, h); err != nil {
 				return nil, err
@@ -65,7 +66,7 @@ func (t *Token) CarryOut(ctx context.Context) ([]Carried, error) {
 			all = append(all, c)
 		}
 		if len(all) < 2 {
-			return nil, fmt.Errorf("%s: %w", storageKey.Label(), ErrNoKey)
+			return nil, fmt.Errorf("%s: %w", keyspec.Storage.Label(), ErrNoKey)
 		}
 		return all, nil
 	})
@@ -74,72 +75,62 @@ func (t *Token) CarryOut(ctx context.Context) ([]Carried, error) {
 // carriedKeys are those that a backup may have: the ledger key, and the generations of the storage key.
 func carriedKeys() func(func(Key) bool) {
 	return func(yield func(Key) bool) {
-		if yield(ledgerKey) {
-			storageKey.Generations()(yield)
+		if yield(keyspec.Ledger) {
+			keyspec.Storage.Generations()(yield)
 		}
 	}
 }
 
 // checkValue is the ledger key's tag of zeros, or a random KME under the storage key, which AES key wrap protects (RFC
 // 3394 section 2.2.3).
-func checkValue(s *session, k Key, h pkcs11.ObjectHandle) ([]byte, error) {
+func checkValue(s *p11.Session, k Key, h pkcs11.ObjectHandle) ([]byte, error) {
 	if k.Role == RoleLedger {
-		return hmac(s, h, make([]byte, kme.SecretSize))
+		return keyop.HMAC(s, h, make([]byte, kme.SecretSize))
 	}
-	return seal(s, k.Generation, h, kme.RandomSecret())
+	return keyop.Seal(s, k.Generation, h, kme.RandomSecret())
 }
 
 // isKey says whether a key does what its check value says.
-func isKey(s *session, h pkcs11.ObjectHandle, c Carried) (bool, error) {
+func isKey(s *p11.Session, h pkcs11.ObjectHandle, c Carried) (bool, error) {
 	if c.Key.Role == RoleLedger {
-		tag, err := hmac(s, h, make([]byte, kme.SecretSize))
+		tag, err := keyop.HMAC(s, h, make([]byte, kme.SecretSize))
 		return bytes.Equal(tag, c.Check), err
 	}
-	if len(c.Check) != sealedSize || int(c.Check[0]) != c.Key.Generation {
+	if len(c.Check) != keyop.SealedSize || int(c.Check[0]) != c.Key.Generation {
 		return false, nil
 	}
-	opened, err := s.unwrap(pkcs11.CKM_AES_KEY_WRAP, h, c.Check[1:], usable)
+	opened, err := s.Unwrap(pkcs11.CKM_AES_KEY_WRAP, h, c.Check[1:], keyspec.UsableKME)
 	if err != nil {
 		return false, nil // tokens have several codes for it
 	}
-	return true, explainIf("drop an unsealed KME", s.DestroyObject(s.h, opened))
-}
-
-// restoreLabel is in the labels of the keys that NewRestoreKey makes.
-const restoreLabel = "kme restore "
-
-// restored is what storage and ledger key have in common: what whoever unwraps them may not have otherwise.
-func restored(t traits) attributes {
-	return join(t.leaves(), attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY)}, use([]uint{
-		pkcs11.CKA_VERIFY, pkcs11.CKA_ENCRYPT, pkcs11.CKA_DECRYPT, pkcs11.CKA_DERIVE,
-	}))
+	return true, p11.Explain("drop an unsealed KME", s.Destroy(opened))
 }
 
 // NewRestoreKey makes an RSA-3072 key that receives another token's storage and ledger key. It is a transport key (see
 // NewTransportKey) for those.
-func (t *Token) NewRestoreKey(ctx context.Context) (*rsa.PublicKey, error) {
+func (t *OperatorToken) NewRestoreKey(ctx context.Context) (*rsa.PublicKey, error) {
 	traits, err := t.learnt(ctx)
 	if err != nil {
 		return nil, err
 	}
-	return t.newReceiver(ctx, restoreLabel, restored(traits))
+	return t.newReceiver(ctx, keyspec.RestoreLabel, keyspec.Restored(traits))
 }
 
 // RestoreKeys are the public halves of those that the token has.
-func (t *Token) RestoreKeys(ctx context.Context) ([]*rsa.PublicKey, error) {
-	return t.receivers(ctx, restoreLabel)
+func (t *OperatorToken) RestoreKeys(ctx context.Context) ([]*rsa.PublicKey, error) {
+	return t.receivers(ctx, keyspec.RestoreLabel)
 }
 
 // DestroyRestoreKey ends one for good. Of one that is gone, it changes nothing.
-func (t *Token) DestroyRestoreKey(ctx context.Context, pub *rsa.PublicKey) error {
-	return t.destroyReceiver(ctx, restoreLabel, pub)
+func (t *OperatorToken) DestroyRestoreKey(ctx context.Context, pub *rsa.PublicKey) error {
+	return t.destroyReceiver(ctx, keyspec.RestoreLabel, pub)
 }
 
 // CarryIn takes in keys that CarryOut has wrapped under a key of NewRestoreKey's, with the templates of our own. None
 // is taken before all have been shown to be what their check values say; one that the token has already must be so too.
 // It gives those that were taken.
-func (t *Token) CarryIn(ctx context.Context, to *rsa.PublicKey, all []Carried) (taken []Key, err error) {
-	return doAs(ctx, t, Operator, "restore keys", func(s *session) (taken []Key, err error) {
+func (t *OperatorToken) CarryIn(ctx context.Context, to *rsa.PublicKey, all []Carried) (taken []Key, err error) {
+	return doAs(ctx, t.base, Operator, "restore keys", func(s *p11.Session) (taken []Key, err error) {
 		var missing []Carried
 		for _, c := range all {
 			if !slices.Contains(slices.Collect(carriedKeys()), c.Key) || len(c.Wrapped) == 0 {
@@ -162,7 +153,7 @@ func (t *Token) CarryIn(ctx context.Context, to *rsa.PublicKey, all []Carried) (
 		if len(missing) == 0 {
 			return nil, nil
 		}
-		private, err := t.receiver(s, restoreLabel, to)
+		private, err := keyop.Receiver(s, keyspec.RestoreLabel, to)
 		if err != nil {
 			return nil, err
 		}
@@ -170,18 +161,18 @@ func (t *Token) CarryIn(ctx context.Context, to *rsa.PublicKey, all []Carried) (
 		if err != nil {
 			return nil, err
 		}
-		unwrap := func(c Carried, where attributes) (pkcs11.ObjectHandle, error) {
-			h, err := s.unwrap(oaep, private, c.Wrapped, frozen(carriedTemplate(traits, c.Key), where))
-			return h, explainIf("unwrap "+c.Key.Label()+": it was wrapped for another key, or damaged", err)
+		unwrap := func(c Carried, where p11.Attributes) (pkcs11.ObjectHandle, error) {
+			h, err := s.Unwrap(keyspec.OAEP, private, c.Wrapped, p11.Frozen(carriedTemplate(traits, c.Key), where))
+			return h, p11.Explain("unwrap "+c.Key.Label()+": it was wrapped for another key, or damaged", err)
 		}
 		for _, c := range missing {
-			trial, err := unwrap(c, attributes{attr(pkcs11.CKA_TOKEN, false)})
+			trial, err := unwrap(c, p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, false)})
 			if err != nil {
 				return nil, err
 			}
 			same, err := isKey(s, trial, c)
-			if derr := s.DestroyObject(s.h, trial); err == nil {
-				err = explainIf("drop the trial key", derr)
+			if derr := s.Destroy(trial); err == nil {
+				err = p11.Explain("drop the trial key", derr)
 			}
 			if err == nil && !same {
 				err = fmt.Errorf("the backup's %s does not do what it should: the backup is damaged, make another", c.Key.Label())
@@ -192,7 +183,7 @@ func (t *Token) CarryIn(ctx context.Context, to *rsa.PublicKey, all []Carried) (
 		}
 		defer t.sealing.Store(nil)
 		for _, c := range missing {
-			if _, err := unwrap(c, named(c.Key)); err != nil {
+			if _, err := unwrap(c, keyspec.Named(c.Key)); err != nil {
 				return taken, err
 			}
 			taken = append(taken, c.Key)
@@ -202,10 +193,10 @@ func (t *Token) CarryIn(ctx context.Context, to *rsa.PublicKey, all []Carried) (
 }
 
 // carriedTemplate is that of EnsureStorageKey and EnsureLedgerKey.
-func carriedTemplate(t traits, k Key) attributes {
-	template, kind := ledgerTemplate(t), uint(pkcs11.CKK_GENERIC_SECRET)
+func carriedTemplate(t keyspec.Traits, k Key) p11.Attributes {
+	template, kind := keyspec.LedgerTemplate(t), uint(pkcs11.CKK_GENERIC_SECRET)
 	if k.Role == RoleStorage {
-		template, kind = storageTemplate(t), pkcs11.CKK_AES
+		template, kind = keyspec.StorageTemplate(t), pkcs11.CKK_AES
 	}
-	return join(attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_KEY_TYPE, kind)}, template)
+	return p11.Join(p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), p11.Attr(pkcs11.CKA_KEY_TYPE, kind)}, template)
 }

@@ -13,6 +13,8 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
+	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 )
 
@@ -20,7 +22,7 @@ import (
 func newOperatorClosed(t *testing.T) softhsmtest.Tok {
 	t.Helper()
 	tok := softhsmtest.Token(t)
-	whileOpen(t, tok, func(token *Token) {
+	whileOpen(t, tok, func(token *OperatorToken) {
 		must[bool](t)(token.Dedicate(t.Context(), Dedication{Side: Operator}))
 		must[bool](t)(token.EnsureStorageKey(t.Context()))
 		must[bool](t)(token.EnsureLedgerKey(t.Context()))
@@ -29,9 +31,9 @@ func newOperatorClosed(t *testing.T) softhsmtest.Tok {
 }
 
 // whileOpen has a token open meanwhile.
-func whileOpen(t *testing.T, tok softhsmtest.Tok, f func(*Token)) {
+func whileOpen(t *testing.T, tok softhsmtest.Tok, f func(*OperatorToken)) {
 	t.Helper()
-	token := must[*Token](t)(Open(t.Context(), tok.URI))
+	token := must[*OperatorToken](t)(OpenOperator(t.Context(), tok.URI, Options{}))
 	f(token)
 	if err := token.Close(); err != nil {
 		t.Fatal(err)
@@ -44,7 +46,7 @@ func backUp(t *testing.T, tok softhsmtest.Tok, to *rsa.PublicKey) (all []Carried
 	if err := TakeRecipient(t.Context(), tok.URI, PIN(tok.SOPIN), to); err != nil {
 		t.Fatal(err)
 	}
-	whileOpen(t, tok, func(token *Token) { all = must[[]Carried](t)(token.CarryOut(t.Context())) })
+	whileOpen(t, tok, func(token *OperatorToken) { all = must[[]Carried](t)(token.CarryOut(t.Context())) })
 	return all
 }
 
@@ -58,7 +60,7 @@ func TestBackup(t *testing.T) {
 	all := backUp(t, first, to)
 
 	// Whoever has the PIN of the token cannot make another backup, and under the recipient of one nothing else leaves.
-	whileOpen(t, first, func(token *Token) {
+	whileOpen(t, first, func(token *OperatorToken) {
 		if _, err := token.CarryOut(ctx); !errors.Is(err, ErrNoKey) {
 			t.Errorf("a backup without the security officer: %v", err)
 		}
@@ -66,30 +68,30 @@ func TestBackup(t *testing.T) {
 	if err := TakeRecipient(ctx, first.URI, PIN(first.SOPIN), to); err != nil {
 		t.Fatal(err)
 	}
-	whileOpen(t, first, func(token *Token) {
-		if err := token.with(ctx, "test", func(s *session) error {
-			recipient, err := token.find(s, pkcs11.CKO_PUBLIC_KEY, backupKey)
+	whileOpen(t, first, func(token *OperatorToken) {
+		if err := token.hsm.With(ctx, "test", func(s *p11.Session) error {
+			recipient, err := token.find(s, pkcs11.CKO_PUBLIC_KEY, keyspec.Backup)
 			if err != nil {
 				return err
 			}
-			h, err := s.generate(pkcs11.CKM_AES_KEY_GEN, join(sealable, attributes{attr(pkcs11.CKA_VALUE_LEN, 32)}))
+			h, err := s.Generate(pkcs11.CKM_AES_KEY_GEN, p11.Join(keyspec.SealableKME, p11.Attributes{p11.Attr(pkcs11.CKA_VALUE_LEN, 32)}))
 			if err != nil {
 				return err
 			}
-			if _, err := s.wrap(oaep, recipient, h, make([]byte, wrappedRoom)); err == nil {
+			if _, err := s.Wrap(keyspec.OAEP, recipient, h, make([]byte, keyspec.WrappedRoom)); err == nil {
 				t.Error("another key leaves under the recipient of a backup")
 			}
-			own, _, err := s.generatePair(pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN, join(rsaPublic(3072), attributes{attr(pkcs11.CKA_WRAP, true)}),
-				join(guarded(false), attributes{attr(pkcs11.CKA_TOKEN, false)}))
+			own, _, err := s.GeneratePair(pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN, p11.Join(keyspec.RSAPublic(3072), p11.Attributes{p11.Attr(pkcs11.CKA_WRAP, true)}),
+				p11.Join(p11.Guarded(false), p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, false)}))
 			if err != nil {
 				return err
 			}
-			for _, k := range []Key{storageKey, ledgerKey} {
+			for _, k := range []Key{keyspec.Storage, keyspec.Ledger} {
 				h, err := token.find(s, pkcs11.CKO_SECRET_KEY, k)
 				if err != nil {
 					return err
 				}
-				if _, err := s.wrap(oaep, own, h, make([]byte, wrappedRoom)); !isCKR(err, pkcs11.CKR_KEY_NOT_WRAPPABLE) {
+				if _, err := s.Wrap(keyspec.OAEP, own, h, make([]byte, keyspec.WrappedRoom)); !p11.IsCKR(err, pkcs11.CKR_KEY_NOT_WRAPPABLE) {
 					t.Errorf("%s leaves under a key of the user's: %v", k, err)
 				}
 			}
@@ -128,7 +130,7 @@ func TestBackup(t *testing.T) {
 		if _, err := second.CarryIn(ctx, to, c.change(changed)); err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v, want %q", c.name, err, c.want)
 		}
-		for _, k := range []Key{storageKey, ledgerKey} {
+		for _, k := range []Key{keyspec.Storage, keyspec.Ledger} {
 			if must[bool](t)(second.Has(ctx, k)) {
 				t.Errorf("%s: the token has %s", c.name, k)
 			}
@@ -144,25 +146,25 @@ func TestBackup(t *testing.T) {
 	if taken := must[[]Key](t)(second.CarryIn(ctx, to, all)); len(taken) != 0 {
 		t.Errorf("taken again %v", taken)
 	}
-	group, err := OpenGroup(ctx, first.URI, secondTok.URI)
+	group, err := OpenOperatorPool(ctx, []string{first.URI, secondTok.URI}, Options{})
 	if err != nil {
 		t.Fatalf("the two are not the same: %v", err)
 	}
 	defer group.Close()
 	// They are as init makes them.
-	for _, k := range []Key{storageKey, ledgerKey} {
+	for _, k := range []Key{keyspec.Storage, keyspec.Ledger} {
 		checkSameAttributes(t, group.Tokens()[0], second, k)
 	}
 	_, sealed, err := group.Tokens()[0].sample(ctx)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := second.with(ctx, "test", func(s *session) error {
-		h, err := second.find(s, pkcs11.CKO_SECRET_KEY, storageKey)
+	if err := second.hsm.With(ctx, "test", func(s *p11.Session) error {
+		h, err := second.find(s, pkcs11.CKO_SECRET_KEY, keyspec.Storage)
 		if err != nil {
 			return err
 		}
-		if _, err := s.unwrap(pkcs11.CKM_AES_KEY_WRAP, h, sealed[1:], with(usable, attr(pkcs11.CKA_SENSITIVE, false))); err == nil {
+		if _, err := s.Unwrap(pkcs11.CKM_AES_KEY_WRAP, h, sealed[1:], p11.With(keyspec.UsableKME, p11.Attr(pkcs11.CKA_SENSITIVE, false))); err == nil {
 			t.Error("a KME is unwrapped in the restored token as one that can be read")
 		}
 		return nil
@@ -179,20 +181,20 @@ func TestBackup(t *testing.T) {
 }
 
 // checkSameAttributes compares what says who may do what with a key.
-func checkSameAttributes(t *testing.T, a, b *Token, k Key) {
+func checkSameAttributes(t *testing.T, a, b *OperatorToken, k Key) {
 	t.Helper()
-	types := append(slices.Clone(usages), pkcs11.CKA_TOKEN, pkcs11.CKA_PRIVATE, pkcs11.CKA_SENSITIVE, pkcs11.CKA_EXTRACTABLE, pkcs11.CKA_WRAP_WITH_TRUSTED,
+	types := append(slices.Clone(p11.Usages), pkcs11.CKA_TOKEN, pkcs11.CKA_PRIVATE, pkcs11.CKA_SENSITIVE, pkcs11.CKA_EXTRACTABLE, pkcs11.CKA_WRAP_WITH_TRUSTED,
 		pkcs11.CKA_TRUSTED, pkcs11.CKA_COPYABLE, pkcs11.CKA_MODIFIABLE, pkcs11.CKA_LABEL, pkcs11.CKA_KEY_TYPE)
-	read := func(token *Token) (out attributes) {
-		if err := token.with(context.Background(), "test", func(s *session) error {
+	read := func(token *OperatorToken) (out p11.Attributes) {
+		if err := token.hsm.With(context.Background(), "test", func(s *p11.Session) error {
 			h, err := token.find(s, pkcs11.CKO_SECRET_KEY, k)
 			if err != nil {
 				return err
 			}
 			for _, typ := range types {
-				out = append(out, attr(typ, nil))
+				out = append(out, p11.Attr(typ, nil))
 			}
-			out, err = s.GetAttributeValue(s.h, h, out)
+			out, err = s.Ctx.GetAttributeValue(s.ID, h, out)
 			return err
 		}); err != nil {
 			t.Fatal(err)
@@ -211,7 +213,7 @@ func TestRotation(t *testing.T) {
 	tok := newOperatorClosed(t)
 	var old [][]byte
 	var want []RAND
-	whileOpen(t, tok, func(token *Token) {
+	whileOpen(t, tok, func(token *OperatorToken) {
 		for range 50 {
 			_, sealed, err := token.sample(ctx)
 			if err != nil {
@@ -224,7 +226,7 @@ func TestRotation(t *testing.T) {
 	if _, err := OpenRotation(ctx, tok.URI, "not the PIN"); err == nil {
 		t.Fatal("without the security officer's PIN")
 	}
-	whileOpen(t, tok, func(token *Token) {
+	whileOpen(t, tok, func(token *OperatorToken) {
 		if all := must[[]int](t)(token.StorageGenerations(ctx)); !slices.Equal(all, []int{1}) {
 			t.Errorf("after a wrong PIN there are generations %v", all)
 		}
@@ -234,11 +236,10 @@ func TestRotation(t *testing.T) {
 	if err := r.Close(); err != nil {
 		t.Fatal(err)
 	}
-	r = must[*Rotation](t)(OpenRotation(ctx, tok.URI, PIN(tok.SOPIN)))
+	r = must[*Rotation](t)(openRotation(ctx, tok.URI, PIN(tok.SOPIN), Options{renewAfter: 20})) // it is reinitialised meanwhile
 	if r.Newest() != 2 {
 		t.Errorf("it seals under generation %d", r.Newest())
 	}
-	r.renewAfter.Store(20) // the module is initialised anew meanwhile
 	fresh := make([][]byte, len(old))
 	var wg sync.WaitGroup
 	for i, sealed := range old {
@@ -264,7 +265,7 @@ func TestRotation(t *testing.T) {
 	if err := r.Close(); err != nil {
 		t.Fatal(err)
 	}
-	whileOpen(t, tok, func(token *Token) {
+	whileOpen(t, tok, func(token *OperatorToken) {
 		for i, sealed := range fresh {
 			if bytes.Compare(old[i], SealedFrom(2)) >= 0 || bytes.Compare(sealed, SealedFrom(2)) < 0 {
 				t.Fatalf("%x became %x", old[i], sealed)
@@ -276,9 +277,9 @@ func TestRotation(t *testing.T) {
 			}
 		}
 		// Nothing is left that could do it again.
-		if err := token.with(ctx, "test", func(s *session) error {
+		if err := token.hsm.With(ctx, "test", func(s *p11.Session) error {
 			for _, class := range []uint{pkcs11.CKO_PUBLIC_KEY, pkcs11.CKO_PRIVATE_KEY} {
-				if left, err := s.findObjects(attributes{attr(pkcs11.CKA_CLASS, class)}); err != nil || len(left) > 0 {
+				if left, err := s.Find(p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, class)}); err != nil || len(left) > 0 {
 					t.Errorf("%d keys of class %d are left, error %v", len(left), class, err)
 				}
 			}
@@ -286,7 +287,7 @@ func TestRotation(t *testing.T) {
 		}); err != nil {
 			t.Fatal(err)
 		}
-		for _, k := range []Key{storageGeneration(1), storageGeneration(2)} {
+		for _, k := range []Key{keyspec.StorageGeneration(1), keyspec.StorageGeneration(2)} {
 			checkSameAttributes(t, token, token, k)
 		}
 		if err := token.DestroyStorageKey(ctx, 2); err == nil || !strings.Contains(err.Error(), "in use") {
@@ -313,7 +314,7 @@ func TestNewStorageKeyIsNoticed(t *testing.T) {
 	ctx := t.Context()
 	tok := newOperatorClosed(t)
 	serving, other := open(t, tok), open(t, tok)
-	sealedUnder := func(token *Token) int {
+	sealedUnder := func(token *OperatorToken) int {
 		t.Helper()
 		_, sealed, err := token.sample(ctx)
 		if err != nil {
@@ -322,8 +323,8 @@ func TestNewStorageKeyIsNoticed(t *testing.T) {
 		return int(sealed[0])
 	}
 	sealedUnder(serving)
-	serving.sealing.Store(&sealing{1, serving.sealing.Load().until.Add(1 << 40)}) // it is not asked again by itself
-	must[bool](t)(other.makeStorage(ctx, storageGeneration(2)))
+	serving.sealing.Store(&sealing{1, serving.sealing.Load().until.Add(1 << 40), serving.hsm.Epoch()}) // it is not asked again by itself
+	must[bool](t)(other.makeStorage(ctx, keyspec.StorageGeneration(2)))
 	if g := sealedUnder(serving); g != 1 {
 		t.Fatalf("sealed under %d already: this test tests nothing", g)
 	}
@@ -335,19 +336,20 @@ func TestNewStorageKeyIsNoticed(t *testing.T) {
 	if g := sealedUnder(serving); g != 2 {
 		t.Errorf("after a KME of generation 2, sealed under %d", g)
 	}
-	must[bool](t)(other.makeStorage(ctx, storageGeneration(3)))
-	serving.sealing.Store(&sealing{2, serving.sealing.Load().until.Add(-LookAgain)}) // time has passed
+	must[bool](t)(other.makeStorage(ctx, keyspec.StorageGeneration(3)))
+	serving.sealing.Store(&sealing{2, serving.sealing.Load().until.Add(-LookAgain), serving.hsm.Epoch()}) // time has passed
 	if g := sealedUnder(serving); g != 3 {
 		t.Errorf("after a while, sealed under %d", g)
 	}
 }
 
-// What a rotation that was killed and a backup that nobody has restored leave behind, the doctor says how to get rid of.
+// What a rotation that was killed and a backup that nobody has restored leave behind, the doctor says how to get rid
+// of.
 func TestDoctorOfWhatWaits(t *testing.T) {
 	token := newOperatorOn(t, softhsmtest.Token(t))
 	must[*rsa.PublicKey](t)(token.NewRestoreKey(t.Context()))
-	must[*rsa.PublicKey](t)(token.newReceiver(t.Context(), rotationLabel, importedKEK))
-	says := map[string]string{restoreLabel: "keysvc backup restore", rotationLabel: "keysvc storage rotate again"}
+	must[*rsa.PublicKey](t)(token.newReceiver(t.Context(), keyspec.RotationLabel, keyspec.ImportedKEK))
+	says := map[string]string{keyspec.RestoreLabel: "keysvc backup restore", keyspec.RotationLabel: "keysvc storage rotate again"}
 	for _, f := range must[[]Finding](t)(token.DoctorOperator(t.Context())) {
 		for label, want := range says {
 			if strings.HasPrefix(f.Check, `key "`+label) {

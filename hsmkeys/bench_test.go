@@ -10,12 +10,15 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/keyop"
+	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
+	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
 // An operator's token with a lot of 2048 bits, and a payload to it.
-func benchOperator(b testing.TB) (*Token, Payload) {
+func benchOperator(b testing.TB) (*OperatorToken, Payload) {
 	token := newOperator(b)
 	softhsmtest.AsServed(b, token.Sessions())
 	key := must[*rsa.PrivateKey](b)(rsa.GenerateKey(rand.Reader, 2048))
@@ -29,12 +32,12 @@ func benchOperator(b testing.TB) (*Token, Payload) {
 }
 
 // sessions runs f on all sessions of the token at once.
-func sessions(b *testing.B, token *Token, f func(s *session) error) {
+func sessions(b *testing.B, token *OperatorToken, f func(s *p11.Session) error) {
 	b.SetParallelism(max(1, token.Sessions()/runtime.GOMAXPROCS(0)))
 	b.ReportAllocs()
 	b.ResetTimer()
 	b.RunParallel(func(pb *testing.PB) {
-		err := token.with(b.Context(), "test", func(s *session) error {
+		err := token.hsm.With(b.Context(), "test", func(s *p11.Session) error {
 			for pb.Next() {
 				if err := f(s); err != nil {
 					return err
@@ -51,28 +54,28 @@ func sessions(b *testing.B, token *Token, f func(s *session) error) {
 func BenchmarkRawDecrypt(b *testing.B) {
 	token, p := benchOperator(b)
 	h := token.mustFind(b, pkcs11.CKO_PRIVATE_KEY, p.Lot)
-	sessions(b, token, func(s *session) error { _, err := rawDecrypt(s, h, p.Bytes); return err })
+	sessions(b, token, func(s *p11.Session) error { _, err := keyop.Decrypt(s, h, p.Bytes); return err })
 }
 
 func BenchmarkVerify(b *testing.B) {
 	token, p := benchOperator(b)
-	sig := standIn(p.Suite)
+	sig := keyop.StandIn(p.Suite)
 	signed := make([]byte, 32)
-	sessions(b, token, func(s *session) error { _, err := verifyKME(s, p.Suite, p.Device, signed, sig); return err })
+	sessions(b, token, func(s *p11.Session) error { _, err := keyop.VerifyKME(s, p.Suite, p.Device, signed, sig); return err })
 }
 
 func BenchmarkTag(b *testing.B) {
 	token, _ := benchOperator(b)
-	h := token.mustFind(b, pkcs11.CKO_SECRET_KEY, ledgerKey)
+	h := token.mustFind(b, pkcs11.CKO_SECRET_KEY, keyspec.Ledger)
 	data := make([]byte, 32)
-	sessions(b, token, func(s *session) error { _, err := hmac(s, h, data); return err })
+	sessions(b, token, func(s *p11.Session) error { _, err := keyop.HMAC(s, h, data); return err })
 }
 
 func BenchmarkSeal(b *testing.B) {
 	token, _ := benchOperator(b)
-	h := token.mustFind(b, pkcs11.CKO_SECRET_KEY, storageKey)
+	h := token.mustFind(b, pkcs11.CKO_SECRET_KEY, keyspec.Storage)
 	secret := kme.RandomSecret()
-	sessions(b, token, func(s *session) error { _, err := seal(s, 1, h, secret); return err })
+	sessions(b, token, func(s *p11.Session) error { _, err := keyop.Seal(s, 1, h, secret); return err })
 }
 
 func BenchmarkOpenPayload(b *testing.B) {

@@ -2,9 +2,83 @@
 // finds keys, wraps, unwraps, decrypts, verifies, signs and seals. It knows the protocol of package kme, but no
 // lots' business, no directory and no database.
 //
+// It has two layers. Package p11 below is a token that stays usable, and knows no key of ours. Here are the keys of a
+// [FactoryToken], of an [OperatorToken], and of several operator's tokens with the same keys, an [OperatorPool].
+// Package keyspec says what each key is, package keyop does things with one on a session, package doctor tries what a
+// token does, and package officer changes its security officer's PIN.
+//
 // No private or secret key ever leaves a token through this package other than wrapped. It never fetches
 // an attribute that could hold one: to see that refused, the doctor asks how long it is.
 //
-// Handles are never kept longer than a Token: keys are looked up by CKA_ID, which is derived from what the key is
+// Handles are never kept longer than a login: keys are looked up by CKA_ID, which is derived from what the key is
 // for (see Key), so that a second run finds its own key and an outage cannot swap two keys.
 package hsmkeys
+
+import (
+	"context"
+
+	"github.com/kmehsm/kmehsm/hsmkeys/doctor"
+	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
+	"github.com/kmehsm/kmehsm/hsmkeys/officer"
+	"github.com/kmehsm/kmehsm/hsmkeys/p11"
+)
+
+// What packages below define, and those above use.
+type (
+	Key      = keyspec.Key
+	Role     = keyspec.Role
+	Side     = keyspec.Side
+	Finding  = doctor.Finding
+	Identity = doctor.Identity
+	PIN      = p11.PIN
+	Health   = p11.Health
+	Observer = p11.Observer
+
+	Split      = officer.Split
+	OfficerPIN = officer.PIN
+)
+
+const (
+	Factory  = keyspec.Factory
+	Operator = keyspec.Operator
+
+	RoleSigning   = keyspec.RoleSigning
+	RoleInjection = keyspec.RoleInjection
+	RoleLot       = keyspec.RoleLot
+	RoleKEK       = keyspec.RoleKEK
+	RoleStorage   = keyspec.RoleStorage
+	RoleLedger    = keyspec.RoleLedger
+	RoleFixture   = keyspec.RoleFixture
+
+	MaxGenerations = keyspec.MaxGenerations
+)
+
+var (
+	ErrNoKey       = p11.ErrNoKey
+	ErrUnavailable = p11.ErrUnavailable
+	ErrPINMaybeSet = officer.ErrPINMaybeSet
+)
+
+// ReadPIN takes a PIN from a pin-source.
+func ReadPIN(source string) (PIN, error) { return p11.ReadPIN(source) }
+
+// CheckURI refuses what is no token's URI. Its error has no PIN.
+func CheckURI(uri string) error { return p11.CheckURI(uri) }
+
+// Sentences say of a token what it does not do, by findings that are not OK.
+func Sentences(findings []Finding) []string { return doctor.Sentences(findings) }
+
+// SetOfficerPIN changes the security officer's PIN: see officer.SetPIN.
+func SetOfficerPIN(ctx context.Context, tokenURI string, present, next OfficerPIN) error {
+	return officer.SetPIN(ctx, tokenURI, present, next)
+}
+
+// CheckOfficerPIN logs in as the security officer: see officer.CheckPIN.
+func CheckOfficerPIN(ctx context.Context, tokenURI string, pin OfficerPIN) error {
+	return officer.CheckPIN(ctx, tokenURI, pin)
+}
+
+// OfficerSplit says which split the security officer's PIN is in: see officer.SplitOf.
+func (b *base) OfficerSplit(ctx context.Context) (inForce, begun *Split, err error) {
+	return officer.SplitOf(ctx, b.hsm)
+}

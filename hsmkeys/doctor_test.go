@@ -10,6 +10,8 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
+	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 )
 
@@ -21,7 +23,8 @@ func finding(report []Finding, check string) *Finding {
 	return nil
 }
 
-// The doctor reports every key of ours, as an auditor asks for it, and nothing is wrong with any. The trials leave nothing behind.
+// The doctor reports every key of ours, as an auditor asks for it, and nothing is wrong with any. The trials leave
+// nothing behind.
 func TestDoctorReportsKeys(t *testing.T) {
 	ctx := t.Context()
 	operator := newOperatorOn(t, softhsmtest.Token(t))
@@ -43,20 +46,20 @@ func TestDoctorReportsKeys(t *testing.T) {
 	if err := factory.SealLotKey(ctx, sealed); err != nil {
 		t.Fatal(err)
 	}
-	transportLabel := ""
+	leftOver := ""
 	for _, c := range []struct {
-		token *Token
+		token *base
 		keys  map[string]string // LOCAL, ALWAYS_SENSITIVE and NEVER_EXTRACTABLE
 	}{
-		{factory, map[string]string{testSigning.Label(): "111", testInjection.Label(): "110", testKEK.Label(): "110", testLot.Label(): "110", sealed.Label(): "110"}},
-		{operator, map[string]string{storageKey.Label(): "110", ledgerKey.Label(): "110", testKEK.Label(): "000", testLot.Label(): "000", "": "111"}},
+		{factory.base, map[string]string{testSigning.Label(): "111", testInjection.Label(): "110", testKEK.Label(): "110", testLot.Label(): "110", sealed.Label(): "110"}},
+		{operator.base, map[string]string{keyspec.Storage.Label(): "110", keyspec.Ledger.Label(): "110", testKEK.Label(): "000", testLot.Label(): "000", "": "111"}},
 	} {
 		before := countObjects(t, c.token, nil)
 		var report []Finding
-		if c.token == factory {
-			report = must[[]Finding](t)(c.token.DoctorFactory(ctx, testSigning, testInjection))
+		if c.token == factory.base {
+			report = must[[]Finding](t)(factory.DoctorFactory(ctx, testSigning, testInjection))
 		} else {
-			report = must[[]Finding](t)(c.token.DoctorOperator(ctx))
+			report = must[[]Finding](t)(operator.DoctorOperator(ctx))
 		}
 		if after := countObjects(t, c.token, nil); after != before {
 			t.Errorf("%d objects before, %d after", before, after)
@@ -70,7 +73,7 @@ func TestDoctorReportsKeys(t *testing.T) {
 				continue
 			}
 			if strings.HasPrefix(label, "kme transport ") {
-				if transportLabel, label = label, ""; f.OK || f.Required || !strings.Contains(f.Consequence, "keysvc transport destroy") {
+				if leftOver, label = label, ""; f.OK || f.Required || !strings.Contains(f.Consequence, "keysvc transport destroy") {
 					t.Errorf("a transport key that is left over: %+v", f)
 				}
 			}
@@ -91,7 +94,7 @@ func TestDoctorReportsKeys(t *testing.T) {
 			t.Errorf("not reported: %v", c.keys)
 		}
 	}
-	if transportLabel == "" {
+	if leftOver == "" {
 		t.Error("the transport key is not reported")
 	}
 }
@@ -100,39 +103,40 @@ func TestDoctorReportsKeys(t *testing.T) {
 func TestDoctorFindsStrangers(t *testing.T) {
 	ctx := t.Context()
 	tok := softhsmtest.Token(t)
-	factory := must[*Token](t)(Open(ctx, tok.URI))
+	factory := must[*FactoryToken](t)(OpenFactory(ctx, tok.URI, Options{}))
 	must[bool](t)(factory.Dedicate(ctx, Dedication{Side: Factory}))
 	must[bool](t)(factory.EnsureSigningKey(ctx, testSigning))
-	put := func(token *Token, parts ...attributes) {
+	put := func(token holder, parts ...p11.Attributes) {
 		t.Helper()
-		if err := token.with(ctx, "test", func(s *session) error { _, err := s.create(join(parts...)); return err }); err != nil {
+		if err := token.held().hsm.With(ctx, "test", func(s *p11.Session) error { _, err := s.Create(p11.Join(parts...)); return err }); err != nil {
 			t.Fatal(err)
 		}
 	}
-	// What somebody knows, in the place of a lot key; one that signs besides; one that leaves; and an operator's on a factory's.
+	// What somebody knows, in the place of a lot key; one that signs besides; one that leaves; and an operator's on a
+	// factory's.
 	lot := func(name string) Key { return Key{Role: RoleLot, Manufacturer: manufacturer, Name: name} }
 	known := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048))
 	value := rsaPrivate(known)
-	put(factory, with(join(named(lot("known")), lotTemplate), attr(pkcs11.CKA_TOKEN, true)), value)
-	put(factory, with(join(named(lot("signs")), lotTemplate), attr(pkcs11.CKA_SIGN, true)), value)
-	put(factory, with(join(named(lot("leaves")), lotTemplate), attr(pkcs11.CKA_WRAP_WITH_TRUSTED, false)), value)
-	put(factory, with(join(named(lot("readable")), lotTemplate), attr(pkcs11.CKA_SENSITIVE, false)), value)
-	secret := attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES), attr(pkcs11.CKA_VALUE, make([]byte, 32))}
-	put(factory, secret, named(storageKey), guarded(false), use(usages, pkcs11.CKA_WRAP))
+	put(factory, p11.With(p11.Join(keyspec.Named(lot("known")), keyspec.Lot), p11.Attr(pkcs11.CKA_TOKEN, true)), value)
+	put(factory, p11.With(p11.Join(keyspec.Named(lot("signs")), keyspec.Lot), p11.Attr(pkcs11.CKA_SIGN, true)), value)
+	put(factory, p11.With(p11.Join(keyspec.Named(lot("leaves")), keyspec.Lot), p11.Attr(pkcs11.CKA_WRAP_WITH_TRUSTED, false)), value)
+	put(factory, p11.With(p11.Join(keyspec.Named(lot("readable")), keyspec.Lot), p11.Attr(pkcs11.CKA_SENSITIVE, false)), value)
+	secret := p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES), p11.Attr(pkcs11.CKA_VALUE, make([]byte, 32))}
+	put(factory, secret, keyspec.Named(keyspec.Storage), p11.Guarded(false), p11.Use(p11.Usages, pkcs11.CKA_WRAP))
 	if err := factory.Close(); err != nil {
 		t.Fatal(err)
 	}
 	// The security officer makes any key TRUSTED: one of their own, and one with our label that wraps everything.
-	err := asOfficer(tok.URI, PIN(tok.SOPIN), func(officer *Token) error {
-		trusted := attributes{attr(pkcs11.CKA_TRUSTED, true)}
-		put(officer, wrappingPublic(&fixtureKey().PublicKey), trusted, attributes{attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_LABEL, "kme fixture f9")})
-		put(officer, wrappingPublic(&fixtureKey().PublicKey), trusted, named(recipient(testInjection)))
+	err := asOfficer(tok.URI, PIN(tok.SOPIN), func(officer *base) error {
+		trusted := p11.Attributes{p11.Attr(pkcs11.CKA_TRUSTED, true)}
+		put(officer, keyspec.Wrapping(&fixtureKey().PublicKey), trusted, p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, true), p11.Attr(pkcs11.CKA_LABEL, "kme fixture f9")})
+		put(officer, keyspec.Wrapping(&fixtureKey().PublicKey), trusted, keyspec.Named(keyspec.Recipient(testInjection)))
 		return nil
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	factory = open(t, tok)
+	factory = openFactory(t, tok)
 	report := must[[]Finding](t)(factory.DoctorFactory(ctx, testSigning))
 	for check, wants := range map[string][]string{
 		`key "` + lot("known").Label() + `"`:     {"CKA_LOCAL is false", "CKA_ALWAYS_SENSITIVE is false", "make another"},
@@ -159,7 +163,8 @@ func TestDoctorFindsStrangers(t *testing.T) {
 	}
 }
 
-// As a factory's, NSS softoken is refused: what a lot rests on, it does not do. On an operator's side, what it does not do is known and has a consequence.
+// As a factory's, NSS softoken is refused: what a lot rests on, it does not do. On an operator's side, what it does not
+// do is known and has a consequence.
 func TestNSSIsWeak(t *testing.T) {
 	token := open(t, softhsmtest.NSS(t))
 	for side, wants := range map[Side][]string{
@@ -195,25 +200,10 @@ func TestIdentity(t *testing.T) {
 	}
 	// A wrong PIN of the security officer's is on record until the right one comes.
 	other := softhsmtest.Token(t)
-	if err := asOfficer(other.URI, "wrong", func(*Token) error { return nil }); err == nil {
+	if err := asOfficer(other.URI, "wrong", func(*base) error { return nil }); err == nil {
 		t.Fatal("a wrong PIN was taken")
 	}
-	if id = must[Identity](t)(open(t, other).Identity(t.Context())); len(id.PINs) != 1 || !strings.Contains(id.PINs[0], "security officer") || id.pins().OK {
+	if id = must[Identity](t)(open(t, other).Identity(t.Context())); len(id.PINs) != 1 || !strings.Contains(id.PINs[0], "security officer") || id.ReportPINs().OK {
 		t.Errorf("PINs: %q", id.PINs)
-	}
-}
-
-// A label is read back as the key that has it.
-func TestParseLabel(t *testing.T) {
-	for _, k := range []Key{storageKey, testKEK, testLot, {Role: RoleStorage, Generation: 7}, {Role: RoleOperatorOutgoing, Manufacturer: "m", Name: "a of b", Generation: 12},
-		{Role: RoleLot, Name: "L (2)"}, {Role: RoleSigning, Generation: 2}} {
-		if got, ok := parseLabel(k.Label()); !ok || got != k && got.Label() != k.Label() {
-			t.Errorf("%q: %+v, %v", k.Label(), got, ok)
-		}
-	}
-	for _, label := range []string{"", "kme", "km storage", "storage", "kme storage (1)x"} {
-		if k, ok := parseLabel(label); ok && k.Role == RoleStorage && k.Name == "" {
-			t.Errorf("%q is %+v", label, k)
-		}
 	}
 }

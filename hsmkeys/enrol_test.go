@@ -15,11 +15,15 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/keyop"
+	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
+	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// Whoever has the user PIN, and the files that pass between the parties, unwraps nothing into a key that says what it is.
+// Whoever has the user PIN, and the files that pass between the parties, unwraps nothing into a key that says what it
+// is.
 func TestUnwrapTemplates(t *testing.T) {
 	ctx := t.Context()
 	operator := newOperatorOn(t, softhsmtest.Token(t))
@@ -38,43 +42,43 @@ func TestUnwrapTemplates(t *testing.T) {
 		t.Fatal(err)
 	}
 	var private pkcs11.ObjectHandle
-	if err := operator.with(ctx, "test", func(s *session) (err error) {
-		private, err = operator.receiver(s, transportLabel, transport)
+	if err := operator.hsm.With(ctx, "test", func(s *p11.Session) (err error) {
+		private, err = keyop.Receiver(s, keyspec.TransportLabel, transport)
 		return err
 	}); err != nil {
 		t.Fatal(err)
 	}
-	here := attributes{attr(pkcs11.CKA_TOKEN, false)}
+	here := p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, false)}
 	for _, target := range []struct {
 		name      string
 		mechanism uint
 		key       pkcs11.ObjectHandle
 		wrapped   []byte
-		ours      attributes
+		ours      p11.Attributes
 	}{
-		{"a lot key", operator.kwp, operator.mustFind(t, pkcs11.CKO_SECRET_KEY, testKEK), grant, importedLot},
-		{"a KEK", oaep, private, enrolment, importedKEK},
-		{"a KME", pkcs11.CKM_AES_KEY_WRAP, operator.mustFind(t, pkcs11.CKO_SECRET_KEY, storageKey), sealed[1:], unsealed},
+		{"a lot key", operator.hsm.KWP(), operator.mustFind(t, pkcs11.CKO_SECRET_KEY, testKEK), grant, keyspec.ImportedLot},
+		{"a KEK", keyspec.OAEP, private, enrolment, keyspec.ImportedKEK},
+		{"a KME", pkcs11.CKM_AES_KEY_WRAP, operator.mustFind(t, pkcs11.CKO_SECRET_KEY, keyspec.Storage), sealed[1:], keyspec.KME},
 	} {
 		for _, try := range []struct {
 			name     string
-			template attributes
+			template p11.Attributes
 			works    bool
 		}{
 			{"as it should be", target.ours, true},
-			{"that can be read", with(target.ours, attr(pkcs11.CKA_SENSITIVE, false)), false},
-			{"that can be extracted", with(target.ours, attr(pkcs11.CKA_EXTRACTABLE, true)), false},
-			{"both", with(target.ours, attr(pkcs11.CKA_SENSITIVE, false), attr(pkcs11.CKA_EXTRACTABLE, true)), false},
-			{"for nothing said", without(target.ours, pkcs11.CKA_SENSITIVE, pkcs11.CKA_EXTRACTABLE), false},
-			{"that signs", with(target.ours, attr(pkcs11.CKA_SIGN, true)), false},
-			{"that derives", with(target.ours, attr(pkcs11.CKA_DERIVE, true)), false},
-			{"as a generic secret", with(target.ours, attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_GENERIC_SECRET)), false},
+			{"that can be read", p11.With(target.ours, p11.Attr(pkcs11.CKA_SENSITIVE, false)), false},
+			{"that can be extracted", p11.With(target.ours, p11.Attr(pkcs11.CKA_EXTRACTABLE, true)), false},
+			{"both", p11.With(target.ours, p11.Attr(pkcs11.CKA_SENSITIVE, false), p11.Attr(pkcs11.CKA_EXTRACTABLE, true)), false},
+			{"for nothing said", p11.Without(target.ours, pkcs11.CKA_SENSITIVE, pkcs11.CKA_EXTRACTABLE), false},
+			{"that signs", p11.With(target.ours, p11.Attr(pkcs11.CKA_SIGN, true)), false},
+			{"that derives", p11.With(target.ours, p11.Attr(pkcs11.CKA_DERIVE, true)), false},
+			{"as a generic secret", p11.With(target.ours, p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_GENERIC_SECRET)), false},
 		} {
 			t.Run(target.name+" "+try.name, func(t *testing.T) {
-				err := operator.with(ctx, "test", func(s *session) error {
-					h, err := s.unwrap(target.mechanism, target.key, target.wrapped, join(try.template, here))
+				err := operator.hsm.With(ctx, "test", func(s *p11.Session) error {
+					h, err := s.Unwrap(target.mechanism, target.key, target.wrapped, p11.Join(try.template, here))
 					if err == nil {
-						err = s.DestroyObject(s.h, h)
+						err = s.Destroy(h)
 					}
 					return err
 				})
@@ -99,16 +103,16 @@ func TestUnwrapTemplates(t *testing.T) {
 	}
 }
 
-// Whoever has the factory's user PIN sends each key only where it belongs. A fixture's key may be in software: nothing but its own injection key may be
-// wrapped under it, although the security officer has made it TRUSTED.
+// Whoever has the factory's user PIN sends each key only where it belongs. A fixture's key may be in software: nothing
+// but its own injection key may be wrapped under it, although the security officer has made it TRUSTED.
 func TestWhatLeavesTheFactory(t *testing.T) {
 	ctx := t.Context()
 	factory, _ := newFactory(t, newOperatorOn(t, softhsmtest.Token(t)))
 	if _, _, err := factory.EnsureLotKey(ctx, testLot, 2048, PrimesAuto); err != nil {
 		t.Fatal(err)
 	}
-	fixture := factory.mustFind(t, pkcs11.CKO_PUBLIC_KEY, recipient(testInjection))
-	operator := factory.mustFind(t, pkcs11.CKO_PUBLIC_KEY, recipient(testKEK))
+	fixture := factory.mustFind(t, pkcs11.CKO_PUBLIC_KEY, keyspec.Recipient(testInjection))
+	operator := factory.mustFind(t, pkcs11.CKO_PUBLIC_KEY, keyspec.Recipient(testKEK))
 	kek := factory.mustFind(t, pkcs11.CKO_SECRET_KEY, testKEK)
 	injection := factory.mustFind(t, pkcs11.CKO_SECRET_KEY, testInjection)
 	lot := factory.mustFind(t, pkcs11.CKO_PRIVATE_KEY, testLot)
@@ -118,27 +122,27 @@ func TestWhatLeavesTheFactory(t *testing.T) {
 		wrapping, key pkcs11.ObjectHandle
 		works         bool
 	}{
-		{"the injection key", "its fixture's", oaep, fixture, injection, true},
-		{"a KEK", "a fixture's", oaep, fixture, kek, false},
-		{"the KEK", "its operator's", oaep, operator, kek, true},
-		{"the injection key", "an operator's", oaep, operator, injection, false},
-		{"the lot key", "a KEK", factory.kwp, kek, lot, true},
-		{"the injection key", "a KEK", factory.kwp, kek, injection, false},
-		{"the KEK", "itself", factory.kwp, kek, kek, false},
-		{"the lot key", "an injection key", factory.kwp, injection, lot, false},
-		{"the KEK", "an injection key", factory.kwp, injection, kek, false},
+		{"the injection key", "its fixture's", keyspec.OAEP, fixture, injection, true},
+		{"a KEK", "a fixture's", keyspec.OAEP, fixture, kek, false},
+		{"the KEK", "its operator's", keyspec.OAEP, operator, kek, true},
+		{"the injection key", "an operator's", keyspec.OAEP, operator, injection, false},
+		{"the lot key", "a KEK", factory.hsm.KWP(), kek, lot, true},
+		{"the injection key", "a KEK", factory.hsm.KWP(), kek, injection, false},
+		{"the KEK", "itself", factory.hsm.KWP(), kek, kek, false},
+		{"the lot key", "an injection key", factory.hsm.KWP(), injection, lot, false},
+		{"the KEK", "an injection key", factory.hsm.KWP(), injection, kek, false},
 	} {
-		err := factory.with(ctx, "test", func(s *session) error {
-			_, err := s.wrap(c.mechanism, c.wrapping, c.key, make([]byte, wrappedRoom))
+		err := factory.hsm.With(ctx, "test", func(s *p11.Session) error {
+			_, err := s.Wrap(c.mechanism, c.wrapping, c.key, make([]byte, keyspec.WrappedRoom))
 			return err
 		})
-		if c.works != (err == nil) || err != nil && !isCKR(err, pkcs11.CKR_KEY_NOT_WRAPPABLE) {
+		if c.works != (err == nil) || err != nil && !p11.IsCKR(err, pkcs11.CKR_KEY_NOT_WRAPPABLE) {
 			t.Errorf("%s under %s: %v", c.what, c.under, err)
 		}
 	}
 	// Nor does the user make keys that are taken for others.
-	err := factory.with(ctx, "test", func(s *session) error {
-		_, err := s.create(join(wrappingPublic(&fixtureKey().PublicKey), attributes{attr(pkcs11.CKA_TOKEN, false), attr(pkcs11.CKA_TRUSTED, true)}))
+	err := factory.hsm.With(ctx, "test", func(s *p11.Session) error {
+		_, err := s.Create(p11.Join(keyspec.Wrapping(&fixtureKey().PublicKey), p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, false), p11.Attr(pkcs11.CKA_TRUSTED, true)}))
 		return err
 	})
 	if err == nil {
@@ -164,7 +168,7 @@ func TestOneKeyOneRecipient(t *testing.T) {
 	if _, err := EnrollKey(ctx, tok.URI, officer, testInjection, fixture); !errors.Is(err, ErrNotDedicated) {
 		t.Errorf("before init: %v", err)
 	}
-	token := must[*Token](t)(Open(ctx, tok.URI))
+	token := must[*FactoryToken](t)(OpenFactory(ctx, tok.URI, Options{}))
 	must[bool](t)(token.Dedicate(ctx, Dedication{Side: Factory}))
 	token.Close()
 	second := testInjection
@@ -182,7 +186,7 @@ func TestOneKeyOneRecipient(t *testing.T) {
 	if created := must[bool](t)(EnrollKey(ctx, tok.URI, officer, testInjection, fixture)); created {
 		t.Error("the injection key was made a second time")
 	}
-	token = open(t, tok)
+	token = openFactory(t, tok)
 	if names := must[[]string](t)(token.Fixtures(ctx, manufacturer)); !slices.Equal(names, []string{"f1"}) {
 		t.Errorf("fixtures %q", names)
 	}
@@ -200,20 +204,22 @@ func TestSides(t *testing.T) {
 	factory, transport := newFactory(t, operator)
 	lot := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048))
 	wrapped := make([]byte, 1024)
+	// Each token as one of the other side.
+	factorys, operators := &OperatorToken{base: factory.base}, &FactoryToken{operator.base}
 	for name, do := range map[string]func(context.Context) error{
 		"Dedicate": func(ctx context.Context) error {
 			_, err := factory.Dedicate(ctx, Dedication{Side: Operator})
 			return err
 		},
-		"EnsureStorageKey": func(ctx context.Context) error { _, err := factory.EnsureStorageKey(ctx); return err },
-		"EnsureLedgerKey":  func(ctx context.Context) error { _, err := factory.EnsureLedgerKey(ctx); return err },
-		"NewTransportKey":  func(ctx context.Context) error { _, err := factory.NewTransportKey(ctx); return err },
-		"UnwrapKEK":        func(ctx context.Context) error { return factory.UnwrapKEK(ctx, testKEK, transport, wrapped) },
+		"EnsureStorageKey": func(ctx context.Context) error { _, err := factorys.EnsureStorageKey(ctx); return err },
+		"EnsureLedgerKey":  func(ctx context.Context) error { _, err := factorys.EnsureLedgerKey(ctx); return err },
+		"NewTransportKey":  func(ctx context.Context) error { _, err := factorys.NewTransportKey(ctx); return err },
+		"UnwrapKEK":        func(ctx context.Context) error { return factorys.UnwrapKEK(ctx, testKEK, transport, wrapped) },
 		"UnwrapLotKey": func(ctx context.Context) error {
-			_, err := factory.UnwrapLotKey(ctx, testLot, testKEK, wrapped, &lot.PublicKey)
+			_, err := factorys.UnwrapLotKey(ctx, testLot, testKEK, wrapped, &lot.PublicKey)
 			return err
 		},
-		"Ping": factory.Ping,
+		"Ping": factorys.Ping,
 	} {
 		if err := do(ctx); err == nil || !strings.Contains(err.Error(), "a token of the factory's") {
 			t.Errorf("%s of a factory's: %v", name, err)
@@ -224,29 +230,29 @@ func TestSides(t *testing.T) {
 			_, err := operator.Dedicate(ctx, Dedication{Side: Factory})
 			return err
 		},
-		"EnsureSigningKey": func(ctx context.Context) error { _, err := operator.EnsureSigningKey(ctx, testSigning); return err },
+		"EnsureSigningKey": func(ctx context.Context) error { _, err := operators.EnsureSigningKey(ctx, testSigning); return err },
 		"EnsureLotKey": func(ctx context.Context) error {
-			_, _, err := operator.EnsureLotKey(ctx, testLot, 2048, PrimesAuto)
+			_, _, err := operators.EnsureLotKey(ctx, testLot, 2048, PrimesAuto)
 			return err
 		},
-		"WrapLotKey":   func(ctx context.Context) error { _, err := operator.WrapLotKey(ctx, testLot, testKEK); return err },
-		"WrapEnrolled": func(ctx context.Context) error { _, err := operator.WrapEnrolled(ctx, testKEK); return err },
+		"WrapLotKey":   func(ctx context.Context) error { _, err := operators.WrapLotKey(ctx, testLot, testKEK); return err },
+		"WrapEnrolled": func(ctx context.Context) error { _, err := operators.WrapEnrolled(ctx, testKEK); return err },
 	} {
 		if err := do(ctx); err == nil || !strings.Contains(err.Error(), "a token of the operator's") {
 			t.Errorf("%s of an operator's: %v", name, err)
 		}
 	}
 	// What a token is for stands for ever, and so does what was accepted with it.
-	for _, token := range []*Token{operator, factory} {
-		err := token.with(ctx, "test", func(s *session) error {
-			found, err := s.findObjects(attributes{attr(pkcs11.CKA_LABEL, dedicationLabel)})
+	for _, token := range []*base{operator.base, factory.base} {
+		err := token.hsm.With(ctx, "test", func(s *p11.Session) error {
+			found, err := s.Find(p11.Attributes{p11.Attr(pkcs11.CKA_LABEL, keyspec.DedicationLabel)})
 			if err != nil || len(found) != 1 {
 				t.Fatal(found, err)
 			}
-			if err := s.SetAttributeValue(s.h, found[0], attributes{attr(pkcs11.CKA_APPLICATION, "{}")}); err == nil {
+			if err := s.Set(found[0], p11.Attr(pkcs11.CKA_APPLICATION, "{}")); err == nil {
 				t.Error("it was changed")
 			}
-			if err := s.DestroyObject(s.h, found[0]); err == nil {
+			if err := s.Destroy(found[0]); err == nil {
 				t.Error("it was destroyed")
 			}
 			return nil
@@ -268,17 +274,18 @@ func TestSides(t *testing.T) {
 	}
 }
 
-// Objects that are not PRIVATE can be removed and made without a PIN, under the label and CKA_ID of ours too. None is taken for a key of ours.
+// Objects that are not PRIVATE can be removed and made without a PIN, under the label and CKA_ID of ours too. None is
+// taken for a key of ours.
 func TestPlantedKeys(t *testing.T) {
 	ctx := t.Context()
-	plant := func(token *Token, k Key, more ...*pkcs11.Attribute) {
+	plant := func(token holder, k Key, more ...*pkcs11.Attribute) {
 		t.Helper()
-		err := token.with(ctx, "test", func(s *session) error {
-			if err := token.destroy(s, pkcs11.CKO_SECRET_KEY, k); err != nil {
+		err := token.held().hsm.With(ctx, "test", func(s *p11.Session) error {
+			if err := token.held().destroy(s, pkcs11.CKO_SECRET_KEY, k); err != nil {
 				return err
 			}
-			_, err := s.create(frozen(named(k), leavesUnderTrusted, use(usages, pkcs11.CKA_WRAP), more, attributes{
-				attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES), attr(pkcs11.CKA_VALUE, make([]byte, 32)),
+			_, err := s.Create(p11.Frozen(keyspec.Named(k), keyspec.LeavesUnderTrusted, p11.Use(p11.Usages, pkcs11.CKA_WRAP), more, p11.Attributes{
+				p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES), p11.Attr(pkcs11.CKA_VALUE, make([]byte, 32)),
 			}))
 			return err
 		})
@@ -298,7 +305,7 @@ func TestPlantedKeys(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, private := range []bool{false, true} { // true takes the user's PIN
-		plant(factory, testInjection, attr(pkcs11.CKA_PRIVATE, private))
+		plant(factory, testInjection, p11.Attr(pkcs11.CKA_PRIVATE, private))
 		_, _, err := factory.MakeDeviceKey(ctx, kme.SuiteECDSA, testInjection)
 		refused("a device key under a planted injection key", err)
 		_, err = factory.WrapEnrolled(ctx, testInjection)
@@ -307,20 +314,20 @@ func TestPlantedKeys(t *testing.T) {
 
 	operator := open(t, softhsmtest.Token(t))
 	must[bool](t)(operator.Dedicate(ctx, Dedication{Side: Operator}))
-	plant(operator, storageKey, attr(pkcs11.CKA_PRIVATE, false))
+	plant(operator, keyspec.Storage, p11.Attr(pkcs11.CKA_PRIVATE, false))
 	_, err := operator.EnsureStorageKey(ctx)
 	refused("a planted storage key", err)
 
 	// The public half of the signing key is what operators pin.
 	other := must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
 	must[crypto.Signer](t)(factory.Signer(testSigning))
-	err = factory.with(ctx, "test", func(s *session) error {
+	err = factory.hsm.With(ctx, "test", func(s *p11.Session) error {
 		if err := factory.destroy(s, pkcs11.CKO_PUBLIC_KEY, testSigning); err != nil {
 			return err
 		}
 		point := must[[]byte](t)(asn1.Marshal(must[[]byte](t)(other.PublicKey.Bytes())))
-		_, err := s.create(join(named(testSigning), attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_EC),
-			attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_EC_PARAMS, p256Params), attr(pkcs11.CKA_EC_POINT, point)}))
+		_, err := s.Create(p11.Join(keyspec.Named(testSigning), p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_EC),
+			p11.Attr(pkcs11.CKA_PRIVATE, false), p11.Attr(pkcs11.CKA_EC_PARAMS, keyspec.P256Params), p11.Attr(pkcs11.CKA_EC_POINT, point)}))
 		return err
 	})
 	if err != nil {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto"
+	"crypto/aes"
 	"crypto/ecdsa"
 	"crypto/rand"
 	"crypto/rsa"
@@ -16,6 +17,7 @@ import (
 	"math/big"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -24,7 +26,12 @@ import (
 	"github.com/miekg/pkcs11"
 	"github.com/tink-crypto/tink-go/v2/kwp/subtle"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/keyop"
+	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
+	"github.com/kmehsm/kmehsm/hsmkeys/p11"
+	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -47,19 +54,34 @@ var (
 	testKEK       = Key{Role: RoleKEK, Manufacturer: manufacturer, Name: "op"}
 )
 
-func open(t testing.TB, tok softhsmtest.Tok) *Token {
+func open(t testing.TB, tok softhsmtest.Tok) *OperatorToken { return openWith(t, tok, Options{}) }
+
+func openWith(t testing.TB, tok softhsmtest.Tok, o Options) *OperatorToken {
 	t.Helper()
-	token, err := Open(t.Context(), tok.URI)
-	if err != nil {
-		t.Fatal(err)
-	}
+	token := must[*OperatorToken](t)(OpenOperator(t.Context(), tok.URI, o))
+	closeAfter(t, token.base)
+	return token
+}
+
+func openFactory(t testing.TB, tok softhsmtest.Tok) *FactoryToken {
+	t.Helper()
+	token := must[*FactoryToken](t)(OpenFactory(t.Context(), tok.URI, Options{}))
+	closeAfter(t, token.base)
+	return token
+}
+
+func closeAfter(t testing.TB, b *base) {
 	t.Cleanup(func() {
-		if err := token.Close(); err != nil {
+		if err := b.Close(); err != nil {
 			t.Error(err)
 		}
 	})
-	return token
 }
+
+// A holder is a token of either side.
+type holder interface{ held() *base }
+
+func (b *base) held() *base { return b }
 
 func must[T any](t testing.TB) func(T, error) T {
 	return func(v T, err error) T {
@@ -72,9 +94,9 @@ func must[T any](t testing.TB) func(T, error) T {
 }
 
 // newOperator is an operator's token with its own keys.
-func newOperator(t testing.TB) *Token { return newOperatorOn(t, softhsmtest.Operator(t)) }
+func newOperator(t testing.TB) *OperatorToken { return newOperatorOn(t, softhsmtest.Operator(t)) }
 
-func newOperatorOn(t testing.TB, tok softhsmtest.Tok) *Token {
+func newOperatorOn(t testing.TB, tok softhsmtest.Tok) *OperatorToken {
 	t.Helper()
 	token := open(t, tok)
 	must[bool](t)(token.Dedicate(t.Context(), Dedication{Side: Operator}))
@@ -92,30 +114,36 @@ var fixtureKey = sync.OnceValue(func() *rsa.PrivateKey {
 	return key
 })
 
-// newFactory is a manufacturer's token with its own keys and a fixture's, and a KEK for the operator, if there is one, whose transport key it gives.
-func newFactory(t testing.TB, operator *Token) (*Token, *rsa.PublicKey) {
+// newFactory is a manufacturer's token with its own keys and a fixture's, and a KEK for the operator, if there is one,
+// whose transport key it gives.
+func newFactory(t testing.TB, operator *OperatorToken) (*FactoryToken, *rsa.PublicKey) {
 	t.Helper()
-	tok := softhsmtest.Token(t)
-	token := must[*Token](t)(Open(t.Context(), tok.URI))
+	tok, transport := newFactoryClosed(t, operator)
+	return openFactory(t, tok), transport
+}
+
+func newFactoryClosed(t testing.TB, operator *OperatorToken) (tok softhsmtest.Tok, transport *rsa.PublicKey) {
+	t.Helper()
+	tok = softhsmtest.Token(t)
+	token := must[*FactoryToken](t)(OpenFactory(t.Context(), tok.URI, Options{}))
 	must[bool](t)(token.Dedicate(t.Context(), Dedication{Side: Factory}))
 	must[bool](t)(token.EnsureSigningKey(t.Context(), testSigning))
 	if err := token.Close(); err != nil {
 		t.Fatal(err)
 	}
-	var transport *rsa.PublicKey
 	if operator != nil {
 		transport = must[*rsa.PublicKey](t)(operator.NewTransportKey(t.Context()))
 		must[bool](t)(EnrollKey(t.Context(), tok.URI, PIN(tok.SOPIN), testKEK, transport))
 	}
 	must[bool](t)(EnrollKey(t.Context(), tok.URI, PIN(tok.SOPIN), testInjection, &fixtureKey().PublicKey))
-	return open(t, tok), transport
+	return tok, transport
 }
 
-func (t *Token) mustFind(tb testing.TB, class uint, k Key) pkcs11.ObjectHandle {
+func (b *base) mustFind(tb testing.TB, class uint, k Key) pkcs11.ObjectHandle {
 	tb.Helper()
 	var h pkcs11.ObjectHandle
-	err := t.with(context.Background(), "test", func(s *session) (err error) {
-		h, err = t.find(s, class, k)
+	err := b.hsm.With(context.Background(), "test", func(s *p11.Session) (err error) {
+		h, err = b.find(s, class, k)
 		return err
 	})
 	if err != nil {
@@ -125,10 +153,10 @@ func (t *Token) mustFind(tb testing.TB, class uint, k Key) pkcs11.ObjectHandle {
 }
 
 // importLot puts a software key into a token as a lot key, as only a test may.
-func importLot(t testing.TB, token *Token, k Key, key *rsa.PrivateKey) {
+func importLot(t testing.TB, token holder, k Key, key *rsa.PrivateKey) {
 	t.Helper()
-	err := token.with(t.Context(), "test", func(s *session) error {
-		_, err := s.CreateObject(s.h, join(named(k), guarded(false), use(privateUsages, pkcs11.CKA_DECRYPT), rsaPrivate(key)))
+	err := token.held().hsm.With(t.Context(), "test", func(s *p11.Session) error {
+		_, err := s.Ctx.CreateObject(s.ID, p11.Join(keyspec.Named(k), p11.Guarded(false), p11.Use(p11.PrivateUsages, pkcs11.CKA_DECRYPT), rsaPrivate(key)))
 		return err
 	})
 	if err != nil {
@@ -137,14 +165,14 @@ func importLot(t testing.TB, token *Token, k Key, key *rsa.PrivateKey) {
 }
 
 // rsaPrivate is the part of a private key object's template that holds the key.
-func rsaPrivate(key *rsa.PrivateKey) attributes {
-	return attributes{
-		attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA),
-		attr(pkcs11.CKA_MODULUS, key.N.Bytes()), attr(pkcs11.CKA_PUBLIC_EXPONENT, rsaExponent),
-		attr(pkcs11.CKA_PRIVATE_EXPONENT, key.D.Bytes()),
-		attr(pkcs11.CKA_PRIME_1, key.Primes[0].Bytes()), attr(pkcs11.CKA_PRIME_2, key.Primes[1].Bytes()),
-		attr(pkcs11.CKA_EXPONENT_1, key.Precomputed.Dp.Bytes()), attr(pkcs11.CKA_EXPONENT_2, key.Precomputed.Dq.Bytes()),
-		attr(pkcs11.CKA_COEFFICIENT, key.Precomputed.Qinv.Bytes()),
+func rsaPrivate(key *rsa.PrivateKey) p11.Attributes {
+	return p11.Attributes{
+		p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA),
+		p11.Attr(pkcs11.CKA_MODULUS, key.N.Bytes()), p11.Attr(pkcs11.CKA_PUBLIC_EXPONENT, []byte{1, 0, 1}),
+		p11.Attr(pkcs11.CKA_PRIVATE_EXPONENT, key.D.Bytes()),
+		p11.Attr(pkcs11.CKA_PRIME_1, key.Primes[0].Bytes()), p11.Attr(pkcs11.CKA_PRIME_2, key.Primes[1].Bytes()),
+		p11.Attr(pkcs11.CKA_EXPONENT_1, key.Precomputed.Dp.Bytes()), p11.Attr(pkcs11.CKA_EXPONENT_2, key.Precomputed.Dq.Bytes()),
+		p11.Attr(pkcs11.CKA_COEFFICIENT, key.Precomputed.Qinv.Bytes()),
 	}
 }
 
@@ -222,7 +250,7 @@ func TestVectors(t *testing.T) {
 				if string(o.Fault) != c.Why && !(c.Why == "layout" && o.Fault == FaultSignature) {
 					t.Errorf("fault %q, want %q", o.Fault, c.Why)
 				}
-				if len(o.Tag) != sha256.Size || len(o.Sealed) != sealedSize {
+				if len(o.Tag) != sha256.Size || len(o.Sealed) != keyop.SealedSize {
 					t.Error("a refused payload did not run through tagging and sealing")
 				}
 			default:
@@ -242,7 +270,7 @@ func TestVectors(t *testing.T) {
 }
 
 // checkSealed shows that what was sealed is the KME, by what AES does with it outside the token.
-func checkSealed(t *testing.T, token *Token, sealed, key []byte) {
+func checkSealed(t *testing.T, token *OperatorToken, sealed, key []byte) {
 	t.Helper()
 	in := make([]RAND, 32)
 	for i := range in {
@@ -285,22 +313,22 @@ func TestLotKey(t *testing.T) {
 	}
 
 	t.Run("only under a TRUSTED key", func(t *testing.T) {
-		if _, err := factory.WrapLotKey(ctx, testLot, testInjection); !isCKR(err, pkcs11.CKR_KEY_NOT_WRAPPABLE) {
+		if _, err := factory.WrapLotKey(ctx, testLot, testInjection); !p11.IsCKR(err, pkcs11.CKR_KEY_NOT_WRAPPABLE) {
 			t.Errorf("under the injection key: %v", err)
 		}
-		err := factory.with(ctx, "test", func(s *session) error {
-			own, err := s.GenerateKey(s.h, mechanism(pkcs11.CKM_AES_KEY_GEN), attributes{attr(pkcs11.CKA_VALUE_LEN, 32), attr(pkcs11.CKA_TOKEN, false), attr(pkcs11.CKA_WRAP, true)})
+		err := factory.hsm.With(ctx, "test", func(s *p11.Session) error {
+			own, err := s.Ctx.GenerateKey(s.ID, p11.Mechanism(pkcs11.CKM_AES_KEY_GEN), p11.Attributes{p11.Attr(pkcs11.CKA_VALUE_LEN, 32), p11.Attr(pkcs11.CKA_TOKEN, false), p11.Attr(pkcs11.CKA_WRAP, true)})
 			if err != nil {
 				return err
 			}
-			_, err = s.WrapKey(s.h, mechanism(pkcs11.CKM_AES_KEY_WRAP_PAD), own, factory.mustFind(t, pkcs11.CKO_PRIVATE_KEY, testLot))
+			_, err = s.Ctx.WrapKey(s.ID, p11.Mechanism(pkcs11.CKM_AES_KEY_WRAP_PAD), own, factory.mustFind(t, pkcs11.CKO_PRIVATE_KEY, testLot))
 			return err
 		})
-		if !isCKR(err, pkcs11.CKR_KEY_NOT_WRAPPABLE) {
+		if !p11.IsCKR(err, pkcs11.CKR_KEY_NOT_WRAPPABLE) {
 			t.Errorf("under a key of the user's own: %v", err)
 		}
-		err = factory.with(ctx, "test", func(s *session) error {
-			_, err := s.GenerateKey(s.h, mechanism(pkcs11.CKM_AES_KEY_GEN), attributes{attr(pkcs11.CKA_VALUE_LEN, 32), attr(pkcs11.CKA_TOKEN, false), attr(pkcs11.CKA_WRAP, true), attr(pkcs11.CKA_TRUSTED, true)})
+		err = factory.hsm.With(ctx, "test", func(s *p11.Session) error {
+			_, err := s.Ctx.GenerateKey(s.ID, p11.Mechanism(pkcs11.CKM_AES_KEY_GEN), p11.Attributes{p11.Attr(pkcs11.CKA_VALUE_LEN, 32), p11.Attr(pkcs11.CKA_TOKEN, false), p11.Attr(pkcs11.CKA_WRAP, true), p11.Attr(pkcs11.CKA_TRUSTED, true)})
 			return err
 		})
 		if err == nil {
@@ -310,15 +338,15 @@ func TestLotKey(t *testing.T) {
 	// With the KEK in clear, every lot key that it carried would be.
 	t.Run("the KEK only under a TRUSTED key", func(t *testing.T) {
 		key := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072))
-		err := factory.with(ctx, "test", func(s *session) error {
-			own, err := s.CreateObject(s.h, join(wrappingPublic(&key.PublicKey), attributes{attr(pkcs11.CKA_TOKEN, false)}))
+		err := factory.hsm.With(ctx, "test", func(s *p11.Session) error {
+			own, err := s.Ctx.CreateObject(s.ID, p11.Join(keyspec.Wrapping(&key.PublicKey), p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, false)}))
 			if err != nil {
 				return err
 			}
-			_, err = s.WrapKey(s.h, mechanism(oaep, pkcs11.NewOAEPParams(pkcs11.CKM_SHA_1, pkcs11.CKG_MGF1_SHA1, pkcs11.CKZ_DATA_SPECIFIED, nil)), own, factory.mustFind(t, pkcs11.CKO_SECRET_KEY, testKEK))
+			_, err = s.Ctx.WrapKey(s.ID, []*pkcs11.Mechanism{pkcs11.NewMechanism(keyspec.OAEP, pkcs11.NewOAEPParams(pkcs11.CKM_SHA_1, pkcs11.CKG_MGF1_SHA1, pkcs11.CKZ_DATA_SPECIFIED, nil))}, own, factory.mustFind(t, pkcs11.CKO_SECRET_KEY, testKEK))
 			return err
 		})
-		if !isCKR(err, pkcs11.CKR_KEY_NOT_WRAPPABLE) {
+		if !p11.IsCKR(err, pkcs11.CKR_KEY_NOT_WRAPPABLE) {
 			t.Error(err)
 		}
 	})
@@ -376,11 +404,11 @@ func TestLotKey(t *testing.T) {
 		if sealed := must[bool](t)(factory.LotKeySealed(ctx, testLot)); !sealed {
 			t.Error("not sealed")
 		}
-		if _, err := factory.WrapLotKey(ctx, testLot, testKEK); !isCKR(err, pkcs11.CKR_KEY_UNEXTRACTABLE) {
+		if _, err := factory.WrapLotKey(ctx, testLot, testKEK); !p11.IsCKR(err, pkcs11.CKR_KEY_UNEXTRACTABLE) {
 			t.Errorf("a sealed lot key was wrapped: %v", err)
 		}
-		err := factory.with(ctx, "test", func(s *session) error {
-			return s.SetAttributeValue(s.h, factory.mustFind(t, pkcs11.CKO_PRIVATE_KEY, testLot), attributes{attr(pkcs11.CKA_EXTRACTABLE, true)})
+		err := factory.hsm.With(ctx, "test", func(s *p11.Session) error {
+			return s.Ctx.SetAttributeValue(s.ID, factory.mustFind(t, pkcs11.CKO_PRIVATE_KEY, testLot), p11.Attributes{p11.Attr(pkcs11.CKA_EXTRACTABLE, true)})
 		})
 		if err == nil {
 			t.Error("the seal was undone")
@@ -422,21 +450,21 @@ func TestDeviceKey(t *testing.T) {
 			seen[string(spki)] = true
 		}
 	}
-	if n := countObjects(t, factory, attributes{attr(pkcs11.CKA_TOKEN, false)}); n != 0 {
+	if n := countObjects(t, factory, p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, false)}); n != 0 {
 		t.Errorf("%d session objects are left", n)
 	}
 }
 
-func countObjects(t *testing.T, token *Token, template attributes) int {
+func countObjects(t *testing.T, token holder, template p11.Attributes) int {
 	t.Helper()
 	n := 0
-	err := token.with(context.Background(), "test", func(s *session) error {
-		if err := s.FindObjectsInit(s.h, template); err != nil {
+	err := token.held().hsm.With(context.Background(), "test", func(s *p11.Session) error {
+		if err := s.Ctx.FindObjectsInit(s.ID, template); err != nil {
 			return err
 		}
-		found, _, err := s.FindObjects(s.h, 1000)
+		found, _, err := s.Ctx.FindObjects(s.ID, 1000)
 		n = len(found)
-		return errors.Join(err, s.FindObjectsFinal(s.h))
+		return errors.Join(err, s.Ctx.FindObjectsFinal(s.ID))
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -469,19 +497,20 @@ var readBack = []struct {
 	{pkcs11.CKA_WRAP_WITH_TRUSTED, "WRAP_WITH_TRUSTED"}, {pkcs11.CKA_TRUSTED, "TRUSTED"},
 }
 
-// trueAttributes names those of an object that are true. One that this kind of object, or the token, does not have is not.
-func trueAttributes(t *testing.T, token *Token, h pkcs11.ObjectHandle) string {
+// trueAttributes names those of an object that are true. One that this kind of object, or the token, does not have is
+// not.
+func trueAttributes(t *testing.T, token holder, h pkcs11.ObjectHandle) string {
 	t.Helper()
 	var is []string
 	for _, e := range readBack {
-		err := token.with(t.Context(), "test", func(s *session) error {
-			a, err := s.GetAttributeValue(s.h, h, attributes{attr(e.typ, nil)})
-			if err == nil && isTrue(a[0]) {
+		err := token.held().hsm.With(t.Context(), "test", func(s *p11.Session) error {
+			a, err := s.Get(h, e.typ)
+			if err == nil && p11.IsTrue(a[0]) {
 				is = append(is, e.name)
 			}
 			return err
 		})
-		if err != nil && !isCKR(err, pkcs11.CKR_ATTRIBUTE_TYPE_INVALID) {
+		if err != nil && !p11.IsCKR(err, pkcs11.CKR_ATTRIBUTE_TYPE_INVALID) {
 			t.Fatalf("%s: %v", e.name, err)
 		}
 	}
@@ -506,19 +535,19 @@ func TestAttributes(t *testing.T) {
 
 	for _, c := range []struct {
 		name  string
-		token *Token
+		token *base
 		class uint
 		key   Key
 		want  string // the attributes that are true
 	}{
-		{"lot key", factory, pkcs11.CKO_PRIVATE_KEY, testLot, "TOKEN PRIVATE SENSITIVE EXTRACTABLE MODIFIABLE ALWAYS_SENSITIVE LOCAL DECRYPT WRAP_WITH_TRUSTED"},
-		{"signing key", factory, pkcs11.CKO_PRIVATE_KEY, testSigning, "TOKEN PRIVATE SENSITIVE ALWAYS_SENSITIVE NEVER_EXTRACTABLE LOCAL SIGN"},
-		{"injection key", factory, pkcs11.CKO_SECRET_KEY, testInjection, "TOKEN SENSITIVE EXTRACTABLE ALWAYS_SENSITIVE LOCAL WRAP WRAP_WITH_TRUSTED TRUSTED"},
-		{"KEK at the factory", factory, pkcs11.CKO_SECRET_KEY, testKEK, "TOKEN SENSITIVE EXTRACTABLE ALWAYS_SENSITIVE LOCAL WRAP WRAP_WITH_TRUSTED TRUSTED"},
-		{"KEK at the operator", operator, pkcs11.CKO_SECRET_KEY, testKEK, "TOKEN PRIVATE SENSITIVE UNWRAP"},
-		{"lot key at the operator", operator, pkcs11.CKO_PRIVATE_KEY, testLot, "TOKEN PRIVATE SENSITIVE DECRYPT"},
-		{"storage key", operator, pkcs11.CKO_SECRET_KEY, storageKey, "TOKEN PRIVATE SENSITIVE EXTRACTABLE ALWAYS_SENSITIVE LOCAL WRAP UNWRAP WRAP_WITH_TRUSTED"},
-		{"ledger key", operator, pkcs11.CKO_SECRET_KEY, ledgerKey, "TOKEN PRIVATE SENSITIVE EXTRACTABLE ALWAYS_SENSITIVE LOCAL SIGN WRAP_WITH_TRUSTED"},
+		{"lot key", factory.base, pkcs11.CKO_PRIVATE_KEY, testLot, "TOKEN PRIVATE SENSITIVE EXTRACTABLE MODIFIABLE ALWAYS_SENSITIVE LOCAL DECRYPT WRAP_WITH_TRUSTED"},
+		{"signing key", factory.base, pkcs11.CKO_PRIVATE_KEY, testSigning, "TOKEN PRIVATE SENSITIVE ALWAYS_SENSITIVE NEVER_EXTRACTABLE LOCAL SIGN"},
+		{"injection key", factory.base, pkcs11.CKO_SECRET_KEY, testInjection, "TOKEN SENSITIVE EXTRACTABLE ALWAYS_SENSITIVE LOCAL WRAP WRAP_WITH_TRUSTED TRUSTED"},
+		{"KEK at the factory", factory.base, pkcs11.CKO_SECRET_KEY, testKEK, "TOKEN SENSITIVE EXTRACTABLE ALWAYS_SENSITIVE LOCAL WRAP WRAP_WITH_TRUSTED TRUSTED"},
+		{"KEK at the operator", operator.base, pkcs11.CKO_SECRET_KEY, testKEK, "TOKEN PRIVATE SENSITIVE UNWRAP"},
+		{"lot key at the operator", operator.base, pkcs11.CKO_PRIVATE_KEY, testLot, "TOKEN PRIVATE SENSITIVE DECRYPT"},
+		{"storage key", operator.base, pkcs11.CKO_SECRET_KEY, keyspec.Storage, "TOKEN PRIVATE SENSITIVE EXTRACTABLE ALWAYS_SENSITIVE LOCAL WRAP UNWRAP WRAP_WITH_TRUSTED"},
+		{"ledger key", operator.base, pkcs11.CKO_SECRET_KEY, keyspec.Ledger, "TOKEN PRIVATE SENSITIVE EXTRACTABLE ALWAYS_SENSITIVE LOCAL SIGN WRAP_WITH_TRUSTED"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			if got := trueAttributes(t, c.token, c.token.mustFind(t, c.class, c.key)); got != c.want {
@@ -533,27 +562,27 @@ func TestAttributes(t *testing.T) {
 				values = []uint{pkcs11.CKA_PRIVATE_EXPONENT, pkcs11.CKA_PRIME_1, pkcs11.CKA_PRIME_2, pkcs11.CKA_EXPONENT_1, pkcs11.CKA_EXPONENT_2, pkcs11.CKA_COEFFICIENT}
 			}
 			for _, typ := range values {
-				err := c.token.with(ctx, "test", func(s *session) error {
-					_, err := s.GetAttributeValue(s.h, h, attributes{attr(typ, nil)})
+				err := c.token.hsm.With(ctx, "test", func(s *p11.Session) error {
+					_, err := s.Get(h, typ)
 					return err
 				})
-				if !isCKR(err, pkcs11.CKR_ATTRIBUTE_SENSITIVE) {
+				if !p11.IsCKR(err, pkcs11.CKR_ATTRIBUTE_SENSITIVE) {
 					t.Errorf("attribute 0x%X: %v", typ, err)
 				}
 			}
 			// The lot key may be sealed, so it may be changed; the token still holds what matters about it.
-			changes := []attributes{{attr(pkcs11.CKA_SENSITIVE, false)}, {attr(pkcs11.CKA_WRAP_WITH_TRUSTED, false)}}
+			changes := []p11.Attributes{{p11.Attr(pkcs11.CKA_SENSITIVE, false)}, {p11.Attr(pkcs11.CKA_WRAP_WITH_TRUSTED, false)}}
 			if c.name != "lot key" {
-				changes = append(changes, attributes{attr(pkcs11.CKA_DECRYPT, true)}, attributes{attr(pkcs11.CKA_EXTRACTABLE, true)}, attributes{attr(pkcs11.CKA_SIGN, true)})
+				changes = append(changes, p11.Attributes{p11.Attr(pkcs11.CKA_DECRYPT, true)}, p11.Attributes{p11.Attr(pkcs11.CKA_EXTRACTABLE, true)}, p11.Attributes{p11.Attr(pkcs11.CKA_SIGN, true)})
 			}
 			for _, change := range changes {
-				err := c.token.with(ctx, "test", func(s *session) error { return s.SetAttributeValue(s.h, h, change) })
+				err := c.token.hsm.With(ctx, "test", func(s *p11.Session) error { return s.Ctx.SetAttributeValue(s.ID, h, change) })
 				if err == nil {
 					t.Errorf("attribute 0x%X was changed", change[0].Type)
 				}
 			}
-			err := c.token.with(ctx, "test", func(s *session) error {
-				_, err := s.CopyObject(s.h, h, attributes{attr(pkcs11.CKA_TOKEN, false)})
+			err := c.token.hsm.With(ctx, "test", func(s *p11.Session) error {
+				_, err := s.Copy(h, p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, false)})
 				return err
 			})
 			if err == nil {
@@ -563,135 +592,23 @@ func TestAttributes(t *testing.T) {
 	}
 }
 
-func TestSessions(t *testing.T) {
-	token := newOperator(t)
-	t.Run("a caller that has gone", func(t *testing.T) {
-		ctx, cancel := context.WithCancel(t.Context())
-		cancel()
-		if err := token.Ping(ctx); !errors.Is(err, context.Canceled) {
-			t.Error(err)
-		}
-	})
-	t.Run("all sessions taken", func(t *testing.T) {
-		free := make(chan struct{})
-		var taken, done sync.WaitGroup
-		for range token.Sessions() {
-			taken.Add(1)
-			done.Go(func() {
-				token.with(context.Background(), "test", func(*session) error { taken.Done(); <-free; return nil })
-			})
-		}
-		taken.Wait()
-		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
-		defer cancel()
-		if err := token.Ping(ctx); !errors.Is(err, context.DeadlineExceeded) {
-			t.Error(err)
-		}
-		close(free)
-		done.Wait()
-		if err := token.Ping(t.Context()); err != nil {
-			t.Error(err)
-		}
-	})
-	t.Run("a failed call does not spoil its session", func(t *testing.T) {
-		for range 2 * token.Sessions() {
-			err := token.with(t.Context(), "test", func(s *session) error { // leaves a search active
-				if err := s.FindObjectsInit(s.h, nil); err != nil {
-					return err
-				}
-				return pkcs11.Error(pkcs11.CKR_ARGUMENTS_BAD)
-			})
-			if !isCKR(err, pkcs11.CKR_ARGUMENTS_BAD) {
-				t.Fatal(err)
-			}
-		}
-		if has, err := token.Has(t.Context(), Key{Role: RoleLot, Name: "never made"}); has || err != nil {
-			t.Error(has, err)
-		}
-	})
-}
-
-func TestOpenRefuses(t *testing.T) {
-	tok := softhsmtest.Token(t)
-	dir := t.TempDir()
-	file := func(name, content string, mode os.FileMode) string {
-		path := filepath.Join(dir, name)
-		if err := os.WriteFile(path, []byte(content), mode); err != nil {
-			t.Fatal(err)
-		}
-		os.Chmod(path, mode)
-		return path
-	}
-	base := "pkcs11:token=" + tok.Label + "?module-path=" + tok.Module
-	for name, c := range map[string]struct{ uri, want string }{
-		"no URI":          {"", "--token"},
-		"no PKCS #11 URI": {"http://x", "RFC 7512"},
-		"garbage":         {"pkcs11:%zz", "RFC 7512"},
-		"no module":       {"pkcs11:token=x", "module-path"},
-		"missing module":  {"pkcs11:token=x?module-path=/nowhere.so&pin-source=" + tok.PINFile, "/nowhere.so"},
-		"no library":      {"pkcs11:token=x?module-path=" + tok.PINFile + "&pin-source=" + tok.PINFile, "cannot be used"},
-		"no token named":  {"pkcs11:?module-path=" + tok.Module, "token=LABEL"},
-		"missing token":   {"pkcs11:token=nope?module-path=" + tok.Module + "&pin-source=" + tok.PINFile, "nope"},
-		"wrong serial":    {"pkcs11:token=" + tok.Label + ";serial=00?module-path=" + tok.Module + "&pin-source=" + tok.PINFile, "serial"},
-		"pin-value":       {base + "&pin-value=" + tok.PIN, "pin-source"},
-		"no PIN":          {base, "pin-source"},
-		"missing PIN":     {base + "&pin-source=file:/nowhere/pin", "/nowhere/pin"},
-		"relative PIN":    {base + "&pin-source=pin", "absolute"},
-		"empty PIN":       {base + "&pin-source=" + file("empty", "\n", 0o600), "empty"},
-		"open PIN":        {base + "&pin-source=" + file("open", tok.PIN, 0o644), "chmod 0600"},
-		"wrong PIN":       {base + "&pin-source=" + file("wrong", tok.PIN+"9", 0o600), "refused the PIN"},
-	} {
-		t.Run(name, func(t *testing.T) {
-			token, err := Open(t.Context(), c.uri)
-			if err == nil {
-				token.Close()
-				t.Fatal("opened")
-			}
-			if !strings.Contains(err.Error(), c.want) {
-				t.Errorf("%q does not say %q", err, c.want)
-			}
-			if strings.Contains(err.Error(), tok.PIN) {
-				t.Errorf("the error shows the PIN: %v", err)
-			}
-		})
-	}
-	// pin-source may end in a newline, and have file: or not.
-	for _, source := range []string{"file:" + file("nl", tok.PIN+"\n", 0o600), file("crlf", tok.PIN+"\r\n", 0o400), "file://" + file("plain", tok.PIN, 0o600)} {
-		token, err := Open(t.Context(), base+"&pin-source="+source)
-		if err != nil {
-			t.Error(source, err)
-			continue
-		}
-		token.Close()
-	}
-	if _, err := EnrollKey(t.Context(), tok.URI, PIN(tok.PIN), testKEK, &must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072)).PublicKey); err == nil || !strings.Contains(err.Error(), "refused the PIN") {
-		t.Errorf("a wrong security officer's PIN: %v", err)
-	}
-	if _, err := EnrollKey(t.Context(), tok.URI, PIN(tok.SOPIN), testKEK, &must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048)).PublicKey); err == nil {
-		t.Error("a weak transport key was taken")
-	}
-}
-
-// SoftHSM is initialised anew after so many uses, under all that goes on: nothing fails by it, signers and keys are found again.
+// SoftHSM is initialised anew after so many uses, under all that goes on: nothing fails by it, signers and keys are
+// found again.
 func TestRenew(t *testing.T) {
-	token, _ := newFactory(t, nil)
-	injection, signing := testInjection, testSigning
-	if token.renewAfter.Load() != softHSMRenewal {
-		t.Error("SoftHSM is not renewed")
-	}
-	s, err := token.Signer(signing)
-	if err != nil {
-		t.Fatal(err)
-	}
-	first := token.held
-	token.renewAfter.Store(25)
+	tok, _ := newFactoryClosed(t, nil)
+	token := must[*FactoryToken](t)(OpenFactory(t.Context(), tok.URI, Options{renewAfter: 25}))
+	closeAfter(t, token.base)
+	s := must[crypto.Signer](t)(token.Signer(testSigning))
+	make, before := func() {
+		if _, _, err := token.MakeDeviceKey(t.Context(), kme.SuiteECDSA, testInjection); err != nil {
+			t.Error(err)
+		}
+	}, token.hsm.Epoch()
 	var all sync.WaitGroup
 	for range 6 {
 		all.Go(func() {
 			for range 50 {
-				if _, _, err := token.MakeDeviceKey(t.Context(), kme.SuiteECDSA, injection); err != nil {
-					t.Error(err)
-				}
+				make()
 				digest := sha256.Sum256([]byte("x"))
 				sig, err := s.Sign(rand.Reader, digest[:], crypto.SHA256)
 				if err != nil || !ecdsa.VerifyASN1(s.Public().(*ecdsa.PublicKey), digest[:], sig) {
@@ -701,16 +618,107 @@ func TestRenew(t *testing.T) {
 		})
 	}
 	all.Wait()
-	token.reopening.Lock() // a renewal goes on beside the calls
-	if token.held == first {
-		t.Error("the module was not initialised anew")
+	for end := time.Now().Add(testproc.Patience); token.hsm.Epoch() == before; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("the module was not reinitialised")
+		}
 	}
 	// A PIN that is gone is no reason to stop.
-	token.pin = "file:/nowhere"
-	token.reopening.Unlock()
+	if err := os.Remove(tok.PINFile); err != nil {
+		t.Fatal(err)
+	}
 	for range 30 {
-		if _, _, err := token.MakeDeviceKey(t.Context(), kme.SuiteECDSA, injection); err != nil {
-			t.Fatal(err)
+		make()
+	}
+	if h := token.Health(); h.Cause != nil || h.Reinitialised != 0 {
+		t.Errorf("%+v", h)
+	}
+}
+
+func aesBlock(t *testing.T, key []byte, in [RANDSize]byte) (out [RANDSize]byte) {
+	t.Helper()
+	block, err := aes.NewCipher(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	block.Encrypt(out[:], in[:])
+	return out
+}
+
+// A template with more attributes than C has room for is refused: cut short, it would make a key without the attributes
+// that protect it.
+func TestTemplateRoom(t *testing.T) {
+	token := newOperator(t)
+	_, sealed, err := token.sample(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	storage := token.mustFind(t, pkcs11.CKO_SECRET_KEY, keyspec.Storage)
+	// fill repeats one attribute of a template until there are n.
+	fill := func(a p11.Attributes, n int) p11.Attributes {
+		for a = slices.Clone(a); len(a) < n; {
+			a = append(a, a[len(a)-1])
 		}
+		return a
+	}
+	value := &pkcs11.Attribute{Type: pkcs11.CKA_VALUE, Value: make([]byte, 32)}
+	for name, take := range map[string]func(*p11.Session, int) (pkcs11.ObjectHandle, error){
+		"create": func(s *p11.Session, n int) (pkcs11.ObjectHandle, error) {
+			return s.Create(append(fill(keyspec.SealableKME, n-1), value))
+		},
+		"unwrap": func(s *p11.Session, n int) (pkcs11.ObjectHandle, error) {
+			return s.Unwrap(pkcs11.CKM_AES_KEY_WRAP, storage, sealed[1:], fill(keyspec.UsableKME, n))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for _, n := range []int{28, 32, 33, 1000} {
+				before := countObjects(t, token, nil)
+				err := token.hsm.With(t.Context(), "test", func(s *p11.Session) error {
+					h, err := take(s, n)
+					if err == nil {
+						err = s.Destroy(h)
+					} else if strings.Contains(err.Error(), "there is room for 32") {
+						err = errRoom
+					}
+					return err
+				})
+				if (n > 32) != (err == errRoom) || n == 28 && err != nil { // of 32, SoftHSM wants some itself
+					t.Errorf("%d attributes: %v", n, err)
+				}
+				if objects := countObjects(t, token, nil); objects != before {
+					t.Errorf("%d attributes: %d objects, before %d", n, objects, before)
+				}
+			}
+		})
+	}
+}
+
+var errRoom = errors.New("refused for want of room")
+
+// A panic in the code of a method ends its call and nothing else.
+func TestPanicInAMethod(t *testing.T) {
+	token := newOperator(t)
+	importLot(t, token, testLot, must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048)))
+	if p := panics.Of(token.ProveLotKey(t.Context(), testLot, nil)); p == nil || !bytes.Contains(p.Stack, []byte("hsmkeys.")) {
+		t.Errorf("%v", p)
+	}
+	if err := token.Ping(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if h := token.Health(); h.Panics != 1 || h.Cause != nil || h.Hung != 0 {
+		t.Errorf("%+v", h)
+	}
+}
+
+// The security officer's PIN is tried once; the key that receives is looked at before it is.
+func TestEnrolRefuses(t *testing.T) {
+	tok := softhsmtest.Token(t)
+	good := &must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072)).PublicKey
+	if _, err := EnrollKey(t.Context(), tok.URI, PIN(tok.PIN), testKEK, good); err == nil || !strings.Contains(err.Error(), "refused the PIN") {
+		t.Errorf("a wrong security officer's PIN: %v", err)
+	}
+	weak := &must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048)).PublicKey
+	if _, err := EnrollKey(t.Context(), tok.URI, PIN(tok.SOPIN), testKEK, weak); err == nil {
+		t.Error("a weak transport key was taken")
 	}
 }

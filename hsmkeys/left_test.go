@@ -9,6 +9,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -63,29 +64,23 @@ func TestNothingIsLeft(t *testing.T) {
 	}
 	count := func() (sessions, objects int) {
 		t.Helper()
-		info, err := token.module.GetTokenInfo(token.slot)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if info.SessionCount != pkcs11.CK_UNAVAILABLE_INFORMATION {
-			sessions = int(info.SessionCount)
-		} else {
-			for h := range 100_000 { // SoftHSM counts its handles up
-				if _, err := token.module.GetSessionInfo(pkcs11.SessionHandle(h)); err == nil {
-					sessions++
-				}
-			}
-		}
-		err = token.with(t.Context(), "test", func(s *session) error {
-			if err := s.FindObjectsInit(s.h, nil); err != nil {
-				return err
-			}
-			found, _, err := s.FindObjects(s.h, 1000)
-			objects = len(found)
+		err := token.hsm.With(t.Context(), "test", func(s *p11.Session) error {
+			info, _, err := token.hsm.Ask(s)
 			if err != nil {
 				return err
 			}
-			return s.FindObjectsFinal(s.h)
+			if info.SessionCount != pkcs11.CK_UNAVAILABLE_INFORMATION {
+				sessions = int(info.SessionCount)
+			} else {
+				for h := range 100_000 { // SoftHSM counts its handles up
+					if _, err := s.Ctx.GetSessionInfo(pkcs11.SessionHandle(h)); err == nil {
+						sessions++
+					}
+				}
+			}
+			found, err := s.Find(nil)
+			objects = len(found)
+			return err
 		})
 		if err != nil {
 			t.Fatal(err)
@@ -100,7 +95,7 @@ func TestNothingIsLeft(t *testing.T) {
 	} else {
 		t.Logf("%d sessions and %d objects, before %d and %d", s, o, sessions, objects)
 	}
-	if h := token.Health(); h.Hung != 0 || h.Reopened != 0 || h.Cause != nil {
+	if h := token.Health(); h.Hung != 0 || h.Reinitialised != 0 || h.Cause != nil {
 		t.Errorf("%+v", h)
 	}
 }
@@ -122,7 +117,7 @@ func TestVerifyInSoftware(t *testing.T) {
 			Device: must[any](t)(x509.ParsePKIXPublicKey(c.Device)), Bytes: c.Payload}
 		token.verifyInSoftware = false
 		want := must[*Opened](t)(token.OpenPayload(t.Context(), in))
-		token.VerifyInSoftware()
+		token.verifyInSoftware = true
 		if got := must[*Opened](t)(token.OpenPayload(t.Context(), in)); got.Fault != want.Fault || got.NWSig != want.NWSig {
 			t.Errorf("%s: fault %q in software, %q in the token", c.Name, got.Fault, want.Fault)
 		}

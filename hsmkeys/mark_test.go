@@ -9,6 +9,8 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
+	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 )
 
@@ -59,8 +61,8 @@ func TestMark(t *testing.T) {
 	}
 
 	// Who has no PIN can make an object that is not PRIVATE, under the same name: it is no mark, and stays what it is.
-	err := token.with(t.Context(), "forge", func(s *session) error {
-		return s.putNote(markLabel, []byte("forged"), attributes{attr(pkcs11.CKA_PRIVATE, false)})
+	err := token.hsm.With(t.Context(), "forge", func(s *p11.Session) error {
+		return s.PutNote(keyspec.MarkLabel, []byte("forged"), p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, false)})
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -80,8 +82,8 @@ func TestMarkIsPrivate(t *testing.T) {
 	if err := token.SetMark(t.Context(), []byte("1"), nil); err != nil {
 		t.Fatal(err)
 	}
-	err := token.with(t.Context(), "look", func(s *session) error {
-		found, err := s.findObjects(attributes{attr(pkcs11.CKA_LABEL, markLabel), attr(pkcs11.CKA_PRIVATE, false)})
+	err := token.hsm.With(t.Context(), "look", func(s *p11.Session) error {
+		found, err := s.Find(p11.Attributes{p11.Attr(pkcs11.CKA_LABEL, keyspec.MarkLabel), p11.Attr(pkcs11.CKA_PRIVATE, false)})
 		if len(found) > 0 {
 			t.Error("a mark is an object that needs no PIN")
 		}
@@ -95,7 +97,7 @@ func TestMarkIsPrivate(t *testing.T) {
 // Derived keys are those of the ledger key and the purpose.
 func TestDerive(t *testing.T) {
 	one, two := newOperator(t), newOperator(t)
-	derive := func(token *Token, purpose string) []byte {
+	derive := func(token *OperatorToken, purpose string) []byte {
 		t.Helper()
 		key, err := token.Derive(t.Context(), purpose)
 		if err != nil {

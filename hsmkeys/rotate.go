@@ -7,6 +7,10 @@ import (
 	"fmt"
 
 	"github.com/miekg/pkcs11"
+
+	"github.com/kmehsm/kmehsm/hsmkeys/keyop"
+	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
+	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 )
 
 // A Rotation seals KMEs again, under the newest generation of the storage key. The older ones cannot: by their
@@ -14,33 +18,34 @@ import (
 // the security officer has taken in, whose private half is in the same token; and unwrapped into session objects
 // without such a template, which end with this process. No KME is ever in its memory.
 type Rotation struct {
-	*Token
+	*OperatorToken
 	to      *rsa.PublicKey
 	wrapped map[int][]byte // storage keys of earlier generations, under to
 	newest  int
 	made    bool
 }
 
-// rotationLabel is in the label of the RSA key of a rotation.
-const rotationLabel = "kme rotation "
-
 // OpenRotation makes a storage key of the next generation, unless one of a rotation that was interrupted is there, and
-// opens the token for sealing again. It logs in as the security officer, once: no Token of this token may be open in
+// opens the token for sealing again. It logs in as the security officer, once: no token of the URI may be open in
 // the process. Close ends it.
 func OpenRotation(ctx context.Context, tokenURI string, officer PIN) (r *Rotation, err error) {
-	t, err := Open(ctx, tokenURI)
+	return openRotation(ctx, tokenURI, officer, Options{})
+}
+
+func openRotation(ctx context.Context, tokenURI string, officer PIN, o Options) (r *Rotation, err error) {
+	t, err := OpenOperator(ctx, tokenURI, o)
 	if err != nil {
 		return nil, err
 	}
-	r = &Rotation{Token: t}
+	r = &Rotation{OperatorToken: t}
 	if err = r.dropLeft(ctx); err == nil {
-		r.to, err = t.newReceiver(ctx, rotationLabel, importedKEK) // an earlier storage key is as a KEK meanwhile
+		r.to, err = t.newReceiver(ctx, keyspec.RotationLabel, keyspec.ImportedKEK) // an earlier storage key is as a KEK meanwhile
 	}
 	if err = errors.Join(err, t.Close()); err != nil {
 		return nil, err
 	}
 	taken := TakeRecipient(ctx, tokenURI, officer, r.to)
-	if r.Token, err = Open(ctx, tokenURI); err != nil {
+	if r.OperatorToken, err = OpenOperator(ctx, tokenURI, o); err != nil {
 		return nil, errors.Join(taken, err)
 	}
 	if err = taken; err == nil {
@@ -54,9 +59,9 @@ func OpenRotation(ctx context.Context, tokenURI string, officer PIN) (r *Rotatio
 
 // dropLeft destroys what an interrupted rotation or backup has left.
 func (r *Rotation) dropLeft(ctx context.Context) error {
-	left, err := r.receivers(ctx, rotationLabel)
+	left, err := r.receivers(ctx, keyspec.RotationLabel)
 	for _, pub := range left {
-		err = errors.Join(err, r.destroyReceiver(ctx, rotationLabel, pub))
+		err = errors.Join(err, r.destroyReceiver(ctx, keyspec.RotationLabel, pub))
 	}
 	return err
 }
@@ -79,7 +84,7 @@ func (r *Rotation) begin(ctx context.Context) error {
 		return fmt.Errorf("the storage key has been rotated %d times, and cannot be once more", MaxGenerations-1)
 	}
 	r.newest++
-	r.made, err = r.makeStorage(ctx, storageGeneration(r.newest))
+	r.made, err = r.makeStorage(ctx, keyspec.StorageGeneration(r.newest))
 	return err
 }
 
@@ -92,25 +97,25 @@ func (r *Rotation) Newest() int { return r.newest }
 
 // Close ends the rotation, finished or not: what it needed is destroyed.
 func (r *Rotation) Close() error {
-	return errors.Join(r.dropLeft(context.Background()), r.Token.Close())
+	return errors.Join(r.dropLeft(context.Background()), r.OperatorToken.Close())
 }
 
 // Reseal seals a KME under the newest generation.
 func (r *Rotation) Reseal(ctx context.Context, sealed []byte) ([]byte, error) {
-	if len(sealed) != sealedSize {
+	if len(sealed) != keyop.SealedSize {
 		return nil, errors.New("the sealed KME is damaged: it has the wrong length")
 	}
-	return do(ctx, r.Token, "reseal a KME", func(s *session) (out []byte, err error) {
+	return p11.Do(ctx, r.hsm, "reseal a KME", func(s *p11.Session) (out []byte, err error) {
 		earlier, err := r.earlier(s, int(sealed[0]))
 		if err != nil {
 			return nil, err
 		}
-		newest, err := r.find(s, pkcs11.CKO_SECRET_KEY, storageGeneration(r.newest))
+		newest, err := r.find(s, pkcs11.CKO_SECRET_KEY, keyspec.StorageGeneration(r.newest))
 		if err != nil {
 			return nil, err
 		}
-		err = s.unseal(earlier, sealed, sealable, func(h pkcs11.ObjectHandle) (err error) {
-			out, err = sealObject(s, r.newest, newest, h)
+		err = keyop.Unseal(s, earlier, sealed, keyspec.SealableKME, func(h pkcs11.ObjectHandle) (err error) {
+			out, err = keyop.SealObject(s, r.newest, newest, h)
 			return err
 		})
 		return out, err
@@ -118,20 +123,20 @@ func (r *Rotation) Reseal(ctx context.Context, sealed []byte) ([]byte, error) {
 }
 
 // earlier is a storage key of an earlier generation as an object of this session, with which it ends.
-func (r *Rotation) earlier(s *session, generation int) (pkcs11.ObjectHandle, error) {
+func (r *Rotation) earlier(s *p11.Session, generation int) (pkcs11.ObjectHandle, error) {
 	wrapped := r.wrapped[generation]
 	if wrapped == nil {
-		return 0, fmt.Errorf("%s: %w", storageGeneration(generation).Label(), ErrNoKey)
+		return 0, fmt.Errorf("%s: %w", keyspec.StorageGeneration(generation).Label(), ErrNoKey)
 	}
-	at := handleKey{pkcs11.CKO_SECRET_KEY, fmt.Sprintf("earlier %d of session %d", generation, s.h)}
-	return r.remembered(at, func() (pkcs11.ObjectHandle, error) {
-		private, err := r.receiver(s, rotationLabel, r.to)
+	at := p11.Object{Class: pkcs11.CKO_SECRET_KEY, ID: fmt.Sprintf("earlier %d of session %d", generation, s.ID)}
+	return r.hsm.Remembered(at, func() (pkcs11.ObjectHandle, error) {
+		private, err := keyop.Receiver(s, keyspec.RotationLabel, r.to)
 		if err != nil {
 			return 0, err
 		}
-		here := attributes{attr(pkcs11.CKA_PRIVATE, true), attr(pkcs11.CKA_TOKEN, false)}
-		h, err := s.unwrap(oaep, private, wrapped, frozen(importedKEK, here))
-		return h, explainIf("unwrap "+storageGeneration(generation).Label(), err)
+		here := p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, true), p11.Attr(pkcs11.CKA_TOKEN, false)}
+		h, err := s.Unwrap(keyspec.OAEP, private, wrapped, p11.Frozen(keyspec.ImportedKEK, here))
+		return h, p11.Explain("unwrap "+keyspec.StorageGeneration(generation).Label(), err)
 	})
 }
 
@@ -140,9 +145,9 @@ func (r *Rotation) earlier(s *session, generation int) (pkcs11.ObjectHandle, err
 func SealedFrom(generation int) []byte { return []byte{byte(generation)} }
 
 // StorageGenerations are those that the token has, in their order.
-func (t *Token) StorageGenerations(ctx context.Context) (all []int, err error) {
-	return doAs(ctx, t, Operator, "look for storage keys", func(s *session) (all []int, err error) {
-		for k := range storageKey.Generations() {
+func (t *OperatorToken) StorageGenerations(ctx context.Context) (all []int, err error) {
+	return doAs(ctx, t.base, Operator, "look for storage keys", func(s *p11.Session) (all []int, err error) {
+		for k := range keyspec.Storage.Generations() {
 			_, err := t.find(s, pkcs11.CKO_SECRET_KEY, k)
 			if err == nil {
 				all = append(all, k.Generation)
@@ -156,8 +161,8 @@ func (t *Token) StorageGenerations(ctx context.Context) (all []int, err error) {
 
 // DestroyStorageKey ends an earlier generation of the storage key for good, and with it whatever is sealed under it. It
 // refuses the newest.
-func (t *Token) DestroyStorageKey(ctx context.Context, generation int) error {
-	_, err := doAs(ctx, t, Operator, "destroy a storage key", func(s *session) (none struct{}, err error) {
+func (t *OperatorToken) DestroyStorageKey(ctx context.Context, generation int) error {
+	_, err := doAs(ctx, t.base, Operator, "destroy a storage key", func(s *p11.Session) (none struct{}, err error) {
 		t.sealing.Store(nil)
 		newest, _, err := t.newestStorage(s)
 		if err == nil && generation >= newest {
@@ -166,7 +171,7 @@ func (t *Token) DestroyStorageKey(ctx context.Context, generation int) error {
 		if err != nil {
 			return none, err
 		}
-		return none, t.destroy(s, pkcs11.CKO_SECRET_KEY, storageGeneration(generation))
+		return none, t.destroy(s, pkcs11.CKO_SECRET_KEY, keyspec.StorageGeneration(generation))
 	})
 	return err
 }

@@ -12,22 +12,26 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/keyop"
+	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
+	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// Another process makes a storage key, and this one looks when the key's file is still empty: it finds the key all the same.
+// Another process makes a storage key, and this one looks when the key's file is still empty: it finds the key all the
+// same.
 func TestUnseenKey(t *testing.T) {
 	if uri := os.Getenv(childURI); uri != "" {
-		token := must[*Token](t)(Open(t.Context(), uri))
+		token := must[*OperatorToken](t)(OpenOperator(t.Context(), uri, Options{}))
 		defer token.Close()
-		must[bool](t)(token.makeStorage(t.Context(), storageGeneration(2)))
-		sealed := must[[]byte](t)(do(t.Context(), token, "test", func(s *session) ([]byte, error) {
+		must[bool](t)(token.makeStorage(t.Context(), keyspec.StorageGeneration(2)))
+		sealed := must[[]byte](t)(p11.Do(t.Context(), token.hsm, "test", func(s *p11.Session) ([]byte, error) {
 			generation, h, err := token.newestStorage(s)
 			if err != nil {
 				return nil, err
 			}
-			return seal(s, generation, h, kme.RandomSecret())
+			return keyop.Seal(s, generation, h, kme.RandomSecret())
 		}))
 		os.Stdout.WriteString("sealed " + hex.EncodeToString(sealed) + "\n")
 		return
@@ -77,8 +81,8 @@ func TestUnseenKey(t *testing.T) {
 			}
 		}
 	})
-	got, err := do(t.Context(), token, "test", func(s *session) (pkcs11.ObjectHandle, error) {
-		h, err := token.find(s, pkcs11.CKO_SECRET_KEY, storageGeneration(2))
+	got, err := p11.Do(t.Context(), token.hsm, "test", func(s *p11.Session) (pkcs11.ObjectHandle, error) {
+		h, err := token.find(s, pkcs11.CKO_SECRET_KEY, keyspec.StorageGeneration(2))
 		if errors.Is(err, ErrNoKey) {
 			looked()
 		}

@@ -5,7 +5,6 @@ import (
 	"crypto/rsa"
 	"crypto/x509"
 	"encoding/json"
-
 	"maps"
 	"os"
 	"strconv"
@@ -14,6 +13,9 @@ import (
 	"github.com/miekg/pkcs11"
 	"github.com/tink-crypto/tink-go/v2/kwp/subtle"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/keyop"
+	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
+	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -106,23 +108,24 @@ func TestWycheproof(t *testing.T) {
 
 // A vectorToken has a case's keys in the places of our own, as session objects.
 type vectorToken struct {
-	*Token
-	s *session // has the objects: a session of the pool ends with the first call that fails, and its objects with it
+	*OperatorToken
+	s *p11.Session // has the objects: a session of the pool ends with the first call that fails, and its objects with it
 }
 
 func newVectorToken(t *testing.T) *vectorToken {
 	token := newOperatorOn(t, softhsmtest.Token(t))
-	s := must[*session](t)(token.openSession())
-	t.Cleanup(func() { s.CloseSession(s.h) })
+	s := must[*p11.Session](t)(token.hsm.OpenSession())
+	t.Cleanup(func() { s.Close() })
+	token.hsm.Forget()
 	return &vectorToken{token, s}
 }
 
 // create makes an object that ends with the test.
-func (v *vectorToken) create(t *testing.T, parts ...attributes) pkcs11.ObjectHandle {
+func (v *vectorToken) create(t *testing.T, parts ...p11.Attributes) pkcs11.ObjectHandle {
 	t.Helper()
-	h := must[pkcs11.ObjectHandle](t)(v.s.create(join(append([]attributes{{attr(pkcs11.CKA_TOKEN, false)}}, parts...)...)))
+	h := must[pkcs11.ObjectHandle](t)(v.s.Create(p11.Join(append([]p11.Attributes{{p11.Attr(pkcs11.CKA_TOKEN, false)}}, parts...)...)))
 	t.Cleanup(func() {
-		if err := v.s.DestroyObject(v.s.h, h); err != nil {
+		if err := v.s.Destroy(h); err != nil {
 			t.Error(err)
 		}
 	})
@@ -130,30 +133,28 @@ func (v *vectorToken) create(t *testing.T, parts ...attributes) pkcs11.ObjectHan
 }
 
 // stand makes an object that find gives as k, until the test ends.
-func (v *vectorToken) stand(t *testing.T, k Key, class uint, parts ...attributes) pkcs11.ObjectHandle {
+func (v *vectorToken) stand(t *testing.T, k Key, class uint, parts ...p11.Attributes) pkcs11.ObjectHandle {
 	t.Helper()
 	h := v.create(t, parts...)
-	at := handleKey{class, string(k.ID())}
-	set := func(do func()) {
-		v.mu.Lock()
-		defer v.mu.Unlock()
-		do()
+	at := p11.Object{Class: class, ID: string(k.ID())}
+	known, err := v.hsm.Remembered(at, func() (pkcs11.ObjectHandle, error) { return h, nil })
+	if err != nil || known != h {
+		t.Fatalf("%s is known already: %v", k, err)
 	}
-	set(func() { v.handles[at] = h })
-	t.Cleanup(func() { set(func() { delete(v.handles, at) }) })
+	t.Cleanup(v.hsm.Forget)
 	return h
 }
 
-func secretValue(keyType uint, value []byte) attributes {
-	return attributes{
-		attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_KEY_TYPE, keyType), attr(pkcs11.CKA_VALUE, value),
+func secretValue(keyType uint, value []byte) p11.Attributes {
+	return p11.Attributes{
+		p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), p11.Attr(pkcs11.CKA_KEY_TYPE, keyType), p11.Attr(pkcs11.CKA_VALUE, value),
 	}
 }
 
 // readable is the template of an unwrapped secret whose value can be read, as that of none of ours can.
-var readable = attributes{
-	attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_GENERIC_SECRET),
-	attr(pkcs11.CKA_TOKEN, false), attr(pkcs11.CKA_SENSITIVE, false), attr(pkcs11.CKA_EXTRACTABLE, true),
+var readable = p11.Attributes{
+	p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_GENERIC_SECRET),
+	p11.Attr(pkcs11.CKA_TOKEN, false), p11.Attr(pkcs11.CKA_SENSITIVE, false), p11.Attr(pkcs11.CKA_EXTRACTABLE, true),
 }
 
 // unwrapped is the value that a wrapped secret has; ok is false if the token refuses it.
@@ -166,18 +167,18 @@ func (v *vectorToken) unwrapped(
 	if len(ct) == 0 { // C_UnwrapKey of miekg/pkcs11 would panic, so each of our calls refuses it before
 		return nil, false
 	}
-	err := v.with(t.Context(), "test", func(s *session) error {
-		h, err := s.unwrap(m, key, ct, readable)
+	err := v.hsm.With(t.Context(), "test", func(s *p11.Session) error {
+		h, err := s.Unwrap(m, key, ct, readable)
 		if err != nil {
 			return err
 		}
 		ok = true
-		a, err := s.GetAttributeValue(s.h, h, attributes{attr(pkcs11.CKA_VALUE, nil)})
+		a, err := s.Get(h, pkcs11.CKA_VALUE)
 		if err != nil {
 			return err
 		}
-		value = a[0].Value
-		return s.DestroyObject(s.h, h)
+		value = a[0]
+		return s.Destroy(h)
 	})
 	if ok && err != nil {
 		t.Error(err)
@@ -188,9 +189,9 @@ func (v *vectorToken) unwrapped(
 // wrap wraps a secret.
 func (v *vectorToken) wrap(t *testing.T, m uint, key pkcs11.ObjectHandle, value []byte) (ct []byte, err error) {
 	t.Helper()
-	h := v.create(t, secretValue(pkcs11.CKK_GENERIC_SECRET, value), attributes{attr(pkcs11.CKA_EXTRACTABLE, true)})
-	err = v.with(t.Context(), "test", func(s *session) (err error) {
-		ct, err = s.wrap(m, key, h, make([]byte, wrappedRoom))
+	h := v.create(t, secretValue(pkcs11.CKK_GENERIC_SECRET, value), p11.Attributes{p11.Attr(pkcs11.CKA_EXTRACTABLE, true)})
+	err = v.hsm.With(t.Context(), "test", func(s *p11.Session) (err error) {
+		ct, err = s.Wrap(m, key, h, make([]byte, keyspec.WrappedRoom))
 		return err
 	})
 	return ct, err
@@ -224,13 +225,13 @@ func (v *vectorToken) signature(suite kme.Suite) func(*testing.T, *vectorGroup, 
 		pub := must[any](t)(x509.ParsePKIXPublicKey(g.PublicKey))
 		sig, formed := []byte(c.Sig), true
 		if len(sig) == suite.SignatureSize() { // a payload has no other; to the token go the others as they are
-			if formed = wellFormed(pub, sig); !formed {
-				sig = standIn(suite)
+			if formed = keyop.WellFormed(pub, sig); !formed {
+				sig = keyop.StandIn(suite)
 			}
 		}
 		var verified bool
-		if err := v.with(t.Context(), "test", func(s *session) (err error) {
-			verified, err = verifyKME(s, suite, pub, c.Msg, sig)
+		if err := v.hsm.With(t.Context(), "test", func(s *p11.Session) (err error) {
+			verified, err = keyop.VerifyKME(s, suite, pub, c.Msg, sig)
 			return err
 		}); err != nil {
 			t.Errorf("not refused but failed, which tells a caller more: %v", err)
@@ -251,29 +252,29 @@ func (v *vectorToken) signature(suite kme.Suite) func(*testing.T, *vectorGroup, 
 
 // lotWrap is AES-KWP as it carries lot keys and device keys. No case holds a private key, so none is taken as one.
 func (v *vectorToken) lotWrap(t *testing.T, _ *vectorGroup, c *vectorCase) outcome {
-	kek := v.stand(t, testKEK, pkcs11.CKO_SECRET_KEY, secretValue(pkcs11.CKK_AES, c.Key), guarded(false),
-		use(usages, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP))
+	kek := v.stand(t, testKEK, pkcs11.CKO_SECRET_KEY, secretValue(pkcs11.CKK_AES, c.Key), p11.Guarded(false),
+		p11.Use(p11.Usages, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP))
 	if taken, err := v.UnwrapLotKey(t.Context(), testLot, testKEK, c.CT, new(rsa.PublicKey)); taken || err == nil {
 		t.Error("taken as a lot key")
 	}
-	return v.wrapped(t, v.kwp, kek, c)
+	return v.wrapped(t, v.hsm.KWP(), kek, c)
 }
 
 // sealed is AES key wrap as it seals KMEs.
 func (v *vectorToken) sealed(t *testing.T, _ *vectorGroup, c *vectorCase) outcome {
-	storage := v.stand(t, storageKey, pkcs11.CKO_SECRET_KEY, secretValue(pkcs11.CKK_AES, c.Key), guarded(false),
-		use(usages, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP))
+	storage := v.stand(t, keyspec.Storage, pkcs11.CKO_SECRET_KEY, secretValue(pkcs11.CKK_AES, c.Key), p11.Guarded(false),
+		p11.Use(p11.Usages, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP))
 	o := v.wrapped(t, pkcs11.CKM_AES_KEY_WRAP, storage, c)
 	ours := append([]byte{1}, c.CT...) // the first generation's
 	switch _, err := v.EncryptRANDs(t.Context(), ours, make([]RAND, 1)); {
-	case (err == nil) != (o.accepted && len(ours) == sealedSize):
+	case (err == nil) != (o.accepted && len(ours) == keyop.SealedSize):
 		t.Errorf("as a sealed KME: %v", err)
 	case err == nil:
-		checkSealed(t, v.Token, ours, c.Msg)
+		checkSealed(t, v.OperatorToken, ours, c.Msg)
 		secret := must[kme.Secret](t)(kme.NewSecret(c.Msg))
 		var ct []byte
-		if err := v.with(t.Context(), "test", func(s *session) (err error) {
-			ct, err = seal(s, 1, storage, secret)
+		if err := v.hsm.With(t.Context(), "test", func(s *p11.Session) (err error) {
+			ct, err = keyop.Seal(s, 1, storage, secret)
 			return err
 		}); err != nil || !bytes.Equal(ct, ours) {
 			t.Errorf("seals to %x, %v", ct, err)
@@ -288,9 +289,9 @@ func (v *vectorToken) sealed(t *testing.T, _ *vectorGroup, c *vectorCase) outcom
 // transport is RSA-OAEP as it brings KEKs.
 func (v *vectorToken) transport(t *testing.T, g *vectorGroup, c *vectorCase) outcome {
 	key := must[any](t)(x509.ParsePKCS8PrivateKey(g.PrivateKey)).(*rsa.PrivateKey)
-	h := v.create(t, rsaPrivate(key), guarded(false), use(privateUsages, pkcs11.CKA_UNWRAP),
-		attributes{attr(pkcs11.CKA_LABEL, transportLabel+"of a case"), attr(pkcs11.CKA_TOKEN, true)})
-	value, ok := v.unwrapped(t, oaep, h, c.CT)
+	h := v.create(t, rsaPrivate(key), p11.Guarded(false), p11.Use(p11.PrivateUsages, pkcs11.CKA_UNWRAP),
+		p11.Attributes{p11.Attr(pkcs11.CKA_LABEL, keyspec.TransportLabel+"of a case"), p11.Attr(pkcs11.CKA_TOKEN, true)})
+	value, ok := v.unwrapped(t, keyspec.OAEP, h, c.CT)
 	if ok && !bytes.Equal(value, c.Msg) {
 		t.Errorf("decrypts to %x, want %x", value, c.Msg)
 	}
@@ -319,14 +320,14 @@ func (v *vectorToken) transport(t *testing.T, g *vectorGroup, c *vectorCase) out
 
 // tag is HMAC-SHA-256 as it tags KMEs. Ours are never cut: one that is shorter must be the beginning of ours.
 func (v *vectorToken) tag(t *testing.T, _ *vectorGroup, c *vectorCase) outcome {
-	ledger := v.create(t, secretValue(pkcs11.CKK_GENERIC_SECRET, c.Key), guarded(false), use(usages, pkcs11.CKA_SIGN))
+	ledger := v.create(t, secretValue(pkcs11.CKK_GENERIC_SECRET, c.Key), p11.Guarded(false), p11.Use(p11.Usages, pkcs11.CKA_SIGN))
 	var tag []byte
-	err := v.with(t.Context(), "test", func(s *session) (err error) {
-		tag, err = hmac(s, ledger, append([]byte{}, c.Msg...)) // SoftHSM takes no null pointer for an empty message
+	err := v.hsm.With(t.Context(), "test", func(s *p11.Session) (err error) {
+		tag, err = keyop.HMAC(s, ledger, append([]byte{}, c.Msg...)) // SoftHSM takes no null pointer for an empty message
 		return err
 	})
 	switch {
-	case isCKR(err, pkcs11.CKR_KEY_SIZE_RANGE) && len(c.Key) == 16:
+	case p11.IsCKR(err, pkcs11.CKR_KEY_SIZE_RANGE) && len(c.Key) == 16:
 		return outcome{special: shortHMACKey}
 	case err != nil:
 		t.Error(err)

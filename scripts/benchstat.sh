@@ -5,7 +5,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 base=${BASE:-HEAD~1} count=${COUNT:-6}
 benchstat=golang.org/x/perf/cmd/benchstat@v0.0.0-20250813145418-2f7363a06fe1
-# The batch GCD of hsmkeys is for the audit, and takes half a minute.
 packages=(kme directory hsmkeys binding binding/sqlstore)
 hot='Payload|Device|Shard256|RawDecrypt|Verify|Tag|Seal|EncryptRAND|Establish|PrepareBound'
 dir=$(mktemp -d)

@@ -111,7 +111,7 @@ func verify(c *cli.Context, f func(directory.Store, *directory.Verifier, func(in
 }
 
 func reconcile(c *cli.Context) error {
-	return withLine(c, func(_ *hsmkeys.Token, line *factory.Line) error {
+	return withLine(c, func(_ *hsmkeys.FactoryToken, line *factory.Line) error {
 		r, err := line.Reconcile(c.Context, c.Args().First(), injectionDir(c, "out"), c.Bool("repair"))
 		if err != nil {
 			return err

@@ -24,7 +24,7 @@ func lotRefresh(c *cli.Context) error {
 	if c.Bool("begin") && len(lots) == 0 {
 		return cmdline.Usagef("--begin is for lots that are named: a list that is not there may have been taken away")
 	}
-	return withLine(c, func(_ *hsmkeys.Token, line *factory.Line) error {
+	return withLine(c, func(_ *hsmkeys.FactoryToken, line *factory.Line) error {
 		if len(lots) == 0 {
 			all, err := line.Lots(c.Context)
 			if err != nil {
@@ -75,7 +75,7 @@ func lotRevoke(c *cli.Context) error {
 		return cmdline.Usagef("say what is revoked: an IMEI, --imeis FILE, or --all for the whole lot; see %s --help",
 			c.Command.HelpName)
 	}
-	return withLine(c, func(_ *hsmkeys.Token, line *factory.Line) error {
+	return withLine(c, func(_ *hsmkeys.FactoryToken, line *factory.Line) error {
 		if c.Bool("all") {
 			if err := line.RevokeLot(c.Context, lot, reason); err != nil {
 				return err
@@ -120,7 +120,7 @@ func lotReissue(c *cli.Context) error {
 	if err != nil {
 		return cmdline.Usage(err)
 	}
-	return withLine(c, func(_ *hsmkeys.Token, line *factory.Line) error {
+	return withLine(c, func(_ *hsmkeys.FactoryToken, line *factory.Line) error {
 		lot := c.Args().First()
 		path, err := line.Reissue(c.Context, lot, imei, c.String("reason"), c.String("fixture"), injectionDir(c, "out"))
 		if err != nil {

@@ -121,7 +121,7 @@ func lotCreate(c *cli.Context) error {
 	if err := spec.Validate(); err != nil {
 		return cmdline.Usage(err)
 	}
-	return withLine(c, func(token *hsmkeys.Token, line *factory.Line) error {
+	return withLine(c, func(token *hsmkeys.FactoryToken, line *factory.Line) error {
 		m, err := line.CreateLot(c.Context, spec)
 		if err != nil {
 			return err
@@ -133,7 +133,7 @@ func lotCreate(c *cli.Context) error {
 }
 
 func lotList(c *cli.Context) error {
-	return withLine(c, func(_ *hsmkeys.Token, line *factory.Line) error {
+	return withLine(c, func(_ *hsmkeys.FactoryToken, line *factory.Line) error {
 		lots, err := line.Lots(c.Context)
 		if err != nil {
 			return err
@@ -174,7 +174,7 @@ func revocations(c *cli.Context, line *factory.Line, m *directory.Manifest) (*di
 }
 
 func lotShow(c *cli.Context) error {
-	return withLine(c, func(_ *hsmkeys.Token, line *factory.Line) error {
+	return withLine(c, func(_ *hsmkeys.FactoryToken, line *factory.Line) error {
 		m, err := line.Lot(c.Context, c.Args().First())
 		if err != nil {
 			return err
@@ -219,7 +219,7 @@ func lotGrant(c *cli.Context) error {
 	if err := cmdline.Require(c, "operator", "out"); err != nil {
 		return err
 	}
-	return withLine(c, func(_ *hsmkeys.Token, line *factory.Line) error {
+	return withLine(c, func(_ *hsmkeys.FactoryToken, line *factory.Line) error {
 		lot, operator := c.Args().First(), c.String("operator")
 		jws, err := line.Grant(c.Context, lot, operator)
 		if err != nil {
@@ -230,7 +230,7 @@ func lotGrant(c *cli.Context) error {
 }
 
 func lotSeal(c *cli.Context) error {
-	return withLine(c, func(token *hsmkeys.Token, line *factory.Line) error {
+	return withLine(c, func(token *hsmkeys.FactoryToken, line *factory.Line) error {
 		lot := c.Args().First()
 		if err := line.Seal(c.Context, lot); err != nil {
 			return err
@@ -250,7 +250,7 @@ func lotProvision(c *cli.Context) error {
 	if c.Int("workers") < 0 {
 		return cmdline.Usagef("--workers is at least 1")
 	}
-	return withLine(c, func(token *hsmkeys.Token, line *factory.Line) error {
+	return withLine(c, func(token *hsmkeys.FactoryToken, line *factory.Line) error {
 		_ = scheduling.ForCalls(token.Sessions()) // a kernel that refuses costs a few devices a second
 		lot, start := c.Args().First(), time.Now()
 		p, err := line.Provision(c.Context, lot, factory.ProvisionOptions{

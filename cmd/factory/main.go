@@ -68,12 +68,12 @@ func alone(action cli.ActionFunc) cli.ActionFunc {
 }
 
 // withLine runs f with the line, on the token and the directory that the flags name.
-func withLine(c *cli.Context, f func(*hsmkeys.Token, *factory.Line) error) error {
+func withLine(c *cli.Context, f func(*hsmkeys.FactoryToken, *factory.Line) error) error {
 	store, err := openDirectory(c)
 	if err != nil {
 		return err
 	}
-	return withToken(c, func(token *hsmkeys.Token) error {
+	return withToken(c, func(token *hsmkeys.FactoryToken) error {
 		line, err := factory.NewLine(token, store, state(c))
 		if err != nil {
 			return err
@@ -83,8 +83,8 @@ func withLine(c *cli.Context, f func(*hsmkeys.Token, *factory.Line) error) error
 }
 
 // withToken runs f with the token, and puts down in the audit log who did what with it.
-func withToken(c *cli.Context, f func(*hsmkeys.Token) error) error {
-	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
+func withToken(c *cli.Context, f func(*hsmkeys.FactoryToken) error) error {
+	return cmdline.WithFactory(c, func(token *hsmkeys.FactoryToken) error {
 		sign := func(head *auditlog.Head) error { return state(c).SignLog(token, head) }
 		return state(c).Log().Record(calledAs(), token.Serial(), func() error { return f(token) }, sign)
 	})

@@ -122,7 +122,7 @@ func inShares(s *hsmkeys.Split) string {
 }
 
 func soShow(c *cli.Context) error {
-	return withToken(c, func(token *hsmkeys.Token) error {
+	return withToken(c, func(token *hsmkeys.FactoryToken) error {
 		inForce, begun, err := token.OfficerSplit(c.Context)
 		if err != nil {
 			return err

@@ -43,7 +43,7 @@ func rotateCommand() *cli.Command {
 }
 
 func initLine(c *cli.Context) error {
-	return withToken(c, func(token *hsmkeys.Token) error {
+	return withToken(c, func(token *hsmkeys.FactoryToken) error {
 		pem, keyID, created, err := factory.Init(c.Context, token)
 		if err != nil {
 			return err
@@ -71,7 +71,7 @@ func initLine(c *cli.Context) error {
 }
 
 func doctor(c *cli.Context) error {
-	return withToken(c, func(token *hsmkeys.Token) error {
+	return withToken(c, func(token *hsmkeys.FactoryToken) error {
 		keys, err := factory.Keys(c.Context, token)
 		if err != nil {
 			return err
@@ -89,7 +89,7 @@ func rotateSigningKey(c *cli.Context) error {
 	if generation < 2 {
 		return cmdline.Usagef("--generation is missing: the first rotation makes generation 2; see %s --help", c.Command.HelpName)
 	}
-	return withToken(c, func(token *hsmkeys.Token) error {
+	return withToken(c, func(token *hsmkeys.FactoryToken) error {
 		keyID, created, err := factory.RotateSigningKey(c.Context, token, generation)
 		if err != nil {
 			return err

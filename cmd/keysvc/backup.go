@@ -49,7 +49,7 @@ factory operator enroll, keysvc enroll), and import the same grants there.`,
 }
 
 func backupPrepare(c *cli.Context) error {
-	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
+	return cmdline.WithOperator(c, func(token *hsmkeys.OperatorToken) error {
 		if _, _, err := tokenkeys.Dedicate(c.Context, token, c.Bool(acceptFlag.Name)); err != nil {
 			return err
 		}
@@ -90,14 +90,14 @@ func backupCreate(c *cli.Context) error {
 		return err
 	}
 	// Before the security officer's PIN is tried, of which a token allows few tries, and before a key is TRUSTED that the user's login would have to remove.
-	err = cmdline.WithToken(c, func(token *hsmkeys.Token) error { return token.MustBe(c.Context, hsmkeys.Operator) })
+	err = cmdline.WithOperator(c, func(token *hsmkeys.OperatorToken) error { return token.MustBe(c.Context, hsmkeys.Operator) })
 	if err != nil {
 		return err
 	}
 	if err := hsmkeys.TakeRecipient(c.Context, c.String("token"), officer, to); err != nil {
 		return err
 	}
-	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
+	return cmdline.WithOperator(c, func(token *hsmkeys.OperatorToken) error {
 		keys, err := token.CarryOut(c.Context)
 		if err != nil {
 			return err
@@ -135,7 +135,7 @@ func backupRestore(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
+	return cmdline.WithOperator(c, func(token *hsmkeys.OperatorToken) error {
 		taken, err := tokenkeys.Restore(c.Context, token, data, c.String("thumbprint"))
 		if err != nil {
 			return err

@@ -35,12 +35,12 @@ func storeFlags(own ...cli.Flag) []cli.Flag {
 // withStore runs f with the store, which must not be rolled back. What f does is the command's in the ledger, and the
 // token's high-water mark is raised afterwards.
 func withStore(c *cli.Context, f func(*sqlstore.Store) error) error {
-	return withStoreToken(c, func(token *hsmkeys.Token) error { return useStore(c, token, f) })
+	return withStoreToken(c, func(token *hsmkeys.OperatorToken) error { return useStore(c, token, f) })
 }
 
 // withTokenAndStore is withStore for what changes the token that --token names.
-func withTokenAndStore(c *cli.Context, f func(*hsmkeys.Token, *sqlstore.Store) error) error {
-	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
+func withTokenAndStore(c *cli.Context, f func(*hsmkeys.OperatorToken, *sqlstore.Store) error) error {
+	return cmdline.WithOperator(c, func(token *hsmkeys.OperatorToken) error {
 		return useStore(c, token, func(store *sqlstore.Store) error { return f(token, store) })
 	})
 }
@@ -50,7 +50,7 @@ const tokenFile = "token"
 
 // withStoreToken runs f with the token that the store's rows have their MACs from: what --token says, else that of keysvc
 // init, else what the environment says.
-func withStoreToken(c *cli.Context, f func(*hsmkeys.Token) error) error {
+func withStoreToken(c *cli.Context, f func(*hsmkeys.OperatorToken) error) error {
 	uri := c.String("token")
 	if uri == os.Getenv("KMEHSM_TOKEN") {
 		own, err := os.ReadFile(filepath.Join(c.String("state"), tokenFile))
@@ -59,10 +59,10 @@ func withStoreToken(c *cli.Context, f func(*hsmkeys.Token) error) error {
 		}
 		uri = cmp.Or(strings.TrimSpace(string(own)), uri)
 	}
-	return cmdline.WithTokenOf(c, uri, f)
+	return cmdline.WithOperatorOf(c, uri, f)
 }
 
-func useStore(c *cli.Context, token *hsmkeys.Token, f func(*sqlstore.Store) error) error {
+func useStore(c *cli.Context, token *hsmkeys.OperatorToken, f func(*sqlstore.Store) error) error {
 	return openStore(c, token, storeName(c), func(store *sqlstore.Store) error {
 		if err := mark.Check(c.Context, store, token); err != nil {
 			return err
@@ -77,7 +77,7 @@ func storeName(c *cli.Context) string {
 }
 
 // openStore runs f with a store, whatever state that is in.
-func openStore(c *cli.Context, token *hsmkeys.Token, name string, f func(*sqlstore.Store) error) error {
+func openStore(c *cli.Context, token *hsmkeys.OperatorToken, name string, f func(*sqlstore.Store) error) error {
 	c.Context = binding.WithActor(c.Context, binding.CommandActor(c.Command.HelpName))
 	key, err := token.Derive(c.Context, sqlstore.RowKey)
 	if errors.Is(err, hsmkeys.ErrNoKey) {

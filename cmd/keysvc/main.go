@@ -96,7 +96,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 }
 
 func initToken(c *cli.Context) error {
-	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
+	return cmdline.WithOperator(c, func(token *hsmkeys.OperatorToken) error {
 		created, weak, err := tokenkeys.Init(c.Context, token, c.Bool(acceptFlag.Name))
 		if err == nil { // the folder is there: see cmdline.Alone
 			err = durable.WriteFile(filepath.Join(c.String("state"), tokenFile), []byte(c.String("token")+"\n"), 0o600)
@@ -144,7 +144,7 @@ func enroll(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	return withTokenAndStore(c, func(token *hsmkeys.Token, store *sqlstore.Store) error {
+	return withTokenAndStore(c, func(token *hsmkeys.OperatorToken, store *sqlstore.Store) error {
 		m, err := imports.Enroll(c.Context, token, store, imports.Enrolment{JWS: jws, PEM: pem, Thumbprint: c.String("thumbprint"), Directory: url, TACs: tacs})
 		if err != nil {
 			return err
@@ -175,7 +175,7 @@ func lotImport(c *cli.Context) error {
 		}
 		again = &v
 	}
-	return withTokenAndStore(c, func(token *hsmkeys.Token, store *sqlstore.Store) error {
+	return withTokenAndStore(c, func(token *hsmkeys.OperatorToken, store *sqlstore.Store) error {
 		lot, err := imports.ImportLot(c.Context, token, store, jws, again)
 		if err != nil {
 			return err
@@ -260,7 +260,7 @@ func device(c *cli.Context) error {
 }
 
 func doctor(c *cli.Context) error {
-	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
+	return cmdline.WithOperator(c, func(token *hsmkeys.OperatorToken) error {
 		report, err := token.DoctorOperator(c.Context)
 		if err != nil {
 			return err

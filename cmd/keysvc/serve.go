@@ -97,7 +97,11 @@ func serve(c *cli.Context) error {
 		debug.SetGCPercent(200) // the collector takes 5% of busy cores otherwise, and half of that so
 	}
 	ctx := c.Context
-	token, err := hsmkeys.OpenGroup(ctx, cfg.Tokens...)
+	registry := prometheus.NewRegistry()
+	metrics := binding.NewMetrics(registry)
+	token, err := hsmkeys.OpenOperatorPool(ctx, cfg.Tokens, hsmkeys.Options{
+		Observer: metrics, HangTimeout: cfg.HSMTimeout, VerifyInSoftware: cfg.Verify == "software", Changed: logChanges(log),
+	})
 	if err != nil {
 		return err
 	}
@@ -105,9 +109,7 @@ func serve(c *cli.Context) error {
 	if err := scheduling.ForCalls(token.Sessions()); err != nil {
 		log.Debug("the kernel keeps the scheduling policy as it is", "cause", err.Error())
 	}
-	token.SetHangTimeout(cfg.HSMTimeout)
 	if cfg.Verify == "software" {
-		token.VerifyInSoftware()
 		log.Warn("KME_SIG is validated in software, and not in the token, as the configuration says")
 	}
 	if err := token.Ping(ctx); errors.Is(err, hsmkeys.ErrNoKey) || errors.Is(err, hsmkeys.ErrNotDedicated) {
@@ -237,9 +239,6 @@ func serve(c *cli.Context) error {
 	for i, l := range listeners {
 		addresses[i] = l.Addr().String() // with the port that port 0 became
 	}
-	for _, t := range token.Tokens() {
-		go watch(ctx, t, log)
-	}
 	if rolledBack != nil {
 		log.Error("no call is served", "cause", rolledBack.Error())
 	}
@@ -264,7 +263,7 @@ func serve(c *cli.Context) error {
 }
 
 // weaknesses are what was accepted of the tokens at their keysvc init. They are said in the log, and counted, too.
-func weaknesses(ctx context.Context, tokens []*hsmkeys.Token, registry prometheus.Registerer, log *slog.Logger) (all []string, err error) {
+func weaknesses(ctx context.Context, tokens []*hsmkeys.OperatorToken, registry prometheus.Registerer, log *slog.Logger) (all []string, err error) {
 	count := prometheus.NewGaugeVec(prometheus.GaugeOpts{
 		Name: "kme_hsm_weaknesses", Help: "What the token does not do that the secrecy of keys rests on, accepted when it was initialised.",
 	}, []string{"token"})
@@ -342,29 +341,21 @@ func logKey(state string) ([]byte, error) {
 	return key, err
 }
 
-// watch says in the log when a token goes, and when it is back.
-func watch(ctx context.Context, token *hsmkeys.Token, log *slog.Logger) {
-	tick := time.NewTicker(250 * time.Millisecond)
-	defer tick.Stop()
-	for up := true; ; {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
-		h := token.Health()
+// logChanges says in the log when a token goes, and when it is back.
+func logChanges(log *slog.Logger) func(token string, was, is hsmkeys.Health) {
+	return func(token string, was, is hsmkeys.Health) {
 		switch {
-		case up && h.Cause != nil:
-			log.Error("the HSM is away; it is opened again as soon as it can be", "token", token.String(), "cause", h.Cause.Error(), "hung", h.Hung)
-		case !up && h.Cause == nil:
-			log.Info("the HSM is back", "token", token.String(), "reopened", h.Reopened)
+		case was.Cause == nil && is.Cause != nil:
+			log.Error("the HSM is away; it is opened again as soon as it can be",
+				"token", token, "cause", is.Cause.Error(), "hung", is.Hung)
+		case was.Cause != nil && is.Cause == nil:
+			log.Info("the HSM is back", "token", token, "reopened", is.Reinitialised)
 		}
-		up = h.Cause == nil
 	}
 }
 
 // observeProcess has the health of tokens, store, cache and the process itself in the metrics.
-func observeProcess(registry prometheus.Registerer, group *hsmkeys.Group, store *sqlstore.Store, cache *stats.Counter) {
+func observeProcess(registry prometheus.Registerer, group *hsmkeys.OperatorPool, store *sqlstore.Store, cache *stats.Counter) {
 	for _, token := range group.Tokens() {
 		labels := prometheus.Labels{"token": token.Serial()}
 		gauge := func(name, help string, f func(hsmkeys.Health) float64) {
@@ -383,7 +374,7 @@ func observeProcess(registry prometheus.Registerer, group *hsmkeys.Group, store 
 				func() float64 { return float64(f(token.Health())) }))
 		}
 		counter("kme_hsm_reopened_total", "How often the token was opened again after it was away.",
-			func(h hsmkeys.Health) int64 { return h.Reopened })
+			func(h hsmkeys.Health) int64 { return h.Reinitialised })
 		counter("kme_hsm_panics_total", "Panics that ended work at the token; the log says where.",
 			func(h hsmkeys.Health) int64 { return h.Panics })
 	}

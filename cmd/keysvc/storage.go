@@ -38,7 +38,7 @@ func storageCommand() *cli.Command {
 }
 
 func storageList(c *cli.Context) error {
-	return withTokenAndStore(c, func(token *hsmkeys.Token, store *sqlstore.Store) error {
+	return withTokenAndStore(c, func(token *hsmkeys.OperatorToken, store *sqlstore.Store) error {
 		all, err := token.StorageGenerations(c.Context)
 		if err != nil {
 			return err
@@ -80,7 +80,7 @@ func storageRotate(c *cli.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	return errors.Join(useStore(c, r.Token, func(store *sqlstore.Store) error { return reseal(c, r, store) }), r.Close())
+	return errors.Join(useStore(c, r.OperatorToken, func(store *sqlstore.Store) error { return reseal(c, r, store) }), r.Close())
 }
 
 func reseal(c *cli.Context, r *hsmkeys.Rotation, store *sqlstore.Store) error {
@@ -116,7 +116,7 @@ func reseal(c *cli.Context, r *hsmkeys.Rotation, store *sqlstore.Store) error {
 }
 
 func storageRetire(c *cli.Context) error {
-	return withTokenAndStore(c, func(token *hsmkeys.Token, store *sqlstore.Store) error {
+	return withTokenAndStore(c, func(token *hsmkeys.OperatorToken, store *sqlstore.Store) error {
 		destroyed, err := tokenkeys.RetireStorage(c.Context, token, store)
 		if err != nil {
 			return err

@@ -68,7 +68,7 @@ func storeUpgrade(c *cli.Context) error {
 }
 
 func storeVerify(c *cli.Context) error {
-	return withStoreToken(c, func(token *hsmkeys.Token) error {
+	return withStoreToken(c, func(token *hsmkeys.OperatorToken) error {
 		return openStore(c, token, storeName(c), func(store *sqlstore.Store) error {
 			behind := mark.Check(c.Context, store, token)
 			report, err := store.Verify(c.Context, progress(c, "rows verified"))
@@ -117,7 +117,7 @@ func storeAccept(c *cli.Context) error {
 	if err := cmdline.Require(c, "reason"); err != nil {
 		return err
 	}
-	return withStoreToken(c, func(token *hsmkeys.Token) error {
+	return withStoreToken(c, func(token *hsmkeys.OperatorToken) error {
 		return openStore(c, token, storeName(c), func(store *sqlstore.Store) error {
 			if err := mark.Accept(c.Context, store, token, c.String("reason")); err != nil {
 				return err
@@ -190,7 +190,7 @@ func storeMigrate(c *cli.Context) error {
 	if err := cmdline.Require(c, "from", "to"); err != nil {
 		return err
 	}
-	return withStoreToken(c, func(token *hsmkeys.Token) error {
+	return withStoreToken(c, func(token *hsmkeys.OperatorToken) error {
 		return openStore(c, token, c.String("from"), func(from *sqlstore.Store) error {
 			if err := mark.Check(c.Context, from, token); err != nil {
 				return fmt.Errorf("--from: %w", err)

@@ -40,7 +40,7 @@ func transportCommand() *cli.Command {
 }
 
 func transportNew(c *cli.Context) error {
-	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
+	return cmdline.WithOperator(c, func(token *hsmkeys.OperatorToken) error {
 		pub, err := token.NewTransportKey(c.Context)
 		if err != nil {
 			return err
@@ -61,7 +61,7 @@ type handOut struct {
 }
 
 // do writes the file and says its thumbprint. A key that nobody can be given is destroyed.
-func (h handOut) do(c *cli.Context, token *hsmkeys.Token, pub *rsa.PublicKey) error {
+func (h handOut) do(c *cli.Context, token *hsmkeys.OperatorToken, pub *rsa.PublicKey) error {
 	path := cmp.Or(c.String("out"), filepath.Join(c.String("state"), h.file))
 	data, err := h.make(pub, token.Serial())
 	if err == nil {
@@ -85,7 +85,7 @@ func writeOut(path string, data []byte) error {
 }
 
 func transportList(c *cli.Context) error {
-	return withTransportKeys(c, func(_ *hsmkeys.Token, all map[string]*rsa.PublicKey, thumbprints []string) error {
+	return withTransportKeys(c, func(_ *hsmkeys.OperatorToken, all map[string]*rsa.PublicKey, thumbprints []string) error {
 		return cmdline.Print(c, map[string]any{"transport_keys": thumbprints}, func(w io.Writer) {
 			for _, t := range thumbprints {
 				fmt.Fprintln(w, t)
@@ -95,7 +95,7 @@ func transportList(c *cli.Context) error {
 }
 
 func transportDestroy(c *cli.Context) error {
-	return withTransportKeys(c, func(token *hsmkeys.Token, all map[string]*rsa.PublicKey, _ []string) error {
+	return withTransportKeys(c, func(token *hsmkeys.OperatorToken, all map[string]*rsa.PublicKey, _ []string) error {
 		thumbprint := c.Args().First()
 		pub := all[thumbprint]
 		if pub == nil {
@@ -110,8 +110,8 @@ func transportDestroy(c *cli.Context) error {
 	})
 }
 
-func withTransportKeys(c *cli.Context, f func(token *hsmkeys.Token, all map[string]*rsa.PublicKey, thumbprints []string) error) error {
-	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
+func withTransportKeys(c *cli.Context, f func(token *hsmkeys.OperatorToken, all map[string]*rsa.PublicKey, thumbprints []string) error) error {
+	return cmdline.WithOperator(c, func(token *hsmkeys.OperatorToken) error {
 		keys, err := token.TransportKeys(c.Context)
 		if err != nil {
 			return err

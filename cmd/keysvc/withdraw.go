@@ -142,7 +142,7 @@ func lotRetire(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	return withTokenAndStore(c, func(token *hsmkeys.Token, store *sqlstore.Store) error {
+	return withTokenAndStore(c, func(token *hsmkeys.OperatorToken, store *sqlstore.Store) error {
 		lot, err := imports.FindLot(c.Context, store, c.Args().First(), c.String("manufacturer"))
 		if err != nil {
 			return err

@@ -46,7 +46,7 @@ type shop struct {
 func newShop(t *testing.T, devices int) *shop {
 	t.Helper()
 	tok := softhsmtest.Token(t)
-	token := must(hsmkeys.Open(t.Context(), tok.URI))
+	token := must(hsmkeys.OpenFactory(t.Context(), tok.URI, hsmkeys.Options{}))
 	pem, _, _, err := factory.Init(t.Context(), token)
 	if err != nil {
 		t.Fatal(err)
@@ -56,7 +56,7 @@ func newShop(t *testing.T, devices int) *shop {
 	if _, err := factory.EnrollFixture(t.Context(), tok.URI, hsmkeys.PIN(tok.SOPIN), "f1", &fixture.PublicKey, 0); err != nil {
 		t.Fatal(err)
 	}
-	token = must(hsmkeys.Open(t.Context(), tok.URI))
+	token = must(hsmkeys.OpenFactory(t.Context(), tok.URI, hsmkeys.Options{}))
 	t.Cleanup(func() { token.Close() })
 	store := must(filestore.Open(t.TempDir()))
 	s := &shop{Options: &Options{State: t.TempDir(), Injection: t.TempDir(), Store: store, Verifier: must(directory.ParseVerifier(pem)), Timeout: time.Hour, Log: slog.New(slog.DiscardHandler)}}

@@ -1,6 +1,7 @@
 package cmdline
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"maps"
@@ -12,8 +13,14 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys"
 )
 
+// examined is a token that a doctor has looked at.
+type examined interface {
+	fmt.Stringer
+	Identity(ctx context.Context) (hsmkeys.Identity, error)
+}
+
 // PrintFindings prints a doctor's report, and fails if something required is not there.
-func PrintFindings(c *cli.Context, token *hsmkeys.Token, report []hsmkeys.Finding) error {
+func PrintFindings(c *cli.Context, token examined, report []hsmkeys.Finding) error {
 	id, err := token.Identity(c.Context)
 	if err != nil {
 		return err

@@ -23,14 +23,24 @@ func Alone(action cli.ActionFunc) cli.ActionFunc {
 	}
 }
 
-// WithToken runs f with the token that --token names.
-func WithToken(c *cli.Context, f func(*hsmkeys.Token) error) error {
-	return WithTokenOf(c, c.String("token"), f)
+// WithFactory runs f with the manufacturer's token that --token names.
+func WithFactory(c *cli.Context, f func(*hsmkeys.FactoryToken) error) error {
+	token, err := hsmkeys.OpenFactory(c.Context, c.String("token"), hsmkeys.Options{})
+	if err != nil {
+		return err
+	}
+	defer token.Close()
+	return f(token)
 }
 
-// WithTokenOf is WithToken for another token.
-func WithTokenOf(c *cli.Context, uri string, f func(*hsmkeys.Token) error) error {
-	token, err := hsmkeys.Open(c.Context, uri)
+// WithOperator runs f with the operator's token that --token names.
+func WithOperator(c *cli.Context, f func(*hsmkeys.OperatorToken) error) error {
+	return WithOperatorOf(c, c.String("token"), f)
+}
+
+// WithOperatorOf is WithOperator for another token.
+func WithOperatorOf(c *cli.Context, uri string, f func(*hsmkeys.OperatorToken) error) error {
+	token, err := hsmkeys.OpenOperator(c.Context, uri, hsmkeys.Options{})
 	if err != nil {
 		return err
 	}

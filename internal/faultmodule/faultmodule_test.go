@@ -42,9 +42,16 @@ func must[T any](t testing.TB) func(T, error) T {
 	}
 }
 
-func open(t *testing.T, uri string) *hsmkeys.Token {
+func openFactory(t *testing.T, uri string, o hsmkeys.Options) *hsmkeys.FactoryToken {
 	t.Helper()
-	token := must[*hsmkeys.Token](t)(hsmkeys.Open(t.Context(), faulty.URI(uri)))
+	token := must[*hsmkeys.FactoryToken](t)(hsmkeys.OpenFactory(t.Context(), faulty.URI(uri), o))
+	t.Cleanup(func() { token.Close() })
+	return token
+}
+
+func openOperator(t *testing.T, uri string, o hsmkeys.Options) *hsmkeys.OperatorToken {
+	t.Helper()
+	token := must[*hsmkeys.OperatorToken](t)(hsmkeys.OpenOperator(t.Context(), faulty.URI(uri), o))
 	t.Cleanup(func() { token.Close() })
 	return token
 }
@@ -57,7 +64,7 @@ func TestKWPByEitherName(t *testing.T) {
 			faulty.Tell(t, c.tell)
 			defer faulty.Tell(t)
 			tok := softhsmtest.Token(t)
-			token := must[*hsmkeys.Token](t)(hsmkeys.Open(t.Context(), faulty.URI(tok.URI)))
+			token := must[*hsmkeys.FactoryToken](t)(hsmkeys.OpenFactory(t.Context(), faulty.URI(tok.URI), hsmkeys.Options{}))
 			must[string](t)(first(factory.Init(t.Context(), token)))
 			token.Close()
 			fixture := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072))

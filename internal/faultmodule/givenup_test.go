@@ -13,9 +13,11 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
+type healthy interface{ Health() hsmkeys.Health }
+
 // givenUp makes a call that hangs in the module as lines say, which must be given up. Then it lets it go, and waits
-// until nothing is left of it.
-func givenUp(t *testing.T, token *hsmkeys.Token, call func() error, lines ...string) {
+// until nothing is left of it in any of the tokens.
+func givenUp(t *testing.T, tokens []healthy, call func() error, lines ...string) {
 	t.Helper()
 	faulty.Tell(t, lines...)
 	done := make(chan error, 1)
@@ -30,12 +32,16 @@ func givenUp(t *testing.T, token *hsmkeys.Token, call func() error, lines ...str
 	}
 	faulty.Tell(t)
 	var h hsmkeys.Health
-	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
-		if h = token.Health(); h.Hung == 0 && h.Cause == nil {
-			return
+	for _, token := range tokens {
+		for end := time.Now().Add(time.Minute); ; time.Sleep(5 * time.Millisecond) {
+			if h = token.Health(); h.Hung == 0 && h.Cause == nil {
+				break
+			}
+			if time.Now().After(end) {
+				t.Fatalf("the token does not come back: %+v", h)
+			}
 		}
 	}
-	t.Fatalf("the token does not come back: %+v", h)
 }
 
 // A call that was given up goes on, and writes nothing that its caller has: the race detector sees it otherwise.
@@ -66,49 +72,52 @@ func TestGivenUp(t *testing.T) {
 	none, lot2 := hsmkeys.Key{Role: hsmkeys.RoleLot, Name: "never made"}, lot
 	lot2.Name = "L2"
 
-	o, f := operatorTok.URI, tok.URI
-	type token = *hsmkeys.Token
+	type tokens struct {
+		o *hsmkeys.OperatorToken
+		f *hsmkeys.FactoryToken
+	}
 	for _, c := range []struct {
-		name, hangs, uri string
-		call             func(token) error
+		name, hangs string
+		call        func(tokens) error
 	}{
-		{"OpenPayload", "C_Decrypt", o, func(t token) error { return second(t.OpenPayload(ctx, payload)) }},
-		{"ExportKME", "C_Decrypt", o, func(t token) error { return second(t.ExportKME(ctx, payload)) }},
-		{"EncryptRANDs", "C_UnwrapKey", o, func(t token) error {
-			return second(t.EncryptRANDs(ctx, sealed, make([]hsmkeys.RAND, 1)))
+		{"OpenPayload", "C_Decrypt", func(t tokens) error { return second(t.o.OpenPayload(ctx, payload)) }},
+		{"ExportKME", "C_Decrypt", func(t tokens) error { return second(t.o.ExportKME(ctx, payload)) }},
+		{"EncryptRANDs", "C_UnwrapKey", func(t tokens) error {
+			return second(t.o.EncryptRANDs(ctx, sealed, make([]hsmkeys.RAND, 1)))
 		}},
-		{"DecryptRAND", "C_UnwrapKey", o, func(t token) error { return second(t.DecryptRAND(ctx, sealed, [16]byte{})) }},
-		{"Has", "C_FindObjects", o, func(t token) error { return second(t.Has(ctx, none)) }},
-		{"TransportKeys", "C_GetAttributeValue", o, func(t token) error { return second(t.TransportKeys(ctx)) }},
-		{"NewTransportKey", "C_GenerateKeyPair", o, func(t token) error { return second(t.NewTransportKey(ctx)) }},
-		{"UnwrapKEK", "C_UnwrapKey", o, func(t token) error { return t.UnwrapKEK(ctx, kek, transport, enrolment) }},
-		{"UnwrapLotKey", "C_UnwrapKey", o, func(t token) error {
-			return second(t.UnwrapLotKey(ctx, lot2, kek, wrapped, pub))
+		{"DecryptRAND", "C_UnwrapKey", func(t tokens) error { return second(t.o.DecryptRAND(ctx, sealed, [16]byte{})) }},
+		{"Has", "C_FindObjects", func(t tokens) error { return second(t.o.Has(ctx, none)) }},
+		{"TransportKeys", "C_GetAttributeValue", func(t tokens) error { return second(t.o.TransportKeys(ctx)) }},
+		{"NewTransportKey", "C_GenerateKeyPair", func(t tokens) error { return second(t.o.NewTransportKey(ctx)) }},
+		{"UnwrapKEK", "C_UnwrapKey", func(t tokens) error { return t.o.UnwrapKEK(ctx, kek, transport, enrolment) }},
+		{"UnwrapLotKey", "C_UnwrapKey", func(t tokens) error {
+			return second(t.o.UnwrapLotKey(ctx, lot2, kek, wrapped, pub))
 		}},
-		{"DoctorOperator, mechanisms", "C_GetMechanismInfo", o, func(t token) error { return second(t.DoctorOperator(ctx)) }},
-		{"DoctorOperator, policies", "C_GenerateKeyPair", o, func(t token) error { return second(t.DoctorOperator(ctx)) }},
-		{"EnsureSigningKey", "C_GenerateKeyPair", f, func(t token) error { return second(t.EnsureSigningKey(ctx, none)) }},
-		{"MakeDeviceKey", "C_WrapKey", f, func(t token) error {
-			_, _, err := t.MakeDeviceKey(ctx, kme.SuiteECDSA, injection)
+		{"DoctorOperator, mechanisms", "C_GetMechanismInfo", func(t tokens) error { return second(t.o.DoctorOperator(ctx)) }},
+		{"DoctorOperator, policies", "C_GenerateKeyPair", func(t tokens) error { return second(t.o.DoctorOperator(ctx)) }},
+		{"EnsureSigningKey", "C_GenerateKeyPair", func(t tokens) error { return second(t.f.EnsureSigningKey(ctx, none)) }},
+		{"MakeDeviceKey", "C_WrapKey", func(t tokens) error {
+			_, _, err := t.f.MakeDeviceKey(ctx, kme.SuiteECDSA, injection)
 			return err
 		}},
-		{"LotKeySealed", "C_GetAttributeValue", f, func(t token) error { return second(t.LotKeySealed(ctx, lot)) }},
-		{"WrapLotKey", "C_WrapKey", f, func(t token) error { return second(t.WrapLotKey(ctx, lot, kek)) }},
-		{"WrapEnrolled", "C_WrapKey", f, func(t token) error { return second(t.WrapEnrolled(ctx, kek)) }},
-		{"Fixtures", "C_FindObjects", f, func(t token) error { return second(t.Fixtures(ctx, "m")) }},
-		{"Sign", "C_Sign", f, func(t token) error {
-			signer, err := t.Signer(signing)
+		{"LotKeySealed", "C_GetAttributeValue", func(t tokens) error { return second(t.f.LotKeySealed(ctx, lot)) }},
+		{"WrapLotKey", "C_WrapKey", func(t tokens) error { return second(t.f.WrapLotKey(ctx, lot, kek)) }},
+		{"WrapEnrolled", "C_WrapKey", func(t tokens) error { return second(t.f.WrapEnrolled(ctx, kek)) }},
+		{"Fixtures", "C_FindObjects", func(t tokens) error { return second(t.f.Fixtures(ctx, "m")) }},
+		{"Sign", "C_Sign", func(t tokens) error {
+			signer, err := t.f.Signer(signing)
 			if err != nil {
 				return err
 			}
 			return second(signer.Sign(rand.Reader, make([]byte, 32), nil))
 		}},
-		{"Signer", "C_FindObjects", f, func(t token) error { return second(t.Signer(signing)) }},
+		{"Signer", "C_FindObjects", func(t tokens) error { return second(t.f.Signer(signing)) }},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			token := open(t, c.uri)                      // a new one: what was just lost is opened again only after a second
-			token.SetHangTimeout(300 * time.Millisecond) // long enough for what hangs nowhere
-			givenUp(t, token, func() error { return c.call(token) }, c.hangs+" hang")
+			// New ones: what was just lost is reinitialised only after a second.
+			impatient := hsmkeys.Options{HangTimeout: 300 * time.Millisecond} // long enough for what hangs nowhere
+			both := tokens{openOperator(t, operatorTok.URI, impatient), openFactory(t, tok.URI, impatient)}
+			givenUp(t, []healthy{both.o, both.f}, func() error { return c.call(both) }, c.hangs+" hang")
 		})
 	}
 }
@@ -118,14 +127,13 @@ func second[T any](_ T, err error) error { return err }
 // A token that fails, and then hangs when it is asked for a new session, holds up its callers no longer than any
 // other that hangs.
 func TestHangBehindAFailure(t *testing.T) {
-	token, _, opening := newOperator(t)
+	token, _, opening := newOperatorWith(t, hsmkeys.Options{HangTimeout: 300 * time.Millisecond})
 	for range token.Sessions() { // all are open: one after the other gets its turn
 		if err := token.Ping(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 	}
-	token.SetHangTimeout(300 * time.Millisecond)
-	givenUp(t, token, func() error { return token.Ping(t.Context()) }, "C_Sign 0x5", "C_OpenSession hang")
+	givenUp(t, []healthy{token}, func() error { return token.Ping(t.Context()) }, "C_Sign 0x5", "C_OpenSession hang")
 	back(t, token, opening)
 }
 
@@ -137,9 +145,9 @@ func TestGivenUpHandle(t *testing.T) {
 	if _, _, err := maker.EnsureLotKey(t.Context(), lot, 2048, hsmkeys.PrimesAuto); err != nil {
 		t.Fatal(err)
 	}
-	token := open(t, tok.URI) // which has not looked for it yet
-	token.SetHangTimeout(300 * time.Millisecond)
-	givenUp(t, token, func() error {
+	// One that has not looked for it yet.
+	token := openFactory(t, tok.URI, hsmkeys.Options{HangTimeout: 300 * time.Millisecond})
+	givenUp(t, []healthy{token}, func() error {
 		_, err := token.Has(t.Context(), lot)
 		await(t, "the token's return", func() bool { return second(token.Has(t.Context(), hsmkeys.Key{Role: hsmkeys.RoleSigning})) == nil })
 		if err := token.RemoveLotKey(t.Context(), lot); err != nil {

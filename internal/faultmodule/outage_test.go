@@ -19,29 +19,37 @@ import (
 )
 
 // newOperator opens a new token, with its keys, and says how long the opening took.
-func newOperator(t *testing.T) (token *hsmkeys.Token, tok softhsmtest.Tok, opening time.Duration) {
+func newOperator(t *testing.T) (token *hsmkeys.OperatorToken, tok softhsmtest.Tok, opening time.Duration) {
+	t.Helper()
+	return newOperatorWith(t, hsmkeys.Options{})
+}
+
+func newOperatorWith(t *testing.T, o hsmkeys.Options) (token *hsmkeys.OperatorToken, tok softhsmtest.Tok, opening time.Duration) {
 	t.Helper()
 	tok = softhsmtest.Operator(t)
+	made := must[*hsmkeys.OperatorToken](t)(hsmkeys.OpenOperator(t.Context(), faulty.URI(tok.URI), hsmkeys.Options{}))
+	must[bool](t)(made.Dedicate(t.Context(), hsmkeys.Dedication{Side: hsmkeys.Operator}))
+	must[bool](t)(made.EnsureStorageKey(t.Context()))
+	must[bool](t)(made.EnsureLedgerKey(t.Context()))
+	if err := made.Close(); err != nil {
+		t.Fatal(err)
+	}
 	start := time.Now()
-	token = open(t, tok.URI)
-	opening = time.Since(start)
-	must[bool](t)(token.Dedicate(t.Context(), hsmkeys.Dedication{Side: hsmkeys.Operator}))
-	must[bool](t)(token.EnsureStorageKey(t.Context()))
-	must[bool](t)(token.EnsureLedgerKey(t.Context()))
-	return token, tok, opening
+	token = openOperator(t, tok.URI, o)
+	return token, tok, time.Since(start)
 }
 
 // newFactory opens a new token, with its signing key and the keys given, each enrolled for who receives it.
-func newFactory(t *testing.T, keys map[hsmkeys.Key]*rsa.PublicKey) (*hsmkeys.Token, softhsmtest.Tok) {
+func newFactory(t *testing.T, keys map[hsmkeys.Key]*rsa.PublicKey) (*hsmkeys.FactoryToken, softhsmtest.Tok) {
 	t.Helper()
 	tok := softhsmtest.Token(t)
-	token := must[*hsmkeys.Token](t)(hsmkeys.Open(t.Context(), faulty.URI(tok.URI)))
+	token := must[*hsmkeys.FactoryToken](t)(hsmkeys.OpenFactory(t.Context(), faulty.URI(tok.URI), hsmkeys.Options{}))
 	must[string](t)(first(factory.Init(t.Context(), token)))
 	token.Close()
 	for k, to := range keys {
 		must[bool](t)(hsmkeys.EnrollKey(t.Context(), faulty.URI(tok.URI), hsmkeys.PIN(tok.SOPIN), k, to))
 	}
-	return open(t, tok.URI), tok
+	return openFactory(t, tok.URI, hsmkeys.Options{}), tok
 }
 
 // await waits until ok.
@@ -56,7 +64,7 @@ func await(t *testing.T, what string, ok func() bool) {
 
 // back waits until the token works again. It tries once a second at least, and then the token may take as long as
 // to be opened.
-func back(t *testing.T, token *hsmkeys.Token, opening time.Duration) {
+func back(t *testing.T, token *hsmkeys.OperatorToken, opening time.Duration) {
 	t.Helper()
 	start := time.Now()
 	await(t, "the token's return", func() bool { return token.Ping(t.Context()) == nil })
@@ -128,7 +136,7 @@ func TestOutage(t *testing.T) {
 			if most > 5*usual || worst > away {
 				t.Errorf("nine of ten refusals take %s and the slowest %s, a call that works %s; the token was away for %s", most, worst, usual, away)
 			}
-			if h := token.Health(); h.Cause != nil || h.Hung != 0 || h.Reopened == 0 {
+			if h := token.Health(); h.Cause != nil || h.Hung != 0 || h.Reinitialised == 0 {
 				t.Errorf("%+v", h)
 			}
 		})
@@ -137,9 +145,8 @@ func TestOutage(t *testing.T) {
 
 // A call that hangs in the module is given up, and the process goes on; when it comes back, nothing is left of it.
 func TestHang(t *testing.T) {
-	token, _, opening := newOperator(t)
 	const given = 300 * time.Millisecond
-	token.SetHangTimeout(given)
+	token, _, opening := newOperatorWith(t, hsmkeys.Options{HangTimeout: given})
 	faulty.Tell(t, "C_Sign hang")
 	var all sync.WaitGroup
 	for range 2 * token.Sessions() {
@@ -172,8 +179,7 @@ func TestHang(t *testing.T) {
 
 // One call that hangs takes its session with it, and nothing else.
 func TestHangOfOne(t *testing.T) {
-	token, _, opening := newOperator(t)
-	token.SetHangTimeout(300 * time.Millisecond)
+	token, _, opening := newOperatorWith(t, hsmkeys.Options{HangTimeout: 300 * time.Millisecond})
 	faulty.Tell(t, "C_Sign hang-once 1")
 	if err := token.Ping(t.Context()); !errors.Is(err, hsmkeys.ErrUnavailable) {
 		t.Errorf("%v", err)

@@ -55,7 +55,7 @@ func TestRemoteKilled(t *testing.T) {
 	r.start(t)
 	t.Setenv("P11_KIT_SERVER_ADDRESS", "unix:path="+r.socket)
 	begin := time.Now()
-	token := must[*hsmkeys.Token](t)(hsmkeys.Open(t.Context(), "pkcs11:"+label+"?module-path="+url.PathEscape(module[0])+"&pin-source=file:"+tok.PINFile))
+	token := must[*hsmkeys.FactoryToken](t)(hsmkeys.OpenFactory(t.Context(), "pkcs11:"+label+"?module-path="+url.PathEscape(module[0])+"&pin-source=file:"+tok.PINFile, hsmkeys.Options{}))
 	opening := time.Since(begin)
 	defer token.Close()
 	must[bool](t)(token.Dedicate(t.Context(), hsmkeys.Dedication{Side: hsmkeys.Factory}))

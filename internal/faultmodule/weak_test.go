@@ -81,7 +81,7 @@ func TestWeaknesses(t *testing.T) {
 			t.Run(string(side)+" "+c.tell, func(t *testing.T) {
 				faulty.Tell(t, c.tell)
 				defer faulty.Tell(t)
-				token := open(t, tok.URI)
+				token := openFactory(t, tok.URI, hsmkeys.Options{})
 				want, got := slices.Clone(c.want), []string{}
 				if side == hsmkeys.Factory {
 					want = append(want, c.factory...)
@@ -105,7 +105,7 @@ func TestWeaknesses(t *testing.T) {
 func TestTrialsOfATokenThatFails(t *testing.T) {
 	tok := softhsmtest.Token(t)
 	for _, line := range []string{"C_CopyObject 0x30", "C_SetAttributeValue 0x31", "C_WrapKey 0x32", "C_UnwrapKey 0xB3", "C_CreateObject 0x2"} {
-		token := open(t, tok.URI)
+		token := openFactory(t, tok.URI, hsmkeys.Options{})
 		faulty.Tell(t, line)
 		for _, side := range []hsmkeys.Side{hsmkeys.Factory, hsmkeys.Operator} {
 			if weak, err := token.Weaknesses(t.Context(), side); err == nil {
@@ -120,7 +120,7 @@ func TestTrialsOfATokenThatFails(t *testing.T) {
 func TestWeakFactory(t *testing.T) {
 	ctx := t.Context()
 	tok := softhsmtest.Token(t)
-	token := open(t, tok.URI)
+	token := openFactory(t, tok.URI, hsmkeys.Options{})
 	faulty.Tell(t, "allows C_CopyObject 0x86")
 	defer faulty.Tell(t)
 	if _, _, _, err := factory.Init(ctx, token); err == nil || !strings.Contains(err.Error(), "it does not refuse to make a TRUSTED key for the user, C_CopyObject") {
@@ -165,7 +165,7 @@ func TestWeakOperator(t *testing.T) {
 	} {
 		t.Run(c.tell, func(t *testing.T) {
 			tok := softhsmtest.Token(t)
-			token := open(t, tok.URI)
+			token := openOperator(t, tok.URI, hsmkeys.Options{})
 			faulty.Tell(t, c.tell)
 			defer faulty.Tell(t)
 			if _, _, err := tokenkeys.Init(ctx, token, false); err == nil || !strings.Contains(err.Error(), c.says) || !strings.Contains(err.Error(), "--accept-weak-token") {
@@ -199,7 +199,7 @@ func TestWeakOperator(t *testing.T) {
 			}
 			// Well again, it says the same, and so does another init.
 			faulty.Tell(t)
-			again := open(t, tok.URI)
+			again := openOperator(t, tok.URI, hsmkeys.Options{})
 			if got := must[[]string](t)(again.Weak(ctx)); !slices.Equal(got, weak) {
 				t.Errorf("it remembers %q, was accepted for %q", got, weak)
 			}

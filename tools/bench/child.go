@@ -240,13 +240,21 @@ func modulePath(uri string) string {
 	return ""
 }
 
-// through opens a token of the environment by way of the fault module of this process.
-func (b *bench) through(variable string) (*hsmkeys.Token, *faultmodule.Module, error) {
-	module, err := faultmodule.Built(b.dir, modulePath(os.Getenv(variable)))
+// through is a token of the environment, and the fault module of this process by way of which it is opened.
+func (b *bench) through(variable string) (uri string, module *faultmodule.Module, err error) {
+	module, err = faultmodule.Built(b.dir, modulePath(os.Getenv(variable)))
+	if err != nil {
+		return "", nil, err
+	}
+	return module.URI(os.Getenv(variable)), module, nil
+}
+
+func (b *bench) operatorThrough() (*hsmkeys.OperatorToken, *faultmodule.Module, error) {
+	uri, module, err := b.through("OPERATOR_TOKEN")
 	if err != nil {
 		return nil, nil, err
 	}
-	token, err := hsmkeys.Open(b.ctx, module.URI(os.Getenv(variable)))
+	token, err := hsmkeys.OpenOperator(b.ctx, uri, hsmkeys.Options{})
 	return token, module, err
 }
 
@@ -271,7 +279,7 @@ func (b *bench) countCalls() (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	operator, module, err := b.through("OPERATOR_TOKEN")
+	operator, module, err := b.operatorThrough()
 	if err != nil {
 		return nil, err
 	}
@@ -280,7 +288,11 @@ func (b *bench) countCalls() (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	factory, _, err := b.through("FACTORY_TOKEN")
+	uri, _, err := b.through("FACTORY_TOKEN")
+	if err != nil {
+		return nil, err
+	}
+	factory, err := hsmkeys.OpenFactory(b.ctx, uri, hsmkeys.Options{})
 	if err != nil {
 		return nil, err
 	}
@@ -325,7 +337,7 @@ func (b *bench) measureLatency() (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	token, module, err := b.through("OPERATOR_TOKEN")
+	token, module, err := b.operatorThrough()
 	if err != nil {
 		return nil, err
 	}

@@ -29,7 +29,7 @@ type establishment struct {
 
 // establish measures keysvc, as it is without any setting, from mesim, on the same cores as the bare token.
 func (b *bench) establish(r *report) error {
-	token, err := hsmkeys.Open(b.ctx, os.Getenv("OPERATOR_TOKEN"))
+	token, err := hsmkeys.OpenOperator(b.ctx, os.Getenv("OPERATOR_TOKEN"), hsmkeys.Options{})
 	if err != nil {
 		return err
 	}

@@ -21,7 +21,7 @@ const provisioned = 20_000
 
 // provision measures factory lot provision to Vault, which runs on the same cores too.
 func (b *bench) provision(r *report) error {
-	token, err := hsmkeys.Open(b.ctx, os.Getenv("FACTORY_TOKEN"))
+	token, err := hsmkeys.OpenFactory(b.ctx, os.Getenv("FACTORY_TOKEN"), hsmkeys.Options{})
 	if err != nil {
 		return err
 	}

@@ -1,10 +1,8 @@
-package hsmkeys
+package p11
 
 import (
 	"bytes"
 	"context"
-	"crypto/rand"
-	"crypto/rsa"
 	"errors"
 	"log/slog"
 	"slices"
@@ -16,6 +14,7 @@ import (
 	"github.com/miekg/pkcs11"
 
 	"github.com/kmehsm/kmehsm/internal/panics"
+	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -32,7 +31,7 @@ func eventually(t *testing.T, what string, holds func() bool) {
 // checkWhole says whether a token works as before: no place of its pool is lost, none is doubled, and nothing hangs.
 func checkWhole(t *testing.T, token *Token) {
 	t.Helper()
-	eventually(t, "the token works", func() bool { return token.Ping(t.Context()) == nil })
+	eventually(t, "the token works", func() bool { return ping(t.Context(), token) == nil })
 	eventually(t, "every session is back in the pool", func() bool { return len(token.idle) == cap(token.idle) })
 	if h := token.Health(); h.Hung != 0 || h.Cause != nil {
 		t.Errorf("%+v", h)
@@ -40,8 +39,8 @@ func checkWhole(t *testing.T, token *Token) {
 	var all sync.WaitGroup // all sessions at once
 	for range 2 * token.Sessions() {
 		all.Go(func() {
-			if has, err := token.Has(t.Context(), Key{Role: RoleLot, Name: "never made"}); has || err != nil {
-				t.Error(has, err)
+			if n, err := find(t.Context(), token, "never made"); n != 0 || err != nil {
+				t.Error(n, err)
 			}
 		})
 	}
@@ -59,11 +58,11 @@ func logged(t *testing.T) *bytes.Buffer {
 
 // A panic on a goroutine of ours ends its call and nothing else.
 func TestPanic(t *testing.T) {
-	token := newOperator(t)
+	token := openToken(t, softhsmtest.Operator(t), Options{})
 	var unmade map[string]bool
 	check := func(t *testing.T, err error) {
 		t.Helper()
-		if p := panics.Of(err); p == nil || !bytes.Contains(p.Stack, []byte("hsmkeys.")) {
+		if p := panics.Of(err); p == nil || !bytes.Contains(p.Stack, []byte("p11.")) {
 			t.Errorf("%v", err)
 		}
 	}
@@ -75,11 +74,11 @@ func TestPanic(t *testing.T) {
 		n := 3 * token.Sessions()
 		for range n {
 			all.Go(func() {
-				check(t, token.with(t.Context(), "test", func(s *session) error {
+				check(t, token.With(t.Context(), "test", func(s *Session) error {
 					mu.Lock()
-					used = append(used, s.h)
+					used = append(used, s.ID)
 					mu.Unlock()
-					if err := s.FindObjectsInit(s.h, nil); err != nil { // it would be active in the session
+					if err := s.Ctx.FindObjectsInit(s.ID, nil); err != nil { // it would be active in the session
 						return err
 					}
 					unmade["x"] = true
@@ -89,7 +88,7 @@ func TestPanic(t *testing.T) {
 		}
 		all.Wait()
 		for _, h := range used {
-			if _, err := token.module.GetSessionInfo(h); !isCKR(err, pkcs11.CKR_SESSION_HANDLE_INVALID) {
+			if _, err := token.module.GetSessionInfo(h); !IsCKR(err, pkcs11.CKR_SESSION_HANDLE_INVALID) {
 				t.Errorf("the session of a panic was not closed: %v", err)
 			}
 		}
@@ -100,11 +99,6 @@ func TestPanic(t *testing.T) {
 		if strings.Count(log.String(), "nil map") < n || !strings.Contains(log.String(), "outage_test.go") {
 			t.Errorf("logged: %s", log)
 		}
-	})
-	t.Run("in the code of a method", func(t *testing.T) {
-		importLot(t, token, testLot, must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048)))
-		check(t, token.ProveLotKey(t.Context(), testLot, nil))
-		checkWhole(t, token)
 	})
 	t.Run("in a call that was given up", func(t *testing.T) {
 		log, before := logged(t), token.Health()
@@ -117,33 +111,33 @@ func TestPanic(t *testing.T) {
 		}
 	})
 	for name, begin := range map[string]func(){
-		"while it is opened again": func() { token.lose(errors.New("pulled out")) },
+		"while it is reinitialised": func() { token.lose(errors.New("pulled out")) },
 		"while it is renewed": func() {
-			token.renewAfter.Store(token.uses.Load() + 1)
-			token.Ping(t.Context())
-			token.renewAfter.Store(0)
+			token.renewal.after.Store(token.renewal.uses.Load() + 1)
+			ping(t.Context(), token)
+			token.renewal.after.Store(0)
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			logged(t)
 			before := token.Health()
-			token.reopening.Lock()
+			token.reinitialising.Lock()
 			uri := token.uri
 			token.uri = nil // to initialise the module takes it
-			token.reopening.Unlock()
+			token.reinitialising.Unlock()
 			begin()
 			eventually(t, "a panic is why it is away", func() bool {
 				h := token.Health()
 				return h.Panics >= before.Panics+2 && h.Cause != nil && strings.Contains(h.Cause.Error(), "nil pointer")
 			})
-			if err := token.Ping(t.Context()); !errors.Is(err, ErrUnavailable) {
+			if err := ping(t.Context(), token); !errors.Is(err, ErrUnavailable) {
 				t.Error(err)
 			}
-			token.reopening.Lock()
+			token.reinitialising.Lock()
 			token.uri = uri
-			token.reopening.Unlock()
+			token.reinitialising.Unlock()
 			checkWhole(t, token)
-			if h := token.Health(); h.Reopened != before.Reopened+1 {
+			if h := token.Health(); h.Reinitialised != before.Reinitialised+1 {
 				t.Errorf("%+v, before %+v", h, before)
 			}
 		})
@@ -155,9 +149,9 @@ func giveUp(t *testing.T, token *Token, after func() error) (release chan struct
 	t.Helper()
 	release = make(chan struct{})
 	hangAfter := token.hangAfter
-	token.SetHangTimeout(10 * time.Millisecond)
-	defer token.SetHangTimeout(hangAfter)
-	err := token.with(t.Context(), "test", func(*session) error { <-release; return after() })
+	token.hangAfter = 10 * time.Millisecond
+	defer func() { token.hangAfter = hangAfter }()
+	err := token.With(t.Context(), "test", func(*Session) error { <-release; return after() })
 	if !errors.Is(err, ErrUnavailable) {
 		t.Fatal(err)
 	}
@@ -170,16 +164,16 @@ func giveUp(t *testing.T, token *Token, after func() error) (release chan struct
 
 // What a call that was given up brings in the end is wiped if it is a secret; one that somebody waits for is not.
 func TestGivenUpSecret(t *testing.T) {
-	token := newOperator(t)
+	token := openToken(t, softhsmtest.Operator(t), Options{})
 	wiped := func(s kme.Secret) bool { return len(bytes.Trim(s.Bytes(), "\x00")) == 0 }
-	random := func(*session) (kme.Secret, error) { return kme.RandomSecret(), nil }
-	if s, err := do(t.Context(), token, "test", random); err != nil || wiped(s) {
+	random := func(*Session) (kme.Secret, error) { return kme.RandomSecret(), nil }
+	if s, err := Do(t.Context(), token, "test", random); err != nil || wiped(s) {
 		t.Errorf("a result was wiped: %v", err)
 	}
 	secret, release := kme.RandomSecret(), make(chan struct{})
-	token.SetHangTimeout(10 * time.Millisecond)
-	late := func(*session) (kme.Secret, error) { <-release; return secret, nil }
-	got, err := do(t.Context(), token, "test", late)
+	token.hangAfter = 10 * time.Millisecond
+	late := func(*Session) (kme.Secret, error) { <-release; return secret, nil }
+	got, err := Do(t.Context(), token, "test", late)
 	if !errors.Is(err, ErrUnavailable) || got.Bytes() != nil {
 		t.Errorf("%v, %v", got.Bytes() != nil, err)
 	}
@@ -216,26 +210,25 @@ func (o *observed) Worked(operation string, took time.Duration, err error) {
 // The wait for a session, and the time in the token, are two: an operation that waits long and works shortly has a long
 // wait and a short work. One that never got a session has waited, and not worked.
 func TestWaitAndWorkApart(t *testing.T) {
-	token := newOperator(t)
 	o := &observed{worked: map[string][]time.Duration{}, failed: map[string]int{}}
-	token.Observe(o)
+	token := openToken(t, softhsmtest.Operator(t), Options{Observer: o})
 	free := make(chan struct{})
 	var taken, done sync.WaitGroup
 	for range token.Sessions() {
 		taken.Add(1)
 		done.Go(func() {
-			token.with(context.Background(), "hold", func(*session) error { taken.Done(); <-free; return nil })
+			token.With(context.Background(), "hold", func(*Session) error { taken.Done(); <-free; return nil })
 		})
 	}
 	taken.Wait()
 	const hold = time.Second
 	ctx, cancel := context.WithTimeout(t.Context(), hold/2)
 	defer cancel()
-	if _, err := token.Has(ctx, storageKey); !errors.Is(err, context.DeadlineExceeded) {
+	if _, err := find(ctx, token, "anything"); !errors.Is(err, context.DeadlineExceeded) {
 		t.Error(err)
 	}
 	done.Go(func() {
-		if err := token.Ping(context.Background()); err != nil {
+		if err := ping(context.Background(), token); err != nil {
 			t.Error(err)
 		}
 	})
@@ -256,73 +249,48 @@ func TestWaitAndWorkApart(t *testing.T) {
 	if w := o.worked["look for a key"]; len(w) != 0 {
 		t.Errorf("what never got a session worked %v", w)
 	}
-	err := token.with(t.Context(), "fail", func(*session) error { return errors.New("no") })
+	err := token.With(t.Context(), "fail", func(*Session) error { return errors.New("no") })
 	if err == nil || o.failed["fail"] != 1 || o.failed["ping"] != 0 {
 		t.Errorf("failed: %v", o.failed)
 	}
 }
 
-// A template with more attributes than C has room for is refused: cut short, it would make a key without the attributes
-// that protect it.
-func TestTemplateRoom(t *testing.T) {
-	token := newOperator(t)
-	_, sealed, err := token.sample(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	storage := token.mustFind(t, pkcs11.CKO_SECRET_KEY, storageKey)
-	// fill repeats one attribute of a template until there are n.
-	fill := func(a attributes, n int) attributes {
-		for a = slices.Clone(a); len(a) < n; {
-			a = append(a, a[len(a)-1])
+// What changes of a token's health is told, in its order, and the last that is told is how it is.
+func TestChangesAreTold(t *testing.T) {
+	var mu sync.Mutex
+	var states []State
+	var hung []int64
+	var last Health
+	token := openToken(t, softhsmtest.Operator(t), Options{Changed: func(name string, was, is Health) {
+		mu.Lock()
+		defer mu.Unlock()
+		if !strings.HasPrefix(name, "token ") || was != last {
+			t.Errorf("%s was %+v, told before %+v", name, was, last)
 		}
-		return a
-	}
-	value := &pkcs11.Attribute{Type: pkcs11.CKA_VALUE, Value: make([]byte, 32)}
-	for name, take := range map[string]func(*session, int) (pkcs11.ObjectHandle, error){
-		"create": func(s *session, n int) (pkcs11.ObjectHandle, error) {
-			return s.create(append(fill(sealable, n-1), value))
-		},
-		"unwrap": func(s *session, n int) (pkcs11.ObjectHandle, error) {
-			return s.unwrap(pkcs11.CKM_AES_KEY_WRAP, storage, sealed[1:], fill(usable, n))
-		},
-	} {
-		t.Run(name, func(t *testing.T) {
-			for _, n := range []int{28, 32, 33, 1000} {
-				before := countObjects(t, token, nil)
-				err := token.with(t.Context(), "test", func(s *session) error {
-					h, err := take(s, n)
-					if err == nil {
-						err = s.DestroyObject(s.h, h)
-					} else if strings.Contains(err.Error(), "there is room for 32") {
-						err = errRoom
-					}
-					return err
-				})
-				if (n > 32) != (err == errRoom) || n == 28 && err != nil { // of 32, SoftHSM wants some itself
-					t.Errorf("%d attributes: %v", n, err)
-				}
-				if objects := countObjects(t, token, nil); objects != before {
-					t.Errorf("%d attributes: %d objects, before %d", n, objects, before)
-				}
-			}
-		})
-	}
-}
-
-var errRoom = errors.New("refused for want of room")
-
-// Whatever length a token says that a result has, it is taken, or refused.
-func TestWritten(t *testing.T) {
-	room := make([]byte, 32)
-	for _, size := range []uint{0, 1, 32} {
-		if b, err := written(room, size); err != nil || len(b) != int(size) {
-			t.Errorf("%d: %d bytes, %v", size, len(b), err)
+		if is.State != was.State {
+			states = append(states, is.State)
+		}
+		if is.Hung != was.Hung {
+			hung = append(hung, is.Hung)
+		}
+		last = is
+	}})
+	told := func(holds func() bool) func() bool {
+		return func() bool {
+			mu.Lock()
+			defer mu.Unlock()
+			return holds()
 		}
 	}
-	for _, size := range []uint{33, 1 << 31, 1 << 63, pkcs11.CK_UNAVAILABLE_INFORMATION} {
-		if b, err := written(room, size); err == nil {
-			t.Errorf("%d: %d bytes", size, len(b))
-		}
+	release := giveUp(t, token, func() error { return nil })
+	close(release)
+	eventually(t, "the end of the call that hung is told", told(func() bool { return last.Hung == 0 && last.State == Closed }))
+	mu.Lock()
+	defer mu.Unlock()
+	if n := len(states); states[0] != Open || states[1] != HalfOpen || states[n-1] != Closed || last.Reinitialised != 1 {
+		t.Errorf("states %v, and last %+v", states, last)
+	}
+	if !slices.Equal(hung, []int64{1, 0}) || last != token.Health() {
+		t.Errorf("hung %v, and last %+v", hung, last)
 	}
 }

@@ -1,4 +1,4 @@
-package hsmkeys
+package officer
 
 import (
 	"errors"
@@ -8,18 +8,21 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 )
 
-// officerSplit is OfficerSplit as any user of the token sees it.
+func TestMain(m *testing.M) { softhsmtest.Main(m, 12) }
+
+// officerSplit is SplitOf as any user of the token sees it.
 func officerSplit(t *testing.T, tok softhsmtest.Tok) string {
 	t.Helper()
-	token, err := Open(t.Context(), tok.URI)
+	token, err := p11.OpenUser(t.Context(), tok.URI, p11.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer token.Close()
-	inForce, begun, err := token.OfficerSplit(t.Context())
+	inForce, begun, err := SplitOf(t.Context(), token)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -33,9 +36,9 @@ func officerSplit(t *testing.T, tok softhsmtest.Tok) string {
 }
 
 // asSO does something with the token's objects as the security officer.
-func asSO(t *testing.T, tok softhsmtest.Tok, pin PIN, f func(*session) error) {
+func asSO(t *testing.T, tok softhsmtest.Tok, pin p11.PIN, f func(*p11.Session) error) {
 	t.Helper()
-	err := asOfficer(tok.URI, pin, func(token *Token) error { return token.with(t.Context(), "test", f) })
+	err := p11.AsOfficer(tok.URI, pin, func(token *p11.Token) error { return token.With(t.Context(), "test", f) })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -43,37 +46,37 @@ func asSO(t *testing.T, tok softhsmtest.Tok, pin PIN, f func(*session) error) {
 
 func TestOfficerPINIsSet(t *testing.T) {
 	tok, ctx := softhsmtest.Token(t), t.Context()
-	first := OfficerPIN{PIN: PIN(tok.SOPIN)}
-	second := OfficerPIN{"SECOND2SECOND2SECOND2SECOND2SECO", &Split{"two", 3, 5}}
-	third := OfficerPIN{"THIRD3THIRD3THIRD3THIRD3THIRD3TH", &Split{"three", 2, 3}}
+	first := PIN{PIN: p11.PIN(tok.SOPIN)}
+	second := PIN{"SECOND2SECOND2SECOND2SECOND2SECO", &Split{"two", 3, 5}}
+	third := PIN{"THIRD3THIRD3THIRD3THIRD3THIRD3TH", &Split{"three", 2, 3}}
 	if got := officerSplit(t, tok); got != "none, none" {
 		t.Fatal(got)
 	}
 	for _, step := range []struct {
-		present, next OfficerPIN
+		present, next PIN
 		want          string
 	}{{first, second, "two 3 of 5, none"}, {second, third, "three 2 of 3, none"}} {
-		if err := SetOfficerPIN(ctx, tok.URI, step.present, step.next); err != nil {
+		if err := SetPIN(ctx, tok.URI, step.present, step.next); err != nil {
 			t.Fatal(err)
 		}
 		if got := officerSplit(t, tok); got != step.want {
 			t.Errorf("after it was set: %s, want %s", got, step.want)
 		}
-		if err := CheckOfficerPIN(ctx, tok.URI, step.present); !isCKR(err, pkcs11.CKR_PIN_INCORRECT) {
+		if err := CheckPIN(ctx, tok.URI, step.present); !p11.IsCKR(err, pkcs11.CKR_PIN_INCORRECT) {
 			t.Errorf("the PIN before: %v", err)
 		}
-		if err := SetOfficerPIN(ctx, tok.URI, step.present, first); !isCKR(err, pkcs11.CKR_PIN_INCORRECT) || errors.Is(err, ErrPINMaybeSet) {
+		if err := SetPIN(ctx, tok.URI, step.present, first); !p11.IsCKR(err, pkcs11.CKR_PIN_INCORRECT) || errors.Is(err, ErrPINMaybeSet) {
 			t.Errorf("set with the PIN before: %v", err)
 		}
-		if err := CheckOfficerPIN(ctx, tok.URI, step.next); err != nil {
+		if err := CheckPIN(ctx, tok.URI, step.next); err != nil {
 			t.Errorf("the next PIN: %v", err)
 		}
 		if got := officerSplit(t, tok); got != step.want {
 			t.Errorf("after it was checked: %s, want %s", got, step.want)
 		}
 	}
-	for _, pin := range []PIN{"abc", PIN(strings.Repeat("A", 300))} { // SoftHSM takes 4 to 255
-		err := SetOfficerPIN(ctx, tok.URI, third, OfficerPIN{pin, &Split{"four", 2, 3}})
+	for _, pin := range []p11.PIN{"abc", p11.PIN(strings.Repeat("A", 300))} { // SoftHSM takes 4 to 255
+		err := SetPIN(ctx, tok.URI, third, PIN{pin, &Split{"four", 2, 3}})
 		if err == nil || !strings.Contains(err.Error(), "takes PINs of 4 to 255") || errors.Is(err, ErrPINMaybeSet) {
 			t.Errorf("a PIN of %d characters: %v", len(pin), err)
 		}
@@ -82,8 +85,8 @@ func TestOfficerPINIsSet(t *testing.T) {
 		t.Errorf("after PINs of other lengths: %s", got)
 	}
 	// Back to a PIN in a file, with another tool: whoever then checks it has the token say so.
-	asSO(t, tok, third.PIN, func(s *session) error { return s.SetPIN(s.h, string(third.PIN), string(first.PIN)) })
-	if err := CheckOfficerPIN(ctx, tok.URI, first); err != nil {
+	asSO(t, tok, third.PIN, func(s *p11.Session) error { return s.Ctx.SetPIN(s.ID, string(third.PIN), string(first.PIN)) })
+	if err := CheckPIN(ctx, tok.URI, first); err != nil {
 		t.Fatal(err)
 	}
 	if got := officerSplit(t, tok); got != "none, none" {
@@ -91,23 +94,23 @@ func TestOfficerPINIsSet(t *testing.T) {
 	}
 }
 
-// A change that is interrupted after any step can be told from one that was made, and is brought to its end by a login with the PIN that is
-// the token's.
+// A change that is interrupted after any step can be told from one that was made, and is brought to its end by a login
+// with the PIN that is the token's.
 func TestOfficerPINInterrupted(t *testing.T) {
-	old := OfficerPIN{"OLD2OLD2OLD2OLD2OLD2OLD2OLD2OLD2", &Split{"old", 2, 3}}
-	next := OfficerPIN{"NEXT2NEXT2NEXT2NEXT2NEXT2NEXT2NE", &Split{"new", 3, 5}}
-	steps := []func(*session) error{
-		func(s *session) error { return s.makeSplit(splitBegun, next.Split) },
-		func(s *session) error { return s.SetPIN(s.h, string(old.PIN), string(next.PIN)) },
-		func(s *session) error { return s.makeSplit(splitInForce, next.Split) },
-		func(s *session) error {
-			all, err := s.splits()
+	old := PIN{"OLD2OLD2OLD2OLD2OLD2OLD2OLD2OLD2", &Split{"old", 2, 3}}
+	next := PIN{"NEXT2NEXT2NEXT2NEXT2NEXT2NEXT2NE", &Split{"new", 3, 5}}
+	steps := []func(*p11.Session) error{
+		func(s *p11.Session) error { return makeSplit(s, splitBegun, next.Split) },
+		func(s *p11.Session) error { return s.Ctx.SetPIN(s.ID, string(old.PIN), string(next.PIN)) },
+		func(s *p11.Session) error { return makeSplit(s, splitInForce, next.Split) },
+		func(s *p11.Session) error {
+			all, err := splits(s)
 			if err != nil {
 				return err
 			}
 			for _, o := range all[splitInForce] {
 				if o.Split == *old.Split {
-					err = errors.Join(err, s.DestroyObject(s.h, o.h))
+					err = errors.Join(err, s.Destroy(o.h))
 				}
 			}
 			return err
@@ -115,10 +118,10 @@ func TestOfficerPINInterrupted(t *testing.T) {
 	}
 	for n, want := range []string{"old 2 of 3, none", "old 2 of 3, new 3 of 5", "old 2 of 3, new 3 of 5", "new 3 of 5, none", "new 3 of 5, none"} {
 		tok, ctx := softhsmtest.Token(t), t.Context()
-		if err := SetOfficerPIN(ctx, tok.URI, OfficerPIN{PIN: PIN(tok.SOPIN)}, old); err != nil {
+		if err := SetPIN(ctx, tok.URI, PIN{PIN: p11.PIN(tok.SOPIN)}, old); err != nil {
 			t.Fatal(err)
 		}
-		asSO(t, tok, old.PIN, func(s *session) error {
+		asSO(t, tok, old.PIN, func(s *p11.Session) error {
 			for _, step := range steps[:n] {
 				if err := step(s); err != nil {
 					return err
@@ -133,14 +136,14 @@ func TestOfficerPINInterrupted(t *testing.T) {
 		if n >= 2 {
 			has, end = next, "new 3 of 5, none"
 		}
-		if err := CheckOfficerPIN(ctx, tok.URI, has); err != nil {
+		if err := CheckPIN(ctx, tok.URI, has); err != nil {
 			t.Errorf("after %d steps: %v", n, err)
 		}
 		if got := officerSplit(t, tok); got != end {
 			t.Errorf("after %d steps, checked: %s, want %s", n, got, end)
 		}
-		again := OfficerPIN{"AGAIN2AGAIN2AGAIN2AGAIN2AGAIN2AG", &Split{"again", 2, 2}}
-		if err := SetOfficerPIN(ctx, tok.URI, has, again); err != nil {
+		again := PIN{"AGAIN2AGAIN2AGAIN2AGAIN2AGAIN2AG", &Split{"again", 2, 2}}
+		if err := SetPIN(ctx, tok.URI, has, again); err != nil {
 			t.Errorf("after %d steps: %v", n, err)
 		}
 		if got := officerSplit(t, tok); got != "again 2 of 2, none" {
@@ -152,36 +155,40 @@ func TestOfficerPINInterrupted(t *testing.T) {
 // Whoever has the user's PIN can remove or forge what the token says of the split; it costs no PIN, and is noticed.
 func TestOfficerSplitForged(t *testing.T) {
 	tok := softhsmtest.Token(t)
-	token := open(t, tok)
-	user := func(f func(*session) error) {
+	token, err := p11.OpenUser(t.Context(), tok.URI, p11.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer token.Close()
+	user := func(f func(*p11.Session) error) {
 		t.Helper()
-		if err := token.with(t.Context(), "test", f); err != nil {
+		if err := token.With(t.Context(), "test", f); err != nil {
 			t.Fatal(err)
 		}
 	}
 	for i := range 2 {
-		user(func(s *session) error { return s.makeSplit(splitInForce, &Split{fmt.Sprint("forged", i), 2, 3}) })
+		user(func(s *p11.Session) error { return makeSplit(s, splitInForce, &Split{fmt.Sprint("forged", i), 2, 3}) })
 	}
-	if _, _, err := token.OfficerSplit(t.Context()); err == nil || !strings.Contains(err.Error(), "more objects") {
+	if _, _, err := SplitOf(t.Context(), token); err == nil || !strings.Contains(err.Error(), "more objects") {
 		t.Errorf("two splits: %v", err)
 	}
-	user(func(s *session) error { return s.settle(nil) })
-	user(func(s *session) error {
-		_, err := s.CreateObject(s.h, attributes{attr(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), attr(pkcs11.CKA_TOKEN, true),
-			attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_LABEL, splitInForce), attr(pkcs11.CKA_APPLICATION, "junk")})
+	user(func(s *p11.Session) error { return settle(s, nil) })
+	user(func(s *p11.Session) error {
+		_, err := s.Ctx.CreateObject(s.ID, p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), p11.Attr(pkcs11.CKA_TOKEN, true),
+			p11.Attr(pkcs11.CKA_PRIVATE, false), p11.Attr(pkcs11.CKA_LABEL, splitInForce), p11.Attr(pkcs11.CKA_APPLICATION, "junk")})
 		return err
 	})
-	if _, _, err := token.OfficerSplit(t.Context()); err == nil || !strings.Contains(err.Error(), "damaged") {
+	if _, _, err := SplitOf(t.Context(), token); err == nil || !strings.Contains(err.Error(), "damaged") {
 		t.Errorf("junk: %v", err)
 	}
 }
 
 func TestOfficerPINPrintsNothing(t *testing.T) {
-	pin, err := ReadPIN("file:" + softhsmtest.Token(t).SOPINFile)
+	pin, err := p11.ReadPIN("file:" + softhsmtest.Token(t).SOPINFile)
 	if err != nil {
 		t.Fatal(err)
 	}
-	o := OfficerPIN{PIN: pin}
+	o := PIN{PIN: pin}
 	for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%x", "%q"} {
 		if text := fmt.Sprintf(verb, o); strings.Contains(text, string(pin)) || strings.Contains(text, fmt.Sprintf("%x", string(pin))) {
 			t.Errorf("%s prints the PIN", verb)

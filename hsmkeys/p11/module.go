@@ -1,4 +1,4 @@
-package hsmkeys
+package p11
 
 // #include <stdlib.h>
 import "C"
@@ -12,13 +12,13 @@ import (
 )
 
 // A module is a PKCS #11 library in this process. It stays loaded. C_Initialize and C_Finalize are made once for all
-// Tokens that use it at a time: by crypto11 where it can, and by ourselves where the library wants a string of its own,
-// or keeps those apart who have asked it for its functions, as p11-kit's client does.
+// [Token]s that use it at a time: by crypto11 where it can, and by ourselves where the library wants a string of its
+// own, or keeps those apart who have asked it for its functions, as p11-kit's client does.
 type module struct {
 	*pkcs11.Ctx
 	list functionList
 
-	mu       sync.Mutex // held over C_Initialize and C_Finalize: who comes meanwhile can do nothing before they have ended
+	mu       sync.Mutex // held over C_Initialize and C_Finalize: whoever comes meanwhile can do nothing before they have ended
 	users    int        // guarded by mu
 	ours     bool       // C_Initialize was this call; if not, it was crypto11's, which makes C_Finalize too; guarded by mu
 	reserved string     // what C_Initialize was given; guarded by mu
@@ -40,7 +40,7 @@ func loadModule(path string) (*module, error) {
 	if ctx == nil {
 		return nil, fmt.Errorf("the PKCS #11 module %s cannot be used: it is no library, or none of PKCS #11", path)
 	}
-	list, err := functions(ctx)
+	list, err := functionsOf(ctx)
 	if err != nil {
 		ctx.Destroy()
 		return nil, err
@@ -65,7 +65,7 @@ func (m *module) initialize(reserved string) error {
 			options = append(options, pkcs11.InitializeWithReserved(p))
 		}
 		err := m.Initialize(options...)
-		if m.ours = err == nil; err != nil && (reserved != "" || !isCKR(err, pkcs11.CKR_CRYPTOKI_ALREADY_INITIALIZED)) {
+		if m.ours = err == nil; err != nil && (reserved != "" || !IsCKR(err, pkcs11.CKR_CRYPTOKI_ALREADY_INITIALIZED)) {
 			return err
 		}
 		m.reserved = reserved

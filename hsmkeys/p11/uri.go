@@ -1,4 +1,4 @@
-package hsmkeys
+package p11
 
 import (
 	"errors"
@@ -21,7 +21,8 @@ type uri struct {
 	token     map[string]string // path attributes that name the token, by their RFC 7512 names
 }
 
-// initReserved is a query attribute of our own (RFC 7512 section 2.4), with the name that p11-kit has for it in its module files.
+// initReserved is a query attribute of our own (RFC 7512 section 2.4), with the name that p11-kit has for it in its
+// module files.
 const initReserved = "x-init-reserved"
 
 const uriExample = "for example pkcs11:token=factory?module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source=file:/etc/kmehsm/factory.pin"

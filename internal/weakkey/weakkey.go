@@ -1,4 +1,5 @@
-package hsmkeys
+// Package weakkey refuses RSA keys that are weak: by themselves, or beside others.
+package weakkey
 
 import (
 	"context"
@@ -20,9 +21,9 @@ import (
 // fermatRounds is what Boulder runs in production: it finds primes that are closer than any good generator makes them.
 const fermatRounds = 110
 
-// CheckLotKey refuses a modulus that is not good: its exact length, e = 65537, small prime factors, ROCA
+// Check refuses a modulus that is not good: its exact length, e = 65537, small prime factors, ROCA
 // (CVE-2017-15361) and primes close together (Fermat's factorisation).
-func CheckLotKey(ctx context.Context, pub *rsa.PublicKey, bits int) error {
+func Check(ctx context.Context, pub *rsa.PublicKey, bits int) error {
 	if got := pub.N.BitLen(); got != bits {
 		return fmt.Errorf("the token made a modulus of %d bits, not %d: do not use this token for lots", got, bits)
 	}
@@ -39,7 +40,22 @@ func CheckLotKey(ctx context.Context, pub *rsa.PublicKey, bits int) error {
 	return nil
 }
 
-// checkModulus refuses, of a key that others have made and of any length, what can be seen of a modulus at once: a small factor, a prime, a square, ROCA.
+// CheckWrapping refuses a public key too weak to carry an AES-256 key.
+func CheckWrapping(pub *rsa.PublicKey) error {
+	if bits := pub.N.BitLen(); bits < 3072 || bits > 8192 {
+		return fmt.Errorf("the RSA key has %d bits; it must have 3072 at least, to carry an AES-256 key", bits)
+	}
+	if pub.E != kme.PublicExponent {
+		return fmt.Errorf("the RSA key's public exponent is %d; only %d is accepted", pub.E, kme.PublicExponent)
+	}
+	if err := checkModulus(pub.N); err != nil {
+		return fmt.Errorf("the RSA key's modulus is weak: %w: it needs to be made anew, by another generator", err)
+	}
+	return nil
+}
+
+// checkModulus refuses, of a key that others have made and of any length, what can be seen of a modulus at once: a
+// small factor, a prime, a square, ROCA.
 func checkModulus(n *big.Int) error {
 	root := new(big.Int).Sqrt(n)
 	switch {
@@ -66,11 +82,11 @@ var smallPrimes = sync.OnceValue(func() *big.Int {
 	return product
 })
 
-// CheckCommonFactors refuses a modulus that shares a prime with an earlier one, or is one of them: both keys are
+// CommonFactors refuses a modulus that shares a prime with an earlier one, or is one of them: both keys are
 // then open to anybody who computes a greatest common divisor. For one new modulus, the product of the earlier ones is
 // needed only modulo it, which costs one multiplication each and constant memory; a product tree pays when all are
 // checked against all.
-func CheckCommonFactors(n *big.Int, earlier iter.Seq2[string, *big.Int]) error {
+func CommonFactors(n *big.Int, earlier iter.Seq2[string, *big.Int]) error {
 	product := big.NewInt(1)
 	for name, m := range earlier {
 		if m.Cmp(n) == 0 {
@@ -89,11 +105,11 @@ func CheckCommonFactors(n *big.Int, earlier iter.Seq2[string, *big.Int]) error {
 	return errors.New("the modulus shares a prime with an earlier one")
 }
 
-// SharedFactors gives the places of those moduli that share a prime with another, or are another. It is Bernstein's batch
-// algorithm ("How to find smooth parts of integers", 2004, as Heninger, Durumeric, Wustrow and Halderman used it in "Mining
-// your Ps and Qs", 2012): a product tree, and what is left at each leaf of the product of all others. Instead of taking
-// the product P modulo squares it keeps, at a node with product v, (P/v) mod v, which needs numbers half as long:
-// for v = a*b, P/a = (P/v)*b.
+// SharedFactors gives the places of those moduli that share a prime with another, or are another. It is Bernstein's
+// batch algorithm ("How to find smooth parts of integers", 2004, as Heninger, Durumeric, Wustrow and Halderman used it
+// in "Mining your Ps and Qs", 2012): a product tree, and what is left at each leaf of the product of all others.
+// Instead of taking the product P modulo squares it keeps, at a node with product v, (P/v) mod v, which needs numbers
+// half as long: for v = a*b, P/a = (P/v)*b.
 func SharedFactors(ctx context.Context, moduli []*big.Int) ([]int, error) {
 	if len(moduli) < 2 {
 		return nil, nil

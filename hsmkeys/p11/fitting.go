@@ -1,6 +1,10 @@
-package hsmkeys
+package p11
 
-import "github.com/miekg/pkcs11"
+import (
+	"slices"
+
+	"github.com/miekg/pkcs11"
+)
 
 // optional are attributes that a token may have no place for, and without which our objects still serve. NSS softoken
 // has none for either in token objects: C_GenerateKey with one of them is CKR_GENERAL_ERROR. What the keys lose by it,
@@ -10,17 +14,19 @@ var optional = []uint{pkcs11.CKA_COPYABLE, pkcs11.CKA_DESTROYABLE}
 // refusedTemplate is what tokens say of a template that they do not take. None of it says which attribute they mean,
 // and some means other things too.
 var refusedTemplate = []pkcs11.Error{
-	pkcs11.CKR_ATTRIBUTE_TYPE_INVALID, pkcs11.CKR_ATTRIBUTE_VALUE_INVALID, pkcs11.CKR_ATTRIBUTE_READ_ONLY, pkcs11.CKR_TEMPLATE_INCONSISTENT,
-	pkcs11.CKR_GENERAL_ERROR, pkcs11.CKR_FUNCTION_FAILED,
+	pkcs11.CKR_ATTRIBUTE_TYPE_INVALID, pkcs11.CKR_ATTRIBUTE_VALUE_INVALID, pkcs11.CKR_ATTRIBUTE_READ_ONLY,
+	pkcs11.CKR_TEMPLATE_INCONSISTENT, pkcs11.CKR_GENERAL_ERROR, pkcs11.CKR_FUNCTION_FAILED,
 }
 
 // fitting makes an object by a template, with what of it the token has a place for. That is learnt where a token
 // refuses the whole of it, by trying each optional attribute on an object of no other use: a token that takes all is
 // never asked.
-func (s *session) fitting(a attributes, make func(attributes) (pkcs11.ObjectHandle, error)) (pkcs11.ObjectHandle, error) {
+func (s *Session) fitting(
+	a Attributes, make func(Attributes) (pkcs11.ObjectHandle, error),
+) (pkcs11.ObjectHandle, error) {
 	lacks := s.lacks.Load()
 	h, err := make(leavingOut(a, lacks))
-	if err == nil || !isCKR(err, refusedTemplate...) {
+	if err == nil || !IsCKR(err, refusedTemplate...) {
 		return h, err
 	}
 	for i, o := range optional {
@@ -35,45 +41,34 @@ func (s *session) fitting(a attributes, make func(attributes) (pkcs11.ObjectHand
 	return make(leavingOut(a, lacks))
 }
 
-func has(a attributes, typ uint) bool {
-	for _, e := range a {
-		if e.Type == typ {
-			return true
-		}
-	}
-	return false
+func has(a Attributes, typ uint) bool {
+	return slices.ContainsFunc(a, func(e *pkcs11.Attribute) bool { return e.Type == typ })
 }
 
 // leavingOut leaves out those of optional that are in lacks.
-func leavingOut(a attributes, lacks uint32) attributes {
+func leavingOut(a Attributes, lacks uint32) Attributes {
 	for i, o := range optional {
-		if lacks&(1<<i) == 0 || !has(a, o) {
-			continue
+		if lacks&(1<<i) != 0 && has(a, o) {
+			a = Without(a, o)
 		}
-		var rest attributes
-		for _, e := range a {
-			if e.Type != o {
-				rest = append(rest, e)
-			}
-		}
-		a = rest
 	}
 	return a
 }
 
 // lacking tries whether the token refuses an attribute, and nothing else of a token object. Once could be a fault that
 // passes, and then a key would lose for good what keeps it.
-func (s *session) lacking(typ uint) bool {
+func (s *Session) lacking(typ uint) bool {
 	try := func(more ...*pkcs11.Attribute) error {
-		h, err := s.GenerateKey(s.h, mechanism(pkcs11.CKM_AES_KEY_GEN), join(use(usages), more, attributes{
-			attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_SENSITIVE, true), attr(pkcs11.CKA_EXTRACTABLE, false),
-			attr(pkcs11.CKA_LABEL, "kme trial"), attr(pkcs11.CKA_VALUE_LEN, 32),
-		}))
+		h, err := s.Ctx.GenerateKey(s.ID, Mechanism(pkcs11.CKM_AES_KEY_GEN),
+			Join(Use(Usages), more, Unextractable, Attributes{
+				Attr(pkcs11.CKA_TOKEN, true), Attr(pkcs11.CKA_PRIVATE, false),
+				Attr(pkcs11.CKA_LABEL, "kme trial"), Attr(pkcs11.CKA_VALUE_LEN, 32),
+			}))
 		if err == nil {
-			err = s.DestroyObject(s.h, h)
+			err = s.Destroy(h)
 		}
 		return err
 	}
-	refused := func() bool { return isCKR(try(attr(typ, false)), refusedTemplate...) }
+	refused := func() bool { return IsCKR(try(Attr(typ, false)), refusedTemplate...) }
 	return refused() && try() == nil && refused()
 }

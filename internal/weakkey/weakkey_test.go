@@ -1,8 +1,7 @@
-package hsmkeys
+package weakkey
 
 import (
 	"context"
-	"crypto/aes"
 	"crypto/rand"
 	"crypto/rsa"
 	"errors"
@@ -13,14 +12,14 @@ import (
 	"testing"
 )
 
-func aesBlock(t *testing.T, key []byte, in [RANDSize]byte) (out [RANDSize]byte) {
-	t.Helper()
-	block, err := aes.NewCipher(key)
-	if err != nil {
-		t.Fatal(err)
+func must[T any](t testing.TB) func(T, error) T {
+	return func(v T, err error) T {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return v
 	}
-	block.Encrypt(out[:], in[:])
-	return out
 }
 
 func prime(t *testing.T, bits int) *big.Int {
@@ -32,7 +31,7 @@ func prime(t *testing.T, bits int) *big.Int {
 	return p
 }
 
-func TestCheckLotKey(t *testing.T) {
+func TestCheck(t *testing.T) {
 	good := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048)).PublicKey
 	p := prime(t, 1024)
 	q := new(big.Int).Add(p, big.NewInt(2))
@@ -59,7 +58,7 @@ func TestCheckLotKey(t *testing.T) {
 		"ROCA":         {rocaModulus(t), 65537, 2048, "Infineon"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			err := CheckLotKey(t.Context(), &rsa.PublicKey{N: c.n, E: c.e}, c.bits)
+			err := Check(t.Context(), &rsa.PublicKey{N: c.n, E: c.e}, c.bits)
 			if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
 				t.Errorf("got %v, want %q", err, c.want)
 			}
@@ -68,7 +67,7 @@ func TestCheckLotKey(t *testing.T) {
 }
 
 // A key that a KEK or an injection key is wrapped to was made by somebody else.
-func TestCheckWrappingKey(t *testing.T) {
+func TestCheckWrapping(t *testing.T) {
 	good := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072))
 	mersenne := func(p uint) *big.Int { n := new(big.Int).Lsh(big.NewInt(1), p); return n.Sub(n, big.NewInt(1)) }
 	three := new(big.Int).Exp(big.NewInt(3), big.NewInt(1938), nil)
@@ -86,7 +85,7 @@ func TestCheckWrappingKey(t *testing.T) {
 		"a square":     {new(big.Int).Exp(mersenne(2203), big.NewInt(2), nil), 65537, "a square"},
 		"ROCA":         {new(big.Int).Exp(rocaModulus(t), big.NewInt(3), nil), 65537, "Infineon"}, // powers of 65537, still
 	} {
-		if err := checkWrappingKey(&rsa.PublicKey{N: c.n, E: c.e}); (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
+		if err := CheckWrapping(&rsa.PublicKey{N: c.n, E: c.e}); (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: got %v, want %q", name, err, c.want)
 		}
 	}
@@ -115,7 +114,7 @@ func rocaModulus(t *testing.T) *big.Int {
 	return n
 }
 
-func TestCheckCommonFactors(t *testing.T) {
+func TestCommonFactors(t *testing.T) {
 	p, q, r, s := prime(t, 512), prime(t, 512), prime(t, 512), prime(t, 512)
 	mul := func(a, b *big.Int) *big.Int { return new(big.Int).Mul(a, b) }
 	earlier := func(yield func(string, *big.Int) bool) {
@@ -135,7 +134,7 @@ func TestCheckCommonFactors(t *testing.T) {
 		"a square of": {mul(p, p), "shares a prime with that of lot A"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			err := CheckCommonFactors(c.n, earlier)
+			err := CommonFactors(c.n, earlier)
 			if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
 				t.Errorf("got %v, want %q", err, c.want)
 			}
@@ -158,7 +157,7 @@ func BenchmarkCommonFactors(b *testing.B) {
 	}
 	n := number()
 	for b.Loop() {
-		CheckCommonFactors(n, func(yield func(string, *big.Int) bool) {
+		CommonFactors(n, func(yield func(string, *big.Int) bool) {
 			for _, m := range earlier {
 				if !yield("", m) {
 					return

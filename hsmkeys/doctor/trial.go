@@ -1,0 +1,199 @@
+package doctor
+
+import (
+	"context"
+	"errors"
+
+	"github.com/miekg/pkcs11"
+
+	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
+	"github.com/kmehsm/kmehsm/hsmkeys/p11"
+)
+
+// Here is tried what the secrecy of keys rests on. Each trial does what whoever has the user PIN could do, to objects
+// of a session of its own that are gone afterwards, and is a Finding: that the token refuses it.
+
+// Weaknesses are the trials that a token fails on which a side's keys rest. No key of the token is touched.
+func Weaknesses(ctx context.Context, t *p11.Token, side keyspec.Side) (weak []Finding, err error) {
+	report, err := try(ctx, t, side)
+	if err != nil {
+		return nil, err
+	}
+	for _, f := range report {
+		if f.Required && !f.OK {
+			weak = append(weak, f)
+		}
+	}
+	return weak, nil
+}
+
+// try makes all trials on which a side's keys rest.
+func try(ctx context.Context, t *p11.Token, side keyspec.Side) ([]Finding, error) {
+	if side == keyspec.Factory {
+		return trials(ctx, t, side, (*trial).leaving, (*trial).weakening, (*trial).lotLike, (*trial).strangers)
+	}
+	return trials(ctx, t, side, (*trial).leaving, (*trial).weakening, (*trial).unwrapping, (*trial).strangers)
+}
+
+// trials makes some trials, each on a session of its own.
+func trials(
+	ctx context.Context, t *p11.Token, side keyspec.Side, all ...func(*trial),
+) ([]Finding, error) {
+	var report []Finding
+	for _, f := range all {
+		found, err := p11.Do(ctx, t, "try the token", func(*p11.Session) ([]Finding, error) {
+			x, err := newTrial(t, side)
+			if err != nil {
+				return nil, err
+			}
+			defer x.end()
+			f(x)
+			return x.report, x.err
+		})
+		if err != nil {
+			return nil, err
+		}
+		report = append(report, found...)
+	}
+	return report, nil
+}
+
+// A trial is one on one session.
+type trial struct {
+	t      *p11.Token
+	s      *p11.Session
+	side   keyspec.Side
+	backup bool // what is tried is what a backup rests on, and no other secrecy: see Learn
+	report []Finding
+	err    error // the token is away: nothing more is tried
+}
+
+// newTrial opens a session for trials. Whatever is made in it ends with it: SoftHSM 2.6.1 leaves objects behind of
+// calls that it refuses.
+func newTrial(t *p11.Token, side keyspec.Side) (*trial, error) {
+	s, err := t.OpenSession()
+	return &trial{t: t, s: s, side: side}, err
+}
+
+func (x *trial) end() { x.s.Close() }
+
+// An answer is what a token did of what it should not: with no error, it has done it.
+type answer = error
+
+// has is the answer of a token that made or changed an object: with CKR_OK, many leave it as it was, or make another
+// than they were told to. It has done it if the object's attribute has the value.
+func (x *trial) has(h pkcs11.ObjectHandle, err error, attribute uint, value bool) answer {
+	if err != nil {
+		return err
+	}
+	if got, _ := x.flag(h, attribute); got != value {
+		return errLeft
+	}
+	return nil
+}
+
+var errLeft = errors.New("the token says CKR_OK, and leaves the attribute as it was")
+
+// flag is a boolean attribute; not there, it is false.
+func (x *trial) flag(h pkcs11.ObjectHandle, attribute uint) (value, there bool) {
+	a, err := x.s.Get(h, attribute)
+	if err != nil {
+		x.away(err)
+		return false, false
+	}
+	return p11.IsTrue(a[0]), len(a[0]) == 1
+}
+
+// away remembers an error that says nothing of what was tried.
+func (x *trial) away(err error) bool {
+	if p11.SaysNothing(err) {
+		if x.err == nil {
+			x.err = p11.Explain("try the token", err)
+		}
+	}
+	return x.err != nil
+}
+
+// can enters that the token can do what the trials need. Without it they cannot be made.
+func (x *trial) can(what, means string, err error) bool {
+	if x.away(err) {
+		return false
+	}
+	if err != nil {
+		x.report = append(x.report, Finding{Check: what, For: means, Required: true,
+			Consequence: p11.Explain("the trials cannot be made", err).Error()})
+	}
+	return err == nil
+}
+
+// refuses enters whether the token refuses something.
+func (x *trial) refuses(what, means string, answers ...answer) {
+	f := Finding{Check: "refuses to " + what, For: means, OK: true, Required: true}
+	for _, err := range answers {
+		switch {
+		case x.away(err):
+			return
+		case err == nil:
+			f.OK, f.Consequence = false, x.follows()
+			x.report = append(x.report, f)
+			return
+		case p11.IsCKR(err, pkcs11.CKR_MECHANISM_INVALID):
+			f.OK, f.Consequence = false, p11.Explain("it cannot be tried", err).Error()
+		}
+	}
+	x.report = append(x.report, f)
+}
+
+// follows is what follows where a token does what it should not.
+func (x *trial) follows() string {
+	switch {
+	case x.side == keyspec.Factory:
+		return "the token does it: do not use it for lots"
+	case x.backup:
+		return "the token does it: its storage and ledger key are made so that they never leave it: no backup of them"
+	}
+	return "the token does it: whoever has its user PIN can have keys of it in clear"
+}
+
+// aes makes an AES-256 key of the session.
+func (x *trial) aes(parts ...p11.Attributes) (pkcs11.ObjectHandle, error) {
+	template := p11.InSession(append(parts, p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, true), p11.Attr(pkcs11.CKA_VALUE_LEN, 32)})...)
+	return x.s.Generate(pkcs11.CKM_AES_KEY_GEN, template)
+}
+
+// pair makes an RSA key pair of the session.
+func (x *trial) pair(public p11.Attributes, private ...p11.Attributes) (pub, priv pkcs11.ObjectHandle, err error) {
+	return x.s.GeneratePair(pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN, public, p11.InSession(private...))
+}
+
+func (x *trial) wrap(m uint, under, key pkcs11.ObjectHandle) ([]byte, error) {
+	return x.s.Wrap(m, under, key, make([]byte, keyspec.WrappedRoom))
+}
+
+func (x *trial) copy(h pkcs11.ObjectHandle, changes ...*pkcs11.Attribute) (pkcs11.ObjectHandle, error) {
+	return x.s.Copy(h, p11.InSession(changes))
+}
+
+// changed is the answer to C_SetAttributeValue, and copied the one to C_CopyObject, with another value of an attribute.
+func (x *trial) changed(h pkcs11.ObjectHandle, attribute uint, value bool) answer {
+	return x.has(h, x.s.Set(h, p11.Attr(attribute, value)), attribute, value)
+}
+
+func (x *trial) copied(h pkcs11.ObjectHandle, attribute uint, value bool) answer {
+	copied, err := x.copy(h, p11.Attr(attribute, value))
+	return x.has(copied, err, attribute, value)
+}
+
+// wrapsAES is the mechanism by which the side wraps AES keys.
+func (x *trial) wrapsAES() uint {
+	if x.side == keyspec.Operator {
+		return pkcs11.CKM_AES_KEY_WRAP
+	}
+	return x.t.KWP()
+}
+
+var (
+	extractable = p11.Attributes{p11.Attr(pkcs11.CKA_SENSITIVE, true), p11.Attr(pkcs11.CKA_EXTRACTABLE, true)}
+	carries     = p11.Use(p11.Usages, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP)
+	trusted     = p11.Attr(pkcs11.CKA_TRUSTED, true)
+)

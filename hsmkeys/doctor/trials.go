@@ -1,0 +1,367 @@
+package doctor
+
+import (
+	"crypto/rand"
+	"crypto/rsa"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/miekg/pkcs11"
+
+	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
+	"github.com/kmehsm/kmehsm/hsmkeys/p11"
+)
+
+// leaving tries whether a WRAP_WITH_TRUSTED key leaves under a key that the security officer has not made.
+func (x *trial) leaving() {
+	const means = "keys leave only under a key that the security officer has made TRUSTED"
+	x.backup = true
+	carrier, err := x.aes(p11.Unextractable, carries)
+	if !x.can("an AES key that wraps", means, err) {
+		return
+	}
+	plain, err := x.aes(extractable, carries)
+	if !x.can("an AES key that is wrapped", means, err) {
+		return
+	}
+	wrapped, err := x.wrap(x.wrapsAES(), carrier, plain)
+	if !x.can("wraps an AES key", means, err) {
+		return
+	}
+	key, err := x.aes(keyspec.LeavesUnderTrusted, carries)
+	if !x.can("CKA_WRAP_WITH_TRUSTED on a new AES key", means, err) {
+		return
+	}
+	_, err = x.wrap(x.wrapsAES(), carrier, key)
+	x.refuses("wrap a WRAP_WITH_TRUSTED key under another", means, err)
+
+	const make = "make a TRUSTED key for the user, "
+	aes := p11.Attributes{
+		p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES),
+		p11.Attr(pkcs11.CKA_PRIVATE, true),
+	}
+	value := [32]byte{}
+	rand.Read(value[:])
+	h, err := x.s.Create(p11.InSession(aes, p11.Unextractable, carries, p11.Attributes{trusted, p11.Attr(pkcs11.CKA_VALUE, value[:])}))
+	x.refuses(make+"C_CreateObject", means, x.has(h, err, pkcs11.CKA_TRUSTED, true))
+	h, err = x.aes(p11.Unextractable, carries, p11.Attributes{trusted})
+	x.refuses(make+"C_GenerateKey", means, x.has(h, err, pkcs11.CKA_TRUSTED, true))
+	// Of what a side does not need, a token that cannot do it refuses it too.
+	refused := func(err error) error {
+		if p11.IsCKR(err, pkcs11.CKR_MECHANISM_INVALID) {
+			return errLeft
+		}
+		return err
+	}
+	public := p11.InSession(p11.Attributes{p11.Attr(pkcs11.CKA_EC_PARAMS, keyspec.P256Params), p11.Attr(pkcs11.CKA_PRIVATE, false), trusted})
+	private := p11.InSession(p11.Guarded(false), p11.Use(p11.PrivateUsages, pkcs11.CKA_SIGN))
+	h, _, err = x.s.GeneratePair(pkcs11.CKM_EC_KEY_PAIR_GEN, public, private)
+	x.refuses(make+"C_GenerateKeyPair", means, x.has(h, refused(err), pkcs11.CKA_TRUSTED, true))
+	h, err = x.s.Unwrap(x.wrapsAES(), carrier, wrapped, p11.InSession(aes, p11.Unextractable, carries, p11.Attributes{trusted}))
+	x.refuses(make+"C_UnwrapKey", means, x.has(h, refused(err), pkcs11.CKA_TRUSTED, true))
+	x.refuses(make+"C_CopyObject", means, x.copied(plain, pkcs11.CKA_TRUSTED, true))
+	x.refuses(make+"C_SetAttributeValue", means, x.changed(plain, pkcs11.CKA_TRUSTED, true))
+
+	x.refuses("clear CKA_WRAP_WITH_TRUSTED on a copy", means, x.copied(key, pkcs11.CKA_WRAP_WITH_TRUSTED, false))
+	x.refuses("clear CKA_WRAP_WITH_TRUSTED", means, x.changed(key, pkcs11.CKA_WRAP_WITH_TRUSTED, false))
+}
+
+// weakening tries whether a key can be made more than it was made as.
+func (x *trial) weakening() {
+	const means = "a key stays what it was made as"
+	carrier, err := x.aes(p11.Unextractable, p11.Use(p11.Usages, pkcs11.CKA_WRAP))
+	if !x.can("an AES key that never leaves", means, err) {
+		return
+	}
+	x.unreadable("an AES key", pkcs11.CKO_SECRET_KEY, carrier)
+	_, err = x.wrap(x.wrapsAES(), carrier, carrier)
+	x.refuses("wrap a key that is not EXTRACTABLE", means, err)
+	x.refuses("clear CKA_SENSITIVE on a copy", means, x.copied(carrier, pkcs11.CKA_SENSITIVE, false))
+	x.refuses("set CKA_EXTRACTABLE on a copy", means, x.copied(carrier, pkcs11.CKA_EXTRACTABLE, true))
+	x.refuses("clear CKA_SENSITIVE", means, x.changed(carrier, pkcs11.CKA_SENSITIVE, false))
+	x.refuses("set CKA_EXTRACTABLE again", means, x.changed(carrier, pkcs11.CKA_EXTRACTABLE, true))
+
+	single, err := x.aes(p11.Unextractable, p11.Use(p11.Usages, pkcs11.CKA_WRAP), p11.Attributes{p11.Attr(pkcs11.CKA_COPYABLE, false)})
+	if !x.can("an AES key that is not COPYABLE", means, err) {
+		return
+	}
+	_, err = x.copy(single)
+	x.refuses("copy a key that is not COPYABLE", means, err)
+	// A key that only wraps must not decrypt what it wrapped.
+	fixed, err := x.s.Generate(pkcs11.CKM_AES_KEY_GEN, p11.Frozen(p11.InSession(p11.Unextractable, p11.Use(p11.Usages, pkcs11.CKA_WRAP),
+		p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, true), p11.Attr(pkcs11.CKA_VALUE_LEN, 32)})))
+	if !x.can("an AES key that is neither MODIFIABLE nor COPYABLE", means, err) {
+		return
+	}
+	x.refuses("change a key that is not MODIFIABLE", means, x.changed(fixed, pkcs11.CKA_DECRYPT, true))
+}
+
+// secretAttributes are those that hold a key or a part of it.
+var secretAttributes = []struct {
+	attribute uint
+	name      string
+}{
+	{pkcs11.CKA_VALUE, "CKA_VALUE"},
+	{pkcs11.CKA_PRIVATE_EXPONENT, "CKA_PRIVATE_EXPONENT"},
+	{pkcs11.CKA_PRIME_1, "CKA_PRIME_1"},
+	{pkcs11.CKA_PRIME_2, "CKA_PRIME_2"},
+	{pkcs11.CKA_EXPONENT_1, "CKA_EXPONENT_1"},
+	{pkcs11.CKA_EXPONENT_2, "CKA_EXPONENT_2"},
+	{pkcs11.CKA_COEFFICIENT, "CKA_COEFFICIENT"},
+}
+
+// readable names the secret attributes that the token would give. It is asked how long they are, and none is fetched: a
+// token that says a length has failed.
+func (x *trial) readable(class uint, h pkcs11.ObjectHandle) (names []string) {
+	for _, a := range secretAttributes {
+		if class == pkcs11.CKO_SECRET_KEY && a.attribute != pkcs11.CKA_VALUE {
+			break
+		}
+		size, err := x.s.Size(h, a.attribute)
+		if x.away(err) {
+			return nil
+		}
+		if err == nil && size > 0 {
+			names = append(names, a.name)
+		}
+	}
+	return names
+}
+
+func (x *trial) unreadable(what string, class uint, h pkcs11.ObjectHandle) {
+	var done answer = errLeft
+	if len(x.readable(class, h)) > 0 {
+		done = nil
+	}
+	x.refuses("read the value of "+what, "a SENSITIVE key is in clear nowhere but in the token", done)
+}
+
+// lotLike tries a key as a lot's.
+func (x *trial) lotLike() {
+	const means = "P and Q stay in the token, and leave it only for whom they are granted to"
+	pub, priv, err := x.pair(keyspec.RSAPublic(2048), keyspec.Lot)
+	if !x.can("CKA_WRAP_WITH_TRUSTED on a new RSA key", means, err) {
+		return
+	}
+	key, err := keyspec.ReadRSA(x.s, pub)
+	if !x.can("an RSA key", means, err) {
+		return
+	}
+	x.wrapping(key)
+	carrier, err := x.aes(p11.Unextractable, p11.Use(p11.Usages, pkcs11.CKA_WRAP))
+	if !x.can("an AES key that wraps", means, err) {
+		return
+	}
+	_, err = x.wrap(x.t.KWP(), carrier, priv)
+	x.refuses("wrap a lot key under a key that is not TRUSTED", means, err)
+	x.unreadable("a lot key", pkcs11.CKO_PRIVATE_KEY, priv)
+	_, err = x.copy(priv)
+	x.refuses("copy a lot key", means, err)
+	x.refuses("make a lot key readable", means, x.changed(priv, pkcs11.CKA_SENSITIVE, false))
+	x.refuses("clear CKA_WRAP_WITH_TRUSTED of a lot key", means, x.changed(priv, pkcs11.CKA_WRAP_WITH_TRUSTED, false))
+
+	const sealed = "a sealed lot stays sealed"
+	err = x.changed(priv, pkcs11.CKA_EXTRACTABLE, false)
+	if !x.can("seals a lot key", sealed, err) {
+		return
+	}
+	_, err = x.wrap(x.t.KWP(), carrier, priv)
+	x.refuses("wrap a sealed lot key", sealed, err)
+	x.refuses("set CKA_EXTRACTABLE of a sealed lot key again", sealed, x.changed(priv, pkcs11.CKA_EXTRACTABLE, true))
+}
+
+// wrapping tries keys as those that EnrollKey makes and takes in, whose CKA_WRAP_TEMPLATE says what they wrap. They are
+// not TRUSTED, since the user makes them; so the keys that they wrap are not WRAP_WITH_TRUSTED.
+func (x *trial) wrapping(key *rsa.PublicKey) {
+	const means = "a fixture's or an operator's key receives what is meant for it, and no other key"
+	h, err := x.s.Create(p11.InSession(keyspec.Wrapping(key), p11.Attributes{trusted}))
+	x.refuses("make a TRUSTED RSA key for the user", means, x.has(h, err, pkcs11.CKA_TRUSTED, true))
+
+	id := func(last byte) *pkcs11.Attribute { return p11.Attr(pkcs11.CKA_ID, append(make([]byte, 19), last)) }
+	secret := func(id *pkcs11.Attribute) (pkcs11.ObjectHandle, error) { // as an injection key
+		return x.s.Generate(pkcs11.CKM_AES_KEY_GEN, p11.InSession(extractable, p11.Use(p11.Usages, pkcs11.CKA_WRAP),
+			p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, false), p11.Attr(pkcs11.CKA_VALUE_LEN, 32), id}))
+	}
+	own, err := secret(id(1))
+	if !x.can("an AES key that is wrapped", means, err) {
+		return
+	}
+	other, err := secret(id(2))
+	if !x.can("an AES key that is wrapped", means, err) {
+		return
+	}
+	names := p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), id(1)}
+	receiver, err := x.s.Create(p11.InSession(keyspec.Wrapping(key), p11.Nested(pkcs11.CKA_WRAP_TEMPLATE, names)))
+	if !x.can("CKA_WRAP_TEMPLATE on an RSA key", means, err) {
+		return
+	}
+	_, err = x.wrap(keyspec.OAEP, receiver, own)
+	if !x.can("wraps a key that CKA_WRAP_TEMPLATE names", means, err) {
+		return
+	}
+	_, err = x.wrap(keyspec.OAEP, receiver, other)
+	x.refuses("wrap a key under an RSA key whose CKA_WRAP_TEMPLATE names another", means, err)
+	kek, err := x.aes(extractable, p11.Use(p11.Usages, pkcs11.CKA_WRAP), p11.Nested(pkcs11.CKA_WRAP_TEMPLATE, keyspec.LotKeys))
+	if !x.can("CKA_WRAP_TEMPLATE on an AES key", means, err) {
+		return
+	}
+	_, err = x.wrap(x.t.KWP(), kek, other)
+	x.refuses("wrap an AES key under a KEK whose CKA_WRAP_TEMPLATE names RSA keys", means, err)
+}
+
+// unwrapping tries keys as the operator's, whose CKA_UNWRAP_TEMPLATE says what they unwrap.
+func (x *trial) unwrapping() {
+	const means = "whoever has the user PIN, a grant, an enrolment or a row of the database has no key in clear by it"
+	traits, err := Learn(x.t)
+	if x.away(err) {
+		return
+	}
+	if !traits.UnwrapTemplate {
+		const what = "refuses to unwrap a key otherwise than as CKA_UNWRAP_TEMPLATE says"
+		x.report = append(x.report, Finding{Check: what, For: means, Required: true,
+			Consequence: "it does not know CKA_UNWRAP_TEMPLATE, and keys are made without: " + x.follows()})
+		return
+	}
+	// One pair is both: the transport key, and the lot key that is granted.
+	pub, priv, err := x.pair(append(keyspec.RSAPublic(2048), p11.Attr(pkcs11.CKA_WRAP, true)),
+		p11.Guarded(true), p11.Use(p11.PrivateUsages, pkcs11.CKA_UNWRAP), traits.Unwraps(keyspec.ImportedKEK))
+	if !x.can("CKA_UNWRAP_TEMPLATE on a new RSA key", means, err) {
+		return
+	}
+	kek, err := x.aes(extractable, p11.Use(p11.Usages, pkcs11.CKA_WRAP))
+	if !x.can("an AES key that wraps", means, err) {
+		return
+	}
+	enrolment, err := x.wrap(keyspec.OAEP, pub, kek)
+	if !x.can("wraps a KEK", means, err) {
+		return
+	}
+	x.against("a KEK", means, keyspec.OAEP, priv, enrolment, keyspec.ImportedKEK, pkcs11.CKA_DECRYPT)
+	grant, err := x.wrap(x.t.KWP(), kek, priv)
+	if !x.can("wraps a lot key", means, err) {
+		return
+	}
+	template := p11.InSession(keyspec.ImportedKEK, p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, true)}, traits.Unwraps(keyspec.ImportedLot))
+	taken, err := x.s.Unwrap(keyspec.OAEP, priv, enrolment, template)
+	if !x.can("CKA_UNWRAP_TEMPLATE on a KEK that is unwrapped", means, err) {
+		return
+	}
+	x.against("a lot key", means, x.t.KWP(), taken, grant, keyspec.ImportedLot, pkcs11.CKA_SIGN)
+	reads := func(kek pkcs11.ObjectHandle, err error) answer {
+		if err != nil {
+			return err
+		}
+		h, err := x.s.Unwrap(x.t.KWP(), kek, grant, p11.InSession(p11.With(keyspec.ImportedLot, p11.Attr(pkcs11.CKA_SENSITIVE, false))))
+		return x.has(h, err, pkcs11.CKA_SENSITIVE, false)
+	}
+	none := &pkcs11.Attribute{Type: pkcs11.CKA_UNWRAP_TEMPLATE}
+	x.refuses("forget CKA_UNWRAP_TEMPLATE on a copy", means, reads(x.copy(taken)), reads(x.copy(taken, none)))
+	x.refuses("clear CKA_UNWRAP_TEMPLATE", means, reads(taken, x.s.Set(taken, none)))
+
+	storage, err := x.aes(traits.Leaves(), carries, traits.Unwraps(keyspec.KME))
+	if !x.can("CKA_UNWRAP_TEMPLATE on a storage key", means, err) {
+		return
+	}
+	like := append(p11.Without(keyspec.SealableKME, pkcs11.CKA_CLASS, pkcs11.CKA_KEY_TYPE), p11.Attr(pkcs11.CKA_VALUE_LEN, 32))
+	secret, err := x.s.Generate(pkcs11.CKM_AES_KEY_GEN, like)
+	if !x.can("a key as a KME", means, err) {
+		return
+	}
+	sealed, err := x.wrap(pkcs11.CKM_AES_KEY_WRAP, storage, secret)
+	if !x.can("seals a KME", means, err) {
+		return
+	}
+	x.against("a KME", means, pkcs11.CKM_AES_KEY_WRAP, storage, sealed, keyspec.KME, pkcs11.CKA_SIGN)
+}
+
+// against tries to unwrap a key as a template forbids it.
+func (x *trial) against(
+	what, means string, m uint, under pkcs11.ObjectHandle, wrapped []byte, template p11.Attributes, usage uint,
+) {
+	unwrap := func(a p11.Attributes) (pkcs11.ObjectHandle, error) {
+		return x.s.Unwrap(m, under, wrapped, p11.InSession(a))
+	}
+	if _, err := unwrap(template); !x.can("unwraps "+what+" as CKA_UNWRAP_TEMPLATE says", means, err) {
+		return
+	}
+	readable, leaves := p11.Attr(pkcs11.CKA_SENSITIVE, false), p11.Attr(pkcs11.CKA_EXTRACTABLE, true)
+	h, err := unwrap(p11.With(template, readable))
+	as := []answer{x.has(h, err, pkcs11.CKA_SENSITIVE, false)}
+	h, err = unwrap(p11.With(template, leaves))
+	as = append(as, x.has(h, err, pkcs11.CKA_EXTRACTABLE, true))
+	// What is left out, a token may take from its template.
+	h, err = unwrap(p11.Without(template, pkcs11.CKA_SENSITIVE, pkcs11.CKA_EXTRACTABLE))
+	as = append(as, x.has(h, err, pkcs11.CKA_SENSITIVE, false), x.has(h, err, pkcs11.CKA_EXTRACTABLE, true))
+	h, err = unwrap(p11.With(template, p11.Attr(usage, true)))
+	as = append(as, x.has(h, err, usage, true))
+	_, err = unwrap(p11.With(template,
+		p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_GENERIC_SECRET)))
+	x.refuses("unwrap "+what+" otherwise than as CKA_UNWRAP_TEMPLATE says", means, append(as, err)...)
+}
+
+// strangers looks for TRUSTED keys that are not ours: whatever is WRAP_WITH_TRUSTED leaves under them.
+func (x *trial) strangers() {
+	const means = "keys leave only under a TRUSTED key that an enrolment has made"
+	f := Finding{Check: "no TRUSTED key but those of enrolments", For: means, OK: true, Required: true}
+	found, err := x.s.Find(p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, true), p11.Attr(pkcs11.CKA_TRUSTED, true)})
+	if x.away(err) {
+		return
+	}
+	var strange []string
+	for _, h := range found {
+		k, label, err := keyspec.Whose(x.s, h)
+		if x.away(err) {
+			return
+		}
+		if err != nil {
+			strange = append(strange, fmt.Sprintf("a TRUSTED object that cannot be read (%v)", err))
+		} else if !slices.Contains(trustedRoles[x.side], k.Role) {
+			strange = append(strange, fmt.Sprintf("a TRUSTED object %q that is not ours", label))
+		} else if size, err := x.s.Size(h, pkcs11.CKA_WRAP_TEMPLATE); err != nil || size == 0 {
+			strange = append(strange, fmt.Sprintf("%s, which wraps anything: it has no CKA_WRAP_TEMPLATE", k))
+		}
+	}
+	if len(strange) > 0 {
+		f.OK, f.Consequence = false, "the token has "+strings.Join(strange, "; ")+
+			": keys leave to whoever has its other half or its value; the security officer must remove it"
+	}
+	x.report = append(x.report, f)
+}
+
+// trustedRoles are those of the TRUSTED keys that EnrollKey makes.
+var trustedRoles = map[keyspec.Side][]keyspec.Role{keyspec.Factory: {keyspec.RoleKEK, keyspec.RoleInjection, keyspec.RoleFixture, keyspec.RoleOperatorOutgoing}}
+
+// decryption measures what payloads, and the proof of a new lot key, take most of.
+func (x *trial) decryption() {
+	const what, means = "raw RSA-2048 decryption", "payloads, and the proof of a new lot key, on one session"
+	_, priv, err := x.pair(keyspec.RSAPublic(2048), p11.Guarded(false), p11.Use(p11.PrivateUsages, pkcs11.CKA_DECRYPT))
+	if !x.can("an RSA key", means, err) {
+		return
+	}
+	block := make([]byte, 256)
+	block[len(block)-1] = 2
+	x.report = append(x.report, Measured(what, means, 20, func() error {
+		_, err := x.s.Decrypt(pkcs11.CKM_RSA_X_509, priv, block, make([]byte, len(block)))
+		return p11.Explain("decrypt", err)
+	}))
+}
+
+// Learn finds the traits of an operator's token by trial. The caller holds a session, so that the module stays.
+func Learn(t *p11.Token) (keyspec.Traits, error) {
+	x, err := newTrial(t, keyspec.Operator)
+	if err != nil {
+		return keyspec.Traits{}, err
+	}
+	defer x.end()
+	x.leaving()
+	learnt := keyspec.Traits{
+		LeavesTrusted: !slices.ContainsFunc(x.report, func(f Finding) bool { return !f.OK }),
+	}
+	_, err = x.aes(p11.Unextractable, carries, p11.Nested(pkcs11.CKA_UNWRAP_TEMPLATE, keyspec.KME))
+	learnt.UnwrapTemplate = err == nil
+	if x.away(err) {
+		return keyspec.Traits{}, x.err
+	}
+	return learnt, nil
+}

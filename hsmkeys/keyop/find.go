@@ -1,0 +1,76 @@
+package keyop
+
+import (
+	"fmt"
+
+	"github.com/miekg/pkcs11"
+
+	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
+	"github.com/kmehsm/kmehsm/hsmkeys/p11"
+)
+
+// Find looks a key up by CKA_ID, and fails with ErrNoKey. Two keys of one ID are an error: neither can be trusted.
+func Find(t *p11.Token, s *p11.Session, class uint, k keyspec.Key) (pkcs11.ObjectHandle, error) {
+	return t.Remembered(p11.Object{Class: class, ID: string(k.ID())}, func() (pkcs11.ObjectHandle, error) {
+		return lookUp(t, s, class, k)
+	})
+}
+
+func lookUp(t *p11.Token, s *p11.Session, class uint, k keyspec.Key) (pkcs11.ObjectHandle, error) {
+	found, err := findAll(s, class, k)
+	switch {
+	case err != nil:
+		return 0, err
+	case len(found) == 0:
+		return 0, fmt.Errorf("%s: %w", k.Label(), p11.ErrNoKey)
+	case len(found) > 1:
+		return 0, fmt.Errorf("%s has %d objects %q: only one of them can be ours; remove the others with the token's own tool", t, len(found), k.Label())
+	}
+	return found[0], checkMaker(t, s, class, found[0], k)
+}
+
+// checkMaker refuses an object in the place of a key of ours that others could have made. CKA_ID and label say nothing:
+// what is not PRIVATE is made, and destroyed, without a PIN, but only the security officer makes TRUSTED keys. An
+// injection key must be one: device keys are under it, and whoever has the user PIN, too, could put one of a known
+// value in its place.
+func checkMaker(t *p11.Token, s *p11.Session, class uint, h pkcs11.ObjectHandle, k keyspec.Key) error {
+	if class == pkcs11.CKO_PUBLIC_KEY {
+		return nil // it is compared with what it is the other half of, or the token asks that it is TRUSTED
+	}
+	is := func(typ uint) (bool, error) {
+		a, err := s.Get(h, typ)
+		return err == nil && p11.IsTrue(a[0]), p11.Explain("look at "+k.Label(), err)
+	}
+	ok, err := false, error(nil)
+	if k.Role != keyspec.RoleInjection {
+		ok, err = is(pkcs11.CKA_PRIVATE)
+	}
+	if err == nil && !ok && class == pkcs11.CKO_SECRET_KEY {
+		ok, err = is(pkcs11.CKA_TRUSTED)
+	}
+	if err == nil && !ok {
+		err = fmt.Errorf("%s has an object %q that was not made by whom it should: others may know its value. "+
+			"Find out who made it, remove it with the token's own tool, and make the key anew", t, k.Label())
+	}
+	return err
+}
+
+func findAll(s *p11.Session, class uint, k keyspec.Key) ([]pkcs11.ObjectHandle, error) {
+	found, err := s.Find(p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, class), p11.Attr(pkcs11.CKA_TOKEN, true), p11.Attr(pkcs11.CKA_ID, k.ID())})
+	return found, p11.Explain("look for "+k.Label(), err)
+}
+
+// Destroy removes a key from the token for good, and every other that has its ID.
+func Destroy(t *p11.Token, s *p11.Session, class uint, k keyspec.Key) error {
+	found, err := findAll(s, class, k)
+	if err != nil {
+		return err
+	}
+	defer t.Forget() // afterwards: until then it can be found
+	for _, h := range found {
+		if err := s.Destroy(h); err != nil {
+			return p11.Explain("remove "+k.Label(), err)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,139 @@
+package keyspec
+
+import (
+	"encoding/asn1"
+
+	"github.com/miekg/pkcs11"
+
+	"github.com/kmehsm/kmehsm/hsmkeys/p11"
+)
+
+// OAEP is RSA-OAEP with SHA-1 and MGF1-SHA-1, JOSE's "RSA-OAEP" (RFC 7518 section 4.3): the one parameter set that
+// every token has. OAEP does not rest on collision resistance, so SHA-1's weakness does not reach it (RFC 8017 appendix
+// B.1 keeps it for that reason). Its parameters are in p11/direct.go.
+const OAEP = pkcs11.CKM_RSA_PKCS_OAEP
+
+// WrappedRoom is more than any wrapped key of ours takes: an RSA-4096 key as PKCS #8 in AES-KWP has some 2,400 bytes.
+const WrappedRoom = 4096
+
+var (
+	p256OID       = asn1.ObjectIdentifier{1, 2, 840, 10045, 3, 1, 7}
+	P256Params, _ = asn1.Marshal(p256OID)
+	rsaExponent   = []byte{1, 0, 1} // kme.PublicExponent
+)
+
+// Traits are what one token does otherwise than another. The templates of keys are chosen by them.
+type Traits struct {
+	UnwrapTemplate bool // keys may have a CKA_UNWRAP_TEMPLATE; if not, they are made without
+	LeavesTrusted  bool // WRAP_WITH_TRUSTED holds, and the user makes no key TRUSTED; if not, no key may leave
+}
+
+// Unwraps says what a key unwraps.
+func (t Traits) Unwraps(what p11.Attributes) p11.Attributes {
+	if !t.UnwrapTemplate {
+		return nil
+	}
+	return p11.Nested(pkcs11.CKA_UNWRAP_TEMPLATE, what)
+}
+
+// Leaves is common to keys that leave the token in a backup, where there can be one.
+func (t Traits) Leaves() p11.Attributes {
+	if !t.LeavesTrusted {
+		return p11.Unextractable
+	}
+	return LeavesUnderTrusted
+}
+
+// LeavesUnderTrusted is common to keys that leave a token under a TRUSTED key, and under no other.
+var LeavesUnderTrusted = p11.Attributes{
+	p11.Attr(pkcs11.CKA_SENSITIVE, true), p11.Attr(pkcs11.CKA_EXTRACTABLE, true),
+	p11.Attr(pkcs11.CKA_WRAP_WITH_TRUSTED, true),
+}
+
+// Named makes a token object that is found again by its CKA_ID.
+func Named(k Key) p11.Attributes {
+	return p11.Attributes{
+		p11.Attr(pkcs11.CKA_TOKEN, true), p11.Attr(pkcs11.CKA_ID, k.ID()), p11.Attr(pkcs11.CKA_LABEL, k.Label()),
+	}
+}
+
+// The templates of a manufacturer's signing key, on P-256.
+func SigningPublic(k Key) p11.Attributes {
+	return p11.Frozen(Named(k), p11.Attributes{
+		p11.Attr(pkcs11.CKA_EC_PARAMS, P256Params), p11.Attr(pkcs11.CKA_PRIVATE, false),
+		p11.Attr(pkcs11.CKA_VERIFY, true), p11.Attr(pkcs11.CKA_ENCRYPT, false), p11.Attr(pkcs11.CKA_WRAP, false),
+	})
+}
+
+func SigningPrivate(k Key) p11.Attributes {
+	return p11.Frozen(Named(k), p11.Guarded(false), p11.Use(p11.PrivateUsages, pkcs11.CKA_SIGN))
+}
+
+// Lot is what a lot key is in a factory's token. It is not frozen: sealing it is a change of the object.
+// WRAP_WITH_TRUSTED holds it until then.
+var Lot = p11.Join(p11.Guarded(true), p11.Use(p11.PrivateUsages, pkcs11.CKA_DECRYPT), p11.Attributes{
+	p11.Attr(pkcs11.CKA_WRAP_WITH_TRUSTED, true), p11.Attr(pkcs11.CKA_COPYABLE, false),
+})
+
+// StorageTemplate is the storage key's: whoever unwraps a KME with it can have it as OpenPayload and EncryptRANDs have
+// it, and in no other way.
+func StorageTemplate(t Traits) p11.Attributes {
+	return p11.Join(p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, true)}, t.Leaves(),
+		p11.Use(p11.Usages, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP), t.Unwraps(KME))
+}
+
+// LedgerTemplate is the ledger key's.
+func LedgerTemplate(t Traits) p11.Attributes {
+	return p11.Join(p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, true)}, t.Leaves(), p11.Use(p11.Usages, pkcs11.CKA_SIGN))
+}
+
+// Restored is what storage and ledger key have in common: what whoever unwraps them may not have otherwise.
+func Restored(t Traits) p11.Attributes {
+	return p11.Join(t.Leaves(), p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY)},
+		p11.Use([]uint{pkcs11.CKA_VERIFY, pkcs11.CKA_ENCRYPT, pkcs11.CKA_DECRYPT, pkcs11.CKA_DERIVE}))
+}
+
+// What a key is that is unwrapped, and never leaves the token again: what whoever unwraps it may not have otherwise. In
+// a KEK a template of its own is not possible.
+var (
+	KME         = unwrapped(pkcs11.CKO_SECRET_KEY, pkcs11.CKK_AES, p11.Use(p11.Usages, pkcs11.CKA_ENCRYPT, pkcs11.CKA_DECRYPT))
+	ImportedKEK = unwrapped(pkcs11.CKO_SECRET_KEY, pkcs11.CKK_AES, p11.Use(p11.Usages, pkcs11.CKA_UNWRAP))
+	ImportedLot = unwrapped(pkcs11.CKO_PRIVATE_KEY, pkcs11.CKK_RSA, p11.Use(p11.PrivateUsages, pkcs11.CKA_DECRYPT))
+)
+
+func unwrapped(class, kind uint, usage p11.Attributes) p11.Attributes {
+	return p11.Join(usage,
+		p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, class), p11.Attr(pkcs11.CKA_KEY_TYPE, kind)}, p11.Unextractable)
+}
+
+// A KME is a session object, for one use. It is not PRIVATE, which no other process gains by: to those a session object
+// does not exist; and SoftHSM encrypts each attribute of a PRIVATE object in its memory, which takes it as long as the
+// use.
+var (
+	open = p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, false), p11.Attr(pkcs11.CKA_PRIVATE, false)}
+
+	SealableKME = p11.Join(p11.Use(p11.Usages), p11.Attributes{
+		p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES),
+		p11.Attr(pkcs11.CKA_SENSITIVE, true), p11.Attr(pkcs11.CKA_EXTRACTABLE, true),
+	}, open)
+	UsableKME = p11.Join(KME, open)
+)
+
+// The two templates of a device's key pair on P-256; the private one does for RSA too. As a KME, it is not PRIVATE.
+var (
+	DevicePublic  = p11.Join(open, p11.Attributes{p11.Attr(pkcs11.CKA_EC_PARAMS, P256Params)})
+	DevicePrivate = p11.Join(p11.Use(p11.PrivateUsages, pkcs11.CKA_SIGN), open, p11.Attributes{
+		p11.Attr(pkcs11.CKA_SENSITIVE, true), p11.Attr(pkcs11.CKA_EXTRACTABLE, true),
+		p11.Attr(pkcs11.CKA_WRAP_WITH_TRUSTED, false),
+	})
+)
+
+// LotKeys are all that a KEK wraps, and DeviceKeys what an injection key wraps, which lot keys are not.
+var (
+	LotKeys = p11.Attributes{
+		p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA),
+	}
+	DeviceKeys = p11.Attributes{
+		p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), p11.Attr(pkcs11.CKA_WRAP_WITH_TRUSTED, false),
+	}
+)

@@ -1,0 +1,67 @@
+package p11
+
+import (
+	"fmt"
+	"sync"
+)
+
+// A State is that of a token's circuit breaker.
+type State int
+
+const (
+	Closed   State = iota // calls pass
+	Open                  // calls are refused at once, with ErrUnavailable
+	HalfOpen              // they still are, while the token is being reinitialised
+)
+
+func (s State) String() string { return [...]string{"closed", "open", "half-open"}[s] }
+
+// A breaker is a circuit breaker: it says at once that the token is away, to those who wait for a session too.
+type breaker struct {
+	mu     sync.Mutex
+	state  State         // guarded by mu
+	cause  error         // why it is not closed; guarded by mu
+	opened chan struct{} // closed when the breaker opens; another one after each time; guarded by mu
+}
+
+func newBreaker() *breaker { return &breaker{opened: make(chan struct{})} }
+
+// check gives the channel that tells when there is an error to answer, and that error if there is one.
+func (b *breaker) check() (<-chan struct{}, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.opened, b.cause
+}
+
+func (b *breaker) status() (State, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.state, b.cause
+}
+
+// open says whether it was closed.
+func (b *breaker) open(cause error) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	was := b.state == Closed
+	b.state, b.cause = Open, fmt.Errorf("%w: %v", ErrUnavailable, cause)
+	if was {
+		close(b.opened)
+	}
+	return was
+}
+
+// halfOpen is for whoever reinitialises the token while it is open.
+func (b *breaker) halfOpen() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.state == Open {
+		b.state = HalfOpen
+	}
+}
+
+func (b *breaker) close() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.state, b.cause, b.opened = Closed, nil, make(chan struct{})
+}

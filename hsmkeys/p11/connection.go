@@ -1,0 +1,197 @@
+package p11
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"strings"
+	"sync/atomic"
+
+	"github.com/ThalesGroup/crypto11"
+	"github.com/miekg/pkcs11"
+)
+
+// A connection is a module that is initialised for us, a slot in it, and a login.
+type connection struct {
+	module *module
+	uri    *uri
+	using  bool // the module is initialised for us
+	slot   uint
+	info   pkcs11.TokenInfo
+	held   *Session      // of the login, which ends with the last session
+	lacks  atomic.Uint32 // see fitting
+	// crypto11 gives crypto.Signers. It never gets the PIN: a login is the token's, not a session's, so ours serves it
+	// too. Used by whoever holds a session of the pool.
+	signers *crypto11.Context
+}
+
+// acquire has the module initialised. crypto11 insists on making C_Initialize itself, so it comes first; and it gives
+// no string of the module's own, so a token whose module wants one has no signers.
+func (c *connection) acquire() (err error) {
+	if c.uri.reserved == "" {
+		config := &crypto11.Config{Path: c.uri.module, LoginNotSupported: true, MaxSessions: crypto11Sessions()}
+		if config.TokenSerial = c.uri.token["serial"]; config.TokenSerial == "" {
+			config.TokenLabel = c.uri.token["token"]
+		}
+		if c.signers, err = crypto11.Configure(config); err != nil {
+			c.signers = nil
+			if strings.Contains(err.Error(), "could not find PKCS#11 token") {
+				return c.noToken()
+			}
+			return err
+		}
+	}
+	err = c.module.initialize(c.uri.reserved)
+	c.using = err == nil
+	return err
+}
+
+// crypto11Sessions are those that crypto11 may open: one that stays, and those that sign.
+func crypto11Sessions() int { return 1 + 2*runtime.GOMAXPROCS(0) }
+
+// release undoes acquire and login. Nothing may be in the module.
+func (c *connection) release() error {
+	if c.held != nil {
+		c.held.Close()
+		c.held = nil
+	}
+	var errs []error
+	if c.using {
+		c.using = false
+		errs = append(errs, c.module.finalize())
+	}
+	if c.signers != nil {
+		errs = append(errs, c.signers.Close())
+		c.signers = nil
+	}
+	return errors.Join(errs...)
+}
+
+func (c *connection) noToken() error {
+	return fmt.Errorf("the module %s has no token %v: check the URI and, for SoftHSM, SOFTHSM2_CONF%s",
+		c.uri.module, c.uri.token, softhsmConf())
+}
+
+func softhsmConf() string {
+	if v := os.Getenv("SOFTHSM2_CONF"); v != "" {
+		return " (now " + v + ")"
+	}
+	return " (not set)"
+}
+
+// findSlot insists on one token: of two with one label the wrong one might get the PIN.
+func (c *connection) findSlot() (slot uint, info pkcs11.TokenInfo, err error) {
+	slots, err := c.module.GetSlotList(true)
+	if err != nil {
+		return 0, info, Explain("list the module's slots", err)
+	}
+	found := 0
+	for _, id := range slots {
+		this, err := c.module.GetTokenInfo(id)
+		if err != nil {
+			continue // a slot that cannot say what it holds is not the one
+		}
+		has := map[string]string{
+			"token": this.Label, "serial": this.SerialNumber, "manufacturer": this.ManufacturerID, "model": this.Model,
+		}
+		match := true
+		for name, want := range c.uri.token {
+			match = match && Trim(has[name]) == want
+		}
+		if match {
+			slot, info = id, this
+			found++
+		}
+	}
+	switch found {
+	case 0:
+		return 0, info, c.noToken()
+	case 1:
+		return slot, info, nil
+	}
+	return 0, info, fmt.Errorf("%d tokens fit %v: add serial=NUMBER to the URI", found, c.uri.token)
+}
+
+// Trim takes off what fills the fields of CK_TOKEN_INFO.
+func Trim(field string) string { return strings.TrimRight(field, " \x00") }
+
+// logIn gives the session that holds the login.
+func (c *connection) logIn(user uint, pin PIN) (*Session, error) {
+	s, err := c.OpenSession()
+	if err != nil {
+		return nil, err
+	}
+	err = s.Ctx.Login(s.ID, user, string(pin))
+	if user == pkcs11.CKU_USER && IsCKR(err, pkcs11.CKR_USER_ALREADY_LOGGED_IN) {
+		err = nil // two Tokens of one process may share a token; the login is the process's
+	}
+	if err != nil {
+		s.Close()
+		return nil, err
+	}
+	return s, nil
+}
+
+// OpenSession opens a session beside the pool's, for whoever may leave something in it. The caller closes it.
+func (c *connection) OpenSession() (*Session, error) {
+	h, err := c.module.OpenSession(c.slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
+	if err != nil {
+		return nil, Explain("open a session", err)
+	}
+	return &Session{c.module.Ctx, h, c.module.list, &c.lacks}, nil
+}
+
+// reinitialise takes the module through C_Finalize and C_Initialize, and logs in as the user again.
+func (c *connection) reinitialise(pin PIN) error {
+	c.release() // ends what is left of the sessions, and the module, unless another Token of the process uses it
+	if err := c.acquire(); err != nil {
+		return fmt.Errorf("the PKCS #11 module cannot be initialised again: %w", err)
+	}
+	slot, info, err := c.findSlot()
+	if err != nil {
+		return err
+	}
+	if info.SerialNumber != c.info.SerialNumber {
+		return fmt.Errorf("another token has come in the place of %s", c)
+	}
+	c.slot = slot
+	c.held, err = c.logIn(pkcs11.CKU_USER, pin)
+	return Explain("log in again to "+c.String(), err)
+}
+
+// String names the token by label and serial number.
+func (c *connection) String() string {
+	return fmt.Sprintf("token %q (serial %s)", Trim(c.info.Label), c.Serial())
+}
+
+// Serial is the token's serial number.
+func (c *connection) Serial() string { return Trim(c.info.SerialNumber) }
+
+// Info is what the token said of itself when it was opened.
+func (c *connection) Info() pkcs11.TokenInfo { return c.info }
+
+// Ask asks the token and its module what they are. The caller holds a session, so that the module stays.
+func (c *connection) Ask(*Session) (token pkcs11.TokenInfo, library pkcs11.Info, err error) {
+	if token, err = c.module.GetTokenInfo(c.slot); err != nil {
+		return token, library, Explain("ask the token what it is", err)
+	}
+	library, err = c.module.GetInfo()
+	return token, library, Explain("ask the module what it is", err)
+}
+
+// Signers gives crypto.Signers, good for as long as the module stays initialised; nil if its URI has x-init-reserved,
+// which crypto11 cannot give. The caller holds a session.
+func (c *connection) Signers(*Session) *crypto11.Context { return c.signers }
+
+// Can says whether the token has a mechanism, and for all of the uses in flags. The caller holds a session.
+func (c *connection) Can(m, flags uint) (bool, error) {
+	info, err := c.module.GetMechanismInfo(c.slot, Mechanism(m))
+	if IsCKR(err, pkcs11.CKR_MECHANISM_INVALID) {
+		return false, nil
+	}
+	if err != nil {
+		return false, Explain("ask the token for its mechanisms", err)
+	}
+	return info.Flags&flags == flags, nil
+}

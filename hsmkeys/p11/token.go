@@ -1,0 +1,230 @@
+package p11
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/miekg/pkcs11"
+)
+
+// Options say how a token is used. The zero value is right for a command.
+type Options struct {
+	// HangTimeout is after how long a call is given up; 0 for two minutes: the slowest of ours makes an RSA-4096 key
+	// pair.
+	HangTimeout time.Duration
+	// Observer is told of operations; it may be nil.
+	Observer Observer
+	// Changed is told when the circuit breaker changes its state, when a call hangs or comes back, and of each panic,
+	// how it was and how it is; it may be nil. It must return at once, and make no call to the token. It is not told
+	// twice at the same time of one token.
+	Changed func(token string, was, is Health)
+	// RenewAfter is after how many uses of a session the module is reinitialised; 0 for what the token needs.
+	RenewAfter int64
+}
+
+const hangTimeout = 2 * time.Minute
+
+// A Token is an open, logged-in token with a bounded pool of sessions. All methods may be called concurrently. A
+// call waits for a session until its context ends; one that has reached the token is not interrupted. One that is given
+// up (ErrUnavailable) may still read the bytes that it was given: they must not be changed afterwards.
+type Token struct {
+	connection
+	handles
+
+	pin       string // the user PIN's source; empty for the security officer's
+	kwp       uint   // the mechanism that is AES-KWP (RFC 5649) on this token
+	hangAfter time.Duration
+	observer  Observer // may be nil
+
+	// idle holds as many entries as there may be sessions; nil stands for one that is not open yet.
+	idle chan *Session
+
+	breaker *breaker
+	health  health
+	workers workers
+	renewal renewal
+
+	reinitialising    sync.Mutex // held by whoever reinitialises
+	lastReinitialised time.Time  // of recover's own, of which there is one at a time
+	recovering        sync.WaitGroup
+	closing           chan struct{} // closed by Close
+}
+
+// renewal is after how many uses of a session the module is reinitialised; 0 for never.
+type renewal struct{ after, uses atomic.Int64 }
+
+// softHSMRenewal is that of SoftHSM 2.6.1, which keeps some 250 bytes of each session object that ever was, until
+// C_Finalize: 490 bytes a device key, and half a gigabyte for a lot of a million.
+const softHSMRenewal = 100_000
+
+// OpenUser opens the token that an RFC 7512 URI names and logs in, once, with the user PIN of its pin-source.
+func OpenUser(_ context.Context, tokenURI string, o Options) (*Token, error) {
+	u, err := parseURI(tokenURI)
+	if err != nil {
+		return nil, err
+	}
+	pin, err := ReadPIN(u.pinSource)
+	if err != nil {
+		return nil, err
+	}
+	t, err := connect(u, o)
+	if err != nil {
+		return nil, err
+	}
+	if t.info.Flags&pkcs11.CKF_USER_PIN_FINAL_TRY != 0 {
+		t.Close()
+		return nil, errors.New("the token is one wrong PIN away from locking, so it was not tried: " +
+			"log in once with another tool and the right PIN, then run this again")
+	}
+	if t.held, err = t.logIn(pkcs11.CKU_USER, pin); err != nil {
+		t.Close()
+		return nil, Explain("log in to "+t.String(), err)
+	}
+	t.pin = u.pinSource
+	if o.RenewAfter == 0 && t.isSoftHSM() {
+		o.RenewAfter = softHSMRenewal
+	}
+	t.renewal.after.Store(o.RenewAfter)
+	return t, nil
+}
+
+// AsOfficer runs f while the security officer is logged in, once. No other Token of this token may be open in the
+// process.
+func AsOfficer(tokenURI string, pin PIN, f func(*Token) error) error {
+	u, err := parseURI(tokenURI)
+	if err != nil {
+		return err
+	}
+	t, err := connect(u, Options{})
+	if err != nil {
+		return err
+	}
+	defer t.Close()
+	if t.info.Flags&pkcs11.CKF_SO_PIN_FINAL_TRY != 0 {
+		return errors.New("the token is one wrong security officer's PIN away from locking, so it was not tried")
+	}
+	if t.held, err = t.logIn(pkcs11.CKU_SO, pin); err != nil {
+		return Explain("log in to "+t.String()+" as the security officer", err)
+	}
+	return f(t)
+}
+
+func (t *Token) isSoftHSM() bool { return strings.HasPrefix(t.info.ManufacturerID, "SoftHSM") }
+
+// connect finds the token and prepares the pool, without logging in.
+func connect(u *uri, o Options) (*Token, error) {
+	m, err := loadModule(u.module)
+	if err != nil {
+		return nil, err
+	}
+	t := &Token{connection: connection{module: m, uri: u}, observer: o.Observer, hangAfter: o.HangTimeout,
+		breaker: newBreaker(), closing: make(chan struct{}), workers: make(workers)}
+	t.health.changed = o.Changed
+	if t.hangAfter == 0 {
+		t.hangAfter = hangTimeout
+	}
+	t.Forget()
+	if err := t.acquire(); err != nil {
+		t.release()
+		return nil, fmt.Errorf("the PKCS #11 module %s cannot be used: %w: is its token connected, "+
+			"its configuration right%s, and does it want %s in the URI?", u.module, err, softhsmConf(), initReserved)
+	}
+	if t.slot, t.info, err = t.findSlot(); err != nil {
+		t.Close()
+		return nil, err
+	}
+	if t.kwp, err = t.findKWP(); err != nil {
+		t.Close()
+		return nil, err
+	}
+	size, err := t.poolSize()
+	if err != nil {
+		t.Close()
+		return nil, err
+	}
+	t.idle = make(chan *Session, size)
+	for range size {
+		t.idle <- nil
+	}
+	return t, nil
+}
+
+// Sessions of a pool: a module that computes in this process, as SoftHSM, keeps the cores busy with two for each, one
+// of which may wait for the module's locks; more of them only take turns, and each turn finds its caches filled by
+// another. An HSM behind a bus or a network is busy elsewhere, and what counts is how many calls are on their way to
+// it.
+const (
+	sessionsACore = 2
+	sessionsAway  = 64
+	away          = 200 * time.Microsecond // how long a call takes that does nothing here
+)
+
+// poolSize sees how far away the token is, and how many sessions it allows.
+func (t *Token) poolSize() (int, error) {
+	s, err := t.OpenSession()
+	if err != nil {
+		return 0, err
+	}
+	defer s.Close()
+	fastest := time.Hour
+	for range 5 {
+		start := time.Now()
+		if _, err := s.Ctx.GenerateRandom(s.ID, 1); err != nil {
+			fastest = 0 // there are tokens without
+			break
+		}
+		fastest = min(fastest, time.Since(start))
+	}
+	size := sessionsACore * runtime.GOMAXPROCS(0)
+	if fastest >= away {
+		size = max(size, sessionsAway)
+	}
+	limit := t.info.MaxSessionCount
+	if limit != pkcs11.CK_EFFECTIVELY_INFINITE && limit != pkcs11.CK_UNAVAILABLE_INFORMATION {
+		others := 1 // holds the login
+		if t.signers != nil {
+			others += crypto11Sessions()
+		}
+		size = min(size, max(1, int(limit)-others))
+	}
+	return size, nil
+}
+
+// AESKWP is CKM_AES_KEY_WRAP_KWP of PKCS #11 3.0, which says that it is RFC 5649; CKM_AES_KEY_WRAP_PAD of 2.40 is the
+// older name, which 3.0 deprecates since tokens took it for other paddings too.
+const AESKWP = 0x210B
+
+func (t *Token) findKWP() (uint, error) {
+	can, err := t.Can(AESKWP, pkcs11.CKF_WRAP)
+	if can || err != nil {
+		return AESKWP, err
+	}
+	return pkcs11.CKM_AES_KEY_WRAP_PAD, nil
+}
+
+// KWP is the mechanism by which the token does AES-KWP (RFC 5649).
+func (t *Token) KWP() uint { return t.kwp }
+
+// Sessions is how many operations can be in the token at once.
+func (t *Token) Sessions() int { return cap(t.idle) }
+
+// Close ends all sessions and the login. No other method may be running or be called afterwards.
+func (t *Token) Close() error {
+	close(t.closing)
+	t.recovering.Wait()
+	for range cap(t.idle) {
+		if s := <-t.idle; s != nil {
+			s.Close()
+		}
+	}
+	if t.health.hung.Load() > 0 { // C_Finalize would be undefined
+		return errors.New("calls that do not come back are still in the module: it is left as it is")
+	}
+	return t.release()
+}
