@@ -2,25 +2,20 @@ package main
 
 import (
 	"cmp"
-	"context"
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"iter"
-	"os"
-	"path/filepath"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
-	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/keysvcd"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -31,66 +26,61 @@ func storeFlags(own ...cli.Flag) []cli.Flag {
 	return slices.Concat([]cli.Flag{cmdline.Token, stateFlag, storeFlag}, own, []cli.Flag{cmdline.JSON})
 }
 
-// withStore runs f with the store, which must not be rolled back. What f does is the command's in the ledger, and the
-// token's high-water mark is raised afterwards.
+// withToken runs f with the token that --token names.
+func withToken(c *cli.Context, f func(*hsmkeys.Token) error) error {
+	return keysvcd.WithToken(c.Context, c.String("token"), f)
+}
+
+// withStore runs f with the store, which must not be rolled back. What f does is the command's in the ledger.
 func withStore(c *cli.Context, f func(*sqlstore.Store) error) error {
 	return withStoreToken(c, func(token *hsmkeys.Token) error { return useStore(c, token, f) })
 }
 
 // withTokenAndStore is withStore for what changes the token that --token names.
 func withTokenAndStore(c *cli.Context, f func(*hsmkeys.Token, *sqlstore.Store) error) error {
-	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
+	return withToken(c, func(token *hsmkeys.Token) error {
 		return useStore(c, token, func(store *sqlstore.Store) error { return f(token, store) })
 	})
 }
 
-// tokenFile is where keysvc init leaves the URI of the token in the --state folder.
-const tokenFile = "token"
-
-// withStoreToken runs f with the token that the store's rows have their MACs from: what --token says, else that of keysvc
-// init, else what the environment says.
+// withStoreToken runs f with the token that the store's rows have their MACs from.
 func withStoreToken(c *cli.Context, f func(*hsmkeys.Token) error) error {
-	uri := c.String("token")
-	if uri == os.Getenv("KMEHSM_TOKEN") {
-		own, err := os.ReadFile(filepath.Join(c.String("state"), tokenFile))
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		uri = cmp.Or(strings.TrimSpace(string(own)), uri)
+	uri, err := keysvcd.StoreToken(c.String("state"), c.String("token"))
+	if err != nil {
+		return err
 	}
-	return cmdline.WithTokenOf(c, uri, f)
+	asCommand(c)
+	return keysvcd.WithToken(c.Context, uri, f)
 }
 
 func useStore(c *cli.Context, token *hsmkeys.Token, f func(*sqlstore.Store) error) error {
-	return openStore(c, token, storeName(c), func(store *sqlstore.Store) error {
-		if err := binding.CheckMark(c.Context, store, token); err != nil {
+	asCommand(c)
+	return keysvcd.UseStore(c.Context, token, storeName(c), f)
+}
+
+// withAnyStore runs f with the store, whatever state that is in.
+func withAnyStore(c *cli.Context, f func(*hsmkeys.Token, *sqlstore.Store) error) error {
+	return withStoreToken(c, func(token *hsmkeys.Token) error {
+		store, err := keysvcd.OpenStore(c.Context, token, storeName(c))
+		if err != nil {
 			return err
 		}
-		err := f(store)
-		return errors.Join(err, binding.RaiseMark(context.WithoutCancel(c.Context), store, token))
+		return errors.Join(f(token, store), store.Close())
 	})
+}
+
+// asCommand has what is done from now on stand as the command's in the ledger.
+func asCommand(c *cli.Context) {
+	c.Context = binding.WithActor(c.Context, binding.CommandActor(c.Command.HelpName))
 }
 
 func storeName(c *cli.Context) string {
 	return cmp.Or(c.String("store"), sqlstore.InFolder(c.String("state")))
 }
 
-// openStore runs f with a store, whatever state that is in.
-func openStore(c *cli.Context, token *hsmkeys.Token, name string, f func(*sqlstore.Store) error) error {
-	c.Context = binding.WithActor(c.Context, binding.CommandActor(c.Command.HelpName))
-	key, err := token.Derive(c.Context, sqlstore.RowKey)
-	if errors.Is(err, hsmkeys.ErrNoKey) {
-		return fmt.Errorf("%s has no keys yet: run keysvc init first", token)
-	}
-	if err != nil {
-		return err
-	}
-	defer key.Wipe()
-	store, err := sqlstore.Open(c.Context, name, key)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f(store), store.Close())
+// openLots opens the lots of a store, with the directories that the manufacturers were enrolled with, or --directory.
+func openLots(c *cli.Context, store *sqlstore.Store) (*binding.Lots, error) {
+	return keysvcd.OpenLots(c.Context, store, c.String("directory"), cmdline.VaultLogin(c), cmdline.StderrLog(c))
 }
 
 func bindingCommand() *cli.Command {
@@ -188,8 +178,7 @@ func each[T, S any](all iter.Seq2[T, error], show func(T) S) iter.Seq2[S, error]
 
 func bindingReport(c *cli.Context) error {
 	return withStore(c, func(store *sqlstore.Store) error {
-		open := opener(c.Context, c.String("directory"), cmdline.VaultLogin(c), directory.ReaderOptions{}, nil, cmdline.StderrLog(c))
-		lots, err := binding.OpenLots(c.Context, store, open)
+		lots, err := openLots(c, store)
 		if err != nil {
 			return err
 		}
@@ -245,7 +234,9 @@ func bindingShow(c *cli.Context) error {
 		}{show(b), history}
 		return cmdline.Print(c, result, func(w io.Writer) {
 			result.print(w)
-			printEntries(w, history)
+			for _, e := range history {
+				printEntry(w, e)
+			}
 		})
 	})
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -16,7 +15,7 @@ import (
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
-	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/keysvcd"
 	"github.com/kmehsm/kmehsm/internal/who"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -82,7 +81,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 			storageCommand(),
 			{
 				Name: "serve", Usage: "serve the HSS",
-				Description: "SIGTERM finishes the calls under way and ends; SIGHUP takes up lots and certificates anew.\n\n" + configHelp,
+				Description: "SIGTERM finishes the calls under way and ends; SIGHUP takes up lots and certificates anew.\n\n" + keysvcd.Help(),
 				Flags:       []cli.Flag{&cli.StringFlag{Name: "config", Usage: "the configuration, a YAML `FILE`"}}, Action: serve,
 			},
 			{
@@ -94,10 +93,10 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 }
 
 func initToken(c *cli.Context) error {
-	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
+	return withToken(c, func(token *hsmkeys.Token) error {
 		created, weak, err := binding.Init(c.Context, token, c.Bool(acceptFlag.Name))
 		if err == nil { // the folder is there: see cmdline.Alone
-			err = durable.WriteFile(filepath.Join(c.String("state"), tokenFile), []byte(c.String("token")+"\n"), 0o600)
+			err = keysvcd.RememberToken(c.String("state"), c.String("token"))
 		}
 		if err != nil {
 			return err
@@ -113,6 +112,13 @@ func initToken(c *cli.Context) error {
 			}
 		})
 	})
+}
+
+func serve(c *cli.Context) error {
+	if err := cmdline.Require(c, "config"); err != nil {
+		return err
+	}
+	return keysvcd.Serve(c.Context, c.String("config"), c.App.ErrWriter)
 }
 
 func enroll(c *cli.Context) error {
@@ -219,9 +225,7 @@ func device(c *cli.Context) error {
 		return cmdline.Usage(err)
 	}
 	return withStore(c, func(store *sqlstore.Store) error {
-		open := opener(c.Context, c.String("directory"), cmdline.VaultLogin(c), directory.ReaderOptions{}, nil,
-			cmdline.StderrLog(c))
-		lots, err := binding.OpenLots(c.Context, store, open)
+		lots, err := openLots(c, store)
 		if err != nil {
 			return err
 		}
@@ -258,7 +262,7 @@ func device(c *cli.Context) error {
 }
 
 func doctor(c *cli.Context) error {
-	return cmdline.WithToken(c, func(token *hsmkeys.Token) error {
+	return withToken(c, func(token *hsmkeys.Token) error {
 		report, err := token.DoctorOperator(c.Context)
 		if err != nil {
 			return err

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -12,6 +13,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/keysvcd"
 )
 
 func storeCommand() *cli.Command {
@@ -67,36 +69,35 @@ func storeUpgrade(c *cli.Context) error {
 }
 
 func storeVerify(c *cli.Context) error {
-	return withStoreToken(c, func(token *hsmkeys.Token) error {
-		return openStore(c, token, storeName(c), func(store *sqlstore.Store) error {
-			behind := binding.CheckMark(c.Context, store, token)
-			report, err := store.Verify(c.Context, progress(c, "rows verified"))
-			if err != nil {
-				return err
-			}
-			result := struct {
-				*sqlstore.Report
-				OK         bool   `json:"ok"`
-				RolledBack string `json:"rolled_back,omitempty"`
-			}{Report: report, OK: behind == nil && len(report.Damaged) == 0}
-			if behind != nil {
-				result.RolledBack = behind.Error()
-			}
-			err = cmdline.Print(c, result, func(w io.Writer) {
-				for _, d := range report.Damaged {
-					fmt.Fprintf(w, "%s %s %s\n", d.Table, d.Key, d.What)
-				}
-				if behind != nil {
-					fmt.Fprintln(w, behind)
-				}
-				fmt.Fprintf(w, "%d rows were read, %d of them entries of the ledger; %d are damaged\n", report.Rows, report.Entries, len(report.Damaged))
-			})
-			if err == nil && !result.OK {
-				err = cmdline.Said(fmt.Errorf("the store is not what the service has written last: find out who has changed it; " +
-					"a subscription that is damaged can be ended with keysvc binding revoke, a manufacturer or a lot needs a backup of the store"))
-			}
+	return withAnyStore(c, func(token *hsmkeys.Token, store *sqlstore.Store) error {
+		behind := binding.CheckMark(c.Context, store, token)
+		report, err := store.Verify(c.Context, progress(c, "rows verified"))
+		if err != nil {
 			return err
+		}
+		result := struct {
+			*sqlstore.Report
+			OK         bool   `json:"ok"`
+			RolledBack string `json:"rolled_back,omitempty"`
+		}{Report: report, OK: behind == nil && len(report.Damaged) == 0}
+		if behind != nil {
+			result.RolledBack = behind.Error()
+		}
+		err = cmdline.Print(c, result, func(w io.Writer) {
+			for _, d := range report.Damaged {
+				fmt.Fprintf(w, "%s %s %s\n", d.Table, d.Key, d.What)
+			}
+			if behind != nil {
+				fmt.Fprintln(w, behind)
+			}
+			fmt.Fprintf(w, "%d rows were read, %d of them entries of the ledger; %d are damaged\n",
+				report.Rows, report.Entries, len(report.Damaged))
 		})
+		if err == nil && !result.OK {
+			err = cmdline.Said(errors.New("the store is not what the service has written last: find out who has changed it; " +
+				"a subscription that is damaged can be ended with keysvc binding revoke, a manufacturer or a lot needs a backup of the store"))
+		}
+		return err
 	})
 }
 
@@ -116,25 +117,18 @@ func storeAccept(c *cli.Context) error {
 	if err := cmdline.Require(c, "reason"); err != nil {
 		return err
 	}
-	return withStoreToken(c, func(token *hsmkeys.Token) error {
-		return openStore(c, token, storeName(c), func(store *sqlstore.Store) error {
-			if err := binding.AcceptRollback(c.Context, store, token, c.String("reason")); err != nil {
-				return err
-			}
-			return cmdline.Print(c, map[string]any{"accepted": true}, func(w io.Writer) {
-				fmt.Fprintln(w, "the store is accepted as it is; a service that runs goes on within seconds\nwhat was revoked since it was made is not revoked in it: see the service's log, and keysvc binding report")
-			})
+	return withAnyStore(c, func(token *hsmkeys.Token, store *sqlstore.Store) error {
+		if err := binding.AcceptRollback(c.Context, store, token, c.String("reason")); err != nil {
+			return err
+		}
+		return cmdline.Print(c, map[string]any{"accepted": true}, func(w io.Writer) {
+			fmt.Fprintln(w, "the store is accepted as it is; a service that runs goes on within seconds\n"+
+				"what was revoked since it was made is not revoked in it: see the service's log, and keysvc binding report")
 		})
 	})
 }
 
 const entryLine = "%-20s  %-12s  %-32s  %s\n"
-
-func printEntries(w io.Writer, all []binding.Entry) {
-	for _, e := range all {
-		printEntry(w, e)
-	}
-}
 
 func printEntry(w io.Writer, e binding.Entry) {
 	by := []string{e.Actor.Client, e.Actor.Role, e.Actor.User, e.Actor.Address}
@@ -190,20 +184,10 @@ func storeMigrate(c *cli.Context) error {
 		return err
 	}
 	return withStoreToken(c, func(token *hsmkeys.Token) error {
-		return openStore(c, token, c.String("from"), func(from *sqlstore.Store) error {
-			if err := binding.CheckMark(c.Context, from, token); err != nil {
-				return fmt.Errorf("--from: %w", err)
-			}
-			return openStore(c, token, c.String("to"), func(to *sqlstore.Store) error {
-				rows, err := from.Copy(c.Context, to, progress(c, "rows copied"))
-				if err == nil {
-					err = binding.RaiseMark(c.Context, to, token)
-				}
-				if err != nil {
-					return err
-				}
-				return cmdline.Print(c, map[string]any{"rows": rows}, func(w io.Writer) { fmt.Fprintf(w, "%d rows copied\n", rows) })
-			})
-		})
+		rows, err := keysvcd.Migrate(c.Context, token, c.String("from"), c.String("to"), progress(c, "rows copied"))
+		if err != nil {
+			return err
+		}
+		return cmdline.Print(c, map[string]any{"rows": rows}, func(w io.Writer) { fmt.Fprintf(w, "%d rows copied\n", rows) })
 	})
 }

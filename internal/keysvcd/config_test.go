@@ -1,4 +1,4 @@
-package main
+package keysvcd
 
 import (
 	"log/slog"
@@ -16,7 +16,7 @@ const (
 	good    = aSocket + aToken
 )
 
-func read(t *testing.T, text string) (*config, error) {
+func read(t *testing.T, text string) (*Config, error) {
 	t.Helper()
 	t.Setenv("KMEHSM_TOKEN", "")
 	t.Setenv("KMEHSM_STORE", "")
@@ -135,20 +135,20 @@ log_level: warn
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(c.Tokens) != 2 || c.Tokens[1] != c.Tokens[0] || c.AttemptTTL != time.Minute || c.PendingTTL != 3*time.Minute || c.PendingLimit != 8 || c.MaxRevocationAge != 72*time.Hour || c.LogLevel != slog.LevelWarn ||
+	if len(c.Tokens) != 2 || c.Tokens[1] != c.Tokens[0] || c.AttemptTTL != time.Minute || c.PendingTTL != 3*time.Minute || c.PendingVectors != 8 || c.MaxRevocationAge != 72*time.Hour || c.LogLevel != slog.LevelWarn ||
 		c.Clients[0].PLMNs[0] != "00101" || *c.Clients[1].UID != 0 || !c.Vault.SecretIDWrapped {
 		t.Errorf("%+v", c)
 	}
-	for _, f := range reflect.VisibleFields(reflect.TypeFor[config]()) {
-		if key := f.Tag.Get("yaml"); !strings.Contains(configHelp, key+":") {
+	for _, f := range reflect.VisibleFields(reflect.TypeFor[Config]()) {
+		if key := f.Tag.Get("yaml"); !strings.Contains(Help(), "\n    "+key+":") {
 			t.Errorf("the help has no %s", key)
 		} else if v := reflect.ValueOf(c).Elem().FieldByIndex(f.Index); v.IsZero() {
 			t.Errorf("%s was not taken", key)
 		}
 	}
-	for name := range allowed {
-		if !strings.Contains(configHelp, name+":") {
-			t.Errorf("%s is no setting", name)
+	for _, s := range settings {
+		if !strings.HasPrefix(s.name, " ") && !fieldOf(reflect.ValueOf(c).Elem(), s.name).IsValid() {
+			t.Errorf("%s is no setting", s.name)
 		}
 	}
 }

@@ -1,8 +1,8 @@
-package main
+// Package mesim simulates devices, and the MME and HSS that they speak through.
+package mesim
 
 import (
 	"crypto"
-	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha1" // OAEP's parameter, not a signature's
 	"crypto/x509"
@@ -15,7 +15,6 @@ import (
 	"strings"
 
 	"github.com/tink-crypto/tink-go/v2/kwp/subtle"
-	"github.com/urfave/cli/v2"
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/factory"
@@ -23,8 +22,8 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// A fleet is the devices of all injection packages below a folder.
-type fleet struct {
+// A Fleet is the devices of all injection packages below a folder.
+type Fleet struct {
 	packages  []string // in the order of their names
 	lots      map[string]*lot
 	injection map[string]*subtle.KWP // by the key's name: a fixture holds two while the key is rotated
@@ -35,29 +34,31 @@ type lot struct {
 	public   *rsa.PublicKey
 }
 
-// A device is what it would have in its secure memory after injection.
-type device struct {
-	imei kme.IMEI
+// A Device is what it would have in its secure memory after injection.
+type Device struct {
+	IMEI kme.IMEI
 	key  crypto.Signer
 	lot  *lot
 }
 
-func openFleet(c *cli.Context) (*fleet, error) {
-	if err := cmdline.Require(c, "injection", "fixture-key", "fixture-enrolment"); err != nil {
-		return nil, err
-	}
-	fixture, err := readPrivateKey(c.String("fixture-key"))
+// Lot is the name of the device's lot.
+func (d *Device) Lot() string { return d.lot.manifest.Lot }
+
+// OpenFleet finds the injection packages below a folder. What they have is wrapped for a fixture: fixtureKey is the file
+// of its private RSA key, and enrolments are those of its injection keys.
+func OpenFleet(folder, fixtureKey string, enrolments []string) (*Fleet, error) {
+	fixture, err := readPrivateKey(fixtureKey)
 	if err != nil {
-		return nil, fmt.Errorf("the fixture's key %s: %w", c.String("fixture-key"), err)
+		return nil, fmt.Errorf("the fixture's key %s: %w", fixtureKey, err)
 	}
-	f := &fleet{lots: map[string]*lot{}, injection: map[string]*subtle.KWP{}}
+	f := &Fleet{lots: map[string]*lot{}, injection: map[string]*subtle.KWP{}}
 	var verifier *directory.Verifier
-	for _, path := range c.StringSlice("fixture-enrolment") {
+	for _, path := range enrolments {
 		if verifier, err = f.enrol(fixture, path); err != nil {
 			return nil, fmt.Errorf("the fixture's enrolment %s: %w", path, err)
 		}
 	}
-	err = filepath.WalkDir(c.String("injection"), func(path string, entry fs.DirEntry, err error) error {
+	err = filepath.WalkDir(folder, func(path string, entry fs.DirEntry, err error) error {
 		switch {
 		case err != nil:
 			return err
@@ -72,13 +73,13 @@ func openFleet(c *cli.Context) (*fleet, error) {
 		return nil, err
 	}
 	if len(f.packages) == 0 {
-		return nil, fmt.Errorf("there is no injection package below %s", c.String("injection"))
+		return nil, fmt.Errorf("there is no injection package below %s", folder)
 	}
 	return f, nil
 }
 
 // enrol takes an injection key, and says whose it is.
-func (f *fleet) enrol(fixture *rsa.PrivateKey, path string) (*directory.Verifier, error) {
+func (f *Fleet) enrol(fixture *rsa.PrivateKey, path string) (*directory.Verifier, error) {
 	data, err := cmdline.ReadFile(path)
 	if err != nil {
 		return nil, err
@@ -98,7 +99,7 @@ func (f *fleet) enrol(fixture *rsa.PrivateKey, path string) (*directory.Verifier
 	return enrolment.Verifier()
 }
 
-func (f *fleet) addLot(verifier *directory.Verifier, path string) error {
+func (f *Fleet) addLot(verifier *directory.Verifier, path string) error {
 	data, err := cmdline.ReadFile(path)
 	if err != nil {
 		return err
@@ -108,7 +109,7 @@ func (f *fleet) addLot(verifier *directory.Verifier, path string) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", path, err)
 	}
-	f.lots[name] = &lot{m, m.PublicKey()}
+	f.lots[name] = &lot{manifest: m, public: m.PublicKey()}
 	return nil
 }
 
@@ -136,7 +137,7 @@ func readPrivateKey(path string) (*rsa.PrivateKey, error) {
 }
 
 // each calls f with the lines of all packages in their order, until it says stop.
-func (f *fleet) each(use func(directory.InjectionLine) (more bool, err error)) error {
+func (f *Fleet) each(use func(directory.InjectionLine) (more bool, err error)) error {
 	for _, path := range f.packages {
 		more, err := f.eachOf(path, use)
 		if err != nil {
@@ -149,7 +150,7 @@ func (f *fleet) each(use func(directory.InjectionLine) (more bool, err error)) e
 	return nil
 }
 
-func (f *fleet) eachOf(path string, use func(directory.InjectionLine) (bool, error)) (more bool, err error) {
+func (f *Fleet) eachOf(path string, use func(directory.InjectionLine) (bool, error)) (more bool, err error) {
 	file, err := os.Open(path)
 	if err != nil {
 		return false, err
@@ -170,7 +171,7 @@ func (f *fleet) eachOf(path string, use func(directory.InjectionLine) (bool, err
 }
 
 // newest is what a device was issued last: the line of its shard's package, or of a package of its own.
-func (f *fleet) newest(dir string, line directory.InjectionLine) (directory.InjectionLine, error) {
+func (f *Fleet) newest(dir string, line directory.InjectionLine) (directory.InjectionLine, error) {
 	if f.lots[line.Lot] == nil {
 		return line, fmt.Errorf("lot %s has no manifest.jws beside its packages", line.Lot)
 	}
@@ -186,8 +187,8 @@ func (f *fleet) newest(dir string, line directory.InjectionLine) (directory.Inje
 	}
 }
 
-// devices injects count devices from the first on; all with count 0.
-func (f *fleet) devices(first, count int) (all []*device, err error) {
+// Devices injects count devices from the first on; all with count 0.
+func (f *Fleet) Devices(first, count int) (all []*Device, err error) {
 	at := 0
 	err = f.each(func(line directory.InjectionLine) (bool, error) {
 		if at++; at <= first {
@@ -203,7 +204,8 @@ func (f *fleet) devices(first, count int) (all []*device, err error) {
 	return all, err
 }
 
-func (f *fleet) find(imei kme.IMEI) (found *device, err error) {
+// Find injects the device of an IMEI.
+func (f *Fleet) Find(imei kme.IMEI) (found *Device, err error) {
 	err = f.each(func(line directory.InjectionLine) (bool, error) {
 		if line.IMEI != imei {
 			return true, nil
@@ -218,7 +220,7 @@ func (f *fleet) find(imei kme.IMEI) (found *device, err error) {
 }
 
 // inject unwraps a device's private key, which must be that of its public key.
-func (f *fleet) inject(line directory.InjectionLine) (*device, error) {
+func (f *Fleet) inject(line directory.InjectionLine) (*Device, error) {
 	injection := f.injection[line.DeviceKey.KeyID]
 	if injection == nil {
 		return nil, fmt.Errorf("IMEI %s is wrapped under injection key %s, which the fixture was not enrolled with", line.IMEI, line.DeviceKey.KeyID)
@@ -236,44 +238,5 @@ func (f *fleet) inject(line directory.InjectionLine) (*device, error) {
 	if !ok || !signer.Public().(interface{ Equal(crypto.PublicKey) bool }).Equal(line.PublicKey.Key) {
 		return nil, fmt.Errorf("the private key of IMEI %s is not that of its public key", line.IMEI)
 	}
-	return &device{line.IMEI, signer, f.lots[line.Lot]}, nil
-}
-
-// A message is what a device sends, and what it knows of it.
-type message struct {
-	plain   kme.Plaintext
-	payload []byte
-}
-
-// message is what an untouched device makes for one attempt of a subscription.
-func (d *device) message(imsi kme.IMSI) (*message, error) {
-	m, err := d.sign(d.key, imsi)
-	if err != nil {
-		return nil, err
-	}
-	return m, m.encrypt(d.lot.manifest.Suite, d.lot.public)
-}
-
-func (d *device) sign(key crypto.Signer, imsi kme.IMSI) (*message, error) {
-	m := &message{plain: kme.Plaintext{KME: kme.RandomSecret(), RME: kme.RandomSecret()}}
-	suite, about := d.lot.manifest.Suite, kme.Context{Lot: d.lot.manifest.Lot, IMEI: d.imei, IMSI: imsi}
-	signed := suite.Signed(about, &m.plain)
-	defer clear(signed)
-	var err error
-	m.plain.Sig, err = suite.Sign(key, signed)
-	return m, err
-}
-
-func (m *message) encrypt(suite kme.Suite, lot *rsa.PublicKey) (err error) {
-	m.payload, err = suite.Encrypt(lot, &m.plain)
-	return err
-}
-
-// otherModulus is a key of the same length as a lot's, and not its.
-func otherModulus(l *lot) (*rsa.PublicKey, error) {
-	k, err := rsa.GenerateKey(rand.Reader, l.public.N.BitLen())
-	if err != nil {
-		return nil, err
-	}
-	return &k.PublicKey, nil
+	return &Device{line.IMEI, signer, f.lots[line.Lot]}, nil
 }

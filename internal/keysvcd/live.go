@@ -1,4 +1,4 @@
-package main
+package keysvcd
 
 import (
 	"context"
@@ -18,7 +18,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 )
 
-// A state is what a reload takes up: certificates, clients and lots. It does not change, and a call sees one from its
+// A state is what a reload changes: certificates, clients and lots. It does not change, and a call sees one from its
 // beginning to its end.
 type state struct {
 	tls     *tls.Config // nil if the service does not listen
@@ -30,7 +30,7 @@ type state struct {
 // live has the state that is served.
 type live struct {
 	atomic.Pointer[state]
-	started  *config // the settings that a reload does not take up are these
+	started  *Config // the settings that a reload does not take up are these
 	registry binding.Registry
 	open     func(*binding.Manufacturer) (*directory.Reader, error)
 	options  api.Options // of the handler that serves, or of the first
@@ -41,9 +41,9 @@ type live struct {
 	rolledBack bool
 }
 
-// take builds all of the state that a configuration says, and then serves it. If any of it fails, nothing has changed.
+// apply builds all of the state that a configuration says, and then serves it. If any of it fails, nothing has changed.
 // It is for one goroutine at a time.
-func (l *live) take(ctx context.Context, cfg *config) error {
+func (l *live) apply(ctx context.Context, cfg *Config) error {
 	next := new(state)
 	var err error
 	if next.clients, err = knownClients(cfg); err != nil {
@@ -86,15 +86,15 @@ func (l *live) reload(ctx context.Context, path string) error {
 	if err != nil {
 		return err
 	}
-	return l.take(ctx, cfg)
+	return l.apply(ctx, cfg)
 }
 
 func (l *live) ServeHTTP(w http.ResponseWriter, r *http.Request) { l.Load().handler.ServeHTTP(w, r) }
 
 // fixed are the settings of another configuration that differ, and that a reload does not take up.
-func (c *config) fixed(other *config) (names []string) {
+func (c *Config) fixed(other *Config) (names []string) {
 	taken := []string{"clients", "tls", "token"} // the last is in tokens, if it counts
-	for _, f := range reflect.VisibleFields(reflect.TypeFor[config]()) {
+	for _, f := range reflect.VisibleFields(reflect.TypeFor[Config]()) {
 		name := f.Tag.Get("yaml")
 		mine, theirs := reflect.ValueOf(c).Elem().FieldByIndex(f.Index), reflect.ValueOf(other).Elem().FieldByIndex(f.Index)
 		if !slices.Contains(taken, name) && !reflect.DeepEqual(mine.Interface(), theirs.Interface()) {
@@ -105,12 +105,12 @@ func (c *config) fixed(other *config) (names []string) {
 }
 
 // loadTLS reads certificates anew: a client without one is not served.
-func loadTLS(cfg *config) (*tls.Config, error) {
+func loadTLS(cfg *Config) (*tls.Config, error) {
 	return cmdline.ServerTLS(cfg.TLS.Certificate, cfg.TLS.Key, cfg.TLS.ClientCA, tls.RequireAndVerifyClientCert)
 }
 
 // knownClients are those of the configuration. On the socket alone, the service's own user needs no entry.
-func knownClients(cfg *config) (*api.Clients, error) {
+func knownClients(cfg *Config) (*api.Clients, error) {
 	if len(cfg.Clients) > 0 {
 		return api.NewClients(cfg.Clients)
 	}

@@ -1,4 +1,4 @@
-package main
+package keysvcd
 
 import (
 	"context"
@@ -75,12 +75,13 @@ func newSite(t *testing.T, store binding.Store) *site {
 	}
 	log := slog.New(slog.NewJSONHandler(s.log, nil))
 	s.live = &live{
-		started: cfg, registry: s, log: log, open: opener(t.Context(), "", cfg.login(), directory.ReaderOptions{}, nil, log),
+		started: cfg, registry: s, log: log,
+		open:  opener(t.Context(), "", cfg.login(), func(string) directory.ReaderOptions { return directory.ReaderOptions{} }, log),
 		ready: func(context.Context, *binding.Service) ([]string, error) { return nil, nil },
 		options: api.Options{Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(),
 			Service: binding.NewService(nil, store, new(binding.Lots), cfg.times(), log)},
 	}
-	if err := s.take(t.Context(), cfg); err != nil {
+	if err := s.apply(t.Context(), cfg); err != nil {
 		t.Fatal(err)
 	}
 	return s

@@ -1,0 +1,86 @@
+package keysvcd
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/maypok86/otter/v2/stats"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+
+	"github.com/kmehsm/kmehsm/binding/sqlstore"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+)
+
+// weaknesses are what was accepted of the tokens at their keysvc init. They are said in the log, and counted, too.
+func weaknesses(ctx context.Context, tokens []*hsmkeys.Token, registry prometheus.Registerer, log *slog.Logger) (all []string, err error) {
+	count := prometheus.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "kme_hsm_weaknesses", Help: "What the token does not do that the secrecy of keys rests on, accepted when it was initialised.",
+	}, []string{"token"})
+	registry.MustRegister(count)
+	for _, token := range tokens {
+		weak, err := token.Weak(ctx)
+		if err != nil {
+			return nil, err
+		}
+		count.WithLabelValues(token.Serial()).Set(float64(len(weak)))
+		for _, what := range weak {
+			log.Warn("the token does not keep keys as it should, which was accepted when it was initialised", "token", token.String(), "weakness", what)
+			all = append(all, fmt.Sprintf("%s does not keep keys as it should, which was accepted when it was initialised: %s", token, what))
+		}
+	}
+	return all, nil
+}
+
+// newOverdue counts the lists of revoked devices that are overdue.
+func newOverdue(registry prometheus.Registerer) *prometheus.CounterVec {
+	overdue := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "kme_revocations_overdue_total",
+		Help: "Tries to read a list of revoked devices that did not give a later one when it was time: the last one stands.",
+	}, []string{"manufacturer", "why"})
+	registry.MustRegister(overdue)
+	return overdue
+}
+
+// observe has the health of tokens, store, cache and the process itself in the metrics.
+func observe(registry prometheus.Registerer, tokens []*hsmkeys.Token, store *sqlstore.Store, cache *stats.Counter) {
+	var labels prometheus.Labels
+	gauge := func(name, help string, f func() float64) {
+		registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help, ConstLabels: labels}, f))
+	}
+	counter := func(name, help string, f func() float64) {
+		registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help, ConstLabels: labels}, f))
+	}
+	for _, token := range tokens {
+		labels = prometheus.Labels{"token": token.Serial()}
+		gauge("kme_hsm_up", "1 while the token is there, 0 while it is not asked.",
+			func() float64 { return oneIf(token.Health().Cause == nil) })
+		gauge("kme_hsm_hung_calls", "Calls that were given up in the HSM's module and have not come back.",
+			func() float64 { return float64(token.Health().Hung) })
+		gauge("kme_hsm_sessions", "Sessions of the pool.", func() float64 { return float64(token.Sessions()) })
+		counter("kme_hsm_reopened_total", "How often the token was opened again after it was away.",
+			func() float64 { return float64(token.Health().Reopened) })
+		counter("kme_hsm_panics_total", "Panics that ended work at the token; the log says where.",
+			func() float64 { return float64(token.Health().Panics) })
+	}
+	labels = nil
+	gauge("kme_store_up", "1 while the store can be reached.", func() float64 {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		return oneIf(store.Ping(ctx) == nil)
+	})
+	counter("kme_directory_cache_hits_total", "Looked-up devices whose shard was in the cache.",
+		func() float64 { return float64(cache.Snapshot().Hits) })
+	counter("kme_directory_cache_misses_total", "Looked-up devices whose shard was not.",
+		func() float64 { return float64(cache.Snapshot().Misses) })
+	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+}
+
+func oneIf(yes bool) float64 {
+	if yes {
+		return 1
+	}
+	return 0
+}
