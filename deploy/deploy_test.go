@@ -59,7 +59,7 @@ func TestNames(t *testing.T) {
 		t.Errorf("only %d expressions", len(asked))
 	}
 
-	daemon, err := os.ReadFile("../internal/keysvcd/metrics.go") // those of the token's health
+	daemon, err := os.ReadFile("../internal/keysvcd/observe.go") // those of the token's health
 	if err != nil {
 		t.Fatal(err)
 	}

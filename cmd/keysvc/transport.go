@@ -4,7 +4,9 @@ import (
 	"cmp"
 	"fmt"
 	"io"
+	"maps"
 	"path/filepath"
+	"slices"
 
 	"github.com/urfave/cli/v2"
 
@@ -59,10 +61,12 @@ func printReceiver(c *cli.Context, token *hsmkeys.Token, path, thumbprint, use, 
 
 func transportList(c *cli.Context) error {
 	return withToken(c, func(token *hsmkeys.Token) error {
-		thumbprints, err := keysvcd.TransportKeys(c.Context, token)
+		all, err := keysvcd.TransportKeys(c.Context, token)
 		if err != nil {
 			return err
 		}
+		thumbprints := slices.AppendSeq([]string{}, maps.Keys(all))
+		slices.Sort(thumbprints)
 		return cmdline.Print(c, map[string]any{"transport_keys": thumbprints}, func(w io.Writer) {
 			for _, t := range thumbprints {
 				fmt.Fprintln(w, t)
@@ -73,8 +77,15 @@ func transportList(c *cli.Context) error {
 
 func transportDestroy(c *cli.Context) error {
 	return withToken(c, func(token *hsmkeys.Token) error {
+		all, err := keysvcd.TransportKeys(c.Context, token)
+		if err != nil {
+			return err
+		}
 		thumbprint := c.Args().First()
-		if err := keysvcd.DestroyTransportKey(c.Context, token, thumbprint); err != nil {
+		if all[thumbprint] == nil {
+			return fmt.Errorf("%s has no transport key %s: see keysvc transport list", token, thumbprint)
+		}
+		if err := token.DestroyTransportKey(c.Context, all[thumbprint]); err != nil {
 			return err
 		}
 		return cmdline.Print(c, map[string]any{"thumbprint": thumbprint, "destroyed": true}, func(w io.Writer) {

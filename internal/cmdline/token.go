@@ -27,12 +27,7 @@ func Alone(action cli.ActionFunc) cli.ActionFunc {
 
 // WithToken runs f with the token that --token names.
 func WithToken(c *cli.Context, f func(*hsmkeys.Token) error) error {
-	return WithTokenOf(c, c.String("token"), f)
-}
-
-// WithTokenOf is WithToken for another token.
-func WithTokenOf(c *cli.Context, uri string, f func(*hsmkeys.Token) error) error {
-	token, err := hsmkeys.Open(c.Context, uri)
+	token, err := hsmkeys.Open(c.Context, c.String("token"))
 	if err != nil {
 		return err
 	}

@@ -75,6 +75,33 @@ func Migrate(ctx context.Context, token Token, from, to string, report func(rows
 	return rows, err
 }
 
+// A StorageKey is a generation of the storage key that a token has.
+type StorageKey struct {
+	Generation int `json:"generation"`
+	KMEs       int `json:"kmes"` // that are sealed under it
+}
+
+// StorageKeys gives all generations, the newest last.
+func StorageKeys(ctx context.Context, token *hsmkeys.Token, store *sqlstore.Store) ([]StorageKey, error) {
+	generations, err := token.StorageGenerations(ctx)
+	if err != nil {
+		return nil, err
+	}
+	all := []StorageKey{}
+	for _, g := range generations {
+		from, err := store.CountSealed(ctx, hsmkeys.SealedFrom(g))
+		if err != nil {
+			return nil, err
+		}
+		to, err := store.CountSealed(ctx, hsmkeys.SealedFrom(g+1))
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, StorageKey{Generation: g, KMEs: to - from})
+	}
+	return all, nil
+}
+
 // tokenFile is where keysvc init leaves the URI of the token in the --state folder.
 const tokenFile = "token"
 

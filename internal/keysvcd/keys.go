@@ -5,12 +5,9 @@ import (
 	"crypto/rsa"
 	"errors"
 	"fmt"
-	"maps"
 	"path/filepath"
-	"slices"
 
 	"github.com/kmehsm/kmehsm/binding"
-	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/durable"
@@ -72,27 +69,8 @@ func WriteFile(path string, data []byte) error {
 	return durable.WriteFile(path, data, 0o644)
 }
 
-// TransportKeys gives the thumbprints of the transport keys that wait for their enrolment.
-func TransportKeys(ctx context.Context, token *hsmkeys.Token) ([]string, error) {
-	all, err := transportKeys(ctx, token)
-	thumbprints := slices.AppendSeq([]string{}, maps.Keys(all))
-	slices.Sort(thumbprints)
-	return thumbprints, err
-}
-
-// DestroyTransportKey destroys the one of a thumbprint.
-func DestroyTransportKey(ctx context.Context, token *hsmkeys.Token, thumbprint string) error {
-	all, err := transportKeys(ctx, token)
-	if err != nil {
-		return err
-	}
-	if all[thumbprint] == nil {
-		return fmt.Errorf("%s has no transport key %s: see keysvc transport list", token, thumbprint)
-	}
-	return token.DestroyTransportKey(ctx, all[thumbprint])
-}
-
-func transportKeys(ctx context.Context, token *hsmkeys.Token) (map[string]*rsa.PublicKey, error) {
+// TransportKeys gives the transport keys that wait for their enrolment, by their thumbprints.
+func TransportKeys(ctx context.Context, token *hsmkeys.Token) (map[string]*rsa.PublicKey, error) {
 	keys, err := token.TransportKeys(ctx)
 	all := map[string]*rsa.PublicKey{}
 	for _, pub := range keys {
@@ -137,31 +115,4 @@ func CreateBackup(ctx context.Context, uri string, officer hsmkeys.PIN, to *rsa.
 		b.Data, b.Thumbprint, err = binding.NewBackup(b.Token, to, keys, mark)
 		return err
 	})
-}
-
-// A StorageKey is a generation of the storage key that a token has.
-type StorageKey struct {
-	Generation int `json:"generation"`
-	KMEs       int `json:"kmes"` // that are sealed under it
-}
-
-// StorageKeys gives all generations, the newest last.
-func StorageKeys(ctx context.Context, token *hsmkeys.Token, store *sqlstore.Store) ([]StorageKey, error) {
-	generations, err := token.StorageGenerations(ctx)
-	if err != nil {
-		return nil, err
-	}
-	all := []StorageKey{}
-	for _, g := range generations {
-		from, err := store.CountSealed(ctx, hsmkeys.SealedFrom(g))
-		if err != nil {
-			return nil, err
-		}
-		to, err := store.CountSealed(ctx, hsmkeys.SealedFrom(g+1))
-		if err != nil {
-			return nil, err
-		}
-		all = append(all, StorageKey{Generation: g, KMEs: to - from})
-	}
-	return all, nil
 }
