@@ -3,7 +3,7 @@ package keysvcd
 import (
 	"testing"
 
-	"github.com/kmehsm/kmehsm/internal/testproc"
+	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 )
 
-func TestMain(m *testing.M) { testproc.Main(m.Run) }
+func TestMain(m *testing.M) { softhsmtest.Main(m, 10) }

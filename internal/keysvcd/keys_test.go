@@ -1,0 +1,86 @@
+package keysvcd
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore"
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// A backup brings the storage and ledger key to another token.
+func TestCreateBackup(t *testing.T) {
+	dir, ctx := t.TempDir(), t.Context()
+	from, to, stranger := softhsmtest.Token(t), softhsmtest.Token(t), softhsmtest.Token(t)
+	path := filepath.Join(dir, "new", "restore-key.json")
+	initialise(t, from)
+	derived := func(tok softhsmtest.Tok) (key kme.Secret) {
+		t.Helper()
+		withToken(t, tok, func(token *hsmkeys.Token) (err error) {
+			key, err = token.Derive(ctx, sqlstore.RowKey)
+			return err
+		})
+		return key
+	}
+	var thumbprint string
+	withToken(t, to, func(token *hsmkeys.Token) (err error) {
+		thumbprint, err = NewRestoreKey(ctx, token, true, path)
+		return err
+	})
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pub, err := directory.ParseRestoreKey(data, thumbprint)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := CreateBackup(ctx, stranger.URI, hsmkeys.PIN(stranger.SOPIN), pub); err == nil {
+		t.Error("a backup of a token that is not the operator's")
+	}
+	b, err := CreateBackup(ctx, from.URI, hsmkeys.PIN(from.SOPIN), pub)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b.Token == "" || len(b.Keys) != 2 {
+		t.Errorf("%+v", b)
+	}
+	withToken(t, to, func(token *hsmkeys.Token) error {
+		_, err := binding.Restore(ctx, token, b.Data, b.Thumbprint)
+		return err
+	})
+	if !derived(from).Equal(derived(to)) {
+		t.Error("the other token has other keys")
+	}
+}
+
+// A key whose public half cannot be written for whoever needs it is not kept.
+func TestNewTransportKey(t *testing.T) {
+	dir, ctx, tok := t.TempDir(), t.Context(), softhsmtest.Token(t)
+	initialise(t, tok)
+	if err := os.WriteFile(filepath.Join(dir, "file"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	withToken(t, tok, func(token *hsmkeys.Token) error {
+		if _, err := NewTransportKey(ctx, token, filepath.Join(dir, "file", "t.json")); err == nil {
+			t.Error("a file was written below a file")
+		}
+		if all, err := TransportKeys(ctx, token); err != nil || len(all) != 0 {
+			t.Errorf("left: %v, %v", all, err)
+		}
+		thumbprint, err := NewTransportKey(ctx, token, filepath.Join(dir, "t.json"))
+		if err != nil {
+			return err
+		}
+		all, err := TransportKeys(ctx, token)
+		if err != nil || len(all) != 1 || all[thumbprint] == nil {
+			t.Errorf("%v, %v, not %s", all, err, thumbprint)
+		}
+		return nil
+	})
+}
