@@ -146,18 +146,9 @@ func bindingList(c *cli.Context) error {
 		}
 	}
 	return withStore(c, func(s *sqlstore.Store) error {
-		all := binding.Each(c.Context, s, imei, time.Now())
-		if c.Bool("json") {
-			return cmdline.PrintList(c, `"bindings"`, each(all, show))
-		}
-		fmt.Fprintf(c.App.Writer, bindingLine, "IMSI", "IMEI", "STATE", "LOT", "ESTABLISHED")
-		for b, err := range all {
-			if err != nil {
-				return err
-			}
-			show(b).print(c.App.Writer)
-		}
-		return nil
+		title := fmt.Sprintf(bindingLine, "IMSI", "IMEI", "STATE", "LOT", "ESTABLISHED")
+		all := each(binding.Each(c.Context, s, imei, time.Now()), show)
+		return cmdline.PrintEach(c, `"bindings"`, title, all, func(w io.Writer, s shown) { s.print(w) })
 	})
 }
 
@@ -186,23 +177,21 @@ func bindingReport(c *cli.Context) error {
 			shown
 			Doubts []binding.Doubt `json:"doubts"`
 		}
-		all := lots.Suspects(c.Context, store, time.Now())
-		if c.Bool("json") {
-			return cmdline.PrintList(c, `"bindings"`, each(all, func(s binding.Suspect) suspect { return suspect{show(s.Binding), s.Doubts} }))
-		}
 		n := 0
-		for s, err := range all {
-			if err != nil {
-				return err
-			}
-			show(s.Binding).print(c.App.Writer)
+		all := each(lots.Suspects(c.Context, store, time.Now()), func(s binding.Suspect) suspect {
+			return suspect{shown: show(s.Binding), Doubts: s.Doubts}
+		})
+		err = cmdline.PrintEach(c, `"bindings"`, "", all, func(w io.Writer, s suspect) {
+			s.print(w)
 			for _, d := range s.Doubts {
-				fmt.Fprintf(c.App.Writer, "    %s  %s: %s\n", d.Time.Format(time.RFC3339), d.Why, d.Reason)
+				fmt.Fprintf(w, "    %s  %s: %s\n", d.Time.Format(time.RFC3339), d.Why, d.Reason)
 			}
 			n++
+		})
+		if err == nil && !c.Bool("json") {
+			fmt.Fprintf(c.App.Writer, "%d bindings rest on keys that are not to be trusted any more\n", n)
 		}
-		fmt.Fprintf(c.App.Writer, "%d bindings rest on keys that are not to be trusted any more\n", n)
-		return nil
+		return err
 	})
 }
 
@@ -260,8 +249,7 @@ func bindingOpen(c *cli.Context) error {
 		if err := s.OpenAttempt(c.Context, *a); err != nil {
 			return err
 		}
-		return cmdline.Print(c, map[string]any{"imsi": imsi, "attempt_id": a.ID, "expires_at": a.Expires}, func(w io.Writer) {
-			fmt.Fprintf(w, "%s may be bound to another device until %s\n", imsi, a.Expires.Format(time.RFC3339))
-		})
+		return cmdline.Printf(c, map[string]any{"imsi": imsi, "attempt_id": a.ID, "expires_at": a.Expires},
+			"%s may be bound to another device until %s\n", imsi, a.Expires.Format(time.RFC3339))
 	})
 }

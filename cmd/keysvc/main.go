@@ -185,10 +185,9 @@ func lotImport(c *cli.Context) error {
 			return err
 		}
 		m := lot.Manifest
-		return cmdline.Print(c, map[string]any{"lot": m.Lot, "manufacturer": lot.Manufacturer, "devices": m.Devices(), "bits": m.PublicKey().N.BitLen()}, func(w io.Writer) {
-			fmt.Fprintf(w, "lot %s of manufacturer %s is in %s: %d devices, %d bits; its key decrypts what is encrypted to the manifest's modulus\n",
+		return cmdline.Printf(c, map[string]any{"lot": m.Lot, "manufacturer": lot.Manufacturer, "devices": m.Devices(), "bits": m.PublicKey().N.BitLen()},
+			"lot %s of manufacturer %s is in %s: %d devices, %d bits; its key decrypts what is encrypted to the manifest's modulus\n",
 				m.Lot, lot.Manufacturer, token, m.Devices(), m.PublicKey().N.BitLen())
-		})
 	})
 }
 

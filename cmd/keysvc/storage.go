@@ -94,10 +94,9 @@ func reseal(c *cli.Context, r *hsmkeys.Rotation, store *sqlstore.Store) error {
 		return err
 	}
 	seconds := time.Since(began).Seconds()
-	return cmdline.Print(c, map[string]any{"generation": r.Newest(), "made": r.Made(), "resealed": done, "seconds": seconds}, func(w io.Writer) {
-		fmt.Fprintf(w, "%d KMEs were sealed again, in %.0f s; all are under generation %d of the storage key now\nend with keysvc storage retire\n",
+	return cmdline.Printf(c, map[string]any{"generation": r.Newest(), "made": r.Made(), "resealed": done, "seconds": seconds},
+		"%d KMEs were sealed again, in %.0f s; all are under generation %d of the storage key now\nend with keysvc storage retire\n",
 			done, seconds, r.Newest())
-	})
 }
 
 func storageRetire(c *cli.Context) error {
@@ -106,8 +105,7 @@ func storageRetire(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		return cmdline.Print(c, map[string]any{"destroyed": append([]int{}, destroyed...)}, func(w io.Writer) {
-			fmt.Fprintf(w, "%d earlier storage keys are destroyed in %s\n", len(destroyed), token)
-		})
+		return cmdline.Printf(c, map[string]any{"destroyed": append([]int{}, destroyed...)},
+			"%d earlier storage keys are destroyed in %s\n", len(destroyed), token)
 	})
 }

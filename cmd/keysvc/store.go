@@ -63,9 +63,8 @@ func storeUpgrade(c *cli.Context) error {
 	if err := sqlstore.Upgrade(c.Context, c.String("store"), role); err != nil {
 		return err
 	}
-	return cmdline.Print(c, map[string]any{"role": role}, func(w io.Writer) {
-		fmt.Fprintf(w, "the tables are up to date, and role %s has what the service needs of them\n", role)
-	})
+	return cmdline.Printf(c, map[string]any{"role": role},
+		"the tables are up to date, and role %s has what the service needs of them\n", role)
 }
 
 func storeVerify(c *cli.Context) error {
@@ -165,17 +164,7 @@ func storeLog(c *cli.Context) error {
 				}
 			}
 		}
-		if c.Bool("json") {
-			return cmdline.PrintList(c, `"entries"`, all)
-		}
-		fmt.Fprintf(c.App.Writer, entryLine, "TIME", "EVENT", "SUBJECT", "BY")
-		for e, err := range all {
-			if err != nil {
-				return err
-			}
-			printEntry(c.App.Writer, e)
-		}
-		return nil
+		return cmdline.PrintEach(c, `"entries"`, fmt.Sprintf(entryLine, "TIME", "EVENT", "SUBJECT", "BY"), all, printEntry)
 	})
 }
 
@@ -188,6 +177,6 @@ func storeMigrate(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		return cmdline.Print(c, map[string]any{"rows": rows}, func(w io.Writer) { fmt.Fprintf(w, "%d rows copied\n", rows) })
+		return cmdline.Printf(c, map[string]any{"rows": rows}, "%d rows copied\n", rows)
 	})
 }

@@ -54,9 +54,7 @@ func outOr(c *cli.Context, name string) string {
 // printReceiver says of a key that receives others what its file is for, and to whom its thumbprint is read out.
 func printReceiver(c *cli.Context, token *hsmkeys.Token, path, thumbprint, use, listener string) error {
 	result := map[string]any{"thumbprint": thumbprint, "out": path, "token": token.Serial()}
-	return cmdline.Print(c, result, func(w io.Writer) {
-		fmt.Fprintf(w, "wrote %s: %s\nthumbprint %s: read it out %s\n", path, use, thumbprint, listener)
-	})
+	return cmdline.Printf(c, result, "wrote %s: %s\nthumbprint %s: read it out %s\n", path, use, thumbprint, listener)
 }
 
 func transportList(c *cli.Context) error {
@@ -88,8 +86,7 @@ func transportDestroy(c *cli.Context) error {
 		if err := token.DestroyTransportKey(c.Context, all[thumbprint]); err != nil {
 			return err
 		}
-		return cmdline.Print(c, map[string]any{"thumbprint": thumbprint, "destroyed": true}, func(w io.Writer) {
-			fmt.Fprintf(w, "transport key %s is destroyed: an enrolment for it cannot be taken any more\n", thumbprint)
-		})
+		return cmdline.Printf(c, map[string]any{"thumbprint": thumbprint, "destroyed": true},
+			"transport key %s is destroyed: an enrolment for it cannot be taken any more\n", thumbprint)
 	})
 }

@@ -210,6 +210,27 @@ func Print(c *cli.Context, v any, human func(io.Writer)) error {
 	return e.Encode(v)
 }
 
+// Printf gives a result: v as one JSON document with --json, else a text.
+func Printf(c *cli.Context, v any, format string, args ...any) error {
+	return Print(c, v, func(w io.Writer) { fmt.Fprintf(w, format, args...) })
+}
+
+// PrintEach gives a list, whose name is in quotes: as PrintList does with --json, else a title and what human writes of
+// each item.
+func PrintEach[T any](c *cli.Context, name, title string, items iter.Seq2[T, error], human func(io.Writer, T)) error {
+	if c.Bool("json") {
+		return PrintList(c, name, items)
+	}
+	fmt.Fprint(c.App.Writer, title)
+	for item, err := range items {
+		if err != nil {
+			return err
+		}
+		human(c.App.Writer, item)
+	}
+	return nil
+}
+
 // PrintList prints one JSON document that ends with a list, and never has all of the list in memory. head is what comes before the list: the
 // fields before it, and its name. An error of items leaves the document without its end, so that nobody takes it for whole.
 func PrintList[T any](c *cli.Context, head string, items iter.Seq2[T, error]) error {

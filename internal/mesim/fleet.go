@@ -2,6 +2,7 @@
 package mesim
 
 import (
+	"bytes"
 	"crypto"
 	"crypto/rsa"
 	"crypto/sha1" // OAEP's parameter, not a signature's
@@ -10,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"iter"
 	"os"
 	"path/filepath"
 	"strings"
@@ -136,38 +138,35 @@ func readPrivateKey(path string) (*rsa.PrivateKey, error) {
 	return k, nil
 }
 
-// each calls f with the lines of all packages in their order, until it says stop.
-func (f *Fleet) each(use func(directory.InjectionLine) (more bool, err error)) error {
-	for _, path := range f.packages {
-		more, err := f.eachOf(path, use)
-		if err != nil {
-			return fmt.Errorf("%s: %w", path, err)
-		}
-		if !more {
-			return nil
-		}
-	}
-	return nil
+// A packaged device is its line in the package at path.
+type packaged struct {
+	path string
+	directory.InjectionLine
 }
 
-func (f *Fleet) eachOf(path string, use func(directory.InjectionLine) (bool, error)) (more bool, err error) {
-	file, err := os.Open(path)
-	if err != nil {
-		return false, err
+// lines gives those of all packages in their order.
+func (f *Fleet) lines() iter.Seq2[packaged, error] {
+	return func(yield func(packaged, error) bool) {
+		for _, path := range f.packages {
+			data, err := os.ReadFile(path)
+			if err != nil {
+				yield(packaged{}, err)
+				return
+			}
+			for line, err := range directory.ReadInjection(bytes.NewReader(data)) {
+				if err == nil {
+					line, err = f.newest(filepath.Dir(path), line)
+				}
+				if err != nil {
+					yield(packaged{}, fmt.Errorf("%s: %w", path, err))
+					return
+				}
+				if !yield(packaged{path: path, InjectionLine: line}, nil) {
+					return
+				}
+			}
+		}
 	}
-	defer file.Close()
-	for line, err := range directory.ReadInjection(file) {
-		if err != nil {
-			return false, err
-		}
-		if line, err = f.newest(filepath.Dir(path), line); err != nil {
-			return false, err
-		}
-		if more, err := use(line); !more || err != nil {
-			return false, err
-		}
-	}
-	return true, nil
 }
 
 // newest is what a device was issued last: the line of its shard's package, or of a package of its own.
@@ -190,53 +189,59 @@ func (f *Fleet) newest(dir string, line directory.InjectionLine) (directory.Inje
 // Devices injects count devices from the first on; all with count 0.
 func (f *Fleet) Devices(first, count int) (all []*Device, err error) {
 	at := 0
-	err = f.each(func(line directory.InjectionLine) (bool, error) {
+	for line, err := range f.lines() {
+		if err != nil {
+			return nil, err
+		}
 		if at++; at <= first {
-			return true, nil
+			continue
 		}
 		d, err := f.inject(line)
-		all = append(all, d)
-		return count == 0 || len(all) < count, err
-	})
-	if err == nil && len(all) < max(count, 1) {
-		err = fmt.Errorf("there are only %d devices from number %d on, not %d", len(all), first, max(count, 1))
+		if err != nil {
+			return nil, err
+		}
+		if all = append(all, d); len(all) == count {
+			break
+		}
 	}
-	return all, err
+	if least := max(count, 1); len(all) < least {
+		return nil, fmt.Errorf("there are only %d devices from number %d on, not %d", len(all), first, least)
+	}
+	return all, nil
 }
 
 // Find injects the device of an IMEI.
-func (f *Fleet) Find(imei kme.IMEI) (found *Device, err error) {
-	err = f.each(func(line directory.InjectionLine) (bool, error) {
-		if line.IMEI != imei {
-			return true, nil
+func (f *Fleet) Find(imei kme.IMEI) (*Device, error) {
+	for line, err := range f.lines() {
+		if err != nil {
+			return nil, err
 		}
-		found, err = f.inject(line)
-		return false, err
-	})
-	if err == nil && found == nil {
-		err = fmt.Errorf("no injection package has IMEI %s", imei)
+		if line.IMEI == imei {
+			return f.inject(line)
+		}
 	}
-	return found, err
+	return nil, fmt.Errorf("no injection package has IMEI %s", imei)
 }
 
 // inject unwraps a device's private key, which must be that of its public key.
-func (f *Fleet) inject(line directory.InjectionLine) (*Device, error) {
+func (f *Fleet) inject(line packaged) (*Device, error) {
 	injection := f.injection[line.DeviceKey.KeyID]
 	if injection == nil {
-		return nil, fmt.Errorf("IMEI %s is wrapped under injection key %s, which the fixture was not enrolled with", line.IMEI, line.DeviceKey.KeyID)
+		return nil, fmt.Errorf("%s: IMEI %s is wrapped under injection key %s, which the fixture was not enrolled with",
+			line.path, line.IMEI, line.DeviceKey.KeyID)
 	}
 	pkcs8, err := injection.Unwrap(line.DeviceKey.Wrapped)
 	if err != nil {
-		return nil, fmt.Errorf("the private key of IMEI %s does not unwrap: the package is damaged", line.IMEI)
+		return nil, fmt.Errorf("%s: the private key of IMEI %s does not unwrap: the package is damaged", line.path, line.IMEI)
 	}
 	defer clear(pkcs8)
 	key, err := x509.ParsePKCS8PrivateKey(pkcs8)
 	if err != nil {
-		return nil, fmt.Errorf("the private key of IMEI %s is no PKCS #8", line.IMEI)
+		return nil, fmt.Errorf("%s: the private key of IMEI %s is no PKCS #8", line.path, line.IMEI)
 	}
 	signer, ok := key.(crypto.Signer)
 	if !ok || !signer.Public().(interface{ Equal(crypto.PublicKey) bool }).Equal(line.PublicKey.Key) {
-		return nil, fmt.Errorf("the private key of IMEI %s is not that of its public key", line.IMEI)
+		return nil, fmt.Errorf("%s: the private key of IMEI %s is not that of its public key", line.path, line.IMEI)
 	}
 	return &Device{line.IMEI, signer, f.lots[line.Lot]}, nil
 }
