@@ -1,4 +1,4 @@
-// Command keysvc is the operator's side: it takes in what manufacturers hand over, and serves the HSS.
+// Command keysvc is the operator's side: it imports what manufacturers hand over, and serves the HSS.
 package main
 
 import (
@@ -187,7 +187,7 @@ func lotImport(c *cli.Context) error {
 		m := lot.Manifest
 		return cmdline.Printf(c, map[string]any{"lot": m.Lot, "manufacturer": lot.Manufacturer, "devices": m.Devices(), "bits": m.PublicKey().N.BitLen()},
 			"lot %s of manufacturer %s is in %s: %d devices, %d bits; its key decrypts what is encrypted to the manifest's modulus\n",
-				m.Lot, lot.Manufacturer, token, m.Devices(), m.PublicKey().N.BitLen())
+			m.Lot, lot.Manufacturer, token, m.Devices(), m.PublicKey().N.BitLen())
 	})
 }
 

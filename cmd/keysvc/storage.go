@@ -96,7 +96,7 @@ func reseal(c *cli.Context, r *hsmkeys.Rotation, store *sqlstore.Store) error {
 	seconds := time.Since(began).Seconds()
 	return cmdline.Printf(c, map[string]any{"generation": r.Newest(), "made": r.Made(), "resealed": done, "seconds": seconds},
 		"%d KMEs were sealed again, in %.0f s; all are under generation %d of the storage key now\nend with keysvc storage retire\n",
-			done, seconds, r.Newest())
+		done, seconds, r.Newest())
 }
 
 func storageRetire(c *cli.Context) error {

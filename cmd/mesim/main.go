@@ -220,7 +220,7 @@ func dial(c *cli.Context) (n mesim.Network, err error) {
 	return n, err
 }
 
-// firstIMSI defaults to the test network 001 01: to its first subscription, or to one that is not likely to have come up before, for who needs
+// firstIMSI defaults to the test network 001 01: to its first subscription, or to one that is not likely to have come up before, for whoever needs
 // one without a binding, again and again.
 func firstIMSI(given string, lowest bool) (kme.IMSI, error) {
 	if given == "" && lowest {

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/kmehsm/kmehsm/binding"
 )
 
 const (
@@ -104,7 +106,7 @@ func TestConfigRefused(t *testing.T) {
 	}
 }
 
-// Every setting is taken, and the help has it.
+// Every setting is read, and the help has it.
 func TestConfig(t *testing.T) {
 	c, err := read(t, `
 tokens: [&t "pkcs11:token=operator?module-path=/dev/null", *t]
@@ -143,8 +145,16 @@ log_level: warn
 		if key := f.Tag.Get("yaml"); !strings.Contains(Help(), "\n    "+key+":") {
 			t.Errorf("the help has no %s", key)
 		} else if v := reflect.ValueOf(c).Elem().FieldByIndex(f.Index); v.IsZero() {
-			t.Errorf("%s was not taken", key)
+			t.Errorf("%s was not read", key)
 		}
+	}
+	if c, err = read(t, good); err != nil {
+		t.Fatal(err)
+	}
+	times, want := c.times(), binding.DefaultTimes()
+	times.Now, want.Now = nil, nil // functions are not compared
+	if !reflect.DeepEqual(times, want) || c.CacheMB != 64 || c.Verify != "token" || c.LogLevel != slog.LevelInfo || filepath.Base(c.State) != "keysvc" {
+		t.Errorf("the defaults: %+v", c)
 	}
 	for _, s := range settings {
 		if !strings.HasPrefix(s.name, " ") && !fieldOf(reflect.ValueOf(c).Elem(), s.name).IsValid() {

@@ -20,8 +20,8 @@ import (
 	"github.com/kmehsm/kmehsm/vaultstore"
 )
 
-// A state is what a reload changes: certificates, clients and lots. It does not change, and a call sees one from its
-// beginning to its end.
+// A state is what a reload changes: certificates, clients and lots. It is immutable, and a call sees one from
+// its beginning to its end.
 type state struct {
 	tls     *tls.Config // nil if the service does not listen
 	clients *api.Clients
@@ -32,7 +32,7 @@ type state struct {
 // live has the state that is served.
 type live struct {
 	atomic.Pointer[state]
-	started  *Config // the settings that a reload does not take up are these
+	started  *Config // whose settings hold, but for those that a reload changes
 	registry binding.Registry
 	open     func(*binding.Manufacturer) (*directory.Reader, error)
 	options  api.Options // of the handler that serves, or of the first
@@ -84,7 +84,7 @@ func (l *live) apply(ctx context.Context, cfg *Config) error {
 	return nil
 }
 
-// reload takes up what a file says now.
+// reload applies what a file says now.
 func (l *live) reload(ctx context.Context, path string) error {
 	cfg, err := readConfig(path)
 	if err != nil {
@@ -95,13 +95,13 @@ func (l *live) reload(ctx context.Context, path string) error {
 
 func (l *live) ServeHTTP(w http.ResponseWriter, r *http.Request) { l.Load().handler.ServeHTTP(w, r) }
 
-// fixed are the settings of another configuration that differ, and that a reload does not take up.
+// fixed are the settings of another configuration that differ, and that a reload does not change.
 func (c *Config) fixed(other *Config) (names []string) {
-	taken := []string{"clients", "tls", "token"} // the last is in tokens, if it counts
+	reloaded := []string{"clients", "tls", "token"} // the last is in tokens, if it counts
 	for _, f := range reflect.VisibleFields(reflect.TypeFor[Config]()) {
 		name := f.Tag.Get("yaml")
 		mine, theirs := reflect.ValueOf(c).Elem().FieldByIndex(f.Index), reflect.ValueOf(other).Elem().FieldByIndex(f.Index)
-		if !slices.Contains(taken, name) && !reflect.DeepEqual(mine.Interface(), theirs.Interface()) {
+		if !slices.Contains(reloaded, name) && !reflect.DeepEqual(mine.Interface(), theirs.Interface()) {
 			names = append(names, name)
 		}
 	}
