@@ -128,7 +128,10 @@ type shown struct {
 }
 
 func show(b *binding.Binding) shown {
-	return shown{b.IMSI, b.IMEI, b.Manufacturer, b.Lot, b.State, b.Established, b.Activated, b.Revoked}
+	return shown{
+		IMSI: b.IMSI, IMEI: b.IMEI, Manufacturer: b.Manufacturer, Lot: b.Lot, State: b.State,
+		Established: b.Established, Activated: b.Activated, Revoked: b.Revoked,
+	}
 }
 
 const bindingLine = "%-15s  %-14s  %-8s  %-24s  %s\n"
@@ -220,7 +223,7 @@ func bindingShow(c *cli.Context) error {
 		result := struct {
 			shown
 			History []binding.Entry `json:"history"`
-		}{show(b), history}
+		}{shown: show(b), History: history}
 		return cmdline.Print(c, result, func(w io.Writer) {
 			result.print(w)
 			for _, e := range history {

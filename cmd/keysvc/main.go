@@ -205,7 +205,7 @@ func lotList(c *cli.Context) error {
 		}
 		rows := make([]row, len(lots))
 		for i, l := range lots {
-			rows[i] = row{l.Manifest, l.Imported, decided(l.Retired), decided(l.Distrusted)}
+			rows[i] = row{Manifest: l.Manifest, Imported: l.Imported, Retired: decided(l.Retired), Distrusted: decided(l.Distrusted)}
 		}
 		return cmdline.Print(c, map[string]any{"lots": rows}, func(w io.Writer) {
 			fmt.Fprintf(w, "%-24s %5s %9s  %-20s %-20s %-10s %s\n", "LOT", "BITS", "DEVICES", "SUITE", "IMPORTED", "STATE", "MANUFACTURER")

@@ -84,7 +84,10 @@ func manufacturerList(c *cli.Context) error {
 		}
 		rows := make([]row, len(all))
 		for i, m := range all {
-			rows[i] = row{m.KeyID, m.Operator, m.Directory, m.TACs, m.Enrolled, decided(m.Verdict)}
+			rows[i] = row{
+				KeyID: m.KeyID, Operator: m.Operator, Directory: m.Directory, TACs: m.TACs, Enrolled: m.Enrolled,
+				Verdict: decided(m.Verdict),
+			}
 		}
 		return cmdline.Print(c, map[string]any{"manufacturers": rows}, func(w io.Writer) {
 			const line = "%-43s  %-20s  %-20s  %-10s  %-10s  %s\n"

@@ -35,17 +35,17 @@ func (e exitError) Unwrap() error { return e.error }
 
 // Usagef is an error in how a command was called or configured.
 func Usagef(format string, args ...any) error {
-	return exitError{fmt.Errorf(format, args...), exitUsage}
+	return exitError{error: fmt.Errorf(format, args...), code: exitUsage}
 }
 
 // Usage marks err as one in how a command was called or configured.
-func Usage(err error) error { return exitError{err, exitUsage} }
+func Usage(err error) error { return exitError{error: err, code: exitUsage} }
 
 // Partial marks err as one that left part of the work done.
-func Partial(err error) error { return exitError{err, exitPartial} }
+func Partial(err error) error { return exitError{error: err, code: exitPartial} }
 
 // Said marks err as one after the command's own JSON document, which says so too.
-func Said(err error) error { return exitError{saidError{err}, exitFailed} }
+func Said(err error) error { return exitError{error: saidError{error: err}, code: exitFailed} }
 
 type saidError struct{ error }
 

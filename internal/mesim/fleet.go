@@ -243,5 +243,5 @@ func (f *Fleet) inject(line packaged) (*Device, error) {
 	if !ok || !signer.Public().(interface{ Equal(crypto.PublicKey) bool }).Equal(line.PublicKey.Key) {
 		return nil, fmt.Errorf("%s: the private key of IMEI %s is not that of its public key", line.path, line.IMEI)
 	}
-	return &Device{line.IMEI, signer, f.lots[line.Lot]}, nil
+	return &Device{IMEI: line.IMEI, key: signer, lot: f.lots[line.Lot]}, nil
 }

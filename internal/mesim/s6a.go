@@ -122,7 +122,7 @@ func (m *MME) vectors(ctx context.Context, imsi kme.IMSI, resync []byte) (v vect
 		return v, "", "", err
 	}
 	if len(f) < 4 || f[1] != success {
-		return v, "", "", resultError{f[1], "-"}
+		return v, "", "", resultError{result: f[1], status: "-"}
 	}
 	if len(f) != 5 {
 		return v, "", "", fmt.Errorf("AIA has %d vectors, not one", len(f)-4)
@@ -149,7 +149,7 @@ func (m *MME) update(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, payload,
 		return nil, err
 	}
 	if len(f) != 5 || f[1] != success || f[2] != "-" && f[2] != "0" {
-		return nil, resultError{f[1], f[min(2, len(f)-1)]}
+		return nil, resultError{result: f[1], status: f[min(2, len(f)-1)]}
 	}
 	if payload != "-" && f[4] != "-" {
 		return nil, errors.New("the answer to a payload has a subscription: it allows a bearer")
