@@ -16,7 +16,6 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/keysvcd"
-	"github.com/kmehsm/kmehsm/internal/who"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -56,20 +55,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 					cmdline.JSON},
 				Action: cmdline.Alone(enroll),
 			},
-			{
-				Name: "lot", Usage: "the lots that manufacturers granted",
-				Subcommands: []*cli.Command{
-					{
-						Name: "import", Usage: "take a granted lot's key into the token, and prove that it fits the lot's modulus", ArgsUsage: "FILE",
-						Description: "A running service serves the lot after a SIGHUP.",
-						Flags: []cli.Flag{cmdline.Token, stateFlag, storeFlag,
-							&cli.StringFlag{Name: "reinstate", Usage: "serve a lot again that was retired, for this `REASON`"}, cmdline.JSON},
-						Action: cmdline.Alone(lotImport),
-					},
-					{Name: "list", Usage: "list the lots", Flags: storeFlags(), Action: lotList},
-					lotRetireCommand(),
-				},
-			},
+			lotCommand(),
 			manufacturerCommand(),
 			{
 				Name: "device", Usage: "say what the directory says of a device, its signatures verified", ArgsUsage: "IMEI",
@@ -119,103 +105,6 @@ func serve(c *cli.Context) error {
 		return err
 	}
 	return keysvcd.Serve(c.Context, c.String("config"), c.App.ErrWriter)
-}
-
-func enroll(c *cli.Context) error {
-	if err := cmdline.Require(c, "manufacturer", "thumbprint"); err != nil {
-		return err
-	}
-	url := c.String("directory")
-	if url != "" {
-		var err error
-		if url, err = cmdline.AbsoluteDirectory(url); err != nil {
-			return err
-		}
-	}
-	var tacs []kme.TAC
-	for _, text := range c.StringSlice("tac") {
-		t, err := kme.ParseTAC(text)
-		if err != nil {
-			return cmdline.Usage(fmt.Errorf("--tac %s: %w", text, err))
-		}
-		tacs = append(tacs, t)
-	}
-	jws, err := cmdline.ReadFile(c.Args().First())
-	if err != nil {
-		return err
-	}
-	pem, err := cmdline.ReadFile(c.String("manufacturer"))
-	if err != nil {
-		return err
-	}
-	return withTokenAndStore(c, func(token *hsmkeys.Token, store *sqlstore.Store) error {
-		m, err := binding.Enroll(c.Context, token, store, jws, pem, c.String("thumbprint"), url, tacs...)
-		if err != nil {
-			return err
-		}
-		return cmdline.Print(c, map[string]any{"manufacturer": m.KeyID, "operator": m.Operator, "directory": m.Directory, "tacs": append([]kme.TAC{}, m.TACs...)}, func(w io.Writer) {
-			fmt.Fprintf(w, "enrolled with manufacturer %s as operator %s\n", m.KeyID, m.Operator)
-			if len(m.TACs) > 0 {
-				before := ""
-				if len(tacs) == 0 {
-					before = ", as before"
-				}
-				fmt.Fprintf(w, "its lots may have TAC %s alone%s\n", m.TACs, before)
-			}
-		})
-	})
-}
-
-func lotImport(c *cli.Context) error {
-	jws, err := cmdline.ReadFile(c.Args().First())
-	if err != nil {
-		return err
-	}
-	var again *binding.Verdict
-	if reason := c.String("reinstate"); c.IsSet("reinstate") {
-		v, err := binding.NewVerdict(false, who.Name(), reason)
-		if err != nil {
-			return cmdline.Usage(fmt.Errorf("--reinstate: %w", err))
-		}
-		again = &v
-	}
-	return withTokenAndStore(c, func(token *hsmkeys.Token, store *sqlstore.Store) error {
-		lot, err := binding.ImportLot(c.Context, token, store, jws, again)
-		if err != nil {
-			return err
-		}
-		m := lot.Manifest
-		return cmdline.Printf(c, map[string]any{"lot": m.Lot, "manufacturer": lot.Manufacturer, "devices": m.Devices(), "bits": m.PublicKey().N.BitLen()},
-			"lot %s of manufacturer %s is in %s: %d devices, %d bits; its key decrypts what is encrypted to the manifest's modulus\n",
-			m.Lot, lot.Manufacturer, token, m.Devices(), m.PublicKey().N.BitLen())
-	})
-}
-
-func lotList(c *cli.Context) error {
-	return withStore(c, func(store *sqlstore.Store) error {
-		lots, err := store.Lots(c.Context)
-		if err != nil {
-			return err
-		}
-		type row struct {
-			*directory.Manifest
-			Imported   time.Time        `json:"imported"`
-			Retired    *binding.Verdict `json:"retired,omitempty"`
-			Distrusted *binding.Verdict `json:"distrusted,omitempty"`
-		}
-		rows := make([]row, len(lots))
-		for i, l := range lots {
-			rows[i] = row{Manifest: l.Manifest, Imported: l.Imported, Retired: decided(l.Retired), Distrusted: decided(l.Distrusted)}
-		}
-		return cmdline.Print(c, map[string]any{"lots": rows}, func(w io.Writer) {
-			fmt.Fprintf(w, "%-24s %5s %9s  %-20s %-20s %-10s %s\n", "LOT", "BITS", "DEVICES", "SUITE", "IMPORTED", "STATE", "MANUFACTURER")
-			for _, l := range lots {
-				m := l.Manifest
-				fmt.Fprintf(w, "%-24s %5d %9d  %-20s %-20s %-10s %s\n", m.Lot, m.PublicKey().N.BitLen(), m.Devices(), m.Suite,
-					l.Imported.Format(time.RFC3339), lotState(l), l.Manufacturer)
-			}
-		})
-	})
 }
 
 func device(c *cli.Context) error {
