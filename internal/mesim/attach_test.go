@@ -103,6 +103,17 @@ func TestLoad(t *testing.T) {
 	}
 }
 
+// A measurement of wrong answers is none.
+func TestLoadLies(t *testing.T) {
+	for lie, want := range map[string]string{"nw_sig": "NW_SIG is not", "rand": "does not decrypt"} {
+		o := newOperator(newLine(t, 1), lie)
+		result, err := o.run(t, Network{Client: o.serve(t)}).Load(t.Context(), time.Second, 1)
+		if err == nil || !strings.Contains(err.Error(), want) || result != nil {
+			t.Errorf("%s: %+v, %v", lie, result, err)
+		}
+	}
+}
+
 func TestEach(t *testing.T) {
 	var sum atomic.Int64
 	if err := each(t.Context(), 4, 100, func(i int) error { sum.Add(int64(i)); return nil }); err != nil || sum.Load() != 4950 {
