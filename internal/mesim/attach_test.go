@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -119,16 +120,15 @@ func TestEach(t *testing.T) {
 	if err := each(t.Context(), 4, 100, func(i int) error { sum.Add(int64(i)); return nil }); err != nil || sum.Load() != 4950 {
 		t.Errorf("%d, %v", sum.Load(), err)
 	}
-	failure, calls := errors.New("five"), atomic.Int64{}
-	err := each(t.Context(), 1, 100, func(i int) error {
-		calls.Add(1)
+	failure := errors.New("five")
+	err := each(t.Context(), 4, math.MaxInt, func(i int) error { // which ends, since a failure stops all
 		if i == 5 {
 			return failure
 		}
 		return nil
 	})
-	if !errors.Is(err, failure) || calls.Load() != 6 {
-		t.Errorf("%v after %d calls", err, calls.Load())
+	if !errors.Is(err, failure) {
+		t.Error(err)
 	}
 }
 
