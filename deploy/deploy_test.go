@@ -59,7 +59,7 @@ func TestNames(t *testing.T) {
 		t.Errorf("only %d expressions", len(asked))
 	}
 
-	serve, err := os.ReadFile("../cmd/keysvc/serve.go") // those of the token's health
+	daemon, err := os.ReadFile("../internal/keysvcd/observe.go") // those of the token's health
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -67,7 +67,7 @@ func TestNames(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	known := regexp.MustCompile(`"(kme_[a-z_]+)"`).FindAllStringSubmatch(string(serve)+string(metrics), -1)
+	known := regexp.MustCompile(`"(kme_[a-z_]+)"`).FindAllStringSubmatch(string(daemon)+string(metrics), -1)
 	reasons := []string{string(kme.Damaged), string(kme.RolledBack), string(kme.StoreUnavailable), string(kme.DirectoryUnavailable), string(kme.Overloaded), "OK"}
 	for name, expr := range asked {
 		for _, metric := range regexp.MustCompile(`kme_[a-z_]+`).FindAllString(expr, -1) {

@@ -200,7 +200,7 @@ func withSigner(ctx context.Context, tokenURI string, f func(*hsmkeys.FactoryTok
 }
 
 func withToken(ctx context.Context, uri string, f func(*hsmkeys.FactoryToken) error) error {
-	token, err := hsmkeys.Open(ctx, uri)
+	token, err := hsmkeys.OpenFactory(ctx, uri, hsmkeys.Options{})
 	if err != nil {
 		return err
 	}

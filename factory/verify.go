@@ -18,8 +18,8 @@ import (
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/factory/shard"
-	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/handover"
+	"github.com/kmehsm/kmehsm/internal/weakkey"
 )
 
 // maxProblems bounds what a Verification lists; the rest is counted.

@@ -6,11 +6,11 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"github.com/kmehsm/kmehsm/binding/mark"
 	"github.com/kmehsm/kmehsm/binding/tokenkeys"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/handover"
+	"github.com/kmehsm/kmehsm/internal/keysvcd"
 )
 
 var soPINFlag = &cli.StringFlag{Name: "so-pin-source", Usage: "where the security officer's PIN is: file:/path, a `URI`"}
@@ -49,18 +49,13 @@ factory operator enroll, keysvc enroll), and import the same grants there.`,
 }
 
 func backupPrepare(c *cli.Context) error {
-	return cmdline.WithOperator(c, func(token *hsmkeys.OperatorToken) error {
-		if _, _, err := tokenkeys.Dedicate(c.Context, token, c.Bool(acceptFlag.Name)); err != nil {
-			return err
-		}
-		pub, err := token.NewRestoreKey(c.Context)
+	return withToken(c, func(token *hsmkeys.OperatorToken) error {
+		path := outOr(c, "restore-key.json")
+		thumbprint, err := keysvcd.NewRestoreKey(c.Context, token, c.Bool(acceptFlag.Name), path)
 		if err != nil {
 			return err
 		}
-		return handOut{
-			file: "restore-key.json", make: handover.NewRestoreKey, destroy: token.DestroyRestoreKey,
-			use: "for keysvc backup create on the token that has the keys", listener: "there",
-		}.do(c, token, pub)
+		return printReceiver(c, token, path, thumbprint, "for keysvc backup create on the token that has the keys", "there")
 	})
 }
 
@@ -89,42 +84,18 @@ func backupCreate(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	// Before the security officer's PIN is tried, of which a token allows few tries, and before a key is TRUSTED that the user's login would have to remove.
-	err = cmdline.WithOperator(c, func(token *hsmkeys.OperatorToken) error { return token.MustBe(c.Context, hsmkeys.Operator) })
+	b, err := keysvcd.CreateBackup(c.Context, c.String("token"), officer, to)
 	if err != nil {
 		return err
 	}
-	if err := hsmkeys.TakeRecipient(c.Context, c.String("token"), officer, to); err != nil {
+	out := c.String("out")
+	if err := keysvcd.WriteFile(out, b.Data); err != nil {
 		return err
 	}
-	return cmdline.WithOperator(c, func(token *hsmkeys.OperatorToken) error {
-		keys, err := token.CarryOut(c.Context)
-		if err != nil {
-			return err
-		}
-		reached, err := mark.Read(c.Context, token)
-		if err != nil {
-			return err
-		}
-		data, thumbprint, err := tokenkeys.NewBackup(token.Serial(), to, keys, reached)
-		if err == nil {
-			err = writeOut(c.String("out"), data)
-		}
-		if err != nil {
-			return err
-		}
-		return cmdline.Print(c, map[string]any{"thumbprint": thumbprint, "out": c.String("out"), "token": token.Serial(), "keys": labels(keys, func(k hsmkeys.Carried) hsmkeys.Key { return k.Key })}, func(w io.Writer) {
-			fmt.Fprintf(w, "wrote %s, with %d keys, for keysvc backup restore on the other token\nthumbprint %s: read it out there\n", c.String("out"), len(keys), thumbprint)
-		})
-	})
-}
-
-func labels[T any](all []T, key func(T) hsmkeys.Key) []string {
-	out := make([]string, len(all))
-	for i, v := range all {
-		out[i] = key(v).Label()
-	}
-	return out
+	result := map[string]any{"thumbprint": b.Thumbprint, "out": out, "token": b.Token, "keys": b.Keys}
+	return cmdline.Printf(c, result,
+		"wrote %s, with %d keys, for keysvc backup restore on the other token\nthumbprint %s: read it out there\n",
+		out, len(b.Keys), b.Thumbprint)
 }
 
 func backupRestore(c *cli.Context) error {
@@ -135,12 +106,16 @@ func backupRestore(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	return cmdline.WithOperator(c, func(token *hsmkeys.OperatorToken) error {
+	return withToken(c, func(token *hsmkeys.OperatorToken) error {
 		taken, err := tokenkeys.Restore(c.Context, token, data, c.String("thumbprint"))
 		if err != nil {
 			return err
 		}
-		return cmdline.Print(c, map[string]any{"taken": labels(taken, func(k hsmkeys.Key) hsmkeys.Key { return k }), "token": token.Serial()}, func(w io.Writer) {
+		labels := make([]string, len(taken))
+		for i, k := range taken {
+			labels[i] = k.Label()
+		}
+		return cmdline.Print(c, map[string]any{"taken": labels, "token": token.Serial()}, func(w io.Writer) {
 			if len(taken) == 0 {
 				fmt.Fprintf(w, "%s has the keys of this backup already; nothing changed\n", token)
 				return

@@ -1,98 +1,18 @@
 package main
 
 import (
-	"cmp"
-	"context"
-	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"iter"
-	"os"
-	"path/filepath"
-	"slices"
-	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
 
 	"github.com/kmehsm/kmehsm/binding"
-	"github.com/kmehsm/kmehsm/binding/mark"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
-	"github.com/kmehsm/kmehsm/directory"
-	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/kme"
 )
-
-var storeFlag = &cli.StringFlag{Name: "store", EnvVars: []string{"KMEHSM_STORE"}, Usage: "the `STORE`: sqlite:PATH, or postgres://USER@HOST/DATABASE (default: keysvc.db in the --state folder)"}
-
-// storeFlags say where the service's store is, and the token whose key its rows are verified with.
-func storeFlags(own ...cli.Flag) []cli.Flag {
-	return slices.Concat([]cli.Flag{cmdline.Token, stateFlag, storeFlag}, own, []cli.Flag{cmdline.JSON})
-}
-
-// withStore runs f with the store, which must not be rolled back. What f does is the command's in the ledger, and the
-// token's high-water mark is raised afterwards.
-func withStore(c *cli.Context, f func(*sqlstore.Store) error) error {
-	return withStoreToken(c, func(token *hsmkeys.OperatorToken) error { return useStore(c, token, f) })
-}
-
-// withTokenAndStore is withStore for what changes the token that --token names.
-func withTokenAndStore(c *cli.Context, f func(*hsmkeys.OperatorToken, *sqlstore.Store) error) error {
-	return cmdline.WithOperator(c, func(token *hsmkeys.OperatorToken) error {
-		return useStore(c, token, func(store *sqlstore.Store) error { return f(token, store) })
-	})
-}
-
-// tokenFile is where keysvc init leaves the URI of the token in the --state folder.
-const tokenFile = "token"
-
-// withStoreToken runs f with the token that the store's rows have their MACs from: what --token says, else that of keysvc
-// init, else what the environment says.
-func withStoreToken(c *cli.Context, f func(*hsmkeys.OperatorToken) error) error {
-	uri := c.String("token")
-	if uri == os.Getenv("KMEHSM_TOKEN") {
-		own, err := os.ReadFile(filepath.Join(c.String("state"), tokenFile))
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		uri = cmp.Or(strings.TrimSpace(string(own)), uri)
-	}
-	return cmdline.WithOperatorOf(c, uri, f)
-}
-
-func useStore(c *cli.Context, token *hsmkeys.OperatorToken, f func(*sqlstore.Store) error) error {
-	return openStore(c, token, storeName(c), func(store *sqlstore.Store) error {
-		if err := mark.Check(c.Context, store, token); err != nil {
-			return err
-		}
-		err := f(store)
-		return errors.Join(err, mark.Raise(context.WithoutCancel(c.Context), store, token))
-	})
-}
-
-func storeName(c *cli.Context) string {
-	return cmp.Or(c.String("store"), sqlstore.InFolder(c.String("state")))
-}
-
-// openStore runs f with a store, whatever state that is in.
-func openStore(c *cli.Context, token *hsmkeys.OperatorToken, name string, f func(*sqlstore.Store) error) error {
-	c.Context = binding.WithActor(c.Context, binding.CommandActor(c.Command.HelpName))
-	key, err := token.Derive(c.Context, sqlstore.RowKey)
-	if errors.Is(err, hsmkeys.ErrNoKey) {
-		return fmt.Errorf("%s has no keys yet: run keysvc init first", token)
-	}
-	if err != nil {
-		return err
-	}
-	defer key.Wipe()
-	store, err := sqlstore.Open(c.Context, name, key)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f(store), store.Close())
-}
 
 func bindingCommand() *cli.Command {
 	return &cli.Command{
@@ -139,7 +59,10 @@ type shown struct {
 }
 
 func show(b *binding.Binding) shown {
-	return shown{b.IMSI, b.IMEI, b.Manufacturer, b.Lot, b.State, b.Established, b.Activated, b.Revoked}
+	return shown{
+		IMSI: b.IMSI, IMEI: b.IMEI, Manufacturer: b.Manufacturer, Lot: b.Lot, State: b.State,
+		Established: b.Established, Activated: b.Activated, Revoked: b.Revoked,
+	}
 }
 
 const bindingLine = "%-15s  %-14s  %-8s  %-24s  %s\n"
@@ -157,18 +80,9 @@ func bindingList(c *cli.Context) error {
 		}
 	}
 	return withStore(c, func(s *sqlstore.Store) error {
-		all := binding.Each(c.Context, s, imei, time.Now())
-		if c.Bool("json") {
-			return cmdline.PrintList(c, `"bindings"`, each(all, show))
-		}
-		fmt.Fprintf(c.App.Writer, bindingLine, "IMSI", "IMEI", "STATE", "LOT", "ESTABLISHED")
-		for b, err := range all {
-			if err != nil {
-				return err
-			}
-			show(b).print(c.App.Writer)
-		}
-		return nil
+		title := fmt.Sprintf(bindingLine, "IMSI", "IMEI", "STATE", "LOT", "ESTABLISHED")
+		all := each(binding.Each(c.Context, s, imei, time.Now()), show)
+		return cmdline.PrintEach(c, `"bindings"`, title, all, func(w io.Writer, s shown) { s.print(w) })
 	})
 }
 
@@ -189,8 +103,7 @@ func each[T, S any](all iter.Seq2[T, error], show func(T) S) iter.Seq2[S, error]
 
 func bindingReport(c *cli.Context) error {
 	return withStore(c, func(store *sqlstore.Store) error {
-		open := opener(c.Context, c.String("directory"), cmdline.VaultLogin(c), directory.ReaderOptions{}, nil, cmdline.StderrLog(c))
-		lots, err := binding.OpenLots(c.Context, store, open)
+		lots, err := openLots(c, store)
 		if err != nil {
 			return err
 		}
@@ -198,23 +111,21 @@ func bindingReport(c *cli.Context) error {
 			shown
 			Doubts []binding.Doubt `json:"doubts"`
 		}
-		all := lots.Suspects(c.Context, store, time.Now())
-		if c.Bool("json") {
-			return cmdline.PrintList(c, `"bindings"`, each(all, func(s binding.Suspect) suspect { return suspect{show(s.Binding), s.Doubts} }))
-		}
 		n := 0
-		for s, err := range all {
-			if err != nil {
-				return err
-			}
-			show(s.Binding).print(c.App.Writer)
+		all := each(lots.Suspects(c.Context, store, time.Now()), func(s binding.Suspect) suspect {
+			return suspect{shown: show(s.Binding), Doubts: s.Doubts}
+		})
+		err = cmdline.PrintEach(c, `"bindings"`, "", all, func(w io.Writer, s suspect) {
+			s.print(w)
 			for _, d := range s.Doubts {
-				fmt.Fprintf(c.App.Writer, "    %s  %s: %s\n", d.Time.Format(time.RFC3339), d.Why, d.Reason)
+				fmt.Fprintf(w, "    %s  %s: %s\n", d.Time.Format(time.RFC3339), d.Why, d.Reason)
 			}
 			n++
+		})
+		if err == nil && !c.Bool("json") {
+			fmt.Fprintf(c.App.Writer, "%d bindings rest on keys that are not to be trusted any more\n", n)
 		}
-		fmt.Fprintf(c.App.Writer, "%d bindings rest on keys that are not to be trusted any more\n", n)
-		return nil
+		return err
 	})
 }
 
@@ -243,10 +154,12 @@ func bindingShow(c *cli.Context) error {
 		result := struct {
 			shown
 			History []binding.Entry `json:"history"`
-		}{show(b), history}
+		}{shown: show(b), History: history}
 		return cmdline.Print(c, result, func(w io.Writer) {
 			result.print(w)
-			printEntries(w, history)
+			for _, e := range history {
+				printEntry(w, e)
+			}
 		})
 	})
 }
@@ -270,8 +183,7 @@ func bindingOpen(c *cli.Context) error {
 		if err := s.OpenAttempt(c.Context, *a); err != nil {
 			return err
 		}
-		return cmdline.Print(c, map[string]any{"imsi": imsi, "attempt_id": a.ID, "expires_at": a.Expires}, func(w io.Writer) {
-			fmt.Fprintf(w, "%s may be bound to another device until %s\n", imsi, a.Expires.Format(time.RFC3339))
-		})
+		return cmdline.Printf(c, map[string]any{"imsi": imsi, "attempt_id": a.ID, "expires_at": a.Expires},
+			"%s may be bound to another device until %s\n", imsi, a.Expires.Format(time.RFC3339))
 	})
 }

@@ -1,4 +1,4 @@
-// Command keysvc is the operator's side: it takes in what manufacturers hand over, and serves the HSS.
+// Command keysvc is the operator's side: it imports what manufacturers hand over, and serves the HSS.
 package main
 
 import (
@@ -6,20 +6,16 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/urfave/cli/v2"
 
-	"github.com/kmehsm/kmehsm/binding"
-	"github.com/kmehsm/kmehsm/binding/imports"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/binding/tokenkeys"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
-	"github.com/kmehsm/kmehsm/internal/durable"
-	"github.com/kmehsm/kmehsm/internal/who"
+	"github.com/kmehsm/kmehsm/internal/keysvcd"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -59,20 +55,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 					cmdline.JSON},
 				Action: cmdline.Alone(enroll),
 			},
-			{
-				Name: "lot", Usage: "the lots that manufacturers granted",
-				Subcommands: []*cli.Command{
-					{
-						Name: "import", Usage: "take a granted lot's key into the token, and prove that it fits the lot's modulus", ArgsUsage: "FILE",
-						Description: "A running service serves the lot after a SIGHUP.",
-						Flags: []cli.Flag{cmdline.Token, stateFlag, storeFlag,
-							&cli.StringFlag{Name: "reinstate", Usage: "serve a lot again that was retired, for this `REASON`"}, cmdline.JSON},
-						Action: cmdline.Alone(lotImport),
-					},
-					{Name: "list", Usage: "list the lots", Flags: storeFlags(), Action: lotList},
-					lotRetireCommand(),
-				},
-			},
+			lotCommand(),
 			manufacturerCommand(),
 			{
 				Name: "device", Usage: "say what the directory says of a device, its signatures verified", ArgsUsage: "IMEI",
@@ -84,7 +67,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 			storageCommand(),
 			{
 				Name: "serve", Usage: "serve the HSS",
-				Description: "SIGTERM finishes the calls under way and ends; SIGHUP takes up lots and certificates anew.\n\n" + configHelp,
+				Description: "SIGTERM finishes the calls under way and ends; SIGHUP takes up lots and certificates anew.\n\n" + keysvcd.Help(),
 				Flags:       []cli.Flag{&cli.StringFlag{Name: "config", Usage: "the configuration, a YAML `FILE`"}}, Action: serve,
 			},
 			{
@@ -96,10 +79,10 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 }
 
 func initToken(c *cli.Context) error {
-	return cmdline.WithOperator(c, func(token *hsmkeys.OperatorToken) error {
+	return withToken(c, func(token *hsmkeys.OperatorToken) error {
 		created, weak, err := tokenkeys.Init(c.Context, token, c.Bool(acceptFlag.Name))
 		if err == nil { // the folder is there: see cmdline.Alone
-			err = durable.WriteFile(filepath.Join(c.String("state"), tokenFile), []byte(c.String("token")+"\n"), 0o600)
+			err = keysvcd.RememberToken(c.String("state"), c.String("token"))
 		}
 		if err != nil {
 			return err
@@ -117,102 +100,11 @@ func initToken(c *cli.Context) error {
 	})
 }
 
-func enroll(c *cli.Context) error {
-	if err := cmdline.Require(c, "manufacturer", "thumbprint"); err != nil {
+func serve(c *cli.Context) error {
+	if err := cmdline.Require(c, "config"); err != nil {
 		return err
 	}
-	url := c.String("directory")
-	if url != "" {
-		var err error
-		if url, err = cmdline.AbsoluteDirectory(url); err != nil {
-			return err
-		}
-	}
-	var tacs []kme.TAC
-	for _, text := range c.StringSlice("tac") {
-		t, err := kme.ParseTAC(text)
-		if err != nil {
-			return cmdline.Usage(fmt.Errorf("--tac %s: %w", text, err))
-		}
-		tacs = append(tacs, t)
-	}
-	jws, err := cmdline.ReadFile(c.Args().First())
-	if err != nil {
-		return err
-	}
-	pem, err := cmdline.ReadFile(c.String("manufacturer"))
-	if err != nil {
-		return err
-	}
-	return withTokenAndStore(c, func(token *hsmkeys.OperatorToken, store *sqlstore.Store) error {
-		m, err := imports.Enroll(c.Context, token, store, imports.Enrolment{JWS: jws, PEM: pem, Thumbprint: c.String("thumbprint"), Directory: url, TACs: tacs})
-		if err != nil {
-			return err
-		}
-		return cmdline.Print(c, map[string]any{"manufacturer": m.KeyID, "operator": m.Operator, "directory": m.Directory, "tacs": append([]kme.TAC{}, m.TACs...)}, func(w io.Writer) {
-			fmt.Fprintf(w, "enrolled with manufacturer %s as operator %s\n", m.KeyID, m.Operator)
-			if len(m.TACs) > 0 {
-				before := ""
-				if len(tacs) == 0 {
-					before = ", as before"
-				}
-				fmt.Fprintf(w, "its lots may have TAC %s alone%s\n", m.TACs, before)
-			}
-		})
-	})
-}
-
-func lotImport(c *cli.Context) error {
-	jws, err := cmdline.ReadFile(c.Args().First())
-	if err != nil {
-		return err
-	}
-	var again *binding.Verdict
-	if reason := c.String("reinstate"); c.IsSet("reinstate") {
-		v, err := imports.NewVerdict(false, who.Name(), reason)
-		if err != nil {
-			return cmdline.Usage(fmt.Errorf("--reinstate: %w", err))
-		}
-		again = &v
-	}
-	return withTokenAndStore(c, func(token *hsmkeys.OperatorToken, store *sqlstore.Store) error {
-		lot, err := imports.ImportLot(c.Context, token, store, jws, again)
-		if err != nil {
-			return err
-		}
-		m := lot.Manifest
-		return cmdline.Print(c, map[string]any{"lot": m.Lot, "manufacturer": lot.Manufacturer, "devices": m.Devices(), "bits": m.PublicKey().N.BitLen()}, func(w io.Writer) {
-			fmt.Fprintf(w, "lot %s of manufacturer %s is in %s: %d devices, %d bits; its key decrypts what is encrypted to the manifest's modulus\n",
-				m.Lot, lot.Manufacturer, token, m.Devices(), m.PublicKey().N.BitLen())
-		})
-	})
-}
-
-func lotList(c *cli.Context) error {
-	return withStore(c, func(store *sqlstore.Store) error {
-		lots, err := store.Lots(c.Context)
-		if err != nil {
-			return err
-		}
-		type row struct {
-			*directory.Manifest
-			Imported   time.Time        `json:"imported"`
-			Retired    *binding.Verdict `json:"retired,omitempty"`
-			Distrusted *binding.Verdict `json:"distrusted,omitempty"`
-		}
-		rows := make([]row, len(lots))
-		for i, l := range lots {
-			rows[i] = row{l.Manifest, l.Imported, decided(l.Retired), decided(l.Distrusted)}
-		}
-		return cmdline.Print(c, map[string]any{"lots": rows}, func(w io.Writer) {
-			fmt.Fprintf(w, "%-24s %5s %9s  %-20s %-20s %-10s %s\n", "LOT", "BITS", "DEVICES", "SUITE", "IMPORTED", "STATE", "MANUFACTURER")
-			for _, l := range lots {
-				m := l.Manifest
-				fmt.Fprintf(w, "%-24s %5d %9d  %-20s %-20s %-10s %s\n", m.Lot, m.PublicKey().N.BitLen(), m.Devices(), m.Suite,
-					l.Imported.Format(time.RFC3339), lotState(l), l.Manufacturer)
-			}
-		})
-	})
+	return keysvcd.Serve(c.Context, c.String("config"), c.App.ErrWriter)
 }
 
 func device(c *cli.Context) error {
@@ -221,9 +113,7 @@ func device(c *cli.Context) error {
 		return cmdline.Usage(err)
 	}
 	return withStore(c, func(store *sqlstore.Store) error {
-		open := opener(c.Context, c.String("directory"), cmdline.VaultLogin(c), directory.ReaderOptions{}, nil,
-			cmdline.StderrLog(c))
-		lots, err := binding.OpenLots(c.Context, store, open)
+		lots, err := openLots(c, store)
 		if err != nil {
 			return err
 		}
@@ -260,7 +150,7 @@ func device(c *cli.Context) error {
 }
 
 func doctor(c *cli.Context) error {
-	return cmdline.WithOperator(c, func(token *hsmkeys.OperatorToken) error {
+	return withToken(c, func(token *hsmkeys.OperatorToken) error {
 		report, err := token.DoctorOperator(c.Context)
 		if err != nil {
 			return err

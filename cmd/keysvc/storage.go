@@ -12,6 +12,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding/tokenkeys"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/keysvcd"
 )
 
 func storageCommand() *cli.Command {
@@ -39,30 +40,14 @@ func storageCommand() *cli.Command {
 
 func storageList(c *cli.Context) error {
 	return withTokenAndStore(c, func(token *hsmkeys.OperatorToken, store *sqlstore.Store) error {
-		all, err := token.StorageGenerations(c.Context)
+		all, err := keysvcd.StorageKeys(c.Context, token, store)
 		if err != nil {
 			return err
 		}
-		type row struct {
-			Generation int `json:"generation"`
-			KMEs       int `json:"kmes"`
-		}
-		rows := []row{}
-		for _, g := range all {
-			from, err := store.CountSealed(c.Context, hsmkeys.SealedFrom(g))
-			if err != nil {
-				return err
-			}
-			to, err := store.CountSealed(c.Context, hsmkeys.SealedFrom(g+1))
-			if err != nil {
-				return err
-			}
-			rows = append(rows, row{g, to - from})
-		}
-		return cmdline.Print(c, map[string]any{"storage_keys": rows}, func(w io.Writer) {
+		return cmdline.Print(c, map[string]any{"storage_keys": all}, func(w io.Writer) {
 			fmt.Fprintf(w, "%10s  %s\n", "GENERATION", "KMES")
-			for _, r := range rows {
-				fmt.Fprintf(w, "%10d  %d\n", r.Generation, r.KMEs)
+			for _, k := range all {
+				fmt.Fprintf(w, "%10d  %d\n", k.Generation, k.KMEs)
 			}
 		})
 	})
@@ -109,10 +94,9 @@ func reseal(c *cli.Context, r *hsmkeys.Rotation, store *sqlstore.Store) error {
 		return err
 	}
 	seconds := time.Since(began).Seconds()
-	return cmdline.Print(c, map[string]any{"generation": r.Newest(), "made": r.Made(), "resealed": done, "seconds": seconds}, func(w io.Writer) {
-		fmt.Fprintf(w, "%d KMEs were sealed again, in %.0f s; all are under generation %d of the storage key now\nend with keysvc storage retire\n",
-			done, seconds, r.Newest())
-	})
+	return cmdline.Printf(c, map[string]any{"generation": r.Newest(), "made": r.Made(), "resealed": done, "seconds": seconds},
+		"%d KMEs were sealed again, in %.0f s; all are under generation %d of the storage key now\nend with keysvc storage retire\n",
+		done, seconds, r.Newest())
 }
 
 func storageRetire(c *cli.Context) error {
@@ -121,8 +105,7 @@ func storageRetire(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		return cmdline.Print(c, map[string]any{"destroyed": append([]int{}, destroyed...)}, func(w io.Writer) {
-			fmt.Fprintf(w, "%d earlier storage keys are destroyed in %s\n", len(destroyed), token)
-		})
+		return cmdline.Printf(c, map[string]any{"destroyed": append([]int{}, destroyed...)},
+			"%d earlier storage keys are destroyed in %s\n", len(destroyed), token)
 	})
 }

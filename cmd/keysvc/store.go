@@ -1,8 +1,11 @@
 package main
 
 import (
+	"cmp"
+	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"time"
 
@@ -13,7 +16,72 @@ import (
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/keysvcd"
 )
+
+var storeFlag = &cli.StringFlag{Name: "store", EnvVars: []string{"KMEHSM_STORE"}, Usage: "the `STORE`: sqlite:PATH, or postgres://USER@HOST/DATABASE (default: keysvc.db in the --state folder)"}
+
+// storeFlags say where the service's store is, and the token whose key its rows are verified with.
+func storeFlags(own ...cli.Flag) []cli.Flag {
+	return slices.Concat([]cli.Flag{cmdline.Token, stateFlag, storeFlag}, own, []cli.Flag{cmdline.JSON})
+}
+
+// withToken runs f with the token that --token names.
+func withToken(c *cli.Context, f func(*hsmkeys.OperatorToken) error) error {
+	return keysvcd.WithToken(c.Context, c.String("token"), f)
+}
+
+// withStore runs f with the store, which must not be rolled back. What f does is the command's in the ledger.
+func withStore(c *cli.Context, f func(*sqlstore.Store) error) error {
+	return withStoreToken(c, func(token *hsmkeys.OperatorToken) error { return useStore(c, token, f) })
+}
+
+// withTokenAndStore is withStore for what changes the token that --token names.
+func withTokenAndStore(c *cli.Context, f func(*hsmkeys.OperatorToken, *sqlstore.Store) error) error {
+	return withToken(c, func(token *hsmkeys.OperatorToken) error {
+		return useStore(c, token, func(store *sqlstore.Store) error { return f(token, store) })
+	})
+}
+
+// withStoreToken runs f with the token that the store's rows have their MACs from.
+func withStoreToken(c *cli.Context, f func(*hsmkeys.OperatorToken) error) error {
+	uri, err := keysvcd.StoreToken(c.String("state"), c.String("token"))
+	if err != nil {
+		return err
+	}
+	asCommand(c)
+	return keysvcd.WithToken(c.Context, uri, f)
+}
+
+func useStore(c *cli.Context, token *hsmkeys.OperatorToken, f func(*sqlstore.Store) error) error {
+	asCommand(c)
+	return keysvcd.UseStore(c.Context, token, storeName(c), f)
+}
+
+// withAnyStore runs f with the store, whatever state that is in.
+func withAnyStore(c *cli.Context, f func(*hsmkeys.OperatorToken, *sqlstore.Store) error) error {
+	return withStoreToken(c, func(token *hsmkeys.OperatorToken) error {
+		store, err := keysvcd.OpenStore(c.Context, token, storeName(c))
+		if err != nil {
+			return err
+		}
+		return errors.Join(f(token, store), store.Close())
+	})
+}
+
+// asCommand has what is done from now on stand as the command's in the ledger.
+func asCommand(c *cli.Context) {
+	c.Context = binding.WithActor(c.Context, binding.CommandActor(c.Command.HelpName))
+}
+
+func storeName(c *cli.Context) string {
+	return cmp.Or(c.String("store"), sqlstore.InFolder(c.String("state")))
+}
+
+// openLots opens the lots of a store, with the directories that the manufacturers were enrolled with, or --directory.
+func openLots(c *cli.Context, store *sqlstore.Store) (*binding.Lots, error) {
+	return keysvcd.OpenLots(c.Context, store, c.String("directory"), cmdline.VaultLogin(c), cmdline.StderrLog(c))
+}
 
 func storeCommand() *cli.Command {
 	return &cli.Command{
@@ -62,42 +130,40 @@ func storeUpgrade(c *cli.Context) error {
 	if err := sqlstore.Upgrade(c.Context, c.String("store"), role); err != nil {
 		return err
 	}
-	return cmdline.Print(c, map[string]any{"role": role}, func(w io.Writer) {
-		fmt.Fprintf(w, "the tables are up to date, and role %s has what the service needs of them\n", role)
-	})
+	return cmdline.Printf(c, map[string]any{"role": role},
+		"the tables are up to date, and role %s has what the service needs of them\n", role)
 }
 
 func storeVerify(c *cli.Context) error {
-	return withStoreToken(c, func(token *hsmkeys.OperatorToken) error {
-		return openStore(c, token, storeName(c), func(store *sqlstore.Store) error {
-			behind := mark.Check(c.Context, store, token)
-			report, err := store.Verify(c.Context, progress(c, "rows verified"))
-			if err != nil {
-				return err
-			}
-			result := struct {
-				*sqlstore.Report
-				OK         bool   `json:"ok"`
-				RolledBack string `json:"rolled_back,omitempty"`
-			}{Report: report, OK: behind == nil && len(report.Damaged) == 0}
-			if behind != nil {
-				result.RolledBack = behind.Error()
-			}
-			err = cmdline.Print(c, result, func(w io.Writer) {
-				for _, d := range report.Damaged {
-					fmt.Fprintf(w, "%s %s %s\n", d.Table, d.Key, d.What)
-				}
-				if behind != nil {
-					fmt.Fprintln(w, behind)
-				}
-				fmt.Fprintf(w, "%d rows were read, %d of them entries of the ledger; %d are damaged\n", report.Rows, report.Entries, len(report.Damaged))
-			})
-			if err == nil && !result.OK {
-				err = cmdline.Said(fmt.Errorf("the store is not what the service has written last: find out who has changed it; " +
-					"a subscription that is damaged can be ended with keysvc binding revoke, a manufacturer or a lot needs a backup of the store"))
-			}
+	return withAnyStore(c, func(token *hsmkeys.OperatorToken, store *sqlstore.Store) error {
+		behind := mark.Check(c.Context, store, token)
+		report, err := store.Verify(c.Context, progress(c, "rows verified"))
+		if err != nil {
 			return err
+		}
+		result := struct {
+			*sqlstore.Report
+			OK         bool   `json:"ok"`
+			RolledBack string `json:"rolled_back,omitempty"`
+		}{Report: report, OK: behind == nil && len(report.Damaged) == 0}
+		if behind != nil {
+			result.RolledBack = behind.Error()
+		}
+		err = cmdline.Print(c, result, func(w io.Writer) {
+			for _, d := range report.Damaged {
+				fmt.Fprintf(w, "%s %s %s\n", d.Table, d.Key, d.What)
+			}
+			if behind != nil {
+				fmt.Fprintln(w, behind)
+			}
+			fmt.Fprintf(w, "%d rows were read, %d of them entries of the ledger; %d are damaged\n",
+				report.Rows, report.Entries, len(report.Damaged))
 		})
+		if err == nil && !result.OK {
+			err = cmdline.Said(errors.New("the store is not what the service has written last: find out who has changed it; " +
+				"a subscription that is damaged can be ended with keysvc binding revoke, a manufacturer or a lot needs a backup of the store"))
+		}
+		return err
 	})
 }
 
@@ -117,25 +183,18 @@ func storeAccept(c *cli.Context) error {
 	if err := cmdline.Require(c, "reason"); err != nil {
 		return err
 	}
-	return withStoreToken(c, func(token *hsmkeys.OperatorToken) error {
-		return openStore(c, token, storeName(c), func(store *sqlstore.Store) error {
-			if err := mark.Accept(c.Context, store, token, c.String("reason")); err != nil {
-				return err
-			}
-			return cmdline.Print(c, map[string]any{"accepted": true}, func(w io.Writer) {
-				fmt.Fprintln(w, "the store is accepted as it is; a service that runs goes on within seconds\nwhat was revoked since it was made is not revoked in it: see the service's log, and keysvc binding report")
-			})
+	return withAnyStore(c, func(token *hsmkeys.OperatorToken, store *sqlstore.Store) error {
+		if err := mark.Accept(c.Context, store, token, c.String("reason")); err != nil {
+			return err
+		}
+		return cmdline.Print(c, map[string]any{"accepted": true}, func(w io.Writer) {
+			fmt.Fprintln(w, "the store is accepted as it is; a service that runs goes on within seconds\n"+
+				"what was revoked since it was made is not revoked in it: see the service's log, and keysvc binding report")
 		})
 	})
 }
 
 const entryLine = "%-20s  %-12s  %-32s  %s\n"
-
-func printEntries(w io.Writer, all []binding.Entry) {
-	for _, e := range all {
-		printEntry(w, e)
-	}
-}
 
 func printEntry(w io.Writer, e binding.Entry) {
 	by := []string{e.Actor.Client, e.Actor.Role, e.Actor.User, e.Actor.Address}
@@ -172,17 +231,7 @@ func storeLog(c *cli.Context) error {
 				}
 			}
 		}
-		if c.Bool("json") {
-			return cmdline.PrintList(c, `"entries"`, all)
-		}
-		fmt.Fprintf(c.App.Writer, entryLine, "TIME", "EVENT", "SUBJECT", "BY")
-		for e, err := range all {
-			if err != nil {
-				return err
-			}
-			printEntry(c.App.Writer, e)
-		}
-		return nil
+		return cmdline.PrintEach(c, `"entries"`, fmt.Sprintf(entryLine, "TIME", "EVENT", "SUBJECT", "BY"), all, printEntry)
 	})
 }
 
@@ -191,20 +240,10 @@ func storeMigrate(c *cli.Context) error {
 		return err
 	}
 	return withStoreToken(c, func(token *hsmkeys.OperatorToken) error {
-		return openStore(c, token, c.String("from"), func(from *sqlstore.Store) error {
-			if err := mark.Check(c.Context, from, token); err != nil {
-				return fmt.Errorf("--from: %w", err)
-			}
-			return openStore(c, token, c.String("to"), func(to *sqlstore.Store) error {
-				rows, err := from.Copy(c.Context, to, progress(c, "rows copied"))
-				if err == nil {
-					err = mark.Raise(c.Context, to, token)
-				}
-				if err != nil {
-					return err
-				}
-				return cmdline.Print(c, map[string]any{"rows": rows}, func(w io.Writer) { fmt.Fprintf(w, "%d rows copied\n", rows) })
-			})
-		})
+		rows, err := keysvcd.Migrate(c.Context, token, c.String("from"), c.String("to"), progress(c, "rows copied"))
+		if err != nil {
+			return err
+		}
+		return cmdline.Printf(c, map[string]any{"rows": rows}, "%d rows copied\n", rows)
 	})
 }

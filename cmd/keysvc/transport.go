@@ -2,21 +2,17 @@ package main
 
 import (
 	"cmp"
-	"context"
-	"crypto/rsa"
-	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"path/filepath"
 	"slices"
 
 	"github.com/urfave/cli/v2"
 
-	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
-	"github.com/kmehsm/kmehsm/internal/durable"
-	"github.com/kmehsm/kmehsm/internal/handover"
+	"github.com/kmehsm/kmehsm/internal/keysvcd"
 )
 
 func transportCommand() *cli.Command {
@@ -40,52 +36,35 @@ func transportCommand() *cli.Command {
 }
 
 func transportNew(c *cli.Context) error {
-	return cmdline.WithOperator(c, func(token *hsmkeys.OperatorToken) error {
-		pub, err := token.NewTransportKey(c.Context)
+	return withToken(c, func(token *hsmkeys.OperatorToken) error {
+		path := outOr(c, "transport.json")
+		thumbprint, err := keysvcd.NewTransportKey(c.Context, token, path)
 		if err != nil {
 			return err
 		}
-		return handOut{
-			file: "transport.json", make: handover.NewTransportKey, destroy: token.DestroyTransportKey,
-			use: "for the manufacturer's factory operator enroll", listener: "to the manufacturer",
-		}.do(c, token, pub)
+		return printReceiver(c, token, path, thumbprint, "for the manufacturer's factory operator enroll", "to the manufacturer")
 	})
 }
 
-// A handOut is how the public half of a key that receives others comes to who sends them.
-type handOut struct {
-	file          string // its name, in the --state folder
-	make          func(pub *rsa.PublicKey, serial string) ([]byte, error)
-	destroy       func(context.Context, *rsa.PublicKey) error
-	use, listener string // what the file is for, and to whom its thumbprint is read out
+// outOr is the file that --out names, or one of this name in the --state folder.
+func outOr(c *cli.Context, name string) string {
+	return cmp.Or(c.String("out"), filepath.Join(c.String("state"), name))
 }
 
-// do writes the file and says its thumbprint. A key that nobody can be given is destroyed.
-func (h handOut) do(c *cli.Context, token *hsmkeys.OperatorToken, pub *rsa.PublicKey) error {
-	path := cmp.Or(c.String("out"), filepath.Join(c.String("state"), h.file))
-	data, err := h.make(pub, token.Serial())
-	if err == nil {
-		err = writeOut(path, data)
-	}
-	if err != nil {
-		return fmt.Errorf("the file cannot be written: %w", errors.Join(err, h.destroy(c.Context, pub)))
-	}
-	thumbprint := directory.RSAThumbprint(pub)
+// printReceiver says of a key that receives others what its file is for, and to whom its thumbprint is read out.
+func printReceiver(c *cli.Context, token *hsmkeys.OperatorToken, path, thumbprint, use, listener string) error {
 	result := map[string]any{"thumbprint": thumbprint, "out": path, "token": token.Serial()}
-	return cmdline.Print(c, result, func(w io.Writer) {
-		fmt.Fprintf(w, "wrote %s: %s\nthumbprint %s: read it out %s\n", path, h.use, thumbprint, h.listener)
-	})
-}
-
-func writeOut(path string, data []byte) error {
-	if err := durable.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return err
-	}
-	return durable.WriteFile(path, data, 0o644)
+	return cmdline.Printf(c, result, "wrote %s: %s\nthumbprint %s: read it out %s\n", path, use, thumbprint, listener)
 }
 
 func transportList(c *cli.Context) error {
-	return withTransportKeys(c, func(_ *hsmkeys.OperatorToken, all map[string]*rsa.PublicKey, thumbprints []string) error {
+	return withToken(c, func(token *hsmkeys.OperatorToken) error {
+		all, err := keysvcd.TransportKeys(c.Context, token)
+		if err != nil {
+			return err
+		}
+		thumbprints := slices.AppendSeq([]string{}, maps.Keys(all))
+		slices.Sort(thumbprints)
 		return cmdline.Print(c, map[string]any{"transport_keys": thumbprints}, func(w io.Writer) {
 			for _, t := range thumbprints {
 				fmt.Fprintln(w, t)
@@ -95,33 +74,19 @@ func transportList(c *cli.Context) error {
 }
 
 func transportDestroy(c *cli.Context) error {
-	return withTransportKeys(c, func(token *hsmkeys.OperatorToken, all map[string]*rsa.PublicKey, _ []string) error {
-		thumbprint := c.Args().First()
-		pub := all[thumbprint]
-		if pub == nil {
-			return fmt.Errorf("%s has no transport key %s: see keysvc transport list", token, thumbprint)
-		}
-		if err := token.DestroyTransportKey(c.Context, pub); err != nil {
-			return err
-		}
-		return cmdline.Print(c, map[string]any{"thumbprint": thumbprint, "destroyed": true}, func(w io.Writer) {
-			fmt.Fprintf(w, "transport key %s is destroyed: an enrolment for it cannot be taken any more\n", thumbprint)
-		})
-	})
-}
-
-func withTransportKeys(c *cli.Context, f func(token *hsmkeys.OperatorToken, all map[string]*rsa.PublicKey, thumbprints []string) error) error {
-	return cmdline.WithOperator(c, func(token *hsmkeys.OperatorToken) error {
-		keys, err := token.TransportKeys(c.Context)
+	return withToken(c, func(token *hsmkeys.OperatorToken) error {
+		all, err := keysvcd.TransportKeys(c.Context, token)
 		if err != nil {
 			return err
 		}
-		all, thumbprints := map[string]*rsa.PublicKey{}, []string{}
-		for _, pub := range keys {
-			t := directory.RSAThumbprint(pub)
-			all[t], thumbprints = pub, append(thumbprints, t)
+		thumbprint := c.Args().First()
+		if all[thumbprint] == nil {
+			return fmt.Errorf("%s has no transport key %s: see keysvc transport list", token, thumbprint)
 		}
-		slices.Sort(thumbprints)
-		return f(token, all, thumbprints)
+		if err := token.DestroyTransportKey(c.Context, all[thumbprint]); err != nil {
+			return err
+		}
+		return cmdline.Printf(c, map[string]any{"thumbprint": thumbprint, "destroyed": true},
+			"transport key %s is destroyed: an enrolment for it cannot be taken any more\n", thumbprint)
 	})
 }

@@ -2,8 +2,8 @@
 package main
 
 import (
-	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -15,6 +15,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/client"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/mesim"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -34,6 +35,10 @@ var serverFlags = []cli.Flag{
 	&cli.IntFlag{Name: "count", Usage: "how many devices, `N` (default: all)"},
 	&cli.IntFlag{Name: "concurrency", Value: 8, Usage: "devices at once, `C`"},
 }
+
+// loadConcurrency is how many calls there are at once unless --concurrency says otherwise: as an HSS that many devices
+// attach to has.
+const loadConcurrency = 64
 
 func main() { cmdline.Main(app()) }
 
@@ -86,6 +91,13 @@ The service's own limits hold: a device's payloads a second (imei_rate, imei_bur
 	}
 }
 
+func openFleet(c *cli.Context) (*mesim.Fleet, error) {
+	if err := cmdline.Require(c, "injection", "fixture-key", "fixture-enrolment"); err != nil {
+		return nil, err
+	}
+	return mesim.OpenFleet(c.String("injection"), c.String("fixture-key"), c.StringSlice("fixture-enrolment"))
+}
+
 func payload(c *cli.Context) error {
 	if err := cmdline.Require(c, "imei"); err != nil {
 		return err
@@ -98,7 +110,7 @@ func payload(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	d, err := fleet.find(imei)
+	d, err := fleet.Find(imei)
 	if err != nil {
 		return err
 	}
@@ -106,67 +118,109 @@ func payload(c *cli.Context) error {
 	if err != nil {
 		return cmdline.Usagef("--imsi: %w", err)
 	}
-	m, err := d.message(imsi)
+	m, err := d.Message(imsi)
 	if err != nil {
 		return err
 	}
-	nwSig := m.plain.NWSig()
-	return json.NewEncoder(c.App.Writer).Encode(map[string]any{"imei": d.imei, "lot": d.lot.manifest.Lot, "payload": m.payload, "nw_sig": nwSig[:]})
+	nwSig := m.NWSig()
+	return print(c, map[string]any{"imei": d.IMEI, "lot": d.Lot(), "payload": m.Payload, "nw_sig": nwSig[:]})
 }
 
+func print(c *cli.Context, v any) error { return json.NewEncoder(c.App.Writer).Encode(v) }
+
 func attach(c *cli.Context) error {
-	kind := tamper(c.String("tamper"))
-	if err := kind.check(); err != nil {
+	tamper := mesim.Tamper(c.String("tamper"))
+	if err := tamper.Check(); err != nil {
 		return cmdline.Usage(err)
 	}
-	imsi, err := firstIMSI(c.String("first-imsi"), kind == "")
+	imsi, err := firstIMSI(c.String("first-imsi"), tamper == "")
 	if err != nil {
 		return cmdline.Usagef("--first-imsi: %w", err)
 	}
-	run, err := newAttachRun(c, imsi)
+	run, err := newRun(c, imsi)
 	if err != nil {
 		return err
 	}
-	run.kind = kind
-	result := run.all(c.Context, c.Int("concurrency"))
-	if err := json.NewEncoder(c.App.Writer).Encode(result); err != nil {
-		return err
-	}
-	return run.verdict(c.Context, result)
+	result, failure := run.Attach(c.Context, tamper)
+	return errors.Join(print(c, result), failure)
 }
 
-// newAttachRun is one of the devices and the server that the flags name, whose subscriptions count on from imsi.
-func newAttachRun(c *cli.Context, imsi kme.IMSI) (*attachRun, error) {
+func load(c *cli.Context) error {
+	if c.Duration("duration") <= 0 || c.Float64("rate") < 0 {
+		return cmdline.Usagef("--duration is above zero, and --rate not below")
+	}
+	imsi, err := firstIMSI(c.String("first-imsi"), false)
+	if err != nil {
+		return cmdline.Usagef("--first-imsi: %w", err)
+	}
+	run, err := newRun(c, imsi)
+	if err != nil {
+		return err
+	}
+	if run.Client == nil {
+		return cmdline.Usagef("load calls the service itself: --server is https://HOST:PORT or unix:/path")
+	}
+	if !c.IsSet("concurrency") {
+		run.Concurrency = loadConcurrency
+	}
+	result, err := run.Load(c.Context, c.Duration("duration"), c.Float64("rate"))
+	if result == nil {
+		return err
+	}
+	return errors.Join(print(c, result), err)
+}
+
+// newRun is one of the devices and the server that the flags name, whose subscriptions count on from imsi.
+func newRun(c *cli.Context, imsi kme.IMSI) (run mesim.Run, err error) {
 	if err := cmdline.Require(c, "server"); err != nil {
-		return nil, err
+		return run, err
 	}
 	if c.Int("first") < 0 || c.Int("count") < 0 || c.Int("concurrency") < 1 || c.IsSet("count") && c.Int("count") == 0 {
-		return nil, cmdline.Usagef("--first, --count and --concurrency count from 0, 1 and 1")
+		return run, cmdline.Usagef("--first, --count and --concurrency count from 0, 1 and 1")
 	}
-	origin, err := kme.ParseOrigin(c.String("origin"))
-	if err != nil {
-		return nil, cmdline.Usagef("--origin: %w", err)
-	}
-	run := &attachRun{firstIMSI: imsi, firstDevice: c.Int("first"), origin: client.Origin{Name: origin}}
-	if path, ok := strings.CutPrefix(c.String("server"), "s6a:"); !ok {
-		run.client, err = dial(c)
-	} else if err = cmdline.Require(c, "subscribers"); err == nil {
-		if run.sims, err = readSIMs(c.String("subscribers")); err == nil {
-			run.mme, err = dialMME(path)
-		}
-	}
-	if err != nil {
-		return nil, err
+	run = mesim.Run{First: c.Int("first"), FirstIMSI: imsi, Concurrency: c.Int("concurrency")}
+	if run.Network, err = dial(c); err != nil {
+		return run, err
 	}
 	fleet, err := openFleet(c)
 	if err != nil {
-		return nil, err
+		return run, err
 	}
-	run.devices, err = fleet.devices(c.Int("first"), c.Int("count"))
+	run.Devices, err = fleet.Devices(run.First, c.Int("count"))
 	return run, err
 }
 
-// firstIMSI defaults to the test network 001 01: to its first subscription, or to one that is not likely to have come up before, for who needs
+// dial connects to what --server says: an MME, or as the simulated MME and HSS to the service.
+func dial(c *cli.Context) (n mesim.Network, err error) {
+	if n.Origin.Name, err = kme.ParseOrigin(c.String("origin")); err != nil {
+		return n, cmdline.Usagef("--origin: %w", err)
+	}
+	o := client.Options{URL: c.String("server"), Timeout: 30 * time.Second, Tries: 1} // once: every refusal counts
+	path, s6a := strings.CutPrefix(o.URL, "s6a:")
+	switch {
+	case s6a:
+		if err := cmdline.Require(c, "subscribers"); err != nil {
+			return n, err
+		}
+		if n.SIMs, err = mesim.ReadSIMs(c.String("subscribers")); err == nil {
+			n.MME, err = mesim.DialMME(path)
+		}
+		return n, err
+	case strings.HasPrefix(o.URL, "https://"):
+		if err := cmdline.Require(c, "cert", "key", "ca"); err != nil {
+			return n, err
+		}
+		if o.TLS, err = cmdline.ClientTLS(c.String("cert"), c.String("key"), c.String("ca")); err != nil {
+			return n, err
+		}
+	case !strings.HasPrefix(o.URL, "unix:"):
+		return n, cmdline.Usagef("--server is https://HOST:PORT or unix:/path, not %q", o.URL)
+	}
+	n.Client, err = client.New(o)
+	return n, err
+}
+
+// firstIMSI defaults to the test network 001 01: to its first subscription, or to one that is not likely to have come up before, for whoever needs
 // one without a binding, again and again.
 func firstIMSI(given string, lowest bool) (kme.IMSI, error) {
 	if given == "" && lowest {
@@ -175,25 +229,4 @@ func firstIMSI(given string, lowest bool) (kme.IMSI, error) {
 		given = fmt.Sprintf("00101%010d", 1_000_000_000+rand.Int64N(8_000_000_000))
 	}
 	return kme.ParseIMSI(given)
-}
-
-// verdict fails a run whose devices did not meet with what they should have.
-func (r *attachRun) verdict(ctx context.Context, result *attachResult) error {
-	if r.failure != nil {
-		return r.failure
-	}
-	if err := ctx.Err(); err != nil {
-		return err
-	}
-	rejected := 0
-	for _, n := range result.Rejected {
-		rejected += n
-	}
-	switch {
-	case r.kind == "" && rejected > 0:
-		return fmt.Errorf("%d of %d devices were rejected: %v", rejected, len(r.devices), result.Rejected)
-	case r.kind != "" && result.Attached > 0:
-		return fmt.Errorf("%d of %d tampered devices (%s) were let in", result.Attached, len(r.devices), r.kind)
-	}
-	return nil
 }

@@ -35,17 +35,17 @@ func (e exitError) Unwrap() error { return e.error }
 
 // Usagef is an error in how a command was called or configured.
 func Usagef(format string, args ...any) error {
-	return exitError{fmt.Errorf(format, args...), exitUsage}
+	return exitError{error: fmt.Errorf(format, args...), code: exitUsage}
 }
 
 // Usage marks err as one in how a command was called or configured.
-func Usage(err error) error { return exitError{err, exitUsage} }
+func Usage(err error) error { return exitError{error: err, code: exitUsage} }
 
 // Partial marks err as one that left part of the work done.
-func Partial(err error) error { return exitError{err, exitPartial} }
+func Partial(err error) error { return exitError{error: err, code: exitPartial} }
 
 // Said marks err as one after the command's own JSON document, which says so too.
-func Said(err error) error { return exitError{saidError{err}, exitFailed} }
+func Said(err error) error { return exitError{error: saidError{error: err}, code: exitFailed} }
 
 type saidError struct{ error }
 
@@ -209,6 +209,27 @@ func Print(c *cli.Context, v any, human func(io.Writer)) error {
 	e := json.NewEncoder(c.App.Writer)
 	e.SetIndent("", "  ")
 	return e.Encode(v)
+}
+
+// Printf gives a result: v as one JSON document with --json, else a text.
+func Printf(c *cli.Context, v any, format string, args ...any) error {
+	return Print(c, v, func(w io.Writer) { fmt.Fprintf(w, format, args...) })
+}
+
+// PrintEach gives a list, whose name is in quotes: as PrintList does with --json, else a title and what human writes of
+// each item.
+func PrintEach[T any](c *cli.Context, name, title string, items iter.Seq2[T, error], human func(io.Writer, T)) error {
+	if c.Bool("json") {
+		return PrintList(c, name, items)
+	}
+	fmt.Fprint(c.App.Writer, title)
+	for item, err := range items {
+		if err != nil {
+			return err
+		}
+		human(c.App.Writer, item)
+	}
+	return nil
 }
 
 // PrintList prints one JSON document that ends with a list, and never has all of the list in memory. head is what comes before the list: the

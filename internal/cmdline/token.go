@@ -32,18 +32,3 @@ func WithFactory(c *cli.Context, f func(*hsmkeys.FactoryToken) error) error {
 	defer token.Close()
 	return f(token)
 }
-
-// WithOperator runs f with the operator's token that --token names.
-func WithOperator(c *cli.Context, f func(*hsmkeys.OperatorToken) error) error {
-	return WithOperatorOf(c, c.String("token"), f)
-}
-
-// WithOperatorOf is WithOperator for another token.
-func WithOperatorOf(c *cli.Context, uri string, f func(*hsmkeys.OperatorToken) error) error {
-	token, err := hsmkeys.OpenOperator(c.Context, uri, hsmkeys.Options{})
-	if err != nil {
-		return err
-	}
-	defer token.Close()
-	return f(token)
-}

@@ -40,33 +40,12 @@ func manufacturerCommand() *cli.Command {
 	}
 }
 
-func lotRetireCommand() *cli.Command {
-	return &cli.Command{
-		Name: "retire", Usage: "serve a lot no more, and destroy its key in the token", ArgsUsage: "LOT",
-		Description: "For a lot whose P and Q are not secret any more, or that is not needed. A running service does so after a SIGHUP. What is bound stays\n" +
-			"bound and is served on: keysvc binding report lists it. With several tokens, run this once for each.",
-		Flags: []cli.Flag{cmdline.Token, stateFlag, storeFlag, reasonFlag,
-			&cli.StringFlag{Name: "manufacturer", Usage: "whose lot it is, by `ID`, if several have one of this name"}, cmdline.JSON},
-		Action: cmdline.Alone(lotRetire),
-	}
-}
-
 // decided is a verdict for JSON; nil if there is none.
 func decided(v binding.Verdict) *binding.Verdict {
 	if v.Time.IsZero() {
 		return nil
 	}
 	return &v
-}
-
-func lotState(l *binding.Lot) string {
-	switch {
-	case l.Retired.Withdrawn:
-		return "retired"
-	case l.Distrusted.Withdrawn:
-		return "distrusted"
-	}
-	return "served"
 }
 
 func manufacturerList(c *cli.Context) error {
@@ -85,7 +64,10 @@ func manufacturerList(c *cli.Context) error {
 		}
 		rows := make([]row, len(all))
 		for i, m := range all {
-			rows[i] = row{m.KeyID, m.Operator, m.Directory, m.TACs, m.Enrolled, decided(m.Verdict)}
+			rows[i] = row{
+				KeyID: m.KeyID, Operator: m.Operator, Directory: m.Directory, TACs: m.TACs, Enrolled: m.Enrolled,
+				Verdict: decided(m.Verdict),
+			}
 		}
 		return cmdline.Print(c, map[string]any{"manufacturers": rows}, func(w io.Writer) {
 			const line = "%-43s  %-20s  %-20s  %-10s  %-10s  %s\n"
@@ -137,25 +119,6 @@ func decide(withdrawn bool, f func(context.Context, binding.Registry, string, bi
 	}
 }
 
-func lotRetire(c *cli.Context) error {
-	v, err := verdict(c, true)
-	if err != nil {
-		return err
-	}
-	return withTokenAndStore(c, func(token *hsmkeys.OperatorToken, store *sqlstore.Store) error {
-		lot, err := imports.FindLot(c.Context, store, c.Args().First(), c.String("manufacturer"))
-		if err != nil {
-			return err
-		}
-		stands, err := imports.RetireLot(c.Context, token, store, lot, v)
-		if err != nil {
-			return err
-		}
-		what := fmt.Sprintf("lot %s of manufacturer %s is retired, its key is not in %s any more", lot.Manifest.Lot, lot.Manufacturer, token)
-		return printVerdict(c, store, what, lot.Manufacturer, lot.Manifest.Lot, stands)
-	})
-}
-
 // printVerdict also says what is bound.
 func printVerdict(c *cli.Context, store *sqlstore.Store, what, manufacturer, lot string, v binding.Verdict) error {
 	bound, err := store.Bound(c.Context, manufacturer, lot, time.Now())
@@ -174,5 +137,52 @@ func printVerdict(c *cli.Context, store *sqlstore.Store, what, manufacturer, lot
 		if v.Withdrawn && bound > 0 {
 			fmt.Fprintln(w, "keysvc binding report lists them, and keysvc binding revoke ends one")
 		}
+	})
+}
+
+func enroll(c *cli.Context) error {
+	if err := cmdline.Require(c, "manufacturer", "thumbprint"); err != nil {
+		return err
+	}
+	url := c.String("directory")
+	if url != "" {
+		var err error
+		if url, err = cmdline.AbsoluteDirectory(url); err != nil {
+			return err
+		}
+	}
+	var tacs []kme.TAC
+	for _, text := range c.StringSlice("tac") {
+		t, err := kme.ParseTAC(text)
+		if err != nil {
+			return cmdline.Usage(fmt.Errorf("--tac %s: %w", text, err))
+		}
+		tacs = append(tacs, t)
+	}
+	jws, err := cmdline.ReadFile(c.Args().First())
+	if err != nil {
+		return err
+	}
+	pem, err := cmdline.ReadFile(c.String("manufacturer"))
+	if err != nil {
+		return err
+	}
+	return withTokenAndStore(c, func(token *hsmkeys.OperatorToken, store *sqlstore.Store) error {
+		m, err := imports.Enroll(c.Context, token, store, imports.Enrolment{
+			JWS: jws, PEM: pem, Thumbprint: c.String("thumbprint"), Directory: url, TACs: tacs,
+		})
+		if err != nil {
+			return err
+		}
+		return cmdline.Print(c, map[string]any{"manufacturer": m.KeyID, "operator": m.Operator, "directory": m.Directory, "tacs": append([]kme.TAC{}, m.TACs...)}, func(w io.Writer) {
+			fmt.Fprintf(w, "enrolled with manufacturer %s as operator %s\n", m.KeyID, m.Operator)
+			if len(m.TACs) > 0 {
+				before := ""
+				if len(tacs) == 0 {
+					before = ", as before"
+				}
+				fmt.Fprintf(w, "its lots may have TAC %s alone%s\n", m.TACs, before)
+			}
+		})
 	})
 }

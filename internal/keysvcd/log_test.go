@@ -1,4 +1,4 @@
-package main
+package keysvcd
 
 import (
 	"log/slog"
@@ -12,7 +12,7 @@ import (
 // same.
 func TestHashedIdentities(t *testing.T) {
 	var out strings.Builder
-	log, err := newLog(&out, &config{State: t.TempDir(), LogIdentities: "hashed", LogLevel: slog.LevelInfo})
+	log, err := newLog(&out, &Config{State: t.TempDir(), LogIdentities: "hashed", LogLevel: slog.LevelInfo})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,4 +1,4 @@
-package main
+package keysvcd
 
 import (
 	"log/slog"
@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/kmehsm/kmehsm/binding"
 )
 
 const (
@@ -16,7 +18,7 @@ const (
 	good    = aSocket + aToken
 )
 
-func read(t *testing.T, text string) (*config, error) {
+func read(t *testing.T, text string) (*Config, error) {
 	t.Helper()
 	t.Setenv("KMEHSM_TOKEN", "")
 	t.Setenv("KMEHSM_STORE", "")
@@ -104,7 +106,7 @@ func TestConfigRefused(t *testing.T) {
 	}
 }
 
-// Every setting is taken, and the help has it.
+// Every setting is read, and the help has it.
 func TestConfig(t *testing.T) {
 	c, err := read(t, `
 tokens: [&t "pkcs11:token=operator?module-path=/dev/null", *t]
@@ -135,20 +137,28 @@ log_level: warn
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(c.Tokens) != 2 || c.Tokens[1] != c.Tokens[0] || c.AttemptTTL != time.Minute || c.PendingTTL != 3*time.Minute || c.PendingLimit != 8 || c.MaxRevocationAge != 72*time.Hour || c.LogLevel != slog.LevelWarn ||
+	if len(c.Tokens) != 2 || c.Tokens[1] != c.Tokens[0] || c.AttemptTTL != time.Minute || c.PendingTTL != 3*time.Minute || c.PendingVectors != 8 || c.MaxRevocationAge != 72*time.Hour || c.LogLevel != slog.LevelWarn ||
 		c.Clients[0].PLMNs[0] != "00101" || *c.Clients[1].UID != 0 || !c.Vault.SecretIDWrapped {
 		t.Errorf("%+v", c)
 	}
-	for _, f := range reflect.VisibleFields(reflect.TypeFor[config]()) {
-		if key := f.Tag.Get("yaml"); !strings.Contains(configHelp, key+":") {
+	for _, f := range reflect.VisibleFields(reflect.TypeFor[Config]()) {
+		if key := f.Tag.Get("yaml"); !strings.Contains(Help(), "\n    "+key+":") {
 			t.Errorf("the help has no %s", key)
 		} else if v := reflect.ValueOf(c).Elem().FieldByIndex(f.Index); v.IsZero() {
-			t.Errorf("%s was not taken", key)
+			t.Errorf("%s was not read", key)
 		}
 	}
-	for name := range allowed {
-		if !strings.Contains(configHelp, name+":") {
-			t.Errorf("%s is no setting", name)
+	if c, err = read(t, good); err != nil {
+		t.Fatal(err)
+	}
+	times, want := c.times(), binding.DefaultTimes()
+	times.Now, want.Now = nil, nil // functions are not compared
+	if !reflect.DeepEqual(times, want) || c.CacheMB != 64 || c.Verify != "token" || c.LogLevel != slog.LevelInfo || filepath.Base(c.State) != "keysvc" {
+		t.Errorf("the defaults: %+v", c)
+	}
+	for _, s := range settings {
+		if !strings.HasPrefix(s.name, " ") && !fieldOf(reflect.ValueOf(c).Elem(), s.name).IsValid() {
+			t.Errorf("%s is no setting", s.name)
 		}
 	}
 }

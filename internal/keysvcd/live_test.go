@@ -1,7 +1,10 @@
-package main
+package keysvcd
 
 import (
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -10,7 +13,6 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -22,6 +24,8 @@ import (
 	"github.com/kmehsm/kmehsm/api"
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/certtest"
+	"github.com/kmehsm/kmehsm/internal/pemkey"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -51,23 +55,16 @@ func newSite(t *testing.T, store binding.Store) *site {
 	t.Helper()
 	t.Setenv("KMEHSM_TOKEN", "")
 	t.Setenv("KMEHSM_STORE", "")
-	s := &site{dir: t.TempDir(), log: new(strings.Builder)}
-	for _, name := range []string{"a", "m"} {
-		make := exec.Command("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
-			"-subj", "/CN="+name, "-keyout", filepath.Join(s.dir, name+".key"), "-out", filepath.Join(s.dir, name+".pem"))
-		if out, err := make.CombinedOutput(); err != nil {
-			t.Fatal(err, string(out))
-		}
-	}
-	public, err := exec.Command("openssl", "pkey", "-in", filepath.Join(s.dir, "m.key"), "-pubout").Output()
+	s := &site{dir: certtest.Make(t, "a", "m"), log: new(strings.Builder)}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
-	verifier, err := directory.ParseVerifier(public)
+	public, err := pemkey.Encode(&key.PublicKey)
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.manufacturer = &binding.Manufacturer{KeyID: verifier.KeyID(), PEM: string(public), Directory: "file:" + s.dir}
+	s.manufacturer = &binding.Manufacturer{KeyID: directory.NewVerifier(&key.PublicKey).KeyID(), PEM: string(public), Directory: "file:" + s.dir}
 	s.write(t, siteBase+siteClients)
 	cfg, err := readConfig(s.config())
 	if err != nil {
@@ -75,12 +72,13 @@ func newSite(t *testing.T, store binding.Store) *site {
 	}
 	log := slog.New(slog.NewJSONHandler(s.log, nil))
 	s.live = &live{
-		started: cfg, registry: s, log: log, open: opener(t.Context(), "", cfg.login(), directory.ReaderOptions{}, nil, log),
+		started: cfg, registry: s, log: log,
+		open:  opener(t.Context(), "", cfg.login(), func(string) directory.ReaderOptions { return directory.ReaderOptions{} }, log),
 		ready: func(context.Context, *binding.Service) ([]string, error) { return nil, nil },
 		options: api.Options{Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(),
 			Service: binding.NewService(binding.Options{Store: store, Times: cfg.times(), Log: log})},
 	}
-	if err := s.take(t.Context(), cfg); err != nil {
+	if err := s.apply(t.Context(), cfg); err != nil {
 		t.Fatal(err)
 	}
 	return s
@@ -170,14 +168,14 @@ func TestReloadFails(t *testing.T) {
 	before := s.Load()
 	s.write(t, siteBase+newClients)
 	if err := s.reload(t.Context(), s.config()); err != nil || s.Load() == before {
-		t.Errorf("mended, it is not taken up: %v", err)
+		t.Errorf("mended, it changes nothing: %v", err)
 	}
 	if strings.Contains(s.log.String(), "needs a restart") {
 		t.Errorf("the log: %s", s.log)
 	}
 }
 
-// What a reload does not take up is named, again at each, and what it does take up is taken up all the same.
+// What a reload does not change is named, again at each, and the rest is changed all the same.
 func TestNeedsRestart(t *testing.T) {
 	s := newSite(t, nil)
 	for range 2 {

@@ -1,4 +1,4 @@
-package main
+package mesim
 
 import (
 	"bufio"
@@ -18,8 +18,8 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// An mme is the test MME of plugins/freediameter: lines of text over a Unix socket, which it sends on as S6a requests. It may be used concurrently.
-type mme struct {
+// An MME is the test MME of plugins/freediameter: lines of text over a Unix socket, which it sends on as S6a requests. It may be used concurrently.
+type MME struct {
 	conn net.Conn
 
 	mu      sync.Mutex
@@ -27,17 +27,18 @@ type mme struct {
 	waiting map[int]chan<- []string // guarded by mu: the fields of the answer, without its id; closed when the MME has gone
 }
 
-func dialMME(path string) (*mme, error) {
+// DialMME connects to the one that listens on a socket.
+func DialMME(path string) (*MME, error) {
 	conn, err := net.Dial("unix", path)
 	if err != nil {
 		return nil, err
 	}
-	m := &mme{conn: conn, waiting: map[int]chan<- []string{}}
+	m := &MME{conn: conn, waiting: map[int]chan<- []string{}}
 	go m.read()
 	return m, nil
 }
 
-func (m *mme) read() {
+func (m *MME) read() {
 	lines := bufio.NewScanner(m.conn)
 	for lines.Scan() {
 		fields := strings.Fields(lines.Text())
@@ -62,7 +63,7 @@ func (m *mme) read() {
 }
 
 // ask sends a request of so many arguments, and gives the fields of its answer.
-func (m *mme) ask(ctx context.Context, command string, args ...string) ([]string, error) {
+func (m *MME) ask(ctx context.Context, command string, args ...string) ([]string, error) {
 	answer := make(chan []string, 1)
 	m.mu.Lock()
 	if m.waiting == nil {
@@ -111,7 +112,7 @@ type vector struct {
 }
 
 // vectors asks for one vector. resync is RAND and AUTS, or nil.
-func (m *mme) vectors(ctx context.Context, imsi kme.IMSI, resync []byte) (v vector, control, attempt string, err error) {
+func (m *MME) vectors(ctx context.Context, imsi kme.IMSI, resync []byte) (v vector, control, attempt string, err error) {
 	info := "-"
 	if resync != nil {
 		info = hex.EncodeToString(resync)
@@ -121,7 +122,7 @@ func (m *mme) vectors(ctx context.Context, imsi kme.IMSI, resync []byte) (v vect
 		return v, "", "", err
 	}
 	if len(f) < 4 || f[1] != success {
-		return v, "", "", resultError{f[1], "-"}
+		return v, "", "", resultError{result: f[1], status: "-"}
 	}
 	if len(f) != 5 {
 		return v, "", "", fmt.Errorf("AIA has %d vectors, not one", len(f)-4)
@@ -142,13 +143,13 @@ func (m *mme) vectors(ctx context.Context, imsi kme.IMSI, resync []byte) (v vect
 }
 
 // update sends ULR: with a payload and its attempt, or with "-" for both. It gives NW_SIG.
-func (m *mme) update(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, payload, attempt string) (nwSig []byte, err error) {
+func (m *MME) update(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, payload, attempt string) (nwSig []byte, err error) {
 	f, err := m.ask(ctx, "ULR", imsi.String(), imei.String(), payload, attempt)
 	if err != nil {
 		return nil, err
 	}
 	if len(f) != 5 || f[1] != success || f[2] != "-" && f[2] != "0" {
-		return nil, resultError{f[1], f[min(2, len(f)-1)]}
+		return nil, resultError{result: f[1], status: f[min(2, len(f)-1)]}
 	}
 	if payload != "-" && f[4] != "-" {
 		return nil, errors.New("the answer to a payload has a subscription: it allows a bearer")
@@ -159,8 +160,8 @@ func (m *mme) update(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, payload,
 	return hex.DecodeString(f[3])
 }
 
-// readSIMs reads a file with a subscriber a line: IMSI, K and OPc. What the test HSS reads behind them is not for SIMs.
-func readSIMs(path string) (map[kme.IMSI]*milenage.SIM, error) {
+// ReadSIMs reads a file with a subscriber a line: IMSI, K and OPc. What the test HSS reads behind them is not for SIMs.
+func ReadSIMs(path string) (map[kme.IMSI]*milenage.SIM, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, err
@@ -198,12 +199,12 @@ func authenticate(sim *milenage.SIM, rand [aes.BlockSize]byte, v vector) (sqn ui
 }
 
 // playS6a is the message flow of TR 33.868, as MME, device and SIM see it, over a real Diameter stack.
-func (r *attachRun) playS6a(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, m *message) error {
-	sim := r.sims[imsi]
+func (a *attaching) playS6a(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, m *Message) error {
+	sim := a.SIMs[imsi]
 	if sim == nil {
 		return fmt.Errorf("--subscribers has no IMSI %s", imsi)
 	}
-	v, control, attempt, err := r.mme.vectors(ctx, imsi, nil)
+	v, control, attempt, err := a.MME.vectors(ctx, imsi, nil)
 	if err != nil {
 		return err
 	}
@@ -214,8 +215,8 @@ func (r *attachRun) playS6a(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, m
 		return fmt.Errorf("with a RAND that is not encrypted: %w", err)
 	}
 	var nwSig []byte
-	err = r.timed(func() error {
-		nwSig, err = r.mme.update(ctx, imsi, imei, hex.EncodeToString(m.payload), attempt)
+	err = a.timed(func() error {
+		nwSig, err = a.MME.update(ctx, imsi, imei, hex.EncodeToString(m.Payload), attempt)
 		return err
 	})
 	if err != nil {
@@ -229,7 +230,7 @@ func (r *attachRun) playS6a(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, m
 	}
 	// Pre-processed from now on. Once the SIM asks for resynchronisation, with the RAND that the MME has, and AUTS of the one that it gets.
 	for _, resynchronise := range []bool{true, false} {
-		if v, control, _, err = r.mme.vectors(ctx, imsi, nil); err != nil {
+		if v, control, _, err = a.MME.vectors(ctx, imsi, nil); err != nil {
 			return err
 		}
 		if control != preprocessed {
@@ -247,7 +248,7 @@ func (r *attachRun) playS6a(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, m
 			break
 		}
 		auts := sim.Resynchronise(rand, sqn+1<<20)
-		if v, _, _, err = r.mme.vectors(ctx, imsi, append(v.rand[:], auts[:]...)); err != nil {
+		if v, _, _, err = a.MME.vectors(ctx, imsi, append(v.rand[:], auts[:]...)); err != nil {
 			return fmt.Errorf("resynchronisation: %w", err)
 		}
 		if rand, err = m.decrypt(v.rand); err != nil {
@@ -258,7 +259,7 @@ func (r *attachRun) playS6a(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, m
 			return fmt.Errorf("after resynchronisation to SQN %d the HSS uses %d: %w", sqn+1<<20, again, err)
 		}
 	}
-	_, err = r.mme.update(ctx, imsi, imei, "-", "-")
+	_, err = a.MME.update(ctx, imsi, imei, "-", "-")
 	return err
 }
 

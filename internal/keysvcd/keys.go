@@ -1,0 +1,120 @@
+package keysvcd
+
+import (
+	"context"
+	"crypto/rsa"
+	"errors"
+	"fmt"
+	"path/filepath"
+
+	"github.com/kmehsm/kmehsm/binding/mark"
+	"github.com/kmehsm/kmehsm/binding/tokenkeys"
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/handover"
+)
+
+// WithToken runs f with the operator's token that a URI names.
+func WithToken(ctx context.Context, uri string, f func(*hsmkeys.OperatorToken) error) error {
+	token, err := hsmkeys.OpenOperator(ctx, uri, hsmkeys.Options{})
+	if err != nil {
+		return err
+	}
+	defer token.Close()
+	return f(token)
+}
+
+// NewTransportKey makes a transport key, and writes its public half to a file for the manufacturer. It gives the
+// thumbprint to read out.
+func NewTransportKey(ctx context.Context, token *hsmkeys.OperatorToken, path string) (thumbprint string, err error) {
+	pub, err := token.NewTransportKey(ctx)
+	if err != nil {
+		return "", err
+	}
+	data, err := handover.NewTransportKey(pub, token.Serial())
+	return handOut(ctx, pub, path, data, err, token.DestroyTransportKey)
+}
+
+// NewRestoreKey makes the key that receives those of a backup, in a token that is to be the operator's, and writes its
+// public half to a file for CreateBackup. It gives the thumbprint to read out.
+func NewRestoreKey(ctx context.Context, token *hsmkeys.OperatorToken, acceptWeak bool, path string) (thumbprint string, err error) {
+	if _, _, err := tokenkeys.Dedicate(ctx, token, acceptWeak); err != nil {
+		return "", err
+	}
+	pub, err := token.NewRestoreKey(ctx)
+	if err != nil {
+		return "", err
+	}
+	data, err := handover.NewRestoreKey(pub, token.Serial())
+	return handOut(ctx, pub, path, data, err, token.DestroyRestoreKey)
+}
+
+// handOut writes the file of a public key, unless err says that there is none. A key that nobody can be given is
+// destroyed.
+func handOut(ctx context.Context, pub *rsa.PublicKey, path string, data []byte, err error,
+	destroy func(context.Context, *rsa.PublicKey) error) (thumbprint string, _ error) {
+	if err == nil {
+		err = WriteFile(path, data)
+	}
+	if err != nil {
+		return "", fmt.Errorf("the file cannot be written: %w", errors.Join(err, destroy(ctx, pub)))
+	}
+	return directory.RSAThumbprint(pub), nil
+}
+
+// WriteFile writes a file for another party, and makes its folder.
+func WriteFile(path string, data []byte) error {
+	if err := durable.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return err
+	}
+	return durable.WriteFile(path, data, 0o644)
+}
+
+// TransportKeys gives the transport keys that wait for their enrolment, by their thumbprints.
+func TransportKeys(ctx context.Context, token *hsmkeys.OperatorToken) (map[string]*rsa.PublicKey, error) {
+	keys, err := token.TransportKeys(ctx)
+	all := map[string]*rsa.PublicKey{}
+	for _, pub := range keys {
+		all[directory.RSAThumbprint(pub)] = pub
+	}
+	return all, err
+}
+
+// A Backup is the file of a token's keys, for one other token.
+type Backup struct {
+	Data       []byte
+	Thumbprint string   // to read out
+	Token      string   // the serial number of the token whose keys they are
+	Keys       []string // their labels
+}
+
+// CreateBackup wraps the storage and ledger keys of a token for the key of another one, which the security officer
+// makes a trusted one.
+func CreateBackup(ctx context.Context, uri string, officer hsmkeys.PIN, to *rsa.PublicKey) (b *Backup, err error) {
+	// Before the security officer's PIN is tried, of which a token allows few tries, and before a key is TRUSTED that
+	// the user's login would have to remove.
+	err = WithToken(ctx, uri, func(token *hsmkeys.OperatorToken) error { return token.MustBe(ctx, hsmkeys.Operator) })
+	if err != nil {
+		return nil, err
+	}
+	if err := hsmkeys.TakeRecipient(ctx, uri, officer, to); err != nil {
+		return nil, err
+	}
+	return b, WithToken(ctx, uri, func(token *hsmkeys.OperatorToken) error {
+		keys, err := token.CarryOut(ctx)
+		if err != nil {
+			return err
+		}
+		mark, err := mark.Read(ctx, token)
+		if err != nil {
+			return err
+		}
+		b = &Backup{Token: token.Serial()}
+		for _, k := range keys {
+			b.Keys = append(b.Keys, k.Key.Label())
+		}
+		b.Data, b.Thumbprint, err = tokenkeys.NewBackup(b.Token, to, keys, mark)
+		return err
+	})
+}

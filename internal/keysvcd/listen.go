@@ -1,0 +1,129 @@
+package keysvcd
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/kmehsm/kmehsm/api"
+)
+
+func listen(cfg *Config, served *live) (listeners []net.Listener, err error) {
+	defer func() {
+		if err != nil {
+			for _, l := range listeners {
+				l.Close()
+			}
+		}
+	}()
+	if cfg.Listen != "" {
+		l, err := net.Listen("tcp", cfg.Listen)
+		if err != nil {
+			return nil, err
+		}
+		listeners = append(listeners, tls.NewListener(l, &tls.Config{
+			MinVersion:         tls.VersionTLS13,
+			GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return served.Load().tls, nil },
+		}))
+	}
+	if cfg.Socket != "" {
+		l, err := listenUnix(cfg.Socket, served.others)
+		if err != nil {
+			return listeners, err
+		}
+		listeners = append(listeners, l)
+	}
+	return listeners, nil
+}
+
+// listenUnix offers a socket to its own user only, or to others, who are told apart by their uid. A socket that a killed service left is replaced; one that
+// somebody serves is not.
+func listenUnix(path string, others bool) (net.Listener, error) {
+	if c, err := net.Dial("unix", path); err == nil {
+		c.Close()
+		return nil, fmt.Errorf("another process serves %s", path)
+	}
+	if info, err := os.Lstat(path); err == nil && info.Mode()&os.ModeSocket != 0 {
+		if err := os.Remove(path); err != nil {
+			return nil, err
+		}
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return nil, err
+	}
+	mask := 0o177
+	if others {
+		mask = 0o111
+	}
+	old := syscall.Umask(mask) // from its first moment on, not only after a chmod
+	l, err := net.Listen("unix", path)
+	syscall.Umask(old)
+	return l, err
+}
+
+// run serves until ctx ends, and then finishes the calls under way. It reloads at SIGHUP, and when a database that was
+// rolled back is accepted.
+func (d *daemon) run(ctx context.Context, listeners []net.Listener) error {
+	protocols := new(http.Protocols)
+	protocols.SetHTTP1(true)
+	protocols.SetHTTP2(true)
+	protocols.SetUnencryptedHTTP2(true) // on the socket, where gRPC comes without TLS
+	server := &http.Server{
+		Handler: d.live, ConnContext: api.ConnContext, ConnState: api.ConnState(d.service), Protocols: protocols,
+		ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, IdleTimeout: 5 * time.Minute,
+		ErrorLog: slog.NewLogLogger(d.log.Handler(), slog.LevelDebug),
+	}
+	g, gctx := errgroup.WithContext(ctx)
+	for _, l := range listeners {
+		g.Go(func() error {
+			if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+				return err
+			}
+			return nil
+		})
+	}
+	g.Go(func() error {
+		hup := make(chan os.Signal, 1)
+		signal.Notify(hup, syscall.SIGHUP)
+		defer signal.Stop(hup)
+		minute := time.NewTicker(time.Minute)
+		defer minute.Stop()
+		reload := func() {
+			if err := d.safely(ctx, func() error { return d.reload(ctx, d.path) }); err != nil {
+				d.log.Error("reload failed; what was served before goes on", "cause", err.Error())
+			} else {
+				d.log.Info("reloaded")
+			}
+		}
+		for {
+			select {
+			case <-hup:
+				reload()
+			case <-d.accepted:
+				reload()
+			case <-minute.C:
+				err := d.safely(ctx, func() error { return d.store.DropExpired(gctx, time.Now()) })
+				if err != nil && gctx.Err() == nil {
+					d.log.Warn("expired attempts were not removed", "cause", err.Error())
+				}
+			case <-gctx.Done():
+				d.log.Info("draining")
+				drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
+				defer cancel()
+				return server.Shutdown(drain)
+			}
+		}
+	})
+	return g.Wait()
+}

@@ -1,0 +1,158 @@
+package keysvcd
+
+import (
+	"cmp"
+	"context"
+	"crypto/tls"
+	"errors"
+	"log/slog"
+	"net/http"
+	"os"
+	"reflect"
+	"slices"
+	"strings"
+	"sync/atomic"
+
+	"github.com/kmehsm/kmehsm/api"
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/vaultstore"
+)
+
+// A state is what a reload changes: certificates, clients and lots. It is immutable, and a call sees one from
+// its beginning to its end.
+type state struct {
+	tls     *tls.Config // nil if the service does not listen
+	clients *api.Clients
+	lots    *binding.Lots
+	handler http.Handler // serves the lots for the clients
+}
+
+// live has the state that is served.
+type live struct {
+	atomic.Pointer[state]
+	started  *Config // whose settings hold, but for those that a reload changes
+	registry binding.Registry
+	open     func(*binding.Manufacturer) (*directory.Reader, error)
+	options  api.Options // of the handler that serves, or of the first
+	ready    func(context.Context, *binding.Service) (warnings []string, err error)
+	log      *slog.Logger
+	others   bool // the socket is open for other users
+	// The database was rolled back at the start: until that is accepted, there are no lots.
+	rolledBack bool
+}
+
+// apply builds all of the state that a configuration says, and then serves it. If any of it fails, nothing has changed.
+// It is for one goroutine at a time.
+func (l *live) apply(ctx context.Context, cfg *Config) error {
+	next := new(state)
+	var err error
+	if next.clients, err = knownClients(cfg); err != nil {
+		return err
+	}
+	if l.started.Listen != "" {
+		// A client without a certificate is not served.
+		next.tls, err = cmdline.ServerTLS(cfg.TLS.Certificate, cfg.TLS.Key, cfg.TLS.ClientCA, tls.RequireAndVerifyClientCert)
+		if err != nil {
+			return err
+		}
+	}
+	next.lots, err = binding.OpenLots(ctx, l.registry, l.open)
+	if errors.Is(err, binding.ErrRolledBack) && l.rolledBack {
+		next.lots, err = new(binding.Lots), nil
+	}
+	if err != nil {
+		return err
+	}
+	o := l.options
+	o.Clients, o.Service = next.clients, o.Service.WithLots(next.lots)
+	o.Ready = func(ctx context.Context) ([]string, error) { return l.ready(ctx, o.Service) }
+	next.handler = api.NewHandler(o)
+	others := next.clients.OtherUsers(os.Getuid())
+	fixed := l.started.fixed(cfg)
+	l.options.Service = o.Service
+	if l.Swap(next) == nil {
+		l.others = others
+	} else if others && !l.others && l.started.Socket != "" {
+		fixed = append(fixed, "socket, which is not open yet for clients that are other users")
+	}
+	next.lots.LogWithdrawn(l.log)
+	if len(fixed) > 0 {
+		l.log.Warn("needs a restart: " + strings.Join(fixed, ", "))
+	}
+	return nil
+}
+
+// reload applies what a file says now.
+func (l *live) reload(ctx context.Context, path string) error {
+	cfg, err := readConfig(path)
+	if err != nil {
+		return err
+	}
+	return l.apply(ctx, cfg)
+}
+
+func (l *live) ServeHTTP(w http.ResponseWriter, r *http.Request) { l.Load().handler.ServeHTTP(w, r) }
+
+// fixed are the settings of another configuration that differ, and that a reload does not change.
+func (c *Config) fixed(other *Config) (names []string) {
+	reloaded := []string{"clients", "tls", "token"} // the last is in tokens, if it counts
+	for _, f := range reflect.VisibleFields(reflect.TypeFor[Config]()) {
+		name := f.Tag.Get("yaml")
+		mine, theirs := reflect.ValueOf(c).Elem().FieldByIndex(f.Index), reflect.ValueOf(other).Elem().FieldByIndex(f.Index)
+		if !slices.Contains(reloaded, name) && !reflect.DeepEqual(mine.Interface(), theirs.Interface()) {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+// knownClients are those of the configuration. On the socket alone, the service's own user needs no entry.
+func knownClients(cfg *Config) (*api.Clients, error) {
+	if len(cfg.Clients) > 0 {
+		return api.NewClients(cfg.Clients)
+	}
+	own := os.Getuid()
+	return api.NewClients([]api.Client{{Name: "own user", UID: &own, PLMNs: []string{"all"},
+		Roles: []api.Role{api.RoleHSS, api.RoleAdmin, api.RoleMonitor, api.RoleMetrics}}})
+}
+
+// OpenLots gives the lots of a store for a command: their directories are read anew, and nothing is remembered of them.
+// fallback is the directory of manufacturers that were enrolled without one.
+func OpenLots(ctx context.Context, store binding.Registry, fallback string, login vaultstore.Login, log *slog.Logger) (*binding.Lots, error) {
+	none := func(string) directory.ReaderOptions { return directory.ReaderOptions{} }
+	return binding.OpenLots(ctx, store, opener(ctx, fallback, login, none, log))
+}
+
+// opener gives the reader of a manufacturer's directory, the same one at each reload: what it has cached stays, and so
+// does the login. It is for one goroutine at a time.
+func opener(ctx context.Context, fallback string, login vaultstore.Login,
+	options func(manufacturer string) directory.ReaderOptions, log *slog.Logger,
+) func(m *binding.Manufacturer) (*directory.Reader, error) {
+	stores, readers := map[string]directory.Store{}, map[string]*directory.Reader{}
+	return func(m *binding.Manufacturer) (*directory.Reader, error) {
+		name := cmp.Or(m.Directory, fallback)
+		if name == "" {
+			return nil, cmdline.Usagef("manufacturer %s was enrolled without a directory: name one with directory in "+
+				"the configuration or --directory, or enroll again with --directory", m.KeyID)
+		}
+		key := m.KeyID + " " + name
+		if readers[key] != nil {
+			return readers[key], nil
+		}
+		if stores[name] == nil {
+			store, err := cmdline.OpenDirectory(ctx, name, login, log)
+			if err != nil {
+				return nil, err
+			}
+			stores[name] = store
+		}
+		verifier, err := directory.ParseVerifier([]byte(m.PEM))
+		if err != nil {
+			return nil, err
+		}
+		readers[key] = directory.NewReader(stores[name], verifier, options(m.KeyID))
+		return readers[key], nil
+	}
+}

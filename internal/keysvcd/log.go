@@ -1,0 +1,69 @@
+package keysvcd
+
+import (
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"regexp"
+
+	"github.com/kmehsm/kmehsm/internal/durable"
+)
+
+// newLog is JSON lines, a decision each. Hashed, IMSIs and IMEIs are keyed: there are too few of them for a hash that anybody can compute.
+func newLog(w io.Writer, cfg *Config) (*slog.Logger, error) {
+	o := &slog.HandlerOptions{Level: cfg.LogLevel}
+	if cfg.LogIdentities == "hashed" {
+		key, err := logKey(cfg.State)
+		if err != nil {
+			return nil, err
+		}
+		hash := func(kind, value string) string {
+			h := hmac.New(sha256.New, key)
+			fmt.Fprint(h, kind, " ", value)
+			return hex.EncodeToString(h.Sum(nil)[:12])
+		}
+		o.ReplaceAttr = func(_ []string, a slog.Attr) slog.Attr {
+			switch a.Key {
+			case "imsi", "imei":
+				a.Value = slog.StringValue(hash(a.Key, a.Value.String()))
+			case "cause": // of a row or a list, which it names by them
+				a.Value = slog.StringValue(identity.ReplaceAllStringFunc(a.Value.String(), func(digits string) string {
+					if len(digits) == 14 {
+						return hash("imei", digits)
+					}
+					return hash("imsi", digits)
+				}))
+			}
+			return a
+		}
+	}
+	return slog.New(slog.NewJSONHandler(w, o)), nil
+}
+
+// identity finds an IMEI, of 14 digits here, and an IMSI, of 15.
+var identity = regexp.MustCompile(`\b[0-9]{14,15}\b`)
+
+// logKey is made once.
+func logKey(state string) ([]byte, error) {
+	path := filepath.Join(state, "log.key")
+	key, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		key = make([]byte, 32)
+		rand.Read(key)
+		if err = durable.MkdirAll(state, 0o755); err == nil {
+			err = durable.WriteFile(path, key, 0o600)
+		}
+	}
+	if err == nil && len(key) != 32 {
+		err = fmt.Errorf("%s is damaged: remove it, and later hashes are others than earlier ones", path)
+	}
+	return key, err
+}

@@ -1,0 +1,9 @@
+package keysvcd
+
+import (
+	"testing"
+
+	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+)
+
+func TestMain(m *testing.M) { softhsmtest.Main(m, 10) }

@@ -1,0 +1,252 @@
+// Package keysvcd is the daemon behind keysvc serve: its configuration, what it is made of, and what a reload changes.
+// The work on its store and tokens that keysvc's other commands do is here too.
+package keysvcd
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"slices"
+	"time"
+
+	"github.com/maypok86/otter/v2/stats"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/kmehsm/kmehsm/api"
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/mark"
+	"github.com/kmehsm/kmehsm/binding/sqlstore"
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/panics"
+	"github.com/kmehsm/kmehsm/internal/scheduling"
+)
+
+// A daemon serves from tokens and a store. Only live changes while it does.
+type daemon struct {
+	*live
+	path     string // of the configuration
+	tokens   *hsmkeys.OperatorPool
+	store    *sqlstore.Store
+	service  *binding.Service // without lots: see live
+	warnings []string         // that hold as long as the process: of tokens and store
+	accepted chan struct{}    // has one when a database that was rolled back is accepted
+}
+
+// Serve serves the HSS as a configuration file says, and logs to w. When ctx ends, it finishes the calls under way and
+// returns. SIGHUP reloads lots, clients and certificates.
+func Serve(ctx context.Context, path string, w io.Writer) error {
+	cfg, err := readConfig(path)
+	if err != nil {
+		return cmdline.Usage(err)
+	}
+	log, err := newLog(w, cfg)
+	if err != nil {
+		return err
+	}
+	slog.SetDefault(log) // for what others log: a panic on a goroutine of hsmkeys
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(200) // the collector takes 5% of busy cores otherwise, and half of that so
+	}
+	registry := prometheus.NewRegistry()
+	metrics := binding.NewMetrics(registry)
+	tokens, err := openTokens(ctx, cfg, metrics, log)
+	if err != nil {
+		return err
+	}
+	defer tokens.Close()
+	store, err := OpenStore(ctx, tokens, cfg.Store)
+	if err != nil {
+		return err
+	}
+	defer store.Close()
+	// One that is rolled back is served all the same: each call is told so, until it is accepted.
+	rolledBack := mark.Check(ctx, store, tokens)
+	if rolledBack != nil && !errors.Is(rolledBack, binding.ErrRolledBack) {
+		return rolledBack
+	}
+	d := &daemon{
+		path: path, tokens: tokens, store: store, accepted: make(chan struct{}, 1),
+		service: binding.NewService(binding.Options{
+			Token: tokens, Store: store, Times: cfg.times(), Metrics: metrics, Log: log,
+			Limits: binding.Limits{
+				Calls: cmp.Or(cfg.Calls, 32*tokens.Sessions()), IMEIRate: cfg.IMEIRate, IMEIBurst: cfg.IMEIBurst,
+			},
+		}),
+	}
+	if d.warnings, err = weaknesses(ctx, tokens.Tokens(), registry, log); err != nil {
+		return err
+	}
+	unsafe, err := store.Warnings(ctx)
+	if err != nil {
+		return err
+	}
+	for _, what := range unsafe {
+		log.Warn("the store is not kept as it should be", "warning", what)
+	}
+	d.warnings = append(d.warnings, unsafe...)
+	cache := stats.NewCounter()
+	observe(registry, tokens.Tokens(), store, cache)
+	traces, stop, err := tracing(ctx, cfg.OTLP)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		flush, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+		defer cancel()
+		if err := stop(flush); err != nil {
+			log.Warn("the last traces were not sent", "cause", err.Error())
+		}
+	}()
+	pageKey, err := tokens.Derive(ctx, "pages")
+	if err != nil {
+		return err
+	}
+	d.live = &live{
+		started: cfg, registry: store, ready: d.ready, log: log, rolledBack: rolledBack != nil,
+		open: opener(ctx, cfg.Directory, cfg.login(), readerOptions(cfg, store, cache, newOverdue(registry), log), log),
+		options: api.Options{Service: d.service, Metrics: metrics, Outer: traces, PageKey: pageKey,
+			Gather: promhttp.HandlerFor(registry, promhttp.HandlerOpts{})},
+	}
+	if err := d.apply(ctx, cfg); err != nil {
+		return err
+	}
+	listeners, err := listen(cfg, d.live)
+	if err != nil {
+		return err
+	}
+	addresses := make([]string, len(listeners))
+	for i, l := range listeners {
+		addresses[i] = l.Addr().String() // with the port that port 0 became
+	}
+	if rolledBack != nil {
+		log.Error("no call is served", "cause", rolledBack.Error())
+	}
+	defer d.keepMark(ctx)()
+	log.Info("serving", "token", tokens.String(), "ranges", d.Load().lots.Len(), "addresses", addresses)
+	return d.run(ctx, listeners)
+}
+
+// openTokens opens the tokens that a configuration names, and shows that they can work.
+func openTokens(ctx context.Context, cfg *Config, o hsmkeys.Observer, log *slog.Logger) (*hsmkeys.OperatorPool, error) {
+	tokens, err := hsmkeys.OpenOperatorPool(ctx, cfg.Tokens, hsmkeys.Options{
+		Observer: o, HangTimeout: cfg.HSMTimeout, VerifyInSoftware: cfg.Verify == "software", Changed: logChanges(log),
+	})
+	if err != nil {
+		return nil, err
+	}
+	if err := scheduling.ForCalls(tokens.Sessions()); err != nil {
+		log.Debug("the kernel keeps the scheduling policy as it is", "cause", err.Error())
+	}
+	if cfg.Verify == "software" {
+		log.Warn("KME_SIG is validated in software, and not in the token, as the configuration says")
+	}
+	err = tokens.Ping(ctx)
+	if errors.Is(err, hsmkeys.ErrNoKey) || errors.Is(err, hsmkeys.ErrNotDedicated) {
+		err = noKeys(tokens)
+	}
+	if err != nil {
+		return nil, errors.Join(err, tokens.Close())
+	}
+	return tokens, nil
+}
+
+// readerOptions are those of each manufacturer's reader. What it finds overdue is counted and logged.
+func readerOptions(cfg *Config, store *sqlstore.Store, cache *stats.Counter, overdue *prometheus.CounterVec,
+	log *slog.Logger) func(manufacturer string) directory.ReaderOptions {
+	return func(manufacturer string) directory.ReaderOptions {
+		return directory.ReaderOptions{
+			CacheBytes: cfg.CacheMB << 20, RevocationTTL: cfg.RevocationTTL, MaxAge: cfg.MaxRevocationAge, Stats: cache,
+			Memory: binding.RevocationMemory(store, manufacturer, filepath.Join(cfg.State, "revocations")),
+			Overdue: func(d directory.Overdue) {
+				overdue.WithLabelValues(manufacturer, string(d.Why)).Inc()
+				log.Warn("a list of revoked devices is overdue; the last one stands", "manufacturer", manufacturer,
+					"lot", d.Lot, "why", d.Why, "since", d.Since, "cause", d.Cause.Error())
+			},
+		}
+	}
+}
+
+// ready shows that the token and the store can work. What cannot, and calls can do without, is a warning.
+func (d *daemon) ready(ctx context.Context, service *binding.Service) (warnings []string, err error) {
+	if err = d.tokens.Ping(ctx); err == nil {
+		_, err = d.store.Lots(ctx)
+	}
+	if err != nil {
+		d.log.WarnContext(ctx, "not ready", "cause", err.Error())
+		return nil, err
+	}
+	warnings = slices.Clone(d.warnings)
+	short, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	for manufacturer, err := range service.CheckDirectories(short) {
+		d.log.WarnContext(ctx, "a directory is not available", "manufacturer", manufacturer, "cause", err.Error())
+		warnings = append(warnings, "the directory of manufacturer "+manufacturer+" is not available; devices whose keys are cached go on")
+	}
+	for manufacturer, lists := range service.Overdue() {
+		for _, o := range lists {
+			const warning = "the list of revoked devices of lot %s of manufacturer %s is overdue (%s); %s"
+			warnings = append(warnings, fmt.Sprintf(warning, o.Lot, manufacturer, o.Why, standing(o.Since)))
+		}
+	}
+	return warnings, nil
+}
+
+// standing says what is served in the place of a list of revoked devices that is overdue.
+func standing(since time.Time) string {
+	if since.IsZero() {
+		return "there is none yet: no device of the lot is newly bound, and whether one that is bound was revoked is not known"
+	}
+	return "that of " + since.UTC().Format(time.RFC3339) + " stands"
+}
+
+// keepMark keeps the tokens' high-water mark until stop is called, which is after the last call has ended.
+func (d *daemon) keepMark(ctx context.Context) (stop func()) {
+	keeping, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	kept := make(chan struct{})
+	go func() {
+		defer close(kept)
+		d.safely(ctx, func() error {
+			mark.Keep(keeping, d.store, d.tokens, func() {
+				select {
+				case d.accepted <- struct{}{}:
+				default:
+				}
+			}, d.log)
+			return nil
+		})
+	}()
+	return func() { cancel(); <-kept }
+}
+
+// safely does work that no call waits for. A panic is its error, and the service goes on.
+func (d *daemon) safely(ctx context.Context, work func() error) (err error) {
+	defer func() {
+		if panics.Of(err) != nil {
+			d.service.Broken(ctx, err)
+		}
+	}()
+	defer panics.Recover(&err)
+	return work()
+}
+
+// logChanges says in the log when a token goes, and when it is back.
+func logChanges(log *slog.Logger) func(token string, was, is hsmkeys.Health) {
+	return func(token string, was, is hsmkeys.Health) {
+		switch {
+		case was.Cause == nil && is.Cause != nil:
+			log.Error("the HSM is away; it is opened again as soon as it can be",
+				"token", token, "cause", is.Cause.Error(), "hung", is.Hung)
+		case was.Cause != nil && is.Cause == nil:
+			log.Info("the HSM is back", "token", token, "reopened", is.Reinitialised)
+		}
+	}
+}

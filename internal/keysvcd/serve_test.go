@@ -1,0 +1,165 @@
+package keysvcd
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/kmehsm/kmehsm/binding/tokenkeys"
+	"github.com/kmehsm/kmehsm/client"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/internal/testproc"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// A lockedBuffer is a log that a test reads while the daemon writes.
+type lockedBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer // guarded by mu
+}
+
+func (l *lockedBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lockedBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+// eventually waits for something that takes as long as the machine needs.
+func eventually(t *testing.T, what string, done func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(testproc.Patience); !done(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("it takes too long: %s", what)
+		}
+	}
+}
+
+// initialise does what keysvc init does.
+func initialise(t *testing.T, tok softhsmtest.Tok) {
+	t.Helper()
+	withToken(t, tok, func(token *hsmkeys.OperatorToken) error {
+		_, _, err := tokenkeys.Init(t.Context(), token, true)
+		return err
+	})
+}
+
+func withToken(t *testing.T, tok softhsmtest.Tok, f func(*hsmkeys.OperatorToken) error) {
+	t.Helper()
+	if err := WithToken(t.Context(), tok.URI, f); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// The daemon serves from a token and a database, reloads at SIGHUP, and ends when it is told to.
+func TestServe(t *testing.T) {
+	dir, own := t.TempDir(), os.Getuid()
+	socket, path := filepath.Join(dir, "s"), filepath.Join(dir, "keysvc.yaml")
+	tok := softhsmtest.Token(t)
+	write := func(uid int, more string) {
+		t.Helper()
+		text := fmt.Sprintf("token: %q\nstate: state\nsocket: s\n"+
+			"clients: [{name: me, uid: %d, roles: [hss, metrics], plmns: [all]}]\n%s", tok.URI, uid, more)
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(own, "")
+	if err := Serve(t.Context(), path, io.Discard); err == nil || !strings.Contains(err.Error(), "run keysvc init first") {
+		t.Fatalf("a token without keys: %v", err)
+	}
+	initialise(t, tok)
+
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	log, ended := new(lockedBuffer), make(chan error, 1)
+	go func() { ended <- Serve(ctx, path, log) }()
+	get := func(what string) (status int, body string) {
+		c := &http.Client{Transport: &http.Transport{DisableKeepAlives: true,
+			DialContext: func(context.Context, string, string) (net.Conn, error) { return net.Dial("unix", socket) }}}
+		r, err := c.Get("http://keysvc" + what)
+		if err != nil {
+			return 0, err.Error()
+		}
+		defer r.Body.Close()
+		text, _ := io.ReadAll(r.Body)
+		return r.StatusCode, string(text)
+	}
+	eventually(t, "it serves", func() bool {
+		if len(ended) > 0 {
+			t.Fatalf("it has ended: %v\n%s", <-ended, log)
+		}
+		status, _ := get("/readyz")
+		return status == http.StatusOK
+	})
+	c, err := client.New(client.Options{URL: "unix:" + socket, Timeout: testproc.Patience})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	imsi, err := kme.ParseIMSI("001010000000001")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if v, err := c.PrepareVector(t.Context(), imsi, client.Origin{}, client.RAND{1}); err != nil || v.AttemptID == "" {
+		t.Errorf("PrepareVector: %+v, %v", v, err)
+	}
+	_, metrics := get("/metrics")
+	for _, want := range []string{"\nkme_hsm_up{", "\nkme_hsm_weaknesses{", "\nkme_store_up 1", "\nkme_directory_cache_hits_total 0",
+		"\nprocess_open_fds ", `kme_hsm_operation_seconds_count{operation="derive a key",result="ok"}`} {
+		if !strings.Contains(metrics, want) {
+			t.Errorf("the metrics have no %q", want)
+		}
+	}
+	if err := Serve(t.Context(), path, io.Discard); err == nil || !strings.Contains(err.Error(), "another process serves") {
+		t.Errorf("a second daemon on the same socket: %v", err)
+	}
+
+	// Without this, a SIGHUP that comes before the daemon listens for it would end the tests.
+	hups := make(chan os.Signal, 1)
+	signal.Notify(hups, syscall.SIGHUP)
+	defer signal.Stop(hups)
+	reload := func(message string) {
+		t.Helper()
+		before := strings.Count(log.String(), message)
+		eventually(t, message, func() bool {
+			syscall.Kill(os.Getpid(), syscall.SIGHUP)
+			return strings.Count(log.String(), message) > before
+		})
+	}
+	write(own+1, "listne: x\n")
+	reload(`"reload failed; what was served before goes on"`)
+	if _, err := c.PrepareVector(t.Context(), imsi, client.Origin{}, client.RAND{2}); err != nil {
+		t.Errorf("after a reload that failed: %v", err)
+	}
+	write(own+1, "")
+	reload(`"reloaded"`)
+	if _, err := c.PrepareVector(t.Context(), imsi, client.Origin{}, client.RAND{3}); err == nil {
+		t.Error("a client that was taken out by a reload is served")
+	}
+
+	stop()
+	if err := <-ended; err != nil || !strings.Contains(log.String(), `"draining"`) {
+		t.Errorf("the end: %v\n%s", err, log)
+	}
+	if _, err := os.Stat(socket); err == nil {
+		t.Error("the socket is left")
+	}
+}

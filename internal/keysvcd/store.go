@@ -1,0 +1,124 @@
+package keysvcd
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/kmehsm/kmehsm/binding/mark"
+	"github.com/kmehsm/kmehsm/binding/sqlstore"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// A Token is what a store needs of the operator's HSM: the key of its rows' MACs, and the ledger's high-water mark.
+type Token interface {
+	mark.Token
+	fmt.Stringer
+	Derive(ctx context.Context, purpose string) (kme.Secret, error)
+}
+
+func noKeys(token fmt.Stringer) error {
+	return fmt.Errorf("%s has no keys yet: run keysvc init first", token)
+}
+
+// OpenStore opens a store, whatever state that is in.
+func OpenStore(ctx context.Context, token Token, name string) (*sqlstore.Store, error) {
+	key, err := token.Derive(ctx, sqlstore.RowKey)
+	if errors.Is(err, hsmkeys.ErrNoKey) {
+		return nil, noKeys(token)
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer key.Wipe()
+	return sqlstore.Open(ctx, name, key)
+}
+
+// UseStore runs f with a store, which must not be rolled back, and raises the token's high-water mark afterwards.
+func UseStore(ctx context.Context, token Token, name string, f func(*sqlstore.Store) error) error {
+	store, err := OpenStore(ctx, token, name)
+	if err != nil {
+		return err
+	}
+	if err = mark.Check(ctx, store, token); err == nil {
+		err = errors.Join(f(store), mark.Raise(context.WithoutCancel(ctx), store, token))
+	}
+	return errors.Join(err, store.Close())
+}
+
+// Migrate copies all of a store into another one, which is empty, and gives how many rows that are. report is called
+// with that now and then.
+func Migrate(ctx context.Context, token Token, from, to string, report func(rows int)) (rows int, err error) {
+	source, err := OpenStore(ctx, token, from)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, source.Close()) }()
+	if err := mark.Check(ctx, source, token); err != nil {
+		return 0, fmt.Errorf("--from: %w", err)
+	}
+	target, err := OpenStore(ctx, token, to)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, target.Close()) }()
+	if rows, err = source.Copy(ctx, target, report); err == nil {
+		err = mark.Raise(ctx, target, token)
+	}
+	return rows, err
+}
+
+// A StorageKey is a generation of the storage key that a token has.
+type StorageKey struct {
+	Generation int `json:"generation"`
+	KMEs       int `json:"kmes"` // that are sealed under it
+}
+
+// StorageKeys gives all generations, the newest last.
+func StorageKeys(ctx context.Context, token *hsmkeys.OperatorToken, store *sqlstore.Store) ([]StorageKey, error) {
+	generations, err := token.StorageGenerations(ctx)
+	if err != nil {
+		return nil, err
+	}
+	all := []StorageKey{}
+	for _, g := range generations {
+		from, err := store.CountSealed(ctx, hsmkeys.SealedFrom(g))
+		if err != nil {
+			return nil, err
+		}
+		to, err := store.CountSealed(ctx, hsmkeys.SealedFrom(g+1))
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, StorageKey{Generation: g, KMEs: to - from})
+	}
+	return all, nil
+}
+
+// tokenFile is where keysvc init leaves the URI of the token in the --state folder.
+const tokenFile = "token"
+
+// RememberToken has StoreToken give this token.
+func RememberToken(state, uri string) error {
+	return durable.WriteFile(filepath.Join(state, tokenFile), []byte(uri+"\n"), 0o600)
+}
+
+// StoreToken is the token that a store's rows have their MACs from: the given one if the command line names it, else
+// that of keysvc init, else the given one, which is that of the environment.
+func StoreToken(state, given string) (uri string, err error) {
+	if given != os.Getenv("KMEHSM_TOKEN") {
+		return given, nil
+	}
+	own, err := os.ReadFile(filepath.Join(state, tokenFile))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return "", err
+	}
+	return cmp.Or(strings.TrimSpace(string(own)), given), nil
+}

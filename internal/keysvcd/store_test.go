@@ -1,0 +1,135 @@
+package keysvcd
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+func TestStoreToken(t *testing.T) {
+	t.Setenv("KMEHSM_TOKEN", "pkcs11:token=environment")
+	dir := t.TempDir()
+	check := func(given, want string) {
+		t.Helper()
+		if got, err := StoreToken(dir, given); err != nil || got != want {
+			t.Errorf("%q, %v, want %q", got, err, want)
+		}
+	}
+	check("pkcs11:token=environment", "pkcs11:token=environment")
+	if err := RememberToken(dir, "pkcs11:token=init"); err != nil {
+		t.Fatal(err)
+	}
+	check("pkcs11:token=environment", "pkcs11:token=init")
+	check("pkcs11:token=flag", "pkcs11:token=flag")
+	if err := os.Remove(filepath.Join(dir, tokenFile)); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(filepath.Join(dir, tokenFile), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if uri, err := StoreToken(dir, "pkcs11:token=environment"); err == nil {
+		t.Errorf("a file that cannot be read: %q", uri)
+	}
+}
+
+// A store that is rolled back is neither used nor copied; it can be opened all the same.
+func TestRolledBackStore(t *testing.T) {
+	dir, ctx, tok := t.TempDir(), t.Context(), softhsmtest.Token(t)
+	name, other := sqlstore.InFolder(dir), "sqlite:"+filepath.Join(dir, "other.db")
+	initialise(t, tok)
+	withToken(t, tok, func(token *hsmkeys.OperatorToken) error {
+		if err := UseStore(ctx, token, name, openAttempt(t)); err != nil {
+			return err
+		}
+		before, err := os.ReadFile(filepath.Join(dir, "keysvc.db"))
+		if err != nil {
+			return err
+		}
+		if err := UseStore(ctx, token, name, openAttempt(t)); err != nil {
+			return err
+		}
+		if err := os.WriteFile(filepath.Join(dir, "keysvc.db"), before, 0o600); err != nil {
+			return err
+		}
+		err = UseStore(ctx, token, name, func(*sqlstore.Store) error { t.Error("it is used"); return nil })
+		if !errors.Is(err, binding.ErrRolledBack) {
+			t.Errorf("used: %v", err)
+		}
+		if _, err := Migrate(ctx, token, name, other, func(int) {}); !errors.Is(err, binding.ErrRolledBack) {
+			t.Errorf("copied: %v", err)
+		}
+		store, err := OpenStore(ctx, token, name)
+		if err != nil {
+			return err
+		}
+		return store.Close()
+	})
+}
+
+// openAttempt makes an entry in the ledger.
+func openAttempt(t *testing.T) func(*sqlstore.Store) error {
+	t.Helper()
+	imsi, err := kme.ParseIMSI("001010000000001")
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, err := binding.NewOpened(imsi, time.Now(), time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return func(s *sqlstore.Store) error { return s.OpenAttempt(t.Context(), *a) }
+}
+
+// A copy is what the token goes on with: its ledger says that it was made, and the one that was copied is an earlier one.
+func TestMigrate(t *testing.T) {
+	dir, ctx, tok := t.TempDir(), t.Context(), softhsmtest.Token(t)
+	name, other := sqlstore.InFolder(dir), "sqlite:"+filepath.Join(dir, "other.db")
+	noKeys := WithToken(ctx, tok.URI, func(token *hsmkeys.OperatorToken) error {
+		_, err := OpenStore(ctx, token, name)
+		return err
+	})
+	if noKeys == nil {
+		t.Error("a token without keys opens a store")
+	}
+	initialise(t, tok)
+	withToken(t, tok, func(token *hsmkeys.OperatorToken) error {
+		if err := UseStore(ctx, token, name, openAttempt(t)); err != nil {
+			return err
+		}
+		if rows, err := Migrate(ctx, token, name, other, func(int) {}); err != nil || rows == 0 {
+			t.Errorf("%d rows: %v", rows, err)
+		}
+		if _, err := Migrate(ctx, token, name, other, func(int) {}); err == nil {
+			t.Error("a store was copied into one that is not empty")
+		}
+		if err := UseStore(ctx, token, name, func(*sqlstore.Store) error { return nil }); !errors.Is(err, binding.ErrRolledBack) {
+			t.Errorf("the store that was copied: %v", err)
+		}
+		return UseStore(ctx, token, other, func(s *sqlstore.Store) error {
+			events := ""
+			for e, err := range s.Entries(ctx) {
+				if err != nil {
+					return err
+				}
+				events += string(e.Event) + " "
+			}
+			if !strings.Contains(events, string(binding.EventOpened)) {
+				t.Errorf("the copy has %s", events)
+			}
+			all, err := StorageKeys(ctx, token, s)
+			if err == nil && (len(all) != 1 || all[0].KMEs != 0) {
+				t.Errorf("storage keys: %v", all)
+			}
+			return err
+		})
+	})
+}
