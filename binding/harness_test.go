@@ -77,7 +77,8 @@ func newRANDs(n int) (all [][]byte) {
 
 // A harness is an operator: a real token and a real database, and a recorder between them and the service.
 type harness struct {
-	token    *hsmkeys.Token
+	token    *hsmkeys.OperatorToken
+	observed *relay
 	tokenURI string
 	soPIN    string // where the security officer's is
 	store    *sqlstore.Store
@@ -85,6 +86,23 @@ type harness struct {
 	log      *logBuffer
 	service  *binding.Service
 	readers  map[string]*directory.Reader
+}
+
+// A relay gives what a token tells its observer to metrics, when there are some.
+type relay struct {
+	to atomic.Pointer[binding.Metrics]
+}
+
+func (r *relay) Waited(d time.Duration) {
+	if m := r.to.Load(); m != nil {
+		m.Waited(d)
+	}
+}
+
+func (r *relay) Worked(operation string, took time.Duration, err error) {
+	if m := r.to.Load(); m != nil {
+		m.Worked(operation, took, err)
+	}
 }
 
 func newHarness(t testing.TB) *harness {
@@ -98,7 +116,7 @@ func newHarness(t testing.TB) *harness {
 	must[bool](t)(token.EnsureLedgerKey(ctx))
 	store := openStore(t, token, sqlstore.InFolder(t.TempDir()))
 	t.Cleanup(func() { store.Close() })
-	r := &harness{token: token, tokenURI: tok.URI, soPIN: "file:" + tok.SOPINFile, store: store, log: new(logBuffer), readers: map[string]*directory.Reader{}}
+	r := &harness{token: token, observed: observed, tokenURI: tok.URI, soPIN: "file:" + tok.SOPINFile, store: store, log: new(logBuffer), readers: map[string]*directory.Reader{}}
 	t.Cleanup(func() { r.token.Close() })
 	r.recorder = &recorder{Ledger: store, token: token, store: store}
 	r.service = r.newService(binding.Options{})

@@ -20,7 +20,7 @@ func TestMeasured(t *testing.T) {
 	registry := prometheus.NewRegistry()
 	metrics := binding.NewMetrics(registry)
 	r.service = r.newService(binding.Options{Lots: r.lots(t), Metrics: metrics})
-	r.token.Observe(metrics)
+	r.observed.to.Store(metrics)
 	imsi, d := newIMSI(), l.devices[0]
 	payload, _ := d.payload(t)
 	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here, Export: true}))

@@ -193,12 +193,14 @@ func TestRetireLotOfAFactory(t *testing.T) {
 	uri := softhsmtest.Token(t).URI
 	factory := must[*hsmkeys.FactoryToken](t)(hsmkeys.OpenFactory(ctx, uri, hsmkeys.Options{}))
 	t.Cleanup(func() { factory.Close() })
+	given := must[*hsmkeys.OperatorToken](t)(hsmkeys.OpenOperator(ctx, uri, hsmkeys.Options{})) // by mistake
+	t.Cleanup(func() { given.Close() })
 	must[bool](t)(factory.Dedicate(ctx, hsmkeys.Dedication{Side: hsmkeys.Factory}))
 	if _, _, err := factory.EnsureLotKey(ctx, m.lotKey("L1"), 2048, hsmkeys.PrimesAuto); err != nil {
 		t.Fatal(err)
 	}
 	taken := must[*binding.Lot](t)(imports.FindLot(ctx, r.store, "L1", ""))
-	_, err := imports.RetireLot(ctx, factory, r.store, taken, verdict(t, true, "P and Q are known"))
+	_, err := imports.RetireLot(ctx, given, r.store, taken, verdict(t, true, "P and Q are known"))
 	checkSays(t, "a lot of a factory's token", err, "a token of the factory's")
 	if !must[bool](t)(factory.Has(ctx, m.lotKey("L1"))) {
 		t.Error("the manufacturer's lot key is destroyed")

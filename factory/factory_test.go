@@ -39,7 +39,7 @@ var fixtureKey = sync.OnceValue(func() *rsa.PublicKey {
 func newLine(t *testing.T) (line *Line, dir string, token *hsmkeys.FactoryToken) {
 	t.Helper()
 	tok := softhsmtest.Token(t)
-	token = must(hsmkeys.Open(t.Context(), tok.URI))
+	token = must(hsmkeys.OpenFactory(t.Context(), tok.URI, hsmkeys.Options{}))
 	if _, err := NewLine(token, nil, State{}); err == nil || !strings.Contains(err.Error(), "factory init") {
 		t.Errorf("a line without keys: %v", err)
 	}
@@ -343,13 +343,13 @@ func TestGrantAndSeal(t *testing.T) {
 // A grant is on record when it is given out; one that is refused is not.
 func TestGrantRecorded(t *testing.T) {
 	ctx, tok := t.Context(), softhsmtest.Token(t)
-	token := must(hsmkeys.Open(ctx, tok.URI))
+	token := must(hsmkeys.OpenFactory(ctx, tok.URI, hsmkeys.Options{}))
 	_, _, _, err := Init(ctx, token)
 	if err := errors.Join(err, token.Close()); err != nil {
 		t.Fatal(err)
 	}
 	must(EnrollOperator(ctx, tok.URI, hsmkeys.PIN(tok.SOPIN), "op", fixtureKey(), 0))
-	token = must(hsmkeys.Open(ctx, tok.URI))
+	token = must(hsmkeys.OpenFactory(ctx, tok.URI, hsmkeys.Options{}))
 	defer token.Close()
 	line := must(NewLine(token, must(filestore.Open(t.TempDir())), State{Dir: t.TempDir()}))
 	for i, lot := range []string{"L1", "L2"} {

@@ -72,7 +72,7 @@ func TestKWPByEitherName(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			token = open(t, tok.URI)
+			token = openFactory(t, tok.URI, hsmkeys.Options{})
 			store, err := filestore.Open(t.TempDir())
 			if err != nil {
 				t.Fatal(err)
