@@ -108,8 +108,8 @@ benchstat: deps-demo ## the hot paths at revision BASE=HEAD~1 and now, compared 
 
 # staticcheck.conf has what staticcheck looks for. go fix shows where newer Go says the same in less.
 lint: deps-check ## gofmt, go vet, go fix, staticcheck, shellcheck and the width of lines
-#	@scripts/widths.sh
-#	@scripts/step.sh 'go fix' go fix -diff work
+	@scripts/widths.sh
+	@scripts/step.sh 'go fix' go fix -diff work
 	@unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || \
 		{ printf 'run gofmt -w on:\n%s\n' "$$unformatted" >&2; exit 1; }
 	@scripts/step.sh 'go vet' go vet work

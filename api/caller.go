@@ -53,7 +53,8 @@ func ConnState(service *binding.Service) func(net.Conn, http.ConnState) {
 		err := t.Handshake() // it has been: this is how it went
 		var transport *net.OpError
 		switch broken := errors.As(err, &transport) && (transport.Op == "read" || transport.Op == "write"); {
-		case err == nil, errors.Is(err, io.EOF), broken: // who went, or is slow, has shown nothing that could be refused
+		case err == nil, errors.Is(err, io.EOF), broken:
+			// who went, or is slow, has shown nothing that could be refused
 			return
 		}
 		why, attrs, actor := "handshake", []any{"cause", err.Error()}, binding.Actor{Address: c.RemoteAddr().String()}

@@ -159,7 +159,9 @@ func (f *front) call(t *testing.T, certificates []tls.Certificate, method, body 
 	url := f.url
 	if certificates == nil {
 		url = "http://keysvc"
-		transport.DialContext = func(context.Context, string, string) (net.Conn, error) { return net.Dial("unix", f.socket) }
+		transport.DialContext = func(context.Context, string, string) (net.Conn, error) {
+			return net.Dial("unix", f.socket)
+		}
 	}
 	defer transport.CloseIdleConnections()
 	r, err := (&http.Client{Transport: transport}).Post(url+service+method, "application/json", strings.NewReader(body))
@@ -206,7 +208,8 @@ func TestActorInLog(t *testing.T) {
 			continue
 		}
 		actor, _ := log[0]["actor"].(map[string]any)
-		want := map[string]any{"client": "hss-1", "certificate": fingerprint(certificate.Leaf), "address": actor["address"]}
+		want := map[string]any{"client": "hss-1", "certificate": fingerprint(certificate.Leaf),
+			"address": actor["address"]}
 		if c.certificates == nil {
 			want = map[string]any{"client": "ops", "user": fmt.Sprint("uid ", own)}
 		} else if a, _ := actor["address"].(string); !strings.HasPrefix(a, "127.0.0.1:") {
@@ -299,7 +302,8 @@ func TestUnauthenticatedFlood(t *testing.T) {
 			flood++
 			f.call(t, nil, "GetBinding", `{"imsi":"001010000000001"}`)
 		}
-		for end := time.Now().Add(time.Minute); told+left < flood && time.Now().Before(end); time.Sleep(time.Second / 10) {
+		for end := time.Now().Add(time.Minute); told+left < flood &&
+			time.Now().Before(end); time.Sleep(time.Second / 10) {
 			for _, line := range f.log.take(t) {
 				if n, ok := line["left_out"].(float64); ok {
 					left += int(n)
@@ -336,7 +340,8 @@ func TestStrangersAreNotRead(t *testing.T) {
 		for _, method := range []string{"PrepareVector", "RevokeBinding", "Nope"} {
 			status, answer := f.call(t, unknown, method, body)
 			log := f.log.take(t)
-			if status != 403 || len(log) != 1 || log[0]["msg"] != "client authentication failed" || log[0]["call"] != service+method {
+			if status != 403 || len(log) != 1 || log[0]["msg"] != "client authentication failed" ||
+				log[0]["call"] != service+method {
 				t.Errorf("%s, %.20q: %d %s; the log has %v", method, body, status, answer, log)
 			}
 		}

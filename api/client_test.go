@@ -26,8 +26,8 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// serve serves a service with a real store and no token on a socket; before may answer in its place. (mesim attaches through this client to all
-// of it, in the scripts of package cmd.)
+// serve serves a service with a real store and no token on a socket; before may answer in its place. (mesim attaches
+// through this client to all of it, in the scripts of package cmd.)
 func serve(before func(w http.ResponseWriter, r *http.Request) (answered bool)) (url string, close func(), err error) {
 	dir, err := os.MkdirTemp("", "client-")
 	if err != nil {
@@ -38,13 +38,16 @@ func serve(before func(w http.ResponseWriter, r *http.Request) (answered bool)) 
 		return "", nil, err
 	}
 	own := os.Getuid()
-	known, err := api.NewClients([]api.Client{{Name: "test", UID: &own, Roles: []api.Role{api.RoleHSS, api.RoleAdmin}, PLMNs: []string{"00101"}}})
+	known, err := api.NewClients([]api.Client{{Name: "test", UID: &own, Roles: []api.Role{api.RoleHSS, api.RoleAdmin},
+		PLMNs: []string{"00101"}}})
 	if err != nil {
 		return "", nil, err
 	}
-	service := binding.NewService(binding.Options{Store: store, Times: binding.DefaultTimes(), Log: slog.New(slog.DiscardHandler)})
+	service := binding.NewService(binding.Options{Store: store, Times: binding.DefaultTimes(),
+		Log: slog.New(slog.DiscardHandler)})
 	handler := api.NewHandler(api.Options{Service: service, Clients: known,
-		Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(), Ready: func(context.Context) ([]string, error) { return nil, nil }})
+		Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(),
+		Ready: func(context.Context) ([]string, error) { return nil, nil }})
 	path := filepath.Join(dir, "s")
 	l, err := net.Listen("unix", path)
 	if err != nil {
@@ -52,11 +55,12 @@ func serve(before func(w http.ResponseWriter, r *http.Request) (answered bool)) 
 	}
 	protocols := new(http.Protocols)
 	protocols.SetUnencryptedHTTP2(true)
-	server := &http.Server{Protocols: protocols, ConnContext: api.ConnContext, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if before == nil || !before(w, r) {
-			handler.ServeHTTP(w, r)
-		}
-	})}
+	server := &http.Server{Protocols: protocols, ConnContext: api.ConnContext,
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if before == nil || !before(w, r) {
+				handler.ServeHTTP(w, r)
+			}
+		})}
 	go server.Serve(l)
 	return "unix:" + path, func() { server.Close(); store.Close(); os.RemoveAll(dir) }, nil
 }
@@ -238,7 +242,8 @@ func TestAtOnce(t *testing.T) {
 			if err != nil {
 				t.Error(err)
 			}
-			if _, err := c.EstablishKME(t.Context(), imsi(t, mine), client.Origin{}, imei, "none", make([]byte, 256)); !errors.Is(err, client.Reason(want)) {
+			if _, err := c.EstablishKME(t.Context(), imsi(t, mine), client.Origin{}, imei, "none",
+				make([]byte, 256)); !errors.Is(err, client.Reason(want)) {
 				t.Errorf("%s: %v, want %s", mine, err, want)
 			}
 		})

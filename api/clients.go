@@ -172,7 +172,8 @@ func (c *Clients) add(e *Client) error {
 		o, err := kme.ParseOrigin(p)
 		name := strings.TrimPrefix(o.String(), "*.")
 		if err != nil || name == "" || strings.Contains(name, "*") || isDigits(name) && !isPLMN(p) {
-			return fmt.Errorf("provision_from has %q, which is none of home, any, MCC and MNC, the name of a host and *.SUFFIX", p)
+			return fmt.Errorf("provision_from has %q, which is none of home, any, MCC and MNC, the name of a host "+
+				"and *.SUFFIX", p)
 		}
 		e.ProvisionFrom[i] = o.String()
 	}
@@ -200,7 +201,8 @@ func (c *Clients) OtherUsers(own int) bool {
 	return false
 }
 
-// of is who is at the other end; nil if it is nobody who may call. Of a certificate the first name that is known counts.
+// of is who is at the other end; nil if it is nobody who may call. Of a certificate the first name that is known
+// counts.
 func (c *Clients) of(certificate *x509.Certificate, uid int) *Client {
 	if certificate == nil {
 		return c.byUID[uid]

@@ -49,7 +49,8 @@ func TestWhoMayDoWhat(t *testing.T) {
 	}
 	defer store.Close()
 	o := Options{Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(),
-		Service: binding.NewService(binding.Options{Store: store, Times: binding.DefaultTimes(), Log: slog.New(slog.DiscardHandler)})}
+		Service: binding.NewService(binding.Options{Store: store, Times: binding.DefaultTimes(),
+			Log: slog.New(slog.DiscardHandler)})}
 	refused := func(clients *Clients, method protoreflect.MethodDescriptor, imsi string) bool {
 		body := `{}`
 		if method.Input().Fields().ByName("imsi") != nil {
@@ -76,7 +77,8 @@ func TestWhoMayDoWhat(t *testing.T) {
 		for _, role := range roles {
 			clients := everybody(t, Client{Name: "test", Roles: []Role{role}, PLMNs: []string{"00101", "310150"}})
 			want := slices.Contains(may[string(method.Name())], role)
-			for imsi, named := range map[string]bool{"001010123456789": true, "310150123456789": true, "001020123456789": false, "310151123456789": false, "00101": true, "": false} {
+			for imsi, named := range map[string]bool{"001010123456789": true, "310150123456789": true,
+				"001020123456789": false, "310151123456789": false, "00101": true, "": false} {
 				if got := !refused(clients, method, imsi); got != (want && (named || !names)) {
 					t.Errorf("%s by %s for %q is allowed: %v", method.Name(), role, imsi, got)
 				}
@@ -104,7 +106,8 @@ func TestProvisionFrom(t *testing.T) {
 		{nil, "amf.5gc.mnc410.mcc310.3gppnetwork.org", "310410000000001", true},
 		{nil, "amf.5gc.mnc410.mcc310.3gppnetwork.org", "310411000000001", false},
 		{nil, "mme.epc.mnc002.mcc001.3gppnetwork.org", "001010000000001", false},
-		{nil, "mme.epc.mnc010.mcc001.3gppnetwork.org", "001010000000001", true}, // 001 010, and 001 01 by another reading
+		// 001 010, and 001 01 by another reading
+		{nil, "mme.epc.mnc010.mcc001.3gppnetwork.org", "001010000000001", true},
 		{nil, "mme.epc.mnc101.mcc001.3gppnetwork.org", "001010000000001", false},
 		{nil, "mme.epc.mnc001.mcc001.3gppnetwork.org.example", "001010000000001", false},
 		{nil, "mnc001.mcc001.3gppnetwork.org", "001010000000001", false},
@@ -133,7 +136,8 @@ func TestProvisionFrom(t *testing.T) {
 		}
 		o, err := all.bySAN["hss"].origin(c.origin, c.imsi, false)
 		if err != nil || (o.Provisioning == binding.Allowed) != c.want || o.Name.String() != strings.ToLower(c.origin) {
-			t.Errorf("provision_from %q, origin %q, IMSI %s: %+v, %v, want %v", c.from, c.origin, c.imsi, o, err, c.want)
+			t.Errorf("provision_from %q, origin %q, IMSI %s: %+v, %v, want %v", c.from, c.origin, c.imsi,
+				o, err, c.want)
 		}
 		if o, _ := all.bySAN["hss"].origin(c.origin, c.imsi, true); o.Provisioning != binding.Declined {
 			t.Errorf("who declines: %+v", o)
@@ -206,7 +210,8 @@ func TestClients(t *testing.T) {
 }
 
 func TestClientRate(t *testing.T) {
-	c, err := NewClients([]Client{{Name: "slow", SAN: "slow", Roles: []Role{RoleHSS}, PLMNs: []string{all}, Rate: 0.001}, {Name: "free", SAN: "free", Roles: []Role{RoleHSS}, PLMNs: []string{all}}})
+	c, err := NewClients([]Client{{Name: "slow", SAN: "slow", Roles: []Role{RoleHSS}, PLMNs: []string{all},
+		Rate: 0.001}, {Name: "free", SAN: "free", Roles: []Role{RoleHSS}, PLMNs: []string{all}}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -227,7 +232,8 @@ func TestHealthAndMetrics(t *testing.T) {
 	var log strings.Builder
 	registry := prometheus.NewRegistry()
 	o := Options{
-		Service: binding.NewService(binding.Options{Times: binding.DefaultTimes(), Log: slog.New(slog.NewJSONHandler(&log, nil))}),
+		Service: binding.NewService(binding.Options{Times: binding.DefaultTimes(),
+			Log: slog.New(slog.NewJSONHandler(&log, nil))}),
 		Metrics: binding.NewMetrics(registry),
 		Gather:  http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "kme_counts") }),
 	}
@@ -342,7 +348,8 @@ func TestPLMNs(t *testing.T) {
 		{[]Client{client("b", "31041")}, []string{"310410"}, "310411000000001", false},
 		{[]Client{client("b", "31041", "310410")}, []string{all}, "310410000000001", true},
 		{[]Client{client("b", all)}, []string{"31041"}, "310410000000001", true},
-		{[]Client{{Name: "b", SAN: "b", Roles: []Role{RoleHSS}, PLMNs: []string{all}, ProvisionFrom: []string{"310410"}}},
+		{[]Client{{Name: "b", SAN: "b", Roles: []Role{RoleHSS}, PLMNs: []string{all},
+			ProvisionFrom: []string{"310410"}}},
 			[]string{"31041"}, "310410000000001", false},
 	} {
 		clients := everybody(t, client("a", c.mine...), c.others...)

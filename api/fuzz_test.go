@@ -15,19 +15,21 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// Whatever comes as IMSI, IMEI, attempt and payload is refused before the HSM where there is no such device: the service
-// has none, and a call would panic.
+// Whatever comes as IMSI, IMEI, attempt and payload is refused before the HSM where there is no such device: the
+// service has none, and a call would panic.
 func FuzzEstablish(f *testing.F) {
 	store, err := sqlstore.Open(f.Context(), sqlstore.InFolder(f.TempDir()), kme.RandomSecret())
 	if err != nil {
 		f.Fatal(err)
 	}
 	f.Cleanup(func() { store.Close() })
-	s := &server{service: binding.NewService(binding.Options{Store: store, Times: binding.DefaultTimes(), Log: slog.New(slog.DiscardHandler)})}
+	s := &server{service: binding.NewService(binding.Options{Store: store, Times: binding.DefaultTimes(),
+		Log: slog.New(slog.DiscardHandler)})}
 	anybody := &caller{client: &Client{Roles: []Role{RoleHSS}, ProvisionFrom: []string{anywhere}}}
 	as := func(ctx context.Context) context.Context { return context.WithValue(ctx, callerKey{}, anybody) }
 	const imsi = "001010000000001"
-	prepared, err := s.PrepareVector(as(f.Context()), connect.NewRequest(&kmev1.PrepareVectorRequest{Imsi: imsi, Rands: [][]byte{make([]byte, 16)}}))
+	prepared, err := s.PrepareVector(as(f.Context()),
+		connect.NewRequest(&kmev1.PrepareVectorRequest{Imsi: imsi, Rands: [][]byte{make([]byte, 16)}}))
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -44,7 +46,8 @@ func FuzzEstablish(f *testing.F) {
 		if id == "@" { // stands for an attempt that is open
 			id = prepared.Msg.AttemptId
 		}
-		e, err := s.EstablishKME(as(t.Context()), connect.NewRequest(&kmev1.EstablishKMERequest{Imsi: imsi, Imei: imei, AttemptId: id, Payload: payload}))
+		e, err := s.EstablishKME(as(t.Context()),
+			connect.NewRequest(&kmev1.EstablishKMERequest{Imsi: imsi, Imei: imei, AttemptId: id, Payload: payload}))
 		var r *binding.Refusal
 		if e != nil || !errors.As(err, &r) || !slices.Contains(allowed, r.Reason) {
 			t.Errorf("answer %v, error %v", e, err)

@@ -41,7 +41,8 @@ func (p pages) after(c *Client, imei kme.IMEI, token string) (string, error) {
 		sealed, err = p.Open(nil, nil, sealed, asked(c, imei))
 	}
 	if err != nil {
-		return "", malformed(errors.New("the page_token is none that this client was given for these bindings: begin again without one"))
+		return "", malformed(errors.New("the page_token is none that this client was given for these bindings: begin " +
+			"again without one"))
 	}
 	return strings.TrimRight(string(sealed), " "), nil
 }

@@ -88,7 +88,8 @@ func TestPages(t *testing.T) {
 		}
 		clients.byUID[-1] = clients.bySAN[client]
 		handler := NewHandler(Options{
-			Service: binding.NewService(binding.Options{Store: store, Times: binding.DefaultTimes(), Log: slog.New(slog.DiscardHandler)}),
+			Service: binding.NewService(binding.Options{Store: store, Times: binding.DefaultTimes(),
+				Log: slog.New(slog.DiscardHandler)}),
 			Clients: clients, Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(),
 			PageKey: key})
 		body, err := json.Marshal(request)
@@ -166,7 +167,8 @@ func TestPages(t *testing.T) {
 		"what is no base64":               {"a", key, "!", ""},
 	} {
 		got, text := ask(p.client, p.key, map[string]any{"page_token": p.token, "imei": p.imei})
-		if got.Code != "invalid_argument" || len(got.Bindings) > 0 || !strings.Contains(text, "begin again without one") {
+		if got.Code != "invalid_argument" || len(got.Bindings) > 0 ||
+			!strings.Contains(text, "begin again without one") {
 			t.Errorf("%s: %s", what, text)
 		}
 	}

@@ -42,8 +42,9 @@ func TestPanic(t *testing.T) {
 		ProvisionFrom: []string{anywhere}}
 	panics := func(context.Context) ([]string, error) { panic("readiness") }
 	gather := http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic("gathering") })
-	s := httptest.NewUnstartedServer(NewHandler(Options{Service: service, Clients: everybody(t, anybody), Metrics: metrics,
-		Gather: gather, Ready: panics}))
+	s := httptest.NewUnstartedServer(NewHandler(Options{Service: service, Clients: everybody(t, anybody),
+		Metrics: metrics,
+		Gather:  gather, Ready: panics}))
 	s.EnableHTTP2 = true
 	s.StartTLS()
 	defer s.Close()
@@ -65,7 +66,8 @@ func TestPanic(t *testing.T) {
 
 	client := kmev1connect.NewKeyServiceClient(s.Client(), s.URL)
 	establish := &kmev1.EstablishKMERequest{Imsi: "001010000000001", Imei: "35209900000001"}
-	if _, err := client.EstablishKME(t.Context(), connect.NewRequest(establish)); connect.CodeOf(err) != connect.CodeInternal {
+	if _, err := client.EstablishKME(t.Context(),
+		connect.NewRequest(establish)); connect.CodeOf(err) != connect.CodeInternal {
 		t.Errorf("EstablishKME: %v", err)
 	}
 	counted(1)

@@ -36,10 +36,11 @@ type Options struct {
 	Metrics *binding.Metrics      // counts the calls
 	Gather  http.Handler          // serves GET /metrics
 	Outer   []connect.Interceptor // are around each call
-	// Ready fails while the service cannot do its work, and warns of what it goes on without for now. It is asked once a
-	// second at most.
+	// Ready fails while the service cannot do its work, and warns of what it goes on without for now. It is
+	// asked once a second at most.
 	Ready func(context.Context) (warnings []string, err error)
-	// PageKey is the one of ListBindings' tokens, which all instances share. Without it, tokens are good for this Handler.
+	// PageKey is the one of ListBindings' tokens, which all instances share. Without it, tokens are good for this
+	// Handler.
 	PageKey kme.Secret
 }
 
@@ -53,7 +54,8 @@ func NewHandler(o Options) http.Handler {
 	g := &guard{service: o.Service, metrics: o.Metrics}
 	s := &server{service: o.Service, pages: newPages(o.PageKey)}
 	mux.Handle(kmev1connect.NewKeyServiceHandler(s, connect.WithReadMaxBytes(maxRequest),
-		connect.WithCompressMinBytes(minCompressed), connect.WithInterceptors(append(slices.Clone(o.Outer), connect.UnaryInterceptorFunc(g.around))...)))
+		connect.WithCompressMinBytes(minCompressed),
+		connect.WithInterceptors(append(slices.Clone(o.Outer), connect.UnaryInterceptorFunc(g.around))...)))
 	ready := &readiness{find: func(ctx context.Context) (warnings []string, err error) {
 		err = g.finish(ctx, "ready", func() (err error) { warnings, err = o.Ready(ctx); return err })
 		return warnings, err
@@ -173,8 +175,9 @@ func (g *guard) only(next http.HandlerFunc, some ...Role) http.HandlerFunc {
 	}
 }
 
-// around makes a call unless its client may not make it: then it is refused before anything is done for it. The call gets
-// a context whose Actor has the role by which it may, and is counted by what the caller is answered. No method streams.
+// around makes a call unless its client may not make it: then it is refused before anything is done for it.
+// The call gets a context whose Actor has the role by which it may, and is counted by what the caller is
+// answered. No method streams.
 func (g *guard) around(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, req connect.AnyRequest) (answer connect.AnyResponse, err error) {
 		start, procedure := time.Now(), req.Spec().Procedure
@@ -237,7 +240,9 @@ func malformed(err error) error {
 	return &binding.Refusal{Reason: kme.Malformed, Message: err.Error()}
 }
 
-func (s *server) PrepareVector(ctx context.Context, req *connect.Request[kmev1.PrepareVectorRequest]) (*connect.Response[kmev1.PrepareVectorResponse], error) {
+func (s *server) PrepareVector(
+	ctx context.Context, req *connect.Request[kmev1.PrepareVectorRequest],
+) (*connect.Response[kmev1.PrepareVectorResponse], error) {
 	imsi, o, err := subject(ctx, req.Msg.Imsi, req.Msg.Origin, req.Msg.NoProvisioning)
 	if err != nil {
 		return nil, err
@@ -262,7 +267,9 @@ func toControl(preprocessed bool) kmev1.Control {
 	return kmev1.Control_PROVISIONING_ONLY
 }
 
-func (s *server) EstablishKME(ctx context.Context, req *connect.Request[kmev1.EstablishKMERequest]) (*connect.Response[kmev1.EstablishKMEResponse], error) {
+func (s *server) EstablishKME(
+	ctx context.Context, req *connect.Request[kmev1.EstablishKMERequest],
+) (*connect.Response[kmev1.EstablishKMEResponse], error) {
 	imsi, o, err := subject(ctx, req.Msg.Imsi, req.Msg.Origin, false)
 	if err != nil {
 		return nil, err
@@ -281,11 +288,15 @@ func (s *server) EstablishKME(ctx context.Context, req *connect.Request[kmev1.Es
 	if err != nil {
 		return nil, err
 	}
-	// The answer's copy of the KME is the marshaller's, who does not wipe it: that is what a client with kme-export asks for.
-	return connect.NewResponse(&kmev1.EstablishKMEResponse{NwSig: e.NWSig, State: toState(e.State), Kme: e.KME.Bytes()}), nil
+	// The answer's copy of the KME is the marshaller's, who does not wipe it: that is what a
+	// client with kme-export asks for.
+	return connect.NewResponse(&kmev1.EstablishKMEResponse{NwSig: e.NWSig, State: toState(e.State),
+		Kme: e.KME.Bytes()}), nil
 }
 
-func (s *server) ReportAuthentication(ctx context.Context, req *connect.Request[kmev1.ReportAuthenticationRequest]) (*connect.Response[kmev1.ReportAuthenticationResponse], error) {
+func (s *server) ReportAuthentication(
+	ctx context.Context, req *connect.Request[kmev1.ReportAuthenticationRequest],
+) (*connect.Response[kmev1.ReportAuthenticationResponse], error) {
 	imsi, o, err := subject(ctx, req.Msg.Imsi, req.Msg.Origin, req.Msg.NoProvisioning)
 	if err != nil {
 		return nil, err
@@ -301,7 +312,9 @@ func (s *server) ReportAuthentication(ctx context.Context, req *connect.Request[
 	return connect.NewResponse(answer), nil
 }
 
-func (s *server) RestoreRAND(ctx context.Context, req *connect.Request[kmev1.RestoreRANDRequest]) (*connect.Response[kmev1.RestoreRANDResponse], error) {
+func (s *server) RestoreRAND(
+	ctx context.Context, req *connect.Request[kmev1.RestoreRANDRequest],
+) (*connect.Response[kmev1.RestoreRANDResponse], error) {
 	imsi, o, err := subject(ctx, req.Msg.Imsi, req.Msg.Origin, false)
 	if err != nil {
 		return nil, err
@@ -313,15 +326,21 @@ func (s *server) RestoreRAND(ctx context.Context, req *connect.Request[kmev1.Res
 	return connect.NewResponse(&kmev1.RestoreRANDResponse{Rand: rand[:]}), nil
 }
 
-func (s *server) GetBinding(ctx context.Context, req *connect.Request[kmev1.GetBindingRequest]) (*connect.Response[kmev1.GetBindingResponse], error) {
+func (s *server) GetBinding(
+	ctx context.Context, req *connect.Request[kmev1.GetBindingRequest],
+) (*connect.Response[kmev1.GetBindingResponse], error) {
 	return answerBinding(ctx, req.Msg.Imsi, s.service.GetBinding)
 }
 
-func (s *server) RevokeBinding(ctx context.Context, req *connect.Request[kmev1.RevokeBindingRequest]) (*connect.Response[kmev1.GetBindingResponse], error) {
+func (s *server) RevokeBinding(
+	ctx context.Context, req *connect.Request[kmev1.RevokeBindingRequest],
+) (*connect.Response[kmev1.GetBindingResponse], error) {
 	return answerBinding(ctx, req.Msg.Imsi, s.service.RevokeBinding)
 }
 
-func answerBinding(ctx context.Context, imsiText string, call func(context.Context, kme.IMSI) (*binding.Binding, error)) (*connect.Response[kmev1.GetBindingResponse], error) {
+func answerBinding(
+	ctx context.Context, imsiText string, call func(context.Context, kme.IMSI) (*binding.Binding, error),
+) (*connect.Response[kmev1.GetBindingResponse], error) {
 	imsi, err := parseIMSI(imsiText)
 	if err != nil {
 		return nil, err
@@ -333,7 +352,9 @@ func answerBinding(ctx context.Context, imsiText string, call func(context.Conte
 	return connect.NewResponse(toBinding(b)), nil
 }
 
-func (s *server) OpenProvisioning(ctx context.Context, req *connect.Request[kmev1.OpenProvisioningRequest]) (*connect.Response[kmev1.OpenProvisioningResponse], error) {
+func (s *server) OpenProvisioning(
+	ctx context.Context, req *connect.Request[kmev1.OpenProvisioningRequest],
+) (*connect.Response[kmev1.OpenProvisioningResponse], error) {
 	imsi, err := parseIMSI(req.Msg.Imsi)
 	if err != nil {
 		return nil, err
@@ -342,10 +363,13 @@ func (s *server) OpenProvisioning(ctx context.Context, req *connect.Request[kmev
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&kmev1.OpenProvisioningResponse{AttemptId: a.ID, ExpiresAt: timestamppb.New(a.Expires)}), nil
+	return connect.NewResponse(&kmev1.OpenProvisioningResponse{AttemptId: a.ID,
+		ExpiresAt: timestamppb.New(a.Expires)}), nil
 }
 
-func (s *server) ListBindings(ctx context.Context, req *connect.Request[kmev1.ListBindingsRequest]) (*connect.Response[kmev1.ListBindingsResponse], error) {
+func (s *server) ListBindings(
+	ctx context.Context, req *connect.Request[kmev1.ListBindingsRequest],
+) (*connect.Response[kmev1.ListBindingsResponse], error) {
 	size := min(cmp.Or(int(req.Msg.PageSize), 100), 1000)
 	if size < 1 {
 		return nil, malformed(errors.New("the page_size is from 1 to 1000"))
@@ -436,7 +460,8 @@ func toConnect(err error) error {
 		return nil
 	case r != nil:
 		e := connect.NewError(codes[r.Reason], told{r.Message, r})
-		if d, derr := connect.NewErrorDetail(&errdetails.ErrorInfo{Reason: string(r.Reason), Domain: kme.ErrorDomain}); derr == nil {
+		if d, derr := connect.NewErrorDetail(&errdetails.ErrorInfo{Reason: string(r.Reason),
+			Domain: kme.ErrorDomain}); derr == nil {
 			e.AddDetail(d)
 		}
 		return e

@@ -98,7 +98,8 @@ func checkInfo(t *testing.T, err error, reason string) {
 		return
 	}
 	value, verr := e.Details()[0].Value()
-	if info, ok := value.(*errdetails.ErrorInfo); verr != nil || !ok || info.Domain != "kme" || info.Reason != reason || len(info.Metadata) > 0 {
+	if info, ok := value.(*errdetails.ErrorInfo); verr != nil || !ok || info.Domain != "kme" || info.Reason != reason ||
+		len(info.Metadata) > 0 {
 		t.Errorf("detail %v, error %v, want ErrorInfo of domain kme with %s", value, verr, reason)
 	}
 }
@@ -129,7 +130,8 @@ func serveTo(t *testing.T, client Client) (*httptest.Server, *sqlstore.Store) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { store.Close() })
-	service := binding.NewService(binding.Options{Store: store, Times: binding.DefaultTimes(), Log: slog.New(slog.DiscardHandler)})
+	service := binding.NewService(binding.Options{Store: store, Times: binding.DefaultTimes(),
+		Log: slog.New(slog.DiscardHandler)})
 	ready := func(ctx context.Context) error {
 		if _, ok := ctx.Deadline(); !ok {
 			t.Error("a token that hangs would hang /readyz")
@@ -202,20 +204,26 @@ func TestJSON(t *testing.T) {
 		status             int
 		code, reason       string
 	}{
-		{"a good request", "PrepareVector", `{"imsi":"001010000000001","rands":["` + vector + `"]}`, http.StatusOK, "", ""},
+		{"a good request", "PrepareVector", `{"imsi":"001010000000001","rands":["` + vector + `"]}`,
+			http.StatusOK, "", ""},
 		// A newer client may send more than this server knows.
 		{"an unknown field", "PrepareVector", `{"imsi":"001010000000001","rands":["` + vector + `"],"plmn":"00101"}`,
 			http.StatusOK, "", ""},
 		{"no fields", "PrepareVector", `{}`, http.StatusBadRequest, "invalid_argument", "MALFORMED"},
 		{"a malformed IMSI", "GetBinding", `{"imsi":"1"}`, http.StatusBadRequest, "invalid_argument", "MALFORMED"},
-		{"no binding", "GetBinding", `{"imsi":"001010000000002"}`, http.StatusBadRequest, "failed_precondition", "NOT_BOUND"},
-		{"no attempt", "EstablishKME", `{"imsi":"001010000000002","imei":"35209900000001","attempt_id":"a","payload":"AA=="}`, http.StatusBadRequest, "failed_precondition", "NO_ATTEMPT"},
+		{"no binding", "GetBinding", `{"imsi":"001010000000002"}`, http.StatusBadRequest,
+			"failed_precondition", "NOT_BOUND"},
+		{"no attempt", "EstablishKME",
+			`{"imsi":"001010000000002","imei":"35209900000001","attempt_id":"a","payload":"AA=="}`,
+			http.StatusBadRequest, "failed_precondition", "NO_ATTEMPT"},
 		{"no JSON", "PrepareVector", `imsi=1`, http.StatusBadRequest, "invalid_argument", ""},
 		{"bytes that are not base64", "PrepareVector", `{"imsi":"001010000000001","rands":["*"]}`,
 			http.StatusBadRequest, "invalid_argument", ""},
 		{"a number for a string", "PrepareVector", `{"imsi":1010000000001,"rands":["` + vector + `"]}`,
 			http.StatusBadRequest, "invalid_argument", ""},
-		{"above the limit", "EstablishKME", `{"imsi":"001010000000002","imei":"35209900000001","attempt_id":"a","payload":"` + long + `"}`, http.StatusTooManyRequests, "resource_exhausted", ""},
+		{"above the limit", "EstablishKME",
+			`{"imsi":"001010000000002","imei":"35209900000001","attempt_id":"a","payload":"` + long + `"}`,
+			http.StatusTooManyRequests, "resource_exhausted", ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			resp, err := s.Client().Post(s.URL+service+c.method, "application/json", strings.NewReader(c.body))
@@ -244,7 +252,8 @@ func TestJSON(t *testing.T) {
 	if status, _ := read(t)(s.Client().Get(s.URL + service + "PrepareVector")); status != http.StatusMethodNotAllowed {
 		t.Errorf("GET: %d", status)
 	}
-	if status, _ := read(t)(s.Client().Post(s.URL+service+"Nothing", "application/json", strings.NewReader("{}"))); status != http.StatusNotFound {
+	if status, _ := read(t)(s.Client().Post(s.URL+service+"Nothing", "application/json",
+		strings.NewReader("{}"))); status != http.StatusNotFound {
 		t.Errorf("an unknown method: %d", status)
 	}
 }
@@ -264,7 +273,8 @@ func TestCompressedAboveLimit(t *testing.T) {
 	}
 	req.Header.Set("Content-Type", "application/json")
 	req.Header.Set("Content-Encoding", "gzip")
-	if status, body := read(t)(s.Client().Do(req)); status != http.StatusTooManyRequests || !strings.Contains(body, "resource_exhausted") {
+	if status, body := read(t)(s.Client().Do(req)); status != http.StatusTooManyRequests ||
+		!strings.Contains(body, "resource_exhausted") {
 		t.Errorf("%d, %s", status, body)
 	}
 }
@@ -319,29 +329,35 @@ func TestProtocols(t *testing.T) {
 	calls := map[string]func() error{
 		"PrepareVector": func() error {
 			_, err := client.PrepareVector(t.Context(),
-				connect.NewRequest(&kmev1.PrepareVectorRequest{Imsi: "001010000000001", Rands: [][]byte{make([]byte, 16)}}))
+				connect.NewRequest(&kmev1.PrepareVectorRequest{Imsi: "001010000000001",
+					Rands: [][]byte{make([]byte, 16)}}))
 			return err
 		},
 		"EstablishKME": func() error {
-			_, err := client.EstablishKME(t.Context(), connect.NewRequest(&kmev1.EstablishKMERequest{Imsi: "001010000000001", Imei: "35209900000001"}))
+			_, err := client.EstablishKME(t.Context(),
+				connect.NewRequest(&kmev1.EstablishKMERequest{Imsi: "001010000000001", Imei: "35209900000001"}))
 			return err
 		},
 		"ReportAuthentication": func() error {
-			_, err := client.ReportAuthentication(t.Context(), connect.NewRequest(&kmev1.ReportAuthenticationRequest{Imsi: "001010000000001"}))
+			_, err := client.ReportAuthentication(t.Context(),
+				connect.NewRequest(&kmev1.ReportAuthenticationRequest{Imsi: "001010000000001"}))
 			return err
 		},
 		"RestoreRAND": func() error {
-			_, err := client.RestoreRAND(t.Context(), connect.NewRequest(&kmev1.RestoreRANDRequest{Imsi: "001010000000001", Rand: make([]byte, 16)}))
+			_, err := client.RestoreRAND(t.Context(),
+				connect.NewRequest(&kmev1.RestoreRANDRequest{Imsi: "001010000000001", Rand: make([]byte, 16)}))
 			return err
 		},
 		"GetBinding": func() error {
-			_, err := client.GetBinding(t.Context(), connect.NewRequest(&kmev1.GetBindingRequest{Imsi: "001010000000001"}))
+			_, err := client.GetBinding(t.Context(),
+				connect.NewRequest(&kmev1.GetBindingRequest{Imsi: "001010000000001"}))
 			return err
 		},
 	}
 	for name, call := range calls {
 		err := call()
-		if connect.CodeOf(err) != connect.CodeUnavailable || strings.Contains(err.Error(), "sql") || strings.Contains(err.Error(), "closed") {
+		if connect.CodeOf(err) != connect.CodeUnavailable || strings.Contains(err.Error(), "sql") ||
+			strings.Contains(err.Error(), "closed") {
 			t.Errorf("%s on a closed database: %v, want unavailable without the cause", name, err)
 		}
 		checkReason(t, err, "STORE_UNAVAILABLE")
@@ -365,17 +381,22 @@ func TestMalformed(t *testing.T) {
 		t.Errorf("of both good: %v", err)
 	}
 	for name, bad := range map[string]string{
-		"empty": "", "short": imsi[:5], "long": imsi + "0", "with a sign": "+" + imsi[1:], "with a zero byte": imsi[:14] + "\x00",
-		"with a letter": "12a456",
+		"empty": "", "short": imsi[:5], "long": imsi + "0", "with a sign": "+" + imsi[1:],
+		"with a zero byte": imsi[:14] + "\x00", "with a letter": "12a456",
 	} {
 		for method, err := range map[string]error{
-			"EstablishKME":         establish(bad, imei),
-			"PrepareVector":        second(c.PrepareVector(ctx, connect.NewRequest(&kmev1.PrepareVectorRequest{Imsi: bad, Rands: [][]byte{make([]byte, 16)}}))),
-			"RestoreRAND":          second(c.RestoreRAND(ctx, connect.NewRequest(&kmev1.RestoreRANDRequest{Imsi: bad, Rand: make([]byte, 16)}))),
-			"ReportAuthentication": second(c.ReportAuthentication(ctx, connect.NewRequest(&kmev1.ReportAuthenticationRequest{Imsi: bad}))),
-			"GetBinding":           second(c.GetBinding(ctx, connect.NewRequest(&kmev1.GetBindingRequest{Imsi: bad}))),
-			"RevokeBinding":        second(c.RevokeBinding(ctx, connect.NewRequest(&kmev1.RevokeBindingRequest{Imsi: bad}))),
-			"OpenProvisioning":     second(c.OpenProvisioning(ctx, connect.NewRequest(&kmev1.OpenProvisioningRequest{Imsi: bad}))),
+			"EstablishKME": establish(bad, imei),
+			"PrepareVector": second(c.PrepareVector(ctx,
+				connect.NewRequest(&kmev1.PrepareVectorRequest{Imsi: bad, Rands: [][]byte{make([]byte, 16)}}))),
+			"RestoreRAND": second(c.RestoreRAND(ctx,
+				connect.NewRequest(&kmev1.RestoreRANDRequest{Imsi: bad, Rand: make([]byte, 16)}))),
+			"ReportAuthentication": second(c.ReportAuthentication(ctx,
+				connect.NewRequest(&kmev1.ReportAuthenticationRequest{Imsi: bad}))),
+			"GetBinding": second(c.GetBinding(ctx, connect.NewRequest(&kmev1.GetBindingRequest{Imsi: bad}))),
+			"RevokeBinding": second(c.RevokeBinding(ctx,
+				connect.NewRequest(&kmev1.RevokeBindingRequest{Imsi: bad}))),
+			"OpenProvisioning": second(c.OpenProvisioning(ctx,
+				connect.NewRequest(&kmev1.OpenProvisioningRequest{Imsi: bad}))),
 		} {
 			if connect.CodeOf(err) != connect.CodeInvalidArgument {
 				t.Errorf("%s of an IMSI %s: %v", method, name, err)

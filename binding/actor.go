@@ -52,7 +52,8 @@ func (h actorLog) WithGroup(name string) slog.Handler { return actorLog{h.Handle
 func (a Actor) LogValue() slog.Value {
 	var attrs []slog.Attr
 	for _, f := range []struct{ name, value string }{
-		{"client", a.Client}, {"role", a.Role}, {"certificate", a.Certificate}, {"user", a.User}, {"address", a.Address},
+		{"client", a.Client}, {"role", a.Role}, {"certificate", a.Certificate}, {"user", a.User},
+		{"address", a.Address},
 	} {
 		if f.value != "" {
 			attrs = append(attrs, slog.String(f.name, f.value))

@@ -24,7 +24,8 @@ func TestActorInEveryLine(t *testing.T) {
 		return must[*binding.Prepared](t)(r.service.PrepareVector(ctx, imsi, newRANDs(1), here))
 	}
 	establish := func(attempt string, payload []byte) (*binding.Established, error) {
-		return r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: payload, Origin: here, Export: true})
+		return r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt,
+			Payload: payload, Origin: here, Export: true})
 	}
 	attempt := prepare().AttemptID
 	payload, _ := d.payload(t)
@@ -90,7 +91,8 @@ func (s *stuckStore) Prepare(ctx context.Context, q binding.VectorRequest) (bind
 func TestFairPlaces(t *testing.T) {
 	const places = 8
 	store := &stuckStore{came: make(chan string), goOn: make(chan struct{})}
-	service := binding.NewService(binding.Options{Store: store, Times: times(), Limits: binding.Limits{Calls: places}, Log: slog.New(slog.DiscardHandler)})
+	service := binding.NewService(binding.Options{Store: store, Times: times(), Limits: binding.Limits{Calls: places},
+		Log: slog.New(slog.DiscardHandler)})
 	var inside []chan error
 	// enter makes calls until one is refused, and gives how many were not. All others share the limits.
 	enter := func(client string) (n int) {
@@ -99,7 +101,8 @@ func TestFairPlaces(t *testing.T) {
 		for ; ; n++ {
 			done := make(chan error, 1)
 			go func() {
-				_, err := service.WithLots(new(binding.Lots)).PrepareVector(ctx, parseIMSI("001010000000001"), newRANDs(1), here)
+				_, err := service.WithLots(new(binding.Lots)).PrepareVector(ctx, parseIMSI("001010000000001"),
+					newRANDs(1), here)
 				done <- err
 			}()
 			select {

@@ -94,9 +94,13 @@ func TestModelAtOnce(t *testing.T) {
 					}
 					n := random.IntN(len(payloads))
 					s := payloads[n]
-					e, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: s.device.imei, AttemptID: p.AttemptID, Payload: s.payload, Origin: o})
+					e, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi,
+						IMEI: s.device.imei, AttemptID: p.AttemptID, Payload: s.payload, Origin: o})
 					var refusal *binding.Refusal
-					if err != nil && (!errors.As(err, &refusal) || !slices.Contains([]kme.Reason{kme.KMERejected, kme.NoAttempt, kme.OtherDevice}, refusal.Reason)) {
+					if err != nil &&
+						(!errors.As(err, &refusal) ||
+							!slices.Contains([]kme.Reason{kme.KMERejected, kme.NoAttempt, kme.OtherDevice},
+								refusal.Reason)) {
 						t.Error(err)
 						return
 					}

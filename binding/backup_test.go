@@ -10,9 +10,11 @@ import (
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 )
 
-// Whoever restores to a token that is not prepared is not sent to init: to the keys that it makes, nothing can be restored.
+// Whoever restores to a token that is not prepared is not sent to init: to the keys that it
+// makes, nothing can be restored.
 func TestRestoreToUnprepared(t *testing.T) {
-	token := must[*hsmkeys.OperatorToken](t)(hsmkeys.OpenOperator(t.Context(), softhsmtest.Token(t).URI, hsmkeys.Options{}))
+	token := must[*hsmkeys.OperatorToken](t)(hsmkeys.OpenOperator(t.Context(), softhsmtest.Token(t).URI,
+		hsmkeys.Options{}))
 	t.Cleanup(func() { token.Close() })
 	to := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072))
 	keys := []hsmkeys.Carried{{Key: hsmkeys.Key{Role: hsmkeys.RoleLedger}, Wrapped: []byte{1}, Check: []byte{1}}}

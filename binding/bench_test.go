@@ -40,7 +40,8 @@ func BenchmarkEstablish(b *testing.B) {
 	b.RunParallel(func(pb *testing.PB) {
 		for pb.Next() {
 			c := &calls[next.Add(1)-1]
-			if _, err := service.EstablishKME(b.Context(), binding.EstablishRequest{IMSI: c.imsi, IMEI: c.d.imei, AttemptID: c.attempt, Payload: c.payload, Origin: here}); err != nil {
+			if _, err := service.EstablishKME(b.Context(), binding.EstablishRequest{IMSI: c.imsi, IMEI: c.d.imei,
+				AttemptID: c.attempt, Payload: c.payload, Origin: here}); err != nil {
 				b.Error(err)
 			}
 		}
@@ -53,7 +54,8 @@ func BenchmarkPrepareBound(b *testing.B) {
 	service := r.unrecorded(b, binding.Options{})
 	imsi := newIMSI()
 	payload, _ := l.devices[0].payload(b)
-	if _, err := service.EstablishKME(b.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: l.devices[0].imei, AttemptID: r.attempt(b, imsi), Payload: payload, Origin: here}); err != nil {
+	if _, err := service.EstablishKME(b.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: l.devices[0].imei,
+		AttemptID: r.attempt(b, imsi), Payload: payload, Origin: here}); err != nil {
 		b.Fatal(err)
 	}
 	r.activate(b, imsi)

@@ -71,7 +71,8 @@ type VectorRequest struct {
 	AttemptID      string        // of the attempt, should one be opened
 	AttemptTTL     time.Duration // its life; one that is open already serves while it has half of that left
 	PendingVectors int           // how many requests a pending binding answers before it ends
-	Ready          string        // AttemptID of the pending binding that the vectors are encrypted under; empty at first
+	// AttemptID of the pending binding that the vectors are encrypted under; empty at first
+	Ready string
 }
 
 // A Decision is what the vectors of a VectorRequest are processed with: either a Binding or an Attempt.
@@ -130,8 +131,9 @@ var (
 	ErrUsed        = errors.New("the KME was used before")
 	ErrSpent       = errors.New("the IMSI was sent this RAND in clear before")
 	ErrNotGood     = errors.New("the KME is not good")
-	ErrNotImported = errors.New("no such manufacturer is enrolled, or no such lot imported: see keysvc manufacturer list and lot list")
-	ErrBound       = errors.New("the IMSI has an active binding, and no administrator has opened provisioning for it")
+	ErrNotImported = errors.New("no such manufacturer is enrolled, or no such lot imported: see keysvc manufacturer " +
+		"list and lot list")
+	ErrBound = errors.New("the IMSI has an active binding, and no administrator has opened provisioning for it")
 )
 
 // A Store keeps what the service must not forget. All methods may be called concurrently, by several processes, and a
@@ -139,33 +141,34 @@ var (
 // with a *DamagedRow. Who made a change is the Actor in the context.
 type Store interface {
 	Ledger
-	// Soon takes a ticket: whoever has it will soon make a change, and meanwhile waits for nobody but the HSM. done gives
-	// it back, after the change or without one. Changes of others may wait for those that are to come, to share a commit.
+	// Soon takes a ticket: whoever has it will soon make a change, and meanwhile waits for nobody but the
+	// HSM. done gives it back, after the change or without one. Changes of others may wait for those that
+	// are to come, to share a commit.
 	Soon() (done func())
 	// Subscription is what there is of an IMSI.
 	Subscription(ctx context.Context, imsi kme.IMSI, now time.Time) (*Subscription, error)
-	// Prepare decides what vectors are processed with, and notes what leaves: RANDs in clear as spent, and the origin in
-	// a pending binding, but only when vectors are Ready under it: who gets none is not one who was sent one. An attempt
-	// that an administrator has opened comes before a binding. Fails with ErrNotBound where there is no binding and the
-	// origin may not provision, and with ErrSpent if a RAND would leave under a KME after it has left in clear.
+	// Prepare decides what vectors are processed with, and notes what leaves: RANDs in clear as spent, and the origin
+	// in a pending binding, but only when vectors are Ready under it: who gets none is not one who was sent one. An
+	// attempt that an administrator has opened comes before a binding. Fails with ErrNotBound where there is no binding
+	// and the origin may not provision, and with ErrSpent if a RAND would leave under a KME after it has left in clear.
 	Prepare(ctx context.Context, q VectorRequest) (Decision, error)
 	// Spent says whether an IMSI was sent a RAND in clear.
 	Spent(ctx context.Context, imsi kme.IMSI, rand hsmkeys.RAND) (bool, error)
 	// OpenAttempt opens an administrator's attempt, and closes the IMSI's others.
 	OpenAttempt(ctx context.Context, a Attempt) error
-	// Establish, in one step: uses up b's attempt, which is b.Origin's, and closes the IMSI's others, enters the tag into
-	// the ledger, and makes b the pending binding. Fails with ErrNoAttempt, ErrBound or ErrUsed, looked for in this order,
-	// and then changes nothing. Of a KME that is not good it fails with ErrUsed or ErrNotGood after the same steps as with
-	// ErrUsed: whoever waits for a refusal cannot tell one from the other.
+	// Establish, in one step: uses up b's attempt, which is b.Origin's, and closes the IMSI's others, enters the tag
+	// into the ledger, and makes b the pending binding. Fails with ErrNoAttempt, ErrBound or ErrUsed, looked for in
+	// this order, and then changes nothing. Of a KME that is not good it fails with ErrUsed or ErrNotGood after the
+	// same steps as with ErrUsed: whoever waits for a refusal cannot tell one from the other.
 	Establish(ctx context.Context, b *Binding, tag []byte, good bool, now time.Time) error
 	// Report does what Subscription.Ends says: the pending binding becomes the active one, or is dropped. Gives the
 	// subscription as it is then, or fails with ErrNotBound if it had no binding to begin with.
 	Report(ctx context.Context, imsi kme.IMSI, o kme.Origin, ok bool, now time.Time) (*Subscription, error)
 	// Bindings gives Subscription.Latest of each IMSI that is asked for, in their order.
 	Bindings(ctx context.Context, q BindingQuery) ([]*Binding, error)
-	// Revoke ends an IMSI's bindings and attempts, and forgets the KME. It gives the binding as it is then, also if it was revoked
-	// before, or fails with ErrNotBound if there was none; attempts end all the same. Where rows are damaged it ends them
-	// too, and of the binding only IMSI and IMEI are known.
+	// Revoke ends an IMSI's bindings and attempts, and forgets the KME. It gives the binding as it is then, also if it
+	// was revoked before, or fails with ErrNotBound if there was none; attempts end all the same. Where rows are
+	// damaged it ends them too, and of the binding only IMSI and IMEI are known.
 	Revoke(ctx context.Context, imsi kme.IMSI, now time.Time) (*Binding, error)
 	// DropExpired removes attempts that have expired.
 	DropExpired(ctx context.Context, now time.Time) error
@@ -180,8 +183,8 @@ type Registry interface {
 	// same transaction, and its error prevents it.
 	PutLot(ctx context.Context, lot *Lot, check func([]*Lot) error) error
 	Lots(ctx context.Context) ([]*Lot, error)
-	// Decide enters a verdict about a lot, or about the manufacturer if lot is empty, and gives the one that stands then:
-	// one that says the same and is there already stays. check is as in PutLot. Fails with ErrNotImported.
+	// Decide enters a verdict about a lot, or about the manufacturer if lot is empty, and gives the one that stands
+	// then: one that says the same and is there already stays. check is as in PutLot. Fails with ErrNotImported.
 	Decide(ctx context.Context, manufacturer, lot string, v Verdict, check func([]*Lot) error) (Verdict, error)
 	// Bound is how many bindings stand with a manufacturer's devices; of one lot, unless lot is empty.
 	Bound(ctx context.Context, manufacturer, lot string, now time.Time) (int, error)

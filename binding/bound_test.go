@@ -30,7 +30,8 @@ func TestBoundSuite(t *testing.T) {
 	good, plain := make(right)
 	reject := func(name string, payload []byte) {
 		t.Helper()
-		_, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: payload, Origin: here})
+		_, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei,
+			AttemptID: attempt, Payload: payload, Origin: here})
 		checkRefused(t, name, err, kme.KMERejected, notAccepted)
 	}
 	other := newIMSI()
@@ -47,21 +48,26 @@ func TestBoundSuite(t *testing.T) {
 	p.Sig = must[[]byte](t)(kme.SuiteECDSA.Sign(d.signer, p.KME.Bytes()))
 	reject("signed as in the text", must[[]byte](t)(kme.SuiteBound.Encrypt(&l.key.PublicKey, p)))
 	// With another RME, as anybody could make it if RME were not signed.
-	reject("with another RME", must[[]byte](t)(kme.SuiteBound.Encrypt(&l.key.PublicKey, &kme.Plaintext{KME: plain.KME, RME: kme.RandomSecret(), Sig: plain.Sig})))
+	reject("with another RME",
+		must[[]byte](t)(kme.SuiteBound.Encrypt(&l.key.PublicKey, &kme.Plaintext{KME: plain.KME, RME: kme.RandomSecret(),
+			Sig: plain.Sig})))
 	reject("encrypted as in a textbook", must[[]byte](t)(kme.SuiteECDSA.Encrypt(&l.key.PublicKey, plain)))
-	sha1 := must[[]byte](t)(rsa.EncryptOAEP(sha1.New(), rand.Reader, &l.key.PublicKey, slices.Concat(plain.KME.Bytes(), plain.Sig, plain.RME.Bytes()), nil))
+	sha1 := must[[]byte](t)(rsa.EncryptOAEP(sha1.New(), rand.Reader, &l.key.PublicKey,
+		slices.Concat(plain.KME.Bytes(), plain.Sig, plain.RME.Bytes()), nil))
 	reject("with another hash", sha1)
 	noise := bytes.Clone(good)
 	rand.Read(noise[1:])
 	reject("noise", noise)
 	reject("above N", bytes.Repeat([]byte{0xff}, len(good)))
 
-	e := must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: good, Origin: here, Export: true}))
+	e := must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi,
+		IMEI: d.imei, AttemptID: attempt, Payload: good, Origin: here, Export: true}))
 	want := plain.NWSig()
 	if !bytes.Equal(e.NWSig, want[:]) || !e.KME.Equal(plain.KME) {
 		t.Errorf("NW_SIG %x, want %x", e.NWSig, want)
 	}
-	_, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: other, IMEI: d.imei, AttemptID: r.attempt(t, other), Payload: good, Origin: here})
+	_, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: other, IMEI: d.imei,
+		AttemptID: r.attempt(t, other), Payload: good, Origin: here})
 	checkRefused(t, "by another subscription", err, kme.KMERejected, notAccepted)
 	if h := r.token.Health(); h.Reinitialised != 0 || h.Cause != nil {
 		t.Errorf("payloads have closed the token: %+v", h)

@@ -33,7 +33,8 @@ func refuse(reason kme.Reason, message string, cause error) *Refusal {
 }
 
 func otherDevice() *Refusal {
-	return refuse(kme.OtherDevice, "the IMSI is bound to a device: an administrator has to open provisioning first", nil)
+	return refuse(kme.OtherDevice, "the IMSI is bound to a device: an administrator has to open provisioning first",
+		nil)
 }
 
 func unknownDevice() *Refusal {
@@ -72,9 +73,11 @@ func fromStore(ctx context.Context, err error) error {
 	case errors.Is(err, ErrUsed):
 		return rejected(err)
 	case errors.Is(err, ErrRolledBack):
-		return refuse(kme.RolledBack, "the database is an earlier one than the service has written: an administrator has to settle that", err)
+		return refuse(kme.RolledBack, "the database is an earlier one than the service has written: an administrator "+
+			"has to settle that", err)
 	case errors.As(err, new(*DamagedRow)):
-		return refuse(kme.Damaged, "what the database has about this is not what the service wrote: an administrator has to settle that", err)
+		return refuse(kme.Damaged, "what the database has about this is not what the service wrote: an administrator "+
+			"has to settle that", err)
 	case ctx.Err() != nil:
 		return ctx.Err()
 	}

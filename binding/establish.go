@@ -50,8 +50,8 @@ func (s *Service) EstablishKME(ctx context.Context, asked EstablishRequest) (*Es
 		err = mayNotProvision()
 	}
 	if err == nil && p.Export {
-		// Only now: a KME that was not accepted, or not durably, is nobody's. It is decrypted once more, since the answer may be one
-		// that was given before.
+		// Only now: a KME that was not accepted, or not durably, is nobody's. It is decrypted once more, since the
+		// answer may be one that was given before.
 		if err = s.store.Note(ctx, EventExported, p.IMSI.String(), "of "+p.IMEI.String()); err != nil {
 			err = fromStore(ctx, err)
 		} else if e.KME, err = s.export(ctx, p); err == nil {
@@ -84,8 +84,8 @@ func (s *Service) establish(ctx context.Context, p *establishment) (*Established
 	}
 	var r *Refusal
 	if errors.As(err, &r) && (r.Reason == kme.NoAttempt || r.Reason == kme.KMERejected) {
-		// A payload that was accepted has used up its attempt: this may be the same call again. It may also have overtaken itself, so every
-		// rejected payload is asked for, used before or not, and they all take as long.
+		// A payload that was accepted has used up its attempt: this may be the same call again. It may also have
+		// overtaken itself, so every rejected payload is asked for, used before or not, and they all take as long.
 		if e, rerr := s.retransmitted(ctx, p); e != nil || rerr != nil {
 			return e, rerr
 		}
@@ -116,7 +116,8 @@ func (s *Service) accept(ctx context.Context, p *establishment) (*Binding, error
 		return nil, unknownDevice()
 	}
 	if want := kme.PayloadSize(lot.public); len(p.Payload) != want {
-		return nil, refuse(kme.Malformed, fmt.Sprintf("a payload of this device has %d bytes, not %d", want, len(p.Payload)), nil)
+		return nil, refuse(kme.Malformed, fmt.Sprintf("a payload of this device has %d bytes, not %d", want,
+			len(p.Payload)), nil)
 	}
 	device, cached, err := lot.reader.Cached(lot.manifest, p.IMEI)
 	if !cached {
@@ -144,8 +145,8 @@ func (s *Service) accept(ctx context.Context, p *establishment) (*Binding, error
 	now := s.times.Now()
 	b := &Binding{
 		IMSI: p.IMSI, IMEI: p.IMEI, Manufacturer: lot.manifest.Manufacturer, Lot: lot.manifest.Lot, State: Pending,
-		DeviceKey: device.Issued(), Sealed: opened.Sealed, Established: now, Origin: p.Origin.Name, Expires: now.Add(s.times.Pending),
-		AttemptID: p.AttemptID, PayloadSHA256: p.digest[:], NWSig: opened.NWSig[:],
+		DeviceKey: device.Issued(), Sealed: opened.Sealed, Established: now, Origin: p.Origin.Name,
+		Expires: now.Add(s.times.Pending), AttemptID: p.AttemptID, PayloadSHA256: p.digest[:], NWSig: opened.NWSig[:],
 	}
 	err = s.store.Establish(ctx, b, opened.Tag, opened.Fault == hsmkeys.FaultNone, now)
 	switch {
@@ -164,7 +165,8 @@ func (s *Service) accept(ctx context.Context, p *establishment) (*Binding, error
 // attempt fails unless the attempt is open, and the origin's.
 func (s *Service) attempt(ctx context.Context, p *establishment) error {
 	now := s.times.Now()
-	if a, ok := s.open.GetIfPresent(p.IMSI); ok && now.Before(a.Expires) && a.Origin == p.Origin.Name && sameText(a.ID, p.AttemptID) {
+	if a, ok := s.open.GetIfPresent(p.IMSI); ok && now.Before(a.Expires) && a.Origin == p.Origin.Name &&
+		sameText(a.ID, p.AttemptID) {
 		return nil
 	}
 	sub, err := s.store.Subscription(ctx, p.IMSI, now)

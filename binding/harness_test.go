@@ -116,7 +116,8 @@ func newHarness(t testing.TB) *harness {
 	must[bool](t)(token.EnsureLedgerKey(ctx))
 	store := openStore(t, token, sqlstore.InFolder(t.TempDir()))
 	t.Cleanup(func() { store.Close() })
-	r := &harness{token: token, observed: observed, tokenURI: tok.URI, soPIN: "file:" + tok.SOPINFile, store: store, log: new(logBuffer), readers: map[string]*directory.Reader{}}
+	r := &harness{token: token, observed: observed, tokenURI: tok.URI, soPIN: "file:" + tok.SOPINFile, store: store,
+		log: new(logBuffer), readers: map[string]*directory.Reader{}}
 	t.Cleanup(func() { r.token.Close() })
 	r.recorder = &recorder{Ledger: store, token: token, store: store}
 	r.service = r.newService(binding.Options{})
@@ -151,22 +152,26 @@ func (r *harness) transport(t testing.TB) *rsa.PublicKey {
 // enroll takes a manufacturer in, and reads its directory.
 func (r *harness) enroll(t testing.TB, m *maker) {
 	t.Helper()
-	must[*binding.Manufacturer](t)(imports.Enroll(t.Context(), r.token, r.store, imports.Enrolment{JWS: m.sign(t, handover.TypeEnrolment, m.enrolment(t, r)), PEM: m.pem, Thumbprint: m.KeyID(), Directory: "file:" + m.dir}))
+	must[*binding.Manufacturer](t)(imports.Enroll(t.Context(), r.token, r.store,
+		imports.Enrolment{JWS: m.sign(t, handover.TypeEnrolment, m.enrolment(t, r)), PEM: m.pem, Thumbprint: m.KeyID(),
+			Directory: "file:" + m.dir}))
 	r.readers[m.KeyID()] = m.reader(t)
 }
 
 // take imports a lot and serves it.
 func (r *harness) take(t testing.TB, m *maker, lot *lot) {
 	t.Helper()
-	must[*binding.Lot](t)(imports.ImportLot(t.Context(), r.token, r.store, m.sign(t, handover.TypeGrant, m.grant(t, lot)), nil))
+	must[*binding.Lot](t)(imports.ImportLot(t.Context(), r.token, r.store,
+		m.sign(t, handover.TypeGrant, m.grant(t, lot)), nil))
 	r.serve(t)
 }
 
 func (r *harness) lots(t testing.TB) *binding.Lots {
 	t.Helper()
-	return must[*binding.Lots](t)(binding.OpenLots(t.Context(), r.store, func(m *binding.Manufacturer) (*directory.Reader, error) {
-		return r.readers[m.KeyID], nil
-	}))
+	return must[*binding.Lots](t)(binding.OpenLots(t.Context(), r.store,
+		func(m *binding.Manufacturer) (*directory.Reader, error) {
+			return r.readers[m.KeyID], nil
+		}))
 }
 
 func (r *harness) serve(t testing.TB) {
@@ -197,7 +202,8 @@ func (r *harness) attempt(t testing.TB, imsi kme.IMSI) string {
 // activate has a vector go out under an IMSI's pending binding, and reports success.
 func (r *harness) activate(t testing.TB, imsi kme.IMSI) {
 	t.Helper()
-	if p := must[*binding.Prepared](t)(r.service.PrepareVector(t.Context(), imsi, newRANDs(1), here)); p.AttemptID != "" {
+	if p := must[*binding.Prepared](t)(r.service.PrepareVector(t.Context(), imsi, newRANDs(1),
+		here)); p.AttemptID != "" {
 		t.Fatalf("IMSI %s is not bound", imsi)
 	}
 	got := must[*binding.Reported](t)(r.service.ReportAuthentication(t.Context(), imsi, true, here))
@@ -237,7 +243,8 @@ func newMaker(t testing.TB) *maker {
 func (m *maker) reader(t testing.TB) *directory.Reader {
 	t.Helper()
 	// Tests publish while they read, and revoke: see harness.refresh.
-	return directory.NewReader(m.store, directory.NewVerifier(m.Public()), directory.ReaderOptions{RevocationTTL: time.Hour, NegativeTTL: time.Nanosecond})
+	return directory.NewReader(m.store, directory.NewVerifier(m.Public()),
+		directory.ReaderOptions{RevocationTTL: time.Hour, NegativeTTL: time.Nanosecond})
 }
 
 func (m *maker) kekKey() hsmkeys.Key {
@@ -257,8 +264,9 @@ func (m *maker) enrolment(t testing.TB, r *harness) *handover.Enrolment {
 	t.Helper()
 	transport := r.transport(t)
 	return &handover.Enrolment{
-		Manufacturer: m.KeyID(), Operator: operator, TransportKey: directory.RSAThumbprint(transport), KEK: m.kekKey().HexID(),
-		Algorithm: handover.RSAOAEP, Wrapped: must[[]byte](t)(rsa.EncryptOAEP(sha1.New(), rand.Reader, transport, m.kek, nil)),
+		Manufacturer: m.KeyID(), Operator: operator, TransportKey: directory.RSAThumbprint(transport),
+		KEK: m.kekKey().HexID(), Algorithm: handover.RSAOAEP,
+		Wrapped: must[[]byte](t)(rsa.EncryptOAEP(sha1.New(), rand.Reader, transport, m.kek, nil)),
 	}
 }
 
@@ -279,12 +287,15 @@ type device struct {
 var testTAC = "35209900"
 
 // newLot publishes the manifest of a lot and its one shard. A key that is no crypto.Signer is a public one.
-func (m *maker) newLot(t testing.TB, name string, suite kme.Suite, key *rsa.PrivateKey, first int, devices ...any) *lot {
+func (m *maker) newLot(
+	t testing.TB, name string, suite kme.Suite, key *rsa.PrivateKey, first int, devices ...any,
+) *lot {
 	t.Helper()
 	tac := must[kme.TAC](t)(kme.ParseTAC(testTAC))
 	l := &lot{key: key, Manifest: &directory.Manifest{
 		Lot: name, Manufacturer: m.KeyID(), Suite: suite, N: key.N.Bytes(), E: key.E, Mechanism: "software",
-		Ranges: []directory.Range{{TAC: tac, First: first, Count: len(devices)}}, ShardSize: len(devices), Created: time.Now().UTC(),
+		Ranges: []directory.Range{{TAC: tac, First: first, Count: len(devices)}}, ShardSize: len(devices),
+		Created: time.Now().UTC(),
 	}}
 	if suite == kme.SuiteBound {
 		l.OAEP = kme.OAEPHash
@@ -311,7 +322,8 @@ func (m *maker) newLot(t testing.TB, name string, suite kme.Suite, key *rsa.Priv
 			t.Fatal(err)
 		}
 	}
-	if err := directory.BeginRevocations(t.Context(), m.store, m.Signer, l.Manifest, time.Now(), time.Hour); err != nil {
+	if err := directory.BeginRevocations(t.Context(), m.store, m.Signer, l.Manifest, time.Now(),
+		time.Hour); err != nil {
 		t.Fatal(err)
 	}
 	return l
@@ -319,7 +331,8 @@ func (m *maker) newLot(t testing.TB, name string, suite kme.Suite, key *rsa.Priv
 
 func (m *maker) wrap(t testing.TB, key *rsa.PrivateKey) []byte {
 	t.Helper()
-	return must[[]byte](t)(must[*subtle.KWP](t)(subtle.NewKWP(m.kek)).Wrap(must[[]byte](t)(x509.MarshalPKCS8PrivateKey(key))))
+	return must[[]byte](t)(must[*subtle.KWP](t)(subtle.NewKWP(m.kek)).
+		Wrap(must[[]byte](t)(x509.MarshalPKCS8PrivateKey(key))))
 }
 
 func (m *maker) grant(t testing.TB, l *lot) *handover.Grant {

@@ -45,7 +45,8 @@ func (r *harness) listen(t *testing.T) func(ctx context.Context) (net.Conn, erro
 	protocols.SetHTTP1(true)
 	protocols.SetUnencryptedHTTP2(true)
 	handler := api.NewHandler(api.Options{Service: r.service, Clients: anybody(t),
-		Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(), Ready: func(ctx context.Context) ([]string, error) { return nil, r.token.Ping(ctx) }})
+		Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(),
+		Ready: func(ctx context.Context) ([]string, error) { return nil, r.token.Ping(ctx) }})
 	server := &http.Server{Handler: handler, Protocols: protocols, ConnContext: api.ConnContext}
 	go server.Serve(l)
 	t.Cleanup(func() { server.Close() })
@@ -56,7 +57,10 @@ func (r *harness) listen(t *testing.T) func(ctx context.Context) (net.Conn, erro
 func http2Client(t *testing.T, dial func(ctx context.Context) (net.Conn, error)) *http.Client {
 	protocols := new(http.Protocols)
 	protocols.SetUnencryptedHTTP2(true)
-	transport := &http.Transport{Protocols: protocols, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx) }}
+	transport := &http.Transport{Protocols: protocols, DialContext: func(ctx context.Context, _, _ string) (net.Conn,
+		error) {
+		return dial(ctx)
+	}}
 	t.Cleanup(transport.CloseIdleConnections)
 	return &http.Client{Transport: transport}
 }
@@ -64,12 +68,16 @@ func http2Client(t *testing.T, dial func(ctx context.Context) (net.Conn, error))
 const establishPath = "/kme.v1.KeyService/EstablishKME"
 
 // exchangeJSON makes the call with HTTP/1.1 and gives every byte of the answer but the Date.
-func exchangeJSON(t *testing.T, dial func(ctx context.Context) (net.Conn, error), imsi, imei, attempt string, payload []byte) string {
+func exchangeJSON(
+	t *testing.T, dial func(ctx context.Context) (net.Conn, error), imsi, imei, attempt string, payload []byte,
+) string {
 	t.Helper()
 	c := must[net.Conn](t)(dial(t.Context()))
 	defer c.Close()
-	body := must[[]byte](t)(json.Marshal(map[string]any{"imsi": imsi, "imei": imei, "attempt_id": attempt, "payload": payload}))
-	fmt.Fprintf(c, "POST %s HTTP/1.1\r\nHost: kme\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s", establishPath, len(body), body)
+	body := must[[]byte](t)(json.Marshal(map[string]any{"imsi": imsi, "imei": imei, "attempt_id": attempt,
+		"payload": payload}))
+	fmt.Fprintf(c, "POST %s HTTP/1.1\r\nHost: kme\r\nContent-Type: application/json\r\nConnection: close\r\n"+
+		"Content-Length: %d\r\n\r\n%s", establishPath, len(body), body)
 	var answer strings.Builder
 	lines := bufio.NewReader(c)
 	for {
@@ -89,9 +97,11 @@ func exchangeJSON(t *testing.T, dial func(ctx context.Context) (net.Conn, error)
 // exchangeGRPC makes the call as a gRPC client does, without one, and gives status, headers, body and trailers.
 func exchangeGRPC(t *testing.T, client *http.Client, imsi, imei, attempt string, payload []byte) string {
 	t.Helper()
-	message := must[[]byte](t)(proto.Marshal(&kmev1.EstablishKMERequest{Imsi: imsi, Imei: imei, AttemptId: attempt, Payload: payload}))
+	message := must[[]byte](t)(proto.Marshal(&kmev1.EstablishKMERequest{Imsi: imsi, Imei: imei, AttemptId: attempt,
+		Payload: payload}))
 	frame := append(binary.BigEndian.AppendUint32([]byte{0}, uint32(len(message))), message...)
-	req := must[*http.Request](t)(http.NewRequestWithContext(t.Context(), http.MethodPost, "http://kme"+establishPath, bytes.NewReader(frame)))
+	req := must[*http.Request](t)(http.NewRequestWithContext(t.Context(), http.MethodPost, "http://kme"+establishPath,
+		bytes.NewReader(frame)))
 	req.Header.Set("Content-Type", "application/grpc")
 	req.Header.Set("TE", "trailers")
 	resp := must[*http.Response](t)(client.Do(req))
@@ -130,7 +140,8 @@ func TestOneAnswer(t *testing.T) {
 	for _, v := range vectors(t).Vectors {
 		if v.Expect == "accept" && !v.secondOfPair() {
 			imsi := newIMSI()
-			must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: devices[v].imei, AttemptID: r.attempt(t, imsi), Payload: v.Payload, Origin: here}))
+			must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi,
+				IMEI: devices[v].imei, AttemptID: r.attempt(t, imsi), Payload: v.Payload, Origin: here}))
 			try(v, v.Name+", again")
 		}
 		if v.secondOfPair() {
@@ -143,7 +154,8 @@ func TestOneAnswer(t *testing.T) {
 		}
 		for answer := range answers {
 			for _, want := range map[string][]string{
-				"JSON": {"HTTP/1.1 403 ", `"code":"permission_denied"`, notAccepted, "google.rpc.ErrorInfo", "KME_REJECTED"},
+				"JSON": {"HTTP/1.1 403 ", `"code":"permission_denied"`, notAccepted, "google.rpc.ErrorInfo",
+					"KME_REJECTED"},
 				"gRPC": {"HTTP/2.0 200 ", `Grpc-Status: ["7"]`, "Grpc-Status-Details-Bin"},
 			}[protocol] {
 				if !strings.Contains(answer, want) {
@@ -158,13 +170,16 @@ func TestOneAnswer(t *testing.T) {
 func TestJSONFlow(t *testing.T) {
 	r, m, l := newServed(t)
 	dial := r.listen(t)
-	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx) }}
+	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return dial(ctx)
+	}}
 	defer transport.CloseIdleConnections()
 	client := &http.Client{Transport: transport}
 	call := func(method string, request map[string]any) map[string]any {
 		t.Helper()
 		body := must[[]byte](t)(json.Marshal(request))
-		resp := must[*http.Response](t)(client.Post("http://kme/kme.v1.KeyService/"+method, "application/json", bytes.NewReader(body)))
+		resp := must[*http.Response](t)(client.Post("http://kme/kme.v1.KeyService/"+method, "application/json",
+			bytes.NewReader(body)))
 		defer resp.Body.Close()
 		answer := map[string]any{}
 		if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil || resp.StatusCode != http.StatusOK {
@@ -213,7 +228,8 @@ func TestJSONFlow(t *testing.T) {
 		t.Error("pending without established_at")
 	}
 	delete(b, "established_at")
-	check("pending", b, map[string]any{"imsi": imsi.String(), "imei": d.imei.String(), "lot": "L1", "manufacturer": m.KeyID(), "state": "PENDING"})
+	check("pending", b, map[string]any{"imsi": imsi.String(), "imei": d.imei.String(), "lot": "L1",
+		"manufacturer": m.KeyID(), "state": "PENDING"})
 	check("reported from elsewhere",
 		call("ReportAuthentication", map[string]any{"imsi": imsi, "ok": true, "origin": "another"}),
 		map[string]any{"state": "PENDING", "control": "PROVISIONING_ONLY"})
@@ -244,17 +260,21 @@ func TestGRPCFlow(t *testing.T) {
 		t.Fatal(prepared, err)
 	}
 	payload, p := d.payload(t)
-	request := &kmev1.EstablishKMERequest{Imsi: imsi.String(), Imei: d.imei.String(), AttemptId: prepared.Msg.AttemptId, Payload: payload}
+	request := &kmev1.EstablishKMERequest{Imsi: imsi.String(), Imei: d.imei.String(), AttemptId: prepared.Msg.AttemptId,
+		Payload: payload}
 	established, err := client.EstablishKME(ctx, connect.NewRequest(request))
-	if want := p.NWSig(); err != nil || !bytes.Equal(established.Msg.NwSig, want[:]) || established.Msg.State != kmev1.State_PENDING {
+	if want := p.NWSig(); err != nil || !bytes.Equal(established.Msg.NwSig, want[:]) ||
+		established.Msg.State != kmev1.State_PENDING {
 		t.Fatal(established, err)
 	}
 	// A failed authentication leaves no binding, and so no state.
-	reported, err := client.ReportAuthentication(ctx, connect.NewRequest(&kmev1.ReportAuthenticationRequest{Imsi: imsi.String()}))
+	reported, err := client.ReportAuthentication(ctx,
+		connect.NewRequest(&kmev1.ReportAuthenticationRequest{Imsi: imsi.String()}))
 	if err != nil || reported.Msg.State != kmev1.State_STATE_UNSPECIFIED {
 		t.Error(reported, err)
 	}
-	_, err = client.RestoreRAND(ctx, connect.NewRequest(&kmev1.RestoreRANDRequest{Imsi: imsi.String(), Rand: make([]byte, 16)}))
+	_, err = client.RestoreRAND(ctx,
+		connect.NewRequest(&kmev1.RestoreRANDRequest{Imsi: imsi.String(), Rand: make([]byte, 16)}))
 	if connect.CodeOf(err) != connect.CodeFailedPrecondition {
 		t.Errorf("restore without a binding: %v", err)
 	}

@@ -78,14 +78,16 @@ func TestEnroll(t *testing.T) {
 		if v, err := directory.ParseVerifier(pem); err == nil {
 			readOut = v.KeyID()
 		}
-		return imports.Enroll(t.Context(), r.token, r.store, imports.Enrolment{JWS: jws, PEM: pem, Thumbprint: readOut, Directory: "file:" + m.dir})
+		return imports.Enroll(t.Context(), r.token, r.store, imports.Enrolment{JWS: jws, PEM: pem, Thumbprint: readOut,
+			Directory: "file:" + m.dir})
 	}
 	good := m.sign(t, handover.TypeEnrolment, m.enrolment(t, r))
 	transport := r.transport(t)
 	elsewhere := vectors(t).lot(t, "lot-3072")
 
 	for _, readOut := range []string{"", other.KeyID(), m.KeyID()[1:]} {
-		_, err := imports.Enroll(t.Context(), r.token, r.store, imports.Enrolment{JWS: good, PEM: m.pem, Thumbprint: readOut, Directory: "file:" + m.dir})
+		_, err := imports.Enroll(t.Context(), r.token, r.store,
+			imports.Enrolment{JWS: good, PEM: m.pem, Thumbprint: readOut, Directory: "file:" + m.dir})
 		checkSays(t, "another thumbprint read out", err, "read it out again")
 	}
 	type refusal struct {
@@ -117,9 +119,15 @@ func TestEnroll(t *testing.T) {
 			key := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072))
 			e.Wrapped = must[[]byte](t)(rsa.EncryptOAEP(sha1.New(), rand.Reader, &key.PublicKey, m.kek, nil))
 		}, "unwrap the KEK"},
-		{"for another operator's KEK", func(e *handover.Enrolment) { e.Operator = "op-2" }, "does not fit the operator"},
-		{"with another KEK id", func(e *handover.Enrolment) { e.KEK = other.kekKey().HexID() }, "does not fit the operator"},
-		{"naming another manufacturer", func(e *handover.Enrolment) { e.Manufacturer = other.KeyID() }, "is of manufacturer"},
+		{"for another operator's KEK", func(e *handover.Enrolment) {
+			e.Operator = "op-2"
+		}, "does not fit the operator"},
+		{"with another KEK id", func(e *handover.Enrolment) {
+			e.KEK = other.kekKey().HexID()
+		}, "does not fit the operator"},
+		{"naming another manufacturer", func(e *handover.Enrolment) {
+			e.Manufacturer = other.KeyID()
+		}, "is of manufacturer"},
 		{"damaged before it was signed", func(e *handover.Enrolment) { e.Wrapped[7] ^= 1 }, "unwrap the KEK"},
 		{"cut before it was signed", func(e *handover.Enrolment) { e.Wrapped = e.Wrapped[:100] }, ""},
 		{"without a key", func(e *handover.Enrolment) { e.Wrapped = nil }, ""},
@@ -143,7 +151,8 @@ func TestEnroll(t *testing.T) {
 	}
 
 	got := must[*binding.Manufacturer](t)(enroll(good, m.pem))
-	if got.KeyID != m.KeyID() || got.PEM != string(m.pem) || got.Operator != operator || got.Directory != "file:"+m.dir || got.Enrolled.IsZero() {
+	if got.KeyID != m.KeyID() || got.PEM != string(m.pem) || got.Operator != operator ||
+		got.Directory != "file:"+m.dir || got.Enrolled.IsZero() {
 		t.Errorf("enrolled %+v", got)
 	}
 	checkLeft(t, "enrolled", r, map[hsmkeys.Key]bool{m.kekKey(): true}, 1, 0)
@@ -151,8 +160,10 @@ func TestEnroll(t *testing.T) {
 		t.Errorf("%d transport keys outlive their enrolment", len(left))
 	}
 	must[*binding.Manufacturer](t)(enroll(good, m.pem)) // as who was told nothing of the first time does
-	_, err := enroll(other.sign(t, handover.TypeEnrolment, &handover.Enrolment{Manufacturer: other.KeyID(), Operator: operator,
-		TransportKey: directory.RSAThumbprint(transport), KEK: other.kekKey().HexID(), Algorithm: handover.RSAOAEP, Wrapped: []byte{1}}), other.pem)
+	_, err := enroll(other.sign(t, handover.TypeEnrolment, &handover.Enrolment{Manufacturer: other.KeyID(),
+		Operator:     operator,
+		TransportKey: directory.RSAThumbprint(transport), KEK: other.kekKey().HexID(), Algorithm: handover.RSAOAEP,
+		Wrapped: []byte{1}}), other.pem)
 	checkSays(t, "for a transport key that another enrolment has used", err, "keysvc transport new")
 	checkLeft(t, "enrolled again", r, map[hsmkeys.Key]bool{m.kekKey(): true, other.kekKey(): false}, 1, 0)
 
@@ -197,10 +208,12 @@ func TestImportLot(t *testing.T) {
 	}
 	overlapping := func(lot, name string, m *maker, first, count int) refusal {
 		l := m.newLot(t, lot, kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), first, newDevices(t, count)...)
-		return refusal{"IMEIs of another lot, " + name, m.sign(t, handover.TypeGrant, m.grant(t, l)), "settle it with who made them"}
+		return refusal{"IMEIs of another lot, " + name, m.sign(t, handover.TypeGrant, m.grant(t, l)),
+			"settle it with who made them"}
 	}
 	cases := []refusal{
-		{"signed by a manufacturer who is not enrolled", newMaker(t).sign(t, handover.TypeGrant, m.grant(t, l)), "not enrolled"},
+		{"signed by a manufacturer who is not enrolled", newMaker(t).sign(t, handover.TypeGrant, m.grant(t, l)),
+			"not enrolled"},
 		{"signed by another manufacturer", other.sign(t, handover.TypeGrant, m.grant(t, l)), "wrapped under key"},
 		{"a file of another kind", m.sign(t, handover.TypeEnrolment, m.grant(t, l)), "its type is"},
 		overlapping("L2-1", "another manufacturer's last", m, 9, 2),
@@ -222,19 +235,27 @@ func TestImportLot(t *testing.T) {
 		{"another lot's key", func(g *handover.Grant) {
 			g.Wrapped = m.wrap(t, must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048)))
 		}, "lot L2"},
-		{"a key of another length", func(g *handover.Grant) { g.Wrapped = m.wrap(t, vectors(t).lot(t, "lot-3072")) }, ""},
+		{"a key of another length", func(g *handover.Grant) {
+			g.Wrapped = m.wrap(t, vectors(t).lot(t, "lot-3072"))
+		}, ""},
 		{"damaged before it was signed", func(g *handover.Grant) { g.Wrapped[100] ^= 1 }, ""},
 		{"cut before it was signed", func(g *handover.Grant) { g.Wrapped = g.Wrapped[:len(g.Wrapped)-8] }, ""},
 		{"cut within a block", func(g *handover.Grant) { g.Wrapped = g.Wrapped[:len(g.Wrapped)-1] }, "AES-KWP"},
 		{"without a key", func(g *handover.Grant) { g.Wrapped = nil }, ""},
-		{"another lot's manifest", func(g *handover.Grant) { g.Manifest = string(m.sign(t, directory.TypeManifest, above.Manifest)) }, `manifest of lot "L1"`},
-		{"another manufacturer's manifest", func(g *handover.Grant) { g.Manifest = string(other.sign(t, directory.TypeManifest, l.Manifest)) }, "pinned"},
+		{"another lot's manifest", func(g *handover.Grant) {
+			g.Manifest = string(m.sign(t, directory.TypeManifest, above.Manifest))
+		}, `manifest of lot "L1"`},
+		{"another manufacturer's manifest", func(g *handover.Grant) {
+			g.Manifest = string(other.sign(t, directory.TypeManifest, l.Manifest))
+		}, "pinned"},
 		{"a manifest that names another manufacturer", func(g *handover.Grant) {
 			manifest := *l.Manifest
 			manifest.Manufacturer = other.KeyID()
 			g.Manifest = string(m.sign(t, directory.TypeManifest, manifest))
 		}, "names manufacturer"},
-		{"a tampered manifest", func(g *handover.Grant) { g.Manifest = string(replaceAt([]byte(g.Manifest), len(g.Manifest)-20)) }, "does not verify"},
+		{"a tampered manifest", func(g *handover.Grant) {
+			g.Manifest = string(replaceAt([]byte(g.Manifest), len(g.Manifest)-20))
+		}, "does not verify"},
 		{"without a manifest", func(g *handover.Grant) { g.Manifest = "" }, ""},
 		{"a manifest with another modulus", func(g *handover.Grant) {
 			manifest := *l.Manifest
@@ -291,15 +312,20 @@ func TestInvalidFiles(t *testing.T) {
 		change func(e *handover.Enrolment)
 		want   string
 	}{
-		{"an enrolment by another algorithm", func(e *handover.Enrolment) { e.Algorithm = "RSA-OAEP-256" }, "RSA-OAEP-256"},
+		{"an enrolment by another algorithm", func(e *handover.Enrolment) {
+			e.Algorithm = "RSA-OAEP-256"
+		}, "RSA-OAEP-256"},
 		{"an enrolment without an algorithm", func(e *handover.Enrolment) { e.Algorithm = "" }, handover.RSAOAEP},
-		{"an enrolment of a name that could not be a path", func(e *handover.Enrolment) { e.Operator = "../op" }, "not valid"},
+		{"an enrolment of a name that could not be a path", func(e *handover.Enrolment) {
+			e.Operator = "../op"
+		}, "not valid"},
 		{"an enrolment of no name", func(e *handover.Enrolment) { e.Operator = "" }, "not valid"},
 	} {
 		e := m.enrolment(t, r)
 		c.change(e)
 		e.KEK = hsmkeys.Key{Role: hsmkeys.RoleKEK, Manufacturer: m.KeyID(), Name: e.Operator}.HexID()
-		_, err := imports.Enroll(t.Context(), r.token, r.store, imports.Enrolment{JWS: m.sign(t, handover.TypeEnrolment, e), PEM: m.pem, Thumbprint: m.KeyID()})
+		_, err := imports.Enroll(t.Context(), r.token, r.store,
+			imports.Enrolment{JWS: m.sign(t, handover.TypeEnrolment, e), PEM: m.pem, Thumbprint: m.KeyID()})
 		checkSays(t, c.name, err, c.want)
 	}
 	r.enroll(t, m)
@@ -334,7 +360,8 @@ func TestImportOvertaken(t *testing.T) {
 	registry := overtaken{r.store, func() { r.take(t, a, first) }}
 	_, err := imports.ImportLot(t.Context(), r.token, registry, b.sign(t, handover.TypeGrant, b.grant(t, second)), nil)
 	checkSays(t, "a lot whose IMEIs were taken meanwhile", err, "settle it with who made them")
-	checkLeft(t, "a lot whose IMEIs were taken meanwhile", r, map[hsmkeys.Key]bool{a.lotKey("L1"): true, b.lotKey("L1"): false}, 2, 1)
+	checkLeft(t, "a lot whose IMEIs were taken meanwhile", r,
+		map[hsmkeys.Key]bool{a.lotKey("L1"): true, b.lotKey("L1"): false}, 2, 1)
 }
 
 // A TAC is pinned to a manufacturer: no other has a lot of it, and it has no lot of another TAC.
@@ -343,7 +370,9 @@ func TestPinnedTACs(t *testing.T) {
 	tac := func(s string) kme.TAC { return must[kme.TAC](t)(kme.ParseTAC(s)) }
 	key := vectors(t).lot(t, "lot-2048")
 	enroll := func(m *maker, tacs ...kme.TAC) (*binding.Manufacturer, error) {
-		return imports.Enroll(t.Context(), r.token, r.store, imports.Enrolment{JWS: m.sign(t, handover.TypeEnrolment, m.enrolment(t, r)), PEM: m.pem, Thumbprint: m.KeyID(), Directory: "file:" + m.dir, TACs: tacs})
+		return imports.Enroll(t.Context(), r.token, r.store,
+			imports.Enrolment{JWS: m.sign(t, handover.TypeEnrolment, m.enrolment(t, r)), PEM: m.pem,
+				Thumbprint: m.KeyID(), Directory: "file:" + m.dir, TACs: tacs})
 	}
 	refused := func(what string, err error, want string) {
 		t.Helper()
@@ -397,14 +426,17 @@ func TestPinnedLater(t *testing.T) {
 	other := must[kme.TAC](t)(kme.ParseTAC("35000001"))
 	own := must[kme.TAC](t)(kme.ParseTAC(testTAC))
 	enroll := func(m *maker, tacs ...kme.TAC) error {
-		_, err := imports.Enroll(t.Context(), r.token, r.store, imports.Enrolment{JWS: m.sign(t, handover.TypeEnrolment, m.enrolment(t, r)), PEM: m.pem, Thumbprint: m.KeyID(), Directory: "file:" + m.dir, TACs: tacs})
+		_, err := imports.Enroll(t.Context(), r.token, r.store,
+			imports.Enrolment{JWS: m.sign(t, handover.TypeEnrolment, m.enrolment(t, r)), PEM: m.pem,
+				Thumbprint: m.KeyID(), Directory: "file:" + m.dir, TACs: tacs})
 		return err
 	}
 	if err := enroll(one); err != nil {
 		t.Fatal(err)
 	}
 	l := one.newLot(t, "L1", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 1)...)
-	must[*binding.Lot](t)(imports.ImportLot(t.Context(), r.token, r.store, one.sign(t, handover.TypeGrant, one.grant(t, l)), nil))
+	must[*binding.Lot](t)(imports.ImportLot(t.Context(), r.token, r.store,
+		one.sign(t, handover.TypeGrant, one.grant(t, l)), nil))
 	checkSays(t, "pinned to another TAC than its lot has", enroll(one, other), "lot L1 has TAC "+testTAC)
 	if err := enroll(one, own, other); err != nil {
 		t.Fatal(err)

@@ -41,10 +41,12 @@ func serveChild(t *testing.T, args []string) {
 	files := must[*filestore.Store](t)(filestore.Open(args[2]))
 	readers := map[string]*directory.Reader{}
 	for _, m := range must[[]*binding.Manufacturer](t)(store.Manufacturers(t.Context())) {
-		readers[m.KeyID] = directory.NewReader(files, must[*directory.Verifier](t)(directory.ParseVerifier([]byte(m.PEM))), directory.ReaderOptions{})
+		readers[m.KeyID] = directory.NewReader(files,
+			must[*directory.Verifier](t)(directory.ParseVerifier([]byte(m.PEM))), directory.ReaderOptions{})
 	}
 	lots := must[*binding.Lots](t)(binding.NewLots(must[[]*binding.Lot](t)(store.Lots(t.Context())), readers))
-	service := binding.NewService(binding.Options{Token: token, Store: store, Lots: lots, Times: binding.DefaultTimes(), Log: slog.New(slog.DiscardHandler)})
+	service := binding.NewService(binding.Options{Token: token, Store: store, Lots: lots, Times: binding.DefaultTimes(),
+		Log: slog.New(slog.DiscardHandler)})
 	os.Remove(args[3])
 	l := must[net.Listener](t)(net.Listen("unix", args[3]))
 	protocols := new(http.Protocols)
@@ -108,8 +110,8 @@ func (w *world) start(t *testing.T, socket string) *testproc.Process {
 	})
 }
 
-// Two service processes on one PostgreSQL: the same payload at both is established once and answered the same, and one KME for two subscriptions is
-// accepted by one of them.
+// Two service processes on one PostgreSQL: the same payload at both is established once and answered the same, and one
+// KME for two subscriptions is accepted by one of them.
 func TestPostgresTwoInstances(t *testing.T) {
 	w := newWorld(t, pgtest.Start(t).Database(t))
 	var clients []*client.Client
@@ -127,7 +129,8 @@ func TestPostgresTwoInstances(t *testing.T) {
 		var ids [2]string
 		for i := range 2 { // the attempts are opened by one, and used at the other
 			imsis[i] = newIMSI()
-			ids[i] = must[client.Vectors](t)(clients[1-i].PrepareVector(ctx, imsis[i], client.Origin{}, client.RAND{})).AttemptID
+			ids[i] = must[client.Vectors](t)(clients[1-i].PrepareVector(ctx, imsis[i], client.Origin{},
+				client.RAND{})).AttemptID
 		}
 		payload, plain := d.payload(t)
 		want := plain.NWSig()

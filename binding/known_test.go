@@ -74,8 +74,8 @@ func (k *known) lot(t testing.TB, name string) *rsa.PrivateKey {
 	return nil
 }
 
-// newKnown is an operator who serves the lots of the known answers, and the device of each. A manifest has one suite, so
-// a lot key that is used with two stands for two lots.
+// newKnown is an operator who serves the lots of the known answers, and the device of each. A manifest has one suite,
+// so a lot key that is used with two stands for two lots.
 func newKnown(t testing.TB) (r *harness, devices map[*vector]*device) {
 	t.Helper()
 	r, m, k := newHarness(t), newMaker(t), vectors(t)

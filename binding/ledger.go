@@ -93,11 +93,13 @@ type DamagedRow struct {
 }
 
 func (e *DamagedRow) Error() string {
-	return fmt.Sprintf("the database is damaged: %s %s %s; keysvc store verify lists all that is", e.Table, e.Key, e.What)
+	return fmt.Sprintf("the database is damaged: %s %s %s; keysvc store verify lists all that is", e.Table,
+		e.Key, e.What)
 }
 
 // ErrRolledBack: the ledger is behind its high-water mark.
-var ErrRolledBack = errors.New("the database is an earlier one than the service has written: bring back the last one; " +
+var ErrRolledBack = errors.New("the database is an earlier one than the service has written: bring back the " +
+	"last one; " +
 	"or, if there is no other, accept this one with keysvc store accept-rollback")
 
 // A Ledger is the part of a Store that remembers for ever. While it is rolled back, every method of the Store but
@@ -109,8 +111,9 @@ type Ledger interface {
 	LastNote(ctx context.Context, event Event, subject string) (detail string, found bool, err error)
 	// History gives the entries about a subject, in their order.
 	History(ctx context.Context, subject string) ([]Entry, error)
-	// Check fails with ErrRolledBack if the ledger is behind the mark, or behind what this Store has seen under the same
-	// Epoch. It gives how far the ledger is now. Of a token without a mark it is nil: then the ledger must be empty.
+	// Check fails with ErrRolledBack if the ledger is behind the mark, or behind what this Store has
+	// seen under the same Epoch. It gives how far the ledger is now. Of a token without a mark it is
+	// nil: then the ledger must be empty.
 	Check(ctx context.Context, mark *Mark) (*Mark, error)
 	// Seen is how far this Store has seen the ledger come.
 	Seen() *Mark
@@ -118,8 +121,8 @@ type Ledger interface {
 	Accept(ctx context.Context, mark *Mark, reason string) (*Mark, error)
 	// Moved is sent something after entries were added.
 	Moved() <-chan struct{}
-	// VerifyLedger reads all entries in their order. It fails with ErrRolledBack and a *DamagedRow for the first that is
-	// gone or not what it was; the Store refuses then too.
+	// VerifyLedger reads all entries in their order. It fails with ErrRolledBack and a *DamagedRow for the first that
+	// is gone or not what it was; the Store refuses then too.
 	VerifyLedger(ctx context.Context) (entries int, err error)
 }
 

@@ -37,7 +37,8 @@ func TestLife(t *testing.T) {
 	checkBound := func(when string, p *kme.Plaintext, state binding.State) {
 		t.Helper()
 		b := must[*binding.Binding](t)(r.service.GetBinding(ctx, imsi))
-		if b.State != state || b.IMEI != d.imei || b.Lot != "L1" || b.Manufacturer != m.KeyID() || b.Activated.IsZero() != (state == binding.Pending) {
+		if b.State != state || b.IMEI != d.imei || b.Lot != "L1" || b.Manufacturer != m.KeyID() ||
+			b.Activated.IsZero() != (state == binding.Pending) {
 			t.Errorf("%s: binding %+v", when, b)
 		}
 		vector := hsmkeys.RAND(newRANDs(1)[0])
@@ -57,18 +58,22 @@ func TestLife(t *testing.T) {
 		t.Errorf("two vectors asked for at once have attempts %q and %q", attempt, again)
 	}
 	payload, p := d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: payload, Origin: here}))
+	must[*binding.Established](t)(r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei,
+		AttemptID: attempt, Payload: payload, Origin: here}))
 	checkBound("established", p, binding.Pending)
 
-	if got, err := r.service.ReportAuthentication(ctx, imsi, false, here); err != nil || got.Binding != nil || got.Served {
+	if got, err := r.service.ReportAuthentication(ctx, imsi, false, here); err != nil ||
+		got.Binding != nil || got.Served {
 		t.Errorf("a failed authentication leaves %+v, error %v", got, err)
 	}
 	checkUnbound("dropped")
-	_, err := r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: payload, Origin: here})
+	_, err := r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt,
+		Payload: payload, Origin: here})
 	checkRefused(t, "the dropped binding's attempt", err, kme.NoAttempt, "")
 
 	payload, p = d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here}))
+	must[*binding.Established](t)(r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei,
+		AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here}))
 	r.activate(t, imsi)
 	for _, ok := range []bool{true, true, false} { // an active binding outlives a failed authentication
 		if got := must[*binding.Reported](t)(r.service.ReportAuthentication(ctx, imsi, ok, here)); !got.Served ||
@@ -84,12 +89,14 @@ func TestAttemptExpires(t *testing.T) {
 	r, _, l := newServed(t)
 	d := l.devices[0]
 	const short = 20 * time.Millisecond
-	service := r.newService(binding.Options{Times: binding.Times{Attempt: short, Pending: ttl, PendingVectors: 3, Now: time.Now}})
+	service := r.newService(binding.Options{Times: binding.Times{Attempt: short, Pending: ttl, PendingVectors: 3,
+		Now: time.Now}})
 	imsi := newIMSI()
 	p := must[*binding.Prepared](t)(service.PrepareVector(t.Context(), imsi, newRANDs(1), here))
 	time.Sleep(short + 2*time.Millisecond) // stores keep milliseconds
 	payload, _ := d.payload(t)
-	_, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: p.AttemptID, Payload: payload, Origin: here})
+	_, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei,
+		AttemptID: p.AttemptID, Payload: payload, Origin: here})
 	checkRefused(t, "after its time", err, kme.NoAttempt, "")
 	again := must[*binding.Prepared](t)(service.PrepareVector(t.Context(), imsi, newRANDs(1), here))
 	if again.AttemptID == "" || again.AttemptID == p.AttemptID {

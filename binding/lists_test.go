@@ -25,15 +25,16 @@ func (r *harness) readAgain(t *testing.T, m *maker, l *lot, o directory.ReaderOp
 	return reader.Refresh(t.Context(), l.Manifest)
 }
 
-// A list that was to be replaced longer ago than max_revocation_age: nobody of the lot is bound, and nobody who is bound
-// gets a vector; without that setting, and when the list is signed anew, all goes on.
+// A list that was to be replaced longer ago than max_revocation_age: nobody of the lot is bound, and nobody who is
+// bound gets a vector; without that setting, and when the list is signed anew, all goes on.
 func TestMaxRevocationAge(t *testing.T) {
 	r, m, l := newServed(t)
 	ctx, imsi := t.Context(), newIMSI()
 	establish := func(imsi kme.IMSI, d *device) error {
 		t.Helper()
 		payload, _ := d.payload(t)
-		_, err := r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here})
+		_, err := r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei,
+			AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here})
 		return err
 	}
 	prepare := func() error {
@@ -91,7 +92,8 @@ func TestRevocationMemory(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := directory.Revoke(ctx, m.store, m.Signer, l.Manifest, []kme.IMEI{l.devices[0].imei}, "stolen", time.Now(), nil); err != nil {
+	if err := directory.Revoke(ctx, m.store, m.Signer, l.Manifest, []kme.IMEI{l.devices[0].imei}, "stolen", time.Now(),
+		nil); err != nil {
 		t.Fatal(err)
 	}
 	if err := r.readers[m.KeyID()].Refresh(ctx, l.Manifest); err != nil {
@@ -129,7 +131,8 @@ func TestRevocationMemory(t *testing.T) {
 			r.readAgain(t, m, l, o)
 		}
 		if revoked, err := r.readers[m.KeyID()].Revoked(l.Manifest, l.devices[0].imei); err != nil || !revoked {
-			t.Errorf("a revoked device, after a restart, with a list in the directory (%v): revoked %v, error %v", directoryHas, revoked, err)
+			t.Errorf("a revoked device, after a restart, with a list in the directory (%v): revoked %v, error %v",
+				directoryHas, revoked, err)
 		}
 	}
 	older := directory.ReaderOptions{Memory: o.Memory}

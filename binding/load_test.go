@@ -26,20 +26,22 @@ func (r *harness) unrecorded(t testing.TB, o binding.Options) *binding.Service {
 	return binding.NewService(o)
 }
 
-// At three times the calls that the service can do, it does as many as at its best, and those that it accepts are fast; the others are refused
-// at once.
+// At three times the calls that the service can do, it does as many as at its best, and those that it accepts are fast;
+// the others are refused at once.
 func TestOverload(t *testing.T) {
 	r, _, l := newServed(t)
 	limit := 8 * r.token.Sessions()
 	service := r.unrecorded(t, binding.Options{Limits: binding.Limits{Calls: limit}})
 	d := l.devices[0]
-	// A rejected payload is the dearest call that can be made again and again: the private-key operation and all after it.
+	// A rejected payload is the dearest call that can be made again and again: the private-key operation and all after
+	// it.
 	payload, _ := d.payload(t)
 	payload[len(payload)-1] ^= 1
 	imsi := newIMSI()
 	attempt := r.attempt(t, imsi)
 	call := func() (accepted bool) {
-		_, err := service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: payload, Origin: here})
+		_, err := service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei,
+			AttemptID: attempt, Payload: payload, Origin: here})
 		var refusal *binding.Refusal
 		if !errors.As(err, &refusal) || refusal.Reason != kme.KMERejected && refusal.Reason != kme.Overloaded {
 			t.Errorf("%v", err)
@@ -70,7 +72,8 @@ func TestOverload(t *testing.T) {
 		var all sync.WaitGroup
 		start := time.Now()
 		for sent := 0; time.Since(start) < span; time.Sleep(time.Millisecond) {
-			for due := int(rate * time.Since(start).Seconds()); sent < due; sent++ { // as they come, not as they are answered
+			// as they come, not as they are answered
+			for due := int(rate * time.Since(start).Seconds()); sent < due; sent++ {
 				all.Go(func() {
 					begun := time.Now()
 					if !call() {
@@ -91,7 +94,8 @@ func TestOverload(t *testing.T) {
 		b := best()
 		done, refused, p99 := flood(3 * b)
 		bound := 3 * time.Duration(float64(limit)/b*float64(time.Second))
-		t.Logf("best %.0f a second; at three times that, %.0f a second (%.2f), p99 %s, %d refused", b, done, done/b, p99.Round(time.Millisecond), refused)
+		t.Logf("best %.0f a second; at three times that, %.0f a second (%.2f), p99 %s, %d refused", b, done, done/b,
+			p99.Round(time.Millisecond), refused)
 		if done >= 0.9*b && p99 < bound && refused > 0 {
 			return
 		}
@@ -108,7 +112,8 @@ func TestIMEIRate(t *testing.T) {
 	service := r.unrecorded(t, binding.Options{Limits: binding.Limits{IMEIRate: 0.001, IMEIBurst: 3}})
 	victim := l.devices[0]
 	send := func(imsi kme.IMSI, d *device, payload []byte) error {
-		_, err := service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here})
+		_, err := service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei,
+			AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here})
 		return err
 	}
 	for range 2 {
@@ -142,10 +147,11 @@ func TestIMEIRate(t *testing.T) {
 	}
 }
 
-// A caller cannot tell by the time what was wrong with a payload. Method: payloads of each kind, and random ones, in random order; of each
-// kind the fastest 80% (the others met the scheduler); Welch's t between each pair. Beyond 4.5, the threshold of the TVLA methodology
-// (Goodwill et al., NIST Non-Invasive Attack Testing Workshop 2011), two kinds are told apart: with 400 samples of a call of 1.5 ms that
-// is a difference of some 2%. The machine is shared, so one good round of four is enough; a real difference is in all.
+// A caller cannot tell by the time what was wrong with a payload. Method: payloads of each kind, and random ones, in
+// random order; of each kind the fastest 80% (the others met the scheduler); Welch's t between each pair. Beyond 4.5,
+// the threshold of the TVLA methodology (Goodwill et al., NIST Non-Invasive Attack Testing Workshop 2011), two kinds
+// are told apart: with 400 samples of a call of 1.5 ms that is a difference of some 2%. The machine is shared, so one
+// good round of four is enough; a real difference is in all.
 func TestRefusalsTakeAsLong(t *testing.T) {
 	r, _, l := newServed(t)
 	service := r.unrecorded(t, binding.Options{})
@@ -153,7 +159,8 @@ func TestRefusalsTakeAsLong(t *testing.T) {
 	imsi := newIMSI()
 	used, _ := d.payload(t)
 	other := newIMSI()
-	must[*binding.Established](t)(service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: other, IMEI: d.imei, AttemptID: r.attempt(t, other), Payload: used, Origin: here}))
+	must[*binding.Established](t)(service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: other, IMEI: d.imei,
+		AttemptID: r.attempt(t, other), Payload: used, Origin: here}))
 	n := l.key.N
 	kinds := map[string]func() []byte{
 		"signature": func() []byte {
@@ -166,7 +173,8 @@ func TestRefusalsTakeAsLong(t *testing.T) {
 		},
 		"range": func() []byte {
 			below := new(big.Int).Sub(new(big.Int).Lsh(big.NewInt(1), uint(n.BitLen())), n)
-			return new(big.Int).Add(n, new(big.Int).Rsh(below, 1+uint(rand.IntN(8)))).FillBytes(make([]byte, kme.PayloadSize(&l.key.PublicKey)))
+			return new(big.Int).Add(n, new(big.Int).Rsh(below, 1+uint(rand.IntN(8)))).FillBytes(make([]byte,
+				kme.PayloadSize(&l.key.PublicKey)))
 		},
 		"leading bytes": func() []byte {
 			b := make([]byte, kme.PayloadSize(&l.key.PublicKey))
@@ -185,7 +193,8 @@ func TestKnownRefusalsTakeAsLong(t *testing.T) {
 	r, devices := newKnown(t)
 	byDevice := map[*device]map[string][][]byte{}
 	for _, v := range vectors(t).Vectors {
-		if d := devices[v]; v.Expect == "reject" && v.Why != "length" && v.Suite == kme.SuiteECDSA && v.Lot == "lot-2048" {
+		if d := devices[v]; v.Expect == "reject" && v.Why != "length" && v.Suite == kme.SuiteECDSA &&
+			v.Lot == "lot-2048" {
 			if byDevice[d] == nil {
 				byDevice[d] = map[string][][]byte{}
 			}
@@ -231,7 +240,9 @@ func TestBoundRefusalsTakeAsLong(t *testing.T) {
 	})
 }
 
-func (r *harness) takeAsLong(t *testing.T, service *binding.Service, d *device, imsi kme.IMSI, kinds map[string]func() []byte) {
+func (r *harness) takeAsLong(
+	t *testing.T, service *binding.Service, d *device, imsi kme.IMSI, kinds map[string]func() []byte,
+) {
 	const samples = 400
 	names := slices.Sorted(func(yield func(string) bool) {
 		for k := range kinds {
@@ -256,7 +267,8 @@ func (r *harness) takeAsLong(t *testing.T, service *binding.Service, d *device, 
 		took := map[string][]float64{}
 		for _, o := range all {
 			start := time.Now()
-			_, err := service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: o.payload, Origin: here})
+			_, err := service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei,
+				AttemptID: attempt, Payload: o.payload, Origin: here})
 			took[o.kind] = append(took[o.kind], time.Since(start).Seconds())
 			checkRefused(t, o.kind, err, kme.KMERejected, "")
 		}

@@ -55,7 +55,9 @@ func (l *servedLot) payload(imsi kme.IMSI, imei kme.IMEI, device crypto.PublicKe
 }
 
 // OpenLots indexes all lots of a registry. open gives the reader of a manufacturer's directory.
-func OpenLots(ctx context.Context, registry Registry, open func(*Manufacturer) (*directory.Reader, error)) (*Lots, error) {
+func OpenLots(
+	ctx context.Context, registry Registry, open func(*Manufacturer) (*directory.Reader, error),
+) (*Lots, error) {
 	manufacturers, err := registry.Manufacturers(ctx)
 	if err != nil {
 		return nil, err
@@ -113,7 +115,9 @@ func NewLots(lots []*Lot, readers map[string]*directory.Reader) (*Lots, error) {
 
 func (l *Lots) find(imei kme.IMEI) *servedLot {
 	digits := imei.String()
-	i, found := slices.BinarySearchFunc(l.ranges, digits, func(r lotRange, d string) int { return cmp.Compare(r.first, d) })
+	i, found := slices.BinarySearchFunc(l.ranges, digits, func(r lotRange, d string) int {
+		return cmp.Compare(r.first, d)
+	})
 	if !found {
 		i--
 	}
@@ -231,9 +235,9 @@ type Notes interface {
 	LastNote(ctx context.Context, event Event, subject string) (detail string, found bool, err error)
 }
 
-// RevocationMemory keeps in the ledger which lists of a manufacturer's revoked devices were believed last, and copies of
-// them in a folder, which is trusted no further than their digests in the ledger. An entry is the service's own, whoever's
-// call has the list read.
+// RevocationMemory keeps in the ledger which lists of a manufacturer's revoked devices were believed last, and copies
+// of them in a folder, which is trusted no further than their digests in the ledger. An entry is the service's own,
+// whoever's call has the list read.
 func RevocationMemory(ledger Notes, manufacturer, dir string) directory.Memory {
 	return revocationMemory{ledger, manufacturer, filepath.Join(dir, manufacturer)}
 }

@@ -16,8 +16,9 @@ func TestFind(t *testing.T) {
 	}
 	lot := func(name string, ranges ...rng) *Lot {
 		m := &directory.Manifest{
-			Lot: name, Manufacturer: "maker", Suite: kme.SuiteECDSA, N: new(big.Int).SetBit(big.NewInt(1), 2047, 1).Bytes(), E: kme.PublicExponent,
-			Mechanism: "none", ShardSize: 1, Created: time.Now(),
+			Lot: name, Manufacturer: "maker", Suite: kme.SuiteECDSA,
+			N: new(big.Int).SetBit(big.NewInt(1), 2047, 1).Bytes(), E: kme.PublicExponent, Mechanism: "none",
+			ShardSize: 1, Created: time.Now(),
 		}
 		for _, r := range ranges {
 			tac, err := kme.ParseTAC(r.tac)

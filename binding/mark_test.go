@@ -62,7 +62,8 @@ func TestStartedWithAnEarlierDatabase(t *testing.T) {
 	if err := mark.Raise(t.Context(), later, token); err != nil {
 		t.Fatal(err)
 	}
-	for name, token := range map[string]*markToken{"an earlier database": token, "a token without a mark": new(markToken)} {
+	for name, token := range map[string]*markToken{"an earlier database": token,
+		"a token without a mark": new(markToken)} {
 		t.Run(name, func(t *testing.T) {
 			earlier := path()
 			if err := note(open(earlier)); err != nil {

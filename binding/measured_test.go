@@ -23,7 +23,8 @@ func TestMeasured(t *testing.T) {
 	r.observed.to.Store(metrics)
 	imsi, d := newIMSI(), l.devices[0]
 	payload, _ := d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here, Export: true}))
+	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei,
+		AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here, Export: true}))
 	must[*binding.Prepared](t)(r.service.PrepareVector(t.Context(), imsi, newRANDs(2), here))
 	must[hsmkeys.RAND](t)(r.service.RestoreRAND(t.Context(), imsi, make([]byte, 16), here))
 
@@ -36,11 +37,11 @@ func TestMeasured(t *testing.T) {
 		for _, m := range family.GetMetric() {
 			switch family.GetName() {
 			case "kme_hsm_operation_seconds":
-				key := ""
+				var key strings.Builder
 				for _, l := range m.GetLabel() {
-					key += l.GetValue() + " "
+					key.WriteString(l.GetValue() + " ")
 				}
-				operations[key] = m.GetHistogram().GetSampleCount()
+				operations[key.String()] = m.GetHistogram().GetSampleCount()
 			case "kme_hsm_queue_seconds":
 				waits = m.GetHistogram().GetSampleCount()
 			}
@@ -59,7 +60,8 @@ func TestMetricsAreNoOracle(t *testing.T) {
 	r.service = r.newService(binding.Options{Lots: r.lots(t), Metrics: binding.NewMetrics(registry)})
 	send := func(v *vector) error {
 		imsi := newIMSI()
-		_, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: devices[v].imei, AttemptID: r.attempt(t, imsi), Payload: v.Payload, Origin: here})
+		_, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: devices[v].imei,
+			AttemptID: r.attempt(t, imsi), Payload: v.Payload, Origin: here})
 		return err
 	}
 	series := map[string]string{} // of all metrics, after a payload of each kind
@@ -75,17 +77,17 @@ func TestMetricsAreNoOracle(t *testing.T) {
 			must[any](t)(nil, send(v))
 		}
 		checkRefused(t, v.Name, send(v), kme.KMERejected, "")
-		text := ""
+		var text strings.Builder
 		families, err := registry.Gather()
 		if err != nil {
 			t.Fatal(err)
 		}
 		for _, family := range families {
 			for _, m := range family.GetMetric() {
-				text += family.GetName() + fmt.Sprint(m.GetLabel()) + "\n"
+				text.WriteString(family.GetName() + fmt.Sprint(m.GetLabel()) + "\n")
 			}
 		}
-		series[why] = text
+		series[why] = text.String()
 	}
 	if len(series) != 4 {
 		t.Errorf("%d kinds were tried", len(series))

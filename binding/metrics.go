@@ -27,21 +27,30 @@ var buckets = prometheus.ExponentialBuckets(0.0001, 2, 17)
 // NewMetrics makes and registers them.
 func NewMetrics(r prometheus.Registerer) *Metrics {
 	m := &Metrics{
-		calls:    prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "kme_call_seconds", Help: "Calls by method and reason (OK, or that of the refusal).", Buckets: buckets}, []string{"method", "reason"}),
-		refusals: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "kme_refusals_total", Help: "Refused calls, by reason."}, []string{"reason"}),
+		calls: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "kme_call_seconds",
+			Help: "Calls by method and reason (OK, or that of the refusal).", Buckets: buckets},
+			[]string{"method", "reason"}),
+		refusals: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "kme_refusals_total",
+			Help: "Refused calls, by reason."}, []string{"reason"}),
 		// Without what was wrong: who reads metrics and may send payloads would have an oracle.
-		rejected: prometheus.NewCounter(prometheus.CounterOpts{Name: "kme_rejected_payloads_total", Help: "Payloads that were rejected; why stands in the log alone."}),
+		rejected: prometheus.NewCounter(prometheus.CounterOpts{Name: "kme_rejected_payloads_total",
+			Help: "Payloads that were rejected; why stands in the log alone."}),
 		hsm: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "kme_hsm_operation_seconds", Help: "Operations of the HSM, without the wait for a session.", Buckets: buckets,
+			Name: "kme_hsm_operation_seconds", Help: "Operations of the HSM, without the wait for a session.",
+			Buckets: buckets,
 		}, []string{"operation", "result"}),
-		queue:    prometheus.NewHistogram(prometheus.HistogramOpts{Name: "kme_hsm_queue_seconds", Help: "The wait for a session of the HSM.", Buckets: buckets}),
-		inFlight: prometheus.NewGauge(prometheus.GaugeOpts{Name: "kme_calls_in_flight", Help: "Calls that are at the HSM, or wait for it."}),
+		queue: prometheus.NewHistogram(prometheus.HistogramOpts{Name: "kme_hsm_queue_seconds",
+			Help: "The wait for a session of the HSM.", Buckets: buckets}),
+		inFlight: prometheus.NewGauge(prometheus.GaugeOpts{Name: "kme_calls_in_flight",
+			Help: "Calls that are at the HSM, or wait for it."}),
 		panics: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "kme_panics_total", Help: "Panics, each of which has ended a call or some work.",
 		}),
 		unauthenticated: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "kme_unauthenticated_total", Help: "Callers that were not let in: certificate, it was not verified; " +
-				"handshake, TLS failed otherwise, as without a certificate; client and user, the configuration has none such.",
+			Name: "kme_unauthenticated_total",
+			Help: "Callers that were not let in: certificate, it was not verified; " +
+				"handshake, TLS failed otherwise, as without a certificate; client and user, the configuration has " +
+				"none such.",
 		}, []string{"why"}),
 	}
 	r.MustRegister(m.calls, m.refusals, m.rejected, m.hsm, m.queue, m.inFlight, m.panics, m.unauthenticated)

@@ -91,7 +91,8 @@ type sent struct {
 // modelOrigins are three that may provision and one that may not.
 func modelOrigins(t *testing.T) (all []binding.Origin) {
 	for _, name := range []string{"", "mme-1", "mme-2"} {
-		all = append(all, binding.Origin{Name: must[kme.Origin](t)(kme.ParseOrigin(name)), Provisioning: binding.Allowed})
+		all = append(all, binding.Origin{Name: must[kme.Origin](t)(kme.ParseOrigin(name)),
+			Provisioning: binding.Allowed})
 	}
 	return append(all, binding.Origin{Name: must[kme.Origin](t)(kme.ParseOrigin("mme-3"))})
 }
@@ -228,7 +229,8 @@ func (r *modelRun) attempted(m *modelled, o binding.Origin, id string, until tim
 	}
 	var best *modelAttempt
 	for i, a := range m.attempts {
-		if a.origin == o && a.opened == opened && !a.expires.Before(reuse) && (best == nil || a.expires.After(best.expires)) {
+		if a.origin == o && a.opened == opened && !a.expires.Before(reuse) &&
+			(best == nil || a.expires.After(best.expires)) {
 			best = &m.attempts[i]
 		}
 	}
@@ -286,7 +288,8 @@ func (r *modelRun) establish(m *modelled, o binding.Origin) {
 	}
 	i := slices.IndexFunc(m.attempts, func(a modelAttempt) bool { return a.id == id && a.origin == o })
 	standing := m.standing()
-	again := standing != nil && standing.attempt.id == id && standing.attempt.origin == o && standing.device == s.device &&
+	again := standing != nil && standing.attempt.id == id && standing.attempt.origin == o &&
+		standing.device == s.device &&
 		bytes.Equal(standing.payload, s.payload)
 	want := kme.Reason("")
 	switch {
@@ -300,7 +303,8 @@ func (r *modelRun) establish(m *modelled, o binding.Origin) {
 	case replayed:
 		want = kme.KMERejected
 	}
-	e, err := r.r.service.EstablishKME(r.Context(), binding.EstablishRequest{IMSI: m.imsi, IMEI: s.device.imei, AttemptID: id, Payload: s.payload, Origin: o})
+	e, err := r.r.service.EstablishKME(r.Context(), binding.EstablishRequest{IMSI: m.imsi, IMEI: s.device.imei,
+		AttemptID: id, Payload: s.payload, Origin: o})
 	r.note(m, "established %s from %q with attempt %q: %v, want %q", s.device.imei, o.Name, id, err, want)
 	var refusal *binding.Refusal
 	if want != "" {

@@ -13,6 +13,7 @@ import (
 	"runtime"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -85,7 +86,8 @@ func flat(t *testing.T, n int, each func(*rand.Rand) (ok bool)) {
 	}
 }
 
-// No mutated payload is accepted, each is refused for what callers may know, and memory stays flat. A million of them in make soak.
+// No mutated payload is accepted, each is refused for what callers may know, and memory stays flat. A
+// million of them in make soak.
 func TestMutatedPayloads(t *testing.T) {
 	n := 3000
 	if os.Getenv("KMEHSM_SOAK") != "" {
@@ -94,14 +96,17 @@ func TestMutatedPayloads(t *testing.T) {
 	r, _, l := newServed(t)
 	service := r.unrecorded(t, binding.Options{})
 	imsi := newIMSI()
-	attempt := must[*binding.Attempt](t)(service.OpenProvisioning(t.Context(), imsi, 24*time.Hour)).ID // a million take a while
+	// a million take a while
+	attempt := must[*binding.Attempt](t)(service.OpenProvisioning(t.Context(), imsi, 24*time.Hour)).ID
 	d := l.devices[0]
 	good, _ := d.payload(t)
 	flat(t, n, func(random *rand.Rand) bool {
 		payload := mutate(random, good)
-		_, err := service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: payload, Origin: here, Export: true})
+		_, err := service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei,
+			AttemptID: attempt, Payload: payload, Origin: here, Export: true})
 		var refusal *binding.Refusal
-		if !errors.As(err, &refusal) || refusal.Reason != kme.KMERejected && !(refusal.Reason == kme.Malformed && len(payload) != len(good)) {
+		if !errors.As(err, &refusal) || refusal.Reason != kme.KMERejected &&
+			!(refusal.Reason == kme.Malformed && len(payload) != len(good)) {
 			t.Errorf("%x: %v", payload, err)
 			return false
 		}
@@ -110,12 +115,14 @@ func TestMutatedPayloads(t *testing.T) {
 	if h := r.token.Health(); h.Cause != nil || h.Hung != 0 {
 		t.Errorf("%+v", h)
 	}
-	if _, err := service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: good, Origin: here}); err != nil {
+	if _, err := service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei,
+		AttemptID: attempt, Payload: good, Origin: here}); err != nil {
 		t.Errorf("the payload itself, at last: %v", err)
 	}
 }
 
-// Mutated messages of all methods, as JSON and as protobuf: none makes a binding, none an internal error, and memory stays flat.
+// Mutated messages of all methods, as JSON and as protobuf: none makes a binding, none an internal
+// error, and memory stays flat.
 func TestMutatedMessages(t *testing.T) {
 	n := 40_000
 	if os.Getenv("KMEHSM_SOAK") != "" {
@@ -133,8 +140,9 @@ func TestMutatedMessages(t *testing.T) {
 	defer conn.Close()
 	imsi, d := newIMSI(), l.devices[0]
 	bodies := map[string]string{
-		"PrepareVector":        `{"imsi":"` + imsi.String() + `","rands":["AAECAwQFBgcICQoLDA0ODw=="]}`,
-		"EstablishKME":         `{"imsi":"` + imsi.String() + `","imei":"` + d.imei.String() + `","attempt_id":"` + r.attempt(t, imsi) + `","payload":"AAECAwQFBgcICQoLDA0ODw=="}`,
+		"PrepareVector": `{"imsi":"` + imsi.String() + `","rands":["AAECAwQFBgcICQoLDA0ODw=="]}`,
+		"EstablishKME": `{"imsi":"` + imsi.String() + `","imei":"` + d.imei.String() + `","attempt_id":"` +
+			r.attempt(t, imsi) + `","payload":"AAECAwQFBgcICQoLDA0ODw=="}`,
 		"ReportAuthentication": `{"imsi":"` + imsi.String() + `","ok":true}`,
 		"RestoreRAND":          `{"imsi":"` + imsi.String() + `","rand":"AAECAwQFBgcICQoLDA0ODw=="}`,
 		"GetBinding":           `{"imsi":"` + imsi.String() + `"}`,
@@ -157,23 +165,25 @@ func TestMutatedMessages(t *testing.T) {
 		answer := httptest.NewRecorder()
 		handler.ServeHTTP(answer, q)
 		codes[answer.Code].Add(1)
-		if text, _ := io.ReadAll(answer.Result().Body); answer.Code == http.StatusInternalServerError || bytes.Contains(text, []byte("internal error")) {
+		if text, _ := io.ReadAll(answer.Result().Body); answer.Code == http.StatusInternalServerError ||
+			bytes.Contains(text, []byte("internal error")) {
 			t.Errorf("%s %q: %d %s", method, body, answer.Code, text)
 			return false
 		}
 		return true
 	})
-	seen := ""
+	var seen strings.Builder
 	for code := range codes {
 		if c := codes[code].Load(); c > 0 {
-			seen += " " + strconv.Itoa(code) + ": " + strconv.FormatInt(c, 10)
+			seen.WriteString(" " + strconv.Itoa(code) + ": " + strconv.FormatInt(c, 10))
 		}
 	}
-	t.Logf("answers:%s", seen)
+	t.Logf("answers:%s", seen.String())
 	if codes[http.StatusForbidden].Load() > 0 {
 		t.Error("not allowed to call")
 	}
-	if all := must[[]*binding.Binding](t)(service.ListBindings(t.Context(), binding.BindingQuery{Limit: 10})); len(all) > 0 {
+	if all := must[[]*binding.Binding](t)(service.ListBindings(t.Context(),
+		binding.BindingQuery{Limit: 10})); len(all) > 0 {
 		t.Errorf("bindings came to be: %+v", all)
 	}
 }

@@ -10,14 +10,16 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// A panic of the token or the store leaves nothing taken: no place among the calls, and no ticket of the store. One that ended on another goroutine is no refusal: nothing is away.
+// A panic of the token or the store leaves nothing taken: no place among the calls, and no ticket of the store. One
+// that ended on another goroutine is no refusal: nothing is away.
 func TestPanics(t *testing.T) {
 	r, _, l := newServed(t)
 	r.service = r.newService(binding.Options{Lots: r.lots(t), Limits: binding.Limits{Calls: 1}})
 	bound := newIMSI()
 	payload, _ := l.devices[0].payload(t)
 	imei, attempt := l.devices[0].imei, r.attempt(t, bound)
-	if _, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: bound, IMEI: imei, AttemptID: attempt, Payload: payload, Origin: here}); err != nil {
+	if _, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: bound, IMEI: imei,
+		AttemptID: attempt, Payload: payload, Origin: here}); err != nil {
 		t.Fatal(err)
 	}
 	r.activate(t, bound)
@@ -34,7 +36,8 @@ func TestPanics(t *testing.T) {
 		attempt := r.attempt(t, imsi)
 		payload, _ := l.devices[1].payload(t)
 		return func() error {
-			_, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: l.devices[1].imei, AttemptID: attempt, Payload: payload, Origin: here, Export: export})
+			_, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: l.devices[1].imei,
+				AttemptID: attempt, Payload: payload, Origin: here, Export: export})
 			return err
 		}
 	}
@@ -50,7 +53,10 @@ func TestPanics(t *testing.T) {
 		{"OpenPayload", establish(false)},
 		{"Establish", establish(false)},
 		{"ExportKME", establish(true)},
-		{"Report", func() error { _, err := r.service.ReportAuthentication(t.Context(), bound, true, here); return err }},
+		{"Report", func() error {
+			_, err := r.service.ReportAuthentication(t.Context(), bound, true, here)
+			return err
+		}},
 	} {
 		t.Run(c.seam, func(t *testing.T) {
 			call := func() (err error) {
@@ -91,7 +97,8 @@ func TestStoreErrors(t *testing.T) {
 				r.recorder.onFirst("Subscription", func() error { return away })
 				return nil
 			})
-			_, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: l.devices[0].imei, AttemptID: "none", Payload: make([]byte, 256), Origin: here})
+			_, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: l.devices[0].imei,
+				AttemptID: "none", Payload: make([]byte, 256), Origin: here})
 			return err
 		}},
 		{"get", "Subscription", func() error { _, err := r.service.GetBinding(t.Context(), imsi); return err }},

@@ -127,7 +127,8 @@ func oneByOne(n *network, rounds int) {
 		}
 		n.settle()
 	}
-	n.checkSeen("AKA", "AKA in clear", "AKA failed", "established", "not established", "reported", "restored", "settled")
+	n.checkSeen("AKA", "AKA in clear", "AKA failed", "established", "not established", "reported",
+		"restored", "settled")
 }
 
 func TestPropertyAtOnce(t *testing.T)         { atOnce(onSQLite(t)) }

@@ -119,7 +119,9 @@ func newNetwork(t testing.TB, stores ...binding.Store) *network {
 			}
 			return nil
 		}}
-		n.services = append(n.services, binding.NewService(binding.Options{Token: token, Store: s, Lots: lots, Times: times, Log: slog.New(slog.DiscardHandler)}))
+		n.services = append(n.services,
+			binding.NewService(binding.Options{Token: token, Store: s, Lots: lots, Times: times,
+				Log: slog.New(slog.DiscardHandler)}))
 	}
 	for _, d := range l.devices[:5] {
 		n.phones = append(n.phones, &phone{d, map[*sim]*key{}, map[*sim]*key{}})
@@ -168,7 +170,9 @@ func (n *network) fail(s *sim, format string, args ...any) {
 	if n.Failed() {
 		return
 	}
-	last := slices.DeleteFunc(slices.Clone(n.history), func(line string) bool { return !strings.HasPrefix(line, s.imsi.String()) })
+	last := slices.DeleteFunc(slices.Clone(n.history), func(line string) bool {
+		return !strings.HasPrefix(line, s.imsi.String())
+	})
 	n.Errorf("%s: %s\n%s", s.imsi, fmt.Sprintf(format, args...), strings.Join(last[max(0, len(last)-30):], "\n"))
 }
 
@@ -326,7 +330,8 @@ func (n *network) establish(p *peer, s *sim) {
 		k = n.newKey(d, s)
 	}
 	at.key = k
-	e, err := n.service().EstablishKME(n.Context(), binding.EstablishRequest{IMSI: s.imsi, IMEI: k.phone.imei, AttemptID: attempt, Payload: k.payload, Origin: p.Origin})
+	e, err := n.service().EstablishKME(n.Context(), binding.EstablishRequest{IMSI: s.imsi, IMEI: k.phone.imei,
+		AttemptID: attempt, Payload: k.payload, Origin: p.Origin})
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if err != nil {
@@ -366,14 +371,16 @@ func (n *network) report(p *peer, s *sim, ok bool) {
 		n.refused(s, "ReportAuthentication", err, kme.NotBound)
 	} else if got.Binding != nil && got.Binding.State == binding.Active && !n.keyOf(got.Binding).proved {
 		n.fail(s, "the report of %s activates what was not proved", p.Name)
-	} else if n.alone && sub.Active != nil && sub.Pending != nil && sub.Pending.Origin != p.Name && !reflects(sub, got) {
+	} else if n.alone && sub.Active != nil && sub.Pending != nil && sub.Pending.Origin != p.Name &&
+		!reflects(sub, got) {
 		n.fail(s, "the report of %s changes a pending binding of another origin: %+v", p.Name, got.Binding)
 	}
 }
 
 // reflects says whether a report left the pending binding as it was.
 func reflects(sub *binding.Subscription, got *binding.Reported) bool {
-	return got.Binding != nil && got.Binding.State == binding.Pending && bytes.Equal(got.Binding.NWSig, sub.Pending.NWSig)
+	return got.Binding != nil && got.Binding.State == binding.Pending &&
+		bytes.Equal(got.Binding.NWSig, sub.Pending.NWSig)
 }
 
 // resync insists on the RAND that the HSS made, of the last vector that a peer was sent, as long as there is its KME.

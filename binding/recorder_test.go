@@ -12,7 +12,8 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// A recorder notes each call of the service to its token and its store, and can make one fail or something happen first.
+// A recorder notes each call of the service to its token and its store, and can make one fail or something happen
+// first.
 type recorder struct {
 	binding.Ledger // of the store
 	token          binding.Token

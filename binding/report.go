@@ -64,7 +64,8 @@ func (l *Lots) Suspects(ctx context.Context, store Store, now time.Time) iter.Se
 			if lot.servedLot == nil {
 				continue
 			}
-			if _, err := lot.reader.Manifest(ctx, name.lot); err != nil { // a directory that is gone would have nothing revoked
+			// a directory that is gone would have nothing revoked
+			if _, err := lot.reader.Manifest(ctx, name.lot); err != nil {
 				yield(Suspect{}, unknownRevocations(name, err))
 				return
 			}
@@ -113,13 +114,15 @@ func standing(ctx context.Context, store Store, b *Binding, now time.Time) ([]*B
 }
 
 func unknownRevocations(n lotName, err error) error {
-	return fmt.Errorf("which devices of lot %s manufacturer %s has revoked is not known: %w", n.lot, n.manufacturer, err)
+	return fmt.Errorf("which devices of lot %s manufacturer %s has revoked is not known: %w", n.lot,
+		n.manufacturer, err)
 }
 
 func (l *Lots) doubts(ctx context.Context, b *Binding) (doubts []Doubt, err error) {
 	lot := l.imported[lotName{b.Manufacturer, b.Lot}]
 	if lot == nil {
-		return nil, fmt.Errorf("IMSI %s is bound to a device of lot %s of manufacturer %s, which was not imported: the database is damaged",
+		return nil, fmt.Errorf("IMSI %s is bound to a device of lot %s of manufacturer %s, which was not imported: "+
+			"the database is damaged",
 			b.IMSI, b.Lot, b.Manufacturer)
 	}
 	if v := lot.retired; v.Withdrawn {

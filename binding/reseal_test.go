@@ -36,8 +36,9 @@ func rotateChild(t *testing.T, uri, soPIN, storeName, kill string) {
 	}))
 }
 
-// The storage key is rotated while the service serves: the rotation is killed with -9 in the middle, and run again; the earlier key is destroyed. Nothing
-// that is asked of the service meanwhile fails, and every vector is what its KME makes of it.
+// The storage key is rotated while the service serves: the rotation is killed with -9 in the middle, and run
+// again; the earlier key is destroyed. Nothing that is asked of the service meanwhile fails, and every vector
+// is what its KME makes of it.
 func TestRotated(t *testing.T) {
 	if args := os.Getenv(childArgs); args != "" {
 		a := strings.Split(args, "\n")
@@ -65,7 +66,8 @@ func rotated(t *testing.T, storeName string) {
 		}
 		payload, plain := d.payload(t)
 		b.kme = plain.KME
-		if _, err = w.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: b.imsi, IMEI: d.imei, AttemptID: p.AttemptID, Payload: payload, Origin: here}); err != nil {
+		if _, err = w.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: b.imsi, IMEI: d.imei,
+			AttemptID: p.AttemptID, Payload: payload, Origin: here}); err != nil {
 			return b, err
 		}
 		if _, err = w.service.PrepareVector(ctx, b.imsi, newRANDs(1), here); err == nil {
@@ -128,7 +130,8 @@ func rotated(t *testing.T, storeName string) {
 	}
 	rotate := func(kill string) error {
 		child := exec.Command(os.Args[0], "-test.run=^TestRotated$")
-		child.Env = append(os.Environ(), childArgs+"="+strings.Join([]string{w.tokenURI, w.soPIN, storeName, kill}, "\n"))
+		child.Env = append(os.Environ(), childArgs+"="+strings.Join([]string{w.tokenURI, w.soPIN, storeName, kill},
+			"\n"))
 		out, err := child.CombinedOutput()
 		if err != nil && kill == "" {
 			t.Logf("%s", out)
@@ -187,7 +190,8 @@ func TestResealDamaged(t *testing.T) {
 	if err := r.token.Close(); err != nil { // the security officer logs in
 		t.Fatal(err)
 	}
-	rotation := must[*hsmkeys.Rotation](t)(hsmkeys.OpenRotation(t.Context(), r.tokenURI, must[hsmkeys.PIN](t)(hsmkeys.ReadPIN(r.soPIN))))
+	rotation := must[*hsmkeys.Rotation](t)(hsmkeys.OpenRotation(t.Context(), r.tokenURI,
+		must[hsmkeys.PIN](t)(hsmkeys.ReadPIN(r.soPIN))))
 	defer func() {
 		rotation.Close()
 		r.token = must[*hsmkeys.OperatorToken](t)(hsmkeys.OpenOperator(t.Context(), r.tokenURI, hsmkeys.Options{}))

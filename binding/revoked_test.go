@@ -15,7 +15,8 @@ func TestRevokedWhileBound(t *testing.T) {
 	r, m, l := newServed(t)
 	imsi, d := newIMSI(), l.devices[0]
 	payload, _ := d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here}))
+	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei,
+		AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here}))
 	r.activate(t, imsi)
 	prepare := func() error {
 		_, err := r.service.PrepareVector(t.Context(), imsi, newRANDs(1), here)
@@ -24,7 +25,8 @@ func TestRevokedWhileBound(t *testing.T) {
 	if err := prepare(); err != nil {
 		t.Fatal(err)
 	}
-	if err := directory.Revoke(t.Context(), m.store, m.Signer, l.Manifest, []kme.IMEI{d.imei}, "stolen", time.Now(), nil); err != nil {
+	if err := directory.Revoke(t.Context(), m.store, m.Signer, l.Manifest, []kme.IMEI{d.imei}, "stolen", time.Now(),
+		nil); err != nil {
 		t.Fatal(err)
 	}
 	r.refresh(t, m, l)
@@ -41,9 +43,11 @@ func TestRevokedLot(t *testing.T) {
 	r, m, l := newServed(t)
 	imsi, d := newIMSI(), l.devices[0]
 	payload, _ := d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here}))
+	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei,
+		AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here}))
 	r.activate(t, imsi)
-	if err := directory.RevokeLot(t.Context(), m.store, m.Signer, l.Manifest, "its key has leaked", time.Now()); err != nil {
+	if err := directory.RevokeLot(t.Context(), m.store, m.Signer, l.Manifest, "its key has leaked",
+		time.Now()); err != nil {
 		t.Fatal(err)
 	}
 	r.refresh(t, m, l)
@@ -51,7 +55,8 @@ func TestRevokedLot(t *testing.T) {
 	checkRefused(t, "a vector for a device of a revoked lot", err, kme.RevokedDevice, "")
 	other := newIMSI()
 	payload, _ = l.devices[1].payload(t)
-	_, err = r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: other, IMEI: l.devices[1].imei, AttemptID: r.attempt(t, other), Payload: payload, Origin: here})
+	_, err = r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: other, IMEI: l.devices[1].imei,
+		AttemptID: r.attempt(t, other), Payload: payload, Origin: here})
 	checkRefused(t, "a payload of a device of a revoked lot", err, kme.RevokedDevice, "")
 }
 
@@ -62,7 +67,8 @@ func TestExport(t *testing.T) {
 	payload, plain := d.payload(t)
 	attempt := r.attempt(t, imsi)
 	for i, export := range []bool{true, false, true} {
-		e := must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: payload, Origin: here, Export: export}))
+		e := must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi,
+			IMEI: d.imei, AttemptID: attempt, Payload: payload, Origin: here, Export: export}))
 		if export != e.KME.Equal(plain.KME) || !export && e.KME.Bytes() != nil {
 			t.Errorf("call %d: exported %v", i, e.KME.Bytes() != nil)
 		}
@@ -70,7 +76,8 @@ func TestExport(t *testing.T) {
 	bad := slices.Clone(payload)
 	bad[len(bad)-1] ^= 1
 	other := newIMSI()
-	if _, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: other, IMEI: d.imei, AttemptID: r.attempt(t, other), Payload: bad, Origin: here, Export: true}); err == nil {
+	if _, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: other, IMEI: d.imei,
+		AttemptID: r.attempt(t, other), Payload: bad, Origin: here, Export: true}); err == nil {
 		t.Error("a bad payload's plaintext was exported")
 	}
 	if calls := r.recorder.take(); slices.Index(calls, "ExportKME") < slices.Index(calls, "Establish") {

@@ -36,8 +36,9 @@ type Service struct {
 	metrics *Metrics
 	unknown *strangers
 
-	// open has the attempts that this process has seen open, the last of each IMSI: the store need not be asked before their EstablishKME.
-	// Another process may have closed one since; then the store says so before it establishes anything.
+	// open has the attempts that this process has seen open, the last of each IMSI: the store need not be
+	// asked before their EstablishKME. Another process may have closed one since; then the store says so
+	// before it establishes anything.
 	open *otter.Cache[kme.IMSI, Attempt]
 }
 
@@ -105,8 +106,8 @@ func (s *Service) enter(ctx context.Context) (leave func(), err error) {
 	return func() { s.metrics.inFlight.Dec(); s.limits.leave(client) }, nil
 }
 
-// CheckDirectories says which manufacturers' directories cannot be read now. Devices whose keys are cached are served all the
-// same.
+// CheckDirectories says which manufacturers' directories cannot be read now. Devices whose keys are
+// cached are served all the same.
 func (s *Service) CheckDirectories(ctx context.Context) map[string]error {
 	return s.lots.CheckDirectories(ctx)
 }

@@ -33,7 +33,8 @@ func TestVectors(t *testing.T) {
 		t.Run(v.Name, func(t *testing.T) {
 			imsi := newIMSI()
 			attempt := r.attempt(t, imsi)
-			e, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: devices[v].imei, AttemptID: attempt, Payload: v.Payload, Origin: here})
+			e, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: devices[v].imei,
+				AttemptID: attempt, Payload: v.Payload, Origin: here})
 			switch {
 			case v.Why == "length":
 				checkRefused(t, "establish", err, kme.Malformed, "")
@@ -57,11 +58,13 @@ func TestVectors(t *testing.T) {
 	}
 	logged := strings.ToLower(r.log.String())
 	for _, v := range ordered {
-		for name, secret := range map[string][]byte{"KME": v.KME, "RME": v.RME, "payload": v.Payload, "NW_SIG": v.NWSig} {
+		for name, secret := range map[string][]byte{"KME": v.KME, "RME": v.RME, "payload": v.Payload,
+			"NW_SIG": v.NWSig} {
 			if len(secret) == 0 || bytes.Count(secret, secret[:1]) == len(secret) {
 				continue
 			}
-			for _, form := range []string{hex.EncodeToString(secret), base64.StdEncoding.EncodeToString(secret), base64.RawURLEncoding.EncodeToString(secret)} {
+			for _, form := range []string{hex.EncodeToString(secret), base64.StdEncoding.EncodeToString(secret),
+				base64.RawURLEncoding.EncodeToString(secret)} {
 				if strings.Contains(logged, strings.ToLower(form)) {
 					t.Errorf("%s: the log has the %s", v.Name, name)
 				}
@@ -96,7 +99,8 @@ func TestOneWayToReject(t *testing.T) {
 		imsi := newIMSI()
 		attempt := r.attempt(t, imsi)
 		r.recorder.take()
-		_, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: payload, Origin: here})
+		_, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei,
+			AttemptID: attempt, Payload: payload, Origin: here})
 		checkRefused(t, name, err, kme.KMERejected, notAccepted)
 		calls := r.recorder.take()
 		if n := len(slices.DeleteFunc(slices.Clone(calls), func(c string) bool { return c != "OpenPayload" })); n != 1 {
@@ -112,7 +116,8 @@ func TestOneWayToReject(t *testing.T) {
 	for _, v := range vectors(t).Vectors {
 		if v.Expect == "accept" && !v.secondOfPair() {
 			imsi := newIMSI()
-			must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: devices[v].imei, AttemptID: r.attempt(t, imsi), Payload: v.Payload, Origin: here}))
+			must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi,
+				IMEI: devices[v].imei, AttemptID: r.attempt(t, imsi), Payload: v.Payload, Origin: here}))
 			try(v.Name+", again", devices[v], v.Payload)
 		}
 	}
@@ -140,9 +145,12 @@ func TestBeforeTheHSM(t *testing.T) {
 	used := newIMSI()
 	usedAttempt := r.attempt(t, used)
 	earlier, _ := l.devices[1].payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: used, IMEI: l.devices[1].imei, AttemptID: usedAttempt, Payload: earlier, Origin: here}))
+	must[*binding.Established](t)(r.service.EstablishKME(ctx,
+		binding.EstablishRequest{IMSI: used, IMEI: l.devices[1].imei, AttemptID: usedAttempt, Payload: earlier,
+			Origin: here}))
 
-	if err := directory.Revoke(ctx, m.store, m.Signer, l.Manifest, []kme.IMEI{l.devices[2].imei}, "stolen", time.Now(), nil); err != nil {
+	if err := directory.Revoke(ctx, m.store, m.Signer, l.Manifest, []kme.IMEI{l.devices[2].imei}, "stolen", time.Now(),
+		nil); err != nil {
 		t.Fatal(err)
 	}
 	r.refresh(t, m, l)
@@ -179,7 +187,8 @@ func TestBeforeTheHSM(t *testing.T) {
 		{"device in no shard", imsi, unpublished.devices[0].imei, attempt, payload, kme.UnknownDevice},
 		{"revoked device", imsi, l.devices[2].imei, attempt, payload, kme.RevokedDevice},
 	} {
-		_, err := r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: c.imsi, IMEI: c.imei, AttemptID: c.attempt, Payload: c.payload, Origin: here})
+		_, err := r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: c.imsi, IMEI: c.imei, AttemptID: c.attempt,
+			Payload: c.payload, Origin: here})
 		checkRefused(t, c.name, err, c.reason, "")
 		if calls := r.recorder.takeToken(); len(calls) > 0 {
 			t.Errorf("%s: reached the HSM with %q", c.name, calls)
@@ -189,7 +198,8 @@ func TestBeforeTheHSM(t *testing.T) {
 	for i, imei := range []string{"352099000000014", "3520990000000199"} {
 		imsi, attempt := []kme.IMSI{imsi, other}[i], []string{attempt, others}[i]
 		payload, p := d.payload(t)
-		e, err := r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: parseIMEI(imei), AttemptID: attempt, Payload: payload, Origin: here})
+		e, err := r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: parseIMEI(imei),
+			AttemptID: attempt, Payload: payload, Origin: here})
 		if want := p.NWSig(); err != nil || !bytes.Equal(e.NWSig, want[:]) {
 			t.Errorf("IMEI %s: %v, error %v", imei, e, err)
 		}
@@ -218,15 +228,16 @@ func TestMalformed(t *testing.T) {
 	}
 }
 
-// A KME is accepted once per device for ever, however it is encrypted or signed, whoever the subscriber is, and whatever
-// became of the binding.
+// A KME is accepted once per device for ever, however it is encrypted or signed, whoever the subscriber is, and
+// whatever became of the binding.
 func TestOneUse(t *testing.T) {
 	r, _, l := newServed(t)
 	ctx := t.Context()
 	d := l.devices[0]
 	payload, p := d.payload(t)
 	imsi := newIMSI()
-	must[*binding.Established](t)(r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here}))
+	must[*binding.Established](t)(r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei,
+		AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here}))
 
 	freshNonce := *p
 	freshNonce.RME = kme.RandomSecret()
@@ -239,7 +250,8 @@ func TestOneUse(t *testing.T) {
 	} {
 		other := newIMSI()
 		attempt := r.attempt(t, other)
-		_, err := r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: other, IMEI: d.imei, AttemptID: attempt, Payload: again, Origin: here})
+		_, err := r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: other, IMEI: d.imei, AttemptID: attempt,
+			Payload: again, Origin: here})
 		checkRefused(t, name, err, kme.KMERejected, notAccepted)
 		r.checkBound(t, other, false)
 	}
@@ -247,11 +259,13 @@ func TestOneUse(t *testing.T) {
 		t.Fatal(err)
 	}
 	attempt := r.attempt(t, imsi)
-	_, err := r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: payload, Origin: here})
+	_, err := r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt,
+		Payload: payload, Origin: here})
 	checkRefused(t, "after the binding was dropped", err, kme.KMERejected, notAccepted)
 	// A refusal leaves the attempt open for a better payload.
 	better, _ := d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: better, Origin: here}))
+	must[*binding.Established](t)(r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei,
+		AttemptID: attempt, Payload: better, Origin: here}))
 }
 
 // The same call again gives the stored NW_SIG, without the HSM, for as long as the binding stands.
@@ -264,7 +278,8 @@ func TestRetransmission(t *testing.T) {
 	imsi := newIMSI()
 	attempt := r.attempt(t, imsi)
 	call := func(imei kme.IMEI, payload []byte) (*binding.Established, error) {
-		return r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: imei, AttemptID: attempt, Payload: payload, Origin: here})
+		return r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: imei, AttemptID: attempt,
+			Payload: payload, Origin: here})
 	}
 	for i, state := range []binding.State{binding.Pending, binding.Pending, binding.Active, binding.Active} {
 		if i == 2 {
@@ -286,15 +301,17 @@ func TestRetransmission(t *testing.T) {
 	checkRefused(t, "another payload", err, kme.NoAttempt, "")
 	_, err = call(l.devices[1].imei, payload)
 	checkRefused(t, "another device", err, kme.OtherDevice, "")
-	_, err = r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, Payload: payload, Origin: here})
+	_, err = r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, Payload: payload,
+		Origin: here})
 	checkRefused(t, "no attempt", err, kme.NoAttempt, "")
 	other := newIMSI()
-	_, err = r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: other, IMEI: d.imei, AttemptID: attempt, Payload: payload, Origin: here})
+	_, err = r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: other, IMEI: d.imei, AttemptID: attempt,
+		Payload: payload, Origin: here})
 	checkRefused(t, "another subscriber", err, kme.NoAttempt, "")
 }
 
-// An MME that sends again before the first answer must not hear that the attempt is used up: the call has overtaken itself,
-// and the answer to both is one.
+// An MME that sends again before the first answer must not hear that the attempt is used up: the call has overtaken
+// itself, and the answer to both is one.
 func TestOvertaken(t *testing.T) {
 	r, _, l := newServed(t)
 	d := l.devices[0]
@@ -306,7 +323,8 @@ func TestOvertaken(t *testing.T) {
 			imsi := newIMSI()
 			attempt := r.attempt(t, imsi)
 			establish := func() (*binding.Established, error) {
-				return r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: payload, Origin: here})
+				return r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei,
+					AttemptID: attempt, Payload: payload, Origin: here})
 			}
 			r.recorder.onFirst(at, func() error {
 				e, err := establish()
@@ -338,7 +356,8 @@ func TestSameCallAtOnce(t *testing.T) {
 		var all sync.WaitGroup
 		for range 16 {
 			all.Go(func() {
-				e, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: payload, Origin: here})
+				e, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei,
+					AttemptID: attempt, Payload: payload, Origin: here})
 				if err != nil {
 					t.Error(err)
 				} else if !bytes.Equal(e.NWSig, want[:]) {
@@ -348,9 +367,12 @@ func TestSameCallAtOnce(t *testing.T) {
 		}
 		all.Wait()
 		// The ledger holds its one entry; a second would have failed as used.
-		opened := must[*hsmkeys.Opened](t)(r.token.OpenPayload(t.Context(), hsmkeys.Payload{Suite: l.Suite, Lot: r.lotKey(l), N: l.PublicKey(), Device: d.signer.Public(), Bytes: payload}))
+		opened := must[*hsmkeys.Opened](t)(r.token.OpenPayload(t.Context(),
+			hsmkeys.Payload{Suite: l.Suite, Lot: r.lotKey(l), N: l.PublicKey(), Device: d.signer.Public(),
+				Bytes: payload}))
 		other := newIMSI()
-		err := r.store.Establish(t.Context(), &binding.Binding{IMSI: other, IMEI: d.imei, AttemptID: r.attempt(t, other)}, opened.Tag, true, time.Now())
+		err := r.store.Establish(t.Context(),
+			&binding.Binding{IMSI: other, IMEI: d.imei, AttemptID: r.attempt(t, other)}, opened.Tag, true, time.Now())
 		if !errors.Is(err, binding.ErrUsed) {
 			t.Errorf("the ledger does not have the KME: %v", err)
 		}
@@ -376,7 +398,8 @@ func TestOneKMEAtOnce(t *testing.T) {
 		imsi := newIMSI()
 		attempt := r.attempt(t, imsi)
 		all.Go(func() {
-			_, errs[i] = r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: payload, Origin: here})
+			_, errs[i] = r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei,
+				AttemptID: attempt, Payload: payload, Origin: here})
 		})
 	}
 	all.Wait()

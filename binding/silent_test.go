@@ -77,7 +77,9 @@ func TestVaultFrozen(t *testing.T) {
 	for _, d := range l.devices[:bound] {
 		imsi := newIMSI()
 		payload, _ := d.payload(t)
-		must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here}))
+		must[*binding.Established](t)(r.service.EstablishKME(t.Context(),
+			binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: r.attempt(t, imsi), Payload: payload,
+				Origin: here}))
 		r.activate(t, imsi)
 		imsis = append(imsis, imsi)
 	}
@@ -135,7 +137,8 @@ func TestVaultFrozen(t *testing.T) {
 			time.Sleep(time.Duration(i) * 2 * time.Millisecond) // not all in one moment
 			for ctx.Err() == nil {                              // an HSS tries again
 				asking.Add(1)
-				_, err := r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: p.imsi, IMEI: p.imei, AttemptID: p.attempt, Payload: p.bytes, Origin: here})
+				_, err := r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: p.imsi, IMEI: p.imei,
+					AttemptID: p.attempt, Payload: p.bytes, Origin: here})
 				if refusal := new(binding.Refusal); errors.As(err, &refusal) {
 					refused.Store(refusal.Reason, true)
 				}
@@ -152,7 +155,8 @@ func TestVaultFrozen(t *testing.T) {
 	after := vectors("a Vault that is silent")
 	stop()
 	all.Wait()
-	t.Logf("99 of 100 vectors take %s, and %s with a frozen Vault and %d payloads that wait for it", before, after, cold)
+	t.Logf("99 of 100 vectors take %s, and %s with a frozen Vault and %d payloads that wait for it",
+		before, after, cold)
 	if after > 20*before { // who waits for it waits a hundred times as long
 		t.Errorf("99 of 100 vectors take %s with a frozen Vault, and %s without", after, before)
 	}
@@ -167,7 +171,8 @@ func TestVaultFrozen(t *testing.T) {
 	server.Thaw(t)
 	p := waiting[0]
 	for start := time.Now(); ; time.Sleep(ttl) {
-		_, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: p.imsi, IMEI: p.imei, AttemptID: p.attempt, Payload: p.bytes, Origin: here})
+		_, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: p.imsi, IMEI: p.imei,
+			AttemptID: p.attempt, Payload: p.bytes, Origin: here})
 		if err == nil && len(r.service.Overdue()) == 0 {
 			break
 		}

@@ -77,8 +77,8 @@ func (s *Subscription) Opened(o Origin) (until time.Time, ok bool) {
 	return until, !until.IsZero()
 }
 
-// Served says whether a device may be let in for more than provisioning. It may not where a vector went out in clear beside
-// an active binding, also if the origin says by now that it cannot provision.
+// Served says whether a device may be let in for more than provisioning. It may not where a vector went out in clear
+// beside an active binding, also if the origin says by now that it cannot provision.
 func (s *Subscription) Served(o Origin) bool {
 	_, opened := s.Opened(o)
 	inClear := s.attempt(func(a Attempt) bool { return a.Opened && a.Origin == o.Name })

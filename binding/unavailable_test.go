@@ -41,7 +41,8 @@ func TestUnavailable(t *testing.T) {
 	d := l.devices[0]
 	establish := func(ctx context.Context, r *harness, imsi kme.IMSI) error {
 		payload, _ := d.payload(t)
-		_, err := r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: r.attemptPastRecorder(t, imsi), Payload: payload, Origin: here})
+		_, err := r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei,
+			AttemptID: r.attemptPastRecorder(t, imsi), Payload: payload, Origin: here})
 		return err
 	}
 	bound := newIMSI()
@@ -98,9 +99,12 @@ func TestUnavailable(t *testing.T) {
 	genuine := must[[]byte](t)(os.ReadFile(shard))
 	for name, damage := range map[string]func(){
 		"a shard that cannot be read": func() { os.Mkdir(shard, 0o700) },
-		"a shard that was changed":    func() { os.WriteFile(shard, bytes.Replace(genuine, []byte("."), []byte(".e"), 1), 0o600) },
+		"a shard that was changed": func() {
+			os.WriteFile(shard, bytes.Replace(genuine, []byte("."), []byte(".e"), 1), 0o600)
+		},
 		"a shard that another signed": func() {
-			os.WriteFile(shard, newMaker(t).sign(t, directory.TypeShard, must[*directory.Shard](t)(m.reader(t).ReadShard(ctx, l.Manifest, 0))), 0o600)
+			os.WriteFile(shard, newMaker(t).sign(t, directory.TypeShard,
+				must[*directory.Shard](t)(m.reader(t).ReadShard(ctx, l.Manifest, 0))), 0o600)
 		},
 	} {
 		if name == "a shard that cannot be read" {
@@ -137,10 +141,12 @@ func TestUnavailable(t *testing.T) {
 		t.Fatal(err)
 	}
 	payload, _ := d.payload(t)
-	for name, c := range map[string]call{"prepare": prepare, "restore": restore, "report": report, "get": get, "establish": func(ctx context.Context, r *harness, imsi kme.IMSI) error {
-		_, err := r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: "attempt", Payload: payload, Origin: here})
-		return err
-	}} {
+	for name, c := range map[string]call{"prepare": prepare, "restore": restore, "report": report, "get": get,
+		"establish": func(ctx context.Context, r *harness, imsi kme.IMSI) error {
+			_, err := r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsi, IMEI: d.imei,
+				AttemptID: "attempt", Payload: payload, Origin: here})
+			return err
+		}} {
 		checkRefused(t, name+" on a closed database", c(ctx, r, last), kme.StoreUnavailable, "")
 	}
 }
@@ -150,7 +156,8 @@ func TestNotSent(t *testing.T) {
 	r, m, l := newServed(t)
 	d, imsi := l.devices[0], newIMSI()
 	payload, _ := d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here}))
+	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei,
+		AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here}))
 	check := func(reason kme.Reason) {
 		t.Helper()
 		for range 2 * binding.DefaultTimes().PendingVectors {
@@ -174,7 +181,8 @@ func TestNotSent(t *testing.T) {
 	r.recorder.mu.Lock()
 	r.recorder.before = nil
 	r.recorder.mu.Unlock()
-	if err := directory.Revoke(t.Context(), m.store, m.Signer, l.Manifest, []kme.IMEI{d.imei}, "stolen", time.Now(), nil); err != nil {
+	if err := directory.Revoke(t.Context(), m.store, m.Signer, l.Manifest, []kme.IMEI{d.imei}, "stolen", time.Now(),
+		nil); err != nil {
 		t.Fatal(err)
 	}
 	r.refresh(t, m, l)
@@ -187,14 +195,16 @@ func TestCanceled(t *testing.T) {
 	d := l.devices[0]
 	bound := newIMSI()
 	payload, _ := d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: bound, IMEI: d.imei, AttemptID: r.attempt(t, bound), Payload: payload, Origin: here}))
+	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: bound,
+		IMEI: d.imei, AttemptID: r.attempt(t, bound), Payload: payload, Origin: here}))
 	vector := newRANDs(1)[0]
 
 	open := newIMSI()
 	attempt := r.attempt(t, open)
 	fresh, p := d.payload(t)
 	establish := func(ctx context.Context) error {
-		_, err := r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: open, IMEI: d.imei, AttemptID: attempt, Payload: fresh, Origin: here})
+		_, err := r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: open, IMEI: d.imei, AttemptID: attempt,
+			Payload: fresh, Origin: here})
 		return err
 	}
 	for _, c := range []struct {
@@ -243,7 +253,8 @@ func TestCanceled(t *testing.T) {
 	r.checkBound(t, bound, true)
 	r.checkBound(t, open, false)
 	want := p.NWSig()
-	e, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: open, IMEI: d.imei, AttemptID: attempt, Payload: fresh, Origin: here})
+	e, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: open, IMEI: d.imei, AttemptID: attempt,
+		Payload: fresh, Origin: here})
 	if err != nil || !bytes.Equal(e.NWSig, want[:]) {
 		t.Errorf("after all that: %v, error %v", e, err)
 	}
@@ -260,7 +271,8 @@ func TestTwoManufacturers(t *testing.T) {
 		d := l.devices[0]
 		payload, p := d.payload(t)
 		imsi := newIMSI()
-		e, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here})
+		e, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei,
+			AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here})
 		if want := p.NWSig(); err != nil || !bytes.Equal(e.NWSig, want[:]) {
 			t.Fatalf("manufacturer %s: %v, error %v", l.Manufacturer, e, err)
 		}
@@ -277,11 +289,14 @@ func TestTwoManufacturers(t *testing.T) {
 	// The devices of one are not those of the other, whatever they have signed.
 	payload, _ := first.devices[0].payload(t)
 	imsi := newIMSI()
-	_, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: first.devices[1].imei, AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here})
+	_, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: first.devices[1].imei,
+		AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here})
 	checkRefused(t, "another device's payload", err, kme.KMERejected, notAccepted)
 
-	manifest, dev, err := must[*binding.Lots](t)(binding.NewLots(lots, r.readers)).Device(t.Context(), second.devices[0].imei)
-	if err != nil || manifest.Manufacturer != m.KeyID() || !reflect.DeepEqual(dev.Key, second.devices[0].signer.Public()) {
+	manifest, dev, err := must[*binding.Lots](t)(binding.NewLots(lots, r.readers)).Device(t.Context(),
+		second.devices[0].imei)
+	if err != nil || manifest.Manufacturer != m.KeyID() ||
+		!reflect.DeepEqual(dev.Key, second.devices[0].signer.Public()) {
 		t.Errorf("the directory says %+v, %+v, error %v", manifest, dev, err)
 	}
 	if _, err := binding.NewLots(lots, nil); err == nil || !strings.Contains(err.Error(), "not enrolled") {

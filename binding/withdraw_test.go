@@ -39,7 +39,8 @@ func (r *harness) bind(t *testing.T, d *device) kme.IMSI {
 	t.Helper()
 	imsi := newIMSI()
 	payload, _ := d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here}))
+	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei,
+		AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here}))
 	return imsi
 }
 
@@ -50,7 +51,8 @@ func (r *harness) checkNotBindable(t *testing.T, what string, d *device) {
 	payload, _ := d.payload(t)
 	attempt := r.attempt(t, imsi)
 	r.recorder.take()
-	_, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt, Payload: payload, Origin: here})
+	_, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei, AttemptID: attempt,
+		Payload: payload, Origin: here})
 	checkRefused(t, what, err, kme.UnknownDevice, "")
 	if calls := r.recorder.takeToken(); len(calls) > 0 {
 		t.Errorf("%s: the token was asked: %v", what, calls)
@@ -65,7 +67,8 @@ func (r *harness) checkServedOn(t *testing.T, what string, imsi kme.IMSI) {
 	if err != nil || p.AttemptID != "" {
 		t.Fatalf("%s: vectors for who is bound: %+v, error %v", what, p, err)
 	}
-	if back, err := r.service.RestoreRAND(t.Context(), imsi, p.RANDs[0][:], here); err != nil || !bytes.Equal(back[:], vector[0]) {
+	if back, err := r.service.RestoreRAND(t.Context(), imsi, p.RANDs[0][:], here); err != nil ||
+		!bytes.Equal(back[:], vector[0]) {
 		t.Errorf("%s: restored %x, error %v; want %x", what, back, err, vector[0])
 	}
 }
@@ -82,13 +85,15 @@ func TestDistrust(t *testing.T) {
 	r.serve(t)
 	r.checkNotBindable(t, "a device of a distrusted manufacturer", l.devices[1])
 	r.checkServedOn(t, "a manufacturer was distrusted", imsi)
-	if log := r.log.String(); !strings.Contains(log, "a manufacturer is distrusted") || !strings.Contains(log, v.Reason) ||
+	if log := r.log.String(); !strings.Contains(log, "a manufacturer is distrusted") ||
+		!strings.Contains(log, v.Reason) ||
 		!strings.Contains(log, v.By) {
 		t.Errorf("the log has no word of it: %s", log)
 	}
 
 	// Nothing of it is taken any more.
-	_, err := imports.Enroll(ctx, r.token, r.store, imports.Enrolment{JWS: m.sign(t, handover.TypeEnrolment, m.enrolment(t, r)), PEM: m.pem, Thumbprint: m.KeyID()})
+	_, err := imports.Enroll(ctx, r.token, r.store,
+		imports.Enrolment{JWS: m.sign(t, handover.TypeEnrolment, m.enrolment(t, r)), PEM: m.pem, Thumbprint: m.KeyID()})
 	checkSays(t, "an enrolment of a distrusted manufacturer", err, "is distrusted, by somebody@here")
 	next := m.newLot(t, "L2", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 50, newDevices(t, 1)...)
 	grant := m.sign(t, handover.TypeGrant, m.grant(t, next))
@@ -97,10 +102,12 @@ func TestDistrust(t *testing.T) {
 	again := verdict(t, false, "no")
 	_, err = imports.ImportLot(ctx, r.token, r.store, grant, &again)
 	checkSays(t, "a grant of a distrusted manufacturer, to be served again", err, "is distrusted")
-	checkLeft(t, "a distrusted manufacturer", r, map[hsmkeys.Key]bool{m.lotKey("L1"): true, m.lotKey("L2"): false}, 1, 1)
+	checkLeft(t, "a distrusted manufacturer", r, map[hsmkeys.Key]bool{m.lotKey("L1"): true, m.lotKey("L2"): false}, 1,
+		1)
 
 	// A second verdict changes nothing.
-	if stands := must[binding.Verdict](t)(imports.Distrust(ctx, r.store, m.KeyID(), verdict(t, true, "again"))); stands != v {
+	if stands := must[binding.Verdict](t)(imports.Distrust(ctx, r.store, m.KeyID(),
+		verdict(t, true, "again"))); stands != v {
 		t.Errorf("after a second verdict stands %+v, want %+v", stands, v)
 	}
 
@@ -149,7 +156,8 @@ func TestRetireLot(t *testing.T) {
 		t.Errorf("the log has no word of it: %s", log)
 	}
 	// What its manufacturer says of its devices still counts.
-	if err := directory.Revoke(ctx, m.store, m.Signer, l.Manifest, []kme.IMEI{l.devices[1].imei}, "stolen", time.Now(), nil); err != nil {
+	if err := directory.Revoke(ctx, m.store, m.Signer, l.Manifest, []kme.IMEI{l.devices[1].imei}, "stolen", time.Now(),
+		nil); err != nil {
 		t.Fatal(err)
 	}
 	r.refresh(t, m, l)
@@ -185,8 +193,8 @@ func TestRetireLot(t *testing.T) {
 	}
 }
 
-// A grant that is imported while its lot is retired leaves no key.
-// Of a manufacturer's token, nothing is destroyed: it has the lot's key under the same name, and may be the only one that has.
+// A grant that is imported while its lot is retired leaves no key. Of a manufacturer's token, nothing is destroyed: it
+// has the lot's key under the same name, and may be the only one that has.
 func TestRetireLotOfAFactory(t *testing.T) {
 	r, m, _ := newServed(t)
 	ctx := t.Context()
@@ -232,7 +240,8 @@ func TestSuspects(t *testing.T) {
 		t.Helper()
 		key := must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
 		entry := directory.DeviceKey{IMEI: d.imei, Key: &key.PublicKey}
-		if err := directory.Reissue(ctx, m.store, m.Signer, l.Manifest, entry, make([]byte, 32), reason, time.Now()); err != nil {
+		if err := directory.Reissue(ctx, m.store, m.Signer, l.Manifest, entry, make([]byte, 32), reason,
+			time.Now()); err != nil {
 			t.Fatal(err)
 		}
 		r.refresh(t, m, l)
@@ -240,7 +249,8 @@ func TestSuspects(t *testing.T) {
 	}
 	revoke := func(d *device, reason string) {
 		t.Helper()
-		if err := directory.Revoke(ctx, m.store, m.Signer, l.Manifest, []kme.IMEI{d.imei}, reason, time.Now(), nil); err != nil {
+		if err := directory.Revoke(ctx, m.store, m.Signer, l.Manifest, []kme.IMEI{d.imei}, reason, time.Now(),
+			nil); err != nil {
 			t.Fatal(err)
 		}
 		r.refresh(t, m, l)
@@ -299,7 +309,8 @@ func TestSuspects(t *testing.T) {
 	// Beside an active binding, a pending one of another device: both are looked at.
 	must[*binding.Attempt](t)(r.service.OpenProvisioning(ctx, imsis[gone], 0))
 	payload, _ := good.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsis[gone], IMEI: good.imei, AttemptID: r.attempt(t, imsis[gone]), Payload: payload, Origin: here}))
+	must[*binding.Established](t)(r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: imsis[gone],
+		IMEI: good.imei, AttemptID: r.attempt(t, imsis[gone]), Payload: payload, Origin: here}))
 	check("a suspect binding beside a pending one")
 
 	must[*binding.Binding](t)(r.service.RevokeBinding(ctx, again))

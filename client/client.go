@@ -55,10 +55,11 @@ type Options struct {
 	Tries   int           // of a call that may be repeated, 3 if 0
 }
 
-// A Client may be used concurrently. A context's deadline goes with the call: the service does no work for whoever has gone.
+// A Client may be used concurrently. A context's deadline goes with the call: the service does
+// no work for whoever has gone.
 //
-// Calls that give the same answer however often they are made are made again, with a pause, when the service cannot be reached or says that it may
-// answer later: all but OpenProvisioning and a report of a failed authentication.
+// Calls that give the same answer however often they are made are made again, with a pause, when the service cannot be
+// reached or says that it may answer later: all but OpenProvisioning and a report of a failed authentication.
 type Client struct {
 	service kmev1connect.KeyServiceClient
 	http    *http.Client
@@ -69,7 +70,8 @@ type Client struct {
 // New makes a client. It does not connect yet.
 func New(o Options) (*Client, error) {
 	protocols := new(http.Protocols)
-	transport := &http.Transport{Protocols: protocols, TLSClientConfig: o.TLS, MaxIdleConnsPerHost: 16, IdleConnTimeout: time.Minute}
+	transport := &http.Transport{Protocols: protocols, TLSClientConfig: o.TLS, MaxIdleConnsPerHost: 16,
+		IdleConnTimeout: time.Minute}
 	base := o.URL
 	if path, ok := strings.CutPrefix(o.URL, "unix:"); ok && path != "" {
 		path = strings.TrimPrefix(path, "//")
@@ -106,8 +108,9 @@ type RAND = [16]byte
 
 // An Origin is who at the other end of the network asked. Its zero value is for a caller that has one peer only.
 type Origin struct {
-	Name           kme.Origin // an MME's Origin-Host, an AMF's id
-	NoProvisioning bool       // it cannot provision, or may not: then an IMSI without a binding is refused (kme.NotBound)
+	Name kme.Origin // an MME's Origin-Host, an AMF's id
+	// it cannot provision, or may not: then an IMSI without a binding is refused (kme.NotBound)
+	NoProvisioning bool
 }
 
 // Vectors are what PrepareVector answers.
@@ -178,8 +181,9 @@ func (c *Client) ReportAuthentication(ctx context.Context, imsi kme.IMSI, o Orig
 
 // RestoreRAND gives the RAND before PrepareVector, when a SIM asks for resynchronisation.
 func (c *Client) RestoreRAND(ctx context.Context, imsi kme.IMSI, o Origin, rand RAND) (out RAND, err error) {
-	answer, err := call(ctx, c, true, c.service.RestoreRAND, &kmev1.RestoreRANDRequest{Imsi: imsi.String(), Rand: rand[:],
-		Origin: o.Name.String()})
+	answer, err := call(ctx, c, true, c.service.RestoreRAND,
+		&kmev1.RestoreRANDRequest{Imsi: imsi.String(), Rand: rand[:],
+			Origin: o.Name.String()})
 	if err != nil {
 		return out, err
 	}
@@ -192,8 +196,11 @@ func (c *Client) GetBinding(ctx context.Context, imsi kme.IMSI) (*kmev1.GetBindi
 }
 
 // OpenProvisioning lets an IMSI be bound to another device.
-func (c *Client) OpenProvisioning(ctx context.Context, imsi kme.IMSI, ttl time.Duration) (*kmev1.OpenProvisioningResponse, error) {
-	return call(ctx, c, false, c.service.OpenProvisioning, &kmev1.OpenProvisioningRequest{Imsi: imsi.String(), Ttl: durationpb.New(ttl)})
+func (c *Client) OpenProvisioning(
+	ctx context.Context, imsi kme.IMSI, ttl time.Duration,
+) (*kmev1.OpenProvisioningResponse, error) {
+	return call(ctx, c, false, c.service.OpenProvisioning, &kmev1.OpenProvisioningRequest{Imsi: imsi.String(),
+		Ttl: durationpb.New(ttl)})
 }
 
 // RevokeBinding ends an IMSI's bindings.
@@ -209,7 +216,10 @@ func fill(to, from []byte) error {
 }
 
 // call makes a call, again if it may be.
-func call[Q, A any](ctx context.Context, c *Client, again bool, method func(context.Context, *connect.Request[Q]) (*connect.Response[A], error), q *Q) (*A, error) {
+func call[Q, A any](
+	ctx context.Context, c *Client, again bool,
+	method func(context.Context, *connect.Request[Q]) (*connect.Response[A], error), q *Q,
+) (*A, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
 	for try, pause := 1, 20*time.Millisecond; ; try, pause = try+1, 4*pause {

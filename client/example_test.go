@@ -43,8 +43,9 @@ func Example() {
 	trust := server.Client().Transport.(*http.Transport).TLSClientConfig.RootCAs
 
 	c, err := client.New(client.Options{
-		URL: server.URL,                                                         // https://HOST:PORT
-		TLS: &tls.Config{RootCAs: trust, Certificates: server.TLS.Certificates}, // its CA, and the HSS's own certificate
+		URL: server.URL, // https://HOST:PORT
+		// its CA, and the HSS's own certificate
+		TLS: &tls.Config{RootCAs: trust, Certificates: server.TLS.Certificates},
 	})
 	if err != nil {
 		panic(err)

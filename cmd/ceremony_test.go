@@ -12,7 +12,8 @@ import (
 	"github.com/kmehsm/kmehsm/internal/programs"
 )
 
-// docs/ceremony.md is read aloud. Its commands run as they are printed, one after the other in one shell, and show what it says.
+// docs/ceremony.md is read aloud. Its commands run as they are printed, one after the other in one
+// shell, and show what it says.
 func TestCeremony(t *testing.T) {
 	root, err := filepath.Abs("..")
 	if err != nil {
@@ -26,7 +27,7 @@ func TestCeremony(t *testing.T) {
 	var script strings.Builder
 	var shown [][]string // of each command: the lines that the document has below it
 	continued := false
-	for _, line := range strings.Split(string(doc), "\n") {
+	for line := range strings.SplitSeq(string(doc), "\n") {
 		text, indented := strings.CutPrefix(line, "    ")
 		command, isCommand := strings.CutPrefix(text, "$ ")
 		switch {

@@ -35,7 +35,8 @@ import (
 
 func TestMain(m *testing.M) { programs.Main(m) }
 
-// Each script begins with tokens and keys of its own: factory, factory2, operator and operator2; and with two of NSS, NSS and NSS_FACTORY.
+// Each script begins with tokens and keys of its own: factory, factory2, operator and operator2; and with two
+// of NSS, NSS and NSS_FACTORY.
 func TestScripts(t *testing.T) { scripts(t, "testdata/script", nil) }
 
 // These have an empty database besides, of which service is no owner.
@@ -69,7 +70,8 @@ func scripts(t *testing.T, dir string, more func(*testscript.Env)) {
 			env.Setenv("NSS_FACTORY", softhsmtest.NSS(tb).URI)
 			env.Setenv("KMEHSM_TOKEN", toks["factory"].URI)
 			env.Setenv("PATH", programs.Dir(tb)+":"+env.Getenv("PATH"))
-			for _, args := range [][]string{{"genrsa", "-out", "fixture.key", "3072"}, {"rsa", "-in", "fixture.key", "-pubout", "-out", "fixture.pem"}} {
+			for _, args := range [][]string{{"genrsa", "-out", "fixture.key", "3072"},
+				{"rsa", "-in", "fixture.key", "-pubout", "-out", "fixture.pem"}} {
 				cmd := exec.Command("openssl", args...)
 				cmd.Dir = env.WorkDir
 				if out, err := cmd.CombinedOutput(); err != nil {
@@ -82,13 +84,15 @@ func scripts(t *testing.T, dir string, more func(*testscript.Env)) {
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"exits": exits, "faultmodule": faultModule, "collector": collector, "ready": ready, "json": isJSON, "snapshot": snapshot, "same": same, "small": small, "flip": flip, "truncate": truncate, "thumbprint": thumbprint,
+			"exits": exits, "faultmodule": faultModule, "collector": collector, "ready": ready, "json": isJSON,
+			"snapshot": snapshot, "same": same, "small": small, "flip": flip, "truncate": truncate,
+			"thumbprint": thumbprint,
 		},
 	})
 }
 
-// exits CODE PROGRAM ARGS... runs a program and demands its exit code, and that it does not panic. What it printed is for
-// stdout and stderr to look at.
+// exits CODE PROGRAM ARGS... runs a program and demands its exit code, and that it does not panic. What it printed is
+// for stdout and stderr to look at.
 func exits(ts *testscript.TestScript, _ bool, args []string) {
 	want, err := strconv.Atoi(args[0])
 	ts.Check(err)
@@ -111,7 +115,8 @@ func exits(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// thumbprint NAME FILE sets a variable to the thumbprint of a manufacturer's key or a transport key, as its owner reads it out.
+// thumbprint NAME FILE sets a variable to the thumbprint of a manufacturer's key or a transport
+// key, as its owner reads it out.
 func thumbprint(ts *testscript.TestScript, _ bool, args []string) {
 	data := ts.ReadFile(args[1])
 	var transport struct{ Key struct{ Kid string } }
@@ -125,9 +130,10 @@ func thumbprint(ts *testscript.TestScript, _ bool, args []string) {
 
 // ready SOCKET waits for a service.
 func ready(ts *testscript.TestScript, _ bool, args []string) {
-	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", ts.MkAbs(args[0]))
-	}}}
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", ts.MkAbs(args[0]))
+		}}}
 	for deadline := time.Now().Add(testproc.Patience); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
 		if r, err := client.Get("http://keysvc/readyz"); err == nil {
 			r.Body.Close()
@@ -152,10 +158,12 @@ func isJSON(ts *testscript.TestScript, _ bool, _ []string) {
 func contents(ts *testscript.TestScript) string {
 	var b bytes.Buffer
 	ts.Check(filepath.WalkDir(ts.MkAbs("."), func(path string, e fs.DirEntry, err error) error {
-		// SoftHSM notes each opening and login of a token in two files, SQLite tidies up at each opening of a database, and the
-		// audit log has refused commands too.
+		// SoftHSM notes each opening and login of a token in two files, SQLite tidies up at each opening of a database,
+		// and the audit log has refused commands too.
 		name := filepath.Base(path)
-		if err != nil || e.IsDir() || !e.Type().IsRegular() || name == "generation" || name == "token.object" || strings.HasPrefix(name, "keysvc.db") || strings.HasPrefix(name, "log.") || strings.HasPrefix(name, ".snapshot") {
+		if err != nil || e.IsDir() || !e.Type().IsRegular() || name == "generation" || name == "token.object" ||
+			strings.HasPrefix(name, "keysvc.db") || strings.HasPrefix(name, "log.") ||
+			strings.HasPrefix(name, ".snapshot") {
 			return err
 		}
 		data, err := os.ReadFile(path)

@@ -68,7 +68,8 @@ func TestNames(t *testing.T) {
 		t.Fatal(err)
 	}
 	known := regexp.MustCompile(`"(kme_[a-z_]+)"`).FindAllStringSubmatch(string(daemon)+string(metrics), -1)
-	reasons := []string{string(kme.Damaged), string(kme.RolledBack), string(kme.StoreUnavailable), string(kme.DirectoryUnavailable), string(kme.Overloaded), "OK"}
+	reasons := []string{string(kme.Damaged), string(kme.RolledBack), string(kme.StoreUnavailable),
+		string(kme.DirectoryUnavailable), string(kme.Overloaded), "OK"}
 	for name, expr := range asked {
 		for _, metric := range regexp.MustCompile(`kme_[a-z_]+`).FindAllString(expr, -1) {
 			base := strings.TrimSuffix(strings.TrimSuffix(metric, "_bucket"), "_count")

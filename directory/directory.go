@@ -1,8 +1,8 @@
-// Package directory is the public-key directory: the signed objects in it, the stores that keep them, and the reader that
-// believes none of them unverified.
+// Package directory is the public-key directory: the signed objects in it, the stores that keep them, and the reader
+// that believes none of them unverified.
 //
-// Every object is a compact JWS (RFC 7515) of the manufacturer's, ES256, whose key its readers pin. Whoever runs a store
-// can lose or withhold objects, but not change them.
+// Every object is a compact JWS (RFC 7515) of the manufacturer's, ES256, whose key its readers pin. Whoever runs a
+// store can lose or withhold objects, but not change them.
 package directory
 
 import (
@@ -15,6 +15,7 @@ import (
 	"io"
 	"math/big"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -28,12 +29,13 @@ type Manifest struct {
 	Suite        kme.Suite `json:"suite"`
 	N            Base64    `json:"n"` // big-endian, as in a JWK
 	E            int       `json:"e"`
-	Mechanism    string    `json:"key_generation"`         // the CKM_* that made the key
-	Wrapping     string    `json:"key_wrapping,omitempty"` // how the token wraps device keys by AES-KWP, as PKCS #11 calls it
-	OAEP         string    `json:"oaep_hash,omitempty"`    // of the bound suite
-	Ranges       []Range   `json:"ranges"`
-	ShardSize    int       `json:"shard_size"` // devices a shard; the last shard may have fewer
-	Created      time.Time `json:"created"`
+	Mechanism    string    `json:"key_generation"` // the CKM_* that made the key
+	// how the token wraps device keys by AES-KWP, as PKCS #11 calls it
+	Wrapping  string    `json:"key_wrapping,omitempty"`
+	OAEP      string    `json:"oaep_hash,omitempty"` // of the bound suite
+	Ranges    []Range   `json:"ranges"`
+	ShardSize int       `json:"shard_size"` // devices a shard; the last shard may have fewer
+	Created   time.Time `json:"created"`
 }
 
 // A Range is Count serial numbers of a TAC, from First on.
@@ -51,7 +53,8 @@ var nameRule = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
 // CheckName refuses a name of a lot or an operator that could not stand in a path, on a label or in a log.
 func CheckName(name string) error {
 	if !nameRule.MatchString(name) || strings.Contains(name, "..") {
-		return fmt.Errorf("the name %q is not valid: 1 to 64 of the characters A-Z a-z 0-9 . _ -, the first a letter or digit, no two dots together", name)
+		return fmt.Errorf("the name %q is not valid: 1 to 64 of the characters A-Z a-z 0-9 . _ -, the first a letter "+
+			"or digit, no two dots together", name)
 	}
 	return nil
 }
@@ -90,7 +93,8 @@ func (m *Manifest) ValidateSpec(bits int) error {
 	if _, err := kme.ParseSuite(string(m.Suite)); err != nil {
 		return err
 	}
-	if err := m.Suite.CheckLot(&rsa.PublicKey{N: new(big.Int).Lsh(big.NewInt(1), uint(max(bits, 1)-1)), E: kme.PublicExponent}); err != nil {
+	if err := m.Suite.CheckLot(&rsa.PublicKey{N: new(big.Int).Lsh(big.NewInt(1), uint(max(bits, 1)-1)),
+		E: kme.PublicExponent}); err != nil {
 		return err
 	}
 	if m.ShardSize < 1 || m.ShardSize > maxShard {
@@ -101,12 +105,11 @@ func (m *Manifest) ValidateSpec(bits int) error {
 	}
 	for i, r := range m.Ranges {
 		if r.TAC == (kme.TAC{}) || r.First < 0 || r.Count < 1 || r.First >= kme.SNRs || r.Count > kme.SNRs-r.First {
-			return fmt.Errorf("%d devices from serial number %d on cannot be: a TAC has the serial numbers 0 to %d, and a lot one device at least", r.Count, r.First, kme.SNRs-1)
+			return fmt.Errorf("%d devices from serial number %d on cannot be: a TAC has the serial numbers 0 to %d, "+
+				"and a lot one device at least", r.Count, r.First, kme.SNRs-1)
 		}
-		for _, other := range m.Ranges[:i] {
-			if r.overlaps(other) {
-				return errors.New("two ranges of the lot overlap")
-			}
+		if slices.ContainsFunc(m.Ranges[:i], r.overlaps) {
+			return errors.New("two ranges of the lot overlap")
 		}
 	}
 	return nil

@@ -101,10 +101,12 @@ func TestPublishAgain(t *testing.T) {
 	}
 	changed := *m
 	changed.ShardSize = 5
-	if err := Publish(t.Context(), store, ManifestPath("L1"), s, TypeManifest, &changed); !errors.As(err, new(*ConflictError)) {
+	if err := Publish(t.Context(), store, ManifestPath("L1"), s, TypeManifest, &changed); !errors.As(err,
+		new(*ConflictError)) {
 		t.Errorf("another payload: %v", err)
 	}
-	if err := Publish(t.Context(), store, ManifestPath("L1"), newSigner(t), TypeManifest, m); !errors.As(err, new(*ConflictError)) {
+	if err := Publish(t.Context(), store, ManifestPath("L1"), newSigner(t), TypeManifest, m); !errors.As(err,
+		new(*ConflictError)) {
 		t.Errorf("another manufacturer's: %v", err)
 	}
 }
@@ -125,9 +127,11 @@ func TestPublishedEncodings(t *testing.T) {
 		v    any
 		want string
 	}{
-		{Shard{"L1", 7, hash[:], []DeviceKey{key}}, `{"lot":"L1","shard":7,"package":` + sum + `,"keys":[` + jwk + `]}`},
+		{Shard{"L1", 7, hash[:], []DeviceKey{key}}, `{"lot":"L1","shard":7,"package":` + sum +
+			`,"keys":[` + jwk + `]}`},
 		{Revocation{imei, "RMA 1", at, &key, hash[:]},
-			`{"imei":"35209900000001","reason":"RMA 1","time":"2026-01-02T03:04:05Z","key":` + jwk + `,"package":` + sum + `}`},
+			`{"imei":"35209900000001","reason":"RMA 1","time":"2026-01-02T03:04:05Z","key":` + jwk +
+				`,"package":` + sum + `}`},
 		{Revocation{imei, "stolen", at, nil, nil},
 			`{"imei":"35209900000001","reason":"stolen","time":"2026-01-02T03:04:05Z"}`},
 	} {
@@ -192,7 +196,9 @@ func FuzzPayloads(f *testing.F) {
 				t.Errorf("a shard with the hash %x was accepted", anyS.Package)
 			}
 			for _, k := range anyS.Keys {
-				if key, err := packed.Join(1, func(int) crypto.PublicKey { return k.Key }).At(0, m.Suite); err != nil || !k.Key.(*ecdsa.PublicKey).Equal(key) {
+				if key, err := packed.Join(1, func(int) crypto.PublicKey {
+					return k.Key
+				}).At(0, m.Suite); err != nil || !k.Key.(*ecdsa.PublicKey).Equal(key) {
 					t.Errorf("%v became %v, %v", k.Key, key, err)
 				}
 			}

@@ -47,8 +47,8 @@ func Example() {
 	}
 	m := &directory.Manifest{
 		Lot: "L1", Manufacturer: signer.KeyID(), Suite: kme.SuiteECDSA, N: lotKey.N.Bytes(), E: lotKey.E,
-		Mechanism: "CKM_RSA_PKCS_KEY_PAIR_GEN", Ranges: []directory.Range{{TAC: tac, First: 1, Count: 1}}, ShardSize: 256,
-		Created: now,
+		Mechanism: "CKM_RSA_PKCS_KEY_PAIR_GEN", Ranges: []directory.Range{{TAC: tac, First: 1, Count: 1}},
+		ShardSize: 256, Created: now,
 	}
 	if err := m.Validate(); err != nil {
 		panic(err)

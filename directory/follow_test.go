@@ -136,7 +136,9 @@ func TestFollow(t *testing.T) {
 		t.Errorf("%d reads of one list wait for the store", n)
 	}
 	store.answer()
-	eventually(t, "the list is read when the store is back", func() bool { return revoked(r, m, 8) && len(r.Overdue()) == 0 })
+	eventually(t, "the list is read when the store is back", func() bool {
+		return revoked(r, m, 8) && len(r.Overdue()) == 0
+	})
 
 	// Nobody follows it any more.
 	r.Follow(nil)
@@ -164,7 +166,8 @@ func TestWaiting(t *testing.T) {
 		go func() { _, err := r.Fetch(ctx, m, m.IMEI(i)); results <- err }()
 	}
 	eventually(t, "they wait, and whatever reads the list", func() bool { return store.unanswered() == waiting+1 })
-	if _, err := r.Device(ctx, m, m.IMEI(9)); !errors.Is(err, ErrUnavailable) || !strings.Contains(err.Error(), "wait for it already") {
+	if _, err := r.Device(ctx, m, m.IMEI(9)); !errors.Is(err, ErrUnavailable) ||
+		!strings.Contains(err.Error(), "wait for it already") {
 		t.Errorf("one more: %v", err)
 	}
 	for range waiting {
@@ -172,7 +175,8 @@ func TestWaiting(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if _, err := r.Device(ctx, m, m.IMEI(9)); !errors.Is(err, ErrUnavailable) || !strings.Contains(err.Error(), "has not answered 3 reads") {
+	if _, err := r.Device(ctx, m, m.IMEI(9)); !errors.Is(err, ErrUnavailable) ||
+		!strings.Contains(err.Error(), "has not answered 3 reads") {
 		t.Errorf("while they hang: %v", err)
 	}
 	store.answer()
@@ -202,7 +206,8 @@ func TestNextUpdate(t *testing.T) {
 		t.Errorf("%+v", list)
 	}
 	eventually(t, "it is told to be late", func() bool { mu.Lock(); defer mu.Unlock(); return told[Late] > 1 })
-	if o := r.Overdue(); len(o) != 1 || o[0].Why != Late || o[0].Since.IsZero() || !strings.Contains(o[0].Cause.Error(), "factory lot refresh") {
+	if o := r.Overdue(); len(o) != 1 || o[0].Why != Late || o[0].Since.IsZero() ||
+		!strings.Contains(o[0].Cause.Error(), "factory lot refresh") {
 		t.Errorf("%+v", o)
 	}
 	// It stands all the same.
@@ -213,13 +218,15 @@ func TestNextUpdate(t *testing.T) {
 	if err := RevokeLot(ctx, store, s, m, "leaked", time.Now().Add(-time.Hour)); err != nil {
 		t.Fatal(err)
 	}
-	if list = sign(time.Now(), 0); list.Version != 4 || list.NextUpdate.Sub(list.ThisUpdate) != 30*time.Minute || list.Whole == nil {
+	if list = sign(time.Now(), 0); list.Version != 4 || list.NextUpdate.Sub(list.ThisUpdate) != 30*time.Minute ||
+		list.Whole == nil {
 		t.Errorf("%+v", list)
 	}
 	eventually(t, "it is not late any more", func() bool { return len(r.Overdue()) == 0 })
 
 	// One of before there was next_update is late, and becomes one that has it.
-	put(t, store, RevocationsPath("L1"), must[[]byte](t)(s.Sign(TypeRevocations, &Revocations{Lot: "L1", Version: 9, Whole: list.Whole})))
+	put(t, store, RevocationsPath("L1"),
+		must[[]byte](t)(s.Sign(TypeRevocations, &Revocations{Lot: "L1", Version: 9, Whole: list.Whole})))
 	eventually(t, "it is late", func() bool { o := r.Overdue(); return len(o) == 1 && o[0].Why == Late })
 	if list = sign(time.Now(), 0); list.Version != 10 || list.NextUpdate.Sub(list.ThisUpdate) != DefaultValidity {
 		t.Errorf("%+v", list)
@@ -264,7 +271,8 @@ func TestBeginRevocations(t *testing.T) {
 		t.Fatal(err)
 	}
 	list := must[*Revocations](t)(parseRevocations(NewVerifier(s.Public()), m, first))
-	if list.Version != 1 || list.Whole != nil || len(list.Parts) != 0 || !list.ThisUpdate.Equal(now.Truncate(time.Second)) ||
+	if list.Version != 1 || list.Whole != nil || len(list.Parts) != 0 ||
+		!list.ThisUpdate.Equal(now.Truncate(time.Second)) ||
 		list.NextUpdate.Sub(list.ThisUpdate) != time.Hour {
 		t.Errorf("%+v", list)
 	}
@@ -293,7 +301,8 @@ func TestMaxAge(t *testing.T) {
 			}
 		},
 		"it is of before there was next_update": func(store *counting, m *Manifest) {
-			put(t, store, RevocationsPath(m.Lot), must[[]byte](t)(s.Sign(TypeRevocations, &Revocations{Lot: m.Lot, Version: 9})))
+			put(t, store, RevocationsPath(m.Lot),
+				must[[]byte](t)(s.Sign(TypeRevocations, &Revocations{Lot: m.Lot, Version: 9})))
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -307,7 +316,8 @@ func TestMaxAge(t *testing.T) {
 			harm(store, m)
 			eventually(t, "nothing is said any more", func() bool {
 				a := ask(strict, m)
-				return a.device != nil && a.revoked != nil && strings.Contains(a.revoked.Error(), "max_revocation_age") &&
+				return a.device != nil && a.revoked != nil &&
+					strings.Contains(a.revoked.Error(), "max_revocation_age") &&
 					strings.Contains(a.device.Error(), "max_revocation_age")
 			})
 			eventually(t, "the list is overdue", func() bool { return len(lax.Overdue()) == 1 })
@@ -487,7 +497,8 @@ func TestMemory(t *testing.T) {
 	memory.fail(errDown)
 	wrong("a first list", start(), Failed)
 	revoke(3)
-	if err := r.Refresh(ctx, m); !errors.Is(err, errDown) || !must[bool](t)(r.Revoked(m, m.IMEI(3))) || len(r.Overdue()) != 1 {
+	if err := r.Refresh(ctx, m); !errors.Is(err, errDown) || !must[bool](t)(r.Revoked(m, m.IMEI(3))) ||
+		len(r.Overdue()) != 1 {
 		t.Errorf("a later list: %v, %+v", err, r.Overdue())
 	}
 	memory.fail(nil)

@@ -51,8 +51,9 @@ func newManifest(t testing.TB, s *Signer, lot string) *Manifest {
 	n[0] |= 0x80
 	n[255] |= 1
 	return &Manifest{
-		Lot: lot, Manufacturer: s.KeyID(), Suite: kme.SuiteECDSA, N: n, E: 65537, Mechanism: "CKM_RSA_PKCS_KEY_PAIR_GEN",
-		Ranges: []Range{{tac(t, "35209900"), 999_993, 7}, {tac(t, "35209901"), 0, 3}}, ShardSize: 4, Created: time.Now().UTC().Truncate(time.Second),
+		Lot: lot, Manufacturer: s.KeyID(), Suite: kme.SuiteECDSA, N: n, E: 65537,
+		Mechanism: "CKM_RSA_PKCS_KEY_PAIR_GEN", Ranges: []Range{{tac(t, "35209900"), 999_993, 7},
+			{tac(t, "35209901"), 0, 3}}, ShardSize: 4, Created: time.Now().UTC().Truncate(time.Second),
 	}
 }
 

@@ -63,8 +63,8 @@ type Signer struct {
 	chain  []string         // the statements that lead from root to public
 }
 
-// succession is the JWS header with the statements that lead from the pinned key to the one that signed the object. With
-// them in the object itself, readers follow a rotation without asking anybody anything.
+// succession is the JWS header with the statements that lead from the pinned key to the one that signed the object.
+// With them in the object itself, readers follow a rotation without asking anybody anything.
 const succession = "succession"
 
 // A Succession is the statement that introduces a manufacturer's next signing key, signed by the one before. The
@@ -119,7 +119,8 @@ func (s *Signer) Sign(typ Type, payload any) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	key := jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: cryptosigner.Opaque(s.signer), KeyID: s.SigningKeyID()}}
+	key := jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: cryptosigner.Opaque(s.signer),
+		KeyID: s.SigningKeyID()}}
 	options := (&jose.SignerOptions{}).WithType(jose.ContentType(typ))
 	if len(s.chain) > 0 {
 		options = options.WithHeader(succession, s.chain)
@@ -228,7 +229,8 @@ func (v *Verifier) key(object string, header jose.Header) (*ecdsa.PublicKey, err
 		pub = next
 	}
 	if header.KeyID != thumbprint(pub) {
-		return nil, refused(object, "it is signed with key %q, not with the manufacturer's pinned %q or one that succeeded it", header.KeyID, v.keyID)
+		return nil, refused(object, "it is signed with key %q, not with the manufacturer's pinned %q or one that "+
+			"succeeded it", header.KeyID, v.keyID)
 	}
 	v.later.Store(header.KeyID, pub)
 	return pub, nil
@@ -242,8 +244,9 @@ func parseJWS(jws []byte) (*jose.JSONWebSignature, error) {
 	return object, nil
 }
 
-// Verify refuses a JWS that is not this manufacturer's, of this type, with exactly the headers alg, kid and typ, and after a rotation succession, and
-// parses its payload strictly. object is the name for errors, which are *RefusedErrors.
+// Verify refuses a JWS that is not this manufacturer's, of this type, with exactly the headers alg, kid
+// and typ, and after a rotation succession, and parses its payload strictly. object is the name for
+// errors, which are *RefusedErrors.
 func (v *Verifier) Verify(typ Type, object string, jws []byte, into any) error {
 	_, err := v.verify(typ, object, jws, into)
 	return err
@@ -304,8 +307,8 @@ func Publish(ctx context.Context, store Store, path string, s *Signer, typ Type,
 	return PublishSigned(ctx, store, path, NewVerifier(s.root), typ, jws)
 }
 
-// PublishSigned creates a signed object in the store. An ECDSA signature is another each time, so where the store has an
-// object already, it is verified, and the same payload is success; any other is the *ConflictError.
+// PublishSigned creates a signed object in the store. An ECDSA signature is another each time, so where the store has
+// an object already, it is verified, and the same payload is success; any other is the *ConflictError.
 func PublishSigned(ctx context.Context, store Store, path string, v *Verifier, typ Type, jws []byte) error {
 	err := store.Create(ctx, path, jws)
 	if !errors.As(err, new(*ConflictError)) {

@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math/big"
 	"strings"
 	"testing"
@@ -51,27 +52,31 @@ func TestSignIsJWS(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	sum := sha256.Sum256(fmt.Appendf(nil, `{"crv":"P-256","kty":"EC","x":"%s","y":"%s"}`, base64.RawURLEncoding.EncodeToString(point[1:33]), base64.RawURLEncoding.EncodeToString(point[33:])))
+	sum := sha256.Sum256(fmt.Appendf(nil, `{"crv":"P-256","kty":"EC","x":"%s","y":"%s"}`,
+		base64.RawURLEncoding.EncodeToString(point[1:33]), base64.RawURLEncoding.EncodeToString(point[33:])))
 	var header map[string]string
-	if err := json.Unmarshal(decode(parts[0]), &header); err != nil || len(header) != 3 || header["alg"] != "ES256" || header["typ"] != "kme-lot-manifest+jws" ||
+	if err := json.Unmarshal(decode(parts[0]), &header); err != nil || len(header) != 3 || header["alg"] != "ES256" ||
+		header["typ"] != "kme-lot-manifest+jws" ||
 		header["kid"] != base64.RawURLEncoding.EncodeToString(sum[:]) || header["kid"] != s.KeyID() {
 		t.Errorf("header %v, %v", header, err)
 	}
 	digest, sig := sha256.Sum256([]byte(parts[0]+"."+parts[1])), decode(parts[2])
-	if len(sig) != 64 || !ecdsa.Verify(&key.PublicKey, digest[:], new(big.Int).SetBytes(sig[:32]), new(big.Int).SetBytes(sig[32:])) {
+	if len(sig) != 64 || !ecdsa.Verify(&key.PublicKey, digest[:], new(big.Int).SetBytes(sig[:32]),
+		new(big.Int).SetBytes(sig[32:])) {
 		t.Error("the signature does not verify")
 	}
 	p384, _ := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
 	if _, err := NewSigner(p384); err == nil {
 		t.Error("a key on P-384 was taken")
 	}
-	if _, err := (&Signer{signer: faulty{key}, public: &key.PublicKey, root: &key.PublicKey}).Sign(TypeManifest, m); err == nil || !strings.Contains(err.Error(), "does not verify") {
+	if _, err := (&Signer{signer: faulty{key}, public: &key.PublicKey, root: &key.PublicKey}).Sign(TypeManifest,
+		m); err == nil || !strings.Contains(err.Error(), "does not verify") {
 		t.Errorf("a faulty signature was given out: %v", err)
 	}
 }
 
-// After a rotation readers go on with the key that they have pinned; what was signed before stays good; and nobody but the
-// manufacturer introduces a key.
+// After a rotation readers go on with the key that they have pinned; what was signed before stays good; and nobody but
+// the manufacturer introduces a key.
 func TestSuccession(t *testing.T) {
 	key, second, third, intruder := newKey(t), newKey(t), newKey(t), newKey(t)
 	s := must[*Signer](t)(NewSigner(key))
@@ -84,7 +89,8 @@ func TestSuccession(t *testing.T) {
 		if _, err := v.Manifest("L1", jws); err != nil {
 			t.Errorf("%d: %v", i, err)
 		}
-		if by, err := SignerOf(jws); err != nil || by != s.KeyID() || signer.KeyID() != s.KeyID() || !signer.Public().Equal(&key.PublicKey) {
+		if by, err := SignerOf(jws); err != nil || by != s.KeyID() || signer.KeyID() != s.KeyID() ||
+			!signer.Public().Equal(&key.PublicKey) {
 			t.Errorf("%d: signed by %q, %v", i, by, err)
 		}
 	}
@@ -99,7 +105,8 @@ func TestSuccession(t *testing.T) {
 		return jose.JSONWebKey{Key: k.Public(), KeyID: thumbprint(k.Public())}
 	}
 	statement := func(by *ecdsa.PrivateKey, typ Type, payload any) string {
-		return string(sign(t, map[string]any{"alg": "ES256", "kid": thumbprint(by.Public()), "typ": string(typ)}, payload, es256(t, by)))
+		return string(sign(t, map[string]any{"alg": "ES256", "kid": thumbprint(by.Public()), "typ": string(typ)},
+			payload, es256(t, by)))
 	}
 	own := statement(key, TypeSuccession, Succession{s.KeyID(), 2, jwk(second)})
 	var long []string
@@ -111,27 +118,38 @@ func TestSuccession(t *testing.T) {
 		by    *ecdsa.PrivateKey
 		want  string
 	}{
-		"good":                     {[]string{own}, second, ""},
-		"no chain":                 {nil, second, "pinned"},
-		"an empty chain":           {[]string{}, second, "no list"},
-		"no list":                  {own, second, "no list"},
-		"a list of other things":   {[]any{own, 1}, second, "no list"},
-		"far too long":             {long, second, "no list"},
-		"the intruder's statement": {[]string{statement(intruder, TypeSuccession, Succession{s.KeyID(), 2, jwk(intruder)})}, intruder, "pinned"},
-		"under our name": {[]string{string(sign(t, map[string]any{"alg": "ES256", "kid": s.KeyID(), "typ": string(TypeSuccession)},
-			Succession{s.KeyID(), 2, jwk(intruder)}, es256(t, intruder)))}, intruder, "does not verify"},
+		"good":                   {[]string{own}, second, ""},
+		"no chain":               {nil, second, "pinned"},
+		"an empty chain":         {[]string{}, second, "no list"},
+		"no list":                {own, second, "no list"},
+		"a list of other things": {[]any{own, 1}, second, "no list"},
+		"far too long":           {long, second, "no list"},
+		"the intruder's " +
+			"statement": {[]string{statement(intruder, TypeSuccession, Succession{s.KeyID(), 2, jwk(intruder)})},
+			intruder, "pinned"},
+		"under our name": {
+			[]string{string(sign(t, map[string]any{"alg": "ES256", "kid": s.KeyID(), "typ": string(TypeSuccession)},
+				Succession{s.KeyID(), 2, jwk(intruder)}, es256(t, intruder)))}, intruder, "does not verify"},
 		"a statement about another key": {[]string{own}, intruder, "pinned"},
-		"another type of object":        {[]string{statement(key, TypeManifest, Succession{s.KeyID(), 2, jwk(second)})}, second, "type"},
-		"another manufacturer":          {[]string{statement(key, TypeSuccession, Succession{"other", 2, jwk(second)})}, second, "does not introduce"},
-		"another generation":            {[]string{statement(key, TypeSuccession, Succession{s.KeyID(), 3, jwk(second)})}, second, "does not introduce"},
-		"a key of another kind":         {[]string{statement(key, TypeSuccession, Succession{s.KeyID(), 2, jose.JSONWebKey{Key: &rsa.PublicKey{N: new(big.Int).SetBytes(m.N), E: 65537}}})}, second, "does not introduce"},
-		"a step left out":               {[]string{statement(second, TypeSuccession, Succession{s.KeyID(), 3, jwk(third)})}, third, "pinned"},
-		"in another order":              {[]string{statement(second, TypeSuccession, Succession{s.KeyID(), 3, jwk(third)}), own}, third, "pinned"},
-		"statements beside the first":   {[]string{own}, key, "pinned"},
-		"garbage":                       {[]string{"x"}, second, "compact JWS"},
+		"another type of object": {[]string{statement(key, TypeManifest, Succession{s.KeyID(), 2, jwk(second)})},
+			second, "type"},
+		"another manufacturer": {[]string{statement(key, TypeSuccession, Succession{"other", 2, jwk(second)})},
+			second, "does not introduce"},
+		"another generation": {[]string{statement(key, TypeSuccession, Succession{s.KeyID(), 3, jwk(second)})},
+			second, "does not introduce"},
+		"a key of another kind": {[]string{statement(key, TypeSuccession,
+			Succession{s.KeyID(), 2, jose.JSONWebKey{Key: &rsa.PublicKey{N: new(big.Int).SetBytes(m.N), E: 65537}}})},
+			second, "does not introduce"},
+		"a step left out": {[]string{statement(second, TypeSuccession,
+			Succession{s.KeyID(), 3, jwk(third)})}, third, "pinned"},
+		"in another order": {[]string{statement(second, TypeSuccession,
+			Succession{s.KeyID(), 3, jwk(third)}), own}, third, "pinned"},
+		"statements beside the first": {[]string{own}, key, "pinned"},
+		"garbage":                     {[]string{"x"}, second, "compact JWS"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			header := map[string]any{"alg": "ES256", "kid": thumbprint(c.by.Public()), "typ": string(TypeManifest), "succession": c.chain}
+			header := map[string]any{"alg": "ES256", "kid": thumbprint(c.by.Public()), "typ": string(TypeManifest),
+				"succession": c.chain}
 			if c.chain == nil {
 				delete(header, "succession")
 			}
@@ -185,7 +203,8 @@ func es256(t testing.TB, key *ecdsa.PrivateKey) func([]byte) []byte {
 	}
 }
 
-// What whoever runs the store could put in the place of a shard. The reader refuses each, and says of which object and why.
+// What whoever runs the store could put in the place of a shard. The reader refuses each, and
+// says of which object and why.
 func TestCompromisedStore(t *testing.T) {
 	key := newKey(t)
 	s, err := NewSigner(key)
@@ -201,9 +220,7 @@ func TestCompromisedStore(t *testing.T) {
 	header := map[string]any{"alg": "ES256", "kid": s.KeyID(), "typ": string(TypeShard)}
 	with := func(name string, value any) map[string]any {
 		h := map[string]any{}
-		for k, v := range header {
-			h[k] = v
-		}
+		maps.Copy(h, header)
 		if h[name] = value; value == nil {
 			delete(h, name)
 		}
@@ -239,9 +256,11 @@ func TestCompromisedStore(t *testing.T) {
 		jws  []byte
 		want string
 	}{
-		"good":                      {signed, ""},
-		"a swapped key":             {bytes.Join([][]byte{parts[0], bytes.Split(swapped, []byte("."))[1], parts[2]}, []byte(".")), "does not verify"},
-		"another manufacturer's":    {sign(t, with("kid", thumbprint(&intruder.PublicKey)), good, es256(t, intruder)), "pinned"},
+		"good": {signed, ""},
+		"a swapped key": {bytes.Join([][]byte{parts[0], bytes.Split(swapped, []byte("."))[1], parts[2]},
+			[]byte(".")), "does not verify"},
+		"another manufacturer's": {sign(t, with("kid", thumbprint(&intruder.PublicKey)), good, es256(t, intruder)),
+			"pinned"},
 		"another's under our name":  {sign(t, header, good, es256(t, intruder)), "does not verify"},
 		"truncated":                 {signed[:len(signed)-10], "does not verify"},
 		"without a signature":       {bytes.Join([][]byte{parts[0], parts[1], nil}, []byte(".")), "refused"},
@@ -252,23 +271,38 @@ func TestCompromisedStore(t *testing.T) {
 		"HS256 with the public key": {sign(t, with("alg", "HS256"), good, hs256), "ES256"},
 		"another type":              {sign(t, with("typ", string(TypeManifest)), good, own), "type"},
 		"no type":                   {sign(t, with("typ", nil), good, own), "type"},
-		"a key in the header":       {sign(t, with("jwk", jose.JSONWebKey{Key: intruder.Public()}), good, own), "headers"},
-		"another header":            {sign(t, with("iat", 1), good, own), "headers"},
-		"a critical header":         {sign(t, with("crit", []string{"b64"}), good, own), "refused"},
-		"another lot's":             {sign(t, header, shard(func(s *Shard) { s.Lot = "L2" }), own), `lot "L2"`},
-		"another shard":             {sign(t, header, shard(func(s *Shard) { s.Number = 0 }), own), "shard 0"},
-		"in another order":          {sign(t, header, shard(func(s *Shard) { s.Keys[0], s.Keys[1] = s.Keys[1], s.Keys[0] }), own), "key 0 is that of"},
-		"a device missing":          {sign(t, header, shard(func(s *Shard) { s.Keys = s.Keys[:3] }), own), "3 keys"},
-		"of no package":             {sign(t, header, shard(func(s *Shard) { s.Package = nil }), own), "package has 0 bytes"},
-		"a hash cut short":          {sign(t, header, shard(func(s *Shard) { s.Package = s.Package[:31] }), own), "package has 31 bytes"},
-		"a hash too long":           {sign(t, header, shard(func(s *Shard) { s.Package = append(bytes.Clone(s.Package), 0) }), own), "package has 33 bytes"},
-		"a hash that is no base64":  {sign(t, header, bytes.Replace(payload, []byte(`"package":"-`), []byte(`"package":"+`), 1), own), "base64url"},
-		"one key twice":             {sign(t, header, shard(func(s *Shard) { s.Keys[1].Key = s.Keys[0].Key }), own), "have one key"},
-		"a key of the other suite":  {sign(t, header, shard(func(s *Shard) { s.Keys[0].Key = &rsa.PublicKey{N: new(big.Int).SetBytes(m.N), E: 65537} }), own), "suite"},
-		"a private key":             {sign(t, header, bytes.Replace(payload, first, private, 1), own), "not a valid public key"},
-		"an unknown field":          {sign(t, header, bytes.Replace(payload, []byte(`{"lot"`), []byte(`{"x":1,"lot"`), 1), own), "unknown field"},
-		"two documents":             {sign(t, header, append(bytes.Clone(payload), "{}"...), own), "more than one"},
-		"no JSON":                   {sign(t, header, []byte("x"), own), "parsed"},
+		"a key in the header": {sign(t, with("jwk", jose.JSONWebKey{Key: intruder.Public()}), good, own),
+			"headers"},
+		"another header":    {sign(t, with("iat", 1), good, own), "headers"},
+		"a critical header": {sign(t, with("crit", []string{"b64"}), good, own), "refused"},
+		"another lot's":     {sign(t, header, shard(func(s *Shard) { s.Lot = "L2" }), own), `lot "L2"`},
+		"another shard":     {sign(t, header, shard(func(s *Shard) { s.Number = 0 }), own), "shard 0"},
+		"in another order": {sign(t, header, shard(func(s *Shard) {
+			s.Keys[0], s.Keys[1] = s.Keys[1], s.Keys[0]
+		}), own), "key 0 is that of"},
+		"a device missing": {sign(t, header, shard(func(s *Shard) { s.Keys = s.Keys[:3] }), own), "3 keys"},
+		"of no package": {sign(t, header, shard(func(s *Shard) {
+			s.Package = nil
+		}), own), "package has 0 bytes"},
+		"a hash cut short": {sign(t, header, shard(func(s *Shard) {
+			s.Package = s.Package[:31]
+		}), own), "package has 31 bytes"},
+		"a hash too long": {sign(t, header, shard(func(s *Shard) {
+			s.Package = append(bytes.Clone(s.Package), 0)
+		}), own), "package has 33 bytes"},
+		"a hash that is no base64": {sign(t, header,
+			bytes.Replace(payload, []byte(`"package":"-`), []byte(`"package":"+`), 1), own), "base64url"},
+		"one key twice": {sign(t, header, shard(func(s *Shard) {
+			s.Keys[1].Key = s.Keys[0].Key
+		}), own), "have one key"},
+		"a key of the other suite": {sign(t, header, shard(func(s *Shard) {
+			s.Keys[0].Key = &rsa.PublicKey{N: new(big.Int).SetBytes(m.N), E: 65537}
+		}), own), "suite"},
+		"a private key": {sign(t, header, bytes.Replace(payload, first, private, 1), own), "not a valid public key"},
+		"an unknown field": {sign(t, header, bytes.Replace(payload, []byte(`{"lot"`), []byte(`{"x":1,"lot"`), 1), own),
+			"unknown field"},
+		"two documents": {sign(t, header, append(bytes.Clone(payload), "{}"...), own), "more than one"},
+		"no JSON":       {sign(t, header, []byte("x"), own), "parsed"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			store := newMemory()
@@ -298,7 +332,8 @@ func TestCompromisedStore(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := NewReader(store, NewVerifier(s.Public()), ReaderOptions{}).Manifest(t.Context(), "L1"); err == nil || !strings.Contains(err.Error(), `manifest of lot "L2"`) {
+	if _, err := NewReader(store, NewVerifier(s.Public()), ReaderOptions{}).Manifest(t.Context(), "L1"); err == nil ||
+		!strings.Contains(err.Error(), `manifest of lot "L2"`) {
 		t.Error(err)
 	}
 }

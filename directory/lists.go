@@ -17,8 +17,9 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// A Memory keeps the mark of the last list of revoked devices of each lot, durably. Other processes may share it. A copy
-// of the list itself serves after a restart, should the directory show none or an earlier one; it is as good as its mark.
+// A Memory keeps the mark of the last list of revoked devices of each lot, durably. Other processes may
+// share it. A copy of the list itself serves after a restart, should the directory show none or an earlier
+// one; it is as good as its mark.
 type Memory interface {
 	Last(ctx context.Context, lot string) (mark ListMark, found bool, err error)
 	Note(ctx context.Context, lot string, mark ListMark) error
@@ -272,7 +273,8 @@ func (r *Reader) nextList(ctx context.Context, m *Manifest, last revocationList)
 			return next, err
 		}
 		if was.Whole != nil && next.list.Whole == nil {
-			return next, rolledBack(path, "it does not revoke the whole lot, as version %d does, which is for good: "+askWhy,
+			return next, rolledBack(path, "it does not revoke the whole lot, as version %d does, which is for good: "+
+				askWhy,
 				was.Version)
 		}
 	}

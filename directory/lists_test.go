@@ -25,11 +25,13 @@ func TestOverdue(t *testing.T) {
 	}
 	// Without a list there is no answer.
 	store.down.Store(true)
-	if err := look(); !errors.Is(err, errDown) || len(told) != 1 || told[0] != (Overdue{"L1", Failed, time.Time{}, errDown}) {
+	if err := look(); !errors.Is(err, errDown) || len(told) != 1 ||
+		told[0] != (Overdue{"L1", Failed, time.Time{}, errDown}) {
 		t.Fatalf("%v, %+v", err, told)
 	}
 	store.down.Store(false)
-	if err := errors.Join(look(), Revoke(ctx, store, s, m, []kme.IMEI{m.IMEI(3)}, "stolen", now, nil), look()); err != nil {
+	if err := errors.Join(look(), Revoke(ctx, store, s, m, []kme.IMEI{m.IMEI(3)}, "stolen", now, nil),
+		look()); err != nil {
 		t.Fatal(err)
 	}
 	if got := r.Overdue(); len(got) != 0 || len(told) != 1 {

@@ -158,8 +158,8 @@ type Device struct {
 	Lot     *LotRevocation   // its whole lot is revoked, the last of its history; nil if it is not
 }
 
-// Device looks a device of a lot up. It fails with ErrUnknownDevice, with the store's error, or with a *RefusedError. If
-// the store cannot be reached, what was read before serves on.
+// Device looks a device of a lot up. It fails with ErrUnknownDevice, with the store's error, or with a *RefusedError.
+// If the store cannot be reached, what was read before serves on.
 func (r *Reader) Device(ctx context.Context, m *Manifest, imei kme.IMEI) (Device, error) {
 	if d, ok, err := r.Cached(m, imei); ok {
 		return d, err
@@ -295,7 +295,8 @@ func (r *Reader) shard(ctx context.Context, m *Manifest, n int) (*packedShard, e
 	})
 }
 
-// RevocationsOf gives a device's own revocations, and its lot's if that is revoked as a whole, without a look at its key.
+// RevocationsOf gives a device's own revocations, and its lot's if that is revoked as a whole, without a look at its
+// key.
 func (r *Reader) RevocationsOf(ctx context.Context, m *Manifest, imei kme.IMEI) ([]Revocation, *LotRevocation, error) {
 	list, err := r.list(ctx, m)
 	if err != nil {
@@ -320,8 +321,8 @@ func (r *Reader) ReadRevocations(ctx context.Context, m *Manifest) (*Revocations
 }
 
 // CompareRevocationPart reads a part of a lot's revocations from the store, whatever the cache has: the one that list
-// names, or a later one. Where the store has none, and list neither, it is an empty one, of version 0. complete is false
-// if the part is newer than the list says, since a run was killed between the two, or is at work.
+// names, or a later one. Where the store has none, and list neither, it is an empty one, of version 0. complete is
+// false if the part is newer than the list says, since a run was killed between the two, or is at work.
 func (r *Reader) CompareRevocationPart(ctx context.Context, m *Manifest, list *Revocations,
 	n int) (part *RevocationPart, complete bool, err error) {
 	p, err := readPart(ctx, r.store, r.verifier, m, n, list.ref(n))

@@ -158,7 +158,8 @@ func TestReaderCacheBound(t *testing.T) {
 	s := newSigner(t)
 	m := newManifest(t, s, "L1")
 	m.Ranges, m.ShardSize = []Range{{tac(t, "35209900"), 0, devices}}, 1024
-	r := NewReader(&generated{t: t, s: s, m: m, keys: keysOf(t, m, 0)}, NewVerifier(s.Public()), ReaderOptions{CacheBytes: limit, ReadTimeout: time.Minute})
+	r := NewReader(&generated{t: t, s: s, m: m, keys: keysOf(t, m, 0)}, NewVerifier(s.Public()),
+		ReaderOptions{CacheBytes: limit, ReadTimeout: time.Minute})
 	heap := func() int64 {
 		runtime.GC()
 		runtime.GC() // what the first one finalised
@@ -174,7 +175,8 @@ func TestReaderCacheBound(t *testing.T) {
 	}
 	r.shards.CleanUp()
 	grown := heap() - before
-	t.Logf("%d devices looked up with a cache of %d MiB: the heap has grown by %.1f MiB", devices, limit>>20, float64(grown)/(1<<20))
+	t.Logf("%d devices looked up with a cache of %d MiB: the heap has grown by %.1f MiB", devices, limit>>20,
+		float64(grown)/(1<<20))
 	if grown > limit*3/2+1<<20 || grown < limit/2 {
 		t.Errorf("the heap has grown by %d bytes with a cache of %d", grown, limit)
 	}
@@ -259,7 +261,8 @@ func BenchmarkShard256(b *testing.B) {
 	}
 }
 
-// A device that is cached costs its key, and what the caller asks with: the garbage of a million lookups a second is a matter of this number.
+// A device that is cached costs its key, and what the caller asks with: the garbage of a million lookups a
+// second is a matter of this number.
 func TestCachedDeviceAllocations(t *testing.T) {
 	s := newSigner(t)
 	store, m := newLot(t, s, "L1")

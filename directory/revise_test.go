@@ -59,7 +59,8 @@ func TestRevocations(t *testing.T) {
 	}
 	all.Wait()
 	list, err := r.ReadRevocations(ctx, m)
-	if err != nil || len(list.Parts) != 1 || list.Parts[0].Version != 5 || fmt.Sprintf("%x", []byte(list.Parts[0].Revoked)) != "d440" {
+	if err != nil || len(list.Parts) != 1 || list.Parts[0].Version != 5 ||
+		fmt.Sprintf("%x", []byte(list.Parts[0].Revoked)) != "d440" {
 		t.Fatalf("%+v, %v", list, err)
 	}
 	if !revoked(9) {
@@ -108,7 +109,8 @@ func TestReissue(t *testing.T) {
 	first, second, third := device().Key, DeviceKey{imei, newKey(t).Public()}, DeviceKey{imei, newKey(t).Public()}
 	step := func(err error, key crypto.PublicKey, revoked bool, history int) {
 		t.Helper()
-		if d := device(); err != nil || !same(d.Key, key) || (d.Revoked != nil) != revoked || len(d.History) != history {
+		if d := device(); err != nil || !same(d.Key, key) || (d.Revoked != nil) != revoked ||
+			len(d.History) != history {
 			t.Errorf("%+v, %v", d, err)
 		}
 		if got := listed(t, readerOf(store, s), m, imei); got != revoked {
@@ -131,7 +133,8 @@ func TestReissue(t *testing.T) {
 	if d := device(); !bytes.Equal(d.Package, anotherHash) {
 		t.Errorf("the package of the key issued last is %x", d.Package)
 	}
-	if d, err := NewReader(store, NewVerifier(s.Public()), ReaderOptions{}).Device(ctx, m, m.IMEI(5)); err != nil || d.Revoked == nil {
+	if d, err := NewReader(store, NewVerifier(s.Public()), ReaderOptions{}).Device(ctx, m, m.IMEI(5)); err != nil ||
+		d.Revoked == nil {
 		t.Errorf("the other device: %+v, %v", d, err)
 	}
 	stranger, _ := kme.ParseIMEI("35209902000000")
@@ -139,7 +142,8 @@ func TestReissue(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, key := range map[string]DeviceKey{"another lot's device": {stranger, newKey(t).Public()}, "a key of another suite": {imei, &rsaKey.PublicKey}} {
+	for name, key := range map[string]DeviceKey{"another lot's device": {stranger, newKey(t).Public()},
+		"a key of another suite": {imei, &rsaKey.PublicKey}} {
 		if err := Reissue(ctx, store, s, m, key, someHash, "x", now); err == nil {
 			t.Errorf("%s: accepted", name)
 		}
@@ -169,7 +173,8 @@ func TestReissue(t *testing.T) {
 		"another part":         {"L1", 1, 99, nil},
 	} {
 		put(t, store, RevocationPartPath("L1", 0), must[[]byte](t)(s.Sign(TypeRevocationPart, part)))
-		if _, err := NewReader(store, NewVerifier(s.Public()), ReaderOptions{}).Device(ctx, m, imei); !errors.As(err, new(*RefusedError)) {
+		if _, err := NewReader(store, NewVerifier(s.Public()), ReaderOptions{}).Device(ctx, m, imei); !errors.As(err,
+			new(*RefusedError)) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -233,12 +238,14 @@ func TestRevokeKilled(t *testing.T) {
 			store, m := newLot(t, s, "L1")
 			files := &writing{Store: store, written: map[string]int{}}
 			if earlier {
-				if err := Revoke(t.Context(), files, s, m, []kme.IMEI{m.IMEI(1)}, "stolen", time.Now(), nil); err != nil {
+				if err := Revoke(t.Context(), files, s, m, []kme.IMEI{m.IMEI(1)}, "stolen", time.Now(),
+					nil); err != nil {
 					t.Fatal(err)
 				}
 			}
 			files.fail = RevocationsPath("L1")
-			if err := Revoke(t.Context(), files, s, m, []kme.IMEI{m.IMEI(4)}, "stolen", time.Now(), nil); !errors.Is(err, errKilled) {
+			if err := Revoke(t.Context(), files, s, m, []kme.IMEI{m.IMEI(4)}, "stolen", time.Now(),
+				nil); !errors.Is(err, errKilled) {
 				t.Fatal(err)
 			}
 			files.fail = ""
@@ -248,7 +255,8 @@ func TestRevokeKilled(t *testing.T) {
 				if revoked := listed(t, r, m, m.IMEI(4)); revoked != list {
 					t.Errorf("%s: %v", name, revoked)
 				}
-				if d, err := r.Device(t.Context(), m, m.IMEI(4)); (d.Revoked != nil) != (list || earlier) || err != nil {
+				if d, err := r.Device(t.Context(), m, m.IMEI(4)); (d.Revoked != nil) != (list || earlier) ||
+					err != nil {
 					t.Errorf("%s: %+v, %v", name, d, err)
 				}
 				whole := must[*Revocations](t)(r.ReadRevocations(t.Context(), m))
@@ -256,7 +264,8 @@ func TestRevokeKilled(t *testing.T) {
 				if err != nil || !slices.Equal(parts, []int{0}) || len(strays) != 0 {
 					t.Errorf("%s: %v %v %v", name, parts, strays, err)
 				}
-				if _, complete, err := r.CompareRevocationPart(t.Context(), m, whole, 0); complete != list || err != nil {
+				if _, complete, err := r.CompareRevocationPart(t.Context(), m, whole, 0); complete != list ||
+					err != nil {
 					t.Errorf("%s: complete %v, %v", name, complete, err)
 				}
 			}
@@ -344,7 +353,8 @@ func TestRevokeLot(t *testing.T) {
 	if err := Revoke(ctx, store, s, m, []kme.IMEI{m.IMEI(1)}, "stolen", time.Now(), nil); err != nil {
 		t.Error(err)
 	}
-	if err := Reissue(ctx, store, s, m, second, someHash, "return 2", time.Now()); err == nil || !strings.Contains(err.Error(), "lot L1 is revoked since") {
+	if err := Reissue(ctx, store, s, m, second, someHash, "return 2", time.Now()); err == nil ||
+		!strings.Contains(err.Error(), "lot L1 is revoked since") {
 		t.Error(err)
 	}
 	if again := must[*Revocations](t)(r.ReadRevocations(ctx, m)); again.Version != list.Version {

@@ -122,8 +122,8 @@ func (r *Revocations) revokes(position int) bool {
 	return ref != nil && ref.Revoked[at/8]&(0x80>>(at%8)) != 0
 }
 
-// compare says how the list stands to a part, as CompareRevocationPart does. An error is that the list says another thing of
-// the same part.
+// compare says how the list stands to a part, as CompareRevocationPart does. An error is that the list says
+// another thing of the same part.
 func (r *Revocations) compare(m *Manifest, p *RevocationPart) (complete bool, err error) {
 	ref := r.ref(p.Part)
 	if p.Version == 0 || ref == nil || ref.Version < p.Version {
@@ -235,7 +235,8 @@ func (p *RevocationPart) add(entry Revocation) (added bool) {
 func readRevocations(ctx context.Context, store Store, v *Verifier, m *Manifest) (*Revocations, string, error) {
 	jws, version, err := store.Read(ctx, RevocationsPath(m.Lot))
 	if errors.Is(err, ErrNotFound) {
-		return nil, "", fmt.Errorf("%w: every lot has a list of revoked devices: if lot create was interrupted, run it "+
+		return nil, "", fmt.Errorf("%w: every lot has a list of revoked devices: if lot create was interrupted, "+
+			"run it "+
 			"again; if the lot was made before that was so, run factory lot refresh --begin; else %s", err, askWhy)
 	}
 	if err != nil {
@@ -281,7 +282,8 @@ func readPart(ctx context.Context, store Store, v *Verifier, m *Manifest, n int,
 	jws, version, err := store.Read(ctx, path)
 	switch {
 	case errors.Is(err, ErrNotFound) && ref != nil:
-		return nil, refused(path, "it is not there, and the list of revocations has version %d of it: "+askWhy, ref.Version)
+		return nil, refused(path, "it is not there, and the list of revocations has version %d of it: "+askWhy,
+			ref.Version)
 	case errors.Is(err, ErrNotFound):
 		return &storedPart{RevocationPart: RevocationPart{Lot: m.Lot, Part: n}}, nil
 	case err != nil:
@@ -295,7 +297,8 @@ func readPart(ctx context.Context, store Store, v *Verifier, m *Manifest, n int,
 		return nil, refused(path, "%v", err)
 	}
 	if ref != nil && !p.satisfies(ref) {
-		return nil, refused(path, "it has version %d, and is not what the list of revocations has as version %d: "+askWhy,
+		return nil, refused(path, "it has version %d, and is not what the list of revocations has as version %d: "+
+			askWhy,
 			p.Version, ref.Version)
 	}
 	return p, nil

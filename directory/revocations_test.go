@@ -49,7 +49,8 @@ func listed(t testing.TB, r *Reader, m *Manifest, imei kme.IMEI) bool {
 }
 
 func readerOf(store Store, s *Signer) *Reader {
-	return NewReader(store, NewVerifier(s.Public()), ReaderOptions{RevocationTTL: time.Nanosecond, NegativeTTL: time.Nanosecond})
+	return NewReader(store, NewVerifier(s.Public()),
+		ReaderOptions{RevocationTTL: time.Nanosecond, NegativeTTL: time.Nanosecond})
 }
 
 // Ten thousand devices of a million, each in a place of its own: no object is larger than a store takes, one device
@@ -60,7 +61,9 @@ func TestRevocationsOfAMillion(t *testing.T) {
 	begin(t, files, s, m)
 	imeis := every(m, 100)
 	var told []int
-	if err := Revoke(ctx, files, s, m, imeis, "stolen from a warehouse", time.Now(), func(done int) { told = append(told, done) }); err != nil {
+	if err := Revoke(ctx, files, s, m, imeis, "stolen from a warehouse", time.Now(), func(done int) {
+		told = append(told, done)
+	}); err != nil {
 		t.Fatal(err)
 	}
 	if len(told) < 2 || told[len(told)-1] != len(imeis) || !slices.IsSorted(told) {
@@ -189,22 +192,28 @@ func TestRevocationPartReplaced(t *testing.T) {
 		jws  []byte
 		want string
 	}{
-		"good":                       {good, ""},
-		"the one before":             {first, "version 1, and is not what the list of revocations has as version 2"},
-		"another of this version":    {sign(s, &RevocationPart{"L1", 0, 2, []Revocation{entry}}), "version 2, and is not what"},
-		"a later one":                {sign(s, &RevocationPart{"L1", 0, 3, []Revocation{{IMEI: m.IMEI(3), Reason: "x", Time: entry.Time}, entry}}), ""},
-		"another manufacturer's":     {sign(newSigner(t), &RevocationPart{"L1", 0, 3, nil}), "pinned"},
-		"the list":                   {must[[]byte](t)(s.Sign(TypeRevocations, &Revocations{Lot: "L1", Version: 3})), "type"},
-		"one without a version":      {sign(s, &RevocationPart{"L1", 0, 0, nil}), "version 0"},
-		"a device of another's part": {sign(s, &RevocationPart{"L1", 0, 3, []Revocation{{IMEI: must[kme.IMEI](t)(kme.ParseIMEI("35209902000000"))}}}), "not in this part"},
-		"noise":                      {[]byte("noise"), "compact JWS"},
+		"good":           {good, ""},
+		"the one before": {first, "version 1, and is not what the list of revocations has as version 2"},
+		"another of this version": {sign(s, &RevocationPart{"L1", 0, 2, []Revocation{entry}}),
+			"version 2, and is not what"},
+		"a later one": {sign(s,
+			&RevocationPart{"L1", 0, 3, []Revocation{{IMEI: m.IMEI(3), Reason: "x", Time: entry.Time}, entry}}), ""},
+		"another manufacturer's": {sign(newSigner(t), &RevocationPart{"L1", 0, 3, nil}), "pinned"},
+		"the list": {must[[]byte](t)(s.Sign(TypeRevocations, &Revocations{Lot: "L1", Version: 3})),
+			"type"},
+		"one without a version": {sign(s, &RevocationPart{"L1", 0, 0, nil}), "version 0"},
+		"a device of another's part": {sign(s,
+			&RevocationPart{"L1", 0, 3, []Revocation{{IMEI: must[kme.IMEI](t)(kme.ParseIMEI("35209902000000"))}}}),
+			"not in this part"},
+		"noise": {[]byte("noise"), "compact JWS"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			put(t, store, RevocationsPath("L1"), list)
 			put(t, store, path, c.jws)
 			r := readerOf(store, s)
 			d, err := r.Device(ctx, m, m.IMEI(3))
-			if c.want == "" && (err != nil || d.Revoked == nil) || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
+			if c.want == "" && (err != nil || d.Revoked == nil) || c.want != "" &&
+				(err == nil || !strings.Contains(err.Error(), c.want)) {
 				t.Errorf("%+v, %v", d, err)
 			}
 			if c.want != "" && !errors.As(err, new(*RefusedError)) {
@@ -221,7 +230,9 @@ func TestRevocationPartReplaced(t *testing.T) {
 	}
 	// The part that is cached serves on, and when the list names a later one, it does not.
 	put(t, store, path, good)
-	put(t, store, RevocationsPath("L1"), must[[]byte](t)(s.Sign(TypeRevocations, &Revocations{Lot: "L1", Version: 50, Parts: []RevocationRef{refOf(t, s, m, good)}})))
+	put(t, store, RevocationsPath("L1"),
+		must[[]byte](t)(s.Sign(TypeRevocations,
+			&Revocations{Lot: "L1", Version: 50, Parts: []RevocationRef{refOf(t, s, m, good)}})))
 	r := readerOf(store, s)
 	if d, err := r.Device(ctx, m, m.IMEI(5)); err != nil || d.Revoked == nil {
 		t.Fatal(d, err)
@@ -286,7 +297,8 @@ func TestRevocationsCacheBound(t *testing.T) {
 	s, files := newSigner(t), newWriting(t)
 	m := newMillion(t, s)
 	begin(t, files, s, m)
-	if err := Revoke(t.Context(), files, s, m, every(m, 1)[:parts*revocationPart], strings.Repeat("stolen ", 20), time.Now(), nil); err != nil {
+	if err := Revoke(t.Context(), files, s, m, every(m, 1)[:parts*revocationPart], strings.Repeat("stolen ", 20),
+		time.Now(), nil); err != nil {
 		t.Fatal(err)
 	}
 	_, published := files.take()
@@ -307,7 +319,8 @@ func TestRevocationsCacheBound(t *testing.T) {
 	}
 	r.parts.CleanUp()
 	grown := heap() - before
-	t.Logf("%d parts of %d bytes were read with a cache of %d MiB: the heap has grown by %.1f MiB", parts, published/parts, limit>>20, float64(grown)/(1<<20))
+	t.Logf("%d parts of %d bytes were read with a cache of %d MiB: the heap has grown by %.1f MiB", parts,
+		published/parts, limit>>20, float64(grown)/(1<<20))
 	if grown > limit/8*3/2+1<<20 {
 		t.Errorf("the heap has grown by %d bytes with a cache of %d", grown, limit)
 	}

@@ -23,7 +23,8 @@ type Shard struct {
 	Keys    []DeviceKey `json:"keys"`    // makes the payload a JWK Set (RFC 7517 section 5)
 }
 
-// A DeviceKey is a device's public key, *ecdsa.PublicKey on P-256 or *rsa.PublicKey; in JSON a JWK whose kid is the IMEI.
+// A DeviceKey is a device's public key, *ecdsa.PublicKey on P-256 or *rsa.PublicKey; in JSON a JWK whose kid is the
+// IMEI.
 type DeviceKey struct {
 	IMEI kme.IMEI
 	Key  crypto.PublicKey

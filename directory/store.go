@@ -7,9 +7,9 @@ import (
 	"fmt"
 )
 
-// A Store keeps objects by path. It verifies nothing. All methods may be called concurrently and by several processes; what
-// they have done is durable when they return. They write nothing that CheckSize refuses. Package storetest holds every
-// implementation to this.
+// A Store keeps objects by path. It verifies nothing. All methods may be called concurrently and by several processes;
+// what they have done is durable when they return. They write nothing that CheckSize refuses. Package storetest holds
+// every implementation to this.
 type Store interface {
 	// Create puts an object where there is none. The same bytes again are success; other bytes a *ConflictError.
 	Create(ctx context.Context, path string, data []byte) error
@@ -38,7 +38,8 @@ const MaxObject = 1_000_000
 // CheckSize refuses an object that no store takes.
 func CheckSize(path string, data []byte) error {
 	if len(data) > MaxObject {
-		return fmt.Errorf("%s would have %d bytes, and an object has %d at most: it was not written", path, len(data), MaxObject)
+		return fmt.Errorf("%s would have %d bytes, and an object has %d at most: it was not written", path,
+			len(data), MaxObject)
 	}
 	return nil
 }
@@ -55,5 +56,6 @@ func NewConflictError(path string, have, want []byte) *ConflictError {
 }
 
 func (e *ConflictError) Error() string {
-	return fmt.Sprintf("%s is published already with other content (SHA-256 %x, not %x): what is published is never replaced", e.Path, e.Have, e.Want)
+	return fmt.Sprintf("%s is published already with other content (SHA-256 %x, not %x): what is published is never "+
+		"replaced", e.Path, e.Have, e.Want)
 }

@@ -23,15 +23,16 @@ const typeMinutes directory.Type = "kme-ceremony-minutes+jws"
 
 // Minutes say what was done with the security officer's PIN, and in whose presence. The token signs them.
 type Minutes struct {
-	Ceremony     string            `json:"ceremony"` // the command, as "operator enroll"
-	Time         time.Time         `json:"time"`
-	Manufacturer string            `json:"manufacturer"` // RFC 7638 thumbprint of the first signing key
-	Token        string            `json:"token"`        // serial number
-	Who          string            `json:"who"`          // the operating system's user, and the machine
-	Present      []string          `json:"present"`      // as they were named
-	Split        *hsmkeys.Split    `json:"so_split"`     // that gave the security officer's PIN; null if it came from a file
-	Shares       []int             `json:"so_shares"`    // the custodians whose shares were used
-	Made         map[string]string `json:"made"`
+	Ceremony     string    `json:"ceremony"` // the command, as "operator enroll"
+	Time         time.Time `json:"time"`
+	Manufacturer string    `json:"manufacturer"` // RFC 7638 thumbprint of the first signing key
+	Token        string    `json:"token"`        // serial number
+	Who          string    `json:"who"`          // the operating system's user, and the machine
+	Present      []string  `json:"present"`      // as they were named
+	// that gave the security officer's PIN; null if it came from a file
+	Split  *hsmkeys.Split    `json:"so_split"`
+	Shares []int             `json:"so_shares"` // the custodians whose shares were used
+	Made   map[string]string `json:"made"`
 }
 
 // ErrNoMinutes goes with an error after which a ceremony is done and has no minutes.
@@ -51,13 +52,14 @@ type Ceremony struct {
 // An Act is what a ceremony is held for. It gives the facts for the minutes.
 type Act func(token string, pin hsmkeys.OfficerPIN) (made map[string]string, err error)
 
-// Hold does act with the security officer's PIN, and writes the minutes of what it has made. Without minutes,
-// what it has made is to be handed to nobody. The security officer's login needs the token for itself: nobody else in the process
-// may have it open.
+// Hold does act with the security officer's PIN, and writes the minutes of what it has made. Without minutes, what
+// it has made is to be handed to nobody. The security officer's login needs the token for itself: nobody else in
+// the process may have it open.
 func (c Ceremony) Hold(ctx context.Context, act Act) (minutes string, err error) {
 	m := Minutes{Ceremony: c.Name, Present: append([]string{}, c.Present...)}
 	var pin hsmkeys.OfficerPIN
-	err = withSigner(ctx, c.TokenURI, func(token *hsmkeys.FactoryToken, _ *directory.Signer) (err error) { // which can sign the minutes
+	// which can sign the minutes
+	err = withSigner(ctx, c.TokenURI, func(token *hsmkeys.FactoryToken, _ *directory.Signer) (err error) {
 		m.Token = token.Serial()
 		pin, m.Shares, err = c.Officer.PIN(ctx, token, c.Basis)
 		m.Split = pin.Split
@@ -79,7 +81,9 @@ func (c Ceremony) Hold(ctx context.Context, act Act) (minutes string, err error)
 		}
 		return err
 	}, func(head *auditlog.Head) error {
-		return withToken(ctx, c.TokenURI, func(token *hsmkeys.FactoryToken) error { return c.State.SignLog(token, head) })
+		return withToken(ctx, c.TokenURI, func(token *hsmkeys.FactoryToken) error {
+			return c.State.SignLog(token, head)
+		})
 	})
 	return minutes, err
 }
@@ -117,7 +121,8 @@ type Enrolled struct {
 // EnrollOperator makes an operator's KEK in the token, as the security officer, and wraps it for the operator's
 // transport key. generation is that of the KEK: 0 for the newest, and one more than that to rotate it; an earlier one
 // is for what was wrapped under it. It opens the token itself: nobody else in the process may have it open.
-func EnrollOperator(ctx context.Context, tokenURI string, officer hsmkeys.PIN, operator string, transport *rsa.PublicKey,
+func EnrollOperator(ctx context.Context, tokenURI string, officer hsmkeys.PIN, operator string,
+	transport *rsa.PublicKey,
 	generation int) (*Enrolled, error) {
 	name := func(manufacturer string) hsmkeys.Key { return kekOf(manufacturer, operator) }
 	done := func(kek hsmkeys.Key, wrapped []byte, s *directory.Signer) ([]byte, map[string]string, error) {
@@ -141,17 +146,20 @@ func EnrollFixture(ctx context.Context, tokenURI string, officer hsmkeys.PIN, fi
 	generation int) (*Enrolled, error) {
 	name := func(manufacturer string) hsmkeys.Key { return injectionKey(manufacturer, fixture) }
 	done := func(k hsmkeys.Key, wrapped []byte, s *directory.Signer) ([]byte, map[string]string, error) {
-		made := map[string]string{"fixture": fixture, "injection key": k.HexID(), "fixture's key": directory.RSAThumbprint(key)}
+		made := map[string]string{"fixture": fixture, "injection key": k.HexID(),
+			"fixture's key": directory.RSAThumbprint(key)}
 		file, err := handover.NewFixtureEnrolment(fixture, k.HexID(), wrapped, s.Public()).Marshal()
 		return file, made, err
 	}
 	return enroll(ctx, tokenURI, officer, fixture, name, key, generation, done)
 }
 
-// enroll makes a key as the security officer, named by the manufacturer, and wraps it for to; done makes the file and the
-// facts for the minutes.
-func enroll(ctx context.Context, tokenURI string, officer hsmkeys.PIN, name string, named func(manufacturer string) hsmkeys.Key,
-	to *rsa.PublicKey, generation int, done func(hsmkeys.Key, []byte, *directory.Signer) ([]byte, map[string]string, error),
+// enroll makes a key as the security officer, named by the manufacturer, and wraps it for to; done makes the file
+// and the facts for the minutes.
+func enroll(ctx context.Context, tokenURI string, officer hsmkeys.PIN, name string,
+	named func(manufacturer string) hsmkeys.Key,
+	to *rsa.PublicKey, generation int, done func(hsmkeys.Key, []byte, *directory.Signer) ([]byte,
+		map[string]string, error),
 ) (*Enrolled, error) {
 	if err := directory.CheckName(name); err != nil {
 		return nil, err

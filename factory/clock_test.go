@@ -14,8 +14,8 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// The clock is set back by a day in the middle of a lot: here, as what was written before, dated a day too late. Nothing of the line
-// rests on the order of two times of day, so all goes on.
+// The clock is set back by a day in the middle of a lot: here, as what was written before, dated a day too late.
+// Nothing of the line rests on the order of two times of day, so all goes on.
 func TestClockSetBack(t *testing.T) {
 	ctx := t.Context()
 	line, _, token := newLine(t)
@@ -28,7 +28,8 @@ func TestClockSetBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	tomorrow := time.Now().Add(24 * time.Hour)
-	if err := directory.Revoke(ctx, line.store, line.signer, m, []kme.IMEI{m.IMEI(2)}, "stolen", tomorrow, nil); err != nil {
+	if err := directory.Revoke(ctx, line.store, line.signer, m, []kme.IMEI{m.IMEI(2)}, "stolen", tomorrow,
+		nil); err != nil {
 		t.Fatal(err)
 	}
 	if err := filepath.WalkDir(out, func(path string, _ os.DirEntry, err error) error {
@@ -39,7 +40,8 @@ func TestClockSetBack(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	dated, err := json.Marshal(auditlog.Entry{Seq: 1, Time: tomorrow, Who: "a@b", Process: 1, Command: []string{"factory"}, Result: auditlog.Done, Previous: fmt.Sprintf("%x", sha256.Sum256(nil))})
+	dated, err := json.Marshal(auditlog.Entry{Seq: 1, Time: tomorrow, Who: "a@b", Process: 1,
+		Command: []string{"factory"}, Result: auditlog.Done, Previous: fmt.Sprintf("%x", sha256.Sum256(nil))})
 	if err == nil {
 		err = os.WriteFile(state.path("log.jsonl"), append(dated, '\n'), 0o600)
 	}

@@ -48,7 +48,8 @@ type Token interface {
 func refuseWeak(ctx context.Context, token Token) error {
 	weak, err := token.Weaknesses(ctx, hsmkeys.Factory)
 	if err == nil && len(weak) > 0 {
-		err = fmt.Errorf("the token was tried, and P and Q would not be safe in it: %s: use another token, or have its maker put this right; factory doctor says what follows",
+		err = fmt.Errorf("the token was tried, and P and Q would not be safe in it: %s: use another token, or have "+
+			"its maker put this right; factory doctor says what follows",
 			strings.Join(hsmkeys.Sentences(weak), "; "))
 	}
 	return err
@@ -130,10 +131,12 @@ func (l *Line) CreateLot(ctx context.Context, spec LotSpec) (*directory.Manifest
 			} else if bare && spec.made(other) {
 				return other, l.beginRevocations(ctx, other, spec.validity())
 			}
-			return nil, fmt.Errorf("lot %s exists: it was made on %s with %d devices; choose another name, or go on with lot provision", m.Lot, other.Created.Format(time.RFC3339), other.Devices())
+			return nil, fmt.Errorf("lot %s exists: it was made on %s with %d devices; choose another name, or go on "+
+				"with lot provision", m.Lot, other.Created.Format(time.RFC3339), other.Devices())
 		}
 		if r := m.Overlap(other); r != nil {
-			return nil, fmt.Errorf("the IMEIs from %s%06d on are in lot %s already (%d from %s%06d): choose another range", spec.Range.TAC, spec.Range.First, other.Lot, r.Count, r.TAC, r.First)
+			return nil, fmt.Errorf("the IMEIs from %s%06d on are in lot %s already (%d from %s%06d): choose "+
+				"another range", spec.Range.TAC, spec.Range.First, other.Lot, r.Count, r.TAC, r.First)
 		}
 	}
 	if err := refuseWeak(ctx, l.token); err != nil {
@@ -194,7 +197,8 @@ func (l *Line) Lots(ctx context.Context) ([]*directory.Manifest, error) {
 func (l *Line) Lot(ctx context.Context, lot string) (*directory.Manifest, error) {
 	m, err := l.reader.Manifest(ctx, lot)
 	if errors.Is(err, directory.ErrNotFound) {
-		return nil, fmt.Errorf("the directory has no lot %s: make it with factory lot create, or check --directory: %w", lot, err)
+		return nil, fmt.Errorf("the directory has no lot %s: make it with factory lot create, or check --directory: %w",
+			lot, err)
 	}
 	return m, err
 }
@@ -212,8 +216,8 @@ func (l *Line) Seal(ctx context.Context, lot string) error {
 	return l.token.SealLotKey(ctx, l.lotKey(lot))
 }
 
-// Grant is a lot's key for an operator, under the operator's KEK, with the lot's manifest, signed. That it was granted is
-// on record before it is given out. A revoked lot is granted to nobody.
+// Grant is a lot's key for an operator, under the operator's KEK, with the lot's manifest, signed. That it was granted
+// is on record before it is given out. A revoked lot is granted to nobody.
 func (l *Line) Grant(ctx context.Context, lot, operator string) ([]byte, error) {
 	m, err := l.usable(ctx, lot)
 	if err != nil {
@@ -246,7 +250,8 @@ func (l *Line) Grant(ctx context.Context, lot, operator string) ([]byte, error) 
 		return nil, err
 	}
 	g := &handover.Grant{
-		Operator: operator, KEK: kek.HexID(), Lot: lot, Algorithm: handover.A256KWP, Wrapped: wrapped, Manifest: string(manifest),
+		Operator: operator, KEK: kek.HexID(), Lot: lot, Algorithm: handover.A256KWP, Wrapped: wrapped,
+		Manifest: string(manifest),
 	}
 	if err := g.Validate(); err != nil {
 		return nil, err

@@ -76,8 +76,8 @@ func removeObject(t *testing.T, dir, path string) {
 	}
 }
 
-// A list of revoked devices is signed anew, for as long as before or for another time; a lot that has none gets one only
-// where that is said.
+// A list of revoked devices is signed anew, for as long as before or for another time; a lot that has none gets
+// one only where that is said.
 func TestRefresh(t *testing.T) {
 	line, dir, _ := newLine(t)
 	ctx := t.Context()
@@ -92,15 +92,18 @@ func TestRefresh(t *testing.T) {
 		}
 	}
 	removeObject(t, dir, directory.RevocationsPath("L1"))
-	if _, err := line.Refresh(ctx, "L1", 0, false); !errors.Is(err, directory.ErrNotFound) || !strings.Contains(err.Error(), "--begin") {
+	if _, err := line.Refresh(ctx, "L1", 0, false); !errors.Is(err, directory.ErrNotFound) ||
+		!strings.Contains(err.Error(), "--begin") {
 		t.Errorf("a list that is not there was signed anew: %v", err)
 	}
-	for _, err := range []error{second(line.Grant(ctx, "L1", "op")), second(line.Lot(ctx, "L9")), second(line.Refresh(ctx, "L9", 0, true))} {
+	for _, err := range []error{second(line.Grant(ctx, "L1", "op")), second(line.Lot(ctx, "L9")),
+		second(line.Refresh(ctx, "L9", 0, true))} {
 		if err == nil {
 			t.Error("what needs a list was done without, or a lot that is not there")
 		}
 	}
-	if list, err := line.Refresh(ctx, "L1", 0, true); err != nil || list.Version != 1 || list.NextUpdate.Sub(list.ThisUpdate) != directory.DefaultValidity {
+	if list, err := line.Refresh(ctx, "L1", 0, true); err != nil || list.Version != 1 ||
+		list.NextUpdate.Sub(list.ThisUpdate) != directory.DefaultValidity {
 		t.Errorf("%+v, %v", list, err)
 	}
 }
@@ -150,7 +153,8 @@ func TestFixtures(t *testing.T) {
 		}
 	})
 	b, created := enrol("b", &second.PublicKey, 0)
-	if again, madeAgain := enrol("b", &second.PublicKey, 0); !created || madeAgain || again.KeyID != b.KeyID || a.KeyID == b.KeyID {
+	if again, madeAgain := enrol("b", &second.PublicKey, 0); !created || madeAgain || again.KeyID != b.KeyID ||
+		a.KeyID == b.KeyID {
 		t.Errorf("created %v, again %v, keys %s and %s", created, madeAgain, a.KeyID, b.KeyID)
 	}
 	next, created := enrol("b", &second.PublicKey, 2)
@@ -178,11 +182,13 @@ func TestFixtures(t *testing.T) {
 		"a generation left out":   {"a", fixtureKey(), 3, "the next is 2"},
 		"a key that is too short": {"a", &must(rsa.GenerateKey(rand.Reader, 2048)).PublicKey, 0, "3072"},
 	} {
-		if _, err := EnrollFixture(ctx, tok.URI, officer, c.name, c.key, c.generation); err == nil || !strings.Contains(err.Error(), c.want) {
+		if _, err := EnrollFixture(ctx, tok.URI, officer, c.name, c.key, c.generation); err == nil ||
+			!strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	if _, err := EnrollOperator(ctx, tok.URI, officer, "op", fixtureKey(), 0); err == nil || !strings.Contains(err.Error(), "enrolled already") {
+	if _, err := EnrollOperator(ctx, tok.URI, officer, "op", fixtureKey(), 0); err == nil ||
+		!strings.Contains(err.Error(), "enrolled already") {
 		t.Errorf("a fixture's key as an operator's: %v", err)
 	}
 }
@@ -232,7 +238,8 @@ func TestCreateLot(t *testing.T) {
 		t.Errorf("the interrupted lot's key was not taken: %v", err)
 	}
 
-	// Interrupted after the manifest was out: the next run publishes the list, if it is the same lot and there is no more of it.
+	// Interrupted after the manifest was out: the next run publishes the list, if it is the same
+	// lot and there is no more of it.
 	list := directory.RevocationsPath("L3")
 	exists := func(what string, s LotSpec) {
 		t.Helper()
@@ -270,7 +277,9 @@ type repeating struct {
 	gone  []hsmkeys.Key
 }
 
-func (r *repeating) EnsureLotKey(ctx context.Context, k hsmkeys.Key, bits int, p hsmkeys.Primes) (*rsa.PublicKey, string, error) {
+func (r *repeating) EnsureLotKey(
+	ctx context.Context, k hsmkeys.Key, bits int, p hsmkeys.Primes,
+) (*rsa.PublicKey, string, error) {
 	return r.Token.EnsureLotKey(ctx, r.first, bits, p)
 }
 
@@ -286,7 +295,8 @@ func TestRepeatedModulus(t *testing.T) {
 	}
 	r := &repeating{Token: token, first: line.lotKey("L1")}
 	line.token = r
-	if _, err := line.CreateLot(t.Context(), spec(t, "L2", 10, 10)); err == nil || !strings.Contains(err.Error(), "is that of lot L1") {
+	if _, err := line.CreateLot(t.Context(), spec(t, "L2", 10, 10)); err == nil ||
+		!strings.Contains(err.Error(), "is that of lot L1") {
 		t.Error(err)
 	}
 	if len(r.gone) != 1 || r.gone[0] != line.lotKey("L2") {
@@ -359,7 +369,8 @@ func TestGrantRecorded(t *testing.T) {
 		t.Fatal(err)
 	}
 	var g handover.Grant
-	if err := line.verifier.Verify(handover.TypeGrant, "the grant", must(line.Grant(ctx, "L1", "op")), &g); err != nil || g.Lot != "L1" || g.Operator != "op" {
+	if err := line.verifier.Verify(handover.TypeGrant, "the grant", must(line.Grant(ctx, "L1", "op")),
+		&g); err != nil || g.Lot != "L1" || g.Operator != "op" {
 		t.Errorf("%+v, %v", g, err)
 	}
 	if _, err := line.Grant(ctx, "L2", "op"); err == nil {

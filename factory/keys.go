@@ -161,13 +161,16 @@ func (l *Line) injection(ctx context.Context, fixture string) (k hsmkeys.Key, er
 	slices.Sort(all)
 	switch {
 	case len(all) == 0:
-		return k, errors.New("no fixture is enrolled, so nobody could inject the device keys: run factory fixture enroll first")
+		return k, errors.New("no fixture is enrolled, so nobody could inject the device keys: run factory fixture " +
+			"enroll first")
 	case fixture == "" && len(all) == 1:
 		fixture = all[0]
 	case fixture == "":
-		return k, fmt.Errorf("%d fixtures are enrolled, and injection packages are for one: say which with --fixture, of %s", len(all), strings.Join(all, ", "))
+		return k, fmt.Errorf("%d fixtures are enrolled, and injection packages are for one: say which with "+
+			"--fixture, of %s", len(all), strings.Join(all, ", "))
 	case !slices.Contains(all, fixture):
-		return k, fmt.Errorf("no fixture %s is enrolled, but %s: run factory fixture enroll %[1]s first", fixture, strings.Join(all, ", "))
+		return k, fmt.Errorf("no fixture %s is enrolled, but %s: run factory fixture enroll %[1]s first", fixture,
+			strings.Join(all, ", "))
 	}
 	return newest(ctx, l.token, injectionKey(l.Manufacturer(), fixture))
 }

@@ -28,8 +28,8 @@ func (s signsElsewhere) Signer(k hsmkeys.Key) (crypto.Signer, error) {
 	return s.key, nil
 }
 
-// NSS softoken keeps no lot key: it is refused for what it does when it is tried, at init, and at lot create too where it is a factory's already. Nothing
-// is made.
+// NSS softoken keeps no lot key: it is refused for what it does when it is tried, at init, and at lot create too where
+// it is a factory's already. Nothing is made.
 func TestNSSRefused(t *testing.T) {
 	ctx := t.Context()
 	token := must(hsmkeys.OpenFactory(ctx, softhsmtest.NSS(t).URI, hsmkeys.Options{}))
@@ -37,8 +37,9 @@ func TestNSSRefused(t *testing.T) {
 	check := func(what string, err error) {
 		t.Helper()
 		for _, want := range []string{
-			"wrap a lot key under a key that is not TRUSTED", "wrap a key that is not EXTRACTABLE", "wrap a sealed lot key",
-			"make a TRUSTED key for the user, C_GenerateKey", "clear CKA_WRAP_WITH_TRUSTED of a lot key", "copy a lot key",
+			"wrap a lot key under a key that is not TRUSTED", "wrap a key that is not EXTRACTABLE",
+			"wrap a sealed lot key", "make a TRUSTED key for the user, C_GenerateKey",
+			"clear CKA_WRAP_WITH_TRUSTED of a lot key", "copy a lot key",
 		} {
 			if err == nil || !strings.Contains(err.Error(), "does not refuse to "+want) {
 				t.Errorf("%s: %v; it does not say %q", what, err, want)
@@ -52,11 +53,14 @@ func TestNSSRefused(t *testing.T) {
 	}
 	must(token.Dedicate(ctx, hsmkeys.Dedication{Side: hsmkeys.Factory}))
 	store := must(filestore.Open(t.TempDir()))
-	line := must(NewLine(signsElsewhere{token, must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))}, store, State{Dir: t.TempDir()}))
+	line := must(NewLine(signsElsewhere{token, must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))}, store,
+		State{Dir: t.TempDir()}))
 	tac := must(kme.ParseTAC("35209900"))
-	_, err = line.CreateLot(ctx, LotSpec{Lot: "L1", Range: directory.Range{TAC: tac, Count: 4}, Bits: 2048, Suite: kme.SuiteECDSA, ShardSize: 4, Primes: hsmkeys.PrimesAuto})
+	_, err = line.CreateLot(ctx, LotSpec{Lot: "L1", Range: directory.Range{TAC: tac, Count: 4}, Bits: 2048,
+		Suite: kme.SuiteECDSA, ShardSize: 4, Primes: hsmkeys.PrimesAuto})
 	check("lot create", err)
-	if has := must(token.Has(ctx, hsmkeys.Key{Role: hsmkeys.RoleLot, Manufacturer: line.signer.KeyID(), Name: "L1"})); has {
+	if has := must(token.Has(ctx, hsmkeys.Key{Role: hsmkeys.RoleLot, Manufacturer: line.signer.KeyID(),
+		Name: "L1"})); has {
 		t.Error("lot create has made a key")
 	}
 	if lots := must(store.List(ctx, "lots")); len(lots) > 0 {

@@ -51,7 +51,8 @@ func (l *Line) writeManifest(ctx context.Context, lot, dir string) error {
 	return nil
 }
 
-// checkManifest says what is wrong with the manifest beside the injection packages, if it is there: nothing, if it is the directory's.
+// checkManifest says what is wrong with the manifest beside the injection packages, if it is there:
+// nothing, if it is the directory's.
 func checkManifest(ctx context.Context, store directory.Store, lot, dir string) (wrong string, err error) {
 	path := filepath.Join(dir, handover.ManifestFile)
 	beside, err := os.ReadFile(path)
@@ -176,7 +177,8 @@ func (p *provisioning) run(ctx context.Context) (Progress, error) {
 	}
 	p.next.Store(int64(p.o.From))
 
-	// What is made is published also when a worker has failed. When publishing has failed for good, nothing more is made.
+	// What is made is published also when a worker has failed. When publishing has failed for good, nothing more is
+	// made.
 	keep := context.WithoutCancel(ctx)
 	making, mctx := errgroup.WithContext(keep)
 	publishing, pctx := errgroup.WithContext(keep)
@@ -280,14 +282,17 @@ func (p *provisioning) generate(ctx context.Context, n int) error {
 	return nil
 }
 
-// publish brings one shard from the journal to the directory, and reads it back. user is the context that the user ends.
+// publish brings one shard from the journal to the directory, and reads it back. user is the context that the user
+// ends.
 func (p *provisioning) publish(user, ctx context.Context, n int) error {
 	jws, err := p.j.Signed(ctx, p.m.Lot, n)
 	if err != nil {
 		return err
 	}
 	path, verifier := directory.ShardPath(p.m.Lot, n), p.verifier
-	err = p.patiently(user, ctx, func() error { return directory.PublishSigned(ctx, p.store, path, verifier, directory.TypeShard, jws) })
+	err = p.patiently(user, ctx, func() error {
+		return directory.PublishSigned(ctx, p.store, path, verifier, directory.TypeShard, jws)
+	})
 	if err != nil {
 		return err
 	}
@@ -342,7 +347,9 @@ func (p *provisioning) patiently(user, ctx context.Context, f func() error) erro
 }
 
 // makeLine makes a device's key, as it stands in an injection package.
-func (l *Line) makeLine(ctx context.Context, m *directory.Manifest, imei kme.IMEI, shard int, injection hsmkeys.Key) (line handover.InjectionLine, err error) {
+func (l *Line) makeLine(
+	ctx context.Context, m *directory.Manifest, imei kme.IMEI, shard int, injection hsmkeys.Key,
+) (line handover.InjectionLine, err error) {
 	pub, wrapped, err := l.token.MakeDeviceKey(ctx, m.Suite, injection)
 	if err != nil {
 		return line, err
@@ -372,7 +379,8 @@ func (p *provisioning) makeShard(ctx context.Context, n int, path string) (*dire
 		return nil, err
 	}
 	if err := durable.WriteFile(path, file, 0o600); err != nil {
-		return nil, fmt.Errorf("the injection package cannot be written; make room or give another --out, and run this again: %w", err)
+		return nil, fmt.Errorf("the injection package cannot be written; make room or give another --out, and run "+
+			"this again: %w", err)
 	}
 	return packed, nil
 }

@@ -82,7 +82,8 @@ func checkLot(t *testing.T, line *Line, out string) {
 			t.Fatal(err)
 		}
 		hash := sha256.Sum256(must(os.ReadFile(path)))
-		if !packed.Equal(published) || !bytes.Equal(published.Package, hash[:]) || !bytes.Equal(entries[n].Package, hash[:]) {
+		if !packed.Equal(published) || !bytes.Equal(published.Package, hash[:]) ||
+			!bytes.Equal(entries[n].Package, hash[:]) {
 			t.Errorf("shard %d: package, directory and journal differ", n)
 		}
 		for _, l := range lines {
@@ -107,7 +108,8 @@ func TestProvision(t *testing.T) {
 	o := options(out, 3)
 	o.Report = func(p Progress) { reports = append(reports, p) }
 	p, err := keeping(line, out).Provision(t.Context(), "L1", o)
-	if err != nil || p.Total != 30 || p.Generated != 30 || p.Done != 30 || p.Made != 30 || len(reports) != 16 || reports[15] != p {
+	if err != nil || p.Total != 30 || p.Generated != 30 || p.Done != 30 || p.Made != 30 || len(reports) != 16 ||
+		reports[15] != p {
 		t.Fatal(p, reports, err)
 	}
 	if p.HSM <= 0 || p.HSM > 1 || p.Publish <= 0 || p.Publish > 1 {
@@ -231,7 +233,8 @@ func TestProvision(t *testing.T) {
 	})
 	t.Run("planned, package damaged", func(t *testing.T) {
 		provision(t, line, out)
-		changeJournal(t, keeping(line, out), "UPDATE shard SET state = ?, package = NULL WHERE number = 5", shard.Planned)
+		changeJournal(t, keeping(line, out), "UPDATE shard SET state = ?, package = NULL WHERE number = 5",
+			shard.Planned)
 		os.Remove(object(5))
 		if err := os.WriteFile(pkg(5), truncate(read(pkg(5))), 0o600); err != nil {
 			t.Fatal(err)
@@ -243,11 +246,14 @@ func TestProvision(t *testing.T) {
 	})
 	t.Run("keys swapped after publication", func(t *testing.T) {
 		other := t.TempDir()
-		p := &provisioning{Line: line, m: must(line.Lot(t.Context(), "L1")), injection: must(line.injection(t.Context(), ""))}
+		p := &provisioning{Line: line, m: must(line.Lot(t.Context(), "L1")),
+			injection: must(line.injection(t.Context(), ""))}
 		if _, err := p.makeShard(t.Context(), 1, filepath.Join(other, "p")); err != nil {
 			t.Fatal(err)
 		}
-		harm(t, pkg(1), "is not the package of the published keys", func([]byte) []byte { return read(filepath.Join(other, "p")) })
+		harm(t, pkg(1), "is not the package of the published keys", func([]byte) []byte {
+			return read(filepath.Join(other, "p"))
+		})
 	})
 	t.Run("the journal has another package", func(t *testing.T) {
 		changeJournal(t, keeping(line, out), "UPDATE shard SET package = x'00' WHERE number = 5")
@@ -257,12 +263,14 @@ func TestProvision(t *testing.T) {
 		checkLot(t, line, out)
 	})
 	t.Run("folder not writable", func(t *testing.T) {
-		if _, err := line.Provision(t.Context(), "L1", options("/dev/null/x", 1)); err == nil || !strings.Contains(err.Error(), "cannot be made") {
+		if _, err := line.Provision(t.Context(), "L1", options("/dev/null/x", 1)); err == nil ||
+			!strings.Contains(err.Error(), "cannot be made") {
 			t.Error(err)
 		}
 	})
 	t.Run("unknown lot", func(t *testing.T) {
-		if _, err := line.Provision(t.Context(), "L9", options(out, 1)); err == nil || !strings.Contains(err.Error(), "lot create") {
+		if _, err := line.Provision(t.Context(), "L9", options(out, 1)); err == nil ||
+			!strings.Contains(err.Error(), "lot create") {
 			t.Error(err)
 		}
 	})
@@ -371,7 +379,8 @@ func TestProvisionDirectoryAway(t *testing.T) {
 		t.Fatal(err)
 	}
 	store.until, o.Patience, o.Report = time.Now().Add(time.Hour), time.Millisecond, nil
-	if p, err = keeping(line, out).Provision(t.Context(), "L2", o); !errors.Is(err, directory.ErrUnavailable) || p.Generated != 20 || p.Done != 0 {
+	if p, err = keeping(line, out).Provision(t.Context(), "L2", o); !errors.Is(err, directory.ErrUnavailable) ||
+		p.Generated != 20 || p.Done != 0 {
 		t.Errorf("%+v, %v", p, err)
 	}
 	store.until = time.Time{}
@@ -383,7 +392,8 @@ func TestProvisionDirectoryAway(t *testing.T) {
 		t.Fatal(err)
 	}
 	store.until, store.err, o.Patience = time.Now().Add(time.Hour), errors.New("forbidden"), time.Hour
-	if p, err = keeping(line, out).Provision(t.Context(), "L3", o); err == nil || !strings.Contains(err.Error(), "forbidden") || p.Generated == 400 {
+	if p, err = keeping(line, out).Provision(t.Context(), "L3", o); err == nil ||
+		!strings.Contains(err.Error(), "forbidden") || p.Generated == 400 {
 		t.Errorf("%+v, %v", p, err)
 	}
 }
@@ -416,7 +426,8 @@ func TestProvisionShardRanges(t *testing.T) {
 	for _, r := range [][2]int{{-1, 2}, {3, 3}, {5, 2}, {9, 11}} {
 		o := options(t.TempDir(), 1)
 		o.From, o.To = r[0], r[1]
-		if _, err := line.Provision(t.Context(), "L1", o); err == nil || !strings.Contains(err.Error(), "shards 0 to 9") {
+		if _, err := line.Provision(t.Context(), "L1", o); err == nil ||
+			!strings.Contains(err.Error(), "shards 0 to 9") {
 			t.Errorf("%v: %v", r, err)
 		}
 	}

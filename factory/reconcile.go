@@ -20,11 +20,12 @@ import (
 
 // A Difference is a place where journal, injection packages, directory and token do not agree.
 type Difference struct {
-	Shard    int    `json:"shard"` // -1: of the lot as a whole
-	What     string `json:"what"`
-	Remedy   string `json:"remedy"`
-	Safe     bool   `json:"safe"` // Reconcile can do it: no key is lost by it, and none published that was not made for it
-	Repaired bool   `json:"repaired"`
+	Shard  int    `json:"shard"` // -1: of the lot as a whole
+	What   string `json:"what"`
+	Remedy string `json:"remedy"`
+	// Reconcile can do it: no key is lost by it, and none published that was not made for it
+	Safe     bool `json:"safe"`
+	Repaired bool `json:"repaired"`
 	repair   func(context.Context) error
 }
 
@@ -51,12 +52,13 @@ func (r *Reconciliation) Open() (n int) {
 
 // differs adds a difference of the lot as a whole; repair is nil if Reconcile cannot do it.
 func (r *Reconciliation) differs(what, remedy string, repair func(context.Context) error) {
-	r.Differences = append(r.Differences, Difference{Shard: -1, What: what, Remedy: remedy, Safe: repair != nil, repair: repair})
+	r.Differences = append(r.Differences, Difference{Shard: -1, What: what, Remedy: remedy, Safe: repair != nil,
+		repair: repair})
 }
 
-// Reconcile compares what the journal, the injection packages below out, the directory and the token have of a lot, and
-// says of each difference what is to be done. With repair it does what is safe. Nobody else may be at work on the lot in
-// these folders.
+// Reconcile compares what the journal, the injection packages below out, the directory and the token have of a
+// lot, and says of each difference what is to be done. With repair it does what is safe. Nobody else may be at
+// work on the lot in these folders.
 func (l *Line) Reconcile(ctx context.Context, lot, out string, repair bool) (*Reconciliation, error) {
 	m, err := l.Lot(ctx, lot)
 	if err != nil {
@@ -73,8 +75,9 @@ func (l *Line) Reconcile(ctx context.Context, lot, out string, repair bool) (*Re
 	}
 	r := &Reconciliation{Lot: lot, Differences: []Difference{}}
 	if err := l.token.ProveLotKey(ctx, l.lotKey(lot), m.PublicKey()); err != nil {
-		r.differs(fmt.Sprintf("token: %v", err), "use the token that the lot was made in, or a copy of it: without its key, "+
-			"nobody can be granted the lot any more", nil)
+		r.differs(fmt.Sprintf("token: %v", err),
+			"use the token that the lot was made in, or a copy of it: without its key, "+
+				"nobody can be granted the lot any more", nil)
 	}
 	dir := filepath.Join(out, lot)
 	if err := r.strays(m, dir); err != nil {
@@ -83,7 +86,9 @@ func (l *Line) Reconcile(ctx context.Context, lot, out string, repair bool) (*Re
 	if wrong, err := checkManifest(ctx, l.store, lot, dir); err != nil {
 		return nil, err
 	} else if wrong != "" {
-		r.differs(wrong, "write the directory's there", func(ctx context.Context) error { return l.writeManifest(ctx, lot, dir) })
+		r.differs(wrong, "write the directory's there", func(ctx context.Context) error {
+			return l.writeManifest(ctx, lot, dir)
+		})
 	}
 	if err := l.compareRevocations(ctx, r, m, dir); err != nil {
 		return nil, err
@@ -133,14 +138,17 @@ func (r *Reconciliation) strays(m *directory.Manifest, dir string) error {
 		name, n := e.Name(), 0
 		_, serr := fmt.Sscanf(name, "injection-%d.jsonl", &n)
 		switch {
-		case serr == nil && name == handover.InjectionFile(n) && n < m.Shards(), name == handover.ManifestFile, name == ".lock":
-		case strings.HasPrefix(name, "reissue-") && strings.HasSuffix(name, ".jsonl"): // compareRevocations looks at them
+		case serr == nil && name == handover.InjectionFile(n) && n < m.Shards(), name == handover.ManifestFile,
+			name == ".lock":
+		case strings.HasPrefix(name, "reissue-") && strings.HasSuffix(name, ".jsonl"):
+			// compareRevocations looks at them
 		case strings.HasPrefix(name, "."): // as renameio names what it has not yet put in place
 			path := filepath.Join(dir, name)
 			r.differs(path+" was left by a run that was killed", "remove it: it never was a package",
 				func(context.Context) error { return errors.Join(os.Remove(path), durable.SyncDir(dir)) })
 		default:
-			r.differs(filepath.Join(dir, name)+" belongs to nothing in the lot", "find out where it comes from, and take it away", nil)
+			r.differs(filepath.Join(dir, name)+" belongs to nothing in the lot",
+				"find out where it comes from, and take it away", nil)
 		}
 	}
 	return err
@@ -163,7 +171,8 @@ func (l *Line) compareRevocations(ctx context.Context, r *Reconciliation, m *dir
 			r.differs(what, "publish it: lot create was killed before it did",
 				func(ctx context.Context) error { return l.beginRevocations(ctx, m, directory.DefaultValidity) })
 		} else {
-			r.differs(what, objectBack+"; a lot of before lots had it from the start gets one by factory lot refresh --begin", nil)
+			r.differs(what, objectBack+"; a lot of before lots had it from the start gets one by factory lot refresh "+
+				"--begin", nil)
 		}
 		return berr
 	}
@@ -196,7 +205,8 @@ func (l *Line) compareRevocations(ctx context.Context, r *Reconciliation, m *dir
 		}
 	}
 	if len(behind) > 0 {
-		r.differs(fmt.Sprintf("a run of lot revoke or lot reissue was killed: the list of revocations does not name what %d of "+
+		r.differs(fmt.Sprintf("a run of lot revoke or lot reissue was killed: the list of revocations does not name "+
+			"what %d of "+
 			"its parts have", len(behind)), "publish the list anew", func(ctx context.Context) error {
 			return directory.CompleteRevocations(ctx, l.store, l.signer, m, behind, time.Now())
 		})
@@ -205,7 +215,9 @@ func (l *Line) compareRevocations(ctx context.Context, r *Reconciliation, m *dir
 }
 
 // compare says what does not agree of a shard, nil if all does.
-func (l *Line) compare(ctx context.Context, j *shard.Journal, m *directory.Manifest, n int, dir string, e shard.Entry) (d *Difference, pending bool, err error) {
+func (l *Line) compare(
+	ctx context.Context, j *shard.Journal, m *directory.Manifest, n int, dir string, e shard.Entry,
+) (d *Difference, pending bool, err error) {
 	there, err := l.reader.ReadShard(ctx, m, n)
 	if errors.As(err, new(*directory.RefusedError)) {
 		return &Difference{What: fmt.Sprintf("directory: %v", err), Remedy: objectBack}, false, nil
@@ -230,7 +242,8 @@ func (l *Line) compare(ctx context.Context, j *shard.Journal, m *directory.Manif
 				err = j.Generated(m.Lot, n, v.Packed.Package, jws)
 			}
 			if err == nil {
-				err = directory.PublishSigned(ctx, l.store, directory.ShardPath(m.Lot, n), l.verifier, directory.TypeShard, jws)
+				err = directory.PublishSigned(ctx, l.store, directory.ShardPath(m.Lot, n), l.verifier,
+					directory.TypeShard, jws)
 			}
 			if err == nil {
 				err = j.Acknowledged(m.Lot, n, v.Packed.Package)

@@ -31,14 +31,16 @@ func TestReconcile(t *testing.T) {
 		t.Errorf("before anything is made: %+v", r)
 	}
 	removeObject(t, dir, directory.RevocationsPath("L1"))
-	if r := reconcile(t, true); len(r.Differences) != 1 || !r.Differences[0].Repaired || must(line.Revocations(t.Context(), m)).Version != 1 {
+	if r := reconcile(t, true); len(r.Differences) != 1 || !r.Differences[0].Repaired ||
+		must(line.Revocations(t.Context(), m)).Version != 1 {
 		t.Errorf("killed before the list was published: %+v", r)
 	}
 	provision(t, line, out)
 	if r := reconcile(t, false); r.Agreed != 8 || r.Pending != 0 || len(r.Differences) != 0 {
 		t.Fatalf("%+v", r)
 	}
-	pkg, shard := filepath.Join(out, "L1", handover.InjectionFile(2)), filepath.Join(dir, filepath.FromSlash(directory.ShardPath("L1", 2)))
+	pkg, shard := filepath.Join(out, "L1", handover.InjectionFile(2)), filepath.Join(dir,
+		filepath.FromSlash(directory.ShardPath("L1", 2)))
 	revocations := filepath.Join(dir, filepath.FromSlash(directory.RevocationsPath("L1")))
 	write := func(path string, data []byte) {
 		t.Helper()
@@ -55,10 +57,12 @@ func TestReconcile(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	whole, signed, hash := must(os.ReadFile(pkg)), must(os.ReadFile(shard)), must(line.reader.ReadShard(t.Context(), m, 2)).Package
+	whole, signed, hash := must(os.ReadFile(pkg)), must(os.ReadFile(shard)), must(line.reader.ReadShard(t.Context(),
+		m, 2)).Package
 	list := must(os.ReadFile(revocations))
 	others := filepath.Join(t.TempDir(), "p")
-	must((&provisioning{Line: line, m: m, injection: must(line.injection(t.Context(), ""))}).makeShard(t.Context(), 2, others))
+	must((&provisioning{Line: line, m: m, injection: must(line.injection(t.Context(), ""))}).makeShard(t.Context(), 2,
+		others))
 	forget := func() { journal("DELETE FROM shard WHERE number = 2") }
 	plan := func() { journal("UPDATE shard SET state = 0, package = NULL WHERE number = 2") }
 	for name, c := range map[string]struct {
@@ -67,32 +71,73 @@ func TestReconcile(t *testing.T) {
 		safe    bool
 		pending bool // after the repair the shard is to be made anew
 	}{
-		"journal lost":                    {forget, "the journal does not know", true, false},
-		"killed after publishing":         {func() { journal("UPDATE shard SET state = 1 WHERE number = 2") }, "the journal does not know", true, false},
-		"the journal has another":         {func() { journal("UPDATE shard SET package = x'00' WHERE number = 2") }, "the journal does not know", true, false},
-		"the directory has lost it":       {func() { remove(shard) }, "the directory has lost it", true, false},
-		"killed before publishing":        {func() { remove(shard); journal("UPDATE shard SET state = 1 WHERE number = 2") }, "it is made, and not published", true, false},
-		"killed before the journal":       {func() { remove(shard); plan() }, "it is made, and not published", true, false},
-		"made on a lost machine":          {func() { remove(shard); forget() }, "it is made, and not published", true, false},
-		"planned, cut":                    {func() { remove(shard); plan(); write(pkg, whole[:99]) }, "is damaged", true, true},
-		"cut, journal lost":               {func() { remove(shard); forget(); write(pkg, whole[:99]) }, "the journal never began it", false, false},
-		"package lost":                    {func() { remove(pkg) }, "is missing", false, false},
-		"package cut":                     {func() { write(pkg, whole[:99]) }, "its keys are published, and", false, false},
-		"package of other keys":           {func() { write(pkg, must(os.ReadFile(others))) }, "is not the package of the published keys", false, false},
-		"package of other keys, lost":     {func() { remove(shard); write(pkg, must(os.ReadFile(others))) }, "is not the package that the journal knows of", false, false},
-		"both lost":                       {func() { remove(shard); remove(pkg) }, "the journal knows of its keys", false, false},
-		"the directory's is changed":      {func() { write(shard, bytes.ToUpper(signed)) }, "is refused", false, false},
-		"the revocations are changed":     {func() { write(revocations, must(os.ReadFile(shard))) }, "revocations is refused", false, false},
-		"the revocations are gone":        {func() { remove(revocations) }, "revocations is not there", false, false},
-		"a file that a killed run left":   {func() { write(filepath.Join(out, "L1", ".injection-000002.jsonl123"), nil) }, "left by a run that was killed", true, false},
-		"a file that belongs to nothing":  {func() { write(filepath.Join(out, "L1", "injection-000008.jsonl"), nil) }, "belongs to nothing", false, false},
-		"a file of no name that we write": {func() { write(filepath.Join(out, "L1", "injection-2.jsonl"), nil) }, "belongs to nothing", false, false},
+		"journal lost": {forget, "the journal does not know", true, false},
+		"killed after publishing": {func() {
+			journal("UPDATE shard SET state = 1 WHERE number = 2")
+		}, "the journal does not know", true, false},
+		"the journal has another": {func() {
+			journal("UPDATE shard SET package = x'00' WHERE number = 2")
+		}, "the journal does not know", true, false},
+		"the directory has lost it": {func() { remove(shard) }, "the directory has lost it", true, false},
+		"killed before publishing": {func() {
+			remove(shard)
+			journal("UPDATE shard SET state = 1 WHERE number = 2")
+		}, "it is made, and not published", true, false},
+		"killed before the journal": {func() {
+			remove(shard)
+			plan()
+		}, "it is made, and not published", true, false},
+		"made on a lost machine": {func() {
+			remove(shard)
+			forget()
+		}, "it is made, and not published", true, false},
+		"planned, cut": {func() {
+			remove(shard)
+			plan()
+			write(pkg, whole[:99])
+		}, "is damaged", true, true},
+		"cut, journal lost": {func() {
+			remove(shard)
+			forget()
+			write(pkg, whole[:99])
+		}, "the journal never began it", false, false},
+		"package lost": {func() { remove(pkg) }, "is missing", false, false},
+		"package cut": {func() {
+			write(pkg, whole[:99])
+		}, "its keys are published, and", false, false},
+		"package of other keys": {func() {
+			write(pkg, must(os.ReadFile(others)))
+		}, "is not the package of the published keys", false, false},
+		"package of other keys, lost": {func() {
+			remove(shard)
+			write(pkg, must(os.ReadFile(others)))
+		}, "is not the package that the journal knows of", false, false},
+		"both lost": {func() {
+			remove(shard)
+			remove(pkg)
+		}, "the journal knows of its keys", false, false},
+		"the directory's is changed": {func() { write(shard, bytes.ToUpper(signed)) }, "is refused", false, false},
+		"the revocations are changed": {func() {
+			write(revocations, must(os.ReadFile(shard)))
+		}, "revocations is refused", false, false},
+		"the revocations are gone": {func() { remove(revocations) }, "revocations is not there", false, false},
+		"a file that a killed run left": {func() {
+			write(filepath.Join(out, "L1", ".injection-000002.jsonl123"), nil)
+		}, "left by a run that was killed", true, false},
+		"a file that belongs to nothing": {func() {
+			write(filepath.Join(out, "L1", "injection-000008.jsonl"), nil)
+		}, "belongs to nothing", false, false},
+		"a file of no name that we write": {func() {
+			write(filepath.Join(out, "L1", "injection-2.jsonl"), nil)
+		}, "belongs to nothing", false, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c.harm()
 			for _, repair := range []bool{false, true} {
 				r := reconcile(t, repair)
-				if len(r.Differences) != 1 || !strings.Contains(r.Differences[0].What, c.want) || r.Differences[0].Safe != c.safe || r.Differences[0].Repaired != (repair && c.safe) || r.Differences[0].Remedy == "" {
+				if len(r.Differences) != 1 || !strings.Contains(r.Differences[0].What, c.want) ||
+					r.Differences[0].Safe != c.safe || r.Differences[0].Repaired != (repair && c.safe) ||
+					r.Differences[0].Remedy == "" {
 					t.Fatalf("%+v, want %q", r, c.want)
 				}
 			}
@@ -101,7 +146,8 @@ func TestReconcile(t *testing.T) {
 			case c.pending && (r.Pending != 1 || r.Agreed != 7):
 				t.Errorf("after the repair: %+v", r)
 			case c.safe && !c.pending:
-				if now := must(line.reader.ReadShard(t.Context(), m, 2)).Package; r.Agreed != 8 || len(r.Differences) != 0 || !bytes.Equal(now, hash) || !bytes.Equal(must(os.ReadFile(pkg)), whole) {
+				if now := must(line.reader.ReadShard(t.Context(), m, 2)).Package; r.Agreed != 8 ||
+					len(r.Differences) != 0 || !bytes.Equal(now, hash) || !bytes.Equal(must(os.ReadFile(pkg)), whole) {
 					t.Errorf("after the repair: %+v", r)
 				}
 			case !c.safe && len(r.Differences) != 1:
@@ -113,7 +159,8 @@ func TestReconcile(t *testing.T) {
 			write(revocations, list)
 			write(pkg, whole)
 			write(shard, signed)
-			journal("INSERT OR REPLACE INTO shard (manufacturer, lot, number, state, package) VALUES (?, 'L1', 2, 3, ?)", line.Manufacturer(), hash)
+			journal("INSERT OR REPLACE INTO shard (manufacturer, lot, number, state, package) VALUES (?, 'L1', "+
+				"2, 3, ?)", line.Manufacturer(), hash)
 			if r := reconcile(t, false); r.Agreed != 8 || len(r.Differences) != 0 {
 				t.Fatalf("what was as before does not agree: %+v", r)
 			}
@@ -122,7 +169,8 @@ func TestReconcile(t *testing.T) {
 	if err := token.RemoveLotKey(t.Context(), line.lotKey("L1")); err != nil {
 		t.Fatal(err)
 	}
-	if r := reconcile(t, true); len(r.Differences) != 1 || !strings.Contains(r.Differences[0].What, "token") || r.Open() != 1 {
+	if r := reconcile(t, true); len(r.Differences) != 1 || !strings.Contains(r.Differences[0].What, "token") ||
+		r.Open() != 1 {
 		t.Errorf("a token without the lot's key: %+v", r)
 	}
 	if _, err := line.Reconcile(t.Context(), "L9", out, false); err == nil {

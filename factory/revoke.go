@@ -116,7 +116,9 @@ func ReadIMEIs(path string) (imeis []kme.IMEI, err error) {
 // Reissue gives a device that came back a new key, in an injection package of its own below out, and revokes the one
 // that it had, for a fixture, as in ProvisionOptions. The reason names the return: with the same one again nothing
 // changes, so that a run that was interrupted can be repeated.
-func (l *Line) Reissue(ctx context.Context, lot string, imei kme.IMEI, reason, fixture, out string) (path string, err error) {
+func (l *Line) Reissue(
+	ctx context.Context, lot string, imei kme.IMEI, reason, fixture, out string,
+) (path string, err error) {
 	m, err := l.usable(ctx, lot)
 	if err != nil {
 		return "", err
@@ -160,9 +162,11 @@ func (l *Line) Reissue(ctx context.Context, lot string, imei kme.IMEI, reason, f
 	if errors.Is(err, fs.ErrNotExist) {
 		line, hash, err = l.makeReissue(ctx, m, imei, shard, fixture, path)
 	} else if err != nil {
-		err = fmt.Errorf("%w: its key was never published, so remove the file and run this again to make another one", err)
+		err = fmt.Errorf("%w: its key was never published, so remove the file and run this again to make another one",
+			err)
 	} else if slices.Contains(had, line.PublicKey.Fingerprint()) {
-		err = fmt.Errorf("%s has a key that the device had before: remove the file, and run this again to make another one", path)
+		err = fmt.Errorf("%s has a key that the device had before: remove the file, and run this again to make "+
+			"another one", path)
 	}
 	if err != nil {
 		return "", err

@@ -17,13 +17,14 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// A device that came back: a new key and package, the old key revoked; the same return again changes nothing, nor does a
-// run that was killed after it had written the package cost the device a key.
+// A device that came back: a new key and package, the old key revoked; the same return again changes nothing, nor does
+// a run that was killed after it had written the package cost the device a key.
 func TestReissue(t *testing.T) {
 	line, _, _ := newLine(t)
 	m := must(line.CreateLot(t.Context(), spec(t, "L1", 0, 8)))
 	out, imei := t.TempDir(), m.IMEI(5)
-	if _, err := line.Reissue(t.Context(), "L1", imei, "return 1", "", out); err == nil || !strings.Contains(err.Error(), "provision the lot") {
+	if _, err := line.Reissue(t.Context(), "L1", imei, "return 1", "", out); err == nil ||
+		!strings.Contains(err.Error(), "provision the lot") {
 		t.Errorf("before the lot is provisioned: %v", err)
 	}
 	provision(t, line, out)
@@ -37,38 +38,46 @@ func TestReissue(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		d := must(directory.NewReader(line.store, line.verifier, directory.ReaderOptions{}).Device(t.Context(), m, imei))
-		if d.Revoked != nil || (directory.DeviceKey{IMEI: imei, Key: d.Key}).Fingerprint() != issued.PublicKey.Fingerprint() {
+		d := must(directory.NewReader(line.store, line.verifier, directory.ReaderOptions{}).Device(t.Context(), m,
+			imei))
+		if d.Revoked != nil ||
+			(directory.DeviceKey{IMEI: imei, Key: d.Key}).Fingerprint() != issued.PublicKey.Fingerprint() {
 			t.Errorf("the directory has %+v", d)
 		}
 		return issued
 	}
 	first := reissue("return 1", "reissue-35209900000005-1.jsonl")
-	if again := reissue("return 1", "reissue-35209900000005-1.jsonl"); again.PublicKey.Fingerprint() != first.PublicKey.Fingerprint() {
+	if again := reissue("return 1", "reissue-35209900000005-1.jsonl"); again.PublicKey.Fingerprint() !=
+		first.PublicKey.Fingerprint() {
 		t.Error("the same return made another key")
 	}
 	copied := filepath.Join(out, "L1", handover.ReissueFile(imei, 2))
-	if err := os.WriteFile(copied, must(os.ReadFile(filepath.Join(out, "L1", handover.ReissueFile(imei, 1)))), 0o600); err != nil {
+	if err := os.WriteFile(copied, must(os.ReadFile(filepath.Join(out, "L1", handover.ReissueFile(imei, 1)))),
+		0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := line.Reissue(t.Context(), "L1", imei, "return 2", "", out); err == nil || !strings.Contains(err.Error(), "had before") {
+	if _, err := line.Reissue(t.Context(), "L1", imei, "return 2", "", out); err == nil ||
+		!strings.Contains(err.Error(), "had before") {
 		t.Errorf("a copy of the first package as the second: %v", err)
 	}
 	if err := os.Remove(copied); err != nil {
 		t.Fatal(err)
 	}
-	killed, _, err := line.makeReissue(t.Context(), m, imei, 1, "", filepath.Join(out, "L1", handover.ReissueFile(imei, 2)))
+	killed, _, err := line.makeReissue(t.Context(), m, imei, 1, "",
+		filepath.Join(out, "L1", handover.ReissueFile(imei, 2)))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if second := reissue("return 2", "reissue-35209900000005-2.jsonl"); second.PublicKey.Fingerprint() != killed.PublicKey.Fingerprint() {
+	if second := reissue("return 2", "reissue-35209900000005-2.jsonl"); second.PublicKey.Fingerprint() !=
+		killed.PublicKey.Fingerprint() {
 		t.Error("a package that was there was not used")
 	}
 	v, err := VerifyLot(t.Context(), line.store, line.verifier, "L1", out, nil)
 	if err != nil || !v.OK() || v.Packages != 4 || v.Revoked != 2 {
 		t.Errorf("%+v, %v", v, err)
 	}
-	if err := os.Rename(filepath.Join(out, "L1", handover.ReissueFile(imei, 1)), filepath.Join(out, "L1", handover.ReissueFile(imei, 2))); err != nil {
+	if err := os.Rename(filepath.Join(out, "L1", handover.ReissueFile(imei, 1)),
+		filepath.Join(out, "L1", handover.ReissueFile(imei, 2))); err != nil {
 		t.Fatal(err)
 	}
 	if v, err = VerifyLot(t.Context(), line.store, line.verifier, "L1", out, nil); err != nil || len(v.Problems) != 2 {
@@ -76,13 +85,16 @@ func TestReissue(t *testing.T) {
 	}
 	// What the line would never sign: another key than that of the package.
 	other := m.IMEI(6)
-	_, hash, err := line.makeReissue(t.Context(), m, other, 1, "", filepath.Join(out, "L1", handover.ReissueFile(other, 1)))
+	_, hash, err := line.makeReissue(t.Context(), m, other, 1, "",
+		filepath.Join(out, "L1", handover.ReissueFile(other, 1)))
 	key := directory.DeviceKey{IMEI: other, Key: &must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader)).PublicKey}
-	if err := errors.Join(err, directory.Reissue(t.Context(), line.store, line.signer, m, key, hash, "x", time.Now())); err != nil {
+	if err := errors.Join(err, directory.Reissue(t.Context(), line.store, line.signer, m, key, hash, "x",
+		time.Now())); err != nil {
 		t.Fatal(err)
 	}
 	v, err = VerifyLot(t.Context(), line.store, line.verifier, "L1", out, nil)
-	if err != nil || len(v.Problems) != 3 || !strings.Contains(v.Problems[2], "is not the package of the published key") {
+	if err != nil || len(v.Problems) != 3 ||
+		!strings.Contains(v.Problems[2], "is not the package of the published key") {
 		t.Errorf("%+v, %v", v, err)
 	}
 	for name, err := range map[string]error{
@@ -149,17 +161,20 @@ func TestRevocationsReconciled(t *testing.T) {
 	if p, r := problems(), reconcile(false); p != "" || len(r.Differences) != 0 {
 		t.Errorf("%s %+v", p, r)
 	}
-	if d, err := directory.NewReader(files, line.verifier, directory.ReaderOptions{}).Device(ctx, m, m.IMEI(2)); err != nil || d.Revoked == nil {
+	if d, err := directory.NewReader(files, line.verifier, directory.ReaderOptions{}).Device(ctx, m,
+		m.IMEI(2)); err != nil || d.Revoked == nil {
 		t.Errorf("%+v, %v", d, err)
 	}
 	// The store goes back to the first part.
-	if err := errors.Join(os.WriteFile(part, first, 0o600), os.WriteFile(filepath.Join(filepath.Dir(part), "x"), nil, 0o600)); err != nil {
+	if err := errors.Join(os.WriteFile(part, first, 0o600), os.WriteFile(filepath.Join(filepath.Dir(part), "x"), nil,
+		0o600)); err != nil {
 		t.Fatal(err)
 	}
 	if p := problems(); !strings.Contains(p, "ask who runs the store why") || !strings.Contains(p, "no such part") {
 		t.Error(p)
 	}
-	if r := reconcile(true); r.Open() != 1 || r.Differences[0].Safe || !strings.Contains(r.Differences[0].Remedy, "backup") {
+	if r := reconcile(true); r.Open() != 1 || r.Differences[0].Safe ||
+		!strings.Contains(r.Differences[0].Remedy, "backup") {
 		t.Errorf("%+v", r)
 	}
 }

@@ -41,7 +41,8 @@ func (s State) Lock() (unlock func(), err error) {
 // Log is the audit log of all commands that use the token.
 func (s State) Log() auditlog.Log { return auditlog.Log{Dir: s.Dir} }
 
-// SignLog has the token sign a line of the audit log. A token without a signing key, before factory init, signs nothing yet.
+// SignLog has the token sign a line of the audit log. A token without a signing key, before
+// factory init, signs nothing yet.
 func (s State) SignLog(token Token, head *auditlog.Head) error {
 	signer, err := openSigner(token)
 	if errors.Is(err, errNoSigningKey) {
@@ -57,7 +58,8 @@ func (s State) journal(ctx context.Context, manufacturer string) (*shard.Journal
 	return shard.OpenJournal(ctx, s.path("journal.db"), manufacturer)
 }
 
-// recordGrant remembers, durably, that an operator was granted a lot: grants/OPERATOR/LOT. The grant itself is not kept.
+// recordGrant remembers, durably, that an operator was granted a lot: grants/OPERATOR/LOT. The grant itself is not
+// kept.
 func (s State) recordGrant(operator, lot string) error {
 	dir := s.path("grants", operator)
 	if err := durable.MkdirAll(dir, 0o755); err != nil {
@@ -91,7 +93,8 @@ func (s State) GrantedLots(operator string) (lots []string, err error) {
 	for _, other := range operators {
 		if other != operator && strings.EqualFold(other, operator) {
 			return nil, fmt.Errorf("to Vault the operators %s and %s are one, and would have one policy: "+
-				"enroll one of them by another name, and grant it its lots by that", min(operator, other), max(operator, other))
+				"enroll one of them by another name, and grant it its lots by that", min(operator, other),
+				max(operator, other))
 		}
 	}
 	return names(operator)

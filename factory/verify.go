@@ -32,8 +32,9 @@ type Verification struct {
 	Packages    int          `json:"packages"` // injection packages compared with what is published
 	Revoked     int          `json:"revoked"`
 	RevokedLots []RevokedLot `json:"revoked_lots"` // those that are revoked as a whole
-	Problems    []string     `json:"problems"`     // what is wrong, each with the object that it is wrong with; not more than 100
-	More        int          `json:"more"`         // problems that are not listed
+	// what is wrong, each with the object that it is wrong with; not more than 100
+	Problems []string `json:"problems"`
+	More     int      `json:"more"` // problems that are not listed
 }
 
 // A RevokedLot is a lot of which no device is to be trusted.
@@ -76,12 +77,15 @@ func (v *verifying) problem(format string, args ...any) {
 	v.found.Problems = append(v.found.Problems, fmt.Sprintf(format, args...))
 }
 
-// VerifyLot checks a lot as a customer would who has the manufacturer's public key and nothing else: every signature; that
-// every IMEI of the lot is there exactly once; that every public key is of the lot's suite and on its curve, and no
-// two are the same; the modulus; and that the injection packages below packages, unless that is empty, are those of the
-// published keys. What is wrong is in the Verification; an error is that it could not be found out. report gets
-// the number of devices verified so far, from one goroutine at a time.
-func VerifyLot(ctx context.Context, store directory.Store, verifier *directory.Verifier, lot, packages string, report func(devices int)) (*Verification, error) {
+// VerifyLot checks a lot as a customer would who has the manufacturer's public key and nothing else: every signature;
+// that every IMEI of the lot is there exactly once; that every public key is of the lot's suite and on its curve, and
+// no two are the same; the modulus; and that the injection packages below packages, unless that is empty, are those of
+// the published keys. What is wrong is in the Verification; an error is that it could not be found out. report gets the
+// number of devices verified so far, from one goroutine at a time.
+func VerifyLot(
+	ctx context.Context, store directory.Store, verifier *directory.Verifier, lot, packages string,
+	report func(devices int),
+) (*Verification, error) {
 	v := newVerifying(store, verifier, report)
 	m, err := v.manifest(ctx, lot)
 	if err == nil && m != nil {
@@ -92,7 +96,9 @@ func VerifyLot(ctx context.Context, store directory.Store, verifier *directory.V
 
 // Audit checks all lots of a manufacturer as VerifyLot does one, without injection packages, and what only shows among
 // them: moduli that share a prime, ranges that overlap, a device key in two lots.
-func Audit(ctx context.Context, store directory.Store, verifier *directory.Verifier, report func(devices int)) (*Verification, error) {
+func Audit(
+	ctx context.Context, store directory.Store, verifier *directory.Verifier, report func(devices int),
+) (*Verification, error) {
 	v := newVerifying(store, verifier, report)
 	names, err := store.List(ctx, "lots")
 	if err != nil {
@@ -123,7 +129,8 @@ func Audit(ctx context.Context, store directory.Store, verifier *directory.Verif
 		return nil, err
 	}
 	for _, i := range shared {
-		v.problem("lot %s: its modulus shares a prime with another lot's: both are broken, and must be replaced", all[i].Lot)
+		v.problem("lot %s: its modulus shares a prime with another lot's: both are broken, and must be replaced",
+			all[i].Lot)
 	}
 	return &v.found, v.lots(ctx, all, "")
 }
@@ -212,7 +219,8 @@ func (v *verifying) revocations(ctx context.Context, m *directory.Manifest, pack
 			continue
 		}
 		if !complete {
-			v.problem("%s: the list of revocations does not name it yet: a run is at work, or was killed; factory reconcile "+
+			v.problem("%s: the list of revocations does not name it yet: a run is at work, or was killed; factory "+
+				"reconcile "+
 				"--repair finishes it", directory.RevocationPartPath(m.Lot, n))
 		}
 		v.part(m, part, packages)
@@ -252,16 +260,17 @@ func (v *verifying) objects(ctx context.Context, m *directory.Manifest, packages
 	}
 	names, err := v.store.List(ctx, directory.ShardsPath(m.Lot))
 	for _, name := range names {
-		if n, aerr := strconv.Atoi(name); aerr != nil || n >= m.Shards() || directory.ShardPath(m.Lot, n) != directory.ShardsPath(m.Lot)+"/"+name {
+		if n, aerr := strconv.Atoi(name); aerr != nil || n >= m.Shards() ||
+			directory.ShardPath(m.Lot, n) != directory.ShardsPath(m.Lot)+"/"+name {
 			v.problem("%s/%s: the lot has no such shard", directory.ShardsPath(m.Lot), name)
 		}
 	}
 	return err
 }
 
-// shards gives f all shards of a lot, several at a time. A shard has its devices' IMEIs, no other, in order (Reader.ReadShard
-// refuses it otherwise), and a manifest's ranges do not overlap: with all shards there, each IMEI is there once. What is
-// missing or refused is a problem, noted on the first of two passes.
+// shards gives f all shards of a lot, several at a time. A shard has its devices' IMEIs, no other, in order
+// (Reader.ReadShard refuses it otherwise), and a manifest's ranges do not overlap: with all shards there, each IMEI is
+// there once. What is missing or refused is a problem, noted on the first of two passes.
 func (v *verifying) shards(ctx context.Context, m *directory.Manifest, f func(int, *directory.Shard), note bool) error {
 	return eachShard(ctx, m, func(ctx context.Context, n int) error {
 		s, err := v.reader.ReadShard(ctx, m, n)
@@ -300,8 +309,8 @@ func eachShard(ctx context.Context, m *directory.Manifest, f func(ctx context.Co
 	return errors.Join(g.Wait(), ctx.Err())
 }
 
-// duplicates names the devices that have one key. Where fingerprints are alike, the keys themselves are compared, in a second
-// pass; memory is eight bytes a device.
+// duplicates names the devices that have one key. Where fingerprints are alike, the keys themselves are compared, in a
+// second pass; memory is eight bytes a device.
 func (v *verifying) duplicates(ctx context.Context, lots []*directory.Manifest) error {
 	slices.Sort(v.keys)
 	twice := map[uint64]bool{}
@@ -323,7 +332,8 @@ func (v *verifying) duplicates(ctx context.Context, lots []*directory.Manifest) 
 			for _, k := range keys {
 				if print := k.Fingerprint(); twice[print] {
 					v.mu.Lock()
-					holders[print] = append(holders[print], holder{name: k.IMEI.String() + " of lot " + m.Lot, key: k.Key})
+					holders[print] = append(holders[print],
+						holder{name: k.IMEI.String() + " of lot " + m.Lot, key: k.Key})
 					v.mu.Unlock()
 				}
 			}

@@ -28,7 +28,8 @@ func TestVerifyLot(t *testing.T) {
 	}
 	out := t.TempDir()
 	provision(t, line, out)
-	if err := line.Revoke(t.Context(), "L1", []kme.IMEI{must(line.Lot(t.Context(), "L1")).IMEI(3)}, "stolen", nil); err != nil {
+	if err := line.Revoke(t.Context(), "L1", []kme.IMEI{must(line.Lot(t.Context(), "L1")).IMEI(3)}, "stolen",
+		nil); err != nil {
 		t.Fatal(err)
 	}
 	verify := func(t *testing.T) *Verification {
@@ -50,11 +51,13 @@ func TestVerifyLot(t *testing.T) {
 		path, want string
 		change     func([]byte) []byte // nil for none: the file is removed
 	}{
-		"a shard is missing":         {at("shards/000002"), "lots/L1/shards/000002: it is not published", nil},
-		"a shard is tampered with":   {at("shards/000002"), "lots/L1/shards/000002 is refused", flip},
-		"another shard in its place": {at("shards/000002"), "it is shard 3", func([]byte) []byte { return read(at("shards/000003")) }},
-		"revocations":                {at("revocations"), "lots/L1/revocations is refused", flip},
-		"revocations withheld":       {at("revocations"), "lots/L1/revocations: not in the directory", nil},
+		"a shard is missing":       {at("shards/000002"), "lots/L1/shards/000002: it is not published", nil},
+		"a shard is tampered with": {at("shards/000002"), "lots/L1/shards/000002 is refused", flip},
+		"another shard in its place": {at("shards/000002"), "it is shard 3", func([]byte) []byte {
+			return read(at("shards/000003"))
+		}},
+		"revocations":          {at("revocations"), "lots/L1/revocations is refused", flip},
+		"revocations withheld": {at("revocations"), "lots/L1/revocations: not in the directory", nil},
 		"revocations overdue": {at("revocations"), "the list was to be replaced by", func([]byte) []byte {
 			late := must(line.Revocations(t.Context(), must(line.Lot(t.Context(), "L1"))))
 			late.ThisUpdate, late.NextUpdate = time.Unix(1, 0), time.Unix(2, 0)
@@ -92,20 +95,23 @@ func TestVerifyLot(t *testing.T) {
 		if err := os.WriteFile(path, read(at("shards/000007")), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if v := verify(t); len(v.Problems) != 1 || !strings.Contains(v.Problems[0], "shards/000008: the lot has no such shard") {
+		if v := verify(t); len(v.Problems) != 1 ||
+			!strings.Contains(v.Problems[0], "shards/000008: the lot has no such shard") {
 			t.Errorf("%q", v.Problems)
 		}
 	})
 	t.Run("another manufacturer's key", func(t *testing.T) {
 		key := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
-		if v, err := VerifyLot(t.Context(), line.store, directory.NewVerifier(&key.PublicKey), "L1", "", nil); err != nil || v.OK() || v.Devices != 0 {
+		if v, err := VerifyLot(t.Context(), line.store, directory.NewVerifier(&key.PublicKey), "L1", "",
+			nil); err != nil || v.OK() || v.Devices != 0 {
 			t.Errorf("%+v, %v", v, err)
 		}
 	})
 	if v := verify(t); !v.OK() {
 		t.Errorf("the cases left %q", v.Problems)
 	}
-	if _, err := VerifyLot(t.Context(), line.store, line.verifier, "L9", "", nil); !errors.Is(err, directory.ErrNotFound) {
+	if _, err := VerifyLot(t.Context(), line.store, line.verifier, "L9", "", nil); !errors.Is(err,
+		directory.ErrNotFound) {
 		t.Error(err)
 	}
 	ended, cancel := context.WithCancel(t.Context())
@@ -158,7 +164,8 @@ func TestChangedWrappedKey(t *testing.T) {
 	}{
 		{"a shard's", pkg, false, looks{"verify": verify, "reconcile": reconcile, "provision": provisionAgain}},
 		{"a shard's that is not published", pkg, true, looks{"reconcile": reconcile, "provision": provisionAgain}},
-		{"a reissued device's", reissued, false, looks{"verify": verify, "reconcile": reconcile, "reissue": reissueAgain}},
+		{"a reissued device's", reissued, false,
+			looks{"verify": verify, "reconcile": reconcile, "reissue": reissueAgain}},
 	} {
 		signed := must(os.ReadFile(shard))
 		if c.lost {
@@ -176,7 +183,8 @@ func TestChangedWrappedKey(t *testing.T) {
 		for name, found := range c.looks {
 			t.Run(c.name+"/"+name, func(t *testing.T) {
 				want := fmt.Sprintf("bring back the file whose SHA-256 is %x", sha256.Sum256(was))
-				if got := found(t); len(got) != 1 || !strings.Contains(got[0], c.path) || !strings.Contains(got[0], want) {
+				if got := found(t); len(got) != 1 || !strings.Contains(got[0], c.path) ||
+					!strings.Contains(got[0], want) {
 					t.Errorf("%q does not name the file and say %q", got, want)
 				}
 				if !bytes.Equal(must(os.ReadFile(c.path)), changed) {
@@ -187,7 +195,8 @@ func TestChangedWrappedKey(t *testing.T) {
 		if err := errors.Join(os.WriteFile(c.path, was, 0o600), os.WriteFile(shard, signed, 0o644)); err != nil {
 			t.Fatal(err)
 		}
-		for name, found := range (looks{"verify": verify, "reconcile": reconcile, "provision": provisionAgain, "reissue": reissueAgain}) {
+		for name, found := range (looks{"verify": verify, "reconcile": reconcile, "provision": provisionAgain,
+			"reissue": reissueAgain}) {
 			if got := found(t); len(got) != 0 {
 				t.Errorf("%s package, as it was, %s: %q", c.name, name, got)
 			}
@@ -212,7 +221,8 @@ func TestChangedManifestFile(t *testing.T) {
 	if found := verify(); len(found) != 0 {
 		t.Fatal(found)
 	}
-	for _, changed := range [][]byte{bytes.Replace(was, []byte("."), []byte("A."), 1), append(bytes.Clone(was), '\n'), nil} {
+	for _, changed := range [][]byte{bytes.Replace(was, []byte("."), []byte("A."), 1), append(bytes.Clone(was), '\n'),
+		nil} {
 		if err := os.WriteFile(path, changed, 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -254,12 +264,14 @@ func TestRevokedLot(t *testing.T) {
 		"grant":     second(line.Grant(ctx, "L1", "op")),
 		"reissue":   second(line.Reissue(ctx, "L1", m.IMEI(0), "return 1", "", out)),
 	} {
-		if err == nil || !strings.Contains(err.Error(), "lot L1 is revoked since") || !strings.Contains(err.Error(), "its key has leaked") {
+		if err == nil || !strings.Contains(err.Error(), "lot L1 is revoked since") ||
+			!strings.Contains(err.Error(), "its key has leaked") {
 			t.Errorf("%s: %v", what, err)
 		}
 	}
 	v := must(VerifyLot(ctx, line.store, line.verifier, "L1", out, nil))
-	if !v.OK() || len(v.RevokedLots) != 1 || v.RevokedLots[0].Lot != "L1" || v.RevokedLots[0].Reason != "its key has leaked" {
+	if !v.OK() || len(v.RevokedLots) != 1 || v.RevokedLots[0].Lot != "L1" ||
+		v.RevokedLots[0].Reason != "its key has leaked" {
 		t.Errorf("%+v", v)
 	}
 	if v = must(Audit(ctx, line.store, line.verifier, nil)); len(v.RevokedLots) != 1 {
@@ -274,7 +286,8 @@ func second[T any](_ T, err error) error { return err }
 
 func damaged(t *testing.T, m *directory.Manifest, out string) string {
 	t.Helper()
-	if err := os.WriteFile(filepath.Join(out, "L1", handover.ReissueFile(m.IMEI(0), 1)), []byte("{}\n"), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(out, "L1", handover.ReissueFile(m.IMEI(0), 1)), []byte("{}\n"),
+		0o600); err != nil {
 		t.Fatal(err)
 	}
 	return out
@@ -304,16 +317,19 @@ func TestAudit(t *testing.T) {
 		m.N, m.Mechanism, m.Created = n.Bytes(), "CKM_RSA_PKCS_KEY_PAIR_GEN", time.Now().UTC().Truncate(time.Second)
 		keys := make([]directory.DeviceKey, 4)
 		for i := range keys {
-			keys[i] = directory.DeviceKey{IMEI: m.IMEI(i), Key: &must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader)).PublicKey}
+			keys[i] = directory.DeviceKey{IMEI: m.IMEI(i),
+				Key: &must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader)).PublicKey}
 		}
 		if key != nil {
 			keys[1].Key = key.Key
 		}
 		shard := must(directory.NewShard(m, 0, keys, make([]byte, sha256.Size)))
 		if err := errors.Join(
-			directory.Publish(t.Context(), line.store, directory.ManifestPath(lot), line.signer, directory.TypeManifest, m),
+			directory.Publish(t.Context(), line.store, directory.ManifestPath(lot), line.signer,
+				directory.TypeManifest, m),
 			line.beginRevocations(t.Context(), m, time.Hour),
-			directory.Publish(t.Context(), line.store, directory.ShardPath(lot, 0), line.signer, directory.TypeShard, shard)); err != nil {
+			directory.Publish(t.Context(), line.store, directory.ShardPath(lot, 0), line.signer, directory.TypeShard,
+				shard)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -342,7 +358,8 @@ func TestAudit(t *testing.T) {
 	v := audit()
 	all := strings.Join(v.Problems, "\n")
 	for _, want := range []string{
-		"lot prime1: its modulus shares a prime", "lot prime2: its modulus shares a prime", "35209900000041 of lot key1 and 35209900000051 of lot key2 have one key",
+		"lot prime1: its modulus shares a prime", "lot prime2: its modulus shares a prime",
+		"35209900000041 of lot key1 and 35209900000051 of lot key2 have one key",
 		"lots good1 and range: both have IMEIs from 35209900000000 on", "lot small: ",
 	} {
 		if !strings.Contains(all, want) {

@@ -28,8 +28,11 @@ func TakeRecipient(ctx context.Context, tokenURI string, officer PIN, to *rsa.Pu
 		return err
 	}
 	// By class and WRAP_WITH_TRUSTED: SoftHSM compares no byte strings with those of PRIVATE objects, as CKA_ID is.
-	wraps := p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), p11.Attr(pkcs11.CKA_WRAP_WITH_TRUSTED, true)}
-	return asOfficer(tokenURI, officer, func(b *base) error { return b.takeRecipient(ctx, Operator, keyspec.Backup, to, wraps) })
+	wraps := p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY),
+		p11.Attr(pkcs11.CKA_WRAP_WITH_TRUSTED, true)}
+	return asOfficer(tokenURI, officer, func(b *base) error {
+		return b.takeRecipient(ctx, Operator, keyspec.Backup, to, wraps)
+	})
 }
 
 // A Carried key is a storage or ledger key on its way to another token.
@@ -147,7 +150,8 @@ func (t *OperatorToken) CarryIn(ctx context.Context, to *rsa.PublicKey, all []Ca
 			if same, err := isKey(s, h, c); err != nil {
 				return nil, err
 			} else if !same {
-				return nil, fmt.Errorf("%s has another %s than the backup: restore to a token without keys", t, c.Key.Label())
+				return nil, fmt.Errorf("%s has another %s than the backup: restore to a token without keys", t,
+					c.Key.Label())
 			}
 		}
 		if len(missing) == 0 {
@@ -175,7 +179,8 @@ func (t *OperatorToken) CarryIn(ctx context.Context, to *rsa.PublicKey, all []Ca
 				err = p11.Explain("drop the trial key", derr)
 			}
 			if err == nil && !same {
-				err = fmt.Errorf("the backup's %s does not do what it should: the backup is damaged, make another", c.Key.Label())
+				err = fmt.Errorf("the backup's %s does not do what it should: the backup is damaged, make another",
+					c.Key.Label())
 			}
 			if err != nil {
 				return nil, err
@@ -198,5 +203,6 @@ func carriedTemplate(t keyspec.Traits, k Key) p11.Attributes {
 	if k.Role == RoleStorage {
 		template, kind = keyspec.StorageTemplate(t), pkcs11.CKK_AES
 	}
-	return p11.Join(p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), p11.Attr(pkcs11.CKA_KEY_TYPE, kind)}, template)
+	return p11.Join(p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY),
+		p11.Attr(pkcs11.CKA_KEY_TYPE, kind)}, template)
 }

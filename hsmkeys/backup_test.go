@@ -74,14 +74,16 @@ func TestBackup(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			h, err := s.Generate(pkcs11.CKM_AES_KEY_GEN, p11.Join(keyspec.SealableKME, p11.Attributes{p11.Attr(pkcs11.CKA_VALUE_LEN, 32)}))
+			h, err := s.Generate(pkcs11.CKM_AES_KEY_GEN,
+				p11.Join(keyspec.SealableKME, p11.Attributes{p11.Attr(pkcs11.CKA_VALUE_LEN, 32)}))
 			if err != nil {
 				return err
 			}
 			if _, err := s.Wrap(keyspec.OAEP, recipient, h, make([]byte, keyspec.WrappedRoom)); err == nil {
 				t.Error("another key leaves under the recipient of a backup")
 			}
-			own, _, err := s.GeneratePair(pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN, p11.Join(keyspec.RSAPublic(3072), p11.Attributes{p11.Attr(pkcs11.CKA_WRAP, true)}),
+			own, _, err := s.GeneratePair(pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN,
+				p11.Join(keyspec.RSAPublic(3072), p11.Attributes{p11.Attr(pkcs11.CKA_WRAP, true)}),
 				p11.Join(p11.Guarded(false), p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, false)}))
 			if err != nil {
 				return err
@@ -91,7 +93,8 @@ func TestBackup(t *testing.T) {
 				if err != nil {
 					return err
 				}
-				if _, err := s.Wrap(keyspec.OAEP, own, h, make([]byte, keyspec.WrappedRoom)); !p11.IsCKR(err, pkcs11.CKR_KEY_NOT_WRAPPABLE) {
+				if _, err := s.Wrap(keyspec.OAEP, own, h, make([]byte, keyspec.WrappedRoom)); !p11.IsCKR(err,
+					pkcs11.CKR_KEY_NOT_WRAPPABLE) {
 					t.Errorf("%s leaves under a key of the user's: %v", k, err)
 				}
 			}
@@ -108,7 +111,10 @@ func TestBackup(t *testing.T) {
 		change func(all []Carried) []Carried
 		want   string
 	}{
-		{"a damaged key", func(all []Carried) []Carried { all[1].Wrapped[5] ^= 1; return all }, "wrapped for another key"},
+		{"a damaged key", func(all []Carried) []Carried {
+			all[1].Wrapped[5] ^= 1
+			return all
+		}, "wrapped for another key"},
 		{"for another token", func(all []Carried) []Carried {
 			other := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072))
 			return backUp(t, first, &other.PublicKey)
@@ -120,7 +126,10 @@ func TestBackup(t *testing.T) {
 			return all
 		}, "make another"},
 		{"a key of another kind", func(all []Carried) []Carried { all[1].Key = testKEK; return all }, "no backup has"},
-		{"a generation that there is not", func(all []Carried) []Carried { all[1].Key.Generation = 65; return all }, "no backup has"},
+		{"a generation that there is not", func(all []Carried) []Carried {
+			all[1].Key.Generation = 65
+			return all
+		}, "no backup has"},
 		{"nothing in it", func(all []Carried) []Carried { all[1].Wrapped = nil; return all }, "no backup has"},
 	} {
 		changed := slices.Clone(all)
@@ -164,7 +173,8 @@ func TestBackup(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		if _, err := s.Unwrap(pkcs11.CKM_AES_KEY_WRAP, h, sealed[1:], p11.With(keyspec.UsableKME, p11.Attr(pkcs11.CKA_SENSITIVE, false))); err == nil {
+		if _, err := s.Unwrap(pkcs11.CKM_AES_KEY_WRAP, h, sealed[1:],
+			p11.With(keyspec.UsableKME, p11.Attr(pkcs11.CKA_SENSITIVE, false))); err == nil {
 			t.Error("a KME is unwrapped in the restored token as one that can be read")
 		}
 		return nil
@@ -175,7 +185,8 @@ func TestBackup(t *testing.T) {
 	// A token with keys of its own stays as it is.
 	third := open(t, newOperatorClosed(t))
 	to = must[*rsa.PublicKey](t)(third.NewRestoreKey(ctx))
-	if _, err := third.CarryIn(ctx, to, all); err == nil || !strings.Contains(err.Error(), "restore to a token without keys") {
+	if _, err := third.CarryIn(ctx, to, all); err == nil ||
+		!strings.Contains(err.Error(), "restore to a token without keys") {
 		t.Errorf("a token with keys of its own: %v", err)
 	}
 }
@@ -183,7 +194,8 @@ func TestBackup(t *testing.T) {
 // checkSameAttributes compares what says who may do what with a key.
 func checkSameAttributes(t *testing.T, a, b *OperatorToken, k Key) {
 	t.Helper()
-	types := append(slices.Clone(p11.Usages), pkcs11.CKA_TOKEN, pkcs11.CKA_PRIVATE, pkcs11.CKA_SENSITIVE, pkcs11.CKA_EXTRACTABLE, pkcs11.CKA_WRAP_WITH_TRUSTED,
+	types := append(slices.Clone(p11.Usages), pkcs11.CKA_TOKEN, pkcs11.CKA_PRIVATE, pkcs11.CKA_SENSITIVE,
+		pkcs11.CKA_EXTRACTABLE, pkcs11.CKA_WRAP_WITH_TRUSTED,
 		pkcs11.CKA_TRUSTED, pkcs11.CKA_COPYABLE, pkcs11.CKA_MODIFIABLE, pkcs11.CKA_LABEL, pkcs11.CKA_KEY_TYPE)
 	read := func(token *OperatorToken) (out p11.Attributes) {
 		if err := token.hsm.With(context.Background(), "test", func(s *p11.Session) error {
@@ -236,7 +248,8 @@ func TestRotation(t *testing.T) {
 	if err := r.Close(); err != nil {
 		t.Fatal(err)
 	}
-	r = must[*Rotation](t)(openRotation(ctx, tok.URI, PIN(tok.SOPIN), Options{renewAfter: 20})) // it is reinitialised meanwhile
+	// it is reinitialised meanwhile
+	r = must[*Rotation](t)(openRotation(ctx, tok.URI, PIN(tok.SOPIN), Options{renewAfter: 20}))
 	if r.Newest() != 2 {
 		t.Errorf("it seals under generation %d", r.Newest())
 	}
@@ -323,7 +336,8 @@ func TestNewStorageKeyIsNoticed(t *testing.T) {
 		return int(sealed[0])
 	}
 	sealedUnder(serving)
-	serving.sealing.Store(&sealing{1, serving.sealing.Load().until.Add(1 << 40), serving.hsm.Epoch()}) // it is not asked again by itself
+	// it is not asked again by itself
+	serving.sealing.Store(&sealing{1, serving.sealing.Load().until.Add(1 << 40), serving.hsm.Epoch()})
 	must[bool](t)(other.makeStorage(ctx, keyspec.StorageGeneration(2)))
 	if g := sealedUnder(serving); g != 1 {
 		t.Fatalf("sealed under %d already: this test tests nothing", g)
@@ -337,7 +351,8 @@ func TestNewStorageKeyIsNoticed(t *testing.T) {
 		t.Errorf("after a KME of generation 2, sealed under %d", g)
 	}
 	must[bool](t)(other.makeStorage(ctx, keyspec.StorageGeneration(3)))
-	serving.sealing.Store(&sealing{2, serving.sealing.Load().until.Add(-LookAgain), serving.hsm.Epoch()}) // time has passed
+	// time has passed
+	serving.sealing.Store(&sealing{2, serving.sealing.Load().until.Add(-LookAgain), serving.hsm.Epoch()})
 	if g := sealedUnder(serving); g != 3 {
 		t.Errorf("after a while, sealed under %d", g)
 	}
@@ -349,7 +364,8 @@ func TestDoctorOfWhatWaits(t *testing.T) {
 	token := newOperatorOn(t, softhsmtest.Token(t))
 	must[*rsa.PublicKey](t)(token.NewRestoreKey(t.Context()))
 	must[*rsa.PublicKey](t)(token.newReceiver(t.Context(), keyspec.RotationLabel, keyspec.ImportedKEK))
-	says := map[string]string{keyspec.RestoreLabel: "keysvc backup restore", keyspec.RotationLabel: "keysvc storage rotate again"}
+	says := map[string]string{keyspec.RestoreLabel: "keysvc backup restore",
+		keyspec.RotationLabel: "keysvc storage rotate again"}
 	for _, f := range must[[]Finding](t)(token.DoctorOperator(t.Context())) {
 		for label, want := range says {
 			if strings.HasPrefix(f.Check, `key "`+label) {

@@ -61,7 +61,10 @@ func BenchmarkVerify(b *testing.B) {
 	token, p := benchOperator(b)
 	sig := keyop.StandIn(p.Suite)
 	signed := make([]byte, 32)
-	sessions(b, token, func(s *p11.Session) error { _, err := keyop.VerifyKME(s, p.Suite, p.Device, signed, sig); return err })
+	sessions(b, token, func(s *p11.Session) error {
+		_, err := keyop.VerifyKME(s, p.Suite, p.Device, signed, sig)
+		return err
+	})
 }
 
 func BenchmarkTag(b *testing.B) {

@@ -16,7 +16,9 @@ import (
 // MakeDeviceKey makes a device's key pair and gives its public key, and its private key under the injection key:
 // PKCS #8 in AES-KWP (RFC 5649). The pair is a session object, gone when this returns; before it is wrapped it has
 // signed a challenge that the public key verifies, in software.
-func (t *FactoryToken) MakeDeviceKey(ctx context.Context, suite kme.Suite, injection Key) (pub crypto.PublicKey, wrapped []byte, err error) {
+func (t *FactoryToken) MakeDeviceKey(
+	ctx context.Context, suite kme.Suite, injection Key,
+) (pub crypto.PublicKey, wrapped []byte, err error) {
 	type pair struct {
 		public  crypto.PublicKey
 		wrapped []byte

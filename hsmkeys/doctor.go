@@ -24,7 +24,8 @@ func (t *FactoryToken) DoctorFactory(ctx context.Context, keys ...Key) ([]Findin
 	}
 	for _, k := range keys {
 		if k.Role == RoleInjection {
-			report = append(report, doctor.Measured("device key made, wrapped, destroyed", "lot provision, on one session", 20,
+			report = append(report, doctor.Measured("device key made, wrapped, destroyed",
+				"lot provision, on one session", 20,
 				func() error { _, _, err := t.MakeDeviceKey(ctx, kme.SuiteECDSA, k); return err }))
 		}
 	}

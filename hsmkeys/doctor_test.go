@@ -34,7 +34,8 @@ func TestDoctorReportsKeys(t *testing.T) {
 		t.Fatal(err)
 	}
 	grant := must[[]byte](t)(factory.WrapLotKey(ctx, testLot, testKEK))
-	if err := operator.UnwrapKEK(ctx, testKEK, transport, must[[]byte](t)(factory.WrapEnrolled(ctx, testKEK))); err != nil {
+	if err := operator.UnwrapKEK(ctx, testKEK, transport,
+		must[[]byte](t)(factory.WrapEnrolled(ctx, testKEK))); err != nil {
 		t.Fatal(err)
 	}
 	must[bool](t)(operator.UnwrapLotKey(ctx, testLot, testKEK, grant, pub))
@@ -51,8 +52,10 @@ func TestDoctorReportsKeys(t *testing.T) {
 		token *base
 		keys  map[string]string // LOCAL, ALWAYS_SENSITIVE and NEVER_EXTRACTABLE
 	}{
-		{factory.base, map[string]string{testSigning.Label(): "111", testInjection.Label(): "110", testKEK.Label(): "110", testLot.Label(): "110", sealed.Label(): "110"}},
-		{operator.base, map[string]string{keyspec.Storage.Label(): "110", keyspec.Ledger.Label(): "110", testKEK.Label(): "000", testLot.Label(): "000", "": "111"}},
+		{factory.base, map[string]string{testSigning.Label(): "111", testInjection.Label(): "110",
+			testKEK.Label(): "110", testLot.Label(): "110", sealed.Label(): "110"}},
+		{operator.base, map[string]string{keyspec.Storage.Label(): "110", keyspec.Ledger.Label(): "110",
+			testKEK.Label(): "000", testLot.Label(): "000", "": "111"}},
 	} {
 		before := countObjects(t, c.token, nil)
 		var report []Finding
@@ -73,20 +76,21 @@ func TestDoctorReportsKeys(t *testing.T) {
 				continue
 			}
 			if strings.HasPrefix(label, "kme transport ") {
-				if leftOver, label = label, ""; f.OK || f.Required || !strings.Contains(f.Consequence, "keysvc transport destroy") {
+				if leftOver, label = label, ""; f.OK || f.Required ||
+					!strings.Contains(f.Consequence, "keysvc transport destroy") {
 					t.Errorf("a transport key that is left over: %+v", f)
 				}
 			}
-			got := ""
+			var got strings.Builder
 			for _, name := range []string{"CKA_LOCAL", "CKA_ALWAYS_SENSITIVE", "CKA_NEVER_EXTRACTABLE"} {
 				value, there := f.Attributes[name]
 				if !there {
 					t.Errorf("%s of %q is not said", name, label)
 				}
-				got += fmt.Sprint(map[bool]int{true: 1}[value])
+				got.WriteString(fmt.Sprint(map[bool]int{true: 1}[value]))
 			}
-			if want, ok := c.keys[label]; !ok || got != want {
-				t.Errorf("%q is %s, want %s", label, got, want)
+			if want, ok := c.keys[label]; !ok || got.String() != want {
+				t.Errorf("%q is %s, want %s", label, got.String(), want)
 			}
 			delete(c.keys, label)
 		}
@@ -108,7 +112,10 @@ func TestDoctorFindsStrangers(t *testing.T) {
 	must[bool](t)(factory.EnsureSigningKey(ctx, testSigning))
 	put := func(token holder, parts ...p11.Attributes) {
 		t.Helper()
-		if err := token.held().hsm.With(ctx, "test", func(s *p11.Session) error { _, err := s.Create(p11.Join(parts...)); return err }); err != nil {
+		if err := token.held().hsm.With(ctx, "test", func(s *p11.Session) error {
+			_, err := s.Create(p11.Join(parts...))
+			return err
+		}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -119,9 +126,12 @@ func TestDoctorFindsStrangers(t *testing.T) {
 	value := rsaPrivate(known)
 	put(factory, p11.With(p11.Join(keyspec.Named(lot("known")), keyspec.Lot), p11.Attr(pkcs11.CKA_TOKEN, true)), value)
 	put(factory, p11.With(p11.Join(keyspec.Named(lot("signs")), keyspec.Lot), p11.Attr(pkcs11.CKA_SIGN, true)), value)
-	put(factory, p11.With(p11.Join(keyspec.Named(lot("leaves")), keyspec.Lot), p11.Attr(pkcs11.CKA_WRAP_WITH_TRUSTED, false)), value)
-	put(factory, p11.With(p11.Join(keyspec.Named(lot("readable")), keyspec.Lot), p11.Attr(pkcs11.CKA_SENSITIVE, false)), value)
-	secret := p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES), p11.Attr(pkcs11.CKA_VALUE, make([]byte, 32))}
+	put(factory, p11.With(p11.Join(keyspec.Named(lot("leaves")), keyspec.Lot),
+		p11.Attr(pkcs11.CKA_WRAP_WITH_TRUSTED, false)), value)
+	put(factory, p11.With(p11.Join(keyspec.Named(lot("readable")), keyspec.Lot), p11.Attr(pkcs11.CKA_SENSITIVE, false)),
+		value)
+	secret := p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY),
+		p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES), p11.Attr(pkcs11.CKA_VALUE, make([]byte, 32))}
 	put(factory, secret, keyspec.Named(keyspec.Storage), p11.Guarded(false), p11.Use(p11.Usages, pkcs11.CKA_WRAP))
 	if err := factory.Close(); err != nil {
 		t.Fatal(err)
@@ -129,8 +139,10 @@ func TestDoctorFindsStrangers(t *testing.T) {
 	// The security officer makes any key TRUSTED: one of their own, and one with our label that wraps everything.
 	err := asOfficer(tok.URI, PIN(tok.SOPIN), func(officer *base) error {
 		trusted := p11.Attributes{p11.Attr(pkcs11.CKA_TRUSTED, true)}
-		put(officer, keyspec.Wrapping(&fixtureKey().PublicKey), trusted, p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, true), p11.Attr(pkcs11.CKA_LABEL, "kme fixture f9")})
-		put(officer, keyspec.Wrapping(&fixtureKey().PublicKey), trusted, keyspec.Named(keyspec.Recipient(testInjection)))
+		put(officer, keyspec.Wrapping(&fixtureKey().PublicKey), trusted,
+			p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, true), p11.Attr(pkcs11.CKA_LABEL, "kme fixture f9")})
+		put(officer, keyspec.Wrapping(&fixtureKey().PublicKey), trusted,
+			keyspec.Named(keyspec.Recipient(testInjection)))
 		return nil
 	})
 	if err != nil {
@@ -139,12 +151,15 @@ func TestDoctorFindsStrangers(t *testing.T) {
 	factory = openFactory(t, tok)
 	report := must[[]Finding](t)(factory.DoctorFactory(ctx, testSigning))
 	for check, wants := range map[string][]string{
-		`key "` + lot("known").Label() + `"`:     {"CKA_LOCAL is false", "CKA_ALWAYS_SENSITIVE is false", "make another"},
-		`key "` + lot("signs").Label() + `"`:     {"CKA_SIGN is true"},
-		`key "` + lot("leaves").Label() + `"`:    {"it leaves under any key"},
-		`key "` + lot("readable").Label() + `"`:  {"CKA_SENSITIVE is false", "the token would give CKA_PRIVATE_EXPONENT, CKA_PRIME_1, CKA_PRIME_2"},
-		`key "kme storage"`:                      {"none of the factory's"},
-		"no TRUSTED key but those of enrolments": {`"kme fixture f9" that is not ours`, "kme fixture f1 of test-manufacturer, which wraps anything"},
+		`key "` + lot("known").Label() + `"`: {"CKA_LOCAL is false", "CKA_ALWAYS_SENSITIVE is false",
+			"make another"},
+		`key "` + lot("signs").Label() + `"`:  {"CKA_SIGN is true"},
+		`key "` + lot("leaves").Label() + `"`: {"it leaves under any key"},
+		`key "` + lot("readable").Label() + `"`: {"CKA_SENSITIVE is false",
+			"the token would give CKA_PRIVATE_EXPONENT, CKA_PRIME_1, CKA_PRIME_2"},
+		`key "kme storage"`: {"none of the factory's"},
+		"no TRUSTED key but those of enrolments": {`"kme fixture f9" that is not ours`,
+			"kme fixture f1 of test-manufacturer, which wraps anything"},
 	} {
 		f := finding(report, check)
 		if f == nil || f.OK || !f.Required {
@@ -158,7 +173,8 @@ func TestDoctorFindsStrangers(t *testing.T) {
 		}
 	}
 	// No lot is made beside a TRUSTED key that is a stranger.
-	if weak := must[[]Finding](t)(factory.Weaknesses(ctx, Factory)); len(weak) != 1 || !strings.Contains(Sentences(weak)[0], "kme fixture f9") {
+	if weak := must[[]Finding](t)(factory.Weaknesses(ctx, Factory)); len(weak) != 1 ||
+		!strings.Contains(Sentences(weak)[0], "kme fixture f9") {
 		t.Errorf("%+v", weak)
 	}
 }
@@ -168,7 +184,8 @@ func TestDoctorFindsStrangers(t *testing.T) {
 func TestNSSIsWeak(t *testing.T) {
 	token := open(t, softhsmtest.NSS(t))
 	for side, wants := range map[Side][]string{
-		Factory:  {"refuses to wrap a lot key under a key that is not TRUSTED", "refuses to wrap a WRAP_WITH_TRUSTED key under another"},
+		Factory: {"refuses to wrap a lot key under a key that is not TRUSTED",
+			"refuses to wrap a WRAP_WITH_TRUSTED key under another"},
 		Operator: {"refuses to wrap a WRAP_WITH_TRUSTED key under another"},
 	} {
 		weak := must[[]Finding](t)(token.Weaknesses(t.Context(), side))
@@ -188,14 +205,16 @@ func TestIdentity(t *testing.T) {
 	tok := softhsmtest.Token(t)
 	token := open(t, tok)
 	id := must[Identity](t)(token.Identity(t.Context()))
-	if id.Manufacturer != "SoftHSM project" || id.Model != "SoftHSM v2" || id.Serial != token.Serial() || id.FirmwareVersion != id.LibraryVersion || id.Cryptoki != "2.40" || id.Dedicated != "" {
+	if id.Manufacturer != "SoftHSM project" || id.Model != "SoftHSM v2" || id.Serial != token.Serial() ||
+		id.FirmwareVersion != id.LibraryVersion || id.Cryptoki != "2.40" || id.Dedicated != "" {
 		t.Errorf("%+v", id)
 	}
 	if len(id.PINs) != 0 {
 		t.Errorf("PINs: %q", id.PINs)
 	}
 	must[bool](t)(token.Dedicate(t.Context(), Dedication{Side: Operator, Weak: []string{"x"}}))
-	if id = must[Identity](t)(token.Identity(t.Context())); id.Dedicated != Operator || !slices.Equal(id.Weak, []string{"x"}) {
+	if id = must[Identity](t)(token.Identity(t.Context())); id.Dedicated != Operator ||
+		!slices.Equal(id.Weak, []string{"x"}) {
 		t.Errorf("%+v", id)
 	}
 	// A wrong PIN of the security officer's is on record until the right one comes.
@@ -203,7 +222,8 @@ func TestIdentity(t *testing.T) {
 	if err := asOfficer(other.URI, "wrong", func(*base) error { return nil }); err == nil {
 		t.Fatal("a wrong PIN was taken")
 	}
-	if id = must[Identity](t)(open(t, other).Identity(t.Context())); len(id.PINs) != 1 || !strings.Contains(id.PINs[0], "security officer") || id.ReportPINs().OK {
+	if id = must[Identity](t)(open(t, other).Identity(t.Context())); len(id.PINs) != 1 ||
+		!strings.Contains(id.PINs[0], "security officer") || id.ReportPINs().OK {
 		t.Errorf("PINs: %q", id.PINs)
 	}
 }

@@ -30,7 +30,8 @@ func EnrollKey(ctx context.Context, tokenURI string, officer PIN, k Key, to *rsa
 	if k.Role == RoleInjection {
 		wraps = keyspec.DeviceKeys
 	}
-	template := p11.Join(p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, false), p11.Attr(pkcs11.CKA_TRUSTED, true)}, keyspec.LeavesUnderTrusted,
+	template := p11.Join(p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, false), p11.Attr(pkcs11.CKA_TRUSTED, true)},
+		keyspec.LeavesUnderTrusted,
 		p11.Use(p11.Usages, pkcs11.CKA_WRAP), p11.Nested(pkcs11.CKA_WRAP_TEMPLATE, wraps))
 	err = asOfficer(tokenURI, officer, func(b *base) error {
 		if err := b.checkRecipient(ctx, keyspec.Recipient(k), to); err != nil {
@@ -52,7 +53,8 @@ func (b *base) takeRecipient(ctx context.Context, side Side, r Key, to *rsa.Publ
 		if err := b.destroy(s, pkcs11.CKO_PUBLIC_KEY, r); err != nil {
 			return none, err
 		}
-		_, err = s.Create(p11.Frozen(keyspec.Named(r), keyspec.Wrapping(to), p11.Attributes{p11.Attr(pkcs11.CKA_TRUSTED, true)},
+		_, err = s.Create(p11.Frozen(keyspec.Named(r), keyspec.Wrapping(to),
+			p11.Attributes{p11.Attr(pkcs11.CKA_TRUSTED, true)},
 			p11.Nested(pkcs11.CKA_WRAP_TEMPLATE, wraps)))
 		return none, p11.Explain("take the key that receives into the token", err)
 	})
@@ -61,7 +63,8 @@ func (b *base) takeRecipient(ctx context.Context, side Side, r Key, to *rsa.Publ
 
 // receives are the RSA keys that the security officer took in.
 var receives = p11.Attributes{
-	p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), p11.Attr(pkcs11.CKA_TOKEN, true), p11.Attr(pkcs11.CKA_TRUSTED, true),
+	p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), p11.Attr(pkcs11.CKA_TOKEN, true),
+	p11.Attr(pkcs11.CKA_TRUSTED, true),
 }
 
 // checkRecipient refuses a key that is enrolled already for somebody else: a fixture's is never an operator's.
@@ -82,7 +85,8 @@ func (b *base) checkRecipient(ctx context.Context, r Key, to *rsa.PublicKey) err
 			if have, err := keyspec.ReadRSA(s, h); err != nil {
 				return err
 			} else if have.N.Cmp(to.N) == 0 {
-				return fmt.Errorf("this key is enrolled already, as %q: whoever has its private half would have the one's keys and the other's; ask for a key of their own", a[1])
+				return fmt.Errorf("this key is enrolled already, as %q: whoever has its private half would have the "+
+					"one's keys and the other's; ask for a key of their own", a[1])
 			}
 		}
 		return nil

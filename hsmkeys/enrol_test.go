@@ -56,9 +56,11 @@ func TestUnwrapTemplates(t *testing.T) {
 		wrapped   []byte
 		ours      p11.Attributes
 	}{
-		{"a lot key", operator.hsm.KWP(), operator.mustFind(t, pkcs11.CKO_SECRET_KEY, testKEK), grant, keyspec.ImportedLot},
+		{"a lot key", operator.hsm.KWP(), operator.mustFind(t, pkcs11.CKO_SECRET_KEY, testKEK), grant,
+			keyspec.ImportedLot},
 		{"a KEK", keyspec.OAEP, private, enrolment, keyspec.ImportedKEK},
-		{"a KME", pkcs11.CKM_AES_KEY_WRAP, operator.mustFind(t, pkcs11.CKO_SECRET_KEY, keyspec.Storage), sealed[1:], keyspec.KME},
+		{"a KME", pkcs11.CKM_AES_KEY_WRAP, operator.mustFind(t, pkcs11.CKO_SECRET_KEY, keyspec.Storage),
+			sealed[1:], keyspec.KME},
 	} {
 		for _, try := range []struct {
 			name     string
@@ -68,11 +70,13 @@ func TestUnwrapTemplates(t *testing.T) {
 			{"as it should be", target.ours, true},
 			{"that can be read", p11.With(target.ours, p11.Attr(pkcs11.CKA_SENSITIVE, false)), false},
 			{"that can be extracted", p11.With(target.ours, p11.Attr(pkcs11.CKA_EXTRACTABLE, true)), false},
-			{"both", p11.With(target.ours, p11.Attr(pkcs11.CKA_SENSITIVE, false), p11.Attr(pkcs11.CKA_EXTRACTABLE, true)), false},
+			{"both", p11.With(target.ours, p11.Attr(pkcs11.CKA_SENSITIVE, false),
+				p11.Attr(pkcs11.CKA_EXTRACTABLE, true)), false},
 			{"for nothing said", p11.Without(target.ours, pkcs11.CKA_SENSITIVE, pkcs11.CKA_EXTRACTABLE), false},
 			{"that signs", p11.With(target.ours, p11.Attr(pkcs11.CKA_SIGN, true)), false},
 			{"that derives", p11.With(target.ours, p11.Attr(pkcs11.CKA_DERIVE, true)), false},
-			{"as a generic secret", p11.With(target.ours, p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_GENERIC_SECRET)), false},
+			{"as a generic secret", p11.With(target.ours, p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY),
+				p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_GENERIC_SECRET)), false},
 		} {
 			t.Run(target.name+" "+try.name, func(t *testing.T) {
 				err := operator.hsm.With(ctx, "test", func(s *p11.Session) error {
@@ -142,7 +146,8 @@ func TestWhatLeavesTheFactory(t *testing.T) {
 	}
 	// Nor does the user make keys that are taken for others.
 	err := factory.hsm.With(ctx, "test", func(s *p11.Session) error {
-		_, err := s.Create(p11.Join(keyspec.Wrapping(&fixtureKey().PublicKey), p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, false), p11.Attr(pkcs11.CKA_TRUSTED, true)}))
+		_, err := s.Create(p11.Join(keyspec.Wrapping(&fixtureKey().PublicKey),
+			p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, false), p11.Attr(pkcs11.CKA_TRUSTED, true)}))
 		return err
 	})
 	if err == nil {
@@ -154,7 +159,8 @@ func TestWhatLeavesTheFactory(t *testing.T) {
 func TestPlantedLotKey(t *testing.T) {
 	factory, _ := newFactory(t, nil)
 	importLot(t, factory, testLot, must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048)))
-	if _, _, err := factory.EnsureLotKey(t.Context(), testLot, 2048, PrimesAuto); err == nil || !strings.Contains(err.Error(), "others may know its P and Q") {
+	if _, _, err := factory.EnsureLotKey(t.Context(), testLot, 2048, PrimesAuto); err == nil ||
+		!strings.Contains(err.Error(), "others may know its P and Q") {
 		t.Error(err)
 	}
 }
@@ -175,12 +181,14 @@ func TestOneKeyOneRecipient(t *testing.T) {
 	second.Name = "f2"
 	must[bool](t)(EnrollKey(ctx, tok.URI, officer, testInjection, fixture))
 	for _, k := range []Key{testKEK, second} {
-		if _, err := EnrollKey(ctx, tok.URI, officer, k, fixture); err == nil || !strings.Contains(err.Error(), "kme fixture f1") {
+		if _, err := EnrollKey(ctx, tok.URI, officer, k, fixture); err == nil ||
+			!strings.Contains(err.Error(), "kme fixture f1") {
 			t.Errorf("%s: %v", k, err)
 		}
 	}
 	must[bool](t)(EnrollKey(ctx, tok.URI, officer, testKEK, other))
-	if _, err := EnrollKey(ctx, tok.URI, officer, second, other); err == nil || !strings.Contains(err.Error(), "kme operator-transport op") {
+	if _, err := EnrollKey(ctx, tok.URI, officer, second, other); err == nil ||
+		!strings.Contains(err.Error(), "kme operator-transport op") {
 		t.Errorf("an operator's as a fixture's: %v", err)
 	}
 	if created := must[bool](t)(EnrollKey(ctx, tok.URI, officer, testInjection, fixture)); created {
@@ -214,7 +222,9 @@ func TestSides(t *testing.T) {
 		"EnsureStorageKey": func(ctx context.Context) error { _, err := factorys.EnsureStorageKey(ctx); return err },
 		"EnsureLedgerKey":  func(ctx context.Context) error { _, err := factorys.EnsureLedgerKey(ctx); return err },
 		"NewTransportKey":  func(ctx context.Context) error { _, err := factorys.NewTransportKey(ctx); return err },
-		"UnwrapKEK":        func(ctx context.Context) error { return factorys.UnwrapKEK(ctx, testKEK, transport, wrapped) },
+		"UnwrapKEK": func(ctx context.Context) error {
+			return factorys.UnwrapKEK(ctx, testKEK, transport, wrapped)
+		},
 		"UnwrapLotKey": func(ctx context.Context) error {
 			_, err := factorys.UnwrapLotKey(ctx, testLot, testKEK, wrapped, &lot.PublicKey)
 			return err
@@ -230,12 +240,18 @@ func TestSides(t *testing.T) {
 			_, err := operator.Dedicate(ctx, Dedication{Side: Factory})
 			return err
 		},
-		"EnsureSigningKey": func(ctx context.Context) error { _, err := operators.EnsureSigningKey(ctx, testSigning); return err },
+		"EnsureSigningKey": func(ctx context.Context) error {
+			_, err := operators.EnsureSigningKey(ctx, testSigning)
+			return err
+		},
 		"EnsureLotKey": func(ctx context.Context) error {
 			_, _, err := operators.EnsureLotKey(ctx, testLot, 2048, PrimesAuto)
 			return err
 		},
-		"WrapLotKey":   func(ctx context.Context) error { _, err := operators.WrapLotKey(ctx, testLot, testKEK); return err },
+		"WrapLotKey": func(ctx context.Context) error {
+			_, err := operators.WrapLotKey(ctx, testLot, testKEK)
+			return err
+		},
 		"WrapEnrolled": func(ctx context.Context) error { _, err := operators.WrapEnrolled(ctx, testKEK); return err },
 	} {
 		if err := do(ctx); err == nil || !strings.Contains(err.Error(), "a token of the operator's") {
@@ -284,9 +300,11 @@ func TestPlantedKeys(t *testing.T) {
 			if err := token.held().destroy(s, pkcs11.CKO_SECRET_KEY, k); err != nil {
 				return err
 			}
-			_, err := s.Create(p11.Frozen(keyspec.Named(k), keyspec.LeavesUnderTrusted, p11.Use(p11.Usages, pkcs11.CKA_WRAP), more, p11.Attributes{
-				p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES), p11.Attr(pkcs11.CKA_VALUE, make([]byte, 32)),
-			}))
+			_, err := s.Create(p11.Frozen(keyspec.Named(k), keyspec.LeavesUnderTrusted,
+				p11.Use(p11.Usages, pkcs11.CKA_WRAP), more, p11.Attributes{
+					p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES),
+					p11.Attr(pkcs11.CKA_VALUE, make([]byte, 32)),
+				}))
 			return err
 		})
 		if err != nil {
@@ -326,8 +344,11 @@ func TestPlantedKeys(t *testing.T) {
 			return err
 		}
 		point := must[[]byte](t)(asn1.Marshal(must[[]byte](t)(other.PublicKey.Bytes())))
-		_, err := s.Create(p11.Join(keyspec.Named(testSigning), p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_EC),
-			p11.Attr(pkcs11.CKA_PRIVATE, false), p11.Attr(pkcs11.CKA_EC_PARAMS, keyspec.P256Params), p11.Attr(pkcs11.CKA_EC_POINT, point)}))
+		_, err := s.Create(p11.Join(keyspec.Named(testSigning),
+			p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY),
+				p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_EC),
+				p11.Attr(pkcs11.CKA_PRIVATE, false), p11.Attr(pkcs11.CKA_EC_PARAMS, keyspec.P256Params),
+				p11.Attr(pkcs11.CKA_EC_POINT, point)}))
 		return err
 	})
 	if err != nil {

@@ -156,7 +156,8 @@ func (b *base) mustFind(tb testing.TB, class uint, k Key) pkcs11.ObjectHandle {
 func importLot(t testing.TB, token holder, k Key, key *rsa.PrivateKey) {
 	t.Helper()
 	err := token.held().hsm.With(t.Context(), "test", func(s *p11.Session) error {
-		_, err := s.Ctx.CreateObject(s.ID, p11.Join(keyspec.Named(k), p11.Guarded(false), p11.Use(p11.PrivateUsages, pkcs11.CKA_DECRYPT), rsaPrivate(key)))
+		_, err := s.Ctx.CreateObject(s.ID, p11.Join(keyspec.Named(k), p11.Guarded(false),
+			p11.Use(p11.PrivateUsages, pkcs11.CKA_DECRYPT), rsaPrivate(key)))
 		return err
 	})
 	if err != nil {
@@ -171,7 +172,8 @@ func rsaPrivate(key *rsa.PrivateKey) p11.Attributes {
 		p11.Attr(pkcs11.CKA_MODULUS, key.N.Bytes()), p11.Attr(pkcs11.CKA_PUBLIC_EXPONENT, []byte{1, 0, 1}),
 		p11.Attr(pkcs11.CKA_PRIVATE_EXPONENT, key.D.Bytes()),
 		p11.Attr(pkcs11.CKA_PRIME_1, key.Primes[0].Bytes()), p11.Attr(pkcs11.CKA_PRIME_2, key.Primes[1].Bytes()),
-		p11.Attr(pkcs11.CKA_EXPONENT_1, key.Precomputed.Dp.Bytes()), p11.Attr(pkcs11.CKA_EXPONENT_2, key.Precomputed.Dq.Bytes()),
+		p11.Attr(pkcs11.CKA_EXPONENT_1, key.Precomputed.Dp.Bytes()),
+		p11.Attr(pkcs11.CKA_EXPONENT_2, key.Precomputed.Dq.Bytes()),
 		p11.Attr(pkcs11.CKA_COEFFICIENT, key.Precomputed.Qinv.Bytes()),
 	}
 }
@@ -228,7 +230,8 @@ func TestVectors(t *testing.T) {
 		key := must[any](t)(x509.ParsePKCS8PrivateKey(block.Bytes)).(*rsa.PrivateKey)
 		lots[l.Name] = &key.PublicKey
 		importLot(t, token, Key{Role: RoleLot, Manufacturer: manufacturer, Name: l.Name}, key)
-		if err := token.ProveLotKey(t.Context(), Key{Role: RoleLot, Manufacturer: manufacturer, Name: l.Name}, &key.PublicKey); err != nil {
+		if err := token.ProveLotKey(t.Context(), Key{Role: RoleLot, Manufacturer: manufacturer, Name: l.Name},
+			&key.PublicKey); err != nil {
 			t.Error(err)
 		}
 	}
@@ -237,7 +240,9 @@ func TestVectors(t *testing.T) {
 		t.Run(c.Name, func(t *testing.T) {
 			suite := must[kme.Suite](t)(kme.ParseSuite(c.Suite))
 			device := must[any](t)(x509.ParsePKIXPublicKey(c.Device))
-			o, err := token.OpenPayload(t.Context(), Payload{Suite: suite, Lot: Key{Role: RoleLot, Manufacturer: manufacturer, Name: c.Lot}, N: lots[c.Lot], Device: device, Bytes: c.Payload})
+			o, err := token.OpenPayload(t.Context(),
+				Payload{Suite: suite, Lot: Key{Role: RoleLot, Manufacturer: manufacturer, Name: c.Lot}, N: lots[c.Lot],
+					Device: device, Bytes: c.Payload})
 			switch {
 			case c.Why == "length":
 				if err == nil {
@@ -305,10 +310,12 @@ func TestLotKey(t *testing.T) {
 	if again, _, err := factory.EnsureLotKey(ctx, testLot, 2048, PrimesAuto); err != nil || !again.Equal(pub) {
 		t.Errorf("a second run did not find the key: %v", err)
 	}
-	if _, _, err := factory.EnsureLotKey(ctx, testLot, 3072, PrimesAuto); err == nil || !strings.Contains(err.Error(), "--bits 2048") {
+	if _, _, err := factory.EnsureLotKey(ctx, testLot, 3072, PrimesAuto); err == nil ||
+		!strings.Contains(err.Error(), "--bits 2048") {
 		t.Errorf("other bits: %v", err)
 	}
-	if _, _, err := factory.EnsureLotKey(ctx, Key{Role: RoleLot, Manufacturer: manufacturer, Name: "L2"}, 2048, PrimesX931); err == nil || !strings.Contains(err.Error(), "X9.31") {
+	if _, _, err := factory.EnsureLotKey(ctx, Key{Role: RoleLot, Manufacturer: manufacturer, Name: "L2"}, 2048,
+		PrimesX931); err == nil || !strings.Contains(err.Error(), "X9.31") {
 		t.Errorf("x931 on a token without it: %v", err)
 	}
 
@@ -317,18 +324,23 @@ func TestLotKey(t *testing.T) {
 			t.Errorf("under the injection key: %v", err)
 		}
 		err := factory.hsm.With(ctx, "test", func(s *p11.Session) error {
-			own, err := s.Ctx.GenerateKey(s.ID, p11.Mechanism(pkcs11.CKM_AES_KEY_GEN), p11.Attributes{p11.Attr(pkcs11.CKA_VALUE_LEN, 32), p11.Attr(pkcs11.CKA_TOKEN, false), p11.Attr(pkcs11.CKA_WRAP, true)})
+			own, err := s.Ctx.GenerateKey(s.ID, p11.Mechanism(pkcs11.CKM_AES_KEY_GEN),
+				p11.Attributes{p11.Attr(pkcs11.CKA_VALUE_LEN, 32), p11.Attr(pkcs11.CKA_TOKEN, false),
+					p11.Attr(pkcs11.CKA_WRAP, true)})
 			if err != nil {
 				return err
 			}
-			_, err = s.Ctx.WrapKey(s.ID, p11.Mechanism(pkcs11.CKM_AES_KEY_WRAP_PAD), own, factory.mustFind(t, pkcs11.CKO_PRIVATE_KEY, testLot))
+			_, err = s.Ctx.WrapKey(s.ID, p11.Mechanism(pkcs11.CKM_AES_KEY_WRAP_PAD), own,
+				factory.mustFind(t, pkcs11.CKO_PRIVATE_KEY, testLot))
 			return err
 		})
 		if !p11.IsCKR(err, pkcs11.CKR_KEY_NOT_WRAPPABLE) {
 			t.Errorf("under a key of the user's own: %v", err)
 		}
 		err = factory.hsm.With(ctx, "test", func(s *p11.Session) error {
-			_, err := s.Ctx.GenerateKey(s.ID, p11.Mechanism(pkcs11.CKM_AES_KEY_GEN), p11.Attributes{p11.Attr(pkcs11.CKA_VALUE_LEN, 32), p11.Attr(pkcs11.CKA_TOKEN, false), p11.Attr(pkcs11.CKA_WRAP, true), p11.Attr(pkcs11.CKA_TRUSTED, true)})
+			_, err := s.Ctx.GenerateKey(s.ID, p11.Mechanism(pkcs11.CKM_AES_KEY_GEN),
+				p11.Attributes{p11.Attr(pkcs11.CKA_VALUE_LEN, 32), p11.Attr(pkcs11.CKA_TOKEN, false),
+					p11.Attr(pkcs11.CKA_WRAP, true), p11.Attr(pkcs11.CKA_TRUSTED, true)})
 			return err
 		})
 		if err == nil {
@@ -339,11 +351,15 @@ func TestLotKey(t *testing.T) {
 	t.Run("the KEK only under a TRUSTED key", func(t *testing.T) {
 		key := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072))
 		err := factory.hsm.With(ctx, "test", func(s *p11.Session) error {
-			own, err := s.Ctx.CreateObject(s.ID, p11.Join(keyspec.Wrapping(&key.PublicKey), p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, false)}))
+			own, err := s.Ctx.CreateObject(s.ID,
+				p11.Join(keyspec.Wrapping(&key.PublicKey), p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, false)}))
 			if err != nil {
 				return err
 			}
-			_, err = s.Ctx.WrapKey(s.ID, []*pkcs11.Mechanism{pkcs11.NewMechanism(keyspec.OAEP, pkcs11.NewOAEPParams(pkcs11.CKM_SHA_1, pkcs11.CKG_MGF1_SHA1, pkcs11.CKZ_DATA_SPECIFIED, nil))}, own, factory.mustFind(t, pkcs11.CKO_SECRET_KEY, testKEK))
+			_, err = s.Ctx.WrapKey(s.ID,
+				[]*pkcs11.Mechanism{pkcs11.NewMechanism(keyspec.OAEP,
+					pkcs11.NewOAEPParams(pkcs11.CKM_SHA_1, pkcs11.CKG_MGF1_SHA1, pkcs11.CKZ_DATA_SPECIFIED, nil))}, own,
+				factory.mustFind(t, pkcs11.CKO_SECRET_KEY, testKEK))
 			return err
 		})
 		if !p11.IsCKR(err, pkcs11.CKR_KEY_NOT_WRAPPABLE) {
@@ -367,13 +383,15 @@ func TestLotKey(t *testing.T) {
 		if err := operator.UnwrapKEK(ctx, testKEK, transport, wrappedKEK); err != nil {
 			t.Fatal(err)
 		}
-		for _, bad := range [][]byte{nil, wrapped[:8], wrapped[:len(wrapped)-8], wrapped[:len(wrapped)-1], flip(wrapped)} {
+		for _, bad := range [][]byte{nil, wrapped[:8], wrapped[:len(wrapped)-8], wrapped[:len(wrapped)-1],
+			flip(wrapped)} {
 			if _, err := operator.UnwrapLotKey(ctx, testLot, testKEK, bad, pub); err == nil {
 				t.Error("a damaged lot key was taken")
 			}
 		}
 		other := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048))
-		if _, err := operator.UnwrapLotKey(ctx, testLot, testKEK, wrapped, &other.PublicKey); err == nil || !strings.Contains(err.Error(), "not this modulus's key") {
+		if _, err := operator.UnwrapLotKey(ctx, testLot, testKEK, wrapped, &other.PublicKey); err == nil ||
+			!strings.Contains(err.Error(), "not this modulus's key") {
 			t.Errorf("a key that does not fit: %v", err)
 		}
 		if has := must[bool](t)(operator.Has(ctx, testLot)); has {
@@ -408,7 +426,8 @@ func TestLotKey(t *testing.T) {
 			t.Errorf("a sealed lot key was wrapped: %v", err)
 		}
 		err := factory.hsm.With(ctx, "test", func(s *p11.Session) error {
-			return s.Ctx.SetAttributeValue(s.ID, factory.mustFind(t, pkcs11.CKO_PRIVATE_KEY, testLot), p11.Attributes{p11.Attr(pkcs11.CKA_EXTRACTABLE, true)})
+			return s.Ctx.SetAttributeValue(s.ID, factory.mustFind(t, pkcs11.CKO_PRIVATE_KEY, testLot),
+				p11.Attributes{p11.Attr(pkcs11.CKA_EXTRACTABLE, true)})
 		})
 		if err == nil {
 			t.Error("the seal was undone")
@@ -490,10 +509,14 @@ var readBack = []struct {
 	typ  uint
 	name string
 }{
-	{pkcs11.CKA_TOKEN, "TOKEN"}, {pkcs11.CKA_PRIVATE, "PRIVATE"}, {pkcs11.CKA_SENSITIVE, "SENSITIVE"}, {pkcs11.CKA_EXTRACTABLE, "EXTRACTABLE"},
-	{pkcs11.CKA_MODIFIABLE, "MODIFIABLE"}, {pkcs11.CKA_COPYABLE, "COPYABLE"}, {pkcs11.CKA_ALWAYS_SENSITIVE, "ALWAYS_SENSITIVE"},
-	{pkcs11.CKA_NEVER_EXTRACTABLE, "NEVER_EXTRACTABLE"}, {pkcs11.CKA_LOCAL, "LOCAL"}, {pkcs11.CKA_SIGN, "SIGN"}, {pkcs11.CKA_VERIFY, "VERIFY"},
-	{pkcs11.CKA_ENCRYPT, "ENCRYPT"}, {pkcs11.CKA_DECRYPT, "DECRYPT"}, {pkcs11.CKA_WRAP, "WRAP"}, {pkcs11.CKA_UNWRAP, "UNWRAP"}, {pkcs11.CKA_DERIVE, "DERIVE"},
+	{pkcs11.CKA_TOKEN, "TOKEN"}, {pkcs11.CKA_PRIVATE, "PRIVATE"}, {pkcs11.CKA_SENSITIVE, "SENSITIVE"},
+	{pkcs11.CKA_EXTRACTABLE, "EXTRACTABLE"},
+	{pkcs11.CKA_MODIFIABLE, "MODIFIABLE"}, {pkcs11.CKA_COPYABLE, "COPYABLE"},
+	{pkcs11.CKA_ALWAYS_SENSITIVE, "ALWAYS_SENSITIVE"},
+	{pkcs11.CKA_NEVER_EXTRACTABLE, "NEVER_EXTRACTABLE"}, {pkcs11.CKA_LOCAL, "LOCAL"}, {pkcs11.CKA_SIGN, "SIGN"},
+	{pkcs11.CKA_VERIFY, "VERIFY"},
+	{pkcs11.CKA_ENCRYPT, "ENCRYPT"}, {pkcs11.CKA_DECRYPT, "DECRYPT"}, {pkcs11.CKA_WRAP, "WRAP"},
+	{pkcs11.CKA_UNWRAP, "UNWRAP"}, {pkcs11.CKA_DERIVE, "DERIVE"},
 	{pkcs11.CKA_WRAP_WITH_TRUSTED, "WRAP_WITH_TRUSTED"}, {pkcs11.CKA_TRUSTED, "TRUSTED"},
 }
 
@@ -526,10 +549,12 @@ func TestAttributes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := operator.UnwrapKEK(ctx, testKEK, transport, must[[]byte](t)(factory.WrapEnrolled(ctx, testKEK))); err != nil {
+	if err := operator.UnwrapKEK(ctx, testKEK, transport,
+		must[[]byte](t)(factory.WrapEnrolled(ctx, testKEK))); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := operator.UnwrapLotKey(ctx, testLot, testKEK, must[[]byte](t)(factory.WrapLotKey(ctx, testLot, testKEK)), pub); err != nil {
+	if _, err := operator.UnwrapLotKey(ctx, testLot, testKEK,
+		must[[]byte](t)(factory.WrapLotKey(ctx, testLot, testKEK)), pub); err != nil {
 		t.Fatal(err)
 	}
 
@@ -540,14 +565,20 @@ func TestAttributes(t *testing.T) {
 		key   Key
 		want  string // the attributes that are true
 	}{
-		{"lot key", factory.base, pkcs11.CKO_PRIVATE_KEY, testLot, "TOKEN PRIVATE SENSITIVE EXTRACTABLE MODIFIABLE ALWAYS_SENSITIVE LOCAL DECRYPT WRAP_WITH_TRUSTED"},
-		{"signing key", factory.base, pkcs11.CKO_PRIVATE_KEY, testSigning, "TOKEN PRIVATE SENSITIVE ALWAYS_SENSITIVE NEVER_EXTRACTABLE LOCAL SIGN"},
-		{"injection key", factory.base, pkcs11.CKO_SECRET_KEY, testInjection, "TOKEN SENSITIVE EXTRACTABLE ALWAYS_SENSITIVE LOCAL WRAP WRAP_WITH_TRUSTED TRUSTED"},
-		{"KEK at the factory", factory.base, pkcs11.CKO_SECRET_KEY, testKEK, "TOKEN SENSITIVE EXTRACTABLE ALWAYS_SENSITIVE LOCAL WRAP WRAP_WITH_TRUSTED TRUSTED"},
+		{"lot key", factory.base, pkcs11.CKO_PRIVATE_KEY, testLot,
+			"TOKEN PRIVATE SENSITIVE EXTRACTABLE MODIFIABLE ALWAYS_SENSITIVE LOCAL DECRYPT WRAP_WITH_TRUSTED"},
+		{"signing key", factory.base, pkcs11.CKO_PRIVATE_KEY, testSigning,
+			"TOKEN PRIVATE SENSITIVE ALWAYS_SENSITIVE NEVER_EXTRACTABLE LOCAL SIGN"},
+		{"injection key", factory.base, pkcs11.CKO_SECRET_KEY, testInjection,
+			"TOKEN SENSITIVE EXTRACTABLE ALWAYS_SENSITIVE LOCAL WRAP WRAP_WITH_TRUSTED TRUSTED"},
+		{"KEK at the factory", factory.base, pkcs11.CKO_SECRET_KEY, testKEK,
+			"TOKEN SENSITIVE EXTRACTABLE ALWAYS_SENSITIVE LOCAL WRAP WRAP_WITH_TRUSTED TRUSTED"},
 		{"KEK at the operator", operator.base, pkcs11.CKO_SECRET_KEY, testKEK, "TOKEN PRIVATE SENSITIVE UNWRAP"},
 		{"lot key at the operator", operator.base, pkcs11.CKO_PRIVATE_KEY, testLot, "TOKEN PRIVATE SENSITIVE DECRYPT"},
-		{"storage key", operator.base, pkcs11.CKO_SECRET_KEY, keyspec.Storage, "TOKEN PRIVATE SENSITIVE EXTRACTABLE ALWAYS_SENSITIVE LOCAL WRAP UNWRAP WRAP_WITH_TRUSTED"},
-		{"ledger key", operator.base, pkcs11.CKO_SECRET_KEY, keyspec.Ledger, "TOKEN PRIVATE SENSITIVE EXTRACTABLE ALWAYS_SENSITIVE LOCAL SIGN WRAP_WITH_TRUSTED"},
+		{"storage key", operator.base, pkcs11.CKO_SECRET_KEY, keyspec.Storage,
+			"TOKEN PRIVATE SENSITIVE EXTRACTABLE ALWAYS_SENSITIVE LOCAL WRAP UNWRAP WRAP_WITH_TRUSTED"},
+		{"ledger key", operator.base, pkcs11.CKO_SECRET_KEY, keyspec.Ledger,
+			"TOKEN PRIVATE SENSITIVE EXTRACTABLE ALWAYS_SENSITIVE LOCAL SIGN WRAP_WITH_TRUSTED"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			if got := trueAttributes(t, c.token, c.token.mustFind(t, c.class, c.key)); got != c.want {
@@ -559,7 +590,8 @@ func TestAttributes(t *testing.T) {
 			h := c.token.mustFind(t, c.class, c.key)
 			values := []uint{pkcs11.CKA_VALUE}
 			if c.class == pkcs11.CKO_PRIVATE_KEY && c.key.Role != RoleSigning {
-				values = []uint{pkcs11.CKA_PRIVATE_EXPONENT, pkcs11.CKA_PRIME_1, pkcs11.CKA_PRIME_2, pkcs11.CKA_EXPONENT_1, pkcs11.CKA_EXPONENT_2, pkcs11.CKA_COEFFICIENT}
+				values = []uint{pkcs11.CKA_PRIVATE_EXPONENT, pkcs11.CKA_PRIME_1, pkcs11.CKA_PRIME_2,
+					pkcs11.CKA_EXPONENT_1, pkcs11.CKA_EXPONENT_2, pkcs11.CKA_COEFFICIENT}
 			}
 			for _, typ := range values {
 				err := c.token.hsm.With(ctx, "test", func(s *p11.Session) error {
@@ -571,12 +603,17 @@ func TestAttributes(t *testing.T) {
 				}
 			}
 			// The lot key may be sealed, so it may be changed; the token still holds what matters about it.
-			changes := []p11.Attributes{{p11.Attr(pkcs11.CKA_SENSITIVE, false)}, {p11.Attr(pkcs11.CKA_WRAP_WITH_TRUSTED, false)}}
+			changes := []p11.Attributes{{p11.Attr(pkcs11.CKA_SENSITIVE, false)},
+				{p11.Attr(pkcs11.CKA_WRAP_WITH_TRUSTED, false)}}
 			if c.name != "lot key" {
-				changes = append(changes, p11.Attributes{p11.Attr(pkcs11.CKA_DECRYPT, true)}, p11.Attributes{p11.Attr(pkcs11.CKA_EXTRACTABLE, true)}, p11.Attributes{p11.Attr(pkcs11.CKA_SIGN, true)})
+				changes = append(changes, p11.Attributes{p11.Attr(pkcs11.CKA_DECRYPT, true)},
+					p11.Attributes{p11.Attr(pkcs11.CKA_EXTRACTABLE, true)},
+					p11.Attributes{p11.Attr(pkcs11.CKA_SIGN, true)})
 			}
 			for _, change := range changes {
-				err := c.token.hsm.With(ctx, "test", func(s *p11.Session) error { return s.Ctx.SetAttributeValue(s.ID, h, change) })
+				err := c.token.hsm.With(ctx, "test", func(s *p11.Session) error {
+					return s.Ctx.SetAttributeValue(s.ID, h, change)
+				})
 				if err == nil {
 					t.Errorf("attribute 0x%X was changed", change[0].Type)
 				}
@@ -699,7 +736,8 @@ var errRoom = errors.New("refused for want of room")
 func TestPanicInAMethod(t *testing.T) {
 	token := newOperator(t)
 	importLot(t, token, testLot, must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048)))
-	if p := panics.Of(token.ProveLotKey(t.Context(), testLot, nil)); p == nil || !bytes.Contains(p.Stack, []byte("hsmkeys.")) {
+	if p := panics.Of(token.ProveLotKey(t.Context(), testLot, nil)); p == nil ||
+		!bytes.Contains(p.Stack, []byte("hsmkeys.")) {
 		t.Errorf("%v", p)
 	}
 	if err := token.Ping(t.Context()); err != nil {
@@ -714,7 +752,8 @@ func TestPanicInAMethod(t *testing.T) {
 func TestEnrolRefuses(t *testing.T) {
 	tok := softhsmtest.Token(t)
 	good := &must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072)).PublicKey
-	if _, err := EnrollKey(t.Context(), tok.URI, PIN(tok.PIN), testKEK, good); err == nil || !strings.Contains(err.Error(), "refused the PIN") {
+	if _, err := EnrollKey(t.Context(), tok.URI, PIN(tok.PIN), testKEK, good); err == nil ||
+		!strings.Contains(err.Error(), "refused the PIN") {
 		t.Errorf("a wrong security officer's PIN: %v", err)
 	}
 	weak := &must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048)).PublicKey

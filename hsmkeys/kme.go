@@ -34,7 +34,8 @@ func (t *OperatorToken) DecryptRAND(ctx context.Context, sealed []byte, rand RAN
 }
 
 func (t *OperatorToken) randBlocks(ctx context.Context, operation string, sealed []byte, rands []RAND,
-	process func(s *p11.Session, mechanism uint, key pkcs11.ObjectHandle, in, out []byte) ([]byte, error)) ([]RAND, error) {
+	process func(s *p11.Session, mechanism uint, key pkcs11.ObjectHandle, in, out []byte) ([]byte, error)) ([]RAND,
+	error) {
 	if len(sealed) != keyop.SealedSize {
 		return nil, errors.New("the sealed KME is damaged: it has the wrong length")
 	}

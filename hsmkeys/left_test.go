@@ -25,7 +25,8 @@ func TestNothingIsLeft(t *testing.T) {
 	for _, c := range v.Vectors {
 		if c.Lot == v.Lots[0].Name && c.Why != "length" {
 			suite := must[kme.Suite](t)(kme.ParseSuite(c.Suite))
-			payloads = append(payloads, Payload{Suite: suite, Lot: lot, N: &key.PublicKey, Device: must[any](t)(x509.ParsePKIXPublicKey(c.Device)), Bytes: c.Payload})
+			payloads = append(payloads, Payload{Suite: suite, Lot: lot, N: &key.PublicKey,
+				Device: must[any](t)(x509.ParsePKIXPublicKey(c.Device)), Bytes: c.Payload})
 		}
 	}
 	_, sealed, err := token.sample(t.Context())
@@ -106,19 +107,22 @@ func TestVerifyInSoftware(t *testing.T) {
 	v := vectors(t)
 	for _, l := range v.Lots {
 		block, _ := pem.Decode([]byte(l.Key))
-		importLot(t, token, Key{Role: RoleLot, Manufacturer: manufacturer, Name: l.Name}, must[any](t)(x509.ParsePKCS8PrivateKey(block.Bytes)).(*rsa.PrivateKey))
+		importLot(t, token, Key{Role: RoleLot, Manufacturer: manufacturer, Name: l.Name},
+			must[any](t)(x509.ParsePKCS8PrivateKey(block.Bytes)).(*rsa.PrivateKey))
 	}
 	for _, c := range v.Vectors {
 		if c.Why == "length" {
 			continue
 		}
 		lot := Key{Role: RoleLot, Manufacturer: manufacturer, Name: c.Lot}
-		in := Payload{Suite: must[kme.Suite](t)(kme.ParseSuite(c.Suite)), Lot: lot, N: must[*rsa.PublicKey](t)(token.rsaPublicKey(t.Context(), lot)),
+		in := Payload{Suite: must[kme.Suite](t)(kme.ParseSuite(c.Suite)), Lot: lot,
+			N:      must[*rsa.PublicKey](t)(token.rsaPublicKey(t.Context(), lot)),
 			Device: must[any](t)(x509.ParsePKIXPublicKey(c.Device)), Bytes: c.Payload}
 		token.verifyInSoftware = false
 		want := must[*Opened](t)(token.OpenPayload(t.Context(), in))
 		token.verifyInSoftware = true
-		if got := must[*Opened](t)(token.OpenPayload(t.Context(), in)); got.Fault != want.Fault || got.NWSig != want.NWSig {
+		if got := must[*Opened](t)(token.OpenPayload(t.Context(), in)); got.Fault != want.Fault ||
+			got.NWSig != want.NWSig {
 			t.Errorf("%s: fault %q in software, %q in the token", c.Name, got.Fault, want.Fault)
 		}
 	}

@@ -25,7 +25,9 @@ const (
 
 // EnsureLotKey makes a lot's RSA key unless the token has it, and names the mechanism that made it. What it returns
 // is checked: see weakkey.Check and the known answers of ProveLotKey. A key that fails the checks is removed.
-func (t *FactoryToken) EnsureLotKey(ctx context.Context, k Key, bits int, primes Primes) (pub *rsa.PublicKey, mech string, err error) {
+func (t *FactoryToken) EnsureLotKey(
+	ctx context.Context, k Key, bits int, primes Primes,
+) (pub *rsa.PublicKey, mech string, err error) {
 	m, mech := uint(pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN), "CKM_RSA_PKCS_KEY_PAIR_GEN"
 	x931, err := p11.Do(ctx, t.hsm, "ask for mechanisms", func(*p11.Session) (bool, error) {
 		return t.hsm.Can(pkcs11.CKM_RSA_X9_31_KEY_PAIR_GEN, 0)
@@ -35,7 +37,8 @@ func (t *FactoryToken) EnsureLotKey(ctx context.Context, k Key, bits int, primes
 	} else if x931 {
 		m, mech = pkcs11.CKM_RSA_X9_31_KEY_PAIR_GEN, "CKM_RSA_X9_31_KEY_PAIR_GEN"
 	} else if primes == PrimesX931 {
-		return nil, "", fmt.Errorf("%s has no CKM_RSA_X9_31_KEY_PAIR_GEN, so primes by ANSI X9.31 cannot be had from it: use a token that has it, or --primes auto", t)
+		return nil, "", fmt.Errorf("%s has no CKM_RSA_X9_31_KEY_PAIR_GEN, so primes by ANSI X9.31 cannot be had from "+
+			"it: use a token that has it, or --primes auto", t)
 	}
 	created, err := t.ensure(ctx, Factory, pkcs11.CKO_PRIVATE_KEY, k, func(s *p11.Session) error {
 		public, _, err := s.GeneratePair(m, keyspec.RSAPublic(bits), p11.Join(keyspec.Named(k), keyspec.Lot))
@@ -56,7 +59,8 @@ func (t *FactoryToken) EnsureLotKey(ctx context.Context, k Key, bits int, primes
 		return nil, "", err
 	}
 	if got := pub.N.BitLen(); !created && got != bits {
-		return nil, "", fmt.Errorf("%s already holds a key of %d bits for this lot, from a run that did not finish: ask for --bits %d", t, got, got)
+		return nil, "", fmt.Errorf("%s already holds a key of %d bits for this lot, from a run that did not finish: "+
+			"ask for --bits %d", t, got, got)
 	}
 	if err = weakkey.Check(ctx, pub, bits); err == nil {
 		err = t.ProveLotKey(ctx, k, pub)
@@ -83,7 +87,8 @@ func (t *FactoryToken) checkOrigin(ctx context.Context, k Key) error {
 			return p11.Explain("look at "+k.Label(), err)
 		}
 		if !p11.IsTrue(a[0]) || !p11.IsTrue(a[1]) || !p11.IsTrue(a[2]) {
-			return fmt.Errorf("%s has a key %q that no run of this command has made: others may know its P and Q; find out who put it there, and remove it with the token's own tool", t, k.Label())
+			return fmt.Errorf("%s has a key %q that no run of this command has made: others may know its P and Q; "+
+				"find out who put it there, and remove it with the token's own tool", t, k.Label())
 		}
 		return nil
 	})

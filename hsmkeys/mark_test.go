@@ -83,7 +83,8 @@ func TestMarkIsPrivate(t *testing.T) {
 		t.Fatal(err)
 	}
 	err := token.hsm.With(t.Context(), "look", func(s *p11.Session) error {
-		found, err := s.Find(p11.Attributes{p11.Attr(pkcs11.CKA_LABEL, keyspec.MarkLabel), p11.Attr(pkcs11.CKA_PRIVATE, false)})
+		found, err := s.Find(p11.Attributes{p11.Attr(pkcs11.CKA_LABEL, keyspec.MarkLabel),
+			p11.Attr(pkcs11.CKA_PRIVATE, false)})
 		if len(found) > 0 {
 			t.Error("a mark is an object that needs no PIN")
 		}
@@ -106,7 +107,8 @@ func TestDerive(t *testing.T) {
 		return key.Bytes()
 	}
 	rows := derive(one, "rows")
-	if !bytes.Equal(rows, derive(one, "rows")) || bytes.Equal(rows, derive(one, "pages")) || bytes.Equal(rows, derive(two, "rows")) {
+	if !bytes.Equal(rows, derive(one, "rows")) || bytes.Equal(rows, derive(one, "pages")) ||
+		bytes.Equal(rows, derive(two, "rows")) {
 		t.Error("a derived key is not that of its token and its purpose")
 	}
 	if _, err := one.Derive(t.Context(), "0123456789abcdef"); err == nil {

@@ -34,8 +34,9 @@ func TestNSSTemplates(t *testing.T) {
 	}
 	storage := token.mustFind(t, pkcs11.CKO_SECRET_KEY, keyspec.Storage)
 	for attribute, want := range map[uint]bool{
-		pkcs11.CKA_TOKEN: true, pkcs11.CKA_PRIVATE: true, pkcs11.CKA_SENSITIVE: true, pkcs11.CKA_MODIFIABLE: false, pkcs11.CKA_WRAP: true, pkcs11.CKA_UNWRAP: true,
-		pkcs11.CKA_ENCRYPT: false, pkcs11.CKA_DECRYPT: false, pkcs11.CKA_SIGN: false, pkcs11.CKA_VERIFY: false, pkcs11.CKA_DERIVE: false,
+		pkcs11.CKA_TOKEN: true, pkcs11.CKA_PRIVATE: true, pkcs11.CKA_SENSITIVE: true, pkcs11.CKA_MODIFIABLE: false,
+		pkcs11.CKA_WRAP: true, pkcs11.CKA_UNWRAP: true, pkcs11.CKA_ENCRYPT: false, pkcs11.CKA_DECRYPT: false,
+		pkcs11.CKA_SIGN: false, pkcs11.CKA_VERIFY: false, pkcs11.CKA_DERIVE: false,
 	} {
 		err := token.hsm.With(ctx, "test", func(s *p11.Session) error {
 			a, err := s.Get(storage, attribute)
@@ -72,11 +73,13 @@ func TestNSSAttributes(t *testing.T) {
 		t.Fatal(err)
 	}
 	value := kme.RandomSecret().Bytes()
-	if err := token.UnwrapKEK(ctx, testKEK, transport, must[[]byte](t)(rsa.EncryptOAEP(sha1.New(), rand.Reader, transport, value, nil))); err != nil {
+	if err := token.UnwrapKEK(ctx, testKEK, transport,
+		must[[]byte](t)(rsa.EncryptOAEP(sha1.New(), rand.Reader, transport, value, nil))); err != nil {
 		t.Fatal(err)
 	}
 	lot := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048))
-	grant := must[[]byte](t)(must[*subtle.KWP](t)(subtle.NewKWP(value)).Wrap(must[[]byte](t)(x509.MarshalPKCS8PrivateKey(lot))))
+	grant := must[[]byte](t)(must[*subtle.KWP](t)(subtle.NewKWP(value)).
+		Wrap(must[[]byte](t)(x509.MarshalPKCS8PrivateKey(lot))))
 	must[bool](t)(token.UnwrapLotKey(ctx, testLot, testKEK, grant, &lot.PublicKey))
 	for _, c := range []struct {
 		name string
@@ -86,8 +89,10 @@ func TestNSSAttributes(t *testing.T) {
 		{"transport key", receiver, "TOKEN PRIVATE SENSITIVE ALWAYS_SENSITIVE NEVER_EXTRACTABLE UNWRAP"},
 		{"KEK", token.mustFind(t, pkcs11.CKO_SECRET_KEY, testKEK), "TOKEN PRIVATE SENSITIVE UNWRAP"},
 		{"lot key", token.mustFind(t, pkcs11.CKO_PRIVATE_KEY, testLot), "TOKEN PRIVATE SENSITIVE SIGN DECRYPT UNWRAP"},
-		{"storage key", token.mustFind(t, pkcs11.CKO_SECRET_KEY, keyspec.Storage), "TOKEN PRIVATE SENSITIVE ALWAYS_SENSITIVE NEVER_EXTRACTABLE WRAP UNWRAP"},
-		{"ledger key", token.mustFind(t, pkcs11.CKO_SECRET_KEY, keyspec.Ledger), "TOKEN PRIVATE SENSITIVE ALWAYS_SENSITIVE NEVER_EXTRACTABLE SIGN"},
+		{"storage key", token.mustFind(t, pkcs11.CKO_SECRET_KEY, keyspec.Storage),
+			"TOKEN PRIVATE SENSITIVE ALWAYS_SENSITIVE NEVER_EXTRACTABLE WRAP UNWRAP"},
+		{"ledger key", token.mustFind(t, pkcs11.CKO_SECRET_KEY, keyspec.Ledger),
+			"TOKEN PRIVATE SENSITIVE ALWAYS_SENSITIVE NEVER_EXTRACTABLE SIGN"},
 	} {
 		if got := trueAttributes(t, token, c.h); got != c.want {
 			t.Errorf("%s:\n got %s\nwant %s", c.name, got, c.want)
@@ -100,7 +105,8 @@ func TestInitReserved(t *testing.T) {
 	tok, other := softhsmtest.NSS(t), softhsmtest.NSS(t)
 	elsewhere := strings.ReplaceAll(other.URI, other.Module, tok.Module) // the other's database in the first's module
 	token := must[*OperatorToken](t)(OpenOperator(t.Context(), tok.URI, Options{}))
-	if _, err := OpenOperator(t.Context(), elsewhere, Options{}); err == nil || !strings.Contains(err.Error(), "x-init-reserved") {
+	if _, err := OpenOperator(t.Context(), elsewhere, Options{}); err == nil ||
+		!strings.Contains(err.Error(), "x-init-reserved") {
 		t.Errorf("a second string: %v", err)
 	}
 	bare, pin, _ := strings.Cut(tok.URI, "&x-init-reserved=")
@@ -119,10 +125,12 @@ func TestInitReserved(t *testing.T) {
 	if err := token.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := OpenOperator(t.Context(), bare+"&"+pin, Options{}); err == nil || !strings.Contains(err.Error(), "CKR_ARGUMENTS_BAD") || !strings.Contains(err.Error(), "x-init-reserved") {
+	if _, err := OpenOperator(t.Context(), bare+"&"+pin, Options{}); err == nil ||
+		!strings.Contains(err.Error(), "CKR_ARGUMENTS_BAD") || !strings.Contains(err.Error(), "x-init-reserved") {
 		t.Errorf("NSS without its string: %v", err)
 	}
-	if _, err := OpenOperator(t.Context(), bare+"&x-init-reserved=a%00b&"+pin, Options{}); err == nil || !strings.Contains(err.Error(), "zero byte") {
+	if _, err := OpenOperator(t.Context(), bare+"&x-init-reserved=a%00b&"+pin, Options{}); err == nil ||
+		!strings.Contains(err.Error(), "zero byte") {
 		t.Errorf("a zero byte: %v", err)
 	}
 }

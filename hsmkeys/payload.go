@@ -17,9 +17,10 @@ import (
 type Fault string
 
 const (
-	FaultNone      Fault = ""
-	FaultRange     Fault = "range"     // the payload is not below N
-	FaultLayout    Fault = "layout"    // the bytes before KME || KME_SIG || RME are not all zero; in the bound suite: it is no OAEP
+	FaultNone  Fault = ""
+	FaultRange Fault = "range" // the payload is not below N
+	// the bytes before KME || KME_SIG || RME are not all zero; in the bound suite: it is no OAEP
+	FaultLayout    Fault = "layout"
 	FaultSignature Fault = "signature" // KME_SIG does not verify
 )
 

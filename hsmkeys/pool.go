@@ -68,7 +68,8 @@ func (p *OperatorPool) checkSame(ctx context.Context) error {
 		}
 		got, err := t.EncryptRANDs(ctx, sealed, make([]RAND, 1))
 		if err != nil || got[0] != want[0] || !bytes.Equal(tag, other) {
-			return fmt.Errorf("%s and %s do not have the same storage and ledger keys: copy the keys of the one to the other, with keysvc backup", first, t)
+			return fmt.Errorf("%s and %s do not have the same storage and ledger keys: copy the keys of the one to "+
+				"the other, with keysvc backup", first, t)
 		}
 	}
 	return nil

@@ -28,13 +28,16 @@ func withKeys(t *testing.T, storage, ledger byte) (uri string) {
 	value := func(b byte) []byte { return []byte(strings.Repeat(string(b), 32)) }
 	err := token.hsm.With(t.Context(), "test", func(s *p11.Session) error {
 		class := p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY)}
-		_, err := s.Create(p11.Join(class, keyspec.Named(keyspec.Storage), keyspec.StorageTemplate(keyspec.Traits{UnwrapTemplate: true, LeavesTrusted: true}),
+		_, err := s.Create(p11.Join(class, keyspec.Named(keyspec.Storage),
+			keyspec.StorageTemplate(keyspec.Traits{UnwrapTemplate: true, LeavesTrusted: true}),
 			p11.Attributes{p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES), p11.Attr(pkcs11.CKA_VALUE, value(storage))}))
 		if err != nil {
 			return err
 		}
-		_, err = s.Create(p11.Join(class, keyspec.Named(keyspec.Ledger), p11.Guarded(false), p11.Use(p11.Usages, pkcs11.CKA_SIGN),
-			p11.Attributes{p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_GENERIC_SECRET), p11.Attr(pkcs11.CKA_VALUE, value(ledger))}))
+		_, err = s.Create(p11.Join(class, keyspec.Named(keyspec.Ledger), p11.Guarded(false),
+			p11.Use(p11.Usages, pkcs11.CKA_SIGN),
+			p11.Attributes{p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_GENERIC_SECRET),
+				p11.Attr(pkcs11.CKA_VALUE, value(ledger))}))
 		return err
 	})
 	if err != nil {
@@ -46,10 +49,12 @@ func withKeys(t *testing.T, storage, ledger byte) (uri string) {
 func TestPool(t *testing.T) {
 	openPool := func(uris ...string) (*OperatorPool, error) { return OpenOperatorPool(t.Context(), uris, Options{}) }
 	a, b := withKeys(t, 's', 'l'), withKeys(t, 's', 'l')
-	if _, err := openPool(a, withKeys(t, 'x', 'l')); err == nil || !strings.Contains(err.Error(), "the same storage and ledger keys") {
+	if _, err := openPool(a, withKeys(t, 'x', 'l')); err == nil ||
+		!strings.Contains(err.Error(), "the same storage and ledger keys") {
 		t.Errorf("another storage key: %v", err)
 	}
-	if _, err := openPool(a, withKeys(t, 's', 'x')); err == nil || !strings.Contains(err.Error(), "the same storage and ledger keys") {
+	if _, err := openPool(a, withKeys(t, 's', 'x')); err == nil ||
+		!strings.Contains(err.Error(), "the same storage and ledger keys") {
 		t.Errorf("another ledger key: %v", err)
 	}
 	if _, err := openPool(a, a); err == nil || !strings.Contains(err.Error(), "twice") {
@@ -96,7 +101,8 @@ func TestPoolLosesAToken(t *testing.T) {
 	second := strings.ReplaceAll(withKeys(t, 's', 'l'), softhsmtest.ModulePath(), module)
 	var served counter
 	other := must[*OperatorToken](t)(OpenOperator(t.Context(), second, Options{Observer: &served}))
-	g := newPool([]*OperatorToken{must[*OperatorToken](t)(OpenOperator(t.Context(), withKeys(t, 's', 'l'), Options{})), other})
+	g := newPool([]*OperatorToken{must[*OperatorToken](t)(OpenOperator(t.Context(), withKeys(t, 's', 'l'), Options{})),
+		other})
 	defer g.Close()
 	if err := g.checkSame(t.Context()); err != nil {
 		t.Fatal(err)
@@ -113,7 +119,8 @@ func TestPoolLosesAToken(t *testing.T) {
 	for range 8 {
 		all.Go(func() {
 			for ctx.Err() == nil {
-				if got, err := g.EncryptRANDs(context.Background(), sealed, []RAND{{1}}); err != nil || !slices.Equal(got, want) {
+				if got, err := g.EncryptRANDs(context.Background(), sealed, []RAND{{1}}); err != nil ||
+					!slices.Equal(got, want) {
 					t.Errorf("%x, %v", got, err)
 					return
 				}

@@ -15,8 +15,9 @@ import (
 // A Dedication says what a token is for. It is an object in the token, which init makes and nobody can change: JSON,
 // see p11.Session.PutNote.
 type Dedication struct {
-	Side Side     `json:"role"`
-	Weak []string `json:"weak,omitempty"` // what the token does not keep secret as it should, and whoever made it was told and accepted
+	Side Side `json:"role"`
+	// what the token does not keep secret as it should, and whoever made it was told and accepted
+	Weak []string `json:"weak,omitempty"`
 }
 
 // ErrNotDedicated: init was not run on the token.
@@ -33,7 +34,8 @@ func (b *base) Dedicate(ctx context.Context, d Dedication) (created bool, err er
 		if err := b.mustBe(s, d.Side); !errors.Is(err, ErrNotDedicated) {
 			return false, err
 		}
-		err := s.PutNote(keyspec.DedicationLabel, text, p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, false), p11.Attr(pkcs11.CKA_DESTROYABLE, false)})
+		err := s.PutNote(keyspec.DedicationLabel, text, p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, false),
+			p11.Attr(pkcs11.CKA_DESTROYABLE, false)})
 		return err == nil, p11.Explain("say in the token what it is for", err)
 	})
 }
@@ -50,7 +52,9 @@ func (b *base) Weak(ctx context.Context) (weak []string, err error) {
 }
 
 // doAs is p11.Do on a token of one side.
-func doAs[T any](ctx context.Context, b *base, side Side, operation string, f func(*p11.Session) (T, error)) (T, error) {
+func doAs[T any](
+	ctx context.Context, b *base, side Side, operation string, f func(*p11.Session) (T, error),
+) (T, error) {
 	return p11.Do(ctx, b.hsm, operation, func(s *p11.Session) (v T, err error) {
 		if err := b.mustBe(s, side); err != nil {
 			return v, err
@@ -70,7 +74,8 @@ func (b *base) mustBe(s *p11.Session, side Side) error {
 		return err
 	}
 	if d.Side != side {
-		return fmt.Errorf("%s is a token of the %s's, by what its init wrote into it: give --token of the %s's", b, d.Side, side)
+		return fmt.Errorf("%s is a token of the %s's, by what its init wrote into it: give --token of the %s's",
+			b, d.Side, side)
 	}
 	return nil
 }
@@ -88,11 +93,13 @@ func (b *base) dedication(s *p11.Session) (*Dedication, error) {
 		return nil, fmt.Errorf("%s: %w", b, ErrNotDedicated)
 	case 1:
 	default:
-		return nil, fmt.Errorf("%s has %d objects %q: somebody has put another beside the one of its init; remove it with the token's own tool", b, len(found), keyspec.DedicationLabel)
+		return nil, fmt.Errorf("%s has %d objects %q: somebody has put another beside the one of its init; remove it "+
+			"with the token's own tool", b, len(found), keyspec.DedicationLabel)
 	}
 	d := new(Dedication)
 	if err := json.Unmarshal(found[0].Text, d); err != nil || d.Side != Factory && d.Side != Operator {
-		return nil, fmt.Errorf("%s does not say whether it is a factory's or an operator's: its object %q is damaged", b, keyspec.DedicationLabel)
+		return nil, fmt.Errorf("%s does not say whether it is a factory's or an operator's: its object %q is damaged",
+			b, keyspec.DedicationLabel)
 	}
 	b.dedicated.Store(d)
 	return d, nil

@@ -39,7 +39,8 @@ func openRotation(ctx context.Context, tokenURI string, officer PIN, o Options) 
 	}
 	r = &Rotation{OperatorToken: t}
 	if err = r.dropLeft(ctx); err == nil {
-		r.to, err = t.newReceiver(ctx, keyspec.RotationLabel, keyspec.ImportedKEK) // an earlier storage key is as a KEK meanwhile
+		// an earlier storage key is as a KEK meanwhile
+		r.to, err = t.newReceiver(ctx, keyspec.RotationLabel, keyspec.ImportedKEK)
 	}
 	if err = errors.Join(err, t.Close()); err != nil {
 		return nil, err

@@ -91,7 +91,8 @@ func (t *OperatorToken) EnsureLedgerKey(ctx context.Context) (created bool, err 
 	if err != nil {
 		return false, err
 	}
-	return t.ensureSecret(ctx, Operator, keyspec.Ledger, pkcs11.CKM_GENERIC_SECRET_KEY_GEN, keyspec.LedgerTemplate(traits))
+	return t.ensureSecret(ctx, Operator, keyspec.Ledger, pkcs11.CKM_GENERIC_SECRET_KEY_GEN,
+		keyspec.LedgerTemplate(traits))
 }
 
 // Derive makes a key of the ledger key for a purpose: HMAC-SHA-256 of its name, made in the token. No name has as many

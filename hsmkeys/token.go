@@ -28,7 +28,8 @@ type FactoryToken struct{ *base }
 type OperatorToken struct {
 	*base
 	verifyInSoftware bool
-	sealing          atomic.Pointer[sealing] // the newest generation of the storage key; nil while it is to be looked for
+	// the newest generation of the storage key; nil while it is to be looked for
+	sealing atomic.Pointer[sealing]
 }
 
 // Options say how a token is used. The zero value is right for a command.
@@ -123,7 +124,9 @@ func (b *base) destroy(s *p11.Session, class uint, k Key) error {
 
 // ensure finds a key or makes it, and says which. Two runs at once could both make it; find then refuses both, and
 // init is no command that a machine repeats.
-func (b *base) ensure(ctx context.Context, side Side, class uint, k Key, generate func(*p11.Session) error) (created bool, err error) {
+func (b *base) ensure(
+	ctx context.Context, side Side, class uint, k Key, generate func(*p11.Session) error,
+) (created bool, err error) {
 	return doAs(ctx, b, side, "make a key", func(s *p11.Session) (bool, error) {
 		_, err := b.find(s, class, k)
 		if !errors.Is(err, ErrNoKey) {
@@ -138,7 +141,8 @@ func (b *base) ensure(ctx context.Context, side Side, class uint, k Key, generat
 
 func (b *base) ensureSecret(ctx context.Context, side Side, k Key, m uint, template p11.Attributes) (bool, error) {
 	return b.ensure(ctx, side, pkcs11.CKO_SECRET_KEY, k, func(s *p11.Session) error {
-		_, err := s.Generate(m, p11.Frozen(keyspec.Named(k), p11.Attributes{p11.Attr(pkcs11.CKA_VALUE_LEN, 32)}, template))
+		_, err := s.Generate(m, p11.Frozen(keyspec.Named(k), p11.Attributes{p11.Attr(pkcs11.CKA_VALUE_LEN, 32)},
+			template))
 		return err
 	})
 }

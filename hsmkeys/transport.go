@@ -22,7 +22,9 @@ func (t *OperatorToken) NewTransportKey(ctx context.Context) (*rsa.PublicKey, er
 
 // newReceiver makes an RSA-3072 key, with a label that begins so, under which keys come into the token as template has
 // them.
-func (t *OperatorToken) newReceiver(ctx context.Context, label string, template p11.Attributes) (*rsa.PublicKey, error) {
+func (t *OperatorToken) newReceiver(
+	ctx context.Context, label string, template p11.Attributes,
+) (*rsa.PublicKey, error) {
 	return doAs(ctx, t.base, Operator, "make a transport key", func(s *p11.Session) (*rsa.PublicKey, error) {
 		traits, err := t.learn(s)
 		if err != nil {
@@ -77,7 +79,8 @@ func (t *OperatorToken) UnwrapKEK(ctx context.Context, kek Key, transport *rsa.P
 		if err != nil {
 			return none, err
 		}
-		template := p11.Join(keyspec.ImportedKEK, p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, true)}, traits.Unwraps(keyspec.ImportedLot))
+		template := p11.Join(keyspec.ImportedKEK, p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, true)},
+			traits.Unwraps(keyspec.ImportedLot))
 		unwrap := func(where p11.Attributes) (pkcs11.ObjectHandle, error) {
 			h, err := s.Unwrap(keyspec.OAEP, h, wrapped, p11.Frozen(template, where))
 			return h, p11.Explain("unwrap the KEK with the transport key: it was made for another key, or damaged", err)
@@ -101,7 +104,9 @@ func (t *OperatorToken) UnwrapKEK(ctx context.Context, kek Key, transport *rsa.P
 // UnwrapLotKey takes a lot key, wrapped under the KEK, into the token, for decryption only and never to be extracted.
 // The key is proved to be that of pub before it becomes a token object, so that a wrong one leaves nothing behind;
 // a lot key that the token already has is proved in its stead, and then none is taken.
-func (t *OperatorToken) UnwrapLotKey(ctx context.Context, lot, kek Key, wrapped []byte, pub *rsa.PublicKey) (taken bool, err error) {
+func (t *OperatorToken) UnwrapLotKey(
+	ctx context.Context, lot, kek Key, wrapped []byte, pub *rsa.PublicKey,
+) (taken bool, err error) {
 	if len(wrapped) < 16 || len(wrapped)%8 != 0 {
 		return false, fmt.Errorf("the wrapped lot key has %d bytes: no AES-KWP ciphertext (RFC 5649) has", len(wrapped))
 	}
@@ -116,7 +121,8 @@ func (t *OperatorToken) UnwrapLotKey(ctx context.Context, lot, kek Key, wrapped 
 			return false, err
 		}
 		unwrap := func(where p11.Attributes) (pkcs11.ObjectHandle, error) {
-			h, err := s.Unwrap(t.hsm.KWP(), w, wrapped, p11.Frozen(keyspec.ImportedLot, p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, true)}, where))
+			h, err := s.Unwrap(t.hsm.KWP(), w, wrapped,
+				p11.Frozen(keyspec.ImportedLot, p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, true)}, where))
 			return h, p11.Explain("unwrap "+lot.Label(), err)
 		}
 		trial, err := unwrap(p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, false)})

@@ -34,7 +34,8 @@ func TestSecretsAreWiped(t *testing.T) {
 				}
 				token.verifyInSoftware = c.inSoftware
 				defer func() { token.verifyInSoftware = false }()
-				in := Payload{Suite: suite, Lot: lot, N: &key.PublicKey, Device: device.Public(), For: kme.Context{Lot: "L1"}}
+				in := Payload{Suite: suite, Lot: lot, N: &key.PublicKey, Device: device.Public(),
+					For: kme.Context{Lot: "L1"}}
 				p := kme.Plaintext{KME: kme.RandomSecret(), RME: kme.RandomSecret()}
 				signed := suite.Signed(in.For, &p)
 				p.Sig = must[[]byte](t)(suite.Sign(device, signed))

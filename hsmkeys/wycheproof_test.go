@@ -109,7 +109,8 @@ func TestWycheproof(t *testing.T) {
 // A vectorToken has a case's keys in the places of our own, as session objects.
 type vectorToken struct {
 	*OperatorToken
-	s *p11.Session // has the objects: a session of the pool ends with the first call that fails, and its objects with it
+	// has the objects: a session of the pool ends with the first call that fails, and its objects with it
+	s *p11.Session
 }
 
 func newVectorToken(t *testing.T) *vectorToken {
@@ -123,7 +124,8 @@ func newVectorToken(t *testing.T) *vectorToken {
 // create makes an object that ends with the test.
 func (v *vectorToken) create(t *testing.T, parts ...p11.Attributes) pkcs11.ObjectHandle {
 	t.Helper()
-	h := must[pkcs11.ObjectHandle](t)(v.s.Create(p11.Join(append([]p11.Attributes{{p11.Attr(pkcs11.CKA_TOKEN, false)}}, parts...)...)))
+	h := must[pkcs11.ObjectHandle](t)(v.s.Create(p11.Join(append([]p11.Attributes{{p11.Attr(pkcs11.CKA_TOKEN, false)}},
+		parts...)...)))
 	t.Cleanup(func() {
 		if err := v.s.Destroy(h); err != nil {
 			t.Error(err)
@@ -147,7 +149,8 @@ func (v *vectorToken) stand(t *testing.T, k Key, class uint, parts ...p11.Attrib
 
 func secretValue(keyType uint, value []byte) p11.Attributes {
 	return p11.Attributes{
-		p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), p11.Attr(pkcs11.CKA_KEY_TYPE, keyType), p11.Attr(pkcs11.CKA_VALUE, value),
+		p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), p11.Attr(pkcs11.CKA_KEY_TYPE, keyType),
+		p11.Attr(pkcs11.CKA_VALUE, value),
 	}
 }
 
@@ -189,7 +192,8 @@ func (v *vectorToken) unwrapped(
 // wrap wraps a secret.
 func (v *vectorToken) wrap(t *testing.T, m uint, key pkcs11.ObjectHandle, value []byte) (ct []byte, err error) {
 	t.Helper()
-	h := v.create(t, secretValue(pkcs11.CKK_GENERIC_SECRET, value), p11.Attributes{p11.Attr(pkcs11.CKA_EXTRACTABLE, true)})
+	h := v.create(t, secretValue(pkcs11.CKK_GENERIC_SECRET, value),
+		p11.Attributes{p11.Attr(pkcs11.CKA_EXTRACTABLE, true)})
 	err = v.hsm.With(t.Context(), "test", func(s *p11.Session) (err error) {
 		ct, err = s.Wrap(m, key, h, make([]byte, keyspec.WrappedRoom))
 		return err
@@ -262,7 +266,8 @@ func (v *vectorToken) lotWrap(t *testing.T, _ *vectorGroup, c *vectorCase) outco
 
 // sealed is AES key wrap as it seals KMEs.
 func (v *vectorToken) sealed(t *testing.T, _ *vectorGroup, c *vectorCase) outcome {
-	storage := v.stand(t, keyspec.Storage, pkcs11.CKO_SECRET_KEY, secretValue(pkcs11.CKK_AES, c.Key), p11.Guarded(false),
+	storage := v.stand(t, keyspec.Storage, pkcs11.CKO_SECRET_KEY, secretValue(pkcs11.CKK_AES, c.Key),
+		p11.Guarded(false),
 		p11.Use(p11.Usages, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP))
 	o := v.wrapped(t, pkcs11.CKM_AES_KEY_WRAP, storage, c)
 	ours := append([]byte{1}, c.CT...) // the first generation's
@@ -290,7 +295,8 @@ func (v *vectorToken) sealed(t *testing.T, _ *vectorGroup, c *vectorCase) outcom
 func (v *vectorToken) transport(t *testing.T, g *vectorGroup, c *vectorCase) outcome {
 	key := must[any](t)(x509.ParsePKCS8PrivateKey(g.PrivateKey)).(*rsa.PrivateKey)
 	h := v.create(t, rsaPrivate(key), p11.Guarded(false), p11.Use(p11.PrivateUsages, pkcs11.CKA_UNWRAP),
-		p11.Attributes{p11.Attr(pkcs11.CKA_LABEL, keyspec.TransportLabel+"of a case"), p11.Attr(pkcs11.CKA_TOKEN, true)})
+		p11.Attributes{p11.Attr(pkcs11.CKA_LABEL, keyspec.TransportLabel+"of a case"),
+			p11.Attr(pkcs11.CKA_TOKEN, true)})
 	value, ok := v.unwrapped(t, keyspec.OAEP, h, c.CT)
 	if ok && !bytes.Equal(value, c.Msg) {
 		t.Errorf("decrypts to %x, want %x", value, c.Msg)
@@ -320,10 +326,12 @@ func (v *vectorToken) transport(t *testing.T, g *vectorGroup, c *vectorCase) out
 
 // tag is HMAC-SHA-256 as it tags KMEs. Ours are never cut: one that is shorter must be the beginning of ours.
 func (v *vectorToken) tag(t *testing.T, _ *vectorGroup, c *vectorCase) outcome {
-	ledger := v.create(t, secretValue(pkcs11.CKK_GENERIC_SECRET, c.Key), p11.Guarded(false), p11.Use(p11.Usages, pkcs11.CKA_SIGN))
+	ledger := v.create(t, secretValue(pkcs11.CKK_GENERIC_SECRET, c.Key), p11.Guarded(false),
+		p11.Use(p11.Usages, pkcs11.CKA_SIGN))
 	var tag []byte
 	err := v.hsm.With(t.Context(), "test", func(s *p11.Session) (err error) {
-		tag, err = keyop.HMAC(s, ledger, append([]byte{}, c.Msg...)) // SoftHSM takes no null pointer for an empty message
+		// SoftHSM takes no null pointer for an empty message
+		tag, err = keyop.HMAC(s, ledger, append([]byte{}, c.Msg...))
 		return err
 	})
 	switch {

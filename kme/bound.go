@@ -18,8 +18,8 @@ type Context struct {
 	IMSI IMSI
 }
 
-// Signed is what KME_SIG is made over: KME alone, as the text has it; in the bound suite everything that the device knows of the
-// attempt, so that it is of no use to anybody who has learnt it:
+// Signed is what KME_SIG is made over: KME alone, as the text has it; in the bound suite everything that the device
+// knows of the attempt, so that it is of no use to anybody who has learnt it:
 //
 //	"kme-binding-v2\x00" || len8(lot) || lot || IMEI14 || len8(IMSI) || IMSI || KME || RME
 //
@@ -29,7 +29,8 @@ func (s Suite) Signed(c Context, p *Plaintext) []byte {
 		return bytes.Clone(p.KME.Bytes())
 	}
 	imsi := c.IMSI.String()
-	about := fmt.Sprintf("kme-binding-v2\x00%s%s%s%s%s", []byte{byte(len(c.Lot))}, c.Lot, c.IMEI, []byte{byte(len(imsi))}, imsi)
+	about := fmt.Sprintf("kme-binding-v2\x00%s%s%s%s%s", []byte{byte(len(c.Lot))}, c.Lot, c.IMEI,
+		[]byte{byte(len(imsi))}, imsi)
 	return slices.Concat([]byte(about), p.KME.Bytes(), p.RME.Bytes()) // at once: append leaves copies behind
 }
 
@@ -53,9 +54,10 @@ func (s Suite) encryptOAEP(lot *rsa.PublicKey, p *Plaintext) ([]byte, error) {
 	return rsa.EncryptOAEP(sha256.New(), rand.Reader, lot, m, nil)
 }
 
-// unpadOAEP takes apart what raw decryption gave, all k bytes of it (RFC 8017 section 7.1.2 step 3, with an empty label). The message's length is
-// known, so that everything is where it has to be, and is looked at whether or not something before it was wrong: no time depends on what (J. Manger,
-// CRYPTO 2001). A token's own OAEP was measured to take longer to refuse than to accept: docs/decisions/0009.
+// unpadOAEP takes apart what raw decryption gave, all k bytes of it (RFC 8017 section 7.1.2 step 3, with an empty
+// label). The message's length is known, so that everything is where it has to be, and is looked at whether or not
+// something before it was wrong: no time depends on what (J. Manger, CRYPTO 2001). A token's own OAEP was measured to
+// take longer to refuse than to accept: docs/decisions/0009.
 func unpadOAEP(raw []byte, size int) (m []byte, ok bool) {
 	const h = sha256.Size
 	if len(raw) < 2*h+2+size { // no modulus of ours

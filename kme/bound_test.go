@@ -30,7 +30,8 @@ func TestSigned(t *testing.T) {
 	one, _ := NewSecret(bytes.Repeat([]byte{1}, 32))
 	two, _ := NewSecret(bytes.Repeat([]byte{2}, 32))
 	p := &Plaintext{KME: one, RME: two}
-	want := "kme-binding-v2\x00\x02L135209900000001\x0f001010123456789" + strings.Repeat("\x01", 32) + strings.Repeat("\x02", 32)
+	want := "kme-binding-v2\x00\x02L135209900000001\x0f001010123456789" + strings.Repeat("\x01", 32) +
+		strings.Repeat("\x02", 32)
 	if got := SuiteBound.Signed(Context{"L1", imei, imsi}, p); string(got) != want {
 		t.Errorf("%q, want %q", got, want)
 	}
@@ -40,7 +41,8 @@ func TestSigned(t *testing.T) {
 		}
 	}
 	otherIMEI, otherIMSI := must("35209900000002", "00101012345678")
-	for _, c := range []Context{{"L2", imei, imsi}, {"L13", imei, imsi}, {"L1", otherIMEI, imsi}, {"L1", imei, otherIMSI}} {
+	for _, c := range []Context{{"L2", imei, imsi}, {"L13", imei, imsi}, {"L1", otherIMEI, imsi},
+		{"L1", imei, otherIMSI}} {
 		if string(SuiteBound.Signed(c, p)) == want {
 			t.Errorf("%+v signs the same", c)
 		}
@@ -74,7 +76,8 @@ func TestOAEP(t *testing.T) {
 			t.Fatal(len(c), err)
 		}
 		// Both ways, by another implementation.
-		if m, err := rsa.DecryptOAEP(sha256.New(), nil, lot, c, nil); err != nil || !bytes.Equal(m, slices.Concat(p.KME.Bytes(), p.Sig, p.RME.Bytes())) {
+		if m, err := rsa.DecryptOAEP(sha256.New(), nil, lot, c, nil); err != nil ||
+			!bytes.Equal(m, slices.Concat(p.KME.Bytes(), p.Sig, p.RME.Bytes())) {
 			t.Errorf("crypto/rsa decrypts it to %x, %v", m, err)
 		}
 		raw := new(big.Int).Exp(new(big.Int).SetBytes(c), lot.D, lot.N).FillBytes(make([]byte, bits/8))
@@ -90,7 +93,8 @@ func TestOAEP(t *testing.T) {
 			bad := bytes.Clone(raw)
 			bad[i] ^= 1 << (i % 8)
 			_, ok := SuiteBound.Split(bad)
-			// A change of the message itself, at the end, is for the signature to find; any in the seed or in the mask changes all.
+			// A change of the message itself, at the end, is for the signature to find; any in the
+			// seed or in the mask changes all.
 			if i < len(raw)-SuiteBound.PlaintextSize() && ok {
 				t.Fatalf("%d bits: byte %d changed, and it is taken", bits, i)
 			}
@@ -106,7 +110,8 @@ func TestOAEP(t *testing.T) {
 		check("a byte short", bytes.Clone(raw[1:]), false)
 		check("nothing", nil, false)
 	}
-	if SuiteECDSA.CheckOAEP("") != nil || SuiteECDSA.CheckOAEP(OAEPHash) == nil || SuiteBound.CheckOAEP("") == nil || SuiteBound.CheckOAEP("SHA-1") == nil || SuiteBound.CheckOAEP(OAEPHash) != nil {
+	if SuiteECDSA.CheckOAEP("") != nil || SuiteECDSA.CheckOAEP(OAEPHash) == nil || SuiteBound.CheckOAEP("") == nil ||
+		SuiteBound.CheckOAEP("SHA-1") == nil || SuiteBound.CheckOAEP(OAEPHash) != nil {
 		t.Error("a hash goes with another suite")
 	}
 }

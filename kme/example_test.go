@@ -11,8 +11,8 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// The device makes a KME, and its home network gets it. The lot's private key and the device's are in software here; in a
-// network and on a line they never leave a token.
+// The device makes a KME, and its home network gets it. The lot's private key and the device's are in software here; in
+// a network and on a line they never leave a token.
 func Example() {
 	lot, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {

@@ -30,10 +30,12 @@ func ParseIMEI(s string) (IMEI, error) {
 	case imeiDigits, imeiDigits + 2:
 	case imeiDigits + 1:
 		if want := luhn(s[:imeiDigits]); s[imeiDigits] != want {
-			return IMEI{}, fmt.Errorf("the IMEI's check digit is %c, but its other digits make %c: check for a typing error", s[imeiDigits], want)
+			return IMEI{}, fmt.Errorf("the IMEI's check digit is %c, but its other digits make %c: check for a "+
+				"typing error", s[imeiDigits], want)
 		}
 	default:
-		return IMEI{}, fmt.Errorf("an IMEI has 14 digits, 15 with its check digit, or 16 with its software version; this has %d", len(s))
+		return IMEI{}, fmt.Errorf("an IMEI has 14 digits, 15 with its check digit, or 16 with its software version; "+
+			"this has %d", len(s))
 	}
 	return IMEI{s[:imeiDigits]}, nil
 }

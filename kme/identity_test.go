@@ -69,7 +69,8 @@ func TestIdentityText(t *testing.T) {
 	if b, err := json.Marshal(v); err != nil || string(b) != good {
 		t.Errorf("%s, %v", b, err)
 	}
-	for _, bad := range []string{`{"IMEI":"352099001761481"}`, `{"IMEI":"3520990017614823"}`, `{"IMEI":35209900176148}`, `{"TAC":"3520990"}`, `{"TAC":"3520990x"}`, `{"IMSI":"12345"}`} {
+	for _, bad := range []string{`{"IMEI":"352099001761481"}`, `{"IMEI":"3520990017614823"}`, `{"IMEI":35209900176148}`,
+		`{"TAC":"3520990"}`, `{"TAC":"3520990x"}`, `{"IMSI":"12345"}`} {
 		before := v
 		if err := json.Unmarshal([]byte(bad), &v); err == nil || v != before {
 			t.Errorf("%s: %v, %v", bad, err, v)
@@ -79,7 +80,8 @@ func TestIdentityText(t *testing.T) {
 
 func TestParseIMSI(t *testing.T) {
 	for in, ok := range map[string]bool{
-		"001010": true, "001010123456789": true, "00101": false, "0010101234567890": false, "": false, "00101x123": false, "-01011": false,
+		"001010": true, "001010123456789": true, "00101": false, "0010101234567890": false, "": false,
+		"00101x123": false, "-01011": false,
 	} {
 		if got, err := ParseIMSI(in); (err == nil) != ok || ok && got.String() != in {
 			t.Errorf("ParseIMSI(%q) = %v, %v", in, got, err)

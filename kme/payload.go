@@ -35,8 +35,9 @@ func (p *Plaintext) NWSig() [sha256.Size]byte {
 // PayloadSize is the length of a payload to a lot, k, in bytes.
 func PayloadSize(lot *rsa.PublicKey) int { return (lot.N.BitLen() + 7) / 8 }
 
-// Encrypt makes a payload, on the ME's side: in the bound suite by RSA-OAEP, else M^e mod N for M the big-endian integer KME || KME_SIG || RME, as
-// exactly k bytes. It is no RSA encryption scheme, which is why crypto/rsa has no function for it.
+// Encrypt makes a payload, on the ME's side: in the bound suite by RSA-OAEP, else M^e mod N for M the
+// big-endian integer KME || KME_SIG || RME, as exactly k bytes. It is no RSA encryption scheme, which is why
+// crypto/rsa has no function for it.
 func (s Suite) Encrypt(lot *rsa.PublicKey, p *Plaintext) ([]byte, error) {
 	if s == SuiteBound {
 		return s.encryptOAEP(lot, p)

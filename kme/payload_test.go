@@ -114,7 +114,8 @@ func TestVectors(t *testing.T) {
 			}
 			nwSig := p.NWSig()
 			for name, pair := range map[string][2][]byte{
-				"KME": {p.KME.Bytes(), unhex(t, v.KME)}, "KME_SIG": {p.Sig, unhex(t, v.Sig)}, "RME": {p.RME.Bytes(), unhex(t, v.RME)}, "NW_SIG": {nwSig[:], unhex(t, v.NWSig)},
+				"KME": {p.KME.Bytes(), unhex(t, v.KME)}, "KME_SIG": {p.Sig, unhex(t, v.Sig)},
+				"RME": {p.RME.Bytes(), unhex(t, v.RME)}, "NW_SIG": {nwSig[:], unhex(t, v.NWSig)},
 			} {
 				if !bytes.Equal(pair[0], pair[1]) {
 					t.Errorf("%s is %x, want %x", name, pair[0], pair[1])
@@ -191,7 +192,8 @@ func TestSignAndVerify(t *testing.T) {
 		if len(sig) != c.suite.SignatureSize() || !c.suite.Verify(c.key.Public(), kme, sig) {
 			t.Errorf("%s does not verify its own", c.suite)
 		}
-		for name, bad := range map[string][]byte{"a bit changed": flip(sig), "short": sig[1:], "long": append(sig[:len(sig):len(sig)], 0), "none": nil} {
+		for name, bad := range map[string][]byte{"a bit changed": flip(sig), "short": sig[1:],
+			"long": append(sig[:len(sig):len(sig)], 0), "none": nil} {
 			if c.suite.Verify(c.key.Public(), kme, bad) {
 				t.Errorf("%s: %s verifies", c.suite, name)
 			}
@@ -264,7 +266,8 @@ func FuzzRoundTrip(f *testing.F) {
 	lots, all := vectors(f)
 	f.Add(bytes.Repeat([]byte{0, 1}, 64))
 	f.Fuzz(func(t *testing.T, m []byte) {
-		if len(m) < 128 || new(big.Int).SetBytes(m[:128]).BitLen() <= 1 { // 0 and 1 are no plaintexts: see ReducePayload
+		// 0 and 1 are no plaintexts: see ReducePayload
+		if len(m) < 128 || new(big.Int).SetBytes(m[:128]).BitLen() <= 1 {
 			return
 		}
 		kme, _ := NewSecret(m[:32])

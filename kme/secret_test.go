@@ -19,7 +19,8 @@ func TestSecretIsNotPrinted(t *testing.T) {
 	var out bytes.Buffer
 	for _, verb := range "vsqxXdbocUteEfFgGp" {
 		for _, flags := range []string{"", "+", "#", " ", "0", "-"} {
-			for _, v := range []any{s, &s, []Secret{s}, map[string]Secret{"k": s}, p.KME, struct{ S Secret }{s}, p, &p} {
+			for _, v := range []any{s, &s, []Secret{s}, map[string]Secret{"k": s}, p.KME, struct{ S Secret }{s}, p,
+				&p} {
 				fmt.Fprintf(&out, "%"+flags+string(verb)+"\n", v)
 			}
 		}
@@ -35,7 +36,8 @@ func TestSecretIsNotPrinted(t *testing.T) {
 	if !strings.Contains(out.String(), redacted) {
 		t.Error("nothing was printed, so that this test sees nothing")
 	}
-	for _, form := range []string{"\xa7\xa7", "a7a7", "A7A7", "167 167", "167, 167", "a7 a7", "A7 A7", "p6en", "247247", "10100111"} {
+	for _, form := range []string{"\xa7\xa7", "a7a7", "A7A7", "167 167", "167, 167", "a7 a7", "A7 A7", "p6en",
+		"247247", "10100111"} {
 		if strings.Contains(out.String(), form) {
 			t.Errorf("the secret came out as %q", form)
 		}

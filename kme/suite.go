@@ -25,7 +25,8 @@ const (
 	SuiteECDSA Suite = "tr33868-ecdsa-p256"
 	// SuiteRSA signs with RSASSA-PKCS1-v1_5, SHA-256 and a 2048-bit device key; KME_SIG has 256 bytes.
 	SuiteRSA Suite = "tr33868-rsa2048"
-	// SuiteBound signs as SuiteECDSA does, but everything that the attempt is about, and encrypts by RSA-OAEP. It departs from the text.
+	// SuiteBound signs as SuiteECDSA does, but everything that the attempt is about, and encrypts by
+	// RSA-OAEP. It departs from the text.
 	SuiteBound Suite = "bound-ecdsa-p256-oaep"
 )
 
@@ -83,7 +84,8 @@ func (s Suite) CheckLot(lot *rsa.PublicKey) error {
 		return fmt.Errorf("the public exponent is %d; only %d is accepted", lot.E, PublicExponent)
 	}
 	if !slices.Contains(s.ModulusBits(), lot.N.BitLen()) {
-		return fmt.Errorf("a modulus of %d bits does not go with suite %s: it takes %v", lot.N.BitLen(), s, s.ModulusBits())
+		return fmt.Errorf("a modulus of %d bits does not go with suite %s: it takes %v", lot.N.BitLen(), s,
+			s.ModulusBits())
 	}
 	return nil
 }
@@ -123,7 +125,8 @@ func fixedECDSA(der []byte) ([]byte, error) {
 	var r, s = new(big.Int), new(big.Int)
 	var seq cryptobyte.String
 	in := cryptobyte.String(der)
-	if !in.ReadASN1(&seq, asn1.SEQUENCE) || !in.Empty() || !seq.ReadASN1Integer(r) || !seq.ReadASN1Integer(s) || !seq.Empty() ||
+	if !in.ReadASN1(&seq, asn1.SEQUENCE) || !in.Empty() || !seq.ReadASN1Integer(r) || !seq.ReadASN1Integer(s) ||
+		!seq.Empty() ||
 		r.Sign() <= 0 || s.Sign() <= 0 || r.BitLen() > 8*ecdsaHalf || s.BitLen() > 8*ecdsaHalf {
 		return nil, errors.New("the device key's signature is not an ECDSA signature on P-256")
 	}
@@ -142,7 +145,8 @@ func (s Suite) Verify(pub crypto.PublicKey, signed, sig []byte) bool {
 	digest := sha256.Sum256(signed)
 	switch k := pub.(type) {
 	case *ecdsa.PublicKey:
-		return ecdsa.Verify(k, digest[:], new(big.Int).SetBytes(sig[:ecdsaHalf]), new(big.Int).SetBytes(sig[ecdsaHalf:]))
+		return ecdsa.Verify(k, digest[:], new(big.Int).SetBytes(sig[:ecdsaHalf]),
+			new(big.Int).SetBytes(sig[ecdsaHalf:]))
 	case *rsa.PublicKey:
 		return rsa.VerifyPKCS1v15(k, crypto.SHA256, digest[:], sig) == nil
 	}

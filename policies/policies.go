@@ -48,8 +48,10 @@ func render(role string, values map[string]any, names ...string) (string, error)
 			return "", err
 		}
 	}
-	if strings.HasSuffix(names[0], "-operator") { // the mount: its auditor would be the operator "auditor" of another one
-		return "", fmt.Errorf("the mount %s ends in -operator, as the names of operators' policies do: name it otherwise", names[0])
+	// the mount: its auditor would be the operator "auditor" of another one
+	if strings.HasSuffix(names[0], "-operator") {
+		return "", fmt.Errorf("the mount %s ends in -operator, as the names of operators' policies do: name it "+
+			"otherwise", names[0])
 	}
 	t, err := template.ParseFS(files, role+".hcl")
 	if err != nil {

@@ -77,7 +77,8 @@ func TestVaultStandby(t *testing.T) {
 	}
 }
 
-// A hundred who ask at once for devices of a shard that nobody has asked for are one read, by the server's own audit log.
+// A hundred who ask at once for devices of a shard that nobody has asked for are one read, by the server's own audit
+// log.
 func TestVaultColdShardIsOneRead(t *testing.T) {
 	server := vaulttest.Start(t)
 	server.Mount(t, "kme", "2")
@@ -100,8 +101,9 @@ func TestVaultColdShardIsOneRead(t *testing.T) {
 	}
 	const size = 256
 	m := &directory.Manifest{
-		Lot: "L1", Manufacturer: signer.KeyID(), Suite: kme.SuiteECDSA, N: lot.N.Bytes(), E: lot.E, Mechanism: "CKM_RSA_PKCS_KEY_PAIR_GEN",
-		Ranges: []directory.Range{{TAC: tac, Count: size}}, ShardSize: size, Created: time.Now().UTC().Truncate(time.Second),
+		Lot: "L1", Manufacturer: signer.KeyID(), Suite: kme.SuiteECDSA, N: lot.N.Bytes(), E: lot.E,
+		Mechanism: "CKM_RSA_PKCS_KEY_PAIR_GEN", Ranges: []directory.Range{{TAC: tac, Count: size}}, ShardSize: size,
+		Created: time.Now().UTC().Truncate(time.Second),
 	}
 	keys := make([]directory.DeviceKey, size)
 	for i := range keys {
@@ -115,14 +117,16 @@ func TestVaultColdShardIsOneRead(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := directory.Publish(t.Context(), store, directory.ShardPath("L1", 0), signer, directory.TypeShard, shard); err != nil {
+	if err := directory.Publish(t.Context(), store, directory.ShardPath("L1", 0), signer, directory.TypeShard,
+		shard); err != nil {
 		t.Fatal(err)
 	}
 	if err := directory.BeginRevocations(t.Context(), store, signer, m, time.Now(), time.Hour); err != nil {
 		t.Fatal(err)
 	}
 	log := filepath.Join(t.TempDir(), "audit.log")
-	if err := server.Client(t, server.Root).Sys().EnableAuditWithOptions("file", &api.EnableAuditOptions{Type: "file", Options: map[string]string{"file_path": log}}); err != nil {
+	if err := server.Client(t, server.Root).Sys().EnableAuditWithOptions("file",
+		&api.EnableAuditOptions{Type: "file", Options: map[string]string{"file_path": log}}); err != nil {
 		t.Fatal(err)
 	}
 	reader := directory.NewReader(store, directory.NewVerifier(&key.PublicKey), directory.ReaderOptions{})
@@ -151,7 +155,8 @@ func TestVaultColdShardIsOneRead(t *testing.T) {
 		if err := json.Unmarshal([]byte(line), &entry); err != nil {
 			t.Fatal(err)
 		}
-		if entry.Type == "request" && entry.Request.Operation == "read" && strings.HasPrefix(entry.Request.Path, "kme/") {
+		if entry.Type == "request" && entry.Request.Operation == "read" &&
+			strings.HasPrefix(entry.Request.Path, "kme/") {
 			reads[entry.Request.Path]++
 		}
 	}

@@ -225,7 +225,8 @@ func TestVaultEscalation(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, role := range []string{"kme-factory-publisher", "kme-operator-acme"} {
-		if _, err := root.Logical().Write("auth/approle/role/"+role, map[string]any{"token_policies": role}); err != nil {
+		if _, err := root.Logical().Write("auth/approle/role/"+role,
+			map[string]any{"token_policies": role}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -237,7 +238,8 @@ func TestVaultEscalation(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if status, answer := ask(t, server, victim.Auth.ClientToken, "POST", "cubbyhole/victim", `{"secret": "s"}`); status != 204 {
+	if status, answer := ask(t, server, victim.Auth.ClientToken, "POST", "cubbyhole/victim",
+		`{"secret": "s"}`); status != 204 {
 		t.Fatal(status, answer)
 	}
 	wrapping := server.Client(t, server.Root)
@@ -250,7 +252,8 @@ func TestVaultEscalation(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	fill := strings.NewReplacer("VICTIM", victim.Auth.ClientToken, "ACCESSOR", victim.Auth.Accessor, "WRAPPED", wrapped.WrapInfo.Token,
+	fill := strings.NewReplacer("VICTIM", victim.Auth.ClientToken, "ACCESSOR", victim.Auth.Accessor, "WRAPPED",
+		wrapped.WrapInfo.Token,
 		"ENTITY", entity.Data["id"].(string), "APPROLE", auths["approle/"].Accessor)
 	try := func(token string, i int) (status int, answer string) {
 		e := escalations[i]
@@ -264,7 +267,8 @@ func TestVaultEscalation(t *testing.T) {
 		}
 		return ask(t, server, token, method, path, fill.Replace(e.body), header...)
 	}
-	if status, answer := ask(t, server, server.Root, "POST", "sys/mounts/kme/tune", `{"description": "d"}`); status != 204 {
+	if status, answer := ask(t, server, server.Root, "POST", "sys/mounts/kme/tune",
+		`{"description": "d"}`); status != 204 {
 		t.Fatal(status, answer) // it is described as whoever may will describe it
 	}
 	before := state(t, server)
@@ -283,7 +287,8 @@ func TestVaultEscalation(t *testing.T) {
 	after := state(t, server)
 	for _, request := range slices.Sorted(maps.Keys(after)) {
 		if before[request] != after[request] {
-			t.Errorf("what was refused has changed something: %s gives\n%s\nwas\n%s", request, after[request], before[request])
+			t.Errorf("what was refused has changed something: %s gives\n%s\nwas\n%s", request, after[request],
+				before[request])
 		}
 	}
 	for i, e := range escalations {
@@ -316,7 +321,8 @@ func state(t *testing.T, server *vaulttest.Server) map[string]string {
 	for _, path := range []string{"sys/mounts", "sys/auth", "sys/audit", "sys/config/cors"} {
 		show("GET", path)
 	}
-	for _, folder := range []string{"sys/policies/acl", "sys/policies/password", "auth/approle/role", "auth/token/roles", "identity/entity/name", "identity/group/name", "sys/quotas/rate-limit"} {
+	for _, folder := range []string{"sys/policies/acl", "sys/policies/password", "auth/approle/role",
+		"auth/token/roles", "identity/entity/name", "identity/group/name", "sys/quotas/rate-limit"} {
 		for _, name := range show("LIST", folder) {
 			show("GET", folder+"/"+name)
 		}
@@ -338,8 +344,9 @@ func TestVaultCapabilities(t *testing.T) {
 	need := map[string]map[string]string{
 		policies.Publisher: {
 			"kme/data/lots/L1/manifest": "create read", "kme/data/lots/L1/shards/000000": "create read",
-			"kme/data/lots/L1/revocations": "create read update", "kme/data/lots/L1/revoked/000000": "create read update",
-			"kme/metadata/lots": "list", "kme/metadata/lots/L1/shards": "list", "kme/metadata/lots/L1/revoked": "list",
+			"kme/data/lots/L1/revocations":    "create read update",
+			"kme/data/lots/L1/revoked/000000": "create read update", "kme/metadata/lots": "list",
+			"kme/metadata/lots/L1/shards": "list", "kme/metadata/lots/L1/revoked": "list",
 		},
 		policies.Auditor: {"kme/data/": "read", "kme/metadata/": "list read", "kme/config": "read"}, // and all below
 		policies.Admin: {
@@ -351,12 +358,15 @@ func TestVaultCapabilities(t *testing.T) {
 		},
 	}
 	paths := []string{
-		"kme", "kme/", "kme/data/lots", "kme/data/lots/L1", "kme/data/lots/L1/shards", "kme/data/lots/L1/revoked", "kme/data/lots/L1/other", "kme/data/other",
-		"kme/metadata", "kme/detailed-metadata/lots", "kme/delete/lots/L1/shards/000000", "kme/destroy/lots/L1/shards/000000", "kme/undelete/lots/L1/shards/000000",
-		"other/config", "other/data/lots/L1/shards/000000", "other/metadata", "auth/approle/role/kme-auditor", "auth/approle/role/kme-auditor/secret-id", "auth/token/create",
-		"sys/mounts/kme-other", "sys/mounts/kme/other", "sys/policies/acl/kme-auditor", "sys/policies/acl/kme-kme", "sys/policies/egp/x", "sys/policies/rgp/x", "sys/namespaces/x",
-		"sys/remount/status/x", "sys/raw", "sys/step-down", "sys/leases/lookup", "sys/leases/revoke", "sys/replication/status", "sys/config/auditing/request-headers/x",
-		"identity/group/id/x", "identity/lookup/entity", "identity/oidc/role/x", "cubbyhole/x",
+		"kme", "kme/", "kme/data/lots", "kme/data/lots/L1", "kme/data/lots/L1/shards", "kme/data/lots/L1/revoked",
+		"kme/data/lots/L1/other", "kme/data/other", "kme/metadata", "kme/detailed-metadata/lots",
+		"kme/delete/lots/L1/shards/000000", "kme/destroy/lots/L1/shards/000000", "kme/undelete/lots/L1/shards/000000",
+		"other/config", "other/data/lots/L1/shards/000000", "other/metadata", "auth/approle/role/kme-auditor",
+		"auth/approle/role/kme-auditor/secret-id", "auth/token/create", "sys/mounts/kme-other", "sys/mounts/kme/other",
+		"sys/policies/acl/kme-auditor", "sys/policies/acl/kme-kme", "sys/policies/egp/x", "sys/policies/rgp/x",
+		"sys/namespaces/x", "sys/remount/status/x", "sys/raw", "sys/step-down", "sys/leases/lookup",
+		"sys/leases/revoke", "sys/replication/status", "sys/config/auditing/request-headers/x", "identity/group/id/x",
+		"identity/lookup/entity", "identity/oidc/role/x", "cubbyhole/x",
 	}
 	for _, e := range escalations {
 		if _, path, _ := strings.Cut(e.request, " "); !strings.Contains(path, "%") {
@@ -384,7 +394,8 @@ func TestVaultCapabilities(t *testing.T) {
 		if role == "operator" {
 			policy = policies.OperatorName("kme", "acme")
 		}
-		token, err := root.Auth().Token().Create(&api.TokenCreateRequest{Policies: []string{policy}, NoDefaultPolicy: true, TTL: "10m"})
+		token, err := root.Auth().Token().Create(&api.TokenCreateRequest{Policies: []string{policy},
+			NoDefaultPolicy: true, TTL: "10m"})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -404,7 +415,8 @@ func TestVaultCapabilities(t *testing.T) {
 // An operator's policy is for one lot, whatever that is called: no name is written into it that a policy would take
 // for more.
 func TestOperatorNames(t *testing.T) {
-	for _, name := range []string{"", "+", "*", "L*", "L1/+", "../L2", "L1..", "L1\" { capabilities = [\"sudo\"] }\npath \"*", "L1\n", "{{identity.entity.id}}"} {
+	for _, name := range []string{"", "+", "*", "L*", "L1/+", "../L2", "L1..",
+		"L1\" { capabilities = [\"sudo\"] }\npath \"*", "L1\n", "{{identity.entity.id}}"} {
 		if text, err := policies.Operator("kme", "acme", []string{"L1", name}); err == nil {
 			t.Errorf("lot %q: %s", name, text)
 		}

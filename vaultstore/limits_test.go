@@ -31,7 +31,8 @@ func TestVaultRateLimit(t *testing.T) {
 	if err := New(root, "kme").Create(t.Context(), directory.ManifestPath("L1"), []byte("x")); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := root.Logical().Write("sys/quotas/rate-limit/slow", map[string]any{"path": "kme", "rate": 10, "interval": "1s"}); err != nil {
+	if _, err := root.Logical().Write("sys/quotas/rate-limit/slow",
+		map[string]any{"path": "kme", "rate": 10, "interval": "1s"}); err != nil {
 		t.Fatal(err)
 	}
 	limited := 0
@@ -83,7 +84,8 @@ func TestVaultRevocationsOfAMillion(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := &directory.Manifest{Lot: "L1", Suite: kme.SuiteECDSA, Ranges: []directory.Range{{TAC: tac, Count: 1_000_000}}, ShardSize: 256}
+	m := &directory.Manifest{Lot: "L1", Suite: kme.SuiteECDSA, Ranges: []directory.Range{{TAC: tac, Count: 1_000_000}},
+		ShardSize: 256}
 	publisher := as[policies.Publisher]
 	if err := directory.BeginRevocations(t.Context(), publisher, signer, m, time.Now(), time.Hour); err != nil {
 		t.Fatal(err)
@@ -92,10 +94,12 @@ func TestVaultRevocationsOfAMillion(t *testing.T) {
 	for i := 0; i < m.Devices(); i += 100 {
 		imeis = append(imeis, m.IMEI(i))
 	}
-	if err := directory.Revoke(t.Context(), publisher, signer, m, imeis, "stolen from the warehouse in Rotterdam", time.Now(), nil); err != nil {
+	if err := directory.Revoke(t.Context(), publisher, signer, m, imeis, "stolen from the warehouse in Rotterdam",
+		time.Now(), nil); err != nil {
 		t.Fatal(err)
 	}
-	if err := directory.Revoke(t.Context(), publisher, signer, m, []kme.IMEI{m.IMEI(1)}, "stolen", time.Now(), nil); err != nil {
+	if err := directory.Revoke(t.Context(), publisher, signer, m, []kme.IMEI{m.IMEI(1)}, "stolen", time.Now(),
+		nil); err != nil {
 		t.Fatal(err)
 	}
 	reader := directory.NewReader(as["operator"], directory.NewVerifier(signer.Public()), directory.ReaderOptions{})
@@ -114,7 +118,8 @@ func TestVaultRevocationsOfAMillion(t *testing.T) {
 	if history, err := reader.History(t.Context(), m, m.IMEI(999_900)); err != nil || len(history) != 1 {
 		t.Error(history, err)
 	}
-	if err := directory.RevokeLot(t.Context(), publisher, signer, m, "the lot's key has leaked", time.Now()); err != nil {
+	if err := directory.RevokeLot(t.Context(), publisher, signer, m, "the lot's key has leaked",
+		time.Now()); err != nil {
 		t.Error(err)
 	}
 }
@@ -129,8 +134,10 @@ func TestVaultTooLarge(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, size := range []int{1 << 20, 1<<20 + 1} { // by the storage, and by the parser
-		_, err := store.client.Logical().Write("kme/data/lots/L1/revocations", map[string]any{"data": map[string]any{"jws": strings.Repeat("e", size)}})
-		if err = store.explain(err, "update", "lots/L1/revocations"); err == nil || errors.Is(err, directory.ErrUnavailable) || !strings.Contains(err.Error(), "max_entry_size") {
+		_, err := store.client.Logical().Write("kme/data/lots/L1/revocations",
+			map[string]any{"data": map[string]any{"jws": strings.Repeat("e", size)}})
+		if err = store.explain(err, "update", "lots/L1/revocations"); err == nil ||
+			errors.Is(err, directory.ErrUnavailable) || !strings.Contains(err.Error(), "max_entry_size") {
 			t.Errorf("%d bytes: %v", size, err)
 		}
 	}
@@ -140,7 +147,8 @@ func TestVaultCertificateLogin(t *testing.T) {
 	dir := certtest.Make(t, "127.0.0.1", "client")
 	at := func(name string) string { return filepath.Join(dir, name) }
 	t.Setenv("VAULT_CACERT", at("ca.pem"))
-	server := vaulttest.Start(t, "-tls-cert", at("127.0.0.1.pem"), "-tls-key", at("127.0.0.1.key"), "-tls-client-ca", at("ca.pem"))
+	server := vaulttest.Start(t, "-tls-cert", at("127.0.0.1.pem"), "-tls-key", at("127.0.0.1.key"),
+		"-tls-client-ca", at("ca.pem"))
 	server.Mount(t, "kme", "2")
 	root := server.Client(t, server.Root)
 	if err := New(root, "kme").Create(t.Context(), directory.ManifestPath("L1"), []byte("x")); err != nil {
@@ -156,7 +164,8 @@ func TestVaultCertificateLogin(t *testing.T) {
 	if err := root.Sys().EnableAuthWithOptions("cert", &api.EnableAuthOptions{Type: "cert"}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := root.Logical().Write("auth/cert/certs/operator", map[string]any{"certificate": string(ca), "allowed_common_names": "client", "token_policies": "p"}); err != nil {
+	if _, err := root.Logical().Write("auth/cert/certs/operator", map[string]any{"certificate": string(ca),
+		"allowed_common_names": "client", "token_policies": "p"}); err != nil {
 		t.Fatal(err)
 	}
 	t.Setenv("VAULT_ADDR", server.Addr)

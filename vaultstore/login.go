@@ -52,9 +52,9 @@ func (l Login) Validate() error {
 	return nil
 }
 
-// Connect makes a client from Vault's usual environment (VAULT_ADDR, VAULT_CACERT and so on), logs in, and keeps the token
-// alive until ctx ends: it is renewed, and when that ends, there is a new login. log gets what happens to it, never a
-// token.
+// Connect makes a client from Vault's usual environment (VAULT_ADDR, VAULT_CACERT and so on), logs in, and
+// keeps the token alive until ctx ends: it is renewed, and when that ends, there is a new login. log gets what
+// happens to it, never a token.
 func Connect(ctx context.Context, l Login, log *slog.Logger) (*api.Client, error) {
 	if err := l.Validate(); err != nil {
 		return nil, err
@@ -200,7 +200,8 @@ func (s *session) ownToken(ctx context.Context) (*api.Secret, error) {
 	if err != nil || !renewable || ttl == 0 {
 		return nil, err
 	}
-	return &api.Secret{Auth: &api.SecretAuth{ClientToken: s.client.Token(), Renewable: true, LeaseDuration: int(ttl.Seconds())}}, nil
+	return &api.Secret{Auth: &api.SecretAuth{ClientToken: s.client.Token(), Renewable: true,
+		LeaseDuration: int(ttl.Seconds())}}, nil
 }
 
 func (s *session) readSecretID(ctx context.Context) (string, error) {
@@ -221,7 +222,8 @@ func (s *session) readSecretID(ctx context.Context) (string, error) {
 		if status := statusOf(err); err != nil && status != 400 && status != 403 {
 			return "", loginError(err)
 		} else if err != nil {
-			return "", errors.New("the AppRole's secret id cannot be unwrapped: its wrapping token has ended or was used before; if it was not used by us, somebody else has the secret id")
+			return "", errors.New("the AppRole's secret id cannot be unwrapped: its wrapping token has ended or was " +
+				"used before; if it was not used by us, somebody else has the secret id")
 		}
 		var ok bool
 		if id, ok = secret.Data["secret_id"].(string); !ok {
@@ -277,9 +279,9 @@ func (s *session) tokenAtLast(ctx context.Context, err error) (secret *api.Secre
 	return secret
 }
 
-// renew renews the token at half of its life, until the life that Vault still gives it is shorter than it was at first: the
-// token then nears the end of its longest life. It returns while the token is good, so that a new one is there before
-// this one ends; the client library's LifetimeWatcher waits longer, and left a gap.
+// renew renews the token at half of its life, until the life that Vault still gives it is shorter than it was at first:
+// the token then nears the end of its longest life. It returns while the token is good, so that a new one is there
+// before this one ends; the client library's LifetimeWatcher waits longer, and left a gap.
 func (s *session) renew(ctx context.Context, secret *api.Secret) (err error) {
 	defer panics.Recover(&err)
 	first := time.Duration(secret.Auth.LeaseDuration) * time.Second

@@ -71,7 +71,8 @@ func TestNoActiveNode(t *testing.T) {
 			logins := map[string]Login{"AppRole": {RoleID: "r", SecretIDFile: secretID}, "the environment's token": {}}
 			for what, l := range logins {
 				left.Store(1 << 40)
-				if _, err := (&session{client: client, login: l}).token(t.Context()); !errors.Is(err, directory.ErrUnavailable) {
+				if _, err := (&session{client: client, login: l}).token(t.Context()); !errors.Is(err,
+					directory.ErrUnavailable) {
 					t.Errorf("login by %s: %v", what, err)
 				}
 			}

@@ -25,7 +25,8 @@ func Setup(ctx context.Context, client *api.Client, mount string, dryRun bool) (
 	explain := func(err error, what, path string) error {
 		if statusOf(err) == http.StatusForbidden {
 			return fmt.Errorf("this token may not %s %s in Vault (403): "+
-				"a directory is set up with a token of whoever runs Vault, which may make mounts and policies", what, path)
+				"a directory is set up with a token of whoever runs Vault, which may make mounts and policies", what,
+				path)
 		}
 		return store.explain(err, what, path)
 	}
@@ -36,7 +37,8 @@ func Setup(ctx context.Context, client *api.Client, mount string, dryRun bool) (
 	}
 	steps = append(steps, Step{What: fmt.Sprintf("mount %s, kv version 2", mount), Done: exists})
 	if !exists && !dryRun {
-		input := &api.MountInput{Type: "kv", Description: "public keys of devices, signed by their manufacturer", Options: map[string]string{"version": "2"}}
+		input := &api.MountInput{Type: "kv", Description: "public keys of devices, signed by their manufacturer",
+			Options: map[string]string{"version": "2"}}
 		if err := client.Sys().MountWithContext(ctx, mount, input); err != nil {
 			return steps, explain(err, "mount", "sys/mounts/"+mount)
 		}

@@ -62,7 +62,8 @@ func TestSilent(t *testing.T) {
 	}
 	var store *Store
 	soon("the login", func() {
-		client, err := Connect(t.Context(), Login{RoleID: "r", SecretIDFile: file, Wait: true}, slog.New(slog.DiscardHandler))
+		client, err := Connect(t.Context(), Login{RoleID: "r", SecretIDFile: file, Wait: true},
+			slog.New(slog.DiscardHandler))
 		if err != nil {
 			t.Fatal(err)
 		}

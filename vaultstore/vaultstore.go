@@ -1,5 +1,5 @@
-// Package vaultstore keeps the public-key directory in HashiCorp Vault, in a KV version 2 secrets engine: each object is the
-// field "jws" of a secret at its path. Nothing else of this project talks to Vault.
+// Package vaultstore keeps the public-key directory in HashiCorp Vault, in a KV version 2 secrets engine: each object
+// is the field "jws" of a secret at its path. Nothing else of this project talks to Vault.
 package vaultstore
 
 import (
@@ -21,8 +21,9 @@ import (
 
 // A Store is a directory.Store on one mount. All methods may be called concurrently.
 //
-// What is worth trying again (rate limits, sealed or unreachable servers, standby nodes that have no leader yet) the Vault
-// client does, a few times with jitter; what still fails then wraps directory.ErrUnavailable. What is not, fails at once.
+// What is worth trying again (rate limits, sealed or unreachable servers, standby nodes that have no leader
+// yet) the Vault client does, a few times with jitter; what still fails then wraps
+// directory.ErrUnavailable. What is not, fails at once.
 type Store struct {
 	client  *api.Client
 	mount   string
@@ -155,7 +156,8 @@ func (s *Store) checkMount(ctx context.Context) error {
 	}
 	options, _ := secret.Data["options"].(map[string]any)
 	if secret.Data["type"] != "kv" || options["version"] != "2" {
-		return fmt.Errorf("the Vault mount %s is %v version %v; the directory needs kv version 2: make one with factory vault setup", s.mount, secret.Data["type"], options["version"])
+		return fmt.Errorf("the Vault mount %s is %v version %v; the directory needs kv version 2: make one with "+
+			"factory vault setup", s.mount, secret.Data["type"], options["version"])
 	}
 	s.checked.Store(true)
 	return nil
@@ -198,7 +200,8 @@ func (s *Store) explain(err error, what, path string) error {
 	reasons := strings.Join(r.Errors, "; ")
 	switch {
 	case r.StatusCode == http.StatusForbidden:
-		return fmt.Errorf("this token may not %s %s in Vault (403): its policy must have that path on mount %s (see policies/), or the token has ended", what, s.data(path), s.mount)
+		return fmt.Errorf("this token may not %s %s in Vault (403): its policy must have that path on mount %s (see "+
+			"policies/), or the token has ended", what, s.data(path), s.mount)
 	case strings.Contains(reasons, "value being too large") || strings.Contains(reasons, "exceeds allowed length"):
 		return fmt.Errorf("%s %s: Vault takes no value of that size: give its storage a max_entry_size, "+
 			"and its listener a max_json_string_value_length, of 1 MiB at least: %s", what, path, reasons)

@@ -2,7 +2,6 @@ package vaultstore
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -49,7 +48,8 @@ func TestVaultFreshMount(t *testing.T) {
 	for i := range 5 {
 		mount := fmt.Sprintf("kme%d", i)
 		server.Mount(t, mount, "2")
-		if err := New(server.Client(t, server.Root), mount).Create(t.Context(), "lots/L1/manifest", []byte("x")); err != nil {
+		if err := New(server.Client(t, server.Root), mount).Create(t.Context(), "lots/L1/manifest",
+			[]byte("x")); err != nil {
 			t.Error(err)
 		}
 	}
@@ -166,13 +166,16 @@ func TestVaultDeletedIsNotNew(t *testing.T) {
 	if _, _, err := store.Read(t.Context(), "lots/L1/manifest"); !errors.Is(err, directory.ErrNotFound) {
 		t.Error(err)
 	}
-	if err := store.Create(t.Context(), "lots/L1/manifest", []byte("y")); err == nil || !strings.Contains(err.Error(), "undelete") {
+	if err := store.Create(t.Context(), "lots/L1/manifest", []byte("y")); err == nil ||
+		!strings.Contains(err.Error(), "undelete") {
 		t.Errorf("a deleted object was published anew: %v", err)
 	}
-	if _, err := client.Logical().Write("kme/data/lots/L1/foreign", map[string]any{"data": map[string]any{"other": "x"}}); err != nil {
+	if _, err := client.Logical().Write("kme/data/lots/L1/foreign",
+		map[string]any{"data": map[string]any{"other": "x"}}); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := store.Read(t.Context(), "lots/L1/foreign"); err == nil || !strings.Contains(err.Error(), "no object of ours") {
+	if _, _, err := store.Read(t.Context(), "lots/L1/foreign"); err == nil ||
+		!strings.Contains(err.Error(), "no object of ours") {
 		t.Error(err)
 	}
 }
@@ -185,14 +188,16 @@ func world(t *testing.T, server *vaulttest.Server) (as map[string]*Store, client
 		server.Mount(t, mount, "2")
 		store := New(root, mount)
 		for _, path := range []string{
-			directory.ManifestPath("L1"), directory.ShardPath("L1", 0), directory.ManifestPath("L2"), directory.ShardPath("L2", 0),
-			directory.ManifestPath("L10"), directory.ShardPath("L1-x", 0), directory.ManifestPath("L1.x"),
+			directory.ManifestPath("L1"), directory.ShardPath("L1", 0), directory.ManifestPath("L2"),
+			directory.ShardPath("L2", 0), directory.ManifestPath("L10"), directory.ShardPath("L1-x", 0),
+			directory.ManifestPath("L1.x"),
 		} {
 			if err := store.Create(t.Context(), path, []byte("object")); err != nil {
 				t.Fatal(err)
 			}
 		}
-		for _, path := range []string{directory.RevocationsPath("L1"), directory.RevocationPartPath("L1", 0), directory.RevocationPartPath("L2", 0)} {
+		for _, path := range []string{directory.RevocationsPath("L1"), directory.RevocationPartPath("L1", 0),
+			directory.RevocationPartPath("L2", 0)} {
 			if err := store.Update(t.Context(), path, []byte("list"), ""); err != nil {
 				t.Fatal(err)
 			}
@@ -223,8 +228,8 @@ func world(t *testing.T, server *vaulttest.Server) (as map[string]*Store, client
 	return as, client
 }
 
-// Each policy on the directory's objects, in both directions: what its holder must be able to do, and all else refused. TestVaultEscalation
-// has the rest of Vault.
+// Each policy on the directory's objects, in both directions: what its holder must be able to do, and all else refused.
+// TestVaultEscalation has the rest of Vault.
 func TestVaultPolicies(t *testing.T) {
 	as, client := world(t, vaulttest.Any(t))
 	const (
@@ -307,10 +312,12 @@ func TestVaultPolicies(t *testing.T) {
 	if err := publisher.Create(t.Context(), directory.ManifestPath("L1"), []byte("object")); err != nil {
 		t.Errorf("the same object again: %v", err)
 	}
-	if err := publisher.Create(t.Context(), directory.ManifestPath("L1"), []byte("other")); !errors.As(err, new(*directory.ConflictError)) {
+	if err := publisher.Create(t.Context(), directory.ManifestPath("L1"), []byte("other")); !errors.As(err,
+		new(*directory.ConflictError)) {
 		t.Errorf("another object: %v", err)
 	}
-	if _, _, err := as["operator"].Read(t.Context(), directory.ManifestPath("L2")); err == nil || !strings.Contains(err.Error(), "kme/data/lots/L2/manifest") || !strings.Contains(err.Error(), "policy") {
+	if _, _, err := as["operator"].Read(t.Context(), directory.ManifestPath("L2")); err == nil ||
+		!strings.Contains(err.Error(), "kme/data/lots/L2/manifest") || !strings.Contains(err.Error(), "policy") {
 		t.Error(err)
 	}
 }
@@ -342,13 +349,15 @@ func TestVaultLogin(t *testing.T) {
 	}
 	text, err := policies.Of("kme", policies.Publisher)
 	if err == nil {
-		err = errors.Join(root.Sys().PutPolicy("p", text), root.Sys().EnableAuthWithOptions("approle", &api.EnableAuthOptions{Type: "approle"}))
+		err = errors.Join(root.Sys().PutPolicy("p", text),
+			root.Sys().EnableAuthWithOptions("approle", &api.EnableAuthOptions{Type: "approle"}))
 	}
 	if err != nil {
 		t.Fatal(err)
 	}
 	// Tokens that live so shortly are renewed, and logged in anew, within the test.
-	if _, err := root.Logical().Write("auth/approle/role/r", map[string]any{"token_policies": "p", "token_ttl": "2s", "token_max_ttl": "4s"}); err != nil {
+	if _, err := root.Logical().Write("auth/approle/role/r", map[string]any{"token_policies": "p", "token_ttl": "2s",
+		"token_max_ttl": "4s"}); err != nil {
 		t.Fatal(err)
 	}
 	role, err := root.Logical().Read("auth/approle/role/r/role-id")
@@ -386,10 +395,10 @@ func TestVaultLogin(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			ctx, cancel := context.WithCancel(context.Background())
-			defer cancel()
+			ctx := t.Context()
 			log := new(syncBuffer)
-			client, err := Connect(ctx, l, slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug})))
+			client, err := Connect(ctx, l,
+				slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug})))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -419,16 +428,18 @@ func TestVaultLogin(t *testing.T) {
 		login Login
 		want  string
 	}{
-		"a wrapping token used before": {Login{RoleID: roleID, SecretIDFile: file("used", "hvs.none"), Wrapped: true}, "unwrapped"},
-		"a wrong secret id":            {Login{RoleID: roleID, SecretIDFile: file("wrong", "wrong")}, "is refused"},
-		"no secret id file":            {Login{RoleID: roleID, SecretIDFile: dir + "/none"}, "none"},
-		"role without secret":          {Login{RoleID: roleID}, "secret id"},
-		"two ways at once":             {Login{RoleID: roleID, SecretIDFile: "x", CertRole: "c"}, "not both"},
-		"no login at all":              {Login{}, "VAULT_TOKEN"},
-		"no client certificate":        {Login{CertRole: "c"}, "is refused"},
+		"a wrapping token used before": {Login{RoleID: roleID, SecretIDFile: file("used", "hvs.none"), Wrapped: true},
+			"unwrapped"},
+		"a wrong secret id":     {Login{RoleID: roleID, SecretIDFile: file("wrong", "wrong")}, "is refused"},
+		"no secret id file":     {Login{RoleID: roleID, SecretIDFile: dir + "/none"}, "none"},
+		"role without secret":   {Login{RoleID: roleID}, "secret id"},
+		"two ways at once":      {Login{RoleID: roleID, SecretIDFile: "x", CertRole: "c"}, "not both"},
+		"no login at all":       {Login{}, "VAULT_TOKEN"},
+		"no client certificate": {Login{CertRole: "c"}, "is refused"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if _, err := Connect(t.Context(), c.login, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), c.want) {
+			if _, err := Connect(t.Context(), c.login, slog.New(slog.DiscardHandler)); err == nil ||
+				!strings.Contains(err.Error(), c.want) {
 				t.Errorf("%v does not say %q", err, c.want)
 			} else if strings.Contains(err.Error(), plain) {
 				t.Error("the error has the secret id")
@@ -440,7 +451,8 @@ func TestVaultLogin(t *testing.T) {
 func TestVaultSetup(t *testing.T) {
 	server := vaulttest.Start(t)
 	root := server.Client(t, server.Root)
-	if _, _, err := New(root, "kme").Read(t.Context(), "lots/L1/manifest"); err == nil || !strings.Contains(err.Error(), "no mount kme") {
+	if _, _, err := New(root, "kme").Read(t.Context(), "lots/L1/manifest"); err == nil ||
+		!strings.Contains(err.Error(), "no mount kme") {
 		t.Errorf("a mount that is not there: %v", err)
 	}
 	todo := func(dryRun bool) (n int) {
@@ -471,12 +483,14 @@ func TestVaultSetup(t *testing.T) {
 		t.Errorf("a changed policy: %d steps", n)
 	}
 	// The admin's policy is not for setting up: its holder may not even look at a policy.
-	token, err := root.Auth().Token().Create(&api.TokenCreateRequest{Policies: []string{policies.Name("kme", policies.Admin)}})
+	token, err := root.Auth().Token().
+		Create(&api.TokenCreateRequest{Policies: []string{policies.Name("kme", policies.Admin)}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	_, err = Setup(t.Context(), server.Client(t, token.Auth.ClientToken), "kme", false)
-	if err == nil || !strings.Contains(err.Error(), "sys/policies/acl/kme-factory-publisher") || !strings.Contains(err.Error(), "runs Vault") {
+	if err == nil || !strings.Contains(err.Error(), "sys/policies/acl/kme-factory-publisher") ||
+		!strings.Contains(err.Error(), "runs Vault") {
 		t.Errorf("a set-up with the admin's token: %v", err)
 	}
 	server.Mount(t, "old", "1")

@@ -36,10 +36,10 @@ type Enrolment struct {
 	TACs       []kme.TAC
 }
 
-// Enroll imports a manufacturer's enrolment: it pins the manufacturer's key, takes the operator's KEK into the token, and
-// destroys the transport key that the KEK came under. The KEK of an earlier enrolment with the same generation is
-// replaced; one of another generation is imported beside those that are there. Without TACs those of the enrolment before
-// stay. An enrolment that was imported before changes nothing but the directory.
+// Enroll imports a manufacturer's enrolment: it pins the manufacturer's key, takes the operator's KEK into the token,
+// and destroys the transport key that the KEK came under. The KEK of an earlier enrolment with the same generation is
+// replaced; one of another generation is imported beside those that are there. Without TACs those of the enrolment
+// before stay. An enrolment that was imported before changes nothing but the directory.
 func Enroll(ctx context.Context, token Token, registry binding.Registry, by Enrolment) (*binding.Manufacturer, error) {
 	verifier, err := directory.ParseVerifier(by.PEM)
 	if err != nil {
@@ -56,7 +56,8 @@ func Enroll(ctx context.Context, token Token, registry binding.Registry, by Enro
 		return nil, fmt.Errorf("the enrolment: %w", err)
 	}
 	if e.Manufacturer != verifier.KeyID() {
-		return nil, fmt.Errorf("the enrolment is of manufacturer %s, and the key given is that of %s", e.Manufacturer, verifier.KeyID())
+		return nil, fmt.Errorf("the enrolment is of manufacturer %s, and the key given is that of %s", e.Manufacturer,
+			verifier.KeyID())
 	}
 	manufacturers, err := registry.Manufacturers(ctx)
 	if err != nil {
@@ -74,7 +75,8 @@ func Enroll(ctx context.Context, token Token, registry binding.Registry, by Enro
 		}
 	}
 	m := &binding.Manufacturer{
-		KeyID: e.Manufacturer, PEM: string(by.PEM), Operator: e.Operator, Directory: by.Directory, TACs: by.TACs, Enrolled: time.Now(),
+		KeyID: e.Manufacturer, PEM: string(by.PEM), Operator: e.Operator, Directory: by.Directory, TACs: by.TACs,
+		Enrolled: time.Now(),
 	}
 	lots, err := registry.Lots(ctx)
 	if err == nil {
@@ -91,7 +93,9 @@ func Enroll(ctx context.Context, token Token, registry binding.Registry, by Enro
 	if err != nil {
 		return nil, err
 	}
-	at := slices.IndexFunc(transports, func(pub *rsa.PublicKey) bool { return directory.RSAThumbprint(pub) == e.TransportKey })
+	at := slices.IndexFunc(transports, func(pub *rsa.PublicKey) bool {
+		return directory.RSAThumbprint(pub) == e.TransportKey
+	})
 	if at < 0 {
 		return m, enrolledBefore(ctx, token, registry, manufacturers, m, &e, kek)
 	}
@@ -112,8 +116,10 @@ func checkPins(lots []*binding.Lot, manufacturers []*binding.Manufacturer, m *bi
 			return fmt.Errorf("TAC %s is pinned to manufacturer %s: settle it with who made the devices", t, o.KeyID)
 		}
 		for _, l := range lots {
-			if l.Manufacturer != m.KeyID && l.Served() && slices.ContainsFunc(l.Manifest.Ranges, func(r directory.Range) bool { return r.TAC == t }) {
-				return fmt.Errorf("lot %s of manufacturer %s has TAC %s: settle it with who made them; keysvc lot retire ends a lot",
+			if l.Manufacturer != m.KeyID && l.Served() &&
+				slices.ContainsFunc(l.Manifest.Ranges, func(r directory.Range) bool { return r.TAC == t }) {
+				return fmt.Errorf("lot %s of manufacturer %s has TAC %s: settle it with who made them; keysvc lot "+
+					"retire ends a lot",
 					l.Manifest.Lot, l.Manufacturer, t)
 			}
 		}
@@ -148,7 +154,8 @@ func checkTACs(lot *directory.Manifest, manufacturers []*binding.Manufacturer, m
 				lot.Lot, r.TAC, o.KeyID)
 		}
 		if len(m.TACs) > 0 && !slices.Contains(m.TACs, r.TAC) {
-			return fmt.Errorf("lot %s has TAC %s, and manufacturer %s was enrolled for %s alone: if that is its TAC too, run keysvc enroll "+
+			return fmt.Errorf("lot %s has TAC %s, and manufacturer %s was enrolled for %s alone: if that is its TAC "+
+				"too, run keysvc enroll "+
 				"again with --tac for each; keysvc lot retire ends a lot", lot.Lot, r.TAC, m.KeyID, m.TACs)
 		}
 	}
@@ -167,15 +174,18 @@ func enrolledBefore(ctx context.Context, token Token, registry binding.Registry,
 		return o.KeyID == m.KeyID && o.Operator == m.Operator
 	})
 	if !has || !enrolled {
-		return fmt.Errorf("the enrolment was made for transport key %s, which this token has not got: make one with keysvc transport new, and have the manufacturer enrol that", e.TransportKey)
+		return fmt.Errorf("the enrolment was made for transport key %s, which this token has not got: make one with "+
+			"keysvc transport new, and have the manufacturer enrol that", e.TransportKey)
 	}
 	return registry.PutManufacturer(ctx, m)
 }
 
-// ImportLot imports a granted lot: it takes the lot's private key into the token, proves with a decryption that it is the
-// key of the manifest's modulus, and enters the lot. The same grant again changes nothing. A lot that was retired is
-// refused, unless again is the verdict that it is served again.
-func ImportLot(ctx context.Context, token Token, registry binding.Registry, jws []byte, again *binding.Verdict) (*binding.Lot, error) {
+// ImportLot imports a granted lot: it takes the lot's private key into the token, proves with a decryption that it is
+// the key of the manifest's modulus, and enters the lot. The same grant again changes nothing. A lot that was retired
+// is refused, unless again is the verdict that it is served again.
+func ImportLot(
+	ctx context.Context, token Token, registry binding.Registry, jws []byte, again *binding.Verdict,
+) (*binding.Lot, error) {
 	manufacturers, err := registry.Manufacturers(ctx)
 	if err != nil {
 		return nil, err
@@ -195,7 +205,8 @@ func ImportLot(ctx context.Context, token Token, registry binding.Registry, jws 
 	return nil, fmt.Errorf("the grant is signed by %s, a manufacturer who is not enrolled", signer)
 }
 
-func importLot(ctx context.Context, token Token, registry binding.Registry, manufacturers []*binding.Manufacturer, m *binding.Manufacturer, jws []byte,
+func importLot(ctx context.Context, token Token, registry binding.Registry, manufacturers []*binding.Manufacturer,
+	m *binding.Manufacturer, jws []byte,
 	again *binding.Verdict) (*binding.Lot, error) {
 	if m.Verdict.Withdrawn {
 		return nil, distrustedError(m.KeyID, m.Verdict)
@@ -212,7 +223,8 @@ func importLot(ctx context.Context, token Token, registry binding.Registry, manu
 		return nil, fmt.Errorf("the grant: %w", err)
 	}
 	if g.Operator != m.Operator {
-		return nil, fmt.Errorf("the grant is for operator %q, and this token was enrolled as %q", g.Operator, m.Operator)
+		return nil, fmt.Errorf("the grant is for operator %q, and this token was enrolled as %q",
+			g.Operator, m.Operator)
 	}
 	kek, ok := kekOf(m.KeyID, m.Operator).Named(g.KEK)
 	if !ok {
@@ -237,7 +249,9 @@ func importLot(ctx context.Context, token Token, registry binding.Registry, manu
 	}
 	fresh, err := token.UnwrapLotKey(ctx, lot.Key(), kek, g.Wrapped, manifest.PublicKey())
 	if errors.Is(err, hsmkeys.ErrNoKey) {
-		return nil, fmt.Errorf("lot %s was wrapped under generation %d of the KEK, which this token has not got: have the manufacturer's enrolment with that one, and run keysvc enroll: %w", manifest.Lot, max(kek.Generation, 1), err)
+		return nil, fmt.Errorf("lot %s was wrapped under generation %d of the KEK, which this token has not got: "+
+			"have the manufacturer's enrolment with that one, and run keysvc enroll: %w", manifest.Lot,
+			max(kek.Generation, 1), err)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("lot %s: %w", manifest.Lot, err)
@@ -262,10 +276,12 @@ func checkLot(lot *binding.Lot, all []*binding.Lot, again bool) error {
 	for _, other := range all {
 		if other.Manufacturer == lot.Manufacturer && other.Manifest.Lot == lot.Manifest.Lot {
 			if other.ManifestJWS != lot.ManifestJWS {
-				return fmt.Errorf("lot %s of manufacturer %s was imported before with another manifest", lot.Manifest.Lot, lot.Manufacturer)
+				return fmt.Errorf("lot %s of manufacturer %s was imported before with another manifest",
+					lot.Manifest.Lot, lot.Manufacturer)
 			}
 			if other.Retired.Withdrawn && !again {
-				return fmt.Errorf("lot %s of manufacturer %s was retired, %s; if that is to be undone, import it with --reinstate REASON",
+				return fmt.Errorf("lot %s of manufacturer %s was retired, %s; if that is to be undone, import it "+
+					"with --reinstate REASON",
 					lot.Manifest.Lot, lot.Manufacturer, other.Retired)
 			}
 			continue
@@ -274,7 +290,9 @@ func checkLot(lot *binding.Lot, all []*binding.Lot, again bool) error {
 			continue
 		}
 		if r := lot.Manifest.Overlap(other.Manifest); r != nil {
-			return fmt.Errorf("lot %s shares IMEIs with lot %s of manufacturer %s, which has %d from %s%06d on: one of the two is wrong; settle it with who made them", lot.Manifest.Lot, other.Manifest.Lot, other.Manufacturer, r.Count, r.TAC, r.First)
+			return fmt.Errorf("lot %s shares IMEIs with lot %s of manufacturer %s, which has %d from %s%06d on: one "+
+				"of the two is wrong; settle it with who made them", lot.Manifest.Lot, other.Manifest.Lot,
+				other.Manufacturer, r.Count, r.TAC, r.First)
 		}
 	}
 	return nil

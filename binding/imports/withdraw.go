@@ -15,22 +15,28 @@ func NewVerdict(withdrawn bool, by, reason string) (v binding.Verdict, err error
 	if reason, err = directory.CheckReason(reason); err != nil {
 		return v, err
 	}
-	return binding.Verdict{Withdrawn: withdrawn, By: by, Reason: reason, Time: time.Now().UTC().Truncate(time.Millisecond)}, nil
+	return binding.Verdict{Withdrawn: withdrawn, By: by, Reason: reason,
+		Time: time.Now().UTC().Truncate(time.Millisecond)}, nil
 }
 
 func distrustedError(manufacturer string, v binding.Verdict) error {
-	return fmt.Errorf("manufacturer %s is distrusted, %s; if that is over, run keysvc manufacturer trust first", manufacturer, v)
+	return fmt.Errorf("manufacturer %s is distrusted, %s; if that is over, run keysvc manufacturer trust first",
+		manufacturer, v)
 }
 
 // Distrust has none of a manufacturer's lots served any more, and its enrolments and grants refused. Bindings stand,
 // and the keys stay in the token. It gives the verdict that stands: an earlier one stays.
-func Distrust(ctx context.Context, registry binding.Registry, manufacturer string, v binding.Verdict) (binding.Verdict, error) {
+func Distrust(
+	ctx context.Context, registry binding.Registry, manufacturer string, v binding.Verdict,
+) (binding.Verdict, error) {
 	return registry.Decide(ctx, manufacturer, "", v, func([]*binding.Lot) error { return nil })
 }
 
 // Trust ends what Distrust began. It fails if the IMEIs of a lot are by now those of another one, or a TAC that of
 // another manufacturer.
-func Trust(ctx context.Context, registry binding.Registry, manufacturer string, v binding.Verdict) (binding.Verdict, error) {
+func Trust(
+	ctx context.Context, registry binding.Registry, manufacturer string, v binding.Verdict,
+) (binding.Verdict, error) {
 	manufacturers, err := registry.Manufacturers(ctx)
 	if err != nil {
 		return binding.Verdict{}, err
@@ -58,11 +64,15 @@ func Trust(ctx context.Context, registry binding.Registry, manufacturer string, 
 // RetireLot has a lot served no more, and destroys its key in the token. Bindings stand. It gives the verdict that
 // stands: an earlier one stays, and the key is destroyed all the same. A factory's token has the lot's own key under
 // the same name.
-func RetireLot(ctx context.Context, token Token, registry binding.Registry, lot *binding.Lot, v binding.Verdict) (binding.Verdict, error) {
+func RetireLot(
+	ctx context.Context, token Token, registry binding.Registry, lot *binding.Lot, v binding.Verdict,
+) (binding.Verdict, error) {
 	if err := token.MustBe(ctx, hsmkeys.Operator); err != nil {
 		return binding.Verdict{}, err
 	}
-	stands, err := registry.Decide(ctx, lot.Manufacturer, lot.Manifest.Lot, v, func([]*binding.Lot) error { return nil })
+	stands, err := registry.Decide(ctx, lot.Manufacturer, lot.Manifest.Lot, v, func([]*binding.Lot) error {
+		return nil
+	})
 	if err != nil {
 		return stands, err
 	}
@@ -81,7 +91,8 @@ func FindLot(ctx context.Context, registry binding.Registry, name, manufacturer 
 			continue
 		}
 		if found != nil {
-			return nil, fmt.Errorf("lot %s is manufacturer %s's and also %s's: say which with --manufacturer", name, found.Manufacturer, l.Manufacturer)
+			return nil, fmt.Errorf("lot %s is manufacturer %s's and also %s's: say which with --manufacturer", name,
+				found.Manufacturer, l.Manufacturer)
 		}
 		found = l
 	}

@@ -158,8 +158,8 @@ const (
 )
 
 // Keep is for a service: until the context ends it raises the mark soon after the ledger has moved, looks at the heads
-// of its chains every second, and at all of its entries every ten minutes. What it finds is logged; the Store refuses by
-// itself while the ledger is rolled back, and until that is accepted: then accepted is called.
+// of its chains every second, and at all of its entries every ten minutes. What it finds is logged; the Store refuses
+// by itself while the ledger is rolled back, and until that is accepted: then accepted is called.
 func Keep(ctx context.Context, store binding.Ledger, token Token, accepted func(), log *slog.Logger) {
 	look := time.NewTicker(lookEvery)
 	defer look.Stop()
@@ -168,8 +168,8 @@ func Keep(ctx context.Context, store binding.Ledger, token Token, accepted func(
 	var reading sync.WaitGroup
 	defer reading.Wait()
 	reading.Go(func() { keepReading(ctx, store, read, log) })
-	// A ledger that is behind the token's mark stays so until it has been compared with that again: this process may have
-	// seen nothing later itself.
+	// A ledger that is behind the token's mark stays so until it has been compared with that again: this process may
+	// have seen nothing later itself.
 	behind := Check(ctx, store, token) != nil
 	moved, failed := store.Moved(), false
 	var rested <-chan time.Time

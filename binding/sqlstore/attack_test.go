@@ -25,7 +25,8 @@ func stranger(t *testing.T, name string) *sql.DB {
 	t.Helper()
 	driver := "pgx"
 	if path, ok := strings.CutPrefix(name, "sqlite:"); ok {
-		driver, name = "sqlite3", (&url.URL{Scheme: "file", OmitHost: true, Path: path, RawQuery: "_busy_timeout=10000"}).String()
+		driver, name = "sqlite3", (&url.URL{Scheme: "file", OmitHost: true, Path: path,
+			RawQuery: "_busy_timeout=10000"}).String()
 	}
 	db, err := sql.Open(driver, name)
 	if err != nil {
@@ -41,27 +42,42 @@ var attacks = []struct {
 	name, do, undo string
 	imsis          []int // whose rows are damaged; a -1 stands for the registry
 }{
-	{"a KME in another row", `UPDATE bindings SET sealed = (SELECT sealed FROM bindings WHERE imsi = IMSI1) WHERE imsi = IMSI0`,
-		`UPDATE bindings SET sealed = (SELECT sealed FROM kept_bindings WHERE imsi = IMSI0) WHERE imsi = IMSI0`, []int{0}},
-	{"a row of another subscription", `UPDATE bindings SET imsi = IMSI9 WHERE imsi = IMSI0`, `UPDATE bindings SET imsi = IMSI0 WHERE imsi = IMSI9`, []int{0, 9}},
-	{"two rows swapped but for their names", `UPDATE bindings SET imei = k.imei, sealed = k.sealed, nw_sig = k.nw_sig, seq = k.seq, mac = k.mac, attempt_id = k.attempt_id
-		FROM kept_bindings AS k WHERE bindings.imsi = IMSI0 AND k.imsi = IMSI1`, `DELETE FROM bindings; INSERT INTO bindings SELECT * FROM kept_bindings`, []int{0}},
-	{"pending made active", `UPDATE bindings SET state = 'ACTIVE' WHERE imsi = IMSI2`, `UPDATE bindings SET state = 'PENDING' WHERE imsi = IMSI2`, []int{2}},
-	{"a pending one that lives longer", `UPDATE bindings SET expires_at = expires_at + 1 WHERE imsi = IMSI2`, `UPDATE bindings SET expires_at = expires_at - 1 WHERE imsi = IMSI2`, []int{2}},
-	{"another IMEI", `UPDATE bindings SET imei = '35209900000099' WHERE imsi = IMSI1`, `UPDATE bindings SET imei = '35209900000001' WHERE imsi = IMSI1`, []int{1}},
-	{"a binding that is gone", `DELETE FROM bindings WHERE imsi = IMSI1`, `INSERT INTO bindings SELECT * FROM kept_bindings WHERE imsi = IMSI1`, []int{1}},
+	{"a KME in another row",
+		`UPDATE bindings SET sealed = (SELECT sealed FROM bindings WHERE imsi = IMSI1) WHERE imsi = IMSI0`,
+		`UPDATE bindings SET sealed = (SELECT sealed FROM kept_bindings WHERE imsi = IMSI0) WHERE imsi = IMSI0`,
+		[]int{0}},
+	{"a row of another subscription", `UPDATE bindings SET imsi = IMSI9 WHERE imsi = IMSI0`,
+		`UPDATE bindings SET imsi = IMSI0 WHERE imsi = IMSI9`, []int{0, 9}},
+	{"two rows swapped but for their names",
+		`UPDATE bindings SET imei = k.imei, sealed = k.sealed, nw_sig = k.nw_sig, seq = k.seq, mac = k.mac, attempt_id = k.attempt_id
+		FROM kept_bindings AS k WHERE bindings.imsi = IMSI0 AND k.imsi = IMSI1`,
+		`DELETE FROM bindings; INSERT INTO bindings SELECT * FROM kept_bindings`, []int{0}},
+	{"pending made active", `UPDATE bindings SET state = 'ACTIVE' WHERE imsi = IMSI2`,
+		`UPDATE bindings SET state = 'PENDING' WHERE imsi = IMSI2`, []int{2}},
+	{"a pending one that lives longer", `UPDATE bindings SET expires_at = expires_at + 1 WHERE imsi = IMSI2`,
+		`UPDATE bindings SET expires_at = expires_at - 1 WHERE imsi = IMSI2`, []int{2}},
+	{"another IMEI", `UPDATE bindings SET imei = '35209900000099' WHERE imsi = IMSI1`,
+		`UPDATE bindings SET imei = '35209900000001' WHERE imsi = IMSI1`, []int{1}},
+	{"a binding that is gone", `DELETE FROM bindings WHERE imsi = IMSI1`,
+		`INSERT INTO bindings SELECT * FROM kept_bindings WHERE imsi = IMSI1`, []int{1}},
 	{"a MAC of zeros", `UPDATE bindings SET mac = BYTES(00000000000000000000000000000000) WHERE imsi = IMSI1`,
 		`UPDATE bindings SET mac = (SELECT mac FROM kept_bindings WHERE imsi = IMSI1) WHERE imsi = IMSI1`, []int{1}},
 	{"no MAC", `UPDATE bindings SET mac = BYTES() WHERE imsi = IMSI1`,
 		`UPDATE bindings SET mac = (SELECT mac FROM kept_bindings WHERE imsi = IMSI1) WHERE imsi = IMSI1`, []int{1}},
-	{"an attempt for another subscription", `UPDATE attempts SET imsi = IMSI1 WHERE imsi = IMSI0`, `UPDATE attempts SET imsi = IMSI0 WHERE imsi = IMSI1`, []int{1}},
-	{"an attempt that lives longer", `UPDATE attempts SET expires_at = expires_at + 1000`, `UPDATE attempts SET expires_at = expires_at - 1000`, []int{0}},
-	{"an attempt made up", `INSERT INTO attempts SELECT IMSI2, 'x', origin, expires_at, 1, seq, mac FROM attempts`, `DELETE FROM attempts WHERE id = 'x'`, []int{2}},
-	{"an entry made up, as if there were a later one", `INSERT INTO ledger SELECT 99, 99, at, 'ACTIVATED', subject, '', NULL, actor, '', mac FROM ledger WHERE subject = IMSI1 AND event = 'ACTIVATED'`,
+	{"an attempt for another subscription", `UPDATE attempts SET imsi = IMSI1 WHERE imsi = IMSI0`,
+		`UPDATE attempts SET imsi = IMSI0 WHERE imsi = IMSI1`, []int{1}},
+	{"an attempt that lives longer", `UPDATE attempts SET expires_at = expires_at + 1000`,
+		`UPDATE attempts SET expires_at = expires_at - 1000`, []int{0}},
+	{"an attempt made up", `INSERT INTO attempts SELECT IMSI2, 'x', origin, expires_at, 1, seq, mac FROM attempts`,
+		`DELETE FROM attempts WHERE id = 'x'`, []int{2}},
+	{"an entry made up, as if there were a later one",
+		`INSERT INTO ledger SELECT 99, 99, at, 'ACTIVATED', subject, '', NULL, actor, '', mac FROM ledger WHERE subject = IMSI1 AND event = 'ACTIVATED'`,
 		`DELETE FROM ledger WHERE chain = 99`, []int{1}},
-	{"a manufacturer's key", `UPDATE manufacturers SET pem = (SELECT pem FROM other)`, `UPDATE manufacturers SET pem = (SELECT pem FROM kept_manufacturers)`, []int{-1}},
+	{"a manufacturer's key", `UPDATE manufacturers SET pem = (SELECT pem FROM other)`,
+		`UPDATE manufacturers SET pem = (SELECT pem FROM kept_manufacturers)`, []int{-1}},
 	{"a verdict undone", `UPDATE manufacturers SET withdrawn = 1`, `UPDATE manufacturers SET withdrawn = 0`, []int{-1}},
-	{"a directory elsewhere", `UPDATE manufacturers SET directory = 'file:/tmp/x'`, `UPDATE manufacturers SET directory = 'file:/srv'`, []int{-1}},
+	{"a directory elsewhere", `UPDATE manufacturers SET directory = 'file:/tmp/x'`,
+		`UPDATE manufacturers SET directory = 'file:/srv'`, []int{-1}},
 	{"a lot that is gone", `DELETE FROM lots`, `INSERT INTO lots SELECT * FROM kept_lots`, []int{-1}},
 	{"a lot retired", `UPDATE lots SET withdrawn = 1`, `UPDATE lots SET withdrawn = 0`, []int{-1}},
 	{"a lot under another name", `UPDATE lots SET lot = 'L2'`, `UPDATE lots SET lot = 'L1'`, []int{-1}},
@@ -95,7 +111,8 @@ func attacked(t *testing.T, name string) {
 		must(s.Prepare(ctx, q))
 		must(s.Report(ctx, b.IMSI, kme.Origin{}, true, t0))
 	}
-	if err := s.OpenAttempt(ctx, binding.Attempt{ID: "opened", IMSI: all[0].IMSI, Expires: t0.Add(time.Hour), Opened: true}); err != nil {
+	if err := s.OpenAttempt(ctx, binding.Attempt{ID: "opened", IMSI: all[0].IMSI, Expires: t0.Add(time.Hour),
+		Opened: true}); err != nil {
 		t.Fatal(err)
 	}
 	enter(t, s)
@@ -142,12 +159,16 @@ func attacked(t *testing.T, name string) {
 			// What a service would do with it.
 			for _, err := range []error{
 				func() error {
-					q := binding.VectorRequest{IMSI: imsi, Now: t0, RANDs: make([]hsmkeys.RAND, 1), Ready: "none", PendingVectors: 9}
+					q := binding.VectorRequest{IMSI: imsi, Now: t0, RANDs: make([]hsmkeys.RAND, 1), Ready: "none",
+						PendingVectors: 9}
 					q.RANDs[0][0] = 9
 					_, err := s.Prepare(ctx, q)
 					return err
 				}(),
-				func() error { _, err := s.Report(ctx, imsi, must(kme.ParseOrigin("elsewhere")), true, t0); return err }(),
+				func() error {
+					_, err := s.Report(ctx, imsi, must(kme.ParseOrigin("elsewhere")), true, t0)
+					return err
+				}(),
 			} {
 				if isDamaged(err) != wrong[n] {
 					t.Errorf("IMSI %d: %v, and of its subscription damaged is %v", n, err, wrong[n])
@@ -157,7 +178,8 @@ func attacked(t *testing.T, name string) {
 		_, err := s.Lots(ctx)
 		note(-1, err)
 		bound := wrong[0] || wrong[1] || wrong[2]
-		if all, err := s.Bindings(ctx, binding.BindingQuery{Limit: 10, Now: t0}); isDamaged(err) != bound || !bound && len(all) != 3 {
+		if all, err := s.Bindings(ctx, binding.BindingQuery{Limit: 10, Now: t0}); isDamaged(err) != bound || !bound &&
+			len(all) != 3 {
 			t.Errorf("listed: %d bindings, error %v; damaged are %v", len(all), err, wrong)
 		}
 		if report, err := s.Verify(ctx, func(int) {}); err != nil || (len(report.Damaged) > 0) != (len(wrong) > 0) {
@@ -258,7 +280,8 @@ func attacked(t *testing.T, name string) {
 		below := []byte{0xff, 0xff}
 		n := must(s.CountSealed(ctx, below))
 		for _, hide := range []string{"sealed = BYTES(ffffff)", "state = 'REVOKED'"} {
-			run("DELETE FROM bindings WHERE imsi = IMSI0; INSERT INTO bindings SELECT * FROM kept_bindings WHERE imsi = IMSI0")
+			run("DELETE FROM bindings WHERE imsi = IMSI0; INSERT INTO bindings SELECT * FROM kept_bindings WHERE " +
+				"imsi = IMSI0")
 			if again := must(s.CountSealed(ctx, below)); again != n {
 				t.Fatalf("%d KMEs, and then %d", n, again)
 			}
@@ -267,7 +290,8 @@ func attacked(t *testing.T, name string) {
 				t.Errorf("%s: %d KMEs, %v", hide, n, err)
 			}
 		}
-		run("DELETE FROM bindings WHERE imsi = IMSI0; INSERT INTO bindings SELECT * FROM kept_bindings WHERE imsi = IMSI0")
+		run("DELETE FROM bindings WHERE imsi = IMSI0; INSERT INTO bindings SELECT * FROM kept_bindings WHERE imsi " +
+			"= IMSI0")
 	})
 	t.Run("rows of no IMSI", func(t *testing.T) {
 		before := must(s.Verify(ctx, func(int) {}))
@@ -311,7 +335,8 @@ func newPEM(t *testing.T) string {
 func enter(t *testing.T, s *Store) {
 	t.Helper()
 	signer := must(directory.NewSigner(must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))))
-	m := &binding.Manufacturer{KeyID: signer.KeyID(), PEM: string(must(pemkey.Encode(signer.Public()))), Operator: "op", Directory: "file:/srv", Enrolled: t0}
+	m := &binding.Manufacturer{KeyID: signer.KeyID(), PEM: string(must(pemkey.Encode(signer.Public()))), Operator: "op",
+		Directory: "file:/srv", Enrolled: t0}
 	if err := s.PutManufacturer(t.Context(), m); err != nil {
 		t.Fatal(err)
 	}
@@ -321,7 +346,8 @@ func enter(t *testing.T, s *Store) {
 		Lot: "L1", Manufacturer: m.KeyID, Suite: kme.SuiteECDSA, N: n, E: kme.PublicExponent, Mechanism: "none",
 		Ranges: []directory.Range{{TAC: must(kme.ParseTAC("35209900")), Count: 10}}, ShardSize: 10, Created: t0,
 	}
-	lot := &binding.Lot{Manufacturer: m.KeyID, Manifest: manifest, ManifestJWS: string(must(signer.Sign(directory.TypeManifest, manifest))), Imported: t0}
+	lot := &binding.Lot{Manufacturer: m.KeyID, Manifest: manifest,
+		ManifestJWS: string(must(signer.Sign(directory.TypeManifest, manifest))), Imported: t0}
 	if err := s.PutLot(t.Context(), lot, func([]*binding.Lot) error { return nil }); err != nil {
 		t.Fatal(err)
 	}

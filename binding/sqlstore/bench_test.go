@@ -49,8 +49,9 @@ func BenchmarkEstablish(b *testing.B) {
 			return err
 		}
 		_, err = s.Prepare(b.Context(), binding.VectorRequest{
-			IMSI: imsis[i], Origin: binding.Origin{Provisioning: binding.Allowed}, RANDs: []hsmkeys.RAND{{byte(i), byte(i >> 8)}},
-			Now: t0, AttemptID: "AAECAwQFBgcICQoLDA0ODw", AttemptTTL: time.Hour,
+			IMSI: imsis[i], Origin: binding.Origin{Provisioning: binding.Allowed},
+			RANDs: []hsmkeys.RAND{{byte(i), byte(i >> 8)}}, Now: t0, AttemptID: "AAECAwQFBgcICQoLDA0ODw",
+			AttemptTTL: time.Hour,
 		})
 		return err
 	})
@@ -60,8 +61,9 @@ func BenchmarkEstablish(b *testing.B) {
 	forAll(func(i int64) error {
 		tag := sha256.Sum256(fmt.Append(nil, i))
 		return s.Establish(b.Context(), &binding.Binding{
-			IMSI: imsis[i], IMEI: imei, Manufacturer: "uogvGY7XcA_OB_9takJbeRvZ4FEM767Bc3xPYsO5e-Q", Lot: "L1", State: binding.Pending, Sealed: tag[:], NWSig: tag[:],
-			AttemptID: "AAECAwQFBgcICQoLDA0ODw", PayloadSHA256: tag[:], Established: t0, Expires: t0.Add(time.Hour),
+			IMSI: imsis[i], IMEI: imei, Manufacturer: "uogvGY7XcA_OB_9takJbeRvZ4FEM767Bc3xPYsO5e-Q", Lot: "L1",
+			State: binding.Pending, Sealed: tag[:], NWSig: tag[:], AttemptID: "AAECAwQFBgcICQoLDA0ODw",
+			PayloadSHA256: tag[:], Established: t0, Expires: t0.Add(time.Hour),
 		}, tag[:], true, t0)
 	})
 }

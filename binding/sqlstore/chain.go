@@ -18,9 +18,11 @@ import (
 
 func rolledBack(chain int64, head, seen binding.Head) error {
 	if head.Seq < seen.Seq {
-		return fmt.Errorf("%w (chain %d of the ledger has %d entries, and had %d)", binding.ErrRolledBack, chain, head.Seq, seen.Seq)
+		return fmt.Errorf("%w (chain %d of the ledger has %d entries, and had %d)", binding.ErrRolledBack, chain,
+			head.Seq, seen.Seq)
 	}
-	return fmt.Errorf("%w (entry %d of chain %d of the ledger is another one than it was)", binding.ErrRolledBack, seen.Seq, chain)
+	return fmt.Errorf("%w (entry %d of chain %d of the ledger is another one than it was)", binding.ErrRolledBack,
+		seen.Seq, chain)
 }
 
 // saw notes how far a chain has come.
@@ -71,7 +73,8 @@ func (s *Store) reached(ctx context.Context, q sqlconn.Conn, chain int64, head, 
 	if head.Seq > had.Seq && had.Seq > 0 {
 		head.Seq = had.Seq
 		head.MAC = nil
-		if _, err := q.One(ctx, []any{(*[]byte)(&head.MAC)}, `SELECT mac FROM ledger WHERE chain = $1 AND seq = $2`, chain, had.Seq); err != nil {
+		if _, err := q.One(ctx, []any{(*[]byte)(&head.MAC)}, `SELECT mac FROM ledger WHERE chain = $1 AND seq = $2`,
+			chain, had.Seq); err != nil {
 			return err
 		}
 	}
@@ -98,15 +101,19 @@ func (s *Store) Check(ctx context.Context, mark *binding.Mark) (*binding.Mark, e
 		}
 		now.Heads[i] = head
 		if mark == nil && head.Seq > 0 && seen.Heads[i].Seq == 0 {
-			return nil, s.refuse(fmt.Errorf("%w (the token has no high-water mark, and the ledger is not empty: the token is another one than it was)", binding.ErrRolledBack))
+			return nil, s.refuse(fmt.Errorf("%w (the token has no high-water mark, and the ledger is not empty: the "+
+				"token is another one than it was)", binding.ErrRolledBack))
 		}
 		if err := s.reached(ctx, q, int64(i), head, seen.Heads[i]); err != nil {
 			return nil, err
 		}
 		if head.Seq > seen.Heads[i].Seq { // no mark is raised to what somebody has made up
-			err := s.entries(ctx, q, func(binding.Entry) error { return nil }, `WHERE e.chain = $1 AND e.seq = $2`, int64(i), head.Seq)
+			err := s.entries(ctx, q, func(binding.Entry) error {
+				return nil
+			}, `WHERE e.chain = $1 AND e.seq = $2`, int64(i), head.Seq)
 			if isDamaged(err) {
-				err = s.refuse(fmt.Errorf("%w (%w; or this token is not the one that it was written with)", binding.ErrRolledBack, err))
+				err = s.refuse(fmt.Errorf("%w (%w; or this token is not the one that it was written with)",
+					binding.ErrRolledBack, err))
 			}
 			if err != nil {
 				return nil, err
@@ -165,7 +172,8 @@ func (s *Store) Accept(ctx context.Context, mark *binding.Mark, reason string) (
 			if err != nil {
 				return err
 			}
-			if _, err := s.noteIn(ctx, tx, chain, entry{event: binding.EventAccepted, subject: binding.StoreSubject, detail: string(detail)}); err != nil {
+			if _, err := s.noteIn(ctx, tx, chain, entry{event: binding.EventAccepted, subject: binding.StoreSubject,
+				detail: string(detail)}); err != nil {
 				return err
 			}
 			if accepted.Heads[i], err = s.head(ctx, tx.Conn, chain); err != nil {
@@ -183,8 +191,8 @@ func (s *Store) Accept(ctx context.Context, mark *binding.Mark, reason string) (
 	return accepted, nil
 }
 
-// acceptedUpTo has, of each chain that was accepted although it was not whole, the number of the entry that says so; that
-// is missing where the chain is another one than then.
+// acceptedUpTo has, of each chain that was accepted although it was not whole, the number of the entry that says so;
+// that is missing where the chain is another one than then.
 func (s *Store) acceptedUpTo(ctx context.Context, q sqlconn.Conn) (map[int64]int64, error) {
 	last := map[int64]int64{}
 	err := q.Each(ctx, func(scan func(...any) error) error {
@@ -192,7 +200,8 @@ func (s *Store) acceptedUpTo(ctx context.Context, q sqlconn.Conn) (map[int64]int
 		err := scan(&chain, &seq)
 		last[chain] = seq
 		return err
-	}, `SELECT chain, MAX(seq) FROM ledger WHERE subject = $1 AND event = $2 GROUP BY chain`, binding.StoreSubject, string(binding.EventAccepted))
+	}, `SELECT chain, MAX(seq) FROM ledger WHERE subject = $1 AND event = $2 GROUP BY chain`, binding.StoreSubject,
+		string(binding.EventAccepted))
 	if err != nil {
 		return nil, err
 	}
@@ -230,8 +239,11 @@ func (s *Store) VerifyLedger(ctx context.Context) (n int, err error) {
 
 func ignore(row) error { return nil }
 
-// verifyToHead is verifyChain as far as the chain goes when this begins: what is added meanwhile is looked at next time.
-func (s *Store) verifyToHead(ctx context.Context, q sqlconn.Conn, chain int64, each func(row) error) (n int, digest []byte, err error) {
+// verifyToHead is verifyChain as far as the chain goes when this begins: what is added
+// meanwhile is looked at next time.
+func (s *Store) verifyToHead(
+	ctx context.Context, q sqlconn.Conn, chain int64, each func(row) error,
+) (n int, digest []byte, err error) {
 	head, err := s.head(ctx, q, chain)
 	if err != nil {
 		return 0, nil, err
@@ -242,7 +254,9 @@ func (s *Store) verifyToHead(ctx context.Context, q sqlconn.Conn, chain int64, e
 // verifyChain reads a chain up to an entry. It fails with a *binding.DamagedRow for the first entry that is gone, was
 // changed, has another actor or does not follow the one before it, unless that was accepted since, as it is now. digest
 // is over all entries that it has read, without who their actors are: one that is gone is entered again.
-func (s *Store) verifyChain(ctx context.Context, q sqlconn.Conn, chain, upTo int64, each func(row) error) (n int, digest []byte, err error) {
+func (s *Store) verifyChain(
+	ctx context.Context, q sqlconn.Conn, chain, upTo int64, each func(row) error,
+) (n int, digest []byte, err error) {
 	var wrong error
 	found := func(seq int64, what string) {
 		if wrong == nil {
@@ -266,13 +280,16 @@ func (s *Store) verifyChain(ctx context.Context, q sqlconn.Conn, chain, upTo int
 			whole = false
 		}
 		var a acceptance
-		if whole && values.text(3) == string(binding.EventAccepted) && json.Unmarshal([]byte(values.text(8)), &a) == nil && hmac.Equal(a.Digest, digest) {
+		if whole && values.text(3) == string(binding.EventAccepted) &&
+			json.Unmarshal([]byte(values.text(8)), &a) == nil && hmac.Equal(a.Digest, digest) {
 			wrong = nil
 		}
 		n++
-		last, before, digest = values.int(1), bytes.Clone(mac), s.macs.Of("ledger so far", append(slices.Clone(values[:columns+1]), digest)...)
+		last, before, digest = values.int(1), bytes.Clone(mac), s.macs.Of("ledger so far",
+			append(slices.Clone(values[:columns+1]), digest)...)
 		return each(values[:columns+1])
-	}, `SELECT e.`+strings.Join(ledger.columns, ", e.")+`, e.mac, a.json FROM ledger AS e LEFT JOIN actors AS a ON a.actor = e.actor
+	}, `SELECT e.`+strings.Join(ledger.columns, ", e.")+
+		`, e.mac, a.json FROM ledger AS e LEFT JOIN actors AS a ON a.actor = e.actor
 		WHERE e.chain = $1 AND e.seq <= $2 ORDER BY e.seq`, chain, upTo)
 	if err == nil && last < upTo {
 		found(upTo, "is gone")

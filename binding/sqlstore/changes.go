@@ -16,8 +16,8 @@ func (s *Store) Prepare(ctx context.Context, q binding.VectorRequest) (d binding
 	if err != nil {
 		return d, err
 	}
-	// Nearly every vector is for an active binding: it changes nothing and needs no lock. Nor does a vector for a pending one
-	// that the HSM has not made yet.
+	// Nearly every vector is for an active binding: it changes nothing and needs no lock. Nor does a vector for a
+	// pending one that the HSM has not made yet.
 	_, opened := sub.Opened(q.Origin)
 	b := sub.Under(q.Origin.Name)
 	told := b != nil && b == sub.Pending && q.Ready != b.AttemptID && len(b.Sent) < q.PendingVectors
@@ -72,7 +72,9 @@ func dropPending(ctx context.Context, tx *txn, imsi kme.IMSI) error {
 
 // attempt gives the attempt of an origin, in an administrator's if that is open until then, and notes what leaves in
 // clear.
-func (s *Store) attempt(ctx context.Context, tx *txn, sub *stored, q binding.VectorRequest, until time.Time, d *binding.Decision) error {
+func (s *Store) attempt(
+	ctx context.Context, tx *txn, sub *stored, q binding.VectorRequest, until time.Time, d *binding.Decision,
+) error {
 	opened := !until.IsZero()
 	reuse := q.Now.Add(q.AttemptTTL / 2)
 	if opened {
@@ -81,7 +83,8 @@ func (s *Store) attempt(ctx context.Context, tx *txn, sub *stored, q binding.Vec
 		until = q.Now.Add(q.AttemptTTL)
 	}
 	if d.Attempt = sub.Reusable(q.Origin.Name, opened, reuse); d.Attempt == nil {
-		d.Attempt = &binding.Attempt{ID: q.AttemptID, IMSI: q.IMSI, Origin: q.Origin.Name, Expires: until, Opened: opened}
+		d.Attempt = &binding.Attempt{ID: q.AttemptID, IMSI: q.IMSI, Origin: q.Origin.Name, Expires: until,
+			Opened: opened}
 		d.Fresh = true
 		if err := s.addAttempt(ctx, tx, *d.Attempt, sub.last.closed); err != nil {
 			return err
@@ -89,7 +92,8 @@ func (s *Store) attempt(ctx context.Context, tx *txn, sub *stored, q binding.Vec
 	}
 	imsi := q.IMSI.String()
 	for _, r := range q.RANDs {
-		if err := tx.Do(ctx, spentRANDs.insert+` ON CONFLICT DO NOTHING`, imsi, r[:], s.macs.Of(spentRANDs.name, imsi, r[:])); err != nil {
+		if err := tx.Do(ctx, spentRANDs.insert+` ON CONFLICT DO NOTHING`, imsi, r[:],
+			s.macs.Of(spentRANDs.name, imsi, r[:])); err != nil {
 			return err
 		}
 	}
@@ -109,7 +113,10 @@ func (s *Store) unspent(ctx context.Context, q sqlconn.Conn, imsi kme.IMSI, rand
 }
 
 func (s *Store) isSpent(ctx context.Context, q sqlconn.Conn, imsi kme.IMSI, rand hsmkeys.RAND) (spent bool, err error) {
-	err = s.rows(ctx, q, spentRANDs, func(row) error { spent = true; return nil }, `WHERE imsi = $1 AND rand = $2`, imsi.String(), rand[:])
+	err = s.rows(ctx, q, spentRANDs, func(row) error {
+		spent = true
+		return nil
+	}, `WHERE imsi = $1 AND rand = $2`, imsi.String(), rand[:])
 	return spent, err
 }
 
@@ -122,7 +129,8 @@ func (s *Store) Spent(ctx context.Context, imsi kme.IMSI, rand hsmkeys.RAND) (bo
 }
 
 func (s *Store) addAttempt(ctx context.Context, tx *txn, a binding.Attempt, seq int64) error {
-	return s.add(ctx, tx, attempts, a.IMSI.String(), a.ID, a.Origin.String(), a.Expires.UnixMilli(), asInt(a.Opened), seq)
+	return s.add(ctx, tx, attempts, a.IMSI.String(), a.ID, a.Origin.String(), a.Expires.UnixMilli(),
+		asInt(a.Opened), seq)
 }
 
 func asInt(b bool) int64 {
@@ -141,7 +149,8 @@ func (s *Store) OpenAttempt(ctx context.Context, a binding.Attempt) error {
 		if err := dropAttempts(ctx, tx, a.IMSI); err != nil {
 			return err
 		}
-		seq, err := s.note(ctx, tx, entry{event: binding.EventOpened, subject: a.IMSI.String(), detail: "until " + a.Expires.UTC().Format(time.RFC3339)})
+		seq, err := s.note(ctx, tx, entry{event: binding.EventOpened, subject: a.IMSI.String(),
+			detail: "until " + a.Expires.UTC().Format(time.RFC3339)})
 		if err != nil {
 			return err
 		}

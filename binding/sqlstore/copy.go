@@ -17,8 +17,8 @@ var tables = []*table{manufacturers, lots, attempts, spentRANDs, bindings}
 var ErrNotEmpty = errors.New("the store to copy to is not empty: give it a new database")
 
 // Copy copies everything to an empty store, in one transaction: it has all of it, or nothing. Rows keep their MACs, and
-// are verified on their way; to has an entry more in its ledger then, which says so. Nobody may be changing s meanwhile.
-// report is called with the rows copied so far.
+// are verified on their way; to has an entry more in its ledger then, which says so. Nobody may be changing s
+// meanwhile. report is called with the rows copied so far.
 func (s *Store) Copy(ctx context.Context, to *Store, report func(rows int)) (rows int, err error) {
 	from, err := s.reading("copy")
 	if err != nil {
@@ -63,7 +63,8 @@ func (s *Store) Copy(ctx context.Context, to *Store, report func(rows int)) (row
 		if err := copyActors(ctx, from, tx); err != nil {
 			return err
 		}
-		_, err := to.note(ctx, tx, entry{event: binding.EventMigrated, subject: binding.StoreSubject, detail: fmt.Sprintf("%d rows", rows)})
+		_, err := to.note(ctx, tx, entry{event: binding.EventMigrated, subject: binding.StoreSubject,
+			detail: fmt.Sprintf("%d rows", rows)})
 		return err
 	})
 	return rows, err

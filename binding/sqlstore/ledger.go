@@ -32,7 +32,8 @@ type entry struct {
 // used fails with ErrUsed if the ledger has the entry's KME.
 func used(ctx context.Context, q sqlconn.Conn, e entry) error {
 	var there bool
-	_, err := q.One(ctx, []any{&there}, `SELECT EXISTS (SELECT 1 FROM ledger WHERE imei = $1 AND tag = $2)`, e.imei, e.tag)
+	_, err := q.One(ctx, []any{&there}, `SELECT EXISTS (SELECT 1 FROM ledger WHERE imei = $1 AND tag = $2)`,
+		e.imei, e.tag)
 	if err == nil && there {
 		err = binding.ErrUsed
 	}
@@ -95,8 +96,10 @@ func (s *Store) entryMAC(values []any, before []byte) []byte {
 
 // head is the last entry of a chain.
 func (s *Store) head(ctx context.Context, q sqlconn.Conn, chain int64) (h binding.Head, err error) {
-	// A sum, since SQLite compiles a statement anew at each use that orders rows by what follows a parameter in an index.
-	_, err = q.One(ctx, []any{&h.Seq, (*[]byte)(&h.MAC)}, `SELECT seq, mac FROM ledger WHERE chain = $1 + 0 ORDER BY seq DESC LIMIT 1`, chain)
+	// A sum, since SQLite compiles a statement anew at each use that orders rows by what
+	// follows a parameter in an index.
+	_, err = q.One(ctx, []any{&h.Seq, (*[]byte)(&h.MAC)},
+		`SELECT seq, mac FROM ledger WHERE chain = $1 + 0 ORDER BY seq DESC LIMIT 1`, chain)
 	return h, err
 }
 
@@ -114,7 +117,8 @@ func (s *Store) actor(ctx context.Context, tx *txn) ([]byte, error) {
 	for ; ; text = append(text, ' ') { // the same in other bytes, where somebody has changed the row
 		var have string
 		id = s.macs.Of("actors", string(text))
-		if err := tx.Do(ctx, `INSERT INTO actors (actor, json) VALUES ($1, $2) ON CONFLICT DO NOTHING`, id, string(text)); err != nil {
+		if err := tx.Do(ctx, `INSERT INTO actors (actor, json) VALUES ($1, $2) ON CONFLICT DO NOTHING`, id,
+			string(text)); err != nil {
 			return nil, err
 		}
 		if _, err := tx.One(ctx, []any{&have}, `SELECT json FROM actors WHERE actor = $1`, id); err != nil {
@@ -144,7 +148,9 @@ func (s *Store) Note(ctx context.Context, event binding.Event, subject, detail s
 	})
 }
 
-func (s *Store) LastNote(ctx context.Context, event binding.Event, subject string) (detail string, found bool, err error) {
+func (s *Store) LastNote(
+	ctx context.Context, event binding.Event, subject string,
+) (detail string, found bool, err error) {
 	q, err := s.reading("read the ledger")
 	if err != nil {
 		return "", false, err
@@ -159,13 +165,18 @@ func (s *Store) History(ctx context.Context, subject string) (all []binding.Entr
 	if err != nil {
 		return nil, err
 	}
-	err = s.entries(ctx, q, func(e binding.Entry) error { all = append(all, e); return nil }, `WHERE e.subject = $1 ORDER BY e.seq`, subject)
+	err = s.entries(ctx, q, func(e binding.Entry) error {
+		all = append(all, e)
+		return nil
+	}, `WHERE e.subject = $1 ORDER BY e.seq`, subject)
 	return all, err
 }
 
 // entries gives entries whose MACs, over the MAC of the one before too, are good; and, as they are, those that were
 // accepted: without an Actor, unless it is the one that was entered.
-func (s *Store) entries(ctx context.Context, q sqlconn.Conn, each func(binding.Entry) error, where string, args ...any) error {
+func (s *Store) entries(
+	ctx context.Context, q sqlconn.Conn, each func(binding.Entry) error, where string, args ...any,
+) error {
 	accepted, err := s.acceptedUpTo(ctx, q)
 	if err != nil {
 		return err
@@ -178,8 +189,8 @@ func (s *Store) entries(ctx context.Context, q sqlconn.Conn, each func(binding.E
 			return damaged(ledger, values, "was changed, or the one before it is gone or was")
 		}
 		e := binding.Entry{
-			Chain: int(values.int(0)), Seq: values.int(1), Time: fromMillis(values.int(2)), Event: binding.Event(values.text(3)),
-			Subject: values.text(4), IMEI: values.text(5), Detail: values.text(8),
+			Chain: int(values.int(0)), Seq: values.int(1), Time: fromMillis(values.int(2)),
+			Event: binding.Event(values.text(3)), Subject: values.text(4), IMEI: values.text(5), Detail: values.text(8),
 		}
 		if text := values.text(n + 2); s.isActor(values, text) {
 			if err := json.Unmarshal([]byte(text), &e.Actor); err != nil {
@@ -192,7 +203,8 @@ func (s *Store) entries(ctx context.Context, q sqlconn.Conn, each func(binding.E
 		}
 		return each(e)
 	}, `SELECT e.`+strings.Join(ledger.columns, ", e.")+`, e.mac, p.mac, a.json FROM ledger AS e
-		LEFT JOIN ledger AS p ON p.chain = e.chain AND p.seq = e.seq - 1 LEFT JOIN actors AS a ON a.actor = e.actor `+where, args...)
+		LEFT JOIN ledger AS p ON p.chain = e.chain AND p.seq = e.seq - 1 LEFT JOIN actors AS a ON a.actor = e.actor `+
+		where, args...)
 }
 
 const otherActor = "has another actor than the service wrote"
@@ -240,7 +252,8 @@ func (l *last) note(e binding.Event, seq int64) {
 	l.closed = max(l.closed, seq)
 }
 
-// lastOfAll has the number of the last entry about each of the subjects whose names begin alike; what follows is its name there.
+// lastOfAll has the number of the last entry about each of the subjects whose names begin alike;
+// what follows is its name there.
 func lastOfAll(ctx context.Context, q sqlconn.Conn, begin string) (map[string]int64, error) {
 	all := map[string]int64{}
 	err := q.Each(ctx, func(scan func(...any) error) error {
@@ -249,6 +262,7 @@ func lastOfAll(ctx context.Context, q sqlconn.Conn, begin string) (map[string]in
 		err := scan(&subject, &seq)
 		all[strings.TrimPrefix(subject, begin)] = seq
 		return err
-	}, `SELECT subject, MAX(seq) FROM ledger WHERE subject >= $1 AND subject < $2 GROUP BY subject`, begin, begin+"\x7f")
+	}, `SELECT subject, MAX(seq) FROM ledger WHERE subject >= $1 AND subject < $2 GROUP BY subject`,
+		begin, begin+"\x7f")
 	return all, err
 }

@@ -19,7 +19,8 @@ import (
 // Whatever leads to a host without TLS that proves its name is refused, before anything is sent to it.
 func TestConnection(t *testing.T) {
 	service := filepath.Join(t.TempDir(), "services")
-	if err := os.WriteFile(service, []byte("[plain]\nhost=127.0.0.1\n[proved]\nhost=127.0.0.1\nsslmode=verify-full\n"), 0o600); err != nil {
+	if err := os.WriteFile(service, []byte("[plain]\nhost=127.0.0.1\n[proved]\nhost=127.0.0.1\nsslmode=verify-full\n"),
+		0o600); err != nil {
 		t.Fatal(err)
 	}
 	for _, c := range []struct {
@@ -33,7 +34,8 @@ func TestConnection(t *testing.T) {
 		{"postgres://u:hunter2@127.0.0.1:1/d?sslmode=prefer", "", true},
 		{"postgres://u:hunter2@127.0.0.1:1/d?sslmode=require", "", true},
 		{"postgres://u:hunter2@127.0.0.1:1/d?sslmode=verify-ca", "", true},
-		{"postgres://u:hunter2@localhost:1/d?sslmode=require", "", true}, // sent as the name that it wants, and not verified
+		// sent as the name that it wants, and not verified
+		{"postgres://u:hunter2@localhost:1/d?sslmode=require", "", true},
 		{"postgres://u:hunter2@localhost:1/d?sslmode=verify-ca", "", true},
 		{"postgres://u:hunter2@127.0.0.1:1/d?sslmode=verify-full", "", false},
 		{"postgres://u:hunter2@127.0.0.1:1,127.0.0.2:1/d?sslmode=verify-full", "", false},
@@ -48,7 +50,8 @@ func TestConnection(t *testing.T) {
 		{"postgres://u:hunter2@/d", "PGHOST=/nowhere", false},
 		{"postgres://u:hunter2@/d", "PGHOST=/nowhere,127.0.0.1", true},
 		{"postgres://u:hunter2@127.0.0.1:1/d", "PGSSLMODE=verify-full", false},
-		{"postgres://u:hunter2@127.0.0.1:1/d?sslmode=verify-full", "PGSSLMODE=disable", false}, // the string has the last word
+		// the string has the last word
+		{"postgres://u:hunter2@127.0.0.1:1/d?sslmode=verify-full", "PGSSLMODE=disable", false},
 		{"postgres:///d?service=plain", "PGSERVICEFILE=" + service, true},
 		{"postgres:///d?service=proved&port=1", "PGSERVICEFILE=" + service, false},
 	} {
@@ -64,7 +67,8 @@ func TestConnection(t *testing.T) {
 				s.Close()
 				t.Fatal("there is no server")
 			}
-			if got := strings.Contains(err.Error(), "sslmode=verify-full") && strings.Contains(err.Error(), "host=/"); got != c.refused {
+			if got := strings.Contains(err.Error(), "sslmode=verify-full") &&
+				strings.Contains(err.Error(), "host=/"); got != c.refused {
 				t.Errorf("refused %v, want %v: %v", got, c.refused, err)
 			}
 			if strings.Contains(err.Error(), "hunter2") {
@@ -88,7 +92,8 @@ func TestPostgresTLS(t *testing.T) {
 	}
 	s := openPG(t, at(server, "sslmode=verify-full&sslrootcert="+ca))
 	var version string
-	if err := s.read.QueryRowContext(t.Context(), "SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid() AND ssl").Scan(&version); err != nil || !strings.HasPrefix(version, "TLSv1.") {
+	if err := s.read.QueryRowContext(t.Context(), "SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid() "+
+		"AND ssl").Scan(&version); err != nil || !strings.HasPrefix(version, "TLSv1.") {
 		t.Errorf("connected by %q: %v", version, err)
 	}
 	for name, want := range map[string]string{
@@ -139,11 +144,13 @@ func TestPostgresRoles(t *testing.T) {
 		t.Error(warnings, err)
 	}
 	for _, statement := range []string{
-		"DELETE FROM ledger", "DELETE FROM ledger WHERE false", "UPDATE ledger SET imei = imei", "TRUNCATE ledger", "DROP TABLE ledger", "ALTER TABLE ledger RENAME TO l",
-		"ALTER TABLE ledger OWNER TO service", "CREATE RULE r AS ON INSERT TO ledger DO INSTEAD NOTHING",
+		"DELETE FROM ledger", "DELETE FROM ledger WHERE false", "UPDATE ledger SET imei = imei", "TRUNCATE ledger",
+		"DROP TABLE ledger", "ALTER TABLE ledger RENAME TO l", "ALTER TABLE ledger OWNER TO service",
+		"CREATE RULE r AS ON INSERT TO ledger DO INSTEAD NOTHING",
 		"CREATE TRIGGER t BEFORE INSERT ON ledger FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()",
-		"DELETE FROM spent_rands", "UPDATE spent_rands SET imsi = imsi", "TRUNCATE spent_rands", "DROP TABLE spent_rands",
-		"DELETE FROM lots", "DELETE FROM manufacturers", "TRUNCATE bindings", "DROP TABLE bindings", "CREATE TABLE mine (x INTEGER)", "DELETE FROM schema_version",
+		"DELETE FROM spent_rands", "UPDATE spent_rands SET imsi = imsi", "TRUNCATE spent_rands",
+		"DROP TABLE spent_rands", "DELETE FROM lots", "DELETE FROM manufacturers", "TRUNCATE bindings",
+		"DROP TABLE bindings", "CREATE TABLE mine (x INTEGER)", "DELETE FROM schema_version",
 		"DROP SCHEMA public CASCADE", "CREATE ROLE more", "ALTER ROLE service SUPERUSER", "SET ROLE postgres",
 	} {
 		_, err := s.read.ExecContext(t.Context(), statement)
@@ -155,7 +162,8 @@ func TestPostgresRoles(t *testing.T) {
 
 	// A second upgrade takes back what was granted besides.
 	server.ExecIn(t, url, "GRANT DELETE ON ledger TO service; GRANT ALL ON spent_rands TO PUBLIC")
-	if warnings, err := s.Warnings(t.Context()); err != nil || len(warnings) != 1 || !strings.Contains(warnings[0], "role service") || !strings.Contains(warnings[0], "on the table ledger") {
+	if warnings, err := s.Warnings(t.Context()); err != nil || len(warnings) != 1 ||
+		!strings.Contains(warnings[0], "role service") || !strings.Contains(warnings[0], "on the table ledger") {
 		t.Error(warnings, err)
 	}
 	if err := Upgrade(t.Context(), server.As(t, url, "postgres"), "service"); err != nil {
@@ -183,8 +191,10 @@ func TestPostgresRolesThatMayTooMuch(t *testing.T) {
 		{"ALTER SCHEMA public OWNER TO pg_database_owner; ALTER DATABASE t1 OWNER TO ?", "owns the schema public"},
 		{"GRANT pg_write_all_data TO ?", "more than SELECT and INSERT"},
 		{"CREATE ROLE helpers; GRANT TRUNCATE ON ledger TO helpers; GRANT helpers TO ?", "on the table ledger"},
-		{"CREATE ROLE others; GRANT UPDATE (rand) ON spent_rands TO others; GRANT others TO ?", "on the table spent_rands"},
-		{"CREATE ROLE worse; GRANT DELETE ON ledger TO worse; ALTER ROLE ? NOINHERIT; GRANT worse TO ?", "on the table ledger"},
+		{"CREATE ROLE others; GRANT UPDATE (rand) ON spent_rands TO others; GRANT others TO ?",
+			"on the table spent_rands"},
+		{"CREATE ROLE worse; GRANT DELETE ON ledger TO worse; ALTER ROLE ? NOINHERIT; GRANT worse TO ?",
+			"on the table ledger"},
 		{"CREATE ROLE maker CREATEROLE; GRANT maker TO ?", "may make roles"},
 		{"GRANT pg_execute_server_program TO ?", "run programs"},
 		{"GRANT pg_write_server_files TO ?", "write files"},
@@ -194,20 +204,25 @@ func TestPostgresRolesThatMayTooMuch(t *testing.T) {
 		role := fmt.Sprint("r", i)
 		server.ExecIn(t, owner, "CREATE ROLE "+role+" LOGIN; "+strings.ReplaceAll(c.make, "?", role))
 		err := Upgrade(t.Context(), owner, role)
-		if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want) || !strings.Contains(err.Error(), role)) {
+		if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want) ||
+			!strings.Contains(err.Error(), role)) {
 			t.Errorf("%s: %v, want %q", c.make, err, c.want)
 		}
 		server.ExecIn(t, owner, "GRANT SELECT ON schema_version TO "+role) // so that it may open the store
 		s := openPG(t, server.As(t, owner, role))
-		if warnings, err := s.Warnings(t.Context()); err != nil || (len(warnings) == 1) != (c.want != "") || c.want != "" && !strings.Contains(warnings[0], c.want) {
+		if warnings, err := s.Warnings(t.Context()); err != nil || (len(warnings) == 1) != (c.want != "") ||
+			c.want != "" && !strings.Contains(warnings[0], c.want) {
 			t.Errorf("%s: %q, %v, want %q", c.make, warnings, err, c.want)
 		}
 	}
 	var granted int
-	if err := openPG(t, owner).read.QueryRowContext(t.Context(), "SELECT count(*) FROM information_schema.role_table_grants WHERE grantee ~ '^r[0-9]+$' AND grantee <> 'r14' AND table_name <> 'schema_version'").Scan(&granted); err != nil || granted > 0 {
+	if err := openPG(t, owner).read.QueryRowContext(t.Context(),
+		"SELECT count(*) FROM information_schema.role_table_grants WHERE grantee ~ '^r[0-9]+$' AND grantee <> 'r14' "+
+			"AND table_name <> 'schema_version'").Scan(&granted); err != nil || granted > 0 {
 		t.Errorf("roles that were refused have %d grants, %v", granted, err)
 	}
-	for role, want := range map[string]string{"nobody": `no role "nobody"`, "": `no role ""`, `fine"; DROP TABLE ledger; --`: "no role"} {
+	for role, want := range map[string]string{"nobody": `no role "nobody"`, "": `no role ""`,
+		`fine"; DROP TABLE ledger; --`: "no role"} {
 		if err := Upgrade(t.Context(), owner, role); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("role %q: %v", role, err)
 		}
@@ -222,7 +237,8 @@ func TestPostgresUpgrade(t *testing.T) {
 	url := server.As(t, owner, "service")
 	refused := func(what string) {
 		t.Helper()
-		if s, err := Open(t.Context(), url, rowKey); err == nil || !strings.Contains(err.Error(), "keysvc store upgrade") {
+		if s, err := Open(t.Context(), url, rowKey); err == nil ||
+			!strings.Contains(err.Error(), "keysvc store upgrade") {
 			t.Errorf("%s: %v", what, err)
 			if err == nil {
 				s.Close()
@@ -242,19 +258,22 @@ func TestPostgresUpgrade(t *testing.T) {
 		openPG(t, url)
 	}
 	server.ExecIn(t, owner, fmt.Sprintf("UPDATE schema_version SET version = %d", len(migrations)+1))
-	for what, err := range map[string]error{"Open": second(Open(t.Context(), url, rowKey)), "Upgrade": Upgrade(t.Context(), owner, "service")} {
+	for what, err := range map[string]error{"Open": second(Open(t.Context(), url, rowKey)),
+		"Upgrade": Upgrade(t.Context(), owner, "service")} {
 		if err == nil || !strings.Contains(err.Error(), "use a newer program") {
 			t.Errorf("%s of a newer schema: %v", what, err)
 		}
 	}
 	defer func(known []string) { migrations = known }(migrations)
-	migrations = append(migrations[:len(migrations):len(migrations)], "CREATE TABLE next (x INTEGER NOT NULL)", "CREATE TABLE after (x INTEGER NOT NULL)")
+	migrations = append(migrations[:len(migrations):len(migrations)], "CREATE TABLE next (x INTEGER NOT NULL)",
+		"CREATE TABLE after (x INTEGER NOT NULL)")
 	refused("an older schema")
 	if err := Upgrade(t.Context(), owner, "service"); err != nil {
 		t.Fatal(err)
 	}
 	openPG(t, url)
-	if err := Upgrade(t.Context(), "sqlite:"+path(t), "service"); err == nil || !strings.Contains(err.Error(), "SQLite") {
+	if err := Upgrade(t.Context(), "sqlite:"+path(t), "service"); err == nil ||
+		!strings.Contains(err.Error(), "SQLite") {
 		t.Error(err)
 	}
 }

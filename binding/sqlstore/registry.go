@@ -14,7 +14,8 @@ import (
 )
 
 func verdictOf(r row, from int) binding.Verdict {
-	return binding.Verdict{Withdrawn: r.int(from) == 1, By: r.text(from + 1), Reason: r.text(from + 2), Time: fromMillis(r.int(from + 3))}
+	return binding.Verdict{Withdrawn: r.int(from) == 1, By: r.text(from + 1), Reason: r.text(from + 2),
+		Time: fromMillis(r.int(from + 3))}
 }
 
 func verdictValues(v binding.Verdict) []any {
@@ -26,11 +27,13 @@ func manufacturerValues(m *binding.Manufacturer, seq int64) []any {
 	for i, t := range m.TACs {
 		tacs[i] = t.String()
 	}
-	return slices.Concat([]any{m.KeyID, m.PEM, m.Operator, m.Directory, strings.Join(tacs, " "), millis(m.Enrolled)}, verdictValues(m.Verdict), []any{seq})
+	return slices.Concat([]any{m.KeyID, m.PEM, m.Operator, m.Directory, strings.Join(tacs, " "), millis(m.Enrolled)},
+		verdictValues(m.Verdict), []any{seq})
 }
 
 func lotValues(l *binding.Lot, seq int64) []any {
-	return slices.Concat([]any{l.Manufacturer, l.Manifest.Lot, l.ManifestJWS, millis(l.Imported)}, verdictValues(l.Retired), []any{seq})
+	return slices.Concat([]any{l.Manufacturer, l.Manifest.Lot, l.ManifestJWS, millis(l.Imported)},
+		verdictValues(l.Retired), []any{seq})
 }
 
 // registry is settled for what nobody is given while the ledger is rolled back.
@@ -51,7 +54,8 @@ func (s *Store) PutManufacturer(ctx context.Context, m *binding.Manufacturer) er
 		if i := slices.IndexFunc(all, func(o *binding.Manufacturer) bool { return o.KeyID == m.KeyID }); i >= 0 {
 			now.Verdict = all[i].Verdict
 		}
-		seq, err := s.note(ctx, tx, entry{event: binding.EventEnrolled, subject: binding.ManufacturerSubject(m.KeyID), detail: enrolled(m)})
+		seq, err := s.note(ctx, tx, entry{event: binding.EventEnrolled, subject: binding.ManufacturerSubject(m.KeyID),
+			detail: enrolled(m)})
 		if err != nil {
 			return err
 		}
@@ -84,9 +88,10 @@ func (s *Store) manufacturers(ctx context.Context, q sqlconn.Conn) (all []*bindi
 	found := map[string]int64{}
 	err = s.rows(ctx, q, manufacturers, func(r row) error {
 		m := &binding.Manufacturer{
-			KeyID: r.text(0), PEM: r.text(1), Operator: r.text(2), Directory: r.text(3), Enrolled: fromMillis(r.int(5)), Verdict: verdictOf(r, 6),
+			KeyID: r.text(0), PEM: r.text(1), Operator: r.text(2), Directory: r.text(3), Enrolled: fromMillis(r.int(5)),
+			Verdict: verdictOf(r, 6),
 		}
-		for _, text := range strings.Fields(r.text(4)) {
+		for text := range strings.FieldsSeq(r.text(4)) {
 			t, err := kme.ParseTAC(text)
 			if err != nil {
 				return err
@@ -123,7 +128,8 @@ func (s *Store) same(ctx context.Context, q sqlconn.Conn, t *table, found map[st
 	}
 	for _, name := range slices.Sorted(maps.Keys(found)) {
 		if found[name] != last[name] {
-			return &binding.DamagedRow{Table: t.name, Key: name, What: "is an earlier one than the service has written last"}
+			return &binding.DamagedRow{Table: t.name, Key: name,
+				What: "is an earlier one than the service has written last"}
 		}
 	}
 	return nil
@@ -140,7 +146,8 @@ func (s *Store) Decide(ctx context.Context, manufacturer, lot string, v binding.
 		if err != nil {
 			return err
 		}
-		enter := func(was *binding.Verdict, withdraw, restore binding.Event, subject string, write func(seq int64) error) error {
+		enter := func(was *binding.Verdict, withdraw, restore binding.Event, subject string,
+			write func(seq int64) error) error {
 			if stands = *was; was.Withdrawn == v.Withdrawn {
 				return nil
 			}
@@ -160,16 +167,18 @@ func (s *Store) Decide(ctx context.Context, manufacturer, lot string, v binding.
 		}
 		for _, m := range makers {
 			if lot == "" && m.KeyID == manufacturer {
-				return enter(&m.Verdict, binding.EventDistrusted, binding.EventTrusted, binding.ManufacturerSubject(m.KeyID), func(seq int64) error {
-					return s.put(ctx, tx, manufacturers, manufacturerValues(m, seq)...)
-				})
+				return enter(&m.Verdict, binding.EventDistrusted, binding.EventTrusted,
+					binding.ManufacturerSubject(m.KeyID), func(seq int64) error {
+						return s.put(ctx, tx, manufacturers, manufacturerValues(m, seq)...)
+					})
 			}
 		}
 		for _, l := range all {
 			if lot != "" && l.Manufacturer == manufacturer && l.Manifest.Lot == lot {
-				return enter(&l.Retired, binding.EventRetired, binding.EventReinstated, binding.LotSubject(manufacturer, lot), func(seq int64) error {
-					return s.put(ctx, tx, lots, lotValues(l, seq)...)
-				})
+				return enter(&l.Retired, binding.EventRetired, binding.EventReinstated,
+					binding.LotSubject(manufacturer, lot), func(seq int64) error {
+						return s.put(ctx, tx, lots, lotValues(l, seq)...)
+					})
 			}
 		}
 		return binding.ErrNotImported
@@ -191,7 +200,8 @@ func (s *Store) PutLot(ctx context.Context, lot *binding.Lot, check func([]*bind
 		}) {
 			return nil
 		}
-		seq, err := s.note(ctx, tx, entry{event: binding.EventImported, subject: binding.LotSubject(lot.Manufacturer, lot.Manifest.Lot)})
+		seq, err := s.note(ctx, tx,
+			entry{event: binding.EventImported, subject: binding.LotSubject(lot.Manufacturer, lot.Manifest.Lot)})
 		if err != nil {
 			return err
 		}
@@ -217,10 +227,13 @@ func (s *Store) imported(ctx context.Context, q sqlconn.Conn) ([]*binding.Lot, e
 }
 
 // lots are all, each as its manufacturer has signed it.
-func (s *Store) lots(ctx context.Context, q sqlconn.Conn, makers []*binding.Manufacturer) (all []*binding.Lot, err error) {
+func (s *Store) lots(
+	ctx context.Context, q sqlconn.Conn, makers []*binding.Manufacturer,
+) (all []*binding.Lot, err error) {
 	found := map[string]int64{}
 	err = s.rows(ctx, q, lots, func(r row) error {
-		l := &binding.Lot{Manufacturer: r.text(0), ManifestJWS: r.text(2), Imported: fromMillis(r.int(3)), Retired: verdictOf(r, 4)}
+		l := &binding.Lot{Manufacturer: r.text(0), ManifestJWS: r.text(2), Imported: fromMillis(r.int(3)),
+			Retired: verdictOf(r, 4)}
 		at := slices.IndexFunc(makers, func(m *binding.Manufacturer) bool { return m.KeyID == l.Manufacturer })
 		if at < 0 {
 			return damaged(lots, r, "is of a manufacturer who is not enrolled")

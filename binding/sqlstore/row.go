@@ -33,7 +33,8 @@ func newTable(name string, key int, columns ...string) *table {
 	list := strings.Join(all, ", ")
 	t.selectAll = "SELECT " + list + " FROM " + name + " "
 	t.insert = "INSERT INTO " + name + " (" + list + ") VALUES (" + strings.Join(marks, ", ") + ")"
-	t.put = t.insert + " ON CONFLICT (" + strings.Join(columns[:key], ", ") + ") DO UPDATE SET " + strings.Join(set, ", ")
+	t.put = t.insert + " ON CONFLICT (" + strings.Join(columns[:key], ", ") + ") DO UPDATE SET " +
+		strings.Join(set, ", ")
 	return t
 }
 
@@ -45,8 +46,10 @@ var (
 	attempts   = newTable("attempts", 2, "imsi", "id", "origin", "expires_at", "opened", "seq")
 	spentRANDs = newTable("spent_rands", 2, "imsi", "rand")
 	ledger     = newTable("ledger", 2, "chain", "seq", "at", "event", "subject", "imei", "tag", "actor", "detail")
-	bindings   = newTable("bindings", 2, "imsi", "state", "imei", "manufacturer", "lot", "device_key", "sealed", "nw_sig",
-		"attempt_id", "payload_sha256", "established_at", "activated_at", "revoked_at", "origin", "expires_at", "sent", "seq")
+	bindings   = newTable("bindings", 2, "imsi", "state", "imei", "manufacturer", "lot", "device_key",
+		"sealed", "nw_sig",
+		"attempt_id", "payload_sha256", "established_at", "activated_at", "revoked_at", "origin", "expires_at",
+		"sent", "seq")
 )
 
 // add makes a row; put replaces the one of the same key too. ints are int64.
@@ -70,7 +73,9 @@ func (r row) bytes(i int) []byte {
 
 // rows gives those of a table that the service wrote, and fails with a *binding.DamagedRow for the first other one.
 // What each gets is good until it returns.
-func (s *Store) rows(ctx context.Context, q sqlconn.Conn, t *table, each func(r row) error, where string, args ...any) error {
+func (s *Store) rows(
+	ctx context.Context, q sqlconn.Conn, t *table, each func(r row) error, where string, args ...any,
+) error {
 	return scan(ctx, q, len(t.columns)+1, func(values row) error {
 		if err := s.checkMAC(t, values); err != nil {
 			return err

@@ -26,7 +26,9 @@ func (s *Store) CountSealed(ctx context.Context, below []byte) (n int, err error
 	return n, err
 }
 
-func (s *Store) Sealed(ctx context.Context, after tokenkeys.Sealed, below []byte, limit int) (all []tokenkeys.Sealed, err error) {
+func (s *Store) Sealed(
+	ctx context.Context, after tokenkeys.Sealed, below []byte, limit int,
+) (all []tokenkeys.Sealed, err error) {
 	q, err := s.reading("read sealed KMEs")
 	if err != nil {
 		return nil, err
@@ -35,7 +37,8 @@ func (s *Store) Sealed(ctx context.Context, after tokenkeys.Sealed, below []byte
 		b, _, err := toBinding(r)
 		all = append(all, tokenkeys.Sealed{IMSI: b.IMSI, State: b.State, KME: b.Sealed})
 		return err
-	}, `WHERE `+sealedBelow+` AND (imsi, state) > ($2, $3) ORDER BY imsi, state LIMIT $4`, below, after.IMSI.String(), string(after.State), limit)
+	}, `WHERE `+sealedBelow+` AND (imsi, state) > ($2, $3) ORDER BY imsi, state LIMIT $4`, below, after.IMSI.String(),
+		string(after.State), limit)
 	return all, err
 }
 

@@ -69,7 +69,8 @@ func TestPostgresInstances(t *testing.T) {
 		stores = append(stores, openPG(t, url))
 	}
 	for round := range 20 {
-		one, two := newBinding(t, fmt.Sprintf("0010100000%05d", round), fmt.Sprint("a", round)), newBinding(t, fmt.Sprintf("0010100001%05d", round), fmt.Sprint("b", round))
+		one, two := newBinding(t, fmt.Sprintf("0010100000%05d", round), fmt.Sprint("a", round)), newBinding(t,
+			fmt.Sprintf("0010100001%05d", round), fmt.Sprint("b", round))
 		beginAttempt(t, stores[0], one)
 		beginAttempt(t, stores[1], two)
 		var all sync.WaitGroup
@@ -107,7 +108,8 @@ func TestPostgresKilled(t *testing.T) {
 		for i := range 8 {
 			all.Go(func() {
 				for n := 0; ; n++ {
-					b := newBinding(t, fmt.Sprintf("00101%d%d%08d", round, i, n), fmt.Sprint("a", round, "-", i, "-", n))
+					b := newBinding(t, fmt.Sprintf("00101%d%d%08d", round, i, n),
+						fmt.Sprint("a", round, "-", i, "-", n))
 					if _, err := s.Prepare(t.Context(), request(b)); err != nil {
 						return
 					}
@@ -163,7 +165,8 @@ func TestPostgresCopy(t *testing.T) {
 	}
 	waiting := newBinding(t, "001019999999999", "waits")
 	beginAttempt(t, from, waiting)
-	if err := from.OpenAttempt(t.Context(), binding.Attempt{ID: "opened", IMSI: all[0].IMSI, Expires: t0.Add(time.Hour), Opened: true}); err != nil {
+	if err := from.OpenAttempt(t.Context(), binding.Attempt{ID: "opened", IMSI: all[0].IMSI, Expires: t0.Add(time.Hour),
+		Opened: true}); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := from.Revoke(t.Context(), all[1].IMSI, t0); err != nil {
@@ -186,10 +189,12 @@ func TestPostgresCopy(t *testing.T) {
 		}
 	}
 	nobody := kme.Origin{}
-	if sub, err := back.Subscription(t.Context(), all[1].IMSI, t0); err != nil || sub.Latest().State != binding.Revoked {
+	if sub, err := back.Subscription(t.Context(), all[1].IMSI, t0); err != nil ||
+		sub.Latest().State != binding.Revoked {
 		t.Errorf("%+v, %v", sub, err)
 	}
-	if sub, err := back.Subscription(t.Context(), all[0].IMSI, t0); err != nil || sub.Attempt("opened", nobody) == nil ||
+	if sub, err := back.Subscription(t.Context(), all[0].IMSI, t0); err != nil ||
+		sub.Attempt("opened", nobody) == nil ||
 		!sub.Attempts[0].Opened {
 		t.Errorf("%+v, %v", sub, err)
 	}
@@ -210,7 +215,8 @@ func checkUsed(t *testing.T, s *Store, b *binding.Binding, tag []byte) {
 	if other.IMSI, err = kme.ParseIMSI("999999999999999"); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.OpenAttempt(t.Context(), binding.Attempt{ID: other.AttemptID, IMSI: other.IMSI, Expires: t0.Add(time.Hour)}); err != nil {
+	if err := s.OpenAttempt(t.Context(), binding.Attempt{ID: other.AttemptID, IMSI: other.IMSI,
+		Expires: t0.Add(time.Hour)}); err != nil {
 		t.Fatal(err)
 	}
 	if err := s.Establish(t.Context(), &other, tag, true, t0); !errors.Is(err, binding.ErrUsed) {
@@ -222,10 +228,12 @@ func checkUsed(t *testing.T, s *Store, b *binding.Binding, tag []byte) {
 func TestPostgresRefused(t *testing.T) {
 	server := pgtest.Start(t)
 	url := server.Database(t)
-	if _, err := Open(t.Context(), url+"&synchronous_commit=off", rowKey); err == nil || !strings.Contains(err.Error(), "synchronous_commit") {
+	if _, err := Open(t.Context(), url+"&synchronous_commit=off", rowKey); err == nil ||
+		!strings.Contains(err.Error(), "synchronous_commit") {
 		t.Errorf("opened without synchronous commits: %v", err)
 	}
-	for _, name := range []string{"", "sqlite:", "mysql://x", "postgres://u:hunter2@127.0.0.1:1/x?connect_timeout=1", "postgres://u:hunter2@127.0.0.1:x/y"} {
+	for _, name := range []string{"", "sqlite:", "mysql://x", "postgres://u:hunter2@127.0.0.1:1/x?connect_timeout=1",
+		"postgres://u:hunter2@127.0.0.1:x/y"} {
 		if s, err := Open(t.Context(), name, rowKey); err == nil {
 			s.Close()
 			t.Errorf("%q was opened", name)
@@ -285,8 +293,8 @@ func checkBinding(t *testing.T, s *Store, want *binding.Binding) {
 // childFile tells the test binary to be the process of TestAnotherProcess.
 const childFile = "SQLSTORE_TEST_FILE"
 
-// What one process has committed, another sees at once, and it is there after all have closed the file. The other process
-// dies without closing it.
+// What one process has committed, another sees at once, and it is there after all have closed the file. The other
+// process dies without closing it.
 func TestAnotherProcess(t *testing.T) {
 	b := newBinding(t, "001010000000001", "a1")
 	if file := os.Getenv(childFile); file != "" {
@@ -375,7 +383,8 @@ func TestFileMode(t *testing.T) {
 	file := path(t)
 	s := open(t, file)
 	beginAttempt(t, s, newBinding(t, "001010000000001", "a1"))
-	for name, want := range map[string]os.FileMode{filepath.Dir(file): 0o700, file: 0o600, file + "-wal": 0o600, file + "-shm": 0o600} {
+	for name, want := range map[string]os.FileMode{filepath.Dir(file): 0o700, file: 0o600, file + "-wal": 0o600,
+		file + "-shm": 0o600} {
 		if info, err := os.Stat(name); err != nil {
 			t.Error(err)
 		} else if info.Mode().Perm() != want {
@@ -384,7 +393,8 @@ func TestFileMode(t *testing.T) {
 	}
 }
 
-// Durable when it returns: in WAL mode only FULL syncs each commit (https://www.sqlite.org/pragma.html#pragma_synchronous).
+// Durable when it returns: in WAL mode only FULL syncs each commit
+// (https://www.sqlite.org/pragma.html#pragma_synchronous).
 func TestOpenRefuses(t *testing.T) {
 	for _, c := range []struct {
 		name string
@@ -398,7 +408,9 @@ func TestOpenRefuses(t *testing.T) {
 			}
 			return filepath.Join(file, "state", "keysvc.db")
 		}, []string{"folder cannot be made"}},
-		{"a folder in its place", func(t *testing.T) string { return t.TempDir() }, []string{"cannot be used", "directory"}},
+		{"a folder in its place", func(t *testing.T) string {
+			return t.TempDir()
+		}, []string{"cannot be used", "directory"}},
 		{"no database", func(t *testing.T) string {
 			file := filepath.Join(t.TempDir(), "keysvc.db")
 			if err := os.WriteFile(file, []byte(strings.Repeat("no database ", 100)), 0o600); err != nil {
@@ -437,7 +449,10 @@ func TestErrorsNameTheOperation(t *testing.T) {
 		"look for a spent RAND: ": func() error { _, err := s.Spent(ctx, imsi, hsmkeys.RAND{}); return err },
 		"establish: ":             func() error { return s.Establish(ctx, &binding.Binding{}, nil, true, t0) },
 		"open provisioning: ":     func() error { return s.OpenAttempt(ctx, binding.Attempt{}) },
-		"list bindings: ":         func() error { _, err := s.Bindings(ctx, binding.BindingQuery{Limit: 1}); return err },
+		"list bindings: ": func() error {
+			_, err := s.Bindings(ctx, binding.BindingQuery{Limit: 1})
+			return err
+		},
 		"revoke: ":                func() error { _, err := s.Revoke(ctx, imsi, t0); return err },
 		"drop what has expired: ": func() error { return s.DropExpired(ctx, t0) },
 		"note: ":                  func() error { return s.Note(ctx, binding.EventExported, "x", "") },
@@ -447,14 +462,18 @@ func TestErrorsNameTheOperation(t *testing.T) {
 		"read the registry: ":     func() error { _, err := s.Lots(ctx); return err },
 		"enroll: ":                func() error { return s.PutManufacturer(ctx, &binding.Manufacturer{}) },
 		"import a lot: ":          func() error { return s.PutLot(ctx, &binding.Lot{}, none) },
-		"decide: ":                func() error { _, err := s.Decide(ctx, "", "", binding.Verdict{}, none); return err },
-		"count bindings: ":        func() error { _, err := s.Bound(ctx, "", "", t0); return err },
-		"ping: ":                  func() error { return s.Ping(ctx) },
-		"copy: ":                  func() error { _, err := s.Copy(ctx, s, func(int) {}); return err },
-		"verify: ":                func() error { _, err := s.Verify(ctx, func(int) {}); return err },
+		"decide: ": func() error {
+			_, err := s.Decide(ctx, "", "", binding.Verdict{}, none)
+			return err
+		},
+		"count bindings: ": func() error { _, err := s.Bound(ctx, "", "", t0); return err },
+		"ping: ":           func() error { return s.Ping(ctx) },
+		"copy: ":           func() error { _, err := s.Copy(ctx, s, func(int) {}); return err },
+		"verify: ":         func() error { _, err := s.Verify(ctx, func(int) {}); return err },
 	} {
 		err := call()
-		if !strings.HasPrefix(err.Error(), want) || !errors.Is(err, sql.ErrConnDone) && !strings.HasSuffix(err.Error(), "database is closed") {
+		if !strings.HasPrefix(err.Error(), want) || !errors.Is(err, sql.ErrConnDone) &&
+			!strings.HasSuffix(err.Error(), "database is closed") {
 			t.Errorf("%v, want %q and that the database is closed", err, want)
 		}
 	}

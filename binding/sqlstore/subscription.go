@@ -15,8 +15,9 @@ import (
 // values is a binding as its row has it.
 func values(b *binding.Binding, seq int64) []any {
 	return []any{
-		b.IMSI.String(), string(b.State), b.IMEI.String(), b.Manufacturer, b.Lot, int64(b.DeviceKey), orEmpty(b.Sealed), orEmpty(b.NWSig), b.AttemptID,
-		orEmpty(b.PayloadSHA256), millis(b.Established), millis(b.Activated), millis(b.Revoked), b.Origin.String(), millis(b.Expires), sentText(b.Sent), seq,
+		b.IMSI.String(), string(b.State), b.IMEI.String(), b.Manufacturer, b.Lot, int64(b.DeviceKey), orEmpty(b.Sealed),
+		orEmpty(b.NWSig), b.AttemptID, orEmpty(b.PayloadSHA256), millis(b.Established), millis(b.Activated),
+		millis(b.Revoked), b.Origin.String(), millis(b.Expires), sentText(b.Sent), seq,
 	}
 }
 
@@ -30,11 +31,13 @@ func orEmpty(b []byte) []byte {
 
 func toBinding(r row) (b *binding.Binding, seq int64, err error) {
 	b = &binding.Binding{
-		State: binding.State(r.text(1)), Manufacturer: r.text(3), Lot: r.text(4), DeviceKey: int(r.int(5)), Sealed: r.bytes(6), NWSig: r.bytes(7),
-		AttemptID: r.text(8), PayloadSHA256: r.bytes(9), Established: fromMillis(r.int(10)), Activated: fromMillis(r.int(11)),
-		Revoked: fromMillis(r.int(12)), Expires: fromMillis(r.int(14)),
+		State: binding.State(r.text(1)), Manufacturer: r.text(3), Lot: r.text(4), DeviceKey: int(r.int(5)),
+		Sealed: r.bytes(6), NWSig: r.bytes(7), AttemptID: r.text(8), PayloadSHA256: r.bytes(9),
+		Established: fromMillis(r.int(10)), Activated: fromMillis(r.int(11)), Revoked: fromMillis(r.int(12)),
+		Expires: fromMillis(r.int(14)),
 	}
-	err = errors.Join(b.IMSI.UnmarshalText([]byte(r.text(0))), b.IMEI.UnmarshalText([]byte(r.text(2))), b.Origin.UnmarshalText([]byte(r.text(13))))
+	err = errors.Join(b.IMSI.UnmarshalText([]byte(r.text(0))), b.IMEI.UnmarshalText([]byte(r.text(2))),
+		b.Origin.UnmarshalText([]byte(r.text(13))))
 	for line := range strings.Lines(r.text(15)) {
 		var o kme.Origin
 		err = errors.Join(err, o.UnmarshalText([]byte(strings.TrimSuffix(line, "\n"))))
@@ -59,7 +62,9 @@ func (s *Store) Subscription(ctx context.Context, imsi kme.IMSI, now time.Time) 
 	return s.current(ctx, "read a subscription", imsi, now)
 }
 
-func (s *Store) current(ctx context.Context, operation string, imsi kme.IMSI, now time.Time) (*binding.Subscription, error) {
+func (s *Store) current(
+	ctx context.Context, operation string, imsi kme.IMSI, now time.Time,
+) (*binding.Subscription, error) {
 	var sub *stored
 	err := s.settled(ctx, operation, imsi.String(), func(q sqlconn.Conn) (err error) {
 		sub, err = s.subscription(ctx, q, imsi, now)
@@ -135,7 +140,9 @@ func (s *Store) toChange(ctx context.Context, tx *txn, imsi kme.IMSI, now time.T
 }
 
 // subscriptionIn is both, with the head that ofIMSIToChange reads.
-func (s *Store) subscriptionIn(ctx context.Context, q sqlconn.Conn, imsi kme.IMSI, now time.Time, text string, chain ...any) (*stored, *binding.Head, error) {
+func (s *Store) subscriptionIn(
+	ctx context.Context, q sqlconn.Conn, imsi kme.IMSI, now time.Time, text string, chain ...any,
+) (*stored, *binding.Head, error) {
 	sub, head, digits := new(stored), new(binding.Head), imsi.String()
 	var opened []row // attempts
 	err := scan(ctx, q, len(bindings.columns)+2, func(r row) error {
@@ -208,7 +215,8 @@ func (sub *stored) fresh(imsi string) error {
 		}
 	}
 	if have := sub.seq.pending; have != 0 && (have != sub.last.established || have < settled) {
-		return damaged(bindings, row{imsi, string(binding.Pending)}, "is an earlier one than the service has written last")
+		return damaged(bindings, row{imsi, string(binding.Pending)},
+			"is an earlier one than the service has written last")
 	}
 	return nil
 }
@@ -237,8 +245,8 @@ func (s *Store) Bindings(ctx context.Context, q binding.BindingQuery) (all []*bi
 	return all, nil
 }
 
-// bound gives IMSIs that were ever bound, to a device if the query names one. The ledger knows them: a row that is gone,
-// or was edited, would not be missed.
+// bound gives IMSIs that were ever bound, to a device if the query names one. The ledger knows them: a row that is
+// gone, or was edited, would not be missed.
 func bound(ctx context.Context, read sqlconn.Conn, q binding.BindingQuery, limit int) (all []kme.IMSI, err error) {
 	var args []any
 	arg := func(v any) string { args = append(args, v); return fmt.Sprint("$", len(args)) }

@@ -16,8 +16,8 @@ type txn struct {
 	heads [binding.Chains]*binding.Head // of the ledger's chains whose locks it has; nil: not read yet
 }
 
-// change makes a change durably: none with the same key is under way meanwhile. f may be called again, and only its last
-// call counts; an error of f leaves everything as it was, and is not named.
+// change makes a change durably: none with the same key is under way meanwhile. f may be called again, and only its
+// last call counts; an error of f leaves everything as it was, and is not named.
 func (s *Store) change(ctx context.Context, operation, key string, f func(context.Context, *txn) error) error {
 	if err := s.refusal(); err != nil {
 		return err

@@ -42,7 +42,10 @@ func (s *Store) Verify(ctx context.Context, report func(rows int)) (*Report, err
 		}
 	}
 	for _, t := range tables {
-		err := scan(ctx, q, len(t.columns)+1, func(values row) error { read(); return found(s.checkMAC(t, values)) }, t.selectAll)
+		err := scan(ctx, q, len(t.columns)+1, func(values row) error {
+			read()
+			return found(s.checkMAC(t, values))
+		}, t.selectAll)
 		if err != nil {
 			return r, err
 		}
@@ -72,7 +75,8 @@ func imsis(ctx context.Context, q sqlconn.Conn, each func(kme.IMSI) error) error
 		}, `SELECT imsi FROM (
 			SELECT * FROM (SELECT DISTINCT subject AS imsi FROM ledger WHERE subject > $1 AND subject < ':' ORDER BY subject LIMIT `+page+`) AS a UNION
 			SELECT * FROM (SELECT DISTINCT imsi FROM bindings WHERE imsi > $1 ORDER BY imsi LIMIT `+page+`) AS b UNION
-			SELECT * FROM (SELECT DISTINCT imsi FROM attempts WHERE imsi > $1 ORDER BY imsi LIMIT `+page+`) AS c) AS d ORDER BY imsi LIMIT `+page, after)
+			SELECT * FROM (SELECT DISTINCT imsi FROM attempts WHERE imsi > $1 ORDER BY imsi LIMIT `+page+
+			`) AS c) AS d ORDER BY imsi LIMIT `+page, after)
 		if err != nil || len(texts) == 0 {
 			return err
 		}

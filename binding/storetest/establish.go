@@ -133,7 +133,8 @@ func establishUsed(t *testing.T, s Store) {
 	one, other, imei := subscription(t, 1), subscription(t, 2), device(t, 1)
 	b := bind(t, s, one, imei, "a1", []byte("tag"))
 	openAttempt(t, s, other, "b1", t0)
-	if err := s.Establish(t.Context(), newBinding(other, imei, "b1"), []byte("tag"), true, t0); !errors.Is(err, binding.ErrUsed) {
+	if err := s.Establish(t.Context(), newBinding(other, imei, "b1"), []byte("tag"), true, t0); !errors.Is(err,
+		binding.ErrUsed) {
 		t.Errorf("a KME used twice: %v, want ErrUsed", err)
 	}
 	// The refusal changed nothing: the device may still establish another KME within the same attempt.
@@ -164,7 +165,8 @@ func establishCanceled(t *testing.T, s Store) {
 	openAttempt(t, s, imsi, "a1", t0)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if err := s.Establish(ctx, newBinding(imsi, imei, "a1"), []byte("tag"), true, t0); !errors.Is(err, context.Canceled) {
+	if err := s.Establish(ctx, newBinding(imsi, imei, "a1"), []byte("tag"), true, t0); !errors.Is(err,
+		context.Canceled) {
 		t.Errorf("a call that was canceled: %v, want context.Canceled", err)
 	}
 	checkBinding(t, s, imsi, nil)
@@ -193,7 +195,8 @@ func ledger(t *testing.T, s Store) {
 	}
 	checkUsed(t, s, first, tag, true)
 	openAttempt(t, s, subscription(t, 1), "a2", t0)
-	if err := s.Establish(t.Context(), newBinding(subscription(t, 1), first, "a2"), tag, true, t0); !errors.Is(err, binding.ErrUsed) {
+	if err := s.Establish(t.Context(), newBinding(subscription(t, 1), first, "a2"), tag, true, t0); !errors.Is(err,
+		binding.ErrUsed) {
 		t.Errorf("the KME of a dropped binding: %v, want ErrUsed", err)
 	}
 }

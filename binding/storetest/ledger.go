@@ -40,7 +40,8 @@ func noted(t *testing.T, s Store) {
 	if err := s.Note(ctx, binding.EventExported, imsi.String(), "to nobody"); err != nil {
 		t.Fatal(err)
 	}
-	want := []binding.Event{binding.EventEstablished, binding.EventActivated, binding.EventOpened, binding.EventRevoked, binding.EventExported}
+	want := []binding.Event{binding.EventEstablished, binding.EventActivated, binding.EventOpened, binding.EventRevoked,
+		binding.EventExported}
 	if got := events(t, s, imsi.String()); !equal(got, want) {
 		t.Errorf("the ledger has %v, want %v", got, want)
 	}
@@ -76,10 +77,12 @@ func noted(t *testing.T, s Store) {
 			}
 		}
 	}
-	if got, want := events(t, s, binding.ManufacturerSubject(m.KeyID)), []binding.Event{binding.EventEnrolled, binding.EventDistrusted, binding.EventTrusted}; !equal(got, want) {
+	if got, want := events(t, s, binding.ManufacturerSubject(m.KeyID)), []binding.Event{binding.EventEnrolled,
+		binding.EventDistrusted, binding.EventTrusted}; !equal(got, want) {
 		t.Errorf("the ledger has %v, want %v", got, want)
 	}
-	if got, want := events(t, s, binding.LotSubject(m.KeyID, "L1")), []binding.Event{binding.EventImported, binding.EventRetired, binding.EventReinstated}; !equal(got, want) {
+	if got, want := events(t, s, binding.LotSubject(m.KeyID, "L1")), []binding.Event{binding.EventImported,
+		binding.EventRetired, binding.EventReinstated}; !equal(got, want) {
 		t.Errorf("the ledger has %v, want %v", got, want)
 	}
 
@@ -125,7 +128,8 @@ func lastNote(t *testing.T, s Store) {
 		}
 	}
 	for _, want := range [][3]string{{"X", "s", "3"}, {"Y", "s", "2"}, {"X", "r", "4"}} {
-		if detail, found, err := s.LastNote(t.Context(), binding.Event(want[0]), want[1]); !found || err != nil || detail != want[2] {
+		if detail, found, err := s.LastNote(t.Context(), binding.Event(want[0]), want[1]); !found || err != nil ||
+			detail != want[2] {
 			t.Errorf("%v: detail %q, found %v, error %v", want, detail, found, err)
 		}
 	}
@@ -163,13 +167,20 @@ func rolledBack(t *testing.T, s Store) {
 			t.Fatalf("behind its mark: %v", err)
 		}
 		for name, call := range map[string]func() error{
-			"Subscription":    func() error { _, err := s.Subscription(ctx, imsi, t0); return err },
-			"Prepare":         func() error { _, err := s.Prepare(ctx, request(imsi, nobody, "x", t0)); return err },
-			"Spent":           func() error { _, err := s.Spent(ctx, imsi, [16]byte{}); return err },
-			"OpenAttempt":     func() error { return s.OpenAttempt(ctx, binding.Attempt{ID: "x", IMSI: imsi, Expires: t0.Add(ttl)}) },
-			"Establish":       func() error { return s.Establish(ctx, newBinding(imsi, device(t, 1), "x"), []byte("x"), true, t0) },
-			"Report":          func() error { _, err := s.Report(ctx, imsi, nobody.Name, true, t0); return err },
-			"Bindings":        func() error { _, err := s.Bindings(ctx, binding.BindingQuery{Limit: 1, Now: t0}); return err },
+			"Subscription": func() error { _, err := s.Subscription(ctx, imsi, t0); return err },
+			"Prepare":      func() error { _, err := s.Prepare(ctx, request(imsi, nobody, "x", t0)); return err },
+			"Spent":        func() error { _, err := s.Spent(ctx, imsi, [16]byte{}); return err },
+			"OpenAttempt": func() error {
+				return s.OpenAttempt(ctx, binding.Attempt{ID: "x", IMSI: imsi, Expires: t0.Add(ttl)})
+			},
+			"Establish": func() error {
+				return s.Establish(ctx, newBinding(imsi, device(t, 1), "x"), []byte("x"), true, t0)
+			},
+			"Report": func() error { _, err := s.Report(ctx, imsi, nobody.Name, true, t0); return err },
+			"Bindings": func() error {
+				_, err := s.Bindings(ctx, binding.BindingQuery{Limit: 1, Now: t0})
+				return err
+			},
 			"Revoke":          func() error { _, err := s.Revoke(ctx, imsi, t0); return err },
 			"DropExpired":     func() error { return s.DropExpired(ctx, t0) },
 			"Note":            func() error { return s.Note(ctx, "X", "s", "") },
@@ -178,11 +189,14 @@ func rolledBack(t *testing.T, s Store) {
 			"Manufacturers":   func() error { _, err := s.Manufacturers(ctx); return err },
 			"PutManufacturer": func() error { return s.PutManufacturer(ctx, newMaker(t, nil).Manufacturer) },
 			"Lots":            func() error { _, err := s.Lots(ctx); return err },
-			"Decide":          func() error { _, err := s.Decide(ctx, "m", "", binding.Verdict{}, allowed); return err },
-			"Bound":           func() error { _, err := s.Bound(ctx, "m", "", t0); return err },
-			"CountSealed":     func() error { _, err := s.CountSealed(ctx, []byte{2}); return err },
-			"Sealed":          func() error { _, err := s.Sealed(ctx, tokenkeys.Sealed{}, []byte{2}, 1); return err },
-			"Reseal":          func() error { _, err := s.Reseal(ctx, nil); return err },
+			"Decide": func() error {
+				_, err := s.Decide(ctx, "m", "", binding.Verdict{}, allowed)
+				return err
+			},
+			"Bound":       func() error { _, err := s.Bound(ctx, "m", "", t0); return err },
+			"CountSealed": func() error { _, err := s.CountSealed(ctx, []byte{2}); return err },
+			"Sealed":      func() error { _, err := s.Sealed(ctx, tokenkeys.Sealed{}, []byte{2}, 1); return err },
+			"Reseal":      func() error { _, err := s.Reseal(ctx, nil); return err },
 		} {
 			if err := call(); !errors.Is(err, binding.ErrRolledBack) {
 				t.Errorf("%s of a store that is rolled back: %v", name, err)

@@ -326,7 +326,8 @@ func openedByOrigin(t *testing.T, s Store) {
 		id := "of " + o.Name.String()
 		for _, now := range []time.Time{t0, late} {
 			d := decide(t, s, request(imsi, o, id, now))
-			if a := d.Attempt; a == nil || a.ID != id || a.Origin != o.Name || !a.Opened || !a.Expires.Equal(t0.Add(ttl)) {
+			if a := d.Attempt; a == nil || a.ID != id || a.Origin != o.Name || !a.Opened ||
+				!a.Expires.Equal(t0.Add(ttl)) {
 				t.Errorf("%s has %+v", o.Name, d)
 			}
 		}

@@ -248,7 +248,9 @@ func verdictsRefused(t *testing.T, s Store) {
 	}
 	no := errors.New("no")
 	for _, name := range []string{"", "L1"} {
-		if _, err := s.Decide(t.Context(), a.KeyID, name, v, func([]*binding.Lot) error { return no }); !errors.Is(err, no) {
+		if _, err := s.Decide(t.Context(), a.KeyID, name, v, func([]*binding.Lot) error {
+			return no
+		}); !errors.Is(err, no) {
 			t.Errorf("a verdict that its check refuses: %v, want the check's error", err)
 		}
 	}

@@ -78,7 +78,8 @@ func reportNotOK(t *testing.T, s Store) {
 	bind(t, s, imsi, device(t, 1), "a2", []byte("tag 2"))
 }
 
-// With an administrator's attempt an active binding gets a pending one beside it; it stands until that one has shown itself.
+// With an administrator's attempt an active binding gets a pending one beside it; it stands
+// until that one has shown itself.
 func openedBesideActive(t *testing.T, s Store) {
 	for n, ok := range []bool{true, false} {
 		imsi := subscription(t, n)
@@ -128,7 +129,8 @@ func boundNotOpened(t *testing.T, s Store) {
 	if err := s.OpenAttempt(t.Context(), binding.Attempt{ID: "late", IMSI: imsi, Expires: t0.Add(ttl)}); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.Establish(t.Context(), newBinding(imsi, device(t, 2), "late"), []byte("tag 2"), true, t0); !errors.Is(err, binding.ErrBound) {
+	if err := s.Establish(t.Context(), newBinding(imsi, device(t, 2), "late"), []byte("tag 2"), true,
+		t0); !errors.Is(err, binding.ErrBound) {
 		t.Errorf("established beside an active binding: %v", err)
 	}
 	checkUsed(t, s, device(t, 2), []byte("tag 2"), false)
@@ -220,13 +222,16 @@ func bindings(t *testing.T, s Store) {
 	if _, err := s.Revoke(t.Context(), subscription(t, 2), t0); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.OpenAttempt(t.Context(), binding.Attempt{ID: "o", IMSI: subscription(t, 1), Expires: t0.Add(ttl), Opened: true}); err != nil {
+	if err := s.OpenAttempt(t.Context(), binding.Attempt{ID: "o", IMSI: subscription(t, 1), Expires: t0.Add(ttl),
+		Opened: true}); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.Establish(t.Context(), newBinding(subscription(t, 1), device(t, 7), "o"), []byte("o"), true, t0); err != nil {
+	if err := s.Establish(t.Context(), newBinding(subscription(t, 1), device(t, 7), "o"), []byte("o"), true,
+		t0); err != nil {
 		t.Fatal(err)
 	}
-	all := []string{"00000 000 PENDING", "00001 007 PENDING", "00002 001 REVOKED", "00003 001 PENDING", "00004 002 PENDING"}
+	all := []string{"00000 000 PENDING", "00001 007 PENDING", "00002 001 REVOKED", "00003 001 PENDING",
+		"00004 002 PENDING"}
 	if got := list("", kme.IMEI{}, 10); !slices.Equal(got, all) {
 		t.Errorf("all: %v", got)
 	}
@@ -273,7 +278,8 @@ func reportNotBound(t *testing.T, s Store) {
 	bind(t, s, subscription(t, 1), device(t, 1), "a1", []byte("tag"))
 	openAttempt(t, s, subscription(t, 2), "b1", t0)
 	for _, ok := range []bool{true, false} {
-		if b, err := s.Report(t.Context(), subscription(t, 2), nobody.Name, ok, t0); !errors.Is(err, binding.ErrNotBound) ||
+		if b, err := s.Report(t.Context(), subscription(t, 2), nobody.Name, ok, t0); !errors.Is(err,
+			binding.ErrNotBound) ||
 			b != nil {
 			t.Errorf("ok %v: %v, error %v, want ErrNotBound", ok, b, err)
 		}

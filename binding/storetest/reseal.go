@@ -27,7 +27,8 @@ func reseal(t *testing.T, s Store) {
 	// One IMSI has an active and a pending binding, of one only the past is left.
 	one := subscription(t, 0)
 	activate(t, s, one, t0)
-	if err := s.OpenAttempt(t.Context(), binding.Attempt{ID: "b", IMSI: one, Expires: t0.Add(ttl), Opened: true}); err != nil {
+	if err := s.OpenAttempt(t.Context(), binding.Attempt{ID: "b", IMSI: one, Expires: t0.Add(ttl),
+		Opened: true}); err != nil {
 		t.Fatal(err)
 	}
 	second := newBinding(one, device(t, 9), "b")

@@ -185,8 +185,9 @@ func subscriptionOf(t *testing.T, s Store, imsi kme.IMSI, now time.Time) *bindin
 func newBinding(imsi kme.IMSI, imei kme.IMEI, attempt string) *binding.Binding {
 	fill := func(n int) []byte { return bytes.Repeat([]byte(attempt[:1]), n) }
 	return &binding.Binding{
-		IMSI: imsi, IMEI: imei, Manufacturer: "maker", Lot: "L1", State: binding.Pending, DeviceKey: 2, Sealed: fill(40), Established: t0.Add(time.Second),
-		Expires: t0.Add(pendingTTL), AttemptID: attempt, PayloadSHA256: append([]byte{0, 0xff}, fill(30)...), NWSig: fill(32),
+		IMSI: imsi, IMEI: imei, Manufacturer: "maker", Lot: "L1", State: binding.Pending, DeviceKey: 2,
+		Sealed: fill(40), Established: t0.Add(time.Second), Expires: t0.Add(pendingTTL), AttemptID: attempt,
+		PayloadSHA256: append([]byte{0, 0xff}, fill(30)...), NWSig: fill(32),
 	}
 }
 
@@ -211,14 +212,17 @@ func checkBinding(t *testing.T, s Store, imsi kme.IMSI, want *binding.Binding) {
 // askers are subscriptions that nothing else is done with.
 var askers atomic.Int64
 
-// checkUsed asks, as one does who has a KME that is not good, whether the ledger has it: in an attempt of another subscription.
+// checkUsed asks, as one does who has a KME that is not good, whether the ledger has it: in an
+// attempt of another subscription.
 func checkUsed(t *testing.T, s Store, imei kme.IMEI, tag []byte, want bool) {
 	t.Helper()
 	b := newBinding(subscription(t, 50_000+int(askers.Add(1))), imei, "asks")
-	if err := s.OpenAttempt(t.Context(), binding.Attempt{ID: b.AttemptID, IMSI: b.IMSI, Expires: t0.Add(ttl)}); err != nil {
+	if err := s.OpenAttempt(t.Context(),
+		binding.Attempt{ID: b.AttemptID, IMSI: b.IMSI, Expires: t0.Add(ttl)}); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.Establish(t.Context(), b, tag, false, t0); errors.Is(err, binding.ErrUsed) != want || errors.Is(err, binding.ErrNotGood) == want {
+	if err := s.Establish(t.Context(), b, tag, false, t0); errors.Is(err, binding.ErrUsed) != want ||
+		errors.Is(err, binding.ErrNotGood) == want {
 		t.Errorf("tag %x of %s: %v, want it used: %v", tag, imei, err, want)
 	}
 	checkBinding(t, s, b.IMSI, nil)

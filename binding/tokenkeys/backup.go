@@ -18,8 +18,8 @@ import (
 	"github.com/kmehsm/kmehsm/internal/handover"
 )
 
-// A backup carries a token's storage and ledger key to another token of the operator's, and how far the ledger had come.
-// Nobody signs it: an operator's token has no key for that.
+// A backup carries a token's storage and ledger key to another token of the operator's, and how far the ledger had
+// come. Nobody signs it: an operator's token has no key for that.
 type backup struct {
 	Type       string        `json:"typ"`   // typeBackup
 	Token      string        `json:"token"` // the serial number of the token whose keys they are
@@ -40,13 +40,16 @@ type backupKey struct {
 const typeBackup = "kme-token-backup"
 
 // NewBackup makes the file, and what identifies it: the SHA-256 of its bytes, for people to read out.
-func NewBackup(token string, to *rsa.PublicKey, keys []hsmkeys.Carried, mark *binding.Mark) (data []byte, thumbprint string, err error) {
+func NewBackup(
+	token string, to *rsa.PublicKey, keys []hsmkeys.Carried, mark *binding.Mark,
+) (data []byte, thumbprint string, err error) {
 	b := backup{
-		Type: typeBackup, Token: token, Created: time.Now().UTC().Truncate(time.Second), RestoreKey: directory.RSAThumbprint(to),
-		Algorithm: handover.RSAOAEP, Mark: mark,
+		Type: typeBackup, Token: token, Created: time.Now().UTC().Truncate(time.Second),
+		RestoreKey: directory.RSAThumbprint(to), Algorithm: handover.RSAOAEP, Mark: mark,
 	}
 	for _, k := range keys {
-		b.Keys = append(b.Keys, backupKey{Role: k.Key.Role, Generation: k.Key.Generation, Wrapped: k.Wrapped, Check: k.Check})
+		b.Keys = append(b.Keys, backupKey{Role: k.Key.Role, Generation: k.Key.Generation, Wrapped: k.Wrapped,
+			Check: k.Check})
 	}
 	data, err = json.MarshalIndent(b, "", "  ")
 	data = append(data, '\n')
@@ -71,7 +74,8 @@ type RestoreToken interface {
 // was restored before changes nothing. It gives the keys that were taken.
 func Restore(ctx context.Context, token RestoreToken, data []byte, thumbprint string) ([]hsmkeys.Key, error) {
 	if have := backupThumbprint(data); have != thumbprint {
-		return nil, fmt.Errorf("the backup's thumbprint is %s, and the one given is %s: have it read out again, and if it differs, do not use this file: it was swapped or damaged on its way",
+		return nil, fmt.Errorf("the backup's thumbprint is %s, and the one given is %s: have it read out again, and "+
+			"if it differs, do not use this file: it was swapped or damaged on its way",
 			have, thumbprint)
 	}
 	var b backup
@@ -83,23 +87,28 @@ func Restore(ctx context.Context, token RestoreToken, data []byte, thumbprint st
 	}
 	var all []hsmkeys.Carried
 	for _, k := range b.Keys {
-		all = append(all, hsmkeys.Carried{Key: hsmkeys.Key{Role: k.Role, Generation: k.Generation}, Wrapped: k.Wrapped, Check: k.Check})
+		all = append(all, hsmkeys.Carried{Key: hsmkeys.Key{Role: k.Role, Generation: k.Generation}, Wrapped: k.Wrapped,
+			Check: k.Check})
 	}
 	own, err := token.RestoreKeys(ctx)
 	if errors.Is(err, hsmkeys.ErrNotDedicated) { // whose advice, init, would make other keys
-		return nil, errors.New("this token has no key that a backup can be made for: run keysvc backup prepare on it, not init, and make a backup for that key")
+		return nil, errors.New("this token has no key that a backup can be made for: run keysvc backup prepare on " +
+			"it, not init, and make a backup for that key")
 	}
 	if err != nil {
 		return nil, err
 	}
 	to := &rsa.PublicKey{}
-	if at := slices.IndexFunc(own, func(pub *rsa.PublicKey) bool { return directory.RSAThumbprint(pub) == b.RestoreKey }); at >= 0 {
+	if at := slices.IndexFunc(own, func(pub *rsa.PublicKey) bool {
+		return directory.RSAThumbprint(pub) == b.RestoreKey
+	}); at >= 0 {
 		to = own[at]
 	}
 	taken, err := token.CarryIn(ctx, to, all)
 	switch {
 	case errors.Is(err, hsmkeys.ErrNoKey):
-		return nil, fmt.Errorf("the backup was made for key %s, which this token has not got: run keysvc backup prepare on it, and make a backup for that: %w", b.RestoreKey, err)
+		return nil, fmt.Errorf("the backup was made for key %s, which this token has not got: run keysvc backup "+
+			"prepare on it, and make a backup for that: %w", b.RestoreKey, err)
 	case err != nil:
 		return taken, err
 	}

@@ -1,5 +1,5 @@
-// Package tokenkeys looks after the operator token's own keys: it makes them, has KMEs sealed under later ones, and carries
-// them to another token.
+// Package tokenkeys looks after the operator token's own keys: it makes them, has KMEs sealed under later ones, and
+// carries them to another token.
 package tokenkeys
 
 import (
@@ -31,7 +31,8 @@ type DedicateToken interface {
 func Init(ctx context.Context, token InitToken, accept bool) (created bool, weak []string, err error) {
 	created, weak, err = Dedicate(ctx, token, accept)
 	ensureMark := func(ctx context.Context) (bool, error) { return mark.Ensure(ctx, token) }
-	for _, ensure := range []func(context.Context) (bool, error){token.EnsureStorageKey, token.EnsureLedgerKey, ensureMark} {
+	for _, ensure := range []func(context.Context) (bool, error){token.EnsureStorageKey,
+		token.EnsureLedgerKey, ensureMark} {
 		if err != nil {
 			return false, nil, err
 		}
@@ -52,7 +53,8 @@ func Dedicate(ctx context.Context, token DedicateToken, accept bool) (created bo
 		if found, err = token.Weaknesses(ctx, hsmkeys.Operator); len(found) > 0 {
 			weak = hsmkeys.Sentences(found)
 			if !accept {
-				return false, weak, fmt.Errorf("the token was tried, and keys would not be safe in it: %s: use another token; or accept this one with --accept-weak-token, "+
+				return false, weak, fmt.Errorf("the token was tried, and keys would not be safe in it: %s: use "+
+					"another token; or accept this one with --accept-weak-token, "+
 					"and the service says so in its log and at /readyz for ever", strings.Join(weak, "; "))
 			}
 		}

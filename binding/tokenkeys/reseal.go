@@ -51,7 +51,8 @@ const settled = 2 * hsmkeys.LookAgain
 
 // ErrStillSealing: somebody goes on sealing KMEs under an earlier storage key, after everybody could know the newest
 // one.
-var ErrStillSealing = errors.New("KMEs are still being sealed under an earlier storage key: a token that serves has not got the newest one; " +
+var ErrStillSealing = errors.New("KMEs are still being sealed under an earlier storage key: a token that serves has " +
+	"not got the newest one; " +
 	"bring it there with keysvc backup, and run this again")
 
 // latePasses is after how many passes that found some Reseal says so: the first one finds those of calls that were
@@ -68,7 +69,8 @@ type DamagedError struct {
 }
 
 func (e *DamagedError) Error() string {
-	return fmt.Sprintf("the KMEs of %d bindings cannot be opened, and are sealed as they were: end them with keysvc binding revoke, and run this again; IMSIs %s; of the first: %v",
+	return fmt.Sprintf("the KMEs of %d bindings cannot be opened, and are sealed as they were: end them with keysvc "+
+		"binding revoke, and run this again; IMSIs %s; of the first: %v",
 		len(e.IMSIs), strings.Join(e.IMSIs, ", "), e.Cause)
 }
 
@@ -78,7 +80,9 @@ const maxDamaged = 100
 // Reseal seals every KME below these bytes again, while services serve and seal; since they may seal under an earlier
 // key for some time, it goes on until that has passed and none is left. It gives how many it has sealed, also when it
 // fails; then the same again goes on. report is called with that now and then.
-func Reseal(ctx context.Context, token Resealer, store SealedStore, below []byte, report func(done int)) (done int, err error) {
+func Reseal(
+	ctx context.Context, token Resealer, store SealedStore, below []byte, report func(done int),
+) (done int, err error) {
 	began, late := time.Now(), 0
 	for {
 		last := time.Since(began) >= settled
@@ -105,7 +109,9 @@ func Reseal(ctx context.Context, token Resealer, store SealedStore, below []byte
 }
 
 // resealPass gives how many it has found to seal again.
-func resealPass(ctx context.Context, token Resealer, store SealedStore, below []byte, report func(n int)) (found int, damaged *DamagedError, err error) {
+func resealPass(
+	ctx context.Context, token Resealer, store SealedStore, below []byte, report func(n int),
+) (found int, damaged *DamagedError, err error) {
 	damaged = new(DamagedError)
 	for after := (Sealed{}); ; {
 		batch, err := store.Sealed(ctx, after, below, resealBatch)
@@ -172,7 +178,8 @@ func RetireStorage(ctx context.Context, token StorageToken, store SealedStore) (
 			return nil, err
 		}
 		if left > 0 {
-			return nil, fmt.Errorf("%d KMEs are still sealed under an earlier storage key: run keysvc storage rotate again", left)
+			return nil, fmt.Errorf("%d KMEs are still sealed under an earlier storage key: run keysvc storage "+
+				"rotate again", left)
 		}
 	}
 	for _, g := range all[:len(all)-1] {

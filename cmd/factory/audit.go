@@ -20,18 +20,22 @@ import (
 func auditCommand() *cli.Command {
 	return &cli.Command{
 		Name: "audit", Usage: "check all lots, each by itself and all against all",
-		Description: "Reads, needs no token, and changes nothing: what lot verify checks of each lot but its injection packages; greatest common divisors\nof all moduli; overlapping ranges; device keys in two lots. Exits with 1 if anything is wrong.",
-		Flags:       slices.Concat(cmdline.DirectoryFlags(), []cli.Flag{manufacturerFlag, stateFlag, cmdline.JSON}),
-		Action:      audit,
+		Description: "Reads, needs no token, and changes nothing: what lot verify checks of each lot but its " +
+			"injection packages; greatest common divisors\n" +
+			"of all moduli; overlapping ranges; device keys in two lots. Exits with 1 if anything is wrong.",
+		Flags:  slices.Concat(cmdline.DirectoryFlags(), []cli.Flag{manufacturerFlag, stateFlag, cmdline.JSON}),
+		Action: audit,
 	}
 }
 
 func reconcileCommand() *cli.Command {
 	return &cli.Command{
-		Name: "reconcile", Usage: "compare what journal, injection packages, directory and token have of a lot", ArgsUsage: "LOT",
-		Description: "Says of each difference what is to be done. Exits with 1 while there are any.",
-		Flags: lineFlags(&cli.StringFlag{Name: "out", Usage: "the folder, `DIR`, of the injection packages (default: injection in the --state folder)"},
-			&cli.BoolFlag{Name: "repair", Usage: "do what is safe: what loses no key, and publishes none but those of a whole package"}),
+		Name: "reconcile", Usage: "compare what journal, injection packages, directory and token have of a lot",
+		ArgsUsage: "LOT", Description: "Says of each difference what is to be done. Exits with 1 while there are any.",
+		Flags: lineFlags(&cli.StringFlag{Name: "out",
+			Usage: "the folder, `DIR`, of the injection packages (default: injection in the --state folder)"},
+			&cli.BoolFlag{Name: "repair", Usage: "do what is safe: what loses no key, and publishes none but those " +
+				"of a whole package"}),
 		Action: alone(reconcile),
 	}
 }
@@ -41,15 +45,18 @@ func logCommand() *cli.Command {
 		Name: "log", Usage: "the audit log of all commands that used the token, log.jsonl in the --state folder",
 		Subcommands: []*cli.Command{{
 			Name: "verify", Usage: "find a line that was changed, removed or moved",
-			Description: "Needs no token. Each line holds the SHA-256 of the line before, and the token signs the last line at the end of each command. Keep copies of\nlog.head.jws elsewhere: who can replace the whole folder by an earlier one can go back to that.",
-			Flags:       []cli.Flag{manufacturerFlag, stateFlag, cmdline.JSON},
-			Action:      logVerify,
+			Description: "Needs no token. Each line holds the SHA-256 of the line before, and the token signs the " +
+				"last line at the end of each command. Keep copies of\n" +
+				"log.head.jws elsewhere: who can replace the whole folder by an earlier one can go back to that.",
+			Flags:  []cli.Flag{manufacturerFlag, stateFlag, cmdline.JSON},
+			Action: logVerify,
 		}},
 	}
 }
 
 func audit(c *cli.Context) error {
-	return verify(c, func(store directory.Store, v *directory.Verifier, report func(int)) (*factory.Verification, error) {
+	return verify(c, func(store directory.Store, v *directory.Verifier, report func(int)) (*factory.Verification,
+		error) {
 		return factory.Audit(c.Context, store, v, report)
 	})
 }
@@ -59,7 +66,8 @@ func lotVerify(c *cli.Context) error {
 	if !c.IsSet("injection") && !dirExists(filepath.Join(dir, c.Args().First())) {
 		dir = ""
 	}
-	return verify(c, func(store directory.Store, v *directory.Verifier, report func(int)) (*factory.Verification, error) {
+	return verify(c, func(store directory.Store, v *directory.Verifier, report func(int)) (*factory.Verification,
+		error) {
 		return factory.VerifyLot(c.Context, store, v, c.Args().First(), dir, report)
 	})
 }
@@ -69,7 +77,9 @@ func dirExists(path string) bool {
 	return err == nil && info.IsDir()
 }
 
-func verify(c *cli.Context, f func(directory.Store, *directory.Verifier, func(int)) (*factory.Verification, error)) error {
+func verify(
+	c *cli.Context, f func(directory.Store, *directory.Verifier, func(int)) (*factory.Verification, error),
+) error {
 	verifier, err := manufacturer(c)
 	if err != nil {
 		return err
@@ -100,9 +110,11 @@ func verify(c *cli.Context, f func(directory.Store, *directory.Verifier, func(in
 			fmt.Fprintf(w, "and %d more\n", found.More)
 		}
 		for _, l := range found.RevokedLots {
-			fmt.Fprintf(w, "lot %s is revoked since %s, all of it and for good: %s\n", l.Lot, l.Time.Format(time.RFC3339), l.Reason)
+			fmt.Fprintf(w, "lot %s is revoked since %s, all of it and for good: %s\n", l.Lot,
+				l.Time.Format(time.RFC3339), l.Reason)
 		}
-		fmt.Fprintf(w, "%d lots, %d devices verified, %d injection packages compared, %d revocations\n", found.Lots, found.Devices, found.Packages, found.Revoked)
+		fmt.Fprintf(w, "%d lots, %d devices verified, %d injection packages compared, %d revocations\n", found.Lots,
+			found.Devices, found.Packages, found.Revoked)
 	})
 	if err == nil && !found.OK() {
 		err = cmdline.Said(fmt.Errorf("%d problems were found", len(found.Problems)+found.More))
@@ -131,7 +143,8 @@ func reconcile(c *cli.Context) error {
 				}
 				fmt.Fprintf(w, "%s: %s\n    %s: %s\n", where, d.What, todo, d.Remedy)
 			}
-			fmt.Fprintf(w, "%d shards agree everywhere, %d are still to be made, %d differences, %d of them left\n", r.Agreed, r.Pending, len(r.Differences), r.Open())
+			fmt.Fprintf(w, "%d shards agree everywhere, %d are still to be made, %d differences, %d of them left\n",
+				r.Agreed, r.Pending, len(r.Differences), r.Open())
 		})
 		if err == nil && r.Open() > 0 {
 			err = cmdline.Said(fmt.Errorf("%d differences are left", r.Open()))
@@ -151,7 +164,8 @@ func logVerify(c *cli.Context) error {
 	}
 	return cmdline.Print(c, r, func(w io.Writer) {
 		for _, e := range r.Interrupted {
-			fmt.Fprintf(w, "line %d, begun and not ended: %s, %s, %s\n", e.Seq, e.Time.Format(time.RFC3339), e.Who, strings.Join(e.Command, " "))
+			fmt.Fprintf(w, "line %d, begun and not ended: %s, %s, %s\n", e.Seq, e.Time.Format(time.RFC3339), e.Who,
+				strings.Join(e.Command, " "))
 		}
 		fmt.Fprintf(w, "%d lines, whole and in order; signed up to line %d\n", r.Lines, r.Signed)
 	})

@@ -43,7 +43,8 @@ func lotRefresh(c *cli.Context) error {
 		}
 		return cmdline.Print(c, map[string]any{"lots": done}, func(w io.Writer) {
 			for _, r := range done {
-				fmt.Fprintf(w, "the list of revoked devices of lot %s, version %d, is good until %s\n", r.Lot, r.Version,
+				fmt.Fprintf(w, "the list of revoked devices of lot %s, version %d, is good until %s\n",
+					r.Lot, r.Version,
 					r.NextUpdate.Format(time.RFC3339))
 			}
 		})
@@ -127,7 +128,8 @@ func lotReissue(c *cli.Context) error {
 			return err
 		}
 		return cmdline.Print(c, map[string]any{"lot": lot, "imei": imei, "injection": path}, func(w io.Writer) {
-			fmt.Fprintf(w, "%s of lot %s has a new key, and the one that it had is revoked\ninjection package %s\n", imei, lot, path)
+			fmt.Fprintf(w, "%s of lot %s has a new key, and the one that it had is revoked\ninjection package %s\n",
+				imei, lot, path)
 		})
 	})
 }

@@ -12,16 +12,23 @@ import (
 	"github.com/kmehsm/kmehsm/internal/pemkey"
 )
 
-var fixtureFlag = &cli.StringFlag{Name: "fixture", Usage: "the fixture that the packages are for, `NAME` (default: the one that is enrolled)"}
+var fixtureFlag = &cli.StringFlag{Name: "fixture",
+	Usage: "the fixture that the packages are for, `NAME` (default: the one that is enrolled)"}
 
 func fixtureCommand() *cli.Command {
 	return &cli.Command{
 		Name: "fixture", Usage: "the fixtures that inject keys into devices",
 		Subcommands: []*cli.Command{{
-			Name: "enroll", Usage: "make a fixture's own injection key, and write it wrapped to the fixture's RSA key (RSA-OAEP)", ArgsUsage: "NAME",
-			Description: "The security officer's PIN is needed: an injection key leaves the token only under a key that the security officer has made TRUSTED. For another RSA\nkey of the fixture's, run it again; with one more --generation, packages made from then on are for a new injection key.",
-			Flags:       enrolFlags("injection key", &cli.StringFlag{Name: "fixture-key", Usage: "the fixture's public key, RSA of 3072 bits or more, as `PEM`"}),
-			Action:      fixtureEnroll,
+			Name: "enroll", Usage: "make a fixture's own injection key, and write it wrapped to the fixture's RSA " +
+				"key (RSA-OAEP)", ArgsUsage: "NAME",
+			Description: "The security officer's PIN is needed: an injection key leaves the token only under a key " +
+				"that the security officer has made TRUSTED. For another RSA\n" +
+				"key of the fixture's, run it again; with one more --generation, packages made from then on are for " +
+				"a new injection key.",
+			Flags: enrolFlags("injection key",
+				&cli.StringFlag{Name: "fixture-key",
+					Usage: "the fixture's public key, RSA of 3072 bits or more, as `PEM`"}),
+			Action: fixtureEnroll,
 		}},
 	}
 }
@@ -43,6 +50,7 @@ func fixtureEnroll(c *cli.Context) error {
 		return factory.EnrollFixture(c.Context, c.String("token"), officer, name, key, c.Int("generation"))
 	}, func(e *factory.Enrolled) (map[string]any, string) {
 		return map[string]any{"fixture": name, "injection_key": e.KeyID},
-			fmt.Sprintf("the injection key %s of fixture %s, wrapped to the fixture's key %s", e.KeyID, name, directory.RSAThumbprint(key))
+			fmt.Sprintf("the injection key %s of fixture %s, wrapped to the fixture's key %s", e.KeyID, name,
+				directory.RSAThumbprint(key))
 	})
 }

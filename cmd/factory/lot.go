@@ -27,53 +27,75 @@ func lotCommand() *cli.Command {
 		Subcommands: []*cli.Command{
 			{
 				Name: "create", Usage: "make a lot's key in the token and publish the lot's manifest", ArgsUsage: "LOT",
-				Flags: lineFlags(&cli.StringFlag{Name: "tac", Usage: "the devices' type allocation code, eight digits, `T`"},
+				Flags: lineFlags(&cli.StringFlag{Name: "tac",
+					Usage: "the devices' type allocation code, eight digits, `T`"},
 					&cli.IntFlag{Name: "first", Usage: "the first serial number, `N`, 0 to 999999"},
 					&cli.IntFlag{Name: "count", Usage: "how many devices, `N`"},
-					&cli.IntFlag{Name: "bits", Value: 3072, Usage: "the length of the modulus, `B`: 2048, 3072 or 4096"},
-					&cli.StringFlag{Name: "suite", Value: string(kme.SuiteECDSA), Usage: "how devices sign, `S`: tr33868-ecdsa-p256, tr33868-rsa2048, or bound-ecdsa-p256-oaep, which departs from the text"},
-					&cli.IntFlag{Name: "shard-size", Value: 256, Usage: "devices in a directory object and in an injection package, `N`, 1 to 1024"},
-					&cli.StringFlag{Name: "primes", Value: string(hsmkeys.PrimesAuto), Usage: "auto, or x931 to insist on ANSI X9.31"},
+					&cli.IntFlag{Name: "bits", Value: 3072,
+						Usage: "the length of the modulus, `B`: 2048, 3072 or 4096"},
+					&cli.StringFlag{Name: "suite", Value: string(kme.SuiteECDSA),
+						Usage: "how devices sign, `S`: tr33868-ecdsa-p256, tr33868-rsa2048, or " +
+							"bound-ecdsa-p256-oaep, which departs from the text"},
+					&cli.IntFlag{Name: "shard-size", Value: 256,
+						Usage: "devices in a directory object and in an injection package, `N`, 1 to 1024"},
+					&cli.StringFlag{Name: "primes", Value: string(hsmkeys.PrimesAuto),
+						Usage: "auto, or x931 to insist on ANSI X9.31"},
 					&cli.DurationFlag{Name: "valid-for", Value: directory.DefaultValidity,
-						Usage: "for how long a list of revoked devices of the lot is good, `D`: lot refresh signs it anew before"}),
+						Usage: "for how long a list of revoked devices of the lot is good, `D`: lot refresh signs it " +
+							"anew before"}),
 				Action: alone(lotCreate),
 			},
 			{
-				Name: "provision", Usage: "make the keys of a lot's devices, write their injection packages, publish their public keys", ArgsUsage: "LOT",
+				Name: "provision", Usage: "make the keys of a lot's devices, write their injection packages, publish " +
+					"their public keys", ArgsUsage: "LOT",
 				Description: "Ctrl-C finishes the shards in flight; the same command again goes on.",
-				Flags: lineFlags(&cli.StringFlag{Name: "out", Usage: "the folder, `DIR`, for DIR/LOT/injection-000000.jsonl and so on (default: injection in the --state folder)"},
+				Flags: lineFlags(&cli.StringFlag{Name: "out",
+					Usage: "the folder, `DIR`, for DIR/LOT/injection-000000.jsonl and so on (default: injection in " +
+						"the --state folder)"},
 					fixtureFlag,
-					&cli.StringFlag{Name: "shards", Usage: "only these shards, `FIRST-LAST`, so that machines can share a lot (default: all)"},
-					&cli.IntFlag{Name: "workers", Usage: "shards in work at once, `N` (default: twice the sessions of the token, which is then never idle while a package is written)"}),
+					&cli.StringFlag{Name: "shards",
+						Usage: "only these shards, `FIRST-LAST`, so that machines can share a lot (default: all)"},
+					&cli.IntFlag{Name: "workers", Usage: "shards in work at once, `N` (default: twice the sessions " +
+						"of the token, which is then never idle while a package is written)"}),
 				Action: alone(lotProvision),
 			},
 			{Name: "list", Usage: "list all lots, their signatures verified", Flags: lineFlags(), Action: lotList},
-			{Name: "show", Usage: "print a lot's manifest, with its modulus", ArgsUsage: "LOT", Flags: lineFlags(), Action: lotShow},
+			{Name: "show", Usage: "print a lot's manifest, with its modulus", ArgsUsage: "LOT", Flags: lineFlags(),
+				Action: lotShow},
 			{
-				Name: "grant", Usage: "write a lot's key for an operator, wrapped under the operator's KEK", ArgsUsage: "LOT",
-				Flags: lineFlags(&cli.StringFlag{Name: "operator", Usage: "the operator's `NAME`, as enrolled"}, outFileFlag), Action: alone(lotGrant),
+				Name: "grant", Usage: "write a lot's key for an operator, wrapped under the operator's KEK",
+				ArgsUsage: "LOT",
+				Flags: lineFlags(&cli.StringFlag{Name: "operator", Usage: "the operator's `NAME`, as enrolled"},
+					outFileFlag), Action: alone(lotGrant),
 			},
 			{
-				Name: "verify", Usage: "check all that is published of a lot, with nothing but the manufacturer's public key", ArgsUsage: "LOT",
-				Description: "Reads, needs no token, and changes nothing: every signature; every IMEI exactly once; every public key of its suite, on its\ncurve and unique; the modulus; the injection packages against the published keys. Exits with 1 if anything is wrong.",
+				Name: "verify", Usage: "check all that is published of a lot, with nothing but the manufacturer's " +
+					"public key", ArgsUsage: "LOT",
+				Description: "Reads, needs no token, and changes nothing: every signature; every IMEI exactly once; " +
+					"every public key of its suite, on its\ncurve and unique; the modulus; the injection packages " +
+					"against the published keys. Exits with 1 if anything is wrong.",
 				Flags: slices.Concat(cmdline.DirectoryFlags(), []cli.Flag{manufacturerFlag, stateFlag,
-					&cli.StringFlag{Name: "injection", Usage: "compare the injection packages below `DIR` too (default: injection in the --state folder, if it is there)"}, cmdline.JSON}),
+					&cli.StringFlag{Name: "injection", Usage: "compare the injection packages below `DIR` too " +
+						"(default: injection in the --state folder, if it is there)"}, cmdline.JSON}),
 				Action: lotVerify,
 			},
 			{
-				Name: "seal", Usage: "make a lot's key non-extractable for good: it cannot be granted any more", ArgsUsage: "LOT",
-				Flags: lineFlags(), Action: alone(lotSeal),
+				Name: "seal", Usage: "make a lot's key non-extractable for good: it cannot be granted any more",
+				ArgsUsage: "LOT", Flags: lineFlags(), Action: alone(lotSeal),
 			},
 			{
-				Name: "reissue", Usage: "give a device that came back a new key, and revoke the one that it had", ArgsUsage: "LOT IMEI",
-				Description: "The new injection package is DIR/LOT/reissue-IMEI-1.jsonl and so on. The reason names the return: with the same one again nothing changes.",
+				Name: "reissue", Usage: "give a device that came back a new key, and revoke the one that it had",
+				ArgsUsage: "LOT IMEI", Description: "The new injection package is DIR/LOT/reissue-IMEI-1.jsonl and " +
+					"so on. The reason names the return: with the same one again nothing changes.",
 				Flags: lineFlags(&cli.StringFlag{Name: "reason", Usage: "which return this is, `TEXT`"}, fixtureFlag,
-					&cli.StringFlag{Name: "out", Usage: "the folder, `DIR`, of the injection packages (default: injection in the --state folder)"}),
+					&cli.StringFlag{Name: "out", Usage: "the folder, `DIR`, of the injection packages (default: " +
+						"injection in the --state folder)"}),
 				Action: alone(lotReissue),
 			},
 			{
-				Name: "refresh", Usage: "sign the lists of revoked devices anew, of all lots if none is named", ArgsUsage: "[LOT...]",
-				Description: "For a daily job: operators are told of a list that is past its next_update. A list that is not there " +
+				Name: "refresh", Usage: "sign the lists of revoked devices anew, of all lots if none is named",
+				ArgsUsage: "[LOT...]", Description: "For a daily job: operators are told of a list that is past its " +
+					"next_update. A list that is not there " +
 					"is\nnot begun anew: it was taken away.",
 				Flags: lineFlags(&cli.DurationFlag{Name: "valid-for", Usage: "for how long they are good, `D`, " +
 					"from now on also after a revocation (default: as long as before)"},
@@ -82,9 +104,12 @@ func lotCommand() *cli.Command {
 				Action: alone(lotRefresh),
 			},
 			{
-				Name: "revoke", Usage: "publish that devices, or a whole lot, are not to be trusted any more", ArgsUsage: "LOT [IMEI]",
-				Description: "The same command again changes nothing, and finishes what was interrupted. A whole lot is revoked for good: none of its devices is served any\nmore, it gets no more keys, and is granted to nobody.",
-				Flags: lineFlags(&cli.StringFlag{Name: "imeis", Usage: "the devices whose IMEIs are in `FILE`, one a line"},
+				Name: "revoke", Usage: "publish that devices, or a whole lot, are not to be trusted any more",
+				ArgsUsage: "LOT [IMEI]", Description: "The same command again changes nothing, and finishes what was " +
+					"interrupted. A whole lot is revoked for good: none of its devices is served any\n" +
+					"more, it gets no more keys, and is granted to nobody.",
+				Flags: lineFlags(&cli.StringFlag{Name: "imeis",
+					Usage: "the devices whose IMEIs are in `FILE`, one a line"},
 					&cli.BoolFlag{Name: "all", Usage: "the whole lot, for good"},
 					&cli.StringFlag{Name: "reason", Usage: "why, `TEXT`"}), Action: alone(lotRevoke),
 			},
@@ -109,14 +134,16 @@ func lotCreate(c *cli.Context) error {
 		return cmdline.Usagef("--primes is auto or x931, not %q", primes)
 	}
 	if !c.IsSet("first") || !c.IsSet("count") {
-		return cmdline.Usagef("--first and --count say which serial numbers the lot has; see %s --help", c.Command.HelpName)
+		return cmdline.Usagef("--first and --count say which serial numbers the lot has; see %s --help",
+			c.Command.HelpName)
 	}
 	if err := directory.CheckValidity(c.Duration("valid-for")); err != nil {
 		return cmdline.Usagef("--valid-for: %w", err)
 	}
 	spec := factory.LotSpec{
 		Lot: c.Args().First(), Range: directory.Range{TAC: tac, First: c.Int("first"), Count: c.Int("count")},
-		Bits: c.Int("bits"), Suite: suite, ShardSize: c.Int("shard-size"), Primes: primes, Validity: c.Duration("valid-for"),
+		Bits: c.Int("bits"), Suite: suite, ShardSize: c.Int("shard-size"), Primes: primes,
+		Validity: c.Duration("valid-for"),
 	}
 	if err := spec.Validate(); err != nil {
 		return cmdline.Usage(err)
@@ -127,7 +154,8 @@ func lotCreate(c *cli.Context) error {
 			return err
 		}
 		return cmdline.Print(c, m, func(w io.Writer) {
-			fmt.Fprintf(w, "made lot %s in %s: %d bits by %s, %d devices in %d shards\n", m.Lot, token, m.PublicKey().N.BitLen(), m.Mechanism, m.Devices(), m.Shards())
+			fmt.Fprintf(w, "made lot %s in %s: %d bits by %s, %d devices in %d shards\n", m.Lot, token,
+				m.PublicKey().N.BitLen(), m.Mechanism, m.Devices(), m.Shards())
 		})
 	})
 }
@@ -153,7 +181,8 @@ func lotList(c *cli.Context) error {
 		return cmdline.Print(c, map[string]any{"lots": all}, func(w io.Writer) {
 			fmt.Fprintf(w, "%-24s %5s %9s  %-20s %s\n", "LOT", "BITS", "DEVICES", "SUITE", "CREATED")
 			for _, m := range all {
-				fmt.Fprintf(w, "%-24s %5d %9d  %-20s %s", m.Lot, m.PublicKey().N.BitLen(), m.Devices(), m.Suite, m.Created.Format(time.RFC3339))
+				fmt.Fprintf(w, "%-24s %5d %9d  %-20s %s", m.Lot, m.PublicKey().N.BitLen(), m.Devices(), m.Suite,
+					m.Created.Format(time.RFC3339))
 				if m.Revoked != nil {
 					fmt.Fprintf(w, "  REVOKED %s: %s", m.Revoked.Time.Format(time.RFC3339), m.Revoked.Reason)
 				}
@@ -200,17 +229,20 @@ func lotShow(c *cli.Context) error {
 			NextUpdate time.Time                `json:"next_update"` // of the list of revoked devices
 		}{m, sealed, list.Whole, list.NextUpdate}
 		return cmdline.Print(c, result, func(w io.Writer) {
-			fmt.Fprintf(w, "lot           %s\nmanufacturer  %s\nsuite         %s\nkey made by   %s\nprivate key   %s\ncreated       %s\n",
+			fmt.Fprintf(w, "lot           %s\nmanufacturer  %s\nsuite         %s\nkey made by   %s\nprivate key   "+
+				"%s\ncreated       %s\n",
 				m.Lot, m.Manufacturer, m.Suite, m.Mechanism, where, m.Created.Format(time.RFC3339))
 			if list.Whole != nil {
 				fmt.Fprintf(w, "REVOKED       %s, all of it and for good: %s\n",
 					list.Whole.Time.Format(time.RFC3339), list.Whole.Reason)
 			}
-			fmt.Fprintf(w, "revocations   version %d, good until %s\n", list.Version, list.NextUpdate.Format(time.RFC3339))
+			fmt.Fprintf(w, "revocations   version %d, good until %s\n", list.Version,
+				list.NextUpdate.Format(time.RFC3339))
 			for _, r := range m.Ranges {
 				fmt.Fprintf(w, "IMEIs         %d from %s%06d\n", r.Count, r.TAC, r.First)
 			}
-			fmt.Fprintf(w, "shards        %d of %d devices\ne             %d\nN             %x\n", m.Shards(), m.ShardSize, m.E, []byte(m.N))
+			fmt.Fprintf(w, "shards        %d of %d devices\ne             %d\nN             %x\n", m.Shards(),
+				m.ShardSize, m.E, []byte(m.N))
 		})
 	})
 }
@@ -225,7 +257,8 @@ func lotGrant(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		return writeOut(c, jws, map[string]any{"lot": lot, "operator": operator}, "the key of lot %s, wrapped for operator %s", lot, operator)
+		return writeOut(c, jws, map[string]any{"lot": lot, "operator": operator},
+			"the key of lot %s, wrapped for operator %s", lot, operator)
 	})
 }
 
@@ -254,7 +287,8 @@ func lotProvision(c *cli.Context) error {
 		_ = scheduling.ForCalls(token.Sessions()) // a kernel that refuses costs a few devices a second
 		lot, start := c.Args().First(), time.Now()
 		p, err := line.Provision(c.Context, lot, factory.ProvisionOptions{
-			Fixture: c.String("fixture"), Out: out, Workers: c.Int("workers"), From: from, To: to, Report: showProgress(c, lot),
+			Fixture: c.String("fixture"), Out: out, Workers: c.Int("workers"), From: from, To: to,
+			Report: showProgress(c, lot),
 		})
 		seconds := time.Since(start).Seconds()
 		if err != nil && p.Total == 0 { // it has not begun
@@ -267,9 +301,11 @@ func lotProvision(c *cli.Context) error {
 			}
 			return err
 		}
-		result := map[string]any{"lot": lot, "devices": p.Total, "made": p.Made, "seconds": seconds, "out": filepath.Join(out, lot)}
+		result := map[string]any{"lot": lot, "devices": p.Total, "made": p.Made, "seconds": seconds,
+			"out": filepath.Join(out, lot)}
 		return cmdline.Print(c, result, func(w io.Writer) {
-			fmt.Fprintf(w, "lot %s: all %d devices are published, %d of them made now in %.1f s (%.0f a second)\ninjection packages in %s\n",
+			fmt.Fprintf(w, "lot %s: all %d devices are published, %d of them made now in %.1f s (%.0f a second)\n"+
+				"injection packages in %s\n",
 				lot, p.Total, p.Made, seconds, float64(p.Made)/seconds, filepath.Join(out, lot))
 		})
 	})
@@ -289,8 +325,8 @@ func shardRange(text string) (from, to int, err error) {
 	return from, to + 1, nil
 }
 
-// showProgress says how far a lot is: on a terminal on one line, else a line every few seconds; with --json each is a JSON
-// document on standard error.
+// showProgress says how far a lot is: on a terminal on one line, else a line every few seconds; with --json each is a
+// JSON document on standard error.
 func showProgress(c *cli.Context, lot string) func(factory.Progress) {
 	start, terminal := time.Now(), cmdline.Terminal(c.App.ErrWriter)
 	every := 5 * time.Second
@@ -320,7 +356,8 @@ func showProgress(c *cli.Context, lot string) func(factory.Progress) {
 			}{lot, p, rate, left.Seconds()})
 			return
 		}
-		line := fmt.Sprintf("%s: %d of %d devices, %.0f a second, %s left; token busy %.0f%%, directory %.0f%%", lot, p.Done, p.Total, rate, left, 100*p.HSM, 100*p.Publish)
+		line := fmt.Sprintf("%s: %d of %d devices, %.0f a second, %s left; token busy %.0f%%, directory %.0f%%", lot,
+			p.Done, p.Total, rate, left, 100*p.HSM, 100*p.Publish)
 		if p.Waiting != "" {
 			line += fmt.Sprintf("; %d made wait for the directory: %s", p.Generated-p.Done, p.Waiting)
 		}

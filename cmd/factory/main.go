@@ -21,15 +21,17 @@ import (
 
 var (
 	stateFlag        = &cli.StringFlag{Name: "state", Value: "var/factory", Usage: "the line's own folder, `DIR`"}
-	manufacturerFlag = &cli.StringFlag{Name: "manufacturer", Usage: "the manufacturer's public key, `PEM` (default: manufacturer.pem in the --state folder)"}
-	outFileFlag      = &cli.StringFlag{Name: "out", Usage: "the `FILE` to write"}
+	manufacturerFlag = &cli.StringFlag{Name: "manufacturer",
+		Usage: "the manufacturer's public key, `PEM` (default: manufacturer.pem in the --state folder)"}
+	outFileFlag = &cli.StringFlag{Name: "out", Usage: "the `FILE` to write"}
 )
 
 func main() { cmdline.Main(app()) }
 
 // lineFlags are those of the commands that work on lots, and the command's own.
 func lineFlags(own ...cli.Flag) []cli.Flag {
-	return slices.Concat([]cli.Flag{cmdline.Token}, cmdline.DirectoryFlags(), []cli.Flag{stateFlag}, own, []cli.Flag{cmdline.JSON})
+	return slices.Concat([]cli.Flag{cmdline.Token}, cmdline.DirectoryFlags(), []cli.Flag{stateFlag}, own,
+		[]cli.Flag{cmdline.JSON})
 }
 
 func app() *cli.App {
@@ -43,8 +45,9 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 		Writer: os.Stdout, ErrWriter: os.Stderr,
 		DisableSliceFlagSeparator: true, // a name may have a comma
 		Commands: []*cli.Command{
-			initCommand(), auditCommand(), doctorCommand(), fixtureCommand(), operatorCommand(), rotateCommand(), officerCommand(),
-			minutesCommand(), stationCommand(), reconcileCommand(), logCommand(), vaultCommand(), lotCommand(),
+			initCommand(), auditCommand(), doctorCommand(), fixtureCommand(), operatorCommand(), rotateCommand(),
+			officerCommand(), minutesCommand(), stationCommand(), reconcileCommand(), logCommand(),
+			vaultCommand(), lotCommand(),
 		},
 	}
 }
@@ -123,5 +126,7 @@ func writeOut(c *cli.Context, data []byte, result map[string]any, format string,
 		return fmt.Errorf("the file cannot be written: %w", err)
 	}
 	result["out"] = path
-	return cmdline.Print(c, result, func(w io.Writer) { fmt.Fprintf(w, "wrote %s: %s\n", path, fmt.Sprintf(format, args...)) })
+	return cmdline.Print(c, result, func(w io.Writer) {
+		fmt.Fprintf(w, "wrote %s: %s\n", path, fmt.Sprintf(format, args...))
+	})
 }

@@ -22,8 +22,11 @@ import (
 // officerFlags are those of the commands that log in as the security officer, and the command's own.
 func officerFlags(own ...cli.Flag) []cli.Flag {
 	return slices.Concat([]cli.Flag{cmdline.Token, stateFlag}, own, []cli.Flag{
-		&cli.StringFlag{Name: "so-pin-source", Usage: "where the security officer's PIN is, if it is in no shares: file:/path, a `URI`"},
-		&cli.StringSliceFlag{Name: "so-share", Usage: "a share of the security officer's PIN, as its custodian has decrypted it with age -d, a `FILE`; once for each share. Without it, shares are asked for at the terminal"},
+		&cli.StringFlag{Name: "so-pin-source",
+			Usage: "where the security officer's PIN is, if it is in no shares: file:/path, a `URI`"},
+		&cli.StringSliceFlag{Name: "so-share", Usage: "a share of the security officer's PIN, as its custodian has " +
+			"decrypted it with age -d, a `FILE`; once for each share. Without it, shares are asked for at the " +
+			"terminal"},
 		&cli.StringSliceFlag{Name: "present", Usage: "who is there, for the minutes, a `NAME`; once for each"},
 		cmdline.JSON,
 	})
@@ -31,7 +34,9 @@ func officerFlags(own ...cli.Flag) []cli.Flag {
 
 // enrolFlags are those of the commands that make a key as the security officer, and the command's own.
 func enrolFlags(key string, own ...cli.Flag) []cli.Flag {
-	return officerFlags(append(own, &cli.IntFlag{Name: "generation", Usage: "of the " + key + ", `N`: one more than the newest rotates it, an earlier one is for what was wrapped under it (default: the newest)"}, outFileFlag)...)
+	return officerFlags(append(own, &cli.IntFlag{Name: "generation", Usage: "of the " + key +
+		", `N`: one more than the newest rotates it, an earlier one is for what was wrapped under it (default: the " +
+		"newest)"}, outFileFlag)...)
 }
 
 func officerCommand() *cli.Command {
@@ -44,13 +49,15 @@ DIR/so-SPLIT/custodian-2.age, and reads the share with age -d -i KEYFILE custodi
 If it was interrupted, factory so show says so, and factory so check, with the PIN before or with the new shares, finds out which of them is the token's.`,
 			Flags: officerFlags(&cli.IntFlag{Name: "shares", Usage: "how many there are, `N`, 16 at most"},
 				&cli.IntFlag{Name: "threshold", Usage: "how many are needed, `K`, 2 at least"},
-				&cli.StringSliceFlag{Name: "custodian", Usage: "whom a share is encrypted to, an age `RECIPIENT` (age1...); once for each share"},
+				&cli.StringSliceFlag{Name: "custodian",
+					Usage: "whom a share is encrypted to, an age `RECIPIENT` (age1...); once for each share"},
 				&cli.StringFlag{Name: "out", Usage: "the folder, `DIR`, for the shares"}),
 			Action: alone(soSplit),
 		}, {
-			Name: "check", Usage: "log in with the PIN, to show that the shares, or the PIN in the file, are the token's",
-			Description: "It also ends a factory so split that was interrupted. It tries what it is given once, whatever the token says of splits.",
-			Flags:       officerFlags(), Action: alone(soCheck),
+			Name:  "check",
+			Usage: "log in with the PIN, to show that the shares, or the PIN in the file, are the token's",
+			Description: "It also ends a factory so split that was interrupted. It tries what it is given once, " +
+				"whatever the token says of splits.", Flags: officerFlags(), Action: alone(soCheck),
 		}, {
 			Name: "show", Usage: "print which split the PIN is in",
 			Flags: []cli.Flag{cmdline.Token, stateFlag, cmdline.JSON}, Action: soShow,
@@ -67,32 +74,37 @@ func soSplit(c *cli.Context) error {
 		return cmdline.Usage(err)
 	}
 	if n := c.Int("shares"); n != len(custodians) {
-		return cmdline.Usagef("--shares is %d, and --custodian was given %d times: each share needs a custodian of its own", n, len(custodians))
+		return cmdline.Usagef("--shares is %d, and --custodian was given %d times: each share needs a custodian of "+
+			"its own", n, len(custodians))
 	}
 	if err := custody.CheckSize(c.Int("threshold"), len(custodians)); err != nil {
 		return cmdline.Usage(err)
 	}
 	var split *hsmkeys.Split
 	var files []string
-	minutes, err := ceremony(c, "so split", custody.MaybeInterrupted, func(token string, pin hsmkeys.OfficerPIN) (made map[string]string, err error) {
-		split, files, err = custody.SplitOfficerPIN(c.Context, c.String("token"), token, pin, c.Int("threshold"), custodians, c.String("out"))
-		if err != nil {
-			return nil, err
-		}
-		made = map[string]string{"split": split.ID, "threshold": fmt.Sprint(split.Threshold)}
-		for i, r := range custodians {
-			made[fmt.Sprintf("custodian %02d", i+1)] = r.String()
-		}
-		return made, nil
-	})
+	minutes, err := ceremony(c, "so split", custody.MaybeInterrupted,
+		func(token string, pin hsmkeys.OfficerPIN) (made map[string]string, err error) {
+			split, files, err = custody.SplitOfficerPIN(c.Context, c.String("token"), token, pin, c.Int("threshold"),
+				custodians, c.String("out"))
+			if err != nil {
+				return nil, err
+			}
+			made = map[string]string{"split": split.ID, "threshold": fmt.Sprint(split.Threshold)}
+			for i, r := range custodians {
+				made[fmt.Sprintf("custodian %02d", i+1)] = r.String()
+			}
+			return made, nil
+		})
 	if split != nil && err != nil { // the shares are the only way to the PIN, minutes or not
 		return fmt.Errorf("%w; the shares of split %s are in force: %s", err, split.ID, strings.Join(files, ", "))
 	}
 	if err != nil {
 		return err
 	}
-	return cmdline.Print(c, map[string]any{"split": split.ID, "threshold": split.Threshold, "shares": files, "minutes": minutes}, func(w io.Writer) {
-		fmt.Fprintf(w, "the security officer has a new PIN, which is in split %s: any %d of its %d shares have it; the PIN before is void\n", split.ID, split.Threshold, split.Count)
+	return cmdline.Print(c, map[string]any{"split": split.ID, "threshold": split.Threshold, "shares": files,
+		"minutes": minutes}, func(w io.Writer) {
+		fmt.Fprintf(w, "the security officer has a new PIN, which is in split %s: any %d of its %d shares have it; "+
+			"the PIN before is void\n", split.ID, split.Threshold, split.Count)
 		for i, path := range files {
 			fmt.Fprintf(w, "custodian %d  %s  %s\n", i+1, custodians[i], path)
 		}
@@ -102,10 +114,11 @@ func soSplit(c *cli.Context) error {
 
 func soCheck(c *cli.Context) error {
 	var now *hsmkeys.Split
-	minutes, err := ceremony(c, "so check", custody.Anything, func(_ string, pin hsmkeys.OfficerPIN) (map[string]string, error) {
-		now = pin.Split
-		return map[string]string{}, hsmkeys.CheckOfficerPIN(c.Context, c.String("token"), pin)
-	})
+	minutes, err := ceremony(c, "so check", custody.Anything,
+		func(_ string, pin hsmkeys.OfficerPIN) (map[string]string, error) {
+			now = pin.Split
+			return map[string]string{}, hsmkeys.CheckOfficerPIN(c.Context, c.String("token"), pin)
+		})
 	if err != nil {
 		return err
 	}
@@ -129,7 +142,8 @@ func soShow(c *cli.Context) error {
 		}
 		return cmdline.Print(c, map[string]any{"split": inForce, "interrupted": begun}, func(w io.Writer) {
 			if begun != nil {
-				fmt.Fprintf(w, "factory so split was interrupted: the security officer has the PIN before, or the one %s; factory so check finds out\nbefore: ", inShares(begun))
+				fmt.Fprintf(w, "factory so split was interrupted: the security officer has the PIN before, or the "+
+					"one %s; factory so check finds out\nbefore: ", inShares(begun))
 			}
 			fmt.Fprintf(w, "the security officer has a PIN %s\n", inShares(inForce))
 		})
@@ -138,7 +152,8 @@ func soShow(c *cli.Context) error {
 
 func minutesCommand() *cli.Command {
 	return &cli.Command{
-		Name: "minutes", Usage: "the minutes of what was done with the security officer's PIN, in the folder minutes of the --state folder",
+		Name: "minutes", Usage: "the minutes of what was done with the security officer's PIN, in the folder minutes " +
+			"of the --state folder",
 		Subcommands: []*cli.Command{{
 			Name: "verify", Usage: "check the token's signature on minutes, and print them", ArgsUsage: "FILE",
 			Flags: []cli.Flag{manufacturerFlag, stateFlag, cmdline.JSON}, Action: minutesVerify,
@@ -156,7 +171,9 @@ func ceremony(c *cli.Context, name string, basis custody.Basis, act factory.Act)
 		officer.Ask = func(q *custody.Quorum) error { return q.Ask(c.Context, os.Stdin, c.App.ErrWriter) }
 	}
 	for _, name := range c.StringSlice("present") { // minutes are printed, a fact a line
-		if strings.TrimSpace(name) == "" || strings.ContainsFunc(name, func(r rune) bool { return !unicode.IsPrint(r) }) {
+		if strings.TrimSpace(name) == "" || strings.ContainsFunc(name, func(r rune) bool {
+			return !unicode.IsPrint(r)
+		}) {
 			return "", cmdline.Usagef("--present %q is no name: give each in one line of text", name)
 		}
 	}
@@ -216,7 +233,8 @@ func minutesVerify(c *cli.Context) error {
 		line("present", strings.Join(m.Present, ", "))
 		officer := "from a file"
 		if m.Split != nil {
-			officer = fmt.Sprintf("of shares %s of split %s (%d of %d)", strings.Trim(fmt.Sprint(m.Shares), "[]"), m.Split.ID, m.Split.Threshold, m.Split.Count)
+			officer = fmt.Sprintf("of shares %s of split %s (%d of %d)", strings.Trim(fmt.Sprint(m.Shares), "[]"),
+				m.Split.ID, m.Split.Threshold, m.Split.Count)
 		}
 		line("SO PIN", officer)
 		for _, name := range slices.Sorted(maps.Keys(m.Made)) {

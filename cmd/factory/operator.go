@@ -19,16 +19,21 @@ func operatorCommand() *cli.Command {
 	return &cli.Command{
 		Name: "operator", Usage: "the operators that are granted lots",
 		Subcommands: []*cli.Command{{
-			Name: "enroll", Usage: "make an operator's KEK as a TRUSTED key, and write it wrapped to the operator's transport key", ArgsUsage: "NAME",
-			Description: "The operator makes a transport key with keysvc transport new, gives you the file, and reads out its thumbprint on another way: whoever has the private\nhalf will have the lots that you grant. The security officer's PIN is needed, since only keys made TRUSTED by the security officer may ever wrap a lot\nkey.",
-			Flags: enrolFlags("KEK", &cli.StringFlag{Name: "transport-key", Usage: "the operator's transport key, the `FILE` that keysvc transport new wrote"},
+			Name: "enroll", Usage: "make an operator's KEK as a TRUSTED key, and write it wrapped to the operator's " +
+				"transport key", ArgsUsage: "NAME",
+			Description: "The operator makes a transport key with keysvc transport new, gives you the file, and " +
+				"reads out its thumbprint on another way: whoever has the private\n" +
+				"half will have the lots that you grant. The security officer's PIN is needed, since only keys made " +
+				"TRUSTED by the security officer may ever wrap a lot\nkey.",
+			Flags: enrolFlags("KEK", &cli.StringFlag{Name: "transport-key",
+				Usage: "the operator's transport key, the `FILE` that keysvc transport new wrote"},
 				&cli.StringFlag{Name: "thumbprint", Usage: "its thumbprint, `T`, as the operator reads it out"}),
 			Action: operatorEnroll,
 		}, {
-			Name: "policy", Usage: "print the Vault policy of one operator: its granted lots, to read", ArgsUsage: "NAME",
-			Description: "For vault policy write MOUNT-operator-NAME -",
-			Flags:       []cli.Flag{stateFlag, &cli.StringFlag{Name: "directory", Usage: "the directory, vault:`MOUNT`"}},
-			Action:      operatorPolicy,
+			Name: "policy", Usage: "print the Vault policy of one operator: its granted lots, to read",
+			ArgsUsage: "NAME", Description: "For vault policy write MOUNT-operator-NAME -",
+			Flags:  []cli.Flag{stateFlag, &cli.StringFlag{Name: "directory", Usage: "the directory, vault:`MOUNT`"}},
+			Action: operatorPolicy,
 		}},
 	}
 }
@@ -51,7 +56,8 @@ func operatorEnroll(c *cli.Context) error {
 	}, func(e *factory.Enrolled) (map[string]any, string) {
 		what := map[bool]string{true: "a new KEK", false: "the KEK made before"}[e.Created]
 		return map[string]any{"operator": name, "created": e.Created},
-			fmt.Sprintf("%s of operator %s, wrapped to transport key %s", what, name, directory.RSAThumbprint(transport))
+			fmt.Sprintf("%s of operator %s, wrapped to transport key %s", what, name,
+				directory.RSAThumbprint(transport))
 	})
 }
 

@@ -19,7 +19,8 @@ import (
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 )
 
-var injectionFlag = &cli.StringFlag{Name: "injection", Usage: "the folder, `DIR`, of the injection packages (default: injection in the --state folder)"}
+var injectionFlag = &cli.StringFlag{Name: "injection",
+	Usage: "the folder, `DIR`, of the injection packages (default: injection in the --state folder)"}
 
 func stationCommand() *cli.Command {
 	return &cli.Command{
@@ -38,14 +39,17 @@ provision. Ctrl-C ends it; begun again, it goes on where it was.`,
 				&cli.StringFlag{Name: "tls-certificate", Usage: "the server's certificate, `PEM`"},
 				&cli.StringFlag{Name: "tls-key", Usage: "its key, `PEM`"},
 				&cli.StringFlag{Name: "client-ca", Usage: "the CA of the stations' certificates, `PEM`"},
-				&cli.StringSliceFlag{Name: "station", Usage: "a station, by the common name of its certificate, `NAME`, again for each; without, nobody is one"},
-				&cli.DurationFlag{Name: "timeout", Value: 10 * time.Minute, Usage: "after which a device that its station did not report is overdue"}),
+				&cli.StringSliceFlag{Name: "station", Usage: "a station, by the common name of its certificate, " +
+					"`NAME`, again for each; without, nobody is one"},
+				&cli.DurationFlag{Name: "timeout", Value: 10 * time.Minute,
+					Usage: "after which a device that its station did not report is overdue"}),
 			Action: stationServe,
 		}, {
-			Name: "report", Usage: "say of every IMEI of a lot what became of it, at which station, when", ArgsUsage: "LOT",
-			Description: "As CSV, or with --json as one JSON document. A device stands there once for each key that it was handed out with.",
-			Flags:       []cli.Flag{manufacturerFlag, stateFlag, injectionFlag, cmdline.JSON},
-			Action:      stationReport,
+			Name: "report", Usage: "say of every IMEI of a lot what became of it, at which station, when",
+			ArgsUsage: "LOT", Description: "As CSV, or with --json as one JSON document. A device stands there once " +
+				"for each key that it was handed out with.",
+			Flags:  []cli.Flag{manufacturerFlag, stateFlag, injectionFlag, cmdline.JSON},
+			Action: stationReport,
 		}},
 	}
 }
@@ -67,7 +71,8 @@ func stationServe(c *cli.Context) error {
 		return err
 	}
 	// Without a certificate one sees the wall screen, and nothing else.
-	config, err := cmdline.ServerTLS(c.String("tls-certificate"), c.String("tls-key"), c.String("client-ca"), tls.VerifyClientCertIfGiven)
+	config, err := cmdline.ServerTLS(c.String("tls-certificate"), c.String("tls-key"), c.String("client-ca"),
+		tls.VerifyClientCertIfGiven)
 	if err != nil {
 		return cmdline.Usage(err)
 	}
@@ -77,8 +82,8 @@ func stationServe(c *cli.Context) error {
 	}
 	log := slog.New(slog.NewTextHandler(c.App.ErrWriter, nil))
 	desk, err := station.Open(c.Context, station.Options{
-		State: c.String("state"), Injection: injectionDir(c, "injection"), Store: store, Verifier: verifier, Timeout: c.Duration("timeout"), Log: log,
-		Stations: c.StringSlice("station"),
+		State: c.String("state"), Injection: injectionDir(c, "injection"), Store: store, Verifier: verifier,
+		Timeout: c.Duration("timeout"), Log: log, Stations: c.StringSlice("station"),
 	})
 	if err != nil {
 		return err
@@ -89,8 +94,8 @@ func stationServe(c *cli.Context) error {
 		return err
 	}
 	server := &http.Server{
-		Handler: desk.Handler(), TLSConfig: config, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, IdleTimeout: 5 * time.Minute,
-		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		Handler: desk.Handler(), TLSConfig: config, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second,
+		IdleTimeout: 5 * time.Minute, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}
 	drained := make(chan error, 1)
 	context.AfterFunc(c.Context, func() {
@@ -124,7 +129,8 @@ func stationReport(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		w.Write([]string{line.IMEI.String(), strconv.Itoa(line.Issue), string(line.State), line.Station, stamp(line.Handed), stamp(line.Reported), strconv.Itoa(line.Tries), line.Note})
+		w.Write([]string{line.IMEI.String(), strconv.Itoa(line.Issue), string(line.State), line.Station,
+			stamp(line.Handed), stamp(line.Reported), strconv.Itoa(line.Tries), line.Note})
 	}
 	w.Flush()
 	return w.Error()

@@ -15,10 +15,14 @@ import (
 
 func initCommand() *cli.Command {
 	return &cli.Command{
-		Name: "init", Usage: "make the token the manufacturer's, and the signing key in it, and write the public signing key, manufacturer.pem",
-		Description: "Operators pin manufacturer.pem: give it to them, and read out the manufacturer's name, its thumbprint, on another way. Running this again\nchanges nothing.",
-		Flags:       []cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "out", Usage: "the folder, `DIR`, for manufacturer.pem (default: the --state folder)"}, cmdline.JSON},
-		Action:      alone(initLine),
+		Name: "init", Usage: "make the token the manufacturer's, and the signing key in it, and write the public " +
+			"signing key, manufacturer.pem",
+		Description: "Operators pin manufacturer.pem: give it to them, and read out the manufacturer's name, its " +
+			"thumbprint, on another way. Running this again\nchanges nothing.",
+		Flags: []cli.Flag{cmdline.Token, stateFlag,
+			&cli.StringFlag{Name: "out", Usage: "the folder, `DIR`, for manufacturer.pem (default: the --state " +
+				"folder)"}, cmdline.JSON},
+		Action: alone(initLine),
 	}
 }
 
@@ -34,8 +38,12 @@ func rotateCommand() *cli.Command {
 		Name: "rotate", Usage: "make the next generation of one of the line's own keys, without stopping the line",
 		Subcommands: []*cli.Command{{
 			Name: "signing-key", Usage: "make the next signing key, which the ones before vouch for",
-			Description: "Readers go on pinning the first key, manufacturer.pem: every object that is signed from now on carries the statements that lead from it\nto the new one. What was signed before stays valid. It is no remedy for a signing key that was stolen: that needs a new manufacturer.",
-			Flags: []cli.Flag{cmdline.Token, stateFlag, &cli.IntFlag{Name: "generation", Usage: "which one to make, `N`: the first rotation makes 2. With the same N again nothing changes"},
+			Description: "Readers go on pinning the first key, manufacturer.pem: every object that is signed from " +
+				"now on carries the statements that lead from it\n" +
+				"to the new one. What was signed before stays valid. It is no remedy for a signing key that was " +
+				"stolen: that needs a new manufacturer.",
+			Flags: []cli.Flag{cmdline.Token, stateFlag, &cli.IntFlag{Name: "generation",
+				Usage: "which one to make, `N`: the first rotation makes 2. With the same N again nothing changes"},
 				cmdline.JSON},
 			Action: alone(rotateSigningKey),
 		}},
@@ -87,19 +95,22 @@ func doctor(c *cli.Context) error {
 func rotateSigningKey(c *cli.Context) error {
 	generation := c.Int("generation")
 	if generation < 2 {
-		return cmdline.Usagef("--generation is missing: the first rotation makes generation 2; see %s --help", c.Command.HelpName)
+		return cmdline.Usagef("--generation is missing: the first rotation makes generation 2; see %s --help",
+			c.Command.HelpName)
 	}
 	return withToken(c, func(token *hsmkeys.FactoryToken) error {
 		keyID, created, err := factory.RotateSigningKey(c.Context, token, generation)
 		if err != nil {
 			return err
 		}
-		return cmdline.Print(c, map[string]any{"key": keyID, "generation": generation, "created": created}, func(w io.Writer) {
-			if created {
-				fmt.Fprintf(w, "made signing key %s, generation %d\n", keyID, generation)
-			} else {
-				fmt.Fprintf(w, "generation %d of the signing key is there already: %s; nothing changed\n", generation, keyID)
-			}
-		})
+		return cmdline.Print(c, map[string]any{"key": keyID, "generation": generation, "created": created},
+			func(w io.Writer) {
+				if created {
+					fmt.Fprintf(w, "made signing key %s, generation %d\n", keyID, generation)
+				} else {
+					fmt.Fprintf(w, "generation %d of the signing key is there already: %s; nothing changed\n",
+						generation, keyID)
+				}
+			})
 	})
 }

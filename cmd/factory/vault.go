@@ -17,9 +17,11 @@ func vaultCommand() *cli.Command {
 		Name: "vault", Usage: "HashiCorp Vault as the public-key directory",
 		Subcommands: []*cli.Command{{
 			Name: "setup", Usage: "make the directory's mount, write its policies, and print the AppRole steps",
-			Description: "With a token of whoever runs Vault (VAULT_ADDR, VAULT_TOKEN): none of the policies that it writes may do this.\n" +
+			Description: "With a token of whoever runs Vault (VAULT_ADDR, VAULT_TOKEN): none of the policies that it " +
+				"writes may do this.\n" +
 				"Running this again changes only what is not as it should be.",
-			Flags:  append(cmdline.DirectoryFlags(), &cli.BoolFlag{Name: "dry-run", Usage: "say what would be done, and do nothing"}, cmdline.JSON),
+			Flags: append(cmdline.DirectoryFlags(),
+				&cli.BoolFlag{Name: "dry-run", Usage: "say what would be done, and do nothing"}, cmdline.JSON),
 			Action: vaultSetup,
 		}},
 	}
@@ -38,19 +40,20 @@ func vaultSetup(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	return cmdline.Print(c, map[string]any{"mount": mount, "dry_run": c.Bool("dry-run"), "steps": steps}, func(w io.Writer) {
-		for _, s := range steps {
-			mark := "done"
-			switch {
-			case s.Done:
-				mark = "is there"
-			case c.Bool("dry-run"):
-				mark = "to do"
+	return cmdline.Print(c, map[string]any{"mount": mount, "dry_run": c.Bool("dry-run"), "steps": steps},
+		func(w io.Writer) {
+			for _, s := range steps {
+				mark := "done"
+				switch {
+				case s.Done:
+					mark = "is there"
+				case c.Bool("dry-run"):
+					mark = "to do"
+				}
+				fmt.Fprintf(w, "%-8s  %s\n", mark, s.What)
 			}
-			fmt.Fprintf(w, "%-8s  %s\n", mark, s.What)
-		}
-		publisher := policies.Name(mount, policies.Publisher)
-		fmt.Fprintf(w, `
+			publisher := policies.Name(mount, policies.Publisher)
+			fmt.Fprintf(w, `
 What is left, for the line:
   vault auth enable approle
   vault write auth/approle/role/%[1]s token_policies=%[1]s token_ttl=1h token_max_ttl=24h
@@ -61,5 +64,5 @@ and for each operator, after each grant:
   factory operator policy NAME --directory vault:%[2]s | vault policy write %[3]s -
   vault write auth/approle/role/%[3]s token_policies=%[3]s token_ttl=1h token_max_ttl=24h
 `, publisher, mount, policies.OperatorName(mount, "NAME"))
-	})
+		})
 }

@@ -13,7 +13,8 @@ import (
 	"github.com/kmehsm/kmehsm/internal/keysvcd"
 )
 
-var soPINFlag = &cli.StringFlag{Name: "so-pin-source", Usage: "where the security officer's PIN is: file:/path, a `URI`"}
+var soPINFlag = &cli.StringFlag{Name: "so-pin-source",
+	Usage: "where the security officer's PIN is: file:/path, a `URI`"}
 
 func backupCommand() *cli.Command {
 	return &cli.Command{
@@ -27,21 +28,26 @@ factory operator enroll, keysvc enroll), and import the same grants there.`,
 		Subcommands: []*cli.Command{
 			{
 				Name: "prepare", Usage: "on the token that is to get the keys: make a key that receives them",
-				Description: "keysvc backup restore destroys the key. Until then, whoever has this token's PIN and the backup can have the storage key without\nits limits: do not let days pass between the two.",
+				Description: "keysvc backup restore destroys the key. Until then, whoever has this token's PIN and " +
+					"the backup can have the storage key without\nits limits: do not let days pass between the two.",
 				Flags: []cli.Flag{cmdline.Token, stateFlag, acceptFlag,
-					&cli.StringFlag{Name: "out", Usage: "the `FILE` to write (default: restore-key.json in the --state folder)"}, cmdline.JSON},
+					&cli.StringFlag{Name: "out",
+						Usage: "the `FILE` to write (default: restore-key.json in the --state folder)"}, cmdline.JSON},
 				Action: cmdline.Alone(backupPrepare),
 			},
 			{
 				Name: "create", Usage: "on the token that has the keys: wrap them for another token",
-				Flags: []cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "to", Usage: "the other token's key, the `FILE` of keysvc backup prepare"},
-					&cli.StringFlag{Name: "thumbprint", Usage: "what keysvc backup prepare printed there, read out, `T`"}, soPINFlag,
+				Flags: []cli.Flag{cmdline.Token, stateFlag,
+					&cli.StringFlag{Name: "to", Usage: "the other token's key, the `FILE` of keysvc backup prepare"},
+					&cli.StringFlag{Name: "thumbprint",
+						Usage: "what keysvc backup prepare printed there, read out, `T`"}, soPINFlag,
 					&cli.StringFlag{Name: "out", Usage: "the backup, a `FILE` to write"}, cmdline.JSON},
 				Action: cmdline.Alone(backupCreate),
 			},
 			{
 				Name: "restore", Usage: "on the token that is to get the keys: take them in", ArgsUsage: "FILE",
-				Flags:  []cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "thumbprint", Usage: "what keysvc backup create printed, read out, `B`"}, cmdline.JSON},
+				Flags: []cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "thumbprint",
+					Usage: "what keysvc backup create printed, read out, `B`"}, cmdline.JSON},
 				Action: cmdline.Alone(backupRestore),
 			},
 		},
@@ -55,7 +61,8 @@ func backupPrepare(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		return printReceiver(c, token, path, thumbprint, "for keysvc backup create on the token that has the keys", "there")
+		return printReceiver(c, token, path, thumbprint, "for keysvc backup create on the token that has the keys",
+			"there")
 	})
 }
 

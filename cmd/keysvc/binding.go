@@ -25,22 +25,28 @@ func bindingCommand() *cli.Command {
 				Action: bindingList,
 			},
 			{
-				Name: "report", Usage: "list the bindings that rest on keys which are not to be trusted any more, and why",
-				Description: "The device's key was issued anew after the binding was established (DEVICE_REISSUED), or revoked (DEVICE_REVOKED);\n" +
-					"the lot was retired (LOT_RETIRED), or revoked as a whole by its manufacturer (LOT_REVOKED); the manufacturer is distrusted (MANUFACTURER_DISTRUSTED).\n" +
+				Name:  "report",
+				Usage: "list the bindings that rest on keys which are not to be trusted any more, and why",
+				Description: "The device's key was issued anew after the binding was established (DEVICE_REISSUED), " +
+					"or revoked (DEVICE_REVOKED);\n" +
+					"the lot was retired (LOT_RETIRED), or revoked as a whole by its manufacturer (LOT_REVOKED); the " +
+					"manufacturer is distrusted (MANUFACTURER_DISTRUSTED).\n" +
 					"These bindings are served on: end them with keysvc binding revoke.",
 				Flags: storeFlags(cmdline.DirectoryFlags()...), Action: bindingReport,
 			},
-			{Name: "show", Usage: "show an IMSI's binding", ArgsUsage: "IMSI", Flags: storeFlags(), Action: bindingShow},
+			{Name: "show", Usage: "show an IMSI's binding", ArgsUsage: "IMSI", Flags: storeFlags(),
+				Action: bindingShow},
 			{
 				Name: "revoke", Usage: "end an IMSI's bindings, and forget the KME", ArgsUsage: "IMSI",
-				Description: "The IMSI is then as one that was never bound: its next attach may bind it, to whatever device.",
-				Flags:       storeFlags(), Action: bindingRevoke,
+				Description: "The IMSI is then as one that was never bound: its next attach may bind it, to whatever " +
+					"device.",
+				Flags: storeFlags(), Action: bindingRevoke,
 			},
 			{
 				Name: "open", Usage: "let an IMSI be bound to another device, once", ArgsUsage: "IMSI",
 				Description: "The binding that it has stands until the other device has shown that it has its KME.",
-				Flags:       storeFlags(&cli.DurationFlag{Name: "ttl", Value: time.Hour, Usage: "for how long, at most 720h"}), Action: bindingOpen,
+				Flags: storeFlags(&cli.DurationFlag{Name: "ttl", Value: time.Hour,
+					Usage: "for how long, at most 720h"}), Action: bindingOpen,
 			},
 		},
 	}

@@ -21,19 +21,24 @@ func lotCommand() *cli.Command {
 		Name: "lot", Usage: "the lots that manufacturers granted",
 		Subcommands: []*cli.Command{
 			{
-				Name: "import", Usage: "take a granted lot's key into the token, and prove that it fits the lot's modulus", ArgsUsage: "FILE",
+				Name: "import", Usage: "take a granted lot's key into the token, and prove that it fits the lot's " +
+					"modulus", ArgsUsage: "FILE",
 				Description: "A running service serves the lot after a SIGHUP.",
 				Flags: []cli.Flag{cmdline.Token, stateFlag, storeFlag,
-					&cli.StringFlag{Name: "reinstate", Usage: "serve a lot again that was retired, for this `REASON`"}, cmdline.JSON},
+					&cli.StringFlag{Name: "reinstate", Usage: "serve a lot again that was retired, for this `REASON`"},
+					cmdline.JSON},
 				Action: cmdline.Alone(lotImport),
 			},
 			{Name: "list", Usage: "list the lots", Flags: storeFlags(), Action: lotList},
 			{
 				Name: "retire", Usage: "serve a lot no more, and destroy its key in the token", ArgsUsage: "LOT",
-				Description: "For a lot whose P and Q are not secret any more, or that is not needed. A running service does so after a SIGHUP. What is bound stays\n" +
-					"bound and is served on: keysvc binding report lists it. With several tokens, run this once for each.",
+				Description: "For a lot whose P and Q are not secret any more, or that is not needed. A running " +
+					"service does so after a SIGHUP. What is bound stays\n" +
+					"bound and is served on: keysvc binding report lists it. With several tokens, run this once " +
+					"for each.",
 				Flags: []cli.Flag{cmdline.Token, stateFlag, storeFlag, reasonFlag,
-					&cli.StringFlag{Name: "manufacturer", Usage: "whose lot it is, by `ID`, if several have one of this name"}, cmdline.JSON},
+					&cli.StringFlag{Name: "manufacturer",
+						Usage: "whose lot it is, by `ID`, if several have one of this name"}, cmdline.JSON},
 				Action: cmdline.Alone(lotRetire),
 			},
 		},
@@ -59,8 +64,10 @@ func lotImport(c *cli.Context) error {
 			return err
 		}
 		m := lot.Manifest
-		return cmdline.Printf(c, map[string]any{"lot": m.Lot, "manufacturer": lot.Manufacturer, "devices": m.Devices(), "bits": m.PublicKey().N.BitLen()},
-			"lot %s of manufacturer %s is in %s: %d devices, %d bits; its key decrypts what is encrypted to the manifest's modulus\n",
+		return cmdline.Printf(c, map[string]any{"lot": m.Lot, "manufacturer": lot.Manufacturer, "devices": m.Devices(),
+			"bits": m.PublicKey().N.BitLen()},
+			"lot %s of manufacturer %s is in %s: %d devices, %d bits; its key decrypts what is encrypted to the "+
+				"manifest's modulus\n",
 			m.Lot, lot.Manufacturer, token, m.Devices(), m.PublicKey().N.BitLen())
 	})
 }
@@ -79,13 +86,16 @@ func lotList(c *cli.Context) error {
 		}
 		rows := make([]row, len(lots))
 		for i, l := range lots {
-			rows[i] = row{Manifest: l.Manifest, Imported: l.Imported, Retired: decided(l.Retired), Distrusted: decided(l.Distrusted)}
+			rows[i] = row{Manifest: l.Manifest, Imported: l.Imported, Retired: decided(l.Retired),
+				Distrusted: decided(l.Distrusted)}
 		}
 		return cmdline.Print(c, map[string]any{"lots": rows}, func(w io.Writer) {
-			fmt.Fprintf(w, "%-24s %5s %9s  %-20s %-20s %-10s %s\n", "LOT", "BITS", "DEVICES", "SUITE", "IMPORTED", "STATE", "MANUFACTURER")
+			fmt.Fprintf(w, "%-24s %5s %9s  %-20s %-20s %-10s %s\n", "LOT", "BITS", "DEVICES", "SUITE", "IMPORTED",
+				"STATE", "MANUFACTURER")
 			for _, l := range lots {
 				m := l.Manifest
-				fmt.Fprintf(w, "%-24s %5d %9d  %-20s %-20s %-10s %s\n", m.Lot, m.PublicKey().N.BitLen(), m.Devices(), m.Suite,
+				fmt.Fprintf(w, "%-24s %5d %9d  %-20s %-20s %-10s %s\n", m.Lot, m.PublicKey().N.BitLen(),
+					m.Devices(), m.Suite,
 					l.Imported.Format(time.RFC3339), lotState(l), l.Manufacturer)
 			}
 		})
@@ -116,7 +126,8 @@ func lotRetire(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		what := fmt.Sprintf("lot %s of manufacturer %s is retired, its key is not in %s any more", lot.Manifest.Lot, lot.Manufacturer, token)
+		what := fmt.Sprintf("lot %s of manufacturer %s is retired, its key is not in %s any more", lot.Manifest.Lot,
+			lot.Manufacturer, token)
 		return printVerdict(c, store, what, lot.Manufacturer, lot.Manifest.Lot, stands)
 	})
 }

@@ -19,10 +19,12 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-var stateFlag = &cli.StringFlag{Name: "state", Value: "var/keysvc", Usage: "the service's own folder, `DIR`, with its database"}
+var stateFlag = &cli.StringFlag{Name: "state", Value: "var/keysvc",
+	Usage: "the service's own folder, `DIR`, with its database"}
 
 var acceptFlag = &cli.BoolFlag{Name: "accept-weak-token",
-	Usage: "take a token all the same that does not keep keys as it should; the token, the service's log and /readyz say so for ever"}
+	Usage: "take a token all the same that does not keep keys as it should; the token, the service's log and /readyz " +
+		"say so for ever"}
 
 func main() { cmdline.Main(app()) }
 
@@ -39,27 +41,36 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 		Commands: []*cli.Command{
 			{
 				Name: "init", Usage: "make the token the operator's, and the storage and ledger key in it",
-				Description: "Tries first whether the token keeps keys as it should, and refuses it otherwise: keysvc doctor says more. Running this again changes nothing.\n" +
+				Description: "Tries first whether the token keeps keys as it should, and refuses it otherwise: " +
+					"keysvc doctor says more. Running this again changes nothing.\n" +
 					"The --state folder remembers the token, for the commands that need no other than the store's own.",
 				Flags:  []cli.Flag{cmdline.Token, stateFlag, acceptFlag, cmdline.JSON},
 				Action: cmdline.Alone(initToken),
 			},
 			transportCommand(),
 			{
-				Name: "enroll", Usage: "take a manufacturer's enrolment: pin its key, take the operator's KEK into the token", ArgsUsage: "FILE",
-				Description: "The manufacturer's key must come from the manufacturer itself, on another way than the enrolment: from then on whatever it signed is believed.\nHave the manufacturer read out the key's thumbprint, as factory init prints it. The transport key that the enrolment came under is destroyed.",
-				Flags: []cli.Flag{cmdline.Token, stateFlag, storeFlag, &cli.StringFlag{Name: "directory", Usage: "where the manufacturer publishes its public keys, `WHERE`: file:DIR or vault:MOUNT"},
+				Name: "enroll", Usage: "take a manufacturer's enrolment: pin its key, take the operator's KEK into " +
+					"the token", ArgsUsage: "FILE",
+				Description: "The manufacturer's key must come from the manufacturer itself, on another way than the " +
+					"enrolment: from then on whatever it signed is believed.\n" +
+					"Have the manufacturer read out the key's thumbprint, as factory init prints it. The transport " +
+					"key that the enrolment came under is destroyed.",
+				Flags: []cli.Flag{cmdline.Token, stateFlag, storeFlag, &cli.StringFlag{Name: "directory",
+					Usage: "where the manufacturer publishes its public keys, `WHERE`: file:DIR or vault:MOUNT"},
 					&cli.StringFlag{Name: "manufacturer", Usage: "the manufacturer's public signing key, as `PEM`"},
-					&cli.StringFlag{Name: "thumbprint", Usage: "that key's thumbprint, `T`, as the manufacturer reads it out"},
-					&cli.StringSliceFlag{Name: "tac", Usage: "a type allocation code, `TAC`, of its devices, again for each: no lot of its may have another, and none of others these (default: those given before; else any that is no other's)"},
+					&cli.StringFlag{Name: "thumbprint",
+						Usage: "that key's thumbprint, `T`, as the manufacturer reads it out"},
+					&cli.StringSliceFlag{Name: "tac", Usage: "a type allocation code, `TAC`, of its devices, again " +
+						"for each: no lot of its may have another, and none of others these (default: those given " +
+						"before; else any that is no other's)"},
 					cmdline.JSON},
 				Action: cmdline.Alone(enroll),
 			},
 			lotCommand(),
 			manufacturerCommand(),
 			{
-				Name: "device", Usage: "say what the directory says of a device, its signatures verified", ArgsUsage: "IMEI",
-				Flags: storeFlags(cmdline.DirectoryFlags()...), Action: device,
+				Name: "device", Usage: "say what the directory says of a device, its signatures verified",
+				ArgsUsage: "IMEI", Flags: storeFlags(cmdline.DirectoryFlags()...), Action: device,
 			},
 			bindingCommand(),
 			storeCommand(),
@@ -67,8 +78,10 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 			storageCommand(),
 			{
 				Name: "serve", Usage: "serve the HSS",
-				Description: "SIGTERM finishes the calls under way and ends; SIGHUP takes up lots and certificates anew.\n\n" + keysvcd.Help(),
-				Flags:       []cli.Flag{&cli.StringFlag{Name: "config", Usage: "the configuration, a YAML `FILE`"}}, Action: serve,
+				Description: "SIGTERM finishes the calls under way and ends; SIGHUP takes up lots and certificates " +
+					"anew.\n\n" + keysvcd.Help(),
+				Flags:  []cli.Flag{&cli.StringFlag{Name: "config", Usage: "the configuration, a YAML `FILE`"}},
+				Action: serve,
 			},
 			{
 				Name: "doctor", Usage: "say what the token can and cannot do, and what follows",
@@ -87,16 +100,18 @@ func initToken(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		return cmdline.Print(c, map[string]any{"created": created, "token": token.Serial(), "weak": weak}, func(w io.Writer) {
-			if created {
-				fmt.Fprintf(w, "made the storage and ledger key in %s\nnext, for each manufacturer: keysvc transport new\n", token)
-			} else {
-				fmt.Fprintf(w, "%s has its keys already; nothing changed\n", token)
-			}
-			for _, what := range weak {
-				fmt.Fprintf(w, "accepted as it is: %s\n", what)
-			}
-		})
+		return cmdline.Print(c, map[string]any{"created": created, "token": token.Serial(), "weak": weak},
+			func(w io.Writer) {
+				if created {
+					fmt.Fprintf(w, "made the storage and ledger key in %s\nnext, for each manufacturer: keysvc "+
+						"transport new\n", token)
+				} else {
+					fmt.Fprintf(w, "%s has its keys already; nothing changed\n", token)
+				}
+				for _, what := range weak {
+					fmt.Fprintf(w, "accepted as it is: %s\n", what)
+				}
+			})
 	})
 }
 
@@ -121,7 +136,8 @@ func device(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		result := map[string]any{"imei": imei, "lot": manifest.Lot, "manufacturer": manifest.Manufacturer, "shard": d.Shard, "public_key": directory.DeviceKey{IMEI: imei, Key: d.Key}, "revoked": d.Revoked != nil}
+		result := map[string]any{"imei": imei, "lot": manifest.Lot, "manufacturer": manifest.Manufacturer,
+			"shard": d.Shard, "public_key": directory.DeviceKey{IMEI: imei, Key: d.Key}, "revoked": d.Revoked != nil}
 		if d.Revoked != nil {
 			result["revocation"] = d.Revoked
 		}
@@ -133,7 +149,8 @@ func device(c *cli.Context) error {
 		}
 		return cmdline.Print(c, result, func(w io.Writer) {
 			key, _ := json.Marshal(result["public_key"])
-			fmt.Fprintf(w, "IMEI          %s\nlot           %s, shard %d\nmanufacturer  %s\npublic key    %s\n", imei, manifest.Lot, d.Shard, manifest.Manufacturer, key)
+			fmt.Fprintf(w, "IMEI          %s\nlot           %s, shard %d\nmanufacturer  %s\npublic key    %s\n", imei,
+				manifest.Lot, d.Shard, manifest.Manufacturer, key)
 			for i, e := range d.History {
 				what := "REVOKED     "
 				switch {

@@ -26,9 +26,11 @@ func manufacturerCommand() *cli.Command {
 		Subcommands: []*cli.Command{
 			{Name: "list", Usage: "list the manufacturers", Flags: storeFlags(), Action: manufacturerList},
 			{
-				Name: "distrust", Usage: "serve none of a manufacturer's lots any more, and refuse its files", ArgsUsage: "ID",
-				Description: "For a manufacturer whose signing key is lost or stolen. A running service does so after a SIGHUP. What is bound stays bound and\n" +
-					"is served on: keysvc binding report lists it. The keys stay in the token: keysvc lot retire destroys a lot's.",
+				Name: "distrust", Usage: "serve none of a manufacturer's lots any more, and refuse its files",
+				ArgsUsage: "ID", Description: "For a manufacturer whose signing key is lost or stolen. A running " +
+					"service does so after a SIGHUP. What is bound stays bound and\n" +
+					"is served on: keysvc binding report lists it. The keys stay in the token: keysvc lot retire " +
+					"destroys a lot's.",
 				Flags: storeFlags(reasonFlag), Action: decide(true, imports.Distrust),
 			},
 			{
@@ -98,7 +100,9 @@ func verdict(c *cli.Context, withdrawn bool) (binding.Verdict, error) {
 	return v, nil
 }
 
-func decide(withdrawn bool, f func(context.Context, binding.Registry, string, binding.Verdict) (binding.Verdict, error)) cli.ActionFunc {
+func decide(
+	withdrawn bool, f func(context.Context, binding.Registry, string, binding.Verdict) (binding.Verdict, error),
+) cli.ActionFunc {
 	return func(c *cli.Context) error {
 		v, err := verdict(c, withdrawn)
 		if err != nil {
@@ -174,7 +178,8 @@ func enroll(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		return cmdline.Print(c, map[string]any{"manufacturer": m.KeyID, "operator": m.Operator, "directory": m.Directory, "tacs": append([]kme.TAC{}, m.TACs...)}, func(w io.Writer) {
+		return cmdline.Print(c, map[string]any{"manufacturer": m.KeyID, "operator": m.Operator,
+			"directory": m.Directory, "tacs": append([]kme.TAC{}, m.TACs...)}, func(w io.Writer) {
 			fmt.Fprintf(w, "enrolled with manufacturer %s as operator %s\n", m.KeyID, m.Operator)
 			if len(m.TACs) > 0 {
 				before := ""

@@ -25,14 +25,19 @@ func storageCommand() *cli.Command {
 			},
 			{
 				Name: "rotate", Usage: "make a new storage key, and seal all KMEs again under it, while services serve",
-				Description: "Interrupted, the same command goes on. Services take the new key up by themselves. With several tokens that share keys, bring the new\n" +
-					"key to the others by keysvc backup: until then the others do not open what is sealed under it. End with keysvc storage retire.",
-				Flags: []cli.Flag{cmdline.Token, stateFlag, storeFlag, soPINFlag, cmdline.JSON}, Action: cmdline.Alone(storageRotate),
+				Description: "Interrupted, the same command goes on. Services take the new key up by themselves. " +
+					"With several tokens that share keys, bring the new\n" +
+					"key to the others by keysvc backup: until then the others do not open what is sealed under it. " +
+					"End with keysvc storage retire.",
+				Flags:  []cli.Flag{cmdline.Token, stateFlag, storeFlag, soPINFlag, cmdline.JSON},
+				Action: cmdline.Alone(storageRotate),
 			},
 			{
 				Name: "retire", Usage: "destroy the earlier storage keys, if nothing is sealed under them any more",
-				Description: "A backup of the store that was made before the rotation cannot be used after that. With several tokens, run this once for each.",
-				Flags:       []cli.Flag{cmdline.Token, stateFlag, storeFlag, cmdline.JSON}, Action: cmdline.Alone(storageRetire),
+				Description: "A backup of the store that was made before the rotation cannot be used after that. " +
+					"With several tokens, run this once for each.",
+				Flags:  []cli.Flag{cmdline.Token, stateFlag, storeFlag, cmdline.JSON},
+				Action: cmdline.Alone(storageRetire),
 			},
 		},
 	}
@@ -65,7 +70,9 @@ func storageRotate(c *cli.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	return errors.Join(useStore(c, r.OperatorToken, func(store *sqlstore.Store) error { return reseal(c, r, store) }), r.Close())
+	return errors.Join(useStore(c, r.OperatorToken, func(store *sqlstore.Store) error {
+		return reseal(c, r, store)
+	}), r.Close())
 }
 
 func reseal(c *cli.Context, r *hsmkeys.Rotation, store *sqlstore.Store) error {
@@ -75,9 +82,11 @@ func reseal(c *cli.Context, r *hsmkeys.Rotation, store *sqlstore.Store) error {
 		return err
 	}
 	if !r.Made() {
-		fmt.Fprintf(c.App.ErrWriter, "no new key was made: generation %d is of a rotation that was not ended; for another key, run keysvc storage retire first, and then this again\n", r.Newest())
+		fmt.Fprintf(c.App.ErrWriter, "no new key was made: generation %d is of a rotation that was not ended; for "+
+			"another key, run keysvc storage retire first, and then this again\n", r.Newest())
 	}
-	fmt.Fprintf(c.App.ErrWriter, "%d KMEs to be sealed again under generation %d of the storage key\n", total, r.Newest())
+	fmt.Fprintf(c.App.ErrWriter, "%d KMEs to be sealed again under generation %d of the storage key\n",
+		total, r.Newest())
 	said := began
 	done, err := tokenkeys.Reseal(c.Context, r, store, below, func(n int) {
 		if time.Since(said) > 5*time.Second {
@@ -88,14 +97,17 @@ func reseal(c *cli.Context, r *hsmkeys.Rotation, store *sqlstore.Store) error {
 		}
 	})
 	if err != nil && done > 0 {
-		return cmdline.Partial(fmt.Errorf("%d of %d KMEs were sealed again; run the same command again: %w", done, total, err))
+		return cmdline.Partial(fmt.Errorf("%d of %d KMEs were sealed again; run the same command again: %w",
+			done, total, err))
 	}
 	if err != nil {
 		return err
 	}
 	seconds := time.Since(began).Seconds()
-	return cmdline.Printf(c, map[string]any{"generation": r.Newest(), "made": r.Made(), "resealed": done, "seconds": seconds},
-		"%d KMEs were sealed again, in %.0f s; all are under generation %d of the storage key now\nend with keysvc storage retire\n",
+	return cmdline.Printf(c, map[string]any{"generation": r.Newest(), "made": r.Made(), "resealed": done,
+		"seconds": seconds},
+		"%d KMEs were sealed again, in %.0f s; all are under generation %d of the storage key now\n"+
+			"end with keysvc storage retire\n",
 		done, seconds, r.Newest())
 }
 

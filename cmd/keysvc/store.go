@@ -19,7 +19,8 @@ import (
 	"github.com/kmehsm/kmehsm/internal/keysvcd"
 )
 
-var storeFlag = &cli.StringFlag{Name: "store", EnvVars: []string{"KMEHSM_STORE"}, Usage: "the `STORE`: sqlite:PATH, or postgres://USER@HOST/DATABASE (default: keysvc.db in the --state folder)"}
+var storeFlag = &cli.StringFlag{Name: "store", EnvVars: []string{"KMEHSM_STORE"},
+	Usage: "the `STORE`: sqlite:PATH, or postgres://USER@HOST/DATABASE (default: keysvc.db in the --state folder)"}
 
 // storeFlags say where the service's store is, and the token whose key its rows are verified with.
 func storeFlags(own ...cli.Flag) []cli.Flag {
@@ -89,14 +90,18 @@ func storeCommand() *cli.Command {
 		Subcommands: []*cli.Command{
 			{
 				Name: "verify", Usage: "read all of the store, and say whether it is what the service has written last",
-				Description: "Every row has a MAC under a key that the token derives; the ledger is a chain, and the token keeps its high-water mark.\n" +
+				Description: "Every row has a MAC under a key that the token derives; the ledger is a chain, and the " +
+					"token keeps its high-water mark.\n" +
 					"A service may serve meanwhile. Exit code 1 if anything is not as it should be.",
 				Flags: storeFlags(), Action: storeVerify,
 			},
 			{
-				Name: "accept-rollback", Usage: "have a store served that is an earlier one than the service has written",
-				Description: "What was decided since is not in it: KMEs that were used since can be used again, devices that were bound since are not, and what was\n" +
-					"revoked since is not. Bring back the last store instead, if there is one. The reason and your name go into the ledger.",
+				Name:  "accept-rollback",
+				Usage: "have a store served that is an earlier one than the service has written",
+				Description: "What was decided since is not in it: KMEs that were used since can be used again, " +
+					"devices that were bound since are not, and what was\n" +
+					"revoked since is not. Bring back the last store instead, if there is one. The reason and your " +
+					"name go into the ledger.",
 				Flags: storeFlags(reasonFlag), Action: cmdline.Alone(storeAccept),
 			},
 			{
@@ -106,16 +111,22 @@ func storeCommand() *cli.Command {
 			},
 			{
 				Name: "migrate", Usage: "copy everything from one store to another, empty one",
-				Description: "Stop the service first. The other store has all of it in the end, or nothing: rows keep their MACs, which are verified on the way, and the ledger its chains.",
-				Flags: []cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "from", Usage: "the `STORE` to copy: sqlite:PATH, or postgres://USER@HOST/DATABASE"},
+				Description: "Stop the service first. The other store has all of it in the end, or nothing: rows " +
+					"keep their MACs, which are verified on the way, and the ledger its chains.",
+				Flags: []cli.Flag{cmdline.Token, stateFlag,
+					&cli.StringFlag{Name: "from",
+						Usage: "the `STORE` to copy: sqlite:PATH, or postgres://USER@HOST/DATABASE"},
 					&cli.StringFlag{Name: "to", Usage: "the empty `STORE` to copy to"}, cmdline.JSON},
 				Action: storeMigrate,
 			},
 			{
-				Name: "upgrade", Usage: "make the tables in PostgreSQL, or bring them up to date, and grant the service's role what it needs of them",
-				Description: "With the role that owns the tables, before the service of a new release starts. The service's role may then read the ledger and add to it, and\n" +
+				Name: "upgrade", Usage: "make the tables in PostgreSQL, or bring them up to date, and grant the " +
+					"service's role what it needs of them",
+				Description: "With the role that owns the tables, before the service of a new release starts. The " +
+					"service's role may then read the ledger and add to it, and\n" +
 					"neither change nor remove what is in it. It is made before, with CREATE ROLE ... LOGIN.",
-				Flags:  []cli.Flag{storeFlag, &cli.StringFlag{Name: "role", Usage: "the service's `ROLE` in PostgreSQL"}, cmdline.JSON},
+				Flags: []cli.Flag{storeFlag,
+					&cli.StringFlag{Name: "role", Usage: "the service's `ROLE` in PostgreSQL"}, cmdline.JSON},
 				Action: storeUpgrade,
 			},
 		},
@@ -160,8 +171,10 @@ func storeVerify(c *cli.Context) error {
 				report.Rows, report.Entries, len(report.Damaged))
 		})
 		if err == nil && !result.OK {
-			err = cmdline.Said(errors.New("the store is not what the service has written last: find out who has changed it; " +
-				"a subscription that is damaged can be ended with keysvc binding revoke, a manufacturer or a lot needs a backup of the store"))
+			err = cmdline.Said(errors.New("the store is not what the service has written last: find out who has " +
+				"changed it; " +
+				"a subscription that is damaged can be ended with keysvc binding revoke, a manufacturer or a lot " +
+				"needs a backup of the store"))
 		}
 		return err
 	})
@@ -189,7 +202,8 @@ func storeAccept(c *cli.Context) error {
 		}
 		return cmdline.Print(c, map[string]any{"accepted": true}, func(w io.Writer) {
 			fmt.Fprintln(w, "the store is accepted as it is; a service that runs goes on within seconds\n"+
-				"what was revoked since it was made is not revoked in it: see the service's log, and keysvc binding report")
+				"what was revoked since it was made is not revoked in it: see the service's log, and keysvc binding "+
+				"report")
 		})
 	})
 }
@@ -231,7 +245,8 @@ func storeLog(c *cli.Context) error {
 				}
 			}
 		}
-		return cmdline.PrintEach(c, `"entries"`, fmt.Sprintf(entryLine, "TIME", "EVENT", "SUBJECT", "BY"), all, printEntry)
+		return cmdline.PrintEach(c, `"entries"`, fmt.Sprintf(entryLine, "TIME", "EVENT", "SUBJECT", "BY"),
+			all, printEntry)
 	})
 }
 

@@ -20,16 +20,24 @@ func transportCommand() *cli.Command {
 		Name: "transport", Usage: "the transport keys, each of which receives one KEK",
 		Subcommands: []*cli.Command{
 			{
-				Name: "new", Usage: "make a transport key for one enrolment, and write its public half for the manufacturer",
-				Description: "Give the file to the manufacturer, and read the thumbprint out on another way, on the telephone for instance: nothing in the file proves whose it\nis. keysvc enroll destroys the key when the KEK is in the token. Until then, whoever has the token's PIN and the enrolment can take the KEK too: do not\nlet days pass between the two.",
-				Flags: []cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "out", Usage: "the `FILE` to write (default: transport.json in the --state folder)"},
+				Name: "new", Usage: "make a transport key for one enrolment, and write its public half for the " +
+					"manufacturer",
+				Description: "Give the file to the manufacturer, and read the thumbprint out on another way, on the " +
+					"telephone for instance: nothing in the file proves whose it\n" +
+					"is. keysvc enroll destroys the key when the KEK is in the token. Until then, whoever has the " +
+					"token's PIN and the enrolment can take the KEK too: do not\nlet days pass between the two.",
+				Flags: []cli.Flag{cmdline.Token, stateFlag,
+					&cli.StringFlag{Name: "out",
+						Usage: "the `FILE` to write (default: transport.json in the --state folder)"},
 					cmdline.JSON},
 				Action: cmdline.Alone(transportNew),
 			},
-			{Name: "list", Usage: "list the transport keys that wait for their enrolment", Flags: []cli.Flag{cmdline.Token, cmdline.JSON}, Action: transportList},
+			{Name: "list", Usage: "list the transport keys that wait for their enrolment",
+				Flags: []cli.Flag{cmdline.Token, cmdline.JSON}, Action: transportList},
 			{
-				Name: "destroy", Usage: "destroy a transport key whose enrolment will not come", ArgsUsage: "THUMBPRINT",
-				Flags: []cli.Flag{cmdline.Token, stateFlag, cmdline.JSON}, Action: cmdline.Alone(transportDestroy),
+				Name: "destroy", Usage: "destroy a transport key whose enrolment will not come",
+				ArgsUsage: "THUMBPRINT", Flags: []cli.Flag{cmdline.Token, stateFlag, cmdline.JSON},
+				Action: cmdline.Alone(transportDestroy),
 			},
 		},
 	}
@@ -42,7 +50,8 @@ func transportNew(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		return printReceiver(c, token, path, thumbprint, "for the manufacturer's factory operator enroll", "to the manufacturer")
+		return printReceiver(c, token, path, thumbprint, "for the manufacturer's factory operator enroll",
+			"to the manufacturer")
 	})
 }
 

@@ -20,14 +20,18 @@ import (
 )
 
 var deviceFlags = []cli.Flag{
-	&cli.StringFlag{Name: "injection", Usage: "the folder, `DIR`, of injection packages, as factory lot provision wrote it"},
+	&cli.StringFlag{Name: "injection",
+		Usage: "the folder, `DIR`, of injection packages, as factory lot provision wrote it"},
 	&cli.StringFlag{Name: "fixture-key", Usage: "the fixture's private RSA key, as `PEM`"},
-	&cli.StringSliceFlag{Name: "fixture-enrolment", Usage: "what factory fixture enroll wrote, a `FILE`; once for each injection key that the fixture holds"},
+	&cli.StringSliceFlag{Name: "fixture-enrolment",
+		Usage: "what factory fixture enroll wrote, a `FILE`; once for each injection key that the fixture holds"},
 }
 
 var serverFlags = []cli.Flag{
-	&cli.StringFlag{Name: "server", Usage: "keysvc's `URL`: https://HOST:PORT, or unix:/path; attach takes s6a:/path too, the test MME of plugins/freediameter"},
-	&cli.StringFlag{Name: "origin", Usage: "whom the simulated HSS names as its peer, a `NAME`: an MME's Origin-Host (default: none)"},
+	&cli.StringFlag{Name: "server", Usage: "keysvc's `URL`: https://HOST:PORT, or unix:/path; attach takes s6a:/path " +
+		"too, the test MME of plugins/freediameter"},
+	&cli.StringFlag{Name: "origin", Usage: "whom the simulated HSS names as its peer, a `NAME`: an MME's Origin-Host " +
+		"(default: none)"},
 	&cli.StringFlag{Name: "cert", Usage: "the client's certificate, as `PEM`"},
 	&cli.StringFlag{Name: "key", Usage: "the client certificate's key, as `PEM`"},
 	&cli.StringFlag{Name: "ca", Usage: "the CA of the server's certificate, as `PEM`"},
@@ -51,7 +55,8 @@ in software and with another implementation of AES-KWP than the HSM's.`,
 		Writer: os.Stdout, ErrWriter: os.Stderr,
 		Commands: []*cli.Command{
 			{
-				Name: "attach", Usage: "play the whole flow, a device at a time on each of C connections: PrepareVector, EstablishKME, compare NW_SIG, decrypt the next RAND, ReportAuthentication",
+				Name: "attach", Usage: "play the whole flow, a device at a time on each of C connections: " +
+					"PrepareVector, EstablishKME, compare NW_SIG, decrypt the next RAND, ReportAuthentication",
 				Description: `Prints {"attached":n,"rejected":{"<reason>":n},"p50_ms":x,"p99_ms":x,"per_second":x}; the times are those of EstablishKME. Fails if an
 untouched device is rejected, or a tampered one is not. --tamper, in what the device sends:
     kme           a bit of KME is changed after it was signed
@@ -61,30 +66,38 @@ untouched device is rejected, or a tampered one is not. --tamper, in what the de
     other-lot     it is encrypted to another lot's modulus
     replay        the device attaches, and the same payload comes again for another IMSI`,
 				Flags: slices.Concat([]cli.Flag{
-					&cli.StringFlag{Name: "first-imsi", Usage: "the `IMSI` of device 0; the others count on from it (default: 001010000000000; with --tamper anywhere above)"},
+					&cli.StringFlag{Name: "first-imsi", Usage: "the `IMSI` of device 0; the others count on from it " +
+						"(default: 001010000000000; with --tamper anywhere above)"},
 					&cli.StringFlag{Name: "tamper", Usage: "what is wrong with the devices, a `KIND`"},
-					&cli.StringFlag{Name: "subscribers", Usage: "with --server s6a:PATH: the SIMs, a `FILE` with IMSI, K and OPc on each line"},
+					&cli.StringFlag{Name: "subscribers",
+						Usage: "with --server s6a:PATH: the SIMs, a `FILE` with IMSI, K and OPc on each line"},
 				}, serverFlags, deviceFlags),
 				Action: attach,
 			},
 			{
-				Name: "load", Usage: "measure the service: prepared payloads, as many as it takes or at a rate, for some time",
+				Name:  "load",
+				Usage: "measure the service: prepared payloads, as many as it takes or at a rate, for some time",
 				Description: `Makes payloads, each with a KME and for a subscription of its own, and then measures, one after the other, PrepareVector that opens an attempt
 ("open"), EstablishKME ("establish"), and PrepareVector that encrypts a RAND ("process"); round after round, until EstablishKME has been measured for as
 long as asked. Nothing else is done meanwhile, so that the client's share of the CPU is small. Prints, of each of the three,
 {"calls":n,"rejected":{"<reason>":n},"seconds":x,"per_second":x,"p50_ms":x,"p99_ms":x}. With a rate, a call is timed from when it was due.
 The service's own limits hold: a device's payloads a second (imei_rate, imei_burst), so take enough devices.`,
 				Flags: slices.Concat([]cli.Flag{
-					&cli.DurationFlag{Name: "duration", Value: 10 * time.Second, Usage: "how long to measure EstablishKME, `D`"},
-					&cli.Float64Flag{Name: "rate", Usage: "EstablishKME a second, `N` (default: as many as there can be)"},
-					&cli.StringFlag{Name: "first-imsi", Usage: "the first `IMSI`; the others count on from it (default: anywhere in 00101, the test network)"},
+					&cli.DurationFlag{Name: "duration", Value: 10 * time.Second,
+						Usage: "how long to measure EstablishKME, `D`"},
+					&cli.Float64Flag{Name: "rate",
+						Usage: "EstablishKME a second, `N` (default: as many as there can be)"},
+					&cli.StringFlag{Name: "first-imsi",
+						Usage: "the first `IMSI`; the others count on from it (default: anywhere in 00101, the test " +
+							"network)"},
 				}, serverFlags, deviceFlags),
 				Action: load,
 			},
 			{
 				Name: "payload", Usage: "print one device's payload and the NW_SIG to expect, as JSON, for curl",
 				Flags: append([]cli.Flag{&cli.StringFlag{Name: "imei", Usage: "the device's `IMEI`"},
-					&cli.StringFlag{Name: "imsi", Usage: "whose attempt it is for, which the bound suite signs, `IMSI` (default: 001010000000000)"}}, deviceFlags...),
+					&cli.StringFlag{Name: "imsi", Usage: "whose attempt it is for, which the bound suite signs, " +
+						"`IMSI` (default: 001010000000000)"}}, deviceFlags...),
 				Action: payload,
 			},
 		},
@@ -220,8 +233,8 @@ func dial(c *cli.Context) (n mesim.Network, err error) {
 	return n, err
 }
 
-// firstIMSI defaults to the test network 001 01: to its first subscription, or to one that is not likely to have come up before, for whoever needs
-// one without a binding, again and again.
+// firstIMSI defaults to the test network 001 01: to its first subscription, or to one that is not likely to have come
+// up before, for whoever needs one without a binding, again and again.
 func firstIMSI(given string, lowest bool) (kme.IMSI, error) {
 	if given == "" && lowest {
 		given = "001010000000000"

@@ -171,5 +171,6 @@ func (s *Store) List(ctx context.Context, path string) ([]string, error) {
 }
 
 func cannotWrite(path string, err error) error {
-	return fmt.Errorf("%s cannot be written; check the folder's owner and the room on its disk, and run this again: %w", path, err)
+	return fmt.Errorf("%s cannot be written; check the folder's owner and the room on its disk, and run this again: %w",
+		path, err)
 }

@@ -31,7 +31,8 @@ func TestStore(t *testing.T) {
 func TestPaths(t *testing.T) {
 	dir := t.TempDir()
 	s := openStore(t, filepath.Join(dir, "inside"))
-	for _, path := range []string{"../x", "lots/../../x", "/etc/passwd", "", "lots/.tmp-x", "lots/./x", ".hidden/../../x"} {
+	for _, path := range []string{"../x", "lots/../../x", "/etc/passwd", "", "lots/.tmp-x", "lots/./x",
+		".hidden/../../x"} {
 		if err := s.Create(t.Context(), path, []byte("x")); err == nil {
 			t.Errorf("%q was created", path)
 		}
@@ -74,7 +75,8 @@ func TestFolder(t *testing.T) {
 		t.Error("a file was opened as a store")
 	}
 	blocked := openStore(t, filepath.Join(dir, "large", "below"))
-	for what, err := range map[string]error{"create": blocked.Create(t.Context(), "lots/L1/manifest", nil), "update": blocked.Update(t.Context(), "lots/L1/revocations", nil, "")} {
+	for what, err := range map[string]error{"create": blocked.Create(t.Context(), "lots/L1/manifest", nil),
+		"update": blocked.Update(t.Context(), "lots/L1/revocations", nil, "")} {
 		if err == nil || !strings.Contains(err.Error(), "cannot be written") {
 			t.Errorf("%s where nothing can be written: %v", what, err)
 		}

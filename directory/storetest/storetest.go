@@ -42,7 +42,8 @@ func Run(t *testing.T, newStore func(t *testing.T) (one, two directory.Store)) {
 		}
 		// The objects are JWS, so text; a shard may be large.
 		large := string(bytes.Repeat([]byte("eyJ."), 100_000))
-		for p, data := range map[string]string{path: "a.b.c", directory.ShardPath("L1", 0): "x", directory.ShardPath("L1", 999_999): large, directory.ManifestPath("L2"): "z"} {
+		for p, data := range map[string]string{path: "a.b.c", directory.ShardPath("L1", 0): "x",
+			directory.ShardPath("L1", 999_999): large, directory.ManifestPath("L2"): "z"} {
 			create(t, one, p, data)
 			for _, s := range []directory.Store{one, two} {
 				if got, version := read(t, s, p); got != data || version == "" {
@@ -62,7 +63,8 @@ func Run(t *testing.T, newStore func(t *testing.T) (one, two directory.Store)) {
 			if !errors.As(err, &conflict) {
 				t.Fatalf("other bytes: %v", err)
 			}
-			if conflict.Path != path || conflict.Have != sha256.Sum256([]byte("first")) || conflict.Want != sha256.Sum256([]byte("second")) {
+			if conflict.Path != path || conflict.Have != sha256.Sum256([]byte("first")) ||
+				conflict.Want != sha256.Sum256([]byte("second")) {
 				t.Errorf("%+v", conflict)
 			}
 		}
@@ -97,7 +99,8 @@ func Run(t *testing.T, newStore func(t *testing.T) (one, two directory.Store)) {
 		one, two := newStore(t)
 		path := directory.RevocationsPath("L1")
 		large := string(bytes.Repeat([]byte("e"), directory.MaxObject))
-		for what, err := range map[string]error{"create": one.Create(ctx, path, []byte(large+"e")), "update": one.Update(ctx, path, []byte(large+"e"), "")} {
+		for what, err := range map[string]error{"create": one.Create(ctx, path, []byte(large+"e")),
+			"update": one.Update(ctx, path, []byte(large+"e"), "")} {
 			if err == nil || errors.Is(err, directory.ErrUnavailable) || !strings.Contains(err.Error(), "at most") {
 				t.Errorf("%s of a larger one: %v", what, err)
 			}
@@ -117,7 +120,8 @@ func Run(t *testing.T, newStore func(t *testing.T) (one, two directory.Store)) {
 	})
 	t.Run("an object beside a folder", func(t *testing.T) {
 		one, two := newStore(t)
-		for _, p := range []string{directory.RevocationsPath("L1"), directory.RevocationPartPath("L1", 0), directory.RevocationPartPath("L1", 976)} {
+		for _, p := range []string{directory.RevocationsPath("L1"), directory.RevocationPartPath("L1", 0),
+			directory.RevocationPartPath("L1", 976)} {
 			if err := one.Update(ctx, p, []byte(p), ""); err != nil {
 				t.Fatal(err)
 			}
@@ -125,7 +129,8 @@ func Run(t *testing.T, newStore func(t *testing.T) (one, two directory.Store)) {
 				t.Errorf("%s: %q", p, got)
 			}
 		}
-		if names, err := two.List(ctx, directory.RevocationPartsPath("L1")); err != nil || !slices.Equal(names, []string{"000000", "000976"}) {
+		if names, err := two.List(ctx, directory.RevocationPartsPath("L1")); err != nil ||
+			!slices.Equal(names, []string{"000000", "000976"}) {
 			t.Error(names, err)
 		}
 	})
@@ -138,7 +143,8 @@ func Run(t *testing.T, newStore func(t *testing.T) (one, two directory.Store)) {
 			create(t, one, directory.ManifestPath(lot), lot)
 			create(t, one, directory.ShardPath(lot, 3), lot)
 		}
-		for path, want := range map[string][]string{"lots": {"a", "b", "c.1"}, "lots/a": {"manifest", "shards"}, "lots/a/shards": {"000003"}, "lots/none": nil} {
+		for path, want := range map[string][]string{"lots": {"a", "b", "c.1"}, "lots/a": {"manifest", "shards"},
+			"lots/a/shards": {"000003"}, "lots/none": nil} {
 			if names, err := two.List(ctx, path); err != nil || !slices.Equal(names, want) {
 				t.Errorf("%s: %v, %v; want %v", path, names, err, want)
 			}
@@ -150,7 +156,8 @@ func Run(t *testing.T, newStore func(t *testing.T) (one, two directory.Store)) {
 		cancel()
 		_, _, err := one.Read(gone, path)
 		_, lerr := one.List(gone, "lots")
-		for what, err := range map[string]error{"create": one.Create(gone, path, []byte("x")), "read": err, "update": one.Update(gone, path, []byte("x"), ""), "list": lerr} {
+		for what, err := range map[string]error{"create": one.Create(gone, path, []byte("x")), "read": err,
+			"update": one.Update(gone, path, []byte("x"), ""), "list": lerr} {
 			if !errors.Is(err, context.Canceled) {
 				t.Errorf("%s: %v", what, err)
 			}
@@ -177,7 +184,9 @@ func Run(t *testing.T, newStore func(t *testing.T) (one, two directory.Store)) {
 	})
 	t.Run("creating the same at once", func(t *testing.T) {
 		one, two := newStore(t)
-		won := race(func(i int) error { return []directory.Store{one, two}[i%2].Create(ctx, path, []byte("same")) }, func(err error) { t.Error(err) })
+		won := race(func(i int) error {
+			return []directory.Store{one, two}[i%2].Create(ctx, path, []byte("same"))
+		}, func(err error) { t.Error(err) })
 		if len(won) != racers {
 			t.Errorf("%v of %d", won, racers)
 		}

@@ -1,5 +1,5 @@
-// Package auditlog is the record of all commands that used the manufacturer's token: a chain of lines, whose end the token
-// signs.
+// Package auditlog is the record of all commands that used the manufacturer's token: a chain of
+// lines, whose end the token signs.
 package auditlog
 
 import (
@@ -23,8 +23,8 @@ import (
 // A Log is the file log.jsonl in a folder, and the signature over its last line, log.head.jws.
 type Log struct{ Dir string }
 
-// An Entry is a line of the log: a command that has begun, or how one has ended. Previous chains the lines, and the token
-// signs the last one at the end of each command; so a line that was changed, removed or moved shows.
+// An Entry is a line of the log: a command that has begun, or how one has ended. Previous chains the lines, and the
+// token signs the last one at the end of each command; so a line that was changed, removed or moved shows.
 type Entry struct {
 	Seq      int       `json:"seq"` // counts up from 1
 	Time     time.Time `json:"time"`
@@ -110,8 +110,8 @@ func (l Log) Append(command []string, token, result string) (*Head, error) {
 	return head, nil
 }
 
-// Sign has a line signed, the last one of a command. Where commands run side by side, the one that ends last signs last,
-// maybe not the last line: the next command's signature covers that.
+// Sign has a line signed, the last one of a command. Where commands run side by side, the one that ends last signs
+// last, maybe not the last line: the next command's signature covers that.
 func (l Log) Sign(s *directory.Signer, head *Head) error {
 	jws, err := s.Sign(typeHead, head)
 	if err != nil {
@@ -144,10 +144,12 @@ func (l Log) Verify(v *directory.Verifier) (*Report, error) {
 		return nil, err
 	}
 	if head.Seq < 1 || head.Seq > len(digests) {
-		return nil, fmt.Errorf("the audit log has %d lines, and the token has signed line %d: lines were removed at its end", len(digests), head.Seq)
+		return nil, fmt.Errorf("the audit log has %d lines, and the token has signed line %d: lines were removed at "+
+			"its end", len(digests), head.Seq)
 	}
 	if digests[head.Seq-1] != head.SHA256 {
-		return nil, fmt.Errorf("line %d of the audit log is not the one that the token has signed: it, or one before it, was changed", head.Seq)
+		return nil, fmt.Errorf("line %d of the audit log is not the one that the token has signed: it, or one before "+
+			"it, was changed", head.Seq)
 	}
 	r := &Report{Lines: len(digests), Signed: head.Seq, Interrupted: []Entry{}}
 	open := map[string]Entry{} // by machine and process
@@ -182,7 +184,8 @@ func (l Log) read() (digests []string, entries []Entry, err error) {
 			return nil, nil, fmt.Errorf("line %d is no line of the log: %w", n, err)
 		}
 		if e.Seq != n || e.Previous != previous {
-			return nil, nil, fmt.Errorf("line %d, which says that it is number %d, does not follow the line before it: a line was changed, removed or moved", n, e.Seq)
+			return nil, nil, fmt.Errorf("line %d, which says that it is number %d, does not follow the line before "+
+				"it: a line was changed, removed or moved", n, e.Seq)
 		}
 		previous = lineDigest(in.Bytes())
 		digests, entries = append(digests, previous), append(entries, e)

@@ -51,10 +51,12 @@ func TestLog(t *testing.T) {
 	}
 	entry(Begun) // still at work
 	r, err := log.Verify(verifier)
-	if err != nil || r.Lines != 10 || r.Signed != 9 || len(r.Interrupted) != 2 || r.Interrupted[0].Seq != killed.Seq || r.Interrupted[1].Seq != 10 {
+	if err != nil || r.Lines != 10 || r.Signed != 9 || len(r.Interrupted) != 2 || r.Interrupted[0].Seq != killed.Seq ||
+		r.Interrupted[1].Seq != 10 {
 		t.Fatalf("%+v, %v", r, err)
 	}
-	if e := r.Interrupted[0]; e.Token != "0123" || !slices.Equal(e.Command, []string{"factory", "lot", "list"}) || e.Who == "" || e.Time.IsZero() {
+	if e := r.Interrupted[0]; e.Token != "0123" || !slices.Equal(e.Command, []string{"factory", "lot", "list"}) ||
+		e.Who == "" || e.Time.IsZero() {
 		t.Errorf("%+v", e)
 	}
 	path, head := filepath.Join(log.Dir, logFile), filepath.Join(log.Dir, headFile)
@@ -69,18 +71,22 @@ func TestLog(t *testing.T) {
 		log  []byte
 		want string
 	}{
-		"a line changed":              {bytes.Replace(whole, []byte(`"it failed"`), []byte(`"done"`), 1), "line 10"},
-		"the signed line changed":     {bytes.Replace(bytes.Join(lines[:9], nil), []byte(`"it failed"`), []byte(`"done"`), 1), "line 9"},
-		"the first line removed":      {without(0), "line 1,"},
-		"a line removed":              {without(4), "line 5,"},
-		"lines swapped":               {slices.Concat(lines[0], lines[2], lines[1], bytes.Join(lines[3:], nil)), "line 2,"},
-		"a line twice":                {slices.Concat(lines[0], lines[0], bytes.Join(lines[1:], nil)), "line 2,"},
-		"lines removed at the end":    {bytes.Join(lines[:8], nil), "removed at its end"},
-		"all removed":                 {nil, "removed at its end"},
-		"an unknown field":            {bytes.Replace(whole, []byte(`{"seq":1,`), []byte(`{"seq":1,"x":1,`), 1), "line 1 is no line"},
-		"what is no JSON":             {append(bytes.Clone(whole), "hello\n"...), "line 11 is no line"},
-		"a whole chain made anew":     {anew(t, 12), "not the one that the token has signed"},
-		"a line as long as no line":   {append(bytes.Clone(whole), bytes.Repeat([]byte("x"), 2*maxEntry)...), "too long"},
+		"a line changed": {bytes.Replace(whole, []byte(`"it failed"`), []byte(`"done"`), 1), "line 10"},
+		"the signed line changed": {bytes.Replace(bytes.Join(lines[:9], nil), []byte(`"it failed"`),
+			[]byte(`"done"`), 1), "line 9"},
+		"the first line removed": {without(0), "line 1,"},
+		"a line removed":         {without(4), "line 5,"},
+		"lines swapped": {slices.Concat(lines[0], lines[2], lines[1], bytes.Join(lines[3:], nil)),
+			"line 2,"},
+		"a line twice":             {slices.Concat(lines[0], lines[0], bytes.Join(lines[1:], nil)), "line 2,"},
+		"lines removed at the end": {bytes.Join(lines[:8], nil), "removed at its end"},
+		"all removed":              {nil, "removed at its end"},
+		"an unknown field": {bytes.Replace(whole, []byte(`{"seq":1,`), []byte(`{"seq":1,"x":1,`), 1),
+			"line 1 is no line"},
+		"what is no JSON":         {append(bytes.Clone(whole), "hello\n"...), "line 11 is no line"},
+		"a whole chain made anew": {anew(t, 12), "not the one that the token has signed"},
+		"a line as long as no line": {append(bytes.Clone(whole), bytes.Repeat([]byte("x"), 2*maxEntry)...),
+			"too long"},
 		"another line with its digit": {bytes.Replace(whole, []byte(`"seq":3,`), []byte(`"seq":4,`), 1), "line 3,"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -55,7 +55,8 @@ type Entry struct {
 
 // Entries gives those of a lot's shards that have been begun.
 func (j *Journal) Entries(ctx context.Context, lot string) (map[int]Entry, error) {
-	rows, err := j.read.QueryContext(ctx, "SELECT number, state, package FROM shard WHERE manufacturer = ? AND lot = ?", j.manufacturer, lot)
+	rows, err := j.read.QueryContext(ctx, "SELECT number, state, package FROM shard WHERE manufacturer = ? AND lot = ?",
+		j.manufacturer, lot)
 	if err != nil {
 		return nil, err
 	}
@@ -80,22 +81,26 @@ func (j *Journal) Plan(lot string, from, to int) error {
 // Generated remembers the SHA-256 of a shard's package, which is on disk, and what is to be published of it.
 func (j *Journal) Generated(lot string, n int, pkg, jws []byte) error {
 	return j.exec(`INSERT INTO shard (manufacturer, lot, number, state, package, jws) VALUES (?, ?, ?, ?, ?, ?)
-		ON CONFLICT DO UPDATE SET state = excluded.state, package = excluded.package, jws = excluded.jws`, j.manufacturer, lot, n, Generated, pkg, jws)
+		ON CONFLICT DO UPDATE SET state = excluded.state, package = excluded.package, jws = excluded.jws`,
+		j.manufacturer, lot, n, Generated, pkg, jws)
 }
 
 // Published remembers that the directory has taken a shard.
 func (j *Journal) Published(lot string, n int) error {
-	return j.exec("UPDATE shard SET state = ? WHERE manufacturer = ? AND lot = ? AND number = ?", Published, j.manufacturer, lot, n)
+	return j.exec("UPDATE shard SET state = ? WHERE manufacturer = ? AND lot = ? AND number = ?", Published,
+		j.manufacturer, lot, n)
 }
 
 // Acknowledged remembers a shard as read back from the directory, and the SHA-256 of its package unless that is nil.
 func (j *Journal) Acknowledged(lot string, n int, pkg []byte) error {
 	return j.exec(`INSERT INTO shard (manufacturer, lot, number, state, package) VALUES (?, ?, ?, ?, ?)
-		ON CONFLICT DO UPDATE SET state = excluded.state, package = coalesce(excluded.package, package), jws = NULL`, j.manufacturer, lot, n, Acknowledged, pkg)
+		ON CONFLICT DO UPDATE SET state = excluded.state, package = coalesce(excluded.package, package), jws = NULL`,
+		j.manufacturer, lot, n, Acknowledged, pkg)
 }
 
 // Signed is what is to be published of a shard; nil if the journal has it no more.
 func (j *Journal) Signed(ctx context.Context, lot string, n int) (jws []byte, err error) {
-	err = j.read.QueryRowContext(ctx, "SELECT jws FROM shard WHERE manufacturer = ? AND lot = ? AND number = ?", j.manufacturer, lot, n).Scan(&jws)
+	err = j.read.QueryRowContext(ctx, "SELECT jws FROM shard WHERE manufacturer = ? AND lot = ? AND number = ?",
+		j.manufacturer, lot, n).Scan(&jws)
 	return jws, err
 }

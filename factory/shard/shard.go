@@ -46,7 +46,8 @@ type View struct {
 // Look reads the injection package of a shard, in the lot's folder dir, to compare it with what directory and journal
 // have of it. published is nil if the directory has nothing.
 func Look(m *directory.Manifest, n int, dir string, published *directory.Shard, e Entry) *View {
-	v := &View{Path: filepath.Join(dir, handover.InjectionFile(n)), lot: m.Lot, number: n, published: published, entry: e}
+	v := &View{Path: filepath.Join(dir, handover.InjectionFile(n)), lot: m.Lot, number: n,
+		published: published, entry: e}
 	_, v.Packed, v.unread = handover.ReadPackage(m, n, v.Path)
 	return v
 }
@@ -95,7 +96,8 @@ func (v *View) Describe() (what, remedy string) {
 			fmt.Sprintf("bring it back from where the line keeps it, SHA-256 %x: the private keys are nowhere else",
 				v.published.Package) + lastWay
 	case PackageDamaged:
-		return fmt.Sprintf("its keys are published, and %v", v.unread), handover.BringBack(v.published.Package) + lastWay
+		return fmt.Sprintf("its keys are published, and %v", v.unread), handover.BringBack(v.published.Package) +
+			lastWay
 	case PackageOther:
 		return v.Path + " is not the package of the published keys", handover.BringBack(v.published.Package)
 	case Misrecorded:
@@ -116,7 +118,8 @@ func (v *View) Describe() (what, remedy string) {
 	case Remnant:
 		return v.unread.Error(), "remove it: nothing of it was published, and lot provision makes the shard anew"
 	case Stray:
-		return fmt.Sprintf("%v, and the journal never began it", v.unread), "it was never published: find out where it " +
+		return fmt.Sprintf("%v, and the journal never began it", v.unread), "it was never published: find out " +
+			"where it " +
 			"comes from; if nothing of it was injected, remove the file, and lot provision makes the shard anew"
 	}
 	return "", ""

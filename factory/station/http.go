@@ -28,9 +28,9 @@ var wall embed.FS
 //	GET  /v1/status                              a Status
 //	GET  /                                       the wall screen
 //
-// An error is {"error": "..."}: 400 for what makes no sense, 403 for whoever is no station or comes from another page, 404
-// when no device is left, 409 for what this station may not do now, 415 for a body that does not say that it is JSON,
-// 503 for what may work later.
+// An error is {"error": "..."}: 400 for what makes no sense, 403 for whoever is no station or comes from another page,
+// 404 when no device is left, 409 for what this station may not do now, 415 for a body that does not say that it is
+// JSON, 503 for what may work later.
 func (d *Desk) Handler() http.Handler {
 	mux := http.NewServeMux()
 	station := func(pattern string, f func(r *http.Request, station string) (any, error)) {
@@ -40,8 +40,10 @@ func (d *Desk) Handler() http.Handler {
 				answer(w, http.StatusForbidden, map[string]string{"error": err.Error()})
 				return
 			}
-			if t, _, _ := mime.ParseMediaType(r.Header.Get("Content-Type")); r.ContentLength != 0 && t != "application/json" {
-				answer(w, http.StatusUnsupportedMediaType, map[string]string{"error": "the body is JSON: say Content-Type: application/json"})
+			if t, _, _ := mime.ParseMediaType(r.Header.Get("Content-Type")); r.ContentLength != 0 &&
+				t != "application/json" {
+				answer(w, http.StatusUnsupportedMediaType,
+					map[string]string{"error": "the body is JSON: say Content-Type: application/json"})
 				return
 			}
 			v, err := f(r, name)
@@ -63,20 +65,22 @@ func (d *Desk) Handler() http.Handler {
 	device("POST /v1/lots/{lot}/devices/{imei}", func(r *http.Request, station string, imei kme.IMEI) (any, error) {
 		return d.Named(r.Context(), station, r.PathValue("lot"), imei)
 	})
-	device("PUT /v1/lots/{lot}/devices/{imei}/result", func(r *http.Request, station string, imei kme.IMEI) (any, error) {
-		var report struct {
-			Result State  `json:"result"`
-			Note   string `json:"note"`
-		}
-		body, err := io.ReadAll(http.MaxBytesReader(nil, r.Body, 4096))
-		if err == nil {
-			err = directory.ParseStrict(body, &report)
-		}
-		if err != nil {
-			return nil, badRequest{err}
-		}
-		return map[string]any{"imei": imei, "state": report.Result}, d.Report(r.Context(), station, r.PathValue("lot"), imei, report.Result, report.Note)
-	})
+	device("PUT /v1/lots/{lot}/devices/{imei}/result",
+		func(r *http.Request, station string, imei kme.IMEI) (any, error) {
+			var report struct {
+				Result State  `json:"result"`
+				Note   string `json:"note"`
+			}
+			body, err := io.ReadAll(http.MaxBytesReader(nil, r.Body, 4096))
+			if err == nil {
+				err = directory.ParseStrict(body, &report)
+			}
+			if err != nil {
+				return nil, badRequest{err}
+			}
+			return map[string]any{"imei": imei, "state": report.Result}, d.Report(r.Context(), station,
+				r.PathValue("lot"), imei, report.Result, report.Note)
+		})
 	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, r *http.Request) {
 		s, err := d.Status(r.Context())
 		d.reply(w, r, s, err)
@@ -84,7 +88,8 @@ func (d *Desk) Handler() http.Handler {
 	page := http.FileServerFS(wall)
 	mux.HandleFunc("GET /wall.js", page.ServeHTTP)
 	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, r *http.Request) {
-		w.Header().Set("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; connect-src 'self'")
+		w.Header().Set("Content-Security-Policy",
+			"default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; connect-src 'self'")
 		http.ServeFileFS(w, r, wall, "wall.html")
 	})
 	protection := http.NewCrossOriginProtection()
@@ -103,7 +108,8 @@ func (d *Desk) stationOf(r *http.Request) (string, error) {
 		return "", errors.New("the common name of the station's certificate is no name: letters, digits, dots, dashes")
 	}
 	if !slices.Contains(d.o.Stations, name) {
-		return "", fmt.Errorf("%s is no station of this line: begin factory station serve with --station %s, if it is to be one", name, name)
+		return "", fmt.Errorf("%s is no station of this line: begin factory station serve with --station %s, if it "+
+			"is to be one", name, name)
 	}
 	return name, nil
 }

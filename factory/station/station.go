@@ -1,7 +1,8 @@
-// Package station hands out devices to the stations of the line that inject their keys, and remembers what became of each.
+// Package station hands out devices to the stations of the line that inject their keys, and
+// remembers what became of each.
 //
-// It needs no token: what a station gets is wrapped for its fixture, and nothing is handed out that the directory does not
-// have, just so.
+// It needs no token: what a station gets is wrapped for its fixture, and nothing is handed out that the
+// directory does not have, just so.
 package station
 
 import (
@@ -106,7 +107,8 @@ type handedOut struct {
 	since time.Time
 }
 
-// Open opens the desk of a line. What stations had when the last process ended, they still have, and their time begins anew.
+// Open opens the desk of a line. What stations had when the last process ended, they still
+// have, and their time begins anew.
 func Open(ctx context.Context, o Options) (*Desk, error) {
 	dir := filepath.Join(o.State, "station")
 	if err := durable.MkdirAll(dir, 0o700); err != nil {
@@ -121,7 +123,8 @@ func Open(ctx context.Context, o Options) (*Desk, error) {
 		unlock()
 		return nil, err
 	}
-	d := &Desk{o: o, reader: directory.NewReader(o.Store, o.Verifier, directory.ReaderOptions{CacheBytes: 8 << 20, RevocationTTL: time.Second, NegativeTTL: time.Second}),
+	d := &Desk{o: o, reader: directory.NewReader(o.Store, o.Verifier,
+		directory.ReaderOptions{CacheBytes: 8 << 20, RevocationTTL: time.Second, NegativeTTL: time.Second}),
 		read: read, write: write, unlock: unlock, lots: map[string]*lot{}, out: map[device]*handedOut{}}
 	if err := d.resume(ctx); err != nil {
 		return nil, errors.Join(err, d.Close())
@@ -177,11 +180,13 @@ func (d *Desk) watch(ctx context.Context) {
 		}
 		d.mu.Unlock()
 		for k, tries := range late {
-			err := d.write.Exec(ctx, "UPDATE device SET state = ?, reported = ? WHERE lot = ? AND position = ? AND issue = ? AND tries = ? AND state = ?",
+			err := d.write.Exec(ctx, "UPDATE device SET state = ?, reported = ? WHERE lot = ? AND position = ? AND "+
+				"issue = ? AND tries = ? AND state = ?",
 				Overdue, now(), k.lot, k.position, k.issue, tries, Out)
 			if err != nil {
 				if ctx.Err() == nil {
-					d.o.Log.Error("an overdue device cannot be put down", "lot", k.lot, "position", k.position, "error", err)
+					d.o.Log.Error("an overdue device cannot be put down", "lot", k.lot, "position",
+						k.position, "error", err)
 				}
 				continue
 			}
@@ -250,7 +255,8 @@ func (d *Desk) Next(ctx context.Context, station, name string) (*Ticket, error) 
 		var revoked *revokedError
 		if errors.As(err, &revoked) {
 			if revoked.lot {
-				return nil, refuse("lot %s is revoked, all of it and for good: no device of it gets a key any more", name)
+				return nil, refuse("lot %s is revoked, all of it and for good: no device of it gets a key any more",
+					name)
 			}
 			if _, err := d.claim(ctx, k, station, Revoked, false); err != nil {
 				return nil, err
@@ -298,7 +304,8 @@ func (d *Desk) Named(ctx context.Context, station, name string, imei kme.IMEI) (
 		}
 		switch was {
 		case Injected:
-			return nil, refuse("IMEI %s has its key, from station %s: a device that came back gets another one by factory lot reissue", imei, by)
+			return nil, refuse("IMEI %s has its key, from station %s: a device that came back gets another one by "+
+				"factory lot reissue", imei, by)
 		case Out:
 			return nil, refuse("IMEI %s is at station %s", imei, by)
 		}
@@ -307,8 +314,8 @@ func (d *Desk) Named(ctx context.Context, station, name string, imei kme.IMEI) (
 	return t, nil
 }
 
-// Report puts down what became of the device that a station has: Injected, Failed or Scrapped. The same report again changes
-// nothing; one that comes late counts, unless the device was handed out once more.
+// Report puts down what became of the device that a station has: Injected, Failed or Scrapped. The same report again
+// changes nothing; one that comes late counts, unless the device was handed out once more.
 func (d *Desk) Report(ctx context.Context, station, name string, imei kme.IMEI, state State, note string) error {
 	switch state {
 	case Injected, Failed, Scrapped:
@@ -330,7 +337,8 @@ func (d *Desk) Report(ctx context.Context, station, name string, imei kme.IMEI, 
 	var was State
 	var by string
 	var tries int
-	err = d.read.QueryRowContext(ctx, "SELECT issue, state, station, tries FROM device WHERE lot = ? AND position = ? ORDER BY issue DESC LIMIT 1", name, at).Scan(&k.issue, &was, &by, &tries)
+	err = d.read.QueryRowContext(ctx, "SELECT issue, state, station, tries FROM device WHERE lot = ? AND position = "+
+		"? ORDER BY issue DESC LIMIT 1", name, at).Scan(&k.issue, &was, &by, &tries)
 	switch {
 	case errors.Is(err, sql.ErrNoRows):
 		return refuse("IMEI %s was handed to nobody", imei)
@@ -345,7 +353,8 @@ func (d *Desk) Report(ctx context.Context, station, name string, imei kme.IMEI, 
 	}
 	var n int64
 	err = d.write.Do(ctx, func(ctx context.Context, tx *sql.Tx) error {
-		r, err := tx.ExecContext(ctx, "UPDATE device SET state = ?, reported = ?, note = ? WHERE lot = ? AND position = ? AND issue = ? AND station = ? AND tries = ? AND state = ?",
+		r, err := tx.ExecContext(ctx, "UPDATE device SET state = ?, reported = ?, note = ? WHERE lot = ? AND "+
+			"position = ? AND issue = ? AND station = ? AND tries = ? AND state = ?",
 			state, now(), note, name, at, k.issue, station, tries, was)
 		if err == nil {
 			n, err = r.RowsAffected()
@@ -365,7 +374,8 @@ func (d *Desk) Report(ctx context.Context, station, name string, imei kme.IMEI, 
 // held is the ticket of the device that a station has, which must be one of l that fits; nil if it has none.
 func (d *Desk) held(ctx context.Context, station string, l *lot, fits func(device) bool) (*Ticket, error) {
 	var k device
-	err := d.read.QueryRowContext(ctx, "SELECT lot, position, issue FROM device WHERE state = 'out' AND station = ?", station).Scan(&k.lot, &k.position, &k.issue)
+	err := d.read.QueryRowContext(ctx, "SELECT lot, position, issue FROM device WHERE state = 'out' AND station = ?",
+		station).Scan(&k.lot, &k.position, &k.issue)
 	switch {
 	case errors.Is(err, sql.ErrNoRows):
 		return nil, nil
@@ -378,7 +388,8 @@ func (d *Desk) held(ctx context.Context, station string, l *lot, fits func(devic
 }
 
 func (d *Desk) state(ctx context.Context, k device) (state State, station string, err error) {
-	err = d.read.QueryRowContext(ctx, "SELECT state, station FROM device WHERE lot = ? AND position = ? AND issue = ?", k.lot, k.position, k.issue).Scan(&state, &station)
+	err = d.read.QueryRowContext(ctx, "SELECT state, station FROM device WHERE lot = ? AND position = ? AND issue = ?",
+		k.lot, k.position, k.issue).Scan(&state, &station)
 	return state, station, err
 }
 
@@ -394,7 +405,8 @@ func (d *Desk) free(ctx context.Context, l *lot) (at int, err error) {
 	l.mu.Lock()
 	from := l.cursor
 	l.mu.Unlock()
-	err = d.read.QueryRowContext(ctx, `SELECT ?2 WHERE NOT EXISTS (SELECT 1 FROM device WHERE lot = ?1 AND position = ?2)
+	err = d.read.QueryRowContext(ctx,
+		`SELECT ?2 WHERE NOT EXISTS (SELECT 1 FROM device WHERE lot = ?1 AND position = ?2)
 		UNION ALL SELECT * FROM (SELECT position + 1 FROM device AS d WHERE lot = ?1 AND position >= ?2
 			AND NOT EXISTS (SELECT 1 FROM device AS e WHERE e.lot = ?1 AND e.position = d.position + 1) ORDER BY position LIMIT 1) LIMIT 1`, l.Lot, from).Scan(&at)
 	if err != nil {
@@ -408,7 +420,8 @@ func (d *Desk) free(ctx context.Context, l *lot) (at int, err error) {
 	return at, nil
 }
 
-// claim hands a device out that was not, or, if it was asked for by name, that failed or is overdue. It says whether it did: somebody else may have been faster.
+// claim hands a device out that was not, or, if it was asked for by name, that failed or is overdue. It says whether it
+// did: somebody else may have been faster.
 func (d *Desk) claim(ctx context.Context, k device, station string, to State, named bool) (bool, error) {
 	reported := int64(0)
 	if to != Out {
@@ -416,7 +429,8 @@ func (d *Desk) claim(ctx context.Context, k device, station string, to State, na
 	}
 	var tries int
 	err := d.write.Do(ctx, func(ctx context.Context, tx *sql.Tx) error {
-		return tx.QueryRowContext(ctx, `INSERT INTO device (lot, position, issue, again, state, station, handed, reported)
+		return tx.QueryRowContext(ctx,
+			`INSERT INTO device (lot, position, issue, again, state, station, handed, reported)
 		VALUES (?1, ?2, ?3, EXISTS (SELECT 1 FROM device WHERE lot = ?1 AND position = ?2), ?4, ?5, ?6, ?7)
 		ON CONFLICT (lot, position, issue) DO UPDATE SET state = excluded.state, station = excluded.station, handed = excluded.handed,
 			reported = 0, tries = tries + 1, note = '' WHERE ?8 AND state IN ('failed', 'overdue') RETURNING tries`,

@@ -53,16 +53,20 @@ func newShop(t *testing.T, devices int) *shop {
 	}
 	token.Close()
 	fixture := must(rsa.GenerateKey(cryptorand.Reader, 3072))
-	if _, err := factory.EnrollFixture(t.Context(), tok.URI, hsmkeys.PIN(tok.SOPIN), "f1", &fixture.PublicKey, 0); err != nil {
+	if _, err := factory.EnrollFixture(t.Context(), tok.URI, hsmkeys.PIN(tok.SOPIN), "f1", &fixture.PublicKey,
+		0); err != nil {
 		t.Fatal(err)
 	}
 	token = must(hsmkeys.OpenFactory(t.Context(), tok.URI, hsmkeys.Options{}))
 	t.Cleanup(func() { token.Close() })
 	store := must(filestore.Open(t.TempDir()))
-	s := &shop{Options: &Options{State: t.TempDir(), Injection: t.TempDir(), Store: store, Verifier: must(directory.ParseVerifier(pem)), Timeout: time.Hour, Log: slog.New(slog.DiscardHandler)}}
+	s := &shop{Options: &Options{State: t.TempDir(), Injection: t.TempDir(), Store: store,
+		Verifier: must(directory.ParseVerifier(pem)), Timeout: time.Hour, Log: slog.New(slog.DiscardHandler)}}
 	s.line = must(factory.NewLine(token, store, factory.State{Dir: s.State}))
 	tac := must(kme.ParseTAC("35209900"))
-	s.manifest = must(s.line.CreateLot(t.Context(), factory.LotSpec{Lot: "L1", Range: directory.Range{TAC: tac, Count: devices}, Bits: 2048, Suite: kme.SuiteECDSA, ShardSize: 16, Primes: hsmkeys.PrimesAuto}))
+	s.manifest = must(s.line.CreateLot(t.Context(),
+		factory.LotSpec{Lot: "L1", Range: directory.Range{TAC: tac, Count: devices}, Bits: 2048, Suite: kme.SuiteECDSA,
+			ShardSize: 16, Primes: hsmkeys.PrimesAuto}))
 	must(s.line.Provision(t.Context(), "L1", factory.ProvisionOptions{Out: s.Injection, Workers: 2}))
 	return s
 }
@@ -83,13 +87,14 @@ func (s *shop) open(t *testing.T) *Desk {
 	return d
 }
 
-// Many stations at once, each asking more often than it must, while the desk is closed and opened again: each device goes to
-// one station, and in the end the report has each once, as it was reported.
+// Many stations at once, each asking more often than it must, while the desk is closed and opened again: each device
+// goes to one station, and in the end the report has each once, as it was reported.
 func TestStations(t *testing.T) {
 	const devices, stations = 300, 12
 	s := newShop(t, devices)
 	d := s.open(t)
-	if _, err := Open(t.Context(), *s.Options); err == nil || !strings.Contains(err.Error(), "another process is at work") {
+	if _, err := Open(t.Context(), *s.Options); err == nil ||
+		!strings.Contains(err.Error(), "another process is at work") {
 		t.Errorf("opened twice: %v", err)
 	}
 	var mu sync.Mutex
@@ -159,7 +164,8 @@ func TestStations(t *testing.T) {
 	defer d.Close()
 	n, want := 0, Counts{Lot: "L1", Devices: devices}
 	for line, err := range Report(t.Context(), s.State, s.manifest) {
-		if err != nil || line.State != result[line.IMEI] || line.Station != holder[line.IMEI] || line.Issue != 0 || line.Handed == nil || line.Reported == nil || line.Tries != 1 || line.IMEI != s.manifest.IMEI(n) {
+		if err != nil || line.State != result[line.IMEI] || line.Station != holder[line.IMEI] || line.Issue != 0 ||
+			line.Handed == nil || line.Reported == nil || line.Tries != 1 || line.IMEI != s.manifest.IMEI(n) {
 			t.Fatalf("line %d is %+v, %v, and was %s at %s", n, line, err, result[line.IMEI], holder[line.IMEI])
 		}
 		n++
@@ -188,7 +194,8 @@ func TestOverdue(t *testing.T) {
 	defer func() { d.Close() }()
 	overdue := func(n int) {
 		t.Helper()
-		for deadline := time.Now().Add(testproc.Patience); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+		for deadline := time.Now().Add(testproc.Patience); time.Now().Before(deadline); time.Sleep(
+			20 * time.Millisecond) {
 			var have int
 			if err := d.read.QueryRow("SELECT count(*) FROM device WHERE state = 'overdue'").Scan(&have); err != nil {
 				t.Fatal(err)
@@ -202,11 +209,13 @@ func TestOverdue(t *testing.T) {
 	ctx := t.Context()
 	first := must(d.Next(ctx, "A", "L1")).IMEI
 	// That somebody has set the clock changes nothing: here, as if it had been set back by a day since.
-	if err := d.write.Exec(ctx, "UPDATE device SET handed = handed + 86400000; UPDATE event SET at = at + 86400000"); err != nil {
+	if err := d.write.Exec(ctx, "UPDATE device SET handed = handed + 86400000; UPDATE event SET at = at + "+
+		"86400000"); err != nil {
 		t.Fatal(err)
 	}
 	overdue(1)
-	if status, err := d.Status(ctx); err != nil || status.Lots[0].Overdue != 1 || status.Lots[0].Waiting != 19 || status.PerHour != 0 {
+	if status, err := d.Status(ctx); err != nil || status.Lots[0].Overdue != 1 || status.Lots[0].Waiting != 19 ||
+		status.PerHour != 0 {
 		t.Errorf("%+v, %v", status, err)
 	}
 	second := must(d.Next(ctx, "A", "L1")).IMEI
@@ -221,7 +230,8 @@ func TestOverdue(t *testing.T) {
 	if again, err := d.Named(ctx, "B", "L1", second); err != nil || again.IMEI != second {
 		t.Error(again, err)
 	}
-	if err := d.Report(ctx, "A", "L1", second, Injected, ""); err == nil || !strings.Contains(err.Error(), "by station B") {
+	if err := d.Report(ctx, "A", "L1", second, Injected, ""); err == nil ||
+		!strings.Contains(err.Error(), "by station B") {
 		t.Errorf("a report about a device that another has now: %v", err)
 	}
 	if err := d.Report(ctx, "B", "L1", second, Injected, ""); err != nil {
@@ -252,7 +262,8 @@ func TestOnlyPublished(t *testing.T) {
 	}
 	refused := func(path string, err error) {
 		t.Helper()
-		if err == nil || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), "factory reconcile L1") {
+		if err == nil || !strings.Contains(err.Error(), path) ||
+			!strings.Contains(err.Error(), "factory reconcile L1") {
 			t.Error(err)
 		}
 	}
@@ -322,10 +333,12 @@ func TestRevokedLot(t *testing.T) {
 	if err := s.line.RevokeLot(ctx, "L1", "its key has leaked"); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := d.Next(ctx, "A", "L1"); !errors.As(err, new(*RefusedError)) || !strings.Contains(err.Error(), "lot L1 is revoked") {
+	if _, err := d.Next(ctx, "A", "L1"); !errors.As(err, new(*RefusedError)) ||
+		!strings.Contains(err.Error(), "lot L1 is revoked") {
 		t.Error(err)
 	}
-	if _, err := d.Named(ctx, "A", "L1", s.manifest.IMEI(3)); !errors.As(err, new(*RefusedError)) || !strings.Contains(err.Error(), "revoked") {
+	if _, err := d.Named(ctx, "A", "L1", s.manifest.IMEI(3)); !errors.As(err, new(*RefusedError)) ||
+		!strings.Contains(err.Error(), "revoked") {
 		t.Error(err)
 	}
 	if status := must(d.Status(ctx)); status.Lots[0].Waiting != 32 || status.Lots[0].Revoked != 0 {
@@ -362,14 +375,18 @@ func TestWallInBrowser(t *testing.T) {
 		d.Handler().ServeHTTP(w, r)
 	}))
 	server.TLS = &tls.Config{ClientAuth: tls.VerifyClientCertIfGiven, NextProtos: []string{"http/1.1"}}
-	server.Config.ErrorLog = log.New(io.Discard, "", 0) // the browser tries, and then ignores the certificate as it is told
+	// the browser tries, and then ignores the certificate as it is told
+	server.Config.ErrorLog = log.New(io.Discard, "", 0)
 	server.StartTLS()
 	defer server.Close()
 
 	run := func(args ...string) string {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		cmd := exec.CommandContext(ctx, browser, append([]string{"--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--ignore-certificate-errors", "--user-data-dir=" + t.TempDir(), "--virtual-time-budget=3000", "--window-size=1280,720"}, args...)...)
+		cmd := exec.CommandContext(ctx, browser,
+			append([]string{"--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+				"--ignore-certificate-errors", "--user-data-dir=" + t.TempDir(), "--virtual-time-budget=3000",
+				"--window-size=1280,720"}, args...)...)
 		cmd.Env = append(os.Environ(), "HOME="+t.TempDir())
 		var errs strings.Builder
 		cmd.Stderr = &errs
@@ -381,15 +398,18 @@ func TestWallInBrowser(t *testing.T) {
 	}
 	page := run("--dump-dom", server.URL+"/")
 	for _, want := range []string{
-		`<b id="remaining">27</b>`, `<b id="failures" class="bad">3</b>`, `<td>left</td><td></td><td>9</td><td class="bad">3</td>`,
-		`<td>right</td><td>` + held.IMEI.String() + `</td>`, `<td>L1</td><td>40</td><td>27</td><td>1</td><td>9</td><td class="bad">3</td>`,
+		`<b id="remaining">27</b>`, `<b id="failures" class="bad">3</b>`,
+		`<td>left</td><td></td><td>9</td><td class="bad">3</td>`,
+		`<td>right</td><td>` + held.IMEI.String() + `</td>`,
+		`<td>L1</td><td>40</td><td>27</td><td>1</td><td>9</td><td class="bad">3</td>`,
 		`<rect class="injected"`, `<rect class="failed"`, `<p id="away" role="status"></p>`,
 	} {
 		if !strings.Contains(page, want) {
 			t.Errorf("the page has no %s:\n%s", want, page)
 		}
 	}
-	if rate := regexp.MustCompile(`<b id="rate">([0-9,]+)</b>`).FindStringSubmatch(page); rate == nil || rate[1] == "0" {
+	if rate := regexp.MustCompile(`<b id="rate">([0-9,]+)</b>`).FindStringSubmatch(page); rate == nil ||
+		rate[1] == "0" {
 		t.Errorf("the rate is %v", rate)
 	}
 	mu.Lock()
@@ -416,7 +436,8 @@ func TestWallInBrowser(t *testing.T) {
 			t.Fatal(err)
 		}
 		var answer map[string]string
-		if err := json.NewDecoder(r.Body).Decode(&answer); err != nil || r.StatusCode != http.StatusForbidden || len(answer) != 1 {
+		if err := json.NewDecoder(r.Body).Decode(&answer); err != nil || r.StatusCode != http.StatusForbidden ||
+			len(answer) != 1 {
 			t.Errorf("%s: %s, %v, %v", path, r.Status, answer, err)
 		}
 		r.Body.Close()

@@ -122,7 +122,8 @@ func (d *Desk) countLots(ctx context.Context, s *Status) error {
 		if again == 0 {
 			c.Waiting -= n
 		}
-		*map[State]*int{Out: &c.Out, Injected: &c.Injected, Failed: &c.Failed, Scrapped: &c.Scrapped, Overdue: &c.Overdue, Revoked: &c.Revoked}[state] += n
+		*map[State]*int{Out: &c.Out, Injected: &c.Injected, Failed: &c.Failed, Scrapped: &c.Scrapped,
+			Overdue: &c.Overdue, Revoked: &c.Revoked}[state] += n
 		return nil
 	}, "SELECT lot, again, state, n FROM now")
 }
@@ -153,7 +154,8 @@ func (d *Desk) countWork(ctx context.Context, s *Status) error {
 			s.Stations = append(s.Stations, w)
 		}
 		c := &s.Stations[len(s.Stations)-1]
-		if to, ok := map[State]*int{Injected: &c.Injected, Failed: &c.Failed, Scrapped: &c.Scrapped, Overdue: &c.Overdue}[state]; ok {
+		if to, ok := map[State]*int{Injected: &c.Injected, Failed: &c.Failed, Scrapped: &c.Scrapped,
+			Overdue: &c.Overdue}[state]; ok {
 			*to = n
 		}
 		return nil
@@ -204,8 +206,8 @@ type Line struct {
 	Note     string     `json:"note"`
 }
 
-// Report gives every device of a lot, in the order of their IMEIs, once for each key that it was handed out with. The desk may be
-// open in another process.
+// Report gives every device of a lot, in the order of their IMEIs, once for each key that it was handed out with. The
+// desk may be open in another process.
 func Report(ctx context.Context, state string, m *directory.Manifest) iter.Seq2[Line, error] {
 	return func(yield func(Line, error) bool) {
 		path := filepath.Join(state, "station", "station.db")
@@ -220,7 +222,8 @@ func Report(ctx context.Context, state string, m *directory.Manifest) iter.Seq2[
 		}
 		defer write.Close()
 		defer read.Close()
-		rows, err := read.QueryContext(ctx, "SELECT position, issue, state, station, handed, reported, tries, note FROM device WHERE lot = ? ORDER BY position, issue", m.Lot)
+		rows, err := read.QueryContext(ctx, "SELECT position, issue, state, station, handed, reported, tries, note "+
+			"FROM device WHERE lot = ? ORDER BY position, issue", m.Lot)
 		if err != nil {
 			yield(Line{}, err)
 			return
@@ -231,7 +234,8 @@ func Report(ctx context.Context, state string, m *directory.Manifest) iter.Seq2[
 			var at int
 			var l Line
 			var handed, reported int64
-			if err := rows.Scan(&at, &l.Issue, &l.State, &l.Station, &handed, &reported, &l.Tries, &l.Note); err != nil {
+			if err := rows.Scan(&at, &l.Issue, &l.State, &l.Station, &handed, &reported, &l.Tries,
+				&l.Note); err != nil {
 				yield(l, err)
 				return
 			}

@@ -26,7 +26,8 @@ type Ticket struct {
 func (d *Desk) again(ctx context.Context, l *lot, k device) (*Ticket, error) {
 	have, t, err := d.ticket(ctx, l, k.position)
 	if err == nil && have.issue != k.issue {
-		err = refuse("IMEI %s was issued another key since this station was handed it: report it failed", l.IMEI(k.position))
+		err = refuse("IMEI %s was issued another key since this station was handed it: report it failed",
+			l.IMEI(k.position))
 	}
 	var revoked *revokedError
 	if errors.As(err, &revoked) {

@@ -42,7 +42,8 @@ func BareDeviceKeys(
 	ctx context.Context, t *p11.Token, injection keyspec.Key, d time.Duration,
 ) (float64, error) {
 	return bare(ctx, t, d, pkcs11.CKO_SECRET_KEY, injection, func(s *p11.Session, w pkcs11.ObjectHandle) error {
-		hp, h, err := s.Ctx.GenerateKeyPair(s.ID, p11.Mechanism(pkcs11.CKM_EC_KEY_PAIR_GEN), keyspec.DevicePublic, p11.Join(p11.Guarded(true), p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, false)}))
+		hp, h, err := s.Ctx.GenerateKeyPair(s.ID, p11.Mechanism(pkcs11.CKM_EC_KEY_PAIR_GEN), keyspec.DevicePublic,
+			p11.Join(p11.Guarded(true), p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, false)}))
 		if err != nil {
 			return p11.Explain("make a device key", err)
 		}

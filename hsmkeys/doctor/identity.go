@@ -52,7 +52,8 @@ func Identify(t *p11.Token, s *p11.Session) (id Identity, err error) {
 		Manufacturer: p11.Trim(info.ManufacturerID), Model: p11.Trim(info.Model),
 		Serial: t.Serial(), Label: p11.Trim(info.Label),
 		HardwareVersion: version(info.HardwareVersion), FirmwareVersion: version(info.FirmwareVersion),
-		Library:        strings.TrimSpace(p11.Trim(library.ManufacturerID) + " " + p11.Trim(library.LibraryDescription)),
+		Library: strings.TrimSpace(p11.Trim(library.ManufacturerID) + " " +
+			p11.Trim(library.LibraryDescription)),
 		LibraryVersion: version(library.LibraryVersion), Cryptoki: version(library.CryptokiVersion),
 	}
 	for _, f := range pinFlags {

@@ -73,7 +73,8 @@ func (x *trial) keys() {
 				x.key(class, h, label, k.Role, shape)
 			case keyspec.IsOurs(label):
 				x.report = append(x.report, Finding{
-					Check: fmt.Sprintf("key %q", label), For: "nothing that is known", Required: true, Consequence: x.unknown(label),
+					Check: fmt.Sprintf("key %q", label), For: "nothing that is known", Required: true,
+					Consequence: x.unknown(label),
 				})
 			}
 		}
@@ -84,11 +85,14 @@ func (x *trial) keys() {
 func (x *trial) unknown(label string) string {
 	switch {
 	case x.side == keyspec.Operator && strings.HasPrefix(label, keyspec.RestoreLabel):
-		return "it waits for keysvc backup restore, which destroys it; if no backup is under way, remove it with the token's own tool"
+		return "it waits for keysvc backup restore, which destroys it; if no backup is under way, remove it with the " +
+			"token's own tool"
 	case x.side == keyspec.Operator && strings.HasPrefix(label, keyspec.RotationLabel):
-		return "unless a rotation is under way, an interrupted one has left it: run keysvc storage rotate again, which destroys it"
+		return "unless a rotation is under way, an interrupted one has left it: run keysvc storage rotate again, " +
+			"which destroys it"
 	}
-	return "it has a label as keys of ours have, and is none of the " + string(x.side) + "'s: remove it with the token's own tool"
+	return "it has a label as keys of ours have, and is none of the " + string(x.side) +
+		"'s: remove it with the token's own tool"
 }
 
 // key compares a key with what its role asks for.
@@ -164,7 +168,8 @@ func (x *trial) key(class uint, h pkcs11.ObjectHandle, label string, role keyspe
 		f.Consequence = "it was not made in this token: right only for a key that was restored from a backup"
 	case role == keyspec.RoleTransport:
 		f.OK, f.Required = false, false
-		f.Consequence = "it waits for its enrolment; if none is under way, end it: keysvc transport list, keysvc transport destroy"
+		f.Consequence = "it waits for its enrolment; if none is under way, end it: keysvc transport list, keysvc " +
+			"transport destroy"
 	}
 	x.report = append(x.report, f)
 }

@@ -157,7 +157,8 @@ func (x *trial) follows() string {
 
 // aes makes an AES-256 key of the session.
 func (x *trial) aes(parts ...p11.Attributes) (pkcs11.ObjectHandle, error) {
-	template := p11.InSession(append(parts, p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, true), p11.Attr(pkcs11.CKA_VALUE_LEN, 32)})...)
+	template := p11.InSession(append(parts, p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, true),
+		p11.Attr(pkcs11.CKA_VALUE_LEN, 32)})...)
 	return x.s.Generate(pkcs11.CKM_AES_KEY_GEN, template)
 }
 

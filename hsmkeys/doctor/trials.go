@@ -43,7 +43,8 @@ func (x *trial) leaving() {
 	}
 	value := [32]byte{}
 	rand.Read(value[:])
-	h, err := x.s.Create(p11.InSession(aes, p11.Unextractable, carries, p11.Attributes{trusted, p11.Attr(pkcs11.CKA_VALUE, value[:])}))
+	h, err := x.s.Create(p11.InSession(aes, p11.Unextractable, carries,
+		p11.Attributes{trusted, p11.Attr(pkcs11.CKA_VALUE, value[:])}))
 	x.refuses(make+"C_CreateObject", means, x.has(h, err, pkcs11.CKA_TRUSTED, true))
 	h, err = x.aes(p11.Unextractable, carries, p11.Attributes{trusted})
 	x.refuses(make+"C_GenerateKey", means, x.has(h, err, pkcs11.CKA_TRUSTED, true))
@@ -54,11 +55,13 @@ func (x *trial) leaving() {
 		}
 		return err
 	}
-	public := p11.InSession(p11.Attributes{p11.Attr(pkcs11.CKA_EC_PARAMS, keyspec.P256Params), p11.Attr(pkcs11.CKA_PRIVATE, false), trusted})
+	public := p11.InSession(p11.Attributes{p11.Attr(pkcs11.CKA_EC_PARAMS, keyspec.P256Params),
+		p11.Attr(pkcs11.CKA_PRIVATE, false), trusted})
 	private := p11.InSession(p11.Guarded(false), p11.Use(p11.PrivateUsages, pkcs11.CKA_SIGN))
 	h, _, err = x.s.GeneratePair(pkcs11.CKM_EC_KEY_PAIR_GEN, public, private)
 	x.refuses(make+"C_GenerateKeyPair", means, x.has(h, refused(err), pkcs11.CKA_TRUSTED, true))
-	h, err = x.s.Unwrap(x.wrapsAES(), carrier, wrapped, p11.InSession(aes, p11.Unextractable, carries, p11.Attributes{trusted}))
+	h, err = x.s.Unwrap(x.wrapsAES(), carrier, wrapped,
+		p11.InSession(aes, p11.Unextractable, carries, p11.Attributes{trusted}))
 	x.refuses(make+"C_UnwrapKey", means, x.has(h, refused(err), pkcs11.CKA_TRUSTED, true))
 	x.refuses(make+"C_CopyObject", means, x.copied(plain, pkcs11.CKA_TRUSTED, true))
 	x.refuses(make+"C_SetAttributeValue", means, x.changed(plain, pkcs11.CKA_TRUSTED, true))
@@ -82,15 +85,17 @@ func (x *trial) weakening() {
 	x.refuses("clear CKA_SENSITIVE", means, x.changed(carrier, pkcs11.CKA_SENSITIVE, false))
 	x.refuses("set CKA_EXTRACTABLE again", means, x.changed(carrier, pkcs11.CKA_EXTRACTABLE, true))
 
-	single, err := x.aes(p11.Unextractable, p11.Use(p11.Usages, pkcs11.CKA_WRAP), p11.Attributes{p11.Attr(pkcs11.CKA_COPYABLE, false)})
+	single, err := x.aes(p11.Unextractable, p11.Use(p11.Usages, pkcs11.CKA_WRAP),
+		p11.Attributes{p11.Attr(pkcs11.CKA_COPYABLE, false)})
 	if !x.can("an AES key that is not COPYABLE", means, err) {
 		return
 	}
 	_, err = x.copy(single)
 	x.refuses("copy a key that is not COPYABLE", means, err)
 	// A key that only wraps must not decrypt what it wrapped.
-	fixed, err := x.s.Generate(pkcs11.CKM_AES_KEY_GEN, p11.Frozen(p11.InSession(p11.Unextractable, p11.Use(p11.Usages, pkcs11.CKA_WRAP),
-		p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, true), p11.Attr(pkcs11.CKA_VALUE_LEN, 32)})))
+	fixed, err := x.s.Generate(pkcs11.CKM_AES_KEY_GEN,
+		p11.Frozen(p11.InSession(p11.Unextractable, p11.Use(p11.Usages, pkcs11.CKA_WRAP),
+			p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, true), p11.Attr(pkcs11.CKA_VALUE_LEN, 32)})))
 	if !x.can("an AES key that is neither MODIFIABLE nor COPYABLE", means, err) {
 		return
 	}
@@ -202,7 +207,8 @@ func (x *trial) wrapping(key *rsa.PublicKey) {
 	}
 	_, err = x.wrap(keyspec.OAEP, receiver, other)
 	x.refuses("wrap a key under an RSA key whose CKA_WRAP_TEMPLATE names another", means, err)
-	kek, err := x.aes(extractable, p11.Use(p11.Usages, pkcs11.CKA_WRAP), p11.Nested(pkcs11.CKA_WRAP_TEMPLATE, keyspec.LotKeys))
+	kek, err := x.aes(extractable, p11.Use(p11.Usages, pkcs11.CKA_WRAP),
+		p11.Nested(pkcs11.CKA_WRAP_TEMPLATE, keyspec.LotKeys))
 	if !x.can("CKA_WRAP_TEMPLATE on an AES key", means, err) {
 		return
 	}
@@ -242,7 +248,8 @@ func (x *trial) unwrapping() {
 	if !x.can("wraps a lot key", means, err) {
 		return
 	}
-	template := p11.InSession(keyspec.ImportedKEK, p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, true)}, traits.Unwraps(keyspec.ImportedLot))
+	template := p11.InSession(keyspec.ImportedKEK, p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, true)},
+		traits.Unwraps(keyspec.ImportedLot))
 	taken, err := x.s.Unwrap(keyspec.OAEP, priv, enrolment, template)
 	if !x.can("CKA_UNWRAP_TEMPLATE on a KEK that is unwrapped", means, err) {
 		return
@@ -252,7 +259,8 @@ func (x *trial) unwrapping() {
 		if err != nil {
 			return err
 		}
-		h, err := x.s.Unwrap(x.t.KWP(), kek, grant, p11.InSession(p11.With(keyspec.ImportedLot, p11.Attr(pkcs11.CKA_SENSITIVE, false))))
+		h, err := x.s.Unwrap(x.t.KWP(), kek, grant,
+			p11.InSession(p11.With(keyspec.ImportedLot, p11.Attr(pkcs11.CKA_SENSITIVE, false))))
 		return x.has(h, err, pkcs11.CKA_SENSITIVE, false)
 	}
 	none := &pkcs11.Attribute{Type: pkcs11.CKA_UNWRAP_TEMPLATE}
@@ -263,7 +271,8 @@ func (x *trial) unwrapping() {
 	if !x.can("CKA_UNWRAP_TEMPLATE on a storage key", means, err) {
 		return
 	}
-	like := append(p11.Without(keyspec.SealableKME, pkcs11.CKA_CLASS, pkcs11.CKA_KEY_TYPE), p11.Attr(pkcs11.CKA_VALUE_LEN, 32))
+	like := append(p11.Without(keyspec.SealableKME, pkcs11.CKA_CLASS, pkcs11.CKA_KEY_TYPE),
+		p11.Attr(pkcs11.CKA_VALUE_LEN, 32))
 	secret, err := x.s.Generate(pkcs11.CKM_AES_KEY_GEN, like)
 	if !x.can("a key as a KME", means, err) {
 		return
@@ -330,7 +339,8 @@ func (x *trial) strangers() {
 }
 
 // trustedRoles are those of the TRUSTED keys that EnrollKey makes.
-var trustedRoles = map[keyspec.Side][]keyspec.Role{keyspec.Factory: {keyspec.RoleKEK, keyspec.RoleInjection, keyspec.RoleFixture, keyspec.RoleOperatorOutgoing}}
+var trustedRoles = map[keyspec.Side][]keyspec.Role{keyspec.Factory: {keyspec.RoleKEK, keyspec.RoleInjection,
+	keyspec.RoleFixture, keyspec.RoleOperatorOutgoing}}
 
 // decryption measures what payloads, and the proof of a new lot key, take most of.
 func (x *trial) decryption() {

@@ -24,7 +24,8 @@ func lookUp(t *p11.Token, s *p11.Session, class uint, k keyspec.Key) (pkcs11.Obj
 	case len(found) == 0:
 		return 0, fmt.Errorf("%s: %w", k.Label(), p11.ErrNoKey)
 	case len(found) > 1:
-		return 0, fmt.Errorf("%s has %d objects %q: only one of them can be ours; remove the others with the token's own tool", t, len(found), k.Label())
+		return 0, fmt.Errorf("%s has %d objects %q: only one of them can be ours; remove the others with the token's "+
+			"own tool", t, len(found), k.Label())
 	}
 	return found[0], checkMaker(t, s, class, found[0], k)
 }
@@ -56,7 +57,8 @@ func checkMaker(t *p11.Token, s *p11.Session, class uint, h pkcs11.ObjectHandle,
 }
 
 func findAll(s *p11.Session, class uint, k keyspec.Key) ([]pkcs11.ObjectHandle, error) {
-	found, err := s.Find(p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, class), p11.Attr(pkcs11.CKA_TOKEN, true), p11.Attr(pkcs11.CKA_ID, k.ID())})
+	found, err := s.Find(p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, class), p11.Attr(pkcs11.CKA_TOKEN, true),
+		p11.Attr(pkcs11.CKA_ID, k.ID())})
 	return found, p11.Explain("look for "+k.Label(), err)
 }
 

@@ -32,7 +32,8 @@ func HMAC(s *p11.Session, key pkcs11.ObjectHandle, data []byte) ([]byte, error) 
 // Seal wraps a KME under a generation of the storage key. C_WrapKey takes a key object, so the KME is one for that
 // long.
 func Seal(s *p11.Session, generation int, storage pkcs11.ObjectHandle, secret kme.Secret) (sealed []byte, err error) {
-	h, err := s.Create(append(keyspec.SealableKME[:len(keyspec.SealableKME):len(keyspec.SealableKME)], &pkcs11.Attribute{Type: pkcs11.CKA_VALUE, Value: secret.Bytes()}))
+	h, err := s.Create(append(keyspec.SealableKME[:len(keyspec.SealableKME):len(keyspec.SealableKME)],
+		&pkcs11.Attribute{Type: pkcs11.CKA_VALUE, Value: secret.Bytes()}))
 	if err != nil {
 		return nil, p11.Explain("seal a KME", err)
 	}

@@ -17,7 +17,8 @@ import (
 // Prove shows that the private key h is the one of pub: it decrypts, raw, what was encrypted here. One of the messages
 // has leading zero bytes, which some tokens strip.
 func Prove(s *p11.Session, h pkcs11.ObjectHandle, pub *rsa.PublicKey) error {
-	notIts := errors.New("the private key in the token does not decrypt what was encrypted to the modulus: it is not this modulus's key")
+	notIts := errors.New("the private key in the token does not decrypt what was encrypted to the modulus: it is not " +
+		"this modulus's key")
 	if have, err := keyspec.ReadRSA(s, h); err != nil {
 		return err
 	} else if !have.Equal(pub) { // a ciphertext may be above another modulus, and the token then says something else
@@ -56,7 +57,8 @@ func Decrypt(s *p11.Session, h pkcs11.ObjectHandle, c []byte) ([]byte, error) {
 	if err != nil {
 		return nil, p11.Explain("decrypt", err)
 	}
-	if lead := len(c) - len(m); lead > 0 { // a token may leave out leading zero bytes, which PKCS #11 forbids for CKM_RSA_X_509
+	// a token may leave out leading zero bytes, which PKCS #11 forbids for CKM_RSA_X_509
+	if lead := len(c) - len(m); lead > 0 {
 		copy(out[lead:], m)
 		clear(out[:lead])
 	}

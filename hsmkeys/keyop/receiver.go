@@ -18,7 +18,8 @@ import (
 func NewReceiver(s *p11.Session, label string, unwraps p11.Attributes) (*rsa.PublicKey, error) {
 	id := make([]byte, 20)
 	rand.Read(id)
-	private := p11.Frozen(p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, true), p11.Attr(pkcs11.CKA_ID, id), p11.Attr(pkcs11.CKA_LABEL, keyspec.ReceiverLabel(label, id))},
+	private := p11.Frozen(p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, true), p11.Attr(pkcs11.CKA_ID, id),
+		p11.Attr(pkcs11.CKA_LABEL, keyspec.ReceiverLabel(label, id))},
 		p11.Guarded(false), p11.Use(p11.PrivateUsages, pkcs11.CKA_UNWRAP), unwraps)
 	public, h, err := s.GeneratePair(pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN, keyspec.RSAPublic(3072), private)
 	if err != nil {
@@ -35,7 +36,8 @@ func Receivers(s *p11.Session, label string) (all []*rsa.PublicKey, err error) {
 }
 
 func eachReceiver(s *p11.Session, label string, f func(pkcs11.ObjectHandle, *rsa.PublicKey)) error {
-	found, err := s.Find(p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), p11.Attr(pkcs11.CKA_TOKEN, true), p11.Attr(pkcs11.CKA_UNWRAP, true)})
+	found, err := s.Find(p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY),
+		p11.Attr(pkcs11.CKA_TOKEN, true), p11.Attr(pkcs11.CKA_UNWRAP, true)})
 	if err != nil {
 		return p11.Explain("look for transport keys", err)
 	}

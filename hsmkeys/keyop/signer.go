@@ -66,14 +66,16 @@ func (s *signer) current(in *p11.Session) (*found, error) {
 		return nil, err
 	}
 	if under == nil {
-		return nil, fmt.Errorf("%s signs for no manufacturer: its module wants x-init-reserved, which crypto11 cannot give", s.t)
+		return nil, fmt.Errorf("%s signs for no manufacturer: its module wants x-init-reserved, which crypto11 "+
+			"cannot give", s.t)
 	}
 	signers, err := under.FindKeyPairs(s.k.ID(), nil)
 	if err != nil {
 		return nil, p11.Explain("look for "+s.k.Label(), err)
 	}
 	if len(signers) != 1 {
-		return nil, fmt.Errorf("%s has %d key pairs %q: only one of them can be ours; remove the others with the token's own tool", s.t, len(signers), s.k.Label())
+		return nil, fmt.Errorf("%s has %d key pairs %q: only one of them can be ours; remove the others with the "+
+			"token's own tool", s.t, len(signers), s.k.Label())
 	}
 	public, ok := signers[0].Public().(*ecdsa.PublicKey)
 	if !ok || s.public != nil && !public.Equal(s.public) {
@@ -86,7 +88,8 @@ func (s *signer) current(in *p11.Session) (*found, error) {
 		return nil, p11.Explain("sign with "+s.k.Label(), err)
 	}
 	if !ecdsa.VerifyASN1(public, digest, sig) {
-		return nil, fmt.Errorf("the object %q in %s is not its public key: find out who put it there, and bring back the token from a backup", s.k.Label(), s.t)
+		return nil, fmt.Errorf("the object %q in %s is not its public key: find out who put it there, and bring back "+
+			"the token from a backup", s.k.Label(), s.t)
 	}
 	f := &found{signers[0], under}
 	s.found.Store(f)

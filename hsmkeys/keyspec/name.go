@@ -64,7 +64,8 @@ const (
 	RoleOperatorOutgoing Role = "operator-transport" // an operator's public transport key, TRUSTED, on a factory token
 	RoleStorage          Role = "storage"
 	RoleLedger           Role = "ledger"
-	RoleBackup           Role = "backup" // a public key, TRUSTED, that receives storage and ledger key for the moment of a backup
+	// a public key, TRUSTED, that receives storage and ledger key for the moment of a backup
+	RoleBackup Role = "backup"
 )
 
 // ID is the CKA_ID: 20 bytes, the same on every token.

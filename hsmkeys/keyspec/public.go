@@ -80,7 +80,8 @@ func ReadRSA(s *p11.Session, h pkcs11.ObjectHandle) (*rsa.PublicKey, error) {
 	}
 	e := new(big.Int).SetBytes(a[1])
 	if !e.IsInt64() || e.Int64() != kme.PublicExponent {
-		return nil, fmt.Errorf("the token made a key with public exponent %v; only %d is accepted", e, kme.PublicExponent)
+		return nil, fmt.Errorf("the token made a key with public exponent %v; only %d is accepted", e,
+			kme.PublicExponent)
 	}
 	n := new(big.Int).SetBytes(a[0])
 	if n.Sign() == 0 {

@@ -84,7 +84,8 @@ func StorageTemplate(t Traits) p11.Attributes {
 
 // LedgerTemplate is the ledger key's.
 func LedgerTemplate(t Traits) p11.Attributes {
-	return p11.Join(p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, true)}, t.Leaves(), p11.Use(p11.Usages, pkcs11.CKA_SIGN))
+	return p11.Join(p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, true)}, t.Leaves(),
+		p11.Use(p11.Usages, pkcs11.CKA_SIGN))
 }
 
 // Restored is what storage and ledger key have in common: what whoever unwraps them may not have otherwise.
@@ -96,7 +97,8 @@ func Restored(t Traits) p11.Attributes {
 // What a key is that is unwrapped, and never leaves the token again: what whoever unwraps it may not have otherwise. In
 // a KEK a template of its own is not possible.
 var (
-	KME         = unwrapped(pkcs11.CKO_SECRET_KEY, pkcs11.CKK_AES, p11.Use(p11.Usages, pkcs11.CKA_ENCRYPT, pkcs11.CKA_DECRYPT))
+	KME = unwrapped(pkcs11.CKO_SECRET_KEY, pkcs11.CKK_AES,
+		p11.Use(p11.Usages, pkcs11.CKA_ENCRYPT, pkcs11.CKA_DECRYPT))
 	ImportedKEK = unwrapped(pkcs11.CKO_SECRET_KEY, pkcs11.CKK_AES, p11.Use(p11.Usages, pkcs11.CKA_UNWRAP))
 	ImportedLot = unwrapped(pkcs11.CKO_PRIVATE_KEY, pkcs11.CKK_RSA, p11.Use(p11.PrivateUsages, pkcs11.CKA_DECRYPT))
 )

@@ -52,7 +52,8 @@ func SplitOf(ctx context.Context, t *p11.Token) (inForce, begun *Split, err erro
 			return err
 		}
 		if len(all[splitBegun]) > 1 || len(all[splitInForce]) > 1+len(all[splitBegun]) {
-			return fmt.Errorf("%s has more objects %q or %q than can be: remove those that are not yours with the token's own tool", t, splitBegun, splitInForce)
+			return fmt.Errorf("%s has more objects %q or %q than can be: remove those that are not yours with the "+
+				"token's own tool", t, splitBegun, splitInForce)
 		}
 		for _, o := range all[splitBegun] {
 			begun = &o.Split
@@ -78,7 +79,8 @@ type splitObject struct {
 func splits(s *p11.Session) (map[string][]splitObject, error) {
 	all := map[string][]splitObject{}
 	for _, label := range []string{splitBegun, splitInForce} {
-		found, err := s.Find(p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), p11.Attr(pkcs11.CKA_TOKEN, true), p11.Attr(pkcs11.CKA_LABEL, label)})
+		found, err := s.Find(p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_DATA),
+			p11.Attr(pkcs11.CKA_TOKEN, true), p11.Attr(pkcs11.CKA_LABEL, label)})
 		if err != nil {
 			return nil, p11.Explain("look for the security officer's split", err)
 		}
@@ -103,8 +105,8 @@ func makeSplit(s *p11.Session, label string, split *Split) error {
 		return err
 	}
 	_, err = s.Create(p11.Frozen(p11.Attributes{
-		p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), p11.Attr(pkcs11.CKA_TOKEN, true), p11.Attr(pkcs11.CKA_PRIVATE, false),
-		p11.Attr(pkcs11.CKA_LABEL, label), p11.Attr(pkcs11.CKA_APPLICATION, text),
+		p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), p11.Attr(pkcs11.CKA_TOKEN, true),
+		p11.Attr(pkcs11.CKA_PRIVATE, false), p11.Attr(pkcs11.CKA_LABEL, label), p11.Attr(pkcs11.CKA_APPLICATION, text),
 	}))
 	return p11.Explain("say in the token which split its security officer's PIN is in", err)
 }
@@ -133,13 +135,17 @@ func settle(s *p11.Session, split *Split) error {
 // change that was interrupted.
 func CheckPIN(ctx context.Context, tokenURI string, pin PIN) error {
 	return p11.AsOfficer(tokenURI, pin.PIN, func(t *p11.Token) error {
-		return t.With(ctx, "check the security officer's PIN", func(s *p11.Session) error { return settle(s, pin.Split) })
+		return t.With(ctx, "check the security officer's PIN", func(s *p11.Session) error {
+			return settle(s, pin.Split)
+		})
 	})
 }
 
 // unchanged are what C_SetPIN says that certainly has changed nothing.
-var unchanged = []pkcs11.Error{pkcs11.CKR_PIN_INCORRECT, pkcs11.CKR_PIN_INVALID, pkcs11.CKR_PIN_LEN_RANGE, pkcs11.CKR_PIN_LOCKED, pkcs11.CKR_ARGUMENTS_BAD,
-	pkcs11.CKR_SESSION_READ_ONLY, pkcs11.CKR_TOKEN_WRITE_PROTECTED, pkcs11.CKR_USER_NOT_LOGGED_IN, pkcs11.CKR_FUNCTION_NOT_SUPPORTED}
+var unchanged = []pkcs11.Error{pkcs11.CKR_PIN_INCORRECT, pkcs11.CKR_PIN_INVALID, pkcs11.CKR_PIN_LEN_RANGE,
+	pkcs11.CKR_PIN_LOCKED, pkcs11.CKR_ARGUMENTS_BAD,
+	pkcs11.CKR_SESSION_READ_ONLY, pkcs11.CKR_TOKEN_WRITE_PROTECTED, pkcs11.CKR_USER_NOT_LOGGED_IN,
+	pkcs11.CKR_FUNCTION_NOT_SUPPORTED}
 
 // SetPIN changes the security officer's PIN, and logs in anew with the next one. With ErrPINMaybeSet either of
 // the two may be the token's, and CheckPIN finds out which; with another error it is the present one.
@@ -148,7 +154,8 @@ func SetPIN(ctx context.Context, tokenURI string, present, next PIN) error {
 	err := p11.AsOfficer(tokenURI, present.PIN, func(t *p11.Token) error {
 		info := t.Info()
 		if n := uint(len(next.PIN)); n < info.MinPinLen || n > info.MaxPinLen {
-			return fmt.Errorf("%s takes PINs of %d to %d characters, and a new one has %d: its security officer's PIN cannot be split", t, info.MinPinLen, info.MaxPinLen, n)
+			return fmt.Errorf("%s takes PINs of %d to %d characters, and a new one has %d: its security officer's "+
+				"PIN cannot be split", t, info.MinPinLen, info.MaxPinLen, n)
 		}
 		err := t.With(ctx, "announce the security officer's new PIN", func(s *p11.Session) error {
 			if err := settle(s, present.Split); err != nil {
@@ -165,7 +172,9 @@ func SetPIN(ctx context.Context, tokenURI string, present, next PIN) error {
 		})
 		if p11.IsCKR(err, unchanged...) {
 			return errors.Join(p11.Explain("set the security officer's PIN", err),
-				t.With(ctx, "take the announcement back", func(s *p11.Session) error { return settle(s, present.Split) }))
+				t.With(ctx, "take the announcement back", func(s *p11.Session) error {
+					return settle(s, present.Split)
+				}))
 		}
 		if err != nil {
 			return fmt.Errorf("%w: %w", ErrPINMaybeSet, err)
@@ -173,7 +182,8 @@ func SetPIN(ctx context.Context, tokenURI string, present, next PIN) error {
 		return nil
 	})
 	if p11.IsCKR(err, pkcs11.CKR_PIN_INCORRECT) {
-		err = fmt.Errorf("%w; if factory so split was interrupted before, its shares may be in force: see factory so show", err)
+		err = fmt.Errorf("%w; if factory so split was interrupted before, its shares may be in force: see factory "+
+			"so show", err)
 	}
 	if err != nil {
 		return err

@@ -65,7 +65,8 @@ func TestOfficerPINIsSet(t *testing.T) {
 		if err := CheckPIN(ctx, tok.URI, step.present); !p11.IsCKR(err, pkcs11.CKR_PIN_INCORRECT) {
 			t.Errorf("the PIN before: %v", err)
 		}
-		if err := SetPIN(ctx, tok.URI, step.present, first); !p11.IsCKR(err, pkcs11.CKR_PIN_INCORRECT) || errors.Is(err, ErrPINMaybeSet) {
+		if err := SetPIN(ctx, tok.URI, step.present, first); !p11.IsCKR(err, pkcs11.CKR_PIN_INCORRECT) ||
+			errors.Is(err, ErrPINMaybeSet) {
 			t.Errorf("set with the PIN before: %v", err)
 		}
 		if err := CheckPIN(ctx, tok.URI, step.next); err != nil {
@@ -85,7 +86,9 @@ func TestOfficerPINIsSet(t *testing.T) {
 		t.Errorf("after PINs of other lengths: %s", got)
 	}
 	// Back to a PIN in a file, with another tool: whoever then checks it has the token say so.
-	asSO(t, tok, third.PIN, func(s *p11.Session) error { return s.Ctx.SetPIN(s.ID, string(third.PIN), string(first.PIN)) })
+	asSO(t, tok, third.PIN, func(s *p11.Session) error {
+		return s.Ctx.SetPIN(s.ID, string(third.PIN), string(first.PIN))
+	})
 	if err := CheckPIN(ctx, tok.URI, first); err != nil {
 		t.Fatal(err)
 	}
@@ -116,7 +119,8 @@ func TestOfficerPINInterrupted(t *testing.T) {
 			return err
 		},
 	}
-	for n, want := range []string{"old 2 of 3, none", "old 2 of 3, new 3 of 5", "old 2 of 3, new 3 of 5", "new 3 of 5, none", "new 3 of 5, none"} {
+	for n, want := range []string{"old 2 of 3, none", "old 2 of 3, new 3 of 5", "old 2 of 3, new 3 of 5",
+		"new 3 of 5, none", "new 3 of 5, none"} {
 		tok, ctx := softhsmtest.Token(t), t.Context()
 		if err := SetPIN(ctx, tok.URI, PIN{PIN: p11.PIN(tok.SOPIN)}, old); err != nil {
 			t.Fatal(err)
@@ -174,8 +178,10 @@ func TestOfficerSplitForged(t *testing.T) {
 	}
 	user(func(s *p11.Session) error { return settle(s, nil) })
 	user(func(s *p11.Session) error {
-		_, err := s.Ctx.CreateObject(s.ID, p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), p11.Attr(pkcs11.CKA_TOKEN, true),
-			p11.Attr(pkcs11.CKA_PRIVATE, false), p11.Attr(pkcs11.CKA_LABEL, splitInForce), p11.Attr(pkcs11.CKA_APPLICATION, "junk")})
+		_, err := s.Ctx.CreateObject(s.ID, p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_DATA),
+			p11.Attr(pkcs11.CKA_TOKEN, true),
+			p11.Attr(pkcs11.CKA_PRIVATE, false), p11.Attr(pkcs11.CKA_LABEL, splitInForce),
+			p11.Attr(pkcs11.CKA_APPLICATION, "junk")})
 		return err
 	})
 	if _, _, err := SplitOf(t.Context(), token); err == nil || !strings.Contains(err.Error(), "damaged") {
@@ -190,7 +196,8 @@ func TestOfficerPINPrintsNothing(t *testing.T) {
 	}
 	o := PIN{PIN: pin}
 	for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%x", "%q"} {
-		if text := fmt.Sprintf(verb, o); strings.Contains(text, string(pin)) || strings.Contains(text, fmt.Sprintf("%x", string(pin))) {
+		if text := fmt.Sprintf(verb, o); strings.Contains(text, string(pin)) ||
+			strings.Contains(text, fmt.Sprintf("%x", string(pin))) {
 			t.Errorf("%s prints the PIN", verb)
 		}
 	}

@@ -204,7 +204,8 @@ func (s *Session) Sign(mechanism uint, key pkcs11.ObjectHandle, in, out []byte) 
 // Wrap wraps a key. out has room for the result.
 func (s *Session) Wrap(mechanism uint, wrapping, key pkcs11.ObjectHandle, out []byte) ([]byte, error) {
 	size := C.ck(len(out))
-	rv := C.wrap(s.list, C.ck(s.ID), C.ck(mechanism), C.ck(wrapping), C.ck(key), (*C.uchar)(unsafe.SliceData(out)), &size)
+	rv := C.wrap(s.list, C.ck(s.ID), C.ck(mechanism), C.ck(wrapping), C.ck(key), (*C.uchar)(unsafe.SliceData(out)),
+		&size)
 	if err := toError(rv); err != nil {
 		return nil, err
 	}
@@ -246,7 +247,8 @@ func (s *Session) Create(a Attributes) (pkcs11.ObjectHandle, error) {
 		}
 		defer clear(values)
 		var h C.ck
-		rv := C.create(s.list, C.ck(s.ID), unsafe.SliceData(rows), C.ck(len(rows)/3), (*C.uchar)(unsafe.SliceData(values)), &h)
+		rv := C.create(s.list, C.ck(s.ID), unsafe.SliceData(rows), C.ck(len(rows)/3),
+			(*C.uchar)(unsafe.SliceData(values)), &h)
 		return pkcs11.ObjectHandle(h), toError(rv)
 	})
 }
@@ -259,7 +261,8 @@ func (s *Session) Generate(mechanism uint, a Attributes) (pkcs11.ObjectHandle, e
 			return 0, err
 		}
 		var h C.ck
-		rv := C.generate(s.list, C.ck(s.ID), C.ck(mechanism), unsafe.SliceData(rows), C.ck(len(rows)/3), (*C.uchar)(unsafe.SliceData(values)), &h)
+		rv := C.generate(s.list, C.ck(s.ID), C.ck(mechanism), unsafe.SliceData(rows), C.ck(len(rows)/3),
+			(*C.uchar)(unsafe.SliceData(values)), &h)
 		return pkcs11.ObjectHandle(h), toError(rv)
 	})
 }
@@ -276,8 +279,10 @@ func (s *Session) GeneratePair(mechanism uint, public, private Attributes) (pub,
 			return 0, err
 		}
 		var h, k C.ck
-		rv := C.generate_pair(s.list, C.ck(s.ID), C.ck(mechanism), unsafe.SliceData(rows), C.ck(len(rows)/3), (*C.uchar)(unsafe.SliceData(values)),
-			unsafe.SliceData(privateRows), C.ck(len(privateRows)/3), (*C.uchar)(unsafe.SliceData(privateValues)), &h, &k)
+		rv := C.generate_pair(s.list, C.ck(s.ID), C.ck(mechanism), unsafe.SliceData(rows), C.ck(len(rows)/3),
+			(*C.uchar)(unsafe.SliceData(values)),
+			unsafe.SliceData(privateRows), C.ck(len(privateRows)/3), (*C.uchar)(unsafe.SliceData(privateValues)), &h,
+			&k)
 		pub = pkcs11.ObjectHandle(h)
 		return pkcs11.ObjectHandle(k), toError(rv)
 	})
@@ -285,14 +290,17 @@ func (s *Session) GeneratePair(mechanism uint, public, private Attributes) (pub,
 }
 
 // Unwrap makes an object of a wrapped key.
-func (s *Session) Unwrap(mechanism uint, unwrapping pkcs11.ObjectHandle, wrapped []byte, a Attributes) (pkcs11.ObjectHandle, error) {
+func (s *Session) Unwrap(
+	mechanism uint, unwrapping pkcs11.ObjectHandle, wrapped []byte, a Attributes,
+) (pkcs11.ObjectHandle, error) {
 	return s.fitting(a, func(a Attributes) (pkcs11.ObjectHandle, error) {
 		rows, values, err := shape(a)
 		if err != nil {
 			return 0, err
 		}
 		var h C.ck
-		rv := C.unwrap(s.list, C.ck(s.ID), C.ck(mechanism), C.ck(unwrapping), (*C.uchar)(unsafe.SliceData(wrapped)), C.ck(len(wrapped)),
+		rv := C.unwrap(s.list, C.ck(s.ID), C.ck(mechanism), C.ck(unwrapping), (*C.uchar)(unsafe.SliceData(wrapped)),
+			C.ck(len(wrapped)),
 			unsafe.SliceData(rows), C.ck(len(rows)/3), (*C.uchar)(unsafe.SliceData(values)), &h)
 		return pkcs11.ObjectHandle(h), toError(rv)
 	})
@@ -303,7 +311,8 @@ func (s *Session) Unwrap(mechanism uint, unwrapping pkcs11.ObjectHandle, wrapped
 func (s *Session) Size(h pkcs11.ObjectHandle, attribute uint) (uint, error) {
 	var size C.ck
 	err := toError(C.attribute_size(s.list, C.ck(s.ID), C.ck(h), C.ck(attribute), &size))
-	if IsCKR(err, pkcs11.CKR_ATTRIBUTE_SENSITIVE, pkcs11.CKR_ATTRIBUTE_TYPE_INVALID) || err == nil && uint(size) == pkcs11.CK_UNAVAILABLE_INFORMATION {
+	if IsCKR(err, pkcs11.CKR_ATTRIBUTE_SENSITIVE, pkcs11.CKR_ATTRIBUTE_TYPE_INVALID) || err == nil &&
+		uint(size) == pkcs11.CK_UNAVAILABLE_INFORMATION {
 		return 0, nil
 	}
 	return uint(size), err

@@ -18,10 +18,12 @@ type module struct {
 	*pkcs11.Ctx
 	list functionList
 
-	mu       sync.Mutex // held over C_Initialize and C_Finalize: whoever comes meanwhile can do nothing before they have ended
-	users    int        // guarded by mu
-	ours     bool       // C_Initialize was this call; if not, it was crypto11's, which makes C_Finalize too; guarded by mu
-	reserved string     // what C_Initialize was given; guarded by mu
+	// held over C_Initialize and C_Finalize: whoever comes meanwhile can do nothing before they have ended
+	mu    sync.Mutex
+	users int // guarded by mu
+	// C_Initialize was this call; if not, it was crypto11's, which makes C_Finalize too; guarded by mu
+	ours     bool
+	reserved string // what C_Initialize was given; guarded by mu
 }
 
 // modules are those that are loaded, by their paths.
@@ -70,7 +72,8 @@ func (m *module) initialize(reserved string) error {
 		}
 		m.reserved = reserved
 	} else if reserved != m.reserved {
-		return fmt.Errorf("it is in use in this process with another %s: a module takes one, for all of its tokens", initReserved)
+		return fmt.Errorf("it is in use in this process with another %s: a module takes one, for all of its tokens",
+			initReserved)
 	}
 	m.users++
 	return nil

@@ -284,10 +284,13 @@ func TestChangesAreTold(t *testing.T) {
 	}
 	release := giveUp(t, token, func() error { return nil })
 	close(release)
-	eventually(t, "the end of the call that hung is told", told(func() bool { return last.Hung == 0 && last.State == Closed }))
+	eventually(t, "the end of the call that hung is told", told(func() bool {
+		return last.Hung == 0 && last.State == Closed
+	}))
 	mu.Lock()
 	defer mu.Unlock()
-	if n := len(states); states[0] != Open || states[1] != HalfOpen || states[n-1] != Closed || last.Reinitialised != 1 {
+	if n := len(states); states[0] != Open || states[1] != HalfOpen || states[n-1] != Closed ||
+		last.Reinitialised != 1 {
 		t.Errorf("states %v, and last %+v", states, last)
 	}
 	if !slices.Equal(hung, []int64{1, 0}) || last != token.Health() {

@@ -79,7 +79,9 @@ func ping(ctx context.Context, token *Token) error {
 
 func countObjects(t *testing.T, token *Token) int {
 	t.Helper()
-	all, err := Do(context.Background(), token, "test", func(s *Session) ([]pkcs11.ObjectHandle, error) { return s.Find(nil) })
+	all, err := Do(context.Background(), token, "test", func(s *Session) ([]pkcs11.ObjectHandle, error) {
+		return s.Find(nil)
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -92,7 +94,8 @@ func TestFunctionList(t *testing.T) {
 	if err != nil || len(client) != 1 {
 		t.Fatalf("p11-kit-client.so: %v, %v: scripts/deps.sh test installs it", client, err)
 	}
-	for path, same := range map[string]bool{softhsmtest.ModulePath(): true, softhsmtest.NSS(t).Module: true, client[0]: false} {
+	for path, same := range map[string]bool{softhsmtest.ModulePath(): true, softhsmtest.NSS(t).Module: true,
+		client[0]: false} {
 		one, other := pkcs11.New(path), pkcs11.New(path)
 		if one == nil || other == nil {
 			t.Fatalf("%s cannot be loaded", path)
@@ -172,17 +175,19 @@ func TestOpenRefuses(t *testing.T) {
 		"garbage":         {"pkcs11:%zz", "RFC 7512"},
 		"no module":       {"pkcs11:token=x", "module-path"},
 		"missing module":  {"pkcs11:token=x?module-path=/nowhere.so&pin-source=" + tok.PINFile, "/nowhere.so"},
-		"no library":      {"pkcs11:token=x?module-path=" + tok.PINFile + "&pin-source=" + tok.PINFile, "cannot be used"},
-		"no token named":  {"pkcs11:?module-path=" + tok.Module, "token=LABEL"},
-		"missing token":   {"pkcs11:token=nope?module-path=" + tok.Module + "&pin-source=" + tok.PINFile, "nope"},
-		"wrong serial":    {"pkcs11:token=" + tok.Label + ";serial=00?module-path=" + tok.Module + "&pin-source=" + tok.PINFile, "serial"},
-		"pin-value":       {base + "&pin-value=" + tok.PIN, "pin-source"},
-		"no PIN":          {base, "pin-source"},
-		"missing PIN":     {base + "&pin-source=file:/nowhere/pin", "/nowhere/pin"},
-		"relative PIN":    {base + "&pin-source=pin", "absolute"},
-		"empty PIN":       {base + "&pin-source=" + file("empty", "\n", 0o600), "empty"},
-		"open PIN":        {base + "&pin-source=" + file("open", tok.PIN, 0o644), "chmod 0600"},
-		"wrong PIN":       {base + "&pin-source=" + file("wrong", tok.PIN+"9", 0o600), "refused the PIN"},
+		"no library": {"pkcs11:token=x?module-path=" + tok.PINFile + "&pin-source=" + tok.PINFile,
+			"cannot be used"},
+		"no token named": {"pkcs11:?module-path=" + tok.Module, "token=LABEL"},
+		"missing token":  {"pkcs11:token=nope?module-path=" + tok.Module + "&pin-source=" + tok.PINFile, "nope"},
+		"wrong serial": {"pkcs11:token=" + tok.Label + ";serial=00?module-path=" + tok.Module + "&pin-source=" +
+			tok.PINFile, "serial"},
+		"pin-value":    {base + "&pin-value=" + tok.PIN, "pin-source"},
+		"no PIN":       {base, "pin-source"},
+		"missing PIN":  {base + "&pin-source=file:/nowhere/pin", "/nowhere/pin"},
+		"relative PIN": {base + "&pin-source=pin", "absolute"},
+		"empty PIN":    {base + "&pin-source=" + file("empty", "\n", 0o600), "empty"},
+		"open PIN":     {base + "&pin-source=" + file("open", tok.PIN, 0o644), "chmod 0600"},
+		"wrong PIN":    {base + "&pin-source=" + file("wrong", tok.PIN+"9", 0o600), "refused the PIN"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			token, err := OpenUser(t.Context(), c.uri, Options{})
@@ -199,7 +204,8 @@ func TestOpenRefuses(t *testing.T) {
 		})
 	}
 	// pin-source may end in a newline, and have file: or not.
-	for _, source := range []string{"file:" + file("nl", tok.PIN+"\n", 0o600), file("crlf", tok.PIN+"\r\n", 0o400), "file://" + file("plain", tok.PIN, 0o600)} {
+	for _, source := range []string{"file:" + file("nl", tok.PIN+"\n", 0o600), file("crlf", tok.PIN+"\r\n", 0o400),
+		"file://" + file("plain", tok.PIN, 0o600)} {
 		token, err := OpenUser(t.Context(), base+"&pin-source="+source, Options{})
 		if err != nil {
 			t.Error(source, err)
@@ -239,7 +245,8 @@ func TestNothingIsLeftOutInVain(t *testing.T) {
 				t.Errorf("lacks %b before anything was made", lacks)
 			}
 			err := token.With(t.Context(), "test", func(s *Session) error {
-				return s.PutNote("test", []byte("x"), Attributes{Attr(pkcs11.CKA_PRIVATE, false), Attr(pkcs11.CKA_DESTROYABLE, false)})
+				return s.PutNote("test", []byte("x"),
+					Attributes{Attr(pkcs11.CKA_PRIVATE, false), Attr(pkcs11.CKA_DESTROYABLE, false)})
 			})
 			if err != nil {
 				t.Fatal(err)

@@ -46,7 +46,8 @@ func parseURI(s string) (*uri, error) {
 		return nil, errors.New("the token's URI is not one of RFC 7512, " + uriExample)
 	}
 	if _, ok := p.GetQueryAttribute("pin-value", false); ok {
-		return nil, errors.New("the token's URI has a pin-value: a PIN on a command line is open to every user of the machine; put it in a file and name that with pin-source=file:/path")
+		return nil, errors.New("the token's URI has a pin-value: a PIN on a command line is open to every user of " +
+			"the machine; put it in a file and name that with pin-source=file:/path")
 	}
 	u := &uri{token: map[string]string{}}
 	u.module, _ = p.GetQueryAttribute("module-path", false)
@@ -54,7 +55,8 @@ func parseURI(s string) (*uri, error) {
 		return nil, errors.New("the token's URI names no PKCS #11 module: add module-path, " + uriExample)
 	}
 	if _, err := os.Stat(u.module); err != nil {
-		return nil, fmt.Errorf("the PKCS #11 module cannot be read: %w: check module-path, and that the token's driver is installed", err)
+		return nil, fmt.Errorf("the PKCS #11 module cannot be read: %w: check module-path, and that the token's "+
+			"driver is installed", err)
 	}
 	u.pinSource, _ = p.GetQueryAttribute("pin-source", false)
 	u.reserved, _ = p.GetQueryAttribute(initReserved, false)
@@ -105,7 +107,8 @@ func ReadPIN(source string) (PIN, error) {
 		return "", fmt.Errorf("the PIN cannot be read: %w", err)
 	}
 	if info.Mode().Perm()&0o007 != 0 {
-		return "", fmt.Errorf("the PIN file %s is open to every user of the machine (mode %04o): chmod 0600 it, and change the PIN if others had access", path, info.Mode().Perm())
+		return "", fmt.Errorf("the PIN file %s is open to every user of the machine (mode %04o): chmod 0600 it, and "+
+			"change the PIN if others had access", path, info.Mode().Perm())
 	}
 	b, err := os.ReadFile(path)
 	if err != nil {

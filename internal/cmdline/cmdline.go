@@ -232,8 +232,9 @@ func PrintEach[T any](c *cli.Context, name, title string, items iter.Seq2[T, err
 	return nil
 }
 
-// PrintList prints one JSON document that ends with a list, and never has all of the list in memory. head is what comes before the list: the
-// fields before it, and its name. An error of items leaves the document without its end, so that nobody takes it for whole.
+// PrintList prints one JSON document that ends with a list, and never has all of the list in memory. head is what
+// comes before the list: the fields before it, and its name. An error of items leaves the document without its end, so
+// that nobody takes it for whole.
 func PrintList[T any](c *cli.Context, head string, items iter.Seq2[T, error]) error {
 	w, before := c.App.Writer, "{"+head+": [\n"
 	for item, err := range items {

@@ -23,7 +23,8 @@ func TestTerminal(t *testing.T) {
 
 func TestFlagsFirst(t *testing.T) {
 	app := &cli.App{Commands: []*cli.Command{{Name: "lot", Subcommands: []*cli.Command{{
-		Name: "create", Flags: []cli.Flag{&cli.StringFlag{Name: "tac", Aliases: []string{"t"}}, &cli.BoolFlag{Name: "json"}, &cli.IntFlag{Name: "first"}},
+		Name: "create", Flags: []cli.Flag{&cli.StringFlag{Name: "tac", Aliases: []string{"t"}},
+			&cli.BoolFlag{Name: "json"}, &cli.IntFlag{Name: "first"}},
 	}}}}}
 	for in, want := range map[string]string{
 		"p lot create L1 --tac 1":        "p lot create --tac 1 L1",
@@ -45,10 +46,12 @@ func TestFlagsFirst(t *testing.T) {
 		}
 	}
 	const minus = "-euMzHXk2vYzjqEoIb7y1gTn4yqGxqUq0v9k1mQvWc0"
-	if got := flagsFirst(app, []string{"p", "lot", "create", minus, "--tac", "1"}); !slices.Equal(got, []string{"p", "lot", "create", "--tac", "1", "--", minus}) {
+	if got := flagsFirst(app, []string{"p", "lot", "create", minus, "--tac", "1"}); !slices.Equal(got,
+		[]string{"p", "lot", "create", "--tac", "1", "--", minus}) {
 		t.Errorf("a thumbprint that begins with a minus sign: %q", got)
 	}
-	if got := flagsFirst(app, []string{"p", "lot", "create", ""}); !slices.Equal(got, []string{"p", "lot", "create", ""}) {
+	if got := flagsFirst(app, []string{"p", "lot", "create", ""}); !slices.Equal(got,
+		[]string{"p", "lot", "create", ""}) {
 		t.Errorf("an empty argument became %q", got)
 	}
 }

@@ -17,19 +17,22 @@ import (
 // DirectoryFlags name a public-key directory, and say how to log in to Vault where it is there.
 func DirectoryFlags() []cli.Flag {
 	return []cli.Flag{
-		&cli.StringFlag{Name: "directory", Usage: "the public-key directory, `WHERE`: file:DIR, or vault:MOUNT with Vault's usual environment (VAULT_ADDR, VAULT_TOKEN, VAULT_CACERT, ...)"},
+		&cli.StringFlag{Name: "directory", Usage: "the public-key directory, `WHERE`: file:DIR, or vault:MOUNT with " +
+			"Vault's usual environment (VAULT_ADDR, VAULT_TOKEN, VAULT_CACERT, ...)"},
 		&cli.StringFlag{Name: "vault-role-id", Usage: "log in to Vault by AppRole, with this role `ID`"},
 		&cli.StringFlag{Name: "vault-secret-id-file", Usage: "the `FILE` with the AppRole's secret id"},
-		&cli.BoolFlag{Name: "vault-secret-id-wrapped", Usage: "the file has a wrapping token for the secret id instead"},
-		&cli.StringFlag{Name: "vault-cert-role", Usage: "log in to Vault by TLS certificate (VAULT_CLIENT_CERT, VAULT_CLIENT_KEY), in this `ROLE`"},
+		&cli.BoolFlag{Name: "vault-secret-id-wrapped",
+			Usage: "the file has a wrapping token for the secret id instead"},
+		&cli.StringFlag{Name: "vault-cert-role",
+			Usage: "log in to Vault by TLS certificate (VAULT_CLIENT_CERT, VAULT_CLIENT_KEY), in this `ROLE`"},
 	}
 }
 
 // VaultLogin is what DirectoryFlags say of the login.
 func VaultLogin(c *cli.Context) vaultstore.Login {
 	return vaultstore.Login{
-		RoleID: c.String("vault-role-id"), SecretIDFile: c.String("vault-secret-id-file"), Wrapped: c.Bool("vault-secret-id-wrapped"),
-		CertRole: c.String("vault-cert-role"),
+		RoleID: c.String("vault-role-id"), SecretIDFile: c.String("vault-secret-id-file"),
+		Wrapped: c.Bool("vault-secret-id-wrapped"), CertRole: c.String("vault-cert-role"),
 	}
 }
 
@@ -48,7 +51,9 @@ func CheckDirectory(name string) error {
 }
 
 // OpenDirectory opens the store that a name stands for. A login to Vault is kept alive until ctx ends.
-func OpenDirectory(ctx context.Context, name string, login vaultstore.Login, log *slog.Logger) (directory.Store, error) {
+func OpenDirectory(
+	ctx context.Context, name string, login vaultstore.Login, log *slog.Logger,
+) (directory.Store, error) {
 	if err := CheckDirectory(name); err != nil {
 		return nil, err
 	}

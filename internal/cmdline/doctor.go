@@ -31,37 +31,39 @@ func PrintFindings(c *cli.Context, token examined, report []hsmkeys.Finding) err
 			missing++
 		}
 	}
-	err = Print(c, map[string]any{"token": token.String(), "identity": id, "ok": missing == 0, "findings": report}, func(w io.Writer) {
-		fmt.Fprintln(w, token)
-		fmt.Fprintf(w, "     %s %s, hardware %s, firmware %s; module %s %s, PKCS #11 %s\n", id.Manufacturer, id.Model, id.HardwareVersion, id.FirmwareVersion,
-			id.Library, id.LibraryVersion, id.Cryptoki)
-		for _, what := range id.Weak {
-			fmt.Fprintf(w, "     accepted when it was initialised: %s\n", what)
-		}
-		for _, f := range report {
-			mark := "yes"
-			switch {
-			case !f.OK && f.Required:
-				mark = "NO"
-			case !f.OK:
-				mark = "no"
+	err = Print(c, map[string]any{"token": token.String(), "identity": id, "ok": missing == 0, "findings": report},
+		func(w io.Writer) {
+			fmt.Fprintln(w, token)
+			fmt.Fprintf(w, "     %s %s, hardware %s, firmware %s; module %s %s, PKCS #11 %s\n", id.Manufacturer,
+				id.Model, id.HardwareVersion, id.FirmwareVersion,
+				id.Library, id.LibraryVersion, id.Cryptoki)
+			for _, what := range id.Weak {
+				fmt.Fprintf(w, "     accepted when it was initialised: %s\n", what)
 			}
-			if len(f.Check) > 52 { // the reason goes below
-				fmt.Fprintf(w, "%-4s %s\n     %-52s %s\n", mark, f.Check, "", f.For)
-			} else {
-				fmt.Fprintf(w, "%-4s %-52s %s\n", mark, f.Check, f.For)
+			for _, f := range report {
+				mark := "yes"
+				switch {
+				case !f.OK && f.Required:
+					mark = "NO"
+				case !f.OK:
+					mark = "no"
+				}
+				if len(f.Check) > 52 { // the reason goes below
+					fmt.Fprintf(w, "%-4s %s\n     %-52s %s\n", mark, f.Check, "", f.For)
+				} else {
+					fmt.Fprintf(w, "%-4s %-52s %s\n", mark, f.Check, f.For)
+				}
+				if len(f.Attributes) > 0 {
+					fmt.Fprintf(w, "     %-52s %s\n", "", attributes(f.Attributes))
+				}
+				if f.Measured != "" {
+					fmt.Fprintf(w, "     %-52s %s\n", "", f.Measured)
+				}
+				if f.Consequence != "" {
+					fmt.Fprintf(w, "     %-52s -> %s\n", "", f.Consequence)
+				}
 			}
-			if len(f.Attributes) > 0 {
-				fmt.Fprintf(w, "     %-52s %s\n", "", attributes(f.Attributes))
-			}
-			if f.Measured != "" {
-				fmt.Fprintf(w, "     %-52s %s\n", "", f.Measured)
-			}
-			if f.Consequence != "" {
-				fmt.Fprintf(w, "     %-52s -> %s\n", "", f.Consequence)
-			}
-		}
-	})
+		})
 	if err == nil && missing > 0 {
 		err = Said(fmt.Errorf("%d of what is required is missing", missing))
 	}

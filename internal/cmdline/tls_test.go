@@ -24,7 +24,8 @@ func TestServerTLSExpired(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		template := &x509.Certificate{SerialNumber: big.NewInt(1), NotBefore: until.Add(-2 * time.Hour), NotAfter: until}
+		template := &x509.Certificate{SerialNumber: big.NewInt(1), NotBefore: until.Add(-2 * time.Hour),
+			NotAfter: until}
 		der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 		if err != nil {
 			t.Fatal(err)
@@ -34,7 +35,8 @@ func TestServerTLSExpired(t *testing.T) {
 			t.Fatal(err)
 		}
 		certificate, keyFile := filepath.Join(dir, "c.pem"), filepath.Join(dir, "k.pem")
-		for path, block := range map[string]*pem.Block{certificate: {Type: "CERTIFICATE", Bytes: der}, keyFile: {Type: "PRIVATE KEY", Bytes: private}} {
+		for path, block := range map[string]*pem.Block{certificate: {Type: "CERTIFICATE", Bytes: der},
+			keyFile: {Type: "PRIVATE KEY", Bytes: private}} {
 			if err := os.WriteFile(path, pem.EncodeToMemory(block), 0o600); err != nil {
 				t.Fatal(err)
 			}

@@ -7,9 +7,11 @@ import (
 
 func TestDescribe(t *testing.T) {
 	for want, settings := range map[string][]debug.BuildSetting{
-		"v1.2.3, commit unknown, go1.26.0":          nil,
-		"v1.2.3, commit abc, go1.26.0":              {{Key: "vcs.revision", Value: "abc"}, {Key: "vcs.modified", Value: "false"}},
-		"v1.2.3, commit abc with changes, go1.26.0": {{Key: "vcs.modified", Value: "true"}, {Key: "vcs.revision", Value: "abc"}},
+		"v1.2.3, commit unknown, go1.26.0": nil,
+		"v1.2.3, commit abc, go1.26.0": {{Key: "vcs.revision", Value: "abc"},
+			{Key: "vcs.modified", Value: "false"}},
+		"v1.2.3, commit abc with changes, go1.26.0": {{Key: "vcs.modified", Value: "true"},
+			{Key: "vcs.revision", Value: "abc"}},
 	} {
 		info := &debug.BuildInfo{GoVersion: "go1.26.0", Main: debug.Module{Version: "v1.2.3"}, Settings: settings}
 		if got := describe(info); got != want {

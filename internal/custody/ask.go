@@ -50,7 +50,8 @@ func readShare(path string) ([]byte, error) {
 	if info, err := f.Stat(); err != nil {
 		return nil, err
 	} else if info.Mode().IsRegular() && info.Mode().Perm()&0o007 != 0 {
-		return nil, fmt.Errorf("%s is open to every user of the machine (mode %04o): chmod 0600 it", path, info.Mode().Perm())
+		return nil, fmt.Errorf("%s is open to every user of the machine (mode %04o): chmod 0600 it", path,
+			info.Mode().Perm())
 	}
 	return io.ReadAll(io.LimitReader(f, maxShare))
 }
@@ -70,7 +71,8 @@ func (q *Quorum) Ask(ctx context.Context, terminal *os.File, say io.Writer) erro
 			if taken := fmt.Sprint(q.Indexes()); len(q.shares) > 0 {
 				others = " but " + strings.Join(strings.Fields(strings.Trim(taken, "[]")), ", ")
 			}
-			fmt.Fprintf(say, "Share %d of the %d that are needed, of split %s, by any custodian%s.\n", len(q.shares)+1, split.Threshold, split.ID, others)
+			fmt.Fprintf(say, "Share %d of the %d that are needed, of split %s, by any custodian%s.\n", len(q.shares)+1,
+				split.Threshold, split.ID, others)
 		}
 		fmt.Fprint(say, "Paste what age -d prints; it is not shown. Then press Enter: ")
 		text, err := readLine(ctx, int(terminal.Fd()))

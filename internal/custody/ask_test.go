@@ -85,7 +85,9 @@ func ask(t *testing.T, q *Quorum, typed ...string) (said, seen string, err error
 	done := make(chan error, 1)
 	go func() { done <- q.Ask(ctx, program, &out) }()
 	for i, text := range typed {
-		waitFor(t, "question", func() bool { return strings.Count(out.String(), "press Enter") == i+1 && !echoes(t, program) })
+		waitFor(t, "question", func() bool {
+			return strings.Count(out.String(), "press Enter") == i+1 && !echoes(t, program)
+		})
 		if text == "interrupt" {
 			cancel()
 			break
@@ -131,9 +133,11 @@ func TestAsk(t *testing.T) {
 	}
 	for _, want := range []string{
 		"Share 1 of the 3 that are needed, of split " + shares[0].ID + ", by any custodian.",
-		"Taken: share 2 of", "Not taken: it is no share", "Not taken: share 2 of split " + shares[0].ID + " was given twice",
+		"Taken: share 2 of", "Not taken: it is no share", "Not taken: share 2 of split " + shares[0].ID +
+			" was given twice",
 		"Not taken: share 1 of split " + others[0].ID + " is of another split",
-		"Share 3 of the 3 that are needed, of split " + shares[0].ID + ", by any custodian but 2, 5.", "Taken: share 1 of",
+		"Share 3 of the 3 that are needed, of split " + shares[0].ID + ", by any custodian but 2, 5.",
+		"Taken: share 1 of",
 	} {
 		if !strings.Contains(said, want) {
 			t.Errorf("it does not say %q", want)
@@ -144,7 +148,8 @@ func TestAsk(t *testing.T) {
 	}
 
 	q = &Quorum{Token: "0123", Splits: []hsmkeys.Split{shares[0].Split.Split}}
-	if _, _, err := ask(t, q, text[0], "interrupt"); err == nil || !strings.Contains(err.Error(), "not enough shares, and no PIN was tried") {
+	if _, _, err := ask(t, q, text[0], "interrupt"); err == nil ||
+		!strings.Contains(err.Error(), "not enough shares, and no PIN was tried") {
 		t.Errorf("interrupted: %v", err)
 	}
 	if err := new(Quorum).Ask(t.Context(), must(os.Open(os.DevNull))(t), new(screen)); err == nil {

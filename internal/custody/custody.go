@@ -45,7 +45,8 @@ type Split struct {
 
 // id is the split's name, which depends on all that is in it.
 func (s *Split) id() string {
-	h := sha256.Sum256(fmt.Appendf(nil, "kmehsm split 1\x00%s\x00%d\x00%d\x00%x", s.Token, s.Threshold, s.Count, []byte(s.Commitments)))
+	h := sha256.Sum256(fmt.Appendf(nil, "kmehsm split 1\x00%s\x00%d\x00%d\x00%x", s.Token, s.Threshold, s.Count,
+		[]byte(s.Commitments)))
 	return hex.EncodeToString(h[:10])
 }
 
@@ -134,7 +135,8 @@ func New(token string, threshold, count int) (hsmkeys.PIN, []*Share, error) {
 // CheckSize refuses a split that cannot be.
 func CheckSize(threshold, count int) error {
 	if threshold < 2 || threshold > count || count > MaxShares {
-		return fmt.Errorf("%d of %d shares: at least 2 are needed, and there are at most %d", threshold, count, MaxShares)
+		return fmt.Errorf("%d of %d shares: at least 2 are needed, and there are at most %d", threshold,
+			count, MaxShares)
 	}
 	return nil
 }
@@ -156,7 +158,8 @@ func (s *Share) Marshal() ([]byte, error) {
 // secret.
 func Parse(text []byte) (*Share, error) {
 	text = bytes.TrimSpace(text)
-	if bytes.HasPrefix(text, []byte("age-encryption.org/")) || bytes.HasPrefix(text, []byte("-----BEGIN AGE ENCRYPTED FILE")) {
+	if bytes.HasPrefix(text, []byte("age-encryption.org/")) ||
+		bytes.HasPrefix(text, []byte("-----BEGIN AGE ENCRYPTED FILE")) {
 		return nil, errors.New("the share is still encrypted: its custodian decrypts it with age -d -i KEYFILE FILE")
 	}
 	var w wire
@@ -167,10 +170,12 @@ func Parse(text []byte) (*Share, error) {
 		return nil, fmt.Errorf("the share is damaged: %w", err)
 	}
 	s := &Share{Index: w.Index, Split: Split{
-		Split: hsmkeys.Split{ID: w.Split, Threshold: w.Threshold, Count: w.Count}, Token: w.Token, Commitments: w.Commitments,
+		Split: hsmkeys.Split{ID: w.Split, Threshold: w.Threshold, Count: w.Count}, Token: w.Token,
+		Commitments: w.Commitments,
 	}}
 	damaged := fmt.Errorf("the share is damaged: it is not share %d of split %q", w.Index, w.Split)
-	if w.Index < 1 || w.Index > w.Count || len(w.Commitments) != size*w.Threshold || len(w.Value) != size || w.Split != s.id() {
+	if w.Index < 1 || w.Index > w.Count || len(w.Commitments) != size*w.Threshold || len(w.Value) != size ||
+		w.Split != s.id() {
 		return nil, damaged
 	}
 	commitments, err := s.commitments()
@@ -178,7 +183,8 @@ func Parse(text []byte) (*Share, error) {
 		return nil, damaged
 	}
 	s.value = secretsharing.Share{ID: curve.NewScalar().SetUint64(uint64(w.Index)), Value: curve.NewScalar()}
-	if s.value.Value.UnmarshalBinary(w.Value) != nil || !secretsharing.Verify(uint(w.Threshold-1), s.value, commitments) {
+	if s.value.Value.UnmarshalBinary(w.Value) != nil ||
+		!secretsharing.Verify(uint(w.Threshold-1), s.value, commitments) {
 		return nil, damaged
 	}
 	return s, nil
@@ -197,7 +203,8 @@ func (q *Quorum) Add(s *Share) error {
 		return fmt.Errorf("%v is of the token with serial number %s, not of %s", s, s.Token, q.Token)
 	}
 	if len(q.Splits) > 0 && !slices.Contains(q.Splits, s.Split.Split) {
-		return fmt.Errorf("%v is of another split than the one that the token names, %s", s, q.Splits[len(q.Splits)-1].ID)
+		return fmt.Errorf("%v is of another split than the one that the token names, %s", s,
+			q.Splits[len(q.Splits)-1].ID)
 	}
 	for _, have := range q.shares {
 		if have.ID != s.ID {
@@ -270,16 +277,19 @@ func (c Custodian) String() string { return c.name }
 func ParseCustodians(recipients []string) (all []Custodian, err error) {
 	for i, text := range recipients {
 		if strings.HasPrefix(strings.ToUpper(text), "AGE-SECRET-KEY-") {
-			return nil, fmt.Errorf("custodian %d: this is a secret key, and everybody on this machine can have seen it now: make another with age-keygen, and give what it calls the public key", i+1)
+			return nil, fmt.Errorf("custodian %d: this is a secret key, and everybody on this machine can have seen "+
+				"it now: make another with age-keygen, and give what it calls the public key", i+1)
 		}
 		r, err := age.ParseRecipients(strings.NewReader(text))
 		if err != nil || len(r) != 1 {
-			return nil, fmt.Errorf("custodian %d: %q is no age recipient: it begins with age1, and age-keygen calls it the public key", i+1, text)
+			return nil, fmt.Errorf("custodian %d: %q is no age recipient: it begins with age1, and age-keygen calls "+
+				"it the public key", i+1, text)
 		}
 		c := Custodian{Recipient: r[0], name: fmt.Sprint(r[0])}
 		for j, other := range all {
 			if other.name == c.name {
-				return nil, fmt.Errorf("custodians %d and %d are the same: each share needs a custodian of its own", j+1, i+1)
+				return nil, fmt.Errorf("custodians %d and %d are the same: each share needs a custodian of its own",
+					j+1, i+1)
 			}
 		}
 		all = append(all, c)

@@ -86,7 +86,8 @@ func TestSizes(t *testing.T) {
 	for _, c := range []struct {
 		threshold, count int
 		ok               bool
-	}{{2, 2, true}, {2, 3, true}, {16, 16, true}, {1, 1, false}, {1, 3, false}, {0, 0, false}, {-1, 5, false}, {4, 3, false}, {2, 17, false}} {
+	}{{2, 2, true}, {2, 3, true}, {16, 16, true}, {1, 1, false}, {1, 3, false}, {0, 0, false}, {-1, 5, false},
+		{4, 3, false}, {2, 17, false}} {
 		_, shares, err := New("0123", c.threshold, c.count)
 		if (err == nil) != c.ok || c.ok && len(shares) != c.count {
 			t.Errorf("%d of %d: %d shares, %v", c.threshold, c.count, len(shares), err)
@@ -111,7 +112,8 @@ func TestAddRefuses(t *testing.T) {
 	}{
 		{"twice", Quorum{Token: "0123"}, a[:1], a[0], "was given twice"},
 		{"of another split", Quorum{Token: "0123"}, a[:1], b[1], "not of the same split"},
-		{"of a split that is not the token's", Quorum{Token: "0123", Splits: []hsmkeys.Split{a[0].Split.Split}}, nil, b[0], "of another split than the one that the token names"},
+		{"of a split that is not the token's", Quorum{Token: "0123", Splits: []hsmkeys.Split{a[0].Split.Split}}, nil,
+			b[0], "of another split than the one that the token names"},
 		{"of another token", Quorum{Token: "0123"}, nil, c[0], "serial number 4567"},
 	} {
 		for _, s := range e.first {
@@ -214,7 +216,8 @@ func TestPrintsNoSecret(t *testing.T) {
 	for _, v := range []any{shares[0], *shares[0], shares, struct{ S Share }{*shares[0]}} {
 		for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%x", "%d"} {
 			text := fmt.Sprintf(verb, v)
-			if rest := said.ReplaceAllString(text, ""); rest == text || regexp.MustCompile(`[0-9a-f]{3}`).MatchString(rest) {
+			if rest := said.ReplaceAllString(text, ""); rest == text ||
+				regexp.MustCompile(`[0-9a-f]{3}`).MatchString(rest) {
 				t.Errorf("%s of a %T prints %q", verb, v, text)
 			}
 		}

@@ -44,18 +44,22 @@ const (
 
 // PIN is the security officer's PIN, and the numbers of the custodians whose shares gave it. A PIN that cannot be the
 // token's, by what the token says, is refused, so that it costs none of the few tries that a token allows.
-func (o Officer) PIN(ctx context.Context, token Token, basis Basis) (pin hsmkeys.OfficerPIN, custodians []int, err error) {
+func (o Officer) PIN(
+	ctx context.Context, token Token, basis Basis,
+) (pin hsmkeys.OfficerPIN, custodians []int, err error) {
 	inForce, begun, err := token.OfficerSplit(ctx)
 	if err != nil {
 		return pin, nil, err
 	}
 	if begun != nil && basis == Settled {
-		return pin, nil, fmt.Errorf("factory so split was interrupted, and the security officer's PIN may be the one before, or be in shares of split %s: "+
+		return pin, nil, fmt.Errorf("factory so split was interrupted, and the security officer's PIN may be the one "+
+			"before, or be in shares of split %s: "+
 			"run factory so check with either", begun.ID)
 	}
 	if o.Source != "" {
 		if inForce != nil && begun == nil && basis != Anything {
-			return pin, nil, fmt.Errorf("the security officer's PIN of %s is in shares, %s: give --so-share; no PIN of a file was tried", token, describe(inForce))
+			return pin, nil, fmt.Errorf("the security officer's PIN of %s is in shares, %s: give --so-share; no PIN "+
+				"of a file was tried", token, describe(inForce))
 		}
 		if pin.PIN, err = hsmkeys.ReadPIN(o.Source); err != nil {
 			return pin, nil, fmt.Errorf("the security officer's PIN: %w", err)
@@ -70,14 +74,16 @@ func (o Officer) PIN(ctx context.Context, token Token, basis Basis) (pin hsmkeys
 	}
 	switch {
 	case len(o.Shares) > 0 && len(q.Splits) == 0 && basis != Anything:
-		err = fmt.Errorf("the security officer's PIN of %s is in no shares: give --so-pin-source; if somebody has removed what the token says of them, "+
+		err = fmt.Errorf("the security officer's PIN of %s is in no shares: give --so-pin-source; if somebody has "+
+			"removed what the token says of them, "+
 			"factory so check with the shares brings it back", token)
 	case len(o.Shares) > 0:
 		err = q.ReadFiles(o.Shares)
 	case len(q.Splits) == 0:
 		err = fmt.Errorf("%w of %s, which is in no shares: give --so-pin-source", ErrNoOfficerPIN, token)
 	case o.Ask == nil:
-		err = fmt.Errorf("%w of %s, which is in shares, %s: give --so-share for each, or run this at a terminal", ErrNoOfficerPIN, token, describe(inForce))
+		err = fmt.Errorf("%w of %s, which is in shares, %s: give --so-share for each, or run this at a terminal",
+			ErrNoOfficerPIN, token, describe(inForce))
 	default:
 		err = o.Ask(q)
 	}
@@ -99,7 +105,10 @@ func describe(s *hsmkeys.Split) string {
 // SplitOfficerPIN gives the token a new security officer's PIN, which nobody has seen, in as many shares as there are
 // custodians. The shares are on disk, each encrypted to its custodian, below dir, before the PIN is set. With
 // hsmkeys.ErrPINMaybeSet they are kept, since the PIN may be in them; with another error nothing is left of them.
-func SplitOfficerPIN(ctx context.Context, tokenURI, serial string, present hsmkeys.OfficerPIN, threshold int, custodians []Custodian, dir string) (split *hsmkeys.Split, files []string, err error) {
+func SplitOfficerPIN(
+	ctx context.Context, tokenURI, serial string, present hsmkeys.OfficerPIN, threshold int,
+	custodians []Custodian, dir string,
+) (split *hsmkeys.Split, files []string, err error) {
 	pin, shares, err := New(serial, threshold, len(custodians))
 	if err != nil {
 		return nil, nil, err
@@ -123,7 +132,8 @@ func SplitOfficerPIN(ctx context.Context, tokenURI, serial string, present hsmke
 		err = hsmkeys.SetOfficerPIN(ctx, tokenURI, present, hsmkeys.OfficerPIN{PIN: pin, Split: split})
 	}
 	if errors.Is(err, hsmkeys.ErrPINMaybeSet) {
-		return nil, nil, fmt.Errorf("%w; factory so check finds out, with the PIN before or with the shares of split %s in %s: keep both", err, split.ID, dir)
+		return nil, nil, fmt.Errorf("%w; factory so check finds out, with the PIN before or with the shares of split "+
+			"%s in %s: keep both", err, split.ID, dir)
 	} else if err != nil {
 		return nil, nil, errors.Join(err, os.RemoveAll(dir))
 	}

@@ -117,7 +117,8 @@ func serve(t *testing.T, result uint32, f func(p *Peer, m *Message)) string {
 		if err != nil {
 			return
 		}
-		p := &Peer{Host: "server", Realm: "r", conn: conn, left: make(chan struct{}), waiting: map[uint32]chan *Message{}}
+		p := &Peer{Host: "server", Realm: "r", conn: conn, left: make(chan struct{}),
+			waiting: map[uint32]chan *Message{}}
 		p.handle = func(p *Peer, m *Message) {
 			if m.Code == capabilitiesExchange {
 				p.Send(p.Answer(m, Number(ResultCode, result)))

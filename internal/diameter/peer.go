@@ -153,8 +153,9 @@ var sessions atomic.Uint32
 func (p *Peer) Start(app, code uint32, realm, user string, avps ...AVP) *Message {
 	session := fmt.Sprintf("%s;%d;%d", p.Host, time.Now().Unix(), sessions.Add(1))
 	m := &Message{Flags: Request | Proxiable, Code: code, App: app, AVPs: []AVP{Text(SessionID, session),
-		Group(VendorSpecificApp, Number(VendorID, ThreeGPP), Number(AuthApplicationID, app)), Number(AuthSessionState, 1),
-		Text(OriginHost, p.Host), Text(OriginRealm, p.Realm), Text(DestinationRealm, realm), Text(UserName, user)}}
+		Group(VendorSpecificApp, Number(VendorID, ThreeGPP), Number(AuthApplicationID, app)),
+		Number(AuthSessionState, 1), Text(OriginHost, p.Host), Text(OriginRealm, p.Realm),
+		Text(DestinationRealm, realm), Text(UserName, user)}}
 	m.AVPs = append(m.AVPs, avps...)
 	return m
 }

@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// Lock keeps other processes that lock the same folder out until unlock, or the end of this process. It does not wait; who
-// is kept out is told who holds the lock.
+// Lock keeps other processes that lock the same folder out until unlock, or the end of this process. It does not wait;
+// who is kept out is told who holds the lock.
 func Lock(dir string) (unlock func(), err error) {
 	f, err := os.OpenFile(filepath.Join(dir, ".lock"), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
@@ -24,7 +24,8 @@ func Lock(dir string) (unlock func(), err error) {
 		}
 		holder := make([]byte, 512)
 		n, _ := f.Read(holder)
-		return nil, fmt.Errorf("another process is at work in %s: %s; wait until it has ended", dir, strings.TrimSpace(string(holder[:n])))
+		return nil, fmt.Errorf("another process is at work in %s: %s; wait until it has ended", dir,
+			strings.TrimSpace(string(holder[:n])))
 	}
 	// Only for people: the lock is the kernel's, and ends with the process.
 	host, _ := os.Hostname()

@@ -1,5 +1,5 @@
-// Package faultmodule builds, for tests, a PKCS #11 module around another one that fails, hangs and delays when told to. See
-// module/fault.c for what it can be told.
+// Package faultmodule builds, for tests, a PKCS #11 module around another one that fails, hangs and delays when told
+// to. See module/fault.c for what it can be told.
 package faultmodule
 
 import (
@@ -33,7 +33,8 @@ func Build(dir, path string) (*Module, error) {
 	if err != nil {
 		return nil, err
 	}
-	cmd := exec.Command("gcc", "-std=gnu11", "-O2", "-Wall", "-Wno-cast-function-type", "-fPIC", "-shared", "-fvisibility=hidden", "-I", include, "-x", "c", "-", "-o", m.Path, "-ldl", "-pthread")
+	cmd := exec.Command("gcc", "-std=gnu11", "-O2", "-Wall", "-Wno-cast-function-type", "-fPIC", "-shared",
+		"-fvisibility=hidden", "-I", include, "-x", "c", "-", "-o", m.Path, "-ldl", "-pthread")
 	cmd.Stdin = strings.NewReader(source)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("gcc: %w: %s", err, out)
@@ -51,7 +52,8 @@ func Built(dir, path string) (*Module, error) {
 	if err != nil {
 		return nil, err
 	}
-	m := &Module{Path: filepath.Join(dir, "fault.so"), control: filepath.Join(dir, "control"), counts: filepath.Join(dir, "counts"), inner: path}
+	m := &Module{Path: filepath.Join(dir, "fault.so"), control: filepath.Join(dir, "control"),
+		counts: filepath.Join(dir, "counts"), inner: path}
 	for _, match := range regexp.MustCompile(`CK_PKCS11_FUNCTION_INFO\((C_\w+)\)`).FindAllSubmatch(list, -1) {
 		m.functions = append(m.functions, string(match[1]))
 	}
@@ -69,7 +71,8 @@ func Headers() (string, error) {
 
 // Env is what the module reads at its loading.
 func (m *Module) Env() []string {
-	return []string{"KMEHSM_FAULT_MODULE=" + m.inner, "KMEHSM_FAULT_CONTROL=" + m.control, "KMEHSM_FAULT_COUNTS=" + m.counts}
+	return []string{"KMEHSM_FAULT_MODULE=" + m.inner, "KMEHSM_FAULT_CONTROL=" + m.control,
+		"KMEHSM_FAULT_COUNTS=" + m.counts}
 }
 
 // URI is the token's URI by way of this module.

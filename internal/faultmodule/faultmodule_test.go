@@ -16,7 +16,8 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// faulty is around the module of an operator's token; every token of these tests is reached by way of it, since the one C_Initialize of the process is its.
+// faulty is around the module of an operator's token; every token of these tests is reached by way of it, since the one
+// C_Initialize of the process is its.
 var faulty *faultmodule.Module
 
 func TestMain(m *testing.M) {
@@ -56,19 +57,21 @@ func openOperator(t *testing.T, uri string, o hsmkeys.Options) *hsmkeys.Operator
 	return token
 }
 
-// The standard mechanism for RFC 5649 is CKM_AES_KEY_WRAP_KWP since PKCS #11 3.0. A token that has only that makes lots as well; the manifest
-// says so.
+// The standard mechanism for RFC 5649 is CKM_AES_KEY_WRAP_KWP since PKCS #11 3.0. A token that has only that makes lots
+// as well; the manifest says so.
 func TestKWPByEitherName(t *testing.T) {
 	for _, c := range []struct{ tell, want string }{{"", "CKM_AES_KEY_WRAP_PAD"}, {"kwp", "CKM_AES_KEY_WRAP_KWP"}} {
 		t.Run(c.want, func(t *testing.T) {
 			faulty.Tell(t, c.tell)
 			defer faulty.Tell(t)
 			tok := softhsmtest.Token(t)
-			token := must[*hsmkeys.FactoryToken](t)(hsmkeys.OpenFactory(t.Context(), faulty.URI(tok.URI), hsmkeys.Options{}))
+			token := must[*hsmkeys.FactoryToken](t)(hsmkeys.OpenFactory(t.Context(), faulty.URI(tok.URI),
+				hsmkeys.Options{}))
 			must[string](t)(first(factory.Init(t.Context(), token)))
 			token.Close()
 			fixture := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072))
-			_, err := factory.EnrollFixture(t.Context(), faulty.URI(tok.URI), hsmkeys.PIN(tok.SOPIN), "f1", &fixture.PublicKey, 0)
+			_, err := factory.EnrollFixture(t.Context(), faulty.URI(tok.URI), hsmkeys.PIN(tok.SOPIN), "f1",
+				&fixture.PublicKey, 0)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -79,12 +82,15 @@ func TestKWPByEitherName(t *testing.T) {
 			}
 			line := must[*factory.Line](t)(factory.NewLine(token, store, factory.State{Dir: t.TempDir()}))
 			tac := must[kme.TAC](t)(kme.ParseTAC("35209900"))
-			m := must[*directory.Manifest](t)(line.CreateLot(t.Context(), factory.LotSpec{Lot: "L1", Range: directory.Range{TAC: tac, Count: 4}, Bits: 2048, Suite: kme.SuiteECDSA, ShardSize: 4, Primes: hsmkeys.PrimesAuto}))
+			m := must[*directory.Manifest](t)(line.CreateLot(t.Context(),
+				factory.LotSpec{Lot: "L1", Range: directory.Range{TAC: tac, Count: 4}, Bits: 2048,
+					Suite: kme.SuiteECDSA, ShardSize: 4, Primes: hsmkeys.PrimesAuto}))
 			if m.Wrapping != c.want {
 				t.Errorf("the manifest says %q", m.Wrapping)
 			}
 			before := faulty.Counts()["C_WrapKey"]
-			must[factory.Progress](t)(line.Provision(t.Context(), "L1", factory.ProvisionOptions{Out: t.TempDir(), Workers: 1}))
+			must[factory.Progress](t)(line.Provision(t.Context(), "L1",
+				factory.ProvisionOptions{Out: t.TempDir(), Workers: 1}))
 			if n := faulty.Counts()["C_WrapKey"] - before; n < 4 {
 				t.Errorf("C_WrapKey was called %d times for 4 devices", n)
 			}

@@ -59,7 +59,8 @@ func TestGivenUp(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	wrapped, enrolment := must[[]byte](t)(factory.WrapLotKey(ctx, lot, kek)), must[[]byte](t)(factory.WrapEnrolled(ctx, kek))
+	wrapped, enrolment := must[[]byte](t)(factory.WrapLotKey(ctx, lot, kek)), must[[]byte](t)(factory.WrapEnrolled(ctx,
+		kek))
 	if err := operator.UnwrapKEK(ctx, kek, transport, enrolment); err != nil {
 		t.Fatal(err)
 	}
@@ -85,7 +86,9 @@ func TestGivenUp(t *testing.T) {
 		{"EncryptRANDs", "C_UnwrapKey", func(t tokens) error {
 			return second(t.o.EncryptRANDs(ctx, sealed, make([]hsmkeys.RAND, 1)))
 		}},
-		{"DecryptRAND", "C_UnwrapKey", func(t tokens) error { return second(t.o.DecryptRAND(ctx, sealed, [16]byte{})) }},
+		{"DecryptRAND", "C_UnwrapKey", func(t tokens) error {
+			return second(t.o.DecryptRAND(ctx, sealed, [16]byte{}))
+		}},
 		{"Has", "C_FindObjects", func(t tokens) error { return second(t.o.Has(ctx, none)) }},
 		{"TransportKeys", "C_GetAttributeValue", func(t tokens) error { return second(t.o.TransportKeys(ctx)) }},
 		{"NewTransportKey", "C_GenerateKeyPair", func(t tokens) error { return second(t.o.NewTransportKey(ctx)) }},
@@ -93,9 +96,15 @@ func TestGivenUp(t *testing.T) {
 		{"UnwrapLotKey", "C_UnwrapKey", func(t tokens) error {
 			return second(t.o.UnwrapLotKey(ctx, lot2, kek, wrapped, pub))
 		}},
-		{"DoctorOperator, mechanisms", "C_GetMechanismInfo", func(t tokens) error { return second(t.o.DoctorOperator(ctx)) }},
-		{"DoctorOperator, policies", "C_GenerateKeyPair", func(t tokens) error { return second(t.o.DoctorOperator(ctx)) }},
-		{"EnsureSigningKey", "C_GenerateKeyPair", func(t tokens) error { return second(t.f.EnsureSigningKey(ctx, none)) }},
+		{"DoctorOperator, mechanisms", "C_GetMechanismInfo", func(t tokens) error {
+			return second(t.o.DoctorOperator(ctx))
+		}},
+		{"DoctorOperator, policies", "C_GenerateKeyPair", func(t tokens) error {
+			return second(t.o.DoctorOperator(ctx))
+		}},
+		{"EnsureSigningKey", "C_GenerateKeyPair", func(t tokens) error {
+			return second(t.f.EnsureSigningKey(ctx, none))
+		}},
 		{"MakeDeviceKey", "C_WrapKey", func(t tokens) error {
 			_, _, err := t.f.MakeDeviceKey(ctx, kme.SuiteECDSA, injection)
 			return err
@@ -149,7 +158,9 @@ func TestGivenUpHandle(t *testing.T) {
 	token := openFactory(t, tok.URI, hsmkeys.Options{HangTimeout: 300 * time.Millisecond})
 	givenUp(t, []healthy{token}, func() error {
 		_, err := token.Has(t.Context(), lot)
-		await(t, "the token's return", func() bool { return second(token.Has(t.Context(), hsmkeys.Key{Role: hsmkeys.RoleSigning})) == nil })
+		await(t, "the token's return", func() bool {
+			return second(token.Has(t.Context(), hsmkeys.Key{Role: hsmkeys.RoleSigning})) == nil
+		})
 		if err := token.RemoveLotKey(t.Context(), lot); err != nil {
 			t.Error(err)
 		}

@@ -24,7 +24,9 @@ func newOperator(t *testing.T) (token *hsmkeys.OperatorToken, tok softhsmtest.To
 	return newOperatorWith(t, hsmkeys.Options{})
 }
 
-func newOperatorWith(t *testing.T, o hsmkeys.Options) (token *hsmkeys.OperatorToken, tok softhsmtest.Tok, opening time.Duration) {
+func newOperatorWith(
+	t *testing.T, o hsmkeys.Options,
+) (token *hsmkeys.OperatorToken, tok softhsmtest.Tok, opening time.Duration) {
 	t.Helper()
 	tok = softhsmtest.Operator(t)
 	made := must[*hsmkeys.OperatorToken](t)(hsmkeys.OpenOperator(t.Context(), faulty.URI(tok.URI), hsmkeys.Options{}))
@@ -132,9 +134,11 @@ func TestOutage(t *testing.T) {
 				t.Fatal("no call was refused while it was away")
 			}
 			most, worst, usual := refused[len(refused)*9/10], refused[len(refused)-1], working[len(working)/2]
-			t.Logf("%d calls were refused: nine of ten within %s, the slowest after %s; one that works takes %s", len(refused), most, worst, usual)
+			t.Logf("%d calls were refused: nine of ten within %s, the slowest after %s; one that works takes %s",
+				len(refused), most, worst, usual)
 			if most > 5*usual || worst > away {
-				t.Errorf("nine of ten refusals take %s and the slowest %s, a call that works %s; the token was away for %s", most, worst, usual, away)
+				t.Errorf("nine of ten refusals take %s and the slowest %s, a call that works %s; the token was away "+
+					"for %s", most, worst, usual, away)
 			}
 			if h := token.Health(); h.Cause != nil || h.Hung != 0 || h.Reinitialised == 0 {
 				t.Errorf("%+v", h)
@@ -217,7 +221,8 @@ func TestRefusedPIN(t *testing.T) {
 	if n := faulty.Counts()["C_Login"] - before; n != 1 {
 		t.Errorf("C_Login was called %d times", n)
 	}
-	if err := token.Ping(t.Context()); !errors.Is(err, hsmkeys.ErrUnavailable) || !strings.Contains(err.Error(), "PIN") {
+	if err := token.Ping(t.Context()); !errors.Is(err, hsmkeys.ErrUnavailable) ||
+		!strings.Contains(err.Error(), "PIN") {
 		t.Errorf("%v", err)
 	}
 	if err := os.WriteFile(tok.PINFile, good, 0o600); err != nil {

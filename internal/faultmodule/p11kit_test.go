@@ -30,7 +30,8 @@ func (r *remote) start(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v: scripts/deps.sh test installs it", err)
 	}
-	cmd := exec.Command(path, "server", "--foreground", "--name", r.socket, "--provider", softhsmtest.ModulePath(), r.token)
+	cmd := exec.Command(path, "server", "--foreground", "--name", r.socket, "--provider", softhsmtest.ModulePath(),
+		r.token)
 	cmd.Env = append(os.Environ(), "XDG_RUNTIME_DIR="+filepath.Dir(r.socket))
 	r.process = testproc.Start(t, cmd, func(*testproc.Process) bool {
 		c, err := net.Dial("unix", r.socket)
@@ -41,8 +42,8 @@ func (r *remote) start(t *testing.T) {
 	})
 }
 
-// A token in another process, whose server is killed and comes back: decryption goes on by itself. (p11-kit passes no AES wrapping, so it
-// cannot seal KMEs: it is for the outage alone.)
+// A token in another process, whose server is killed and comes back: decryption goes on by itself. (p11-kit passes no
+// AES wrapping, so it cannot seal KMEs: it is for the outage alone.)
 func TestRemoteKilled(t *testing.T) {
 	module, err := filepath.Glob("/usr/lib/*/pkcs11/p11-kit-client.so")
 	if err != nil || len(module) != 1 {
@@ -55,7 +56,8 @@ func TestRemoteKilled(t *testing.T) {
 	r.start(t)
 	t.Setenv("P11_KIT_SERVER_ADDRESS", "unix:path="+r.socket)
 	begin := time.Now()
-	token := must[*hsmkeys.FactoryToken](t)(hsmkeys.OpenFactory(t.Context(), "pkcs11:"+label+"?module-path="+url.PathEscape(module[0])+"&pin-source=file:"+tok.PINFile, hsmkeys.Options{}))
+	token := must[*hsmkeys.FactoryToken](t)(hsmkeys.OpenFactory(t.Context(), "pkcs11:"+label+"?module-path="+
+		url.PathEscape(module[0])+"&pin-source=file:"+tok.PINFile, hsmkeys.Options{}))
 	opening := time.Since(begin)
 	defer token.Close()
 	must[bool](t)(token.Dedicate(t.Context(), hsmkeys.Dedication{Side: hsmkeys.Factory}))
@@ -92,9 +94,11 @@ func TestRemoteKilled(t *testing.T) {
 		took := time.Since(start)
 		slices.Sort(refused)
 		most := refused[len(refused)*9/10]
-		t.Logf("round %d: nine of ten were refused within %s, one that works takes %s; back after %s, to open it takes %s", round, most, usual, took, opening)
+		t.Logf("round %d: nine of ten were refused within %s, one that works takes %s; back after %s, to open it "+
+			"takes %s", round, most, usual, took, opening)
 		if most > usual || took > 2*time.Second+10*opening {
-			t.Errorf("nine of ten were refused within %s, one that works takes %s; back after %s, to open it takes %s", most, usual, took, opening)
+			t.Errorf("nine of ten were refused within %s, one that works takes %s; back after %s, to open it takes %s",
+				most, usual, took, opening)
 		}
 	}
 }

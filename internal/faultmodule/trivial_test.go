@@ -37,7 +37,8 @@ func served(t *testing.T) (service *binding.Service, lot *rsa.PublicKey, imei km
 	rowKey := must[kme.Secret](t)(token.Derive(ctx, sqlstore.RowKey))
 	store := must[*sqlstore.Store](t)(sqlstore.Open(ctx, sqlstore.InFolder(t.TempDir()), rowKey))
 	t.Cleanup(func() { store.Close() })
-	maker := must[*directory.Signer](t)(directory.NewSigner(must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))))
+	maker := must[*directory.Signer](t)(
+		directory.NewSigner(must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))))
 	files := must[*filestore.Store](t)(filestore.Open(t.TempDir()))
 
 	kek := make([]byte, 32)
@@ -45,20 +46,24 @@ func served(t *testing.T) (service *binding.Service, lot *rsa.PublicKey, imei km
 	id := hsmkeys.Key{Role: hsmkeys.RoleKEK, Manufacturer: maker.KeyID(), Name: "op"}.HexID()
 	transport := must[*rsa.PublicKey](t)(token.NewTransportKey(ctx))
 	pem := must[[]byte](t)(pemkey.Encode(maker.Public()))
-	must[*binding.Manufacturer](t)(imports.Enroll(ctx, token, store, imports.Enrolment{JWS: must[[]byte](t)(maker.Sign(handover.TypeEnrolment, &handover.Enrolment{
-		Manufacturer: maker.KeyID(), Operator: "op", TransportKey: directory.RSAThumbprint(transport), KEK: id, Algorithm: handover.RSAOAEP,
-		Wrapped: must[[]byte](t)(rsa.EncryptOAEP(sha1.New(), rand.Reader, transport, kek, nil)),
-	})), PEM: pem, Thumbprint: maker.KeyID(), Directory: "file:/"}))
+	must[*binding.Manufacturer](t)(imports.Enroll(ctx, token, store,
+		imports.Enrolment{JWS: must[[]byte](t)(maker.Sign(handover.TypeEnrolment, &handover.Enrolment{
+			Manufacturer: maker.KeyID(), Operator: "op", TransportKey: directory.RSAThumbprint(transport), KEK: id,
+			Algorithm: handover.RSAOAEP,
+			Wrapped:   must[[]byte](t)(rsa.EncryptOAEP(sha1.New(), rand.Reader, transport, kek, nil)),
+		})), PEM: pem, Thumbprint: maker.KeyID(), Directory: "file:/"}))
 
 	key := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048))
 	tac := must[kme.TAC](t)(kme.ParseTAC("35209900"))
 	m := &directory.Manifest{
-		Lot: "L1", Manufacturer: maker.KeyID(), Suite: kme.SuiteECDSA, N: key.N.Bytes(), E: key.E, Mechanism: "software",
-		Ranges: []directory.Range{{TAC: tac, First: 1, Count: 1}}, ShardSize: 1, Created: time.Now().UTC(),
+		Lot: "L1", Manufacturer: maker.KeyID(), Suite: kme.SuiteECDSA, N: key.N.Bytes(), E: key.E,
+		Mechanism: "software", Ranges: []directory.Range{{TAC: tac, First: 1, Count: 1}}, ShardSize: 1,
+		Created: time.Now().UTC(),
 	}
 	imei = must[kme.IMEI](t)(kme.NewIMEI(tac, 1))
 	device := must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
-	shard := must[*directory.Shard](t)(directory.NewShard(m, 0, []directory.DeviceKey{{IMEI: imei, Key: &device.PublicKey}}, make([]byte, sha256.Size)))
+	shard := must[*directory.Shard](t)(directory.NewShard(m, 0,
+		[]directory.DeviceKey{{IMEI: imei, Key: &device.PublicKey}}, make([]byte, sha256.Size)))
 	publish := func(path string, typ directory.Type, payload any) {
 		if err := directory.Publish(ctx, files, path, maker, typ, payload); err != nil {
 			t.Fatal(err)
@@ -69,14 +74,19 @@ func served(t *testing.T) (service *binding.Service, lot *rsa.PublicKey, imei km
 	if err := directory.BeginRevocations(ctx, files, maker, m, time.Now(), time.Hour); err != nil {
 		t.Fatal(err)
 	}
-	wrapped := must[[]byte](t)(must[*subtle.KWP](t)(subtle.NewKWP(kek)).Wrap(must[[]byte](t)(x509.MarshalPKCS8PrivateKey(key))))
-	must[*binding.Lot](t)(imports.ImportLot(ctx, token, store, must[[]byte](t)(maker.Sign(handover.TypeGrant, &handover.Grant{
-		Operator: "op", KEK: id, Lot: "L1", Algorithm: handover.A256KWP, Wrapped: wrapped,
-		Manifest: string(must[[]byte](t)(maker.Sign(directory.TypeManifest, m))),
-	})), nil))
+	wrapped := must[[]byte](t)(must[*subtle.KWP](t)(subtle.NewKWP(kek)).
+		Wrap(must[[]byte](t)(x509.MarshalPKCS8PrivateKey(key))))
+	must[*binding.Lot](t)(imports.ImportLot(ctx, token, store,
+		must[[]byte](t)(maker.Sign(handover.TypeGrant, &handover.Grant{
+			Operator: "op", KEK: id, Lot: "L1", Algorithm: handover.A256KWP, Wrapped: wrapped,
+			Manifest: string(must[[]byte](t)(maker.Sign(directory.TypeManifest, m))),
+		})), nil))
 	reader := directory.NewReader(files, directory.NewVerifier(maker.Public()), directory.ReaderOptions{})
-	lots := must[*binding.Lots](t)(binding.OpenLots(ctx, store, func(*binding.Manufacturer) (*directory.Reader, error) { return reader, nil }))
-	return binding.NewService(binding.Options{Token: token, Store: store, Lots: lots, Times: binding.DefaultTimes(), Log: slog.New(slog.NewTextHandler(io.Discard, nil))}), &key.PublicKey, imei
+	lots := must[*binding.Lots](t)(binding.OpenLots(ctx, store, func(*binding.Manufacturer) (*directory.Reader, error) {
+		return reader, nil
+	}))
+	return binding.NewService(binding.Options{Token: token, Store: store, Lots: lots, Times: binding.DefaultTimes(),
+		Log: slog.New(slog.NewTextHandler(io.Discard, nil))}), &key.PublicKey, imei
 }
 
 // Whether a token decrypts 0, 1 and N-1, which are their own roots, or refuses them, as NIST SP 800-56B Rev. 2 section
@@ -85,10 +95,12 @@ func TestTrivialPayloads(t *testing.T) {
 	service, lot, imei := served(t)
 	here := binding.Origin{Provisioning: binding.Allowed}
 	imsi := must[kme.IMSI](t)(kme.ParseIMSI("001010000000001"))
-	attempt := must[*binding.Prepared](t)(service.PrepareVector(t.Context(), imsi, [][]byte{make([]byte, 16)}, here)).AttemptID
+	attempt := must[*binding.Prepared](t)(service.PrepareVector(t.Context(), imsi, [][]byte{make([]byte, 16)},
+		here)).AttemptID
 	send := func(payload []byte) (kme.Reason, map[string]uint64) {
 		before := faulty.Counts()
-		_, err := service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: imei, AttemptID: attempt, Payload: payload, Origin: here})
+		_, err := service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: imei, AttemptID: attempt,
+			Payload: payload, Origin: here})
 		var r *binding.Refusal
 		if !errors.As(err, &r) {
 			t.Fatalf("%v", err)

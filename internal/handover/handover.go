@@ -81,8 +81,8 @@ func checkAlgorithm(have, want string) error {
 	return nil
 }
 
-// A TransportKey is the public key of an operator's that receives one KEK, in the file that the operator gives to the manufacturer. Nothing in it
-// proves whose it is: that is for the thumbprint, read aloud by one to the other.
+// A TransportKey is the public key of an operator's that receives one KEK, in the file that the operator gives to the
+// manufacturer. Nothing in it proves whose it is: that is for the thumbprint, read aloud by one to the other.
 type TransportKey struct {
 	Type    string          `json:"typ"`   // TypeTransportKey
 	Token   string          `json:"token"` // the serial number of the operator's token
@@ -92,8 +92,9 @@ type TransportKey struct {
 
 // The types of files that nobody signs.
 const (
-	TypeTransportKey     = "kme-transport-key"
-	TypeRestoreKey       = "kme-restore-key" // as a TransportKey; it receives the keys of another token of the operator's
+	TypeTransportKey = "kme-transport-key"
+	// as a TransportKey; it receives the keys of another token of the operator's
+	TypeRestoreKey       = "kme-restore-key"
 	TypeFixtureEnrolment = "kme-fixture-enrolment"
 )
 
@@ -116,7 +117,8 @@ func newReceiver(typ string, pub *rsa.PublicKey, token string) ([]byte, error) {
 
 // ParseTransportKey reads the file, and refuses a key that has not the thumbprint that its owner read out.
 func ParseTransportKey(data []byte, thumbprint string) (*rsa.PublicKey, error) {
-	return parseReceiver(TypeTransportKey, "it is no transport key, as keysvc transport new writes it", data, thumbprint)
+	return parseReceiver(TypeTransportKey, "it is no transport key, as keysvc transport new writes it",
+		data, thumbprint)
 }
 
 // ParseRestoreKey does the same with one of TypeRestoreKey.
@@ -130,7 +132,8 @@ func parseReceiver(typ, otherwise string, data []byte, thumbprint string) (*rsa.
 		return nil, fmt.Errorf("%s: %w", otherwise, err)
 	}
 	pub, ok := k.Key.Key.(*rsa.PublicKey)
-	if k.Type != typ || !ok || k.Key.Use != "enc" || k.Key.Algorithm != RSAOAEP || k.Key.KeyID != directory.RSAThumbprint(pub) {
+	if k.Type != typ || !ok || k.Key.Use != "enc" || k.Key.Algorithm != RSAOAEP ||
+		k.Key.KeyID != directory.RSAThumbprint(pub) {
 		return nil, errors.New(otherwise)
 	}
 	return pub, CheckThumbprint(k.Key.KeyID, thumbprint)
@@ -139,7 +142,8 @@ func parseReceiver(typ, otherwise string, data []byte, thumbprint string) (*rsa.
 // CheckThumbprint refuses a key that is not the one whose thumbprint was read out.
 func CheckThumbprint(have, readOut string) error {
 	if have != readOut {
-		return fmt.Errorf("the key's thumbprint is %s, and the one given is %s: ask its owner to read it out again, and if it differs, do not use this file: it was swapped on its way", have, readOut)
+		return fmt.Errorf("the key's thumbprint is %s, and the one given is %s: ask its owner to read it out again, "+
+			"and if it differs, do not use this file: it was swapped on its way", have, readOut)
 	}
 	return nil
 }
@@ -149,8 +153,8 @@ func marshalFile(v any) ([]byte, error) {
 	return append(b, '\n'), err
 }
 
-// A FixtureEnrolment carries a fixture's injection key to it, under the fixture's RSA key, and the manufacturer's public
-// key, which vouches for the modulus that the fixture injects.
+// A FixtureEnrolment carries a fixture's injection key to it, under the fixture's RSA key, and the manufacturer's
+// public key, which vouches for the modulus that the fixture injects.
 type FixtureEnrolment struct {
 	Type         string           `json:"typ"` // TypeFixtureEnrolment
 	Fixture      string           `json:"fixture"`

@@ -48,7 +48,8 @@ func TestInjection(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	want := fmt.Sprintf(`{"imei":"35209900000001","lot":"L1","shard":0,"public_key":{"kty":"EC","kid":"35209900000001","crv":"P-256","x":"%s","y":"%s"},"device_key":{"alg":"A256KWP","kid":"a1b2","wrapped":"AQID"}}`,
+	want := fmt.Sprintf(
+		`{"imei":"35209900000001","lot":"L1","shard":0,"public_key":{"kty":"EC","kid":"35209900000001","crv":"P-256","x":"%s","y":"%s"},"device_key":{"alg":"A256KWP","kid":"a1b2","wrapped":"AQID"}}`,
 		base64.RawURLEncoding.EncodeToString(point[1:33]), base64.RawURLEncoding.EncodeToString(point[33:]))
 	if file.String() != want+"\n"+want+"\n" {
 		t.Errorf("%s\nwant\n%s", file.String(), want)
@@ -64,17 +65,18 @@ func TestInjection(t *testing.T) {
 		t.Errorf("%d lines", n)
 	}
 	for name, bad := range map[string]string{
-		"truncated":             want[:len(want)-5],
-		"empty line":            "",
-		"another IMEI":          strings.Replace(want, `"imei":"35209900000001"`, `"imei":"35209900000002"`, 1),
-		"no IMEI":               strings.Replace(want, `"imei":"35209900000001",`, ``, 1),
-		"an unknown field":      strings.Replace(want, `"shard"`, `"x":1,"shard"`, 1),
-		"a bad lot":             strings.Replace(want, `"L1"`, `"../x"`, 1),
-		"another algorithm":     strings.Replace(want, `A256KWP`, `A256KW`, 1),
-		"padded base64":         strings.Replace(want, `AQID`, `AQIDBA==`, 1),
-		"a point off the curve": strings.Replace(want, base64.RawURLEncoding.EncodeToString(point[33:]), base64.RawURLEncoding.EncodeToString(point[1:33]), 1),
-		"no wrapped key":        strings.Replace(want, `AQID`, ``, 1),
-		"too long":              want + strings.Repeat(" ", maxLine),
+		"truncated":         want[:len(want)-5],
+		"empty line":        "",
+		"another IMEI":      strings.Replace(want, `"imei":"35209900000001"`, `"imei":"35209900000002"`, 1),
+		"no IMEI":           strings.Replace(want, `"imei":"35209900000001",`, ``, 1),
+		"an unknown field":  strings.Replace(want, `"shard"`, `"x":1,"shard"`, 1),
+		"a bad lot":         strings.Replace(want, `"L1"`, `"../x"`, 1),
+		"another algorithm": strings.Replace(want, `A256KWP`, `A256KW`, 1),
+		"padded base64":     strings.Replace(want, `AQID`, `AQIDBA==`, 1),
+		"a point off the curve": strings.Replace(want, base64.RawURLEncoding.EncodeToString(point[33:]),
+			base64.RawURLEncoding.EncodeToString(point[1:33]), 1),
+		"no wrapped key": strings.Replace(want, `AQID`, ``, 1),
+		"too long":       want + strings.Repeat(" ", maxLine),
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := 0
@@ -101,14 +103,17 @@ func TestPartiesFiles(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if v, err := back.Verifier(); err != nil || v.KeyID() != directory.NewVerifier(&key.PublicKey).KeyID() || back.KeyID != "a1" {
+	if v, err := back.Verifier(); err != nil || v.KeyID() != directory.NewVerifier(&key.PublicKey).KeyID() ||
+		back.KeyID != "a1" {
 		t.Error(back, err)
 	}
 	for name, bad := range map[string]string{
 		"truncated": string(data[:len(data)/2]), "empty": "", "no kid": strings.Replace(string(data), `"a1"`, `""`, 1),
-		"another algorithm": strings.Replace(string(data), `"RSA-OAEP"`, `"RSA1_5"`, 1), "no key": strings.Replace(string(data), `"AQ"`, `""`, 1),
-		"an unknown field": strings.Replace(string(data), `{`, `{"x":1,`, 1), "another type": strings.Replace(string(data), TypeFixtureEnrolment, TypeTransportKey, 1),
-		"a bad name": strings.Replace(string(data), `"f1"`, `"../f1"`, 1),
+		"another algorithm": strings.Replace(string(data), `"RSA-OAEP"`, `"RSA1_5"`, 1),
+		"no key":            strings.Replace(string(data), `"AQ"`, `""`, 1),
+		"an unknown field":  strings.Replace(string(data), `{`, `{"x":1,`, 1),
+		"another type":      strings.Replace(string(data), TypeFixtureEnrolment, TypeTransportKey, 1),
+		"a bad name":        strings.Replace(string(data), `"f1"`, `"../f1"`, 1),
 	} {
 		if _, err := ParseFixtureEnrolment([]byte(bad)); err == nil {
 			t.Errorf("%s: accepted", name)
@@ -121,29 +126,38 @@ func TestPartiesFiles(t *testing.T) {
 	}
 	fixture := must[[]byte](t)(pemkey.Encode(transport))
 	for name, bad := range map[string]string{
-		"truncated": string(file[:len(file)/2]), "empty": "", "a bare public key": string(fixture), "a fixture's enrolment": string(data),
-		"another type":     strings.Replace(string(file), TypeTransportKey, TypeFixtureEnrolment, 1),
+		"truncated": string(file[:len(file)/2]), "empty": "", "a bare public key": string(fixture),
+		"a fixture's enrolment": string(data), "another type": strings.Replace(string(file), TypeTransportKey,
+			TypeFixtureEnrolment, 1),
 		"an unknown field": strings.Replace(string(file), `{`, `{"x":1,`, 1),
-		"another kid":      strings.Replace(string(file), directory.RSAThumbprint(transport), directory.NewVerifier(&key.PublicKey).KeyID(), 1),
-		"for signatures":   strings.Replace(string(file), `"enc"`, `"sig"`, 1),
-		"for RSA1_5":       strings.Replace(string(file), `"RSA-OAEP"`, `"RSA1_5"`, 1),
+		"another kid": strings.Replace(string(file), directory.RSAThumbprint(transport),
+			directory.NewVerifier(&key.PublicKey).KeyID(), 1),
+		"for signatures": strings.Replace(string(file), `"enc"`, `"sig"`, 1),
+		"for RSA1_5":     strings.Replace(string(file), `"RSA-OAEP"`, `"RSA1_5"`, 1),
 	} {
 		if _, err := ParseTransportKey([]byte(bad), directory.RSAThumbprint(transport)); err == nil {
 			t.Errorf("a transport key, %s: accepted", name)
 		}
 	}
-	for _, readOut := range []string{"", directory.NewVerifier(&key.PublicKey).KeyID(), directory.RSAThumbprint(transport) + "A"} {
-		if _, err := ParseTransportKey(file, readOut); err == nil || !strings.Contains(err.Error(), "read it out again") {
+	for _, readOut := range []string{"", directory.NewVerifier(&key.PublicKey).KeyID(),
+		directory.RSAThumbprint(transport) + "A"} {
+		if _, err := ParseTransportKey(file, readOut); err == nil ||
+			!strings.Contains(err.Error(), "read it out again") {
 			t.Errorf("thumbprint %q: %v", readOut, err)
 		}
 	}
-	good := Enrolment{Manufacturer: "m", Operator: "op", TransportKey: "t", KEK: "k", Algorithm: RSAOAEP, Wrapped: []byte{1}}
+	good := Enrolment{Manufacturer: "m", Operator: "op", TransportKey: "t", KEK: "k", Algorithm: RSAOAEP,
+		Wrapped: []byte{1}}
 	if err := good.Validate(); err != nil {
 		t.Error(err)
 	}
 	for _, change := range []func(*Enrolment){
-		func(e *Enrolment) { e.Manufacturer = "" }, func(e *Enrolment) { e.Operator = "../x" }, func(e *Enrolment) { e.TransportKey = "" },
-		func(e *Enrolment) { e.KEK = "" }, func(e *Enrolment) { e.Algorithm = "" }, func(e *Enrolment) { e.Wrapped = nil },
+		func(e *Enrolment) { e.Manufacturer = "" }, func(e *Enrolment) { e.Operator = "../x" }, func(e *Enrolment) {
+			e.TransportKey = ""
+		},
+		func(e *Enrolment) { e.KEK = "" }, func(e *Enrolment) { e.Algorithm = "" }, func(e *Enrolment) {
+			e.Wrapped = nil
+		},
 	} {
 		bad := good
 		if change(&bad); bad.Validate() == nil {
@@ -156,7 +170,9 @@ func TestPartiesFiles(t *testing.T) {
 	}
 	for _, change := range []func(*Grant){
 		func(g *Grant) { g.Operator = "" }, func(g *Grant) { g.KEK = "" }, func(g *Grant) { g.Lot = "a/b" },
-		func(g *Grant) { g.Algorithm = "A256KW" }, func(g *Grant) { g.Wrapped = nil }, func(g *Grant) { g.Manifest = "" },
+		func(g *Grant) { g.Algorithm = "A256KW" }, func(g *Grant) { g.Wrapped = nil }, func(g *Grant) {
+			g.Manifest = ""
+		},
 	} {
 		bad := grant
 		if change(&bad); bad.Validate() == nil {

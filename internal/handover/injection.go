@@ -34,7 +34,9 @@ type WrappedKey struct {
 }
 
 // NewInjectionLine makes a device's line.
-func NewInjectionLine(imei kme.IMEI, lot string, shard int, pub crypto.PublicKey, keyID string, wrapped []byte) InjectionLine {
+func NewInjectionLine(
+	imei kme.IMEI, lot string, shard int, pub crypto.PublicKey, keyID string, wrapped []byte,
+) InjectionLine {
 	return InjectionLine{
 		IMEI: imei, Lot: lot, Shard: shard, PublicKey: directory.DeviceKey{IMEI: imei, Key: pub},
 		DeviceKey: WrappedKey{Algorithm: A256KWP, KeyID: keyID, Wrapped: wrapped},
@@ -85,7 +87,8 @@ func parseInjection(data []byte) (line InjectionLine, err error) {
 	switch {
 	case line.IMEI == (kme.IMEI{}) || line.PublicKey.Key == nil || line.PublicKey.IMEI != line.IMEI:
 		err = errors.New("its public key is not that of its IMEI")
-	case directory.CheckName(line.Lot) != nil || line.Shard < 0 || line.DeviceKey.KeyID == "" || len(line.DeviceKey.Wrapped) == 0:
+	case directory.CheckName(line.Lot) != nil || line.Shard < 0 || line.DeviceKey.KeyID == "" ||
+		len(line.DeviceKey.Wrapped) == 0:
 		err = errors.New("a part of it is missing")
 	default:
 		err = checkAlgorithm(line.DeviceKey.Algorithm, A256KWP)
@@ -115,8 +118,9 @@ func MarshalPackage(lines ...InjectionLine) (file, hash []byte, err error) {
 	return b.Bytes(), sum[:], nil
 }
 
-// ReadPackage reads a shard's injection package, which must be that of this lot and shard, and gives its lines and what
-// is published of it. The SHA-256 in there is that of the file as it was read: the caller compares it with the known one.
+// ReadPackage reads a shard's injection package, which must be that of this lot and shard, and gives its
+// lines and what is published of it. The SHA-256 in there is that of the file as it was read: the caller
+// compares it with the known one.
 func ReadPackage(m *directory.Manifest, n int, path string) ([]InjectionLine, *directory.Shard, error) {
 	lines, hash, err := readPackage(path, func(at int, line InjectionLine) error {
 		if line.Lot != m.Lot || line.Shard != n {
@@ -161,7 +165,9 @@ func ReadReissue(path, lot string, imei kme.IMEI) (line InjectionLine, hash []by
 }
 
 // readPackage gives a package's lines, all of which check has passed, and the SHA-256 of the file.
-func readPackage(path string, check func(at int, line InjectionLine) error) (all []InjectionLine, hash []byte, err error) {
+func readPackage(
+	path string, check func(at int, line InjectionLine) error,
+) (all []InjectionLine, hash []byte, err error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, nil, err

@@ -131,7 +131,9 @@ var settings = []setting{
 		rule: "a whole number, or 0 for 32 of each session", ok: func(c *Config) bool { return c.Calls >= 0 }},
 	{name: "imei_rate", def: "10",
 		help: "payloads a second of one IMSI, accepted ones of one IMEI; more are refused",
-		rule: "a number above zero", ok: func(c *Config) bool { return c.IMEIRate > 0 && c.IMEIRate <= math.MaxFloat64 }},
+		rule: "a number above zero", ok: func(c *Config) bool {
+			return c.IMEIRate > 0 && c.IMEIRate <= math.MaxFloat64
+		}},
 	{name: "imei_burst", def: "1000", help: "of these at once",
 		rule: "a whole number above zero", ok: func(c *Config) bool { return c.IMEIBurst > 0 }},
 	{name: "verify", def: "token", help: "or software, where the doctor says that the token cannot validate KME_SIG",
@@ -139,7 +141,9 @@ var settings = []setting{
 	{name: "hsm_timeout", def: "5s", help: "after which a call that hangs in the token's module is given up",
 		rule: "a time above zero, such as 5s", ok: func(c *Config) bool { return c.HSMTimeout > 0 }},
 	{name: "cache_mb", def: "64", help: "memory for cached public keys",
-		rule: "a whole number from 1 to 1048576", ok: func(c *Config) bool { return c.CacheMB > 0 && c.CacheMB <= 1<<20 }},
+		rule: "a whole number from 1 to 1048576", ok: func(c *Config) bool {
+			return c.CacheMB > 0 && c.CacheMB <= 1<<20
+		}},
 	{name: "vault", example: "{role_id: ID, secret_id_file: FILE, secret_id_wrapped: false}",
 		help: "for directories in Vault, or {cert_role: ROLE}"},
 	{name: "otlp", example: "http://127.0.0.1:4318", secret: true,
@@ -151,28 +155,31 @@ var settings = []setting{
 		}},
 	{name: "log_identities", def: "plain",
 		help: "or hashed: IMSI and IMEI as HMACs under log.key in the state folder, the same for the same",
-		rule: "plain or hashed", ok: func(c *Config) bool { return c.LogIdentities == "plain" || c.LogIdentities == "hashed" }},
+		rule: "plain or hashed", ok: func(c *Config) bool {
+			return c.LogIdentities == "plain" || c.LogIdentities == "hashed"
+		}},
 	{name: "log_level", def: "info", help: "debug, info, warn or error", rule: "debug, info, warn or error"},
 }
 
 // Help documents the settings, as a commented configuration.
 func Help() string {
 	const column, width = 39, 119
-	text := "The configuration (a relative path in it is relative to its folder):\n"
+	var text strings.Builder
+	text.WriteString("The configuration (a relative path in it is relative to its folder):\n")
 	for _, s := range settings {
 		line := fmt.Sprintf("    %-*s", column-7, s.name+": "+cmp.Or(s.example, s.def))
 		for i, word := range strings.Fields(s.help) {
 			if i == 0 {
 				line += "   #"
 			} else if len(line)+1+len(word) > width {
-				text += "\n" + line
+				text.WriteString("\n" + line)
 				line = fmt.Sprintf("%*s#", column, "")
 			}
 			line += " " + word
 		}
-		text += "\n" + line
+		text.WriteString("\n" + line)
 	}
-	return text
+	return text.String()
 }
 
 // readConfig gives the configuration that a file has.
@@ -242,10 +249,12 @@ func (c *Config) check() error {
 	case c.Listen == "" && c.Socket == "":
 		return errors.New("neither listen nor socket says where to serve")
 	case c.Listen != "" && (c.TLS.Certificate == "" || c.TLS.Key == "" || c.TLS.ClientCA == ""):
-		return errors.New("listen needs tls with certificate, key and client_ca: it is never offered without mutual TLS")
+		return errors.New("listen needs tls with certificate, key and client_ca: it is never offered without " +
+			"mutual TLS")
 	case c.Listen != "" && len(c.Clients) == 0:
-		return errors.New(`listen needs clients, who may call: clients: [{name: hss-1, san: hss-1.example, roles: [hss], ` +
-			`plmns: ["00101"]}], where san is a DNS name or URI of its certificate`)
+		return errors.New(
+			`listen needs clients, who may call: clients: [{name: hss-1, san: hss-1.example, roles: [hss], ` +
+				`plmns: ["00101"]}], where san is a DNS name or URI of its certificate`)
 	}
 	if err := c.login().Validate(); err != nil {
 		return fmt.Errorf("vault: %w", err)

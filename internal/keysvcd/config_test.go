@@ -38,26 +38,36 @@ func TestConfigRefused(t *testing.T) {
 		{"token missing", aSocket, `token: no token`},
 		{"token as a list", aSocket + "token: [a]\n", `token is a text, not what is there`},
 		{"tokens", aSocket + "tokens: [x]\n", `token: the token's URI is not one of RFC 7512`},
-		{"tokens as a text", aSocket + "tokens: pkcs11:token=x?pin-value=hunter2\n", `line 2: tokens is a list of texts, not what is there`},
+		{"tokens as a text", aSocket + "tokens: pkcs11:token=x?pin-value=hunter2\n",
+			`line 2: tokens is a list of texts, not what is there`},
 		{"state", good + "state: {}\n", `state is a text, not "a list or a mapping"`},
 		{"directory", good + "directory: /srv\n", `directory is file:DIR or vault:MOUNT, not "/srv"`},
 		{"listen", aToken + tlsOf + "listen: localhost\n", `listen is HOST:PORT, not "localhost"`},
 		{"tls missing", aToken + "listen: localhost:1\n", `listen needs tls with certificate, key and client_ca`},
-		{"tls without key", aToken + "listen: localhost:1\ntls: {certificate: a, client_ca: c}\n", `listen needs tls with certificate, key and client_ca`},
-		{"listen without clients", aToken + tlsOf + "listen: localhost:1\n", `listen needs clients, who may call: clients: [{name: hss-1, san: hss-1.example, roles: [hss], plmns: ["00101"]}]`},
+		{"tls without key", aToken + "listen: localhost:1\ntls: {certificate: a, client_ca: c}\n",
+			`listen needs tls with certificate, key and client_ca`},
+		{"listen without clients", aToken + tlsOf + "listen: localhost:1\n",
+			`listen needs clients, who may call: clients: [{name: hss-1, san: hss-1.example, roles: [hss], plmns: ["00101"]}]`},
 		{"listen and socket without clients", good + tlsOf + "listen: localhost:1\n", `listen needs clients`},
-		{"listen with an empty list of clients", aToken + tlsOf + "listen: localhost:1\nclients: []\n", `listen needs clients`},
+		{"listen with an empty list of clients", aToken + tlsOf + "listen: localhost:1\nclients: []\n",
+			`listen needs clients`},
 		{"tls of nothing known", aToken + "listen: localhost:1\ntls: {cert: a}\n", `there is no setting tls.cert`},
 		{"tls as a text", aToken + "listen: localhost:1\ntls: a\n", `tls has settings in it`},
 		{"tls.key", aToken + "listen: localhost:1\ntls: {key: [a]}\n", `tls.key is a text, not "a list or a mapping"`},
-		{"socket", aToken + "socket: /" + strings.Repeat("s", 107) + "\n", `socket is a path of 107 bytes at most, not "/sss`},
+		{"socket", aToken + "socket: /" + strings.Repeat("s", 107) + "\n",
+			`socket is a path of 107 bytes at most, not "/sss`},
 		{"neither", aToken, `neither listen nor socket says where to serve`},
-		{"store", good + "store: mysql://u:hunter2@h/d\n", `store is sqlite:PATH or postgres://USER@HOST/DATABASE, not what is there`},
+		{"store", good + "store: mysql://u:hunter2@h/d\n",
+			`store is sqlite:PATH or postgres://USER@HOST/DATABASE, not what is there`},
 		{"attempt_ttl", good + "attempt_ttl: 0s\n", `attempt_ttl is a time above zero, such as 5m, not "0s"`},
-		{"attempt_ttl without unit", good + "attempt_ttl: 5\n", `attempt_ttl is a time above zero, such as 5m, not "5"`},
-		{"revocation_ttl", good + "revocation_ttl: -1m\n", `revocation_ttl is a time above zero, such as 1m, not "-1m0s"`},
-		{"max_revocation_age", good + "max_revocation_age: -1h\n", `max_revocation_age is 0s, or a time of more than twice revocation_ttl, such as 72h, not "-1h0m0s"`},
-		{"max_revocation_age between two reads", good + "max_revocation_age: 90s\n", `max_revocation_age is 0s, or a time of more than twice`},
+		{"attempt_ttl without unit", good + "attempt_ttl: 5\n",
+			`attempt_ttl is a time above zero, such as 5m, not "5"`},
+		{"revocation_ttl", good + "revocation_ttl: -1m\n",
+			`revocation_ttl is a time above zero, such as 1m, not "-1m0s"`},
+		{"max_revocation_age", good + "max_revocation_age: -1h\n",
+			`max_revocation_age is 0s, or a time of more than twice revocation_ttl, such as 72h, not "-1h0m0s"`},
+		{"max_revocation_age between two reads", good + "max_revocation_age: 90s\n",
+			`max_revocation_age is 0s, or a time of more than twice`},
 		{"hsm_timeout", good + "hsm_timeout: soon\n", `hsm_timeout is a time above zero, such as 5s, not "soon"`},
 		{"hsm_timeout of none", good + "hsm_timeout: 0s\n", `hsm_timeout is a time above zero, such as 5s, not "0s"`},
 		{"calls", good + "calls: -1\n", `calls is a whole number, or 0 for 32 of each session, not "-1"`},
@@ -69,23 +79,32 @@ func TestConfigRefused(t *testing.T) {
 		{"imei_burst of a half", good + "imei_burst: 1.5\n", `imei_burst is a whole number above zero, not "1.5"`},
 		{"verify", good + "verify: never\n", `verify is token or software, not "never"`},
 		{"cache_mb", good + "cache_mb: 0\n", `cache_mb is a whole number from 1 to 1048576, not "0"`},
-		{"cache_mb above all memory", good + "cache_mb: 8796093022208\n", `cache_mb is a whole number from 1 to 1048576, not "8796093022208"`},
+		{"cache_mb above all memory", good + "cache_mb: 8796093022208\n",
+			`cache_mb is a whole number from 1 to 1048576, not "8796093022208"`},
 		{"log_level", good + "log_level: loud\n", `log_level is debug, info, warn or error, not "loud"`},
 		{"log_identities", good + "log_identities: none\n", `log_identities is plain or hashed, not "none"`},
 		{"otlp", good + "otlp: localhost:4318\n", `otlp is http://HOST:PORT or https://HOST:PORT, not what is there`},
 		{"otlp with a password", good + "otlp: ftp://u:hunter2@h\n", `otlp is http://HOST:PORT`},
 		{"vault", good + "vault: {role_id: x}\n", `vault: AppRole needs a role id and a file with the secret id`},
-		{"vault twice", good + "vault: {role_id: x, secret_id_file: f, cert_role: y}\n", `vault: log in to Vault by AppRole or by certificate, not both`},
-		{"vault.secret_id_wrapped", good + "vault: {secret_id_wrapped: maybe}\n", `vault.secret_id_wrapped is true or false, not "maybe"`},
+		{"vault twice", good + "vault: {role_id: x, secret_id_file: f, cert_role: y}\n",
+			`vault: log in to Vault by AppRole or by certificate, not both`},
+		{"vault.secret_id_wrapped", good + "vault: {secret_id_wrapped: maybe}\n",
+			`vault.secret_id_wrapped is true or false, not "maybe"`},
 		{"clients as a text", good + "clients: all\n", `clients is a list of texts, not "all"`},
 		{"clients of texts", good + "clients: [x]\n", `clients[0] has settings in it`},
-		{"a client's rate", good + client + "rate: -1}]\n", `clients: client "x": rate is a number of calls a second, or 0 for no limit, not -1`},
+		{"a client's rate", good + client + "rate: -1}]\n",
+			`clients: client "x": rate is a number of calls a second, or 0 for no limit, not -1`},
 		{"a client's rate as a text", good + client + "rate: fast}]\n", `clients[0].rate is a number, not "fast"`},
-		{"a client's provision_from as a text", good + client + "provision_from: home}]\n", `keysvc.yaml: line 3: clients[0].provision_from is a list of texts, not "home"`},
-		{"a client's uid", good + "clients: [{name: x, uid: -1, roles: [hss], plmns: [all]}]\n", `clients: client "x": uid is a number from 0 on, not -1`},
-		{"a client's uid as a text", good + "clients: [{name: x, uid: root}]\n", `clients[0].uid is a whole number, not "root"`},
-		{"a client's roles", good + "clients: [{name: x, san: y, roles: [root], plmns: [all]}]\n", `clients: client "x": there is no role "root": hss, admin, monitor, metrics, kme-export`},
-		{"a client's plmns", good + "clients: [{name: x, san: y, roles: [hss], plmns: [001]}]\n", `clients: client "x": "001" is no PLMN: MCC and MNC, 5 or 6 digits, or all`},
+		{"a client's provision_from as a text", good + client + "provision_from: home}]\n",
+			`keysvc.yaml: line 3: clients[0].provision_from is a list of texts, not "home"`},
+		{"a client's uid", good + "clients: [{name: x, uid: -1, roles: [hss], plmns: [all]}]\n",
+			`clients: client "x": uid is a number from 0 on, not -1`},
+		{"a client's uid as a text", good + "clients: [{name: x, uid: root}]\n",
+			`clients[0].uid is a whole number, not "root"`},
+		{"a client's roles", good + "clients: [{name: x, san: y, roles: [root], plmns: [all]}]\n",
+			`clients: client "x": there is no role "root": hss, admin, monitor, metrics, kme-export`},
+		{"a client's plmns", good + "clients: [{name: x, san: y, roles: [hss], plmns: [001]}]\n",
+			`clients: client "x": "001" is no PLMN: MCC and MNC, 5 or 6 digits, or all`},
 		{"a client's setting", good + client + "limit: 1}]\n", `there is no setting clients[0].limit`},
 		{"unknown", good + "listne: x\n", `line 3: there is no setting listne`},
 		{"empty", good + "'': x\n", `line 3: there is no setting `},
@@ -99,7 +118,8 @@ func TestConfigRefused(t *testing.T) {
 			if err == nil {
 				t.Fatalf("accepted: %+v", got)
 			}
-			if !strings.Contains(err.Error(), c.want) || strings.Contains(err.Error(), "hunter2") || strings.Count(err.Error(), "line ") > 1 {
+			if !strings.Contains(err.Error(), c.want) || strings.Contains(err.Error(), "hunter2") ||
+				strings.Count(err.Error(), "line ") > 1 {
 				t.Errorf("%v\ndoes not say %s", err, c.want)
 			}
 		})
@@ -137,7 +157,9 @@ log_level: warn
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(c.Tokens) != 2 || c.Tokens[1] != c.Tokens[0] || c.AttemptTTL != time.Minute || c.PendingTTL != 3*time.Minute || c.PendingVectors != 8 || c.MaxRevocationAge != 72*time.Hour || c.LogLevel != slog.LevelWarn ||
+	if len(c.Tokens) != 2 || c.Tokens[1] != c.Tokens[0] || c.AttemptTTL != time.Minute ||
+		c.PendingTTL != 3*time.Minute || c.PendingVectors != 8 || c.MaxRevocationAge != 72*time.Hour ||
+		c.LogLevel != slog.LevelWarn ||
 		c.Clients[0].PLMNs[0] != "00101" || *c.Clients[1].UID != 0 || !c.Vault.SecretIDWrapped {
 		t.Errorf("%+v", c)
 	}
@@ -153,7 +175,8 @@ log_level: warn
 	}
 	times, want := c.times(), binding.DefaultTimes()
 	times.Now, want.Now = nil, nil // functions are not compared
-	if !reflect.DeepEqual(times, want) || c.CacheMB != 64 || c.Verify != "token" || c.LogLevel != slog.LevelInfo || filepath.Base(c.State) != "keysvc" {
+	if !reflect.DeepEqual(times, want) || c.CacheMB != 64 || c.Verify != "token" || c.LogLevel != slog.LevelInfo ||
+		filepath.Base(c.State) != "keysvc" {
 		t.Errorf("the defaults: %+v", c)
 	}
 	for _, s := range settings {

@@ -14,8 +14,8 @@ import (
 
 // kinds says what a setting of a type may be.
 var kinds = map[reflect.Kind]string{
-	reflect.String: "a text", reflect.Bool: "true or false", reflect.Float64: "a number", reflect.Slice: "a list of texts",
-	reflect.Pointer: "a whole number", // a uid
+	reflect.String: "a text", reflect.Bool: "true or false", reflect.Float64: "a number",
+	reflect.Slice: "a list of texts", reflect.Pointer: "a whole number", // a uid
 }
 
 // notAllowed is the error of a value: kind is what one of its type may be.

@@ -38,7 +38,9 @@ func NewTransportKey(ctx context.Context, token *hsmkeys.OperatorToken, path str
 
 // NewRestoreKey makes the key that receives those of a backup, in a token that is to be the operator's, and writes its
 // public half to a file for CreateBackup. It gives the thumbprint to read out.
-func NewRestoreKey(ctx context.Context, token *hsmkeys.OperatorToken, acceptWeak bool, path string) (thumbprint string, err error) {
+func NewRestoreKey(
+	ctx context.Context, token *hsmkeys.OperatorToken, acceptWeak bool, path string,
+) (thumbprint string, err error) {
 	if _, _, err := tokenkeys.Dedicate(ctx, token, acceptWeak); err != nil {
 		return "", err
 	}

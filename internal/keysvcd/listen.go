@@ -47,8 +47,8 @@ func listen(cfg *Config, served *live) (listeners []net.Listener, err error) {
 	return listeners, nil
 }
 
-// listenUnix offers a socket to its own user only, or to others, who are told apart by their uid. A socket that a killed service left is replaced; one that
-// somebody serves is not.
+// listenUnix offers a socket to its own user only, or to others, who are told apart by their uid. A socket that a
+// killed service left is replaced; one that somebody serves is not.
 func listenUnix(path string, others bool) (net.Listener, error) {
 	if c, err := net.Dial("unix", path); err == nil {
 		c.Close()

@@ -53,7 +53,8 @@ func (l *live) apply(ctx context.Context, cfg *Config) error {
 	}
 	if l.started.Listen != "" {
 		// A client without a certificate is not served.
-		next.tls, err = cmdline.ServerTLS(cfg.TLS.Certificate, cfg.TLS.Key, cfg.TLS.ClientCA, tls.RequireAndVerifyClientCert)
+		next.tls, err = cmdline.ServerTLS(cfg.TLS.Certificate, cfg.TLS.Key, cfg.TLS.ClientCA,
+			tls.RequireAndVerifyClientCert)
 		if err != nil {
 			return err
 		}
@@ -100,7 +101,8 @@ func (c *Config) fixed(other *Config) (names []string) {
 	reloaded := []string{"clients", "tls", "token"} // the last is in tokens, if it counts
 	for _, f := range reflect.VisibleFields(reflect.TypeFor[Config]()) {
 		name := f.Tag.Get("yaml")
-		mine, theirs := reflect.ValueOf(c).Elem().FieldByIndex(f.Index), reflect.ValueOf(other).Elem().FieldByIndex(f.Index)
+		mine, theirs := reflect.ValueOf(c).Elem().FieldByIndex(f.Index), reflect.ValueOf(other).Elem().
+			FieldByIndex(f.Index)
 		if !slices.Contains(reloaded, name) && !reflect.DeepEqual(mine.Interface(), theirs.Interface()) {
 			names = append(names, name)
 		}
@@ -120,7 +122,9 @@ func knownClients(cfg *Config) (*api.Clients, error) {
 
 // OpenLots gives the lots of a store for a command: their directories are read anew, and nothing is remembered of them.
 // fallback is the directory of manufacturers that were enrolled without one.
-func OpenLots(ctx context.Context, store binding.Registry, fallback string, login vaultstore.Login, log *slog.Logger) (*binding.Lots, error) {
+func OpenLots(
+	ctx context.Context, store binding.Registry, fallback string, login vaultstore.Login, log *slog.Logger,
+) (*binding.Lots, error) {
 	none := func(string) directory.ReaderOptions { return directory.ReaderOptions{} }
 	return binding.OpenLots(ctx, store, opener(ctx, fallback, login, none, log))
 }

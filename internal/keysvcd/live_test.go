@@ -64,7 +64,8 @@ func newSite(t *testing.T, store binding.Store) *site {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.manufacturer = &binding.Manufacturer{KeyID: directory.NewVerifier(&key.PublicKey).KeyID(), PEM: string(public), Directory: "file:" + s.dir}
+	s.manufacturer = &binding.Manufacturer{KeyID: directory.NewVerifier(&key.PublicKey).KeyID(), PEM: string(public),
+		Directory: "file:" + s.dir}
 	s.write(t, siteBase+siteClients)
 	cfg, err := readConfig(s.config())
 	if err != nil {
@@ -73,7 +74,9 @@ func newSite(t *testing.T, store binding.Store) *site {
 	log := slog.New(slog.NewJSONHandler(s.log, nil))
 	s.live = &live{
 		started: cfg, registry: s, log: log,
-		open:  opener(t.Context(), "", cfg.login(), func(string) directory.ReaderOptions { return directory.ReaderOptions{} }, log),
+		open: opener(t.Context(), "", cfg.login(), func(string) directory.ReaderOptions {
+			return directory.ReaderOptions{}
+		}, log),
 		ready: func(context.Context, *binding.Service) ([]string, error) { return nil, nil },
 		options: api.Options{Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(),
 			Service: binding.NewService(binding.Options{Store: store, Times: cfg.times(), Log: log})},
@@ -131,7 +134,8 @@ func TestReloadFails(t *testing.T) {
 			"no certificate"},
 		{"no CA", ofCA(""), nil, "holds no certificate"},
 		{"two CAs, of which one was cut short", ofCA(ca + ca[:len(ca)/2]), nil, "2 begin, and 1 can be read"},
-		{"two CAs, of which one is damaged", ofCA(ca + strings.Replace(ca, "M", "*", 1)), nil, "2 begin, and 1 can be read"},
+		{"two CAs, of which one is damaged", ofCA(ca + strings.Replace(ca, "M", "*", 1)), nil,
+			"2 begin, and 1 can be read"},
 		{"two CAs, of which one is another object", ofCA(ca + notOne), nil, "after 1 that are"},
 		{"a manufacturer's key that is none", siteBase + newClients, func() func() {
 			s.manufacturer.PEM = "none"

@@ -17,7 +17,8 @@ import (
 	"github.com/kmehsm/kmehsm/internal/durable"
 )
 
-// newLog is JSON lines, a decision each. Hashed, IMSIs and IMEIs are keyed: there are too few of them for a hash that anybody can compute.
+// newLog is JSON lines, a decision each. Hashed, IMSIs and IMEIs are keyed: there are too few of them for a
+// hash that anybody can compute.
 func newLog(w io.Writer, cfg *Config) (*slog.Logger, error) {
 	o := &slog.HandlerOptions{Level: cfg.LogLevel}
 	if cfg.LogIdentities == "hashed" {

@@ -23,9 +23,12 @@ import (
 )
 
 // weaknesses are what was accepted of the tokens at their keysvc init. They are said in the log, and counted, too.
-func weaknesses(ctx context.Context, tokens []*hsmkeys.OperatorToken, registry prometheus.Registerer, log *slog.Logger) (all []string, err error) {
+func weaknesses(
+	ctx context.Context, tokens []*hsmkeys.OperatorToken, registry prometheus.Registerer, log *slog.Logger,
+) (all []string, err error) {
 	count := prometheus.NewGaugeVec(prometheus.GaugeOpts{
-		Name: "kme_hsm_weaknesses", Help: "What the token does not do that the secrecy of keys rests on, accepted when it was initialised.",
+		Name: "kme_hsm_weaknesses", Help: "What the token does not do that the secrecy of keys rests on, accepted " +
+			"when it was initialised.",
 	}, []string{"token"})
 	registry.MustRegister(count)
 	for _, token := range tokens {
@@ -35,8 +38,11 @@ func weaknesses(ctx context.Context, tokens []*hsmkeys.OperatorToken, registry p
 		}
 		count.WithLabelValues(token.Serial()).Set(float64(len(weak)))
 		for _, what := range weak {
-			log.Warn("the token does not keep keys as it should, which was accepted when it was initialised", "token", token.String(), "weakness", what)
-			all = append(all, fmt.Sprintf("%s does not keep keys as it should, which was accepted when it was initialised: %s", token, what))
+			log.Warn("the token does not keep keys as it should, which was accepted when it was initialised", "token",
+				token.String(), "weakness", what)
+			all = append(all,
+				fmt.Sprintf("%s does not keep keys as it should, which was accepted when it was initialised: %s", token,
+					what))
 		}
 	}
 	return all, nil
@@ -46,20 +52,25 @@ func weaknesses(ctx context.Context, tokens []*hsmkeys.OperatorToken, registry p
 func newOverdue(registry prometheus.Registerer) *prometheus.CounterVec {
 	overdue := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "kme_revocations_overdue_total",
-		Help: "Tries to read a list of revoked devices that did not give a later one when it was time: the last one stands.",
+		Help: "Tries to read a list of revoked devices that did not give a later one when it was time: the last one " +
+			"stands.",
 	}, []string{"manufacturer", "why"})
 	registry.MustRegister(overdue)
 	return overdue
 }
 
 // observe has the health of tokens, store, cache and the process itself in the metrics.
-func observe(registry prometheus.Registerer, tokens []*hsmkeys.OperatorToken, store *sqlstore.Store, cache *stats.Counter) {
+func observe(
+	registry prometheus.Registerer, tokens []*hsmkeys.OperatorToken, store *sqlstore.Store, cache *stats.Counter,
+) {
 	var labels prometheus.Labels
 	gauge := func(name, help string, f func() float64) {
-		registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help, ConstLabels: labels}, f))
+		registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help, ConstLabels: labels},
+			f))
 	}
 	counter := func(name, help string, f func() float64) {
-		registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help, ConstLabels: labels}, f))
+		registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help,
+			ConstLabels: labels}, f))
 	}
 	for _, token := range tokens {
 		labels = prometheus.Labels{"token": token.Serial()}
@@ -83,7 +94,8 @@ func observe(registry prometheus.Registerer, tokens []*hsmkeys.OperatorToken, st
 		func() float64 { return float64(cache.Snapshot().Hits) })
 	counter("kme_directory_cache_misses_total", "Looked-up devices whose shard was not.",
 		func() float64 { return float64(cache.Snapshot().Misses) })
-	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	registry.MustRegister(collectors.NewGoCollector(),
+		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 }
 
 func oneIf(yes bool) float64 {
@@ -93,18 +105,23 @@ func oneIf(yes bool) float64 {
 	return 0
 }
 
-// tracing sends a span for each call to an OpenTelemetry collector, by OTLP over HTTP. A span has the method, the times and the outcome: no IMSI, no
-// IMEI, no payload. A caller's trace goes on in it.
-func tracing(ctx context.Context, endpoint string) (interceptors []connect.Interceptor, stop func(context.Context) error, err error) {
+// tracing sends a span for each call to an OpenTelemetry collector, by OTLP over HTTP. A span has the method, the times
+// and the outcome: no IMSI, no IMEI, no payload. A caller's trace goes on in it.
+func tracing(
+	ctx context.Context, endpoint string,
+) (interceptors []connect.Interceptor, stop func(context.Context) error, err error) {
 	if endpoint == "" {
 		return nil, func(context.Context) error { return nil }, nil
 	}
-	exporter, err := otlptracehttp.New(ctx, otlptracehttp.WithEndpointURL(strings.TrimSuffix(endpoint, "/")+"/v1/traces"))
+	exporter, err := otlptracehttp.New(ctx,
+		otlptracehttp.WithEndpointURL(strings.TrimSuffix(endpoint, "/")+"/v1/traces"))
 	if err != nil {
 		return nil, nil, fmt.Errorf("the collector of traces: %w", err)
 	}
-	provider := trace.NewTracerProvider(trace.WithBatcher(exporter), trace.WithResource(resource.NewSchemaless(semconv.ServiceName("keysvc"))))
-	interceptor, err := otelconnect.NewInterceptor(otelconnect.WithTracerProvider(provider), otelconnect.WithPropagator(propagation.TraceContext{}),
+	provider := trace.NewTracerProvider(trace.WithBatcher(exporter),
+		trace.WithResource(resource.NewSchemaless(semconv.ServiceName("keysvc"))))
+	interceptor, err := otelconnect.NewInterceptor(otelconnect.WithTracerProvider(provider),
+		otelconnect.WithPropagator(propagation.TraceContext{}),
 		otelconnect.WithTrustRemote(), otelconnect.WithoutMetrics())
 	if err != nil {
 		return nil, nil, err

@@ -189,7 +189,8 @@ func (d *daemon) ready(ctx context.Context, service *binding.Service) (warnings 
 	defer cancel()
 	for manufacturer, err := range service.CheckDirectories(short) {
 		d.log.WarnContext(ctx, "a directory is not available", "manufacturer", manufacturer, "cause", err.Error())
-		warnings = append(warnings, "the directory of manufacturer "+manufacturer+" is not available; devices whose keys are cached go on")
+		warnings = append(warnings, "the directory of manufacturer "+manufacturer+
+			" is not available; devices whose keys are cached go on")
 	}
 	for manufacturer, lists := range service.Overdue() {
 		for _, o := range lists {
@@ -203,7 +204,8 @@ func (d *daemon) ready(ctx context.Context, service *binding.Service) (warnings 
 // standing says what is served in the place of a list of revoked devices that is overdue.
 func standing(since time.Time) string {
 	if since.IsZero() {
-		return "there is none yet: no device of the lot is newly bound, and whether one that is bound was revoked is not known"
+		return "there is none yet: no device of the lot is newly bound, and whether one that is bound was revoked is " +
+			"not known"
 	}
 	return "that of " + since.UTC().Format(time.RFC3339) + " stands"
 }

@@ -82,7 +82,8 @@ func TestServe(t *testing.T) {
 		}
 	}
 	write(own, "")
-	if err := Serve(t.Context(), path, io.Discard); err == nil || !strings.Contains(err.Error(), "run keysvc init first") {
+	if err := Serve(t.Context(), path, io.Discard); err == nil ||
+		!strings.Contains(err.Error(), "run keysvc init first") {
 		t.Fatalf("a token without keys: %v", err)
 	}
 	initialise(t, tok)
@@ -122,13 +123,15 @@ func TestServe(t *testing.T) {
 		t.Errorf("PrepareVector: %+v, %v", v, err)
 	}
 	_, metrics := get("/metrics")
-	for _, want := range []string{"\nkme_hsm_up{", "\nkme_hsm_weaknesses{", "\nkme_store_up 1", "\nkme_directory_cache_hits_total 0",
+	for _, want := range []string{"\nkme_hsm_up{", "\nkme_hsm_weaknesses{", "\nkme_store_up 1",
+		"\nkme_directory_cache_hits_total 0",
 		"\nprocess_open_fds ", `kme_hsm_operation_seconds_count{operation="derive a key",result="ok"}`} {
 		if !strings.Contains(metrics, want) {
 			t.Errorf("the metrics have no %q", want)
 		}
 	}
-	if err := Serve(t.Context(), path, io.Discard); err == nil || !strings.Contains(err.Error(), "another process serves") {
+	if err := Serve(t.Context(), path, io.Discard); err == nil ||
+		!strings.Contains(err.Error(), "another process serves") {
 		t.Errorf("a second daemon on the same socket: %v", err)
 	}
 

@@ -89,7 +89,8 @@ func openAttempt(t *testing.T) func(*sqlstore.Store) error {
 	return func(s *sqlstore.Store) error { return s.OpenAttempt(t.Context(), *a) }
 }
 
-// A copy is what the token goes on with: its ledger says that it was made, and the one that was copied is an earlier one.
+// A copy is what the token goes on with: its ledger says that it was made, and the one that was copied is an earlier
+// one.
 func TestMigrate(t *testing.T) {
 	dir, ctx, tok := t.TempDir(), t.Context(), softhsmtest.Token(t)
 	name, other := sqlstore.InFolder(dir), "sqlite:"+filepath.Join(dir, "other.db")
@@ -111,19 +112,21 @@ func TestMigrate(t *testing.T) {
 		if _, err := Migrate(ctx, token, name, other, func(int) {}); err == nil {
 			t.Error("a store was copied into one that is not empty")
 		}
-		if err := UseStore(ctx, token, name, func(*sqlstore.Store) error { return nil }); !errors.Is(err, binding.ErrRolledBack) {
+		if err := UseStore(ctx, token, name, func(*sqlstore.Store) error {
+			return nil
+		}); !errors.Is(err, binding.ErrRolledBack) {
 			t.Errorf("the store that was copied: %v", err)
 		}
 		return UseStore(ctx, token, other, func(s *sqlstore.Store) error {
-			events := ""
+			var events strings.Builder
 			for e, err := range s.Entries(ctx) {
 				if err != nil {
 					return err
 				}
-				events += string(e.Event) + " "
+				events.WriteString(string(e.Event) + " ")
 			}
-			if !strings.Contains(events, string(binding.EventOpened)) {
-				t.Errorf("the copy has %s", events)
+			if !strings.Contains(events.String(), string(binding.EventOpened)) {
+				t.Errorf("the copy has %s", events.String())
 			}
 			all, err := StorageKeys(ctx, token, s)
 			if err == nil && (len(all) != 1 || all[0].KMEs != 0) {

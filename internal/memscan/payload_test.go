@@ -62,7 +62,8 @@ func TestSecretsAreWiped(t *testing.T) {
 		var raw []byte // as the token gives it; math/big leaves copies of a plaintext that is not masked
 		if suite == kme.SuiteBound {
 			raw = new(big.Int).Exp(new(big.Int).SetBytes(payload), lot.D, lot.N).FillBytes(make([]byte, 384))
-			mask := sha256.Sum256(slices.Concat(raw[33:], make([]byte, 4))) // MGF1's first block (RFC 8017 appendix B.2.1)
+			// MGF1's first block (RFC 8017 appendix B.2.1)
+			mask := sha256.Sum256(slices.Concat(raw[33:], make([]byte, 4)))
 			subtle.XORBytes(mask[:], mask[:], raw[1:33])
 			seed := memory.Take(mask[:])
 			clear(mask[:])

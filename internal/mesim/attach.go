@@ -249,7 +249,8 @@ func (a *attaching) play(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, m *M
 		return err
 	}
 	if report.State != kmev1.State_ACTIVE || !report.Served {
-		return fmt.Errorf("after a successful authentication the binding is %v, not ACTIVE, served: %v", report.State, report.Served)
+		return fmt.Errorf("after a successful authentication the binding is %v, not ACTIVE, served: %v", report.State,
+			report.Served)
 	}
 	return nil
 }

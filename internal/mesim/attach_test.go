@@ -18,10 +18,12 @@ func TestAttach(t *testing.T) {
 	o := newOperator(newLine(t, 3), "")
 	run := o.run(t, Network{Client: o.serve(t)})
 	result, err := run.Attach(t.Context(), "")
-	if err != nil || result.Attached != 3 || len(result.Rejected) != 0 || result.P50 <= 0 || result.P99 < result.P50 || result.PerSecond <= 0 {
+	if err != nil || result.Attached != 3 || len(result.Rejected) != 0 || result.P50 <= 0 || result.P99 < result.P50 ||
+		result.PerSecond <= 0 {
 		t.Errorf("%+v, %v", result, err)
 	}
-	if result, err := run.Attach(t.Context(), ""); err == nil || !strings.Contains(err.Error(), "bound already") || result.Attached != 0 {
+	if result, err := run.Attach(t.Context(), ""); err == nil || !strings.Contains(err.Error(), "bound already") ||
+		result.Attached != 0 {
 		t.Errorf("the same subscriptions again: %+v, %v", result, err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
@@ -71,8 +73,8 @@ func TestAttachFails(t *testing.T) {
 // A device and its HSS believe no network that does not have the KME.
 func TestLies(t *testing.T) {
 	for lie, want := range map[string]string{
-		"nw_sig": "NW_SIG is not", "clear": "came back changed", "rand": "does not decrypt", "control": "not pre-processed",
-		"state": "not ACTIVE",
+		"nw_sig": "NW_SIG is not", "clear": "came back changed", "rand": "does not decrypt",
+		"control": "not pre-processed", "state": "not ACTIVE",
 	} {
 		o := newOperator(newLine(t, 1), lie)
 		result, err := o.run(t, Network{Client: o.serve(t)}).Attach(t.Context(), "")
@@ -89,7 +91,8 @@ func TestLoad(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, m := range map[string]Measure{"open": result.Open, "establish": result.Establish, "process": result.Process} {
+	for name, m := range map[string]Measure{"open": result.Open, "establish": result.Establish,
+		"process": result.Process} {
 		if m.Calls != 10 || len(m.Rejected) != 0 || m.Seconds <= 0 || m.PerSecond <= 0 || m.P50 <= 0 {
 			t.Errorf("%s: %+v", name, m)
 		}
@@ -117,7 +120,10 @@ func TestLoadLies(t *testing.T) {
 
 func TestEach(t *testing.T) {
 	var sum atomic.Int64
-	if err := each(t.Context(), 4, 100, func(i int) error { sum.Add(int64(i)); return nil }); err != nil || sum.Load() != 4950 {
+	if err := each(t.Context(), 4, 100, func(i int) error {
+		sum.Add(int64(i))
+		return nil
+	}); err != nil || sum.Load() != 4950 {
 		t.Errorf("%d, %v", sum.Load(), err)
 	}
 	failure := errors.New("five")

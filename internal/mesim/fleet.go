@@ -46,8 +46,8 @@ type Device struct {
 // Lot is the name of the device's lot.
 func (d *Device) Lot() string { return d.lot.manifest.Lot }
 
-// OpenFleet finds the injection packages below a folder. What they have is wrapped for a fixture: fixtureKey is the file
-// of its private RSA key, and enrolments are those of its injection keys.
+// OpenFleet finds the injection packages below a folder. What they have is wrapped for a fixture: fixtureKey is the
+// file of its private RSA key, and enrolments are those of its injection keys.
 func OpenFleet(folder, fixtureKey string, enrolments []string) (*Fleet, error) {
 	fixture, err := readPrivateKey(fixtureKey)
 	if err != nil {
@@ -92,7 +92,8 @@ func (f *Fleet) enrol(fixture *rsa.PrivateKey, path string) (*directory.Verifier
 	}
 	key, err := rsa.DecryptOAEP(sha1.New(), nil, fixture, enrolment.Wrapped, nil)
 	if err != nil {
-		return nil, errors.New("the fixture's key does not open it: they do not belong together, or the file is damaged")
+		return nil, errors.New("the fixture's key does not open it: they do not belong together, or the file is " +
+			"damaged")
 	}
 	defer clear(key)
 	if f.injection[enrolment.KeyID], err = subtle.NewKWP(key); err != nil {
@@ -175,7 +176,8 @@ func (f *Fleet) newest(dir string, line handover.InjectionLine) (handover.Inject
 		return line, fmt.Errorf("lot %s has no manifest.jws beside its packages", line.Lot)
 	}
 	for n := 1; ; n++ {
-		reissued, _, err := handover.ReadReissue(filepath.Join(dir, handover.ReissueFile(line.IMEI, n)), line.Lot, line.IMEI)
+		reissued, _, err := handover.ReadReissue(filepath.Join(dir, handover.ReissueFile(line.IMEI, n)),
+			line.Lot, line.IMEI)
 		if errors.Is(err, fs.ErrNotExist) {
 			return line, nil
 		}
@@ -232,7 +234,8 @@ func (f *Fleet) inject(line packaged) (*Device, error) {
 	}
 	pkcs8, err := injection.Unwrap(line.DeviceKey.Wrapped)
 	if err != nil {
-		return nil, fmt.Errorf("%s: the private key of IMEI %s does not unwrap: the package is damaged", line.path, line.IMEI)
+		return nil, fmt.Errorf("%s: the private key of IMEI %s does not unwrap: the package is damaged",
+			line.path, line.IMEI)
 	}
 	defer clear(pkcs8)
 	key, err := x509.ParsePKCS8PrivateKey(pkcs8)

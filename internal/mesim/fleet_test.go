@@ -36,7 +36,8 @@ func TestDevices(t *testing.T) {
 	file := filepath.Join(l.dir, "L1", "injection-000000.jsonl")
 	lines := bytes.SplitAfter(must[[]byte](t)(os.ReadFile(file)), []byte("\n"))
 	other := newLine(t, 4)
-	otherLines := bytes.SplitAfter(must[[]byte](t)(os.ReadFile(filepath.Join(other.dir, "L1", "injection-000000.jsonl"))), []byte("\n"))
+	otherLines := bytes.SplitAfter(
+		must[[]byte](t)(os.ReadFile(filepath.Join(other.dir, "L1", "injection-000000.jsonl"))), []byte("\n"))
 	l.write(t, "L1/"+handover.ReissueFile(imei, 1), otherLines[2])
 	if _, err := f.Find(imei); err == nil || !strings.Contains(err.Error(), "does not unwrap") {
 		t.Errorf("the package of its own was not read: %v", err)
@@ -55,9 +56,15 @@ func TestFleetRefused(t *testing.T) {
 		spoil func(l *line, read func(string) []byte, write func(string, []byte))
 		want  string
 	}{
-		"no fixture key":          {func(l *line, _ func(string) []byte, _ func(string, []byte)) { l.fixtureKey += "x" }, "no such file"},
-		"a fixture key of no PEM": {func(_ *line, _ func(string) []byte, write func(string, []byte)) { write("fixture.key", []byte("x")) }, "no PEM"},
-		"another's fixture key":   {func(l *line, _ func(string) []byte, _ func(string, []byte)) { l.fixtureKey = other.fixtureKey }, "do not belong together"},
+		"no fixture key": {func(l *line, _ func(string) []byte, _ func(string, []byte)) {
+			l.fixtureKey += "x"
+		}, "no such file"},
+		"a fixture key of no PEM": {func(_ *line, _ func(string) []byte, write func(string, []byte)) {
+			write("fixture.key", []byte("x"))
+		}, "no PEM"},
+		"another's fixture key": {func(l *line, _ func(string) []byte, _ func(string, []byte)) {
+			l.fixtureKey = other.fixtureKey
+		}, "do not belong together"},
 		"a public key": {func(_ *line, _ func(string) []byte, write func(string, []byte)) {
 			write("fixture.key", []byte("-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n"))
 		}, "no private key"},

@@ -35,8 +35,9 @@ func (m *Measure) finish() {
 // LoadResult has a Measure of each kind of call.
 type LoadResult struct {
 	Establish Measure `json:"establish"` // of prepared payloads
-	Open      Measure `json:"open"`      // PrepareVector of subscriptions without a binding: it opens an attempt, durably
-	Process   Measure `json:"process"`   // PrepareVector of bound ones: the RAND is encrypted in the HSM
+	// PrepareVector of subscriptions without a binding: it opens an attempt, durably
+	Open    Measure `json:"open"`
+	Process Measure `json:"process"` // PrepareVector of bound ones: the RAND is encrypted in the HSM
 }
 
 // A loadCall is an EstablishKME that has been prepared, but for its attempt.
@@ -78,7 +79,8 @@ func (r Run) Load(ctx context.Context, d time.Duration, rate float64) (*LoadResu
 		m.finish()
 	}
 	if n := len(result.Establish.times); result.Establish.Calls < n {
-		return result, fmt.Errorf("%d of %d payloads were rejected: %v", n-result.Establish.Calls, n, result.Establish.Rejected)
+		return result, fmt.Errorf("%d of %d payloads were rejected: %v", n-result.Establish.Calls, n,
+			result.Establish.Rejected)
 	}
 	return result, nil
 }
@@ -135,7 +137,9 @@ func (l *loading) prepare(ctx context.Context, n int) ([]*loadCall, error) {
 
 // each makes a call of all; with a rate, each when it is due, and timed from then on: a call that waits because an
 // earlier one is slow waits too.
-func (l *loading) each(ctx context.Context, m *Measure, calls []*loadCall, rate float64, call func(*loadCall) error) error {
+func (l *loading) each(
+	ctx context.Context, m *Measure, calls []*loadCall, rate float64, call func(*loadCall) error,
+) error {
 	times := make([]time.Duration, len(calls))
 	reasons := make([]string, len(calls))
 	start := time.Now()

@@ -61,18 +61,21 @@ func newLine(t testing.TB, devices int) *line {
 	l := &line{dir: t.TempDir(), lot: must[*rsa.PrivateKey](t)(lotKey()), devices: map[kme.IMEI]*ecdsa.PublicKey{}}
 	l.fixtureKey, l.enrolment = filepath.Join(l.dir, "fixture.key"), filepath.Join(l.dir, "fixture.json")
 	fixture := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048))
-	l.write(t, "fixture.key", pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(fixture)}))
+	l.write(t, "fixture.key",
+		pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(fixture)}))
 	injection := make([]byte, 32)
 	rand.Read(injection)
 	wrapped := must[[]byte](t)(rsa.EncryptOAEP(sha1.New(), rand.Reader, &fixture.PublicKey, injection, nil))
-	signer := must[*directory.Signer](t)(directory.NewSigner(must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))))
+	signer := must[*directory.Signer](t)(
+		directory.NewSigner(must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))))
 	enrolment := handover.NewFixtureEnrolment("f1", injectionKeyID, wrapped, signer.Public())
 	l.write(t, "fixture.json", must[[]byte](t)(enrolment.Marshal()))
 
 	tac := must[kme.TAC](t)(kme.ParseTAC("35209900"))
 	l.manifest = &directory.Manifest{
-		Lot: "L1", Manufacturer: signer.KeyID(), Suite: kme.SuiteECDSA, N: l.lot.N.Bytes(), E: l.lot.E, Mechanism: "software",
-		Ranges: []directory.Range{{TAC: tac, Count: devices}}, ShardSize: devices, Created: time.Now().UTC(),
+		Lot: "L1", Manufacturer: signer.KeyID(), Suite: kme.SuiteECDSA, N: l.lot.N.Bytes(), E: l.lot.E,
+		Mechanism: "software", Ranges: []directory.Range{{TAC: tac, Count: devices}}, ShardSize: devices,
+		Created: time.Now().UTC(),
 	}
 	l.write(t, "L1/manifest.jws", must[[]byte](t)(signer.Sign(directory.TypeManifest, l.manifest)))
 	kwp := must[*subtle.KWP](t)(subtle.NewKWP(injection))
@@ -82,7 +85,8 @@ func newLine(t testing.TB, devices int) *line {
 		key := must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
 		l.devices[imei] = &key.PublicKey
 		wrapped := must[[]byte](t)(kwp.Wrap(must[[]byte](t)(x509.MarshalPKCS8PrivateKey(key))))
-		if err := handover.NewInjectionLine(imei, "L1", 0, &key.PublicKey, injectionKeyID, wrapped).Write(&file); err != nil {
+		if err := handover.NewInjectionLine(imei, "L1", 0, &key.PublicKey, injectionKeyID,
+			wrapped).Write(&file); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -188,16 +192,21 @@ func (o *operator) establish(imsi, imei string, payload []byte) (nwSig []byte, o
 	return sum[:], true
 }
 
-func (o *operator) PrepareVector(_ context.Context, r *connect.Request[kmev1.PrepareVectorRequest]) (*connect.Response[kmev1.PrepareVectorResponse], error) {
+func (o *operator) PrepareVector(
+	_ context.Context, r *connect.Request[kmev1.PrepareVectorRequest],
+) (*connect.Response[kmev1.PrepareVectorResponse], error) {
 	out, attempt := o.vector(r.Msg.Imsi, r.Msg.Rands[0])
-	answer := &kmev1.PrepareVectorResponse{Rands: [][]byte{out}, AttemptId: attempt, Control: kmev1.Control_PREPROCESSED}
+	answer := &kmev1.PrepareVectorResponse{Rands: [][]byte{out}, AttemptId: attempt,
+		Control: kmev1.Control_PREPROCESSED}
 	if attempt != "" {
 		answer.Control = kmev1.Control_PROVISIONING_ONLY
 	}
 	return connect.NewResponse(answer), nil
 }
 
-func (o *operator) EstablishKME(_ context.Context, r *connect.Request[kmev1.EstablishKMERequest]) (*connect.Response[kmev1.EstablishKMEResponse], error) {
+func (o *operator) EstablishKME(
+	_ context.Context, r *connect.Request[kmev1.EstablishKMERequest],
+) (*connect.Response[kmev1.EstablishKMEResponse], error) {
 	nwSig, ok := o.establish(r.Msg.Imsi, r.Msg.Imei, r.Msg.Payload)
 	if !ok {
 		err := connect.NewError(connect.CodePermissionDenied, errors.New("the payload is rejected"))
@@ -207,7 +216,9 @@ func (o *operator) EstablishKME(_ context.Context, r *connect.Request[kmev1.Esta
 	return connect.NewResponse(&kmev1.EstablishKMEResponse{NwSig: nwSig, State: kmev1.State_PENDING}), nil
 }
 
-func (o *operator) ReportAuthentication(context.Context, *connect.Request[kmev1.ReportAuthenticationRequest]) (*connect.Response[kmev1.ReportAuthenticationResponse], error) {
+func (o *operator) ReportAuthentication(
+	context.Context, *connect.Request[kmev1.ReportAuthenticationRequest],
+) (*connect.Response[kmev1.ReportAuthenticationResponse], error) {
 	answer := &kmev1.ReportAuthenticationResponse{State: kmev1.State_ACTIVE, Control: kmev1.Control_PREPROCESSED}
 	if o.lie == "state" {
 		answer.State = kmev1.State_PENDING

@@ -18,13 +18,15 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// An MME is the test MME of plugins/freediameter: lines of text over a Unix socket, which it sends on as S6a requests. It may be used concurrently.
+// An MME is the test MME of plugins/freediameter: lines of text over a Unix socket, which it sends on as S6a requests.
+// It may be used concurrently.
 type MME struct {
 	conn net.Conn
 
-	mu      sync.Mutex
-	next    int                     // guarded by mu
-	waiting map[int]chan<- []string // guarded by mu: the fields of the answer, without its id; closed when the MME has gone
+	mu   sync.Mutex
+	next int // guarded by mu
+	// guarded by mu: the fields of the answer, without its id; closed when the MME has gone
+	waiting map[int]chan<- []string
 }
 
 // DialMME connects to the one that listens on a socket.
@@ -112,7 +114,9 @@ type vector struct {
 }
 
 // vectors asks for one vector. resync is RAND and AUTS, or nil.
-func (m *MME) vectors(ctx context.Context, imsi kme.IMSI, resync []byte) (v vector, control, attempt string, err error) {
+func (m *MME) vectors(
+	ctx context.Context, imsi kme.IMSI, resync []byte,
+) (v vector, control, attempt string, err error) {
 	info := "-"
 	if resync != nil {
 		info = hex.EncodeToString(resync)
@@ -143,7 +147,9 @@ func (m *MME) vectors(ctx context.Context, imsi kme.IMSI, resync []byte) (v vect
 }
 
 // update sends ULR: with a payload and its attempt, or with "-" for both. It gives NW_SIG.
-func (m *MME) update(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, payload, attempt string) (nwSig []byte, err error) {
+func (m *MME) update(
+	ctx context.Context, imsi kme.IMSI, imei kme.IMEI, payload, attempt string,
+) (nwSig []byte, err error) {
 	f, err := m.ask(ctx, "ULR", imsi.String(), imei.String(), payload, attempt)
 	if err != nil {
 		return nil, err
@@ -209,7 +215,8 @@ func (a *attaching) playS6a(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, m
 		return err
 	}
 	if control != provisioningOnly || attempt == "-" {
-		return fmt.Errorf("IMSI %s is bound already, or nobody says PROVISIONING_ONLY: Binding-Control is %s", imsi, control)
+		return fmt.Errorf("IMSI %s is bound already, or nobody says PROVISIONING_ONLY: Binding-Control is %s",
+			imsi, control)
 	}
 	if _, err := authenticate(sim, v.rand, v); err != nil {
 		return fmt.Errorf("with a RAND that is not encrypted: %w", err)
@@ -228,7 +235,8 @@ func (a *attaching) playS6a(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, m
 	if err := m.check([sha256.Size]byte(nwSig)); err != nil {
 		return err
 	}
-	// Pre-processed from now on. Once the SIM asks for resynchronisation, with the RAND that the MME has, and AUTS of the one that it gets.
+	// Pre-processed from now on. Once the SIM asks for resynchronisation, with the RAND that the MME has, and
+	// AUTS of the one that it gets.
 	for _, resynchronise := range []bool{true, false} {
 		if v, control, _, err = a.MME.vectors(ctx, imsi, nil); err != nil {
 			return err

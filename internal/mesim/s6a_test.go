@@ -29,11 +29,12 @@ type hss struct {
 // subscribers writes a file of n SIMs from the run's first IMSI on.
 func (l *line) subscribers(t *testing.T, n int) (path string) {
 	t.Helper()
-	text := "# IMSI K OPc\n\n"
+	var text strings.Builder
+	text.WriteString("# IMSI K OPc\n\n")
 	for i := range n {
-		text += fmt.Sprintf("00101000000%04d %032x %032x more\n", i, i+1, i+2)
+		text.WriteString(fmt.Sprintf("00101000000%04d %032x %032x more\n", i, i+1, i+2))
 	}
-	l.write(t, "subscribers", []byte(text))
+	l.write(t, "subscribers", []byte(text.String()))
 	return filepath.Join(l.dir, "subscribers")
 }
 
@@ -138,7 +139,8 @@ func TestAttachS6a(t *testing.T) {
 		t.Errorf("the same subscriptions again: %v", err)
 	}
 	run.First = 8
-	if _, err := run.Attach(t.Context(), ""); err == nil || !strings.Contains(err.Error(), "--subscribers has no IMSI") {
+	if _, err := run.Attach(t.Context(), ""); err == nil ||
+		!strings.Contains(err.Error(), "--subscribers has no IMSI") {
 		t.Errorf("without a SIM: %v", err)
 	}
 }
@@ -153,12 +155,13 @@ func TestTamperS6a(t *testing.T) {
 
 func TestLiesS6a(t *testing.T) {
 	for lie, want := range map[string]string{
-		"nw_sig": "NW_SIG is not", "clear": "with a RAND that is not encrypted", "rand": "with the RAND decrypted under KME",
-		"control": "Binding-Control is 1", "xres": "RES is not XRES", "bearer": "it allows a bearer",
-		"sqn": "after resynchronisation to SQN", "gone": "the MME has gone",
+		"nw_sig": "NW_SIG is not", "clear": "with a RAND that is not encrypted",
+		"rand": "with the RAND decrypted under KME", "control": "Binding-Control is 1", "xres": "RES is not XRES",
+		"bearer": "it allows a bearer", "sqn": "after resynchronisation to SQN", "gone": "the MME has gone",
 	} {
 		h := &hss{operator: newOperator(newLine(t, 1), lie), lie: lie}
-		if result, err := h.run(t, h.network(t)).Attach(t.Context(), ""); err == nil || !strings.Contains(err.Error(), want) {
+		if result, err := h.run(t, h.network(t)).Attach(t.Context(), ""); err == nil ||
+			!strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %+v, %v", lie, result, err)
 		}
 	}
@@ -167,10 +170,12 @@ func TestLiesS6a(t *testing.T) {
 func TestReadSIMsRefused(t *testing.T) {
 	l := newLine(t, 1)
 	for name, text := range map[string]string{
-		"two fields": "001010000000000 00\n", "no IMSI": "x 00 00\n", "no hex": "001010000000000 xx 00\n", "short": "001010000000000 00 00\n",
+		"two fields": "001010000000000 00\n", "no IMSI": "x 00 00\n", "no hex": "001010000000000 xx 00\n",
+		"short": "001010000000000 00 00\n",
 	} {
 		l.write(t, "subscribers", []byte(text))
-		if all, err := ReadSIMs(filepath.Join(l.dir, "subscribers")); err == nil || !strings.Contains(err.Error(), "subscribers: ") {
+		if all, err := ReadSIMs(filepath.Join(l.dir, "subscribers")); err == nil ||
+			!strings.Contains(err.Error(), "subscribers: ") {
 			t.Errorf("%s: %v, %v", name, all, err)
 		}
 	}

@@ -83,7 +83,8 @@ func initialise(t testing.TB) *Server {
 	if socket := filepath.Join(dir, ".s.PGSQL.00000"); len(socket) > 107 {
 		t.Fatalf("the path of PostgreSQL's socket, %s, has more than 107 bytes: set TMPDIR to a shorter one", socket)
 	}
-	if out, err := s.command(t, "initdb", "-D", dir, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync").CombinedOutput(); err != nil {
+	if out, err := s.command(t, "initdb", "-D", dir, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C",
+		"--no-sync").CombinedOutput(); err != nil {
 		t.Fatalf("initdb: %v\n%s", err, out)
 	}
 	t.Cleanup(func() {
@@ -112,8 +113,11 @@ func (s *Server) Run(t testing.TB) {
 		t.Fatal(err)
 	}
 	defer db.Close()
-	args := append([]string{"-D", s.dir, "-p", strconv.Itoa(s.Port), "-k", s.dir, "-c", "max_connections=200", "-c", "dynamic_shared_memory_type=mmap"}, s.settings...)
-	s.process = testproc.Start(t, s.command(t, "postgres", args...), func(*testproc.Process) bool { return db.PingContext(t.Context()) == nil })
+	args := append([]string{"-D", s.dir, "-p", strconv.Itoa(s.Port), "-k", s.dir, "-c", "max_connections=200", "-c",
+		"dynamic_shared_memory_type=mmap"}, s.settings...)
+	s.process = testproc.Start(t, s.command(t, "postgres", args...), func(*testproc.Process) bool {
+		return db.PingContext(t.Context()) == nil
+	})
 }
 
 // Kill ends the server at once, as kill -9 does. It waits until the processes of its connections have seen that,
@@ -125,7 +129,8 @@ func (s *Server) Kill(t testing.TB) {
 		t.Fatal(err)
 	}
 	var key, id int
-	if _, err := fmt.Sscan(strings.Split(string(lines), "\n")[6], &key, &id); err != nil { // of its System V shared memory
+	// of its System V shared memory
+	if _, err := fmt.Sscan(strings.Split(string(lines), "\n")[6], &key, &id); err != nil {
 		t.Fatalf("postmaster.pid: %v\n%s", err, lines)
 	}
 	s.process.Kill()
@@ -182,7 +187,8 @@ func (s *Server) ExecIn(t testing.TB, database, statements string) {
 }
 
 func (s *Server) url(database string) string {
-	return fmt.Sprintf("postgres://postgres@/%s?host=%s&port=%d&connect_timeout=2", database, url.QueryEscape(s.dir), s.Port)
+	return fmt.Sprintf("postgres://postgres@/%s?host=%s&port=%d&connect_timeout=2", database,
+		url.QueryEscape(s.dir), s.Port)
 }
 
 // command is one of PostgreSQL's programs, as a user that it accepts: not as root.

@@ -42,16 +42,19 @@ func connect(name string) (*DB, error) {
 	config, err := pgx.ParseConfig(name)
 	if err != nil {
 		// err may have the password.
-		return nil, errors.New("the connection string of PostgreSQL cannot be parsed, or a file that it names cannot be read")
+		return nil, errors.New("the connection string of PostgreSQL cannot be parsed, or a file that it names cannot " +
+			"be read")
 	}
 	ways := append([]*pgconn.FallbackConfig{{Host: config.Host, TLSConfig: config.TLSConfig}}, config.Fallbacks...)
 	for _, way := range ways {
 		tls := way.TLSConfig
-		if filepath.IsAbs(way.Host) || tls != nil && !tls.InsecureSkipVerify && tls.ServerName == way.Host && way.Host != "" {
+		if filepath.IsAbs(way.Host) || tls != nil && !tls.InsecureSkipVerify && tls.ServerName == way.Host &&
+			way.Host != "" {
 			continue
 		}
 		return nil, errors.New("the connection string of PostgreSQL allows a server that does not prove its name: " +
-			"write ?sslmode=verify-full&sslrootcert=FILE after the database's name, with the CA's certificate in FILE; or, " +
+			"write ?sslmode=verify-full&sslrootcert=FILE after the database's name, with the CA's certificate in " +
+			"FILE; or, " +
 			"for a server on this machine, postgres://USER@/DATABASE?host=/FOLDER with the folder of its Unix socket")
 	}
 	return &DB{stdlib.OpenDB(*config)}, nil
@@ -104,7 +107,9 @@ const schemaLock = "schema"
 func (db *DB) upToDate(ctx context.Context, migrations []string) error {
 	have, err := schemaVersion(ctx, db, migrations)
 	if err == nil && have < len(migrations) {
-		err = db.Do(ctx, schemaLock, func(ctx context.Context, tx *sql.Tx) error { return migrate(ctx, tx, migrations) })
+		err = db.Do(ctx, schemaLock, func(ctx context.Context, tx *sql.Tx) error {
+			return migrate(ctx, tx, migrations)
+		})
 	}
 	var pg *pgconn.PgError
 	if errors.As(err, &pg) && pg.Code == "42501" { // insufficient_privilege
@@ -122,7 +127,8 @@ type queryer interface {
 // schemaVersion is 0 for an empty database.
 func schemaVersion(ctx context.Context, q queryer, migrations []string) (have int, err error) {
 	var table sql.NullString
-	if err := q.QueryRowContext(ctx, "SELECT to_regclass('schema_version')::text").Scan(&table); err != nil || !table.Valid {
+	if err := q.QueryRowContext(ctx, "SELECT to_regclass('schema_version')::text").Scan(&table); err != nil ||
+		!table.Valid {
 		return 0, err
 	}
 	if err = q.QueryRowContext(ctx, "SELECT version FROM schema_version").Scan(&have); errors.Is(err, sql.ErrNoRows) {
@@ -143,7 +149,8 @@ func migrate(ctx context.Context, tx *sql.Tx, migrations []string) error {
 	for _, m := range migrations[have:] {
 		statements = append(statements, dialect.Replace(m))
 	}
-	statements = append(statements, "DELETE FROM schema_version", fmt.Sprintf("INSERT INTO schema_version VALUES (%d)", len(migrations)))
+	statements = append(statements, "DELETE FROM schema_version", fmt.Sprintf("INSERT INTO schema_version VALUES (%d)",
+		len(migrations)))
 	for _, statement := range statements {
 		if _, err := tx.ExecContext(ctx, statement); err != nil {
 			return err

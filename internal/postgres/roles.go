@@ -41,7 +41,8 @@ func Upgrade(ctx context.Context, name, role string, rights Rights, migrations .
 
 func grant(ctx context.Context, tx *sql.Tx, role string, rights map[string]string) error {
 	var known bool
-	if err := tx.QueryRowContext(ctx, "SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = $1)", role).Scan(&known); err != nil {
+	if err := tx.QueryRowContext(ctx, "SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = $1)",
+		role).Scan(&known); err != nil {
 		return err
 	}
 	if !known {

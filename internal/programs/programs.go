@@ -41,8 +41,8 @@ var (
 		if out, err := exec.Command("go", "build", "-o", dir+"/", cmd).CombinedOutput(); err != nil {
 			return fmt.Errorf("%s%w", out, err)
 		}
-		// go test keeps a result until something changes that a test, not TestMain, has read itself. Of a folder that is
-		// every file's size and time.
+		// go test keeps a result until something changes that a test, not TestMain, has read itself. Of a folder that
+		// is every file's size and time.
 		ours := "{{with .Module}}{{if .Main}}{{$.Dir}}{{end}}{{end}}"
 		sources, err := exec.Command("go", "list", "-deps", "-f", ours, cmd).Output()
 		for folder := range strings.FieldsSeq(string(sources)) {

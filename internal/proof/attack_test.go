@@ -22,8 +22,8 @@ import (
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 )
 
-// attackDemo is what somebody tries on what the demo leaves, below dir, who has the user PINs, all files and no program of ours but the command
-// line; not the security officer's PIN.
+// attackDemo is what somebody tries on what the demo leaves, below dir, who has the user PINs, all files and no program
+// of ours but the command line; not the security officer's PIN.
 func attackDemo(t *testing.T, w *world, dir string) {
 	env, err := os.ReadFile(dir + "/softhsm/env")
 	if err != nil {
@@ -36,7 +36,8 @@ func attackDemo(t *testing.T, w *world, dir string) {
 		t.Fatal(err)
 	}
 	program := filepath.Join(t.TempDir(), "attack")
-	if out, err := exec.Command("gcc", "-std=gnu11", "-O2", "-Wall", "-I", headers, "testdata/attack.c", "-o", program, "-ldl").CombinedOutput(); err != nil {
+	if out, err := exec.Command("gcc", "-std=gnu11", "-O2", "-Wall", "-I", headers, "testdata/attack.c", "-o", program,
+		"-ldl").CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
 	// attack gives what worked, each once.
@@ -67,7 +68,8 @@ func attackDemo(t *testing.T, w *world, dir string) {
 	}
 	manufacturer := field(t, w.run(factory, "factory", "init", "--state", "var/demo/factory", "--json"), "manufacturer")
 
-	// The keys of a factory go where they belong. Adding UNWRAP to a lot key, which sealing leaves modifiable, brings P and Q nowhere.
+	// The keys of a factory go where they belong. Adding UNWRAP to a lot key, which sealing leaves
+	// modifiable, brings P and Q nowhere.
 	t.Run("everything at the factory", func(t *testing.T) {
 		want := []string{
 			"changed 0x107 of kme lot L1 of " + manufacturer,
@@ -84,7 +86,8 @@ func attackDemo(t *testing.T, w *world, dir string) {
 		}
 	})
 	for what, name := range map[string]string{
-		"the grant unwrapped into a key that can be read": "grant.jws", "the enrolment unwrapped again": "enrolment.jws",
+		"the grant unwrapped into a key that can be read": "grant.jws",
+		"the enrolment unwrapped again":                   "enrolment.jws",
 	} {
 		t.Run(what, func(t *testing.T) {
 			jws, err := os.ReadFile(filepath.Join(dir, name))
@@ -111,7 +114,8 @@ func attackDemo(t *testing.T, w *world, dir string) {
 		}
 	})
 
-	// A fixture's software key in the place of an operator's, by everybody's command line. The security officer is there, and is deceived.
+	// A fixture's software key in the place of an operator's, by everybody's command line. The security
+	// officer is there, and is deceived.
 	t.Run("a fixture enrolled as an operator", func(t *testing.T) {
 		data, err := os.ReadFile(dir + "/fixture.pem")
 		if err != nil {
@@ -132,8 +136,10 @@ func attackDemo(t *testing.T, w *world, dir string) {
 			"the typed file, another read out":  {file("t", typed), manufacturer, "read it out again"},
 			"the typed file, and its own print": {file("t", typed), thumbprint, "enrolled already"},
 		} {
-			cmd := w.command(factory, "factory", "operator", "enroll", "beta", "--state", "var/demo/factory", "--transport-key", c.path,
-				"--thumbprint", c.thumbprint, "--so-pin-source", "file:"+dir+"/softhsm/factory.so-pin", "--out", filepath.Join(t.TempDir(), "e.jws"))
+			cmd := w.command(factory, "factory", "operator", "enroll", "beta", "--state", "var/demo/factory",
+				"--transport-key", c.path,
+				"--thumbprint", c.thumbprint, "--so-pin-source", "file:"+dir+"/softhsm/factory.so-pin", "--out",
+				filepath.Join(t.TempDir(), "e.jws"))
 			if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), c.want) {
 				t.Errorf("%s: %v, %s", name, err, out)
 			}

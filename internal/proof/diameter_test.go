@@ -135,7 +135,8 @@ func (d *network) newCA(name string) {
 func (d *network) certificate(name, ca, extensions string) {
 	d.t.Helper()
 	d.write(name+".ext", extensions)
-	request := d.openssl(nil, slices.Concat([]string{"req"}, ec, []string{"-keyout", name + ".key", "-subj", "/CN=" + name})...)
+	request := d.openssl(nil,
+		slices.Concat([]string{"req"}, ec, []string{"-keyout", name + ".key", "-subj", "/CN=" + name})...)
 	d.openssl(request, "x509", "-req", "-CA", ca+".pem", "-CAkey", ca+".key", "-CAcreateserial", "-days", "2",
 		"-out", name+".pem", "-extfile", name+".ext")
 }
@@ -208,7 +209,8 @@ func (d *network) start(name string, extensions []string, peers ...string) *node
 	for _, e := range extensions {
 		extension, conf, _ := strings.Cut(e, ":")
 		if extension == "hssd" { // a program of its own, with its arguments
-			program = append([]string{filepath.Join(d.extensions, "hssd"), d.path(name + ".conf")}, strings.Split(conf, ":")...)
+			program = append([]string{filepath.Join(d.extensions, "hssd"), d.path(name + ".conf")},
+				strings.Split(conf, ":")...)
 			ready = func(p *testproc.Process) bool { return strings.Contains(p.Log.String(), "subscribers") }
 			continue
 		}
@@ -237,7 +239,8 @@ func (n *node) connected(peers ...string) {
 		text := n.Log.String()
 		return !slices.ContainsFunc(peers, func(p string) bool {
 			// The last word on a peer counts: on its way to be closed it is open no more.
-			states := regexp.MustCompile(`-> '(STATE_\w+)'\t'`+regexp.QuoteMeta(identity(p))+`'`).FindAllStringSubmatch(text, -1)
+			states := regexp.MustCompile(`-> '(STATE_\w+)'\t'`+regexp.QuoteMeta(identity(p))+
+				`'`).FindAllStringSubmatch(text, -1)
 			return len(states) == 0 || states[len(states)-1][1] != "STATE_OPEN"
 		})
 	})
@@ -262,7 +265,8 @@ func (d *network) confHTTPS() (extension string) { return d.confTrusting("ca.pem
 
 // confTrusting is confHTTPS with another CA for keysvc's certificate.
 func (d *network) confTrusting(ca string) (extension string) {
-	d.write("https.conf", fmt.Sprintf("service = https://127.0.0.1:%d\nca = %s\ncert = %s\nkey = %s\n", d.port("keysvc"),
+	d.write("https.conf", fmt.Sprintf("service = https://127.0.0.1:%d\nca = %s\ncert = %s\nkey = %s\n",
+		d.port("keysvc"),
 		d.path(ca), d.path("hss.pem"), d.path("hss.key")))
 	return "kme:" + d.path("https.conf")
 }
@@ -365,7 +369,8 @@ var setUps = []struct {
 		return []*node{d.start("hss", []string{"hssd:" + d.path("subscribers"), d.conf("kme.conf")}, "mme")}, "hss"
 	}},
 	{"in an HSS whose handlers return answers", func(d *network) ([]*node, string) {
-		return []*node{d.start("hss", []string{d.conf("kme.conf"), "hssd:" + d.path("subscribers") + ":act"}, "mme")}, "hss"
+		return []*node{d.start("hss", []string{d.conf("kme.conf"), "hssd:" + d.path("subscribers") + ":act"},
+			"mme")}, "hss"
 	}},
 	{"in an agent", func(d *network) ([]*node, string) {
 		hss := d.start("hss", []string{"hssd:" + d.path("subscribers")}, "agent")

@@ -178,7 +178,8 @@ func (n *node) peer(name string, handle func(p *diameter.Peer, request *diameter
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 		defer cancel()
 		var err error
-		p, err = diameter.Dial(ctx, fmt.Sprintf("127.0.0.1:%d", n.d.port(n.name)), id, id[strings.Index(id, ".")+1:], handle)
+		p, err = diameter.Dial(ctx, fmt.Sprintf("127.0.0.1:%d", n.d.port(n.name)), id, id[strings.Index(id, ".")+1:],
+			handle)
 		return err == nil
 	})
 	n.d.t.Cleanup(func() { p.Close() })

@@ -32,7 +32,8 @@ func provisioning(t *testing.T, devices int) (w *world, server *vaulttest.Server
 	w = newWorld(t, nil, "VAULT_ADDR="+server.Addr, "VAULT_TOKEN="+server.Root)
 	w.run(w.factory, "factory", "init")
 	w.enrolFixture()
-	w.run(w.factory, "factory", "lot", "create", "L1", "--directory", "vault:kme", "--tac", "35209900", "--first", "0", "--count", fmt.Sprint(devices), "--bits", "2048", "--shard-size", "50")
+	w.run(w.factory, "factory", "lot", "create", "L1", "--directory", "vault:kme", "--tac", "35209900", "--first", "0",
+		"--count", fmt.Sprint(devices), "--bits", "2048", "--shard-size", "50")
 	args = []string{"lot", "provision", "L1", "--directory", "vault:kme"}
 	run = testproc.Start(t, w.command(w.factory, "factory", args...), func(*testproc.Process) bool {
 		_, err := os.Stat(w.path("var/factory/injection/L1/injection-000000.jsonl"))
@@ -48,8 +49,8 @@ func (w *world) verify() {
 	w.run(w.factory, "factory", "log", "verify")
 }
 
-// Vault is sealed while a lot is being published: keys go on being made, the run says what it waits for, and goes on by itself
-// when Vault is unsealed.
+// Vault is sealed while a lot is being published: keys go on being made, the run says what it waits for, and goes on by
+// itself when Vault is unsealed.
 func TestVaultSealedInTheMiddle(t *testing.T) {
 	const devices = 4000
 	w, server, run, _ := provisioning(t, devices)

@@ -26,7 +26,8 @@ func TestKilledWhilePublishingToVault(t *testing.T) {
 	if os.Getenv("KMEHSM_SOAK") != "" { // make soak
 		shards, size, rounds, window = 400, 50, 200, 130
 	}
-	w.run(w.factory, "factory", "lot", "create", "L1", "--directory", "vault:kme", "--tac", "35209900", "--first", "0", "--count", fmt.Sprint(shards*size),
+	w.run(w.factory, "factory", "lot", "create", "L1", "--directory", "vault:kme", "--tac", "35209900", "--first", "0",
+		"--count", fmt.Sprint(shards*size),
 		"--bits", "2048", "--shard-size", fmt.Sprint(size))
 	provision := []string{"lot", "provision", "L1", "--workers", "2", "--directory", "vault:kme", "--out", "injection"}
 	random := rand.New(rand.NewPCG(1, 2))
@@ -82,7 +83,7 @@ func TestKilledWhilePublishingToVault(t *testing.T) {
 			t.Fatal(err)
 		}
 		var packed []map[string]string
-		for _, text := range strings.Split(strings.TrimSpace(string(file)), "\n") {
+		for text := range strings.SplitSeq(strings.TrimSpace(string(file)), "\n") {
 			var line injectionLine
 			if err := json.Unmarshal([]byte(text), &line); err != nil {
 				t.Fatal(err)

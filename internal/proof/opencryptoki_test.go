@@ -57,7 +57,8 @@ func TestDoctorOnOpenCryptoki(t *testing.T) {
 	}
 	if !strings.Contains(string(info), label) {
 		if strings.Contains(string(info), "|TOKEN_INITIALIZED") {
-			t.Fatal("openCryptoki's soft token here is somebody's, and is left alone: run the tests where it is not in use")
+			t.Fatal("openCryptoki's soft token here is somebody's, and is left alone: run the tests where it is not " +
+				"in use")
 		}
 		for _, step := range []struct {
 			stdin string
@@ -95,10 +96,12 @@ func TestDoctorOnOpenCryptoki(t *testing.T) {
 	for program, wants := range map[string]map[string]string{
 		"factory": {
 			"CKM_RSA_PKCS_KEY_PAIR_GEN": "", "CKM_RSA_X_509": "", "CKM_RSA_PKCS_OAEP": "", "CKM_AES_KEY_GEN": "",
-			"CKM_EC_KEY_PAIR_GEN": "not possible", "CKM_ECDSA": "not possible", "CKM_AES_KEY_WRAP_PAD": "not possible", "CKA_WRAP_WITH_TRUSTED on a new RSA key": "CKR_",
+			"CKM_EC_KEY_PAIR_GEN": "not possible", "CKM_ECDSA": "not possible", "CKM_AES_KEY_WRAP_PAD": "not possible",
+			"CKA_WRAP_WITH_TRUSTED on a new RSA key": "CKR_",
 		},
 		// It decrypts payloads and tags KMEs; KME_SIG would be for keysvc to validate; and nothing seals KMEs.
-		"keysvc": {"CKM_RSA_X_509": "", "CKM_SHA256_HMAC": "", "CKM_ECDSA": "verify: software", "CKM_AES_KEY_WRAP": "not possible"},
+		"keysvc": {"CKM_RSA_X_509": "", "CKM_SHA256_HMAC": "", "CKM_ECDSA": "verify: software",
+			"CKM_AES_KEY_WRAP": "not possible"},
 	} {
 		stdout, stderr, code := run(program, "doctor", "--json")
 		var report struct {
@@ -126,7 +129,8 @@ func TestDoctorOnOpenCryptoki(t *testing.T) {
 			t.Errorf("the doctor of %s does not say anything of %v", program, wants)
 		}
 	}
-	if _, stderr, code := run("factory", "init"); code != 1 || !strings.Contains(stderr, "CKR_MECHANISM_INVALID") && !strings.Contains(stderr, "CKM_EC_KEY_PAIR_GEN") {
+	if _, stderr, code := run("factory", "init"); code != 1 || !strings.Contains(stderr, "CKR_MECHANISM_INVALID") &&
+		!strings.Contains(stderr, "CKM_EC_KEY_PAIR_GEN") {
 		t.Errorf("init: exit code %d, %s", code, stderr)
 	}
 }

@@ -26,8 +26,8 @@ func main() {
 }
 `
 
-// A program of somebody else's is built with client, and gets with it nothing of what the service is made of: no Vault, no SQL, no
-// PKCS #11, no cgo. It runs without network where the modules that client needs are in the cache.
+// A program of somebody else's is built with client, and gets with it nothing of what the service is made of: no Vault,
+// no SQL, no PKCS #11, no cgo. It runs without network where the modules that client needs are in the cache.
 func TestOutsideProgram(t *testing.T) {
 	tree, err := filepath.Abs("../..")
 	if err != nil {
@@ -42,18 +42,22 @@ func TestOutsideProgram(t *testing.T) {
 	}
 	root := read("go.mod")
 	if regexp.MustCompile(`(?m)^(replace|exclude)\b`).Match(root) {
-		t.Error("go.mod replaces or excludes a module: go install of a program at a version refuses that. Do it in go.work")
+		t.Error("go.mod replaces or excludes a module: go install of a program at a version refuses that. Do it in " +
+			"go.work")
 	}
 
 	dir := t.TempDir()
 	mod := bytes.NewBufferString("module hss\n\ngo 1.26.0\n\n")
-	for _, m := range regexp.MustCompile(`(?m)^\t(github.com/kmehsm/kmehsm/(\S+)) (v\S+)$`).FindAllStringSubmatch(string(root), -1) {
-		mod.WriteString("replace " + m[1] + " " + m[3] + " => " + filepath.Join(tree, m[2]) + "\n") // as if it were published
+	for _, m := range regexp.MustCompile(`(?m)^\t(github.com/kmehsm/kmehsm/(\S+)) (v\S+)$`).FindAllStringSubmatch(
+		string(root), -1) {
+		// as if it were published
+		mod.WriteString("replace " + m[1] + " " + m[3] + " => " + filepath.Join(tree, m[2]) + "\n")
 		if m[2] == "client" {
 			mod.WriteString("require " + m[1] + " " + m[3] + "\n")
 		}
 	}
-	for name, data := range map[string][]byte{"main.go": []byte(outsider), "go.mod": mod.Bytes(), "go.sum": read("client/go.sum")} {
+	for name, data := range map[string][]byte{"main.go": []byte(outsider), "go.mod": mod.Bytes(),
+		"go.sum": read("client/go.sum")} {
 		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -70,15 +74,17 @@ func TestOutsideProgram(t *testing.T) {
 		}
 		return strings.TrimSpace(string(out))
 	}
-	known := regexp.MustCompile(`^(hss|github.com/kmehsm/kmehsm/(api/kme|client|kme)|connectrpc.com/connect|golang.org/x/crypto|` +
-		`google.golang.org/protobuf)$`)
+	known := regexp.MustCompile(
+		`^(hss|github.com/kmehsm/kmehsm/(api/kme|client|kme)|connectrpc.com/connect|golang.org/x/crypto|` +
+			`google.golang.org/protobuf)$`)
 	for m := range strings.Lines(run("go", "list", "-m", "-f", "{{.Path}}", "all")) {
 		if m = strings.TrimSpace(m); !known.MatchString(m) {
 			t.Errorf("module %s comes with client", m)
 		}
 	}
 	t.Setenv("CGO_ENABLED", "1")
-	if cgo := run("go", "list", "-deps", "-f", `{{if and .CgoFiles (not .Standard)}}{{.ImportPath}}{{end}}`); cgo != "" {
+	if cgo := run("go", "list", "-deps", "-f",
+		`{{if and .CgoFiles (not .Standard)}}{{.ImportPath}}{{end}}`); cgo != "" {
 		t.Errorf("these packages come with client, and use cgo: %s", cgo)
 	}
 	// go test keeps a result until something changes that the test has read itself.

@@ -70,7 +70,8 @@ func (w *world) path(name string) string { return filepath.Join(w.dir, name) }
 
 func (w *world) command(tok softhsmtest.Tok, program string, args ...string) *exec.Cmd {
 	cmd := exec.Command(filepath.Join(programs.Dir(w.t), program), args...)
-	cmd.Dir, cmd.Env = w.dir, slices.Concat(w.env, []string{"KMEHSM_TOKEN=" + w.wrap(tok.URI)}) // one may still run when the next is made
+	// one may still run when the next is made
+	cmd.Dir, cmd.Env = w.dir, slices.Concat(w.env, []string{"KMEHSM_TOKEN=" + w.wrap(tok.URI)})
 	return cmd
 }
 
@@ -101,7 +102,8 @@ var bothSuites = []lotOf{
 	{"LR", "tr33868-rsa2048", "35209901", 3072, 2},
 }
 
-// setUp runs everything that comes before the service of these lots: the fixture's key is made in software, as the fixture's own.
+// setUp runs everything that comes before the service of these lots: the fixture's key is made in
+// software, as the fixture's own.
 func (w *world) setUp(lots ...lotOf) {
 	w.t.Helper()
 	// What each reads out to the other.
@@ -115,10 +117,12 @@ func (w *world) setUp(lots ...lotOf) {
 		"--thumbprint", manufacturer, "--directory", "file:directory")
 	for _, l := range lots {
 		w.made += l.devices
-		w.run(w.factory, "factory", "lot", "create", l.name, "--directory", "file:directory", "--suite", l.suite, "--tac", l.tac, "--first", "0",
+		w.run(w.factory, "factory", "lot", "create", l.name, "--directory", "file:directory", "--suite", l.suite,
+			"--tac", l.tac, "--first", "0",
 			"--count", fmt.Sprint(l.devices), "--bits", fmt.Sprint(l.bits), "--shard-size", "4")
 		w.run(w.factory, "factory", "lot", "provision", l.name, "--directory", "file:directory", "--out", "injection")
-		w.run(w.factory, "factory", "lot", "grant", l.name, "--directory", "file:directory", "--operator", "op", "--out", l.name+".jws")
+		w.run(w.factory, "factory", "lot", "grant", l.name, "--directory", "file:directory", "--operator", "op",
+			"--out", l.name+".jws")
 		w.run(w.operator, "keysvc", "lot", "import", l.name+".jws")
 		w.run(w.factory, "factory", "lot", "seal", l.name, "--directory", "file:directory")
 	}
@@ -129,10 +133,12 @@ func (w *world) setUp(lots ...lotOf) {
 // enrolFixture makes a fixture's key in software, as the fixture's own, and enrols it.
 func (w *world) enrolFixture() {
 	w.t.Helper()
-	for _, args := range [][]string{{"genrsa", "-out", "fixture.key", "3072"}, {"rsa", "-in", "fixture.key", "-pubout", "-out", "fixture.pem"}} {
+	for _, args := range [][]string{{"genrsa", "-out", "fixture.key", "3072"},
+		{"rsa", "-in", "fixture.key", "-pubout", "-out", "fixture.pem"}} {
 		w.openssl(nil, args...)
 	}
-	w.run(w.factory, "factory", "fixture", "enroll", "f1", "--fixture-key", "fixture.pem", "--so-pin-source", "file:"+w.factory.SOPINFile, "--out", "fixture.json")
+	w.run(w.factory, "factory", "fixture", "enroll", "f1", "--fixture-key", "fixture.pem", "--so-pin-source",
+		"file:"+w.factory.SOPINFile, "--out", "fixture.json")
 }
 
 // field is one of a command's JSON document.
@@ -163,11 +169,13 @@ func (w *world) openssl(stdin []byte, args ...string) []byte {
 // serve runs f while the service runs, at debug level.
 func (w *world) serve(f func(client *http.Client)) {
 	w.t.Helper()
-	if err := os.WriteFile(w.path("keysvc.yaml"), []byte("state: var/keysvc\nsocket: s\nlog_level: debug\n"), 0o600); err != nil {
+	if err := os.WriteFile(w.path("keysvc.yaml"), []byte("state: var/keysvc\nsocket: s\nlog_level: debug\n"),
+		0o600); err != nil {
 		w.t.Fatal(err)
 	}
 	cmd := w.command(w.operator, "keysvc", "serve", "--config", "keysvc.yaml")
-	client := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	client := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _,
+		_ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", w.path("s"))
 	}}}
 	service := testproc.Start(w.t, cmd, func(*testproc.Process) bool { return ready(client) })
@@ -205,8 +213,9 @@ func call(t *testing.T, client *http.Client, method string, request map[string]a
 	return answer
 }
 
-// No attribute that holds a private or secret key is ever fetched. The doctor asks how long they are, with no room for a value, to see it refused. The
-// flows run with OpenSC's spy between the programs and the token, which writes down every call.
+// No attribute that holds a private or secret key is ever fetched. The doctor asks how long they are, with no
+// room for a value, to see it refused. The flows run with OpenSC's spy between the programs and the token,
+// which writes down every call.
 func TestSpy(t *testing.T) {
 	spies, _ := filepath.Glob("/usr/lib/*/pkcs11-spy.so")
 	if len(spies) == 0 {
@@ -214,12 +223,15 @@ func TestSpy(t *testing.T) {
 	}
 	log := filepath.Join(t.TempDir(), "spy.log")
 	module := regexp.MustCompile(`module-path=[^&]*`)
-	w := newWorld(t, func(uri string) string { return module.ReplaceAllString(uri, "module-path="+spies[0]) }, "PKCS11SPY_OUTPUT="+log)
+	w := newWorld(t, func(uri string) string {
+		return module.ReplaceAllString(uri, "module-path="+spies[0])
+	}, "PKCS11SPY_OUTPUT="+log)
 	w.env = append(w.env, "PKCS11SPY="+w.factory.Module)
 	w.setUp(bothSuites...)
 	w.serve(func(*http.Client) {
 		for _, kind := range []string{"", "signature", "payload", "replay"} {
-			args := []string{"attach", "--injection", "injection", "--fixture-key", "fixture.key", "--fixture-enrolment", "fixture.json", "--server", "unix:" + w.path("s")}
+			args := []string{"attach", "--injection", "injection", "--fixture-key", "fixture.key",
+				"--fixture-enrolment", "fixture.json", "--server", "unix:" + w.path("s")}
 			if kind != "" {
 				args = append(args, "--tamper", kind)
 			}
@@ -228,7 +240,8 @@ func TestSpy(t *testing.T) {
 		officer := "file:" + w.operator.SOPINFile
 		w.run(w.operator, "keysvc", "storage", "rotate", "--so-pin-source", officer)
 		w.run(w.operator, "keysvc", "storage", "retire")
-		to := field(t, w.run(w.operator, "keysvc", "backup", "prepare", "--out", "restore-key.json", "--json"), "thumbprint")
+		to := field(t, w.run(w.operator, "keysvc", "backup", "prepare", "--out", "restore-key.json", "--json"),
+			"thumbprint")
 		made := field(t, w.run(w.operator, "keysvc", "backup", "create", "--to", "restore-key.json", "--thumbprint", to,
 			"--so-pin-source", officer, "--out", "backup.json", "--json"), "thumbprint")
 		w.run(w.operator, "keysvc", "backup", "restore", "backup.json", "--thumbprint", made)
@@ -250,7 +263,8 @@ func TestSpy(t *testing.T) {
 			t.Errorf("%s was never asked for, so that this test sees nothing", name)
 		}
 	}
-	for _, name := range []string{"C_GenerateKeyPair", "C_GenerateKey", "C_WrapKey", "C_UnwrapKey", "C_Decrypt", "C_Verify", "C_Sign", "C_Encrypt", "C_SetAttributeValue"} {
+	for _, name := range []string{"C_GenerateKeyPair", "C_GenerateKey", "C_WrapKey", "C_UnwrapKey", "C_Decrypt",
+		"C_Verify", "C_Sign", "C_Encrypt", "C_SetAttributeValue"} {
 		if spied.calls[name] == 0 {
 			t.Errorf("%s was never called, so that this test sees nothing", name)
 		}
@@ -261,7 +275,8 @@ func TestSpy(t *testing.T) {
 // A spyLog is what a spy's log says of C_GetAttributeValue.
 type spyLog struct {
 	calls, asked map[string]int
-	fetched      []string // attributes that hold keys, and for which there was room, or of which the token said a length
+	// attributes that hold keys, and for which there was room, or of which the token said a length
+	fetched []string
 }
 
 func readSpy(log string) spyLog {
@@ -270,14 +285,15 @@ func readSpy(log string) spyLog {
 	secret := regexp.MustCompile(`^CKA_(VALUE|PRIVATE_EXPONENT|PRIME_[12]|EXPONENT_[12]|COEFFICIENT)$`)
 	spied := spyLog{calls: map[string]int{}, asked: map[string]int{}}
 	call := ""
-	for _, line := range strings.Split(log, "\n") {
+	for line := range strings.SplitSeq(log, "\n") {
 		if m := heading.FindStringSubmatch(line); m != nil {
 			call = m[1]
 			spied.calls[call]++
 		} else if m := attribute.FindStringSubmatch(line); m != nil && call == "C_GetAttributeValue" {
 			name, at, size := m[1], m[2], m[3]
 			spied.asked[name]++
-			if noRoom := strings.Trim(at, "0") == "" && (size == "0" || size == "-1"); secret.MatchString(name) && !noRoom {
+			if noRoom := strings.Trim(at, "0") == "" && (size == "0" || size == "-1"); secret.MatchString(name) &&
+				!noRoom {
 				spied.fetched = append(spied.fetched, strings.TrimSpace(line))
 			}
 		}
@@ -287,7 +303,8 @@ func readSpy(log string) spyLog {
 
 // Nothing is overlooked in a spy's log.
 func TestReadSpy(t *testing.T) {
-	const asked = "3: C_GetAttributeValue\n[in] hObject = 0x14\n[in] pTemplate[1]: \n    %s\n[out] pTemplate[1]: \n    %s\n"
+	const asked = "3: C_GetAttributeValue\n[in] hObject = 0x14\n[in] pTemplate[1]: \n    %s\n[out] pTemplate[1]: \n" +
+		"    %s\n"
 	for _, c := range []struct {
 		in, out string
 		fetched int
@@ -363,7 +380,7 @@ func (w *world) lines() (all []injectionLine) {
 		if err != nil {
 			w.t.Fatal(err)
 		}
-		for _, text := range strings.Split(strings.TrimSpace(string(b)), "\n") {
+		for text := range strings.SplitSeq(strings.TrimSpace(string(b)), "\n") {
 			var line injectionLine
 			if err := json.Unmarshal([]byte(text), &line); err != nil {
 				w.t.Fatal(err)
@@ -412,7 +429,8 @@ func TestNothingSecretIsWritten(t *testing.T) {
 		t.Fatal(err)
 	}
 	secrets["a wrong PIN"] = []byte("4711-wrong-pin")
-	cmd := w.command(w.operator, "keysvc", "doctor", "--token", strings.Replace(w.operator.URI, w.operator.PINFile, wrong, 1))
+	cmd := w.command(w.operator, "keysvc", "doctor", "--token",
+		strings.Replace(w.operator.URI, w.operator.PINFile, wrong, 1))
 	out, err := cmd.CombinedOutput()
 	if err == nil {
 		t.Error("a wrong PIN was taken")
@@ -441,17 +459,20 @@ func TestNothingSecretIsWritten(t *testing.T) {
 			imsi := fmt.Sprintf("0010100000%05d", i)
 			prepared := call(t, client, "PrepareVector",
 				map[string]any{"imsi": imsi, "rands": [][]byte{[]byte("what is in clear")}})
-			answer := call(t, client, "EstablishKME", map[string]any{"imsi": imsi, "imei": d.imei, "attempt_id": prepared["attempt_id"], "payload": payload})
+			answer := call(t, client, "EstablishKME",
+				map[string]any{"imsi": imsi, "imei": d.imei, "attempt_id": prepared["attempt_id"], "payload": payload})
 			want := sha256.Sum256(append(bytes.Clone(p.KME.Bytes()), p.RME.Bytes()...))
 			if answer["nw_sig"] != base64.StdEncoding.EncodeToString(want[:]) || answer["state"] != "PENDING" {
 				t.Errorf("NW_SIG is %v", answer)
 			}
-			prepared = call(t, client, "PrepareVector", map[string]any{"imsi": imsi, "rands": [][]byte{make([]byte, 16)}})
+			prepared = call(t, client, "PrepareVector",
+				map[string]any{"imsi": imsi, "rands": [][]byte{make([]byte, 16)}})
 			if prepared["control"] != "PREPROCESSED" || fmt.Sprint(prepared["rands"]) !=
 				fmt.Sprint([]string{base64.StdEncoding.EncodeToString(aesOfZero(t, p.KME.Bytes()))}) {
 				t.Errorf("the next vector is %v", prepared)
 			}
-			if state := call(t, client, "ReportAuthentication", map[string]any{"imsi": imsi, "ok": true})["state"]; state != "ACTIVE" {
+			if state := call(t, client, "ReportAuthentication",
+				map[string]any{"imsi": imsi, "ok": true})["state"]; state != "ACTIVE" {
 				t.Errorf("state %v", state)
 			}
 			// And one that is refused, with its cause in the log.
@@ -461,8 +482,10 @@ func TestNothingSecretIsWritten(t *testing.T) {
 			imsi = fmt.Sprintf("0010111111%05d", i)
 			prepared = call(t, client, "PrepareVector",
 				map[string]any{"imsi": imsi, "rands": [][]byte{[]byte("what is in clear")}})
-			body, _ := json.Marshal(map[string]any{"imsi": imsi, "imei": d.imei, "attempt_id": prepared["attempt_id"], "payload": w.encrypt(d, bad)})
-			r, err := client.Post("http://keysvc/kme.v1.KeyService/EstablishKME", "application/json", bytes.NewReader(body))
+			body, _ := json.Marshal(map[string]any{"imsi": imsi, "imei": d.imei, "attempt_id": prepared["attempt_id"],
+				"payload": w.encrypt(d, bad)})
+			r, err := client.Post("http://keysvc/kme.v1.KeyService/EstablishKME", "application/json",
+				bytes.NewReader(body))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -478,7 +501,8 @@ func TestNothingSecretIsWritten(t *testing.T) {
 
 	written := map[string][]byte{"the programs' output": w.output.Bytes()}
 	err = filepath.WalkDir(w.dir, func(path string, entry fs.DirEntry, err error) error {
-		if err != nil || entry.IsDir() || strings.HasPrefix(path, w.path("softhsm")) || path == wrong || entry.Type()&fs.ModeSocket != 0 {
+		if err != nil || entry.IsDir() || strings.HasPrefix(path, w.path("softhsm")) || path == wrong ||
+			entry.Type()&fs.ModeSocket != 0 {
 			return err
 		}
 		written[path], err = os.ReadFile(path)
@@ -506,8 +530,9 @@ func forms(secret []byte) map[string][]byte {
 	std := base64.RawStdEncoding.EncodeToString(secret)
 	url := base64.RawURLEncoding.EncodeToString(secret)
 	return map[string][]byte{
-		"as it is": secret, "in hex": []byte(hex.EncodeToString(secret)), "in upper hex": []byte(strings.ToUpper(hex.EncodeToString(secret))),
-		"in base64": []byte(std), "in base64url": []byte(url), "as Go prints bytes": []byte(strings.Trim(fmt.Sprint(secret), "[]")),
+		"as it is": secret, "in hex": []byte(hex.EncodeToString(secret)),
+		"in upper hex": []byte(strings.ToUpper(hex.EncodeToString(secret))), "in base64": []byte(std),
+		"in base64url": []byte(url), "as Go prints bytes": []byte(strings.Trim(fmt.Sprint(secret), "[]")),
 	}
 }
 
@@ -565,7 +590,8 @@ func TestOpenSSLAgrees(t *testing.T) {
 	injection := hex.EncodeToString(w.injectionKey())
 	for _, line := range w.lines() {
 		// RFC 5649 section 3: the first half of the initial value is A65959A6.
-		pkcs8 := w.openssl(line.DeviceKey.Wrapped, "enc", "-d", "-id-aes256-wrap-pad", "-K", injection, "-iv", "A65959A6")
+		pkcs8 := w.openssl(line.DeviceKey.Wrapped, "enc", "-d", "-id-aes256-wrap-pad", "-K", injection,
+			"-iv", "A65959A6")
 		der := w.openssl(pkcs8, "pkey", "-inform", "DER", "-pubout", "-outform", "DER")
 		pub, err := x509.ParsePKIXPublicKey(der)
 		if err != nil {
@@ -598,7 +624,8 @@ func TestOpenSSLAgrees(t *testing.T) {
 			t.Errorf("IMEI %s\npublished %v\ninjection %v\nunwrapped %v", line.IMEI, found, line.PublicKey, fromToken)
 		}
 	}
-	for _, name := range []string{"directory/lots/LE/manifest", "directory/lots/LR/manifest", "enrolment.jws", "LE.jws", "LR.jws", "injection/LE/manifest.jws"} {
+	for _, name := range []string{"directory/lots/LE/manifest", "directory/lots/LR/manifest", "enrolment.jws", "LE.jws",
+		"LR.jws", "injection/LE/manifest.jws"} {
 		if len(w.verified(name)) == 0 {
 			t.Errorf("%s has no payload", name)
 		}
@@ -622,9 +649,11 @@ func (w *world) verified(name string) []byte {
 	if err := os.WriteFile(w.path("signature.der"), der, 0o600); err != nil {
 		w.t.Fatal(err)
 	}
-	w.openssl([]byte(signed), "dgst", "-sha256", "-verify", "var/factory/manufacturer.pem", "-signature", "signature.der")
+	w.openssl([]byte(signed), "dgst", "-sha256", "-verify", "var/factory/manufacturer.pem", "-signature",
+		"signature.der")
 	header, payload, _ := strings.Cut(signed, ".")
-	if h, err := base64.RawURLEncoding.DecodeString(header); err != nil || !strings.Contains(string(h), `"alg":"ES256"`) {
+	if h, err := base64.RawURLEncoding.DecodeString(header); err != nil ||
+		!strings.Contains(string(h), `"alg":"ES256"`) {
 		w.t.Errorf("%s has header %s", name, h)
 	}
 	b, err := base64.RawURLEncoding.DecodeString(payload)

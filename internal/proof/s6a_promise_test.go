@@ -42,7 +42,9 @@ var groups = []struct {
 	{"a hung keysvc", func() []string { return []string{"timeout_ms = 2000", "origin_rate = 100000"} }, []promise{
 		{"a hung keysvc queues nobody", hungService},
 	}},
-	{"provision_from", func() []string { return []string{"provision_from = home", "provision_from = 26202"} }, []promise{
+	{"provision_from", func() []string {
+		return []string{"provision_from = home", "provision_from = 26202"}
+	}, []promise{
 		{"a network that is listed provisions", provisionFrom},
 	}},
 }
@@ -213,7 +215,8 @@ func multimediaRefused(s *scene) {
 				s.t.Errorf("application %d, %s: %+v, want 5003", app, what, r)
 			}
 		}
-		if r := s.mme.mar(app, unbound.imsi, nil, options{}); r.lost != "" || r.result != 2001 || len(r.authenticate) != 2 {
+		if r := s.mme.mar(app, unbound.imsi, nil, options{}); r.lost != "" || r.result != 2001 ||
+			len(r.authenticate) != 2 {
 			s.t.Errorf("application %d, a subscriber who is not bound: %+v", app, r)
 		}
 	}
@@ -463,7 +466,8 @@ func logged(s *scene) {
 		payload[7] ^= 1
 		s.mme.ulr(p.imsi, p.imei, payload, attempt, options{})
 		for line := range strings.Lines(s.hss.Log.String()) {
-			if strings.Contains(line, p.imsi) && strings.Contains(line, s.name) && strings.Contains(line, "KME_REJECTED") {
+			if strings.Contains(line, p.imsi) && strings.Contains(line, s.name) &&
+				strings.Contains(line, "KME_REJECTED") {
 				return true
 			}
 		}

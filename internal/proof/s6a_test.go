@@ -50,7 +50,8 @@ func TestS6a(t *testing.T) {
 				if kind == "replay" {
 					first = devices + 40 // its devices attach, too
 				}
-				result := d.attach("m", true, "--first", fmt.Sprint(first), "--count", "2", "--first-imsi", "001010000000000", "--tamper", kind)
+				result := d.attach("m", true, "--first", fmt.Sprint(first), "--count", "2", "--first-imsi",
+					"001010000000000", "--tamper", kind)
 				if result.Rejected["5420/1"] != 2 {
 					t.Errorf("%s: %v, want 5420 with status 1", kind, result.Rejected)
 				}
@@ -59,12 +60,17 @@ func TestS6a(t *testing.T) {
 			m.expect("a subscriber that nobody knows", "AIA 5001 - -", "AIR", "001019999999999", "1", "-")
 			m.expect("and its location, for which nobody asks the HSS", "ULA 5420 - -", "ULR", "001019999999999",
 				"35209900000001", "-", "-")
-			m.expect("an attempt that is none", "ULA 5420 2 -", "ULR", unbound, "35209900000001", strings.Repeat("00", 256), "AAAAAAAAAAAAAAAAAAAAAA")
-			m.expect("a payload of another length", "ULA 5420", "ULR", unbound, "35209900000001", "00", "AAAAAAAAAAAAAAAAAAAAAA")
-			if opened := m.expect("a subscriber that is not bound", "AIA 2001 1", "AIR", unbound, "1", "-"); len(opened) > 3 {
-				m.expect("an IMEI in no lot", "ULA 5420 1 -", "ULR", unbound, "99999999999999", strings.Repeat("00", 256), opened[3])
+			m.expect("an attempt that is none", "ULA 5420 2 -", "ULR", unbound, "35209900000001",
+				strings.Repeat("00", 256), "AAAAAAAAAAAAAAAAAAAAAA")
+			m.expect("a payload of another length", "ULA 5420", "ULR", unbound, "35209900000001", "00",
+				"AAAAAAAAAAAAAAAAAAAAAA")
+			if opened := m.expect("a subscriber that is not bound", "AIA 2001 1", "AIR", unbound, "1",
+				"-"); len(opened) > 3 {
+				m.expect("an IMEI in no lot", "ULA 5420 1 -", "ULR", unbound, "99999999999999",
+					strings.Repeat("00", 256), opened[3])
 			}
-			if vectors := m.expect("five vectors at once", "AIA 2001 2 -", "AIR", "001010000000000", "5", "-"); len(vectors) != 4+5 {
+			if vectors := m.expect("five vectors at once", "AIA 2001 2 -", "AIR", "001010000000000", "5",
+				"-"); len(vectors) != 4+5 {
 				t.Errorf("%d vectors, not 5", len(vectors)-4)
 			}
 			m.expect("AUTS by who has no K", "AIA 4181", "AIR", "001010000000000", "1", strings.Repeat("5a", 30))
@@ -119,33 +125,46 @@ func TestS6aMalformed(t *testing.T) {
 				code string
 				avps [][]byte
 			}{
-				"no user":                  {"316", [][]byte{binding(payload, attempt, 0), terminal(imei, 0)}},
-				"a user of letters":        {"316", [][]byte{avp(1, 0, []byte("letters\x00\"}{"), 0), binding(payload, attempt, 0), terminal(imei, 0)}},
-				"a user of 60 kB":          {"316", [][]byte{avp(1, 0, bytes.Repeat([]byte("1"), 60000), 0), binding(payload, attempt, 0)}},
-				"an empty user":            {"316", [][]byte{avp(1, 0, nil, 0), binding(payload, attempt, 0)}},
-				"no terminal":              {"316", [][]byte{user, binding(payload, attempt, 0)}},
-				"an empty IMEI":            {"316", [][]byte{user, binding(payload, attempt, 0), terminal(nil, 0)}},
-				"an IMEI too long":         {"316", [][]byte{user, binding(payload, attempt, 0), terminal(bytes.Repeat(imei, 20), 0)}},
-				"an IMEI's length":         {"316", [][]byte{user, binding(payload, attempt, 0), terminal(imei, 40)}},
-				"an IMEI's length zero":    {"316", [][]byte{user, binding(payload, attempt, 0), terminal(imei, -26)}},
-				"an empty payload":         {"316", [][]byte{user, binding(nil, attempt, 0), terminal(imei, 0)}},
-				"a payload of 60 kB":       {"316", [][]byte{user, binding(make([]byte, 60000), attempt, 0), terminal(imei, 0)}},
+				"no user": {"316", [][]byte{binding(payload, attempt, 0), terminal(imei, 0)}},
+				"a user of letters": {"316", [][]byte{avp(1, 0, []byte("letters\x00\"}{"), 0),
+					binding(payload, attempt, 0), terminal(imei, 0)}},
+				"a user of 60 kB": {"316", [][]byte{avp(1, 0, bytes.Repeat([]byte("1"), 60000), 0),
+					binding(payload, attempt, 0)}},
+				"an empty user": {"316", [][]byte{avp(1, 0, nil, 0), binding(payload, attempt, 0)}},
+				"no terminal":   {"316", [][]byte{user, binding(payload, attempt, 0)}},
+				"an empty IMEI": {"316", [][]byte{user, binding(payload, attempt, 0), terminal(nil, 0)}},
+				"an IMEI too long": {"316",
+					[][]byte{user, binding(payload, attempt, 0), terminal(bytes.Repeat(imei, 20), 0)}},
+				"an IMEI's length":      {"316", [][]byte{user, binding(payload, attempt, 0), terminal(imei, 40)}},
+				"an IMEI's length zero": {"316", [][]byte{user, binding(payload, attempt, 0), terminal(imei, -26)}},
+				"an empty payload":      {"316", [][]byte{user, binding(nil, attempt, 0), terminal(imei, 0)}},
+				"a payload of 60 kB": {"316", [][]byte{user, binding(make([]byte, 60000), attempt, 0),
+					terminal(imei, 0)}},
 				"a payload's length":       {"316", [][]byte{user, binding(payload, attempt, 4000), terminal(imei, 0)}},
 				"a payload's short length": {"316", [][]byte{user, binding(payload, attempt, -264), terminal(imei, 0)}},
-				"an attempt with a zero":   {"316", [][]byte{user, binding(payload, []byte("AAAA\x00AAAA"), 0), terminal(imei, 0)}},
-				"an attempt of quotes":     {"316", [][]byte{user, binding(payload, []byte(`","imsi":"1`), 0), terminal(imei, 0)}},
-				"an attempt of 1 kB":       {"316", [][]byte{user, binding(payload, bytes.Repeat([]byte("A"), 1024), 0), terminal(imei, 0)}},
-				"an empty binding":         {"316", [][]byte{user, avp(1, own, nil, 0), terminal(imei, 0)}},
-				"a binding of rubbish":     {"316", [][]byte{user, avp(1, own, bytes.Repeat([]byte{0xff}, 300), 0), terminal(imei, 0)}},
-				"bindings in bindings":     {"316", [][]byte{user, avp(1, own, deep, 0), terminal(imei, 0)}},
-				"a hundred bindings":       {"316", append([][]byte{user}, bytes.Repeat(binding(payload, attempt, 0), 100))},
-				"an answer in a request":   {"316", [][]byte{user, avp(4, own, append(avp(5, own, make([]byte, 32), 0), avp(6, own, make([]byte, 4), 0)...), 0), terminal(imei, 0)}},
-				"AUTS too short":           {"318", [][]byte{user, vectors(make([]byte, 3), 0)}},
-				"no AUTS":                  {"318", [][]byte{user, vectors(nil, 0)}},
-				"AUTS too long":            {"318", [][]byte{user, vectors(make([]byte, 5000), 0)}},
-				"an AUTS's length":         {"318", [][]byte{user, vectors(make([]byte, 30), 100)}},
+				"an attempt with a zero": {"316", [][]byte{user, binding(payload, []byte("AAAA\x00AAAA"), 0),
+					terminal(imei, 0)}},
+				"an attempt of quotes": {"316", [][]byte{user, binding(payload, []byte(`","imsi":"1`), 0),
+					terminal(imei, 0)}},
+				"an attempt of 1 kB": {"316", [][]byte{user, binding(payload, bytes.Repeat([]byte("A"), 1024), 0),
+					terminal(imei, 0)}},
+				"an empty binding": {"316", [][]byte{user, avp(1, own, nil, 0), terminal(imei, 0)}},
+				"a binding of rubbish": {"316", [][]byte{user, avp(1, own, bytes.Repeat([]byte{0xff}, 300), 0),
+					terminal(imei, 0)}},
+				"bindings in bindings": {"316", [][]byte{user, avp(1, own, deep, 0), terminal(imei, 0)}},
+				"a hundred bindings": {"316",
+					append([][]byte{user}, bytes.Repeat(binding(payload, attempt, 0), 100))},
+				"an answer in a request": {"316",
+					[][]byte{user,
+						avp(4, own, append(avp(5, own, make([]byte, 32), 0), avp(6, own, make([]byte, 4), 0)...), 0),
+						terminal(imei, 0)}},
+				"AUTS too short":   {"318", [][]byte{user, vectors(make([]byte, 3), 0)}},
+				"no AUTS":          {"318", [][]byte{user, vectors(nil, 0)}},
+				"AUTS too long":    {"318", [][]byte{user, vectors(make([]byte, 5000), 0)}},
+				"an AUTS's length": {"318", [][]byte{user, vectors(make([]byte, 30), 100)}},
 			} {
-				if answer := m.ask("RAW", c.code, "c0", hex.EncodeToString(bytes.Join(c.avps, nil))); answer[1] == success {
+				if answer := m.ask("RAW", c.code, "c0",
+					hex.EncodeToString(bytes.Join(c.avps, nil))); answer[1] == success {
 					for _, f := range answer[2:] {
 						if len(f) == 64 {
 							t.Errorf("%s: a NW_SIG: %v", name, answer)
@@ -161,7 +180,8 @@ func TestS6aMalformed(t *testing.T) {
 				// 1.2.1 does not always end under AddressSanitizer, with a lock of p11-kit's held by a thread that it
 				// cancelled.
 				n.Kill()
-				if text := n.Log.String(); strings.Contains(text, "Sanitizer") || strings.Contains(text, "runtime error") {
+				if text := n.Log.String(); strings.Contains(text, "Sanitizer") ||
+					strings.Contains(text, "runtime error") {
 					t.Errorf("%s:\n%s", n.name, text[max(0, len(text)-6000):])
 				}
 			}
@@ -198,13 +218,15 @@ func TestS6aFaults(t *testing.T) {
 	}
 	d.keysvc.Cmd.Process.Signal(syscall.SIGSTOP)
 	bound("slow")
-	// Many at once, and more than the queue holds: every one gets its answer, and the agent goes on with what is not ours.
+	// Many at once, and more than the queue holds: every one gets its answer, and the agent
+	// goes on with what is not ours.
 	var all sync.WaitGroup
 	for i := range 8 {
 		all.Go(func() {
 			many := d.mme("m")
 			for range 20 {
-				if got := many.ask("AIR", fmt.Sprintf("00101%010d", 100+i), "1", "-"); got[1] != "4181" && got[1] != "3004" {
+				if got := many.ask("AIR", fmt.Sprintf("00101%010d", 100+i), "1", "-"); got[1] != "4181" &&
+					got[1] != "3004" {
 					t.Errorf("under load, keysvc stopped: %v", got)
 				}
 			}
@@ -221,7 +243,8 @@ func TestS6aFaults(t *testing.T) {
 	m.expect("back", "AIA 2001 2 -", "AIR", closed, "1", "-")
 
 	// An MME that is killed under load, and comes back.
-	testproc.Start(t, d.command(d.operator, "mesim", "attach", "--injection", "injection", "--fixture-key", "fixture.key",
+	testproc.Start(t, d.command(d.operator, "mesim", "attach", "--injection", "injection", "--fixture-key",
+		"fixture.key",
 		"--fixture-enrolment", "fixture.json",
 		"--server", "s6a:"+d.path("m"), "--subscribers", "subscribers", "--first", "20", "--count", "100"),
 		func(*testproc.Process) bool { return d.states()["ACTIVE"] > 10 })
@@ -233,12 +256,14 @@ func TestS6aFaults(t *testing.T) {
 	}
 
 	// What becomes of a rejected payload.
-	for rejected, want := range map[string]string{"authorization-rejected": "5003/1", "unknown-subscription": "5420/1"} {
+	for rejected, want := range map[string]string{"authorization-rejected": "5003/1",
+		"unknown-subscription": "5420/1"} {
 		agent.stop()
 		agent = d.start("agent", []string{d.conf("kme.conf", "rejected = "+rejected)}, "hss", "mme")
 		client.connected("agent")
 		agent.connected("hss")
-		if result := d.attach("m", true, "--first", "190", "--count", "1", "--first-imsi", "001010000000000", "--tamper", "signature"); result.Rejected[want] != 1 {
+		if result := d.attach("m", true, "--first", "190", "--count", "1", "--first-imsi", "001010000000000",
+			"--tamper", "signature"); result.Rejected[want] != 1 {
 			t.Errorf("rejected = %s: %v, want %s", rejected, result.Rejected, want)
 		}
 	}
@@ -310,7 +335,8 @@ func TestS6aTrustsItsCAAlone(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	d.write("libraries/"+filepath.Base(string(path[1])), string(bytes.Replace(library, []byte(folder), []byte(ours), 1)))
+	d.write("libraries/"+filepath.Base(string(path[1])),
+		string(bytes.Replace(library, []byte(folder), []byte(ours), 1)))
 	d.libraries = d.path("libraries")
 
 	d.newCA("other")
@@ -327,7 +353,8 @@ func TestS6aTrustsItsCAAlone(t *testing.T) {
 		client := d.start("mme", []string{"mme:" + d.path("m")}, "agent")
 		agent.connected("hss", "mme")
 		client.connected("agent")
-		d.mme("m").expect("keysvc with a certificate of other.pem, of which "+c.ca+" is trusted", c.want, "AIR", "001010000000000", "1", "-")
+		d.mme("m").expect("keysvc with a certificate of other.pem, of which "+c.ca+" is trusted", c.want, "AIR",
+			"001010000000000", "1", "-")
 		stopAll(client, agent, hss)
 	}
 }
@@ -360,9 +387,11 @@ func TestS6aOnTheWire(t *testing.T) {
 	if bad := regexp.MustCompile(`(?i)malformed|expert info \(error`).FindAllString(string(out), -1); len(bad) > 0 {
 		t.Errorf("tshark finds fault %d times: %s", len(bad), bad[0])
 	}
-	// Code, length, flags and how often, on both sides of the agent: each device makes four AIRs and two ULRs. All have V set and M clear.
+	// Code, length, flags and how often, on both sides of the agent: each device makes four AIRs and two
+	// ULRs. All have V set and M clear.
 	seen := map[string]int{}
-	for _, m := range regexp.MustCompile(`AVP: Unknown\((\d+)\) l=(\d+) f=(\S+) vnd=32473`).FindAllStringSubmatch(string(out), -1) {
+	for _, m := range regexp.MustCompile(`AVP: Unknown\((\d+)\) l=(\d+) f=(\S+) vnd=32473`).FindAllStringSubmatch(
+		string(out), -1) {
 		seen[strings.Join(m[1:], " ")]++
 	}
 	want := map[string]int{

@@ -67,7 +67,8 @@ func (s *scene) expectULA(what string, u ula, result uint32, status string) {
 	s.t.Helper()
 	if u.lost != "" || u.result != result || u.status != status || (u.nwSig != nil) != (status == "0") ||
 		u.data != (result == 2001 && status == "") {
-		s.t.Errorf("%s: result %d, status %q, NW-Sig of %d bytes, Subscription-Data %v, lost: %q; want result %d, status %q",
+		s.t.Errorf("%s: result %d, status %q, NW-Sig of %d bytes, Subscription-Data %v, lost: %q; want result %d, "+
+			"status %q",
 			what, u.result, u.status, len(u.nwSig), u.data, u.lost, result, status)
 	}
 }
@@ -149,7 +150,8 @@ func (p *phone) allDecrypt(s *scene, a aia) {
 		}
 	}
 	for i, v := range a.gsm {
-		if sres, kc := p.sim.GSM(p.decrypt(v.rand)); string(sres[:]) != string(v.xres) || string(kc[:]) != string(v.autn) {
+		if sres, kc := p.sim.GSM(p.decrypt(v.rand)); string(sres[:]) != string(v.xres) ||
+			string(kc[:]) != string(v.autn) {
 			s.t.Errorf("GERAN vector %d is not pre-processed", i)
 		}
 	}

@@ -21,13 +21,16 @@ func Operator(t testing.TB) Tok {
 	return Token(t)
 }
 
-// NSS makes a token of NSS softoken that nobody else uses, with a user PIN; NSS has no security officer once there is one. It is gone with the test.
+// NSS makes a token of NSS softoken that nobody else uses, with a user PIN; NSS has no security officer once there is
+// one. It is gone with the test.
 //
-// A process has one token of NSS, that of its one C_Initialize. So each of ours has a library of its own, which is another module to the process.
+// A process has one token of NSS, that of its one C_Initialize. So each of ours has a library of its own, which is
+// another module to the process.
 func NSS(t testing.TB) Tok {
 	t.Helper()
 	dir := t.TempDir()
-	tok := Tok{Label: "nss", PIN: "nss-pin-12", PINFile: filepath.Join(dir, "pin"), Module: filepath.Join(dir, "libsoftokn3.so")}
+	tok := Tok{Label: "nss", PIN: "nss-pin-12", PINFile: filepath.Join(dir, "pin"),
+		Module: filepath.Join(dir, "libsoftokn3.so")}
 	if err := os.WriteFile(tok.PINFile, []byte(tok.PIN), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -45,7 +48,8 @@ func NSS(t testing.TB) Tok {
 	if err := os.WriteFile(tok.Module, library, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	tok.URI = fmt.Sprintf("pkcs11:token=%s?module-path=%s&x-init-reserved=configdir=sql:%s%%20dbTokenDescription=%s&pin-source=file:%s",
+	tok.URI = fmt.Sprintf(
+		"pkcs11:token=%s?module-path=%s&x-init-reserved=configdir=sql:%s%%20dbTokenDescription=%s&pin-source=file:%s",
 		tok.Label, tok.Module, dir, tok.Label, tok.PINFile)
 	return tok
 }

@@ -75,7 +75,8 @@ func login(t *testing.T, dir string, tok Tok) {
 		{"--login", "--pin", "env:PIN", "--list-objects"},
 		{"--login", "--login-type", "so", "--so-pin", "env:SOPIN", "--init-pin", "--new-pin", "env:PIN"},
 	} {
-		cmd := exec.Command("pkcs11-tool", append([]string{"--module", tok.Module, "--token-label", tok.Label}, args...)...)
+		cmd := exec.Command("pkcs11-tool",
+			append([]string{"--module", tok.Module, "--token-label", tok.Label}, args...)...)
 		cmd.Env = append(os.Environ(), Env(dir), "PIN="+tok.PIN, "SOPIN="+tok.SOPIN)
 		if out, err := cmd.CombinedOutput(); err != nil {
 			t.Errorf("token %s: pkcs11-tool %q: %v\n%s", tok.Label, args, err, out)
@@ -135,7 +136,8 @@ func pathWithout(t *testing.T, names ...string) string {
 		for _, p := range programs {
 			if !slices.Contains(names, p.Name()) {
 				// The first program of a name wins, as in a PATH.
-				if err := os.Symlink(filepath.Join(folder, p.Name()), filepath.Join(bin, p.Name())); err != nil && !errors.Is(err, fs.ErrExist) {
+				if err := os.Symlink(filepath.Join(folder, p.Name()), filepath.Join(bin, p.Name())); err != nil &&
+					!errors.Is(err, fs.ErrExist) {
 					t.Fatal(err)
 				}
 			}
@@ -234,7 +236,8 @@ func TestSetupReset(t *testing.T) {
 
 	// What others put there stays: a file, and a token that was made without the script.
 	write(t, filepath.Join(dir, "notes.pin"), "mine")
-	cmd := exec.Command("softhsm2-util", "--init-token", "--free", "--label", "other", "--pin", "1234", "--so-pin", "1234")
+	cmd := exec.Command("softhsm2-util", "--init-token", "--free", "--label", "other", "--pin", "1234",
+		"--so-pin", "1234")
 	cmd.Env = append(os.Environ(), Env(dir))
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
@@ -346,7 +349,8 @@ func TestSetupLabels(t *testing.T) {
 	}
 
 	// The longest label, one that begins no shell name, and one with every character that is none of a shell's.
-	names := map[string]string{strings.Repeat("a", 32): strings.Repeat("A", 32) + "_TOKEN", "9": "_9_TOKEN", "b.C_d-e": "B_C_D_E_TOKEN"}
+	names := map[string]string{strings.Repeat("a", 32): strings.Repeat("A", 32) + "_TOKEN", "9": "_9_TOKEN",
+		"b.C_d-e": "B_C_D_E_TOKEN"}
 	for label, name := range names {
 		tok := Make(t, dir, label)[label]
 		login(t, dir, tok)
@@ -439,7 +443,8 @@ func TestSetupHidesPINs(t *testing.T) {
 	seen := filepath.Join(t.TempDir(), "seen")
 	record := fmt.Sprintf(`printf '%%s\n' "$name" "$@" >>%s; env >>%s; exec "$real" "$@"`, seen, seen)
 	dir := t.TempDir()
-	r := start(t, []string{intercept(t, record, "softhsm2-util", "script", "mv", "sed", "cat", "tr")}, "--dir", dir, "a")
+	r := start(t, []string{intercept(t, record, "softhsm2-util", "script", "mv", "sed", "cat", "tr")},
+		"--dir", dir, "a")
 	if r.code != 0 {
 		t.Fatalf("exit %d\n%s", r.code, r.out)
 	}

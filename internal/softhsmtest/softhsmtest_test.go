@@ -64,7 +64,9 @@ func TestMake(t *testing.T) {
 // Whoever lacks SoftHSM must hear of it: tests that skipped would look as if they had passed.
 func TestNoSoftHSMFails(t *testing.T) {
 	t.Setenv("PATH", pathWithout(t, "softhsm2-util"))
-	if msg := fatal(t, func(tb testing.TB) { Make(tb, t.TempDir(), "a") }); !strings.Contains(msg, "softhsm2-util not found") {
+	if msg := fatal(t, func(tb testing.TB) {
+		Make(tb, t.TempDir(), "a")
+	}); !strings.Contains(msg, "softhsm2-util not found") {
 		t.Errorf("Make without SoftHSM: %q", msg)
 	}
 	if code := run(nil, 1, nil); code != 1 {

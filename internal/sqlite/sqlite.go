@@ -22,8 +22,8 @@ import (
 const busyTimeout = 5 * time.Second // for the lock of another process
 
 // Open opens the database at path, or makes it, for its owner only. Other processes may have it open too. Every commit
-// is synced to disk before it returns (WAL with synchronous=FULL). The migrations make an empty database what it is now, one
-// after the other; PRAGMA user_version says how many of them a database has had.
+// is synced to disk before it returns (WAL with synchronous=FULL). The migrations make an empty database what it is
+// now, one after the other; PRAGMA user_version says how many of them a database has had.
 func Open(ctx context.Context, path string, migrations ...string) (read *sql.DB, write *Writer, err error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return nil, nil, fmt.Errorf("the database's folder cannot be made: %w", err)
@@ -34,7 +34,9 @@ func Open(ctx context.Context, path string, migrations ...string) (read *sql.DB,
 	}
 	dsn := func(extra string) string {
 		return (&url.URL{Scheme: "file", OmitHost: true, Path: path}).String() +
-			fmt.Sprintf("?_journal_mode=WAL&_synchronous=FULL&_busy_timeout=%d&_foreign_keys=on&_stmt_cache_size=32&_mutex=no", busyTimeout.Milliseconds()) + extra
+			fmt.Sprintf(
+				"?_journal_mode=WAL&_synchronous=FULL&_busy_timeout=%d&_foreign_keys=on&_stmt_cache_size=32&_mutex=no",
+				busyTimeout.Milliseconds()) + extra
 	}
 	db, err := sql.Open("sqlite3", dsn("&_txlock=immediate&_cache_size=-65536"))
 	if err != nil {
@@ -44,7 +46,8 @@ func Open(ctx context.Context, path string, migrations ...string) (read *sql.DB,
 	// Who finds another in the switch to WAL is told SQLITE_BUSY at once, whatever the busy timeout.
 	for start := time.Now(); ; time.Sleep(time.Millisecond) {
 		var busy sqlite3.Error
-		if err = migrate(ctx, db, migrations); !errors.As(err, &busy) || busy.Code != sqlite3.ErrBusy || time.Since(start) > busyTimeout {
+		if err = migrate(ctx, db, migrations); !errors.As(err, &busy) || busy.Code != sqlite3.ErrBusy ||
+			time.Since(start) > busyTimeout {
 			break
 		}
 	}
@@ -64,7 +67,8 @@ func Open(ctx context.Context, path string, migrations ...string) (read *sql.DB,
 	for _, s := range []struct {
 		to   **sql.Stmt
 		text string
-	}{{&write.savepoint, "SAVEPOINT change"}, {&write.release, "RELEASE change"}, {&write.rollback, "ROLLBACK TO change"}} {
+	}{{&write.savepoint, "SAVEPOINT change"}, {&write.release, "RELEASE change"},
+		{&write.rollback, "ROLLBACK TO change"}} {
 		if *s.to, err = db.PrepareContext(ctx, s.text); err != nil {
 			return nil, nil, errors.Join(err, read.Close(), db.Close())
 		}
@@ -77,8 +81,8 @@ func Open(ctx context.Context, path string, migrations ...string) (read *sql.DB,
 
 var creating sync.Mutex
 
-// create makes the file, and leaves one that is there alone: closing a file takes away every lock that the process has on it,
-// SQLite's too (https://www.sqlite.org/howtocorrupt.html, 2.2).
+// create makes the file, and leaves one that is there alone: closing a file takes away every lock that the process has
+// on it, SQLite's too (https://www.sqlite.org/howtocorrupt.html, 2.2).
 func create(path string) error {
 	creating.Lock()
 	defer creating.Unlock()
@@ -106,7 +110,8 @@ func migrate(ctx context.Context, db *sql.DB, migrations []string) error {
 	case have == len(migrations):
 		return nil
 	case have > len(migrations):
-		return fmt.Errorf("its schema has version %d, this program knows %d: use the program that wrote it, or a newer one", have, len(migrations))
+		return fmt.Errorf("its schema has version %d, this program knows %d: use the program that wrote it, or a "+
+			"newer one", have, len(migrations))
 	}
 	for _, m := range migrations[have:] {
 		if _, err := tx.ExecContext(ctx, m); err != nil {
@@ -119,8 +124,8 @@ func migrate(ctx context.Context, db *sql.DB, migrations []string) error {
 	return tx.Commit()
 }
 
-// A Writer makes changes. Those who wait at the same time share one commit, and with it one sync of the disk; each change is
-// made or not made by itself. It may be used concurrently.
+// A Writer makes changes. Those who wait at the same time share one commit, and with it one sync of the disk; each
+// change is made or not made by itself. It may be used concurrently.
 type Writer struct {
 	db      *sql.DB
 	changes chan change
@@ -180,7 +185,8 @@ func (w *Writer) Close() error {
 	return w.db.Close()
 }
 
-// Soon takes a ticket: whoever has it will soon make a change. done gives it back, once, when that is made or will not be.
+// Soon takes a ticket: whoever has it will soon make a change. done gives it back, once, when
+// that is made or will not be.
 //
 // A commit costs as much as several changes, most of it for the disk: so it waits for half of the tickets that are out,
 // but only until pause after the commit before. While no tickets are out, no commit waits; what comes during one is in
@@ -237,7 +243,8 @@ func (w *Writer) gather(first change, last time.Time) []change {
 }
 
 func (w *Writer) commit(batch []change) {
-	// A savepoint copies each page that is changed behind it, and failures are rare: the changes are only kept apart if one of them fails.
+	// A savepoint copies each page that is changed behind it, and failures are rare: the changes are only
+	// kept apart if one of them fails.
 	results, err := w.try(batch, false)
 	if errors.Is(err, errTogether) && len(batch) > 1 {
 		results, err = w.try(batch, true)
@@ -252,7 +259,8 @@ func (w *Writer) commit(batch []change) {
 
 var errTogether = errors.New("one of the changes that were not kept apart failed")
 
-// try makes the changes in one transaction. If one fails, apart undoes it alone; without, it undoes all, and fails with errTogether.
+// try makes the changes in one transaction. If one fails, apart undoes it alone; without, it undoes
+// all, and fails with errTogether.
 func (w *Writer) try(batch []change, apart bool) (results []error, err error) {
 	defer panics.Recover(&err) // of the driver
 	results = make([]error, len(batch))

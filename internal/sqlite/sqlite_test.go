@@ -24,7 +24,8 @@ func open(t *testing.T, path string, migrations ...string) (*sql.DB, *Writer) {
 	return read, write
 }
 
-// Changes that share a commit are made each by itself: one that fails, or whose caller has gone, takes no other with it.
+// Changes that share a commit are made each by itself: one that fails, or whose caller has
+// gone, takes no other with it.
 func TestGroupCommit(t *testing.T) {
 	read, write := open(t, filepath.Join(t.TempDir(), "db"), "CREATE TABLE t (n INTEGER PRIMARY KEY)")
 	gone, cancel := context.WithCancel(t.Context())
@@ -110,7 +111,8 @@ func TestPanic(t *testing.T) {
 		g.Go(func() {
 			var p *panics.Error
 			if err := insert(t.Context(), n); n%2 == 0 && err != nil ||
-				n%2 == 1 && (!errors.As(err, &p) || p.Value != "odd" || !strings.Contains(string(p.Stack), "sqlite_test.go")) {
+				n%2 == 1 && (!errors.As(err, &p) || p.Value != "odd" ||
+					!strings.Contains(string(p.Stack), "sqlite_test.go")) {
 				t.Errorf("%d: %v", n, err)
 			}
 		})
@@ -175,7 +177,8 @@ func TestTickets(t *testing.T) {
 	one := twenty()
 	hold(1000)
 	if many := twenty(); many < 19*pause || one > alone+many/2 {
-		t.Errorf("20 changes one after the other take %s; where one more may come, %s; where many may, %s", alone, one, many)
+		t.Errorf("20 changes one after the other take %s; where one more may come, %s; where many may, %s",
+			alone, one, many)
 	}
 	// The second of four comes within the pause, if the machine is not too busy for that.
 	hold(4)
@@ -195,7 +198,8 @@ func TestTickets(t *testing.T) {
 
 func TestMigrations(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "db")
-	one, two := "CREATE TABLE a (n INTEGER); INSERT INTO a VALUES (1)", "ALTER TABLE a ADD COLUMN m INTEGER NOT NULL DEFAULT 7"
+	one, two := "CREATE TABLE a (n INTEGER); INSERT INTO a VALUES (1)", "ALTER TABLE a ADD COLUMN m INTEGER NOT NULL "+
+		"DEFAULT 7"
 	for _, migrations := range [][]string{{one}, {one}, {one, two}, {one, two}} {
 		_, write := open(t, path, migrations...)
 		if err := write.Close(); err != nil {

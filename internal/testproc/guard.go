@@ -133,7 +133,8 @@ func children() map[int]string {
 	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
 	for _, path := range stats {
 		data, _ := os.ReadFile(path)
-		fields := strings.Fields(string(data[strings.LastIndexByte(string(data), ')')+1:])) // proc_pid_stat(5): state, ppid
+		// proc_pid_stat(5): state, ppid
+		fields := strings.Fields(string(data[strings.LastIndexByte(string(data), ')')+1:]))
 		if len(fields) < 2 || fields[1] != strconv.Itoa(os.Getpid()) {
 			continue
 		}

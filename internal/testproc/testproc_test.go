@@ -72,9 +72,11 @@ func TestEnds(t *testing.T) {
 func TestLeavesNothing(t *testing.T) {
 	t.Parallel()
 	for end, want := range map[string]string{
-		"passes": "PASS", "fails": "as it must", "panics": "as it must", "panics elsewhere": "as it must", "exits": "unexpected call to os.Exit", "is killed": "killed",
-		"times out": "test timed out", "is interrupted": "interrupt", "and its guard is killed": "",
-		"leaves a folder": "the tests passed, and left:\n/", "leaves a process": "the tests passed, and left:\nprocess ",
+		"passes": "PASS", "fails": "as it must", "panics": "as it must", "panics elsewhere": "as it must",
+		"exits": "unexpected call to os.Exit", "is killed": "killed", "times out": "test timed out",
+		"is interrupted": "interrupt", "and its guard is killed": "",
+		"leaves a folder":  "the tests passed, and left:\n/",
+		"leaves a process": "the tests passed, and left:\nprocess ",
 	} {
 		t.Run(end, func(t *testing.T) {
 			t.Parallel()
@@ -83,7 +85,9 @@ func TestLeavesNothing(t *testing.T) {
 			if end == "times out" {
 				cmd.Args = append(cmd.Args, "-test.timeout=2s")
 			}
-			cmd.Env = append(slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, guarded+"=") }), "TMPDIR="+dir, inner+"="+end+":"+pids)
+			cmd.Env = append(slices.DeleteFunc(os.Environ(), func(v string) bool {
+				return strings.HasPrefix(v, guarded+"=")
+			}), "TMPDIR="+dir, inner+"="+end+":"+pids)
 			var all []int
 			p := Start(t, cmd, func(*Process) bool {
 				data, _ := os.ReadFile(pids)
@@ -153,10 +157,12 @@ func started(script string, patience time.Duration) string {
 
 // A server that does not come up, or ends, fails its test with the server's own words.
 func TestDoesNotComeUp(t *testing.T) {
-	if said := started("echo no port >&2; exit 3", Patience); !strings.Contains(said, "sh ended before it was ready: exit status 3") || !strings.Contains(said, "no port") {
+	if said := started("echo no port >&2; exit 3", Patience); !strings.Contains(said,
+		"sh ended before it was ready: exit status 3") || !strings.Contains(said, "no port") {
 		t.Errorf("a server that ends: %s", said)
 	}
-	if said := started("echo I wait; sleep 600 & sleep 600", time.Second); !strings.Contains(said, "sh is not ready after 1s") || !strings.Contains(said, "I wait") {
+	if said := started("echo I wait; sleep 600 & sleep 600", time.Second); !strings.Contains(said,
+		"sh is not ready after 1s") || !strings.Contains(said, "I wait") {
 		t.Errorf("a server that waits: %s", said)
 	}
 }
@@ -175,7 +181,8 @@ func TestEverywhere(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	guards, needs := regexp.MustCompile(`testproc\.Main\(|softhsmtest\.Main|\bMain\(m`), regexp.MustCompile(`TempDir\(\)|MkdirTemp\(|exec\.Command|(pg|vault)test\.`)
+	guards, needs := regexp.MustCompile(`testproc\.Main\(|softhsmtest\.Main|\bMain\(m`), regexp.MustCompile(
+		`TempDir\(\)|MkdirTemp\(|exec\.Command|(pg|vault)test\.`)
 	for folder, text := range packages {
 		if needs.MatchString(text) && !guards.MatchString(text) {
 			t.Errorf("%s has no TestMain with testproc.Main", folder)

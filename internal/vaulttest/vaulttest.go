@@ -88,7 +88,8 @@ func (s *Server) start(t testing.TB, listen string, more ...string) {
 	if _, err := os.Stat(program); err != nil {
 		t.Fatal("there is no bin/vaultrun: run make vaultdev")
 	}
-	cmd := exec.Command(program, slices.Concat([]string{"-listen", listen, "-dir", s.Dir, "-log-level", "error"}, s.flags, more)...)
+	cmd := exec.Command(program, slices.Concat([]string{"-listen", listen, "-dir", s.Dir, "-log-level", "error"},
+		s.flags, more)...)
 	out := new(testproc.Log)
 	cmd.Stdout = out
 	s.process = testproc.Start(t, cmd, func(*testproc.Process) bool { return strings.Contains(out.String(), "\n") })
@@ -159,7 +160,8 @@ func (s *Server) Client(t testing.TB, token string) *api.Client {
 // Mount makes a KV mount of a version.
 func (s *Server) Mount(t testing.TB, path, version string) {
 	t.Helper()
-	if err := s.Client(t, s.Root).Sys().Mount(path, &api.MountInput{Type: "kv", Options: map[string]string{"version": version}}); err != nil {
+	if err := s.Client(t, s.Root).Sys().Mount(path,
+		&api.MountInput{Type: "kv", Options: map[string]string{"version": version}}); err != nil {
 		t.Fatal(err)
 	}
 }

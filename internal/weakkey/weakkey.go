@@ -28,7 +28,8 @@ func Check(ctx context.Context, pub *rsa.PublicKey, bits int) error {
 		return fmt.Errorf("the token made a modulus of %d bits, not %d: do not use this token for lots", got, bits)
 	}
 	if pub.E != kme.PublicExponent {
-		return fmt.Errorf("the token made a key with public exponent %d, not %d: do not use this token for lots", pub.E, kme.PublicExponent)
+		return fmt.Errorf("the token made a key with public exponent %d, not %d: do not use this token for lots", pub.E,
+			kme.PublicExponent)
 	}
 	policy, err := goodkey.NewPolicy(&goodkey.Config{FermatRounds: fermatRounds}, nil)
 	if err != nil {
@@ -99,7 +100,8 @@ func CommonFactors(n *big.Int, earlier iter.Seq2[string, *big.Int]) error {
 	}
 	for name, m := range earlier {
 		if new(big.Int).GCD(nil, nil, m, n).Cmp(big.NewInt(1)) != 0 {
-			return fmt.Errorf("the modulus shares a prime with that of lot %s: both are broken; do not use this token, and replace that lot", name)
+			return fmt.Errorf("the modulus shares a prime with that of lot %s: both are broken; do not use this "+
+				"token, and replace that lot", name)
 		}
 	}
 	return errors.New("the modulus shares a prime with an earlier one")

@@ -83,9 +83,11 @@ func TestCheckWrapping(t *testing.T) {
 		"a power of 3": {three, 65537, "small prime"},
 		"a prime":      {mersenne(3217), 65537, "a prime"},
 		"a square":     {new(big.Int).Exp(mersenne(2203), big.NewInt(2), nil), 65537, "a square"},
-		"ROCA":         {new(big.Int).Exp(rocaModulus(t), big.NewInt(3), nil), 65537, "Infineon"}, // powers of 65537, still
+		// powers of 65537, still
+		"ROCA": {new(big.Int).Exp(rocaModulus(t), big.NewInt(3), nil), 65537, "Infineon"},
 	} {
-		if err := CheckWrapping(&rsa.PublicKey{N: c.n, E: c.e}); (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
+		if err := CheckWrapping(&rsa.PublicKey{N: c.n, E: c.e}); (err == nil) != (c.want == "") || err != nil &&
+			!strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: got %v, want %q", name, err, c.want)
 		}
 	}
@@ -202,7 +204,8 @@ func TestSharedFactors(t *testing.T) {
 	}
 	ended, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := SharedFactors(ended, []*big.Int{big.NewInt(15), big.NewInt(21), big.NewInt(35)}); !errors.Is(err, context.Canceled) {
+	if _, err := SharedFactors(ended, []*big.Int{big.NewInt(15), big.NewInt(21), big.NewInt(35)}); !errors.Is(err,
+		context.Canceled) {
 		t.Error(err)
 	}
 }

@@ -29,9 +29,11 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// What needs a process of its own, for its memory or for the module that it loads, is done in a child, which prints JSON.
+// What needs a process of its own, for its memory or for the module that it loads, is done in a child, which prints
+// JSON.
 func (b *bench) child(name string) error {
-	f := map[string]func() (any, error){"lookup": b.measureLookup, "calls": b.countCalls, "latency": b.measureLatency}[name]
+	f := map[string]func() (any, error){"lookup": b.measureLookup, "calls": b.countCalls,
+		"latency": b.measureLatency}[name]
 	if f == nil {
 		return fmt.Errorf("there is no child %q", name)
 	}
@@ -47,7 +49,8 @@ func (b *bench) inChild(result any, name string, env ...string) error {
 	if err != nil {
 		return err
 	}
-	cmd := exec.CommandContext(b.ctx, self, "-child", name, "-dir", b.dir, "-seconds", strconv.Itoa(int(b.each.Seconds())))
+	cmd := exec.CommandContext(b.ctx, self, "-child", name, "-dir", b.dir, "-seconds",
+		strconv.Itoa(int(b.each.Seconds())))
 	cmd.Env, cmd.Stderr = append(os.Environ(), env...), os.Stderr
 	out, err := cmd.Output()
 	if err != nil {
@@ -150,7 +153,9 @@ func (b *bench) measureLookup() (any, error) {
 	}
 	// More shards than the cache holds, one device of each.
 	const cold = 5000
-	if err := parallel(func(i int) (bool, error) { return i < cold, look(i * 1999 % (lots * devicesALot)) }); err != nil {
+	if err := parallel(func(i int) (bool, error) {
+		return i < cold, look(i * 1999 % (lots * devicesALot))
+	}); err != nil {
 		return nil, err
 	}
 	result := lookup{Lots: lots, Devices: lots * devicesALot, ReadsACold: float64(g.shards.Load()) / cold}
@@ -269,7 +274,8 @@ func (b *bench) aPayload() (p hsmkeys.Payload, err error) {
 	if err != nil {
 		return p, err
 	}
-	p = hsmkeys.Payload{Suite: m.Suite, Lot: hsmkeys.Key{Role: hsmkeys.RoleLot, Manufacturer: m.Manufacturer, Name: m.Lot}, N: m.PublicKey(), Device: &device.PublicKey, Bytes: make([]byte, len(m.N))}
+	p = hsmkeys.Payload{Suite: m.Suite, Lot: hsmkeys.Key{Role: hsmkeys.RoleLot, Manufacturer: m.Manufacturer,
+		Name: m.Lot}, N: m.PublicKey(), Device: &device.PublicKey, Bytes: make([]byte, len(m.N))}
 	_, err = io.ReadFull(rand.Reader, p.Bytes[1:])
 	return p, err
 }
@@ -305,8 +311,11 @@ func (b *bench) countCalls() (any, error) {
 			_, err := operator.EncryptRANDs(b.ctx, opened.Sealed, make([]hsmkeys.RAND, 32))
 			return err
 		},
-		"ping":            func() error { return operator.Ping(b.ctx) },
-		"make device key": func() error { _, _, err := factory.MakeDeviceKey(b.ctx, kme.SuiteECDSA, injection); return err },
+		"ping": func() error { return operator.Ping(b.ctx) },
+		"make device key": func() error {
+			_, _, err := factory.MakeDeviceKey(b.ctx, kme.SuiteECDSA, injection)
+			return err
+		},
 	} {
 		const times = 64 // as often as all sessions come round, which have to be opened
 		for range times {
@@ -345,12 +354,17 @@ func (b *bench) measureLatency() (any, error) {
 	_ = scheduling.ForCalls(token.Sessions()) // as keysvc does
 	open := func(int) (bool, error) { _, err := token.OpenPayload(b.ctx, payload); return true, err }
 	// All sessions are opened, and all handles found.
-	if err := parallelOn(token.Sessions(), func(i int) (bool, error) { _, err := open(i); return i < 2*token.Sessions(), err }); err != nil {
+	if err := parallelOn(token.Sessions(), func(i int) (bool, error) {
+		_, err := open(i)
+		return i < 2*token.Sessions(), err
+	}); err != nil {
 		return nil, err
 	}
 	var all []latency
-	// The module computes on these cores, which no HSM in a network does, and with all sessions at 1 ms fills them: at 8 ms it does not.
-	for _, c := range []struct{ ms, sessions int }{{1, 1}, {1, 4}, {1, 16}, {1, token.Sessions()}, {8, token.Sessions()}} {
+	// The module computes on these cores, which no HSM in a network does, and with all sessions at 1 ms
+	// fills them: at 8 ms it does not.
+	for _, c := range []struct{ ms, sessions int }{{1, 1}, {1, 4}, {1, 16}, {1, token.Sessions()},
+		{8, token.Sessions()}} {
 		if err := module.Set(fmt.Sprintf("* delay %d", c.ms*1000)); err != nil {
 			return nil, err
 		}
@@ -371,7 +385,8 @@ func (b *bench) measureLatency() (any, error) {
 		if err != nil {
 			return nil, err
 		}
-		l := latency{Sessions: c.sessions, Calls: (total(module) - before) / int(n.Load()), CallMs: callMs, PerSecond: round(float64(n.Load())/time.Since(start).Seconds(), 1)}
+		l := latency{Sessions: c.sessions, Calls: (total(module) - before) / int(n.Load()), CallMs: callMs,
+			PerSecond: round(float64(n.Load())/time.Since(start).Seconds(), 1)}
 		l.Share = round(l.PerSecond/(float64(l.Sessions)/(float64(l.Calls)*l.CallMs/1000)), 3)
 		all = append(all, l)
 	}

@@ -50,7 +50,9 @@ func (b *bench) establish(r *report) error {
 		e := new(establishment)
 		r.Establish[bits] = e
 		key := hsmkeys.Key{Role: hsmkeys.RoleLot, Manufacturer: b.manufacturer, Name: m.Lot}
-		err = b.measure(e, server, bits, func(d time.Duration) (float64, error) { return token.BareDecryptions(b.ctx, key, m.PublicKey(), d) })
+		err = b.measure(e, server, bits, func(d time.Duration) (float64, error) {
+			return token.BareDecryptions(b.ctx, key, m.PublicKey(), d)
+		})
 		if err := errors.Join(err, server.stop()); err != nil {
 			return err
 		}
@@ -72,7 +74,9 @@ func (b *bench) lots() (map[string]*directory.Manifest, error) {
 	return byName, err
 }
 
-func (b *bench) measure(e *establishment, server *server, bits string, bare func(time.Duration) (float64, error)) error {
+func (b *bench) measure(
+	e *establishment, server *server, bits string, bare func(time.Duration) (float64, error),
+) error {
 	if _, err := server.load(b, bits, time.Second, 0); err != nil { // to warm up
 		return err
 	}
@@ -87,8 +91,10 @@ func (b *bench) measure(e *establishment, server *server, bits string, bare func
 			return err
 		}
 		e.add(token, l.Establish.PerSecond)
-		p50, p99, open, process = append(p50, l.Establish.P50), append(p99, l.Establish.P99), append(open, l.Open.PerSecond), append(process, l.Process.PerSecond)
-		fmt.Fprintf(os.Stderr, "%s bits, %d of %d: token %.0f a second, EstablishKME %.0f, %.3f\n", bits, i+1, b.pairs, token, l.Establish.PerSecond, l.Establish.PerSecond/token)
+		p50, p99, open, process = append(p50, l.Establish.P50), append(p99, l.Establish.P99), append(open,
+			l.Open.PerSecond), append(process, l.Process.PerSecond)
+		fmt.Fprintf(os.Stderr, "%s bits, %d of %d: token %.0f a second, EstablishKME %.0f, %.3f\n", bits, i+1, b.pairs,
+			token, l.Establish.PerSecond, l.Establish.PerSecond/token)
 	}
 	e.finish()
 	e.P50, e.P99, e.Open, e.Process = median(p50), median(p99), round(median(open), 1), round(median(process), 1)
@@ -158,9 +164,11 @@ type load struct {
 
 func (s *server) load(b *bench, bits string, d time.Duration, rate float64) (*load, error) {
 	tls := filepath.Join(b.dir, "tls")
-	out, err := output(b.ctx, "bin/mesim", "load", "--server", s.url, "--ca", filepath.Join(tls, "ca.pem"), "--cert", filepath.Join(tls, "hss.pem"), "--key", filepath.Join(tls, "hss.key"),
-		"--injection", filepath.Join(b.dir, "injection-"+bits), "--fixture-key", filepath.Join(b.dir, "fixture.key"), "--fixture-enrolment", filepath.Join(b.dir, "fixture-enrolment.json"),
-		"--duration", d.String(), "--rate", fmt.Sprint(rate))
+	out, err := output(b.ctx, "bin/mesim", "load", "--server", s.url, "--ca", filepath.Join(tls, "ca.pem"), "--cert",
+		filepath.Join(tls, "hss.pem"), "--key", filepath.Join(tls, "hss.key"),
+		"--injection", filepath.Join(b.dir, "injection-"+bits), "--fixture-key", filepath.Join(b.dir, "fixture.key"),
+		"--fixture-enrolment", filepath.Join(b.dir, "fixture-enrolment.json"), "--duration", d.String(), "--rate",
+		fmt.Sprint(rate))
 	if err != nil {
 		return nil, err
 	}

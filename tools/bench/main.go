@@ -1,7 +1,8 @@
-// Command bench measures what docs/performance.md says, beside the bare token and in one run with it. scripts/bench.sh makes what it needs and
-// starts it; it writes bench.json.
+// Command bench measures what docs/performance.md says, beside the bare token and in one run with it. scripts/bench.sh
+// makes what it needs and starts it; it writes bench.json.
 //
-// Each figure is the median of pairs: the bare token for some seconds, then ours for as long, so that whatever else the machine does meets both.
+// Each figure is the median of pairs: the bare token for some seconds, then ours for as long, so that whatever else
+// the machine does meets both.
 package main
 
 import (
@@ -96,7 +97,8 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	absolute, err := filepath.Abs(*dir) // as a module-path is
-	b := &bench{ctx: ctx, dir: absolute, bits: strings.Split(*bits, ","), pairs: *pairs, each: time.Duration(*seconds) * time.Second}
+	b := &bench{ctx: ctx, dir: absolute, bits: strings.Split(*bits, ","), pairs: *pairs,
+		each: time.Duration(*seconds) * time.Second}
 	if err == nil {
 		err = b.identify()
 	}
@@ -126,7 +128,8 @@ func (b *bench) identify() error {
 }
 
 func (b *bench) run(only string) error {
-	r := &report{Establish: map[string]*establishment{}, HSMCalls: map[string]int{}, Machine: fmt.Sprintf("%d cores, %s", runtime.NumCPU(), runtime.Version())}
+	r := &report{Establish: map[string]*establishment{}, HSMCalls: map[string]int{},
+		Machine: fmt.Sprintf("%d cores, %s", runtime.NumCPU(), runtime.Version())}
 	for _, part := range []struct {
 		name string
 		do   func(*report) error
@@ -151,14 +154,17 @@ func (b *bench) run(only string) error {
 }
 
 func (r *report) print(path string) {
-	fmt.Printf("\n%-26s %14s %14s %7s %15s %9s %9s\n", "", "bare token /s", "ours /s", "share", "of the pairs", "p50 ms", "p99 ms")
+	fmt.Printf("\n%-26s %14s %14s %7s %15s %9s %9s\n", "", "bare token /s", "ours /s", "share", "of the pairs",
+		"p50 ms", "p99 ms")
 	row := func(name string, q ratio, p50, p99 string) {
-		fmt.Printf("%-26s %14.0f %14.0f %7.3f  %.3f to %.3f %9s %9s\n", name, q.Token, q.Service, q.Share, q.Low, q.High, p50, p99)
+		fmt.Printf("%-26s %14.0f %14.0f %7.3f  %.3f to %.3f %9s %9s\n", name, q.Token, q.Service, q.Share, q.Low,
+			q.High, p50, p99)
 	}
 	for _, bits := range []string{"2048", "3072"} {
 		if e := r.Establish[bits]; e != nil {
 			row("EstablishKME, "+bits+" bits", e.ratio, ms(e.P50), ms(e.P99))
-			fmt.Printf("%-26s %14s %14.0f %7s %15s %9s %9s\n", "  at half of it", "", e.HalfRate, "", "", ms(e.HalfP50), ms(e.HalfP99))
+			fmt.Printf("%-26s %14s %14.0f %7s %15s %9s %9s\n", "  at half of it", "", e.HalfRate, "", "", ms(e.HalfP50),
+				ms(e.HalfP99))
 			fmt.Printf("%-26s %14s %14.0f\n", "  PrepareVector, opening", "", e.Open)
 			fmt.Printf("%-26s %14s %14.0f\n", "  PrepareVector, bound", "", e.Process)
 		}
@@ -168,10 +174,12 @@ func (r *report) print(path string) {
 		fmt.Printf("%-26s %.0f MB\n", "  memory at most", r.Provision.PeakRSS)
 	}
 	if r.Lookup.Cached > 0 {
-		fmt.Printf("%-26s %.0f a second cached, %.0f MB with %d devices in %d lots, %.2f reads a cold one\n", "lookup", r.Lookup.Cached, r.Lookup.RSS, r.Lookup.Devices, r.Lookup.Lots, r.Lookup.ReadsACold)
+		fmt.Printf("%-26s %.0f a second cached, %.0f MB with %d devices in %d lots, %.2f reads a cold one\n", "lookup",
+			r.Lookup.Cached, r.Lookup.RSS, r.Lookup.Devices, r.Lookup.Lots, r.Lookup.ReadsACold)
 	}
 	for _, l := range r.Latency {
-		fmt.Printf("%-26s %d sessions: %.0f a second, %.2f of sessions / (%d calls x %.2f ms)\n", fmt.Sprintf("calls of %.0f ms", l.CallMs), l.Sessions, l.PerSecond, l.Share, l.Calls, l.CallMs)
+		fmt.Printf("%-26s %d sessions: %.0f a second, %.2f of sessions / (%d calls x %.2f ms)\n",
+			fmt.Sprintf("calls of %.0f ms", l.CallMs), l.Sessions, l.PerSecond, l.Share, l.Calls, l.CallMs)
 	}
 	var calls []string
 	for name, n := range r.HSMCalls {

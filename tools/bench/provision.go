@@ -27,10 +27,12 @@ func (b *bench) provision(r *report) error {
 	}
 	defer token.Close()
 	injection := hsmkeys.Key{Role: hsmkeys.RoleInjection, Manufacturer: b.manufacturer}
-	flags := []string{"--token", os.Getenv("FACTORY_TOKEN"), "--directory", "vault:kme", "--state", filepath.Join(b.dir, "factory")}
+	flags := []string{"--token", os.Getenv("FACTORY_TOKEN"), "--directory", "vault:kme", "--state",
+		filepath.Join(b.dir, "factory")}
 	for i := range b.pairs {
 		lot := fmt.Sprintf("P%d", i)
-		create := append([]string{"lot", "create", lot, "--tac", fmt.Sprintf("990000%02d", i), "--first", "0", "--count", fmt.Sprint(provisioned), "--bits", "2048"}, flags...)
+		create := append([]string{"lot", "create", lot, "--tac", fmt.Sprintf("990000%02d", i), "--first", "0",
+			"--count", fmt.Sprint(provisioned), "--bits", "2048"}, flags...)
 		if _, err := output(b.ctx, "bin/factory", create...); err != nil {
 			return err
 		}
@@ -38,7 +40,9 @@ func (b *bench) provision(r *report) error {
 		if err != nil {
 			return err
 		}
-		cmd := exec.CommandContext(b.ctx, "bin/factory", append([]string{"lot", "provision", lot, "--out", filepath.Join(b.dir, "provisioned"), "--json"}, flags...)...)
+		cmd := exec.CommandContext(b.ctx, "bin/factory",
+			append([]string{"lot", "provision", lot, "--out", filepath.Join(b.dir, "provisioned"), "--json"},
+				flags...)...)
 		cmd.Stderr = nil
 		out, err := cmd.Output()
 		if err != nil {
@@ -52,8 +56,10 @@ func (b *bench) provision(r *report) error {
 			return err
 		}
 		r.Provision.add(bare, float64(made.Made)/made.Seconds)
-		r.Provision.PeakRSS = max(r.Provision.PeakRSS, float64(cmd.ProcessState.SysUsage().(*syscall.Rusage).Maxrss)/1024)
-		fmt.Fprintf(os.Stderr, "device keys, %d of %d: token %.0f a second, published %.0f, %.3f\n", i+1, b.pairs, bare, float64(made.Made)/made.Seconds, float64(made.Made)/made.Seconds/bare)
+		r.Provision.PeakRSS = max(r.Provision.PeakRSS,
+			float64(cmd.ProcessState.SysUsage().(*syscall.Rusage).Maxrss)/1024)
+		fmt.Fprintf(os.Stderr, "device keys, %d of %d: token %.0f a second, published %.0f, %.3f\n", i+1, b.pairs, bare,
+			float64(made.Made)/made.Seconds, float64(made.Made)/made.Seconds/bare)
 	}
 	r.Provision.finish()
 	r.Provision.PeakRSS = round(r.Provision.PeakRSS, 0)

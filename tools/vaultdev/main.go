@@ -104,8 +104,8 @@ func run(path string) error {
 		return err
 	}
 	core, err := vault.NewCore(&vault.CoreConfig{
-		Physical: backend, HAPhysical: backend.(physical.HABackend), Logger: log, DisableMlock: c.DisableMlock, BuiltinRegistry: registry{},
-		LogicalBackends:    map[string]logical.Factory{"kv": kv.Factory},
+		Physical: backend, HAPhysical: backend.(physical.HABackend), Logger: log, DisableMlock: c.DisableMlock,
+		BuiltinRegistry: registry{}, LogicalBackends: map[string]logical.Factory{"kv": kv.Factory},
 		CredentialBackends: map[string]logical.Factory{"approle": approle.Factory, "cert": cert.Factory},
 		AuditBackends:      map[string]audit.Factory{"file": audit.NewFileBackend},
 		RedirectAddr:       c.APIAddr, ClusterAddr: c.ClusterAddr,
@@ -133,7 +133,8 @@ func withTLS(ln net.Listener, certFile, keyFile, clientCA string) (net.Listener,
 	if err != nil {
 		return nil, err
 	}
-	config := &tls.Config{Certificates: []tls.Certificate{certificate}, MinVersion: tls.VersionTLS12, NextProtos: []string{"h2", "http/1.1"}}
+	config := &tls.Config{Certificates: []tls.Certificate{certificate}, MinVersion: tls.VersionTLS12,
+		NextProtos: []string{"h2", "http/1.1"}}
 	if clientCA != "" {
 		pem, err := os.ReadFile(clientCA)
 		if err != nil {
@@ -148,7 +149,8 @@ func withTLS(ln net.Listener, certFile, keyFile, clientCA string) (net.Listener,
 // registry says which plug-ins are built in: those that run gives the core.
 type registry struct{}
 
-var builtin = map[string]consts.PluginType{"kv": consts.PluginTypeSecrets, "approle": consts.PluginTypeCredential, "cert": consts.PluginTypeCredential}
+var builtin = map[string]consts.PluginType{"kv": consts.PluginTypeSecrets, "approle": consts.PluginTypeCredential,
+	"cert": consts.PluginTypeCredential}
 
 var factories = map[string]logical.Factory{"kv": kv.Factory, "approle": approle.Factory, "cert": cert.Factory}
 

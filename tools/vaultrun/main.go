@@ -1,5 +1,5 @@
-// Command vaultrun starts a Vault server for tests and local work, initialises it once, and unseals it with a key that it
-// keeps beside the data: nothing of worth may depend on such a server.
+// Command vaultrun starts a Vault server for tests and local work, initialises it once, and unseals it with a key that
+// it keeps beside the data: nothing of worth may depend on such a server.
 //
 // The server is the vault or bao on PATH, else bin/vaultdev, Vault built from its source. It ends with this
 // process, also when that is killed; and this process ends with it. The first line on standard output, once the
@@ -92,7 +92,8 @@ func configure(o options) (path, address string, err error) {
 		}
 	}
 	config, err := json.Marshal(map[string]any{
-		"storage":      map[string]any{"raft": map[string]any{"path": filepath.Join(o.Dir, "raft"), "node_id": filepath.Base(o.Dir), "performance_multiplier": "1"}},
+		"storage": map[string]any{"raft": map[string]any{"path": filepath.Join(o.Dir, "raft"),
+			"node_id": filepath.Base(o.Dir), "performance_multiplier": "1"}},
 		"listener":     map[string]any{"tcp": listener},
 		"api_addr":     address,
 		"cluster_addr": "https://" + cluster, "disable_mlock": true, "log_level": o.Level,
@@ -230,7 +231,8 @@ func unseal(ctx context.Context, client *api.Client, address string, o options) 
 		_, err = client.Sys().RaftJoinWithContext(ctx, &api.RaftJoinRequest{LeaderAPIAddr: leader.Address})
 	default:
 		var made *api.InitResponse
-		if made, err = client.Sys().InitWithContext(ctx, &api.InitRequest{SecretShares: 1, SecretThreshold: 1}); err == nil {
+		if made, err = client.Sys().InitWithContext(ctx,
+			&api.InitRequest{SecretShares: 1, SecretThreshold: 1}); err == nil {
 			file.Token, file.Key = made.RootToken, made.Keys[0]
 		}
 	}

@@ -49,18 +49,19 @@ func serve() {
 	signal.Notify(stop, syscall.SIGTERM)
 	go func() { <-stop; os.Exit(0) }() // as Vault does
 	var initialized, unsealed bool
-	panic(http.ListenAndServe(config.Listener.TCP.Address, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		switch r.Method + r.URL.Path {
-		case "PUT/v1/sys/init":
-			initialized = true
-			fmt.Fprint(w, `{"keys":["00"],"root_token":"root"}`)
-		case "PUT/v1/sys/unseal":
-			unsealed = true
-			fmt.Fprint(w, `{"sealed":false}`)
-		default:
-			fmt.Fprintf(w, `{"initialized":%v,"sealed":%v}`, initialized, !unsealed)
-		}
-	})))
+	panic(http.ListenAndServe(config.Listener.TCP.Address,
+		http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			switch r.Method + r.URL.Path {
+			case "PUT/v1/sys/init":
+				initialized = true
+				fmt.Fprint(w, `{"keys":["00"],"root_token":"root"}`)
+			case "PUT/v1/sys/unseal":
+				unsealed = true
+				fmt.Fprint(w, `{"sealed":false}`)
+			default:
+				fmt.Fprintf(w, `{"initialized":%v,"sealed":%v}`, initialized, !unsealed)
+			}
+		})))
 }
 
 // start starts vaultrun, and gives the address that it says. The server is well, or broken.
@@ -75,7 +76,8 @@ func start(t *testing.T, how string) (vaultrun *testproc.Process, address string
 	out := new(testproc.Log)
 	cmd.Stdout = out
 	vaultrun = testproc.Start(t, cmd, func(p *testproc.Process) bool {
-		return json.Unmarshal([]byte(out.String()), &struct{ Address *string }{&address}) == nil || how == "broken" && p.Ended()
+		return json.Unmarshal([]byte(out.String()), &struct{ Address *string }{&address}) == nil ||
+			how == "broken" && p.Ended()
 	})
 	return vaultrun, address
 }
@@ -125,7 +127,8 @@ func TestStop(t *testing.T) {
 			syscall.Kill(n, syscall.SIGKILL)
 		}
 	}
-	if err := vaultrun.Wait(); err == nil || !strings.Contains(vaultrun.Log.String(), "the server has ended, its log is above: signal: killed") {
+	if err := vaultrun.Wait(); err == nil ||
+		!strings.Contains(vaultrun.Log.String(), "the server has ended, its log is above: signal: killed") {
 		t.Errorf("its server was killed: %v\n%s", err, vaultrun.Log)
 	}
 }
@@ -133,7 +136,8 @@ func TestStop(t *testing.T) {
 // A server that does not come up ends vaultrun, with the server's own words.
 func TestBroken(t *testing.T) {
 	vaultrun, _ := start(t, "broken")
-	if err := vaultrun.Wait(); err == nil || !strings.Contains(vaultrun.Log.String(), "a server's last words") || !strings.Contains(vaultrun.Log.String(), "the server has ended") {
+	if err := vaultrun.Wait(); err == nil || !strings.Contains(vaultrun.Log.String(), "a server's last words") ||
+		!strings.Contains(vaultrun.Log.String(), "the server has ended") {
 		t.Errorf("%v\n%s", err, vaultrun.Log)
 	}
 }
