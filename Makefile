@@ -79,7 +79,8 @@ check: lint deps-check ## lint, and the tests that need no Vault, PostgreSQL, br
 	@scripts/step.sh 'tests without servers' scripts/leaves-nothing.sh \
 		go test -race -timeout $(TIMEOUT) -skip '$(SERVERS)$(ROOT_ONLY)' work
 	@KMEHSM_TEST_OPERATOR=nss scripts/step.sh "an operator's side on NSS softoken" scripts/leaves-nothing.sh \
-		go test -race -timeout $(TIMEOUT) -skip '$(SERVERS)|$(call any-of,$(SOFTHSM_ONLY))' ./binding ./hsmkeys/... ./internal/faultmodule
+		go test -race -timeout $(TIMEOUT) -skip '$(SERVERS)|$(call any-of,$(SOFTHSM_ONLY))' \
+		./binding ./hsmkeys/... ./internal/faultmodule
 
 test: check deps-test vaultdev ## what CI runs: check, and the other tests
 	@scripts/step.sh 'tests with Vault, PostgreSQL, a browser and Diameter' scripts/leaves-nothing.sh \

@@ -65,7 +65,8 @@ component() {
 			scope: "required", licenses: [{license: {id: $licence}}], $purl}}'
 }
 
-# modules PROGRAM: the Go modules in it, PATH@VERSION; none of kme.fdx. Those of this repository are "(devel)" in it, and
+# modules PROGRAM: the Go modules in it, PATH@VERSION; none of kme.fdx. Those of this repository are "(devel)" in it,
+# and
 # have the version of the program.
 modules() {
 	{ go version -m "$1" 2>/dev/null || true; } |
@@ -110,7 +111,8 @@ jq -S --slurp --slurpfile c "$sbom/c" --rawfile sums SHA256SUMS --arg time "$tim
 		then .licenses = [{license: {id: "BSD-3-Clause"}}] else . end;
 	# The other modules of this repository are of the same commit.
 	def ours($main): if .name | startswith($main.name + "/")
-		then .version = $main.version | .licenses = $main.licenses | .purl |= sub("[?]"; "@\($main.version)?") else . end;
+		then .version = $main.version | .licenses = $main.licenses
+			| .purl |= sub("[?]"; "@\($main.version)?") else . end;
 	($sums | rtrimstr("\n") | split("\n") | map(split("  ") | {name: .[1], sha256: .[0]})) as $programs
 	| .[0].metadata.component as $main
 	| (map({key: (.metadata.component["bom-ref"] | split("cmd/")[1]), value: .}) | from_entries) as $boms

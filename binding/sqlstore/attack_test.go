@@ -49,7 +49,8 @@ var attacks = []struct {
 	{"a row of another subscription", `UPDATE bindings SET imsi = IMSI9 WHERE imsi = IMSI0`,
 		`UPDATE bindings SET imsi = IMSI0 WHERE imsi = IMSI9`, []int{0, 9}},
 	{"two rows swapped but for their names",
-		`UPDATE bindings SET imei = k.imei, sealed = k.sealed, nw_sig = k.nw_sig, seq = k.seq, mac = k.mac, attempt_id = k.attempt_id
+		`UPDATE bindings SET imei = k.imei, sealed = k.sealed, nw_sig = k.nw_sig, seq = k.seq, mac = k.mac, attempt_id
+			= k.attempt_id
 		FROM kept_bindings AS k WHERE bindings.imsi = IMSI0 AND k.imsi = IMSI1`,
 		`DELETE FROM bindings; INSERT INTO bindings SELECT * FROM kept_bindings`, []int{0}},
 	{"pending made active", `UPDATE bindings SET state = 'ACTIVE' WHERE imsi = IMSI2`,
@@ -71,7 +72,8 @@ var attacks = []struct {
 	{"an attempt made up", `INSERT INTO attempts SELECT IMSI2, 'x', origin, expires_at, 1, seq, mac FROM attempts`,
 		`DELETE FROM attempts WHERE id = 'x'`, []int{2}},
 	{"an entry made up, as if there were a later one",
-		`INSERT INTO ledger SELECT 99, 99, at, 'ACTIVATED', subject, '', NULL, actor, '', mac FROM ledger WHERE subject = IMSI1 AND event = 'ACTIVATED'`,
+		`INSERT INTO ledger SELECT 99, 99, at, 'ACTIVATED', subject, '', NULL, actor, '', mac FROM ledger WHERE
+			subject = IMSI1 AND event = 'ACTIVATED'`,
 		`DELETE FROM ledger WHERE chain = 99`, []int{1}},
 	{"a manufacturer's key", `UPDATE manufacturers SET pem = (SELECT pem FROM other)`,
 		`UPDATE manufacturers SET pem = (SELECT pem FROM kept_manufacturers)`, []int{-1}},
@@ -211,7 +213,8 @@ func attacked(t *testing.T, name string) {
 
 	t.Run("an earlier row put back", func(t *testing.T) {
 		must(s.Revoke(ctx, all[1].IMSI, t0))
-		run(`DELETE FROM bindings WHERE imsi = IMSI1; INSERT INTO bindings SELECT * FROM kept_bindings WHERE imsi = IMSI1`)
+		run(`DELETE FROM bindings WHERE imsi = IMSI1; INSERT INTO bindings SELECT * FROM kept_bindings WHERE imsi =
+			IMSI1`)
 		if wrong := check(); !wrong[1] {
 			t.Error("a binding that was revoked is back")
 		}
@@ -232,7 +235,8 @@ func attacked(t *testing.T, name string) {
 		`UPDATE ledger SET imei = '35209900000055' WHERE subject = IMSI0 AND event = 'ESTABLISHED'`,
 		`UPDATE ledger SET actor = BYTES(00) WHERE subject = IMSI0 AND event = 'ACTIVATED'`,
 		`DELETE FROM ledger WHERE subject = IMSI2 AND event = 'ESTABLISHED'`,
-		`DELETE FROM ledger WHERE event = 'ACCEPTED' AND chain = 3 AND seq = (SELECT MAX(seq) FROM ledger WHERE chain = 3)`,
+		`DELETE FROM ledger WHERE event = 'ACCEPTED' AND chain = 3 AND seq = (SELECT MAX(seq) FROM ledger WHERE chain
+			= 3)`,
 		`INSERT INTO ledger SELECT chain, seq + 1000, at, event, subject, '', NULL, actor, detail, mac FROM ledger
 			WHERE chain = 5 AND seq = (SELECT MAX(seq) FROM ledger WHERE chain = 5)`,
 		`UPDATE actors SET json = '{"client":"nobody"}'`,
@@ -296,7 +300,8 @@ func attacked(t *testing.T, name string) {
 	t.Run("rows of no IMSI", func(t *testing.T) {
 		before := must(s.Verify(ctx, func(int) {}))
 		const columns = `state, imei, manufacturer, lot, device_key, sealed, nw_sig, attempt_id, payload_sha256,
-			established_at, activated_at, revoked_at, origin, expires_at, sent, seq, mac FROM bindings WHERE imsi = IMSI0`
+			established_at, activated_at, revoked_at, origin, expires_at, sent, seq, mac FROM bindings WHERE imsi =
+				IMSI0`
 		made := []string{"'none'"}
 		if strings.HasPrefix(name, "sqlite:") {
 			made = append(made, "CAST(IMSI0 AS BLOB)", "CAST('x' AS BLOB)")

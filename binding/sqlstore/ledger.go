@@ -156,7 +156,8 @@ func (s *Store) LastNote(
 		return "", false, err
 	}
 	err = s.entries(ctx, q, func(e binding.Entry) error { detail, found = e.Detail, true; return nil },
-		`WHERE e.subject = $1 AND e.event = $2 AND e.seq = (SELECT MAX(seq) FROM ledger WHERE subject = $1 AND event = $2)`, subject, string(event))
+		`WHERE e.subject = $1 AND e.event = $2 AND e.seq = (SELECT MAX(seq) FROM ledger WHERE subject = $1 AND event =
+			$2)`, subject, string(event))
 	return detail, found, err
 }
 

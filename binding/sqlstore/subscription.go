@@ -105,14 +105,17 @@ func (s *seqs) of(state binding.State) *int64 {
 // ofIMSI reads all of an IMSI in one statement, and so at one moment: from which table a row is, then the columns of
 // bindings, in which those of another table have the places that attemptOf and subscriptionIn say.
 var ofIMSI = `SELECT 'bindings', ` + strings.Join(bindings.columns, ", ") + `, mac FROM bindings WHERE imsi = $1
-	UNION ALL SELECT 'attempts', imsi, id, origin, NULL, NULL, opened, NULL, NULL, NULL, NULL, expires_at, NULL, NULL, NULL, NULL, NULL, seq, mac
+	UNION ALL SELECT 'attempts', imsi, id, origin, NULL, NULL, opened, NULL, NULL, NULL, NULL, expires_at, NULL, NULL,
+		NULL, NULL, NULL, seq, mac
 		FROM attempts WHERE imsi = $1 AND expires_at > $2
-	UNION ALL SELECT 'ledger', subject, event, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, seq, NULL
+	UNION ALL SELECT 'ledger', subject, event, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
+		NULL, NULL, seq, NULL
 		FROM ledger WHERE subject = $1`
 
 // ofIMSIToChange reads the head of its chain too. A sum, see head.
 var ofIMSIToChange = ofIMSI + `
-	UNION ALL SELECT 'head', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, seq, mac
+	UNION ALL SELECT 'head', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
+		NULL, seq, mac
 		FROM (SELECT seq, mac FROM ledger WHERE chain = $3 + 0 ORDER BY seq DESC LIMIT 1) AS head`
 
 // attemptOf is a row of attempts, with its MAC, in one of ofIMSI.

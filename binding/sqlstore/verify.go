@@ -73,7 +73,8 @@ func imsis(ctx context.Context, q sqlconn.Conn, each func(kme.IMSI) error) error
 			texts = append(texts, "")
 			return scan(&texts[len(texts)-1])
 		}, `SELECT imsi FROM (
-			SELECT * FROM (SELECT DISTINCT subject AS imsi FROM ledger WHERE subject > $1 AND subject < ':' ORDER BY subject LIMIT `+page+`) AS a UNION
+			SELECT * FROM (SELECT DISTINCT subject AS imsi FROM ledger WHERE subject > $1 AND subject < ':' ORDER BY
+				subject LIMIT `+page+`) AS a UNION
 			SELECT * FROM (SELECT DISTINCT imsi FROM bindings WHERE imsi > $1 ORDER BY imsi LIMIT `+page+`) AS b UNION
 			SELECT * FROM (SELECT DISTINCT imsi FROM attempts WHERE imsi > $1 ORDER BY imsi LIMIT `+page+
 			`) AS c) AS d ORDER BY imsi LIMIT `+page, after)

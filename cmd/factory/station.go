@@ -27,12 +27,14 @@ func stationCommand() *cli.Command {
 		Name: "station", Usage: "the stations that inject keys into devices",
 		Subcommands: []*cli.Command{{
 			Name: "serve", Usage: "hand devices out to stations, and show on a wall screen how it goes",
-			Description: `Stations speak HTTPS with a client certificate, whose common name is the station's and stands in --station. A station has one device at a time:
+			Description: `Stations speak HTTPS with a client certificate, whose common name is the station's and
+stands in --station. A station has one device at a time:
     POST /v1/lots/LOT/next                   the next device, or the one that the station has, as JSON
     POST /v1/lots/LOT/devices/IMEI           that device: one that failed, is overdue, or came back
     PUT  /v1/lots/LOT/devices/IMEI/result    {"result": "injected", "failed" or "scrapped", "note": "..."}
     GET  /v1/status                          all counts, without a certificate; and GET / as a page
-A device is handed out when its key is published, and only with the key that is. This needs no token, and runs beside lot
+A device is handed out when its key is published, and only with the key that is. This needs no token, and runs beside
+lot
 provision. Ctrl-C ends it; begun again, it goes on where it was.`,
 			Flags: append(cmdline.DirectoryFlags(), manufacturerFlag, stateFlag, injectionFlag,
 				&cli.StringFlag{Name: "listen", Usage: "where to serve, `ADDRESS:PORT`"},

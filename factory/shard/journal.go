@@ -75,7 +75,8 @@ func (j *Journal) Entries(ctx context.Context, lot string) (map[int]Entry, error
 // Plan remembers the shards from, up to but not including to, as begun, before the first key of them is made.
 func (j *Journal) Plan(lot string, from, to int) error {
 	return j.exec(`WITH RECURSIVE n(i) AS (SELECT ?3 UNION ALL SELECT i + 1 FROM n WHERE i + 1 < ?4)
-		INSERT INTO shard (manufacturer, lot, number, state) SELECT ?1, ?2, i, 0 FROM n WHERE true ON CONFLICT DO NOTHING`, j.manufacturer, lot, from, to)
+		INSERT INTO shard (manufacturer, lot, number, state) SELECT ?1, ?2, i, 0 FROM n WHERE true ON CONFLICT DO
+			NOTHING`, j.manufacturer, lot, from, to)
 }
 
 // Generated remembers the SHA-256 of a shard's package, which is on disk, and what is to be published of it.

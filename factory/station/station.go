@@ -408,7 +408,8 @@ func (d *Desk) free(ctx context.Context, l *lot) (at int, err error) {
 	err = d.read.QueryRowContext(ctx,
 		`SELECT ?2 WHERE NOT EXISTS (SELECT 1 FROM device WHERE lot = ?1 AND position = ?2)
 		UNION ALL SELECT * FROM (SELECT position + 1 FROM device AS d WHERE lot = ?1 AND position >= ?2
-			AND NOT EXISTS (SELECT 1 FROM device AS e WHERE e.lot = ?1 AND e.position = d.position + 1) ORDER BY position LIMIT 1) LIMIT 1`, l.Lot, from).Scan(&at)
+			AND NOT EXISTS (SELECT 1 FROM device AS e WHERE e.lot = ?1 AND e.position = d.position + 1) ORDER BY
+				position LIMIT 1) LIMIT 1`, l.Lot, from).Scan(&at)
 	if err != nil {
 		return 0, err
 	}
@@ -432,7 +433,8 @@ func (d *Desk) claim(ctx context.Context, k device, station string, to State, na
 		return tx.QueryRowContext(ctx,
 			`INSERT INTO device (lot, position, issue, again, state, station, handed, reported)
 		VALUES (?1, ?2, ?3, EXISTS (SELECT 1 FROM device WHERE lot = ?1 AND position = ?2), ?4, ?5, ?6, ?7)
-		ON CONFLICT (lot, position, issue) DO UPDATE SET state = excluded.state, station = excluded.station, handed = excluded.handed,
+		ON CONFLICT (lot, position, issue) DO UPDATE SET state = excluded.state, station = excluded.station, handed =
+			excluded.handed,
 			reported = 0, tries = tries + 1, note = '' WHERE ?8 AND state IN ('failed', 'overdue') RETURNING tries`,
 			k.lot, k.position, k.issue, to, station, now(), reported, named).Scan(&tries)
 	})

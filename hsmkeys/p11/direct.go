@@ -75,7 +75,8 @@ enum { encrypting, decrypting, signing };
 static ck crypt(ck_list *list, int operation, ck session, ck m, ck key,
 	unsigned char *in, ck in_size, unsigned char *out, ck *out_size)
 {
-	ck_init init = operation == encrypting ? list->encrypt_init : operation == decrypting ? list->decrypt_init : list->sign_init;
+	ck_init init = operation == encrypting ? list->encrypt_init
+		: operation == decrypting ? list->decrypt_init : list->sign_init;
 	ck_single single = operation == encrypting ? list->encrypt : operation == decrypting ? list->decrypt : list->sign;
 	ck_mechanism how = mechanism(m);
 	ck rv = init(session, &how, key);

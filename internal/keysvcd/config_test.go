@@ -47,7 +47,8 @@ func TestConfigRefused(t *testing.T) {
 		{"tls without key", aToken + "listen: localhost:1\ntls: {certificate: a, client_ca: c}\n",
 			`listen needs tls with certificate, key and client_ca`},
 		{"listen without clients", aToken + tlsOf + "listen: localhost:1\n",
-			`listen needs clients, who may call: clients: [{name: hss-1, san: hss-1.example, roles: [hss], plmns: ["00101"]}]`},
+			`listen needs clients, who may call: clients: ` +
+				`[{name: hss-1, san: hss-1.example, roles: [hss], plmns: ["00101"]}]`},
 		{"listen and socket without clients", good + tlsOf + "listen: localhost:1\n", `listen needs clients`},
 		{"listen with an empty list of clients", aToken + tlsOf + "listen: localhost:1\nclients: []\n",
 			`listen needs clients`},

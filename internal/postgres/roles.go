@@ -89,7 +89,8 @@ func (db *DB) MayChange(ctx context.Context, tables ...string) (role, why string
 	return role, why, err
 }
 
-// mayChange says by what a role could change or remove rows of some tables, or nothing. A member of the role that owns something is as good as that,
+// mayChange says by what a role could change or remove rows of some tables, or nothing. A member of the role that
+// owns something is as good as that,
 // and so is one that has to SET ROLE first; the owner of a schema or of the database may drop what others have in it;
 // and whoever runs programs on the server, or writes its files, may do all that the server may.
 func mayChange(ctx context.Context, q queryer, role string, tables []string) (why string, err error) {

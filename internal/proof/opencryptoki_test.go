@@ -43,7 +43,8 @@ func slotDaemon(t *testing.T) {
 	})
 }
 
-// openCryptoki's soft token has no EC and no AES key wrap: the doctor says so before anything is begun, and what follows;
+// openCryptoki's soft token has no EC and no AES key wrap: the doctor says so before anything is begun, and what
+// follows;
 // and who begins all the same is told too, and has changed nothing.
 func TestDoctorOnOpenCryptoki(t *testing.T) {
 	if os.Getuid() != 0 {
