@@ -39,8 +39,7 @@ func app() *cli.App {
 		Name:  "factory",
 		Usage: "make lots and device keys in an HSM, and publish their public keys",
 		Description: `The order of things, once:      factory init; factory fixture enroll; factory operator enroll
-for every manufacturing lot:    factory lot create; lot provision; lot grant; and, when nobody is to get it any more,
-lot seal
+for every manufacturing lot:    factory lot create; lot provision; lot grant; and lot seal, when nobody gets it any more
 
 Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same command again to go on.`,
 		Writer: os.Stdout, ErrWriter: os.Stderr,

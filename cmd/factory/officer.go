@@ -45,9 +45,8 @@ func officerCommand() *cli.Command {
 		Subcommands: []*cli.Command{{
 			Name: "split", Usage: "set a new random PIN, and write a share of it for each custodian",
 			Description: `The PIN that was before is void then, and nobody knows the new one: operator enroll and
-fixture enroll ask for shares. Custodian 2, say, gets
-DIR/so-SPLIT/custodian-2.age, and reads the share with age -d -i KEYFILE custodian-2.age. Run this again with enough
-shares to change custodians.
+fixture enroll ask for shares. Custodian 2, say, gets DIR/so-SPLIT/custodian-2.age, and reads the share with
+age -d -i KEYFILE custodian-2.age. Run this again with enough shares to change custodians.
 If it was interrupted, factory so show says so, and factory so check, with the PIN before or with the new shares,
 finds out which of them is the token's.`,
 			Flags: officerFlags(&cli.IntFlag{Name: "shares", Usage: "how many there are, `N`, 16 at most"},

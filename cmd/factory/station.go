@@ -34,8 +34,7 @@ stands in --station. A station has one device at a time:
     PUT  /v1/lots/LOT/devices/IMEI/result    {"result": "injected", "failed" or "scrapped", "note": "..."}
     GET  /v1/status                          all counts, without a certificate; and GET / as a page
 A device is handed out when its key is published, and only with the key that is. This needs no token, and runs beside
-lot
-provision. Ctrl-C ends it; begun again, it goes on where it was.`,
+lot provision. Ctrl-C ends it; begun again, it goes on where it was.`,
 			Flags: append(cmdline.DirectoryFlags(), manufacturerFlag, stateFlag, injectionFlag,
 				&cli.StringFlag{Name: "listen", Usage: "where to serve, `ADDRESS:PORT`"},
 				&cli.StringFlag{Name: "tls-certificate", Usage: "the server's certificate, `PEM`"},

@@ -32,8 +32,8 @@ func app() *cli.App {
 	return &cli.App{
 		Name:  "keysvc",
 		Usage: "bind subscriptions to devices, for an operator's HSS",
-		Description: `The order of things, once:        keysvc init; for each manufacturer keysvc transport new,
-keysvc enroll
+		Description: `The order of things, once:        keysvc init
+for each manufacturer:            keysvc transport new; keysvc enroll
 for each lot that is granted:     keysvc lot import
 and then:                         keysvc serve
 

@@ -51,16 +51,14 @@ func app() *cli.App {
 		Name:  "mesim",
 		Usage: "simulate devices against keysvc",
 		Description: `A simulated device unwraps its private key from its injection package with the fixture's key, as
-a secure fixture would on the line,
-in software and with another implementation of AES-KWP than the HSM's.`,
+a secure fixture would on the line, in software and with another implementation of AES-KWP than the HSM's.`,
 		Writer: os.Stdout, ErrWriter: os.Stderr,
 		Commands: []*cli.Command{
 			{
 				Name: "attach", Usage: "play the whole flow, a device at a time on each of C connections: " +
 					"PrepareVector, EstablishKME, compare NW_SIG, decrypt the next RAND, ReportAuthentication",
 				Description: `Prints {"attached":n,"rejected":{"<reason>":n},"p50_ms":x,"p99_ms":x,"per_second":x};
-the times are those of EstablishKME. Fails if an
-untouched device is rejected, or a tampered one is not. --tamper, in what the device sends:
+the times are those of EstablishKME. Fails if an untouched device is rejected, or a tampered one is not. --tamper, in what the device sends:
     kme           a bit of KME is changed after it was signed
     signature     a bit of KME_SIG is changed
     payload       a bit of the encrypted payload is changed
@@ -80,11 +78,9 @@ untouched device is rejected, or a tampered one is not. --tamper, in what the de
 				Name:  "load",
 				Usage: "measure the service: prepared payloads, as many as it takes or at a rate, for some time",
 				Description: `Makes payloads, each with a KME and for a subscription of its own, and then measures,
-one after the other, PrepareVector that opens an attempt
-("open"), EstablishKME ("establish"), and PrepareVector that encrypts a RAND ("process"); round after round, until
-EstablishKME has been measured for as
-long as asked. Nothing else is done meanwhile, so that the client's share of the CPU is small. Prints, of each of the
-three,
+one after the other, PrepareVector that opens an attempt ("open"), EstablishKME ("establish"), and PrepareVector that
+encrypts a RAND ("process"); round after round, until EstablishKME has been measured for as long as asked. Nothing else
+is done meanwhile, so that the client's share of the CPU is small. Prints, of each of the three,
 {"calls":n,"rejected":{"<reason>":n},"seconds":x,"per_second":x,"p50_ms":x,"p99_ms":x}. With a rate, a call is timed
 from when it was due.
 The service's own limits hold: a device's payloads a second (imei_rate, imei_burst), so take enough devices.`,

@@ -135,7 +135,7 @@ func (x *trial) readable(class uint, h pkcs11.ObjectHandle) (names []string) {
 }
 
 func (x *trial) unreadable(what string, class uint, h pkcs11.ObjectHandle) {
-	var done answer = errLeft
+	done := answer(errLeft)
 	if len(x.readable(class, h)) > 0 {
 		done = nil
 	}
