@@ -58,7 +58,8 @@ a secure fixture would on the line, in software and with another implementation 
 				Name: "attach", Usage: "play the whole flow, a device at a time on each of C connections: " +
 					"PrepareVector, EstablishKME, compare NW_SIG, decrypt the next RAND, ReportAuthentication",
 				Description: `Prints {"attached":n,"rejected":{"<reason>":n},"p50_ms":x,"p99_ms":x,"per_second":x};
-the times are those of EstablishKME. Fails if an untouched device is rejected, or a tampered one is not. --tamper, in what the device sends:
+the times are those of EstablishKME. Fails if an untouched device is rejected, or a tampered one is not.
+--tamper, in what the device sends:
     kme           a bit of KME is changed after it was signed
     signature     a bit of KME_SIG is changed
     payload       a bit of the encrypted payload is changed
