@@ -151,7 +151,7 @@ type functionList = *C.ck_list
 
 // functionsOf is the function list that miekg/pkcs11 has got from the module, by reflection on an unexported field. It
 // cannot be had from the module: p11-kit's client and its proxy give another list each time that they are asked, which
-// knows nothing of the sessions of the others; SoftHSM, NSS softoken and openCryptoki would give the same.
+// knows nothing of the sessions of the others; SoftHSM and NSS softoken would give the same.
 func functionsOf(module *pkcs11.Ctx) (functionList, error) {
 	if ctx := reflect.ValueOf(module).Elem().FieldByName("ctx"); ctx.Kind() == reflect.Pointer {
 		if sym := ctx.Elem().FieldByName("sym"); sym.Kind() == reflect.Pointer && !sym.IsNil() {

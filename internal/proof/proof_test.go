@@ -12,20 +12,17 @@ import (
 	"crypto/sha1"
 	"crypto/sha256"
 	"crypto/x509"
-	"encoding/asn1"
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
 	"io/fs"
-	"math/big"
 	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -37,7 +34,6 @@ import (
 	"github.com/kmehsm/kmehsm/internal/programs"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 	"github.com/kmehsm/kmehsm/internal/testproc"
-	"github.com/kmehsm/kmehsm/kme"
 )
 
 func TestMain(m *testing.M) { programs.Main(m) }
@@ -213,112 +209,11 @@ func call(t *testing.T, client *http.Client, method string, request map[string]a
 	return answer
 }
 
-// No attribute that holds a private or secret key is ever fetched. The doctor asks how long they are, with no
-// room for a value, to see it refused. The flows run with OpenSC's spy between the programs and the token,
-// which writes down every call.
-func TestSpy(t *testing.T) {
-	spies, _ := filepath.Glob("/usr/lib/*/pkcs11-spy.so")
-	if len(spies) == 0 {
-		t.Fatal("there is no pkcs11-spy.so: install opensc-pkcs11")
-	}
-	log := filepath.Join(t.TempDir(), "spy.log")
-	module := regexp.MustCompile(`module-path=[^&]*`)
-	w := newWorld(t, func(uri string) string {
-		return module.ReplaceAllString(uri, "module-path="+spies[0])
-	}, "PKCS11SPY_OUTPUT="+log)
-	w.env = append(w.env, "PKCS11SPY="+w.factory.Module)
-	w.setUp(bothSuites...)
-	w.serve(func(*http.Client) {
-		for _, kind := range []string{"", "signature", "payload", "replay"} {
-			args := []string{"attach", "--injection", "injection", "--fixture-key", "fixture.key",
-				"--fixture-enrolment", "fixture.json", "--server", "unix:" + w.path("s")}
-			if kind != "" {
-				args = append(args, "--tamper", kind)
-			}
-			w.run(w.operator, "mesim", args...)
-		}
-		officer := "file:" + w.operator.SOPINFile
-		w.run(w.operator, "keysvc", "storage", "rotate", "--so-pin-source", officer)
-		w.run(w.operator, "keysvc", "storage", "retire")
-		to := field(t, w.run(w.operator, "keysvc", "backup", "prepare", "--out", "restore-key.json", "--json"),
-			"thumbprint")
-		made := field(t, w.run(w.operator, "keysvc", "backup", "create", "--to", "restore-key.json", "--thumbprint", to,
-			"--so-pin-source", officer, "--out", "backup.json", "--json"), "thumbprint")
-		w.run(w.operator, "keysvc", "backup", "restore", "backup.json", "--thumbprint", made)
-		w.run(w.operator, "mesim", "attach", "--injection", "injection", "--fixture-key", "fixture.key",
-			"--fixture-enrolment", "fixture.json", "--server", "unix:"+w.path("s"), "--first-imsi", "001012222222222")
-	})
-
-	data, err := os.ReadFile(log)
-	if err != nil {
-		t.Fatal(err)
-	}
-	spied := readSpy(string(data))
-	for _, what := range spied.fetched {
-		t.Errorf("fetched, or to be had: %s", what)
-	}
-	// That the log was read rightly: what must be there is.
-	for _, name := range []string{"CKA_MODULUS", "CKA_EC_POINT", "CKA_VALUE", "CKA_PRIME_1", "CKA_COEFFICIENT"} {
-		if spied.asked[name] == 0 {
-			t.Errorf("%s was never asked for, so that this test sees nothing", name)
-		}
-	}
-	for _, name := range []string{"C_GenerateKeyPair", "C_GenerateKey", "C_WrapKey", "C_UnwrapKey", "C_Decrypt",
-		"C_Verify", "C_Sign", "C_Encrypt", "C_SetAttributeValue"} {
-		if spied.calls[name] == 0 {
-			t.Errorf("%s was never called, so that this test sees nothing", name)
-		}
-	}
-	t.Logf("asked for: %v", spied.asked)
-}
-
 // A spyLog is what a spy's log says of C_GetAttributeValue.
 type spyLog struct {
 	calls, asked map[string]int
 	// attributes that hold keys, and for which there was room, or of which the token said a length
 	fetched []string
-}
-
-func readSpy(log string) spyLog {
-	heading := regexp.MustCompile(`^\d+: (C_\w+)$`)
-	attribute := regexp.MustCompile(`^\s+(CKA_\w+)\s*(\S*)(?: / (-?\d+))?`)
-	secret := regexp.MustCompile(`^CKA_(VALUE|PRIVATE_EXPONENT|PRIME_[12]|EXPONENT_[12]|COEFFICIENT)$`)
-	spied := spyLog{calls: map[string]int{}, asked: map[string]int{}}
-	call := ""
-	for line := range strings.SplitSeq(log, "\n") {
-		if m := heading.FindStringSubmatch(line); m != nil {
-			call = m[1]
-			spied.calls[call]++
-		} else if m := attribute.FindStringSubmatch(line); m != nil && call == "C_GetAttributeValue" {
-			name, at, size := m[1], m[2], m[3]
-			spied.asked[name]++
-			if noRoom := strings.Trim(at, "0") == "" && (size == "0" || size == "-1"); secret.MatchString(name) &&
-				!noRoom {
-				spied.fetched = append(spied.fetched, strings.TrimSpace(line))
-			}
-		}
-	}
-	return spied
-}
-
-// Nothing is overlooked in a spy's log.
-func TestReadSpy(t *testing.T) {
-	const asked = "3: C_GetAttributeValue\n[in] hObject = 0x14\n[in] pTemplate[1]: \n    %s\n[out] pTemplate[1]: \n" +
-		"    %s\n"
-	for _, c := range []struct {
-		in, out string
-		fetched int
-	}{
-		{"CKA_PRIME_1           0000000000000000 / 0", "CKA_PRIME_1           0000000000000000 / -1", 0},
-		{"CKA_PRIME_1           0000000000000000 / 0", "CKA_PRIME_1           0000000000000000 / 128", 1},
-		{"CKA_PRIME_1           00007f9adc001e30 / 128", "CKA_PRIME_1           0000000000000000 / -1", 1},
-		{"CKA_VALUE             00007f9adc001e30 / 32", "CKA_VALUE             00007f9adc001e30 / 32", 2},
-		{"CKA_MODULUS           00007f9adc001e30 / 32", "CKA_MODULUS           00007f9adc001e30 / 32", 0},
-	} {
-		if spied := readSpy(fmt.Sprintf(asked, c.in, c.out)); len(spied.fetched) != c.fetched {
-			t.Errorf("%s\n%s\nfetched %q", c.in, c.out, spied.fetched)
-		}
-	}
 }
 
 // A device as another implementation sees it, from the files of the line alone.
@@ -545,128 +440,4 @@ func aesOfZero(t *testing.T, key []byte) []byte {
 	out := make([]byte, aes.BlockSize)
 	block.Encrypt(out, out)
 	return out
-}
-
-func (w *world) manifest(lot string) (m struct {
-	Suite kme.Suite        `json:"suite"`
-	N     directory.Base64 `json:"n"`
-}) {
-	w.t.Helper()
-	parts := strings.Split(string(w.readFile("injection/"+lot+"/manifest.jws")), ".")
-	payload, err := base64.RawURLEncoding.DecodeString(parts[1])
-	if err == nil {
-		err = json.Unmarshal(payload, &m)
-	}
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	return m
-}
-
-func (w *world) plaintext(d device) *kme.Plaintext {
-	w.t.Helper()
-	p := &kme.Plaintext{KME: kme.RandomSecret(), RME: kme.RandomSecret()}
-	var err error
-	if p.Sig, err = w.manifest(d.lot).Suite.Sign(d.key, p.KME.Bytes()); err != nil {
-		w.t.Fatal(err)
-	}
-	return p
-}
-
-func (w *world) encrypt(d device, p *kme.Plaintext) []byte {
-	w.t.Helper()
-	m := w.manifest(d.lot)
-	c, err := m.Suite.Encrypt(&rsa.PublicKey{N: new(big.Int).SetBytes(m.N), E: 65537}, p)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	return c
-}
-
-// OpenSSL unwraps every device key, and finds the public key that was published; and it verifies every signed object.
-func TestOpenSSLAgrees(t *testing.T) {
-	w := newWorld(t, nil)
-	w.setUp(bothSuites...)
-	injection := hex.EncodeToString(w.injectionKey())
-	for _, line := range w.lines() {
-		// RFC 5649 section 3: the first half of the initial value is A65959A6.
-		pkcs8 := w.openssl(line.DeviceKey.Wrapped, "enc", "-d", "-id-aes256-wrap-pad", "-K", injection,
-			"-iv", "A65959A6")
-		der := w.openssl(pkcs8, "pkey", "-inform", "DER", "-pubout", "-outform", "DER")
-		pub, err := x509.ParsePKIXPublicKey(der)
-		if err != nil {
-			t.Fatal(err)
-		}
-		var fromToken map[string]string
-		switch k := pub.(type) {
-		case *ecdsa.PublicKey:
-			point, err := k.Bytes()
-			if err != nil {
-				t.Fatal(err)
-			}
-			fromToken = map[string]string{"kty": "EC", "crv": "P-256", "x": b64(point[1:33]), "y": b64(point[33:])}
-		case *rsa.PublicKey:
-			fromToken = map[string]string{"kty": "RSA", "n": b64(k.N.Bytes()), "e": "AQAB"}
-		}
-		fromToken["kid"] = line.IMEI
-		var published struct{ Keys []map[string]string }
-		payload := w.verified(fmt.Sprintf("directory/lots/%s/shards/%06d", line.Lot, line.Shard))
-		if err := json.Unmarshal(payload, &published); err != nil {
-			t.Fatal(err)
-		}
-		var found map[string]string
-		for _, k := range published.Keys {
-			if k["kid"] == line.IMEI {
-				found = k
-			}
-		}
-		if fmt.Sprint(found) != fmt.Sprint(fromToken) || fmt.Sprint(line.PublicKey) != fmt.Sprint(fromToken) {
-			t.Errorf("IMEI %s\npublished %v\ninjection %v\nunwrapped %v", line.IMEI, found, line.PublicKey, fromToken)
-		}
-	}
-	for _, name := range []string{"directory/lots/LE/manifest", "directory/lots/LR/manifest", "enrolment.jws", "LE.jws",
-		"LR.jws", "injection/LE/manifest.jws"} {
-		if len(w.verified(name)) == 0 {
-			t.Errorf("%s has no payload", name)
-		}
-	}
-}
-
-func b64(b []byte) string { return base64.RawURLEncoding.EncodeToString(b) }
-
-// verified gives a JWS's payload, once openssl has verified it with manufacturer.pem.
-func (w *world) verified(name string) []byte {
-	w.t.Helper()
-	signed, signature, _ := cutLast(string(w.readFile(name)), ".")
-	raw, err := base64.RawURLEncoding.DecodeString(signature)
-	if err != nil || len(raw) != 64 {
-		w.t.Fatalf("%s: %v", name, err)
-	}
-	der, err := asn1.Marshal([]*big.Int{new(big.Int).SetBytes(raw[:32]), new(big.Int).SetBytes(raw[32:])})
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	if err := os.WriteFile(w.path("signature.der"), der, 0o600); err != nil {
-		w.t.Fatal(err)
-	}
-	w.openssl([]byte(signed), "dgst", "-sha256", "-verify", "var/factory/manufacturer.pem", "-signature",
-		"signature.der")
-	header, payload, _ := strings.Cut(signed, ".")
-	if h, err := base64.RawURLEncoding.DecodeString(header); err != nil ||
-		!strings.Contains(string(h), `"alg":"ES256"`) {
-		w.t.Errorf("%s has header %s", name, h)
-	}
-	b, err := base64.RawURLEncoding.DecodeString(payload)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	return b
-}
-
-func cutLast(s, sep string) (before, after string, found bool) {
-	i := strings.LastIndex(s, sep)
-	if i < 0 {
-		return s, "", false
-	}
-	return s[:i], s[i+len(sep):], true
 }
