@@ -98,9 +98,8 @@ func (e *DamagedRow) Error() string {
 }
 
 // ErrRolledBack: the ledger is behind its high-water mark.
-var ErrRolledBack = errors.New("the database is an earlier one than the service has written: bring back the " +
-	"last one; " +
-	"or, if there is no other, accept this one with keysvc store accept-rollback")
+var ErrRolledBack = errors.New("the database is an earlier one than the service has written: bring back the last " +
+	"one; or, if there is no other, accept this one with keysvc store accept-rollback")
 
 // A Ledger is the part of a Store that remembers for ever. While it is rolled back, every method of the Store but
 // Check, Accept, VerifyLedger and Entries fails with ErrRolledBack.

@@ -223,7 +223,7 @@ func (p *provisioning) run(ctx context.Context) (Progress, error) {
 
 // No more of either than there are shards.
 func (p *provisioning) workers() int {
-	return min(cmp.Or(p.o.Workers, 2*p.token.Sessions()), p.o.To-p.o.From)
+	return max(1, min(cmp.Or(p.o.Workers, 2*p.token.Sessions()), p.o.To-p.o.From))
 }
 func (p *provisioning) publishers() int { return min(publishers, p.o.To-p.o.From) }
 

@@ -20,7 +20,7 @@ import (
 // TRUSTED key. The receiving key wraps, by its CKA_WRAP_TEMPLATE, nothing but its one key; a KEK wraps nothing but RSA
 // private keys; an injection key nothing but private keys that are not WRAP_WITH_TRUSTED, as device keys are. Otherwise
 // whoever has the user PIN could wrap a KEK for a fixture, whose key may be in software, and have every lot key that
-// the KEK has carried. An injection key is TRUSTED so that it is known for the security officer's: see checkMaker.
+// the KEK has carried. An injection key is TRUSTED so that it is known for the security officer's: see keyop.Find.
 func EnrollKey(ctx context.Context, tokenURI string, officer PIN, k Key, to *rsa.PublicKey) (created bool, err error) {
 	if err := weakkey.CheckWrapping(to); err != nil {
 		return false, err

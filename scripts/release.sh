@@ -66,8 +66,7 @@ component() {
 }
 
 # modules PROGRAM: the Go modules in it, PATH@VERSION; none of kme.fdx. Those of this repository are "(devel)" in it,
-# and
-# have the version of the program.
+# and have the version of the program.
 modules() {
 	{ go version -m "$1" 2>/dev/null || true; } |
 		awk '$1 == "mod" { version = $3 } $1 == "dep" { print $2 "@" ($3 == "(devel)" ? version : $3) }'

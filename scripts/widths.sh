@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# usage: scripts/widths.sh Prints FILE:LINE for each line that has more than 120 characters, and fails if there is one.
+# usage: scripts/widths.sh
+# Prints FILE:LINE for each line that has more than 120 characters, and fails if there is one.
 # A tab counts 4. Left out are lines that are one word, as a link is; rows of tables in Markdown; the commands of
 # testscripts; JSON, the licence, what is generated, and the data of others.
 set -euo pipefail

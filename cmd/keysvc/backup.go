@@ -20,9 +20,9 @@ func backupCommand() *cli.Command {
 	return &cli.Command{
 		Name: "backup", Usage: "bring the storage and ledger key to another token, from HSM to HSM",
 		Description: `On the other token:   keysvc backup prepare --out restore-key.json
-                                                                         and read its thumbprint out
+                      and read its thumbprint out
 On this token:        keysvc backup create --to restore-key.json --thumbprint T --so-pin-source URI --out backup.json
-                                                                         and read the backup's thumbprint out
+                      and read the backup's thumbprint out
 On the other token:   keysvc backup restore backup.json --thumbprint B
 KEKs and lot keys never leave a token: enroll the other token with each manufacturer under the same operator name
 (keysvc transport new, factory operator enroll, keysvc enroll), and import the same grants there.`,

@@ -79,8 +79,8 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 			storageCommand(),
 			{
 				Name: "serve", Usage: "serve the HSS",
-				Description: "SIGTERM finishes the calls under way and ends; SIGHUP takes up lots and certificates " +
-					"anew.\n\n" + keysvcd.Help(),
+				Description: "SIGTERM finishes the calls under way and ends; SIGHUP reloads lots, clients and " +
+					"certificates.\n\n" + keysvcd.Help(),
 				Flags:  []cli.Flag{&cli.StringFlag{Name: "config", Usage: "the configuration, a YAML `FILE`"}},
 				Action: serve,
 			},

@@ -172,9 +172,8 @@ func storeVerify(c *cli.Context) error {
 		})
 		if err == nil && !result.OK {
 			err = cmdline.Said(errors.New("the store is not what the service has written last: find out who has " +
-				"changed it; " +
-				"a subscription that is damaged can be ended with keysvc binding revoke, a manufacturer or a lot " +
-				"needs a backup of the store"))
+				"changed it; a subscription that is damaged can be ended with keysvc binding revoke, a manufacturer " +
+				"or a lot needs a backup of the store"))
 		}
 		return err
 	})

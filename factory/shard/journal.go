@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	_ "embed"
 	"errors"
+	"fmt"
 
 	"github.com/kmehsm/kmehsm/internal/sqlite"
 )
@@ -43,7 +44,15 @@ func (j *Journal) Close() error { return errors.Join(j.read.Close(), j.write.Clo
 
 // exec is not ended by a context: a shard in flight is finished.
 func (j *Journal) exec(query string, args ...any) error {
-	return j.write.Exec(context.Background(), query, args...)
+	return named(j.write.Exec(context.Background(), query, args...))
+}
+
+// named says of an error of the database where it is from.
+func named(err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("the line's journal: %w", err)
 }
 
 // An Entry is what the journal has of a shard; the zero Entry, that it was never begun.
@@ -58,18 +67,18 @@ func (j *Journal) Entries(ctx context.Context, lot string) (map[int]Entry, error
 	rows, err := j.read.QueryContext(ctx, "SELECT number, state, package FROM shard WHERE manufacturer = ? AND lot = ?",
 		j.manufacturer, lot)
 	if err != nil {
-		return nil, err
+		return nil, named(err)
 	}
 	defer rows.Close()
 	all := map[int]Entry{}
 	for rows.Next() {
 		n, e := 0, Entry{Begun: true}
 		if err := rows.Scan(&n, &e.State, &e.Package); err != nil {
-			return nil, err
+			return nil, named(err)
 		}
 		all[n] = e
 	}
-	return all, rows.Err()
+	return all, named(rows.Err())
 }
 
 // Plan remembers the shards from, up to but not including to, as begun, before the first key of them is made.
@@ -103,5 +112,5 @@ func (j *Journal) Acknowledged(lot string, n int, pkg []byte) error {
 func (j *Journal) Signed(ctx context.Context, lot string, n int) (jws []byte, err error) {
 	err = j.read.QueryRowContext(ctx, "SELECT jws FROM shard WHERE manufacturer = ? AND lot = ? AND number = ?",
 		j.manufacturer, lot, n).Scan(&jws)
-	return jws, err
+	return jws, named(err)
 }

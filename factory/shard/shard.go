@@ -118,9 +118,8 @@ func (v *View) Describe() (what, remedy string) {
 	case Remnant:
 		return v.unread.Error(), "remove it: nothing of it was published, and lot provision makes the shard anew"
 	case Stray:
-		return fmt.Sprintf("%v, and the journal never began it", v.unread), "it was never published: find out " +
-			"where it " +
-			"comes from; if nothing of it was injected, remove the file, and lot provision makes the shard anew"
+		return fmt.Sprintf("%v, and the journal never began it", v.unread), "it was never published: find out where " +
+			"it comes from; if nothing of it was injected, remove the file, and lot provision makes the shard anew"
 	}
 	return "", ""
 }

@@ -81,7 +81,7 @@ func kmeSignature(suite kme.Suite, signed []byte) (m uint, data []byte) {
 	return pkcs11.CKM_ECDSA, digest[:]
 }
 
-// signKME makes KME_SIG.
+// SignKME makes KME_SIG.
 func SignKME(s *p11.Session, h pkcs11.ObjectHandle, suite kme.Suite, signed []byte) ([]byte, error) {
 	m, data := kmeSignature(suite, signed)
 	sig, err := s.Sign(m, h, data, make([]byte, suite.SignatureSize()))

@@ -38,7 +38,7 @@ _Static_assert(sizeof(ck_list) == 69 * sizeof(void *), "a version and 68 functio
 
 enum { max_attributes = 32 };
 
-// RSA-OAEP with SHA-1 and MGF1-SHA-1, CK_RSA_PKCS_OAEP_PARAMS: see OAEP.
+// RSA-OAEP with SHA-1 and MGF1-SHA-1, CK_RSA_PKCS_OAEP_PARAMS.
 enum { ckm_rsa_pkcs_oaep = 9 };
 static struct { ck hash, mgf, source; void *label; ck size; } oaep = { 0x220, 1, 1, 0, 0 };
 

@@ -145,7 +145,7 @@ var settings = []setting{
 			return c.CacheMB > 0 && c.CacheMB <= 1<<20
 		}},
 	{name: "vault", example: "{role_id: ID, secret_id_file: FILE, secret_id_wrapped: false}",
-		help: "for directories in Vault, or {cert_role: ROLE}"},
+		help: "or cert_role: for directories in Vault"},
 	{name: "otlp", example: "http://127.0.0.1:4318", secret: true,
 		help: "a collector of OpenTelemetry traces (default: none)",
 		rule: "http://HOST:PORT or https://HOST:PORT",
@@ -163,7 +163,7 @@ var settings = []setting{
 
 // Help documents the settings, as a commented configuration.
 func Help() string {
-	const column, width = 39, 119
+	const column, width = 39, 116
 	var text strings.Builder
 	text.WriteString("The configuration (a relative path in it is relative to its folder):\n")
 	for _, s := range settings {

@@ -54,8 +54,8 @@ func connect(name string) (*DB, error) {
 		}
 		return nil, errors.New("the connection string of PostgreSQL allows a server that does not prove its name: " +
 			"write ?sslmode=verify-full&sslrootcert=FILE after the database's name, with the CA's certificate in " +
-			"FILE; or, " +
-			"for a server on this machine, postgres://USER@/DATABASE?host=/FOLDER with the folder of its Unix socket")
+			"FILE; or, for a server on this machine, postgres://USER@/DATABASE?host=/FOLDER with the folder of its " +
+			"Unix socket")
 	}
 	return &DB{stdlib.OpenDB(*config)}, nil
 }

@@ -43,7 +43,7 @@ func Open(ctx context.Context, path string, migrations ...string) (read *sql.DB,
 		return nil, nil, err
 	}
 	db.SetMaxOpenConns(1) // SQLite has one writer at a time
-	// Who finds another in the switch to WAL is told SQLITE_BUSY at once, whatever the busy timeout.
+	// Whoever finds another in the switch to WAL is told SQLITE_BUSY at once, whatever the busy timeout.
 	for start := time.Now(); ; time.Sleep(time.Millisecond) {
 		var busy sqlite3.Error
 		if err = migrate(ctx, db, migrations); !errors.As(err, &busy) || busy.Code != sqlite3.ErrBusy ||
