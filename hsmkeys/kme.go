@@ -46,7 +46,7 @@ func (t *OperatorToken) randBlocks(ctx context.Context, operation string, sealed
 	for _, r := range rands {
 		in = append(in, r[:]...)
 	}
-	return p11.Do(ctx, t.hsm, operation, func(s *p11.Session) (out []RAND, err error) {
+	return p11.DoWithKey(ctx, t.hsm, operation, func(s *p11.Session) (out []RAND, err error) {
 		generation := int(sealed[0])
 		if known := t.sealing.Load(); known != nil && known.generation < generation {
 			t.sealing.Store(nil) // somebody has made a newer storage key

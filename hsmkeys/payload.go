@@ -57,7 +57,7 @@ func (t *OperatorToken) OpenPayload(ctx context.Context, in Payload) (*Opened, e
 	if err := suite.CheckDevice(device); err != nil {
 		return nil, err
 	}
-	return p11.Do(ctx, t.hsm, "open payload", func(s *p11.Session) (*Opened, error) {
+	return p11.DoWithKey(ctx, t.hsm, "open payload", func(s *p11.Session) (*Opened, error) {
 		hLot, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, in.Lot)
 		if err != nil {
 			return nil, err
@@ -119,7 +119,7 @@ func (t *OperatorToken) ExportKME(ctx context.Context, in Payload) (kme.Secret, 
 	if err != nil {
 		return kme.Secret{}, err
 	}
-	return p11.Do(ctx, t.hsm, "export KME", func(s *p11.Session) (kme.Secret, error) {
+	return p11.DoWithKey(ctx, t.hsm, "export KME", func(s *p11.Session) (kme.Secret, error) {
 		h, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, in.Lot)
 		if err != nil {
 			return kme.Secret{}, err

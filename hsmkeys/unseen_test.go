@@ -81,7 +81,7 @@ func TestUnseenKey(t *testing.T) {
 			}
 		}
 	})
-	got, err := p11.Do(t.Context(), token.hsm, "test", func(s *p11.Session) (pkcs11.ObjectHandle, error) {
+	got, err := p11.DoWithKey(t.Context(), token.hsm, "test", func(s *p11.Session) (pkcs11.ObjectHandle, error) {
 		h, err := token.find(s, pkcs11.CKO_SECRET_KEY, keyspec.StorageGeneration(2))
 		if errors.Is(err, ErrNoKey) {
 			looked()

@@ -135,26 +135,33 @@ func inToken[T any](t *Token, s *Session, operation string, f func(*Session) (T,
 
 // Do runs f on a session of the pool, and gives its result. operation says to observers what f is. f may go on after Do
 // has returned, when it was given up: nothing comes out of it but its result. A session that has ended is replaced, and
-// f run once more: whatever f makes for good, it first looks for. So it is, a few times, where a key is missing in
-// SoftHSM: while one thread reads what another process has just made, the others do not see it yet (2.6.1).
+// f run once more: whatever f makes for good, it first looks for.
 func Do[T any](ctx context.Context, t *Token, operation string, f func(*Session) (T, error)) (T, error) {
 	v, err := run(ctx, t, operation, f)
 	if classify(err) == sessionLost {
 		v, err = run(ctx, t, operation, f)
-	}
-	for pause := 10 * time.Millisecond; errors.Is(err, ErrNoKey) && t.isSoftHSM() && pause < time.Second/2; pause *= 2 {
-		select {
-		case <-time.After(pause):
-			v, err = run(ctx, t, operation, f)
-		case <-ctx.Done():
-			return v, err
-		}
 	}
 	if c := classify(err); c == sessionLost || c == deviceLost {
 		t.lose(err)
 	}
 	t.renew()
 	return v, err
+}
+
+// DoWithKey is Do for a key that must be there. Where it is missing in SoftHSM it is looked for again, for some 0.6 s:
+// while one thread reads what another process has just made, the others do not see it yet (2.6.1).
+func DoWithKey[T any](ctx context.Context, t *Token, operation string, f func(*Session) (T, error)) (v T, err error) {
+	for pause := 10 * time.Millisecond; ; pause *= 2 {
+		v, err = Do(ctx, t, operation, f)
+		if !errors.Is(err, ErrNoKey) || !t.isSoftHSM() || pause > time.Second/2 {
+			return v, err
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return v, err
+		}
+	}
 }
 
 // With is Do for what has no result.
