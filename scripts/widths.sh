@@ -11,7 +11,7 @@ export LC_ALL=C.UTF-8
 wide() {
 	local commands=$1
 	shift
-	git grep --untracked -zLE '^// Code generated .* DO NOT EDIT\.$' -- "$@" ':!*.json' ':!*.sum' ':!LICENSE' \
+	git grep -zLE '^// Code generated .* DO NOT EDIT\.$' -- "$@" ':!*.json' ':!*.sum' ':!LICENSE' \
 		':!hsmkeys/testdata' ':!kme/testdata' |
 		xargs -0r sed -snE "$commands"'; s/\t/    /g; /^\s*(\S{1,3}\s+)?\S+$/d; /^.{121}/ {F;=}' | paste -d : - -
 }
