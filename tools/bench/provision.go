@@ -26,7 +26,7 @@ func (b *bench) provision(r *report) error {
 		return err
 	}
 	defer token.Close()
-	injection := hsmkeys.Key{Role: hsmkeys.RoleInjection, Manufacturer: b.manufacturer}
+	injection := hsmkeys.Key{Role: hsmkeys.RoleInjection, Manufacturer: b.manufacturer, Name: "bench"}
 	flags := []string{"--token", os.Getenv("FACTORY_TOKEN"), "--directory", "vault:kme", "--state",
 		filepath.Join(b.dir, "factory")}
 	for i := range b.pairs {
