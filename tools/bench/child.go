@@ -303,7 +303,7 @@ func (b *bench) countCalls() (any, error) {
 		return nil, err
 	}
 	defer factory.Close()
-	injection := hsmkeys.Key{Role: hsmkeys.RoleInjection, Manufacturer: b.manufacturer}
+	injection := hsmkeys.Key{Role: hsmkeys.RoleInjection, Manufacturer: b.manufacturer, Name: "bench"}
 	calls := map[string]int{}
 	for name, do := range map[string]func() error{
 		"open payload": func() error { _, err := operator.OpenPayload(b.ctx, payload); return err },
