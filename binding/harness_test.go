@@ -1,7 +1,6 @@
 package binding_test
 
 import (
-	"bytes"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -14,7 +13,6 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -30,6 +28,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -83,7 +82,7 @@ type harness struct {
 	soPIN    string // where the security officer's is
 	store    *sqlstore.Store
 	recorder *recorder
-	log      *logBuffer
+	log      *testproc.Log
 	service  *binding.Service
 	readers  map[string]*directory.Reader
 }
@@ -117,7 +116,7 @@ func newHarness(t testing.TB) *harness {
 	store := openStore(t, token, sqlstore.InFolder(t.TempDir()))
 	t.Cleanup(func() { store.Close() })
 	r := &harness{token: token, observed: observed, tokenURI: tok.URI, soPIN: "file:" + tok.SOPINFile, store: store,
-		log: new(logBuffer), readers: map[string]*directory.Reader{}}
+		log: new(testproc.Log), readers: map[string]*directory.Reader{}}
 	t.Cleanup(func() { r.token.Close() })
 	r.recorder = &recorder{Ledger: store, token: token, store: store}
 	r.service = r.newService(binding.Options{})
@@ -396,24 +395,6 @@ func parseIMEI(text string) kme.IMEI {
 		panic(err)
 	}
 	return imei
-}
-
-// A logBuffer holds what the service logged.
-type logBuffer struct {
-	mu  sync.Mutex
-	buf bytes.Buffer // guarded by mu
-}
-
-func (l *logBuffer) Write(b []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.buf.Write(b)
-}
-
-func (l *logBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.buf.String()
 }
 
 // checkRefused insists on a refusal, and on its whole answer where message is not empty.

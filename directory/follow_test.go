@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -55,16 +56,6 @@ func (h *hanging) unanswered() int {
 	return h.stuck
 }
 
-// eventually waits for what is done in the background.
-func eventually(t testing.TB, what string, is func() bool) {
-	t.Helper()
-	for start := time.Now(); !is(); time.Sleep(time.Millisecond) {
-		if time.Since(start) > time.Minute {
-			t.Fatalf("after a minute, not yet: %s", what)
-		}
-	}
-}
-
 // tick is how often lists are read in these tests, and longer than none of them has the store answer.
 const tick = 10 * time.Millisecond
 
@@ -90,7 +81,7 @@ func TestFollow(t *testing.T) {
 	const timeout = 100 * time.Millisecond
 	r := following(t, store, s, ReaderOptions{ReadTimeout: timeout}, m)
 	or := following(t, otherFiles, other, ReaderOptions{ReadTimeout: timeout}, om)
-	eventually(t, "the lists are there", func() bool { return r.has("L1") && or.has("L1") })
+	testproc.Await(t, "the lists are there", func() bool { return r.has("L1") && or.has("L1") })
 	if _, err := r.Device(ctx, m, m.IMEI(0)); err != nil {
 		t.Fatal(err)
 	}
@@ -105,16 +96,16 @@ func TestFollow(t *testing.T) {
 		return must[bool](t)(r.Revoked(m, m.IMEI(i)))
 	}
 	revoke(files, s, m, 9)
-	eventually(t, "the list is read again", func() bool { return revoked(r, m, 9) })
+	testproc.Await(t, "the list is read again", func() bool { return revoked(r, m, 9) })
 	if d, err := r.Device(ctx, m, m.IMEI(0)); err != nil || d.Revoked != nil { // reads the part
 		t.Fatal(d, err)
 	}
 
 	store.hang()
-	eventually(t, "the list is overdue", func() bool { return len(r.Overdue()) == 1 })
+	testproc.Await(t, "the list is overdue", func() bool { return len(r.Overdue()) == 1 })
 	revoke(files, s, m, 8)
 	revoke(otherFiles, other, om, 7)
-	eventually(t, "the other manufacturer's list is read again", func() bool { return revoked(or, om, 7) })
+	testproc.Await(t, "the other manufacturer's list is read again", func() bool { return revoked(or, om, 7) })
 	if o := r.Overdue()[0]; o.Why != Failed || !errors.Is(o.Cause, ErrUnavailable) || len(or.Overdue()) != 0 {
 		t.Errorf("%+v, the other's %+v", o, or.Overdue())
 	}
@@ -136,7 +127,7 @@ func TestFollow(t *testing.T) {
 		t.Errorf("%d reads of one list wait for the store", n)
 	}
 	store.answer()
-	eventually(t, "the list is read when the store is back", func() bool {
+	testproc.Await(t, "the list is read when the store is back", func() bool {
 		return revoked(r, m, 8) && len(r.Overdue()) == 0
 	})
 
@@ -159,13 +150,13 @@ func TestWaiting(t *testing.T) {
 	store := &hanging{Store: files}
 	const waiting, timeout = 3, 2 * time.Second
 	r := following(t, store, s, ReaderOptions{ReadTimeout: timeout, Waiting: waiting}, m)
-	eventually(t, "the list is there", func() bool { return r.has("L1") })
+	testproc.Await(t, "the list is there", func() bool { return r.has("L1") })
 	store.hang()
 	results := make(chan error)
 	for i := range waiting {
 		go func() { _, err := r.Fetch(ctx, m, m.IMEI(i)); results <- err }()
 	}
-	eventually(t, "they wait, and whatever reads the list", func() bool { return store.unanswered() == waiting+1 })
+	testproc.Await(t, "they wait, and whatever reads the list", func() bool { return store.unanswered() == waiting+1 })
 	if _, err := r.Device(ctx, m, m.IMEI(9)); !errors.Is(err, ErrUnavailable) ||
 		!strings.Contains(err.Error(), "wait for it already") {
 		t.Errorf("one more: %v", err)
@@ -180,7 +171,7 @@ func TestWaiting(t *testing.T) {
 		t.Errorf("while they hang: %v", err)
 	}
 	store.answer()
-	eventually(t, "the store is read again", func() bool {
+	testproc.Await(t, "the store is read again", func() bool {
 		_, err := r.Device(ctx, m, m.IMEI(9))
 		return !errors.Is(err, ErrUnavailable)
 	})
@@ -193,7 +184,7 @@ func TestNextUpdate(t *testing.T) {
 	var mu sync.Mutex
 	told := map[Why]int{}
 	r := following(t, store, s, ReaderOptions{Overdue: func(o Overdue) { mu.Lock(); told[o.Why]++; mu.Unlock() }}, m)
-	eventually(t, "the list is there", func() bool { return r.has("L1") })
+	testproc.Await(t, "the list is there", func() bool { return r.has("L1") })
 	sign := func(now time.Time, validity time.Duration) *Revocations {
 		t.Helper()
 		if err := RefreshRevocations(ctx, store, s, m, now, validity); err != nil {
@@ -205,7 +196,7 @@ func TestNextUpdate(t *testing.T) {
 	if list.Version != 2 || list.NextUpdate.Sub(list.ThisUpdate) != 30*time.Minute {
 		t.Errorf("%+v", list)
 	}
-	eventually(t, "it is told to be late", func() bool { mu.Lock(); defer mu.Unlock(); return told[Late] > 1 })
+	testproc.Await(t, "it is told to be late", func() bool { mu.Lock(); defer mu.Unlock(); return told[Late] > 1 })
 	if o := r.Overdue(); len(o) != 1 || o[0].Why != Late || o[0].Since.IsZero() ||
 		!strings.Contains(o[0].Cause.Error(), "factory lot refresh") {
 		t.Errorf("%+v", o)
@@ -222,12 +213,12 @@ func TestNextUpdate(t *testing.T) {
 		list.Whole == nil {
 		t.Errorf("%+v", list)
 	}
-	eventually(t, "it is not late any more", func() bool { return len(r.Overdue()) == 0 })
+	testproc.Await(t, "it is not late any more", func() bool { return len(r.Overdue()) == 0 })
 
 	// One of before there was next_update is late, and becomes one that has it.
 	put(t, store, RevocationsPath("L1"),
 		must[[]byte](t)(s.Sign(TypeRevocations, &Revocations{Lot: "L1", Version: 9, Whole: list.Whole})))
-	eventually(t, "it is late", func() bool { o := r.Overdue(); return len(o) == 1 && o[0].Why == Late })
+	testproc.Await(t, "it is late", func() bool { o := r.Overdue(); return len(o) == 1 && o[0].Why == Late })
 	if list = sign(time.Now(), 0); list.Version != 10 || list.NextUpdate.Sub(list.ThisUpdate) != DefaultValidity {
 		t.Errorf("%+v", list)
 	}

@@ -4,6 +4,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
 // With MaxAge, nothing is said by a list that is older, or was to be replaced longer ago; without, the last one stands.
@@ -34,17 +36,17 @@ func TestMaxAge(t *testing.T) {
 			strict := following(t, store, s, ReaderOptions{MaxAge: time.Hour}, m)
 			lax := following(t, store, s, ReaderOptions{}, m)
 			for _, r := range []*Reader{strict, lax} {
-				eventually(t, "all is well", func() bool { return r.has("L1") && ask(r, m) == answer{} })
+				testproc.Await(t, "all is well", func() bool { return r.has("L1") && ask(r, m) == answer{} })
 			}
 			strict.o.MaxAge = age // nobody reads it meanwhile but this goroutine
 			harm(store, m)
-			eventually(t, "nothing is said any more", func() bool {
+			testproc.Await(t, "nothing is said any more", func() bool {
 				a := ask(strict, m)
 				return a.device != nil && a.revoked != nil &&
 					strings.Contains(a.revoked.Error(), "max_revocation_age") &&
 					strings.Contains(a.device.Error(), "max_revocation_age")
 			})
-			eventually(t, "the list is overdue", func() bool { return len(lax.Overdue()) == 1 })
+			testproc.Await(t, "the list is overdue", func() bool { return len(lax.Overdue()) == 1 })
 			if a := ask(lax, m); a != (answer{}) {
 				t.Errorf("without MaxAge: %+v", a)
 			}

@@ -81,7 +81,7 @@ func (c Ceremony) Hold(ctx context.Context, act Act) (minutes string, err error)
 		}
 		return err
 	}, func(head *auditlog.Head) error {
-		return withToken(ctx, c.TokenURI, func(token *hsmkeys.FactoryToken) error {
+		return WithToken(ctx, c.TokenURI, func(token *hsmkeys.FactoryToken) error {
 			return c.State.SignLog(token, head)
 		})
 	})
@@ -198,7 +198,7 @@ func enroll(ctx context.Context, tokenURI string, officer hsmkeys.PIN, name stri
 }
 
 func withSigner(ctx context.Context, tokenURI string, f func(*hsmkeys.FactoryToken, *directory.Signer) error) error {
-	return withToken(ctx, tokenURI, func(token *hsmkeys.FactoryToken) error {
+	return WithToken(ctx, tokenURI, func(token *hsmkeys.FactoryToken) error {
 		signer, err := openSigner(token)
 		if err != nil {
 			return err
@@ -207,7 +207,8 @@ func withSigner(ctx context.Context, tokenURI string, f func(*hsmkeys.FactoryTok
 	})
 }
 
-func withToken(ctx context.Context, uri string, f func(*hsmkeys.FactoryToken) error) error {
+// WithToken runs f with the manufacturer's token that a URI names.
+func WithToken(ctx context.Context, uri string, f func(*hsmkeys.FactoryToken) error) error {
 	token, err := hsmkeys.OpenFactory(ctx, uri, hsmkeys.Options{})
 	if err != nil {
 		return err

@@ -1,14 +1,12 @@
 package vaultstore
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -322,24 +320,6 @@ func TestVaultPolicies(t *testing.T) {
 	}
 }
 
-// syncBuffer is a log that goroutines share.
-type syncBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (s *syncBuffer) Write(p []byte) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.Write(p)
-}
-
-func (s *syncBuffer) String() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.String()
-}
-
 func TestVaultLogin(t *testing.T) {
 	server := vaulttest.Start(t)
 	root := server.Client(t, server.Root)
@@ -396,7 +376,7 @@ func TestVaultLogin(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			ctx := t.Context()
-			log := new(syncBuffer)
+			log := new(testproc.Log)
 			client, err := Connect(ctx, l,
 				slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug})))
 			if err != nil {

@@ -87,7 +87,7 @@ func withLine(c *cli.Context, f func(*hsmkeys.FactoryToken, *factory.Line) error
 
 // withToken runs f with the token, and puts down in the audit log who did what with it.
 func withToken(c *cli.Context, f func(*hsmkeys.FactoryToken) error) error {
-	return cmdline.WithFactory(c, func(token *hsmkeys.FactoryToken) error {
+	return factory.WithToken(c.Context, c.String("token"), func(token *hsmkeys.FactoryToken) error {
 		sign := func(head *auditlog.Head) error { return state(c).SignLog(token, head) }
 		return state(c).Log().Record(calledAs(), token.Serial(), func() error { return f(token) }, sign)
 	})

@@ -1,12 +1,10 @@
 package custody
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"os"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -48,44 +46,17 @@ func echoes(t *testing.T, tty *os.File) bool {
 	return state.Lflag&unix.ECHO != 0
 }
 
-// screen collects what is said, for who waits for it.
-type screen struct {
-	mu   sync.Mutex
-	text bytes.Buffer
-}
-
-func (s *screen) Write(b []byte) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.text.Write(b)
-}
-
-func (s *screen) String() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.text.String()
-}
-
-func waitFor(t *testing.T, what string, ok func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(testproc.Patience); !ok(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("it does not come: %s", what)
-		}
-	}
-}
-
 // ask runs Ask, and types each text when it is asked for.
 func ask(t *testing.T, q *Quorum, typed ...string) (said, seen string, err error) {
 	t.Helper()
 	person, program := terminal(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	var out screen
+	var out testproc.Log
 	done := make(chan error, 1)
 	go func() { done <- q.Ask(ctx, program, &out) }()
 	for i, text := range typed {
-		waitFor(t, "question", func() bool {
+		testproc.Await(t, "question", func() bool {
 			return strings.Count(out.String(), "press Enter") == i+1 && !echoes(t, program)
 		})
 		if text == "interrupt" {
@@ -152,7 +123,7 @@ func TestAsk(t *testing.T) {
 		!strings.Contains(err.Error(), "not enough shares, and no PIN was tried") {
 		t.Errorf("interrupted: %v", err)
 	}
-	if err := new(Quorum).Ask(t.Context(), must(os.Open(os.DevNull))(t), new(screen)); err == nil {
+	if err := new(Quorum).Ask(t.Context(), must(os.Open(os.DevNull))(t), new(testproc.Log)); err == nil {
 		t.Error("asked where there is no terminal")
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -158,7 +159,7 @@ func TestGivenUpHandle(t *testing.T) {
 	token := openFactory(t, tok.URI, hsmkeys.Options{HangTimeout: 300 * time.Millisecond})
 	givenUp(t, []healthy{token}, func() error {
 		_, err := token.Has(t.Context(), lot)
-		await(t, "the token's return", func() bool {
+		testproc.Await(t, "the token's return", func() bool {
 			return second(token.Has(t.Context(), hsmkeys.Key{Role: hsmkeys.RoleSigning})) == nil
 		})
 		if err := token.RemoveLotKey(t.Context(), lot); err != nil {

@@ -54,22 +54,12 @@ func newFactory(t *testing.T, keys map[hsmkeys.Key]*rsa.PublicKey) (*hsmkeys.Fac
 	return openFactory(t, tok.URI, hsmkeys.Options{}), tok
 }
 
-// await waits until ok.
-func await(t *testing.T, what string, ok func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(testproc.Patience); !ok(); time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("%s: not within %s", what, testproc.Patience)
-		}
-	}
-}
-
 // back waits until the token works again. It tries once a second at least, and then the token may take as long as
 // to be opened.
 func back(t *testing.T, token *hsmkeys.OperatorToken, opening time.Duration) {
 	t.Helper()
 	start := time.Now()
-	await(t, "the token's return", func() bool { return token.Ping(t.Context()) == nil })
+	testproc.Await(t, "the token's return", func() bool { return token.Ping(t.Context()) == nil })
 	if took := time.Since(start); took > 2*time.Second+10*opening {
 		t.Errorf("it was back after %s; to open it takes %s", took, opening)
 	}
@@ -119,13 +109,13 @@ func TestOutage(t *testing.T) {
 					}
 				})
 			}
-			await(t, "the load", func() bool { return worked.Load() > 1000 })
+			testproc.Await(t, "the load", func() bool { return worked.Load() > 1000 })
 			faulty.Tell(t, c.tell)
 			time.Sleep(away)
 			faulty.Tell(t)
 			back(t, token, opening)
 			after := worked.Load()
-			await(t, "the load, after its return", func() bool { return worked.Load() > after })
+			testproc.Await(t, "the load, after its return", func() bool { return worked.Load() > after })
 			stop()
 			load.Wait()
 			slices.Sort(working)
@@ -178,7 +168,7 @@ func TestHang(t *testing.T) {
 	}
 	faulty.Tell(t)
 	back(t, token, opening)
-	await(t, "the end of the calls that hung", func() bool { return token.Health().Hung == 0 })
+	testproc.Await(t, "the end of the calls that hung", func() bool { return token.Health().Hung == 0 })
 }
 
 // One call that hangs takes its session with it, and nothing else.
@@ -202,7 +192,7 @@ func TestHangOfOne(t *testing.T) {
 	}
 	all.Wait()
 	faulty.Tell(t)
-	await(t, "the end of the call that hung", func() bool { return token.Health().Hung == 0 })
+	testproc.Await(t, "the end of the call that hung", func() bool { return token.Health().Hung == 0 })
 }
 
 // A PIN that the token refuses is tried once, and never again: the token would lock.
@@ -216,7 +206,7 @@ func TestRefusedPIN(t *testing.T) {
 	faulty.Tell(t, "* removed")
 	token.Ping(t.Context())
 	faulty.Tell(t)
-	await(t, "C_Login", func() bool { return faulty.Counts()["C_Login"] > before })
+	testproc.Await(t, "C_Login", func() bool { return faulty.Counts()["C_Login"] > before })
 	time.Sleep(3 * time.Second)
 	if n := faulty.Counts()["C_Login"] - before; n != 1 {
 		t.Errorf("C_Login was called %d times", n)

@@ -90,7 +90,7 @@ func TestRemoteKilled(t *testing.T) {
 		}
 		r.start(t)
 		start := time.Now()
-		await(t, "its return", func() bool { return prove() == nil })
+		testproc.Await(t, "its return", func() bool { return prove() == nil })
 		took := time.Since(start)
 		slices.Sort(refused)
 		most := refused[len(refused)*9/10]

@@ -1,7 +1,6 @@
 package keysvcd
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"io"
@@ -11,10 +10,8 @@ import (
 	"os/signal"
 	"path/filepath"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/kmehsm/kmehsm/binding/tokenkeys"
 	"github.com/kmehsm/kmehsm/client"
@@ -23,34 +20,6 @@ import (
 	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
 )
-
-// A lockedBuffer is a log that a test reads while the daemon writes.
-type lockedBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer // guarded by mu
-}
-
-func (l *lockedBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lockedBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
-}
-
-// eventually waits for something that takes as long as the machine needs.
-func eventually(t *testing.T, what string, done func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(testproc.Patience); !done(); time.Sleep(20 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("it takes too long: %s", what)
-		}
-	}
-}
 
 // initialise does what keysvc init does.
 func initialise(t *testing.T, tok softhsmtest.Tok) {
@@ -90,7 +59,7 @@ func TestServe(t *testing.T) {
 
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
-	log, ended := new(lockedBuffer), make(chan error, 1)
+	log, ended := new(testproc.Log), make(chan error, 1)
 	go func() { ended <- Serve(ctx, path, log) }()
 	get := func(what string) (status int, body string) {
 		c := &http.Client{Transport: &http.Transport{DisableKeepAlives: true,
@@ -103,7 +72,7 @@ func TestServe(t *testing.T) {
 		text, _ := io.ReadAll(r.Body)
 		return r.StatusCode, string(text)
 	}
-	eventually(t, "it serves", func() bool {
+	testproc.Await(t, "it serves", func() bool {
 		if len(ended) > 0 {
 			t.Fatalf("it has ended: %v\n%s", <-ended, log)
 		}
@@ -142,7 +111,7 @@ func TestServe(t *testing.T) {
 	reload := func(message string) {
 		t.Helper()
 		before := strings.Count(log.String(), message)
-		eventually(t, message, func() bool {
+		testproc.Await(t, message, func() bool {
 			syscall.Kill(os.Getpid(), syscall.SIGHUP)
 			return strings.Count(log.String(), message) > before
 		})

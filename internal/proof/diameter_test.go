@@ -235,7 +235,7 @@ func (d *network) start(name string, extensions []string, peers ...string) *node
 // connected waits until a daemon has so many open connections.
 func (n *node) connected(peers ...string) {
 	n.d.t.Helper()
-	await(n.d.t, n.name+" connected", func() bool {
+	testproc.Await(n.d.t, n.name+" connected", func() bool {
 		text := n.Log.String()
 		return !slices.ContainsFunc(peers, func(p string) bool {
 			// The last word on a peer counts: on its way to be closed it is open no more.
@@ -304,7 +304,7 @@ type mme struct {
 func (d *network) mme(socket string) *mme {
 	d.t.Helper()
 	var conn net.Conn
-	await(d.t, "the MME's socket", func() (ok bool) {
+	testproc.Await(d.t, "the MME's socket", func() (ok bool) {
 		var err error
 		conn, err = net.Dial("unix", d.path(socket))
 		return err == nil

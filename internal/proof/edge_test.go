@@ -16,6 +16,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/internal/diameter"
 	"github.com/kmehsm/kmehsm/internal/milenage"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -174,7 +175,7 @@ func (n *node) peer(name string, handle func(p *diameter.Peer, request *diameter
 	n.d.t.Helper()
 	id := identity(name)
 	var p *diameter.Peer
-	await(n.d.t, name+" connected", func() bool {
+	testproc.Await(n.d.t, name+" connected", func() bool {
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 		defer cancel()
 		var err error

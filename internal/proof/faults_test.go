@@ -8,21 +8,10 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/internal/vaulttest"
 )
-
-// await waits until ok.
-func await(t *testing.T, what string, ok func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(testproc.Patience); !ok(); time.Sleep(20 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("%s: not within %s", what, testproc.Patience)
-		}
-	}
-}
 
 // provisioning is a lot in a new Vault, and its lot provision, started and under way.
 func provisioning(t *testing.T, devices int) (w *world, server *vaulttest.Server,
@@ -58,9 +47,11 @@ func TestVaultSealedInTheMiddle(t *testing.T) {
 	if err := sys.Seal(); err != nil {
 		t.Fatal(err)
 	}
-	await(t, "what it waits for", func() bool { return strings.Contains(run.Log.String(), "wait for the directory") })
+	testproc.Await(t, "what it waits for", func() bool {
+		return strings.Contains(run.Log.String(), "wait for the directory")
+	})
 	last := w.path(fmt.Sprintf("var/factory/injection/L1/injection-%06d.jsonl", devices/50-1))
-	await(t, "the last package, with Vault sealed", func() bool { _, err := os.Stat(last); return err == nil })
+	testproc.Await(t, "the last package, with Vault sealed", func() bool { _, err := os.Stat(last); return err == nil })
 	data, err := os.ReadFile(filepath.Join(server.Dir, "init.json"))
 	if err != nil {
 		t.Fatal(err)

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/internal/programs"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
 // slotDaemon starts openCryptoki's daemon, unless one is running, and ends it with the test.
@@ -35,10 +36,12 @@ func slotDaemon(t *testing.T) {
 	if out, err := exec.Command("pkcsslotd").CombinedOutput(); err != nil {
 		t.Fatalf("pkcsslotd: %v\n%s", err, out)
 	}
-	await(t, "pkcsslotd", func() bool { return pid() != 0 && exec.Command("pkcsconf", "-c", "3", "-t").Run() == nil })
+	testproc.Await(t, "pkcsslotd", func() bool {
+		return pid() != 0 && exec.Command("pkcsconf", "-c", "3", "-t").Run() == nil
+	})
 	t.Cleanup(func() {
 		syscall.Kill(pid(), syscall.SIGTERM)
-		await(t, "the end of pkcsslotd", func() bool { return pid() == 0 })
+		testproc.Await(t, "the end of pkcsslotd", func() bool { return pid() == 0 })
 		time.Sleep(100 * time.Millisecond) // it leaves its file for a moment
 	})
 }

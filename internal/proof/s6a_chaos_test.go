@@ -14,6 +14,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/internal/diameter"
 	"github.com/kmehsm/kmehsm/internal/milenage"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
 // A lossy network loses a tenth of what it carries.
@@ -232,7 +233,7 @@ func TestS6aChaos(t *testing.T) {
 			continue
 		}
 		var a *diameter.Message
-		await(t, "a vector", func() bool {
+		testproc.Await(t, "a vector", func() bool {
 			a = mmes[0].ask(mmes[0].AIR(realm, p.imsi, 1, nil, options{}.avps()...))
 			return a != nil && a.Result() == 2001
 		})

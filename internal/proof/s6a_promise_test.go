@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/internal/diameter"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
 // A promise is what must hold at the network's edge. Where it says so, all of a group are tested with one configuration
@@ -407,7 +408,9 @@ func originRate(s *scene) {
 	if results[3004] == 0 || results[3004]+results[2001] != 200 {
 		s.t.Errorf("200 requests at once: %v, want 3004, and 2001 for some", results)
 	}
-	await(s.t, "the origin is served again", func() bool { return s.mme2.air(p.imsi, 1, options{}).result == 2001 })
+	testproc.Await(s.t, "the origin is served again", func() bool {
+		return s.mme2.air(p.imsi, 1, options{}).result == 2001
+	})
 }
 
 // many asks for vectors of so many subscribers at once, and says how long all took.
@@ -446,7 +449,7 @@ func hungService(s *scene) {
 	}
 	s.keysvc.Cmd.Process.Signal(syscall.SIGCONT)
 	p := s.phone()
-	await(s.t, "keysvc is asked again", func() bool { return s.mme.air(p.imsi, 1, options{}).result == 2001 })
+	testproc.Await(s.t, "keysvc is asked again", func() bool { return s.mme.air(p.imsi, 1, options{}).result == 2001 })
 	p.opened(s, s.mme, options{})
 }
 
@@ -460,17 +463,18 @@ func logged(s *scene) {
 		s.t.Errorf("the first line is not that of the extension's start: %s", first)
 	}
 	p := s.phone()
-	await(s.t, "a line with IMSI, origin and reason", func() bool { // one of many refusals in a second may not be there
-		attempt := p.opened(s, s.mme, options{})
-		_, payload := p.payload()
-		payload[7] ^= 1
-		s.mme.ulr(p.imsi, p.imei, payload, attempt, options{})
-		for line := range strings.Lines(s.hss.Log.String()) {
-			if strings.Contains(line, p.imsi) && strings.Contains(line, s.name) &&
-				strings.Contains(line, "KME_REJECTED") {
-				return true
+	testproc.Await(s.t, "a line with IMSI, origin and reason",
+		func() bool { // one of many refusals in a second may not be there
+			attempt := p.opened(s, s.mme, options{})
+			_, payload := p.payload()
+			payload[7] ^= 1
+			s.mme.ulr(p.imsi, p.imei, payload, attempt, options{})
+			for line := range strings.Lines(s.hss.Log.String()) {
+				if strings.Contains(line, p.imsi) && strings.Contains(line, s.name) &&
+					strings.Contains(line, "KME_REJECTED") {
+					return true
+				}
 			}
-		}
-		return false
-	})
+			return false
+		})
 }

@@ -234,12 +234,12 @@ func TestS6aFaults(t *testing.T) {
 	}
 	all.Wait()
 	d.keysvc.Cmd.Process.Signal(syscall.SIGCONT)
-	await(t, "keysvc answers again", func() bool { return m.ask("AIR", closed, "1", "-")[1] == success })
+	testproc.Await(t, "keysvc answers again", func() bool { return m.ask("AIR", closed, "1", "-")[1] == success })
 
 	d.keysvc.Stop(syscall.SIGTERM)
 	bound("down")
 	d.startKeysvc()
-	await(t, "keysvc is back", func() bool { return m.ask("AIR", closed, "1", "-")[1] == success })
+	testproc.Await(t, "keysvc is back", func() bool { return m.ask("AIR", closed, "1", "-")[1] == success })
 	m.expect("back", "AIA 2001 2 -", "AIR", closed, "1", "-")
 
 	// An MME that is killed under load, and comes back.
@@ -306,7 +306,7 @@ func TestS6aConfiguration(t *testing.T) {
 			os.Remove(d.path("broken.conf"))
 		}
 		n := d.start("agent", []string{"kme:" + d.path("broken.conf")}, "hss")
-		await(t, fmt.Sprintf("%q: the daemon's end", lines), n.Ended)
+		testproc.Await(t, fmt.Sprintf("%q: the daemon's end", lines), n.Ended)
 		if err := n.Wait(); err == nil || !strings.Contains(n.Log.String(), want) {
 			t.Errorf("%q: %v\n%s", lines, err, n.Log)
 		}

@@ -3,7 +3,6 @@ package cmdline
 import (
 	"github.com/urfave/cli/v2"
 
-	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/durable"
 )
 
@@ -21,14 +20,4 @@ func Alone(action cli.ActionFunc) cli.ActionFunc {
 		defer unlock()
 		return action(c)
 	}
-}
-
-// WithFactory runs f with the manufacturer's token that --token names.
-func WithFactory(c *cli.Context, f func(*hsmkeys.FactoryToken) error) error {
-	token, err := hsmkeys.OpenFactory(c.Context, c.String("token"), hsmkeys.Options{})
-	if err != nil {
-		return err
-	}
-	defer token.Close()
-	return f(token)
 }
