@@ -260,9 +260,13 @@ func TestSetupReset(t *testing.T) {
 		t.Errorf("notes.pin now has %q", got)
 	}
 	for name := range snapshot(t, dir) {
-		if strings.HasPrefix(filepath.Base(name), "b") {
+		if strings.HasPrefix(filepath.Base(name), "b.") { // a token's own folder may have any hexadecimal name
 			t.Errorf("%s is still there", name)
 		}
+	}
+	tokens, err := os.ReadDir(filepath.Join(dir, "tokens"))
+	if err != nil || len(tokens) != 3 {
+		t.Errorf("there are %d tokens, want a, c and the other: %v", len(tokens), err)
 	}
 	if strings.Contains(read(t, filepath.Join(dir, "env")), "B_TOKEN") {
 		t.Error("env still names the token b")
