@@ -3,6 +3,7 @@ package binding
 import (
 	"cmp"
 	"context"
+	"crypto/rand"
 	"errors"
 	"time"
 
@@ -52,7 +53,7 @@ func NewOpened(imsi kme.IMSI, now time.Time, ttl time.Duration) (*Attempt, error
 	if ttl < time.Second || ttl > maxTTL {
 		return nil, errors.New("the ttl is from a second to 30 days")
 	}
-	return &Attempt{ID: newAttemptID(), IMSI: imsi,
+	return &Attempt{ID: rand.Text(), IMSI: imsi,
 		Expires: now.Add(ttl).UTC().Truncate(time.Millisecond), Opened: true}, nil
 }
 

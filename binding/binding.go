@@ -53,9 +53,10 @@ type Binding struct {
 func (b *Binding) SentTo(o kme.Origin) bool { return slices.Contains(b.Sent, o) }
 
 // An Attempt allows one EstablishKME for its IMSI from its origin, until it expires; one that is opened, also while
-// another binding is active. An administrator's own has the zero Origin; it opens attempts of other origins.
+// another binding is active. An administrator's own has the zero Origin; it opens attempts of other origins. Those that
+// are not opened are in no store: the ID itself says, under a MAC, what they are.
 type Attempt struct {
-	ID      string // 128 random bits, base64url: whoever does not have it cannot use it up
+	ID      string // base64url, with 128 bits that nobody can guess: whoever does not have it cannot use it up
 	IMSI    kme.IMSI
 	Origin  kme.Origin
 	Expires time.Time
@@ -68,8 +69,7 @@ type VectorRequest struct {
 	Origin         Origin
 	RANDs          []hsmkeys.RAND
 	Now            time.Time
-	AttemptID      string        // of the attempt, should one be opened
-	AttemptTTL     time.Duration // its life; one that is open already serves while it has half of that left
+	AttemptTTL     time.Duration // the life of an attempt, should one be opened
 	PendingVectors int           // how many requests a pending binding answers before it ends
 	// AttemptID of the pending binding that the vectors are encrypted under; empty at first
 	Ready string
@@ -79,7 +79,6 @@ type VectorRequest struct {
 type Decision struct {
 	Binding *Binding
 	Attempt *Attempt
-	Fresh   bool     // the Attempt was opened now
 	Ended   *Binding // a pending one that had answered too many requests, or had expired
 }
 
@@ -152,6 +151,8 @@ type Store interface {
 	// attempt that an administrator has opened comes before a binding. Fails with ErrNotBound where there is no binding
 	// and the origin may not provision, and with ErrSpent if a RAND would leave under a KME after it has left in clear.
 	Prepare(ctx context.Context, q VectorRequest) (Decision, error)
+	// Attempt gives the attempt of an id that is open, and an origin's; it fails with ErrNoAttempt if there is none.
+	Attempt(ctx context.Context, imsi kme.IMSI, o kme.Origin, id string, now time.Time) (*Attempt, error)
 	// Spent says whether an IMSI was sent a RAND in clear.
 	Spent(ctx context.Context, imsi kme.IMSI, rand hsmkeys.RAND) (bool, error)
 	// OpenAttempt opens an administrator's attempt, and closes the IMSI's others.

@@ -169,10 +169,7 @@ func (s *Service) attempt(ctx context.Context, p *establishment) error {
 		sameText(a.ID, p.AttemptID) {
 		return nil
 	}
-	sub, err := s.store.Subscription(ctx, p.IMSI, now)
-	if err == nil && sub.Attempt(p.AttemptID, p.Origin.Name) == nil {
-		err = ErrNoAttempt
-	}
+	_, err := s.store.Attempt(ctx, p.IMSI, p.Origin.Name, p.AttemptID, now)
 	return err
 }
 

@@ -415,7 +415,7 @@ func (r *harness) attemptPastRecorder(t testing.TB, imsi kme.IMSI) string {
 	t.Helper()
 	d := must[binding.Decision](t)(r.store.Prepare(t.Context(), binding.VectorRequest{
 		IMSI: imsi, Origin: here, RANDs: []hsmkeys.RAND{hsmkeys.RAND(newRANDs(1)[0])}, Now: time.Now(),
-		AttemptID: "attempt of " + imsi.String(), AttemptTTL: ttl, PendingVectors: 3,
+		AttemptTTL: ttl, PendingVectors: 3,
 	}))
 	if d.Attempt == nil {
 		return ""

@@ -137,6 +137,15 @@ func (r *recorder) Subscription(ctx context.Context, imsi kme.IMSI, now time.Tim
 	return r.store.Subscription(ctx, imsi, now)
 }
 
+func (r *recorder) Attempt(
+	ctx context.Context, imsi kme.IMSI, o kme.Origin, id string, now time.Time,
+) (*binding.Attempt, error) {
+	if err := r.enter("Attempt"); err != nil {
+		return nil, err
+	}
+	return r.store.Attempt(ctx, imsi, o, id, now)
+}
+
 func (r *recorder) OpenAttempt(ctx context.Context, a binding.Attempt) error {
 	if err := r.enter("OpenAttempt"); err != nil {
 		return err

@@ -27,7 +27,7 @@ const (
 // the rules of docs/protocol.md; no store has rules of its own.
 type Subscription struct {
 	Pending, Active, Revoked *Binding  // nil where there is none
-	Attempts                 []Attempt // that are open
+	Attempts                 []Attempt // that an administrator has opened, and those of origins within them
 }
 
 // Latest is the binding that an administrator is shown: pending before active, and that before revoked. Nil if there is
@@ -70,7 +70,7 @@ func (s *Subscription) Opened(o Origin) (until time.Time, ok bool) {
 		return until, false
 	}
 	for _, a := range s.Attempts {
-		if a.Opened && a.Expires.After(until) {
+		if a.Expires.After(until) {
 			until = a.Expires
 		}
 	}
@@ -81,19 +81,18 @@ func (s *Subscription) Opened(o Origin) (until time.Time, ok bool) {
 // beside an active binding, also if the origin says by now that it cannot provision.
 func (s *Subscription) Served(o Origin) bool {
 	_, opened := s.Opened(o)
-	inClear := s.attempt(func(a Attempt) bool { return a.Opened && a.Origin == o.Name })
+	inClear := s.attempt(func(a Attempt) bool { return a.Origin == o.Name })
 	return s.Active != nil && !opened && inClear == nil
 }
 
-// Attempt is the open attempt of an id that is an origin's; nil if there is none.
+// Attempt is the opened attempt of an id that is an origin's; nil if there is none.
 func (s *Subscription) Attempt(id string, o kme.Origin) *Attempt {
 	return s.attempt(func(a Attempt) bool { return sameText(a.ID, id) && a.Origin == o })
 }
 
-// Reusable is the open attempt of an origin that lives longest, and at least until then; nil if there is none.
-func (s *Subscription) Reusable(o kme.Origin, opened bool, until time.Time) *Attempt {
-	slices.SortStableFunc(s.Attempts, func(a, b Attempt) int { return b.Expires.Compare(a.Expires) })
-	return s.attempt(func(a Attempt) bool { return a.Origin == o && a.Opened == opened && !a.Expires.Before(until) })
+// Until is the opened attempt of an origin that lives until then; nil if there is none.
+func (s *Subscription) Until(o kme.Origin, then time.Time) *Attempt {
+	return s.attempt(func(a Attempt) bool { return a.Origin == o && !a.Expires.Before(then) })
 }
 
 func (s *Subscription) attempt(match func(Attempt) bool) *Attempt {

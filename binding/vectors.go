@@ -2,8 +2,6 @@ package binding
 
 import (
 	"context"
-	"crypto/rand"
-	"encoding/base64"
 	"errors"
 	"fmt"
 
@@ -40,7 +38,7 @@ func (s *Service) PrepareVector(ctx context.Context, imsi kme.IMSI, rands [][]by
 
 func (s *Service) prepare(ctx context.Context, imsi kme.IMSI, rands []hsmkeys.RAND, o Origin) (*Prepared, error) {
 	q := VectorRequest{
-		IMSI: imsi, Origin: o, RANDs: rands, Now: s.times.Now(), AttemptID: newAttemptID(), AttemptTTL: s.times.Attempt,
+		IMSI: imsi, Origin: o, RANDs: rands, Now: s.times.Now(), AttemptTTL: s.times.Attempt,
 		PendingVectors: s.times.PendingVectors,
 	}
 	for out := rands; ; {
@@ -55,9 +53,7 @@ func (s *Service) prepare(ctx context.Context, imsi kme.IMSI, rands []hsmkeys.RA
 		case err != nil:
 			return nil, fromStore(ctx, err)
 		case d.Attempt != nil:
-			if d.Fresh {
-				s.log.InfoContext(ctx, "attempt opened", "imsi", imsi, "origin", o.Name, "expires", d.Attempt.Expires)
-			}
+			s.log.InfoContext(ctx, "attempt opened", "imsi", imsi, "origin", o.Name, "expires", d.Attempt.Expires)
 			s.open.Set(imsi, *d.Attempt)
 			return &Prepared{RANDs: rands, AttemptID: d.Attempt.ID}, nil
 		case d.Binding.AttemptID == q.Ready: // it was pending, and it is noted who is sent vectors under it
@@ -142,10 +138,4 @@ func parseRANDs(all [][]byte) ([]hsmkeys.RAND, error) {
 		rands[i] = hsmkeys.RAND(b)
 	}
 	return rands, nil
-}
-
-func newAttemptID() string {
-	var b [16]byte
-	rand.Read(b[:])
-	return base64.RawURLEncoding.EncodeToString(b[:])
 }

@@ -69,7 +69,7 @@ var attacks = []struct {
 		`UPDATE attempts SET imsi = IMSI0 WHERE imsi = IMSI1`, []int{1}},
 	{"an attempt that lives longer", `UPDATE attempts SET expires_at = expires_at + 1000`,
 		`UPDATE attempts SET expires_at = expires_at - 1000`, []int{0}},
-	{"an attempt made up", `INSERT INTO attempts SELECT IMSI2, 'x', origin, expires_at, 1, seq, mac FROM attempts`,
+	{"an attempt made up", `INSERT INTO attempts SELECT IMSI2, 'x', origin, expires_at, seq, mac FROM attempts`,
 		`DELETE FROM attempts WHERE id = 'x'`, []int{2}},
 	{"an entry made up, as if there were a later one",
 		`INSERT INTO ledger SELECT 99, 99, at, 'ACTIVATED', subject, '', NULL, actor, '', mac FROM ledger WHERE

@@ -2,6 +2,7 @@ package sqlstore
 
 import (
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"path/filepath"
 	"sync"
@@ -15,6 +16,81 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
+// What a device's attach asks of the store, by many at once, as a service has it under load.
+func BenchmarkAttach(b *testing.B) {
+	s, err := Open(b.Context(), "sqlite:"+filepath.Join(b.TempDir(), "keysvc.db"), rowKey)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer s.Close()
+	imei, err := kme.ParseIMEI("35209900000001")
+	if err != nil {
+		b.Fatal(err)
+	}
+	attach := func(i int64) error {
+		imsi, err := kme.ParseIMSI(fmt.Sprintf("00101%010d", i*7919%1e9))
+		if err != nil {
+			return err
+		}
+		o := binding.Origin{Provisioning: binding.Allowed}
+		q := binding.VectorRequest{IMSI: imsi, Origin: o, RANDs: []hsmkeys.RAND{{byte(i), byte(i >> 8)}}, Now: t0,
+			AttemptTTL: time.Hour, PendingVectors: 3}
+		soon := func(f func() error) error {
+			done := s.Soon()
+			defer done()
+			return f()
+		}
+		prepare := func() (d binding.Decision, err error) {
+			err = soon(func() error { d, err = s.Prepare(b.Context(), q); return err })
+			return d, err
+		}
+		first, err := prepare()
+		if err != nil {
+			return err
+		}
+		tag := sha256.Sum256(fmt.Append(nil, i))
+		if err := soon(func() error {
+			return s.Establish(b.Context(), &binding.Binding{
+				IMSI: imsi, IMEI: imei, Manufacturer: "uogvGY7XcA_OB_9takJbeRvZ4FEM767Bc3xPYsO5e-Q", Lot: "L1",
+				State: binding.Pending, Sealed: tag[:], NWSig: tag[:], AttemptID: first.Attempt.ID,
+				PayloadSHA256: tag[:], Established: t0, Expires: t0.Add(time.Hour),
+			}, tag[:], true, t0)
+		}); err != nil {
+			return err
+		}
+		q.RANDs = []hsmkeys.RAND{{byte(i), byte(i >> 8), 1}}
+		if _, err := prepare(); err != nil {
+			return err
+		}
+		q.Ready = first.Attempt.ID
+		if _, err := prepare(); err != nil {
+			return err
+		}
+		return soon(func() error {
+			sub, err := s.Report(b.Context(), imsi, o.Name, true, t0)
+			if err == nil && sub.Active == nil {
+				err = errors.New("not active")
+			}
+			return err
+		})
+	}
+	b.ReportAllocs()
+	b.ResetTimer()
+	defer testproc.ReportCPU(b)()
+	var next atomic.Int64
+	var all sync.WaitGroup
+	for range 32 {
+		all.Go(func() {
+			for i := next.Add(1) - 1; i < int64(b.N); i = next.Add(1) - 1 {
+				if err := attach(i); err != nil {
+					b.Error(err)
+				}
+			}
+		})
+	}
+	all.Wait()
+}
+
 // The ledger and the binding, durably, by many at once, as a service has it under load.
 func BenchmarkEstablish(b *testing.B) {
 	s, err := Open(b.Context(), "sqlite:"+filepath.Join(b.TempDir(), "keysvc.db"), rowKey)
@@ -27,7 +103,7 @@ func BenchmarkEstablish(b *testing.B) {
 		b.Fatal(err)
 	}
 	const atOnce = 32
-	imsis := make([]kme.IMSI, b.N)
+	imsis, ids := make([]kme.IMSI, b.N), make([]string, b.N)
 	forAll := func(f func(i int64) error) {
 		var next atomic.Int64
 		var all sync.WaitGroup
@@ -48,11 +124,13 @@ func BenchmarkEstablish(b *testing.B) {
 		if imsis[i], err = kme.ParseIMSI(fmt.Sprintf("00101%010d", i*7919%1e9)); err != nil {
 			return err
 		}
-		_, err = s.Prepare(b.Context(), binding.VectorRequest{
+		d, err := s.Prepare(b.Context(), binding.VectorRequest{
 			IMSI: imsis[i], Origin: binding.Origin{Provisioning: binding.Allowed},
-			RANDs: []hsmkeys.RAND{{byte(i), byte(i >> 8)}}, Now: t0, AttemptID: "AAECAwQFBgcICQoLDA0ODw",
-			AttemptTTL: time.Hour,
+			RANDs: []hsmkeys.RAND{{byte(i), byte(i >> 8)}}, Now: t0, AttemptTTL: time.Hour,
 		})
+		if err == nil {
+			ids[i] = d.Attempt.ID
+		}
 		return err
 	})
 	b.ReportAllocs()
@@ -62,7 +140,7 @@ func BenchmarkEstablish(b *testing.B) {
 		tag := sha256.Sum256(fmt.Append(nil, i))
 		return s.Establish(b.Context(), &binding.Binding{
 			IMSI: imsis[i], IMEI: imei, Manufacturer: "uogvGY7XcA_OB_9takJbeRvZ4FEM767Bc3xPYsO5e-Q", Lot: "L1",
-			State: binding.Pending, Sealed: tag[:], NWSig: tag[:], AttemptID: "AAECAwQFBgcICQoLDA0ODw",
+			State: binding.Pending, Sealed: tag[:], NWSig: tag[:], AttemptID: ids[i],
 			PayloadSHA256: tag[:], Established: t0, Expires: t0.Add(time.Hour),
 		}, tag[:], true, t0)
 	})

@@ -2,7 +2,11 @@ package sqlstore
 
 import (
 	"context"
-	"errors"
+	"crypto/hmac"
+	"crypto/rand"
+	"encoding/base64"
+	"encoding/binary"
+	"slices"
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
@@ -12,22 +16,37 @@ import (
 )
 
 func (s *Store) Prepare(ctx context.Context, q binding.VectorRequest) (d binding.Decision, err error) {
-	sub, err := s.Subscription(ctx, q.IMSI, q.Now)
+	if err := s.refusal(); err != nil {
+		return d, err
+	}
+	sub, err := s.current(ctx, "prepare", q.IMSI, q.Now, q.RANDs...)
 	if err != nil {
 		return d, err
 	}
-	// Nearly every vector is for an active binding: it changes nothing and needs no lock. Nor does a vector for a
-	// pending one that the HSM has not made yet.
 	_, opened := sub.Opened(q.Origin)
 	b := sub.Under(q.Origin.Name)
-	told := b != nil && b == sub.Pending && q.Ready != b.AttemptID && len(b.Sent) < q.PendingVectors
-	if b != nil && !opened && (b == sub.Active || told) {
-		return binding.Decision{Binding: b}, s.unspent(ctx, s.reads("prepare"), q.IMSI, q.RANDs)
+	// Nearly every vector is for an active binding: it changes nothing and needs no lock. Nor does a vector for a
+	// pending one that the HSM has not made yet. An attempt that is not opened needs no lock either: whatever closes
+	// it, also at the same time, makes its MAC another one.
+	switch told := b != nil && q.Ready != b.AttemptID && len(b.Sent) < q.PendingVectors; {
+	case opened || sub.expired != nil && b == nil:
+	case b == nil && q.Origin.Provisioning == binding.Allowed:
+		d.Attempt = s.issue(sub, q)
+		return d, s.change(ctx, "prepare", q.IMSI.String(), func(ctx context.Context, tx *txn) error {
+			return s.spend(ctx, tx, q)
+		})
+	case b == nil:
+		return d, binding.ErrNotBound
+	case b == sub.Active || told:
+		if sub.spent {
+			return d, binding.ErrSpent
+		}
+		return binding.Decision{Binding: b}, nil
 	}
 	var refused error // what has ended has ended, refused or not
 	err = s.change(ctx, "prepare", q.IMSI.String(), func(ctx context.Context, tx *txn) (err error) {
 		d, refused = binding.Decision{}, nil
-		sub, err := s.subscription(ctx, tx.Conn, q.IMSI, q.Now)
+		sub, err := s.again(ctx, tx, q)
 		if err != nil {
 			return err
 		}
@@ -42,21 +61,25 @@ func (s *Store) Prepare(ctx context.Context, q binding.VectorRequest) (d binding
 		until, opened := sub.Opened(q.Origin)
 		b := sub.Under(q.Origin.Name)
 		switch {
-		case opened || b == nil && q.Origin.Provisioning == binding.Allowed:
-			return s.attempt(ctx, tx, sub, q, until, &d)
+		case opened:
+			if d.Attempt, err = s.within(ctx, tx, sub, q, until); err != nil {
+				return err
+			}
+			return s.spend(ctx, tx, q)
+		case b == nil && q.Origin.Provisioning == binding.Allowed:
+			d.Attempt = s.issue(sub, q)
+			return s.spend(ctx, tx, q)
 		case b == nil:
 			refused = binding.ErrNotBound
 			return nil
-		}
-		if err := s.unspent(ctx, tx.Conn, q.IMSI, q.RANDs); errors.Is(err, binding.ErrSpent) {
-			refused = err
+		case sub.spent:
+			refused = binding.ErrSpent
 			return nil
-		} else if err != nil {
-			return err
 		}
 		if d.Binding = b; b == sub.Pending && q.Ready == b.AttemptID {
-			b.Sent = append(b.Sent, q.Origin.Name)
-			return s.put(ctx, tx, bindings, values(b, *sub.seq.of(b.State))...)
+			b.Sent = append(slices.Clip(b.Sent), q.Origin.Name)
+			s.recent.put(q.IMSI.String(), sub)
+			return s.put(ctx, tx, bindings, values(b, sub.seq.pending)...)
 		}
 		return nil
 	})
@@ -66,30 +89,80 @@ func (s *Store) Prepare(ctx context.Context, q binding.VectorRequest) (d binding
 	return d, refused
 }
 
+// again is what is stored inside a change, for what was asked before it. What has become known since tells no spent
+// RAND: one that leaves in clear at the same time is as one that leaves later.
+func (s *Store) again(ctx context.Context, tx *txn, q binding.VectorRequest) (*stored, error) {
+	if tx.known != nil {
+		return tx.known.at(q.Now), nil
+	}
+	return s.subscription(ctx, tx.Conn, q.IMSI, q.Now, q.RANDs...)
+}
+
 func dropPending(ctx context.Context, tx *txn, imsi kme.IMSI) error {
 	return tx.Do(ctx, `DELETE FROM bindings WHERE imsi = $1 AND state = 'PENDING'`, imsi.String())
 }
 
-// attempt gives the attempt of an origin, in an administrator's if that is open until then, and notes what leaves in
-// clear.
-func (s *Store) attempt(
-	ctx context.Context, tx *txn, sub *stored, q binding.VectorRequest, until time.Time, d *binding.Decision,
-) error {
-	opened := !until.IsZero()
-	reuse := q.Now.Add(q.AttemptTTL / 2)
-	if opened {
-		reuse = until
-	} else {
-		until = q.Now.Add(q.AttemptTTL)
+// issue makes an attempt that is in no row: its id has the time when it expires, and a MAC. That is also over the last
+// entry of the ledger which has closed the attempts before it, so that the next such entry closes this one.
+func (s *Store) issue(sub *stored, q binding.VectorRequest) *binding.Attempt {
+	a := &binding.Attempt{IMSI: q.IMSI, Origin: q.Origin.Name,
+		Expires: fromMillis(q.Now.Add(q.AttemptTTL).UnixMilli())}
+	a.ID = s.issuedID(sub, a)
+	return a
+}
+
+func (s *Store) issuedID(sub *stored, a *binding.Attempt) string {
+	expires := millis(a.Expires)
+	id := binary.BigEndian.AppendUint64(nil, uint64(expires))
+	id = append(id, s.macs.Of("attempt", a.IMSI.String(), a.Origin.String(), expires, sub.last.closed)...)
+	return base64.RawURLEncoding.EncodeToString(id)
+}
+
+// attempt is the open attempt of an id that is an origin's, opened or issued; nil if there is none.
+func (s *Store) attempt(sub *stored, imsi kme.IMSI, o kme.Origin, id string, now time.Time) *binding.Attempt {
+	if a := sub.Attempt(id, o); a != nil {
+		return a
 	}
-	if d.Attempt = sub.Reusable(q.Origin.Name, opened, reuse); d.Attempt == nil {
-		d.Attempt = &binding.Attempt{ID: q.AttemptID, IMSI: q.IMSI, Origin: q.Origin.Name, Expires: until,
-			Opened: opened}
-		d.Fresh = true
-		if err := s.addAttempt(ctx, tx, *d.Attempt, sub.last.closed); err != nil {
-			return err
-		}
+	raw, err := base64.RawURLEncoding.DecodeString(id)
+	if err != nil || len(raw) < 8 {
+		return nil
 	}
+	a := &binding.Attempt{ID: id, IMSI: imsi, Origin: o, Expires: fromMillis(int64(binary.BigEndian.Uint64(raw)))}
+	if !hmac.Equal([]byte(id), []byte(s.issuedID(sub, a))) || !a.Expires.After(now) {
+		return nil
+	}
+	return a
+}
+
+func (s *Store) Attempt(
+	ctx context.Context, imsi kme.IMSI, o kme.Origin, id string, now time.Time,
+) (*binding.Attempt, error) {
+	if err := s.refusal(); err != nil {
+		return nil, err
+	}
+	sub, err := s.current(ctx, "look for an attempt", imsi, now)
+	if err != nil {
+		return nil, err
+	}
+	if a := s.attempt(sub, imsi, o, id, now); a != nil {
+		return a, nil
+	}
+	return nil, binding.ErrNoAttempt
+}
+
+// within gives the attempt of an origin in an administrator's, which is open until then.
+func (s *Store) within(
+	ctx context.Context, tx *txn, sub *stored, q binding.VectorRequest, until time.Time,
+) (*binding.Attempt, error) {
+	if a := sub.Until(q.Origin.Name, until); a != nil {
+		return a, nil
+	}
+	a := &binding.Attempt{ID: rand.Text(), IMSI: q.IMSI, Origin: q.Origin.Name, Expires: until, Opened: true}
+	return a, s.addAttempt(ctx, tx, *a, sub.last.closed)
+}
+
+// spend notes RANDs that leave in clear.
+func (s *Store) spend(ctx context.Context, tx *txn, q binding.VectorRequest) error {
 	imsi := q.IMSI.String()
 	for _, r := range q.RANDs {
 		if err := tx.Do(ctx, spentRANDs.insert+` ON CONFLICT DO NOTHING`, imsi, r[:],
@@ -100,19 +173,11 @@ func (s *Store) attempt(
 	return nil
 }
 
-// unspent fails with ErrSpent if an IMSI was sent one of these RANDs in clear.
-func (s *Store) unspent(ctx context.Context, q sqlconn.Conn, imsi kme.IMSI, rands []hsmkeys.RAND) error {
-	for _, r := range rands {
-		if spent, err := s.isSpent(ctx, q, imsi, r); err != nil {
-			return err
-		} else if spent {
-			return binding.ErrSpent
-		}
+func (s *Store) Spent(ctx context.Context, imsi kme.IMSI, rand hsmkeys.RAND) (spent bool, err error) {
+	q, err := s.reading("look for a spent RAND")
+	if err != nil {
+		return false, err
 	}
-	return nil
-}
-
-func (s *Store) isSpent(ctx context.Context, q sqlconn.Conn, imsi kme.IMSI, rand hsmkeys.RAND) (spent bool, err error) {
 	err = s.rows(ctx, q, spentRANDs, func(row) error {
 		spent = true
 		return nil
@@ -120,24 +185,8 @@ func (s *Store) isSpent(ctx context.Context, q sqlconn.Conn, imsi kme.IMSI, rand
 	return spent, err
 }
 
-func (s *Store) Spent(ctx context.Context, imsi kme.IMSI, rand hsmkeys.RAND) (bool, error) {
-	q, err := s.reading("look for a spent RAND")
-	if err != nil {
-		return false, err
-	}
-	return s.isSpent(ctx, q, imsi, rand)
-}
-
 func (s *Store) addAttempt(ctx context.Context, tx *txn, a binding.Attempt, seq int64) error {
-	return s.add(ctx, tx, attempts, a.IMSI.String(), a.ID, a.Origin.String(), a.Expires.UnixMilli(),
-		asInt(a.Opened), seq)
-}
-
-func asInt(b bool) int64 {
-	if b {
-		return 1
-	}
-	return 0
+	return s.add(ctx, tx, attempts, a.IMSI.String(), a.ID, a.Origin.String(), a.Expires.UnixMilli(), seq)
 }
 
 func dropAttempts(ctx context.Context, tx *txn, imsi kme.IMSI) error {
@@ -165,7 +214,7 @@ func (s *Store) Establish(ctx context.Context, b *binding.Binding, tag []byte, g
 			return err
 		}
 		of := entry{event: binding.EventEstablished, subject: b.IMSI.String(), imei: b.IMEI.String(), tag: tag}
-		switch a := sub.Attempt(b.AttemptID, b.Origin); {
+		switch a := s.attempt(sub, b.IMSI, b.Origin, b.AttemptID, now); {
 		case a == nil:
 			return binding.ErrNoAttempt
 		case sub.Active != nil && !a.Opened:
@@ -177,37 +226,56 @@ func (s *Store) Establish(ctx context.Context, b *binding.Binding, tag []byte, g
 			return binding.ErrNotGood
 		}
 		seq, err := s.note(ctx, tx, of)
-		if err == nil {
+		if err == nil && len(sub.Attempts) > 0 {
 			err = dropAttempts(ctx, tx, b.IMSI)
 		}
 		if err != nil {
 			return err
 		}
+		sub.Pending, sub.Attempts, sub.seq.pending = b, nil, seq
+		sub.last.note(of.event, seq)
+		s.recent.put(b.IMSI.String(), sub)
 		return s.put(ctx, tx, bindings, values(b, seq)...)
 	})
 }
 
-func (s *Store) Report(ctx context.Context, imsi kme.IMSI, o kme.Origin, ok bool,
-	now time.Time) (*binding.Subscription, error) {
+func (s *Store) Report(
+	ctx context.Context, imsi kme.IMSI, o kme.Origin, ok bool, now time.Time,
+) (*binding.Subscription, error) {
 	// Nearly every report is the success of a binding that is active already: it changes nothing and needs no lock.
-	sub, err := s.Subscription(ctx, imsi, now)
-	if err == nil && sub.Standing() == nil {
-		err = binding.ErrNotBound
+	var sub *binding.Subscription
+	if !s.recent.has(imsi.String()) {
+		var err error
+		if sub, err = s.Subscription(ctx, imsi, now); err != nil {
+			return nil, err
+		}
 	}
-	if err == nil && sub.Ends(o, ok) {
-		err = s.change(ctx, "report", imsi.String(), func(ctx context.Context, tx *txn) error {
-			all, err := s.toChange(ctx, tx, imsi, now)
-			if err != nil {
-				return err
-			}
-			if sub = &all.Subscription; !sub.Ends(o, ok) {
-				return nil
-			}
+	if sub != nil && !sub.Ends(o, ok) {
+		return bound(sub)
+	}
+	err := s.change(ctx, "report", imsi.String(), func(ctx context.Context, tx *txn) error {
+		all, err := s.toChange(ctx, tx, imsi, now)
+		if err != nil {
+			return err
+		}
+		if sub = &all.Subscription; sub.Ends(o, ok) {
 			return s.end(ctx, tx, sub, ok, now)
-		})
-	}
+		}
+		if all.Pending != nil {
+			s.recent.put(imsi.String(), all)
+		}
+		_, err = bound(sub)
+		return err
+	})
 	if err != nil {
 		return nil, err
+	}
+	return sub, nil
+}
+
+func bound(sub *binding.Subscription) (*binding.Subscription, error) {
+	if sub.Standing() == nil {
+		return nil, binding.ErrNotBound
 	}
 	return sub, nil
 }
@@ -257,7 +325,7 @@ func (s *Store) Revoke(ctx context.Context, imsi kme.IMSI, now time.Time) (b *bi
 			return err
 		}
 		if b == nil || b.State == binding.Revoked { // what else there is has expired
-			if err := dropPending(ctx, tx, imsi); err != nil || sub != nil && len(sub.Attempts) == 0 {
+			if err := dropPending(ctx, tx, imsi); err != nil {
 				return err
 			}
 			_, err := s.note(ctx, tx, entry{event: binding.EventClosed, subject: imsi.String()})

@@ -2,6 +2,7 @@ package sqlstore
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/hmac"
 	"encoding/json"
@@ -47,7 +48,7 @@ func (s *Store) note(ctx context.Context, tx *txn, e entry) (seq int64, err erro
 }
 
 func (s *Store) noteIn(ctx context.Context, tx *txn, chain int64, e entry) (seq int64, err error) {
-	before := tx.heads[chain]
+	before := cmp.Or(tx.heads[chain], s.recent.head(chain))
 	if before == nil {
 		if err := s.locked(ctx, tx, chainLocks[chain]); err != nil {
 			return 0, err
@@ -78,6 +79,7 @@ func (s *Store) noteIn(ctx context.Context, tx *txn, chain int64, e entry) (seq 
 		return 0, fmt.Errorf("entry %d of chain %d of the ledger is there already", next.Seq, chain)
 	}
 	tx.heads[chain] = &next
+	s.recent.entered(chain, &next)
 	tx.after = append(tx.after, func() { s.saw(chain, next) })
 	return next.Seq, nil
 }

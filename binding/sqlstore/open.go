@@ -11,6 +11,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/internal/postgres"
 	"github.com/kmehsm/kmehsm/internal/rowmac"
+	"github.com/kmehsm/kmehsm/internal/sqlconn"
 	"github.com/kmehsm/kmehsm/internal/sqlite"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -71,9 +72,9 @@ func (s *Store) openSQLite(ctx context.Context, path string) error {
 	if err != nil {
 		return err
 	}
-	s.read, s.close, s.soon = read, write.Close, write.Soon
+	s.read, s.close, s.soon, s.recent = read, write.Close, write.Soon, new(recent)
 	// SQLite has one writer at a time: what must not happen at once does not.
-	s.begin = func(ctx context.Context, _ string, f func(context.Context, *sql.Tx) error) error {
+	s.begin = func(ctx context.Context, _ string, f func(context.Context, *sqlconn.Tx) error) error {
 		return write.Do(ctx, f)
 	}
 	s.lock = func(context.Context, *sql.Tx, string) error { return nil }
@@ -89,7 +90,10 @@ func (s *Store) openPostgres(ctx context.Context, name string) error {
 	s.mayChange = func(ctx context.Context) (role, why string, err error) {
 		return db.MayChange(ctx, rights.AppendOnly...)
 	}
-	s.read, s.begin, s.lock, s.close = db.DB, db.Do, postgres.Lock, func() error { return nil }
+	s.begin = func(ctx context.Context, key string, f func(context.Context, *sqlconn.Tx) error) error {
+		return db.Do(ctx, key, func(ctx context.Context, tx *sql.Tx) error { return f(ctx, &sqlconn.Tx{Tx: tx}) })
+	}
+	s.read, s.lock, s.close = db.DB, postgres.Lock, func() error { return nil }
 	s.soon = func() (done func()) { return func() {} }
 	return nil
 }

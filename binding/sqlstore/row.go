@@ -23,19 +23,25 @@ type table struct {
 func newTable(name string, key int, columns ...string) *table {
 	t := &table{name: name, columns: columns, key: key}
 	all := append(columns[:len(columns):len(columns)], "mac")
-	marks, set := make([]string, len(all)), []string{}
-	for i, c := range all {
-		marks[i] = fmt.Sprintf("$%d", i+1)
-		if i >= key {
-			set = append(set, c+" = excluded."+c)
-		}
+	var set []string
+	for _, c := range all[key:] {
+		set = append(set, c+" = excluded."+c)
 	}
 	list := strings.Join(all, ", ")
 	t.selectAll = "SELECT " + list + " FROM " + name + " "
-	t.insert = "INSERT INTO " + name + " (" + list + ") VALUES (" + strings.Join(marks, ", ") + ")"
+	t.insert = "INSERT INTO " + name + " (" + list + ") VALUES (" + marks(1, len(all)) + ")"
 	t.put = t.insert + " ON CONFLICT (" + strings.Join(columns[:key], ", ") + ") DO UPDATE SET " +
 		strings.Join(set, ", ")
 	return t
+}
+
+// marks are those of n parameters.
+func marks(first, n int) string {
+	all := make([]string, n)
+	for i := range all {
+		all[i] = fmt.Sprint("$", first+i)
+	}
+	return strings.Join(all, ", ")
 }
 
 var (
@@ -43,7 +49,7 @@ var (
 		"withdrawn", "decided_by", "decided_because", "decided_at", "seq")
 	lots = newTable("lots", 2, "manufacturer", "lot", "manifest", "imported_at",
 		"withdrawn", "decided_by", "decided_because", "decided_at", "seq")
-	attempts   = newTable("attempts", 2, "imsi", "id", "origin", "expires_at", "opened", "seq")
+	attempts   = newTable("attempts", 2, "imsi", "id", "origin", "expires_at", "seq")
 	spentRANDs = newTable("spent_rands", 2, "imsi", "rand")
 	ledger     = newTable("ledger", 2, "chain", "seq", "at", "event", "subject", "imei", "tag", "actor", "detail")
 	bindings   = newTable("bindings", 2, "imsi", "state", "imei", "manufacturer", "lot", "device_key",
@@ -119,4 +125,11 @@ func damaged(t *table, values row, what string) error {
 		}
 	}
 	return &binding.DamagedRow{Table: t.name, Key: strings.Join(key, " "), What: what}
+}
+
+func asInt(b bool) int64 {
+	if b {
+		return 1
+	}
+	return 0
 }

@@ -37,12 +37,13 @@ CREATE TABLE lots (
   PRIMARY KEY (manufacturer, lot)
 );
 
+-- Those that an administrator has opened, and those of origins within them. An attempt of an IMSI that is not bound has
+-- no row: its id is a MAC.
 CREATE TABLE attempts (
   imsi       TEXT NOT NULL,
   id         TEXT NOT NULL,
   origin     TEXT NOT NULL,                -- who may use it: an Origin-Host; empty for the only peer of a caller
   expires_at BIGINT NOT NULL,
-  opened     INTEGER NOT NULL,             -- 1 if by an administrator: it allows a bound IMSI another device
   seq        BIGINT NOT NULL,
   mac        BLOB NOT NULL,
   PRIMARY KEY (imsi, id)

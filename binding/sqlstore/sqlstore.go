@@ -13,6 +13,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/tokenkeys"
 	"github.com/kmehsm/kmehsm/internal/rowmac"
+	"github.com/kmehsm/kmehsm/internal/sqlconn"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -20,13 +21,15 @@ import (
 type Store struct {
 	read *sql.DB
 	// begin makes a change durably and alone: no other with the same key is under way.
-	begin func(ctx context.Context, key string, f func(context.Context, *sql.Tx) error) error
+	begin func(ctx context.Context, key string, f func(context.Context, *sqlconn.Tx) error) error
 	// lock has no other change with the key until the transaction ends.
 	lock  func(ctx context.Context, tx *sql.Tx, key string) error
 	close func() error
 	soon  func() (done func()) // sqlite.Writer's; PostgreSQL has commit_delay of its own
 	// mayChange says by what the service's role of PostgreSQL could change the ledger, or nothing.
 	mayChange func(context.Context) (role, why string, err error)
+
+	recent *recent
 
 	key     kme.Secret // of the MACs
 	macs    *rowmac.Key

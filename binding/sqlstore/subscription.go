@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -59,21 +61,22 @@ func (s *Store) Subscription(ctx context.Context, imsi kme.IMSI, now time.Time) 
 	if err := s.refusal(); err != nil {
 		return nil, err
 	}
-	return s.current(ctx, "read a subscription", imsi, now)
-}
-
-func (s *Store) current(
-	ctx context.Context, operation string, imsi kme.IMSI, now time.Time,
-) (*binding.Subscription, error) {
-	var sub *stored
-	err := s.settled(ctx, operation, imsi.String(), func(q sqlconn.Conn) (err error) {
-		sub, err = s.subscription(ctx, q, imsi, now)
-		return err
-	})
+	sub, err := s.current(ctx, "read a subscription", imsi, now)
 	if err != nil {
 		return nil, err
 	}
 	return &sub.Subscription, nil
+}
+
+// current reads outside of a change, also while the ledger is rolled back.
+func (s *Store) current(
+	ctx context.Context, operation string, imsi kme.IMSI, now time.Time, rands ...hsmkeys.RAND,
+) (sub *stored, err error) {
+	err = s.settled(ctx, operation, imsi.String(), func(q sqlconn.Conn) (err error) {
+		sub, err = s.subscription(ctx, q, imsi, now, rands...)
+		return err
+	})
+	return sub, err
 }
 
 func isDamaged(err error) bool {
@@ -85,6 +88,7 @@ func isDamaged(err error) bool {
 type stored struct {
 	binding.Subscription
 	expired *binding.Binding // the pending binding that has expired
+	spent   bool             // a RAND that was asked for
 	seq     seqs             // of the bindings
 	last    last             // what the ledger says
 }
@@ -102,39 +106,90 @@ func (s *seqs) of(state binding.State) *int64 {
 	return &s.revoked
 }
 
-// ofIMSI reads all of an IMSI in one statement, and so at one moment: from which table a row is, then the columns of
-// bindings, in which those of another table have the places that attemptOf and subscriptionIn say.
-var ofIMSI = `SELECT 'bindings', ` + strings.Join(bindings.columns, ", ") + `, mac FROM bindings WHERE imsi = $1
-	UNION ALL SELECT 'attempts', imsi, id, origin, NULL, NULL, opened, NULL, NULL, NULL, NULL, expires_at, NULL, NULL,
-		NULL, NULL, NULL, seq, mac
-		FROM attempts WHERE imsi = $1 AND expires_at > $2
-	UNION ALL SELECT 'ledger', subject, event, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
-		NULL, NULL, seq, NULL
-		FROM ledger WHERE subject = $1`
+// What a statement that reads all of an IMSI reads too.
+type more int
 
-// ofIMSIToChange reads the head of its chain too. A sum, see head.
-var ofIMSIToChange = ofIMSI + `
-	UNION ALL SELECT 'head', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
-		NULL, seq, mac
-		FROM (SELECT seq, mac FROM ledger WHERE chain = $3 + 0 ORDER BY seq DESC LIMIT 1) AS head`
+const (
+	nothing more = 0
+	// the head of its chain
+	andHead more = -1
+	// and from 1 on: which of so many RANDs are spent
+)
 
-// attemptOf is a row of attempts, with its MAC, in one of ofIMSI.
-func attemptOf(r row) row { return row{r[1], r[2], r[3], r[11], r[6], r[17], r[18]} }
+// ofIMSI has the statements that read all of an IMSI at one moment: from which table a row is, then the columns of
+// bindings, in which those of another table have the places that picked says.
+var ofIMSI = func() map[more]string {
+	text := picked("bindings", nil, `FROM bindings WHERE imsi = $1`) + ` UNION ALL ` +
+		picked("attempts", map[int]string{1: "imsi", 9: "id", 14: "origin", 15: "expires_at"},
+			`FROM attempts WHERE imsi = $1 AND expires_at > $2`) + ` UNION ALL ` +
+		picked("ledger", map[int]string{1: "subject", 2: "event", 18: "NULL"}, `FROM ledger WHERE subject = $1`)
+	all := map[more]string{nothing: text,
+		andHead: text + ` UNION ALL ` + picked("head", map[int]string{}, // A sum, see head.
+			`FROM (SELECT seq, mac FROM ledger WHERE chain = $3 + 0 ORDER BY seq DESC LIMIT 1) AS head`)}
+	for _, n := range [...]int{1, 4, binding.MaxRANDs} {
+		all[more(n)] = text + ` UNION ALL ` + picked("spent_rands", map[int]string{1: "imsi", 7: "rand", 17: "NULL"},
+			`FROM spent_rands WHERE imsi = $1 AND rand IN (`+marks(3, n)+`)`)
+	}
+	return all
+}()
+
+// picked is a SELECT of ofIMSI: the columns that have places, and seq and mac.
+func picked(table string, places map[int]string, rest string) string {
+	list := []string{"'" + table + "'"}
+	for i, column := range append(slices.Clone(bindings.columns), "mac") {
+		if at, ok := places[i+1]; ok {
+			column = at
+		} else if places != nil && column != "seq" && column != "mac" {
+			column = "NULL"
+		}
+		list = append(list, column)
+	}
+	return "SELECT " + strings.Join(list, ", ") + " " + rest
+}
+
+// rowOf is a row of a table, with its MAC, in one of ofIMSI.
+func rowOf(t *table, r row) row {
+	switch t {
+	case attempts:
+		return row{r[1], r[9], r[14], r[15], r[17], r[18]}
+	case spentRANDs:
+		return row{r[1], r[7], r[18]}
+	}
+	return r[1:]
+}
 
 // subscription fails with a *binding.DamagedRow for a row that is not the service's, that is not the last one, or that
-// is gone.
-func (s *Store) subscription(ctx context.Context, q sqlconn.Conn, imsi kme.IMSI, now time.Time) (*stored, error) {
-	sub, _, err := s.subscriptionIn(ctx, q, imsi, now, ofIMSI)
+// is gone. Stored.spent says whether one of the RANDs is.
+func (s *Store) subscription(
+	ctx context.Context, q sqlconn.Conn, imsi kme.IMSI, now time.Time, rands ...hsmkeys.RAND,
+) (*stored, error) {
+	what := nothing
+	var args []any
+	if len(rands) > 0 { // the last of them as often as there is a statement for
+		for what = 1; ofIMSI[what] == "" || int(what) < len(rands); {
+			what++
+		}
+		for i := range int(what) {
+			args = append(args, rands[min(i, len(rands)-1)][:])
+		}
+	}
+	sub, _, err := s.subscriptionAnd(ctx, q, imsi, now, what, args...)
 	return sub, err
 }
 
 // toChange is subscription for whoever will note an entry about it in the same transaction.
 func (s *Store) toChange(ctx context.Context, tx *txn, imsi kme.IMSI, now time.Time) (*stored, error) {
+	if tx.known != nil {
+		return tx.known.at(now), nil
+	}
 	chain := chainOf(imsi.String())
 	if err := s.locked(ctx, tx, chainLocks[chain]); err != nil {
 		return nil, err
 	}
-	sub, head, err := s.subscriptionIn(ctx, tx.Conn, imsi, now, ofIMSIToChange, chain)
+	if s.recent.head(chain) != nil {
+		return s.subscription(ctx, tx.Conn, imsi, now)
+	}
+	sub, head, err := s.subscriptionAnd(ctx, tx.Conn, imsi, now, andHead, chain)
 	if err != nil {
 		return nil, err
 	}
@@ -142,26 +197,26 @@ func (s *Store) toChange(ctx context.Context, tx *txn, imsi kme.IMSI, now time.T
 	return sub, nil
 }
 
-// subscriptionIn is both, with the head that ofIMSIToChange reads.
-func (s *Store) subscriptionIn(
-	ctx context.Context, q sqlconn.Conn, imsi kme.IMSI, now time.Time, text string, chain ...any,
+// subscriptionAnd is both, with what else is read, for which args are.
+func (s *Store) subscriptionAnd(
+	ctx context.Context, q sqlconn.Conn, imsi kme.IMSI, now time.Time, what more, args ...any,
 ) (*stored, *binding.Head, error) {
 	sub, head, digits := new(stored), new(binding.Head), imsi.String()
 	var opened []row // attempts
 	err := scan(ctx, q, len(bindings.columns)+2, func(r row) error {
 		switch r.text(0) {
 		case "bindings":
-			if err := s.checkMAC(bindings, r[1:]); err != nil {
+			if err := s.checkMAC(bindings, rowOf(bindings, r)); err != nil {
 				return err
 			}
-			return sub.take(r[1:], now)
+			return sub.take(rowOf(bindings, r), now)
 		case "attempts":
-			r = attemptOf(r)
+			r = rowOf(attempts, r)
 			if err := s.checkMAC(attempts, r); err != nil {
 				return err
 			}
 			opened = append(opened, r)
-			a := binding.Attempt{ID: r.text(1), IMSI: imsi, Expires: fromMillis(r.int(3)), Opened: r.int(4) == 1}
+			a := binding.Attempt{ID: r.text(1), IMSI: imsi, Expires: fromMillis(r.int(3)), Opened: true}
 			err := a.Origin.UnmarshalText([]byte(r.text(2)))
 			sub.Attempts = append(sub.Attempts, a)
 			return err
@@ -169,14 +224,17 @@ func (s *Store) subscriptionIn(
 			sub.last.note(binding.Event(r.text(2)), r.int(17))
 		case "head":
 			head.Seq, head.MAC = r.int(17), r.bytes(18)
+		case "spent_rands":
+			sub.spent = true
+			return s.checkMAC(spentRANDs, rowOf(spentRANDs, r))
 		}
 		return nil
-	}, text, append([]any{digits, now.UnixMilli()}, chain...)...)
+	}, ofIMSI[what], append([]any{digits, now.UnixMilli()}, args...)...)
 	if err != nil {
 		return nil, nil, err
 	}
 	for _, a := range opened {
-		if a.int(5) != sub.last.closed {
+		if a.int(4) != sub.last.closed {
 			return nil, nil, damaged(attempts, a, "was closed before, and is back")
 		}
 	}
@@ -230,7 +288,7 @@ func (s *Store) Bindings(ctx context.Context, q binding.BindingQuery) (all []*bi
 		return nil, err
 	}
 	for len(all) < q.Limit {
-		imsis, err := bound(ctx, read, q, q.Limit-len(all))
+		imsis, err := everBound(ctx, read, q, q.Limit-len(all))
 		if err != nil || len(imsis) == 0 {
 			return all, err
 		}
@@ -248,9 +306,9 @@ func (s *Store) Bindings(ctx context.Context, q binding.BindingQuery) (all []*bi
 	return all, nil
 }
 
-// bound gives IMSIs that were ever bound, to a device if the query names one. The ledger knows them: a row that is
+// everBound gives IMSIs that were ever bound, to a device if the query names one. The ledger knows them: a row that is
 // gone, or was edited, would not be missed.
-func bound(ctx context.Context, read sqlconn.Conn, q binding.BindingQuery, limit int) (all []kme.IMSI, err error) {
+func everBound(ctx context.Context, read sqlconn.Conn, q binding.BindingQuery, limit int) (all []kme.IMSI, err error) {
 	var args []any
 	arg := func(v any) string { args = append(args, v); return fmt.Sprint("$", len(args)) }
 	begins := func(prefixes []string) string {

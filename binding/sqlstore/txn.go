@@ -12,6 +12,7 @@ import (
 type txn struct {
 	sqlconn.Conn
 	raw   *sql.Tx
+	known *stored                       // what is recent of its key, if anything is
 	after []func()                      // to be called when it is durable
 	heads [binding.Chains]*binding.Head // of the ledger's chains whose locks it has; nil: not read yet
 }
@@ -39,8 +40,9 @@ func (s *Store) change(ctx context.Context, operation, key string, f func(contex
 // transaction is change also while the ledger is rolled back, and nothing is called after it.
 func (s *Store) transaction(ctx context.Context, operation, key string, f func(context.Context, *txn) error) error {
 	var own error
-	err := s.begin(ctx, key, func(ctx context.Context, raw *sql.Tx) error {
-		own = f(ctx, &txn{Conn: sqlconn.Conn{Operation: operation, DB: raw}, raw: raw})
+	err := s.begin(ctx, key, func(ctx context.Context, raw *sqlconn.Tx) error {
+		own = f(ctx, &txn{Conn: sqlconn.Conn{Operation: operation, DB: raw}, raw: raw.Tx,
+			known: s.recent.begin(raw.Version, key)})
 		return own
 	})
 	if err == nil || own != nil {
@@ -51,6 +53,7 @@ func (s *Store) transaction(ctx context.Context, operation, key string, f func(c
 
 // locked has no other change with the key until the transaction ends.
 func (s *Store) locked(ctx context.Context, tx *txn, key string) error {
+	s.recent.forget(key)
 	return tx.Named(s.lock(ctx, tx.raw, key))
 }
 

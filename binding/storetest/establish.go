@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"reflect"
+	"strings"
 	"testing"
 	"time"
 
@@ -13,24 +14,10 @@ import (
 
 func attempts(t *testing.T, s Store) {
 	one, other := subscription(t, 1), subscription(t, 2)
-	openAttempt(t, s, one, "a1", t0)
-	for _, c := range []struct {
-		name  string
-		after time.Duration
-		want  string
-	}{
-		{"at once", 0, "a1"},
-		{"while it lives for long enough", ttl/2 - time.Millisecond, "a1"},
-		{"while it lives for just long enough", ttl / 2, "a1"},
-		{"when it does not", ttl/2 + time.Millisecond, "a2"},
-		{"of two, the one that lives longer", ttl/2 + time.Second, "a2"},
-	} {
-		if _, a := prepare(t, s, one, "a2", t0.Add(c.after)); a == nil || a.ID != c.want || a.IMSI != one {
-			t.Errorf("%s: attempt %v, want %s", c.name, a, c.want)
-		}
-	}
-	openAttempt(t, s, other, "b1", t0)
-
+	a1, a2 := openAttempt(t, s, one, t0), openAttempt(t, s, one, t0.Add(time.Second))
+	b1 := openAttempt(t, s, other, t0)
+	flipped := []byte(a1)
+	flipped[len(a1)/2] ^= 1
 	// A second attempt does not close the first: the device may have its answer under way.
 	end := t0.Add(ttl)
 	for _, c := range []struct {
@@ -39,30 +26,39 @@ func attempts(t *testing.T, s Store) {
 		now  time.Time
 		want bool
 	}{
-		{one, "a1", t0, true},
-		{one, "a1", end.Add(-time.Millisecond), true},
-		{one, "a1", end, false},
-		{one, "a1", end.Add(time.Hour), false},
-		{one, "a2", end, true},
-		{one, "b1", t0, false},
-		{other, "b1", t0, true},
-		{other, "a1", t0, false},
+		{one, a1, t0, true},
+		{one, a1, end.Add(-time.Millisecond), true},
+		{one, a1, end, false},
+		{one, a1, end.Add(time.Hour), false},
+		{one, a2, end, true},
+		{one, b1, t0, false},
+		{other, b1, t0, true},
+		{other, a1, t0, false},
 		{one, "", t0, false},
-		{one, "A1", t0, false},
-		{one, "a_", t0, false},
-		{subscription(t, 3), "a1", t0, false},
+		{one, "A", t0, false},
+		{one, a1[:11], t0, false},
+		{one, a1[:len(a1)-1], t0, false},
+		{one, a1 + "A", t0, false},
+		{one, a1 + "=", t0, false},
+		{one, "\n" + a1, t0, false},
+		{one, strings.ToLower(a1), t0, false},
+		{one, string(flipped), t0, false},
+		{subscription(t, 3), a1, t0, false},
 	} {
 		checkOpen(t, s, c.imsi, c.id, c.now, c.want)
 	}
-	if a := subscriptionOf(t, s, one, t0).Attempt("a1", nobody.Name); a == nil || !a.Expires.Equal(end) {
-		t.Errorf("attempt a1 is %v; want it to expire at %s", a, end)
-	}
+	checkOpenFrom(t, s, one, home, a1, t0, false)
 }
 
+// What an administrator has opened leaves no row behind.
 func dropExpired(t *testing.T, s Store) {
 	one, other := subscription(t, 1), subscription(t, 2)
-	openAttempt(t, s, one, "a1", t0)
-	openAttempt(t, s, other, "b1", t0.Add(time.Millisecond))
+	for i, imsi := range []kme.IMSI{one, other} {
+		if err := s.OpenAttempt(t.Context(), binding.Attempt{ID: "o", IMSI: imsi, Opened: true,
+			Expires: t0.Add(ttl + time.Duration(i)*time.Millisecond)}); err != nil {
+			t.Fatal(err)
+		}
+	}
 	for _, c := range []struct {
 		now          time.Time
 		first, other bool
@@ -75,38 +71,36 @@ func dropExpired(t *testing.T, s Store) {
 			t.Fatal(err)
 		}
 		// Asked for a time at which they were open: what is gone stays gone.
-		checkOpen(t, s, one, "a1", t0, c.first)
-		checkOpen(t, s, other, "b1", t0, c.other)
+		checkOpen(t, s, one, "o", t0, c.first)
+		checkOpen(t, s, other, "o", t0, c.other)
 	}
 }
 
 func establish(t *testing.T, s Store) {
 	imsi, imei := subscription(t, 1), device(t, 1)
 	checkBinding(t, s, imsi, nil)
-	b := bind(t, s, imsi, imei, "a1", []byte("tag"))
+	b := bind(t, s, imsi, imei, []byte("tag"))
 	checkBinding(t, s, imsi, b)
 	checkBinding(t, s, subscription(t, 2), nil)
 	b.Sent = []kme.Origin{nobody.Name}
-	if got, _ := prepare(t, s, imsi, "a2", t0); !reflect.DeepEqual(got, b) {
+	if got, _ := prepare(t, s, imsi, t0); !reflect.DeepEqual(got, b) {
 		t.Errorf("Prepare gives %+v, want the pending binding", got)
 	}
-	checkOpen(t, s, imsi, "a2", t0, false)
 }
 
 func establishNoAttempt(t *testing.T, s Store) {
 	one, other, imei := subscription(t, 1), subscription(t, 2), device(t, 1)
-	openAttempt(t, s, one, "a1", t0)
-	openAttempt(t, s, other, "b1", t0)
+	a1, b1 := openAttempt(t, s, one, t0), openAttempt(t, s, other, t0)
 	for _, c := range []struct {
 		name, attempt string
 		now           time.Time
 	}{
 		{"none such", "a0", t0},
 		{"empty", "", t0},
-		{"another IMSI's", "b1", t0},
-		{"expired", "a1", t0.Add(ttl)},
+		{"another IMSI's", b1, t0},
+		{"expired", a1, t0.Add(ttl)},
 	} {
-		b := newBinding(one, imei, "a1")
+		b := newBinding(one, imei, a1)
 		b.AttemptID = c.attempt
 		if err := s.Establish(t.Context(), b, []byte("tag"), true, c.now); !errors.Is(err, binding.ErrNoAttempt) {
 			t.Errorf("%s: %v, want ErrNoAttempt", c.name, err)
@@ -114,14 +108,14 @@ func establishNoAttempt(t *testing.T, s Store) {
 	}
 	checkBinding(t, s, one, nil)
 	checkUsed(t, s, imei, []byte("tag"), false)
-	checkOpen(t, s, one, "a1", t0, true)
-	checkOpen(t, s, other, "b1", t0, true)
+	checkOpen(t, s, one, a1, t0, true)
+	checkOpen(t, s, other, b1, t0, true)
 
-	first := newBinding(one, imei, "a1")
+	first := newBinding(one, imei, a1)
 	if err := s.Establish(t.Context(), first, []byte("tag"), true, t0.Add(ttl-time.Millisecond)); err != nil {
 		t.Fatal(err)
 	}
-	again := newBinding(one, device(t, 2), "a1")
+	again := newBinding(one, device(t, 2), a1)
 	if err := s.Establish(t.Context(), again, []byte("tag 2"), true, t0); !errors.Is(err, binding.ErrNoAttempt) {
 		t.Errorf("an attempt used twice: %v, want ErrNoAttempt", err)
 	}
@@ -131,17 +125,17 @@ func establishNoAttempt(t *testing.T, s Store) {
 
 func establishUsed(t *testing.T, s Store) {
 	one, other, imei := subscription(t, 1), subscription(t, 2), device(t, 1)
-	b := bind(t, s, one, imei, "a1", []byte("tag"))
-	openAttempt(t, s, other, "b1", t0)
-	if err := s.Establish(t.Context(), newBinding(other, imei, "b1"), []byte("tag"), true, t0); !errors.Is(err,
+	b := bind(t, s, one, imei, []byte("tag"))
+	b1 := openAttempt(t, s, other, t0)
+	if err := s.Establish(t.Context(), newBinding(other, imei, b1), []byte("tag"), true, t0); !errors.Is(err,
 		binding.ErrUsed) {
 		t.Errorf("a KME used twice: %v, want ErrUsed", err)
 	}
 	// The refusal changed nothing: the device may still establish another KME within the same attempt.
 	checkBinding(t, s, other, nil)
 	checkBinding(t, s, one, b)
-	checkOpen(t, s, other, "b1", t0, true)
-	if err := s.Establish(t.Context(), newBinding(other, imei, "b1"), []byte("tag 2"), true, t0); err != nil {
+	checkOpen(t, s, other, b1, t0, true)
+	if err := s.Establish(t.Context(), newBinding(other, imei, b1), []byte("tag 2"), true, t0); err != nil {
 		t.Errorf("another KME after the refusal: %v", err)
 	}
 }
@@ -149,42 +143,40 @@ func establishUsed(t *testing.T, s Store) {
 func establishClosesAttempts(t *testing.T, s Store) {
 	one, other := subscription(t, 1), subscription(t, 2)
 	later := t0.Add(ttl/2 + time.Second)
-	openAttempt(t, s, one, "a1", t0)
-	openAttempt(t, s, one, "a2", later)
-	openAttempt(t, s, other, "b1", t0)
-	if err := s.Establish(t.Context(), newBinding(one, device(t, 1), "a1"), []byte("tag"), true, later); err != nil {
+	a1, a2, b1 := openAttempt(t, s, one, t0), openAttempt(t, s, one, later), openAttempt(t, s, other, t0)
+	if err := s.Establish(t.Context(), newBinding(one, device(t, 1), a1), []byte("tag"), true, later); err != nil {
 		t.Fatal(err)
 	}
-	checkOpen(t, s, one, "a1", later, false)
-	checkOpen(t, s, one, "a2", later, false)
-	checkOpen(t, s, other, "b1", later, true)
+	checkOpen(t, s, one, a1, later, false)
+	checkOpen(t, s, one, a2, later, false)
+	checkOpen(t, s, other, b1, later, true)
 }
 
 func establishCanceled(t *testing.T, s Store) {
 	imsi, imei := subscription(t, 1), device(t, 1)
-	openAttempt(t, s, imsi, "a1", t0)
+	a1 := openAttempt(t, s, imsi, t0)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if err := s.Establish(ctx, newBinding(imsi, imei, "a1"), []byte("tag"), true, t0); !errors.Is(err,
+	if err := s.Establish(ctx, newBinding(imsi, imei, a1), []byte("tag"), true, t0); !errors.Is(err,
 		context.Canceled) {
 		t.Errorf("a call that was canceled: %v, want context.Canceled", err)
 	}
 	checkBinding(t, s, imsi, nil)
 	checkUsed(t, s, imei, []byte("tag"), false)
-	checkOpen(t, s, imsi, "a1", t0, true)
+	checkOpen(t, s, imsi, a1, t0, true)
 }
 
 func ledger(t *testing.T, s Store) {
 	first, second := device(t, 1), device(t, 2)
 	tag, zero := []byte("tag"), []byte{0, 't', 'a', 'g'}
 	checkUsed(t, s, first, tag, false)
-	bind(t, s, subscription(t, 1), first, "a1", tag)
+	bind(t, s, subscription(t, 1), first, tag)
 	checkUsed(t, s, first, tag, true)
 	checkUsed(t, s, second, tag, false)
 	checkUsed(t, s, first, zero, false)
 	checkUsed(t, s, first, tag[:2], false)
 	// The ledger is per device.
-	bind(t, s, subscription(t, 2), second, "b1", tag)
+	bind(t, s, subscription(t, 2), second, tag)
 	checkUsed(t, s, second, tag, true)
 	// It is for ever: a binding that was dropped, and attempts that expired, leave it as it is.
 	if _, err := s.Report(t.Context(), subscription(t, 1), nobody.Name, false, t0); err != nil {
@@ -194,8 +186,8 @@ func ledger(t *testing.T, s Store) {
 		t.Fatal(err)
 	}
 	checkUsed(t, s, first, tag, true)
-	openAttempt(t, s, subscription(t, 1), "a2", t0)
-	if err := s.Establish(t.Context(), newBinding(subscription(t, 1), first, "a2"), tag, true, t0); !errors.Is(err,
+	a2 := openAttempt(t, s, subscription(t, 1), t0)
+	if err := s.Establish(t.Context(), newBinding(subscription(t, 1), first, a2), tag, true, t0); !errors.Is(err,
 		binding.ErrUsed) {
 		t.Errorf("the KME of a dropped binding: %v, want ErrUsed", err)
 	}

@@ -29,7 +29,7 @@ func events(t *testing.T, s Store, subject string) (all []binding.Event) {
 func noted(t *testing.T, s Store) {
 	imsi := subscription(t, 1)
 	ctx := binding.WithActor(t.Context(), actor)
-	bind(t, s, imsi, device(t, 1), "a", []byte("a"))
+	bind(t, s, imsi, device(t, 1), []byte("a"))
 	activate(t, s, imsi, t0)
 	if err := s.OpenAttempt(ctx, binding.Attempt{ID: "o", IMSI: imsi, Expires: t0.Add(ttl), Opened: true}); err != nil {
 		t.Fatal(err)
@@ -91,13 +91,6 @@ func noted(t *testing.T, s Store) {
 	if _, err := s.Revoke(ctx, nothing, t0); !errors.Is(err, binding.ErrNotBound) {
 		t.Error(err)
 	}
-	if got := events(t, s, nothing.String()); len(got) != 0 {
-		t.Errorf("the ledger has %v of nothing", got)
-	}
-	openAttempt(t, s, nothing, "b", t0)
-	if _, err := s.Revoke(ctx, nothing, t0); !errors.Is(err, binding.ErrNotBound) {
-		t.Error(err)
-	}
 	if got, want := events(t, s, nothing.String()), []binding.Event{binding.EventClosed}; !equal(got, want) {
 		t.Errorf("the ledger has %v, want %v", got, want)
 	}
@@ -142,7 +135,7 @@ func rolledBack(t *testing.T, s Store) {
 	if now, err := s.Check(ctx, nil); err != nil || now.Epoch != 0 {
 		t.Fatalf("an empty ledger of a token without a mark: %+v, %v", now, err)
 	}
-	bind(t, s, imsi, device(t, 1), "a", []byte("a"))
+	bind(t, s, imsi, device(t, 1), []byte("a"))
 	mark, err := s.Check(ctx, new(binding.Mark))
 	if err != nil {
 		t.Fatal(err)
@@ -168,7 +161,7 @@ func rolledBack(t *testing.T, s Store) {
 		}
 		for name, call := range map[string]func() error{
 			"Subscription": func() error { _, err := s.Subscription(ctx, imsi, t0); return err },
-			"Prepare":      func() error { _, err := s.Prepare(ctx, request(imsi, nobody, "x", t0)); return err },
+			"Prepare":      func() error { _, err := s.Prepare(ctx, request(imsi, nobody, t0)); return err },
 			"Spent":        func() error { _, err := s.Spent(ctx, imsi, [16]byte{}); return err },
 			"OpenAttempt": func() error {
 				return s.OpenAttempt(ctx, binding.Attempt{ID: "x", IMSI: imsi, Expires: t0.Add(ttl)})

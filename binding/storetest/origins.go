@@ -14,15 +14,15 @@ import (
 )
 
 // bindFrom opens an attempt of an origin, or takes the one that is open, and makes a binding within it.
-func bindFrom(t *testing.T, s Store, imsi kme.IMSI, o binding.Origin, imei kme.IMEI, id string) *binding.Binding {
+func bindFrom(t *testing.T, s Store, imsi kme.IMSI, o binding.Origin, imei kme.IMEI, tag string) *binding.Binding {
 	t.Helper()
-	d := decide(t, s, request(imsi, o, id, t0))
+	d := decide(t, s, request(imsi, o, t0))
 	if d.Attempt == nil {
 		t.Fatalf("%s has no attempt for %s", imsi, o.Name)
 	}
 	b := newBinding(imsi, imei, d.Attempt.ID)
 	b.Origin = o.Name
-	if err := s.Establish(t.Context(), b, []byte("tag "+id), true, t0); err != nil {
+	if err := s.Establish(t.Context(), b, []byte("tag "+tag), true, t0); err != nil {
 		t.Fatal(err)
 	}
 	return b
@@ -31,7 +31,7 @@ func bindFrom(t *testing.T, s Store, imsi kme.IMSI, o binding.Origin, imei kme.I
 // checkUnder asks for a vector, which must be processed under a binding.
 func checkUnder(t *testing.T, s Store, imsi kme.IMSI, o binding.Origin, want *binding.Binding) {
 	t.Helper()
-	if b := decide(t, s, request(imsi, o, "none", t0)).Binding; b == nil || b.AttemptID != want.AttemptID ||
+	if b := decide(t, s, request(imsi, o, t0)).Binding; b == nil || b.AttemptID != want.AttemptID ||
 		b.State != want.State {
 		t.Errorf("a vector for %s goes under %+v, want %+v", o.Name, b, want)
 	}
@@ -47,15 +47,14 @@ func open(t *testing.T, s Store, imsi kme.IMSI) {
 
 func attemptsByOrigin(t *testing.T, s Store) {
 	imsi := subscription(t, 1)
-	for i, o := range []binding.Origin{nobody, home, away} {
-		for range 2 { // the second shares the attempt of the first
-			d := decide(t, s, request(imsi, o, fmt.Sprint("a", i), t0))
-			if d.Attempt.ID != fmt.Sprint("a", i) || d.Attempt.Origin != o.Name {
-				t.Errorf("%s has attempt %+v", o.Name, d.Attempt)
-			}
+	ids := map[binding.Origin]string{}
+	for _, o := range []binding.Origin{nobody, home, away} {
+		d := decide(t, s, request(imsi, o, t0))
+		if ids[o] = d.Attempt.ID; d.Attempt.Origin != o.Name {
+			t.Errorf("%s has attempt %+v", o.Name, d.Attempt)
 		}
 	}
-	b := newBinding(imsi, device(t, 1), "a1")
+	b := newBinding(imsi, device(t, 1), ids[home])
 	b.Origin = away.Name
 	if err := s.Establish(t.Context(), b, []byte("tag"), true, t0); !errors.Is(err, binding.ErrNoAttempt) {
 		t.Errorf("another origin's attempt: %v, want ErrNoAttempt", err)
@@ -65,17 +64,15 @@ func attemptsByOrigin(t *testing.T, s Store) {
 		t.Error(err)
 	}
 	checkBinding(t, s, imsi, b)
-	for i, o := range []binding.Origin{nobody, home, away} {
-		if a := subscriptionOf(t, s, imsi, t0).Attempt(fmt.Sprint("a", i), o.Name); a != nil {
-			t.Errorf("attempt %+v is still open", a)
-		}
+	for o, id := range ids {
+		checkOpenFrom(t, s, imsi, o, id, t0, false)
 	}
 }
 
 func mayNotProvision(t *testing.T, s Store) {
 	imsi := subscription(t, 1)
 	for _, p := range []binding.Provisioning{binding.Forbidden, binding.Declined} {
-		q := request(imsi, binding.Origin{Name: away.Name, Provisioning: p}, "a1", t0)
+		q := request(imsi, binding.Origin{Name: away.Name, Provisioning: p}, t0)
 		if d, err := s.Prepare(t.Context(), q); !errors.Is(err, binding.ErrNotBound) || d.Attempt != nil {
 			t.Errorf("an origin that may not provision: %+v, %v", d, err)
 		}
@@ -135,7 +132,7 @@ func notReady(t *testing.T, s Store) {
 	b := bindFrom(t, s, imsi, home, device(t, 1), "b1")
 	for range 2 * pendingVectors {
 		for _, ready := range []string{"", "another"} {
-			q := request(imsi, away, "none", t0)
+			q := request(imsi, away, t0)
 			q.Ready = ready
 			if d, err := s.Prepare(t.Context(), q); err != nil || !reflect.DeepEqual(d.Binding, b) {
 				t.Fatalf("%+v, %v", d.Binding, err)
@@ -159,7 +156,7 @@ func pendingReplaced(t *testing.T, s Store) {
 			t.Errorf("a report of %v about the binding before gives %+v", ok, got)
 		}
 	}
-	q := request(imsi, away, "none", t0)
+	q := request(imsi, away, t0)
 	q.Ready = before.AttemptID // it was replaced meanwhile
 	if d, err := s.Prepare(t.Context(), q); err != nil || !reflect.DeepEqual(d.Binding, b) {
 		t.Errorf("with vectors under the binding before: %+v, %v", d.Binding, err)
@@ -212,7 +209,7 @@ func pendingEnds(t *testing.T, s Store) {
 		for range pendingVectors {
 			checkUnder(t, s, imsi, home, pending)
 		}
-		d := decide(t, s, request(imsi, home, "fresh", t0))
+		d := decide(t, s, request(imsi, home, t0))
 		if d.Ended == nil || d.Ended.AttemptID != pending.AttemptID {
 			t.Errorf("ended is %+v", d.Ended)
 		}
@@ -220,7 +217,7 @@ func pendingEnds(t *testing.T, s Store) {
 			t.Errorf("bound before: %v; then it is %+v", bound, d.Binding)
 		}
 		checkBinding(t, s, imsi, before)
-		if d := decide(t, s, request(imsi, home, "fresh", t0)); d.Ended != nil {
+		if d := decide(t, s, request(imsi, home, t0)); d.Ended != nil {
 			t.Errorf("it ends again: %+v", d.Ended)
 		}
 		checkUsed(t, s, pending.IMEI, []byte("tag "+fmt.Sprint("c", n)), true)
@@ -233,7 +230,7 @@ func pendingEnds(t *testing.T, s Store) {
 	}
 	for range 2 {
 		if _, err := s.Prepare(t.Context(),
-			request(imsi, binding.Origin{Name: away.Name}, "x", t0)); !errors.Is(err, binding.ErrNotBound) {
+			request(imsi, binding.Origin{Name: away.Name}, t0)); !errors.Is(err, binding.ErrNotBound) {
 			t.Errorf("%v, want ErrNotBound", err)
 		}
 		checkBinding(t, s, imsi, nil)
@@ -257,7 +254,7 @@ func pendingExpires(t *testing.T, s Store) {
 	if _, err := s.Report(t.Context(), imsi, home.Name, true, end); !errors.Is(err, binding.ErrNotBound) {
 		t.Errorf("a success that comes too late: %v", err)
 	}
-	if d := decide(t, s, request(imsi, home, "b2", end)); d.Attempt == nil || d.Ended == nil {
+	if d := decide(t, s, request(imsi, home, end)); d.Attempt == nil || d.Ended == nil {
 		t.Errorf("after it expired: %+v", d)
 	}
 	// A clock that is set back does not bring it back.
@@ -268,16 +265,19 @@ func pendingExpires(t *testing.T, s Store) {
 
 func spent(t *testing.T, s Store) {
 	one, other := subscription(t, 1), subscription(t, 2)
-	q := request(one, home, "a1", t0)
+	q := request(one, home, t0)
 	for range 31 {
 		var r hsmkeys.RAND
 		rand.Read(r[:])
 		q.RANDs = append(q.RANDs, r)
 	}
+	var id string
 	for range 2 { // in clear again it does no harm
-		if d := decide(t, s, q); d.Attempt == nil {
+		d := decide(t, s, q)
+		if d.Attempt == nil {
 			t.Fatal("bound already")
 		}
+		id = d.Attempt.ID
 	}
 	check := func(imsi kme.IMSI, r hsmkeys.RAND, want bool) {
 		t.Helper()
@@ -289,12 +289,12 @@ func spent(t *testing.T, s Store) {
 		check(one, r, true)
 		check(other, r, false)
 	}
-	b := newBinding(one, device(t, 1), "a1")
+	b := newBinding(one, device(t, 1), id)
 	b.Origin = home.Name
 	if err := s.Establish(t.Context(), b, []byte("tag"), true, t0); err != nil {
 		t.Fatal(err)
 	}
-	again := request(one, home, "x", t0)
+	again := request(one, home, t0)
 	again.RANDs = append(again.RANDs, q.RANDs[17])
 	for _, state := range []binding.State{binding.Pending, binding.Active} {
 		if d, err := s.Prepare(t.Context(), again); !errors.Is(err, binding.ErrSpent) {
@@ -304,7 +304,7 @@ func spent(t *testing.T, s Store) {
 		if state == binding.Pending && len(subscriptionOf(t, s, one, t0).Pending.Sent) != 0 {
 			t.Error("a refused vector counts as sent")
 		}
-		checkUnder(t, s, one, home, &binding.Binding{AttemptID: "a1", State: state})
+		checkUnder(t, s, one, home, &binding.Binding{AttemptID: id, State: state})
 		reportFrom(t, s, one, home, true, t0)
 	}
 	if _, err := s.Revoke(t.Context(), one, t0); err != nil {
@@ -322,11 +322,14 @@ func openedByOrigin(t *testing.T, s Store) {
 	reportFrom(t, s, imsi, home, true, t0)
 	open(t, s, imsi)
 	late := t0.Add(ttl - time.Millisecond)
+	ids := map[binding.Origin]string{}
 	for _, o := range []binding.Origin{home, away} {
-		id := "of " + o.Name.String()
 		for _, now := range []time.Time{t0, late} {
-			d := decide(t, s, request(imsi, o, id, now))
-			if a := d.Attempt; a == nil || a.ID != id || a.Origin != o.Name || !a.Opened ||
+			d := decide(t, s, request(imsi, o, now))
+			if now.Equal(t0) {
+				ids[o] = d.Attempt.ID
+			}
+			if a := d.Attempt; a == nil || a.ID != ids[o] || a.Origin != o.Name || !a.Opened ||
 				!a.Expires.Equal(t0.Add(ttl)) {
 				t.Errorf("%s has %+v", o.Name, d)
 			}
@@ -344,10 +347,10 @@ func openedByOrigin(t *testing.T, s Store) {
 			t.Errorf("while it is open %+v is served: %v", o, !want)
 		}
 	}
-	if d := decide(t, s, request(imsi, home, "x", t0.Add(ttl))); d.Binding == nil {
+	if d := decide(t, s, request(imsi, home, t0.Add(ttl))); d.Binding == nil {
 		t.Errorf("after its end: %+v", d)
 	}
-	b := newBinding(imsi, device(t, 2), "of mme-2.away")
+	b := newBinding(imsi, device(t, 2), ids[away])
 	b.Origin = away.Name
 	if err := s.Establish(t.Context(), b, []byte("new"), true, t0); err != nil {
 		t.Fatal(err)

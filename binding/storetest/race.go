@@ -2,7 +2,6 @@ package storetest
 
 import (
 	"errors"
-	"fmt"
 	"reflect"
 	"slices"
 	"sync"
@@ -52,7 +51,7 @@ func racePrepare(t *testing.T, s Store) {
 	imsi := subscription(t, 1)
 	ids := make([]string, racers)
 	for _, err := range race(func(i int) error {
-		d, err := s.Prepare(t.Context(), request(imsi, nobody, fmt.Sprint("a", i), t0))
+		d, err := s.Prepare(t.Context(), request(imsi, nobody, t0))
 		if d.Attempt != nil {
 			ids[i] = d.Attempt.ID
 		}
@@ -65,14 +64,15 @@ func racePrepare(t *testing.T, s Store) {
 	if slices.ContainsFunc(ids, func(id string) bool { return id == "" || id != ids[0] }) {
 		t.Errorf("vectors prepared at once got the attempts %q, not one", ids)
 	}
+	checkOpen(t, s, imsi, ids[0], t0, true)
 }
 
 func raceAttempt(t *testing.T, s Store) {
 	imsi := subscription(t, 1)
-	openAttempt(t, s, imsi, "a1", t0)
+	id := openAttempt(t, s, imsi, t0)
 	bindings := make([]*binding.Binding, racers)
 	for i := range bindings {
-		bindings[i] = newBinding(imsi, device(t, i), "a1")
+		bindings[i] = newBinding(imsi, device(t, i), id)
 	}
 	errs := race(func(i int) error { return s.Establish(t.Context(), bindings[i], []byte{byte(i)}, true, t0) })
 	winner := checkOneWon(t, errs, binding.ErrNoAttempt)
@@ -86,8 +86,8 @@ func raceLedger(t *testing.T, s Store) {
 	imei := device(t, 1)
 	bindings := make([]*binding.Binding, racers)
 	for i := range bindings {
-		bindings[i] = newBinding(subscription(t, i), imei, fmt.Sprint("a", i))
-		openAttempt(t, s, bindings[i].IMSI, bindings[i].AttemptID, t0)
+		imsi := subscription(t, i)
+		bindings[i] = newBinding(imsi, imei, openAttempt(t, s, imsi, t0))
 	}
 	errs := race(func(i int) error { return s.Establish(t.Context(), bindings[i], []byte("tag"), true, t0) })
 	winner := checkOneWon(t, errs, binding.ErrUsed)
@@ -102,8 +102,8 @@ func raceLedger(t *testing.T, s Store) {
 
 func raceReport(t *testing.T, s Store) {
 	imsi := subscription(t, 1)
-	want := bind(t, s, imsi, device(t, 1), "a1", []byte("tag"))
-	prepare(t, s, imsi, "none", t0)
+	want := bind(t, s, imsi, device(t, 1), []byte("tag"))
+	prepare(t, s, imsi, t0)
 	got := make([]*binding.Subscription, racers)
 	errs := race(func(i int) (err error) {
 		got[i], err = s.Report(t.Context(), imsi, nobody.Name, true, t0.Add(time.Minute))

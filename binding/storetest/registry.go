@@ -269,11 +269,10 @@ func boundTo(t *testing.T, s Store) {
 	}
 	check(t0, 0, 0, 0, 0)
 	for i := range 3 {
-		bind(t, s, subscription(t, i), device(t, i), fmt.Sprint(i), []byte{byte(i)})
+		bind(t, s, subscription(t, i), device(t, i), []byte{byte(i)})
 	}
-	b := newBinding(subscription(t, 3), device(t, 3), "3")
+	b := newBinding(subscription(t, 3), device(t, 3), openAttempt(t, s, subscription(t, 3), t0))
 	b.Lot = "L2"
-	openAttempt(t, s, b.IMSI, "3", t0)
 	if err := s.Establish(t.Context(), b, []byte{3}, true, t0); err != nil {
 		t.Fatal(err)
 	}

@@ -32,7 +32,7 @@ func reportFrom(t *testing.T, s Store, imsi kme.IMSI, o binding.Origin, ok bool,
 // activate has the vector under a pending binding go to nobody, who reports success.
 func activate(t *testing.T, s Store, imsi kme.IMSI, now time.Time) *binding.Binding {
 	t.Helper()
-	if b, _ := prepare(t, s, imsi, "none", t0); b == nil || b.State != binding.Pending {
+	if b, _ := prepare(t, s, imsi, t0); b == nil || b.State != binding.Pending {
 		t.Fatalf("IMSI %s has no pending binding: %v", imsi, b)
 	}
 	b := report(t, s, imsi, true, now)
@@ -50,9 +50,9 @@ func active(b *binding.Binding, now time.Time) *binding.Binding {
 
 func reportOK(t *testing.T, s Store) {
 	one, other := subscription(t, 1), subscription(t, 2)
-	b := bind(t, s, one, device(t, 1), "a1", []byte("tag"))
-	untouched := bind(t, s, other, device(t, 2), "b1", []byte("tag"))
-	prepare(t, s, one, "none", t0)
+	b := bind(t, s, one, device(t, 1), []byte("tag"))
+	untouched := bind(t, s, other, device(t, 2), []byte("tag"))
+	prepare(t, s, one, t0)
 	b = active(b, t0.Add(time.Minute))
 	for i, ok := range []bool{true, true, false} {
 		// Whatever is reported of an active binding changes nothing, its time neither.
@@ -61,7 +61,7 @@ func reportOK(t *testing.T, s Store) {
 		}
 		checkBinding(t, s, one, b)
 	}
-	if got, _ := prepare(t, s, one, "a2", t0); !reflect.DeepEqual(got, b) {
+	if got, _ := prepare(t, s, one, t0); !reflect.DeepEqual(got, b) {
 		t.Errorf("Prepare gives %+v, want the active binding", got)
 	}
 	checkBinding(t, s, other, untouched)
@@ -69,13 +69,13 @@ func reportOK(t *testing.T, s Store) {
 
 func reportNotOK(t *testing.T, s Store) {
 	imsi := subscription(t, 1)
-	bind(t, s, imsi, device(t, 1), "a1", []byte("tag"))
+	bind(t, s, imsi, device(t, 1), []byte("tag"))
 	if b := report(t, s, imsi, false, t0); b != nil {
 		t.Errorf("the report gives %+v, want nothing", b)
 	}
 	checkBinding(t, s, imsi, nil)
 	// The device gets another chance.
-	bind(t, s, imsi, device(t, 1), "a2", []byte("tag 2"))
+	bind(t, s, imsi, device(t, 1), []byte("tag 2"))
 }
 
 // With an administrator's attempt an active binding gets a pending one beside it; it stands
@@ -83,7 +83,7 @@ func reportNotOK(t *testing.T, s Store) {
 func openedBesideActive(t *testing.T, s Store) {
 	for n, ok := range []bool{true, false} {
 		imsi := subscription(t, n)
-		bind(t, s, imsi, device(t, 2*n), fmt.Sprint("a", n), []byte{byte(n), 1})
+		bind(t, s, imsi, device(t, 2*n), []byte{byte(n), 1})
 		before := activate(t, s, imsi, t0)
 		opened := binding.Attempt{ID: fmt.Sprint("o", n), IMSI: imsi, Expires: t0.Add(ttl), Opened: true}
 		for range 2 { // it replaces the one before
@@ -92,14 +92,14 @@ func openedBesideActive(t *testing.T, s Store) {
 			}
 		}
 		checkBinding(t, s, imsi, before)
-		if b, a := prepare(t, s, imsi, "fresh", t0); b != nil || a == nil || *a != opened {
+		if b, a := prepare(t, s, imsi, t0); b != nil || a == nil || *a != opened {
 			t.Fatalf("prepared %+v, %+v, want the attempt that was opened", b, a)
 		}
 		// It is there to its end, however little is left of it; then the binding counts again.
-		if b, a := prepare(t, s, imsi, "fresh", t0.Add(ttl-time.Millisecond)); b != nil || a == nil || *a != opened {
+		if b, a := prepare(t, s, imsi, t0.Add(ttl-time.Millisecond)); b != nil || a == nil || *a != opened {
 			t.Fatalf("at its end prepared %+v, %+v", b, a)
 		}
-		if b, a := prepare(t, s, imsi, "fresh", t0.Add(ttl)); b == nil || a != nil {
+		if b, a := prepare(t, s, imsi, t0.Add(ttl)); b == nil || a != nil {
 			t.Fatalf("after its end prepared %+v, %+v", b, a)
 		}
 		pending := newBinding(imsi, device(t, 2*n+1), opened.ID)
@@ -107,7 +107,7 @@ func openedBesideActive(t *testing.T, s Store) {
 			t.Fatal(err)
 		}
 		checkBinding(t, s, imsi, pending)
-		if b, a := prepare(t, s, imsi, "fresh", t0); b == nil || b.State != binding.Pending || a != nil {
+		if b, a := prepare(t, s, imsi, t0); b == nil || b.State != binding.Pending || a != nil {
 			t.Fatalf("prepared %+v, %+v, want the pending binding", b, a)
 		}
 		want := before // it stands
@@ -121,28 +121,12 @@ func openedBesideActive(t *testing.T, s Store) {
 	}
 }
 
-// An attempt from before a binding became active does not outlive it, whatever let both be.
-func boundNotOpened(t *testing.T, s Store) {
-	imsi := subscription(t, 1)
-	bind(t, s, imsi, device(t, 1), "a1", []byte("tag"))
-	before := activate(t, s, imsi, t0)
-	if err := s.OpenAttempt(t.Context(), binding.Attempt{ID: "late", IMSI: imsi, Expires: t0.Add(ttl)}); err != nil {
-		t.Fatal(err)
-	}
-	if err := s.Establish(t.Context(), newBinding(imsi, device(t, 2), "late"), []byte("tag 2"), true,
-		t0); !errors.Is(err, binding.ErrBound) {
-		t.Errorf("established beside an active binding: %v", err)
-	}
-	checkUsed(t, s, device(t, 2), []byte("tag 2"), false)
-	checkBinding(t, s, imsi, before)
-}
-
 func revoke(t *testing.T, s Store) {
 	imsi := subscription(t, 1)
 	if _, err := s.Revoke(t.Context(), imsi, t0); !errors.Is(err, binding.ErrNotBound) {
 		t.Errorf("revoked nothing: %v", err)
 	}
-	bind(t, s, imsi, device(t, 1), "a1", []byte("tag"))
+	bind(t, s, imsi, device(t, 1), []byte("tag"))
 	want := activate(t, s, imsi, t0)
 	want.State, want.Revoked, want.Sealed = binding.Revoked, t0.Add(time.Hour), []byte{}
 	for i := range 2 { // the second time changes nothing
@@ -165,11 +149,9 @@ func revoke(t *testing.T, s Store) {
 	}
 	checkBinding(t, s, imsi, want)
 	// The subscription is as one that was never bound; the KME of before stays used.
-	if b, a := prepare(t, s, imsi, "a2", t0); b != nil || a == nil {
-		t.Fatalf("prepared %+v, %+v", b, a)
-	}
+	a2 := openAttempt(t, s, imsi, t0)
 	checkUsed(t, s, device(t, 1), []byte("tag"), true)
-	next := newBinding(imsi, device(t, 1), "a2")
+	next := newBinding(imsi, device(t, 1), a2)
 	if err := s.Establish(t.Context(), next, []byte("tag 2"), true, t0); err != nil {
 		t.Fatal(err)
 	}
@@ -178,8 +160,8 @@ func revoke(t *testing.T, s Store) {
 		t.Errorf("a revoked binding came back: %+v", b)
 	}
 	checkBinding(t, s, imsi, want)
-	openAttempt(t, s, imsi, "a3", t0)
-	if err := s.Establish(t.Context(), newBinding(imsi, device(t, 2), "a3"), []byte("tag 3"), true, t0); err != nil {
+	a3 := openAttempt(t, s, imsi, t0)
+	if err := s.Establish(t.Context(), newBinding(imsi, device(t, 2), a3), []byte("tag 3"), true, t0); err != nil {
 		t.Fatal(err)
 	}
 	// Revoked when it has expired: a clock that is set back does not bring it back.
@@ -188,7 +170,7 @@ func revoke(t *testing.T, s Store) {
 	}
 	checkBinding(t, s, imsi, want)
 	// Revoked while it is pending.
-	bind(t, s, imsi, device(t, 2), "a4", []byte("tag 4"))
+	bind(t, s, imsi, device(t, 2), []byte("tag 4"))
 	if b, err := s.Revoke(t.Context(), imsi, t0); err != nil || b.IMEI != device(t, 2) || !b.Activated.IsZero() {
 		t.Errorf("%+v, %v", b, err)
 	}
@@ -215,7 +197,7 @@ func bindings(t *testing.T, s Store) {
 		t.Errorf("an empty store lists %v", got)
 	}
 	for n := range 5 {
-		bind(t, s, subscription(t, n), device(t, n/2), fmt.Sprint("a", n), []byte{byte(n)})
+		bind(t, s, subscription(t, n), device(t, n/2), []byte{byte(n)})
 	}
 	activate(t, s, subscription(t, 1), t0)
 	activate(t, s, subscription(t, 2), t0)
@@ -275,8 +257,8 @@ func bindings(t *testing.T, s Store) {
 }
 
 func reportNotBound(t *testing.T, s Store) {
-	bind(t, s, subscription(t, 1), device(t, 1), "a1", []byte("tag"))
-	openAttempt(t, s, subscription(t, 2), "b1", t0)
+	bind(t, s, subscription(t, 1), device(t, 1), []byte("tag"))
+	openAttempt(t, s, subscription(t, 2), t0)
 	for _, ok := range []bool{true, false} {
 		if b, err := s.Report(t.Context(), subscription(t, 2), nobody.Name, ok, t0); !errors.Is(err,
 			binding.ErrNotBound) ||

@@ -14,8 +14,7 @@ func reseal(t *testing.T, s Store) {
 	const many = 5
 	for i := range many {
 		imsi := subscription(t, i)
-		openAttempt(t, s, imsi, "a", t0)
-		b := newBinding(imsi, device(t, i), "a")
+		b := newBinding(imsi, device(t, i), openAttempt(t, s, imsi, t0))
 		b.Sealed = sealed(1, byte(i))
 		if i == 3 {
 			b.Sealed = sealed(2, byte(i)) // already

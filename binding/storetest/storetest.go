@@ -52,7 +52,6 @@ func Run(t *testing.T, open func(t *testing.T) Store) {
 		{"PendingExpires", pendingExpires},
 		{"Spent", spent},
 		{"OpenedByOrigin", openedByOrigin},
-		{"BoundNotOpened", boundNotOpened},
 		{"Revoke", revoke},
 		{"Bindings", bindings},
 		{"Manufacturers", manufacturers},
@@ -125,12 +124,11 @@ func origin(name string) binding.Origin {
 }
 
 // request is a VectorRequest as the service makes it, for one RAND that no other has.
-func request(imsi kme.IMSI, o binding.Origin, id string, now time.Time) binding.VectorRequest {
+func request(imsi kme.IMSI, o binding.Origin, now time.Time) binding.VectorRequest {
 	var r hsmkeys.RAND
 	rand.Read(r[:])
 	return binding.VectorRequest{
-		IMSI: imsi, Origin: o, RANDs: []hsmkeys.RAND{r}, Now: now, AttemptID: id, AttemptTTL: ttl,
-		PendingVectors: pendingVectors,
+		IMSI: imsi, Origin: o, RANDs: []hsmkeys.RAND{r}, Now: now, AttemptTTL: ttl, PendingVectors: pendingVectors,
 	}
 }
 
@@ -151,25 +149,35 @@ func decide(t *testing.T, s Store, q binding.VectorRequest) binding.Decision {
 	return d
 }
 
-func prepare(t *testing.T, s Store, imsi kme.IMSI, id string, now time.Time) (*binding.Binding, *binding.Attempt) {
+func prepare(t *testing.T, s Store, imsi kme.IMSI, now time.Time) (*binding.Binding, *binding.Attempt) {
 	t.Helper()
-	d := decide(t, s, request(imsi, nobody, id, now))
+	d := decide(t, s, request(imsi, nobody, now))
 	return d.Binding, d.Attempt
 }
 
-// openAttempt opens one and insists that it is new.
-func openAttempt(t *testing.T, s Store, imsi kme.IMSI, id string, now time.Time) {
+// openAttempt opens one, and gives its id.
+func openAttempt(t *testing.T, s Store, imsi kme.IMSI, now time.Time) string {
 	t.Helper()
-	if _, a := prepare(t, s, imsi, id, now); a == nil || a.ID != id {
-		t.Fatalf("Prepare gave attempt %v, want a new one, %s", a, id)
+	_, a := prepare(t, s, imsi, now)
+	if a == nil || a.IMSI != imsi || a.Opened || !a.Expires.Equal(now.Add(ttl)) {
+		t.Fatalf("Prepare gave attempt %v at %s", a, now)
 	}
+	return a.ID
 }
 
 func checkOpen(t *testing.T, s Store, imsi kme.IMSI, id string, now time.Time, want bool) {
 	t.Helper()
-	a := subscriptionOf(t, s, imsi, now).Attempt(id, nobody.Name)
-	if want != (a != nil) || a != nil && (a.ID != id || a.IMSI != imsi) {
-		t.Errorf("attempt %s of %s at %s: %v, want it open: %v", id, imsi, now, a, want)
+	checkOpenFrom(t, s, imsi, nobody, id, now, want)
+}
+
+func checkOpenFrom(
+	t *testing.T, s Store, imsi kme.IMSI, o binding.Origin, id string, now time.Time, want bool,
+) {
+	t.Helper()
+	a, err := s.Attempt(t.Context(), imsi, o.Name, id, now)
+	if errors.Is(err, binding.ErrNoAttempt) == want || err != nil && !errors.Is(err, binding.ErrNoAttempt) ||
+		a != nil && (a.ID != id || a.IMSI != imsi || a.Origin != o.Name) {
+		t.Errorf("attempt %s of %s at %s: %v, %v, want it open: %v", id, imsi, now, a, err, want)
 	}
 }
 
@@ -183,7 +191,7 @@ func subscriptionOf(t *testing.T, s Store, imsi kme.IMSI, now time.Time) *bindin
 }
 
 func newBinding(imsi kme.IMSI, imei kme.IMEI, attempt string) *binding.Binding {
-	fill := func(n int) []byte { return bytes.Repeat([]byte(attempt[:1]), n) }
+	fill := func(n int) []byte { return bytes.Repeat([]byte(attempt[len(attempt)-1:]), n) }
 	return &binding.Binding{
 		IMSI: imsi, IMEI: imei, Manufacturer: "maker", Lot: "L1", State: binding.Pending, DeviceKey: 2,
 		Sealed: fill(40), Established: t0.Add(time.Second), Expires: t0.Add(pendingTTL), AttemptID: attempt,
@@ -192,10 +200,9 @@ func newBinding(imsi kme.IMSI, imei kme.IMEI, attempt string) *binding.Binding {
 }
 
 // bind opens an attempt and makes a binding within it.
-func bind(t *testing.T, s Store, imsi kme.IMSI, imei kme.IMEI, attempt string, tag []byte) *binding.Binding {
+func bind(t *testing.T, s Store, imsi kme.IMSI, imei kme.IMEI, tag []byte) *binding.Binding {
 	t.Helper()
-	openAttempt(t, s, imsi, attempt, t0)
-	b := newBinding(imsi, imei, attempt)
+	b := newBinding(imsi, imei, openAttempt(t, s, imsi, t0))
 	if err := s.Establish(t.Context(), b, tag, true, t0); err != nil {
 		t.Fatal(err)
 	}
@@ -216,11 +223,8 @@ var askers atomic.Int64
 // attempt of another subscription.
 func checkUsed(t *testing.T, s Store, imei kme.IMEI, tag []byte, want bool) {
 	t.Helper()
-	b := newBinding(subscription(t, 50_000+int(askers.Add(1))), imei, "asks")
-	if err := s.OpenAttempt(t.Context(),
-		binding.Attempt{ID: b.AttemptID, IMSI: b.IMSI, Expires: t0.Add(ttl)}); err != nil {
-		t.Fatal(err)
-	}
+	imsi := subscription(t, 50_000+int(askers.Add(1)))
+	b := newBinding(imsi, imei, openAttempt(t, s, imsi, t0))
 	if err := s.Establish(t.Context(), b, tag, false, t0); errors.Is(err, binding.ErrUsed) != want ||
 		errors.Is(err, binding.ErrNotGood) == want {
 		t.Errorf("tag %x of %s: %v, want it used: %v", tag, imei, err, want)

@@ -30,6 +30,14 @@ func (c Conn) Named(err error) error {
 	return fmt.Errorf("%s: %w", c.Operation, err)
 }
 
+// A Tx is a change that is under way.
+type Tx struct {
+	*sql.Tx
+	// Version is the same in two changes only if, from the first to the second, nothing has changed the database but
+	// changes of the same process that were made between them, and none of these was undone. 0: that is not known.
+	Version int64
+}
+
 // Do changes rows.
 func (c Conn) Do(ctx context.Context, text string, args ...any) error {
 	_, err := c.DB.ExecContext(ctx, text, args...)

@@ -17,6 +17,7 @@ import (
 	"github.com/mattn/go-sqlite3"
 
 	"github.com/kmehsm/kmehsm/internal/panics"
+	"github.com/kmehsm/kmehsm/internal/sqlconn"
 )
 
 const busyTimeout = 5 * time.Second // for the lock of another process
@@ -63,12 +64,12 @@ func Open(ctx context.Context, path string, migrations ...string) (read *sql.DB,
 	}
 	read.SetMaxOpenConns(2 * runtime.GOMAXPROCS(0))
 	read.SetMaxIdleConns(2 * runtime.GOMAXPROCS(0))
-	write = &Writer{db: db, changes: make(chan change), stopped: make(chan struct{}), ended: make(chan struct{})}
+	write = &Writer{db: db, version: 1, changes: make(chan change), stopped: make(chan struct{}), ended: make(chan struct{})}
 	for _, s := range []struct {
 		to   **sql.Stmt
 		text string
 	}{{&write.savepoint, "SAVEPOINT change"}, {&write.release, "RELEASE change"},
-		{&write.rollback, "ROLLBACK TO change"}} {
+		{&write.rollback, "ROLLBACK TO change"}, {&write.dataVersion, "PRAGMA data_version"}} {
 		if *s.to, err = db.PrepareContext(ctx, s.text); err != nil {
 			return nil, nil, errors.Join(err, read.Close(), db.Close())
 		}
@@ -134,6 +135,11 @@ type Writer struct {
 	done    func()       // gives one back
 
 	savepoint, release, rollback *sql.Stmt // around each change
+	dataVersion                  *sql.Stmt
+
+	// Of the goroutine that makes the changes:
+	version int64 // see sqlconn.Tx
+	others  int64 // data_version as it was last: another one when another connection has made a commit
 
 	stop    func()        // once
 	stopped chan struct{} // closed by stop
@@ -142,11 +148,11 @@ type Writer struct {
 
 type change struct {
 	ctx  context.Context
-	make func(context.Context, *sql.Tx) error
+	make func(context.Context, *sqlconn.Tx) error
 	done chan error
 }
 
-func (c change) run(tx *sql.Tx) (err error) {
+func (c change) run(tx *sqlconn.Tx) (err error) {
 	defer panics.Recover(&err)
 	return c.make(context.WithoutCancel(c.ctx), tx)
 }
@@ -158,7 +164,7 @@ const maxBatch = 64
 // context has ended before its turn is not made; one that is under way is finished, since its transaction is
 // others' too: f gets a context that does not end. f is called again when another change has failed, and only its
 // last call counts. A panic of f is its error, a *panics.Error.
-func (w *Writer) Do(ctx context.Context, f func(context.Context, *sql.Tx) error) error {
+func (w *Writer) Do(ctx context.Context, f func(context.Context, *sqlconn.Tx) error) error {
 	c := change{ctx, f, make(chan error, 1)}
 	select {
 	case w.changes <- c:
@@ -172,7 +178,7 @@ func (w *Writer) Do(ctx context.Context, f func(context.Context, *sql.Tx) error)
 
 // Exec is Do with one statement.
 func (w *Writer) Exec(ctx context.Context, query string, args ...any) error {
-	return w.Do(ctx, func(ctx context.Context, tx *sql.Tx) error {
+	return w.Do(ctx, func(ctx context.Context, tx *sqlconn.Tx) error {
 		_, err := tx.ExecContext(ctx, query, args...)
 		return err
 	})
@@ -262,6 +268,11 @@ var errTogether = errors.New("one of the changes that were not kept apart failed
 // try makes the changes in one transaction. If one fails, apart undoes it alone; without, it undoes
 // all, and fails with errTogether.
 func (w *Writer) try(batch []change, apart bool) (results []error, err error) {
+	defer func() {
+		if err != nil {
+			w.version++
+		}
+	}()
 	defer panics.Recover(&err) // of the driver
 	results = make([]error, len(batch))
 	tx, err := w.db.BeginTx(context.Background(), nil)
@@ -269,6 +280,13 @@ func (w *Writer) try(batch []change, apart bool) (results []error, err error) {
 		return results, err
 	}
 	defer tx.Rollback() // no effect after Commit
+	before := w.others
+	if err := tx.Stmt(w.dataVersion).QueryRow().Scan(&w.others); err != nil {
+		return results, err
+	}
+	if w.others != before {
+		w.version++
+	}
 	for i, c := range batch {
 		if results[i] = c.ctx.Err(); results[i] != nil {
 			continue
@@ -278,7 +296,7 @@ func (w *Writer) try(batch []change, apart bool) (results []error, err error) {
 				return results, err
 			}
 		}
-		results[i] = c.run(tx)
+		results[i] = c.run(&sqlconn.Tx{Tx: tx, Version: w.version})
 		if !apart {
 			if results[i] != nil {
 				return results, errTogether
@@ -289,6 +307,7 @@ func (w *Writer) try(batch []change, apart bool) (results []error, err error) {
 			if _, err := tx.Stmt(w.rollback).Exec(); err != nil {
 				return results, err
 			}
+			w.version++
 		}
 		if _, err := tx.Stmt(w.release).Exec(); err != nil {
 			return results, err

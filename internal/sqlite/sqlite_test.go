@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/internal/panics"
+	"github.com/kmehsm/kmehsm/internal/sqlconn"
 )
 
 func open(t *testing.T, path string, migrations ...string) (*sql.DB, *Writer) {
@@ -34,7 +35,7 @@ func TestGroupCommit(t *testing.T) {
 	hold := make(chan struct{})
 	var g sync.WaitGroup
 	g.Go(func() {
-		if err := write.Do(t.Context(), func(context.Context, *sql.Tx) error { <-hold; return nil }); err != nil {
+		if err := write.Do(t.Context(), func(context.Context, *sqlconn.Tx) error { <-hold; return nil }); err != nil {
 			t.Error(err)
 		}
 	})
@@ -46,7 +47,7 @@ func TestGroupCommit(t *testing.T) {
 			if n%5 == 3 {
 				ctx = gone
 			}
-			err := write.Do(ctx, func(ctx context.Context, tx *sql.Tx) error {
+			err := write.Do(ctx, func(ctx context.Context, tx *sqlconn.Tx) error {
 				if _, err := tx.ExecContext(ctx, "INSERT INTO t VALUES (?)", n); err != nil {
 					return err
 				}
@@ -94,7 +95,7 @@ func TestPanic(t *testing.T) {
 	read, write := open(t, filepath.Join(t.TempDir(), "db"), "CREATE TABLE t (n INTEGER PRIMARY KEY)")
 	defer write.Close()
 	insert := func(ctx context.Context, n int) error {
-		return write.Do(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		return write.Do(ctx, func(ctx context.Context, tx *sqlconn.Tx) error {
 			if _, err := tx.ExecContext(ctx, "INSERT INTO t VALUES (?)", n); err != nil {
 				return err
 			}
@@ -151,7 +152,7 @@ func TestTickets(t *testing.T) {
 	_, write := open(t, filepath.Join(t.TempDir(), "db"), "CREATE TABLE t (n INTEGER)")
 	defer write.Close()
 	insert := func() (commit *sql.Tx) {
-		if err := write.Do(t.Context(), func(ctx context.Context, tx *sql.Tx) error {
+		if err := write.Do(t.Context(), func(ctx context.Context, tx *sqlconn.Tx) error {
 			commit = tx
 			_, err := tx.ExecContext(ctx, "INSERT INTO t VALUES (1)")
 			return err

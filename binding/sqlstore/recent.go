@@ -1,0 +1,110 @@
+package sqlstore
+
+import (
+	"sync"
+	"time"
+
+	"github.com/kmehsm/kmehsm/binding"
+)
+
+// recent is what SQLite's writer knows of its database inside a change, without asking it: what its last changes have
+// left, while nobody else makes any. It is nil, and knows nothing, where others may change the database at the same
+// time.
+type recent struct {
+	mu          sync.Mutex         // only against has: changes are made one at a time
+	version     int64              // see sqlconn.Tx
+	subs, older map[string]*stored // by a change's key, an IMSI: those whose binding is pending
+	heads       [binding.Chains]*binding.Head
+}
+
+// maxRecent bounds the memory: there are subs and older, of so many each.
+const maxRecent = 10_000
+
+// begin begins a change, and gives what is known of its key. From then on it is not known: the change changes it.
+func (r *recent) begin(version int64, key string) *stored {
+	if r == nil {
+		return nil
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if version != r.version {
+		r.version, r.subs, r.older, r.heads = version, nil, nil, [binding.Chains]*binding.Head{}
+	}
+	return r.take(key)
+}
+
+func (r *recent) take(key string) *stored {
+	sub := r.subs[key]
+	if sub == nil {
+		sub = r.older[key]
+	}
+	delete(r.subs, key)
+	delete(r.older, key)
+	return sub
+}
+
+// forget is for a key that a change has beside its own.
+func (r *recent) forget(key string) {
+	if r != nil {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.take(key)
+	}
+}
+
+// put notes what a change leaves, should it be durable.
+func (r *recent) put(key string, sub *stored) {
+	if r == nil {
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.subs) >= maxRecent || r.subs == nil {
+		r.older, r.subs = r.subs, map[string]*stored{}
+	}
+	own := *sub
+	own.Pending = copied(sub.Pending)
+	r.subs[key] = &own
+}
+
+// has says whether a change of a key would know what is stored. Anybody may ask.
+func (r *recent) has(key string) bool {
+	if r == nil {
+		return false
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.subs[key] != nil || r.older[key] != nil
+}
+
+func (r *recent) head(chain int64) *binding.Head {
+	if r == nil {
+		return nil
+	}
+	return r.heads[chain]
+}
+
+func (r *recent) entered(chain int64, head *binding.Head) {
+	if r != nil {
+		r.heads[chain] = head
+	}
+}
+
+// at is what is stored of an IMSI with a pending binding at a time.
+func (s *stored) at(now time.Time) *stored {
+	at := *s
+	at.Pending, at.Active, at.Revoked = copied(s.Pending), copied(s.Active), copied(s.Revoked)
+	if !at.Pending.Expires.After(now) {
+		at.expired, at.Pending = at.Pending, nil
+	}
+	return &at
+}
+
+// copied may be changed by whoever gets it, but not in its slices.
+func copied(b *binding.Binding) *binding.Binding {
+	if b != nil {
+		own := *b
+		b = &own
+	}
+	return b
+}
