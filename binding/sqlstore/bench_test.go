@@ -34,7 +34,7 @@ func BenchmarkAttach(b *testing.B) {
 		}
 		o := binding.Origin{Provisioning: binding.Allowed}
 		q := binding.VectorRequest{IMSI: imsi, Origin: o, RANDs: []hsmkeys.RAND{{byte(i), byte(i >> 8)}}, Now: t0,
-			AttemptTTL: time.Hour, AttemptID: "AAECAwQFBgcICQoLDA0ODw", PendingVectors: 3}
+			AttemptTTL: time.Hour, PendingVectors: 3}
 		soon := func(f func() error) error {
 			done := s.Soon()
 			defer done()
@@ -126,7 +126,7 @@ func BenchmarkEstablish(b *testing.B) {
 		}
 		d, err := s.Prepare(b.Context(), binding.VectorRequest{
 			IMSI: imsis[i], Origin: binding.Origin{Provisioning: binding.Allowed},
-			RANDs: []hsmkeys.RAND{{byte(i), byte(i >> 8)}}, Now: t0, AttemptTTL: time.Hour, AttemptID: "AAECAwQFBgcICQoLDA0ODw",
+			RANDs: []hsmkeys.RAND{{byte(i), byte(i >> 8)}}, Now: t0, AttemptTTL: time.Hour,
 		})
 		if err == nil {
 			ids[i] = d.Attempt.ID
