@@ -103,7 +103,8 @@ func dropPending(ctx context.Context, tx *txn, imsi kme.IMSI) error {
 }
 
 // issue makes an attempt that is in no row: its id has the time when it expires, and a MAC. That is also over the last
-// entry of the ledger which has closed the attempts before it, so that the next such entry closes this one.
+// entry of the ledger which has closed the attempts before it, so that the next such entry closes this one; and over the
+// mark's epoch, so that none outlives accept-rollback.
 func (s *Store) issue(sub *stored, q binding.VectorRequest) *binding.Attempt {
 	a := &binding.Attempt{IMSI: q.IMSI, Origin: q.Origin.Name,
 		Expires: fromMillis(q.Now.Add(q.AttemptTTL).UnixMilli())}
@@ -114,7 +115,8 @@ func (s *Store) issue(sub *stored, q binding.VectorRequest) *binding.Attempt {
 func (s *Store) issuedID(sub *stored, a *binding.Attempt) string {
 	expires := millis(a.Expires)
 	id := binary.BigEndian.AppendUint64(nil, uint64(expires))
-	id = append(id, s.macs.Of("attempt", a.IMSI.String(), a.Origin.String(), expires, sub.last.closed)...)
+	id = append(id, s.macs.Of("attempt", a.IMSI.String(), a.Origin.String(), expires, sub.last.closed,
+		int64(s.Seen().Epoch))...)
 	return base64.RawURLEncoding.EncodeToString(id)
 }
 
