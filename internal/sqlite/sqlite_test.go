@@ -153,7 +153,7 @@ func TestTickets(t *testing.T) {
 	defer write.Close()
 	insert := func() (commit *sql.Tx) {
 		if err := write.Do(t.Context(), func(ctx context.Context, tx *sqlconn.Tx) error {
-			commit = tx
+			commit = tx.Tx
 			_, err := tx.ExecContext(ctx, "INSERT INTO t VALUES (1)")
 			return err
 		}); err != nil {
