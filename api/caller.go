@@ -11,6 +11,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -21,14 +22,21 @@ import (
 type caller struct {
 	client      *Client           // nil: nobody knows it
 	certificate *x509.Certificate // that was verified; nil on the Unix socket
+	uid         int               // at the other end of the Unix socket; -1 elsewhere
 }
 
 type (
-	callerKey struct{}
-	uidKey    struct{}
+	callerKey     struct{}
+	connectionKey struct{}
 )
 
-// ConnContext remembers the user at the other end of a Unix socket. It is for http.Server.
+// A connection is what its requests know of it.
+type connection struct {
+	uid     int          // of the user at the other end of a Unix socket; -1 elsewhere
+	streams atomic.Int32 // that it has open
+}
+
+// ConnContext remembers the user at the other end of a Unix socket, and counts streams. It is for http.Server.
 func ConnContext(ctx context.Context, c net.Conn) context.Context {
 	uid := -1
 	if u, ok := c.(*net.UnixConn); ok {
@@ -40,7 +48,7 @@ func ConnContext(ctx context.Context, c net.Conn) context.Context {
 			})
 		}
 	}
-	return context.WithValue(ctx, uidKey{}, uid)
+	return context.WithValue(ctx, connectionKey{}, &connection{uid: uid})
 }
 
 // ConnState has TLS handshakes that fail logged and counted. It is for http.Server.
@@ -70,20 +78,24 @@ func ConnState(service *binding.Service) func(net.Conn, http.ConnState) {
 // identify puts caller and Actor into the context of each request.
 func identify(clients *Clients, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		c, uid := new(caller), -1
-		actor := binding.Actor{Address: r.RemoteAddr}
+		c, actor := caller{uid: -1}, binding.Actor{Address: r.RemoteAddr}
 		if r.TLS != nil && len(r.TLS.VerifiedChains) > 0 {
 			c.certificate = r.TLS.VerifiedChains[0][0]
 			actor.Certificate = fingerprint(c.certificate)
-		} else if peer, ok := r.Context().Value(uidKey{}).(int); ok && peer >= 0 {
-			uid, actor.User, actor.Address = peer, fmt.Sprint("uid ", peer), ""
+		} else if peer, ok := r.Context().Value(connectionKey{}).(*connection); ok && peer.uid >= 0 {
+			c.uid, actor.User, actor.Address = peer.uid, fmt.Sprint("uid ", peer.uid), ""
 		}
-		if c.client = clients.of(c.certificate, uid); c.client != nil {
-			actor.Client = c.client.Name
-		}
-		ctx := binding.WithActor(context.WithValue(r.Context(), callerKey{}, c), actor)
-		next.ServeHTTP(w, r.WithContext(ctx))
+		next.ServeHTTP(w, r.WithContext(clients.know(r.Context(), c, actor)))
 	})
+}
+
+// know gives a context to what a caller asks for: its client is the one of these.
+func (k *Clients) know(ctx context.Context, c caller, actor binding.Actor) context.Context {
+	c.client, actor.Client, actor.Role = k.of(c.certificate, c.uid), "", ""
+	if c.client != nil {
+		actor.Client = c.client.Name
+	}
+	return binding.WithActor(context.WithValue(ctx, callerKey{}, &c), actor)
 }
 
 func callerOf(ctx context.Context) *caller { return ctx.Value(callerKey{}).(*caller) }

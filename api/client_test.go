@@ -2,14 +2,15 @@ package api_test
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
-	"strconv"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -17,8 +18,10 @@ import (
 
 	"connectrpc.com/connect"
 	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/kmehsm/kmehsm/api"
+	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/client"
@@ -210,17 +213,26 @@ func TestRetries(t *testing.T) {
 		t.Errorf("%+v, %v", v, err)
 	}
 	// No call is longer than its time-out, nor than its context's deadline, and the service learns of it.
-	deadline := make(chan string, 8)
+	deadline := make(chan uint32, 8)
 	c = open(t, client.Options{Timeout: 200 * time.Millisecond}, func(_ http.ResponseWriter, r *http.Request) bool {
-		deadline <- r.Header.Get("Connect-Timeout-Ms")
+		first := new(kmev1.StreamRequest)
+		prefix := make([]byte, 5)
+		_, err := io.ReadFull(r.Body, prefix)
+		message := make([]byte, binary.BigEndian.Uint32(prefix[1:]))
+		_, rerr := io.ReadFull(r.Body, message)
+		if err := errors.Join(err, rerr, proto.Unmarshal(message, first)); err != nil || len(first.Calls) != 1 {
+			t.Errorf("%v, %v", first, err)
+		}
+		deadline <- first.Calls[0].GetTimeoutMs()
 		<-r.Context().Done()
 		return true
 	})
 	_, err := c.GetBinding(t.Context(), imsi(t, "001010123456789"))
-	ms, nerr := strconv.Atoi(<-deadline)
-	if connect.CodeOf(err) != connect.CodeDeadlineExceeded || nerr != nil || ms > 200 {
+	ms := <-deadline
+	if connect.CodeOf(err) != connect.CodeDeadlineExceeded || ms == 0 || ms > 200 {
 		t.Errorf("%v; the service was given %d ms", err, ms)
 	}
+	c.Close() // the stream goes on for other calls
 }
 
 // Calls that come at the same time: each caller has its own answer, and one who has gone waits for nobody.

@@ -41,6 +41,7 @@ var allowed = map[string][]Role{
 	kmev1connect.KeyServiceListBindingsProcedure:         {RoleAdmin, RoleMonitor},
 	kmev1connect.KeyServiceOpenProvisioningProcedure:     {RoleAdmin},
 	kmev1connect.KeyServiceRevokeBindingProcedure:        {RoleAdmin},
+	kmev1connect.KeyServiceStreamProcedure:               {RoleHSS, RoleAdmin, RoleMonitor}, // as its calls
 }
 
 // A Client is who may call, by certificate or by user.

@@ -42,20 +42,41 @@ type Options struct {
 	// PageKey is the one of ListBindings' tokens, which all instances share. Without it, tokens are good for this
 	// Handler.
 	PageKey kme.Secret
+	// Streams outlast this Handler. Without them, its streams are its own.
+	Streams *Streams
+}
+
+// A Handler serves the service.
+type Handler struct {
+	http.Handler
+	service *binding.Service
+	clients *Clients
+	call    connect.UnaryFunc // makes a call of a stream
 }
 
 // NewHandler serves the service, and health: /healthz, for everybody, says that the process runs; /readyz and gRPC's
 // health service, for clients, what Ready says.
-func NewHandler(o Options) http.Handler {
+func NewHandler(o Options) *Handler {
 	if o.PageKey == (kme.Secret{}) {
 		o.PageKey = kme.RandomSecret()
 	}
+	if o.Streams == nil {
+		o.Streams = NewStreams()
+	}
 	mux := http.NewServeMux()
 	g := &guard{service: o.Service, metrics: o.Metrics}
-	s := &server{service: o.Service, pages: newPages(o.PageKey)}
-	mux.Handle(kmev1connect.NewKeyServiceHandler(s, connect.WithReadMaxBytes(maxRequest),
-		connect.WithCompressMinBytes(minCompressed),
-		connect.WithInterceptors(append(slices.Clone(o.Outer), connect.UnaryInterceptorFunc(g.around))...)))
+	s := &server{service: o.Service, pages: newPages(o.PageKey), guard: g, streams: o.Streams}
+	mux.Handle(kmev1connect.NewKeyServiceHandler(s, connect.WithConditionalHandlerOptions(
+		func(spec connect.Spec) []connect.HandlerOption {
+			if spec.StreamType == connect.StreamTypeBidi { // its calls have the interceptors, each by itself
+				return []connect.HandlerOption{connect.WithReadMaxBytes(maxMessage),
+					connect.WithCompression("gzip", nil, nil)}
+			}
+			unary := append(slices.Clone(o.Outer), connect.UnaryInterceptorFunc(tellReason),
+				connect.UnaryInterceptorFunc(g.around))
+			return []connect.HandlerOption{connect.WithReadMaxBytes(maxRequest),
+				connect.WithCompressMinBytes(minCompressed), connect.WithInterceptors(unary...)}
+		})))
 	ready := &readiness{find: func(ctx context.Context) (warnings []string, err error) {
 		err = g.finish(ctx, "ready", func() (err error) { warnings, err = o.Ready(ctx); return err })
 		return warnings, err
@@ -75,7 +96,12 @@ func NewHandler(o Options) http.Handler {
 		}
 	})
 	errorWriter := connect.NewErrorWriter()
-	return identify(o.Clients, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	h := &Handler{service: o.Service, clients: o.Clients, call: g.around(s.direct)}
+	for _, outer := range slices.Backward(o.Outer) {
+		h.call = outer.WrapUnary(h.call)
+	}
+	o.Streams.serving.CompareAndSwap(nil, h)
+	h.Handler = identify(o.Clients, withControl(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		err := func() (err error) {
 			defer panics.Recover(&err)
 			if clientOf(r.Context()) == nil && r.URL.Path != "/healthz" { // nothing of its body is read
@@ -88,7 +114,8 @@ func NewHandler(o Options) http.Handler {
 			o.Service.Broken(r.Context(), err, "path", r.URL.Path)
 			http.Error(w, "internal error", http.StatusInternalServerError)
 		}
-	}))
+	})))
+	return h
 }
 
 // turnAway answers a caller that nobody knows, in the protocol that it speaks.
@@ -177,7 +204,7 @@ func (g *guard) only(next http.HandlerFunc, some ...Role) http.HandlerFunc {
 
 // around makes a call unless its client may not make it: then it is refused before anything is done for it.
 // The call gets a context whose Actor has the role by which it may, and is counted by what the caller is
-// answered. No method streams.
+// answered.
 func (g *guard) around(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, req connect.AnyRequest) (answer connect.AnyResponse, err error) {
 		start, procedure := time.Now(), req.Spec().Procedure
@@ -195,6 +222,14 @@ func (g *guard) around(next connect.UnaryFunc) connect.UnaryFunc {
 			reason = connect.CodeOf(err).String()
 		}
 		g.metrics.Called(path.Base(procedure), reason, time.Since(start))
+		return answer, err
+	}
+}
+
+// tellReason has the reason of a refusal in the header of the response.
+func tellReason(next connect.UnaryFunc) connect.UnaryFunc {
+	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
+		answer, err := next(ctx, req)
 		if info, ok := connect.CallInfoForHandlerContext(ctx); ok {
 			setReason(info.ResponseHeader(), err)
 		}
@@ -212,6 +247,8 @@ func setReason(h http.Header, err error) {
 type server struct {
 	service *binding.Service
 	pages
+	guard   *guard
+	streams *Streams
 }
 
 // subject parses what most calls name: an IMSI, and the origin that asked the client for it.

@@ -10,10 +10,13 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"connectrpc.com/connect"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
@@ -62,9 +65,13 @@ type Options struct {
 // reached or says that it may answer later: all but OpenProvisioning and a report of a failed authentication.
 type Client struct {
 	service kmev1connect.KeyServiceClient
+	streams *opener
 	http    *http.Client
 	timeout time.Duration
 	tries   int
+
+	mu     sync.Mutex
+	stream *stream // guarded by mu: what calls are made by; nil before the first
 }
 
 // New makes a client. It does not connect yet.
@@ -89,19 +96,26 @@ func New(o Options) (*Client, error) {
 			return nil, errors.New("the service wants a client certificate: TLS has none")
 		}
 	}
-	c := &Client{http: &http.Client{Transport: transport}, timeout: o.Timeout, tries: o.Tries}
+	c := &Client{http: &http.Client{Transport: whole{transport}}, timeout: o.Timeout, tries: o.Tries}
 	if c.timeout == 0 {
 		c.timeout = 5 * time.Second
 	}
 	if c.tries == 0 {
 		c.tries = 3
 	}
-	c.service = kmev1connect.NewKeyServiceClient(c.http, base)
+	c.service, c.streams = kmev1connect.NewKeyServiceClient(c.http, base), newOpener(c.http, base)
 	return c, nil
 }
 
-// Close closes idle connections.
-func (c *Client) Close() { c.http.CloseIdleConnections() }
+// Close ends what is under way, and closes connections.
+func (c *Client) Close() {
+	c.mu.Lock()
+	if c.stream != nil {
+		c.stream.end()
+	}
+	c.mu.Unlock()
+	c.http.CloseIdleConnections()
+}
 
 // A RAND is the random challenge of an authentication vector.
 type RAND = [16]byte
@@ -125,12 +139,13 @@ func (c *Client) PrepareVector(ctx context.Context, imsi kme.IMSI, o Origin, ran
 	for i := range rands {
 		q.Rands = append(q.Rands, rands[i][:])
 	}
-	answer, err := call(ctx, c, true, c.service.PrepareVector, q)
+	a, err := c.call(ctx, true, &kmev1.Call{Call: &kmev1.Call_PrepareVector{PrepareVector: q}})
 	if err != nil {
 		return v, err
 	}
-	if len(answer.Rands) != len(rands) {
-		return v, fmt.Errorf("the service has answered %d RANDs, not %d", len(answer.Rands), len(rands))
+	answer := a.GetPrepareVector()
+	if len(answer.GetRands()) != len(rands) {
+		return v, fmt.Errorf("the service has answered %d RANDs, not %d", len(answer.GetRands()), len(rands))
 	}
 	v.AttemptID, v.RANDs = answer.AttemptId, make([]RAND, len(rands))
 	for i := range v.RANDs {
@@ -149,18 +164,19 @@ type Establishment struct {
 // EstablishKME is called with the payload that a device has sent, by way of the origin that was given the attempt.
 func (c *Client) EstablishKME(ctx context.Context, imsi kme.IMSI, o Origin, imei kme.IMEI, attemptID string,
 	payload []byte) (e Establishment, err error) {
-	answer, err := call(ctx, c, true, c.service.EstablishKME, &kmev1.EstablishKMERequest{
+	a, err := c.call(ctx, true, &kmev1.Call{Call: &kmev1.Call_EstablishKme{EstablishKme: &kmev1.EstablishKMERequest{
 		Imsi: imsi.String(), Imei: imei.String(), AttemptId: attemptID, Payload: payload, Origin: o.Name.String(),
-	})
+	}}})
 	if err != nil {
 		return e, err
 	}
-	e.State = answer.State
-	if len(answer.Kme) > 0 {
-		e.KME, err = kme.NewSecret(answer.Kme)
-		clear(answer.Kme)
+	answer := a.GetEstablishKme()
+	e.State = answer.GetState()
+	if secret := answer.GetKme(); len(secret) > 0 {
+		e.KME, err = kme.NewSecret(secret)
+		clear(secret)
 	}
-	return e, errors.Join(err, fill(e.NWSig[:], answer.NwSig))
+	return e, errors.Join(err, fill(e.NWSig[:], answer.GetNwSig()))
 }
 
 // A Report is what ReportAuthentication answers.
@@ -173,39 +189,44 @@ type Report struct {
 // under a pending binding makes it active.
 func (c *Client) ReportAuthentication(ctx context.Context, imsi kme.IMSI, o Origin, ok bool) (Report, error) {
 	// A second report of a failure could be about the binding that stood before.
-	answer, err := call(ctx, c, ok, c.service.ReportAuthentication, &kmev1.ReportAuthenticationRequest{
-		Imsi: imsi.String(), Ok: ok, Origin: o.Name.String(), NoProvisioning: o.NoProvisioning,
-	})
+	a, err := c.call(ctx, ok, &kmev1.Call{Call: &kmev1.Call_ReportAuthentication{
+		ReportAuthentication: &kmev1.ReportAuthenticationRequest{
+			Imsi: imsi.String(), Ok: ok, Origin: o.Name.String(), NoProvisioning: o.NoProvisioning,
+		}}})
+	answer := a.GetReportAuthentication()
 	return Report{answer.GetState(), answer.GetControl() == kmev1.Control_PREPROCESSED}, err
 }
 
 // RestoreRAND gives the RAND before PrepareVector, when a SIM asks for resynchronisation.
 func (c *Client) RestoreRAND(ctx context.Context, imsi kme.IMSI, o Origin, rand RAND) (out RAND, err error) {
-	answer, err := call(ctx, c, true, c.service.RestoreRAND,
-		&kmev1.RestoreRANDRequest{Imsi: imsi.String(), Rand: rand[:],
-			Origin: o.Name.String()})
+	a, err := c.call(ctx, true, &kmev1.Call{Call: &kmev1.Call_RestoreRand{RestoreRand: &kmev1.RestoreRANDRequest{
+		Imsi: imsi.String(), Rand: rand[:], Origin: o.Name.String(),
+	}}})
 	if err != nil {
 		return out, err
 	}
-	return out, fill(out[:], answer.Rand)
+	return out, fill(out[:], a.GetRestoreRand().GetRand())
 }
 
 // GetBinding tells what an IMSI is bound to.
 func (c *Client) GetBinding(ctx context.Context, imsi kme.IMSI) (*kmev1.GetBindingResponse, error) {
-	return call(ctx, c, true, c.service.GetBinding, &kmev1.GetBindingRequest{Imsi: imsi.String()})
+	a, err := c.call(ctx, true, &kmev1.Call{Call: &kmev1.Call_GetBinding{
+		GetBinding: &kmev1.GetBindingRequest{Imsi: imsi.String()},
+	}})
+	return a.GetGetBinding(), err
 }
 
 // OpenProvisioning lets an IMSI be bound to another device.
 func (c *Client) OpenProvisioning(
 	ctx context.Context, imsi kme.IMSI, ttl time.Duration,
 ) (*kmev1.OpenProvisioningResponse, error) {
-	return call(ctx, c, false, c.service.OpenProvisioning, &kmev1.OpenProvisioningRequest{Imsi: imsi.String(),
+	return alone(ctx, c, false, c.service.OpenProvisioning, &kmev1.OpenProvisioningRequest{Imsi: imsi.String(),
 		Ttl: durationpb.New(ttl)})
 }
 
 // RevokeBinding ends an IMSI's bindings.
 func (c *Client) RevokeBinding(ctx context.Context, imsi kme.IMSI) (*kmev1.GetBindingResponse, error) {
-	return call(ctx, c, true, c.service.RevokeBinding, &kmev1.RevokeBindingRequest{Imsi: imsi.String()})
+	return alone(ctx, c, true, c.service.RevokeBinding, &kmev1.RevokeBindingRequest{Imsi: imsi.String()})
 }
 
 func fill(to, from []byte) error {
@@ -215,17 +236,53 @@ func fill(to, from []byte) error {
 	return nil
 }
 
-// call makes a call, again if it may be.
-func call[Q, A any](
+// alone makes a call by itself.
+func alone[Q, A any](
 	ctx context.Context, c *Client, again bool,
 	method func(context.Context, *connect.Request[Q]) (*connect.Response[A], error), q *Q,
+) (*A, error) {
+	return try(ctx, c, again, func(ctx context.Context) (*A, error) {
+		answer, err := method(ctx, connect.NewRequest(q))
+		if err != nil {
+			return nil, err
+		}
+		return answer.Msg, nil
+	})
+}
+
+// call makes a call by the stream, and opens one if there is none.
+func (c *Client) call(ctx context.Context, again bool, call *kmev1.Call) (*kmev1.Answer, error) {
+	encoded, err := proto.Marshal(call)
+	if err == nil && len(encoded) > maxCall {
+		err = fmt.Errorf("the call has %d bytes, of which it may have %d", len(encoded), maxCall)
+	}
+	if err != nil {
+		return nil, connect.NewError(connect.CodeInvalidArgument, err)
+	}
+	return try(ctx, c, again, func(ctx context.Context) (*kmev1.Answer, error) {
+		return c.current().call(ctx, slices.Clip(encoded))
+	})
+}
+
+func (c *Client) current() *stream {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.stream == nil || c.stream.over() {
+		c.stream = open(c.streams)
+	}
+	return c.stream
+}
+
+// try makes a call, again if it may be.
+func try[A any](
+	ctx context.Context, c *Client, again bool, call func(context.Context) (*A, error),
 ) (*A, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
 	for try, pause := 1, 20*time.Millisecond; ; try, pause = try+1, 4*pause {
-		answer, err := method(ctx, connect.NewRequest(q))
+		answer, err := call(ctx)
 		if err == nil {
-			return answer.Msg, nil
+			return answer, nil
 		}
 		err, temporary := explain(err)
 		if !again || !temporary || try >= c.tries {
@@ -241,6 +298,10 @@ func call[Q, A any](
 
 // explain gives the error that a caller sees, and whether the call may be made again.
 func explain(err error) (error, bool) {
+	var refused *Error
+	if errors.As(err, &refused) {
+		return err, refused.Temporary()
+	}
 	var e *connect.Error
 	if !errors.As(err, &e) {
 		return err, false

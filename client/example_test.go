@@ -21,16 +21,24 @@ type service struct {
 	kmev1connect.UnimplementedKeyServiceHandler
 }
 
-func (service) PrepareVector(_ context.Context, q *connect.Request[kmev1.PrepareVectorRequest]) (
-	*connect.Response[kmev1.PrepareVectorResponse], error) {
-	return connect.NewResponse(&kmev1.PrepareVectorResponse{Rands: q.Msg.Rands, AttemptId: "a1"}), nil
-}
-
-func (service) EstablishKME(context.Context, *connect.Request[kmev1.EstablishKMERequest]) (
-	*connect.Response[kmev1.EstablishKMEResponse], error) {
-	refusal := connect.NewError(connect.CodePermissionDenied, errors.New("the payload is not accepted"))
-	refusal.Meta().Set(kme.ReasonHeader, string(kme.KMERejected))
-	return nil, refusal
+func (service) Stream(_ context.Context, b *connect.BidiStream[kmev1.StreamRequest, kmev1.StreamResponse]) error {
+	for {
+		m, err := b.Receive()
+		if err != nil {
+			return nil
+		}
+		for _, c := range m.Calls {
+			a := &kmev1.Answer{Id: c.Id, Answer: &kmev1.Answer_Error{Error: &kmev1.CallError{
+				Code: "permission_denied", Reason: string(kme.KMERejected), Message: "the payload is not accepted"}}}
+			if q := c.GetPrepareVector(); q != nil {
+				a.Answer = &kmev1.Answer_PrepareVector{
+					PrepareVector: &kmev1.PrepareVectorResponse{Rands: q.Rands, AttemptId: "a1"}}
+			}
+			if err := b.Send(&kmev1.StreamResponse{Answers: []*kmev1.Answer{a}}); err != nil {
+				return err
+			}
+		}
+	}
 }
 
 // An HSS asks for a vector, learns that the subscription has no KME, and gives the service what the device has sent.

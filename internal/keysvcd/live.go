@@ -26,7 +26,7 @@ type state struct {
 	tls     *tls.Config // nil if the service does not listen
 	clients *api.Clients
 	lots    *binding.Lots
-	handler http.Handler // serves the lots for the clients
+	handler *api.Handler // serves the lots for the clients
 }
 
 // live has the state that is served.
@@ -73,7 +73,9 @@ func (l *live) apply(ctx context.Context, cfg *Config) error {
 	others := next.clients.OtherUsers(os.Getuid())
 	fixed := l.started.fixed(cfg)
 	l.options.Service = o.Service
-	if l.Swap(next) == nil {
+	before := l.Swap(next)
+	l.options.Streams.Serve(next.handler)
+	if before == nil {
 		l.others = others
 	} else if others && !l.others && l.started.Socket != "" {
 		fixed = append(fixed, "socket, which is not open yet for clients that are other users")

@@ -78,7 +78,7 @@ func newSite(t *testing.T, store binding.Store) *site {
 			return directory.ReaderOptions{}
 		}, log),
 		ready: func(context.Context, *binding.Service) ([]string, error) { return nil, nil },
-		options: api.Options{Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(),
+		options: api.Options{Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(), Streams: api.NewStreams(),
 			Service: binding.NewService(binding.Options{Store: store, Times: cfg.times(), Log: log})},
 	}
 	if err := s.apply(t.Context(), cfg); err != nil {

@@ -114,7 +114,7 @@ func Serve(ctx context.Context, path string, w io.Writer) error {
 		started: cfg, registry: store, ready: d.ready, log: log, rolledBack: rolledBack != nil,
 		open: opener(ctx, cfg.Directory, cfg.login(), readerOptions(cfg, store, cache, newOverdue(registry), log), log),
 		options: api.Options{Service: d.service, Metrics: metrics, Outer: traces, PageKey: pageKey,
-			Gather: promhttp.HandlerFor(registry, promhttp.HandlerOpts{})},
+			Streams: api.NewStreams(), Gather: promhttp.HandlerFor(registry, promhttp.HandlerOpts{})},
 	}
 	if err := d.apply(ctx, cfg); err != nil {
 		return err

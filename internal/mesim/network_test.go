@@ -145,6 +145,38 @@ func (o *operator) serve(t testing.TB) *client.Client {
 	return c
 }
 
+// Stream answers calls in turn.
+func (o *operator) Stream(
+	_ context.Context, b *connect.BidiStream[kmev1.StreamRequest, kmev1.StreamResponse],
+) error {
+	for {
+		m, err := b.Receive()
+		if err != nil {
+			return nil
+		}
+		for _, c := range m.Calls {
+			a := &kmev1.Answer{Id: c.Id}
+			switch q := c.Call.(type) {
+			case *kmev1.Call_PrepareVector:
+				a.Answer = &kmev1.Answer_PrepareVector{PrepareVector: o.prepare(q.PrepareVector)}
+			case *kmev1.Call_EstablishKme:
+				if nwSig, ok := o.establish(q.EstablishKme.Imsi, q.EstablishKme.Imei, q.EstablishKme.Payload); ok {
+					a.Answer = &kmev1.Answer_EstablishKme{
+						EstablishKme: &kmev1.EstablishKMEResponse{NwSig: nwSig, State: kmev1.State_PENDING}}
+				} else {
+					a.Answer = &kmev1.Answer_Error{Error: &kmev1.CallError{Code: "permission_denied",
+						Reason: string(kme.KMERejected), Message: "the payload is rejected"}}
+				}
+			case *kmev1.Call_ReportAuthentication:
+				a.Answer = &kmev1.Answer_ReportAuthentication{ReportAuthentication: o.report()}
+			}
+			if err := b.Send(&kmev1.StreamResponse{Answers: []*kmev1.Answer{a}}); err != nil {
+				return err
+			}
+		}
+	}
+}
+
 // vector is a RAND as it goes out, and the id of an attempt for an IMSI that is not bound.
 func (o *operator) vector(imsi string, random []byte) (out []byte, attempt string) {
 	o.mu.Lock()
@@ -192,36 +224,20 @@ func (o *operator) establish(imsi, imei string, payload []byte) (nwSig []byte, o
 	return sum[:], true
 }
 
-func (o *operator) PrepareVector(
-	_ context.Context, r *connect.Request[kmev1.PrepareVectorRequest],
-) (*connect.Response[kmev1.PrepareVectorResponse], error) {
-	out, attempt := o.vector(r.Msg.Imsi, r.Msg.Rands[0])
+func (o *operator) prepare(q *kmev1.PrepareVectorRequest) *kmev1.PrepareVectorResponse {
+	out, attempt := o.vector(q.Imsi, q.Rands[0])
 	answer := &kmev1.PrepareVectorResponse{Rands: [][]byte{out}, AttemptId: attempt,
 		Control: kmev1.Control_PREPROCESSED}
 	if attempt != "" {
 		answer.Control = kmev1.Control_PROVISIONING_ONLY
 	}
-	return connect.NewResponse(answer), nil
+	return answer
 }
 
-func (o *operator) EstablishKME(
-	_ context.Context, r *connect.Request[kmev1.EstablishKMERequest],
-) (*connect.Response[kmev1.EstablishKMEResponse], error) {
-	nwSig, ok := o.establish(r.Msg.Imsi, r.Msg.Imei, r.Msg.Payload)
-	if !ok {
-		err := connect.NewError(connect.CodePermissionDenied, errors.New("the payload is rejected"))
-		err.Meta().Set(kme.ReasonHeader, string(kme.KMERejected))
-		return nil, err
-	}
-	return connect.NewResponse(&kmev1.EstablishKMEResponse{NwSig: nwSig, State: kmev1.State_PENDING}), nil
-}
-
-func (o *operator) ReportAuthentication(
-	context.Context, *connect.Request[kmev1.ReportAuthenticationRequest],
-) (*connect.Response[kmev1.ReportAuthenticationResponse], error) {
+func (o *operator) report() *kmev1.ReportAuthenticationResponse {
 	answer := &kmev1.ReportAuthenticationResponse{State: kmev1.State_ACTIVE, Control: kmev1.Control_PREPROCESSED}
 	if o.lie == "state" {
 		answer.State = kmev1.State_PENDING
 	}
-	return connect.NewResponse(answer), nil
+	return answer
 }

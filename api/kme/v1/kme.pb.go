@@ -1027,6 +1027,460 @@ func (x *RevokeBindingRequest) GetImsi() string {
 	return ""
 }
 
+// Calls that are sent together. Of at most 64 KiB.
+type StreamRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Calls         []*Call                `protobuf:"bytes,1,rep,name=calls,proto3" json:"calls,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StreamRequest) Reset() {
+	*x = StreamRequest{}
+	mi := &file_kme_v1_kme_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StreamRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StreamRequest) ProtoMessage() {}
+
+func (x *StreamRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_kme_v1_kme_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StreamRequest.ProtoReflect.Descriptor instead.
+func (*StreamRequest) Descriptor() ([]byte, []int) {
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *StreamRequest) GetCalls() []*Call {
+	if x != nil {
+		return x.Calls
+	}
+	return nil
+}
+
+type Call struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What its answer has too. The service does not look at it: it is there for the client to tell its calls apart.
+	Id uint64 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
+	// How long the client waits, counted from when the call is read: the service does no more for it then. At most a
+	// minute counts, and that if it is 0.
+	TimeoutMs uint32 `protobuf:"varint,2,opt,name=timeout_ms,proto3" json:"timeout_ms,omitempty"`
+	// Types that are valid to be assigned to Call:
+	//
+	//	*Call_PrepareVector
+	//	*Call_EstablishKme
+	//	*Call_ReportAuthentication
+	//	*Call_RestoreRand
+	//	*Call_GetBinding
+	Call          isCall_Call `protobuf_oneof:"call"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Call) Reset() {
+	*x = Call{}
+	mi := &file_kme_v1_kme_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Call) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Call) ProtoMessage() {}
+
+func (x *Call) ProtoReflect() protoreflect.Message {
+	mi := &file_kme_v1_kme_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Call.ProtoReflect.Descriptor instead.
+func (*Call) Descriptor() ([]byte, []int) {
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *Call) GetId() uint64 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *Call) GetTimeoutMs() uint32 {
+	if x != nil {
+		return x.TimeoutMs
+	}
+	return 0
+}
+
+func (x *Call) GetCall() isCall_Call {
+	if x != nil {
+		return x.Call
+	}
+	return nil
+}
+
+func (x *Call) GetPrepareVector() *PrepareVectorRequest {
+	if x != nil {
+		if x, ok := x.Call.(*Call_PrepareVector); ok {
+			return x.PrepareVector
+		}
+	}
+	return nil
+}
+
+func (x *Call) GetEstablishKme() *EstablishKMERequest {
+	if x != nil {
+		if x, ok := x.Call.(*Call_EstablishKme); ok {
+			return x.EstablishKme
+		}
+	}
+	return nil
+}
+
+func (x *Call) GetReportAuthentication() *ReportAuthenticationRequest {
+	if x != nil {
+		if x, ok := x.Call.(*Call_ReportAuthentication); ok {
+			return x.ReportAuthentication
+		}
+	}
+	return nil
+}
+
+func (x *Call) GetRestoreRand() *RestoreRANDRequest {
+	if x != nil {
+		if x, ok := x.Call.(*Call_RestoreRand); ok {
+			return x.RestoreRand
+		}
+	}
+	return nil
+}
+
+func (x *Call) GetGetBinding() *GetBindingRequest {
+	if x != nil {
+		if x, ok := x.Call.(*Call_GetBinding); ok {
+			return x.GetBinding
+		}
+	}
+	return nil
+}
+
+type isCall_Call interface {
+	isCall_Call()
+}
+
+type Call_PrepareVector struct {
+	PrepareVector *PrepareVectorRequest `protobuf:"bytes,3,opt,name=prepare_vector,proto3,oneof"`
+}
+
+type Call_EstablishKme struct {
+	EstablishKme *EstablishKMERequest `protobuf:"bytes,4,opt,name=establish_kme,proto3,oneof"`
+}
+
+type Call_ReportAuthentication struct {
+	ReportAuthentication *ReportAuthenticationRequest `protobuf:"bytes,5,opt,name=report_authentication,proto3,oneof"`
+}
+
+type Call_RestoreRand struct {
+	RestoreRand *RestoreRANDRequest `protobuf:"bytes,6,opt,name=restore_rand,proto3,oneof"`
+}
+
+type Call_GetBinding struct {
+	GetBinding *GetBindingRequest `protobuf:"bytes,7,opt,name=get_binding,proto3,oneof"`
+}
+
+func (*Call_PrepareVector) isCall_Call() {}
+
+func (*Call_EstablishKme) isCall_Call() {}
+
+func (*Call_ReportAuthentication) isCall_Call() {}
+
+func (*Call_RestoreRand) isCall_Call() {}
+
+func (*Call_GetBinding) isCall_Call() {}
+
+// Answers that are ready at the same time.
+type StreamResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Answers       []*Answer              `protobuf:"bytes,1,rep,name=answers,proto3" json:"answers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StreamResponse) Reset() {
+	*x = StreamResponse{}
+	mi := &file_kme_v1_kme_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StreamResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StreamResponse) ProtoMessage() {}
+
+func (x *StreamResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_kme_v1_kme_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StreamResponse.ProtoReflect.Descriptor instead.
+func (*StreamResponse) Descriptor() ([]byte, []int) {
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *StreamResponse) GetAnswers() []*Answer {
+	if x != nil {
+		return x.Answers
+	}
+	return nil
+}
+
+type Answer struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    uint64                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"` // the call's
+	// Types that are valid to be assigned to Answer:
+	//
+	//	*Answer_Error
+	//	*Answer_PrepareVector
+	//	*Answer_EstablishKme
+	//	*Answer_ReportAuthentication
+	//	*Answer_RestoreRand
+	//	*Answer_GetBinding
+	Answer        isAnswer_Answer `protobuf_oneof:"answer"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Answer) Reset() {
+	*x = Answer{}
+	mi := &file_kme_v1_kme_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Answer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Answer) ProtoMessage() {}
+
+func (x *Answer) ProtoReflect() protoreflect.Message {
+	mi := &file_kme_v1_kme_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Answer.ProtoReflect.Descriptor instead.
+func (*Answer) Descriptor() ([]byte, []int) {
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *Answer) GetId() uint64 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *Answer) GetAnswer() isAnswer_Answer {
+	if x != nil {
+		return x.Answer
+	}
+	return nil
+}
+
+func (x *Answer) GetError() *CallError {
+	if x != nil {
+		if x, ok := x.Answer.(*Answer_Error); ok {
+			return x.Error
+		}
+	}
+	return nil
+}
+
+func (x *Answer) GetPrepareVector() *PrepareVectorResponse {
+	if x != nil {
+		if x, ok := x.Answer.(*Answer_PrepareVector); ok {
+			return x.PrepareVector
+		}
+	}
+	return nil
+}
+
+func (x *Answer) GetEstablishKme() *EstablishKMEResponse {
+	if x != nil {
+		if x, ok := x.Answer.(*Answer_EstablishKme); ok {
+			return x.EstablishKme
+		}
+	}
+	return nil
+}
+
+func (x *Answer) GetReportAuthentication() *ReportAuthenticationResponse {
+	if x != nil {
+		if x, ok := x.Answer.(*Answer_ReportAuthentication); ok {
+			return x.ReportAuthentication
+		}
+	}
+	return nil
+}
+
+func (x *Answer) GetRestoreRand() *RestoreRANDResponse {
+	if x != nil {
+		if x, ok := x.Answer.(*Answer_RestoreRand); ok {
+			return x.RestoreRand
+		}
+	}
+	return nil
+}
+
+func (x *Answer) GetGetBinding() *GetBindingResponse {
+	if x != nil {
+		if x, ok := x.Answer.(*Answer_GetBinding); ok {
+			return x.GetBinding
+		}
+	}
+	return nil
+}
+
+type isAnswer_Answer interface {
+	isAnswer_Answer()
+}
+
+type Answer_Error struct {
+	Error *CallError `protobuf:"bytes,2,opt,name=error,proto3,oneof"`
+}
+
+type Answer_PrepareVector struct {
+	PrepareVector *PrepareVectorResponse `protobuf:"bytes,3,opt,name=prepare_vector,proto3,oneof"`
+}
+
+type Answer_EstablishKme struct {
+	EstablishKme *EstablishKMEResponse `protobuf:"bytes,4,opt,name=establish_kme,proto3,oneof"`
+}
+
+type Answer_ReportAuthentication struct {
+	ReportAuthentication *ReportAuthenticationResponse `protobuf:"bytes,5,opt,name=report_authentication,proto3,oneof"`
+}
+
+type Answer_RestoreRand struct {
+	RestoreRand *RestoreRANDResponse `protobuf:"bytes,6,opt,name=restore_rand,proto3,oneof"`
+}
+
+type Answer_GetBinding struct {
+	GetBinding *GetBindingResponse `protobuf:"bytes,7,opt,name=get_binding,proto3,oneof"`
+}
+
+func (*Answer_Error) isAnswer_Answer() {}
+
+func (*Answer_PrepareVector) isAnswer_Answer() {}
+
+func (*Answer_EstablishKme) isAnswer_Answer() {}
+
+func (*Answer_ReportAuthentication) isAnswer_Answer() {}
+
+func (*Answer_RestoreRand) isAnswer_Answer() {}
+
+func (*Answer_GetBinding) isAnswer_Answer() {}
+
+// What a call by itself is refused with.
+type CallError struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Code          string                 `protobuf:"bytes,1,opt,name=code,proto3" json:"code,omitempty"`     // Connect's name of it, as permission_denied
+	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"` // as in Kme-Reason; empty if it is no refusal
+	Message       string                 `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CallError) Reset() {
+	*x = CallError{}
+	mi := &file_kme_v1_kme_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CallError) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CallError) ProtoMessage() {}
+
+func (x *CallError) ProtoReflect() protoreflect.Message {
+	mi := &file_kme_v1_kme_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CallError.ProtoReflect.Descriptor instead.
+func (*CallError) Descriptor() ([]byte, []int) {
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *CallError) GetCode() string {
+	if x != nil {
+		return x.Code
+	}
+	return ""
+}
+
+func (x *CallError) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *CallError) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
 var File_kme_v1_kme_proto protoreflect.FileDescriptor
 
 const file_kme_v1_kme_proto_rawDesc = "" +
@@ -1102,7 +1556,35 @@ const file_kme_v1_kme_proto_rawDesc = "" +
 	"\bbindings\x18\x01 \x03(\v2\x1a.kme.v1.GetBindingResponseR\bbindings\x12(\n" +
 	"\x0fnext_page_token\x18\x02 \x01(\tR\x0fnext_page_token\"*\n" +
 	"\x14RevokeBindingRequest\x12\x12\n" +
-	"\x04imsi\x18\x01 \x01(\tR\x04imsi*K\n" +
+	"\x04imsi\x18\x01 \x01(\tR\x04imsi\"3\n" +
+	"\rStreamRequest\x12\"\n" +
+	"\x05calls\x18\x01 \x03(\v2\f.kme.v1.CallR\x05calls\"\xa9\x03\n" +
+	"\x04Call\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x1e\n" +
+	"\n" +
+	"timeout_ms\x18\x02 \x01(\rR\n" +
+	"timeout_ms\x12F\n" +
+	"\x0eprepare_vector\x18\x03 \x01(\v2\x1c.kme.v1.PrepareVectorRequestH\x00R\x0eprepare_vector\x12C\n" +
+	"\restablish_kme\x18\x04 \x01(\v2\x1b.kme.v1.EstablishKMERequestH\x00R\restablish_kme\x12[\n" +
+	"\x15report_authentication\x18\x05 \x01(\v2#.kme.v1.ReportAuthenticationRequestH\x00R\x15report_authentication\x12@\n" +
+	"\frestore_rand\x18\x06 \x01(\v2\x1a.kme.v1.RestoreRANDRequestH\x00R\frestore_rand\x12=\n" +
+	"\vget_binding\x18\a \x01(\v2\x19.kme.v1.GetBindingRequestH\x00R\vget_bindingB\x06\n" +
+	"\x04call\":\n" +
+	"\x0eStreamResponse\x12(\n" +
+	"\aanswers\x18\x01 \x03(\v2\x0e.kme.v1.AnswerR\aanswers\"\xbd\x03\n" +
+	"\x06Answer\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\x04R\x02id\x12)\n" +
+	"\x05error\x18\x02 \x01(\v2\x11.kme.v1.CallErrorH\x00R\x05error\x12G\n" +
+	"\x0eprepare_vector\x18\x03 \x01(\v2\x1d.kme.v1.PrepareVectorResponseH\x00R\x0eprepare_vector\x12D\n" +
+	"\restablish_kme\x18\x04 \x01(\v2\x1c.kme.v1.EstablishKMEResponseH\x00R\restablish_kme\x12\\\n" +
+	"\x15report_authentication\x18\x05 \x01(\v2$.kme.v1.ReportAuthenticationResponseH\x00R\x15report_authentication\x12A\n" +
+	"\frestore_rand\x18\x06 \x01(\v2\x1b.kme.v1.RestoreRANDResponseH\x00R\frestore_rand\x12>\n" +
+	"\vget_binding\x18\a \x01(\v2\x1a.kme.v1.GetBindingResponseH\x00R\vget_bindingB\b\n" +
+	"\x06answer\"Q\n" +
+	"\tCallError\x12\x12\n" +
+	"\x04code\x18\x01 \x01(\tR\x04code\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x18\n" +
+	"\amessage\x18\x03 \x01(\tR\amessage*K\n" +
 	"\aControl\x12\x17\n" +
 	"\x13CONTROL_UNSPECIFIED\x10\x00\x12\x15\n" +
 	"\x11PROVISIONING_ONLY\x10\x01\x12\x10\n" +
@@ -1112,7 +1594,7 @@ const file_kme_v1_kme_proto_rawDesc = "" +
 	"\aPENDING\x10\x01\x12\n" +
 	"\n" +
 	"\x06ACTIVE\x10\x02\x12\v\n" +
-	"\aREVOKED\x10\x032\x82\x05\n" +
+	"\aREVOKED\x10\x032\xbf\x05\n" +
 	"\n" +
 	"KeyService\x12L\n" +
 	"\rPrepareVector\x12\x1c.kme.v1.PrepareVectorRequest\x1a\x1d.kme.v1.PrepareVectorResponse\x12I\n" +
@@ -1123,7 +1605,8 @@ const file_kme_v1_kme_proto_rawDesc = "" +
 	"\n" +
 	"GetBinding\x12\x19.kme.v1.GetBindingRequest\x1a\x1a.kme.v1.GetBindingResponse\x12I\n" +
 	"\fListBindings\x12\x1b.kme.v1.ListBindingsRequest\x1a\x1c.kme.v1.ListBindingsResponse\x12I\n" +
-	"\rRevokeBinding\x12\x1c.kme.v1.RevokeBindingRequest\x1a\x1a.kme.v1.GetBindingResponseB+Z)github.com/kmehsm/kmehsm/api/kme/v1;kmev1b\x06proto3"
+	"\rRevokeBinding\x12\x1c.kme.v1.RevokeBindingRequest\x1a\x1a.kme.v1.GetBindingResponse\x12;\n" +
+	"\x06Stream\x12\x15.kme.v1.StreamRequest\x1a\x16.kme.v1.StreamResponse(\x010\x01B+Z)github.com/kmehsm/kmehsm/api/kme/v1;kmev1b\x06proto3"
 
 var (
 	file_kme_v1_kme_proto_rawDescOnce sync.Once
@@ -1138,7 +1621,7 @@ func file_kme_v1_kme_proto_rawDescGZIP() []byte {
 }
 
 var file_kme_v1_kme_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_kme_v1_kme_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
+var file_kme_v1_kme_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
 var file_kme_v1_kme_proto_goTypes = []any{
 	(Control)(0),                         // 0: kme.v1.Control
 	(State)(0),                           // 1: kme.v1.State
@@ -1157,8 +1640,13 @@ var file_kme_v1_kme_proto_goTypes = []any{
 	(*ListBindingsRequest)(nil),          // 14: kme.v1.ListBindingsRequest
 	(*ListBindingsResponse)(nil),         // 15: kme.v1.ListBindingsResponse
 	(*RevokeBindingRequest)(nil),         // 16: kme.v1.RevokeBindingRequest
-	(*timestamppb.Timestamp)(nil),        // 17: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),          // 18: google.protobuf.Duration
+	(*StreamRequest)(nil),                // 17: kme.v1.StreamRequest
+	(*Call)(nil),                         // 18: kme.v1.Call
+	(*StreamResponse)(nil),               // 19: kme.v1.StreamResponse
+	(*Answer)(nil),                       // 20: kme.v1.Answer
+	(*CallError)(nil),                    // 21: kme.v1.CallError
+	(*timestamppb.Timestamp)(nil),        // 22: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),          // 23: google.protobuf.Duration
 }
 var file_kme_v1_kme_proto_depIdxs = []int32{
 	0,  // 0: kme.v1.PrepareVectorResponse.control:type_name -> kme.v1.Control
@@ -1166,33 +1654,48 @@ var file_kme_v1_kme_proto_depIdxs = []int32{
 	1,  // 2: kme.v1.ReportAuthenticationResponse.state:type_name -> kme.v1.State
 	0,  // 3: kme.v1.ReportAuthenticationResponse.control:type_name -> kme.v1.Control
 	1,  // 4: kme.v1.GetBindingResponse.state:type_name -> kme.v1.State
-	17, // 5: kme.v1.GetBindingResponse.established_at:type_name -> google.protobuf.Timestamp
-	17, // 6: kme.v1.GetBindingResponse.activated_at:type_name -> google.protobuf.Timestamp
-	17, // 7: kme.v1.GetBindingResponse.revoked_at:type_name -> google.protobuf.Timestamp
-	18, // 8: kme.v1.OpenProvisioningRequest.ttl:type_name -> google.protobuf.Duration
-	17, // 9: kme.v1.OpenProvisioningResponse.expires_at:type_name -> google.protobuf.Timestamp
+	22, // 5: kme.v1.GetBindingResponse.established_at:type_name -> google.protobuf.Timestamp
+	22, // 6: kme.v1.GetBindingResponse.activated_at:type_name -> google.protobuf.Timestamp
+	22, // 7: kme.v1.GetBindingResponse.revoked_at:type_name -> google.protobuf.Timestamp
+	23, // 8: kme.v1.OpenProvisioningRequest.ttl:type_name -> google.protobuf.Duration
+	22, // 9: kme.v1.OpenProvisioningResponse.expires_at:type_name -> google.protobuf.Timestamp
 	11, // 10: kme.v1.ListBindingsResponse.bindings:type_name -> kme.v1.GetBindingResponse
-	2,  // 11: kme.v1.KeyService.PrepareVector:input_type -> kme.v1.PrepareVectorRequest
-	4,  // 12: kme.v1.KeyService.EstablishKME:input_type -> kme.v1.EstablishKMERequest
-	6,  // 13: kme.v1.KeyService.ReportAuthentication:input_type -> kme.v1.ReportAuthenticationRequest
-	8,  // 14: kme.v1.KeyService.RestoreRAND:input_type -> kme.v1.RestoreRANDRequest
-	12, // 15: kme.v1.KeyService.OpenProvisioning:input_type -> kme.v1.OpenProvisioningRequest
-	10, // 16: kme.v1.KeyService.GetBinding:input_type -> kme.v1.GetBindingRequest
-	14, // 17: kme.v1.KeyService.ListBindings:input_type -> kme.v1.ListBindingsRequest
-	16, // 18: kme.v1.KeyService.RevokeBinding:input_type -> kme.v1.RevokeBindingRequest
-	3,  // 19: kme.v1.KeyService.PrepareVector:output_type -> kme.v1.PrepareVectorResponse
-	5,  // 20: kme.v1.KeyService.EstablishKME:output_type -> kme.v1.EstablishKMEResponse
-	7,  // 21: kme.v1.KeyService.ReportAuthentication:output_type -> kme.v1.ReportAuthenticationResponse
-	9,  // 22: kme.v1.KeyService.RestoreRAND:output_type -> kme.v1.RestoreRANDResponse
-	13, // 23: kme.v1.KeyService.OpenProvisioning:output_type -> kme.v1.OpenProvisioningResponse
-	11, // 24: kme.v1.KeyService.GetBinding:output_type -> kme.v1.GetBindingResponse
-	15, // 25: kme.v1.KeyService.ListBindings:output_type -> kme.v1.ListBindingsResponse
-	11, // 26: kme.v1.KeyService.RevokeBinding:output_type -> kme.v1.GetBindingResponse
-	19, // [19:27] is the sub-list for method output_type
-	11, // [11:19] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	18, // 11: kme.v1.StreamRequest.calls:type_name -> kme.v1.Call
+	2,  // 12: kme.v1.Call.prepare_vector:type_name -> kme.v1.PrepareVectorRequest
+	4,  // 13: kme.v1.Call.establish_kme:type_name -> kme.v1.EstablishKMERequest
+	6,  // 14: kme.v1.Call.report_authentication:type_name -> kme.v1.ReportAuthenticationRequest
+	8,  // 15: kme.v1.Call.restore_rand:type_name -> kme.v1.RestoreRANDRequest
+	10, // 16: kme.v1.Call.get_binding:type_name -> kme.v1.GetBindingRequest
+	20, // 17: kme.v1.StreamResponse.answers:type_name -> kme.v1.Answer
+	21, // 18: kme.v1.Answer.error:type_name -> kme.v1.CallError
+	3,  // 19: kme.v1.Answer.prepare_vector:type_name -> kme.v1.PrepareVectorResponse
+	5,  // 20: kme.v1.Answer.establish_kme:type_name -> kme.v1.EstablishKMEResponse
+	7,  // 21: kme.v1.Answer.report_authentication:type_name -> kme.v1.ReportAuthenticationResponse
+	9,  // 22: kme.v1.Answer.restore_rand:type_name -> kme.v1.RestoreRANDResponse
+	11, // 23: kme.v1.Answer.get_binding:type_name -> kme.v1.GetBindingResponse
+	2,  // 24: kme.v1.KeyService.PrepareVector:input_type -> kme.v1.PrepareVectorRequest
+	4,  // 25: kme.v1.KeyService.EstablishKME:input_type -> kme.v1.EstablishKMERequest
+	6,  // 26: kme.v1.KeyService.ReportAuthentication:input_type -> kme.v1.ReportAuthenticationRequest
+	8,  // 27: kme.v1.KeyService.RestoreRAND:input_type -> kme.v1.RestoreRANDRequest
+	12, // 28: kme.v1.KeyService.OpenProvisioning:input_type -> kme.v1.OpenProvisioningRequest
+	10, // 29: kme.v1.KeyService.GetBinding:input_type -> kme.v1.GetBindingRequest
+	14, // 30: kme.v1.KeyService.ListBindings:input_type -> kme.v1.ListBindingsRequest
+	16, // 31: kme.v1.KeyService.RevokeBinding:input_type -> kme.v1.RevokeBindingRequest
+	17, // 32: kme.v1.KeyService.Stream:input_type -> kme.v1.StreamRequest
+	3,  // 33: kme.v1.KeyService.PrepareVector:output_type -> kme.v1.PrepareVectorResponse
+	5,  // 34: kme.v1.KeyService.EstablishKME:output_type -> kme.v1.EstablishKMEResponse
+	7,  // 35: kme.v1.KeyService.ReportAuthentication:output_type -> kme.v1.ReportAuthenticationResponse
+	9,  // 36: kme.v1.KeyService.RestoreRAND:output_type -> kme.v1.RestoreRANDResponse
+	13, // 37: kme.v1.KeyService.OpenProvisioning:output_type -> kme.v1.OpenProvisioningResponse
+	11, // 38: kme.v1.KeyService.GetBinding:output_type -> kme.v1.GetBindingResponse
+	15, // 39: kme.v1.KeyService.ListBindings:output_type -> kme.v1.ListBindingsResponse
+	11, // 40: kme.v1.KeyService.RevokeBinding:output_type -> kme.v1.GetBindingResponse
+	19, // 41: kme.v1.KeyService.Stream:output_type -> kme.v1.StreamResponse
+	33, // [33:42] is the sub-list for method output_type
+	24, // [24:33] is the sub-list for method input_type
+	24, // [24:24] is the sub-list for extension type_name
+	24, // [24:24] is the sub-list for extension extendee
+	0,  // [0:24] is the sub-list for field type_name
 }
 
 func init() { file_kme_v1_kme_proto_init() }
@@ -1200,13 +1703,28 @@ func file_kme_v1_kme_proto_init() {
 	if File_kme_v1_kme_proto != nil {
 		return
 	}
+	file_kme_v1_kme_proto_msgTypes[16].OneofWrappers = []any{
+		(*Call_PrepareVector)(nil),
+		(*Call_EstablishKme)(nil),
+		(*Call_ReportAuthentication)(nil),
+		(*Call_RestoreRand)(nil),
+		(*Call_GetBinding)(nil),
+	}
+	file_kme_v1_kme_proto_msgTypes[18].OneofWrappers = []any{
+		(*Answer_Error)(nil),
+		(*Answer_PrepareVector)(nil),
+		(*Answer_EstablishKme)(nil),
+		(*Answer_ReportAuthentication)(nil),
+		(*Answer_RestoreRand)(nil),
+		(*Answer_GetBinding)(nil),
+	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_kme_v1_kme_proto_rawDesc), len(file_kme_v1_kme_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   15,
+			NumMessages:   20,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -61,6 +61,8 @@ const (
 	// KeyServiceRevokeBindingProcedure is the fully-qualified name of the KeyService's RevokeBinding
 	// RPC.
 	KeyServiceRevokeBindingProcedure = "/kme.v1.KeyService/RevokeBinding"
+	// KeyServiceStreamProcedure is the fully-qualified name of the KeyService's Stream RPC.
+	KeyServiceStreamProcedure = "/kme.v1.KeyService/Stream"
 )
 
 // KeyServiceClient is a client for the kme.v1.KeyService service.
@@ -100,6 +102,15 @@ type KeyServiceClient interface {
 	// RevokeBinding ends an IMSI's bindings and forgets the KME. The IMSI is then as one that was never bound: its next
 	// vector opens an attempt. For administrators. Reasons: MALFORMED, NOT_BOUND, STORE_UNAVAILABLE.
 	RevokeBinding(context.Context, *connect.Request[v1.RevokeBindingRequest]) (*connect.Response[v1.GetBindingResponse], error)
+	// Stream makes the calls that an attach is made of, many under way at a time: for a fraction of what a call by itself
+	// costs. It needs HTTP/2. Each call is admitted, counted and answered as one by itself is, by what the configuration
+	// says then; answers come in the order in which calls end. Calls do not wait for one another, so that a call that
+	// needs another's outcome is sent after its answer.
+	//
+	// Who half-closes a stream is answered all that is under way, and the stream ends. It also ends in order, and so
+	// without an error, when the service ends: a call that got no answer was not begun then. If it ends otherwise, such a
+	// call may have been made, or not. A stream is refused with the same codes as a call: CALLER_NOT_ALLOWED, OVERLOADED.
+	Stream(context.Context) *connect.BidiStreamForClient[v1.StreamRequest, v1.StreamResponse]
 }
 
 // NewKeyServiceClient constructs a client for the kme.v1.KeyService service. By default, it uses
@@ -161,6 +172,12 @@ func NewKeyServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...
 			connect.WithSchema(keyServiceMethods.ByName("RevokeBinding")),
 			connect.WithClientOptions(opts...),
 		),
+		stream: connect.NewClient[v1.StreamRequest, v1.StreamResponse](
+			httpClient,
+			baseURL+KeyServiceStreamProcedure,
+			connect.WithSchema(keyServiceMethods.ByName("Stream")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -174,6 +191,7 @@ type keyServiceClient struct {
 	getBinding           *connect.Client[v1.GetBindingRequest, v1.GetBindingResponse]
 	listBindings         *connect.Client[v1.ListBindingsRequest, v1.ListBindingsResponse]
 	revokeBinding        *connect.Client[v1.RevokeBindingRequest, v1.GetBindingResponse]
+	stream               *connect.Client[v1.StreamRequest, v1.StreamResponse]
 }
 
 // PrepareVector calls kme.v1.KeyService.PrepareVector.
@@ -216,6 +234,11 @@ func (c *keyServiceClient) RevokeBinding(ctx context.Context, req *connect.Reque
 	return c.revokeBinding.CallUnary(ctx, req)
 }
 
+// Stream calls kme.v1.KeyService.Stream.
+func (c *keyServiceClient) Stream(ctx context.Context) *connect.BidiStreamForClient[v1.StreamRequest, v1.StreamResponse] {
+	return c.stream.CallBidiStream(ctx)
+}
+
 // KeyServiceHandler is an implementation of the kme.v1.KeyService service.
 type KeyServiceHandler interface {
 	// PrepareVector is called when the HSS builds authentication vectors: all of one AIR in one call. For a bound IMSI it
@@ -253,6 +276,15 @@ type KeyServiceHandler interface {
 	// RevokeBinding ends an IMSI's bindings and forgets the KME. The IMSI is then as one that was never bound: its next
 	// vector opens an attempt. For administrators. Reasons: MALFORMED, NOT_BOUND, STORE_UNAVAILABLE.
 	RevokeBinding(context.Context, *connect.Request[v1.RevokeBindingRequest]) (*connect.Response[v1.GetBindingResponse], error)
+	// Stream makes the calls that an attach is made of, many under way at a time: for a fraction of what a call by itself
+	// costs. It needs HTTP/2. Each call is admitted, counted and answered as one by itself is, by what the configuration
+	// says then; answers come in the order in which calls end. Calls do not wait for one another, so that a call that
+	// needs another's outcome is sent after its answer.
+	//
+	// Who half-closes a stream is answered all that is under way, and the stream ends. It also ends in order, and so
+	// without an error, when the service ends: a call that got no answer was not begun then. If it ends otherwise, such a
+	// call may have been made, or not. A stream is refused with the same codes as a call: CALLER_NOT_ALLOWED, OVERLOADED.
+	Stream(context.Context, *connect.BidiStream[v1.StreamRequest, v1.StreamResponse]) error
 }
 
 // NewKeyServiceHandler builds an HTTP handler from the service implementation. It returns the path
@@ -310,6 +342,12 @@ func NewKeyServiceHandler(svc KeyServiceHandler, opts ...connect.HandlerOption) 
 		connect.WithSchema(keyServiceMethods.ByName("RevokeBinding")),
 		connect.WithHandlerOptions(opts...),
 	)
+	keyServiceStreamHandler := connect.NewBidiStreamHandler(
+		KeyServiceStreamProcedure,
+		svc.Stream,
+		connect.WithSchema(keyServiceMethods.ByName("Stream")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/kme.v1.KeyService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case KeyServicePrepareVectorProcedure:
@@ -328,6 +366,8 @@ func NewKeyServiceHandler(svc KeyServiceHandler, opts ...connect.HandlerOption) 
 			keyServiceListBindingsHandler.ServeHTTP(w, r)
 		case KeyServiceRevokeBindingProcedure:
 			keyServiceRevokeBindingHandler.ServeHTTP(w, r)
+		case KeyServiceStreamProcedure:
+			keyServiceStreamHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -367,4 +407,8 @@ func (UnimplementedKeyServiceHandler) ListBindings(context.Context, *connect.Req
 
 func (UnimplementedKeyServiceHandler) RevokeBinding(context.Context, *connect.Request[v1.RevokeBindingRequest]) (*connect.Response[v1.GetBindingResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("kme.v1.KeyService.RevokeBinding is not implemented"))
+}
+
+func (UnimplementedKeyServiceHandler) Stream(context.Context, *connect.BidiStream[v1.StreamRequest, v1.StreamResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("kme.v1.KeyService.Stream is not implemented"))
 }

@@ -1,0 +1,312 @@
+package api
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net/http"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"connectrpc.com/connect"
+
+	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
+	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/internal/panics"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+const (
+	// maxUnderWay bounds a stream's calls that were read and whose answers were not written: with them its goroutines
+	// and its memory, also where the client reads no answers. At the bound nothing more is read: the calls wait with
+	// the client, as those wait that are more than an HTTP/2 connection may have. What is too much for the service is
+	// refused by the service itself, which knows of all clients.
+	maxUnderWay = 512
+	// maxStreams of one connection.
+	maxStreams = 4
+	// maxMessage is above 64 calls of any kind.
+	maxMessage = 64 << 10
+	// maxWait is the longest deadline of a call, and that of one without.
+	maxWait = time.Minute
+)
+
+// writeWithin is how long a client may leave no room for its answers; it is up to twice as long.
+var writeWithin = 10 * time.Second
+
+// Streams are the streams that clients have open. They outlast a Handler: each of their calls is made by the one that
+// serves then.
+type Streams struct {
+	serving  atomic.Pointer[Handler]
+	draining context.Context
+	drain    context.CancelFunc
+}
+
+// NewStreams has none.
+func NewStreams() *Streams {
+	s := new(Streams)
+	s.draining, s.drain = context.WithCancel(context.Background())
+	return s
+}
+
+// Serve has a Handler make the calls from now on. Those under way end as they began.
+func (s *Streams) Serve(h *Handler) { s.serving.Store(h) }
+
+// Drain ends all streams, each once what is under way is answered. It does not wait.
+func (s *Streams) Drain() { s.drain() }
+
+type controlKey struct{}
+
+// withControl gives a stream the deadlines of its connection.
+func withControl(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == kmev1connect.KeyServiceStreamProcedure {
+			r = r.WithContext(context.WithValue(r.Context(), controlKey{}, http.NewResponseController(w)))
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// Stream is described in kme.proto.
+func (s *server) Stream(
+	ctx context.Context, b *connect.BidiStream[kmev1.StreamRequest, kmev1.StreamResponse],
+) error {
+	const procedure = kmev1connect.KeyServiceStreamProcedure
+	err := s.guard.finish(ctx, procedure, func() (err error) {
+		if ctx, err = s.guard.admit(ctx, procedure, nil); err == nil {
+			if c, ok := ctx.Value(connectionKey{}).(*connection); ok {
+				defer c.streams.Add(-1)
+				if c.streams.Add(1) > maxStreams {
+					err = &binding.Refusal{Reason: kme.Overloaded,
+						Message: "this connection has as many streams as it may have"}
+				}
+			}
+		}
+		if r := refusalOf(err); r != nil {
+			s.service.Refused(ctx, r, "call", procedure)
+			return toConnect(r)
+		}
+		return s.streams.serve(ctx, b)
+	})
+	var refused *connect.Error
+	if errors.As(err, &refused) {
+		setReason(refused.Meta(), err)
+	}
+	return err
+}
+
+// A stream is one that is served.
+type stream struct {
+	*Streams
+	*connect.BidiStream[kmev1.StreamRequest, kmev1.StreamResponse]
+	places  chan struct{}      // has one for each call from when it is read until its answer is written
+	answers chan *kmev1.Answer // never full: each has a place
+	calls   sync.WaitGroup
+	writing atomic.Int64 // when the write that is under way began, in Unix nanoseconds; 0: none is
+}
+
+// serve answers the calls of a stream until it ends. What is under way then is answered too.
+func (s *Streams) serve(
+	ctx context.Context, b *connect.BidiStream[kmev1.StreamRequest, kmev1.StreamResponse],
+) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	t := &stream{Streams: s, BidiStream: b, places: make(chan struct{}, maxUnderWay),
+		answers: make(chan *kmev1.Answer, maxUnderWay)}
+	var helpers sync.WaitGroup // they use the response, which ends with serve
+	defer helpers.Wait()
+	over := make(chan struct{})
+	defer close(over)
+	if control, ok := ctx.Value(controlKey{}).(*http.ResponseController); ok {
+		control.SetReadDeadline(time.Time{}) // there is one for requests, which are shorter
+		helpers.Go(func() { t.watch(control, over) })
+	}
+	written := make(chan error, 1)
+	go func() {
+		defer cancel() // nobody gets an answer any more
+		written <- recovered(t.write)
+	}()
+	err := recovered(func() error { return t.read(ctx) })
+	t.calls.Wait()
+	close(t.answers)
+	if broken := <-written; panics.Of(broken) != nil {
+		err = broken
+	}
+	return err
+}
+
+// recovered is f's error, or its panic.
+func recovered(f func() error) (err error) {
+	defer panics.Recover(&err)
+	return f()
+}
+
+// watch ends reads when the service drains, and writes that take too long.
+func (t *stream) watch(control *http.ResponseController, over <-chan struct{}) {
+	ticker := time.NewTicker(writeWithin)
+	defer ticker.Stop()
+	drain := t.draining.Done()
+	for {
+		select {
+		case <-drain:
+			control.SetReadDeadline(time.Now())
+			drain = nil
+		case <-ticker.C:
+			began := t.writing.Load()
+			if began != 0 && time.Since(time.Unix(0, began)) > writeWithin {
+				control.SetWriteDeadline(time.Now())
+			}
+		case <-over:
+			return
+		}
+	}
+}
+
+// read has calls made as they come.
+func (t *stream) read(ctx context.Context) error {
+	var handler *Handler
+	var known context.Context // of the client, as handler knows it
+	for {
+		m, err := t.Receive()
+		switch read := time.Now(); {
+		case t.draining.Err() != nil, errors.Is(err, io.EOF):
+			return nil
+		case err != nil:
+			return err
+		default:
+			for _, call := range m.Calls {
+				if h := t.serving.Load(); h != handler {
+					handler, known = h, h.clients.know(ctx, *callerOf(ctx), binding.ActorOf(ctx))
+				}
+				if clientOf(known) == nil {
+					stranger(known, handler.service, kmev1connect.KeyServiceStreamProcedure)
+					return toConnect(notAllowed())
+				}
+				select {
+				case t.places <- struct{}{}:
+				case <-ctx.Done():
+					return ctx.Err()
+				}
+				h, ctx := handler, known
+				t.calls.Go(func() { t.answers <- h.answer(ctx, read, call) })
+			}
+		}
+	}
+}
+
+// write sends answers: those that are ready go together.
+func (t *stream) write() (err error) {
+	var m kmev1.StreamResponse
+	for a := range t.answers {
+		m.Answers = append(m.Answers[:0], a)
+		runtime.Gosched() // calls that are about to end are in time
+		for len(t.answers) > 0 {
+			m.Answers = append(m.Answers, <-t.answers)
+		}
+		if err == nil {
+			t.writing.Store(time.Now().UnixNano())
+			err = t.Send(&m)
+			t.writing.Store(0)
+		}
+		for i := range m.Answers {
+			m.Answers[i] = nil
+			<-t.places
+		}
+	}
+	return err
+}
+
+// answer makes a call of a stream, that was read at a time.
+func (h *Handler) answer(ctx context.Context, read time.Time, c *kmev1.Call) *kmev1.Answer {
+	a := &kmev1.Answer{Id: c.Id}
+	wait := time.Duration(c.TimeoutMs) * time.Millisecond
+	if wait == 0 || wait > maxWait {
+		wait = maxWait
+	}
+	ctx, cancel := context.WithDeadline(ctx, read.Add(wait))
+	defer cancel()
+	err := recovered(func() error {
+		answer, err := h.call(ctx, requestOf(c))
+		if err == nil {
+			setAnswer(a, answer.Any())
+		}
+		return err
+	})
+	if err != nil {
+		if panics.Of(err) != nil { // outside of guard, which has those of the call
+			h.service.Broken(ctx, err, "call", kmev1connect.KeyServiceStreamProcedure)
+			err = toConnect(err)
+		}
+		e := &kmev1.CallError{Code: connect.CodeOf(err).String(), Message: err.Error()}
+		var shown *connect.Error
+		if errors.As(err, &shown) {
+			e.Message = shown.Message()
+		}
+		if r := refusalOf(err); r != nil {
+			e.Reason = string(r.Reason)
+		}
+		a.Answer = &kmev1.Answer_Error{Error: e}
+	}
+	return a
+}
+
+// A streamed is a call of a stream as a request of its own, which is what interceptors know.
+type streamed struct {
+	connect.AnyRequest
+	procedure string
+}
+
+// Spec is that of a unary call.
+func (r streamed) Spec() connect.Spec { return connect.Spec{Procedure: r.procedure} }
+
+func requestOf(c *kmev1.Call) connect.AnyRequest {
+	switch q := c.Call.(type) {
+	case *kmev1.Call_PrepareVector:
+		return streamed{connect.NewRequest(q.PrepareVector), kmev1connect.KeyServicePrepareVectorProcedure}
+	case *kmev1.Call_EstablishKme:
+		return streamed{connect.NewRequest(q.EstablishKme), kmev1connect.KeyServiceEstablishKMEProcedure}
+	case *kmev1.Call_ReportAuthentication:
+		return streamed{connect.NewRequest(q.ReportAuthentication),
+			kmev1connect.KeyServiceReportAuthenticationProcedure}
+	case *kmev1.Call_RestoreRand:
+		return streamed{connect.NewRequest(q.RestoreRand), kmev1connect.KeyServiceRestoreRANDProcedure}
+	case *kmev1.Call_GetBinding:
+		return streamed{connect.NewRequest(q.GetBinding), kmev1connect.KeyServiceGetBindingProcedure}
+	}
+	return streamed{connect.NewRequest(c), kmev1connect.KeyServiceStreamProcedure}
+}
+
+// direct makes a call of a stream by the method that makes it also by itself.
+func (s *server) direct(ctx context.Context, r connect.AnyRequest) (connect.AnyResponse, error) {
+	switch q := r.Any().(type) {
+	case *kmev1.PrepareVectorRequest:
+		return s.PrepareVector(ctx, connect.NewRequest(q))
+	case *kmev1.EstablishKMERequest:
+		return s.EstablishKME(ctx, connect.NewRequest(q))
+	case *kmev1.ReportAuthenticationRequest:
+		return s.ReportAuthentication(ctx, connect.NewRequest(q))
+	case *kmev1.RestoreRANDRequest:
+		return s.RestoreRAND(ctx, connect.NewRequest(q))
+	case *kmev1.GetBindingRequest:
+		return s.GetBinding(ctx, connect.NewRequest(q))
+	}
+	return nil, malformed(errors.New("a call of a stream is one of prepare_vector, establish_kme, " +
+		"report_authentication, restore_rand and get_binding"))
+}
+
+func setAnswer(a *kmev1.Answer, message any) {
+	switch m := message.(type) {
+	case *kmev1.PrepareVectorResponse:
+		a.Answer = &kmev1.Answer_PrepareVector{PrepareVector: m}
+	case *kmev1.EstablishKMEResponse:
+		a.Answer = &kmev1.Answer_EstablishKme{EstablishKme: m}
+	case *kmev1.ReportAuthenticationResponse:
+		a.Answer = &kmev1.Answer_ReportAuthentication{ReportAuthentication: m}
+	case *kmev1.RestoreRANDResponse:
+		a.Answer = &kmev1.Answer_RestoreRand{RestoreRand: m}
+	case *kmev1.GetBindingResponse:
+		a.Answer = &kmev1.Answer_GetBinding{GetBinding: m}
+	}
+}

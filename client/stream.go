@@ -1,0 +1,271 @@
+package client
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"runtime"
+	"slices"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
+
+	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
+	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+const (
+	maxCall  = 16 << 10 // above any valid call
+	maxBatch = 48 << 10 // calls beyond it go in another message, so that none has the 64 KiB that a message may have
+)
+
+// A stream makes calls for as long as it lasts. One goroutine writes, and another reads.
+type stream struct {
+	end context.CancelFunc
+	// has one when there are calls to write
+	ready chan struct{}
+
+	mu      sync.Mutex
+	last    uint64             // guarded by mu: the last call's id
+	queue   []queued           // guarded by mu: calls to write
+	waiting map[uint64]waiting // guarded by mu: calls without an answer
+	err     error              // guarded by mu: why it has ended
+}
+
+// A queued is a call that is encoded.
+type queued struct {
+	id   uint64
+	call []byte
+}
+
+// A waiting gets one answer, or is closed when the stream has ended.
+type waiting chan *kmev1.Answer
+
+// A batch is an encoded StreamRequest.
+type batch []byte
+
+// batches encodes a batch, which is, and decodes messages.
+type batches struct{}
+
+func (batches) Name() string                  { return "proto" }
+func (batches) Marshal(m any) ([]byte, error) { return slices.Clone(*m.(*batch)), nil }
+func (batches) MarshalAppend(to []byte, m any) ([]byte, error) {
+	return append(to, *m.(*batch)...), nil
+}
+func (batches) Unmarshal(b []byte, m any) error { return proto.Unmarshal(b, m.(proto.Message)) }
+
+type opener = connect.Client[batch, kmev1.StreamResponse]
+
+func newOpener(c *http.Client, base string) *opener {
+	return connect.NewClient[batch, kmev1.StreamResponse](c, base+kmev1connect.KeyServiceStreamProcedure,
+		connect.WithCodec(batches{}), connect.WithAcceptCompression("gzip", nil, nil))
+}
+
+// open begins a stream. It waits for nothing.
+func open(o *opener) *stream {
+	ctx, cancel := context.WithCancel(context.Background())
+	s := &stream{end: cancel, ready: make(chan struct{}, 1), waiting: map[uint64]waiting{}}
+	b := o.CallBidiStream(ctx)
+	go s.write(ctx, b)
+	go s.read(b)
+	return s
+}
+
+// over says whether the stream takes no more calls.
+func (s *stream) over() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.err != nil
+}
+
+// call makes a call that is encoded, but for its id and its time.
+func (s *stream) call(ctx context.Context, call []byte) (*kmev1.Answer, error) {
+	if until, ok := ctx.Deadline(); ok {
+		call = protowire.AppendTag(call, 2, protowire.VarintType)
+		call = protowire.AppendVarint(call, uint64(max(time.Until(until).Milliseconds(), 1)))
+	}
+	answer := make(waiting, 1)
+	s.mu.Lock()
+	if s.err != nil {
+		s.mu.Unlock()
+		return nil, s.err
+	}
+	s.last++
+	id := s.last
+	call = protowire.AppendVarint(protowire.AppendTag(call, 1, protowire.VarintType), id)
+	s.queue, s.waiting[id] = append(s.queue, queued{id, call}), answer
+	s.mu.Unlock()
+	select {
+	case s.ready <- struct{}{}:
+	default:
+	}
+	var a *kmev1.Answer
+	select {
+	case a = <-answer:
+	case <-ctx.Done():
+		if s.giveUp(id) {
+			return nil, connect.NewError(contextCode(ctx.Err()), ctx.Err())
+		}
+		a = <-answer // it has just come
+	}
+	if a == nil {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return nil, s.err
+	}
+	if e := a.GetError(); e != nil {
+		return nil, refusal(e)
+	}
+	return a, nil
+}
+
+// giveUp has nobody wait for an answer, if there is none yet.
+func (s *stream) giveUp(id uint64) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, ok := s.waiting[id]
+	delete(s.waiting, id)
+	return ok
+}
+
+func contextCode(err error) connect.Code {
+	if errors.Is(err, context.Canceled) {
+		return connect.CodeCanceled
+	}
+	return connect.CodeDeadlineExceeded
+}
+
+// write sends calls as they come: what has come meanwhile goes together.
+func (s *stream) write(ctx context.Context, b *connect.BidiStreamForClient[batch, kmev1.StreamResponse]) {
+	defer b.CloseRequest() // HTTP/2 notes that ctx has ended once it has read all of the request
+	var m batch
+	for {
+		select {
+		case <-s.ready:
+			runtime.Gosched() // others that are about to call are in time
+		case <-ctx.Done():
+			return
+		}
+		for {
+			if m = s.take(m[:0]); len(m) == 0 {
+				break
+			}
+			if b.Send(&m) != nil {
+				return // read gets to know why
+			}
+		}
+	}
+}
+
+// take appends to m the calls that are to be written next. Those that nobody waits for are left out.
+func (s *stream) take(m batch) batch {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := 0
+	for _, q := range s.queue {
+		if len(m) > 0 && len(m)+len(q.call) > maxBatch {
+			break
+		}
+		n++
+		if s.waiting[q.id] != nil {
+			m = protowire.AppendBytes(protowire.AppendTag(m, 1, protowire.BytesType), q.call)
+		}
+	}
+	rest := copy(s.queue, s.queue[n:])
+	clear(s.queue[rest:])
+	s.queue = s.queue[:rest]
+	return m
+}
+
+// read gives answers to those who wait for them, until the stream ends.
+func (s *stream) read(b *connect.BidiStreamForClient[batch, kmev1.StreamResponse]) {
+	for {
+		m, err := b.Receive()
+		s.mu.Lock()
+		if err != nil {
+			s.err = ended(err)
+			for _, w := range s.waiting {
+				close(w)
+			}
+			s.waiting, s.queue = nil, nil
+			s.mu.Unlock()
+			s.end()
+			b.CloseResponse()
+			return
+		}
+		for _, a := range m.Answers {
+			if w := s.waiting[a.Id]; w != nil {
+				delete(s.waiting, a.Id)
+				w <- a
+			} else { // it was given up
+				clear(a.GetEstablishKme().GetKme())
+			}
+		}
+		s.mu.Unlock()
+	}
+}
+
+// ended is what the calls of a stream get that has ended: the service's refusal if it is one, or that it cannot be
+// reached.
+func ended(err error) error {
+	switch connect.CodeOf(err) {
+	case connect.CodeCanceled, connect.CodeUnknown, connect.CodeInternal, connect.CodeDeadlineExceeded:
+		if errors.Is(err, io.EOF) {
+			err = errors.New("the service has ended it")
+		}
+		return connect.NewError(connect.CodeUnavailable, fmt.Errorf("the stream to the service has ended: %w", err))
+	}
+	return err
+}
+
+// refusal is the error of a call.
+func refusal(e *kmev1.CallError) error {
+	if e.Reason != "" {
+		return &Error{kme.Reason(e.Reason), e.Message}
+	}
+	code := connect.CodeUnknown
+	if err := code.UnmarshalText([]byte(e.Code)); err != nil {
+		return fmt.Errorf("%s: %s", e.Code, e.Message)
+	}
+	return connect.NewError(code, errors.New(e.Message))
+}
+
+// whole makes requests whose body has each message in one piece: Connect writes its five bytes of length by themselves,
+// and HTTP/2 would send them so.
+type whole struct{ *http.Transport }
+
+func (w whole) RoundTrip(r *http.Request) (*http.Response, error) {
+	if r.ContentLength < 0 {
+		r = r.Clone(r.Context())
+		r.Body = &messages{ReadCloser: r.Body}
+	}
+	return w.Transport.RoundTrip(r)
+}
+
+type messages struct {
+	io.ReadCloser
+	left int // of the message that is being read
+}
+
+func (m *messages) Read(p []byte) (n int, err error) {
+	const prefix = 5
+	if m.left == 0 {
+		if len(p) < prefix {
+			return 0, io.ErrShortBuffer
+		}
+		if n, err = io.ReadFull(m.ReadCloser, p[:prefix]); err != nil {
+			return n, err
+		}
+		m.left = int(binary.BigEndian.Uint32(p[1:]))
+	}
+	more, err := io.ReadFull(m.ReadCloser, p[n:min(len(p), n+m.left)])
+	m.left -= more
+	return n + more, err
+}
