@@ -31,22 +31,28 @@ func benchOperator(b testing.TB) (*OperatorToken, Payload) {
 	return token, Payload{Suite: kme.SuiteECDSA, Lot: lot, N: &key.PublicKey, Device: &device.PublicKey, Bytes: payload}
 }
 
-// sessions runs f on all sessions of the token at once.
+// sessions runs f on all sessions of the token at once. It leaves no more in them than the pool would.
 func sessions(b *testing.B, token *OperatorToken, f func(s *p11.Session) error) {
 	b.SetParallelism(max(1, token.Sessions()/runtime.GOMAXPROCS(0)))
 	b.ReportAllocs()
 	b.ResetTimer()
 	b.RunParallel(func(pb *testing.PB) {
-		err := token.hsm.With(b.Context(), "test", func(s *p11.Session) error {
-			for pb.Next() {
-				if err := f(s); err != nil {
-					return err
+		for more := true; more; {
+			err := token.hsm.With(b.Context(), "test", func(s *p11.Session) error {
+				for range 32 {
+					if more = pb.Next(); !more {
+						return nil
+					}
+					if err := f(s); err != nil {
+						return err
+					}
 				}
+				return nil
+			})
+			if err != nil {
+				b.Error(err)
+				return
 			}
-			return nil
-		})
-		if err != nil {
-			b.Error(err)
 		}
 	})
 }

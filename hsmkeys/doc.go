@@ -56,6 +56,7 @@ const (
 var (
 	ErrNoKey       = p11.ErrNoKey
 	ErrUnavailable = p11.ErrUnavailable
+	ErrBusy        = p11.ErrBusy
 	ErrPINMaybeSet = officer.ErrPINMaybeSet
 )
 

@@ -18,7 +18,7 @@ const RANDSize = 16
 // A RAND is the random challenge of an authentication vector.
 type RAND = [RANDSize]byte
 
-// EncryptRANDs encrypts RANDs, each as one AES-256 block under a sealed KME, inside the token: 4 calls, however many.
+// EncryptRANDs encrypts RANDs, each as one AES-256 block under a sealed KME, inside the token: 3 calls, however many.
 // The text says only that RAND is encrypted; one block, of exactly its size, is our choice.
 func (t *OperatorToken) EncryptRANDs(ctx context.Context, sealed []byte, rands []RAND) ([]RAND, error) {
 	return t.randBlocks(ctx, "encrypt RANDs", sealed, rands, (*p11.Session).Encrypt)
@@ -46,7 +46,7 @@ func (t *OperatorToken) randBlocks(ctx context.Context, operation string, sealed
 	for _, r := range rands {
 		in = append(in, r[:]...)
 	}
-	return p11.DoWithKey(ctx, t.hsm, operation, func(s *p11.Session) (out []RAND, err error) {
+	return p11.Do(ctx, t.hsm, operation, func(s *p11.Session) (out []RAND, err error) {
 		generation := int(sealed[0])
 		if known := t.sealing.Load(); known != nil && known.generation < generation {
 			t.sealing.Store(nil) // somebody has made a newer storage key
@@ -55,13 +55,14 @@ func (t *OperatorToken) randBlocks(ctx context.Context, operation string, sealed
 		if err != nil {
 			return out, err
 		}
-		var b []byte
-		err = keyop.Unseal(s, storage, sealed, keyspec.UsableKME, func(h pkcs11.ObjectHandle) (err error) {
-			b, err = process(s, pkcs11.CKM_AES_ECB, h, in, make([]byte, len(in)))
-			return p11.Explain("process RAND", err)
-		})
+		h, err := keyop.Unseal(s, storage, sealed, keyspec.UsableKME)
 		if err != nil {
 			return out, err
+		}
+		s.Leave()
+		b, err := process(s, pkcs11.CKM_AES_ECB, h, in, make([]byte, len(in)))
+		if err != nil {
+			return out, p11.Explain("process RAND", err)
 		}
 		if len(b) != len(in) {
 			return out, errors.New("the token's AES-ECB gives another number of blocks than it was given")

@@ -6,10 +6,12 @@ import (
 	"encoding/pem"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/miekg/pkcs11"
 
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -88,9 +90,15 @@ func TestNothingIsLeft(t *testing.T) {
 		}
 		return sessions, objects
 	}
+	sessions, objects := 0, 0
+	dropped := func() bool { _, n := count(); return n == objects }
+	time.Sleep(2 * p11.LeftFor) // since the samples
+	sessions, objects = count()
 	run(400)
-	sessions, objects := count()
+	testproc.Await(t, "what the operations left is dropped", dropped)
+	sessions, _ = count()
 	run(10_000)
+	testproc.Await(t, "what the operations left is dropped", dropped)
 	if s, o := count(); s == 0 || s > sessions+token.Sessions() || o != objects {
 		t.Errorf("%d sessions and %d objects, before %d and %d", s, o, sessions, objects)
 	} else {

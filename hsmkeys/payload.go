@@ -42,9 +42,10 @@ type Payload struct {
 	Bytes  []byte
 }
 
-// OpenPayload decrypts a payload, validates KME_SIG, tags the KME for the ledger and seals it, on one session. The
-// payload must have exactly k bytes; an error otherwise, and when the token fails. The KME is in this process only
-// between decryption and sealing, and is wiped.
+// OpenPayload decrypts a payload, validates KME_SIG, tags the KME for the ledger and seals it: 9 calls, the last 7 of
+// them in three steps that do not wait for one another where the token is far. The payload must have exactly k bytes;
+// an error otherwise, and when the token fails. The KME is in this process only between decryption and sealing, and is
+// wiped; in the token it is an object for p11.LeftFor.
 //
 // Whatever is wrong with the payload's content, all steps run, with a stand-in where the content is of no use, so
 // that neither the answer nor its time says which step found it: with textbook RSA that would be an oracle.
@@ -57,7 +58,7 @@ func (t *OperatorToken) OpenPayload(ctx context.Context, in Payload) (*Opened, e
 	if err := suite.CheckDevice(device); err != nil {
 		return nil, err
 	}
-	return p11.DoWithKey(ctx, t.hsm, "open payload", func(s *p11.Session) (*Opened, error) {
+	return p11.DoApart(ctx, t.hsm, "open payload", 3, func(s *p11.Session) (*Opened, error) {
 		hLot, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, in.Lot)
 		if err != nil {
 			return nil, err
@@ -84,19 +85,24 @@ func (t *OperatorToken) OpenPayload(ctx context.Context, in Payload) (*Opened, e
 		if !formed {
 			sig = keyop.StandIn(suite) // a token answers malformed values without computing anything
 		}
-		var verified bool
 		signed := suite.Signed(in.For, &p)
 		defer clear(signed)
-		if t.verifyInSoftware {
-			verified = suite.Verify(device, signed, sig)
-		} else if verified, err = keyop.VerifyKME(s, suite, device, signed, sig); err != nil {
-			return nil, err
-		}
-		opened := &Opened{NWSig: p.NWSig()}
-		if opened.Tag, err = keyop.HMAC(s, hLedger, p.KME.Bytes()); err != nil {
-			return nil, err
-		}
-		if opened.Sealed, err = keyop.Seal(s, generation, hStorage, p.KME); err != nil {
+		opened, verified := &Opened{NWSig: p.NWSig()}, false
+		err = t.hsm.Apart(s, func(s *p11.Session) (err error) {
+			if t.verifyInSoftware {
+				verified = suite.Verify(device, signed, sig)
+				return nil
+			}
+			verified, err = keyop.VerifyKME(s, suite, device, signed, sig)
+			return err
+		}, func(s *p11.Session) (err error) {
+			opened.Tag, err = keyop.HMAC(s, hLedger, p.KME.Bytes())
+			return err
+		}, func(s *p11.Session) (err error) {
+			opened.Sealed, err = keyop.Seal(s, generation, hStorage, p.KME)
+			return err
+		})
+		if err != nil {
 			return nil, err
 		}
 
@@ -119,7 +125,7 @@ func (t *OperatorToken) ExportKME(ctx context.Context, in Payload) (kme.Secret, 
 	if err != nil {
 		return kme.Secret{}, err
 	}
-	return p11.DoWithKey(ctx, t.hsm, "export KME", func(s *p11.Session) (kme.Secret, error) {
+	return p11.Do(ctx, t.hsm, "export KME", func(s *p11.Session) (kme.Secret, error) {
 		h, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, in.Lot)
 		if err != nil {
 			return kme.Secret{}, err

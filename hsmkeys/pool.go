@@ -129,31 +129,31 @@ func (p *OperatorPool) Sessions() (n int) {
 
 // OpenPayload is OperatorToken.OpenPayload.
 func (p *OperatorPool) OpenPayload(ctx context.Context, in Payload) (*Opened, error) {
-	return p11.OnAny(p.pool, func(t *OperatorToken) (*Opened, error) { return t.OpenPayload(ctx, in) })
+	return p11.OnAny(ctx, p.pool, func(t *OperatorToken) (*Opened, error) { return t.OpenPayload(ctx, in) })
 }
 
 // ExportKME is OperatorToken.ExportKME.
 func (p *OperatorPool) ExportKME(ctx context.Context, in Payload) (kme.Secret, error) {
-	return p11.OnAny(p.pool, func(t *OperatorToken) (kme.Secret, error) { return t.ExportKME(ctx, in) })
+	return p11.OnAny(ctx, p.pool, func(t *OperatorToken) (kme.Secret, error) { return t.ExportKME(ctx, in) })
 }
 
 // EncryptRANDs is OperatorToken.EncryptRANDs.
 func (p *OperatorPool) EncryptRANDs(ctx context.Context, sealed []byte, rands []RAND) ([]RAND, error) {
-	return p11.OnAny(p.pool, func(t *OperatorToken) ([]RAND, error) { return t.EncryptRANDs(ctx, sealed, rands) })
+	return p11.OnAny(ctx, p.pool, func(t *OperatorToken) ([]RAND, error) { return t.EncryptRANDs(ctx, sealed, rands) })
 }
 
 // DecryptRAND is OperatorToken.DecryptRAND.
 func (p *OperatorPool) DecryptRAND(ctx context.Context, sealed []byte, rand RAND) (RAND, error) {
-	return p11.OnAny(p.pool, func(t *OperatorToken) (RAND, error) { return t.DecryptRAND(ctx, sealed, rand) })
+	return p11.OnAny(ctx, p.pool, func(t *OperatorToken) (RAND, error) { return t.DecryptRAND(ctx, sealed, rand) })
 }
 
 // Ping shows that one of the tokens can work.
 func (p *OperatorPool) Ping(ctx context.Context) error {
-	_, err := p11.OnAny(p.pool, func(t *OperatorToken) (struct{}, error) { return struct{}{}, t.Ping(ctx) })
+	_, err := p11.OnAny(ctx, p.pool, func(t *OperatorToken) (struct{}, error) { return struct{}{}, t.Ping(ctx) })
 	return err
 }
 
 // Derive is OperatorToken.Derive.
 func (p *OperatorPool) Derive(ctx context.Context, purpose string) (kme.Secret, error) {
-	return p11.OnAny(p.pool, func(t *OperatorToken) (kme.Secret, error) { return t.Derive(ctx, purpose) })
+	return p11.OnAny(ctx, p.pool, func(t *OperatorToken) (kme.Secret, error) { return t.Derive(ctx, purpose) })
 }

@@ -115,10 +115,14 @@ func (r *Rotation) Reseal(ctx context.Context, sealed []byte) ([]byte, error) {
 		if err != nil {
 			return nil, err
 		}
-		err = keyop.Unseal(s, earlier, sealed, keyspec.SealableKME, func(h pkcs11.ObjectHandle) (err error) {
-			out, err = keyop.SealObject(s, r.newest, newest, h)
-			return err
-		})
+		h, err := keyop.Unseal(s, earlier, sealed, keyspec.SealableKME)
+		if err != nil {
+			return nil, err
+		}
+		out, err = keyop.SealObject(s, r.newest, newest, h)
+		if derr := s.Destroy(h); err == nil { // not left there: earlier would have to be unwrapped again
+			err = p11.Explain("drop an unsealed KME", derr)
+		}
 		return out, err
 	})
 }
@@ -129,8 +133,7 @@ func (r *Rotation) earlier(s *p11.Session, generation int) (pkcs11.ObjectHandle,
 	if wrapped == nil {
 		return 0, fmt.Errorf("%s: %w", keyspec.StorageGeneration(generation).Label(), ErrNoKey)
 	}
-	at := p11.Object{Class: pkcs11.CKO_SECRET_KEY, ID: fmt.Sprintf("earlier %d of session %d", generation, s.ID)}
-	return r.hsm.Remembered(at, func() (pkcs11.ObjectHandle, error) {
+	return s.Own(keyspec.StorageGeneration(generation).Label(), func() (pkcs11.ObjectHandle, error) {
 		private, err := keyop.Receiver(s, keyspec.RotationLabel, r.to)
 		if err != nil {
 			return 0, err

@@ -44,6 +44,8 @@ type Options struct {
 	// VerifyInSoftware has KME_SIG validated in this process, for operators' tokens without the mechanism: it needs no
 	// secret, and no answer is another by it.
 	VerifyInSoftware bool
+	// Sessions is how many operations may be in the token at once; 0 for what its distance and its limits suggest.
+	Sessions int
 
 	renewAfter int64 // see p11.Options
 }
@@ -69,6 +71,7 @@ func OpenOperator(ctx context.Context, tokenURI string, o Options) (*OperatorTok
 func openBase(ctx context.Context, tokenURI string, o Options) (*base, error) {
 	hsm, err := p11.OpenUser(ctx, tokenURI, p11.Options{
 		HangTimeout: o.HangTimeout, Observer: o.Observer, Changed: o.Changed, RenewAfter: o.renewAfter,
+		Sessions: o.Sessions,
 	})
 	if err != nil {
 		return nil, err
@@ -92,6 +95,9 @@ func (b *base) Serial() string { return b.hsm.Serial() }
 
 // Sessions is how many operations can be in the token at once.
 func (b *base) Sessions() int { return b.hsm.Sessions() }
+
+// SeesLate is p11.Token's.
+func (b *base) SeesLate() bool { return b.hsm.SeesLate() }
 
 // Health may be asked at any time.
 func (b *base) Health() Health { return b.hsm.Health() }

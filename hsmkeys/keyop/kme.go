@@ -29,19 +29,15 @@ func HMAC(s *p11.Session, key pkcs11.ObjectHandle, data []byte) ([]byte, error) 
 	return tag, p11.Explain("make an HMAC", err)
 }
 
-// Seal wraps a KME under a generation of the storage key. C_WrapKey takes a key object, so the KME is one for that
-// long.
+// Seal wraps a KME under a generation of the storage key. C_WrapKey takes a key object, so the KME is one, which is
+// left in the session.
 func Seal(s *p11.Session, generation int, storage pkcs11.ObjectHandle, secret kme.Secret) (sealed []byte, err error) {
 	h, err := s.Create(append(keyspec.SealableKME[:len(keyspec.SealableKME):len(keyspec.SealableKME)],
 		&pkcs11.Attribute{Type: pkcs11.CKA_VALUE, Value: secret.Bytes()}))
 	if err != nil {
 		return nil, p11.Explain("seal a KME", err)
 	}
-	defer func() {
-		if derr := s.Destroy(h); err == nil {
-			err = p11.Explain("seal a KME", derr)
-		}
-	}()
+	s.Leave()
 	return SealObject(s, generation, storage, h)
 }
 
@@ -56,19 +52,11 @@ func SealObject(s *p11.Session, generation int, storage, h pkcs11.ObjectHandle) 
 	return sealed, p11.Explain("seal a KME", err)
 }
 
-// Unseal runs f on a sealed KME, which is an object of the session for that long.
-func Unseal(s *p11.Session, storage pkcs11.ObjectHandle, sealed []byte, template p11.Attributes,
-	f func(pkcs11.ObjectHandle) error) (err error) {
+// Unseal makes a sealed KME an object of the session. The caller destroys it, or leaves it there.
+func Unseal(s *p11.Session, storage pkcs11.ObjectHandle, sealed []byte, template p11.Attributes) (
+	pkcs11.ObjectHandle, error) {
 	h, err := s.Unwrap(pkcs11.CKM_AES_KEY_WRAP, storage, sealed[1:], template)
-	if err != nil {
-		return p11.Explain("unseal a KME", err)
-	}
-	defer func() {
-		if derr := s.Destroy(h); err == nil {
-			err = p11.Explain("drop an unsealed KME", derr)
-		}
-	}()
-	return f(h)
+	return h, p11.Explain("unseal a KME", err)
 }
 
 // kmeSignature is the mechanism of KME_SIG and what it is given. ECDSA gets the digest, since many tokens, SoftHSM
@@ -110,7 +98,7 @@ func StandIn(suite kme.Suite) []byte {
 	return sig
 }
 
-// VerifyKME validates KME_SIG in the token: the public key as a session object, C_Verify, and gone.
+// VerifyKME validates KME_SIG in the token: C_Verify with the public key as a session object, which is left there.
 func VerifyKME(s *p11.Session, suite kme.Suite, pub crypto.PublicKey, signed, sig []byte) (ok bool, err error) {
 	template, err := keyspec.Verifying(pub)
 	if err != nil {
@@ -120,11 +108,7 @@ func VerifyKME(s *p11.Session, suite kme.Suite, pub crypto.PublicKey, signed, si
 	if err != nil {
 		return false, p11.Explain("take a device's public key into the token", err)
 	}
-	defer func() {
-		if derr := s.Destroy(h); err == nil {
-			err = p11.Explain("drop a device's public key", derr)
-		}
-	}()
+	s.Leave()
 	m, data := kmeSignature(suite, signed)
 	ok, err = s.Verify(m, h, data, sig)
 	return ok, p11.Explain("verify KME_SIG", err)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"runtime/debug"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -91,55 +92,84 @@ func (w workers) run(closing <-chan struct{}, f func()) {
 	}
 }
 
-// inToken runs f on s, or on a new session. When it gives f up, or f fails in the token or by a panic, the session is
-// replaced.
-func inToken[T any](t *Token, s *Session, operation string, f func(*Session) (T, error)) (T, error) {
+// inToken runs f on sessions, of which those that are nil are to be opened. When it gives f up, or f fails in the token
+// or by a panic, they are replaced.
+func inToken[T any](t *Token, held []*Session, operation string, f func([]*Session) (T, error)) (T, error) {
 	v, gaveUp, err := within(t, t.hangAfter, func() (v T, err error) {
 		sound := false
 		defer func() {
-			if old := s; old != nil && !sound {
-				s = nil
-				old.Close()
+			for i, s := range held {
+				if s != nil && !sound {
+					held[i] = nil
+					s.Close()
+				}
 			}
 		}()
-		if s == nil {
-			s, err = t.OpenSession()
-		}
-		if err == nil {
-			v, err = f(s)
-			// A failed call may leave an operation active in the session; a fresh one cannot have that.
-			sound = !errors.As(err, new(pkcs11.Error))
-		}
+		v, err = f(held)
+		// A failed call may leave an operation active in its session; a fresh one cannot have that.
+		sound = !errors.As(err, new(pkcs11.Error))
 		if classify(err) == suspect {
-			if fresh, serr := t.OpenSession(); serr != nil {
-				err = fmt.Errorf("%w, %w", err, errGone)
-			} else {
+			if fresh, serr := t.OpenSession(); serr == nil {
 				fresh.Close()
+			} else if !errors.Is(serr, ErrBusy) {
+				err = fmt.Errorf("%w, %w", err, errGone)
 			}
 		}
 		return v, err
 	}, func(waited bool) {
-		switch {
-		case waited:
-			t.idle <- s
-		case s != nil: // its place was given to another
-			s.Close()
+		for _, s := range held {
+			switch {
+			case waited:
+				t.put(s)
+			case s != nil: // its place was given to another
+				s.Close()
+			}
 		}
 	})
 	if gaveUp {
 		t.lose(fmt.Errorf("a call does not come back (%s)", operation))
-		t.idle <- nil
+		for range held {
+			t.idle.give(nil)
+		}
 	}
 	return v, err
+}
+
+// opened runs f on the first of its sessions, which has the others for Apart.
+func opened[T any](t *Token, f func(*Session) (T, error)) func([]*Session) (T, error) {
+	return func(held []*Session) (v T, err error) {
+		var others []*Session
+		for i := range held {
+			if held[i] == nil {
+				if held[i], err = t.OpenSession(); err != nil && i == 0 {
+					return v, err
+				}
+			}
+			if s := held[i]; s != nil && i > 0 { // without one of the others it is as well
+				others = append(others, s)
+			}
+		}
+		s := held[0]
+		s.others = others
+		defer func() { s.others = nil }()
+		return f(s)
+	}
 }
 
 // Do runs f on a session of the pool, and gives its result. operation says to observers what f is. f may go on after Do
 // has returned, when it was given up: nothing comes out of it but its result. A session that has ended is replaced, and
 // f run once more: whatever f makes for good, it first looks for.
 func Do[T any](ctx context.Context, t *Token, operation string, f func(*Session) (T, error)) (T, error) {
-	v, err := run(ctx, t, operation, f)
-	if classify(err) == sessionLost {
-		v, err = run(ctx, t, operation, f)
+	return DoApart(ctx, t, operation, 1, f)
+}
+
+// DoApart is Do for an operation that has up to so many steps at once, by [Token.Apart]. Where calls take long, it has
+// a session for each of them, if they are free.
+func DoApart[T any](ctx context.Context, t *Token, operation string, steps int, f func(*Session) (T, error)) (T, error) {
+	v, err := run(ctx, t, operation, steps, f)
+	// What is left in the other sessions may be what fills the token.
+	if c := classify(err); c == sessionLost || IsCKR(err, pkcs11.CKR_DEVICE_MEMORY) && t.dropAll() {
+		v, err = run(ctx, t, operation, steps, f)
 	}
 	if c := classify(err); c == sessionLost || c == deviceLost {
 		t.lose(err)
@@ -148,20 +178,34 @@ func Do[T any](ctx context.Context, t *Token, operation string, f func(*Session)
 	return v, err
 }
 
-// DoWithKey is Do for a key that must be there. Where it is missing in SoftHSM it is looked for again, for some 0.6 s:
-// while one thread reads what another process has just made, the others do not see it yet (2.6.1).
-func DoWithKey[T any](ctx context.Context, t *Token, operation string, f func(*Session) (T, error)) (v T, err error) {
-	for pause := 10 * time.Millisecond; ; pause *= 2 {
-		v, err = Do(ctx, t, operation, f)
-		if !errors.Is(err, ErrNoKey) || !t.isSoftHSM() || pause > time.Second/2 {
-			return v, err
+// Apart makes steps that do not wait for one another: each on a session of its own, if the operation has so many, else
+// one after the other. Whatever becomes of one, all are made; it returns when all have ended.
+func (t *Token) Apart(s *Session, steps ...func(*Session) error) error {
+	errs := make([]error, len(steps))
+	lanes := append([]*Session{s}, s.others...)
+	lanes = lanes[:min(len(lanes), len(steps))]
+	// The first step has its session for itself.
+	lane := func(step int) int {
+		if step == 0 || len(lanes) == 1 {
+			return 0
 		}
-		select {
-		case <-time.After(pause):
-		case <-ctx.Done():
-			return v, err
+		return 1 + (step-1)%(len(lanes)-1)
+	}
+	do := func(at int) {
+		for i, step := range steps {
+			if lane(i) == at {
+				_, errs[i] = noPanic(t, func() (none struct{}, err error) { return none, step(lanes[at]) })
+			}
 		}
 	}
+	var all sync.WaitGroup
+	for at := 1; at < len(lanes); at++ {
+		all.Add(1)
+		t.workers.run(t.closing, func() { defer all.Done(); do(at) })
+	}
+	do(0)
+	all.Wait()
+	return errors.Join(errs...)
 }
 
 // With is Do for what has no result.
@@ -172,7 +216,7 @@ func (t *Token) With(ctx context.Context, operation string, f func(*Session) err
 
 // Once is With for what must not be done twice, and which says itself what a failure means.
 func (t *Token) Once(ctx context.Context, operation string, f func(*Session) error) error {
-	_, err := run(ctx, t, operation, func(s *Session) (struct{}, error) { return struct{}{}, f(s) })
+	_, err := run(ctx, t, operation, 1, func(s *Session) (struct{}, error) { return struct{}{}, f(s) })
 	return err
 }
 
@@ -189,19 +233,22 @@ func (t *Token) Beside(f func(*Session) error) error {
 	return err
 }
 
-func run[T any](ctx context.Context, t *Token, operation string, f func(*Session) (T, error)) (v T, err error) {
-	s, err := t.take(ctx)
+func run[T any](
+	ctx context.Context, t *Token, operation string, steps int, f func(*Session) (T, error),
+) (v T, err error) {
+	held, err := t.take(ctx, steps)
 	if err != nil {
 		return v, err
 	}
 	if t.observer != nil {
 		defer func(start time.Time) { t.observer.Worked(operation, time.Since(start), err) }(time.Now())
 	}
-	return inToken(t, s, operation, f)
+	return inToken(t, held, operation, opened(t, f))
 }
 
-// take waits for an entry of idle.
-func (t *Token) take(ctx context.Context) (s *Session, err error) {
+// take waits for a place of idle, and takes more, up to so many, if they are free and the token is far away: it never
+// waits for one while it has another.
+func (t *Token) take(ctx context.Context, most int) (held []*Session, err error) {
 	lost, cause := t.breaker.check()
 	if cause != nil {
 		return nil, cause
@@ -210,7 +257,7 @@ func (t *Token) take(ctx context.Context) (s *Session, err error) {
 		defer func(start time.Time) { t.observer.Waited(time.Since(start)) }(time.Now())
 	}
 	select {
-	case s = <-t.idle:
+	case <-t.idle.places:
 	case <-lost:
 		_, cause := t.breaker.check()
 		if cause == nil { // it is back already
@@ -222,8 +269,16 @@ func (t *Token) take(ctx context.Context) (s *Session, err error) {
 	}
 	// Select picks at random: nothing is spent on a caller that has gone, or on a token that has.
 	if _, cause := t.breaker.check(); cause != nil || ctx.Err() != nil {
-		t.idle <- s
+		t.idle.places <- struct{}{}
 		return nil, errors.Join(cause, ctx.Err())
 	}
-	return s, nil
+	places := 1
+	if most > 1 && t.distance.far() {
+		places += t.idle.more(most - 1)
+	}
+	held = make([]*Session, places)
+	for i := range held {
+		held[i] = t.idle.session()
+	}
+	return held, nil
 }

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"runtime"
 	"strings"
 	"sync/atomic"
 
@@ -21,6 +20,11 @@ type connection struct {
 	info   pkcs11.TokenInfo
 	held   *Session      // of the login, which ends with the last session
 	lacks  atomic.Uint32 // see fitting
+	// open are the sessions that are open, without those of crypto11, and most is how many may be; 0 if the token says
+	// nothing of it
+	open    atomic.Int64
+	most    int64
+	signing int // the sessions that crypto11 may open
 	// crypto11 gives crypto.Signers. It never gets the PIN: a login is the token's, not a session's, so ours serves it
 	// too. Used by whoever holds a session of the pool.
 	signers *crypto11.Context
@@ -30,7 +34,7 @@ type connection struct {
 // no string of the module's own, so a token whose module wants one has no signers.
 func (c *connection) acquire() (err error) {
 	if c.uri.reserved == "" {
-		config := &crypto11.Config{Path: c.uri.module, LoginNotSupported: true, MaxSessions: crypto11Sessions()}
+		config := &crypto11.Config{Path: c.uri.module, LoginNotSupported: true, MaxSessions: c.signing}
 		if config.TokenSerial = c.uri.token["serial"]; config.TokenSerial == "" {
 			config.TokenLabel = c.uri.token["token"]
 		}
@@ -47,8 +51,37 @@ func (c *connection) acquire() (err error) {
 	return err
 }
 
-// crypto11Sessions are those that crypto11 may open: one that stays, and those that sign.
-func crypto11Sessions() int { return 1 + 2*runtime.GOMAXPROCS(0) }
+// fewestSigning are the sessions that crypto11 needs: one that stays, and one that signs.
+const fewestSigning = 2
+
+// share divides the sessions that the token allows (CK_TOKEN_INFO) between crypto11 and ourselves: no call may be the
+// first to find that there are no more. It says whether crypto11 has to be begun again, with fewer.
+func (c *connection) share() (again bool, err error) {
+	limit := 0
+	for _, said := range []uint{c.info.MaxSessionCount, c.info.MaxRwSessionCount} {
+		if told(said) && (limit == 0 || int(said) < limit) {
+			limit = int(said)
+		}
+	}
+	if limit == 0 {
+		return false, nil
+	}
+	if c.signers == nil {
+		c.signing = 0
+	} else if most := max(fewestSigning, limit/4); c.signing > most {
+		c.signing, again = most, true
+	}
+	if c.most = int64(limit - c.signing); c.most < 2 {
+		return false, fmt.Errorf("%s allows an application %d sessions, and ours needs %d: one that holds the login, one "+
+			"that works, and %d for crypto11: have it allow more", c, limit, 2+c.signing, c.signing)
+	}
+	return again, nil
+}
+
+// told says whether a token says anything by a number of CK_TOKEN_INFO.
+func told(n uint) bool {
+	return n != pkcs11.CK_EFFECTIVELY_INFINITE && n != pkcs11.CK_UNAVAILABLE_INFORMATION
+}
 
 // release undoes acquire and login. Nothing may be in the module.
 func (c *connection) release() error {
@@ -135,11 +168,16 @@ func (c *connection) logIn(user uint, pin PIN) (*Session, error) {
 
 // OpenSession opens a session beside the pool's, for whoever may leave something in it. The caller closes it.
 func (c *connection) OpenSession() (*Session, error) {
+	if open := c.open.Add(1); c.most > 0 && open > c.most {
+		c.open.Add(-1)
+		return nil, ErrBusy
+	}
 	h, err := c.module.OpenSession(c.slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
 	if err != nil {
+		c.open.Add(-1)
 		return nil, Explain("open a session", err)
 	}
-	return &Session{c.module.Ctx, h, c.module.list, &c.lacks}, nil
+	return &Session{Ctx: c.module.Ctx, ID: h, list: c.module.list, lacks: &c.lacks, open: &c.open}, nil
 }
 
 // reinitialise takes the module through C_Finalize and C_Initialize, and logs in as the user again.

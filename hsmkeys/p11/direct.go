@@ -25,7 +25,10 @@ typedef struct {
 	void *before_sign_init[7];
 	ck_init sign_init;
 	ck_single sign;
-	void *before_generate_key[14];
+	void *before_verify_init[4];
+	ck_init verify_init;
+	ck (*verify)(ck session, unsigned char *data, ck size, unsigned char *signature, ck signature_size);
+	void *before_generate_key[8];
 	ck (*generate_key)(ck session, ck_mechanism *, ck_attribute *, ck count, ck *key);
 	ck (*generate_key_pair)(ck session, ck_mechanism *, ck_attribute *public, ck public_count,
 		ck_attribute *private, ck private_count, ck *public_key, ck *private_key);
@@ -81,6 +84,14 @@ static ck crypt(ck_list *list, int operation, ck session, ck m, ck key,
 	ck_mechanism how = mechanism(m);
 	ck rv = init(session, &how, key);
 	return rv ? rv : single(session, in, in_size, out, out_size);
+}
+
+static ck verify(ck_list *list, ck session, ck m, ck key, unsigned char *data, ck size, unsigned char *signature,
+	ck signature_size)
+{
+	ck_mechanism how = mechanism(m);
+	ck rv = list->verify_init(session, &how, key);
+	return rv ? rv : list->verify(session, data, size, signature, signature_size);
 }
 
 static ck wrap(ck_list *list, ck session, ck m, ck wrapping, ck key, unsigned char *out, ck *out_size)
@@ -200,6 +211,16 @@ func (s *Session) Decrypt(mechanism uint, key pkcs11.ObjectHandle, in, out []byt
 
 func (s *Session) Sign(mechanism uint, key pkcs11.ObjectHandle, in, out []byte) ([]byte, error) {
 	return s.crypt(C.signing, mechanism, key, in, out)
+}
+
+// Verify says whether a signature is that of data.
+func (s *Session) Verify(mechanism uint, key pkcs11.ObjectHandle, data, sig []byte) (bool, error) {
+	err := toError(C.verify(s.list, C.ck(s.ID), C.ck(mechanism), C.ck(key), (*C.uchar)(unsafe.SliceData(data)),
+		C.ck(len(data)), (*C.uchar)(unsafe.SliceData(sig)), C.ck(len(sig))))
+	if IsCKR(err, pkcs11.CKR_SIGNATURE_INVALID, pkcs11.CKR_SIGNATURE_LEN_RANGE) {
+		return false, nil
+	}
+	return err == nil, err
 }
 
 // Wrap wraps a key. out has room for the result.

@@ -14,6 +14,9 @@ var ErrNoKey = errors.New("the token has no such key")
 // ErrUnavailable: the token is away. It is reinitialised as soon as it can be.
 var ErrUnavailable = errors.New("the token is not available")
 
+// ErrBusy: all sessions that the token allows are in use. The same call may work later.
+var ErrBusy = errors.New("all sessions that the token allows are in use")
+
 // errGone goes with an error that may mean anything: the token opens no session any more.
 var errGone = errors.New("and no session can be opened")
 

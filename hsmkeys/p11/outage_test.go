@@ -32,7 +32,7 @@ func eventually(t *testing.T, what string, holds func() bool) {
 func checkWhole(t *testing.T, token *Token) {
 	t.Helper()
 	eventually(t, "the token works", func() bool { return ping(t.Context(), token) == nil })
-	eventually(t, "every session is back in the pool", func() bool { return len(token.idle) == cap(token.idle) })
+	eventually(t, "every session is back in the pool", func() bool { return token.idle.free() == token.idle.size() })
 	if h := token.Health(); h.Hung != 0 || h.Cause != nil {
 		t.Errorf("%+v", h)
 	}
@@ -232,7 +232,7 @@ func TestWaitAndWorkApart(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	eventually(t, "the ping waits", func() bool { return len(token.idle) == 0 })
+	eventually(t, "the ping waits", func() bool { return token.idle.free() == 0 })
 	time.Sleep(hold)
 	close(free)
 	done.Wait()

@@ -1,35 +1,54 @@
 package p11
 
 import (
+	"context"
 	"errors"
 	"sync/atomic"
+	"time"
 )
 
 // A Pool is one token, or several with the same keys: they share the load, and what one of them cannot do because it is
 // away, another does. T is a token of the layer above. All methods may be called concurrently.
-type Pool[T any] struct {
+type Pool[T member] struct {
 	tokens []T
 	next   atomic.Uint64
 }
 
 // NewPool makes a pool of one token at least.
-func NewPool[T any](tokens ...T) *Pool[T] { return &Pool[T]{tokens: tokens} }
+func NewPool[T member](tokens ...T) *Pool[T] { return &Pool[T]{tokens: tokens} }
 
 // Tokens are those of the pool.
 func (p *Pool[T]) Tokens() []T { return p.tokens }
 
 // OnAny does an operation on one token after the other, beginning with another one each time, until one is there and
 // has the key: of a key that is being rotated, the newest generation is in one token first. The operation must be one
-// that can be done twice.
-func OnAny[T, R any](p *Pool[T], f func(T) (R, error)) (out R, err error) {
-	first := int(p.next.Add(1) % uint64(len(p.tokens)))
-	for i := range p.tokens {
-		out, err = f(p.tokens[(first+i)%len(p.tokens)])
-		c := classify(err)
-		if !errors.Is(err, ErrUnavailable) && !errors.Is(err, ErrNoKey) &&
-			c != deviceLost && c != sessionLost && c != suspect {
+// that can be done twice. Where none has the key, and it may be in SoftHSM, it is looked for again, for some 0.6 s:
+// while one thread reads what another process has just made, the others do not see it yet (2.6.1).
+func OnAny[T member, R any](ctx context.Context, p *Pool[T], f func(T) (R, error)) (out R, err error) {
+	first := p.next.Add(1)
+	for pause := 10 * time.Millisecond; ; pause *= 2 {
+		again := false
+		for i := range uint64(len(p.tokens)) {
+			t := p.tokens[(first+i)%uint64(len(p.tokens))]
+			out, err = f(t)
+			c, noKey := classify(err), errors.Is(err, ErrNoKey)
+			if !errors.Is(err, ErrUnavailable) && !noKey && c != deviceLost && c != sessionLost && c != suspect {
+				return out, err
+			}
+			again = again || noKey && t.SeesLate()
+		}
+		if !again || pause > time.Second/2 {
+			return out, err
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
 			return out, err
 		}
 	}
-	return out, err
+}
+
+type member interface {
+	// SeesLate says whether the token may not see at once what another process has made in it.
+	SeesLate() bool
 }

@@ -2,6 +2,8 @@ package p11
 
 import (
 	"errors"
+	"fmt"
+	"slices"
 	"sync"
 	"testing"
 
@@ -13,7 +15,7 @@ func TestPool(t *testing.T) {
 	tokens := []*Token{openToken(t, softhsmtest.Token(t), Options{}), openToken(t, softhsmtest.Token(t), Options{})}
 	p := NewPool(tokens...)
 	call := func() error {
-		_, err := OnAny(p, func(token *Token) (struct{}, error) { return struct{}{}, ping(t.Context(), token) })
+		_, err := OnAny(t.Context(), p, func(token *Token) (struct{}, error) { return struct{}{}, ping(t.Context(), token) })
 		return err
 	}
 	load := func(n int) {
@@ -63,17 +65,39 @@ func TestPool(t *testing.T) {
 	load(5)
 }
 
-// A key that a token does not have yet, another has; what is wrong with the call itself, no other token is asked.
+type number int
+
+// 3 is SoftHSM.
+func (n number) SeesLate() bool { return n == 3 }
+
+// A key that a token does not have yet, another has, and is asked at once; what is wrong with the call itself, no other
+// token is asked. One that sees late is asked again, after all others.
 func TestPoolGoesOn(t *testing.T) {
-	p := NewPool(1, 2, 3)
+	away, wrong := fmt.Errorf("x: %w", ErrUnavailable), errors.New("the call is wrong")
+	none := []error{ErrNoKey}
 	for _, c := range []struct {
-		err   error
-		asked int
-	}{{nil, 1}, {ErrNoKey, 3}, {ErrUnavailable, 3}, {errors.New("the call is wrong"), 1}} {
-		asked := 0
-		_, err := OnAny(p, func(int) (struct{}, error) { asked++; return struct{}{}, c.err })
-		if !errors.Is(err, c.err) || asked != c.asked {
-			t.Errorf("%v: asked %d, want %d", c.err, asked, c.asked)
+		says  [3][]error // what 1, 2 and 3 say, one after the other; then nothing is wrong
+		want  error
+		asked []number
+	}{
+		{[3][]error{}, nil, []number{2}},
+		{[3][]error{none, none, nil}, nil, []number{2, 3}},
+		{[3][]error{nil, none, none}, nil, []number{2, 3, 1}},
+		{[3][]error{none, none, none}, nil, []number{2, 3, 1, 2}},
+		{[3][]error{{away}, {away}, {away}}, ErrUnavailable, []number{2, 3, 1}},
+		{[3][]error{none, none, {away}}, ErrNoKey, []number{2, 3, 1}},
+		{[3][]error{nil, {wrong}, nil}, wrong, []number{2}},
+	} {
+		var asked []number
+		_, err := OnAny(t.Context(), NewPool[number](1, 2, 3), func(n number) (none struct{}, err error) {
+			asked = append(asked, n)
+			if says := c.says[n-1]; len(says) > 0 {
+				c.says[n-1], err = says[1:], says[0]
+			}
+			return none, err
+		})
+		if !errors.Is(err, c.want) || !slices.Equal(asked, c.asked) {
+			t.Errorf("%v: %v, asked %v, want %v", c.says, err, asked, c.asked)
 		}
 	}
 }

@@ -15,6 +15,11 @@ const (
 
 // lose opens the breaker, and begins to reinitialise the token.
 func (t *Token) lose(cause error) {
+	select {
+	case <-t.closing:
+		return
+	default:
+	}
 	if t.breaker.open(cause) {
 		t.tell()
 		t.recovering.Go(t.recover)
@@ -59,20 +64,20 @@ func (t *Token) recover() {
 }
 
 // reinitialise takes the module through C_Finalize and C_Initialize, and logs in again; when that fails, the token is
-// lost. Calls wait for it; none is under way, since it holds all entries of idle. The caller holds reinitialising: two
-// at once would each hold half of the entries and wait for the other's.
+// lost. Calls wait for it; none is under way, since it holds all places of idle. The caller holds reinitialising: two
+// at once would each hold half of the places and wait for the other's.
 func (t *Token) reinitialise(pin PIN) error {
 	taken := 0
 	defer func() {
 		for range taken {
-			t.idle <- nil
+			t.idle.give(nil)
 		}
 	}()
 	_, err := noPanic(t, func() (struct{}, error) {
-		for taken < cap(t.idle) {
-			s := <-t.idle
+		for taken < t.idle.size() {
+			<-t.idle.places
 			taken++
-			if s != nil {
+			if s := t.idle.session(); s != nil {
 				s.Close()
 			}
 		}
@@ -91,7 +96,7 @@ func (t *Token) reinitialise(pin PIN) error {
 // tryBeside says whether the token answers beside the calls that hang in it. As many as there are sessions may; then it
 // does not try, until one comes back.
 func (t *Token) tryBeside(pin PIN) error {
-	if t.health.hung.Load() >= int64(cap(t.idle)) {
+	if t.health.hung.Load() >= int64(t.idle.size()) {
 		return fmt.Errorf("%d calls do not come back", t.health.hung.Load())
 	}
 	login := func() (*Session, error) { return t.logIn(pkcs11.CKU_USER, pin) }

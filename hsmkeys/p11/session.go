@@ -3,6 +3,7 @@ package p11
 import (
 	"errors"
 	"sync/atomic"
+	"time"
 
 	"github.com/miekg/pkcs11"
 )
@@ -14,10 +15,44 @@ type Session struct {
 
 	list  functionList
 	lacks *atomic.Uint32 // which of the attributes in optional the token has no place for, by bits
+	open  *atomic.Int64  // the sessions of the token, with this one
+
+	others    []*Session // of the same operation, see Apart
+	left      int        // objects of no more use, which end with the session
+	leftSince time.Time  // when the first of them was left
+	own       map[string]pkcs11.ObjectHandle
 }
 
 // Close ends the session, and with it the objects that it made.
-func (s *Session) Close() error { return s.Ctx.CloseSession(s.ID) }
+func (s *Session) Close() error {
+	defer s.open.Add(-1)
+	return s.Ctx.CloseSession(s.ID)
+}
+
+// Leave says that an object that the session made is of no more use. The pool ends it with the session, in one call
+// with others, LeftFor after the first of them was left, or when there are many.
+func (s *Session) Leave() {
+	if s.left == 0 {
+		s.leftSince = time.Now()
+	}
+	s.left++
+}
+
+// Own gives the handle of a session object that the session has by a name, for as long as it is open; what makes it is
+// called once.
+func (s *Session) Own(name string, make func() (pkcs11.ObjectHandle, error)) (h pkcs11.ObjectHandle, err error) {
+	if h, ok := s.own[name]; ok {
+		return h, nil
+	}
+	if h, err = make(); err != nil {
+		return 0, err
+	}
+	if s.own == nil {
+		s.own = map[string]pkcs11.ObjectHandle{}
+	}
+	s.own[name] = h
+	return h, nil
+}
 
 // Destroy removes an object.
 func (s *Session) Destroy(h pkcs11.ObjectHandle) error { return s.Ctx.DestroyObject(s.ID, h) }
@@ -60,19 +95,6 @@ func (s *Session) Find(template Attributes) (all []pkcs11.ObjectHandle, err erro
 			return all, errors.Join(err, s.Ctx.FindObjectsFinal(s.ID))
 		}
 	}
-}
-
-// Verify says whether a signature is that of data.
-func (s *Session) Verify(m uint, key pkcs11.ObjectHandle, data, sig []byte) (bool, error) {
-	err := s.Ctx.VerifyInit(s.ID, Mechanism(m), key)
-	if err != nil {
-		return false, err
-	}
-	err = s.Ctx.Verify(s.ID, data, sig)
-	if IsCKR(err, pkcs11.CKR_SIGNATURE_INVALID, pkcs11.CKR_SIGNATURE_LEN_RANGE) {
-		return false, nil
-	}
-	return err == nil, err
 }
 
 // A Note is a text that an object holds in the token.

@@ -26,6 +26,8 @@ type Options struct {
 	Changed func(token string, was, is Health)
 	// RenewAfter is after how many uses of a session the module is reinitialised; 0 for what the token needs.
 	RenewAfter int64
+	// Sessions is how many operations may be in the token at once; 0 for what its distance and its limits suggest.
+	Sessions int
 }
 
 const hangTimeout = 2 * time.Minute
@@ -42,8 +44,9 @@ type Token struct {
 	hangAfter time.Duration
 	observer  Observer // may be nil
 
-	// idle holds as many entries as there may be sessions; nil stands for one that is not open yet.
-	idle chan *Session
+	idle     *idle
+	left     left
+	distance distance
 
 	breaker *breaker
 	health  health
@@ -115,6 +118,9 @@ func AsOfficer(tokenURI string, pin PIN, f func(*Token) error) error {
 	return f(t)
 }
 
+// SeesLate is SoftHSM's way.
+func (t *Token) SeesLate() bool { return t.isSoftHSM() }
+
 func (t *Token) isSoftHSM() bool { return strings.HasPrefix(t.info.ManufacturerID, "SoftHSM") }
 
 // connect finds the token and prepares the pool, without logging in.
@@ -123,7 +129,7 @@ func connect(u *uri, o Options) (*Token, error) {
 	if err != nil {
 		return nil, err
 	}
-	t := &Token{connection: connection{module: m, uri: u}, observer: o.Observer, hangAfter: o.HangTimeout,
+	t := &Token{connection: connection{module: m, uri: u, signing: 1 + 2*runtime.GOMAXPROCS(0)}, observer: o.Observer, hangAfter: o.HangTimeout,
 		breaker: newBreaker(), closing: make(chan struct{}), workers: make(workers)}
 	t.health.changed = o.Changed
 	if t.hangAfter == 0 {
@@ -139,19 +145,26 @@ func connect(u *uri, o Options) (*Token, error) {
 		t.Close()
 		return nil, err
 	}
-	if t.kwp, err = t.findKWP(); err != nil {
-		t.Close()
-		return nil, err
+	again, err := t.share()
+	if err == nil && again {
+		if err = t.release(); err == nil {
+			err = t.acquire()
+		}
 	}
-	size, err := t.poolSize()
 	if err != nil {
 		t.Close()
 		return nil, err
 	}
-	t.idle = make(chan *Session, size)
-	for range size {
-		t.idle <- nil
+	if t.kwp, err = t.findKWP(); err != nil {
+		t.Close()
+		return nil, err
 	}
+	size, err := t.poolSize(o.Sessions)
+	if err != nil {
+		t.Close()
+		return nil, err
+	}
+	t.idle = newIdle(size)
 	return t, nil
 }
 
@@ -162,37 +175,46 @@ func connect(u *uri, o Options) (*Token, error) {
 const (
 	sessionsACore = 2
 	sessionsAway  = 64
-	away          = 200 * time.Microsecond // how long a call takes that does nothing here
 )
 
-// poolSize sees how far away the token is, and how many sessions it allows.
-func (t *Token) poolSize() (int, error) {
+// objectRoom is what a session object of ours takes of a token's memory, at most, and objectsAtOnce how many an
+// operation has.
+const (
+	objectRoom    = 1024
+	objectsAtOnce = 2
+)
+
+// poolSize sees how far away the token is, how many sessions it allows, and how much room it has for what is left in
+// them.
+func (t *Token) poolSize(wanted int) (int, error) {
 	s, err := t.OpenSession()
 	if err != nil {
 		return 0, err
 	}
 	defer s.Close()
-	fastest := time.Hour
-	for range 5 {
-		start := time.Now()
-		if _, err := s.Ctx.GenerateRandom(s.ID, 1); err != nil {
-			fastest = 0 // there are tokens without
-			break
-		}
-		fastest = min(fastest, time.Since(start))
+	for range measured {
+		t.distance.measure(s)
 	}
 	size := sessionsACore * runtime.GOMAXPROCS(0)
-	if fastest >= away {
+	if t.distance.far() {
 		size = max(size, sessionsAway)
 	}
-	limit := t.info.MaxSessionCount
-	if limit != pkcs11.CK_EFFECTIVELY_INFINITE && limit != pkcs11.CK_UNAVAILABLE_INFORMATION {
-		others := 1 // holds the login
-		if t.signers != nil {
-			others += crypto11Sessions()
-		}
-		size = min(size, max(1, int(limit)-others))
+	if wanted > 0 {
+		size = wanted
 	}
+	if t.most > 0 { // one holds the login, and one is for whoever needs one beside the pool
+		size = min(size, max(1, int(t.most)-2))
+	}
+	room := leftMost * size
+	// What NSS softoken says of its memory, 1, is no number of bytes.
+	if total, free := t.info.TotalPublicMemory, t.info.FreePublicMemory; told(free) && told(total) && total > objectRoom {
+		if room = int(free / objectRoom); room < objectsAtOnce {
+			return 0, fmt.Errorf("%s has room for %d bytes of public objects, and an operation needs %d: remove what is "+
+				"of no use there", t, free, objectsAtOnce*objectRoom)
+		}
+		size = min(size, room/objectsAtOnce)
+	}
+	t.left.most.Store(int64(min(leftMost, room/size-objectsAtOnce+1)))
 	return size, nil
 }
 
@@ -212,15 +234,18 @@ func (t *Token) findKWP() (uint, error) {
 func (t *Token) KWP() uint { return t.kwp }
 
 // Sessions is how many operations can be in the token at once.
-func (t *Token) Sessions() int { return cap(t.idle) }
+func (t *Token) Sessions() int { return t.idle.size() }
 
 // Close ends all sessions and the login. No other method may be running or be called afterwards.
 func (t *Token) Close() error {
 	close(t.closing)
 	t.recovering.Wait()
-	for range cap(t.idle) {
-		if s := <-t.idle; s != nil {
-			s.Close()
+	if t.idle != nil { // it was opened
+		for range t.idle.size() {
+			<-t.idle.places
+			if s := t.idle.session(); s != nil {
+				s.Close()
+			}
 		}
 	}
 	if t.health.hung.Load() > 0 { // C_Finalize would be undefined

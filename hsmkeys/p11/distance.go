@@ -1,0 +1,41 @@
+package p11
+
+import (
+	"slices"
+	"sync"
+	"time"
+)
+
+// A token is far if a call that does nothing there takes so long, as to an HSM behind a network.
+const away = 200 * time.Microsecond
+
+// measured is how many calls the distance of a token is measured by. The fastest of them counts: the others may have
+// waited here for a core.
+const measured = 5
+
+// distance is how long calls of a token take that do nothing there.
+type distance struct {
+	mu    sync.Mutex
+	calls [measured]time.Duration // the last ones; guarded by mu
+	next  int                     // guarded by mu
+}
+
+// measure makes such a call. There are tokens without random numbers, which are taken for near.
+func (d *distance) measure(s *Session) {
+	start := time.Now()
+	_, err := s.Ctx.GenerateRandom(s.ID, 1)
+	took := time.Since(start)
+	if err != nil {
+		took = 0
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.calls[d.next%measured] = took
+	d.next++
+}
+
+func (d *distance) far() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Min(d.calls[:]) >= away
+}

@@ -1,0 +1,93 @@
+package p11
+
+import (
+	"slices"
+	"sync"
+	"time"
+)
+
+// idle are the places of a pool: each is one session, open or not. Whoever has a place has its session too.
+type idle struct {
+	places chan struct{} // one for each place that nobody has
+
+	mu   sync.Mutex
+	open []*Session // those of the places, of which the last is used first; guarded by mu
+}
+
+func newIdle(size int) *idle {
+	i := &idle{places: make(chan struct{}, size)}
+	for range size {
+		i.places <- struct{}{}
+	}
+	return i
+}
+
+func (i *idle) size() int { return cap(i.places) }
+
+// free is how many places nobody has.
+func (i *idle) free() int { return len(i.places) }
+
+// session is that of a place that was just taken; nil if it is to be opened. It is the one that was used last: few
+// sessions are open where few are needed.
+func (i *idle) session() *Session {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	last := len(i.open) - 1
+	if last < 0 {
+		return nil
+	}
+	s := i.open[last]
+	i.open = i.open[:last]
+	return s
+}
+
+// give gives a place back, with its session; nil if that has ended.
+func (i *idle) give(s *Session) {
+	if s != nil {
+		i.mu.Lock()
+		i.open = append(i.open, s)
+		i.mu.Unlock()
+	}
+	i.places <- struct{}{}
+}
+
+// more takes up to n places beside one that was taken, without waiting, as long as half of all stay free: where
+// sessions are scarce, more payloads at once are worth more than a faster one.
+func (i *idle) more(n int) int {
+	for took := range n {
+		if i.free() <= i.size()/2 {
+			return took
+		}
+		select {
+		case <-i.places:
+		default:
+			return took
+		}
+	}
+	return n
+}
+
+// due takes a place whose session holds objects from before then; nil if there is none. next is when the first of the
+// others has to be looked at; zero if none holds any.
+func (i *idle) due(then time.Time) (due *Session, next time.Time) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	for n, s := range i.open {
+		if s.left == 0 {
+			continue
+		}
+		if s.leftSince.After(then) {
+			if next.IsZero() || s.leftSince.Before(next) {
+				next = s.leftSince
+			}
+			continue
+		}
+		select {
+		case <-i.places:
+			i.open = slices.Delete(i.open, n, n+1)
+			return s, time.Time{}
+		default: // whoever took the place is about to take the session, and will give it back
+		}
+	}
+	return nil, next
+}

@@ -1,0 +1,99 @@
+package p11
+
+import (
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// LeftFor is how long a session object that is of no more use is in the token, at most: longer by the operation that is
+// under way then on its session, and by C_CloseSession. A KME is one.
+const LeftFor = time.Second
+
+// leftMost is how many of them a session has, at most, where the token has the room.
+const leftMost = 64
+
+// left are the session objects of no more use. They cost the token memory, and nothing else: a session that has many is
+// closed, which destroys them all in one call, and another opened in its place, beside the pool's work.
+type left struct {
+	most atomic.Int64 // of one session
+
+	mu   sync.Mutex
+	look *time.Timer // the next one at idle sessions; guarded by mu
+	at   time.Time   // when that is; guarded by mu
+}
+
+// put gives a place back, with its session, or first has what is left in that destroyed.
+func (t *Token) put(s *Session) {
+	if s == nil || s.left == 0 {
+		t.idle.give(s)
+		return
+	}
+	since := s.leftSince
+	if int64(s.left) >= t.left.most.Load() || time.Since(since) >= LeftFor {
+		go t.drop(s)
+		return
+	}
+	t.idle.give(s)
+	t.lookAt(since.Add(LeftFor))
+}
+
+// lookAt has idle sessions looked at for what was left in them too long ago.
+func (t *Token) lookAt(at time.Time) {
+	t.left.mu.Lock()
+	defer t.left.mu.Unlock()
+	if t.left.look != nil {
+		if !at.Before(t.left.at) {
+			return
+		}
+		t.left.look.Stop()
+	}
+	t.left.at = at
+	t.left.look = time.AfterFunc(time.Until(at), func() {
+		t.left.mu.Lock()
+		t.left.look = nil
+		t.left.mu.Unlock()
+		var next time.Time
+		for {
+			var s *Session
+			if s, next = t.idle.due(time.Now().Add(-LeftFor)); s == nil {
+				break
+			}
+			go t.drop(s)
+		}
+		if !next.IsZero() {
+			t.lookAt(next.Add(LeftFor))
+		}
+	})
+}
+
+// dropAll destroys what is left in all idle sessions, and says whether anything was: the token is full, and from now on
+// less is left in it.
+func (t *Token) dropAll() (any bool) {
+	t.left.most.Store(max(1, t.left.most.Load()/2))
+	for {
+		s, _ := t.idle.due(time.Now())
+		if s == nil {
+			return any
+		}
+		any = true
+		t.drop(s)
+	}
+}
+
+// drop destroys what is left in a session: it opens another in its place. The caller has its place.
+func (t *Token) drop(s *Session) {
+	_, err := inToken(t, []*Session{s}, "drop objects", func(held []*Session) (none struct{}, err error) {
+		held[0] = nil
+		if err := s.Close(); err != nil && classify(err) != sessionLost {
+			return none, err
+		}
+		if held[0], err = t.OpenSession(); err == nil {
+			t.distance.measure(held[0])
+		}
+		return none, err
+	})
+	if classify(err) == deviceLost {
+		t.lose(err)
+	}
+}
