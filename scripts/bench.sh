@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # The figures of docs/performance.md, in var/bench: a manufacturer and an operator on SoftHSM, a Vault on Raft storage,
-# and bin/bench, which measures. make bench runs it. PAIRS and SECONDS_EACH are its settings.
+# and bin/bench, which measures. make bench runs it. PAIRS, SECONDS_EACH, BITS=2048,3072 and
+# ONLY=PART,PART are its settings; with ONLY, the other parts of bench.json stay as the last run has left them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-pairs=${PAIRS:-5} seconds=${SECONDS_EACH:-5} devices=2000
+devices=2000
 dir=$PWD/var/bench
 umask 077
+last=
+[ -z "${ONLY:-}" ] || last=$(cat var/bench/bench.json 2>/dev/null || true)
 . scripts/line-on-vault.sh # new tokens, a Vault, and the line's keys
 
 openssl genrsa -out "$dir/fixture.key" 3072 2>/dev/null
@@ -39,7 +42,11 @@ cat >"$dir/keysvc.yaml" <<EOC
 token: '$OPERATOR_TOKEN'
 state: keysvc
 listen: 127.0.0.1:0
+socket: keysvc.sock
 tls: {certificate: tls/keysvc.pem, key: tls/keysvc.key, client_ca: tls/ca.pem}
-clients: [{name: hss, san: hss.bench, roles: [hss], plmns: [all]}]
+clients:
+  - {name: hss, san: hss.bench, roles: [hss], plmns: [all]}
+  - {name: hss-socket, uid: $(id -u), roles: [hss], plmns: [all]}
 EOC
-bin/bench -dir "$dir" -pairs "$pairs" -seconds "$seconds"
+[ -z "$last" ] || printf '%s\n' "$last" >"$dir/bench.json"
+bin/bench -dir "$dir" -pairs "${PAIRS:-5}" -seconds "${SECONDS_EACH:-3}" -bits "${BITS:-2048,3072}" -only "${ONLY:-}"
