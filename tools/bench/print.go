@@ -95,6 +95,20 @@ func (r *report) rows() (all []row) {
 				call.cpu, call.client)
 		}
 	}
+	for _, bits := range slices.Sorted(maps.Keys(r.Postgres)) {
+		p, name := r.Postgres[bits], "PostgreSQL, "+bits+" bits, "
+		beside(name+"EstablishKME", &p.measured)
+		if p.Attach.Token > 0 {
+			beside(name+"attach", &p.Attach)
+			add(name+"attach: CPU of keysvc / of the database / of the client, us", "%.0f / %.0f / %.0f", p.Attach.CPU,
+				p.DatabaseCPU, p.Attach.ClientCPU)
+		}
+		if t := p.Two; t.PerSecond > 0 {
+			add(name+"two instances", "%.2f times one (%.0f of %.0f attaches a second)", t.Times, t.PerSecond, t.One)
+			add(name+"two instances: CPU of both keysvcs / of the database / of the clients, us", "%.0f / %.0f / %.0f",
+				t.CPU, t.DatabaseCPU, t.ClientCPU)
+		}
+	}
 	if p := r.Provision; p != nil {
 		add("device keys, to Vault: share of the token, a second", "%v", &p.ratio)
 		add("device keys, to Vault: memory at most, MB", "%.0f", p.PeakRSS)

@@ -103,9 +103,12 @@ func medianOf(all []sample, f func(sample) float64) float64 {
 	return median(v)
 }
 
-// eachLot has keysvc measured with the lots of some bits, beside its token, which this process opens too.
-func (b *bench) eachLot(bits []string, measure func(bits string, s *server, token bare) error) error {
-	token, err := hsmkeys.OpenOperator(b.ctx, os.Getenv("OPERATOR_TOKEN"), hsmkeys.Options{})
+// eachLot has keysvc, as a configuration has it, measured with the lots of some bits, beside its token, which this
+// process opens too: its URI is in a variable of the environment.
+func (b *bench) eachLot(
+	config, variable string, bits []string, measure func(bits string, s *server, token bare) error,
+) error {
+	token, err := hsmkeys.OpenOperator(b.ctx, os.Getenv(variable), hsmkeys.Options{})
 	if err != nil {
 		return err
 	}
@@ -119,7 +122,7 @@ func (b *bench) eachLot(bits []string, measure func(bits string, s *server, toke
 		if m == nil {
 			return fmt.Errorf("lot L%s was not imported", bits)
 		}
-		s, err := b.serve("keysvc")
+		s, err := b.serve(config)
 		if err != nil {
 			return err
 		}
@@ -156,7 +159,7 @@ type establishment struct {
 
 // establish measures EstablishKME alone.
 func (b *bench) establish(r *report) error {
-	return b.eachLot(b.bits, func(bits string, s *server, token bare) error {
+	return b.eachLot("keysvc", "OPERATOR_TOKEN", b.bits, func(bits string, s *server, token bare) error {
 		e := new(establishment)
 		r.Establish[bits] = e
 		var open, process []float64
@@ -183,7 +186,7 @@ type attachment struct {
 
 // attach measures the whole way of a device: PrepareVector, EstablishKME, PrepareVector, ReportAuthentication.
 func (b *bench) attach(r *report) error {
-	return b.eachLot(b.bits, func(bits string, s *server, token bare) error {
+	return b.eachLot("keysvc", "OPERATOR_TOKEN", b.bits, func(bits string, s *server, token bare) error {
 		a := new(attachment)
 		r.Attach[bits] = a
 		name := "attach, " + bits + " bits"
@@ -278,6 +281,7 @@ func syncTime(folder string, d time.Duration) (float64, error) {
 type server struct {
 	cmd             *exec.Cmd
 	address, socket string // for mesim
+	ended           chan error
 }
 
 // serve starts keysvc with one of the configurations that scripts/bench.sh has written.
@@ -288,13 +292,19 @@ func (b *bench) serve(config string) (*server, error) {
 		return nil, err
 	}
 	defer log.Close()
-	s := &server{cmd: exec.Command("bin/keysvc", "serve", "--config", path+".yaml"), socket: "unix:" + path + ".sock"}
+	s := &server{cmd: exec.Command("bin/keysvc", "serve", "--config", path+".yaml"), socket: "unix:" + path + ".sock",
+		ended: make(chan error, 1)}
 	s.cmd.Stderr = log
 	if err := s.cmd.Start(); err != nil {
 		return nil, err
 	}
+	go func() { s.ended <- s.cmd.Wait() }()
 	for range 600 {
-		time.Sleep(100 * time.Millisecond)
+		select {
+		case err := <-s.ended:
+			return nil, fmt.Errorf("keysvc does not serve: %w: see %s", err, log.Name())
+		case <-time.After(100 * time.Millisecond):
+		}
 		lines, err := os.ReadFile(log.Name())
 		if err != nil {
 			return nil, errors.Join(err, s.stop())
@@ -315,7 +325,7 @@ func (b *bench) serve(config string) (*server, error) {
 
 func (s *server) stop() error {
 	s.cmd.Process.Signal(syscall.SIGTERM)
-	return s.cmd.Wait()
+	return <-s.ended
 }
 
 func cpuOf(servers []*server) (sum time.Duration, err error) {
