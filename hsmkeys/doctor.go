@@ -86,11 +86,12 @@ func (b *base) Identity(ctx context.Context) (Identity, error) {
 	})
 }
 
-// BareDecryptions is the baseline of OpenPayload: raw decryptions a second with a lot key.
+// BareDecryptions is the baseline of OpenPayload: raw decryptions a second with a lot key, on so many sessions; with 0
+// on as many as SoftHSM is the fastest with.
 func (t *OperatorToken) BareDecryptions(
-	ctx context.Context, lot Key, n *rsa.PublicKey, d time.Duration,
+	ctx context.Context, lot Key, n *rsa.PublicKey, sessions int, d time.Duration,
 ) (float64, error) {
-	return doctor.BareDecryptions(ctx, t.hsm, lot, n, d)
+	return doctor.BareDecryptions(ctx, t.hsm, lot, n, sessions, d)
 }
 
 // BareDeviceKeys is the baseline of MakeDeviceKey in the suites with P-256.

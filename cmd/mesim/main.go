@@ -28,8 +28,8 @@ var deviceFlags = []cli.Flag{
 }
 
 var serverFlags = []cli.Flag{
-	&cli.StringFlag{Name: "server", Usage: "keysvc's `URL`: https://HOST:PORT, or unix:/path; attach takes s6a:/path " +
-		"too, the test MME of plugins/freediameter"},
+	&cli.StringFlag{Name: "server", Usage: "keysvc's `URL`: https://HOST:PORT, or unix:/path; attach and load --whole " +
+		"take s6a:/path too, the test MME of plugins/freediameter"},
 	&cli.StringFlag{Name: "origin", Usage: "whom the simulated HSS names as its peer, a `NAME`: an MME's Origin-Host " +
 		"(default: none)"},
 	&cli.StringFlag{Name: "cert", Usage: "the client's certificate, as `PEM`"},
@@ -82,14 +82,18 @@ the times are those of EstablishKME. Fails if an untouched device is rejected, o
 one after the other, PrepareVector that opens an attempt ("open"), EstablishKME ("establish"), and PrepareVector that
 encrypts a RAND ("process"); round after round, until EstablishKME has been measured for as long as asked. Nothing else
 is done meanwhile, so that the client's share of the CPU is small. Prints, of each of the three,
-{"calls":n,"rejected":{"<reason>":n},"seconds":x,"per_second":x,"p50_ms":x,"p99_ms":x}. With a rate, a call is timed
-from when it was due.
+{"calls":n,"rejected":{"<reason>":n},"seconds":x,"per_second":x,"p50_ms":x,"p99_ms":x,"client_cpu_us":x}. With a rate, a
+call is timed from when it was due.
+With --whole it measures whole attaches, from PrepareVector to ReportAuthentication, and prints the same of "attach".
 The service's own limits hold: a device's payloads a second (imei_rate, imei_burst), so take enough devices.`,
 				Flags: slices.Concat([]cli.Flag{
 					&cli.DurationFlag{Name: "duration", Value: 10 * time.Second,
-						Usage: "how long to measure EstablishKME, `D`"},
+						Usage: "how long to measure EstablishKME, or whole attaches, `D`"},
 					&cli.Float64Flag{Name: "rate",
-						Usage: "EstablishKME a second, `N` (default: as many as there can be)"},
+						Usage: "EstablishKME, or whole attaches, a second, `N` (default: as many as there can be)"},
+					&cli.BoolFlag{Name: "whole", Usage: "measure whole attaches instead of the calls"},
+					&cli.StringFlag{Name: "subscribers",
+						Usage: "with --server s6a:PATH: the SIMs, a `FILE` with IMSI, K and OPc on each line"},
 					&cli.StringFlag{Name: "first-imsi",
 						Usage: "the first `IMSI`; the others count on from it (default: anywhere in 00101, the test " +
 							"network)"},
@@ -169,15 +173,22 @@ func load(c *cli.Context) error {
 	if err != nil {
 		return cmdline.Usagef("--first-imsi: %w", err)
 	}
+	if strings.HasPrefix(c.String("server"), "s6a:") && !c.Bool("whole") {
+		return cmdline.Usagef("load without --whole calls the service itself: --server is https://HOST:PORT or unix:/path")
+	}
 	run, err := newRun(c, imsi)
 	if err != nil {
 		return err
 	}
-	if run.Client == nil {
-		return cmdline.Usagef("load calls the service itself: --server is https://HOST:PORT or unix:/path")
-	}
 	if !c.IsSet("concurrency") {
 		run.Concurrency = loadConcurrency
+	}
+	if c.Bool("whole") {
+		result, err := run.LoadAttaches(c.Context, c.Duration("duration"), c.Float64("rate"))
+		if result == nil {
+			return err
+		}
+		return errors.Join(print(c, map[string]any{"attach": result}), err)
 	}
 	result, err := run.Load(c.Context, c.Duration("duration"), c.Float64("rate"))
 	if result == nil {

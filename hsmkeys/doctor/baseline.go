@@ -1,6 +1,7 @@
 package doctor
 
 import (
+	"cmp"
 	"context"
 	"crypto/rsa"
 	"errors"
@@ -21,13 +22,14 @@ import (
 // made for. It has sessions of its own, and the calls are those of miekg/pkcs11, as a loop that anybody writes makes
 // them.
 
-// BareDecryptions is the baseline of OpenPayload: raw decryptions a second with a lot key.
+// BareDecryptions is the baseline of OpenPayload: raw decryptions a second with a lot key, on so many sessions; with 0
+// on as many as SoftHSM is the fastest with.
 func BareDecryptions(
-	ctx context.Context, t *p11.Token, lot keyspec.Key, n *rsa.PublicKey, d time.Duration,
+	ctx context.Context, t *p11.Token, lot keyspec.Key, n *rsa.PublicKey, sessions int, d time.Duration,
 ) (float64, error) {
 	block := make([]byte, n.Size())
 	block[len(block)-1] = 2
-	return bare(ctx, t, d, pkcs11.CKO_PRIVATE_KEY, lot, func(s *p11.Session, h pkcs11.ObjectHandle) error {
+	return bare(ctx, t, sessions, d, pkcs11.CKO_PRIVATE_KEY, lot, func(s *p11.Session, h pkcs11.ObjectHandle) error {
 		if err := s.Ctx.DecryptInit(s.ID, p11.Mechanism(pkcs11.CKM_RSA_X_509), h); err != nil {
 			return p11.Explain("decrypt", err)
 		}
@@ -41,7 +43,7 @@ func BareDecryptions(
 func BareDeviceKeys(
 	ctx context.Context, t *p11.Token, injection keyspec.Key, d time.Duration,
 ) (float64, error) {
-	return bare(ctx, t, d, pkcs11.CKO_SECRET_KEY, injection, func(s *p11.Session, w pkcs11.ObjectHandle) error {
+	return bare(ctx, t, 0, d, pkcs11.CKO_SECRET_KEY, injection, func(s *p11.Session, w pkcs11.ObjectHandle) error {
 		hp, h, err := s.Ctx.GenerateKeyPair(s.ID, p11.Mechanism(pkcs11.CKM_EC_KEY_PAIR_GEN), keyspec.DevicePublic,
 			p11.Join(p11.Guarded(true), p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, false)}))
 		if err != nil {
@@ -58,12 +60,12 @@ const bareSessions = 4
 
 // bare runs f on many sessions for as long as d, and gives how often a second.
 func bare(
-	ctx context.Context, t *p11.Token, d time.Duration, class uint, k keyspec.Key,
+	ctx context.Context, t *p11.Token, sessions int, d time.Duration, class uint, k keyspec.Key,
 	f func(*p11.Session, pkcs11.ObjectHandle) error,
 ) (float64, error) {
 	var n atomic.Int64
 	var all sync.WaitGroup
-	errs := make([]error, bareSessions*runtime.GOMAXPROCS(0))
+	errs := make([]error, cmp.Or(sessions, bareSessions*runtime.GOMAXPROCS(0)))
 	start := time.Now()
 	for i := range errs {
 		all.Go(func() {

@@ -100,10 +100,42 @@ func TestLoad(t *testing.T) {
 	if result, err := run.Load(t.Context(), time.Second, 10); err == nil || result != nil {
 		t.Errorf("the same subscriptions again: %+v, %v", result, err)
 	}
+	run.FirstIMSI = must[kme.IMSI](t)(kme.ParseIMSI("001018000000000"))
+	const limit = 200 * time.Millisecond
+	if result, err := run.Load(t.Context(), limit, 0); err != nil || result.Establish.Seconds < limit.Seconds() ||
+		result.Establish.Calls != result.Process.Calls || result.Establish.Calls > result.Open.Calls {
+		t.Errorf("as many as there can be: %+v, %v", result, err)
+	}
 	run.FirstIMSI = must[kme.IMSI](t)(kme.ParseIMSI("001019000000000"))
 	o.devices = newLine(t, 2).devices
 	if result, err := run.Load(t.Context(), time.Second, 1); err == nil || result != nil {
 		t.Errorf("the bindings that are processed are not there: %+v, %v", result, err)
+	}
+}
+
+func TestLoadAttaches(t *testing.T) {
+	o := newOperator(newLine(t, 2), "")
+	run := o.run(t, Network{Client: o.serve(t)})
+	m, err := run.LoadAttaches(t.Context(), time.Second, 10)
+	if err != nil || m.Calls != 10 || m.PerSecond <= 0 || m.P50 <= 0 || m.ClientCPU <= 0 {
+		t.Errorf("%+v, %v", m, err)
+	}
+	if n := len(o.bound); n != 10 {
+		t.Errorf("%d subscriptions are bound, not 10", n)
+	}
+	if m, err := run.LoadAttaches(t.Context(), time.Second, 10); err == nil || m != nil {
+		t.Errorf("the same subscriptions again: %+v, %v", m, err)
+	}
+	run.FirstIMSI = must[kme.IMSI](t)(kme.ParseIMSI("001018000000000"))
+	const limit = 200 * time.Millisecond
+	if m, err := run.LoadAttaches(t.Context(), limit, 0); err != nil || m.Calls == 0 || m.Seconds < limit.Seconds() {
+		t.Errorf("as many as there can be: %+v, %v", m, err)
+	}
+	run.FirstIMSI = must[kme.IMSI](t)(kme.ParseIMSI("001019000000000"))
+	o.devices = newLine(t, 2).devices
+	if m, err := run.LoadAttaches(t.Context(), time.Second, 1); err == nil || m == nil ||
+		m.Rejected[string(kme.KMERejected)] != 1 {
+		t.Errorf("every payload is rejected: %+v, %v", m, err)
 	}
 }
 

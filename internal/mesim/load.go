@@ -3,6 +3,8 @@ package mesim
 import (
 	"context"
 	"fmt"
+	"math"
+	"syscall"
 	"time"
 
 	"github.com/kmehsm/kmehsm/internal/scheduling"
@@ -21,13 +23,16 @@ type Measure struct {
 	PerSecond float64        `json:"per_second"`
 	P50       float64        `json:"p50_ms"`
 	P99       float64        `json:"p99_ms"`
+	ClientCPU float64        `json:"client_cpu_us"` // of this process, a call
 
 	times []time.Duration
+	cpu   time.Duration
 }
 
 func (m *Measure) finish() {
 	if m.Seconds > 0 {
 		m.PerSecond = float64(len(m.times)) / m.Seconds
+		m.ClientCPU = float64(m.cpu.Microseconds()) / float64(len(m.times))
 	}
 	m.P50, m.P99 = percentiles(m.times)
 }
@@ -57,42 +62,74 @@ type loading struct {
 // Load measures the service until EstablishKME has been measured for d: rate calls a second, or with 0 as many as there
 // can be. With an error there is a result where payloads were rejected, and only there.
 func (r Run) Load(ctx context.Context, d time.Duration, rate float64) (*LoadResult, error) {
+	none := func() Measure { return Measure{Rejected: map[string]int{}} }
+	result := &LoadResult{Establish: none(), Open: none(), Process: none()}
+	err := r.rounds(ctx, &result.Establish, d, rate, func(l *loading, calls []*loadCall, limit time.Duration) error {
+		return l.round(ctx, result, calls, rate, limit)
+	})
+	if err != nil {
+		return nil, err
+	}
+	result.Open.finish()
+	result.Process.finish()
+	return result, result.Establish.complete()
+}
+
+// LoadAttaches measures whole attaches, from PrepareVector to ReportAuthentication, as Load measures the calls.
+func (r Run) LoadAttaches(ctx context.Context, d time.Duration, rate float64) (*Measure, error) {
+	m, a := &Measure{Rejected: map[string]int{}}, &attaching{Run: r}
+	err := r.rounds(ctx, m, d, rate, func(l *loading, calls []*loadCall, limit time.Duration) error {
+		_, err := l.each(ctx, m, calls, rate, limit, func(c *loadCall) error {
+			return a.play(ctx, c.imsi, c.device.IMEI, c.Message)
+		})
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return m, m.complete()
+}
+
+// complete finishes a measurement, which fails if anything was rejected.
+func (m *Measure) complete() error {
+	m.finish()
+	if n := len(m.times); m.Calls < n {
+		return fmt.Errorf("%d of %d payloads were rejected: %v", n-m.Calls, n, m.Rejected)
+	}
+	return nil
+}
+
+// rounds has rounds of prepared calls made until m is of rate calls a second during d; with 0, until it took d: each
+// round has a limit.
+func (r Run) rounds(ctx context.Context, m *Measure, d time.Duration, rate float64,
+	round func(l *loading, calls []*loadCall, limit time.Duration) error) error {
 	// What is measured goes first. A kernel that refuses has it measured a little slower than it is.
 	_ = scheduling.ForCalls(0)
 	l := &loading{Run: r}
-	none := func() Measure { return Measure{Rejected: map[string]int{}} }
-	result := &LoadResult{Establish: none(), Open: none(), Process: none()}
-	total := max(1, int(rate*d.Seconds()))
 	for {
-		round, done := loadRound, len(result.Establish.times)
+		n, left := loadRound, d-time.Duration(m.Seconds*float64(time.Second))
 		if rate > 0 {
-			round = min(round, total-done)
+			n, left = min(n, max(1, int(rate*d.Seconds()))-len(m.times)), math.MaxInt64
 		}
-		if rate > 0 && round == 0 || rate == 0 && result.Establish.Seconds >= d.Seconds() {
-			break
+		if n == 0 || left <= 0 {
+			return nil
 		}
-		if err := l.round(ctx, result, round, rate); err != nil {
-			return nil, err
+		calls, err := l.prepare(ctx, n)
+		if err == nil {
+			err = round(l, calls, left)
+		}
+		if err != nil {
+			return err
 		}
 	}
-	for _, m := range []*Measure{&result.Establish, &result.Open, &result.Process} {
-		m.finish()
-	}
-	if n := len(result.Establish.times); result.Establish.Calls < n {
-		return result, fmt.Errorf("%d of %d payloads were rejected: %v", n-result.Establish.Calls, n,
-			result.Establish.Rejected)
-	}
-	return result, nil
 }
 
-// round makes n calls of each kind.
-func (l *loading) round(ctx context.Context, result *LoadResult, n int, rate float64) error {
-	calls, err := l.prepare(ctx, n)
-	if err != nil {
-		return err
-	}
+// round makes all calls of each kind; EstablishKME, and what follows it, only within the limit.
+func (l *loading) round(
+	ctx context.Context, result *LoadResult, calls []*loadCall, rate float64, limit time.Duration,
+) error {
 	clear, random := newRAND(), newRAND() // what left in clear is not taken again
-	err = l.each(ctx, &result.Open, calls, 0, func(c *loadCall) error {
+	_, err := l.each(ctx, &result.Open, calls, 0, math.MaxInt64, func(c *loadCall) error {
 		v, err := l.Client.PrepareVector(ctx, c.imsi, l.Origin, clear)
 		if c.attempt = v.AttemptID; err == nil && c.attempt == "" {
 			err = boundAlready(c.imsi)
@@ -102,7 +139,7 @@ func (l *loading) round(ctx context.Context, result *LoadResult, n int, rate flo
 	if err != nil {
 		return err
 	}
-	err = l.each(ctx, &result.Establish, calls, rate, func(c *loadCall) error {
+	calls, err = l.each(ctx, &result.Establish, calls, rate, limit, func(c *loadCall) error {
 		e, err := l.Client.EstablishKME(ctx, c.imsi, l.Origin, c.device.IMEI, c.attempt, c.Payload)
 		if err == nil {
 			err = c.check(e.NWSig)
@@ -112,13 +149,14 @@ func (l *loading) round(ctx context.Context, result *LoadResult, n int, rate flo
 	if err != nil {
 		return err
 	}
-	return l.each(ctx, &result.Process, calls, 0, func(c *loadCall) error {
+	_, err = l.each(ctx, &result.Process, calls, 0, math.MaxInt64, func(c *loadCall) error {
 		v, err := l.Client.PrepareVector(ctx, c.imsi, l.Origin, random)
 		if err == nil {
 			err = c.decrypts(v, random)
 		}
 		return err
 	})
+	return err
 }
 
 // prepare makes payloads of the devices in turn, each with a KME and for a subscription of its own.
@@ -135,16 +173,18 @@ func (l *loading) prepare(ctx context.Context, n int) ([]*loadCall, error) {
 	})
 }
 
-// each makes a call of all; with a rate, each when it is due, and timed from then on: a call that waits because an
-// earlier one is slow waits too.
-func (l *loading) each(
-	ctx context.Context, m *Measure, calls []*loadCall, rate float64, call func(*loadCall) error,
-) error {
+// each makes a call of all, or of those that can begin within the limit, and gives these. With a rate, each is made when
+// it is due, and timed from then on: a call that waits because an earlier one is slow waits too.
+func (l *loading) each(ctx context.Context, m *Measure, calls []*loadCall, rate float64, limit time.Duration,
+	call func(*loadCall) error) (made []*loadCall, err error) {
 	times := make([]time.Duration, len(calls))
 	reasons := make([]string, len(calls))
-	start := time.Now()
-	err := each(ctx, l.Concurrency, len(calls), func(i int) error {
+	start, cpu := time.Now(), cpuTime()
+	err = each(ctx, l.Concurrency, len(calls), func(i int) error {
 		began := time.Now()
+		if began.Sub(start) >= limit {
+			return nil
+		}
 		if rate > 0 {
 			began = start.Add(time.Duration(float64(i) / rate * float64(time.Second)))
 			time.Sleep(time.Until(began))
@@ -157,13 +197,26 @@ func (l *loading) each(
 		return err
 	})
 	m.Seconds += time.Since(start).Seconds()
-	m.times = append(m.times, times...)
-	for _, reason := range reasons {
-		if reason == "" {
+	m.cpu += cpuTime() - cpu
+	for i, took := range times {
+		if took == 0 {
+			continue
+		}
+		made, m.times = append(made, calls[i]), append(m.times, took)
+		if reasons[i] == "" {
 			m.Calls++
 		} else {
-			m.Rejected[reason]++
+			m.Rejected[reasons[i]]++
 		}
 	}
-	return err
+	return made, err
+}
+
+// cpuTime is that of this process.
+func cpuTime() time.Duration {
+	var u syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
+		return 0
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }

@@ -33,7 +33,7 @@ import (
 // JSON.
 func (b *bench) child(name string) error {
 	f := map[string]func() (any, error){"lookup": b.measureLookup, "calls": b.countCalls,
-		"latency": b.measureLatency}[name]
+		"latency": b.measureLatency, "rpc": b.measureRPC}[name]
 	if f == nil {
 		return fmt.Errorf("there is no child %q", name)
 	}
@@ -44,13 +44,13 @@ func (b *bench) child(name string) error {
 	return json.NewEncoder(os.Stdout).Encode(result)
 }
 
-func (b *bench) inChild(result any, name string, env ...string) error {
+func (b *bench) inChild(result any, child []string, env ...string) error {
 	self, err := os.Executable()
 	if err != nil {
 		return err
 	}
-	cmd := exec.CommandContext(b.ctx, self, "-child", name, "-dir", b.dir, "-seconds",
-		strconv.Itoa(int(b.each.Seconds())))
+	cmd := exec.CommandContext(b.ctx, self, append([]string{"-dir", b.dir, "-pairs", strconv.Itoa(b.pairs), "-seconds",
+		strconv.Itoa(int(b.each.Seconds())), "-child"}, child...)...)
 	cmd.Env, cmd.Stderr = append(os.Environ(), env...), os.Stderr
 	out, err := cmd.Output()
 	if err != nil {
@@ -67,7 +67,7 @@ type lookup struct {
 	ReadsACold float64 `json:"reads_a_cold_lookup"`
 }
 
-func (b *bench) lookup(r *report) error { return b.inChild(&r.Lookup, "lookup") }
+func (b *bench) lookup(r *report) error { return b.inChild(&r.Lookup, []string{"lookup"}) }
 
 // generated is a directory that makes its shards when they are read, and counts that: each of the same 256 keys.
 type generated struct {
@@ -224,14 +224,15 @@ func (b *bench) hsmCalls(r *report) error {
 	if err != nil {
 		return err
 	}
-	if err := b.inChild(&r.HSMCalls, "calls", module.Env()...); err != nil {
+	r.HSMCalls, r.Latency = nil, nil
+	if err := b.inChild(&r.HSMCalls, []string{"calls"}, module.Env()...); err != nil {
 		return err
 	}
 	// The token is to be far away already when it is opened, for as many sessions as such a token gets.
 	if err := module.Set("* delay 1000"); err != nil {
 		return err
 	}
-	return errors.Join(b.inChild(&r.Latency, "latency", module.Env()...), module.Set())
+	return errors.Join(b.inChild(&r.Latency, []string{"latency"}, module.Env()...), module.Set())
 }
 
 // modulePath is the module-path of a token's URI.

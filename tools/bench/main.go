@@ -8,8 +8,10 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
+	"io/fs"
 	"math"
 	"os"
 	"os/signal"
@@ -24,14 +26,19 @@ import (
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 )
 
-// A report is bench.json. Shares are medians of the pairs' shares.
+// A report is bench.json. What was not measured is not in it. Shares are medians of the pairs' shares.
 type report struct {
-	Establish map[string]*establishment `json:"establish"` // by the bits of the lot
-	Provision provisioning              `json:"provision"`
-	Lookup    lookup                    `json:"lookup"`
-	HSMCalls  map[string]int            `json:"hsm_calls"` // C_* calls an operation
-	Latency   []latency                 `json:"latency"`
+	Establish map[string]*establishment `json:"establish,omitempty"` // by the bits of the lot
+	Attach    map[string]*attachment    `json:"attach,omitempty"`
+	RPC       *rpc                      `json:"rpc,omitempty"`
+	Postgres  map[string]*onPostgres    `json:"postgres,omitempty"`
+	Provision *provisioning             `json:"provision,omitempty"`
+	Lookup    *lookup                   `json:"lookup,omitempty"`
+	HSMCalls  map[string]int            `json:"hsm_calls,omitempty"` // C_* calls an operation
+	HSMDepth  map[string]int            `json:"hsm_depth,omitempty"` // those that come one after the other
+	Latency   []latency                 `json:"latency,omitempty"`
 	Machine   string                    `json:"machine"`
+	Version   string                    `json:"version"`
 }
 
 // A ratio is ours beside the bare token.
@@ -60,7 +67,7 @@ func (r *ratio) finish() {
 
 func median(v []float64) float64 {
 	if len(v) == 0 {
-		return math.NaN()
+		return 0
 	}
 	v = slices.Sorted(slices.Values(v))
 	return (v[(len(v)-1)/2] + v[len(v)/2]) / 2
@@ -79,15 +86,56 @@ type bench struct {
 	each         time.Duration
 	bits         []string
 	manufacturer string
+
+	// of a child that calls keysvc
+	server string
+	pid    int
+}
+
+// fewer is how many pairs there are of what stands beside a figure.
+func (b *bench) fewer() int { return (b.pairs + 1) / 2 }
+
+// progress tells on stderr what has been measured.
+func (b *bench) progress(format string, args ...any) { fmt.Fprintf(os.Stderr, format+"\n", args...) }
+
+// leftOut is why a part is not measured, with what this machine has.
+type leftOut string
+
+func (l leftOut) Error() string { return string(l) }
+
+// A part of the report takes about so many seconds, and a pair of measurements so often, on 2 cores.
+type part struct {
+	name    string
+	do      func(*report) error
+	seconds float64
+	pairs   float64
+}
+
+func (b *bench) parts() []part {
+	fewer, bits := float64(b.fewer())/float64(b.pairs), float64(len(b.bits))
+	return []part{
+		{"establish", b.establish, 5 * bits, (1.3 + fewer/2) * bits},
+		{"attach", b.attach, 5 * bits, (1.2 + 2.5*fewer) * bits},
+		{"rpc", b.rpc, 5, 1.5},
+		{"postgres", b.postgres, 10, 1.2 + 3.6*fewer},
+		{"provision", b.provision, 1, 1.5},
+		{"lookup", b.lookup, 5, 0.1},
+		{"hsm_calls", b.hsmCalls, 20, 0.5},
+	}
 }
 
 func main() {
-	dir := flag.String("dir", "var/bench", "what scripts/bench.sh has made")
-	pairs := flag.Int("pairs", 5, "alternating measurements of the bare token and ours")
-	seconds := flag.Int("seconds", 5, "how long each takes")
+	b := new(bench)
+	flag.StringVar(&b.dir, "dir", "var/bench", "what scripts/bench.sh has made")
+	flag.IntVar(&b.pairs, "pairs", 5, "alternating measurements of the bare token and ours")
+	seconds := flag.Int("seconds", 3, "how long each takes")
 	child := flag.String("child", "", "measure one thing in this process, and print it")
-	only := flag.String("only", "", "one of the report's parts: establish, provision, lookup, hsm_calls")
+	flag.StringVar(&b.server, "server", "", "for -child rpc: the address of keysvc")
+	flag.IntVar(&b.pid, "pid", 0, "for -child rpc: the process of keysvc")
+	only := flag.String("only", "", "measure these parts of the report, NAME,NAME, and keep the others of the last run: "+
+		"establish, attach, rpc, postgres, provision, lookup, hsm_calls")
 	bits := flag.String("bits", "2048,3072", "the lots to establish KMEs with")
+	table := flag.String("print", "", "print a table of reports, FILE,FILE: a column for each")
 	version := flag.Bool("version", false, "print tag, commit and Go's version")
 	flag.Parse()
 	if *version {
@@ -96,21 +144,31 @@ func main() {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	absolute, err := filepath.Abs(*dir) // as a module-path is
-	b := &bench{ctx: ctx, dir: absolute, bits: strings.Split(*bits, ","), pairs: *pairs,
-		each: time.Duration(*seconds) * time.Second}
-	if err == nil {
-		err = b.identify()
-	}
-	if err == nil && *child != "" {
-		err = b.child(*child)
-	} else if err == nil {
-		err = b.run(*only)
-	}
+	b.ctx, b.bits, b.each = ctx, strings.Split(*bits, ","), time.Duration(*seconds)*time.Second
+	err := b.main(*child, *only, *table)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
+}
+
+func (b *bench) main(child, only, table string) (err error) {
+	if table != "" {
+		return printReports(strings.Split(table, ","))
+	}
+	if b.pairs < 1 || b.each < time.Second {
+		return errors.New("-pairs and -seconds are above zero")
+	}
+	if b.dir, err = filepath.Abs(b.dir); err != nil { // as a module-path is
+		return err
+	}
+	if err := b.identify(); err != nil {
+		return err
+	}
+	if child != "" {
+		return b.child(child)
+	}
+	return b.run(only)
 }
 
 // identify reads whose lots they are.
@@ -127,67 +185,91 @@ func (b *bench) identify() error {
 	return nil
 }
 
+// run measures the parts that only names, or all. The error of one leaves those of the others as they are.
 func (b *bench) run(only string) error {
-	r := &report{Establish: map[string]*establishment{}, HSMCalls: map[string]int{},
-		Machine: fmt.Sprintf("%d cores, %s", runtime.NumCPU(), runtime.Version())}
-	for _, part := range []struct {
-		name string
-		do   func(*report) error
-	}{{"establish", b.establish}, {"provision", b.provision}, {"lookup", b.lookup}, {"hsm_calls", b.hsmCalls}} {
-		if only != "" && only != part.name {
-			continue
+	parts, path := b.parts(), filepath.Join(b.dir, "bench.json")
+	r := new(report)
+	if only != "" {
+		var chosen []part
+		for name := range strings.SplitSeq(only, ",") {
+			i := slices.IndexFunc(parts, func(p part) bool { return p.name == name })
+			if i < 0 {
+				return fmt.Errorf("-only: there is no part %q", name)
+			}
+			chosen = append(chosen, parts[i])
 		}
-		if err := part.do(r); err != nil {
-			return fmt.Errorf("%s: %w", part.name, err)
+		parts = chosen
+		if last, err := readReport(path); err == nil {
+			r = last
+		} else if !errors.Is(err, fs.ErrNotExist) {
+			return err
 		}
 	}
+	if r.Establish == nil {
+		r.Establish = map[string]*establishment{}
+	}
+	if r.Attach == nil {
+		r.Attach = map[string]*attachment{}
+	}
+	r.Machine, r.Version = machine(), cmdline.Version()
+	var errs []error
+	start := time.Now()
+	for i, p := range parts {
+		var left float64
+		for _, p := range parts[i:] {
+			left += p.seconds + p.pairs*float64(b.pairs)*2*b.each.Seconds()
+		}
+		b.progress("%s, part %d of %d; %.0f s so far, some %.0f s to go", p.name, i+1, len(parts),
+			time.Since(start).Seconds(), left)
+		var missing leftOut
+		if err := p.do(r); errors.As(err, &missing) {
+			b.progress("%s is left out: %v", p.name, missing)
+		} else if err != nil {
+			err = fmt.Errorf("%s: %w", p.name, err)
+			b.progress("%v", err)
+			errs = append(errs, err)
+		}
+		if err := r.write(path); err != nil {
+			return errors.Join(append(errs, err)...)
+		}
+		if b.ctx.Err() != nil {
+			break
+		}
+	}
+	printTable([]*report{r}, []string{"measured"})
+	fmt.Println(path)
+	return errors.Join(errs...)
+}
+
+// machine says what it was measured on.
+func machine() string {
+	model := runtime.GOARCH
+	data, _ := os.ReadFile("/proc/cpuinfo")
+	for line := range strings.Lines(string(data)) {
+		if name, value, _ := strings.Cut(line, ":"); strings.TrimSpace(name) == "model name" {
+			model = strings.TrimSpace(value)
+			break
+		}
+	}
+	return fmt.Sprintf("%d cores, %s, %s", runtime.NumCPU(), model, runtime.Version())
+}
+
+func readReport(path string) (*report, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	r := new(report)
+	if err := json.Unmarshal(data, r); err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return r, nil
+}
+
+func (r *report) write(path string) error {
 	data, err := json.MarshalIndent(r, "", "  ")
 	if err != nil {
 		return err
 	}
-	path := filepath.Join(b.dir, "bench.json")
-	if err := os.WriteFile(path, append(data, '\n'), 0o644); err != nil {
-		return err
-	}
-	r.print(path)
-	return nil
+	return os.WriteFile(path, append(data, '\n'), 0o644)
 }
-
-func (r *report) print(path string) {
-	fmt.Printf("\n%-26s %14s %14s %7s %15s %9s %9s\n", "", "bare token /s", "ours /s", "share", "of the pairs",
-		"p50 ms", "p99 ms")
-	row := func(name string, q ratio, p50, p99 string) {
-		fmt.Printf("%-26s %14.0f %14.0f %7.3f  %.3f to %.3f %9s %9s\n", name, q.Token, q.Service, q.Share, q.Low,
-			q.High, p50, p99)
-	}
-	for _, bits := range []string{"2048", "3072"} {
-		if e := r.Establish[bits]; e != nil {
-			row("EstablishKME, "+bits+" bits", e.ratio, ms(e.P50), ms(e.P99))
-			fmt.Printf("%-26s %14s %14.0f %7s %15s %9s %9s\n", "  at half of it", "", e.HalfRate, "", "", ms(e.HalfP50),
-				ms(e.HalfP99))
-			fmt.Printf("%-26s %14s %14.0f\n", "  PrepareVector, opening", "", e.Open)
-			fmt.Printf("%-26s %14s %14.0f\n", "  PrepareVector, bound", "", e.Process)
-		}
-	}
-	if r.Provision.Token > 0 {
-		row("device keys, to Vault", r.Provision.ratio, "", "")
-		fmt.Printf("%-26s %.0f MB\n", "  memory at most", r.Provision.PeakRSS)
-	}
-	if r.Lookup.Cached > 0 {
-		fmt.Printf("%-26s %.0f a second cached, %.0f MB with %d devices in %d lots, %.2f reads a cold one\n", "lookup",
-			r.Lookup.Cached, r.Lookup.RSS, r.Lookup.Devices, r.Lookup.Lots, r.Lookup.ReadsACold)
-	}
-	for _, l := range r.Latency {
-		fmt.Printf("%-26s %d sessions: %.0f a second, %.2f of sessions / (%d calls x %.2f ms)\n",
-			fmt.Sprintf("calls of %.0f ms", l.CallMs), l.Sessions, l.PerSecond, l.Share, l.Calls, l.CallMs)
-	}
-	var calls []string
-	for name, n := range r.HSMCalls {
-		calls = append(calls, fmt.Sprintf("%s %d", name, n))
-	}
-	slices.Sort(calls)
-	fmt.Printf("%-26s %s\n", "HSM calls an operation", strings.Join(calls, ", "))
-	fmt.Println(path)
-}
-
-func ms(v float64) string { return fmt.Sprintf("%.2f", v) }

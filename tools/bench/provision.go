@@ -29,6 +29,7 @@ func (b *bench) provision(r *report) error {
 	injection := hsmkeys.Key{Role: hsmkeys.RoleInjection, Manufacturer: b.manufacturer, Name: "bench"}
 	flags := []string{"--token", os.Getenv("FACTORY_TOKEN"), "--directory", "vault:kme", "--state",
 		filepath.Join(b.dir, "factory")}
+	p := new(provisioning)
 	for i := range b.pairs {
 		lot := fmt.Sprintf("P%d", i)
 		create := append([]string{"lot", "create", lot, "--tac", fmt.Sprintf("990000%02d", i), "--first", "0",
@@ -55,13 +56,14 @@ func (b *bench) provision(r *report) error {
 		if err := json.Unmarshal(out, &made); err != nil {
 			return err
 		}
-		r.Provision.add(bare, float64(made.Made)/made.Seconds)
-		r.Provision.PeakRSS = max(r.Provision.PeakRSS,
+		p.add(bare, float64(made.Made)/made.Seconds)
+		p.PeakRSS = max(p.PeakRSS,
 			float64(cmd.ProcessState.SysUsage().(*syscall.Rusage).Maxrss)/1024)
-		fmt.Fprintf(os.Stderr, "device keys, %d of %d: token %.0f a second, published %.0f, %.3f\n", i+1, b.pairs, bare,
+		b.progress("device keys, %d of %d: token %.0f a second, published %.0f, %.3f", i+1, b.pairs, bare,
 			float64(made.Made)/made.Seconds, float64(made.Made)/made.Seconds/bare)
 	}
-	r.Provision.finish()
-	r.Provision.PeakRSS = round(r.Provision.PeakRSS, 0)
+	p.finish()
+	p.PeakRSS = round(p.PeakRSS, 0)
+	r.Provision = p
 	return nil
 }

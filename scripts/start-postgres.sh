@@ -1,0 +1,26 @@
+# To be sourced: starts a PostgreSQL of its own on a Unix socket, in the new folder $pgdata, process $postgres, with a
+# database keysvc, its owner keysvc_owner and the service's role keysvc. Whoever sources it ends the process by SIGQUIT
+# and removes the folder. Its log is $dir/postgres.log. The folder is not below the tree, which PostgreSQL's user may not enter: it does not run as root.
+# shellcheck shell=bash
+: "${dir:?}"
+pgbin=$(dirname "$(compgen -G '/usr/lib/postgresql/*/bin/psql' | tail -n 1 || command -v psql)")
+pgdata=$(mktemp -d /var/tmp/kmehsm-postgres-XXXXXX)
+as=()
+if [ "$(id -u)" = 0 ]; then
+	user=postgres
+	id "$user" >/dev/null 2>&1 || user=nobody
+	chown "$user" "$pgdata"
+	as=(setpriv --reuid "$user" --regid "$(id -g "$user")" --clear-groups)
+fi
+as+=(env -C "$pgdata") # where that user may be
+"${as[@]}" "$pgbin/initdb" -D "$pgdata/data" -U postgres -A trust -E UTF8 --locale=C >"$dir/postgres.log"
+"${as[@]}" "$pgbin/postgres" -D "$pgdata/data" -k "$pgdata" -c listen_addresses= -c max_connections=200 \
+	>>"$dir/postgres.log" 2>&1 &
+postgres=$!
+pg() { "$pgbin/psql" -q -v ON_ERROR_STOP=1 -h "$pgdata" -U postgres "$@"; }
+for _ in {1..600}; do
+	pg -c 'SELECT 1' >/dev/null 2>&1 && break
+	kill -0 "$postgres" 2>/dev/null || { cat "$dir/postgres.log" >&2 && exit 1; }
+	sleep 0.1
+done
+pg -c 'CREATE ROLE keysvc_owner LOGIN' -c 'CREATE ROLE keysvc LOGIN' -c 'CREATE DATABASE keysvc OWNER keysvc_owner'

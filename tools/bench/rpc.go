@@ -1,0 +1,180 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"path/filepath"
+	"strconv"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"connectrpc.com/connect"
+	"google.golang.org/protobuf/types/known/emptypb"
+
+	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
+	"github.com/kmehsm/kmehsm/client"
+	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/mesim"
+	"github.com/kmehsm/kmehsm/internal/scheduling"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// rpc is calls a second over mutual TLS, 64 at once, and what one takes of keysvc's CPU and of the client's.
+//
+// The empty one is Check of gRPC's health service: it has the server, the TLS, the HTTP/2 and the library of the unary
+// calls, and nothing is done for it but that once a second the token is asked whether it works. The others are as package
+// client makes them, for subscriptions whose bindings are ACTIVE, as in each later authentication of a device.
+type rpc struct {
+	Empty            float64 `json:"empty_per_second"`
+	Prepare          float64 `json:"prepare_per_second"`
+	Report           float64 `json:"report_per_second"`
+	EmptyCPU         float64 `json:"empty_cpu_us"`
+	PrepareCPU       float64 `json:"prepare_cpu_us"`
+	ReportCPU        float64 `json:"report_cpu_us"`
+	EmptyClientCPU   float64 `json:"empty_client_cpu_us"`
+	PrepareClientCPU float64 `json:"prepare_client_cpu_us"`
+	ReportClientCPU  float64 `json:"report_client_cpu_us"`
+}
+
+func (b *bench) rpc(r *report) error {
+	s, err := b.serve("keysvc")
+	if err != nil {
+		return err
+	}
+	result := new(rpc)
+	err = b.inChild(result, []string{"rpc", "-server", s.address, "-pid", strconv.Itoa(s.cmd.Process.Pid)})
+	if err == nil {
+		r.RPC = result
+	}
+	return errors.Join(err, s.stop())
+}
+
+// active is how many subscriptions the calls are for.
+const active = 1000
+
+// atOnce is how many calls are under way, as in mesim load.
+const atOnce = 64
+
+func (b *bench) measureRPC() (any, error) {
+	tls, err := cmdline.ClientTLS(b.clientFiles())
+	if err != nil {
+		return nil, err
+	}
+	hss, err := client.New(client.Options{URL: b.server, TLS: tls, Timeout: 30 * time.Second, Tries: 1})
+	if err != nil {
+		return nil, err
+	}
+	defer hss.Close()
+	subscriptions, err := b.attached(hss)
+	if err != nil {
+		return nil, err
+	}
+	protocols := new(http.Protocols)
+	protocols.SetHTTP2(true)
+	transport := &http.Transport{Protocols: protocols, TLSClientConfig: tls}
+	defer transport.CloseIdleConnections()
+	// Its messages are HealthCheckRequest and HealthCheckResponse, of which nothing is read.
+	check := connect.NewClient[emptypb.Empty, emptypb.Empty](&http.Client{Transport: transport},
+		b.server+"/grpc.health.v1.Health/Check")
+
+	_ = scheduling.ForCalls(0) // as mesim load
+	calls := map[string]func(kme.IMSI) error{
+		"empty": func(kme.IMSI) error {
+			_, err := check.CallUnary(b.ctx, connect.NewRequest(new(emptypb.Empty)))
+			return err
+		},
+		"prepare": func(imsi kme.IMSI) error {
+			v, err := hss.PrepareVector(b.ctx, imsi, client.Origin{}, client.RAND{1})
+			if err == nil && v.AttemptID != "" {
+				err = fmt.Errorf("IMSI %s is not bound", imsi)
+			}
+			return err
+		},
+		"report": func(imsi kme.IMSI) error {
+			report, err := hss.ReportAuthentication(b.ctx, imsi, client.Origin{}, true)
+			if err == nil && report.State != kmev1.State_ACTIVE {
+				err = fmt.Errorf("the binding of IMSI %s is %v, not ACTIVE", imsi, report.State)
+			}
+			return err
+		},
+	}
+	all := map[string][]sample{}
+	for i := range b.pairs {
+		for _, name := range []string{"empty", "prepare", "report"} {
+			s, err := b.call(subscriptions, calls[name])
+			if err != nil {
+				return nil, fmt.Errorf("%s: %w", name, err)
+			}
+			all[name] = append(all[name], s)
+			b.progress("RPC, %s, %d of %d: %.0f a second, %.0f us of keysvc's CPU and %.0f us of the client's", name, i+1,
+				b.pairs, s.PerSecond, s.cpu, s.ClientCPU)
+		}
+	}
+	perSecond := func(name string) float64 {
+		return round(medianOf(all[name], func(s sample) float64 { return s.PerSecond }), 0)
+	}
+	cpu := func(name string) float64 {
+		return round(medianOf(all[name], func(s sample) float64 { return s.cpu }), 1)
+	}
+	clientCPU := func(name string) float64 {
+		return round(medianOf(all[name], func(s sample) float64 { return s.ClientCPU }), 1)
+	}
+	return &rpc{perSecond("empty"), perSecond("prepare"), perSecond("report"), cpu("empty"), cpu("prepare"),
+		cpu("report"), clientCPU("empty"), clientCPU("prepare"), clientCPU("report")}, nil
+}
+
+// attached are subscriptions whose bindings are ACTIVE, each of another device.
+func (b *bench) attached(hss *client.Client) (all []kme.IMSI, err error) {
+	fleet, err := mesim.OpenFleet(filepath.Join(b.dir, "injection-2048"), filepath.Join(b.dir, "fixture.key"),
+		[]string{filepath.Join(b.dir, "fixture-enrolment.json")})
+	if err != nil {
+		return nil, err
+	}
+	devices, err := fleet.Devices(0, active)
+	if err != nil {
+		return nil, err
+	}
+	first := time.Now().Unix() % 1e6 * active // others than those of a run before
+	for i := range active {
+		imsi, err := kme.ParseIMSI(fmt.Sprintf("00101%010d", first+int64(i)))
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, imsi)
+	}
+	run := mesim.Run{Network: mesim.Network{Client: hss}, Devices: devices, FirstIMSI: all[0], Concurrency: atOnce}
+	_, err = run.Attach(b.ctx, "")
+	return all, err
+}
+
+// call measures a call for b.each.
+func (b *bench) call(subscriptions []kme.IMSI, call func(kme.IMSI) error) (s sample, err error) {
+	before, err := processCPU(b.pid)
+	if err != nil {
+		return s, err
+	}
+	own, start := ownCPU(), time.Now()
+	var n atomic.Int64
+	if err := parallelOn(atOnce, func(i int) (bool, error) {
+		n.Add(1)
+		return time.Since(start) < b.each, call(subscriptions[i%len(subscriptions)])
+	}); err != nil {
+		return s, err
+	}
+	seconds, calls := time.Since(start).Seconds(), float64(n.Load())
+	spent := ownCPU() - own
+	after, err := processCPU(b.pid)
+	return sample{PerSecond: calls / seconds, ClientCPU: float64(spent.Microseconds()) / calls,
+		cpu: float64((after - before).Microseconds()) / calls}, err
+}
+
+// ownCPU is that of this process.
+func ownCPU() time.Duration {
+	var u syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
+		return 0
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
