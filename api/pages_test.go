@@ -38,12 +38,13 @@ func bind(t *testing.T, store binding.Store, imsi string, n int) {
 	}
 	now := time.Now()
 	q := binding.VectorRequest{IMSI: parsed, Origin: binding.Origin{Provisioning: binding.Allowed}, Now: now,
-		AttemptID: "attempt of " + imsi, AttemptTTL: time.Hour, PendingVectors: 3}
-	if _, err := store.Prepare(t.Context(), q); err != nil {
+		AttemptTTL: time.Hour, PendingVectors: 3}
+	d, err := store.Prepare(t.Context(), q)
+	if err != nil {
 		t.Fatal(err)
 	}
 	b := &binding.Binding{IMSI: parsed, IMEI: device(t, n), Manufacturer: "m", Lot: "L1", State: binding.Pending,
-		Sealed: []byte{1}, Established: now, Expires: now.Add(time.Hour), AttemptID: q.AttemptID,
+		Sealed: []byte{1}, Established: now, Expires: now.Add(time.Hour), AttemptID: d.Attempt.ID,
 		PayloadSHA256: []byte{1}, NWSig: []byte{1}}
 	if err := store.Establish(t.Context(), b, []byte("tag of "+imsi), true, now); err != nil {
 		t.Fatal(err)

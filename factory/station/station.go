@@ -23,6 +23,7 @@ import (
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/handover"
+	"github.com/kmehsm/kmehsm/internal/sqlconn"
 	"github.com/kmehsm/kmehsm/internal/sqlite"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -352,7 +353,7 @@ func (d *Desk) Report(ctx context.Context, station, name string, imei kme.IMEI, 
 		return refuse("IMEI %s was reported %s before, and cannot be %s", imei, was, state)
 	}
 	var n int64
-	err = d.write.Do(ctx, func(ctx context.Context, tx *sql.Tx) error {
+	err = d.write.Do(ctx, func(ctx context.Context, tx *sqlconn.Tx) error {
 		r, err := tx.ExecContext(ctx, "UPDATE device SET state = ?, reported = ?, note = ? WHERE lot = ? AND "+
 			"position = ? AND issue = ? AND station = ? AND tries = ? AND state = ?",
 			state, now(), note, name, at, k.issue, station, tries, was)
@@ -429,7 +430,7 @@ func (d *Desk) claim(ctx context.Context, k device, station string, to State, na
 		reported = now()
 	}
 	var tries int
-	err := d.write.Do(ctx, func(ctx context.Context, tx *sql.Tx) error {
+	err := d.write.Do(ctx, func(ctx context.Context, tx *sqlconn.Tx) error {
 		return tx.QueryRowContext(ctx,
 			`INSERT INTO device (lot, position, issue, again, state, station, handed, reported)
 		VALUES (?1, ?2, ?3, EXISTS (SELECT 1 FROM device WHERE lot = ?1 AND position = ?2), ?4, ?5, ?6, ?7)
