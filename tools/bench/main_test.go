@@ -11,8 +11,8 @@ import (
 	"time"
 )
 
-// An error in one part is told in the end, and leaves what the others have found; a part that cannot be measured here is
-// no error.
+// An error in one part is told in the end, and leaves what the others have found; a part that cannot be measured here
+// is no error.
 func TestParts(t *testing.T) {
 	b := &bench{ctx: t.Context(), dir: t.TempDir(), pairs: 1, each: time.Second}
 	failure := errors.New("the second fails")
@@ -85,7 +85,7 @@ func TestRows(t *testing.T) {
 	for _, row := range r.rows() {
 		text.WriteString(row.name + " " + row.value + "\n")
 	}
-	for _, want := range []string{"attach, 2048 bits: share", "**0.500**", "0.0 / 9.0", "PrepareVector, bound: a second"} {
+	for _, want := range []string{"attach, 2048 bits: share", "**0.500**", "0.0 / 9.0", "PrepareVector, bound: a"} {
 		if !strings.Contains(text.String(), want) {
 			t.Errorf("no %q in\n%s", want, &text)
 		}
