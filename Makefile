@@ -13,7 +13,7 @@ PROTOC_GEN_CONNECT_GO := connectrpc.com/connect/cmd/protoc-gen-connect-go@v1.21.
 
 # A target's prerequisites come in their order also under make -j: the tools are installed before they are used.
 .NOTPARALLEL:
-DEPS := deps-build deps-demo deps-plugin deps-check deps-test deps-generate
+DEPS := deps-build deps-demo deps-plugin deps-bench deps-check deps-test deps-generate
 .PHONY: help build demo plugin release reproducible vaultdev check test flaky soak bench benchstat lint fuzz \
 	fuzz-plugin generate clean $(DEPS)
 
@@ -100,7 +100,8 @@ soak: deps-test vaultdev ## the long tests: kill -9, outages and lost answers, o
 	KMEHSM_SOAK=1 go test -count=1 -timeout 60m -run 'Killed|TestMutated' -v ./binding
 	KMEHSM_SOAK=1 go test -count=1 -timeout 20m -run 'TestOutage|TestRemoteKilled' -v ./internal/faultmodule
 
-bench: deps-demo build vaultdev ## how near all is to the bare token: var/bench/bench.json (PAIRS=5, SECONDS_EACH=5)
+# ONLY=attach,rpc measures these parts, and keeps the others of bench.json; BITS=2048 one size. PAIRS, SECONDS_EACH.
+bench: deps-bench build vaultdev ## how near all is to the bare token, in ten minutes: var/bench/bench.json (ONLY=PARTS)
 	go build -trimpath $(STAMP) -o bin/ ./tools/bench
 	scripts/bench.sh
 

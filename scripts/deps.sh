@@ -3,16 +3,17 @@ set -euo pipefail
 
 usage() {
 	cat <<'EOF'
-usage: scripts/deps.sh build|demo|plugin|check|test|generate
+usage: scripts/deps.sh build|demo|plugin|bench|check|test|generate
 
 Installs, with apt-get, what this machine lacks for a Make target, and nothing else:
 
     build       a C compiler and the C library's headers (cgo, for PKCS #11 and SQLite), CA certificates
     demo        build's, and SoftHSM, curl, jq, openssl
     plugin      build's, and make, the headers of freeDiameter, libcurl and Jansson
+    bench       demo's and plugin's, and freeDiameterd, PostgreSQL
     check       demo's, and shellcheck, age, SQLite's shell, OpenSC (pkcs11-tool and pkcs11-spy.so), openCryptoki,
                 p11-kit, NSS softoken
-    test        check's and plugin's, and freeDiameterd, clang with libFuzzer, tshark, spin, PostgreSQL, Chromium
+    test        check's and bench's, and clang with libFuzzer, tshark, spin, Chromium
     generate    protoc
 
 It does so as root or with sudo. With nothing missing it does nothing, on any system.
@@ -87,6 +88,14 @@ for_plugin() {
 	need libjansson-dev has_header jansson.h
 }
 
+for_bench() {
+	for_demo
+	for_plugin
+	need libssl-dev has_header openssl/evp.h
+	need freediameterd command -v freeDiameterd
+	need postgresql has_postgres
+}
+
 for_check() {
 	for_demo
 	need shellcheck command -v shellcheck
@@ -103,14 +112,11 @@ for_check() {
 
 for_test() {
 	for_check
-	for_plugin
-	need libssl-dev has_header openssl/evp.h
-	need freediameterd command -v freeDiameterd
+	for_bench
 	need clang command -v clang
 	need libclang-rt-dev has_fuzzer
 	need tshark command -v tshark
 	need spin command -v spin
-	need postgresql has_postgres
 	need chromium command -v chromium
 }
 
@@ -120,7 +126,7 @@ for_generate() {
 }
 
 case ${1:-} in
-build | demo | plugin | check | test | generate) ;;
+build | demo | plugin | bench | check | test | generate) ;;
 -h | --help) usage && exit ;;
 *)
 	usage >&2

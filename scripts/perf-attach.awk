@@ -41,7 +41,7 @@ function category(    i, j, at, symbol) {
 		if ($0 ~ / (tcp|sock|inet|unix_stream|ip)_|epoll/) return "kernel: sockets"
 		if ($0 ~ /fsync|fdatasync|pwrite|ftruncate|pread/) return "kernel: SQLite's files"
 		if ($0 ~ /open|close|_read|fcntl|newfstat|vfs_statx|lseek|flock|getdents/) return "kernel: SoftHSM's files"
-		return "kernel: threads, memory"
+		return $0 ~ /page_fault/ ? "kernel: page faults" : "kernel: threads"
 	}
 	if ($1 ~ /libsofthsm2|libcrypto|libstdc\+\+/) return "HSM module: SoftHSM, libcrypto"
 	if ($1 ~ /libc\.so/) return "libc: malloc and copies of SoftHSM and SQLite"

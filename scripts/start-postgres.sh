@@ -1,6 +1,7 @@
-# To be sourced: starts a PostgreSQL of its own on a Unix socket, in the new folder $pgdata, process $postgres, with a
-# database keysvc, its owner keysvc_owner and the service's role keysvc. Whoever sources it ends the process by SIGQUIT
-# and removes the folder. Its log is $dir/postgres.log. The folder is not below the tree, which PostgreSQL's user may not enter: it does not run as root.
+# To be sourced, with dir set: starts a PostgreSQL of its own on a Unix socket in the new folder $pgdata, process
+# $postgres, with a database keysvc, its owner keysvc_owner and the service's role keysvc; its log is in dir. Whoever
+# sources it ends the process by SIGQUIT and removes the folder. That is not below the tree, which PostgreSQL's user may
+# not enter: it does not run as root.
 # shellcheck shell=bash
 : "${dir:?}"
 pgbin=$(dirname "$(compgen -G '/usr/lib/postgresql/*/bin/psql' | tail -n 1 || command -v psql)")

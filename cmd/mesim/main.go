@@ -28,8 +28,8 @@ var deviceFlags = []cli.Flag{
 }
 
 var serverFlags = []cli.Flag{
-	&cli.StringFlag{Name: "server", Usage: "keysvc's `URL`: https://HOST:PORT, or unix:/path; attach and load --whole " +
-		"take s6a:/path too, the test MME of plugins/freediameter"},
+	&cli.StringFlag{Name: "server", Usage: "keysvc's `URL`: https://HOST:PORT, or unix:/path; attach and load " +
+		"--whole take s6a:/path too, the test MME of plugins/freediameter"},
 	&cli.StringFlag{Name: "origin", Usage: "whom the simulated HSS names as its peer, a `NAME`: an MME's Origin-Host " +
 		"(default: none)"},
 	&cli.StringFlag{Name: "cert", Usage: "the client's certificate, as `PEM`"},
@@ -174,7 +174,8 @@ func load(c *cli.Context) error {
 		return cmdline.Usagef("--first-imsi: %w", err)
 	}
 	if strings.HasPrefix(c.String("server"), "s6a:") && !c.Bool("whole") {
-		return cmdline.Usagef("load without --whole calls the service itself: --server is https://HOST:PORT or unix:/path")
+		return cmdline.Usagef("load without --whole calls the service itself: --server is https://HOST:PORT or " +
+			"unix:/path")
 	}
 	run, err := newRun(c, imsi)
 	if err != nil {

@@ -173,8 +173,8 @@ func (l *loading) prepare(ctx context.Context, n int) ([]*loadCall, error) {
 	})
 }
 
-// each makes a call of all, or of those that can begin within the limit, and gives these. With a rate, each is made when
-// it is due, and timed from then on: a call that waits because an earlier one is slow waits too.
+// each makes a call of all, or of those that can begin within the limit, and gives these. With a rate, each is made
+// when it is due, and timed from then on: a call that waits because an earlier one is slow waits too.
 func (l *loading) each(ctx context.Context, m *Measure, calls []*loadCall, rate float64, limit time.Duration,
 	call func(*loadCall) error) (made []*loadCall, err error) {
 	times := make([]time.Duration, len(calls))

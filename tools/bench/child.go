@@ -10,10 +10,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	mathrand "math/rand/v2"
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -211,6 +213,7 @@ func parallelOn(workers int, f func(int) (more bool, err error)) error {
 
 // latency is what the token does when each call takes some milliseconds, as over a network.
 type latency struct {
+	Delay     int     `json:"delay_ms"`
 	Sessions  int     `json:"sessions"`
 	Calls     int     `json:"calls"`   // an EstablishKME
 	CallMs    float64 `json:"call_ms"` // as measured, of one that does next to nothing
@@ -218,21 +221,25 @@ type latency struct {
 	Share     float64 `json:"share"` // of sessions / (calls x latency)
 }
 
-// hsmCalls counts calls by way of the module that injects faults.
+// roundTrips are the calls of the module that an operation makes, and how many of them come one after the other.
+type roundTrips struct{ Calls, Depth map[string]int }
+
+// hsmCalls counts calls by way of the module that injects faults, to a token that is as far away as one in a network.
 func (b *bench) hsmCalls(r *report) error {
 	module, err := faultmodule.Build(b.dir, modulePath(os.Getenv("OPERATOR_TOKEN")))
 	if err != nil {
-		return err
-	}
-	r.HSMCalls, r.Latency = nil, nil
-	if err := b.inChild(&r.HSMCalls, []string{"calls"}, module.Env()...); err != nil {
 		return err
 	}
 	// The token is to be far away already when it is opened, for as many sessions as such a token gets.
 	if err := module.Set("* delay 1000"); err != nil {
 		return err
 	}
-	return errors.Join(b.inChild(&r.Latency, []string{"latency"}, module.Env()...), module.Set())
+	var trips roundTrips
+	r.Latency = nil
+	err = errors.Join(b.inChild(&trips, []string{"calls"}, module.Env()...), module.Set("* delay 1000"),
+		b.inChild(&r.Latency, []string{"latency"}, module.Env()...), module.Set())
+	r.HSMCalls, r.HSMDepth = trips.Calls, trips.Depth
+	return err
 }
 
 // modulePath is the module-path of a token's URI.
@@ -305,7 +312,7 @@ func (b *bench) countCalls() (any, error) {
 	}
 	defer factory.Close()
 	injection := hsmkeys.Key{Role: hsmkeys.RoleInjection, Manufacturer: b.manufacturer, Name: "bench"}
-	calls := map[string]int{}
+	trips := roundTrips{map[string]int{}, map[string]int{}}
 	for name, do := range map[string]func() error{
 		"open payload": func() error { _, err := operator.OpenPayload(b.ctx, payload); return err },
 		"encrypt 32 RANDs": func() error {
@@ -330,9 +337,33 @@ func (b *bench) countCalls() (any, error) {
 				return nil, fmt.Errorf("%s: %w", name, err)
 			}
 		}
-		calls[name] = (total(module) - before) / times
+		trips.Calls[name] = int(math.Round(float64(total(module)-before) / times))
+		if trips.Depth[name], err = depth(module, do); err != nil {
+			return nil, fmt.Errorf("%s: %w", name, err)
+		}
 	}
-	return calls, nil
+	return trips, nil
+}
+
+// depth is how much longer an operation takes when each call takes longer.
+func depth(module *faultmodule.Module, do func() error) (int, error) {
+	const short, long = 10 * time.Millisecond, 30 * time.Millisecond
+	var took [2]float64
+	for i, d := range []time.Duration{short, long} {
+		if err := module.Set(fmt.Sprintf("* delay %d", d.Microseconds())); err != nil {
+			return 0, err
+		}
+		var times []float64
+		for range 5 {
+			start := time.Now()
+			if err := do(); err != nil {
+				return 0, err
+			}
+			times = append(times, time.Since(start).Seconds())
+		}
+		took[i] = slices.Min(times)
+	}
+	return int(math.Round((took[1] - took[0]) / (long - short).Seconds())), module.Set("* delay 1000")
 }
 
 func total(m *faultmodule.Module) (n int) {
@@ -386,7 +417,7 @@ func (b *bench) measureLatency() (any, error) {
 		if err != nil {
 			return nil, err
 		}
-		l := latency{Sessions: c.sessions, Calls: (total(module) - before) / int(n.Load()), CallMs: callMs,
+		l := latency{Delay: c.ms, Sessions: c.sessions, Calls: (total(module) - before) / int(n.Load()), CallMs: callMs,
 			PerSecond: round(float64(n.Load())/time.Since(start).Seconds(), 1)}
 		l.Share = round(l.PerSecond/(float64(l.Sessions)/(float64(l.Calls)*l.CallMs/1000)), 3)
 		all = append(all, l)

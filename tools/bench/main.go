@@ -30,7 +30,7 @@ import (
 type report struct {
 	Establish map[string]*establishment `json:"establish,omitempty"` // by the bits of the lot
 	Attach    map[string]*attachment    `json:"attach,omitempty"`
-	RPC       *rpc                      `json:"rpc,omitempty"`
+	RPC       rpc                       `json:"rpc,omitempty"`
 	Postgres  map[string]*onPostgres    `json:"postgres,omitempty"`
 	Provision *provisioning             `json:"provision,omitempty"`
 	Lookup    *lookup                   `json:"lookup,omitempty"`
@@ -116,7 +116,7 @@ func (b *bench) parts() []part {
 	return []part{
 		{"establish", b.establish, 5 * bits, (1.3 + fewer/2) * bits},
 		{"attach", b.attach, 5 * bits, (1.2 + 2.5*fewer) * bits},
-		{"rpc", b.rpc, 5, 1.5},
+		{"rpc", b.rpc, 5, 2},
 		{"postgres", b.postgres, 10, 1.2 + 3.6*fewer},
 		{"provision", b.provision, 1, 1.5},
 		{"lookup", b.lookup, 5, 0.1},
@@ -132,8 +132,8 @@ func main() {
 	child := flag.String("child", "", "measure one thing in this process, and print it")
 	flag.StringVar(&b.server, "server", "", "for -child rpc: the address of keysvc")
 	flag.IntVar(&b.pid, "pid", 0, "for -child rpc: the process of keysvc")
-	only := flag.String("only", "", "measure these parts of the report, NAME,NAME, and keep the others of the last run: "+
-		"establish, attach, rpc, postgres, provision, lookup, hsm_calls")
+	only := flag.String("only", "", "measure these parts of the report, NAME,NAME, and keep the others of the last "+
+		"run: establish, attach, rpc, postgres, provision, lookup, hsm_calls")
 	bits := flag.String("bits", "2048,3072", "the lots to establish KMEs with")
 	table := flag.String("print", "", "print a table of reports, FILE,FILE: a column for each")
 	version := flag.Bool("version", false, "print tag, commit and Go's version")
@@ -168,7 +168,7 @@ func (b *bench) main(child, only, table string) (err error) {
 	if child != "" {
 		return b.child(child)
 	}
-	return b.run(only)
+	return b.run(b.parts(), only)
 }
 
 // identify reads whose lots they are.
@@ -186,8 +186,8 @@ func (b *bench) identify() error {
 }
 
 // run measures the parts that only names, or all. The error of one leaves those of the others as they are.
-func (b *bench) run(only string) error {
-	parts, path := b.parts(), filepath.Join(b.dir, "bench.json")
+func (b *bench) run(parts []part, only string) error {
+	path := filepath.Join(b.dir, "bench.json")
 	r := new(report)
 	if only != "" {
 		var chosen []part

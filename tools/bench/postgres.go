@@ -112,7 +112,8 @@ func (b *bench) two(result *twoInstances, bits string, servers ...*server) error
 			return (f(halves[0])*float64(halves[0].Calls) + f(halves[1])*float64(halves[1].Calls)) / calls
 		}
 		sum := sample{PerSecond: halves[0].PerSecond + halves[1].PerSecond,
-			cpu: each(func(s sample) float64 { return s.cpu }), ClientCPU: each(func(s sample) float64 { return s.ClientCPU })}
+			cpu:       each(func(s sample) float64 { return s.cpu }),
+			ClientCPU: each(func(s sample) float64 { return s.ClientCPU })}
 		single, both = append(single, one), append(both, sum)
 		times = append(times, sum.PerSecond/one.PerSecond)
 		database = append(database, float64((after-before).Microseconds())/calls)

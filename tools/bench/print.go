@@ -69,11 +69,12 @@ func (r *report) rows() (all []row) {
 	for _, bits := range slices.Sorted(maps.Keys(r.Attach)) {
 		a, name := r.Attach[bits], "attach, "+bits+" bits"
 		beside(name, &a.measured)
-		add(name+": CPU of keysvc / of the client / of the bare operation, us", "%.0f / %.0f / %.0f", a.CPU, a.ClientCPU,
-			a.TokenCPU)
+		add(name+": CPU of keysvc / of the client / of the bare operation, us", "%.0f / %.0f / %.0f", a.CPU,
+			a.ClientCPU, a.TokenCPU)
 		if a.Socket.Token > 0 {
 			beside(name+", Unix socket", &a.Socket)
-			add(name+", Unix socket: CPU of keysvc / of the client, us", "%.0f / %.0f", a.Socket.CPU, a.Socket.ClientCPU)
+			add(name+", Unix socket: CPU of keysvc / of the client, us", "%.0f / %.0f", a.Socket.CPU,
+				a.Socket.ClientCPU)
 		}
 		if a.Alone.Attach > 0 {
 			add(name+", one at a time", "%.2f ms: 3 syncs of %.2f ms and %.2f private-key operations of %.2f ms",
@@ -85,14 +86,11 @@ func (r *report) rows() (all []row) {
 		beside(name, &e.measured)
 		add(name+": PrepareVector, unbound / pending, a second", "%.0f / %.0f", e.Open, e.Process)
 	}
-	if q := r.RPC; q != nil {
-		for _, call := range []struct {
-			name                   string
-			perSecond, cpu, client float64
-		}{{"empty", q.Empty, q.EmptyCPU, q.EmptyClientCPU}, {"PrepareVector, bound", q.Prepare, q.PrepareCPU,
-			q.PrepareClientCPU}, {"ReportAuthentication, ACTIVE", q.Report, q.ReportCPU, q.ReportClientCPU}} {
-			add("RPC, "+call.name+": a second; CPU of keysvc / of the client, us", "%.0f; %.0f / %.0f", call.perSecond,
-				call.cpu, call.client)
+	for i, name := range []string{"an empty one", "PrepareVector, refused", "PrepareVector, bound",
+		"ReportAuthentication, ACTIVE"} {
+		if call := rpcCalls[i]; r.RPC[call+"_per_second"] > 0 {
+			add("RPC, "+name+": a second; CPU of keysvc / of the client, us", "%.0f; %.0f / %.0f",
+				r.RPC[call+"_per_second"], r.RPC[call+"_cpu_us"], r.RPC[call+"_client_cpu_us"])
 		}
 	}
 	for _, bits := range slices.Sorted(maps.Keys(r.Postgres)) {
@@ -118,8 +116,8 @@ func (r *report) rows() (all []row) {
 			l.Lots), "%.0f; %.0f; %.2f", l.Cached, l.RSS, l.ReadsACold)
 	}
 	for _, l := range r.Latency {
-		add(fmt.Sprintf("HSM calls of %.0f ms, %d sessions: EstablishKME's a second; share of sessions / (calls x latency)",
-			l.CallMs, l.Sessions), "%.0f; %.2f", l.PerSecond, l.Share)
+		add(fmt.Sprintf("HSM calls of %d ms, %d sessions: EstablishKME's a second; share of sessions / (calls x "+
+			"latency)", l.Delay, l.Sessions), "%.0f; %.2f", l.PerSecond, l.Share)
 	}
 	for _, name := range slices.Sorted(maps.Keys(r.HSMCalls)) {
 		add("HSM calls, "+name, "%d", r.HSMCalls[name])

@@ -21,30 +21,22 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// rpc is calls a second over mutual TLS, 64 at once, and what one takes of keysvc's CPU and of the client's.
+// rpc has, of each call, NAME_per_second over mutual TLS, 64 at once, and what one takes of keysvc's CPU and of the
+// client's: NAME_cpu_us and NAME_client_cpu_us.
 //
-// The empty one is Check of gRPC's health service: it has the server, the TLS, the HTTP/2 and the library of the unary
-// calls, and nothing is done for it but that once a second the token is asked whether it works. The others are as package
-// client makes them, for subscriptions whose bindings are ACTIVE, as in each later authentication of a device.
-type rpc struct {
-	Empty            float64 `json:"empty_per_second"`
-	Prepare          float64 `json:"prepare_per_second"`
-	Report           float64 `json:"report_per_second"`
-	EmptyCPU         float64 `json:"empty_cpu_us"`
-	PrepareCPU       float64 `json:"prepare_cpu_us"`
-	ReportCPU        float64 `json:"report_cpu_us"`
-	EmptyClientCPU   float64 `json:"empty_client_cpu_us"`
-	PrepareClientCPU float64 `json:"prepare_client_cpu_us"`
-	ReportClientCPU  float64 `json:"report_client_cpu_us"`
-}
+// "empty" is Check of gRPC's health service: it has the server, the TLS, the HTTP/2 and the library of the unary calls,
+// and nothing is done for it but that once a second the token is asked whether it works. The others are as package
+// client makes them: "refused" is PrepareVector without a RAND, for which nothing is done either; "prepare" and
+// "report" are for subscriptions whose bindings are ACTIVE, as in each later authentication of a device.
+type rpc map[string]float64
 
 func (b *bench) rpc(r *report) error {
 	s, err := b.serve("keysvc")
 	if err != nil {
 		return err
 	}
-	result := new(rpc)
-	err = b.inChild(result, []string{"rpc", "-server", s.address, "-pid", strconv.Itoa(s.cmd.Process.Pid)})
+	var result rpc
+	err = b.inChild(&result, []string{"rpc", "-server", s.address, "-pid", strconv.Itoa(s.cmd.Process.Pid)})
 	if err == nil {
 		r.RPC = result
 	}
@@ -53,6 +45,8 @@ func (b *bench) rpc(r *report) error {
 
 // active is how many subscriptions the calls are for.
 const active = 1000
+
+var rpcCalls = []string{"empty", "refused", "prepare", "report"}
 
 // atOnce is how many calls are under way, as in mesim load.
 const atOnce = 64
@@ -85,6 +79,13 @@ func (b *bench) measureRPC() (any, error) {
 			_, err := check.CallUnary(b.ctx, connect.NewRequest(new(emptypb.Empty)))
 			return err
 		},
+		"refused": func(imsi kme.IMSI) error {
+			_, err := hss.PrepareVector(b.ctx, imsi, client.Origin{})
+			if errors.Is(err, client.Reason(kme.Malformed)) {
+				return nil
+			}
+			return fmt.Errorf("a vector without a RAND: %w", err)
+		},
 		"prepare": func(imsi kme.IMSI) error {
 			v, err := hss.PrepareVector(b.ctx, imsi, client.Origin{}, client.RAND{1})
 			if err == nil && v.AttemptID != "" {
@@ -102,27 +103,23 @@ func (b *bench) measureRPC() (any, error) {
 	}
 	all := map[string][]sample{}
 	for i := range b.pairs {
-		for _, name := range []string{"empty", "prepare", "report"} {
+		for _, name := range rpcCalls {
 			s, err := b.call(subscriptions, calls[name])
 			if err != nil {
 				return nil, fmt.Errorf("%s: %w", name, err)
 			}
 			all[name] = append(all[name], s)
-			b.progress("RPC, %s, %d of %d: %.0f a second, %.0f us of keysvc's CPU and %.0f us of the client's", name, i+1,
+			b.progress("RPC, %s, %d of %d: %.0f a second, %.0f us of keysvc's CPU, %.0f us of the client's", name, i+1,
 				b.pairs, s.PerSecond, s.cpu, s.ClientCPU)
 		}
 	}
-	perSecond := func(name string) float64 {
-		return round(medianOf(all[name], func(s sample) float64 { return s.PerSecond }), 0)
+	result := rpc{}
+	for name, s := range all {
+		result[name+"_per_second"] = round(medianOf(s, func(s sample) float64 { return s.PerSecond }), 0)
+		result[name+"_cpu_us"] = round(medianOf(s, func(s sample) float64 { return s.cpu }), 1)
+		result[name+"_client_cpu_us"] = round(medianOf(s, func(s sample) float64 { return s.ClientCPU }), 1)
 	}
-	cpu := func(name string) float64 {
-		return round(medianOf(all[name], func(s sample) float64 { return s.cpu }), 1)
-	}
-	clientCPU := func(name string) float64 {
-		return round(medianOf(all[name], func(s sample) float64 { return s.ClientCPU }), 1)
-	}
-	return &rpc{perSecond("empty"), perSecond("prepare"), perSecond("report"), cpu("empty"), cpu("prepare"),
-		cpu("report"), clientCPU("empty"), clientCPU("prepare"), clientCPU("report")}, nil
+	return result, nil
 }
 
 // attached are subscriptions whose bindings are ACTIVE, each of another device.
