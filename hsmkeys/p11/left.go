@@ -34,7 +34,11 @@ func (t *Token) put(s *Session) {
 		return
 	}
 	since := s.leftSince
-	if int64(len(s.left)) >= t.left.most.Load() || time.Since(since) >= LeftFor {
+	switch most := t.left.most.Load(); {
+	case most == 1: // there is no room to go on before
+		t.drop(s)
+		return
+	case int64(len(s.left)) >= most, time.Since(since) >= LeftFor:
 		go t.drop(s)
 		return
 	}

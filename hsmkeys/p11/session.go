@@ -17,9 +17,9 @@ type Session struct {
 	lacks *atomic.Uint32 // which of the attributes in optional the token has no place for, by bits
 	open  *atomic.Int64  // the sessions of the token, with this one
 
-	others    []*Session // of the same operation, see Apart
+	others    []*Session            // of the same operation, see Apart
 	left      []pkcs11.ObjectHandle // objects of no more use, which are to go
-	leftSince time.Time  // when the first of them was left
+	leftSince time.Time             // when the first of them was left
 	own       map[string]pkcs11.ObjectHandle
 }
 
