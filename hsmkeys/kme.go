@@ -59,7 +59,7 @@ func (t *OperatorToken) randBlocks(ctx context.Context, operation string, sealed
 		if err != nil {
 			return out, err
 		}
-		s.Leave()
+		s.Leave(h)
 		b, err := process(s, pkcs11.CKM_AES_ECB, h, in, make([]byte, len(in)))
 		if err != nil {
 			return out, p11.Explain("process RAND", err)

@@ -37,7 +37,7 @@ func Seal(s *p11.Session, generation int, storage pkcs11.ObjectHandle, secret km
 	if err != nil {
 		return nil, p11.Explain("seal a KME", err)
 	}
-	s.Leave()
+	s.Leave(h)
 	return SealObject(s, generation, storage, h)
 }
 
@@ -108,7 +108,7 @@ func VerifyKME(s *p11.Session, suite kme.Suite, pub crypto.PublicKey, signed, si
 	if err != nil {
 		return false, p11.Explain("take a device's public key into the token", err)
 	}
-	s.Leave()
+	s.Leave(h)
 	m, data := kmeSignature(suite, signed)
 	ok, err = s.Verify(m, h, data, sig)
 	return ok, p11.Explain("verify KME_SIG", err)

@@ -167,8 +167,11 @@ func Do[T any](ctx context.Context, t *Token, operation string, f func(*Session)
 // a session for each of them, if they are free.
 func DoApart[T any](ctx context.Context, t *Token, operation string, steps int, f func(*Session) (T, error)) (T, error) {
 	v, err := run(ctx, t, operation, steps, f)
-	// What is left in the other sessions may be what fills the token.
-	if c := classify(err); c == sessionLost || IsCKR(err, pkcs11.CKR_DEVICE_MEMORY) && t.dropAll() {
+	switch {
+	case IsCKR(err, pkcs11.CKR_DEVICE_MEMORY):
+		t.dropAll() // it may be that which fills the token
+		fallthrough
+	case classify(err) == sessionLost:
 		v, err = run(ctx, t, operation, steps, f)
 	}
 	if c := classify(err); c == sessionLost || c == deviceLost {
@@ -180,32 +183,36 @@ func DoApart[T any](ctx context.Context, t *Token, operation string, steps int, 
 
 // Apart makes steps that do not wait for one another: each on a session of its own, if the operation has so many, else
 // one after the other. Whatever becomes of one, all are made; it returns when all have ended.
-func (t *Token) Apart(s *Session, steps ...func(*Session) error) error {
-	errs := make([]error, len(steps))
-	lanes := append([]*Session{s}, s.others...)
-	lanes = lanes[:min(len(lanes), len(steps))]
-	// The first step has its session for itself.
-	lane := func(step int) int {
-		if step == 0 || len(lanes) == 1 {
-			return 0
-		}
-		return 1 + (step-1)%(len(lanes)-1)
-	}
-	do := func(at int) {
-		for i, step := range steps {
-			if lane(i) == at {
-				_, errs[i] = noPanic(t, func() (none struct{}, err error) { return none, step(lanes[at]) })
+func (t *Token) Apart(s *Session, steps ...func(*Session) error) (err error) {
+	if len(s.others) == 0 {
+		for _, step := range steps {
+			if serr := step(s); serr != nil {
+				err = errors.Join(err, serr)
 			}
 		}
+		return err
 	}
+	// The first step has its session for itself.
+	others := s.others[:min(len(s.others), len(steps)-1)]
+	errs := make([]error, 1+len(others))
 	var all sync.WaitGroup
-	for at := 1; at < len(lanes); at++ {
+	for at, other := range others {
 		all.Add(1)
-		t.workers.run(t.closing, func() { defer all.Done(); do(at) })
+		t.workers.run(t.closing, func() {
+			defer all.Done()
+			for i := 1 + at; i < len(steps); i += len(others) {
+				errs[1+at] = errors.Join(errs[1+at], t.attempt(steps[i], other))
+			}
+		})
 	}
-	do(0)
+	errs[0] = t.attempt(steps[0], s)
 	all.Wait()
 	return errors.Join(errs...)
+}
+
+func (t *Token) attempt(step func(*Session) error, s *Session) error {
+	_, err := noPanic(t, func() (none struct{}, err error) { return none, step(s) })
+	return err
 }
 
 // With is Do for what has no result.

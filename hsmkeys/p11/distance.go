@@ -18,6 +18,17 @@ type distance struct {
 	mu    sync.Mutex
 	calls [measured]time.Duration // the last ones; guarded by mu
 	next  int                     // guarded by mu
+	at    time.Time               // of the last one; guarded by mu
+}
+
+// measureAgain is measure, now and then.
+func (d *distance) measureAgain(s *Session) {
+	d.mu.Lock()
+	due := time.Since(d.at) > time.Second
+	d.mu.Unlock()
+	if due {
+		d.measure(s)
+	}
 }
 
 // measure makes such a call. There are tokens without random numbers, which are taken for near.
@@ -32,6 +43,7 @@ func (d *distance) measure(s *Session) {
 	defer d.mu.Unlock()
 	d.calls[d.next%measured] = took
 	d.next++
+	d.at = start
 }
 
 func (d *distance) far() bool {

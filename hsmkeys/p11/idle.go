@@ -73,7 +73,7 @@ func (i *idle) due(then time.Time) (due *Session, next time.Time) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	for n, s := range i.open {
-		if s.left == 0 {
+		if len(s.left) == 0 {
 			continue
 		}
 		if s.leftSince.After(then) {

@@ -10,8 +10,12 @@ import (
 // under way then on its session, and by C_CloseSession. A KME is one.
 const LeftFor = time.Second
 
-// leftMost is how many of them a session has, at most, where the token has the room.
-const leftMost = 64
+// leftMost is how many of them a session has, at most, where the token has the room, and leftFew how many are destroyed
+// one by one.
+const (
+	leftMost = 64
+	leftFew  = 2
+)
 
 // left are the session objects of no more use. They cost the token memory, and nothing else: a session that has many is
 // closed, which destroys them all in one call, and another opened in its place, beside the pool's work.
@@ -25,12 +29,16 @@ type left struct {
 
 // put gives a place back, with its session, or first has what is left in that destroyed.
 func (t *Token) put(s *Session) {
-	if s == nil || s.left == 0 {
+	if s == nil || len(s.left) == 0 {
 		t.idle.give(s)
 		return
 	}
 	since := s.leftSince
-	if int64(s.left) >= t.left.most.Load() || time.Since(since) >= LeftFor {
+	switch most := t.left.most.Load(); {
+	case most == 1: // there is no room to go on before
+		t.drop(s)
+		return
+	case int64(len(s.left)) >= most, time.Since(since) >= LeftFor:
 		go t.drop(s)
 		return
 	}
@@ -67,29 +75,32 @@ func (t *Token) lookAt(at time.Time) {
 	})
 }
 
-// dropAll destroys what is left in all idle sessions, and says whether anything was: the token is full, and from now on
-// less is left in it.
-func (t *Token) dropAll() (any bool) {
+// dropAll destroys what is left in all idle sessions: the token is full, and from now on less is left in it.
+func (t *Token) dropAll() {
 	t.left.most.Store(max(1, t.left.most.Load()/2))
-	for {
-		s, _ := t.idle.due(time.Now())
-		if s == nil {
-			return any
-		}
-		any = true
+	for s, _ := t.idle.due(time.Now()); s != nil; s, _ = t.idle.due(time.Now()) {
 		t.drop(s)
 	}
 }
 
-// drop destroys what is left in a session: it opens another in its place. The caller has its place.
+// drop destroys what is left in a session, of which the caller has the place.
 func (t *Token) drop(s *Session) {
 	_, err := inToken(t, []*Session{s}, "drop objects", func(held []*Session) (none struct{}, err error) {
+		if len(s.left) <= leftFew {
+			for _, h := range s.left {
+				if err := s.Destroy(h); err != nil {
+					return none, err // which closes the session
+				}
+			}
+			s.left = s.left[:0]
+			return none, nil
+		}
 		held[0] = nil
 		if err := s.Close(); err != nil && classify(err) != sessionLost {
 			return none, err
 		}
 		if held[0], err = t.OpenSession(); err == nil {
-			t.distance.measure(held[0])
+			t.distance.measureAgain(held[0])
 		}
 		return none, err
 	})

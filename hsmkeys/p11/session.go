@@ -17,9 +17,9 @@ type Session struct {
 	lacks *atomic.Uint32 // which of the attributes in optional the token has no place for, by bits
 	open  *atomic.Int64  // the sessions of the token, with this one
 
-	others    []*Session // of the same operation, see Apart
-	left      int        // objects of no more use, which end with the session
-	leftSince time.Time  // when the first of them was left
+	others    []*Session            // of the same operation, see Apart
+	left      []pkcs11.ObjectHandle // objects of no more use, which are to go
+	leftSince time.Time             // when the first of them was left
 	own       map[string]pkcs11.ObjectHandle
 }
 
@@ -29,13 +29,13 @@ func (s *Session) Close() error {
 	return s.Ctx.CloseSession(s.ID)
 }
 
-// Leave says that an object that the session made is of no more use. The pool ends it with the session, in one call
-// with others, LeftFor after the first of them was left, or when there are many.
-func (s *Session) Leave() {
-	if s.left == 0 {
+// Leave says that an object that the session made is of no more use. The pool has it destroyed, with others, LeftFor
+// after the first of them was left, or when there are many.
+func (s *Session) Leave(h pkcs11.ObjectHandle) {
+	if len(s.left) == 0 {
 		s.leftSince = time.Now()
 	}
-	s.left++
+	s.left = append(s.left, h)
 }
 
 // Own gives the handle of a session object that the session has by a name, for as long as it is open; what makes it is

@@ -12,6 +12,7 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 )
 
 //go:embed module/fault.c
@@ -107,6 +108,46 @@ func (m *Module) Counts() map[string]uint64 {
 		}
 	}
 	return all
+}
+
+// Figures are what the module counts beside calls, since it was loaded.
+type Figures struct {
+	Longest      uint64        // how many calls came one after the other: each began when the one before had ended
+	Decryptions  uint64        // RSA decryptions, of a "network"
+	Replayed     uint64        // decryptions that were not computed
+	Idle         time.Duration // how long a "network" could have taken another call, and there was none
+	MostSessions uint64        // that were open at a time
+	MostObjects  uint64        // session objects that were there at a time
+	Refused      uint64        // sessions and objects, by "limits"
+	Sessions     uint64        // that are open
+	Objects      uint64        // session objects that are there
+}
+
+// Figures gives them as they are now.
+func (m *Module) Figures() (f Figures) {
+	data, _ := os.ReadFile(m.counts)
+	at := func(i int) uint64 {
+		if i = 8 * (len(m.functions) + i); i+8 <= len(data) {
+			return binary.NativeEndian.Uint64(data[i:])
+		}
+		return 0
+	}
+	return Figures{at(0), at(1), at(2), time.Duration(at(3)), at(4), at(5), at(6), at(7), at(8)}
+}
+
+// Of says how many calls an operation makes by way of the module, by function, and how many of them come one after the
+// other on its longest way. Nothing else may call the module meanwhile. Calls that are beside one another are seen as
+// that only if they take long enough to meet: with a "delay", or on a "network".
+func (m *Module) Of(operation func() error) (calls map[string]uint64, depth uint64, err error) {
+	before, longest := m.Counts(), m.Figures().Longest
+	err = operation()
+	calls, depth = m.Counts(), m.Figures().Longest-longest
+	for f := range calls {
+		if calls[f] -= before[f]; calls[f] == 0 {
+			delete(calls, f)
+		}
+	}
+	return calls, depth, err
 }
 
 // Setenv puts Env into the environment of this process.

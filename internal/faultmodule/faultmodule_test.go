@@ -21,7 +21,7 @@ import (
 var faulty *faultmodule.Module
 
 func TestMain(m *testing.M) {
-	softhsmtest.MainWith(m, 22, func() error {
+	softhsmtest.MainWith(m, 26, func() error {
 		dir, err := os.MkdirTemp(softhsmtest.Dir(), "fault-")
 		if err != nil {
 			return err
