@@ -16,7 +16,6 @@ import (
 	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/internal/panics"
-	"github.com/kmehsm/kmehsm/kme"
 )
 
 const (
@@ -75,12 +74,11 @@ func (s *server) Stream(
 ) error {
 	const procedure = kmev1connect.KeyServiceStreamProcedure
 	err := s.guard.finish(ctx, procedure, func() (err error) {
-		if ctx, err = s.guard.admit(ctx, procedure, nil); err == nil {
+		if ctx, err = s.guard.may(ctx, procedure, nil); err == nil {
 			if c, ok := ctx.Value(connectionKey{}).(*connection); ok {
 				defer c.streams.Add(-1)
 				if c.streams.Add(1) > maxStreams {
-					err = &binding.Refusal{Reason: kme.Overloaded,
-						Message: "this connection has as many streams as it may have"}
+					err = overloaded("this connection has as many streams as it may have")
 				}
 			}
 		}
@@ -186,6 +184,8 @@ func (t *stream) read(ctx context.Context) error {
 				}
 				select {
 				case t.places <- struct{}{}:
+				case <-t.draining.Done():
+					return nil
 				case <-ctx.Done():
 					return ctx.Err()
 				}
@@ -227,18 +227,19 @@ func (h *Handler) answer(ctx context.Context, read time.Time, c *kmev1.Call) *km
 	}
 	ctx, cancel := context.WithDeadline(ctx, read.Add(wait))
 	defer cancel()
-	err := recovered(func() error {
-		answer, err := h.call(ctx, requestOf(c))
-		if err == nil {
+	var err error
+	broken := recovered(func() error { // guard has what the call itself panics of
+		var answer connect.AnyResponse
+		if answer, err = h.call(ctx, requestOf(c)); err == nil {
 			setAnswer(a, answer.Any())
 		}
-		return err
+		return nil
 	})
+	if broken != nil {
+		h.service.Broken(ctx, broken, "call", kmev1connect.KeyServiceStreamProcedure)
+		err = toConnect(broken)
+	}
 	if err != nil {
-		if panics.Of(err) != nil { // outside of guard, which has those of the call
-			h.service.Broken(ctx, err, "call", kmev1connect.KeyServiceStreamProcedure)
-			err = toConnect(err)
-		}
 		e := &kmev1.CallError{Code: connect.CodeOf(err).String(), Message: err.Error()}
 		var shown *connect.Error
 		if errors.As(err, &shown) {

@@ -2,6 +2,7 @@
 package client
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -77,14 +78,22 @@ type Client struct {
 // New makes a client. It does not connect yet.
 func New(o Options) (*Client, error) {
 	protocols := new(http.Protocols)
-	transport := &http.Transport{Protocols: protocols, TLSClientConfig: o.TLS, MaxIdleConnsPerHost: 16,
-		IdleConnTimeout: time.Minute}
+	c := &Client{timeout: cmp.Or(o.Timeout, 5*time.Second), tries: cmp.Or(o.Tries, 3)}
+	dialer := &net.Dialer{Timeout: c.timeout}
+	patience := max(c.timeout, time.Second)
+	transport := &http.Transport{
+		Protocols: protocols, TLSClientConfig: o.TLS, MaxIdleConnsPerHost: 16, IdleConnTimeout: time.Minute,
+		DialContext: dialer.DialContext, TLSHandshakeTimeout: c.timeout,
+		// A connection that is silent is asked whether it is there: nothing else ends a stream whose server has gone
+		// without a word.
+		HTTP2: &http.HTTP2Config{SendPingTimeout: patience, PingTimeout: patience},
+	}
 	base := o.URL
 	if path, ok := strings.CutPrefix(o.URL, "unix:"); ok && path != "" {
 		path = strings.TrimPrefix(path, "//")
 		protocols.SetUnencryptedHTTP2(true)
 		transport.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "unix", path)
+			return dialer.DialContext(ctx, "unix", path)
 		}
 		base = "http://keysvc"
 	} else {
@@ -96,13 +105,7 @@ func New(o Options) (*Client, error) {
 			return nil, errors.New("the service wants a client certificate: TLS has none")
 		}
 	}
-	c := &Client{http: &http.Client{Transport: whole{transport}}, timeout: o.Timeout, tries: o.Tries}
-	if c.timeout == 0 {
-		c.timeout = 5 * time.Second
-	}
-	if c.tries == 0 {
-		c.tries = 3
-	}
+	c.http = &http.Client{Transport: whole{transport}}
 	c.service, c.streams = kmev1connect.NewKeyServiceClient(c.http, base), newOpener(c.http, base)
 	return c, nil
 }
@@ -253,11 +256,12 @@ func alone[Q, A any](
 // call makes a call by the stream, and opens one if there is none.
 func (c *Client) call(ctx context.Context, again bool, call *kmev1.Call) (*kmev1.Answer, error) {
 	encoded, err := proto.Marshal(call)
-	if err == nil && len(encoded) > maxCall {
-		err = fmt.Errorf("the call has %d bytes, of which it may have %d", len(encoded), maxCall)
+	if err != nil { // a text that is not UTF-8
+		return nil, &Error{kme.Malformed, err.Error()}
 	}
-	if err != nil {
-		return nil, connect.NewError(connect.CodeInvalidArgument, err)
+	if len(encoded) > maxCall {
+		return nil, &Error{kme.Malformed, fmt.Sprintf("the call has %d bytes, of %d that it may have", len(encoded),
+			maxCall)}
 	}
 	return try(ctx, c, again, func(ctx context.Context) (*kmev1.Answer, error) {
 		return c.current().call(ctx, slices.Clip(encoded))
