@@ -54,6 +54,12 @@ func (s *keptStore) Subscription(ctx context.Context, imsi kme.IMSI, _ time.Time
 	return &binding.Subscription{Active: &binding.Binding{IMSI: imsi, State: "ACTIVE"}}, nil
 }
 
+// Report is as Subscription.
+func (s *keptStore) Report(ctx context.Context, imsi kme.IMSI, _ kme.Origin, _ bool, now time.Time) (
+	*binding.Subscription, error) {
+	return s.Subscription(ctx, imsi, now)
+}
+
 const bound, panicking, kept = "001010000000001", "001010000000009", "001010000000008"
 
 // A streaming is a service on a socket, and a stream to it.
@@ -61,43 +67,57 @@ type streaming struct {
 	store    *keptStore
 	registry *prometheus.Registry
 	log      testproc.Log
+	path     string // of the socket
 	server   *http.Server
 	handler  *Handler
+	opened   atomic.Int64 // streams
 	client   kmev1connect.KeyServiceClient
 	*connect.BidiStreamForClient[kmev1.StreamRequest, kmev1.StreamResponse]
 }
 
 func newStreaming(t *testing.T, transport *http.Transport) *streaming {
 	t.Helper()
-	s := &streaming{store: &keptStore{goOn: make(chan struct{})}, registry: prometheus.NewRegistry()}
+	s := &streaming{store: &keptStore{goOn: make(chan struct{})}, registry: prometheus.NewRegistry(),
+		path: filepath.Join(t.TempDir(), "s")}
 	metrics, streams := binding.NewMetrics(s.registry), NewStreams()
 	service := binding.NewService(binding.Options{Store: s.store, Times: binding.DefaultTimes(), Metrics: metrics,
 		Log: slog.New(slog.NewJSONHandler(&s.log, nil))})
 	s.handler = NewHandler(Options{Service: service, Metrics: metrics, Gather: http.NotFoundHandler(), Streams: streams,
 		Clients: everybody(t, Client{Name: "test", Roles: []Role{RoleHSS}, PLMNs: []string{"00101"}})})
-	protocols := new(http.Protocols)
-	protocols.SetUnencryptedHTTP2(true)
-	// Shorter than the stream is.
-	s.server = &http.Server{Handler: s.handler, Protocols: protocols, ReadTimeout: 100 * time.Millisecond,
-		ConnContext: func(ctx context.Context, _ net.Conn) context.Context {
-			return context.WithValue(ctx, connectionKey{}, &connection{uid: -1})
-		}}
-	s.server.RegisterOnShutdown(streams.Drain)
-	path := filepath.Join(t.TempDir(), "s")
-	l, err := net.Listen("unix", path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	go s.server.Serve(l)
-	t.Cleanup(func() { s.server.Close() })
-	transport.Protocols = protocols
-	transport.DialContext = func(context.Context, string, string) (net.Conn, error) { return net.Dial("unix", path) }
+	s.listen(t)
+	transport.Protocols = new(http.Protocols)
+	transport.Protocols.SetUnencryptedHTTP2(true)
+	transport.DialContext = func(context.Context, string, string) (net.Conn, error) { return net.Dial("unix", s.path) }
 	s.client = kmev1connect.NewKeyServiceClient(&http.Client{Transport: transport}, "http://keysvc")
 	ctx, cancel := context.WithCancel(t.Context())
 	t.Cleanup(cancel)
 	s.BidiStreamForClient = s.client.Stream(ctx)
 	t.Cleanup(func() { s.CloseRequest() })
 	return s
+}
+
+// listen serves the service, also anew.
+func (s *streaming) listen(t *testing.T) {
+	t.Helper()
+	l, err := net.Listen("unix", s.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.server = &http.Server{
+		Protocols: new(http.Protocols), ReadTimeout: 100 * time.Millisecond, // shorter than a stream is
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			s.opened.Add(1)
+			s.handler.ServeHTTP(w, r)
+		}),
+		ConnContext: func(ctx context.Context, _ net.Conn) context.Context {
+			return context.WithValue(ctx, connectionKey{}, &connection{uid: -1})
+		},
+	}
+	s.server.Protocols.SetUnencryptedHTTP2(true)
+	s.server.RegisterOnShutdown(s.handler.streams.Drain)
+	server := s.server
+	go server.Serve(l)
+	t.Cleanup(func() { server.Close() })
 }
 
 func get(id uint64, imsi string) *kmev1.Call {

@@ -271,7 +271,7 @@ func (c *Client) call(ctx context.Context, again bool, call *kmev1.Call) (*kmev1
 func (c *Client) current() *stream {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.stream == nil || c.stream.over() {
+	if c.stream == nil || c.stream.ended() {
 		c.stream = open(c.streams)
 	}
 	return c.stream
