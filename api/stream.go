@@ -32,20 +32,19 @@ const (
 	maxWait = time.Minute
 )
 
-// writeWithin is how long a client may leave no room for its answers; it is up to twice as long.
-var writeWithin = 10 * time.Second
-
 // Streams are the streams that clients have open. They outlast a Handler: each of their calls is made by the one that
 // serves then.
 type Streams struct {
 	serving  atomic.Pointer[Handler]
 	draining context.Context
 	drain    context.CancelFunc
+	// how long a client may leave no room for its answers, before its stream is ended; up to twice as long, in fact
+	patience time.Duration
 }
 
 // NewStreams has none.
 func NewStreams() *Streams {
-	s := new(Streams)
+	s := &Streams{patience: 10 * time.Second}
 	s.draining, s.drain = context.WithCancel(context.Background())
 	return s
 }
@@ -143,7 +142,7 @@ func recovered(f func() error) (err error) {
 
 // watch ends reads when the service drains, and writes that take too long.
 func (t *stream) watch(control *http.ResponseController, over <-chan struct{}) {
-	ticker := time.NewTicker(writeWithin)
+	ticker := time.NewTicker(t.patience)
 	defer ticker.Stop()
 	drain := t.draining.Done()
 	for {
@@ -153,7 +152,7 @@ func (t *stream) watch(control *http.ResponseController, over <-chan struct{}) {
 			drain = nil
 		case <-ticker.C:
 			began := t.writing.Load()
-			if began != 0 && time.Since(time.Unix(0, began)) > writeWithin {
+			if began != 0 && time.Since(time.Unix(0, began)) > t.patience {
 				control.SetWriteDeadline(time.Now())
 			}
 		case <-over:

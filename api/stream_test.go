@@ -276,10 +276,9 @@ func TestStreamDrains(t *testing.T) {
 // A client that does not read its answers has as many calls under way as a stream may have, and then none: the stream
 // is ended. Others are served meanwhile.
 func TestStreamIsNotRead(t *testing.T) {
-	defer func(d time.Duration) { writeWithin = d }(writeWithin)
-	writeWithin = time.Second / 2
 	const window = 64 << 10
 	s := newStreaming(t, &http.Transport{HTTP2: &http.HTTP2Config{MaxReceiveBufferPerStream: window}})
+	s.handler.streams.patience = time.Second / 2
 	other := newStreaming(t, new(http.Transport))
 	calls := make([]*kmev1.Call, 64)
 	for i := range calls {
