@@ -12,7 +12,6 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -301,7 +300,8 @@ func TestStreamIsNotRead(t *testing.T) {
 		n += len(m.Answers)
 	}
 	// An answer has more than 20 bytes.
-	if made := int(s.store.asked.Load()); made > n+2*maxUnderWay+window/20 || sent <= made || most-before > maxUnderWay+50 {
+	made := int(s.store.asked.Load())
+	if made > n+2*maxUnderWay+window/20 || sent <= made || most-before > maxUnderWay+50 {
 		t.Errorf("of %d calls, %d were made, and %d answers were read; %d goroutines", sent, made, n, most-before)
 	}
 }
@@ -329,7 +329,6 @@ func TestStreamIsFull(t *testing.T) {
 // A connection has no more streams than it may have.
 func TestStreamsOfAConnection(t *testing.T) {
 	s := newStreaming(t, new(http.Transport))
-	var all sync.WaitGroup
 	open := []*connect.BidiStreamForClient[kmev1.StreamRequest, kmev1.StreamResponse]{s.BidiStreamForClient}
 	for range maxStreams - 1 {
 		open = append(open, s.client.Stream(t.Context()))
@@ -349,14 +348,14 @@ func TestStreamsOfAConnection(t *testing.T) {
 	more := s.client.Stream(t.Context())
 	err := try(more)
 	var e *connect.Error
-	if !errors.As(err, &e) || e.Code() != connect.CodeResourceExhausted || e.Meta().Get(kme.ReasonHeader) != "OVERLOADED" {
+	if !errors.As(err, &e) || e.Code() != connect.CodeResourceExhausted ||
+		e.Meta().Get(kme.ReasonHeader) != "OVERLOADED" {
 		t.Errorf("one stream more: %v", err)
 	}
 	for _, b := range append(open, more) {
 		b.CloseRequest()
 		b.CloseResponse()
 	}
-	all.Wait()
 	testproc.Await(t, "there is room for another", func() bool {
 		b := s.client.Stream(t.Context())
 		defer b.CloseResponse()

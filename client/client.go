@@ -62,6 +62,9 @@ type Options struct {
 // A Client may be used concurrently. A context's deadline goes with the call: the service does
 // no work for whoever has gone.
 //
+// The calls of an attach, and GetBinding, are made in one stream: the first opens it, and so does the first after it has
+// broken. Those of an administrator are made by themselves.
+//
 // Calls that give the same answer however often they are made are made again, with a pause, when the service cannot be
 // reached or says that it may answer later: all but OpenProvisioning and a report of a failed authentication.
 type Client struct {
@@ -110,7 +113,8 @@ func New(o Options) (*Client, error) {
 	return c, nil
 }
 
-// Close ends what is under way, and closes connections.
+// Close ends the stream with what is under way in it, and closes connections that are idle then. A call after it
+// connects again.
 func (c *Client) Close() {
 	c.mu.Lock()
 	if c.stream != nil {

@@ -28,9 +28,8 @@ const (
 
 // A stream makes calls for as long as it lasts. One goroutine writes, and another reads.
 type stream struct {
-	end context.CancelFunc
-	// has one when there are calls to write
-	ready chan struct{}
+	end   context.CancelFunc
+	ready chan struct{} // has one when there are calls to write
 
 	mu      sync.Mutex
 	last    uint64             // guarded by mu: the last call's id

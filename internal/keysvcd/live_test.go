@@ -81,7 +81,8 @@ func newSite(t *testing.T, store binding.Store) *site {
 			return directory.ReaderOptions{}
 		}, log),
 		ready: func(context.Context, *binding.Service) ([]string, error) { return nil, nil },
-		options: api.Options{Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(), Streams: api.NewStreams(),
+		options: api.Options{Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(),
+			Streams: api.NewStreams(),
 			Service: binding.NewService(binding.Options{Store: store, Times: cfg.times(), Log: log})},
 	}
 	if err := s.apply(t.Context(), cfg); err != nil {
@@ -220,8 +221,8 @@ func (s *slowStore) Subscription(context.Context, kme.IMSI, time.Time) (*binding
 	return new(binding.Subscription), nil
 }
 
-// A call that is under way while a reload takes its client away ends as it began; the next one is refused. So it is in a
-// stream that was opened before, which ends then; and each of its calls is made as the configuration is.
+// A call that is under way while a reload takes its client away ends as it began; the next one is refused. So it is in
+// a stream that was opened before, which ends then; and each of its calls is made as the configuration is.
 func TestCallsSeeOneState(t *testing.T) {
 	store := &slowStore{came: make(chan struct{}), goOn: make(chan struct{})}
 	s := newSite(t, store)
