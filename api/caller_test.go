@@ -139,6 +139,7 @@ func newFront(t *testing.T, list ...Client) *front {
 	s.TLS = &tls.Config{ClientCAs: pool, ClientAuth: tls.RequireAndVerifyClientCert, MinVersion: tls.VersionTLS13}
 	s.Config.ConnState, s.Config.ConnContext = ConnState(service), ConnContext
 	s.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelDebug)
+	s.EnableHTTP2 = true
 	s.StartTLS()
 	t.Cleanup(s.Close)
 	f.url, f.socket = s.URL, filepath.Join(t.TempDir(), "s")
@@ -146,7 +147,9 @@ func newFront(t *testing.T, list ...Client) *front {
 	if err != nil {
 		t.Fatal(err)
 	}
-	local := &http.Server{Handler: handler, ConnContext: ConnContext}
+	local := &http.Server{Handler: handler, ConnContext: ConnContext, Protocols: new(http.Protocols)}
+	local.Protocols.SetHTTP1(true)
+	local.Protocols.SetUnencryptedHTTP2(true)
 	go local.Serve(l)
 	t.Cleanup(func() { local.Close() })
 	return f
@@ -164,7 +167,14 @@ func (f *front) call(t *testing.T, certificates []tls.Certificate, method, body 
 		}
 	}
 	defer transport.CloseIdleConnections()
-	r, err := (&http.Client{Transport: transport}).Post(url+service+method, "application/json", strings.NewReader(body))
+	kind := "application/json"
+	if method == "Stream" {
+		transport.Protocols = new(http.Protocols)
+		transport.Protocols.SetHTTP2(certificates != nil)
+		transport.Protocols.SetUnencryptedHTTP2(certificates == nil)
+		kind, body = "application/connect+json", enveloped(body)
+	}
+	r, err := (&http.Client{Transport: transport}).Post(url+service+method, kind, strings.NewReader(body))
 	if err != nil {
 		return 0, err.Error()
 	}
@@ -173,7 +183,7 @@ func (f *front) call(t *testing.T, certificates []tls.Certificate, method, body 
 	return r.StatusCode, string(text)
 }
 
-// Every line of a call says whose it is.
+// Every line of a call says whose it is, also of one in a stream.
 func TestActorInLog(t *testing.T) {
 	own := os.Getuid()
 	f := newFront(t,
@@ -182,6 +192,32 @@ func TestActorInLog(t *testing.T) {
 	certificate := f.ca.client(t, "hss.example", time.Now().Add(time.Hour))
 	hss := []tls.Certificate{certificate}
 	const imsi = `"imsi":"001010000000001"`
+	check := func(certificates []tls.Certificate, by, body, method, msg, how, role string) {
+		t.Helper()
+		status, answer := f.call(t, certificates, by, body)
+		log := f.log.take(t)
+		if len(log) != 1 || log[0]["msg"] != msg || how != "" && log[0]["reason"] != how {
+			t.Errorf("%s: %d %s; the log has %v", method, status, answer, log)
+			return
+		}
+		actor, _ := log[0]["actor"].(map[string]any)
+		want := map[string]any{"client": "hss-1", "certificate": fingerprint(certificate.Leaf),
+			"address": actor["address"]}
+		if certificates == nil {
+			want = map[string]any{"client": "ops", "user": fmt.Sprint("uid ", own)}
+		} else if a, _ := actor["address"].(string); !strings.HasPrefix(a, "127.0.0.1:") {
+			t.Errorf("%s: from %q", method, a)
+		}
+		if role != "" {
+			want["role"] = role
+		}
+		if fmt.Sprint(actor) != fmt.Sprint(want) {
+			t.Errorf("%s: the actor is %v, want %v", method, actor, want)
+		}
+		if log[0]["imsi"] == nil {
+			t.Errorf("%s: no IMSI in %v", method, log[0])
+		}
+	}
 	for _, c := range []struct {
 		certificates []tls.Certificate
 		method, body string
@@ -201,28 +237,12 @@ func TestActorInLog(t *testing.T) {
 		{nil, "OpenProvisioning", `{` + imsi + `}`, "provisioning opened", "", "admin"},
 		{nil, "PrepareVector", `{` + imsi + `}`, "refused", "CALLER_NOT_ALLOWED", ""},
 	} {
-		status, answer := f.call(t, c.certificates, c.method, c.body)
-		log := f.log.take(t)
-		if len(log) != 1 || log[0]["msg"] != c.msg || c.how != "" && log[0]["reason"] != c.how {
-			t.Errorf("%s: %d %s; the log has %v", c.method, status, answer, log)
-			continue
-		}
-		actor, _ := log[0]["actor"].(map[string]any)
-		want := map[string]any{"client": "hss-1", "certificate": fingerprint(certificate.Leaf),
-			"address": actor["address"]}
-		if c.certificates == nil {
-			want = map[string]any{"client": "ops", "user": fmt.Sprint("uid ", own)}
-		} else if a, _ := actor["address"].(string); !strings.HasPrefix(a, "127.0.0.1:") {
-			t.Errorf("%s: from %q", c.method, a)
-		}
-		if c.role != "" {
-			want["role"] = c.role
-		}
-		if fmt.Sprint(actor) != fmt.Sprint(want) {
-			t.Errorf("%s: the actor is %v, want %v", c.method, actor, want)
-		}
-		if log[0]["imsi"] == nil {
-			t.Errorf("%s: no IMSI in %v", c.method, log[0])
+		check(c.certificates, c.method, c.body, c.method, c.msg, c.how, c.role)
+		field := map[string]string{"PrepareVector": "prepare_vector", "EstablishKME": "establish_kme",
+			"ReportAuthentication": "report_authentication", "GetBinding": "get_binding"}[c.method]
+		if field != "" {
+			other := strings.Replace(c.body, "001010000000001", "001010000000002", 1)
+			check(c.certificates, "Stream", `{"calls":[{"`+field+`":`+other+`}]}`, c.method, c.msg, c.how, c.role)
 		}
 	}
 }

@@ -3,7 +3,9 @@ package api
 import (
 	"context"
 	"crypto/x509"
+	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"math"
@@ -19,9 +21,9 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"google.golang.org/protobuf/reflect/protoreflect"
 
 	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
+	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/kme"
@@ -38,6 +40,7 @@ func TestWhoMayDoWhat(t *testing.T) {
 		"ListBindings":         {RoleAdmin, RoleMonitor},
 		"OpenProvisioning":     {RoleAdmin},
 		"RevokeBinding":        {RoleAdmin},
+		"Stream":               {RoleHSS, RoleAdmin, RoleMonitor},
 	}
 	methods := kmev1.File_kme_v1_kme_proto.Services().ByName("KeyService").Methods()
 	if methods.Len() != len(may) {
@@ -51,46 +54,79 @@ func TestWhoMayDoWhat(t *testing.T) {
 	o := Options{Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(),
 		Service: binding.NewService(binding.Options{Store: store, Times: binding.DefaultTimes(),
 			Log: slog.New(slog.DiscardHandler)})}
-	refused := func(clients *Clients, method protoreflect.MethodDescriptor, imsi string) bool {
-		body := `{}`
-		if method.Input().Fields().ByName("imsi") != nil {
-			body = `{"imsi": "` + imsi + `"}`
-		}
-		if method.IsStreamingClient() || method.IsStreamingServer() {
-			t.Errorf("%s: guard is around unary calls alone", method.Name())
-		}
-		r := httptest.NewRequest("POST", "/kme.v1.KeyService/"+string(method.Name()), strings.NewReader(body))
-		r.Header.Set("Content-Type", "application/json")
+	ask := func(clients *Clients, r *http.Request) string {
 		w := httptest.NewRecorder()
 		o := o
 		o.Clients = clients
 		NewHandler(o).ServeHTTP(w, r)
-		answer, _ := io.ReadAll(w.Result().Body)
-		if w.Code == http.StatusNotFound && !strings.Contains(string(answer), "code") {
-			t.Errorf("%s: %d %s", method.Name(), w.Code, answer)
+		if w.Code == http.StatusNotFound && !strings.Contains(w.Body.String(), "code") {
+			t.Errorf("%s: %d %s", r.URL.Path, w.Code, w.Body)
 		}
-		return strings.Contains(string(answer), "this client may not do that")
+		return w.Body.String()
 	}
-	for i := range methods.Len() {
-		method := methods.Get(i)
-		names := method.Input().Fields().ByName("imsi") != nil || method.IsStreamingServer()
+	check := func(what string, names bool, some []Role, ask func(clients *Clients, imsi string) string) {
+		refused := func(clients *Clients, imsi string) bool {
+			return strings.Contains(ask(clients, imsi), "this client may not do that")
+		}
 		for _, role := range roles {
 			clients := everybody(t, Client{Name: "test", Roles: []Role{role}, PLMNs: []string{"00101", "310150"}})
-			want := slices.Contains(may[string(method.Name())], role)
+			want := slices.Contains(some, role)
 			for imsi, named := range map[string]bool{"001010123456789": true, "310150123456789": true,
 				"001020123456789": false, "310151123456789": false, "00101": true, "": false} {
-				if got := !refused(clients, method, imsi); got != (want && (named || !names)) {
-					t.Errorf("%s by %s for %q is allowed: %v", method.Name(), role, imsi, got)
+				if got := !refused(clients, imsi); got != (want && (named || !names)) {
+					t.Errorf("%s by %s for %q is allowed: %v", what, role, imsi, got)
 				}
 			}
 		}
-		if refused(everybody(t, Client{Name: "test", Roles: roles, PLMNs: []string{all}}), method, "262011234567890") {
-			t.Errorf("%s is refused with all roles", method.Name())
+		if refused(everybody(t, Client{Name: "test", Roles: roles, PLMNs: []string{all}}), "262011234567890") {
+			t.Errorf("%s is refused with all roles", what)
 		}
-		if !refused(new(Clients), method, "001010123456789") {
-			t.Errorf("%s is allowed for nobody we know", method.Name())
+		if !refused(new(Clients), "001010123456789") {
+			t.Errorf("%s is allowed for nobody we know", what)
 		}
 	}
+	for i := range methods.Len() {
+		method := methods.Get(i)
+		name := string(method.Name())
+		if !method.IsStreamingClient() && !method.IsStreamingServer() {
+			names := method.Input().Fields().ByName("imsi") != nil
+			check(name, names, may[name], func(clients *Clients, imsi string) string {
+				body := `{}`
+				if names {
+					body = `{"imsi": "` + imsi + `"}`
+				}
+				r := httptest.NewRequest("POST", service+name, strings.NewReader(body))
+				r.Header.Set("Content-Type", "application/json")
+				return ask(clients, r)
+			})
+			continue
+		}
+		// What it carries is methods' requests, each admitted as the method is.
+		check(name, false, may[name], func(clients *Clients, imsi string) string {
+			return ask(clients, streamOf(`{}`))
+		})
+		calls := method.Input().Fields().ByName("calls").Message().Oneofs().ByName("call").Fields()
+		for i := range calls.Len() {
+			call := calls.Get(i)
+			carried := strings.TrimSuffix(string(call.Message().Name()), "Request")
+			check(carried+" in a stream", true, may[carried], func(clients *Clients, imsi string) string {
+				return ask(clients, streamOf(fmt.Sprintf(`{"calls":[{"%s":{"imsi":"%s"}}]}`, call.Name(), imsi)))
+			})
+		}
+	}
+}
+
+// streamOf is a stream that has one message, and waits for its answers.
+func streamOf(message string) *http.Request {
+	r := httptest.NewRequest("POST", kmev1connect.KeyServiceStreamProcedure, strings.NewReader(enveloped(message)))
+	r.Header.Set("Content-Type", "application/connect+json")
+	r.ProtoMajor, r.ProtoMinor = 2, 0
+	return r
+}
+
+// enveloped has a message's flags and length before it.
+func enveloped(message string) string {
+	return string(binary.BigEndian.AppendUint32([]byte{0}, uint32(len(message)))) + message
 }
 
 // Who may provision, by the configuration of the client and the name of the origin.

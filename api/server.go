@@ -51,6 +51,7 @@ type Handler struct {
 	http.Handler
 	service *binding.Service
 	clients *Clients
+	streams *Streams
 	call    connect.UnaryFunc // makes a call of a stream
 }
 
@@ -96,7 +97,7 @@ func NewHandler(o Options) *Handler {
 		}
 	})
 	errorWriter := connect.NewErrorWriter()
-	h := &Handler{service: o.Service, clients: o.Clients, call: g.around(s.direct)}
+	h := &Handler{service: o.Service, clients: o.Clients, streams: o.Streams, call: g.around(s.direct)}
 	for _, outer := range slices.Backward(o.Outer) {
 		h.call = outer.WrapUnary(h.call)
 	}
@@ -165,19 +166,29 @@ func (g *guard) finish(ctx context.Context, procedure string, work func() error)
 	return err
 }
 
-// admit refuses what a client may not do. The context that it gives is for what follows, refused or not.
+// admit refuses what a client may not do, or not so often. The context that it gives is for what follows, refused or
+// not.
 func (g *guard) admit(ctx context.Context, procedure string, message any) (context.Context, error) {
+	ctx, err := g.may(ctx, procedure, message)
+	if err == nil && clientOf(ctx).tooMany() {
+		err = overloaded("this client calls more often than it may")
+	}
+	return ctx, err
+}
+
+// may refuses what a client may not do.
+func (g *guard) may(ctx context.Context, procedure string, message any) (context.Context, error) {
 	client := clientOf(ctx)
 	named, names := message.(interface{ GetImsi() string })
 	role := client.as(allowed[procedure]...)
 	if role == "" || names && !client.view.Has(named.GetImsi()) {
 		return ctx, notAllowed()
 	}
-	ctx = as(ctx, role)
-	if client.tooMany() {
-		return ctx, &binding.Refusal{Reason: kme.Overloaded, Message: "this client calls more often than it may"}
-	}
-	return ctx, nil
+	return as(ctx, role), nil
+}
+
+func overloaded(message string) error {
+	return &binding.Refusal{Reason: kme.Overloaded, Message: message}
 }
 
 // imsiOf is the IMSI that a message names, for the log.

@@ -16,7 +16,6 @@ import (
 	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/internal/panics"
-	"github.com/kmehsm/kmehsm/kme"
 )
 
 const (
@@ -33,20 +32,19 @@ const (
 	maxWait = time.Minute
 )
 
-// writeWithin is how long a client may leave no room for its answers; it is up to twice as long.
-var writeWithin = 10 * time.Second
-
 // Streams are the streams that clients have open. They outlast a Handler: each of their calls is made by the one that
 // serves then.
 type Streams struct {
 	serving  atomic.Pointer[Handler]
 	draining context.Context
 	drain    context.CancelFunc
+	// how long a client may leave no room for its answers, before its stream is ended; up to twice as long, in fact
+	patience time.Duration
 }
 
 // NewStreams has none.
 func NewStreams() *Streams {
-	s := new(Streams)
+	s := &Streams{patience: 10 * time.Second}
 	s.draining, s.drain = context.WithCancel(context.Background())
 	return s
 }
@@ -75,12 +73,11 @@ func (s *server) Stream(
 ) error {
 	const procedure = kmev1connect.KeyServiceStreamProcedure
 	err := s.guard.finish(ctx, procedure, func() (err error) {
-		if ctx, err = s.guard.admit(ctx, procedure, nil); err == nil {
+		if ctx, err = s.guard.may(ctx, procedure, nil); err == nil {
 			if c, ok := ctx.Value(connectionKey{}).(*connection); ok {
 				defer c.streams.Add(-1)
 				if c.streams.Add(1) > maxStreams {
-					err = &binding.Refusal{Reason: kme.Overloaded,
-						Message: "this connection has as many streams as it may have"}
+					err = overloaded("this connection has as many streams as it may have")
 				}
 			}
 		}
@@ -145,7 +142,7 @@ func recovered(f func() error) (err error) {
 
 // watch ends reads when the service drains, and writes that take too long.
 func (t *stream) watch(control *http.ResponseController, over <-chan struct{}) {
-	ticker := time.NewTicker(writeWithin)
+	ticker := time.NewTicker(t.patience)
 	defer ticker.Stop()
 	drain := t.draining.Done()
 	for {
@@ -155,7 +152,7 @@ func (t *stream) watch(control *http.ResponseController, over <-chan struct{}) {
 			drain = nil
 		case <-ticker.C:
 			began := t.writing.Load()
-			if began != 0 && time.Since(time.Unix(0, began)) > writeWithin {
+			if began != 0 && time.Since(time.Unix(0, began)) > t.patience {
 				control.SetWriteDeadline(time.Now())
 			}
 		case <-over:
@@ -186,6 +183,8 @@ func (t *stream) read(ctx context.Context) error {
 				}
 				select {
 				case t.places <- struct{}{}:
+				case <-t.draining.Done():
+					return nil
 				case <-ctx.Done():
 					return ctx.Err()
 				}
@@ -227,18 +226,19 @@ func (h *Handler) answer(ctx context.Context, read time.Time, c *kmev1.Call) *km
 	}
 	ctx, cancel := context.WithDeadline(ctx, read.Add(wait))
 	defer cancel()
-	err := recovered(func() error {
-		answer, err := h.call(ctx, requestOf(c))
-		if err == nil {
+	var err error
+	broken := recovered(func() error { // guard has what the call itself panics of
+		var answer connect.AnyResponse
+		if answer, err = h.call(ctx, requestOf(c)); err == nil {
 			setAnswer(a, answer.Any())
 		}
-		return err
+		return nil
 	})
+	if broken != nil {
+		h.service.Broken(ctx, broken, "call", kmev1connect.KeyServiceStreamProcedure)
+		err = toConnect(broken)
+	}
 	if err != nil {
-		if panics.Of(err) != nil { // outside of guard, which has those of the call
-			h.service.Broken(ctx, err, "call", kmev1connect.KeyServiceStreamProcedure)
-			err = toConnect(err)
-		}
 		e := &kmev1.CallError{Code: connect.CodeOf(err).String(), Message: err.Error()}
 		var shown *connect.Error
 		if errors.As(err, &shown) {

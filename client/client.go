@@ -2,6 +2,7 @@
 package client
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -61,6 +62,9 @@ type Options struct {
 // A Client may be used concurrently. A context's deadline goes with the call: the service does
 // no work for whoever has gone.
 //
+// The calls of an attach, and GetBinding, are made in one stream: the first opens it, and so does the first after it
+// has broken. Those of an administrator are made by themselves.
+//
 // Calls that give the same answer however often they are made are made again, with a pause, when the service cannot be
 // reached or says that it may answer later: all but OpenProvisioning and a report of a failed authentication.
 type Client struct {
@@ -77,14 +81,22 @@ type Client struct {
 // New makes a client. It does not connect yet.
 func New(o Options) (*Client, error) {
 	protocols := new(http.Protocols)
-	transport := &http.Transport{Protocols: protocols, TLSClientConfig: o.TLS, MaxIdleConnsPerHost: 16,
-		IdleConnTimeout: time.Minute}
+	c := &Client{timeout: cmp.Or(o.Timeout, 5*time.Second), tries: cmp.Or(o.Tries, 3)}
+	dialer := &net.Dialer{Timeout: c.timeout}
+	patience := max(c.timeout, time.Second)
+	transport := &http.Transport{
+		Protocols: protocols, TLSClientConfig: o.TLS, MaxIdleConnsPerHost: 16, IdleConnTimeout: time.Minute,
+		DialContext: dialer.DialContext, TLSHandshakeTimeout: c.timeout,
+		// A connection that is silent is asked whether it is there: nothing else ends a stream whose server has gone
+		// without a word.
+		HTTP2: &http.HTTP2Config{SendPingTimeout: patience, PingTimeout: patience},
+	}
 	base := o.URL
 	if path, ok := strings.CutPrefix(o.URL, "unix:"); ok && path != "" {
 		path = strings.TrimPrefix(path, "//")
 		protocols.SetUnencryptedHTTP2(true)
 		transport.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "unix", path)
+			return dialer.DialContext(ctx, "unix", path)
 		}
 		base = "http://keysvc"
 	} else {
@@ -96,18 +108,13 @@ func New(o Options) (*Client, error) {
 			return nil, errors.New("the service wants a client certificate: TLS has none")
 		}
 	}
-	c := &Client{http: &http.Client{Transport: whole{transport}}, timeout: o.Timeout, tries: o.Tries}
-	if c.timeout == 0 {
-		c.timeout = 5 * time.Second
-	}
-	if c.tries == 0 {
-		c.tries = 3
-	}
+	c.http = &http.Client{Transport: whole{transport}}
 	c.service, c.streams = kmev1connect.NewKeyServiceClient(c.http, base), newOpener(c.http, base)
 	return c, nil
 }
 
-// Close ends what is under way, and closes connections.
+// Close ends the stream with what is under way in it, and closes connections that are idle then. A call after it
+// connects again.
 func (c *Client) Close() {
 	c.mu.Lock()
 	if c.stream != nil {
@@ -253,11 +260,12 @@ func alone[Q, A any](
 // call makes a call by the stream, and opens one if there is none.
 func (c *Client) call(ctx context.Context, again bool, call *kmev1.Call) (*kmev1.Answer, error) {
 	encoded, err := proto.Marshal(call)
-	if err == nil && len(encoded) > maxCall {
-		err = fmt.Errorf("the call has %d bytes, of which it may have %d", len(encoded), maxCall)
+	if err != nil { // a text that is not UTF-8
+		return nil, &Error{kme.Malformed, err.Error()}
 	}
-	if err != nil {
-		return nil, connect.NewError(connect.CodeInvalidArgument, err)
+	if len(encoded) > maxCall {
+		return nil, &Error{kme.Malformed, fmt.Sprintf("the call has %d bytes, of %d that it may have", len(encoded),
+			maxCall)}
 	}
 	return try(ctx, c, again, func(ctx context.Context) (*kmev1.Answer, error) {
 		return c.current().call(ctx, slices.Clip(encoded))
@@ -267,7 +275,7 @@ func (c *Client) call(ctx context.Context, again bool, call *kmev1.Call) (*kmev1
 func (c *Client) current() *stream {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.stream == nil || c.stream.over() {
+	if c.stream == nil || c.stream.ended() {
 		c.stream = open(c.streams)
 	}
 	return c.stream

@@ -28,15 +28,14 @@ const (
 
 // A stream makes calls for as long as it lasts. One goroutine writes, and another reads.
 type stream struct {
-	end context.CancelFunc
-	// has one when there are calls to write
-	ready chan struct{}
+	end   context.CancelFunc
+	ready chan struct{} // has one when there are calls to write
 
 	mu      sync.Mutex
 	last    uint64             // guarded by mu: the last call's id
 	queue   []queued           // guarded by mu: calls to write
 	waiting map[uint64]waiting // guarded by mu: calls without an answer
-	err     error              // guarded by mu: why it has ended
+	over    func() error       // guarded by mu: if it has ended, gives each call an error of its own
 }
 
 // A queued is a call that is encoded.
@@ -78,11 +77,11 @@ func open(o *opener) *stream {
 	return s
 }
 
-// over says whether the stream takes no more calls.
-func (s *stream) over() bool {
+// ended says whether the stream takes no more calls.
+func (s *stream) ended() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.err != nil
+	return s.over != nil
 }
 
 // call makes a call that is encoded, but for its id and its time.
@@ -93,9 +92,9 @@ func (s *stream) call(ctx context.Context, call []byte) (*kmev1.Answer, error) {
 	}
 	answer := make(waiting, 1)
 	s.mu.Lock()
-	if s.err != nil {
-		s.mu.Unlock()
-		return nil, s.err
+	if s.over != nil {
+		defer s.mu.Unlock()
+		return nil, s.over()
 	}
 	s.last++
 	id := s.last
@@ -118,7 +117,7 @@ func (s *stream) call(ctx context.Context, call []byte) (*kmev1.Answer, error) {
 	if a == nil {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		return nil, s.err
+		return nil, s.over()
 	}
 	if e := a.GetError(); e != nil {
 		return nil, refusal(e)
@@ -190,7 +189,7 @@ func (s *stream) read(b *connect.BidiStreamForClient[batch, kmev1.StreamResponse
 		m, err := b.Receive()
 		s.mu.Lock()
 		if err != nil {
-			s.err = ended(err)
+			s.over = why(err)
 			for _, w := range s.waiting {
 				close(w)
 			}
@@ -212,17 +211,25 @@ func (s *stream) read(b *connect.BidiStreamForClient[batch, kmev1.StreamResponse
 	}
 }
 
-// ended is what the calls of a stream get that has ended: the service's refusal if it is one, or that it cannot be
-// reached.
-func ended(err error) error {
-	switch connect.CodeOf(err) {
+// why is what the calls of a stream get that has ended: the service's refusal if it is one, or that the service cannot
+// be reached.
+func why(err error) func() error {
+	code := connect.CodeOf(err)
+	switch code {
 	case connect.CodeCanceled, connect.CodeUnknown, connect.CodeInternal, connect.CodeDeadlineExceeded:
-		if errors.Is(err, io.EOF) {
-			err = errors.New("the service has ended it")
-		}
-		return connect.NewError(connect.CodeUnavailable, fmt.Errorf("the stream to the service has ended: %w", err))
+		code = connect.CodeUnavailable
 	}
-	return err
+	var e *connect.Error
+	if errors.Is(err, io.EOF) {
+		err = errors.New("the service has ended the stream")
+	} else if errors.As(err, &e) {
+		if reason := e.Meta().Get(kme.ReasonHeader); reason != "" {
+			refused := &Error{kme.Reason(reason), e.Message()}
+			return func() error { return refused }
+		}
+		err = fmt.Errorf("the stream to the service has ended: %s", e.Message())
+	}
+	return func() error { return connect.NewError(code, err) }
 }
 
 // refusal is the error of a call.

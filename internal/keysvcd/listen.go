@@ -83,6 +83,8 @@ func (d *daemon) run(ctx context.Context, listeners []net.Listener) error {
 		Handler: d.live, ConnContext: api.ConnContext, ConnState: api.ConnState(d.service), Protocols: protocols,
 		ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, IdleTimeout: 5 * time.Minute,
 		ErrorLog: slog.NewLogLogger(d.log.Handler(), slog.LevelDebug),
+		// Four streams that are not read leave half of their connection's buffer to its other calls.
+		HTTP2: &http.HTTP2Config{MaxReceiveBufferPerConnection: 1 << 20, MaxReceiveBufferPerStream: 128 << 10},
 	}
 	server.RegisterOnShutdown(d.options.Streams.Drain)
 	g, gctx := errgroup.WithContext(ctx)

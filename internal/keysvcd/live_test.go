@@ -19,9 +19,12 @@ import (
 	"testing"
 	"time"
 
+	"connectrpc.com/connect"
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/kmehsm/kmehsm/api"
+	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
+	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/certtest"
@@ -78,7 +81,8 @@ func newSite(t *testing.T, store binding.Store) *site {
 			return directory.ReaderOptions{}
 		}, log),
 		ready: func(context.Context, *binding.Service) ([]string, error) { return nil, nil },
-		options: api.Options{Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(), Streams: api.NewStreams(),
+		options: api.Options{Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(),
+			Streams: api.NewStreams(),
 			Service: binding.NewService(binding.Options{Store: store, Times: cfg.times(), Log: log})},
 	}
 	if err := s.apply(t.Context(), cfg); err != nil {
@@ -217,30 +221,33 @@ func (s *slowStore) Subscription(context.Context, kme.IMSI, time.Time) (*binding
 	return new(binding.Subscription), nil
 }
 
-// A call that is under way while a reload takes its client away ends as it began; the next one is refused.
+// A call that is under way while a reload takes its client away ends as it began; the next one is refused. So it is in
+// a stream that was opened before, which ends then; and each of its calls is made as the configuration is.
 func TestCallsSeeOneState(t *testing.T) {
 	store := &slowStore{came: make(chan struct{}), goOn: make(chan struct{})}
 	s := newSite(t, store)
 	own := os.Getuid()
-	client := func(uid int) string {
-		return siteBase + fmt.Sprintf("clients: [{name: me, uid: %d, roles: [hss], plmns: [all]}]\n", uid)
+	reload := func(uid int, plmn string) {
+		t.Helper()
+		s.write(t, siteBase+fmt.Sprintf("clients: [{name: me, uid: %d, roles: [hss], plmns: [%s]}]\n", uid, plmn))
+		if err := s.reload(t.Context(), s.config()); err != nil {
+			t.Fatal(err)
+		}
 	}
-	s.write(t, client(own))
-	if err := s.reload(t.Context(), s.config()); err != nil {
-		t.Fatal(err)
-	}
+	reload(own, "all")
 	path := filepath.Join(t.TempDir(), "s")
 	l, err := net.Listen("unix", path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := &http.Server{Handler: s, ConnContext: api.ConnContext}
+	server := &http.Server{Handler: s, ConnContext: api.ConnContext, Protocols: new(http.Protocols)}
+	server.Protocols.SetHTTP1(true)
+	server.Protocols.SetUnencryptedHTTP2(true)
 	go server.Serve(l)
 	defer server.Close()
+	dial := func(context.Context, string, string) (net.Conn, error) { return net.Dial("unix", path) }
 	ask := func() string {
-		c := &http.Client{Transport: &http.Transport{
-			DialContext: func(context.Context, string, string) (net.Conn, error) { return net.Dial("unix", path) },
-		}}
+		c := &http.Client{Transport: &http.Transport{DialContext: dial}}
 		defer c.CloseIdleConnections()
 		r, err := c.Post("http://keysvc/kme.v1.KeyService/GetBinding", "application/json",
 			strings.NewReader(`{"imsi":"001010000000001"}`))
@@ -252,6 +259,25 @@ func TestCallsSeeOneState(t *testing.T) {
 		body, _ := io.ReadAll(r.Body)
 		return string(body)
 	}
+	http2 := &http.Transport{DialContext: dial, Protocols: new(http.Protocols)}
+	http2.Protocols.SetUnencryptedHTTP2(true)
+	defer http2.CloseIdleConnections()
+	stream := kmev1connect.NewKeyServiceClient(&http.Client{Transport: http2}, "http://keysvc").Stream(t.Context())
+	defer stream.CloseRequest()
+	send := func(imsi string) {
+		if err := stream.Send(&kmev1.StreamRequest{Calls: []*kmev1.Call{{Call: &kmev1.Call_GetBinding{
+			GetBinding: &kmev1.GetBindingRequest{Imsi: imsi}}}}}); err != nil {
+			t.Error(err)
+		}
+	}
+	answered := func(want string) {
+		t.Helper()
+		m, err := stream.Receive()
+		if err != nil || len(m.Answers) != 1 || m.Answers[0].GetError().GetReason() != want {
+			t.Fatalf("in the stream: %v, %v, want %s", m, err, want)
+		}
+	}
+
 	var underWay sync.WaitGroup
 	underWay.Go(func() {
 		if got := ask(); !strings.Contains(got, "NOT_BOUND") {
@@ -259,13 +285,37 @@ func TestCallsSeeOneState(t *testing.T) {
 		}
 	})
 	<-store.came
-	s.write(t, client(own+1))
-	if err := s.reload(t.Context(), s.config()); err != nil {
-		t.Error(err)
-	}
+	send("001010000000001")
+	<-store.came
+	reload(own, "00102") // no more 00101
+	send("001010000000001")
+	answered("CALLER_NOT_ALLOWED")
+	send("001020000000001")
+	<-store.came
+	reload(own+1, "all")
 	if got := ask(); !strings.Contains(got, "CALLER_NOT_ALLOWED") {
 		t.Errorf("the next call: %s", got)
 	}
-	store.goOn <- struct{}{}
+	send("001020000000001")
+	for range 3 {
+		store.goOn <- struct{}{}
+	}
 	underWay.Wait()
+	for n := 0; n < 2; {
+		m, err := stream.Receive()
+		if err != nil {
+			t.Fatalf("the calls under way: %v", err)
+		}
+		for _, a := range m.Answers {
+			if n++; a.GetError().GetReason() != "NOT_BOUND" {
+				t.Errorf("a call under way: %v", a)
+			}
+		}
+	}
+	_, err = stream.Receive()
+	var e *connect.Error
+	if !errors.As(err, &e) || e.Code() != connect.CodePermissionDenied ||
+		e.Meta().Get(kme.ReasonHeader) != "CALLER_NOT_ALLOWED" {
+		t.Errorf("the end of the stream: %v", err)
+	}
 }
