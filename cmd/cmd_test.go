@@ -33,7 +33,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
-func TestMain(m *testing.M) { programs.Main(m) }
+func TestMain(m *testing.M) { testproc.Main(m.Run) }
 
 // Each script begins with tokens and keys of its own: factory, factory2, operator and operator2; and with two
 // of NSS, NSS and NSS_FACTORY.
@@ -68,6 +68,7 @@ func scripts(t *testing.T, dir string, more func(*testscript.Env)) {
 			env.Setenv("MODULE", toks["factory"].Module)
 			env.Setenv("NSS", softhsmtest.NSS(tb).URI)
 			env.Setenv("NSS_FACTORY", softhsmtest.NSS(tb).URI)
+			env.Setenv(softhsmtest.NSSRounds, "1")
 			env.Setenv("KMEHSM_TOKEN", toks["factory"].URI)
 			env.Setenv("PATH", programs.Dir(tb)+":"+env.Getenv("PATH"))
 			for _, args := range [][]string{{"genrsa", "-out", "fixture.key", "3072"},

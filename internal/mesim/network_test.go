@@ -24,6 +24,7 @@ import (
 	"connectrpc.com/connect"
 	"github.com/tink-crypto/tink-go/v2/kwp/subtle"
 
+	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
 	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
 	"github.com/kmehsm/kmehsm/client"
 	"github.com/kmehsm/kmehsm/directory"
@@ -31,7 +32,6 @@ import (
 	"github.com/kmehsm/kmehsm/internal/testkeys"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
-	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
 )
 
 func must[T any](t testing.TB) func(T, error) T {
