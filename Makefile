@@ -59,9 +59,26 @@ bin/vaultdev: $(wildcard tools/vaultdev/*.go) tools/vaultdev/go.mod tools/vaultd
 # For a package: a machine that is eight times slower than ours passes too.
 TIMEOUT := 45m
 
-# A test that needs one of these says so in its name. The two runs are a partition: every test is in one of them.
+# A test that needs one of these says so in its name.
 SERVERS := Vault|Postgres|Browser|S6a
-SERVER_PACKAGES = $(sort $(dir $(shell grep -rlE '^func Test\w*($(SERVERS))' --include=*_test.go .)))
+# These take seconds of CPU each. make check leaves them, and all on NSS softoken, to make test.
+LONG := TestCeremony TestDemo TestOpenSSLAgrees TestOutsideProgram \
+	TestModel TestModelAtOnce TestProperty TestPropertyAtOnce TestMutatedPayloads TestMutatedMessages \
+	TestRefusalsTakeAsLong TestKnownRefusalsTakeAsLong TestBoundRefusalsTakeAsLong TestMetricsAreNoOracle \
+	TestRotated TestKilled TestNothingIsLeft TestRotation TestWycheproof TestAudit TestStations \
+	TestReaderCacheBound TestRevocationsCacheBound TestRevocationsTooLarge TestRevocationsOfAMillion \
+	TestWeaknesses TestWeakOperator TestWeakFactory TestSetupInterrupted
+# make check has these of TestScripts.
+SHORT_SCRIPTS := line|refusals|service|version
+LONG_SCRIPTS = $(call any-of,$(filter-out $(subst |, ,$(SHORT_SCRIPTS)),$(basename $(notdir $(wildcard \
+	cmd/testdata/script/*.txtar)))))
+# The two runs are a partition: every test is in one of them.
+LATER = $(SERVERS)|^($(call any-of,$(LONG)))$$|^TestScripts$$/^($(LONG_SCRIPTS))$$
+LATER_PACKAGES = $(sort $(dir $(shell grep -rlE '^func (Test\w*($(SERVERS))|($(call any-of,$(LONG) TestScripts))\b)' \
+	--include=*_test.go .)))
+# Most tests wait for something most of the time: for a disk, a server, a time to pass. Lint has done go vet. The linker
+# takes half as long without what debuggers read.
+GO_TEST = go test -race -timeout $(TIMEOUT) -p $(shell expr 3 '*' "$$(nproc)") -vet=off -ldflags=-w
 # openCryptoki's daemon needs root.
 ROOT_ONLY := $(if $(filter-out 0,$(shell id -u)),|OpenCryptoki)
 
@@ -74,22 +91,25 @@ SOFTHSM_ONLY := Wycheproof Attributes Sides UnwrapTemplates WhatLeaves Renew Poo
 empty :=
 any-of = $(subst $(empty) ,|,$(strip $(1)))
 
-check: lint deps-check ## lint, and the tests that need no Vault, PostgreSQL, browser or Diameter
+check: lint deps-check ## lint, and the short tests that need no Vault, PostgreSQL, browser or Diameter
 	@$(if $(ROOT_ONLY),echo 'TestDoctorOnOpenCryptoki is left out: only root can run it')
-	@scripts/step.sh 'tests without servers' scripts/leaves-nothing.sh \
-		go test -race -timeout $(TIMEOUT) -skip '$(SERVERS)$(ROOT_ONLY)' work
-	@KMEHSM_TEST_OPERATOR=nss scripts/step.sh "an operator's side on NSS softoken" scripts/leaves-nothing.sh \
-		go test -race -timeout $(TIMEOUT) -skip '$(SERVERS)|$(call any-of,$(SOFTHSM_ONLY))' \
-		./binding ./hsmkeys/... ./internal/faultmodule
+	@scripts/step.sh 'short tests without servers' scripts/leaves-nothing.sh \
+		$(GO_TEST) -skip '$(LATER)$(ROOT_ONLY)' work
 
-test: check deps-test vaultdev ## what CI runs: check, and the other tests
-	@scripts/step.sh 'tests with Vault, PostgreSQL, a browser and Diameter' scripts/leaves-nothing.sh \
-		go test -race -timeout $(TIMEOUT) -run '$(SERVERS)' $(SERVER_PACKAGES)
-	@scripts/step.sh 'the model of a binding, by spin' scripts/model.sh
-	@scripts/step.sh 'the release, linked twice' scripts/reproducible.sh --warm
-	$(MAKE) fuzz-plugin PLUGIN_FUZZ='-seed=1 -runs=1000000' # always the same inputs
+LONG_TESTS = $(GO_TEST) -run '$(LATER)' ./internal/proof $(LATER_PACKAGES)
+NSS_TESTS = KMEHSM_TEST_OPERATOR=nss $(GO_TEST) -skip '$(SERVERS)|$(call any-of,$(SOFTHSM_ONLY))' \
+	./binding ./hsmkeys/... ./internal/faultmodule
+test: check deps-test vaultdev ## what CI runs: check, and all other tests
+	@scripts/step.sh "long tests, those with servers, and an operator's side on NSS softoken" \
+		scripts/leaves-nothing.sh scripts/together.sh "$(LONG_TESTS)" "$(NSS_TESTS)"
+	@scripts/once.sh model "$$(spin -V; gcc --version; cat docs/model/binding.pml scripts/model.sh)" \
+		scripts/step.sh 'the model of a binding, by spin' scripts/model.sh
+	@scripts/once.sh reproducible "$$(git rev-parse HEAD; go version; gcc --version)" \
+		scripts/step.sh 'the release, linked twice' scripts/reproducible.sh --warm
+	$(MAKE) fuzz-plugin-seeds
 
-flaky: deps-test vaultdev ## the tests N=20 times with every core busy, once with GOMAXPROCS=1; failures in var/flaky
+# It goes on where it ended, and says how long that will take. Results are in var/flaky.
+flaky: deps-test vaultdev ## the tests N=20 times with every core busy, and once with GOMAXPROCS=1
 	N=$(or $(N),20) scripts/flaky.sh
 
 # 200 random kill -9 of factory and Vault over a lot of 20,000 devices; 200 of keysvc and PostgreSQL; an HSM away for
@@ -127,12 +147,18 @@ fuzz: deps-test fuzz-plugin ## every fuzz target for FUZZTIME=30s
 		done; \
 	done
 
-PLUGIN_FUZZ = -max_total_time=$(FUZZTIME:s=) corpus
-fuzz-plugin: deps-test # kme.fdx's, by libFuzzer
+PLUGIN_FUZZER = bin/fuzz-plugin/fuzz -dict=plugins/freediameter/test/fuzz.dict -print_final_stats=1 -verbosity=0 \
+	-artifact_prefix=bin/fuzz-plugin/
+fuzz-plugin: bin/fuzz-plugin/fuzz # kme.fdx's, by libFuzzer
+	@mkdir -p bin/fuzz-plugin/corpus
+	@scripts/step.sh 'fuzzing kme.fdx' $(PLUGIN_FUZZER) -max_total_time=$(FUZZTIME:s=) bin/fuzz-plugin/corpus
+fuzz-plugin-seeds: bin/fuzz-plugin/fuzz # always the same inputs
+	@scripts/once.sh fuzz-plugin "$$(cat $< plugins/freediameter/test/fuzz.dict | sha256sum)" \
+		scripts/step.sh 'fuzzing kme.fdx' $(PLUGIN_FUZZER) -seed=1 -runs=1000000
+.PHONY: bin/fuzz-plugin/fuzz fuzz-plugin-seeds
+bin/fuzz-plugin/fuzz: deps-test
 	@mkdir -p bin/fuzz-plugin
-	$(MAKE) -C plugins/freediameter OUT=$(CURDIR)/bin/fuzz-plugin $(CURDIR)/bin/fuzz-plugin/fuzz
-	cd bin/fuzz-plugin && mkdir -p corpus && $(CURDIR)/scripts/step.sh 'fuzzing kme.fdx' ./fuzz \
-		-dict=$(CURDIR)/plugins/freediameter/test/fuzz.dict -print_final_stats=1 -verbosity=0 $(PLUGIN_FUZZ)
+	@$(MAKE) -C plugins/freediameter OUT=$(CURDIR)/bin/fuzz-plugin $(CURDIR)/$@
 
 generate: deps-generate ## the Go code of api/kme/v1
 	GOBIN="$(CURDIR)/bin/tools" go install $(PROTOC_GEN_GO)

@@ -17,6 +17,7 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
+	"github.com/kmehsm/kmehsm/internal/testkeys"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -116,7 +117,7 @@ func TestEnroll(t *testing.T) {
 			e.Wrapped = must[[]byte](t)(rsa.EncryptOAEP(sha1.New(), rand.Reader, &elsewhere.PublicKey, m.kek, nil))
 		}, "keysvc transport new"},
 		{"wrapped under another transport key than it says", func(e *handover.Enrolment) {
-			key := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072))
+			key := must[*rsa.PrivateKey](t)(testkeys.RSA(3072))
 			e.Wrapped = must[[]byte](t)(rsa.EncryptOAEP(sha1.New(), rand.Reader, &key.PublicKey, m.kek, nil))
 		}, "unwrap the KEK"},
 		{"for another operator's KEK", func(e *handover.Enrolment) {
@@ -233,7 +234,7 @@ func TestImportLot(t *testing.T) {
 		{"under another KEK", func(g *handover.Grant) { g.KEK = other.kekKey().HexID() }, "wrapped under key"},
 		{"under another KEK than it says", func(g *handover.Grant) { g.Wrapped = other.wrap(t, l.key) }, ""},
 		{"another lot's key", func(g *handover.Grant) {
-			g.Wrapped = m.wrap(t, must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048)))
+			g.Wrapped = m.wrap(t, must[*rsa.PrivateKey](t)(testkeys.RSA(2048)))
 		}, "lot L2"},
 		{"a key of another length", func(g *handover.Grant) {
 			g.Wrapped = m.wrap(t, vectors(t).lot(t, "lot-3072"))
@@ -259,7 +260,7 @@ func TestImportLot(t *testing.T) {
 		{"without a manifest", func(g *handover.Grant) { g.Manifest = "" }, ""},
 		{"a manifest with another modulus", func(g *handover.Grant) {
 			manifest := *l.Manifest
-			manifest.N = must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048)).N.Bytes()
+			manifest.N = must[*rsa.PrivateKey](t)(testkeys.RSA(2048)).N.Bytes()
 			g.Manifest = string(m.sign(t, directory.TypeManifest, manifest))
 		}, "lot L2"},
 		{"a name that could not be a path", func(g *handover.Grant) {

@@ -6,7 +6,10 @@ import (
 	"compress/gzip"
 	"context"
 	"crypto/sha256"
+	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -27,16 +30,17 @@ import (
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/faultmodule"
+	"github.com/kmehsm/kmehsm/internal/pemkey"
 	"github.com/kmehsm/kmehsm/internal/pgtest"
 	"github.com/kmehsm/kmehsm/internal/programs"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/internal/testkeys"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
-func TestMain(m *testing.M) { programs.Main(m) }
+func TestMain(m *testing.M) { testproc.Main(m.Run) }
 
-// Each script begins with tokens and keys of its own: factory, factory2, operator and operator2; and with two
-// of NSS, NSS and NSS_FACTORY.
+// Each script begins with tokens of its own: factory, factory2, operator and operator2.
 func TestScripts(t *testing.T) { scripts(t, "testdata/script", nil) }
 
 // These have an empty database besides, of which service is no owner.
@@ -52,10 +56,12 @@ func TestPostgresScripts(t *testing.T) {
 
 // scripts runs those of a folder; more sets up what others do not need.
 func scripts(t *testing.T, dir string, more func(*testscript.Env)) {
+	private, public := fixtureKey(t)
 	testscript.Run(t, testscript.Params{
 		Dir: dir, RequireExplicitExec: true, WorkdirRoot: t.TempDir(), // its own stays where not all scripts run
 		Setup: func(env *testscript.Env) error {
 			tb := env.T().(testing.TB)
+			env.Values[testKey{}] = tb
 			dir := filepath.Join(env.WorkDir, "softhsm")
 			toks := softhsmtest.Make(tb, dir, "factory", "factory2", "operator", "operator2")
 			conf := strings.SplitN(softhsmtest.Env(dir), "=", 2)
@@ -66,17 +72,11 @@ func scripts(t *testing.T, dir string, more func(*testscript.Env)) {
 				env.Setenv(strings.ToUpper(label)+"_PINFILE", tok.PINFile)
 			}
 			env.Setenv("MODULE", toks["factory"].Module)
-			env.Setenv("NSS", softhsmtest.NSS(tb).URI)
-			env.Setenv("NSS_FACTORY", softhsmtest.NSS(tb).URI)
 			env.Setenv("KMEHSM_TOKEN", toks["factory"].URI)
 			env.Setenv("PATH", programs.Dir(tb)+":"+env.Getenv("PATH"))
-			for _, args := range [][]string{{"genrsa", "-out", "fixture.key", "3072"},
-				{"rsa", "-in", "fixture.key", "-pubout", "-out", "fixture.pem"}} {
-				cmd := exec.Command("openssl", args...)
-				cmd.Dir = env.WorkDir
-				if out, err := cmd.CombinedOutput(); err != nil {
-					return fmt.Errorf("%s: %w", out, err)
-				}
+			if err := errors.Join(os.WriteFile(filepath.Join(env.WorkDir, "fixture.key"), private, 0o600),
+				os.WriteFile(filepath.Join(env.WorkDir, "fixture.pem"), public, 0o600)); err != nil {
+				return err
 			}
 			if more != nil {
 				more(env)
@@ -84,11 +84,27 @@ func scripts(t *testing.T, dir string, more func(*testscript.Env)) {
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"exits": exits, "faultmodule": faultModule, "collector": collector, "ready": ready, "json": isJSON,
-			"snapshot": snapshot, "same": same, "small": small, "flip": flip, "truncate": truncate,
-			"thumbprint": thumbprint,
+			"exits": exits, "faultmodule": faultModule, "nss": nss, "collector": collector, "ready": ready,
+			"json": isJSON, "snapshot": snapshot, "same": same, "small": small, "flip": flip,
+			"truncate": truncate, "thumbprint": thumbprint,
 		},
 	})
+}
+
+// fixtureKey is a fixture's, as OpenSSL writes it: the private key and the public one.
+func fixtureKey(t *testing.T) (private, public []byte) {
+	t.Helper()
+	key, err := testkeys.RSA(3072)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if private, err = x509.MarshalPKCS8PrivateKey(key); err != nil {
+		t.Fatal(err)
+	}
+	if public, err = pemkey.Encode(&key.PublicKey); err != nil {
+		t.Fatal(err)
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private}), public
 }
 
 // exits CODE PROGRAM ARGS... runs a program and demands its exit code, and that it does not panic. What it printed is
@@ -216,6 +232,17 @@ func faultModule(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Setenv("FAULTY", m.URI(ts.Getenv("OPERATOR")))
 	ts.Setenv("FAULTY_FACTORY", m.URI(ts.Getenv("FACTORY")))
 }
+
+// nss makes two tokens of NSS softoken: NSS and NSS_FACTORY.
+func nss(ts *testscript.TestScript, _ bool, _ []string) {
+	t := ts.Value(testKey{}).(testing.TB)
+	ts.Setenv("NSS", softhsmtest.NSS(t).URI)
+	ts.Setenv("NSS_FACTORY", softhsmtest.NSS(t).URI)
+	ts.Setenv(softhsmtest.NSSRounds, "1")
+}
+
+// testKey is the key of a script's test among its values.
+type testKey struct{}
 
 // collector FILE takes what is sent to $COLLECTOR, as an OpenTelemetry collector does, and puts it into a file.
 func collector(ts *testscript.TestScript, _ bool, args []string) {

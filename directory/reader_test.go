@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/internal/panics"
+	"github.com/kmehsm/kmehsm/internal/testkeys"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -62,7 +63,7 @@ func TestReaderRSA(t *testing.T) {
 	m.N, m.Suite, m.Ranges = n, kme.SuiteRSA, m.Ranges[1:]
 	var keys []DeviceKey
 	for i := range m.Devices() {
-		k, err := rsa.GenerateKey(rand.Reader, 2048)
+		k, err := testkeys.RSA(2048)
 		if err != nil {
 			t.Fatal(err)
 		}

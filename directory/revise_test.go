@@ -5,8 +5,6 @@ import (
 	"context"
 	"crypto"
 	"crypto/ecdsa"
-	"crypto/rand"
-	"crypto/rsa"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -16,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/kmehsm/kmehsm/internal/testkeys"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -138,7 +137,7 @@ func TestReissue(t *testing.T) {
 		t.Errorf("the other device: %+v, %v", d, err)
 	}
 	stranger, _ := kme.ParseIMEI("35209902000000")
-	rsaKey, err := rsa.GenerateKey(rand.Reader, 2048)
+	rsaKey, err := testkeys.RSA(2048)
 	if err != nil {
 		t.Fatal(err)
 	}

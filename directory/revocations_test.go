@@ -79,7 +79,7 @@ func TestRevocationsOfAMillion(t *testing.T) {
 		t.Errorf("for one more device %d bytes were written: %v", bytes, paths)
 	}
 	store := &counting{Store: files, reads: map[string]int{}}
-	r := NewReader(store, NewVerifier(s.Public()), ReaderOptions{})
+	r := NewReader(store, NewVerifier(s.Public()), ReaderOptions{ReadTimeout: time.Minute})
 	if err := r.Refresh(ctx, m); err != nil {
 		t.Fatal(err)
 	}

@@ -3,7 +3,6 @@ package factory
 import (
 	"bytes"
 	"context"
-	"crypto/rand"
 	"crypto/rsa"
 	"errors"
 	"fmt"
@@ -21,6 +20,7 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/internal/testkeys"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -28,7 +28,7 @@ func TestMain(m *testing.M) { softhsmtest.Main(m, 32) }
 
 // fixtureKey is the fixture's, of all lines.
 var fixtureKey = sync.OnceValue(func() *rsa.PublicKey {
-	key, err := rsa.GenerateKey(rand.Reader, 3072)
+	key, err := testkeys.RSA(3072)
 	if err != nil {
 		panic(err)
 	}
@@ -145,7 +145,7 @@ func TestFixtures(t *testing.T) {
 		}
 		return e, e.Created
 	}
-	second := must(rsa.GenerateKey(rand.Reader, 3072))
+	second := must(testkeys.RSA(3072))
 	a, _ := enrol("a", fixtureKey(), 0)
 	onLine(func(line *Line) {
 		if k := must(line.injection(ctx, "")); k.HexID() != a.KeyID {
@@ -180,7 +180,7 @@ func TestFixtures(t *testing.T) {
 		"a bad name":              {"../a", fixtureKey(), 0, "not valid"},
 		"another fixture's key":   {"b", fixtureKey(), 0, "enrolled already"},
 		"a generation left out":   {"a", fixtureKey(), 3, "the next is 2"},
-		"a key that is too short": {"a", &must(rsa.GenerateKey(rand.Reader, 2048)).PublicKey, 0, "3072"},
+		"a key that is too short": {"a", &must(testkeys.RSA(2048)).PublicKey, 0, "3072"},
 	} {
 		if _, err := EnrollFixture(ctx, tok.URI, officer, c.name, c.key, c.generation); err == nil ||
 			!strings.Contains(err.Error(), c.want) {

@@ -20,6 +20,7 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/internal/testkeys"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -227,7 +228,7 @@ func TestRenew(t *testing.T) {
 // A panic in the code of a method ends its call and nothing else.
 func TestPanicInAMethod(t *testing.T) {
 	token := newOperator(t)
-	importLot(t, token, testLot, must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048)))
+	importLot(t, token, testLot, must[*rsa.PrivateKey](t)(testkeys.RSA(2048)))
 	if p := panics.Of(token.ProveLotKey(t.Context(), testLot, nil)); p == nil ||
 		!bytes.Contains(p.Stack, []byte("hsmkeys.")) {
 		t.Errorf("%v", p)
@@ -243,12 +244,12 @@ func TestPanicInAMethod(t *testing.T) {
 // The security officer's PIN is tried once; the key that receives is looked at before it is.
 func TestEnrolRefuses(t *testing.T) {
 	tok := softhsmtest.Token(t)
-	good := &must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072)).PublicKey
+	good := &must[*rsa.PrivateKey](t)(testkeys.RSA(3072)).PublicKey
 	if _, err := EnrollKey(t.Context(), tok.URI, PIN(tok.PIN), testKEK, good); err == nil ||
 		!strings.Contains(err.Error(), "refused the PIN") {
 		t.Errorf("a wrong security officer's PIN: %v", err)
 	}
-	weak := &must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048)).PublicKey
+	weak := &must[*rsa.PrivateKey](t)(testkeys.RSA(2048)).PublicKey
 	if _, err := EnrollKey(t.Context(), tok.URI, PIN(tok.SOPIN), testKEK, weak); err == nil {
 		t.Error("a weak transport key was taken")
 	}

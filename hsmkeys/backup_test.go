@@ -3,7 +3,6 @@ package hsmkeys
 import (
 	"bytes"
 	"context"
-	"crypto/rand"
 	"crypto/rsa"
 	"errors"
 	"slices"
@@ -16,6 +15,7 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/internal/testkeys"
 )
 
 // newOperatorClosed is newOperator, for those who log in as the security officer.
@@ -116,7 +116,7 @@ func TestBackup(t *testing.T) {
 			return all
 		}, "wrapped for another key"},
 		{"for another token", func(all []Carried) []Carried {
-			other := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072))
+			other := must[*rsa.PrivateKey](t)(testkeys.RSA(3072))
 			return backUp(t, first, &other.PublicKey)
 		}, "wrapped for another key"},
 		{"another ledger key", func(all []Carried) []Carried { all[0].Check[0] ^= 1; return all }, "make another"},

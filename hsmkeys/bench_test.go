@@ -14,6 +14,7 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/internal/testkeys"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -21,7 +22,7 @@ import (
 func benchOperator(b testing.TB) (*OperatorToken, Payload) {
 	token := newOperator(b)
 	softhsmtest.AsServed(b, token.Sessions())
-	key := must[*rsa.PrivateKey](b)(rsa.GenerateKey(rand.Reader, 2048))
+	key := must[*rsa.PrivateKey](b)(testkeys.RSA(2048))
 	lot := Key{Role: RoleLot, Manufacturer: manufacturer, Name: "BENCH"}
 	importLot(b, token, lot, key)
 	device := must[*ecdsa.PrivateKey](b)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))

@@ -1,7 +1,6 @@
 package hsmkeys
 
 import (
-	"crypto/rand"
 	"crypto/rsa"
 	"fmt"
 	"slices"
@@ -13,6 +12,7 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/internal/testkeys"
 )
 
 // finding is the one of a check; nil if there is none.
@@ -122,7 +122,7 @@ func TestDoctorFindsStrangers(t *testing.T) {
 	// What somebody knows, in the place of a lot key; one that signs besides; one that leaves; and an operator's on a
 	// factory's.
 	lot := func(name string) Key { return Key{Role: RoleLot, Manufacturer: manufacturer, Name: name} }
-	known := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048))
+	known := must[*rsa.PrivateKey](t)(testkeys.RSA(2048))
 	value := rsaPrivate(known)
 	put(factory, p11.With(p11.Join(keyspec.Named(lot("known")), keyspec.Lot), p11.Attr(pkcs11.CKA_TOKEN, true)), value)
 	put(factory, p11.With(p11.Join(keyspec.Named(lot("signs")), keyspec.Lot), p11.Attr(pkcs11.CKA_SIGN, true)), value)

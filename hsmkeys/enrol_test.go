@@ -19,6 +19,7 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/internal/testkeys"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -158,7 +159,7 @@ func TestWhatLeavesTheFactory(t *testing.T) {
 // A lot key that somebody has put there is not taken for one of a run that was interrupted.
 func TestPlantedLotKey(t *testing.T) {
 	factory, _ := newFactory(t, nil)
-	importLot(t, factory, testLot, must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048)))
+	importLot(t, factory, testLot, must[*rsa.PrivateKey](t)(testkeys.RSA(2048)))
 	if _, _, err := factory.EnsureLotKey(t.Context(), testLot, 2048, PrimesAuto); err == nil ||
 		!strings.Contains(err.Error(), "others may know its P and Q") {
 		t.Error(err)
@@ -170,7 +171,7 @@ func TestOneKeyOneRecipient(t *testing.T) {
 	ctx := t.Context()
 	tok := softhsmtest.Token(t)
 	officer := PIN(tok.SOPIN)
-	fixture, other := &fixtureKey().PublicKey, &must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072)).PublicKey
+	fixture, other := &fixtureKey().PublicKey, &must[*rsa.PrivateKey](t)(testkeys.RSA(3072)).PublicKey
 	if _, err := EnrollKey(ctx, tok.URI, officer, testInjection, fixture); !errors.Is(err, ErrNotDedicated) {
 		t.Errorf("before init: %v", err)
 	}
@@ -210,7 +211,7 @@ func TestSides(t *testing.T) {
 	ctx := t.Context()
 	operator := newOperatorOn(t, softhsmtest.Token(t))
 	factory, transport := newFactory(t, operator)
-	lot := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048))
+	lot := must[*rsa.PrivateKey](t)(testkeys.RSA(2048))
 	wrapped := make([]byte, 1024)
 	// Each token as one of the other side.
 	factorys, operators := &OperatorToken{base: factory.base}, &FactoryToken{operator.base}

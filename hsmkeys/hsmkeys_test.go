@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/aes"
-	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
@@ -24,6 +23,7 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/internal/testkeys"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -99,7 +99,7 @@ func newOperatorOn(t testing.TB, tok softhsmtest.Tok) *OperatorToken {
 
 // fixtureKey is the private half of the key that the test's fixture has.
 var fixtureKey = sync.OnceValue(func() *rsa.PrivateKey {
-	key, err := rsa.GenerateKey(rand.Reader, 3072)
+	key, err := testkeys.RSA(3072)
 	if err != nil {
 		panic(err)
 	}
@@ -341,7 +341,7 @@ func TestLotKey(t *testing.T) {
 	})
 	// With the KEK in clear, every lot key that it carried would be.
 	t.Run("the KEK only under a TRUSTED key", func(t *testing.T) {
-		key := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072))
+		key := must[*rsa.PrivateKey](t)(testkeys.RSA(3072))
 		err := factory.hsm.With(ctx, "test", func(s *p11.Session) error {
 			own, err := s.Ctx.CreateObject(s.ID,
 				p11.Join(keyspec.Wrapping(&key.PublicKey), p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, false)}))
@@ -381,7 +381,7 @@ func TestLotKey(t *testing.T) {
 				t.Error("a damaged lot key was taken")
 			}
 		}
-		other := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048))
+		other := must[*rsa.PrivateKey](t)(testkeys.RSA(2048))
 		if _, err := operator.UnwrapLotKey(ctx, testLot, testKEK, wrapped, &other.PublicKey); err == nil ||
 			!strings.Contains(err.Error(), "not this modulus's key") {
 			t.Errorf("a key that does not fit: %v", err)

@@ -16,6 +16,7 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/internal/testkeys"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -77,7 +78,7 @@ func TestNSSAttributes(t *testing.T) {
 		must[[]byte](t)(rsa.EncryptOAEP(sha1.New(), rand.Reader, transport, value, nil))); err != nil {
 		t.Fatal(err)
 	}
-	lot := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048))
+	lot := must[*rsa.PrivateKey](t)(testkeys.RSA(2048))
 	grant := must[[]byte](t)(must[*subtle.KWP](t)(subtle.NewKWP(value)).
 		Wrap(must[[]byte](t)(x509.MarshalPKCS8PrivateKey(lot))))
 	must[bool](t)(token.UnwrapLotKey(ctx, testLot, testKEK, grant, &lot.PublicKey))

@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/kmehsm/kmehsm/internal/memscan"
+	"github.com/kmehsm/kmehsm/internal/testkeys"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -17,11 +18,11 @@ import (
 // refused, or when its KME has been exported and wiped.
 func TestSecretsAreWiped(t *testing.T) {
 	token := newOperator(t)
-	key := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072))
+	key := must[*rsa.PrivateKey](t)(testkeys.RSA(3072))
 	lot := Key{Role: RoleLot, Manufacturer: manufacturer, Name: "L1"}
 	importLot(t, token, lot, key)
 	p256 := must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
-	rsa2048 := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048))
+	rsa2048 := must[*rsa.PrivateKey](t)(testkeys.RSA(2048))
 	memory := memscan.Of(t)
 	for _, suite := range kme.Suites {
 		for name, c := range map[string]struct {

@@ -1,11 +1,18 @@
 #!/usr/bin/env bash
-# What make test tests, N times with every core kept busy by something else, and once with GOMAXPROCS=1. make flaky runs
-# it. The logs are in var/flaky; those of runs that passed are removed. PACKAGES and ARGS are for go test.
+# What make test tests, N times with every core kept busy by something else, and once with GOMAXPROCS=1. make flaky
+# runs it. PACKAGES and ARGS are for go test. var/flaky/results has a line a run, and var/flaky the logs of those that
+# failed. Called again for the same code, it goes on with the runs that are not there.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
-n=${N:-20}
+n=${N:-20} results=var/flaky/results
 mkdir -p var/flaky
-rm -f var/flaky/*.log
+of=$({ git rev-parse HEAD; git diff HEAD; go version; printf '%s\n' "${PACKAGES:-}" "${ARGS:-}"; } | sha256sum)
+if [ "$(head -n 1 $results 2>/dev/null)" != "$of" ]; then
+	rm -f var/flaky/*
+	printf '%s\n' "$of" >$results
+fi
+# shellcheck disable=SC2086 # a list
+packages=$(go list -f '{{.Dir}}' ${PACKAGES:-work} | wc -l)
 busy=()
 stop() { [ ${#busy[@]} -eq 0 ] || kill "${busy[@]}" 2>/dev/null; }
 trap stop EXIT
@@ -15,26 +22,35 @@ for _ in $(seq "$(nproc)"); do
 	busy+=($!)
 done
 
-failed=()
+# left: how long what is not there yet will take, after what is
+left() {
+	awk -v n=$((n + 1)) 'NR > 1 { runs++; s += $3 }
+		END { if (runs) printf ", some %d min left", (n - runs) * s / runs / 60 + 1 }' $results
+}
+
 # run NAME COMMAND...
 run() {
-	local log=var/flaky/$1.log begin=$SECONDS
+	local name=$1 log=var/flaky/$1.log begin=$SECONDS result=passed
 	shift
+	if grep -q "^$name " $results; then
+		return
+	fi
 	# shellcheck disable=SC2086 # a list each
-	if scripts/leaves-nothing.sh env "$@" \
-		go test -race -count=1 -timeout 90m ${ARGS:-} ${PACKAGES:-work} >"$log" 2>&1; then
-		printf '%s: passed in %d s\n' "$log" $((SECONDS - begin))
+	scripts/step.sh -l "$log" -n "$packages" "run $name of $n$(left)" scripts/leaves-nothing.sh env "$@" \
+		go test -race -count=1 -timeout 90m -vet=off -ldflags=-w -p $((3 * $(nproc))) ${ARGS:-} ${PACKAGES:-work} ||
+		result=FAILED
+	printf '%s %s %d s\n' "$name" $result $((SECONDS - begin)) | tee -a $results
+	if [ $result = passed ]; then
 		rm "$log"
 	else
-		printf '%s: FAILED after %d s\n' "$log" $((SECONDS - begin))
 		grep -E '^(\s*--- FAIL|FAIL|panic:|left by)' "$log"
-		failed+=("$log")
 	fi
 }
 for i in $(seq "$n"); do run "$i"; done
 run gomaxprocs-1 GOMAXPROCS=1
-if [ ${#failed[@]} -gt 0 ]; then
-	printf '%d of %d runs failed: %s\n' ${#failed[@]} $((n + 1)) "${failed[*]}"
+if grep -q ' FAILED ' $results; then
+	printf 'runs that failed, by their logs:\n'
+	sed -n 's,^\([^ ]*\) FAILED.*,var/flaky/\1.log,p' $results
 	exit 1
 fi
 echo "all $((n + 1)) runs passed"

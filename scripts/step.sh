@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# usage: scripts/step.sh [-q [-n TOTAL]] WHAT COMMAND...
+# usage: scripts/step.sh [-q | -l LOG] [-n TOTAL] WHAT COMMAND...
 # Runs a command, and says on standard error what it is for, and every ten seconds for how long it has run and which
 # programs it runs now. With -q the command's own output is shown only if it fails; until then its last line tells how
-# far it is, and with -n which line of how many that is.
+# far it is, and with -n which line of how many that is. With -l its output goes to a file, and is not shown.
 set -euo pipefail
-log='' total=''
-while getopts qn: option; do
+log='' total='' show=true
+while getopts ql:n: option; do
 	case $option in
 	q) log=$(mktemp) && trap 'rm -f "$log"' EXIT ;;
+	l) log=$OPTARG show=false ;;
 	n) total=$OPTARG ;;
 	*) exit 2 ;;
 	esac
@@ -45,7 +46,7 @@ if [ -z "$log" ]; then
 	"$@" {ticks}>&- || status=$?
 else
 	"$@" >"$log" 2>&1 {ticks}>&- || status=$?
-	[ $status -eq 0 ] || cat "$log" >&2
+	[ $status -eq 0 ] || ! $show || cat "$log" >&2
 fi
 exec {ticks}>&-
 wait $!

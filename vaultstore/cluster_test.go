@@ -4,7 +4,6 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
-	"crypto/rsa"
 	"crypto/sha256"
 	"encoding/json"
 	"fmt"
@@ -18,6 +17,7 @@ import (
 	"github.com/hashicorp/vault/api"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/testkeys"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/internal/vaulttest"
 	"github.com/kmehsm/kmehsm/kme"
@@ -91,7 +91,7 @@ func TestVaultColdShardIsOneRead(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	lot, err := rsa.GenerateKey(rand.Reader, 2048)
+	lot, err := testkeys.RSA(2048)
 	if err != nil {
 		t.Fatal(err)
 	}

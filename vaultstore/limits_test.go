@@ -102,7 +102,8 @@ func TestVaultRevocationsOfAMillion(t *testing.T) {
 		nil); err != nil {
 		t.Fatal(err)
 	}
-	reader := directory.NewReader(as["operator"], directory.NewVerifier(signer.Public()), directory.ReaderOptions{})
+	reader := directory.NewReader(as["operator"], directory.NewVerifier(signer.Public()),
+		directory.ReaderOptions{ReadTimeout: time.Minute})
 	if err := reader.Refresh(t.Context(), m); err != nil {
 		t.Fatal(err)
 	}

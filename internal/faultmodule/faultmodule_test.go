@@ -1,7 +1,6 @@
 package faultmodule_test
 
 import (
-	"crypto/rand"
 	"crypto/rsa"
 	"fmt"
 	"os"
@@ -13,6 +12,7 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/faultmodule"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/internal/testkeys"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -69,7 +69,7 @@ func TestKWPByEitherName(t *testing.T) {
 				hsmkeys.Options{}))
 			must[string](t)(first(factory.Init(t.Context(), token)))
 			token.Close()
-			fixture := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072))
+			fixture := must[*rsa.PrivateKey](t)(testkeys.RSA(3072))
 			_, err := factory.EnrollFixture(t.Context(), faulty.URI(tok.URI), hsmkeys.PIN(tok.SOPIN), "f1",
 				&fixture.PublicKey, 0)
 			if err != nil {

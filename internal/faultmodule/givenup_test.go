@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/testkeys"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -52,7 +53,7 @@ func TestGivenUp(t *testing.T) {
 	transport := must[*rsa.PublicKey](t)(operator.NewTransportKey(ctx))
 	kek := hsmkeys.Key{Role: hsmkeys.RoleKEK, Manufacturer: "m", Name: "op"}
 	injection := hsmkeys.Key{Role: hsmkeys.RoleInjection, Manufacturer: "m", Name: "f1"}
-	fixture := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 3072))
+	fixture := must[*rsa.PrivateKey](t)(testkeys.RSA(3072))
 	factory, tok := newFactory(t, map[hsmkeys.Key]*rsa.PublicKey{kek: transport, injection: &fixture.PublicKey})
 	signing := hsmkeys.Key{Role: hsmkeys.RoleSigning}
 	lot := hsmkeys.Key{Role: hsmkeys.RoleLot, Manufacturer: "m", Name: "L1"}

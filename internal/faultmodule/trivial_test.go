@@ -26,6 +26,7 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
+	"github.com/kmehsm/kmehsm/internal/testkeys"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -53,7 +54,7 @@ func served(t *testing.T) (service *binding.Service, lot *rsa.PublicKey, imei km
 			Wrapped:   must[[]byte](t)(rsa.EncryptOAEP(sha1.New(), rand.Reader, transport, kek, nil)),
 		})), PEM: pem, Thumbprint: maker.KeyID(), Directory: "file:/"}))
 
-	key := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048))
+	key := must[*rsa.PrivateKey](t)(testkeys.RSA(2048))
 	tac := must[kme.TAC](t)(kme.ParseTAC("35209900"))
 	m := &directory.Manifest{
 		Lot: "L1", Manufacturer: maker.KeyID(), Suite: kme.SuiteECDSA, N: key.N.Bytes(), E: key.E,

@@ -13,6 +13,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
+	"github.com/kmehsm/kmehsm/internal/testkeys"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -119,7 +120,7 @@ func TestPartiesFiles(t *testing.T) {
 			t.Errorf("%s: accepted", name)
 		}
 	}
-	transport := &must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048)).PublicKey
+	transport := &must[*rsa.PrivateKey](t)(testkeys.RSA(2048)).PublicKey
 	file := must[[]byte](t)(NewTransportKey(transport, "0123"))
 	if pub, err := ParseTransportKey(file, directory.RSAThumbprint(transport)); err != nil || !pub.Equal(transport) {
 		t.Error(pub, err)
@@ -188,7 +189,7 @@ func FuzzParse(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	transport := &must[*rsa.PrivateKey](f)(rsa.GenerateKey(rand.Reader, 2048)).PublicKey
+	transport := &must[*rsa.PrivateKey](f)(testkeys.RSA(2048)).PublicKey
 	f.Add(enrolment)
 	f.Add(must[[]byte](f)(NewTransportKey(transport, "0123")))
 	f.Fuzz(func(t *testing.T, data []byte) {

@@ -5,7 +5,6 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
-	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/subtle"
 	"math/big"
@@ -13,13 +12,14 @@ import (
 	"testing"
 
 	"github.com/kmehsm/kmehsm/internal/memscan"
+	"github.com/kmehsm/kmehsm/internal/testkeys"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
 // What a payload holds stands nowhere in memory any more when it has been made, or taken apart, and wiped: neither KME
 // nor RME, in whichever order of bytes, nor the seed of the padding, which gives the rest of it.
 func TestSecretsAreWiped(t *testing.T) {
-	lot, err := rsa.GenerateKey(rand.Reader, 3072)
+	lot, err := testkeys.RSA(3072)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -27,7 +27,7 @@ func TestSecretsAreWiped(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	rsa2048, err := rsa.GenerateKey(rand.Reader, 2048)
+	rsa2048, err := testkeys.RSA(2048)
 	if err != nil {
 		t.Fatal(err)
 	}

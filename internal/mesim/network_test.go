@@ -29,6 +29,7 @@ import (
 	"github.com/kmehsm/kmehsm/client"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/handover"
+	"github.com/kmehsm/kmehsm/internal/testkeys"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -54,13 +55,13 @@ type line struct {
 const injectionKeyID = "0123"
 
 // lotKey is made once: it takes long.
-var lotKey = sync.OnceValues(func() (*rsa.PrivateKey, error) { return rsa.GenerateKey(rand.Reader, 2048) })
+var lotKey = sync.OnceValues(func() (*rsa.PrivateKey, error) { return testkeys.RSA(2048) })
 
 func newLine(t testing.TB, devices int) *line {
 	t.Helper()
 	l := &line{dir: t.TempDir(), lot: must[*rsa.PrivateKey](t)(lotKey()), devices: map[kme.IMEI]*ecdsa.PublicKey{}}
 	l.fixtureKey, l.enrolment = filepath.Join(l.dir, "fixture.key"), filepath.Join(l.dir, "fixture.json")
-	fixture := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048))
+	fixture := must[*rsa.PrivateKey](t)(testkeys.RSA(2048))
 	l.write(t, "fixture.key",
 		pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(fixture)}))
 	injection := make([]byte, 32)

@@ -5,11 +5,12 @@ import (
 	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/rand"
-	"crypto/rsa"
 	"crypto/x509"
 	"encoding/pem"
 	"strings"
 	"testing"
+
+	"github.com/kmehsm/kmehsm/internal/testkeys"
 )
 
 func TestKeys(t *testing.T) {
@@ -18,7 +19,7 @@ func TestKeys(t *testing.T) {
 		t.Fatal(err)
 	}
 	p384, _ := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
-	r, err := rsa.GenerateKey(rand.Reader, 2048)
+	r, err := testkeys.RSA(2048)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -6,22 +6,16 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
-
-	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
-// Main runs the tests, and removes what Dir has made.
-func Main(m *testing.M) {
-	testproc.Main(func() int {
-		defer func() { os.RemoveAll(dir) }()
-		return m.Run()
-	})
-}
-
-// Dir is the folder of the programs, which are built at the first call.
+// Dir is the folder of the programs, var/test/bin, which are built at the first call. It is the same for all packages,
+// and stays: go build links nothing that is up to date there.
 func Dir(t testing.TB) string {
 	t.Helper()
 	if err := build(); err != nil {
@@ -34,8 +28,18 @@ const cmd = "github.com/kmehsm/kmehsm/cmd/..."
 
 var (
 	dir   string
-	build = sync.OnceValue(func() (err error) {
-		if dir, err = os.MkdirTemp("", "kmehsm-programs-"); err != nil {
+	build = sync.OnceValue(func() error {
+		_, here, _, _ := runtime.Caller(0)
+		dir = filepath.Join(filepath.Dir(here), "..", "..", "var", "test", "bin")
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+		lock, err := os.Open(dir)
+		if err != nil {
+			return err
+		}
+		defer lock.Close()
+		if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil { // one package at a time
 			return err
 		}
 		if out, err := exec.Command("go", "build", "-o", dir+"/", cmd).CombinedOutput(); err != nil {

@@ -36,7 +36,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
-func TestMain(m *testing.M) { programs.Main(m) }
+func TestMain(m *testing.M) { testproc.Main(m.Run) }
 
 // A world is a manufacturer, an operator and a lot of each suite, in a folder of its own.
 type world struct {

@@ -21,6 +21,9 @@ func Operator(t testing.TB) Tok {
 	return Token(t)
 }
 
+// NSSRounds is in the environment of a process that uses [NSS]'s tokens: 1 is enough for a test.
+const NSSRounds = "NSS_MAX_MP_PBE_ITERATION_COUNT"
+
 // NSS makes a token of NSS softoken that nobody else uses, with a user PIN; NSS has no security officer once there is
 // one. It is gone with the test.
 //
@@ -34,12 +37,12 @@ func NSS(t testing.TB) Tok {
 	if err := os.WriteFile(tok.PINFile, []byte(tok.PIN), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	// With the usual 10,000 rounds for each value that it reads from its file, an establishment takes 60 times as long.
+	if err := os.Setenv(NSSRounds, "1"); err != nil {
+		t.Fatal(err)
+	}
 	if out, err := exec.Command("certutil", "-N", "-d", "sql:"+dir, "-f", tok.PINFile).CombinedOutput(); err != nil {
 		t.Fatalf("certutil: %v: %s: scripts/deps.sh check installs it", err, out)
-	}
-	// With the usual 10,000 rounds for each value that it reads from its file, an establishment takes 60 times as long.
-	if err := os.Setenv("NSS_MAX_MP_PBE_ITERATION_COUNT", "1"); err != nil {
-		t.Fatal(err)
 	}
 	library, err := os.ReadFile(nssLibrary())
 	if err != nil {

@@ -7,6 +7,7 @@
 package softhsmtest
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"net/url"
@@ -14,6 +15,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -65,18 +67,20 @@ func run(m *testing.M, tokens int, prepare func() error) int {
 	}
 	defer os.RemoveAll(tmp)
 
-	var labels []string
-	for i := range tokens {
-		labels = append(labels, fmt.Sprintf("t%02d", i))
-	}
-	toks, err := setup(tmp, labels)
+	toks, err := setup(tmp, []string{"t00"})
 	if err != nil {
 		return fail(err)
 	}
-	dir, made, module = tmp, tokens, toks[labels[0]].Module
-	for _, l := range labels {
-		unused = append(unused, toks[l])
+	first := toks["t00"]
+	unused = append(unused, first)
+	for i := 1; i < tokens; i++ {
+		tok, err := first.copy(tmp, i)
+		if err != nil {
+			return fail(err)
+		}
+		unused = append(unused, tok)
 	}
+	dir, made, module = tmp, tokens, first.Module
 	if err := os.Setenv("SOFTHSM2_CONF", conf(tmp)); err != nil {
 		return fail(err)
 	}
@@ -84,6 +88,31 @@ func run(m *testing.M, tokens int, prepare func() error) int {
 		return fail(err)
 	}
 	return m.Run()
+}
+
+// copy makes a token's twin, with the same PINs and another label and serial number, which SoftHSM keeps as they are:
+// another run of softhsm-setup.sh takes a hundred times as long.
+func (t Tok) copy(dir string, number int) (Tok, error) {
+	tok, tokens := t, filepath.Join(dir, "tokens")
+	tok.Label = fmt.Sprintf("t%02d", number)
+	tok.PINFile, tok.SOPINFile = filepath.Join(dir, tok.Label+".pin"), filepath.Join(dir, tok.Label+".so-pin")
+	tok.URI = strings.NewReplacer("token="+t.Label, "token="+tok.Label, "/"+t.Label+".pin", "/"+tok.Label+".pin").
+		Replace(t.URI)
+	data, err := os.ReadFile(filepath.Join(tokens, t.Label, "token.object"))
+	if err != nil {
+		return Tok{}, err
+	}
+	before, after, found := bytes.Cut(data, fmt.Appendf(nil, "%-32s", t.Label))
+	const attribute = 3 * 8 // the type, the kind and the length of the next one's value
+	if !found || len(after) < attribute+16 {
+		return Tok{}, errors.New("this SoftHSM has another form of tokens")
+	}
+	data = slices.Concat(before, fmt.Appendf(nil, "%-32s", tok.Label), after[:attribute],
+		fmt.Appendf(nil, "%016x", 1<<16+number), after[attribute+16:])
+	folder := filepath.Join(tokens, tok.Label)
+	return tok, errors.Join(os.CopyFS(folder, os.DirFS(filepath.Join(tokens, t.Label))),
+		os.WriteFile(filepath.Join(folder, "token.object"), data, 0o600),
+		os.WriteFile(tok.PINFile, []byte(tok.PIN), 0o600), os.WriteFile(tok.SOPINFile, []byte(tok.SOPIN), 0o600))
 }
 
 // Token hands out a token that no other test has had.
