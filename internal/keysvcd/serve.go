@@ -93,8 +93,9 @@ func Serve(ctx context.Context, path string, w io.Writer) error {
 		log.Warn("the store is not kept as it should be", "warning", what)
 	}
 	d.warnings = append(d.warnings, unsafe...)
-	cache := stats.NewCounter()
-	observe(registry, tokens.Tokens(), store, cache)
+	hits := stats.NewCounter()
+	cache := directory.NewCache(cfg.CacheMB<<20, hits)
+	observe(registry, tokens.Tokens(), store, hits)
 	traces, stop, err := tracing(ctx, cfg.OTLP)
 	if err != nil {
 		return err
@@ -159,12 +160,12 @@ func openTokens(ctx context.Context, cfg *Config, o hsmkeys.Observer, log *slog.
 	return tokens, nil
 }
 
-// readerOptions are those of each manufacturer's reader. What it finds overdue is counted and logged.
-func readerOptions(cfg *Config, store *sqlstore.Store, cache *stats.Counter, overdue *prometheus.CounterVec,
+// readerOptions are those of each manufacturer's reader; all have one cache. What it finds overdue is counted and logged.
+func readerOptions(cfg *Config, store *sqlstore.Store, cache *directory.Cache, overdue *prometheus.CounterVec,
 	log *slog.Logger) func(manufacturer string) directory.ReaderOptions {
 	return func(manufacturer string) directory.ReaderOptions {
 		return directory.ReaderOptions{
-			CacheBytes: cfg.CacheMB << 20, RevocationTTL: cfg.RevocationTTL, MaxAge: cfg.MaxRevocationAge, Stats: cache,
+			Cache: cache, RevocationTTL: cfg.RevocationTTL, MaxAge: cfg.MaxRevocationAge,
 			Memory: binding.RevocationMemory(store, manufacturer, filepath.Join(cfg.State, "revocations")),
 			Overdue: func(d directory.Overdue) {
 				overdue.WithLabelValues(manufacturer, string(d.Why)).Inc()
