@@ -1,15 +1,28 @@
 package factory
 
 import (
+	"cmp"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"errors"
 	"fmt"
+	"math/big"
 	"os"
 	"path/filepath"
+	"reflect"
+	"strconv"
+	"strings"
 	"sync"
 	"testing"
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/directory/filestore"
+	"github.com/kmehsm/kmehsm/internal/sqlite"
+	"github.com/kmehsm/kmehsm/internal/testproc"
+	"github.com/kmehsm/kmehsm/internal/weakkey"
+	"github.com/kmehsm/kmehsm/kme"
 )
 
 // counted counts the calls of each kind.
@@ -145,6 +158,128 @@ func TestLinear(t *testing.T) {
 		}
 		if w[2].files > 5*w[0].files {
 			t.Errorf("%s: files were read %d, %d and %d times", name, w[0].files, w[1].files, w[2].files)
+		}
+	}
+}
+
+// manyListed is a directory that lists more lots than it has.
+type manyListed struct {
+	directory.Store
+	names []string
+}
+
+func (m *manyListed) List(ctx context.Context, path string) ([]string, error) {
+	if path == "lots" {
+		return m.names, nil
+	}
+	return m.Store.List(ctx, path)
+}
+
+// manyLots are so many that the line has verified, with random numbers in the place of moduli.
+func manyLots(t testing.TB, line *Line, n int) {
+	t.Helper()
+	manifests, listed := make([]*directory.Manifest, n), &manyListed{Store: line.store}
+	for i := range manifests {
+		tac, err := kme.ParseTAC(fmt.Sprintf("35%06d", i))
+		if err != nil {
+			t.Fatal(err)
+		}
+		modulus := make([]byte, 384)
+		rand.Read(modulus)
+		modulus[0], modulus[383] = modulus[0]|0x80, modulus[383]|1
+		manifests[i] = &directory.Manifest{Lot: fmt.Sprintf("M%06d", i), N: modulus,
+			Ranges: []directory.Range{{TAC: tac, First: 0, Count: 100_000}}}
+		listed.names = append(listed.names, manifests[i].Lot)
+	}
+	read, write, err := sqlite.Open(t.Context(), line.state.path("published.db"), publishedSchema)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(line.remember(t.Context(), write, manifests), read.Close(), write.Close()); err != nil {
+		t.Fatal(err)
+	}
+	line.store = listed
+	line.reader = directory.NewReader(line.store, line.verifier, directory.ReaderOptions{})
+}
+
+// A manifest is read once, and what it takes is checked each time; also by another process.
+func TestPublishedLots(t *testing.T) {
+	line, store := counting(t)
+	for i := range 5 {
+		n := make([]byte, 256)
+		n[0], n[255] = 0x80, byte(2*i+1)
+		s := spec(t, fmt.Sprint("L", i), 100*i, 10)
+		m := s.manifest(line.Manufacturer())
+		m.N, m.Mechanism = n, "none"
+		err := directory.Publish(t.Context(), store, directory.ManifestPath(m.Lot), line.signer,
+			directory.TypeManifest, m)
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.MkdirAll(filepath.Join(line.state.Dir, "lots", "unpublished"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	store.take()
+	look := func(want int) (all []publishedLot) {
+		t.Helper()
+		all = must(line.publishedLots(t.Context()))
+		if calls := store.take(); calls["read"] != want || calls["list"] != 1 {
+			t.Errorf("%v, and not %d manifests read", calls, want)
+		}
+		return all
+	}
+	first := look(5)
+	line = must(NewLine(line.token, store, line.state))
+	if second := look(0); len(first) != 5 || !reflect.DeepEqual(first, second) {
+		t.Errorf("%v, and from memory %v", first, second)
+	}
+	overlapping := spec(t, "L9", 205, 10)
+	if _, err := line.CreateLot(t.Context(), overlapping); err == nil || !strings.Contains(err.Error(), "in lot L2") {
+		t.Errorf("a lot that overlaps one from memory: %v", err)
+	}
+	if _, err := line.CreateLot(t.Context(), spec(t, "L8", 900, 10)); err != nil {
+		t.Fatal(err)
+	}
+	store.take()
+	if all := look(1); len(all) != 6 {
+		t.Errorf("%v", all)
+	}
+	// The memory of another manufacturer's lots is none.
+	line.signer = must(directory.NewSigner(must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))))
+	if _, err := line.publishedLots(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if calls := store.take(); calls["read"] != 6 {
+		t.Errorf("another manufacturer's line: %v", calls)
+	}
+}
+
+// What lot create does with the lots that there are, KMEHSM_LOTS or 1,000, beside the token's work: it reads what it
+// knows of them, and looks for overlaps and common factors.
+func BenchmarkCompareWithLots(b *testing.B) {
+	n, err := strconv.Atoi(cmp.Or(os.Getenv("KMEHSM_LOTS"), "1000"))
+	if err != nil {
+		b.Fatal(err)
+	}
+	signer := must(directory.NewSigner(must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))))
+	line := &Line{signer: signer, verifier: directory.NewVerifier(signer.Public()), state: State{Dir: b.TempDir()},
+		store: must(filestore.Open(b.TempDir()))}
+	manyLots(b, line, n)
+	tac := must(kme.ParseTAC("36000000"))
+	m := &directory.Manifest{Ranges: []directory.Range{{TAC: tac, First: 0, Count: 10}}}
+	modulus := new(big.Int).Mul(must(rand.Prime(rand.Reader, 1536)), must(rand.Prime(rand.Reader, 1536)))
+	defer testproc.ReportCPU(b)()
+	for b.Loop() {
+		all := must(line.publishedLots(b.Context()))
+		for _, other := range all {
+			if m.Overlap(&directory.Manifest{Ranges: other.ranges}) != nil {
+				b.Fatal("an overlap")
+			}
+		}
+		err := weakkey.CommonFactors(modulus, moduli(all))
+		if err != nil || len(all) != n {
+			b.Fatal(len(all), err)
 		}
 	}
 }
