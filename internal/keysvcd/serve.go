@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/maypok86/otter/v2/stats"
@@ -132,6 +133,7 @@ func Serve(ctx context.Context, path string, w io.Writer) error {
 		log.Error("no call is served", "cause", rolledBack.Error())
 	}
 	defer d.keepMark(ctx)()
+	defer d.rememberLotKeys(ctx)()
 	log.Info("serving", "token", tokens.String(), "ranges", d.Load().lots.Len(), "addresses", addresses)
 	return d.run(ctx, listeners)
 }
@@ -228,6 +230,25 @@ func (d *daemon) keepMark(ctx context.Context) (stop func()) {
 		})
 	}()
 	return func() { cancel(); <-kept }
+}
+
+// rememberLotKeys has the tokens look the lots' keys up, beside the calls, until it is done or stop is called.
+func (d *daemon) rememberLotKeys(ctx context.Context) (stop func()) {
+	looking, cancel := context.WithCancel(ctx)
+	var all sync.WaitGroup
+	for _, token := range d.tokens.Tokens() {
+		all.Go(func() {
+			err := d.safely(ctx, func() error {
+				n, err := token.RememberLotKeys(looking)
+				d.log.Debug("the token's lot keys are known", "token", token.String(), "keys", n)
+				return err
+			})
+			if err != nil && looking.Err() == nil {
+				d.log.Warn("the lots' keys are looked for one by one", "token", token.String(), "cause", err.Error())
+			}
+		})
+	}
+	return func() { cancel(); all.Wait() }
 }
 
 // safely does work that no call waits for. A panic is its error, and the service goes on.
