@@ -116,8 +116,8 @@ func (s *Store) fillFrom(ctx context.Context, tx *txn, from, n int) error {
 	return nil
 }
 
-// filled is a store with so many bindings, in the folder dir. Where KMEHSM_TOKEN names a token, its rows have their MACs
-// from there: it is one that keysvc serves.
+// filled is a store with so many bindings, in the folder dir. Where KMEHSM_TOKEN names a token, its rows have their
+// MACs from there: it is one that keysvc serves.
 func filled(t testing.TB, dir string, bindings int) *Store {
 	t.Helper()
 	ctx, key := t.Context(), rowKey

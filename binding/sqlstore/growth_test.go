@@ -197,8 +197,8 @@ func TestGrowth(t *testing.T) {
 	}
 }
 
-// BenchmarkGrowth compares a database of KMEHSM_ROWS bindings with one of 10,000, see grow, in b.N rounds. KMEHSM_FILLED
-// names a folder for the large one, to use it again.
+// BenchmarkGrowth compares a database of KMEHSM_ROWS bindings with one of 10,000, see grow, in b.N rounds.
+// KMEHSM_FILLED names a folder for the large one, to use it again.
 func BenchmarkGrowth(b *testing.B) {
 	dir, many := large(b, 100_000)
 	const few = 10_000

@@ -162,7 +162,8 @@ func openTokens(ctx context.Context, cfg *Config, o hsmkeys.Observer, log *slog.
 	return tokens, nil
 }
 
-// readerOptions are those of each manufacturer's reader; all have one cache. What it finds overdue is counted and logged.
+// readerOptions are those of each manufacturer's reader; all have one cache. What it finds overdue is counted and
+// logged.
 func readerOptions(cfg *Config, store *sqlstore.Store, cache *directory.Cache, overdue *prometheus.CounterVec,
 	log *slog.Logger) func(manufacturer string) directory.ReaderOptions {
 	return func(manufacturer string) directory.ReaderOptions {

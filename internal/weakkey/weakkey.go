@@ -86,8 +86,8 @@ var smallPrimes = sync.OnceValue(func() *big.Int {
 
 // CommonFactors refuses a modulus that shares a prime with an earlier one, or is one of them: both keys are
 // then open to anybody who computes a greatest common divisor. For one new modulus, the product of the earlier ones is
-// needed only modulo it, which costs one multiplication each, on all processors; a product tree pays when all are checked
-// against all.
+// needed only modulo it, which costs one multiplication each, on all processors; a product tree pays when all are
+// checked against all.
 func CommonFactors(n *big.Int, earlier iter.Seq2[string, *big.Int]) error {
 	var all []*big.Int
 	for name, m := range earlier {
