@@ -11,9 +11,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/maypok86/otter/v2"
-	"github.com/maypok86/otter/v2/stats"
-
 	"github.com/kmehsm/kmehsm/directory/internal/flight"
 	"github.com/kmehsm/kmehsm/directory/internal/packed"
 	"github.com/kmehsm/kmehsm/kme"
@@ -24,12 +21,11 @@ var ErrUnknownDevice = errors.New("the directory has no such device")
 
 // ReaderOptions are a Reader's; the zero value of each stands for its default.
 type ReaderOptions struct {
-	CacheBytes    int64          // memory for device keys and for why devices were revoked, 64 MiB
-	RevocationTTL time.Duration  // after which a list of revoked devices is read again, 1 minute
-	Stats         stats.Recorder // counts hits and misses of the cache; may be nil
-	NegativeTTL   time.Duration  // for how long a shard that was not there is not asked for again, 5 seconds
-	ReadTimeout   time.Duration  // for which a lookup waits for the store, 2 seconds
-	Waiting       int            // lookups that wait for the store at a time, 128; more fail at once
+	Cache         *Cache        // of device keys and why devices were revoked; its own, of DefaultCacheBytes
+	RevocationTTL time.Duration // after which a list of revoked devices is read again, 1 minute
+	NegativeTTL   time.Duration // for how long a shard that was not there is not asked for again, 5 seconds
+	ReadTimeout   time.Duration // for which a lookup waits for the store, 2 seconds
+	Waiting       int           // lookups that wait for the store at a time, 128; more fail at once
 
 	// MaxAge is for how long a list of revoked devices serves on that cannot be read again, or is past its next_update;
 	// then nothing is said of the lot's devices any more. 0: for ever.
@@ -48,8 +44,7 @@ type Reader struct {
 	store    Store
 	verifier *Verifier
 	o        ReaderOptions
-	shards   *otter.Cache[shardKey, *packedShard]
-	parts    *otter.Cache[shardKey, *storedPart] // of revocations
+	cache    *Cache
 	flights  flight.Group
 
 	mu          sync.Mutex
@@ -58,44 +53,18 @@ type Reader struct {
 	unfollow    context.CancelFunc        // ends what Follow began; guarded by mu
 }
 
-type shardKey struct {
-	lot string
-	n   int
-}
-
-// A packedShard is a verified shard. One that is not in the store has no keys.
-type packedShard struct {
-	first int // position of the first key
-	keys  packed.Keys
-	pkg   Base64
-}
-
 // NewReader reads the manufacturer's objects from store.
 func NewReader(store Store, v *Verifier, o ReaderOptions) *Reader {
-	o.CacheBytes = cmp.Or(o.CacheBytes, 64<<20)
 	o.RevocationTTL = cmp.Or(o.RevocationTTL, time.Minute)
 	o.NegativeTTL = cmp.Or(o.NegativeTTL, 5*time.Second)
 	o.ReadTimeout = cmp.Or(o.ReadTimeout, 2*time.Second)
 	o.Waiting = cmp.Or(o.Waiting, 128)
-	const overhead = 256 // of an entry, about
+	if o.Cache == nil {
+		o.Cache = NewCache(DefaultCacheBytes, nil)
+	}
 	return &Reader{
-		store: store, verifier: v, o: o, revocations: map[string]revocationList{},
+		store: store, verifier: v, o: o, cache: o.Cache, revocations: map[string]revocationList{},
 		flights: flight.Group{Timeout: o.ReadTimeout, Most: o.Waiting, Unavailable: ErrUnavailable},
-		shards: otter.Must(&otter.Options[shardKey, *packedShard]{
-			StatsRecorder: o.Stats,
-			MaximumWeight: uint64(o.CacheBytes - o.CacheBytes/8),
-			Weigher:       func(_ shardKey, s *packedShard) uint32 { return uint32(s.keys.Bytes() + overhead) },
-			ExpiryCalculator: otter.ExpiryWritingFunc(func(e otter.Entry[shardKey, *packedShard]) time.Duration {
-				if e.Value.keys.Bytes() == 0 {
-					return o.NegativeTTL
-				}
-				return 365 * 24 * time.Hour // a published shard never changes
-			}),
-		}),
-		parts: otter.Must(&otter.Options[shardKey, *storedPart]{
-			MaximumWeight: uint64(o.CacheBytes / 8),
-			Weigher:       func(_ shardKey, p *storedPart) uint32 { return uint32(p.size + overhead) },
-		}),
 	}
 }
 
@@ -173,7 +142,7 @@ func (r *Reader) Cached(m *Manifest, imei kme.IMEI) (d Device, ok bool, err erro
 	if err != nil {
 		return d, true, err
 	}
-	s, ok := r.shards.GetIfPresent(shardKey{m.Lot, position / m.ShardSize})
+	s, ok := r.cache.shards.GetIfPresent(cacheKey{r, m.Lot, position / m.ShardSize})
 	if !ok {
 		return d, false, nil
 	}
@@ -183,7 +152,7 @@ func (r *Reader) Cached(m *Manifest, imei kme.IMEI) (d Device, ok bool, err erro
 	}
 	var history []Revocation
 	if ref := list.ref(position / revocationPart); ref != nil {
-		part, ok := r.parts.GetIfPresent(shardKey{m.Lot, ref.Part})
+		part, ok := r.cache.parts.GetIfPresent(cacheKey{r, m.Lot, ref.Part})
 		if !ok || !part.satisfies(ref) {
 			return d, false, nil
 		}
@@ -272,7 +241,7 @@ func (d Device) Issued() (n int) {
 func (r *Reader) shard(ctx context.Context, m *Manifest, n int) (*packedShard, error) {
 	return flight.Do(ctx, &r.flights, ShardPath(m.Lot, n), func(ctx context.Context) (*packedShard, error) {
 		// An earlier flight may have landed since the cache was asked.
-		if landed, ok := r.shards.GetEntryQuietly(shardKey{m.Lot, n}); ok {
+		if landed, ok := r.cache.shards.GetEntryQuietly(cacheKey{r, m.Lot, n}); ok {
 			return landed.Value, nil
 		}
 		done, err := r.flights.Read()
@@ -290,7 +259,7 @@ func (r *Reader) shard(ctx context.Context, m *Manifest, n int) (*packedShard, e
 			kept.keys = packed.Join(len(s.Keys), func(i int) crypto.PublicKey { return s.Keys[i].Key })
 			kept.pkg = s.Package
 		}
-		r.shards.Set(shardKey{m.Lot, n}, kept)
+		r.cache.shards.Set(cacheKey{r, m.Lot, n}, kept)
 		return kept, nil
 	})
 }
@@ -374,8 +343,8 @@ func (r *Reader) History(ctx context.Context, m *Manifest, imei kme.IMEI) ([]Rev
 
 // part gives the part of a lot's revocations that a list names, or a later one.
 func (r *Reader) part(ctx context.Context, m *Manifest, ref *RevocationRef) (*storedPart, error) {
-	key := shardKey{m.Lot, ref.Part}
-	if p, ok := r.parts.GetIfPresent(key); ok && p.satisfies(ref) {
+	key := cacheKey{r, m.Lot, ref.Part}
+	if p, ok := r.cache.parts.GetIfPresent(key); ok && p.satisfies(ref) {
 		return p, nil
 	}
 	object := fmt.Sprintf("%s %d", RevocationPartPath(m.Lot, ref.Part), ref.Version) // a later list wants a later part
@@ -387,7 +356,7 @@ func (r *Reader) part(ctx context.Context, m *Manifest, ref *RevocationRef) (*st
 		defer done()
 		p, err := readPart(ctx, r.store, r.verifier, m, ref.Part, ref)
 		if err == nil {
-			r.parts.Set(key, p)
+			r.cache.parts.Set(key, p)
 		}
 		return p, err
 	})

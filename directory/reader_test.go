@@ -121,7 +121,7 @@ func TestReaderOneFlight(t *testing.T) {
 // A store that makes a shard when it is read, of the same keys each, so that a lot of any size is there at once.
 type generated struct {
 	Store
-	t    *testing.T
+	t    testing.TB
 	s    *Signer
 	m    *Manifest
 	keys []DeviceKey
@@ -160,7 +160,7 @@ func TestReaderCacheBound(t *testing.T) {
 	m := newManifest(t, s, "L1")
 	m.Ranges, m.ShardSize = []Range{{tac(t, "35209900"), 0, devices}}, 1024
 	r := NewReader(&generated{t: t, s: s, m: m, keys: keysOf(t, m, 0)}, NewVerifier(s.Public()),
-		ReaderOptions{CacheBytes: limit, ReadTimeout: time.Minute})
+		ReaderOptions{Cache: NewCache(limit, nil), ReadTimeout: time.Minute})
 	heap := func() int64 {
 		runtime.GC()
 		runtime.GC() // what the first one finalised
@@ -174,7 +174,7 @@ func TestReaderCacheBound(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	r.shards.CleanUp()
+	r.cache.shards.CleanUp()
 	grown := heap() - before
 	t.Logf("%d devices looked up with a cache of %d MiB: the heap has grown by %.1f MiB", devices, limit>>20,
 		float64(grown)/(1<<20))

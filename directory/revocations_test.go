@@ -302,7 +302,7 @@ func TestRevocationsCacheBound(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, published := files.take()
-	r := NewReader(files, NewVerifier(s.Public()), ReaderOptions{CacheBytes: limit, ReadTimeout: time.Minute})
+	r := NewReader(files, NewVerifier(s.Public()), ReaderOptions{Cache: NewCache(limit, nil), ReadTimeout: time.Minute})
 	list := must[*Revocations](t)(r.list(t.Context(), m))
 	heap := func() int64 {
 		runtime.GC()
@@ -317,7 +317,7 @@ func TestRevocationsCacheBound(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	r.parts.CleanUp()
+	r.cache.parts.CleanUp()
 	grown := heap() - before
 	t.Logf("%d parts of %d bytes were read with a cache of %d MiB: the heap has grown by %.1f MiB", parts,
 		published/parts, limit>>20, float64(grown)/(1<<20))

@@ -12,7 +12,6 @@ import (
 	"crypto/rsa"
 	"errors"
 	"fmt"
-	"math/big"
 	"slices"
 	"strings"
 	"time"
@@ -120,23 +119,17 @@ func (l *Line) CreateLot(ctx context.Context, spec LotSpec) (*directory.Manifest
 		return nil, err
 	}
 	m := spec.manifest(l.Manufacturer())
-	earlier, err := l.reader.Manifests(ctx)
+	earlier, err := l.publishedLots(ctx)
 	if err != nil {
 		return nil, err
 	}
 	for _, other := range earlier {
-		if other.Lot == m.Lot {
-			if bare, err := l.bare(ctx, other); err != nil {
-				return nil, err
-			} else if bare && spec.made(other) {
-				return other, l.beginRevocations(ctx, other, spec.validity())
-			}
-			return nil, fmt.Errorf("lot %s exists: it was made on %s with %d devices; choose another name, or go on "+
-				"with lot provision", m.Lot, other.Created.Format(time.RFC3339), other.Devices())
+		if other.lot == m.Lot {
+			return l.begun(ctx, spec)
 		}
-		if r := m.Overlap(other); r != nil {
+		if r := m.Overlap(&directory.Manifest{Ranges: other.ranges}); r != nil {
 			return nil, fmt.Errorf("the IMEIs from %s%06d on are in lot %s already (%d from %s%06d): choose "+
-				"another range", spec.Range.TAC, spec.Range.First, other.Lot, r.Count, r.TAC, r.First)
+				"another range", spec.Range.TAC, spec.Range.First, other.lot, r.Count, r.TAC, r.First)
 		}
 	}
 	if err := refuseWeak(ctx, l.token); err != nil {
@@ -146,14 +139,7 @@ func (l *Line) CreateLot(ctx context.Context, spec LotSpec) (*directory.Manifest
 	if err != nil {
 		return nil, err
 	}
-	err = weakkey.CommonFactors(pub.N, func(yield func(string, *big.Int) bool) {
-		for _, other := range earlier {
-			if !yield(other.Lot, other.PublicKey().N) {
-				return
-			}
-		}
-	})
-	if err != nil {
+	if err := weakkey.CommonFactors(pub.N, moduli(earlier)); err != nil {
 		return nil, errors.Join(err, l.token.RemoveLotKey(ctx, l.lotKey(m.Lot)))
 	}
 	m.N, m.Mechanism, m.Wrapping = pub.N.Bytes(), mechanism, l.token.KeyWrapMechanism()
@@ -168,6 +154,21 @@ func (l *Line) CreateLot(ctx context.Context, spec LotSpec) (*directory.Manifest
 		return nil, err
 	}
 	return m, l.beginRevocations(ctx, m, spec.validity())
+}
+
+// begun finishes a CreateLot whose manifest is published, if it was of this lot.
+func (l *Line) begun(ctx context.Context, spec LotSpec) (*directory.Manifest, error) {
+	m, err := l.Lot(ctx, spec.Lot)
+	if err != nil {
+		return nil, err
+	}
+	if bare, err := l.bare(ctx, m); err != nil {
+		return nil, err
+	} else if bare && spec.made(m) {
+		return m, l.beginRevocations(ctx, m, spec.validity())
+	}
+	return nil, fmt.Errorf("lot %s exists: it was made on %s with %d devices; choose another name, or go on "+
+		"with lot provision", m.Lot, m.Created.Format(time.RFC3339), m.Devices())
 }
 
 func (l *Line) beginRevocations(ctx context.Context, m *directory.Manifest, validity time.Duration) error {

@@ -1,6 +1,7 @@
 package factory
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"errors"
@@ -117,13 +118,9 @@ func Audit(
 		if m == nil {
 			continue
 		}
-		for _, other := range all {
-			if r := m.Overlap(other); r != nil {
-				v.problem("lots %s and %s: both have IMEIs from %s%06d on", other.Lot, m.Lot, r.TAC, r.First)
-			}
-		}
 		all, moduli = append(all, m), append(moduli, m.PublicKey().N)
 	}
+	v.overlaps(all)
 	shared, err := weakkey.SharedFactors(ctx, moduli)
 	if err != nil {
 		return nil, err
@@ -133,6 +130,32 @@ func Audit(
 			all[i].Lot)
 	}
 	return &v.found, v.lots(ctx, all, "")
+}
+
+// overlaps notes each range that begins within one of another lot.
+func (v *verifying) overlaps(lots []*directory.Manifest) {
+	type part struct {
+		directory.Range
+		lot string
+	}
+	var all []part
+	for _, m := range lots {
+		for _, r := range m.Ranges {
+			all = append(all, part{r, m.Lot})
+		}
+	}
+	slices.SortFunc(all, func(a, b part) int {
+		return cmp.Or(strings.Compare(a.TAC.String(), b.TAC.String()), a.First-b.First, strings.Compare(a.lot, b.lot))
+	})
+	var furthest part // of those so far
+	for _, p := range all {
+		if p.TAC == furthest.TAC && p.First < furthest.First+furthest.Count {
+			v.problem("lots %s and %s: both have IMEIs from %s%06d on", furthest.lot, p.lot, p.TAC, p.First)
+		}
+		if p.TAC != furthest.TAC || p.First+p.Count > furthest.First+furthest.Count {
+			furthest = p
+		}
+	}
 }
 
 // manifest is nil, with the problem noted, if what is in the directory is none.

@@ -2,6 +2,7 @@ package sqlstore
 
 import (
 	"context"
+	"crypto/sha256"
 	"fmt"
 	"maps"
 	"slices"
@@ -230,7 +231,12 @@ func (s *Store) imported(ctx context.Context, q sqlconn.Conn) ([]*binding.Lot, e
 func (s *Store) lots(
 	ctx context.Context, q sqlconn.Conn, makers []*binding.Manufacturer,
 ) (all []*binding.Lot, err error) {
-	found := map[string]int64{}
+	found, verifiers := map[string]int64{}, map[string]*directory.Verifier{}
+	for _, m := range makers {
+		if verifiers[m.KeyID], err = directory.ParseVerifier([]byte(m.PEM)); err != nil {
+			return nil, err
+		}
+	}
 	err = s.rows(ctx, q, lots, func(r row) error {
 		l := &binding.Lot{Manufacturer: r.text(0), ManifestJWS: r.text(2), Imported: fromMillis(r.int(3)),
 			Retired: verdictOf(r, 4)}
@@ -238,11 +244,7 @@ func (s *Store) lots(
 		if at < 0 {
 			return damaged(lots, r, "is of a manufacturer who is not enrolled")
 		}
-		verifier, err := directory.ParseVerifier([]byte(makers[at].PEM))
-		if err != nil {
-			return err
-		}
-		if l.Manifest, err = verifier.Manifest(r.text(1), []byte(l.ManifestJWS)); err != nil {
+		if l.Manifest, err = s.manifest(verifiers[l.Manufacturer], r.text(1), l.ManifestJWS); err != nil {
 			return err
 		}
 		l.Distrusted = makers[at].Verdict
@@ -254,4 +256,17 @@ func (s *Store) lots(
 		err = s.same(ctx, q, lots, found, "lot ")
 	}
 	return all, err
+}
+
+// manifest is what a manufacturer has signed, which is verified once: /readyz reads all lots, too.
+func (s *Store) manifest(v *directory.Verifier, lot, jws string) (*directory.Manifest, error) {
+	key := sha256.Sum256([]byte(v.KeyID() + "\n" + lot + "\n" + jws))
+	if known, ok := s.manifests.Load(key); ok {
+		return known.(*directory.Manifest), nil
+	}
+	m, err := v.Manifest(lot, []byte(jws))
+	if err == nil {
+		s.manifests.Store(key, m)
+	}
+	return m, err
 }

@@ -39,6 +39,8 @@ type Store struct {
 	actors  sync.Map              // binding.Actor to []byte, of those that are entered
 	known   atomic.Int64          // how many
 
+	manifests sync.Map // of lots, by what is verified: see manifest
+
 	accepted sync.Map // chain to the number of its last entry ACCEPTED, where what it accepts is as it was
 
 	mu    sync.Mutex

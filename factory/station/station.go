@@ -125,7 +125,8 @@ func Open(ctx context.Context, o Options) (*Desk, error) {
 		return nil, err
 	}
 	d := &Desk{o: o, reader: directory.NewReader(o.Store, o.Verifier,
-		directory.ReaderOptions{CacheBytes: 8 << 20, RevocationTTL: time.Second, NegativeTTL: time.Second}),
+		directory.ReaderOptions{Cache: directory.NewCache(8<<20, nil), RevocationTTL: time.Second,
+			NegativeTTL: time.Second}),
 		read: read, write: write, unlock: unlock, lots: map[string]*lot{}, out: map[device]*handedOut{}}
 	if err := d.resume(ctx); err != nil {
 		return nil, errors.Join(err, d.Close())

@@ -2,6 +2,7 @@ package keyop
 
 import (
 	"fmt"
+	"slices"
 
 	"github.com/miekg/pkcs11"
 
@@ -75,4 +76,49 @@ func Destroy(t *p11.Token, s *p11.Session, class uint, k keyspec.Key) error {
 		}
 	}
 	return nil
+}
+
+// RememberPrivateKeys looks all private keys up at once: some tokens, SoftHSM too, go through all of their objects for
+// each Find. What Find would refuse is left to it. f runs some of the work with a session; each is short.
+func RememberPrivateKeys(t *p11.Token, f func(func(*p11.Session) error) error) (n int, err error) {
+	const together = 100
+	var all []pkcs11.ObjectHandle
+	epoch := t.Epoch()
+	err = f(func(s *p11.Session) (err error) {
+		all, err = s.Find(p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY),
+			p11.Attr(pkcs11.CKA_TOKEN, true)})
+		return err
+	})
+	if err != nil {
+		return 0, err
+	}
+	type named struct {
+		handle  pkcs11.ObjectHandle
+		objects int
+		private bool
+	}
+	byID := map[string]named{}
+	for some := range slices.Chunk(all, together) {
+		err := f(func(s *p11.Session) error {
+			for _, h := range some {
+				a, err := s.Get(h, pkcs11.CKA_ID, pkcs11.CKA_PRIVATE)
+				if err != nil {
+					return err
+				}
+				id := string(a[0])
+				byID[id] = named{h, byID[id].objects + 1, p11.IsTrue(a[1])}
+			}
+			return nil
+		})
+		if err != nil {
+			return 0, err
+		}
+	}
+	for id, k := range byID {
+		if k.objects == 1 && k.private {
+			t.Remember(epoch, p11.Object{Class: pkcs11.CKO_PRIVATE_KEY, ID: id}, k.handle)
+			n++
+		}
+	}
+	return n, nil
 }

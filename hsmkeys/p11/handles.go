@@ -42,6 +42,15 @@ func (h *handles) Remembered(
 	return handle, nil
 }
 
+// Remember makes the handle of an object known, unless something was forgotten since an epoch.
+func (h *handles) Remember(epoch int64, o Object, handle pkcs11.ObjectHandle) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.epoch.Load() == epoch {
+		h.known[o] = handle
+	}
+}
+
 // Forget has all objects looked up again by those who ask from now on.
 func (h *handles) Forget() {
 	h.epoch.Add(1)

@@ -140,7 +140,7 @@ var settings = []setting{
 		rule: "token or software", ok: func(c *Config) bool { return c.Verify == "token" || c.Verify == "software" }},
 	{name: "hsm_timeout", def: "5s", help: "after which a call that hangs in the token's module is given up",
 		rule: "a time above zero, such as 5s", ok: func(c *Config) bool { return c.HSMTimeout > 0 }},
-	{name: "cache_mb", def: "64", help: "memory for cached public keys",
+	{name: "cache_mb", def: "64", help: "memory for cached public keys, of all manufacturers together",
 		rule: "a whole number from 1 to 1048576", ok: func(c *Config) bool {
 			return c.CacheMB > 0 && c.CacheMB <= 1<<20
 		}},

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/maypok86/otter/v2/stats"
@@ -95,8 +96,9 @@ func Serve(ctx context.Context, path string, w io.Writer) error {
 		log.Warn("the store is not kept as it should be", "warning", what)
 	}
 	d.warnings = append(d.warnings, unsafe...)
-	cache := stats.NewCounter()
-	observe(registry, tokens.Tokens(), store, cache)
+	hits := stats.NewCounter()
+	cache := directory.NewCache(cfg.CacheMB<<20, hits)
+	observe(registry, tokens.Tokens(), store, hits)
 	traces, stop, err := tracing(ctx, cfg.OTLP)
 	if err != nil {
 		return err
@@ -133,6 +135,7 @@ func Serve(ctx context.Context, path string, w io.Writer) error {
 		log.Error("no call is served", "cause", rolledBack.Error())
 	}
 	defer d.keepMark(ctx)()
+	defer d.rememberLotKeys(ctx)()
 	log.Info("serving", "token", tokens.String(), "ranges", d.Load().lots.Len(), "addresses", addresses)
 	return d.run(ctx, listeners)
 }
@@ -161,12 +164,13 @@ func openTokens(ctx context.Context, cfg *Config, o hsmkeys.Observer, log *slog.
 	return tokens, nil
 }
 
-// readerOptions are those of each manufacturer's reader. What it finds overdue is counted and logged.
-func readerOptions(cfg *Config, store *sqlstore.Store, cache *stats.Counter, overdue *prometheus.CounterVec,
+// readerOptions are those of each manufacturer's reader; all have one cache. What it finds overdue is counted and
+// logged.
+func readerOptions(cfg *Config, store *sqlstore.Store, cache *directory.Cache, overdue *prometheus.CounterVec,
 	log *slog.Logger) func(manufacturer string) directory.ReaderOptions {
 	return func(manufacturer string) directory.ReaderOptions {
 		return directory.ReaderOptions{
-			CacheBytes: cfg.CacheMB << 20, RevocationTTL: cfg.RevocationTTL, MaxAge: cfg.MaxRevocationAge, Stats: cache,
+			Cache: cache, RevocationTTL: cfg.RevocationTTL, MaxAge: cfg.MaxRevocationAge,
 			Memory: binding.RevocationMemory(store, manufacturer, filepath.Join(cfg.State, "revocations")),
 			Overdue: func(d directory.Overdue) {
 				overdue.WithLabelValues(manufacturer, string(d.Why)).Inc()
@@ -229,6 +233,25 @@ func (d *daemon) keepMark(ctx context.Context) (stop func()) {
 		})
 	}()
 	return func() { cancel(); <-kept }
+}
+
+// rememberLotKeys has the tokens look the lots' keys up, beside the calls, until it is done or stop is called.
+func (d *daemon) rememberLotKeys(ctx context.Context) (stop func()) {
+	looking, cancel := context.WithCancel(ctx)
+	var all sync.WaitGroup
+	for _, token := range d.tokens.Tokens() {
+		all.Go(func() {
+			err := d.safely(ctx, func() error {
+				n, err := token.RememberLotKeys(looking)
+				d.log.Debug("the token's lot keys are known", "token", token.String(), "keys", n)
+				return err
+			})
+			if err != nil && looking.Err() == nil {
+				d.log.Warn("the lots' keys are looked for one by one", "token", token.String(), "cause", err.Error())
+			}
+		})
+	}
+	return func() { cancel(); all.Wait() }
 }
 
 // safely does work that no call waits for. A panic is its error, and the service goes on.

@@ -9,6 +9,7 @@ import (
 	"iter"
 	"math/big"
 	"runtime"
+	"slices"
 	"sync"
 
 	"github.com/letsencrypt/boulder/goodkey"
@@ -85,17 +86,23 @@ var smallPrimes = sync.OnceValue(func() *big.Int {
 
 // CommonFactors refuses a modulus that shares a prime with an earlier one, or is one of them: both keys are
 // then open to anybody who computes a greatest common divisor. For one new modulus, the product of the earlier ones is
-// needed only modulo it, which costs one multiplication each and constant memory; a product tree pays when all are
+// needed only modulo it, which costs one multiplication each, on all processors; a product tree pays when all are
 // checked against all.
 func CommonFactors(n *big.Int, earlier iter.Seq2[string, *big.Int]) error {
-	product := big.NewInt(1)
+	var all []*big.Int
 	for name, m := range earlier {
 		if m.Cmp(n) == 0 {
 			return fmt.Errorf("the modulus is that of lot %s: the token's random numbers repeat; do not use it", name)
 		}
-		product.Mod(product.Mul(product, m), n)
+		all = append(all, m)
 	}
-	if new(big.Int).GCD(nil, nil, product, n).Cmp(big.NewInt(1)) == 0 {
+	shares := slices.Collect(slices.Chunk(all, len(all)/runtime.GOMAXPROCS(0)+1)) // of the processors
+	products := make([]*big.Int, len(shares))
+	err := each(context.Background(), len(shares), func(i int) { products[i] = productModulo(n, shares[i]) })
+	if err != nil {
+		return err
+	}
+	if new(big.Int).GCD(nil, nil, productModulo(n, products), n).Cmp(big.NewInt(1)) == 0 {
 		return nil
 	}
 	for name, m := range earlier {
@@ -105,6 +112,14 @@ func CommonFactors(n *big.Int, earlier iter.Seq2[string, *big.Int]) error {
 		}
 	}
 	return errors.New("the modulus shares a prime with an earlier one")
+}
+
+func productModulo(n *big.Int, all []*big.Int) *big.Int {
+	product, longer, quotient := big.NewInt(1), new(big.Int), new(big.Int)
+	for _, m := range all {
+		quotient.QuoRem(longer.Mul(product, m), n, product)
+	}
+	return product
 }
 
 // SharedFactors gives the places of those moduli that share a prime with another, or are another. It is Bernstein's

@@ -1,0 +1,179 @@
+package sqlstore
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"database/sql"
+	"encoding/json"
+	"fmt"
+	"os"
+	"strconv"
+	"testing"
+	"time"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// fill brings a store to so many active bindings, each with what a whole attach leaves: its RAND that left in clear,
+// and its two entries of the ledger. All rows are good. report is called with the bindings so far.
+func fill(ctx context.Context, s *Store, bindings int, report func(n int)) error {
+	const together = 20_000 // in one commit
+	var have int
+	if _, err := s.reads("fill").One(ctx, []any{&have}, `SELECT COUNT(*) FROM bindings`); err != nil {
+		return err
+	}
+	for ; have < bindings; have += together {
+		err := s.change(ctx, "fill", "fill", func(ctx context.Context, tx *txn) error {
+			return s.fillFrom(ctx, tx, have, min(together, bindings-have))
+		})
+		if err != nil {
+			return err
+		}
+		report(min(have+together, bindings))
+	}
+	return nil
+}
+
+// room is for other subscriptions, between two that are filled in.
+const room = 1000
+
+// filledIMSI and filledIMEI are those of binding i.
+func filledIMSI(i int) (imsi kme.IMSI) {
+	return parsed(&imsi, fmt.Sprintf("00101%010d", room*i))
+}
+
+func filledIMEI(i int) (imei kme.IMEI) {
+	return parsed(&imei, fmt.Sprint(35209900000000+i))
+}
+
+// parsed is what a text stands for, which is known to be good.
+func parsed[T any, P interface {
+	*T
+	UnmarshalText([]byte) error
+}](into P, text string) T {
+	if err := into.UnmarshalText([]byte(text)); err != nil {
+		panic(err)
+	}
+	return *into
+}
+
+func (s *Store) fillFrom(ctx context.Context, tx *txn, from, n int) error {
+	actor, err := s.actor(ctx, tx)
+	if err != nil {
+		return err
+	}
+	var heads [binding.Chains]binding.Head
+	for i := range heads {
+		if heads[i], err = s.head(ctx, tx.Conn, int64(i)); err != nil {
+			return err
+		}
+	}
+	insert := map[*table]*sql.Stmt{}
+	for _, t := range []*table{bindings, spentRANDs, ledger} {
+		if insert[t], err = tx.raw.PrepareContext(ctx, t.insert); err != nil {
+			return err
+		}
+		defer insert[t].Close()
+	}
+	add := func(t *table, mac []byte, values ...any) error {
+		_, err := insert[t].ExecContext(ctx, append(values, mac)...)
+		return err
+	}
+	at := time.Now()
+	note := func(e entry) (seq int64, err error) {
+		chain := chainOf(e.subject)
+		head := &heads[chain]
+		values := []any{chain, head.Seq + 1, at.UnixMilli(), string(e.event), e.subject, e.imei, e.tag, actor, ""}
+		*head = binding.Head{Seq: head.Seq + 1, MAC: s.entryMAC(values, head.MAC)}
+		return head.Seq, add(ledger, head.MAC, values...)
+	}
+	for i := from; i < from+n; i++ {
+		imsi, imei, sum := filledIMSI(i), filledIMEI(i), sha256.Sum256(strconv.AppendInt(nil, int64(i), 10))
+		if _, err := note(entry{event: binding.EventEstablished, subject: imsi.String(), imei: imei.String(),
+			tag: sum[:]}); err != nil {
+			return err
+		}
+		seq, err := note(entry{event: binding.EventActivated, subject: imsi.String()})
+		if err != nil {
+			return err
+		}
+		row := values(&binding.Binding{
+			IMSI: imsi, IMEI: imei, Manufacturer: "uogvGY7XcA_OB_9takJbeRvZ4FEM767Bc3xPYsO5e-Q", Lot: "L1",
+			State: binding.Active, Sealed: sum[:], NWSig: sum[:], AttemptID: "AAECAwQFBgcICQoLDA0ODw",
+			PayloadSHA256: sum[:], Established: at, Activated: at,
+		}, seq)
+		if err := add(bindings, s.macs.Of(bindings.name, row...), row...); err != nil {
+			return err
+		}
+		rand := sum[:len(hsmkeys.RAND{})]
+		if err := add(spentRANDs, s.macs.Of(spentRANDs.name, imsi.String(), rand), imsi.String(), rand); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// filled is a store with so many bindings, in the folder dir. Where KMEHSM_TOKEN names a token, its rows have their
+// MACs from there: it is one that keysvc serves.
+func filled(t testing.TB, dir string, bindings int) *Store {
+	t.Helper()
+	ctx, key := t.Context(), rowKey
+	if uri := os.Getenv("KMEHSM_TOKEN"); uri != "" {
+		token, err := hsmkeys.OpenOperator(ctx, uri, hsmkeys.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer token.Close()
+		if key, err = token.Derive(ctx, RowKey); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s, err := Open(ctx, InFolder(dir), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	began := time.Now()
+	err = fill(ctx, s, bindings, func(n int) {
+		if n%1_000_000 == 0 {
+			t.Logf("%d bindings in %s", n, time.Since(began).Round(time.Second))
+		}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// large says how many bindings a large database is to have, KMEHSM_ROWS, and in which folder it is kept: KMEHSM_FILLED.
+func large(t testing.TB, otherwise int) (dir string, bindings int) {
+	t.Helper()
+	dir = cmp.Or(os.Getenv("KMEHSM_FILLED"), t.TempDir())
+	bindings, err := strconv.Atoi(cmp.Or(os.Getenv("KMEHSM_ROWS"), strconv.Itoa(otherwise)))
+	if err != nil {
+		t.Fatalf("KMEHSM_ROWS: %v", err)
+	}
+	return dir, bindings
+}
+
+// All that is filled in is good.
+func TestFilled(t *testing.T) {
+	dir, n := large(t, 3000)
+	s := filled(t, dir, n)
+	r, err := s.Verify(t.Context(), func(int) {})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if text, _ := json.Marshal(r.Damaged); len(r.Damaged) > 0 || r.Entries != 2*n || r.Rows != 4*n {
+		t.Errorf("%d rows, %d entries, damaged: %s", r.Rows, r.Entries, text)
+	}
+	for _, i := range []int{0, n / 2, n - 1} {
+		sub, err := s.Subscription(t.Context(), filledIMSI(i), t0)
+		if err != nil || sub.Active == nil || sub.Active.IMEI != filledIMEI(i) {
+			t.Errorf("binding %d: %+v, %v", i, sub, err)
+		}
+	}
+}

@@ -1,0 +1,132 @@
+package factory
+
+import (
+	"context"
+	"database/sql"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"iter"
+	"math/big"
+	"slices"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/sqlite"
+)
+
+// publishedSchema is that of published.db, in the line's own folder: what a new lot is compared with, of each lot whose
+// manifest was verified once. A manifest never changes, and to read and verify a hundred thousand takes minutes.
+const publishedSchema = `CREATE TABLE lot (
+	manufacturer TEXT NOT NULL,
+	lot          TEXT NOT NULL,
+	ranges       TEXT NOT NULL, -- the manifest's, in JSON
+	modulus      BLOB NOT NULL,
+	PRIMARY KEY (manufacturer, lot)
+) WITHOUT ROWID`
+
+// A publishedLot is what a new lot is compared with.
+type publishedLot struct {
+	lot     string
+	ranges  []directory.Range
+	modulus *big.Int
+}
+
+// moduli are those of lots, with their names.
+func moduli(lots []publishedLot) iter.Seq2[string, *big.Int] {
+	return func(yield func(string, *big.Int) bool) {
+		for _, l := range lots {
+			if !yield(l.lot, l.modulus) {
+				return
+			}
+		}
+	}
+}
+
+// publishedLots gives all lots of the directory. It reads only manifests that were not verified before.
+func (l *Line) publishedLots(ctx context.Context) (all []publishedLot, err error) {
+	names, err := l.store.List(ctx, "lots")
+	if err != nil {
+		return nil, err
+	}
+	read, write, err := sqlite.Open(ctx, l.state.path("published.db"), publishedSchema)
+	if err != nil {
+		return nil, fmt.Errorf("the line's memory of its lots: %w", err)
+	}
+	defer func() { err = errors.Join(err, read.Close(), write.Close()) }()
+	known, err := l.knownLots(ctx, read)
+	if err != nil {
+		return nil, fmt.Errorf("the line's memory of its lots: %w", err)
+	}
+	all = make([]publishedLot, len(names))
+	fresh := make([]*directory.Manifest, len(names))
+	reading, rctx := errgroup.WithContext(ctx)
+	reading.SetLimit(publishers)
+	for i, name := range names {
+		if lot, ok := known[name]; ok {
+			all[i] = lot
+			continue
+		}
+		reading.Go(func() error {
+			m, err := l.reader.Manifest(rctx, name)
+			if errors.Is(err, directory.ErrNotFound) {
+				return nil // its folder was made, and its manifest never published
+			}
+			if fresh[i] = m; err == nil {
+				all[i] = publishedLot{name, m.Ranges, m.PublicKey().N}
+			}
+			return err
+		})
+	}
+	if err := reading.Wait(); err != nil {
+		return nil, err
+	}
+	if err := l.remember(ctx, write, fresh); err != nil {
+		return nil, fmt.Errorf("the line's memory of its lots: %w", err)
+	}
+	return slices.DeleteFunc(all, func(lot publishedLot) bool { return lot.lot == "" }), nil
+}
+
+func (l *Line) knownLots(ctx context.Context, db *sql.DB) (known map[string]publishedLot, err error) {
+	rows, err := db.QueryContext(ctx, `SELECT lot, ranges, modulus FROM lot WHERE manufacturer = ?`, l.Manufacturer())
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	known = map[string]publishedLot{}
+	for rows.Next() {
+		var lot publishedLot
+		var ranges, modulus sql.RawBytes
+		if err := rows.Scan(&lot.lot, &ranges, &modulus); err != nil {
+			return nil, err
+		}
+		if err := json.Unmarshal(ranges, &lot.ranges); err != nil {
+			return nil, err
+		}
+		lot.modulus = new(big.Int).SetBytes(modulus)
+		known[lot.lot] = lot
+	}
+	return known, rows.Err()
+}
+
+// remember keeps manifests that were verified; some are nil.
+func (l *Line) remember(ctx context.Context, db *sqlite.Writer, manifests []*directory.Manifest) error {
+	manufacturer := l.Manufacturer()
+	return db.Do(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		for _, m := range manifests {
+			if m == nil {
+				continue
+			}
+			ranges, err := json.Marshal(m.Ranges)
+			if err != nil {
+				return err
+			}
+			if _, err := tx.ExecContext(ctx, `INSERT INTO lot (manufacturer, lot, ranges, modulus) VALUES (?, ?, ?, ?)
+				ON CONFLICT DO NOTHING`, manufacturer, m.Lot, string(ranges), []byte(m.N)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
