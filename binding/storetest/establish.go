@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -71,9 +72,7 @@ func dropExpired(t *testing.T, s Store) {
 		{t0.Add(ttl), false, true},
 		{t0.Add(ttl + time.Millisecond), false, false},
 	} {
-		if err := s.DropExpired(t.Context(), c.now); err != nil {
-			t.Fatal(err)
-		}
+		must.Do(t, s.DropExpired(t.Context(), c.now))
 		// Asked for a time at which they were open: what is gone stays gone.
 		checkOpen(t, s, one, "a1", t0, c.first)
 		checkOpen(t, s, other, "b1", t0, c.other)
@@ -118,9 +117,7 @@ func establishNoAttempt(t *testing.T, s Store) {
 	checkOpen(t, s, other, "b1", t0, true)
 
 	first := newBinding(one, imei, "a1")
-	if err := s.Establish(t.Context(), first, []byte("tag"), true, t0.Add(ttl-time.Millisecond)); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, s.Establish(t.Context(), first, []byte("tag"), true, t0.Add(ttl-time.Millisecond)))
 	again := newBinding(one, device(t, 2), "a1")
 	if err := s.Establish(t.Context(), again, []byte("tag 2"), true, t0); !errors.Is(err, binding.ErrNoAttempt) {
 		t.Errorf("an attempt used twice: %v, want ErrNoAttempt", err)
@@ -152,9 +149,7 @@ func establishClosesAttempts(t *testing.T, s Store) {
 	openAttempt(t, s, one, "a1", t0)
 	openAttempt(t, s, one, "a2", later)
 	openAttempt(t, s, other, "b1", t0)
-	if err := s.Establish(t.Context(), newBinding(one, device(t, 1), "a1"), []byte("tag"), true, later); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, s.Establish(t.Context(), newBinding(one, device(t, 1), "a1"), []byte("tag"), true, later))
 	checkOpen(t, s, one, "a1", later, false)
 	checkOpen(t, s, one, "a2", later, false)
 	checkOpen(t, s, other, "b1", later, true)
@@ -187,12 +182,8 @@ func ledger(t *testing.T, s Store) {
 	bind(t, s, subscription(t, 2), second, "b1", tag)
 	checkUsed(t, s, second, tag, true)
 	// It is for ever: a binding that was dropped, and attempts that expired, leave it as it is.
-	if _, err := s.Report(t.Context(), subscription(t, 1), nobody.Name, false, t0); err != nil {
-		t.Fatal(err)
-	}
-	if err := s.DropExpired(t.Context(), t0.Add(100*365*24*time.Hour)); err != nil {
-		t.Fatal(err)
-	}
+	must.Get[*binding.Subscription](t)(s.Report(t.Context(), subscription(t, 1), nobody.Name, false, t0))
+	must.Do(t, s.DropExpired(t.Context(), t0.Add(100*365*24*time.Hour)))
 	checkUsed(t, s, first, tag, true)
 	openAttempt(t, s, subscription(t, 1), "a2", t0)
 	if err := s.Establish(t.Context(), newBinding(subscription(t, 1), first, "a2"), tag, true, t0); !errors.Is(err,

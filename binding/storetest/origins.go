@@ -10,6 +10,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -22,9 +23,7 @@ func bindFrom(t *testing.T, s Store, imsi kme.IMSI, o binding.Origin, imei kme.I
 	}
 	b := newBinding(imsi, imei, d.Attempt.ID)
 	b.Origin = o.Name
-	if err := s.Establish(t.Context(), b, []byte("tag "+id), true, t0); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, s.Establish(t.Context(), b, []byte("tag "+id), true, t0))
 	return b
 }
 
@@ -40,9 +39,7 @@ func checkUnder(t *testing.T, s Store, imsi kme.IMSI, o binding.Origin, want *bi
 func open(t *testing.T, s Store, imsi kme.IMSI) {
 	t.Helper()
 	a := binding.Attempt{ID: "admin's", IMSI: imsi, Expires: t0.Add(ttl), Opened: true}
-	if err := s.OpenAttempt(t.Context(), a); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, s.OpenAttempt(t.Context(), a))
 }
 
 func attemptsByOrigin(t *testing.T, s Store) {
@@ -291,9 +288,7 @@ func spent(t *testing.T, s Store) {
 	}
 	b := newBinding(one, device(t, 1), "a1")
 	b.Origin = home.Name
-	if err := s.Establish(t.Context(), b, []byte("tag"), true, t0); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, s.Establish(t.Context(), b, []byte("tag"), true, t0))
 	again := request(one, home, "x", t0)
 	again.RANDs = append(again.RANDs, q.RANDs[17])
 	for _, state := range []binding.State{binding.Pending, binding.Active} {
@@ -307,9 +302,7 @@ func spent(t *testing.T, s Store) {
 		checkUnder(t, s, one, home, &binding.Binding{AttemptID: "a1", State: state})
 		reportFrom(t, s, one, home, true, t0)
 	}
-	if _, err := s.Revoke(t.Context(), one, t0); err != nil {
-		t.Fatal(err)
-	}
+	must.Get[*binding.Binding](t)(s.Revoke(t.Context(), one, t0))
 	check(one, q.RANDs[0], true)
 }
 
@@ -349,8 +342,6 @@ func openedByOrigin(t *testing.T, s Store) {
 	}
 	b := newBinding(imsi, device(t, 2), "of mme-2.away")
 	b.Origin = away.Name
-	if err := s.Establish(t.Context(), b, []byte("new"), true, t0); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, s.Establish(t.Context(), b, []byte("new"), true, t0))
 	checkUnder(t, s, imsi, home, before) // it is closed, for all
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/tokenkeys"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -97,20 +98,12 @@ func subscription(t *testing.T, n int) kme.IMSI {
 
 func device(t *testing.T, n int) kme.IMEI {
 	t.Helper()
-	imei, err := kme.NewIMEI(tac(t), n)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return imei
+	return must.Get[kme.IMEI](t)(kme.NewIMEI(tac(t), n))
 }
 
 func tac(t *testing.T) kme.TAC {
 	t.Helper()
-	v, err := kme.ParseTAC("01234567")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return v
+	return must.Get[kme.TAC](t)(kme.ParseTAC("01234567"))
 }
 
 // home and away are two origins; nobody is that of callers that have one peer.
@@ -175,11 +168,7 @@ func checkOpen(t *testing.T, s Store, imsi kme.IMSI, id string, now time.Time, w
 
 func subscriptionOf(t *testing.T, s Store, imsi kme.IMSI, now time.Time) *binding.Subscription {
 	t.Helper()
-	sub, err := s.Subscription(t.Context(), imsi, now)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return sub
+	return must.Get[*binding.Subscription](t)(s.Subscription(t.Context(), imsi, now))
 }
 
 func newBinding(imsi kme.IMSI, imei kme.IMEI, attempt string) *binding.Binding {
@@ -196,9 +185,7 @@ func bind(t *testing.T, s Store, imsi kme.IMSI, imei kme.IMEI, attempt string, t
 	t.Helper()
 	openAttempt(t, s, imsi, attempt, t0)
 	b := newBinding(imsi, imei, attempt)
-	if err := s.Establish(t.Context(), b, tag, true, t0); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, s.Establish(t.Context(), b, tag, true, t0))
 	return b
 }
 
@@ -217,10 +204,8 @@ var askers atomic.Int64
 func checkUsed(t *testing.T, s Store, imei kme.IMEI, tag []byte, want bool) {
 	t.Helper()
 	b := newBinding(subscription(t, 50_000+int(askers.Add(1))), imei, "asks")
-	if err := s.OpenAttempt(t.Context(),
-		binding.Attempt{ID: b.AttemptID, IMSI: b.IMSI, Expires: t0.Add(ttl)}); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, s.OpenAttempt(t.Context(),
+		binding.Attempt{ID: b.AttemptID, IMSI: b.IMSI, Expires: t0.Add(ttl)}))
 	if err := s.Establish(t.Context(), b, tag, false, t0); errors.Is(err, binding.ErrUsed) != want ||
 		errors.Is(err, binding.ErrNotGood) == want {
 		t.Errorf("tag %x of %s: %v, want it used: %v", tag, imei, err, want)

@@ -10,6 +10,7 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
@@ -24,9 +25,7 @@ func Main(m *testing.M) {
 // Dir is the folder of the programs, which are built at the first call.
 func Dir(t testing.TB) string {
 	t.Helper()
-	if err := build(); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, build())
 	return dir
 }
 

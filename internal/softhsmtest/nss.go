@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/kmehsm/kmehsm/internal/must"
 )
 
 // operatorEnv says whose token an operator has in the tests: nss, or SoftHSM's without it.
@@ -31,23 +33,17 @@ func NSS(t testing.TB) Tok {
 	dir := t.TempDir()
 	tok := Tok{Label: "nss", PIN: "nss-pin-12", PINFile: filepath.Join(dir, "pin"),
 		Module: filepath.Join(dir, "libsoftokn3.so")}
-	if err := os.WriteFile(tok.PINFile, []byte(tok.PIN), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, os.WriteFile(tok.PINFile, []byte(tok.PIN), 0o600))
 	if out, err := exec.Command("certutil", "-N", "-d", "sql:"+dir, "-f", tok.PINFile).CombinedOutput(); err != nil {
 		t.Fatalf("certutil: %v: %s: scripts/deps.sh check installs it", err, out)
 	}
 	// With the usual 10,000 rounds for each value that it reads from its file, an establishment takes 60 times as long.
-	if err := os.Setenv("NSS_MAX_MP_PBE_ITERATION_COUNT", "1"); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, os.Setenv("NSS_MAX_MP_PBE_ITERATION_COUNT", "1"))
 	library, err := os.ReadFile(nssLibrary())
 	if err != nil {
 		t.Fatalf("libsoftokn3.so: %v: scripts/deps.sh check installs it", err)
 	}
-	if err := os.WriteFile(tok.Module, library, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, os.WriteFile(tok.Module, library, 0o600))
 	tok.URI = fmt.Sprintf(
 		"pkcs11:token=%s?module-path=%s&x-init-reserved=configdir=sql:%s%%20dbTokenDescription=%s&pin-source=file:%s",
 		tok.Label, tok.Module, dir, tok.Label, tok.PINFile)
