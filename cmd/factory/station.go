@@ -44,7 +44,7 @@ lot provision. Ctrl-C ends it; begun again, it goes on where it was.`,
 					"`NAME`, again for each; without, nobody is one"},
 				&cli.DurationFlag{Name: "timeout", Value: 10 * time.Minute,
 					Usage: "after which a device that its station did not report is overdue"}),
-			Action: stationServe,
+			Action: cmdline.Requiring(stationServe, "listen", "tls-certificate", "tls-key", "client-ca"),
 		}, {
 			Name: "report", Usage: "say of every IMEI of a lot what became of it, at which station, when",
 			ArgsUsage: "LOT", Description: "As CSV, or with --json as one JSON document. A device stands there once " +
@@ -56,9 +56,6 @@ lot provision. Ctrl-C ends it; begun again, it goes on where it was.`,
 }
 
 func stationServe(c *cli.Context) error {
-	if err := cmdline.Require(c, "listen", "tls-certificate", "tls-key", "client-ca"); err != nil {
-		return err
-	}
 	if c.Duration("timeout") < time.Second {
 		return cmdline.Usagef("--timeout is a second at least, and better as long as a station needs for a device")
 	}
