@@ -1,14 +1,10 @@
 package main
 
 import (
-	"context"
 	"crypto/tls"
 	"encoding/csv"
-	"errors"
 	"fmt"
 	"log/slog"
-	"net"
-	"net/http"
 	"strconv"
 	"time"
 
@@ -78,34 +74,11 @@ func stationServe(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	log := slog.New(slog.NewTextHandler(c.App.ErrWriter, nil))
-	desk, err := station.Open(c.Context, station.Options{
+	return station.Serve(c.Context, c.String("listen"), config, station.Options{
 		State: c.String("state"), Injection: injectionDir(c, "injection"), Store: store, Verifier: verifier,
-		Timeout: c.Duration("timeout"), Log: log, Stations: c.StringSlice("station"),
+		Timeout: c.Duration("timeout"), Log: slog.New(slog.NewTextHandler(c.App.ErrWriter, nil)),
+		Stations: c.StringSlice("station"),
 	})
-	if err != nil {
-		return err
-	}
-	defer desk.Close()
-	listener, err := net.Listen("tcp", c.String("listen"))
-	if err != nil {
-		return err
-	}
-	server := &http.Server{
-		Handler: desk.Handler(), TLSConfig: config, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second,
-		IdleTimeout: 5 * time.Minute, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
-	}
-	drained := make(chan error, 1)
-	context.AfterFunc(c.Context, func() {
-		drain, cancel := context.WithTimeout(context.WithoutCancel(c.Context), 30*time.Second)
-		defer cancel()
-		drained <- server.Shutdown(drain)
-	})
-	log.Info("serving stations", "address", "https://"+listener.Addr().String())
-	if err := server.ServeTLS(listener, "", ""); !errors.Is(err, http.ErrServerClosed) {
-		return err
-	}
-	return <-drained
 }
 
 func stationReport(c *cli.Context) error {
