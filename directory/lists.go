@@ -292,7 +292,7 @@ func (r *Reader) nextList(ctx context.Context, m *Manifest, last revocationList)
 		}
 	}
 	if late := next.list.Overdue(now); next.err == nil && late != nil {
-		next.err = &lateError{late}
+		next.err = &lateError{error: late}
 	}
 	return next, nil
 }

@@ -173,7 +173,7 @@ func (r *Reader) Cached(m *Manifest, imei kme.IMEI) (d Device, ok bool, err erro
 	if err != nil {
 		return d, true, err
 	}
-	s, ok := r.shards.GetIfPresent(shardKey{m.Lot, position / m.ShardSize})
+	s, ok := r.shards.GetIfPresent(shardKey{lot: m.Lot, n: position / m.ShardSize})
 	if !ok {
 		return d, false, nil
 	}
@@ -183,7 +183,7 @@ func (r *Reader) Cached(m *Manifest, imei kme.IMEI) (d Device, ok bool, err erro
 	}
 	var history []Revocation
 	if ref := list.ref(position / revocationPart); ref != nil {
-		part, ok := r.parts.GetIfPresent(shardKey{m.Lot, ref.Part})
+		part, ok := r.parts.GetIfPresent(shardKey{lot: m.Lot, n: ref.Part})
 		if !ok || !part.satisfies(ref) {
 			return d, false, nil
 		}
@@ -272,7 +272,7 @@ func (d Device) Issued() (n int) {
 func (r *Reader) shard(ctx context.Context, m *Manifest, n int) (*packedShard, error) {
 	return flight.Do(ctx, &r.flights, ShardPath(m.Lot, n), func(ctx context.Context) (*packedShard, error) {
 		// An earlier flight may have landed since the cache was asked.
-		if landed, ok := r.shards.GetEntryQuietly(shardKey{m.Lot, n}); ok {
+		if landed, ok := r.shards.GetEntryQuietly(shardKey{lot: m.Lot, n: n}); ok {
 			return landed.Value, nil
 		}
 		done, err := r.flights.Read()
@@ -290,7 +290,7 @@ func (r *Reader) shard(ctx context.Context, m *Manifest, n int) (*packedShard, e
 			kept.keys = packed.Join(len(s.Keys), func(i int) crypto.PublicKey { return s.Keys[i].Key })
 			kept.pkg = s.Package
 		}
-		r.shards.Set(shardKey{m.Lot, n}, kept)
+		r.shards.Set(shardKey{lot: m.Lot, n: n}, kept)
 		return kept, nil
 	})
 }
@@ -374,7 +374,7 @@ func (r *Reader) History(ctx context.Context, m *Manifest, imei kme.IMEI) ([]Rev
 
 // part gives the part of a lot's revocations that a list names, or a later one.
 func (r *Reader) part(ctx context.Context, m *Manifest, ref *RevocationRef) (*storedPart, error) {
-	key := shardKey{m.Lot, ref.Part}
+	key := shardKey{lot: m.Lot, n: ref.Part}
 	if p, ok := r.parts.GetIfPresent(key); ok && p.satisfies(ref) {
 		return p, nil
 	}

@@ -35,7 +35,7 @@ func newMaker(t *testing.T, s Store) *maker {
 	if s != nil {
 		must.Do(t, s.PutManufacturer(t.Context(), m))
 	}
-	return &maker{m, signer}
+	return &maker{Manufacturer: m, signer: signer}
 }
 
 // lot signs the manifest of a lot of ten devices.

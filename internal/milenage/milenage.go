@@ -25,7 +25,7 @@ func New(k, opc []byte) (*SIM, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &SIM{block, [16]byte(opc)}, nil
+	return &SIM{block: block, opc: [16]byte(opc)}, nil
 }
 
 // out computes OUT1 to OUT5 of clause 4.1: E(rot(in xor OPc, rotation) xor c xor temp) xor OPc.
