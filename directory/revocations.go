@@ -235,9 +235,8 @@ func (p *RevocationPart) add(entry Revocation) (added bool) {
 func readRevocations(ctx context.Context, store Store, v *Verifier, m *Manifest) (*Revocations, string, error) {
 	jws, version, err := store.Read(ctx, RevocationsPath(m.Lot))
 	if errors.Is(err, ErrNotFound) {
-		return nil, "", fmt.Errorf("%w: every lot has a list of revoked devices: if lot create was interrupted, "+
-			"run it "+
-			"again; if the lot was made before that was so, run factory lot refresh --begin; else %s", err, askWhy)
+		return nil, "", fmt.Errorf("%w: every lot has a list of revoked devices: if lot create was interrupted, run "+
+			"it again; if the lot was made before that was so, run factory lot refresh --begin; else %s", err, askWhy)
 	}
 	if err != nil {
 		return nil, "", err

@@ -83,9 +83,8 @@ func (s State) GrantedLots(operator string) (lots []string, err error) {
 	}
 	for _, other := range operators {
 		if other != operator && strings.EqualFold(other, operator) {
-			return nil, fmt.Errorf("to Vault the operators %s and %s are one, and would have one policy: "+
-				"enroll one of them by another name, and grant it its lots by that", min(operator, other),
-				max(operator, other))
+			return nil, fmt.Errorf("to Vault the operators %s and %s are one, and would have one policy: enroll one "+
+				"of them by another name, and grant it its lots by that", min(operator, other), max(operator, other))
 		}
 	}
 	return names(operator)

@@ -119,8 +119,7 @@ func checkPins(lots []*binding.Lot, manufacturers []*binding.Manufacturer, m *bi
 			if l.Manufacturer != m.KeyID && l.Served() &&
 				slices.ContainsFunc(l.Manifest.Ranges, func(r directory.Range) bool { return r.TAC == t }) {
 				return fmt.Errorf("lot %s of manufacturer %s has TAC %s: settle it with who made them; keysvc lot "+
-					"retire ends a lot",
-					l.Manifest.Lot, l.Manufacturer, t)
+					"retire ends a lot", l.Manifest.Lot, l.Manufacturer, t)
 			}
 		}
 	}
@@ -280,9 +279,8 @@ func checkLot(lot *binding.Lot, all []*binding.Lot, again bool) error {
 					lot.Manifest.Lot, lot.Manufacturer)
 			}
 			if other.Retired.Withdrawn && !again {
-				return fmt.Errorf("lot %s of manufacturer %s was retired, %s; if that is to be undone, import it "+
-					"with --reinstate REASON",
-					lot.Manifest.Lot, lot.Manufacturer, other.Retired)
+				return fmt.Errorf("lot %s of manufacturer %s was retired, %s; if that is to be undone, import it with "+
+					"--reinstate REASON", lot.Manifest.Lot, lot.Manufacturer, other.Retired)
 			}
 			continue
 		}

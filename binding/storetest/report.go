@@ -205,8 +205,7 @@ func bindings(t *testing.T, s Store) {
 	must.Get[*binding.Binding](t)(s.Revoke(t.Context(), subscription(t, 2), t0))
 	must.Do(t, s.OpenAttempt(t.Context(), binding.Attempt{ID: "o", IMSI: subscription(t, 1), Expires: t0.Add(ttl),
 		Opened: true}))
-	must.Do(t, s.Establish(t.Context(), newBinding(subscription(t, 1), device(t, 7), "o"), []byte("o"), true,
-		t0))
+	must.Do(t, s.Establish(t.Context(), newBinding(subscription(t, 1), device(t, 7), "o"), []byte("o"), true, t0))
 	all := []string{"00000 000 PENDING", "00001 007 PENDING", "00002 001 REVOKED", "00003 001 PENDING",
 		"00004 002 PENDING"}
 	if got := list("", kme.IMEI{}, 10); !slices.Equal(got, all) {

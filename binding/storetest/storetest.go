@@ -204,8 +204,7 @@ var askers atomic.Int64
 func checkUsed(t *testing.T, s Store, imei kme.IMEI, tag []byte, want bool) {
 	t.Helper()
 	b := newBinding(subscription(t, 50_000+int(askers.Add(1))), imei, "asks")
-	must.Do(t, s.OpenAttempt(t.Context(),
-		binding.Attempt{ID: b.AttemptID, IMSI: b.IMSI, Expires: t0.Add(ttl)}))
+	must.Do(t, s.OpenAttempt(t.Context(), binding.Attempt{ID: b.AttemptID, IMSI: b.IMSI, Expires: t0.Add(ttl)}))
 	if err := s.Establish(t.Context(), b, tag, false, t0); errors.Is(err, binding.ErrUsed) != want ||
 		errors.Is(err, binding.ErrNotGood) == want {
 		t.Errorf("tag %x of %s: %v, want it used: %v", tag, imei, err, want)

@@ -75,8 +75,7 @@ type RestoreToken interface {
 func Restore(ctx context.Context, token RestoreToken, data []byte, thumbprint string) ([]hsmkeys.Key, error) {
 	if have := backupThumbprint(data); have != thumbprint {
 		return nil, fmt.Errorf("the backup's thumbprint is %s, and the one given is %s: have it read out again, and "+
-			"if it differs, do not use this file: it was swapped or damaged on its way",
-			have, thumbprint)
+			"if it differs, do not use this file: it was swapped or damaged on its way", have, thumbprint)
 	}
 	var b backup
 	if err := directory.ParseStrict(data, &b); err != nil {

@@ -43,9 +43,8 @@ func lotRefresh(c *cli.Context) error {
 		}
 		return cmdline.Print(c, map[string]any{"lots": done}, func(w io.Writer) {
 			for _, r := range done {
-				fmt.Fprintf(w, "the list of revoked devices of lot %s, version %d, is good until %s\n",
-					r.Lot, r.Version,
-					r.NextUpdate.Format(time.RFC3339))
+				fmt.Fprintf(w, "the list of revoked devices of lot %s, version %d, is good until %s\n", r.Lot,
+					r.Version, r.NextUpdate.Format(time.RFC3339))
 			}
 		})
 	})

@@ -294,10 +294,9 @@ func lotProvision(c *cli.Context) error {
 		}
 		result := map[string]any{"lot": lot, "devices": p.Total, "made": p.Made, "seconds": seconds,
 			"out": filepath.Join(out, lot)}
-		return cmdline.Printf(c, result,
-			"lot %s: all %d devices are published, %d of them made now in %.1f s (%.0f a second)\n"+
-				"injection packages in %s\n",
-			lot, p.Total, p.Made, seconds, float64(p.Made)/seconds, filepath.Join(out, lot))
+		return cmdline.Printf(c, result, "lot %s: all %d devices are published, %d of them made now in %.1f s (%.0f a "+
+			"second)\ninjection packages in %s\n", lot, p.Total, p.Made, seconds, float64(p.Made)/seconds,
+			filepath.Join(out, lot))
 	})
 }
 

@@ -98,9 +98,8 @@ func backupCreate(c *cli.Context) error {
 		return err
 	}
 	result := map[string]any{"thumbprint": b.Thumbprint, "out": out, "token": b.Token, "keys": b.Keys}
-	return cmdline.Printf(c, result,
-		"wrote %s, with %d keys, for keysvc backup restore on the other token\nthumbprint %s: read it out there\n",
-		out, len(b.Keys), b.Thumbprint)
+	return cmdline.Printf(c, result, "wrote %s, with %d keys, for keysvc backup restore on the other "+
+		"token\nthumbprint %s: read it out there\n", out, len(b.Keys), b.Thumbprint)
 }
 
 func backupRestore(c *cli.Context) error {

@@ -93,9 +93,8 @@ func lotList(c *cli.Context) error {
 				"STATE", "MANUFACTURER")
 			for _, l := range lots {
 				m := l.Manifest
-				fmt.Fprintf(w, "%-24s %5d %9d  %-20s %-20s %-10s %s\n", m.Lot, m.PublicKey().N.BitLen(),
-					m.Devices(), m.Suite,
-					l.Imported.Format(time.RFC3339), lotState(l), l.Manufacturer)
+				fmt.Fprintf(w, "%-24s %5d %9d  %-20s %-20s %-10s %s\n", m.Lot, m.PublicKey().N.BitLen(), m.Devices(),
+					m.Suite, l.Imported.Format(time.RFC3339), lotState(l), l.Manufacturer)
 			}
 		})
 	})

@@ -193,9 +193,8 @@ func storeAccept(c *cli.Context) error {
 			return err
 		}
 		return cmdline.Print(c, map[string]any{"accepted": true}, func(w io.Writer) {
-			fmt.Fprintln(w, "the store is accepted as it is; a service that runs goes on within seconds\n"+
-				"what was revoked since it was made is not revoked in it: see the service's log, and keysvc binding "+
-				"report")
+			fmt.Fprintln(w, "the store is accepted as it is; a service that runs goes on within seconds\nwhat was "+
+				"revoked since it was made is not revoked in it: see the service's log, and keysvc binding report")
 		})
 	})
 }
