@@ -36,7 +36,7 @@ type Enrolment struct {
 	TACs       []kme.TAC
 }
 
-// Enroll imports a manufacturer's enrolment: it pins the manufacturer's key, takes the operator's KEK into the token,
+// Enroll imports a manufacturer's enrolment: it pins the manufacturer's key, imports the operator's KEK into the token,
 // and destroys the transport key that the KEK came under. The KEK of an earlier enrolment with the same generation is
 // replaced; one of another generation is imported beside those that are there. Without TACs those of the enrolment
 // before stay. An enrolment that was imported before changes nothing but the directory.
@@ -179,7 +179,7 @@ func enrolledBefore(ctx context.Context, token Token, registry binding.Registry,
 	return registry.PutManufacturer(ctx, m)
 }
 
-// ImportLot imports a granted lot: it takes the lot's private key into the token, proves with a decryption that it is
+// ImportLot imports a granted lot: it imports the lot's private key, proves with a decryption that it is
 // the key of the manifest's modulus, and enters the lot. The same grant again changes nothing. A lot that was retired
 // is refused, unless again is the verdict that it is served again.
 func ImportLot(

@@ -24,7 +24,7 @@ func events(t *testing.T, s Store, subject string) (all []binding.Event) {
 	return all
 }
 
-// Every decision is in the ledger, with who has taken it.
+// Every decision is in the ledger, with whoever has taken it.
 func noted(t *testing.T, s Store) {
 	imsi := subscription(t, 1)
 	ctx := binding.WithActor(t.Context(), actor)

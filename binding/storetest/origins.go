@@ -91,7 +91,7 @@ func mayNotProvision(t *testing.T, s Store) {
 	checkUnder(t, s, imsi, binding.Origin{Name: away.Name}, b)
 }
 
-// Success counts from an origin that was sent a vector under the binding, and failure from that and from who
+// Success counts from an origin that was sent a vector under the binding, and failure from that and from whoever
 // established it.
 func activatedBySent(t *testing.T, s Store) {
 	for i, c := range []struct {
@@ -126,7 +126,7 @@ func activatedBySent(t *testing.T, s Store) {
 	}
 }
 
-// Who was only told of a pending binding was sent nothing, and it lasts.
+// Whoever was only told of a pending binding was sent nothing, and it lasts.
 func notReady(t *testing.T, s Store) {
 	imsi := subscription(t, 1)
 	b := bindFrom(t, s, imsi, home, device(t, 1), "b1")
@@ -222,7 +222,7 @@ func pendingEnds(t *testing.T, s Store) {
 		}
 		checkUsed(t, s, pending.IMEI, []byte("tag "+fmt.Sprint("c", n)), true)
 	}
-	// It ends for who may not provision too.
+	// It ends for whoever may not provision too.
 	imsi := subscription(t, 3)
 	pending := bindFrom(t, s, imsi, home, device(t, 3), "d")
 	for range pendingVectors {

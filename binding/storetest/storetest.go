@@ -199,7 +199,7 @@ func checkBinding(t *testing.T, s Store, imsi kme.IMSI, want *binding.Binding) {
 // askers are subscriptions that nothing else is done with.
 var askers atomic.Int64
 
-// checkUsed asks, as one does who has a KME that is not good, whether the ledger has it: in an
+// checkUsed asks, as somebody does who has a KME that is not good, whether the ledger has it: in an
 // attempt of another subscription.
 func checkUsed(t *testing.T, s Store, imei kme.IMEI, tag []byte, want bool) {
 	t.Helper()

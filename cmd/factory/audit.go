@@ -46,8 +46,8 @@ func logCommand() *cli.Command {
 		Subcommands: []*cli.Command{{
 			Name: "verify", Usage: "find a line that was changed, removed or moved",
 			Description: "Needs no token. Each line holds the SHA-256 of the line before, and the token signs the " +
-				"last line at the end of each command. Keep copies of log.head.jws elsewhere: who can replace the " +
-				"whole folder by an earlier one can go back to that.",
+				"last line at the end of each command. Keep copies of log.head.jws elsewhere: whoever can replace " +
+				"the whole folder by an earlier one can go back to that.",
 			Flags:  []cli.Flag{manufacturerFlag, stateFlag, cmdline.JSON},
 			Action: logVerify,
 		}},

@@ -46,7 +46,7 @@ KEKs and lot keys never leave a token: enroll the other token with each manufact
 				Action: cmdline.Alone(cmdline.Requiring(backupCreate, "to", "thumbprint", "so-pin-source", "out")),
 			},
 			{
-				Name: "restore", Usage: "on the token that is to get the keys: take them in", ArgsUsage: "FILE",
+				Name: "restore", Usage: "on the token that is to get the keys: import them", ArgsUsage: "FILE",
 				Flags: []cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "thumbprint",
 					Usage: "what keysvc backup create printed, read out, `B`"}, cmdline.JSON},
 				Action: cmdline.Alone(cmdline.Requiring(backupRestore, "thumbprint")),

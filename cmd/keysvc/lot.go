@@ -21,7 +21,7 @@ func lotCommand() *cli.Command {
 		Name: "lot", Usage: "the lots that manufacturers granted",
 		Subcommands: []*cli.Command{
 			{
-				Name: "import", Usage: "take a granted lot's key into the token, and prove that it fits the lot's " +
+				Name: "import", Usage: "import a granted lot's key into the token, and prove that it fits the lot's " +
 					"modulus", ArgsUsage: "FILE",
 				Description: "A running service serves the lot after a SIGHUP.",
 				Flags: []cli.Flag{cmdline.Token, stateFlag, storeFlag,

@@ -50,8 +50,8 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 			},
 			transportCommand(),
 			{
-				Name: "enroll", Usage: "take a manufacturer's enrolment: pin its key, take the operator's KEK into " +
-					"the token", ArgsUsage: "FILE",
+				Name: "enroll", Usage: "import a manufacturer's enrolment: pin its key, import the operator's KEK " +
+					"into the token", ArgsUsage: "FILE",
 				Description: "The manufacturer's key must come from the manufacturer itself, on another way than the " +
 					"enrolment: from then on whatever it signed is believed. Have the manufacturer read out the " +
 					"key's thumbprint, as factory init prints it. The transport key that the enrolment came under is " +

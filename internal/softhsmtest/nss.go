@@ -50,7 +50,7 @@ func NSS(t testing.TB) Tok {
 	return tok
 }
 
-// OperatorModule is the library of an operator's tokens, for who loads one for all of them.
+// OperatorModule is the library of an operator's tokens, for whoever loads one for all of them.
 func OperatorModule() string {
 	if os.Getenv(operatorEnv) == "nss" {
 		return nssLibrary()
