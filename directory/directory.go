@@ -29,13 +29,12 @@ type Manifest struct {
 	Suite        kme.Suite `json:"suite"`
 	N            Base64    `json:"n"` // big-endian, as in a JWK
 	E            int       `json:"e"`
-	Mechanism    string    `json:"key_generation"` // the CKM_* that made the key
-	// how the token wraps device keys by AES-KWP, as PKCS #11 calls it
-	Wrapping  string    `json:"key_wrapping,omitempty"`
-	OAEP      string    `json:"oaep_hash,omitempty"` // of the bound suite
-	Ranges    []Range   `json:"ranges"`
-	ShardSize int       `json:"shard_size"` // devices a shard; the last shard may have fewer
-	Created   time.Time `json:"created"`
+	Mechanism    string    `json:"key_generation"`         // the CKM_* that made the key
+	Wrapping     string    `json:"key_wrapping,omitempty"` // the CKM_* by which device keys are wrapped (AES-KWP)
+	OAEP         string    `json:"oaep_hash,omitempty"`    // of the bound suite
+	Ranges       []Range   `json:"ranges"`
+	ShardSize    int       `json:"shard_size"` // devices a shard; the last shard may have fewer
+	Created      time.Time `json:"created"`
 }
 
 // A Range is Count serial numbers of a TAC, from First on.

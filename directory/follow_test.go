@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -93,7 +94,7 @@ func TestFollow(t *testing.T) {
 	}
 	revoked := func(r *Reader, m *Manifest, i int) bool {
 		t.Helper()
-		return must[bool](t)(r.Revoked(m, m.IMEI(i)))
+		return must.Get[bool](t)(r.Revoked(m, m.IMEI(i)))
 	}
 	revoke(files, s, m, 9)
 	testproc.Await(t, "the list is read again", func() bool { return revoked(r, m, 9) })
@@ -190,7 +191,7 @@ func TestNextUpdate(t *testing.T) {
 		if err := RefreshRevocations(ctx, store, s, m, now, validity); err != nil {
 			t.Fatal(err)
 		}
-		return must[*Revocations](t)(r.ReadRevocations(ctx, m))
+		return must.Get[*Revocations](t)(r.ReadRevocations(ctx, m))
 	}
 	list := sign(time.Now().Add(-time.Hour), 30*time.Minute)
 	if list.Version != 2 || list.NextUpdate.Sub(list.ThisUpdate) != 30*time.Minute {
@@ -217,7 +218,7 @@ func TestNextUpdate(t *testing.T) {
 
 	// One of before there was next_update is late, and becomes one that has it.
 	put(t, store, RevocationsPath("L1"),
-		must[[]byte](t)(s.Sign(TypeRevocations, &Revocations{Lot: "L1", Version: 9, Whole: list.Whole})))
+		must.Get[[]byte](t)(s.Sign(TypeRevocations, &Revocations{Lot: "L1", Version: 9, Whole: list.Whole})))
 	testproc.Await(t, "it is late", func() bool { o := r.Overdue(); return len(o) == 1 && o[0].Why == Late })
 	if list = sign(time.Now(), 0); list.Version != 10 || list.NextUpdate.Sub(list.ThisUpdate) != DefaultValidity {
 		t.Errorf("%+v", list)
@@ -261,7 +262,7 @@ func TestBeginRevocations(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	list := must[*Revocations](t)(parseRevocations(NewVerifier(s.Public()), m, first))
+	list := must.Get[*Revocations](t)(parseRevocations(NewVerifier(s.Public()), m, first))
 	if list.Version != 1 || list.Whole != nil || len(list.Parts) != 0 ||
 		!list.ThisUpdate.Equal(now.Truncate(time.Second)) ||
 		list.NextUpdate.Sub(list.ThisUpdate) != time.Hour {
@@ -394,7 +395,8 @@ func TestMemory(t *testing.T) {
 	lost(first)
 	put(t, store, RevocationsPath("L1"), first)
 	wrong("the first list again", start(), Rollback)
-	put(t, store, RevocationsPath("L1"), must[[]byte](t)(s.Sign(TypeRevocations, &Revocations{Lot: "L1", Version: 2})))
+	put(t, store, RevocationsPath("L1"),
+		must.Get[[]byte](t)(s.Sign(TypeRevocations, &Revocations{Lot: "L1", Version: 2})))
 	wrong("another of this version", start(), Rollback)
 	remove(t, store, RevocationsPath("L1"))
 	lost(nil)
@@ -433,7 +435,7 @@ func TestMemory(t *testing.T) {
 	memory.fail(errDown)
 	wrong("a first list", start(), Failed)
 	revoke(3)
-	if err := r.Refresh(ctx, m); !errors.Is(err, errDown) || !must[bool](t)(r.Revoked(m, m.IMEI(3))) ||
+	if err := r.Refresh(ctx, m); !errors.Is(err, errDown) || !must.Get[bool](t)(r.Revoked(m, m.IMEI(3))) ||
 		len(r.Overdue()) != 1 {
 		t.Errorf("a later list: %v, %+v", err, r.Overdue())
 	}

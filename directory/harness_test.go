@@ -131,16 +131,6 @@ func publish(t testing.TB, store Store, s *Signer, m *Manifest) {
 	}
 }
 
-func must[T any](t testing.TB) func(T, error) T {
-	return func(v T, err error) T {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return v
-	}
-}
-
 // put replaces what a store has, as whoever runs it may.
 func put(t testing.TB, store Store, path string, jws []byte) {
 	t.Helper()

@@ -281,8 +281,7 @@ func (v *Verifier) verify(typ Type, object string, jws []byte, into any) (payloa
 
 // Manifest verifies a lot's manifest.
 func (v *Verifier) Manifest(lot string, jws []byte) (*Manifest, error) {
-	object := ManifestPath(lot)
-	m := new(Manifest)
+	m, object := new(Manifest), ManifestPath(lot)
 	if err := v.Verify(TypeManifest, object, jws, m); err != nil {
 		return nil, err
 	}

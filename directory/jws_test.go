@@ -22,6 +22,8 @@ import (
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
+
+	"github.com/kmehsm/kmehsm/internal/must"
 )
 
 // Our JWS, verified by nothing but its RFC: the header, the signed text and r || s.
@@ -79,13 +81,13 @@ func TestSignIsJWS(t *testing.T) {
 // the manufacturer introduces a key.
 func TestSuccession(t *testing.T) {
 	key, second, third, intruder := newKey(t), newKey(t), newKey(t), newKey(t)
-	s := must[*Signer](t)(NewSigner(key))
+	s := must.Get[*Signer](t)(NewSigner(key))
 	m := newManifest(t, s, "L1")
-	s2 := must[*Signer](t)(s.Succeed(second))
-	s3 := must[*Signer](t)(s2.Succeed(third))
+	s2 := must.Get[*Signer](t)(s.Succeed(second))
+	s3 := must.Get[*Signer](t)(s2.Succeed(third))
 	v := NewVerifier(s.Public())
 	for i, signer := range []*Signer{s3, s, s2, s3, s2} {
-		jws := must[[]byte](t)(signer.Sign(TypeManifest, m))
+		jws := must.Get[[]byte](t)(signer.Sign(TypeManifest, m))
 		if _, err := v.Manifest("L1", jws); err != nil {
 			t.Errorf("%d: %v", i, err)
 		}
@@ -97,7 +99,8 @@ func TestSuccession(t *testing.T) {
 	if s3.SigningKeyID() != thumbprint(&third.PublicKey) {
 		t.Error("the third key does not sign")
 	}
-	if _, err := NewVerifier(&second.PublicKey).Manifest("L1", must[[]byte](t)(s2.Sign(TypeManifest, m))); err == nil {
+	if _, err := NewVerifier(&second.PublicKey).Manifest("L1",
+		must.Get[[]byte](t)(s2.Sign(TypeManifest, m))); err == nil {
 		t.Error("a later key, pinned as if it were another manufacturer, was believed")
 	}
 

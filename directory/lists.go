@@ -274,8 +274,7 @@ func (r *Reader) nextList(ctx context.Context, m *Manifest, last revocationList)
 		}
 		if was.Whole != nil && next.list.Whole == nil {
 			return next, rolledBack(path, "it does not revoke the whole lot, as version %d does, which is for good: "+
-				askWhy,
-				was.Version)
+				askWhy, was.Version)
 		}
 	}
 	if !next.noted && r.o.Memory != nil {
@@ -292,7 +291,7 @@ func (r *Reader) nextList(ctx context.Context, m *Manifest, last revocationList)
 		}
 	}
 	if late := next.list.Overdue(now); next.err == nil && late != nil {
-		next.err = &lateError{late}
+		next.err = &lateError{error: late}
 	}
 	return next, nil
 }

@@ -5,6 +5,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -51,7 +52,7 @@ func TestOverdue(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	same := must[[]byte](t)(s.Sign(TypeRevocations, &Revocations{Lot: "L1", Version: 2}))
+	same := must.Get[[]byte](t)(s.Sign(TypeRevocations, &Revocations{Lot: "L1", Version: 2}))
 	for name, c := range map[string]struct {
 		harm func()
 		why  Why
@@ -102,7 +103,8 @@ func TestRevocationsSameVersion(t *testing.T) {
 		}
 	}
 	look()
-	put(t, store, RevocationsPath("L1"), must[[]byte](t)(s.Sign(TypeRevocations, &Revocations{Lot: "L1", Version: 2})))
+	put(t, store, RevocationsPath("L1"),
+		must.Get[[]byte](t)(s.Sign(TypeRevocations, &Revocations{Lot: "L1", Version: 2})))
 	look()
 	if len(r.Overdue()) != 1 {
 		t.Error("it was believed")

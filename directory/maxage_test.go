@@ -5,6 +5,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
@@ -28,7 +29,7 @@ func TestMaxAge(t *testing.T) {
 		},
 		"it is of before there was next_update": func(store *counting, m *Manifest) {
 			put(t, store, RevocationsPath(m.Lot),
-				must[[]byte](t)(s.Sign(TypeRevocations, &Revocations{Lot: m.Lot, Version: 9})))
+				must.Get[[]byte](t)(s.Sign(TypeRevocations, &Revocations{Lot: m.Lot, Version: 9})))
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

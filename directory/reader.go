@@ -88,26 +88,23 @@ func (r *Reader) Manifests(ctx context.Context) ([]*Manifest, error) {
 	}
 	var all []*Manifest
 	for _, lot := range lots {
-		m, err := r.Manifest(ctx, lot)
-		if errors.Is(err, ErrNotFound) {
-			continue // its folder was made, and its manifest never published
-		}
-		if err != nil {
+		switch m, err := r.Manifest(ctx, lot); {
+		case err == nil:
+			all = append(all, m)
+		case !errors.Is(err, ErrNotFound): // its folder was made, and its manifest never published
 			return nil, err
 		}
-		all = append(all, m)
 	}
 	return all, nil
 }
 
 // ReadShard reads a shard from the store, whatever the cache has.
 func (r *Reader) ReadShard(ctx context.Context, m *Manifest, n int) (*Shard, error) {
-	path := ShardPath(m.Lot, n)
+	s, path := new(Shard), ShardPath(m.Lot, n)
 	jws, _, err := r.store.Read(ctx, path)
 	if err != nil {
 		return nil, err
 	}
-	s := new(Shard)
 	if err := r.verifier.Verify(TypeShard, path, jws, s); err != nil {
 		return nil, err
 	}

@@ -181,7 +181,7 @@ func tryRevocations(ctx context.Context, store Store, s *Signer, m *Manifest, r 
 				return err
 			}
 			part.sum = sha256.Sum256(jws)
-			updates = append(updates, update{RevocationPartPath(m.Lot, n), part.version, jws})
+			updates = append(updates, update{path: RevocationPartPath(m.Lot, n), version: part.version, jws: jws})
 		}
 		if part.Version == 0 || ref != nil && ref.Version == part.Version {
 			continue
@@ -213,7 +213,7 @@ func tryRevocations(ctx context.Context, store Store, s *Signer, m *Manifest, r 
 	if err != nil {
 		return err
 	}
-	updates = append(updates, update{RevocationsPath(m.Lot), version, jws})
+	updates = append(updates, update{path: RevocationsPath(m.Lot), version: version, jws: jws})
 	for _, u := range updates { // before the first of them is written
 		if err := CheckSize(u.path, u.jws); err != nil {
 			return fmt.Errorf("%w; give shorter reasons, or revoke the whole lot", err)

@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/testkeys"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -171,7 +172,7 @@ func TestReissue(t *testing.T) {
 		"another lot's":        {"L2", 0, 99, nil},
 		"another part":         {"L1", 1, 99, nil},
 	} {
-		put(t, store, RevocationPartPath("L1", 0), must[[]byte](t)(s.Sign(TypeRevocationPart, part)))
+		put(t, store, RevocationPartPath("L1", 0), must.Get[[]byte](t)(s.Sign(TypeRevocationPart, part)))
 		if _, err := NewReader(store, NewVerifier(s.Public()), ReaderOptions{}).Device(ctx, m, imei); !errors.As(err,
 			new(*RefusedError)) {
 			t.Errorf("%s: %v", name, err)
@@ -258,7 +259,7 @@ func TestRevokeKilled(t *testing.T) {
 					err != nil {
 					t.Errorf("%s: %+v, %v", name, d, err)
 				}
-				whole := must[*Revocations](t)(r.ReadRevocations(t.Context(), m))
+				whole := must.Get[*Revocations](t)(r.ReadRevocations(t.Context(), m))
 				parts, strays, err := r.RevocationParts(t.Context(), m, whole)
 				if err != nil || !slices.Equal(parts, []int{0}) || len(strays) != 0 {
 					t.Errorf("%s: %v %v %v", name, parts, strays, err)
@@ -296,7 +297,7 @@ func TestRevokeAtOnce(t *testing.T) {
 	}
 	all.Wait()
 	r := readerOf(files, s)
-	list := must[*Revocations](t)(r.ReadRevocations(ctx, m))
+	list := must.Get[*Revocations](t)(r.ReadRevocations(ctx, m))
 	n := 0
 	for i := range m.Devices() {
 		if list.revokes(i) {
@@ -333,7 +334,7 @@ func TestRevokeLot(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	list := must[*Revocations](t)(r.ReadRevocations(ctx, m))
+	list := must.Get[*Revocations](t)(r.ReadRevocations(ctx, m))
 	if list.Version != 4 || list.Whole == nil || list.Whole.Reason != "P and Q have leaked" || list.Refusal() == nil {
 		t.Errorf("%+v", list)
 	}
@@ -356,13 +357,14 @@ func TestRevokeLot(t *testing.T) {
 		!strings.Contains(err.Error(), "lot L1 is revoked since") {
 		t.Error(err)
 	}
-	if again := must[*Revocations](t)(r.ReadRevocations(ctx, m)); again.Version != list.Version {
+	if again := must.Get[*Revocations](t)(r.ReadRevocations(ctx, m)); again.Version != list.Version {
 		t.Errorf("version %d", again.Version)
 	}
 	// Neither an older list, nor a later one that does not know it, takes it back.
 	put(t, store, RevocationsPath("L1"), before)
 	all()
-	put(t, store, RevocationsPath("L1"), must[[]byte](t)(s.Sign(TypeRevocations, &Revocations{Lot: "L1", Version: 9})))
+	put(t, store, RevocationsPath("L1"),
+		must.Get[[]byte](t)(s.Sign(TypeRevocations, &Revocations{Lot: "L1", Version: 9})))
 	all()
 	if got := r.Overdue(); len(got) != 1 || !strings.Contains(got[0].Cause.Error(), "for good") {
 		t.Errorf("%+v", got)

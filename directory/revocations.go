@@ -106,8 +106,8 @@ func (m *Manifest) bitmap(n int) Base64 {
 
 // ref is what the list says of a part; nil if there is no such part.
 func (r *Revocations) ref(n int) *RevocationRef {
-	i := sort.Search(len(r.Parts), func(i int) bool { return r.Parts[i].Part >= n })
-	if i == len(r.Parts) || r.Parts[i].Part != n {
+	i, ok := slices.BinarySearchFunc(r.Parts, n, func(ref RevocationRef, n int) int { return ref.Part - n })
+	if !ok {
 		return nil
 	}
 	return &r.Parts[i]
@@ -235,9 +235,8 @@ func (p *RevocationPart) add(entry Revocation) (added bool) {
 func readRevocations(ctx context.Context, store Store, v *Verifier, m *Manifest) (*Revocations, string, error) {
 	jws, version, err := store.Read(ctx, RevocationsPath(m.Lot))
 	if errors.Is(err, ErrNotFound) {
-		return nil, "", fmt.Errorf("%w: every lot has a list of revoked devices: if lot create was interrupted, "+
-			"run it "+
-			"again; if the lot was made before that was so, run factory lot refresh --begin; else %s", err, askWhy)
+		return nil, "", fmt.Errorf("%w: every lot has a list of revoked devices: if lot create was interrupted, run "+
+			"it again; if the lot was made before that was so, run factory lot refresh --begin; else %s", err, askWhy)
 	}
 	if err != nil {
 		return nil, "", err
@@ -247,8 +246,7 @@ func readRevocations(ctx context.Context, store Store, v *Verifier, m *Manifest)
 }
 
 func parseRevocations(v *Verifier, m *Manifest, jws []byte) (*Revocations, error) {
-	path := RevocationsPath(m.Lot)
-	list := new(Revocations)
+	list, path := new(Revocations), RevocationsPath(m.Lot)
 	if err := v.Verify(TypeRevocations, path, jws, list); err != nil {
 		return nil, err
 	}
@@ -298,8 +296,7 @@ func readPart(ctx context.Context, store Store, v *Verifier, m *Manifest, n int,
 	}
 	if ref != nil && !p.satisfies(ref) {
 		return nil, refused(path, "it has version %d, and is not what the list of revocations has as version %d: "+
-			askWhy,
-			p.Version, ref.Version)
+			askWhy, p.Version, ref.Version)
 	}
 	return p, nil
 }

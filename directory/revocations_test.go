@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -45,7 +46,7 @@ func begin(t testing.TB, store Store, s *Signer, m *Manifest) {
 func listed(t testing.TB, r *Reader, m *Manifest, imei kme.IMEI) bool {
 	t.Helper()
 	r.Refresh(t.Context(), m)
-	return must[bool](t)(r.Revoked(m, imei))
+	return must.Get[bool](t)(r.Revoked(m, imei))
 }
 
 func readerOf(store Store, s *Signer) *Reader {
@@ -142,8 +143,8 @@ func TestLargestObjects(t *testing.T) {
 		for i := range maxShard {
 			keys = append(keys, DeviceKey{m.IMEI(i), key()})
 		}
-		shard := must[*Shard](t)(NewShard(m, 0, keys, someHash))
-		jws := must[[]byte](t)(s.Sign(TypeShard, shard))
+		shard := must.Get[*Shard](t)(NewShard(m, 0, keys, someHash))
+		jws := must.Get[[]byte](t)(s.Sign(TypeShard, shard))
 		t.Logf("a shard of %d keys of %s has %d bytes", maxShard, suite, len(jws))
 		if err := CheckSize("x", jws); err != nil {
 			t.Errorf("%s: %v", suite, err)
@@ -157,7 +158,7 @@ func TestLargestObjects(t *testing.T) {
 	if err := list.check(m); err != nil {
 		t.Error(err)
 	}
-	jws := must[[]byte](t)(s.Sign(TypeRevocations, list))
+	jws := must.Get[[]byte](t)(s.Sign(TypeRevocations, list))
 	t.Logf("a list of a million devices has %d bytes", len(jws))
 	if err := CheckSize("x", jws); err != nil {
 		t.Error(err)
@@ -180,7 +181,7 @@ func TestRevocationPartReplaced(t *testing.T) {
 		}
 		return part
 	}
-	sign := func(by *Signer, p *RevocationPart) []byte { return must[[]byte](t)(by.Sign(TypeRevocationPart, p)) }
+	sign := func(by *Signer, p *RevocationPart) []byte { return must.Get[[]byte](t)(by.Sign(TypeRevocationPart, p)) }
 	entry := Revocation{IMEI: m.IMEI(5), Reason: "stolen", Time: now.UTC().Truncate(time.Second)}
 	first := revoke(3)
 	good := revoke(5)
@@ -199,11 +200,11 @@ func TestRevocationPartReplaced(t *testing.T) {
 		"a later one": {sign(s,
 			&RevocationPart{"L1", 0, 3, []Revocation{{IMEI: m.IMEI(3), Reason: "x", Time: entry.Time}, entry}}), ""},
 		"another manufacturer's": {sign(newSigner(t), &RevocationPart{"L1", 0, 3, nil}), "pinned"},
-		"the list": {must[[]byte](t)(s.Sign(TypeRevocations, &Revocations{Lot: "L1", Version: 3})),
+		"the list": {must.Get[[]byte](t)(s.Sign(TypeRevocations, &Revocations{Lot: "L1", Version: 3})),
 			"type"},
 		"one without a version": {sign(s, &RevocationPart{"L1", 0, 0, nil}), "version 0"},
 		"a device of another's part": {sign(s,
-			&RevocationPart{"L1", 0, 3, []Revocation{{IMEI: must[kme.IMEI](t)(kme.ParseIMEI("35209902000000"))}}}),
+			&RevocationPart{"L1", 0, 3, []Revocation{{IMEI: must.Get[kme.IMEI](t)(kme.ParseIMEI("35209902000000"))}}}),
 			"not in this part"},
 		"noise": {[]byte("noise"), "compact JWS"},
 	} {
@@ -231,7 +232,7 @@ func TestRevocationPartReplaced(t *testing.T) {
 	// The part that is cached serves on, and when the list names a later one, it does not.
 	put(t, store, path, good)
 	put(t, store, RevocationsPath("L1"),
-		must[[]byte](t)(s.Sign(TypeRevocations,
+		must.Get[[]byte](t)(s.Sign(TypeRevocations,
 			&Revocations{Lot: "L1", Version: 50, Parts: []RevocationRef{refOf(t, s, m, good)}})))
 	r := readerOf(store, s)
 	if d, err := r.Device(ctx, m, m.IMEI(5)); err != nil || d.Revoked == nil {
@@ -257,7 +258,7 @@ func refOf(t *testing.T, s *Signer, m *Manifest, jws []byte) RevocationRef {
 	t.Helper()
 	store := newMemory()
 	put(t, store, RevocationPartPath(m.Lot, 0), jws)
-	p := must[*storedPart](t)(readPart(t.Context(), store, NewVerifier(s.Public()), m, 0, nil))
+	p := must.Get[*storedPart](t)(readPart(t.Context(), store, NewVerifier(s.Public()), m, 0, nil))
 	return RevocationRef{0, p.Version, p.sum[:], p.bitmap(m)}
 }
 
@@ -303,7 +304,7 @@ func TestRevocationsCacheBound(t *testing.T) {
 	}
 	_, published := files.take()
 	r := NewReader(files, NewVerifier(s.Public()), ReaderOptions{Cache: NewCache(limit, nil), ReadTimeout: time.Minute})
-	list := must[*Revocations](t)(r.list(t.Context(), m))
+	list := must.Get[*Revocations](t)(r.list(t.Context(), m))
 	heap := func() int64 {
 		runtime.GC()
 		runtime.GC()

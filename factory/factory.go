@@ -48,8 +48,7 @@ func refuseWeak(ctx context.Context, token Token) error {
 	weak, err := token.Weaknesses(ctx, hsmkeys.Factory)
 	if err == nil && len(weak) > 0 {
 		err = fmt.Errorf("the token was tried, and P and Q would not be safe in it: %s: use another token, or have "+
-			"its maker put this right; factory doctor says what follows",
-			strings.Join(hsmkeys.Sentences(weak), "; "))
+			"its maker put this right; factory doctor says what follows", strings.Join(hsmkeys.Sentences(weak), "; "))
 	}
 	return err
 }

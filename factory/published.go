@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/sqlconn"
 	"github.com/kmehsm/kmehsm/internal/sqlite"
 )
 
@@ -113,7 +114,7 @@ func (l *Line) knownLots(ctx context.Context, db *sql.DB) (known map[string]publ
 // remember keeps manifests that were verified; some are nil.
 func (l *Line) remember(ctx context.Context, db *sqlite.Writer, manifests []*directory.Manifest) error {
 	manufacturer := l.Manufacturer()
-	return db.Do(ctx, func(ctx context.Context, tx *sql.Tx) error {
+	return db.Do(ctx, func(ctx context.Context, tx *sqlconn.Tx) error {
 		for _, m := range manifests {
 			if m == nil {
 				continue

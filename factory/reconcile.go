@@ -75,9 +75,8 @@ func (l *Line) Reconcile(ctx context.Context, lot, out string, repair bool) (*Re
 	}
 	r := &Reconciliation{Lot: lot, Differences: []Difference{}}
 	if err := l.token.ProveLotKey(ctx, l.lotKey(lot), m.PublicKey()); err != nil {
-		r.differs(fmt.Sprintf("token: %v", err),
-			"use the token that the lot was made in, or a copy of it: without its key, "+
-				"nobody can be granted the lot any more", nil)
+		r.differs(fmt.Sprintf("token: %v", err), "use the token that the lot was made in, or a copy of it: without "+
+			"its key, nobody can be granted the lot any more", nil)
 	}
 	dir := filepath.Join(out, lot)
 	if err := r.strays(m, dir); err != nil {
@@ -206,8 +205,7 @@ func (l *Line) compareRevocations(ctx context.Context, r *Reconciliation, m *dir
 	}
 	if len(behind) > 0 {
 		r.differs(fmt.Sprintf("a run of lot revoke or lot reissue was killed: the list of revocations does not name "+
-			"what %d of "+
-			"its parts have", len(behind)), "publish the list anew", func(ctx context.Context) error {
+			"what %d of its parts have", len(behind)), "publish the list anew", func(ctx context.Context) error {
 			return directory.CompleteRevocations(ctx, l.store, l.signer, m, behind, time.Now())
 		})
 	}

@@ -29,15 +29,6 @@ func (s State) PublicKey() string { return s.path("manufacturer.pem") }
 // Injection is the folder of the injection packages, unless they are elsewhere.
 func (s State) Injection() string { return s.path("injection") }
 
-// Lock keeps out other processes that lock the folder until unlock. Commands that make keys do: two at once could make
-// a key twice.
-func (s State) Lock() (unlock func(), err error) {
-	if err := durable.MkdirAll(s.Dir, 0o755); err != nil {
-		return nil, err
-	}
-	return durable.Lock(s.Dir)
-}
-
 // Log is the audit log of all commands that use the token.
 func (s State) Log() auditlog.Log { return auditlog.Log{Dir: s.Dir} }
 
@@ -92,9 +83,8 @@ func (s State) GrantedLots(operator string) (lots []string, err error) {
 	}
 	for _, other := range operators {
 		if other != operator && strings.EqualFold(other, operator) {
-			return nil, fmt.Errorf("to Vault the operators %s and %s are one, and would have one policy: "+
-				"enroll one of them by another name, and grant it its lots by that", min(operator, other),
-				max(operator, other))
+			return nil, fmt.Errorf("to Vault the operators %s and %s are one, and would have one policy: enroll one "+
+				"of them by another name, and grant it its lots by that", min(operator, other), max(operator, other))
 		}
 	}
 	return names(operator)

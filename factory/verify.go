@@ -243,8 +243,7 @@ func (v *verifying) revocations(ctx context.Context, m *directory.Manifest, pack
 		}
 		if !complete {
 			v.problem("%s: the list of revocations does not name it yet: a run is at work, or was killed; factory "+
-				"reconcile "+
-				"--repair finishes it", directory.RevocationPartPath(m.Lot, n))
+				"reconcile --repair finishes it", directory.RevocationPartPath(m.Lot, n))
 		}
 		v.part(m, part, packages)
 	}

@@ -24,9 +24,8 @@ func Setup(ctx context.Context, client *api.Client, mount string, dryRun bool) (
 	store := New(client, mount)
 	explain := func(err error, what, path string) error {
 		if statusOf(err) == http.StatusForbidden {
-			return fmt.Errorf("this token may not %s %s in Vault (403): "+
-				"a directory is set up with a token of whoever runs Vault, which may make mounts and policies", what,
-				path)
+			return fmt.Errorf("this token may not %s %s in Vault (403): a directory is set up with a token of whoever "+
+				"runs Vault, which may make mounts and policies", what, path)
 		}
 		return store.explain(err, what, path)
 	}

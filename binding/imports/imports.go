@@ -36,7 +36,7 @@ type Enrolment struct {
 	TACs       []kme.TAC
 }
 
-// Enroll imports a manufacturer's enrolment: it pins the manufacturer's key, takes the operator's KEK into the token,
+// Enroll imports a manufacturer's enrolment: it pins the manufacturer's key, imports the operator's KEK into the token,
 // and destroys the transport key that the KEK came under. The KEK of an earlier enrolment with the same generation is
 // replaced; one of another generation is imported beside those that are there. Without TACs those of the enrolment
 // before stay. An enrolment that was imported before changes nothing but the directory.
@@ -119,8 +119,7 @@ func checkPins(lots []*binding.Lot, manufacturers []*binding.Manufacturer, m *bi
 			if l.Manufacturer != m.KeyID && l.Served() &&
 				slices.ContainsFunc(l.Manifest.Ranges, func(r directory.Range) bool { return r.TAC == t }) {
 				return fmt.Errorf("lot %s of manufacturer %s has TAC %s: settle it with who made them; keysvc lot "+
-					"retire ends a lot",
-					l.Manifest.Lot, l.Manufacturer, t)
+					"retire ends a lot", l.Manifest.Lot, l.Manufacturer, t)
 			}
 		}
 	}
@@ -180,7 +179,7 @@ func enrolledBefore(ctx context.Context, token Token, registry binding.Registry,
 	return registry.PutManufacturer(ctx, m)
 }
 
-// ImportLot imports a granted lot: it takes the lot's private key into the token, proves with a decryption that it is
+// ImportLot imports a granted lot: it imports the lot's private key, proves with a decryption that it is
 // the key of the manifest's modulus, and enters the lot. The same grant again changes nothing. A lot that was retired
 // is refused, unless again is the verdict that it is served again.
 func ImportLot(
@@ -280,9 +279,8 @@ func checkLot(lot *binding.Lot, all []*binding.Lot, again bool) error {
 					lot.Manifest.Lot, lot.Manufacturer)
 			}
 			if other.Retired.Withdrawn && !again {
-				return fmt.Errorf("lot %s of manufacturer %s was retired, %s; if that is to be undone, import it "+
-					"with --reinstate REASON",
-					lot.Manifest.Lot, lot.Manufacturer, other.Retired)
+				return fmt.Errorf("lot %s of manufacturer %s was retired, %s; if that is to be undone, import it with "+
+					"--reinstate REASON", lot.Manifest.Lot, lot.Manufacturer, other.Retired)
 			}
 			continue
 		}

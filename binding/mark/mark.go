@@ -15,7 +15,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/panics"
 )
 
-// A Token is an HSM that keeps the ledger's high-water mark, where who has the database does not reach it.
+// A Token is an HSM that keeps the ledger's high-water mark, where whoever has the database does not reach it.
 type Token interface {
 	Marks(ctx context.Context) ([][]byte, error)
 	// SetMark sets a mark in the place of others, and leaves those that are not among them.

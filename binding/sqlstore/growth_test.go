@@ -50,11 +50,12 @@ func devices(first, n, bindings int, at time.Time) []device {
 func (d device) request() binding.VectorRequest {
 	return binding.VectorRequest{
 		IMSI: d.imsi, Origin: binding.Origin{Provisioning: binding.Allowed}, RANDs: []hsmkeys.RAND{[16]byte(d.sum[:])},
-		Now: d.at, AttemptID: d.attempt(), AttemptTTL: time.Hour, PendingVectors: 3,
+		Now: d.at, AttemptTTL: time.Hour, PendingVectors: 3,
 	}
 }
 
-func (d device) attempt() string { return fmt.Sprintf("%x", d.sum[:11]) }
+// attempt is what request opens.
+func (d device) attempt(s *Store) string { return s.issue(new(stored), d.request()).ID }
 
 var steps = []step{
 	{"bound", func(ctx context.Context, s *Store, d device) error {
@@ -70,13 +71,13 @@ var steps = []step{
 	{"establish", func(ctx context.Context, s *Store, d device) error {
 		return s.Establish(ctx, &binding.Binding{
 			IMSI: d.imsi, IMEI: d.imei, Manufacturer: "uogvGY7XcA_OB_9takJbeRvZ4FEM767Bc3xPYsO5e-Q", Lot: "L1",
-			State: binding.Pending, Sealed: d.sum[:], NWSig: d.sum[:], AttemptID: d.attempt(),
+			State: binding.Pending, Sealed: d.sum[:], NWSig: d.sum[:], AttemptID: d.attempt(s),
 			PayloadSHA256: d.sum[:], Established: d.at, Expires: d.at.Add(time.Hour),
 		}, d.sum[:], true, d.at)
 	}},
 	{"vector", func(ctx context.Context, s *Store, d device) error {
 		q := d.request()
-		q.RANDs, q.Ready = []hsmkeys.RAND{[16]byte(d.sum[16:])}, d.attempt()
+		q.RANDs, q.Ready = []hsmkeys.RAND{[16]byte(d.sum[16:])}, d.attempt(s)
 		_, err := s.Prepare(ctx, q)
 		return err
 	}},

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -67,9 +68,7 @@ func dropExpired(t *testing.T, s Store) {
 		{t0.Add(ttl), false, true},
 		{t0.Add(ttl + time.Millisecond), false, false},
 	} {
-		if err := s.DropExpired(t.Context(), c.now); err != nil {
-			t.Fatal(err)
-		}
+		must.Do(t, s.DropExpired(t.Context(), c.now))
 		// Asked for a time at which they were open: what is gone stays gone.
 		checkOpen(t, s, one, "o", t0, c.first)
 		checkOpen(t, s, other, "o", t0, c.other)
@@ -179,12 +178,8 @@ func ledger(t *testing.T, s Store) {
 	bind(t, s, subscription(t, 2), second, tag)
 	checkUsed(t, s, second, tag, true)
 	// It is for ever: a binding that was dropped, and attempts that expired, leave it as it is.
-	if _, err := s.Report(t.Context(), subscription(t, 1), nobody.Name, false, t0); err != nil {
-		t.Fatal(err)
-	}
-	if err := s.DropExpired(t.Context(), t0.Add(100*365*24*time.Hour)); err != nil {
-		t.Fatal(err)
-	}
+	must.Get[*binding.Subscription](t)(s.Report(t.Context(), subscription(t, 1), nobody.Name, false, t0))
+	must.Do(t, s.DropExpired(t.Context(), t0.Add(100*365*24*time.Hour)))
 	checkUsed(t, s, first, tag, true)
 	a2 := openAttempt(t, s, subscription(t, 1), t0)
 	if err := s.Establish(t.Context(), newBinding(subscription(t, 1), first, a2), tag, true, t0); !errors.Is(err,

@@ -2,20 +2,19 @@ package storetest
 
 import (
 	"errors"
+	"slices"
 	"testing"
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/tokenkeys"
+	"github.com/kmehsm/kmehsm/internal/must"
 )
 
 var actor = binding.Actor{Client: "ops", Role: "admin", Certificate: "ab12", Address: "192.0.2.1"}
 
 func events(t *testing.T, s Store, subject string) (all []binding.Event) {
 	t.Helper()
-	history, err := s.History(t.Context(), subject)
-	if err != nil {
-		t.Fatal(err)
-	}
+	history := must.Get[[]binding.Entry](t)(s.History(t.Context(), subject))
 	for i, e := range history {
 		if e.Subject != subject || e.Time.IsZero() || i > 0 && e.Seq <= history[i-1].Seq {
 			t.Errorf("entry %+v of %s", e, subject)
@@ -25,30 +24,21 @@ func events(t *testing.T, s Store, subject string) (all []binding.Event) {
 	return all
 }
 
-// Every decision is in the ledger, with who has taken it.
+// Every decision is in the ledger, with whoever has taken it.
 func noted(t *testing.T, s Store) {
 	imsi := subscription(t, 1)
 	ctx := binding.WithActor(t.Context(), actor)
 	bind(t, s, imsi, device(t, 1), []byte("a"))
 	activate(t, s, imsi, t0)
-	if err := s.OpenAttempt(ctx, binding.Attempt{ID: "o", IMSI: imsi, Expires: t0.Add(ttl), Opened: true}); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := s.Revoke(ctx, imsi, t0); err != nil {
-		t.Fatal(err)
-	}
-	if err := s.Note(ctx, binding.EventExported, imsi.String(), "to nobody"); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, s.OpenAttempt(ctx, binding.Attempt{ID: "o", IMSI: imsi, Expires: t0.Add(ttl), Opened: true}))
+	must.Get[*binding.Binding](t)(s.Revoke(ctx, imsi, t0))
+	must.Do(t, s.Note(ctx, binding.EventExported, imsi.String(), "to nobody"))
 	want := []binding.Event{binding.EventEstablished, binding.EventActivated, binding.EventOpened, binding.EventRevoked,
 		binding.EventExported}
-	if got := events(t, s, imsi.String()); !equal(got, want) {
+	if got := events(t, s, imsi.String()); !slices.Equal(got, want) {
 		t.Errorf("the ledger has %v, want %v", got, want)
 	}
-	history, err := s.History(t.Context(), imsi.String())
-	if err != nil {
-		t.Fatal(err)
-	}
+	history := must.Get[[]binding.Entry](t)(s.History(t.Context(), imsi.String()))
 	for i, e := range history {
 		by := binding.Actor{}
 		if i >= 2 {
@@ -65,24 +55,20 @@ func noted(t *testing.T, s Store) {
 	m := newMaker(t, s)
 	lot := m.lot(t, "L1", 0)
 	for range 2 {
-		if err := s.PutLot(ctx, lot, allowed); err != nil {
-			t.Fatal(err)
-		}
+		must.Do(t, s.PutLot(ctx, lot, allowed))
 	}
 	for _, withdrawn := range []bool{true, true, false} {
 		v := binding.Verdict{Withdrawn: withdrawn, By: "a@h", Reason: "why", Time: t0}
 		for _, name := range []string{"", "L1"} {
-			if _, err := s.Decide(ctx, m.KeyID, name, v, allowed); err != nil {
-				t.Fatal(err)
-			}
+			must.Get[binding.Verdict](t)(s.Decide(ctx, m.KeyID, name, v, allowed))
 		}
 	}
 	if got, want := events(t, s, binding.ManufacturerSubject(m.KeyID)), []binding.Event{binding.EventEnrolled,
-		binding.EventDistrusted, binding.EventTrusted}; !equal(got, want) {
+		binding.EventDistrusted, binding.EventTrusted}; !slices.Equal(got, want) {
 		t.Errorf("the ledger has %v, want %v", got, want)
 	}
 	if got, want := events(t, s, binding.LotSubject(m.KeyID, "L1")), []binding.Event{binding.EventImported,
-		binding.EventRetired, binding.EventReinstated}; !equal(got, want) {
+		binding.EventRetired, binding.EventReinstated}; !slices.Equal(got, want) {
 		t.Errorf("the ledger has %v, want %v", got, want)
 	}
 
@@ -91,7 +77,7 @@ func noted(t *testing.T, s Store) {
 	if _, err := s.Revoke(ctx, nothing, t0); !errors.Is(err, binding.ErrNotBound) {
 		t.Error(err)
 	}
-	if got, want := events(t, s, nothing.String()), []binding.Event{binding.EventClosed}; !equal(got, want) {
+	if got, want := events(t, s, nothing.String()), []binding.Event{binding.EventClosed}; !slices.Equal(got, want) {
 		t.Errorf("the ledger has %v, want %v", got, want)
 	}
 	if n, err := s.VerifyLedger(t.Context()); err != nil || n != 12 {
@@ -99,26 +85,12 @@ func noted(t *testing.T, s Store) {
 	}
 }
 
-func equal(a, b []binding.Event) bool {
-	if len(a) != len(b) {
-		return false
-	}
-	for i := range a {
-		if a[i] != b[i] {
-			return false
-		}
-	}
-	return true
-}
-
 func lastNote(t *testing.T, s Store) {
 	if _, found, err := s.LastNote(t.Context(), "X", "s"); found || err != nil {
 		t.Errorf("found %v, error %v", found, err)
 	}
 	for _, n := range [][3]string{{"X", "s", "1"}, {"Y", "s", "2"}, {"X", "s", "3"}, {"X", "r", "4"}} {
-		if err := s.Note(t.Context(), binding.Event(n[0]), n[1], n[2]); err != nil {
-			t.Fatal(err)
-		}
+		must.Do(t, s.Note(t.Context(), binding.Event(n[0]), n[1], n[2]))
 	}
 	for _, want := range [][3]string{{"X", "s", "3"}, {"Y", "s", "2"}, {"X", "r", "4"}} {
 		if detail, found, err := s.LastNote(t.Context(), binding.Event(want[0]), want[1]); !found || err != nil ||
@@ -141,9 +113,7 @@ func rolledBack(t *testing.T, s Store) {
 		t.Fatal(err)
 	}
 	for range 3 { // the same again is good, and so is a lower mark
-		if _, err := s.Check(ctx, mark); err != nil {
-			t.Fatal(err)
-		}
+		must.Get[*binding.Mark](t)(s.Check(ctx, mark))
 	}
 	if seen := s.Seen(); seen.Epoch != mark.Epoch || len(seen.Heads) != len(mark.Heads) {
 		t.Errorf("seen %+v", seen)
@@ -207,9 +177,7 @@ func rolledBack(t *testing.T, s Store) {
 	if err != nil || accepted.Epoch != ahead.Epoch+1 {
 		t.Fatalf("%+v, %v", accepted, err)
 	}
-	if _, err := s.Check(ctx, accepted); err != nil {
-		t.Fatal(err)
-	}
+	must.Get[*binding.Mark](t)(s.Check(ctx, accepted))
 	if _, err := s.Check(ctx, &ahead); err != nil { // of an earlier epoch: no matter
 		t.Error(err)
 	}
@@ -219,18 +187,13 @@ func rolledBack(t *testing.T, s Store) {
 	if n, err := s.VerifyLedger(ctx); err != nil || n != 1+binding.Chains {
 		t.Errorf("%d entries, error %v", n, err)
 	}
-	for _, e := range must(t, s, binding.StoreSubject) {
+	entries := must.Get[[]binding.Entry](t)(s.History(ctx, binding.StoreSubject))
+	if len(entries) == 0 {
+		t.Error("nobody accepted it")
+	}
+	for _, e := range entries {
 		if e.Event != binding.EventAccepted || e.Actor != actor {
 			t.Errorf("%+v", e)
 		}
 	}
-}
-
-func must(t *testing.T, s Store, subject string) []binding.Entry {
-	t.Helper()
-	all, err := s.History(t.Context(), subject)
-	if err != nil || len(all) == 0 {
-		t.Fatal(all, err)
-	}
-	return all
 }

@@ -10,6 +10,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -40,9 +41,7 @@ func checkUnder(t *testing.T, s Store, imsi kme.IMSI, o binding.Origin, want *bi
 func open(t *testing.T, s Store, imsi kme.IMSI) {
 	t.Helper()
 	a := binding.Attempt{ID: "admin's", IMSI: imsi, Expires: t0.Add(ttl), Opened: true}
-	if err := s.OpenAttempt(t.Context(), a); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, s.OpenAttempt(t.Context(), a))
 }
 
 func attemptsByOrigin(t *testing.T, s Store) {
@@ -91,7 +90,7 @@ func mayNotProvision(t *testing.T, s Store) {
 	checkUnder(t, s, imsi, binding.Origin{Name: away.Name}, b)
 }
 
-// Success counts from an origin that was sent a vector under the binding, and failure from that and from who
+// Success counts from an origin that was sent a vector under the binding, and failure from that and from whoever
 // established it.
 func activatedBySent(t *testing.T, s Store) {
 	for i, c := range []struct {
@@ -126,7 +125,7 @@ func activatedBySent(t *testing.T, s Store) {
 	}
 }
 
-// Who was only told of a pending binding was sent nothing, and it lasts.
+// Whoever was only told of a pending binding was sent nothing, and it lasts.
 func notReady(t *testing.T, s Store) {
 	imsi := subscription(t, 1)
 	b := bindFrom(t, s, imsi, home, device(t, 1), "b1")
@@ -222,7 +221,7 @@ func pendingEnds(t *testing.T, s Store) {
 		}
 		checkUsed(t, s, pending.IMEI, []byte("tag "+fmt.Sprint("c", n)), true)
 	}
-	// It ends for who may not provision too.
+	// It ends for whoever may not provision too.
 	imsi := subscription(t, 3)
 	pending := bindFrom(t, s, imsi, home, device(t, 3), "d")
 	for range pendingVectors {
@@ -307,9 +306,7 @@ func spent(t *testing.T, s Store) {
 		checkUnder(t, s, one, home, &binding.Binding{AttemptID: id, State: state})
 		reportFrom(t, s, one, home, true, t0)
 	}
-	if _, err := s.Revoke(t.Context(), one, t0); err != nil {
-		t.Fatal(err)
-	}
+	must.Get[*binding.Binding](t)(s.Revoke(t.Context(), one, t0))
 	check(one, q.RANDs[0], true)
 }
 
@@ -352,8 +349,6 @@ func openedByOrigin(t *testing.T, s Store) {
 	}
 	b := newBinding(imsi, device(t, 2), ids[away])
 	b.Origin = away.Name
-	if err := s.Establish(t.Context(), b, []byte("new"), true, t0); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, s.Establish(t.Context(), b, []byte("new"), true, t0))
 	checkUnder(t, s, imsi, home, before) // it is closed, for all
 }

@@ -14,6 +14,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -26,26 +27,15 @@ type maker struct {
 
 func newMaker(t *testing.T, s Store) *maker {
 	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	signer, err := directory.NewSigner(key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	pem, err := pemkey.Encode(signer.Public())
-	if err != nil {
-		t.Fatal(err)
-	}
+	key := must.Get[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
+	signer := must.Get[*directory.Signer](t)(directory.NewSigner(key))
+	pem := must.Get[[]byte](t)(pemkey.Encode(signer.Public()))
 	m := &binding.Manufacturer{KeyID: signer.KeyID(), PEM: string(pem), Operator: "op",
 		Directory: "file:/srv/directory", Enrolled: t0}
 	if s != nil {
-		if err := s.PutManufacturer(t.Context(), m); err != nil {
-			t.Fatal(err)
-		}
+		must.Do(t, s.PutManufacturer(t.Context(), m))
 	}
-	return &maker{m, signer}
+	return &maker{Manufacturer: m, signer: signer}
 }
 
 // lot signs the manifest of a lot of ten devices.
@@ -58,13 +48,8 @@ func (m *maker) lot(t *testing.T, name string, first int) *binding.Lot {
 		Lot: name, Manufacturer: m.KeyID, Suite: kme.SuiteECDSA, N: n.Bytes(), E: kme.PublicExponent, Mechanism: "none",
 		Ranges: []directory.Range{{TAC: tac(t), First: first, Count: 10}}, ShardSize: 10, Created: t0,
 	}
-	if err := manifest.Validate(); err != nil {
-		t.Fatal(err)
-	}
-	jws, err := m.signer.Sign(directory.TypeManifest, manifest)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, manifest.Validate())
+	jws := must.Get[[]byte](t)(m.signer.Sign(directory.TypeManifest, manifest))
 	return &binding.Lot{Manufacturer: m.KeyID, Manifest: manifest, ManifestJWS: string(jws), Imported: t0}
 }
 
@@ -72,10 +57,7 @@ func allowed([]*binding.Lot) error { return nil }
 
 func checkLots(t *testing.T, s Store, want ...*binding.Lot) {
 	t.Helper()
-	got, err := s.Lots(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
+	got := must.Get[[]*binding.Lot](t)(s.Lots(t.Context()))
 	sameLots(t, got, want)
 }
 
@@ -100,10 +82,7 @@ func sameLots(t *testing.T, got, want []*binding.Lot) {
 
 func checkManufacturers(t *testing.T, s Store, want ...*binding.Manufacturer) {
 	t.Helper()
-	got, err := s.Manufacturers(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
+	got := must.Get[[]*binding.Manufacturer](t)(s.Manufacturers(t.Context()))
 	if len(got) != len(want) {
 		t.Errorf("%d manufacturers, want %d", len(got), len(want))
 	}
@@ -120,14 +99,10 @@ func manufacturers(t *testing.T, s Store) {
 	checkManufacturers(t, s, a.Manufacturer, b.Manufacturer)
 
 	lot := a.lot(t, "L1", 0)
-	if err := s.PutLot(t.Context(), lot, allowed); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, s.PutLot(t.Context(), lot, allowed))
 	// Enrolling again replaces what was there, and leaves the lots alone.
 	a.Operator, a.Directory, a.Enrolled = "op-2", "", t0.Add(time.Hour)
-	if err := s.PutManufacturer(t.Context(), a.Manufacturer); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, s.PutManufacturer(t.Context(), a.Manufacturer))
 	checkManufacturers(t, s, a.Manufacturer, b.Manufacturer)
 	checkLots(t, s, lot)
 }
@@ -138,13 +113,10 @@ func lots(t *testing.T, s Store) {
 	// One name of two manufacturers is two lots.
 	all := []*binding.Lot{a.lot(t, "L1", 0), b.lot(t, "L1", 10), a.lot(t, "L2", 20)}
 	for i, lot := range all {
-		err := s.PutLot(t.Context(), lot, func(before []*binding.Lot) error {
+		must.Do(t, s.PutLot(t.Context(), lot, func(before []*binding.Lot) error {
 			sameLots(t, before, all[:i])
 			return nil
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
+		}))
 	}
 	checkLots(t, s, all...)
 
@@ -181,9 +153,7 @@ func verdicts(t *testing.T, s Store) {
 	a, b := newMaker(t, s), newMaker(t, s)
 	lots := []*binding.Lot{a.lot(t, "L1", 0), b.lot(t, "L1", 10), a.lot(t, "L2", 20)}
 	for _, l := range lots {
-		if err := s.PutLot(t.Context(), l, allowed); err != nil {
-			t.Fatal(err)
-		}
+		must.Do(t, s.PutLot(t.Context(), l, allowed))
 	}
 	enter := func(manufacturer, lot string, v, want binding.Verdict) {
 		t.Helper()
@@ -217,13 +187,9 @@ func verdicts(t *testing.T, s Store) {
 	checkManufacturers(t, s, a.Manufacturer, b.Manufacturer)
 
 	// Enrolling and importing again do not undo it.
-	if err := s.PutManufacturer(t.Context(), &binding.Manufacturer{KeyID: a.KeyID, PEM: a.PEM, Operator: "op",
-		Directory: a.Directory, Enrolled: t0}); err != nil {
-		t.Fatal(err)
-	}
-	if err := s.PutLot(t.Context(), a.lot(t, "L1", 0), allowed); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, s.PutManufacturer(t.Context(), &binding.Manufacturer{KeyID: a.KeyID, PEM: a.PEM, Operator: "op",
+		Directory: a.Directory, Enrolled: t0}))
+	must.Do(t, s.PutLot(t.Context(), a.lot(t, "L1", 0), allowed))
 	checkManufacturers(t, s, a.Manufacturer, b.Manufacturer)
 	checkLots(t, s, lots...)
 
@@ -237,9 +203,7 @@ func verdicts(t *testing.T, s Store) {
 func verdictsRefused(t *testing.T, s Store) {
 	a := newMaker(t, s)
 	lot := a.lot(t, "L1", 0)
-	if err := s.PutLot(t.Context(), lot, allowed); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, s.PutLot(t.Context(), lot, allowed))
 	v := binding.Verdict{Withdrawn: true, By: "a@h", Reason: "r", Time: t0}
 	for _, c := range [][2]string{{"nobody", ""}, {a.KeyID, "L2"}, {"nobody", "L1"}, {"", ""}} {
 		if _, err := s.Decide(t.Context(), c[0], c[1], v, allowed); !errors.Is(err, binding.ErrNotImported) {
@@ -278,9 +242,7 @@ func boundTo(t *testing.T, s Store) {
 	}
 	check(t0, 4, 3, 1, 0)
 	activate(t, s, subscription(t, 0), t0)
-	if _, err := s.Revoke(t.Context(), subscription(t, 1), t0); err != nil {
-		t.Fatal(err)
-	}
+	must.Get[*binding.Binding](t)(s.Revoke(t.Context(), subscription(t, 1), t0))
 	check(t0, 3, 2, 1, 0)
 	check(t0.Add(pendingTTL), 1, 1, 0, 0) // pending ones have ended by themselves
 }

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -19,10 +20,7 @@ func report(t *testing.T, s Store, imsi kme.IMSI, ok bool, now time.Time) *bindi
 
 func reportFrom(t *testing.T, s Store, imsi kme.IMSI, o binding.Origin, ok bool, now time.Time) *binding.Binding {
 	t.Helper()
-	sub, err := s.Report(t.Context(), imsi, o.Name, ok, now)
-	if err != nil {
-		t.Fatal(err)
-	}
+	sub := must.Get[*binding.Subscription](t)(s.Report(t.Context(), imsi, o.Name, ok, now))
 	if stored := subscriptionOf(t, s, imsi, now); !reflect.DeepEqual(sub, stored) {
 		t.Errorf("Report gives %+v, and stored is %+v", sub, stored)
 	}
@@ -87,9 +85,7 @@ func openedBesideActive(t *testing.T, s Store) {
 		before := activate(t, s, imsi, t0)
 		opened := binding.Attempt{ID: fmt.Sprint("o", n), IMSI: imsi, Expires: t0.Add(ttl), Opened: true}
 		for range 2 { // it replaces the one before
-			if err := s.OpenAttempt(t.Context(), opened); err != nil {
-				t.Fatal(err)
-			}
+			must.Do(t, s.OpenAttempt(t.Context(), opened))
 		}
 		checkBinding(t, s, imsi, before)
 		if b, a := prepare(t, s, imsi, t0); b != nil || a == nil || *a != opened {
@@ -103,9 +99,7 @@ func openedBesideActive(t *testing.T, s Store) {
 			t.Fatalf("after its end prepared %+v, %+v", b, a)
 		}
 		pending := newBinding(imsi, device(t, 2*n+1), opened.ID)
-		if err := s.Establish(t.Context(), pending, []byte{byte(n), 2}, true, t0); err != nil {
-			t.Fatal(err)
-		}
+		must.Do(t, s.Establish(t.Context(), pending, []byte{byte(n), 2}, true, t0))
 		checkBinding(t, s, imsi, pending)
 		if b, a := prepare(t, s, imsi, t0); b == nil || b.State != binding.Pending || a != nil {
 			t.Fatalf("prepared %+v, %+v, want the pending binding", b, a)
@@ -165,9 +159,7 @@ func revoke(t *testing.T, s Store) {
 		t.Fatal(err)
 	}
 	// Revoked when it has expired: a clock that is set back does not bring it back.
-	if _, err := s.Revoke(t.Context(), imsi, t0.Add(pendingTTL)); err != nil {
-		t.Fatal(err)
-	}
+	must.Get[*binding.Binding](t)(s.Revoke(t.Context(), imsi, t0.Add(pendingTTL)))
 	checkBinding(t, s, imsi, want)
 	// Revoked while it is pending.
 	bind(t, s, imsi, device(t, 2), []byte("tag 4"))
@@ -180,10 +172,7 @@ func bindings(t *testing.T, s Store) {
 	query := func(q binding.BindingQuery) (names []string) {
 		t.Helper()
 		q.Now = t0
-		all, err := s.Bindings(t.Context(), q)
-		if err != nil {
-			t.Fatal(err)
-		}
+		all := must.Get[[]*binding.Binding](t)(s.Bindings(t.Context(), q))
 		for _, b := range all {
 			names = append(names, fmt.Sprint(b.IMSI.String()[10:], " ", b.IMEI.String()[11:], " ", b.State))
 		}
@@ -201,17 +190,10 @@ func bindings(t *testing.T, s Store) {
 	}
 	activate(t, s, subscription(t, 1), t0)
 	activate(t, s, subscription(t, 2), t0)
-	if _, err := s.Revoke(t.Context(), subscription(t, 2), t0); err != nil {
-		t.Fatal(err)
-	}
-	if err := s.OpenAttempt(t.Context(), binding.Attempt{ID: "o", IMSI: subscription(t, 1), Expires: t0.Add(ttl),
-		Opened: true}); err != nil {
-		t.Fatal(err)
-	}
-	if err := s.Establish(t.Context(), newBinding(subscription(t, 1), device(t, 7), "o"), []byte("o"), true,
-		t0); err != nil {
-		t.Fatal(err)
-	}
+	must.Get[*binding.Binding](t)(s.Revoke(t.Context(), subscription(t, 2), t0))
+	must.Do(t, s.OpenAttempt(t.Context(), binding.Attempt{ID: "o", IMSI: subscription(t, 1), Expires: t0.Add(ttl),
+		Opened: true}))
+	must.Do(t, s.Establish(t.Context(), newBinding(subscription(t, 1), device(t, 7), "o"), []byte("o"), true, t0))
 	all := []string{"00000 000 PENDING", "00001 007 PENDING", "00002 001 REVOKED", "00003 001 PENDING",
 		"00004 002 PENDING"}
 	if got := list("", kme.IMEI{}, 10); !slices.Equal(got, all) {

@@ -6,6 +6,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/tokenkeys"
+	"github.com/kmehsm/kmehsm/internal/must"
 )
 
 func reseal(t *testing.T, s Store) {
@@ -19,25 +20,17 @@ func reseal(t *testing.T, s Store) {
 		if i == 3 {
 			b.Sealed = sealed(2, byte(i)) // already
 		}
-		if err := s.Establish(t.Context(), b, []byte{byte(i)}, true, t0); err != nil {
-			t.Fatal(err)
-		}
+		must.Do(t, s.Establish(t.Context(), b, []byte{byte(i)}, true, t0))
 	}
 	// One IMSI has an active and a pending binding, of one only the past is left.
 	one := subscription(t, 0)
 	activate(t, s, one, t0)
-	if err := s.OpenAttempt(t.Context(), binding.Attempt{ID: "b", IMSI: one, Expires: t0.Add(ttl),
-		Opened: true}); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, s.OpenAttempt(t.Context(), binding.Attempt{ID: "b", IMSI: one, Expires: t0.Add(ttl),
+		Opened: true}))
 	second := newBinding(one, device(t, 9), "b")
 	second.Sealed = sealed(1, 9)
-	if err := s.Establish(t.Context(), second, []byte{9}, true, t0); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := s.Revoke(t.Context(), subscription(t, 2), t0); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, s.Establish(t.Context(), second, []byte{9}, true, t0))
+	must.Get[*binding.Binding](t)(s.Revoke(t.Context(), subscription(t, 2), t0))
 	check := func(want ...byte) {
 		t.Helper()
 		if n, err := s.CountSealed(t.Context(), below); err != nil || n != len(want) {
@@ -65,18 +58,13 @@ func reseal(t *testing.T, s Store) {
 		}
 	}
 	check(0, 9, 1, 4) // ACTIVE is before PENDING
-	all, err := s.Sealed(t.Context(), tokenkeys.Sealed{}, below, 10)
-	if err != nil {
-		t.Fatal(err)
-	}
+	all := must.Get[[]tokenkeys.Sealed](t)(s.Sealed(t.Context(), tokenkeys.Sealed{}, below, 10))
 	var again []tokenkeys.Resealed
 	for _, b := range all {
 		again = append(again, tokenkeys.Resealed{Sealed: b, Again: sealed(2, b.KME[1])})
 	}
 	// Meanwhile the pending one becomes the active one, and another is ended.
-	if _, err := s.Revoke(t.Context(), subscription(t, 4), t0); err != nil {
-		t.Fatal(err)
-	}
+	must.Get[*binding.Binding](t)(s.Revoke(t.Context(), subscription(t, 4), t0))
 	activate(t, s, one, t0)
 	if n, err := s.Reseal(t.Context(), again); err != nil || n != 2 {
 		t.Errorf("%d were sealed again, error %v; want 2", n, err)

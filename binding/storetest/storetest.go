@@ -14,6 +14,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/tokenkeys"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -96,20 +97,12 @@ func subscription(t *testing.T, n int) kme.IMSI {
 
 func device(t *testing.T, n int) kme.IMEI {
 	t.Helper()
-	imei, err := kme.NewIMEI(tac(t), n)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return imei
+	return must.Get[kme.IMEI](t)(kme.NewIMEI(tac(t), n))
 }
 
 func tac(t *testing.T) kme.TAC {
 	t.Helper()
-	v, err := kme.ParseTAC("01234567")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return v
+	return must.Get[kme.TAC](t)(kme.ParseTAC("01234567"))
 }
 
 // home and away are two origins; nobody is that of callers that have one peer.
@@ -183,11 +176,7 @@ func checkOpenFrom(
 
 func subscriptionOf(t *testing.T, s Store, imsi kme.IMSI, now time.Time) *binding.Subscription {
 	t.Helper()
-	sub, err := s.Subscription(t.Context(), imsi, now)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return sub
+	return must.Get[*binding.Subscription](t)(s.Subscription(t.Context(), imsi, now))
 }
 
 func newBinding(imsi kme.IMSI, imei kme.IMEI, attempt string) *binding.Binding {
@@ -219,7 +208,7 @@ func checkBinding(t *testing.T, s Store, imsi kme.IMSI, want *binding.Binding) {
 // askers are subscriptions that nothing else is done with.
 var askers atomic.Int64
 
-// checkUsed asks, as one does who has a KME that is not good, whether the ledger has it: in an
+// checkUsed asks, as somebody does who has a KME that is not good, whether the ledger has it: in an
 // attempt of another subscription.
 func checkUsed(t *testing.T, s Store, imei kme.IMEI, tag []byte, want bool) {
 	t.Helper()

@@ -69,14 +69,13 @@ type RestoreToken interface {
 	DestroyRestoreKey(ctx context.Context, pub *rsa.PublicKey) error
 }
 
-// Restore takes the keys of a backup into the token, and destroys the key that they came under. thumbprint was read out
-// by who made the backup: without it, whoever can swap the file could give the token keys that they know. A backup that
-// was restored before changes nothing. It gives the keys that were taken.
+// Restore imports the keys of a backup into the token, and destroys the key that they came under. Whoever made the
+// backup has read out its thumbprint: without it, somebody who swaps the file could give the token keys that they know.
+// A backup that was restored before changes nothing. It gives the keys that were imported.
 func Restore(ctx context.Context, token RestoreToken, data []byte, thumbprint string) ([]hsmkeys.Key, error) {
 	if have := backupThumbprint(data); have != thumbprint {
 		return nil, fmt.Errorf("the backup's thumbprint is %s, and the one given is %s: have it read out again, and "+
-			"if it differs, do not use this file: it was swapped or damaged on its way",
-			have, thumbprint)
+			"if it differs, do not use this file: it was swapped or damaged on its way", have, thumbprint)
 	}
 	var b backup
 	if err := directory.ParseStrict(data, &b); err != nil {

@@ -52,8 +52,7 @@ const settled = 2 * hsmkeys.LookAgain
 // ErrStillSealing: somebody goes on sealing KMEs under an earlier storage key, after everybody could know the newest
 // one.
 var ErrStillSealing = errors.New("KMEs are still being sealed under an earlier storage key: a token that serves has " +
-	"not got the newest one; " +
-	"bring it there with keysvc backup, and run this again")
+	"not got the newest one; bring it there with keysvc backup, and run this again")
 
 // latePasses is after how many passes that found some Reseal says so: the first one finds those of calls that were
 // under way.

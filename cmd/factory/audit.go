@@ -21,8 +21,8 @@ func auditCommand() *cli.Command {
 	return &cli.Command{
 		Name: "audit", Usage: "check all lots, each by itself and all against all",
 		Description: "Reads, needs no token, and changes nothing: what lot verify checks of each lot but its " +
-			"injection packages; greatest common divisors\n" +
-			"of all moduli; overlapping ranges; device keys in two lots. Exits with 1 if anything is wrong.",
+			"injection packages; greatest common divisors of all moduli; overlapping ranges; device keys in two " +
+			"lots. Exits with 1 if anything is wrong.",
 		Flags:  slices.Concat(cmdline.DirectoryFlags(), []cli.Flag{manufacturerFlag, stateFlag, cmdline.JSON}),
 		Action: audit,
 	}
@@ -36,7 +36,7 @@ func reconcileCommand() *cli.Command {
 			Usage: "the folder, `DIR`, of the injection packages (default: injection in the --state folder)"},
 			&cli.BoolFlag{Name: "repair", Usage: "do what is safe: what loses no key, and publishes none but those " +
 				"of a whole package"}),
-		Action: alone(reconcile),
+		Action: cmdline.Alone(reconcile),
 	}
 }
 
@@ -46,8 +46,8 @@ func logCommand() *cli.Command {
 		Subcommands: []*cli.Command{{
 			Name: "verify", Usage: "find a line that was changed, removed or moved",
 			Description: "Needs no token. Each line holds the SHA-256 of the line before, and the token signs the " +
-				"last line at the end of each command. Keep copies of\n" +
-				"log.head.jws elsewhere: who can replace the whole folder by an earlier one can go back to that.",
+				"last line at the end of each command. Keep copies of log.head.jws elsewhere: whoever can replace " +
+				"the whole folder by an earlier one can go back to that.",
 			Flags:  []cli.Flag{manufacturerFlag, stateFlag, cmdline.JSON},
 			Action: logVerify,
 		}},

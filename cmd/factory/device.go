@@ -43,18 +43,14 @@ func lotRefresh(c *cli.Context) error {
 		}
 		return cmdline.Print(c, map[string]any{"lots": done}, func(w io.Writer) {
 			for _, r := range done {
-				fmt.Fprintf(w, "the list of revoked devices of lot %s, version %d, is good until %s\n",
-					r.Lot, r.Version,
-					r.NextUpdate.Format(time.RFC3339))
+				fmt.Fprintf(w, "the list of revoked devices of lot %s, version %d, is good until %s\n", r.Lot,
+					r.Version, r.NextUpdate.Format(time.RFC3339))
 			}
 		})
 	})
 }
 
 func lotRevoke(c *cli.Context) error {
-	if err := cmdline.Require(c, "reason"); err != nil {
-		return err
-	}
 	if _, err := directory.CheckReason(c.String("reason")); err != nil {
 		return cmdline.Usage(err)
 	}
@@ -81,9 +77,8 @@ func lotRevoke(c *cli.Context) error {
 			if err := line.RevokeLot(c.Context, lot, reason); err != nil {
 				return err
 			}
-			return cmdline.Print(c, map[string]any{"lot": lot, "all": true, "revoked": true}, func(w io.Writer) {
-				fmt.Fprintf(w, "lot %s is revoked, all of it and for good\n", lot)
-			})
+			return cmdline.Printf(c, map[string]any{"lot": lot, "all": true, "revoked": true},
+				"lot %s is revoked, all of it and for good\n", lot)
 		}
 		said, done := time.Now(), 0
 		err := line.Revoke(c.Context, lot, imeis, reason, func(n int) {
@@ -114,9 +109,6 @@ func lotRevoke(c *cli.Context) error {
 }
 
 func lotReissue(c *cli.Context) error {
-	if err := cmdline.Require(c, "reason"); err != nil {
-		return err
-	}
 	imei, err := kme.ParseIMEI(c.Args().Get(1))
 	if err != nil {
 		return cmdline.Usage(err)
@@ -127,9 +119,7 @@ func lotReissue(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		return cmdline.Print(c, map[string]any{"lot": lot, "imei": imei, "injection": path}, func(w io.Writer) {
-			fmt.Fprintf(w, "%s of lot %s has a new key, and the one that it had is revoked\ninjection package %s\n",
-				imei, lot, path)
-		})
+		return cmdline.Printf(c, map[string]any{"lot": lot, "imei": imei, "injection": path},
+			"%s of lot %s has a new key, and the one that it had is revoked\ninjection package %s\n", imei, lot, path)
 	})
 }

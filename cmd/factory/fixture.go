@@ -22,21 +22,17 @@ func fixtureCommand() *cli.Command {
 			Name: "enroll", Usage: "make a fixture's own injection key, and write it wrapped to the fixture's RSA " +
 				"key (RSA-OAEP)", ArgsUsage: "NAME",
 			Description: "The security officer's PIN is needed: an injection key leaves the token only under a key " +
-				"that the security officer has made TRUSTED. For another RSA\n" +
-				"key of the fixture's, run it again; with one more --generation, packages made from then on are for " +
-				"a new injection key.",
+				"that the security officer has made TRUSTED. For another RSA key of the fixture's, run it again; " +
+				"with one more --generation, packages made from then on are for a new injection key.",
 			Flags: enrolFlags("injection key",
 				&cli.StringFlag{Name: "fixture-key",
 					Usage: "the fixture's public key, RSA of 3072 bits or more, as `PEM`"}),
-			Action: fixtureEnroll,
+			Action: cmdline.Requiring(fixtureEnroll, "fixture-key", "out"),
 		}},
 	}
 }
 
 func fixtureEnroll(c *cli.Context) error {
-	if err := cmdline.Require(c, "fixture-key", "out"); err != nil {
-		return err
-	}
 	data, err := cmdline.ReadFile(c.String("fixture-key"))
 	if err != nil {
 		return err

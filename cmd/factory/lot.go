@@ -43,7 +43,7 @@ func lotCommand() *cli.Command {
 					&cli.DurationFlag{Name: "valid-for", Value: directory.DefaultValidity,
 						Usage: "for how long a list of revoked devices of the lot is good, `D`: lot refresh signs it " +
 							"anew before"}),
-				Action: alone(lotCreate),
+				Action: cmdline.Alone(cmdline.Requiring(lotCreate, "tac")),
 			},
 			{
 				Name: "provision", Usage: "make the keys of a lot's devices, write their injection packages, publish " +
@@ -57,7 +57,7 @@ func lotCommand() *cli.Command {
 						Usage: "only these shards, `FIRST-LAST`, so that machines can share a lot (default: all)"},
 					&cli.IntFlag{Name: "workers", Usage: "shards in work at once, `N` (default: twice the sessions " +
 						"of the token, which is then never idle while a package is written)"}),
-				Action: alone(lotProvision),
+				Action: cmdline.Alone(lotProvision),
 			},
 			{Name: "list", Usage: "list all lots, their signatures verified", Flags: lineFlags(), Action: lotList},
 			{Name: "show", Usage: "print a lot's manifest, with its modulus", ArgsUsage: "LOT", Flags: lineFlags(),
@@ -66,13 +66,13 @@ func lotCommand() *cli.Command {
 				Name: "grant", Usage: "write a lot's key for an operator, wrapped under the operator's KEK",
 				ArgsUsage: "LOT",
 				Flags: lineFlags(&cli.StringFlag{Name: "operator", Usage: "the operator's `NAME`, as enrolled"},
-					outFileFlag), Action: alone(lotGrant),
+					outFileFlag), Action: cmdline.Alone(cmdline.Requiring(lotGrant, "operator", "out")),
 			},
 			{
 				Name: "verify", Usage: "check all that is published of a lot, with nothing but the manufacturer's " +
 					"public key", ArgsUsage: "LOT",
 				Description: "Reads, needs no token, and changes nothing: every signature; every IMEI exactly once; " +
-					"every public key of its suite, on its\ncurve and unique; the modulus; the injection packages " +
+					"every public key of its suite, on its curve and unique; the modulus; the injection packages " +
 					"against the published keys. Exits with 1 if anything is wrong.",
 				Flags: slices.Concat(cmdline.DirectoryFlags(), []cli.Flag{manufacturerFlag, stateFlag,
 					&cli.StringFlag{Name: "injection", Usage: "compare the injection packages below `DIR` too " +
@@ -81,7 +81,7 @@ func lotCommand() *cli.Command {
 			},
 			{
 				Name: "seal", Usage: "make a lot's key non-extractable for good: it cannot be granted any more",
-				ArgsUsage: "LOT", Flags: lineFlags(), Action: alone(lotSeal),
+				ArgsUsage: "LOT", Flags: lineFlags(), Action: cmdline.Alone(lotSeal),
 			},
 			{
 				Name: "reissue", Usage: "give a device that came back a new key, and revoke the one that it had",
@@ -90,37 +90,34 @@ func lotCommand() *cli.Command {
 				Flags: lineFlags(&cli.StringFlag{Name: "reason", Usage: "which return this is, `TEXT`"}, fixtureFlag,
 					&cli.StringFlag{Name: "out", Usage: "the folder, `DIR`, of the injection packages (default: " +
 						"injection in the --state folder)"}),
-				Action: alone(lotReissue),
+				Action: cmdline.Alone(cmdline.Requiring(lotReissue, "reason")),
 			},
 			{
 				Name: "refresh", Usage: "sign the lists of revoked devices anew, of all lots if none is named",
 				ArgsUsage: "[LOT...]", Description: "For a daily job: operators are told of a list that is past its " +
-					"next_update. A list that is not there " +
-					"is\nnot begun anew: it was taken away.",
-				Flags: lineFlags(&cli.DurationFlag{Name: "valid-for", Usage: "for how long they are good, `D`, " +
-					"from now on also after a revocation (default: as long as before)"},
+					"next_update. A list that is not there is not begun anew: it was taken away.",
+				Flags: lineFlags(&cli.DurationFlag{Name: "valid-for", Usage: "for how long they are good, `D`, from " +
+					"now on also after a revocation (default: as long as before)"},
 					&cli.BoolFlag{Name: "begin", Usage: "publish the first list of lots, named, that were made " +
 						"before lots had one from the start"}),
-				Action: alone(lotRefresh),
+				Action: cmdline.Alone(lotRefresh),
 			},
 			{
 				Name: "revoke", Usage: "publish that devices, or a whole lot, are not to be trusted any more",
 				ArgsUsage: "LOT [IMEI]", Description: "The same command again changes nothing, and finishes what was " +
-					"interrupted. A whole lot is revoked for good: none of its devices is served any\n" +
-					"more, it gets no more keys, and is granted to nobody.",
+					"interrupted. A whole lot is revoked for good: none of its devices is served any more, it gets " +
+					"no more keys, and is granted to nobody.",
 				Flags: lineFlags(&cli.StringFlag{Name: "imeis",
 					Usage: "the devices whose IMEIs are in `FILE`, one a line"},
 					&cli.BoolFlag{Name: "all", Usage: "the whole lot, for good"},
-					&cli.StringFlag{Name: "reason", Usage: "why, `TEXT`"}), Action: alone(lotRevoke),
+					&cli.StringFlag{Name: "reason", Usage: "why, `TEXT`"}),
+				Action: cmdline.Alone(cmdline.Requiring(lotRevoke, "reason")),
 			},
 		},
 	}
 }
 
 func lotCreate(c *cli.Context) error {
-	if err := cmdline.Require(c, "tac"); err != nil {
-		return err
-	}
 	tac, err := kme.ParseTAC(c.String("tac"))
 	if err != nil {
 		return cmdline.Usagef("--tac: %w", err)
@@ -153,10 +150,8 @@ func lotCreate(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		return cmdline.Print(c, m, func(w io.Writer) {
-			fmt.Fprintf(w, "made lot %s in %s: %d bits by %s, %d devices in %d shards\n", m.Lot, token,
-				m.PublicKey().N.BitLen(), m.Mechanism, m.Devices(), m.Shards())
-		})
+		return cmdline.Printf(c, m, "made lot %s in %s: %d bits by %s, %d devices in %d shards\n", m.Lot, token,
+			m.PublicKey().N.BitLen(), m.Mechanism, m.Devices(), m.Shards())
 	})
 }
 
@@ -248,9 +243,6 @@ func lotShow(c *cli.Context) error {
 }
 
 func lotGrant(c *cli.Context) error {
-	if err := cmdline.Require(c, "operator", "out"); err != nil {
-		return err
-	}
 	return withLine(c, func(_ *hsmkeys.FactoryToken, line *factory.Line) error {
 		lot, operator := c.Args().First(), c.String("operator")
 		jws, err := line.Grant(c.Context, lot, operator)
@@ -268,9 +260,8 @@ func lotSeal(c *cli.Context) error {
 		if err := line.Seal(c.Context, lot); err != nil {
 			return err
 		}
-		return cmdline.Print(c, map[string]any{"lot": lot, "sealed": true}, func(w io.Writer) {
-			fmt.Fprintf(w, "lot %s is sealed: its key can never leave %s again, not even wrapped\n", lot, token)
-		})
+		return cmdline.Printf(c, map[string]any{"lot": lot, "sealed": true},
+			"lot %s is sealed: its key can never leave %s again, not even wrapped\n", lot, token)
 	})
 }
 
@@ -303,11 +294,9 @@ func lotProvision(c *cli.Context) error {
 		}
 		result := map[string]any{"lot": lot, "devices": p.Total, "made": p.Made, "seconds": seconds,
 			"out": filepath.Join(out, lot)}
-		return cmdline.Print(c, result, func(w io.Writer) {
-			fmt.Fprintf(w, "lot %s: all %d devices are published, %d of them made now in %.1f s (%.0f a second)\n"+
-				"injection packages in %s\n",
-				lot, p.Total, p.Made, seconds, float64(p.Made)/seconds, filepath.Join(out, lot))
-		})
+		return cmdline.Printf(c, result, "lot %s: all %d devices are published, %d of them made now in %.1f s (%.0f a "+
+			"second)\ninjection packages in %s\n", lot, p.Total, p.Made, seconds, float64(p.Made)/seconds,
+			filepath.Join(out, lot))
 	})
 }
 

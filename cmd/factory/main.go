@@ -5,7 +5,6 @@ package main
 import (
 	"cmp"
 	"fmt"
-	"io"
 	"os"
 	"slices"
 
@@ -57,18 +56,6 @@ func state(c *cli.Context) factory.State { return factory.State{Dir: c.String("s
 
 // calledAs is the command as it was called, for the audit log.
 func calledAs() []string { return append([]string{"factory"}, os.Args[1:]...) }
-
-// alone makes an action one that no other process runs in the same --state folder.
-func alone(action cli.ActionFunc) cli.ActionFunc {
-	return func(c *cli.Context) error {
-		unlock, err := state(c).Lock()
-		if err != nil {
-			return err
-		}
-		defer unlock()
-		return action(c)
-	}
-}
 
 // withLine runs f with the line, on the token and the directory that the flags name.
 func withLine(c *cli.Context, f func(*hsmkeys.FactoryToken, *factory.Line) error) error {
@@ -126,7 +113,5 @@ func writeOut(c *cli.Context, data []byte, result map[string]any, format string,
 		return fmt.Errorf("the file cannot be written: %w", err)
 	}
 	result["out"] = path
-	return cmdline.Print(c, result, func(w io.Writer) {
-		fmt.Fprintf(w, "wrote %s: %s\n", path, fmt.Sprintf(format, args...))
-	})
+	return cmdline.Printf(c, result, "wrote %s: %s\n", path, fmt.Sprintf(format, args...))
 }

@@ -54,12 +54,12 @@ finds out which of them is the token's.`,
 				&cli.StringSliceFlag{Name: "custodian",
 					Usage: "whom a share is encrypted to, an age `RECIPIENT` (age1...); once for each share"},
 				&cli.StringFlag{Name: "out", Usage: "the folder, `DIR`, for the shares"}),
-			Action: alone(soSplit),
+			Action: cmdline.Alone(cmdline.Requiring(soSplit, "shares", "threshold", "custodian", "out")),
 		}, {
 			Name:  "check",
 			Usage: "log in with the PIN, to show that the shares, or the PIN in the file, are the token's",
 			Description: "It also ends a factory so split that was interrupted. It tries what it is given once, " +
-				"whatever the token says of splits.", Flags: officerFlags(), Action: alone(soCheck),
+				"whatever the token says of splits.", Flags: officerFlags(), Action: cmdline.Alone(soCheck),
 		}, {
 			Name: "show", Usage: "print which split the PIN is in",
 			Flags: []cli.Flag{cmdline.Token, stateFlag, cmdline.JSON}, Action: soShow,
@@ -68,9 +68,6 @@ finds out which of them is the token's.`,
 }
 
 func soSplit(c *cli.Context) error {
-	if err := cmdline.Require(c, "shares", "threshold", "custodian", "out"); err != nil {
-		return err
-	}
 	custodians, err := custody.ParseCustodians(c.StringSlice("custodian"))
 	if err != nil {
 		return cmdline.Usage(err)
@@ -124,9 +121,8 @@ func soCheck(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	return cmdline.Print(c, map[string]any{"split": now, "minutes": minutes}, func(w io.Writer) {
-		fmt.Fprintf(w, "this is the security officer's PIN, %s\nminutes %s\n", inShares(now), minutes)
-	})
+	return cmdline.Printf(c, map[string]any{"split": now, "minutes": minutes},
+		"this is the security officer's PIN, %s\nminutes %s\n", inShares(now), minutes)
 }
 
 func inShares(s *hsmkeys.Split) string {

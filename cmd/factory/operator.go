@@ -22,13 +22,13 @@ func operatorCommand() *cli.Command {
 			Name: "enroll", Usage: "make an operator's KEK as a TRUSTED key, and write it wrapped to the operator's " +
 				"transport key", ArgsUsage: "NAME",
 			Description: "The operator makes a transport key with keysvc transport new, gives you the file, and " +
-				"reads out its thumbprint on another way: whoever has the private\n" +
-				"half will have the lots that you grant. The security officer's PIN is needed, since only keys made " +
-				"TRUSTED by the security officer may ever wrap a lot\nkey.",
+				"reads out its thumbprint on another way: whoever has the private half will have the lots that you " +
+				"grant. The security officer's PIN is needed, since only keys made TRUSTED by the security officer " +
+				"may ever wrap a lot key.",
 			Flags: enrolFlags("KEK", &cli.StringFlag{Name: "transport-key",
 				Usage: "the operator's transport key, the `FILE` that keysvc transport new wrote"},
 				&cli.StringFlag{Name: "thumbprint", Usage: "its thumbprint, `T`, as the operator reads it out"}),
-			Action: operatorEnroll,
+			Action: cmdline.Requiring(operatorEnroll, "transport-key", "thumbprint", "out"),
 		}, {
 			Name: "policy", Usage: "print the Vault policy of one operator: its granted lots, to read",
 			ArgsUsage: "NAME", Description: "For vault policy write MOUNT-operator-NAME -",
@@ -39,9 +39,6 @@ func operatorCommand() *cli.Command {
 }
 
 func operatorEnroll(c *cli.Context) error {
-	if err := cmdline.Require(c, "transport-key", "thumbprint", "out"); err != nil {
-		return err
-	}
 	data, err := cmdline.ReadFile(c.String("transport-key"))
 	if err != nil {
 		return err

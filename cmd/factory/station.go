@@ -1,14 +1,10 @@
 package main
 
 import (
-	"context"
 	"crypto/tls"
 	"encoding/csv"
-	"errors"
 	"fmt"
 	"log/slog"
-	"net"
-	"net/http"
 	"strconv"
 	"time"
 
@@ -44,7 +40,7 @@ lot provision. Ctrl-C ends it; begun again, it goes on where it was.`,
 					"`NAME`, again for each; without, nobody is one"},
 				&cli.DurationFlag{Name: "timeout", Value: 10 * time.Minute,
 					Usage: "after which a device that its station did not report is overdue"}),
-			Action: stationServe,
+			Action: cmdline.Requiring(stationServe, "listen", "tls-certificate", "tls-key", "client-ca"),
 		}, {
 			Name: "report", Usage: "say of every IMEI of a lot what became of it, at which station, when",
 			ArgsUsage: "LOT", Description: "As CSV, or with --json as one JSON document. A device stands there once " +
@@ -56,9 +52,6 @@ lot provision. Ctrl-C ends it; begun again, it goes on where it was.`,
 }
 
 func stationServe(c *cli.Context) error {
-	if err := cmdline.Require(c, "listen", "tls-certificate", "tls-key", "client-ca"); err != nil {
-		return err
-	}
 	if c.Duration("timeout") < time.Second {
 		return cmdline.Usagef("--timeout is a second at least, and better as long as a station needs for a device")
 	}
@@ -81,34 +74,11 @@ func stationServe(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	log := slog.New(slog.NewTextHandler(c.App.ErrWriter, nil))
-	desk, err := station.Open(c.Context, station.Options{
+	return station.Serve(c.Context, c.String("listen"), config, station.Options{
 		State: c.String("state"), Injection: injectionDir(c, "injection"), Store: store, Verifier: verifier,
-		Timeout: c.Duration("timeout"), Log: log, Stations: c.StringSlice("station"),
+		Timeout: c.Duration("timeout"), Log: slog.New(slog.NewTextHandler(c.App.ErrWriter, nil)),
+		Stations: c.StringSlice("station"),
 	})
-	if err != nil {
-		return err
-	}
-	defer desk.Close()
-	listener, err := net.Listen("tcp", c.String("listen"))
-	if err != nil {
-		return err
-	}
-	server := &http.Server{
-		Handler: desk.Handler(), TLSConfig: config, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second,
-		IdleTimeout: 5 * time.Minute, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
-	}
-	drained := make(chan error, 1)
-	context.AfterFunc(c.Context, func() {
-		drain, cancel := context.WithTimeout(context.WithoutCancel(c.Context), 30*time.Second)
-		defer cancel()
-		drained <- server.Shutdown(drain)
-	})
-	log.Info("serving stations", "address", "https://"+listener.Addr().String())
-	if err := server.ServeTLS(listener, "", ""); !errors.Is(err, http.ErrServerClosed) {
-		return err
-	}
-	return <-drained
 }
 
 func stationReport(c *cli.Context) error {

@@ -18,11 +18,11 @@ func initCommand() *cli.Command {
 		Name: "init", Usage: "make the token the manufacturer's, and the signing key in it, and write the public " +
 			"signing key, manufacturer.pem",
 		Description: "Operators pin manufacturer.pem: give it to them, and read out the manufacturer's name, its " +
-			"thumbprint, on another way. Running this again\nchanges nothing.",
+			"thumbprint, on another way. Running this again changes nothing.",
 		Flags: []cli.Flag{cmdline.Token, stateFlag,
 			&cli.StringFlag{Name: "out", Usage: "the folder, `DIR`, for manufacturer.pem (default: the --state " +
 				"folder)"}, cmdline.JSON},
-		Action: alone(initLine),
+		Action: cmdline.Alone(initLine),
 	}
 }
 
@@ -39,13 +39,12 @@ func rotateCommand() *cli.Command {
 		Subcommands: []*cli.Command{{
 			Name: "signing-key", Usage: "make the next signing key, which the ones before vouch for",
 			Description: "Readers go on pinning the first key, manufacturer.pem: every object that is signed from " +
-				"now on carries the statements that lead from it\n" +
-				"to the new one. What was signed before stays valid. It is no remedy for a signing key that was " +
-				"stolen: that needs a new manufacturer.",
+				"now on carries the statements that lead from it to the new one. What was signed before stays valid. " +
+				"It is no remedy for a signing key that was stolen: that needs a new manufacturer.",
 			Flags: []cli.Flag{cmdline.Token, stateFlag, &cli.IntFlag{Name: "generation",
 				Usage: "which one to make, `N`: the first rotation makes 2. With the same N again nothing changes"},
 				cmdline.JSON},
-			Action: alone(rotateSigningKey),
+			Action: cmdline.Alone(rotateSigningKey),
 		}},
 	}
 }

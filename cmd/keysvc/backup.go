@@ -30,7 +30,7 @@ KEKs and lot keys never leave a token: enroll the other token with each manufact
 			{
 				Name: "prepare", Usage: "on the token that is to get the keys: make a key that receives them",
 				Description: "keysvc backup restore destroys the key. Until then, whoever has this token's PIN and " +
-					"the backup can have the storage key without\nits limits: do not let days pass between the two.",
+					"the backup can have the storage key without its limits: do not let days pass between the two.",
 				Flags: []cli.Flag{cmdline.Token, stateFlag, acceptFlag,
 					&cli.StringFlag{Name: "out",
 						Usage: "the `FILE` to write (default: restore-key.json in the --state folder)"}, cmdline.JSON},
@@ -43,13 +43,13 @@ KEKs and lot keys never leave a token: enroll the other token with each manufact
 					&cli.StringFlag{Name: "thumbprint",
 						Usage: "what keysvc backup prepare printed there, read out, `T`"}, soPINFlag,
 					&cli.StringFlag{Name: "out", Usage: "the backup, a `FILE` to write"}, cmdline.JSON},
-				Action: cmdline.Alone(backupCreate),
+				Action: cmdline.Alone(cmdline.Requiring(backupCreate, "to", "thumbprint", "so-pin-source", "out")),
 			},
 			{
-				Name: "restore", Usage: "on the token that is to get the keys: take them in", ArgsUsage: "FILE",
+				Name: "restore", Usage: "on the token that is to get the keys: import them", ArgsUsage: "FILE",
 				Flags: []cli.Flag{cmdline.Token, stateFlag, &cli.StringFlag{Name: "thumbprint",
 					Usage: "what keysvc backup create printed, read out, `B`"}, cmdline.JSON},
-				Action: cmdline.Alone(backupRestore),
+				Action: cmdline.Alone(cmdline.Requiring(backupRestore, "thumbprint")),
 			},
 		},
 	}
@@ -77,9 +77,6 @@ func officerPIN(c *cli.Context) (hsmkeys.PIN, error) {
 }
 
 func backupCreate(c *cli.Context) error {
-	if err := cmdline.Require(c, "to", "thumbprint", "so-pin-source", "out"); err != nil {
-		return err
-	}
 	data, err := cmdline.ReadFile(c.String("to"))
 	if err != nil {
 		return err
@@ -101,15 +98,11 @@ func backupCreate(c *cli.Context) error {
 		return err
 	}
 	result := map[string]any{"thumbprint": b.Thumbprint, "out": out, "token": b.Token, "keys": b.Keys}
-	return cmdline.Printf(c, result,
-		"wrote %s, with %d keys, for keysvc backup restore on the other token\nthumbprint %s: read it out there\n",
-		out, len(b.Keys), b.Thumbprint)
+	return cmdline.Printf(c, result, "wrote %s, with %d keys, for keysvc backup restore on the other "+
+		"token\nthumbprint %s: read it out there\n", out, len(b.Keys), b.Thumbprint)
 }
 
 func backupRestore(c *cli.Context) error {
-	if err := cmdline.Require(c, "thumbprint"); err != nil {
-		return err
-	}
 	data, err := cmdline.ReadFile(c.Args().First())
 	if err != nil {
 		return err

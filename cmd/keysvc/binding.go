@@ -28,10 +28,9 @@ func bindingCommand() *cli.Command {
 				Name:  "report",
 				Usage: "list the bindings that rest on keys which are not to be trusted any more, and why",
 				Description: "The device's key was issued anew after the binding was established (DEVICE_REISSUED), " +
-					"or revoked (DEVICE_REVOKED);\n" +
-					"the lot was retired (LOT_RETIRED), or revoked as a whole by its manufacturer (LOT_REVOKED); the " +
-					"manufacturer is distrusted (MANUFACTURER_DISTRUSTED).\n" +
-					"These bindings are served on: end them with keysvc binding revoke.",
+					"or revoked (DEVICE_REVOKED); the lot was retired (LOT_RETIRED), or revoked as a whole by its " +
+					"manufacturer (LOT_REVOKED); the manufacturer is distrusted (MANUFACTURER_DISTRUSTED). These " +
+					"bindings are served on: end them with keysvc binding revoke.",
 				Flags: storeFlags(cmdline.DirectoryFlags()...), Action: bindingReport,
 			},
 			{Name: "show", Usage: "show an IMSI's binding", ArgsUsage: "IMSI", Flags: storeFlags(),

@@ -21,7 +21,7 @@ func lotCommand() *cli.Command {
 		Name: "lot", Usage: "the lots that manufacturers granted",
 		Subcommands: []*cli.Command{
 			{
-				Name: "import", Usage: "take a granted lot's key into the token, and prove that it fits the lot's " +
+				Name: "import", Usage: "import a granted lot's key into the token, and prove that it fits the lot's " +
 					"modulus", ArgsUsage: "FILE",
 				Description: "A running service serves the lot after a SIGHUP.",
 				Flags: []cli.Flag{cmdline.Token, stateFlag, storeFlag,
@@ -33,13 +33,12 @@ func lotCommand() *cli.Command {
 			{
 				Name: "retire", Usage: "serve a lot no more, and destroy its key in the token", ArgsUsage: "LOT",
 				Description: "For a lot whose P and Q are not secret any more, or that is not needed. A running " +
-					"service does so after a SIGHUP. What is bound stays\n" +
-					"bound and is served on: keysvc binding report lists it. With several tokens, run this once " +
-					"for each.",
+					"service does so after a SIGHUP. What is bound stays bound and is served on: keysvc binding " +
+					"report lists it. With several tokens, run this once for each.",
 				Flags: []cli.Flag{cmdline.Token, stateFlag, storeFlag, reasonFlag,
 					&cli.StringFlag{Name: "manufacturer",
 						Usage: "whose lot it is, by `ID`, if several have one of this name"}, cmdline.JSON},
-				Action: cmdline.Alone(lotRetire),
+				Action: cmdline.Alone(cmdline.Requiring(lotRetire, "reason")),
 			},
 		},
 	}
@@ -94,9 +93,8 @@ func lotList(c *cli.Context) error {
 				"STATE", "MANUFACTURER")
 			for _, l := range lots {
 				m := l.Manifest
-				fmt.Fprintf(w, "%-24s %5d %9d  %-20s %-20s %-10s %s\n", m.Lot, m.PublicKey().N.BitLen(),
-					m.Devices(), m.Suite,
-					l.Imported.Format(time.RFC3339), lotState(l), l.Manufacturer)
+				fmt.Fprintf(w, "%-24s %5d %9d  %-20s %-20s %-10s %s\n", m.Lot, m.PublicKey().N.BitLen(), m.Devices(),
+					m.Suite, l.Imported.Format(time.RFC3339), lotState(l), l.Manufacturer)
 			}
 		})
 	})

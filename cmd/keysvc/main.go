@@ -43,19 +43,19 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 			{
 				Name: "init", Usage: "make the token the operator's, and the storage and ledger key in it",
 				Description: "Tries first whether the token keeps keys as it should, and refuses it otherwise: " +
-					"keysvc doctor says more. Running this again changes nothing.\n" +
-					"The --state folder remembers the token, for the commands that need no other than the store's own.",
+					"keysvc doctor says more. Running this again changes nothing. The --state folder remembers the " +
+					"token, for the commands that need no other than the store's own.",
 				Flags:  []cli.Flag{cmdline.Token, stateFlag, acceptFlag, cmdline.JSON},
 				Action: cmdline.Alone(initToken),
 			},
 			transportCommand(),
 			{
-				Name: "enroll", Usage: "take a manufacturer's enrolment: pin its key, take the operator's KEK into " +
-					"the token", ArgsUsage: "FILE",
+				Name: "enroll", Usage: "import a manufacturer's enrolment: pin its key, import the operator's KEK " +
+					"into the token", ArgsUsage: "FILE",
 				Description: "The manufacturer's key must come from the manufacturer itself, on another way than the " +
-					"enrolment: from then on whatever it signed is believed.\n" +
-					"Have the manufacturer read out the key's thumbprint, as factory init prints it. The transport " +
-					"key that the enrolment came under is destroyed.",
+					"enrolment: from then on whatever it signed is believed. Have the manufacturer read out the " +
+					"key's thumbprint, as factory init prints it. The transport key that the enrolment came under is " +
+					"destroyed.",
 				Flags: []cli.Flag{cmdline.Token, stateFlag, storeFlag, &cli.StringFlag{Name: "directory",
 					Usage: "where the manufacturer publishes its public keys, `WHERE`: file:DIR or vault:MOUNT"},
 					&cli.StringFlag{Name: "manufacturer", Usage: "the manufacturer's public signing key, as `PEM`"},
@@ -65,7 +65,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 						"for each: no lot of its may have another, and none of others these (default: those given " +
 						"before; else any that is no other's)"},
 					cmdline.JSON},
-				Action: cmdline.Alone(enroll),
+				Action: cmdline.Alone(cmdline.Requiring(enroll, "manufacturer", "thumbprint")),
 			},
 			lotCommand(),
 			manufacturerCommand(),
@@ -82,7 +82,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 				Description: "SIGTERM finishes the calls under way and ends; SIGHUP reloads lots, clients and " +
 					"certificates.\n\n" + keysvcd.Help(),
 				Flags:  []cli.Flag{&cli.StringFlag{Name: "config", Usage: "the configuration, a YAML `FILE`"}},
-				Action: serve,
+				Action: cmdline.Requiring(serve, "config"),
 			},
 			{
 				Name: "doctor", Usage: "say what the token can and cannot do, and what follows",
@@ -117,9 +117,6 @@ func initToken(c *cli.Context) error {
 }
 
 func serve(c *cli.Context) error {
-	if err := cmdline.Require(c, "config"); err != nil {
-		return err
-	}
 	return keysvcd.Serve(c.Context, c.String("config"), c.App.ErrWriter)
 }
 

@@ -28,15 +28,14 @@ func manufacturerCommand() *cli.Command {
 			{
 				Name: "distrust", Usage: "serve none of a manufacturer's lots any more, and refuse its files",
 				ArgsUsage: "ID", Description: "For a manufacturer whose signing key is lost or stolen. A running " +
-					"service does so after a SIGHUP. What is bound stays bound and\n" +
-					"is served on: keysvc binding report lists it. The keys stay in the token: keysvc lot retire " +
-					"destroys a lot's.",
-				Flags: storeFlags(reasonFlag), Action: decide(true, imports.Distrust),
+					"service does so after a SIGHUP. What is bound stays bound and is served on: keysvc binding " +
+					"report lists it. The keys stay in the token: keysvc lot retire destroys a lot's.",
+				Flags: storeFlags(reasonFlag), Action: cmdline.Requiring(decide(true, imports.Distrust), "reason"),
 			},
 			{
 				Name: "trust", Usage: "end what distrust began", ArgsUsage: "ID",
 				Description: "A running service serves its lots after a SIGHUP.",
-				Flags:       storeFlags(reasonFlag), Action: decide(false, imports.Trust),
+				Flags:       storeFlags(reasonFlag), Action: cmdline.Requiring(decide(false, imports.Trust), "reason"),
 			},
 		},
 	}
@@ -90,9 +89,6 @@ func manufacturerList(c *cli.Context) error {
 
 // verdict is the caller's own, with the reason of --reason.
 func verdict(c *cli.Context, withdrawn bool) (binding.Verdict, error) {
-	if err := cmdline.Require(c, "reason"); err != nil {
-		return binding.Verdict{}, err
-	}
 	v, err := imports.NewVerdict(withdrawn, who.Name(), c.String("reason"))
 	if err != nil {
 		return v, cmdline.Usage(err)
@@ -145,9 +141,6 @@ func printVerdict(c *cli.Context, store *sqlstore.Store, what, manufacturer, lot
 }
 
 func enroll(c *cli.Context) error {
-	if err := cmdline.Require(c, "manufacturer", "thumbprint"); err != nil {
-		return err
-	}
 	url := c.String("directory")
 	if url != "" {
 		var err error

@@ -26,11 +26,10 @@ func storageCommand() *cli.Command {
 			{
 				Name: "rotate", Usage: "make a new storage key, and seal all KMEs again under it, while services serve",
 				Description: "Interrupted, the same command goes on. Services take the new key up by themselves. " +
-					"With several tokens that share keys, bring the new\n" +
-					"key to the others by keysvc backup: until then the others do not open what is sealed under it. " +
-					"End with keysvc storage retire.",
+					"With several tokens that share keys, bring the new key to the others by keysvc backup: until " +
+					"then the others do not open what is sealed under it. End with keysvc storage retire.",
 				Flags:  []cli.Flag{cmdline.Token, stateFlag, storeFlag, soPINFlag, cmdline.JSON},
-				Action: cmdline.Alone(storageRotate),
+				Action: cmdline.Alone(cmdline.Requiring(storageRotate, "so-pin-source")),
 			},
 			{
 				Name: "retire", Usage: "destroy the earlier storage keys, if nothing is sealed under them any more",
@@ -59,9 +58,6 @@ func storageList(c *cli.Context) error {
 }
 
 func storageRotate(c *cli.Context) (err error) {
-	if err := cmdline.Require(c, "so-pin-source"); err != nil {
-		return err
-	}
 	officer, err := officerPIN(c)
 	if err != nil {
 		return err

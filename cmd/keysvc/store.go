@@ -91,18 +91,17 @@ func storeCommand() *cli.Command {
 			{
 				Name: "verify", Usage: "read all of the store, and say whether it is what the service has written last",
 				Description: "Every row has a MAC under a key that the token derives; the ledger is a chain, and the " +
-					"token keeps its high-water mark.\n" +
-					"A service may serve meanwhile. Exit code 1 if anything is not as it should be.",
+					"token keeps its high-water mark. A service may serve meanwhile. Exit code 1 if anything is not " +
+					"as it should be.",
 				Flags: storeFlags(), Action: storeVerify,
 			},
 			{
 				Name:  "accept-rollback",
 				Usage: "have a store served that is an earlier one than the service has written",
 				Description: "What was decided since is not in it: KMEs that were used since can be used again, " +
-					"devices that were bound since are not, and what was\n" +
-					"revoked since is not. Bring back the last store instead, if there is one. The reason and your " +
-					"name go into the ledger.",
-				Flags: storeFlags(reasonFlag), Action: cmdline.Alone(storeAccept),
+					"devices that were bound since are not, and what was revoked since is not. Bring back the last " +
+					"store instead, if there is one. The reason and your name go into the ledger.",
+				Flags: storeFlags(reasonFlag), Action: cmdline.Alone(cmdline.Requiring(storeAccept, "reason")),
 			},
 			{
 				Name: "log", Usage: "list what was decided, and by whom: the ledger",
@@ -117,26 +116,23 @@ func storeCommand() *cli.Command {
 					&cli.StringFlag{Name: "from",
 						Usage: "the `STORE` to copy: sqlite:PATH, or postgres://USER@HOST/DATABASE"},
 					&cli.StringFlag{Name: "to", Usage: "the empty `STORE` to copy to"}, cmdline.JSON},
-				Action: storeMigrate,
+				Action: cmdline.Requiring(storeMigrate, "from", "to"),
 			},
 			{
 				Name: "upgrade", Usage: "make the tables in PostgreSQL, or bring them up to date, and grant the " +
 					"service's role what it needs of them",
 				Description: "With the role that owns the tables, before the service of a new release starts. The " +
-					"service's role may then read the ledger and add to it, and\n" +
-					"neither change nor remove what is in it. It is made before, with CREATE ROLE ... LOGIN.",
+					"service's role may then read the ledger and add to it, and neither change nor remove what is in " +
+					"it. It is made before, with CREATE ROLE ... LOGIN.",
 				Flags: []cli.Flag{storeFlag,
 					&cli.StringFlag{Name: "role", Usage: "the service's `ROLE` in PostgreSQL"}, cmdline.JSON},
-				Action: storeUpgrade,
+				Action: cmdline.Requiring(storeUpgrade, "store", "role"),
 			},
 		},
 	}
 }
 
 func storeUpgrade(c *cli.Context) error {
-	if err := cmdline.Require(c, "store", "role"); err != nil {
-		return err
-	}
 	role := c.String("role")
 	if err := sqlstore.Upgrade(c.Context, c.String("store"), role); err != nil {
 		return err
@@ -192,17 +188,13 @@ func progress(c *cli.Context, what string) func(n int) {
 }
 
 func storeAccept(c *cli.Context) error {
-	if err := cmdline.Require(c, "reason"); err != nil {
-		return err
-	}
 	return withAnyStore(c, func(token *hsmkeys.OperatorToken, store *sqlstore.Store) error {
 		if err := mark.Accept(c.Context, store, token, c.String("reason")); err != nil {
 			return err
 		}
 		return cmdline.Print(c, map[string]any{"accepted": true}, func(w io.Writer) {
-			fmt.Fprintln(w, "the store is accepted as it is; a service that runs goes on within seconds\n"+
-				"what was revoked since it was made is not revoked in it: see the service's log, and keysvc binding "+
-				"report")
+			fmt.Fprintln(w, "the store is accepted as it is; a service that runs goes on within seconds\nwhat was "+
+				"revoked since it was made is not revoked in it: see the service's log, and keysvc binding report")
 		})
 	})
 }
@@ -250,9 +242,6 @@ func storeLog(c *cli.Context) error {
 }
 
 func storeMigrate(c *cli.Context) error {
-	if err := cmdline.Require(c, "from", "to"); err != nil {
-		return err
-	}
 	return withStoreToken(c, func(token *hsmkeys.OperatorToken) error {
 		rows, err := keysvcd.Migrate(c.Context, token, c.String("from"), c.String("to"), progress(c, "rows copied"))
 		if err != nil {

@@ -23,9 +23,9 @@ func transportCommand() *cli.Command {
 				Name: "new", Usage: "make a transport key for one enrolment, and write its public half for the " +
 					"manufacturer",
 				Description: "Give the file to the manufacturer, and read the thumbprint out on another way, on the " +
-					"telephone for instance: nothing in the file proves whose it\n" +
-					"is. keysvc enroll destroys the key when the KEK is in the token. Until then, whoever has the " +
-					"token's PIN and the enrolment can take the KEK too: do not\nlet days pass between the two.",
+					"telephone for instance: nothing in the file proves whose it is. keysvc enroll destroys the key " +
+					"when the KEK is in the token. Until then, whoever has the token's PIN and the enrolment can " +
+					"take the KEK too: do not let days pass between the two.",
 				Flags: []cli.Flag{cmdline.Token, stateFlag,
 					&cli.StringFlag{Name: "out",
 						Usage: "the `FILE` to write (default: transport.json in the --state folder)"},

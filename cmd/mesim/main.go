@@ -105,7 +105,7 @@ The service's own limits hold: a device's payloads a second (imei_rate, imei_bur
 				Flags: append([]cli.Flag{&cli.StringFlag{Name: "imei", Usage: "the device's `IMEI`"},
 					&cli.StringFlag{Name: "imsi", Usage: "whose attempt it is for, which the bound suite signs, " +
 						"`IMSI` (default: 001010000000000)"}}, deviceFlags...),
-				Action: payload,
+				Action: cmdline.Requiring(payload, "imei"),
 			},
 		},
 	}
@@ -119,9 +119,6 @@ func openFleet(c *cli.Context) (*mesim.Fleet, error) {
 }
 
 func payload(c *cli.Context) error {
-	if err := cmdline.Require(c, "imei"); err != nil {
-		return err
-	}
 	imei, err := kme.ParseIMEI(c.String("imei"))
 	if err != nil {
 		return cmdline.Usage(err)

@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/must"
 )
 
 // Run runs the suite. newStore gives an empty store each time; what it gives twice for one store, if it can, are two
@@ -22,9 +23,7 @@ func Run(t *testing.T, newStore func(t *testing.T) (one, two directory.Store)) {
 	path := directory.ManifestPath("L1")
 	create := func(t *testing.T, s directory.Store, path, data string) {
 		t.Helper()
-		if err := s.Create(ctx, path, []byte(data)); err != nil {
-			t.Fatal(err)
-		}
+		must.Do(t, s.Create(ctx, path, []byte(data)))
 	}
 	read := func(t *testing.T, s directory.Store, path string) (string, string) {
 		t.Helper()
@@ -78,16 +77,12 @@ func Run(t *testing.T, newStore func(t *testing.T) (one, two directory.Store)) {
 		if err := one.Update(ctx, path, []byte("1"), "7"); !errors.Is(err, directory.ErrChanged) {
 			t.Errorf("a version of what is not there: %v", err)
 		}
-		if err := one.Update(ctx, path, []byte("1"), ""); err != nil {
-			t.Fatal(err)
-		}
+		must.Do(t, one.Update(ctx, path, []byte("1"), ""))
 		if err := two.Update(ctx, path, []byte("2"), ""); !errors.Is(err, directory.ErrChanged) {
 			t.Errorf("as new, where there is one: %v", err)
 		}
 		_, first := read(t, two, path)
-		if err := two.Update(ctx, path, []byte("2"), first); err != nil {
-			t.Fatal(err)
-		}
+		must.Do(t, two.Update(ctx, path, []byte("2"), first))
 		if err := one.Update(ctx, path, []byte("3"), first); !errors.Is(err, directory.ErrChanged) {
 			t.Errorf("a version of before: %v", err)
 		}
@@ -122,9 +117,7 @@ func Run(t *testing.T, newStore func(t *testing.T) (one, two directory.Store)) {
 		one, two := newStore(t)
 		for _, p := range []string{directory.RevocationsPath("L1"), directory.RevocationPartPath("L1", 0),
 			directory.RevocationPartPath("L1", 976)} {
-			if err := one.Update(ctx, p, []byte(p), ""); err != nil {
-				t.Fatal(err)
-			}
+			must.Do(t, one.Update(ctx, p, []byte(p), ""))
 			if got, _ := read(t, two, p); got != p {
 				t.Errorf("%s: %q", p, got)
 			}

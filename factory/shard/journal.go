@@ -5,8 +5,8 @@ import (
 	"database/sql"
 	_ "embed"
 	"errors"
-	"fmt"
 
+	"github.com/kmehsm/kmehsm/internal/sqlconn"
 	"github.com/kmehsm/kmehsm/internal/sqlite"
 )
 
@@ -42,17 +42,14 @@ func OpenJournal(ctx context.Context, path, manufacturer string) (*Journal, erro
 // Close may be called when no other call is under way.
 func (j *Journal) Close() error { return errors.Join(j.read.Close(), j.write.Close()) }
 
-// exec is not ended by a context: a shard in flight is finished.
-func (j *Journal) exec(query string, args ...any) error {
-	return named(j.write.Exec(context.Background(), query, args...))
+// conn reads.
+func (j *Journal) conn() sqlconn.Conn {
+	return sqlconn.Conn{Operation: "the line's journal", DB: j.read}
 }
 
-// named says of an error of the database where it is from.
-func named(err error) error {
-	if err == nil {
-		return nil
-	}
-	return fmt.Errorf("the line's journal: %w", err)
+// exec is not ended by a context: a shard in flight is finished.
+func (j *Journal) exec(query string, args ...any) error {
+	return j.conn().Named(j.write.Exec(context.Background(), query, args...))
 }
 
 // An Entry is what the journal has of a shard; the zero Entry, that it was never begun.
@@ -64,21 +61,13 @@ type Entry struct {
 
 // Entries gives those of a lot's shards that have been begun.
 func (j *Journal) Entries(ctx context.Context, lot string) (map[int]Entry, error) {
-	rows, err := j.read.QueryContext(ctx, "SELECT number, state, package FROM shard WHERE manufacturer = ? AND lot = ?",
-		j.manufacturer, lot)
-	if err != nil {
-		return nil, named(err)
-	}
-	defer rows.Close()
 	all := map[int]Entry{}
-	for rows.Next() {
+	return all, j.conn().Each(ctx, func(scan func(...any) error) error {
 		n, e := 0, Entry{Begun: true}
-		if err := rows.Scan(&n, &e.State, &e.Package); err != nil {
-			return nil, named(err)
-		}
+		err := scan(&n, &e.State, &e.Package)
 		all[n] = e
-	}
-	return all, named(rows.Err())
+		return err
+	}, "SELECT number, state, package FROM shard WHERE manufacturer = ? AND lot = ?", j.manufacturer, lot)
 }
 
 // Plan remembers the shards from, up to but not including to, as begun, before the first key of them is made.
@@ -112,5 +101,5 @@ func (j *Journal) Acknowledged(lot string, n int, pkg []byte) error {
 func (j *Journal) Signed(ctx context.Context, lot string, n int) (jws []byte, err error) {
 	err = j.read.QueryRowContext(ctx, "SELECT jws FROM shard WHERE manufacturer = ? AND lot = ? AND number = ?",
 		j.manufacturer, lot, n).Scan(&jws)
-	return jws, named(err)
+	return jws, j.conn().Named(err)
 }

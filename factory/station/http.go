@@ -1,14 +1,19 @@
 package station
 
 import (
+	"context"
+	"crypto/tls"
 	"embed"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"mime"
+	"net"
 	"net/http"
 	"slices"
+	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/kme"
@@ -97,6 +102,34 @@ func (d *Desk) Handler() http.Handler {
 		answer(w, http.StatusForbidden, map[string]string{"error": "this was asked for by a page of another origin"})
 	}))
 	return protection.Handler(mux)
+}
+
+// Serve opens the desk of a line, and serves it at an address until ctx ends. Then it finishes the requests under way.
+func Serve(ctx context.Context, address string, config *tls.Config, o Options) (err error) {
+	desk, err := Open(ctx, o)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, desk.Close()) }()
+	listener, err := net.Listen("tcp", address)
+	if err != nil {
+		return err
+	}
+	server := &http.Server{
+		Handler: desk.Handler(), TLSConfig: config, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second,
+		IdleTimeout: 5 * time.Minute, ErrorLog: slog.NewLogLogger(o.Log.Handler(), slog.LevelDebug),
+	}
+	drained := make(chan error, 1)
+	context.AfterFunc(ctx, func() {
+		drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
+		defer cancel()
+		drained <- server.Shutdown(drain)
+	})
+	o.Log.Info("serving stations", "address", "https://"+listener.Addr().String())
+	if err := server.ServeTLS(listener, "", ""); !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return <-drained
 }
 
 func (d *Desk) stationOf(r *http.Request) (string, error) {

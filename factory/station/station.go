@@ -146,21 +146,19 @@ func (d *Desk) Close() error {
 	return errors.Join(d.read.Close(), d.write.Close())
 }
 
+// to reads for an operation, which its errors name.
+func (d *Desk) to(operation string) sqlconn.Conn {
+	return sqlconn.Conn{Operation: operation, DB: d.read}
+}
+
 func (d *Desk) resume(ctx context.Context) error {
-	rows, err := d.read.QueryContext(ctx, "SELECT lot, position, issue, tries FROM device WHERE state = ?", Out)
-	if err != nil {
-		return err
-	}
-	defer rows.Close()
-	for rows.Next() {
+	return d.to("see what the stations have").Each(ctx, func(scan func(...any) error) error {
 		var k device
 		h := &handedOut{since: time.Now()}
-		if err := rows.Scan(&k.lot, &k.position, &k.issue, &h.tries); err != nil {
-			return err
-		}
+		err := scan(&k.lot, &k.position, &k.issue, &h.tries)
 		d.out[k] = h
-	}
-	return rows.Err()
+		return err
+	}, "SELECT lot, position, issue, tries FROM device WHERE state = ?", Out)
 }
 
 // watch finds what is overdue.
@@ -183,8 +181,7 @@ func (d *Desk) watch(ctx context.Context) {
 		d.mu.Unlock()
 		for k, tries := range late {
 			err := d.write.Exec(ctx, "UPDATE device SET state = ?, reported = ? WHERE lot = ? AND position = ? AND "+
-				"issue = ? AND tries = ? AND state = ?",
-				Overdue, now(), k.lot, k.position, k.issue, tries, Out)
+				"issue = ? AND tries = ? AND state = ?", Overdue, now(), k.lot, k.position, k.issue, tries, Out)
 			if err != nil {
 				if ctx.Err() == nil {
 					d.o.Log.Error("an overdue device cannot be put down", "lot", k.lot, "position",
@@ -339,13 +336,14 @@ func (d *Desk) Report(ctx context.Context, station, name string, imei kme.IMEI, 
 	var was State
 	var by string
 	var tries int
-	err = d.read.QueryRowContext(ctx, "SELECT issue, state, station, tries FROM device WHERE lot = ? AND position = "+
-		"? ORDER BY issue DESC LIMIT 1", name, at).Scan(&k.issue, &was, &by, &tries)
+	db := d.to("report a device")
+	found, err := db.One(ctx, []any{&k.issue, &was, &by, &tries}, "SELECT issue, state, station, tries FROM device "+
+		"WHERE lot = ? AND position = ? ORDER BY issue DESC LIMIT 1", name, at)
 	switch {
-	case errors.Is(err, sql.ErrNoRows):
-		return refuse("IMEI %s was handed to nobody", imei)
 	case err != nil:
 		return err
+	case !found:
+		return refuse("IMEI %s was handed to nobody", imei)
 	case by != station:
 		return refuse("IMEI %s is %s, by station %s: only that one reports it", imei, was, by)
 	case was == state:
@@ -354,7 +352,7 @@ func (d *Desk) Report(ctx context.Context, station, name string, imei kme.IMEI, 
 		return refuse("IMEI %s was reported %s before, and cannot be %s", imei, was, state)
 	}
 	var n int64
-	err = d.write.Do(ctx, func(ctx context.Context, tx *sqlconn.Tx) error {
+	err = db.Named(d.write.Do(ctx, func(ctx context.Context, tx *sqlconn.Tx) error {
 		r, err := tx.ExecContext(ctx, "UPDATE device SET state = ?, reported = ?, note = ? WHERE lot = ? AND "+
 			"position = ? AND issue = ? AND station = ? AND tries = ? AND state = ?",
 			state, now(), note, name, at, k.issue, station, tries, was)
@@ -362,7 +360,7 @@ func (d *Desk) Report(ctx context.Context, station, name string, imei kme.IMEI, 
 			n, err = r.RowsAffected()
 		}
 		return err
-	})
+	}))
 	if err != nil {
 		return err
 	}
@@ -376,12 +374,10 @@ func (d *Desk) Report(ctx context.Context, station, name string, imei kme.IMEI, 
 // held is the ticket of the device that a station has, which must be one of l that fits; nil if it has none.
 func (d *Desk) held(ctx context.Context, station string, l *lot, fits func(device) bool) (*Ticket, error) {
 	var k device
-	err := d.read.QueryRowContext(ctx, "SELECT lot, position, issue FROM device WHERE state = 'out' AND station = ?",
-		station).Scan(&k.lot, &k.position, &k.issue)
+	found, err := d.to("see what a station has").One(ctx, []any{&k.lot, &k.position, &k.issue},
+		"SELECT lot, position, issue FROM device WHERE state = 'out' AND station = ?", station)
 	switch {
-	case errors.Is(err, sql.ErrNoRows):
-		return nil, nil
-	case err != nil:
+	case err != nil || !found:
 		return nil, err
 	case k.lot != l.Lot || !fits(k):
 		return nil, refuse("this station has IMEI %s of lot %s: report that one first", d.imei(k), k.lot)
@@ -390,8 +386,8 @@ func (d *Desk) held(ctx context.Context, station string, l *lot, fits func(devic
 }
 
 func (d *Desk) state(ctx context.Context, k device) (state State, station string, err error) {
-	err = d.read.QueryRowContext(ctx, "SELECT state, station FROM device WHERE lot = ? AND position = ? AND issue = ?",
-		k.lot, k.position, k.issue).Scan(&state, &station)
+	_, err = d.to("see what became of a device").One(ctx, []any{&state, &station},
+		"SELECT state, station FROM device WHERE lot = ? AND position = ? AND issue = ?", k.lot, k.position, k.issue)
 	return state, station, err
 }
 
@@ -407,11 +403,11 @@ func (d *Desk) free(ctx context.Context, l *lot) (at int, err error) {
 	l.mu.Lock()
 	from := l.cursor
 	l.mu.Unlock()
-	err = d.read.QueryRowContext(ctx,
+	_, err = d.to("find a device that waits").One(ctx, []any{&at},
 		`SELECT ?2 WHERE NOT EXISTS (SELECT 1 FROM device WHERE lot = ?1 AND position = ?2)
 		UNION ALL SELECT * FROM (SELECT position + 1 FROM device AS d WHERE lot = ?1 AND position >= ?2
 			AND NOT EXISTS (SELECT 1 FROM device AS e WHERE e.lot = ?1 AND e.position = d.position + 1) ORDER BY
-				position LIMIT 1) LIMIT 1`, l.Lot, from).Scan(&at)
+				position LIMIT 1) LIMIT 1`, l.Lot, from)
 	if err != nil {
 		return 0, err
 	}
@@ -431,7 +427,7 @@ func (d *Desk) claim(ctx context.Context, k device, station string, to State, na
 		reported = now()
 	}
 	var tries int
-	err := d.write.Do(ctx, func(ctx context.Context, tx *sqlconn.Tx) error {
+	err := d.to("hand a device out").Named(d.write.Do(ctx, func(ctx context.Context, tx *sqlconn.Tx) error {
 		return tx.QueryRowContext(ctx,
 			`INSERT INTO device (lot, position, issue, again, state, station, handed, reported)
 		VALUES (?1, ?2, ?3, EXISTS (SELECT 1 FROM device WHERE lot = ?1 AND position = ?2), ?4, ?5, ?6, ?7)
@@ -439,7 +435,7 @@ func (d *Desk) claim(ctx context.Context, k device, station string, to State, na
 			excluded.handed,
 			reported = 0, tries = tries + 1, note = '' WHERE ?8 AND state IN ('failed', 'overdue') RETURNING tries`,
 			k.lot, k.position, k.issue, to, station, now(), reported, named).Scan(&tries)
-	})
+	}))
 	var taken sqlite3.Error
 	switch {
 	case errors.Is(err, sql.ErrNoRows):

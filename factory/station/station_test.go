@@ -34,7 +34,7 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-func TestMain(m *testing.M) { softhsmtest.Main(m, 5) }
+func TestMain(m *testing.M) { softhsmtest.Main(m, 6) }
 
 // A shop is a line with one lot, L1, provisioned.
 type shop struct {
@@ -325,6 +325,27 @@ func TestOnlyPublished(t *testing.T) {
 }
 
 // Of a lot that is revoked no device is handed out, nor is each of them put down as revoked.
+// What the database refuses says what was to be done.
+func TestErrorsNameOperation(t *testing.T) {
+	s := newShop(t, 1)
+	d := s.open(t)
+	imei := s.manifest.IMEI(0)
+	d.unlock()
+	d.read.Close()
+	_, next := d.Next(t.Context(), "s1", "L1")
+	_, status := d.Status(t.Context())
+	d.write.Close()
+	_, closed := d.claim(t.Context(), device{lot: "L1"}, "s1", Out, false)
+	for operation, err := range map[string]error{
+		"see what a station has": next, "report a device": d.Report(t.Context(), "s1", "L1", imei, Injected, ""),
+		"count what became of the devices": status, "hand a device out": closed,
+	} {
+		if err == nil || !strings.HasPrefix(err.Error(), operation+": ") {
+			t.Errorf("%s: %v", operation, err)
+		}
+	}
+}
+
 func TestRevokedLot(t *testing.T) {
 	s := newShop(t, 32)
 	d := s.open(t)

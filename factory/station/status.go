@@ -2,7 +2,6 @@ package station
 
 import (
 	"context"
-	"database/sql"
 	"errors"
 	"io/fs"
 	"iter"
@@ -11,6 +10,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/sqlconn"
 	"github.com/kmehsm/kmehsm/internal/sqlite"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -80,20 +80,7 @@ func (d *Desk) Status(ctx context.Context) (*Status, error) {
 	return s, nil
 }
 
-// each scans the rows of a query.
-func (d *Desk) each(ctx context.Context, f func(*sql.Rows) error, query string, args ...any) error {
-	rows, err := d.read.QueryContext(ctx, query, args...)
-	if err != nil {
-		return err
-	}
-	defer rows.Close()
-	for rows.Next() {
-		if err := f(rows); err != nil {
-			return err
-		}
-	}
-	return rows.Err()
-}
+const counting = "count what became of the devices"
 
 func (d *Desk) countLots(ctx context.Context, s *Status) error {
 	entries, err := os.ReadDir(d.o.Injection)
@@ -107,11 +94,11 @@ func (d *Desk) countLots(ctx context.Context, s *Status) error {
 			s.Lots = append(s.Lots, Counts{Lot: l.Lot, Devices: l.Devices(), Waiting: l.Devices()})
 		}
 	}
-	return d.each(ctx, func(rows *sql.Rows) error {
+	return d.to(counting).Each(ctx, func(scan func(...any) error) error {
 		var name string
 		var again, n int
 		var state State
-		if err := rows.Scan(&name, &again, &state, &n); err != nil {
+		if err := scan(&name, &again, &state, &n); err != nil {
 			return err
 		}
 		i, ok := at[name]
@@ -130,10 +117,10 @@ func (d *Desk) countLots(ctx context.Context, s *Status) error {
 
 func (d *Desk) countWork(ctx context.Context, s *Status) error {
 	holds := map[string]string{}
-	err := d.each(ctx, func(rows *sql.Rows) error {
+	err := d.to(counting).Each(ctx, func(scan func(...any) error) error {
 		var k device
 		var station string
-		if err := rows.Scan(&k.lot, &k.position, &station); err != nil {
+		if err := scan(&k.lot, &k.position, &station); err != nil {
 			return err
 		}
 		holds[station] = d.imei(k)
@@ -142,11 +129,11 @@ func (d *Desk) countWork(ctx context.Context, s *Status) error {
 	if err != nil {
 		return err
 	}
-	return d.each(ctx, func(rows *sql.Rows) error {
+	return d.to(counting).Each(ctx, func(scan func(...any) error) error {
 		var w Work
 		var state State
 		var n int
-		if err := rows.Scan(&w.Station, &state, &n); err != nil {
+		if err := scan(&w.Station, &state, &n); err != nil {
 			return err
 		}
 		if last := len(s.Stations) - 1; last < 0 || s.Stations[last].Station != w.Station {
@@ -169,10 +156,10 @@ func (d *Desk) lastHour(ctx context.Context, s *Status) error {
 		s.Hour = append(s.Hour, Minute{Start: first.Add(time.Duration(i) * time.Minute)})
 	}
 	begun := 60
-	err := d.each(ctx, func(rows *sql.Rows) error {
+	err := d.to(counting).Each(ctx, func(scan func(...any) error) error {
 		var i, n int
 		var state State
-		if err := rows.Scan(&i, &state, &n); err != nil {
+		if err := scan(&i, &state, &n); err != nil {
 			return err
 		}
 		i = min(max(i, 0), 59) // a clock that was set back has left steps of the future
@@ -222,38 +209,37 @@ func Report(ctx context.Context, state string, m *directory.Manifest) iter.Seq2[
 		}
 		defer write.Close()
 		defer read.Close()
-		rows, err := read.QueryContext(ctx, "SELECT position, issue, state, station, handed, reported, tries, note "+
-			"FROM device WHERE lot = ? ORDER BY position, issue", m.Lot)
-		if err != nil {
-			yield(Line{}, err)
-			return
-		}
-		defer rows.Close()
 		next := 0
-		for rows.Next() {
+		db := sqlconn.Conn{Operation: "report a lot's devices", DB: read}
+		err = db.Each(ctx, func(scan func(...any) error) error {
 			var at int
 			var l Line
 			var handed, reported int64
-			if err := rows.Scan(&at, &l.Issue, &l.State, &l.Station, &handed, &reported, &l.Tries,
-				&l.Note); err != nil {
-				yield(l, err)
-				return
+			err := scan(&at, &l.Issue, &l.State, &l.Station, &handed, &reported, &l.Tries, &l.Note)
+			if err != nil {
+				return err
 			}
 			if !waiting(m, next, at, yield) {
-				return
+				return errEnough
 			}
 			next, l.IMEI, l.Handed, l.Reported = at+1, m.IMEI(at), when(handed), when(reported)
 			if !yield(l, nil) {
-				return
+				return errEnough
 			}
-		}
-		if err := rows.Err(); err != nil {
+			return nil
+		}, "SELECT position, issue, state, station, handed, reported, tries, note FROM device WHERE lot = ? "+
+			"ORDER BY position, issue", m.Lot)
+		switch {
+		case err == nil:
+			waiting(m, next, m.Devices(), yield)
+		case !errors.Is(err, errEnough):
 			yield(Line{}, err)
-			return
 		}
-		waiting(m, next, m.Devices(), yield)
 	}
 }
+
+// errEnough: nobody asks for more lines.
+var errEnough = errors.New("enough")
 
 func waiting(m *directory.Manifest, from, to int, yield func(Line, error) bool) bool {
 	for ; from < to; from++ {

@@ -50,11 +50,7 @@ func (d *Desk) ticket(ctx context.Context, l *lot, at int) (device, *Ticket, err
 	if err != nil {
 		return k, nil, err
 	}
-	for _, e := range published.History {
-		if e.Key != nil {
-			k.issue++
-		}
-	}
+	k.issue = published.Issued()
 	if published.Revoked != nil {
 		return k, nil, &revokedError{lot: published.Lot != nil}
 	}

@@ -14,6 +14,8 @@ import (
 	"path/filepath"
 	"testing"
 	"time"
+
+	"github.com/kmehsm/kmehsm/internal/must"
 )
 
 // Make makes a CA, ca.pem, and a certificate of it for each name, NAME.pem with NAME.key: for an IP address, or for a
@@ -24,10 +26,7 @@ func Make(t testing.TB, names ...string) (dir string) {
 	var ca *x509.Certificate
 	var caKey *ecdsa.PrivateKey
 	for i, name := range append([]string{"ca"}, names...) {
-		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-		if err != nil {
-			t.Fatal(err)
-		}
+		key := must.Get[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
 		c := &x509.Certificate{
 			SerialNumber: big.NewInt(int64(i + 1)), Subject: pkix.Name{CommonName: name},
 			NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), IsCA: i == 0,
@@ -42,19 +41,11 @@ func Make(t testing.TB, names ...string) (dir string) {
 		if i == 0 {
 			ca, caKey = c, key
 		}
-		der, err := x509.CreateCertificate(rand.Reader, c, ca, key.Public(), caKey)
-		if err != nil {
-			t.Fatal(err)
-		}
-		pkcs8, err := x509.MarshalPKCS8PrivateKey(key)
-		if err != nil {
-			t.Fatal(err)
-		}
+		der := must.Get[[]byte](t)(x509.CreateCertificate(rand.Reader, c, ca, key.Public(), caKey))
+		pkcs8 := must.Get[[]byte](t)(x509.MarshalPKCS8PrivateKey(key))
 		for file, block := range map[string]*pem.Block{name + ".pem": {Type: "CERTIFICATE", Bytes: der},
 			name + ".key": {Type: "PRIVATE KEY", Bytes: pkcs8}} {
-			if err := os.WriteFile(filepath.Join(dir, file), pem.EncodeToMemory(block), 0o600); err != nil {
-				t.Fatal(err)
-			}
+			must.Do(t, os.WriteFile(filepath.Join(dir, file), pem.EncodeToMemory(block), 0o600))
 		}
 	}
 	return dir

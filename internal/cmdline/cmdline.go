@@ -87,6 +87,35 @@ func Run(ctx context.Context, app *cli.App, args []string) int {
 	return exitFailed
 }
 
+// The library's help is as wide as its texts.
+func init() {
+	cli.HelpPrinter = func(w io.Writer, template string, data any) {
+		var text strings.Builder
+		cli.HelpPrinterCustom(&text, template, data, nil)
+		for line := range strings.Lines(text.String()) {
+			io.WriteString(w, fold(line))
+		}
+	}
+}
+
+// column is what stands left of a flag's or a command's usage, or of a text.
+var column = regexp.MustCompile(`^ *(\S+( \S+)*  +)?`)
+
+// fold breaks a line of help at 120 columns. What follows is indented as its usage is.
+func fold(line string) (folded string) {
+	const width = 120
+	indent := len(column.FindString(line))
+	for len(line) > width+1 { // with its end
+		at := strings.LastIndexByte(line[:width+1], ' ')
+		if at <= indent {
+			break
+		}
+		folded += line[:at] + "\n"
+		line = strings.Repeat(" ", indent) + line[at+1:]
+	}
+	return folded + line
+}
+
 func onUsageError(_ *cli.Context, err error, _ bool) error { return Usage(err) }
 
 func unknown(c *cli.Context) error {
@@ -142,6 +171,16 @@ func Require(c *cli.Context, flags ...string) error {
 		}
 	}
 	return nil
+}
+
+// Requiring makes an action one that needs the flags named.
+func Requiring(action cli.ActionFunc, flags ...string) cli.ActionFunc {
+	return func(c *cli.Context) error {
+		if err := Require(c, flags...); err != nil {
+			return err
+		}
+		return action(c)
+	}
 }
 
 // flagsFirst moves flags before the arguments of the command that they are given to, wherever they stand: our

@@ -35,8 +35,7 @@ func PrintFindings(c *cli.Context, token examined, report []hsmkeys.Finding) err
 		func(w io.Writer) {
 			fmt.Fprintln(w, token)
 			fmt.Fprintf(w, "     %s %s, hardware %s, firmware %s; module %s %s, PKCS #11 %s\n", id.Manufacturer,
-				id.Model, id.HardwareVersion, id.FirmwareVersion,
-				id.Library, id.LibraryVersion, id.Cryptoki)
+				id.Model, id.HardwareVersion, id.FirmwareVersion, id.Library, id.LibraryVersion, id.Cryptoki)
 			for _, what := range id.Weak {
 				fmt.Fprintf(w, "     accepted when it was initialised: %s\n", what)
 			}

@@ -53,8 +53,7 @@ func (o Officer) PIN(
 	}
 	if begun != nil && basis == Settled {
 		return pin, nil, fmt.Errorf("factory so split was interrupted, and the security officer's PIN may be the one "+
-			"before, or be in shares of split %s: "+
-			"run factory so check with either", begun.ID)
+			"before, or be in shares of split %s: run factory so check with either", begun.ID)
 	}
 	if o.Source != "" {
 		if inForce != nil && begun == nil && basis != Anything {
@@ -75,8 +74,7 @@ func (o Officer) PIN(
 	switch {
 	case len(o.Shares) > 0 && len(q.Splits) == 0 && basis != Anything:
 		err = fmt.Errorf("the security officer's PIN of %s is in no shares: give --so-pin-source; if somebody has "+
-			"removed what the token says of them, "+
-			"factory so check with the shares brings it back", token)
+			"removed what the token says of them, factory so check with the shares brings it back", token)
 	case len(o.Shares) > 0:
 		err = q.ReadFiles(o.Shares)
 	case len(q.Splits) == 0:

@@ -42,72 +42,76 @@ const (
 // An ID is the number of an AVP and its vendor's.
 type ID struct{ Vendor, Code uint32 }
 
+func base(code uint32) ID     { return ID{Code: code} }
+func threeGPP(code uint32) ID { return ID{Vendor: ThreeGPP, Code: code} }
+func own(code uint32) ID      { return ID{Vendor: Own, Code: code} }
+
 // AVPs that are made or looked for.
 var (
-	UserName               = ID{0, 1}
-	HostIPAddress          = ID{0, 257}
-	AuthApplicationID      = ID{0, 258}
-	VendorSpecificApp      = ID{0, 260}
-	SessionID              = ID{0, 263}
-	OriginHost             = ID{0, 264}
-	SupportedVendorID      = ID{0, 265}
-	VendorID               = ID{0, 266}
-	ResultCode             = ID{0, 268}
-	ProductName            = ID{0, 269}
-	DisconnectCause        = ID{0, 273}
-	AuthSessionState       = ID{0, 277}
-	ErrorMessage           = ID{0, 281}
-	DestinationRealm       = ID{0, 283}
-	ProxyInfo              = ID{0, 284}
-	ProxyHost              = ID{0, 280}
-	ProxyState             = ID{0, 33}
-	ErrorReportingHost     = ID{0, 294}
-	OriginRealm            = ID{0, 296}
-	ExperimentalResult     = ID{0, 297}
-	ExperimentalResultCode = ID{0, 298}
-	InbandSecurityID       = ID{0, 299}
+	UserName               = base(1)
+	HostIPAddress          = base(257)
+	AuthApplicationID      = base(258)
+	VendorSpecificApp      = base(260)
+	SessionID              = base(263)
+	OriginHost             = base(264)
+	SupportedVendorID      = base(265)
+	VendorID               = base(266)
+	ResultCode             = base(268)
+	ProductName            = base(269)
+	DisconnectCause        = base(273)
+	AuthSessionState       = base(277)
+	ErrorMessage           = base(281)
+	DestinationRealm       = base(283)
+	ProxyInfo              = base(284)
+	ProxyHost              = base(280)
+	ProxyState             = base(33)
+	ErrorReportingHost     = base(294)
+	OriginRealm            = base(296)
+	ExperimentalResult     = base(297)
+	ExperimentalResultCode = base(298)
+	InbandSecurityID       = base(299)
 
-	SIPNumberAuthItems  = ID{ThreeGPP, 607}
-	SIPScheme           = ID{ThreeGPP, 608}
-	SIPAuthenticate     = ID{ThreeGPP, 609}
-	SIPAuthorization    = ID{ThreeGPP, 610}
-	SIPAuthDataItem     = ID{ThreeGPP, 612}
-	SupportedFeatures   = ID{ThreeGPP, 628}
-	FeatureListID       = ID{ThreeGPP, 629}
-	FeatureList         = ID{ThreeGPP, 630}
-	ConfidentialityKey  = ID{ThreeGPP, 625}
-	IntegrityKey        = ID{ThreeGPP, 626}
-	RATType             = ID{ThreeGPP, 1032}
-	SubscriptionData    = ID{ThreeGPP, 1400}
-	TerminalInformation = ID{ThreeGPP, 1401}
-	IMEI                = ID{ThreeGPP, 1402}
-	SoftwareVersion     = ID{ThreeGPP, 1403}
-	ULRFlags            = ID{ThreeGPP, 1405}
-	ULAFlags            = ID{ThreeGPP, 1406}
-	VisitedPLMN         = ID{ThreeGPP, 1407}
-	RequestedEUTRAN     = ID{ThreeGPP, 1408}
-	RequestedUTRAN      = ID{ThreeGPP, 1409}
-	NumberOfVectors     = ID{ThreeGPP, 1410}
-	ResyncInfo          = ID{ThreeGPP, 1411}
-	AuthInfo            = ID{ThreeGPP, 1413}
-	EUTRANVector        = ID{ThreeGPP, 1414}
-	UTRANVector         = ID{ThreeGPP, 1415}
-	GERANVector         = ID{ThreeGPP, 1416}
-	SubscriberStatus    = ID{ThreeGPP, 1424}
-	RAND                = ID{ThreeGPP, 1447}
-	XRES                = ID{ThreeGPP, 1448}
-	AUTN                = ID{ThreeGPP, 1449}
-	KASME               = ID{ThreeGPP, 1450}
-	Kc                  = ID{ThreeGPP, 1453}
-	SRES                = ID{ThreeGPP, 1454}
+	SIPNumberAuthItems  = threeGPP(607)
+	SIPScheme           = threeGPP(608)
+	SIPAuthenticate     = threeGPP(609)
+	SIPAuthorization    = threeGPP(610)
+	SIPAuthDataItem     = threeGPP(612)
+	SupportedFeatures   = threeGPP(628)
+	FeatureListID       = threeGPP(629)
+	FeatureList         = threeGPP(630)
+	ConfidentialityKey  = threeGPP(625)
+	IntegrityKey        = threeGPP(626)
+	RATType             = threeGPP(1032)
+	SubscriptionData    = threeGPP(1400)
+	TerminalInformation = threeGPP(1401)
+	IMEI                = threeGPP(1402)
+	SoftwareVersion     = threeGPP(1403)
+	ULRFlags            = threeGPP(1405)
+	ULAFlags            = threeGPP(1406)
+	VisitedPLMN         = threeGPP(1407)
+	RequestedEUTRAN     = threeGPP(1408)
+	RequestedUTRAN      = threeGPP(1409)
+	NumberOfVectors     = threeGPP(1410)
+	ResyncInfo          = threeGPP(1411)
+	AuthInfo            = threeGPP(1413)
+	EUTRANVector        = threeGPP(1414)
+	UTRANVector         = threeGPP(1415)
+	GERANVector         = threeGPP(1416)
+	SubscriberStatus    = threeGPP(1424)
+	RAND                = threeGPP(1447)
+	XRES                = threeGPP(1448)
+	AUTN                = threeGPP(1449)
+	KASME               = threeGPP(1450)
+	Kc                  = threeGPP(1453)
+	SRES                = threeGPP(1454)
 
-	BindingRequest = ID{Own, 1}
-	BindingPayload = ID{Own, 2}
-	BindingAttempt = ID{Own, 3}
-	BindingAnswer  = ID{Own, 4}
-	NWSig          = ID{Own, 5}
-	BindingStatus  = ID{Own, 6}
-	BindingControl = ID{Own, 7}
+	BindingRequest = own(1)
+	BindingPayload = own(2)
+	BindingAttempt = own(3)
+	BindingAnswer  = own(4)
+	NWSig          = own(5)
+	BindingStatus  = own(6)
+	BindingControl = own(7)
 )
 
 // An AVP is one attribute, its data not looked into.
@@ -179,7 +183,7 @@ func ParseAVPs(b []byte) (avps []AVP, err error) {
 		if len(b) < 8 {
 			return nil, errors.New("an AVP is shorter than its header")
 		}
-		a := AVP{ID: ID{0, binary.BigEndian.Uint32(b)}, Flags: b[4]}
+		a := AVP{ID: base(binary.BigEndian.Uint32(b)), Flags: b[4]}
 		head, size := 8, int(binary.BigEndian.Uint32(b[4:])&0xffffff)
 		if a.Flags&vendorFlag != 0 {
 			head = 12

@@ -2,6 +2,7 @@
 package durable
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 
@@ -42,9 +43,5 @@ func SyncDir(dir string) error {
 	if err != nil {
 		return err
 	}
-	err = d.Sync()
-	if cerr := d.Close(); err == nil {
-		err = cerr
-	}
-	return err
+	return errors.Join(d.Sync(), d.Close())
 }

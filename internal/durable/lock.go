@@ -11,7 +11,7 @@ import (
 )
 
 // Lock keeps other processes that lock the same folder out until unlock, or the end of this process. It does not wait;
-// who is kept out is told who holds the lock.
+// whoever is kept out is told who holds the lock.
 func Lock(dir string) (unlock func(), err error) {
 	f, err := os.OpenFile(filepath.Join(dir, ".lock"), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {

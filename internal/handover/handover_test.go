@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
 	"github.com/kmehsm/kmehsm/internal/testkeys"
 	"github.com/kmehsm/kmehsm/internal/testproc"
@@ -20,19 +21,9 @@ import (
 
 func TestMain(m *testing.M) { testproc.Main(m.Run) }
 
-func must[T any](t testing.TB) func(T, error) T {
-	return func(v T, err error) T {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return v
-	}
-}
-
 func newKey(t testing.TB) *ecdsa.PrivateKey {
 	t.Helper()
-	return must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
+	return must.Get[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
 }
 
 func TestInjection(t *testing.T) {
@@ -120,12 +111,12 @@ func TestPartiesFiles(t *testing.T) {
 			t.Errorf("%s: accepted", name)
 		}
 	}
-	transport := &must[*rsa.PrivateKey](t)(testkeys.RSA(2048)).PublicKey
-	file := must[[]byte](t)(NewTransportKey(transport, "0123"))
+	transport := &must.Get[*rsa.PrivateKey](t)(testkeys.RSA(2048)).PublicKey
+	file := must.Get[[]byte](t)(NewTransportKey(transport, "0123"))
 	if pub, err := ParseTransportKey(file, directory.RSAThumbprint(transport)); err != nil || !pub.Equal(transport) {
 		t.Error(pub, err)
 	}
-	fixture := must[[]byte](t)(pemkey.Encode(transport))
+	fixture := must.Get[[]byte](t)(pemkey.Encode(transport))
 	for name, bad := range map[string]string{
 		"truncated": string(file[:len(file)/2]), "empty": "", "a bare public key": string(fixture),
 		"a fixture's enrolment": string(data), "another type": strings.Replace(string(file), TypeTransportKey,
@@ -189,9 +180,9 @@ func FuzzParse(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	transport := &must[*rsa.PrivateKey](f)(testkeys.RSA(2048)).PublicKey
+	transport := &must.Get[*rsa.PrivateKey](f)(testkeys.RSA(2048)).PublicKey
 	f.Add(enrolment)
-	f.Add(must[[]byte](f)(NewTransportKey(transport, "0123")))
+	f.Add(must.Get[[]byte](f)(NewTransportKey(transport, "0123")))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		ParseFixtureEnrolment(data)
 		ParseTransportKey(data, "")

@@ -74,6 +74,8 @@ type setting struct {
 // maxSocket is the longest path that Linux takes for a Unix socket (unix(7)).
 const maxSocket = 107
 
+var times = binding.DefaultTimes()
+
 // settings are in the order of the help. Those that belong to a setting above are indented: api.NewClients and
 // vaultstore.Login check them.
 var settings = []setting{
@@ -112,12 +114,15 @@ var settings = []setting{
 		help: "for several instances; its password: PGPASSFILE (default: SQLite in the state folder)",
 		rule: "sqlite:PATH or postgres://USER@HOST/DATABASE",
 		ok:   func(c *Config) bool { return sqlstore.CheckName(c.Store) == nil }},
-	{name: "attempt_ttl", def: "5m", help: "how long a device has for EstablishKME after PrepareVector",
+	{name: "attempt_ttl", def: fmt.Sprintf("%gm", times.Attempt.Minutes()),
+		help: "how long a device has for EstablishKME after PrepareVector",
 		rule: "a time above zero, such as 5m", ok: func(c *Config) bool { return c.AttemptTTL > 0 }},
-	{name: "pending_ttl", def: "1h", help: "how long a device has to show its KME after EstablishKME",
+	{name: "pending_ttl", def: fmt.Sprintf("%gh", times.Pending.Hours()),
+		help: "how long a device has to show its KME after EstablishKME",
 		rule: "a time above zero, such as 1h", ok: func(c *Config) bool { return c.PendingTTL > 0 }},
-	{name: "pending_vectors", def: "3", help: "how many PrepareVectors it may take for that",
-		rule: "a whole number above zero", ok: func(c *Config) bool { return c.PendingVectors > 0 }},
+	{name: "pending_vectors", def: fmt.Sprint(times.PendingVectors),
+		help: "how many PrepareVectors it may take for that", rule: "a whole number above zero",
+		ok: func(c *Config) bool { return c.PendingVectors > 0 }},
 	{name: "revocation_ttl", def: "1m", help: "after which a list of revoked devices is read again, in the background",
 		rule: "a time above zero, such as 1m", ok: func(c *Config) bool { return c.RevocationTTL > 0 }},
 	{name: "max_revocation_age", def: "0s",

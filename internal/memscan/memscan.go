@@ -14,6 +14,8 @@ import (
 	"runtime/debug"
 	"syscall"
 	"testing"
+
+	"github.com/kmehsm/kmehsm/internal/must"
 )
 
 // A Memory is this program's, for the time of a test that runs alone.
@@ -44,10 +46,7 @@ func (m Memory) Take(secret []byte) Needle {
 // outside is memory that Go's heap knows nothing of.
 func (m Memory) outside(fd, size, flags int) []byte {
 	m.t.Helper()
-	b, err := syscall.Mmap(fd, 0, size, syscall.PROT_READ|syscall.PROT_WRITE, flags)
-	if err != nil {
-		m.t.Fatal(err)
-	}
+	b := must.Get[[]byte](m.t)(syscall.Mmap(fd, 0, size, syscall.PROT_READ|syscall.PROT_WRITE, flags))
 	m.t.Cleanup(func() { syscall.Munmap(b) })
 	return b
 }
@@ -55,16 +54,10 @@ func (m Memory) outside(fd, size, flags int) []byte {
 // Find says at how many places each secret stands.
 func (m Memory) Find(all []Needle) (places []int) {
 	m.t.Helper()
-	f, err := os.Create(filepath.Join(m.t.TempDir(), "heap"))
-	if err != nil {
-		m.t.Fatal(err)
-	}
+	f := must.Get[*os.File](m.t)(os.Create(filepath.Join(m.t.TempDir(), "heap")))
 	defer f.Close()
 	debug.WriteHeapDump(f.Fd())
-	end, err := f.Seek(0, 2)
-	if err != nil {
-		m.t.Fatal(err)
-	}
+	end := must.Get[int64](m.t)(f.Seek(0, 2))
 	dump := m.outside(int(f.Fd()), int(end), syscall.MAP_SHARED)
 	if !bytes.Contains(dump, canary) {
 		m.t.Fatal("what is in memory is not found there")

@@ -25,7 +25,7 @@ func New(k, opc []byte) (*SIM, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &SIM{block, [16]byte(opc)}, nil
+	return &SIM{block: block, opc: [16]byte(opc)}, nil
 }
 
 // out computes OUT1 to OUT5 of clause 4.1: E(rot(in xor OPc, rotation) xor c xor temp) xor OPc.
@@ -75,7 +75,7 @@ func (s *SIM) Authenticate(rand [16]byte, autn []byte) (res [8]byte, sqn uint64,
 	var number [8]byte
 	subtle.XORBytes(number[2:], autn[:6], ak[:])
 	if macA, _ := s.f1(rand, number[2:], autn[6:8]); subtle.ConstantTimeCompare(macA[:], autn[8:]) != 1 {
-		return res, 0, errors.New("the SIM refuses AUTN: it was not made for this RAND by who has K")
+		return res, 0, errors.New("the SIM refuses AUTN: it was not made for this RAND by whoever has K")
 	}
 	return res, binary.BigEndian.Uint64(number[:]), nil
 }
@@ -122,7 +122,7 @@ func (s *SIM) Resynchronised(rand [16]byte, auts []byte) (sqn uint64, err error)
 	ak := s.f5star(rand)
 	subtle.XORBytes(number[2:], auts[:6], ak[:])
 	if _, macS := s.f1(rand, number[2:], []byte{0, 0}); subtle.ConstantTimeCompare(macS[:], auts[6:]) != 1 {
-		return 0, errors.New("AUTS was not made for this RAND by who has K")
+		return 0, errors.New("AUTS was not made for this RAND by whoever has K")
 	}
 	return binary.BigEndian.Uint64(number[:]), nil
 }

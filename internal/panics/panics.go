@@ -28,6 +28,6 @@ func Of(err error) *Error {
 //	defer panics.Recover(&err)
 func Recover(err *error) {
 	if p := recover(); p != nil {
-		*err = &Error{p, debug.Stack()}
+		*err = &Error{Value: p, Stack: debug.Stack()}
 	}
 }

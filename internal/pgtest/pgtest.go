@@ -21,6 +21,7 @@ import (
 	_ "github.com/jackc/pgx/v5/stdlib" // the driver
 	"golang.org/x/sys/unix"
 
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
@@ -44,23 +45,15 @@ func Start(t testing.TB) *Server {
 // StartTLS is Start for a server that has a port too, on which it has the certificate and the key of two PEM files.
 func StartTLS(t testing.TB, certificate, key string) *Server {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	l := must.Get[net.Listener](t)(net.Listen("tcp", "127.0.0.1:0"))
 	s := initialise(t)
 	s.Port = l.Addr().(*net.TCPAddr).Port
 	l.Close()
 	s.settings = []string{"-c", "listen_addresses=127.0.0.1", "-c", "ssl=on"}
 	for setting, from := range map[string]string{"ssl_cert_file": certificate, "ssl_key_file": key} {
-		data, err := os.ReadFile(from)
-		if err != nil {
-			t.Fatal(err)
-		}
+		data := must.Get[[]byte](t)(os.ReadFile(from))
 		to := filepath.Join(s.dir, setting)
-		if err := os.WriteFile(to, data, 0o600); err != nil {
-			t.Fatal(err)
-		}
+		must.Do(t, os.WriteFile(to, data, 0o600))
 		own(t, to)
 		s.settings = append(s.settings, "-c", setting+"="+to)
 	}
@@ -99,19 +92,14 @@ func initialise(t testing.TB) *Server {
 func own(t testing.TB, path string) {
 	t.Helper()
 	if c := credential(t); c != nil {
-		if err := os.Chown(path, int(c.Uid), int(c.Gid)); err != nil {
-			t.Fatal(err)
-		}
+		must.Do(t, os.Chown(path, int(c.Uid), int(c.Gid)))
 	}
 }
 
 // Run starts the server, again after Kill, and waits until it answers.
 func (s *Server) Run(t testing.TB) {
 	t.Helper()
-	db, err := sql.Open("pgx", s.url("postgres"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	db := must.Get[*sql.DB](t)(sql.Open("pgx", s.url("postgres")))
 	defer db.Close()
 	args := append([]string{"-D", s.dir, "-p", strconv.Itoa(s.Port), "-k", s.dir, "-c", "max_connections=200", "-c",
 		"dynamic_shared_memory_type=mmap"}, s.settings...)
@@ -124,10 +112,7 @@ func (s *Server) Run(t testing.TB) {
 // and removes what they shared: while one of them has it, the server does not start again.
 func (s *Server) Kill(t testing.TB) {
 	t.Helper()
-	lines, err := os.ReadFile(filepath.Join(s.dir, "postmaster.pid"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	lines := must.Get[[]byte](t)(os.ReadFile(filepath.Join(s.dir, "postmaster.pid")))
 	var key, id int
 	// of its System V shared memory
 	if _, err := fmt.Sscan(strings.Split(string(lines), "\n")[6], &key, &id); err != nil {
@@ -136,13 +121,9 @@ func (s *Server) Kill(t testing.TB) {
 	s.process.Kill()
 	for deadline := time.Now().Add(testproc.Patience); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
 		var memory unix.SysvShmDesc
-		if _, err := unix.SysvShmCtl(id, unix.IPC_STAT, &memory); err != nil {
-			t.Fatal(err)
-		}
+		must.Get[int](t)(unix.SysvShmCtl(id, unix.IPC_STAT, &memory))
 		if memory.Nattch == 0 {
-			if _, err := unix.SysvShmCtl(id, unix.IPC_RMID, nil); err != nil {
-				t.Fatal(err)
-			}
+			must.Get[int](t)(unix.SysvShmCtl(id, unix.IPC_RMID, nil))
 			return
 		}
 	}
@@ -160,10 +141,7 @@ func (s *Server) Database(t testing.TB) string {
 // As is the connection string of a database as another role, that must be there.
 func (s *Server) As(t testing.TB, database, role string) string {
 	t.Helper()
-	u, err := url.Parse(database)
-	if err != nil {
-		t.Fatal(err)
-	}
+	u := must.Get[*url.URL](t)(url.Parse(database))
 	u.User = url.User(role)
 	return u.String()
 }
@@ -176,10 +154,7 @@ func (s *Server) Exec(t testing.TB, statements string) {
 
 func (s *Server) ExecIn(t testing.TB, database, statements string) {
 	t.Helper()
-	db, err := sql.Open("pgx", s.As(t, database, "postgres"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	db := must.Get[*sql.DB](t)(sql.Open("pgx", s.As(t, database, "postgres")))
 	defer db.Close()
 	if _, err := db.ExecContext(t.Context(), statements); err != nil {
 		t.Fatalf("%s: %v", statements, err)
@@ -222,8 +197,6 @@ func credential(t testing.TB) *syscall.Credential {
 	}
 	uid, uerr := strconv.Atoi(u.Uid)
 	gid, gerr := strconv.Atoi(u.Gid)
-	if err := errors.Join(uerr, gerr); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, errors.Join(uerr, gerr))
 	return &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}
 }

@@ -12,15 +12,15 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+
+	"github.com/kmehsm/kmehsm/internal/must"
 )
 
 // Dir is the folder of the programs, var/test/bin, which are built at the first call. It is the same for all packages,
 // and stays: go build links nothing that is up to date there.
 func Dir(t testing.TB) string {
 	t.Helper()
-	if err := build(); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, build())
 	return dir
 }
 

@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/kmehsm/kmehsm/internal/must"
 )
 
 // operatorEnv says whose token an operator has in the tests: nss, or SoftHSM's without it.
@@ -48,16 +50,14 @@ func NSS(t testing.TB) Tok {
 	if err != nil {
 		t.Fatalf("libsoftokn3.so: %v: scripts/deps.sh check installs it", err)
 	}
-	if err := os.WriteFile(tok.Module, library, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, os.WriteFile(tok.Module, library, 0o600))
 	tok.URI = fmt.Sprintf(
 		"pkcs11:token=%s?module-path=%s&x-init-reserved=configdir=sql:%s%%20dbTokenDescription=%s&pin-source=file:%s",
 		tok.Label, tok.Module, dir, tok.Label, tok.PINFile)
 	return tok
 }
 
-// OperatorModule is the library of an operator's tokens, for who loads one for all of them.
+// OperatorModule is the library of an operator's tokens, for whoever loads one for all of them.
 func OperatorModule() string {
 	if os.Getenv(operatorEnv) == "nss" {
 		return nssLibrary()

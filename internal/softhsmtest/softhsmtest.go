@@ -20,6 +20,7 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/scheduling"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 )
@@ -135,11 +136,7 @@ func Dir() string { return dir }
 // them if it has initialised the module.
 func Make(t testing.TB, dir string, labels ...string) map[string]Tok {
 	t.Helper()
-	toks, err := setup(dir, labels)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return toks
+	return must.Get[map[string]Tok](t)(setup(dir, labels))
 }
 
 // Env is the environment entry that shows a process the tokens in dir.

@@ -3,6 +3,8 @@ package testproc
 import (
 	"syscall"
 	"testing"
+
+	"github.com/kmehsm/kmehsm/internal/must"
 )
 
 // ReportCPU reports the time that all cores spend on an operation from now until done, which whatever else the machine
@@ -10,9 +12,7 @@ import (
 func ReportCPU(b *testing.B) (done func()) {
 	used := func() (us float64) {
 		var u syscall.Rusage
-		if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
-			b.Fatal(err)
-		}
+		must.Do(b, syscall.Getrusage(syscall.RUSAGE_SELF, &u))
 		return float64(u.Utime.Nano()+u.Stime.Nano()) / 1e3
 	}
 	before := used()

@@ -9,6 +9,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/kmehsm/kmehsm/internal/must"
 )
 
 // Patience is how long a test waits for another process.
@@ -43,9 +45,7 @@ func startWithin(t testing.TB, cmd *exec.Cmd, ready func(p *Process) bool, patie
 		cmd.SysProcAttr = new(syscall.SysProcAttr)
 	}
 	cmd.SysProcAttr.Setpgid, cmd.SysProcAttr.Pdeathsig = true, syscall.SIGTERM
-	if err := start(cmd); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, start(cmd))
 	go func() {
 		p.err = cmd.Wait()
 		for syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) == nil {

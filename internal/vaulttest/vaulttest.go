@@ -15,6 +15,7 @@ import (
 
 	"github.com/hashicorp/vault/api"
 
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
@@ -94,20 +95,13 @@ func (s *Server) start(t testing.TB, listen string, more ...string) {
 	cmd.Stdout = out
 	s.process = testproc.Start(t, cmd, func(*testproc.Process) bool { return strings.Contains(out.String(), "\n") })
 	var said struct{ Address string }
-	if err := json.Unmarshal([]byte(out.String()), &said); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, json.Unmarshal([]byte(out.String()), &said))
 	s.Addr = said.Address
-	data, err := os.ReadFile(filepath.Join(s.Dir, "init.json"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	data := must.Get[[]byte](t)(os.ReadFile(filepath.Join(s.Dir, "init.json")))
 	var file struct {
 		Token string `json:"root_token"`
 	}
-	if err := json.Unmarshal(data, &file); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, json.Unmarshal(data, &file))
 	s.Root = file.Token
 }
 
@@ -149,10 +143,7 @@ func (s *Server) Client(t testing.TB, token string) *api.Client {
 	t.Helper()
 	config := api.DefaultConfig()
 	config.Address, config.MaxRetries = s.Addr, 0
-	c, err := api.NewClient(config)
-	if err != nil {
-		t.Fatal(err)
-	}
+	c := must.Get[*api.Client](t)(api.NewClient(config))
 	c.SetToken(token)
 	return c
 }
@@ -160,8 +151,6 @@ func (s *Server) Client(t testing.TB, token string) *api.Client {
 // Mount makes a KV mount of a version.
 func (s *Server) Mount(t testing.TB, path, version string) {
 	t.Helper()
-	if err := s.Client(t, s.Root).Sys().Mount(path,
-		&api.MountInput{Type: "kv", Options: map[string]string{"version": version}}); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, s.Client(t, s.Root).Sys().Mount(path,
+		&api.MountInput{Type: "kv", Options: map[string]string{"version": version}}))
 }

@@ -11,18 +11,9 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/testkeys"
 )
-
-func must[T any](t testing.TB) func(T, error) T {
-	return func(v T, err error) T {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return v
-	}
-}
 
 func prime(t *testing.T, bits int) *big.Int {
 	t.Helper()
@@ -34,7 +25,7 @@ func prime(t *testing.T, bits int) *big.Int {
 }
 
 func TestCheck(t *testing.T) {
-	good := must[*rsa.PrivateKey](t)(testkeys.RSA(2048)).PublicKey
+	good := must.Get[*rsa.PrivateKey](t)(testkeys.RSA(2048)).PublicKey
 	p := prime(t, 1024)
 	q := new(big.Int).Add(p, big.NewInt(2))
 	for !q.ProbablyPrime(20) {
@@ -70,7 +61,7 @@ func TestCheck(t *testing.T) {
 
 // A key that a KEK or an injection key is wrapped to was made by somebody else.
 func TestCheckWrapping(t *testing.T) {
-	good := must[*rsa.PrivateKey](t)(testkeys.RSA(3072))
+	good := must.Get[*rsa.PrivateKey](t)(testkeys.RSA(3072))
 	mersenne := func(p uint) *big.Int { n := new(big.Int).Lsh(big.NewInt(1), p); return n.Sub(n, big.NewInt(1)) }
 	three := new(big.Int).Exp(big.NewInt(3), big.NewInt(1938), nil)
 	for name, c := range map[string]struct {
