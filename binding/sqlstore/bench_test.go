@@ -12,6 +12,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/pgtest"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -93,7 +94,19 @@ func BenchmarkAttach(b *testing.B) {
 
 // The ledger and the binding, durably, by many at once, as a service has it under load.
 func BenchmarkEstablish(b *testing.B) {
-	s, err := Open(b.Context(), "sqlite:"+filepath.Join(b.TempDir(), "keysvc.db"), rowKey)
+	benchmarkEstablish(b, "sqlite:"+filepath.Join(b.TempDir(), "keysvc.db"), func() {})
+}
+
+// The same, with what the server spends.
+func BenchmarkPostgresEstablish(b *testing.B) {
+	server := pgtest.Start(b)
+	var before time.Duration
+	benchmarkEstablish(b, server.Database(b), func() { before = server.CPU(b) })
+	b.ReportMetric(float64((server.CPU(b)-before).Microseconds())/float64(b.N), "server-us/op")
+}
+
+func benchmarkEstablish(b *testing.B, name string, begins func()) {
+	s, err := Open(b.Context(), name, rowKey)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -135,6 +148,7 @@ func BenchmarkEstablish(b *testing.B) {
 	})
 	b.ReportAllocs()
 	b.ResetTimer()
+	begins()
 	defer testproc.ReportCPU(b)()
 	forAll(func(i int64) error {
 		tag := sha256.Sum256(fmt.Append(nil, i))
