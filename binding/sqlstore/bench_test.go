@@ -18,8 +18,12 @@ import (
 )
 
 // What a device's attach asks of the store, by many at once, as a service has it under load.
-func BenchmarkAttach(b *testing.B) {
-	s, err := Open(b.Context(), "sqlite:"+filepath.Join(b.TempDir(), "keysvc.db"), rowKey)
+func BenchmarkAttach(b *testing.B) { onSQLite(b, benchAttach) }
+
+func BenchmarkPostgresAttach(b *testing.B) { onPostgres(b, benchAttach) }
+
+func benchAttach(b *testing.B, name string, begins func()) {
+	s, err := Open(b.Context(), name, rowKey)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -77,6 +81,7 @@ func BenchmarkAttach(b *testing.B) {
 	}
 	b.ReportAllocs()
 	b.ResetTimer()
+	begins()
 	defer testproc.ReportCPU(b)()
 	var next atomic.Int64
 	var all sync.WaitGroup
@@ -93,19 +98,11 @@ func BenchmarkAttach(b *testing.B) {
 }
 
 // The ledger and the binding, durably, by many at once, as a service has it under load.
-func BenchmarkEstablish(b *testing.B) {
-	benchmarkEstablish(b, "sqlite:"+filepath.Join(b.TempDir(), "keysvc.db"), func() {})
-}
+func BenchmarkEstablish(b *testing.B) { onSQLite(b, benchEstablish) }
 
-// The same, with what the server spends.
-func BenchmarkPostgresEstablish(b *testing.B) {
-	server := pgtest.Start(b)
-	var before time.Duration
-	benchmarkEstablish(b, server.Database(b), func() { before = server.CPU(b) })
-	b.ReportMetric(float64((server.CPU(b)-before).Microseconds())/float64(b.N), "server-us/op")
-}
+func BenchmarkPostgresEstablish(b *testing.B) { onPostgres(b, benchEstablish) }
 
-func benchmarkEstablish(b *testing.B, name string, begins func()) {
+func benchEstablish(b *testing.B, name string, begins func()) {
 	s, err := Open(b.Context(), name, rowKey)
 	if err != nil {
 		b.Fatal(err)
@@ -158,4 +155,16 @@ func benchmarkEstablish(b *testing.B, name string, begins func()) {
 			PayloadSHA256: tag[:], Established: t0, Expires: t0.Add(time.Hour),
 		}, tag[:], true, t0)
 	})
+}
+
+func onSQLite(b *testing.B, bench func(b *testing.B, name string, begins func())) {
+	bench(b, "sqlite:"+filepath.Join(b.TempDir(), "keysvc.db"), func() {})
+}
+
+// onPostgres reports what the server spends besides.
+func onPostgres(b *testing.B, bench func(b *testing.B, name string, begins func())) {
+	server := pgtest.Start(b)
+	var before time.Duration
+	bench(b, server.Database(b), func() { before = server.CPU(b) })
+	b.ReportMetric(float64((server.CPU(b)-before).Microseconds())/float64(b.N), "server-us/op")
 }

@@ -57,7 +57,14 @@ func connect(name string) (*DB, error) {
 			"FILE; or, for a server on this machine, postgres://USER@/DATABASE?host=/FOLDER with the folder of its " +
 			"Unix socket")
 	}
-	return &DB{stdlib.OpenDB(*config)}, nil
+	return &DB{stdlib.OpenDB(*config, stdlib.OptionAfterConnect(plainPlans))}, nil
+}
+
+// plainPlans has the server read by an index where it can. A plan is made when a connection uses a statement first, and
+// that of an empty table, by bitmaps, reads a sixteenth of a ledger to find the last entry of a chain.
+func plainPlans(ctx context.Context, conn *pgx.Conn) error {
+	_, err := conn.Exec(ctx, "SET enable_bitmapscan = off")
+	return err
 }
 
 // check refuses a server that confirms what it could still forget.

@@ -89,9 +89,7 @@ func (t *transaction[S]) commit(batch []*groupcommit.Change[*Tx[S]], apart bool)
 
 func (t *transaction[S]) run(batch []*groupcommit.Change[*Tx[S]], apart bool) error {
 	t.queue.Queue("BEGIN")
-	t.queue.Queue(lock)
-	t.queue.Queue("SELECT set_config('idle_in_transaction_session_timeout', $1, true)",
-		patience.String())
+	t.queue.Queue(lock+", set_config('idle_in_transaction_session_timeout', $1, true)", patience.String())
 	for from := 0; from < len(batch); {
 		to, keys := from, map[string]bool{}
 		for ; to < len(batch) && !keys[batch[to].Key] && !(apart && to > from); to++ {
