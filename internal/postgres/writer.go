@@ -61,16 +61,20 @@ type transaction[S any] struct {
 	ctx     context.Context
 	conn    *pgx.Conn
 	queue   pgx.Batch // what is to be sent
-	waiting int       // how many changes wait for a result of that
+	waited  bool      // whether a change waits for a result of that
 	shared  S
 	results []error
 }
 
 // send sends what is queued, and has each change go on that waits for a result. An error ends the transaction.
 func (t *transaction[S]) send() error {
-	queue := t.queue
-	t.queue = pgx.Batch{}
+	queue := t.unqueue()
 	return t.conn.SendBatch(t.ctx, &queue).Close()
+}
+
+func (t *transaction[S]) unqueue() pgx.Batch {
+	defer func() { t.queue, t.waited = pgx.Batch{}, false }()
+	return t.queue
 }
 
 func (t *transaction[S]) commit(batch []*groupcommit.Change[*Tx[S]], apart bool) error {
@@ -130,7 +134,7 @@ func (t *transaction[S]) sideBySide(changes []*groupcommit.Change[*Tx[S]], resul
 		defer stop()
 		tx.goOn()
 	}
-	for t.waiting > 0 {
+	for t.waited {
 		if err := t.send(); err != nil {
 			return err
 		}
@@ -158,7 +162,8 @@ func (t *transaction[S]) alone(change []*groupcommit.Change[*Tx[S]], result []er
 		t.queue.Queue("RELEASE change")
 		return nil
 	}
-	t.shared, t.queue, result[0] = before, pgx.Batch{}, err
+	t.unqueue()
+	t.shared, result[0] = before, err
 	t.queue.Queue("ROLLBACK TO change")
 	t.queue.Queue("RELEASE change")
 	return t.send()
@@ -181,12 +186,11 @@ var errUndone = errors.New("the transaction was undone, since another change of 
 // awaits gives the result of a statement to read, when the other changes wait for theirs too.
 func (tx *Tx[S]) awaits(read func(pgx.BatchResults) error, text string, args []any) error {
 	tx.of.queue.Queue(text, args...).Fn = func(result pgx.BatchResults) error {
-		tx.of.waiting--
 		tx.result, tx.err = result, nil
 		tx.goOn()
 		return tx.err
 	}
-	tx.of.waiting++
+	tx.of.waited = true
 	if !tx.wait(struct{}{}) {
 		return errUndone
 	}
