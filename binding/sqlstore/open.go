@@ -73,6 +73,7 @@ func (s *Store) openSQLite(ctx context.Context, path string) error {
 		return err
 	}
 	s.read, s.close, s.soon, s.recent = read, write.Close, write.Soon, new(recent)
+	s.lookUp = sqlconn.SQL{DB: read}
 	// SQLite has one writer at a time: what must not happen at once does not.
 	s.begin = func(ctx context.Context, key string, f begun) error {
 		return write.Do(ctx, func(ctx context.Context, tx *sqlconn.Tx) error {
@@ -93,8 +94,13 @@ func (s *Store) openPostgres(ctx context.Context, name string) error {
 		return db.MayChange(ctx, rights.AppendOnly...)
 	}
 	write := postgres.NewWriter[heads](db)
-	s.read, s.soon = db.DB, write.Soon
-	s.close = func() error { write.Close(); return nil }
+	reader := postgres.NewReader(db)
+	s.read, s.lookUp, s.soon = db.DB, reader, write.Soon
+	s.close = func() error {
+		write.Close()
+		reader.Close()
+		return nil
+	}
 	s.begin = func(ctx context.Context, key string, f begun) error {
 		if key == everything {
 			return db.Alone(ctx, func(ctx context.Context, tx *sql.Tx) error {

@@ -19,7 +19,8 @@ import (
 
 // A Store implements binding.Store, binding.Registry and binding.Ledger.
 type Store struct {
-	read *sql.DB
+	read   *sql.DB
+	lookUp sqlconn.Statements // reads a few rows
 	// begin makes a change durably and alone: no other with the same key is under way.
 	begin func(ctx context.Context, key string, f begun) error
 	close func() error

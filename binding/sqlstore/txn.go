@@ -73,7 +73,7 @@ func (s *Store) reads(operation string) sqlconn.Conn {
 // settled reads without the lock of a key, and if f finds damage, again with it: only then nothing has changed between
 // its statements.
 func (s *Store) settled(ctx context.Context, operation, key string, f func(sqlconn.Conn) error) error {
-	err := f(s.reads(operation))
+	err := f(sqlconn.Conn{Operation: operation, DB: s.lookUp})
 	if isDamaged(err) {
 		err = s.transaction(ctx, operation, key, func(_ context.Context, tx *txn) error { return f(tx.Conn) })
 	}

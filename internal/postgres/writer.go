@@ -8,7 +8,6 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
-	"github.com/jackc/pgx/v5/stdlib"
 
 	"github.com/kmehsm/kmehsm/internal/groupcommit"
 )
@@ -39,21 +38,14 @@ const patience = 5 * time.Second
 func (w *Writer[S]) try(batch []*groupcommit.Change[*Tx[S]], apart bool) (results []error, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	conn, err := w.db.Conn(ctx)
-	if err != nil {
+	t := &transaction[S]{ctx: ctx, results: make([]error, len(batch))}
+	if err := w.db.raw(ctx, func(conn *pgx.Conn) error {
+		t.conn = conn
+		return t.commit(batch, apart)
+	}); err != nil {
 		return nil, err
 	}
-	defer conn.Close()
-	raw := conn.Raw(func(c any) error {
-		t := &transaction[S]{ctx: ctx, conn: c.(*stdlib.Conn).Conn(), results: make([]error, len(batch))}
-		err = t.commit(batch, apart)
-		results = t.results
-		return nil
-	})
-	if err = errors.Join(err, raw); err != nil {
-		return nil, err
-	}
-	return results, nil
+	return t.results, nil
 }
 
 // A transaction of changes.
@@ -222,12 +214,7 @@ func (tx *Tx[S]) Each(_ context.Context, f func(scan func(...any) error) error, 
 		if err != nil {
 			return err
 		}
-		defer rows.Close()
-		scan := func(to ...any) error { return scan(rows, to) }
-		for own == nil && rows.Next() {
-			own = f(scan)
-		}
-		rows.Close()
+		own = each(rows, f)
 		return rows.Err()
 	}, text, args)
 	if own != nil {
