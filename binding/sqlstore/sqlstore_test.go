@@ -94,6 +94,9 @@ func TestPostgresInstances(t *testing.T) {
 			t.Fatalf("round %d: %d won, %d lost", round, won.Load(), lost.Load())
 		}
 	}
+	if n, err := stores[0].VerifyLedger(t.Context()); err != nil || n != 20 {
+		t.Errorf("the ledger has %d entries, want 20: %v", n, err)
+	}
 }
 
 // What was confirmed is there after PostgreSQL was killed, and a store that was open goes on.
