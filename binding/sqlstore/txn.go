@@ -2,6 +2,7 @@ package sqlstore
 
 import (
 	"context"
+	"errors"
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
@@ -55,7 +56,7 @@ func (s *Store) transaction(ctx context.Context, operation, key string, f func(c
 		own = f(ctx, &txn{Conn: sqlconn.Conn{Operation: operation, DB: db}, heads: h, known: known})
 		return own
 	})
-	if err == nil || err == own {
+	if err == nil || own != nil && errors.Is(err, own) {
 		return err
 	}
 	return sqlconn.Conn{Operation: operation}.Named(err)

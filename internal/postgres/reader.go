@@ -139,9 +139,13 @@ func (db *DB) raw(ctx context.Context, f func(*pgx.Conn) error) error {
 		return err
 	}
 	defer conn.Close()
-	raw := conn.Raw(func(c any) error {
-		err = f(c.(*stdlib.Conn).Conn())
+	var own error
+	err = conn.Raw(func(c any) error {
+		own = f(c.(*stdlib.Conn).Conn())
 		return nil
 	})
-	return errors.Join(err, raw)
+	if own != nil {
+		return own
+	}
+	return err
 }
