@@ -12,13 +12,18 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/pgtest"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
 // What a device's attach asks of the store, by many at once, as a service has it under load.
-func BenchmarkAttach(b *testing.B) {
-	s, err := Open(b.Context(), "sqlite:"+filepath.Join(b.TempDir(), "keysvc.db"), rowKey)
+func BenchmarkAttach(b *testing.B) { onSQLite(b, benchAttach) }
+
+func BenchmarkPostgresAttach(b *testing.B) { onPostgres(b, benchAttach) }
+
+func benchAttach(b *testing.B, name string, begins func()) {
+	s, err := Open(b.Context(), name, rowKey)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -76,6 +81,7 @@ func BenchmarkAttach(b *testing.B) {
 	}
 	b.ReportAllocs()
 	b.ResetTimer()
+	begins()
 	defer testproc.ReportCPU(b)()
 	var next atomic.Int64
 	var all sync.WaitGroup
@@ -92,8 +98,12 @@ func BenchmarkAttach(b *testing.B) {
 }
 
 // The ledger and the binding, durably, by many at once, as a service has it under load.
-func BenchmarkEstablish(b *testing.B) {
-	s, err := Open(b.Context(), "sqlite:"+filepath.Join(b.TempDir(), "keysvc.db"), rowKey)
+func BenchmarkEstablish(b *testing.B) { onSQLite(b, benchEstablish) }
+
+func BenchmarkPostgresEstablish(b *testing.B) { onPostgres(b, benchEstablish) }
+
+func benchEstablish(b *testing.B, name string, begins func()) {
+	s, err := Open(b.Context(), name, rowKey)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -135,6 +145,7 @@ func BenchmarkEstablish(b *testing.B) {
 	})
 	b.ReportAllocs()
 	b.ResetTimer()
+	begins()
 	defer testproc.ReportCPU(b)()
 	forAll(func(i int64) error {
 		tag := sha256.Sum256(fmt.Append(nil, i))
@@ -144,4 +155,16 @@ func BenchmarkEstablish(b *testing.B) {
 			PayloadSHA256: tag[:], Established: t0, Expires: t0.Add(time.Hour),
 		}, tag[:], true, t0)
 	})
+}
+
+func onSQLite(b *testing.B, bench func(b *testing.B, name string, begins func())) {
+	bench(b, "sqlite:"+filepath.Join(b.TempDir(), "keysvc.db"), func() {})
+}
+
+// onPostgres reports what the server spends besides.
+func onPostgres(b *testing.B, bench func(b *testing.B, name string, begins func())) {
+	server := pgtest.Start(b)
+	var before time.Duration
+	bench(b, server.Database(b), func() { before = server.CPU(b) })
+	b.ReportMetric(float64((server.CPU(b)-before).Microseconds())/float64(b.N), "server-us/op")
 }

@@ -155,14 +155,11 @@ func (s *Store) Accept(ctx context.Context, mark *binding.Mark, reason string) (
 	if mark != nil {
 		accepted.Epoch = mark.Epoch + 1
 	}
-	err := s.change(ctx, "accept the ledger", "accept", func(ctx context.Context, tx *txn) error {
+	err := s.change(ctx, "accept the ledger", everything, func(ctx context.Context, tx *txn) error {
 		for i := range accepted.Heads {
 			chain, a := int64(i), acceptance{Reason: reason}
 			if mark != nil {
 				a.Had = mark.Heads[i].Seq
-			}
-			if err := s.locked(ctx, tx, chainLocks[chain]); err != nil {
-				return err
 			}
 			var err error
 			if _, a.Digest, err = s.verifyToHead(ctx, tx.Conn, chain, ignore); err != nil && !isDamaged(err) {

@@ -29,8 +29,8 @@ func (s *Store) Copy(ctx context.Context, to *Store, report func(rows int)) (row
 		return 0, from.Named(err)
 	}
 	defer read.Rollback()
-	from.DB = read
-	err = to.change(ctx, "copy", "schema", func(ctx context.Context, tx *txn) error {
+	from.DB = sqlconn.SQL{DB: read}
+	err = to.change(ctx, "copy", everything, func(ctx context.Context, tx *txn) error {
 		rows = 0 // it may be called again
 		copied := func() { rows++; report(rows) }
 		for _, t := range append(tables, ledger) {

@@ -2,7 +2,6 @@ package sqlstore
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"crypto/hmac"
 	"encoding/json"
@@ -42,34 +41,32 @@ func used(ctx context.Context, q sqlconn.Conn, e entry) error {
 }
 
 // note adds an entry in a transaction, and gives its number. An entry of a chain follows the last one: until the
-// transaction ends, nobody else adds one there. It fails with ErrUsed if the ledger has the entry's KME.
+// transaction ends, no other one adds an entry. It fails with ErrUsed if the ledger has the entry's KME.
 func (s *Store) note(ctx context.Context, tx *txn, e entry) (seq int64, err error) {
 	return s.noteIn(ctx, tx, chainOf(e.subject), e)
 }
 
 func (s *Store) noteIn(ctx context.Context, tx *txn, chain int64, e entry) (seq int64, err error) {
-	before := cmp.Or(tx.heads[chain], s.recent.head(chain))
-	if before == nil {
-		if err := s.locked(ctx, tx, chainLocks[chain]); err != nil {
-			return 0, err
-		}
-		head, err := s.head(ctx, tx.Conn, chain)
-		if err != nil {
-			return 0, err
-		}
-		before = &head
-	}
-	seen := s.seenOf(chain)
-	if before.Seq < seen.Seq || before.Seq == seen.Seq && !bytes.Equal(before.MAC, seen.MAC) {
-		return 0, s.refuse(rolledBack(chain, *before, seen))
-	}
 	actor, err := s.actor(ctx, tx)
 	if err != nil {
 		return 0, err
 	}
+	if tx.heads[chain] == nil {
+		head, err := s.head(ctx, tx.Conn, chain)
+		if err != nil {
+			return 0, err
+		}
+		tx.heads.read(chain, head)
+	}
+	before := tx.heads[chain]
+	seen := s.seenOf(chain)
+	if before.Seq < seen.Seq || before.Seq == seen.Seq && !bytes.Equal(before.MAC, seen.MAC) {
+		return 0, s.refuse(rolledBack(chain, *before, seen))
+	}
 	next := binding.Head{Seq: before.Seq + 1}
 	values := []any{chain, next.Seq, time.Now().UnixMilli(), string(e.event), e.subject, e.imei, e.tag, actor, e.detail}
 	next.MAC = s.entryMAC(values, before.MAC)
+	tx.heads[chain] = &next // before any other change of the transaction goes on
 	switch n, err := tx.Changed(ctx, ledger.insert+" ON CONFLICT DO NOTHING", append(values, []byte(next.MAC))...); {
 	case err != nil:
 		return 0, err
@@ -78,19 +75,9 @@ func (s *Store) noteIn(ctx context.Context, tx *txn, chain int64, e entry) (seq 
 	case n == 0:
 		return 0, fmt.Errorf("entry %d of chain %d of the ledger is there already", next.Seq, chain)
 	}
-	tx.heads[chain] = &next
-	s.recent.entered(chain, &next)
 	tx.after = append(tx.after, func() { s.saw(chain, next) })
 	return next.Seq, nil
 }
-
-// chainLocks are the keys of the chains' locks.
-var chainLocks = func() (keys [binding.Chains]string) {
-	for i := range keys {
-		keys[i] = fmt.Sprint("chain ", i)
-	}
-	return keys
-}()
 
 func (s *Store) entryMAC(values []any, before []byte) []byte {
 	return s.macs.Of(ledger.name, append(values[:len(values):len(values)], before)...)

@@ -73,11 +73,14 @@ func (s *Store) openSQLite(ctx context.Context, path string) error {
 		return err
 	}
 	s.read, s.close, s.soon, s.recent = read, write.Close, write.Soon, new(recent)
+	s.lookUp = sqlconn.SQL{DB: read}
 	// SQLite has one writer at a time: what must not happen at once does not.
-	s.begin = func(ctx context.Context, _ string, f func(context.Context, *sqlconn.Tx) error) error {
-		return write.Do(ctx, f)
+	s.begin = func(ctx context.Context, key string, f begun) error {
+		return write.Do(ctx, func(ctx context.Context, tx *sqlconn.Tx) error {
+			known := s.recent.begin(tx.Version, key)
+			return f(ctx, sqlconn.SQL{DB: tx}, &s.recent.heads, known)
+		})
 	}
-	s.lock = func(context.Context, *sql.Tx, string) error { return nil }
 	s.mayChange = func(context.Context) (role, why string, err error) { return "", "", nil }
 	return nil
 }
@@ -90,11 +93,24 @@ func (s *Store) openPostgres(ctx context.Context, name string) error {
 	s.mayChange = func(ctx context.Context) (role, why string, err error) {
 		return db.MayChange(ctx, rights.AppendOnly...)
 	}
-	s.begin = func(ctx context.Context, key string, f func(context.Context, *sqlconn.Tx) error) error {
-		return db.Do(ctx, key, func(ctx context.Context, tx *sql.Tx) error { return f(ctx, &sqlconn.Tx{Tx: tx}) })
+	write := postgres.NewWriter[heads](db)
+	reader := postgres.NewReader(db)
+	s.read, s.lookUp, s.soon = db.DB, reader, write.Soon
+	s.close = func() error {
+		write.Close()
+		reader.Close()
+		return nil
 	}
-	s.read, s.lock, s.close = db.DB, postgres.Lock, func() error { return nil }
-	s.soon = func() (done func()) { return func() {} }
+	s.begin = func(ctx context.Context, key string, f begun) error {
+		if key == everything {
+			return db.Alone(ctx, func(ctx context.Context, tx *sql.Tx) error {
+				return f(ctx, sqlconn.SQL{DB: tx}, new(heads), nil)
+			})
+		}
+		return write.Do(ctx, key, func(ctx context.Context, tx *postgres.Tx[heads]) error {
+			return f(ctx, tx, tx.Shared, nil)
+		})
+	}
 	return nil
 }
 

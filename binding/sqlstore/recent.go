@@ -14,7 +14,7 @@ type recent struct {
 	mu          sync.Mutex         // only against has: changes are made one at a time
 	version     int64              // see sqlconn.Tx
 	subs, older map[string]*stored // by a change's key, an IMSI: those whose binding is pending
-	heads       [binding.Chains]*binding.Head
+	heads       heads
 }
 
 // maxRecent bounds the memory: there are subs and older, of so many each.
@@ -28,7 +28,7 @@ func (r *recent) begin(version int64, key string) *stored {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if version != r.version {
-		r.version, r.subs, r.older, r.heads = version, nil, nil, [binding.Chains]*binding.Head{}
+		r.version, r.subs, r.older, r.heads = version, nil, nil, heads{}
 	}
 	return r.take(key)
 }
@@ -75,19 +75,6 @@ func (r *recent) has(key string) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.subs[key] != nil || r.older[key] != nil
-}
-
-func (r *recent) head(chain int64) *binding.Head {
-	if r == nil {
-		return nil
-	}
-	return r.heads[chain]
-}
-
-func (r *recent) entered(chain int64, head *binding.Head) {
-	if r != nil {
-		r.heads[chain] = head
-	}
 }
 
 // at is what is stored of an IMSI with a pending binding at a time.

@@ -43,13 +43,10 @@ func (s *Store) Sealed(
 }
 
 func (s *Store) Reseal(ctx context.Context, all []tokenkeys.Resealed) (changed int, err error) {
-	err = s.change(ctx, "reseal", "reseal", func(ctx context.Context, tx *txn) error {
+	err = s.change(ctx, "reseal", everything, func(ctx context.Context, tx *txn) error {
 		changed = 0 // it may be called again
 		for _, r := range all {
-			// One after the other: whoever changes an IMSI has no other's lock.
-			if err := s.locked(ctx, tx, r.IMSI.String()); err != nil {
-				return err
-			}
+			s.recent.forget(r.IMSI.String())
 			var again []any
 			err := s.rows(ctx, tx.Conn, bindings, func(now row) error {
 				again = slices.Clone(now)

@@ -19,13 +19,12 @@ import (
 
 // A Store implements binding.Store, binding.Registry and binding.Ledger.
 type Store struct {
-	read *sql.DB
+	read   *sql.DB
+	lookUp sqlconn.Statements // reads a few rows
 	// begin makes a change durably and alone: no other with the same key is under way.
-	begin func(ctx context.Context, key string, f func(context.Context, *sqlconn.Tx) error) error
-	// lock has no other change with the key until the transaction ends.
-	lock  func(ctx context.Context, tx *sql.Tx, key string) error
+	begin func(ctx context.Context, key string, f begun) error
 	close func() error
-	soon  func() (done func()) // sqlite.Writer's; PostgreSQL has commit_delay of its own
+	soon  func() (done func()) // groupcommit.Writer's
 	// mayChange says by what the service's role of PostgreSQL could change the ledger, or nothing.
 	mayChange func(context.Context) (role, why string, err error)
 
@@ -47,6 +46,9 @@ type Store struct {
 	epoch int                          // of seen; guarded by mu
 	seen  [binding.Chains]binding.Head // how far this process knows that the ledger had come; guarded by mu
 }
+
+// begun makes a change in a transaction of which these heads are known, and of the change's key this.
+type begun = func(ctx context.Context, db sqlconn.Statements, h *heads, known *stored) error
 
 var (
 	_ binding.Store         = (*Store)(nil)

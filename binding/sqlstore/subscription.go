@@ -183,17 +183,14 @@ func (s *Store) toChange(ctx context.Context, tx *txn, imsi kme.IMSI, now time.T
 		return tx.known.at(now), nil
 	}
 	chain := chainOf(imsi.String())
-	if err := s.locked(ctx, tx, chainLocks[chain]); err != nil {
-		return nil, err
-	}
-	if s.recent.head(chain) != nil {
+	if tx.heads[chain] != nil {
 		return s.subscription(ctx, tx.Conn, imsi, now)
 	}
 	sub, head, err := s.subscriptionAnd(ctx, tx.Conn, imsi, now, andHead, chain)
 	if err != nil {
 		return nil, err
 	}
-	tx.heads[chain] = head
+	tx.heads.read(chain, *head)
 	return sub, nil
 }
 

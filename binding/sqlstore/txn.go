@@ -2,7 +2,7 @@ package sqlstore
 
 import (
 	"context"
-	"database/sql"
+	"errors"
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
@@ -11,11 +11,23 @@ import (
 // A txn is a change that is under way.
 type txn struct {
 	sqlconn.Conn
-	raw   *sql.Tx
-	known *stored                       // what is recent of its key, if anything is
-	after []func()                      // to be called when it is durable
-	heads [binding.Chains]*binding.Head // of the ledger's chains whose locks it has; nil: not read yet
+	known *stored  // what is recent of its key, if anything is
+	after []func() // to be called when it is durable
+	heads *heads
 }
+
+// heads are the last entries of the ledger's chains in a transaction; nil: not read yet.
+type heads [binding.Chains]*binding.Head
+
+// read takes in what was read of a chain, unless another change of the transaction has added to it meanwhile.
+func (h *heads) read(chain int64, head binding.Head) {
+	if h[chain] == nil {
+		h[chain] = &head
+	}
+}
+
+// everything is the key of a change that excludes every other.
+const everything = ""
 
 // change makes a change durably: none with the same key is under way meanwhile. f may be called again, and only its
 // last call counts; an error of f leaves everything as it was, and is not named.
@@ -40,21 +52,14 @@ func (s *Store) change(ctx context.Context, operation, key string, f func(contex
 // transaction is change also while the ledger is rolled back, and nothing is called after it.
 func (s *Store) transaction(ctx context.Context, operation, key string, f func(context.Context, *txn) error) error {
 	var own error
-	err := s.begin(ctx, key, func(ctx context.Context, raw *sqlconn.Tx) error {
-		own = f(ctx, &txn{Conn: sqlconn.Conn{Operation: operation, DB: raw}, raw: raw.Tx,
-			known: s.recent.begin(raw.Version, key)})
+	err := s.begin(ctx, key, func(ctx context.Context, db sqlconn.Statements, h *heads, known *stored) error {
+		own = f(ctx, &txn{Conn: sqlconn.Conn{Operation: operation, DB: db}, heads: h, known: known})
 		return own
 	})
-	if err == nil || own != nil {
+	if err == nil || own != nil && errors.Is(err, own) {
 		return err
 	}
 	return sqlconn.Conn{Operation: operation}.Named(err)
-}
-
-// locked has no other change with the key until the transaction ends.
-func (s *Store) locked(ctx context.Context, tx *txn, key string) error {
-	s.recent.forget(key)
-	return tx.Named(s.lock(ctx, tx.raw, key))
 }
 
 // reading is for what only reads, and not while the ledger is rolled back.
@@ -63,13 +68,13 @@ func (s *Store) reading(operation string) (sqlconn.Conn, error) {
 }
 
 func (s *Store) reads(operation string) sqlconn.Conn {
-	return sqlconn.Conn{Operation: operation, DB: s.read}
+	return sqlconn.Conn{Operation: operation, DB: sqlconn.SQL{DB: s.read}}
 }
 
 // settled reads without the lock of a key, and if f finds damage, again with it: only then nothing has changed between
 // its statements.
 func (s *Store) settled(ctx context.Context, operation, key string, f func(sqlconn.Conn) error) error {
-	err := f(s.reads(operation))
+	err := f(sqlconn.Conn{Operation: operation, DB: s.lookUp})
 	if isDamaged(err) {
 		err = s.transaction(ctx, operation, key, func(_ context.Context, tx *txn) error { return f(tx.Conn) })
 	}

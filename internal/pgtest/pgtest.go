@@ -2,6 +2,7 @@
 package pgtest
 
 import (
+	"bytes"
 	"database/sql"
 	"errors"
 	"fmt"
@@ -199,4 +200,32 @@ func credential(t testing.TB) *syscall.Credential {
 	gid, gerr := strconv.Atoi(u.Gid)
 	must.Do(t, errors.Join(uerr, gerr))
 	return &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}
+}
+
+// CPU is what the server's processes have used so far of all cores.
+func (s *Server) CPU(t testing.TB) time.Duration {
+	t.Helper()
+	const tick = 10 * time.Millisecond // of proc(5), for every program on Linux
+	var ticks int64
+	main := strconv.Itoa(s.process.Cmd.Process.Pid)
+	// Its connections' processes, and in its own line those that have ended.
+	children, err := os.ReadFile("/proc/" + main + "/task/" + main + "/children")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, pid := range append(strings.Fields(string(children)), main) {
+		stat, err := os.ReadFile("/proc/" + pid + "/stat")
+		if err != nil {
+			continue // it has ended meanwhile
+		}
+		var own [4]int64 // user, system, and both of its children
+		fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))[11:15]
+		for i, f := range fields {
+			if own[i], err = strconv.ParseInt(f, 10, 64); err != nil {
+				t.Fatal(err)
+			}
+		}
+		ticks += own[0] + own[1] + own[2] + own[3]
+	}
+	return time.Duration(ticks) * tick
 }

@@ -57,7 +57,14 @@ func connect(name string) (*DB, error) {
 			"FILE; or, for a server on this machine, postgres://USER@/DATABASE?host=/FOLDER with the folder of its " +
 			"Unix socket")
 	}
-	return &DB{stdlib.OpenDB(*config)}, nil
+	return &DB{stdlib.OpenDB(*config, stdlib.OptionAfterConnect(plainPlans))}, nil
+}
+
+// plainPlans has the server read by an index where it can. A plan is made when a connection uses a statement first, and
+// that of an empty table, by bitmaps, reads a sixteenth of a ledger to find the last entry of a chain.
+func plainPlans(ctx context.Context, conn *pgx.Conn) error {
+	_, err := conn.Exec(ctx, "SET enable_bitmapscan = off")
+	return err
 }
 
 // check refuses a server that confirms what it could still forget.
@@ -74,15 +81,15 @@ func (db *DB) check(ctx context.Context) error {
 	return nil
 }
 
-// Do makes changes with the same key one after the other, whichever instance makes them: each sees all that the one
-// before did. It returns when the change is durable; an error of f leaves everything as it was.
-func (db *DB) Do(ctx context.Context, key string, f func(context.Context, *sql.Tx) error) error {
+// Alone makes a change while no other is made, whichever instance makes it. It returns when the change is durable; an
+// error of f leaves everything as it was.
+func (db *DB) Alone(ctx context.Context, f func(context.Context, *sql.Tx) error) error {
 	tx, err := db.BeginTx(ctx, nil)
 	if err != nil {
 		return err
 	}
 	defer tx.Rollback() // no effect after Commit
-	if err := Lock(ctx, tx, key); err != nil {
+	if _, err := tx.ExecContext(ctx, lock); err != nil {
 		return err
 	}
 	if err := f(ctx, tx); err != nil {
@@ -91,23 +98,17 @@ func (db *DB) Do(ctx context.Context, key string, f func(context.Context, *sql.T
 	return tx.Commit()
 }
 
-// Lock has no other change with the key until the transaction ends.
-func Lock(ctx context.Context, tx *sql.Tx, key string) error {
-	_, err := tx.ExecContext(ctx, "SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", key)
-	return err
-}
+// lock has no other instance change anything until the transaction ends.
+const lock = "SELECT pg_advisory_xact_lock(hashtextextended('kmehsm', 0))"
 
 // dialect turns a migration into PostgreSQL's dialect. Texts are compared byte by byte, as SQLite does.
 var dialect = strings.NewReplacer("BLOB", "BYTEA", " WITHOUT ROWID", "", " TEXT", ` TEXT COLLATE "C"`)
-
-// schemaLock is the key under which one instance after the other looks after the schema.
-const schemaLock = "schema"
 
 // upToDate brings the schema up to date, if it is not and the role may.
 func (db *DB) upToDate(ctx context.Context, migrations []string) error {
 	have, err := schemaVersion(ctx, db, migrations)
 	if err == nil && have < len(migrations) {
-		err = db.Do(ctx, schemaLock, func(ctx context.Context, tx *sql.Tx) error {
+		err = db.Alone(ctx, func(ctx context.Context, tx *sql.Tx) error {
 			return migrate(ctx, tx, migrations)
 		})
 	}

@@ -24,7 +24,7 @@ func Upgrade(ctx context.Context, name, role string, rights Rights, migrations .
 		return err
 	}
 	defer db.Close()
-	return db.Do(ctx, schemaLock, func(ctx context.Context, tx *sql.Tx) error {
+	return db.Alone(ctx, func(ctx context.Context, tx *sql.Tx) error {
 		if err := migrate(ctx, tx, migrations); err != nil {
 			return err
 		}

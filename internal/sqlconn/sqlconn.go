@@ -4,7 +4,6 @@ package sqlconn
 import (
 	"context"
 	"database/sql"
-	"errors"
 	"fmt"
 )
 
@@ -15,11 +14,12 @@ type Conn struct {
 	DB        Statements
 }
 
-// Statements is a *sql.DB or a *sql.Tx.
+// Statements runs statements. Each calls f for every row, and gives its error as it is.
 type Statements interface {
-	ExecContext(ctx context.Context, query string, args ...any) (sql.Result, error)
-	QueryContext(ctx context.Context, query string, args ...any) (*sql.Rows, error)
-	QueryRowContext(ctx context.Context, query string, args ...any) *sql.Row
+	// Do changes rows. In a transaction its error may come later, as that of another statement or of the commit.
+	Do(ctx context.Context, text string, args ...any) error
+	Changed(ctx context.Context, text string, args ...any) (rows int64, err error)
+	Each(ctx context.Context, f func(scan func(...any) error) error, text string, args ...any) error
 }
 
 // Named names an error of the database that no method has seen, as that of a commit.
@@ -40,40 +40,68 @@ type Tx struct {
 
 // Do changes rows.
 func (c Conn) Do(ctx context.Context, text string, args ...any) error {
-	_, err := c.DB.ExecContext(ctx, text, args...)
-	return c.Named(err)
+	return c.Named(c.DB.Do(ctx, text, args...))
 }
 
 // Changed is Do, and says how many rows it has changed.
 func (c Conn) Changed(ctx context.Context, text string, args ...any) (rows int64, err error) {
-	result, err := c.DB.ExecContext(ctx, text, args...)
-	if err == nil {
-		rows, err = result.RowsAffected()
-	}
+	rows, err = c.DB.Changed(ctx, text, args...)
 	return rows, c.Named(err)
 }
 
 // One reads a row into to, if there is one.
 func (c Conn) One(ctx context.Context, to []any, text string, args ...any) (found bool, err error) {
-	err = c.DB.QueryRowContext(ctx, text, args...).Scan(to...)
-	if errors.Is(err, sql.ErrNoRows) {
-		return false, nil
-	}
-	return err == nil, c.Named(err)
+	err = c.DB.Each(ctx, func(scan func(...any) error) error {
+		found = true
+		return scan(to...)
+	}, text, args...)
+	return found && err == nil, c.Named(err)
 }
 
 // Each calls f for every row. An error of f is its own.
 func (c Conn) Each(ctx context.Context, f func(scan func(...any) error) error, text string, args ...any) error {
-	rows, err := c.DB.QueryContext(ctx, text, args...)
+	var own error
+	err := c.DB.Each(ctx, func(scan func(...any) error) error {
+		own = f(func(to ...any) error { return c.Named(scan(to...)) })
+		return own
+	}, text, args...)
+	if own != nil {
+		return own
+	}
+	return c.Named(err)
+}
+
+// SQL runs statements on a *sql.DB or a *sql.Tx.
+type SQL struct {
+	DB interface {
+		ExecContext(ctx context.Context, query string, args ...any) (sql.Result, error)
+		QueryContext(ctx context.Context, query string, args ...any) (*sql.Rows, error)
+	}
+}
+
+func (s SQL) Do(ctx context.Context, text string, args ...any) error {
+	_, err := s.DB.ExecContext(ctx, text, args...)
+	return err
+}
+
+func (s SQL) Changed(ctx context.Context, text string, args ...any) (rows int64, err error) {
+	result, err := s.DB.ExecContext(ctx, text, args...)
 	if err != nil {
-		return c.Named(err)
+		return 0, err
+	}
+	return result.RowsAffected()
+}
+
+func (s SQL) Each(ctx context.Context, f func(scan func(...any) error) error, text string, args ...any) error {
+	rows, err := s.DB.QueryContext(ctx, text, args...)
+	if err != nil {
+		return err
 	}
 	defer rows.Close()
-	scan := func(to ...any) error { return c.Named(rows.Scan(to...)) }
 	for rows.Next() {
-		if err := f(scan); err != nil {
+		if err := f(rows.Scan); err != nil {
 			return err
 		}
 	}
-	return c.Named(rows.Err())
+	return rows.Err()
 }

@@ -11,12 +11,11 @@ import (
 	"path/filepath"
 	"runtime"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/mattn/go-sqlite3"
 
-	"github.com/kmehsm/kmehsm/internal/panics"
+	"github.com/kmehsm/kmehsm/internal/groupcommit"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
 )
 
@@ -64,7 +63,7 @@ func Open(ctx context.Context, path string, migrations ...string) (read *sql.DB,
 	}
 	read.SetMaxOpenConns(2 * runtime.GOMAXPROCS(0))
 	read.SetMaxIdleConns(2 * runtime.GOMAXPROCS(0))
-	write = &Writer{db: db, version: 1, changes: make(chan change), stopped: make(chan struct{}), ended: make(chan struct{})}
+	write = &Writer{db: db, version: 1}
 	for _, s := range []struct {
 		to   **sql.Stmt
 		text string
@@ -74,9 +73,7 @@ func Open(ctx context.Context, path string, migrations ...string) (read *sql.DB,
 			return nil, nil, errors.Join(err, read.Close(), db.Close())
 		}
 	}
-	write.done = func() { write.tickets.Add(-1) }
-	write.stop = sync.OnceFunc(func() { close(write.stopped) })
-	go write.run()
+	write.Writer = groupcommit.New(write.try)
 	return read, write, nil
 }
 
@@ -125,55 +122,22 @@ func migrate(ctx context.Context, db *sql.DB, migrations []string) error {
 	return tx.Commit()
 }
 
-// A Writer makes changes. Those who wait at the same time share one commit, and with it one sync of the disk; each
-// change is made or not made by itself. It may be used concurrently.
+// A Writer makes changes: see groupcommit. They share one sync of the disk too.
 type Writer struct {
-	db      *sql.DB
-	changes chan change
+	*groupcommit.Writer[*sqlconn.Tx]
+	db *sql.DB
 
-	tickets atomic.Int64 // that are out: see Soon
-	done    func()       // gives one back
-
-	savepoint, release, rollback *sql.Stmt // around each change
+	savepoint, release, rollback *sql.Stmt // around each change that is kept apart
 	dataVersion                  *sql.Stmt
 
 	// Of the goroutine that makes the changes:
 	version int64 // see sqlconn.Tx
 	others  int64 // data_version as it was last: another one when another connection has made a commit
-
-	stop    func()        // once
-	stopped chan struct{} // closed by stop
-	ended   chan struct{} // closed when no change is made any more
 }
 
-type change struct {
-	ctx  context.Context
-	make func(context.Context, *sqlconn.Tx) error
-	done chan error
-}
-
-func (c change) run(tx *sqlconn.Tx) (err error) {
-	defer panics.Recover(&err)
-	return c.make(context.WithoutCancel(c.ctx), tx)
-}
-
-// maxBatch bounds how long the first of a commit's changes waits for the last.
-const maxBatch = 64
-
-// Do makes a change, and returns when it is durable. An error of f leaves everything as it was. A change whose
-// context has ended before its turn is not made; one that is under way is finished, since its transaction is
-// others' too: f gets a context that does not end. f is called again when another change has failed, and only its
-// last call counts. A panic of f is its error, a *panics.Error.
+// Do is groupcommit's: SQLite makes all changes one after the other.
 func (w *Writer) Do(ctx context.Context, f func(context.Context, *sqlconn.Tx) error) error {
-	c := change{ctx, f, make(chan error, 1)}
-	select {
-	case w.changes <- c:
-		return <-c.done
-	case <-w.stopped:
-		return sql.ErrConnDone
-	case <-ctx.Done():
-		return ctx.Err()
-	}
+	return w.Writer.Do(ctx, "", f)
 }
 
 // Exec is Do with one statement.
@@ -186,94 +150,18 @@ func (w *Writer) Exec(ctx context.Context, query string, args ...any) error {
 
 // Close finishes the changes under way; later ones fail.
 func (w *Writer) Close() error {
-	w.stop()
-	<-w.ended
+	w.Writer.Close()
 	return w.db.Close()
 }
 
-// Soon takes a ticket: whoever has it will soon make a change. done gives it back, once, when
-// that is made or will not be.
-//
-// A commit costs as much as several changes, most of it for the disk: so it waits for half of the tickets that are out,
-// but only until pause after the commit before. While no tickets are out, no commit waits; what comes during one is in
-// the next.
-func (w *Writer) Soon() (done func()) {
-	w.tickets.Add(1)
-	return w.done
-}
-
-const pause = 20 * time.Millisecond
-
-func (w *Writer) run() {
-	defer close(w.ended)
-	var last time.Time // when a commit began
-	for {
-		select {
-		case c := <-w.changes:
-			batch := w.gather(c, last)
-			last = time.Now()
-			w.commit(batch)
-		case <-w.stopped:
-			return
-		}
-	}
-}
-
-// gather adds to a change those that are to be made with it.
-func (w *Writer) gather(first change, last time.Time) []change {
-	batch := []change{first}
-	var due <-chan time.Time
-	for len(batch) < maxBatch {
-		select {
-		case c := <-w.changes:
-			batch = append(batch, c)
-			continue
-		default:
-		}
-		if int64(2*len(batch)) >= w.tickets.Load() {
-			break
-		}
-		if due == nil {
-			due = time.After(time.Until(last.Add(pause)))
-		}
-		select {
-		case c := <-w.changes:
-			batch = append(batch, c)
-		case <-due:
-			return batch
-		case <-w.stopped:
-			return batch
-		}
-	}
-	return batch
-}
-
-func (w *Writer) commit(batch []change) {
-	// A savepoint copies each page that is changed behind it, and failures are rare: the changes are only
-	// kept apart if one of them fails.
-	results, err := w.try(batch, false)
-	if errors.Is(err, errTogether) && len(batch) > 1 {
-		results, err = w.try(batch, true)
-	}
-	for i, c := range batch {
-		if results[i] == nil {
-			results[i] = err
-		}
-		c.done <- results[i]
-	}
-}
-
-var errTogether = errors.New("one of the changes that were not kept apart failed")
-
-// try makes the changes in one transaction. If one fails, apart undoes it alone; without, it undoes
-// all, and fails with errTogether.
-func (w *Writer) try(batch []change, apart bool) (results []error, err error) {
+// try makes changes as groupcommit wants it. A savepoint copies each page that is changed behind it.
+func (w *Writer) try(batch []*groupcommit.Change[*sqlconn.Tx], apart bool) (results []error, err error) {
+	whole := false
 	defer func() {
-		if err != nil {
+		if !whole {
 			w.version++
 		}
 	}()
-	defer panics.Recover(&err) // of the driver
 	results = make([]error, len(batch))
 	tx, err := w.db.BeginTx(context.Background(), nil)
 	if err != nil {
@@ -288,7 +176,7 @@ func (w *Writer) try(batch []change, apart bool) (results []error, err error) {
 		w.version++
 	}
 	for i, c := range batch {
-		if results[i] = c.ctx.Err(); results[i] != nil {
+		if results[i] = c.Gone(); results[i] != nil {
 			continue
 		}
 		if apart {
@@ -296,10 +184,10 @@ func (w *Writer) try(batch []change, apart bool) (results []error, err error) {
 				return results, err
 			}
 		}
-		results[i] = c.run(&sqlconn.Tx{Tx: tx, Version: w.version})
+		results[i] = c.Make(&sqlconn.Tx{Tx: tx, Version: w.version})
 		if !apart {
 			if results[i] != nil {
-				return results, errTogether
+				return results, groupcommit.ErrTogether
 			}
 			continue
 		}
@@ -313,5 +201,7 @@ func (w *Writer) try(batch []change, apart bool) (results []error, err error) {
 			return results, err
 		}
 	}
-	return results, tx.Commit()
+	err = tx.Commit()
+	whole = err == nil
+	return results, err
 }

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/kmehsm/kmehsm/internal/groupcommit"
 	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
 )
@@ -177,7 +178,7 @@ func TestTickets(t *testing.T) {
 	hold(2)
 	one := twenty()
 	hold(1000)
-	if many := twenty(); many < 19*pause || one > alone+many/2 {
+	if many := twenty(); many < 19*groupcommit.Pause || one > alone+many/2 {
 		t.Errorf("20 changes one after the other take %s; where one more may come, %s; where many may, %s",
 			alone, one, many)
 	}

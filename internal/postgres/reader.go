@@ -1,0 +1,151 @@
+package postgres
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"runtime"
+	"sync"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/stdlib"
+
+	"github.com/kmehsm/kmehsm/internal/panics"
+)
+
+// A Reader runs statements that read a few rows each: those that wait at the same time are sent together. It may be
+// used concurrently.
+type Reader struct {
+	db      *DB
+	reads   chan *read
+	stop    func()        // once
+	stopped chan struct{} // closed by stop
+	ended   sync.WaitGroup
+}
+
+// A read is one that is to be made.
+type read struct {
+	each func(scan func(...any) error) error
+	text string
+	args []any
+	done chan error
+}
+
+// NewReader makes the reader of a database.
+func NewReader(db *DB) *Reader {
+	r := &Reader{db: db, reads: make(chan *read), stopped: make(chan struct{})}
+	r.stop = sync.OnceFunc(func() { close(r.stopped) })
+	for range runtime.GOMAXPROCS(0) {
+		r.ended.Go(r.run)
+	}
+	return r
+}
+
+// Close finishes what is being read; later statements fail.
+func (r *Reader) Close() {
+	r.stop()
+	r.ended.Wait()
+}
+
+// Each calls f for every row, as sqlconn.Statements wants it. What has been sent is waited for, whatever the context,
+// but no longer than patience.
+func (r *Reader) Each(ctx context.Context, f func(scan func(...any) error) error, text string, args ...any) error {
+	q := &read{f, text, args, make(chan error, 1)}
+	select {
+	case r.reads <- q:
+		return <-q.done
+	case <-r.stopped:
+		return sql.ErrConnDone
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+var errReads = errors.New("this statement is not one for a connection that only reads")
+
+func (r *Reader) Do(context.Context, string, ...any) error { return errReads }
+
+func (r *Reader) Changed(context.Context, string, ...any) (int64, error) { return 0, errReads }
+
+func (r *Reader) run() {
+	for {
+		select {
+		case first := <-r.reads:
+			all := []*read{first}
+			for more := true; more && len(all) < 64; {
+				select {
+				case q := <-r.reads:
+					all = append(all, q)
+				default:
+					more = false
+				}
+			}
+			for len(all) > 0 {
+				all = r.send(all)
+			}
+		case <-r.stopped:
+			return
+		}
+	}
+}
+
+// send answers statements up to the first that fails, and gives the others.
+func (r *Reader) send(all []*read) (rest []*read) {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	var queue pgx.Batch
+	for _, q := range all {
+		queue.Queue(q.text, q.args...).Query(func(rows pgx.Rows) error {
+			err := q.read(rows)
+			q.done <- err
+			all = all[1:]
+			rows.Close()
+			return rows.Err()
+		})
+	}
+	err := r.db.raw(ctx, func(conn *pgx.Conn) error { return conn.SendBatch(ctx, &queue).Close() })
+	if pg := (*pgconn.PgError)(nil); errors.As(err, &pg) && len(all) < queue.Len() {
+		return all
+	}
+	for _, q := range all {
+		q.done <- err
+	}
+	return nil
+}
+
+// read gives all rows to whoever waits for them. A panic is an error.
+func (q *read) read(rows pgx.Rows) (err error) {
+	defer panics.Recover(&err)
+	return each(rows, q.each)
+}
+
+// each gives rows until f fails.
+func each(rows pgx.Rows, f func(scan func(...any) error) error) error {
+	defer rows.Close()
+	scan := func(to ...any) error { return scan(rows, to) }
+	for rows.Next() {
+		if err := f(scan); err != nil {
+			return err
+		}
+	}
+	return rows.Err()
+}
+
+// raw uses a connection by what database/sql does not have.
+func (db *DB) raw(ctx context.Context, f func(*pgx.Conn) error) error {
+	conn, err := db.Conn(ctx)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	var own error
+	err = conn.Raw(func(c any) error {
+		own = f(c.(*stdlib.Conn).Conn())
+		return nil
+	})
+	if own != nil {
+		return own
+	}
+	return err
+}
