@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"crypto/sha256"
-	"database/sql"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -71,16 +70,8 @@ func (s *Store) fillFrom(ctx context.Context, tx *txn, from, n int) error {
 			return err
 		}
 	}
-	insert := map[*table]*sql.Stmt{}
-	for _, t := range []*table{bindings, spentRANDs, ledger} {
-		if insert[t], err = tx.raw.PrepareContext(ctx, t.insert); err != nil {
-			return err
-		}
-		defer insert[t].Close()
-	}
 	add := func(t *table, mac []byte, values ...any) error {
-		_, err := insert[t].ExecContext(ctx, append(values, mac)...)
-		return err
+		return tx.Do(ctx, t.insert, append(values, mac)...)
 	}
 	at := time.Now()
 	note := func(e entry) (seq int64, err error) {

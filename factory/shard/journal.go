@@ -44,7 +44,7 @@ func (j *Journal) Close() error { return errors.Join(j.read.Close(), j.write.Clo
 
 // conn reads.
 func (j *Journal) conn() sqlconn.Conn {
-	return sqlconn.Conn{Operation: "the line's journal", DB: j.read}
+	return sqlconn.Conn{Operation: "the line's journal", DB: sqlconn.SQL{DB: j.read}}
 }
 
 // exec is not ended by a context: a shard in flight is finished.

@@ -148,7 +148,7 @@ func (d *Desk) Close() error {
 
 // to reads for an operation, which its errors name.
 func (d *Desk) to(operation string) sqlconn.Conn {
-	return sqlconn.Conn{Operation: operation, DB: d.read}
+	return sqlconn.Conn{Operation: operation, DB: sqlconn.SQL{DB: d.read}}
 }
 
 func (d *Desk) resume(ctx context.Context) error {

@@ -210,7 +210,7 @@ func Report(ctx context.Context, state string, m *directory.Manifest) iter.Seq2[
 		defer write.Close()
 		defer read.Close()
 		next := 0
-		db := sqlconn.Conn{Operation: "report a lot's devices", DB: read}
+		db := sqlconn.Conn{Operation: "report a lot's devices", DB: sqlconn.SQL{DB: read}}
 		err = db.Each(ctx, func(scan func(...any) error) error {
 			var at int
 			var l Line
