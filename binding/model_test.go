@@ -221,24 +221,17 @@ func (r *modelRun) prepare(m *modelled, o binding.Origin) {
 // attempted compares the attempt that an origin was given with that which it should have.
 func (r *modelRun) attempted(m *modelled, o binding.Origin, id string, until time.Time) {
 	opened := !until.IsZero()
-	reuse := r.now.Add(ttl / 2)
-	if opened {
-		reuse = until
-	} else {
+	if !opened {
 		until = r.now.Add(ttl)
 	}
-	var best *modelAttempt
-	for i, a := range m.attempts {
-		if a.origin == o && a.opened == opened && !a.expires.Before(reuse) &&
-			(best == nil || a.expires.After(best.expires)) {
-			best = &m.attempts[i]
-		}
-	}
-	if best == nil && !slices.Contains(r.ids, id) {
+	same := slices.IndexFunc(m.attempts, func(a modelAttempt) bool {
+		return a.origin == o && a.opened == opened && !a.expires.Before(until)
+	})
+	if same < 0 && !slices.Contains(r.ids, id) {
 		r.ids = append(r.ids, id)
 		m.attempts = append(m.attempts, modelAttempt{id, o, until, opened})
-	} else if best == nil || best.id != id {
-		r.fail("attempt %q for %q, want %+v", id, o.Name, best)
+	} else if same < 0 || m.attempts[same].id != id {
+		r.fail("attempt %q for %q at %s, of %+v", id, o.Name, r.now, m.attempts)
 	}
 }
 

@@ -65,7 +65,7 @@ func TestUnavailable(t *testing.T) {
 		{"restore", "DecryptRAND", restore, bound, kme.HSMUnavailable},
 		{"report", "Report", report, bound, kme.StoreUnavailable},
 		{"get", "Subscription", get, bound, kme.StoreUnavailable},
-		{"establish", "Subscription", establish, newIMSI(), kme.StoreUnavailable},
+		{"establish", "Attempt", establish, newIMSI(), kme.StoreUnavailable},
 		{"establish", "OpenPayload", establish, newIMSI(), kme.HSMUnavailable},
 		{"establish", "Establish", establish, newIMSI(), kme.StoreUnavailable},
 		{"prepare", "Prepare", prepare, bound, kme.RolledBack},

@@ -228,13 +228,13 @@ func (s *Store) Establish(ctx context.Context, b *binding.Binding, tag []byte, g
 			return binding.ErrNotGood
 		}
 		seq, err := s.note(ctx, tx, of)
-		if err == nil && len(sub.Attempts) > 0 {
+		if err == nil && sub.opened {
 			err = dropAttempts(ctx, tx, b.IMSI)
 		}
 		if err != nil {
 			return err
 		}
-		sub.Pending, sub.Attempts, sub.seq.pending = b, nil, seq
+		sub.Pending, sub.Attempts, sub.opened, sub.seq.pending = b, nil, false, seq
 		sub.last.note(of.event, seq)
 		s.recent.put(b.IMSI.String(), sub)
 		return s.put(ctx, tx, bindings, values(b, seq)...)

@@ -13,7 +13,7 @@ import (
 type recent struct {
 	mu          sync.Mutex         // only against has: changes are made one at a time
 	version     int64              // see sqlconn.Tx
-	subs, older map[string]*stored // by a change's key, an IMSI: those whose binding is pending
+	subs, older map[string]*stored // by a change's key, an IMSI: those whose binding is pending, and without attempts
 	heads       heads
 }
 
@@ -52,9 +52,9 @@ func (r *recent) forget(key string) {
 	}
 }
 
-// put notes what a change leaves, should it be durable.
+// put notes what a change leaves, should it be durable. Subscriptions with attempts in rows are not noted.
 func (r *recent) put(key string, sub *stored) {
-	if r == nil {
+	if r == nil || sub.opened {
 		return
 	}
 	r.mu.Lock()

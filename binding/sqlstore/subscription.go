@@ -89,6 +89,7 @@ type stored struct {
 	binding.Subscription
 	expired *binding.Binding // the pending binding that has expired
 	spent   bool             // a RAND that was asked for
+	opened  bool             // there are attempts in rows, also if they have expired
 	seq     seqs             // of the bindings
 	last    last             // what the ledger says
 }
@@ -121,14 +122,14 @@ const (
 var ofIMSI = func() map[more]string {
 	text := picked("bindings", nil, `FROM bindings WHERE imsi = $1`) + ` UNION ALL ` +
 		picked("attempts", map[int]string{1: "imsi", 9: "id", 14: "origin", 15: "expires_at"},
-			`FROM attempts WHERE imsi = $1 AND expires_at > $2`) + ` UNION ALL ` +
+			`FROM attempts WHERE imsi = $1`) + ` UNION ALL ` +
 		picked("ledger", map[int]string{1: "subject", 2: "event", 18: "NULL"}, `FROM ledger WHERE subject = $1`)
 	all := map[more]string{nothing: text,
 		andHead: text + ` UNION ALL ` + picked("head", map[int]string{}, // A sum, see head.
-			`FROM (SELECT seq, mac FROM ledger WHERE chain = $3 + 0 ORDER BY seq DESC LIMIT 1) AS head`)}
+			`FROM (SELECT seq, mac FROM ledger WHERE chain = $2 + 0 ORDER BY seq DESC LIMIT 1) AS head`)}
 	for _, n := range [...]int{1, 4, binding.MaxRANDs} {
 		all[more(n)] = text + ` UNION ALL ` + picked("spent_rands", map[int]string{1: "imsi", 7: "rand", 17: "NULL"},
-			`FROM spent_rands WHERE imsi = $1 AND rand IN (`+marks(3, n)+`)`)
+			`FROM spent_rands WHERE imsi = $1 AND rand IN (`+marks(2, n)+`)`)
 	}
 	return all
 }()
@@ -212,6 +213,9 @@ func (s *Store) subscriptionAnd(
 			if err := s.checkMAC(attempts, r); err != nil {
 				return err
 			}
+			if sub.opened = true; r.int(3) <= now.UnixMilli() {
+				return nil
+			}
 			opened = append(opened, r)
 			a := binding.Attempt{ID: r.text(1), IMSI: imsi, Expires: fromMillis(r.int(3)), Opened: true}
 			err := a.Origin.UnmarshalText([]byte(r.text(2)))
@@ -226,7 +230,7 @@ func (s *Store) subscriptionAnd(
 			return s.checkMAC(spentRANDs, rowOf(spentRANDs, r))
 		}
 		return nil
-	}, ofIMSI[what], append([]any{digits, now.UnixMilli()}, args...)...)
+	}, ofIMSI[what], append([]any{digits}, args...)...)
 	if err != nil {
 		return nil, nil, err
 	}

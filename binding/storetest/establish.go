@@ -151,6 +151,15 @@ func establishClosesAttempts(t *testing.T, s Store) {
 	checkOpen(t, s, other, b1, later, true)
 }
 
+// What an administrator has opened and has expired is closed too: a clock that is set back does not find it.
+func establishAfterOpened(t *testing.T, s Store) {
+	imsi := subscription(t, 1)
+	open(t, s, imsi)
+	must.Do(t, s.Establish(t.Context(), newBinding(imsi, device(t, 1), openAttempt(t, s, imsi, t0.Add(ttl))),
+		[]byte("tag"), true, t0.Add(ttl)))
+	checkOpen(t, s, imsi, "admin's", t0, false)
+}
+
 func establishCanceled(t *testing.T, s Store) {
 	imsi, imei := subscription(t, 1), device(t, 1)
 	a1 := openAttempt(t, s, imsi, t0)

@@ -37,6 +37,7 @@ func Run(t *testing.T, open func(t *testing.T) Store) {
 		{"EstablishNoAttempt", establishNoAttempt},
 		{"EstablishUsed", establishUsed},
 		{"EstablishClosesAttempts", establishClosesAttempts},
+		{"EstablishAfterOpened", establishAfterOpened},
 		{"EstablishCanceled", establishCanceled},
 		{"Ledger", ledger},
 		{"ReportOK", reportOK},
