@@ -6,7 +6,9 @@ import (
 	"crypto/rand"
 	"crypto/rsa"
 	"runtime"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/miekg/pkcs11"
 
@@ -32,12 +34,27 @@ func benchOperator(b testing.TB) (*OperatorToken, Payload) {
 	return token, Payload{Suite: kme.SuiteECDSA, Lot: lot, N: &key.PublicKey, Device: &device.PublicKey, Bytes: payload}
 }
 
-// sessions runs f on all sessions of the token at once. It leaves no more in them than the pool would.
-func sessions(b *testing.B, token *OperatorToken, f func(s *p11.Session) error) {
-	b.SetParallelism(max(1, token.Sessions()/runtime.GOMAXPROCS(0)))
+// parallel runs f on so many goroutines, and reports what an operation takes of all cores together: unlike the time,
+// other work changes it little.
+func parallel(b *testing.B, goroutines int, f func(*testing.PB)) {
+	used := func() time.Duration {
+		var u syscall.Rusage
+		if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
+			b.Fatal(err)
+		}
+		return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+	}
+	b.SetParallelism(max(1, goroutines/runtime.GOMAXPROCS(0)))
 	b.ReportAllocs()
 	b.ResetTimer()
-	b.RunParallel(func(pb *testing.PB) {
+	before := used()
+	b.RunParallel(f)
+	b.ReportMetric(float64((used()-before).Nanoseconds())/1e3/float64(b.N), "cpu-us/op")
+}
+
+// sessions runs f on all sessions of the token at once. It leaves no more in them than the pool would.
+func sessions(b *testing.B, token *OperatorToken, f func(s *p11.Session) error) {
+	parallel(b, token.Sessions(), func(pb *testing.PB) {
 		for more := true; more; {
 			err := token.hsm.With(b.Context(), "test", func(s *p11.Session) error {
 				for range 32 {
@@ -90,10 +107,7 @@ func BenchmarkSeal(b *testing.B) {
 
 func BenchmarkOpenPayload(b *testing.B) {
 	token, p := benchOperator(b)
-	b.SetParallelism(max(1, token.Sessions()/runtime.GOMAXPROCS(0)))
-	b.ReportAllocs()
-	b.ResetTimer()
-	b.RunParallel(func(pb *testing.PB) {
+	parallel(b, token.Sessions(), func(pb *testing.PB) {
 		for pb.Next() {
 			if o, err := token.OpenPayload(b.Context(), p); err != nil || o.Fault != FaultNone {
 				b.Error(err, o)
@@ -108,10 +122,7 @@ func BenchmarkEncryptRAND(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	b.SetParallelism(max(1, token.Sessions()/runtime.GOMAXPROCS(0)))
-	b.ReportAllocs()
-	b.ResetTimer()
-	b.RunParallel(func(pb *testing.PB) {
+	parallel(b, token.Sessions(), func(pb *testing.PB) {
 		for pb.Next() {
 			if _, err := token.EncryptRANDs(b.Context(), sealed, make([]RAND, 1)); err != nil {
 				b.Error(err)
@@ -123,10 +134,7 @@ func BenchmarkEncryptRAND(b *testing.B) {
 func BenchmarkMakeDeviceKey(b *testing.B) {
 	token, _ := newFactory(b, nil)
 	softhsmtest.AsServed(b, token.Sessions())
-	b.SetParallelism(max(1, token.Sessions()/runtime.GOMAXPROCS(0)))
-	b.ReportAllocs()
-	b.ResetTimer()
-	b.RunParallel(func(pb *testing.PB) {
+	parallel(b, token.Sessions(), func(pb *testing.PB) {
 		for pb.Next() {
 			if _, _, err := token.MakeDeviceKey(b.Context(), kme.SuiteECDSA, testInjection); err != nil {
 				b.Error(err)

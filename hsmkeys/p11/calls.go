@@ -39,7 +39,7 @@ func within[T any](t *Token, d time.Duration, f func() (T, error), ended func(bo
 	}
 	var over atomic.Bool // f has ended, or was given up: whichever was first
 	done := make(chan result, 1)
-	t.workers.run(t.closing, func() {
+	go func() {
 		v, err := noPanic(t, f)
 		waited := over.CompareAndSwap(false, true)
 		if secret, ok := any(v).(interface{ Wipe() }); ok && !waited {
@@ -52,7 +52,7 @@ func within[T any](t *Token, d time.Duration, f func() (T, error), ended func(bo
 			return
 		}
 		done <- result{v, err}
-	})
+	}()
 	timer := time.NewTimer(d)
 	defer timer.Stop()
 	select {
@@ -67,28 +67,6 @@ func within[T any](t *Token, d time.Duration, f func() (T, error), ended func(bo
 		}
 		t.tell()
 		return v, true, fmt.Errorf("%w: it does not answer", ErrUnavailable)
-	}
-}
-
-// workers give work to those goroutines that wait for more.
-type workers chan func()
-
-// run runs f on a goroutine that has run another before, if one is free: its stack is as large already as calls of the
-// token need it, and growing it takes as long as some of them. The goroutines end with closing.
-func (w workers) run(closing <-chan struct{}, f func()) {
-	select {
-	case w <- f:
-	default:
-		go func() {
-			for {
-				f()
-				select {
-				case f = <-w:
-				case <-closing:
-					return
-				}
-			}
-		}()
 	}
 }
 
@@ -197,9 +175,7 @@ func (t *Token) Apart(s *Session, steps ...func(*Session) error) (err error) {
 	errs := make([]error, 1+len(others))
 	var all sync.WaitGroup
 	for at, other := range others {
-		all.Add(1)
-		t.workers.run(t.closing, func() {
-			defer all.Done()
+		all.Go(func() {
 			for i := 1 + at; i < len(steps); i += len(others) {
 				errs[1+at] = errors.Join(errs[1+at], t.attempt(steps[i], other))
 			}

@@ -10,10 +10,11 @@ import (
 // under way then on its session, and by C_CloseSession. A KME is one.
 const LeftFor = time.Second
 
-// leftMost is how many of them a session has, at most, where the token has the room, and leftFew how many are destroyed
-// one by one.
+// How many of them a session has, at most, where the token has the room: where calls take long, more, since they are
+// fewer then; SoftHSM takes longer for each object the more there are. A few are destroyed one by one.
 const (
-	leftMost = 64
+	leftAway = 64
+	leftNear = 16
 	leftFew  = 2
 )
 

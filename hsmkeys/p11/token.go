@@ -50,7 +50,6 @@ type Token struct {
 
 	breaker *breaker
 	health  health
-	workers workers
 	renewal renewal
 
 	reinitialising    sync.Mutex // held by whoever reinitialises
@@ -130,7 +129,7 @@ func connect(u *uri, o Options) (*Token, error) {
 		return nil, err
 	}
 	t := &Token{connection: connection{module: m, uri: u, signing: 1 + 2*runtime.GOMAXPROCS(0)}, observer: o.Observer, hangAfter: o.HangTimeout,
-		breaker: newBreaker(), closing: make(chan struct{}), workers: make(workers)}
+		breaker: newBreaker(), closing: make(chan struct{})}
 	t.health.changed = o.Changed
 	if t.hangAfter == 0 {
 		t.hangAfter = hangTimeout
@@ -205,7 +204,11 @@ func (t *Token) poolSize(wanted int) (int, error) {
 	if t.most > 0 { // one holds the login, and one is for whoever needs one beside the pool
 		size = min(size, max(1, int(t.most)-2))
 	}
-	room := leftMost * size
+	most := leftNear
+	if t.distance.far() {
+		most = leftAway
+	}
+	room := most * size
 	// What NSS softoken says of its memory, 1, is no number of bytes.
 	if total, free := t.info.TotalPublicMemory, t.info.FreePublicMemory; told(free) && told(total) && total > objectRoom {
 		if room = int(free / objectRoom); room < objectsAtOnce {
@@ -214,7 +217,7 @@ func (t *Token) poolSize(wanted int) (int, error) {
 		}
 		size = min(size, room/objectsAtOnce)
 	}
-	t.left.most.Store(int64(min(leftMost, room/size-objectsAtOnce+1)))
+	t.left.most.Store(int64(min(most, room/size-objectsAtOnce+1)))
 	return size, nil
 }
 
