@@ -143,15 +143,25 @@ func BenchmarkMakeDeviceKey(b *testing.B) {
 	})
 }
 
-// The budget of what an establishment leaves to the garbage collector, beside what the token does.
+// The budgets of what operations leave to the garbage collector, beside what the token does.
 func TestAllocations(t *testing.T) {
 	token, p := benchOperator(t)
-	n := testing.AllocsPerRun(50, func() {
-		if _, err := token.OpenPayload(t.Context(), p); err != nil {
-			t.Fatal(err)
+	sealed := must[*Opened](t)(token.OpenPayload(t.Context(), p)).Sealed
+	for _, c := range []struct {
+		what string
+		most float64
+		do   func() error
+	}{
+		{"payload", 90, func() error { _, err := token.OpenPayload(t.Context(), p); return err }},
+		{"RAND", 30, func() error { _, err := token.EncryptRANDs(t.Context(), sealed, make([]RAND, 1)); return err }},
+	} {
+		n := testing.AllocsPerRun(50, func() {
+			if err := c.do(); err != nil {
+				t.Fatal(err)
+			}
+		})
+		if t.Logf("%v allocations a %s", n, c.what); n > c.most {
+			t.Errorf("%v allocations a %s, not at most %v", n, c.what, c.most)
 		}
-	})
-	if n > 90 {
-		t.Errorf("%v allocations a payload, not at most 90", n)
 	}
 }
