@@ -174,7 +174,7 @@ func TestTemplateRoom(t *testing.T) {
 				if (n > 32) != (err == errRoom) || n == 28 && err != nil { // of 32, SoftHSM wants some itself
 					t.Errorf("%d attributes: %v", n, err)
 				}
-				if objects := countObjects(t, token, nil); objects != before {
+				if objects := countObjects(t, token, nil); objects > before { // what sample left may go
 					t.Errorf("%d attributes: %d objects, before %d", n, objects, before)
 				}
 			}

@@ -114,6 +114,9 @@ func TestCallsAndDepth(t *testing.T) {
 					if err != nil {
 						t.Fatal(err)
 					}
+					if calls["C_FindObjectsInit"] > 0 { // hsmkeys.LookAgain: once in five seconds
+						continue
+					}
 					n := 0
 					for f, times := range calls {
 						if !slices.Contains(dropping, f) {
