@@ -90,12 +90,12 @@ func identify(clients *Clients, next http.Handler) http.Handler {
 }
 
 // know gives a context to what a caller asks for: its client is the one of these.
-func (k *Clients) know(ctx context.Context, c caller, actor binding.Actor) context.Context {
-	c.client, actor.Client, actor.Role = k.of(c.certificate, c.uid), "", ""
-	if c.client != nil {
-		actor.Client = c.client.Name
+func (c *Clients) know(ctx context.Context, who caller, actor binding.Actor) context.Context {
+	who.client, actor.Client, actor.Role = c.of(who.certificate, who.uid), "", ""
+	if who.client != nil {
+		actor.Client = who.client.Name
 	}
-	return binding.WithActor(context.WithValue(ctx, callerKey{}, &c), actor)
+	return binding.WithActor(context.WithValue(ctx, callerKey{}, &who), actor)
 }
 
 func callerOf(ctx context.Context) *caller { return ctx.Value(callerKey{}).(*caller) }
