@@ -103,32 +103,33 @@ type leftOut string
 
 func (l leftOut) Error() string { return string(l) }
 
-// A part of the report takes about so many seconds, and a pair of measurements so often, on 2 cores.
+// A part of the report takes about so many seconds on 2 idle cores, and so many times what a measurement takes.
 type part struct {
 	name    string
 	do      func(*report) error
 	seconds float64
-	pairs   float64
+	runs    int
 }
 
 func (b *bench) parts() []part {
-	fewer, bits := float64(b.fewer())/float64(b.pairs), float64(len(b.bits))
+	sizes, pairs, fewer := len(b.bits), b.pairs, b.fewer()
+	each := func(seconds float64, runs int) float64 { return seconds * float64(runs) }
 	return []part{
-		{"establish", b.establish, 5 * bits, (1.3 + fewer/2) * bits},
-		{"attach", b.attach, 5 * bits, (1.2 + 2.5*fewer) * bits},
-		{"rpc", b.rpc, 5, 2},
-		{"postgres", b.postgres, 10, 1.2 + 3.6*fewer},
-		{"provision", b.provision, 1, 1.5},
-		{"lookup", b.lookup, 5, 0.1},
-		{"hsm_calls", b.hsmCalls, 20, 0.5},
+		{"establish", b.establish, each(1.6, sizes*(pairs+fewer)), sizes * (2*pairs + fewer)},
+		{"attach", b.attach, each(1.1, sizes*(pairs+2*fewer)), sizes * (2*pairs + 4*fewer)},
+		{"rpc", b.rpc, 5, 4 * fewer},
+		{"postgres", b.postgres, 10 + each(1.1, 3*fewer), 6 * fewer},
+		{"provision", b.provision, each(4, fewer), fewer},
+		{"lookup", b.lookup, 5, 1},
+		{"hsm_calls", b.hsmCalls, 20, 4},
 	}
 }
 
 func main() {
 	b := new(bench)
 	flag.StringVar(&b.dir, "dir", "var/bench", "what scripts/bench.sh has made")
-	flag.IntVar(&b.pairs, "pairs", 5, "alternating measurements of the bare token and ours")
-	seconds := flag.Int("seconds", 3, "how long each takes")
+	flag.IntVar(&b.pairs, "pairs", 6, "alternating measurements of the bare token and ours")
+	seconds := flag.Int("seconds", 2, "how long each takes")
 	child := flag.String("child", "", "measure one thing in this process, and print it")
 	flag.StringVar(&b.server, "server", "", "for -child rpc: the address of keysvc")
 	flag.IntVar(&b.pid, "pid", 0, "for -child rpc: the process of keysvc")
@@ -217,7 +218,7 @@ func (b *bench) run(parts []part, only string) error {
 	for i, p := range parts {
 		var left float64
 		for _, p := range parts[i:] {
-			left += p.seconds + p.pairs*float64(b.pairs)*2*b.each.Seconds()
+			left += p.seconds + float64(p.runs)*b.each.Seconds()
 		}
 		b.progress("%s, part %d of %d; %.0f s so far, some %.0f s to go", p.name, i+1, len(parts),
 			time.Since(start).Seconds(), left)

@@ -40,13 +40,12 @@ func (b *bench) postgres(r *report) error {
 	return b.eachLot("keysvc-postgres", "POSTGRES_TOKEN", only, func(_ string, s *server, token bare) error {
 		p := new(onPostgres)
 		r.Postgres = map[string]*onPostgres{bits: p}
-		name := "PostgreSQL, EstablishKME"
 		establish := func(d time.Duration, rate float64) (sample, error) {
 			var l struct{ Establish sample }
 			err := b.load(&l, s.address, bits, d, rate)
 			return l.Establish, err
 		}
-		if err := b.besideToken(name, &p.measured, b.fewer(), token, establish); err != nil {
+		if err := b.besideToken("PostgreSQL, EstablishKME", &p.measured, b.fewer(), token, establish); err != nil {
 			return err
 		}
 		var database []float64
@@ -64,14 +63,10 @@ func (b *bench) postgres(r *report) error {
 			database = append(database, float64((after-before).Microseconds())/float64(l.Calls))
 			return l, err
 		}
-		name = "PostgreSQL, attach"
-		if err := b.besideToken(name, &p.Attach, b.fewer(), token, attach); err != nil {
+		if err := b.besideToken("PostgreSQL, attach", &p.Attach, b.fewer(), token, attach); err != nil {
 			return err
 		}
 		p.DatabaseCPU = round(median(database), 0)
-		if err := b.half(name, &p.Attach, attach); err != nil {
-			return err
-		}
 		other, err := b.serve("keysvc-postgres-2")
 		if err != nil {
 			return err

@@ -30,7 +30,7 @@ func (b *bench) provision(r *report) error {
 	flags := []string{"--token", os.Getenv("FACTORY_TOKEN"), "--directory", "vault:kme", "--state",
 		filepath.Join(b.dir, "factory")}
 	p := new(provisioning)
-	for i := range b.pairs {
+	for i := range b.fewer() {
 		lot := fmt.Sprintf("P%d", i)
 		create := append([]string{"lot", "create", lot, "--tac", fmt.Sprintf("990000%02d", i), "--first", "0",
 			"--count", fmt.Sprint(provisioned), "--bits", "2048"}, flags...)
@@ -59,7 +59,7 @@ func (b *bench) provision(r *report) error {
 		p.add(bare, float64(made.Made)/made.Seconds)
 		p.PeakRSS = max(p.PeakRSS,
 			float64(cmd.ProcessState.SysUsage().(*syscall.Rusage).Maxrss)/1024)
-		b.progress("device keys, %d of %d: token %.0f a second, published %.0f, %.3f", i+1, b.pairs, bare,
+		b.progress("device keys, %d of %d: token %.0f a second, published %.0f, %.3f", i+1, b.fewer(), bare,
 			float64(made.Made)/made.Seconds, float64(made.Made)/made.Seconds/bare)
 	}
 	p.finish()

@@ -102,7 +102,7 @@ func (b *bench) measureRPC() (any, error) {
 		},
 	}
 	all := map[string][]sample{}
-	for i := range b.pairs {
+	for i := range b.fewer() {
 		for _, name := range rpcCalls {
 			s, err := b.call(subscriptions, calls[name])
 			if err != nil {
@@ -110,7 +110,7 @@ func (b *bench) measureRPC() (any, error) {
 			}
 			all[name] = append(all[name], s)
 			b.progress("RPC, %s, %d of %d: %.0f a second, %.0f us of keysvc's CPU, %.0f us of the client's", name, i+1,
-				b.pairs, s.PerSecond, s.cpu, s.ClientCPU)
+				b.fewer(), s.PerSecond, s.cpu, s.ClientCPU)
 		}
 	}
 	result := rpc{}

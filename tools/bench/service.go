@@ -66,8 +66,8 @@ func (b *bench) besideToken(name string, m *measured, pairs int, token bare, our
 		}
 		all = append(all, s)
 		m.add(t, s.PerSecond)
-		b.progress("%s, %d of %d: token %.0f a second, ours %.0f, %.3f, %.0f us of CPU each", name, i+1, pairs, t,
-			s.PerSecond, s.PerSecond/t, s.cpu)
+		b.progress("%s, %d of %d: token %.0f a second, ours %.0f, %.3f", name, i+1, pairs, t, s.PerSecond,
+			s.PerSecond/t)
 	}
 	m.finish()
 	m.TokenCPU = round(median(tokenCPU), 0)
