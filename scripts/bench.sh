@@ -80,4 +80,4 @@ if compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null || command -v post
 	done
 fi
 [ -z "$last" ] || printf '%s\n' "$last" >"$dir/bench.json"
-bin/bench -dir "$dir" -pairs "${PAIRS:-5}" -seconds "${SECONDS_EACH:-3}" -bits "${BITS:-2048,3072}" -only "${ONLY:-}"
+bin/bench -dir "$dir" -pairs "${PAIRS:-6}" -seconds "${SECONDS_EACH:-2}" -bits "${BITS:-2048,3072}" -only "${ONLY:-}"
