@@ -120,7 +120,8 @@ soak: deps-test vaultdev ## the long tests: kill -9, outages and lost answers, o
 	KMEHSM_SOAK=1 go test -count=1 -timeout 60m -run 'Killed|TestMutated' -v ./binding
 	KMEHSM_SOAK=1 go test -count=1 -timeout 20m -run 'TestOutage|TestRemoteKilled' -v ./internal/faultmodule
 
-# ONLY=attach,rpc measures these parts, and keeps the others of bench.json; BITS=2048, one size. PAIRS=6, SECONDS_EACH=2.
+# ONLY=attach,rpc measures these parts, and keeps the others of bench.json; BITS=2048 measures one size. PAIRS=6 and
+# SECONDS_EACH=2 say how often and how long.
 bench: deps-bench build vaultdev ## how near all is to the bare token, in ten minutes: var/bench/bench.json (ONLY=PARTS)
 	go build -trimpath $(STAMP) -o bin/ ./tools/bench
 	scripts/bench.sh
