@@ -18,7 +18,7 @@ import (
 )
 
 // publishedSchema is that of published.db, in the line's own folder: what a new lot is compared with, of each lot whose
-// manifest was verified once. A manifest never changes, and to read and verify a hundred thousand takes minutes.
+// manifest was verified once. A manifest never changes, and to verify a hundred thousand takes 20 s of CPU.
 const publishedSchema = `CREATE TABLE lot (
 	manufacturer TEXT NOT NULL,
 	lot          TEXT NOT NULL,
