@@ -62,15 +62,16 @@ TIMEOUT := 45m
 # A test that needs one of these says so in its name.
 SERVERS := Vault|Postgres|Browser|S6a
 # These take seconds of CPU each. make check leaves them, and all on NSS softoken, to make test.
-LONG := TestCeremony TestDemo TestOpenSSLAgrees TestOutsideProgram \
+LONG := TestCeremony TestDemo TestOpenSSLAgrees TestOutsideProgram TestSpy TestCheckDirectories TestPinnedTACs \
+	TestBackup TestProvisionDirectoryAway TestReconcile \
 	TestModel TestModelAtOnce TestProperty TestPropertyAtOnce TestMutatedPayloads TestMutatedMessages \
 	TestRefusalsTakeAsLong TestKnownRefusalsTakeAsLong TestBoundRefusalsTakeAsLong TestMetricsAreNoOracle \
 	TestRotated TestKilled TestNothingIsLeft TestRotation TestWycheproof TestAudit TestStations \
 	TestReaderCacheBound TestRevocationsCacheBound TestRevocationsTooLarge TestRevocationsOfAMillion \
 	TestWeaknesses TestWeakOperator TestWeakFactory TestSetupInterrupted
 # make check has these of TestScripts.
-SHORT_SCRIPTS := line|refusals|service|version
-LONG_SCRIPTS = $(call any-of,$(filter-out $(subst |, ,$(SHORT_SCRIPTS)),$(basename $(notdir $(wildcard \
+SHORT_SCRIPTS := line service version
+LONG_SCRIPTS = $(call any-of,$(filter-out $(SHORT_SCRIPTS),$(basename $(notdir $(wildcard \
 	cmd/testdata/script/*.txtar)))))
 # The two runs are a partition: every test is in one of them.
 LATER = $(SERVERS)|^($(call any-of,$(LONG)))$$|^TestScripts$$/^($(LONG_SCRIPTS))$$

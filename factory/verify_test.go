@@ -18,6 +18,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/handover"
+	"github.com/kmehsm/kmehsm/internal/testkeys"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -307,7 +308,14 @@ func TestAudit(t *testing.T) {
 	if v := audit(); !v.OK() || v.Lots != 0 {
 		t.Errorf("an empty directory: %+v", v)
 	}
-	prime := func() *big.Int { return must(rand.Prime(rand.Reader, 1024)) }
+	var primes []*big.Int
+	prime := func() (p *big.Int) {
+		if len(primes) == 0 {
+			primes = must(testkeys.RSA(2048)).Primes
+		}
+		p, primes = primes[0], primes[1:]
+		return p
+	}
 	p := prime()
 	shared := directory.DeviceKey{Key: &must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader)).PublicKey}
 	publish := func(lot string, first int, n *big.Int, key *directory.DeviceKey) {
