@@ -128,7 +128,7 @@ func TestVaultFrozen(t *testing.T) {
 	before := vectors("a Vault that answers")
 
 	// As many payloads a second as this machine has time for beside the vectors: the places are for calls that work.
-	pace := max(2*time.Millisecond, before/16)
+	pace := max(2*time.Millisecond, before/4)
 	server.Freeze(t)
 	ctx, stop := context.WithCancel(t.Context())
 	var asking atomic.Int64
