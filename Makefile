@@ -63,7 +63,7 @@ TIMEOUT := 45m
 SERVERS := Vault|Postgres|Browser|S6a
 # These take seconds of CPU each. make check leaves them, and all on NSS softoken, to make test.
 LONG := TestCeremony TestDemo TestOpenSSLAgrees TestOutsideProgram TestSpy TestCheckDirectories TestPinnedTACs \
-	TestBackup TestProvisionDirectoryAway TestReconcile \
+	TestBackup TestProvisionDirectoryAway TestReconcile TestManyStarts \
 	TestModel TestModelAtOnce TestProperty TestPropertyAtOnce TestMutatedPayloads TestMutatedMessages \
 	TestRefusalsTakeAsLong TestKnownRefusalsTakeAsLong TestBoundRefusalsTakeAsLong TestMetricsAreNoOracle \
 	TestRotated TestKilled TestNothingIsLeft TestRotation TestWycheproof TestAudit TestStations \
