@@ -161,7 +161,7 @@ func (v *verifying) overlaps(lots []*directory.Manifest) {
 // manifest is nil, with the problem noted, if what is in the directory is none.
 func (v *verifying) manifest(ctx context.Context, lot string) (*directory.Manifest, error) {
 	m, err := v.reader.Manifest(ctx, lot)
-	if refused := new(directory.RefusedError); errors.As(err, &refused) {
+	if errors.As(err, new(*directory.RefusedError)) {
 		v.problem("%v", err)
 		return nil, nil
 	}

@@ -77,9 +77,14 @@ func (i *IMEI) UnmarshalText(b []byte) error {
 	if len(b) != imeiDigits {
 		return fmt.Errorf("an IMEI here has %d digits", imeiDigits)
 	}
-	v, err := ParseIMEI(string(b))
+	return unmarshal(i, b, ParseIMEI)
+}
+
+// unmarshal parses into to, which an error leaves as it was.
+func unmarshal[T any](to *T, text []byte, parse func(string) (T, error)) error {
+	v, err := parse(string(text))
 	if err == nil {
-		*i = v
+		*to = v
 	}
 	return err
 }
@@ -98,13 +103,7 @@ func ParseTAC(s string) (TAC, error) {
 func (t TAC) String() string               { return t.digits }
 func (t TAC) MarshalText() ([]byte, error) { return []byte(t.digits), nil }
 
-func (t *TAC) UnmarshalText(b []byte) error {
-	v, err := ParseTAC(string(b))
-	if err == nil {
-		*t = v
-	}
-	return err
-}
+func (t *TAC) UnmarshalText(b []byte) error { return unmarshal(t, b, ParseTAC) }
 
 // An IMSI is the identity of a subscription: MCC, MNC and MSIN, 6 to 15 digits (3GPP TS 23.003 clause
 // 2.2; MCC has three digits and MNC two at least, so that shorter ones name no subscription). It is a type of
@@ -123,13 +122,7 @@ func (i IMSI) String() string               { return i.digits }
 func (i IMSI) MarshalText() ([]byte, error) { return []byte(i.digits), nil }
 func (i IMSI) LogValue() slog.Value         { return slog.StringValue(i.digits) }
 
-func (i *IMSI) UnmarshalText(b []byte) error {
-	v, err := ParseIMSI(string(b))
-	if err == nil {
-		*i = v
-	}
-	return err
-}
+func (i *IMSI) UnmarshalText(b []byte) error { return unmarshal(i, b, ParseIMSI) }
 
 // An Origin names who at the other end of the network asked: the Origin-Host of an MME, the id of an AMF. Its zero
 // value stands for the only peer of a caller that has one.
@@ -156,13 +149,7 @@ func (o Origin) String() string               { return o.name }
 func (o Origin) MarshalText() ([]byte, error) { return []byte(o.name), nil }
 func (o Origin) LogValue() slog.Value         { return slog.StringValue(o.name) }
 
-func (o *Origin) UnmarshalText(b []byte) error {
-	v, err := ParseOrigin(string(b))
-	if err == nil {
-		*o = v
-	}
-	return err
-}
+func (o *Origin) UnmarshalText(b []byte) error { return unmarshal(o, b, ParseOrigin) }
 
 // luhn is the check digit of the digits s (3GPP TS 23.003 annex B).
 func luhn(s string) byte {

@@ -50,13 +50,7 @@ func ParseSuite(s string) (Suite, error) {
 	return "", fmt.Errorf("there is no suite %q; there are %v", s, Suites)
 }
 
-func (s *Suite) UnmarshalText(b []byte) error {
-	v, err := ParseSuite(string(b))
-	if err == nil {
-		*s = v
-	}
-	return err
-}
+func (s *Suite) UnmarshalText(b []byte) error { return unmarshal(s, b, ParseSuite) }
 
 // SignatureSize is the length of KME_SIG, in bytes.
 func (s Suite) SignatureSize() int {

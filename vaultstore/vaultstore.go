@@ -164,16 +164,15 @@ func (s *Store) checkMount(ctx context.Context) error {
 }
 
 func statusOf(err error) int {
-	var r *api.ResponseError
-	if errors.As(err, &r) {
+	if r, ok := errors.AsType[*api.ResponseError](err); ok {
 		return r.StatusCode
 	}
 	return 0
 }
 
 func mentions(err error, status int, text string) bool {
-	var r *api.ResponseError
-	return errors.As(err, &r) && r.StatusCode == status && strings.Contains(strings.Join(r.Errors, " "), text)
+	r, ok := errors.AsType[*api.ResponseError](err)
+	return ok && r.StatusCode == status && strings.Contains(strings.Join(r.Errors, " "), text)
 }
 
 func isCAS(err error) bool { return mentions(err, http.StatusBadRequest, "check-and-set") }

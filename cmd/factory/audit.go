@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"os"
@@ -54,21 +55,16 @@ func logCommand() *cli.Command {
 	}
 }
 
-func audit(c *cli.Context) error {
-	return verify(c, func(store directory.Store, v *directory.Verifier, report func(int)) (*factory.Verification,
-		error) {
-		return factory.Audit(c.Context, store, v, report)
-	})
-}
+func audit(c *cli.Context) error { return verify(c, factory.Audit) }
 
 func lotVerify(c *cli.Context) error {
 	dir := injectionDir(c, "injection")
 	if !c.IsSet("injection") && !dirExists(filepath.Join(dir, c.Args().First())) {
 		dir = ""
 	}
-	return verify(c, func(store directory.Store, v *directory.Verifier, report func(int)) (*factory.Verification,
-		error) {
-		return factory.VerifyLot(c.Context, store, v, c.Args().First(), dir, report)
+	return verify(c, func(ctx context.Context, store directory.Store, v *directory.Verifier, report func(int)) (
+		*factory.Verification, error) {
+		return factory.VerifyLot(ctx, store, v, c.Args().First(), dir, report)
 	})
 }
 
@@ -77,9 +73,8 @@ func dirExists(path string) bool {
 	return err == nil && info.IsDir()
 }
 
-func verify(
-	c *cli.Context, f func(directory.Store, *directory.Verifier, func(int)) (*factory.Verification, error),
-) error {
+func verify(c *cli.Context, f func(context.Context, directory.Store, *directory.Verifier, func(devices int)) (
+	*factory.Verification, error)) error {
 	verifier, err := manufacturer(c)
 	if err != nil {
 		return err
@@ -89,7 +84,7 @@ func verify(
 		return err
 	}
 	said := time.Now()
-	found, err := f(store, verifier, func(devices int) {
+	found, err := f(c.Context, store, verifier, func(devices int) {
 		if time.Since(said) > 5*time.Second {
 			said = time.Now()
 			fmt.Fprintf(c.App.ErrWriter, "%d devices verified\n", devices)

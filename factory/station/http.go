@@ -155,11 +155,10 @@ func (d *Desk) reply(w http.ResponseWriter, r *http.Request, v any, err error) {
 		return
 	}
 	code, text := http.StatusInternalServerError, "the line's own trouble: see its log"
-	var refused *RefusedError
 	switch {
 	case errors.As(err, new(badRequest)):
 		code, text = http.StatusBadRequest, err.Error()
-	case errors.As(err, &refused):
+	case errors.As(err, new(*RefusedError)):
 		code, text = http.StatusConflict, err.Error()
 	case errors.Is(err, ErrNoneLeft):
 		code, text = http.StatusNotFound, err.Error()

@@ -251,8 +251,7 @@ func (d *Desk) Next(ctx context.Context, station, name string) (*Ticket, error) 
 			return nil, err
 		}
 		k, t, err := d.ticket(ctx, l, at)
-		var revoked *revokedError
-		if errors.As(err, &revoked) {
+		if revoked, ok := errors.AsType[*revokedError](err); ok {
 			if revoked.lot {
 				return nil, refuse("lot %s is revoked, all of it and for good: no device of it gets a key any more",
 					name)
@@ -285,8 +284,7 @@ func (d *Desk) Named(ctx context.Context, station, name string, imei kme.IMEI) (
 		return t, err
 	}
 	k, t, err := d.ticket(ctx, l, at)
-	var revoked *revokedError
-	if errors.As(err, &revoked) {
+	if errors.As(err, new(*revokedError)) {
 		return nil, refuse("IMEI %s is revoked", imei)
 	}
 	if err != nil {

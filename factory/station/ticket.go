@@ -29,8 +29,7 @@ func (d *Desk) again(ctx context.Context, l *lot, k device) (*Ticket, error) {
 		err = refuse("IMEI %s was issued another key since this station was handed it: report it failed",
 			l.IMEI(k.position))
 	}
-	var revoked *revokedError
-	if errors.As(err, &revoked) {
+	if errors.As(err, new(*revokedError)) {
 		err = refuse("IMEI %s was revoked since this station was handed it: report it scrapped", l.IMEI(k.position))
 	}
 	return t, err

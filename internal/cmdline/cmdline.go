@@ -80,8 +80,7 @@ func Run(ctx context.Context, app *cli.App, args []string) int {
 	if slices.Contains(args, "--json") && !errors.As(err, new(saidError)) {
 		json.NewEncoder(app.Writer).Encode(map[string]any{"ok": false, "error": err.Error()})
 	}
-	var e exitError
-	if errors.As(err, &e) {
+	if e, ok := errors.AsType[exitError](err); ok {
 		return e.code
 	}
 	return exitFailed

@@ -18,8 +18,7 @@ func (e *Error) Error() string { return fmt.Sprintf("panic: %v", e.Value) }
 
 // Of is the panic that an error comes from; nil if it comes from none.
 func Of(err error) *Error {
-	var p *Error
-	errors.As(err, &p)
+	p, _ := errors.AsType[*Error](err)
 	return p
 }
 
