@@ -19,9 +19,22 @@ func (s *Store) Prepare(ctx context.Context, q binding.VectorRequest) (d binding
 	if err := s.refusal(); err != nil {
 		return d, err
 	}
+	// Whoever has vectors Ready has read the pending binding, and will be noted in it: that reads it again.
+	if q.Ready == "" || !s.recent.onlyHints {
+		if d, changes, err := s.prepared(ctx, q); !changes || err != nil {
+			return d, err
+		}
+	}
+	return s.prepare(ctx, q)
+}
+
+// prepared is Prepare where that changes nothing that is stored of a subscription; changes says that it does.
+func (s *Store) prepared(
+	ctx context.Context, q binding.VectorRequest,
+) (d binding.Decision, changes bool, err error) {
 	sub, err := s.current(ctx, "prepare", q.IMSI, q.Now, q.RANDs...)
 	if err != nil {
-		return d, err
+		return d, false, err
 	}
 	_, opened := sub.Opened(q.Origin)
 	b := sub.Under(q.Origin.Name)
@@ -32,17 +45,22 @@ func (s *Store) Prepare(ctx context.Context, q binding.VectorRequest) (d binding
 	case opened || sub.expired != nil && b == nil:
 	case b == nil && q.Origin.Provisioning == binding.Allowed:
 		d.Attempt = s.issue(sub, q)
-		return d, s.change(ctx, "prepare", q.IMSI.String(), func(ctx context.Context, tx *txn) error {
+		return d, false, s.change(ctx, "prepare", q.IMSI.String(), func(ctx context.Context, tx *txn) error {
 			return s.spend(ctx, tx, q)
 		})
 	case b == nil:
-		return d, binding.ErrNotBound
+		return d, false, binding.ErrNotBound
 	case b == sub.Active || told:
 		if sub.spent {
-			return d, binding.ErrSpent
+			return d, false, binding.ErrSpent
 		}
-		return binding.Decision{Binding: b}, nil
+		return binding.Decision{Binding: b}, false, nil
 	}
+	return d, true, nil
+}
+
+// prepare is Prepare in a change.
+func (s *Store) prepare(ctx context.Context, q binding.VectorRequest) (d binding.Decision, err error) {
 	var refused error // what has ended has ended, refused or not
 	err = s.change(ctx, "prepare", q.IMSI.String(), func(ctx context.Context, tx *txn) (err error) {
 		d, refused = binding.Decision{}, nil

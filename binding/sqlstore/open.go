@@ -95,7 +95,7 @@ func (s *Store) openPostgres(ctx context.Context, name string) error {
 	}
 	write := postgres.NewWriter[heads](db)
 	reader := postgres.NewReader(db)
-	s.read, s.lookUp, s.soon = db.DB, reader, write.Soon
+	s.read, s.lookUp, s.soon, s.recent = db.DB, reader, write.Soon, &recent{onlyHints: true}
 	s.close = func() error {
 		write.Close()
 		reader.Close()
@@ -108,6 +108,7 @@ func (s *Store) openPostgres(ctx context.Context, name string) error {
 			})
 		}
 		return write.Do(ctx, key, func(ctx context.Context, tx *postgres.Tx[heads]) error {
+			s.recent.begin(0, key)
 			return f(ctx, tx, tx.Shared, nil)
 		})
 	}

@@ -8,9 +8,10 @@ import (
 )
 
 // recent is what SQLite's writer knows of its database inside a change, without asking it: what its last changes have
-// left, while nobody else makes any. It is nil, and knows nothing, where others may change the database at the same
-// time.
+// left, while nobody else makes any. On PostgreSQL, where others change the database too, it knows of which IMSIs this
+// process has left a pending binding, and nothing else.
 type recent struct {
+	onlyHints   bool
 	mu          sync.Mutex         // only against has: changes are made one at a time
 	version     int64              // see sqlconn.Tx
 	subs, older map[string]*stored // by a change's key, an IMSI: those whose binding is pending, and without attempts
@@ -22,15 +23,15 @@ const maxRecent = 10_000
 
 // begin begins a change, and gives what is known of its key. From then on it is not known: the change changes it.
 func (r *recent) begin(version int64, key string) *stored {
-	if r == nil {
-		return nil
-	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if version != r.version {
 		r.version, r.subs, r.older, r.heads = version, nil, nil, heads{}
 	}
-	return r.take(key)
+	if known := r.take(key); !r.onlyHints {
+		return known
+	}
+	return nil
 }
 
 func (r *recent) take(key string) *stored {
@@ -45,16 +46,14 @@ func (r *recent) take(key string) *stored {
 
 // forget is for a key that a change has beside its own.
 func (r *recent) forget(key string) {
-	if r != nil {
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		r.take(key)
-	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.take(key)
 }
 
 // put notes what a change leaves, should it be durable. Subscriptions with attempts in rows are not noted.
 func (r *recent) put(key string, sub *stored) {
-	if r == nil || sub.opened {
+	if sub.opened {
 		return
 	}
 	r.mu.Lock()
@@ -67,11 +66,8 @@ func (r *recent) put(key string, sub *stored) {
 	r.subs[key] = &own
 }
 
-// has says whether a change of a key would know what is stored. Anybody may ask.
+// has says whether a change has left a pending binding of a key. Anybody may ask.
 func (r *recent) has(key string) bool {
-	if r == nil {
-		return false
-	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.subs[key] != nil || r.older[key] != nil
