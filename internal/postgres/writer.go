@@ -167,7 +167,7 @@ type Tx[S any] struct {
 	of     *transaction[S]
 	wrote  bool // it has changed something, or tried to
 
-	wait   func(struct{}) bool // until goOn, which returns when it waits again or ends; false: the transaction has ended
+	wait   func(struct{}) bool // until goOn, which returns when it waits again or ends; false: all is undone
 	goOn   func() (struct{}, bool)
 	result pgx.BatchResults // the next one of it is what it has waited for
 	err    error            // of that
