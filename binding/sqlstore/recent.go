@@ -74,9 +74,9 @@ func (r *recent) has(key string) bool {
 }
 
 // at is what is stored of an IMSI with a pending binding at a time.
-func (s *stored) at(now time.Time) *stored {
-	at := *s
-	at.Pending, at.Active, at.Revoked = copied(s.Pending), copied(s.Active), copied(s.Revoked)
+func (sub *stored) at(now time.Time) *stored {
+	at := *sub
+	at.Pending, at.Active, at.Revoked = copied(sub.Pending), copied(sub.Active), copied(sub.Revoked)
 	if !at.Pending.Expires.After(now) {
 		at.expired, at.Pending = at.Pending, nil
 	}
