@@ -28,17 +28,17 @@ import (
 
 // A report is bench.json. What was not measured is not in it. Shares are medians of the pairs' shares.
 type report struct {
-	Establish map[string]*establishment `json:"establish,omitempty"` // by the bits of the lot
-	Attach    map[string]*attachment    `json:"attach,omitempty"`
-	RPC       rpc                       `json:"rpc,omitempty"`
-	Postgres  map[string]*onPostgres    `json:"postgres,omitempty"`
-	Provision *provisioning             `json:"provision,omitempty"`
-	Lookup    *lookup                   `json:"lookup,omitempty"`
-	HSMCalls  map[string]int            `json:"hsm_calls,omitempty"` // C_* calls an operation
-	HSMDepth  map[string]int            `json:"hsm_depth,omitempty"` // those that come one after the other
-	Latency   []latency                 `json:"latency,omitempty"`
-	Machine   string                    `json:"machine"`
-	Version   string                    `json:"version"`
+	Establish  map[string]*establishment `json:"establish,omitempty"` // by the bits of the lot
+	Attach     map[string]*attachment    `json:"attach,omitempty"`
+	RPC        rpc                       `json:"rpc,omitempty"`
+	Postgres   map[string]*onPostgres    `json:"postgres,omitempty"`
+	Provision  *provisioning             `json:"provision,omitempty"`
+	Lookup     *lookup                   `json:"lookup,omitempty"`
+	HSMCalls   map[string]int            `json:"hsm_calls,omitempty"` // C_* calls an operation
+	HSMDepth   map[string]int            `json:"hsm_depth,omitempty"` // those that come one after the other
+	NetworkHSM []networkHSM              `json:"network_hsm,omitempty"`
+	Machine    string                    `json:"machine"`
+	Version    string                    `json:"version"`
 }
 
 // A ratio is ours beside the bare token.

@@ -115,9 +115,9 @@ func (r *report) rows() (all []row) {
 		add(fmt.Sprintf("lookup among %d devices in %d lots: cached a second; memory, MB; reads a cold one", l.Devices,
 			l.Lots), "%.0f; %.0f; %.2f", l.Cached, l.RSS, l.ReadsACold)
 	}
-	for _, l := range r.Latency {
-		add(fmt.Sprintf("HSM calls of %d ms, %d sessions: EstablishKME's a second; share of sessions / (calls x "+
-			"latency)", l.Delay, l.Sessions), "%.0f; %.2f", l.PerSecond, l.Share)
+	for _, n := range r.NetworkHSM {
+		add(fmt.Sprintf("network HSM, %d sessions: share of its calls; EstablishKME a second; p50 / p99 at half load, ms",
+			n.Sessions), "**%.3f**; %.0f; %s", n.Share, n.PerSecond, times(n.HalfP50, n.HalfP99))
 	}
 	for _, name := range slices.Sorted(maps.Keys(r.HSMCalls)) {
 		add("HSM calls, "+name, "%d", r.HSMCalls[name])
