@@ -116,8 +116,8 @@ func (r *report) rows() (all []row) {
 			l.Lots), "%.0f; %.0f; %.2f", l.Cached, l.RSS, l.ReadsACold)
 	}
 	for _, n := range r.NetworkHSM {
-		add(fmt.Sprintf("network HSM, %d sessions: share of its calls; EstablishKME a second; p50 / p99 at half load, ms",
-			n.Sessions), "**%.3f**; %.0f; %s", n.Share, n.PerSecond, times(n.HalfP50, n.HalfP99))
+		add(fmt.Sprintf("network HSM, %d sessions: share of its calls; EstablishKME a second; p50 / p99 at half load, "+
+			"ms", n.Sessions), "**%.3f**; %.0f; %s", n.Share, n.PerSecond, times(n.HalfP50, n.HalfP99))
 	}
 	for _, name := range slices.Sorted(maps.Keys(r.HSMCalls)) {
 		add("HSM calls, "+name, "%d", r.HSMCalls[name])
