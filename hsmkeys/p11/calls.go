@@ -143,7 +143,9 @@ func Do[T any](ctx context.Context, t *Token, operation string, f func(*Session)
 
 // DoApart is Do for an operation that has up to so many steps at once, by [Token.Apart]. Where calls take long, it has
 // a session for each of them, if they are free.
-func DoApart[T any](ctx context.Context, t *Token, operation string, steps int, f func(*Session) (T, error)) (T, error) {
+func DoApart[T any](
+	ctx context.Context, t *Token, operation string, steps int, f func(*Session) (T, error),
+) (T, error) {
 	v, err := run(ctx, t, operation, steps, f)
 	switch {
 	case IsCKR(err, pkcs11.CKR_DEVICE_MEMORY):

@@ -128,7 +128,8 @@ func connect(u *uri, o Options) (*Token, error) {
 	if err != nil {
 		return nil, err
 	}
-	t := &Token{connection: connection{module: m, uri: u, signing: 1 + 2*runtime.GOMAXPROCS(0)}, observer: o.Observer, hangAfter: o.HangTimeout,
+	t := &Token{connection: connection{module: m, uri: u, signing: 1 + 2*runtime.GOMAXPROCS(0)},
+		observer: o.Observer, hangAfter: o.HangTimeout,
 		breaker: newBreaker(), closing: make(chan struct{})}
 	t.health.changed = o.Changed
 	if t.hangAfter == 0 {
