@@ -165,6 +165,19 @@ func (d *network) startKeysvc(more ...string) {
 		func(*testproc.Process) bool { return ready(d.http) })
 }
 
+// suspend has keysvc hang until it gets SIGCONT. A signal stops each thread when it next runs.
+func (d *network) suspend() {
+	d.t.Helper()
+	d.keysvc.Cmd.Process.Signal(syscall.SIGSTOP)
+	testproc.Await(d.t, "all threads of keysvc are stopped", func() bool {
+		states, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", d.keysvc.Cmd.Process.Pid))
+		return err == nil && !slices.ContainsFunc(states, func(path string) bool {
+			state, err := os.ReadFile(path)
+			return err == nil && !bytes.Contains(state, []byte(") T "))
+		})
+	})
+}
+
 // port is a daemon's, free a moment ago.
 func (d *network) port(name string) int {
 	d.t.Helper()

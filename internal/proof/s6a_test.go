@@ -216,7 +216,7 @@ func TestS6aFaults(t *testing.T) {
 		m.expect(what+": a location", "ULA 5012", "ULR", closed, payload[0], "-", "-")
 		m.expect(what+": a location that may pass", "ULA 2001", "ULR", open, payload[0], "-", "-")
 	}
-	d.keysvc.Cmd.Process.Signal(syscall.SIGSTOP)
+	d.suspend()
 	bound("slow")
 	// Many at once, and more than the queue holds: every one gets its answer, and the agent
 	// goes on with what is not ours.

@@ -14,6 +14,7 @@
  *
  * An operator's log may show errors only (Open5GS's does), so all that an operator is to see is logged as one.
  */
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -28,8 +29,9 @@ static const char *const counter_names[COUNTERS] = {
 	"limited", "spoofed", "malformed",
 };
 static atomic_ulong counters[COUNTERS];
-static uint64_t second;			/* of the refusals below */
-static unsigned long refusals;
+static pthread_mutex_t saying = PTHREAD_MUTEX_INITIALIZER;
+static uint64_t second;			/* with saying: of the refusals below */
+static unsigned long refusals;		/* with saying */
 static int started;
 
 void count(enum counter c)
@@ -37,14 +39,23 @@ void count(enum counter c)
 	atomic_fetch_add_explicit(&counters[c], 1, memory_order_relaxed);
 }
 
-static void tell_refusals(uint64_t now)
+/* How many there are in this second with so many more. At the time 0 the last second is over. */
+static unsigned long add_refusals(uint64_t now, unsigned long more)
 {
-	if (now / 1000 == second)
-		return;
-	if (refusals > REFUSALS_A_SECOND)
-		LOG_E("kme: %lu more refusals in that second", refusals - REFUSALS_A_SECOND);
-	second = now / 1000;
-	refusals = 0;
+	unsigned long untold = 0, n;
+
+	pthread_mutex_lock(&saying);
+	if (now / 1000 != second) {
+		if (refusals > REFUSALS_A_SECOND)
+			untold = refusals - REFUSALS_A_SECOND;
+		second = now / 1000;
+		refusals = 0;
+	}
+	n = refusals += more;
+	pthread_mutex_unlock(&saying);
+	if (untold)
+		LOG_E("kme: %lu more refusals in that second", untold);
+	return n;
 }
 
 void say_refused(struct msg *m, const char *imsi, const char *origin, const char *why)
@@ -52,8 +63,7 @@ void say_refused(struct msg *m, const char *imsi, const char *origin, const char
 	struct msg_hdr *h;
 	const char *name = "MAR";
 
-	tell_refusals(kme_now());
-	if (++refusals > REFUSALS_A_SECOND || fd_msg_hdr(m, &h))
+	if (add_refusals(kme_now(), 1) > REFUSALS_A_SECOND || fd_msg_hdr(m, &h))
 		return;
 	if (h->msg_code != CMD_MAR)
 		name = h->msg_code == CMD_AIR ? "AIR" : "ULR";
@@ -70,7 +80,7 @@ void tell(int end)
 	size_t used = 0;
 	int i;
 
-	tell_refusals(end ? 0 : kme_now());
+	add_refusals(end ? 0 : kme_now(), 0);
 	if (!due)
 		due = kme_now() + 60000;
 	if (!end && kme_now() < due)

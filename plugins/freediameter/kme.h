@@ -43,9 +43,9 @@ enum counter {
 	MALFORMED, COUNTERS
 };
 
-void count(enum counter c);	/* from any thread; the others from the calls' */
+void count(enum counter c);
 void say_refused(struct msg *m, const char *imsi, const char *origin, const char *why);
-void tell(int end);		/* what there is to tell by now */
+void tell(int end);		/* what there is to tell by now; from the calls' thread */
 
 /* tap.c: how messages are taken and given back */
 

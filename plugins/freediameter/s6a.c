@@ -1,13 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The procedure: what becomes of a request and of its answer. Each is a row of steps, with a call of the service
- * between one and the next; a step returns ASK when it has asked something. All run in the thread of the calls.
+ * between one and the next; a step returns ASK when it has asked something. The first runs in a thread of the host, all
+ * others in that of the calls.
  *
  * What a request says of itself is read again at its answer: freeDiameter keeps the request of an answer that is
  * awaited.
  */
 #include <ctype.h>
 #include <errno.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -436,6 +438,7 @@ static const char *fault_of(struct msg *m)
 /* A second's requests at once, and then as many a second. Of more origins than there is room for, some share. */
 static int within_rate(const char *origin)
 {
+	static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 	static struct {
 		uint64_t who, full_at;	/* when it may have a second's worth again, in microseconds */
 	} buckets[1024], *b, *mine;
@@ -443,7 +446,9 @@ static int within_rate(const char *origin)
 	const size_t count = sizeof(buckets) / sizeof(*buckets);
 	uint64_t now = kme_now() * 1000, who;
 	size_t i;
+	int within;
 
+	pthread_mutex_lock(&lock);
 	if (!seed && getrandom(&seed, sizeof(seed), GRND_NONBLOCK) != sizeof(seed))
 		seed = now;
 	for (who = seed; *origin; origin++)
@@ -463,10 +468,11 @@ static int within_rate(const char *origin)
 		mine->who = who;
 		mine->full_at = now;
 	}
-	if (mine->full_at >= now + 1000000)
-		return 0;
-	mine->full_at += 1000000 / (uint64_t)conf.origin_rate;
-	return 1;
+	within = mine->full_at < now + 1000000;
+	if (within)
+		mine->full_at += 1000000 / (uint64_t)conf.origin_rate;
+	pthread_mutex_unlock(&lock);
+	return within;
 }
 
 /* Resynchronisation: what comes back is the RAND that was sent; the HSS needs the one that it made. */

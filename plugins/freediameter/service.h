@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Calls of kme.v1.KeyService over HTTP/JSON, any number at once on one thread. See ../../api/kme/v1/kme.proto.
+ * Calls of kme.v1.KeyService, any number at once, by way of one stream. See ../../api/kme/v1/kme.proto.
  *
- * All but kme_wake() is for that one thread. A call goes: kme_ask_*(), kme_start(), and, unless its reply is there at
- * once, kme_turn() until it calls done. It has its time-out in any case.
+ * A call goes: kme_ask_*(), by any thread; kme_start(), and, unless its reply is there at once, kme_turn() until it
+ * calls done, on one thread. It has its time-out in any case.
  */
 #ifndef KME_SERVICE_H
 #define KME_SERVICE_H
@@ -11,11 +11,14 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "wire.h"
+
 #define KME_RAND	16
 #define KME_NW_SIG	32
 #define KME_ATTEMPT	64	/* the longest attempt id that is taken */
 #define KME_RANDS	32	/* the most of a call */
 #define KME_REASON	32
+#define KME_CALL	1024	/* octets, more than the longest call */
 
 /* The first four are Binding-Status, too. */
 enum kme_status {
@@ -55,12 +58,13 @@ struct kme_call {
 	/* below here, service.c's own */
 	enum kme_method method;
 	size_t asked;			/* RANDs */
-	char *body;
-	struct kme_call *older, *newer;	/* of those under way */
-	void *curl;
+	uint64_t id;			/* while it is under way */
 	uint64_t deadline;
-	size_t size;
-	char text[8192];		/* several times the longest reply */
+	struct kme_call *older, *newer;	/* of those under way */
+	int again;			/* it was sent before, on a stream that ended without an answer to it */
+	int once;			/* it is not to be made twice */
+	struct wire_out request;	/* without data: it cannot be made */
+	uint8_t octets[KME_CALL];
 };
 
 int kme_service_start(const struct kme_service *of);
@@ -86,8 +90,8 @@ int kme_start(struct kme_call *c);
 /* Milliseconds that only go on. */
 uint64_t kme_now(void);
 
-/* What a reply with HTTP status 200, and one with another and this Kme-Reason (or NULL), says. For fuzzing too. */
-void kme_parse(enum kme_method method, const char *json, size_t size, size_t asked, struct kme_reply *out);
-void kme_parse_error(const char *reason, struct kme_reply *out);
+/* What a response of a method, and a reason, say. For fuzzing too. */
+void kme_parse(enum kme_method method, const void *response, size_t size, size_t asked, struct kme_reply *out);
+void kme_parse_error(const char *reason, size_t size, struct kme_reply *out);
 
 #endif

@@ -2,21 +2,23 @@
 /*
  * How messages are taken and given back.
  *
- *   request for this host   on_local takes it    -> calls: s6a_request()  -> a handler's thread: the host's handler
- *   request that passes     on_request takes it  -> calls: s6a_request()  -> sent on
- *   answer that passes      on_answer takes it   -> calls: s6a_answer()   -> sent on
- *   answer of this host     the tap takes it     -> calls: s6a_answer()   -> sent
+ *   request for this host   on_local takes it      -> s6a_request()  -> the host's handler
+ *   request that passes     on_request takes it    -> s6a_request()  -> sent on
+ *   answer that passes      on_answer takes it     -> s6a_answer()   -> sent on
+ *   answer of this host     on_outgoing takes it   -> s6a_answer()   -> sent
  *
- * A message belongs to whoever holds the pointer; one that is handed over is gone from where it was. The host's threads
- * only hand over. The thread of the calls never waits for anything but all of its calls at once. The host's handlers,
- * which may wait for a database, have threads of their own, so that neither they nor the host's dispatchers are ours to
- * hold up.
+ * A message belongs to whoever holds the pointer; one that is handed over is gone from where it was. The host's thread
+ * that has it goes with it as far as that needs no call, which for most requests is all the way. A message that needs
+ * one is handed over to the thread of the calls, which never waits for anything but all of its calls at once. From there
+ * it goes to the host's handlers, which may wait for a database, in threads of their own, so that neither the calls nor
+ * the host's dispatchers are ours to hold up.
  */
 #include <limits.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 #include "kme.h"
 
@@ -42,10 +44,10 @@ static struct queue ready = QUEUE;	/* for the handlers' */
 
 static struct fifo *tapped;		/* what others take for the queue of all that is sent */
 static _Atomic(struct fifo *) outgoing;	/* and what it is */
-static char end_of_tap;			/* its address ends the tap's thread */
-static pthread_t calls_thread, handler_threads[MAX_HANDLERS], tap_thread;
-static int handlers, calls_running, tap_running;
+static pthread_t calls_thread, handler_threads[MAX_HANDLERS];
+static int handlers, calls_running;
 static atomic_int stopping;
+static atomic_int inside;		/* threads of the host in on_outgoing() */
 static struct disp_hdl *local_handle;
 static struct fd_rt_fwd_hdl *request_handle, *answer_handle;
 static struct fd_hook_hdl *peer_handle;
@@ -97,6 +99,7 @@ static void send_on(struct msg *m)
 		fd_msg_free(m);
 }
 
+/* Goes on with a message once it has been asked about, until the next call. */
 static void run(struct job *j)
 {
 	enum verdict v;
@@ -133,6 +136,12 @@ static void came_back(struct kme_call *c)
 	run((struct job *)c);
 }
 
+static void start_call(struct job *j)
+{
+	if (stopping || !kme_start(&j->call))
+		run(j);
+}
+
 static void *calls_run(void *arg)
 {
 	struct job *j;
@@ -141,7 +150,7 @@ static void *calls_run(void *arg)
 	while (!stopping) {
 		kme_turn(TURN_MS);
 		while ((j = queue_take(&inbox, 0)))
-			run(j);
+			start_call(j);
 		tell(0);
 	}
 	kme_service_end();
@@ -149,33 +158,42 @@ static void *calls_run(void *arg)
 	return NULL;
 }
 
-/* Takes the message; or leaves it where there is no room for it. Answers have had theirs as requests. */
-static int hand_over(enum kind kind, struct msg **m)
+/*
+ * Goes with a message as far as it needs no call. What is left in *m goes on where it was going; NULL: it is seen to.
+ * Answers have had their room as requests.
+ */
+static void begin(enum kind kind, struct msg **m)
 {
 	struct job *j = stopping ? NULL : calloc(1, sizeof(*j));
+	enum verdict v = DROP;
 	int n;
 
-	if (!j)
-		return 0;
-	j->call.done = came_back;
-	j->kind = kind;
-	j->msg = *m;
-	j->step = kind == ANSWER ? s6a_answer : s6a_request;
-	n = queue_add(&inbox, j, kind == ANSWER ? LONG_MAX : MAX_WAITING);
-	if (!n) {
-		free(j);
-		return 0;
+	if (j) {
+		j->call.done = came_back;
+		j->kind = kind;
+		j->msg = *m;
+		j->step = kind == ANSWER ? s6a_answer : s6a_request;
+		v = j->step(j);
+		*m = j->msg;
 	}
-	*m = NULL;
-	if (n == 1)
-		kme_wake();
-	return 1;
-}
-
-static void hand_over_answer(struct msg *m)
-{
-	if (!hand_over(ANSWER, &m))
-		fd_msg_free(m);
+	if (v == ASK) {
+		n = queue_add(&inbox, j, kind == ANSWER ? LONG_MAX : MAX_WAITING);
+		if (n == 1)
+			kme_wake();
+		if (n) {
+			*m = NULL;
+			return;
+		}
+		count(OVERLOADED);
+		v = s6a_refuse(m, "DIAMETER_TOO_BUSY", 0) ? DROP : REPLY;
+	}
+	if (v == DROP)
+		fd_msg_free(*m);
+	else if (v == REPLY)
+		send_on(*m);
+	if (v != GO_ON)
+		*m = NULL;
+	free(j);
 }
 
 /* Has the host's handler answer, as the dispatcher would have. What it sends itself comes by the tap. */
@@ -197,11 +215,13 @@ static void dispatch(struct msg *m)
 		action = DISP_ACT_SEND;	/* nobody has answered it here: somebody else may */
 	if (action == DISP_ACT_CONT)
 		code = "DIAMETER_COMMAND_UNSUPPORTED";
-	if (action != DISP_ACT_SEND && s6a_refuse(&m, code ? code : "DIAMETER_UNABLE_TO_COMPLY", 0))
+	if (action != DISP_ACT_SEND && s6a_refuse(&m, code ? code : "DIAMETER_UNABLE_TO_COMPLY", 0)) {
 		fd_msg_free(m);
-	else if (s6a_takes(m, 0))
-		hand_over_answer(m);
-	else
+		return;
+	}
+	if (s6a_takes(m, 0))
+		begin(ANSWER, &m);
+	if (m)
 		send_on(m);
 }
 
@@ -221,27 +241,27 @@ static void *handler_run(void *arg)
 	return NULL;
 }
 
-static void *tap_run(void *arg)
+/*
+ * The host has put a message into what it takes for the queue of all that is sent; it calls this in the same thread for
+ * each. An answer that has a source passes; on_answer has had it.
+ */
+static void on_outgoing(struct fifo *queue, void **data)
 {
-	struct msg *m, *request;
-	DiamId_t source;
+	struct msg *m, *request = NULL;
+	DiamId_t source = NULL;
+	int before;
 
-	fd_log_threadname("kme tap");
-	while (!fd_fifo_get(tapped, &m) && (void *)m != &end_of_tap) {
-		source = NULL;
-		request = NULL;
-		/* An answer that has a source passes; on_answer has had it. */
+	pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &before);
+	inside++;
+	if (!fd_fifo_tryget(queue, &m)) {
 		if (s6a_takes(m, 0) && !fd_msg_source_get(m, &source, NULL) && !source &&
 		    !fd_msg_answ_getq(m, &request) && request)
-			hand_over_answer(m);
-		else
+			begin(ANSWER, &m);
+		if (m)
 			send_on(m);
 	}
-	return NULL;
-}
-
-static void nothing(struct fifo *queue, void **data)
-{
+	inside--;
+	pthread_setcancelstate(before, NULL);
 }
 
 /* The host's signals are for its own threads. */
@@ -259,9 +279,10 @@ static int start(pthread_t *thread, void *(*run)(void *))
 
 /*
  * There is no public way to hold an answer of a local application back: the hook before sending can only block the one
- * thread that sends everything. So the handlers' answers are taken from a queue of ours. Not before the first request:
- * by then the threads that empty the real queue have it. At the end the core destroys what it takes for the real queue:
- * one with a threshold it leaves, which it does not know that we still wait at, and what we send to is ours alone.
+ * thread that sends everything. So the handlers' answers are taken from a queue of ours, which calls us at each message
+ * (its upper threshold is 1), and is empty again when the call returns. Not before the first request: by then the
+ * threads that empty the real queue have it. At the end the core destroys what it takes for the real queue: one with a
+ * threshold's data it leaves, and what we send to is ours alone.
  */
 static void tap(void)
 {
@@ -270,38 +291,29 @@ static void tap(void)
 		      "kme.fdx in an agent before it");
 		return;
 	}
-	if (fd_fifo_new(&tapped, 30) || fd_fifo_setthrhd(tapped, &end_of_tap, UINT16_MAX, nothing, 0, nothing))
+	if (fd_fifo_new(&tapped, 0) || fd_fifo_setthrhd(tapped, &tapped, 1, on_outgoing, 0, NULL))
 		return;
 	outgoing = fd_g_outgoing;
-	if (start(&tap_thread, tap_run)) {
-		outgoing = NULL;
-		return;
-	}
-	tap_running = 1;
 	__atomic_store_n(&fd_g_outgoing, tapped, __ATOMIC_SEQ_CST);
 }
 
-/* A request is taken in any case. The host may end its threads where they wait, so they do not in here. */
+/* The host may end its threads where they wait, so they do not in here. */
 static void take_request(enum kind kind, struct msg **m)
 {
 	static pthread_once_t once = PTHREAD_ONCE_INIT;
-	const char *result = "DIAMETER_TOO_BUSY";
 	int before;
 
 	pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &before);
 	pthread_once(&once, tap);
-	dict_ready();
-	if (kind == REQUEST_LOCAL && !tap_running)
-		result = "DIAMETER_UNABLE_TO_COMPLY";	/* its answer would leave as it is */
-	else if (hand_over(kind, m))
-		goto out;
-	count(OVERLOADED);
-	if (s6a_refuse(m, result, 0))
-		fd_msg_free(*m);
-	else
+	if (kind == REQUEST_PASSING || outgoing) {
+		begin(kind, m);
+	} else if (!s6a_refuse(m, "DIAMETER_UNABLE_TO_COMPLY", 0)) {	/* its answer would leave as it is */
 		send_on(*m);
-	*m = NULL;
-out:
+		*m = NULL;
+	} else {
+		fd_msg_free(*m);
+		*m = NULL;
+	}
 	pthread_setcancelstate(before, NULL);
 }
 
@@ -331,8 +343,7 @@ static int on_answer(void *data, struct msg **m)
 	    fd_msg_source_get(request, &source, NULL) || !source)
 		return 0;
 	pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &before);
-	hand_over_answer(*m);
-	*m = NULL;
+	begin(ANSWER, m);
 	pthread_setcancelstate(before, NULL);
 	return 0;
 }
@@ -385,12 +396,8 @@ void tap_end(void)
 	queue_add(&ready, NULL, 0);
 	for (i = 0; i < handlers; i++)
 		pthread_join(handler_threads[i], NULL);
-	if (tap_running) {
-		void *end = &end_of_tap;
-
-		fd_fifo_post_noblock(tapped, &end);
-		pthread_join(tap_thread, NULL);
-	}
+	while (inside)
+		usleep(1000);
 	while ((j = queue_take(&inbox, 0)))
 		run(j);
 	while (to && !fd_fifo_tryget(to, &m))

@@ -17,10 +17,10 @@ int kme_start(struct kme_call *c)
 {
 	struct kme_reply *r = &c->reply;
 
-	if (!c->body)
+	if (!c->request.data)
 		return 0;	/* it has been refused */
-	free(c->body);
-	c->body = NULL;
+	if (c->request.full)
+		abort();	/* KME_CALL is too little */
 	reply_is(r, (enum kme_status)(choice % (KME_BUSY + 1)), "a reason");
 	r->control = choice & 8 ? KME_PREPROCESSED : KME_PROVISIONING_ONLY;
 	if (r->control == KME_PROVISIONING_ONLY)
@@ -50,6 +50,10 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
 	fd_g_config->cnf_diamid_len = 9;
 	fd_g_config->cnf_diamrlm = (DiamId_t)"test";
 	fd_g_config->cnf_diamrlm_len = 4;
+	service.calls = 8;
+	by_id = calloc(8, sizeof(*by_id));
+	if (!by_id)
+		abort();
 	conf.origin_rate = 1000000;
 	conf.open.of[conf.open.n++] = "00102";
 	conf.provision_from.of[conf.provision_from.n++] = "home";
@@ -99,12 +103,43 @@ static enum verdict all_steps(struct job *j)
 	return v;
 }
 
+static void done(struct kme_call *c)
+{
+	free(c);
+}
+
+/* What comes on the stream, in two pieces, with a call of each method under way. */
+static void take_pieces(const uint8_t *data, size_t size, size_t first)
+{
+	int method;
+
+	for (method = KME_PREPARE; method <= KME_BINDING; method++) {
+		struct kme_call *c = calloc(1, sizeof(*c));
+
+		if (!c)
+			abort();
+		c->method = (enum kme_method)method;
+		c->asked = 1;
+		c->id = (uint64_t)method + 1;
+		c->done = done;
+		link_newest(c);
+	}
+	if (first > size)
+		first = size;
+	if (take((char *)data, 1, first, NULL) == first)
+		take((char *)data + first, 1, size - first, NULL);
+	in_size = 0;
+	course = GOES_ON;
+	while (oldest)
+		end_call(oldest);
+	done_all();
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
 	static const struct {
 		uint32_t application, command;
 	} kinds[] = { { S6A_APP, CMD_AIR }, { S6A_APP, CMD_ULR }, { SWX_APP, CMD_MAR }, { CX_APP, CMD_MAR } };
-	static const char *const reasons[] = { NULL, "NOT_BOUND", "KME_REJECTED", "no reason" };
 	struct job job = { .kind = REQUEST_PASSING };
 	struct kme_reply reply;
 	struct msg *question;
@@ -117,8 +152,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	choice = data[1];
 	data += 2, size -= 2;
 	if (kind & 0x80) {
-		kme_parse((enum kme_method)(kind % 5), (const char *)data, size, choice % 40, &reply);
-		kme_parse_error(reasons[choice % 4], &reply);
+		kme_parse((enum kme_method)(kind % 5), data, size, choice % 40, &reply);
+		kme_parse_error((const char *)data, size, &reply);
+		take_pieces(data, size, choice);
 		return 0;
 	}
 	conf.swx = conf.cx = kind & 4 ? MODE_PROCESS : MODE_REFUSE;
