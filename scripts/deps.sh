@@ -9,7 +9,7 @@ Installs, with apt-get, what this machine lacks for a Make target, and nothing e
 
     build       a C compiler and the C library's headers (cgo, for PKCS #11 and SQLite), CA certificates
     demo        build's, and SoftHSM, curl, jq, openssl
-    plugin      build's, and make, the headers of freeDiameter, libcurl and Jansson
+    plugin      build's, and make, the headers of freeDiameter and libcurl
     bench       demo's and plugin's, and freeDiameterd, PostgreSQL
     check       demo's, and shellcheck, age, SQLite's shell, OpenSC (pkcs11-tool and pkcs11-spy.so), openCryptoki,
                 p11-kit, NSS softoken
@@ -85,7 +85,6 @@ for_plugin() {
 	need make command -v make
 	need libfreediameter-dev has_header freeDiameter/extension.h
 	need libcurl4-openssl-dev has_header curl/curl.h
-	need libjansson-dev has_header jansson.h
 }
 
 for_bench() {

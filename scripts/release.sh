@@ -37,9 +37,7 @@ for program in factory keysvc mesim; do
 		die "$program --version does not name the commit"
 done
 headers='#include <freeDiameter/extension.h>
-#include <curl/curl.h>
-#include <jansson.h>
-#include <gnutls/gnutls.h>'
+#include <curl/curl.h>'
 cc=$(go env CC)
 if $cc -E -xc - <<<"$headers" >/dev/null 2>&1; then
 	make -s -C plugins/freediameter CC="$cc" OUT="$out" "$out/kme.fdx"
@@ -83,8 +81,6 @@ libraries() {
 		case $name in
 		libc.so.* | ld-linux*) component "$1" glibc LGPL-2.1-or-later features.h __GLIBC__.__GLIBC_MINOR__ ;;
 		libcurl.so.*) component "$1" curl curl curl/curl.h LIBCURL_VERSION ;;
-		libjansson.so.*) component "$1" jansson MIT jansson.h JANSSON_VERSION ;;
-		libgnutls.so.*) component "$1" gnutls LGPL-2.1-or-later gnutls/gnutls.h GNUTLS_VERSION ;;
 		libfdcore.so.* | libfdproto.so.*)
 			component "$1" freediameter BSD-3-Clause freeDiameter/freeDiameter-host.h \
 				FD_PROJECT_VERSION_MAJOR.FD_PROJECT_VERSION_MINOR.FD_PROJECT_VERSION_REV
