@@ -64,8 +64,9 @@ func (m *MME) read() {
 	m.waiting = nil
 }
 
-// ask sends a request of so many arguments, and gives the fields of its answer.
-func (m *MME) ask(ctx context.Context, command string, args ...string) ([]string, error) {
+// Ask sends a request, as plugins/freediameter/test/mme_lines.c describes it, and gives the fields of its answer without
+// the id.
+func (m *MME) Ask(ctx context.Context, command string, args ...string) ([]string, error) {
 	answer := make(chan []string, 1)
 	m.mu.Lock()
 	if m.waiting == nil {
@@ -121,7 +122,7 @@ func (m *MME) vectors(
 	if resync != nil {
 		info = hex.EncodeToString(resync)
 	}
-	f, err := m.ask(ctx, "AIR", imsi.String(), "1", info)
+	f, err := m.Ask(ctx, "AIR", imsi.String(), "1", info)
 	if err != nil {
 		return v, "", "", err
 	}
@@ -150,7 +151,7 @@ func (m *MME) vectors(
 func (m *MME) update(
 	ctx context.Context, imsi kme.IMSI, imei kme.IMEI, payload, attempt string,
 ) (nwSig []byte, err error) {
-	f, err := m.ask(ctx, "ULR", imsi.String(), imei.String(), payload, attempt)
+	f, err := m.Ask(ctx, "ULR", imsi.String(), imei.String(), payload, attempt)
 	if err != nil {
 		return nil, err
 	}

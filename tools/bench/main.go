@@ -32,6 +32,7 @@ type report struct {
 	Attach     map[string]*attachment    `json:"attach,omitempty"`
 	RPC        rpc                       `json:"rpc,omitempty"`
 	Postgres   map[string]*onPostgres    `json:"postgres,omitempty"`
+	S6a        *overS6a                  `json:"s6a,omitempty"`
 	Provision  *provisioning             `json:"provision,omitempty"`
 	Lookup     *lookup                   `json:"lookup,omitempty"`
 	HSMCalls   map[string]int            `json:"hsm_calls,omitempty"` // C_* calls an operation
@@ -119,6 +120,7 @@ func (b *bench) parts() []part {
 		{"attach", b.attach, each(1.1, sizes*(pairs+2*fewer)), sizes * (2*pairs + 4*fewer)},
 		{"rpc", b.rpc, 5, 4 * fewer},
 		{"postgres", b.postgres, 10 + each(1.1, 3*fewer), 6 * fewer},
+		{"s6a", b.s6a, 15, 5 * fewer},
 		{"provision", b.provision, each(4, fewer), fewer},
 		{"lookup", b.lookup, 5, 1},
 		{"hsm_calls", b.hsmCalls, 20, 4},
@@ -134,7 +136,7 @@ func main() {
 	flag.StringVar(&b.server, "server", "", "for -child rpc: the address of keysvc")
 	flag.IntVar(&b.pid, "pid", 0, "for -child rpc: the process of keysvc")
 	only := flag.String("only", "", "measure these parts of the report, NAME,NAME, and keep the others of the last "+
-		"run: establish, attach, rpc, postgres, provision, lookup, hsm_calls")
+		"run: establish, attach, rpc, postgres, s6a, provision, lookup, hsm_calls")
 	bits := flag.String("bits", "2048,3072", "the lots to establish KMEs with")
 	table := flag.String("print", "", "print a table of reports, FILE,FILE: a column for each")
 	version := flag.Bool("version", false, "print tag, commit and Go's version")

@@ -107,6 +107,20 @@ func (r *report) rows() (all []row) {
 				t.CPU, t.DatabaseCPU, t.ClientCPU)
 		}
 	}
+	if o := r.S6a; o != nil {
+		add("S6a, AIR of bound subscriptions: with kme.fdx / without, a second; share", "%.0f / %.0f; %.3f", o.AIR,
+			o.PlainAIR, o.Share)
+		add("S6a, AIR of unbound subscriptions: a second; share", "%.0f; %.3f", o.OpeningAIR, o.Opening)
+		add("S6a, attach: with kme.fdx / without, a second; share", "%.0f / %.0f; %.3f", o.Attach, o.PlainAttach,
+			o.AttachShare)
+		for _, c := range []struct {
+			name string
+			s6aCPU
+		}{{"AIR without kme.fdx", o.PlainAIRCPU}, {"AIR", o.AIRCPU}, {"attach", o.AttachCPU}} {
+			add("S6a, "+c.name+": CPU of HSS / keysvc / MME / load, us", "%.0f / %.0f / %.0f / %.0f", c.HSS, c.Keysvc,
+				c.MME, c.Load)
+		}
+	}
 	if p := r.Provision; p != nil {
 		add("device keys, to Vault: share of the token, a second", "%v", &p.ratio)
 		add("device keys, to Vault: memory at most, MB", "%.0f", p.PeakRSS)
