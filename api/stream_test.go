@@ -249,6 +249,12 @@ func TestStreamGarbage(t *testing.T) {
 // When the service ends, a stream is answered what is under way, and nothing else is begun.
 func TestStreamDrains(t *testing.T) {
 	s := newStreaming(t, new(http.Transport))
+	idle := s.client.Stream(t.Context()) // nothing comes in it any more
+	defer idle.CloseRequest()
+	if err := idle.Send(new(kmev1.StreamRequest)); err != nil {
+		t.Fatal(err)
+	}
+	testproc.Await(t, "the idle stream is open", func() bool { return s.opened.Load() == 1 })
 	s.send(t, get(1, kept))
 	testproc.Await(t, "the call is under way", func() bool { return s.store.asked.Load() == 1 })
 	ended := make(chan error, 1)
