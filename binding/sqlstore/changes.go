@@ -121,8 +121,8 @@ func dropPending(ctx context.Context, tx *txn, imsi kme.IMSI) error {
 }
 
 // issue makes an attempt that is in no row: its id has the time when it expires, and a MAC. That is also over the last
-// entry of the ledger which has closed the attempts before it, so that the next such entry closes this one; and over the
-// mark's epoch, so that none outlives accept-rollback.
+// entry of the ledger which has closed the attempts before it, so that the next such entry closes this one; and over
+// the mark's epoch, so that none outlives accept-rollback.
 func (s *Store) issue(sub *stored, q binding.VectorRequest) *binding.Attempt {
 	a := &binding.Attempt{IMSI: q.IMSI, Origin: q.Origin.Name,
 		Expires: fromMillis(q.Now.Add(q.AttemptTTL).UnixMilli())}

@@ -72,8 +72,8 @@ func (c *connection) share() (again bool, err error) {
 		c.signing, again = most, true
 	}
 	if c.most = int64(limit - c.signing); c.most < 2 {
-		return false, fmt.Errorf("%s allows an application %d sessions, and ours needs %d: one that holds the login, one "+
-			"that works, and %d for crypto11: have it allow more", c, limit, 2+c.signing, c.signing)
+		return false, fmt.Errorf("%s allows an application %d sessions, and ours needs %d: one that holds the login, "+
+			"one that works, and %d for crypto11: have it allow more", c, limit, 2+c.signing, c.signing)
 	}
 	return again, nil
 }

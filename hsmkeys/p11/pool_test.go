@@ -15,7 +15,9 @@ func TestPool(t *testing.T) {
 	tokens := []*Token{openToken(t, softhsmtest.Token(t), Options{}), openToken(t, softhsmtest.Token(t), Options{})}
 	p := NewPool(tokens...)
 	call := func() error {
-		_, err := OnAny(t.Context(), p, func(token *Token) (struct{}, error) { return struct{}{}, ping(t.Context(), token) })
+		_, err := OnAny(t.Context(), p, func(token *Token) (struct{}, error) {
+			return struct{}{}, ping(t.Context(), token)
+		})
 		return err
 	}
 	load := func(n int) {

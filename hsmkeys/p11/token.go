@@ -211,10 +211,11 @@ func (t *Token) poolSize(wanted int) (int, error) {
 	}
 	room := most * size
 	// What NSS softoken says of its memory, 1, is no number of bytes.
-	if total, free := t.info.TotalPublicMemory, t.info.FreePublicMemory; told(free) && told(total) && total > objectRoom {
+	total, free := t.info.TotalPublicMemory, t.info.FreePublicMemory
+	if told(free) && told(total) && total > objectRoom {
 		if room = int(free / objectRoom); room < objectsAtOnce {
-			return 0, fmt.Errorf("%s has room for %d bytes of public objects, and an operation needs %d: remove what is "+
-				"of no use there", t, free, objectsAtOnce*objectRoom)
+			return 0, fmt.Errorf("%s has room for %d bytes of public objects, and an operation needs %d: remove what "+
+				"is of no use there", t, free, objectsAtOnce*objectRoom)
 		}
 		size = min(size, room/objectsAtOnce)
 	}

@@ -225,7 +225,8 @@ func TestNetworkHSM(t *testing.T) {
 	for _, sessions := range []int{64, 256} {
 		t.Run(fmt.Sprint(sessions, " sessions"), func(t *testing.T) {
 			token := openOperator(t, tok.URI, hsmkeys.Options{Sessions: sessions})
-			load(t, token, payloads, callsPerSecond, 8, 24, 0) // opens sessions, finds keys, and computes what is replayed
+			// It opens sessions, finds keys, and computes what is replayed.
+			load(t, token, payloads, callsPerSecond, 8, 24, 0)
 			before := faulty.Figures()
 			full := load(t, token, payloads, callsPerSecond, 32, 100, 0)
 			if n := faulty.Figures().Replayed - before.Replayed; n != 100 {

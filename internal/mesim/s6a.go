@@ -64,8 +64,8 @@ func (m *MME) read() {
 	m.waiting = nil
 }
 
-// Ask sends a request, as plugins/freediameter/test/mme_lines.c describes it, and gives the fields of its answer without
-// the id.
+// Ask sends a request, as plugins/freediameter/test/mme_lines.c describes it, and gives the fields of its answer
+// without the id.
 func (m *MME) Ask(ctx context.Context, command string, args ...string) ([]string, error) {
 	answer := make(chan []string, 1)
 	m.mu.Lock()

@@ -68,8 +68,8 @@ func TestS6aStream(t *testing.T) {
 	m := d.mme("m")
 
 	prepared := func(change func(r *kmev1.PrepareVectorResponse)) (*kmev1.Answer, error) {
-		r := &kmev1.PrepareVectorResponse{Control: kmev1.Control_PREPROCESSED, Rands: [][]byte{bytes.Repeat([]byte{0xa5},
-			16)}}
+		r := &kmev1.PrepareVectorResponse{Control: kmev1.Control_PREPROCESSED,
+			Rands: [][]byte{bytes.Repeat([]byte{0xa5}, 16)}}
 		change(r)
 		return &kmev1.Answer{Answer: &kmev1.Answer_PrepareVector{PrepareVector: r}}, nil
 	}
@@ -78,7 +78,8 @@ func TestS6aStream(t *testing.T) {
 	notAllowed := connect.NewError(connect.CodePermissionDenied, nil)
 	notAllowed.Meta().Set("Kme-Reason", string(kme.CallerNotAllowed))
 	failed := func(reason string) (*kmev1.Answer, error) {
-		return &kmev1.Answer{Answer: &kmev1.Answer_Error{Error: &kmev1.CallError{Code: "internal", Reason: reason}}}, nil
+		e := &kmev1.CallError{Code: "internal", Reason: reason}
+		return &kmev1.Answer{Answer: &kmev1.Answer_Error{Error: e}}, nil
 	}
 	for _, c := range []struct {
 		name, want string

@@ -724,8 +724,8 @@ void kme_turn(int wait_ms)
 	}
 	run_timer();
 	/*
-	 * A response that has ended while the request's body has a pause is not told of by libcurl 7.88, Debian 12's: it only
-	 * waits for nothing any more. Its end may then be there to be read, or not.
+	 * A response that has ended while the request's body has a pause is not told of by libcurl 7.88, Debian 12's:
+	 * it only waits for nothing any more. Its end may then be there to be read, or not.
 	 */
 	if (is_stuck()) {
 		curl_easy_pause(stream, CURLPAUSE_CONT);

@@ -128,8 +128,8 @@ func (s *s6aBench) prepare() error {
 			return err
 		}
 	}
-	fleet, err := mesim.OpenFleet(filepath.Join(s.bench.dir, "injection-2048"), filepath.Join(s.bench.dir, "fixture.key"),
-		[]string{filepath.Join(s.bench.dir, "fixture-enrolment.json")})
+	in := func(name string) string { return filepath.Join(s.bench.dir, name) }
+	fleet, err := mesim.OpenFleet(in("injection-2048"), in("fixture.key"), []string{in("fixture-enrolment.json")})
 	if err == nil {
 		s.devices, err = fleet.Devices(0, 0)
 	}
@@ -201,7 +201,9 @@ func (s *s6aBench) start(h *hssRun) error {
 }
 
 // conf writes a daemon's configuration.
-func (s *s6aBench) conf(name, id string, port int, peer string, peerPort int, extension string) (path string, err error) {
+func (s *s6aBench) conf(
+	name, id string, port int, peer string, peerPort int, extension string,
+) (path string, err error) {
 	_, realm, _ := strings.Cut(id, ".")
 	own := filepath.Join(s.dir, id)
 	text := fmt.Sprintf("Identity = %q;\nRealm = %q;\nPort = %d;\nSecPort = 0;\nNo_SCTP;\nNo_IPv6;\n"+
@@ -270,8 +272,8 @@ func (s *s6aBench) measure(o *overS6a, plain, ours *hssRun) error {
 		}
 		air.add(plainAIRs, boundAIRs)
 		opening.add(plainAIRs, openingAIRs)
-		s.progress("S6a: %.0f AIRs a second without kme.fdx, %.0f with it, %.0f of unbound subscriptions; %.0f and %.0f "+
-			"attaches", plainAIRs, boundAIRs, openingAIRs, plainAttaches, attaches)
+		s.progress("S6a: %.0f AIRs a second without kme.fdx, %.0f with it, %.0f of unbound subscriptions; %.0f and "+
+			"%.0f attaches", plainAIRs, boundAIRs, openingAIRs, plainAttaches, attaches)
 	}
 	air.finish()
 	opening.finish()
