@@ -10,8 +10,8 @@
  * A message belongs to whoever holds the pointer; one that is handed over is gone from where it was. The host's thread
  * that has it goes with it as far as that needs no call, which for most requests is all the way. A message that needs
  * one is handed over to the thread of the calls, which never waits for anything but all of its calls at once. From
- * there it goes to the host's handlers, which may wait for a database, in threads of their own, so that neither the calls nor
- * the host's dispatchers are ours to hold up.
+ * there it goes to the host's handlers, which may wait for a database, in threads of their own, so that neither the
+ * calls nor the host's dispatchers are ours to hold up.
  */
 #include <limits.h>
 #include <pthread.h>
