@@ -1,0 +1,181 @@
+package api
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"path"
+	"time"
+
+	"connectrpc.com/connect"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/internal/panics"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// A guard is around each call of the service.
+type guard struct {
+	service *binding.Service
+	metrics *binding.Metrics
+}
+
+// finish ends a call's work with an answer, also where it panics: net/http would end the connection.
+func (g *guard) finish(ctx context.Context, procedure string, work func() error) error {
+	err := func() (err error) {
+		defer panics.Recover(&err)
+		return work()
+	}()
+	if p := panics.Of(err); p != nil {
+		err = toConnect(p)
+	}
+	var t told
+	if connect.CodeOf(err) == connect.CodeInternal && errors.As(err, &t) {
+		g.service.Broken(ctx, t.error, "call", procedure)
+	}
+	return err
+}
+
+// admit refuses what a client may not do, or not so often. The context that it gives is for what follows, refused or
+// not.
+func (g *guard) admit(ctx context.Context, procedure string, message any) (context.Context, error) {
+	ctx, err := g.may(ctx, procedure, message)
+	if err == nil && clientOf(ctx).tooMany() {
+		err = overloaded("this client calls more often than it may")
+	}
+	return ctx, err
+}
+
+// may refuses what a client may not do.
+func (g *guard) may(ctx context.Context, procedure string, message any) (context.Context, error) {
+	client := clientOf(ctx)
+	named, names := message.(interface{ GetImsi() string })
+	role := client.as(allowed[procedure]...)
+	if role == "" || names && !client.view.Has(named.GetImsi()) {
+		return ctx, notAllowed()
+	}
+	return as(ctx, role), nil
+}
+
+func overloaded(message string) error {
+	return &binding.Refusal{Reason: kme.Overloaded, Message: message}
+}
+
+// imsiOf is the IMSI that a message names, for the log.
+func imsiOf(message any) []any {
+	if named, ok := message.(interface{ GetImsi() string }); ok {
+		if imsi, err := kme.ParseIMSI(named.GetImsi()); err == nil {
+			return []any{"imsi", imsi}
+		}
+	}
+	return nil
+}
+
+// only serves clients that have one of some roles.
+func (g *guard) only(next http.HandlerFunc, some ...Role) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		if clientOf(r.Context()).as(some...) == "" {
+			g.service.Refused(r.Context(), notAllowed(), "call", r.URL.Path)
+			http.Error(w, notAllowed().Message, http.StatusForbidden)
+			return
+		}
+		next(w, r)
+	}
+}
+
+// around makes a call unless its client may not make it: then it is refused before anything is done for it.
+// The call gets a context whose Actor has the role by which it may, and is counted by what the caller is
+// answered.
+func (g *guard) around(next connect.UnaryFunc) connect.UnaryFunc {
+	return func(ctx context.Context, req connect.AnyRequest) (answer connect.AnyResponse, err error) {
+		start, procedure := time.Now(), req.Spec().Procedure
+		err = g.finish(ctx, procedure, func() (err error) {
+			if ctx, err = g.admit(ctx, procedure, req.Any()); err == nil {
+				answer, err = next(ctx, req)
+			}
+			return toConnect(err)
+		})
+		reason := "OK"
+		if r := refusalOf(err); r != nil {
+			reason = string(r.Reason)
+			g.service.Refused(ctx, r, append(imsiOf(req.Any()), "call", procedure)...)
+		} else if err != nil {
+			reason = connect.CodeOf(err).String()
+		}
+		g.metrics.Called(path.Base(procedure), reason, time.Since(start))
+		return answer, err
+	}
+}
+
+// tellReason has the reason of a refusal in the header of the response.
+func tellReason(next connect.UnaryFunc) connect.UnaryFunc {
+	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
+		answer, err := next(ctx, req)
+		if info, ok := connect.CallInfoForHandlerContext(ctx); ok {
+			setReason(info.ResponseHeader(), err)
+		}
+		return answer, err
+	}
+}
+
+// setReason has the reason of a refusal where clients of every protocol find it alike.
+func setReason(h http.Header, err error) {
+	if r := refusalOf(err); r != nil {
+		h.Set(kme.ReasonHeader, string(r.Reason))
+	}
+}
+
+var codes = map[kme.Reason]connect.Code{
+	kme.Malformed:            connect.CodeInvalidArgument,
+	kme.NoAttempt:            connect.CodeFailedPrecondition,
+	kme.UnknownDevice:        connect.CodeNotFound,
+	kme.RevokedDevice:        connect.CodePermissionDenied,
+	kme.OtherDevice:          connect.CodeFailedPrecondition,
+	kme.KMERejected:          connect.CodePermissionDenied,
+	kme.CallerNotAllowed:     connect.CodePermissionDenied,
+	kme.Overloaded:           connect.CodeResourceExhausted,
+	kme.NotBound:             connect.CodeFailedPrecondition,
+	kme.HSMUnavailable:       connect.CodeUnavailable,
+	kme.DirectoryUnavailable: connect.CodeUnavailable,
+	kme.StoreUnavailable:     connect.CodeUnavailable,
+	kme.RolledBack:           connect.CodeFailedPrecondition,
+	kme.Damaged:              connect.CodeFailedPrecondition,
+}
+
+// refusalOf is the refusal that an error is; nil if it is none.
+func refusalOf(err error) *binding.Refusal {
+	var r *binding.Refusal
+	errors.As(err, &r)
+	return r
+}
+
+// told is an error whose text is what the caller may know.
+type told struct {
+	text string
+	error
+}
+
+func (t told) Error() string { return t.text }
+func (t told) Unwrap() error { return t.error }
+
+// toConnect tells a caller what it may know: a refusal's reason and message, never its cause.
+func toConnect(err error) error {
+	r := refusalOf(err)
+	switch {
+	case err == nil:
+		return nil
+	case r != nil:
+		e := connect.NewError(codes[r.Reason], told{r.Message, r})
+		if d, derr := connect.NewErrorDetail(&errdetails.ErrorInfo{Reason: string(r.Reason),
+			Domain: kme.ErrorDomain}); derr == nil {
+			e.AddDetail(d)
+		}
+		return e
+	case errors.Is(err, context.Canceled):
+		return connect.NewError(connect.CodeCanceled, errors.New("the caller has gone"))
+	case errors.Is(err, context.DeadlineExceeded):
+		return connect.NewError(connect.CodeDeadlineExceeded, errors.New("the caller's deadline has passed"))
+	}
+	return connect.NewError(connect.CodeInternal, told{"internal error", err})
+}
