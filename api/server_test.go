@@ -289,7 +289,7 @@ func TestJSONNames(t *testing.T) {
 	}
 	id, _ := answer["attempt_id"].(string)
 	if len(answer) != 3 || fmt.Sprint(answer["rands"]) != "[AAECAwQFBgcICQoLDA0ODw==]" ||
-		answer["control"] != "PROVISIONING_ONLY" || len(id) != 22 {
+		answer["control"] != "PROVISIONING_ONLY" || len(id) != 32 {
 		t.Errorf("answer %v", answer)
 	}
 	for state, want := range map[binding.State]kmev1.State{

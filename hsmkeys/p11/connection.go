@@ -3,6 +3,7 @@ package p11
 import (
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"strings"
 	"sync/atomic"
@@ -78,10 +79,9 @@ func (c *connection) share() (again bool, err error) {
 	return again, nil
 }
 
-// told says whether a token says anything by a number of CK_TOKEN_INFO.
-func told(n uint) bool {
-	return n != pkcs11.CK_EFFECTIVELY_INFINITE && n != pkcs11.CK_UNAVAILABLE_INFORMATION
-}
+// told says whether a token says anything by a number of CK_TOKEN_INFO. It does not by CK_UNAVAILABLE_INFORMATION, and
+// by a number above all need: openCryptoki allows 2^64-2 sessions.
+func told(n uint) bool { return n != pkcs11.CK_EFFECTIVELY_INFINITE && n <= math.MaxInt32 }
 
 // release undoes acquire and login. Nothing may be in the module.
 func (c *connection) release() error {

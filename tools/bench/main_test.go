@@ -9,7 +9,11 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/kmehsm/kmehsm/internal/testproc"
 )
+
+func TestMain(m *testing.M) { testproc.Main(m.Run) }
 
 // An error in one part is told in the end, and leaves what the others have found; a part that cannot be measured here
 // is no error.
