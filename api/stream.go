@@ -174,19 +174,20 @@ func (t *stream) read(ctx context.Context) error {
 			return err
 		default:
 			for _, call := range m.Calls {
-				if h := t.serving.Load(); h != handler {
-					handler, known = h, h.clients.know(ctx, *callerOf(ctx), binding.ActorOf(ctx))
-				}
-				if clientOf(known) == nil {
-					stranger(known, handler.service, kmev1connect.KeyServiceStreamProcedure)
-					return toConnect(notAllowed())
-				}
 				select {
 				case t.places <- struct{}{}:
 				case <-t.draining.Done():
 					return nil
 				case <-ctx.Done():
 					return ctx.Err()
+				}
+				// Only now: a call may have waited for its place while the configuration became another.
+				if h := t.serving.Load(); h != handler {
+					handler, known = h, h.clients.know(ctx, *callerOf(ctx), binding.ActorOf(ctx))
+				}
+				if clientOf(known) == nil {
+					stranger(known, handler.service, kmev1connect.KeyServiceStreamProcedure)
+					return toConnect(notAllowed())
 				}
 				h, ctx := handler, known
 				t.calls.Go(func() { t.answers <- h.answer(ctx, read, call) })

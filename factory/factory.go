@@ -117,6 +117,9 @@ func (l *Line) CreateLot(ctx context.Context, spec LotSpec) (*directory.Manifest
 	if err := spec.Validate(); err != nil { // before a key is spent on it
 		return nil, err
 	}
+	if err := refuseWeak(ctx, l.token); err != nil {
+		return nil, err
+	}
 	m := spec.manifest(l.Manufacturer())
 	earlier, err := l.publishedLots(ctx)
 	if err != nil {
@@ -130,9 +133,6 @@ func (l *Line) CreateLot(ctx context.Context, spec LotSpec) (*directory.Manifest
 			return nil, fmt.Errorf("the IMEIs from %s%06d on are in lot %s already (%d from %s%06d): choose "+
 				"another range", spec.Range.TAC, spec.Range.First, other.lot, r.Count, r.TAC, r.First)
 		}
-	}
-	if err := refuseWeak(ctx, l.token); err != nil {
-		return nil, err
 	}
 	pub, mechanism, err := l.token.EnsureLotKey(ctx, l.lotKey(m.Lot), spec.Bits, spec.Primes)
 	if err != nil {
@@ -150,6 +150,10 @@ func (l *Line) CreateLot(ctx context.Context, spec LotSpec) (*directory.Manifest
 	}
 	err = directory.Publish(ctx, l.store, directory.ManifestPath(m.Lot), l.signer, directory.TypeManifest, m)
 	if err != nil {
+		return nil, err
+	}
+	// The line remembers it now, so that whatever is refused later changes nothing.
+	if _, err := l.publishedLots(ctx); err != nil {
 		return nil, err
 	}
 	return m, l.beginRevocations(ctx, m, spec.validity())

@@ -244,7 +244,7 @@ func TestPublishedLots(t *testing.T) {
 		t.Fatal(err)
 	}
 	store.take()
-	if all := look(1); len(all) != 6 {
+	if all := look(0); len(all) != 6 {
 		t.Errorf("%v", all)
 	}
 	// The memory of another manufacturer's lots is none.

@@ -107,10 +107,11 @@ func (s *Store) prepare(ctx context.Context, q binding.VectorRequest) (d binding
 	return d, refused
 }
 
-// again is what is stored inside a change, for what was asked before it. What has become known since tells no spent
-// RAND: one that leaves in clear at the same time is as one that leaves later.
+// again is what is stored inside a change, for what was asked before it. What is recent tells no spent RAND. When
+// vectors are ready, that was asked before they were made: one that leaves in clear since then is as one that leaves
+// later.
 func (s *Store) again(ctx context.Context, tx *txn, q binding.VectorRequest) (*stored, error) {
-	if tx.known != nil {
+	if tx.known != nil && q.Ready != "" {
 		return tx.known.at(q.Now), nil
 	}
 	return s.subscription(ctx, tx.Conn, q.IMSI, q.Now, q.RANDs...)
@@ -239,10 +240,13 @@ func (s *Store) Establish(ctx context.Context, b *binding.Binding, tag []byte, g
 			return binding.ErrNoAttempt
 		case sub.Active != nil && !a.Opened:
 			return binding.ErrBound
-		case !good:
-			if err := used(ctx, tx.Conn, of); err != nil {
-				return err
-			}
+		}
+		// Asked for a good KME too, although the entry itself would find it: on PostgreSQL a statement that fails
+		// has the whole batch made again, which takes longer.
+		if err := used(ctx, tx.Conn, of); err != nil {
+			return err
+		}
+		if !good {
 			return binding.ErrNotGood
 		}
 		seq, err := s.note(ctx, tx, of)
@@ -252,7 +256,7 @@ func (s *Store) Establish(ctx context.Context, b *binding.Binding, tag []byte, g
 		if err != nil {
 			return err
 		}
-		sub.Pending, sub.Attempts, sub.opened, sub.seq.pending = b, nil, false, seq
+		sub.Pending, sub.expired, sub.Attempts, sub.opened, sub.seq.pending = b, nil, nil, false, seq
 		sub.last.note(of.event, seq)
 		s.recent.put(b.IMSI.String(), sub)
 		return s.put(ctx, tx, bindings, values(b, seq)...)

@@ -310,6 +310,39 @@ func spent(t *testing.T, s Store) {
 	check(one, q.RANDs[0], true)
 }
 
+// A RAND that left in clear is not processed under the active binding either that stands when a pending one has ended.
+func spentWhenPendingEnds(t *testing.T, s Store) {
+	imsi := subscription(t, 1)
+	clear := request(imsi, home, t0)
+	b := newBinding(imsi, device(t, 1), decide(t, s, clear).Attempt.ID)
+	b.Origin = home.Name
+	must.Do(t, s.Establish(t.Context(), b, []byte("tag 1"), true, t0))
+	checkUnder(t, s, imsi, home, b)
+	reportFrom(t, s, imsi, home, true, t0)
+	open(t, s, imsi)
+	pending := bindFrom(t, s, imsi, home, device(t, 2), "2")
+	for range pendingVectors {
+		checkUnder(t, s, imsi, home, pending)
+	}
+	if d, err := s.Prepare(t.Context(), clear); !errors.Is(err, binding.ErrSpent) {
+		t.Errorf("a spent RAND: %+v, %v", d, err)
+	}
+}
+
+// A pending binding that has expired is over when the next one is established.
+func expiredIsReplaced(t *testing.T, s Store) {
+	imsi, later := subscription(t, 1), t0.Add(2*pendingTTL)
+	bindFrom(t, s, imsi, home, device(t, 1), "1")
+	must.Do(t, s.OpenAttempt(t.Context(),
+		binding.Attempt{ID: "admin's", IMSI: imsi, Expires: later.Add(ttl), Opened: true}))
+	b := newBinding(imsi, device(t, 2), decide(t, s, request(imsi, home, t0)).Attempt.ID)
+	b.Origin, b.Expires = home.Name, later.Add(pendingTTL)
+	must.Do(t, s.Establish(t.Context(), b, []byte("tag 2"), true, later))
+	if d := decide(t, s, request(imsi, home, later)); d.Ended != nil || d.Binding.AttemptID != b.AttemptID {
+		t.Errorf("after a new binding: %+v", d)
+	}
+}
+
 // In an administrator's opening each origin that may provision has an attempt of its own, as long as the opening lasts.
 func openedByOrigin(t *testing.T, s Store) {
 	imsi := subscription(t, 1)

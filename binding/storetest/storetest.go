@@ -53,6 +53,8 @@ func Run(t *testing.T, open func(t *testing.T) Store) {
 		{"PendingEnds", pendingEnds},
 		{"PendingExpires", pendingExpires},
 		{"Spent", spent},
+		{"SpentWhenPendingEnds", spentWhenPendingEnds},
+		{"ExpiredIsReplaced", expiredIsReplaced},
 		{"OpenedByOrigin", openedByOrigin},
 		{"Revoke", revoke},
 		{"Bindings", bindings},

@@ -85,7 +85,7 @@ func inToken[T any](t *Token, held []*Session, operation string, f func([]*Sessi
 		}()
 		v, err = f(held)
 		// A failed call may leave an operation active in its session; a fresh one cannot have that.
-		sound = !errors.As(err, new(pkcs11.Error))
+		sound = !errors.As(err, new(pkcs11.Error)) && panics.Of(err) == nil
 		if classify(err) == suspect {
 			if fresh, serr := t.OpenSession(); serr == nil {
 				fresh.Close()

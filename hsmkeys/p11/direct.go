@@ -215,8 +215,16 @@ func (s *Session) Sign(mechanism uint, key pkcs11.ObjectHandle, in, out []byte) 
 
 // Verify says whether a signature is that of data.
 func (s *Session) Verify(mechanism uint, key pkcs11.ObjectHandle, data, sig []byte) (bool, error) {
-	err := toError(C.verify(s.list, C.ck(s.ID), C.ck(mechanism), C.ck(key), (*C.uchar)(unsafe.SliceData(data)),
-		C.ck(len(data)), (*C.uchar)(unsafe.SliceData(sig)), C.ck(len(sig))))
+	// A token calls a pointer that is NULL a bad argument, also where there is nothing (CKR_ARGUMENTS_BAD).
+	none := []byte{0}
+	from := func(b []byte) *C.uchar {
+		if len(b) == 0 {
+			b = none
+		}
+		return (*C.uchar)(unsafe.SliceData(b))
+	}
+	err := toError(C.verify(s.list, C.ck(s.ID), C.ck(mechanism), C.ck(key), from(data), C.ck(len(data)), from(sig),
+		C.ck(len(sig))))
 	if IsCKR(err, pkcs11.CKR_SIGNATURE_INVALID, pkcs11.CKR_SIGNATURE_LEN_RANGE) {
 		return false, nil
 	}

@@ -86,7 +86,10 @@ func (i *idle) due(then time.Time) (due *Session, next time.Time) {
 		case <-i.places:
 			i.open = slices.Delete(i.open, n, n+1)
 			return s, time.Time{}
-		default: // whoever took the place is about to take the session, and will give it back
+		default: // whoever took the place is about to take a session, or gives the place back without
+			if soon := then.Add(10 * time.Millisecond); next.IsZero() || soon.Before(next) {
+				next = soon
+			}
 		}
 	}
 	return nil, next

@@ -396,8 +396,8 @@ func TestS6aOnTheWire(t *testing.T) {
 	}
 	want := map[string]int{
 		"7 16 V--":  3 * 4, // Binding-Control, in each AIA to the MME
-		"3 34 V--":  3,     // Binding-Attempt, in the first of them
-		"1 316 V--": 3,     // Binding-Request, in ULR to the agent, and not behind it
+		"3 44 V--":  3,     // Binding-Attempt, in the first of them
+		"1 324 V--": 3,     // Binding-Request, in ULR to the agent, and not behind it
 		"4 72 V--":  2 * 3, // Binding-Answer, in that ULR to the HSS and in ULA to the MME
 	}
 	if !maps.Equal(seen, want) {

@@ -758,7 +758,11 @@ void kme_service_end(void)
 	free(in);
 	curl_multi_cleanup(multi);
 	curl_slist_free_all(headers);
+	curl_global_cleanup();
+}
+
+void kme_wake_end(void)
+{
 	if (watched[0].fd >= 0)
 		close(watched[0].fd);
-	curl_global_cleanup();
 }

@@ -69,6 +69,7 @@ struct kme_call {
 
 int kme_service_start(const struct kme_service *of);
 void kme_wake(void);			/* ends kme_turn(); from any thread */
+void kme_wake_end(void);		/* nobody may call kme_wake() from then on */
 void kme_turn(int wait_ms);		/* at most; runs what there is to do */
 void kme_service_end(void);		/* what is under way is done, in vain; nothing may be started then */
 

@@ -398,6 +398,7 @@ void tap_end(void)
 		pthread_join(handler_threads[i], NULL);
 	while (inside)
 		usleep(1000);
+	kme_wake_end();
 	while ((j = queue_take(&inbox, 0)))
 		run(j);
 	while (to && !fd_fifo_tryget(to, &m))
