@@ -22,18 +22,9 @@ func BenchmarkAttach(b *testing.B) { onSQLite(b, benchAttach) }
 
 func BenchmarkPostgresAttach(b *testing.B) { onPostgres(b, benchAttach) }
 
-func benchAttach(b *testing.B, name string, begins func()) {
-	s, err := Open(b.Context(), name, rowKey)
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer s.Close()
-	imei, err := kme.ParseIMEI("35209900000001")
-	if err != nil {
-		b.Fatal(err)
-	}
+func benchAttach(b *testing.B, s *Store, begins func()) {
 	attach := func(i int64) error {
-		imsi, err := kme.ParseIMSI(fmt.Sprintf("00101%010d", i*7919%1e9))
+		imsi, err := imsiOf(i)
 		if err != nil {
 			return err
 		}
@@ -53,14 +44,7 @@ func benchAttach(b *testing.B, name string, begins func()) {
 		if err != nil {
 			return err
 		}
-		tag := sha256.Sum256(fmt.Append(nil, i))
-		if err := soon(func() error {
-			return s.Establish(b.Context(), &binding.Binding{
-				IMSI: imsi, IMEI: imei, Manufacturer: "uogvGY7XcA_OB_9takJbeRvZ4FEM767Bc3xPYsO5e-Q", Lot: "L1",
-				State: binding.Pending, Sealed: tag[:], NWSig: tag[:], AttemptID: first.Attempt.ID,
-				PayloadSHA256: tag[:], Established: t0, Expires: t0.Add(time.Hour),
-			}, tag[:], true, t0)
-		}); err != nil {
+		if err := soon(func() error { return bindOf(b, s, i, imsi, first.Attempt.ID) }); err != nil {
 			return err
 		}
 		q.RANDs = []hsmkeys.RAND{{byte(i), byte(i >> 8), 1}}
@@ -83,18 +67,7 @@ func benchAttach(b *testing.B, name string, begins func()) {
 	b.ResetTimer()
 	begins()
 	defer testproc.ReportCPU(b)()
-	var next atomic.Int64
-	var all sync.WaitGroup
-	for range 32 {
-		all.Go(func() {
-			for i := next.Add(1) - 1; i < int64(b.N); i = next.Add(1) - 1 {
-				if err := attach(i); err != nil {
-					b.Error(err)
-				}
-			}
-		})
-	}
-	all.Wait()
+	forAll(b, attach)
 }
 
 // The ledger and the binding, durably, by many at once, as a service has it under load.
@@ -102,36 +75,12 @@ func BenchmarkEstablish(b *testing.B) { onSQLite(b, benchEstablish) }
 
 func BenchmarkPostgresEstablish(b *testing.B) { onPostgres(b, benchEstablish) }
 
-func benchEstablish(b *testing.B, name string, begins func()) {
-	s, err := Open(b.Context(), name, rowKey)
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer s.Close()
-	imei, err := kme.ParseIMEI("35209900000001")
-	if err != nil {
-		b.Fatal(err)
-	}
-	const atOnce = 32
+func benchEstablish(b *testing.B, s *Store, begins func()) {
 	imsis, ids := make([]kme.IMSI, b.N), make([]string, b.N)
-	forAll := func(f func(i int64) error) {
-		var next atomic.Int64
-		var all sync.WaitGroup
-		for range atOnce {
-			all.Go(func() {
-				done := s.Soon()
-				defer done()
-				for i := next.Add(1) - 1; i < int64(b.N); i = next.Add(1) - 1 {
-					if err := f(i); err != nil {
-						b.Error(err)
-					}
-				}
-			})
-		}
-		all.Wait()
-	}
-	forAll(func(i int64) (err error) {
-		if imsis[i], err = kme.ParseIMSI(fmt.Sprintf("00101%010d", i*7919%1e9)); err != nil {
+	forAll(b, func(i int64) (err error) {
+		done := s.Soon()
+		defer done()
+		if imsis[i], err = imsiOf(i); err != nil {
 			return err
 		}
 		d, err := s.Prepare(b.Context(), binding.VectorRequest{
@@ -147,24 +96,64 @@ func benchEstablish(b *testing.B, name string, begins func()) {
 	b.ResetTimer()
 	begins()
 	defer testproc.ReportCPU(b)()
-	forAll(func(i int64) error {
-		tag := sha256.Sum256(fmt.Append(nil, i))
-		return s.Establish(b.Context(), &binding.Binding{
-			IMSI: imsis[i], IMEI: imei, Manufacturer: "uogvGY7XcA_OB_9takJbeRvZ4FEM767Bc3xPYsO5e-Q", Lot: "L1",
-			State: binding.Pending, Sealed: tag[:], NWSig: tag[:], AttemptID: ids[i],
-			PayloadSHA256: tag[:], Established: t0, Expires: t0.Add(time.Hour),
-		}, tag[:], true, t0)
+	forAll(b, func(i int64) error {
+		done := s.Soon()
+		defer done()
+		return bindOf(b, s, i, imsis[i], ids[i])
 	})
 }
 
-func onSQLite(b *testing.B, bench func(b *testing.B, name string, begins func())) {
-	bench(b, "sqlite:"+filepath.Join(b.TempDir(), "keysvc.db"), func() {})
+// imsiOf is one of a billion, in no order.
+func imsiOf(i int64) (kme.IMSI, error) { return kme.ParseIMSI(fmt.Sprintf("00101%010d", i*7919%1e9)) }
+
+// bindOf makes a binding.
+func bindOf(b *testing.B, s *Store, i int64, imsi kme.IMSI, attempt string) error {
+	imei, err := kme.ParseIMEI("35209900000001")
+	if err != nil {
+		return err
+	}
+	tag := sha256.Sum256(fmt.Append(nil, i))
+	return s.Establish(b.Context(), &binding.Binding{
+		IMSI: imsi, IMEI: imei, Manufacturer: "uogvGY7XcA_OB_9takJbeRvZ4FEM767Bc3xPYsO5e-Q", Lot: "L1",
+		State: binding.Pending, Sealed: tag[:], NWSig: tag[:], AttemptID: attempt,
+		PayloadSHA256: tag[:], Established: t0, Expires: t0.Add(time.Hour),
+	}, tag[:], true, t0)
+}
+
+// forAll calls f for each of b.N, 32 at once.
+func forAll(b *testing.B, f func(i int64) error) {
+	var next atomic.Int64
+	var all sync.WaitGroup
+	for range 32 {
+		all.Go(func() {
+			for i := next.Add(1) - 1; i < int64(b.N); i = next.Add(1) - 1 {
+				if err := f(i); err != nil {
+					b.Error(err)
+				}
+			}
+		})
+	}
+	all.Wait()
+}
+
+// on opens a store for a benchmark.
+func on(b *testing.B, name string, bench func(b *testing.B, s *Store, begins func()), begins func()) {
+	s, err := Open(b.Context(), name, rowKey)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer s.Close()
+	bench(b, s, begins)
+}
+
+func onSQLite(b *testing.B, bench func(b *testing.B, s *Store, begins func())) {
+	on(b, "sqlite:"+filepath.Join(b.TempDir(), "keysvc.db"), bench, func() {})
 }
 
 // onPostgres reports what the server spends besides.
-func onPostgres(b *testing.B, bench func(b *testing.B, name string, begins func())) {
+func onPostgres(b *testing.B, bench func(b *testing.B, s *Store, begins func())) {
 	server := pgtest.Start(b)
 	var before time.Duration
-	bench(b, server.Database(b), func() { before = server.CPU(b) })
+	on(b, server.Database(b), bench, func() { before = server.CPU(b) })
 	b.ReportMetric(float64((server.CPU(b)-before).Microseconds())/float64(b.N), "server-us/op")
 }
