@@ -1,6 +1,8 @@
 package p11
 
 import (
+	"maps"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -23,9 +25,10 @@ const (
 type left struct {
 	most atomic.Int64 // of one session
 
-	mu   sync.Mutex
-	look *time.Timer // the next one at idle sessions; guarded by mu
-	at   time.Time   // when that is; guarded by mu
+	mu    sync.Mutex
+	look  *time.Timer                // the next one at idle sessions; guarded by mu
+	at    time.Time                  // when that is; guarded by mu
+	drops map[chan struct{}]struct{} // those under way; each is closed at its end; guarded by mu
 }
 
 // put gives a place back, with its session, or first has what is left in that destroyed.
@@ -37,10 +40,10 @@ func (t *Token) put(s *Session) {
 	since := s.leftSince
 	switch most := t.left.most.Load(); {
 	case most == 1: // there is no room to go on before
-		t.drop(s)
+		<-t.drop(s)
 		return
 	case int64(len(s.left)) >= most, time.Since(since) >= LeftFor:
-		go t.drop(s)
+		t.drop(s)
 		return
 	}
 	t.idle.give(s)
@@ -68,7 +71,7 @@ func (t *Token) lookAt(at time.Time) {
 			if s, next = t.idle.due(time.Now().Add(-LeftFor)); s == nil {
 				break
 			}
-			go t.drop(s)
+			t.drop(s)
 		}
 		if !next.IsZero() {
 			t.lookAt(next.Add(LeftFor))
@@ -76,16 +79,42 @@ func (t *Token) lookAt(at time.Time) {
 	})
 }
 
-// dropAll destroys what is left in all idle sessions: the token is full, and from now on less is left in it.
+// dropAll destroys what is left in all idle sessions, and waits for whatever else is being destroyed: the token is full,
+// and from now on less is left in it.
 func (t *Token) dropAll() {
 	t.left.most.Store(max(1, t.left.most.Load()/2))
 	for s, _ := t.idle.due(time.Now()); s != nil; s, _ = t.idle.due(time.Now()) {
 		t.drop(s)
 	}
+	t.left.mu.Lock()
+	drops := slices.Collect(maps.Keys(t.left.drops))
+	t.left.mu.Unlock()
+	for _, done := range drops {
+		<-done
+	}
 }
 
-// drop destroys what is left in a session, of which the caller has the place.
-func (t *Token) drop(s *Session) {
+// drop destroys what is left in a session, of which the caller has the place, and then gives the place back. It closes
+// done at the end.
+func (t *Token) drop(s *Session) (done chan struct{}) {
+	done = make(chan struct{})
+	t.left.mu.Lock()
+	if t.left.drops == nil {
+		t.left.drops = map[chan struct{}]struct{}{}
+	}
+	t.left.drops[done] = struct{}{}
+	t.left.mu.Unlock()
+	go func() {
+		t.empty(s)
+		t.left.mu.Lock()
+		delete(t.left.drops, done)
+		t.left.mu.Unlock()
+		close(done)
+	}()
+	return done
+}
+
+func (t *Token) empty(s *Session) {
 	_, err := inToken(t, []*Session{s}, "drop objects", func(held []*Session) (none struct{}, err error) {
 		if len(s.left) <= leftFew {
 			for _, h := range s.left {
