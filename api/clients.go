@@ -22,6 +22,7 @@ type Role string
 
 const (
 	RoleHSS     Role = "hss"        // what an attach needs
+	RoleEIR     Role = "eir"        // ask whether a device may be served
 	RoleAdmin   Role = "admin"      // see, open and revoke
 	RoleMonitor Role = "monitor"    // see who is bound
 	RoleMetrics Role = "metrics"    // read GET /metrics
@@ -29,7 +30,7 @@ const (
 )
 
 // roles are all of them. Whoever has one may ask whether the service is ready.
-var roles = []Role{RoleHSS, RoleAdmin, RoleMonitor, RoleMetrics, RoleExport}
+var roles = []Role{RoleHSS, RoleEIR, RoleAdmin, RoleMonitor, RoleMetrics, RoleExport}
 
 // allowed has the roles that each method wants one of. A method that is not here is nobody's.
 var allowed = map[string][]Role{
@@ -37,11 +38,12 @@ var allowed = map[string][]Role{
 	kmev1connect.KeyServiceEstablishKMEProcedure:         {RoleHSS},
 	kmev1connect.KeyServiceReportAuthenticationProcedure: {RoleHSS},
 	kmev1connect.KeyServiceRestoreRANDProcedure:          {RoleHSS},
+	kmev1connect.KeyServiceCheckEquipmentProcedure:       {RoleHSS, RoleEIR},
 	kmev1connect.KeyServiceGetBindingProcedure:           {RoleHSS, RoleAdmin, RoleMonitor},
 	kmev1connect.KeyServiceListBindingsProcedure:         {RoleAdmin, RoleMonitor},
 	kmev1connect.KeyServiceOpenProvisioningProcedure:     {RoleAdmin},
 	kmev1connect.KeyServiceRevokeBindingProcedure:        {RoleAdmin},
-	kmev1connect.KeyServiceStreamProcedure:               {RoleHSS, RoleAdmin, RoleMonitor}, // as its calls
+	kmev1connect.KeyServiceStreamProcedure:               {RoleHSS, RoleEIR, RoleAdmin, RoleMonitor}, // as its calls
 }
 
 // A Client is who may call, by certificate or by user.
@@ -161,7 +163,7 @@ func (c *Clients) add(e *Client) error {
 	}
 	for _, r := range e.Roles {
 		if !slices.Contains(roles, r) {
-			return fmt.Errorf("there is no role %q: hss, admin, monitor, metrics, kme-export", r)
+			return fmt.Errorf("there is no role %q: hss, eir, admin, monitor, metrics, kme-export", r)
 		}
 	}
 	for _, p := range e.PLMNs {

@@ -10,6 +10,7 @@ import (
 	"connectrpc.com/connect"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 
+	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/kme"
@@ -51,6 +52,9 @@ func (g *guard) admit(ctx context.Context, procedure string, message any) (conte
 func (g *guard) may(ctx context.Context, procedure string, message any) (context.Context, error) {
 	client := clientOf(ctx)
 	named, names := message.(interface{ GetImsi() string })
+	if _, device := message.(*kmev1.CheckEquipmentRequest); device && named.GetImsi() == "" {
+		names = false // a device alone is of no PLMN
+	}
 	role := client.as(allowed[procedure]...)
 	if role == "" || names && !client.view.Has(named.GetImsi()) {
 		return ctx, notAllowed()

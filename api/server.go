@@ -261,6 +261,33 @@ func (s *server) RestoreRAND(
 	return connect.NewResponse(&kmev1.RestoreRANDResponse{Rand: rand[:]}), nil
 }
 
+func (s *server) CheckEquipment(
+	ctx context.Context, req *connect.Request[kmev1.CheckEquipmentRequest],
+) (*connect.Response[kmev1.CheckEquipmentResponse], error) {
+	imei, err := parseIMEI(req.Msg.Imei)
+	if err != nil {
+		return nil, err
+	}
+	var imsi kme.IMSI
+	if req.Msg.Imsi != "" {
+		if imsi, err = parseIMSI(req.Msg.Imsi); err != nil {
+			return nil, err
+		}
+	}
+	e, err := s.service.CheckEquipment(ctx, imei, imsi)
+	if err == nil && e.Status == binding.Unknown {
+		err = &binding.Refusal{Reason: kme.UnknownDevice, Message: "nothing is known of this device"}
+	}
+	if err != nil {
+		return nil, err
+	}
+	// The names are the same in both.
+	return connect.NewResponse(&kmev1.CheckEquipmentResponse{
+		Status: kmev1.EquipmentStatus(kmev1.EquipmentStatus_value[string(e.Status)]),
+		Reason: kmev1.EquipmentReason(kmev1.EquipmentReason_value[string(e.Reason)]),
+	}), nil
+}
+
 func (s *server) GetBinding(
 	ctx context.Context, req *connect.Request[kmev1.GetBindingRequest],
 ) (*connect.Response[kmev1.GetBindingResponse], error) {

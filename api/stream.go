@@ -275,6 +275,8 @@ func requestOf(c *kmev1.Call) connect.AnyRequest {
 		return streamed{connect.NewRequest(q.RestoreRand), kmev1connect.KeyServiceRestoreRANDProcedure}
 	case *kmev1.Call_GetBinding:
 		return streamed{connect.NewRequest(q.GetBinding), kmev1connect.KeyServiceGetBindingProcedure}
+	case *kmev1.Call_CheckEquipment:
+		return streamed{connect.NewRequest(q.CheckEquipment), kmev1connect.KeyServiceCheckEquipmentProcedure}
 	}
 	return streamed{connect.NewRequest(c), kmev1connect.KeyServiceStreamProcedure}
 }
@@ -292,9 +294,11 @@ func (s *server) direct(ctx context.Context, r connect.AnyRequest) (connect.AnyR
 		return s.RestoreRAND(ctx, connect.NewRequest(q))
 	case *kmev1.GetBindingRequest:
 		return s.GetBinding(ctx, connect.NewRequest(q))
+	case *kmev1.CheckEquipmentRequest:
+		return s.CheckEquipment(ctx, connect.NewRequest(q))
 	}
 	return nil, malformed(errors.New("a call of a stream is one of prepare_vector, establish_kme, " +
-		"report_authentication, restore_rand and get_binding"))
+		"report_authentication, restore_rand, get_binding and check_equipment"))
 }
 
 func setAnswer(a *kmev1.Answer, message any) {
@@ -309,5 +313,7 @@ func setAnswer(a *kmev1.Answer, message any) {
 		a.Answer = &kmev1.Answer_RestoreRand{RestoreRand: m}
 	case *kmev1.GetBindingResponse:
 		a.Answer = &kmev1.Answer_GetBinding{GetBinding: m}
+	case *kmev1.CheckEquipmentResponse:
+		a.Answer = &kmev1.Answer_CheckEquipment{CheckEquipment: m}
 	}
 }

@@ -165,6 +165,9 @@ type Store interface {
 	// Report does what Subscription.Ends says: the pending binding becomes the active one, or is dropped. Gives the
 	// subscription as it is then, or fails with ErrNotBound if it had no binding to begin with.
 	Report(ctx context.Context, imsi kme.IMSI, o kme.Origin, ok bool, now time.Time) (*Subscription, error)
+	// Equipment gives what there is of an IMSI, nothing of the zero one, and the active bindings of a device, as they
+	// were at one moment.
+	Equipment(ctx context.Context, imei kme.IMEI, imsi kme.IMSI, now time.Time) (*Subscription, []*Binding, error)
 	// Bindings gives Subscription.Latest of each IMSI that is asked for, in their order.
 	Bindings(ctx context.Context, q BindingQuery) ([]*Binding, error)
 	// Revoke ends an IMSI's bindings and attempts, and forgets the KME. It gives the binding as it is then, also if it

@@ -219,6 +219,30 @@ func (l *Lots) revoked(b *Binding) (bool, error) {
 	return lot.reader.Revoked(lot.manifest, b.IMEI)
 }
 
+// trust says whether a binding rests on a key of a manufacturer who is not distrusted.
+func (l *Lots) trust(b *Binding) bool {
+	lot := l.imported[lotName{b.Manufacturer, b.Lot}]
+	return lot != nil && lot.servedLot != nil
+}
+
+// reissued says whether the device of a binding that is trusted was issued another key since.
+func (l *Lots) reissued(ctx context.Context, b *Binding) (bool, error) {
+	lot := l.imported[lotName{b.Manufacturer, b.Lot}]
+	history, _, err := lot.reader.RevocationsOf(ctx, lot.manifest, b.IMEI)
+	if err != nil {
+		if err := fromDirectory(ctx, err); ctx.Err() != nil {
+			return false, err
+		}
+		return false, revocationsUnknown(err)
+	}
+	return directory.Device{History: history}.Issued() > b.DeviceKey, nil
+}
+
+// revocationsUnknown is the refusal where a device may be revoked or not.
+func revocationsUnknown(cause error) *Refusal {
+	return refuse(kme.DirectoryUnavailable, "whether the device was revoked is not known", cause)
+}
+
 // Device is what the directory says of a device, and the manifest of its lot.
 func (l *Lots) Device(ctx context.Context, imei kme.IMEI) (*directory.Manifest, directory.Device, error) {
 	lot := l.find(imei)

@@ -137,6 +137,14 @@ func (r *recorder) Subscription(ctx context.Context, imsi kme.IMSI, now time.Tim
 	return r.store.Subscription(ctx, imsi, now)
 }
 
+func (r *recorder) Equipment(ctx context.Context, imei kme.IMEI, imsi kme.IMSI,
+	now time.Time) (*binding.Subscription, []*binding.Binding, error) {
+	if err := r.enter("Equipment"); err != nil {
+		return nil, nil, err
+	}
+	return r.store.Equipment(ctx, imei, imsi, now)
+}
+
 func (r *recorder) Attempt(
 	ctx context.Context, imsi kme.IMSI, o kme.Origin, id string, now time.Time,
 ) (*binding.Attempt, error) {

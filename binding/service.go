@@ -36,6 +36,8 @@ type Service struct {
 	metrics *Metrics
 	unknown *strangers
 
+	equipment EquipmentPolicy
+
 	// open has the attempts that this process has seen open, the last of each IMSI: the store need not be
 	// asked before their EstablishKME. Another process may have closed one since; then the store says so
 	// before it establishes anything.
@@ -60,12 +62,14 @@ func DefaultTimes() Times {
 
 // Options are a Service's. Those that are not said to be optional are needed.
 type Options struct {
-	Token   Token
-	Store   Store
-	Lots    *Lots // optional: none are served until WithLots
-	Times   Times
-	Limits  Limits   // optional: none
-	Metrics *Metrics // optional: where calls are counted and measured
+	Token  Token
+	Store  Store
+	Lots   *Lots // optional: none are served until WithLots
+	Times  Times
+	Limits Limits // optional: none
+	// Equipment is optional: DefaultEquipmentPolicy
+	Equipment *EquipmentPolicy
+	Metrics   *Metrics // optional: where calls are counted and measured
 	// Log gets each decision, in one line, with the Actor of the call's context. No line holds a secret.
 	Log *slog.Logger
 }
@@ -81,6 +85,10 @@ func NewService(o Options) *Service {
 		open: otter.Must(&otter.Options[kme.IMSI, Attempt]{
 			MaximumSize: maxOpen, ExpiryCalculator: otter.ExpiryWriting[kme.IMSI, Attempt](o.Times.Attempt),
 		}),
+	}
+	s.equipment = DefaultEquipmentPolicy()
+	if o.Equipment != nil {
+		s.equipment = *o.Equipment
 	}
 	s.lots.follow(new(Lots))
 	return s

@@ -76,7 +76,7 @@ func (s *Service) prepare(ctx context.Context, imsi kme.IMSI, rands []hsmkeys.RA
 func (s *Service) notRevoked(b *Binding) error {
 	switch revoked, err := s.lots.revoked(b); {
 	case err != nil:
-		return refuse(kme.DirectoryUnavailable, "whether the device was revoked is not known", err)
+		return revocationsUnknown(err)
 	case revoked:
 		return deviceRevoked()
 	}

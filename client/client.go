@@ -62,7 +62,7 @@ type Options struct {
 // A Client may be used concurrently. A context's deadline goes with the call: the service does
 // no work for whoever has gone.
 //
-// The calls of an attach, and GetBinding, are made in one stream: the first opens it, and so does the first after it
+// The calls of an attach, CheckEquipment and GetBinding are made in one stream: the first opens it, and so does the first after it
 // has broken. Those of an administrator are made by themselves.
 //
 // Calls that give the same answer however often they are made are made again, with a pause, when the service cannot be
@@ -221,6 +221,22 @@ func (c *Client) GetBinding(ctx context.Context, imsi kme.IMSI) (*kmev1.GetBindi
 		GetBinding: &kmev1.GetBindingRequest{Imsi: imsi.String()},
 	}})
 	return a.GetGetBinding(), err
+}
+
+// Equipment is what CheckEquipment answers.
+type Equipment struct {
+	Status kmev1.EquipmentStatus
+	Reason kmev1.EquipmentReason
+}
+
+// CheckEquipment asks whether a device may be served; with the zero IMSI, where the subscription is not known. A device
+// that nothing is known of may be refused (kme.UnknownDevice).
+func (c *Client) CheckEquipment(ctx context.Context, imei kme.IMEI, imsi kme.IMSI) (Equipment, error) {
+	a, err := c.call(ctx, true, &kmev1.Call{Call: &kmev1.Call_CheckEquipment{
+		CheckEquipment: &kmev1.CheckEquipmentRequest{Imei: imei.String(), Imsi: imsi.String()},
+	}})
+	answer := a.GetCheckEquipment()
+	return Equipment{answer.GetStatus(), answer.GetReason()}, err
 }
 
 // OpenProvisioning lets an IMSI be bound to another device.

@@ -90,6 +90,7 @@ type stored struct {
 	expired *binding.Binding // the pending binding that has expired
 	spent   bool             // a RAND that was asked for
 	opened  bool             // there are attempts in rows, also if they have expired
+	open    []row            // of those that have not
 	seq     seqs             // of the bindings
 	last    last             // what the ledger says
 }
@@ -200,46 +201,47 @@ func (s *Store) subscriptionAnd(
 	ctx context.Context, q sqlconn.Conn, imsi kme.IMSI, now time.Time, what more, args ...any,
 ) (*stored, *binding.Head, error) {
 	sub, head, digits := new(stored), new(binding.Head), imsi.String()
-	var opened []row // attempts
 	err := scan(ctx, q, len(bindings.columns)+2, func(r row) error {
-		switch r.text(0) {
-		case "bindings":
-			if err := s.checkMAC(bindings, rowOf(bindings, r)); err != nil {
-				return err
-			}
-			return sub.take(rowOf(bindings, r), now)
-		case "attempts":
-			r = rowOf(attempts, r)
-			if err := s.checkMAC(attempts, r); err != nil {
-				return err
-			}
-			if sub.opened = true; r.int(3) <= now.UnixMilli() {
-				return nil
-			}
-			opened = append(opened, r)
-			a := binding.Attempt{ID: r.text(1), IMSI: imsi, Expires: fromMillis(r.int(3)), Opened: true}
-			err := a.Origin.UnmarshalText([]byte(r.text(2)))
-			sub.Attempts = append(sub.Attempts, a)
-			return err
-		case "ledger":
-			sub.last.note(binding.Event(r.text(2)), r.int(17))
-		case "head":
+		if r.text(0) == "head" {
 			head.Seq, head.MAC = r.int(17), r.bytes(18)
-		case "spent_rands":
-			sub.spent = true
-			return s.checkMAC(spentRANDs, rowOf(spentRANDs, r))
+			return nil
 		}
-		return nil
+		return s.takeAny(sub, r, now)
 	}, ofIMSI[what], append([]any{digits}, args...)...)
 	if err != nil {
 		return nil, nil, err
 	}
-	for _, a := range opened {
-		if a.int(4) != sub.last.closed {
-			return nil, nil, damaged(attempts, a, "was closed before, and is back")
-		}
-	}
 	return sub, head, sub.fresh(digits)
+}
+
+// takeAny takes a row of ofIMSI that is about the IMSI, if it is the service's.
+func (s *Store) takeAny(sub *stored, r row, now time.Time) error {
+	switch r.text(0) {
+	case "bindings":
+		if err := s.checkMAC(bindings, rowOf(bindings, r)); err != nil {
+			return err
+		}
+		return sub.take(rowOf(bindings, r), now)
+	case "attempts":
+		r = rowOf(attempts, r)
+		if err := s.checkMAC(attempts, r); err != nil {
+			return err
+		}
+		if sub.opened = true; r.int(3) <= now.UnixMilli() {
+			return nil
+		}
+		sub.open = append(sub.open, r)
+		a := binding.Attempt{ID: r.text(1), Expires: fromMillis(r.int(3)), Opened: true}
+		err := errors.Join(a.IMSI.UnmarshalText([]byte(r.text(0))), a.Origin.UnmarshalText([]byte(r.text(2))))
+		sub.Attempts = append(sub.Attempts, a)
+		return err
+	case "ledger":
+		sub.last.note(binding.Event(r.text(2)), r.int(17))
+	case "spent_rands":
+		sub.spent = true
+		return s.checkMAC(spentRANDs, rowOf(spentRANDs, r))
+	}
+	return nil
 }
 
 // take takes a row of bindings.
@@ -262,8 +264,13 @@ func (sub *stored) take(r row, now time.Time) error {
 	return nil
 }
 
-// fresh fails unless the bindings are those that the ledger speaks of last.
+// fresh fails unless the bindings are those that the ledger speaks of last, and the attempts were not closed since.
 func (sub *stored) fresh(imsi string) error {
+	for _, a := range sub.open {
+		if a.int(4) != sub.last.closed {
+			return damaged(attempts, a, "was closed before, and is back")
+		}
+	}
 	settled := max(sub.last.activated, sub.last.revoked)
 	for _, is := range [...]struct {
 		state      binding.State

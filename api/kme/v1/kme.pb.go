@@ -132,6 +132,125 @@ func (State) EnumDescriptor() ([]byte, []int) {
 	return file_kme_v1_kme_proto_rawDescGZIP(), []int{1}
 }
 
+type EquipmentStatus int32
+
+const (
+	EquipmentStatus_EQUIPMENT_STATUS_UNSPECIFIED EquipmentStatus = 0
+	EquipmentStatus_WHITELISTED                  EquipmentStatus = 1
+	EquipmentStatus_GREYLISTED                   EquipmentStatus = 2
+	EquipmentStatus_BLACKLISTED                  EquipmentStatus = 3
+)
+
+// Enum value maps for EquipmentStatus.
+var (
+	EquipmentStatus_name = map[int32]string{
+		0: "EQUIPMENT_STATUS_UNSPECIFIED",
+		1: "WHITELISTED",
+		2: "GREYLISTED",
+		3: "BLACKLISTED",
+	}
+	EquipmentStatus_value = map[string]int32{
+		"EQUIPMENT_STATUS_UNSPECIFIED": 0,
+		"WHITELISTED":                  1,
+		"GREYLISTED":                   2,
+		"BLACKLISTED":                  3,
+	}
+)
+
+func (x EquipmentStatus) Enum() *EquipmentStatus {
+	p := new(EquipmentStatus)
+	*p = x
+	return p
+}
+
+func (x EquipmentStatus) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (EquipmentStatus) Descriptor() protoreflect.EnumDescriptor {
+	return file_kme_v1_kme_proto_enumTypes[2].Descriptor()
+}
+
+func (EquipmentStatus) Type() protoreflect.EnumType {
+	return &file_kme_v1_kme_proto_enumTypes[2]
+}
+
+func (x EquipmentStatus) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use EquipmentStatus.Descriptor instead.
+func (EquipmentStatus) EnumDescriptor() ([]byte, []int) {
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{2}
+}
+
+type EquipmentReason int32
+
+const (
+	EquipmentReason_EQUIPMENT_REASON_UNSPECIFIED EquipmentReason = 0
+	EquipmentReason_LISTED                       EquipmentReason = 1 // by the operator
+	EquipmentReason_REVOKED_DEVICE               EquipmentReason = 2 // by its manufacturer
+	EquipmentReason_REISSUED_DEVICE              EquipmentReason = 3 // its manufacturer has replaced the key that its KME rests on
+	EquipmentReason_OTHER_DEVICE                 EquipmentReason = 4 // the IMSI is bound to another device
+	EquipmentReason_OTHER_SUBSCRIPTION           EquipmentReason = 5 // the device has proven itself, for other IMSIs only
+	EquipmentReason_PROVEN                       EquipmentReason = 6 // the device has shown that it has the KME; for this IMSI, if there is one
+	EquipmentReason_NOT_PROVEN                   EquipmentReason = 7 // the device could prove itself, and has not
+	EquipmentReason_NOT_IN_LOT                   EquipmentReason = 8 // the device is of no lot that this operator has: it cannot prove itself
+)
+
+// Enum value maps for EquipmentReason.
+var (
+	EquipmentReason_name = map[int32]string{
+		0: "EQUIPMENT_REASON_UNSPECIFIED",
+		1: "LISTED",
+		2: "REVOKED_DEVICE",
+		3: "REISSUED_DEVICE",
+		4: "OTHER_DEVICE",
+		5: "OTHER_SUBSCRIPTION",
+		6: "PROVEN",
+		7: "NOT_PROVEN",
+		8: "NOT_IN_LOT",
+	}
+	EquipmentReason_value = map[string]int32{
+		"EQUIPMENT_REASON_UNSPECIFIED": 0,
+		"LISTED":                       1,
+		"REVOKED_DEVICE":               2,
+		"REISSUED_DEVICE":              3,
+		"OTHER_DEVICE":                 4,
+		"OTHER_SUBSCRIPTION":           5,
+		"PROVEN":                       6,
+		"NOT_PROVEN":                   7,
+		"NOT_IN_LOT":                   8,
+	}
+)
+
+func (x EquipmentReason) Enum() *EquipmentReason {
+	p := new(EquipmentReason)
+	*p = x
+	return p
+}
+
+func (x EquipmentReason) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (EquipmentReason) Descriptor() protoreflect.EnumDescriptor {
+	return file_kme_v1_kme_proto_enumTypes[3].Descriptor()
+}
+
+func (EquipmentReason) Type() protoreflect.EnumType {
+	return &file_kme_v1_kme_proto_enumTypes[3]
+}
+
+func (x EquipmentReason) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use EquipmentReason.Descriptor instead.
+func (EquipmentReason) EnumDescriptor() ([]byte, []int) {
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{3}
+}
+
 type PrepareVectorRequest struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	Imsi   string                 `protobuf:"bytes,1,opt,name=imsi,proto3" json:"imsi,omitempty"`     // 6 to 15 digits
@@ -623,6 +742,110 @@ func (x *RestoreRANDResponse) GetRand() []byte {
 	return nil
 }
 
+type CheckEquipmentRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Imei          string                 `protobuf:"bytes,1,opt,name=imei,proto3" json:"imei,omitempty"` // 14 digits, 15 with the check digit, or 16 with the software version
+	Imsi          string                 `protobuf:"bytes,2,opt,name=imsi,proto3" json:"imsi,omitempty"` // the subscription that uses it; empty where it is not known
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckEquipmentRequest) Reset() {
+	*x = CheckEquipmentRequest{}
+	mi := &file_kme_v1_kme_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckEquipmentRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckEquipmentRequest) ProtoMessage() {}
+
+func (x *CheckEquipmentRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_kme_v1_kme_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckEquipmentRequest.ProtoReflect.Descriptor instead.
+func (*CheckEquipmentRequest) Descriptor() ([]byte, []int) {
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *CheckEquipmentRequest) GetImei() string {
+	if x != nil {
+		return x.Imei
+	}
+	return ""
+}
+
+func (x *CheckEquipmentRequest) GetImsi() string {
+	if x != nil {
+		return x.Imsi
+	}
+	return ""
+}
+
+type CheckEquipmentResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Status        EquipmentStatus        `protobuf:"varint,1,opt,name=status,proto3,enum=kme.v1.EquipmentStatus" json:"status,omitempty"`
+	Reason        EquipmentReason        `protobuf:"varint,2,opt,name=reason,proto3,enum=kme.v1.EquipmentReason" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckEquipmentResponse) Reset() {
+	*x = CheckEquipmentResponse{}
+	mi := &file_kme_v1_kme_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckEquipmentResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckEquipmentResponse) ProtoMessage() {}
+
+func (x *CheckEquipmentResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_kme_v1_kme_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckEquipmentResponse.ProtoReflect.Descriptor instead.
+func (*CheckEquipmentResponse) Descriptor() ([]byte, []int) {
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *CheckEquipmentResponse) GetStatus() EquipmentStatus {
+	if x != nil {
+		return x.Status
+	}
+	return EquipmentStatus_EQUIPMENT_STATUS_UNSPECIFIED
+}
+
+func (x *CheckEquipmentResponse) GetReason() EquipmentReason {
+	if x != nil {
+		return x.Reason
+	}
+	return EquipmentReason_EQUIPMENT_REASON_UNSPECIFIED
+}
+
 type GetBindingRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Imsi          string                 `protobuf:"bytes,1,opt,name=imsi,proto3" json:"imsi,omitempty"`
@@ -632,7 +855,7 @@ type GetBindingRequest struct {
 
 func (x *GetBindingRequest) Reset() {
 	*x = GetBindingRequest{}
-	mi := &file_kme_v1_kme_proto_msgTypes[8]
+	mi := &file_kme_v1_kme_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -644,7 +867,7 @@ func (x *GetBindingRequest) String() string {
 func (*GetBindingRequest) ProtoMessage() {}
 
 func (x *GetBindingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[8]
+	mi := &file_kme_v1_kme_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -657,7 +880,7 @@ func (x *GetBindingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBindingRequest.ProtoReflect.Descriptor instead.
 func (*GetBindingRequest) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{8}
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *GetBindingRequest) GetImsi() string {
@@ -683,7 +906,7 @@ type GetBindingResponse struct {
 
 func (x *GetBindingResponse) Reset() {
 	*x = GetBindingResponse{}
-	mi := &file_kme_v1_kme_proto_msgTypes[9]
+	mi := &file_kme_v1_kme_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -695,7 +918,7 @@ func (x *GetBindingResponse) String() string {
 func (*GetBindingResponse) ProtoMessage() {}
 
 func (x *GetBindingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[9]
+	mi := &file_kme_v1_kme_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -708,7 +931,7 @@ func (x *GetBindingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBindingResponse.ProtoReflect.Descriptor instead.
 func (*GetBindingResponse) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{9}
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *GetBindingResponse) GetImsi() string {
@@ -777,7 +1000,7 @@ type OpenProvisioningRequest struct {
 
 func (x *OpenProvisioningRequest) Reset() {
 	*x = OpenProvisioningRequest{}
-	mi := &file_kme_v1_kme_proto_msgTypes[10]
+	mi := &file_kme_v1_kme_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -789,7 +1012,7 @@ func (x *OpenProvisioningRequest) String() string {
 func (*OpenProvisioningRequest) ProtoMessage() {}
 
 func (x *OpenProvisioningRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[10]
+	mi := &file_kme_v1_kme_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -802,7 +1025,7 @@ func (x *OpenProvisioningRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenProvisioningRequest.ProtoReflect.Descriptor instead.
 func (*OpenProvisioningRequest) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{10}
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *OpenProvisioningRequest) GetImsi() string {
@@ -829,7 +1052,7 @@ type OpenProvisioningResponse struct {
 
 func (x *OpenProvisioningResponse) Reset() {
 	*x = OpenProvisioningResponse{}
-	mi := &file_kme_v1_kme_proto_msgTypes[11]
+	mi := &file_kme_v1_kme_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -841,7 +1064,7 @@ func (x *OpenProvisioningResponse) String() string {
 func (*OpenProvisioningResponse) ProtoMessage() {}
 
 func (x *OpenProvisioningResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[11]
+	mi := &file_kme_v1_kme_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -854,7 +1077,7 @@ func (x *OpenProvisioningResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenProvisioningResponse.ProtoReflect.Descriptor instead.
 func (*OpenProvisioningResponse) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{11}
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *OpenProvisioningResponse) GetAttemptId() string {
@@ -882,7 +1105,7 @@ type ListBindingsRequest struct {
 
 func (x *ListBindingsRequest) Reset() {
 	*x = ListBindingsRequest{}
-	mi := &file_kme_v1_kme_proto_msgTypes[12]
+	mi := &file_kme_v1_kme_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -894,7 +1117,7 @@ func (x *ListBindingsRequest) String() string {
 func (*ListBindingsRequest) ProtoMessage() {}
 
 func (x *ListBindingsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[12]
+	mi := &file_kme_v1_kme_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -907,7 +1130,7 @@ func (x *ListBindingsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBindingsRequest.ProtoReflect.Descriptor instead.
 func (*ListBindingsRequest) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{12}
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ListBindingsRequest) GetPageSize() int32 {
@@ -941,7 +1164,7 @@ type ListBindingsResponse struct {
 
 func (x *ListBindingsResponse) Reset() {
 	*x = ListBindingsResponse{}
-	mi := &file_kme_v1_kme_proto_msgTypes[13]
+	mi := &file_kme_v1_kme_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -953,7 +1176,7 @@ func (x *ListBindingsResponse) String() string {
 func (*ListBindingsResponse) ProtoMessage() {}
 
 func (x *ListBindingsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[13]
+	mi := &file_kme_v1_kme_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -966,7 +1189,7 @@ func (x *ListBindingsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBindingsResponse.ProtoReflect.Descriptor instead.
 func (*ListBindingsResponse) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{13}
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ListBindingsResponse) GetBindings() []*GetBindingResponse {
@@ -992,7 +1215,7 @@ type RevokeBindingRequest struct {
 
 func (x *RevokeBindingRequest) Reset() {
 	*x = RevokeBindingRequest{}
-	mi := &file_kme_v1_kme_proto_msgTypes[14]
+	mi := &file_kme_v1_kme_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1004,7 +1227,7 @@ func (x *RevokeBindingRequest) String() string {
 func (*RevokeBindingRequest) ProtoMessage() {}
 
 func (x *RevokeBindingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[14]
+	mi := &file_kme_v1_kme_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1017,7 +1240,7 @@ func (x *RevokeBindingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeBindingRequest.ProtoReflect.Descriptor instead.
 func (*RevokeBindingRequest) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{14}
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *RevokeBindingRequest) GetImsi() string {
@@ -1037,7 +1260,7 @@ type StreamRequest struct {
 
 func (x *StreamRequest) Reset() {
 	*x = StreamRequest{}
-	mi := &file_kme_v1_kme_proto_msgTypes[15]
+	mi := &file_kme_v1_kme_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1049,7 +1272,7 @@ func (x *StreamRequest) String() string {
 func (*StreamRequest) ProtoMessage() {}
 
 func (x *StreamRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[15]
+	mi := &file_kme_v1_kme_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1062,7 +1285,7 @@ func (x *StreamRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamRequest.ProtoReflect.Descriptor instead.
 func (*StreamRequest) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{15}
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *StreamRequest) GetCalls() []*Call {
@@ -1086,6 +1309,7 @@ type Call struct {
 	//	*Call_ReportAuthentication
 	//	*Call_RestoreRand
 	//	*Call_GetBinding
+	//	*Call_CheckEquipment
 	Call          isCall_Call `protobuf_oneof:"call"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1093,7 +1317,7 @@ type Call struct {
 
 func (x *Call) Reset() {
 	*x = Call{}
-	mi := &file_kme_v1_kme_proto_msgTypes[16]
+	mi := &file_kme_v1_kme_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1105,7 +1329,7 @@ func (x *Call) String() string {
 func (*Call) ProtoMessage() {}
 
 func (x *Call) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[16]
+	mi := &file_kme_v1_kme_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1118,7 +1342,7 @@ func (x *Call) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Call.ProtoReflect.Descriptor instead.
 func (*Call) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{16}
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Call) GetId() uint64 {
@@ -1187,6 +1411,15 @@ func (x *Call) GetGetBinding() *GetBindingRequest {
 	return nil
 }
 
+func (x *Call) GetCheckEquipment() *CheckEquipmentRequest {
+	if x != nil {
+		if x, ok := x.Call.(*Call_CheckEquipment); ok {
+			return x.CheckEquipment
+		}
+	}
+	return nil
+}
+
 type isCall_Call interface {
 	isCall_Call()
 }
@@ -1211,6 +1444,10 @@ type Call_GetBinding struct {
 	GetBinding *GetBindingRequest `protobuf:"bytes,7,opt,name=get_binding,proto3,oneof"`
 }
 
+type Call_CheckEquipment struct {
+	CheckEquipment *CheckEquipmentRequest `protobuf:"bytes,8,opt,name=check_equipment,proto3,oneof"`
+}
+
 func (*Call_PrepareVector) isCall_Call() {}
 
 func (*Call_EstablishKme) isCall_Call() {}
@@ -1220,6 +1457,8 @@ func (*Call_ReportAuthentication) isCall_Call() {}
 func (*Call_RestoreRand) isCall_Call() {}
 
 func (*Call_GetBinding) isCall_Call() {}
+
+func (*Call_CheckEquipment) isCall_Call() {}
 
 // Answers that are ready at the same time.
 type StreamResponse struct {
@@ -1231,7 +1470,7 @@ type StreamResponse struct {
 
 func (x *StreamResponse) Reset() {
 	*x = StreamResponse{}
-	mi := &file_kme_v1_kme_proto_msgTypes[17]
+	mi := &file_kme_v1_kme_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1243,7 +1482,7 @@ func (x *StreamResponse) String() string {
 func (*StreamResponse) ProtoMessage() {}
 
 func (x *StreamResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[17]
+	mi := &file_kme_v1_kme_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1256,7 +1495,7 @@ func (x *StreamResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamResponse.ProtoReflect.Descriptor instead.
 func (*StreamResponse) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{17}
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *StreamResponse) GetAnswers() []*Answer {
@@ -1277,6 +1516,7 @@ type Answer struct {
 	//	*Answer_ReportAuthentication
 	//	*Answer_RestoreRand
 	//	*Answer_GetBinding
+	//	*Answer_CheckEquipment
 	Answer        isAnswer_Answer `protobuf_oneof:"answer"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1284,7 +1524,7 @@ type Answer struct {
 
 func (x *Answer) Reset() {
 	*x = Answer{}
-	mi := &file_kme_v1_kme_proto_msgTypes[18]
+	mi := &file_kme_v1_kme_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1296,7 +1536,7 @@ func (x *Answer) String() string {
 func (*Answer) ProtoMessage() {}
 
 func (x *Answer) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[18]
+	mi := &file_kme_v1_kme_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1309,7 +1549,7 @@ func (x *Answer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Answer.ProtoReflect.Descriptor instead.
 func (*Answer) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{18}
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Answer) GetId() uint64 {
@@ -1380,6 +1620,15 @@ func (x *Answer) GetGetBinding() *GetBindingResponse {
 	return nil
 }
 
+func (x *Answer) GetCheckEquipment() *CheckEquipmentResponse {
+	if x != nil {
+		if x, ok := x.Answer.(*Answer_CheckEquipment); ok {
+			return x.CheckEquipment
+		}
+	}
+	return nil
+}
+
 type isAnswer_Answer interface {
 	isAnswer_Answer()
 }
@@ -1408,6 +1657,10 @@ type Answer_GetBinding struct {
 	GetBinding *GetBindingResponse `protobuf:"bytes,7,opt,name=get_binding,proto3,oneof"`
 }
 
+type Answer_CheckEquipment struct {
+	CheckEquipment *CheckEquipmentResponse `protobuf:"bytes,8,opt,name=check_equipment,proto3,oneof"`
+}
+
 func (*Answer_Error) isAnswer_Answer() {}
 
 func (*Answer_PrepareVector) isAnswer_Answer() {}
@@ -1419,6 +1672,8 @@ func (*Answer_ReportAuthentication) isAnswer_Answer() {}
 func (*Answer_RestoreRand) isAnswer_Answer() {}
 
 func (*Answer_GetBinding) isAnswer_Answer() {}
+
+func (*Answer_CheckEquipment) isAnswer_Answer() {}
 
 // What a call by itself is refused with.
 type CallError struct {
@@ -1432,7 +1687,7 @@ type CallError struct {
 
 func (x *CallError) Reset() {
 	*x = CallError{}
-	mi := &file_kme_v1_kme_proto_msgTypes[19]
+	mi := &file_kme_v1_kme_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1444,7 +1699,7 @@ func (x *CallError) String() string {
 func (*CallError) ProtoMessage() {}
 
 func (x *CallError) ProtoReflect() protoreflect.Message {
-	mi := &file_kme_v1_kme_proto_msgTypes[19]
+	mi := &file_kme_v1_kme_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1457,7 +1712,7 @@ func (x *CallError) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CallError.ProtoReflect.Descriptor instead.
 func (*CallError) Descriptor() ([]byte, []int) {
-	return file_kme_v1_kme_proto_rawDescGZIP(), []int{19}
+	return file_kme_v1_kme_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *CallError) GetCode() string {
@@ -1522,7 +1777,13 @@ const file_kme_v1_kme_proto_rawDesc = "" +
 	"\x04rand\x18\x02 \x01(\fR\x04rand\x12\x16\n" +
 	"\x06origin\x18\x03 \x01(\tR\x06origin\")\n" +
 	"\x13RestoreRANDResponse\x12\x12\n" +
-	"\x04rand\x18\x01 \x01(\fR\x04rand\"'\n" +
+	"\x04rand\x18\x01 \x01(\fR\x04rand\"?\n" +
+	"\x15CheckEquipmentRequest\x12\x12\n" +
+	"\x04imei\x18\x01 \x01(\tR\x04imei\x12\x12\n" +
+	"\x04imsi\x18\x02 \x01(\tR\x04imsi\"z\n" +
+	"\x16CheckEquipmentResponse\x12/\n" +
+	"\x06status\x18\x01 \x01(\x0e2\x17.kme.v1.EquipmentStatusR\x06status\x12/\n" +
+	"\x06reason\x18\x02 \x01(\x0e2\x17.kme.v1.EquipmentReasonR\x06reason\"'\n" +
 	"\x11GetBindingRequest\x12\x12\n" +
 	"\x04imsi\x18\x01 \x01(\tR\x04imsi\"\xd7\x02\n" +
 	"\x12GetBindingResponse\x12\x12\n" +
@@ -1558,7 +1819,7 @@ const file_kme_v1_kme_proto_rawDesc = "" +
 	"\x14RevokeBindingRequest\x12\x12\n" +
 	"\x04imsi\x18\x01 \x01(\tR\x04imsi\"3\n" +
 	"\rStreamRequest\x12\"\n" +
-	"\x05calls\x18\x01 \x03(\v2\f.kme.v1.CallR\x05calls\"\xa9\x03\n" +
+	"\x05calls\x18\x01 \x03(\v2\f.kme.v1.CallR\x05calls\"\xf4\x03\n" +
 	"\x04Call\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x1e\n" +
 	"\n" +
@@ -1568,10 +1829,11 @@ const file_kme_v1_kme_proto_rawDesc = "" +
 	"\restablish_kme\x18\x04 \x01(\v2\x1b.kme.v1.EstablishKMERequestH\x00R\restablish_kme\x12[\n" +
 	"\x15report_authentication\x18\x05 \x01(\v2#.kme.v1.ReportAuthenticationRequestH\x00R\x15report_authentication\x12@\n" +
 	"\frestore_rand\x18\x06 \x01(\v2\x1a.kme.v1.RestoreRANDRequestH\x00R\frestore_rand\x12=\n" +
-	"\vget_binding\x18\a \x01(\v2\x19.kme.v1.GetBindingRequestH\x00R\vget_bindingB\x06\n" +
+	"\vget_binding\x18\a \x01(\v2\x19.kme.v1.GetBindingRequestH\x00R\vget_binding\x12I\n" +
+	"\x0fcheck_equipment\x18\b \x01(\v2\x1d.kme.v1.CheckEquipmentRequestH\x00R\x0fcheck_equipmentB\x06\n" +
 	"\x04call\":\n" +
 	"\x0eStreamResponse\x12(\n" +
-	"\aanswers\x18\x01 \x03(\v2\x0e.kme.v1.AnswerR\aanswers\"\xbd\x03\n" +
+	"\aanswers\x18\x01 \x03(\v2\x0e.kme.v1.AnswerR\aanswers\"\x89\x04\n" +
 	"\x06Answer\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12)\n" +
 	"\x05error\x18\x02 \x01(\v2\x11.kme.v1.CallErrorH\x00R\x05error\x12G\n" +
@@ -1579,7 +1841,8 @@ const file_kme_v1_kme_proto_rawDesc = "" +
 	"\restablish_kme\x18\x04 \x01(\v2\x1c.kme.v1.EstablishKMEResponseH\x00R\restablish_kme\x12\\\n" +
 	"\x15report_authentication\x18\x05 \x01(\v2$.kme.v1.ReportAuthenticationResponseH\x00R\x15report_authentication\x12A\n" +
 	"\frestore_rand\x18\x06 \x01(\v2\x1b.kme.v1.RestoreRANDResponseH\x00R\frestore_rand\x12>\n" +
-	"\vget_binding\x18\a \x01(\v2\x1a.kme.v1.GetBindingResponseH\x00R\vget_bindingB\b\n" +
+	"\vget_binding\x18\a \x01(\v2\x1a.kme.v1.GetBindingResponseH\x00R\vget_binding\x12J\n" +
+	"\x0fcheck_equipment\x18\b \x01(\v2\x1e.kme.v1.CheckEquipmentResponseH\x00R\x0fcheck_equipmentB\b\n" +
 	"\x06answer\"Q\n" +
 	"\tCallError\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\tR\x04code\x12\x16\n" +
@@ -1594,13 +1857,34 @@ const file_kme_v1_kme_proto_rawDesc = "" +
 	"\aPENDING\x10\x01\x12\n" +
 	"\n" +
 	"\x06ACTIVE\x10\x02\x12\v\n" +
-	"\aREVOKED\x10\x032\xbf\x05\n" +
+	"\aREVOKED\x10\x03*e\n" +
+	"\x0fEquipmentStatus\x12 \n" +
+	"\x1cEQUIPMENT_STATUS_UNSPECIFIED\x10\x00\x12\x0f\n" +
+	"\vWHITELISTED\x10\x01\x12\x0e\n" +
+	"\n" +
+	"GREYLISTED\x10\x02\x12\x0f\n" +
+	"\vBLACKLISTED\x10\x03*\xbe\x01\n" +
+	"\x0fEquipmentReason\x12 \n" +
+	"\x1cEQUIPMENT_REASON_UNSPECIFIED\x10\x00\x12\n" +
+	"\n" +
+	"\x06LISTED\x10\x01\x12\x12\n" +
+	"\x0eREVOKED_DEVICE\x10\x02\x12\x13\n" +
+	"\x0fREISSUED_DEVICE\x10\x03\x12\x10\n" +
+	"\fOTHER_DEVICE\x10\x04\x12\x16\n" +
+	"\x12OTHER_SUBSCRIPTION\x10\x05\x12\n" +
+	"\n" +
+	"\x06PROVEN\x10\x06\x12\x0e\n" +
+	"\n" +
+	"NOT_PROVEN\x10\a\x12\x0e\n" +
+	"\n" +
+	"NOT_IN_LOT\x10\b2\x90\x06\n" +
 	"\n" +
 	"KeyService\x12L\n" +
 	"\rPrepareVector\x12\x1c.kme.v1.PrepareVectorRequest\x1a\x1d.kme.v1.PrepareVectorResponse\x12I\n" +
 	"\fEstablishKME\x12\x1b.kme.v1.EstablishKMERequest\x1a\x1c.kme.v1.EstablishKMEResponse\x12a\n" +
 	"\x14ReportAuthentication\x12#.kme.v1.ReportAuthenticationRequest\x1a$.kme.v1.ReportAuthenticationResponse\x12F\n" +
-	"\vRestoreRAND\x12\x1a.kme.v1.RestoreRANDRequest\x1a\x1b.kme.v1.RestoreRANDResponse\x12U\n" +
+	"\vRestoreRAND\x12\x1a.kme.v1.RestoreRANDRequest\x1a\x1b.kme.v1.RestoreRANDResponse\x12O\n" +
+	"\x0eCheckEquipment\x12\x1d.kme.v1.CheckEquipmentRequest\x1a\x1e.kme.v1.CheckEquipmentResponse\x12U\n" +
 	"\x10OpenProvisioning\x12\x1f.kme.v1.OpenProvisioningRequest\x1a .kme.v1.OpenProvisioningResponse\x12C\n" +
 	"\n" +
 	"GetBinding\x12\x19.kme.v1.GetBindingRequest\x1a\x1a.kme.v1.GetBindingResponse\x12I\n" +
@@ -1620,82 +1904,92 @@ func file_kme_v1_kme_proto_rawDescGZIP() []byte {
 	return file_kme_v1_kme_proto_rawDescData
 }
 
-var file_kme_v1_kme_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_kme_v1_kme_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
+var file_kme_v1_kme_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
+var file_kme_v1_kme_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_kme_v1_kme_proto_goTypes = []any{
 	(Control)(0),                         // 0: kme.v1.Control
 	(State)(0),                           // 1: kme.v1.State
-	(*PrepareVectorRequest)(nil),         // 2: kme.v1.PrepareVectorRequest
-	(*PrepareVectorResponse)(nil),        // 3: kme.v1.PrepareVectorResponse
-	(*EstablishKMERequest)(nil),          // 4: kme.v1.EstablishKMERequest
-	(*EstablishKMEResponse)(nil),         // 5: kme.v1.EstablishKMEResponse
-	(*ReportAuthenticationRequest)(nil),  // 6: kme.v1.ReportAuthenticationRequest
-	(*ReportAuthenticationResponse)(nil), // 7: kme.v1.ReportAuthenticationResponse
-	(*RestoreRANDRequest)(nil),           // 8: kme.v1.RestoreRANDRequest
-	(*RestoreRANDResponse)(nil),          // 9: kme.v1.RestoreRANDResponse
-	(*GetBindingRequest)(nil),            // 10: kme.v1.GetBindingRequest
-	(*GetBindingResponse)(nil),           // 11: kme.v1.GetBindingResponse
-	(*OpenProvisioningRequest)(nil),      // 12: kme.v1.OpenProvisioningRequest
-	(*OpenProvisioningResponse)(nil),     // 13: kme.v1.OpenProvisioningResponse
-	(*ListBindingsRequest)(nil),          // 14: kme.v1.ListBindingsRequest
-	(*ListBindingsResponse)(nil),         // 15: kme.v1.ListBindingsResponse
-	(*RevokeBindingRequest)(nil),         // 16: kme.v1.RevokeBindingRequest
-	(*StreamRequest)(nil),                // 17: kme.v1.StreamRequest
-	(*Call)(nil),                         // 18: kme.v1.Call
-	(*StreamResponse)(nil),               // 19: kme.v1.StreamResponse
-	(*Answer)(nil),                       // 20: kme.v1.Answer
-	(*CallError)(nil),                    // 21: kme.v1.CallError
-	(*timestamppb.Timestamp)(nil),        // 22: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),          // 23: google.protobuf.Duration
+	(EquipmentStatus)(0),                 // 2: kme.v1.EquipmentStatus
+	(EquipmentReason)(0),                 // 3: kme.v1.EquipmentReason
+	(*PrepareVectorRequest)(nil),         // 4: kme.v1.PrepareVectorRequest
+	(*PrepareVectorResponse)(nil),        // 5: kme.v1.PrepareVectorResponse
+	(*EstablishKMERequest)(nil),          // 6: kme.v1.EstablishKMERequest
+	(*EstablishKMEResponse)(nil),         // 7: kme.v1.EstablishKMEResponse
+	(*ReportAuthenticationRequest)(nil),  // 8: kme.v1.ReportAuthenticationRequest
+	(*ReportAuthenticationResponse)(nil), // 9: kme.v1.ReportAuthenticationResponse
+	(*RestoreRANDRequest)(nil),           // 10: kme.v1.RestoreRANDRequest
+	(*RestoreRANDResponse)(nil),          // 11: kme.v1.RestoreRANDResponse
+	(*CheckEquipmentRequest)(nil),        // 12: kme.v1.CheckEquipmentRequest
+	(*CheckEquipmentResponse)(nil),       // 13: kme.v1.CheckEquipmentResponse
+	(*GetBindingRequest)(nil),            // 14: kme.v1.GetBindingRequest
+	(*GetBindingResponse)(nil),           // 15: kme.v1.GetBindingResponse
+	(*OpenProvisioningRequest)(nil),      // 16: kme.v1.OpenProvisioningRequest
+	(*OpenProvisioningResponse)(nil),     // 17: kme.v1.OpenProvisioningResponse
+	(*ListBindingsRequest)(nil),          // 18: kme.v1.ListBindingsRequest
+	(*ListBindingsResponse)(nil),         // 19: kme.v1.ListBindingsResponse
+	(*RevokeBindingRequest)(nil),         // 20: kme.v1.RevokeBindingRequest
+	(*StreamRequest)(nil),                // 21: kme.v1.StreamRequest
+	(*Call)(nil),                         // 22: kme.v1.Call
+	(*StreamResponse)(nil),               // 23: kme.v1.StreamResponse
+	(*Answer)(nil),                       // 24: kme.v1.Answer
+	(*CallError)(nil),                    // 25: kme.v1.CallError
+	(*timestamppb.Timestamp)(nil),        // 26: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),          // 27: google.protobuf.Duration
 }
 var file_kme_v1_kme_proto_depIdxs = []int32{
 	0,  // 0: kme.v1.PrepareVectorResponse.control:type_name -> kme.v1.Control
 	1,  // 1: kme.v1.EstablishKMEResponse.state:type_name -> kme.v1.State
 	1,  // 2: kme.v1.ReportAuthenticationResponse.state:type_name -> kme.v1.State
 	0,  // 3: kme.v1.ReportAuthenticationResponse.control:type_name -> kme.v1.Control
-	1,  // 4: kme.v1.GetBindingResponse.state:type_name -> kme.v1.State
-	22, // 5: kme.v1.GetBindingResponse.established_at:type_name -> google.protobuf.Timestamp
-	22, // 6: kme.v1.GetBindingResponse.activated_at:type_name -> google.protobuf.Timestamp
-	22, // 7: kme.v1.GetBindingResponse.revoked_at:type_name -> google.protobuf.Timestamp
-	23, // 8: kme.v1.OpenProvisioningRequest.ttl:type_name -> google.protobuf.Duration
-	22, // 9: kme.v1.OpenProvisioningResponse.expires_at:type_name -> google.protobuf.Timestamp
-	11, // 10: kme.v1.ListBindingsResponse.bindings:type_name -> kme.v1.GetBindingResponse
-	18, // 11: kme.v1.StreamRequest.calls:type_name -> kme.v1.Call
-	2,  // 12: kme.v1.Call.prepare_vector:type_name -> kme.v1.PrepareVectorRequest
-	4,  // 13: kme.v1.Call.establish_kme:type_name -> kme.v1.EstablishKMERequest
-	6,  // 14: kme.v1.Call.report_authentication:type_name -> kme.v1.ReportAuthenticationRequest
-	8,  // 15: kme.v1.Call.restore_rand:type_name -> kme.v1.RestoreRANDRequest
-	10, // 16: kme.v1.Call.get_binding:type_name -> kme.v1.GetBindingRequest
-	20, // 17: kme.v1.StreamResponse.answers:type_name -> kme.v1.Answer
-	21, // 18: kme.v1.Answer.error:type_name -> kme.v1.CallError
-	3,  // 19: kme.v1.Answer.prepare_vector:type_name -> kme.v1.PrepareVectorResponse
-	5,  // 20: kme.v1.Answer.establish_kme:type_name -> kme.v1.EstablishKMEResponse
-	7,  // 21: kme.v1.Answer.report_authentication:type_name -> kme.v1.ReportAuthenticationResponse
-	9,  // 22: kme.v1.Answer.restore_rand:type_name -> kme.v1.RestoreRANDResponse
-	11, // 23: kme.v1.Answer.get_binding:type_name -> kme.v1.GetBindingResponse
-	2,  // 24: kme.v1.KeyService.PrepareVector:input_type -> kme.v1.PrepareVectorRequest
-	4,  // 25: kme.v1.KeyService.EstablishKME:input_type -> kme.v1.EstablishKMERequest
-	6,  // 26: kme.v1.KeyService.ReportAuthentication:input_type -> kme.v1.ReportAuthenticationRequest
-	8,  // 27: kme.v1.KeyService.RestoreRAND:input_type -> kme.v1.RestoreRANDRequest
-	12, // 28: kme.v1.KeyService.OpenProvisioning:input_type -> kme.v1.OpenProvisioningRequest
-	10, // 29: kme.v1.KeyService.GetBinding:input_type -> kme.v1.GetBindingRequest
-	14, // 30: kme.v1.KeyService.ListBindings:input_type -> kme.v1.ListBindingsRequest
-	16, // 31: kme.v1.KeyService.RevokeBinding:input_type -> kme.v1.RevokeBindingRequest
-	17, // 32: kme.v1.KeyService.Stream:input_type -> kme.v1.StreamRequest
-	3,  // 33: kme.v1.KeyService.PrepareVector:output_type -> kme.v1.PrepareVectorResponse
-	5,  // 34: kme.v1.KeyService.EstablishKME:output_type -> kme.v1.EstablishKMEResponse
-	7,  // 35: kme.v1.KeyService.ReportAuthentication:output_type -> kme.v1.ReportAuthenticationResponse
-	9,  // 36: kme.v1.KeyService.RestoreRAND:output_type -> kme.v1.RestoreRANDResponse
-	13, // 37: kme.v1.KeyService.OpenProvisioning:output_type -> kme.v1.OpenProvisioningResponse
-	11, // 38: kme.v1.KeyService.GetBinding:output_type -> kme.v1.GetBindingResponse
-	15, // 39: kme.v1.KeyService.ListBindings:output_type -> kme.v1.ListBindingsResponse
-	11, // 40: kme.v1.KeyService.RevokeBinding:output_type -> kme.v1.GetBindingResponse
-	19, // 41: kme.v1.KeyService.Stream:output_type -> kme.v1.StreamResponse
-	33, // [33:42] is the sub-list for method output_type
-	24, // [24:33] is the sub-list for method input_type
-	24, // [24:24] is the sub-list for extension type_name
-	24, // [24:24] is the sub-list for extension extendee
-	0,  // [0:24] is the sub-list for field type_name
+	2,  // 4: kme.v1.CheckEquipmentResponse.status:type_name -> kme.v1.EquipmentStatus
+	3,  // 5: kme.v1.CheckEquipmentResponse.reason:type_name -> kme.v1.EquipmentReason
+	1,  // 6: kme.v1.GetBindingResponse.state:type_name -> kme.v1.State
+	26, // 7: kme.v1.GetBindingResponse.established_at:type_name -> google.protobuf.Timestamp
+	26, // 8: kme.v1.GetBindingResponse.activated_at:type_name -> google.protobuf.Timestamp
+	26, // 9: kme.v1.GetBindingResponse.revoked_at:type_name -> google.protobuf.Timestamp
+	27, // 10: kme.v1.OpenProvisioningRequest.ttl:type_name -> google.protobuf.Duration
+	26, // 11: kme.v1.OpenProvisioningResponse.expires_at:type_name -> google.protobuf.Timestamp
+	15, // 12: kme.v1.ListBindingsResponse.bindings:type_name -> kme.v1.GetBindingResponse
+	22, // 13: kme.v1.StreamRequest.calls:type_name -> kme.v1.Call
+	4,  // 14: kme.v1.Call.prepare_vector:type_name -> kme.v1.PrepareVectorRequest
+	6,  // 15: kme.v1.Call.establish_kme:type_name -> kme.v1.EstablishKMERequest
+	8,  // 16: kme.v1.Call.report_authentication:type_name -> kme.v1.ReportAuthenticationRequest
+	10, // 17: kme.v1.Call.restore_rand:type_name -> kme.v1.RestoreRANDRequest
+	14, // 18: kme.v1.Call.get_binding:type_name -> kme.v1.GetBindingRequest
+	12, // 19: kme.v1.Call.check_equipment:type_name -> kme.v1.CheckEquipmentRequest
+	24, // 20: kme.v1.StreamResponse.answers:type_name -> kme.v1.Answer
+	25, // 21: kme.v1.Answer.error:type_name -> kme.v1.CallError
+	5,  // 22: kme.v1.Answer.prepare_vector:type_name -> kme.v1.PrepareVectorResponse
+	7,  // 23: kme.v1.Answer.establish_kme:type_name -> kme.v1.EstablishKMEResponse
+	9,  // 24: kme.v1.Answer.report_authentication:type_name -> kme.v1.ReportAuthenticationResponse
+	11, // 25: kme.v1.Answer.restore_rand:type_name -> kme.v1.RestoreRANDResponse
+	15, // 26: kme.v1.Answer.get_binding:type_name -> kme.v1.GetBindingResponse
+	13, // 27: kme.v1.Answer.check_equipment:type_name -> kme.v1.CheckEquipmentResponse
+	4,  // 28: kme.v1.KeyService.PrepareVector:input_type -> kme.v1.PrepareVectorRequest
+	6,  // 29: kme.v1.KeyService.EstablishKME:input_type -> kme.v1.EstablishKMERequest
+	8,  // 30: kme.v1.KeyService.ReportAuthentication:input_type -> kme.v1.ReportAuthenticationRequest
+	10, // 31: kme.v1.KeyService.RestoreRAND:input_type -> kme.v1.RestoreRANDRequest
+	12, // 32: kme.v1.KeyService.CheckEquipment:input_type -> kme.v1.CheckEquipmentRequest
+	16, // 33: kme.v1.KeyService.OpenProvisioning:input_type -> kme.v1.OpenProvisioningRequest
+	14, // 34: kme.v1.KeyService.GetBinding:input_type -> kme.v1.GetBindingRequest
+	18, // 35: kme.v1.KeyService.ListBindings:input_type -> kme.v1.ListBindingsRequest
+	20, // 36: kme.v1.KeyService.RevokeBinding:input_type -> kme.v1.RevokeBindingRequest
+	21, // 37: kme.v1.KeyService.Stream:input_type -> kme.v1.StreamRequest
+	5,  // 38: kme.v1.KeyService.PrepareVector:output_type -> kme.v1.PrepareVectorResponse
+	7,  // 39: kme.v1.KeyService.EstablishKME:output_type -> kme.v1.EstablishKMEResponse
+	9,  // 40: kme.v1.KeyService.ReportAuthentication:output_type -> kme.v1.ReportAuthenticationResponse
+	11, // 41: kme.v1.KeyService.RestoreRAND:output_type -> kme.v1.RestoreRANDResponse
+	13, // 42: kme.v1.KeyService.CheckEquipment:output_type -> kme.v1.CheckEquipmentResponse
+	17, // 43: kme.v1.KeyService.OpenProvisioning:output_type -> kme.v1.OpenProvisioningResponse
+	15, // 44: kme.v1.KeyService.GetBinding:output_type -> kme.v1.GetBindingResponse
+	19, // 45: kme.v1.KeyService.ListBindings:output_type -> kme.v1.ListBindingsResponse
+	15, // 46: kme.v1.KeyService.RevokeBinding:output_type -> kme.v1.GetBindingResponse
+	23, // 47: kme.v1.KeyService.Stream:output_type -> kme.v1.StreamResponse
+	38, // [38:48] is the sub-list for method output_type
+	28, // [28:38] is the sub-list for method input_type
+	28, // [28:28] is the sub-list for extension type_name
+	28, // [28:28] is the sub-list for extension extendee
+	0,  // [0:28] is the sub-list for field type_name
 }
 
 func init() { file_kme_v1_kme_proto_init() }
@@ -1703,28 +1997,30 @@ func file_kme_v1_kme_proto_init() {
 	if File_kme_v1_kme_proto != nil {
 		return
 	}
-	file_kme_v1_kme_proto_msgTypes[16].OneofWrappers = []any{
+	file_kme_v1_kme_proto_msgTypes[18].OneofWrappers = []any{
 		(*Call_PrepareVector)(nil),
 		(*Call_EstablishKme)(nil),
 		(*Call_ReportAuthentication)(nil),
 		(*Call_RestoreRand)(nil),
 		(*Call_GetBinding)(nil),
+		(*Call_CheckEquipment)(nil),
 	}
-	file_kme_v1_kme_proto_msgTypes[18].OneofWrappers = []any{
+	file_kme_v1_kme_proto_msgTypes[20].OneofWrappers = []any{
 		(*Answer_Error)(nil),
 		(*Answer_PrepareVector)(nil),
 		(*Answer_EstablishKme)(nil),
 		(*Answer_ReportAuthentication)(nil),
 		(*Answer_RestoreRand)(nil),
 		(*Answer_GetBinding)(nil),
+		(*Answer_CheckEquipment)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_kme_v1_kme_proto_rawDesc), len(file_kme_v1_kme_proto_rawDesc)),
-			NumEnums:      2,
-			NumMessages:   20,
+			NumEnums:      4,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

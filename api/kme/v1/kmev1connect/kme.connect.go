@@ -51,6 +51,9 @@ const (
 	KeyServiceReportAuthenticationProcedure = "/kme.v1.KeyService/ReportAuthentication"
 	// KeyServiceRestoreRANDProcedure is the fully-qualified name of the KeyService's RestoreRAND RPC.
 	KeyServiceRestoreRANDProcedure = "/kme.v1.KeyService/RestoreRAND"
+	// KeyServiceCheckEquipmentProcedure is the fully-qualified name of the KeyService's CheckEquipment
+	// RPC.
+	KeyServiceCheckEquipmentProcedure = "/kme.v1.KeyService/CheckEquipment"
 	// KeyServiceOpenProvisioningProcedure is the fully-qualified name of the KeyService's
 	// OpenProvisioning RPC.
 	KeyServiceOpenProvisioningProcedure = "/kme.v1.KeyService/OpenProvisioning"
@@ -88,6 +91,11 @@ type KeyServiceClient interface {
 	// and AUTS was made with the RAND as the HSS made it. One that was sent in clear comes back as it is. Reasons:
 	// MALFORMED, NOT_BOUND, HSM_UNAVAILABLE, STORE_UNAVAILABLE.
 	RestoreRAND(context.Context, *connect.Request[v1.RestoreRANDRequest]) (*connect.Response[v1.RestoreRANDResponse], error)
+	// CheckEquipment says whether a device may be served, for an equipment identity register that is asked by an MME (S13)
+	// or an AMF (N5g-eir): by what the device has proven, its manufacturer has revoked and the operator has listed, in the
+	// order of docs/equipment.md. It changes nothing. A device that nothing is known of is refused (UNKNOWN_DEVICE) where
+	// the policy says so. Reasons: MALFORMED, UNKNOWN_DEVICE, DIRECTORY_UNAVAILABLE, STORE_UNAVAILABLE.
+	CheckEquipment(context.Context, *connect.Request[v1.CheckEquipmentRequest]) (*connect.Response[v1.CheckEquipmentResponse], error)
 	// OpenProvisioning lets an IMSI be bound to another device, or anew to the same one, once: until ttl has passed, or a
 	// KME is established, vectors for origins that may provision are PROVISIONING_ONLY, in an attempt of each origin's
 	// own. The binding that the IMSI has stands until the first pre-processed authentication of the new one. For
@@ -148,6 +156,12 @@ func NewKeyServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...
 			connect.WithSchema(keyServiceMethods.ByName("RestoreRAND")),
 			connect.WithClientOptions(opts...),
 		),
+		checkEquipment: connect.NewClient[v1.CheckEquipmentRequest, v1.CheckEquipmentResponse](
+			httpClient,
+			baseURL+KeyServiceCheckEquipmentProcedure,
+			connect.WithSchema(keyServiceMethods.ByName("CheckEquipment")),
+			connect.WithClientOptions(opts...),
+		),
 		openProvisioning: connect.NewClient[v1.OpenProvisioningRequest, v1.OpenProvisioningResponse](
 			httpClient,
 			baseURL+KeyServiceOpenProvisioningProcedure,
@@ -187,6 +201,7 @@ type keyServiceClient struct {
 	establishKME         *connect.Client[v1.EstablishKMERequest, v1.EstablishKMEResponse]
 	reportAuthentication *connect.Client[v1.ReportAuthenticationRequest, v1.ReportAuthenticationResponse]
 	restoreRAND          *connect.Client[v1.RestoreRANDRequest, v1.RestoreRANDResponse]
+	checkEquipment       *connect.Client[v1.CheckEquipmentRequest, v1.CheckEquipmentResponse]
 	openProvisioning     *connect.Client[v1.OpenProvisioningRequest, v1.OpenProvisioningResponse]
 	getBinding           *connect.Client[v1.GetBindingRequest, v1.GetBindingResponse]
 	listBindings         *connect.Client[v1.ListBindingsRequest, v1.ListBindingsResponse]
@@ -212,6 +227,11 @@ func (c *keyServiceClient) ReportAuthentication(ctx context.Context, req *connec
 // RestoreRAND calls kme.v1.KeyService.RestoreRAND.
 func (c *keyServiceClient) RestoreRAND(ctx context.Context, req *connect.Request[v1.RestoreRANDRequest]) (*connect.Response[v1.RestoreRANDResponse], error) {
 	return c.restoreRAND.CallUnary(ctx, req)
+}
+
+// CheckEquipment calls kme.v1.KeyService.CheckEquipment.
+func (c *keyServiceClient) CheckEquipment(ctx context.Context, req *connect.Request[v1.CheckEquipmentRequest]) (*connect.Response[v1.CheckEquipmentResponse], error) {
+	return c.checkEquipment.CallUnary(ctx, req)
 }
 
 // OpenProvisioning calls kme.v1.KeyService.OpenProvisioning.
@@ -262,6 +282,11 @@ type KeyServiceHandler interface {
 	// and AUTS was made with the RAND as the HSS made it. One that was sent in clear comes back as it is. Reasons:
 	// MALFORMED, NOT_BOUND, HSM_UNAVAILABLE, STORE_UNAVAILABLE.
 	RestoreRAND(context.Context, *connect.Request[v1.RestoreRANDRequest]) (*connect.Response[v1.RestoreRANDResponse], error)
+	// CheckEquipment says whether a device may be served, for an equipment identity register that is asked by an MME (S13)
+	// or an AMF (N5g-eir): by what the device has proven, its manufacturer has revoked and the operator has listed, in the
+	// order of docs/equipment.md. It changes nothing. A device that nothing is known of is refused (UNKNOWN_DEVICE) where
+	// the policy says so. Reasons: MALFORMED, UNKNOWN_DEVICE, DIRECTORY_UNAVAILABLE, STORE_UNAVAILABLE.
+	CheckEquipment(context.Context, *connect.Request[v1.CheckEquipmentRequest]) (*connect.Response[v1.CheckEquipmentResponse], error)
 	// OpenProvisioning lets an IMSI be bound to another device, or anew to the same one, once: until ttl has passed, or a
 	// KME is established, vectors for origins that may provision are PROVISIONING_ONLY, in an attempt of each origin's
 	// own. The binding that the IMSI has stands until the first pre-processed authentication of the new one. For
@@ -318,6 +343,12 @@ func NewKeyServiceHandler(svc KeyServiceHandler, opts ...connect.HandlerOption) 
 		connect.WithSchema(keyServiceMethods.ByName("RestoreRAND")),
 		connect.WithHandlerOptions(opts...),
 	)
+	keyServiceCheckEquipmentHandler := connect.NewUnaryHandler(
+		KeyServiceCheckEquipmentProcedure,
+		svc.CheckEquipment,
+		connect.WithSchema(keyServiceMethods.ByName("CheckEquipment")),
+		connect.WithHandlerOptions(opts...),
+	)
 	keyServiceOpenProvisioningHandler := connect.NewUnaryHandler(
 		KeyServiceOpenProvisioningProcedure,
 		svc.OpenProvisioning,
@@ -358,6 +389,8 @@ func NewKeyServiceHandler(svc KeyServiceHandler, opts ...connect.HandlerOption) 
 			keyServiceReportAuthenticationHandler.ServeHTTP(w, r)
 		case KeyServiceRestoreRANDProcedure:
 			keyServiceRestoreRANDHandler.ServeHTTP(w, r)
+		case KeyServiceCheckEquipmentProcedure:
+			keyServiceCheckEquipmentHandler.ServeHTTP(w, r)
 		case KeyServiceOpenProvisioningProcedure:
 			keyServiceOpenProvisioningHandler.ServeHTTP(w, r)
 		case KeyServiceGetBindingProcedure:
@@ -391,6 +424,10 @@ func (UnimplementedKeyServiceHandler) ReportAuthentication(context.Context, *con
 
 func (UnimplementedKeyServiceHandler) RestoreRAND(context.Context, *connect.Request[v1.RestoreRANDRequest]) (*connect.Response[v1.RestoreRANDResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("kme.v1.KeyService.RestoreRAND is not implemented"))
+}
+
+func (UnimplementedKeyServiceHandler) CheckEquipment(context.Context, *connect.Request[v1.CheckEquipmentRequest]) (*connect.Response[v1.CheckEquipmentResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("kme.v1.KeyService.CheckEquipment is not implemented"))
 }
 
 func (UnimplementedKeyServiceHandler) OpenProvisioning(context.Context, *connect.Request[v1.OpenProvisioningRequest]) (*connect.Response[v1.OpenProvisioningResponse], error) {

@@ -1,0 +1,120 @@
+package binding
+
+import (
+	"context"
+
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// An EquipmentStatus is the colour that an equipment identity register gives a device (3GPP TS 22.016 clause 2), or
+// Unknown: nothing is known of it, and no default stands for that.
+type EquipmentStatus string
+
+const (
+	Whitelisted EquipmentStatus = "WHITELISTED"
+	Greylisted  EquipmentStatus = "GREYLISTED"
+	Blacklisted EquipmentStatus = "BLACKLISTED"
+	Unknown     EquipmentStatus = "UNKNOWN"
+)
+
+// An EquipmentReason is the rule of docs/equipment.md that gave a status.
+type EquipmentReason string
+
+const (
+	Listed            EquipmentReason = "LISTED"             // by the operator
+	RevokedDevice     EquipmentReason = "REVOKED_DEVICE"     // by its manufacturer
+	ReissuedDevice    EquipmentReason = "REISSUED_DEVICE"    // the key that its KME rests on was replaced
+	OtherDevice       EquipmentReason = "OTHER_DEVICE"       // the IMSI is bound to another one
+	OtherSubscription EquipmentReason = "OTHER_SUBSCRIPTION" // it is proven, for other IMSIs only
+	Proven            EquipmentReason = "PROVEN"             // for the IMSI, if there is one
+	NotProven         EquipmentReason = "NOT_PROVEN"         // it could be
+	NotInLot          EquipmentReason = "NOT_IN_LOT"         // it cannot be
+)
+
+// Equipment is the answer to CheckEquipment.
+type Equipment struct {
+	Status EquipmentStatus
+	Reason EquipmentReason
+}
+
+// An EquipmentPolicy is what the operator says where the rules leave it to them.
+type EquipmentPolicy struct {
+	OtherDevice       EquipmentStatus // of a device with an IMSI that is bound to another
+	OtherSubscription EquipmentStatus // of one that is proven for other IMSIs only
+	NotInLot          EquipmentStatus // of one that cannot prove itself
+}
+
+// DefaultEquipmentPolicy has a SIM work in its own device only, and leaves devices alone that cannot prove anything.
+func DefaultEquipmentPolicy() EquipmentPolicy {
+	return EquipmentPolicy{OtherDevice: Blacklisted, OtherSubscription: Greylisted, NotInLot: Whitelisted}
+}
+
+// CheckEquipment says whether a device may be served, by the rules of docs/equipment.md; with the zero IMSI, where the
+// subscription is not known. It reads the store once, and asks no HSM.
+func (s *Service) CheckEquipment(ctx context.Context, imei kme.IMEI, imsi kme.IMSI) (Equipment, error) {
+	e, err := s.check(ctx, imei, imsi)
+	if err != nil {
+		return e, s.failed(ctx, "check equipment", imsi, err, "imei", imei)
+	}
+	s.log.DebugContext(ctx, "equipment checked", "imsi", imsi, "imei", imei, "status", e.Status, "equipment", e.Reason)
+	return e, nil
+}
+
+func (s *Service) check(ctx context.Context, imei kme.IMEI, imsi kme.IMSI) (Equipment, error) {
+	lot := s.lots.find(imei)
+	if lot != nil {
+		if revoked, err := lot.reader.Revoked(lot.manifest, imei); revoked || err != nil {
+			return revokedEquipment(err)
+		}
+	}
+	own, of, err := s.store.Equipment(ctx, imei, imsi, s.times.Now())
+	if err != nil {
+		return Equipment{}, fromStore(ctx, err)
+	}
+	var proven, reissued bool // by a key that stands; by one that was replaced
+	for _, b := range of {
+		if !s.lots.trust(b) {
+			continue
+		}
+		if revoked, err := s.lots.revoked(b); revoked || err != nil { // also of a lot that was retired
+			return revokedEquipment(err)
+		}
+		old, err := s.lots.reissued(ctx, b)
+		if err != nil {
+			return Equipment{}, err
+		}
+		if b.IMSI == imsi { // no other counts
+			proven, reissued = !old, old
+			break
+		}
+		proven, reissued = proven || !old, reissued || old
+	}
+	held := own.Active
+	expected := lot != nil && own.expects(imei)
+	switch {
+	case reissued && !proven:
+		return Equipment{Blacklisted, ReissuedDevice}, nil
+	case proven && (imsi == kme.IMSI{} || held != nil && held.IMEI == imei):
+		return Equipment{Whitelisted, Proven}, nil
+	case held != nil && held.IMEI != imei && !expected:
+		return Equipment{s.equipment.OtherDevice, OtherDevice}, nil
+	case proven && !expected:
+		return Equipment{s.equipment.OtherSubscription, OtherSubscription}, nil
+	case lot != nil:
+		return Equipment{Greylisted, NotProven}, nil
+	}
+	return Equipment{s.equipment.NotInLot, NotInLot}, nil
+}
+
+// revokedEquipment is the answer about a device that is revoked, or may be: that is err.
+func revokedEquipment(err error) (Equipment, error) {
+	if err != nil {
+		return Equipment{}, revocationsUnknown(err)
+	}
+	return Equipment{Blacklisted, RevokedDevice}, nil
+}
+
+// expects says whether a device is about to be bound, or may be beside a binding: an administrator has opened that.
+func (s *Subscription) expects(imei kme.IMEI) bool {
+	return s.Pending != nil && s.Pending.IMEI == imei || len(s.Attempts) > 0
+}
