@@ -102,7 +102,7 @@ func BenchmarkCalls(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	c, err := client.New(client.Options{URL: url, TLS: config, Timeout: testproc.Patience})
+	c, err := client.New(client.Options{URLs: []string{url}, TLS: config, Timeout: testproc.Patience})
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -31,7 +31,7 @@ func parseIMSITest(t *testing.T, text string) kme.IMSI {
 
 func newClient(t *testing.T, path string, o client.Options) *client.Client {
 	t.Helper()
-	o.URL = "unix:" + path
+	o.URLs = []string{"unix:" + path}
 	c, err := client.New(o)
 	if err != nil {
 		t.Fatal(err)

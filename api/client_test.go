@@ -76,7 +76,7 @@ func Example() {
 	}
 	defer stop()
 
-	c, err := client.New(client.Options{URL: url}) // or https://HOST:PORT, with TLS
+	c, err := client.New(client.Options{URLs: []string{url}}) // or https://HOST:PORT, with TLS
 	if err != nil {
 		panic(err)
 	}
@@ -109,7 +109,7 @@ func open(t *testing.T, o client.Options, before func(http.ResponseWriter, *http
 		t.Fatal(err)
 	}
 	t.Cleanup(stop)
-	o.URL = url
+	o.URLs = []string{url}
 	c, err := client.New(o)
 	if err != nil {
 		t.Fatal(err)

@@ -70,6 +70,7 @@ type streaming struct {
 	server   *http.Server
 	handler  *Handler
 	opened   atomic.Int64 // streams
+	unready  atomic.Bool  // as /readyz says
 	client   kmev1connect.KeyServiceClient
 	*connect.BidiStreamForClient[kmev1.StreamRequest, kmev1.StreamResponse]
 }
@@ -82,6 +83,12 @@ func newStreaming(t *testing.T, transport *http.Transport) *streaming {
 	service := binding.NewService(binding.Options{Store: s.store, Times: binding.DefaultTimes(), Metrics: metrics,
 		Log: slog.New(slog.NewJSONHandler(&s.log, nil))})
 	s.handler = NewHandler(Options{Service: service, Metrics: metrics, Gather: http.NotFoundHandler(), Streams: streams,
+		Ready: func(context.Context) (_ []string, err error) {
+			if s.unready.Load() {
+				err = errors.New("no HSM")
+			}
+			return nil, err
+		},
 		Clients: everybody(t, Client{Name: "test", Roles: []Role{RoleHSS}, PLMNs: []string{"00101"}})})
 	s.listen(t)
 	transport.Protocols = new(http.Protocols)

@@ -118,7 +118,7 @@ func TestPostgresTwoInstances(t *testing.T) {
 	for range 2 {
 		socket := filepath.Join(t.TempDir(), "s")
 		w.start(t, socket)
-		c := must[*client.Client](t)(client.New(client.Options{URL: "unix:" + socket, Tries: 1}))
+		c := must[*client.Client](t)(client.New(client.Options{URLs: []string{"unix:" + socket}, Tries: 1}))
 		defer c.Close()
 		clients = append(clients, c)
 	}
@@ -173,7 +173,7 @@ func killed(t *testing.T, storeName string, besides func(round int)) {
 	l := r.lot
 	socket := filepath.Join(t.TempDir(), "s")
 	dial := func() *client.Client {
-		return must[*client.Client](t)(client.New(client.Options{URL: "unix:" + socket, Tries: 1,
+		return must[*client.Client](t)(client.New(client.Options{URLs: []string{"unix:" + socket}, Tries: 1,
 			Timeout: testproc.Patience}))
 	}
 

@@ -8,12 +8,8 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"net"
-	"net/http"
-	"net/url"
 	"slices"
-	"strings"
-	"sync"
+	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect"
@@ -53,75 +49,54 @@ func (e *Error) Temporary() bool {
 
 // Options are a Client's.
 type Options struct {
-	URL     string        // https://HOST:PORT, or unix:PATH
+	// URLs are https://HOST:PORT or unix:PATH: one, or those of several instances that serve from one store, up to 16.
+	URLs    []string
 	TLS     *tls.Config   // for https: the service's CA, and the client's certificate
 	Timeout time.Duration // of a call with all its tries, 5 seconds if 0; a deadline of the call's context counts too
-	Tries   int           // of a call that may be repeated, 3 if 0
+	Tries   int           // of a call that may be repeated, at each instance, 3 if 0
 }
 
 // A Client may be used concurrently. A context's deadline goes with the call: the service does
 // no work for whoever has gone.
 //
-// The calls of an attach, CheckEquipment and GetBinding are made in one stream: the first opens it, and so does the first after it
-// has broken. Those of an administrator are made by themselves.
+// The calls of an attach, CheckEquipment and GetBinding are made in one stream to each instance: the first opens it, and
+// so does the first after it has broken. Those of an administrator are made by themselves.
 //
 // Calls that give the same answer however often they are made are made again, with a pause, when the service cannot be
 // reached or says that it may answer later: all but OpenProvisioning and a report of a failed authentication.
+//
+// Of several instances, each gets its share of the calls. A call that may be made again goes to the next one at once. An
+// instance that cannot be reached, is silent, or has lost its HSM or its store gets no calls until its /readyz says that
+// it is ready, as long as another is.
 type Client struct {
-	service kmev1connect.KeyServiceClient
-	streams *opener
-	http    *http.Client
-	timeout time.Duration
-	tries   int
-
-	mu     sync.Mutex
-	stream *stream // guarded by mu: what calls are made by; nil before the first
+	instances []*instance
+	turn      atomic.Uint32 // whose it is
+	timeout   time.Duration
+	tries     int
 }
 
 // New makes a client. It does not connect yet.
 func New(o Options) (*Client, error) {
-	protocols := new(http.Protocols)
 	c := &Client{timeout: cmp.Or(o.Timeout, 5*time.Second), tries: cmp.Or(o.Tries, 3)}
-	dialer := &net.Dialer{Timeout: c.timeout}
-	patience := max(c.timeout, time.Second)
-	transport := &http.Transport{
-		Protocols: protocols, TLSClientConfig: o.TLS, MaxIdleConnsPerHost: 16, IdleConnTimeout: time.Minute,
-		DialContext: dialer.DialContext, TLSHandshakeTimeout: c.timeout,
-		// A connection that is silent is asked whether it is there: nothing else ends a stream whose server has gone
-		// without a word.
-		HTTP2: &http.HTTP2Config{SendPingTimeout: patience, PingTimeout: patience},
+	if len(o.URLs) == 0 || len(o.URLs) > maxInstances {
+		return nil, fmt.Errorf("a client has from 1 to %d addresses of the service, not %d", maxInstances, len(o.URLs))
 	}
-	base := o.URL
-	if path, ok := strings.CutPrefix(o.URL, "unix:"); ok && path != "" {
-		path = strings.TrimPrefix(path, "//")
-		protocols.SetUnencryptedHTTP2(true)
-		transport.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return dialer.DialContext(ctx, "unix", path)
+	for _, u := range o.URLs {
+		i, err := newInstance(u, o.TLS, c.timeout)
+		if err != nil {
+			return nil, err
 		}
-		base = "http://keysvc"
-	} else {
-		protocols.SetHTTP2(true)
-		if u, err := url.Parse(o.URL); err != nil || u.Scheme != "https" || u.Host == "" {
-			return nil, fmt.Errorf("the service's address is https://HOST:PORT or unix:PATH, not %q", o.URL)
-		}
-		if o.TLS == nil || len(o.TLS.Certificates) == 0 && o.TLS.GetClientCertificate == nil {
-			return nil, errors.New("the service wants a client certificate: TLS has none")
-		}
+		c.instances = append(c.instances, i)
 	}
-	c.http = &http.Client{Transport: whole{transport}}
-	c.service, c.streams = kmev1connect.NewKeyServiceClient(c.http, base), newOpener(c.http, base)
 	return c, nil
 }
 
-// Close ends the stream with what is under way in it, and closes connections that are idle then. A call after it
+// Close ends the streams with what is under way in them, and closes connections that are idle then. A call after it
 // connects again.
 func (c *Client) Close() {
-	c.mu.Lock()
-	if c.stream != nil {
-		c.stream.end()
+	for _, i := range c.instances {
+		i.close()
 	}
-	c.mu.Unlock()
-	c.http.CloseIdleConnections()
 }
 
 // A RAND is the random challenge of an authentication vector.
@@ -243,13 +218,13 @@ func (c *Client) CheckEquipment(ctx context.Context, imei kme.IMEI, imsi kme.IMS
 func (c *Client) OpenProvisioning(
 	ctx context.Context, imsi kme.IMSI, ttl time.Duration,
 ) (*kmev1.OpenProvisioningResponse, error) {
-	return alone(ctx, c, false, c.service.OpenProvisioning, &kmev1.OpenProvisioningRequest{Imsi: imsi.String(),
+	return alone(ctx, c, false, kmev1connect.KeyServiceClient.OpenProvisioning, &kmev1.OpenProvisioningRequest{Imsi: imsi.String(),
 		Ttl: durationpb.New(ttl)})
 }
 
 // RevokeBinding ends an IMSI's bindings.
 func (c *Client) RevokeBinding(ctx context.Context, imsi kme.IMSI) (*kmev1.GetBindingResponse, error) {
-	return alone(ctx, c, true, c.service.RevokeBinding, &kmev1.RevokeBindingRequest{Imsi: imsi.String()})
+	return alone(ctx, c, true, kmev1connect.KeyServiceClient.RevokeBinding, &kmev1.RevokeBindingRequest{Imsi: imsi.String()})
 }
 
 func fill(to, from []byte) error {
@@ -262,10 +237,10 @@ func fill(to, from []byte) error {
 // alone makes a call by itself.
 func alone[Q, A any](
 	ctx context.Context, c *Client, again bool,
-	method func(context.Context, *connect.Request[Q]) (*connect.Response[A], error), q *Q,
+	method func(kmev1connect.KeyServiceClient, context.Context, *connect.Request[Q]) (*connect.Response[A], error), q *Q,
 ) (*A, error) {
-	return try(ctx, c, again, func(ctx context.Context) (*A, error) {
-		answer, err := method(ctx, connect.NewRequest(q))
+	return try(ctx, c, again, func(ctx context.Context, i *instance) (*A, error) {
+		answer, err := method(i.service, ctx, connect.NewRequest(q))
 		if err != nil {
 			return nil, err
 		}
@@ -283,39 +258,38 @@ func (c *Client) call(ctx context.Context, again bool, call *kmev1.Call) (*kmev1
 		return nil, &Error{kme.Malformed, fmt.Sprintf("the call has %d bytes, of %d that it may have", len(encoded),
 			maxCall)}
 	}
-	return try(ctx, c, again, func(ctx context.Context) (*kmev1.Answer, error) {
-		return c.current().call(ctx, slices.Clip(encoded))
+	return try(ctx, c, again, func(ctx context.Context, i *instance) (*kmev1.Answer, error) {
+		return i.current().call(ctx, slices.Clip(encoded))
 	})
 }
 
-func (c *Client) current() *stream {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.stream == nil || c.stream.ended() {
-		c.stream = open(c.streams)
-	}
-	return c.stream
-}
-
-// try makes a call, again if it may be.
+// try makes a call, again if it may be: at each instance, and then, after a pause, once more.
 func try[A any](
-	ctx context.Context, c *Client, again bool, call func(context.Context) (*A, error),
+	ctx context.Context, c *Client, again bool, call func(context.Context, *instance) (*A, error),
 ) (*A, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
-	for try, pause := 1, 20*time.Millisecond; ; try, pause = try+1, 4*pause {
-		answer, err := call(ctx)
+	var tried instances
+	for round, pause := 1, 20*time.Millisecond; ; {
+		i := c.pick(&tried)
+		answer, err := once(ctx, c, i, again, call)
 		if err == nil {
 			return answer, nil
 		}
 		err, temporary := explain(err)
-		if !again || !temporary || try >= c.tries {
+		others := tried.count() < len(c.instances)
+		if !again || !temporary || !others && round >= c.tries || ctx.Err() != nil {
 			return nil, err
 		}
+		if others {
+			continue
+		}
+		tried, round = 0, round+1
 		select {
 		case <-ctx.Done():
 			return nil, err
 		case <-time.After(pause/2 + rand.N(pause)):
+			pause *= 4
 		}
 	}
 }

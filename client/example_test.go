@@ -51,7 +51,7 @@ func Example() {
 	trust := server.Client().Transport.(*http.Transport).TLSClientConfig.RootCAs
 
 	c, err := client.New(client.Options{
-		URL: server.URL, // https://HOST:PORT
+		URLs: []string{server.URL}, // https://HOST:PORT
 		// its CA, and the HSS's own certificate
 		TLS: &tls.Config{RootCAs: trust, Certificates: server.TLS.Certificates},
 	})

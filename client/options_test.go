@@ -11,17 +11,19 @@ import (
 func TestNewRefuses(t *testing.T) {
 	certificate := &tls.Config{Certificates: make([]tls.Certificate, 1)}
 	for want, o := range map[string]client.Options{
-		"unix:PATH, not \"\"":  {},
-		"not \"http://x\"":     {URL: "http://x", TLS: certificate},
-		"not \"https://\"":     {URL: "https://", TLS: certificate},
-		"not \"unix:\"":        {URL: "unix:"},
-		"a client certificate": {URL: "https://x"},
+		"unix:PATH, not \"\"":                          {URLs: []string{""}},
+		"from 1 to 16 addresses of the service, not 0": {},
+		"not 17":               {URLs: make([]string, 17)},
+		"not \"http://x\"":     {URLs: []string{"http://x"}, TLS: certificate},
+		"not \"https://\"":     {URLs: []string{"https://"}, TLS: certificate},
+		"not \"unix:\"":        {URLs: []string{"unix:"}},
+		"a client certificate": {URLs: []string{"https://x"}},
 	} {
 		if _, err := client.New(o); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%+v: %v does not say %q", o, err, want)
 		}
 	}
-	if _, err := client.New(client.Options{URL: "https://x:1", TLS: certificate}); err != nil {
+	if _, err := client.New(client.Options{URLs: []string{"https://x:1"}, TLS: certificate}); err != nil {
 		t.Error(err)
 	}
 }

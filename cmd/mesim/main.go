@@ -28,8 +28,8 @@ var deviceFlags = []cli.Flag{
 }
 
 var serverFlags = []cli.Flag{
-	&cli.StringFlag{Name: "server", Usage: "keysvc's `URL`: https://HOST:PORT, or unix:/path; attach and load " +
-		"--whole take s6a:/path too, the test MME of plugins/freediameter"},
+	&cli.StringFlag{Name: "server", Usage: "keysvc's `URL`: https://HOST:PORT, or unix:/path; several instances of one store " +
+		"with commas between; attach and load --whole take s6a:/path too, the test MME of plugins/freediameter"},
 	&cli.StringFlag{Name: "origin", Usage: "whom the simulated HSS names as its peer, a `NAME`: an MME's Origin-Host " +
 		"(default: none)"},
 	&cli.StringFlag{Name: "cert", Usage: "the client's certificate, as `PEM`"},
@@ -220,8 +220,10 @@ func dial(c *cli.Context) (n mesim.Network, err error) {
 	if n.Origin.Name, err = kme.ParseOrigin(c.String("origin")); err != nil {
 		return n, cmdline.Usagef("--origin: %w", err)
 	}
-	o := client.Options{URL: c.String("server"), Timeout: 30 * time.Second, Tries: 1} // once: every refusal counts
-	path, s6a := strings.CutPrefix(o.URL, "s6a:")
+	server := c.String("server")
+	o := client.Options{URLs: strings.Split(server, ","), Timeout: 30 * time.Second,
+		Tries: 1} // once, at each instance: every refusal counts
+	path, s6a := strings.CutPrefix(server, "s6a:")
 	switch {
 	case s6a:
 		if err := cmdline.Require(c, "subscribers"); err != nil {
@@ -231,15 +233,15 @@ func dial(c *cli.Context) (n mesim.Network, err error) {
 			n.MME, err = mesim.DialMME(path)
 		}
 		return n, err
-	case strings.HasPrefix(o.URL, "https://"):
+	case strings.HasPrefix(server, "https://"):
 		if err := cmdline.Require(c, "cert", "key", "ca"); err != nil {
 			return n, err
 		}
 		if o.TLS, err = cmdline.ClientTLS(c.String("cert"), c.String("key"), c.String("ca")); err != nil {
 			return n, err
 		}
-	case !strings.HasPrefix(o.URL, "unix:"):
-		return n, cmdline.Usagef("--server is https://HOST:PORT or unix:/path, not %q", o.URL)
+	case !strings.HasPrefix(server, "unix:"):
+		return n, cmdline.Usagef("--server is https://HOST:PORT or unix:/path, not %q", server)
 	}
 	n.Client, err = client.New(o)
 	return n, err

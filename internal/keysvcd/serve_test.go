@@ -79,7 +79,7 @@ func TestServe(t *testing.T) {
 		status, _ := get("/readyz")
 		return status == http.StatusOK
 	})
-	c, err := client.New(client.Options{URL: "unix:" + socket, Timeout: testproc.Patience})
+	c, err := client.New(client.Options{URLs: []string{"unix:" + socket}, Timeout: testproc.Patience})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -141,7 +141,7 @@ func (o *operator) serve(t testing.TB) *client.Client {
 	server := &http.Server{Handler: mux, Protocols: protocols}
 	go server.Serve(listener)
 	t.Cleanup(func() { server.Close() })
-	c := must[*client.Client](t)(client.New(client.Options{URL: "unix:" + path, Timeout: testproc.Patience, Tries: 1}))
+	c := must[*client.Client](t)(client.New(client.Options{URLs: []string{"unix:" + path}, Timeout: testproc.Patience, Tries: 1}))
 	t.Cleanup(c.Close)
 	return c
 }

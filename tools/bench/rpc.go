@@ -56,7 +56,7 @@ func (b *bench) measureRPC() (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	hss, err := client.New(client.Options{URL: b.server, TLS: tls, Timeout: 30 * time.Second, Tries: 1})
+	hss, err := client.New(client.Options{URLs: []string{b.server}, TLS: tls, Timeout: 30 * time.Second, Tries: 1})
 	if err != nil {
 		return nil, err
 	}

@@ -1,0 +1,198 @@
+package client
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"math/bits"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+const (
+	maxInstances = 16
+	watchEvery   = 500 * time.Millisecond // how often an instance that is away is asked whether it is ready
+)
+
+// An instance is one keysvc.
+type instance struct {
+	service kmev1connect.KeyServiceClient
+	streams *opener
+	http    *http.Client
+	base    string
+
+	mu      sync.Mutex
+	stream  *stream            // guarded by mu: what calls are made by; nil before the first
+	unwatch context.CancelFunc // guarded by mu: nil as long as the instance gets calls
+}
+
+func newInstance(address string, config *tls.Config, timeout time.Duration) (*instance, error) {
+	protocols := new(http.Protocols)
+	dialer := &net.Dialer{Timeout: timeout}
+	patience := max(timeout/4, time.Second)
+	transport := &http.Transport{
+		Protocols: protocols, TLSClientConfig: config, MaxIdleConnsPerHost: 16, IdleConnTimeout: time.Minute,
+		DialContext: dialer.DialContext, TLSHandshakeTimeout: timeout,
+		// A connection that is silent is asked whether it is there: nothing else ends a stream whose server has gone
+		// without a word.
+		HTTP2: &http.HTTP2Config{SendPingTimeout: patience, PingTimeout: patience},
+	}
+	base := address
+	if path, ok := strings.CutPrefix(address, "unix:"); ok && path != "" {
+		path = strings.TrimPrefix(path, "//")
+		protocols.SetUnencryptedHTTP2(true)
+		transport.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return dialer.DialContext(ctx, "unix", path)
+		}
+		base = "http://keysvc"
+	} else {
+		protocols.SetHTTP2(true)
+		if u, err := url.Parse(address); err != nil || u.Scheme != "https" || u.Host == "" {
+			return nil, fmt.Errorf("the service's address is https://HOST:PORT or unix:PATH, not %q", address)
+		}
+		if config == nil || len(config.Certificates) == 0 && config.GetClientCertificate == nil {
+			return nil, errors.New("the service wants a client certificate: TLS has none")
+		}
+	}
+	c := &http.Client{Transport: whole{transport}}
+	return &instance{service: kmev1connect.NewKeyServiceClient(c, base), streams: newOpener(c, base), http: c,
+		base: base}, nil
+}
+
+func (i *instance) close() {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.stream != nil {
+		i.stream.end()
+	}
+	if i.unwatch != nil {
+		i.unwatch()
+		i.unwatch = nil
+	}
+	i.http.CloseIdleConnections()
+}
+
+func (i *instance) current() *stream {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.stream == nil || i.stream.ended() {
+		i.stream = open(i.streams)
+	}
+	return i.stream
+}
+
+func (i *instance) away() bool {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.unwatch != nil
+}
+
+// leave gives the instance no more calls until it says that it is ready.
+func (i *instance) leave() {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.unwatch != nil {
+		return
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	i.unwatch = cancel
+	go func() {
+		for !i.ready(ctx) {
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(watchEvery):
+			}
+		}
+		i.mu.Lock()
+		defer i.mu.Unlock()
+		if ctx.Err() == nil {
+			cancel()
+			i.unwatch = nil
+		}
+	}()
+}
+
+func (i *instance) ready(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, 4*watchEvery)
+	defer cancel()
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, i.base+"/readyz", nil)
+	if err != nil {
+		return false
+	}
+	answer, err := i.http.Do(r)
+	if err != nil {
+		return false
+	}
+	io.Copy(io.Discard, io.LimitReader(answer.Body, 4096))
+	answer.Body.Close()
+	return answer.StatusCode == http.StatusOK
+}
+
+// instances are a set, a bit each.
+type instances uint16
+
+func (s instances) count() int { return bits.OnesCount16(uint16(s)) }
+
+// pick gives the instance whose turn it is, of those that were not tried: one that is not away, if there is one.
+func (c *Client) pick(tried *instances) *instance {
+	if len(c.instances) == 1 {
+		*tried = 1
+		return c.instances[0]
+	}
+	turn := int(c.turn.Add(1))
+	picked := -1
+	for n := range c.instances {
+		at := (turn + n) % len(c.instances)
+		if *tried&(1<<at) != 0 {
+			continue
+		}
+		if picked < 0 {
+			picked = at
+		}
+		if !c.instances[at].away() {
+			picked = at
+			break
+		}
+	}
+	*tried |= 1 << picked
+	return c.instances[picked]
+}
+
+// once makes a call at one instance. If it may be made at another, half of its time is kept for that.
+func once[A any](
+	ctx context.Context, c *Client, i *instance, again bool, call func(context.Context, *instance) (*A, error),
+) (*A, error) {
+	if len(c.instances) == 1 {
+		return call(ctx, i)
+	}
+	short, cancel := ctx, context.CancelFunc(func() {})
+	if until, ok := ctx.Deadline(); ok && again {
+		short, cancel = context.WithTimeout(ctx, time.Until(until)/2)
+	}
+	defer cancel()
+	answer, err := call(short, i)
+	if err == nil {
+		return answer, nil
+	}
+	// Whose time it was, the service may know first.
+	if again && ctx.Err() == nil && connect.CodeOf(err) == connect.CodeDeadlineExceeded {
+		err = connect.NewError(connect.CodeUnavailable, errors.New("the service does not answer"))
+	}
+	_, temporary := explain(err)
+	if temporary && !errors.Is(err, Reason(kme.Overloaded)) && !errors.Is(err, Reason(kme.DirectoryUnavailable)) {
+		i.leave()
+	}
+	return nil, err
+}
