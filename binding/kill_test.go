@@ -164,77 +164,80 @@ func TestPostgresTwoInstances(t *testing.T) {
 	}
 }
 
-func killed(t *testing.T, storeName string, besides func(round int)) {
-	kills := 6
-	if os.Getenv("KMEHSM_SOAK") != "" {
-		kills = 100
-	}
-	r := newWorld(t, storeName)
-	l := r.lot
-	socket := filepath.Join(t.TempDir(), "s")
-	dial := func() *client.Client {
-		return must[*client.Client](t)(client.New(client.Options{URLs: []string{"unix:" + socket}, Tries: 1,
-			Timeout: testproc.Patience}))
-	}
+// An attempt is one that a load has made.
+type attempt struct {
+	imsi    kme.IMSI
+	device  *device
+	id      string
+	payload []byte
+	nwSig   []byte // as the client received it; nil if it did not
+}
 
-	type attempt struct {
-		imsi    kme.IMSI
-		device  *device
-		id      string
-		payload []byte
-		nwSig   []byte // as the client received it; nil if it did not
+// A crowd are devices that attach without a pause, whatever becomes of the service.
+type crowd struct {
+	*world
+	socket  string
+	answers atomic.Int64
+
+	mu  sync.Mutex
+	all []*attempt // guarded by mu
+}
+
+func (c *crowd) dial(t *testing.T) *client.Client {
+	return must[*client.Client](t)(client.New(client.Options{URLs: []string{"unix:" + c.socket}, Tries: 1,
+		Timeout: testproc.Patience}))
+}
+
+func (c *crowd) establish(ctx context.Context, service *client.Client, a *attempt) error {
+	e, err := service.EstablishKME(ctx, a.imsi, client.Origin{}, a.device.imei, a.id, a.payload)
+	if err == nil {
+		a.nwSig = e.NWSig[:]
+		c.answers.Add(1)
 	}
-	var mu sync.Mutex
-	var all []*attempt // guarded by mu
-	var answers atomic.Int64
-	establish := func(ctx context.Context, c *client.Client, a *attempt) error {
-		e, err := c.EstablishKME(ctx, a.imsi, client.Origin{}, a.device.imei, a.id, a.payload)
-		if err == nil {
-			a.nwSig = e.NWSig[:]
-			answers.Add(1)
-		}
-		return err
-	}
-	for round := range kills {
-		child := r.start(t, socket)
-		ctx, stop := context.WithCancel(t.Context())
-		var load sync.WaitGroup
-		for w := range 4 {
-			load.Go(func() {
-				c := dial()
-				defer c.Close()
-				for ctx.Err() == nil {
-					a := &attempt{imsi: newIMSI(), device: l.devices[w]}
-					v, err := c.PrepareVector(ctx, a.imsi, client.Origin{}, client.RAND{})
-					if err != nil {
-						continue
-					}
-					a.id = v.AttemptID
-					a.payload, _ = a.device.payload(t)
-					establish(ctx, c, a)
-					mu.Lock()
-					all = append(all, a)
-					mu.Unlock()
+	return err
+}
+
+// come begins the load, and returns when a binding was established since: from then on an outage can lose something.
+// stop ends it.
+func (c *crowd) come(t *testing.T) (stop func()) {
+	ctx, cancel := context.WithCancel(t.Context())
+	var load sync.WaitGroup
+	for w := range 4 {
+		load.Go(func() {
+			service := c.dial(t)
+			defer service.Close()
+			for ctx.Err() == nil {
+				a := &attempt{imsi: newIMSI(), device: c.lot.devices[w]}
+				v, err := service.PrepareVector(ctx, a.imsi, client.Origin{}, client.RAND{})
+				if err != nil {
+					continue
 				}
-			})
-		}
-		for before := answers.Load(); answers.Load() == before; { // from here on a kill can lose something
-			time.Sleep(time.Millisecond)
-		}
-		time.Sleep(time.Duration(rand.IntN(150)) * time.Millisecond)
-		besides(round)
-		child.Kill()
-		stop()
-		load.Wait()
+				a.id = v.AttemptID
+				a.payload, _ = a.device.payload(t)
+				c.establish(ctx, service, a)
+				c.mu.Lock()
+				c.all = append(c.all, a)
+				c.mu.Unlock()
+			}
+		})
 	}
-	r.start(t, socket)
-	c := dial()
-	defer c.Close()
+	for before := c.answers.Load(); c.answers.Load() == before; {
+		time.Sleep(time.Millisecond)
+	}
+	time.Sleep(time.Duration(rand.IntN(150)) * time.Millisecond)
+	return func() { cancel(); load.Wait() }
+}
+
+// nothingIsLost checks that what a client was told is in the store, that what it was not told it is told now, and that
+// no KME is accepted twice.
+func (c *crowd) nothingIsLost(t *testing.T) {
+	service := c.dial(t)
+	defer service.Close()
 	answered, lost := 0, 0
-	for _, a := range all {
+	for _, a := range c.all {
 		if a.nwSig != nil {
 			answered++
-			b := must[*binding.Subscription](t)(r.store.Subscription(t.Context(), a.imsi, time.Now())).Latest()
+			b := must[*binding.Subscription](t)(c.store.Subscription(t.Context(), a.imsi, time.Now())).Latest()
 			if b == nil || !bytes.Equal(b.NWSig, a.nwSig) || b.IMEI != a.device.imei {
 				t.Fatalf("a client has an NW_SIG of IMSI %s, and the store %+v", a.imsi, b)
 			}
@@ -242,27 +245,85 @@ func killed(t *testing.T, storeName string, besides func(round int)) {
 		}
 		// The answer was lost, with what was committed or before: asked again there is one.
 		lost++
-		if err := establish(t.Context(), c, a); err != nil {
+		if err := c.establish(t.Context(), service, a); err != nil {
 			t.Fatalf("the same call again: %v", err)
 		}
 	}
-	for i, a := range all {
+	for i, a := range c.all {
 		if i%7 != 0 {
 			continue
 		}
 		was := a.nwSig
-		if err := establish(t.Context(), c, a); err != nil || !bytes.Equal(a.nwSig, was) {
+		if err := c.establish(t.Context(), service, a); err != nil || !bytes.Equal(a.nwSig, was) {
 			t.Errorf("the same call again: %v", err)
 		}
 		other := newIMSI()
-		v, err := c.PrepareVector(t.Context(), other, client.Origin{}, client.RAND{})
+		v, err := service.PrepareVector(t.Context(), other, client.Origin{}, client.RAND{})
 		if err != nil {
 			t.Fatal(err)
 		}
 		again := &attempt{imsi: other, device: a.device, id: v.AttemptID, payload: a.payload}
-		if err := establish(t.Context(), c, again); !errors.Is(err, client.Reason(kme.KMERejected)) {
+		if err := c.establish(t.Context(), service, again); !errors.Is(err, client.Reason(kme.KMERejected)) {
 			t.Errorf("a KME that was used: %v", err)
 		}
 	}
-	t.Logf("%d kills: %d answers, all in the store; %d lost ones asked for again", kills, answered, lost)
+	t.Logf("%d answers, all in the store; %d lost ones asked for again", answered, lost)
+}
+
+func killed(t *testing.T, storeName string, besides func(round int)) {
+	kills := 6
+	if os.Getenv("KMEHSM_SOAK") != "" {
+		kills = 100
+	}
+	c := &crowd{world: newWorld(t, storeName), socket: filepath.Join(t.TempDir(), "s")}
+	for round := range kills {
+		child := c.start(t, c.socket)
+		stop := c.come(t)
+		besides(round)
+		child.Kill()
+		stop()
+	}
+	c.start(t, c.socket)
+	c.nothingIsLost(t)
+}
+
+// The primary server is killed under load, and its synchronous standby promoted, as Patroni would. The service goes on
+// with that, without a restart, and nothing that it told is lost.
+func TestPostgresStandby(t *testing.T) {
+	primary := pgtest.Start(t)
+	standby := primary.Standby(t)
+	c := &crowd{world: newWorld(t, pgtest.Either(t, primary.Database(t), primary, standby)),
+		socket: filepath.Join(t.TempDir(), "s")}
+	warned := func(what string) {
+		t.Helper()
+		if got := must[[]string](t)(c.store.Warnings(t.Context())); (what != "") != strings.Contains(
+			strings.Join(got, "\n"), "could lose") || !strings.Contains(strings.Join(got, "\n"), what) {
+			t.Errorf("%q does not say %q", got, what)
+		}
+	}
+	warned("")
+	primary.Set(t, "synchronous_commit", "remote_write")
+	warned("remote_write")
+	primary.Set(t, "synchronous_commit", "on")
+	primary.Set(t, "synchronous_standby_names", "")
+	warned("asynchronous")
+	primary.Set(t, "synchronous_standby_names", "*")
+	warned("")
+	c.start(t, c.socket)
+	stop := c.come(t)
+	mark := must[*binding.Mark](t)(c.store.Check(t.Context(), new(binding.Mark)))
+	primary.Kill(t)
+	time.Sleep(200 * time.Millisecond) // calls fail meanwhile
+	standby.Promote(t)
+	began, before := time.Now(), c.answers.Load()
+	testproc.Await(t, "the service goes on", func() bool { return c.answers.Load() > before })
+	t.Logf("the service is back %v after the promotion", time.Since(began))
+	time.Sleep(200 * time.Millisecond)
+	stop()
+	c.nothingIsLost(t)
+	report := must[*sqlstore.Report](t)(c.store.Verify(t.Context(), func(int) {}))
+	if len(report.Damaged) > 0 {
+		t.Errorf("%+v", report)
+	}
+	must[*binding.Mark](t)(c.store.Check(t.Context(), mark))
 }

@@ -81,7 +81,7 @@ func (s *Store) openSQLite(ctx context.Context, path string) error {
 			return f(ctx, sqlconn.SQL{DB: tx}, &s.recent.heads, known)
 		})
 	}
-	s.mayChange = func(context.Context) (role, why string, err error) { return "", "", nil }
+	s.warnings = func(context.Context) ([]string, error) { return nil, nil }
 	return nil
 }
 
@@ -90,9 +90,7 @@ func (s *Store) openPostgres(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	s.mayChange = func(ctx context.Context) (role, why string, err error) {
-		return db.MayChange(ctx, rights.AppendOnly...)
-	}
+	s.warnings = func(ctx context.Context) ([]string, error) { return postgresWarnings(ctx, db) }
 	write := postgres.NewWriter[heads](db)
 	reader := postgres.NewReader(db)
 	s.read, s.lookUp, s.soon, s.recent = db.DB, reader, write.Soon, &recent{onlyHints: true}
@@ -145,14 +143,24 @@ func Upgrade(ctx context.Context, name, role string) error {
 }
 
 // Warnings says what of the database is not as it should be for a service: a role that could change or remove what is
-// in the ledger, or in the table of spent RANDs. The row MACs and the high-water mark show that afterwards; a role of
-// its own prevents it.
+// in the ledger, or in the table of spent RANDs; and standbys that could miss what was confirmed. The row MACs and the
+// high-water mark show that afterwards; a role of its own, and a synchronous standby, prevent it.
 func (s *Store) Warnings(ctx context.Context) ([]string, error) {
-	role, why, err := s.mayChange(ctx)
-	if err != nil || why == "" {
-		return nil, s.reads("look at the role").Named(err)
+	warnings, err := s.warnings(ctx)
+	return warnings, s.reads("look at the database").Named(err)
+}
+
+func postgresWarnings(ctx context.Context, db *postgres.DB) (warnings []string, err error) {
+	role, why, err := db.MayChange(ctx, rights.AppendOnly...)
+	if err == nil && why != "" {
+		warnings = append(warnings, fmt.Sprintf("the store's role %s could change or remove entries of the ledger, since "+
+			"it %s: give the service a role of its own (keysvc store upgrade)", role, why))
 	}
-	const warning = "the store's role %s could change or remove entries of the ledger, since it %s: " +
-		"give the service a role of its own (keysvc store upgrade)"
-	return []string{fmt.Sprintf(warning, role, why)}, nil
+	if err == nil {
+		why, err = db.Unsynchronised(ctx)
+	}
+	if err == nil && why != "" {
+		warnings = append(warnings, "the store could lose what was confirmed last when its server is lost: "+why)
+	}
+	return warnings, err
 }

@@ -22,11 +22,10 @@ type Store struct {
 	read   *sql.DB
 	lookUp sqlconn.Statements // reads a few rows
 	// begin makes a change durably and alone: no other with the same key is under way.
-	begin func(ctx context.Context, key string, f begun) error
-	close func() error
-	soon  func() (done func()) // groupcommit.Writer's
-	// mayChange says by what the service's role of PostgreSQL could change the ledger, or nothing.
-	mayChange func(context.Context) (role, why string, err error)
+	begin    func(ctx context.Context, key string, f begun) error
+	close    func() error
+	soon     func() (done func()) // groupcommit.Writer's
+	warnings func(context.Context) ([]string, error)
 
 	recent *recent
 

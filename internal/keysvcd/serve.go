@@ -38,7 +38,7 @@ type daemon struct {
 	tokens   *hsmkeys.OperatorPool
 	store    *sqlstore.Store
 	service  *binding.Service // without lots: see live
-	warnings []string         // that hold as long as the process: of tokens and store
+	warnings []string         // of tokens, which hold as long as the process
 	accepted chan struct{}    // has one when a database that was rolled back is accepted
 }
 
@@ -95,7 +95,6 @@ func Serve(ctx context.Context, path string, w io.Writer) error {
 	for _, what := range unsafe {
 		log.Warn("the store is not kept as it should be", "warning", what)
 	}
-	d.warnings = append(d.warnings, unsafe...)
 	hits := stats.NewCounter()
 	cache := directory.NewCache(cfg.CacheMB<<20, hits)
 	observe(registry, tokens.Tokens(), store, hits)
@@ -190,9 +189,14 @@ func (d *daemon) ready(ctx context.Context, service *binding.Service) (warnings 
 		d.log.WarnContext(ctx, "not ready", "cause", err.Error())
 		return nil, err
 	}
-	warnings = slices.Clone(d.warnings)
 	short, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
+	unsafe, err := d.store.Warnings(short)
+	if err != nil {
+		d.log.WarnContext(ctx, "not ready", "cause", err.Error())
+		return nil, err
+	}
+	warnings = slices.Concat(d.warnings, unsafe)
 	for manufacturer, err := range service.CheckDirectories(short) {
 		d.log.WarnContext(ctx, "a directory is not available", "manufacturer", manufacturer, "cause", err.Error())
 		warnings = append(warnings, "the directory of manufacturer "+manufacturer+

@@ -64,6 +64,17 @@ func StartTLS(t testing.TB, certificate, key string) *Server {
 
 func initialise(t testing.TB) *Server {
 	t.Helper()
+	s := folder(t)
+	if out, err := s.command(t, "initdb", "-D", s.dir, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C",
+		"--no-sync").CombinedOutput(); err != nil {
+		t.Fatalf("initdb: %v\n%s", err, out)
+	}
+	return s
+}
+
+// folder makes the folder of a server, which ends with the test.
+func folder(t testing.TB) *Server {
+	t.Helper()
 	if !strings.Contains(t.Name(), "Postgres") {
 		t.Fatal("a test that needs PostgreSQL says Postgres in its name: make check leaves it out")
 	}
@@ -76,10 +87,6 @@ func initialise(t testing.TB) *Server {
 	s := &Server{dir: dir, Port: 5432, settings: []string{"-c", "listen_addresses="}}
 	if socket := filepath.Join(dir, ".s.PGSQL.00000"); len(socket) > 107 {
 		t.Fatalf("the path of PostgreSQL's socket, %s, has more than 107 bytes: set TMPDIR to a shorter one", socket)
-	}
-	if out, err := s.command(t, "initdb", "-D", dir, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C",
-		"--no-sync").CombinedOutput(); err != nil {
-		t.Fatalf("initdb: %v\n%s", err, out)
 	}
 	t.Cleanup(func() {
 		if s.process != nil {
@@ -144,6 +151,59 @@ func (s *Server) As(t testing.TB, database, role string) string {
 	t.Helper()
 	u := must.Get[*url.URL](t)(url.Parse(database))
 	u.User = url.User(role)
+	return u.String()
+}
+
+// Standby makes a standby of a server without TLS, and starts it. From then on, what the server confirms is on the disks
+// of both.
+func (s *Server) Standby(t testing.TB) *Server {
+	t.Helper()
+	standby := folder(t)
+	if out, err := s.command(t, "pg_basebackup", "-D", standby.dir, "-h", s.dir, "-U", "postgres", "-R", "-c", "fast",
+		"--no-sync").CombinedOutput(); err != nil {
+		t.Fatalf("pg_basebackup: %v\n%s", err, out)
+	}
+	// The server's socket is in its folder, and so is the lock of that.
+	must.Do(t, os.Remove(filepath.Join(standby.dir, ".s.PGSQL.5432.lock")))
+	standby.Run(t)
+	s.Set(t, "synchronous_standby_names", "*")
+	return standby
+}
+
+// Set changes a setting of the server while it runs, also for the connections that it has.
+func (s *Server) Set(t testing.TB, setting, value string) {
+	t.Helper()
+	s.Exec(t, fmt.Sprintf("ALTER SYSTEM SET %s = '%s'", setting, value))
+	s.Exec(t, "SELECT pg_reload_conf()")
+	db := must.Get[*sql.DB](t)(sql.Open("pgx", s.url("postgres")))
+	defer db.Close()
+	testproc.Await(t, setting+" changes", func() bool {
+		var now string
+		err := db.QueryRowContext(t.Context(), "SELECT current_setting($1)", setting).Scan(&now)
+		return err == nil && now == value
+	})
+	time.Sleep(100 * time.Millisecond) // a connection that is idle reads it when it has something to do
+}
+
+// Promote makes a standby the server that takes changes. It waits until it does.
+func (s *Server) Promote(t testing.TB) {
+	t.Helper()
+	s.Exec(t, "SELECT pg_promote()")
+}
+
+// Either is the connection string of a database that one of two servers has: of the one that takes changes.
+func Either(t testing.TB, database string, servers ...*Server) string {
+	t.Helper()
+	var hosts, ports []string
+	for _, s := range servers {
+		hosts, ports = append(hosts, s.dir), append(ports, strconv.Itoa(s.Port))
+	}
+	u := must.Get[*url.URL](t)(url.Parse(database))
+	q := u.Query()
+	q.Set("host", strings.Join(hosts, ","))
+	q.Set("port", strings.Join(ports, ","))
+	q.Set("target_session_attrs", "read-write")
+	u.RawQuery = q.Encode()
 	return u.String()
 }
 

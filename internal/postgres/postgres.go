@@ -15,7 +15,10 @@ import (
 )
 
 // A DB is one that is open. Its own methods read.
-type DB struct{ *sql.DB }
+type DB struct {
+	*sql.DB
+	hosts int // that its connection string names
+}
 
 // Open opens the database of a connection string. Its tables are made by the role that owns them: the service's own
 // where that is so, else see Upgrade.
@@ -26,10 +29,7 @@ func Open(ctx context.Context, name string, migrations ...string) (*DB, error) {
 	}
 	db.SetMaxOpenConns(32)
 	db.SetMaxIdleConns(32)
-	if err = db.check(ctx); err == nil {
-		err = db.upToDate(ctx, migrations)
-	}
-	if err != nil {
+	if err = db.upToDate(ctx, migrations); err != nil {
 		return nil, errors.Join(fmt.Errorf("the PostgreSQL database cannot be used: %w", err), db.Close())
 	}
 	return db, nil
@@ -45,8 +45,11 @@ func connect(name string) (*DB, error) {
 		return nil, errors.New("the connection string of PostgreSQL cannot be parsed, or a file that it names cannot " +
 			"be read")
 	}
-	ways := append([]*pgconn.FallbackConfig{{Host: config.Host, TLSConfig: config.TLSConfig}}, config.Fallbacks...)
+	ways := append([]*pgconn.FallbackConfig{{Host: config.Host, Port: config.Port,
+		TLSConfig: config.TLSConfig}}, config.Fallbacks...)
+	hosts := map[string]bool{}
 	for _, way := range ways {
+		hosts[fmt.Sprint(way.Host, way.Port)] = true
 		tls := way.TLSConfig
 		if filepath.IsAbs(way.Host) || tls != nil && !tls.InsecureSkipVerify && tls.ServerName == way.Host &&
 			way.Host != "" {
@@ -57,21 +60,17 @@ func connect(name string) (*DB, error) {
 			"FILE; or, for a server on this machine, postgres://USER@/DATABASE?host=/FOLDER with the folder of its " +
 			"Unix socket")
 	}
-	return &DB{stdlib.OpenDB(*config, stdlib.OptionAfterConnect(plainPlans))}, nil
+	return &DB{stdlib.OpenDB(*config, stdlib.OptionAfterConnect(ready)), len(hosts)}, nil
 }
 
-// plainPlans has the server read by an index where it can. A plan is made when a connection uses a statement first, and
-// that of an empty table, by bitmaps, reads a sixteenth of a ledger to find the last entry of a chain.
-func plainPlans(ctx context.Context, conn *pgx.Conn) error {
-	_, err := conn.Exec(ctx, "SET enable_bitmapscan = off")
-	return err
-}
-
-// check refuses a server that confirms what it could still forget.
-func (db *DB) check(ctx context.Context) error {
+// ready has a new connection read by an index where it can, and refuses a server that confirms what it could still
+// forget: after a failover, it is another one. (A plan is made when a connection uses a statement first, and that of an
+// empty table, by bitmaps, reads a sixteenth of a ledger to find the last entry of a chain.)
+func ready(ctx context.Context, conn *pgx.Conn) error {
 	for _, setting := range []string{"fsync", "synchronous_commit", "full_page_writes"} {
-		var value string
-		if err := db.QueryRowContext(ctx, "SELECT current_setting($1)", setting).Scan(&value); err != nil {
+		var value, plans string
+		if err := conn.QueryRow(ctx, "SELECT current_setting($1), set_config('enable_bitmapscan', 'off', false)",
+			setting).Scan(&value, &plans); err != nil {
 			return err
 		}
 		if value == "off" {
@@ -79,6 +78,25 @@ func (db *DB) check(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// Unsynchronised says what is wrong with a server's standbys; nothing if there are none, or what is confirmed is on the
+// disk of one too.
+func (db *DB) Unsynchronised(ctx context.Context) (what string, err error) {
+	var standbys int
+	var names, commit string
+	if err := db.QueryRowContext(ctx, "SELECT (SELECT count(*) FROM pg_stat_replication), "+
+		"current_setting('synchronous_standby_names'), current_setting('synchronous_commit')").Scan(&standbys, &names,
+		&commit); err != nil {
+		return "", err
+	}
+	switch {
+	case names != "" && (commit == "local" || commit == "remote_write"):
+		return fmt.Sprintf("its setting synchronous_commit is %s: what it confirms is not yet on a standby's disk", commit), nil
+	case names == "" && (standbys > 0 || db.hosts > 1):
+		return "its standbys are asynchronous, since its setting synchronous_standby_names is empty", nil
+	}
+	return "", nil
 }
 
 // Alone makes a change while no other is made, whichever instance makes it. It returns when the change is durable; an

@@ -94,18 +94,29 @@ func (r *Reader) run() {
 func (r *Reader) send(all []*read) (rest []*read) {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	var queue pgx.Batch
-	for _, q := range all {
-		queue.Queue(q.text, q.args...).Query(func(rows pgx.Rows) error {
-			err := q.read(rows)
-			q.done <- err
-			all = all[1:]
-			rows.Close()
-			return rows.Err()
+	asked := len(all)
+	err := r.db.again(ctx, func() (lost bool, err error) {
+		err = r.db.raw(ctx, func(conn *pgx.Conn) error {
+			var queue pgx.Batch
+			for _, q := range all {
+				queue.Queue(q.text, q.args...).Query(func(rows pgx.Rows) error {
+					given, err := q.read(rows)
+					if err != nil && !given && conn.IsClosed() {
+						return err
+					}
+					q.done <- err
+					all = all[1:]
+					rows.Close()
+					return rows.Err()
+				})
+			}
+			err := conn.SendBatch(ctx, &queue).Close()
+			lost = conn.IsClosed()
+			return err
 		})
-	}
-	err := r.db.raw(ctx, func(conn *pgx.Conn) error { return conn.SendBatch(ctx, &queue).Close() })
-	if pg := (*pgconn.PgError)(nil); errors.As(err, &pg) && len(all) < queue.Len() {
+		return lost, err
+	})
+	if pg := (*pgconn.PgError)(nil); errors.As(err, &pg) && len(all) < asked {
 		return all
 	}
 	for _, q := range all {
@@ -114,10 +125,14 @@ func (r *Reader) send(all []*read) (rest []*read) {
 	return nil
 }
 
-// read gives all rows to whoever waits for them. A panic is an error.
-func (q *read) read(rows pgx.Rows) (err error) {
+// read gives all rows to whoever waits for them, and says whether it gave any. A panic is an error.
+func (q *read) read(rows pgx.Rows) (given bool, err error) {
 	defer panics.Recover(&err)
-	return each(rows, q.each)
+	err = each(rows, func(scan func(...any) error) error {
+		given = true
+		return q.each(scan)
+	})
+	return given, err
 }
 
 // each gives rows until f fails.
@@ -130,6 +145,16 @@ func each(rows pgx.Rows, f func(scan func(...any) error) error) error {
 		}
 	}
 	return rows.Err()
+}
+
+// again does something once more when the connection for it was lost before it had an effect: after a failover, each
+// that is open is.
+func (db *DB) again(ctx context.Context, f func() (lost bool, err error)) error {
+	for open := db.Stats().OpenConnections; ; open-- {
+		if lost, err := f(); err == nil || !lost || open <= 0 || ctx.Err() != nil {
+			return err
+		}
+	}
 }
 
 // raw uses a connection by what database/sql does not have.

@@ -38,14 +38,18 @@ const patience = 5 * time.Second
 func (w *Writer[S]) try(batch []*groupcommit.Change[*Tx[S]], apart bool) (results []error, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	t := &transaction[S]{ctx: ctx, results: make([]error, len(batch))}
-	if err := w.db.raw(ctx, func(conn *pgx.Conn) error {
-		t.conn = conn
-		return t.commit(batch, apart)
-	}); err != nil {
-		return nil, err
-	}
-	return t.results, nil
+	err = w.db.again(ctx, func() (lost bool, err error) {
+		t := &transaction[S]{ctx: ctx, results: make([]error, len(batch))}
+		err = w.db.raw(ctx, func(conn *pgx.Conn) error {
+			t.conn = conn
+			return t.commit(batch, apart)
+		})
+		if err == nil {
+			results = t.results
+		}
+		return t.conn != nil && t.conn.IsClosed() && !t.ending, err
+	})
+	return results, err
 }
 
 // A transaction of changes.
@@ -54,6 +58,7 @@ type transaction[S any] struct {
 	conn    *pgx.Conn
 	queue   pgx.Batch // what is to be sent
 	waited  bool      // whether a change waits for a result of that
+	ending  bool      // whether it may have been committed
 	shared  S
 	results []error
 }
@@ -106,6 +111,7 @@ func (t *transaction[S]) run(batch []*groupcommit.Change[*Tx[S]], apart bool) er
 		}
 		return nil
 	})
+	t.ending = true
 	return t.send()
 }
 
