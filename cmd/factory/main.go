@@ -30,7 +30,7 @@ var (
 
 // configuration is factory.yaml, which all commands have their settings from.
 var configuration = &cmdline.Config{Program: "factory",
-	Defaults: func(path string, given config.Given) (any, *config.Report) { return factoryconf.Read(path, given) }}
+	Defaults: func(path string) (any, *config.Report) { return factoryconf.Read(path, nil) }}
 
 func main() { cmdline.Main(cmdline.Program{App: app(), Examples: examples, Config: configuration}) }
 

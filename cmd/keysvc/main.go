@@ -32,9 +32,7 @@ var acceptFlag = &cli.BoolFlag{Name: "accept-weak-token",
 
 // configuration is keysvc.yaml, which all commands have their settings from.
 var configuration = &cmdline.Config{Program: "keysvc",
-	Defaults: func(path string, given config.Given) (any, *config.Report) {
-		return keysvcd.ReadDefaults(keysvcd.Source{Path: path, Given: given})
-	}}
+	Defaults: func(path string) (any, *config.Report) { return keysvcd.ReadDefaults(keysvcd.Source{Path: path}) }}
 
 func main() { cmdline.Main(cmdline.Program{App: app(), Examples: examples, Config: configuration}) }
 

@@ -23,7 +23,7 @@ type Slot struct {
 	Firmware     string   `json:"firmware,omitempty"`
 	Initialised  bool     `json:"initialised"`
 	UserPIN      bool     `json:"user_pin"`               // it is set
-	PINs         []string `json:"pins,omitempty"`         // what is not as it should be, see PINFlags
+	PINs         []string `json:"pins,omitempty"`         // what is not as it should be, see [SayPINs]
 	FreePublic   *uint    `json:"free_public,omitempty"`  // bytes, where the token says so
 	FreePrivate  *uint    `json:"free_private,omitempty"` // likewise
 	Problem      string   `json:"problem,omitempty"`      // why the token cannot be asked
@@ -64,8 +64,7 @@ func ModuleOf(tokenURI string) (path, reserved string, err error) {
 	return u.module, u.reserved, nil
 }
 
-// Slots asks a module for its slots and tokens, without a login; reserved is as in a URI's x-init-reserved. No token of
-// the module may be open in the process.
+// Slots asks a module for its slots and tokens, without a login; reserved is as in a URI's x-init-reserved.
 func Slots(path, reserved string) ([]Slot, error) {
 	if _, err := os.Stat(path); err != nil {
 		return nil, fmt.Errorf("the PKCS #11 module cannot be read: %w: check the path, and that the token's driver is "+
@@ -115,9 +114,9 @@ func (m *module) slots(path, reserved string) ([]Slot, error) {
 		s.Firmware = fmt.Sprintf("%d.%d", t.FirmwareVersion.Major, t.FirmwareVersion.Minor)
 		s.Initialised = t.Flags&pkcs11.CKF_TOKEN_INITIALIZED != 0
 		s.UserPIN = t.Flags&pkcs11.CKF_USER_PIN_INITIALIZED != 0
-		s.PINs = SayPINs(t.Flags)
 		s.FreePublic, s.FreePrivate = free(t.FreePublicMemory), free(t.FreePrivateMemory)
-		if s.Initialised {
+		if s.Initialised { // what the flags of another say means nothing
+			s.PINs = SayPINs(t.Flags)
 			s.URI = tokenURI(s.Label, s.Serial, path, reserved)
 		}
 	}

@@ -78,10 +78,11 @@ func (p Program) Run(ctx context.Context, args []string) int {
 	app.Commands = append(app.Commands, p.helpCommand(), p.completionCommand(), p.manCommand())
 	app.ExitErrHandler = func(*cli.Context, error) {} // errors are printed below, once
 	app.HideHelpCommand = true
+	app.Flags = append(app.Flags, cli.HelpFlag) // the library has none beside a command of that name
 	app.Version = Version()
 	p.prepare(app.Name, app.Commands)
 	app.OnUsageError = onUsageError
-	app.Action = p.unknown(app.Name, app.Commands, cli.ShowAppHelp)
+	app.Action = unknown("", app.Commands, cli.ShowAppHelp)
 	if len(args) > 2 && args[1] == completionArg {
 		p.complete(args[2:])
 		return 0
@@ -166,14 +167,23 @@ func commandNames(commands []*cli.Command) (names []string) {
 }
 
 // unknown is the action of what only has commands below it: it shows these, and refuses what is none of them.
-func (p Program) unknown(name string, commands []*cli.Command, help cli.ActionFunc) cli.ActionFunc {
+func unknown(name string, commands []*cli.Command, help cli.ActionFunc) cli.ActionFunc {
 	return func(c *cli.Context) error {
-		if word := c.Args().First(); c.Args().Present() {
-			return Usagef("there is no command \"%s %s\"%s; see %[1]s --help", name, word,
-				meant(name+" ", word, commandNames(commands)))
+		if c.Args().Present() {
+			return noCommand(c.App.Name, name, c.Args().First(), commands)
 		}
 		return help(c)
 	}
+}
+
+// noCommand is the error of a word that is none of the commands below a name, which is empty at the top.
+func noCommand(program, name, word string, commands []*cli.Command) error {
+	parent := ""
+	if name != "" {
+		parent, program = name+" ", name
+	}
+	return Usagef("there is no command %q%s; see %s --help", parent+word, meant(parent, word, commandNames(commands)),
+		program)
 }
 
 // prepare gives every command what all have.
@@ -184,7 +194,7 @@ func (p Program) prepare(parent string, commands []*cli.Command) {
 		c.HideHelpCommand = true
 		if len(c.Subcommands) > 0 {
 			p.prepare(name, c.Subcommands)
-			c.Action = p.unknown(name, c.Subcommands, cli.ShowSubcommandHelp)
+			c.Action = unknown(name, c.Subcommands, cli.ShowSubcommandHelp)
 			continue
 		}
 		if p.Config != nil {
@@ -304,6 +314,7 @@ func Print(c *cli.Context, v any, human func(io.Writer)) error {
 	}
 	e := json.NewEncoder(c.App.Writer)
 	e.SetIndent("", "  ")
+	e.SetEscapeHTML(false) // of a URI's &
 	return e.Encode(v)
 }
 

@@ -19,8 +19,8 @@ const configFlag = "config"
 // A Config is how a program reads its configuration.
 type Config struct {
 	Program string
-	// Defaults gives the settings, a struct as of [config.Schema], and what is wrong with them.
-	Defaults func(path string, given config.Given) (any, *config.Report)
+	// Defaults gives the settings of a file, as a struct for [config.Schema], and what is wrong with them.
+	Defaults func(path string) (any, *config.Report)
 }
 
 // Flag is --config.
@@ -58,7 +58,7 @@ func (p *Config) fill(c *cli.Context) error {
 	if path == "" || err != nil {
 		return err
 	}
-	settings, report := p.Defaults(path, Given(c))
+	settings, report := p.Defaults(path)
 	if err := report.Err(); err != nil {
 		return err
 	}
@@ -121,7 +121,7 @@ func PrintReport(c *cli.Context, r *config.Report) error {
 		}
 	})
 	if err == nil && wrong > 0 {
-		err = saidUsage(fmt.Errorf("%d problems in %s", wrong, cmp.Or(r.Path, "the configuration")))
+		err = saidUsage(fmt.Errorf("%s has %d problems", cmp.Or(r.Path, "the configuration"), wrong))
 	}
 	return err
 }

@@ -1,6 +1,7 @@
 package cmdline
 
 import (
+	"cmp"
 	"fmt"
 	"io"
 	"os"
@@ -15,14 +16,13 @@ func (p Program) helpCommand() *cli.Command {
 	return &cli.Command{
 		Name: "help", Usage: "show the help of a command, as --help does", ArgsUsage: "[COMMAND...]",
 		Action: func(c *cli.Context) error {
-			words, name, commands := c.Args().Slice(), p.Name, p.Commands
+			words, name, commands := c.Args().Slice(), "", p.Commands
 			for _, word := range words {
 				at := slices.IndexFunc(commands, func(c *cli.Command) bool { return c.HasName(word) })
 				if at < 0 {
-					return Usagef("there is no command \"%s %s\"%s; see %[1]s --help", name, word,
-						meant(name+" ", word, commandNames(commands)))
+					return noCommand(p.Name, name, word, commands)
 				}
-				name, commands = name+" "+word, commands[at].Subcommands
+				name, commands = cmp.Or(name, p.Name)+" "+word, commands[at].Subcommands
 			}
 			if len(words) == 0 {
 				return cli.ShowAppHelp(c)

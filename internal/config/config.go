@@ -88,6 +88,11 @@ func (s Schema[C]) Read(path string, given Given) (*C, *Report) {
 	for _, flag := range slices.Sorted(maps.Keys(given)) {
 		for name := range strings.SplitSeq(names[flag], ",") {
 			if name != "" {
+				before := fmt.Sprint(field(v, name))
+				if r.lines[name] != 0 && before != strings.Join(given[flag], " ") {
+					r.Warn(name, name+" is another on the command line or in the environment",
+						"that goes before the file's; unset it if the file is right")
+				}
 				r.lines[name] = outside
 				d.given(name, given[flag], field(v, name))
 			}

@@ -91,7 +91,7 @@ func (d decoder) mapping(prefix string, n *yaml.Node, to, all reflect.Value) {
 		}
 		switch {
 		case !f.IsValid():
-			d.at(key.Line, name, "there is no setting "+name, d.meant(key.Value, to, all))
+			d.at(key.Line, name, "there is no setting "+name, d.meant(strings.TrimSuffix(name, key.Value), key.Value, to, all))
 		case seen[name]:
 			d.at(key.Line, name, name+" is there twice", "keep one of them")
 		default:
@@ -103,20 +103,24 @@ func (d decoder) mapping(prefix string, n *yaml.Node, to, all reflect.Value) {
 }
 
 // meant is the remedy for a setting that there is not: the nearest beside it, or one of that name elsewhere.
-func (d decoder) meant(key string, beside, all reflect.Value) string {
+func (d decoder) meant(prefix, key string, beside, all reflect.Value) string {
 	var names []string
 	for f := range beside.Fields() {
 		if tag := f.Tag.Get("yaml"); tag != "" {
 			names = append(names, tag)
 		}
 	}
-	near := Nearest(key, names)
+	near := ""
+	walk("", all, func(name string, _ reflect.StructField, _ reflect.Value) {
+		if strings.HasSuffix(name, "."+key) {
+			near = name
+		}
+	})
 	if near == "" {
-		walk("", all, func(name string, _ reflect.StructField, _ reflect.Value) {
-			if strings.HasSuffix(name, "."+key) {
-				near = name
-			}
-		})
+		near = Nearest(key, names)
+		if near != "" {
+			near = prefix + near
+		}
 	}
 	if near != "" {
 		return "did you mean " + near + "?"
