@@ -12,10 +12,10 @@ factory tokens --json`,
 	"factory doctor": `factory doctor --json`,
 	"factory fixture enroll": `factory fixture enroll f1 --fixture-key fixture.pem --so-pin-source file:/run/so.pin ` +
 		`--out fixture.json`,
-	"factory operator enroll": `factory operator enroll op --transport-key transport.json --so-share a1 --so-share a2 ` +
-		`\
-    --thumbprint 7a0Zr6G0l1sWmJ3qv4u5yXcB2nD8eF9gH1iJ2kL3mN4 --out enrolment.jws`,
-	"factory operator policy":    `factory operator policy op --directory vault:kme | vault policy write kme-operator-op -`,
+	"factory operator enroll": `factory operator enroll op --transport-key transport.json --so-share a1 \
+    --so-share a2 --thumbprint 7a0Zr6G0l1sWmJ3qv4u5yXcB2nD8eF9gH1iJ2kL3mN4 --out enrolment.jws`,
+	"factory operator policy": `factory operator policy op --directory vault:kme |
+    vault policy write kme-operator-op -`,
 	"factory rotate signing-key": `factory rotate signing-key --generation 2`,
 	"factory so split": `factory so split --shares 5 --threshold 3 --so-pin-source file:/run/so.pin --out shares \
     --custodian age1... --custodian age1... --custodian age1... --custodian age1... --custodian age1...`,

@@ -55,8 +55,9 @@ func lotCommand() *cli.Command {
 					fixtureFlag,
 					&cli.StringFlag{Name: "shards",
 						Usage: "only these shards, `FIRST-LAST`, so that machines can share a lot (default: all)"},
-					&cli.IntFlag{Name: "workers", Category: cmdline.Configured, Usage: "shards in work at once, `N` (default: twice the sessions " +
-						"of the token, which is then never idle while a package is written)"}),
+					&cli.IntFlag{Name: "workers", Category: cmdline.Configured,
+						Usage: "shards in work at once, `N` (default: twice the sessions " +
+							"of the token, which is then never idle while a package is written)"}),
 				Action: cmdline.Alone(lotProvision),
 			},
 			{Name: "list", Usage: "list all lots, their signatures verified", Flags: lineFlags(), Action: lotList},
@@ -75,8 +76,9 @@ func lotCommand() *cli.Command {
 					"every public key of its suite, on its curve and unique; the modulus; the injection packages " +
 					"against the published keys. Exits with 1 if anything is wrong.",
 				Flags: slices.Concat(cmdline.DirectoryFlags(), []cli.Flag{manufacturerFlag, stateFlag,
-					&cli.StringFlag{Name: "injection", Category: cmdline.Configured, Usage: "compare the injection packages below `DIR` too " +
-						"(default: injection in the --state folder, if it is there)"}, cmdline.JSON}),
+					&cli.StringFlag{Name: "injection", Category: cmdline.Configured,
+						Usage: "compare the injection packages below `DIR` too " +
+							"(default: injection in the --state folder, if it is there)"}, cmdline.JSON}),
 				Action: lotVerify,
 			},
 			{
@@ -88,8 +90,9 @@ func lotCommand() *cli.Command {
 				ArgsUsage: "LOT IMEI", Description: "The new injection package is DIR/LOT/reissue-IMEI-1.jsonl and " +
 					"so on. The reason names the return: with the same one again nothing changes.",
 				Flags: lineFlags(&cli.StringFlag{Name: "reason", Usage: "which return this is, `TEXT`"}, fixtureFlag,
-					&cli.StringFlag{Name: "out", Category: cmdline.Configured, Usage: "the folder, `DIR`, of the injection packages (default: " +
-						"injection in the --state folder)"}),
+					&cli.StringFlag{Name: "out", Category: cmdline.Configured,
+						Usage: "the folder, `DIR`, of the injection packages (default: " +
+							"injection in the --state folder)"}),
 				Action: cmdline.Alone(cmdline.Requiring(lotReissue, "reason")),
 			},
 			{

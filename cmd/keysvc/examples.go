@@ -14,13 +14,15 @@ keysvc tokens --json`,
 	"keysvc enroll": `keysvc enroll enrolment.jws --manufacturer manufacturer.pem --directory file:/srv/directory ` +
 		`\
     --thumbprint 7a0Zr6G0l1sWmJ3qv4u5yXcB2nD8eF9gH1iJ2kL3mN4`,
-	"keysvc lot import":            `keysvc lot import L1.jws`,
-	"keysvc lot list":              `keysvc lot list --json`,
-	"keysvc lot retire":            `keysvc lot retire L1 --reason 'its key has leaked'`,
-	"keysvc manufacturer list":     `keysvc manufacturer list`,
-	"keysvc manufacturer distrust": `keysvc manufacturer distrust 7a0Zr6G0l1sWmJ3qv4u5yXcB2nD8eF9gH1iJ2kL3mN4 --reason stolen`,
-	"keysvc manufacturer trust":    `keysvc manufacturer trust 7a0Zr6G0l1sWmJ3qv4u5yXcB2nD8eF9gH1iJ2kL3mN4 --reason found`,
-	"keysvc device":                `keysvc device 35209900000001`,
+	"keysvc lot import":        `keysvc lot import L1.jws`,
+	"keysvc lot list":          `keysvc lot list --json`,
+	"keysvc lot retire":        `keysvc lot retire L1 --reason 'its key has leaked'`,
+	"keysvc manufacturer list": `keysvc manufacturer list`,
+	"keysvc manufacturer distrust": `keysvc manufacturer distrust 7a0Zr6G0l1sWmJ3qv4u5yXcB2nD8eF9gH1iJ2kL3mN4 \
+    --reason stolen`,
+	"keysvc manufacturer trust": `keysvc manufacturer trust 7a0Zr6G0l1sWmJ3qv4u5yXcB2nD8eF9gH1iJ2kL3mN4 \
+    --reason found`,
+	"keysvc device": `keysvc device 35209900000001`,
 	"keysvc binding list": `keysvc binding list
 keysvc binding list --imei 35209900000001 --json`,
 	"keysvc binding report":        `keysvc binding report --json`,
@@ -37,7 +39,8 @@ keysvc binding list --imei 35209900000001 --json`,
 	"keysvc backup create": `keysvc backup create --to restore-key.json --so-pin-source file:/run/so.pin --out ` +
 		`backup.json \
     --thumbprint 7a0Zr6G0l1sWmJ3qv4u5yXcB2nD8eF9gH1iJ2kL3mN4`,
-	"keysvc backup restore": `keysvc backup restore backup.json --thumbprint 7a0Zr6G0l1sWmJ3qv4u5yXcB2nD8eF9gH1iJ2kL3mN4`,
+	"keysvc backup restore": `keysvc backup restore backup.json \
+    --thumbprint 7a0Zr6G0l1sWmJ3qv4u5yXcB2nD8eF9gH1iJ2kL3mN4`,
 	"keysvc storage list":   `keysvc storage list`,
 	"keysvc storage rotate": `keysvc storage rotate --so-pin-source file:/run/so.pin`,
 	"keysvc storage retire": `keysvc storage retire`,

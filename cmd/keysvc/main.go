@@ -93,11 +93,12 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 			},
 			{
 				Name: "check", Usage: "say all that is wrong with the configuration, with lines and remedies",
-				Description: "It looks at settings, files, certificates, PIN files and ports, as serve does before it " +
-					"starts, and not into the token (see keysvc doctor), the store or a directory. Exit code 2 if the " +
-					"configuration cannot be used.",
-				Flags: serviceFlags(&cli.BoolFlag{Name: "running", Usage: "the service runs, so its ports are in use: " +
-					"check the rest"}, cmdline.JSON), Action: check,
+				Description: "It looks at settings, files, certificates, PIN files and ports, as serve does before " +
+					"it starts, and not into the token (see keysvc doctor), the store or a directory. Exit code 2 if " +
+					"the configuration cannot be used.",
+				Flags: serviceFlags(&cli.BoolFlag{Name: "running",
+					Usage: "the service runs, so its ports are in use: check the rest"}, cmdline.JSON),
+				Action: check,
 			},
 			cmdline.TokensCommand(),
 			{

@@ -28,7 +28,8 @@ var deviceFlags = []cli.Flag{
 		Usage: "what factory fixture enroll wrote, a `FILE`; once for each injection key that the fixture holds"},
 }
 
-var jsonFlag = &cli.BoolFlag{Name: "json", Usage: "for scripts that give it to every command: the result is JSON anyway"}
+var jsonFlag = &cli.BoolFlag{Name: "json",
+	Usage: "for scripts that give it to every command: the result is JSON anyway"}
 
 var serverFlags = []cli.Flag{
 	&cli.StringFlag{Name: "server", Usage: "keysvc's `URL`: https://HOST:PORT, or unix:/path; several instances of one store " +

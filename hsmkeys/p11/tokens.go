@@ -67,8 +67,8 @@ func ModuleOf(tokenURI string) (path, reserved string, err error) {
 // Slots asks a module for its slots and tokens, without a login; reserved is as in a URI's x-init-reserved.
 func Slots(path, reserved string) ([]Slot, error) {
 	if _, err := os.Stat(path); err != nil {
-		return nil, fmt.Errorf("the PKCS #11 module cannot be read: %w: check the path, and that the token's driver is "+
-			"installed", err)
+		return nil, fmt.Errorf("the PKCS #11 module cannot be read: %w: check the path, and that the token's driver "+
+			"is installed", err)
 	}
 	path, err := filepath.Abs(path) // the URIs are for any folder
 	if err != nil {

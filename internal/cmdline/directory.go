@@ -17,10 +17,13 @@ import (
 // DirectoryFlags name a public-key directory, and say how to log in to Vault where it is there.
 func DirectoryFlags() []cli.Flag {
 	return []cli.Flag{
-		&cli.StringFlag{Name: "directory", EnvVars: []string{"KMEHSM_DIRECTORY"}, Category: Configured, Usage: "the public-key directory, `WHERE`: file:DIR, or vault:MOUNT with " +
-			"Vault's usual environment (VAULT_ADDR, VAULT_TOKEN, VAULT_CACERT, ...)"},
-		&cli.StringFlag{Name: "vault-role-id", Category: Configured, Usage: "log in to Vault by AppRole, with this role `ID`"},
-		&cli.StringFlag{Name: "vault-secret-id-file", Category: Configured, Usage: "the `FILE` with the AppRole's secret id"},
+		&cli.StringFlag{Name: "directory", EnvVars: []string{"KMEHSM_DIRECTORY"}, Category: Configured,
+			Usage: "the public-key directory, `WHERE`: file:DIR, or vault:MOUNT with the " +
+				"usual environment (VAULT_ADDR, VAULT_TOKEN, VAULT_CACERT, ...)"},
+		&cli.StringFlag{Name: "vault-role-id", Category: Configured,
+			Usage: "log in to Vault by AppRole, with this role `ID`"},
+		&cli.StringFlag{Name: "vault-secret-id-file", Category: Configured,
+			Usage: "the `FILE` with the AppRole's secret id"},
 		&cli.BoolFlag{Name: "vault-secret-id-wrapped", Category: Configured,
 			Usage: "the file has a wrapping token for the secret id instead"},
 		&cli.StringFlag{Name: "vault-cert-role", Category: Configured,

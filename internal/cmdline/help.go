@@ -35,8 +35,8 @@ func (p Program) helpCommand() *cli.Command {
 // completionArg asks for the completions of the words after it: the scripts below do, and nobody else.
 const completionArg = "--complete"
 
-// complete prints what the last word may become, a line each, with what it is for after a tab. It prints nothing where a
-// file may stand.
+// complete prints what the last word may become, a line each, with what it is for after a tab. It prints nothing where
+// a file may stand.
 func (p Program) complete(words []string) {
 	last := words[len(words)-1]
 	var command *cli.Command

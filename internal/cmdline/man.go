@@ -15,6 +15,7 @@ func (p Program) man() string {
 	var page strings.Builder
 	version, _, _ := strings.Cut(p.Version, ",")
 	fmt.Fprintf(&page, ".TH %s 1 \"\" \"kmehsm %s\" \"kmehsm\"\n", strings.ToUpper(p.Name), roff(version))
+	page.WriteString(".ad l\n.nh\n") // paths and flags are long words
 	fmt.Fprintf(&page, ".SH NAME\n%s \\- %s\n.SH SYNOPSIS\n.B %[1]s\n.I COMMAND\n[\\fIFLAGS\\fR] [\\fIARGUMENTS\\fR]\n",
 		p.Name, roff(p.Usage))
 	page.WriteString(".SH DESCRIPTION\n" + roffText(p.Description) + ".SH COMMANDS\n")
@@ -27,8 +28,8 @@ func (p Program) man() string {
 		}
 	}
 	if p.Config != nil {
-		fmt.Fprintf(&page, ".SH FILES\n.TP\n.I /etc/kmehsm/%s.yaml\nthe configuration, unless %s names another; else it "+
-			"is %[1]s.yaml in the working folder\n", p.Name, roff("--config"))
+		fmt.Fprintf(&page, ".SH FILES\n.TP\n.I /etc/kmehsm/%s.yaml\nthe configuration, unless %s names another; "+
+			"else it is %[1]s.yaml in the working folder\n", p.Name, roff("--config"))
 	}
 	return page.String()
 }

@@ -31,20 +31,21 @@ func run(t *testing.T, args ...string) (code int, stdout, stderr string) {
 		&cli.StringSliceFlag{Name: "name", Category: Configured},
 		&cli.IntFlag{Name: "count", Category: Configured}, &cli.StringFlag{Name: "own"}, JSON,
 	}
-	ends := func(err error) *cli.Command {
-		return &cli.Command{Name: err.Error(), Action: func(*cli.Context) error { return err }}
+	ends := func(name string, err error) *cli.Command {
+		return &cli.Command{Name: name, Action: func(*cli.Context) error { return err }}
 	}
 	p := Program{
-		App: &cli.App{Name: "p", Writer: &out, ErrWriter: &errs, DisableSliceFlagSeparator: true, Commands: []*cli.Command{
-			{Name: "show", Flags: flags, Action: func(c *cli.Context) error {
-				return json.NewEncoder(c.App.Writer).Encode([]any{c.String("token"), c.String("state"),
-					c.StringSlice("name"), c.Int("count"), c.String("own")})
+		App: &cli.App{Name: "p", Writer: &out, ErrWriter: &errs, DisableSliceFlagSeparator: true,
+			Commands: []*cli.Command{
+				{Name: "show", Flags: flags, Action: func(c *cli.Context) error {
+					return json.NewEncoder(c.App.Writer).Encode([]any{c.String("token"), c.String("state"),
+						c.StringSlice("name"), c.Int("count"), c.String("own")})
+				}},
+				{Name: "ends", Subcommands: []*cli.Command{
+					ends("failed", errors.New("failed")), ends("usage", Usagef("usage")),
+					ends("partial", Partial(errors.New("partial"))),
+				}},
 			}},
-			{Name: "ends", Subcommands: []*cli.Command{
-				ends(errors.New("failed")), {Name: "usage", Action: func(*cli.Context) error { return Usagef("usage") }},
-				{Name: "partial", Action: func(*cli.Context) error { return Partial(errors.New("partial")) }},
-			}},
-		}},
 		Config: &Config{Program: "p", Defaults: func(path string) (any, *config.Report) {
 			return config.Schema[settings]{See: "p show"}.Read(path, nil)
 		}},
@@ -67,7 +68,8 @@ func TestExitCodes(t *testing.T) {
 		{"ends partial", exitPartial, "p: partial"},
 		{"shwo", exitUsage, `there is no command "shwo" (did you mean show?)`},
 		{"zebra", exitUsage, `there is no command "zebra"; see p --help`},
-		{"ends faild", exitUsage, `there is no command "p ends faild" (did you mean p ends failed?); see p ends --help`},
+		{"ends faild", exitUsage,
+			`there is no command "p ends faild" (did you mean p ends failed?); see p ends --help`},
 		{"help shwo", exitUsage, `(did you mean show?)`},
 		{"show --tokn x", exitUsage, `there is no flag --tokn (did you mean --token?); see p show --help`},
 		{"show --zebra", exitUsage, `there is no flag --zebra; see p show --help`},
@@ -121,7 +123,8 @@ func TestConfiguration(t *testing.T) {
 	is(show(), `["","var",null,9,""]`)
 	write("p.yaml", "cuont: 9\nstate: [x]\n")
 	code, _, stderr := run(t, "show")
-	if code != exitUsage || !strings.Contains(stderr, "p.yaml: line 1: there is no setting cuont: did you mean count?") ||
+	if code != exitUsage ||
+		!strings.Contains(stderr, "p.yaml: line 1: there is no setting cuont: did you mean count?") ||
 		!strings.Contains(stderr, "p.yaml: line 2: state is a text") {
 		t.Errorf("a wrong file: %d, %s", code, stderr)
 	}
@@ -130,7 +133,8 @@ func TestConfiguration(t *testing.T) {
 	if err := os.Chmod("p.yaml", 0o666); err != nil {
 		t.Fatal(err)
 	}
-	if code, _, stderr := run(t, "show"); code != exitUsage || !strings.Contains(stderr, "name it with --config p.yaml") {
+	code, _, stderr = run(t, "show")
+	if code != exitUsage || !strings.Contains(stderr, "name it with --config p.yaml") {
 		t.Errorf("a file that all may write: %d, %s", code, stderr)
 	}
 	is(show("--config", "p.yaml"), `["","var",null,9,""]`)

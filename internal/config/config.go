@@ -211,8 +211,8 @@ func find(etc, program, named string) (string, error) {
 	}
 	stat, ok := info.Sys().(*syscall.Stat_t)
 	if info.Mode().Perm()&0o002 != 0 || !ok || stat.Uid != 0 && int(stat.Uid) != os.Getuid() {
-		return "", fmt.Errorf("%s in this folder is another user's, or all may write to it, so it is not used: name it "+
-			"with --config %[1]s if it is the right one, or work in another folder", here)
+		return "", fmt.Errorf("%s in this folder is another user's, or all may write to it, so it is not used: name "+
+			"it with --config %[1]s if it is the right one, or work in another folder", here)
 	}
 	return here, nil
 }

@@ -77,7 +77,8 @@ func TestGiven(t *testing.T) {
 	}
 	c, r := read(t, "text: b\nfile: file:x\ntls: {key: k}\n", nil)
 	dir := filepath.Dir(r.Path)
-	if r.Err() != nil || c.Text != "b" || c.File != "file:"+dir+"/x" || c.TLS.Key != dir+"/k" || c.Time != 5*time.Minute {
+	if r.Err() != nil || c.Text != "b" || c.File != "file:"+dir+"/x" || c.TLS.Key != dir+"/k" ||
+		c.Time != 5*time.Minute {
 		t.Errorf("%+v, %v", c, r.Err())
 	}
 	c, r = read(t, "text: b\nfile: file:x\n", Given{"text": {"a"}, "file": {"file:y"}, "tls-key": {"k"},
@@ -173,7 +174,7 @@ func certificate(t *testing.T, name string, from, until time.Time) (certificate,
 func TestServerTLS(t *testing.T) {
 	now := time.Now()
 	good, goodKey := certificate(t, "good", now.Add(-time.Hour), now.Add(90*24*time.Hour))
-	soon, soonKey := certificate(t, "soon", now.Add(-time.Hour), now.Add(time.Hour))
+	soon, soonKey := certificate(t, "soon", now.Add(-5*time.Hour), now.Add(time.Hour))
 	past, pastKey := certificate(t, "past", now.Add(-2*time.Hour), now.Add(-time.Hour))
 	late, lateKey := certificate(t, "late", now.Add(time.Hour), now.Add(2*time.Hour))
 	open := filepath.Join(t.TempDir(), "open.key")
@@ -187,19 +188,22 @@ func TestServerTLS(t *testing.T) {
 	if err := os.Chmod(open, 0o644); err != nil {
 		t.Fatal(err)
 	}
+	const own = "the server's certificate "
 	for _, c := range []struct{ what, certificate, key, ca, want string }{
 		{"all is well", good, goodKey, good, ""},
-		{"it expires soon", soon, soonKey, good, "warning tls.certificate: the server's certificate " + soon + " expires at"},
-		{"it has expired", past, pastKey, good, "tls.certificate: the server's certificate " + past + " has expired at"},
-		{"it is not good yet", late, lateKey, good, "tls.certificate: the server's certificate " + late + " is not good before"},
+		{"it expires soon", soon, soonKey, good, "warning tls.certificate: " + own + soon + " expires at"},
+		{"it has expired", past, pastKey, good, "tls.certificate: " + own + past + " has expired at"},
+		{"it is not good yet", late, lateKey, good, "tls.certificate: " + own + late + " is not good before"},
 		{"another's key", good, soonKey, good, "tls.key: the key " + soonKey + " is not that of"},
 		{"a key that is none", good, good, good, "tls.key: " + good + " holds no private key"},
-		{"a key that all may read", good, open, good, "tls.key: the key of the server's certificate, " + open + " is open"},
+		{"a key that all may read", good, open, good,
+			"tls.key: the key of " + own[:len(own)-1] + ", " + open + " is open"},
 		{"no key", good, "none", good, "tls.key: the key of the server's certificate, none cannot be read"},
 		{"no certificate", "none", goodKey, good, "tls.certificate: the server's certificate none cannot be read"},
 		{"a certificate that is none", goodKey, goodKey, good, "tls.certificate: the server's certificate " + goodKey +
 			" holds something that is no certificate"},
-		{"a CA that has expired", good, goodKey, past, "tls.client_ca: the clients' CA " + past + " (CN=past) has expired"},
+		{"a CA that has expired", good, goodKey, past, "tls.client_ca: the clients' CA " + past +
+			" (CN=past) has expired"},
 		{"no CA", good, goodKey, "none", "tls.client_ca: the clients' CA none cannot be read"},
 	} {
 		var r Report

@@ -91,7 +91,8 @@ func (d decoder) mapping(prefix string, n *yaml.Node, to, all reflect.Value) {
 		}
 		switch {
 		case !f.IsValid():
-			d.at(key.Line, name, "there is no setting "+name, d.meant(strings.TrimSuffix(name, key.Value), key.Value, to, all))
+			d.at(key.Line, name, "there is no setting "+name,
+				d.meant(strings.TrimSuffix(name, key.Value), key.Value, to, all))
 		case seen[name]:
 			d.at(key.Line, name, name+" is there twice", "keep one of them")
 		default:

@@ -17,7 +17,7 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys"
 )
 
-// expiresSoon is how long before its end a certificate is worth a warning.
+// expiresSoon is how long before its end a certificate is worth a warning, but a third of its life at most.
 const expiresSoon = 30 * 24 * time.Hour
 
 // reason is an error of a file without the path, which stands before it.
@@ -102,7 +102,8 @@ func Listen(address string) (net.Listener, error) {
 	l, err := net.Listen("tcp", address)
 	switch {
 	case errors.Is(err, syscall.EADDRINUSE):
-		err = fmt.Errorf("another process listens at %s (ss -ltnp shows which): stop it, or choose another port", address)
+		err = fmt.Errorf("another process listens at %s (ss -ltnp shows which): stop it, or choose another port",
+			address)
 	case errors.Is(err, syscall.EADDRNOTAVAIL):
 		err = fmt.Errorf("%s is no address of this machine (ip address shows them): choose another", address)
 	case errors.Is(err, syscall.EACCES):
@@ -149,7 +150,7 @@ func (r *Report) dates(setting, what string, c *x509.Certificate) {
 	case now.Before(c.NotBefore):
 		r.Add(setting, fmt.Sprintf("%s is not good before %s", what, c.NotBefore.Format(time.RFC3339)),
 			"wait, or set the clock right")
-	case now.Add(expiresSoon).After(c.NotAfter):
+	case c.NotAfter.Sub(now) < min(expiresSoon, c.NotAfter.Sub(c.NotBefore)/3):
 		r.Warn(setting, fmt.Sprintf("%s expires at %s", what, c.NotAfter.Format(time.RFC3339)),
 			"have a new one made")
 	}

@@ -59,7 +59,8 @@ var schema = config.Schema[Config]{See: "factory check", Settings: []config.Sett
 		Rule: "a name of letters, digits, dots and dashes",
 		OK:   func(c *Config) bool { return c.Fixture == "" || directory.CheckName(c.Fixture) == nil }},
 	{Name: "workers", Example: "8", Help: "shards in work at once (default: twice the sessions of the token)",
-		Rule: "a whole number, or 0 for twice the sessions of the token", OK: func(c *Config) bool { return c.Workers >= 0 }},
+		Rule: "a whole number, or 0 for twice the sessions of the token",
+		OK:   func(c *Config) bool { return c.Workers >= 0 }},
 	{Name: "bits", Example: "3072", Help: "of a new lot's modulus",
 		Rule: "2048, 3072 or 4096", OK: func(c *Config) bool {
 			return slices.Contains([]int{0, 2048, 3072, 4096}, c.Bits)

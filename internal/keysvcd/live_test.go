@@ -163,7 +163,8 @@ func TestReloadFails(t *testing.T) {
 			mend = c.spoil()
 		}
 		before := s.Load()
-		if err := s.reload(t.Context(), Source{Path: s.config()}); err == nil || !strings.Contains(err.Error(), c.want) {
+		err := s.reload(t.Context(), Source{Path: s.config()})
+		if err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v, want %q", c.stage, err, c.want)
 		}
 		if s.Load() != before {
