@@ -14,7 +14,7 @@ PROTOC_GEN_CONNECT_GO := connectrpc.com/connect/cmd/protoc-gen-connect-go@v1.21.
 # A target's prerequisites come in their order also under make -j: the tools are installed before they are used.
 .NOTPARALLEL:
 DEPS := deps-build deps-demo deps-plugin deps-bench deps-check deps-test deps-generate
-.PHONY: help build demo plugin release reproducible vaultdev check test flaky soak bench benchstat lint fuzz \
+.PHONY: help build man demo plugin release reproducible vaultdev check test flaky soak bench benchstat lint fuzz \
 	fuzz-plugin generate clean $(DEPS)
 
 help: ## print this list
@@ -27,6 +27,13 @@ go-build = $(CURDIR)/scripts/step.sh -q \
 	'building $(1)' go build -v -trimpath $(STAMP) -o $(CURDIR)/bin/ $(2)
 # --version names the commit, if git can name it here, whatever GOFLAGS says.
 STAMP := $(if $(shell git rev-parse HEAD 2>/dev/null),-buildvcs=true)
+
+man: build ## bin/man: the manual pages; bin/completion: for bash, zsh and fish
+	@mkdir -p bin/man bin/completion
+	@for p in factory keysvc mesim; do \
+		bin/$$p man >bin/man/$$p.1; \
+		for s in bash zsh fish; do bin/$$p completion $$s >bin/completion/$$p.$$s; done; \
+	done
 
 build: deps-build ## bin/factory, bin/keysvc and bin/mesim
 	@mkdir -p bin

@@ -1,9 +1,11 @@
 package cmd_test
 
 import (
+	"maps"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -37,4 +39,137 @@ func helpWidth(t *testing.T, program string, command ...string) (n int) {
 		n += helpWidth(t, program, append(command, m[1])...)
 	}
 	return n + 1
+}
+
+// completions are what a program offers in the place of the last word.
+func completions(t *testing.T, program string, words ...string) (names []string) {
+	t.Helper()
+	out, err := exec.Command(filepath.Join(programs.Dir(t), program), append([]string{"--complete"}, words...)...).
+		Output()
+	if err != nil {
+		t.Fatal(program, words, err)
+	}
+	for line := range strings.Lines(string(out)) {
+		name, _, _ := strings.Cut(line, "\t")
+		names = append(names, name)
+	}
+	return names
+}
+
+// leaves are the commands of a program that do something, and the flags of each.
+func leaves(t *testing.T, program string) map[string][]string {
+	all := map[string][]string{}
+	var walk func(command []string)
+	walk = func(command []string) {
+		below := completions(t, program, append(slices.Clone(command), "")...)
+		if len(below) == 0 || command != nil && command[0] == "completion" {
+			all[strings.Join(command, " ")] = completions(t, program, append(slices.Clone(command), "--")...)
+			return
+		}
+		for _, name := range below {
+			walk(append(slices.Clone(command), name))
+		}
+	}
+	walk(nil)
+	return all
+}
+
+// Every command that does something has an example, and no example has a command or a flag that there is not.
+func TestExamples(t *testing.T) {
+	for program, fewest := range map[string]int{"factory": 25, "keysvc": 25, "mesim": 3} {
+		all := leaves(t, program)
+		if len(all) < fewest {
+			t.Errorf("%s has %d commands", program, len(all))
+		}
+		delete(all, "help") // whose --help is the program's
+		for command, flags := range all {
+			words := strings.Fields(command)
+			out, err := exec.Command(filepath.Join(programs.Dir(t), program), append(words, "--help")...).Output()
+			if err != nil {
+				t.Fatal(command, err)
+			}
+			_, text, ok := strings.Cut(string(out), "For example:\n")
+			text, _, _ = strings.Cut(text, "\n\n")
+			text = strings.ReplaceAll(text, "\\\n", "")
+			if !ok || !strings.Contains(text, program) {
+				t.Errorf("%s %s --help has no example", program, command)
+			}
+			for line := range strings.Lines(text) {
+				line = strings.TrimSpace(line)
+				if !strings.HasPrefix(line, program+" ") {
+					continue
+				}
+				if rest, ok := strings.CutPrefix(line, program+" "+command); !ok || rest != "" && rest[0] != ' ' {
+					t.Errorf("the example of %s %s is another's: %s", program, command, line)
+				}
+				for _, flag := range regexp.MustCompile(`--[a-z-]+`).FindAllString(line, -1) {
+					if !slices.Contains(flags, flag) {
+						t.Errorf("%s %s has no %s, as its example has: %s", program, command, flag, line)
+					}
+				}
+			}
+		}
+	}
+}
+
+// Every command that prints a result takes --json.
+func TestJSONEverywhere(t *testing.T) {
+	// What these print is for a shell, a reader or a log.
+	without := []string{"serve", "station serve", "help", "man", "completion"}
+	for _, program := range []string{"factory", "keysvc", "mesim"} {
+		all := leaves(t, program)
+		for _, command := range slices.Sorted(maps.Keys(all)) {
+			if !slices.Contains(all[command], "--json") && !slices.Contains(without, command) {
+				t.Errorf("%s %s has no --json", program, command)
+			}
+		}
+	}
+}
+
+// The shells' completions ask the program, and offer what it says.
+func TestCompletion(t *testing.T) {
+	for _, c := range []struct {
+		words []string
+		want  string // one of them; empty: none
+	}{
+		{[]string{"l"}, "lot"}, {[]string{"lot", "imp"}, "import"}, {[]string{"lot", "import", "--tok"}, "--token"},
+		{[]string{"lot", "import", "--token", "--"}, ""}, {[]string{"lot", "import", "f", "--js"}, "--json"},
+		{[]string{"completion", "z"}, "zsh"}, {[]string{"enroll", ""}, ""},
+	} {
+		if got := completions(t, "keysvc", c.words...); c.want == "" && len(got) > 0 ||
+			c.want != "" && !slices.Contains(got, c.want) {
+			t.Errorf("%q: %q, want %q", c.words, got, c.want)
+		}
+	}
+	script := `. <(keysvc completion bash); COMP_WORDS=(keysvc lot im) COMP_CWORD=2; _keysvc; echo "${COMPREPLY[@]}"`
+	bash := exec.Command("bash", "-c", script)
+	bash.Env = append(bash.Environ(), "PATH="+programs.Dir(t)+":/usr/bin:/bin")
+	if out, err := bash.CombinedOutput(); err != nil || string(out) != "import\n" {
+		t.Errorf("bash: %q, %v", out, err)
+	}
+}
+
+// The manual page has every command, and is what groff takes.
+func TestManualPages(t *testing.T) {
+	for _, program := range []string{"factory", "keysvc", "mesim"} {
+		page, err := exec.Command(filepath.Join(programs.Dir(t), program), "man").Output()
+		if err != nil {
+			t.Fatal(program, err)
+		}
+		for command, flags := range leaves(t, program) {
+			if !strings.Contains(string(page), "\n.SS "+program+" "+strings.ReplaceAll(command, "-", `\-`)) {
+				t.Errorf("the manual page of %s has no %s", program, command)
+			}
+			for _, flag := range flags {
+				if !strings.Contains(string(page), strings.ReplaceAll(flag, "-", `\-`)) {
+					t.Errorf("the manual page of %s has no %s", program, flag)
+				}
+			}
+		}
+		groff := exec.Command("groff", "-man", "-ww", "-W", "break", "-z") // a URI is no word to break
+		groff.Stdin = strings.NewReader(string(page))
+		if out, err := groff.CombinedOutput(); err != nil || len(out) > 0 {
+			t.Errorf("groff: %s %v", out, err)
+		}
+	}
 }

@@ -16,6 +16,7 @@ package hsmkeys
 
 import (
 	"context"
+	"strings"
 
 	"github.com/kmehsm/kmehsm/hsmkeys/doctor"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
@@ -33,6 +34,7 @@ type (
 	PIN      = p11.PIN
 	Health   = p11.Health
 	Observer = p11.Observer
+	Slot     = p11.Slot
 
 	Split      = officer.Split
 	OfficerPIN = officer.PIN
@@ -65,6 +67,21 @@ func ReadPIN(source string) (PIN, error) { return p11.ReadPIN(source) }
 
 // CheckURI refuses what is no token's URI. Its error has no PIN.
 func CheckURI(uri string) error { return p11.CheckURI(uri) }
+
+// CheckPIN says whether the user PIN that a token's URI names can be read. The token is not asked.
+func CheckPIN(uri string) error { return p11.CheckPIN(uri) }
+
+// Slots asks a PKCS #11 module, or the one that a token's URI names, for its slots and tokens, without a login.
+func Slots(moduleOrURI string) (all []Slot, module string, err error) {
+	module, reserved := moduleOrURI, ""
+	if strings.HasPrefix(moduleOrURI, "pkcs11:") {
+		if module, reserved, err = p11.ModuleOf(moduleOrURI); err != nil {
+			return nil, "", err
+		}
+	}
+	all, err = p11.Slots(module, reserved)
+	return all, module, err
+}
 
 // Sentences say of a token what it does not do, by findings that are not OK.
 func Sentences(findings []Finding) []string { return doctor.Sentences(findings) }

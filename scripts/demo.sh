@@ -137,7 +137,7 @@ revocation_ttl: 1s
 $login
 EOF
 printf '$ keysvc serve --config %s\n' "$dir/keysvc.yaml"
-keysvc serve --config "$dir/keysvc.yaml" 2>"$dir/keysvc.log" &
+env -u KMEHSM_TOKEN keysvc serve --config "$dir/keysvc.yaml" 2>"$dir/keysvc.log" &
 server=$!
 as_hss=(--cacert "$dir/tls/ca.pem" --cert "$dir/tls/hss.pem" --key "$dir/tls/hss.key")
 url=

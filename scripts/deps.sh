@@ -11,8 +11,8 @@ Installs, with apt-get, what this machine lacks for a Make target, and nothing e
     demo        build's, and SoftHSM, curl, jq, openssl
     plugin      build's, and make, the headers of freeDiameter and libcurl
     bench       demo's and plugin's, and freeDiameterd, PostgreSQL
-    check       demo's, and shellcheck, age, SQLite's shell, OpenSC (pkcs11-tool and pkcs11-spy.so), openCryptoki,
-                p11-kit, NSS softoken
+    check       demo's, and shellcheck, groff, age, SQLite's shell, OpenSC (pkcs11-tool and pkcs11-spy.so),
+                openCryptoki, p11-kit, NSS softoken
     test        check's and bench's, and clang with libFuzzer, tshark, spin, Chromium
     generate    protoc
 
@@ -98,6 +98,7 @@ for_bench() {
 for_check() {
 	for_demo
 	need shellcheck command -v shellcheck
+	need groff-base groff --version
 	need age command -v age
 	need sqlite3 command -v sqlite3
 	need opensc command -v pkcs11-tool

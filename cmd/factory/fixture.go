@@ -12,7 +12,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/pemkey"
 )
 
-var fixtureFlag = &cli.StringFlag{Name: "fixture",
+var fixtureFlag = &cli.StringFlag{Name: "fixture", Category: cmdline.Configured,
 	Usage: "the fixture that the packages are for, `NAME` (default: the one that is enrolled)"}
 
 func fixtureCommand() *cli.Command {

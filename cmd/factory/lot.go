@@ -31,16 +31,16 @@ func lotCommand() *cli.Command {
 					Usage: "the devices' type allocation code, eight digits, `T`"},
 					&cli.IntFlag{Name: "first", Usage: "the first serial number, `N`, 0 to 999999"},
 					&cli.IntFlag{Name: "count", Usage: "how many devices, `N`"},
-					&cli.IntFlag{Name: "bits", Value: 3072,
+					&cli.IntFlag{Name: "bits", Value: 3072, Category: cmdline.Configured,
 						Usage: "the length of the modulus, `B`: 2048, 3072 or 4096"},
-					&cli.StringFlag{Name: "suite", Value: string(kme.SuiteECDSA),
+					&cli.StringFlag{Name: "suite", Value: string(kme.SuiteECDSA), Category: cmdline.Configured,
 						Usage: "how devices sign, `S`: tr33868-ecdsa-p256, tr33868-rsa2048, or " +
 							"bound-ecdsa-p256-oaep, which departs from the text"},
-					&cli.IntFlag{Name: "shard-size", Value: 256,
+					&cli.IntFlag{Name: "shard-size", Value: 256, Category: cmdline.Configured,
 						Usage: "devices in a directory object and in an injection package, `N`, 1 to 1024"},
-					&cli.StringFlag{Name: "primes", Value: string(hsmkeys.PrimesAuto),
+					&cli.StringFlag{Name: "primes", Value: string(hsmkeys.PrimesAuto), Category: cmdline.Configured,
 						Usage: "auto, or x931 to insist on ANSI X9.31"},
-					&cli.DurationFlag{Name: "valid-for", Value: directory.DefaultValidity,
+					&cli.DurationFlag{Name: "valid-for", Value: directory.DefaultValidity, Category: cmdline.Configured,
 						Usage: "for how long a list of revoked devices of the lot is good, `D`: lot refresh signs it " +
 							"anew before"}),
 				Action: cmdline.Alone(cmdline.Requiring(lotCreate, "tac")),
@@ -49,14 +49,15 @@ func lotCommand() *cli.Command {
 				Name: "provision", Usage: "make the keys of a lot's devices, write their injection packages, publish " +
 					"their public keys", ArgsUsage: "LOT",
 				Description: "Ctrl-C finishes the shards in flight; the same command again goes on.",
-				Flags: lineFlags(&cli.StringFlag{Name: "out",
+				Flags: lineFlags(&cli.StringFlag{Name: "out", Category: cmdline.Configured,
 					Usage: "the folder, `DIR`, for DIR/LOT/injection-000000.jsonl and so on (default: injection in " +
 						"the --state folder)"},
 					fixtureFlag,
 					&cli.StringFlag{Name: "shards",
 						Usage: "only these shards, `FIRST-LAST`, so that machines can share a lot (default: all)"},
-					&cli.IntFlag{Name: "workers", Usage: "shards in work at once, `N` (default: twice the sessions " +
-						"of the token, which is then never idle while a package is written)"}),
+					&cli.IntFlag{Name: "workers", Category: cmdline.Configured,
+						Usage: "shards in work at once, `N` (default: twice the sessions " +
+							"of the token, which is then never idle while a package is written)"}),
 				Action: cmdline.Alone(lotProvision),
 			},
 			{Name: "list", Usage: "list all lots, their signatures verified", Flags: lineFlags(), Action: lotList},
@@ -75,8 +76,9 @@ func lotCommand() *cli.Command {
 					"every public key of its suite, on its curve and unique; the modulus; the injection packages " +
 					"against the published keys. Exits with 1 if anything is wrong.",
 				Flags: slices.Concat(cmdline.DirectoryFlags(), []cli.Flag{manufacturerFlag, stateFlag,
-					&cli.StringFlag{Name: "injection", Usage: "compare the injection packages below `DIR` too " +
-						"(default: injection in the --state folder, if it is there)"}, cmdline.JSON}),
+					&cli.StringFlag{Name: "injection", Category: cmdline.Configured,
+						Usage: "compare the injection packages below `DIR` too " +
+							"(default: injection in the --state folder, if it is there)"}, cmdline.JSON}),
 				Action: lotVerify,
 			},
 			{
@@ -88,8 +90,9 @@ func lotCommand() *cli.Command {
 				ArgsUsage: "LOT IMEI", Description: "The new injection package is DIR/LOT/reissue-IMEI-1.jsonl and " +
 					"so on. The reason names the return: with the same one again nothing changes.",
 				Flags: lineFlags(&cli.StringFlag{Name: "reason", Usage: "which return this is, `TEXT`"}, fixtureFlag,
-					&cli.StringFlag{Name: "out", Usage: "the folder, `DIR`, of the injection packages (default: " +
-						"injection in the --state folder)"}),
+					&cli.StringFlag{Name: "out", Category: cmdline.Configured,
+						Usage: "the folder, `DIR`, of the injection packages (default: " +
+							"injection in the --state folder)"}),
 				Action: cmdline.Alone(cmdline.Requiring(lotReissue, "reason")),
 			},
 			{

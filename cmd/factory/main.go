@@ -15,17 +15,24 @@ import (
 	"github.com/kmehsm/kmehsm/factory/auditlog"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/config"
 	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/factoryconf"
 )
 
 var (
-	stateFlag        = &cli.StringFlag{Name: "state", Value: "var/factory", Usage: "the line's own folder, `DIR`"}
-	manufacturerFlag = &cli.StringFlag{Name: "manufacturer",
+	stateFlag = &cli.StringFlag{Name: "state", Value: "var/factory", EnvVars: []string{"KMEHSM_STATE"},
+		Category: cmdline.Configured, Usage: "the line's own folder, `DIR`"}
+	manufacturerFlag = &cli.StringFlag{Name: "manufacturer", Category: cmdline.Configured,
 		Usage: "the manufacturer's public key, `PEM` (default: manufacturer.pem in the --state folder)"}
 	outFileFlag = &cli.StringFlag{Name: "out", Usage: "the `FILE` to write"}
 )
 
-func main() { cmdline.Main(app()) }
+// configuration is factory.yaml, which all commands have their settings from.
+var configuration = &cmdline.Config{Program: "factory",
+	Defaults: func(path string) (any, *config.Report) { return factoryconf.Read(path, nil) }}
+
+func main() { cmdline.Main(cmdline.Program{App: app(), Examples: examples, Config: configuration}) }
 
 // lineFlags are those of the commands that work on lots, and the command's own.
 func lineFlags(own ...cli.Flag) []cli.Flag {
@@ -46,7 +53,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same com
 		Commands: []*cli.Command{
 			initCommand(), auditCommand(), doctorCommand(), fixtureCommand(), operatorCommand(), rotateCommand(),
 			officerCommand(), minutesCommand(), stationCommand(), reconcileCommand(), logCommand(),
-			vaultCommand(), lotCommand(),
+			vaultCommand(), lotCommand(), checkCommand(), cmdline.TokensCommand(),
 		},
 	}
 }

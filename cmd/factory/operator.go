@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"io"
 	"strings"
 
 	"github.com/urfave/cli/v2"
@@ -32,7 +31,8 @@ func operatorCommand() *cli.Command {
 		}, {
 			Name: "policy", Usage: "print the Vault policy of one operator: its granted lots, to read",
 			ArgsUsage: "NAME", Description: "For vault policy write MOUNT-operator-NAME -",
-			Flags:  []cli.Flag{stateFlag, &cli.StringFlag{Name: "directory", Usage: "the directory, vault:`MOUNT`"}},
+			Flags: []cli.Flag{stateFlag, &cli.StringFlag{Name: "directory", EnvVars: []string{"KMEHSM_DIRECTORY"},
+				Category: cmdline.Configured, Usage: "the directory, vault:`MOUNT`"}, cmdline.JSON},
 			Action: operatorPolicy,
 		}},
 	}
@@ -72,6 +72,5 @@ func operatorPolicy(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	_, err = io.WriteString(c.App.Writer, text)
-	return err
+	return cmdline.Printf(c, map[string]any{"operator": operator, "policy": text}, "%s", text)
 }

@@ -15,7 +15,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 )
 
-var injectionFlag = &cli.StringFlag{Name: "injection",
+var injectionFlag = &cli.StringFlag{Name: "injection", Category: cmdline.Configured,
 	Usage: "the folder, `DIR`, of the injection packages (default: injection in the --state folder)"}
 
 func stationCommand() *cli.Command {
@@ -32,13 +32,16 @@ stands in --station. A station has one device at a time:
 A device is handed out when its key is published, and only with the key that is. This needs no token, and runs beside
 lot provision. Ctrl-C ends it; begun again, it goes on where it was.`,
 			Flags: append(cmdline.DirectoryFlags(), manufacturerFlag, stateFlag, injectionFlag,
-				&cli.StringFlag{Name: "listen", Usage: "where to serve, `ADDRESS:PORT`"},
-				&cli.StringFlag{Name: "tls-certificate", Usage: "the server's certificate, `PEM`"},
-				&cli.StringFlag{Name: "tls-key", Usage: "its key, `PEM`"},
-				&cli.StringFlag{Name: "client-ca", Usage: "the CA of the stations' certificates, `PEM`"},
-				&cli.StringSliceFlag{Name: "station", Usage: "a station, by the common name of its certificate, " +
-					"`NAME`, again for each; without, nobody is one"},
-				&cli.DurationFlag{Name: "timeout", Value: 10 * time.Minute,
+				&cli.StringFlag{Name: "listen", Category: cmdline.Configured, Usage: "where to serve, `ADDRESS:PORT`"},
+				&cli.StringFlag{Name: "tls-certificate", Category: cmdline.Configured,
+					Usage: "the server's certificate, `PEM`"},
+				&cli.StringFlag{Name: "tls-key", Category: cmdline.Configured, Usage: "its key, `PEM`"},
+				&cli.StringFlag{Name: "client-ca", Category: cmdline.Configured,
+					Usage: "the CA of the stations' certificates, `PEM`"},
+				&cli.StringSliceFlag{Name: "station", Category: cmdline.Configured,
+					Usage: "a station, by the common name of its certificate, " +
+						"`NAME`, again for each; without, nobody is one"},
+				&cli.DurationFlag{Name: "timeout", Category: cmdline.Configured, Value: 10 * time.Minute,
 					Usage: "after which a device that its station did not report is overdue"}),
 			Action: cmdline.Requiring(stationServe, "listen", "tls-certificate", "tls-key", "client-ca"),
 		}, {

@@ -3,9 +3,11 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -15,18 +17,24 @@ import (
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/config"
 	"github.com/kmehsm/kmehsm/internal/keysvcd"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-var stateFlag = &cli.StringFlag{Name: "state", Value: "var/keysvc",
-	Usage: "the service's own folder, `DIR`, with its database"}
+var stateFlag = &cli.StringFlag{Name: "state", Value: "var/keysvc", EnvVars: []string{"KMEHSM_STATE"},
+	Category: cmdline.Configured,
+	Usage:    "the service's own folder, `DIR`, with its database"}
 
 var acceptFlag = &cli.BoolFlag{Name: "accept-weak-token",
 	Usage: "take a token all the same that does not keep keys as it should; the token, the service's log and /readyz " +
 		"say so for ever"}
 
-func main() { cmdline.Main(app()) }
+// configuration is keysvc.yaml, which all commands have their settings from.
+var configuration = &cmdline.Config{Program: "keysvc",
+	Defaults: func(path string) (any, *config.Report) { return keysvcd.ReadDefaults(keysvcd.Source{Path: path}) }}
+
+func main() { cmdline.Main(cmdline.Program{App: app(), Examples: examples, Config: configuration}) }
 
 func app() *cli.App {
 	return &cli.App{
@@ -81,9 +89,18 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 				Name: "serve", Usage: "serve the HSS",
 				Description: "SIGTERM finishes the calls under way and ends; SIGHUP reloads lots, clients and " +
 					"certificates.\n\n" + keysvcd.Help(),
-				Flags:  []cli.Flag{&cli.StringFlag{Name: "config", Usage: "the configuration, a YAML `FILE`"}},
-				Action: cmdline.Requiring(serve, "config"),
+				Flags: serviceFlags(), Action: serve,
 			},
+			{
+				Name: "check", Usage: "say all that is wrong with the configuration, with lines and remedies",
+				Description: "It looks at settings, files, certificates, PIN files and ports, as serve does before " +
+					"it starts, and not into the token (see keysvc doctor), the store or a directory. Exit code 2 if " +
+					"the configuration cannot be used.",
+				Flags: serviceFlags(&cli.BoolFlag{Name: "running",
+					Usage: "the service runs, so its ports are in use: check the rest"}, cmdline.JSON),
+				Action: check,
+			},
+			cmdline.TokensCommand(),
 			{
 				Name: "doctor", Usage: "say what the token can and cannot do, and what follows",
 				Flags: []cli.Flag{cmdline.Token, cmdline.JSON}, Action: doctor,
@@ -116,8 +133,39 @@ func initToken(c *cli.Context) error {
 	})
 }
 
+// serviceFlags are those of the commands that want the whole configuration.
+func serviceFlags(own ...cli.Flag) []cli.Flag {
+	return slices.Concat([]cli.Flag{configuration.Flag(), cmdline.Token, stateFlag, storeFlag},
+		cmdline.DirectoryFlags(), own)
+}
+
+// source is the whole configuration, which there must be.
+func source(c *cli.Context) (s keysvcd.Source, err error) {
+	if s.Path, err = configuration.Find(c); err == nil && s.Path == "" {
+		err = errors.New("there is no configuration: name one with --config FILE, or put it at " +
+			"/etc/kmehsm/keysvc.yaml; keysvc serve --help shows what it has")
+	}
+	if err != nil {
+		return s, cmdline.Usage(err)
+	}
+	s.Given = cmdline.Given(c)
+	return s, nil
+}
+
 func serve(c *cli.Context) error {
-	return keysvcd.Serve(c.Context, c.String("config"), c.App.ErrWriter)
+	from, err := source(c)
+	if err != nil {
+		return err
+	}
+	return keysvcd.Serve(c.Context, from, c.App.ErrWriter)
+}
+
+func check(c *cli.Context) error {
+	from, err := source(c)
+	if err != nil {
+		return err
+	}
+	return cmdline.PrintReport(c, keysvcd.Check(from, c.Bool("running")))
 }
 
 func device(c *cli.Context) error {

@@ -19,7 +19,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/keysvcd"
 )
 
-var storeFlag = &cli.StringFlag{Name: "store", EnvVars: []string{"KMEHSM_STORE"},
+var storeFlag = &cli.StringFlag{Name: "store", EnvVars: []string{"KMEHSM_STORE"}, Category: cmdline.Configured,
 	Usage: "the `STORE`: sqlite:PATH, or postgres://USER@HOST/DATABASE (default: keysvc.db in the --state folder)"}
 
 // storeFlags say where the service's store is, and the token whose key its rows are verified with.

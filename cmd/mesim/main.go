@@ -23,9 +23,13 @@ var deviceFlags = []cli.Flag{
 	&cli.StringFlag{Name: "injection",
 		Usage: "the folder, `DIR`, of injection packages, as factory lot provision wrote it"},
 	&cli.StringFlag{Name: "fixture-key", Usage: "the fixture's private RSA key, as `PEM`"},
+	jsonFlag,
 	&cli.StringSliceFlag{Name: "fixture-enrolment",
 		Usage: "what factory fixture enroll wrote, a `FILE`; once for each injection key that the fixture holds"},
 }
+
+var jsonFlag = &cli.BoolFlag{Name: "json",
+	Usage: "for scripts that give it to every command: the result is JSON anyway"}
 
 var serverFlags = []cli.Flag{
 	&cli.StringFlag{Name: "server", Usage: "keysvc's `URL`: https://HOST:PORT, or unix:/path; several instances of one store " +
@@ -44,7 +48,7 @@ var serverFlags = []cli.Flag{
 // attach to has.
 const loadConcurrency = 64
 
-func main() { cmdline.Main(app()) }
+func main() { cmdline.Main(cmdline.Program{App: app(), Examples: examples}) }
 
 func app() *cli.App {
 	return &cli.App{

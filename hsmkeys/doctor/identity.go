@@ -26,21 +26,6 @@ type Identity struct {
 	Dedicated       keyspec.Side `json:"role,omitempty"` // whose it is
 }
 
-// pinFlags are what a token says of its PINs (PKCS #11 v2.40 section 3.2, CK_TOKEN_INFO).
-var pinFlags = []struct {
-	flag uint
-	says string
-}{
-	{pkcs11.CKF_USER_PIN_COUNT_LOW, "a wrong user PIN was tried since the last right one"},
-	{pkcs11.CKF_USER_PIN_FINAL_TRY, "the next wrong user PIN locks the token"},
-	{pkcs11.CKF_USER_PIN_LOCKED, "the user PIN is locked: the security officer must set a new one"},
-	{pkcs11.CKF_USER_PIN_TO_BE_CHANGED, "the user PIN is its maker's, or has expired: change it"},
-	{pkcs11.CKF_SO_PIN_COUNT_LOW, "a wrong security officer's PIN was tried since the last right one"},
-	{pkcs11.CKF_SO_PIN_FINAL_TRY, "the next wrong security officer's PIN locks the token"},
-	{pkcs11.CKF_SO_PIN_LOCKED, "the security officer's PIN is locked: nobody can be enrolled any more"},
-	{pkcs11.CKF_SO_PIN_TO_BE_CHANGED, "the security officer's PIN is its maker's, or has expired: change it"},
-}
-
 // Identify asks the token what it is. Whose it is, and what was accepted, the caller knows.
 func Identify(t *p11.Token, s *p11.Session) (id Identity, err error) {
 	info, library, err := t.Ask(s)
@@ -56,11 +41,7 @@ func Identify(t *p11.Token, s *p11.Session) (id Identity, err error) {
 			p11.Trim(library.LibraryDescription)),
 		LibraryVersion: version(library.LibraryVersion), Cryptoki: version(library.CryptokiVersion),
 	}
-	for _, f := range pinFlags {
-		if info.Flags&f.flag != 0 {
-			id.PINs = append(id.PINs, f.says)
-		}
-	}
+	id.PINs = p11.SayPINs(info.Flags)
 	return id, nil
 }
 

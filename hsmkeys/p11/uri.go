@@ -121,3 +121,12 @@ func ReadPIN(source string) (PIN, error) {
 	}
 	return PIN(pin), nil
 }
+
+// CheckPIN says whether the user PIN that a token's URI names can be read. The token is not asked.
+func CheckPIN(s string) error {
+	u, err := parseURI(s)
+	if err == nil {
+		_, err = ReadPIN(u.pinSource)
+	}
+	return err
+}

@@ -17,6 +17,8 @@ import (
 
 	"github.com/urfave/cli/v2"
 	"golang.org/x/term"
+
+	"github.com/kmehsm/kmehsm/internal/config"
 )
 
 // Exit codes.
@@ -51,27 +53,41 @@ type saidError struct{ error }
 
 // The common flags. Each command has those that it needs.
 var (
-	Token = &cli.StringFlag{Name: "token", EnvVars: []string{"KMEHSM_TOKEN"},
+	Token = &cli.StringFlag{Name: "token", EnvVars: []string{"KMEHSM_TOKEN"}, Category: Configured,
 		Usage: "the token, as an RFC 7512 `URI` with module-path and pin-source"}
 	JSON = &cli.BoolFlag{Name: "json", Usage: "print one JSON document on standard output"}
 )
 
+// A Program is a command line, and what the library has no place for.
+type Program struct {
+	*cli.App
+	Examples map[string]string // of each command that does something: lines to type, by its name
+	Config   *Config           // nil if the program has no configuration
+}
+
 // Main runs a program's command line and exits.
-func Main(app *cli.App) {
+func Main(p Program) {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
-	os.Exit(Run(ctx, app, os.Args))
+	os.Exit(p.Run(ctx, os.Args))
 }
 
 // Run runs a command line and gives the exit code.
-func Run(ctx context.Context, app *cli.App, args []string) int {
-	args = flagsFirst(app, args)
+func (p Program) Run(ctx context.Context, args []string) int {
+	app := p.App
+	app.Commands = append(app.Commands, p.helpCommand(), p.completionCommand(), p.manCommand())
 	app.ExitErrHandler = func(*cli.Context, error) {} // errors are printed below, once
 	app.HideHelpCommand = true
+	app.Flags = append(app.Flags, cli.HelpFlag) // the library has none beside a command of that name
 	app.Version = Version()
-	prepare(app.Name, app.Commands)
+	p.prepare(app.Name, app.Commands)
 	app.OnUsageError = onUsageError
-	app.Action = unknown
+	app.Action = unknown("", app.Commands, cli.ShowAppHelp)
+	if len(args) > 2 && args[1] == completionArg {
+		p.complete(args[2:])
+		return 0
+	}
+	args = flagsFirst(app, args)
 	err := app.RunContext(ctx, args)
 	if err == nil {
 		return 0
@@ -115,30 +131,77 @@ func fold(line string) (folded string) {
 	return folded + line
 }
 
-func onUsageError(_ *cli.Context, err error, _ bool) error { return Usage(err) }
-
-func unknown(c *cli.Context) error {
-	if c.Args().Present() {
-		return Usagef("there is no command %q; see %s --help", c.Args().First(), c.App.Name)
+func onUsageError(c *cli.Context, err error, _ bool) error {
+	if flag, ok := strings.CutPrefix(err.Error(), "flag provided but not defined: -"); ok {
+		flag, _, _ = strings.Cut(strings.TrimLeft(flag, "-"), "=")
+		err = fmt.Errorf("there is no flag --%s%s; see %s --help", flag,
+			meant("--", flag, flagNames(c.Command)), c.Command.HelpName)
 	}
-	return cli.ShowAppHelp(c)
+	return Usage(err)
+}
+
+// meant is what to add to the name of something that there is not.
+func meant(prefix, name string, candidates []string) string {
+	if near := config.Nearest(name, candidates); near != "" {
+		return " (did you mean " + prefix + near + "?)"
+	}
+	return ""
+}
+
+// flagNames are those of a command's flags.
+func flagNames(c *cli.Command) (names []string) {
+	for _, f := range c.Flags {
+		names = append(names, f.Names()...)
+	}
+	return names
+}
+
+// commandNames are those of commands.
+func commandNames(commands []*cli.Command) (names []string) {
+	for _, c := range commands {
+		if !c.Hidden {
+			names = append(names, c.Name)
+		}
+	}
+	return names
+}
+
+// unknown is the action of what only has commands below it: it shows these, and refuses what is none of them.
+func unknown(name string, commands []*cli.Command, help cli.ActionFunc) cli.ActionFunc {
+	return func(c *cli.Context) error {
+		if c.Args().Present() {
+			return noCommand(c.App.Name, name, c.Args().First(), commands)
+		}
+		return help(c)
+	}
+}
+
+// noCommand is the error of a word that is none of the commands below a name, which is empty at the top.
+func noCommand(program, name, word string, commands []*cli.Command) error {
+	parent := ""
+	if name != "" {
+		parent, program = name+" ", name
+	}
+	return Usagef("there is no command %q%s; see %s --help", parent+word, meant(parent, word, commandNames(commands)),
+		program)
 }
 
 // prepare gives every command what all have.
-func prepare(parent string, commands []*cli.Command) {
+func (p Program) prepare(parent string, commands []*cli.Command) {
 	for _, c := range commands {
 		name := parent + " " + c.Name
 		c.OnUsageError = onUsageError
 		c.HideHelpCommand = true
 		if len(c.Subcommands) > 0 {
-			prepare(name, c.Subcommands)
-			c.Action = func(c *cli.Context) error {
-				if c.Args().Present() {
-					return Usagef("there is no command \"%s %s\"; see %s --help", name, c.Args().First(), name)
-				}
-				return cli.ShowSubcommandHelp(c)
-			}
+			p.prepare(name, c.Subcommands)
+			c.Action = unknown(name, c.Subcommands, cli.ShowSubcommandHelp)
 			continue
+		}
+		if p.Config != nil {
+			p.Config.prepare(c)
+		}
+		if text := p.Examples[name]; text != "" {
+			c.Description = strings.TrimLeft(c.Description+"\n\nFor example:\n"+indent(text), "\n")
 		}
 		action, want := c.Action, strings.Fields(c.ArgsUsage)
 		least := len(want)
@@ -153,6 +216,11 @@ func prepare(parent string, commands []*cli.Command) {
 			return action(c)
 		}
 	}
+}
+
+// indent indents lines of examples.
+func indent(text string) string {
+	return "    " + strings.ReplaceAll(strings.TrimSpace(text), "\n", "\n    ")
 }
 
 func describeArgs(want []string) string {
@@ -246,6 +314,7 @@ func Print(c *cli.Context, v any, human func(io.Writer)) error {
 	}
 	e := json.NewEncoder(c.App.Writer)
 	e.SetIndent("", "  ")
+	e.SetEscapeHTML(false) // of a URI's &
 	return e.Encode(v)
 }
 

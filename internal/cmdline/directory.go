@@ -17,14 +17,32 @@ import (
 // DirectoryFlags name a public-key directory, and say how to log in to Vault where it is there.
 func DirectoryFlags() []cli.Flag {
 	return []cli.Flag{
-		&cli.StringFlag{Name: "directory", Usage: "the public-key directory, `WHERE`: file:DIR, or vault:MOUNT with " +
-			"Vault's usual environment (VAULT_ADDR, VAULT_TOKEN, VAULT_CACERT, ...)"},
-		&cli.StringFlag{Name: "vault-role-id", Usage: "log in to Vault by AppRole, with this role `ID`"},
-		&cli.StringFlag{Name: "vault-secret-id-file", Usage: "the `FILE` with the AppRole's secret id"},
-		&cli.BoolFlag{Name: "vault-secret-id-wrapped",
+		&cli.StringFlag{Name: "directory", EnvVars: []string{"KMEHSM_DIRECTORY"}, Category: Configured,
+			Usage: "the public-key directory, `WHERE`: file:DIR, or vault:MOUNT with the " +
+				"usual environment (VAULT_ADDR, VAULT_TOKEN, VAULT_CACERT, ...)"},
+		&cli.StringFlag{Name: "vault-role-id", Category: Configured,
+			Usage: "log in to Vault by AppRole, with this role `ID`"},
+		&cli.StringFlag{Name: "vault-secret-id-file", Category: Configured,
+			Usage: "the `FILE` with the AppRole's secret id"},
+		&cli.BoolFlag{Name: "vault-secret-id-wrapped", Category: Configured,
 			Usage: "the file has a wrapping token for the secret id instead"},
-		&cli.StringFlag{Name: "vault-cert-role",
+		&cli.StringFlag{Name: "vault-cert-role", Category: Configured,
 			Usage: "log in to Vault by TLS certificate (VAULT_CLIENT_CERT, VAULT_CLIENT_KEY), in this `ROLE`"},
+	}
+}
+
+// Vault is the login to Vault as configurations have it.
+type Vault struct {
+	RoleID          string `yaml:"role_id"`
+	SecretIDFile    string `yaml:"secret_id_file" path:""`
+	SecretIDWrapped bool   `yaml:"secret_id_wrapped"`
+	CertRole        string `yaml:"cert_role"`
+}
+
+// Login is the login.
+func (v Vault) Login() vaultstore.Login {
+	return vaultstore.Login{
+		RoleID: v.RoleID, SecretIDFile: v.SecretIDFile, Wrapped: v.SecretIDWrapped, CertRole: v.CertRole,
 	}
 }
 

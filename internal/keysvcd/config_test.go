@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -20,13 +21,12 @@ const (
 
 func read(t *testing.T, text string) (*Config, error) {
 	t.Helper()
-	t.Setenv("KMEHSM_TOKEN", "")
-	t.Setenv("KMEHSM_STORE", "")
 	path := filepath.Join(t.TempDir(), "keysvc.yaml")
 	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	return readConfig(path)
+	c, report := readConfig(Source{Path: path})
+	return c, report.Err()
 }
 
 // A setting that is refused is named, with what it is and what it may be.
@@ -180,9 +180,10 @@ log_level: warn
 		filepath.Base(c.State) != "keysvc" {
 		t.Errorf("the defaults: %+v", c)
 	}
-	for _, s := range settings {
-		if !strings.HasPrefix(s.name, " ") && !fieldOf(reflect.ValueOf(c).Elem(), s.name).IsValid() {
-			t.Errorf("%s is no setting", s.name)
+	for _, s := range schema.Settings {
+		if !strings.HasPrefix(s.Name, " ") && !slices.ContainsFunc(reflect.VisibleFields(reflect.TypeFor[Config]()),
+			func(f reflect.StructField) bool { return f.Tag.Get("yaml") == s.Name }) {
+			t.Errorf("%s is no setting", s.Name)
 		}
 	}
 }

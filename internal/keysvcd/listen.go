@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/kmehsm/kmehsm/api"
+	"github.com/kmehsm/kmehsm/internal/config"
 )
 
 func listen(cfg *Config, served *live) (listeners []net.Listener, err error) {
@@ -28,7 +29,7 @@ func listen(cfg *Config, served *live) (listeners []net.Listener, err error) {
 		}
 	}()
 	if cfg.Listen != "" {
-		l, err := net.Listen("tcp", cfg.Listen)
+		l, err := config.Listen(cfg.Listen)
 		if err != nil {
 			return nil, err
 		}
@@ -47,12 +48,21 @@ func listen(cfg *Config, served *live) (listeners []net.Listener, err error) {
 	return listeners, nil
 }
 
+// socketFree refuses a socket that somebody serves.
+func socketFree(path string) error {
+	c, err := net.Dial("unix", path)
+	if err != nil {
+		return nil
+	}
+	c.Close()
+	return fmt.Errorf("another process serves %s: stop it, or choose another socket", path)
+}
+
 // listenUnix offers a socket to its own user only, or to others, who are told apart by their uid. A socket that a
 // killed service left is replaced; one that somebody serves is not.
 func listenUnix(path string, others bool) (net.Listener, error) {
-	if c, err := net.Dial("unix", path); err == nil {
-		c.Close()
-		return nil, fmt.Errorf("another process serves %s", path)
+	if err := socketFree(path); err != nil {
+		return nil, err
 	}
 	if info, err := os.Lstat(path); err == nil && info.Mode()&os.ModeSocket != 0 {
 		if err := os.Remove(path); err != nil {
@@ -103,7 +113,7 @@ func (d *daemon) run(ctx context.Context, listeners []net.Listener) error {
 		minute := time.NewTicker(time.Minute)
 		defer minute.Stop()
 		reload := func() {
-			if err := d.safely(ctx, func() error { return d.reload(ctx, d.path) }); err != nil {
+			if err := d.safely(ctx, func() error { return d.reload(ctx, d.from) }); err != nil {
 				d.log.Error("reload failed; what was served before goes on", "cause", err.Error())
 			} else {
 				d.log.Info("reloaded")

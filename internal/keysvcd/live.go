@@ -88,9 +88,9 @@ func (l *live) apply(ctx context.Context, cfg *Config) error {
 }
 
 // reload applies what a file says now.
-func (l *live) reload(ctx context.Context, path string) error {
-	cfg, err := readConfig(path)
-	if err != nil {
+func (l *live) reload(ctx context.Context, from Source) error {
+	cfg, report := readConfig(from)
+	if err := report.Err(); err != nil {
 		return err
 	}
 	return l.apply(ctx, cfg)

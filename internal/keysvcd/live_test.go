@@ -56,8 +56,6 @@ const (
 
 func newSite(t *testing.T, store binding.Store) *site {
 	t.Helper()
-	t.Setenv("KMEHSM_TOKEN", "")
-	t.Setenv("KMEHSM_STORE", "")
 	s := &site{dir: certtest.Make(t, "a", "m"), log: new(strings.Builder)}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -70,8 +68,8 @@ func newSite(t *testing.T, store binding.Store) *site {
 	s.manufacturer = &binding.Manufacturer{KeyID: directory.NewVerifier(&key.PublicKey).KeyID(), PEM: string(public),
 		Directory: "file:" + s.dir}
 	s.write(t, siteBase+siteClients)
-	cfg, err := readConfig(s.config())
-	if err != nil {
+	cfg, report := readConfig(Source{Path: s.config()})
+	if err := report.Err(); err != nil {
 		t.Fatal(err)
 	}
 	log := slog.New(slog.NewJSONHandler(s.log, nil))
@@ -165,7 +163,8 @@ func TestReloadFails(t *testing.T) {
 			mend = c.spoil()
 		}
 		before := s.Load()
-		if err := s.reload(t.Context(), s.config()); err == nil || !strings.Contains(err.Error(), c.want) {
+		err := s.reload(t.Context(), Source{Path: s.config()})
+		if err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v, want %q", c.stage, err, c.want)
 		}
 		if s.Load() != before {
@@ -175,7 +174,7 @@ func TestReloadFails(t *testing.T) {
 	}
 	before := s.Load()
 	s.write(t, siteBase+newClients)
-	if err := s.reload(t.Context(), s.config()); err != nil || s.Load() == before {
+	if err := s.reload(t.Context(), Source{Path: s.config()}); err != nil || s.Load() == before {
 		t.Errorf("mended, it changes nothing: %v", err)
 	}
 	if strings.Contains(s.log.String(), "needs a restart") {
@@ -191,7 +190,7 @@ func TestNeedsRestart(t *testing.T) {
 		before := s.Load()
 		s.write(t, strings.Replace(siteBase, "token=operator", "token=hunter2", 1)+siteClients+
 			"calls: 7\nlog_level: debug\nsocket: s\n")
-		if err := s.reload(t.Context(), s.config()); err != nil || s.Load() == before {
+		if err := s.reload(t.Context(), Source{Path: s.config()}); err != nil || s.Load() == before {
 			t.Error(err)
 		}
 		const want = `"needs a restart: tokens, socket, calls, log_level"`
@@ -203,7 +202,7 @@ func TestNeedsRestart(t *testing.T) {
 	s.started.Socket = filepath.Join(s.dir, "s")
 	s.write(t, siteBase+fmt.Sprintf("socket: s\nclients: [{name: x, uid: %d, roles: [hss], plmns: [all]}]\n",
 		os.Getuid()+1))
-	if err := s.reload(t.Context(), s.config()); err != nil ||
+	if err := s.reload(t.Context(), Source{Path: s.config()}); err != nil ||
 		!strings.Contains(s.log.String(), "needs a restart: socket, which is not open yet") {
 		t.Errorf("%v; the log: %s", err, s.log)
 	}
@@ -230,7 +229,7 @@ func TestCallsSeeOneState(t *testing.T) {
 	reload := func(uid int, plmn string) {
 		t.Helper()
 		s.write(t, siteBase+fmt.Sprintf("clients: [{name: me, uid: %d, roles: [hss], plmns: [%s]}]\n", uid, plmn))
-		if err := s.reload(t.Context(), s.config()); err != nil {
+		if err := s.reload(t.Context(), Source{Path: s.config()}); err != nil {
 			t.Fatal(err)
 		}
 	}

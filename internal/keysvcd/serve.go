@@ -34,7 +34,7 @@ import (
 // A daemon serves from tokens and a store. Only live changes while it does.
 type daemon struct {
 	*live
-	path     string // of the configuration
+	from     Source // of the configuration
 	tokens   *hsmkeys.OperatorPool
 	store    *sqlstore.Store
 	service  *binding.Service // without lots: see live
@@ -42,16 +42,20 @@ type daemon struct {
 	accepted chan struct{}    // has one when a database that was rolled back is accepted
 }
 
-// Serve serves the HSS as a configuration file says, and logs to w. When ctx ends, it finishes the calls under way and
+// Serve serves the HSS as a configuration says, and logs to w. When ctx ends, it finishes the calls under way and
 // returns. SIGHUP reloads lots, clients and certificates.
-func Serve(ctx context.Context, path string, w io.Writer) error {
-	cfg, err := readConfig(path)
-	if err != nil {
+func Serve(ctx context.Context, from Source, w io.Writer) error {
+	cfg, report := readConfig(from)
+	cfg.inspect(report)
+	if err := report.Err(); err != nil {
 		return cmdline.Usage(err)
 	}
 	log, err := newLog(w, cfg)
 	if err != nil {
 		return err
+	}
+	for _, p := range report.Problems() { // warnings
+		log.Warn("the configuration needs attention", "setting", p.Setting, "warning", p.What, "remedy", p.Remedy)
 	}
 	slog.SetDefault(log) // for what others log: a panic on a goroutine of hsmkeys
 	// The collector takes 8% of busy cores by default, and 5% so; with a limit, memory does not grow fivefold for that.
@@ -77,7 +81,7 @@ func Serve(ctx context.Context, path string, w io.Writer) error {
 		return rolledBack
 	}
 	d := &daemon{
-		path: path, tokens: tokens, store: store, accepted: make(chan struct{}, 1),
+		from: from, tokens: tokens, store: store, accepted: make(chan struct{}, 1),
 		service: binding.NewService(binding.Options{
 			Token: tokens, Store: store, Times: cfg.times(), Metrics: metrics, Log: log,
 			Limits: binding.Limits{

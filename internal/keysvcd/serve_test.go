@@ -51,7 +51,7 @@ func TestServe(t *testing.T) {
 		}
 	}
 	write(own, "")
-	if err := Serve(t.Context(), path, io.Discard); err == nil ||
+	if err := Serve(t.Context(), Source{Path: path}, io.Discard); err == nil ||
 		!strings.Contains(err.Error(), "run keysvc init first") {
 		t.Fatalf("a token without keys: %v", err)
 	}
@@ -60,7 +60,7 @@ func TestServe(t *testing.T) {
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
 	log, ended := new(testproc.Log), make(chan error, 1)
-	go func() { ended <- Serve(ctx, path, log) }()
+	go func() { ended <- Serve(ctx, Source{Path: path}, log) }()
 	get := func(what string) (status int, body string) {
 		c := &http.Client{Transport: &http.Transport{DisableKeepAlives: true,
 			DialContext: func(context.Context, string, string) (net.Conn, error) { return net.Dial("unix", socket) }}}
@@ -99,7 +99,7 @@ func TestServe(t *testing.T) {
 			t.Errorf("the metrics have no %q", want)
 		}
 	}
-	if err := Serve(t.Context(), path, io.Discard); err == nil ||
+	if err := Serve(t.Context(), Source{Path: path}, io.Discard); err == nil ||
 		!strings.Contains(err.Error(), "another process serves") {
 		t.Errorf("a second daemon on the same socket: %v", err)
 	}

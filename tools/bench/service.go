@@ -294,7 +294,7 @@ func (b *bench) serve(config string) (*server, error) {
 	defer log.Close()
 	s := &server{cmd: exec.Command("bin/keysvc", "serve", "--config", path+".yaml"), socket: "unix:" + path + ".sock",
 		ended: make(chan error, 1)}
-	s.cmd.Stderr = log
+	s.cmd.Stderr, s.cmd.Env = log, append(os.Environ(), "KMEHSM_TOKEN=") // it would go before the configuration's
 	if err := s.cmd.Start(); err != nil {
 		return nil, err
 	}

@@ -1,0 +1,35 @@
+package main
+
+import (
+	"errors"
+	"slices"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/factoryconf"
+)
+
+func checkCommand() *cli.Command {
+	return &cli.Command{
+		Name: "check", Usage: "say all that is wrong with the configuration, with lines and remedies",
+		Description: "It looks at settings, files, certificates, PIN files and ports, and not into the token (see " +
+			"factory doctor) or the directory. Exit code 2 if the configuration cannot be used.\n\n" +
+			factoryconf.Help(),
+		Flags: slices.Concat([]cli.Flag{configuration.Flag()}, lineFlags(&cli.BoolFlag{Name: "running",
+			Usage: "factory station serve runs, so its port is in use: check the rest"})),
+		Action: check,
+	}
+}
+
+func check(c *cli.Context) error {
+	path, err := configuration.Find(c)
+	if err == nil && path == "" {
+		err = errors.New("there is no configuration: name one with --config FILE, or put it at " +
+			"/etc/kmehsm/factory.yaml; factory check --help shows what it has")
+	}
+	if err != nil {
+		return cmdline.Usage(err)
+	}
+	return cmdline.PrintReport(c, factoryconf.Check(path, cmdline.Given(c), c.Bool("running")))
+}

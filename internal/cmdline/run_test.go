@@ -1,0 +1,141 @@
+package cmdline
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/kmehsm/kmehsm/internal/config"
+)
+
+type settings struct {
+	Token string   `yaml:"token"`
+	State string   `yaml:"state" path:""`
+	Names []string `yaml:"names" flag:"name"`
+	Count int      `yaml:"count"`
+}
+
+// run runs a command line of a program that gives each end, and takes settings.
+func run(t *testing.T, args ...string) (code int, stdout, stderr string) {
+	t.Helper()
+	var out, errs strings.Builder
+	flags := []cli.Flag{
+		&cli.StringFlag{Name: "token", EnvVars: []string{"KMEHSM_TEST_SETTING"}, Category: Configured},
+		&cli.StringFlag{Name: "state", Value: "var", Category: Configured},
+		&cli.StringSliceFlag{Name: "name", Category: Configured},
+		&cli.IntFlag{Name: "count", Category: Configured}, &cli.StringFlag{Name: "own"}, JSON,
+	}
+	ends := func(name string, err error) *cli.Command {
+		return &cli.Command{Name: name, Action: func(*cli.Context) error { return err }}
+	}
+	p := Program{
+		App: &cli.App{Name: "p", Writer: &out, ErrWriter: &errs, DisableSliceFlagSeparator: true,
+			Commands: []*cli.Command{
+				{Name: "show", Flags: flags, Action: func(c *cli.Context) error {
+					return json.NewEncoder(c.App.Writer).Encode([]any{c.String("token"), c.String("state"),
+						c.StringSlice("name"), c.Int("count"), c.String("own")})
+				}},
+				{Name: "ends", Subcommands: []*cli.Command{
+					ends("failed", errors.New("failed")), ends("usage", Usagef("usage")),
+					ends("partial", Partial(errors.New("partial"))),
+				}},
+			}},
+		Config: &Config{Program: "p", Defaults: func(path string) (any, *config.Report) {
+			return config.Schema[settings]{See: "p show"}.Read(path, nil)
+		}},
+	}
+	code = p.Run(context.Background(), append([]string{"p"}, args...))
+	return code, out.String(), errs.String()
+}
+
+// One test for each exit code, and for each way of wrong usage.
+func TestExitCodes(t *testing.T) {
+	t.Chdir(t.TempDir())
+	for _, c := range []struct {
+		args string
+		code int
+		want string // on standard error
+	}{
+		{"ends", 0, ""}, {"--help", 0, ""}, {"help", 0, ""}, {"help show", 0, ""}, {"--version", 0, ""}, {"", 0, ""},
+		{"ends failed", exitFailed, "p: failed"},
+		{"ends usage", exitUsage, "p: usage"},
+		{"ends partial", exitPartial, "p: partial"},
+		{"shwo", exitUsage, `there is no command "shwo" (did you mean show?)`},
+		{"zebra", exitUsage, `there is no command "zebra"; see p --help`},
+		{"ends faild", exitUsage,
+			`there is no command "p ends faild" (did you mean p ends failed?); see p ends --help`},
+		{"help shwo", exitUsage, `(did you mean show?)`},
+		{"show --tokn x", exitUsage, `there is no flag --tokn (did you mean --token?); see p show --help`},
+		{"show --zebra", exitUsage, `there is no flag --zebra; see p show --help`},
+		{"show --count many", exitUsage, "many"},
+		{"show x", exitUsage, "takes no arguments"},
+		{"completion tcsh", exitUsage, "bash, zsh and fish"},
+		{"show --config none.yaml", exitUsage, "none.yaml: the configuration cannot be read"},
+	} {
+		code, _, stderr := run(t, strings.Fields(c.args)...)
+		if code != c.code || !strings.Contains(stderr, c.want) || (c.want == "") != (stderr == "") {
+			t.Errorf("p %s: exit code %d, want %d; %q, want %q", c.args, code, c.code, stderr, c.want)
+		}
+	}
+}
+
+// Flags go before the environment, which goes before the file; a relative path in the file is relative to the file.
+func TestConfiguration(t *testing.T) {
+	dir, here := t.TempDir(), t.TempDir()
+	t.Chdir(here)
+	show := func(args ...string) string {
+		t.Helper()
+		code, stdout, stderr := run(t, append([]string{"show"}, args...)...)
+		if code != 0 {
+			t.Fatal(stderr)
+		}
+		return strings.TrimSpace(stdout)
+	}
+	write := func(path, text string) string {
+		t.Helper()
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	is := func(got, want string) {
+		t.Helper()
+		if got != want {
+			t.Errorf("%s, want %s", got, want)
+		}
+	}
+	is(show(), `["","var",null,0,""]`)
+	file := write(filepath.Join(dir, "p.yaml"), "token: file\nstate: s\nnames: [a, 'b,c']\ncount: 7\n")
+	is(show("--config", file), `["file","`+dir+`/s",["a","b,c"],7,""]`)
+	is(show("--config", file, "--count", "0", "--own", "x", "--name", "z"), `["file","`+dir+`/s",["z"],0,"x"]`)
+	t.Setenv("KMEHSM_TEST_SETTING", "environment")
+	is(show("--config", file), `["environment","`+dir+`/s",["a","b,c"],7,""]`)
+	is(show("--config", file, "--token", "flag", "--state", "."), `["flag",".",["a","b,c"],7,""]`)
+	t.Setenv("KMEHSM_TEST_SETTING", "")
+	is(show("--config", file), `["file","`+dir+`/s",["a","b,c"],7,""]`)
+	write("p.yaml", "count: 9\n") // which nobody names
+	is(show(), `["","var",null,9,""]`)
+	write("p.yaml", "cuont: 9\nstate: [x]\n")
+	code, _, stderr := run(t, "show")
+	if code != exitUsage ||
+		!strings.Contains(stderr, "p.yaml: line 1: there is no setting cuont: did you mean count?") ||
+		!strings.Contains(stderr, "p.yaml: line 2: state is a text") {
+		t.Errorf("a wrong file: %d, %s", code, stderr)
+	}
+	// A configuration of others is used only where it is named.
+	write("p.yaml", "count: 9\n")
+	if err := os.Chmod("p.yaml", 0o666); err != nil {
+		t.Fatal(err)
+	}
+	code, _, stderr = run(t, "show")
+	if code != exitUsage || !strings.Contains(stderr, "name it with --config p.yaml") {
+		t.Errorf("a file that all may write: %d, %s", code, stderr)
+	}
+	is(show("--config", "p.yaml"), `["","var",null,9,""]`)
+}

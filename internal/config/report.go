@@ -1,0 +1,100 @@
+package config
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+)
+
+// A Problem is something that is wrong with a configuration.
+type Problem struct {
+	Line    int    `json:"line,omitempty"`    // in the file; 0 if it is in none
+	Setting string `json:"setting,omitempty"` // empty: of the whole file
+	What    string `json:"problem"`
+	Remedy  string `json:"remedy,omitempty"`
+	Warning bool   `json:"warning,omitempty"` // the configuration can be used all the same
+}
+
+func (p Problem) String() string {
+	text := p.What
+	switch {
+	case p.Line > 0:
+		text = fmt.Sprintf("line %d: %s", p.Line, text)
+	case p.Line == outside:
+		text = "the command line or the environment: " + text
+	}
+	if p.Remedy != "" {
+		text += ": " + p.Remedy
+	}
+	return text
+}
+
+// outside is the line of what the command line or the environment says.
+const outside = -1
+
+// A Report is what is wrong with a configuration.
+type Report struct {
+	Path     string // of the file; empty for none
+	See      string // the command whose --help has the settings
+	problems []Problem
+	lines    map[string]int // by the names of settings
+}
+
+// Add puts in what is wrong with a setting.
+func (r *Report) Add(setting, what, remedy string) { r.at(r.line(setting), setting, what, remedy) }
+
+// Warn puts in what is only worth to be known.
+func (r *Report) Warn(setting, what, remedy string) {
+	r.Add(setting, what, remedy)
+	r.problems[len(r.problems)-1].Warning = true
+}
+
+func (r *Report) at(line int, setting, what, remedy string) {
+	r.problems = append(r.problems, Problem{Line: line, Setting: setting, What: what, Remedy: remedy})
+}
+
+// line is the setting's own, or that of the mapping that it is missing in.
+func (r *Report) line(setting string) int {
+	for {
+		if n, ok := r.lines[setting]; ok {
+			return n
+		}
+		at := strings.LastIndexAny(setting, ".[")
+		if at < 0 {
+			return 0
+		}
+		setting = setting[:at]
+	}
+}
+
+// Good says that nothing is known to be wrong with a setting, or in what it has.
+func (r *Report) Good(setting string) bool {
+	return !slices.ContainsFunc(r.problems, func(p Problem) bool {
+		rest, ok := strings.CutPrefix(p.Setting, setting)
+		return ok && (rest == "" || rest[0] == '.' || rest[0] == '[')
+	})
+}
+
+// Problems are in the order of the file.
+func (r *Report) Problems() []Problem {
+	all := slices.Clone(r.problems)
+	slices.SortStableFunc(all, func(a, b Problem) int { return cmp.Compare(a.Line, b.Line) })
+	return all
+}
+
+// Err has all that is wrong, a line each; nil if the configuration can be used.
+func (r *Report) Err() error {
+	var errs []error
+	for _, p := range r.Problems() {
+		switch {
+		case p.Warning:
+		case r.Path == "" || p.Line == outside:
+			errs = append(errs, errors.New(p.String()))
+		default:
+			errs = append(errs, fmt.Errorf("%s: %s", r.Path, p))
+		}
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,106 @@
+package factoryconf
+
+import (
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/kmehsm/kmehsm/internal/config"
+)
+
+func write(t *testing.T, text string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "factory.yaml")
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+const all = `
+token: pkcs11:token=factory?module-path=/dev/null&pin-source=file:/dev/null
+state: s
+directory: file:d
+vault: {role_id: i, secret_id_file: f, secret_id_wrapped: true}
+manufacturer: m.pem
+injection: in
+fixture: f1
+workers: 3
+bits: 4096
+suite: tr33868-rsa2048
+shard_size: 64
+primes: x931
+valid_for: 720h
+listen: 127.0.0.1:0
+tls: {certificate: a, key: b, client_ca: c}
+stations: [s1, s2]
+timeout: 5m
+`
+
+// Every setting is read, and the help has it.
+func TestRead(t *testing.T) {
+	path := write(t, all)
+	c, r := Read(path, nil)
+	if err := r.Err(); err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range reflect.VisibleFields(reflect.TypeFor[Config]()) {
+		if key := f.Tag.Get("yaml"); !strings.Contains(Help(), "\n    "+key+":") {
+			t.Errorf("the help has no %s", key)
+		} else if reflect.ValueOf(c).Elem().FieldByIndex(f.Index).IsZero() {
+			t.Errorf("%s was not read", key)
+		}
+	}
+	dir, values := filepath.Dir(path), config.Values(c)
+	for flag, want := range map[string]string{"injection": dir + "/in", "out": dir + "/in", "client-ca": dir + "/c",
+		"tls-key": dir + "/b", "directory": "file:" + dir + "/d", "vault-secret-id-file": dir + "/f", "shard-size": "64",
+		"valid-for": "720h0m0s", "station": "s1 s2", "vault-secret-id-wrapped": "true"} {
+		if got := strings.Join(values[flag], " "); got != want {
+			t.Errorf("--%s is %q, want %q", flag, got, want)
+		}
+	}
+}
+
+// A setting that is refused is named, with its line.
+func TestRefused(t *testing.T) {
+	for text, want := range map[string]string{
+		"workers: -1":       "line 1: workers is a whole number",
+		"bits: 1024":        "line 1: bits is 2048, 3072 or 4096, not \"1024\"",
+		"suite: x":          "line 1: suite is tr33868-ecdsa-p256",
+		"shard_size: 2000":  "line 1: shard_size is a whole number from 1 to 1024",
+		"primes: big":       "line 1: primes is auto or x931",
+		"valid_for: 1":      "line 1: valid_for is a time, such as 720h, not \"1\": it has no unit",
+		"timeout: 1ms":      "line 1: timeout is a time of a second at least",
+		"listen: x":         "line 1: listen is HOST:PORT",
+		"directory: /srv":   "line 1: directory is file:DIR or vault:MOUNT",
+		"fixture: a/b":      "line 1: fixture is a name",
+		"stations: [a/b]":   "line 1: stations: ",
+		"vault: {role: i}":  "line 1: there is no setting vault.role: did you mean vault.role_id?",
+		"shardsize: 2":      "line 1: there is no setting shardsize: did you mean shard_size?",
+		"state: s\nbits: x": "line 2: bits is 2048, 3072 or 4096, not \"x\"",
+	} {
+		if _, r := Read(write(t, text), nil); r.Err() == nil || !strings.Contains(r.Err().Error(), want) {
+			t.Errorf("%s: %v, want %s", text, r.Err(), want)
+		}
+	}
+}
+
+// Check says all that is wrong with what the configuration names.
+func TestCheck(t *testing.T) {
+	var settings []string
+	for _, p := range Check(write(t, all), nil, false).Problems() {
+		settings = append(settings, p.Setting)
+	}
+	want := []string{"token", "state", "directory", "vault.secret_id_file", "manufacturer", "tls.certificate", "tls.key",
+		"tls.client_ca"}
+	if !slices.Equal(settings, want) {
+		t.Errorf("%q, want %q", settings, want)
+	}
+	if r := Check(write(t, "listen: 127.0.0.1:0\n"), nil, false); r.Err() == nil ||
+		!strings.Contains(r.Err().Error(), "listen needs tls") {
+		t.Errorf("without tls: %v", r.Err())
+	}
+}

@@ -1,0 +1,59 @@
+package keysvcd
+
+import (
+	"net/url"
+	"strings"
+
+	"github.com/kmehsm/kmehsm/internal/config"
+)
+
+// Check finds all that is wrong with a configuration, without a look into the token, the store or a directory. running
+// says that a service may have its addresses already.
+func Check(from Source, running bool) *config.Report {
+	cfg, r := readConfig(from)
+	cfg.inspect(r)
+	if !running {
+		cfg.addresses(r)
+	}
+	return r
+}
+
+// inspect reports what is wrong with the files that the configuration names.
+func (c *Config) inspect(r *config.Report) {
+	tls := c.TLS
+	if c.Listen != "" && tls.Certificate != "" && tls.Key != "" && tls.ClientCA != "" {
+		r.ServerTLS("tls.", tls.Certificate, tls.Key, tls.ClientCA)
+	}
+	for _, uri := range c.Tokens {
+		r.PIN(c.tokenSetting(), uri)
+	}
+	if c.Vault.SecretIDFile != "" {
+		r.Secret("vault.secret_id_file", "the AppRole's secret id", c.Vault.SecretIDFile)
+	}
+	if dir, ok := strings.CutPrefix(c.Directory, "file:"); ok {
+		r.Folder("directory", "the public-key directory", dir, "mount it, or name another")
+	}
+	if path, ok := strings.CutPrefix(c.Store, "sqlite:"); ok {
+		r.Parent("store", "the database", path)
+	}
+	if u, err := url.Parse(c.Store); err == nil && u.User != nil && r.Path != "" {
+		if _, has := u.User.Password(); has {
+			r.Secret("store", "the configuration, with the store's password in it,", r.Path)
+		}
+	}
+	if c.Socket != "" {
+		r.Parent("socket", "the socket", c.Socket)
+	}
+}
+
+// addresses reports those that another process has.
+func (c *Config) addresses(r *config.Report) {
+	if c.Listen != "" && r.Good("listen") {
+		r.Address("listen", c.Listen)
+	}
+	if c.Socket != "" && r.Good("socket") {
+		if err := socketFree(c.Socket); err != nil {
+			r.Add("socket", err.Error(), "")
+		}
+	}
+}

@@ -1,0 +1,86 @@
+package keysvcd
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/kmehsm/kmehsm/internal/certtest"
+)
+
+// Check says all at once what serve would stumble over, one after the other.
+func TestCheck(t *testing.T) {
+	dir := certtest.Make(t, "a", "m")
+	write := func(name, text string, mode os.FileMode) string {
+		t.Helper()
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, []byte(text), mode); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chmod(path, mode); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	s, err := net.Listen("unix", filepath.Join(dir, "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	pin := write("pin", "4711", 0o644)
+	path := write("keysvc.yaml", fmt.Sprintf(`token: pkcs11:token=operator?module-path=/dev/null&pin-source=file:%s
+store: postgres://keysvc:hunter2@db/keysvc
+listen: %s
+tls: {certificate: a.pem, key: m.key, client_ca: nope.pem}
+socket: s
+clients: [{name: x, san: y, roles: [hss], plmns: [all]}]
+pending_ttl: 60
+vault: {role_id: i, secret_id_file: none}
+directory: file:away
+`, pin, l.Addr()), 0o644)
+	problems := func(running bool) (all []string) {
+		for _, p := range Check(Source{Path: path}, running).Problems() {
+			all = append(all, p.String())
+		}
+		return all
+	}
+	all := problems(false)
+	want := []string{
+		"line 1: token: the PIN file " + pin + " is open to every user",
+		"line 2: the configuration, with the store's password in it, " + path + " is open to every user",
+		"line 3: another process listens at",
+		"line 4: the key " + dir + "/m.key is not that of the server's certificate " + dir + "/a.pem",
+		"line 4: the clients' CA " + dir + "/nope.pem cannot be read: no such file or directory",
+		"line 5: another process serves " + dir + "/s",
+		`line 7: pending_ttl is a time above zero, such as 1h, not "60": it has no unit: write 60s, 60m or 60h`,
+		"line 8: the AppRole's secret id " + dir + "/none cannot be read",
+		"line 9: the public-key directory " + dir + "/away cannot be opened",
+	}
+	if len(all) != len(want) {
+		t.Errorf("%d problems, want %d", len(all), len(want))
+	}
+	for i, w := range want {
+		if i >= len(all) || !strings.HasPrefix(all[i], w) {
+			t.Errorf("problem %d is not %q in\n%s", i, w, strings.Join(all, "\n"))
+		}
+	}
+	if text := strings.Join(all, "\n"); strings.Contains(text, "hunter2") || strings.Contains(text, "4711") {
+		t.Errorf("a secret is shown: %s", text)
+	}
+	if n := len(problems(true)); n != len(want)-2 {
+		t.Errorf("while the service runs: %d problems", n)
+	}
+	// serve refuses the same, and before it touches the token.
+	err = Serve(t.Context(), Source{Path: path}, new(strings.Builder))
+	if err == nil || strings.Count(err.Error(), path+": line ") != len(want)-3 { // ports come later, and one is a warning
+		t.Errorf("serve: %v", err)
+	}
+}
