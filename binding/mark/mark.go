@@ -73,6 +73,12 @@ func ahead(m, of *binding.Mark) bool {
 	return false
 }
 
+// Written says whether a token keeps the mark of a ledger that has entries.
+func Written(ctx context.Context, token Token) (bool, error) {
+	mark, err := Read(ctx, token)
+	return mark != nil && ahead(mark, new(binding.Mark)), err
+}
+
 // Check compares the ledger with the token's mark. It fails with ErrRolledBack where the ledger is behind it.
 func Check(ctx context.Context, store binding.Ledger, token Token) error {
 	mark, err := Read(ctx, token)

@@ -34,7 +34,7 @@ KEKs and lot keys never leave a token: enroll the other token with each manufact
 				Flags: []cli.Flag{cmdline.Token, stateFlag, acceptFlag,
 					&cli.StringFlag{Name: "out",
 						Usage: "the `FILE` to write (default: restore-key.json in the --state folder)"}, cmdline.JSON},
-				Action: cmdline.Alone(backupPrepare),
+				Action: cmdline.AloneMaking(backupPrepare),
 			},
 			{
 				Name: "create", Usage: "on the token that has the keys: wrap them for another token",

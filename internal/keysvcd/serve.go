@@ -49,6 +49,9 @@ func Serve(ctx context.Context, path string, w io.Writer) error {
 	if err != nil {
 		return cmdline.Usage(err)
 	}
+	if err := cmdline.CheckFolder("keysvc", cfg.State); err != nil {
+		return err
+	}
 	log, err := newLog(w, cfg)
 	if err != nil {
 		return err
