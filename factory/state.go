@@ -49,14 +49,44 @@ func (s State) journal(ctx context.Context, manufacturer string) (*shard.Journal
 	return shard.OpenJournal(ctx, s.path("journal.db"), manufacturer)
 }
 
-// recordGrant remembers, durably, that an operator was granted a lot: grants/OPERATOR/LOT. The grant itself is not
-// kept.
-func (s State) recordGrant(operator, lot string) error {
+// recordGrant remembers, durably, that an operator was granted a lot: grants/OPERATOR/LOT, with the time of the first
+// grant. The grant itself is not kept. forget undoes what was not on record before.
+func (s State) recordGrant(operator, lot string) (forget func() error, err error) {
 	dir := s.path("grants", operator)
+	path := filepath.Join(dir, lot)
+	if _, err := os.Stat(path); err == nil {
+		return func() error { return nil }, nil
+	}
 	if err := durable.MkdirAll(dir, 0o755); err != nil {
+		return nil, err
+	}
+	forget = func() error {
+		err := os.Remove(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			err = nil
+		}
+		os.Remove(dir) // only where it is empty, after an operator's first grant
+		os.Remove(filepath.Dir(dir))
 		return err
 	}
-	return durable.WriteFile(filepath.Join(dir, lot), []byte(time.Now().UTC().Format(time.RFC3339)+"\n"), 0o644)
+	if err := durable.WriteFile(path, []byte(time.Now().UTC().Format(time.RFC3339)+"\n"), 0o644); err != nil {
+		return nil, errors.Join(err, forget())
+	}
+	return forget, nil
+}
+
+// GrantedTo lists the operators that a lot was granted to, sorted.
+func (s State) GrantedTo(lot string) (operators []string, err error) {
+	entries, err := os.ReadDir(s.path("grants"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	for _, e := range entries {
+		if _, err := os.Stat(s.path("grants", e.Name(), lot)); err == nil && directory.CheckName(e.Name()) == nil {
+			operators = append(operators, e.Name())
+		}
+	}
+	return operators, err
 }
 
 // GrantedLots lists the lots that an operator was granted, sorted, for a policy of Vault's. Vault knows no capital

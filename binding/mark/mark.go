@@ -129,8 +129,9 @@ func set(ctx context.Context, token Token, m *binding.Mark, others [][]byte) err
 	return token.SetMark(ctx, text, others)
 }
 
-// Accept has the ledger accepted as it is, with a reason that it notes.
-func Accept(ctx context.Context, store binding.Ledger, token Token, reason string) error {
+// Accept has the ledger accepted as it is, with a reason that it notes. It asks for agreement where there is something
+// to accept, and nowhere else.
+func Accept(ctx context.Context, store binding.Ledger, token Token, reason string, agreed func() error) error {
 	reason, err := directory.CheckReason(reason)
 	if err != nil {
 		return err
@@ -148,6 +149,9 @@ func Accept(ctx context.Context, store binding.Ledger, token Token, reason strin
 		return behind
 	case damaged != nil && !errors.Is(damaged, binding.ErrRolledBack):
 		return damaged
+	}
+	if err := agreed(); err != nil {
+		return err
 	}
 	now, err := store.Accept(ctx, mark, reason)
 	if err != nil {

@@ -15,7 +15,6 @@ import (
 	"github.com/kmehsm/kmehsm/factory/auditlog"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
-	"github.com/kmehsm/kmehsm/internal/durable"
 )
 
 var (
@@ -108,10 +107,14 @@ func injectionDir(c *cli.Context, flag string) string {
 
 // writeOut writes a file for another party and says so.
 func writeOut(c *cli.Context, data []byte, result map[string]any, format string, args ...any) error {
-	path := c.String("out")
-	if err := durable.WriteFile(path, data, 0o600); err != nil {
+	if err := cmdline.WriteNew(c.String("out"), data, 0o600); err != nil {
 		return fmt.Errorf("the file cannot be written: %w", err)
 	}
-	result["out"] = path
-	return cmdline.Printf(c, result, "wrote %s: %s\n", path, fmt.Sprintf(format, args...))
+	return printOut(c, "wrote", result, format, args...)
+}
+
+// printOut says what became of the file for another party.
+func printOut(c *cli.Context, did string, result map[string]any, format string, args ...any) error {
+	result["out"] = c.String("out")
+	return cmdline.Printf(c, result, "%s %s: %s\n", did, c.String("out"), fmt.Sprintf(format, args...))
 }

@@ -85,6 +85,10 @@ func backupCreate(c *cli.Context) error {
 	if err != nil {
 		return fmt.Errorf("--to: %w", err)
 	}
+	out := c.String("out")
+	if err := cmdline.CheckNew(out); err != nil { // before the PIN is tried
+		return err
+	}
 	officer, err := officerPIN(c)
 	if err != nil {
 		return err
@@ -93,7 +97,6 @@ func backupCreate(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	out := c.String("out")
 	if err := keysvcd.WriteFile(out, b.Data); err != nil {
 		return err
 	}
