@@ -203,8 +203,8 @@ func (l *Line) Lots(ctx context.Context) ([]*directory.Manifest, error) {
 func (l *Line) Lot(ctx context.Context, lot string) (*directory.Manifest, error) {
 	m, err := l.reader.Manifest(ctx, lot)
 	if errors.Is(err, directory.ErrNotFound) {
-		return nil, fmt.Errorf("the directory has no lot %s: make it with factory lot create, or check --directory: %w",
-			lot, err)
+		return nil, fmt.Errorf("the directory has no lot %s: check the name and --directory, or make it with factory lot "+
+			"create: %w", lot, err)
 	}
 	return m, err
 }

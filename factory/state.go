@@ -1,6 +1,7 @@
 package factory
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -15,6 +16,7 @@ import (
 	"github.com/kmehsm/kmehsm/factory/auditlog"
 	"github.com/kmehsm/kmehsm/factory/shard"
 	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/pemkey"
 )
 
 // A State is the line's own folder. It has the journal of the shards, the audit log of all commands, the minutes of
@@ -28,6 +30,41 @@ func (s State) PublicKey() string { return s.path("manufacturer.pem") }
 
 // Injection is the folder of the injection packages, unless they are elsewhere.
 func (s State) Injection() string { return s.path("injection") }
+
+// Check fails if the folder is not the one of a token's line, which factory init has made.
+func (s State) Check(token Token) error {
+	if _, err := os.Stat(s.path(auditlog.File)); errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("the folder %s is no line's: run factory init first; or, if it is elsewhere, name it with state",
+			s.Dir)
+	} else if err != nil {
+		return err
+	}
+	return Fits(token, s.PublicKey())
+}
+
+// Fits fails if a file, unless it is not there, has the public key of another manufacturer than the token's.
+func Fits(token Token, path string) error {
+	have, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	own := "which has no signing key yet"
+	signer, err := openSigner(token)
+	switch {
+	case err == nil:
+		pem, err := pemkey.Encode(signer.Public())
+		if err != nil || bytes.Equal(have, pem) {
+			return err
+		}
+		own = "that of manufacturer " + signer.KeyID()
+	case !errors.Is(err, errNoSigningKey):
+		return err
+	}
+	return fmt.Errorf("%s is not of this token, %s: name another token, or with state the folder of this one", path, own)
+}
 
 // Log is the audit log of all commands that use the token.
 func (s State) Log() auditlog.Log { return auditlog.Log{Dir: s.Dir} }

@@ -71,12 +71,28 @@ func withLine(c *cli.Context, f func(*hsmkeys.FactoryToken, *factory.Line) error
 	})
 }
 
-// withToken runs f with the token, and puts down in the audit log who did what with it.
+// withToken runs f with the line's token, and puts down in the audit log who did what with it.
 func withToken(c *cli.Context, f func(*hsmkeys.FactoryToken) error) error {
-	return factory.WithToken(c.Context, c.String("token"), func(token *hsmkeys.FactoryToken) error {
-		sign := func(head *auditlog.Head) error { return state(c).SignLog(token, head) }
-		return state(c).Log().Record(calledAs(), token.Serial(), func() error { return f(token) }, sign)
+	if err := cmdline.CheckState(c); err != nil {
+		return err
+	}
+	return withAnyToken(c, func(token *hsmkeys.FactoryToken) error {
+		if err := state(c).Check(token); err != nil {
+			return err
+		}
+		return recorded(c, token, f)
 	})
+}
+
+// withAnyToken runs f with a token, whosever it is.
+func withAnyToken(c *cli.Context, f func(*hsmkeys.FactoryToken) error) error {
+	return factory.WithToken(c.Context, c.String("token"), f)
+}
+
+// recorded runs f, and puts that down in the audit log.
+func recorded(c *cli.Context, token *hsmkeys.FactoryToken, f func(*hsmkeys.FactoryToken) error) error {
+	sign := func(head *auditlog.Head) error { return state(c).SignLog(token, head) }
+	return state(c).Log().Record(calledAs(), token.Serial(), func() error { return f(token) }, sign)
 }
 
 func openDirectory(c *cli.Context) (directory.Store, error) {
