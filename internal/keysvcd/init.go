@@ -72,6 +72,9 @@ func (i Init) neverWrote(ctx context.Context, token *hsmkeys.OperatorToken) erro
 
 // fits fails if another token has written the store.
 func (i Init) fits(ctx context.Context, token *hsmkeys.OperatorToken) error {
+	if err := token.MustBe(ctx, hsmkeys.Operator); err != nil && !errors.Is(err, hsmkeys.ErrNotDedicated) {
+		return err
+	}
 	key, err := token.Derive(ctx, sqlstore.RowKey)
 	if errors.Is(err, hsmkeys.ErrNoKey) {
 		return fmt.Errorf("%s has no keys yet, and there is a store at %s, which another token has written: bring that "+
