@@ -87,7 +87,7 @@ func TestStartedWithAnEarlierDatabase(t *testing.T) {
 					t.Fatalf("it serves: %v", err)
 				}
 			}
-			if err := mark.Accept(t.Context(), open(earlier), token, "tried"); err != nil {
+			if err := mark.Accept(t.Context(), open(earlier), token, "tried", func() error { return nil }); err != nil {
 				t.Fatal(err)
 			}
 			<-accepted

@@ -60,6 +60,9 @@ func (c Ceremony) Hold(ctx context.Context, act Act) (minutes string, err error)
 	var pin hsmkeys.OfficerPIN
 	// which can sign the minutes
 	err = withSigner(ctx, c.TokenURI, func(token *hsmkeys.FactoryToken, _ *directory.Signer) (err error) {
+		if err := c.State.Check(token); err != nil {
+			return err
+		}
 		m.Token = token.Serial()
 		pin, m.Shares, err = c.Officer.PIN(ctx, token, c.Basis)
 		m.Split = pin.Split

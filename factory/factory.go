@@ -12,7 +12,9 @@ import (
 	"crypto/rsa"
 	"errors"
 	"fmt"
+	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -201,8 +203,8 @@ func (l *Line) Lots(ctx context.Context) ([]*directory.Manifest, error) {
 func (l *Line) Lot(ctx context.Context, lot string) (*directory.Manifest, error) {
 	m, err := l.reader.Manifest(ctx, lot)
 	if errors.Is(err, directory.ErrNotFound) {
-		return nil, fmt.Errorf("the directory has no lot %s: make it with factory lot create, or check --directory: %w",
-			lot, err)
+		return nil, fmt.Errorf("the directory has no lot %s: check the name and --directory, or make it with factory lot "+
+			"create: %w", lot, err)
 	}
 	return m, err
 }
@@ -210,6 +212,45 @@ func (l *Line) Lot(ctx context.Context, lot string) (*directory.Manifest, error)
 // Sealed says whether a lot's key has been sealed in the token.
 func (l *Line) Sealed(ctx context.Context, lot string) (bool, error) {
 	return l.token.LotKeySealed(ctx, l.lotKey(lot))
+}
+
+// Prospects are what a lot has that is to be sealed.
+type Prospects struct {
+	Devices, Published int
+	Granted            []string // the operators, as far as the line's own folder knows
+}
+
+// Prospects counts the shards that are published, and does not read them.
+func (l *Line) Prospects(ctx context.Context, lot string) (p Prospects, err error) {
+	m, err := l.Lot(ctx, lot)
+	if err != nil {
+		return p, err
+	}
+	names, err := l.store.List(ctx, directory.ShardsPath(lot))
+	if err != nil {
+		return p, err
+	}
+	for _, name := range names {
+		if n, err := strconv.Atoi(name); err == nil && n >= 0 && n < m.Shards() {
+			_, count := m.ShardRange(n)
+			p.Published += count
+		}
+	}
+	p.Devices = m.Devices()
+	p.Granted, err = l.state.GrantedTo(lot)
+	return p, err
+}
+
+// Missing says what a sealed lot would lack for ever, as far as the line's own folder knows.
+func (p Prospects) Missing(folder string) (missing []string) {
+	if p.Published < p.Devices {
+		missing = append(missing, fmt.Sprintf("%d of its %d devices are not published", p.Devices-p.Published,
+			p.Devices))
+	}
+	if len(p.Granted) == 0 {
+		missing = append(missing, fmt.Sprintf("it was granted to nobody, as far as the folder %s knows", folder))
+	}
+	return missing
 }
 
 // Seal makes a lot's key non-extractable for good: nobody can be granted the lot any more.
@@ -220,9 +261,31 @@ func (l *Line) Seal(ctx context.Context, lot string) error {
 	return l.token.SealLotKey(ctx, l.lotKey(lot))
 }
 
-// Grant is a lot's key for an operator, under the operator's KEK, with the lot's manifest, signed. That it was granted
-// is on record before it is given out. A revoked lot is granted to nobody.
-func (l *Line) Grant(ctx context.Context, lot, operator string) ([]byte, error) {
+// Grant has deliver give out a lot's key for an operator, under the operator's KEK, with the lot's manifest, signed.
+// That it was granted is on record before it is given out, and is not if that fails. A revoked lot is granted to nobody.
+func (l *Line) Grant(ctx context.Context, lot, operator string, deliver func(jws []byte) error) error {
+	jws, err := l.grant(ctx, lot, operator)
+	if err != nil {
+		return err
+	}
+	forget, err := l.state.recordGrant(operator, lot)
+	if err != nil {
+		return err
+	}
+	if err := deliver(jws); err != nil {
+		return errors.Join(err, forget())
+	}
+	return nil
+}
+
+// SameGrant says whether two grants differ in nothing but the signature, which is never the same twice.
+func (l *Line) SameGrant(a, b []byte) bool {
+	var one, other handover.Grant
+	return l.verifier.Verify(handover.TypeGrant, "the grant", a, &one) == nil &&
+		l.verifier.Verify(handover.TypeGrant, "the grant", b, &other) == nil && reflect.DeepEqual(one, other)
+}
+
+func (l *Line) grant(ctx context.Context, lot, operator string) ([]byte, error) {
 	m, err := l.usable(ctx, lot)
 	if err != nil {
 		return nil, err
@@ -260,14 +323,7 @@ func (l *Line) Grant(ctx context.Context, lot, operator string) ([]byte, error) 
 	if err := g.Validate(); err != nil {
 		return nil, err
 	}
-	jws, err := l.signer.Sign(handover.TypeGrant, g)
-	if err == nil {
-		err = l.state.recordGrant(operator, lot)
-	}
-	if err != nil {
-		return nil, err
-	}
-	return jws, nil
+	return l.signer.Sign(handover.TypeGrant, g)
 }
 
 // usable gives the manifest of a lot that is not revoked.

@@ -96,7 +96,7 @@ func TestRefresh(t *testing.T) {
 		!strings.Contains(err.Error(), "--begin") {
 		t.Errorf("a list that is not there was signed anew: %v", err)
 	}
-	for _, err := range []error{second(line.Grant(ctx, "L1", "op")), second(line.Lot(ctx, "L9")),
+	for _, err := range []error{line.Grant(ctx, "L1", "op", nil), second(line.Lot(ctx, "L9")),
 		second(line.Refresh(ctx, "L9", 0, true))} {
 		if err == nil {
 			t.Error("what needs a list was done without, or a lot that is not there")
@@ -324,7 +324,7 @@ func TestGrantAndSeal(t *testing.T) {
 		"not enrolled":        {"L1", "op", "operator enroll"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if _, err := line.Grant(ctx, c.lot, c.operator); err == nil || !strings.Contains(err.Error(), c.want) {
+			if err := line.Grant(ctx, c.lot, c.operator, nil); err == nil || !strings.Contains(err.Error(), c.want) {
 				t.Errorf("%v does not say %q", err, c.want)
 			}
 		})
@@ -335,7 +335,7 @@ func TestGrantAndSeal(t *testing.T) {
 	if err := line.Seal(ctx, "L1"); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := line.Grant(ctx, "L1", "op"); err == nil || !strings.Contains(err.Error(), "sealed") {
+	if err := line.Grant(ctx, "L1", "op", nil); err == nil || !strings.Contains(err.Error(), "sealed") {
 		t.Errorf("a sealed lot: %v", err)
 	}
 	// The key in the token is not the manifest's: nobody is granted a lot that cannot work.
@@ -345,7 +345,7 @@ func TestGrantAndSeal(t *testing.T) {
 	if _, _, err := token.EnsureLotKey(ctx, line.lotKey("L1"), 2048, hsmkeys.PrimesAuto); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := line.Grant(ctx, "L1", "op"); err == nil || !strings.Contains(err.Error(), "not this modulus's key") {
+	if err := line.Grant(ctx, "L1", "op", nil); err == nil || !strings.Contains(err.Error(), "not this modulus's key") {
 		t.Errorf("another key than %x: %v", new(big.Int).SetBytes(m.N).Bytes()[:4], err)
 	}
 }
@@ -368,12 +368,46 @@ func TestGrantRecorded(t *testing.T) {
 	if err := line.Seal(ctx, "L2"); err != nil {
 		t.Fatal(err)
 	}
+	// One that cannot be given out is not on record either.
+	full := errors.New("the disk is full")
+	if err := line.Grant(ctx, "L1", "op", func([]byte) error { return full }); !errors.Is(err, full) {
+		t.Error(err)
+	}
+	if left, err := os.ReadDir(line.state.Dir); err != nil || slices.ContainsFunc(left, func(e os.DirEntry) bool {
+		return e.Name() == "grants"
+	}) {
+		t.Errorf("%v is left of a grant that failed: %v", left, err)
+	}
+	var grants [][]byte
+	keep := func(jws []byte) error {
+		if lots, err := line.state.GrantedLots("op"); err != nil || !slices.Contains(lots, "L1") {
+			t.Errorf("given out before it was on record: %v", err)
+		}
+		grants = append(grants, jws)
+		return nil
+	}
+	for range 2 {
+		if err := line.Grant(ctx, "L1", "op", keep); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if bytes.Equal(grants[0], grants[1]) || !line.SameGrant(grants[0], grants[1]) ||
+		line.SameGrant(grants[0][:len(grants[0])-1], grants[1]) {
+		t.Error("the same grant is told by its signature, or one that is damaged is the same")
+	}
+	// A later one that fails does not forget the first.
+	if err := line.Grant(ctx, "L1", "op", func([]byte) error { return full }); !errors.Is(err, full) {
+		t.Error(err)
+	}
 	var g handover.Grant
-	if err := line.verifier.Verify(handover.TypeGrant, "the grant", must(line.Grant(ctx, "L1", "op")),
-		&g); err != nil || g.Lot != "L1" || g.Operator != "op" {
+	if err := line.verifier.Verify(handover.TypeGrant, "the grant", grants[0], &g); err != nil || g.Lot != "L1" ||
+		g.Operator != "op" {
 		t.Errorf("%+v, %v", g, err)
 	}
-	if _, err := line.Grant(ctx, "L2", "op"); err == nil {
+	if operators, err := line.state.GrantedTo("L1"); err != nil || !slices.Equal(operators, []string{"op"}) {
+		t.Error(operators, err)
+	}
+	if err := line.Grant(ctx, "L2", "op", nil); err == nil {
 		t.Error("a sealed lot was granted")
 	}
 	if lots, err := line.state.GrantedLots("op"); err != nil || !slices.Equal(lots, []string{"L1"}) {
@@ -386,7 +420,8 @@ func TestGrantRecorded(t *testing.T) {
 	if err := os.WriteFile(line.state.path("grants"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if jws, err := line.Grant(ctx, "L1", "op"); err == nil || jws != nil {
-		t.Error("a grant without a record")
+	err = line.Grant(ctx, "L1", "op", func([]byte) error { t.Error("a grant without a record"); return nil })
+	if err == nil {
+		t.Error("what cannot be put on record was granted")
 	}
 }

@@ -6,7 +6,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"iter"
+	"maps"
 	"math/big"
 	"slices"
 
@@ -45,12 +47,9 @@ func moduli(lots []publishedLot) iter.Seq2[string, *big.Int] {
 	}
 }
 
-// publishedLots gives all lots of the directory. It reads only manifests that were not verified before.
+// publishedLots gives all lots of the directory, and those that the line remembers and that are not there: in a wrong
+// directory their IMEIs would be given out twice. It reads only manifests that were not verified before.
 func (l *Line) publishedLots(ctx context.Context) (all []publishedLot, err error) {
-	names, err := l.store.List(ctx, "lots")
-	if err != nil {
-		return nil, err
-	}
 	read, write, err := sqlite.Open(ctx, l.state.path("published.db"), publishedSchema)
 	if err != nil {
 		return nil, fmt.Errorf("the line's memory of its lots: %w", err)
@@ -59,6 +58,13 @@ func (l *Line) publishedLots(ctx context.Context) (all []publishedLot, err error
 	known, err := l.knownLots(ctx, read)
 	if err != nil {
 		return nil, fmt.Errorf("the line's memory of its lots: %w", err)
+	}
+	names, err := l.store.List(ctx, "lots")
+	if errors.Is(err, fs.ErrNotExist) && len(known) == 0 {
+		err = nil // the line's first lot makes the directory
+	}
+	if err != nil {
+		return nil, err
 	}
 	all = make([]publishedLot, len(names))
 	fresh := make([]*directory.Manifest, len(names))
@@ -86,7 +92,11 @@ func (l *Line) publishedLots(ctx context.Context) (all []publishedLot, err error
 	if err := l.remember(ctx, write, fresh); err != nil {
 		return nil, fmt.Errorf("the line's memory of its lots: %w", err)
 	}
-	return slices.DeleteFunc(all, func(lot publishedLot) bool { return lot.lot == "" }), nil
+	for _, name := range names {
+		delete(known, name)
+	}
+	all = slices.DeleteFunc(all, func(lot publishedLot) bool { return lot.lot == "" })
+	return slices.AppendSeq(all, maps.Values(known)), nil
 }
 
 func (l *Line) knownLots(ctx context.Context, db *sql.DB) (known map[string]publishedLot, err error) {

@@ -141,8 +141,12 @@ func (l *Line) Reissue(
 	if err != nil {
 		return "", err
 	}
+	// In another folder, neither an earlier package of the device nor a station would be found.
 	dir := filepath.Join(out, lot)
-	if err := durable.MkdirAll(dir, 0o700); err != nil {
+	if _, err := os.Stat(filepath.Join(dir, handover.ManifestFile)); errors.Is(err, fs.ErrNotExist) {
+		return "", fmt.Errorf("there are no injection packages of lot %s in %s: name with --out, or with state, the folder "+
+			"that lot provision wrote them to", lot, dir)
+	} else if err != nil {
 		return "", err
 	}
 	n, had := 1, []uint64{issued.Keys[position%m.ShardSize].Fingerprint()}

@@ -1,6 +1,7 @@
 package factory
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -15,6 +16,7 @@ import (
 	"github.com/kmehsm/kmehsm/factory/auditlog"
 	"github.com/kmehsm/kmehsm/factory/shard"
 	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/pemkey"
 )
 
 // A State is the line's own folder. It has the journal of the shards, the audit log of all commands, the minutes of
@@ -28,6 +30,41 @@ func (s State) PublicKey() string { return s.path("manufacturer.pem") }
 
 // Injection is the folder of the injection packages, unless they are elsewhere.
 func (s State) Injection() string { return s.path("injection") }
+
+// Check fails if the folder is not the one of a token's line, which factory init has made.
+func (s State) Check(token Token) error {
+	if _, err := os.Stat(s.path(auditlog.File)); errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("the folder %s is no line's: run factory init first; or, if it is elsewhere, name it with state",
+			s.Dir)
+	} else if err != nil {
+		return err
+	}
+	return Fits(token, s.PublicKey())
+}
+
+// Fits fails if a file, unless it is not there, has the public key of another manufacturer than the token's.
+func Fits(token Token, path string) error {
+	have, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	own := "which has no signing key yet"
+	signer, err := openSigner(token)
+	switch {
+	case err == nil:
+		pem, err := pemkey.Encode(signer.Public())
+		if err != nil || bytes.Equal(have, pem) {
+			return err
+		}
+		own = "that of manufacturer " + signer.KeyID()
+	case !errors.Is(err, errNoSigningKey):
+		return err
+	}
+	return fmt.Errorf("%s is not of this token, %s: name another token, or with state the folder of this one", path, own)
+}
 
 // Log is the audit log of all commands that use the token.
 func (s State) Log() auditlog.Log { return auditlog.Log{Dir: s.Dir} }
@@ -49,14 +86,44 @@ func (s State) journal(ctx context.Context, manufacturer string) (*shard.Journal
 	return shard.OpenJournal(ctx, s.path("journal.db"), manufacturer)
 }
 
-// recordGrant remembers, durably, that an operator was granted a lot: grants/OPERATOR/LOT. The grant itself is not
-// kept.
-func (s State) recordGrant(operator, lot string) error {
+// recordGrant remembers, durably, that an operator was granted a lot: grants/OPERATOR/LOT, with the time of the first
+// grant. The grant itself is not kept. forget undoes what was not on record before.
+func (s State) recordGrant(operator, lot string) (forget func() error, err error) {
 	dir := s.path("grants", operator)
+	path := filepath.Join(dir, lot)
+	if _, err := os.Stat(path); err == nil {
+		return func() error { return nil }, nil
+	}
 	if err := durable.MkdirAll(dir, 0o755); err != nil {
+		return nil, err
+	}
+	forget = func() error {
+		err := os.Remove(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			err = nil
+		}
+		os.Remove(dir) // only where it is empty, after an operator's first grant
+		os.Remove(filepath.Dir(dir))
 		return err
 	}
-	return durable.WriteFile(filepath.Join(dir, lot), []byte(time.Now().UTC().Format(time.RFC3339)+"\n"), 0o644)
+	if err := durable.WriteFile(path, []byte(time.Now().UTC().Format(time.RFC3339)+"\n"), 0o644); err != nil {
+		return nil, errors.Join(err, forget())
+	}
+	return forget, nil
+}
+
+// GrantedTo lists the operators that a lot was granted to, sorted.
+func (s State) GrantedTo(lot string) (operators []string, err error) {
+	entries, err := os.ReadDir(s.path("grants"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	for _, e := range entries {
+		if _, err := os.Stat(s.path("grants", e.Name(), lot)); err == nil && directory.CheckName(e.Name()) == nil {
+			operators = append(operators, e.Name())
+		}
+	}
+	return operators, err
 }
 
 // GrantedLots lists the lots that an operator was granted, sorted, for a policy of Vault's. Vault knows no capital

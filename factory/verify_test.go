@@ -262,7 +262,7 @@ func TestRevokedLot(t *testing.T) {
 	}
 	for what, err := range map[string]error{
 		"provision": second(line.Provision(ctx, "L1", options(out, 1))),
-		"grant":     second(line.Grant(ctx, "L1", "op")),
+		"grant":     line.Grant(ctx, "L1", "op", nil),
 		"reissue":   second(line.Reissue(ctx, "L1", m.IMEI(0), "return 1", "", out)),
 	} {
 		if err == nil || !strings.Contains(err.Error(), "lot L1 is revoked since") ||
@@ -278,7 +278,7 @@ func TestRevokedLot(t *testing.T) {
 	if v = must(Audit(ctx, line.store, line.verifier, nil)); len(v.RevokedLots) != 1 {
 		t.Errorf("%+v", v)
 	}
-	if _, err := line.Grant(ctx, "L2", "op"); err == nil || !strings.Contains(err.Error(), "not enrolled") {
+	if err := line.Grant(ctx, "L2", "op", nil); err == nil || !strings.Contains(err.Error(), "not enrolled") {
 		t.Errorf("the other lot: %v", err)
 	}
 }

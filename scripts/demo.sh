@@ -94,7 +94,7 @@ provisioned=$(run factory lot provision L1 "${line[@]}" --out "$dir/injection" -
 echo "$provisioned"
 run factory lot grant L1 "${line[@]}" --operator acme --out "$dir/grant.jws"
 KMEHSM_TOKEN=$OPERATOR_TOKEN run keysvc lot import "$dir/grant.jws" --state "$dir/keysvc"
-run factory lot seal L1 "${line[@]}"
+run factory lot seal L1 --yes "${line[@]}"
 
 if [ "$directory" = vault ]; then
 	step "4b. The operator may read the lot that it was granted, and no other"
@@ -174,7 +174,7 @@ for kind in kme signature payload other-device other-lot replay; do
 	add "$result"
 done
 last=$(printf '35209900%06d' "$devices")
-run factory lot revoke L1 "$last" "${line[@]}" --reason "stolen on the line"
+run factory lot revoke L1 --yes "$last" "${line[@]}" --reason "stolen on the line"
 sleep 2 # the service's list of revoked devices is not older than revocation_ttl
 result=$(simulate --first $((devices - 1)) --first-imsi 001019000000000 2>/dev/null || true)
 printf '%-14s %s\n' revoked "$(jq -c .rejected <<<"$result")"

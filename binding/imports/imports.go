@@ -2,6 +2,7 @@
 package imports
 
 import (
+	"cmp"
 	"context"
 	"crypto/rsa"
 	"errors"
@@ -32,14 +33,14 @@ type Enrolment struct {
 	JWS        []byte // signed by the manufacturer
 	PEM        []byte // the manufacturer's key, which did not come with the enrolment
 	Thumbprint string // of that key, as the manufacturer has read it out
-	Directory  string // where its public keys are; empty for the service's default
+	Directory  string // where its public keys are; empty for that of before, or the service's default
 	TACs       []kme.TAC
 }
 
 // Enroll imports a manufacturer's enrolment: it pins the manufacturer's key, imports the operator's KEK into the token,
 // and destroys the transport key that the KEK came under. The KEK of an earlier enrolment with the same generation is
-// replaced; one of another generation is imported beside those that are there. Without TACs those of the enrolment
-// before stay. An enrolment that was imported before changes nothing but the directory.
+// replaced; one of another generation is imported beside those that are there. Without TACs or a directory those of the
+// enrolment before stay. An enrolment that was imported before changes nothing but these.
 func Enroll(ctx context.Context, token Token, registry binding.Registry, by Enrolment) (*binding.Manufacturer, error) {
 	verifier, err := directory.ParseVerifier(by.PEM)
 	if err != nil {
@@ -73,6 +74,7 @@ func Enroll(ctx context.Context, token Token, registry binding.Registry, by Enro
 		if len(by.TACs) == 0 {
 			by.TACs = m.TACs
 		}
+		by.Directory = cmp.Or(by.Directory, m.Directory)
 	}
 	m := &binding.Manufacturer{
 		KeyID: e.Manufacturer, PEM: string(by.PEM), Operator: e.Operator, Directory: by.Directory, TACs: by.TACs,
@@ -181,7 +183,8 @@ func enrolledBefore(ctx context.Context, token Token, registry binding.Registry,
 
 // ImportLot imports a granted lot: it imports the lot's private key, proves with a decryption that it is
 // the key of the manifest's modulus, and enters the lot. The same grant again changes nothing. A lot that was retired
-// is refused, unless again is the verdict that it is served again.
+// is refused, unless again is the verdict that it is served again: the lot's Retired is then that, or, where it was not
+// retired, what stands.
 func ImportLot(
 	ctx context.Context, token Token, registry binding.Registry, jws []byte, again *binding.Verdict,
 ) (*binding.Lot, error) {
@@ -262,7 +265,7 @@ func importLot(ctx context.Context, token Token, registry binding.Registry, manu
 		return nil, err
 	}
 	if again != nil {
-		if _, err := registry.Decide(ctx, m.KeyID, manifest.Lot, *again, check); err != nil {
+		if lot.Retired, err = registry.Decide(ctx, m.KeyID, manifest.Lot, *again, check); err != nil {
 			return nil, err
 		}
 	}

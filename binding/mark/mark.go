@@ -73,6 +73,12 @@ func ahead(m, of *binding.Mark) bool {
 	return false
 }
 
+// Written says whether a token keeps the mark of a ledger that has entries.
+func Written(ctx context.Context, token Token) (bool, error) {
+	mark, err := Read(ctx, token)
+	return mark != nil && ahead(mark, new(binding.Mark)), err
+}
+
 // Check compares the ledger with the token's mark. It fails with ErrRolledBack where the ledger is behind it.
 func Check(ctx context.Context, store binding.Ledger, token Token) error {
 	mark, err := Read(ctx, token)
@@ -123,8 +129,9 @@ func set(ctx context.Context, token Token, m *binding.Mark, others [][]byte) err
 	return token.SetMark(ctx, text, others)
 }
 
-// Accept has the ledger accepted as it is, with a reason that it notes.
-func Accept(ctx context.Context, store binding.Ledger, token Token, reason string) error {
+// Accept has the ledger accepted as it is, with a reason that it notes. It asks for agreement where there is something
+// to accept, and nowhere else.
+func Accept(ctx context.Context, store binding.Ledger, token Token, reason string, agreed func() error) error {
 	reason, err := directory.CheckReason(reason)
 	if err != nil {
 		return err
@@ -142,6 +149,9 @@ func Accept(ctx context.Context, store binding.Ledger, token Token, reason strin
 		return behind
 	case damaged != nil && !errors.Is(damaged, binding.ErrRolledBack):
 		return damaged
+	}
+	if err := agreed(); err != nil {
+		return err
 	}
 	now, err := store.Accept(ctx, mark, reason)
 	if err != nil {

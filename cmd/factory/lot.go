@@ -83,7 +83,9 @@ func lotCommand() *cli.Command {
 			},
 			{
 				Name: "seal", Usage: "make a lot's key non-extractable for good: it cannot be granted any more",
-				ArgsUsage: "LOT", Flags: lineFlags(), Action: cmdline.Alone(lotSeal),
+				ArgsUsage: "LOT", Description: "A lot that is not finished, or that nobody was granted, is refused.",
+				Flags: lineFlags(&cli.BoolFlag{Name: "force", Usage: "seal a lot all the same that is not finished, or " +
+					"that nobody was granted"}, cmdline.Yes), Action: cmdline.Alone(lotSeal),
 			},
 			{
 				Name: "reissue", Usage: "give a device that came back a new key, and revoke the one that it had",
@@ -113,7 +115,7 @@ func lotCommand() *cli.Command {
 				Flags: lineFlags(&cli.StringFlag{Name: "imeis",
 					Usage: "the devices whose IMEIs are in `FILE`, one a line"},
 					&cli.BoolFlag{Name: "all", Usage: "the whole lot, for good"},
-					&cli.StringFlag{Name: "reason", Usage: "why, `TEXT`"}),
+					&cli.StringFlag{Name: "reason", Usage: "why, `TEXT`"}, cmdline.Yes),
 				Action: cmdline.Alone(cmdline.Requiring(lotRevoke, "reason")),
 			},
 		},
@@ -248,11 +250,18 @@ func lotShow(c *cli.Context) error {
 func lotGrant(c *cli.Context) error {
 	return withLine(c, func(_ *hsmkeys.FactoryToken, line *factory.Line) error {
 		lot, operator := c.Args().First(), c.String("operator")
-		jws, err := line.Grant(c.Context, lot, operator)
+		did := "wrote"
+		err := line.Grant(c.Context, lot, operator, func(jws []byte) error {
+			if have, err := cmdline.ReadFile(c.String("out")); err == nil && line.SameGrant(have, jws) {
+				did = "left as it is"
+				return nil
+			}
+			return cmdline.WriteNew(c.String("out"), jws, 0o600)
+		})
 		if err != nil {
 			return err
 		}
-		return writeOut(c, jws, map[string]any{"lot": lot, "operator": operator},
+		return printOut(c, did, map[string]any{"lot": lot, "operator": operator},
 			"the key of lot %s, wrapped for operator %s", lot, operator)
 	})
 }
@@ -260,12 +269,40 @@ func lotGrant(c *cli.Context) error {
 func lotSeal(c *cli.Context) error {
 	return withLine(c, func(token *hsmkeys.FactoryToken, line *factory.Line) error {
 		lot := c.Args().First()
+		sealed, err := line.Sealed(c.Context, lot)
+		if err != nil {
+			return err
+		}
+		if !sealed {
+			if err := confirmSeal(c, line, token, lot); err != nil {
+				return err
+			}
+		}
 		if err := line.Seal(c.Context, lot); err != nil {
 			return err
 		}
 		return cmdline.Printf(c, map[string]any{"lot": lot, "sealed": true},
 			"lot %s is sealed: its key can never leave %s again, not even wrapped\n", lot, token)
 	})
+}
+
+// confirmSeal asks whether a lot is meant to be sealed. Without --force it refuses one that something is missing of.
+func confirmSeal(c *cli.Context, line *factory.Line, token *hsmkeys.FactoryToken, lot string) error {
+	p, err := line.Prospects(c.Context, lot)
+	if err != nil {
+		return err
+	}
+	missing := strings.Join(p.Missing(c.String("state")), "; ")
+	if missing != "" && !c.Bool("force") {
+		return fmt.Errorf("lot %s is not sealed: %s. A sealed lot can be granted to nobody: finish it and grant it first, "+
+			"or say --force", lot, missing)
+	}
+	who := "granted to nobody"
+	if len(p.Granted) > 0 {
+		who = "granted to " + strings.Join(p.Granted, ", ")
+	}
+	return cmdline.Confirm(c, fmt.Sprintf("Lot %s, %d of %d devices published, %s: its key can never leave %s again, and "+
+		"no other operator can be granted the lot.", lot, p.Published, p.Devices, who, token), lot)
 }
 
 func lotProvision(c *cli.Context) error {

@@ -16,7 +16,6 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/config"
-	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/factoryconf"
 )
 
@@ -79,12 +78,28 @@ func withLine(c *cli.Context, f func(*hsmkeys.FactoryToken, *factory.Line) error
 	})
 }
 
-// withToken runs f with the token, and puts down in the audit log who did what with it.
+// withToken runs f with the line's token, and puts down in the audit log who did what with it.
 func withToken(c *cli.Context, f func(*hsmkeys.FactoryToken) error) error {
-	return factory.WithToken(c.Context, c.String("token"), func(token *hsmkeys.FactoryToken) error {
-		sign := func(head *auditlog.Head) error { return state(c).SignLog(token, head) }
-		return state(c).Log().Record(calledAs(), token.Serial(), func() error { return f(token) }, sign)
+	if err := cmdline.CheckState(c); err != nil {
+		return err
+	}
+	return withAnyToken(c, func(token *hsmkeys.FactoryToken) error {
+		if err := state(c).Check(token); err != nil {
+			return err
+		}
+		return recorded(c, token, f)
 	})
+}
+
+// withAnyToken runs f with a token, whosever it is.
+func withAnyToken(c *cli.Context, f func(*hsmkeys.FactoryToken) error) error {
+	return factory.WithToken(c.Context, c.String("token"), f)
+}
+
+// recorded runs f, and puts that down in the audit log.
+func recorded(c *cli.Context, token *hsmkeys.FactoryToken, f func(*hsmkeys.FactoryToken) error) error {
+	sign := func(head *auditlog.Head) error { return state(c).SignLog(token, head) }
+	return state(c).Log().Record(calledAs(), token.Serial(), func() error { return f(token) }, sign)
 }
 
 func openDirectory(c *cli.Context) (directory.Store, error) {
@@ -115,10 +130,14 @@ func injectionDir(c *cli.Context, flag string) string {
 
 // writeOut writes a file for another party and says so.
 func writeOut(c *cli.Context, data []byte, result map[string]any, format string, args ...any) error {
-	path := c.String("out")
-	if err := durable.WriteFile(path, data, 0o600); err != nil {
+	if err := cmdline.WriteNew(c.String("out"), data, 0o600); err != nil {
 		return fmt.Errorf("the file cannot be written: %w", err)
 	}
-	result["out"] = path
-	return cmdline.Printf(c, result, "wrote %s: %s\n", path, fmt.Sprintf(format, args...))
+	return printOut(c, "wrote", result, format, args...)
+}
+
+// printOut says what became of the file for another party.
+func printOut(c *cli.Context, did string, result map[string]any, format string, args ...any) error {
+	result["out"] = c.String("out")
+	return cmdline.Printf(c, result, "%s %s: %s\n", did, c.String("out"), fmt.Sprintf(format, args...))
 }

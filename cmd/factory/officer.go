@@ -6,6 +6,7 @@ import (
 	"io"
 	"maps"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -191,6 +192,13 @@ func ceremony(c *cli.Context, name string, basis custody.Basis, act factory.Act)
 // enroll holds the ceremony of an enrolment, and writes the file for the other party.
 func enroll(c *cli.Context, name string, f func(officer hsmkeys.PIN) (*factory.Enrolled, error),
 	say func(*factory.Enrolled) (result map[string]any, text string)) error {
+	// Before anybody is asked for shares, and a key is made.
+	if err := cmdline.CheckNew(c.String("out")); err != nil {
+		return err
+	}
+	if dir := filepath.Dir(c.String("out")); !dirExists(dir) {
+		return cmdline.Usagef("--out: there is no folder %s", dir)
+	}
 	var e *factory.Enrolled
 	act := func(_ string, officer hsmkeys.OfficerPIN) (made map[string]string, err error) {
 		if e, err = f(officer.PIN); err != nil {

@@ -63,6 +63,9 @@ func stationServe(c *cli.Context) error {
 			return cmdline.Usagef("--station: %v", err)
 		}
 	}
+	if err := cmdline.CheckState(c); err != nil {
+		return err
+	}
 	verifier, err := manufacturer(c)
 	if err != nil {
 		return err

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"io"
 	"path/filepath"
@@ -18,11 +19,12 @@ func initCommand() *cli.Command {
 		Name: "init", Usage: "make the token the manufacturer's, and the signing key in it, and write the public " +
 			"signing key, manufacturer.pem",
 		Description: "Operators pin manufacturer.pem: give it to them, and read out the manufacturer's name, its " +
-			"thumbprint, on another way. Running this again changes nothing.",
+			"thumbprint, on another way. Running this again changes nothing. No other command makes the --state " +
+			"folder.",
 		Flags: []cli.Flag{cmdline.Token, stateFlag,
 			&cli.StringFlag{Name: "out", Usage: "the folder, `DIR`, for manufacturer.pem (default: the --state " +
 				"folder)"}, cmdline.JSON},
-		Action: cmdline.Alone(initLine),
+		Action: cmdline.AloneMaking(initLine),
 	}
 }
 
@@ -50,45 +52,58 @@ func rotateCommand() *cli.Command {
 }
 
 func initLine(c *cli.Context) error {
-	return withToken(c, func(token *hsmkeys.FactoryToken) error {
-		pem, keyID, created, err := factory.Init(c.Context, token)
-		if err != nil {
+	path := state(c).PublicKey()
+	if out := c.String("out"); out != "" {
+		path = filepath.Join(out, filepath.Base(path))
+	}
+	return withAnyToken(c, func(token *hsmkeys.FactoryToken) error {
+		if err := cmp.Or(factory.Fits(token, state(c).PublicKey()), factory.Fits(token, path)); err != nil {
 			return err
 		}
-		path := state(c).PublicKey()
-		if out := c.String("out"); out != "" {
-			path = filepath.Join(out, filepath.Base(path))
-		}
-		if err := durable.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-			return err
-		}
-		if err := durable.WriteFile(path, pem, 0o644); err != nil {
-			return err
-		}
-		result := map[string]any{"manufacturer": keyID, "key": path, "created": created, "token": token.Serial()}
-		return cmdline.Print(c, result, func(w io.Writer) {
-			if created {
-				fmt.Fprintf(w, "made the signing key in %s\n", token)
-			} else {
-				fmt.Fprintf(w, "%s has its key already; nothing changed\n", token)
+		return recorded(c, token, func(token *hsmkeys.FactoryToken) error {
+			pem, keyID, created, err := factory.Init(c.Context, token)
+			if err != nil {
+				return err
 			}
-			fmt.Fprintf(w, "manufacturer %s\npublic key   %s\n", keyID, path)
+			if err := durable.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+				return err
+			}
+			if err := durable.WriteFile(path, pem, 0o644); err != nil {
+				return err
+			}
+			result := map[string]any{"manufacturer": keyID, "key": path, "created": created, "token": token.Serial()}
+			return cmdline.Print(c, result, func(w io.Writer) {
+				if created {
+					fmt.Fprintf(w, "made the signing key in %s\n", token)
+				} else {
+					fmt.Fprintf(w, "%s has its key already; nothing changed\n", token)
+				}
+				fmt.Fprintf(w, "manufacturer %s\npublic key   %s\n", keyID, path)
+			})
 		})
 	})
 }
 
+// doctor looks at whatever token there is, before factory init too. In the line's own folder it goes on record.
 func doctor(c *cli.Context) error {
-	return withToken(c, func(token *hsmkeys.FactoryToken) error {
-		keys, err := factory.Keys(c.Context, token)
-		if err != nil {
-			return err
+	return withAnyToken(c, func(token *hsmkeys.FactoryToken) error {
+		if state(c).Check(token) != nil {
+			return examine(c, token)
 		}
-		report, err := token.DoctorFactory(c.Context, keys...)
-		if err != nil {
-			return err
-		}
-		return cmdline.PrintFindings(c, token, report)
+		return recorded(c, token, func(token *hsmkeys.FactoryToken) error { return examine(c, token) })
 	})
+}
+
+func examine(c *cli.Context, token *hsmkeys.FactoryToken) error {
+	keys, err := factory.Keys(c.Context, token)
+	if err != nil {
+		return err
+	}
+	report, err := token.DoctorFactory(c.Context, keys...)
+	if err != nil {
+		return err
+	}
+	return cmdline.PrintFindings(c, token, report)
 }
 
 func rotateSigningKey(c *cli.Context) error {

@@ -34,7 +34,7 @@ KEKs and lot keys never leave a token: enroll the other token with each manufact
 				Flags: []cli.Flag{cmdline.Token, stateFlag, acceptFlag,
 					&cli.StringFlag{Name: "out",
 						Usage: "the `FILE` to write (default: restore-key.json in the --state folder)"}, cmdline.JSON},
-				Action: cmdline.Alone(backupPrepare),
+				Action: cmdline.AloneMaking(backupPrepare),
 			},
 			{
 				Name: "create", Usage: "on the token that has the keys: wrap them for another token",
@@ -85,6 +85,10 @@ func backupCreate(c *cli.Context) error {
 	if err != nil {
 		return fmt.Errorf("--to: %w", err)
 	}
+	out := c.String("out")
+	if err := cmdline.CheckNew(out); err != nil { // before the PIN is tried
+		return err
+	}
 	officer, err := officerPIN(c)
 	if err != nil {
 		return err
@@ -93,7 +97,6 @@ func backupCreate(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	out := c.String("out")
 	if err := keysvcd.WriteFile(out, b.Data); err != nil {
 		return err
 	}

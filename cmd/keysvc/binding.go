@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"iter"
@@ -39,7 +40,7 @@ func bindingCommand() *cli.Command {
 				Name: "revoke", Usage: "end an IMSI's bindings, and forget the KME", ArgsUsage: "IMSI",
 				Description: "The IMSI is then as one that was never bound: its next attach may bind it, to whatever " +
 					"device.",
-				Flags: storeFlags(), Action: bindingRevoke,
+				Flags: storeFlags(cmdline.Yes), Action: bindingRevoke,
 			},
 			{
 				Name: "open", Usage: "let an IMSI be bound to another device, once", ArgsUsage: "IMSI",
@@ -171,12 +172,34 @@ func bindingShow(c *cli.Context) error {
 
 func bindingRevoke(c *cli.Context) error {
 	return withIMSI(c, func(s *sqlstore.Store, imsi kme.IMSI) error {
+		if err := confirmRevoke(c, s, imsi); err != nil {
+			return err
+		}
 		b, err := s.Revoke(c.Context, imsi, time.Now())
 		if err != nil {
 			return err
 		}
 		return cmdline.Print(c, show(b), show(b).print)
 	})
+}
+
+// confirmRevoke asks whether a binding is meant to be ended. What cannot be read is ended too.
+func confirmRevoke(c *cli.Context, s *sqlstore.Store, imsi kme.IMSI) error {
+	sub, err := s.Subscription(c.Context, imsi, time.Now())
+	lost := "what it is bound to is damaged"
+	switch {
+	case err != nil && !errors.As(err, new(*binding.DamagedRow)):
+		return err
+	case err == nil:
+		b := sub.Latest()
+		if b == nil || b.State == binding.Revoked {
+			return nil
+		}
+		lost = fmt.Sprintf("it is bound to IMEI %s, of lot %s, since %s", b.IMEI, b.Lot,
+			b.Established.Format(time.RFC3339))
+	}
+	return cmdline.Confirm(c, fmt.Sprintf("IMSI %s: %s. Its KME will be forgotten, and its next attach may bind it to "+
+		"whatever device.", imsi, lost), imsi.String())
 }
 
 func bindingOpen(c *cli.Context) error {

@@ -37,7 +37,8 @@ func lotCommand() *cli.Command {
 					"report lists it. With several tokens, run this once for each.",
 				Flags: []cli.Flag{cmdline.Token, stateFlag, storeFlag, reasonFlag,
 					&cli.StringFlag{Name: "manufacturer",
-						Usage: "whose lot it is, by `ID`, if several have one of this name"}, cmdline.JSON},
+						Usage: "whose lot it is, by `ID`, if several have one of this name"}, cmdline.Yes,
+					cmdline.JSON},
 				Action: cmdline.Alone(cmdline.Requiring(lotRetire, "reason")),
 			},
 		},
@@ -63,11 +64,19 @@ func lotImport(c *cli.Context) error {
 			return err
 		}
 		m := lot.Manifest
-		return cmdline.Printf(c, map[string]any{"lot": m.Lot, "manufacturer": lot.Manufacturer, "devices": m.Devices(),
-			"bits": m.PublicKey().N.BitLen()},
-			"lot %s of manufacturer %s is in %s: %d devices, %d bits; its key decrypts what is encrypted to the "+
-				"manifest's modulus\n",
-			m.Lot, lot.Manufacturer, token, m.Devices(), m.PublicKey().N.BitLen())
+		reinstated := again != nil && lot.Retired == *again
+		return cmdline.Print(c, map[string]any{"lot": m.Lot, "manufacturer": lot.Manufacturer, "devices": m.Devices(),
+			"bits": m.PublicKey().N.BitLen(), "reinstated": reinstated}, func(w io.Writer) {
+			fmt.Fprintf(w, "lot %s of manufacturer %s is in %s: %d devices, %d bits; its key decrypts what is "+
+				"encrypted to the manifest's modulus\n", m.Lot, lot.Manufacturer, token, m.Devices(),
+				m.PublicKey().N.BitLen())
+			switch {
+			case reinstated:
+				fmt.Fprintf(w, "it was retired, and is to be served again, %s\n", lot.Retired)
+			case again != nil:
+				fmt.Fprintln(w, "it was not retired: --reinstate has changed nothing")
+			}
+		})
 	})
 }
 
@@ -117,6 +126,16 @@ func lotRetire(c *cli.Context) error {
 	}
 	return withTokenAndStore(c, func(token *hsmkeys.OperatorToken, store *sqlstore.Store) error {
 		lot, err := imports.FindLot(c.Context, store, c.Args().First(), c.String("manufacturer"))
+		if err != nil {
+			return err
+		}
+		bound, err := store.Bound(c.Context, lot.Manufacturer, lot.Manifest.Lot, time.Now())
+		if err != nil {
+			return err
+		}
+		err = cmdline.Confirm(c, fmt.Sprintf("Lot %s of manufacturer %s: its key in %s will be destroyed, and none of its "+
+			"%d devices is bound any more. %d bindings stand.", lot.Manifest.Lot, lot.Manufacturer, token,
+			lot.Manifest.Devices(), bound), lot.Manifest.Lot)
 		if err != nil {
 			return err
 		}

@@ -13,7 +13,6 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
-	"github.com/kmehsm/kmehsm/binding/tokenkeys"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
@@ -49,12 +48,15 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 		Writer: os.Stdout, ErrWriter: os.Stderr,
 		Commands: []*cli.Command{
 			{
-				Name: "init", Usage: "make the token the operator's, and the storage and ledger key in it",
+				Name: "init", Usage: "make the token the operator's, the storage and ledger key in it, and the database",
 				Description: "Tries first whether the token keeps keys as it should, and refuses it otherwise: " +
-					"keysvc doctor says more. Running this again changes nothing. The --state folder remembers the " +
-					"token, for the commands that need no other than the store's own.",
-				Flags:  []cli.Flag{cmdline.Token, stateFlag, acceptFlag, cmdline.JSON},
-				Action: cmdline.Alone(initToken),
+					"keysvc doctor says more. Running this again changes nothing. The --state folder, which is made, " +
+					"remembers the token, for the commands that need no other than the store's own. No other command " +
+					"makes a database; the tables of one in PostgreSQL are made by keysvc store upgrade.",
+				Flags: []cli.Flag{cmdline.Token, stateFlag, storeFlag, acceptFlag,
+					&cli.BoolFlag{Name: "new-store", Usage: "make an empty database although the token has written " +
+						"another one, which is lost: what was decided is not in it"}, cmdline.JSON},
+				Action: cmdline.AloneMaking(initToken),
 			},
 			transportCommand(),
 			{
@@ -111,25 +113,27 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 
 func initToken(c *cli.Context) error {
 	return withToken(c, func(token *hsmkeys.OperatorToken) error {
-		created, weak, err := tokenkeys.Init(c.Context, token, c.Bool(acceptFlag.Name))
-		if err == nil { // the folder is there: see cmdline.Alone
-			err = keysvcd.RememberToken(c.String("state"), c.String("token"))
-		}
+		made, err := keysvcd.Init{
+			URI: c.String("token"), State: c.String("state"), Store: storeName(c),
+			AcceptWeak: c.Bool(acceptFlag.Name), NewStore: c.Bool("new-store"),
+		}.Run(c.Context, token)
 		if err != nil {
 			return err
 		}
-		return cmdline.Print(c, map[string]any{"created": created, "token": token.Serial(), "weak": weak},
-			func(w io.Writer) {
-				if created {
-					fmt.Fprintf(w, "made the storage and ledger key in %s\nnext, for each manufacturer: keysvc "+
-						"transport new\n", token)
-				} else {
-					fmt.Fprintf(w, "%s has its keys already; nothing changed\n", token)
-				}
-				for _, what := range weak {
-					fmt.Fprintf(w, "accepted as it is: %s\n", what)
-				}
-			})
+		return cmdline.Print(c, map[string]any{"created": made.Keys, "token": token.Serial(), "weak": made.Weak,
+			"store_created": made.Store}, func(w io.Writer) {
+			if made.Keys {
+				fmt.Fprintf(w, "made the storage and ledger key in %s\nnext, for each manufacturer: keysvc transport "+
+					"new\n", token)
+			} else if made.Store {
+				fmt.Fprintf(w, "%s has its keys already; made an empty store, %s\n", token, storeName(c))
+			} else {
+				fmt.Fprintf(w, "%s has its keys already; nothing changed\n", token)
+			}
+			for _, what := range made.Weak {
+				fmt.Fprintf(w, "accepted as it is: %s\n", what)
+			}
+		})
 	})
 }
 

@@ -30,7 +30,8 @@ func manufacturerCommand() *cli.Command {
 				ArgsUsage: "ID", Description: "For a manufacturer whose signing key is lost or stolen. A running " +
 					"service does so after a SIGHUP. What is bound stays bound and is served on: keysvc binding " +
 					"report lists it. The keys stay in the token: keysvc lot retire destroys a lot's.",
-				Flags: storeFlags(reasonFlag), Action: cmdline.Requiring(decide(true, imports.Distrust), "reason"),
+				Flags:  storeFlags(reasonFlag, cmdline.Yes),
+				Action: cmdline.Requiring(decide(true, imports.Distrust), "reason"),
 			},
 			{
 				Name: "trust", Usage: "end what distrust began", ArgsUsage: "ID",
@@ -106,6 +107,11 @@ func decide(
 		}
 		return withStore(c, func(store *sqlstore.Store) error {
 			id := c.Args().First()
+			if withdrawn {
+				if err := confirmDistrust(c, store, id); err != nil {
+					return err
+				}
+			}
 			stands, err := f(c.Context, store, id, v)
 			if err != nil {
 				return fmt.Errorf("manufacturer %s: %w", id, err)
@@ -117,6 +123,34 @@ func decide(
 			return printVerdict(c, store, "manufacturer "+id+" is "+what, id, "", stands)
 		})
 	}
+}
+
+// confirmDistrust asks whether a manufacturer is meant to be distrusted. One that is not enrolled, or that is already,
+// loses nothing.
+func confirmDistrust(c *cli.Context, store *sqlstore.Store, id string) error {
+	manufacturers, err := store.Manufacturers(c.Context)
+	if err != nil {
+		return err
+	}
+	lots, err := store.Lots(c.Context)
+	if err != nil {
+		return err
+	}
+	served := 0
+	for _, l := range lots {
+		if l.Manufacturer == id && l.Served() {
+			served++
+		}
+	}
+	for _, m := range manufacturers {
+		if m.KeyID == id && !m.Verdict.Withdrawn {
+			short := id[:min(8, len(id))]
+			return cmdline.Confirm(c, fmt.Sprintf("Manufacturer %s, enrolled as operator %s: its %d lots that are "+
+				"served will be served no more, and no device of theirs is bound any more.", id, m.Operator, served),
+				short)
+		}
+	}
+	return nil
 }
 
 // printVerdict also says what is bound.
@@ -174,6 +208,9 @@ func enroll(c *cli.Context) error {
 		return cmdline.Print(c, map[string]any{"manufacturer": m.KeyID, "operator": m.Operator,
 			"directory": m.Directory, "tacs": append([]kme.TAC{}, m.TACs...)}, func(w io.Writer) {
 			fmt.Fprintf(w, "enrolled with manufacturer %s as operator %s\n", m.KeyID, m.Operator)
+			if url == "" && m.Directory != "" {
+				fmt.Fprintf(w, "its directory is %s, as before\n", m.Directory)
+			}
 			if len(m.TACs) > 0 {
 				before := ""
 				if len(tacs) == 0 {

@@ -35,7 +35,7 @@ func storageCommand() *cli.Command {
 				Name: "retire", Usage: "destroy the earlier storage keys, if nothing is sealed under them any more",
 				Description: "A backup of the store that was made before the rotation cannot be used after that. " +
 					"With several tokens, run this once for each.",
-				Flags:  []cli.Flag{cmdline.Token, stateFlag, storeFlag, cmdline.JSON},
+				Flags:  []cli.Flag{cmdline.Token, stateFlag, storeFlag, cmdline.Yes, cmdline.JSON},
 				Action: cmdline.Alone(storageRetire),
 			},
 		},
@@ -109,6 +109,17 @@ func reseal(c *cli.Context, r *hsmkeys.Rotation, store *sqlstore.Store) error {
 
 func storageRetire(c *cli.Context) error {
 	return withTokenAndStore(c, func(token *hsmkeys.OperatorToken, store *sqlstore.Store) error {
+		all, err := token.StorageGenerations(c.Context)
+		if err != nil {
+			return err
+		}
+		if earlier := len(all) - 1; earlier > 0 {
+			if err := cmdline.Confirm(c, fmt.Sprintf("%d earlier storage keys in %s will be destroyed: a backup of the "+
+				"store from before the rotation to generation %d cannot be used any more.", earlier, token, all[earlier]),
+				token.Serial()); err != nil {
+				return err
+			}
+		}
 		destroyed, err := tokenkeys.RetireStorage(c.Context, token, store)
 		if err != nil {
 			return err

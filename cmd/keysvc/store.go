@@ -101,7 +101,8 @@ func storeCommand() *cli.Command {
 				Description: "What was decided since is not in it: KMEs that were used since can be used again, " +
 					"devices that were bound since are not, and what was revoked since is not. Bring back the last " +
 					"store instead, if there is one. The reason and your name go into the ledger.",
-				Flags: storeFlags(reasonFlag), Action: cmdline.Alone(cmdline.Requiring(storeAccept, "reason")),
+				Flags:  storeFlags(reasonFlag, cmdline.Yes),
+				Action: cmdline.Alone(cmdline.Requiring(storeAccept, "reason")),
 			},
 			{
 				Name: "log", Usage: "list what was decided, and by whom: the ledger",
@@ -189,7 +190,12 @@ func progress(c *cli.Context, what string) func(n int) {
 
 func storeAccept(c *cli.Context) error {
 	return withAnyStore(c, func(token *hsmkeys.OperatorToken, store *sqlstore.Store) error {
-		if err := mark.Accept(c.Context, store, token, c.String("reason")); err != nil {
+		agreed := func() error {
+			return cmdline.Confirm(c, "What was decided after this store was written is lost for good: KMEs that were used "+
+				"since can be used again, devices that were bound since are not, and what was revoked since is not.",
+				"accept")
+		}
+		if err := mark.Accept(c.Context, store, token, c.String("reason"), agreed); err != nil {
 			return err
 		}
 		return cmdline.Print(c, map[string]any{"accepted": true}, func(w io.Writer) {

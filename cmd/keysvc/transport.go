@@ -36,7 +36,7 @@ func transportCommand() *cli.Command {
 				Flags: []cli.Flag{cmdline.Token, cmdline.JSON}, Action: transportList},
 			{
 				Name: "destroy", Usage: "destroy a transport key whose enrolment will not come",
-				ArgsUsage: "THUMBPRINT", Flags: []cli.Flag{cmdline.Token, stateFlag, cmdline.JSON},
+				ArgsUsage: "THUMBPRINT", Flags: []cli.Flag{cmdline.Token, stateFlag, cmdline.Yes, cmdline.JSON},
 				Action: cmdline.Alone(transportDestroy),
 			},
 		},
@@ -91,6 +91,10 @@ func transportDestroy(c *cli.Context) error {
 		thumbprint := c.Args().First()
 		if all[thumbprint] == nil {
 			return fmt.Errorf("%s has no transport key %s: see keysvc transport list", token, thumbprint)
+		}
+		if err := cmdline.Confirm(c, fmt.Sprintf("Transport key %s in %s will be destroyed: an enrolment for it, which may "+
+			"be on its way, cannot be taken any more.", thumbprint, token), thumbprint[:8]); err != nil {
+			return err
 		}
 		if err := token.DestroyTransportKey(c.Context, all[thumbprint]); err != nil {
 			return err

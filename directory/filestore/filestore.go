@@ -29,7 +29,7 @@ type Store struct{ dir string }
 
 var _ directory.Store = (*Store)(nil)
 
-// Open keeps objects below dir, which is made with the first one.
+// Open keeps objects below dir, which is made with the first one. Until then nothing can be read there.
 func Open(dir string) (*Store, error) {
 	abs, err := filepath.Abs(dir)
 	if err != nil {
@@ -108,7 +108,7 @@ func (s *Store) Read(ctx context.Context, path string) (data []byte, version str
 	info, err := os.Stat(file)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return nil, "", fmt.Errorf("%s: %w", path, directory.ErrNotFound)
+		return nil, "", cmp.Or(s.gone(), fmt.Errorf("%s: %w", path, directory.ErrNotFound))
 	case err != nil:
 		return nil, "", fmt.Errorf("%s cannot be read: %w", path, err)
 	case info.Size() > directory.MaxObject || !info.Mode().IsRegular():
@@ -119,6 +119,16 @@ func (s *Store) Read(ctx context.Context, path string) (data []byte, version str
 	}
 	sum := sha256.Sum256(data)
 	return data, hex.EncodeToString(sum[:]), nil
+}
+
+// gone fails if the folder of all objects is not there: that says nothing of what is published.
+func (s *Store) gone() error {
+	_, err := os.Stat(s.dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = fmt.Errorf("the directory's folder %s is not there: check its name, and whether it is mounted: %w", s.dir,
+			fs.ErrNotExist)
+	}
+	return err
 }
 
 // Update compares and replaces under a lock on the object's folder, which other processes take too.
@@ -158,7 +168,10 @@ func (s *Store) List(ctx context.Context, path string) ([]string, error) {
 		return nil, err
 	}
 	entries, err := os.ReadDir(dir)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, s.gone()
+	}
+	if err != nil {
 		return nil, fmt.Errorf("%s cannot be listed: %w", path, err)
 	}
 	var names []string

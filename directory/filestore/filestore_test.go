@@ -2,6 +2,7 @@ package filestore_test
 
 import (
 	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -43,6 +44,33 @@ func TestPaths(t *testing.T) {
 	if entries, _ := os.ReadDir(dir); len(entries) != 0 {
 		t.Errorf("%v was made", entries)
 	}
+}
+
+// A folder that is not there is not an empty one.
+func TestNoFolder(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "new")
+	s := openStore(t, dir)
+	check := func() {
+		t.Helper()
+		_, listed := s.List(t.Context(), "lots")
+		_, _, read := s.Read(t.Context(), "lots/L1/manifest")
+		for _, err := range []error{listed, read} {
+			if !errors.Is(err, fs.ErrNotExist) || errors.Is(err, directory.ErrNotFound) {
+				t.Error(err)
+			}
+		}
+	}
+	check()
+	if err := s.Create(t.Context(), "lots/L1/manifest", []byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	if names, err := s.List(t.Context(), "lots"); err != nil || len(names) != 1 {
+		t.Error(names, err)
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		t.Fatal(err)
+	}
+	check()
 }
 
 func TestFolder(t *testing.T) {

@@ -50,8 +50,10 @@ type Head struct {
 
 const typeHead directory.Type = "kme-audit-log-head+jws"
 
+// File is the name of the log's file. Every line's folder has one.
+const File = "log.jsonl"
+
 const (
-	logFile  = "log.jsonl"
 	headFile = "log.head.jws"
 	maxEntry = 64 << 10
 )
@@ -87,7 +89,7 @@ func (l Log) Append(command []string, token, result string) (*Head, error) {
 		return nil, err
 	}
 	var head *Head
-	err := durable.AppendLine(filepath.Join(l.Dir, logFile), 0o600, func(last []byte) ([]byte, error) {
+	err := durable.AppendLine(filepath.Join(l.Dir, File), 0o600, func(last []byte) ([]byte, error) {
 		var before Entry
 		if last != nil {
 			if err := json.Unmarshal(last, &before); err != nil {
@@ -105,7 +107,7 @@ func (l Log) Append(command []string, token, result string) (*Head, error) {
 		return line, err
 	})
 	if err != nil {
-		return nil, fmt.Errorf("the audit log %s cannot be written: %w", filepath.Join(l.Dir, logFile), err)
+		return nil, fmt.Errorf("the audit log %s cannot be written: %w", filepath.Join(l.Dir, File), err)
 	}
 	return head, nil
 }
@@ -132,7 +134,7 @@ type Report struct {
 func (l Log) Verify(v *directory.Verifier) (*Report, error) {
 	digests, entries, err := l.read()
 	if err != nil {
-		return nil, fmt.Errorf("the audit log %s: %w", filepath.Join(l.Dir, logFile), err)
+		return nil, fmt.Errorf("the audit log %s: %w", filepath.Join(l.Dir, File), err)
 	}
 	path := filepath.Join(l.Dir, headFile)
 	jws, err := os.ReadFile(path)
@@ -169,7 +171,7 @@ func (l Log) Verify(v *directory.Verifier) (*Report, error) {
 
 // read gives the digests of all lines of a log that is a chain, and its entries.
 func (l Log) read() (digests []string, entries []Entry, err error) {
-	f, err := os.Open(filepath.Join(l.Dir, logFile))
+	f, err := os.Open(filepath.Join(l.Dir, File))
 	if err != nil {
 		return nil, nil, err
 	}

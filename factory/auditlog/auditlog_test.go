@@ -59,7 +59,7 @@ func TestLog(t *testing.T) {
 		e.Who == "" || e.Time.IsZero() {
 		t.Errorf("%+v", e)
 	}
-	path, head := filepath.Join(log.Dir, logFile), filepath.Join(log.Dir, headFile)
+	path, head := filepath.Join(log.Dir, File), filepath.Join(log.Dir, headFile)
 	if info := must(os.Stat(path)); info.Mode().Perm() != 0o600 {
 		t.Errorf("mode %v", info.Mode())
 	}
@@ -131,7 +131,7 @@ func anew(t *testing.T, n int) []byte {
 	for range n {
 		must(log.Append([]string{"other"}, "", Done))
 	}
-	return must(os.ReadFile(filepath.Join(log.Dir, logFile)))
+	return must(os.ReadFile(filepath.Join(log.Dir, File)))
 }
 
 // Many at once, with lines of all lengths: still one chain.
@@ -162,11 +162,11 @@ func FuzzReadLog(f *testing.F) {
 	for range 3 {
 		must(log.Append([]string{"factory", "init"}, "1", Begun))
 	}
-	f.Add(must(os.ReadFile(filepath.Join(log.Dir, logFile))))
+	f.Add(must(os.ReadFile(filepath.Join(log.Dir, File))))
 	f.Add([]byte("{}\n"))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		log := Log{Dir: t.TempDir()}
-		if err := os.WriteFile(filepath.Join(log.Dir, logFile), data, 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(log.Dir, File), data, 0o600); err != nil {
 			t.Fatal(err)
 		}
 		before, _, err := log.read()

@@ -3,14 +3,17 @@ package keysvcd
 import (
 	"context"
 	"crypto/rsa"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"path/filepath"
+	"slices"
 
 	"github.com/kmehsm/kmehsm/binding/mark"
 	"github.com/kmehsm/kmehsm/binding/tokenkeys"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/handover"
 )
@@ -28,6 +31,9 @@ func WithToken(ctx context.Context, uri string, f func(*hsmkeys.OperatorToken) e
 // NewTransportKey makes a transport key, and writes its public half to a file for the manufacturer. It gives the
 // thumbprint to read out.
 func NewTransportKey(ctx context.Context, token *hsmkeys.OperatorToken, path string) (thumbprint string, err error) {
+	if err := checkSpent(ctx, token, path); err != nil {
+		return "", err
+	}
 	pub, err := token.NewTransportKey(ctx)
 	if err != nil {
 		return "", err
@@ -41,6 +47,9 @@ func NewTransportKey(ctx context.Context, token *hsmkeys.OperatorToken, path str
 func NewRestoreKey(
 	ctx context.Context, token *hsmkeys.OperatorToken, acceptWeak bool, path string,
 ) (thumbprint string, err error) {
+	if err := checkSpent(ctx, token, path); err != nil {
+		return "", err
+	}
 	if _, _, err := tokenkeys.Dedicate(ctx, token, acceptWeak); err != nil {
 		return "", err
 	}
@@ -52,12 +61,43 @@ func NewRestoreKey(
 	return handOut(ctx, pub, path, data, err, token.DestroyRestoreKey)
 }
 
+// checkSpent fails if there is a file, unless it is of a key of this token that is gone: nobody needs that any more.
+func checkSpent(ctx context.Context, token *hsmkeys.OperatorToken, path string) error {
+	taken := cmdline.CheckNew(path)
+	if taken == nil {
+		return nil
+	}
+	data, err := cmdline.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	var k handover.TransportKey
+	if json.Unmarshal(data, &k) != nil || k.Token != token.Serial() {
+		return taken
+	}
+	for _, waiting := range []func(context.Context) ([]*rsa.PublicKey, error){token.TransportKeys, token.RestoreKeys} {
+		keys, err := waiting(ctx)
+		if err != nil {
+			return err
+		}
+		if slices.ContainsFunc(keys, func(pub *rsa.PublicKey) bool {
+			return directory.RSAThumbprint(pub) == k.Key.KeyID
+		}) {
+			return fmt.Errorf("%w; its key %s still waits for what it is to receive", taken, k.Key.KeyID)
+		}
+	}
+	return nil
+}
+
 // handOut writes the file of a public key, unless err says that there is none. A key that nobody can be given is
 // destroyed.
 func handOut(ctx context.Context, pub *rsa.PublicKey, path string, data []byte, err error,
 	destroy func(context.Context, *rsa.PublicKey) error) (thumbprint string, _ error) {
 	if err == nil {
-		err = WriteFile(path, data)
+		err = durable.MkdirAll(filepath.Dir(path), 0o755)
+	}
+	if err == nil {
+		err = durable.WriteFile(path, data, 0o644)
 	}
 	if err != nil {
 		return "", fmt.Errorf("the file cannot be written: %w", errors.Join(err, destroy(ctx, pub)))
@@ -65,12 +105,12 @@ func handOut(ctx context.Context, pub *rsa.PublicKey, path string, data []byte, 
 	return directory.RSAThumbprint(pub), nil
 }
 
-// WriteFile writes a file for another party, and makes its folder.
+// WriteFile writes a file for another party that is not there yet, and makes its folder.
 func WriteFile(path string, data []byte) error {
 	if err := durable.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return err
 	}
-	return durable.WriteFile(path, data, 0o644)
+	return cmdline.WriteNew(path, data, 0o644)
 }
 
 // TransportKeys gives the transport keys that wait for their enrolment, by their thumbprints.

@@ -19,7 +19,7 @@ func TestCreateBackup(t *testing.T) {
 	dir, ctx := t.TempDir(), t.Context()
 	from, to, stranger := softhsmtest.Token(t), softhsmtest.Token(t), softhsmtest.Token(t)
 	path := filepath.Join(dir, "new", "restore-key.json")
-	initialise(t, from)
+	initialise(t, from, t.TempDir())
 	derived := func(tok softhsmtest.Tok) (key kme.Secret) {
 		t.Helper()
 		withToken(t, tok, func(token *hsmkeys.OperatorToken) (err error) {
@@ -64,7 +64,7 @@ func TestCreateBackup(t *testing.T) {
 // A key whose public half cannot be written for whoever needs it is not kept.
 func TestNewTransportKey(t *testing.T) {
 	dir, ctx, tok := t.TempDir(), t.Context(), softhsmtest.Token(t)
-	initialise(t, tok)
+	initialise(t, tok, t.TempDir())
 	if err := os.WriteFile(filepath.Join(dir, "file"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}

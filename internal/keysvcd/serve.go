@@ -50,6 +50,9 @@ func Serve(ctx context.Context, from Source, w io.Writer) error {
 	if err := report.Err(); err != nil {
 		return cmdline.Usage(err)
 	}
+	if err := cmdline.CheckFolder("keysvc", cfg.State); err != nil {
+		return err
+	}
 	log, err := newLog(w, cfg)
 	if err != nil {
 		return err

@@ -13,7 +13,7 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/kmehsm/kmehsm/binding/tokenkeys"
+	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/client"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
@@ -22,12 +22,17 @@ import (
 )
 
 // initialise does what keysvc init does.
-func initialise(t *testing.T, tok softhsmtest.Tok) {
+// initialise makes a token the operator's, and a store in a folder.
+func initialise(t *testing.T, tok softhsmtest.Tok, state string) {
 	t.Helper()
 	withToken(t, tok, func(token *hsmkeys.OperatorToken) error {
-		_, _, err := tokenkeys.Init(t.Context(), token, true)
+		_, err := newInit(tok, state).Run(t.Context(), token)
 		return err
 	})
+}
+
+func newInit(tok softhsmtest.Tok, state string) Init {
+	return Init{URI: tok.URI, State: state, Store: sqlstore.InFolder(state), AcceptWeak: true}
 }
 
 func withToken(t *testing.T, tok softhsmtest.Tok, f func(*hsmkeys.OperatorToken) error) {
@@ -53,9 +58,17 @@ func TestServe(t *testing.T) {
 	write(own, "")
 	if err := Serve(t.Context(), Source{Path: path}, io.Discard); err == nil ||
 		!strings.Contains(err.Error(), "run keysvc init first") {
+		t.Fatalf("without a state folder: %v", err)
+	}
+	state := filepath.Join(dir, "state")
+	if err := os.Mkdir(state, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := Serve(t.Context(), path, io.Discard); err == nil ||
+		!strings.Contains(err.Error(), "no keys yet: run keysvc init first") {
 		t.Fatalf("a token without keys: %v", err)
 	}
-	initialise(t, tok)
+	initialise(t, tok, state)
 
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()

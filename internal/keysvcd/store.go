@@ -28,8 +28,16 @@ func noKeys(token fmt.Stringer) error {
 	return fmt.Errorf("%s has no keys yet: run keysvc init first", token)
 }
 
-// OpenStore opens a store, whatever state that is in.
+// OpenStore opens a store that is there, whatever state that is in.
 func OpenStore(ctx context.Context, token Token, name string) (*sqlstore.Store, error) {
+	if err := checkThere(name); err != nil {
+		return nil, err
+	}
+	return makeStore(ctx, token, name)
+}
+
+// makeStore opens a store; one in a file that is not there is made.
+func makeStore(ctx context.Context, token Token, name string) (*sqlstore.Store, error) {
 	key, err := token.Derive(ctx, sqlstore.RowKey)
 	if errors.Is(err, hsmkeys.ErrNoKey) {
 		return nil, noKeys(token)
@@ -58,13 +66,13 @@ func UseStore(ctx context.Context, token Token, name string, f func(*sqlstore.St
 func Migrate(ctx context.Context, token Token, from, to string, report func(rows int)) (rows int, err error) {
 	source, err := OpenStore(ctx, token, from)
 	if err != nil {
-		return 0, err
+		return 0, fmt.Errorf("--from: %w", err)
 	}
 	defer func() { err = errors.Join(err, source.Close()) }()
 	if err := mark.Check(ctx, source, token); err != nil {
 		return 0, fmt.Errorf("--from: %w", err)
 	}
-	target, err := OpenStore(ctx, token, to)
+	target, err := makeStore(ctx, token, to)
 	if err != nil {
 		return 0, err
 	}
@@ -105,8 +113,8 @@ func StorageKeys(ctx context.Context, token *hsmkeys.OperatorToken, store *sqlst
 // tokenFile is where keysvc init leaves the URI of the token in the --state folder.
 const tokenFile = "token"
 
-// RememberToken has StoreToken give this token.
-func RememberToken(state, uri string) error {
+// rememberToken has StoreToken give this token.
+func rememberToken(state, uri string) error {
 	return durable.WriteFile(filepath.Join(state, tokenFile), []byte(uri+"\n"), 0o600)
 }
 

@@ -25,7 +25,7 @@ func TestStoreToken(t *testing.T) {
 		}
 	}
 	check("pkcs11:token=environment", "pkcs11:token=environment")
-	if err := RememberToken(dir, "pkcs11:token=init"); err != nil {
+	if err := rememberToken(dir, "pkcs11:token=init"); err != nil {
 		t.Fatal(err)
 	}
 	check("pkcs11:token=environment", "pkcs11:token=init")
@@ -45,7 +45,7 @@ func TestStoreToken(t *testing.T) {
 func TestRolledBackStore(t *testing.T) {
 	dir, ctx, tok := t.TempDir(), t.Context(), softhsmtest.Token(t)
 	name, other := sqlstore.InFolder(dir), "sqlite:"+filepath.Join(dir, "other.db")
-	initialise(t, tok)
+	initialise(t, tok, dir)
 	withToken(t, tok, func(token *hsmkeys.OperatorToken) error {
 		if err := UseStore(ctx, token, name, openAttempt(t)); err != nil {
 			return err
@@ -94,14 +94,7 @@ func openAttempt(t *testing.T) func(*sqlstore.Store) error {
 func TestMigrate(t *testing.T) {
 	dir, ctx, tok := t.TempDir(), t.Context(), softhsmtest.Token(t)
 	name, other := sqlstore.InFolder(dir), "sqlite:"+filepath.Join(dir, "other.db")
-	noKeys := WithToken(ctx, tok.URI, func(token *hsmkeys.OperatorToken) error {
-		_, err := OpenStore(ctx, token, name)
-		return err
-	})
-	if noKeys == nil {
-		t.Error("a token without keys opens a store")
-	}
-	initialise(t, tok)
+	initialise(t, tok, dir)
 	withToken(t, tok, func(token *hsmkeys.OperatorToken) error {
 		if err := UseStore(ctx, token, name, openAttempt(t)); err != nil {
 			return err

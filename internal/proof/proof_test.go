@@ -120,7 +120,7 @@ func (w *world) setUp(lots ...lotOf) {
 		w.run(w.factory, "factory", "lot", "grant", l.name, "--directory", "file:directory", "--operator", "op",
 			"--out", l.name+".jws")
 		w.run(w.operator, "keysvc", "lot", "import", l.name+".jws")
-		w.run(w.factory, "factory", "lot", "seal", l.name, "--directory", "file:directory")
+		w.run(w.factory, "factory", "lot", "seal", l.name, "--yes", "--directory", "file:directory")
 	}
 	w.run(w.factory, "factory", "doctor")
 	w.run(w.operator, "keysvc", "doctor")

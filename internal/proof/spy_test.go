@@ -36,7 +36,7 @@ func TestSpy(t *testing.T) {
 		}
 		officer := "file:" + w.operator.SOPINFile
 		w.run(w.operator, "keysvc", "storage", "rotate", "--so-pin-source", officer)
-		w.run(w.operator, "keysvc", "storage", "retire")
+		w.run(w.operator, "keysvc", "storage", "retire", "--yes")
 		to := field(t, w.run(w.operator, "keysvc", "backup", "prepare", "--out", "restore-key.json", "--json"),
 			"thumbprint")
 		made := field(t, w.run(w.operator, "keysvc", "backup", "create", "--to", "restore-key.json", "--thumbprint", to,

@@ -1,0 +1,36 @@
+package cmdline
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+
+	"github.com/kmehsm/kmehsm/internal/durable"
+)
+
+// WriteNew writes a file for another party. One that is there with the same content is left as it is; one with another
+// content may be the only one of its kind, and is an error.
+func WriteNew(path string, data []byte, perm os.FileMode) error {
+	if have, err := os.ReadFile(path); err == nil && bytes.Equal(have, data) {
+		return nil
+	}
+	if err := CheckNew(path); err != nil {
+		return err
+	}
+	return durable.WriteFile(path, data, perm)
+}
+
+// CheckNew fails if there is a file. It comes before work whose result is never the same twice.
+func CheckNew(path string) error {
+	_, err := os.Lstat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err == nil:
+		err = fmt.Errorf("%s is there already, with another content: name another file with --out, or move that one away",
+			path)
+	}
+	return err
+}

@@ -1,0 +1,112 @@
+package keysvcd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strings"
+
+	"github.com/kmehsm/kmehsm/binding/mark"
+	"github.com/kmehsm/kmehsm/binding/sqlstore"
+	"github.com/kmehsm/kmehsm/binding/tokenkeys"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+)
+
+// An Init makes a token the operator's, with its keys, and the store in a file.
+type Init struct {
+	URI        string // of the token
+	State      string // the folder that remembers the token
+	Store      string // one in PostgreSQL is made by sqlstore.Upgrade
+	AcceptWeak bool
+	NewStore   bool // also if the token has written another store
+}
+
+// Made is what an Init has made now.
+type Made struct {
+	Keys, Store bool
+	Weak        []string // see tokenkeys.Dedicate
+}
+
+// Run makes what is not there yet. A store that another token has written is refused before anything is made, and so is
+// a token that has written a store which is not there, unless NewStore: nothing that was decided would be in a new one.
+func (i Init) Run(ctx context.Context, token *hsmkeys.OperatorToken) (made Made, err error) {
+	missing := checkThere(i.Store)
+	switch {
+	case missing != nil && !errors.Is(missing, fs.ErrNotExist):
+		return made, missing
+	case missing != nil && !i.NewStore:
+		err = i.neverWrote(ctx, token)
+	case missing == nil && inFile(i.Store) != "":
+		err = i.fits(ctx, token)
+	}
+	if err != nil {
+		return made, err
+	}
+	if made.Keys, made.Weak, err = tokenkeys.Init(ctx, token, i.AcceptWeak); err != nil {
+		return made, err
+	}
+	if missing != nil {
+		store, err := makeStore(ctx, token, i.Store)
+		if err != nil {
+			return made, err
+		}
+		if err := store.Close(); err != nil {
+			return made, err
+		}
+	}
+	made.Store = missing != nil
+	return made, rememberToken(i.State, i.URI)
+}
+
+// neverWrote fails if a token has written a store.
+func (i Init) neverWrote(ctx context.Context, token *hsmkeys.OperatorToken) error {
+	if written, err := mark.Written(ctx, token); err != nil || !written {
+		return err
+	}
+	return fmt.Errorf("%s has written a store, and there is none at %s: name that one with --state or --store, or bring "+
+		"it back from a backup; if it is lost, keysvc init --new-store makes an empty one, and keysvc store "+
+		"accept-rollback has it served", token, i.Store)
+}
+
+// fits fails if another token has written the store.
+func (i Init) fits(ctx context.Context, token *hsmkeys.OperatorToken) error {
+	if err := token.MustBe(ctx, hsmkeys.Operator); err != nil && !errors.Is(err, hsmkeys.ErrNotDedicated) {
+		return err
+	}
+	key, err := token.Derive(ctx, sqlstore.RowKey)
+	if errors.Is(err, hsmkeys.ErrNoKey) {
+		return fmt.Errorf("%s has no keys yet, and there is a store at %s, which another token has written: bring that "+
+			"token's keys to this one with keysvc backup; or name another --state; or, if that token is lost, move the "+
+			"store away", token, i.Store)
+	}
+	if err != nil {
+		return err
+	}
+	key.Wipe()
+	return UseStore(ctx, token, i.Store, func(*sqlstore.Store) error { return nil })
+}
+
+// inFile is the file of a store; empty if it is in a server.
+func inFile(name string) string {
+	path, ok := strings.CutPrefix(name, "sqlite:")
+	if !ok {
+		return ""
+	}
+	return path
+}
+
+// checkThere fails if a store is in a file that is not there.
+func checkThere(name string) error {
+	path := inFile(name)
+	if path == "" {
+		return nil
+	}
+	_, err := os.Stat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = fmt.Errorf("there is no store at %s: run keysvc init first; or, if it is elsewhere, name its folder with "+
+			"state, or the store itself with store: %w", path, fs.ErrNotExist)
+	}
+	return err
+}
