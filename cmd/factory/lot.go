@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -146,7 +145,9 @@ func lotCreate(c *cli.Context) error {
 		return cmdline.Usage(err)
 	}
 	return withLine(c, func(token *hsmkeys.FactoryToken, line *factory.Line) error {
+		stop := cmdline.Spin(c, fmt.Sprintf("making an RSA key of %d bits in the token", spec.Bits))
 		m, err := line.CreateLot(c.Context, spec)
+		stop()
 		if err != nil {
 			return err
 		}
@@ -277,10 +278,12 @@ func lotProvision(c *cli.Context) error {
 	return withLine(c, func(token *hsmkeys.FactoryToken, line *factory.Line) error {
 		_ = scheduling.ForCalls(token.Sessions()) // a kernel that refuses costs a few devices a second
 		lot, start := c.Args().First(), time.Now()
+		shown := cmdline.NewProgress(c, lot, "devices", 0)
 		p, err := line.Provision(c.Context, lot, factory.ProvisionOptions{
 			Fixture: c.String("fixture"), Out: out, Workers: c.Int("workers"), From: from, To: to,
-			Report: showProgress(c, lot),
+			Report: progress(shown, lot),
 		})
+		shown.Close()
 		seconds := time.Since(start).Seconds()
 		if err != nil && p.Total == 0 { // it has not begun
 			return err
@@ -314,49 +317,17 @@ func shardRange(text string) (from, to int, err error) {
 	return from, to + 1, nil
 }
 
-// showProgress says how far a lot is: on a terminal on one line, else a line every few seconds; with --json each is a
-// JSON document on standard error.
-func showProgress(c *cli.Context, lot string) func(factory.Progress) {
-	start, terminal := time.Now(), cmdline.Terminal(c.App.ErrWriter)
-	every := 5 * time.Second
-	if terminal {
-		every = 200 * time.Millisecond
-	}
-	said, before := start, -1
+// progress shows how far a lot is.
+func progress(shown *cmdline.Progress, lot string) func(factory.Progress) {
 	return func(p factory.Progress) {
-		if before < 0 {
-			before = p.Done // what earlier runs did says nothing of the rate
-		}
-		if time.Since(said) < every && !(terminal && p.Done == p.Total) {
-			return
-		}
-		said = time.Now()
-		rate := float64(p.Done-before) / time.Since(start).Seconds()
-		var left time.Duration
-		if rate > 0 {
-			left = time.Duration(float64(p.Total-p.Done) / rate * float64(time.Second)).Round(time.Second)
-		}
-		if c.Bool("json") {
-			json.NewEncoder(c.App.ErrWriter).Encode(struct {
-				Lot string `json:"lot"`
-				factory.Progress
-				Rate    float64 `json:"per_second"`
-				Seconds float64 `json:"seconds_left"`
-			}{lot, p, rate, left.Seconds()})
-			return
-		}
-		line := fmt.Sprintf("%s: %d of %d devices, %.0f a second, %s left; token busy %.0f%%, directory %.0f%%", lot,
-			p.Done, p.Total, rate, left, 100*p.HSM, 100*p.Publish)
+		step := cmdline.Step{Before: p.Before, Done: p.Now, Total: p.Total, Detail: struct {
+			Lot string `json:"lot"`
+			factory.Progress
+		}{lot, p}}
+		step.Note = fmt.Sprintf("token busy %.0f%%, directory %.0f%%", 100*p.HSM, 100*p.Publish)
 		if p.Waiting != "" {
-			line += fmt.Sprintf("; %d made wait for the directory: %s", p.Generated-p.Done, p.Waiting)
+			step.Note = fmt.Sprintf("%d made wait for the directory: %s", p.Generated-p.Done, p.Waiting)
 		}
-		switch {
-		case !terminal:
-			fmt.Fprintln(c.App.ErrWriter, line)
-		case p.Done == p.Total:
-			fmt.Fprintf(c.App.ErrWriter, "\r\x1b[K%s\n", line)
-		default:
-			fmt.Fprintf(c.App.ErrWriter, "\r\x1b[K%s", line)
-		}
+		shown.Set(step)
 	}
 }

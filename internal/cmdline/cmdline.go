@@ -66,6 +66,7 @@ func Main(app *cli.App) {
 // Run runs a command line and gives the exit code.
 func Run(ctx context.Context, app *cli.App, args []string) int {
 	args = flagsFirst(app, args)
+	app.ErrWriter = onScreen(app.ErrWriter)
 	app.ExitErrHandler = func(*cli.Context, error) {} // errors are printed below, once
 	app.HideHelpCommand = true
 	app.Version = Version()
@@ -297,7 +298,7 @@ func PrintList[T any](c *cli.Context, head string, items iter.Seq2[T, error]) er
 
 // Terminal says whether somebody looks at w.
 func Terminal(w io.Writer) bool {
-	f, ok := w.(*os.File)
+	f, ok := w.(interface{ Fd() uintptr })
 	if !ok {
 		return false
 	}

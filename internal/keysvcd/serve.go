@@ -53,6 +53,7 @@ func Serve(ctx context.Context, path string, w io.Writer) error {
 	if err != nil {
 		return err
 	}
+	starting(log, cfg)
 	slog.SetDefault(log) // for what others log: a panic on a goroutine of hsmkeys
 	// The collector takes 8% of busy cores by default, and 5% so; with a limit, memory does not grow fivefold for that.
 	if os.Getenv("GOGC") == "" && os.Getenv("GOMEMLIMIT") == "" {
