@@ -21,8 +21,8 @@ import (
 	"github.com/kmehsm/kmehsm/internal/durable"
 )
 
-// newLog logs a decision in each line: of JSON, or for people where w is a terminal. Hashed, IMSIs and IMEIs are keyed: there are too few of them for a
-// hash that anybody can compute.
+// newLog logs a decision in each line: of JSON, or for people where w is a terminal. Hashed, IMSIs and IMEIs are keyed:
+// there are too few of them for a hash that anybody can compute.
 func newLog(w io.Writer, cfg *Config) (*slog.Logger, error) {
 	o := slog.HandlerOptions{Level: cfg.LogLevel}
 	if cfg.LogIdentities == "hashed" {
@@ -66,8 +66,8 @@ func starting(log *slog.Logger, cfg *Config) {
 	if len(clients) == 0 {
 		clients = []string{"own user"}
 	}
-	log.Info("starting", "version", cmdline.Version(), "store", shownStore(cfg.Store), "tokens", tokens, "clients", clients,
-		"addresses", slices.DeleteFunc([]string{cfg.Listen, cfg.Socket}, func(a string) bool { return a == "" }))
+	log.Info("starting", "version", cmdline.Version(), "store", shownStore(cfg.Store), "tokens", tokens,
+		"clients", clients, "addresses", slices.DeleteFunc([]string{cfg.Listen, cfg.Socket}, func(a string) bool { return a == "" }))
 }
 
 // shownStore is a store's name without what may be a password.
