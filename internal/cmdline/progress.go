@@ -17,6 +17,7 @@ import (
 type Step struct {
 	Before int    // what earlier runs had done: it says nothing of this run's rate
 	Done   int    // what this run did
+	Begun  bool   // this run is at work, although nothing of it may be done yet
 	Total  int    // of all; 0 if nobody knows
 	Note   string // more for people
 	Detail any    // more for programs: a struct, whose fields stand beside those of the JSON document
@@ -92,7 +93,7 @@ func (p *Progress) Set(s Step) {
 }
 
 func (p *Progress) set(s Step) {
-	if p.step = s; s.Done == 0 { // it still looks at what is there
+	if p.step = s; s.Done == 0 && !s.Begun { // it still looks at what is there
 		p.since = time.Now()
 	}
 }

@@ -95,6 +95,11 @@ func TestPaceBeginsWithTheWork(t *testing.T) {
 	if time.Since(p.since) > time.Hour {
 		t.Error("the time before the work counts")
 	}
+	p.since = time.Unix(0, 0)
+	p.Set(Step{Before: 100, Total: 200, Begun: true})
+	if time.Since(p.since) < time.Hour {
+		t.Error("the time of the first work does not count")
+	}
 }
 
 // On a terminal an error has a line of its own, and the bar is gone in the end; the bar fits the terminal.
