@@ -5,8 +5,6 @@ import (
 	"fmt"
 	"iter"
 	"time"
-
-	"github.com/kmehsm/kmehsm/kme"
 )
 
 // A Doubt is why a key that a binding rests on is not to be trusted any more.
@@ -27,19 +25,20 @@ const (
 	DeviceReissued         Why = "DEVICE_REISSUED" // the device's key that signed the KME was replaced later
 )
 
-// Each gives Subscription.Latest of all IMSIs in their order, page by page: there may be millions. Only those of a
-// device, unless imei is zero.
-func Each(ctx context.Context, store Store, imei kme.IMEI, now time.Time) iter.Seq2[*Binding, error] {
+// Each gives Subscription.Latest of all IMSIs that a query asks for, in their order, page by page: there may be
+// millions. It has no limit.
+func Each(ctx context.Context, store Store, q BindingQuery) iter.Seq2[*Binding, error] {
 	const page = 1000
 	return func(yield func(*Binding, error) bool) {
-		for after := ""; ; {
-			list, err := store.Bindings(ctx, BindingQuery{After: after, IMEI: imei, Limit: page, Now: now})
+		q := q
+		for q.Limit = page; ; {
+			list, err := store.Bindings(ctx, q)
 			if err != nil {
 				yield(nil, err)
 				return
 			}
 			for _, b := range list {
-				if after = b.IMSI.String(); !yield(b, nil) {
+				if q.After = b.IMSI.String(); !yield(b, nil) {
 					return
 				}
 			}
@@ -70,7 +69,7 @@ func (l *Lots) Suspects(ctx context.Context, store Store, now time.Time) iter.Se
 				return
 			}
 		}
-		for b, err := range Each(ctx, store, kme.IMEI{}, now) {
+		for b, err := range Each(ctx, store, BindingQuery{Now: now}) {
 			var all []*Binding
 			if err == nil {
 				all, err = standing(ctx, store, b, now)

@@ -34,7 +34,9 @@ type Service struct {
 	lots    *Lots
 	limits  *limits
 	metrics *Metrics
-	unknown *strangers
+	// refusals has the last one of each subscription
+	refusals *Refusals
+	unknown  *strangers
 
 	equipment EquipmentPolicy
 
@@ -69,7 +71,8 @@ type Options struct {
 	Limits Limits // optional: none
 	// Equipment is optional: DefaultEquipmentPolicy
 	Equipment *EquipmentPolicy
-	Metrics   *Metrics // optional: where calls are counted and measured
+	Metrics   *Metrics  // optional: where calls are counted and measured
+	Refusals  *Refusals // optional: where the last refusal of each subscription is remembered
 	// Log gets each decision, in one line, with the Actor of the call's context. No line holds a secret.
 	Log *slog.Logger
 }
@@ -90,6 +93,7 @@ func NewService(o Options) *Service {
 	if o.Equipment != nil {
 		s.equipment = *o.Equipment
 	}
+	s.refusals = cmp.Or(o.Refusals, new(Refusals))
 	s.lots.follow(new(Lots))
 	return s
 }
@@ -130,6 +134,7 @@ func (s *Service) Refused(ctx context.Context, r *Refusal, attrs ...any) {
 	}
 	r.logged = true
 	s.metrics.refused(r)
+	s.remember(ActorOf(ctx).Client, r, attrs)
 	s.log.WarnContext(ctx, "refused", append([]any{"reason", r.Reason, "message", r.Message}, attrs...)...)
 }
 
@@ -153,6 +158,7 @@ func (s *Service) failed(ctx context.Context, what string, imsi kme.IMSI, err er
 		if r.Cause != nil {
 			attrs = append(attrs, "cause", r.Cause.Error())
 		}
+		s.remember(ActorOf(ctx).Client, r, attrs)
 		level := slog.LevelWarn
 		if r.Reason == kme.Damaged || r.Reason == kme.RolledBack {
 			level = slog.LevelError

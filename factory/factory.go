@@ -201,7 +201,11 @@ func (l *Line) Lots(ctx context.Context) ([]*directory.Manifest, error) {
 
 // Lot gives a lot's manifest, its signature verified.
 func (l *Line) Lot(ctx context.Context, lot string) (*directory.Manifest, error) {
-	m, err := l.reader.Manifest(ctx, lot)
+	return readLot(ctx, l.reader, lot)
+}
+
+func readLot(ctx context.Context, r *directory.Reader, lot string) (*directory.Manifest, error) {
+	m, err := r.Manifest(ctx, lot)
 	if errors.Is(err, directory.ErrNotFound) {
 		return nil, fmt.Errorf("the directory has no lot %s: check the name and --directory, or make it with factory lot "+
 			"create: %w", lot, err)
@@ -258,7 +262,10 @@ func (l *Line) Seal(ctx context.Context, lot string) error {
 	if _, err := l.Lot(ctx, lot); err != nil {
 		return err
 	}
-	return l.token.SealLotKey(ctx, l.lotKey(lot))
+	if err := l.token.SealLotKey(ctx, l.lotKey(lot)); err != nil {
+		return err
+	}
+	return l.state.recordSeal(lot)
 }
 
 // Grant has deliver give out a lot's key for an operator, under the operator's KEK, with the lot's manifest, signed.

@@ -432,3 +432,29 @@ func TestProvisionShardRanges(t *testing.T) {
 		}
 	}
 }
+
+// A run that goes on says what was published before it, from its first report on, and what it has published itself:
+// its rate is that of its own work.
+func TestProgressAfterResume(t *testing.T) {
+	line, _, _ := newLine(t)
+	m, err := line.CreateLot(t.Context(), spec(t, "L1", 0, 30))
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := t.TempDir()
+	o := options(out, 2)
+	o.To = 3
+	if p, err := keeping(line, out).Provision(t.Context(), "L1", o); err != nil || p.Before != 0 || p.Now != p.Total {
+		t.Fatal(p, err)
+	}
+	before, _ := m.ShardRange(3)
+	o = options(out, 2)
+	o.Report = func(p Progress) {
+		if p.Before != before || p.Now > p.Made {
+			t.Errorf("%+v", p)
+		}
+	}
+	if p, err := keeping(line, out).Provision(t.Context(), "L1", o); err != nil || p.Now != 30-before {
+		t.Errorf("%+v: %v", p, err)
+	}
+}

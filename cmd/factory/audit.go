@@ -83,13 +83,9 @@ func verify(c *cli.Context, f func(context.Context, directory.Store, *directory.
 	if err != nil {
 		return err
 	}
-	said := time.Now()
-	found, err := f(c.Context, store, verifier, func(devices int) {
-		if time.Since(said) > 5*time.Second {
-			said = time.Now()
-			fmt.Fprintf(c.App.ErrWriter, "%d devices verified\n", devices)
-		}
-	})
+	shown := cmdline.NewProgress(c, "verified", "devices", 0)
+	found, err := f(c.Context, store, verifier, shown.At)
+	shown.Close()
 	if err != nil {
 		return err
 	}

@@ -80,13 +80,9 @@ func lotRevoke(c *cli.Context) error {
 			return cmdline.Printf(c, map[string]any{"lot": lot, "all": true, "revoked": true},
 				"lot %s is revoked, all of it and for good\n", lot)
 		}
-		said, done := time.Now(), 0
-		err := line.Revoke(c.Context, lot, imeis, reason, func(n int) {
-			if done = n; time.Since(said) > 5*time.Second {
-				said = time.Now()
-				fmt.Fprintf(c.App.ErrWriter, "%d of %d devices revoked\n", n, len(imeis))
-			}
-		})
+		shown, done := cmdline.NewProgress(c, "revoked", "devices", len(imeis)), 0
+		err := line.Revoke(c.Context, lot, imeis, reason, func(n int) { done = n; shown.At(n) })
+		shown.Close()
 		if err != nil && done > 0 {
 			return cmdline.Partial(fmt.Errorf("%w (%d of %d devices are revoked; the same command again goes on)",
 				err, done, len(imeis)))

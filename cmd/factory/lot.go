@@ -1,10 +1,8 @@
 package main
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -60,9 +58,26 @@ func lotCommand() *cli.Command {
 							"of the token, which is then never idle while a package is written)"}),
 				Action: cmdline.Alone(lotProvision),
 			},
-			{Name: "list", Usage: "list all lots, their signatures verified", Flags: lineFlags(), Action: lotList},
-			{Name: "show", Usage: "print a lot's manifest, with its modulus", ArgsUsage: "LOT", Flags: lineFlags(),
-				Action: lotShow},
+			{
+				Name: "list", Usage: "list all lots, how far each is, and who was granted it",
+				Description: "Needs no token and no PIN: the signatures of manifests and lists are verified with the " +
+					"manufacturer's public key. Who was granted a lot, and whether it is sealed, is what the --state " +
+					"folder knows.",
+				Flags: overviewFlags(), Action: lotList,
+			},
+			{
+				Name: "show", Usage: "print a lot's manifest, with its modulus, and how far it is", ArgsUsage: "LOT",
+				Description: "As lot list. With --ask-token, the token says whether it has the lot's key, and whether " +
+					"that is sealed.",
+				Flags: overviewFlags(cmdline.Token, &cli.BoolFlag{Name: "ask-token",
+					Usage: "ask the token too, which needs its PIN"}), Action: lotShow,
+			},
+			{
+				Name: "status", Usage: "say for the shift what is done of a lot, what is missing, and what comes next",
+				ArgsUsage: "LOT", Description: "Needs no token and no PIN. The rate is of this machine's packages in " +
+					"the last quarter of an hour, by the times of their files.",
+				Flags: overviewFlags(injectionFlag), Action: lotStatus,
+			},
 			{
 				Name: "grant", Usage: "write a lot's key for an operator, wrapped under the operator's KEK",
 				ArgsUsage: "LOT",
@@ -151,99 +166,14 @@ func lotCreate(c *cli.Context) error {
 		return cmdline.Usage(err)
 	}
 	return withLine(c, func(token *hsmkeys.FactoryToken, line *factory.Line) error {
+		stop := cmdline.Spin(c, fmt.Sprintf("making an RSA key of %d bits in the token", spec.Bits))
 		m, err := line.CreateLot(c.Context, spec)
+		stop()
 		if err != nil {
 			return err
 		}
 		return cmdline.Printf(c, m, "made lot %s in %s: %d bits by %s, %d devices in %d shards\n", m.Lot, token,
 			m.PublicKey().N.BitLen(), m.Mechanism, m.Devices(), m.Shards())
-	})
-}
-
-func lotList(c *cli.Context) error {
-	return withLine(c, func(_ *hsmkeys.FactoryToken, line *factory.Line) error {
-		lots, err := line.Lots(c.Context)
-		if err != nil {
-			return err
-		}
-		type listed struct {
-			*directory.Manifest
-			Revoked *directory.LotRevocation `json:"revoked,omitempty"`
-		}
-		all := make([]listed, len(lots))
-		for i, m := range lots {
-			list, err := revocations(c, line, m)
-			if err != nil {
-				return err
-			}
-			all[i] = listed{Manifest: m, Revoked: list.Whole}
-		}
-		return cmdline.Print(c, map[string]any{"lots": all}, func(w io.Writer) {
-			fmt.Fprintf(w, "%-24s %5s %9s  %-20s %s\n", "LOT", "BITS", "DEVICES", "SUITE", "CREATED")
-			for _, m := range all {
-				fmt.Fprintf(w, "%-24s %5d %9d  %-20s %s", m.Lot, m.PublicKey().N.BitLen(), m.Devices(), m.Suite,
-					m.Created.Format(time.RFC3339))
-				if m.Revoked != nil {
-					fmt.Fprintf(w, "  REVOKED %s: %s", m.Revoked.Time.Format(time.RFC3339), m.Revoked.Reason)
-				}
-				fmt.Fprintln(w)
-			}
-		})
-	})
-}
-
-// revocations is a lot's list of revoked devices. A lot that has none is shown all the same, with a warning.
-func revocations(c *cli.Context, line *factory.Line, m *directory.Manifest) (*directory.Revocations, error) {
-	list, err := line.Revocations(c.Context, m)
-	if errors.Is(err, directory.ErrNotFound) {
-		fmt.Fprintf(c.App.ErrWriter, "warning: lot %s: %v\n", m.Lot, err)
-		return new(directory.Revocations), nil
-	}
-	return list, err
-}
-
-func lotShow(c *cli.Context) error {
-	return withLine(c, func(_ *hsmkeys.FactoryToken, line *factory.Line) error {
-		m, err := line.Lot(c.Context, c.Args().First())
-		if err != nil {
-			return err
-		}
-		sealed, err := line.Sealed(c.Context, m.Lot)
-		where := "extractable only under a TRUSTED key"
-		switch {
-		case errors.Is(err, hsmkeys.ErrNoKey):
-			where = "not in this token"
-		case err != nil:
-			return err
-		case sealed:
-			where = "sealed: cannot be extracted"
-		}
-		list, err := revocations(c, line, m)
-		if err != nil {
-			return err
-		}
-		result := struct {
-			*directory.Manifest
-			Sealed     bool                     `json:"sealed"`
-			Revoked    *directory.LotRevocation `json:"revoked,omitempty"`
-			NextUpdate time.Time                `json:"next_update"` // of the list of revoked devices
-		}{m, sealed, list.Whole, list.NextUpdate}
-		return cmdline.Print(c, result, func(w io.Writer) {
-			fmt.Fprintf(w, "lot           %s\nmanufacturer  %s\nsuite         %s\nkey made by   %s\nprivate key   "+
-				"%s\ncreated       %s\n",
-				m.Lot, m.Manufacturer, m.Suite, m.Mechanism, where, m.Created.Format(time.RFC3339))
-			if list.Whole != nil {
-				fmt.Fprintf(w, "REVOKED       %s, all of it and for good: %s\n",
-					list.Whole.Time.Format(time.RFC3339), list.Whole.Reason)
-			}
-			fmt.Fprintf(w, "revocations   version %d, good until %s\n", list.Version,
-				list.NextUpdate.Format(time.RFC3339))
-			for _, r := range m.Ranges {
-				fmt.Fprintf(w, "IMEIs         %d from %s%06d\n", r.Count, r.TAC, r.First)
-			}
-			fmt.Fprintf(w, "shards        %d of %d devices\ne             %d\nN             %x\n", m.Shards(),
-				m.ShardSize, m.E, []byte(m.N))
-		})
 	})
 }
 
@@ -317,10 +247,12 @@ func lotProvision(c *cli.Context) error {
 	return withLine(c, func(token *hsmkeys.FactoryToken, line *factory.Line) error {
 		_ = scheduling.ForCalls(token.Sessions()) // a kernel that refuses costs a few devices a second
 		lot, start := c.Args().First(), time.Now()
+		shown := cmdline.NewProgress(c, lot, "devices", 0)
 		p, err := line.Provision(c.Context, lot, factory.ProvisionOptions{
 			Fixture: c.String("fixture"), Out: out, Workers: c.Int("workers"), From: from, To: to,
-			Report: showProgress(c, lot),
+			Report: progress(shown, lot),
 		})
+		shown.Close()
 		seconds := time.Since(start).Seconds()
 		if err != nil && p.Total == 0 { // it has not begun
 			return err
@@ -354,49 +286,17 @@ func shardRange(text string) (from, to int, err error) {
 	return from, to + 1, nil
 }
 
-// showProgress says how far a lot is: on a terminal on one line, else a line every few seconds; with --json each is a
-// JSON document on standard error.
-func showProgress(c *cli.Context, lot string) func(factory.Progress) {
-	start, terminal := time.Now(), cmdline.Terminal(c.App.ErrWriter)
-	every := 5 * time.Second
-	if terminal {
-		every = 200 * time.Millisecond
-	}
-	said, before := start, -1
+// progress shows how far a lot is.
+func progress(shown *cmdline.Progress, lot string) func(factory.Progress) {
 	return func(p factory.Progress) {
-		if before < 0 {
-			before = p.Done // what earlier runs did says nothing of the rate
-		}
-		if time.Since(said) < every && !(terminal && p.Done == p.Total) {
-			return
-		}
-		said = time.Now()
-		rate := float64(p.Done-before) / time.Since(start).Seconds()
-		var left time.Duration
-		if rate > 0 {
-			left = time.Duration(float64(p.Total-p.Done) / rate * float64(time.Second)).Round(time.Second)
-		}
-		if c.Bool("json") {
-			json.NewEncoder(c.App.ErrWriter).Encode(struct {
-				Lot string `json:"lot"`
-				factory.Progress
-				Rate    float64 `json:"per_second"`
-				Seconds float64 `json:"seconds_left"`
-			}{lot, p, rate, left.Seconds()})
-			return
-		}
-		line := fmt.Sprintf("%s: %d of %d devices, %.0f a second, %s left; token busy %.0f%%, directory %.0f%%", lot,
-			p.Done, p.Total, rate, left, 100*p.HSM, 100*p.Publish)
+		step := cmdline.Step{Before: p.Before, Done: p.Now, Begun: p.Generated > p.Done, Total: p.Total, Detail: struct {
+			Lot string `json:"lot"`
+			factory.Progress
+		}{lot, p}}
+		step.Note = fmt.Sprintf("token busy %.0f%%, directory %.0f%%", 100*p.HSM, 100*p.Publish)
 		if p.Waiting != "" {
-			line += fmt.Sprintf("; %d made wait for the directory: %s", p.Generated-p.Done, p.Waiting)
+			step.Note = fmt.Sprintf("%d made wait for the directory: %s", p.Generated-p.Done, p.Waiting)
 		}
-		switch {
-		case !terminal:
-			fmt.Fprintln(c.App.ErrWriter, line)
-		case p.Done == p.Total:
-			fmt.Fprintf(c.App.ErrWriter, "\r\x1b[K%s\n", line)
-		default:
-			fmt.Fprintf(c.App.ErrWriter, "\r\x1b[K%s", line)
-		}
+		shown.Set(step)
 	}
 }

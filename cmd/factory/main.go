@@ -4,7 +4,9 @@ package main
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"slices"
 
@@ -113,6 +115,10 @@ func openDirectory(c *cli.Context) (directory.Store, error) {
 func manufacturer(c *cli.Context) (*directory.Verifier, error) {
 	path := cmp.Or(c.String("manufacturer"), state(c).PublicKey())
 	pem, err := cmdline.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) && c.String("manufacturer") == "" {
+		return nil, fmt.Errorf("%s, the manufacturer's public key, is not there: run factory init first, or name it "+
+			"with --manufacturer", path)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("the manufacturer's public key, --manufacturer: %w", err)
 	}

@@ -80,9 +80,12 @@ func stationServe(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	log := cmdline.NewLog(c.App.ErrWriter, slog.HandlerOptions{})
+	log.Info("starting", "version", cmdline.Version(), "directory", c.String("directory"), "state", c.String("state"),
+		"stations", c.StringSlice("station"), "address", c.String("listen"))
 	return station.Serve(c.Context, c.String("listen"), config, station.Options{
 		State: c.String("state"), Injection: injectionDir(c, "injection"), Store: store, Verifier: verifier,
-		Timeout: c.Duration("timeout"), Log: slog.New(slog.NewTextHandler(c.App.ErrWriter, nil)),
+		Timeout: c.Duration("timeout"), Log: log,
 		Stations: c.StringSlice("station"),
 	})
 }

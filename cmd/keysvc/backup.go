@@ -58,7 +58,9 @@ KEKs and lot keys never leave a token: enroll the other token with each manufact
 func backupPrepare(c *cli.Context) error {
 	return withToken(c, func(token *hsmkeys.OperatorToken) error {
 		path := outOr(c, "restore-key.json")
+		stop := cmdline.Spin(c, "making an RSA key in the token")
 		thumbprint, err := keysvcd.NewRestoreKey(c.Context, token, c.Bool(acceptFlag.Name), path)
+		stop()
 		if err != nil {
 			return err
 		}

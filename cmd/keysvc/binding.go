@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -12,6 +14,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/keysvcd"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -21,9 +24,24 @@ func bindingCommand() *cli.Command {
 		Description: "These work on the store itself, while a service serves from it or not.",
 		Subcommands: []*cli.Command{
 			{
-				Name: "list", Usage: "list the bindings, one an IMSI",
-				Flags:  storeFlags(&cli.StringFlag{Name: "imei", Usage: "only those of this device, `IMEI`"}),
+				Name: "list", Usage: "list the bindings, one an IMSI, in the order of the IMSIs",
+				Description: "What is listed is read page by page, and takes no memory. With --limit, the next page " +
+					"begins with --after and the last IMSI of this one.",
+				Flags: listFlags(&cli.StringFlag{Name: "imei", Usage: "only those of this device, `IMEI`"},
+					&cli.StringFlag{Name: "since", Usage: "only those that were established, became active or were " +
+						"revoked since `TIME`: 24h for a day ago, 2026-01-31, or 2026-01-31T12:00:00Z"},
+					&cli.BoolFlag{Name: "count", Usage: "only say how many there are"},
+					&cli.IntFlag{Name: "limit", Usage: "`N` at most (default: all)"},
+					&cli.StringFlag{Name: "after", Usage: "only those behind this `IMSI`"}),
 				Action: bindingList,
+			},
+			{
+				Name:      "explain",
+				Usage:     "say in words how an IMSI stands, why its last call was refused, and what is to be done",
+				ArgsUsage: "IMSI",
+				Description: "The service writes the last refusals down in its state folder, within seconds, those of " +
+					"some thousand subscriptions. With several instances of the service, each knows its own.",
+				Flags: storeFlags(cmdline.DirectoryFlags()...), Action: bindingExplain,
 			},
 			{
 				Name:  "report",
@@ -71,25 +89,202 @@ func show(b *binding.Binding) shown {
 	}
 }
 
-const bindingLine = "%-15s  %-14s  %-8s  %-24s  %s\n"
+const bindingLine = "%-15s  %-14s  %-7s  %-18s  %s\n" // of 80 columns, with a lot's name of 18
 
 func (s shown) print(w io.Writer) {
-	fmt.Fprintf(w, bindingLine, s.IMSI, s.IMEI, s.State, s.Lot, s.Established.Format(time.RFC3339))
+	lot := s.Lot
+	if len(lot) > 18 && cmdline.Terminal(w) { // whole elsewhere, and with --json
+		lot = lot[:17] + "+"
+	}
+	fmt.Fprintf(w, bindingLine, s.IMSI, s.IMEI, s.State, lot, s.Established.UTC().Format("2006-01-02 15:04Z"))
+}
+
+// A stateValue is that of --state of keysvc binding list: the service's folder as elsewhere, or the state of the
+// bindings that are asked for. Both may be given.
+type stateValue struct {
+	folder string
+	only   binding.State // empty for all
+}
+
+func (v *stateValue) String() string { return v.folder }
+
+func (v *stateValue) Set(text string) error {
+	switch state := binding.State(strings.ToUpper(text)); state {
+	case binding.Pending, binding.Active, binding.Revoked:
+		v.only = state
+	default:
+		v.folder = text
+	}
+	return nil
+}
+
+// listFlags are storeFlags with that --state.
+func listFlags(own ...cli.Flag) []cli.Flag {
+	flags := storeFlags(own...)
+	at := slices.Index(flags, cli.Flag(stateFlag))
+	flags[at] = &cli.GenericFlag{Name: stateFlag.Name, EnvVars: stateFlag.EnvVars,
+		Value: &stateValue{folder: stateFlag.Value}, Usage: stateFlag.Usage + "; or pending, active or revoked: only " +
+			"the bindings in that state (a folder of such a name is ./active)"}
+	return flags
+}
+
+// selection says which bindings are listed.
+type selection struct {
+	binding.BindingQuery
+	state binding.State // empty for all
+	since time.Time
+	limit int // 0 for all
+}
+
+func selected(c *cli.Context, now time.Time) (q selection, err error) {
+	q = selection{BindingQuery: binding.BindingQuery{Now: now}, limit: c.Int("limit"),
+		state: c.Generic(stateFlag.Name).(*stateValue).only}
+	if text := c.String("imei"); text != "" {
+		if q.IMEI, err = kme.ParseIMEI(text); err != nil {
+			return q, cmdline.Usagef("--imei: %w", err)
+		}
+	}
+	if text := c.String("after"); text != "" {
+		imsi, err := kme.ParseIMSI(text)
+		if err != nil {
+			return q, cmdline.Usagef("--after: %w", err)
+		}
+		q.After = imsi.String()
+	}
+	if c.IsSet("limit") && q.limit < 1 {
+		return q, cmdline.Usagef("--limit is 1 at least")
+	}
+	if text := c.String("since"); text != "" {
+		if q.since, err = parseSince(text, now); err != nil {
+			return q, cmdline.Usage(err)
+		}
+	}
+	return q, nil
+}
+
+func parseSince(text string, now time.Time) (time.Time, error) {
+	if d, err := time.ParseDuration(text); err == nil && d >= 0 {
+		return now.Add(-d), nil
+	}
+	for _, layout := range []string{time.RFC3339, time.DateOnly} {
+		if t, err := time.Parse(layout, text); err == nil {
+			return t, nil
+		}
+	}
+	return time.Time{}, fmt.Errorf("--since is a time ago as 24h or 30m, or a date as 2026-01-31, or "+
+		"2026-01-31T12:00:00Z, not %q", text)
+}
+
+// of gives those of a store.
+func (q selection) of(c *cli.Context, store binding.Store) iter.Seq2[*binding.Binding, error] {
+	return func(yield func(*binding.Binding, error) bool) {
+		n := 0
+		for b, err := range binding.Each(c.Context, store, q.BindingQuery) {
+			if err == nil && (q.state != "" && b.State != q.state ||
+				b.Established.Before(q.since) && b.Activated.Before(q.since) && b.Revoked.Before(q.since)) {
+				continue
+			}
+			n++
+			if !yield(b, err) || n == q.limit {
+				return
+			}
+		}
+	}
 }
 
 func bindingList(c *cli.Context) error {
-	var imei kme.IMEI
-	if text := c.String("imei"); text != "" {
-		var err error
-		if imei, err = kme.ParseIMEI(text); err != nil {
-			return cmdline.Usage(err)
-		}
+	q, err := selected(c, time.Now())
+	if err != nil {
+		return err
 	}
 	return withStore(c, func(s *sqlstore.Store) error {
-		title := fmt.Sprintf(bindingLine, "IMSI", "IMEI", "STATE", "LOT", "ESTABLISHED")
-		all := each(binding.Each(c.Context, s, imei, time.Now()), show)
-		return cmdline.PrintEach(c, `"bindings"`, title, all, func(w io.Writer, s shown) { s.print(w) })
+		if c.Bool("count") {
+			return bindingCount(c, q, s)
+		}
+		title, n, last := fmt.Sprintf(bindingLine, "IMSI", "IMEI", "STATE", "LOT", "ESTABLISHED"), 0, ""
+		all := each(q.of(c, s), func(b *binding.Binding) shown {
+			n, last = n+1, b.IMSI.String()
+			return show(b)
+		})
+		err := cmdline.PrintEach(c, `"bindings"`, title, all, func(w io.Writer, s shown) { s.print(w) })
+		if err == nil && n > 0 && n == q.limit && !c.Bool("json") {
+			fmt.Fprintf(c.App.ErrWriter, "there may be more: --after %s\n", last)
+		}
+		return err
 	})
+}
+
+func bindingCount(c *cli.Context, q selection, s *sqlstore.Store) error {
+	counted := cmdline.NewProgress(c, "counted", "bindings", 0)
+	states, n := map[binding.State]int{binding.Pending: 0, binding.Active: 0, binding.Revoked: 0}, 0
+	var failed error
+	for b, err := range q.of(c, s) {
+		if failed = err; err == nil {
+			states[b.State]++
+			n++
+			counted.At(n)
+		}
+	}
+	counted.Close()
+	if failed != nil {
+		return failed
+	}
+	return cmdline.Printf(c, map[string]any{"count": n, "states": states}, "%d bindings: %d active, %d pending, %d "+
+		"revoked\n", n, states[binding.Active], states[binding.Pending], states[binding.Revoked])
+}
+
+func bindingExplain(c *cli.Context) error {
+	return withIMSI(c, func(s *sqlstore.Store, imsi kme.IMSI) error {
+		refusals, err := keysvcd.ReadRefusals(c.String("state"))
+		if err != nil {
+			return err
+		}
+		k := binding.Known{IMSI: imsi, Refused: refusals.Of(imsi)}
+		k.Subscription, err = s.Subscription(c.Context, imsi, time.Now())
+		if k.Damaged = binding.Damage(err); err != nil && k.Damaged == nil {
+			return err
+		}
+		if k.Damaged == nil {
+			if k.History, err = s.History(c.Context, imsi.String()); err != nil {
+				return err
+			}
+			k.Doubts, k.Unknown = doubts(c, s, k.Subscription.Standing())
+		}
+		e := binding.Explain(k)
+		return cmdline.Print(c, e, func(w io.Writer) { printExplanation(w, e) })
+	})
+}
+
+// doubts are those about a binding, which may be nil.
+func doubts(c *cli.Context, s *sqlstore.Store, b *binding.Binding) ([]binding.Doubt, error) {
+	if b == nil {
+		return nil, nil
+	}
+	lots, err := openLots(c, s)
+	if err != nil {
+		return nil, err
+	}
+	return lots.Doubts(c.Context, b)
+}
+
+func printExplanation(w io.Writer, e *binding.Explanation) {
+	colours := map[string]cmdline.Colour{"ACTIVE": cmdline.Green, "PENDING": cmdline.Yellow, "DAMAGED": cmdline.Red}
+	state := e.State
+	if colour, ok := colours[state]; ok {
+		state = cmdline.Paint(w, colour, state)
+	}
+	fmt.Fprintf(w, "IMSI %s: %s\n", e.IMSI, state)
+	for _, text := range e.Says {
+		fmt.Fprintln(w, text)
+	}
+	if r := e.Refused; r == nil {
+		fmt.Fprintln(w, "\nrefused  no refusal of a call for it is known here")
+	} else {
+		fmt.Fprintf(w, "\nrefused  %s, %s: %s\nwhy      %s\n", r.Time.Format(time.RFC3339), r.Call, r.Reason, e.Why)
+	}
+	for i, text := range e.Next {
+		fmt.Fprintf(w, "%-8s %s\n", map[bool]string{true: "next"}[i == 0], text)
+	}
 }
 
 // each shows the items of a list.

@@ -83,15 +83,9 @@ func reseal(c *cli.Context, r *hsmkeys.Rotation, store *sqlstore.Store) error {
 	}
 	fmt.Fprintf(c.App.ErrWriter, "%d KMEs to be sealed again under generation %d of the storage key\n",
 		total, r.Newest())
-	said := began
-	done, err := tokenkeys.Reseal(c.Context, r, store, below, func(n int) {
-		if time.Since(said) > 5*time.Second {
-			said = time.Now()
-			rate := float64(n) / time.Since(began).Seconds()
-			left := time.Duration(float64(max(0, total-n)) / rate * float64(time.Second)).Round(time.Second)
-			fmt.Fprintf(c.App.ErrWriter, "%d of %d, %.0f/s, %s left\n", n, total, rate, left)
-		}
-	})
+	shown := cmdline.NewProgress(c, "sealed again", "KMEs", total)
+	done, err := tokenkeys.Reseal(c.Context, r, store, below, shown.At)
+	shown.Close()
 	if err != nil && done > 0 {
 		return cmdline.Partial(fmt.Errorf("%d of %d KMEs were sealed again; run the same command again: %w",
 			done, total, err))

@@ -145,7 +145,9 @@ func storeUpgrade(c *cli.Context) error {
 func storeVerify(c *cli.Context) error {
 	return withAnyStore(c, func(token *hsmkeys.OperatorToken, store *sqlstore.Store) error {
 		behind := mark.Check(c.Context, store, token)
-		report, err := store.Verify(c.Context, progress(c, "rows verified"))
+		shown := cmdline.NewProgress(c, "verified", "rows", 0)
+		report, err := store.Verify(c.Context, shown.At)
+		shown.Close()
 		if err != nil {
 			return err
 		}
@@ -174,18 +176,6 @@ func storeVerify(c *cli.Context) error {
 		}
 		return err
 	})
-}
-
-// progress says how far a long work is.
-func progress(c *cli.Context, what string) func(n int) {
-	began := time.Now()
-	said := began
-	return func(n int) {
-		if now := time.Now(); now.Sub(said) > 5*time.Second {
-			said = now
-			fmt.Fprintf(c.App.ErrWriter, "%d %s, %.0f/s\n", n, what, float64(n)/now.Sub(began).Seconds())
-		}
-	}
 }
 
 func storeAccept(c *cli.Context) error {
@@ -249,7 +239,9 @@ func storeLog(c *cli.Context) error {
 
 func storeMigrate(c *cli.Context) error {
 	return withStoreToken(c, func(token *hsmkeys.OperatorToken) error {
-		rows, err := keysvcd.Migrate(c.Context, token, c.String("from"), c.String("to"), progress(c, "rows copied"))
+		shown := cmdline.NewProgress(c, "copied", "rows", 0)
+		rows, err := keysvcd.Migrate(c.Context, token, c.String("from"), c.String("to"), shown.At)
+		shown.Close()
 		if err != nil {
 			return err
 		}

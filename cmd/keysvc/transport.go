@@ -46,7 +46,9 @@ func transportCommand() *cli.Command {
 func transportNew(c *cli.Context) error {
 	return withToken(c, func(token *hsmkeys.OperatorToken) error {
 		path := outOr(c, "transport.json")
+		stop := cmdline.Spin(c, "making an RSA key in the token")
 		thumbprint, err := keysvcd.NewTransportKey(c.Context, token, path)
+		stop()
 		if err != nil {
 			return err
 		}

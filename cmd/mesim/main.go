@@ -162,7 +162,10 @@ func attach(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	shown := cmdline.NewProgress(c, "attach", "devices", len(run.Devices))
+	run.Report = shown.At
 	result, failure := run.Attach(c.Context, tamper)
+	shown.Close()
 	return errors.Join(print(c, result), failure)
 }
 

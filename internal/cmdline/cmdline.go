@@ -76,6 +76,7 @@ func Main(p Program) {
 func (p Program) Run(ctx context.Context, args []string) int {
 	app := p.App
 	app.Commands = append(app.Commands, p.helpCommand(), p.completionCommand(), p.manCommand())
+	app.ErrWriter = onScreen(app.ErrWriter)
 	app.ExitErrHandler = func(*cli.Context, error) {} // errors are printed below, once
 	app.HideHelpCommand = true
 	app.Flags = append(app.Flags, cli.HelpFlag) // the library has none beside a command of that name
@@ -366,7 +367,7 @@ func PrintList[T any](c *cli.Context, head string, items iter.Seq2[T, error]) er
 
 // Terminal says whether somebody looks at w.
 func Terminal(w io.Writer) bool {
-	f, ok := w.(*os.File)
+	f, ok := w.(interface{ Fd() uintptr })
 	if !ok {
 		return false
 	}

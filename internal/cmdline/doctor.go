@@ -19,19 +19,68 @@ type examined interface {
 	Identity(ctx context.Context) (hsmkeys.Identity, error)
 }
 
-// PrintFindings prints a doctor's report, and fails if something required is not there.
+// A verdict says whether a token is fit for its side.
+type verdict struct {
+	Verdict    string   `json:"verdict"`    // fit, fit_with_weaknesses, not_fit
+	Missing    []string `json:"missing"`    // for which it is not fit
+	Weaknesses []string `json:"weaknesses"` // with which it is
+}
+
+// judge does not count a mechanism in whose place the token has another.
+func judge(id hsmkeys.Identity, report []hsmkeys.Finding) verdict {
+	v := verdict{Verdict: "fit", Missing: []string{}, Weaknesses: []string{}}
+	for _, what := range id.Weak {
+		v.Weaknesses = append(v.Weaknesses, "accepted when it was initialised: "+what)
+	}
+	for _, f := range report {
+		switch {
+		case f.OK:
+		case f.Required:
+			v.Missing = append(v.Missing, f.Check+": "+f.Consequence)
+		case !strings.HasPrefix(f.Check, "CKM_"):
+			v.Weaknesses = append(v.Weaknesses, f.Check+": "+f.Consequence)
+		}
+	}
+	if len(v.Missing) > 0 {
+		v.Verdict = "not_fit"
+	} else if len(v.Weaknesses) > 0 {
+		v.Verdict = "fit_with_weaknesses"
+	}
+	return v
+}
+
+func (v verdict) print(w io.Writer) {
+	fmt.Fprintln(w)
+	list := v.Weaknesses
+	switch v.Verdict {
+	case "fit":
+		fmt.Fprintf(w, "verdict: %s\n", Paint(w, Green, "FIT"))
+	case "not_fit":
+		fmt.Fprintf(w, "verdict: %s: %d of what is required is missing\n", Paint(w, Red, "NOT FIT"), len(v.Missing))
+		list = slices.Concat(v.Missing, list)
+	default:
+		fmt.Fprintf(w, "verdict: %s\n", Paint(w, Yellow, "FIT, with these weaknesses"))
+	}
+	for _, what := range list {
+		fmt.Fprintf(w, "  - %s\n", what)
+	}
+}
+
+// PrintFindings prints a doctor's report, which ends in a verdict, and fails if something required is not there.
 func PrintFindings(c *cli.Context, token examined, report []hsmkeys.Finding) error {
 	id, err := token.Identity(c.Context)
 	if err != nil {
 		return err
 	}
-	missing := 0
-	for _, f := range report {
-		if f.Required && !f.OK {
-			missing++
-		}
-	}
-	err = Print(c, map[string]any{"token": token.String(), "identity": id, "ok": missing == 0, "findings": report},
+	v := judge(id, report)
+	result := struct {
+		Token    string            `json:"token"`
+		Identity hsmkeys.Identity  `json:"identity"`
+		OK       bool              `json:"ok"`
+		Findings []hsmkeys.Finding `json:"findings"`
+		verdict
+	}{token.String(), id, len(v.Missing) == 0, report, v}
+	err = Print(c, result,
 		func(w io.Writer) {
 			fmt.Fprintln(w, token)
 			fmt.Fprintf(w, "     %s %s, hardware %s, firmware %s; module %s %s, PKCS #11 %s\n", id.Manufacturer,
@@ -62,9 +111,10 @@ func PrintFindings(c *cli.Context, token examined, report []hsmkeys.Finding) err
 					fmt.Fprintf(w, "     %-52s -> %s\n", "", f.Consequence)
 				}
 			}
+			v.print(w)
 		})
-	if err == nil && missing > 0 {
-		err = Said(fmt.Errorf("%d of what is required is missing", missing))
+	if err == nil && len(v.Missing) > 0 {
+		err = Said(fmt.Errorf("%d of what is required is missing", len(v.Missing)))
 	}
 	return err
 }

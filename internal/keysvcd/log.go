@@ -10,17 +10,21 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"net/url"
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
+	"strings"
 
+	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/durable"
 )
 
-// newLog is JSON lines, a decision each. Hashed, IMSIs and IMEIs are keyed: there are too few of them for a
-// hash that anybody can compute.
+// newLog logs a decision in each line: of JSON, or for people where w is a terminal. Hashed, IMSIs and IMEIs are keyed:
+// there are too few of them for a hash that anybody can compute.
 func newLog(w io.Writer, cfg *Config) (*slog.Logger, error) {
-	o := &slog.HandlerOptions{Level: cfg.LogLevel}
+	o := slog.HandlerOptions{Level: cfg.LogLevel}
 	if cfg.LogIdentities == "hashed" {
 		key, err := logKey(cfg.State)
 		if err != nil {
@@ -46,7 +50,36 @@ func newLog(w io.Writer, cfg *Config) (*slog.Logger, error) {
 			return a
 		}
 	}
-	return slog.New(slog.NewJSONHandler(w, o)), nil
+	return cmdline.NewLog(w, o), nil
+}
+
+// starting is the first line of the log: what is about to serve, from where, and for whom.
+func starting(log *slog.Logger, cfg *Config) {
+	tokens := make([]string, len(cfg.Tokens))
+	for i, uri := range cfg.Tokens {
+		tokens[i], _, _ = strings.Cut(uri, "?") // what follows says where module and PIN are
+	}
+	clients := []string{}
+	for _, c := range cfg.Clients {
+		clients = append(clients, c.Name)
+	}
+	if len(clients) == 0 {
+		clients = []string{"own user"}
+	}
+	log.Info("starting", "version", cmdline.Version(), "store", shownStore(cfg.Store), "tokens", tokens,
+		"clients", clients, "addresses", slices.DeleteFunc([]string{cfg.Listen, cfg.Socket}, func(a string) bool { return a == "" }))
+}
+
+// shownStore is a store's name without what may be a password.
+func shownStore(name string) string {
+	if strings.HasPrefix(name, "sqlite:") {
+		return name
+	}
+	u, err := url.Parse(name)
+	if err != nil {
+		return "postgres"
+	}
+	return u.Scheme + "://" + u.User.Username() + "@" + u.Host + u.Path
 }
 
 // identity finds an IMEI, of 14 digits here, and an IMSI, of 15.

@@ -57,6 +57,7 @@ func Serve(ctx context.Context, from Source, w io.Writer) error {
 	if err != nil {
 		return err
 	}
+	starting(log, cfg)
 	for _, p := range report.Problems() { // warnings
 		log.Warn("the configuration needs attention", "setting", p.Setting, "warning", p.What, "remedy", p.Remedy)
 	}
@@ -83,10 +84,16 @@ func Serve(ctx context.Context, from Source, w io.Writer) error {
 	if rolledBack != nil && !errors.Is(rolledBack, binding.ErrRolledBack) {
 		return rolledBack
 	}
+	refusals, err := ReadRefusals(cfg.State)
+	if err != nil {
+		log.Warn("the last refusals are forgotten", "cause", err.Error())
+		refusals = new(binding.Refusals)
+	}
 	d := &daemon{
 		from: from, tokens: tokens, store: store, accepted: make(chan struct{}, 1),
 		service: binding.NewService(binding.Options{
 			Token: tokens, Store: store, Times: cfg.times(), Metrics: metrics, Log: log,
+			Refusals: refusals,
 			Limits: binding.Limits{
 				Calls: cmp.Or(cfg.Calls, 32*tokens.Sessions()), IMEIRate: cfg.IMEIRate, IMEIBurst: cfg.IMEIBurst,
 			},
@@ -141,6 +148,7 @@ func Serve(ctx context.Context, from Source, w io.Writer) error {
 		log.Error("no call is served", "cause", rolledBack.Error())
 	}
 	defer d.keepMark(ctx)()
+	defer keepRefusals(refusals, cfg.State, log)()
 	defer d.rememberLotKeys(ctx)()
 	log.Info("serving", "token", tokens.String(), "ranges", d.Load().lots.Len(), "addresses", addresses)
 	return d.run(ctx, listeners)

@@ -50,6 +50,7 @@ type Run struct {
 	First       int      // the number of the first device
 	FirstIMSI   kme.IMSI // of device 0; the others count on from it
 	Concurrency int
+	Report      func(devices int) // called by Attach at each device, by one goroutine at a time; may be nil
 }
 
 // AttachResult is how many devices attached; its times are those of EstablishKME.
@@ -96,6 +97,9 @@ func (r Run) Attach(ctx context.Context, tamper Tamper) (*AttachResult, error) {
 			return fmt.Errorf("IMEI %s: %w", r.Devices[i].IMEI, err)
 		} else {
 			result.Attached++
+		}
+		if r.Report != nil {
+			r.Report(result.Attached + rejected)
 		}
 		return nil
 	})

@@ -1,0 +1,280 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/kmehsm/kmehsm/factory"
+	"github.com/kmehsm/kmehsm/factory/station"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/cmdline"
+)
+
+// overviewFlags are those of the commands that look at lots without a token, and the command's own.
+func overviewFlags(own ...cli.Flag) []cli.Flag {
+	return slices.Concat(cmdline.DirectoryFlags(), []cli.Flag{manufacturerFlag, stateFlag}, own,
+		[]cli.Flag{cmdline.JSON})
+}
+
+func overview(c *cli.Context) (*factory.Overview, error) {
+	store, err := openDirectory(c)
+	if err != nil {
+		return nil, err
+	}
+	verifier, err := manufacturer(c)
+	if err != nil {
+		return nil, err
+	}
+	return factory.NewOverview(store, verifier, state(c)), nil
+}
+
+// oneLot is what an Overview has of the lot that a command names.
+func oneLot(c *cli.Context) (*factory.Overview, *factory.LotState, error) {
+	o, err := overview(c)
+	if err != nil {
+		return nil, nil, err
+	}
+	s, err := o.Lot(c.Context, c.Args().First())
+	if err == nil {
+		warn(c, s)
+	}
+	return o, s, err
+}
+
+// warn tells of a lot that has no list of revoked devices. It is shown all the same.
+func warn(c *cli.Context, s *factory.LotState) {
+	if s.NoList != "" {
+		fmt.Fprintf(c.App.ErrWriter, "warning: lot %s: %s\n", s.Lot, s.NoList)
+	}
+}
+
+func lotList(c *cli.Context) error {
+	o, err := overview(c)
+	if err != nil {
+		return err
+	}
+	lots := func(yield func(*factory.LotState, error) bool) {
+		for s, err := range o.Lots(c.Context) {
+			if err == nil {
+				warn(c, s)
+			}
+			if !yield(s, err) {
+				return
+			}
+		}
+	}
+	title := fmt.Sprintf("%-16s %5s %8s %9s  %-9s %-10s %s\n", "LOT", "BITS", "DEVICES", "PUBLISHED", "STATE", "CREATED",
+		"GRANTED TO")
+	return cmdline.PrintEach(c, `"lots"`, title, lots, func(w io.Writer, s *factory.LotState) {
+		fmt.Fprintf(w, "%-16s %5d %8d %9d  %-9s %-10s %s", s.Lot, s.PublicKey().N.BitLen(), s.Devices, s.Published,
+			s.Stage, s.Created.Format(time.DateOnly), orNobody(s))
+		if s.Revoked != nil {
+			fmt.Fprintf(w, "  REVOKED %s: %s", s.Revoked.Time.Format(time.RFC3339), s.Revoked.Reason)
+		}
+		fmt.Fprintln(w)
+	})
+}
+
+func orNobody(s *factory.LotState) string {
+	if len(s.Granted) == 0 {
+		return "nobody"
+	}
+	names := make([]string, len(s.Granted))
+	for i, g := range s.Granted {
+		names[i] = g.Operator
+	}
+	return strings.Join(names, ", ")
+}
+
+// askToken has the token say whether it has a lot's key, and whether that is sealed.
+func askToken(c *cli.Context, s *factory.LotState) (where string, err error) {
+	err = withLine(c, func(_ *hsmkeys.FactoryToken, line *factory.Line) error {
+		sealed, err := line.Sealed(c.Context, s.Lot)
+		switch {
+		case errors.Is(err, hsmkeys.ErrNoKey):
+			where = "not in this token"
+		case err != nil:
+			return err
+		default:
+			s.Sealed, where = sealed, keyState(sealed)
+		}
+		return nil
+	})
+	return where, err
+}
+
+func keyState(sealed bool) string {
+	if sealed {
+		return "sealed: cannot be extracted"
+	}
+	return "extractable only under a TRUSTED key"
+}
+
+func lotShow(c *cli.Context) error {
+	_, s, err := oneLot(c)
+	if err != nil {
+		return err
+	}
+	where := keyState(s.Sealed) + ", as far as the folder " + c.String("state") + " knows"
+	if c.Bool("ask-token") {
+		if where, err = askToken(c, s); err != nil {
+			return err
+		}
+	}
+	return cmdline.Print(c, s, func(w io.Writer) {
+		fmt.Fprintf(w, "lot           %s\nmanufacturer  %s\nsuite         %s\nkey made by   %s\nprivate key   %s\n"+
+			"created       %s\ndevices       %d planned, %d published\n", s.Lot, s.Manufacturer, s.Suite, s.Mechanism,
+			where, s.Created.Format(time.RFC3339), s.Devices, s.Published)
+		printGrants(w, s)
+		if s.Revoked != nil {
+			fmt.Fprintf(w, "REVOKED       %s, all of it and for good: %s\n", s.Revoked.Time.Format(time.RFC3339),
+				s.Revoked.Reason)
+		}
+		fmt.Fprintf(w, "revocations   version %d, good until %s\n", s.Version, s.NextUpdate.Format(time.RFC3339))
+		for _, r := range s.Ranges {
+			fmt.Fprintf(w, "IMEIs         %d from %s%06d\n", r.Count, r.TAC, r.First)
+		}
+		fmt.Fprintf(w, "shards        %d of %d devices\ne             %d\nN             %x\n", s.Shards(),
+			s.ShardSize, s.E, []byte(s.N))
+	})
+}
+
+func printGrants(w io.Writer, s *factory.LotState) {
+	if len(s.Granted) == 0 {
+		fmt.Fprintln(w, "granted to    nobody")
+	}
+	for _, g := range s.Granted {
+		fmt.Fprintf(w, "granted to    %s, %s\n", g.Operator, g.Time.Format(time.RFC3339))
+	}
+}
+
+// A shift is what somebody who runs the line wants to know of a lot.
+type shift struct {
+	*factory.LotState
+	*factory.Work
+	Injection *station.Counts `json:"injection,omitempty"` // nil if no station worked here
+	Stations  []station.Work  `json:"stations,omitempty"`
+	Next      []string        `json:"next"`
+}
+
+func lotStatus(c *cli.Context) error {
+	o, lot, err := oneLot(c)
+	if err != nil {
+		return err
+	}
+	now := time.Now()
+	s := shift{LotState: lot}
+	if s.Work, err = o.Work(c.Context, lot, injectionDir(c, "injection"), now); err != nil {
+		return err
+	}
+	if s.Injection, s.Stations, err = station.LotWork(c.Context, c.String("state"), lot.Manifest); err != nil {
+		return err
+	}
+	s.Next = s.next(now)
+	return cmdline.Print(c, s, func(w io.Writer) { s.print(w, now) })
+}
+
+// next is what is to be done, the most urgent first.
+func (s *shift) next(now time.Time) []string {
+	lot, todo := s.Lot, []string{}
+	add := func(format string, args ...any) { todo = append(todo, fmt.Sprintf(format, args...)) }
+	if s.Revoked != nil {
+		return append(todo, "nothing: the lot is revoked for good, and gets no more keys and no grant; take its devices "+
+			"out of the line")
+	}
+	missing := s.Devices - s.Published
+	switch {
+	case s.NoList != "":
+		add("factory reconcile %s: the list of revoked devices is not in the directory", lot)
+	case now.After(s.NextUpdate):
+		add("factory lot refresh %s: the list of revoked devices should have been signed anew by %s", lot,
+			s.NextUpdate.Format(time.RFC3339))
+	}
+	if s.Waiting > 0 {
+		add("see whether the directory can be reached: %d devices are made and not published; then factory lot "+
+			"provision %s", s.Waiting, lot)
+	} else if missing > 0 {
+		add("factory lot provision %s: %d devices are not published", lot, missing)
+	}
+	switch {
+	case s.Sealed && len(s.Granted) == 0:
+		add("find out whether another folder has granted the lot: as far as this one knows, it is sealed, was granted " +
+			"to nobody, and can never be")
+	case !s.Sealed && len(s.Granted) == 0 && missing == 0:
+		add("factory lot grant %s --operator NAME: nobody has been granted it", lot)
+	case !s.Sealed && missing == 0:
+		add("factory lot seal %s, when no other operator is to get it", lot)
+	}
+	if d := s.Injection; d != nil {
+		if d.Failed+d.Overdue > 0 {
+			add("factory station report %s: %d devices have failed, and %d are overdue", lot, d.Failed, d.Overdue)
+		}
+		if ready := s.Published - (d.Devices - d.Waiting); ready > 0 {
+			add("stations: %d published devices wait for their injection", ready)
+		}
+	} else if s.Published > 0 {
+		add("factory station serve, or take the packages to the fixtures: %d devices are published", s.Published)
+	}
+	if len(todo) == 0 {
+		add("nothing: the lot is done")
+	}
+	return todo
+}
+
+func (s *shift) print(w io.Writer, now time.Time) {
+	all, published := s.Devices, s.Published
+	stage := strings.ToUpper(string(s.Stage))
+	colour := cmdline.Green
+	switch {
+	case s.Revoked != nil:
+		colour = cmdline.Red
+	case published < all:
+		colour = cmdline.Yellow
+	}
+	fmt.Fprintf(w, "lot %s: %s, %d of %d devices published (%.0f%%)\n\n", s.Lot, cmdline.Paint(w, colour, stage),
+		published, all, 100*float64(published)/float64(all))
+	if s.Revoked != nil {
+		fmt.Fprintf(w, "REVOKED       %s, all of it and for good: %s\n", s.Revoked.Time.Format(time.RFC3339),
+			s.Revoked.Reason)
+	}
+	fmt.Fprintf(w, "done          %d made here, %d published; %d of %d packages in the folder\n", s.Made, published,
+		s.Packages, s.Shards())
+	fmt.Fprintf(w, "missing       %d to be published", all-published)
+	if s.Waiting > 0 {
+		fmt.Fprintf(w, ", %d of them made", s.Waiting)
+	}
+	switch {
+	case s.PerHour > 0 && published < all:
+		fmt.Fprintf(w, "\nrate          %.0f devices an hour; %s left", s.PerHour,
+			time.Duration(s.Left*float64(time.Second)).Round(time.Second))
+	case !s.Last.IsZero():
+		fmt.Fprintf(w, "\nrate          none now: the last package is %s old", now.Sub(s.Last).Round(time.Second))
+	default:
+		fmt.Fprint(w, "\nrate          none: no package was made here")
+	}
+	fmt.Fprintln(w)
+	printGrants(w, s.LotState)
+	sealed := "no, as far as this folder knows"
+	if s.Sealed {
+		sealed = s.SealedAt.Format(time.RFC3339)
+	}
+	fmt.Fprintf(w, "sealed        %s\nrevoked       %d devices\n", sealed, s.Withdrawn)
+	if d := s.Injection; d != nil {
+		fmt.Fprintf(w, "injection     %d injected, %d out, %d failed, %d scrapped, %d overdue, %d revoked before, %d "+
+			"waiting\n", d.Injected, d.Out, d.Failed, d.Scrapped, d.Overdue, d.Revoked, d.Waiting)
+		for _, x := range s.Stations {
+			fmt.Fprintf(w, "station       %s: %d injected, %d failed, %d scrapped, %d overdue\n", x.Station, x.Injected,
+				x.Failed, x.Scrapped, x.Overdue)
+		}
+	}
+	fmt.Fprintln(w)
+	for i, what := range s.Next {
+		fmt.Fprintf(w, "%-13s %s\n", map[bool]string{true: "next"}[i == 0], what)
+	}
+}

@@ -1,0 +1,261 @@
+package factory
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"iter"
+	"math/bits"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/factory/shard"
+	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/handover"
+)
+
+// An Overview says how lots stand, by what the directory and the line's own folder have of them: it needs no token.
+type Overview struct {
+	store    directory.Store
+	verifier *directory.Verifier
+	reader   *directory.Reader
+	state    State
+}
+
+// NewOverview reads a directory, whose signatures it verifies, and a line's folder.
+func NewOverview(store directory.Store, v *directory.Verifier, state State) *Overview {
+	return &Overview{store, v, directory.NewReader(store, v, directory.ReaderOptions{}), state}
+}
+
+// A Stage is how far a lot is on its way.
+type Stage string
+
+const (
+	StagePlanned   Stage = "planned"   // it has its key, and no device is published
+	StageBegun     Stage = "in work"   // some are
+	StagePublished Stage = "published" // all are, and no operator has been granted the lot
+	StageGranted   Stage = "granted"
+	StageSealed    Stage = "sealed"
+	StageRevoked   Stage = "revoked" // all of it and for good
+)
+
+// A LotState is how a lot stands. Who was granted it, and whether it is sealed, is what the line's folder knows of:
+// another folder's commands are not in there.
+type LotState struct {
+	*directory.Manifest
+	Stage      Stage                    `json:"stage"`
+	Devices    int                      `json:"devices"`   // planned
+	Published  int                      `json:"published"` // whose keys the directory has
+	Granted    []Granted                `json:"granted"`
+	Sealed     bool                     `json:"sealed"`
+	SealedAt   time.Time                `json:"sealed_at,omitzero"`
+	Revoked    *directory.LotRevocation `json:"revoked,omitempty"`
+	Withdrawn  int                      `json:"revoked_devices"`
+	Version    int                      `json:"revocations_version"`
+	NextUpdate time.Time                `json:"next_update"` // of the list of revoked devices
+	NoList     string                   `json:"no_revocations,omitempty"`
+}
+
+// Granted says to whom a lot was granted, and when last.
+type Granted struct {
+	Operator string    `json:"operator"`
+	Time     time.Time `json:"time"`
+}
+
+// Lots gives all lots.
+func (o *Overview) Lots(ctx context.Context) iter.Seq2[*LotState, error] {
+	return func(yield func(*LotState, error) bool) {
+		all, err := o.reader.Manifests(ctx)
+		if err != nil {
+			yield(nil, err)
+			return
+		}
+		for _, m := range all {
+			if s, err := o.lot(ctx, m); !yield(s, err) || err != nil {
+				return
+			}
+		}
+	}
+}
+
+// Lot gives one.
+func (o *Overview) Lot(ctx context.Context, lot string) (*LotState, error) {
+	m, err := readLot(ctx, o.reader, lot)
+	if err != nil {
+		return nil, err
+	}
+	return o.lot(ctx, m)
+}
+
+func (o *Overview) lot(ctx context.Context, m *directory.Manifest) (s *LotState, err error) {
+	s = &LotState{Manifest: m, Devices: m.Devices()}
+	names, err := o.store.List(ctx, directory.ShardsPath(m.Lot))
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range names {
+		if n, err := strconv.Atoi(name); err == nil && n >= 0 && n < m.Shards() {
+			_, devices := m.ShardRange(n)
+			s.Published += devices
+		}
+	}
+	list, err := o.reader.ReadRevocations(ctx, m)
+	if errors.Is(err, directory.ErrNotFound) {
+		s.NoList, list, err = err.Error(), new(directory.Revocations), nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	s.Revoked, s.Version, s.NextUpdate = list.Whole, list.Version, list.NextUpdate
+	for _, part := range list.Parts {
+		for _, b := range part.Revoked {
+			s.Withdrawn += bits.OnesCount8(b)
+		}
+	}
+	if s.Granted, err = o.state.grantsOf(m.Lot); err != nil {
+		return nil, err
+	}
+	if s.SealedAt, err = o.state.sealed(m.Lot); err != nil {
+		return nil, err
+	}
+	s.Sealed = !s.SealedAt.IsZero()
+	switch {
+	case s.Revoked != nil:
+		s.Stage = StageRevoked
+	case s.Sealed:
+		s.Stage = StageSealed
+	case s.Published == 0:
+		s.Stage = StagePlanned
+	case s.Published < s.Devices:
+		s.Stage = StageBegun
+	case len(s.Granted) == 0:
+		s.Stage = StagePublished
+	default:
+		s.Stage = StageGranted
+	}
+	return s, nil
+}
+
+// grantsOf lists who was granted a lot.
+func (s State) grantsOf(lot string) ([]Granted, error) {
+	all := []Granted{}
+	operators, err := os.ReadDir(s.path("grants"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	for _, e := range operators {
+		t, err := readTime(s.path("grants", e.Name(), lot))
+		if err != nil {
+			return nil, err
+		}
+		if !t.IsZero() {
+			all = append(all, Granted{e.Name(), t})
+		}
+	}
+	return all, nil
+}
+
+// recordSeal remembers, durably, that a lot's key was sealed: sealed/LOT. The first time stays.
+func (s State) recordSeal(lot string) error {
+	if t, err := s.sealed(lot); err != nil || !t.IsZero() {
+		return err
+	}
+	if err := durable.MkdirAll(s.path("sealed"), 0o755); err != nil {
+		return err
+	}
+	return durable.WriteFile(s.path("sealed", lot), []byte(time.Now().UTC().Format(time.RFC3339)+"\n"), 0o644)
+}
+
+// sealed is when a lot's key was sealed; zero if this folder does not know that it was.
+func (s State) sealed(lot string) (time.Time, error) { return readTime(s.path("sealed", lot)) }
+
+// readTime reads a file that has a time; zero if there is none.
+func readTime(path string) (time.Time, error) {
+	text, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return time.Time{}, nil
+	}
+	if err != nil {
+		return time.Time{}, err
+	}
+	t, err := time.Parse(time.RFC3339, strings.TrimSpace(string(text)))
+	if err != nil {
+		err = fmt.Errorf("%s is damaged: bring it back from a backup of the folder: %w", path, err)
+	}
+	return t, err
+}
+
+// Work is how a lot's provisioning goes, by what this machine has of it.
+type Work struct {
+	Made     int       `json:"made"`     // devices whose injection packages the journal knows
+	Waiting  int       `json:"waiting"`  // of those, the ones that are not published
+	Packages int       `json:"packages"` // injection packages in the folder
+	Last     time.Time `json:"last_made,omitzero"`
+	PerHour  float64   `json:"per_hour"` // devices, by the last quarter of an hour
+	Left     float64   `json:"seconds_left"`
+}
+
+const quarter = 15 * time.Minute
+
+// Work looks at the journal, and at the packages of the lot in a folder.
+func (o *Overview) Work(ctx context.Context, s *LotState, injection string, now time.Time) (*Work, error) {
+	w, m := new(Work), s.Manifest
+	if _, err := os.Stat(o.state.path("journal.db")); err == nil {
+		j, err := o.state.journal(ctx, o.verifier.KeyID())
+		if err != nil {
+			return nil, err
+		}
+		entries, err := j.Entries(ctx, m.Lot)
+		if err := errors.Join(err, j.Close()); err != nil {
+			return nil, err
+		}
+		for n, e := range entries {
+			if n < 0 || n >= m.Shards() || e.State < shard.Generated {
+				continue
+			}
+			_, devices := m.ShardRange(n)
+			if w.Made += devices; e.State < shard.Published {
+				w.Waiting += devices
+			}
+		}
+	}
+	var recent []time.Time
+	devices := map[time.Time]int{}
+	for n := range m.Shards() {
+		info, err := os.Stat(filepath.Join(injection, m.Lot, handover.InjectionFile(n)))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		w.Packages++
+		at := info.ModTime()
+		if at.After(w.Last) {
+			w.Last = at
+		}
+		if now.Sub(at) < quarter {
+			_, d := m.ShardRange(n)
+			recent = append(recent, at)
+			devices[at] += d
+		}
+	}
+	if len(recent) > 1 { // the work on the first package began at a time that nobody knows: it only starts the clock
+		first := slices.MinFunc(recent, time.Time.Compare)
+		made := -devices[first]
+		for _, d := range devices {
+			made += d
+		}
+		if span := now.Sub(first); made > 0 && span > 0 {
+			w.PerHour = float64(made) / span.Hours()
+			w.Left = float64(max(0, s.Devices-s.Published-w.Waiting)) / w.PerHour * 3600
+		}
+	}
+	return w, nil
+}

@@ -1,0 +1,251 @@
+package cmdline
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/urfave/cli/v2"
+	"golang.org/x/term"
+)
+
+// A Step is how far a work is.
+type Step struct {
+	Before int    // what earlier runs had done: it says nothing of this run's rate
+	Done   int    // what this run did
+	Begun  bool   // this run is at work, although nothing of it may be done yet
+	Total  int    // of all; 0 if nobody knows
+	Note   string // more for people
+	Detail any    // more for programs: a struct, whose fields stand beside those of the JSON document
+}
+
+// Progress shows how far a command's work is, on standard error: on a terminal in a line that changes, below all else
+// that is written there; else in a line every few seconds, which with --json is a JSON document. It may be used
+// concurrently.
+type Progress struct {
+	w          io.Writer
+	what, unit string
+	json       bool
+	terminal   bool
+	began      time.Time
+	ended      chan struct{}
+	ticking    sync.WaitGroup
+
+	mu    sync.Mutex
+	step  Step      // guarded by mu
+	since time.Time // guarded by mu: this run's work began then
+}
+
+const (
+	sayEvery  = 5 * time.Second
+	drawEvery = 200 * time.Millisecond
+)
+
+// NewProgress begins to show a work, which is counted in a unit. Close ends it.
+func NewProgress(c *cli.Context, what, unit string, total int) *Progress {
+	p := newProgress(c.App.ErrWriter, what, unit, c.Bool("json"))
+	p.step.Total = total
+	p.show(map[bool]time.Duration{true: drawEvery, false: sayEvery}[p.terminal])
+	return p
+}
+
+// Spin shows that a work of unknown length goes on, and since when, until stop is called.
+func Spin(c *cli.Context, what string) (stop func()) { return NewProgress(c, what, "", 0).Close }
+
+func newProgress(w io.Writer, what, unit string, asJSON bool) *Progress {
+	w = onScreen(w)
+	now := time.Now()
+	return &Progress{w: w, what: what, unit: unit, json: asJSON, terminal: Terminal(w) && !asJSON,
+		began: now, since: now, ended: make(chan struct{})}
+}
+
+func (p *Progress) show(every time.Duration) {
+	p.ticking.Go(func() {
+		tick := time.NewTicker(every)
+		defer tick.Stop()
+		for {
+			select {
+			case <-tick.C:
+				p.say(time.Now())
+			case <-p.ended:
+				return
+			}
+		}
+	})
+}
+
+// At says how much this run has done, of the total.
+func (p *Progress) At(n int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.set(Step{Done: n, Total: p.step.Total})
+}
+
+// Set says how far the work is.
+func (p *Progress) Set(s Step) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.set(s)
+}
+
+func (p *Progress) set(s Step) {
+	if p.step = s; s.Done == 0 && !s.Begun { // it still looks at what is there
+		p.since = time.Now()
+	}
+}
+
+// Close takes the line that changes away: what is written next has a line of its own.
+func (p *Progress) Close() {
+	close(p.ended)
+	p.ticking.Wait()
+	if s, ok := p.w.(*screen); ok {
+		s.show("")
+	}
+}
+
+func (p *Progress) say(now time.Time) {
+	p.mu.Lock()
+	s, since := p.step, p.since
+	p.mu.Unlock()
+	switch {
+	case p.json:
+		json.NewEncoder(p.w).Encode(p.document(s, since, now))
+	case p.terminal:
+		p.w.(*screen).show(p.drawn(s, since, now))
+	default:
+		fmt.Fprintf(p.w, "%s: %s\n", p.what, p.said(s, since, now))
+	}
+}
+
+// pace is the rate of this run's work, and how long it will take for the rest; zero if nobody can say.
+func (s Step) pace(since, now time.Time) (perSecond float64, left time.Duration) {
+	if s.Done == 0 || !now.After(since) {
+		return 0, 0
+	}
+	perSecond = float64(s.Done) / now.Sub(since).Seconds()
+	rest := float64(max(0, s.Total-s.Before-s.Done)) / perSecond
+	return perSecond, time.Duration(rest * float64(time.Second)).Round(time.Second)
+}
+
+func (p *Progress) document(s Step, since, now time.Time) map[string]any {
+	doc := map[string]any{}
+	if text, err := json.Marshal(s.Detail); err == nil {
+		json.Unmarshal(text, &doc)
+	}
+	if doc == nil { // no Detail
+		doc = map[string]any{}
+	}
+	doc["what"], doc["seconds"] = p.what, now.Sub(p.began).Seconds()
+	if p.unit != "" {
+		rate, left := s.pace(since, now)
+		doc["unit"], doc["done"], doc["per_second"] = p.unit, s.Before+s.Done, rate
+		if s.Total > 0 {
+			doc["total"], doc["seconds_left"] = s.Total, left.Seconds()
+		}
+	}
+	return doc
+}
+
+func (p *Progress) said(s Step, since, now time.Time) string {
+	if p.unit == "" {
+		return now.Sub(p.began).Round(time.Second).String()
+	}
+	text := fmt.Sprintf("%d %s", s.Before+s.Done, p.unit)
+	if s.Total > 0 {
+		text = fmt.Sprintf("%d of %d %s", s.Before+s.Done, s.Total, p.unit)
+	}
+	if rate, left := s.pace(since, now); rate > 0 {
+		text += fmt.Sprintf(", %.0f/s", rate)
+		if s.Total > 0 {
+			text += fmt.Sprintf(", %s left", left)
+		}
+	}
+	if s.Note != "" {
+		text += "; " + s.Note
+	}
+	return text
+}
+
+func (p *Progress) drawn(s Step, since, now time.Time) string {
+	if s.Total == 0 {
+		const spinner = `|/-\`
+		return fmt.Sprintf("%c %s: %s", spinner[now.Sub(p.began)/drawEvery%time.Duration(len(spinner))], p.what,
+			p.said(s, since, now))
+	}
+	const width = 20
+	share := min(float64(s.Before+s.Done)/float64(s.Total), 1)
+	full := int(share * width)
+	return fmt.Sprintf("%s [%s%s] %3d%%  %s", p.what, strings.Repeat("#", full), strings.Repeat("-", width-full),
+		int(100*share), p.said(s, since, now))
+}
+
+// A screen is a terminal with a line at the end that changes. What else is written has lines of its own above it.
+type screen struct {
+	f    *os.File
+	mu   sync.Mutex
+	line string // guarded by mu: what is shown; empty for nothing
+}
+
+// onScreen gives w a line that changes, if it is a terminal.
+func onScreen(w io.Writer) io.Writer {
+	if f, ok := w.(*os.File); ok && Terminal(f) {
+		return &screen{f: f}
+	}
+	return w
+}
+
+func (s *screen) Fd() uintptr { return s.f.Fd() }
+
+const clearLine = "\r\x1b[K"
+
+func (s *screen) Write(text []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.line == "" {
+		return s.f.Write(text)
+	}
+	s.line = "" // the next show brings it back
+	if _, err := s.f.WriteString(clearLine); err != nil {
+		return 0, err
+	}
+	return s.f.Write(text)
+}
+
+// show has a line shown in the place of the one before; none if it is empty. It never reaches the last column, where
+// some terminals begin a new line.
+func (s *screen) show(line string) {
+	width, _, err := term.GetSize(int(s.f.Fd()))
+	if err != nil || width < 2 {
+		width = 80
+	}
+	if runes := []rune(line); len(runes) > width-1 {
+		line = string(runes[:width-1])
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if line != s.line {
+		s.line = line
+		s.f.WriteString(clearLine + line)
+	}
+}
+
+// A Colour of text, by ECMA-48's number.
+type Colour int
+
+const (
+	Red    Colour = 31
+	Green  Colour = 32
+	Yellow Colour = 33
+)
+
+// Paint gives a text a colour where w is a terminal, unless NO_COLOR is set (https://no-color.org).
+func Paint(w io.Writer, c Colour, text string) string {
+	if !Terminal(w) || os.Getenv("NO_COLOR") != "" {
+		return text
+	}
+	return fmt.Sprintf("\x1b[%dm%s\x1b[0m", c, text)
+}

@@ -1,0 +1,209 @@
+package cmdline
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/urfave/cli/v2"
+	"golang.org/x/sys/unix"
+)
+
+// terminal opens a pseudo-terminal of so many columns. read gives what was written there so far.
+func terminal(t *testing.T, columns uint16) (tty *os.File, read func() string) {
+	t.Helper()
+	t.Setenv("TERM", "xterm")
+	t.Setenv("NO_COLOR", "")
+	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { master.Close() })
+	fd := int(master.Fd())
+	n, err := unix.IoctlGetInt(fd, unix.TIOCGPTN)
+	if err == nil {
+		err = unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0)
+	}
+	if err == nil {
+		err = unix.IoctlSetWinsize(fd, unix.TIOCSWINSZ, &unix.Winsize{Row: 24, Col: columns})
+	}
+	if err == nil {
+		tty, err = os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tty, func() string {
+		tty.Close()
+		text, _ := io.ReadAll(master) // it ends with EIO when nobody has the other end any more
+		return string(text)
+	}
+}
+
+// looks gives the lines that somebody sees in the end: a carriage return goes back to the first column, and what was
+// there is written over or cleared.
+func looks(text string) (lines []string) {
+	for line := range strings.SplitSeq(strings.ReplaceAll(text, "\r\n", "\n"), "\n") {
+		var seen []rune
+		at := 0
+		for i := 0; i < len(line); {
+			switch {
+			case line[i] == '\r':
+				at = 0
+				i++
+			case strings.HasPrefix(line[i:], "\x1b[K"):
+				seen = seen[:at]
+				i += 3
+			default:
+				r := []rune(line[i:])[0]
+				seen = append(seen[:at], append([]rune{r}, seen[min(at+1, len(seen)):]...)...)
+				at++
+				i += len(string(r))
+			}
+		}
+		lines = append(lines, string(seen))
+	}
+	return lines
+}
+
+// After a resume, what earlier runs did says nothing of how long the rest takes.
+func TestPaceAfterResume(t *testing.T) {
+	began := time.Unix(1000, 0)
+	s := Step{Before: 10_000, Done: 100, Total: 20_000}
+	rate, left := s.pace(began, began.Add(10*time.Second))
+	if rate != 10 || left != 990*time.Second {
+		t.Errorf("%g a second, %s left", rate, left)
+	}
+	if rate, left := (Step{Before: 10_000, Total: 20_000}).pace(began, began.Add(time.Second)); rate != 0 || left != 0 {
+		t.Errorf("nothing is done yet, and it says %g a second, %s left", rate, left)
+	}
+}
+
+// The time that a run looks at what is there is none of its work.
+func TestPaceBeginsWithTheWork(t *testing.T) {
+	p := newProgress(new(bytes.Buffer), "L1", "devices", false)
+	p.since = time.Unix(0, 0)
+	p.Set(Step{Before: 100, Total: 200})
+	if time.Since(p.since) > time.Hour {
+		t.Error("the time before the work counts")
+	}
+	p.since = time.Unix(0, 0)
+	p.Set(Step{Before: 100, Total: 200, Begun: true})
+	if time.Since(p.since) < time.Hour {
+		t.Error("the time of the first work does not count")
+	}
+}
+
+// On a terminal an error has a line of its own, and the bar is gone in the end; the bar fits the terminal.
+func TestProgressOnTerminal(t *testing.T) {
+	const columns = 60
+	tty, read := terminal(t, columns)
+	app := &cli.App{Name: "prog", Writer: io.Discard, ErrWriter: tty, Commands: []*cli.Command{{Name: "work",
+		Action: func(c *cli.Context) error {
+			p := NewProgress(c, "L1", "devices", 200)
+			defer p.Close()
+			p.At(50)
+			p.say(time.Now())
+			fmt.Fprintln(c.App.ErrWriter, "a warning")
+			p.Set(Step{Done: 100, Total: 200, Note: strings.Repeat("x", 100)})
+			p.say(time.Now())
+			return errors.New("it failed")
+		}}}}
+	if code := Run(context.Background(), app, []string{"prog", "work"}); code != exitFailed {
+		t.Error(code)
+	}
+	text := read()
+	for _, want := range []string{"L1 [#####---------------]  25%  50 of 200 devices", "[##########----------]  50%"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("%q is not in %q", want, text)
+		}
+	}
+	if got := strings.Join(looks(text), "\n"); got != "a warning\nprog: it failed\n" {
+		t.Errorf("what one sees: %q", got)
+	}
+	for part := range strings.SplitSeq(text, clearLine) {
+		if line, _, _ := strings.Cut(part, "\n"); len(line) >= columns {
+			t.Errorf("%q does not fit", line)
+		}
+	}
+}
+
+// A key of an HSM takes minutes: the spinner turns by itself, and shows the time.
+func TestSpin(t *testing.T) {
+	tty, read := terminal(t, 80)
+	app := &cli.App{Name: "prog", Writer: io.Discard, ErrWriter: tty, Commands: []*cli.Command{{Name: "work",
+		Action: func(c *cli.Context) error {
+			stop := Spin(c, "making a key")
+			time.Sleep(8 * drawEvery)
+			stop()
+			return nil
+		}}}}
+	Run(context.Background(), app, []string{"prog", "work"})
+	text := read()
+	if !strings.Contains(text, "making a key: 0s") || strings.Count(text, "making a key") < 2 {
+		t.Errorf("%q", text)
+	}
+	if got := strings.Join(looks(text), ""); got != "" {
+		t.Errorf("it leaves %q", got)
+	}
+}
+
+// Elsewhere than on a terminal there are whole lines, and with --json each is a document with the fields of the detail.
+func TestProgressElsewhere(t *testing.T) {
+	var out bytes.Buffer
+	p := newProgress(&out, "L1", "devices", false)
+	p.Set(Step{Before: 10, Done: 5, Total: 20, Note: "token busy 90%"})
+	p.say(p.since.Add(5 * time.Second))
+	if got := out.String(); got != "L1: 15 of 20 devices, 1/s, 5s left; token busy 90%\n" {
+		t.Errorf("%q", got)
+	}
+	out.Reset()
+	p = newProgress(&out, "L1", "devices", true)
+	p.Set(Step{Before: 10, Done: 5, Total: 20, Detail: struct {
+		Lot string `json:"lot"`
+	}{"L1"}})
+	p.say(p.since.Add(5 * time.Second))
+	var doc map[string]any
+	if err := json.Unmarshal(out.Bytes(), &doc); err != nil || doc["lot"] != "L1" || doc["done"] != 15.0 ||
+		doc["per_second"] != 1.0 || doc["seconds_left"] != 5.0 {
+		t.Errorf("%v %s", err, &out)
+	}
+}
+
+// People read a log at a terminal, with colours unless NO_COLOR is set; programs read one elsewhere.
+func TestLogFormat(t *testing.T) {
+	write := func(w io.Writer) {
+		log := NewLog(w, slog.HandlerOptions{ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
+			if a.Key == "imsi" {
+				a.Value = slog.StringValue("hashed")
+			}
+			return a
+		}})
+		log.With("token", "a b").WithGroup("g").Warn("refused", "imsi", "001010000000001")
+	}
+	var out bytes.Buffer
+	write(&out)
+	var doc map[string]any
+	if err := json.Unmarshal(out.Bytes(), &doc); err != nil || doc["msg"] != "refused" {
+		t.Error(err, out.String())
+	}
+	tty, read := terminal(t, 80)
+	write(tty)
+	if text := read(); !strings.HasSuffix(text, " \x1b[33mWARN \x1b[0m refused  token=\"a b\" g.imsi=hashed\r\n") {
+		t.Errorf("%q", text)
+	}
+	tty, read = terminal(t, 80)
+	t.Setenv("NO_COLOR", "1")
+	write(tty)
+	if text := read(); strings.Contains(text, "\x1b") || !strings.Contains(text, "WARN  refused") {
+		t.Errorf("%q", text)
+	}
+}

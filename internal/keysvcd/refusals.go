@@ -1,0 +1,65 @@
+package keysvcd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/internal/durable"
+)
+
+func refusalsFile(state string) string { return filepath.Join(state, "refusals.json") }
+
+// ReadRefusals gives what a service that has this state folder remembers of refusals: nothing, if it wrote none down.
+func ReadRefusals(state string) (*binding.Refusals, error) {
+	r := new(binding.Refusals)
+	saved, err := os.ReadFile(refusalsFile(state))
+	if errors.Is(err, fs.ErrNotExist) {
+		return r, nil
+	}
+	if err == nil {
+		err = r.Load(saved)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s cannot be read; it can be removed, and the last refusals are then forgotten: %w",
+			refusalsFile(state), err)
+	}
+	return r, nil
+}
+
+// keepRefusals writes down what is remembered of refusals, for keysvc binding explain, until stop is called. No call
+// waits for that.
+func keepRefusals(r *binding.Refusals, state string, log *slog.Logger) (stop func()) {
+	save := func() {
+		saved, err := r.Save()
+		if err == nil && saved != nil {
+			err = durable.WriteFile(refusalsFile(state), saved, 0o600)
+		}
+		if err != nil {
+			log.Warn("the last refusals were not written down", "cause", err.Error())
+		}
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	kept := make(chan struct{})
+	go func() {
+		defer close(kept)
+		defer save()
+		tick := time.NewTicker(2 * time.Second)
+		defer tick.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-tick.C:
+				save()
+			}
+		}
+	}()
+	return func() { cancel(); <-kept }
+}
