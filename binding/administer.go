@@ -18,11 +18,15 @@ type Reported struct {
 
 // ReportAuthentication activates the pending binding or drops it, if the report is about it: see Subscription.Ends.
 func (s *Service) ReportAuthentication(ctx context.Context, imsi kme.IMSI, ok bool, o Origin) (*Reported, error) {
-	sub, err := s.store.Report(ctx, imsi, o.Name, ok, s.times.Now())
+	now := s.times.Now()
+	sub, err := s.store.Report(ctx, imsi, o.Name, ok, now)
 	if err != nil {
 		return nil, s.failed(ctx, "report", imsi, fromStore(ctx, err), "origin", o.Name)
 	}
 	r := &Reported{sub.Standing(), sub.Served(o)}
+	if a := sub.Active; a != nil && a.Activated.UnixMilli() == now.UnixMilli() { // by this report
+		s.history.saw(imsi, a.IMEI, Shown)
+	}
 	state := State("")
 	if r.Binding != nil {
 		state = r.Binding.State

@@ -39,6 +39,7 @@ type Equipment struct {
 
 // An EquipmentPolicy is what the operator says where the rules leave it to them.
 type EquipmentPolicy struct {
+	ListsLast         bool            // their own list decides only of devices that no other rule is about
 	OtherDevice       EquipmentStatus // of a device with an IMSI that is bound to another
 	OtherSubscription EquipmentStatus // of one that is proven for other IMSIs only
 	NotInLot          EquipmentStatus // of one that cannot prove itself
@@ -56,11 +57,20 @@ func (s *Service) CheckEquipment(ctx context.Context, imei kme.IMEI, imsi kme.IM
 	if err != nil {
 		return e, s.failed(ctx, "check equipment", imsi, err, "imei", imei)
 	}
+	s.history.saw(imsi, imei, Asserted)
+	s.metrics.equipment.WithLabelValues(string(e.Status), string(e.Reason)).Inc()
 	s.log.DebugContext(ctx, "equipment checked", "imsi", imsi, "imei", imei, "status", e.Status, "equipment", e.Reason)
 	return e, nil
 }
 
 func (s *Service) check(ctx context.Context, imei kme.IMEI, imsi kme.IMSI) (Equipment, error) {
+	listed, isListed, err := s.listed.of(imei)
+	if err != nil {
+		return Equipment{}, fromStore(ctx, err)
+	}
+	if isListed && !s.equipment.ListsLast {
+		return Equipment{listed, Listed}, nil
+	}
 	lot := s.lots.find(imei)
 	if lot != nil {
 		if revoked, err := lot.reader.Revoked(lot.manifest, imei); revoked || err != nil {
@@ -102,6 +112,8 @@ func (s *Service) check(ctx context.Context, imei kme.IMEI, imsi kme.IMSI) (Equi
 		return Equipment{s.equipment.OtherSubscription, OtherSubscription}, nil
 	case lot != nil:
 		return Equipment{Greylisted, NotProven}, nil
+	case isListed:
+		return Equipment{listed, Listed}, nil
 	}
 	return Equipment{s.equipment.NotInLot, NotInLot}, nil
 }

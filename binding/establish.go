@@ -6,6 +6,7 @@ import (
 	"crypto/subtle"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/kme"
@@ -59,10 +60,17 @@ func (s *Service) EstablishKME(ctx context.Context, asked EstablishRequest) (*Es
 		}
 	}
 	if err != nil {
+		var r *Refusal
+		if errors.As(err, &r) && slices.Contains(aboutDevice, r.Reason) {
+			s.history.saw(p.IMSI, p.IMEI, Asserted)
+		}
 		return nil, s.failed(ctx, "establish", p.IMSI, err, "imei", p.IMEI, "origin", p.Origin.Name)
 	}
 	return e, nil
 }
+
+// aboutDevice are the refusals of a device that was named and has proven nothing; others are about the call.
+var aboutDevice = []kme.Reason{kme.UnknownDevice, kme.RevokedDevice, kme.OtherDevice, kme.KMERejected}
 
 // outside does what waits for others than the HSM and the store: meanwhile the call's place is somebody else's.
 func (s *Service) outside(ctx context.Context, p *establishment, wait func()) error {

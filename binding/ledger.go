@@ -26,7 +26,7 @@ const (
 )
 
 // About a manufacturer, see ManufacturerSubject; a lot, see LotSubject; its list of revoked devices, see
-// RevocationsSubject; or the store itself, StoreSubject.
+// RevocationsSubject; an entry of the operator's list of devices, see ListingSubject; or the store itself, StoreSubject.
 const (
 	EventEnrolled   Event = "ENROLLED"
 	EventDistrusted Event = "DISTRUSTED"
@@ -38,6 +38,10 @@ const (
 
 	// EventRevocations is a list of revoked devices that was believed for the first time; see RevocationMemory.
 	EventRevocations Event = "REVOCATIONS"
+
+	// About an entry of the operator's own list of devices, see ListingSubject.
+	EventListed   Event = "LISTED"
+	EventUnlisted Event = "UNLISTED"
 
 	EventMigrated Event = "MIGRATED" // copied here from another store
 	EventAccepted Event = "ACCEPTED" // although it is an earlier one than the service wrote

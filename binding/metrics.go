@@ -18,6 +18,7 @@ type Metrics struct {
 	inFlight prometheus.Gauge
 	panics   prometheus.Counter
 
+	equipment       *prometheus.CounterVec
 	unauthenticated *prometheus.CounterVec
 }
 
@@ -46,6 +47,8 @@ func NewMetrics(r prometheus.Registerer) *Metrics {
 		panics: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "kme_panics_total", Help: "Panics, each of which has ended a call or some work.",
 		}),
+		equipment: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "kme_equipment_checks_total",
+			Help: "Devices that CheckEquipment was asked about, by status and reason."}, []string{"status", "reason"}),
 		unauthenticated: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "kme_unauthenticated_total",
 			Help: "Callers that were not let in: certificate, it was not verified; " +
@@ -53,7 +56,8 @@ func NewMetrics(r prometheus.Registerer) *Metrics {
 				"none such.",
 		}, []string{"why"}),
 	}
-	r.MustRegister(m.calls, m.refusals, m.rejected, m.hsm, m.queue, m.inFlight, m.panics, m.unauthenticated)
+	r.MustRegister(m.calls, m.refusals, m.rejected, m.hsm, m.queue, m.inFlight, m.panics, m.equipment,
+		m.unauthenticated)
 	for _, why := range []string{"certificate", "handshake", "client", "user"} { // so that the first is an increase
 		m.unauthenticated.WithLabelValues(why)
 	}

@@ -39,6 +39,8 @@ type Service struct {
 	unknown  *strangers
 
 	equipment EquipmentPolicy
+	listed    *listed
+	history   *History
 
 	// open has the attempts that this process has seen open, the last of each IMSI: the store need not be
 	// asked before their EstablishKME. Another process may have closed one since; then the store says so
@@ -71,6 +73,8 @@ type Options struct {
 	Limits Limits // optional: none
 	// Equipment is optional: DefaultEquipmentPolicy
 	Equipment *EquipmentPolicy
+	Listings  Listings  // optional: the operator has no list of devices. See LoadListings
+	History   *History  // optional: nobody asks with which devices subscriptions were seen
 	Metrics   *Metrics  // optional: where calls are counted and measured
 	Refusals  *Refusals // optional: where the last refusal of each subscription is remembered
 	// Log gets each decision, in one line, with the Actor of the call's context. No line holds a secret.
@@ -89,7 +93,7 @@ func NewService(o Options) *Service {
 			MaximumSize: maxOpen, ExpiryCalculator: otter.ExpiryWriting[kme.IMSI, Attempt](o.Times.Attempt),
 		}),
 	}
-	s.equipment = DefaultEquipmentPolicy()
+	s.equipment, s.listed, s.history = DefaultEquipmentPolicy(), newListed(o.Listings), o.History
 	if o.Equipment != nil {
 		s.equipment = *o.Equipment
 	}

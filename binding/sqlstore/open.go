@@ -21,8 +21,10 @@ import (
 var (
 	//go:embed schema.sql
 	schema string
+	//go:embed equipment.sql
+	equipmentSchema string
 
-	migrations = []string{schema}
+	migrations = []string{schema, equipmentSchema}
 )
 
 // CheckName refuses what is no name of a store. Its error has no password.
@@ -125,6 +127,8 @@ var rights = postgres.Rights{
 		"ledger":         "SELECT, INSERT",
 		"spent_rands":    "SELECT, INSERT",
 		"actors":         "SELECT, INSERT",
+		"equipment":      "SELECT, INSERT, UPDATE",
+		"sightings":      "SELECT, INSERT, UPDATE, DELETE",
 	},
 	AppendOnly: []string{"ledger", "spent_rands"},
 }

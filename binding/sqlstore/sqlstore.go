@@ -53,6 +53,8 @@ var (
 	_ binding.Store         = (*Store)(nil)
 	_ binding.Registry      = (*Store)(nil)
 	_ tokenkeys.SealedStore = (*Store)(nil)
+	_ binding.Listings      = (*Store)(nil)
+	_ binding.Sightings     = (*Store)(nil)
 )
 
 // Close ends all connections.

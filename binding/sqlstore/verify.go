@@ -54,6 +54,10 @@ func (s *Store) Verify(ctx context.Context, report func(rows int)) (*Report, err
 	if found(err) != nil {
 		return r, err
 	}
+	err = s.settled(ctx, "verify", "equipment", func(q sqlconn.Conn) error { _, err := s.listed(ctx, q, 0); return err })
+	if found(err) != nil {
+		return r, err
+	}
 	return r, imsis(ctx, q, func(imsi kme.IMSI) error {
 		_, err := s.current(ctx, "verify", imsi, time.Now())
 		var d *binding.DamagedRow

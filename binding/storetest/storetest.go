@@ -18,11 +18,13 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// A Store is what Run tests: both interfaces in one.
+// A Store is what Run tests: all interfaces in one.
 type Store = interface {
 	binding.Store
 	binding.Registry
 	tokenkeys.SealedStore
+	binding.Listings
+	binding.Sightings
 }
 
 // Run tests an implementation. open gives a store that holds nothing, and closes it at the end of its test.
@@ -68,11 +70,16 @@ func Run(t *testing.T, open func(t *testing.T) Store) {
 		{"Noted", noted},
 		{"LastNote", lastNote},
 		{"RolledBack", rolledBack},
+		{"Equipment", equipment},
+		{"Listed", listed},
+		{"Sightings", sightings},
+		{"SightingsBounded", sightingsBounded},
 		{"RacePrepare", racePrepare},
 		{"RaceAttempt", raceAttempt},
 		{"RaceLedger", raceLedger},
 		{"RaceReport", raceReport},
 		{"RaceLots", raceLots},
+		{"RaceListed", raceListed},
 	} {
 		t.Run(c.name, func(t *testing.T) { c.test(t, open(t)) })
 	}

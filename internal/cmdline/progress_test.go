@@ -117,7 +117,7 @@ func TestProgressOnTerminal(t *testing.T) {
 			p.say(time.Now())
 			return errors.New("it failed")
 		}}}}
-	if code := Run(context.Background(), app, []string{"prog", "work"}); code != exitFailed {
+	if code := Program{App: app}.Run(context.Background(), []string{"prog", "work"}); code != exitFailed {
 		t.Error(code)
 	}
 	text := read()
@@ -146,7 +146,7 @@ func TestSpin(t *testing.T) {
 			stop()
 			return nil
 		}}}}
-	Run(context.Background(), app, []string{"prog", "work"})
+	Program{App: app}.Run(context.Background(), []string{"prog", "work"})
 	text := read()
 	if !strings.Contains(text, "making a key: 0s") || strings.Count(text, "making a key") < 2 {
 		t.Errorf("%q", text)

@@ -64,7 +64,7 @@ func TestServe(t *testing.T) {
 	if err := os.Mkdir(state, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := Serve(t.Context(), path, io.Discard); err == nil ||
+	if err := Serve(t.Context(), Source{Path: path}, io.Discard); err == nil ||
 		!strings.Contains(err.Error(), "no keys yet: run keysvc init first") {
 		t.Fatalf("a token without keys: %v", err)
 	}

@@ -1,0 +1,194 @@
+package binding
+
+import (
+	"context"
+	"log/slog"
+	"time"
+
+	"github.com/maypok86/otter/v2"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// Evidence is what says that a subscription was used in a device.
+type Evidence string
+
+const (
+	Asserted Evidence = "ASSERTED" // the network named it: the device itself has shown nothing
+	Shown    Evidence = "PROVEN"   // a binding became active: the device has shown that it has the KME
+)
+
+// A Sighting is a subscription that was seen with a device.
+type Sighting struct {
+	IMSI     kme.IMSI  `json:"imsi"`
+	IMEI     kme.IMEI  `json:"imei"`
+	Evidence Evidence  `json:"evidence"`
+	First    time.Time `json:"first"`
+	Last     time.Time `json:"last"` // to within the resolution of History
+}
+
+// A Move is a subscription that was seen with another device than before.
+type Move struct {
+	Sighting
+	Before Sighting // the last one with another device
+}
+
+// MaxDevices bounds the sightings that are kept of an IMSI: of more, those that are the longest ago are forgotten.
+const MaxDevices = 32
+
+// Sightings keep with which devices subscriptions were seen.
+type Sightings interface {
+	// See notes sightings, whose First is their Last, and gives those that are moves. A row that was changed by somebody
+	// else is replaced.
+	See(ctx context.Context, all []Sighting) ([]Move, error)
+	// Sightings gives those of an IMSI and of a device; the zero values stand for none.
+	Sightings(ctx context.Context, imsi kme.IMSI, imei kme.IMEI) ([]Sighting, error)
+	// Forget removes sightings whose Last is before a time, and the oldest if there are more than most.
+	Forget(ctx context.Context, before time.Time, most int) (forgotten int, err error)
+}
+
+// HistoryOptions are a History's.
+type HistoryOptions struct {
+	Store    Sightings
+	Keep     time.Duration         // for how long after its Last a sighting is kept
+	Most     int                   // sightings that are kept
+	Moved    func(Move)            // is called for each move; must not wait
+	Now      func() time.Time      // time.Now, but for tests
+	Log      *slog.Logger          // of failures, and of moves
+	Registry prometheus.Registerer // of what is counted
+}
+
+const (
+	// resolution is how often a subscription that stays in its device is written down.
+	resolution = time.Hour
+	// maxRecent bounds the memory for what was written down lately. What it has not is written again.
+	maxRecent = 200_000
+	// maxUnseen bounds the sightings that wait to be written. More are dropped, and counted.
+	maxUnseen = 10_000
+	// maxSeen of them are written in one change: others' changes wait for it.
+	maxSeen = 64
+	// gathering is for how long sightings are gathered, so that they are written together.
+	gathering = 100 * time.Millisecond
+)
+
+// A History notes with which devices subscriptions are seen, beside the calls: none waits for it.
+type History struct {
+	o       HistoryOptions
+	recent  *otter.Cache[kme.IMSI, lately]
+	queue   chan Sighting
+	moves   *prometheus.CounterVec
+	dropped prometheus.Counter
+}
+
+// A lately is the device that a subscription was seen with last, and when that was written down last.
+type lately struct {
+	imei            kme.IMEI
+	asserted, shown time.Time
+}
+
+func (l *lately) at(e Evidence) *time.Time {
+	if e == Shown {
+		return &l.shown
+	}
+	return &l.asserted
+}
+
+// NewHistory makes a History, which writes while Run does.
+func NewHistory(o HistoryOptions) *History {
+	h := &History{
+		o: o, queue: make(chan Sighting, maxUnseen),
+		recent: otter.Must(&otter.Options[kme.IMSI, lately]{MaximumSize: maxRecent}),
+		moves: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "kme_equipment_moves_total",
+			Help: "Subscriptions that were seen with another device than before, by evidence."}, []string{"evidence"}),
+		dropped: prometheus.NewCounter(prometheus.CounterOpts{Name: "kme_sightings_dropped_total",
+			Help: "Sightings of a subscription with a device that were not written: too many waited, or the store failed."}),
+	}
+	o.Registry.MustRegister(h.moves, h.dropped)
+	for _, e := range []Evidence{Asserted, Shown} { // so that the first is an increase
+		h.moves.WithLabelValues(string(e))
+	}
+	return h
+}
+
+// saw notes that a subscription was seen with a device. It does not wait. A nil History notes nothing.
+func (h *History) saw(imsi kme.IMSI, imei kme.IMEI, e Evidence) {
+	if h == nil || imsi == (kme.IMSI{}) {
+		return
+	}
+	now := h.o.Now().UTC().Truncate(time.Millisecond)
+	l, _ := h.recent.GetIfPresent(imsi)
+	if l.imei != imei {
+		l = lately{imei: imei}
+	} else if now.Sub(*l.at(e)) < resolution {
+		return
+	}
+	*l.at(e) = now
+	select {
+	case h.queue <- Sighting{imsi, imei, e, now, now}:
+		h.recent.Set(imsi, l)
+	default:
+		h.dropped.Inc()
+	}
+}
+
+// Run writes until ctx ends, and then what waits still. Once an hour it forgets.
+func (h *History) Run(ctx context.Context) {
+	hourly := time.NewTicker(time.Hour)
+	defer hourly.Stop()
+	h.forget(ctx)
+	for {
+		select {
+		case first := <-h.queue:
+			select {
+			case <-time.After(gathering):
+			case <-ctx.Done():
+			}
+			h.write(context.WithoutCancel(ctx), first)
+		case <-hourly.C:
+			h.forget(ctx)
+		case <-ctx.Done():
+			for len(h.queue) > 0 {
+				h.write(context.WithoutCancel(ctx), <-h.queue)
+			}
+			return
+		}
+	}
+}
+
+// write writes a sighting, and those that wait too.
+func (h *History) write(ctx context.Context, first Sighting) {
+	all := []Sighting{first}
+	for len(h.queue) > 0 && len(all) < maxSeen {
+		all = append(all, <-h.queue)
+	}
+	short, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	moves, err := h.o.Store.See(short, all)
+	if err != nil {
+		h.dropped.Add(float64(len(all)))
+		for _, s := range all { // they are to be written the next time
+			h.recent.Invalidate(s.IMSI)
+		}
+		h.o.Log.Error("sightings of subscriptions with devices were not written", "sightings", len(all),
+			"cause", err.Error())
+		return
+	}
+	for _, m := range moves {
+		h.moves.WithLabelValues(string(m.Evidence)).Inc()
+		h.o.Log.Warn("a subscription is in another device", "imsi", m.IMSI, "imei", m.IMEI, "evidence", m.Evidence,
+			"before", m.Before.IMEI, "before_evidence", m.Before.Evidence, "before_last", m.Before.Last)
+		if h.o.Moved != nil {
+			h.o.Moved(m)
+		}
+	}
+}
+
+func (h *History) forget(ctx context.Context) {
+	n, err := h.o.Store.Forget(ctx, h.o.Now().Add(-h.o.Keep), h.o.Most)
+	if err != nil && ctx.Err() == nil {
+		h.o.Log.Error("old sightings of subscriptions with devices were not removed", "cause", err.Error())
+	} else if n > 0 {
+		h.o.Log.Info("old sightings of subscriptions with devices were removed", "sightings", n)
+	}
+}

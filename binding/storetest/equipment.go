@@ -1,0 +1,231 @@
+package storetest
+
+import (
+	"fmt"
+	"reflect"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/internal/must"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+func equipment(t *testing.T, s Store) {
+	one, two, other := subscription(t, 1), subscription(t, 2), subscription(t, 3)
+	phone, another := device(t, 1), device(t, 2)
+	check := func(what string, imei kme.IMEI, imsi kme.IMSI, of ...kme.IMSI) {
+		t.Helper()
+		own, all, err := s.Equipment(t.Context(), imei, imsi, t0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := new(binding.Subscription)
+		if imsi != (kme.IMSI{}) {
+			want = subscriptionOf(t, s, imsi, t0)
+		}
+		if !reflect.DeepEqual(own, want) {
+			t.Errorf("%s: the subscription is\n%+v, want\n%+v", what, own, want)
+		}
+		var got []kme.IMSI
+		for _, b := range all {
+			if got = append(got, b.IMSI); !reflect.DeepEqual(b, subscriptionOf(t, s, b.IMSI, t0).Active) {
+				t.Errorf("%s: the binding of %s is %+v", what, b.IMSI, b)
+			}
+		}
+		slices.SortFunc(got, func(a, b kme.IMSI) int { return strings.Compare(a.String(), b.String()) })
+		if !slices.Equal(got, of) {
+			t.Errorf("%s: the device is bound to %v, want %v", what, got, of)
+		}
+	}
+	check("nothing", phone, one)
+	bind(t, s, one, phone, []byte("one"))
+	check("pending", phone, one)
+	activate(t, s, one, t0)
+	check("active", phone, one, one)
+	check("alone", phone, kme.IMSI{}, one)
+	bind(t, s, two, phone, []byte("two"))
+	activate(t, s, two, t0)
+	bind(t, s, other, another, []byte("three"))
+	activate(t, s, other, t0)
+	check("of two", phone, kme.IMSI{}, one, two)
+	check("of two, asked by a third", phone, other, one, two)
+	// The IMSI is bound to another device: the ledger still knows it as this one's.
+	must.Do(t, s.OpenAttempt(t.Context(), binding.Attempt{ID: "opened", IMSI: two, Expires: t0.Add(ttl), Opened: true}))
+	check("opened", phone, two, one, two)
+	_, a := prepare(t, s, two, t0)
+	must.Do(t, s.Establish(t.Context(), newBinding(two, another, a.ID), []byte("four"), true, t0))
+	check("pending beside active", another, two, other)
+	activate(t, s, two, t0.Add(time.Second))
+	check("gone", phone, two, one)
+	check("there", another, two, two, other)
+	must.Get[*binding.Binding](t)(s.Revoke(t.Context(), one, t0))
+	check("revoked", phone, one)
+}
+
+func listed(t *testing.T, s Store) {
+	check := func(after int64, want ...binding.Listing) []binding.Listing {
+		t.Helper()
+		got := must.Get[[]binding.Listing](t)(s.Listed(t.Context(), after))
+		for i := range got {
+			if want = slices.Clone(want); i < len(want) {
+				want[i].Change = got[i].Change
+			}
+		}
+		if !reflect.DeepEqual(got, want) {
+			t.Errorf("after %d:\n got %+v\nwant %+v", after, got, want)
+		}
+		return got
+	}
+	list := func(changed int, all ...binding.Listing) {
+		t.Helper()
+		if n := must.Get[int](t)(s.List(t.Context(), all)); n != changed {
+			t.Errorf("%d entries have changed, want %d", n, changed)
+		}
+	}
+	check(0)
+	stolen := binding.Listing{Prefix: "01234567000001", Status: binding.Blacklisted, Reason: "stolen", Listed: t0}
+	model := binding.Listing{Prefix: "01234567", Status: binding.Whitelisted, Reason: "ours", Listed: t0}
+	gone := binding.Listing{Prefix: stolen.Prefix, Reason: "found", Listed: t0.Add(time.Hour)}
+	list(2, stolen, model)
+	all := check(0, stolen, model)
+	again := stolen
+	again.Listed = t0.Add(time.Hour)
+	list(0, again, binding.Listing{Prefix: "99", Listed: t0}) // the same, and nothing to remove
+	check(0, stolen, model)
+	list(1, gone)
+	check(all[1].Change, gone)
+	check(0, model, gone)
+	list(0, gone)
+	grey := model
+	grey.Status = binding.Greylisted
+	list(1, grey)
+	check(0, gone, grey)
+
+	entries := must.Get[[]binding.Entry](t)(s.History(t.Context(), binding.ListingSubject(stolen.Prefix)))
+	if len(entries) != 2 || entries[0].Event != binding.EventListed || entries[0].Detail != "BLACKLISTED: stolen" ||
+		entries[1].Event != binding.EventUnlisted || entries[1].Detail != "found" {
+		t.Errorf("the ledger has %+v", entries)
+	}
+}
+
+// Of several who enter the same entry at the same time one has changed the list.
+func raceListed(t *testing.T, s Store) {
+	for round := range 5 {
+		var changed atomic.Int64
+		var all sync.WaitGroup
+		for racer := range racers {
+			all.Go(func() {
+				own := binding.Listing{Prefix: fmt.Sprintf("1%03d", racer), Status: binding.Greylisted, Listed: t0}
+				same := binding.Listing{Prefix: fmt.Sprintf("2%03d", round), Status: binding.Greylisted, Listed: t0}
+				n, err := s.List(t.Context(), []binding.Listing{own, same})
+				if err != nil {
+					t.Error(err)
+				}
+				changed.Add(int64(n))
+			})
+		}
+		all.Wait()
+		want := 1 // the same; and of each its own, the first time
+		if round == 0 {
+			want += racers
+		}
+		if int(changed.Load()) != want {
+			t.Errorf("round %d: %d entries have changed, want %d", round, changed.Load(), want)
+		}
+	}
+	changes := map[int64]bool{}
+	for _, e := range must.Get[[]binding.Listing](t)(s.Listed(t.Context(), 0)) {
+		changes[e.Change] = true
+	}
+	if len(changes) != racers+5 {
+		t.Errorf("%d entries have changes of their own, want %d", len(changes), racers+5)
+	}
+}
+
+// see notes one sighting, and gives the device that the subscription was in before, if this is a move.
+func see(t *testing.T, s Store, imsi kme.IMSI, imei kme.IMEI, e binding.Evidence, at time.Time) (before kme.IMEI) {
+	t.Helper()
+	seen := binding.Sighting{IMSI: imsi, IMEI: imei, Evidence: e, First: at, Last: at}
+	for _, m := range must.Get[[]binding.Move](t)(s.See(t.Context(), []binding.Sighting{seen})) {
+		if m.Sighting.IMSI != imsi || m.Sighting.IMEI != imei || m.Before.IMSI != imsi {
+			t.Errorf("a move of others: %+v", m)
+		}
+		before = m.Before.IMEI
+	}
+	return before
+}
+
+func sightings(t *testing.T, s Store) {
+	one, two := subscription(t, 1), subscription(t, 2)
+	a, b := device(t, 1), device(t, 2)
+	none := kme.IMEI{}
+	at := func(n int) time.Time { return t0.Add(time.Duration(n) * time.Minute) }
+	for n, step := range []struct {
+		imsi   kme.IMSI
+		imei   kme.IMEI
+		e      binding.Evidence
+		before kme.IMEI
+	}{
+		{one, a, binding.Asserted, none},
+		{two, b, binding.Asserted, none}, // another subscription
+		{one, a, binding.Shown, none},    // the same device
+		{one, a, binding.Asserted, none},
+		{one, b, binding.Asserted, a},
+		{one, b, binding.Asserted, none}, // it stays there
+		{one, a, binding.Shown, b},       // and is back
+		{one, b, binding.Shown, a},
+	} {
+		if before := see(t, s, step.imsi, step.imei, step.e, at(n)); before != step.before {
+			t.Errorf("step %d: before it was in %v, want %v", n, before, step.before)
+		}
+	}
+	// One that comes late is no move: it was there before.
+	if before := see(t, s, one, a, binding.Asserted, at(5)); before != none {
+		t.Errorf("a late one is a move from %v", before)
+	}
+	check := func(imsi kme.IMSI, imei kme.IMEI, want ...binding.Sighting) {
+		t.Helper()
+		got := must.Get[[]binding.Sighting](t)(s.Sightings(t.Context(), imsi, imei))
+		if !reflect.DeepEqual(got, want) {
+			t.Errorf("of %s and %s:\n got %+v\nwant %+v", imsi, imei, got, want)
+		}
+	}
+	bOfTwo := binding.Sighting{IMSI: two, IMEI: b, Evidence: binding.Asserted, First: at(1), Last: at(1)}
+	bOfOne := binding.Sighting{IMSI: one, IMEI: b, Evidence: binding.Asserted, First: at(4), Last: at(5)}
+	shownB := binding.Sighting{IMSI: one, IMEI: b, Evidence: binding.Shown, First: at(7), Last: at(7)}
+	check(one, none, binding.Sighting{IMSI: one, IMEI: a, Evidence: binding.Asserted, First: at(0), Last: at(5)}, bOfOne,
+		binding.Sighting{IMSI: one, IMEI: a, Evidence: binding.Shown, First: at(2), Last: at(6)}, shownB)
+	check(kme.IMSI{}, b, bOfOne, shownB, bOfTwo)
+
+	forget := func(before time.Time, most, want int) {
+		t.Helper()
+		if n := must.Get[int](t)(s.Forget(t.Context(), before, most)); n != want {
+			t.Errorf("%d were forgotten, want %d", n, want)
+		}
+	}
+	forget(at(1), 100, 0)
+	forget(at(5), 100, 1)
+	check(two, none)
+	forget(at(0), 1, 3)
+	check(one, none, shownB)
+}
+
+// Of many devices of one IMSI, those that it was seen with the longest ago are forgotten, and those that have proven
+// something last.
+func sightingsBounded(t *testing.T, s Store) {
+	imsi := subscription(t, 1)
+	see(t, s, imsi, device(t, 0), binding.Shown, t0)
+	for n := range 2 * binding.MaxDevices {
+		see(t, s, imsi, device(t, n+1), binding.Asserted, t0.Add(time.Duration(n+1)*time.Second))
+	}
+	got := must.Get[[]binding.Sighting](t)(s.Sightings(t.Context(), imsi, kme.IMEI{}))
+	if len(got) != binding.MaxDevices || got[0].Evidence != binding.Shown ||
+		got[len(got)-1].IMEI != device(t, 2*binding.MaxDevices) {
+		t.Errorf("%d are kept: %+v", len(got), got)
+	}
+}
