@@ -14,33 +14,42 @@ import (
 
 // The commands of these pages run as they are printed, one after the other in one shell, and show what the page says.
 func TestPageCommands(t *testing.T) {
-	for _, page := range []string{"README.md", "docs/ceremony.md", "docs/backup.md"} {
-		t.Run(strings.TrimSuffix(filepath.Base(page), ".md"), func(t *testing.T) {
-			dir := runPage(t, page)
-			if page != "README.md" {
-				return
+	readme, ceremony, backup := read(t, "README.md"), read(t, "docs/ceremony.md"), read(t, "docs/backup.md")
+	t.Run("readme", func(t *testing.T) {
+		left, err := os.ReadDir(runPage(t, readme))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range left {
+			if f.Name() != "softhsm-setup.sh" {
+				t.Errorf("%s is left beside var/, which the page has removed", f.Name())
 			}
-			left, err := os.ReadDir(dir)
-			if err != nil {
-				t.Fatal(err)
-			}
-			for _, f := range left {
-				if f.Name() != "softhsm-setup.sh" {
-					t.Errorf("%s is left beside var/, which the page has removed", f.Name())
-				}
-			}
-		})
+		}
+	})
+	t.Run("ceremony", func(t *testing.T) { runPage(t, ceremony) })
+	t.Run("backup", func(t *testing.T) {
+		before, _, found := strings.Cut(readme, "**9. Stop and clean up.**")
+		if !found {
+			t.Fatal("README.md has no step 9")
+		}
+		runPage(t, before+"\n"+backup)
+	})
+}
+
+func read(t *testing.T, page string) string {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join("..", page))
+	if err != nil {
+		t.Fatal(err)
 	}
+	return string(text)
 }
 
 // runPage runs a page's commands in a folder of their own: the blocks whose first line begins with "$ ". Lines below a
 // command are what it shows: each is a line of the output, and "..." in it stands for what differs each time.
 func runPage(t *testing.T, page string) (dir string) {
+	t.Helper()
 	root, err := filepath.Abs("..")
-	if err != nil {
-		t.Fatal(err)
-	}
-	doc, err := os.ReadFile(filepath.Join(root, page))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -48,7 +57,7 @@ func runPage(t *testing.T, page string) (dir string) {
 	var script strings.Builder
 	var shown [][]string // of each command: the lines that the document has below it
 	inBlock, continued := false, false
-	for line := range strings.SplitSeq(string(doc), "\n") {
+	for line := range strings.SplitSeq(page, "\n") {
 		text, indented := strings.CutPrefix(line, "    ")
 		command, isCommand := strings.CutPrefix(text, "$ ")
 		switch inBlock = indented && (inBlock || isCommand); {
