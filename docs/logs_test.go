@@ -155,7 +155,7 @@ func parse(t *testing.T, root string) map[string]*ast.File {
 		if err != nil {
 			return err
 		}
-		if d.IsDir() && (strings.HasSuffix(path, "test") || strings.HasPrefix(d.Name(), "_") || d.Name() == "testdata") {
+		if d.IsDir() && (strings.HasSuffix(path, "test") || d.Name() == "testdata") {
 			return fs.SkipDir
 		}
 		if filepath.Ext(path) != ".go" || strings.HasSuffix(path, "_test.go") {
