@@ -43,7 +43,7 @@ func TestMain(m *testing.M) { testproc.Main(m.Run) }
 // Each script begins with tokens of its own: factory, factory2, operator and operator2.
 func TestScripts(t *testing.T) { scripts(t, "testdata/script", nil) }
 
-// These have an empty database besides, of which service is no owner.
+// These have two empty databases besides, of which service is no owner.
 func TestPostgresScripts(t *testing.T) {
 	server := pgtest.Start(t)
 	server.Exec(t, "CREATE ROLE service LOGIN")
@@ -51,6 +51,9 @@ func TestPostgresScripts(t *testing.T) {
 		owner := server.Database(t)
 		env.Setenv("OWNER", owner)
 		env.Setenv("SERVICE", server.As(t, owner, "service"))
+		restored := server.Database(t)
+		env.Setenv("RESTORED", restored)
+		env.Setenv("RESTORED_SERVICE", server.As(t, restored, "service"))
 	})
 }
 

@@ -17,13 +17,13 @@ import (
 const module = "github.com/kmehsm/kmehsm"
 
 // Whoever answers the twelve questions of architecture.md from it alone is right: the packages that import what a
-// question has are in the room that its answer names, and there is one.
-func TestRooms(t *testing.T) {
+// question has are below the one that its answer names, and there is one.
+func TestWhichPackage(t *testing.T) {
 	page, err := os.ReadFile("architecture.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, quiz, _ := strings.Cut(string(page), "\n## Which room?\n")
+	_, quiz, _ := strings.Cut(string(page), "\n## Which package?\n")
 	questions, answers, _ := strings.Cut(quiz, "\nAnswers:\n")
 	item, code := regexp.MustCompile(`(?m)^\d+\. .*$`), regexp.MustCompile("`([^`]+)`")
 	asked, answered := item.FindAllString(questions, -1), item.FindAllString(answers, -1)

@@ -1,0 +1,111 @@
+package cmd_test
+
+import (
+	"bytes"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/kmehsm/kmehsm/internal/programs"
+)
+
+// The commands of these pages run as they are printed, one after the other in one shell, and show what the page says.
+func TestPageCommands(t *testing.T) {
+	readme, ceremony, backup := read(t, "README.md"), read(t, "docs/ceremony.md"), read(t, "docs/backup.md")
+	t.Run("readme", func(t *testing.T) {
+		left, err := os.ReadDir(runPage(t, readme))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range left {
+			if f.Name() != "softhsm-setup.sh" {
+				t.Errorf("%s is left beside var/, which the page has removed", f.Name())
+			}
+		}
+	})
+	t.Run("ceremony", func(t *testing.T) { runPage(t, ceremony) })
+	t.Run("backup", func(t *testing.T) {
+		before, _, found := strings.Cut(readme, "**9. Stop and clean up.**")
+		if !found {
+			t.Fatal("README.md has no step 9")
+		}
+		runPage(t, before+"\n"+backup)
+	})
+}
+
+func read(t *testing.T, page string) string {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join("..", page))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+// runPage runs a page's commands in a folder of their own: the blocks whose first line begins with "$ ". Lines below a
+// command are what it shows: each is a line of the output, and "..." in it stands for what differs each time.
+func runPage(t *testing.T, page string) (dir string) {
+	t.Helper()
+	root, err := filepath.Abs("..")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const mark = "end of what a command shows"
+	var script strings.Builder
+	var shown [][]string // of each command: the lines that the document has below it
+	inBlock, continued := false, false
+	for line := range strings.SplitSeq(page, "\n") {
+		text, indented := strings.CutPrefix(line, "    ")
+		command, isCommand := strings.CutPrefix(text, "$ ")
+		switch inBlock = indented && (inBlock || isCommand); {
+		case !inBlock:
+			continue
+		case isCommand:
+			if shown = append(shown, nil); len(shown) > 1 {
+				script.WriteString("echo '" + mark + "'\n")
+			}
+			script.WriteString(command + "\n")
+		case continued:
+			script.WriteString(text + "\n")
+		default:
+			shown[len(shown)-1] = append(shown[len(shown)-1], text)
+		}
+		continued = (isCommand || continued) && strings.HasSuffix(text, "\\")
+	}
+	if len(shown) < 15 {
+		t.Fatalf("only %d commands were found", len(shown))
+	}
+	// A Unix socket's path has 108 octets at most: t.TempDir may be too long.
+	if dir, err = os.MkdirTemp("", ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := os.Symlink(filepath.Join(root, "softhsm-setup.sh"), filepath.Join(dir, "softhsm-setup.sh")); err != nil {
+		t.Fatal(err)
+	}
+	shell := exec.CommandContext(t.Context(), "bash", "-eo", "pipefail", "-c", script.String())
+	shell.Dir = dir
+	shell.Env = append(os.Environ(), "PATH="+programs.Dir(t)+":"+os.Getenv("PATH"))
+	var stderr bytes.Buffer
+	shell.Stderr = &stderr
+	out, err := shell.Output()
+	if err != nil {
+		t.Fatalf("%v\n%s%s", err, out, &stderr)
+	}
+	outputs := strings.Split(string(out), mark+"\n")
+	if len(outputs) != len(shown) {
+		t.Fatalf("%d commands were run, of %d", len(outputs), len(shown))
+	}
+	for i, lines := range shown {
+		for _, line := range lines {
+			pattern := "(?m)^" + strings.ReplaceAll(regexp.QuoteMeta(line), `\.\.\.`, ".*") + "$"
+			if !regexp.MustCompile(pattern).MatchString(outputs[i]) {
+				t.Errorf("the page shows %q; the command shows\n%s", line, outputs[i])
+			}
+		}
+	}
+	return dir
+}
