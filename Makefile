@@ -13,9 +13,9 @@ PROTOC_GEN_CONNECT_GO := connectrpc.com/connect/cmd/protoc-gen-connect-go@v1.21.
 
 # A target's prerequisites come in their order also under make -j: the tools are installed before they are used.
 .NOTPARALLEL:
-DEPS := deps-build deps-demo deps-plugin deps-bench deps-check deps-test deps-generate
-.PHONY: help build man demo plugin release reproducible vaultdev check test flaky soak bench benchstat lint fuzz \
-	fuzz-plugin generate clean $(DEPS)
+DEPS := deps-build deps-demo deps-plugin deps-packages deps-bench deps-check deps-test deps-generate
+.PHONY: help build man demo plugin install packages release reproducible vaultdev check test flaky soak bench \
+	benchstat lint fuzz fuzz-plugin generate clean $(DEPS)
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,10 +47,17 @@ plugin: deps-plugin ## bin/kme.fdx, the extension of freeDiameter (FREEDIAMETER=
 	@mkdir -p bin
 	$(MAKE) -C plugins/freediameter OUT=$(CURDIR)/bin
 
-release: deps-demo ## bin/release: programs, kme.fdx, SBOM and SHA256SUMS of the last commit
+# DESTDIR= and PREFIX=/usr/local; docs/install.md says what follows.
+install: ## what is built in bin/: programs, man pages, completion, units, users, sample configurations
+	@DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" scripts/install.sh bin
+
+packages: deps-packages ## bin/packages: a .deb and a .rpm of keysvc, factory, mesim and kme.fdx, of the last commit
+	@scripts/step.sh 'building the packages' scripts/release.sh bin/packages --programs
+
+release: deps-packages ## bin/release: programs, kme.fdx, packages, archive, SBOM, SHA256SUMS of the last commit
 	@scripts/step.sh 'building the release' scripts/release.sh bin/release
 
-reproducible: deps-demo ## build the release twice, in two places and with empty caches (minutes), and compare all bytes
+reproducible: deps-packages ## build the release twice, in two places and with empty caches, and compare all bytes
 	@scripts/step.sh 'building the release twice' scripts/reproducible.sh
 
 # A vault or bao that is on PATH is used. Vault's server, built from its own source, takes minutes the first time. It is
@@ -115,6 +122,8 @@ test: check deps-test vaultdev ## what CI runs: check, and all other tests
 		scripts/step.sh 'the model of a binding, by spin' scripts/model.sh
 	@scripts/once.sh reproducible "$$(git rev-parse HEAD; go version; gcc --version)" \
 		scripts/step.sh 'the release, linked twice' scripts/reproducible.sh --warm
+	@scripts/once.sh packages "$$(git rev-parse HEAD; go version; cat /etc/debian_version)" \
+		scripts/step.sh 'the packages, installed, upgraded and removed' scripts/packages-test.sh
 	$(MAKE) fuzz-plugin-seeds
 
 # It goes on where it ended, and says how long that will take. Results are in var/flaky.

@@ -3,17 +3,18 @@ set -euo pipefail
 
 usage() {
 	cat <<'EOF'
-usage: scripts/deps.sh build|demo|plugin|bench|check|test|generate
+usage: scripts/deps.sh build|demo|plugin|packages|bench|check|test|generate
 
 Installs, with apt-get, what this machine lacks for a Make target, and nothing else:
 
     build       a C compiler and the C library's headers (cgo, for PKCS #11 and SQLite), CA certificates
     demo        build's, and SoftHSM, curl, jq, openssl
     plugin      build's, and make, the headers of freeDiameter and libcurl
+    packages    demo's and plugin's, and dpkg-dev
     bench       demo's and plugin's, and freeDiameterd, PostgreSQL
     check       demo's, and shellcheck, groff, age, SQLite's shell, OpenSC (pkcs11-tool and pkcs11-spy.so),
                 openCryptoki, p11-kit, NSS softoken
-    test        check's and bench's, and clang with libFuzzer, tshark, spin, Chromium
+    test        check's, bench's and packages', and lintian, rpm, clang with libFuzzer, tshark, spin, Chromium
     generate    protoc
 
 It does so as root or with sudo. With nothing missing it does nothing, on any system.
@@ -87,6 +88,12 @@ for_plugin() {
 	need libcurl4-openssl-dev has_header curl/curl.h
 }
 
+for_packages() {
+	for_demo
+	for_plugin
+	need dpkg-dev command -v dpkg-shlibdeps
+}
+
 for_bench() {
 	for_demo
 	for_plugin
@@ -113,6 +120,9 @@ for_check() {
 for_test() {
 	for_check
 	for_bench
+	for_packages
+	need lintian command -v lintian
+	need rpm command -v rpm
 	need clang command -v clang
 	need libclang-rt-dev has_fuzzer
 	need tshark command -v tshark
@@ -126,7 +136,7 @@ for_generate() {
 }
 
 case ${1:-} in
-build | demo | plugin | bench | check | test | generate) ;;
+build | demo | plugin | packages | bench | check | test | generate) ;;
 -h | --help) usage && exit ;;
 *)
 	usage >&2

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # usage: scripts/release.sh DIR [--programs] Builds what is released of the last commit, from a clone of it, into the
-# new folder DIR: factory, keysvc and mesim; kme.fdx, if what it is built with is here; kmehsm.cdx.json, the SBOM of
-# all (CycloneDX), but with --programs; and SHA256SUMS. Whoever has the same commit, Go, C compiler and headers gets
-# the same bytes, wherever they build: scripts/reproducible.sh shows it.
+# new folder DIR: factory, keysvc and mesim; kme.fdx, if what it is built with is here; a .deb and a .rpm of each; an
+# archive with all of them, the pages and deploy/; CHANGELOG.md; kmehsm.cdx.json, the SBOM of all (CycloneDX), but with
+# --programs; and SHA256SUMS. Whoever has the same commit, Go, C compiler and headers gets the same bytes, wherever they
+# build: scripts/reproducible.sh shows it.
 set -euo pipefail
 shopt -s inherit_errexit
-out=$(realpath -m "$1")
+out=$(realpath -m "$1") sbom_too=true
+[ "${2:-}" != --programs ] || sbom_too=false
 CYCLONEDX_GOMOD=github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
 
 die() {
@@ -41,6 +43,7 @@ headers='#include <freeDiameter/extension.h>
 cc=$(go env CC)
 if $cc -E -xc - <<<"$headers" >/dev/null 2>&1; then
 	make -s -C plugins/freediameter CC="$cc" OUT="$out" "$out/kme.fdx"
+	strip --strip-unneeded "$out/kme.fdx"
 else
 	echo 'scripts/release.sh: without kme.fdx: scripts/deps.sh plugin installs what it is built with' >&2
 fi
@@ -48,7 +51,30 @@ fi
 cd "$out"
 programs=(*)
 sha256sum -- "${programs[@]}" >SHA256SUMS
-if [ "${2:-}" = --programs ]; then
+
+# finish: what is made of the programs, and the sums of all
+finish() {
+	local version name
+	# A tag names a release; what has none comes after what was before it.
+	if version=$(git -C "$source" describe --tags --match 'v[0-9]*' 2>/dev/null); then
+		version=$(sed -E 's/^v//; s/-([0-9]+)-g/+\1.g/; s/-/~/g' <<<"$version")
+	else
+		version=0.0.0+$(date -u -d "@$SOURCE_DATE_EPOCH" +%Y%m%d%H%M%S).g$(git -C "$source" rev-parse --short=12 HEAD)
+	fi
+	"$source/scripts/packages.sh" "$out" "$out" "$version" >/dev/null
+	cp "$source/CHANGELOG.md" .
+	name=kmehsm-$version-linux-$(go env GOARCH)
+	mkdir "$source/$name"
+	cp -r -- "${programs[@]}" "$source"/{README.md,CHANGELOG.md,LICENSE,SECURITY.md,docs,deploy,policies} "$source/$name"
+	tar -C "$source" --sort=name --owner=0 --group=0 --numeric-owner --mode=go=u-w --mtime="@$SOURCE_DATE_EPOCH" \
+		-c "$name" | gzip -n9 >"$name.tar.gz"
+	rm SHA256SUMS
+	sha256sum -- * >"$source/sums"
+	cp "$source/sums" SHA256SUMS
+	cat SHA256SUMS
+}
+if ! $sbom_too; then
+	finish
 	exit
 fi
 
@@ -134,5 +160,4 @@ done | jq -e -R --slurp --slurpfile sbom kmehsm.cdx.json '
 	(split("\n") | map(select(. != ""))) - [$sbom[0].components[] | "\(.name)@\(.version)"]
 	+ [$sbom[0].components[] | select((.version // "") == "" or (.licenses // []) == []).name] == []' >/dev/null ||
 	die 'kmehsm.cdx.json lacks a module, a version or a licence'
-sha256sum kmehsm.cdx.json >>SHA256SUMS
-cat SHA256SUMS
+finish

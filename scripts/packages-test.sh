@@ -1,0 +1,199 @@
+#!/usr/bin/env bash
+# usage: scripts/packages-test.sh
+# Builds the packages of the last commit, and of a later one with another schema, and has lintian look at them. Then, in
+# a copy of this machine's files that is thrown away: does what "In five minutes" of docs/install.md says, upgrades,
+# serves stations, removes, installs again and purges; .deb by dpkg, .rpm by rpm. It needs root or sudo, and mounts.
+set -euo pipefail
+shopt -s inherit_errexit
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+die() {
+	printf 'scripts/packages-test.sh: %s\n' "$1" >&2
+	exit 1
+}
+
+# start UNIT: as systemd would, as far as that can be had without it: the unit's user, command, umask and folders
+start() {
+	local unit=/usr/lib/systemd/system/$1.service user dir
+	user=$(sed -n 's/^User=//p' "$unit")
+	for dir in $(sed -n 's,^StateDirectory=,/var/lib/,p; s,^RuntimeDirectory=,/run/,p' "$unit"); do
+		install -d -o "$user" -g "$user" "$dir"
+	done
+	(
+		set -a
+		! [ -e "$(sed -n 's/^EnvironmentFile=-//p' "$unit")" ] || . "$(sed -n 's/^EnvironmentFile=-//p' "$unit")"
+		cd /
+		umask "$(sed -n 's/^UMask=//p' "$unit")"
+		# shellcheck disable=SC2046 # the command's words
+		exec setpriv --reuid "$user" --regid "$user" --init-groups --no-new-privs --inh-caps=-all \
+			$(sed -n 's/^ExecStart=//p' "$unit")
+	) >>"/tmp/$1.log" 2>&1 &
+	daemon=$!
+}
+
+stop() {
+	kill -TERM "$daemon"
+	wait "$daemon" || die "the service ended with $?: $(cat /tmp/*.log)"
+	daemon=
+}
+
+systemctl() { start "$3"; } # of the page: enable --now
+
+# has PATH MODE OWNER
+has() {
+	[ "$(stat -c '%a %U:%G' "$1")" = "$2 $3" ] || die "$1 is $(stat -c '%a %U:%G' "$1"), not $2 $3"
+}
+
+bound() { operator keysvc binding list --json | jq -e ".bindings | length == $1" >/dev/null; }
+
+schema() { sqlite3 /var/lib/kmehsm/keysvc.db 'PRAGMA user_version'; }
+
+inside() {
+	local unit daemon='' version sum
+	trap '[ -z "$daemon" ] || kill "$daemon"; cat /tmp/*.log >&2' ERR
+	export LC_ALL=C DEBIAN_FRONTEND=noninteractive
+	rm -f /usr/sbin/policy-rc.d
+	cd "$1/1"
+	# The page, word by word; the network is not there, and what apt-get would install is.
+	apt-get() { dpkg -i kmehsm-*.deb; }
+	sed -n '/^## In five minutes/,/^## The stations/s/^    //p' "$2/docs/install.md" >/tmp/page
+	[ "$(wc -l </tmp/page)" -gt 40 ] || die 'the page has no commands'
+	. /tmp/page
+	has /etc/kmehsm/keysvc.yaml 640 root:kmehsm
+	has /etc/kmehsm/factory.yaml 640 root:kmehsm-factory
+	has /var/lib/kmehsm 700 kmehsm:kmehsm
+	has /var/lib/kmehsm-factory 700 kmehsm-factory:kmehsm-factory
+	bound 3
+	for unit in keysvc factory-station; do
+		systemd-analyze verify --man=no "/usr/lib/systemd/system/$unit.service"
+		systemd-analyze security --offline=true --threshold=25 "/usr/lib/systemd/system/$unit.service" >/tmp/security ||
+			die "$(tail -n 1 /tmp/security)"
+	done
+	for unit in keysvc factory mesim; do
+		man -l --warnings "/usr/share/man/man1/$unit.1.gz" 2>&1 >/dev/null | { ! grep .; } || die "the man page of $unit"
+		bash -n "/usr/share/bash-completion/completions/$unit"
+	done
+	echo 'installed, and three devices bound as the page says'
+
+	# Upgraded, while it runs: the configuration that was changed and all state are as they were.
+	sum=$(cat /etc/kmehsm/*.yaml | sha256sum) version=$(schema)
+	dpkg -i ../2/kmehsm-*.deb
+	[ "$sum" = "$(cat /etc/kmehsm/*.yaml | sha256sum)" ] || die 'the upgrade changed a configuration'
+	has /etc/kmehsm/keysvc.yaml 640 root:kmehsm
+	stop
+	start keysvc
+	curl --fail -sS --retry 20 --retry-all-errors --retry-delay 1 --unix-socket /run/kmehsm/keysvc.sock http://keysvc/readyz
+	[ "$(schema)" = $((version + 1)) ] || die "the schema was $version, and is $(schema)"
+	bound 3
+	operator keysvc store verify
+	stop
+	dpkg -i ./kmehsm-keysvc_*.deb >/dev/null # the earlier one again
+	! operator keysvc store verify 2>/tmp/downgrade || die 'an earlier release takes a later schema'
+	grep "its schema has version $((version + 1))" /tmp/downgrade
+	dpkg -i ../2/kmehsm-keysvc_*.deb >/dev/null
+	echo 'upgraded with its schema'
+
+	# The stations.
+	local dir=/etc/kmehsm address
+	. "$2/scripts/certificates.sh"
+	certificate station IP:127.0.0.1 serverAuth
+	certificate station-1 DNS:station-1 clientAuth
+	chgrp -R kmehsm-factory $dir/tls && chmod -R g+rX $dir/tls
+	printf '%s\n' 'listen: 127.0.0.1:0' 'tls: {certificate: tls/station.pem, key: tls/station.key, client_ca: tls/ca.pem}' \
+		'stations: [station-1]' >>/etc/kmehsm/factory.yaml
+	install -d -o kmehsm-factory -g kmehsm-factory /var/lib/kmehsm-factory/station
+	mkdir /tmp/station && mount --bind /var/lib/kmehsm-factory/station /tmp/station
+	mount --bind /var/lib/kmehsm-factory /var/lib/kmehsm-factory # ProtectSystem=strict, but for its own folder
+	mount -o remount,bind,ro /var/lib/kmehsm-factory
+	mount --bind /tmp/station /var/lib/kmehsm-factory/station
+	start factory-station
+	for _ in {1..300}; do
+		address=$(sed -n 's/.*address=\(https:[^ ]*\).*/\1/p' /tmp/factory-station.log)
+		[ -z "$address" ] || break
+		sleep 0.1
+	done
+	curl --fail -sS --cacert $dir/tls/ca.pem --cert $dir/tls/station-1.pem --key $dir/tls/station-1.key -X POST \
+		"$address/v1/lots/L1/next" | jq -e '.imei == "35209900000001"'
+	curl --fail -sS --cacert $dir/tls/ca.pem "$address/healthz"
+	stop
+	umount /var/lib/kmehsm-factory/station /var/lib/kmehsm-factory /tmp/station
+	echo 'stations served'
+
+	# Removed, installed again, purged, by dpkg.
+	dpkg -r kmehsm-keysvc kmehsm-factory kmehsm-mesim kmehsm-freediameter
+	! [ -e /usr/bin/keysvc ] || die 'keysvc is left'
+	has /etc/kmehsm/keysvc.yaml 640 root:kmehsm
+	sum=$(state)
+	dpkg -i ../2/kmehsm-*.deb
+	[ "$(state)" = "$sum" ] || die 'state changed when the packages were removed and installed'
+	bound 3
+	dpkg -P kmehsm-keysvc kmehsm-factory kmehsm-mesim kmehsm-freediameter 2>&1 | tee /tmp/purge
+	grep -q 'kmehsm-keysvc leaves /var/lib/kmehsm:' /tmp/purge
+	grep -q 'rm -r /var/lib/kmehsm-factory; userdel kmehsm-factory' /tmp/purge
+	! [ -e /etc/kmehsm/keysvc.yaml ] || die 'the configuration is left after purge'
+	[ "$(state)" = "$sum" ] || die 'purge changed state'
+	echo 'removed, installed again and purged; state and keys are as they were'
+
+	# By rpm.
+	local rpm=(rpm --dbpath /tmp/rpmdb --nodeps)
+	"${rpm[@]}" -i ./kmehsm-keysvc-*.rpm ./kmehsm-factory-*.rpm
+	has /etc/kmehsm/keysvc.yaml 640 root:kmehsm
+	echo '# mine' >>/etc/kmehsm/keysvc.yaml
+	"${rpm[@]}" -U ../2/kmehsm-keysvc-*.rpm ../2/kmehsm-factory-*.rpm
+	tail -n 1 /etc/kmehsm/keysvc.yaml | grep -qx '# mine' || die 'the upgrade changed the configuration'
+	keysvc --version
+	[ "$(state)" = "$sum" ] || die 'an upgrade by rpm changed state'
+	"${rpm[@]}" -e kmehsm-keysvc kmehsm-factory | tee /tmp/purge
+	grep -q 'kmehsm-keysvc leaves /var/lib/kmehsm:' /tmp/purge
+	[ "$(state)" = "$sum" ] || die 'rpm -e changed state'
+	! [ -e /usr/bin/keysvc ] || die 'keysvc is left'
+	echo 'the same by rpm'
+
+	# What nothing was written to goes.
+	rm -r /var/lib/kmehsm
+	dpkg -i ./kmehsm-keysvc_*.deb && dpkg -P kmehsm-keysvc 2>&1 | { ! grep leaves; }
+	! [ -e /var/lib/kmehsm ] || die 'an empty folder is left'
+}
+
+# state: all that is in the folders of both
+state() {
+	find /var/lib/kmehsm /var/lib/kmehsm-factory /var/lib/kmehsm-directory -printf '%p %m %u %g\n' | sort | sha256sum
+	find /var/lib/kmehsm /var/lib/kmehsm-factory /var/lib/kmehsm-directory -type f ! -name '*-shm' ! -name '*-wal' \
+		-print0 | sort -z | xargs -0 sha256sum | sha256sum
+}
+
+if [ "${1:-}" = --inside ]; then
+	inside "$2" "$3"
+	exit
+fi
+
+root=(env)
+if [ "$(id -u)" -ne 0 ]; then
+	command -v sudo >/dev/null || die 'it needs root, or sudo'
+	root=(sudo env)
+fi
+if ! "${root[@]}" unshare -m true 2>/dev/null; then
+	echo 'the test of the packages is left out: this machine lets nobody mount' >&2
+	exit
+fi
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+chmod 755 "$work"
+scripts/release.sh "$work/1" --programs >/dev/null
+git clone -q . "$work/next"
+sed -i -E 's/^(\tmigrations = \[\]string\{.*)\}$/\1, "CREATE TABLE later (x INTEGER)"}/' "$work/next/binding/sqlstore/open.go"
+git -C "$work/next" -c user.name=test -c user.email=test@localhost commit -qam 'A later schema'
+"$work/next/scripts/release.sh" "$work/2" --programs >/dev/null
+lintian --fail-on error,warning --suppress-tags initial-upload-closes-no-bugs "$work"/1/*.deb 2>&1 |
+	{ ! grep -v '^running with root'; } || die 'lintian finds what stands above'
+# A copy of the machine: an overlay, whose upper layer is in memory, and goes with its namespace.
+"${root[@]}" unshare -m --propagation private bash -c '
+	set -e
+	top=$1/top
+	mkdir "$top" && mount -t tmpfs tmpfs "$top" && mkdir "$top"/{upper,work,root}
+	mount -t overlay overlay -o "lowerdir=/,upperdir=$top/upper,workdir=$top/work" "$top/root"
+	for dir in dev proc; do mount --rbind /$dir "$top/root/$dir"; done
+	mkdir "$top/root/mnt"/{packages,source}
+	mount --bind "$1" "$top/root/mnt/packages" && mount --bind "$2" "$top/root/mnt/source"
+	mount -t tmpfs tmpfs "$top/root/tmp" && chmod 1777 "$top/root/tmp"
+	exec chroot "$top/root" /mnt/source/scripts/packages-test.sh --inside /mnt/packages /mnt/source' - "$work" "$PWD"
