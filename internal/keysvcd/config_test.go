@@ -103,7 +103,7 @@ func TestConfigRefused(t *testing.T) {
 		{"a client's uid as a text", good + "clients: [{name: x, uid: root}]\n",
 			`clients[0].uid is a whole number, not "root"`},
 		{"a client's roles", good + "clients: [{name: x, san: y, roles: [root], plmns: [all]}]\n",
-			`clients: client "x": there is no role "root": hss, admin, monitor, metrics, kme-export`},
+			`clients: client "x": there is no role "root": hss, eir, admin, monitor, metrics, kme-export`},
 		{"a client's plmns", good + "clients: [{name: x, san: y, roles: [hss], plmns: [001]}]\n",
 			`clients: client "x": "001" is no PLMN: MCC and MNC, 5 or 6 digits, or all`},
 		{"a client's setting", good + client + "limit: 1}]\n", `there is no setting clients[0].limit`},
