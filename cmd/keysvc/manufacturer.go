@@ -145,9 +145,8 @@ func confirmDistrust(c *cli.Context, store *sqlstore.Store, id string) error {
 	for _, m := range manufacturers {
 		if m.KeyID == id && !m.Verdict.Withdrawn {
 			short := id[:min(8, len(id))]
-			return cmdline.Confirm(c, fmt.Sprintf("Manufacturer %s, enrolled as operator %s: its %d lots that are "+
-				"served will be served no more, and no device of theirs is bound any more.", id, m.Operator, served),
-				short)
+			return cmdline.Confirm(c, fmt.Sprintf("Manufacturer %s, enrolled as operator %s: none of its lots is "+
+				"served any more, %d by now, and no device of theirs is bound any more.", id, m.Operator, served), short)
 		}
 	}
 	return nil
