@@ -158,7 +158,7 @@ func needed(t *testing.T, command string) string {
 	if err != nil {
 		t.Fatal(command, err)
 	}
-	usage := regexp.MustCompile(`(?m)^   ` + command + `(.*)$`).FindSubmatch(out)
+	usage := regexp.MustCompile(`USAGE:\n   ` + command + `(.*)\n`).FindSubmatch(out)
 	if usage == nil {
 		return ""
 	}
