@@ -153,6 +153,10 @@ func (l *Line) Reissue(
 	for path, e := range handover.Reissues(earlier, dir) {
 		if e.Reason == reason {
 			if err := handover.CheckReissue(lot, path, e); err != nil {
+				if errors.Is(err, fs.ErrNotExist) {
+					err = fmt.Errorf("IMEI %s has its key for this reason already, and there is no %s: name with --out the "+
+						"folder that it was written to, or else", imei, path)
+				}
 				return "", fmt.Errorf("%w: %s", err, handover.BringBack(e.Package))
 			}
 			return path, nil

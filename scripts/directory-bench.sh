@@ -16,10 +16,11 @@ provision() {
 }
 median() { sort -n | awk '{v[NR] = $1} END {print v[int((NR + 1) / 2)], "(" v[1] " to " v[NR] ")"}'; }
 for i in $(seq "$pairs"); do
-	tac=$((35209900 + i))
+	tac=$((35209900 + i)) # an IMEI is in one lot, whatever the directory
 	provision "file:$dir/files" "F$i" 256 "$devices" >>"$dir/files.txt"
+	tac=$((35209930 + i))
 	provision vault:kme "V$i" 256 "$devices" >>"$dir/vault.txt"
-	tac=$((35209950 + i))
+	tac=$((35209960 + i))
 	provision vault:kme "R$i" 1 $((devices / 5)) >>"$dir/records.txt"
 done
 echo "files, shards of 256:    $(median <"$dir/files.txt") devices a second"

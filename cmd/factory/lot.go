@@ -199,6 +199,9 @@ func lotGrant(c *cli.Context) error {
 func lotSeal(c *cli.Context) error {
 	return withLine(c, func(token *hsmkeys.FactoryToken, line *factory.Line) error {
 		lot := c.Args().First()
+		if _, err := line.Lot(c.Context, lot); err != nil {
+			return err
+		}
 		sealed, err := line.Sealed(c.Context, lot)
 		if err != nil {
 			return err

@@ -145,9 +145,8 @@ func confirmDistrust(c *cli.Context, store *sqlstore.Store, id string) error {
 	for _, m := range manufacturers {
 		if m.KeyID == id && !m.Verdict.Withdrawn {
 			short := id[:min(8, len(id))]
-			return cmdline.Confirm(c, fmt.Sprintf("Manufacturer %s, enrolled as operator %s: its %d lots that are "+
-				"served will be served no more, and no device of theirs is bound any more.", id, m.Operator, served),
-				short)
+			return cmdline.Confirm(c, fmt.Sprintf("Manufacturer %s, enrolled as operator %s: none of its lots is "+
+				"served any more, %d by now, and no device of theirs is bound any more.", id, m.Operator, served), short)
 		}
 	}
 	return nil
@@ -199,6 +198,10 @@ func enroll(c *cli.Context) error {
 		return err
 	}
 	return withTokenAndStore(c, func(token *hsmkeys.OperatorToken, store *sqlstore.Store) error {
+		before, err := store.Manufacturers(c.Context)
+		if err != nil {
+			return err
+		}
 		m, err := imports.Enroll(c.Context, token, store, imports.Enrolment{
 			JWS: jws, PEM: pem, Thumbprint: c.String("thumbprint"), Directory: url, TACs: tacs,
 		})
@@ -208,8 +211,21 @@ func enroll(c *cli.Context) error {
 		return cmdline.Print(c, map[string]any{"manufacturer": m.KeyID, "operator": m.Operator,
 			"directory": m.Directory, "tacs": append([]kme.TAC{}, m.TACs...)}, func(w io.Writer) {
 			fmt.Fprintf(w, "enrolled with manufacturer %s as operator %s\n", m.KeyID, m.Operator)
-			if url == "" && m.Directory != "" {
-				fmt.Fprintf(w, "its directory is %s, as before\n", m.Directory)
+			for _, was := range before {
+				if was.KeyID != m.KeyID {
+					continue
+				}
+				if was.Operator != m.Operator {
+					fmt.Fprintf(w, "before, it was enrolled as operator %s, whose grants are refused from now on\n",
+						was.Operator)
+				}
+				switch {
+				case m.Directory == "":
+				case was.Directory == m.Directory:
+					fmt.Fprintf(w, "its directory is %s, as before\n", m.Directory)
+				case was.Directory != "":
+					fmt.Fprintf(w, "its directory is %s; before, it was %s\n", m.Directory, was.Directory)
+				}
 			}
 			if len(m.TACs) > 0 {
 				before := ""

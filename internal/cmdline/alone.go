@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 
 	"github.com/urfave/cli/v2"
 
@@ -27,13 +28,27 @@ func Alone(action cli.ActionFunc) cli.ActionFunc {
 	}
 }
 
-// AloneMaking is Alone for the commands that make the --state folder.
+// AloneMaking is Alone for the commands that make the --state folder. One that fails leaves no empty one.
 func AloneMaking(action cli.ActionFunc) cli.ActionFunc {
 	return func(c *cli.Context) error {
+		var made []string // the innermost first
+		for dir := c.String("state"); ; dir = filepath.Dir(dir) {
+			if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+				break
+			}
+			made = append(made, dir)
+		}
 		if err := durable.MkdirAll(c.String("state"), 0o755); err != nil {
 			return err
 		}
-		return Alone(action)(c)
+		err := Alone(action)(c)
+		if err != nil && len(made) > 0 {
+			os.Remove(filepath.Join(made[0], durable.LockFile))
+			for _, dir := range made {
+				os.Remove(dir) // only an empty one goes
+			}
+		}
+		return err
 	}
 }
 

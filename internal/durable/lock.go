@@ -10,10 +10,13 @@ import (
 	"time"
 )
 
+// LockFile is the file in a folder that is locked.
+const LockFile = ".lock"
+
 // Lock keeps other processes that lock the same folder out until unlock, or the end of this process. It does not wait;
 // whoever is kept out is told who holds the lock.
 func Lock(dir string) (unlock func(), err error) {
-	f, err := os.OpenFile(filepath.Join(dir, ".lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	f, err := os.OpenFile(filepath.Join(dir, LockFile), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("%s cannot be locked: %w", dir, err)
 	}

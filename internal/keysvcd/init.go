@@ -32,13 +32,12 @@ type Made struct {
 // Run makes what is not there yet. A store that another token has written is refused before anything is made, and so is
 // a token that has written a store which is not there, unless NewStore: nothing that was decided would be in a new one.
 func (i Init) Run(ctx context.Context, token *hsmkeys.OperatorToken) (made Made, err error) {
-	missing := checkThere(i.Store)
+	there, err := there(i.Store)
 	switch {
-	case missing != nil && !errors.Is(missing, fs.ErrNotExist):
-		return made, missing
-	case missing != nil && !i.NewStore:
+	case err != nil:
+	case !there && !i.NewStore:
 		err = i.neverWrote(ctx, token)
-	case missing == nil && inFile(i.Store) != "":
+	case there && inFile(i.Store) != "":
 		err = i.fits(ctx, token)
 	}
 	if err != nil {
@@ -47,7 +46,7 @@ func (i Init) Run(ctx context.Context, token *hsmkeys.OperatorToken) (made Made,
 	if made.Keys, made.Weak, err = tokenkeys.Init(ctx, token, i.AcceptWeak); err != nil {
 		return made, err
 	}
-	if missing != nil {
+	if !there {
 		store, err := makeStore(ctx, token, i.Store)
 		if err != nil {
 			return made, err
@@ -56,7 +55,7 @@ func (i Init) Run(ctx context.Context, token *hsmkeys.OperatorToken) (made Made,
 			return made, err
 		}
 	}
-	made.Store = missing != nil
+	made.Store = !there
 	return made, rememberToken(i.State, i.URI)
 }
 
@@ -97,16 +96,15 @@ func inFile(name string) string {
 	return path
 }
 
-// checkThere fails if a store is in a file that is not there.
-func checkThere(name string) error {
+// there says whether a store is there; of one in a server that is not known, and it says so too.
+func there(name string) (bool, error) {
 	path := inFile(name)
 	if path == "" {
-		return nil
+		return true, nil
 	}
 	_, err := os.Stat(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		err = fmt.Errorf("there is no store at %s: run keysvc init first; or, if it is elsewhere, name its folder with "+
-			"state, or the store itself with store: %w", path, fs.ErrNotExist)
+		return false, nil
 	}
-	return err
+	return err == nil, err
 }

@@ -2,7 +2,6 @@ package keysvcd
 
 import (
 	"errors"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -27,18 +26,20 @@ func TestInit(t *testing.T) {
 			return nil
 		})
 	}
-	open := func(want error) {
-		t.Helper()
+	open := func() (err error) {
 		withToken(t, tok, func(token *hsmkeys.OperatorToken) error {
-			if err := UseStore(ctx, token, name, openAttempt(t)); !errors.Is(err, want) {
-				t.Errorf("%v, want %v", err, want)
-			}
+			err = UseStore(ctx, token, name, openAttempt(t))
 			return nil
 		})
+		return err
 	}
-	open(fs.ErrNotExist)
+	if err := open(); err == nil || !strings.Contains(err.Error(), "run keysvc init first") {
+		t.Error(err)
+	}
 	initialise(t, tok, dir)
-	open(nil)
+	if err := open(); err != nil {
+		t.Error(err)
+	}
 
 	// The same again changes nothing.
 	withToken(t, tok, func(token *hsmkeys.OperatorToken) error {

@@ -30,8 +30,11 @@ func noKeys(token fmt.Stringer) error {
 
 // OpenStore opens a store that is there, whatever state that is in.
 func OpenStore(ctx context.Context, token Token, name string) (*sqlstore.Store, error) {
-	if err := checkThere(name); err != nil {
+	if there, err := there(name); err != nil {
 		return nil, err
+	} else if !there {
+		return nil, fmt.Errorf("there is no store at %s: run keysvc init first; or, if it is elsewhere, name its folder "+
+			"with state, or the store itself with store", inFile(name))
 	}
 	return makeStore(ctx, token, name)
 }
