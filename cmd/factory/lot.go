@@ -289,7 +289,7 @@ func shardRange(text string) (from, to int, err error) {
 // progress shows how far a lot is.
 func progress(shown *cmdline.Progress, lot string) func(factory.Progress) {
 	return func(p factory.Progress) {
-		step := cmdline.Step{Before: p.Before, Done: p.Now, Begun: p.Generated > p.Done, Total: p.Total, Detail: struct {
+		step := cmdline.Step{Done: p.Done, New: p.Now, Begun: p.Generated > p.Done, Total: p.Total, Detail: struct {
 			Lot string `json:"lot"`
 			factory.Progress
 		}{lot, p}}
