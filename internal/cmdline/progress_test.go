@@ -117,7 +117,7 @@ func TestProgressOnTerminal(t *testing.T) {
 			p.say(time.Now())
 			return errors.New("it failed")
 		}}}}
-	if code := (Program{App: app}).Run(context.Background(), []string{"prog", "work"}); code != exitFailed {
+	if code := (Program{App: app}).Run(t.Context(), []string{"prog", "work"}); code != exitFailed {
 		t.Error(code)
 	}
 	text := read()
