@@ -2,7 +2,6 @@ package cmdline
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -146,7 +145,7 @@ func TestSpin(t *testing.T) {
 			stop()
 			return nil
 		}}}}
-	Program{App: app}.Run(context.Background(), []string{"prog", "work"})
+	Program{App: app}.Run(t.Context(), []string{"prog", "work"})
 	text := read()
 	if !strings.Contains(text, "making a key: 0s") || strings.Count(text, "making a key") < 2 {
 		t.Errorf("%q", text)
