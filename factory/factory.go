@@ -14,7 +14,6 @@ import (
 	"fmt"
 	"reflect"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -218,44 +217,8 @@ func (l *Line) Sealed(ctx context.Context, lot string) (bool, error) {
 	return l.token.LotKeySealed(ctx, l.lotKey(lot))
 }
 
-// Prospects are what a lot has that is to be sealed.
-type Prospects struct {
-	Devices, Published int
-	Granted            []string // the operators, as far as the line's own folder knows
-}
-
-// Prospects counts the shards that are published, and does not read them.
-func (l *Line) Prospects(ctx context.Context, lot string) (p Prospects, err error) {
-	m, err := l.Lot(ctx, lot)
-	if err != nil {
-		return p, err
-	}
-	names, err := l.store.List(ctx, directory.ShardsPath(lot))
-	if err != nil {
-		return p, err
-	}
-	for _, name := range names {
-		if n, err := strconv.Atoi(name); err == nil && n >= 0 && n < m.Shards() {
-			_, count := m.ShardRange(n)
-			p.Published += count
-		}
-	}
-	p.Devices = m.Devices()
-	p.Granted, err = l.state.GrantedTo(lot)
-	return p, err
-}
-
-// Missing says what a sealed lot would lack for ever, as far as the line's own folder knows.
-func (p Prospects) Missing(folder string) (missing []string) {
-	if p.Published < p.Devices {
-		missing = append(missing, fmt.Sprintf("%d of its %d devices are not published", p.Devices-p.Published,
-			p.Devices))
-	}
-	if len(p.Granted) == 0 {
-		missing = append(missing, fmt.Sprintf("it was granted to nobody, as far as the folder %s knows", folder))
-	}
-	return missing
-}
+// Overview reads the line's directory and folder.
+func (l *Line) Overview() *Overview { return &Overview{l.store, l.verifier, l.reader, l.state} }
 
 // Seal makes a lot's key non-extractable for good: nobody can be granted the lot any more.
 func (l *Line) Seal(ctx context.Context, lot string) error {

@@ -404,8 +404,8 @@ func TestGrantRecorded(t *testing.T) {
 		g.Operator != "op" {
 		t.Errorf("%+v, %v", g, err)
 	}
-	if operators, err := line.state.GrantedTo("L1"); err != nil || !slices.Equal(operators, []string{"op"}) {
-		t.Error(operators, err)
+	if s, err := line.Overview().Lot(ctx, "L1"); err != nil || s.Operators() != "op" {
+		t.Error(s, err)
 	}
 	if err := line.Grant(ctx, "L2", "op", nil); err == nil {
 		t.Error("a sealed lot was granted")

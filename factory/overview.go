@@ -62,7 +62,7 @@ type LotState struct {
 	NoList     string                   `json:"no_revocations,omitempty"`
 }
 
-// Granted says to whom a lot was granted, and when last.
+// Granted says to whom a lot was granted, and when first.
 type Granted struct {
 	Operator string    `json:"operator"`
 	Time     time.Time `json:"time"`
@@ -140,6 +140,29 @@ func (o *Overview) lot(ctx context.Context, m *directory.Manifest) (s *LotState,
 		s.Stage = StageGranted
 	}
 	return s, nil
+}
+
+// Missing says what the lot would lack for ever if it were sealed now.
+func (s *LotState) Missing(folder string) (missing []string) {
+	if s.Published < s.Devices {
+		missing = append(missing, fmt.Sprintf("%d of its %d devices are not published", s.Devices-s.Published, s.Devices))
+	}
+	if len(s.Granted) == 0 {
+		missing = append(missing, fmt.Sprintf("it was granted to nobody, as far as the folder %s knows", folder))
+	}
+	return missing
+}
+
+// Operators names those that the lot was granted to, or nobody.
+func (s *LotState) Operators() string {
+	if len(s.Granted) == 0 {
+		return "nobody"
+	}
+	names := make([]string, len(s.Granted))
+	for i, g := range s.Granted {
+		names[i] = g.Operator
+	}
+	return strings.Join(names, ", ")
 }
 
 // grantsOf lists who was granted a lot.

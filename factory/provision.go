@@ -31,8 +31,7 @@ type Progress struct {
 	Generated int `json:"generated"` // of those, the ones whose injection package is whole
 	Done      int `json:"done"`      // of those, the ones whose keys are published, and were read back
 	Made      int `json:"made"`      // the ones that this run made keys for
-	Before    int `json:"before"`    // published before this run, as the directory lists them
-	Now       int `json:"now"`       // published by this run
+	Now       int `json:"now"`       // published by this run, of those that were not made before it: its own rate
 
 	HSM     float64 `json:"hsm_share"`         // of the time of all workers so far, in the token
 	Publish float64 `json:"publish_share"`     // of the time of all publishers so far, in the directory
@@ -169,10 +168,6 @@ func (p *provisioning) run(ctx context.Context) (Progress, error) {
 	for _, name := range names {
 		if n, err := strconv.Atoi(name); err == nil {
 			p.published[n] = true
-			if p.o.From <= n && n < p.o.To {
-				_, devices := p.m.ShardRange(n)
-				p.progress.Before += devices
-			}
 		}
 	}
 	if p.entries, err = p.j.Entries(ctx, p.m.Lot); err != nil {
@@ -319,7 +314,13 @@ func (p *provisioning) publish(user, ctx context.Context, n int) error {
 		return err
 	}
 	_, devices := p.m.ShardRange(n)
-	p.note(func(r *Progress) { r.Done += devices; r.Now += devices; r.Waiting = "" })
+	p.note(func(r *Progress) {
+		r.Done += devices
+		r.Waiting = ""
+		if p.entries[n].State < shard.Generated {
+			r.Now += devices
+		}
+	})
 	return nil
 }
 

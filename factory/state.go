@@ -112,20 +112,6 @@ func (s State) recordGrant(operator, lot string) (forget func() error, err error
 	return forget, nil
 }
 
-// GrantedTo lists the operators that a lot was granted to, sorted.
-func (s State) GrantedTo(lot string) (operators []string, err error) {
-	entries, err := os.ReadDir(s.path("grants"))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	for _, e := range entries {
-		if _, err := os.Stat(s.path("grants", e.Name(), lot)); err == nil && directory.CheckName(e.Name()) == nil {
-			operators = append(operators, e.Name())
-		}
-	}
-	return operators, err
-}
-
 // GrantedLots lists the lots that an operator was granted, sorted, for a policy of Vault's. Vault knows no capital
 // letters in a policy's name: operators whose names differ in them alone are refused.
 func (s State) GrantedLots(operator string) (lots []string, err error) {

@@ -221,21 +221,17 @@ func lotSeal(c *cli.Context) error {
 
 // confirmSeal asks whether a lot is meant to be sealed. Without --force it refuses one that something is missing of.
 func confirmSeal(c *cli.Context, line *factory.Line, token *hsmkeys.FactoryToken, lot string) error {
-	p, err := line.Prospects(c.Context, lot)
+	s, err := line.Overview().Lot(c.Context, lot)
 	if err != nil {
 		return err
 	}
-	missing := strings.Join(p.Missing(c.String("state")), "; ")
+	missing := strings.Join(s.Missing(c.String("state")), "; ")
 	if missing != "" && !c.Bool("force") {
 		return fmt.Errorf("lot %s is not sealed: %s. A sealed lot can be granted to nobody: finish it and grant it first, "+
 			"or say --force", lot, missing)
 	}
-	who := "granted to nobody"
-	if len(p.Granted) > 0 {
-		who = "granted to " + strings.Join(p.Granted, ", ")
-	}
-	return cmdline.Confirm(c, fmt.Sprintf("Lot %s, %d of %d devices published, %s: its key can never leave %s again, and "+
-		"no other operator can be granted the lot.", lot, p.Published, p.Devices, who, token), lot)
+	return cmdline.Confirm(c, fmt.Sprintf("Lot %s, %d of %d devices published, granted to %s: its key can never leave %s "+
+		"again, and no other operator can be granted the lot.", lot, s.Published, s.Devices, s.Operators(), token), lot)
 }
 
 func lotProvision(c *cli.Context) error {
@@ -292,7 +288,7 @@ func shardRange(text string) (from, to int, err error) {
 // progress shows how far a lot is.
 func progress(shown *cmdline.Progress, lot string) func(factory.Progress) {
 	return func(p factory.Progress) {
-		step := cmdline.Step{Before: p.Before, Done: p.Now, Begun: p.Generated > p.Done, Total: p.Total, Detail: struct {
+		step := cmdline.Step{Done: p.Done, New: p.Now, Begun: p.Generated > p.Done, Total: p.Total, Detail: struct {
 			Lot string `json:"lot"`
 			factory.Progress
 		}{lot, p}}

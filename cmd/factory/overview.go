@@ -73,23 +73,12 @@ func lotList(c *cli.Context) error {
 		"GRANTED TO")
 	return cmdline.PrintEach(c, `"lots"`, title, lots, func(w io.Writer, s *factory.LotState) {
 		fmt.Fprintf(w, "%-16s %5d %8d %9d  %-9s %-10s %s", s.Lot, s.PublicKey().N.BitLen(), s.Devices, s.Published,
-			s.Stage, s.Created.Format(time.DateOnly), orNobody(s))
+			s.Stage, s.Created.Format(time.DateOnly), s.Operators())
 		if s.Revoked != nil {
 			fmt.Fprintf(w, "  REVOKED %s: %s", s.Revoked.Time.Format(time.RFC3339), s.Revoked.Reason)
 		}
 		fmt.Fprintln(w)
 	})
-}
-
-func orNobody(s *factory.LotState) string {
-	if len(s.Granted) == 0 {
-		return "nobody"
-	}
-	names := make([]string, len(s.Granted))
-	for i, g := range s.Granted {
-		names[i] = g.Operator
-	}
-	return strings.Join(names, ", ")
 }
 
 // askToken has the token say whether it has a lot's key, and whether that is sealed.

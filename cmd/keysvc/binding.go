@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -102,11 +103,14 @@ func (s shown) print(w io.Writer) {
 // A stateValue is that of --state of keysvc binding list: the service's folder as elsewhere, or the state of the
 // bindings that are asked for. Both may be given.
 type stateValue struct {
-	folder string
+	folder string        // empty for the default
 	only   binding.State // empty for all
 }
 
-func (v *stateValue) String() string { return v.folder }
+func (v *stateValue) String() string { return cmp.Or(v.folder, stateFlag.Value) }
+
+// Get is the folder, if one was given: else the configuration's holds.
+func (v *stateValue) Get() any { return v.folder }
 
 func (v *stateValue) Set(text string) error {
 	switch state := binding.State(strings.ToUpper(text)); state {
@@ -122,8 +126,8 @@ func (v *stateValue) Set(text string) error {
 func listFlags(own ...cli.Flag) []cli.Flag {
 	flags := storeFlags(own...)
 	at := slices.Index(flags, cli.Flag(stateFlag))
-	flags[at] = &cli.GenericFlag{Name: stateFlag.Name, EnvVars: stateFlag.EnvVars,
-		Value: &stateValue{folder: stateFlag.Value}, Usage: stateFlag.Usage + "; or pending, active or revoked: only " +
+	flags[at] = &cli.GenericFlag{Name: stateFlag.Name, EnvVars: stateFlag.EnvVars, Category: stateFlag.Category,
+		Value: new(stateValue), Usage: stateFlag.Usage + "; or pending, active or revoked: only " +
 			"the bindings in that state (a folder of such a name is ./active)"}
 	return flags
 }

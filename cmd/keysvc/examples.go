@@ -24,7 +24,10 @@ keysvc tokens --json`,
     --reason found`,
 	"keysvc device": `keysvc device 35209900000001`,
 	"keysvc binding list": `keysvc binding list
-keysvc binding list --imei 35209900000001 --json`,
+keysvc binding list --imei 35209900000001 --json
+keysvc binding list --state active --since 24h --count
+keysvc binding list --limit 100 --after 001010000000001`,
+	"keysvc binding explain":       `keysvc binding explain 001010000000001`,
 	"keysvc binding report":        `keysvc binding report --json`,
 	"keysvc binding show":          `keysvc binding show 001010000000001`,
 	"keysvc binding revoke":        `keysvc binding revoke 001010000000001`,

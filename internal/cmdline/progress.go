@@ -15,8 +15,8 @@ import (
 
 // A Step is how far a work is.
 type Step struct {
-	Before int    // what earlier runs had done: it says nothing of this run's rate
-	Done   int    // what this run did
+	Done   int
+	New    int    // of these, this run's own: what earlier runs did says nothing of its rate
 	Begun  bool   // this run is at work, although nothing of it may be done yet
 	Total  int    // of all; 0 if nobody knows
 	Note   string // more for people
@@ -82,7 +82,7 @@ func (p *Progress) show(every time.Duration) {
 func (p *Progress) At(n int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.set(Step{Done: n, Total: p.step.Total})
+	p.set(Step{Done: n, New: n, Total: p.step.Total})
 }
 
 // Set says how far the work is.
@@ -93,7 +93,7 @@ func (p *Progress) Set(s Step) {
 }
 
 func (p *Progress) set(s Step) {
-	if p.step = s; s.Done == 0 && !s.Begun { // it still looks at what is there
+	if p.step = s; s.New == 0 && !s.Begun { // it still looks at what is there
 		p.since = time.Now()
 	}
 }
@@ -123,11 +123,11 @@ func (p *Progress) say(now time.Time) {
 
 // pace is the rate of this run's work, and how long it will take for the rest; zero if nobody can say.
 func (s Step) pace(since, now time.Time) (perSecond float64, left time.Duration) {
-	if s.Done == 0 || !now.After(since) {
+	if s.New == 0 || !now.After(since) {
 		return 0, 0
 	}
-	perSecond = float64(s.Done) / now.Sub(since).Seconds()
-	rest := float64(max(0, s.Total-s.Before-s.Done)) / perSecond
+	perSecond = float64(s.New) / now.Sub(since).Seconds()
+	rest := float64(max(0, s.Total-s.Done)) / perSecond
 	return perSecond, time.Duration(rest * float64(time.Second)).Round(time.Second)
 }
 
@@ -142,7 +142,7 @@ func (p *Progress) document(s Step, since, now time.Time) map[string]any {
 	doc["what"], doc["seconds"] = p.what, now.Sub(p.began).Seconds()
 	if p.unit != "" {
 		rate, left := s.pace(since, now)
-		doc["unit"], doc["done"], doc["per_second"] = p.unit, s.Before+s.Done, rate
+		doc["unit"], doc["done"], doc["per_second"] = p.unit, s.Done, rate
 		if s.Total > 0 {
 			doc["total"], doc["seconds_left"] = s.Total, left.Seconds()
 		}
@@ -154,9 +154,9 @@ func (p *Progress) said(s Step, since, now time.Time) string {
 	if p.unit == "" {
 		return now.Sub(p.began).Round(time.Second).String()
 	}
-	text := fmt.Sprintf("%d %s", s.Before+s.Done, p.unit)
+	text := fmt.Sprintf("%d %s", s.Done, p.unit)
 	if s.Total > 0 {
-		text = fmt.Sprintf("%d of %d %s", s.Before+s.Done, s.Total, p.unit)
+		text = fmt.Sprintf("%d of %d %s", s.Done, s.Total, p.unit)
 	}
 	if rate, left := s.pace(since, now); rate > 0 {
 		text += fmt.Sprintf(", %.0f/s", rate)
@@ -177,7 +177,7 @@ func (p *Progress) drawn(s Step, since, now time.Time) string {
 			p.said(s, since, now))
 	}
 	const width = 20
-	share := min(float64(s.Before+s.Done)/float64(s.Total), 1)
+	share := min(float64(s.Done)/float64(s.Total), 1)
 	full := int(share * width)
 	return fmt.Sprintf("%s [%s%s] %3d%%  %s", p.what, strings.Repeat("#", full), strings.Repeat("-", width-full),
 		int(100*share), p.said(s, since, now))

@@ -2,7 +2,6 @@ package cmdline
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -77,12 +76,12 @@ func looks(text string) (lines []string) {
 // After a resume, what earlier runs did says nothing of how long the rest takes.
 func TestPaceAfterResume(t *testing.T) {
 	began := time.Unix(1000, 0)
-	s := Step{Before: 10_000, Done: 100, Total: 20_000}
+	s := Step{Done: 10_100, New: 100, Total: 20_000}
 	rate, left := s.pace(began, began.Add(10*time.Second))
 	if rate != 10 || left != 990*time.Second {
 		t.Errorf("%g a second, %s left", rate, left)
 	}
-	if rate, left := (Step{Before: 10_000, Total: 20_000}).pace(began, began.Add(time.Second)); rate != 0 || left != 0 {
+	if rate, left := (Step{Done: 10_000, Total: 20_000}).pace(began, began.Add(time.Second)); rate != 0 || left != 0 {
 		t.Errorf("nothing is done yet, and it says %g a second, %s left", rate, left)
 	}
 }
@@ -91,12 +90,12 @@ func TestPaceAfterResume(t *testing.T) {
 func TestPaceBeginsWithTheWork(t *testing.T) {
 	p := newProgress(new(bytes.Buffer), "L1", "devices", false)
 	p.since = time.Unix(0, 0)
-	p.Set(Step{Before: 100, Total: 200})
+	p.Set(Step{Done: 100, Total: 200})
 	if time.Since(p.since) > time.Hour {
 		t.Error("the time before the work counts")
 	}
 	p.since = time.Unix(0, 0)
-	p.Set(Step{Before: 100, Total: 200, Begun: true})
+	p.Set(Step{Done: 100, Total: 200, Begun: true})
 	if time.Since(p.since) < time.Hour {
 		t.Error("the time of the first work does not count")
 	}
@@ -113,11 +112,11 @@ func TestProgressOnTerminal(t *testing.T) {
 			p.At(50)
 			p.say(time.Now())
 			fmt.Fprintln(c.App.ErrWriter, "a warning")
-			p.Set(Step{Done: 100, Total: 200, Note: strings.Repeat("x", 100)})
+			p.Set(Step{Done: 100, New: 100, Total: 200, Note: strings.Repeat("x", 100)})
 			p.say(time.Now())
 			return errors.New("it failed")
 		}}}}
-	if code := (Program{App: app}).Run(context.Background(), []string{"prog", "work"}); code != exitFailed {
+	if code := (Program{App: app}).Run(t.Context(), []string{"prog", "work"}); code != exitFailed {
 		t.Error(code)
 	}
 	text := read()
@@ -146,7 +145,7 @@ func TestSpin(t *testing.T) {
 			stop()
 			return nil
 		}}}}
-	Program{App: app}.Run(context.Background(), []string{"prog", "work"})
+	Program{App: app}.Run(t.Context(), []string{"prog", "work"})
 	text := read()
 	if !strings.Contains(text, "making a key: 0s") || strings.Count(text, "making a key") < 2 {
 		t.Errorf("%q", text)
@@ -160,14 +159,14 @@ func TestSpin(t *testing.T) {
 func TestProgressElsewhere(t *testing.T) {
 	var out bytes.Buffer
 	p := newProgress(&out, "L1", "devices", false)
-	p.Set(Step{Before: 10, Done: 5, Total: 20, Note: "token busy 90%"})
+	p.Set(Step{Done: 15, New: 5, Total: 20, Note: "token busy 90%"})
 	p.say(p.since.Add(5 * time.Second))
 	if got := out.String(); got != "L1: 15 of 20 devices, 1/s, 5s left; token busy 90%\n" {
 		t.Errorf("%q", got)
 	}
 	out.Reset()
 	p = newProgress(&out, "L1", "devices", true)
-	p.Set(Step{Before: 10, Done: 5, Total: 20, Detail: struct {
+	p.Set(Step{Done: 15, New: 5, Total: 20, Detail: struct {
 		Lot string `json:"lot"`
 	}{"L1"}})
 	p.say(p.since.Add(5 * time.Second))
