@@ -63,20 +63,20 @@ func TestExitCodes(t *testing.T) {
 		want string // on standard error
 	}{
 		{"ends", 0, ""}, {"--help", 0, ""}, {"help", 0, ""}, {"help show", 0, ""}, {"--version", 0, ""}, {"", 0, ""},
-		{"ends failed", exitFailed, "p: failed"},
-		{"ends usage", exitUsage, "p: usage"},
-		{"ends partial", exitPartial, "p: partial"},
-		{"shwo", exitUsage, `there is no command "shwo" (did you mean show?)`},
-		{"zebra", exitUsage, `there is no command "zebra"; see p --help`},
-		{"ends faild", exitUsage,
+		{"ends failed", 1, "p: failed"},
+		{"ends usage", 2, "p: usage"},
+		{"ends partial", 3, "p: partial"},
+		{"shwo", 2, `there is no command "shwo" (did you mean show?)`},
+		{"zebra", 2, `there is no command "zebra"; see p --help`},
+		{"ends faild", 2,
 			`there is no command "p ends faild" (did you mean p ends failed?); see p ends --help`},
-		{"help shwo", exitUsage, `(did you mean show?)`},
-		{"show --tokn x", exitUsage, `there is no flag --tokn (did you mean --token?); see p show --help`},
-		{"show --zebra", exitUsage, `there is no flag --zebra; see p show --help`},
-		{"show --count many", exitUsage, "many"},
-		{"show x", exitUsage, "takes no arguments"},
-		{"completion tcsh", exitUsage, "bash, zsh and fish"},
-		{"show --config none.yaml", exitUsage, "none.yaml: the configuration cannot be read"},
+		{"help shwo", 2, `(did you mean show?)`},
+		{"show --tokn x", 2, `there is no flag --tokn (did you mean --token?); see p show --help`},
+		{"show --zebra", 2, `there is no flag --zebra; see p show --help`},
+		{"show --count many", 2, "many"},
+		{"show x", 2, "takes no arguments"},
+		{"completion tcsh", 2, "bash, zsh and fish"},
+		{"show --config none.yaml", 2, "none.yaml: the configuration cannot be read"},
 	} {
 		code, _, stderr := run(t, strings.Fields(c.args)...)
 		if code != c.code || !strings.Contains(stderr, c.want) || (c.want == "") != (stderr == "") {
@@ -123,7 +123,7 @@ func TestConfiguration(t *testing.T) {
 	is(show(), `["","var",null,9,""]`)
 	write("p.yaml", "cuont: 9\nstate: [x]\n")
 	code, _, stderr := run(t, "show")
-	if code != exitUsage ||
+	if code != 2 ||
 		!strings.Contains(stderr, "p.yaml: line 1: there is no setting cuont: did you mean count?") ||
 		!strings.Contains(stderr, "p.yaml: line 2: state is a text") {
 		t.Errorf("a wrong file: %d, %s", code, stderr)
@@ -134,7 +134,7 @@ func TestConfiguration(t *testing.T) {
 		t.Fatal(err)
 	}
 	code, _, stderr = run(t, "show")
-	if code != exitUsage || !strings.Contains(stderr, "name it with --config p.yaml") {
+	if code != 2 || !strings.Contains(stderr, "name it with --config p.yaml") {
 		t.Errorf("a file that all may write: %d, %s", code, stderr)
 	}
 	is(show("--config", "p.yaml"), `["","var",null,9,""]`)

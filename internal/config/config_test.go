@@ -134,7 +134,7 @@ func TestFind(t *testing.T) {
 func TestNearest(t *testing.T) {
 	names := []string{"listen", "socket", "store", "state", "log_level", "token", "tls"}
 	for word, want := range map[string]string{
-		"listne": "listen", "lisen": "listen", "sotre": "store", "stroe": "store", "log-level": "log_level",
+		"listne": "listen", "tsl": "tls", "lisen": "listen", "sotre": "store", "stroe": "store", "log-level": "log_level",
 		"tokens": "token", "tok": "token", "zebra": "", "": "", "x": "", "LISTEN": "",
 	} {
 		if got := Nearest(word, names); got != want {
