@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/kmehsm/kmehsm/kme"
@@ -89,7 +90,8 @@ func prefixes(first, last string) (all []string) {
 
 // A listed has the operator's list in memory: 16 bytes an entry.
 type listed struct {
-	store Listings // nil: there is no list
+	store   Listings    // nil: there is no list
+	failing atomic.Bool // the last load has failed
 
 	mu       sync.RWMutex
 	statuses map[uint64]EquipmentStatus // guarded by mu: by prefixKey
@@ -130,7 +132,7 @@ func (l *listed) load(ctx context.Context) (changes int, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if err != nil {
-		if errors.As(err, new(*DamagedRow)) {
+		if l.err != nil || errors.As(err, new(*DamagedRow)) {
 			l.err = err
 		}
 		return 0, err
@@ -173,8 +175,10 @@ func (l *listed) of(imei kme.IMEI) (status EquipmentStatus, ok bool, err error) 
 // once, and while the list is damaged, that is refused.
 func (s *Service) LoadListings(ctx context.Context) error {
 	changes, err := s.listed.load(ctx)
-	if err != nil {
-		s.log.ErrorContext(ctx, "the operator's list of devices cannot be read", "cause", err.Error())
+	if failed := s.listed.failing.Swap(err != nil); err != nil {
+		if !failed { // once
+			s.log.ErrorContext(ctx, "the operator's list of devices cannot be read", "cause", err.Error())
+		}
 		return err
 	}
 	if changes > 0 {
