@@ -39,8 +39,8 @@ const MaxDevices = 32
 
 // Sightings keep with which devices subscriptions were seen.
 type Sightings interface {
-	// See notes sightings, whose First is their Last, and gives those that are moves. A row that was changed by somebody
-	// else is replaced.
+	// See notes sightings, whose First is their Last, and gives those that are moves. A row that was changed by
+	// somebody else is replaced.
 	See(ctx context.Context, all []Sighting) ([]Move, error)
 	// Sightings gives those of an IMSI and of a device; the zero values stand for none.
 	Sightings(ctx context.Context, imsi kme.IMSI, imei kme.IMEI) ([]Sighting, error)
@@ -102,7 +102,8 @@ func NewHistory(o HistoryOptions) *History {
 		moves: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "kme_equipment_moves_total",
 			Help: "Subscriptions that were seen with another device than before, by evidence."}, []string{"evidence"}),
 		dropped: prometheus.NewCounter(prometheus.CounterOpts{Name: "kme_sightings_dropped_total",
-			Help: "Sightings of a subscription with a device that were not written: too many waited, or the store failed."}),
+			Help: "Sightings of a subscription with a device that were not written: too many waited, or the store " +
+				"failed."}),
 	}
 	o.Registry.MustRegister(h.moves, h.dropped)
 	for _, e := range []Evidence{Asserted, Shown} { // so that the first is an increase
