@@ -77,7 +77,8 @@ func attackEquipment(t *testing.T, name string) {
 			`UPDATE sightings SET last_at = last_at - 1`},
 		{"another device bound", `UPDATE bindings SET imei = '35209900000099'`,
 			`UPDATE bindings SET imei = '` + b.IMEI.String() + `'`},
-		{"a binding of another entry", `CREATE TABLE kept_bindings AS SELECT * FROM bindings; UPDATE bindings SET seq = 1`,
+		{"a binding of another entry",
+			`CREATE TABLE kept_bindings AS SELECT * FROM bindings; UPDATE bindings SET seq = seq + 1`,
 			`DELETE FROM bindings; INSERT INTO bindings SELECT * FROM kept_bindings`},
 	} {
 		t.Run(a.name, func(t *testing.T) {
