@@ -178,7 +178,7 @@ func (h *History) write(ctx context.Context, first Sighting) {
 	for _, m := range moves {
 		h.moves.WithLabelValues(string(m.Evidence)).Inc()
 		h.o.Log.Warn("a subscription is in another device", "imsi", m.IMSI, "imei", m.IMEI, "evidence", m.Evidence,
-			"before", m.Before.IMEI, "before_evidence", m.Before.Evidence, "before_last", m.Before.Last)
+			slog.Group("before", "imei", m.Before.IMEI, "evidence", m.Before.Evidence, "last", m.Before.Last))
 		if h.o.Moved != nil {
 			h.o.Moved(m)
 		}
