@@ -31,7 +31,7 @@ type Sighting struct {
 // A Move is a subscription that was seen with another device than before.
 type Move struct {
 	Sighting
-	Before Sighting // the last one with another device
+	Before Sighting `json:"before"` // the last one with another device
 }
 
 // MaxDevices bounds the sightings that are kept of an IMSI: of more, those that are the longest ago are forgotten.
