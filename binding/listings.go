@@ -92,7 +92,7 @@ func prefixes(first, last string) (all []string) {
 	return all
 }
 
-// A listed has the operator's list in memory: 16 bytes an entry.
+// A listed has the operator's list in memory: some 50 bytes an entry.
 type listed struct {
 	store   Listings    // nil: there is no list
 	failing atomic.Bool // the last load has failed
