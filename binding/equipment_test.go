@@ -259,9 +259,15 @@ func TestEquipmentListUnknown(t *testing.T) {
 	failing.err = nil
 	service.LoadListings(t.Context())
 	check("of an empty one", "")
+	if service.ListingsFailed() {
+		t.Error("a list that was read has failed")
+	}
 	failing.err = errors.New("the store is away")
 	service.LoadListings(t.Context())
 	check("while the store is away", "")
+	if !service.ListingsFailed() {
+		t.Error("a list that cannot be read has not failed")
+	}
 	failing.err = &binding.DamagedRow{Table: "equipment"}
 	service.LoadListings(t.Context())
 	check("of one that is damaged", kme.Damaged)

@@ -191,6 +191,9 @@ func (s *Service) LoadListings(ctx context.Context) error {
 	return nil
 }
 
+// ListingsFailed says whether the last LoadListings has failed.
+func (s *Service) ListingsFailed() bool { return s.listed.failing.Load() }
+
 // FollowListings is LoadListings again and again, until ctx ends.
 func (s *Service) FollowListings(ctx context.Context, every time.Duration) {
 	for {

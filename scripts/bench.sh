@@ -39,8 +39,8 @@ operator() {
 	quiet keysvc enroll "$dir/$name/enrolment.jws" "${state[@]}" --manufacturer "$dir/factory/manufacturer.pem" \
 		--thumbprint "$manufacturer" --directory "file:$dir/directory"
 	for bits in 2048 3072; do
-		quiet factory lot grant "L$bits" "${line[@]}" --operator "$name" --out "$dir/$name/grant.jws"
-		quiet keysvc lot import "$dir/$name/grant.jws" "${state[@]}"
+		quiet factory lot grant "L$bits" "${line[@]}" --operator "$name" --out "$dir/$name/grant-$bits.jws"
+		quiet keysvc lot import "$dir/$name/grant-$bits.jws" "${state[@]}"
 	done
 }
 operator keysvc "$OPERATOR_TOKEN"

@@ -224,6 +224,9 @@ func (d *daemon) ready(ctx context.Context, service *binding.Service) (warnings 
 		warnings = append(warnings, "the directory of manufacturer "+manufacturer+
 			" is not available; devices whose keys are cached go on")
 	}
+	if service.ListingsFailed() {
+		warnings = append(warnings, "the operator's list of devices cannot be read; the log says why")
+	}
 	for manufacturer, lists := range service.Overdue() {
 		for _, o := range lists {
 			const warning = "the list of revoked devices of lot %s of manufacturer %s is overdue (%s); %s"
