@@ -149,6 +149,21 @@ func TestCalls(t *testing.T) {
 	}
 	_, err = c.PrepareVector(ctx, imsi(t, "001020123456789"), client.Origin{}, client.RAND{})
 	is(err, kme.CallerNotAllowed)
+	imei, err := kme.ParseIMEI("35209900000001")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, asked := range []kme.IMSI{one, {}} {
+		e, err := c.CheckEquipment(ctx, imei, asked)
+		if want := (client.Equipment{Status: kmev1.EquipmentStatus_WHITELISTED,
+			Reason: kmev1.EquipmentReason_NOT_IN_LOT}); err != nil || e != want {
+			t.Errorf("CheckEquipment for %q: %+v, %v", asked, e, err)
+		}
+	}
+	_, err = c.CheckEquipment(ctx, kme.IMEI{}, one)
+	is(err, kme.Malformed)
+	_, err = c.CheckEquipment(ctx, imei, imsi(t, "001020123456789"))
+	is(err, kme.CallerNotAllowed)
 	opened, err := c.OpenProvisioning(ctx, one, time.Minute)
 	if err != nil || opened.AttemptId == "" || time.Until(opened.ExpiresAt.AsTime()) < 50*time.Second {
 		t.Errorf("%v, %v", opened, err)

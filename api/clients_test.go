@@ -36,11 +36,12 @@ func TestWhoMayDoWhat(t *testing.T) {
 		"EstablishKME":         {RoleHSS},
 		"ReportAuthentication": {RoleHSS},
 		"RestoreRAND":          {RoleHSS},
+		"CheckEquipment":       {RoleHSS, RoleEIR},
 		"GetBinding":           {RoleHSS, RoleAdmin, RoleMonitor},
 		"ListBindings":         {RoleAdmin, RoleMonitor},
 		"OpenProvisioning":     {RoleAdmin},
 		"RevokeBinding":        {RoleAdmin},
-		"Stream":               {RoleHSS, RoleAdmin, RoleMonitor},
+		"Stream":               {RoleHSS, RoleEIR, RoleAdmin, RoleMonitor},
 	}
 	methods := kmev1.File_kme_v1_kme_proto.Services().ByName("KeyService").Methods()
 	if methods.Len() != len(may) {
@@ -73,6 +74,9 @@ func TestWhoMayDoWhat(t *testing.T) {
 			want := slices.Contains(some, role)
 			for imsi, named := range map[string]bool{"001010123456789": true, "310150123456789": true,
 				"001020123456789": false, "310151123456789": false, "00101": true, "": false} {
+				if strings.HasPrefix(what, "CheckEquipment") && imsi == "" {
+					named = true // a device alone is of no PLMN
+				}
 				if got := !refused(clients, imsi); got != (want && (named || !names)) {
 					t.Errorf("%s by %s for %q is allowed: %v", what, role, imsi, got)
 				}

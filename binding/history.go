@@ -31,7 +31,7 @@ type Sighting struct {
 // A Move is a subscription that was seen with another device than before.
 type Move struct {
 	Sighting
-	Before Sighting // the last one with another device
+	Before Sighting `json:"before"` // the last one with another device
 }
 
 // MaxDevices bounds the sightings that are kept of an IMSI: of more, those that are the longest ago are forgotten.
@@ -39,8 +39,8 @@ const MaxDevices = 32
 
 // Sightings keep with which devices subscriptions were seen.
 type Sightings interface {
-	// See notes sightings, whose First is their Last, and gives those that are moves. A row that was changed by somebody
-	// else is replaced.
+	// See notes sightings, whose First is their Last, and gives those that are moves. A row that was changed by
+	// somebody else is replaced.
 	See(ctx context.Context, all []Sighting) ([]Move, error)
 	// Sightings gives those of an IMSI and of a device; the zero values stand for none.
 	Sightings(ctx context.Context, imsi kme.IMSI, imei kme.IMEI) ([]Sighting, error)
@@ -102,7 +102,8 @@ func NewHistory(o HistoryOptions) *History {
 		moves: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "kme_equipment_moves_total",
 			Help: "Subscriptions that were seen with another device than before, by evidence."}, []string{"evidence"}),
 		dropped: prometheus.NewCounter(prometheus.CounterOpts{Name: "kme_sightings_dropped_total",
-			Help: "Sightings of a subscription with a device that were not written: too many waited, or the store failed."}),
+			Help: "Sightings of a subscription with a device that were not written: too many waited, or the store " +
+				"failed."}),
 	}
 	o.Registry.MustRegister(h.moves, h.dropped)
 	for _, e := range []Evidence{Asserted, Shown} { // so that the first is an increase
@@ -177,7 +178,7 @@ func (h *History) write(ctx context.Context, first Sighting) {
 	for _, m := range moves {
 		h.moves.WithLabelValues(string(m.Evidence)).Inc()
 		h.o.Log.Warn("a subscription is in another device", "imsi", m.IMSI, "imei", m.IMEI, "evidence", m.Evidence,
-			"before", m.Before.IMEI, "before_evidence", m.Before.Evidence, "before_last", m.Before.Last)
+			slog.Group("before", "imei", m.Before.IMEI, "evidence", m.Before.Evidence, "last", m.Before.Last))
 		if h.o.Moved != nil {
 			h.o.Moved(m)
 		}

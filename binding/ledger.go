@@ -26,7 +26,8 @@ const (
 )
 
 // About a manufacturer, see ManufacturerSubject; a lot, see LotSubject; its list of revoked devices, see
-// RevocationsSubject; an entry of the operator's list of devices, see ListingSubject; or the store itself, StoreSubject.
+// RevocationsSubject; an entry of the operator's list of devices, see ListingSubject; or the store itself,
+// StoreSubject.
 const (
 	EventEnrolled   Event = "ENROLLED"
 	EventDistrusted Event = "DISTRUSTED"

@@ -2,13 +2,18 @@ package binding
 
 import (
 	"context"
+	"encoding/csv"
 	"errors"
 	"fmt"
+	"io"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -16,7 +21,7 @@ import (
 // A Listing is an entry of the operator's own list: about all IMEIs that begin with its prefix, but for those that a
 // longer one is about.
 type Listing struct {
-	Prefix string          `json:"prefix"` // 1 to 14 digits
+	Prefix string          `json:"prefix"` // 0 to 14 digits
 	Status EquipmentStatus `json:"status"` // empty: it was removed
 	Reason string          `json:"reason,omitempty"`
 	Listed time.Time       `json:"listed_at"`
@@ -25,11 +30,11 @@ type Listing struct {
 
 // Listings keep the operator's own list.
 type Listings interface {
-	// List enters entries, each in the place of the one of its prefix. It gives how many that changes: one that says the
-	// same stays as it is, and one that is to be removed and is not there is nothing.
+	// List enters entries, each in the place of the one of its prefix. It gives how many that changes: one that says
+	// the same stays as it is, and one that is to be removed and is not there is nothing.
 	List(ctx context.Context, all []Listing) (changed int, err error)
-	// Listed gives the entries that were changed after a change, those that were removed too; after 0 all of them, which
-	// it compares with the ledger.
+	// Listed gives the entries that were changed after a change, those that were removed too; after 0 all of them,
+	// which it compares with the ledger.
 	Listed(ctx context.Context, after int64) ([]Listing, error)
 }
 
@@ -87,9 +92,10 @@ func prefixes(first, last string) (all []string) {
 	return all
 }
 
-// A listed has the operator's list in memory: 16 bytes an entry.
+// A listed has the operator's list in memory: some 50 bytes an entry.
 type listed struct {
-	store Listings // nil: there is no list
+	store   Listings    // nil: there is no list
+	failing atomic.Bool // the last load has failed
 
 	mu       sync.RWMutex
 	statuses map[uint64]EquipmentStatus // guarded by mu: by prefixKey
@@ -130,7 +136,7 @@ func (l *listed) load(ctx context.Context) (changes int, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if err != nil {
-		if errors.As(err, new(*DamagedRow)) {
+		if l.err != nil || errors.As(err, new(*DamagedRow)) {
 			l.err = err
 		}
 		return 0, err
@@ -173,8 +179,10 @@ func (l *listed) of(imei kme.IMEI) (status EquipmentStatus, ok bool, err error) 
 // once, and while the list is damaged, that is refused.
 func (s *Service) LoadListings(ctx context.Context) error {
 	changes, err := s.listed.load(ctx)
-	if err != nil {
-		s.log.ErrorContext(ctx, "the operator's list of devices cannot be read", "cause", err.Error())
+	if failed := s.listed.failing.Swap(err != nil); err != nil {
+		if !failed { // once
+			s.log.ErrorContext(ctx, "the operator's list of devices cannot be read", "cause", err.Error())
+		}
 		return err
 	}
 	if changes > 0 {
@@ -182,6 +190,9 @@ func (s *Service) LoadListings(ctx context.Context) error {
 	}
 	return nil
 }
+
+// ListingsFailed says whether the last LoadListings has failed.
+func (s *Service) ListingsFailed() bool { return s.listed.failing.Load() }
 
 // FollowListings is LoadListings again and again, until ctx ends.
 func (s *Service) FollowListings(ctx context.Context, every time.Duration) {
@@ -193,4 +204,75 @@ func (s *Service) FollowListings(ctx context.Context, every time.Duration) {
 			s.LoadListings(ctx)
 		}
 	}
+}
+
+// ParseStatus takes the status of an entry.
+func ParseStatus(text string) (EquipmentStatus, error) {
+	switch s := EquipmentStatus(strings.ToUpper(text)); s {
+	case Whitelisted, Greylisted, Blacklisted:
+		return s, nil
+	}
+	return "", fmt.Errorf("%q is no status: whitelisted, greylisted or blacklisted", text)
+}
+
+// maxReason bounds what an entry says for itself.
+const maxReason = 200
+
+// NewListings are the entries of one text of ParseEquipment; without a status, those that remove them.
+func NewListings(text string, status EquipmentStatus, reason string, now time.Time) (all []Listing, err error) {
+	found, err := ParseEquipment(text)
+	if err != nil {
+		return nil, err
+	}
+	if !utf8.ValidString(reason) || strings.ContainsFunc(reason, unicode.IsControl) ||
+		utf8.RuneCountInString(reason) > maxReason {
+		return nil, fmt.Errorf("a reason has one line of %d characters at most", maxReason)
+	}
+	for _, p := range found {
+		all = append(all, Listing{Prefix: p, Status: status, Reason: reason,
+			Listed: now.UTC().Truncate(time.Millisecond)})
+	}
+	return all, nil
+}
+
+// ReadListings reads entries as CSV (RFC 4180), the header equipment,status,reason before them. Of the first line that
+// is not good the error has the number.
+func ReadListings(r io.Reader, now time.Time) (all []Listing, err error) {
+	lines := csv.NewReader(r)
+	lines.FieldsPerRecord, lines.ReuseRecord = 3, true
+	if head, err := lines.Read(); err != nil || !slices.Equal(head, []string{"equipment", "status", "reason"}) {
+		return nil, errors.New("line 1: the list begins with the line equipment,status,reason")
+	}
+	for {
+		fields, err := lines.Read()
+		if errors.Is(err, io.EOF) {
+			return all, nil
+		}
+		if err != nil {
+			return nil, err // which has the line
+		}
+		line, _ := lines.FieldPos(0)
+		status, err := ParseStatus(fields[1])
+		var some []Listing
+		if err == nil {
+			some, err = NewListings(fields[0], status, fields[2], now)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("line %d: %w", line, err)
+		}
+		all = append(all, some...)
+	}
+}
+
+// EnterListings enters entries, few at a time: a service's changes wait for no more. What was entered when it fails
+// stays, and entering all again goes on from there.
+func EnterListings(ctx context.Context, store Listings, all []Listing) (changed int, err error) {
+	const together = 200
+	for some := range slices.Chunk(all, together) {
+		n, err := store.List(ctx, some)
+		if changed += n; err != nil {
+			return changed, err
+		}
+	}
+	return changed, nil
 }

@@ -59,8 +59,8 @@ type Options struct {
 // A Client may be used concurrently. A context's deadline goes with the call: the service does
 // no work for whoever has gone.
 //
-// The calls of an attach, CheckEquipment and GetBinding are made in one stream to each instance: the first opens it, and
-// so does the first after it has broken. Those of an administrator are made by themselves.
+// The calls of an attach, CheckEquipment and GetBinding are made in one stream to each instance: the first opens it,
+// and so does the first after it has broken. Those of an administrator are made by themselves.
 //
 // Calls that give the same answer however often they are made are made again, with a pause, when the service cannot be
 // reached or says that it may answer later: all but OpenProvisioning and a report of a failed authentication.

@@ -247,15 +247,18 @@ func nss(ts *testscript.TestScript, _ bool, _ []string) {
 // testKey is the key of a script's test among its values.
 type testKey struct{}
 
-// collector FILE takes what is sent to $COLLECTOR, as an OpenTelemetry collector does, and puts it into a file.
+// collector FILE takes what is sent to $COLLECTOR, as an OpenTelemetry collector and a webhook do, and puts it into a
+// file.
 func collector(ts *testscript.TestScript, _ bool, args []string) {
 	file, err := os.Create(ts.MkAbs(args[0]))
 	ts.Check(err)
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/v1/traces" {
 			body := io.Reader(r.Body)
-			if zipped, err := gzip.NewReader(r.Body); r.Header.Get("Content-Encoding") == "gzip" && err == nil {
-				body = zipped
+			if r.Header.Get("Content-Encoding") == "gzip" {
+				if zipped, err := gzip.NewReader(r.Body); err == nil {
+					body = zipped
+				}
 			}
 			io.Copy(file, body)
 		}

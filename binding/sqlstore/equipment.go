@@ -51,7 +51,7 @@ func (s *Store) Equipment(
 	return &subs[imsi.String()].Subscription, of, nil
 }
 
-// changing is the key of all changes of the operator's list, or of the sightings.
+// changing is the key of all changes of the operator's list.
 const changing = "equipment"
 
 func (s *Store) List(ctx context.Context, all []binding.Listing) (changed int, err error) {
@@ -169,7 +169,8 @@ func (s *Store) See(ctx context.Context, all []binding.Sighting) (moves []bindin
 	return moves, err
 }
 
-// seenWith gives an IMSI's sightings but for rows that somebody has changed, which are replaced and forgotten as others.
+// seenWith gives an IMSI's sightings but for rows that somebody has changed, which are replaced, and forgotten as
+// others are.
 func (s *Store) seenWith(ctx context.Context, q sqlconn.Conn, imsi kme.IMSI) (all []binding.Sighting, err error) {
 	err = scan(ctx, q, len(sightings.columns)+1, func(r row) error {
 		if s.checkMAC(sightings, r) != nil {

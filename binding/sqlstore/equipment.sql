@@ -1,5 +1,5 @@
--- The operator's own list of devices. An entry is about all IMEIs that begin with its prefix, but for those that a longer
--- one is about. One that was removed stays, without a status: the ledger would miss it.
+-- The operator's own list of devices. An entry is about all IMEIs that begin with its prefix, but for those that a
+-- longer one is about. One that was removed stays, without a status: the ledger would miss it.
 CREATE TABLE equipment (
   prefix    TEXT PRIMARY KEY,
   status    TEXT NOT NULL,

@@ -54,7 +54,7 @@ func (s *Store) Verify(ctx context.Context, report func(rows int)) (*Report, err
 	if found(err) != nil {
 		return r, err
 	}
-	err = s.settled(ctx, "verify", "equipment", func(q sqlconn.Conn) error { _, err := s.listed(ctx, q, 0); return err })
+	err = s.settled(ctx, "verify", changing, func(q sqlconn.Conn) error { _, err := s.listed(ctx, q, 0); return err })
 	if found(err) != nil {
 		return r, err
 	}

@@ -55,7 +55,8 @@ func equipment(t *testing.T, s Store) {
 	check("of two", phone, kme.IMSI{}, one, two)
 	check("of two, asked by a third", phone, other, one, two)
 	// The IMSI is bound to another device: the ledger still knows it as this one's.
-	must.Do(t, s.OpenAttempt(t.Context(), binding.Attempt{ID: "opened", IMSI: two, Expires: t0.Add(ttl), Opened: true}))
+	must.Do(t, s.OpenAttempt(t.Context(), binding.Attempt{ID: "opened", IMSI: two, Expires: t0.Add(ttl),
+		Opened: true}))
 	check("opened", phone, two, one, two)
 	_, a := prepare(t, s, two, t0)
 	must.Do(t, s.Establish(t.Context(), newBinding(two, another, a.ID), []byte("four"), true, t0))
@@ -198,8 +199,8 @@ func sightings(t *testing.T, s Store) {
 	bOfTwo := binding.Sighting{IMSI: two, IMEI: b, Evidence: binding.Asserted, First: at(1), Last: at(1)}
 	bOfOne := binding.Sighting{IMSI: one, IMEI: b, Evidence: binding.Asserted, First: at(4), Last: at(5)}
 	shownB := binding.Sighting{IMSI: one, IMEI: b, Evidence: binding.Shown, First: at(7), Last: at(7)}
-	check(one, none, binding.Sighting{IMSI: one, IMEI: a, Evidence: binding.Asserted, First: at(0), Last: at(5)}, bOfOne,
-		binding.Sighting{IMSI: one, IMEI: a, Evidence: binding.Shown, First: at(2), Last: at(6)}, shownB)
+	check(one, none, binding.Sighting{IMSI: one, IMEI: a, Evidence: binding.Asserted, First: at(0), Last: at(5)},
+		bOfOne, binding.Sighting{IMSI: one, IMEI: a, Evidence: binding.Shown, First: at(2), Last: at(6)}, shownB)
 	check(kme.IMSI{}, b, bOfOne, shownB, bOfTwo)
 
 	forget := func(before time.Time, most, want int) {

@@ -160,6 +160,12 @@ func rolledBack(t *testing.T, s Store) {
 			"CountSealed": func() error { _, err := s.CountSealed(ctx, []byte{2}); return err },
 			"Sealed":      func() error { _, err := s.Sealed(ctx, tokenkeys.Sealed{}, []byte{2}, 1); return err },
 			"Reseal":      func() error { _, err := s.Reseal(ctx, nil); return err },
+			"Equipment":   func() error { _, _, err := s.Equipment(ctx, device(t, 1), imsi, t0); return err },
+			"List":        func() error { _, err := s.List(ctx, nil); return err },
+			"Listed":      func() error { _, err := s.Listed(ctx, 0); return err },
+			"See":         func() error { _, err := s.See(ctx, nil); return err },
+			"Sightings":   func() error { _, err := s.Sightings(ctx, imsi, device(t, 1)); return err },
+			"Forget":      func() error { _, err := s.Forget(ctx, t0, 1); return err },
 		} {
 			if err := call(); !errors.Is(err, binding.ErrRolledBack) {
 				t.Errorf("%s of a store that is rolled back: %v", name, err)

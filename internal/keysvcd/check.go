@@ -30,6 +30,9 @@ func (c *Config) inspect(r *config.Report) {
 	if c.Vault.SecretIDFile != "" {
 		r.Secret("vault.secret_id_file", "the AppRole's secret id", c.Vault.SecretIDFile)
 	}
+	if w := c.Equipment.Webhook; w.SecretFile != "" {
+		r.Secret("equipment.webhook.secret_file", "the webhook's secret", w.SecretFile)
+	}
 	if dir, ok := strings.CutPrefix(c.Directory, "file:"); ok {
 		r.Folder("directory", "the public-key directory", dir, "mount it, or name another")
 	}

@@ -7,6 +7,7 @@ import (
 	"math"
 	"net"
 	"net/url"
+	"slices"
 	"time"
 
 	"github.com/kmehsm/kmehsm/api"
@@ -48,6 +49,8 @@ type Config struct {
 	OTLP             string        `yaml:"otlp"`
 	LogIdentities    string        `yaml:"log_identities"`
 	Vault            cmdline.Vault `yaml:"vault"`
+
+	Equipment equipmentConfig `yaml:"equipment"`
 }
 
 // maxSocket is the longest path that Linux takes for a Unix socket (unix(7)).
@@ -57,7 +60,7 @@ var times = binding.DefaultTimes()
 
 // schema has the settings in the order of the help. Those that belong to a setting above are indented: api.NewClients
 // and vaultstore.Login check them.
-var schema = config.Schema[Config]{See: "keysvc serve", Settings: []config.Setting[Config]{
+var schema = config.Schema[Config]{See: "keysvc serve", Settings: slices.Concat([]config.Setting[Config]{
 	{Name: "token", Example: "pkcs11:token=operator?module-path=...&pin-source=file:...", Secret: true,
 		Help: "or KMEHSM_TOKEN"},
 	{Name: "tokens", Example: "[pkcs11:..., pkcs11:...]", Secret: true,
@@ -80,7 +83,8 @@ var schema = config.Schema[Config]{See: "keysvc serve", Settings: []config.Setti
 	{Name: "  - name", Example: "hss-1", Help: "for the log"},
 	{Name: "    san", Example: "hss-1.example", Help: "a DNS name or URI of its certificate"},
 	{Name: "    roles", Example: "[hss]",
-		Help: "hss, admin, monitor (sees bindings), metrics (reads GET /metrics), kme-export"},
+		Help: `hss, eir (CheckEquipment alone), admin, monitor (sees bindings), metrics (reads GET /metrics),
+			kme-export`},
 	{Name: "    plmns", Example: `["00101"]`,
 		Help: "or [all]; an IMSI is of the longest PLMN that is named anywhere here"},
 	{Name: "    provision_from", Example: "[home]",
@@ -145,7 +149,7 @@ var schema = config.Schema[Config]{See: "keysvc serve", Settings: []config.Setti
 			return c.LogIdentities == "plain" || c.LogIdentities == "hashed"
 		}},
 	{Name: "log_level", Default: "info", Help: "debug, info, warn or error", Rule: "debug, info, warn or error"},
-}}
+}, equipmentSettings())}
 
 // Help documents the settings, as a commented configuration.
 func Help() string { return schema.Help() }
@@ -195,6 +199,7 @@ func (c *Config) check(r *config.Report) {
 		r.Add("clients", "listen needs clients, who may call", `clients: [{name: hss-1, san: hss-1.example, roles: `+
 			`[hss], plmns: ["00101"]}], where san is a DNS name or URI of its certificate`)
 	}
+	c.Equipment.check(r)
 	if _, err := knownClients(c); err != nil && r.Good("clients") {
 		r.Add("clients", fmt.Sprintf("clients: %v", err), "")
 	}

@@ -106,6 +106,23 @@ func TestConfigRefused(t *testing.T) {
 			`clients: client "x": there is no role "root": hss, eir, admin, monitor, metrics, kme-export`},
 		{"a client's plmns", good + "clients: [{name: x, san: y, roles: [hss], plmns: [001]}]\n",
 			`clients: client "x": "001" is no PLMN: MCC and MNC, 5 or 6 digits, or all`},
+		{"equipment.lists", good + "equipment: {lists: never}\n", `equipment.lists is first or last, not "never"`},
+		{"equipment.other_device", good + "equipment: {other_device: unknown}\n",
+			`equipment.other_device is whitelisted, greylisted or blacklisted, not "unknown"`},
+		{"equipment.not_in_lot", good + "equipment: {not_in_lot: red}\n",
+			`equipment.not_in_lot is whitelisted, greylisted, blacklisted or unknown, not "red"`},
+		{"equipment.history", good + "equipment: {history: 5m}\n",
+			`equipment.history is 0s, or a time from 1h on, not "5m0s"`},
+		{"equipment.history_rows", good + "equipment: {history_rows: 0}\n",
+			`equipment.history_rows is a whole number above zero, not "0"`},
+		{"a webhook without url", good + "equipment: {webhook: {secret_file: f}}\n",
+			`equipment.webhook.url: a webhook's address is https://HOST/PATH`},
+		{"a webhook without secret", good + "equipment: {webhook: {url: 'https://h/'}}\n",
+			`equipment.webhook has no secret_file`},
+		{"a webhook in clear", good + "equipment: {webhook: {url: 'http://h/', secret_file: f}}\n",
+			`equipment.webhook.url: a webhook's address is https://HOST/PATH`},
+		{"a webhook without history", good + "equipment: {history: 0s, webhook: {url: 'https://h/', secret_file: f}}\n",
+			`equipment.webhook needs equipment.history`},
 		{"a client's setting", good + client + "limit: 1}]\n", `there is no setting clients[0].limit`},
 		{"unknown", good + "listne: x\n", `line 3: there is no setting listne`},
 		{"empty", good + "'': x\n", `line 3: there is no setting `},
@@ -154,6 +171,8 @@ vault: {role_id: i, secret_id_file: f, secret_id_wrapped: true}
 otlp: http://127.0.0.1:4318
 log_identities: hashed
 log_level: warn
+equipment: {lists: last, other_device: greylisted, not_in_lot: unknown, history: 1h,
+  webhook: {url: "https://h/", secret_file: f}}
 `)
 	if err != nil {
 		t.Fatal(err)
@@ -161,6 +180,9 @@ log_level: warn
 	if len(c.Tokens) != 2 || c.Tokens[1] != c.Tokens[0] || c.AttemptTTL != time.Minute ||
 		c.PendingTTL != 3*time.Minute || c.PendingVectors != 8 || c.MaxRevocationAge != 72*time.Hour ||
 		c.LogLevel != slog.LevelWarn ||
+		*c.Equipment.policy() != (binding.EquipmentPolicy{ListsLast: true, OtherDevice: binding.Greylisted,
+			OtherSubscription: binding.Greylisted, NotInLot: binding.Unknown}) || c.Equipment.History != time.Hour ||
+		!filepath.IsAbs(c.Equipment.Webhook.SecretFile) ||
 		c.Clients[0].PLMNs[0] != "00101" || *c.Clients[1].UID != 0 || !c.Vault.SecretIDWrapped {
 		t.Errorf("%+v", c)
 	}
@@ -180,9 +202,12 @@ log_level: warn
 		filepath.Base(c.State) != "keysvc" {
 		t.Errorf("the defaults: %+v", c)
 	}
+	if *c.Equipment.policy() != binding.DefaultEquipmentPolicy() || c.Equipment.History != 9600*time.Hour {
+		t.Errorf("the defaults: %+v", c.Equipment)
+	}
 	for _, s := range schema.Settings {
 		if !strings.HasPrefix(s.Name, " ") && !slices.ContainsFunc(reflect.VisibleFields(reflect.TypeFor[Config]()),
-			func(f reflect.StructField) bool { return f.Tag.Get("yaml") == s.Name }) {
+			func(f reflect.StructField) bool { return f.Tag.Get("yaml") == strings.Split(s.Name, ".")[0] }) {
 			t.Errorf("%s is no setting", s.Name)
 		}
 	}

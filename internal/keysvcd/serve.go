@@ -89,11 +89,16 @@ func Serve(ctx context.Context, from Source, w io.Writer) error {
 		log.Warn("the last refusals are forgotten", "cause", err.Error())
 		refusals = new(binding.Refusals)
 	}
+	history, err := newHistory(&cfg.Equipment, store, registry, log)
+	if err != nil {
+		return err
+	}
 	d := &daemon{
 		from: from, tokens: tokens, store: store, accepted: make(chan struct{}, 1),
 		service: binding.NewService(binding.Options{
 			Token: tokens, Store: store, Times: cfg.times(), Metrics: metrics, Log: log,
-			Refusals: refusals,
+			Refusals:  refusals,
+			Equipment: cfg.Equipment.policy(), Listings: store, History: history.History,
 			Limits: binding.Limits{
 				Calls: cmp.Or(cfg.Calls, 32*tokens.Sessions()), IMEIRate: cfg.IMEIRate, IMEIBurst: cfg.IMEIBurst,
 			},
@@ -150,6 +155,8 @@ func Serve(ctx context.Context, from Source, w io.Writer) error {
 	defer d.keepMark(ctx)()
 	defer keepRefusals(refusals, cfg.State, log)()
 	defer d.rememberLotKeys(ctx)()
+	defer d.followListings(ctx)()
+	defer history.run(ctx, d)()
 	log.Info("serving", "token", tokens.String(), "ranges", d.Load().lots.Len(), "addresses", addresses)
 	return d.run(ctx, listeners)
 }
@@ -216,6 +223,9 @@ func (d *daemon) ready(ctx context.Context, service *binding.Service) (warnings 
 		d.log.WarnContext(ctx, "a directory is not available", "manufacturer", manufacturer, "cause", err.Error())
 		warnings = append(warnings, "the directory of manufacturer "+manufacturer+
 			" is not available; devices whose keys are cached go on")
+	}
+	if service.ListingsFailed() {
+		warnings = append(warnings, "the operator's list of devices cannot be read; the log says why")
 	}
 	for manufacturer, lists := range service.Overdue() {
 		for _, o := range lists {

@@ -71,9 +71,9 @@ func TestSend(t *testing.T) {
 		if e.header.Get("Webhook-Signature") != "v1,"+Signature(s.o.Secret, id, at, e.body) || id == "" || at == "" {
 			t.Errorf("signed %v", e.header)
 		}
-		if e.header.Get("Content-Type") != "application/cloudevents+json; charset=utf-8" || body["specversion"] != "1.0" ||
-			body["id"] != id || body["source"] != "//here/keysvc" || body["type"] != "test.kind" ||
-			body["subject"] != "subject" || body["data"].(map[string]any)["n"] != 1.0 {
+		if e.header.Get("Content-Type") != "application/cloudevents+json; charset=utf-8" ||
+			body["specversion"] != "1.0" || body["id"] != id || body["source"] != "//here/keysvc" ||
+			body["type"] != "test.kind" || body["subject"] != "subject" || body["data"].(map[string]any)["n"] != 1.0 {
 			t.Errorf("the event is %s", e.body)
 		}
 		if _, err := time.Parse(time.RFC3339, body["time"].(string)); err != nil {

@@ -87,7 +87,7 @@ func (r *report) rows() (all []row) {
 		add(name+": PrepareVector, unbound / pending, a second", "%.0f / %.0f", e.Open, e.Process)
 	}
 	for i, name := range []string{"an empty one", "PrepareVector, refused", "PrepareVector, bound",
-		"ReportAuthentication, ACTIVE"} {
+		"ReportAuthentication, ACTIVE", "CheckEquipment, proven"} {
 		if call := rpcCalls[i]; r.RPC[call+"_per_second"] > 0 {
 			add("RPC, "+name+": a second; CPU of keysvc / of the client, us", "%.0f; %.0f / %.0f",
 				r.RPC[call+"_per_second"], r.RPC[call+"_cpu_us"], r.RPC[call+"_client_cpu_us"])

@@ -26,8 +26,9 @@ import (
 //
 // "empty" is Check of gRPC's health service: it has the server, the TLS, the HTTP/2 and the library of the unary calls,
 // and nothing is done for it but that once a second the token is asked whether it works. The others are as package
-// client makes them: "refused" is PrepareVector without a RAND, for which nothing is done either; "prepare" and
-// "report" are for subscriptions whose bindings are ACTIVE, as in each later authentication of a device.
+// client makes them: "refused" is PrepareVector without a RAND, for which nothing is done either; "prepare",
+// "report" and "check_equipment" are for subscriptions whose bindings are ACTIVE, as in each later authentication of a
+// device, and its attach.
 type rpc map[string]float64
 
 func (b *bench) rpc(r *report) error {
@@ -46,7 +47,7 @@ func (b *bench) rpc(r *report) error {
 // active is how many subscriptions the calls are for.
 const active = 1000
 
-var rpcCalls = []string{"empty", "refused", "prepare", "report"}
+var rpcCalls = []string{"empty", "refused", "prepare", "report", "check_equipment"}
 
 // atOnce is how many calls are under way, as in mesim load.
 const atOnce = 64
@@ -61,7 +62,7 @@ func (b *bench) measureRPC() (any, error) {
 		return nil, err
 	}
 	defer hss.Close()
-	subscriptions, err := b.attached(hss)
+	subscriptions, devices, err := b.attached(hss)
 	if err != nil {
 		return nil, err
 	}
@@ -100,6 +101,13 @@ func (b *bench) measureRPC() (any, error) {
 			}
 			return err
 		},
+		"check_equipment": func(imsi kme.IMSI) error {
+			e, err := hss.CheckEquipment(b.ctx, devices[imsi], imsi)
+			if err == nil && e.Status != kmev1.EquipmentStatus_WHITELISTED {
+				err = fmt.Errorf("IMEI %s is %v (%v) for IMSI %s", devices[imsi], e.Status, e.Reason, imsi)
+			}
+			return err
+		},
 	}
 	all := map[string][]sample{}
 	for i := range b.fewer() {
@@ -122,28 +130,29 @@ func (b *bench) measureRPC() (any, error) {
 	return result, nil
 }
 
-// attached are subscriptions whose bindings are ACTIVE, each of another device.
-func (b *bench) attached(hss *client.Client) (all []kme.IMSI, err error) {
+// attached are subscriptions whose bindings are ACTIVE, each of another device, and these.
+func (b *bench) attached(hss *client.Client) (all []kme.IMSI, of map[kme.IMSI]kme.IMEI, err error) {
 	fleet, err := mesim.OpenFleet(filepath.Join(b.dir, "injection-2048"), filepath.Join(b.dir, "fixture.key"),
 		[]string{filepath.Join(b.dir, "fixture-enrolment.json")})
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	devices, err := fleet.Devices(0, active)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
+	of = map[kme.IMSI]kme.IMEI{}
 	first := time.Now().Unix() % 1e6 * active // others than those of a run before
 	for i := range active {
 		imsi, err := kme.ParseIMSI(fmt.Sprintf("00101%010d", first+int64(i)))
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
-		all = append(all, imsi)
+		all, of[imsi] = append(all, imsi), devices[i].IMEI
 	}
 	run := mesim.Run{Network: mesim.Network{Client: hss}, Devices: devices, FirstIMSI: all[0], Concurrency: atOnce}
 	_, err = run.Attach(b.ctx, "")
-	return all, err
+	return all, of, err
 }
 
 // call measures a call for b.each.

@@ -91,10 +91,11 @@ type KeyServiceClient interface {
 	// and AUTS was made with the RAND as the HSS made it. One that was sent in clear comes back as it is. Reasons:
 	// MALFORMED, NOT_BOUND, HSM_UNAVAILABLE, STORE_UNAVAILABLE.
 	RestoreRAND(context.Context, *connect.Request[v1.RestoreRANDRequest]) (*connect.Response[v1.RestoreRANDResponse], error)
-	// CheckEquipment says whether a device may be served, for an equipment identity register that is asked by an MME (S13)
-	// or an AMF (N5g-eir): by what the device has proven, its manufacturer has revoked and the operator has listed, in the
-	// order of docs/equipment.md. It changes nothing. A device that nothing is known of is refused (UNKNOWN_DEVICE) where
-	// the policy says so. Reasons: MALFORMED, UNKNOWN_DEVICE, DIRECTORY_UNAVAILABLE, STORE_UNAVAILABLE.
+	// CheckEquipment says whether a device may be served, for an equipment identity register that is asked by an MME
+	// (S13) or an AMF (N5g-eir): by what the device has proven, its manufacturer has revoked and the operator has listed,
+	// in the order of docs/equipment.md. It binds nothing; that the IMSI was seen with the device is noted. A device that
+	// nothing is known of is refused (UNKNOWN_DEVICE) where the policy says so. Reasons: MALFORMED, UNKNOWN_DEVICE,
+	// DIRECTORY_UNAVAILABLE, STORE_UNAVAILABLE.
 	CheckEquipment(context.Context, *connect.Request[v1.CheckEquipmentRequest]) (*connect.Response[v1.CheckEquipmentResponse], error)
 	// OpenProvisioning lets an IMSI be bound to another device, or anew to the same one, once: until ttl has passed, or a
 	// KME is established, vectors for origins that may provision are PROVISIONING_ONLY, in an attempt of each origin's
@@ -282,10 +283,11 @@ type KeyServiceHandler interface {
 	// and AUTS was made with the RAND as the HSS made it. One that was sent in clear comes back as it is. Reasons:
 	// MALFORMED, NOT_BOUND, HSM_UNAVAILABLE, STORE_UNAVAILABLE.
 	RestoreRAND(context.Context, *connect.Request[v1.RestoreRANDRequest]) (*connect.Response[v1.RestoreRANDResponse], error)
-	// CheckEquipment says whether a device may be served, for an equipment identity register that is asked by an MME (S13)
-	// or an AMF (N5g-eir): by what the device has proven, its manufacturer has revoked and the operator has listed, in the
-	// order of docs/equipment.md. It changes nothing. A device that nothing is known of is refused (UNKNOWN_DEVICE) where
-	// the policy says so. Reasons: MALFORMED, UNKNOWN_DEVICE, DIRECTORY_UNAVAILABLE, STORE_UNAVAILABLE.
+	// CheckEquipment says whether a device may be served, for an equipment identity register that is asked by an MME
+	// (S13) or an AMF (N5g-eir): by what the device has proven, its manufacturer has revoked and the operator has listed,
+	// in the order of docs/equipment.md. It binds nothing; that the IMSI was seen with the device is noted. A device that
+	// nothing is known of is refused (UNKNOWN_DEVICE) where the policy says so. Reasons: MALFORMED, UNKNOWN_DEVICE,
+	// DIRECTORY_UNAVAILABLE, STORE_UNAVAILABLE.
 	CheckEquipment(context.Context, *connect.Request[v1.CheckEquipmentRequest]) (*connect.Response[v1.CheckEquipmentResponse], error)
 	// OpenProvisioning lets an IMSI be bound to another device, or anew to the same one, once: until ttl has passed, or a
 	// KME is established, vectors for origins that may provision are PROVISIONING_ONLY, in an attempt of each origin's

@@ -1,0 +1,236 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore"
+	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+func equipmentCommand() *cli.Command {
+	const which = "EQUIPMENT is an IMEI, a TAC, FIRST-LAST of two TACs, or the first digits of IMEIs with a * after " +
+		"them. "
+	return &cli.Command{
+		Name:  "equipment",
+		Usage: "the operator's own list of devices, and which subscription was seen in which device",
+		Description: "The list decides what CheckEquipment answers, before or after what devices have proven: see " +
+			"equipment in keysvc serve --help. Of two entries the one with more digits counts. A running service " +
+			"answers by a change within 5 seconds.",
+		Subcommands: []*cli.Command{
+			{
+				Name: "add", Usage: "list a device, or the devices of a model", ArgsUsage: "EQUIPMENT",
+				Description: which + "An entry that is there is replaced.",
+				Flags: storeFlags(reasonFlag, &cli.StringFlag{Name: "status",
+					Usage: "`STATUS`: whitelisted, greylisted or blacklisted"}),
+				Action: cmdline.Requiring(equipmentAdd, "status", "reason"),
+			},
+			{
+				Name: "remove", Usage: "take an entry out", ArgsUsage: "EQUIPMENT", Description: which,
+				Flags: storeFlags(reasonFlag), Action: cmdline.Requiring(equipmentRemove, "reason"),
+			},
+			{
+				Name: "import", Usage: "add all entries of a CSV file", ArgsUsage: "FILE",
+				Description: "Its first line is equipment,status,reason. A file with a line that is not good changes " +
+					"nothing; running it again goes on where it was ended.",
+				Flags: storeFlags(), Action: equipmentImport,
+			},
+			{Name: "list", Usage: "list the entries", Flags: storeFlags(), Action: equipmentList},
+			{
+				Name: "show", Usage: "show which subscriptions were seen in a device, or which devices with a " +
+					"subscription, and what is listed and bound", ArgsUsage: "IMEI|IMSI",
+				Description: "What can be both is looked for as both: imei-DIGITS and imsi-DIGITS are one. " +
+					"ASSERTED is what the network named, PROVEN what the device has shown.",
+				Flags: storeFlags(), Action: equipmentShow,
+			},
+		},
+	}
+}
+
+func equipmentAdd(c *cli.Context) error {
+	status, err := binding.ParseStatus(c.String("status"))
+	if err != nil {
+		return cmdline.Usage(err)
+	}
+	return enterListings(c, status)
+}
+
+func equipmentRemove(c *cli.Context) error { return enterListings(c, "") }
+
+func enterListings(c *cli.Context, status binding.EquipmentStatus) error {
+	all, err := binding.NewListings(c.Args().First(), status, c.String("reason"), time.Now())
+	if err != nil {
+		return cmdline.Usage(err)
+	}
+	return withStore(c, func(s *sqlstore.Store) error {
+		changed, err := binding.EnterListings(c.Context, s, all)
+		if err == nil && status == "" && changed == 0 {
+			err = fmt.Errorf("%s is not listed: see keysvc equipment list", c.Args().First())
+		}
+		if err != nil {
+			return err
+		}
+		return printChanged(c, changed, len(all))
+	})
+}
+
+func printChanged(c *cli.Context, changed, of int) error {
+	return cmdline.Printf(c, map[string]any{"changed": changed, "entries": of},
+		"%d of %d entries have changed the list\n", changed, of)
+}
+
+func equipmentImport(c *cli.Context) error {
+	file, err := os.Open(c.Args().First())
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	all, err := binding.ReadListings(file, time.Now())
+	if err != nil {
+		return cmdline.Usage(fmt.Errorf("%s: %w", file.Name(), err))
+	}
+	return withStore(c, func(s *sqlstore.Store) error {
+		changed, err := binding.EnterListings(c.Context, s, all)
+		if err != nil {
+			return fmt.Errorf("after %d entries that have changed the list: %w", changed, err)
+		}
+		return printChanged(c, changed, len(all))
+	})
+}
+
+// listings are the entries that stand, by their prefixes.
+func listings(c *cli.Context, s *sqlstore.Store) ([]binding.Listing, error) {
+	all, err := s.Listed(c.Context, 0)
+	all = slices.DeleteFunc(all, func(l binding.Listing) bool { return l.Status == "" })
+	slices.SortFunc(all, func(a, b binding.Listing) int { return strings.Compare(a.Prefix, b.Prefix) })
+	return all, err
+}
+
+func printListing(w io.Writer, l binding.Listing) {
+	prefix := l.Prefix
+	if len(prefix) < 14 {
+		prefix += "*"
+	}
+	fmt.Fprintf(w, "%-14s  %-11s  %-20s  %s\n", prefix, l.Status, l.Listed.Format(time.RFC3339), l.Reason)
+}
+
+func equipmentList(c *cli.Context) error {
+	return withStore(c, func(s *sqlstore.Store) error {
+		all, err := listings(c, s)
+		if err != nil {
+			return err
+		}
+		return cmdline.Print(c, map[string]any{"equipment": append([]binding.Listing{}, all...)}, func(w io.Writer) {
+			for _, l := range all {
+				printListing(w, l)
+			}
+		})
+	})
+}
+
+// identities are what a text can be: an IMEI, an IMSI, or both.
+func identities(text string) (imei kme.IMEI, imsi kme.IMSI, err error) {
+	digits, isIMEI := strings.CutPrefix(text, "imei-")
+	digits, isIMSI := strings.CutPrefix(digits, "imsi-")
+	var notIMEI, notIMSI error
+	if !isIMSI {
+		imei, notIMEI = kme.ParseIMEI(digits)
+	}
+	if !isIMEI {
+		imsi, notIMSI = kme.ParseIMSI(digits)
+	}
+	switch {
+	case isIMEI && notIMEI != nil:
+		return imei, imsi, notIMEI
+	case notIMSI != nil && (isIMSI || notIMEI != nil):
+		return imei, imsi, notIMSI
+	}
+	return imei, imsi, nil
+}
+
+// known is what equipment show gives.
+type known struct {
+	IMEI      kme.IMEI           `json:"imei,omitzero"`
+	IMSI      kme.IMSI           `json:"imsi,omitzero"`
+	Listing   *binding.Listing   `json:"listing,omitempty"`
+	Listed    []binding.Entry    `json:"listed,omitempty"` // what the ledger has about Listing
+	Bindings  []shown            `json:"bindings"`
+	Sightings []binding.Sighting `json:"sightings"`
+}
+
+func equipmentShow(c *cli.Context) error {
+	imei, imsi, err := identities(c.Args().First())
+	if err != nil {
+		return cmdline.Usage(err)
+	}
+	return withStore(c, func(s *sqlstore.Store) error {
+		k := known{IMEI: imei, IMSI: imsi, Bindings: []shown{}, Sightings: []binding.Sighting{}}
+		own, of, err := s.Equipment(c.Context, imei, imsi, time.Now())
+		if err != nil {
+			return err
+		}
+		if b := own.Latest(); b != nil && !slices.Contains(of, b) {
+			of = append(of, b)
+		}
+		for _, b := range of {
+			k.Bindings = append(k.Bindings, show(b))
+		}
+		seen, err := s.Sightings(c.Context, imsi, imei)
+		if err == nil && imei != (kme.IMEI{}) {
+			k.Listing, k.Listed, err = listingOf(c, s, imei)
+		}
+		if err != nil {
+			return err
+		}
+		k.Sightings = append(k.Sightings, seen...)
+		return cmdline.Print(c, k, k.print)
+	})
+}
+
+// listingOf is the entry of a device, and what the ledger has about it; nil if there is none.
+func listingOf(
+	c *cli.Context, s *sqlstore.Store, imei kme.IMEI,
+) (of *binding.Listing, history []binding.Entry, err error) {
+	all, err := listings(c, s)
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, l := range all { // by their prefixes: the last that fits is the longest
+		if strings.HasPrefix(imei.String(), l.Prefix) {
+			of = &l
+		}
+	}
+	if of != nil {
+		history, err = s.History(c.Context, binding.ListingSubject(of.Prefix))
+	}
+	return of, history, err
+}
+
+func (k known) print(w io.Writer) {
+	if k.Listing != nil {
+		fmt.Fprint(w, "listed  ")
+		printListing(w, *k.Listing)
+	}
+	for _, e := range k.Listed {
+		printEntry(w, e)
+	}
+	for _, b := range k.Bindings {
+		fmt.Fprint(w, "bound   ")
+		b.print(w)
+	}
+	for _, s := range k.Sightings {
+		fmt.Fprintf(w, "seen    %-15s  %-14s  %-8s  %s to %s\n", s.IMSI, s.IMEI, s.Evidence,
+			s.First.Format(time.RFC3339), s.Last.Format(time.RFC3339))
+	}
+	if k.Listing == nil && len(k.Bindings)+len(k.Sightings) == 0 {
+		fmt.Fprintln(w, "nothing is known of it")
+	}
+}
