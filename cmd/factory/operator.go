@@ -21,9 +21,9 @@ func operatorCommand() *cli.Command {
 			Name: "enroll", Usage: "make an operator's KEK as a TRUSTED key, and write it wrapped to the operator's " +
 				"transport key", ArgsUsage: "NAME",
 			Description: "The operator makes a transport key with keysvc transport new, gives you the file, and " +
-				"reads out its thumbprint on another way: whoever has the private half will have the lots that you " +
-				"grant. The security officer's PIN is needed, since only keys made TRUSTED by the security officer " +
-				"may ever wrap a lot key.",
+				"reads out its thumbprint over a trusted channel, in person or by telephone: whoever has the private " +
+				"half will get the lots that you grant. This needs the security officer's PIN, because only keys " +
+				"that the security officer has made TRUSTED may wrap a lot key.",
 			Flags: enrolFlags("KEK", &cli.StringFlag{Name: "transport-key",
 				Usage: "the operator's transport key, the `FILE` that keysvc transport new wrote"},
 				&cli.StringFlag{Name: "thumbprint", Usage: "its thumbprint, `T`, as the operator reads it out"}),

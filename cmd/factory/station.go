@@ -22,9 +22,9 @@ func stationCommand() *cli.Command {
 	return &cli.Command{
 		Name: "station", Usage: "the stations that inject keys into devices",
 		Subcommands: []*cli.Command{{
-			Name: "serve", Usage: "hand devices out to stations, and show on a wall screen how it goes",
-			Description: `Stations speak HTTPS with a client certificate, whose common name is the station's and
-stands in --station. A station has one device at a time:
+			Name: "serve", Usage: "hand devices out to stations, and show the progress on a wall screen",
+			Description: `Stations use HTTPS with a client certificate. Its common name is the station's name, and must be
+listed by --station. A station has one device at a time:
     POST /v1/lots/LOT/next                   the next device, or the one that the station has, as JSON
     POST /v1/lots/LOT/devices/IMEI           that device: one that failed, is overdue, or came back
     PUT  /v1/lots/LOT/devices/IMEI/result    {"result": "injected", "failed" or "scrapped", "note": "..."}
@@ -39,8 +39,8 @@ lot provision. Ctrl-C ends it; begun again, it goes on where it was.`,
 				&cli.StringFlag{Name: "client-ca", Category: cmdline.Configured,
 					Usage: "the CA of the stations' certificates, `PEM`"},
 				&cli.StringSliceFlag{Name: "station", Category: cmdline.Configured,
-					Usage: "a station, by the common name of its certificate, " +
-						"`NAME`, again for each; without, nobody is one"},
+					Usage: "a station's `NAME`, which is the common name of its " +
+						"certificate; repeat it for each. Without it no station is accepted"},
 				&cli.DurationFlag{Name: "timeout", Category: cmdline.Configured, Value: 10 * time.Minute,
 					Usage: "after which a device that its station did not report is overdue"}),
 			Action: cmdline.Requiring(stationServe, "listen", "tls-certificate", "tls-key", "client-ca"),

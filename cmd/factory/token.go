@@ -16,10 +16,10 @@ import (
 
 func initCommand() *cli.Command {
 	return &cli.Command{
-		Name: "init", Usage: "make the token the manufacturer's, and the signing key in it, and write the public " +
-			"signing key, manufacturer.pem",
-		Description: "Operators pin manufacturer.pem: give it to them, and read out the manufacturer's name, its " +
-			"thumbprint, on another way. Running this again changes nothing. No other command makes the --state " +
+		Name: "init", Usage: "make the manufacturer's signing key in the token, and write its public half, " +
+			"manufacturer.pem",
+		Description: "Operators pin manufacturer.pem: give it to them, and tell them the manufacturer's name, its " +
+			"thumbprint, over a trusted channel: in person, or by telephone. Running this again changes nothing. No other command makes the --state " +
 			"folder.",
 		Flags: []cli.Flag{cmdline.Token, stateFlag,
 			&cli.StringFlag{Name: "out", Usage: "the folder, `DIR`, for manufacturer.pem (default: the --state " +

@@ -48,7 +48,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 		Writer: os.Stdout, ErrWriter: os.Stderr,
 		Commands: []*cli.Command{
 			{
-				Name: "init", Usage: "make the token the operator's, the storage and ledger key in it, and the database",
+				Name: "init", Usage: "make the operator's storage and ledger key in the token, and the database",
 				Description: "Tries first whether the token keeps keys as it should, and refuses it otherwise: " +
 					"keysvc doctor says more. Running this again changes nothing. The --state folder, which is made, " +
 					"remembers the token, for the commands that need no other than the store's own. No other command " +
@@ -62,10 +62,9 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 			{
 				Name: "enroll", Usage: "import a manufacturer's enrolment: pin its key, import the operator's KEK " +
 					"into the token", ArgsUsage: "FILE",
-				Description: "The manufacturer's key must come from the manufacturer itself, on another way than the " +
-					"enrolment: from then on whatever it signed is believed. Have the manufacturer read out the " +
-					"key's thumbprint, as factory init prints it. The transport key that the enrolment came under is " +
-					"destroyed.",
+				Description: "Be sure that the key is the manufacturer's: the service believes whatever it signs. The " +
+					"manufacturer reads out its thumbprint, as factory init prints it, over a trusted channel: in " +
+					"person, or by telephone. The transport key of this enrolment is destroyed.",
 				Flags: []cli.Flag{cmdline.Token, stateFlag, storeFlag, &cli.StringFlag{Name: "directory",
 					Usage: "where the manufacturer publishes its public keys, `WHERE`: file:DIR or vault:MOUNT"},
 					&cli.StringFlag{Name: "manufacturer", Usage: "the manufacturer's public signing key, as `PEM`"},
@@ -80,7 +79,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 			lotCommand(),
 			manufacturerCommand(),
 			{
-				Name: "device", Usage: "say what the directory says of a device, its signatures verified",
+				Name: "device", Usage: "show what the directory has about a device, and verify its signatures",
 				ArgsUsage: "IMEI", Flags: storeFlags(cmdline.DirectoryFlags()...), Action: device,
 			},
 			bindingCommand(),

@@ -97,7 +97,7 @@ func storeCommand() *cli.Command {
 			},
 			{
 				Name:  "accept-rollback",
-				Usage: "have a store served that is an earlier one than the service has written",
+				Usage: "accept a database that is older than the last one that the service has written",
 				Description: "What was decided since is not in it: KMEs that were used since can be used again, " +
 					"devices that were bound since are not, and what was revoked since is not. Bring back the last " +
 					"store instead, if there is one. The reason and your name go into the ledger.",

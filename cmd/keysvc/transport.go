@@ -22,10 +22,10 @@ func transportCommand() *cli.Command {
 			{
 				Name: "new", Usage: "make a transport key for one enrolment, and write its public half for the " +
 					"manufacturer",
-				Description: "Give the file to the manufacturer, and read the thumbprint out on another way, on the " +
-					"telephone for instance: nothing in the file proves whose it is. keysvc enroll destroys the key " +
-					"when the KEK is in the token. Until then, whoever has the token's PIN and the enrolment can " +
-					"take the KEK too: do not let days pass between the two.",
+				Description: "Give the file to the manufacturer, and read out the thumbprint over a trusted channel, in " +
+					"person or by telephone: nothing in the file proves whose it is. keysvc enroll destroys the key " +
+					"when the KEK is in the token. Until then, anybody with the token's PIN and the enrolment could " +
+					"take the KEK, too: enroll on the same day.",
 				Flags: []cli.Flag{cmdline.Token, stateFlag,
 					&cli.StringFlag{Name: "out",
 						Usage: "the `FILE` to write (default: transport.json in the --state folder)"},
@@ -35,7 +35,7 @@ func transportCommand() *cli.Command {
 			{Name: "list", Usage: "list the transport keys that wait for their enrolment",
 				Flags: []cli.Flag{cmdline.Token, cmdline.JSON}, Action: transportList},
 			{
-				Name: "destroy", Usage: "destroy a transport key whose enrolment will not come",
+				Name: "destroy", Usage: "destroy a transport key whose enrolment will not be imported",
 				ArgsUsage: "THUMBPRINT", Flags: []cli.Flag{cmdline.Token, stateFlag, cmdline.Yes, cmdline.JSON},
 				Action: cmdline.Alone(transportDestroy),
 			},

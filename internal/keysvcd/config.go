@@ -115,8 +115,8 @@ var schema = config.Schema[Config]{See: "keysvc serve", Settings: slices.Concat(
 		Rule: "0s, or a time of more than twice revocation_ttl, such as 72h",
 		OK:   func(c *Config) bool { return c.MaxRevocationAge == 0 || c.MaxRevocationAge/2 > c.RevocationTTL }},
 	{Name: "calls", Example: "128",
-		Help: `that are at the HSM or wait for it; more are refused, but not those of a client that has less than its
-			share (default: 32 for each session)`,
+		Help: `requests that use or wait for the HSM; more are refused, but each client is guaranteed its share
+			(default: 32 for each session)`,
 		Rule: "a whole number, or 0 for 32 of each session", OK: func(c *Config) bool { return c.Calls >= 0 }},
 	{Name: "imei_rate", Default: "10",
 		Help: "payloads a second of one IMSI, accepted ones of one IMEI; more are refused",
