@@ -206,7 +206,7 @@ func FuzzPayloads(f *testing.F) {
 		var anyR Revocations
 		if ParseStrict(data, &anyR) == nil && anyR.check(m) == nil {
 			for i := range m.Devices() {
-				anyR.revokes(i)
+				anyR.Revokes(i)
 			}
 		}
 		var anyP RevocationPart

@@ -353,5 +353,5 @@ func (r *Reader) Revoked(m *Manifest, imei kme.IMEI) (bool, error) {
 		return false, err
 	}
 	position, ok := m.Position(imei)
-	return ok && known.list.revokes(position), nil
+	return ok && known.list.Revokes(position), nil
 }

@@ -300,7 +300,7 @@ func TestRevokeAtOnce(t *testing.T) {
 	list := must.Get[*Revocations](t)(r.ReadRevocations(ctx, m))
 	n := 0
 	for i := range m.Devices() {
-		if list.revokes(i) {
+		if list.Revokes(i) {
 			n++
 		}
 	}

@@ -113,8 +113,8 @@ func (r *Revocations) ref(n int) *RevocationRef {
 	return &r.Parts[i]
 }
 
-// revokes says whether the device at a position is not to be trusted.
-func (r *Revocations) revokes(position int) bool {
+// Revokes says whether the device at a position is not to be trusted.
+func (r *Revocations) Revokes(position int) bool {
 	if r.Whole != nil {
 		return true
 	}

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# usage: scripts/packages-test.sh
-# Builds the packages of the last commit, and of a later one with another schema, and has lintian look at them. Then, in
-# a copy of this machine's files that is thrown away: does what "In five minutes" of docs/install.md says, upgrades,
+# usage: scripts/packages-test.sh [DIR]
+# Builds the packages of the last commit, and of a later one with another schema, unless they are in DIR/1 and DIR/2. Has
+# lintian look at them. Then, in a copy of this machine's files that is thrown away: does what "In five minutes" of docs/install.md says, upgrades,
 # serves stations, removes, installs again and purges; .deb by dpkg, .rpm by rpm. It needs root or sudo, and mounts.
+# shellcheck disable=SC1090,SC1091,SC2013,SC2016,SC2317
 set -euo pipefail
 shopt -s inherit_errexit
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,9 +17,10 @@ die() {
 start() {
 	local unit=/usr/lib/systemd/system/$1.service user dir
 	user=$(sed -n 's/^User=//p' "$unit")
-	for dir in $(sed -n 's,^StateDirectory=,/var/lib/,p; s,^RuntimeDirectory=,/run/,p' "$unit"); do
-		install -d -o "$user" -g "$user" "$dir"
-	done
+	dir=$(sed -n 's,^StateDirectory=,/var/lib/,p' "$unit")
+	install -d -m "$(sed -n 's/^StateDirectoryMode=//p' "$unit")" -o "$user" -g "$user" "$dir"
+	dir=$(sed -n 's,^RuntimeDirectory=,/run/,p' "$unit")
+	[ -z "$dir" ] || install -d -o "$user" -g "$user" "$dir"
 	(
 		set -a
 		! [ -e "$(sed -n 's/^EnvironmentFile=-//p' "$unit")" ] || . "$(sed -n 's/^EnvironmentFile=-//p' "$unit")"
@@ -52,7 +54,6 @@ inside() {
 	local unit daemon='' version sum
 	trap '[ -z "$daemon" ] || kill "$daemon"; cat /tmp/*.log >&2' ERR
 	export LC_ALL=C DEBIAN_FRONTEND=noninteractive
-	rm -f /usr/sbin/policy-rc.d
 	cd "$1/1"
 	# The page, word by word; the network is not there, and what apt-get would install is.
 	apt-get() { dpkg -i kmehsm-*.deb; }
@@ -70,7 +71,6 @@ inside() {
 			die "$(tail -n 1 /tmp/security)"
 	done
 	for unit in keysvc factory mesim; do
-		man -l --warnings "/usr/share/man/man1/$unit.1.gz" 2>&1 >/dev/null | { ! grep .; } || die "the man page of $unit"
 		bash -n "/usr/share/bash-completion/completions/$unit"
 	done
 	echo 'installed, and three devices bound as the page says'
@@ -82,7 +82,8 @@ inside() {
 	has /etc/kmehsm/keysvc.yaml 640 root:kmehsm
 	stop
 	start keysvc
-	curl --fail -sS --retry 20 --retry-all-errors --retry-delay 1 --unix-socket /run/kmehsm/keysvc.sock http://keysvc/readyz
+	operator curl --fail -sS --retry 20 --retry-all-errors --retry-delay 1 --unix-socket /run/kmehsm/keysvc.sock \
+		http://keysvc/readyz
 	[ "$(schema)" = $((version + 1)) ] || die "the schema was $version, and is $(schema)"
 	bound 3
 	operator keysvc store verify
@@ -151,8 +152,9 @@ inside() {
 
 	# What nothing was written to goes.
 	rm -r /var/lib/kmehsm
-	dpkg -i ./kmehsm-keysvc_*.deb && dpkg -P kmehsm-keysvc 2>&1 | { ! grep leaves; }
-	! [ -e /var/lib/kmehsm ] || die 'an empty folder is left'
+	dpkg -i ./kmehsm-keysvc_*.deb && dpkg -P kmehsm-keysvc 2>&1 | tee /tmp/purge
+	! grep leaves /tmp/purge || die 'purge leaves an empty folder'
+	! [ -e /var/lib/kmehsm ] || die 'purge leaves an empty folder'
 }
 
 # state: all that is in the folders of both
@@ -176,21 +178,28 @@ if ! "${root[@]}" unshare -m true 2>/dev/null; then
 	echo 'the test of the packages is left out: this machine lets nobody mount' >&2
 	exit
 fi
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-chmod 755 "$work"
-scripts/release.sh "$work/1" --programs >/dev/null
-git clone -q . "$work/next"
-sed -i -E 's/^(\tmigrations = \[\]string\{.*)\}$/\1, "CREATE TABLE later (x INTEGER)"}/' "$work/next/binding/sqlstore/open.go"
-git -C "$work/next" -c user.name=test -c user.email=test@localhost commit -qam 'A later schema'
-"$work/next/scripts/release.sh" "$work/2" --programs >/dev/null
+build() {
+	scripts/release.sh "$work/1" --programs >/dev/null
+	git clone -q . "$work/next"
+	sed -i -E 's/^(\tmigrations = \[\]string\{.*)\}$/\1, "CREATE TABLE later (x INTEGER)"}/' \
+		"$work/next/binding/sqlstore/open.go"
+	git -C "$work/next" -c user.name=test -c user.email=test@localhost commit -qam 'A later schema'
+	"$work/next/scripts/release.sh" "$work/2" --programs >/dev/null
+}
+work=${1:-}
+if [ -z "$work" ]; then
+	work=$(mktemp -d)
+	trap 'rm -rf "$work"' EXIT
+	chmod 755 "$work"
+	build
+fi
 lintian --fail-on error,warning --suppress-tags initial-upload-closes-no-bugs "$work"/1/*.deb 2>&1 |
 	{ ! grep -v '^running with root'; } || die 'lintian finds what stands above'
 # A copy of the machine: an overlay, whose upper layer is in memory, and goes with its namespace.
 "${root[@]}" unshare -m --propagation private bash -c '
 	set -e
-	top=$1/top
-	mkdir "$top" && mount -t tmpfs tmpfs "$top" && mkdir "$top"/{upper,work,root}
+	top=/mnt
+	mount -t tmpfs tmpfs "$top" && mkdir "$top"/{upper,work,root}
 	mount -t overlay overlay -o "lowerdir=/,upperdir=$top/upper,workdir=$top/work" "$top/root"
 	for dir in dev proc; do mount --rbind /$dir "$top/root/$dir"; done
 	mkdir "$top/root/mnt"/{packages,source}

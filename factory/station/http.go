@@ -8,11 +8,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
+	"log"
 	"mime"
 	"net"
 	"net/http"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
@@ -32,27 +33,29 @@ var wall embed.FS
 //	PUT  /v1/lots/{lot}/devices/{imei}/result    {"result": "injected" | "failed" | "scrapped", "note": "..."}
 //	GET  /v1/status                              a Status
 //	GET  /                                       the wall screen
+//	GET  /healthz                                200 if the desk's database answers, else 503
+//	GET  /metrics                                for Prometheus: counts, and no device
 //
 // An error is {"error": "..."}: 400 for what makes no sense, 403 for whoever is no station or comes from another page,
 // 404 when no device is left, 409 for what this station may not do now, 415 for a body that does not say that it is
-// JSON, 503 for what may work later.
+// JSON, 503 for what may work later. The log has who was refused what, and why.
 func (d *Desk) Handler() http.Handler {
 	mux := http.NewServeMux()
 	station := func(pattern string, f func(r *http.Request, station string) (any, error)) {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 			name, err := d.stationOf(r)
 			if err != nil {
-				answer(w, http.StatusForbidden, map[string]string{"error": err.Error()})
+				d.refuse(w, r, "", http.StatusForbidden, err.Error())
 				return
 			}
 			if t, _, _ := mime.ParseMediaType(r.Header.Get("Content-Type")); r.ContentLength != 0 &&
 				t != "application/json" {
-				answer(w, http.StatusUnsupportedMediaType,
-					map[string]string{"error": "the body is JSON: say Content-Type: application/json"})
+				d.refuse(w, r, name, http.StatusUnsupportedMediaType,
+					"the body is JSON: say Content-Type: application/json")
 				return
 			}
 			v, err := f(r, name)
-			d.reply(w, r, v, err)
+			d.reply(w, r, name, v, err)
 		})
 	}
 	station("POST /v1/lots/{lot}/next", func(r *http.Request, station string) (any, error) {
@@ -88,7 +91,15 @@ func (d *Desk) Handler() http.Handler {
 		})
 	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, r *http.Request) {
 		s, err := d.Status(r.Context())
-		d.reply(w, r, s, err)
+		d.reply(w, r, "", s, err)
+	})
+	mux.Handle("GET /metrics", d.metrics.handler)
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, r *http.Request) {
+		if err := d.read.PingContext(r.Context()); err != nil {
+			d.refuse(w, r, "", http.StatusServiceUnavailable, "the desk's database does not answer")
+			return
+		}
+		fmt.Fprintln(w, "ok")
 	})
 	page := http.FileServerFS(wall)
 	mux.HandleFunc("GET /wall.js", page.ServeHTTP)
@@ -99,7 +110,7 @@ func (d *Desk) Handler() http.Handler {
 	})
 	protection := http.NewCrossOriginProtection()
 	protection.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		answer(w, http.StatusForbidden, map[string]string{"error": "this was asked for by a page of another origin"})
+		d.refuse(w, r, "", http.StatusForbidden, "this was asked for by a page of another origin")
 	}))
 	return protection.Handler(mux)
 }
@@ -117,7 +128,7 @@ func Serve(ctx context.Context, address string, config *tls.Config, o Options) (
 	}
 	server := &http.Server{
 		Handler: desk.Handler(), TLSConfig: config, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second,
-		IdleTimeout: 5 * time.Minute, ErrorLog: slog.NewLogLogger(o.Log.Handler(), slog.LevelDebug),
+		IdleTimeout: 5 * time.Minute, ErrorLog: log.New(handshakes{desk}, "", 0),
 	}
 	drained := make(chan error, 1)
 	context.AfterFunc(ctx, func() {
@@ -130,6 +141,14 @@ func Serve(ctx context.Context, address string, config *tls.Config, o Options) (
 		return err
 	}
 	return <-drained
+}
+
+// handshakes takes what http.Server logs: connections that came to no request, as with a certificate of another CA.
+type handshakes struct{ *Desk }
+
+func (h handshakes) Write(line []byte) (int, error) {
+	h.refused(0, "reason", strings.TrimSpace(string(line)))
+	return len(line), nil
 }
 
 func (d *Desk) stationOf(r *http.Request) (string, error) {
@@ -149,7 +168,14 @@ func (d *Desk) stationOf(r *http.Request) (string, error) {
 
 type badRequest struct{ error }
 
-func (d *Desk) reply(w http.ResponseWriter, r *http.Request, v any, err error) {
+// refuse answers a request with an error, and says so in the log.
+func (d *Desk) refuse(w http.ResponseWriter, r *http.Request, station string, code int, reason string, more ...any) {
+	d.refused(code, append([]any{"method", r.Method, "path", r.URL.Path, "station", station, "address", r.RemoteAddr,
+		"reason", reason}, more...)...)
+	answer(w, code, map[string]string{"error": reason})
+}
+
+func (d *Desk) reply(w http.ResponseWriter, r *http.Request, station string, v any, err error) {
 	if err == nil {
 		answer(w, http.StatusOK, v)
 		return
@@ -168,10 +194,11 @@ func (d *Desk) reply(w http.ResponseWriter, r *http.Request, v any, err error) {
 	case r.Context().Err() != nil:
 		return // nobody listens
 	}
+	var cause []any
 	if code == http.StatusInternalServerError {
-		d.o.Log.Error("a station's request failed", "path", r.URL.Path, "error", err)
+		cause = []any{"error", err} // not for the station
 	}
-	answer(w, code, map[string]string{"error": text})
+	d.refuse(w, r, station, code, text, cause...)
 }
 
 func answer(w http.ResponseWriter, code int, v any) {

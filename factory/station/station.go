@@ -66,6 +66,7 @@ type Options struct {
 	Store     directory.Store
 	Verifier  *directory.Verifier
 	Timeout   time.Duration // after which a device that nobody reported is overdue
+	Line      string        // its name, for the wall screen
 	Stations  []string      // whom Handler serves as stations, by the common names of their certificates; nobody else
 	Log       *slog.Logger
 }
@@ -85,6 +86,9 @@ type Desk struct {
 	lots   map[string]*lot       // guarded by mu; a manifest never changes
 	out    map[device]*handedOut // guarded by mu: what the stations have, as far as it is not yet overdue
 	status *Status               // guarded by mu
+	supply map[string]int        // guarded by mu: of a lot, what published last said
+
+	metrics *metrics
 }
 
 type lot struct {
@@ -127,12 +131,15 @@ func Open(ctx context.Context, o Options) (*Desk, error) {
 	d := &Desk{o: o, reader: directory.NewReader(o.Store, o.Verifier,
 		directory.ReaderOptions{Cache: directory.NewCache(8<<20, nil), RevocationTTL: time.Second,
 			NegativeTTL: time.Second}),
-		read: read, write: write, unlock: unlock, lots: map[string]*lot{}, out: map[device]*handedOut{}}
+		read: read, write: write, unlock: unlock, lots: map[string]*lot{}, out: map[device]*handedOut{},
+		supply: map[string]int{}}
+	d.metrics = newMetrics(d)
 	if err := d.resume(ctx); err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
 	ctx, d.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	d.watching.Go(func() { d.watch(ctx) })
+	d.watching.Go(func() { d.look(ctx) })
 	return d, nil
 }
 

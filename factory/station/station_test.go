@@ -1,7 +1,6 @@
 package station
 
 import (
-	"context"
 	cryptorand "crypto/rand"
 	"crypto/rsa"
 	"crypto/tls"
@@ -15,7 +14,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -172,7 +170,8 @@ func TestStations(t *testing.T) {
 		*map[State]*int{Injected: &want.Injected, Failed: &want.Failed, Scrapped: &want.Scrapped}[line.State]++
 	}
 	status := must(d.Status(t.Context()))
-	if n != devices || len(status.Lots) != 1 || status.Lots[0] != want {
+	want.Ready = status.Lots[0].Ready // none, once the directory was read
+	if n != devices || want.Ready > 0 || len(status.Lots) != 1 || status.Lots[0] != want {
 		t.Errorf("%d lines, counts %+v, want %+v", n, status.Lots, want)
 	}
 	sum, hour := 0, 0
@@ -369,11 +368,8 @@ func TestRevokedLot(t *testing.T) {
 
 // The wall screen, in a real browser.
 func TestWallInBrowser(t *testing.T) {
-	browser, err := exec.LookPath("chromium")
-	if err != nil {
-		t.Fatalf("%v: scripts/deps.sh test installs it", err)
-	}
 	s := newShop(t, 40)
+	s.Line, s.Stations = "Line 7", []string{"left", "right", "third"}
 	d := s.open(t)
 	defer d.Close()
 	for i := range 12 {
@@ -401,29 +397,13 @@ func TestWallInBrowser(t *testing.T) {
 	server.StartTLS()
 	defer server.Close()
 
-	run := func(args ...string) string {
-		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-		defer cancel()
-		cmd := exec.CommandContext(ctx, browser,
-			append([]string{"--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-				"--ignore-certificate-errors", "--user-data-dir=" + t.TempDir(), "--virtual-time-budget=3000",
-				"--window-size=1280,720"}, args...)...)
-		cmd.Env = append(os.Environ(), "HOME="+t.TempDir())
-		var errs strings.Builder
-		cmd.Stderr = &errs
-		out, err := cmd.Output()
-		if err != nil {
-			t.Fatalf("%s: %v: %s %s", browser, err, errs.String(), out)
-		}
-		return string(out)
-	}
-	page := run("--dump-dom", server.URL+"/")
+	page := browse(t, "--window-size=1280,720", "--dump-dom", server.URL+"/")
 	for _, want := range []string{
-		`<b id="remaining">27</b>`, `<b id="failures" class="bad">3</b>`,
-		`<td>left</td><td></td><td>9</td><td class="bad">3</td>`,
-		`<td>right</td><td>` + held.IMEI.String() + `</td>`,
-		`<td>L1</td><td>40</td><td>27</td><td>1</td><td>9</td><td class="bad">3</td>`,
-		`<rect class="injected"`, `<rect class="failed"`, `<p id="away" role="status"></p>`,
+		`data-state="running"`, `<b id="ready">27</b>`, `<b id="failed">3</b>`, `<b id="overdue">0</b>`,
+		`▶ RUNNING`, `Line 7 · lot L1</span>`, `<b class="clip">▶ left</b>`,
+		`<span class="injected">●9 </span><span class="failed">▲3 </span>`,
+		`<b class="clip">▶ right</b>`, held.IMEI.String(), `<b class="clip">■ third</b><span class="dim">idle</span>`,
+		`9 of 40 injected`, `27 ready`, `<rect class="injected"`, `<rect class="failed"`,
 	} {
 		if !strings.Contains(page, want) {
 			t.Errorf("the page has no %s:\n%s", want, page)
@@ -447,8 +427,8 @@ func TestWallInBrowser(t *testing.T) {
 			t.Errorf("%s refers to something elsewhere", asset)
 		}
 	}
-	if to := os.Getenv("WALL_SCREENSHOT"); to != "" {
-		run("--screenshot="+to, server.URL+"/")
+	if left, right := strings.Index(page, "▶ left"), strings.Index(page, "▶ right"); left > right {
+		t.Error("the station whose devices fail does not come first")
 	}
 	// Without a certificate there are counts, and no device.
 	for _, path := range []string{"/v1/lots/L1/next", "/v1/lots/L1/devices/" + held.IMEI.String()} {

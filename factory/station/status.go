@@ -1,12 +1,16 @@
 package station
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io/fs"
 	"iter"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
@@ -17,18 +21,32 @@ import (
 
 // A Status is what a wall screen shows.
 type Status struct {
-	Time        time.Time `json:"time"`
-	Lots        []Counts  `json:"lots"`
-	Stations    []Work    `json:"stations"`
-	Hour        []Minute  `json:"hour"`         // the last 60 minutes, the oldest first
-	PerHour     float64   `json:"per_hour"`     // injected, by the last quarter of an hour
-	SecondsLeft float64   `json:"seconds_left"` // until all that wait are injected, at that rate; 0 if nobody can say
+	Time        time.Time  `json:"time"`
+	Line        string     `json:"line"`
+	State       LineState  `json:"state"`
+	Last        *time.Time `json:"last"` // when a station last asked for a device or reported one; nil: never
+	Lots        []Counts   `json:"lots"`
+	Stations    []Work     `json:"stations"`     // whose devices went wrong most often in the last hour comes first
+	Hour        []Minute   `json:"hour"`         // the last 60 minutes, the oldest first
+	PerHour     float64    `json:"per_hour"`     // injected, by the last quarter of an hour
+	SecondsLeft float64    `json:"seconds_left"` // until all that are ready are injected, at that rate; 0 if nobody can say
 }
 
-// Counts are a lot's devices. They add up to Devices, but for those of lot reissue, which count once for each key.
+// A LineState says what the line does.
+type LineState string
+
+const (
+	Running LineState = "running" // in the last minute a station asked for a device or reported one
+	Stopped LineState = "stopped" // none did
+	Empty   LineState = "empty"   // there is no lot
+)
+
+// Counts are a lot's devices. Waiting, Out and what follows add up to Devices, but for those of lot reissue, which count
+// once for each key.
 type Counts struct {
 	Lot      string `json:"lot"`
 	Devices  int    `json:"devices"`
+	Ready    int    `json:"ready"` // of those that wait: published and not revoked, so that they can be injected now; -1: not known
 	Waiting  int    `json:"waiting"`
 	Out      int    `json:"out"`
 	Injected int    `json:"injected"`
@@ -40,19 +58,33 @@ type Counts struct {
 
 // Work is what a station did: how often, not how many devices.
 type Work struct {
-	Station  string `json:"station"`
-	Holds    string `json:"holds,omitempty"` // the IMEI that it has
-	Injected int    `json:"injected"`
-	Failed   int    `json:"failed"`
-	Scrapped int    `json:"scrapped"`
-	Overdue  int    `json:"overdue"`
+	Station  string     `json:"station"`
+	Holds    string     `json:"holds,omitempty"` // the IMEI that it has
+	Last     *time.Time `json:"last"`            // when it last asked or reported, in the last hour; else nil
+	Hour     Results    `json:"hour"`            // of the last hour
+	Injected int        `json:"injected"`
+	Failed   int        `json:"failed"`
+	Scrapped int        `json:"scrapped"`
+	Overdue  int        `json:"overdue"`
 }
+
+// Results are how often a station's devices ended in which way.
+type Results struct {
+	Injected int `json:"injected"`
+	Failed   int `json:"failed"`
+	Scrapped int `json:"scrapped"`
+	Overdue  int `json:"overdue"`
+}
+
+func (r Results) bad() int { return r.Failed + r.Scrapped + r.Overdue }
 
 // A Minute is one of the plot's.
 type Minute struct {
 	Start    time.Time `json:"start"`
 	Injected int       `json:"injected"`
-	Failed   int       `json:"failed"` // or scrapped, or overdue
+	Failed   int       `json:"failed"`
+	Scrapped int       `json:"scrapped"`
+	Overdue  int       `json:"overdue"`
 }
 
 // Status is at most a second old, however many ask.
@@ -63,16 +95,16 @@ func (d *Desk) Status(ctx context.Context) (*Status, error) {
 	if last != nil && time.Since(last.Time) < time.Second {
 		return last, nil
 	}
-	s := &Status{Time: time.Now(), Lots: []Counts{}, Stations: []Work{}}
-	if err := errors.Join(d.countLots(ctx, s), d.countWork(ctx, s), d.lastHour(ctx, s)); err != nil {
+	s := &Status{Time: time.Now(), Line: d.o.Line, Lots: []Counts{}, Stations: []Work{}}
+	if err := errors.Join(d.countLots(ctx, s), d.lastHour(ctx, s), d.countWork(ctx, s), d.lineState(ctx, s)); err != nil {
 		return nil, err
 	}
-	waiting := 0
+	ready := 0
 	for _, l := range s.Lots {
-		waiting += l.Waiting
+		ready += max(l.Ready, 0)
 	}
 	if s.PerHour > 0 {
-		s.SecondsLeft = float64(waiting) / s.PerHour * 3600
+		s.SecondsLeft = float64(ready) / s.PerHour * 3600
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -91,10 +123,10 @@ func (d *Desk) countLots(ctx context.Context, s *Status) error {
 	for _, e := range entries {
 		if l, err := d.lot(e.Name()); err == nil { // what is no lot of ours is none of ours
 			at[l.Lot] = len(s.Lots)
-			s.Lots = append(s.Lots, Counts{Lot: l.Lot, Devices: l.Devices(), Waiting: l.Devices()})
+			s.Lots = append(s.Lots, Counts{Lot: l.Lot, Devices: l.Devices(), Ready: -1, Waiting: l.Devices()})
 		}
 	}
-	return d.to(counting).Each(ctx, func(scan func(...any) error) error {
+	err = d.to(counting).Each(ctx, func(scan func(...any) error) error {
 		var name string
 		var again, n int
 		var state State
@@ -113,10 +145,116 @@ func (d *Desk) countLots(ctx context.Context, s *Status) error {
 			Overdue: &c.Overdue, Revoked: &c.Revoked}[state] += n
 		return nil
 	}, "SELECT lot, again, state, n FROM now")
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for i := range s.Lots {
+		if can, ok := d.supply[s.Lots[i].Lot]; ok {
+			c := &s.Lots[i]
+			c.Ready = min(max(can-(c.Devices-c.Waiting), 0), c.Waiting)
+		}
+	}
+	return err
+}
+
+// lineState says whether something happens. That a device became overdue is nothing that a station did.
+func (d *Desk) lineState(ctx context.Context, s *Status) error {
+	var at int64
+	found, err := d.to(counting).One(ctx, []any{&at},
+		"SELECT at FROM event WHERE state != 'overdue' ORDER BY at DESC LIMIT 1")
+	if found {
+		s.Last = when(at)
+	}
+	switch {
+	case len(s.Lots) == 0:
+		s.State = Empty
+	case found && s.Time.Sub(*s.Last) < time.Minute:
+		s.State = Running
+	default:
+		s.State = Stopped
+	}
+	return err
+}
+
+// look finds how many devices of each lot are published and not revoked, but for those that were handed out and revoked
+// later, until ctx ends. The directory may be slow: nobody waits for it, and what was known stands meanwhile.
+func (d *Desk) look(ctx context.Context) {
+	tick := time.NewTicker(5 * time.Second)
+	defer tick.Stop()
+	for {
+		entries, _ := os.ReadDir(d.o.Injection) // Status says what is wrong with it
+		for _, e := range entries {
+			l, err := d.lot(e.Name())
+			if err != nil {
+				continue
+			}
+			n, err := d.published(ctx, l)
+			if err != nil {
+				d.o.Log.Warn("nobody can say how many devices are ready", "lot", l.Lot, "error", err)
+				continue
+			}
+			d.mu.Lock()
+			d.supply[l.Lot] = n
+			d.mu.Unlock()
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+// published counts a lot's devices that are in the directory and were handed out, or are not revoked.
+func (d *Desk) published(ctx context.Context, l *lot) (int, error) {
+	names, err := d.o.Store.List(ctx, directory.ShardsPath(l.Lot))
+	if err != nil {
+		return 0, err
+	}
+	list, err := d.reader.ReadRevocations(ctx, l.Manifest)
+	if err != nil && !errors.Is(err, directory.ErrNotFound) {
+		return 0, err
+	}
+	handed := map[int]bool{}
+	n, from := 0, 0
+	if list != nil && (list.Whole != nil || len(list.Parts) > 0) {
+		err := d.to(counting).Each(ctx, func(scan func(...any) error) error {
+			var at int
+			err := scan(&at)
+			handed[at] = true
+			return err
+		}, "SELECT position FROM device WHERE lot = ? AND again = 0", l.Lot)
+		if err != nil {
+			return 0, err
+		}
+	}
+	for _, name := range names {
+		shard, err := strconv.Atoi(name)
+		if err != nil || shard < 0 || shard >= l.Shards() {
+			continue
+		}
+		var to int
+		if from, to = l.ShardRange(shard); list == nil || list.Whole == nil && len(list.Parts) == 0 {
+			n += to - from
+			continue
+		}
+		for at := from; at < to; at++ {
+			if handed[at] || list.Whole == nil && !list.Revokes(at) {
+				n++
+			}
+		}
+	}
+	return n, nil
 }
 
 func (d *Desk) countWork(ctx context.Context, s *Status) error {
 	holds := map[string]string{}
+	at := map[string]*Work{}
+	work := func(station string) *Work {
+		if at[station] == nil {
+			at[station] = &Work{Station: station, Holds: holds[station]}
+		}
+		return at[station]
+	}
 	err := d.to(counting).Each(ctx, func(scan func(...any) error) error {
 		var k device
 		var station string
@@ -129,24 +267,52 @@ func (d *Desk) countWork(ctx context.Context, s *Status) error {
 	if err != nil {
 		return err
 	}
-	return d.to(counting).Each(ctx, func(scan func(...any) error) error {
-		var w Work
+	for _, name := range d.o.Stations {
+		work(name)
+	}
+	err = d.to(counting).Each(ctx, func(scan func(...any) error) error {
+		var station string
 		var state State
 		var n int
-		if err := scan(&w.Station, &state, &n); err != nil {
+		if err := scan(&station, &state, &n); err != nil {
 			return err
 		}
-		if last := len(s.Stations) - 1; last < 0 || s.Stations[last].Station != w.Station {
-			w.Holds = holds[w.Station]
-			s.Stations = append(s.Stations, w)
-		}
-		c := &s.Stations[len(s.Stations)-1]
-		if to, ok := map[State]*int{Injected: &c.Injected, Failed: &c.Failed, Scrapped: &c.Scrapped,
-			Overdue: &c.Overdue}[state]; ok {
+		w := work(station)
+		if to, ok := map[State]*int{Injected: &w.Injected, Failed: &w.Failed, Scrapped: &w.Scrapped,
+			Overdue: &w.Overdue}[state]; ok {
 			*to = n
 		}
 		return nil
-	}, "SELECT station, state, n FROM work ORDER BY station")
+	}, "SELECT station, state, n FROM work")
+	if err != nil {
+		return err
+	}
+	err = d.to(counting).Each(ctx, func(scan func(...any) error) error {
+		var station string
+		var state State
+		var n int
+		var last int64
+		if err := scan(&station, &state, &n, &last); err != nil {
+			return err
+		}
+		w := work(station)
+		if to, ok := map[State]*int{Injected: &w.Hour.Injected, Failed: &w.Hour.Failed, Scrapped: &w.Hour.Scrapped,
+			Overdue: &w.Hour.Overdue}[state]; ok {
+			*to = n
+		}
+		if t := when(last); state != Overdue && (w.Last == nil || t.After(*w.Last)) {
+			w.Last = t
+		}
+		return nil
+	}, "SELECT station, state, count(*), max(at) FROM event WHERE at >= ? GROUP BY 1, 2", s.Hour[0].Start.UnixMilli())
+	for _, w := range at {
+		s.Stations = append(s.Stations, *w)
+	}
+	slices.SortFunc(s.Stations, func(a, b Work) int {
+		total := func(w Work) int { return w.Failed + w.Scrapped + w.Overdue }
+		return cmp.Or(b.Hour.bad()-a.Hour.bad(), total(b)-total(a), strings.Compare(a.Station, b.Station))
+	})
+	return err
 }
 
 func (d *Desk) lastHour(ctx context.Context, s *Status) error {
@@ -164,11 +330,10 @@ func (d *Desk) lastHour(ctx context.Context, s *Status) error {
 		}
 		i = min(max(i, 0), 59) // a clock that was set back has left steps of the future
 		begun = min(begun, i)
-		switch state {
-		case Injected:
-			s.Hour[i].Injected += n
-		case Failed, Scrapped, Overdue:
-			s.Hour[i].Failed += n
+		m := &s.Hour[i]
+		if to, ok := map[State]*int{Injected: &m.Injected, Failed: &m.Failed, Scrapped: &m.Scrapped,
+			Overdue: &m.Overdue}[state]; ok {
+			*to += n
 		}
 		return nil
 	}, "SELECT (at - ?1) / 60000, state, count(*) FROM event WHERE at >= ?1 GROUP BY 1, 2", first.UnixMilli())

@@ -1,60 +1,129 @@
 'use strict';
 const id = name => document.getElementById(name);
 const number = n => Math.round(n).toLocaleString('en');
+const clock = t => new Date(t).toLocaleTimeString('en-GB', { hour: '2-digit', minute: '2-digit' });
+// What a device became, with its shape: whoever sees no colours sees these. The order is the chart's, from below.
+const kinds = { injected: '●', failed: '▲', overdue: '◆', scrapped: '✕' };
+const bad = ['failed', 'overdue', 'scrapped'];
 
 function duration(seconds) {
   if (!seconds) return '–';
   const h = Math.floor(seconds / 3600), m = Math.ceil(seconds % 3600 / 60);
-  return h ? `${h} h ${m} min` : `${m} min`;
+  return h > 99 ? `${number(h / 24)} d` : h ? `${h} h ${m} min` : `${m} min`;
 }
 
-// rows fills a table; what is bad is red when there is any.
-function rows(body, list, columns, bad) {
-  body.replaceChildren(...list.map(item => {
-    const tr = document.createElement('tr');
-    for (const c of columns) {
-      const td = tr.insertCell();
-      td.textContent = typeof item[c] === 'number' ? number(item[c]) : item[c] ?? '';
-      if (bad.includes(c) && item[c]) td.className = 'bad';
-    }
-    return tr;
-  }));
+function element(name, kind, text, ...children) {
+  const e = document.createElement(name);
+  if (kind) e.className = kind;
+  if (text !== undefined) e.textContent = text;
+  e.append(...children);
+  return e;
+}
+
+// counts are those that are not 0, each with its shape.
+function counts(of, which) {
+  return element('span', '', '', ...which.filter(k => of[k]).map(k => element('span', k, `${kinds[k]}${number(of[k])} `)));
+}
+
+// tiles fills a grid: as many columns as its tiles need to be at least so high.
+function tiles(grid, list, rows, make) {
+  grid.style.setProperty('--columns', Math.max(1, Math.ceil(list.length / rows)));
+  grid.replaceChildren(...list.map(make));
 }
 
 function plot(svg, hour) {
-  const top = Math.max(1, ...hour.map(m => m.injected + m.failed));
-  svg.replaceChildren(...hour.flatMap((m, i) => {
-    let y = 20;
-    return [['injected', m.injected], ['failed', m.failed]].filter(([, n]) => n).map(([kind, n]) => {
-      const bar = document.createElementNS('http://www.w3.org/2000/svg', 'rect');
-      const height = n / top * 20;
-      y -= height;
-      for (const [k, v] of Object.entries({ class: kind, x: i + .1, y, width: .8, height })) bar.setAttribute(k, v);
-      return bar;
-    });
-  }));
+  const most = Math.max(...hour.map(m => Object.keys(kinds).reduce((n, k) => n + m[k], 0)));
+  const step = [1, 2, 5].flatMap(n => [n, 10 * n, 100 * n, 1000 * n]).sort((a, b) => a - b).find(n => n * 4 >= most) ?? most;
+  const lines = Math.max(1, Math.ceil(most / step)), top = lines * step;
+  const make = (name, attributes, text) => {
+    const e = document.createElementNS('http://www.w3.org/2000/svg', name);
+    for (const [k, v] of Object.entries(attributes)) e.setAttribute(k, v);
+    if (text !== undefined) e.textContent = text;
+    return e;
+  };
+  const box = svg.getBoundingClientRect(), em = parseFloat(getComputedStyle(svg).fontSize);
+  const left = em * 3.2, bottom = box.height - em * 1.4, height = bottom - em * .6, width = (box.width - left - em) / 60;
+  const y = n => bottom - n / top * height;
+  svg.setAttribute('viewBox', `0 0 ${box.width} ${box.height}`);
+  const all = [];
+  for (let i = 0; i <= lines; i++) {
+    all.push(make('line', { x1: left, x2: box.width - em, y1: y(i * step), y2: y(i * step) }));
+    all.push(make('text', { x: left - em * .4, y: y(i * step) + em * .35, 'text-anchor': 'end' }, number(i * step)));
+  }
+  for (let i = 14; i < 60; i += 15) {
+    all.push(make('text', { x: left + width * (i + .5), y: box.height - em * .2, 'text-anchor': 'middle' }, clock(hour[i].start)));
+  }
+  hour.forEach((m, i) => {
+    let from = 0;
+    for (const k of Object.keys(kinds).filter(k => m[k])) {
+      all.push(make('rect', { class: k, x: left + width * (i + .1), width: width * .8, y: y(from + m[k]),
+        height: y(from) - y(from + m[k]) }));
+      from += m[k];
+    }
+  });
+  svg.replaceChildren(...all);
 }
+
+function say(state, title, why) {
+  document.body.dataset.state = state;
+  id('state').textContent = title;
+  id('why').textContent = why;
+}
+
+function show(s) {
+  const sum = key => s.lots.reduce((n, l) => n + Math.max(0, l[key]), 0);
+  const last = s.last ? `the last device at ${clock(s.last)}` : 'no device so far';
+  if (s.state === 'running') say('running', '▶ RUNNING', last);
+  else if (s.state === 'empty') say('empty', '○ NO LOT', 'there is no lot to inject: factory lot provision makes one');
+  else if (!sum('waiting')) say('stopped', '■ STOPPED', `every device was handed out; ${last}`);
+  else say('stopped', '■ STOPPED', `nothing for a minute; ${last}`);
+  const known = s.lots.every(l => l.ready >= 0);
+  id('line').textContent = `${s.line}${s.lots.length === 1 ? ` · lot ${s.lots[0].lot}` : ` · ${s.lots.length} lots`}`;
+  id('rate').textContent = number(s.per_hour);
+  id('ready').textContent = known ? number(sum('ready')) : '?';
+  id('togo').textContent = known ? duration(s.seconds_left) : '–';
+  for (const k of bad) id(k).textContent = number(sum(k));
+  plot(id('hour'), s.hour);
+  tiles(id('lots'), s.lots, s.lots.length > 4 ? 6 : 4, l => {
+    const done = element('i');
+    done.style.width = `${l.devices ? Math.min(100, 100 * l.injected / l.devices) : 0}%`;
+    return element('div', `tile ${bad.some(k => l[k]) ? 'bad' : 'good'}`, '',
+      element('div', '', '', element('b', 'clip', l.lot), counts(l, bad),
+        element('span', '', `${l.ready < 0 ? '?' : number(l.ready)} ready`)),
+      element('div', 'dim', '', element('span', 'clip', `${number(l.injected)} of ${number(l.devices)} injected`)),
+      element('div', 'bar', '', done));
+  });
+  tiles(id('stations'), s.stations, 8, w => {
+    const idle = !w.last || Date.parse(s.time) - Date.parse(w.last) > 60000;
+    const worse = bad.some(k => w.hour[k]);
+    return element('div', `tile ${worse ? 'bad' : idle ? '' : 'good'}`, '',
+      element('div', '', '', element('b', 'clip', `${idle ? '■' : '▶'} ${w.station}`),
+        element('span', 'dim', idle ? w.last ? `idle since ${clock(w.last)}` : 'idle' : '')),
+      element('div', '', '', counts(w.hour, Object.keys(kinds)), element('span', 'dim clip', w.holds ?? '')));
+  });
+}
+
+// What was last said is old when the line's server has not answered for so long.
+const old = 10000;
+let last, answered = performance.now();
+const tick = () => {
+  id('clock').textContent = new Date().toLocaleTimeString('en-GB');
+  if (performance.now() - answered > old) {
+    say('stale', '⚠ STALE', last ? `no answer since ${new Date(last).toLocaleTimeString('en-GB')}: what stands here is old`
+      : 'the line does not answer');
+  }
+};
 
 async function refresh() {
   try {
-    const answer = await fetch('v1/status', { cache: 'no-store' });
+    const answer = await fetch('v1/status', { cache: 'no-store', signal: AbortSignal.timeout(5000) });
     if (!answer.ok) throw new Error(answer.statusText);
     const s = await answer.json();
-    const sum = key => s.lots.reduce((n, l) => n + l[key], 0);
-    id('rate').textContent = number(s.per_hour);
-    id('remaining').textContent = number(sum('waiting'));
-    id('left').textContent = duration(s.seconds_left);
-    const failures = sum('failed') + sum('scrapped') + sum('overdue');
-    id('failures').textContent = number(failures);
-    id('failures').className = failures ? 'bad' : '';
-    const bad = ['failed', 'scrapped', 'overdue'];
-    rows(id('stations'), s.stations, ['station', 'holds', 'injected', ...bad], bad);
-    rows(id('lots'), s.lots, ['lot', 'devices', 'waiting', 'out', 'injected', ...bad], bad);
-    plot(id('hour'), s.hour);
-    id('away').textContent = '';
-  } catch {
-    id('away').textContent ||= `No answer since ${new Date().toLocaleTimeString()}: what stands here is old`;
-  }
+    [last, answered] = [Date.now(), performance.now()];
+    show(s);
+  } catch { /* tick says so */ }
   setTimeout(refresh, 2000);
 }
+setInterval(tick, 500);
+tick();
 refresh();

@@ -1,0 +1,166 @@
+package station
+
+import (
+	"context"
+	_ "embed"
+	"encoding/json"
+	"fmt"
+	"image"
+	"image/color"
+	"image/png"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+)
+
+// browse runs a headless browser.
+func browse(t *testing.T, args ...string) string {
+	t.Helper()
+	browser, err := exec.LookPath("chromium")
+	if err != nil {
+		t.Fatalf("%v: scripts/deps.sh test installs it", err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, browser,
+		append([]string{"--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
+			"--ignore-certificate-errors", "--user-data-dir=" + t.TempDir(), "--virtual-time-budget=30000"}, args...)...)
+	cmd.Env = append(os.Environ(), "HOME="+t.TempDir())
+	var errs strings.Builder
+	cmd.Stderr = &errs
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("%s: %v: %s %s", browser, err, errs.String(), out)
+	}
+	return string(out)
+}
+
+// line is what a line with so many stations and lots says, all of whose numbers are as long as they get.
+func line(state LineState, stations, lots int) *Status {
+	now := time.Now()
+	s := &Status{Time: now, Line: "Line 7", State: state, PerHour: 1234, SecondsLeft: 98765, Lots: []Counts{},
+		Stations: []Work{}}
+	if state != Empty {
+		at := now.Add(-10 * time.Second)
+		if state == Stopped {
+			at = now.Add(-25 * time.Minute)
+		}
+		s.Last = &at
+	} else {
+		lots, s.PerHour, s.SecondsLeft = 0, 0, 0
+	}
+	for i := range lots {
+		s.Lots = append(s.Lots, Counts{Lot: fmt.Sprintf("L%07d", i), Devices: 1_000_000, Ready: 123_456, Waiting: 323_456,
+			Out: 24, Injected: 654_321, Failed: 1234 * (i % 2), Scrapped: 123 * (i % 3), Overdue: 12 * (i % 2)})
+	}
+	for i := range stations {
+		w := Work{Station: fmt.Sprintf("station-%02d", i), Last: s.Last, Holds: "35209900000017"}
+		if w.Hour.Injected = 1234; i < stations/2 {
+			w.Hour = Results{Injected: 1234, Failed: 123, Scrapped: 12, Overdue: 12}
+		}
+		s.Stations = append(s.Stations, w)
+	}
+	for i := range 60 {
+		m := Minute{Start: now.Truncate(time.Minute).Add(time.Duration(i-59) * time.Minute)}
+		if state == Running || state == Stopped && i < 35 {
+			m.Injected, m.Failed, m.Scrapped, m.Overdue = 900+i, i%7, i%3, i%2
+		}
+		s.Hour = append(s.Hour, m)
+	}
+	return s
+}
+
+// wallOf serves the page below /STATE/STATIONS/LOTS/. A line that is stale answers once.
+func wallOf(t *testing.T) *httptest.Server {
+	mux := http.NewServeMux()
+	page := http.FileServerFS(wall)
+	asked := map[string]bool{}
+	mux.HandleFunc("/{state}/{stations}/{lots}/", func(w http.ResponseWriter, r *http.Request) {
+		base := strings.Join(strings.Split(r.URL.Path, "/")[:4], "/")
+		if rest := strings.TrimPrefix(r.URL.Path, base); rest == "/" {
+			http.ServeFileFS(w, r, wall, "wall.html")
+		} else if rest != "/v1/status" {
+			http.StripPrefix(base, page).ServeHTTP(w, r)
+		} else {
+			var stations, lots int
+			fmt.Sscan(r.PathValue("stations"), &stations)
+			fmt.Sscan(r.PathValue("lots"), &lots)
+			state := LineState(r.PathValue("state"))
+			if state == "stale" {
+				if state = Running; asked[r.URL.Path+r.Referer()] {
+					w.WriteHeader(http.StatusServiceUnavailable)
+					return
+				}
+				asked[r.URL.Path+r.Referer()] = true
+			}
+			json.NewEncoder(w).Encode(line(state, stations, lots))
+		}
+	})
+	mux.HandleFunc("/layout.html", func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "text/html; charset=utf-8")
+		fmt.Fprintf(w, "<!doctype html><meta charset=utf-8><pre id=result></pre><script>%s</script>", layout)
+	})
+	server := httptest.NewServer(mux)
+	t.Cleanup(server.Close)
+	return server
+}
+
+//go:embed testdata/layout.js
+var layout string
+
+// On screens of three sizes, with few and many stations and lots, and in every state: nothing is cut off or runs into
+// something else, nothing is too small to be read from afar, and each text has its contrast.
+func TestWallLayoutInBrowser(t *testing.T) {
+	server := wallOf(t)
+	page := browse(t, "--virtual-time-budget=600000", "--dump-dom", server.URL+"/layout.html")
+	result := regexp.MustCompile(`(?s)<pre id="result">(.*?)</pre>`).FindStringSubmatch(page)
+	if result == nil || !strings.HasSuffix(result[1], "pages looked at\n") {
+		t.Fatalf("the browser did not come to the end:\n%s", page)
+	}
+	if !strings.HasPrefix(result[1], "63 pages") {
+		t.Error(result[1])
+	}
+}
+
+// Each state looks like no other: the picture is wide and full of its colour above.
+func TestWallScreenshotsInBrowser(t *testing.T) {
+	server := wallOf(t)
+	dir := os.Getenv("WALL_SCREENSHOTS") // to look at them
+	if dir == "" {
+		dir = t.TempDir()
+	}
+	for state, want := range map[string]color.RGBA{
+		"running": {0x5f, 0xd3, 0x8d, 0xff}, "stopped": {0xff, 0x8f, 0x87, 0xff}, "empty": {0xa9, 0xb4, 0xc0, 0xff},
+		"stale": {0xf2, 0xc1, 0x4e, 0xff},
+	} {
+		path := filepath.Join(dir, state+".png")
+		browse(t, "--window-size=1280,720", "--screenshot="+path, server.URL+"/"+state+"/12/3/")
+		f, err := os.Open(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		picture, err := png.Decode(f)
+		f.Close()
+		if err != nil || picture.Bounds() != image.Rect(0, 0, 1280, 720) {
+			t.Fatalf("%s: %v", path, err)
+		}
+		n := 0
+		for x := range 1280 {
+			for y := range 90 {
+				if r, g, b, _ := picture.At(x, y).RGBA(); (color.RGBA{uint8(r >> 8), uint8(g >> 8), uint8(b >> 8),
+					0xff}) == want {
+					n++
+				}
+			}
+		}
+		if share := float64(n) / (1280 * 90); share < 0.25 {
+			t.Errorf("%s: only %.0f%% of the picture's top have its colour", path, 100*share)
+		}
+	}
+}
