@@ -36,7 +36,10 @@ func TestLogFields(t *testing.T) {
 				t.Errorf("logs.md has no row for the %s %q", what, name)
 			}
 		}
-		for _, name := range rows {
+		for i, name := range rows {
+			if slices.Contains(rows[:i], name) {
+				t.Errorf("logs.md has two rows for the %s %q", what, name)
+			}
 			if !have.code[name] {
 				t.Errorf("logs.md has the %s %q, which nothing logs", what, name)
 			}
@@ -104,8 +107,14 @@ func (l logged) call(n *ast.CallExpr, firstField map[string]int, ours map[string
 	if !ok {
 		return
 	}
-	if p, ok := f.X.(*ast.Ident); ok && p.Name == "slog" && len(n.Args) == 2 {
-		pairs(n.Args) // slog.String and others
+	if p, ok := f.X.(*ast.Ident); ok && p.Name == "slog" {
+		switch {
+		case f.Sel.Name == "Group":
+			pairs(n.Args[:2]) // its name
+			pairs(n.Args[1:])
+		case len(n.Args) == 2:
+			pairs(n.Args) // slog.String and others
+		}
 	}
 	first, ok := firstField[f.Sel.Name]
 	if !ok || len(n.Args) < first {
