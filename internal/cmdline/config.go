@@ -121,7 +121,11 @@ func PrintReport(c *cli.Context, r *config.Report) error {
 		}
 	})
 	if err == nil && wrong > 0 {
-		err = saidUsage(fmt.Errorf("%s has %d problems", cmp.Or(r.Path, "the configuration"), wrong))
+		problems := "problems"
+		if wrong == 1 {
+			problems = "problem"
+		}
+		err = saidUsage(fmt.Errorf("%s has %d %s", cmp.Or(r.Path, "the configuration"), wrong, problems))
 	}
 	return err
 }

@@ -134,8 +134,9 @@ func TestFind(t *testing.T) {
 func TestNearest(t *testing.T) {
 	names := []string{"listen", "socket", "store", "state", "log_level", "token", "tls"}
 	for word, want := range map[string]string{
-		"listne": "listen", "tsl": "tls", "lisen": "listen", "sotre": "store", "stroe": "store", "log-level": "log_level",
-		"tokens": "token", "tok": "token", "zebra": "", "": "", "x": "", "LISTEN": "",
+		"listne": "listen", "tsl": "tls", "lisen": "listen", "sotre": "store", "stroe": "store",
+		"log-level": "log_level",
+		"tokens":    "token", "tok": "token", "zebra": "", "": "", "x": "", "LISTEN": "",
 	} {
 		if got := Nearest(word, names); got != want {
 			t.Errorf("%q: %q, want %q", word, got, want)

@@ -56,8 +56,9 @@ func TestRead(t *testing.T) {
 	}
 	dir, values := filepath.Dir(path), config.Values(c)
 	for flag, want := range map[string]string{"injection": dir + "/in", "out": dir + "/in", "client-ca": dir + "/c",
-		"tls-key": dir + "/b", "directory": "file:" + dir + "/d", "vault-secret-id-file": dir + "/f", "shard-size": "64",
-		"valid-for": "720h0m0s", "station": "s1 s2", "vault-secret-id-wrapped": "true"} {
+		"tls-key": dir + "/b", "directory": "file:" + dir + "/d", "vault-secret-id-file": dir + "/f",
+		"shard-size": "64",
+		"valid-for":  "720h0m0s", "station": "s1 s2", "vault-secret-id-wrapped": "true"} {
 		if got := strings.Join(values[flag], " "); got != want {
 			t.Errorf("--%s is %q, want %q", flag, got, want)
 		}
@@ -94,7 +95,8 @@ func TestCheck(t *testing.T) {
 	for _, p := range Check(write(t, all), nil, false).Problems() {
 		settings = append(settings, p.Setting)
 	}
-	want := []string{"token", "state", "directory", "vault.secret_id_file", "manufacturer", "tls.certificate", "tls.key",
+	want := []string{"token", "state", "directory", "vault.secret_id_file", "manufacturer", "tls.certificate",
+		"tls.key",
 		"tls.client_ca"}
 	if !slices.Equal(settings, want) {
 		t.Errorf("%q, want %q", settings, want)

@@ -80,7 +80,8 @@ directory: file:away
 	}
 	// serve refuses the same, and before it touches the token.
 	err = Serve(t.Context(), Source{Path: path}, new(strings.Builder))
-	if err == nil || strings.Count(err.Error(), path+": line ") != len(want)-3 { // ports come later, and one is a warning
+	// Ports come later, and one is a warning.
+	if err == nil || strings.Count(err.Error(), path+": line ") != len(want)-3 {
 		t.Errorf("serve: %v", err)
 	}
 }
