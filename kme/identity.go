@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -39,6 +41,27 @@ func ParseIMEI(s string) (IMEI, error) {
 	}
 	return IMEI{s[:imeiDigits]}, nil
 }
+
+// ErrOtherIdentity is that a SUPI or PEI is well formed, and of a kind that is no IMSI or IMEI.
+var ErrOtherIdentity = errors.New("another kind of identity")
+
+// ParsePEI accepts the IMEIs among a 5G network's names of devices (3GPP TS 29.571 clause 5.3.2): "imei-" with 15
+// digits and "imeisv-" with 16. The 15th digit of an IMEI is the check digit, or 0 as the device has sent it (TS 23.003
+// clause 6.2.1). A MAC address or an EUI-64 is ErrOtherIdentity.
+func ParsePEI(s string) (IMEI, error) {
+	kind, digits, _ := strings.Cut(s, "-")
+	switch {
+	case kind == "imei" && len(digits) == imeiDigits+1:
+		return ParseIMEI(strings.TrimSuffix(digits, "0"))
+	case kind == "imeisv" && len(digits) == imeiDigits+2:
+		return ParseIMEI(digits)
+	case macOrEUI.MatchString(s):
+		return IMEI{}, fmt.Errorf("the PEI is no IMEI: %w", ErrOtherIdentity)
+	}
+	return IMEI{}, errors.New(`a PEI is "imei-" and 15 digits, or "imeisv-" and 16`)
+}
+
+var macOrEUI = regexp.MustCompile(`^(mac(-[0-9a-fA-F]{2}){6}(-untrusted)?|eui(-[0-9a-fA-F]{2}){8})$`)
 
 // NewIMEI is the IMEI of a serial number within a TAC.
 func NewIMEI(tac TAC, snr int) (IMEI, error) {
@@ -116,6 +139,19 @@ func ParseIMSI(s string) (IMSI, error) {
 		return IMSI{}, errors.New("an IMSI has 6 to 15 digits")
 	}
 	return IMSI{s}, nil
+}
+
+// ParseSUPI accepts the IMSIs among a 5G network's names of subscriptions (3GPP TS 29.571 clause 5.3.2): "imsi-" and
+// the IMSI. A network access identifier, or a GCI or GLI, is ErrOtherIdentity.
+func ParseSUPI(s string) (IMSI, error) {
+	kind, name, _ := strings.Cut(s, "-")
+	switch {
+	case kind == "imsi":
+		return ParseIMSI(name)
+	case slices.Contains([]string{"nai", "gci", "gli"}, kind) && name != "":
+		return IMSI{}, fmt.Errorf("the SUPI is no IMSI: %w", ErrOtherIdentity)
+	}
+	return IMSI{}, errors.New(`a SUPI is "imsi-" and an IMSI`)
 }
 
 func (i IMSI) String() string               { return i.digits }

@@ -2,6 +2,8 @@ package kme
 
 import (
 	"encoding/json"
+	"errors"
+	"strings"
 	"testing"
 )
 
@@ -87,6 +89,95 @@ func TestParseIMSI(t *testing.T) {
 			t.Errorf("ParseIMSI(%q) = %v, %v", in, got, err)
 		}
 	}
+}
+
+// The examples of TS 29.571's pattern of a PEI, and others.
+func TestParsePEI(t *testing.T) {
+	for in, want := range map[string]string{
+		"imei-352099001761481":      "35209900176148",
+		"imei-352099001761480":      "35209900176148", // a spare digit, 0, in the place of the check digit
+		"imei-000000000000000":      "00000000000000",
+		"imeisv-3520990017614800":   "35209900176148",
+		"imeisv-3520990017614823":   "35209900176148",
+		"imei-352099001761482":      "", // neither
+		"imei-35209900176148":       "", // the pattern has 15 digits
+		"imei-3520990017614823":     "",
+		"imeisv-352099001761481":    "",
+		"imeisv-35209900176148231":  "",
+		"imeisv-35209900176148 3":   "",
+		"imei-35209900176148x":      "",
+		"imei-3520990017614x0":      "",
+		"IMEI-352099001761481":      "",
+		"352099001761481":           "",
+		"imei":                      "",
+		"imei-":                     "",
+		"":                          "",
+		"imsi-352099001761481":      "",
+		"mac-00-00-5E-00-53":        "",
+		"mac-00-00-5E-00-53-00-x":   "",
+		"eui-00-00-5E-10-00-00-00-": "",
+	} {
+		got, err := ParsePEI(in)
+		if got.String() != want || (err == nil) != (want != "") || errors.Is(err, ErrOtherIdentity) {
+			t.Errorf("ParsePEI(%q) = %v, %v; want %q", in, got, err, want)
+		}
+	}
+	for _, in := range []string{"mac-00-00-5E-00-53-00", "mac-5E-10-00-00-00-00-untrusted",
+		"eui-AC-DE-48-23-45-67-01-9F"} {
+		if got, err := ParsePEI(in); got != (IMEI{}) || !errors.Is(err, ErrOtherIdentity) {
+			t.Errorf("ParsePEI(%q) = %v, %v", in, got, err)
+		}
+	}
+}
+
+func TestParseSUPI(t *testing.T) {
+	for in, want := range map[string]string{
+		"imsi-001010123456789": "001010123456789", "imsi-001010": "001010", "imsi-00101": "",
+		"imsi-0010101234567890": "", "imsi-": "", "imsi": "", "": "", "001010123456789": "", "IMSI-001010123456789": "",
+		"imsi-00101012345678x": "", "imsi--001010123456": "", "nai-": "", "suci-0-001-01-0000-0-0-0123456789": "",
+	} {
+		got, err := ParseSUPI(in)
+		if got.String() != want || (err == nil) != (want != "") || errors.Is(err, ErrOtherIdentity) {
+			t.Errorf("ParseSUPI(%q) = %v, %v; want %q", in, got, err, want)
+		}
+	}
+	for _, in := range []string{"nai-user@example.org", "gci-x", "gli-x"} {
+		if got, err := ParseSUPI(in); got != (IMSI{}) || !errors.Is(err, ErrOtherIdentity) {
+			t.Errorf("ParseSUPI(%q) = %v, %v", in, got, err)
+		}
+	}
+}
+
+// What is accepted has the digits of the name, and is what the other parsers make of them.
+func FuzzParsePEI(f *testing.F) {
+	for _, s := range []string{"imei-352099001761481", "imei-352099001761480", "imeisv-3520990017614823",
+		"mac-00-00-5E-00-53-00", "eui-AC-DE-48-23-45-67-01-9F"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		imei, err := ParsePEI(s)
+		if err != nil {
+			if imei != (IMEI{}) {
+				t.Error("an IMEI with an error")
+			}
+			return
+		}
+		_, digits, _ := strings.Cut(s, "-")
+		if want, err := ParseIMEI(digits[:imeiDigits]); err != nil || imei != want {
+			t.Errorf("%q became %v, %v", s, imei, err)
+		}
+	})
+}
+
+func FuzzParseSUPI(f *testing.F) {
+	f.Add("imsi-001010123456789")
+	f.Add("nai-user@example.org")
+	f.Fuzz(func(t *testing.T, s string) {
+		imsi, err := ParseSUPI(s)
+		if err == nil && "imsi-"+imsi.String() != s || err != nil && imsi != (IMSI{}) {
+			t.Errorf("%q became %v, %v", s, imsi, err)
+		}
+	})
 }
 
 func FuzzParseIMEI(f *testing.F) {
