@@ -53,12 +53,13 @@ func NewMetrics(r prometheus.Registerer) *Metrics {
 			Name: "kme_unauthenticated_total",
 			Help: "Callers that were not let in: certificate, it was not verified; " +
 				"handshake, TLS failed otherwise, as without a certificate; client and user, the configuration has " +
-				"none such.",
+				"none such; token, N5g-eir had no access token that is good.",
 		}, []string{"why"}),
 	}
 	r.MustRegister(m.calls, m.refusals, m.rejected, m.hsm, m.queue, m.inFlight, m.panics, m.equipment,
 		m.unauthenticated)
-	for _, why := range []string{"certificate", "handshake", "client", "user"} { // so that the first is an increase
+	// So that the first is an increase.
+	for _, why := range []string{"certificate", "handshake", "client", "user", "token"} {
 		m.unauthenticated.WithLabelValues(why)
 	}
 	return m

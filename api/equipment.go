@@ -1,0 +1,31 @@
+package api
+
+import (
+	"net/http"
+
+	"connectrpc.com/connect"
+
+	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
+	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
+)
+
+// CheckEquipment makes that call for whoever has sent a request of another protocol, as if it had come by itself. A
+// refusal is a *binding.Refusal.
+func (h *Handler) CheckEquipment(r *http.Request, q *kmev1.CheckEquipmentRequest) (
+	answer *kmev1.CheckEquipmentResponse, err error) {
+	identify(h.clients, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		if clientOf(r.Context()) == nil {
+			stranger(r.Context(), h.service, r.URL.Path)
+			err = notAllowed()
+			return
+		}
+		var a connect.AnyResponse
+		a, err = h.call(r.Context(), streamed{connect.NewRequest(q), kmev1connect.KeyServiceCheckEquipmentProcedure})
+		if err == nil {
+			answer = a.Any().(*kmev1.CheckEquipmentResponse)
+		} else if refusal := refusalOf(err); refusal != nil {
+			err = refusal
+		}
+	})).ServeHTTP(nil, r)
+	return answer, err
+}
