@@ -5,6 +5,7 @@ import (
 	"strings"
 
 	"github.com/kmehsm/kmehsm/internal/config"
+	"github.com/kmehsm/kmehsm/internal/n5geir"
 )
 
 // Check finds all that is wrong with a configuration, without a look into the token, the store or a directory. running
@@ -21,8 +22,15 @@ func Check(from Source, running bool) *config.Report {
 // inspect reports what is wrong with the files that the configuration names.
 func (c *Config) inspect(r *config.Report) {
 	tls := c.TLS
-	if c.Listen != "" && tls.Certificate != "" && tls.Key != "" && tls.ClientCA != "" {
+	if (c.Listen != "" || c.EIR.Listen != "") && tls.Certificate != "" && tls.Key != "" && tls.ClientCA != "" {
 		r.ServerTLS("tls.", tls.Certificate, tls.Key, tls.ClientCA)
+	}
+	if c.EIR.TokenKey != "" {
+		if keys := r.File("eir.token_key", "the NRF's keys", c.EIR.TokenKey); keys != nil {
+			if _, err := n5geir.ParseTokens(keys, c.EIR.Instance); err != nil {
+				r.Add("eir.token_key", "eir.token_key: "+err.Error(), "")
+			}
+		}
 	}
 	for _, uri := range c.Tokens {
 		r.PIN(c.tokenSetting(), uri)
@@ -53,6 +61,9 @@ func (c *Config) inspect(r *config.Report) {
 func (c *Config) addresses(r *config.Report) {
 	if c.Listen != "" && r.Good("listen") {
 		r.Address("listen", c.Listen)
+	}
+	if c.EIR.Listen != "" && r.Good("eir") {
+		r.Address("eir.listen", c.EIR.Listen)
 	}
 	if c.Socket != "" && r.Good("socket") {
 		if err := socketFree(c.Socket); err != nil {

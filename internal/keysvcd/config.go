@@ -31,6 +31,14 @@ type Config struct {
 		Key         string `yaml:"key" path:""`
 		ClientCA    string `yaml:"client_ca" path:""`
 	} `yaml:"tls"`
+	EIR struct {
+		Listen    string `yaml:"listen"`
+		TokenKey  string `yaml:"token_key" path:""`
+		Instance  string `yaml:"instance"`
+		NRF       string `yaml:"nrf"`
+		NRFCA     string `yaml:"nrf_ca" path:""`
+		Advertise string `yaml:"advertise"`
+	} `yaml:"eir"`
 	Socket           string        `yaml:"socket" path:""`
 	Clients          []api.Client  `yaml:"clients"`
 	Store            string        `yaml:"store" path:"sqlite:"`
@@ -74,6 +82,10 @@ var schema = config.Schema[Config]{See: "keysvc serve", Settings: slices.Concat(
 		Rule: "HOST:PORT",
 		OK:   func(c *Config) bool { _, _, err := net.SplitHostPort(c.Listen); return c.Listen == "" || err == nil }},
 	{Name: "tls", Example: "{certificate: server.pem, key: server.key, client_ca: clients.pem}"},
+	{Name: "eir", Example: "{listen: 127.0.0.1:8444, token_key: nrf.pem}",
+		Help: `an equipment identity register for AMFs (N5g-eir), by tls, for the clients with the role eir or hss;
+			with token_key, the NRF's public keys, each request needs an access token, too. To register at an NRF:
+			nrf: https://HOST:PORT, nrf_ca: nrf-ca.pem, advertise: HOST:PORT, and instance, a UUID of its own`},
 	{Name: "socket", Example: "/run/kmehsm/keysvc.sock", Help: "for the clients with a uid",
 		Rule: fmt.Sprintf("a path of %d bytes at most", maxSocket),
 		OK:   func(c *Config) bool { return len(c.Socket) <= maxSocket }},
@@ -200,6 +212,9 @@ func (c *Config) check(r *config.Report) {
 			`[hss], plmns: ["00101"]}], where san is a DNS name or URI of its certificate`)
 	}
 	c.Equipment.check(r)
+	if err := c.checkEIR(); err != nil && r.Good("eir") {
+		r.Add("eir", fmt.Sprintf("eir: %v", err), "")
+	}
 	if _, err := knownClients(c); err != nil && r.Good("clients") {
 		r.Add("clients", fmt.Sprintf("clients: %v", err), "")
 	}

@@ -32,6 +32,7 @@ func read(t *testing.T, text string) (*Config, error) {
 // A setting that is refused is named, with what it is and what it may be.
 func TestConfigRefused(t *testing.T) {
 	const tlsOf = "tls: {certificate: a, key: b, client_ca: c}\n"
+	const eir = good + tlsOf + "clients: [{name: x, san: y, roles: [eir], plmns: [all]}]\neir: {listen: 'h:1', "
 	const client = "clients: [{name: x, san: y, roles: [hss], plmns: [all], "
 	for _, c := range []struct{ setting, text, want string }{
 		{"token", aSocket + "token: hunter2\n", `token: the token's URI is not one of RFC 7512`},
@@ -55,6 +56,14 @@ func TestConfigRefused(t *testing.T) {
 		{"tls of nothing known", aToken + "listen: localhost:1\ntls: {cert: a}\n", `there is no setting tls.cert`},
 		{"tls as a text", aToken + "listen: localhost:1\ntls: a\n", `tls has settings in it`},
 		{"tls.key", aToken + "listen: localhost:1\ntls: {key: [a]}\n", `tls.key is a text, not "a list or a mapping"`},
+		{"eir without tls", good + "eir: {listen: localhost:1}\n", `eir: it needs tls with certificate`},
+		{"eir without clients", good + tlsOf + "eir: {listen: localhost:1}\n", `eir: it needs tls with certificate`},
+		{"eir.listen", good + "eir: {listen: localhost}\n", `eir: listen is HOST:PORT, not "localhost"`},
+		{"eir.listen missing", good + "eir: {nrf: https://nrf}\n", `eir: listen says where to serve`},
+		{"eir.instance", eir + "instance: X}\n", `eir: instance is a UUID in lower case, not "X"`},
+		{"eir.nrf", eir + "nrf: http://nrf}\n", `eir: nrf is https://HOST:PORT, not "http://nrf"`},
+		{"eir.nrf without more", eir + "nrf: https://nrf}\n", `eir: registration at an NRF needs instance`},
+		{"eir.advertise alone", eir + "advertise: 'h:1'}\n", `eir: nrf_ca and advertise are for registration`},
 		{"socket", aToken + "socket: /" + strings.Repeat("s", 107) + "\n",
 			`socket is a path of 107 bytes at most, not "/sss`},
 		{"neither", aToken, `neither listen nor socket says where to serve`},
@@ -153,6 +162,8 @@ state: s
 directory: vault:kme
 listen: 127.0.0.1:0
 tls: {certificate: a, key: b, client_ca: c}
+eir: {listen: 127.0.0.1:0, token_key: k, instance: 5e0b0ba0-1c26-4d5a-8a2c-36d4f2a2a001, nrf: https://nrf,
+  nrf_ca: d, advertise: e:1}
 socket: s
 clients: [{name: x, san: y, roles: [hss], plmns: ["00101"], rate: 1.5}, {name: z, uid: 0, roles: [admin], plmns: [all]}]
 store: postgres://keysvc@db/keysvc

@@ -23,9 +23,7 @@ import (
 func listen(cfg *Config, served *live) (listeners []net.Listener, err error) {
 	defer func() {
 		if err != nil {
-			for _, l := range listeners {
-				l.Close()
-			}
+			closeAll(listeners)
 		}
 	}()
 	if cfg.Listen != "" {
@@ -46,6 +44,13 @@ func listen(cfg *Config, served *live) (listeners []net.Listener, err error) {
 		listeners = append(listeners, l)
 	}
 	return listeners, nil
+}
+
+func closeAll(listeners []net.Listener) (err error) {
+	for _, l := range listeners {
+		err = errors.Join(err, l.Close())
+	}
+	return err
 }
 
 // socketFree refuses a socket that somebody serves.
@@ -98,13 +103,21 @@ func (d *daemon) run(ctx context.Context, listeners []net.Listener) error {
 	}
 	server.RegisterOnShutdown(d.options.Streams.Drain)
 	g, gctx := errgroup.WithContext(ctx)
-	for _, l := range listeners {
-		g.Go(func() error {
-			if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-				return err
-			}
-			return nil
-		})
+	serve := func(server *http.Server, listeners []net.Listener) {
+		for _, l := range listeners {
+			g.Go(func() error {
+				if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+					return err
+				}
+				return nil
+			})
+		}
+	}
+	eir := d.eirServer()
+	serve(server, listeners)
+	serve(eir, d.eir)
+	if d.started.EIR.NRF != "" {
+		g.Go(func() error { return d.safely(ctx, func() error { return d.keepRegistered(gctx) }) })
 	}
 	g.Go(func() error {
 		hup := make(chan os.Signal, 1)
@@ -134,7 +147,7 @@ func (d *daemon) run(ctx context.Context, listeners []net.Listener) error {
 				d.log.Info("draining")
 				drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
 				defer cancel()
-				return server.Shutdown(drain)
+				return errors.Join(server.Shutdown(drain), eir.Shutdown(drain))
 			}
 		}
 	})

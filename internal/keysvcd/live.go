@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net/http"
 	"os"
@@ -27,6 +28,7 @@ type state struct {
 	clients *api.Clients
 	lots    *binding.Lots
 	handler *api.Handler // serves the lots for the clients
+	eir     http.Handler // does so for AMFs; nil if there is none
 }
 
 // live has the state that is served.
@@ -51,7 +53,7 @@ func (l *live) apply(ctx context.Context, cfg *Config) error {
 	if next.clients, err = knownClients(cfg); err != nil {
 		return err
 	}
-	if l.started.Listen != "" {
+	if l.started.Listen != "" || l.started.EIR.Listen != "" {
 		// A client without a certificate is not served.
 		next.tls, err = cmdline.ServerTLS(cfg.TLS.Certificate, cfg.TLS.Key, cfg.TLS.ClientCA,
 			tls.RequireAndVerifyClientCert)
@@ -70,6 +72,11 @@ func (l *live) apply(ctx context.Context, cfg *Config) error {
 	o.Clients, o.Service = next.clients, o.Service.WithLots(next.lots)
 	o.Ready = func(ctx context.Context) ([]string, error) { return l.ready(ctx, o.Service) }
 	next.handler = api.NewHandler(o)
+	if l.started.EIR.Listen != "" {
+		if next.eir, err = newEIR(l.started, next.handler, o.Service); err != nil {
+			return fmt.Errorf("eir: %w", err)
+		}
+	}
 	others := next.clients.OtherUsers(os.Getuid())
 	fixed := l.started.fixed(cfg)
 	l.options.Service = o.Service

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"runtime/debug"
@@ -40,6 +41,7 @@ type daemon struct {
 	service  *binding.Service // without lots: see live
 	warnings []string         // of tokens, which hold as long as the process
 	accepted chan struct{}    // has one when a database that was rolled back is accepted
+	eir      []net.Listener   // for AMFs: one, or none
 }
 
 // Serve serves the HSS as a configuration says, and logs to w. When ctx ends, it finishes the calls under way and
@@ -145,9 +147,12 @@ func Serve(ctx context.Context, from Source, w io.Writer) error {
 	if err != nil {
 		return err
 	}
-	addresses := make([]string, len(listeners))
-	for i, l := range listeners {
-		addresses[i] = l.Addr().String() // with the port that port 0 became
+	if d.eir, err = listenEIR(cfg, d.live); err != nil {
+		return errors.Join(err, closeAll(listeners))
+	}
+	var addresses []string
+	for _, l := range append(slices.Clone(listeners), d.eir...) {
+		addresses = append(addresses, l.Addr().String()) // with the port that port 0 became
 	}
 	if rolledBack != nil {
 		log.Error("no call is served", "cause", rolledBack.Error())
