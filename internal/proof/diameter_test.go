@@ -156,13 +156,18 @@ func (d *network) startKeysvc(more ...string) {
 		"- {name: socket, uid: %d, roles: [hss, admin, monitor, metrics], plmns: [all], provision_from: ['%s']}\n"+
 		"- {name: hss, san: hss.test, roles: [hss], plmns: [all]}\n",
 		d.port("keysvc"), os.Getuid(), strings.Join(append([]string{"home"}, more...), "', '")))
-	d.http = &http.Client{Transport: &http.Transport{
+	d.http = d.local()
+	d.keysvc = testproc.Start(d.t, d.command(d.operator, "keysvc", "serve", "--config", "keysvc.yaml"),
+		func(*testproc.Process) bool { return ready(d.http) })
+}
+
+// local makes HTTP calls on keysvc's socket.
+func (d *network) local() *http.Client {
+	return &http.Client{Transport: &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "unix", d.path("s"))
 		},
 	}}
-	d.keysvc = testproc.Start(d.t, d.command(d.operator, "keysvc", "serve", "--config", "keysvc.yaml"),
-		func(*testproc.Process) bool { return ready(d.http) })
 }
 
 // suspend has keysvc hang until it gets SIGCONT. A signal stops each thread when it next runs.
