@@ -27,6 +27,7 @@ const (
 	Cx  uint32 = 16777216
 	SWx uint32 = 16777265
 	Zh  uint32 = 16777221
+	S13 uint32 = 16777252
 
 	capabilitiesExchange uint32 = 257
 	deviceWatchdog       uint32 = 280
@@ -34,6 +35,7 @@ const (
 	MultimediaAuth       uint32 = 303
 	UpdateLocation       uint32 = 316
 	AuthenticationInfo   uint32 = 318
+	MEIdentityCheck      uint32 = 324
 
 	ThreeGPP uint32 = 10415
 	Own      uint32 = 32473 // RFC 5612: reserved for examples
@@ -98,12 +100,14 @@ var (
 	UTRANVector         = threeGPP(1415)
 	GERANVector         = threeGPP(1416)
 	SubscriberStatus    = threeGPP(1424)
+	EquipmentStatus     = threeGPP(1445)
 	RAND                = threeGPP(1447)
 	XRES                = threeGPP(1448)
 	AUTN                = threeGPP(1449)
 	KASME               = threeGPP(1450)
 	Kc                  = threeGPP(1453)
 	SRES                = threeGPP(1454)
+	MEID                = threeGPP(1471)
 
 	BindingRequest = own(1)
 	BindingPayload = own(2)

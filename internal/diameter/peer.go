@@ -53,7 +53,7 @@ func (p *Peer) capabilities() []AVP {
 	avps := append(p.origin(), New(HostIPAddress, []byte{0, 1, 127, 0, 0, 1}), Number(VendorID, 0),
 		Text(ProductName, "a test peer"),
 		Number(InbandSecurityID, 0), Number(SupportedVendorID, ThreeGPP))
-	for _, app := range []uint32{S6a, Cx, SWx, Zh} {
+	for _, app := range []uint32{S6a, Cx, SWx, Zh, S13} {
 		avps = append(avps, Group(VendorSpecificApp, Number(VendorID, ThreeGPP), Number(AuthApplicationID, app)))
 	}
 	return avps

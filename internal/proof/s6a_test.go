@@ -294,6 +294,7 @@ func TestS6aConfiguration(t *testing.T) {
 		"handlers is a number":   "service = unix:/x\nhandlers = 1000",
 		"breaker is a number":    "service = unix:/x\nbreaker = -1",
 		"origin_rate is":         "service = unix:/x\norigin_rate = many",
+		"s13 is":                 "service = unix:/x\ns13 = yes",
 		"swx is":                 "service = unix:/x\nswx = yes",
 		"provision_from is":      "service = unix:/x\nprovision_from = abroad",
 		"legacy_mme is":          "service = unix:/x\nlegacy_mme = *",

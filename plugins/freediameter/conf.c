@@ -164,6 +164,10 @@ static int set_choice(const char *key, const char *value)
 		}
 	if (mode)
 		return complain(key, "refuse, process or pass", value);
+	if (!strcmp(key, "s13")) {
+		conf.s13 = !strcmp(value, "serve");
+		return conf.s13 || !strcmp(value, "pass") ? 0 : complain(key, "serve or pass", value);
+	}
 	if (strcmp(key, "rejected"))
 		return 1;
 	conf.authorization_rejected = !strcmp(value, "authorization-rejected");

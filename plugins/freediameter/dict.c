@@ -10,7 +10,7 @@ uint32_t own_vendor_id = VENDOR_OWN;
 struct dict_object *a_auth_application_id, *a_vendor_specific_application_id, *a_vendor_id, *a_auth_session_state,
 	*a_proxy_state, *a_proxy_host, *a_proxy_info, *a_experimental_result, *a_experimental_result_code,
 	*a_supported_features, *a_feature_list_id, *a_feature_list, *a_binding_answer, *a_nw_sig, *a_binding_status,
-	*a_binding_control, *a_binding_attempt;
+	*a_binding_control, *a_binding_attempt, *a_equipment_status;
 
 #define OCTETS	AVP_TYPE_OCTETSTRING
 #define GROUP	AVP_TYPE_GROUPED
@@ -65,6 +65,7 @@ static const struct wanted tgpp[] = {
 	{ TGPP_SUBSCRIPTION_DATA, "Subscription-Data", VM, GROUP, NULL },
 	{ TGPP_TERMINAL_INFORMATION, "Terminal-Information", VM, GROUP, NULL },
 	{ TGPP_IMEI, "IMEI", VM, OCTETS, NULL },
+	{ TGPP_SOFTWARE_VERSION, "Software-Version", VM, OCTETS, NULL },	/* an unknown one with M is refused */
 	{ TGPP_VISITED_PLMN_ID, "Visited-PLMN-Id", VM, OCTETS, NULL },
 	{ TGPP_REQUESTED_EUTRAN, "Requested-EUTRAN-Authentication-Info", VM, GROUP, NULL },
 	{ TGPP_REQUESTED_UTRAN_GERAN, "Requested-UTRAN-GERAN-Authentication-Info", VM, GROUP, NULL },
@@ -73,7 +74,9 @@ static const struct wanted tgpp[] = {
 	{ TGPP_EUTRAN_VECTOR, "E-UTRAN-Vector", VM, GROUP, NULL },
 	{ TGPP_UTRAN_VECTOR, "UTRAN-Vector", VM, GROUP, NULL },
 	{ TGPP_GERAN_VECTOR, "GERAN-Vector", VM, GROUP, NULL },
+	{ TGPP_EQUIPMENT_STATUS, "Equipment-Status", VM, U32, &a_equipment_status },
 	{ TGPP_RAND, "RAND", VM, OCTETS, NULL },
+	{ TGPP_3GPP2_MEID, "3GPP2-MEID", VM, OCTETS, NULL },
 };
 
 #define EACH(list)	list, sizeof(list) / sizeof(*(list))
@@ -165,6 +168,7 @@ static int make_all(void)
 	CHECK_FCT(make_avps(VENDOR_3GPP, EACH(tgpp)));
 	CHECK_FCT(make_command(CMD_AIR, "Authentication-Information-Request", "Authentication-Information-Answer"));
 	CHECK_FCT(make_command(CMD_ULR, "Update-Location-Request", "Update-Location-Answer"));
+	CHECK_FCT(make_command(CMD_ECR, "ME-Identity-Check-Request", "ME-Identity-Check-Answer"));
 	return make_command(CMD_MAR, "3GPP/Multimedia-Auth-Request", "3GPP/Multimedia-Auth-Answer");
 }
 

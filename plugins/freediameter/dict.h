@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The part of the dictionary that kme.fdx touches: our own AVPs, S6a (3GPP TS 29.272) and Multimedia-Auth of SWx, Cx
- * and Zh (TS 29.273, 29.229, 29.109). A host may make its dictionary of these before us, after us or not at all, and
- * may end over an object that is there already with other flags. So only our own vendor's AVPs are made when we are
- * loaded; the rest is looked up by number when there is something to read, and what is missing by then is made.
+ * The part of the dictionary that kme.fdx touches: our own AVPs, S6a and S13 (3GPP TS 29.272) and Multimedia-Auth of
+ * SWx, Cx and Zh (TS 29.273, 29.229, 29.109). A host may make its dictionary of these before us, after us or not at
+ * all, and may end over an object that is there already with other flags. So only our own vendor's AVPs are made when
+ * we are loaded; the rest is looked up by number when there is something to read, and what is missing by then is made.
  */
 #ifndef KME_DICT_H
 #define KME_DICT_H
@@ -16,11 +16,13 @@
 #define SWX_APP		16777265u
 #define CX_APP		16777216u
 #define ZH_APP		16777221u
+#define S13_APP		16777252u
 #define VENDOR_3GPP	10415u
 #define VENDOR_OWN	32473u	/* RFC 5612: reserved for examples */
 #define CMD_MAR		303u
 #define CMD_ULR		316u
 #define CMD_AIR		318u
+#define CMD_ECR		324u
 
 enum own_code {
 	OWN_BINDING_REQUEST = 1,
@@ -59,6 +61,7 @@ enum tgpp_code {
 	TGPP_SUBSCRIPTION_DATA = 1400,
 	TGPP_TERMINAL_INFORMATION = 1401,
 	TGPP_IMEI = 1402,
+	TGPP_SOFTWARE_VERSION = 1403,
 	TGPP_VISITED_PLMN_ID = 1407,
 	TGPP_REQUESTED_EUTRAN = 1408,
 	TGPP_REQUESTED_UTRAN_GERAN = 1409,
@@ -67,7 +70,9 @@ enum tgpp_code {
 	TGPP_EUTRAN_VECTOR = 1414,
 	TGPP_UTRAN_VECTOR = 1415,
 	TGPP_GERAN_VECTOR = 1416,
+	TGPP_EQUIPMENT_STATUS = 1445,
 	TGPP_RAND = 1447,
+	TGPP_3GPP2_MEID = 1471,
 };
 
 extern uint32_t own_vendor_id;
@@ -76,7 +81,7 @@ extern uint32_t own_vendor_id;
 extern struct dict_object *a_auth_application_id, *a_vendor_specific_application_id, *a_vendor_id,
 	*a_auth_session_state, *a_proxy_state, *a_proxy_host, *a_proxy_info, *a_experimental_result,
 	*a_experimental_result_code, *a_supported_features, *a_feature_list_id, *a_feature_list, *a_binding_answer,
-	*a_nw_sig, *a_binding_status, *a_binding_control, *a_binding_attempt;
+	*a_nw_sig, *a_binding_status, *a_binding_control, *a_binding_attempt, *a_equipment_status;
 
 int dict_own(uint32_t own_vendor);	/* when we are loaded */
 int dict_ready(void);			/* 0 once all is there; the first call looks, the others tell what it found */

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * kme.fdx: KME binding (3GPP TR 33.868, 5.4.4.2.3.3.3) for S6a, as an extension of freeDiameter. See ../../docs/s6a.md.
+ * kme.fdx: KME binding (3GPP TR 33.868, 5.4.4.2.3.3.3) for S6a, and an equipment identity register for S13, as an
+ * extension of freeDiameter. See ../../docs/s6a.md and ../../docs/equipment.md.
  *
  * It does the same in an HSS, beside its own S6a handlers, and in an agent between MME and HSS, and needs not be told
  * which: what is for a local application comes by the dispatcher, what is forwarded by the router.
@@ -25,7 +26,7 @@
 #define REFUSALS_A_SECOND	10	/* in the log */
 
 static const char *const counter_names[COUNTERS] = {
-	"prepared", "restored", "established", "reported", "refused", "unavailable", "passed-open", "overloaded",
+	"prepared", "restored", "established", "reported", "checked", "refused", "unavailable", "passed-open", "overloaded",
 	"limited", "spoofed", "malformed",
 };
 static atomic_ulong counters[COUNTERS];
@@ -61,12 +62,11 @@ static unsigned long add_refusals(uint64_t now, unsigned long more)
 void say_refused(struct msg *m, const char *imsi, const char *origin, const char *why)
 {
 	struct msg_hdr *h;
-	const char *name = "MAR";
+	const char *name;
 
 	if (add_refusals(kme_now(), 1) > REFUSALS_A_SECOND || fd_msg_hdr(m, &h))
 		return;
-	if (h->msg_code != CMD_MAR)
-		name = h->msg_code == CMD_AIR ? "AIR" : "ULR";
+	name = h->msg_code == CMD_AIR ? "AIR" : h->msg_code == CMD_ULR ? "ULR" : h->msg_code == CMD_ECR ? "ECR" : "MAR";
 	LOG_E("kme: %s refused: %s (IMSI %s, from %s)", name, why, *imsi ? imsi : "unknown",
 	      *origin ? origin : "nobody");
 }
@@ -103,6 +103,8 @@ static int kme_entry(char *path)
 	started = 1;
 	CHECK_FCT(kme_service_start(&conf.service));
 	CHECK_FCT(tap_start());
+	if (conf.s13)	/* what the CER says; the dictionary needs not have the application */
+		CHECK_FCT(fd_app_merge(&fd_g_config->cnf_apps, S13_APP, VENDOR_3GPP, 1, 0));
 	LOG_E("kme: started: %s, vendor %u, time-out %ld ms, %ld calls in flight, %ld handlers, %d ranges fail open, "
 	      "version " VERSION, conf.service.url, conf.vendor, conf.service.timeout_ms, conf.service.calls,
 	      conf.handlers, conf.open.n);

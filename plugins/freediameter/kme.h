@@ -25,6 +25,7 @@ struct conf {
 	long handlers, origin_rate;
 	int authorization_rejected;		/* a refused payload is answered 5003, not 5420 */
 	enum mode swx, cx, zh;
+	int s13;				/* we are an equipment identity register */
 	struct list open;			/* IMSIs that begin like this pass while the service cannot be asked */
 	struct list agents, legacy_mmes;	/* HOST, or *.REALM */
 	struct list provision_from;		/* PLMNs, "home" or "any" */
@@ -39,7 +40,7 @@ int conf_names(const struct list *l, const char *name);
 /* kme.c: counters and the log */
 
 enum counter {
-	PREPARED, RESTORED, ESTABLISHED, REPORTED, REFUSED, UNAVAILABLE, PASSED_OPEN, OVERLOADED, LIMITED, SPOOFED,
+	PREPARED, RESTORED, ESTABLISHED, REPORTED, CHECKED, REFUSED, UNAVAILABLE, PASSED_OPEN, OVERLOADED, LIMITED, SPOOFED,
 	MALFORMED, COUNTERS
 };
 

@@ -26,10 +26,12 @@
 #define USER_UNKNOWN			5001
 #define UNKNOWN_EPS_SUBSCRIPTION	5420
 #define DATA_UNAVAILABLE		4181
+#define EQUIPMENT_UNKNOWN		5422
 
 #define TOO_BUSY		"DIAMETER_TOO_BUSY"
 #define UNABLE_TO_COMPLY	"DIAMETER_UNABLE_TO_COMPLY"
 #define AUTHORIZATION_REJECTED	"DIAMETER_AUTHORIZATION_REJECTED"
+#define INVALID_AVP_VALUE	"DIAMETER_INVALID_AVP_VALUE"
 
 static uint32_t command(struct msg *m)
 {
@@ -67,6 +69,8 @@ int s6a_takes(struct msg *m, int request)
 		return 0;
 	if (h->msg_appl == S6A_APP)
 		return h->msg_code == CMD_AIR || h->msg_code == CMD_ULR;
+	if (h->msg_appl == S13_APP)
+		return conf.s13 && request && h->msg_code == CMD_ECR;
 	mode = mode_of(h->msg_appl);
 	return h->msg_code == CMD_MAR && (mode == MODE_PROCESS || (mode == MODE_REFUSE && request));
 }
@@ -296,16 +300,16 @@ static int is_imsi(const char *s)
 }
 
 /*
- * User-Name is an IMSI in S6a. Elsewhere it may be an NAI with one: of EAP-AKA (0) and EAP-AKA' (6), and of IMS. An HSS
- * may read an IMSI where there is none for others: all digits of the name, the realm's too, or an MSISDN (Open5GS 2.8
- * does both). So there it has 15 digits, beside which no other is left to be read.
+ * User-Name is an IMSI in S6a and S13. Elsewhere it may be an NAI with one: of EAP-AKA (0) and EAP-AKA' (6), and of
+ * IMS. An HSS may read an IMSI where there is none for others: all digits of the name, the realm's too, or an MSISDN
+ * (Open5GS 2.8 does both). So there it has 15 digits, beside which no other is left to be read.
  */
 static void read_imsi(struct job *j, struct msg *request)
 {
 	char name[MAX_ORIGIN + 1], *imsi = name;
 
 	text_of(child(request, 0, BASE_USER_NAME), name, sizeof(name));
-	if (application(request) != S6A_APP) {
+	if (application(request) != S6A_APP && application(request) != S13_APP) {
 		name[strcspn(name, "@")] = 0;
 		if (strlen(name) == 16 && (*name == '0' || *name == '6'))
 			imsi++;
@@ -840,10 +844,74 @@ static enum verdict multimedia_request(struct job *j)
 	return restore_next(j);
 }
 
+/* S13: ME-Identity-Check (TS 29.272, 6) */
+
+/* Equipment-Status (TS 29.272, 7.3.51). */
+static uint32_t on_s13(enum kme_equipment equipment)
+{
+	enum { WHITELISTED, BLACKLISTED, GREYLISTED };
+
+	return equipment == KME_BLACKLISTED ? BLACKLISTED : equipment == KME_GREYLISTED ? GREYLISTED : WHITELISTED;
+}
+
+static enum verdict answer_status(struct job *j, enum kme_equipment equipment)
+{
+	if (s6a_refuse(&j->msg, "DIAMETER_SUCCESS", 0) || add_u32(j->msg, a_equipment_status, on_s13(equipment)))
+		return DROP;
+	return REPLY;
+}
+
+static enum verdict equipment_unknown(struct job *j)
+{
+	count(CHECKED);
+	return s6a_refuse(&j->msg, NULL, EQUIPMENT_UNKNOWN) ? DROP : REPLY;
+}
+
+static enum verdict checked(struct job *j)
+{
+	const struct kme_reply *r = &j->call.reply;
+
+	if (!strcmp(r->reason, "UNKNOWN_DEVICE"))
+		return equipment_unknown(j);
+	count_outcome(j, CHECKED);
+	if (r->status == KME_OK)
+		return answer_status(j, r->equipment);
+	if (passes(j))
+		return answer_status(j, KME_WHITELISTED);
+	if (r->status == KME_NOT_ALLOWED)
+		return refuse(j, r->reason, AUTHORIZATION_REJECTED, 0);
+	return refuse(j, r->reason, strcmp(r->reason, "MALFORMED") ? unavailable(j) : INVALID_AVP_VALUE, 0);
+}
+
+/* Only an IMEI can be of a lot: a device with a MEID alone is unknown. */
+static enum verdict identity_check(struct job *j)
+{
+	struct avp *terminal = child(j->msg, VENDOR_3GPP, TGPP_TERMINAL_INFORMATION);
+	struct avp *a = child(terminal, VENDOR_3GPP, TGPP_IMEI);
+	char imei[17];
+
+	if (!a && child(terminal, VENDOR_3GPP, TGPP_3GPP2_MEID))
+		return equipment_unknown(j);
+	if (!a)
+		return malformed(j, "DIAMETER_MISSING_AVP");
+	if (next(a, VENDOR_3GPP, TGPP_IMEI))
+		return malformed(j, "DIAMETER_AVP_OCCURS_TOO_MANY_TIMES");
+	text_of(a, imei, sizeof(imei));
+	if (strlen(imei) == 15 && imei[14] == '0')
+		imei[14] = 0;	/* the spare digit, which a device sends in the place of the check digit (TS 23.003, 6.2.1) */
+	if (strlen(imei) < 14 || (!*j->imsi && child(j->msg, 0, BASE_USER_NAME)))
+		return malformed(j, INVALID_AVP_VALUE);
+	kme_ask_equipment(&j->call, imei, j->imsi);
+	j->step = checked;
+	return ASK;
+}
+
 enum verdict s6a_request(struct job *j)
 {
 	const char *fault = "DIAMETER_INVALID_AVP_LENGTH";
 
+	if (application(j->msg) == S13_APP && j->kind == REQUEST_PASSING)
+		return GO_ON;	/* to another register */
 	if (dict_ready())
 		return refuse(j, "the dictionary cannot be used", UNABLE_TO_COMPLY, 0);
 	if ((j->kind == REQUEST_PASSING && !message_well_formed(j->msg)) || (fault = fault_of(j->msg)))
@@ -858,6 +926,8 @@ enum verdict s6a_request(struct job *j)
 		count(LIMITED);
 		return refuse(j, "more than origin_rate requests a second", TOO_BUSY, 0);
 	}
+	if (command(j->msg) == CMD_ECR)
+		return identity_check(j);
 	if (command(j->msg) == CMD_MAR)
 		return multimedia_request(j);
 	if (!*j->imsi) {

@@ -24,6 +24,7 @@
 
 static const char *const methods[] = {
 	"PrepareVector", "EstablishKME", "ReportAuthentication", "RestoreRAND", "GetBinding",
+	"CheckEquipment",
 };
 
 /* Fields of kme.proto. */
@@ -234,6 +235,17 @@ static int parse_binding(struct wire_in *i, struct kme_reply *out)
 	return out->bound || state == REVOKED;
 }
 
+static int parse_equipment(struct wire_in *i, struct kme_reply *out)
+{
+	uint64_t status = 0;
+
+	while (wire_next(i))
+		if (i->field == 1)
+			status = i->number;
+	out->equipment = (enum kme_equipment)status;
+	return status >= KME_WHITELISTED && status <= KME_BLACKLISTED;
+}
+
 void kme_parse(enum kme_method method, const void *response, size_t size, size_t asked, struct kme_reply *out)
 {
 	struct wire_in i = wire_open(response, size);
@@ -255,6 +267,9 @@ void kme_parse(enum kme_method method, const void *response, size_t size, size_t
 		break;
 	case KME_BINDING:
 		ok = parse_binding(&i, out);
+		break;
+	case KME_EQUIPMENT:
+		ok = parse_equipment(&i, out);
 		break;
 	}
 	if (!ok || i.broken)
@@ -328,6 +343,14 @@ void kme_ask_binding(struct kme_call *c, const char *imsi)
 {
 	if (asks(c, KME_BINDING, is_digits(imsi)))
 		wire_text(&c->request, 1, imsi);
+}
+
+void kme_ask_equipment(struct kme_call *c, const char *imei, const char *imsi)
+{
+	if (!asks(c, KME_EQUIPMENT, is_digits(imei) && (!*imsi || is_digits(imsi))))
+		return;
+	wire_text(&c->request, 2, imsi);
+	wire_text(&c->request, 1, imei);
 }
 
 static void link_newest(struct kme_call *c)
@@ -414,7 +437,7 @@ static int take_answer(const uint8_t *data, size_t size)
 	while (wire_next(&i)) {
 		if (i.field == ANSWER_ID)
 			id = i.number;
-		else if (i.field >= ANSWER_ERROR && i.field <= FIRST_METHOD + KME_BINDING && i.data) {
+		else if (i.field >= ANSWER_ERROR && i.field <= FIRST_METHOD + KME_EQUIPMENT && i.data) {
 			what = i.field;
 			answer = wire_open(i.data, i.size);
 		}

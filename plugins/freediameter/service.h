@@ -32,7 +32,8 @@ enum kme_status {
 };
 
 enum kme_control { KME_NO_CONTROL, KME_PROVISIONING_ONLY = 1, KME_PREPROCESSED = 2 };	/* as in Binding-Control */
-enum kme_method { KME_PREPARE, KME_ESTABLISH, KME_REPORT, KME_RESTORE, KME_BINDING };
+enum kme_method { KME_PREPARE, KME_ESTABLISH, KME_REPORT, KME_RESTORE, KME_BINDING, KME_EQUIPMENT };
+enum kme_equipment { KME_WHITELISTED = 1, KME_GREYLISTED, KME_BLACKLISTED };
 
 struct kme_service {
 	const char *url;		/* https://host:port, or unix:/path */
@@ -50,6 +51,7 @@ struct kme_reply {
 	uint8_t rands[KME_RANDS][KME_RAND];
 	uint8_t nw_sig[KME_NW_SIG];
 	int bound;			/* PENDING or ACTIVE */
+	enum kme_equipment equipment;
 };
 
 struct kme_call {
@@ -84,6 +86,7 @@ void kme_ask_establish(struct kme_call *c, const char *imsi, const char *origin,
 void kme_ask_report(struct kme_call *c, const char *imsi, const char *origin, int ok, int no_provisioning);
 void kme_ask_restore(struct kme_call *c, const char *imsi, const char *origin, const uint8_t *rand);
 void kme_ask_binding(struct kme_call *c, const char *imsi);
+void kme_ask_equipment(struct kme_call *c, const char *imei, const char *imsi);	/* an empty IMSI is none */
 
 /* 1: under way. 0: the reply is there. */
 int kme_start(struct kme_call *c);

@@ -26,6 +26,7 @@ int kme_start(struct kme_call *c)
 	if (r->control == KME_PROVISIONING_ONLY)
 		memcpy(r->attempt, "attempt", 8);
 	r->bound = choice & 1;
+	r->equipment = (enum kme_equipment)(KME_WHITELISTED + (choice & 8) / 8);
 	memset(r->rands, 0x5a, sizeof(r->rands));
 	choice /= 2;	/* the next call comes to something else */
 	return 0;
@@ -55,6 +56,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
 	if (!by_id)
 		abort();
 	conf.origin_rate = 1000000;
+	conf.s13 = 1;
 	conf.open.of[conf.open.n++] = "00102";
 	conf.provision_from.of[conf.provision_from.n++] = "home";
 	conf.provision_from.of[conf.provision_from.n++] = "26201";
@@ -113,7 +115,7 @@ static void take_pieces(const uint8_t *data, size_t size, size_t first)
 {
 	int method;
 
-	for (method = KME_PREPARE; method <= KME_BINDING; method++) {
+	for (method = KME_PREPARE; method <= KME_EQUIPMENT; method++) {
 		struct kme_call *c = calloc(1, sizeof(*c));
 
 		if (!c)
@@ -139,11 +141,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
 	static const struct {
 		uint32_t application, command;
-	} kinds[] = { { S6A_APP, CMD_AIR }, { S6A_APP, CMD_ULR }, { SWX_APP, CMD_MAR }, { CX_APP, CMD_MAR } };
+	} kinds[] = { { S6A_APP, CMD_AIR }, { S6A_APP, CMD_ULR }, { SWX_APP, CMD_MAR }, { CX_APP, CMD_MAR },
+		      { S13_APP, CMD_ECR } };
 	struct job job = { .kind = REQUEST_PASSING };
 	struct kme_reply reply;
 	struct msg *question;
-	unsigned kind;
+	struct fd_pei pei = { 0 };
+	unsigned kind, of;
 	int whole;
 
 	if (size < 2)
@@ -152,7 +156,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	choice = data[1];
 	data += 2, size -= 2;
 	if (kind & 0x80) {
-		kme_parse((enum kme_method)(kind % 5), data, size, choice % 40, &reply);
+		kme_parse((enum kme_method)(kind % 6), data, size, choice % 40, &reply);
 		kme_parse_error((const char *)data, size, &reply);
 		take_pieces(data, size, choice);
 		return 0;
@@ -160,17 +164,27 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	conf.swx = conf.cx = kind & 4 ? MODE_PROCESS : MODE_REFUSE;
 	conf.authorization_rejected = kind >> 3 & 1;
 	conf.agents = (struct list){ .of = { "peer.test" }, .n = kind >> 4 & 1 };
-	job.msg = from_wire(kinds[kind & 3].application, kinds[kind & 3].command,
+	of = kind & 0x40 ? 4 : kind & 3;
+	job.msg = from_wire(kinds[of].application, kinds[of].command,
 			    (uint8_t)(CMD_FLAG_PROXIABLE | (kind & 0x20 ? CMD_FLAG_REQUEST : 0)), data, size);
 	if (!job.msg)
 		return 0;
 	if (kind & 0x20) {
 		job.step = s6a_request;
+		if (of == 4) {	/* which is for this host, and has been parsed */
+			job.kind = REQUEST_LOCAL;
+			if (fd_msg_parse_dict(job.msg, fd_g_config->cnf_dict, &pei)) {
+				if (pei.pei_avp_free)
+					fd_msg_free(pei.pei_avp);
+				fd_msg_free(job.msg);
+				return 0;
+			}
+		}
 	} else {
 		job.kind = ANSWER;
 		job.step = s6a_answer;
 		/* Its question has the same AVPs, which is as good as any. */
-		question = from_wire(kinds[kind & 3].application, kinds[kind & 3].command,
+		question = from_wire(kinds[of].application, kinds[of].command,
 				     CMD_FLAG_REQUEST | CMD_FLAG_PROXIABLE, data, size);
 		if (question)
 			fd_msg_answ_associate(job.msg, question);
