@@ -20,7 +20,7 @@ type hss interface {
 // lines.
 func Example() {
 	var arpf hss
-	keysvc, err := client.New(client.Options{URL: "unix:/run/kmehsm/keysvc.sock"})
+	keysvc, err := client.New(client.Options{URLs: []string{"unix:/run/kmehsm/keysvc.sock"}})
 	if err != nil {
 		panic(err)
 	}

@@ -109,7 +109,7 @@ func TestN5gEIR(t *testing.T) {
 	}
 
 	devices := d.devices()
-	keysvc, err := client.New(client.Options{URL: "unix:" + d.path("s")})
+	keysvc, err := client.New(client.Options{URLs: []string{"unix:" + d.path("s")}})
 	if err != nil {
 		t.Fatal(err)
 	}

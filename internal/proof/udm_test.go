@@ -42,7 +42,7 @@ func TestUDM(t *testing.T) {
 	w := newWorld(t, nil)
 	w.setUp(lotOf{"L1", "tr33868-ecdsa-p256", "35209900", 2048, len(sets)})
 	w.serve(func(*http.Client) {
-		keysvc, err := client.New(client.Options{URL: "unix:" + w.path("s")})
+		keysvc, err := client.New(client.Options{URLs: []string{"unix:" + w.path("s")}})
 		if err != nil {
 			t.Fatal(err)
 		}
