@@ -96,7 +96,7 @@ func TestOutsideProgram(t *testing.T) {
 	}
 	t.Setenv("CGO_ENABLED", "0")
 	run("go", "build", ".")
-	const want = `the service's address is https://HOST:PORT or unix:PATH, not "" NOT_BOUND:  ACTIVE`
+	const want = `a client has from 1 to 16 addresses of the service, not 0 NOT_BOUND:  ACTIVE`
 	if got := run("./hss"); got != want {
 		t.Errorf("it says %q, want %q", got, want)
 	}
