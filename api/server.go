@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"path"
 	"slices"
 	"time"
 
@@ -76,6 +77,11 @@ func NewHandler(o Options) *Handler {
 			return []connect.HandlerOption{connect.WithReadMaxBytes(maxRequest),
 				connect.WithCompressMinBytes(minCompressed), connect.WithInterceptors(unary...)}
 		})))
+	for procedure := range allowed {
+		if procedure != kmev1connect.KeyServiceStreamProcedure { // whose calls are counted as theirs
+			o.Metrics.Methods(path.Base(procedure))
+		}
+	}
 	ready := &readiness{find: func(ctx context.Context) (warnings []string, err error) {
 		err = g.finish(ctx, "ready", func() (err error) { warnings, err = o.Ready(ctx); return err })
 		return warnings, err

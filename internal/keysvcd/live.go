@@ -24,11 +24,13 @@ import (
 // A state is what a reload changes: certificates, clients and lots. It is immutable, and a call sees one from
 // its beginning to its end.
 type state struct {
-	tls     *tls.Config // nil if the service does not listen
-	clients *api.Clients
-	lots    *binding.Lots
-	handler *api.Handler // serves the lots for the clients
-	eir     http.Handler // does so for AMFs; nil if there is none
+	tls *tls.Config // nil if the service does not listen
+	// certificates are those of tls, with the name of their setting
+	certificates []certificate
+	clients      *api.Clients
+	lots         *binding.Lots
+	handler      *api.Handler // serves the lots for the clients
+	eir          http.Handler // does so for AMFs; nil if there is none
 }
 
 // live has the state that is served.
@@ -57,6 +59,9 @@ func (l *live) apply(ctx context.Context, cfg *Config) error {
 		// A client without a certificate is not served.
 		next.tls, err = cmdline.ServerTLS(cfg.TLS.Certificate, cfg.TLS.Key, cfg.TLS.ClientCA,
 			tls.RequireAndVerifyClientCert)
+		if err == nil {
+			next.certificates, err = certificates(next.tls, cfg.TLS.ClientCA)
+		}
 		if err != nil {
 			return err
 		}

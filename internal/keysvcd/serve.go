@@ -134,15 +134,17 @@ func Serve(ctx context.Context, from Source, w io.Writer) error {
 	if err != nil {
 		return err
 	}
+	overdue, bound := newOverdue(registry), new(census)
 	d.live = &live{
 		started: cfg, registry: store, ready: d.ready, log: log, rolledBack: rolledBack != nil,
-		open: opener(ctx, cfg.Directory, cfg.login(), readerOptions(cfg, store, cache, newOverdue(registry), log), log),
+		open: opener(ctx, cfg.Directory, cfg.login(), readerOptions(cfg, store, cache, overdue, log), log),
 		options: api.Options{Service: d.service, Metrics: metrics, Outer: traces, PageKey: pageKey,
 			Streams: api.NewStreams(), Gather: promhttp.HandlerFor(registry, promhttp.HandlerOpts{})},
 	}
 	if err := d.apply(ctx, cfg); err != nil {
 		return err
 	}
+	registry.MustRegister(&changing{d.live, bound})
 	listeners, err := listen(cfg, d.live)
 	if err != nil {
 		return err
@@ -162,6 +164,7 @@ func Serve(ctx context.Context, from Source, w io.Writer) error {
 	defer d.rememberLotKeys(ctx)()
 	defer d.followListings(ctx)()
 	defer history.run(ctx, d)()
+	defer d.beside(ctx, func(ctx context.Context) { bound.keep(ctx, store, log) })()
 	log.Info("serving", "token", tokens.String(), "ranges", d.Load().lots.Len(), "addresses", addresses)
 	return d.run(ctx, listeners)
 }
@@ -195,6 +198,9 @@ func openTokens(ctx context.Context, cfg *Config, o hsmkeys.Observer, log *slog.
 func readerOptions(cfg *Config, store *sqlstore.Store, cache *directory.Cache, overdue *prometheus.CounterVec,
 	log *slog.Logger) func(manufacturer string) directory.ReaderOptions {
 	return func(manufacturer string) directory.ReaderOptions {
+		for _, why := range directory.Whys() { // so that the first is an increase
+			overdue.WithLabelValues(manufacturer, string(why))
+		}
 		return directory.ReaderOptions{
 			Cache: cache, RevocationTTL: cfg.RevocationTTL, MaxAge: cfg.MaxRevocationAge,
 			Memory: binding.RevocationMemory(store, manufacturer, filepath.Join(cfg.State, "revocations")),
@@ -252,21 +258,25 @@ func standing(since time.Time) string {
 
 // keepMark keeps the tokens' high-water mark until stop is called, which is after the last call has ended.
 func (d *daemon) keepMark(ctx context.Context) (stop func()) {
-	keeping, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	kept := make(chan struct{})
+	return d.beside(context.WithoutCancel(ctx), func(ctx context.Context) {
+		mark.Keep(ctx, d.store, d.tokens, func() {
+			select {
+			case d.accepted <- struct{}{}:
+			default:
+			}
+		}, d.log)
+	})
+}
+
+// beside does work that no call waits for until ctx ends or stop is called, which waits for its end.
+func (d *daemon) beside(ctx context.Context, work func(context.Context)) (stop func()) {
+	working, cancel := context.WithCancel(ctx)
+	ended := make(chan struct{})
 	go func() {
-		defer close(kept)
-		d.safely(ctx, func() error {
-			mark.Keep(keeping, d.store, d.tokens, func() {
-				select {
-				case d.accepted <- struct{}{}:
-				default:
-				}
-			}, d.log)
-			return nil
-		})
+		defer close(ended)
+		d.safely(ctx, func() error { work(working); return nil })
 	}()
-	return func() { cancel(); <-kept }
+	return func() { cancel(); <-ended }
 }
 
 // rememberLotKeys has the tokens look the lots' keys up, beside the calls, until it is done or stop is called.
