@@ -389,26 +389,20 @@ func (s *Store) Bound(ctx context.Context, manufacturer, lot string, now time.Ti
 
 // countBindings reads no column that is in no index, but of the few that are pending.
 const countBindings = `WITH pending AS MATERIALIZED (SELECT imsi FROM bindings WHERE state = 'PENDING')
-	SELECT state, COUNT(*) FROM bindings WHERE state <> 'PENDING' GROUP BY state UNION ALL
-	SELECT 'PENDING', COUNT(*) FROM pending AS p JOIN bindings AS b ON b.imsi = p.imsi AND b.state = 'PENDING' AND
-		b.expires_at > $1`
+	SELECT COUNT(*) FILTER (WHERE state = 'ACTIVE'), COUNT(*) FILTER (WHERE state = 'REVOKED'), (SELECT COUNT(*)
+		FROM pending AS p JOIN bindings AS b ON b.imsi = p.imsi AND b.state = 'PENDING' AND b.expires_at > $1)
+	FROM bindings`
 
 // Count is how many bindings there are in each state; of pending ones, those that have not expired. It reads an index of
-// all bindings: a second of ten millions.
+// all bindings twice: see TestCountByIndex.
 func (s *Store) Count(ctx context.Context, now time.Time) (map[binding.State]int64, error) {
-	all := map[binding.State]int64{binding.Pending: 0, binding.Active: 0, binding.Revoked: 0}
 	q, err := s.reading("count bindings")
 	if err != nil {
 		return nil, err
 	}
-	err = q.Each(ctx, func(scan func(...any) error) error {
-		var state binding.State
-		var n int64
-		err := scan((*string)(&state), &n)
-		all[state] = n
-		return err
-	}, countBindings, now.UnixMilli())
-	return all, err
+	var active, revoked, pending int64
+	_, err = q.One(ctx, []any{&active, &revoked, &pending}, countBindings, now.UnixMilli())
+	return map[binding.State]int64{binding.Pending: pending, binding.Active: active, binding.Revoked: revoked}, err
 }
 
 func (s *Store) DropExpired(ctx context.Context, now time.Time) error {
