@@ -7,6 +7,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
+	"github.com/prometheus/common/expfmt"
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/kme"
@@ -49,7 +50,7 @@ func TestChanging(t *testing.T) {
 	c := &changing{s.live, bound}
 	text := func() string {
 		t.Helper()
-		got, err := testutil.CollectAndFormat(c, testutil.TypeText, "kme_certificate_days_left",
+		got, err := testutil.CollectAndFormat(c, expfmt.TypeTextPlain, "kme_certificate_days_left",
 			"kme_revocations_age_seconds", "kme_bindings", "kme_bindings_counted_timestamp_seconds")
 		if err != nil {
 			t.Fatal(err)
