@@ -94,7 +94,7 @@ func (g *guard) only(next http.Handler, some ...Role) http.Handler {
 func (g *guard) deny(w http.ResponseWriter, r *http.Request) error {
 	refusal := toConnect(notAllowed())
 	setReason(w.Header(), refusal)
-	if r.Method == http.MethodPost && g.errors.IsSupported(r) {
+	if r.Method == http.MethodPost && g.errors != nil && g.errors.IsSupported(r) {
 		return g.errors.Write(w, r, refusal)
 	}
 	http.Error(w, notAllowed().Message, http.StatusForbidden)

@@ -4,6 +4,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	dto "github.com/prometheus/client_model/go"
 
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -81,6 +82,29 @@ func (m *Metrics) Methods(names ...string) {
 		m.calls.WithLabelValues(name, "OK")
 	}
 }
+
+// Totals are what was counted since the start and is of interest over a day: attaches, established KMEs, and refusals by
+// reason.
+func (m *Metrics) Totals() map[string]float64 {
+	value := func(c prometheus.Counter) float64 {
+		var v dto.Metric
+		if err := c.Write(&v); err != nil {
+			return 0
+		}
+		return v.GetCounter().GetValue()
+	}
+	all := map[string]float64{CountAttaches: value(m.attaches), CountEstablished: value(m.accepted)}
+	for _, reason := range kme.Reasons() {
+		all[string(reason)] = value(m.refusals.WithLabelValues(string(reason)))
+	}
+	return all
+}
+
+// CountAttaches and CountEstablished are among what Totals has.
+const (
+	CountAttaches    = "attaches"
+	CountEstablished = "established"
+)
 
 // Waited and Worked make Metrics an hsmkeys.Observer.
 func (m *Metrics) Waited(d time.Duration) { m.queue.Observe(d.Seconds()) }

@@ -10,6 +10,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"runtime/debug"
@@ -28,6 +29,7 @@ import (
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/operatorpage"
 	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/internal/scheduling"
 )
@@ -141,6 +143,14 @@ func Serve(ctx context.Context, from Source, w io.Writer) error {
 		options: api.Options{Service: d.service, Metrics: metrics, Outer: traces, PageKey: pageKey,
 			Streams: api.NewStreams(), Gather: promhttp.HandlerFor(registry, promhttp.HandlerOpts{})},
 	}
+	lastDay := operatorpage.NewHistory(time.Now(), metrics.Totals())
+	count := func() { lastDay.Add(time.Now(), metrics.Totals()) }
+	d.live.page = func(service *binding.Service, s *state) http.Handler {
+		return operatorpage.New(operatorpage.Options{
+			Service: service, History: lastDay, Count: count, View: api.View, Version: cmdline.Version(),
+			Health: func(ctx context.Context) operatorpage.Health { return d.health(ctx, s, service, bound) },
+		})
+	}
 	if err := d.apply(ctx, cfg); err != nil {
 		return err
 	}
@@ -164,6 +174,16 @@ func Serve(ctx context.Context, from Source, w io.Writer) error {
 	defer d.rememberLotKeys(ctx)()
 	defer d.followListings(ctx)()
 	defer history.run(ctx, d)()
+	defer d.beside(ctx, func(ctx context.Context) {
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(time.Minute):
+				count()
+			}
+		}
+	})()
 	defer d.beside(ctx, func(ctx context.Context) { bound.keep(ctx, store, log) })()
 	log.Info("serving", "token", tokens.String(), "ranges", d.Load().lots.Len(), "addresses", addresses)
 	return d.run(ctx, listeners)
