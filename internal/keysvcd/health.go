@@ -2,6 +2,7 @@ package keysvcd
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -36,7 +37,10 @@ func (d *daemon) health(
 	short, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
 	lots, err := d.store.Lots(short)
-	h.Store.Works = err == nil
+	if h.Store.Works = err == nil; errors.Is(err, binding.ErrRolledBack) {
+		h.Problem = "the database is an earlier one than the service has written, and no call is served: see " +
+			"KeysvcDatabaseTamperedWith in docs/runbook.md"
+	}
 	manufacturers, _ := d.store.Manufacturers(short) // there are none where there are no lots
 	away := service.CheckDirectories(short)
 	for _, m := range manufacturers {

@@ -307,7 +307,7 @@ func newPlot(s Series, title, class string, now time.Time) plot {
 		return now.Add(-time.Duration(bars-step) * 24 * time.Hour / bars)
 	}
 	if peak > 0 {
-		p.Peak = fmt.Sprintf("the most in a quarter of an hour %.0f, from %s UTC", peak,
+		p.Peak = fmt.Sprintf("the most in a quarter of an hour %s, from %s UTC", number(peak),
 			begins(when).UTC().Format("15:04"))
 	}
 	for i, n := range s.Steps {
