@@ -132,12 +132,12 @@ func (p *page) health(ctx context.Context) (Health, time.Time) {
 
 // A found is what was looked up.
 type found struct {
-	Asked    string
-	Error    string // instead of all that follows
-	Kind     string // IMSI or IMEI
-	Is       string
-	Bindings []*binding.Binding // of an IMEI
-	*binding.Explanation
+	Asked        string
+	Error        string // instead of all that follows
+	Kind         string // IMSI or IMEI
+	Is           string
+	Subscription *binding.Explanation       // of an IMSI
+	Device       *binding.DeviceExplanation // of an IMEI
 }
 
 // lookUp explains an IMSI or IMEI.
@@ -163,14 +163,14 @@ func (p *page) lookUp(ctx context.Context, kind, text string) *found {
 			return fail(errors.New("this IMSI is of a PLMN that you may not see: plmns in the configuration says " +
 				"which you may"))
 		}
-		f.Explanation, err = p.Service.ExplainIMSI(ctx, imsi)
+		f.Subscription, err = p.Service.ExplainIMSI(ctx, imsi)
 	case "IMEI":
 		imei, perr := kme.ParseIMEI(f.Asked)
 		if perr != nil {
 			return fail(perr)
 		}
 		f.Is = imei.String()
-		f.Explanation, f.Bindings, err = p.Service.ExplainIMEI(ctx, imei, view)
+		f.Device, err = p.Service.ExplainIMEI(ctx, imei, view)
 	default:
 		return fail(errors.New("say whether it is an IMSI or an IMEI"))
 	}

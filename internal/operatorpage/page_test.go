@@ -256,12 +256,13 @@ func TestLookUp(t *testing.T) {
 		kind, number string
 		want, not    []string
 	}{
-		{monitor, "IMSI", bound, []string{"IMSI " + bound, "is bound to IMEI " + device, "No call about it"}, []string{"What to do"}},
-		{monitor, "IMSI", " " + bound + " ", []string{"is bound to IMEI"}, nil},
-		{monitor, "IMSI", refused, []string{"bound to no device", "NO_ATTEMPT", "What to do", "attach again"},
+		{monitor, "IMSI", bound, []string{"IMSI " + bound + ": ACTIVE", "is bound to device " + device, "No refusal of a call",
+			"What to do", "nothing"}, nil},
+		{monitor, "IMSI", " " + bound + " ", []string{"is bound to device"}, nil},
+		{monitor, "IMSI", refused, []string{"It was never bound.", "establish at", "NO_ATTEMPT", "no attempt was open", "What to do", "attach again"},
 			[]string{"<script>"}},
 		{monitor, "IMSI", foreign, []string{"Not found out.", "PLMN that you may not see"}, []string{device}},
-		{all, "IMSI", foreign, []string{"is bound to IMEI"}, nil},
+		{all, "IMSI", foreign, []string{"is bound to device"}, nil},
 		{monitor, "IMEI", device, []string{"in no lot", bound, "ACTIVE"}, []string{foreign}},
 		{all, "IMEI", device, []string{bound, foreign}, nil},
 		{monitor, "IMEI", "35209900000025", []string{"No subscription that you may see"}, nil},
@@ -410,7 +411,7 @@ func TestPageInBrowser(t *testing.T) {
 	}
 	look := front.URL + "/?kind=IMSI&number=" + refused
 	page, errors := run("--window-size=1280,900", "--dump-dom", look)
-	for _, want := range []string{"<h3>IMSI " + refused + "</h3>", "It is bound to no device.", "Let the device attach again",
+	for _, want := range []string{"<h3>IMSI " + refused + ": UNBOUND</h3>", "It was never bound.", "have the device attach again",
 		`<rect class="down"`, `<rect class="up"`, `aria-labelledby="plot-OTHER_DEVICE"`} {
 		if !strings.Contains(page, want) {
 			t.Errorf("the page has no %s:\n%s", want, page)
