@@ -19,7 +19,7 @@ import (
 
 // Reflection tells administrators, and nobody else, what can be called.
 func TestReflection(t *testing.T) {
-	ask := func(clients *Clients, o ...connect.ClientOption) (files int, services []protoreflect.FullName, err error) {
+	ask := func(clients *Clients) (files int, services []protoreflect.FullName, err error) {
 		t.Helper()
 		s := httptest.NewUnstartedServer(NewHandler(Options{Clients: clients, Gather: http.NotFoundHandler(),
 			Metrics: binding.NewMetrics(prometheus.NewRegistry()), Service: binding.NewService(binding.Options{Times: binding.DefaultTimes(),
@@ -27,7 +27,7 @@ func TestReflection(t *testing.T) {
 		s.EnableHTTP2 = true
 		s.StartTLS()
 		defer s.Close()
-		stream := grpcreflect.NewClient(s.Client(), s.URL, append(o, connect.WithGRPC())...).NewStream(t.Context())
+		stream := grpcreflect.NewClient(s.Client(), s.URL, connect.WithGRPC()).NewStream(t.Context())
 		defer stream.Close()
 		if services, err = stream.ListServices(); err != nil {
 			return 0, nil, err

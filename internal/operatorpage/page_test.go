@@ -229,7 +229,8 @@ func TestPage(t *testing.T) {
 		}
 	}
 	_, page := d.ask(t, monitor, "GET", "/")
-	for _, want := range []string{"Works, with a warning", `role="status"`, "10\u202f159\u202f002", "▲</span> 20 days left",
+	for _, want := range []string{"Works, with a warning", `role="status"`, "10\u202f159\u202f002",
+		"▲</span> 20 days left",
 		"▲</span> not served: retired", "▲</span> failed", "■</span> away", "Refusals by reason", "OTHER_DEVICE",
 		"HSM_UNAVAILABLE</b>: 2\u202f419;", "NO_ATTEMPT</b>: 3;", "Attaches</b>:"} {
 		if !strings.Contains(page, want) {
@@ -256,10 +257,11 @@ func TestLookUp(t *testing.T) {
 		kind, number string
 		want, not    []string
 	}{
-		{monitor, "IMSI", bound, []string{"IMSI " + bound + ": ACTIVE", "is bound to device " + device, "No refusal of a call",
-			"What to do", "nothing"}, nil},
+		{monitor, "IMSI", bound, []string{"IMSI " + bound + ": ACTIVE", "is bound to device " + device,
+			"No refusal of a call", "What to do", "nothing"}, nil},
 		{monitor, "IMSI", " " + bound + " ", []string{"is bound to device"}, nil},
-		{monitor, "IMSI", refused, []string{"It was never bound.", "establish at", "NO_ATTEMPT", "no attempt was open", "What to do", "attach again"},
+		{monitor, "IMSI", refused, []string{"It was never bound.", "establish at", "NO_ATTEMPT", "no attempt was open",
+			"What to do", "attach again"},
 			[]string{"<script>"}},
 		{monitor, "IMSI", foreign, []string{"Not found out.", "PLMN that you may not see"}, []string{device}},
 		{all, "IMSI", foreign, []string{"is bound to device"}, nil},
@@ -411,7 +413,8 @@ func TestPageInBrowser(t *testing.T) {
 	}
 	look := front.URL + "/?kind=IMSI&number=" + refused
 	page, errors := run("--window-size=1280,900", "--dump-dom", look)
-	for _, want := range []string{"<h3>IMSI " + refused + ": UNBOUND</h3>", "It was never bound.", "have the device attach again",
+	for _, want := range []string{"<h3>IMSI " + refused + ": UNBOUND</h3>", "It was never bound.",
+		"have the device attach again",
 		`<rect class="down"`, `<rect class="up"`, `aria-labelledby="plot-OTHER_DEVICE"`} {
 		if !strings.Contains(page, want) {
 			t.Errorf("the page has no %s:\n%s", want, page)
