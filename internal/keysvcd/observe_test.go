@@ -73,7 +73,7 @@ func TestChanging(t *testing.T) {
 		t.Errorf("the bindings that were counted are not there:\n%s", got)
 	}
 	s.write(t, strings.Replace(siteBase, "client_ca: a.pem", "client_ca: ca.pem", 1)+siteClients)
-	if err := s.reload(t.Context(), s.config()); err != nil {
+	if err := s.reload(t.Context(), Source{Path: s.config()}); err != nil {
 		t.Fatal(err)
 	}
 	if got := text(); !strings.Contains(got, `{certificate="client_ca",serial="1",subject="CN=ca"} 0.04`) {

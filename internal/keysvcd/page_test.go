@@ -35,7 +35,7 @@ func TestOperatorPage(t *testing.T) {
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
 	log, ended := new(testproc.Log), make(chan error, 1)
-	go func() { ended <- Serve(ctx, path, log) }()
+	go func() { ended <- Serve(ctx, Source{Path: path}, log) }()
 	var serving [][]string
 	testproc.Await(t, "it serves", func() bool {
 		if len(ended) > 0 {
