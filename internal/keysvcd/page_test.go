@@ -23,7 +23,7 @@ import (
 func TestOperatorPage(t *testing.T) {
 	dir := certtest.Make(t, "127.0.0.1", "monitor.example", "hss.example")
 	tok := softhsmtest.Token(t)
-	initialise(t, tok)
+	initialise(t, tok, filepath.Join(dir, "state"))
 	path := filepath.Join(dir, "keysvc.yaml")
 	text := fmt.Sprintf("token: %q\nstate: state\nlisten: 127.0.0.1:0\noperator_page: {listen: 127.0.0.1:0}\n"+
 		"tls: {certificate: 127.0.0.1.pem, key: 127.0.0.1.key, client_ca: ca.pem}\n"+
