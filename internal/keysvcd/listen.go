@@ -29,9 +29,7 @@ type served struct {
 func listen(cfg *Config, l *live) (all []served, err error) {
 	defer func() {
 		if err != nil {
-			for _, s := range all {
-				s.Close()
-			}
+			closeAll(all)
 		}
 	}()
 	secure := &tls.Config{
@@ -62,7 +60,7 @@ func listen(cfg *Config, l *live) (all []served, err error) {
 	return all, nil
 }
 
-func closeAll(listeners []net.Listener) (err error) {
+func closeAll(listeners []served) (err error) {
 	for _, l := range listeners {
 		err = errors.Join(err, l.Close())
 	}

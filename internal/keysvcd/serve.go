@@ -163,8 +163,11 @@ func Serve(ctx context.Context, from Source, w io.Writer) error {
 		return errors.Join(err, closeAll(listeners))
 	}
 	var addresses []string
-	for _, l := range append(slices.Clone(listeners), d.eir...) {
+	for _, l := range listeners {
 		addresses = append(addresses, l.Addr().String()) // with the port that port 0 became
+	}
+	for _, l := range d.eir {
+		addresses = append(addresses, l.Addr().String())
 	}
 	if rolledBack != nil {
 		log.Error("no call is served", "cause", rolledBack.Error())
