@@ -20,6 +20,7 @@ import (
 type guard struct {
 	service *binding.Service
 	metrics *binding.Metrics
+	errors  *connect.ErrorWriter
 }
 
 // finish ends a call's work with an answer, also where it panics: net/http would end the connection.
@@ -77,15 +78,27 @@ func imsiOf(message any) []any {
 }
 
 // only serves clients that have one of some roles.
-func (g *guard) only(next http.HandlerFunc, some ...Role) http.HandlerFunc {
-	return func(w http.ResponseWriter, r *http.Request) {
-		if clientOf(r.Context()).as(some...) == "" {
+func (g *guard) only(next http.Handler, some ...Role) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		role := clientOf(r.Context()).as(some...)
+		if role == "" {
 			g.service.Refused(r.Context(), notAllowed(), "call", r.URL.Path)
-			http.Error(w, notAllowed().Message, http.StatusForbidden)
+			g.deny(w, r)
 			return
 		}
-		next(w, r)
+		next.ServeHTTP(w, r.WithContext(as(r.Context(), role)))
+	})
+}
+
+// deny tells a caller that it may not do that, in the protocol that it speaks.
+func (g *guard) deny(w http.ResponseWriter, r *http.Request) error {
+	refusal := toConnect(notAllowed())
+	setReason(w.Header(), refusal)
+	if r.Method == http.MethodPost && g.errors != nil && g.errors.IsSupported(r) {
+		return g.errors.Write(w, r, refusal)
 	}
+	http.Error(w, notAllowed().Message, http.StatusForbidden)
+	return nil
 }
 
 // around makes a call unless its client may not make it: then it is refused before anything is done for it.

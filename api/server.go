@@ -7,11 +7,13 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"path"
 	"slices"
 	"time"
 
 	"connectrpc.com/connect"
 	"connectrpc.com/grpchealth"
+	"connectrpc.com/grpcreflect"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
@@ -54,7 +56,8 @@ type Handler struct {
 }
 
 // NewHandler serves the service, and health: /healthz, for everybody, says that the process runs; /readyz and gRPC's
-// health service, for clients, what Ready says.
+// health service, for clients, what Ready says. gRPC's reflection, which tells all that can be called, is for
+// administrators.
 func NewHandler(o Options) *Handler {
 	if o.PageKey == (kme.Secret{}) {
 		o.PageKey = kme.RandomSecret()
@@ -63,7 +66,7 @@ func NewHandler(o Options) *Handler {
 		o.Streams = NewStreams()
 	}
 	mux := http.NewServeMux()
-	g := &guard{service: o.Service, metrics: o.Metrics}
+	g := &guard{service: o.Service, metrics: o.Metrics, errors: connect.NewErrorWriter()}
 	s := &server{service: o.Service, pages: newPages(o.PageKey), guard: g, streams: o.Streams}
 	mux.Handle(kmev1connect.NewKeyServiceHandler(s, connect.WithConditionalHandlerOptions(
 		func(spec connect.Spec) []connect.HandlerOption {
@@ -76,12 +79,23 @@ func NewHandler(o Options) *Handler {
 			return []connect.HandlerOption{connect.WithReadMaxBytes(maxRequest),
 				connect.WithCompressMinBytes(minCompressed), connect.WithInterceptors(unary...)}
 		})))
+	for procedure := range allowed {
+		if procedure != kmev1connect.KeyServiceStreamProcedure { // whose calls are counted as theirs
+			o.Metrics.Methods(path.Base(procedure))
+		}
+	}
 	ready := &readiness{find: func(ctx context.Context) (warnings []string, err error) {
 		err = g.finish(ctx, "ready", func() (err error) { warnings, err = o.Ready(ctx); return err })
 		return warnings, err
 	}}
 	mux.Handle(grpchealth.NewHandler(&checker{ready}))
-	mux.HandleFunc("GET /metrics", g.only(o.Gather.ServeHTTP, RoleMetrics))
+	reflected := grpcreflect.NewStaticReflector(kmev1connect.KeyServiceName)
+	for _, version := range []func(*grpcreflect.Reflector, ...connect.HandlerOption) (string, http.Handler){
+		grpcreflect.NewHandlerV1, grpcreflect.NewHandlerV1Alpha} {
+		path, handler := version(reflected, connect.WithReadMaxBytes(maxRequest))
+		mux.Handle(path, g.only(handler, RoleAdmin))
+	}
+	mux.Handle("GET /metrics", g.only(o.Gather, RoleMetrics))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { w.Write([]byte("ok\n")) })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
 		warnings, err := ready.ask(r.Context())
@@ -94,7 +108,6 @@ func NewHandler(o Options) *Handler {
 			fmt.Fprintf(w, "but %s\n", warning)
 		}
 	})
-	errorWriter := connect.NewErrorWriter()
 	h := &Handler{service: o.Service, clients: o.Clients, streams: o.Streams, call: g.around(s.direct)}
 	for _, outer := range slices.Backward(o.Outer) {
 		h.call = outer.WrapUnary(h.call)
@@ -104,7 +117,8 @@ func NewHandler(o Options) *Handler {
 		err := func() (err error) {
 			defer panics.Recover(&err)
 			if clientOf(r.Context()) == nil && r.URL.Path != "/healthz" { // nothing of its body is read
-				return g.turnAway(w, r, errorWriter)
+				stranger(r.Context(), g.service, r.URL.Path)
+				return g.deny(w, r)
 			}
 			mux.ServeHTTP(w, r)
 			return nil
@@ -115,18 +129,6 @@ func NewHandler(o Options) *Handler {
 		}
 	})))
 	return h
-}
-
-// turnAway answers a caller that nobody knows, in the protocol that it speaks.
-func (g *guard) turnAway(w http.ResponseWriter, r *http.Request, errorWriter *connect.ErrorWriter) error {
-	stranger(r.Context(), g.service, r.URL.Path)
-	refusal := toConnect(notAllowed())
-	setReason(w.Header(), refusal)
-	if r.Method == http.MethodPost && errorWriter.IsSupported(r) {
-		return errorWriter.Write(w, r, refusal)
-	}
-	http.Error(w, notAllowed().Message, http.StatusForbidden)
-	return nil
 }
 
 // A checker says over gRPC what /readyz says.

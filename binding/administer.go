@@ -27,6 +27,9 @@ func (s *Service) ReportAuthentication(ctx context.Context, imsi kme.IMSI, ok bo
 	if a := sub.Active; a != nil && a.Activated.UnixMilli() == now.UnixMilli() { // by this report
 		s.history.saw(imsi, a.IMEI, Shown)
 	}
+	if ok && r.Served {
+		s.metrics.attaches.Inc()
+	}
 	state := State("")
 	if r.Binding != nil {
 		state = r.Binding.State

@@ -86,6 +86,7 @@ func (s *Service) outside(ctx context.Context, p *establishment, wait func()) er
 func (s *Service) establish(ctx context.Context, p *establishment) (*Established, error) {
 	b, err := s.accept(ctx, p)
 	if err == nil {
+		s.metrics.accepted.Inc()
 		s.log.InfoContext(ctx, "established", "imsi", p.IMSI, "imei", p.IMEI, "lot", b.Lot,
 			"manufacturer", b.Manufacturer, "origin", p.Origin.Name)
 		return &Established{NWSig: b.NWSig, State: b.State}, nil

@@ -152,7 +152,7 @@ func (e *Explanation) refusal(k Known) {
 
 // meaning says in words why a call was refused, and what is to be done.
 func meaning(r *PastRefusal) (why, todo string) {
-	device := "keysvc device " + r.IMEI
+	device, cause := "keysvc device "+r.IMEI, ""
 	switch r.Reason {
 	case kme.NoAttempt:
 		return "no attempt was open for this IMSI" + at(r.Origin) + ": none was opened by a vector, or it has expired, " +
@@ -171,7 +171,10 @@ func meaning(r *PastRefusal) (why, todo string) {
 			"if the subscriber has that device now: keysvc binding open " + r.IMSI.String() + "; else its SIM is in a " +
 				"device that it does not belong to"
 	case kme.KMERejected:
-		return "the payload of device " + r.IMEI + " was not accepted (" + r.Cause + ")",
+		if r.Cause != "" {
+			cause = " (" + r.Cause + ")"
+		}
+		return "the payload of device " + r.IMEI + " was not accepted" + cause,
 			"have the device attach again; if that does not help, its key is another than the published one: see " +
 				device + ", and return it to its manufacturer (factory lot reissue)"
 	case kme.NotBound:

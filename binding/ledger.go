@@ -90,6 +90,14 @@ type Mark struct {
 	Heads [Chains]Head `json:"heads"`
 }
 
+// Entries is how many entries the ledger has.
+func (m *Mark) Entries() (n int64) {
+	for _, h := range m.Heads {
+		n += h.Seq
+	}
+	return n
+}
+
 // A DamagedRow is a row that the service did not write.
 type DamagedRow struct {
 	Table string `json:"table"`

@@ -205,6 +205,21 @@ func (l *Lots) Overdue() map[string][]directory.Overdue {
 	return all
 }
 
+// Lists gives how the lists of revoked devices stand, by manufacturer and in the order of lots: of those lots whose
+// directory is asked.
+func (l *Lots) Lists() map[string][]directory.ListState {
+	all := map[string][]directory.ListState{}
+	for reader, lots := range l.byReader() {
+		for _, m := range lots {
+			all[m.Manufacturer] = append(all[m.Manufacturer], reader.List(m.Lot))
+		}
+	}
+	for _, lists := range all {
+		slices.SortFunc(lists, func(a, b directory.ListState) int { return cmp.Compare(a.Lot, b.Lot) })
+	}
+	return all
+}
+
 // revoked says whether the directory has a binding's device as revoked, by the list that is there: such a binding is
 // not served on. Nobody waits for a directory here. It is an error if the list is too old, and the reader has a MaxAge.
 // A lot that was retired counts too, but not those of a distrusted manufacturer.

@@ -4,6 +4,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	dto "github.com/prometheus/client_model/go"
 
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -16,6 +17,8 @@ type Metrics struct {
 	hsm      *prometheus.HistogramVec
 	queue    prometheus.Histogram
 	inFlight prometheus.Gauge
+	attaches prometheus.Counter
+	accepted prometheus.Counter
 	panics   prometheus.Counter
 
 	equipment       *prometheus.CounterVec
@@ -44,6 +47,10 @@ func NewMetrics(r prometheus.Registerer) *Metrics {
 			Help: "The wait for a session of the HSM.", Buckets: buckets}),
 		inFlight: prometheus.NewGauge(prometheus.GaugeOpts{Name: "kme_calls_in_flight",
 			Help: "Calls that are at the HSM, or wait for it."}),
+		attaches: prometheus.NewCounter(prometheus.CounterOpts{Name: "kme_attaches_total",
+			Help: "Authentications that succeeded, of devices that may be served: ReportAuthentication answered so."}),
+		accepted: prometheus.NewCounter(prometheus.CounterOpts{Name: "kme_established_total",
+			Help: "KMEs that were accepted; a call that was made again is not counted again."}),
 		panics: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "kme_panics_total", Help: "Panics, each of which has ended a call or some work.",
 		}),
@@ -56,14 +63,48 @@ func NewMetrics(r prometheus.Registerer) *Metrics {
 				"none such; token, N5g-eir had no access token that is good.",
 		}, []string{"why"}),
 	}
-	r.MustRegister(m.calls, m.refusals, m.rejected, m.hsm, m.queue, m.inFlight, m.panics, m.equipment,
-		m.unauthenticated)
-	// So that the first is an increase.
+	r.MustRegister(m.calls, m.refusals, m.rejected, m.hsm, m.queue, m.inFlight, m.attaches, m.accepted, m.panics,
+		m.equipment, m.unauthenticated)
+	// All that can be counted is there from the start: the first of a kind is an increase.
 	for _, why := range []string{"certificate", "handshake", "client", "user", "token"} {
 		m.unauthenticated.WithLabelValues(why)
 	}
+	for _, reason := range kme.Reasons() {
+		m.refusals.WithLabelValues(string(reason))
+	}
 	return m
 }
+
+// Methods has the calls of these methods that are answered OK counted from zero. Other histograms begin with their
+// first value: each has 20 time series.
+func (m *Metrics) Methods(names ...string) {
+	for _, name := range names {
+		m.calls.WithLabelValues(name, "OK")
+	}
+}
+
+// Totals are what was counted since the start and is of interest over a day: attaches, established KMEs, and refusals by
+// reason.
+func (m *Metrics) Totals() map[string]float64 {
+	value := func(c prometheus.Counter) float64 {
+		var v dto.Metric
+		if err := c.Write(&v); err != nil {
+			return 0
+		}
+		return v.GetCounter().GetValue()
+	}
+	all := map[string]float64{CountAttaches: value(m.attaches), CountEstablished: value(m.accepted)}
+	for _, reason := range kme.Reasons() {
+		all[string(reason)] = value(m.refusals.WithLabelValues(string(reason)))
+	}
+	return all
+}
+
+// CountAttaches and CountEstablished are among what Totals has.
+const (
+	CountAttaches    = "attaches"
+	CountEstablished = "established"
+)
 
 // Waited and Worked make Metrics an hsmkeys.Observer.
 func (m *Metrics) Waited(d time.Duration) { m.queue.Observe(d.Seconds()) }

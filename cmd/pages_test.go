@@ -9,12 +9,14 @@ import (
 	"strings"
 	"testing"
 
+	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
 	"github.com/kmehsm/kmehsm/internal/programs"
 )
 
 // The commands of these pages run as they are printed, one after the other in one shell, and show what the page says.
 func TestPageCommands(t *testing.T) {
 	readme, ceremony, backup := read(t, "README.md"), read(t, "docs/ceremony.md"), read(t, "docs/backup.md")
+	calls := read(t, "docs/calls.md")
 	t.Run("readme", func(t *testing.T) {
 		left, err := os.ReadDir(runPage(t, readme))
 		if err != nil {
@@ -34,6 +36,38 @@ func TestPageCommands(t *testing.T) {
 		}
 		runPage(t, before+"\n"+backup)
 	})
+	t.Run("calls", func(t *testing.T) {
+		before, _, found := strings.Cut(readme, "**9. Stop and clean up.**")
+		if !found {
+			t.Fatal("README.md has no step 9")
+		}
+		tools := t.TempDir()
+		install := exec.Command("go", "install", "github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3")
+		install.Dir, install.Env = tools, append(os.Environ(), "GOBIN="+tools, "GOWORK=off", "GOFLAGS=")
+		if out, err := install.CombinedOutput(); err != nil {
+			t.Logf("without grpcurl, which cannot be had: %v\n%s", err, out)
+			curl, grpcurl, _ := strings.Cut(calls, "## With grpcurl")
+			_, end, _ := strings.Cut(grpcurl, "In the end, ")
+			calls = curl + end
+		}
+		t.Setenv("PATH", tools+":"+os.Getenv("PATH"))
+		runPage(t, before+"\n"+calls)
+	})
+}
+
+// docs/calls.md has every call: by curl, but for streams, and by grpcurl.
+func TestEveryCall(t *testing.T) {
+	page := read(t, "docs/calls.md")
+	methods := kmev1.File_kme_v1_kme_proto.Services().ByName("KeyService").Methods()
+	for i := range methods.Len() {
+		name := string(methods.Get(i).Name())
+		if !methods.Get(i).IsStreamingClient() && !strings.Contains(page, "call "+name+" ") {
+			t.Errorf("the page has no %s by curl", name)
+		}
+		if !strings.Contains(page, "grpc "+name+" ") {
+			t.Errorf("the page has no %s by grpcurl", name)
+		}
+	}
 }
 
 func read(t *testing.T, page string) string {
@@ -86,7 +120,8 @@ func runPage(t *testing.T, page string) (dir string) {
 	if err := os.Symlink(filepath.Join(root, "softhsm-setup.sh"), filepath.Join(dir, "softhsm-setup.sh")); err != nil {
 		t.Fatal(err)
 	}
-	shell := exec.CommandContext(t.Context(), "bash", "-eo", "pipefail", "-c", script.String())
+	const end = "trap 'kill $(jobs -p) 2>/dev/null || :' EXIT\n" // a service, where a command fails before it ends it
+	shell := exec.CommandContext(t.Context(), "bash", "-eo", "pipefail", "-c", end+script.String())
 	shell.Dir = dir
 	shell.Env = append(os.Environ(), "PATH="+programs.Dir(t)+":"+os.Getenv("PATH"))
 	var stderr bytes.Buffer

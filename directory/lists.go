@@ -44,6 +44,9 @@ const (
 	Late     Why = "overdue"  // it is past its next_update
 )
 
+// Whys are all of them.
+func Whys() []Why { return []Why{Failed, Refused, Rollback, Withheld, Late} }
+
 // An Overdue is a list of revoked devices that should have been replaced by now.
 type Overdue struct {
 	Lot   string
@@ -343,6 +346,28 @@ func (r *Reader) Overdue() []Overdue {
 	}
 	slices.SortFunc(all, func(a, b Overdue) int { return strings.Compare(a.Lot, b.Lot) })
 	return all
+}
+
+// A ListState is how a lot's list of revoked devices stands.
+type ListState struct {
+	Lot        string
+	Version    int       // 0 if there is none
+	Read       time.Time // when it was last read and good; zero if there is none
+	NextUpdate time.Time // by when there is a later one
+	Why        Why       // what came of the last try to read it again; empty if it was good
+}
+
+// List gives how a lot's list of revoked devices stands.
+func (r *Reader) List(lot string) ListState {
+	known, _ := r.known(lot)
+	s := ListState{Lot: lot, Read: known.fetched}
+	if known.list != nil {
+		s.Version, s.NextUpdate = known.list.Version, known.list.NextUpdate
+	}
+	if known.err != nil {
+		s.Why = overdueFor(lot, known.fetched, known.err).Why
+	}
+	return s
 }
 
 // Revoked says whether a device of a lot is revoked, by the list in memory: it waits for nobody. Where there is none,

@@ -26,3 +26,9 @@ const (
 	RolledBack           Reason = "ROLLED_BACK" // the database is an earlier one than the service wrote
 	Damaged              Reason = "DAMAGED"     // a row of it is not what the service wrote
 )
+
+// Reasons are all of them.
+func Reasons() []Reason {
+	return []Reason{Malformed, NoAttempt, UnknownDevice, RevokedDevice, OtherDevice, KMERejected, NotBound,
+		CallerNotAllowed, Overloaded, HSMUnavailable, DirectoryUnavailable, StoreUnavailable, RolledBack, Damaged}
+}

@@ -156,6 +156,7 @@ func rolledBack(t *testing.T, s Store) {
 				_, err := s.Decide(ctx, "m", "", binding.Verdict{}, allowed)
 				return err
 			},
+			"Count":       func() error { _, err := s.Count(ctx, t0); return err },
 			"Bound":       func() error { _, err := s.Bound(ctx, "m", "", t0); return err },
 			"CountSealed": func() error { _, err := s.CountSealed(ctx, []byte{2}); return err },
 			"Sealed":      func() error { _, err := s.Sealed(ctx, tokenkeys.Sealed{}, []byte{2}, 1); return err },

@@ -247,6 +247,25 @@ func boundTo(t *testing.T, s Store) {
 	check(t0.Add(pendingTTL), 1, 1, 0, 0) // pending ones have ended by themselves
 }
 
+func count(t *testing.T, s Store) {
+	check := func(when time.Time, pending, active, revoked int64) {
+		t.Helper()
+		want := map[binding.State]int64{binding.Pending: pending, binding.Active: active, binding.Revoked: revoked}
+		if got, err := s.Count(t.Context(), when); err != nil || !reflect.DeepEqual(got, want) {
+			t.Errorf("%v, error %v; want %v", got, err, want)
+		}
+	}
+	check(t0, 0, 0, 0)
+	for i := range 4 {
+		bind(t, s, subscription(t, i), device(t, i), []byte{byte(i)})
+	}
+	check(t0, 4, 0, 0)
+	activate(t, s, subscription(t, 0), t0)
+	must.Get[*binding.Binding](t)(s.Revoke(t.Context(), subscription(t, 1), t0))
+	check(t0, 2, 1, 1)
+	check(t0.Add(pendingTTL), 0, 1, 1) // pending ones have ended by themselves
+}
+
 func raceLots(t *testing.T, s Store) {
 	makers := []*maker{newMaker(t, s), newMaker(t, s)}
 	lots := make([]*binding.Lot, racers)

@@ -3,6 +3,7 @@ package storetest
 
 import (
 	"bytes"
+	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -25,6 +26,7 @@ type Store = interface {
 	tokenkeys.SealedStore
 	binding.Listings
 	binding.Sightings
+	Count(ctx context.Context, now time.Time) (map[binding.State]int64, error)
 }
 
 // Run tests an implementation. open gives a store that holds nothing, and closes it at the end of its test.
@@ -66,6 +68,7 @@ func Run(t *testing.T, open func(t *testing.T) Store) {
 		{"Verdicts", verdicts},
 		{"VerdictsRefused", verdictsRefused},
 		{"Bound", boundTo},
+		{"Count", count},
 		{"Reseal", reseal},
 		{"Noted", noted},
 		{"LastNote", lastNote},

@@ -14,7 +14,21 @@ func Version() string {
 	return describe(info)
 }
 
+// Build is what Version says, in parts: the version, the commit with what is said of changes, and Go's.
+func Build() (version, commit, goVersion string) {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown", "unknown", "unknown"
+	}
+	return parts(info)
+}
+
 func describe(info *debug.BuildInfo) string {
+	version, commit, goVersion := parts(info)
+	return fmt.Sprintf("%s, commit %s, %s", version, commit, goVersion)
+}
+
+func parts(info *debug.BuildInfo) (version, commit, goVersion string) {
 	commit, changed := "unknown", ""
 	for _, s := range info.Settings {
 		switch {
@@ -24,5 +38,5 @@ func describe(info *debug.BuildInfo) string {
 			changed = " with changes"
 		}
 	}
-	return fmt.Sprintf("%s, commit %s%s, %s", info.Main.Version, commit, changed, info.GoVersion)
+	return info.Main.Version, commit + changed, info.GoVersion
 }

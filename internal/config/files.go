@@ -180,16 +180,21 @@ func isKey(der []byte) bool {
 // Certificates reads a file of certificates in PEM. AppendCertsFromPEM would leave out what is damaged, and with it the
 // peers of a CA. Its errors go on from the name of what the file is.
 func Certificates(path string) (*x509.CertPool, error) {
-	data, err := os.ReadFile(path)
-	if err != nil {
-		return nil, fmt.Errorf("cannot be read: %w", err)
-	}
-	all, err := parseCertificates(path, data)
+	all, err := ReadCertificates(path)
 	pool := x509.NewCertPool()
 	for _, c := range all {
 		pool.AddCert(c)
 	}
 	return pool, err
+}
+
+// ReadCertificates is Certificates one by one.
+func ReadCertificates(path string) ([]*x509.Certificate, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("cannot be read: %w", err)
+	}
+	return parseCertificates(path, data)
 }
 
 // parseCertificates gives all of a file's, or an error.

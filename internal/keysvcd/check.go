@@ -22,7 +22,8 @@ func Check(from Source, running bool) *config.Report {
 // inspect reports what is wrong with the files that the configuration names.
 func (c *Config) inspect(r *config.Report) {
 	tls := c.TLS
-	if (c.Listen != "" || c.EIR.Listen != "") && tls.Certificate != "" && tls.Key != "" && tls.ClientCA != "" {
+	served := c.Listen != "" || c.EIR.Listen != "" || c.OperatorPage.Listen != ""
+	if served && tls.Certificate != "" && tls.Key != "" && tls.ClientCA != "" {
 		r.ServerTLS("tls.", tls.Certificate, tls.Key, tls.ClientCA)
 	}
 	if c.EIR.TokenKey != "" {
@@ -64,6 +65,9 @@ func (c *Config) addresses(r *config.Report) {
 	}
 	if c.EIR.Listen != "" && r.Good("eir") {
 		r.Address("eir.listen", c.EIR.Listen)
+	}
+	if c.OperatorPage.Listen != "" && r.Good("operator_page") {
+		r.Address("operator_page", c.OperatorPage.Listen)
 	}
 	if c.Socket != "" && r.Good("socket") {
 		if err := socketFree(c.Socket); err != nil {

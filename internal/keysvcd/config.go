@@ -39,7 +39,10 @@ type Config struct {
 		NRFCA     string `yaml:"nrf_ca" path:""`
 		Advertise string `yaml:"advertise"`
 	} `yaml:"eir"`
-	Socket           string        `yaml:"socket" path:""`
+	Socket       string `yaml:"socket" path:""`
+	OperatorPage struct {
+		Listen string `yaml:"listen"`
+	} `yaml:"operator_page"`
 	Clients          []api.Client  `yaml:"clients"`
 	Store            string        `yaml:"store" path:"sqlite:"`
 	AttemptTTL       time.Duration `yaml:"attempt_ttl"`
@@ -89,14 +92,21 @@ var schema = config.Schema[Config]{See: "keysvc serve", Settings: slices.Concat(
 	{Name: "socket", Example: "/run/kmehsm/keysvc.sock", Help: "for the clients with a uid",
 		Rule: fmt.Sprintf("a path of %d bytes at most", maxSocket),
 		OK:   func(c *Config) bool { return len(c.Socket) <= maxSocket }},
+	{Name: "operator_page", Example: "{listen: 127.0.0.1:8444}",
+		Help: "a read-only page for the browsers of clients with the role monitor; mutual TLS 1.3, with tls",
+		Rule: "{listen: HOST:PORT}",
+		OK: func(c *Config) bool {
+			_, _, err := net.SplitHostPort(c.OperatorPage.Listen)
+			return c.OperatorPage.Listen == "" || err == nil
+		}},
 	{Name: "clients",
 		Help: `who may call, which listen needs; without this, on the socket alone, the service's own user, for all but
 			kme-export`},
 	{Name: "  - name", Example: "hss-1", Help: "for the log"},
 	{Name: "    san", Example: "hss-1.example", Help: "a DNS name or URI of its certificate"},
 	{Name: "    roles", Example: "[hss]",
-		Help: `hss, eir (CheckEquipment alone), admin, monitor (sees bindings), metrics (reads GET /metrics),
-			kme-export`},
+		Help: `hss, eir (CheckEquipment alone), admin, monitor (sees bindings and the operator page), metrics (reads GET
+			/metrics), kme-export`},
 	{Name: "    plmns", Example: `["00101"]`,
 		Help: "or [all]; an IMSI is of the longest PLMN that is named anywhere here"},
 	{Name: "    provision_from", Example: "[home]",
@@ -206,6 +216,11 @@ func (c *Config) check(r *config.Report) {
 	}
 	if c.Listen != "" && r.Good("tls") && (c.TLS.Certificate == "" || c.TLS.Key == "" || c.TLS.ClientCA == "") {
 		r.Add("tls", "listen needs tls with certificate, key and client_ca", "it is never offered without mutual TLS")
+	}
+	if c.OperatorPage.Listen != "" && r.Good("operator_page") && (c.TLS.Certificate == "" || c.TLS.Key == "" ||
+		c.TLS.ClientCA == "" || len(c.Clients) == 0) {
+		r.Add("operator_page", "operator_page needs tls with certificate, key and client_ca, and clients",
+			"give one of them the role monitor: the page is never offered without mutual TLS")
 	}
 	if c.Listen != "" && r.Good("clients") && len(c.Clients) == 0 {
 		r.Add("clients", "listen needs clients, who may call", `clients: [{name: hss-1, san: hss-1.example, roles: `+

@@ -165,6 +165,7 @@ tls: {certificate: a, key: b, client_ca: c}
 eir: {listen: 127.0.0.1:0, token_key: k, instance: 5e0b0ba0-1c26-4d5a-8a2c-36d4f2a2a001, nrf: https://nrf,
   nrf_ca: d, advertise: e:1}
 socket: s
+operator_page: {listen: 127.0.0.1:0}
 clients: [{name: x, san: y, roles: [hss], plmns: ["00101"], rate: 1.5}, {name: z, uid: 0, roles: [admin], plmns: [all]}]
 store: postgres://keysvc@db/keysvc
 attempt_ttl: 1m

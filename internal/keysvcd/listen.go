@@ -20,33 +20,47 @@ import (
 	"github.com/kmehsm/kmehsm/internal/config"
 )
 
-func listen(cfg *Config, served *live) (listeners []net.Listener, err error) {
-	defer func() {
-		if err != nil {
-			closeAll(listeners)
-		}
-	}()
-	if cfg.Listen != "" {
-		l, err := config.Listen(cfg.Listen)
-		if err != nil {
-			return nil, err
-		}
-		listeners = append(listeners, tls.NewListener(l, &tls.Config{
-			MinVersion:         tls.VersionTLS13,
-			GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return served.Load().tls, nil },
-		}))
-	}
-	if cfg.Socket != "" {
-		l, err := listenUnix(cfg.Socket, served.others)
-		if err != nil {
-			return listeners, err
-		}
-		listeners = append(listeners, l)
-	}
-	return listeners, nil
+// A served is a listener with what is served on it.
+type served struct {
+	net.Listener
+	handler http.Handler
 }
 
-func closeAll(listeners []net.Listener) (err error) {
+func listen(cfg *Config, l *live) (all []served, err error) {
+	defer func() {
+		if err != nil {
+			closeAll(all)
+		}
+	}()
+	secure := &tls.Config{
+		MinVersion:         tls.VersionTLS13,
+		GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return l.Load().tls, nil },
+	}
+	page := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { l.Load().page.ServeHTTP(w, r) })
+	for _, at := range []struct {
+		address string
+		handler http.Handler
+	}{{cfg.Listen, l}, {cfg.OperatorPage.Listen, page}} {
+		if at.address == "" {
+			continue
+		}
+		tcp, err := config.Listen(at.address)
+		if err != nil {
+			return all, err
+		}
+		all = append(all, served{tls.NewListener(tcp, secure), at.handler})
+	}
+	if cfg.Socket != "" {
+		unix, err := listenUnix(cfg.Socket, l.others)
+		if err != nil {
+			return all, err
+		}
+		all = append(all, served{unix, l})
+	}
+	return all, nil
+}
+
+func closeAll(listeners []served) (err error) {
 	for _, l := range listeners {
 		err = errors.Join(err, l.Close())
 	}
@@ -89,35 +103,39 @@ func listenUnix(path string, others bool) (net.Listener, error) {
 
 // run serves until ctx ends, and then finishes the calls under way. It reloads at SIGHUP, and when a database that was
 // rolled back is accepted.
-func (d *daemon) run(ctx context.Context, listeners []net.Listener) error {
+func (d *daemon) run(ctx context.Context, listeners []served) error {
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
 	protocols.SetHTTP2(true)
 	protocols.SetUnencryptedHTTP2(true) // on the socket, where gRPC comes without TLS
-	server := &http.Server{
-		Handler: d.live, ConnContext: api.ConnContext, ConnState: api.ConnState(d.service), Protocols: protocols,
-		ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, IdleTimeout: 5 * time.Minute,
-		ErrorLog: slog.NewLogLogger(d.log.Handler(), slog.LevelDebug),
-		// Four streams that are not read leave half of their connection's buffer to its other calls.
-		HTTP2: &http.HTTP2Config{MaxReceiveBufferPerConnection: 1 << 20, MaxReceiveBufferPerStream: 128 << 10},
-	}
-	server.RegisterOnShutdown(d.options.Streams.Drain)
 	g, gctx := errgroup.WithContext(ctx)
-	serve := func(server *http.Server, listeners []net.Listener) {
-		for _, l := range listeners {
-			g.Go(func() error {
-				if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-					return err
-				}
-				return nil
-			})
-		}
+	serve := func(server *http.Server, l net.Listener) {
+		g.Go(func() error {
+			if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+				return err
+			}
+			return nil
+		})
 	}
 	eir := d.eirServer()
-	serve(server, listeners)
-	serve(eir, d.eir)
+	servers := []*http.Server{eir}
+	for _, l := range d.eir {
+		serve(eir, l)
+	}
 	if d.started.EIR.NRF != "" {
 		g.Go(func() error { return d.safely(ctx, func() error { return d.keepRegistered(gctx) }) })
+	}
+	for _, l := range listeners {
+		server := &http.Server{
+			Handler: l.handler, ConnContext: api.ConnContext, ConnState: api.ConnState(d.service), Protocols: protocols,
+			ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, IdleTimeout: 5 * time.Minute,
+			ErrorLog: slog.NewLogLogger(d.log.Handler(), slog.LevelDebug),
+			// Four streams that are not read leave half of their connection's buffer to its other calls.
+			HTTP2: &http.HTTP2Config{MaxReceiveBufferPerConnection: 1 << 20, MaxReceiveBufferPerStream: 128 << 10},
+		}
+		server.RegisterOnShutdown(d.options.Streams.Drain)
+		servers = append(servers, server)
+		serve(server, l.Listener)
 	}
 	g.Go(func() error {
 		hup := make(chan os.Signal, 1)
@@ -147,7 +165,11 @@ func (d *daemon) run(ctx context.Context, listeners []net.Listener) error {
 				d.log.Info("draining")
 				drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
 				defer cancel()
-				return errors.Join(server.Shutdown(drain), eir.Shutdown(drain))
+				var all errgroup.Group
+				for _, server := range servers {
+					all.Go(func() error { return server.Shutdown(drain) })
+				}
+				return all.Wait()
 			}
 		}
 	})

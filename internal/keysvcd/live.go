@@ -24,11 +24,13 @@ import (
 // A state is what a reload changes: certificates, clients and lots. It is immutable, and a call sees one from
 // its beginning to its end.
 type state struct {
-	tls     *tls.Config // nil if the service does not listen
-	clients *api.Clients
-	lots    *binding.Lots
-	handler *api.Handler // serves the lots for the clients
-	eir     http.Handler // does so for AMFs; nil if there is none
+	tls          *tls.Config   // nil if the service does not listen
+	certificates []certificate // those of tls
+	clients      *api.Clients
+	lots         *binding.Lots
+	handler      *api.Handler // serves the lots for the clients
+	eir          http.Handler // does so for AMFs; nil if there is none
+	page         http.Handler // the operator page; nil if there is none
 }
 
 // live has the state that is served.
@@ -39,6 +41,7 @@ type live struct {
 	open     func(*binding.Manufacturer) (*directory.Reader, error)
 	options  api.Options // of the handler that serves, or of the first
 	ready    func(context.Context, *binding.Service) (warnings []string, err error)
+	page     func(*binding.Service, *state) http.Handler // makes that of a state
 	log      *slog.Logger
 	others   bool // the socket is open for other users
 	// The database was rolled back at the start: until that is accepted, there are no lots.
@@ -53,10 +56,13 @@ func (l *live) apply(ctx context.Context, cfg *Config) error {
 	if next.clients, err = knownClients(cfg); err != nil {
 		return err
 	}
-	if l.started.Listen != "" || l.started.EIR.Listen != "" {
+	if l.started.Listen != "" || l.started.EIR.Listen != "" || l.started.OperatorPage.Listen != "" {
 		// A client without a certificate is not served.
 		next.tls, err = cmdline.ServerTLS(cfg.TLS.Certificate, cfg.TLS.Key, cfg.TLS.ClientCA,
 			tls.RequireAndVerifyClientCert)
+		if err == nil {
+			next.certificates, err = certificates(next.tls, cfg.TLS.ClientCA)
+		}
 		if err != nil {
 			return err
 		}
@@ -76,6 +82,9 @@ func (l *live) apply(ctx context.Context, cfg *Config) error {
 		if next.eir, err = newEIR(l.started, next.handler, o.Service); err != nil {
 			return fmt.Errorf("eir: %w", err)
 		}
+	}
+	if l.started.OperatorPage.Listen != "" {
+		next.page = api.For(api.RoleMonitor, o.Service, next.clients, l.page(o.Service, next))
 	}
 	others := next.clients.OtherUsers(os.Getuid())
 	fixed := l.started.fixed(cfg)

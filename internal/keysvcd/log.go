@@ -67,7 +67,8 @@ func starting(log *slog.Logger, cfg *Config) {
 		clients = []string{"own user"}
 	}
 	log.Info("starting", "version", cmdline.Version(), "store", shownStore(cfg.Store), "tokens", tokens,
-		"clients", clients, "addresses", slices.DeleteFunc([]string{cfg.Listen, cfg.Socket}, func(a string) bool { return a == "" }))
+		"clients", clients, "addresses", slices.DeleteFunc([]string{cfg.Listen, cfg.OperatorPage.Listen,
+			cfg.Socket}, func(a string) bool { return a == "" }))
 }
 
 // shownStore is a store's name without what may be a password.

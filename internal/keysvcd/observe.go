@@ -2,9 +2,13 @@ package keysvcd
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"fmt"
 	"log/slog"
+	"math"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect"
@@ -18,8 +22,11 @@ import (
 	"go.opentelemetry.io/otel/sdk/trace"
 	semconv "go.opentelemetry.io/otel/semconv/v1.37.0"
 
+	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/config"
 )
 
 // weaknesses are what was accepted of the tokens at their keysvc init. They are said in the log, and counted, too.
@@ -59,6 +66,119 @@ func newOverdue(registry prometheus.Registerer) *prometheus.CounterVec {
 	return overdue
 }
 
+// A certificate is one that the service shows, or that its clients' are verified with.
+type certificate struct {
+	of string // the setting: server or client_ca
+	*x509.Certificate
+}
+
+// certificates are those of a configuration whose clients' CAs are in a file.
+func certificates(served *tls.Config, clientCA string) (all []certificate, err error) {
+	for _, der := range served.Certificates[0].Certificate {
+		c, err := x509.ParseCertificate(der)
+		if err != nil {
+			return nil, fmt.Errorf("the server's certificate: %w", err)
+		}
+		all = append(all, certificate{"server", c})
+	}
+	cas, err := config.ReadCertificates(clientCA)
+	if err != nil {
+		return nil, fmt.Errorf("the clients' CA %w", err)
+	}
+	for _, c := range cas {
+		all = append(all, certificate{"client_ca", c})
+	}
+	return all, nil
+}
+
+// A census is how many bindings there were in each state when they were last counted.
+type census struct {
+	last atomic.Pointer[counted]
+}
+
+type counted struct {
+	bindings map[binding.State]int64
+	at       time.Time
+}
+
+// keep counts the bindings now and then until ctx ends: a minute after the last count at the earliest, and not before a
+// hundred times as long has passed as that took.
+func (c *census) keep(ctx context.Context, store *sqlstore.Store, log *slog.Logger) {
+	for {
+		began := time.Now()
+		n, err := store.Count(ctx, began)
+		switch {
+		case ctx.Err() != nil:
+			return
+		case err != nil:
+			log.Warn("the bindings were not counted; the last count stands", "cause", err.Error())
+		default:
+			c.last.Store(&counted{n, began})
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(max(time.Minute, 100*time.Since(began))):
+		}
+	}
+}
+
+// A changing collects what a reload changes, and what is counted now and then.
+type changing struct {
+	live  *live
+	bound *census
+}
+
+var (
+	daysLeft = prometheus.NewDesc("kme_certificate_days_left",
+		"Days until a certificate ends, below zero after it: one that the service shows (server), or a CA of its "+
+			"clients' (client_ca).", []string{"certificate", "subject", "serial"}, nil)
+	listAge = prometheus.NewDesc("kme_revocations_age_seconds",
+		"Seconds since a lot's list of revoked devices was last read and good; infinite if there is none.",
+		[]string{"manufacturer", "lot"}, nil)
+	bindings = prometheus.NewDesc("kme_bindings",
+		"Bindings in each state when they were last counted; an IMSI may have a pending one beside an active one.",
+		[]string{"state"}, nil)
+	countedAt = prometheus.NewDesc("kme_bindings_counted_timestamp_seconds",
+		"When kme_bindings was counted, in Unix seconds.", nil, nil)
+)
+
+func (c *changing) Describe(to chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{daysLeft, listAge, bindings, countedAt} {
+		to <- d
+	}
+}
+
+func (c *changing) Collect(to chan<- prometheus.Metric) {
+	gauge := func(d *prometheus.Desc, value float64, labels ...string) {
+		to <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, value, labels...)
+	}
+	now, state := time.Now(), c.live.Load()
+	told := map[string]bool{} // the same certificate may be there twice
+	for _, cert := range state.certificates {
+		if id := cert.of + string(cert.Raw); !told[id] {
+			told[id] = true
+			gauge(daysLeft, cert.NotAfter.Sub(now).Hours()/24, cert.of, cert.Subject.String(),
+				fmt.Sprintf("%x", cert.SerialNumber))
+		}
+	}
+	for manufacturer, lists := range state.lots.Lists() {
+		for _, l := range lists {
+			age := math.Inf(1)
+			if !l.Read.IsZero() {
+				age = now.Sub(l.Read).Seconds()
+			}
+			gauge(listAge, age, manufacturer, l.Lot)
+		}
+	}
+	if n := c.bound.last.Load(); n != nil {
+		gauge(countedAt, float64(n.at.Unix()))
+		for state, count := range n.bindings {
+			gauge(bindings, float64(count), string(state))
+		}
+	}
+}
+
 // observe has the health of tokens, store, cache and the process itself in the metrics.
 func observe(
 	registry prometheus.Registerer, tokens []*hsmkeys.OperatorToken, store *sqlstore.Store, cache *stats.Counter,
@@ -90,6 +210,13 @@ func observe(
 		defer cancel()
 		return oneIf(store.Ping(ctx) == nil)
 	})
+	gauge("kme_ledger_entries", "Entries of the ledger, as far as this instance has seen it. It never falls, but when an "+
+		"earlier database is accepted.", func() float64 { return float64(store.Seen().Entries()) })
+	version, commit, goVersion := cmdline.Build()
+	labels = prometheus.Labels{"version": version, "commit": commit, "go": goVersion}
+	gauge("kme_build_info", "Always 1: its labels say what this program was built from.",
+		func() float64 { return 1 })
+	labels = nil
 	counter("kme_directory_cache_hits_total", "Looked-up devices whose shard was in the cache.",
 		func() float64 { return float64(cache.Snapshot().Hits) })
 	counter("kme_directory_cache_misses_total", "Looked-up devices whose shard was not.",

@@ -10,6 +10,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"runtime/debug"
@@ -28,6 +29,7 @@ import (
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/operatorpage"
 	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/internal/scheduling"
 )
@@ -134,15 +136,25 @@ func Serve(ctx context.Context, from Source, w io.Writer) error {
 	if err != nil {
 		return err
 	}
+	overdue, bound := newOverdue(registry), new(census)
 	d.live = &live{
 		started: cfg, registry: store, ready: d.ready, log: log, rolledBack: rolledBack != nil,
-		open: opener(ctx, cfg.Directory, cfg.login(), readerOptions(cfg, store, cache, newOverdue(registry), log), log),
+		open: opener(ctx, cfg.Directory, cfg.login(), readerOptions(cfg, store, cache, overdue, log), log),
 		options: api.Options{Service: d.service, Metrics: metrics, Outer: traces, PageKey: pageKey,
 			Streams: api.NewStreams(), Gather: promhttp.HandlerFor(registry, promhttp.HandlerOpts{})},
+	}
+	lastDay := operatorpage.NewHistory(time.Now(), metrics.Totals())
+	count := func() { lastDay.Add(time.Now(), metrics.Totals()) }
+	d.live.page = func(service *binding.Service, s *state) http.Handler {
+		return operatorpage.New(operatorpage.Options{
+			Service: service, History: lastDay, Count: count, View: api.View, Version: cmdline.Version(),
+			Health: func(ctx context.Context) operatorpage.Health { return d.health(ctx, s, service, bound) },
+		})
 	}
 	if err := d.apply(ctx, cfg); err != nil {
 		return err
 	}
+	registry.MustRegister(&changing{d.live, bound})
 	listeners, err := listen(cfg, d.live)
 	if err != nil {
 		return err
@@ -151,8 +163,11 @@ func Serve(ctx context.Context, from Source, w io.Writer) error {
 		return errors.Join(err, closeAll(listeners))
 	}
 	var addresses []string
-	for _, l := range append(slices.Clone(listeners), d.eir...) {
+	for _, l := range listeners {
 		addresses = append(addresses, l.Addr().String()) // with the port that port 0 became
+	}
+	for _, l := range d.eir {
+		addresses = append(addresses, l.Addr().String())
 	}
 	if rolledBack != nil {
 		log.Error("no call is served", "cause", rolledBack.Error())
@@ -162,6 +177,17 @@ func Serve(ctx context.Context, from Source, w io.Writer) error {
 	defer d.rememberLotKeys(ctx)()
 	defer d.followListings(ctx)()
 	defer history.run(ctx, d)()
+	defer d.beside(ctx, func(ctx context.Context) {
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(time.Minute):
+				count()
+			}
+		}
+	})()
+	defer d.beside(ctx, func(ctx context.Context) { bound.keep(ctx, store, log) })()
 	log.Info("serving", "token", tokens.String(), "ranges", d.Load().lots.Len(), "addresses", addresses)
 	return d.run(ctx, listeners)
 }
@@ -195,6 +221,9 @@ func openTokens(ctx context.Context, cfg *Config, o hsmkeys.Observer, log *slog.
 func readerOptions(cfg *Config, store *sqlstore.Store, cache *directory.Cache, overdue *prometheus.CounterVec,
 	log *slog.Logger) func(manufacturer string) directory.ReaderOptions {
 	return func(manufacturer string) directory.ReaderOptions {
+		for _, why := range directory.Whys() { // so that the first is an increase
+			overdue.WithLabelValues(manufacturer, string(why))
+		}
 		return directory.ReaderOptions{
 			Cache: cache, RevocationTTL: cfg.RevocationTTL, MaxAge: cfg.MaxRevocationAge,
 			Memory: binding.RevocationMemory(store, manufacturer, filepath.Join(cfg.State, "revocations")),
@@ -252,21 +281,25 @@ func standing(since time.Time) string {
 
 // keepMark keeps the tokens' high-water mark until stop is called, which is after the last call has ended.
 func (d *daemon) keepMark(ctx context.Context) (stop func()) {
-	keeping, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	kept := make(chan struct{})
+	return d.beside(context.WithoutCancel(ctx), func(ctx context.Context) {
+		mark.Keep(ctx, d.store, d.tokens, func() {
+			select {
+			case d.accepted <- struct{}{}:
+			default:
+			}
+		}, d.log)
+	})
+}
+
+// beside does work that no call waits for until ctx ends or stop is called, which waits for its end.
+func (d *daemon) beside(ctx context.Context, work func(context.Context)) (stop func()) {
+	working, cancel := context.WithCancel(ctx)
+	ended := make(chan struct{})
 	go func() {
-		defer close(kept)
-		d.safely(ctx, func() error {
-			mark.Keep(keeping, d.store, d.tokens, func() {
-				select {
-				case d.accepted <- struct{}{}:
-				default:
-				}
-			}, d.log)
-			return nil
-		})
+		defer close(ended)
+		d.safely(ctx, func() error { work(working); return nil })
 	}()
-	return func() { cancel(); <-kept }
+	return func() { cancel(); <-ended }
 }
 
 // rememberLotKeys has the tokens look the lots' keys up, beside the calls, until it is done or stop is called.

@@ -1,0 +1,42 @@
+package api
+
+import (
+	"context"
+	"net/http"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/internal/panics"
+)
+
+// For serves pages to clients that have a role: who asks is known, refused, limited and logged as who makes a call is.
+func For(role Role, service *binding.Service, clients *Clients, pages http.Handler) http.Handler {
+	g := &guard{service: service}
+	limited := g.only(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if clientOf(r.Context()).tooMany() {
+			refusal := refusalOf(overloaded("this client calls more often than it may"))
+			service.Refused(r.Context(), refusal, "call", r.URL.Path)
+			http.Error(w, refusal.Message, http.StatusTooManyRequests)
+			return
+		}
+		pages.ServeHTTP(w, r)
+	}), role)
+	return identify(clients, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		err := func() (err error) {
+			defer panics.Recover(&err)
+			if clientOf(r.Context()) == nil {
+				stranger(r.Context(), service, r.URL.Path)
+				http.Error(w, notAllowed().Message, http.StatusForbidden)
+				return nil
+			}
+			limited.ServeHTTP(w, r)
+			return nil
+		}()
+		if err != nil {
+			service.Broken(r.Context(), err, "path", r.URL.Path)
+			http.Error(w, "internal error", http.StatusInternalServerError)
+		}
+	}))
+}
+
+// View is what the client that asks may see of bindings.
+func View(ctx context.Context) binding.BindingQuery { return clientOf(ctx).view }
