@@ -52,7 +52,7 @@ schema() { sqlite3 /var/lib/kmehsm/keysvc.db 'PRAGMA user_version'; }
 
 inside() {
 	local unit daemon='' version sum
-	trap '[ -z "$daemon" ] || kill "$daemon"; cat /tmp/*.log >&2' ERR
+	trap 'tail -n 20 /tmp/*.log >&2; [ -z "$daemon" ] || kill "$daemon" || true' EXIT
 	export LC_ALL=C DEBIAN_FRONTEND=noninteractive
 	cd "$1/1"
 	# The page, word by word; the network is not there, and what apt-get would install is.

@@ -215,8 +215,8 @@ func (d *Desk) published(ctx context.Context, l *lot) (int, error) {
 		return 0, err
 	}
 	handed := map[int]bool{}
-	n, from := 0, 0
-	if list != nil && (list.Whole != nil || len(list.Parts) > 0) {
+	n, revoked := 0, list != nil && (list.Whole != nil || len(list.Parts) > 0)
+	if revoked {
 		err := d.to(counting).Each(ctx, func(scan func(...any) error) error {
 			var at int
 			err := scan(&at)
@@ -232,12 +232,12 @@ func (d *Desk) published(ctx context.Context, l *lot) (int, error) {
 		if err != nil || shard < 0 || shard >= l.Shards() {
 			continue
 		}
-		var to int
-		if from, to = l.ShardRange(shard); list == nil || list.Whole == nil && len(list.Parts) == 0 {
-			n += to - from
+		first, count := l.ShardRange(shard)
+		if !revoked {
+			n += count
 			continue
 		}
-		for at := from; at < to; at++ {
+		for at := first; at < first+count; at++ {
 			if handed[at] || list.Whole == nil && !list.Revokes(at) {
 				n++
 			}
