@@ -51,7 +51,8 @@ bound() { operator keysvc binding list --json | jq -e ".bindings | length == $1"
 schema() { sqlite3 /var/lib/kmehsm/keysvc.db 'PRAGMA user_version'; }
 
 inside() {
-	local unit daemon='' version sum
+	local unit version sum
+	daemon=''
 	trap 'tail -n 20 /tmp/*.log >&2; [ -z "$daemon" ] || kill "$daemon" || true' EXIT
 	export LC_ALL=C DEBIAN_FRONTEND=noninteractive
 	cd "$1/1"
