@@ -29,7 +29,7 @@ type Status struct {
 	Stations    []Work     `json:"stations"`     // whose devices went wrong most often in the last hour comes first
 	Hour        []Minute   `json:"hour"`         // the last 60 minutes, the oldest first
 	PerHour     float64    `json:"per_hour"`     // injected, by the last quarter of an hour
-	SecondsLeft float64    `json:"seconds_left"` // until all that are ready are injected, at that rate; 0 if nobody can say
+	SecondsLeft float64    `json:"seconds_left"` // until all that are ready are injected, at that rate; 0: not known
 }
 
 // A LineState says what the line does.
@@ -46,7 +46,7 @@ const (
 type Counts struct {
 	Lot      string `json:"lot"`
 	Devices  int    `json:"devices"`
-	Ready    int    `json:"ready"` // of those that wait: published and not revoked, so that they can be injected now; -1: not known
+	Ready    int    `json:"ready"` // of those that wait, published and not revoked: they can be injected now; -1: not known
 	Waiting  int    `json:"waiting"`
 	Out      int    `json:"out"`
 	Injected int    `json:"injected"`
