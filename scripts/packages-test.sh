@@ -129,6 +129,7 @@ inside() {
 	dpkg -i ../2/kmehsm-*.deb
 	[ "$(state)" = "$sum" ] || die 'state changed when the packages were removed and installed'
 	bound 3
+	sum=$(state) # a command opens the database anew
 	dpkg -P kmehsm-keysvc kmehsm-factory kmehsm-mesim kmehsm-freediameter 2>&1 | tee /tmp/purge
 	grep -q 'kmehsm-keysvc leaves /var/lib/kmehsm:' /tmp/purge
 	grep -q 'rm -r /var/lib/kmehsm-factory; userdel kmehsm-factory' /tmp/purge
