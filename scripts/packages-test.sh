@@ -51,8 +51,9 @@ bound() { operator keysvc binding list --json | jq -e ".bindings | length == $1"
 schema() { sqlite3 /var/lib/kmehsm/keysvc.db 'PRAGMA user_version'; }
 
 inside() {
-	local unit daemon='' version sum
-	trap '[ -z "$daemon" ] || kill "$daemon"; cat /tmp/*.log >&2' ERR
+	local unit version sum
+	daemon=''
+	trap 'tail -n 20 /tmp/*.log >&2; [ -z "$daemon" ] || kill "$daemon" || true' EXIT
 	export LC_ALL=C DEBIAN_FRONTEND=noninteractive
 	cd "$1/1"
 	# The page, word by word; the network is not there, and what apt-get would install is.
@@ -128,6 +129,7 @@ inside() {
 	dpkg -i ../2/kmehsm-*.deb
 	[ "$(state)" = "$sum" ] || die 'state changed when the packages were removed and installed'
 	bound 3
+	sum=$(state) # a command opens the database anew
 	dpkg -P kmehsm-keysvc kmehsm-factory kmehsm-mesim kmehsm-freediameter 2>&1 | tee /tmp/purge
 	grep -q 'kmehsm-keysvc leaves /var/lib/kmehsm:' /tmp/purge
 	grep -q 'rm -r /var/lib/kmehsm-factory; userdel kmehsm-factory' /tmp/purge

@@ -96,8 +96,8 @@ package() {
 			if [ -n "$unit" ]; then
 				printf 'scripts:\n'
 				for script in postinstall preremove postremove; do
-					sed "s|@PACKAGE@|$name|g; s|@UNIT@|$unit|g; s|@USER@|$user|g; s|@STATE@|$state|g; s|@HOLDS@|$holds|g" \
-						"deploy/package/$script.sh" >"$work/$name.$script"
+					sed -e "s|@PACKAGE@|$name|g; s|@UNIT@|$unit|g; s|@USER@|$user|g" \
+						-e "s|@STATE@|$state|g; s|@HOLDS@|$holds|g" "deploy/package/$script.sh" >"$work/$name.$script"
 					printf '  %s: %s\n' "$script" "$work/$name.$script"
 				done
 			fi

@@ -59,7 +59,8 @@ finish() {
 	if version=$(git -C "$source" describe --tags --match 'v[0-9]*' 2>/dev/null); then
 		version=$(sed -E 's/^v//; s/-([0-9]+)-g/+\1.g/; s/-/~/g' <<<"$version")
 	else
-		version=0.0.0+$(date -u -d "@$SOURCE_DATE_EPOCH" +%Y%m%d%H%M%S).g$(git -C "$source" rev-parse --short=12 HEAD)
+		version=0.0.0+$(date -u -d "@$SOURCE_DATE_EPOCH" +%Y%m%d%H%M%S)
+		version+=.g$(git -C "$source" rev-parse --short=12 HEAD)
 	fi
 	"$source/scripts/packages.sh" "$out" "$out" "$version" >/dev/null
 	cp "$source/CHANGELOG.md" .

@@ -1,10 +1,12 @@
 package main
 
 import (
+	"cmp"
 	"crypto/tls"
 	"encoding/csv"
 	"fmt"
 	"log/slog"
+	"os"
 	"strconv"
 	"time"
 
@@ -29,6 +31,7 @@ listed by --station. A station has one device at a time:
     POST /v1/lots/LOT/devices/IMEI           that device: one that failed, is overdue, or came back
     PUT  /v1/lots/LOT/devices/IMEI/result    {"result": "injected", "failed" or "scrapped", "note": "..."}
     GET  /v1/status                          all counts, without a certificate; and GET / as a page
+    GET  /metrics, /healthz                  for Prometheus, and whether it works
 A device is handed out when its key is published, and only with the key that is. This needs no token, and runs beside
 lot provision. Ctrl-C ends it; begun again, it goes on where it was.`,
 			Flags: append(cmdline.DirectoryFlags(), manufacturerFlag, stateFlag, injectionFlag,
@@ -41,6 +44,7 @@ lot provision. Ctrl-C ends it; begun again, it goes on where it was.`,
 				&cli.StringSliceFlag{Name: "station", Category: cmdline.Configured,
 					Usage: "a station's `NAME`, which is the common name of its " +
 						"certificate; repeat it for each. Without it no station is accepted"},
+				&cli.StringFlag{Name: "line", Usage: "the line's `NAME` on the wall screen (default: the machine's)"},
 				&cli.DurationFlag{Name: "timeout", Category: cmdline.Configured, Value: 10 * time.Minute,
 					Usage: "after which a device that its station did not report is overdue"}),
 			Action: cmdline.Requiring(stationServe, "listen", "tls-certificate", "tls-key", "client-ca"),
@@ -83,10 +87,11 @@ func stationServe(c *cli.Context) error {
 	log := cmdline.NewLog(c.App.ErrWriter, slog.HandlerOptions{})
 	log.Info("starting", "version", cmdline.Version(), "directory", c.String("directory"), "state", c.String("state"),
 		"stations", c.StringSlice("station"), "address", c.String("listen"))
+	host, _ := os.Hostname()
 	return station.Serve(c.Context, c.String("listen"), config, station.Options{
 		State: c.String("state"), Injection: injectionDir(c, "injection"), Store: store, Verifier: verifier,
 		Timeout: c.Duration("timeout"), Log: log,
-		Stations: c.StringSlice("station"),
+		Stations: c.StringSlice("station"), Line: cmp.Or(c.String("line"), host),
 	})
 }
 

@@ -402,8 +402,8 @@ func TestWallInBrowser(t *testing.T) {
 		`data-state="running"`, `<b id="ready">27</b>`, `<b id="failed">3</b>`, `<b id="overdue">0</b>`,
 		`▶ RUNNING`, `Line 7 · lot L1</span>`, `<b class="clip">▶ left</b>`,
 		`<span class="injected">●9 </span><span class="failed">▲3 </span>`,
-		`<b class="clip">▶ right</b>`, held.IMEI.String(), `<b class="clip">■ third</b><span class="dim">idle</span>`,
-		`9 of 40 injected`, `27 ready`, `<rect class="injected"`, `<rect class="failed"`,
+		`<b class="clip">▶ right</b>`, held.IMEI.String(), `<b class="clip">■ third</b><span class="dim">idle </span>`,
+		`9 of 40</span>`, `27 ready`, `<rect class="injected"`, `<rect class="failed"`,
 	} {
 		if !strings.Contains(page, want) {
 			t.Errorf("the page has no %s:\n%s", want, page)

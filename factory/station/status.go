@@ -29,7 +29,7 @@ type Status struct {
 	Stations    []Work     `json:"stations"`     // whose devices went wrong most often in the last hour comes first
 	Hour        []Minute   `json:"hour"`         // the last 60 minutes, the oldest first
 	PerHour     float64    `json:"per_hour"`     // injected, by the last quarter of an hour
-	SecondsLeft float64    `json:"seconds_left"` // until all that are ready are injected, at that rate; 0 if nobody can say
+	SecondsLeft float64    `json:"seconds_left"` // until all that are ready are injected, at that rate; 0: not known
 }
 
 // A LineState says what the line does.
@@ -46,7 +46,7 @@ const (
 type Counts struct {
 	Lot      string `json:"lot"`
 	Devices  int    `json:"devices"`
-	Ready    int    `json:"ready"` // of those that wait: published and not revoked, so that they can be injected now; -1: not known
+	Ready    int    `json:"ready"` // of those that wait, published and not revoked: they can be injected now; -1: not known
 	Waiting  int    `json:"waiting"`
 	Out      int    `json:"out"`
 	Injected int    `json:"injected"`
@@ -215,8 +215,8 @@ func (d *Desk) published(ctx context.Context, l *lot) (int, error) {
 		return 0, err
 	}
 	handed := map[int]bool{}
-	n, from := 0, 0
-	if list != nil && (list.Whole != nil || len(list.Parts) > 0) {
+	n, revoked := 0, list != nil && (list.Whole != nil || len(list.Parts) > 0)
+	if revoked {
 		err := d.to(counting).Each(ctx, func(scan func(...any) error) error {
 			var at int
 			err := scan(&at)
@@ -232,12 +232,12 @@ func (d *Desk) published(ctx context.Context, l *lot) (int, error) {
 		if err != nil || shard < 0 || shard >= l.Shards() {
 			continue
 		}
-		var to int
-		if from, to = l.ShardRange(shard); list == nil || list.Whole == nil && len(list.Parts) == 0 {
-			n += to - from
+		first, count := l.ShardRange(shard)
+		if !revoked {
+			n += count
 			continue
 		}
-		for at := from; at < to; at++ {
+		for at := first; at < first+count; at++ {
 			if handed[at] || list.Whole == nil && !list.Revokes(at) {
 				n++
 			}

@@ -42,16 +42,17 @@ function plot(svg, hour) {
     return e;
   };
   const box = svg.getBoundingClientRect(), em = parseFloat(getComputedStyle(svg).fontSize);
-  const left = em * 3.2, bottom = box.height - em * 1.4, height = bottom - em * .6, width = (box.width - left - em) / 60;
+  const left = em * 4, right = box.width - em * 1.8, width = (right - left) / 60;
+  const bottom = box.height - em * 1.7, height = bottom - em;
   const y = n => bottom - n / top * height;
   svg.setAttribute('viewBox', `0 0 ${box.width} ${box.height}`);
   const all = [];
   for (let i = 0; i <= lines; i++) {
-    all.push(make('line', { x1: left, x2: box.width - em, y1: y(i * step), y2: y(i * step) }));
+    all.push(make('line', { x1: left, x2: right, y1: y(i * step), y2: y(i * step) }));
     all.push(make('text', { x: left - em * .4, y: y(i * step) + em * .35, 'text-anchor': 'end' }, number(i * step)));
   }
   for (let i = 14; i < 60; i += 15) {
-    all.push(make('text', { x: left + width * (i + .5), y: box.height - em * .2, 'text-anchor': 'middle' }, clock(hour[i].start)));
+    all.push(make('text', { x: left + width * (i + .5), y: box.height - em * .5, 'text-anchor': 'middle' }, clock(hour[i].start)));
   }
   hour.forEach((m, i) => {
     let from = 0;
@@ -72,11 +73,11 @@ function say(state, title, why) {
 
 function show(s) {
   const sum = key => s.lots.reduce((n, l) => n + Math.max(0, l[key]), 0);
-  const last = s.last ? `the last device at ${clock(s.last)}` : 'no device so far';
+  const last = s.last ? `last device ${clock(s.last)}` : 'no device so far';
   if (s.state === 'running') say('running', '▶ RUNNING', last);
-  else if (s.state === 'empty') say('empty', '○ NO LOT', 'there is no lot to inject: factory lot provision makes one');
-  else if (!sum('waiting')) say('stopped', '■ STOPPED', `every device was handed out; ${last}`);
-  else say('stopped', '■ STOPPED', `nothing for a minute; ${last}`);
+  else if (s.state === 'empty') say('empty', '○ NO LOT', 'no lot is provisioned');
+  else if (!sum('waiting')) say('stopped', '■ STOPPED', `all handed out; ${last}`);
+  else say('stopped', '■ STOPPED', last);
   const known = s.lots.every(l => l.ready >= 0);
   id('line').textContent = `${s.line}${s.lots.length === 1 ? ` · lot ${s.lots[0].lot}` : ` · ${s.lots.length} lots`}`;
   id('rate').textContent = number(s.per_hour);
@@ -88,18 +89,19 @@ function show(s) {
     const done = element('i');
     done.style.width = `${l.devices ? Math.min(100, 100 * l.injected / l.devices) : 0}%`;
     return element('div', `tile ${bad.some(k => l[k]) ? 'bad' : 'good'}`, '',
-      element('div', '', '', element('b', 'clip', l.lot), counts(l, bad),
-        element('span', '', `${l.ready < 0 ? '?' : number(l.ready)} ready`)),
-      element('div', 'dim', '', element('span', 'clip', `${number(l.injected)} of ${number(l.devices)} injected`)),
+      element('div', '', '', element('b', 'clip', l.lot),
+        element('span', 'dim', `${number(l.injected)} of ${number(l.devices)}`)),
+      element('div', '', '', counts(l, bad), element('span', '', `${l.ready < 0 ? '?' : number(l.ready)} ready`)),
       element('div', 'bar', '', done));
   });
+  const wide = s.stations.length <= 16; // two columns at most
   tiles(id('stations'), s.stations, 8, w => {
     const idle = !w.last || Date.parse(s.time) - Date.parse(w.last) > 60000;
     const worse = bad.some(k => w.hour[k]);
     return element('div', `tile ${worse ? 'bad' : idle ? '' : 'good'}`, '',
       element('div', '', '', element('b', 'clip', `${idle ? '■' : '▶'} ${w.station}`),
-        element('span', 'dim', idle ? w.last ? `idle since ${clock(w.last)}` : 'idle' : '')),
-      element('div', '', '', counts(w.hour, Object.keys(kinds)), element('span', 'dim clip', w.holds ?? '')));
+        element('span', 'dim', idle ? `${wide ? 'idle ' : ''}${w.last ? clock(w.last) : ''}` : wide ? w.holds ?? '' : '')),
+      element('div', '', '', counts(w.hour, Object.keys(kinds))));
   });
 }
 
@@ -109,7 +111,7 @@ let last, answered = performance.now();
 const tick = () => {
   id('clock').textContent = new Date().toLocaleTimeString('en-GB');
   if (performance.now() - answered > old) {
-    say('stale', '⚠ STALE', last ? `no answer since ${new Date(last).toLocaleTimeString('en-GB')}: what stands here is old`
+    say('stale', '⚠ STALE', last ? `no answer since ${clock(last)}`
       : 'the line does not answer');
   }
 };

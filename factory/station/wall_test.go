@@ -1,6 +1,7 @@
 package station
 
 import (
+	"bytes"
 	"context"
 	_ "embed"
 	"encoding/json"
@@ -8,6 +9,7 @@ import (
 	"image"
 	"image/color"
 	"image/png"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -162,5 +164,45 @@ func TestWallScreenshotsInBrowser(t *testing.T) {
 		if share := float64(n) / (1280 * 90); share < 0.25 {
 			t.Errorf("%s: only %.0f%% of the picture's top have its colour", path, 100*share)
 		}
+	}
+}
+
+// Whoever runs the line sees what it refused, in the log and as a count, and whether it works.
+func TestRefusalsAreSeen(t *testing.T) {
+	s := newShop(t, 20)
+	var log bytes.Buffer
+	s.Log = slog.New(slog.NewTextHandler(&log, nil))
+	d := s.open(t)
+	h := d.Handler()
+	ask := func(method, path string) (int, string) {
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, httptest.NewRequest(method, path, nil))
+		return w.Code, w.Body.String()
+	}
+	for range 30 {
+		if code, _ := ask("POST", "/v1/lots/L1/next"); code != http.StatusForbidden {
+			t.Fatal(code)
+		}
+	}
+	if n := strings.Count(log.String(), "msg=refused"); n < 1 || n > 25 || !strings.Contains(log.String(),
+		"path=/v1/lots/L1/next") || !strings.Contains(log.String(), "client certificate") {
+		t.Errorf("%d lines: %s", n, log.String())
+	}
+	if err := d.Report(t.Context(), "A", "L1", must(d.Next(t.Context(), "A", "L1")).IMEI, Failed, ""); err != nil {
+		t.Fatal(err)
+	}
+	code, metrics := ask("GET", "/metrics")
+	for _, want := range []string{`kme_station_refusals_total{code="403"} 30`, `kme_station_refusals_total{code="409"} 0`,
+		`kme_station_devices{lot="L1",state="waiting"} 19`, `kme_station_results_total{result="failed",station="A"} 1`} {
+		if code != http.StatusOK || !strings.Contains(metrics, want) {
+			t.Errorf("%d, without %s:\n%s", code, want, metrics)
+		}
+	}
+	if code, _ := ask("GET", "/healthz"); code != http.StatusOK {
+		t.Error(code)
+	}
+	d.Close()
+	if code, _ := ask("GET", "/healthz"); code != http.StatusServiceUnavailable {
+		t.Error(code)
 	}
 }
