@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"time"
 )
@@ -180,10 +181,8 @@ func (r *Registration) do(ctx context.Context, method, kind string, body any, co
 		return nil, err
 	}
 	defer a.Body.Close()
-	for _, code := range codes {
-		if a.StatusCode == code {
-			return io.ReadAll(io.LimitReader(a.Body, 1<<20))
-		}
+	if slices.Contains(codes, a.StatusCode) {
+		return io.ReadAll(io.LimitReader(a.Body, 1<<20))
 	}
 	if a.StatusCode == http.StatusNotFound && method != http.MethodPut {
 		return nil, errNotRegistered

@@ -154,8 +154,8 @@ func (s *Server) As(t testing.TB, database, role string) string {
 	return u.String()
 }
 
-// Standby makes a standby of a server without TLS, and starts it. From then on, what the server confirms is on the disks
-// of both.
+// Standby makes a standby of a server without TLS, and starts it. From then on, what the server confirms is on the
+// disks of both.
 func (s *Server) Standby(t testing.TB) *Server {
 	t.Helper()
 	standby := folder(t)

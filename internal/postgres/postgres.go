@@ -92,7 +92,8 @@ func (db *DB) Unsynchronised(ctx context.Context) (what string, err error) {
 	}
 	switch {
 	case names != "" && (commit == "local" || commit == "remote_write"):
-		return fmt.Sprintf("its setting synchronous_commit is %s: what it confirms is not yet on a standby's disk", commit), nil
+		return fmt.Sprintf("its setting synchronous_commit is %s: what it confirms is not yet on a standby's disk",
+			commit), nil
 	case names == "" && (standbys > 0 || db.hosts > 1):
 		return "its standbys are asynchronous, since its setting synchronous_standby_names is empty", nil
 	}
