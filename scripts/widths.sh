@@ -12,7 +12,7 @@ wide() {
 	local commands=$1
 	shift
 	git grep -zLE '^// Code generated .* DO NOT EDIT\.$' -- "$@" ':!*.json' ':!*.sum' ':!LICENSE' \
-		':!hsmkeys/testdata' ':!kme/testdata' |
+		':!hsmkeys/testdata' ':!kme/testdata' ':!internal/n5geir/testdata' ':!*.png' |
 		xargs -0r sed -snE "$commands"'; s/\t/    /g; /^\s*(\S{1,3}\s+)?\S+$/d; /^.{121}/ {F;=}' | paste -d : - -
 }
 
