@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math"
 	"net/http"
 	"net/http/httptest"
@@ -95,12 +96,12 @@ func newDesk(t *testing.T) *desk {
 		if m > 700 && m < 760 {
 			total["HSM_UNAVAILABLE"] += 41
 		}
-		history.Add(at, clone(total))
+		history.Add(at, maps.Clone(total))
 	}
 	page := operatorpage.New(operatorpage.Options{Service: service, View: api.View, Version: "v1.0.0",
 		Health: func(context.Context) operatorpage.Health { return d.health }, History: history,
 		Count: func() {
-			sum := clone(total)
+			sum := maps.Clone(total)
 			for name, n := range metrics.Totals() {
 				sum[name] += n
 			}
@@ -114,14 +115,6 @@ func newDesk(t *testing.T) *desk {
 	t.Cleanup(s.Close)
 	d.url = s.URL
 	return d
-}
-
-func clone(m map[string]float64) map[string]float64 {
-	c := map[string]float64{}
-	for k, v := range m {
-		c[k] = v
-	}
-	return c
 }
 
 // bind makes an active binding.
