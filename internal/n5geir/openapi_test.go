@@ -49,7 +49,7 @@ func (o *openAPI) at(from, reference string) element {
 		o.files[file] = document
 	}
 	v := o.files[file]
-	for _, name := range strings.Split(strings.TrimPrefix(path, "/"), "/") {
+	for name := range strings.SplitSeq(strings.TrimPrefix(path, "/"), "/") {
 		next, ok := v[strings.ReplaceAll(name, "~1", "/")].(map[string]any)
 		if !ok {
 			o.t.Fatalf("%s has no %s in %s", file, name, path)
