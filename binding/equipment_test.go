@@ -236,6 +236,50 @@ func TestEquipmentRules(t *testing.T) {
 	}
 }
 
+// Where a lot is replaced by another with the same IMEIs, what a device has proven by the key of the one before counts
+// for that IMSI by what its own lot and manufacturer are now.
+func TestEquipmentOfReplacedLot(t *testing.T) {
+	r, before, after := newHarness(t), newMaker(t), newMaker(t)
+	ctx, key := t.Context(), vectors(t).lot(t, "lot-2048")
+	r.enroll(t, before)
+	r.enroll(t, after)
+	check := func(what string, d *device, imsi kme.IMSI, status binding.EquipmentStatus,
+		reason binding.EquipmentReason) {
+		t.Helper()
+		for range 10 { // in whatever order the bindings of a device are
+			got, err := r.service.CheckEquipment(ctx, d.imei, imsi)
+			if want := (binding.Equipment{Status: status, Reason: reason}); err != nil || got != want {
+				t.Fatalf("%s: %+v, %v; want %+v", what, got, err, want)
+			}
+		}
+	}
+	old := before.newLot(t, "L1", kme.SuiteECDSA, key, 1, newDevices(t, 1)...)
+	r.take(t, before, old)
+	ofOld := r.prove(t, old.devices[0])
+	must[binding.Verdict](t)(imports.RetireLot(ctx, r.token, r.store,
+		must[*binding.Lot](t)(imports.FindLot(ctx, r.store, "L1", before.KeyID())), verdict(t, true, "replaced")))
+	fresh := after.newLot(t, "L9", kme.SuiteECDSA, key, 1, newDevices(t, 1)...)
+	r.take(t, after, fresh)
+	d := fresh.devices[0]
+	ofFresh := r.prove(t, d)
+	check("retired, for the IMSI of before", d, ofOld, binding.Whitelisted, binding.Proven)
+
+	if err := directory.RevokeLot(ctx, before.store, before.Signer, old.Manifest, "leaked", time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	r.refresh(t, before, old)
+	check("revoked, for the IMSI of before", d, ofOld, binding.Blacklisted, binding.RevokedDevice)
+	_, err := r.service.PrepareVector(ctx, ofOld, newRANDs(1), here)
+	checkRefused(t, "a vector by a key of a revoked lot", err, kme.RevokedDevice, "")
+	check("revoked, for the IMSI since", d, ofFresh, binding.Whitelisted, binding.Proven)
+	check("revoked, alone", d, kme.IMSI{}, binding.Whitelisted, binding.Proven)
+
+	must[binding.Verdict](t)(imports.Distrust(ctx, r.store, before.KeyID(), verdict(t, true, "stolen")))
+	r.serve(t)
+	check("distrusted, for the IMSI of before", d, ofOld, binding.Greylisted, binding.NotProven)
+	check("distrusted, for the IMSI since", d, ofFresh, binding.Whitelisted, binding.Proven)
+}
+
 // While the operator's list is not known, or is damaged, nothing is said of any device; while the store is away, a list
 // that is known stands.
 func TestEquipmentListUnknown(t *testing.T) {
