@@ -37,6 +37,20 @@ type Equipment struct {
 	Reason EquipmentReason
 }
 
+// answers are all that there can be, by the rules of docs/equipment.md.
+func answers() (all []Equipment) {
+	some := []EquipmentStatus{Whitelisted, Greylisted, Blacklisted}
+	for reason, statuses := range map[EquipmentReason][]EquipmentStatus{
+		Listed: some, OtherDevice: some, OtherSubscription: some, NotInLot: append(some, Unknown),
+		RevokedDevice: {Blacklisted}, ReissuedDevice: {Blacklisted}, Proven: {Whitelisted}, NotProven: {Greylisted},
+	} {
+		for _, s := range statuses {
+			all = append(all, Equipment{s, reason})
+		}
+	}
+	return all
+}
+
 // An EquipmentPolicy is what the operator says where the rules leave it to them.
 type EquipmentPolicy struct {
 	ListsLast         bool            // their own list decides only of devices that no other rule is about

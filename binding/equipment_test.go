@@ -11,6 +11,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+	dto "github.com/prometheus/client_model/go"
+
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/imports"
 	"github.com/kmehsm/kmehsm/directory"
@@ -318,6 +321,79 @@ func TestEquipmentListUnknown(t *testing.T) {
 	failing.err = nil
 	service.LoadListings(t.Context())
 	check("of one that was mended", "")
+}
+
+// What is not in a list that is read as a whole, after it was damaged, is not listed any more: the store may be one of a
+// backup. Its changes are followed from there, though there were more before.
+func TestEquipmentListRestored(t *testing.T) {
+	r := newHarness(t)
+	var stored []binding.Listing
+	failing := &failingListings{Listings: listings(func(after int64) (since []binding.Listing) {
+		for _, l := range stored {
+			if l.Change > after {
+				since = append(since, l)
+			}
+		}
+		return since
+	})}
+	service := r.newService(binding.Options{Listings: failing})
+	check := func(what string, want binding.EquipmentReason) {
+		t.Helper()
+		service.LoadListings(t.Context())
+		got, err := service.CheckEquipment(t.Context(), must[kme.IMEI](t)(kme.ParseIMEI("49015420323751")), kme.IMSI{})
+		if err != nil || got.Reason != want {
+			t.Errorf("%s: %+v, %v; want %s", what, got, err, want)
+		}
+	}
+	entry := func(prefix string, change int64) binding.Listing {
+		return binding.Listing{Prefix: prefix, Status: binding.Blacklisted, Change: change}
+	}
+	stored = []binding.Listing{entry("35", 1), entry("4901", 2), entry("36", 3)}
+	check("listed", binding.Listed)
+	failing.err = &binding.DamagedRow{Table: "equipment"}
+	service.LoadListings(t.Context())
+	failing.err, stored = nil, stored[:1]
+	check("restored", binding.NotInLot)
+	stored = append(stored, entry("49015420", 2))
+	check("listed again", binding.Listed)
+}
+
+type listings func(after int64) []binding.Listing
+
+func (l listings) Listed(_ context.Context, after int64) ([]binding.Listing, error) { return l(after), nil }
+func (l listings) List(context.Context, []binding.Listing) (int, error)             { panic("not here") }
+
+// Every answer that there can be is counted from zero, so that the first is an increase.
+func TestEquipmentCounted(t *testing.T) {
+	registry := prometheus.NewRegistry()
+	binding.NewMetrics(registry)
+	counted := map[string]bool{}
+	for _, family := range must[[]*dto.MetricFamily](t)(registry.Gather()) {
+		for _, m := range family.GetMetric() {
+			if family.GetName() == "kme_equipment_checks_total" {
+				counted[m.GetLabel()[1].GetValue()+" "+m.GetLabel()[0].GetValue()] = true
+			}
+		}
+	}
+	want := 0
+	for _, rule := range documentedRules(t) {
+		statuses := []binding.EquipmentStatus{rule.status}
+		if rule.status == "" || rule.policy != "" {
+			statuses = []binding.EquipmentStatus{binding.Whitelisted, binding.Greylisted, binding.Blacklisted}
+		}
+		if rule.reason == binding.NotInLot {
+			statuses = append(statuses, binding.Unknown)
+		}
+		for _, s := range statuses {
+			if !counted[string(s)+" "+string(rule.reason)] {
+				t.Errorf("%s %s is not counted from zero", s, rule.reason)
+			}
+		}
+		want += len(statuses)
+	}
+	if want -= 3; len(counted) != want { // rows 1 and 8 are LISTED both
+		t.Errorf("%d answers are counted, want %d", len(counted), want)
+	}
 }
 
 // A failingListings fails with err, if there is one.
