@@ -323,8 +323,8 @@ func TestEquipmentListUnknown(t *testing.T) {
 	check("of one that was mended", "")
 }
 
-// What is not in a list that is read as a whole, after it was damaged, is not listed any more: the store may be one of a
-// backup. Its changes are followed from there, though there were more before.
+// What is not in a list that is read as a whole, after it was damaged, is not listed any more: the store may be one of
+// a backup. Its changes are followed from there, though there were more before.
 func TestEquipmentListRestored(t *testing.T) {
 	r := newHarness(t)
 	var stored []binding.Listing
@@ -360,8 +360,10 @@ func TestEquipmentListRestored(t *testing.T) {
 
 type listings func(after int64) []binding.Listing
 
-func (l listings) Listed(_ context.Context, after int64) ([]binding.Listing, error) { return l(after), nil }
-func (l listings) List(context.Context, []binding.Listing) (int, error)             { panic("not here") }
+func (l listings) Listed(_ context.Context, after int64) ([]binding.Listing, error) {
+	return l(after), nil
+}
+func (l listings) List(context.Context, []binding.Listing) (int, error) { panic("not here") }
 
 // Every answer that there can be is counted from zero, so that the first is an increase.
 func TestEquipmentCounted(t *testing.T) {
