@@ -37,6 +37,20 @@ type Equipment struct {
 	Reason EquipmentReason
 }
 
+// answers are all that there can be, by the rules of docs/equipment.md.
+func answers() (all []Equipment) {
+	some := []EquipmentStatus{Whitelisted, Greylisted, Blacklisted}
+	for reason, statuses := range map[EquipmentReason][]EquipmentStatus{
+		Listed: some, OtherDevice: some, OtherSubscription: some, NotInLot: append(some, Unknown),
+		RevokedDevice: {Blacklisted}, ReissuedDevice: {Blacklisted}, Proven: {Whitelisted}, NotProven: {Greylisted},
+	} {
+		for _, s := range statuses {
+			all = append(all, Equipment{s, reason})
+		}
+	}
+	return all
+}
+
 // An EquipmentPolicy is what the operator says where the rules leave it to them.
 type EquipmentPolicy struct {
 	ListsLast         bool            // their own list decides only of devices that no other rule is about
@@ -81,27 +95,32 @@ func (s *Service) check(ctx context.Context, imei kme.IMEI, imsi kme.IMSI) (Equi
 	if err != nil {
 		return Equipment{}, fromStore(ctx, err)
 	}
-	var proven, reissued bool // by a key that stands; by one that was replaced
+	held := own.Active
+	if held != nil && held.IMEI == imei { // no other counts
+		of = []*Binding{held}
+	}
+	var proven, reissued, revoked bool // by a key that stands; by one that was replaced; by one of a lot of before
 	for _, b := range of {
 		if !s.lots.trust(b) {
 			continue
 		}
-		if revoked, err := s.lots.revoked(b); revoked || err != nil { // also of a lot that was retired
+		switch gone, err := s.lots.revoked(b); {
+		case err != nil:
 			return revokedEquipment(err)
+		case gone:
+			revoked = true
+			continue
 		}
 		old, err := s.lots.reissued(ctx, b)
 		if err != nil {
 			return Equipment{}, err
 		}
-		if b.IMSI == imsi { // no other counts
-			proven, reissued = !old, old
-			break
-		}
 		proven, reissued = proven || !old, reissued || old
 	}
-	held := own.Active
 	expected := lot != nil && own.expects(imei)
 	switch {
+	case revoked && !proven:
+		return Equipment{Blacklisted, RevokedDevice}, nil
 	case reissued && !proven:
 		return Equipment{Blacklisted, ReissuedDevice}, nil
 	case proven && (imsi == kme.IMSI{} || held != nil && held.IMEI == imei):

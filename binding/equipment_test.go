@@ -11,6 +11,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+	dto "github.com/prometheus/client_model/go"
+
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/imports"
 	"github.com/kmehsm/kmehsm/directory"
@@ -236,6 +239,50 @@ func TestEquipmentRules(t *testing.T) {
 	}
 }
 
+// Where a lot is replaced by another with the same IMEIs, what a device has proven by the key of the one before counts
+// for that IMSI by what its own lot and manufacturer are now.
+func TestEquipmentOfReplacedLot(t *testing.T) {
+	r, before, after := newHarness(t), newMaker(t), newMaker(t)
+	ctx, key := t.Context(), vectors(t).lot(t, "lot-2048")
+	r.enroll(t, before)
+	r.enroll(t, after)
+	check := func(what string, d *device, imsi kme.IMSI, status binding.EquipmentStatus,
+		reason binding.EquipmentReason) {
+		t.Helper()
+		for range 10 { // in whatever order the bindings of a device are
+			got, err := r.service.CheckEquipment(ctx, d.imei, imsi)
+			if want := (binding.Equipment{Status: status, Reason: reason}); err != nil || got != want {
+				t.Fatalf("%s: %+v, %v; want %+v", what, got, err, want)
+			}
+		}
+	}
+	old := before.newLot(t, "L1", kme.SuiteECDSA, key, 1, newDevices(t, 1)...)
+	r.take(t, before, old)
+	ofOld := r.prove(t, old.devices[0])
+	must[binding.Verdict](t)(imports.RetireLot(ctx, r.token, r.store,
+		must[*binding.Lot](t)(imports.FindLot(ctx, r.store, "L1", before.KeyID())), verdict(t, true, "replaced")))
+	fresh := after.newLot(t, "L9", kme.SuiteECDSA, key, 1, newDevices(t, 1)...)
+	r.take(t, after, fresh)
+	d := fresh.devices[0]
+	ofFresh := r.prove(t, d)
+	check("retired, for the IMSI of before", d, ofOld, binding.Whitelisted, binding.Proven)
+
+	if err := directory.RevokeLot(ctx, before.store, before.Signer, old.Manifest, "leaked", time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	r.refresh(t, before, old)
+	check("revoked, for the IMSI of before", d, ofOld, binding.Blacklisted, binding.RevokedDevice)
+	_, err := r.service.PrepareVector(ctx, ofOld, newRANDs(1), here)
+	checkRefused(t, "a vector by a key of a revoked lot", err, kme.RevokedDevice, "")
+	check("revoked, for the IMSI since", d, ofFresh, binding.Whitelisted, binding.Proven)
+	check("revoked, alone", d, kme.IMSI{}, binding.Whitelisted, binding.Proven)
+
+	must[binding.Verdict](t)(imports.Distrust(ctx, r.store, before.KeyID(), verdict(t, true, "stolen")))
+	r.serve(t)
+	check("distrusted, for the IMSI of before", d, ofOld, binding.Greylisted, binding.NotProven)
+	check("distrusted, for the IMSI since", d, ofFresh, binding.Whitelisted, binding.Proven)
+}
+
 // While the operator's list is not known, or is damaged, nothing is said of any device; while the store is away, a list
 // that is known stands.
 func TestEquipmentListUnknown(t *testing.T) {
@@ -274,6 +321,81 @@ func TestEquipmentListUnknown(t *testing.T) {
 	failing.err = nil
 	service.LoadListings(t.Context())
 	check("of one that was mended", "")
+}
+
+// What is not in a list that is read as a whole, after it was damaged, is not listed any more: the store may be one of
+// a backup. Its changes are followed from there, though there were more before.
+func TestEquipmentListRestored(t *testing.T) {
+	r := newHarness(t)
+	var stored []binding.Listing
+	failing := &failingListings{Listings: listings(func(after int64) (since []binding.Listing) {
+		for _, l := range stored {
+			if l.Change > after {
+				since = append(since, l)
+			}
+		}
+		return since
+	})}
+	service := r.newService(binding.Options{Listings: failing})
+	check := func(what string, want binding.EquipmentReason) {
+		t.Helper()
+		service.LoadListings(t.Context())
+		got, err := service.CheckEquipment(t.Context(), must[kme.IMEI](t)(kme.ParseIMEI("49015420323751")), kme.IMSI{})
+		if err != nil || got.Reason != want {
+			t.Errorf("%s: %+v, %v; want %s", what, got, err, want)
+		}
+	}
+	entry := func(prefix string, change int64) binding.Listing {
+		return binding.Listing{Prefix: prefix, Status: binding.Blacklisted, Change: change}
+	}
+	stored = []binding.Listing{entry("35", 1), entry("4901", 2), entry("36", 3)}
+	check("listed", binding.Listed)
+	failing.err = &binding.DamagedRow{Table: "equipment"}
+	service.LoadListings(t.Context())
+	failing.err, stored = nil, stored[:1]
+	check("restored", binding.NotInLot)
+	stored = append(stored, entry("49015420", 2))
+	check("listed again", binding.Listed)
+}
+
+type listings func(after int64) []binding.Listing
+
+func (l listings) Listed(_ context.Context, after int64) ([]binding.Listing, error) {
+	return l(after), nil
+}
+func (l listings) List(context.Context, []binding.Listing) (int, error) { panic("not here") }
+
+// Every answer that there can be is counted from zero, so that the first is an increase.
+func TestEquipmentCounted(t *testing.T) {
+	registry := prometheus.NewRegistry()
+	binding.NewMetrics(registry)
+	counted := map[string]bool{}
+	for _, family := range must[[]*dto.MetricFamily](t)(registry.Gather()) {
+		for _, m := range family.GetMetric() {
+			if family.GetName() == "kme_equipment_checks_total" {
+				counted[m.GetLabel()[1].GetValue()+" "+m.GetLabel()[0].GetValue()] = true
+			}
+		}
+	}
+	want := 0
+	for _, rule := range documentedRules(t) {
+		statuses := []binding.EquipmentStatus{rule.status}
+		if rule.status == "" || rule.policy != "" {
+			statuses = []binding.EquipmentStatus{binding.Whitelisted, binding.Greylisted, binding.Blacklisted}
+		}
+		if rule.reason == binding.NotInLot {
+			statuses = append(statuses, binding.Unknown)
+		}
+		for _, s := range statuses {
+			if !counted[string(s)+" "+string(rule.reason)] {
+				t.Errorf("%s %s is not counted from zero", s, rule.reason)
+			}
+		}
+		want += len(statuses)
+	}
+	if want -= 3; len(counted) != want { // rows 1 and 8 are LISTED both
+		t.Errorf("%d answers are counted, want %d", len(counted), want)
+	}
 }
 
 // A failingListings fails with err, if there is one.

@@ -142,6 +142,9 @@ func (l *listed) load(ctx context.Context) (changes int, err error) {
 		return 0, err
 	}
 	l.err = nil
+	if after == 0 { // these are all: nothing else stands, as of a store that was restored from a backup
+		l.statuses, l.lengths, l.change = map[uint64]EquipmentStatus{}, [imeiDigits + 1]int{}, 0
+	}
 	for _, e := range all {
 		key := prefixKey(e.Prefix)
 		if _, there := l.statuses[key]; there {

@@ -222,16 +222,20 @@ func (l *Lots) Lists() map[string][]directory.ListState {
 
 // revoked says whether the directory has a binding's device as revoked, by the list that is there: such a binding is
 // not served on. Nobody waits for a directory here. It is an error if the list is too old, and the reader has a MaxAge.
-// A lot that was retired counts too, but not those of a distrusted manufacturer.
+// Both the lot that has the device now and the one that the binding is of count, also if that was retired, but not
+// those of a distrusted manufacturer.
 func (l *Lots) revoked(b *Binding) (bool, error) {
-	lot := l.find(b.IMEI)
-	if imported := l.imported[lotName{b.Manufacturer, b.Lot}]; lot == nil && imported != nil {
-		lot = imported.servedLot
+	now := l.find(b.IMEI)
+	if now != nil {
+		if revoked, err := now.reader.Revoked(now.manifest, b.IMEI); revoked || err != nil {
+			return revoked, err
+		}
 	}
-	if lot == nil {
+	of := l.imported[lotName{b.Manufacturer, b.Lot}]
+	if of == nil || of.servedLot == nil || of.servedLot == now {
 		return false, nil
 	}
-	return lot.reader.Revoked(lot.manifest, b.IMEI)
+	return of.reader.Revoked(of.manifest, b.IMEI)
 }
 
 // trust says whether a binding rests on a key of a manufacturer who is not distrusted.

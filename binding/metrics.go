@@ -72,6 +72,9 @@ func NewMetrics(r prometheus.Registerer) *Metrics {
 	for _, reason := range kme.Reasons() {
 		m.refusals.WithLabelValues(string(reason))
 	}
+	for _, a := range answers() {
+		m.equipment.WithLabelValues(string(a.Status), string(a.Reason))
+	}
 	return m
 }
 

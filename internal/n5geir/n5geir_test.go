@@ -121,7 +121,9 @@ func TestAnswers(t *testing.T) {
 			t.Errorf("%v: %d %s, want %d %s", c.err, a.Code, a.Body, c.code, c.cause)
 		}
 	}
-	for _, other := range []string{"/", "/n5g-eir-eic/v2/equipment-status", path + "/", "/kme.v1.KeyService/GetBinding"} {
+	for _, other := range []string{
+		"/", "/n5g-eir-eic/v2/equipment-status", path + "/", "/kme.v1.KeyService/GetBinding",
+	} {
 		if a := asked(t, answer(nil, errors.New("asked")), "GET", other+"?"+pei); a.Code != 404 ||
 			!strings.Contains(a.Body.String(), "RESOURCE_URI_STRUCTURE_NOT_FOUND") {
 			t.Errorf("%s: %d %s", other, a.Code, a.Body)

@@ -186,8 +186,8 @@ func TestOpenAPI(t *testing.T) {
 	o := &openAPI{t: t, files: map[string]map[string]any{}}
 	schema := o.at(eic, "#/components/schemas/EirResponseData")
 	for body, ok := range map[string]bool{
-		`{"status":"WHITELISTED"}`: true, `{"status":"whitelisted"}`: false, `{}`: false, `{"status":1}`: false, `[]`: false,
-		`"x"`: false, `{"status":"WHITELISTED","reason":"PROVEN"}`: false,
+		`{"status":"WHITELISTED"}`: true, `{"status":"whitelisted"}`: false, `{}`: false, `{"status":1}`: false,
+		`[]`: false, `"x"`: false, `{"status":"WHITELISTED","reason":"PROVEN"}`: false,
 	} {
 		var v any
 		if err := json.Unmarshal([]byte(body), &v); err != nil {

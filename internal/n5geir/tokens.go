@@ -44,7 +44,8 @@ func ParseTokens(keys []byte, instance string) (*Tokens, error) {
 		t.keys = append(t.keys, key)
 	}
 	if len(t.keys) == 0 || len(t.keys) != strings.Count(string(keys), "-----BEGIN ") {
-		return nil, errors.New("the NRF's keys are a file of PUBLIC KEYs or CERTIFICATEs in PEM, of which none is damaged")
+		return nil, errors.New("the NRF's keys are a file of PUBLIC KEYs or CERTIFICATEs in PEM, of which none is " +
+			"damaged")
 	}
 	return t, nil
 }

@@ -31,7 +31,8 @@ func newEC(t testing.TB, curve elliptic.Curve) *ecdsa.PrivateKey {
 
 func publicPEM(t testing.TB, pub any) []byte {
 	t.Helper()
-	return pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: must.Get[[]byte](t)(x509.MarshalPKIXPublicKey(pub))})
+	der := must.Get[[]byte](t)(x509.MarshalPKIXPublicKey(pub))
+	return pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der})
 }
 
 // token is an NRF's.
@@ -77,7 +78,8 @@ func TestTokens(t *testing.T) {
 		{"RS256", "bearer " + token(t, jose.RS256, rs, good()), 200},
 		{"for our instance", "Bearer " + token(t, jose.ES256, ec, with(map[string]any{
 			"aud": []string{"other", instance}})), 200},
-		{"of several scopes", "Bearer " + token(t, jose.ES256, ec, with(map[string]any{"scope": "nudm-sdm " + scope})), 200},
+		{"of several scopes", "Bearer " + token(t, jose.ES256, ec, with(map[string]any{"scope": "nudm-sdm " + scope})),
+			200},
 		{"just over, as clocks go", "Bearer " + token(t, jose.ES256, ec, with(map[string]any{
 			"exp": now.Add(-leeway / 2).Unix()})), 200},
 		{"none", "", 401},
@@ -101,7 +103,8 @@ func TestTokens(t *testing.T) {
 		{"not yet", "Bearer " + token(t, jose.ES256, ec, with(map[string]any{"nbf": now.Add(2 * leeway).Unix()})), 401},
 		{"of no issuer", "Bearer " + token(t, jose.ES256, ec, with(map[string]any{"iss": nil})), 401},
 		{"of no subject", "Bearer " + token(t, jose.ES256, ec, with(map[string]any{"sub": nil})), 401},
-		{"too long", "Bearer " + token(t, jose.ES256, ec, with(map[string]any{"x": strings.Repeat("x", maxToken)})), 401},
+		{"too long", "Bearer " + token(t, jose.ES256, ec, with(map[string]any{"x": strings.Repeat("x", maxToken)})),
+			401},
 		{"of another scope", "Bearer " + token(t, jose.ES256, ec, with(map[string]any{"scope": "nudm-sdm"})), 403},
 		{"of a longer scope", "Bearer " + token(t, jose.ES256, ec, with(map[string]any{"scope": scope + ":x"})), 403},
 		{"of no scope", "Bearer " + token(t, jose.ES256, ec, with(map[string]any{"scope": nil})), 403},

@@ -194,7 +194,8 @@ func (d *network) startNRF() *nrf {
 	pool := x509.NewCertPool()
 	pool.AppendCertsFromPEM(d.readFile("ca.pem"))
 	n.EnableHTTP2 = true
-	n.TLS = &tls.Config{Certificates: []tls.Certificate{own}, ClientCAs: pool, ClientAuth: tls.RequireAndVerifyClientCert}
+	n.TLS = &tls.Config{Certificates: []tls.Certificate{own}, ClientCAs: pool,
+		ClientAuth: tls.RequireAndVerifyClientCert}
 	n.StartTLS()
 	d.t.Cleanup(n.Close)
 	return n

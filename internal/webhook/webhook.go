@@ -131,19 +131,18 @@ func (s *Sender) dropped(n int, why error) {
 
 // Run sends until ctx ends. What waits then is tried once more.
 func (s *Sender) Run(ctx context.Context) {
-	for {
+	for ctx.Err() == nil {
 		select {
 		case e := <-s.queue:
 			s.deliver(ctx, e)
 		case <-ctx.Done():
-			short, cancel := context.WithTimeout(context.WithoutCancel(ctx), last)
-			defer cancel()
-			for len(s.queue) > 0 {
-				if err := s.try(short, <-s.queue); err != nil {
-					s.dropped(1+len(s.queue), err)
-					return
-				}
-			}
+		}
+	}
+	short, cancel := context.WithTimeout(context.WithoutCancel(ctx), last)
+	defer cancel()
+	for len(s.queue) > 0 {
+		if err := s.try(short, <-s.queue); err != nil {
+			s.dropped(1+len(s.queue), err)
 			return
 		}
 	}

@@ -143,6 +143,28 @@ func TestEnd(t *testing.T) {
 	}
 }
 
+// However much waits, and however little the receiver accepts: when the service ends, what is being tried and what
+// comes next are tried once more, and nothing else.
+func TestEndOfAFailingReceiver(t *testing.T) {
+	for range 20 { // one that goes on by chance does so in half of them
+		hold, held := make(chan struct{}), make(chan struct{}, 100)
+		s, stop := newSender(t, func(w http.ResponseWriter, _ *http.Request) {
+			held <- struct{}{}
+			<-hold
+			w.WriteHeader(http.StatusServiceUnavailable)
+		}, func(*Options) {})
+		for range 20 {
+			s.Send("one", "", nil)
+		}
+		<-held
+		time.AfterFunc(time.Millisecond, func() { close(hold) })
+		stop()
+		if more := len(held); more > 1 && s.count("retried") == 0 || s.count("dropped") != 20 {
+			t.Fatalf("tried %d times more, dropped %d of 20", more, s.count("dropped"))
+		}
+	}
+}
+
 func TestRefused(t *testing.T) {
 	for url, good := range map[string]bool{
 		"https://fraud.example/hook": true, "http://127.0.0.1:9/hook": true, "http://[::1]/": true,
