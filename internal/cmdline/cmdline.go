@@ -291,8 +291,12 @@ func flagsFirst(app *cli.App, args []string) []string {
 		}
 		at := slices.IndexFunc(commands, func(c *cli.Command) bool { return c.HasName(a) })
 		if at < 0 {
+			if len(commands) > 0 { // it is in a command's place: that it is none matters before its flags
+				words = append(words, a)
+			} else {
+				rest = append(rest, a)
+			}
 			commands = nil
-			rest = append(rest, a)
 			continue
 		}
 		commands = commands[at].Subcommands

@@ -70,6 +70,8 @@ func TestExitCodes(t *testing.T) {
 		{"zebra", 2, `there is no command "zebra"; see p --help`},
 		{"ends faild", 2,
 			`there is no command "p ends faild" (did you mean p ends failed?); see p ends --help`},
+		{"ends faild --zebra x", 2, `there is no command "p ends faild"`},
+		{"shwo it --zebra x", 2, `there is no command "shwo" (did you mean show?)`},
 		{"help shwo", 2, `(did you mean show?)`},
 		{"show --tokn x", 2, `there is no flag --tokn (did you mean --token?); see p show --help`},
 		{"show --zebra", 2, `there is no flag --zebra; see p show --help`},
