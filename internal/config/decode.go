@@ -166,11 +166,17 @@ func (d decoder) value(name string, n *yaml.Node, to, all reflect.Value) {
 	if fraction || n.Decode(to.Addr().Interface()) != nil {
 		value := n.Value
 		if n.Kind != yaml.ScalarNode {
-			value = "a list or a mapping"
+			value = "a mapping"
+			if n.Kind == yaml.SequenceNode {
+				value = "a list"
+			}
 		}
 		kind := kinds[to.Kind()]
 		if to.Type() == reflect.TypeFor[time.Duration]() {
 			kind = aTime
+		}
+		if to.Kind() == reflect.Slice && to.Type().Elem().Kind() == reflect.Struct {
+			kind = "a list of mappings"
 		}
 		d.notAllowed(name, kind, value)
 	}
