@@ -25,8 +25,8 @@ func stationCommand() *cli.Command {
 		Name: "station", Usage: "the stations that inject keys into devices",
 		Subcommands: []*cli.Command{{
 			Name: "serve", Usage: "hand devices out to stations, and show the progress on a wall screen",
-			Description: `Stations use HTTPS with a client certificate. Its common name is the station's name, and must be
-listed by --station. A station has one device at a time:
+			Description: `Stations use HTTPS with a client certificate. Its common name is the station's name, and must
+be listed by --station. A station has one device at a time:
     POST /v1/lots/LOT/next                   the next device, or the one that the station has, as JSON
     POST /v1/lots/LOT/devices/IMEI           that device: one that failed, is overdue, or came back
     PUT  /v1/lots/LOT/devices/IMEI/result    {"result": "injected", "failed" or "scrapped", "note": "..."}
@@ -46,7 +46,7 @@ lot provision. Ctrl-C ends it; begun again, it goes on where it was.`,
 						"certificate; repeat it for each. Without it no station is accepted"},
 				&cli.StringFlag{Name: "line", Usage: "the line's `NAME` on the wall screen (default: the machine's)"},
 				&cli.DurationFlag{Name: "timeout", Category: cmdline.Configured, Value: 10 * time.Minute,
-					Usage: "after which a device that its station did not report is overdue"}),
+					Usage: "the `TIME` after which a device that its station did not report is overdue, as 10m"}),
 			Action: cmdline.Requiring(stationServe, "listen", "tls-certificate", "tls-key", "client-ca"),
 		}, {
 			Name: "report", Usage: "say of every IMEI of a lot what became of it, at which station, when",

@@ -25,8 +25,8 @@ type uri struct {
 // module files.
 const initReserved = "x-init-reserved"
 
-const uriExample = "for example pkcs11:token=factory?module-path=/usr/lib/softhsm/libsofthsm2.so" +
-	"&pin-source=file:/etc/kmehsm/factory.pin"
+const uriExample = "for example pkcs11:token=LABEL?module-path=/usr/lib/softhsm/libsofthsm2.so" +
+	"&pin-source=file:/etc/kmehsm/pin"
 
 // tokenAttributes are the path attributes of RFC 7512 section 2.3 that name a token.
 var tokenAttributes = []string{"token", "serial", "manufacturer", "model"}
