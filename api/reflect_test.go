@@ -22,7 +22,8 @@ func TestReflection(t *testing.T) {
 	ask := func(clients *Clients) (files int, services []protoreflect.FullName, err error) {
 		t.Helper()
 		s := httptest.NewUnstartedServer(NewHandler(Options{Clients: clients, Gather: http.NotFoundHandler(),
-			Metrics: binding.NewMetrics(prometheus.NewRegistry()), Service: binding.NewService(binding.Options{Times: binding.DefaultTimes(),
+			Metrics: binding.NewMetrics(prometheus.NewRegistry()),
+			Service: binding.NewService(binding.Options{Times: binding.DefaultTimes(),
 				Log: slog.New(slog.DiscardHandler)})}))
 		s.EnableHTTP2 = true
 		s.StartTLS()

@@ -55,7 +55,8 @@ func Explain(k Known) *Explanation {
 		}
 	}
 	for _, d := range k.Doubts {
-		e.say("Its binding rests on a key that is not to be trusted any more (%s, %s: %s).", d.Why, stamp(d.Time), d.Reason)
+		e.say("Its binding rests on a key that is not to be trusted any more (%s, %s: %s).", d.Why, stamp(d.Time),
+			d.Reason)
 	}
 	if len(k.Doubts) > 0 {
 		e.do("keysvc binding revoke %s ends the binding; give the subscriber another device before, if this one is "+
@@ -83,8 +84,8 @@ func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 func (e *Explanation) stands(k Known, b *Binding) {
 	s := k.Subscription
 	if a := s.Active; a != nil {
-		e.say("It is bound to device %s of lot %s since %s: its vectors are pre-processed, and only that device can use "+
-			"them.", a.IMEI, a.Lot, stamp(a.Activated))
+		e.say("It is bound to device %s of lot %s since %s: its vectors are pre-processed, and only that device can "+
+			"use them.", a.IMEI, a.Lot, stamp(a.Activated))
 	}
 	switch {
 	case s.Pending != nil:
@@ -95,8 +96,8 @@ func (e *Explanation) stands(k Known, b *Binding) {
 		e.do("have device %s attach again before %s", p.IMEI, stamp(p.Expires))
 	case s.Active != nil:
 	case s.Revoked != nil:
-		e.say("It is not bound: its binding to device %s was ended at %s by %s. Its next attach may bind it, to whatever "+
-			"device.", s.Revoked.IMEI, stamp(s.Revoked.Revoked), by(last(k.History, EventRevoked)))
+		e.say("It is not bound: its binding to device %s was ended at %s by %s. Its next attach may bind it, to "+
+			"whatever device.", s.Revoked.IMEI, stamp(s.Revoked.Revoked), by(last(k.History, EventRevoked)))
 		e.attach()
 	default:
 		if was := last(k.History, EventEstablished); was != nil {
@@ -155,21 +156,21 @@ func meaning(r *PastRefusal) (why, todo string) {
 	device, cause := "keysvc device "+r.IMEI, ""
 	switch r.Reason {
 	case kme.NoAttempt:
-		return "no attempt was open for this IMSI" + at(r.Origin) + ": none was opened by a vector, or it has expired, " +
-				"or was used",
-			"have the device attach again; if that does not help, see that the HSS names the same origin for the vector " +
-				"and for the payload, and that the payload comes within attempt_ttl"
+		return "no attempt was open for this IMSI" + at(r.Origin) + ": none was opened by a vector, or it has " +
+				"expired, or was used",
+			"have the device attach again; if that does not help, see that the HSS names the same origin for the " +
+				"vector and for the payload, and that the payload comes within attempt_ttl"
 	case kme.UnknownDevice:
 		return "device " + r.IMEI + " is in no lot that was imported here, or its lot's directory does not have it",
-			"see keysvc lot list and " + device + "; if the lot is missing, have its manufacturer grant it, and keysvc " +
-				"lot import it"
+			"see keysvc lot list and " + device + "; if the lot is missing, have its manufacturer grant it, and " +
+				"keysvc lot import it"
 	case kme.RevokedDevice:
 		return "the manufacturer has revoked the device, or its whole lot",
 			"the subscriber needs another device; then keysvc binding open " + r.IMSI.String()
 	case kme.OtherDevice:
 		return "the IMSI is bound to another device than " + r.IMEI,
-			"if the subscriber has that device now: keysvc binding open " + r.IMSI.String() + "; else its SIM is in a " +
-				"device that it does not belong to"
+			"if the subscriber has that device now: keysvc binding open " + r.IMSI.String() + "; else its SIM is in " +
+				"a device that it does not belong to"
 	case kme.KMERejected:
 		if r.Cause != "" {
 			cause = " (" + r.Cause + ")"
@@ -184,9 +185,11 @@ func meaning(r *PastRefusal) (why, todo string) {
 		return fmt.Sprintf("%s (client %q, origin %q)", r.Message, r.Client, r.Origin),
 			"see roles, plmns and provision_from of the client in the configuration of keysvc serve"
 	case kme.Malformed:
-		return r.Message, "have the HSS, or whoever is between it and the service, looked at: nothing can be answered to that"
+		return r.Message, "have the HSS, or whoever is between it and the service, looked at: nothing can be " +
+			"answered to that"
 	case kme.Overloaded:
-		return r.Message, "have the device attach again; if that happens often, see imei_rate, calls and the client's rate"
+		return r.Message, "have the device attach again; if that happens often, see imei_rate, calls and the " +
+			"client's rate"
 	case kme.RolledBack, kme.Damaged:
 		return r.Message, "keysvc store verify"
 	case kme.HSMUnavailable, kme.DirectoryUnavailable, kme.StoreUnavailable:
@@ -206,7 +209,8 @@ func at(origin string) string {
 func (l *Lots) Doubts(ctx context.Context, b *Binding) ([]Doubt, error) {
 	name := lotName{b.Manufacturer, b.Lot}
 	if lot := l.imported[name]; lot != nil && lot.servedLot != nil {
-		if _, err := lot.reader.Manifest(ctx, b.Lot); err != nil { // a directory that is gone would have nothing revoked
+		// A directory that is gone would have nothing revoked.
+		if _, err := lot.reader.Manifest(ctx, b.Lot); err != nil {
 			return nil, unknownRevocations(name, err)
 		}
 	}

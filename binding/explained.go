@@ -57,8 +57,8 @@ func (s *Service) ExplainIMEI(ctx context.Context, imei kme.IMEI, q BindingQuery
 			"the service SIGHUP"}
 		return e, nil
 	case lot.retired.Withdrawn:
-		e.Says = []string{"It is in lot " + name.lot + " of manufacturer " + name.manufacturer + ", which was retired " +
-			lot.retired.String() + ": no device of it is newly bound."}
+		e.Says = []string{"It is in lot " + name.lot + " of manufacturer " + name.manufacturer + ", which was " +
+			"retired " + lot.retired.String() + ": no device of it is newly bound."}
 		e.Next = []string{"keysvc lot import FILE --reinstate REASON takes that back"}
 	default:
 		e.Says = []string{"It is in lot " + name.lot + " of manufacturer " + name.manufacturer + ", which is served."}

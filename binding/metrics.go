@@ -86,8 +86,8 @@ func (m *Metrics) Methods(names ...string) {
 	}
 }
 
-// Totals are what was counted since the start and is of interest over a day: attaches, established KMEs, and refusals by
-// reason.
+// Totals are what was counted since the start and is of interest over a day: attaches, established KMEs, and refusals
+// by reason.
 func (m *Metrics) Totals() map[string]float64 {
 	value := func(c prometheus.Counter) float64 {
 		var v dto.Metric

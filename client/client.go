@@ -65,9 +65,9 @@ type Options struct {
 // Calls that give the same answer however often they are made are made again, with a pause, when the service cannot be
 // reached or says that it may answer later: all but OpenProvisioning and a report of a failed authentication.
 //
-// Of several instances, each gets its share of the calls. A call that may be made again goes to the next one at once. An
-// instance that cannot be reached, is silent, or has lost its HSM or its store gets no calls until its /readyz says that
-// it is ready, as long as another is.
+// Of several instances, each gets its share of the calls. A call that may be made again goes to the next one at once.
+// An instance that cannot be reached, is silent, or has lost its HSM or its store gets no calls until its /readyz says
+// that it is ready, as long as another is.
 type Client struct {
 	instances []*instance
 	turn      atomic.Uint32 // whose it is
@@ -218,13 +218,14 @@ func (c *Client) CheckEquipment(ctx context.Context, imei kme.IMEI, imsi kme.IMS
 func (c *Client) OpenProvisioning(
 	ctx context.Context, imsi kme.IMSI, ttl time.Duration,
 ) (*kmev1.OpenProvisioningResponse, error) {
-	return alone(ctx, c, false, kmev1connect.KeyServiceClient.OpenProvisioning, &kmev1.OpenProvisioningRequest{Imsi: imsi.String(),
-		Ttl: durationpb.New(ttl)})
+	return alone(ctx, c, false, kmev1connect.KeyServiceClient.OpenProvisioning,
+		&kmev1.OpenProvisioningRequest{Imsi: imsi.String(), Ttl: durationpb.New(ttl)})
 }
 
 // RevokeBinding ends an IMSI's bindings.
 func (c *Client) RevokeBinding(ctx context.Context, imsi kme.IMSI) (*kmev1.GetBindingResponse, error) {
-	return alone(ctx, c, true, kmev1connect.KeyServiceClient.RevokeBinding, &kmev1.RevokeBindingRequest{Imsi: imsi.String()})
+	return alone(ctx, c, true, kmev1connect.KeyServiceClient.RevokeBinding,
+		&kmev1.RevokeBindingRequest{Imsi: imsi.String()})
 }
 
 func fill(to, from []byte) error {
@@ -237,7 +238,8 @@ func fill(to, from []byte) error {
 // alone makes a call by itself.
 func alone[Q, A any](
 	ctx context.Context, c *Client, again bool,
-	method func(kmev1connect.KeyServiceClient, context.Context, *connect.Request[Q]) (*connect.Response[A], error), q *Q,
+	method func(kmev1connect.KeyServiceClient, context.Context, *connect.Request[Q]) (*connect.Response[A], error),
+	q *Q,
 ) (*A, error) {
 	return try(ctx, c, again, func(ctx context.Context, i *instance) (*A, error) {
 		answer, err := method(i.service, ctx, connect.NewRequest(q))

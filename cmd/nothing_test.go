@@ -16,8 +16,8 @@ import (
 	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
-// elsewhere are the arguments of commands that need more than those of their usage, for a folder where nothing is. FILES
-// is a folder with files that are good.
+// elsewhere are the arguments of commands that need more than those of their usage, for a folder where nothing is.
+// FILES is a folder with files that are good.
 var elsewhere = map[string]string{
 	"factory audit":              "--directory file:dir",
 	"factory fixture enroll":     "f1 --fixture-key FILES/fixture.pem --so-pin-source SO --out out",
@@ -70,7 +70,8 @@ var elsewhere = map[string]string{
 	"keysvc transport new":         "",
 	"mesim attach":                 "--injection none --fixture-key none --fixture-enrolment none --server unix:none",
 	"mesim load":                   "--injection none --fixture-key none --fixture-enrolment none --server unix:none",
-	"mesim payload":                "--imei 35209900000000 --injection none --fixture-key none --fixture-enrolment none",
+	"mesim payload": "--imei 35209900000000 --injection none --fixture-key none " +
+		"--fixture-enrolment none",
 }
 
 // makers are the commands that make a folder.

@@ -206,8 +206,8 @@ func (l *Line) Lot(ctx context.Context, lot string) (*directory.Manifest, error)
 func readLot(ctx context.Context, r *directory.Reader, lot string) (*directory.Manifest, error) {
 	m, err := r.Manifest(ctx, lot)
 	if errors.Is(err, directory.ErrNotFound) {
-		return nil, fmt.Errorf("the directory has no lot %s: check the name and --directory, or make it with factory lot "+
-			"create: %w", lot, err)
+		return nil, fmt.Errorf("the directory has no lot %s: check the name and --directory, or make it with factory "+
+			"lot create: %w", lot, err)
 	}
 	return m, err
 }
@@ -232,7 +232,8 @@ func (l *Line) Seal(ctx context.Context, lot string) error {
 }
 
 // Grant has deliver give out a lot's key for an operator, under the operator's KEK, with the lot's manifest, signed.
-// That it was granted is on record before it is given out, and is not if that fails. A revoked lot is granted to nobody.
+// That it was granted is on record before it is given out, and is not if that fails. A revoked lot is granted to
+// nobody.
 func (l *Line) Grant(ctx context.Context, lot, operator string, deliver func(jws []byte) error) error {
 	jws, err := l.grant(ctx, lot, operator)
 	if err != nil {

@@ -145,7 +145,8 @@ func (o *Overview) lot(ctx context.Context, m *directory.Manifest) (s *LotState,
 // Missing says what the lot would lack for ever if it were sealed now.
 func (s *LotState) Missing(folder string) (missing []string) {
 	if s.Published < s.Devices {
-		missing = append(missing, fmt.Sprintf("%d of its %d devices are not published", s.Devices-s.Published, s.Devices))
+		missing = append(missing, fmt.Sprintf("%d of its %d devices are not published", s.Devices-s.Published,
+			s.Devices))
 	}
 	if len(s.Granted) == 0 {
 		missing = append(missing, fmt.Sprintf("it was granted to nobody, as far as the folder %s knows", folder))

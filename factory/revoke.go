@@ -144,8 +144,8 @@ func (l *Line) Reissue(
 	// In another folder, neither an earlier package of the device nor a station would be found.
 	dir := filepath.Join(out, lot)
 	if _, err := os.Stat(filepath.Join(dir, handover.ManifestFile)); errors.Is(err, fs.ErrNotExist) {
-		return "", fmt.Errorf("there are no injection packages of lot %s in %s: name with --out, or with state, the folder "+
-			"that lot provision wrote them to", lot, dir)
+		return "", fmt.Errorf("there are no injection packages of lot %s in %s: name with --out, or with state, the "+
+			"folder that lot provision wrote them to", lot, dir)
 	} else if err != nil {
 		return "", err
 	}
@@ -154,8 +154,8 @@ func (l *Line) Reissue(
 		if e.Reason == reason {
 			if err := handover.CheckReissue(lot, path, e); err != nil {
 				if errors.Is(err, fs.ErrNotExist) {
-					err = fmt.Errorf("IMEI %s has its key for this reason already, and there is no %s: name with --out the "+
-						"folder that it was written to, or else", imei, path)
+					err = fmt.Errorf("IMEI %s has its key for this reason already, and there is no %s: name with "+
+						"--out the folder that it was written to, or else", imei, path)
 				}
 				return "", fmt.Errorf("%w: %s", err, handover.BringBack(e.Package))
 			}

@@ -34,8 +34,8 @@ func (s State) Injection() string { return s.path("injection") }
 // Check fails if the folder is not the one of a token's line, which factory init has made.
 func (s State) Check(token Token) error {
 	if _, err := os.Stat(s.path(auditlog.File)); errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("the folder %s is no line's: run factory init first; or, if it is elsewhere, name it with state",
-			s.Dir)
+		return fmt.Errorf("the folder %s is no line's: run factory init first; or, if it is elsewhere, name it with "+
+			"state", s.Dir)
 	} else if err != nil {
 		return err
 	}
@@ -63,7 +63,8 @@ func Fits(token Token, path string) error {
 	case !errors.Is(err, errNoSigningKey):
 		return err
 	}
-	return fmt.Errorf("%s is not of this token, %s: name another token, or with state the folder of this one", path, own)
+	return fmt.Errorf("%s is not of this token, %s: name another token, or with state the folder of this one",
+		path, own)
 }
 
 // Log is the audit log of all commands that use the token.

@@ -393,8 +393,8 @@ const countBindings = `WITH pending AS MATERIALIZED (SELECT imsi FROM bindings W
 		FROM pending AS p JOIN bindings AS b ON b.imsi = p.imsi AND b.state = 'PENDING' AND b.expires_at > $1)
 	FROM bindings`
 
-// Count is how many bindings there are in each state; of pending ones, those that have not expired. It reads an index of
-// all bindings twice: see TestCountByIndex.
+// Count is how many bindings there are in each state; of pending ones, those that have not expired. It reads an index
+// of all bindings twice: see TestCountByIndex.
 func (s *Store) Count(ctx context.Context, now time.Time) (map[binding.State]int64, error) {
 	q, err := s.reading("count bindings")
 	if err != nil {

@@ -6,8 +6,8 @@ import (
 	"time"
 )
 
-// A count reads an index of all bindings, and rows of pending ones alone. KMEHSM_ROWS and KMEHSM_FILLED make it one of a
-// large database, and tell what it takes.
+// A count reads an index of all bindings, and rows of pending ones alone. KMEHSM_ROWS and KMEHSM_FILLED make it one of
+// a large database, and tell what it takes.
 func TestCountByIndex(t *testing.T) {
 	dir, n := large(t, 2000)
 	s := filled(t, dir, n)

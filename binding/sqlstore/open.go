@@ -157,8 +157,8 @@ func (s *Store) Warnings(ctx context.Context) ([]string, error) {
 func postgresWarnings(ctx context.Context, db *postgres.DB) (warnings []string, err error) {
 	role, why, err := db.MayChange(ctx, rights.AppendOnly...)
 	if err == nil && why != "" {
-		warnings = append(warnings, fmt.Sprintf("the store's role %s could change or remove entries of the ledger, since "+
-			"it %s: give the service a role of its own (keysvc store upgrade)", role, why))
+		warnings = append(warnings, fmt.Sprintf("the store's role %s could change or remove entries of the ledger, "+
+			"since it %s: give the service a role of its own (keysvc store upgrade)", role, why))
 	}
 	if err == nil {
 		why, err = db.Unsynchronised(ctx)

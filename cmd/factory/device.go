@@ -124,13 +124,13 @@ func confirmRevoke(c *cli.Context, line *factory.Line, lot string, imeis []kme.I
 	}
 	switch len(imeis) {
 	case 0:
-		return cmdline.Confirm(c, fmt.Sprintf("All %d devices of lot %s, for good: none is to be trusted any more, and the "+
-			"lot gets no more keys and is granted to nobody.", m.Devices(), lot), lot)
+		return cmdline.Confirm(c, fmt.Sprintf("All %d devices of lot %s, for good: none is to be trusted any more, "+
+			"and the lot gets no more keys and is granted to nobody.", m.Devices(), lot), lot)
 	case 1:
 		lot = imeis[0].String()
 	}
-	return cmdline.Confirm(c, fmt.Sprintf("%d of the %d devices of lot %s are not to be trusted any more, until each gets "+
-		"another key by lot reissue.", len(imeis), m.Devices(), m.Lot), lot)
+	return cmdline.Confirm(c, fmt.Sprintf("%d of the %d devices of lot %s are not to be trusted any more, until each "+
+		"gets another key by lot reissue.", len(imeis), m.Devices(), m.Lot), lot)
 }
 
 func lotReissue(c *cli.Context) error {

@@ -67,8 +67,8 @@ func lotCommand() *cli.Command {
 			},
 			{
 				Name: "show", Usage: "print a lot's manifest, with its modulus, and how far it is", ArgsUsage: "LOT",
-				Description: "As lot list. With --ask-token, the token says whether it has the lot's key, and whether " +
-					"that is sealed.",
+				Description: "As lot list. With --ask-token, the token says whether it has the lot's key, and " +
+					"whether that is sealed.",
 				Flags: overviewFlags(cmdline.Token, &cli.BoolFlag{Name: "ask-token",
 					Usage: "ask the token too, which needs its PIN"}), Action: lotShow,
 			},
@@ -99,8 +99,8 @@ func lotCommand() *cli.Command {
 			{
 				Name: "seal", Usage: "make a lot's key non-extractable for good: it cannot be granted any more",
 				ArgsUsage: "LOT", Description: "A lot that is not finished, or that nobody was granted, is refused.",
-				Flags: lineFlags(&cli.BoolFlag{Name: "force", Usage: "seal a lot all the same that is not finished, or " +
-					"that nobody was granted"}, cmdline.Yes), Action: cmdline.Alone(lotSeal),
+				Flags: lineFlags(&cli.BoolFlag{Name: "force", Usage: "seal a lot all the same that is not finished, " +
+					"or that nobody was granted"}, cmdline.Yes), Action: cmdline.Alone(lotSeal),
 			},
 			{
 				Name: "reissue", Usage: "give a device that came back a new key, and revoke the one that it had",
@@ -227,11 +227,12 @@ func confirmSeal(c *cli.Context, line *factory.Line, token *hsmkeys.FactoryToken
 	}
 	missing := strings.Join(s.Missing(c.String("state")), "; ")
 	if missing != "" && !c.Bool("force") {
-		return fmt.Errorf("lot %s is not sealed: %s. A sealed lot can be granted to nobody: finish it and grant it first, "+
-			"or say --force", lot, missing)
+		return fmt.Errorf("lot %s is not sealed: %s. A sealed lot can be granted to nobody: finish it and grant it "+
+			"first, or say --force", lot, missing)
 	}
-	return cmdline.Confirm(c, fmt.Sprintf("Lot %s, %d of %d devices published, granted to %s: its key can never leave %s "+
-		"again, and no other operator can be granted the lot.", lot, s.Published, s.Devices, s.Operators(), token), lot)
+	return cmdline.Confirm(c, fmt.Sprintf("Lot %s, %d of %d devices published, granted to %s: its key can never leave "+
+		"%s again, and no other operator can be granted the lot.", lot, s.Published, s.Devices, s.Operators(),
+		token), lot)
 }
 
 func lotProvision(c *cli.Context) error {

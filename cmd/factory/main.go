@@ -120,8 +120,8 @@ func manufacturer(c *cli.Context) (*directory.Verifier, error) {
 			"with --manufacturer", path)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("the manufacturer's public key, which factory init writes, cannot be read; name it with "+
-			"--manufacturer, or the line's folder with --state: %w", err)
+		return nil, fmt.Errorf("the manufacturer's public key, which factory init writes, cannot be read; name it "+
+			"with --manufacturer, or the line's folder with --state: %w", err)
 	}
 	v, err := directory.ParseVerifier(pem)
 	if err != nil {

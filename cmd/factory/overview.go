@@ -69,8 +69,8 @@ func lotList(c *cli.Context) error {
 			}
 		}
 	}
-	title := fmt.Sprintf("%-16s %5s %8s %9s  %-9s %-10s %s\n", "LOT", "BITS", "DEVICES", "PUBLISHED", "STATE", "CREATED",
-		"GRANTED TO")
+	title := fmt.Sprintf("%-16s %5s %8s %9s  %-9s %-10s %s\n", "LOT", "BITS", "DEVICES", "PUBLISHED", "STATE",
+		"CREATED", "GRANTED TO")
 	return cmdline.PrintEach(c, `"lots"`, title, lots, func(w io.Writer, s *factory.LotState) {
 		fmt.Fprintf(w, "%-16s %5d %8d %9d  %-9s %-10s %s", s.Lot, s.PublicKey().N.BitLen(), s.Devices, s.Published,
 			s.Stage, s.Created.Format(time.DateOnly), s.Operators())
@@ -174,8 +174,8 @@ func (s *shift) next(now time.Time) []string {
 	lot, todo := s.Lot, []string{}
 	add := func(format string, args ...any) { todo = append(todo, fmt.Sprintf(format, args...)) }
 	if s.Revoked != nil {
-		return append(todo, "nothing: the lot is revoked for good, and gets no more keys and no grant; take its devices "+
-			"out of the line")
+		return append(todo, "nothing: the lot is revoked for good, and gets no more keys and no grant; take its "+
+			"devices out of the line")
 	}
 	missing := s.Devices - s.Published
 	switch {
@@ -193,8 +193,8 @@ func (s *shift) next(now time.Time) []string {
 	}
 	switch {
 	case s.Sealed && len(s.Granted) == 0:
-		add("find out whether another folder has granted the lot: as far as this one knows, it is sealed, was granted " +
-			"to nobody, and can never be")
+		add("find out whether another folder has granted the lot: as far as this one knows, it is sealed, was " +
+			"granted to nobody, and can never be")
 	case !s.Sealed && len(s.Granted) == 0 && missing == 0:
 		add("factory lot grant %s --operator NAME: nobody has been granted it", lot)
 	case !s.Sealed && missing == 0:

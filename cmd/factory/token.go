@@ -19,8 +19,8 @@ func initCommand() *cli.Command {
 		Name: "init", Usage: "make the manufacturer's signing key in the token, and write its public half, " +
 			"manufacturer.pem",
 		Description: "Operators pin manufacturer.pem: give it to them, and tell them the manufacturer's name, its " +
-			"thumbprint, over a trusted channel: in person, or by telephone. Running this again changes nothing. No other command makes the --state " +
-			"folder.",
+			"thumbprint, over a trusted channel: in person, or by telephone. Running this again changes nothing. No " +
+			"other command makes the --state folder.",
 		Flags: []cli.Flag{cmdline.Token, stateFlag,
 			&cli.StringFlag{Name: "out", Usage: "the folder, `DIR`, for manufacturer.pem (default: the --state " +
 				"folder)"}, cmdline.JSON},

@@ -40,8 +40,8 @@ func bindingCommand() *cli.Command {
 				Name:      "explain",
 				Usage:     "say in words how an IMSI stands, why its last call was refused, and what is to be done",
 				ArgsUsage: "IMSI",
-				Description: "The service writes the last refusals down in its state folder, within seconds, those of " +
-					"some thousand subscriptions. With several instances of the service, each knows its own.",
+				Description: "The service writes the last refusals down in its state folder, within seconds, those " +
+					"of some thousand subscriptions. With several instances of the service, each knows its own.",
 				Flags: storeFlags(cmdline.DirectoryFlags()...), Action: bindingExplain,
 			},
 			{

@@ -133,8 +133,8 @@ func lotRetire(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		err = cmdline.Confirm(c, fmt.Sprintf("Lot %s of manufacturer %s: its key in %s will be destroyed, and none of its "+
-			"%d devices is bound any more. %d bindings stand.", lot.Manifest.Lot, lot.Manufacturer, token,
+		err = cmdline.Confirm(c, fmt.Sprintf("Lot %s of manufacturer %s: its key in %s will be destroyed, and none of "+
+			"its %d devices is bound any more. %d bindings stand.", lot.Manifest.Lot, lot.Manufacturer, token,
 			lot.Manifest.Devices(), bound), lot.Manifest.Lot)
 		if err != nil {
 			return err

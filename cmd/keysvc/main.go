@@ -62,9 +62,9 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 			{
 				Name: "enroll", Usage: "import a manufacturer's enrolment: pin its key, import the operator's KEK " +
 					"into the token", ArgsUsage: "FILE",
-				Description: "Be sure that the key is the manufacturer's: the service believes whatever it signs. The " +
-					"manufacturer reads out its thumbprint, as factory init prints it, over a trusted channel: in " +
-					"person, or by telephone. The transport key of this enrolment is destroyed.",
+				Description: "Be sure that the key is the manufacturer's: the service believes whatever it signs. " +
+					"The manufacturer reads out its thumbprint, as factory init prints it, over a trusted channel: " +
+					"in person, or by telephone. The transport key of this enrolment is destroyed.",
 				Flags: []cli.Flag{cmdline.Token, stateFlag, storeFlag, &cli.StringFlag{Name: "directory",
 					Usage: "where the manufacturer publishes its public keys, `WHERE`: file:DIR or vault:MOUNT"},
 					&cli.StringFlag{Name: "manufacturer", Usage: "the manufacturer's public signing key, as `PEM`"},

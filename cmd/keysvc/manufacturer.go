@@ -146,7 +146,8 @@ func confirmDistrust(c *cli.Context, store *sqlstore.Store, id string) error {
 		if m.KeyID == id && !m.Verdict.Withdrawn {
 			short := id[:min(8, len(id))]
 			return cmdline.Confirm(c, fmt.Sprintf("Manufacturer %s, enrolled as operator %s: none of its lots is "+
-				"served any more, %d by now, and no device of theirs is bound any more.", id, m.Operator, served), short)
+				"served any more, %d by now, and no device of theirs is bound any more.", id, m.Operator,
+				served), short)
 		}
 	}
 	return nil

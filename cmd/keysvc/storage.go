@@ -108,9 +108,9 @@ func storageRetire(c *cli.Context) error {
 			return err
 		}
 		if earlier := len(all) - 1; earlier > 0 {
-			if err := cmdline.Confirm(c, fmt.Sprintf("%d earlier storage keys in %s will be destroyed: a backup of the "+
-				"store from before the rotation to generation %d cannot be used any more.", earlier, token, all[earlier]),
-				token.Serial()); err != nil {
+			if err := cmdline.Confirm(c, fmt.Sprintf("%d earlier storage keys in %s will be destroyed: a backup of "+
+				"the store from before the rotation to generation %d cannot be used any more.", earlier, token,
+				all[earlier]), token.Serial()); err != nil {
 				return err
 			}
 		}

@@ -181,8 +181,9 @@ func storeVerify(c *cli.Context) error {
 func storeAccept(c *cli.Context) error {
 	return withAnyStore(c, func(token *hsmkeys.OperatorToken, store *sqlstore.Store) error {
 		agreed := func() error {
-			return cmdline.Confirm(c, "What was decided after this store was written is lost for good: KMEs that were used "+
-				"since can be used again, devices that were bound since are not, and what was revoked since is not.",
+			return cmdline.Confirm(c, "What was decided after this store was written is lost for good: KMEs that were "+
+				"used since can be used again, devices that were bound since are not, and what was revoked since "+
+				"is not.",
 				"accept")
 		}
 		if err := mark.Accept(c.Context, store, token, c.String("reason"), agreed); err != nil {

@@ -22,10 +22,10 @@ func transportCommand() *cli.Command {
 			{
 				Name: "new", Usage: "make a transport key for one enrolment, and write its public half for the " +
 					"manufacturer",
-				Description: "Give the file to the manufacturer, and read out the thumbprint over a trusted channel, in " +
-					"person or by telephone: nothing in the file proves whose it is. keysvc enroll destroys the key " +
-					"when the KEK is in the token. Until then, anybody with the token's PIN and the enrolment could " +
-					"take the KEK, too: enroll on the same day.",
+				Description: "Give the file to the manufacturer, and read out the thumbprint over a trusted channel, " +
+					"in person or by telephone: nothing in the file proves whose it is. keysvc enroll destroys the " +
+					"key when the KEK is in the token. Until then, anybody with the token's PIN and the enrolment " +
+					"could take the KEK, too: enroll on the same day.",
 				Flags: []cli.Flag{cmdline.Token, stateFlag,
 					&cli.StringFlag{Name: "out",
 						Usage: "the `FILE` to write (default: transport.json in the --state folder)"},
@@ -94,8 +94,8 @@ func transportDestroy(c *cli.Context) error {
 		if all[thumbprint] == nil {
 			return fmt.Errorf("%s has no transport key %s: see keysvc transport list", token, thumbprint)
 		}
-		if err := cmdline.Confirm(c, fmt.Sprintf("Transport key %s in %s will be destroyed: an enrolment for it, which may "+
-			"be on its way, cannot be taken any more.", thumbprint, token), thumbprint[:8]); err != nil {
+		if err := cmdline.Confirm(c, fmt.Sprintf("Transport key %s in %s will be destroyed: an enrolment for it, "+
+			"which may be on its way, cannot be taken any more.", thumbprint, token), thumbprint[:8]); err != nil {
 			return err
 		}
 		if err := token.DestroyTransportKey(c.Context, all[thumbprint]); err != nil {

@@ -32,8 +32,9 @@ var jsonFlag = &cli.BoolFlag{Name: "json",
 	Usage: "for scripts that give it to every command: the result is JSON anyway"}
 
 var serverFlags = []cli.Flag{
-	&cli.StringFlag{Name: "server", Usage: "keysvc's `URL`: https://HOST:PORT, or unix:/path; several instances of one store " +
-		"with commas between; attach and load --whole take s6a:/path too, the test MME of plugins/freediameter"},
+	&cli.StringFlag{Name: "server", Usage: "keysvc's `URL`: https://HOST:PORT, or unix:/path; several instances of " +
+		"one store with commas between; attach and load --whole take s6a:/path too, the test MME of " +
+		"plugins/freediameter"},
 	&cli.StringFlag{Name: "origin", Usage: "whom the simulated HSS names as its peer, a `NAME`: an MME's Origin-Host " +
 		"(default: none)"},
 	&cli.StringFlag{Name: "cert", Usage: "the client's certificate, as `PEM`"},

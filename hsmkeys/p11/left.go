@@ -79,8 +79,8 @@ func (t *Token) lookAt(at time.Time) {
 	})
 }
 
-// dropAll destroys what is left in all idle sessions, and waits for whatever else is being destroyed: the token is full,
-// and from now on less is left in it.
+// dropAll destroys what is left in all idle sessions, and waits for whatever else is being destroyed: the token is
+// full, and from now on less is left in it.
 func (t *Token) dropAll() {
 	t.left.most.Store(max(1, t.left.most.Load()/2))
 	for s, _ := t.idle.due(time.Now()); s != nil; s, _ = t.idle.due(time.Now()) {

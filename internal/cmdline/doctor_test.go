@@ -22,12 +22,14 @@ func TestVerdict(t *testing.T) {
 		want   string
 		says   []string
 	}{
-		"all":              {report: []hsmkeys.Finding{ok}, want: "fit"},
-		"another way":      {report: []hsmkeys.Finding{ok, instead}, want: "fit"},
-		"a restored key":   {report: []hsmkeys.Finding{ok, restored}, want: "fit_with_weaknesses", says: []string{"key K"}},
-		"accepted":         {id: accepted, want: "fit_with_weaknesses", says: []string{"it does not refuse Y"}},
-		"one is missing":   {report: []hsmkeys.Finding{ok, missing}, want: "not_fit", says: []string{"CKM_ECDSA: not"}},
-		"and it is so too": {id: accepted, report: []hsmkeys.Finding{missing}, want: "not_fit", says: []string{"Y", "ECDSA"}},
+		"all":         {report: []hsmkeys.Finding{ok}, want: "fit"},
+		"another way": {report: []hsmkeys.Finding{ok, instead}, want: "fit"},
+		"a restored key": {report: []hsmkeys.Finding{ok, restored}, want: "fit_with_weaknesses",
+			says: []string{"key K"}},
+		"accepted":       {id: accepted, want: "fit_with_weaknesses", says: []string{"it does not refuse Y"}},
+		"one is missing": {report: []hsmkeys.Finding{ok, missing}, want: "not_fit", says: []string{"CKM_ECDSA: not"}},
+		"and it is so too": {id: accepted, report: []hsmkeys.Finding{missing}, want: "not_fit",
+			says: []string{"Y", "ECDSA"}},
 	} {
 		v := judge(c.id, c.report)
 		var text strings.Builder

@@ -29,8 +29,8 @@ func CheckNew(path string) error {
 	case errors.Is(err, fs.ErrNotExist):
 		return nil
 	case err == nil:
-		err = fmt.Errorf("%s is there already, with another content: name another file with --out, or move that one away",
-			path)
+		err = fmt.Errorf("%s is there already, with another content: name another file with --out, or move that one "+
+			"away", path)
 	}
 	return err
 }

@@ -38,8 +38,8 @@ func (c *Config) checkEIR() error {
 	case !isHostPort(e.Listen):
 		return fmt.Errorf("listen is HOST:PORT, not %q", e.Listen)
 	case c.TLS.Certificate == "" || c.TLS.Key == "" || c.TLS.ClientCA == "" || len(c.Clients) == 0:
-		return errors.New("it needs tls with certificate, key and client_ca, and clients: it is never offered without " +
-			"mutual TLS")
+		return errors.New("it needs tls with certificate, key and client_ca, and clients: it is never offered " +
+			"without mutual TLS")
 	case e.Instance != "" && !uuid.MatchString(e.Instance):
 		return fmt.Errorf("instance is a UUID in lower case, not %q: uuidgen makes one", e.Instance)
 	case e.NRF == "" && (e.NRFCA != "" || e.Advertise != ""):
@@ -49,8 +49,8 @@ func (c *Config) checkEIR() error {
 	case err != nil || nrf.Scheme != "https" || nrf.Host == "":
 		return fmt.Errorf("nrf is https://HOST:PORT, not %q", e.NRF)
 	case e.Instance == "" || !isHostPort(e.Advertise):
-		return errors.New("registration at an NRF needs instance, a UUID of its own, and advertise, HOST:PORT where AMFs " +
-			"reach it")
+		return errors.New("registration at an NRF needs instance, a UUID of its own, and advertise, HOST:PORT where " +
+			"AMFs reach it")
 	}
 	return nil
 }

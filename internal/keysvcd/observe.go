@@ -210,8 +210,8 @@ func observe(
 		defer cancel()
 		return oneIf(store.Ping(ctx) == nil)
 	})
-	gauge("kme_ledger_entries", "Entries of the ledger, as far as this instance has seen it. It never falls, but when an "+
-		"earlier database is accepted.", func() float64 { return float64(store.Seen().Entries()) })
+	gauge("kme_ledger_entries", "Entries of the ledger, as far as this instance has seen it. It never falls, but when "+
+		"an earlier database is accepted.", func() float64 { return float64(store.Seen().Entries()) })
 	version, commit, goVersion := cmdline.Build()
 	labels = prometheus.Labels{"version": version, "commit": commit, "go": goVersion}
 	gauge("kme_build_info", "Always 1: its labels say what this program was built from.",

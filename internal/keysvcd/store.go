@@ -33,8 +33,8 @@ func OpenStore(ctx context.Context, token Token, name string) (*sqlstore.Store, 
 	if there, err := there(name); err != nil {
 		return nil, err
 	} else if !there {
-		return nil, fmt.Errorf("there is no store at %s: run keysvc init first; or, if it is elsewhere, name its folder "+
-			"with state, or the store itself with store", inFile(name))
+		return nil, fmt.Errorf("there is no store at %s: run keysvc init first; or, if it is elsewhere, name its "+
+			"folder with state, or the store itself with store", inFile(name))
 	}
 	return makeStore(ctx, token, name)
 }

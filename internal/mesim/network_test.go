@@ -141,7 +141,8 @@ func (o *operator) serve(t testing.TB) *client.Client {
 	server := &http.Server{Handler: mux, Protocols: protocols}
 	go server.Serve(listener)
 	t.Cleanup(func() { server.Close() })
-	c := must[*client.Client](t)(client.New(client.Options{URLs: []string{"unix:" + path}, Timeout: testproc.Patience, Tries: 1}))
+	options := client.Options{URLs: []string{"unix:" + path}, Timeout: testproc.Patience, Tries: 1}
+	c := must[*client.Client](t)(client.New(options))
 	t.Cleanup(c.Close)
 	return c
 }

@@ -123,7 +123,8 @@ func (p *page) health(ctx context.Context) (Health, time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if time.Since(p.found) >= healthFor {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second) // it is for whoever asks next, too
+		// It is for whoever asks next, too.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 		defer cancel()
 		p.last, p.found = p.Health(ctx), time.Now()
 	}
@@ -294,7 +295,8 @@ const (
 )
 
 func newPlot(s Series, title, class string, now time.Time) plot {
-	p := plot{Title: title, Class: class, ID: "plot-" + s.Name, Total: s.Total, Width: bars * barWidth, Height: plotHeight}
+	p := plot{Title: title, Class: class, ID: "plot-" + s.Name, Total: s.Total, Width: bars * barWidth,
+		Height: plotHeight}
 	peak, when := 0.0, 0
 	for i, n := range s.Steps {
 		if n > peak {

@@ -59,7 +59,8 @@ func newDesk(t *testing.T) *desk {
 	t.Helper()
 	d := &desk{dir: certtest.Make(t, "127.0.0.1", "monitor.example", "hss.example", "all.example", "nobody.example"),
 		log: new(testproc.Log), health: goodHealth()}
-	store := must.Get[*sqlstore.Store](t)(sqlstore.Open(t.Context(), sqlstore.InFolder(t.TempDir()), kme.RandomSecret()))
+	store := must.Get[*sqlstore.Store](t)(sqlstore.Open(t.Context(), sqlstore.InFolder(t.TempDir()),
+		kme.RandomSecret()))
 	t.Cleanup(func() { store.Close() })
 	for i, imsi := range []string{bound, foreign} {
 		bind(t, store, must.Get[kme.IMSI](t)(kme.ParseIMSI(imsi)), byte(i))
@@ -125,8 +126,9 @@ func bind(t *testing.T, store *sqlstore.Store, imsi kme.IMSI, tag byte) {
 	ask := binding.VectorRequest{IMSI: imsi, Origin: here, RANDs: []hsmkeys.RAND{{tag}}, Now: now,
 		AttemptTTL: time.Hour, PendingVectors: 3}
 	opened := must.Get[binding.Decision](t)(store.Prepare(t.Context(), ask))
-	b := &binding.Binding{IMSI: imsi, IMEI: must.Get[kme.IMEI](t)(kme.ParseIMEI(device)), Manufacturer: maker, Lot: "L1",
-		State: binding.Pending, Sealed: make([]byte, 40), NWSig: make([]byte, 32), AttemptID: opened.Attempt.ID,
+	b := &binding.Binding{IMSI: imsi, IMEI: must.Get[kme.IMEI](t)(kme.ParseIMEI(device)), Manufacturer: maker,
+		Lot: "L1", State: binding.Pending, Sealed: make([]byte, 40), NWSig: make([]byte, 32),
+		AttemptID:     opened.Attempt.ID,
 		PayloadSHA256: make([]byte, 32), Established: now, Expires: now.Add(time.Hour)}
 	must.Do(t, store.Establish(t.Context(), b, []byte{tag}, true, now))
 	ask.Ready, ask.RANDs = b.AttemptID, []hsmkeys.RAND{{tag, 1}}
@@ -148,8 +150,8 @@ func goodHealth() operatorpage.Health {
 			{For: "server", Subject: "CN=keysvc.example", Ends: time.Now().Add(20*day + time.Hour)},
 			{For: "client_ca", Subject: "CN=clients", Ends: time.Now().Add(700 * day)}},
 		Lots: []operatorpage.Lot{
-			{Manufacturer: maker, Lot: "L1", IMEIs: "35209900, 000001 to 020000", Devices: 20_000, Served: true, List: 12,
-				Read: time.Now().Add(-30 * time.Second), Overdue: "failed"},
+			{Manufacturer: maker, Lot: "L1", IMEIs: "35209900, 000001 to 020000", Devices: 20_000, Served: true,
+				List: 12, Read: time.Now().Add(-30 * time.Second), Overdue: "failed"},
 			{Manufacturer: maker, Lot: "L0", IMEIs: "35209900, 900000 to 999999", Devices: 100_000, Why: "retired",
 				List: 3, Read: time.Now()}},
 	}
@@ -393,7 +395,8 @@ func TestPageInBrowser(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 		defer cancel()
 		cmd := exec.CommandContext(ctx, browser, append([]string{"--headless", "--no-sandbox", "--disable-gpu",
-			"--disable-dev-shm-usage", "--hide-scrollbars", "--enable-logging=stderr", "--user-data-dir=" + t.TempDir()},
+			"--disable-dev-shm-usage", "--hide-scrollbars", "--enable-logging=stderr",
+			"--user-data-dir=" + t.TempDir()},
 			args...)...)
 		cmd.Env = append(os.Environ(), "HOME="+t.TempDir())
 		var errs strings.Builder
