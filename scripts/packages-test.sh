@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # usage: scripts/packages-test.sh [DIR]
-# Builds the packages of the last commit, and of a later one with another schema, unless they are in DIR/1 and DIR/2. Has
-# lintian look at them. Then, in a copy of this machine's files that is thrown away: does what "In five minutes" of docs/install.md says, upgrades,
-# serves stations, removes, installs again and purges; .deb by dpkg, .rpm by rpm. It needs root or sudo, and mounts.
+# Builds the packages of the last commit, and of a later one with another schema, unless they are in DIR/1 and DIR/2.
+# Has lintian look at them. Then, in a copy of this machine's files that is thrown away: does what "In five minutes" of
+# docs/install.md says, upgrades, serves stations, removes, installs again and purges; .deb by dpkg, .rpm by rpm.
+# It needs root and the right to mount.
 # shellcheck disable=SC1090,SC1091,SC2013,SC2016,SC2317
 set -euo pipefail
 shopt -s inherit_errexit
@@ -21,6 +22,7 @@ start() {
 	install -d -m "$(sed -n 's/^StateDirectoryMode=//p' "$unit")" -o "$user" -g "$user" "$dir"
 	dir=$(sed -n 's,^RuntimeDirectory=,/run/,p' "$unit")
 	[ -z "$dir" ] || install -d -o "$user" -g "$user" "$dir"
+	touch "/tmp/$1.log" # the service may be slow to start
 	(
 		set -a
 		! [ -e "$(sed -n 's/^EnvironmentFile=-//p' "$unit")" ] || . "$(sed -n 's/^EnvironmentFile=-//p' "$unit")"
@@ -53,7 +55,7 @@ schema() { sqlite3 /var/lib/kmehsm/keysvc.db 'PRAGMA user_version'; }
 inside() {
 	local unit version sum
 	daemon=''
-	trap 'tail -n 20 /tmp/*.log >&2; [ -z "$daemon" ] || kill "$daemon" || true' EXIT
+	trap '[ $? = 0 ] || tail -n 20 /tmp/*.log >&2; [ -z "$daemon" ] || kill "$daemon" || true' EXIT
 	export LC_ALL=C DEBIAN_FRONTEND=noninteractive
 	cd "$1/1"
 	# The page, word by word; the network is not there, and what apt-get would install is.
@@ -101,8 +103,8 @@ inside() {
 	certificate station IP:127.0.0.1 serverAuth
 	certificate station-1 DNS:station-1 clientAuth
 	chgrp -R kmehsm-factory $dir/tls && chmod -R g+rX $dir/tls
-	printf '%s\n' 'listen: 127.0.0.1:0' 'tls: {certificate: tls/station.pem, key: tls/station.key, client_ca: tls/ca.pem}' \
-		'stations: [station-1]' >>/etc/kmehsm/factory.yaml
+	printf '%s\n' 'listen: 127.0.0.1:0' 'stations: [station-1]' \
+		'tls: {certificate: tls/station.pem, key: tls/station.key, client_ca: tls/ca.pem}' >>/etc/kmehsm/factory.yaml
 	install -d -o kmehsm-factory -g kmehsm-factory /var/lib/kmehsm-factory/station
 	mkdir /tmp/station && mount --bind /var/lib/kmehsm-factory/station /tmp/station
 	mount --bind /var/lib/kmehsm-factory /var/lib/kmehsm-factory # ProtectSystem=strict, but for its own folder
@@ -110,7 +112,7 @@ inside() {
 	mount --bind /tmp/station /var/lib/kmehsm-factory/station
 	start factory-station
 	for _ in {1..300}; do
-		address=$(sed -n 's/.*address=\(https:[^ ]*\).*/\1/p' /tmp/factory-station.log)
+		address=$(sed -nE 's/.*"address":"(https:[^"]*)".*/\1/p' /tmp/factory-station.log)
 		[ -z "$address" ] || break
 		sleep 0.1
 	done
@@ -171,40 +173,33 @@ if [ "${1:-}" = --inside ]; then
 	exit
 fi
 
-root=(env)
-if [ "$(id -u)" -ne 0 ]; then
-	command -v sudo >/dev/null || die 'it needs root, or sudo'
-	root=(sudo env)
+[ "$(id -u)" -eq 0 ] || die 'it needs root: it mounts, and installs packages in a copy of this machine'
+# Mounts, processes and folders are in namespaces of their own, and go with them: whatever ends the test ends all.
+if [ "${1:-}" != --alone ]; then
+	exec timeout --foreground --kill-after 5 60m setpriv --pdeathsig KILL \
+		unshare --mount --propagation private --pid --fork --kill-child --mount-proc "$0" --alone "$@"
 fi
-if ! "${root[@]}" unshare -m true 2>/dev/null; then
-	echo 'the test of the packages is left out: this machine lets nobody mount' >&2
-	exit
-fi
-build() {
-	scripts/release.sh "$work/1" --programs >/dev/null
-	git clone -q . "$work/next"
+mount -t tmpfs tmpfs /mnt
+mkdir -m 755 /mnt/{built,upper,work,root}
+mkdir -m 1777 /mnt/tmp
+export TMPDIR=/mnt/tmp
+built=${2:-/mnt/built}
+if [ -z "${2:-}" ]; then
+	scripts/release.sh "$built/1" --programs >/dev/null
+	git clone -q . /mnt/tmp/later
 	sed -i -E 's/^(\tmigrations = \[\]string\{.*)\}$/\1, "CREATE TABLE later (x INTEGER)"}/' \
-		"$work/next/binding/sqlstore/open.go"
-	git -C "$work/next" -c user.name=test -c user.email=test@localhost commit -qam 'A later schema'
-	"$work/next/scripts/release.sh" "$work/2" --programs >/dev/null
-}
-work=${1:-}
-if [ -z "$work" ]; then
-	work=$(mktemp -d)
-	trap 'rm -rf "$work"' EXIT
-	chmod 755 "$work"
-	build
+		/mnt/tmp/later/binding/sqlstore/open.go
+	git -C /mnt/tmp/later -c user.name=test -c user.email=test@localhost commit -qam 'A later schema'
+	/mnt/tmp/later/scripts/release.sh "$built/2" --programs >/dev/null
 fi
-lintian --fail-on error,warning --suppress-tags initial-upload-closes-no-bugs "$work"/1/*.deb 2>&1 |
+lintian --fail-on error,warning --suppress-tags initial-upload-closes-no-bugs "$built"/1/*.deb 2>&1 |
 	{ ! grep -v '^running with root'; } || die 'lintian finds what stands above'
-# A copy of the machine: an overlay, whose upper layer is in memory, and goes with its namespace.
-"${root[@]}" unshare -m --propagation private bash -c '
-	set -e
-	top=/mnt
-	mount -t tmpfs tmpfs "$top" && mkdir "$top"/{upper,work,root}
-	mount -t overlay overlay -o "lowerdir=/,upperdir=$top/upper,workdir=$top/work" "$top/root"
-	for dir in dev proc; do mount --rbind /$dir "$top/root/$dir"; done
-	mkdir "$top/root/mnt"/{packages,source}
-	mount --bind "$1" "$top/root/mnt/packages" && mount --bind "$2" "$top/root/mnt/source"
-	mount -t tmpfs tmpfs "$top/root/tmp" && chmod 1777 "$top/root/tmp"
-	exec chroot "$top/root" /mnt/source/scripts/packages-test.sh --inside /mnt/packages /mnt/source' - "$work" "$PWD"
+# A copy of the machine: an overlay, whose upper layer is in memory.
+mount -t overlay overlay -o lowerdir=/,upperdir=/mnt/upper,workdir=/mnt/work /mnt/root
+for dir in dev proc; do mount --rbind /$dir /mnt/root/$dir; done
+mkdir /mnt/root/mnt/{packages,source}
+mount --bind "$built" /mnt/root/mnt/packages
+mount --bind . /mnt/root/mnt/source
+mount -t tmpfs -o mode=1777 tmpfs /mnt/root/tmp
+unset TMPDIR
+chroot /mnt/root /mnt/source/scripts/packages-test.sh --inside /mnt/packages /mnt/source
