@@ -129,6 +129,6 @@ package mesim kmehsm-mesim 'simulated devices for KME binding' \
 	"mesim plays devices that are bound after 3GPP TR 33.868, against keysvc: whole attaches, payloads that were \
 tampered with, and load. It is for tests, and of no use in production."
 package kme.fdx kmehsm-freediameter 'extension of freeDiameter for KME binding over S6a' \
-	"kme.fdx is loaded into an HSS that is built on freeDiameter, or into a freeDiameter daemon between MME and HSS. It \
-has keysvc process the authentication vectors of bound subscriptions."
+	"kme.fdx is loaded into an HSS that is built on freeDiameter, or into a freeDiameter daemon between MME and HSS. \
+It has keysvc process the authentication vectors of bound subscriptions."
 ls "$out"

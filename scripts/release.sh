@@ -66,7 +66,8 @@ finish() {
 	cp "$source/CHANGELOG.md" .
 	name=kmehsm-$version-linux-$(go env GOARCH)
 	mkdir "$source/$name"
-	cp -r -- "${programs[@]}" "$source"/{README.md,CHANGELOG.md,LICENSE,SECURITY.md,docs,deploy,policies} "$source/$name"
+	cp -r -- "${programs[@]}" "$source"/{README.md,CHANGELOG.md,LICENSE,SECURITY.md,docs,deploy,policies} \
+		"$source/$name"
 	tar -C "$source" --sort=name --owner=0 --group=0 --numeric-owner --mode=go=u-w --mtime="@$SOURCE_DATE_EPOCH" \
 		-c "$name" | gzip -n9 >"$name.tar.gz"
 	rm SHA256SUMS

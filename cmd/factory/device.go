@@ -129,7 +129,7 @@ func confirmRevoke(c *cli.Context, line *factory.Line, lot string, imeis []kme.I
 	case 1:
 		lot = imeis[0].String()
 	}
-	return cmdline.Confirm(c, fmt.Sprintf("%d of the %d devices of lot %s are not to be trusted any more, until each "+
+	return cmdline.Confirm(c, fmt.Sprintf("%d of the %d devices of lot %s will not be trusted any more, until each "+
 		"gets another key by lot reissue.", len(imeis), m.Devices(), m.Lot), lot)
 }
 

@@ -23,7 +23,8 @@ var (
 		"injected now", []string{"lot", "state"}, nil)
 	resultsDesc = prometheus.NewDesc("kme_station_results_total", "how often a station's devices ended in which way",
 		[]string{"station", "result"}, nil)
-	lastDesc = prometheus.NewDesc("kme_station_last_seconds", "when a station last asked for a device or reported one, "+
+	lastDesc = prometheus.NewDesc("kme_station_last_seconds",
+		"when a station last asked for a device or reported one, "+
 		"since 1970", nil, nil)
 )
 
@@ -84,7 +85,8 @@ func (c collector) Collect(to chan<- prometheus.Metric) {
 	for _, w := range s.Stations {
 		for result, n := range map[State]int{Injected: w.Injected, Failed: w.Failed, Scrapped: w.Scrapped,
 			Overdue: w.Overdue} {
-			to <- prometheus.MustNewConstMetric(resultsDesc, prometheus.CounterValue, float64(n), w.Station, string(result))
+			to <- prometheus.MustNewConstMetric(resultsDesc, prometheus.CounterValue, float64(n), w.Station,
+				string(result))
 		}
 	}
 	last := 0.0

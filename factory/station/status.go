@@ -41,12 +41,12 @@ const (
 	Empty   LineState = "empty"   // there is no lot
 )
 
-// Counts are a lot's devices. Waiting, Out and what follows add up to Devices, but for those of lot reissue, which count
-// once for each key.
+// Counts are a lot's devices. Waiting, Out and what follows add up to Devices, but for those of lot reissue, which
+// count once for each key.
 type Counts struct {
 	Lot      string `json:"lot"`
 	Devices  int    `json:"devices"`
-	Ready    int    `json:"ready"` // of those that wait, published and not revoked: they can be injected now; -1: not known
+	Ready    int    `json:"ready"` // of those that wait, those that can be injected now; -1: not known
 	Waiting  int    `json:"waiting"`
 	Out      int    `json:"out"`
 	Injected int    `json:"injected"`
@@ -96,7 +96,8 @@ func (d *Desk) Status(ctx context.Context) (*Status, error) {
 		return last, nil
 	}
 	s := &Status{Time: time.Now(), Line: d.o.Line, Lots: []Counts{}, Stations: []Work{}}
-	if err := errors.Join(d.countLots(ctx, s), d.lastHour(ctx, s), d.countWork(ctx, s), d.lineState(ctx, s)); err != nil {
+	if err := errors.Join(d.countLots(ctx, s), d.lastHour(ctx, s), d.countWork(ctx, s),
+		d.lineState(ctx, s)); err != nil {
 		return nil, err
 	}
 	ready := 0

@@ -22,7 +22,8 @@ function element(name, kind, text, ...children) {
 
 // counts are those that are not 0, each with its shape.
 function counts(of, which) {
-  return element('span', '', '', ...which.filter(k => of[k]).map(k => element('span', k, `${kinds[k]}${number(of[k])} `)));
+  return element('span', '', '',
+    ...which.filter(k => of[k]).map(k => element('span', k, `${kinds[k]}${number(of[k])} `)));
 }
 
 // tiles fills a grid: as many columns as its tiles need to be at least so high.
@@ -33,7 +34,8 @@ function tiles(grid, list, rows, make) {
 
 function plot(svg, hour) {
   const most = Math.max(...hour.map(m => Object.keys(kinds).reduce((n, k) => n + m[k], 0)));
-  const step = [1, 2, 5].flatMap(n => [n, 10 * n, 100 * n, 1000 * n]).sort((a, b) => a - b).find(n => n * 4 >= most) ?? most;
+  const step = [1, 2, 5].flatMap(n => [n, 10 * n, 100 * n, 1000 * n]).sort((a, b) => a - b)
+    .find(n => n * 4 >= most) ?? most;
   const lines = Math.max(1, Math.ceil(most / step)), top = lines * step;
   const make = (name, attributes, text) => {
     const e = document.createElementNS('http://www.w3.org/2000/svg', name);
@@ -52,7 +54,8 @@ function plot(svg, hour) {
     all.push(make('text', { x: left - em * .4, y: y(i * step) + em * .35, 'text-anchor': 'end' }, number(i * step)));
   }
   for (let i = 14; i < 60; i += 15) {
-    all.push(make('text', { x: left + width * (i + .5), y: box.height - em * .5, 'text-anchor': 'middle' }, clock(hour[i].start)));
+    all.push(make('text', { x: left + width * (i + .5), y: box.height - em * .5, 'text-anchor': 'middle' },
+      clock(hour[i].start)));
   }
   hour.forEach((m, i) => {
     let from = 0;
@@ -100,7 +103,8 @@ function show(s) {
     const worse = bad.some(k => w.hour[k]);
     return element('div', `tile ${worse ? 'bad' : idle ? '' : 'good'}`, '',
       element('div', '', '', element('b', 'clip', `${idle ? '■' : '▶'} ${w.station}`),
-        element('span', 'dim', idle ? `${wide ? 'idle ' : ''}${w.last ? clock(w.last) : ''}` : wide ? w.holds ?? '' : '')),
+        element('span', 'dim',
+          idle ? `${wide ? 'idle ' : ''}${w.last ? clock(w.last) : ''}` : wide ? w.holds ?? '' : '')),
       element('div', '', '', counts(w.hour, Object.keys(kinds))));
   });
 }

@@ -32,7 +32,8 @@ func browse(t *testing.T, args ...string) string {
 	defer cancel()
 	cmd := exec.CommandContext(ctx, browser,
 		append([]string{"--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
-			"--ignore-certificate-errors", "--user-data-dir=" + t.TempDir(), "--virtual-time-budget=30000"}, args...)...)
+			"--ignore-certificate-errors", "--user-data-dir=" + t.TempDir(),
+			"--virtual-time-budget=30000"}, args...)...)
 	cmd.Env = append(os.Environ(), "HOME="+t.TempDir())
 	var errs strings.Builder
 	cmd.Stderr = &errs
@@ -58,7 +59,8 @@ func line(state LineState, stations, lots int) *Status {
 		lots, s.PerHour, s.SecondsLeft = 0, 0, 0
 	}
 	for i := range lots {
-		s.Lots = append(s.Lots, Counts{Lot: fmt.Sprintf("L%07d", i), Devices: 1_000_000, Ready: 123_456, Waiting: 323_456,
+		s.Lots = append(s.Lots, Counts{Lot: fmt.Sprintf("L%07d", i), Devices: 1_000_000, Ready: 123_456,
+			Waiting: 323_456,
 			Out: 24, Injected: 654_321, Failed: 1234 * (i % 2), Scrapped: 123 * (i % 3), Overdue: 12 * (i % 2)})
 	}
 	for i := range stations {
@@ -192,8 +194,10 @@ func TestRefusalsAreSeen(t *testing.T) {
 		t.Fatal(err)
 	}
 	code, metrics := ask("GET", "/metrics")
-	for _, want := range []string{`kme_station_refusals_total{code="403"} 30`, `kme_station_refusals_total{code="409"} 0`,
-		`kme_station_devices{lot="L1",state="waiting"} 19`, `kme_station_results_total{result="failed",station="A"} 1`} {
+	for _, want := range []string{`kme_station_refusals_total{code="403"} 30`,
+		`kme_station_refusals_total{code="409"} 0`,
+		`kme_station_devices{lot="L1",state="waiting"} 19`,
+		`kme_station_results_total{result="failed",station="A"} 1`} {
 		if code != http.StatusOK || !strings.Contains(metrics, want) {
 			t.Errorf("%d, without %s:\n%s", code, want, metrics)
 		}
