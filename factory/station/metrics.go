@@ -25,7 +25,7 @@ var (
 		[]string{"station", "result"}, nil)
 	lastDesc = prometheus.NewDesc("kme_station_last_seconds",
 		"when a station last asked for a device or reported one, "+
-		"since 1970", nil, nil)
+			"since 1970", nil, nil)
 )
 
 // refusalCodes are what Handler answers to what it refuses.

@@ -61,7 +61,7 @@ func line(state LineState, stations, lots int) *Status {
 	for i := range lots {
 		s.Lots = append(s.Lots, Counts{Lot: fmt.Sprintf("L%07d", i), Devices: 1_000_000, Ready: 123_456,
 			Waiting: 323_456,
-			Out: 24, Injected: 654_321, Failed: 1234 * (i % 2), Scrapped: 123 * (i % 3), Overdue: 12 * (i % 2)})
+			Out:     24, Injected: 654_321, Failed: 1234 * (i % 2), Scrapped: 123 * (i % 3), Overdue: 12 * (i % 2)})
 	}
 	for i := range stations {
 		w := Work{Station: fmt.Sprintf("station-%02d", i), Last: s.Last, Holds: "35209900000017"}
