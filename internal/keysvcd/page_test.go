@@ -62,6 +62,7 @@ func TestOperatorPage(t *testing.T) {
 		return r.StatusCode, string(body)
 	}
 	status, body := get("monitor.example", page, "/")
+	body = strings.Join(strings.Fields(body), " ")
 	for _, want := range []string{"●</span> Everything works", tok.Label, "sqlite", "CN=127.0.0.1", "CN=ca",
 		"■</span> 0 days left", "No lot was imported"} {
 		if status != http.StatusOK || !strings.Contains(body, want) {
