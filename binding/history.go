@@ -141,9 +141,11 @@ func (h *History) Run(ctx context.Context) {
 	for {
 		select {
 		case first := <-h.queue:
-			select {
-			case <-time.After(gathering):
-			case <-ctx.Done():
+			if len(h.queue) < maxSeen-1 {
+				select {
+				case <-time.After(gathering):
+				case <-ctx.Done():
+				}
 			}
 			h.write(context.WithoutCancel(ctx), first)
 		case <-hourly.C:
