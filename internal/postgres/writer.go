@@ -42,12 +42,14 @@ func (w *Writer[S]) try(batch []*groupcommit.Change[*Tx[S]], apart bool) (result
 		t := &transaction[S]{ctx: ctx, results: make([]error, len(batch))}
 		err = w.db.raw(ctx, func(conn *pgx.Conn) error {
 			t.conn = conn
-			return t.commit(batch, apart)
+			err := t.commit(batch, apart)
+			lost = conn.IsClosed() && !t.ending
+			return err
 		})
 		if err == nil {
 			results = t.results
 		}
-		return t.conn != nil && t.conn.IsClosed() && !t.ending, err
+		return lost, err
 	})
 	return results, err
 }
