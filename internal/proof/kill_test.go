@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/vaulttest"
 )
 
@@ -34,13 +35,13 @@ func TestKilledWhilePublishingToVault(t *testing.T) {
 	random := rand.New(rand.NewPCG(1, 2))
 	// SoftHSM 2.6.1 truncates a token's own file and writes it anew at each login: who is killed between the two leaves
 	// no token. An HSM does not do that.
-	files := must[[]string](t)(filepath.Glob(w.path("softhsm/tokens/*/token.object")))
+	files := must.Get[[]string](t)(filepath.Glob(w.path("softhsm/tokens/*/token.object")))
 	if len(files) == 0 {
 		t.Fatal("where does SoftHSM keep its tokens?")
 	}
 	saved := make([][]byte, len(files))
 	for i, file := range files {
-		saved[i] = must[[]byte](t)(os.ReadFile(file))
+		saved[i] = must.Get[[]byte](t)(os.ReadFile(file))
 	}
 	interrupted := 0
 	for round := range rounds {
@@ -58,7 +59,7 @@ func TestKilledWhilePublishingToVault(t *testing.T) {
 			interrupted++
 		}
 		for i, file := range files {
-			if len(must[[]byte](t)(os.ReadFile(file))) < len(saved[i]) {
+			if len(must.Get[[]byte](t)(os.ReadFile(file))) < len(saved[i]) {
 				t.Log("SoftHSM was killed while it wrote its token's file")
 				if err := os.WriteFile(file, saved[i], 0o600); err != nil {
 					t.Fatal(err)
