@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"slices"
 
 	"github.com/urfave/cli/v2"
@@ -23,13 +22,9 @@ func checkCommand() *cli.Command {
 }
 
 func check(c *cli.Context) error {
-	path, err := configuration.Find(c)
-	if err == nil && path == "" {
-		err = errors.New("there is no configuration: name one with --config FILE, or put it at " +
-			"/etc/kmehsm/factory.yaml; factory check --help shows what it has")
-	}
+	path, err := configuration.Require(c, "factory check")
 	if err != nil {
-		return cmdline.Usage(err)
+		return err
 	}
 	return cmdline.PrintReport(c, factoryconf.Check(path, cmdline.Given(c), c.Bool("running")))
 }

@@ -3,7 +3,6 @@ package main
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -145,12 +144,8 @@ func serviceFlags(own ...cli.Flag) []cli.Flag {
 
 // source is the whole configuration, which there must be.
 func source(c *cli.Context) (s keysvcd.Source, err error) {
-	if s.Path, err = configuration.Find(c); err == nil && s.Path == "" {
-		err = errors.New("there is no configuration: name one with --config FILE, or put it at " +
-			"/etc/kmehsm/keysvc.yaml; keysvc serve --help shows what it has")
-	}
-	if err != nil {
-		return s, cmdline.Usage(err)
+	if s.Path, err = configuration.Require(c, "keysvc serve"); err != nil {
+		return s, err
 	}
 	s.Given = cmdline.Given(c)
 	return s, nil

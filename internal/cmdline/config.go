@@ -82,6 +82,19 @@ func (p *Config) Find(c *cli.Context) (string, error) {
 	return config.Find(p.Program, c.String(configFlag))
 }
 
+// Require is Find for what has nothing to do without a configuration. The help of command documents it.
+func (p *Config) Require(c *cli.Context, command string) (string, error) {
+	path, err := p.Find(c)
+	if err == nil && path == "" {
+		err = fmt.Errorf("there is no configuration: name one with --config FILE, or put it at /etc/kmehsm/%s.yaml; "+
+			"%s --help shows what it has", p.Program, command)
+	}
+	if err != nil {
+		return "", Usage(err)
+	}
+	return path, nil
+}
+
 // Given are the settings that the command line or the environment has.
 func Given(c *cli.Context) config.Given {
 	given := config.Given{}
