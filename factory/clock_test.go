@@ -11,6 +11,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/factory/auditlog"
+	"github.com/kmehsm/kmehsm/factory/inspect"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -55,7 +56,7 @@ func TestClockSetBack(t *testing.T) {
 	if _, err := line.Reissue(ctx, "L1", m.IMEI(2), "found again", "", out); err != nil {
 		t.Error(err)
 	}
-	if v, err := VerifyLot(ctx, line.store, line.verifier, "L1", out, nil); err != nil || !v.OK() {
+	if v, err := inspect.Lot(ctx, line.store, line.verifier, "L1", out, nil); err != nil || !v.OK() {
 		t.Errorf("%+v, %v", v, err)
 	}
 	if r, err := line.Reconcile(ctx, "L1", out, false); err != nil || r.Open() != 0 {

@@ -200,10 +200,11 @@ func (l *Line) Lots(ctx context.Context) ([]*directory.Manifest, error) {
 
 // Lot gives a lot's manifest, its signature verified.
 func (l *Line) Lot(ctx context.Context, lot string) (*directory.Manifest, error) {
-	return readLot(ctx, l.reader, lot)
+	return ReadLot(ctx, l.reader, lot)
 }
 
-func readLot(ctx context.Context, r *directory.Reader, lot string) (*directory.Manifest, error) {
+// ReadLot gives a lot's manifest, its signature verified.
+func ReadLot(ctx context.Context, r *directory.Reader, lot string) (*directory.Manifest, error) {
 	m, err := r.Manifest(ctx, lot)
 	if errors.Is(err, directory.ErrNotFound) {
 		return nil, fmt.Errorf("the directory has no lot %s: check the name and --directory, or make it with factory "+
@@ -216,9 +217,6 @@ func readLot(ctx context.Context, r *directory.Reader, lot string) (*directory.M
 func (l *Line) Sealed(ctx context.Context, lot string) (bool, error) {
 	return l.token.LotKeySealed(ctx, l.lotKey(lot))
 }
-
-// Overview reads the line's directory and folder.
-func (l *Line) Overview() *Overview { return &Overview{l.store, l.verifier, l.reader, l.state} }
 
 // Seal makes a lot's key non-extractable for good: nobody can be granted the lot any more.
 func (l *Line) Seal(ctx context.Context, lot string) error {

@@ -404,8 +404,8 @@ func TestGrantRecorded(t *testing.T) {
 		g.Operator != "op" {
 		t.Errorf("%+v, %v", g, err)
 	}
-	if s, err := line.Overview().Lot(ctx, "L1"); err != nil || s.Operators() != "op" {
-		t.Error(s, err)
+	if granted, err := line.state.Grants("L1"); err != nil || len(granted) != 1 || granted[0].Operator != "op" {
+		t.Error(granted, err)
 	}
 	if err := line.Grant(ctx, "L2", "op", nil); err == nil {
 		t.Error("a sealed lot was granted")

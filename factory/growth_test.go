@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
-	mathrand "math/rand/v2"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -17,10 +16,10 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/directory/filestore"
+	"github.com/kmehsm/kmehsm/factory/inspect"
 	"github.com/kmehsm/kmehsm/internal/sqlite"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/internal/weakkey"
@@ -134,7 +133,7 @@ func TestLinear(t *testing.T) {
 				return err
 			}},
 			{"verify", func() error {
-				v, err := VerifyLot(t.Context(), line.store, line.verifier, lot, out, nil)
+				v, err := inspect.Lot(t.Context(), line.store, line.verifier, lot, out, nil)
 				if err == nil && (!v.OK() || v.Devices != shards || v.Packages != shards) {
 					err = fmt.Errorf("%+v", v)
 				}
@@ -283,47 +282,5 @@ func BenchmarkCompareWithLots(b *testing.B) {
 		if err != nil || len(all) != n {
 			b.Fatal(len(all), err)
 		}
-	}
-}
-
-// Audit finds overlaps as a look at all pairs does, and in time that hardly grows faster than the lots.
-func TestOverlaps(t *testing.T) {
-	tacs := [2]kme.TAC{must(kme.ParseTAC("35209900")), must(kme.ParseTAC("35209901"))}
-	for range 200 {
-		var lots []*directory.Manifest
-		pairs := map[string]bool{}
-		for i := range 6 {
-			m := &directory.Manifest{Lot: fmt.Sprint("L", i), Ranges: []directory.Range{
-				{TAC: tacs[mathrand.IntN(2)], First: mathrand.IntN(60), Count: 1 + mathrand.IntN(9)}}}
-			for _, other := range lots {
-				if m.Overlap(other) != nil {
-					pairs["lots "+other.Lot+" and "+m.Lot], pairs["lots "+m.Lot+" and "+other.Lot] = true, true
-				}
-			}
-			lots = append(lots, m)
-		}
-		v := new(verifying)
-		v.overlaps(lots)
-		if (len(v.found.Problems) > 0) != (len(pairs) > 0) {
-			t.Fatalf("%v: %v, and %v by pairs", lots, v.found.Problems, pairs)
-		}
-		for _, p := range v.found.Problems {
-			if pair, _, _ := strings.Cut(p, ":"); !pairs[pair] {
-				t.Errorf("%s", p)
-			}
-		}
-	}
-	took := func(n int) time.Duration {
-		lots := make([]*directory.Manifest, n)
-		for i := range lots {
-			lots[i] = &directory.Manifest{Lot: "L", Ranges: []directory.Range{{TAC: tacs[i%2], First: i, Count: 2}}}
-		}
-		began := time.Now()
-		new(verifying).overlaps(lots)
-		return time.Since(began)
-	}
-	few, many := took(1_000), took(64_000)
-	if many > 1000*few {
-		t.Errorf("1,000 lots took %s, 64,000 took %s", few, many)
 	}
 }

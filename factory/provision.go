@@ -1,14 +1,11 @@
 package factory
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"math/rand/v2"
-	"os"
 	"path/filepath"
 	"strconv"
 	"sync"
@@ -50,24 +47,6 @@ func (l *Line) writeManifest(ctx context.Context, lot, dir string) error {
 		return fmt.Errorf("the injection packages cannot be written: %w", err)
 	}
 	return nil
-}
-
-// checkManifest says what is wrong with the manifest beside the injection packages, if it is there:
-// nothing, if it is the directory's.
-func checkManifest(ctx context.Context, store directory.Store, lot, dir string) (wrong string, err error) {
-	path := filepath.Join(dir, handover.ManifestFile)
-	beside, err := os.ReadFile(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return "", nil
-	}
-	if err != nil {
-		return err.Error(), nil
-	}
-	manifest, _, err := store.Read(ctx, directory.ManifestPath(lot))
-	if err == nil && !bytes.Equal(beside, manifest) {
-		wrong = path + " is not the lot's manifest as the directory has it"
-	}
-	return wrong, err
 }
 
 // ProvisionOptions are a Provision's.

@@ -82,7 +82,7 @@ func (l *Line) Reconcile(ctx context.Context, lot, out string, repair bool) (*Re
 	if err := r.strays(m, dir); err != nil {
 		return nil, err
 	}
-	if wrong, err := checkManifest(ctx, l.store, lot, dir); err != nil {
+	if wrong, err := shard.CheckManifest(ctx, l.store, lot, dir); err != nil {
 		return nil, err
 	} else if wrong != "" {
 		r.differs(wrong, "write the directory's there", func(ctx context.Context) error {
@@ -93,7 +93,7 @@ func (l *Line) Reconcile(ctx context.Context, lot, out string, repair bool) (*Re
 		return nil, err
 	}
 	var mu sync.Mutex // guards r
-	err = eachShard(ctx, m, func(ctx context.Context, n int) error {
+	err = shard.Each(ctx, m, func(ctx context.Context, n int) error {
 		d, pending, err := l.compare(ctx, j, m, n, dir, entries[n])
 		mu.Lock()
 		defer mu.Unlock()

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/factory/inspect"
 	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -72,7 +73,7 @@ func TestReissue(t *testing.T) {
 		killed.PublicKey.Fingerprint() {
 		t.Error("a package that was there was not used")
 	}
-	v, err := VerifyLot(t.Context(), line.store, line.verifier, "L1", out, nil)
+	v, err := inspect.Lot(t.Context(), line.store, line.verifier, "L1", out, nil)
 	if err != nil || !v.OK() || v.Packages != 4 || v.Revoked != 2 {
 		t.Errorf("%+v, %v", v, err)
 	}
@@ -80,7 +81,7 @@ func TestReissue(t *testing.T) {
 		filepath.Join(out, "L1", handover.ReissueFile(imei, 2))); err != nil {
 		t.Fatal(err)
 	}
-	if v, err = VerifyLot(t.Context(), line.store, line.verifier, "L1", out, nil); err != nil || len(v.Problems) != 2 {
+	if v, err = inspect.Lot(t.Context(), line.store, line.verifier, "L1", out, nil); err != nil || len(v.Problems) != 2 {
 		t.Errorf("%+v, %v", v, err)
 	}
 	// What the line would never sign: another key than that of the package.
@@ -92,7 +93,7 @@ func TestReissue(t *testing.T) {
 		time.Now())); err != nil {
 		t.Fatal(err)
 	}
-	v, err = VerifyLot(t.Context(), line.store, line.verifier, "L1", out, nil)
+	v, err = inspect.Lot(t.Context(), line.store, line.verifier, "L1", out, nil)
 	if err != nil || len(v.Problems) != 3 ||
 		!strings.Contains(v.Problems[2], "is not the package of the published key") {
 		t.Errorf("%+v, %v", v, err)
@@ -132,7 +133,7 @@ func TestRevocationsReconciled(t *testing.T) {
 	revoke := func(i int) error { return line.Revoke(ctx, "L1", []kme.IMEI{m.IMEI(i)}, "stolen", nil) }
 	problems := func() string {
 		t.Helper()
-		return strings.Join(must(VerifyLot(ctx, line.store, line.verifier, "L1", out, nil)).Problems, "\n")
+		return strings.Join(must(inspect.Lot(ctx, line.store, line.verifier, "L1", out, nil)).Problems, "\n")
 	}
 	reconcile := func(repair bool) *Reconciliation {
 		t.Helper()

@@ -87,6 +87,19 @@ func (s State) journal(ctx context.Context, manufacturer string) (*shard.Journal
 	return shard.OpenJournal(ctx, s.path("journal.db"), manufacturer)
 }
 
+// Entries gives what the line's journal has of a lot's shards: nothing, if there is no journal yet.
+func (s State) Entries(ctx context.Context, manufacturer, lot string) (map[int]shard.Entry, error) {
+	if _, err := os.Stat(s.path("journal.db")); err != nil {
+		return nil, nil
+	}
+	j, err := s.journal(ctx, manufacturer)
+	if err != nil {
+		return nil, err
+	}
+	entries, err := j.Entries(ctx, lot)
+	return entries, errors.Join(err, j.Close())
+}
+
 // recordGrant remembers, durably, that an operator was granted a lot: grants/OPERATOR/LOT, with the time of the first
 // grant. The grant itself is not kept. forget undoes what was not on record before.
 func (s State) recordGrant(operator, lot string) (forget func() error, err error) {
@@ -142,4 +155,59 @@ func (s State) GrantedLots(operator string) (lots []string, err error) {
 		}
 	}
 	return names(operator)
+}
+
+// Granted says to whom a lot was granted, and when first.
+type Granted struct {
+	Operator string    `json:"operator"`
+	Time     time.Time `json:"time"`
+}
+
+// Grants lists to whom a lot was granted.
+func (s State) Grants(lot string) ([]Granted, error) {
+	all := []Granted{}
+	operators, err := os.ReadDir(s.path("grants"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	for _, e := range operators {
+		t, err := readTime(s.path("grants", e.Name(), lot))
+		if err != nil {
+			return nil, err
+		}
+		if !t.IsZero() {
+			all = append(all, Granted{e.Name(), t})
+		}
+	}
+	return all, nil
+}
+
+// recordSeal remembers, durably, that a lot's key was sealed: sealed/LOT. The first time stays.
+func (s State) recordSeal(lot string) error {
+	if t, err := s.Sealed(lot); err != nil || !t.IsZero() {
+		return err
+	}
+	if err := durable.MkdirAll(s.path("sealed"), 0o755); err != nil {
+		return err
+	}
+	return durable.WriteFile(s.path("sealed", lot), []byte(time.Now().UTC().Format(time.RFC3339)+"\n"), 0o644)
+}
+
+// Sealed is when a lot's key was sealed; zero if this folder does not know that it was.
+func (s State) Sealed(lot string) (time.Time, error) { return readTime(s.path("sealed", lot)) }
+
+// readTime reads a file that has a time; zero if there is none.
+func readTime(path string) (time.Time, error) {
+	text, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return time.Time{}, nil
+	}
+	if err != nil {
+		return time.Time{}, err
+	}
+	t, err := time.Parse(time.RFC3339, strings.TrimSpace(string(text)))
+	if err != nil {
+		err = fmt.Errorf("%s is damaged: bring it back from a backup of the folder: %w", path, err)
+	}
+	return t, err
 }

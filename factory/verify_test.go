@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/factory/inspect"
 	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/internal/testkeys"
 	"github.com/kmehsm/kmehsm/kme"
@@ -33,9 +34,9 @@ func TestVerifyLot(t *testing.T) {
 		nil); err != nil {
 		t.Fatal(err)
 	}
-	verify := func(t *testing.T) *Verification {
+	verify := func(t *testing.T) *inspect.Verification {
 		t.Helper()
-		v, err := VerifyLot(t.Context(), line.store, line.verifier, "L1", out, nil)
+		v, err := inspect.Lot(t.Context(), line.store, line.verifier, "L1", out, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -103,7 +104,7 @@ func TestVerifyLot(t *testing.T) {
 	})
 	t.Run("another manufacturer's key", func(t *testing.T) {
 		key := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
-		if v, err := VerifyLot(t.Context(), line.store, directory.NewVerifier(&key.PublicKey), "L1", "",
+		if v, err := inspect.Lot(t.Context(), line.store, directory.NewVerifier(&key.PublicKey), "L1", "",
 			nil); err != nil || v.OK() || v.Devices != 0 {
 			t.Errorf("%+v, %v", v, err)
 		}
@@ -111,13 +112,13 @@ func TestVerifyLot(t *testing.T) {
 	if v := verify(t); !v.OK() {
 		t.Errorf("the cases left %q", v.Problems)
 	}
-	if _, err := VerifyLot(t.Context(), line.store, line.verifier, "L9", "", nil); !errors.Is(err,
+	if _, err := inspect.Lot(t.Context(), line.store, line.verifier, "L9", "", nil); !errors.Is(err,
 		directory.ErrNotFound) {
 		t.Error(err)
 	}
 	ended, cancel := context.WithCancel(t.Context())
 	cancel()
-	if v, err := VerifyLot(ended, line.store, line.verifier, "L1", "", nil); err == nil && v.Devices == 30 {
+	if v, err := inspect.Lot(ended, line.store, line.verifier, "L1", "", nil); err == nil && v.Devices == 30 {
 		t.Error("an ended context was not heeded")
 	}
 }
@@ -132,7 +133,7 @@ func TestChangedWrappedKey(t *testing.T) {
 	reissued := must(line.Reissue(t.Context(), "L1", returned, "return 1", "", out))
 	verify := func(t *testing.T) []string {
 		t.Helper()
-		return must(VerifyLot(t.Context(), line.store, line.verifier, "L1", out, nil)).Problems
+		return must(inspect.Lot(t.Context(), line.store, line.verifier, "L1", out, nil)).Problems
 	}
 	reconcile := func(t *testing.T) (found []string) {
 		t.Helper()
@@ -214,7 +215,7 @@ func TestChangedManifestFile(t *testing.T) {
 	path := filepath.Join(out, "L1", handover.ManifestFile)
 	was := must(os.ReadFile(path))
 	verify := func() []string {
-		return must(VerifyLot(t.Context(), line.store, line.verifier, "L1", out, nil)).Problems
+		return must(inspect.Lot(t.Context(), line.store, line.verifier, "L1", out, nil)).Problems
 	}
 	reconcile := func(repair bool) *Reconciliation {
 		return must(keeping(line, out).Reconcile(t.Context(), "L1", out, repair))
@@ -270,12 +271,12 @@ func TestRevokedLot(t *testing.T) {
 			t.Errorf("%s: %v", what, err)
 		}
 	}
-	v := must(VerifyLot(ctx, line.store, line.verifier, "L1", out, nil))
+	v := must(inspect.Lot(ctx, line.store, line.verifier, "L1", out, nil))
 	if !v.OK() || len(v.RevokedLots) != 1 || v.RevokedLots[0].Lot != "L1" ||
 		v.RevokedLots[0].Reason != "its key has leaked" {
 		t.Errorf("%+v", v)
 	}
-	if v = must(Audit(ctx, line.store, line.verifier, nil)); len(v.RevokedLots) != 1 {
+	if v = must(inspect.All(ctx, line.store, line.verifier, nil)); len(v.RevokedLots) != 1 {
 		t.Errorf("%+v", v)
 	}
 	if err := line.Grant(ctx, "L2", "op", nil); err == nil || !strings.Contains(err.Error(), "not enrolled") {
@@ -297,9 +298,9 @@ func damaged(t *testing.T, m *directory.Manifest, out string) string {
 // What only shows among lots is signed here by hand, since the line would make none of it.
 func TestAudit(t *testing.T) {
 	line, _, _ := newLine(t)
-	audit := func() *Verification {
+	audit := func() *inspect.Verification {
 		t.Helper()
-		v, err := Audit(t.Context(), line.store, line.verifier, nil)
+		v, err := inspect.All(t.Context(), line.store, line.verifier, nil)
 		if err != nil {
 			t.Fatal(err)
 		}

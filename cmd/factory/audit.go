@@ -14,6 +14,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/factory"
+	"github.com/kmehsm/kmehsm/factory/inspect"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 )
@@ -55,7 +56,7 @@ func logCommand() *cli.Command {
 	}
 }
 
-func audit(c *cli.Context) error { return verify(c, factory.Audit) }
+func audit(c *cli.Context) error { return verify(c, inspect.All) }
 
 func lotVerify(c *cli.Context) error {
 	dir := injectionDir(c, "injection")
@@ -63,8 +64,8 @@ func lotVerify(c *cli.Context) error {
 		dir = ""
 	}
 	return verify(c, func(ctx context.Context, store directory.Store, v *directory.Verifier, report func(int)) (
-		*factory.Verification, error) {
-		return factory.VerifyLot(ctx, store, v, c.Args().First(), dir, report)
+		*inspect.Verification, error) {
+		return inspect.Lot(ctx, store, v, c.Args().First(), dir, report)
 	})
 }
 
@@ -74,7 +75,7 @@ func dirExists(path string) bool {
 }
 
 func verify(c *cli.Context, f func(context.Context, directory.Store, *directory.Verifier, func(devices int)) (
-	*factory.Verification, error)) error {
+	*inspect.Verification, error)) error {
 	verifier, err := manufacturer(c)
 	if err != nil {
 		return err
@@ -90,7 +91,7 @@ func verify(c *cli.Context, f func(context.Context, directory.Store, *directory.
 		return err
 	}
 	result := struct {
-		*factory.Verification
+		*inspect.Verification
 		OK bool `json:"ok"`
 	}{found, found.OK()}
 	err = cmdline.Print(c, result, func(w io.Writer) {

@@ -207,7 +207,7 @@ func lotSeal(c *cli.Context) error {
 			return err
 		}
 		if !sealed {
-			if err := confirmSeal(c, line, token, lot); err != nil {
+			if err := confirmSeal(c, token, lot); err != nil {
 				return err
 			}
 		}
@@ -220,8 +220,8 @@ func lotSeal(c *cli.Context) error {
 }
 
 // confirmSeal asks whether a lot is meant to be sealed. Without --force it refuses one that something is missing of.
-func confirmSeal(c *cli.Context, line *factory.Line, token *hsmkeys.FactoryToken, lot string) error {
-	s, err := line.Overview().Lot(c.Context, lot)
+func confirmSeal(c *cli.Context, token *hsmkeys.FactoryToken, lot string) error {
+	_, s, err := oneLot(c)
 	if err != nil {
 		return err
 	}

@@ -11,6 +11,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/kmehsm/kmehsm/factory"
+	"github.com/kmehsm/kmehsm/factory/overview"
 	"github.com/kmehsm/kmehsm/factory/station"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
@@ -22,7 +23,7 @@ func overviewFlags(own ...cli.Flag) []cli.Flag {
 		[]cli.Flag{cmdline.JSON})
 }
 
-func overview(c *cli.Context) (*factory.Overview, error) {
+func openOverview(c *cli.Context) (*overview.Overview, error) {
 	store, err := openDirectory(c)
 	if err != nil {
 		return nil, err
@@ -31,12 +32,12 @@ func overview(c *cli.Context) (*factory.Overview, error) {
 	if err != nil {
 		return nil, err
 	}
-	return factory.NewOverview(store, verifier, state(c)), nil
+	return overview.New(store, verifier, state(c)), nil
 }
 
 // oneLot is what an Overview has of the lot that a command names.
-func oneLot(c *cli.Context) (*factory.Overview, *factory.LotState, error) {
-	o, err := overview(c)
+func oneLot(c *cli.Context) (*overview.Overview, *overview.LotState, error) {
+	o, err := openOverview(c)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -48,18 +49,18 @@ func oneLot(c *cli.Context) (*factory.Overview, *factory.LotState, error) {
 }
 
 // warn tells of a lot that has no list of revoked devices. It is shown all the same.
-func warn(c *cli.Context, s *factory.LotState) {
+func warn(c *cli.Context, s *overview.LotState) {
 	if s.NoList != "" {
 		fmt.Fprintf(c.App.ErrWriter, "warning: lot %s: %s\n", s.Lot, s.NoList)
 	}
 }
 
 func lotList(c *cli.Context) error {
-	o, err := overview(c)
+	o, err := openOverview(c)
 	if err != nil {
 		return err
 	}
-	lots := func(yield func(*factory.LotState, error) bool) {
+	lots := func(yield func(*overview.LotState, error) bool) {
 		for s, err := range o.Lots(c.Context) {
 			if err == nil {
 				warn(c, s)
@@ -71,7 +72,7 @@ func lotList(c *cli.Context) error {
 	}
 	title := fmt.Sprintf("%-16s %5s %8s %9s  %-9s %-10s %s\n", "LOT", "BITS", "DEVICES", "PUBLISHED", "STATE",
 		"CREATED", "GRANTED TO")
-	return cmdline.PrintEach(c, `"lots"`, title, lots, func(w io.Writer, s *factory.LotState) {
+	return cmdline.PrintEach(c, `"lots"`, title, lots, func(w io.Writer, s *overview.LotState) {
 		fmt.Fprintf(w, "%-16s %5d %8d %9d  %-9s %-10s %s", s.Lot, s.PublicKey().N.BitLen(), s.Devices, s.Published,
 			s.Stage, s.Created.Format(time.DateOnly), s.Operators())
 		if s.Revoked != nil {
@@ -82,7 +83,7 @@ func lotList(c *cli.Context) error {
 }
 
 // askToken has the token say whether it has a lot's key, and whether that is sealed.
-func askToken(c *cli.Context, s *factory.LotState) (where string, err error) {
+func askToken(c *cli.Context, s *overview.LotState) (where string, err error) {
 	err = withLine(c, func(_ *hsmkeys.FactoryToken, line *factory.Line) error {
 		sealed, err := line.Sealed(c.Context, s.Lot)
 		switch {
@@ -134,7 +135,7 @@ func lotShow(c *cli.Context) error {
 	})
 }
 
-func printGrants(w io.Writer, s *factory.LotState) {
+func printGrants(w io.Writer, s *overview.LotState) {
 	if len(s.Granted) == 0 {
 		fmt.Fprintln(w, "granted to    nobody")
 	}
@@ -145,8 +146,8 @@ func printGrants(w io.Writer, s *factory.LotState) {
 
 // A shift is what somebody who runs the line wants to know of a lot.
 type shift struct {
-	*factory.LotState
-	*factory.Work
+	*overview.LotState
+	*overview.Work
 	Injection *station.Counts `json:"injection,omitempty"` // nil if no station worked here
 	Stations  []station.Work  `json:"stations,omitempty"`
 	Next      []string        `json:"next"`

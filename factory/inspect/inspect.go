@@ -1,4 +1,6 @@
-package factory
+// Package inspect checks what a manufacturer has published as a customer would, who has the manufacturer's public key
+// and nothing else. It needs no token, and changes nothing.
+package inspect
 
 import (
 	"cmp"
@@ -8,14 +10,11 @@ import (
 	"fmt"
 	"math/big"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
-
-	"golang.org/x/sync/errgroup"
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/factory/shard"
@@ -47,7 +46,7 @@ type RevokedLot struct {
 // OK says that nothing is wrong.
 func (v *Verification) OK() bool { return len(v.Problems) == 0 }
 
-// A verifying is one run of VerifyLot or Audit, which need no token and change nothing.
+// A verifying is one run of Lot or All.
 type verifying struct {
 	reader *directory.Reader
 	store  directory.Store
@@ -78,12 +77,11 @@ func (v *verifying) problem(format string, args ...any) {
 	v.found.Problems = append(v.found.Problems, fmt.Sprintf(format, args...))
 }
 
-// VerifyLot checks a lot as a customer would who has the manufacturer's public key and nothing else: every signature;
-// that every IMEI of the lot is there exactly once; that every public key is of the lot's suite and on its curve, and
+// Lot checks a lot: every signature; that every IMEI of the lot is there exactly once; that every public key is of the lot's suite and on its curve, and
 // no two are the same; the modulus; and that the injection packages below packages, unless that is empty, are those of
 // the published keys. What is wrong is in the Verification; an error is that it could not be found out. report gets the
 // number of devices verified so far, from one goroutine at a time.
-func VerifyLot(
+func Lot(
 	ctx context.Context, store directory.Store, verifier *directory.Verifier, lot, packages string,
 	report func(devices int),
 ) (*Verification, error) {
@@ -95,9 +93,9 @@ func VerifyLot(
 	return &v.found, err
 }
 
-// Audit checks all lots of a manufacturer as VerifyLot does one, without injection packages, and what only shows among
+// All checks all lots of a manufacturer as Lot does one, without injection packages, and what only shows among
 // them: moduli that share a prime, ranges that overlap, a device key in two lots.
-func Audit(
+func All(
 	ctx context.Context, store directory.Store, verifier *directory.Verifier, report func(devices int),
 ) (*Verification, error) {
 	v := newVerifying(store, verifier, report)
@@ -272,7 +270,7 @@ func (v *verifying) objects(ctx context.Context, m *directory.Manifest, packages
 		return err
 	}
 	if packages != "" {
-		wrong, err := checkManifest(ctx, v.store, m.Lot, filepath.Join(packages, m.Lot))
+		wrong, err := shard.CheckManifest(ctx, v.store, m.Lot, filepath.Join(packages, m.Lot))
 		if err != nil {
 			return err
 		}
@@ -294,7 +292,7 @@ func (v *verifying) objects(ctx context.Context, m *directory.Manifest, packages
 // (Reader.ReadShard refuses it otherwise), and a manifest's ranges do not overlap: with all shards there, each IMEI is
 // there once. What is missing or refused is a problem, noted on the first of two passes.
 func (v *verifying) shards(ctx context.Context, m *directory.Manifest, f func(int, *directory.Shard), note bool) error {
-	return eachShard(ctx, m, func(ctx context.Context, n int) error {
+	return shard.Each(ctx, m, func(ctx context.Context, n int) error {
 		s, err := v.reader.ReadShard(ctx, m, n)
 		refused := errors.As(err, new(*directory.RefusedError))
 		switch {
@@ -319,16 +317,6 @@ func (v *verifying) compare(m *directory.Manifest, n int, s *directory.Shard, di
 		what, remedy := look.Describe()
 		v.problem("%s: %s: %s", directory.ShardPath(m.Lot, n), what, remedy)
 	}
-}
-
-// eachShard calls f for the shards of a lot, several at a time, until the first error.
-func eachShard(ctx context.Context, m *directory.Manifest, f func(ctx context.Context, n int) error) error {
-	g, gctx := errgroup.WithContext(ctx)
-	g.SetLimit(2 * runtime.GOMAXPROCS(0))
-	for n := 0; n < m.Shards() && gctx.Err() == nil; n++ {
-		g.Go(func() error { return f(gctx, n) })
-	}
-	return errors.Join(g.Wait(), ctx.Err())
 }
 
 // duplicates names the devices that have one key. Where fingerprints are alike, the keys themselves are compared, in a

@@ -1,4 +1,5 @@
-package factory
+// Package overview says how lots stand. It needs no token.
+package overview
 
 import (
 	"context"
@@ -15,8 +16,8 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/factory"
 	"github.com/kmehsm/kmehsm/factory/shard"
-	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/handover"
 )
 
@@ -25,11 +26,11 @@ type Overview struct {
 	store    directory.Store
 	verifier *directory.Verifier
 	reader   *directory.Reader
-	state    State
+	state    factory.State
 }
 
-// NewOverview reads a directory, whose signatures it verifies, and a line's folder.
-func NewOverview(store directory.Store, v *directory.Verifier, state State) *Overview {
+// New reads a directory, whose signatures it verifies, and a line's folder.
+func New(store directory.Store, v *directory.Verifier, state factory.State) *Overview {
 	return &Overview{store, v, directory.NewReader(store, v, directory.ReaderOptions{}), state}
 }
 
@@ -52,7 +53,7 @@ type LotState struct {
 	Stage      Stage                    `json:"stage"`
 	Devices    int                      `json:"devices"`   // planned
 	Published  int                      `json:"published"` // whose keys the directory has
-	Granted    []Granted                `json:"granted"`
+	Granted    []factory.Granted        `json:"granted"`
 	Sealed     bool                     `json:"sealed"`
 	SealedAt   time.Time                `json:"sealed_at,omitzero"`
 	Revoked    *directory.LotRevocation `json:"revoked,omitempty"`
@@ -60,12 +61,6 @@ type LotState struct {
 	Version    int                      `json:"revocations_version"`
 	NextUpdate time.Time                `json:"next_update"` // of the list of revoked devices
 	NoList     string                   `json:"no_revocations,omitempty"`
-}
-
-// Granted says to whom a lot was granted, and when first.
-type Granted struct {
-	Operator string    `json:"operator"`
-	Time     time.Time `json:"time"`
 }
 
 // Lots gives all lots.
@@ -86,7 +81,7 @@ func (o *Overview) Lots(ctx context.Context) iter.Seq2[*LotState, error] {
 
 // Lot gives one.
 func (o *Overview) Lot(ctx context.Context, lot string) (*LotState, error) {
-	m, err := readLot(ctx, o.reader, lot)
+	m, err := factory.ReadLot(ctx, o.reader, lot)
 	if err != nil {
 		return nil, err
 	}
@@ -118,10 +113,10 @@ func (o *Overview) lot(ctx context.Context, m *directory.Manifest) (s *LotState,
 			s.Withdrawn += bits.OnesCount8(b)
 		}
 	}
-	if s.Granted, err = o.state.grantsOf(m.Lot); err != nil {
+	if s.Granted, err = o.state.Grants(m.Lot); err != nil {
 		return nil, err
 	}
-	if s.SealedAt, err = o.state.sealed(m.Lot); err != nil {
+	if s.SealedAt, err = o.state.Sealed(m.Lot); err != nil {
 		return nil, err
 	}
 	s.Sealed = !s.SealedAt.IsZero()
@@ -166,55 +161,6 @@ func (s *LotState) Operators() string {
 	return strings.Join(names, ", ")
 }
 
-// grantsOf lists who was granted a lot.
-func (s State) grantsOf(lot string) ([]Granted, error) {
-	all := []Granted{}
-	operators, err := os.ReadDir(s.path("grants"))
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, err
-	}
-	for _, e := range operators {
-		t, err := readTime(s.path("grants", e.Name(), lot))
-		if err != nil {
-			return nil, err
-		}
-		if !t.IsZero() {
-			all = append(all, Granted{e.Name(), t})
-		}
-	}
-	return all, nil
-}
-
-// recordSeal remembers, durably, that a lot's key was sealed: sealed/LOT. The first time stays.
-func (s State) recordSeal(lot string) error {
-	if t, err := s.sealed(lot); err != nil || !t.IsZero() {
-		return err
-	}
-	if err := durable.MkdirAll(s.path("sealed"), 0o755); err != nil {
-		return err
-	}
-	return durable.WriteFile(s.path("sealed", lot), []byte(time.Now().UTC().Format(time.RFC3339)+"\n"), 0o644)
-}
-
-// sealed is when a lot's key was sealed; zero if this folder does not know that it was.
-func (s State) sealed(lot string) (time.Time, error) { return readTime(s.path("sealed", lot)) }
-
-// readTime reads a file that has a time; zero if there is none.
-func readTime(path string) (time.Time, error) {
-	text, err := os.ReadFile(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return time.Time{}, nil
-	}
-	if err != nil {
-		return time.Time{}, err
-	}
-	t, err := time.Parse(time.RFC3339, strings.TrimSpace(string(text)))
-	if err != nil {
-		err = fmt.Errorf("%s is damaged: bring it back from a backup of the folder: %w", path, err)
-	}
-	return t, err
-}
-
 // Work is how a lot's provisioning goes, by what this machine has of it.
 type Work struct {
 	Made     int       `json:"made"`     // devices whose injection packages the journal knows
@@ -230,23 +176,17 @@ const quarter = 15 * time.Minute
 // Work looks at the journal, and at the packages of the lot in a folder.
 func (o *Overview) Work(ctx context.Context, s *LotState, injection string, now time.Time) (*Work, error) {
 	w, m := new(Work), s.Manifest
-	if _, err := os.Stat(o.state.path("journal.db")); err == nil {
-		j, err := o.state.journal(ctx, o.verifier.KeyID())
-		if err != nil {
-			return nil, err
+	entries, err := o.state.Entries(ctx, o.verifier.KeyID(), m.Lot)
+	if err != nil {
+		return nil, err
+	}
+	for n, e := range entries {
+		if n < 0 || n >= m.Shards() || e.State < shard.Generated {
+			continue
 		}
-		entries, err := j.Entries(ctx, m.Lot)
-		if err := errors.Join(err, j.Close()); err != nil {
-			return nil, err
-		}
-		for n, e := range entries {
-			if n < 0 || n >= m.Shards() || e.State < shard.Generated {
-				continue
-			}
-			_, devices := m.ShardRange(n)
-			if w.Made += devices; e.State < shard.Published {
-				w.Waiting += devices
-			}
+		_, devices := m.ShardRange(n)
+		if w.Made += devices; e.State < shard.Published {
+			w.Waiting += devices
 		}
 	}
 	var recent []time.Time
