@@ -263,7 +263,7 @@ func (m *maker) enrolment(t testing.TB, r *harness) *handover.Enrolment {
 	t.Helper()
 	transport := r.transport(t)
 	return &handover.Enrolment{
-		Manufacturer: m.KeyID(), Operator: operator, TransportKey: directory.RSAThumbprint(transport),
+		Manufacturer: m.KeyID(), Operator: operator, TransportKey: pemkey.Thumbprint(transport),
 		KEK: m.kekKey().HexID(), Algorithm: handover.RSAOAEP,
 		Wrapped: must[[]byte](t)(rsa.EncryptOAEP(sha1.New(), rand.Reader, transport, m.kek, nil)),
 	}

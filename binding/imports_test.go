@@ -113,7 +113,7 @@ func TestEnroll(t *testing.T) {
 		want   string
 	}{
 		{"for another transport key", func(e *handover.Enrolment) {
-			e.TransportKey = directory.RSAThumbprint(&elsewhere.PublicKey)
+			e.TransportKey = pemkey.Thumbprint(&elsewhere.PublicKey)
 			e.Wrapped = must[[]byte](t)(rsa.EncryptOAEP(sha1.New(), rand.Reader, &elsewhere.PublicKey, m.kek, nil))
 		}, "keysvc transport new"},
 		{"wrapped under another transport key than it says", func(e *handover.Enrolment) {
@@ -163,7 +163,7 @@ func TestEnroll(t *testing.T) {
 	must[*binding.Manufacturer](t)(enroll(good, m.pem)) // as who was told nothing of the first time does
 	_, err := enroll(other.sign(t, handover.TypeEnrolment, &handover.Enrolment{Manufacturer: other.KeyID(),
 		Operator:     operator,
-		TransportKey: directory.RSAThumbprint(transport), KEK: other.kekKey().HexID(), Algorithm: handover.RSAOAEP,
+		TransportKey: pemkey.Thumbprint(transport), KEK: other.kekKey().HexID(), Algorithm: handover.RSAOAEP,
 		Wrapped: []byte{1}}), other.pem)
 	checkSays(t, "for a transport key that another enrolment has used", err, "keysvc transport new")
 	checkLeft(t, "enrolled again", r, map[hsmkeys.Key]bool{m.kekKey(): true, other.kekKey(): false}, 1, 0)

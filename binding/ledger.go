@@ -8,7 +8,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/strict"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -80,8 +80,8 @@ const Chains = 16
 
 // A Head is the last entry of a chain; zero of one that has none.
 type Head struct {
-	Seq int64            `json:"seq"`
-	MAC directory.Base64 `json:"mac,omitempty"`
+	Seq int64         `json:"seq"`
+	MAC strict.Base64 `json:"mac,omitempty"`
 }
 
 // A Mark is the ledger's high-water mark: how far it had come.

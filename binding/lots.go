@@ -17,6 +17,7 @@ import (
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/strict"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -305,7 +306,7 @@ func (m revocationMemory) Last(ctx context.Context, lot string) (mark directory.
 	subject := RevocationsSubject(m.manufacturer, lot)
 	detail, found, err := m.LastNote(ctx, EventRevocations, subject)
 	if err == nil && found {
-		if err = directory.ParseStrict([]byte(detail), &mark); err != nil {
+		if err = strict.Parse([]byte(detail), &mark); err != nil {
 			err = fmt.Errorf("the ledger's last entry about %s: %w", subject, err)
 		}
 	}

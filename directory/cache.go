@@ -7,6 +7,7 @@ import (
 	"github.com/maypok86/otter/v2/stats"
 
 	"github.com/kmehsm/kmehsm/directory/internal/packed"
+	"github.com/kmehsm/kmehsm/internal/strict"
 )
 
 // A Cache is memory for what Readers have read: for all together, so much as NewCache says, however many they are. It
@@ -52,5 +53,5 @@ type cacheKey struct {
 type packedShard struct {
 	first int // position of the first key
 	keys  packed.Keys
-	pkg   Base64
+	pkg   strict.Base64
 }

@@ -6,35 +6,32 @@
 package directory
 
 import (
-	"bytes"
 	"crypto/rsa"
-	"encoding/base64"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"math/big"
 	"regexp"
 	"slices"
 	"strings"
 	"time"
 
+	"github.com/kmehsm/kmehsm/internal/strict"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
 // A Manifest describes a lot. Its devices are numbered by position, from 0 on, through its ranges in their order.
 type Manifest struct {
-	Lot          string    `json:"lot"`
-	Manufacturer string    `json:"manufacturer"` // RFC 7638 thumbprint of the signing key
-	Suite        kme.Suite `json:"suite"`
-	N            Base64    `json:"n"` // big-endian, as in a JWK
-	E            int       `json:"e"`
-	Mechanism    string    `json:"key_generation"`         // the CKM_* that made the key
-	Wrapping     string    `json:"key_wrapping,omitempty"` // the CKM_* by which device keys are wrapped (AES-KWP)
-	OAEP         string    `json:"oaep_hash,omitempty"`    // of the bound suite
-	Ranges       []Range   `json:"ranges"`
-	ShardSize    int       `json:"shard_size"` // devices a shard; the last shard may have fewer
-	Created      time.Time `json:"created"`
+	Lot          string        `json:"lot"`
+	Manufacturer string        `json:"manufacturer"` // RFC 7638 thumbprint of the signing key
+	Suite        kme.Suite     `json:"suite"`
+	N            strict.Base64 `json:"n"` // big-endian, as in a JWK
+	E            int           `json:"e"`
+	Mechanism    string        `json:"key_generation"`         // the CKM_* that made the key
+	Wrapping     string        `json:"key_wrapping,omitempty"` // the CKM_* by which device keys are wrapped (AES-KWP)
+	OAEP         string        `json:"oaep_hash,omitempty"`    // of the bound suite
+	Ranges       []Range       `json:"ranges"`
+	ShardSize    int           `json:"shard_size"` // devices a shard; the last shard may have fewer
+	Created      time.Time     `json:"created"`
 }
 
 // A Range is Count serial numbers of a TAC, from First on.
@@ -174,33 +171,4 @@ func (m *Manifest) IMEI(position int) kme.IMEI {
 		position -= r.Count
 	}
 	return kme.IMEI{}
-}
-
-// Base64 is bytes that JSON has as base64url without padding, as JOSE does (RFC 7515 section 2).
-type Base64 []byte
-
-func (b Base64) MarshalText() ([]byte, error) {
-	return []byte(base64.RawURLEncoding.EncodeToString(b)), nil
-}
-
-func (b *Base64) UnmarshalText(text []byte) error {
-	v, err := base64.RawURLEncoding.Strict().DecodeString(string(text))
-	if err != nil {
-		return errors.New("not base64url without padding")
-	}
-	*b = v
-	return nil
-}
-
-// ParseStrict takes exactly one JSON document, and no field that into does not have.
-func ParseStrict(data []byte, into any) error {
-	d := json.NewDecoder(bytes.NewReader(data))
-	d.DisallowUnknownFields()
-	if err := d.Decode(into); err != nil {
-		return err
-	}
-	if _, err := d.Token(); !errors.Is(err, io.EOF) {
-		return errors.New("there is more than one JSON document")
-	}
-	return nil
 }

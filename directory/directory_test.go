@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory/internal/packed"
+	"github.com/kmehsm/kmehsm/internal/strict"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -183,7 +184,7 @@ func FuzzPayloads(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
 		var anyM Manifest
-		if ParseStrict(data, &anyM) == nil && anyM.Validate() == nil {
+		if strict.Parse(data, &anyM) == nil && anyM.Validate() == nil {
 			for _, i := range []int{0, anyM.Devices() - 1} {
 				if at, ok := anyM.Position(anyM.IMEI(i)); !ok || at != i {
 					t.Errorf("device %d of %+v is at %d", i, anyM, at)
@@ -191,7 +192,7 @@ func FuzzPayloads(f *testing.F) {
 			}
 		}
 		var anyS Shard
-		if ParseStrict(data, &anyS) == nil && anyS.check(m, 0) == nil {
+		if strict.Parse(data, &anyS) == nil && anyS.check(m, 0) == nil {
 			if len(anyS.Package) != sha256.Size {
 				t.Errorf("a shard with the hash %x was accepted", anyS.Package)
 			}
@@ -204,13 +205,13 @@ func FuzzPayloads(f *testing.F) {
 			}
 		}
 		var anyR Revocations
-		if ParseStrict(data, &anyR) == nil && anyR.check(m) == nil {
+		if strict.Parse(data, &anyR) == nil && anyR.check(m) == nil {
 			for i := range m.Devices() {
 				anyR.Revokes(i)
 			}
 		}
 		var anyP RevocationPart
-		if ParseStrict(data, &anyP) == nil && anyP.check(m, 0) == nil {
+		if strict.Parse(data, &anyP) == nil && anyP.check(m, 0) == nil {
 			anyP.bitmap(m)
 			for _, e := range anyP.Revoked {
 				if (e.Key == nil) != (len(e.Package) == 0) || e.Key != nil && len(e.Package) != sha256.Size {

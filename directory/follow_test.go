@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/internal/must"
+	"github.com/kmehsm/kmehsm/internal/strict"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -415,7 +416,7 @@ func TestMemory(t *testing.T) {
 	if err := r.Refresh(ctx, m); err != nil {
 		t.Fatal(err)
 	}
-	if err := memory.Note(ctx, "L1", ListMark{9, make(Base64, 32)}); err != nil {
+	if err := memory.Note(ctx, "L1", ListMark{9, make(strict.Base64, 32)}); err != nil {
 		t.Fatal(err)
 	}
 	revoke(2)

@@ -6,8 +6,6 @@ import (
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
-	"crypto/rsa"
-	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -18,6 +16,7 @@ import (
 	"github.com/go-jose/go-jose/v4/cryptosigner"
 
 	"github.com/kmehsm/kmehsm/internal/pemkey"
+	"github.com/kmehsm/kmehsm/internal/strict"
 )
 
 // A Type is the typ header of a signed object: an object of one kind never passes for another. Types of what is not in
@@ -43,17 +42,6 @@ func (e *RefusedError) Error() string { return fmt.Sprintf("%s is refused: %s", 
 func refused(object, format string, args ...any) error {
 	return &RefusedError{Object: object, Reason: fmt.Sprintf(format, args...)}
 }
-
-func thumbprint(key any) string {
-	t, err := (&jose.JSONWebKey{Key: key}).Thumbprint(crypto.SHA256)
-	if err != nil {
-		return "" // of a key of no kind that JOSE has; the callers' are P-256 and RSA
-	}
-	return base64.RawURLEncoding.EncodeToString(t)
-}
-
-// RSAThumbprint names an RSA key (RFC 7638, SHA-256, base64url).
-func RSAThumbprint(pub *rsa.PublicKey) string { return thumbprint(pub) }
 
 // A Signer signs objects with the manufacturer's key. It may be used concurrently if its crypto.Signer may.
 type Signer struct {
@@ -94,7 +82,7 @@ func (s *Signer) Succeed(next crypto.Signer) (*Signer, error) {
 	alone := &Signer{signer: s.signer, public: s.public, root: s.root}
 	statement, err := alone.Sign(TypeSuccession, Succession{
 		Manufacturer: s.KeyID(), Generation: len(s.chain) + 2,
-		Key: jose.JSONWebKey{Key: n.public, KeyID: thumbprint(n.public)},
+		Key: jose.JSONWebKey{Key: n.public, KeyID: pemkey.Thumbprint(n.public)},
 	})
 	if err != nil {
 		return nil, err
@@ -104,10 +92,10 @@ func (s *Signer) Succeed(next crypto.Signer) (*Signer, error) {
 }
 
 // KeyID is the RFC 7638 thumbprint of the manufacturer's first key, which names the manufacturer.
-func (s *Signer) KeyID() string { return thumbprint(s.root) }
+func (s *Signer) KeyID() string { return pemkey.Thumbprint(s.root) }
 
 // SigningKeyID is that of the key that signs; it is KeyID until the first rotation.
-func (s *Signer) SigningKeyID() string { return thumbprint(s.public) }
+func (s *Signer) SigningKeyID() string { return pemkey.Thumbprint(s.public) }
 
 // Public is the manufacturer's first key, which readers pin.
 func (s *Signer) Public() *ecdsa.PublicKey { return s.root }
@@ -150,7 +138,7 @@ type Verifier struct {
 
 // NewVerifier pins a manufacturer's key.
 func NewVerifier(pub *ecdsa.PublicKey) *Verifier {
-	return &Verifier{public: pub, keyID: thumbprint(pub), later: new(sync.Map)}
+	return &Verifier{public: pub, keyID: pemkey.Thumbprint(pub), later: new(sync.Map)}
 }
 
 // ParseVerifier pins a manufacturer's key that a PEM file holds.
@@ -228,7 +216,7 @@ func (v *Verifier) key(object string, header jose.Header) (*ecdsa.PublicKey, err
 		}
 		pub = next
 	}
-	if header.KeyID != thumbprint(pub) {
+	if header.KeyID != pemkey.Thumbprint(pub) {
 		return nil, refused(object, "it is signed with key %q, not with the manufacturer's pinned %q or one that "+
 			"succeeded it", header.KeyID, v.keyID)
 	}
@@ -273,7 +261,7 @@ func (v *Verifier) verify(typ Type, object string, jws []byte, into any) (payloa
 	if payload, err = parsed.Verify(key); err != nil {
 		return nil, refused(object, "its signature does not verify")
 	}
-	if err := ParseStrict(payload, into); err != nil {
+	if err := strict.Parse(payload, into); err != nil {
 		return nil, refused(object, "its payload cannot be parsed: %v", err)
 	}
 	return payload, nil

@@ -24,6 +24,7 @@ import (
 	"github.com/go-jose/go-jose/v4"
 
 	"github.com/kmehsm/kmehsm/internal/must"
+	"github.com/kmehsm/kmehsm/internal/pemkey"
 )
 
 // Our JWS, verified by nothing but its RFC: the header, the signed text and r || s.
@@ -96,7 +97,7 @@ func TestSuccession(t *testing.T) {
 			t.Errorf("%d: signed by %q, %v", i, by, err)
 		}
 	}
-	if s3.SigningKeyID() != thumbprint(&third.PublicKey) {
+	if s3.SigningKeyID() != pemkey.Thumbprint(&third.PublicKey) {
 		t.Error("the third key does not sign")
 	}
 	if _, err := NewVerifier(&second.PublicKey).Manifest("L1",
@@ -105,10 +106,10 @@ func TestSuccession(t *testing.T) {
 	}
 
 	jwk := func(k *ecdsa.PrivateKey) jose.JSONWebKey {
-		return jose.JSONWebKey{Key: k.Public(), KeyID: thumbprint(k.Public())}
+		return jose.JSONWebKey{Key: k.Public(), KeyID: pemkey.Thumbprint(k.Public())}
 	}
 	statement := func(by *ecdsa.PrivateKey, typ Type, payload any) string {
-		return string(sign(t, map[string]any{"alg": "ES256", "kid": thumbprint(by.Public()), "typ": string(typ)},
+		return string(sign(t, map[string]any{"alg": "ES256", "kid": pemkey.Thumbprint(by.Public()), "typ": string(typ)},
 			payload, es256(t, by)))
 	}
 	own := statement(key, TypeSuccession, Succession{s.KeyID(), 2, jwk(second)})
@@ -151,7 +152,8 @@ func TestSuccession(t *testing.T) {
 		"garbage":                     {[]string{"x"}, second, "compact JWS"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			header := map[string]any{"alg": "ES256", "kid": thumbprint(c.by.Public()), "typ": string(TypeManifest),
+			header := map[string]any{"alg": "ES256", "kid": pemkey.Thumbprint(c.by.Public()),
+				"typ":        string(TypeManifest),
 				"succession": c.chain}
 			if c.chain == nil {
 				delete(header, "succession")
@@ -262,7 +264,8 @@ func TestCompromisedStore(t *testing.T) {
 		"good": {signed, ""},
 		"a swapped key": {bytes.Join([][]byte{parts[0], bytes.Split(swapped, []byte("."))[1], parts[2]},
 			[]byte(".")), "does not verify"},
-		"another manufacturer's": {sign(t, with("kid", thumbprint(&intruder.PublicKey)), good, es256(t, intruder)),
+		"another manufacturer's": {sign(t, with("kid", pemkey.Thumbprint(&intruder.PublicKey)), good,
+			es256(t, intruder)),
 			"pinned"},
 		"another's under our name":  {sign(t, header, good, es256(t, intruder)), "does not verify"},
 		"truncated":                 {signed[:len(signed)-10], "does not verify"},

@@ -14,6 +14,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/directory/internal/flight"
 	"github.com/kmehsm/kmehsm/internal/panics"
+	"github.com/kmehsm/kmehsm/internal/strict"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -29,8 +30,8 @@ type Memory interface {
 
 // A ListMark says which list of revoked devices one is: of each version, a manufacturer publishes one.
 type ListMark struct {
-	Version int    `json:"version"`
-	SHA256  Base64 `json:"sha256"` // of its JWS
+	Version int           `json:"version"`
+	SHA256  strict.Base64 `json:"sha256"` // of its JWS
 }
 
 // A Why is what is wrong with a list of revoked devices.

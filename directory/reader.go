@@ -13,6 +13,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/directory/internal/flight"
 	"github.com/kmehsm/kmehsm/directory/internal/packed"
+	"github.com/kmehsm/kmehsm/internal/strict"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -118,7 +119,7 @@ func (r *Reader) ReadShard(ctx context.Context, m *Manifest, n int) (*Shard, err
 type Device struct {
 	Shard   int
 	Key     crypto.PublicKey // *ecdsa.PublicKey or *rsa.PublicKey, as the lot's suite has it: the one issued last
-	Package Base64           // SHA-256 of the injection package with that key
+	Package strict.Base64    // SHA-256 of the injection package with that key
 	Revoked *Revocation      // nil if it is not
 	History []Revocation     // how it came to that, in the order of time; none for most devices
 	Lot     *LotRevocation   // its whole lot is revoked, the last of its history; nil if it is not

@@ -9,11 +9,9 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sort"
-	"strings"
 	"time"
-	"unicode"
-	"unicode/utf8"
 
+	"github.com/kmehsm/kmehsm/internal/strict"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -62,7 +60,7 @@ func Reissue(ctx context.Context, store Store, s *Signer, m *Manifest, key Devic
 
 // RevokeLot revokes a whole lot, for good. A lot that is revoked stays as it is.
 func RevokeLot(ctx context.Context, store Store, s *Signer, m *Manifest, reason string, now time.Time) error {
-	reason, err := CheckReason(reason)
+	reason, err := strict.Reason(reason)
 	if err != nil {
 		return err
 	}
@@ -75,16 +73,6 @@ func CompleteRevocations(ctx context.Context, store Store, s *Signer, m *Manifes
 	return publishRevocations(ctx, store, s, m, revision{now: now, parts: parts})
 }
 
-// CheckReason gives a reason as it is published.
-func CheckReason(reason string) (string, error) {
-	reason = strings.TrimSpace(reason)
-	text := utf8.ValidString(reason) && !strings.ContainsFunc(reason, unicode.IsControl)
-	if reason == "" || len(reason) > 200 || !text {
-		return "", errors.New("the reason has 1 to 200 bytes of text, in one line")
-	}
-	return reason, nil
-}
-
 func revise(ctx context.Context, store Store, s *Signer, m *Manifest, entries []Revocation, now time.Time,
 	report func(done int)) error {
 	by := map[int][]Revocation{}
@@ -94,7 +82,7 @@ func revise(ctx context.Context, store Store, s *Signer, m *Manifest, entries []
 			return fmt.Errorf("IMEI %s is not in lot %s", e.IMEI, m.Lot)
 		}
 		var err error
-		if e.Reason, err = CheckReason(e.Reason); err != nil {
+		if e.Reason, err = strict.Reason(e.Reason); err != nil {
 			return err
 		}
 		e.Time = e.Time.UTC().Truncate(time.Second)

@@ -10,6 +10,7 @@ import (
 	"sort"
 	"time"
 
+	"github.com/kmehsm/kmehsm/internal/strict"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -60,10 +61,10 @@ type LotRevocation struct {
 // A RevocationRef is what a list says of one of its parts. The part that the store has is that one, or a later version:
 // a part is written before the list that names it.
 type RevocationRef struct {
-	Part    int    `json:"part"`
-	Version int    `json:"version"`
-	SHA256  Base64 `json:"sha256"`  // of the part's JWS
-	Revoked Base64 `json:"revoked"` // a bit for each device of the part; the first is the highest bit of the first byte
+	Part    int           `json:"part"`
+	Version int           `json:"version"`
+	SHA256  strict.Base64 `json:"sha256"`  // of the part's JWS
+	Revoked strict.Base64 `json:"revoked"` // a bit for each device of the part; the first is the first byte's highest
 }
 
 // A RevocationPart has the entries of the devices at revocationPart successive positions. The entries are in the order
@@ -78,11 +79,11 @@ type RevocationPart struct {
 // A Revocation is one device's. The key that the device had before is not to be trusted any more; with Key, the device
 // was issued that one instead, else it is not to be trusted at all.
 type Revocation struct {
-	IMEI    kme.IMEI   `json:"imei"`
-	Reason  string     `json:"reason"`
-	Time    time.Time  `json:"time"`
-	Key     *DeviceKey `json:"key,omitempty"`
-	Package Base64     `json:"package,omitempty"` // with Key: SHA-256 of the injection package that has the private key
+	IMEI    kme.IMEI      `json:"imei"`
+	Reason  string        `json:"reason"`
+	Time    time.Time     `json:"time"`
+	Key     *DeviceKey    `json:"key,omitempty"`
+	Package strict.Base64 `json:"package,omitempty"` // with Key: SHA-256 of its injection package
 }
 
 // revocationPart is how many devices share a part: what one more revocation rewrites is in proportion to it, and the
@@ -100,8 +101,8 @@ func (m *Manifest) RevocationParts() int {
 }
 
 // bitmap is one for the devices of a part, with no bit set.
-func (m *Manifest) bitmap(n int) Base64 {
-	return make(Base64, (min(revocationPart, m.Devices()-n*revocationPart)+7)/8)
+func (m *Manifest) bitmap(n int) strict.Base64 {
+	return make(strict.Base64, (min(revocationPart, m.Devices()-n*revocationPart)+7)/8)
 }
 
 // ref is what the list says of a part; nil if there is no such part.
@@ -204,7 +205,7 @@ func (p *RevocationPart) check(m *Manifest, n int) error {
 }
 
 // bitmap says which devices are revoked, as a RevocationRef has it.
-func (p *RevocationPart) bitmap(m *Manifest) Base64 {
+func (p *RevocationPart) bitmap(m *Manifest) strict.Base64 {
 	bits := m.bitmap(p.Part)
 	for _, e := range p.Revoked { // of the entries of one device, the last one counts
 		position, _ := m.Position(e.IMEI)

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/internal/must"
+	"github.com/kmehsm/kmehsm/internal/strict"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -153,7 +154,7 @@ func TestLargestObjects(t *testing.T) {
 	m := newMillion(t, s)
 	list := &Revocations{Lot: m.Lot, Version: 1_000_000}
 	for n := range m.RevocationParts() {
-		list.Parts = append(list.Parts, RevocationRef{n, 1_000_000, make(Base64, 32), m.bitmap(n)})
+		list.Parts = append(list.Parts, RevocationRef{n, 1_000_000, make(strict.Base64, 32), m.bitmap(n)})
 	}
 	if err := list.check(m); err != nil {
 		t.Error(err)
@@ -265,7 +266,7 @@ func refOf(t *testing.T, s *Signer, m *Manifest, jws []byte) RevocationRef {
 // Lists that the line would never sign.
 func TestRevocationsCheck(t *testing.T) {
 	m := newMillion(t, newSigner(t))
-	ref := func(n int) RevocationRef { return RevocationRef{n, 1, make(Base64, 32), m.bitmap(n)} }
+	ref := func(n int) RevocationRef { return RevocationRef{n, 1, make(strict.Base64, 32), m.bitmap(n)} }
 	for name, c := range map[string]struct {
 		change func(*Revocations)
 		good   bool

@@ -12,15 +12,16 @@ import (
 	"github.com/go-jose/go-jose/v4"
 
 	"github.com/kmehsm/kmehsm/directory/internal/packed"
+	"github.com/kmehsm/kmehsm/internal/strict"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
 // A Shard is the public keys of a lot's devices at successive positions: those of Manifest.ShardRange.
 type Shard struct {
-	Lot     string      `json:"lot"`
-	Number  int         `json:"shard"`
-	Package Base64      `json:"package"` // SHA-256 of the injection package that has the private keys
-	Keys    []DeviceKey `json:"keys"`    // makes the payload a JWK Set (RFC 7517 section 5)
+	Lot     string        `json:"lot"`
+	Number  int           `json:"shard"`
+	Package strict.Base64 `json:"package"` // SHA-256 of the injection package that has the private keys
+	Keys    []DeviceKey   `json:"keys"`    // makes the payload a JWK Set (RFC 7517 section 5)
 }
 
 // A DeviceKey is a device's public key, *ecdsa.PublicKey on P-256 or *rsa.PublicKey; in JSON a JWK whose kid is the
@@ -84,7 +85,7 @@ func (s *Shard) check(m *Manifest, n int) error {
 	return nil
 }
 
-func checkPackage(hash Base64) error {
+func checkPackage(hash strict.Base64) error {
 	if len(hash) != sha256.Size {
 		return fmt.Errorf("the SHA-256 of its injection package has %d bytes, not %d", len(hash), sha256.Size)
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/custody"
 	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/handover"
+	"github.com/kmehsm/kmehsm/internal/pemkey"
 	"github.com/kmehsm/kmehsm/internal/who"
 )
 
@@ -130,7 +131,7 @@ func EnrollOperator(ctx context.Context, tokenURI string, officer hsmkeys.PIN, o
 	name := func(manufacturer string) hsmkeys.Key { return kekOf(manufacturer, operator) }
 	done := func(kek hsmkeys.Key, wrapped []byte, s *directory.Signer) ([]byte, map[string]string, error) {
 		e := &handover.Enrolment{
-			Manufacturer: kek.Manufacturer, Operator: operator, TransportKey: directory.RSAThumbprint(transport),
+			Manufacturer: kek.Manufacturer, Operator: operator, TransportKey: pemkey.Thumbprint(transport),
 			KEK: kek.HexID(), Algorithm: handover.RSAOAEP, Wrapped: wrapped,
 		}
 		if err := e.Validate(); err != nil {
@@ -150,7 +151,7 @@ func EnrollFixture(ctx context.Context, tokenURI string, officer hsmkeys.PIN, fi
 	name := func(manufacturer string) hsmkeys.Key { return injectionKey(manufacturer, fixture) }
 	done := func(k hsmkeys.Key, wrapped []byte, s *directory.Signer) ([]byte, map[string]string, error) {
 		made := map[string]string{"fixture": fixture, "injection key": k.HexID(),
-			"fixture's key": directory.RSAThumbprint(key)}
+			"fixture's key": pemkey.Thumbprint(key)}
 		file, err := handover.NewFixtureEnrolment(fixture, k.HexID(), wrapped, s.Public()).Marshal()
 		return file, made, err
 	}

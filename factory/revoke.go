@@ -16,6 +16,7 @@ import (
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/handover"
+	"github.com/kmehsm/kmehsm/internal/strict"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -123,7 +124,7 @@ func (l *Line) Reissue(
 	if err != nil {
 		return "", err
 	}
-	if reason, err = directory.CheckReason(reason); err != nil {
+	if reason, err = strict.Reason(reason); err != nil {
 		return "", err
 	}
 	position, ok := m.Position(imei)

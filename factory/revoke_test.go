@@ -81,7 +81,8 @@ func TestReissue(t *testing.T) {
 		filepath.Join(out, "L1", handover.ReissueFile(imei, 2))); err != nil {
 		t.Fatal(err)
 	}
-	if v, err = inspect.Lot(t.Context(), line.store, line.verifier, "L1", out, nil); err != nil || len(v.Problems) != 2 {
+	v, err = inspect.Lot(t.Context(), line.store, line.verifier, "L1", out, nil)
+	if err != nil || len(v.Problems) != 2 {
 		t.Errorf("%+v, %v", v, err)
 	}
 	// What the line would never sign: another key than that of the package.

@@ -1,7 +1,6 @@
 package hsmkeys
 
 import (
-	"bytes"
 	"context"
 	"crypto/rsa"
 	"errors"
@@ -14,7 +13,6 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 	"github.com/kmehsm/kmehsm/internal/weakkey"
-	"github.com/kmehsm/kmehsm/kme"
 )
 
 // Storage and ledger key leave a token for another one, by RSA-OAEP under a key that the other one made (NewRestoreKey)
@@ -63,7 +61,7 @@ func (t *OperatorToken) CarryOut(ctx context.Context) ([]Carried, error) {
 			if c.Wrapped, err = s.Wrap(keyspec.OAEP, to, h, make([]byte, keyspec.WrappedRoom)); err != nil {
 				return nil, p11.Explain("wrap "+k.Label(), err)
 			}
-			if c.Check, err = checkValue(s, k, h); err != nil {
+			if c.Check, err = keyop.CheckValue(s, k, h); err != nil {
 				return nil, err
 			}
 			all = append(all, c)
@@ -82,31 +80,6 @@ func carriedKeys() func(func(Key) bool) {
 			keyspec.Storage.Generations()(yield)
 		}
 	}
-}
-
-// checkValue is the ledger key's tag of zeros, or a random KME under the storage key, which AES key wrap protects (RFC
-// 3394 section 2.2.3).
-func checkValue(s *p11.Session, k Key, h pkcs11.ObjectHandle) ([]byte, error) {
-	if k.Role == RoleLedger {
-		return keyop.HMAC(s, h, make([]byte, kme.SecretSize))
-	}
-	return keyop.Seal(s, k.Generation, h, kme.RandomSecret())
-}
-
-// isKey says whether a key does what its check value says.
-func isKey(s *p11.Session, h pkcs11.ObjectHandle, c Carried) (bool, error) {
-	if c.Key.Role == RoleLedger {
-		tag, err := keyop.HMAC(s, h, make([]byte, kme.SecretSize))
-		return bytes.Equal(tag, c.Check), err
-	}
-	if len(c.Check) != keyop.SealedSize || int(c.Check[0]) != c.Key.Generation {
-		return false, nil
-	}
-	opened, err := s.Unwrap(pkcs11.CKM_AES_KEY_WRAP, h, c.Check[1:], keyspec.UsableKME)
-	if err != nil {
-		return false, nil // tokens have several codes for it
-	}
-	return true, p11.Explain("drop an unsealed KME", s.Destroy(opened))
 }
 
 // NewRestoreKey makes an RSA-3072 key that receives another token's storage and ledger key. It is a transport key (see
@@ -147,7 +120,7 @@ func (t *OperatorToken) CarryIn(ctx context.Context, to *rsa.PublicKey, all []Ca
 			if err != nil {
 				return nil, err
 			}
-			if same, err := isKey(s, h, c); err != nil {
+			if same, err := keyop.Does(s, h, c.Key, c.Check); err != nil {
 				return nil, err
 			} else if !same {
 				return nil, fmt.Errorf("%s has another %s than the backup: restore to a token without keys", t,
@@ -166,7 +139,7 @@ func (t *OperatorToken) CarryIn(ctx context.Context, to *rsa.PublicKey, all []Ca
 			return nil, err
 		}
 		unwrap := func(c Carried, where p11.Attributes) (pkcs11.ObjectHandle, error) {
-			h, err := s.Unwrap(keyspec.OAEP, private, c.Wrapped, p11.Frozen(carriedTemplate(traits, c.Key), where))
+			h, err := s.Unwrap(keyspec.OAEP, private, c.Wrapped, p11.Frozen(keyspec.CarriedTemplate(traits, c.Key), where))
 			return h, p11.Explain("unwrap "+c.Key.Label()+": it was wrapped for another key, or damaged", err)
 		}
 		for _, c := range missing {
@@ -174,7 +147,7 @@ func (t *OperatorToken) CarryIn(ctx context.Context, to *rsa.PublicKey, all []Ca
 			if err != nil {
 				return nil, err
 			}
-			same, err := isKey(s, trial, c)
+			same, err := keyop.Does(s, trial, c.Key, c.Check)
 			if derr := s.Destroy(trial); err == nil {
 				err = p11.Explain("drop the trial key", derr)
 			}
@@ -195,14 +168,4 @@ func (t *OperatorToken) CarryIn(ctx context.Context, to *rsa.PublicKey, all []Ca
 		}
 		return taken, nil
 	})
-}
-
-// carriedTemplate is that of EnsureStorageKey and EnsureLedgerKey.
-func carriedTemplate(t keyspec.Traits, k Key) p11.Attributes {
-	template, kind := keyspec.LedgerTemplate(t), uint(pkcs11.CKK_GENERIC_SECRET)
-	if k.Role == RoleStorage {
-		template, kind = keyspec.StorageTemplate(t), pkcs11.CKK_AES
-	}
-	return p11.Join(p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY),
-		p11.Attr(pkcs11.CKA_KEY_TYPE, kind)}, template)
 }

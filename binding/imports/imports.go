@@ -14,6 +14,7 @@ import (
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/handover"
+	"github.com/kmehsm/kmehsm/internal/pemkey"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -96,7 +97,7 @@ func Enroll(ctx context.Context, token Token, registry binding.Registry, by Enro
 		return nil, err
 	}
 	at := slices.IndexFunc(transports, func(pub *rsa.PublicKey) bool {
-		return directory.RSAThumbprint(pub) == e.TransportKey
+		return pemkey.Thumbprint(pub) == e.TransportKey
 	})
 	if at < 0 {
 		return m, enrolledBefore(ctx, token, registry, manufacturers, m, &e, kek)

@@ -6,13 +6,13 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
-	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/strict"
 )
 
 // NewVerdict is a decision of now.
 func NewVerdict(withdrawn bool, by, reason string) (v binding.Verdict, err error) {
-	if reason, err = directory.CheckReason(reason); err != nil {
+	if reason, err = strict.Reason(reason); err != nil {
 		return v, err
 	}
 	return binding.Verdict{Withdrawn: withdrawn, By: by, Reason: reason,

@@ -11,8 +11,8 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
-	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/panics"
+	"github.com/kmehsm/kmehsm/internal/strict"
 )
 
 // A Token is an HSM that keeps the ledger's high-water mark, where whoever has the database does not reach it.
@@ -132,7 +132,7 @@ func set(ctx context.Context, token Token, m *binding.Mark, others [][]byte) err
 // Accept has the ledger accepted as it is, with a reason that it notes. It asks for agreement where there is something
 // to accept, and nowhere else.
 func Accept(ctx context.Context, store binding.Ledger, token Token, reason string, agreed func() error) error {
-	reason, err := directory.CheckReason(reason)
+	reason, err := strict.Reason(reason)
 	if err != nil {
 		return err
 	}

@@ -12,8 +12,8 @@ import (
 	"sync/atomic"
 
 	"github.com/kmehsm/kmehsm/binding"
-	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
+	"github.com/kmehsm/kmehsm/internal/strict"
 )
 
 func rolledBack(chain int64, head, seen binding.Head) error {
@@ -139,9 +139,9 @@ func (s *Store) Check(ctx context.Context, mark *binding.Mark) (*binding.Mark, e
 
 // An acceptance is the detail of an EventAccepted.
 type acceptance struct {
-	Reason string           `json:"reason"`
-	Had    int64            `json:"had"`    // entries, by the mark
-	Digest directory.Base64 `json:"digest"` // of the chain's entries before it, see verifyChain
+	Reason string        `json:"reason"`
+	Had    int64         `json:"had"`    // entries, by the mark
+	Digest strict.Base64 `json:"digest"` // of the chain's entries before it, see verifyChain
 }
 
 func (s *Store) Accept(ctx context.Context, mark *binding.Mark, reason string) (*binding.Mark, error) {

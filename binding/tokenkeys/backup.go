@@ -13,9 +13,10 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/mark"
-	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/handover"
+	"github.com/kmehsm/kmehsm/internal/pemkey"
+	"github.com/kmehsm/kmehsm/internal/strict"
 )
 
 // A backup carries a token's storage and ledger key to another token of the operator's, and how far the ledger had
@@ -31,10 +32,10 @@ type backup struct {
 }
 
 type backupKey struct {
-	Role       hsmkeys.Role     `json:"role"`
-	Generation int              `json:"generation,omitempty"`
-	Wrapped    directory.Base64 `json:"wrapped"`
-	Check      directory.Base64 `json:"check"` // see hsmkeys.Carried
+	Role       hsmkeys.Role  `json:"role"`
+	Generation int           `json:"generation,omitempty"`
+	Wrapped    strict.Base64 `json:"wrapped"`
+	Check      strict.Base64 `json:"check"` // see hsmkeys.Carried
 }
 
 const typeBackup = "kme-token-backup"
@@ -45,7 +46,7 @@ func NewBackup(
 ) (data []byte, thumbprint string, err error) {
 	b := backup{
 		Type: typeBackup, Token: token, Created: time.Now().UTC().Truncate(time.Second),
-		RestoreKey: directory.RSAThumbprint(to), Algorithm: handover.RSAOAEP, Mark: mark,
+		RestoreKey: pemkey.Thumbprint(to), Algorithm: handover.RSAOAEP, Mark: mark,
 	}
 	for _, k := range keys {
 		b.Keys = append(b.Keys, backupKey{Role: k.Key.Role, Generation: k.Key.Generation, Wrapped: k.Wrapped,
@@ -78,7 +79,7 @@ func Restore(ctx context.Context, token RestoreToken, data []byte, thumbprint st
 			"if it differs, do not use this file: it was swapped or damaged on its way", have, thumbprint)
 	}
 	var b backup
-	if err := directory.ParseStrict(data, &b); err != nil {
+	if err := strict.Parse(data, &b); err != nil {
 		return nil, fmt.Errorf("it is no backup, as keysvc backup create writes it: %w", err)
 	}
 	if b.Type != typeBackup || b.Algorithm != handover.RSAOAEP || len(b.Keys) == 0 {
@@ -99,7 +100,7 @@ func Restore(ctx context.Context, token RestoreToken, data []byte, thumbprint st
 	}
 	to := &rsa.PublicKey{}
 	if at := slices.IndexFunc(own, func(pub *rsa.PublicKey) bool {
-		return directory.RSAThumbprint(pub) == b.RestoreKey
+		return pemkey.Thumbprint(pub) == b.RestoreKey
 	}); at >= 0 {
 		to = own[at]
 	}

@@ -11,6 +11,7 @@ import (
 	"github.com/kmehsm/kmehsm/factory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/strict"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -51,7 +52,7 @@ func lotRefresh(c *cli.Context) error {
 }
 
 func lotRevoke(c *cli.Context) error {
-	if _, err := directory.CheckReason(c.String("reason")); err != nil {
+	if _, err := strict.Reason(c.String("reason")); err != nil {
 		return cmdline.Usage(err)
 	}
 	lot, reason, one := c.Args().First(), c.String("reason"), c.NArg() == 2

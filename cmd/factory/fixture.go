@@ -5,7 +5,6 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/factory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
@@ -47,6 +46,6 @@ func fixtureEnroll(c *cli.Context) error {
 	}, func(e *factory.Enrolled) (map[string]any, string) {
 		return map[string]any{"fixture": name, "injection_key": e.KeyID},
 			fmt.Sprintf("the injection key %s of fixture %s, wrapped to the fixture's key %s", e.KeyID, name,
-				directory.RSAThumbprint(key))
+				pemkey.Thumbprint(key))
 	})
 }

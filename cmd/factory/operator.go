@@ -6,11 +6,11 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/factory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/handover"
+	"github.com/kmehsm/kmehsm/internal/pemkey"
 	"github.com/kmehsm/kmehsm/policies"
 )
 
@@ -54,7 +54,7 @@ func operatorEnroll(c *cli.Context) error {
 		what := map[bool]string{true: "a new KEK", false: "the KEK made before"}[e.Created]
 		return map[string]any{"operator": name, "created": e.Created},
 			fmt.Sprintf("%s of operator %s, wrapped to transport key %s", what, name,
-				directory.RSAThumbprint(transport))
+				pemkey.Thumbprint(transport))
 	})
 }
 

@@ -17,6 +17,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/strict"
 	"github.com/kmehsm/kmehsm/internal/who"
 )
 
@@ -182,7 +183,7 @@ func (l Log) read() (digests []string, entries []Entry, err error) {
 	for in.Scan() {
 		n := len(digests) + 1
 		var e Entry
-		if err := directory.ParseStrict(in.Bytes(), &e); err != nil {
+		if err := strict.Parse(in.Bytes(), &e); err != nil {
 			return nil, nil, fmt.Errorf("line %d is no line of the log: %w", n, err)
 		}
 		if e.Seq != n || e.Previous != previous {

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/strict"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -81,7 +82,7 @@ func (d *Desk) Handler() http.Handler {
 			}
 			body, err := io.ReadAll(http.MaxBytesReader(nil, r.Body, 4096))
 			if err == nil {
-				err = directory.ParseStrict(body, &report)
+				err = strict.Parse(body, &report)
 			}
 			if err != nil {
 				return nil, badRequest{err}

@@ -88,6 +88,16 @@ func LedgerTemplate(t Traits) p11.Attributes {
 		p11.Use(p11.Usages, pkcs11.CKA_SIGN))
 }
 
+// CarriedTemplate is the storage or ledger key's where it comes from another token.
+func CarriedTemplate(t Traits, k Key) p11.Attributes {
+	template, kind := LedgerTemplate(t), uint(pkcs11.CKK_GENERIC_SECRET)
+	if k.Role == RoleStorage {
+		template, kind = StorageTemplate(t), pkcs11.CKK_AES
+	}
+	return p11.Join(p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY),
+		p11.Attr(pkcs11.CKA_KEY_TYPE, kind)}, template)
+}
+
 // Restored is what storage and ledger key have in common: what whoever unwraps them may not have otherwise.
 func Restored(t Traits) p11.Attributes {
 	return p11.Join(t.Leaves(), p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY)},

@@ -22,8 +22,8 @@ import (
 	"github.com/cloudflare/circl/group"
 	"github.com/cloudflare/circl/secretsharing"
 
-	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/strict"
 )
 
 // MaxShares bounds a split. A share is one line, and a terminal's line ends at 4095 bytes.
@@ -39,8 +39,8 @@ const size = 32
 // A Split is what all shares of a split have in common. It is public.
 type Split struct {
 	hsmkeys.Split
-	Token       string           // serial number of the token whose PIN it is
-	Commitments directory.Base64 // Threshold elements: to the coefficients of the polynomial, whose first is the secret
+	Token       string        // serial number of the token whose PIN it is
+	Commitments strict.Base64 // Threshold elements: to the coefficients of the polynomial, whose first is the secret
 }
 
 // id is the split's name, which depends on all that is in it.
@@ -76,14 +76,14 @@ func (s Share) Format(f fmt.State, _ rune) {
 
 // wire is a share as its custodian decrypts it: one line of JSON.
 type wire struct {
-	Type        string           `json:"typ"`
-	Token       string           `json:"token"`
-	Split       string           `json:"split"`
-	Index       int              `json:"index"`
-	Threshold   int              `json:"threshold"`
-	Count       int              `json:"count"`
-	Commitments directory.Base64 `json:"commitments"`
-	Value       directory.Base64 `json:"value"`
+	Type        string        `json:"typ"`
+	Token       string        `json:"token"`
+	Split       string        `json:"split"`
+	Index       int           `json:"index"`
+	Threshold   int           `json:"threshold"`
+	Count       int           `json:"count"`
+	Commitments strict.Base64 `json:"commitments"`
+	Value       strict.Base64 `json:"value"`
 }
 
 // New makes a new PIN for a token, and count shares, of which threshold have it. All are checked as those are that
@@ -163,7 +163,7 @@ func Parse(text []byte) (*Share, error) {
 		return nil, errors.New("the share is still encrypted: its custodian decrypts it with age -d -i KEYFILE FILE")
 	}
 	var w wire
-	if err := directory.ParseStrict(text, &w); err != nil || w.Type != shareType {
+	if err := strict.Parse(text, &w); err != nil || w.Type != shareType {
 		return nil, errors.New("it is no share: a share is the one line that age -d prints of a custodian's file")
 	}
 	if err := CheckSize(w.Threshold, w.Count); err != nil {

@@ -49,7 +49,7 @@ func served(t *testing.T) (service *binding.Service, lot *rsa.PublicKey, imei km
 	pem := must[[]byte](t)(pemkey.Encode(maker.Public()))
 	must[*binding.Manufacturer](t)(imports.Enroll(ctx, token, store,
 		imports.Enrolment{JWS: must[[]byte](t)(maker.Sign(handover.TypeEnrolment, &handover.Enrolment{
-			Manufacturer: maker.KeyID(), Operator: "op", TransportKey: directory.RSAThumbprint(transport), KEK: id,
+			Manufacturer: maker.KeyID(), Operator: "op", TransportKey: pemkey.Thumbprint(transport), KEK: id,
 			Algorithm: handover.RSAOAEP,
 			Wrapped:   must[[]byte](t)(rsa.EncryptOAEP(sha1.New(), rand.Reader, transport, kek, nil)),
 		})), PEM: pem, Thumbprint: maker.KeyID(), Directory: "file:/"}))

@@ -15,6 +15,8 @@ import (
 	"github.com/go-jose/go-jose/v4"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/pemkey"
+	"github.com/kmehsm/kmehsm/internal/strict"
 )
 
 // The types of the files that the manufacturer signs.
@@ -31,12 +33,12 @@ const (
 
 // An Enrolment carries an operator's KEK from a manufacturer to the operator, under the operator's transport key.
 type Enrolment struct {
-	Manufacturer string           `json:"manufacturer"`
-	Operator     string           `json:"operator"`
-	TransportKey string           `json:"transport_key"` // RFC 7638 thumbprint
-	KEK          string           `json:"kek"`           // the KEK's CKA_ID, hex
-	Algorithm    string           `json:"alg"`
-	Wrapped      directory.Base64 `json:"wrapped"`
+	Manufacturer string        `json:"manufacturer"`
+	Operator     string        `json:"operator"`
+	TransportKey string        `json:"transport_key"` // RFC 7638 thumbprint
+	KEK          string        `json:"kek"`           // the KEK's CKA_ID, hex
+	Algorithm    string        `json:"alg"`
+	Wrapped      strict.Base64 `json:"wrapped"`
 }
 
 // Validate refuses an enrolment that does not hold together.
@@ -52,12 +54,12 @@ func (e *Enrolment) Validate() error {
 
 // A Grant carries a lot's private key from a manufacturer to an operator, under the operator's KEK.
 type Grant struct {
-	Operator  string           `json:"operator"`
-	KEK       string           `json:"kek"` // the KEK's CKA_ID, hex
-	Lot       string           `json:"lot"`
-	Algorithm string           `json:"alg"`
-	Wrapped   directory.Base64 `json:"wrapped"`  // PKCS #8
-	Manifest  string           `json:"manifest"` // the lot's signed manifest, a compact JWS
+	Operator  string        `json:"operator"`
+	KEK       string        `json:"kek"` // the KEK's CKA_ID, hex
+	Lot       string        `json:"lot"`
+	Algorithm string        `json:"alg"`
+	Wrapped   strict.Base64 `json:"wrapped"`  // PKCS #8
+	Manifest  string        `json:"manifest"` // the lot's signed manifest, a compact JWS
 }
 
 // Validate refuses a grant that does not hold together.
@@ -111,7 +113,7 @@ func NewRestoreKey(pub *rsa.PublicKey, token string) ([]byte, error) {
 func newReceiver(typ string, pub *rsa.PublicKey, token string) ([]byte, error) {
 	return marshalFile(&TransportKey{
 		Type: typ, Token: token, Created: time.Now().UTC().Truncate(time.Second),
-		Key: jose.JSONWebKey{Key: pub, KeyID: directory.RSAThumbprint(pub), Use: "enc", Algorithm: RSAOAEP},
+		Key: jose.JSONWebKey{Key: pub, KeyID: pemkey.Thumbprint(pub), Use: "enc", Algorithm: RSAOAEP},
 	})
 }
 
@@ -128,12 +130,12 @@ func ParseRestoreKey(data []byte, thumbprint string) (*rsa.PublicKey, error) {
 
 func parseReceiver(typ, otherwise string, data []byte, thumbprint string) (*rsa.PublicKey, error) {
 	k := new(TransportKey)
-	if err := directory.ParseStrict(data, k); err != nil {
+	if err := strict.Parse(data, k); err != nil {
 		return nil, fmt.Errorf("%s: %w", otherwise, err)
 	}
 	pub, ok := k.Key.Key.(*rsa.PublicKey)
 	if k.Type != typ || !ok || k.Key.Use != "enc" || k.Key.Algorithm != RSAOAEP ||
-		k.Key.KeyID != directory.RSAThumbprint(pub) {
+		k.Key.KeyID != pemkey.Thumbprint(pub) {
 		return nil, errors.New(otherwise)
 	}
 	return pub, CheckThumbprint(k.Key.KeyID, thumbprint)
@@ -156,12 +158,12 @@ func marshalFile(v any) ([]byte, error) {
 // A FixtureEnrolment carries a fixture's injection key to it, under the fixture's RSA key, and the manufacturer's
 // public key, which vouches for the modulus that the fixture injects.
 type FixtureEnrolment struct {
-	Type         string           `json:"typ"` // TypeFixtureEnrolment
-	Fixture      string           `json:"fixture"`
-	KeyID        string           `json:"kid"` // the injection key's CKA_ID, hex
-	Algorithm    string           `json:"alg"`
-	Wrapped      directory.Base64 `json:"wrapped"`
-	Manufacturer jose.JSONWebKey  `json:"manufacturer"`
+	Type         string          `json:"typ"` // TypeFixtureEnrolment
+	Fixture      string          `json:"fixture"`
+	KeyID        string          `json:"kid"` // the injection key's CKA_ID, hex
+	Algorithm    string          `json:"alg"`
+	Wrapped      strict.Base64   `json:"wrapped"`
+	Manufacturer jose.JSONWebKey `json:"manufacturer"`
 }
 
 // NewFixtureEnrolment makes one of a key wrapped by RSA-OAEP.
@@ -178,7 +180,7 @@ func (e *FixtureEnrolment) Marshal() ([]byte, error) { return marshalFile(e) }
 // ParseFixtureEnrolment reads the file.
 func ParseFixtureEnrolment(data []byte) (*FixtureEnrolment, error) {
 	e := new(FixtureEnrolment)
-	if err := directory.ParseStrict(data, e); err != nil {
+	if err := strict.Parse(data, e); err != nil {
 		return nil, err
 	}
 	if e.Type != TypeFixtureEnrolment {

@@ -113,7 +113,7 @@ func TestPartiesFiles(t *testing.T) {
 	}
 	transport := &must.Get[*rsa.PrivateKey](t)(testkeys.RSA(2048)).PublicKey
 	file := must.Get[[]byte](t)(NewTransportKey(transport, "0123"))
-	if pub, err := ParseTransportKey(file, directory.RSAThumbprint(transport)); err != nil || !pub.Equal(transport) {
+	if pub, err := ParseTransportKey(file, pemkey.Thumbprint(transport)); err != nil || !pub.Equal(transport) {
 		t.Error(pub, err)
 	}
 	fixture := must.Get[[]byte](t)(pemkey.Encode(transport))
@@ -122,17 +122,17 @@ func TestPartiesFiles(t *testing.T) {
 		"a fixture's enrolment": string(data), "another type": strings.Replace(string(file), TypeTransportKey,
 			TypeFixtureEnrolment, 1),
 		"an unknown field": strings.Replace(string(file), `{`, `{"x":1,`, 1),
-		"another kid": strings.Replace(string(file), directory.RSAThumbprint(transport),
+		"another kid": strings.Replace(string(file), pemkey.Thumbprint(transport),
 			directory.NewVerifier(&key.PublicKey).KeyID(), 1),
 		"for signatures": strings.Replace(string(file), `"enc"`, `"sig"`, 1),
 		"for RSA1_5":     strings.Replace(string(file), `"RSA-OAEP"`, `"RSA1_5"`, 1),
 	} {
-		if _, err := ParseTransportKey([]byte(bad), directory.RSAThumbprint(transport)); err == nil {
+		if _, err := ParseTransportKey([]byte(bad), pemkey.Thumbprint(transport)); err == nil {
 			t.Errorf("a transport key, %s: accepted", name)
 		}
 	}
 	for _, readOut := range []string{"", directory.NewVerifier(&key.PublicKey).KeyID(),
-		directory.RSAThumbprint(transport) + "A"} {
+		pemkey.Thumbprint(transport) + "A"} {
 		if _, err := ParseTransportKey(file, readOut); err == nil ||
 			!strings.Contains(err.Error(), "read it out again") {
 			t.Errorf("thumbprint %q: %v", readOut, err)

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/strict"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -28,9 +29,9 @@ type InjectionLine struct {
 
 // A WrappedKey is a device's private key, PKCS #8, under the injection key.
 type WrappedKey struct {
-	Algorithm string           `json:"alg"`
-	KeyID     string           `json:"kid"` // the injection key's CKA_ID, hex
-	Wrapped   directory.Base64 `json:"wrapped"`
+	Algorithm string        `json:"alg"`
+	KeyID     string        `json:"kid"` // the injection key's CKA_ID, hex
+	Wrapped   strict.Base64 `json:"wrapped"`
 }
 
 // NewInjectionLine makes a device's line.
@@ -81,7 +82,7 @@ func ReadInjection(r io.Reader) iter.Seq2[InjectionLine, error] {
 }
 
 func parseInjection(data []byte) (line InjectionLine, err error) {
-	if err := directory.ParseStrict(data, &line); err != nil {
+	if err := strict.Parse(data, &line); err != nil {
 		return line, err
 	}
 	switch {

@@ -11,11 +11,11 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding/mark"
 	"github.com/kmehsm/kmehsm/binding/tokenkeys"
-	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/handover"
+	"github.com/kmehsm/kmehsm/internal/pemkey"
 )
 
 // WithToken runs f with the operator's token that a URI names.
@@ -81,7 +81,7 @@ func checkSpent(ctx context.Context, token *hsmkeys.OperatorToken, path string) 
 			return err
 		}
 		if slices.ContainsFunc(keys, func(pub *rsa.PublicKey) bool {
-			return directory.RSAThumbprint(pub) == k.Key.KeyID
+			return pemkey.Thumbprint(pub) == k.Key.KeyID
 		}) {
 			return fmt.Errorf("%w; its key %s still waits for what it is to receive", taken, k.Key.KeyID)
 		}
@@ -102,7 +102,7 @@ func handOut(ctx context.Context, pub *rsa.PublicKey, path string, data []byte, 
 	if err != nil {
 		return "", fmt.Errorf("the file cannot be written: %w", errors.Join(err, destroy(ctx, pub)))
 	}
-	return directory.RSAThumbprint(pub), nil
+	return pemkey.Thumbprint(pub), nil
 }
 
 // WriteFile writes a file for another party that is not there yet, and makes its folder.
@@ -118,7 +118,7 @@ func TransportKeys(ctx context.Context, token *hsmkeys.OperatorToken) (map[strin
 	keys, err := token.TransportKeys(ctx)
 	all := map[string]*rsa.PublicKey{}
 	for _, pub := range keys {
-		all[directory.RSAThumbprint(pub)] = pub
+		all[pemkey.Thumbprint(pub)] = pub
 	}
 	return all, err
 }

@@ -1,15 +1,20 @@
-// Package pemkey reads and writes public keys as PEM files of type PUBLIC KEY (SubjectPublicKeyInfo, RFC 5280).
+// Package pemkey reads and writes public keys as PEM files of type PUBLIC KEY (SubjectPublicKeyInfo, RFC 5280), and
+// names them.
 package pemkey
 
 import (
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rsa"
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"strings"
+
+	"github.com/go-jose/go-jose/v4"
 )
 
 // Encode is a public key as PEM.
@@ -19,6 +24,15 @@ func Encode(pub any) ([]byte, error) {
 		return nil, err
 	}
 	return pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}), nil
+}
+
+// Thumbprint names a public key by RFC 7638: SHA-256, base64url. It is empty for other keys than EC and RSA.
+func Thumbprint(pub any) string {
+	t, err := (&jose.JSONWebKey{Key: pub}).Thumbprint(crypto.SHA256)
+	if err != nil {
+		return ""
+	}
+	return base64.RawURLEncoding.EncodeToString(t)
 }
 
 // RSA reads an RSA public key.

@@ -15,7 +15,6 @@ import (
 
 	_ "github.com/mattn/go-sqlite3"
 
-	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/faultmodule"
 	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
@@ -129,7 +128,7 @@ func attackDemo(t *testing.T, w *world, dir string) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		thumbprint := directory.RSAThumbprint(key)
+		thumbprint := pemkey.Thumbprint(key)
 		for name, c := range map[string]struct{ path, thumbprint, want string }{
 			"the bare key":                      {"var/demo/fixture.pem", thumbprint, "no transport key"},
 			"its enrolment":                     {"var/demo/fixture-enrolment.json", thumbprint, "no transport key"},

@@ -14,7 +14,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/strict"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -127,8 +127,8 @@ func cutLast(s, sep string) (before, after string, found bool) {
 }
 
 func (w *world) manifest(lot string) (m struct {
-	Suite kme.Suite        `json:"suite"`
-	N     directory.Base64 `json:"n"`
+	Suite kme.Suite     `json:"suite"`
+	N     strict.Base64 `json:"n"`
 }) {
 	w.t.Helper()
 	parts := strings.Split(string(w.readFile("injection/"+lot+"/manifest.jws")), ".")

@@ -30,9 +30,9 @@ import (
 
 	"github.com/tink-crypto/tink-go/v2/kwp/subtle"
 
-	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/programs"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/internal/strict"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
@@ -226,7 +226,7 @@ type device struct {
 // injectionKey opens the fixture's enrolment.
 func (w *world) injectionKey() []byte {
 	w.t.Helper()
-	var enrolment struct{ Wrapped directory.Base64 }
+	var enrolment struct{ Wrapped strict.Base64 }
 	w.readJSON("fixture.json", &enrolment)
 	block, _ := pem.Decode(w.readFile("fixture.key"))
 	fixture, err := x509.ParsePKCS8PrivateKey(block.Bytes)
@@ -263,7 +263,7 @@ type injectionLine struct {
 	PublicKey map[string]string `json:"public_key"`
 	DeviceKey struct {
 		Alg, Kid string
-		Wrapped  directory.Base64
+		Wrapped  strict.Base64
 	} `json:"device_key"`
 }
 
