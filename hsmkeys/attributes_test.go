@@ -16,6 +16,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 	"github.com/kmehsm/kmehsm/internal/panics"
@@ -33,12 +34,12 @@ func trueAttributes(t *testing.T, token holder, h pkcs11.ObjectHandle) string {
 	for _, e := range readBack {
 		err := token.held().hsm.With(t.Context(), "test", func(s *p11.Session) error {
 			a, err := s.Get(h, e.typ)
-			if err == nil && p11.IsTrue(a[0]) {
+			if err == nil && ck.IsTrue(a[0]) {
 				is = append(is, e.name)
 			}
 			return err
 		})
-		if err != nil && !p11.IsCKR(err, pkcs11.CKR_ATTRIBUTE_TYPE_INVALID) {
+		if err != nil && !ck.IsCKR(err, pkcs11.CKR_ATTRIBUTE_TYPE_INVALID) {
 			t.Fatalf("%s: %v", e.name, err)
 		}
 	}
@@ -103,17 +104,17 @@ func TestAttributes(t *testing.T) {
 					_, err := s.Get(h, typ)
 					return err
 				})
-				if !p11.IsCKR(err, pkcs11.CKR_ATTRIBUTE_SENSITIVE) {
+				if !ck.IsCKR(err, pkcs11.CKR_ATTRIBUTE_SENSITIVE) {
 					t.Errorf("attribute 0x%X: %v", typ, err)
 				}
 			}
 			// The lot key may be sealed, so it may be changed; the token still holds what matters about it.
-			changes := []p11.Attributes{{p11.Attr(pkcs11.CKA_SENSITIVE, false)},
-				{p11.Attr(pkcs11.CKA_WRAP_WITH_TRUSTED, false)}}
+			changes := []ck.Attributes{{ck.Attr(pkcs11.CKA_SENSITIVE, false)},
+				{ck.Attr(pkcs11.CKA_WRAP_WITH_TRUSTED, false)}}
 			if c.name != "lot key" {
-				changes = append(changes, p11.Attributes{p11.Attr(pkcs11.CKA_DECRYPT, true)},
-					p11.Attributes{p11.Attr(pkcs11.CKA_EXTRACTABLE, true)},
-					p11.Attributes{p11.Attr(pkcs11.CKA_SIGN, true)})
+				changes = append(changes, ck.Attributes{ck.Attr(pkcs11.CKA_DECRYPT, true)},
+					ck.Attributes{ck.Attr(pkcs11.CKA_EXTRACTABLE, true)},
+					ck.Attributes{ck.Attr(pkcs11.CKA_SIGN, true)})
 			}
 			for _, change := range changes {
 				err := c.token.hsm.With(ctx, "test", func(s *p11.Session) error {
@@ -124,7 +125,7 @@ func TestAttributes(t *testing.T) {
 				}
 			}
 			err := c.token.hsm.With(ctx, "test", func(s *p11.Session) error {
-				_, err := s.Copy(h, p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, false)})
+				_, err := s.Copy(h, ck.Attributes{ck.Attr(pkcs11.CKA_TOKEN, false)})
 				return err
 			})
 			if err == nil {
@@ -144,7 +145,7 @@ func TestTemplateRoom(t *testing.T) {
 	}
 	storage := token.mustFind(t, pkcs11.CKO_SECRET_KEY, keyspec.Storage)
 	// fill repeats one attribute of a template until there are n.
-	fill := func(a p11.Attributes, n int) p11.Attributes {
+	fill := func(a ck.Attributes, n int) ck.Attributes {
 		for a = slices.Clone(a); len(a) < n; {
 			a = append(a, a[len(a)-1])
 		}

@@ -9,6 +9,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyop"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
@@ -26,8 +27,8 @@ func TakeRecipient(ctx context.Context, tokenURI string, officer PIN, to *rsa.Pu
 		return err
 	}
 	// By class and WRAP_WITH_TRUSTED: SoftHSM compares no byte strings with those of PRIVATE objects, as CKA_ID is.
-	wraps := p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY),
-		p11.Attr(pkcs11.CKA_WRAP_WITH_TRUSTED, true)}
+	wraps := ck.Attributes{ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY),
+		ck.Attr(pkcs11.CKA_WRAP_WITH_TRUSTED, true)}
 	return asOfficer(tokenURI, officer, func(b *base) error {
 		return b.takeRecipient(ctx, Operator, keyspec.Backup, to, wraps)
 	})
@@ -138,12 +139,13 @@ func (t *OperatorToken) CarryIn(ctx context.Context, to *rsa.PublicKey, all []Ca
 		if err != nil {
 			return nil, err
 		}
-		unwrap := func(c Carried, where p11.Attributes) (pkcs11.ObjectHandle, error) {
-			h, err := s.Unwrap(keyspec.OAEP, private, c.Wrapped, p11.Frozen(keyspec.CarriedTemplate(traits, c.Key), where))
+		unwrap := func(c Carried, where ck.Attributes) (pkcs11.ObjectHandle, error) {
+			h, err := s.Unwrap(keyspec.OAEP, private, c.Wrapped,
+				ck.Frozen(keyspec.CarriedTemplate(traits, c.Key), where))
 			return h, p11.Explain("unwrap "+c.Key.Label()+": it was wrapped for another key, or damaged", err)
 		}
 		for _, c := range missing {
-			trial, err := unwrap(c, p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, false)})
+			trial, err := unwrap(c, ck.Attributes{ck.Attr(pkcs11.CKA_TOKEN, false)})
 			if err != nil {
 				return nil, err
 			}

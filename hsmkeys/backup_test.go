@@ -12,6 +12,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
@@ -75,7 +76,7 @@ func TestBackup(t *testing.T) {
 				return err
 			}
 			h, err := s.Generate(pkcs11.CKM_AES_KEY_GEN,
-				p11.Join(keyspec.SealableKME, p11.Attributes{p11.Attr(pkcs11.CKA_VALUE_LEN, 32)}))
+				ck.Join(keyspec.SealableKME, ck.Attributes{ck.Attr(pkcs11.CKA_VALUE_LEN, 32)}))
 			if err != nil {
 				return err
 			}
@@ -83,8 +84,8 @@ func TestBackup(t *testing.T) {
 				t.Error("another key leaves under the recipient of a backup")
 			}
 			own, _, err := s.GeneratePair(pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN,
-				p11.Join(keyspec.RSAPublic(3072), p11.Attributes{p11.Attr(pkcs11.CKA_WRAP, true)}),
-				p11.Join(p11.Guarded(false), p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, false)}))
+				ck.Join(keyspec.RSAPublic(3072), ck.Attributes{ck.Attr(pkcs11.CKA_WRAP, true)}),
+				ck.Join(ck.Guarded(false), ck.Attributes{ck.Attr(pkcs11.CKA_TOKEN, false)}))
 			if err != nil {
 				return err
 			}
@@ -93,7 +94,7 @@ func TestBackup(t *testing.T) {
 				if err != nil {
 					return err
 				}
-				if _, err := s.Wrap(keyspec.OAEP, own, h, make([]byte, keyspec.WrappedRoom)); !p11.IsCKR(err,
+				if _, err := s.Wrap(keyspec.OAEP, own, h, make([]byte, keyspec.WrappedRoom)); !ck.IsCKR(err,
 					pkcs11.CKR_KEY_NOT_WRAPPABLE) {
 					t.Errorf("%s leaves under a key of the user's: %v", k, err)
 				}
@@ -174,7 +175,7 @@ func TestBackup(t *testing.T) {
 			return err
 		}
 		if _, err := s.Unwrap(pkcs11.CKM_AES_KEY_WRAP, h, sealed[1:],
-			p11.With(keyspec.UsableKME, p11.Attr(pkcs11.CKA_SENSITIVE, false))); err == nil {
+			ck.With(keyspec.UsableKME, ck.Attr(pkcs11.CKA_SENSITIVE, false))); err == nil {
 			t.Error("a KME is unwrapped in the restored token as one that can be read")
 		}
 		return nil
@@ -194,17 +195,17 @@ func TestBackup(t *testing.T) {
 // checkSameAttributes compares what says who may do what with a key.
 func checkSameAttributes(t *testing.T, a, b *OperatorToken, k Key) {
 	t.Helper()
-	types := append(slices.Clone(p11.Usages), pkcs11.CKA_TOKEN, pkcs11.CKA_PRIVATE, pkcs11.CKA_SENSITIVE,
+	types := append(slices.Clone(ck.Usages), pkcs11.CKA_TOKEN, pkcs11.CKA_PRIVATE, pkcs11.CKA_SENSITIVE,
 		pkcs11.CKA_EXTRACTABLE, pkcs11.CKA_WRAP_WITH_TRUSTED,
 		pkcs11.CKA_TRUSTED, pkcs11.CKA_COPYABLE, pkcs11.CKA_MODIFIABLE, pkcs11.CKA_LABEL, pkcs11.CKA_KEY_TYPE)
-	read := func(token *OperatorToken) (out p11.Attributes) {
+	read := func(token *OperatorToken) (out ck.Attributes) {
 		if err := token.hsm.With(context.Background(), "test", func(s *p11.Session) error {
 			h, err := token.find(s, pkcs11.CKO_SECRET_KEY, k)
 			if err != nil {
 				return err
 			}
 			for _, typ := range types {
-				out = append(out, p11.Attr(typ, nil))
+				out = append(out, ck.Attr(typ, nil))
 			}
 			out, err = s.Ctx.GetAttributeValue(s.ID, h, out)
 			return err
@@ -292,7 +293,7 @@ func TestRotation(t *testing.T) {
 		// Nothing is left that could do it again.
 		if err := token.hsm.With(ctx, "test", func(s *p11.Session) error {
 			for _, class := range []uint{pkcs11.CKO_PUBLIC_KEY, pkcs11.CKO_PRIVATE_KEY} {
-				if left, err := s.Find(p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, class)}); err != nil || len(left) > 0 {
+				if left, err := s.Find(ck.Attributes{ck.Attr(pkcs11.CKA_CLASS, class)}); err != nil || len(left) > 0 {
 					t.Errorf("%d keys of class %d are left, error %v", len(left), class, err)
 				}
 			}

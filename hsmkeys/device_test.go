@@ -14,7 +14,7 @@ import (
 	"github.com/miekg/pkcs11"
 	"github.com/tink-crypto/tink-go/v2/kwp/subtle"
 
-	"github.com/kmehsm/kmehsm/hsmkeys/p11"
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -46,7 +46,7 @@ func TestDeviceKey(t *testing.T) {
 			seen[string(spki)] = true
 		}
 	}
-	if n := countObjects(t, factory, p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, false)}); n != 0 {
+	if n := countObjects(t, factory, ck.Attributes{ck.Attr(pkcs11.CKA_TOKEN, false)}); n != 0 {
 		t.Errorf("%d session objects are left", n)
 	}
 }

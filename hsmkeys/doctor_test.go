@@ -9,6 +9,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
@@ -110,10 +111,10 @@ func TestDoctorFindsStrangers(t *testing.T) {
 	factory := must[*FactoryToken](t)(OpenFactory(ctx, tok.URI, Options{}))
 	must[bool](t)(factory.Dedicate(ctx, Dedication{Side: Factory}))
 	must[bool](t)(factory.EnsureSigningKey(ctx, testSigning))
-	put := func(token holder, parts ...p11.Attributes) {
+	put := func(token holder, parts ...ck.Attributes) {
 		t.Helper()
 		if err := token.held().hsm.With(ctx, "test", func(s *p11.Session) error {
-			_, err := s.Create(p11.Join(parts...))
+			_, err := s.Create(ck.Join(parts...))
 			return err
 		}); err != nil {
 			t.Fatal(err)
@@ -124,23 +125,23 @@ func TestDoctorFindsStrangers(t *testing.T) {
 	lot := func(name string) Key { return Key{Role: RoleLot, Manufacturer: manufacturer, Name: name} }
 	known := must[*rsa.PrivateKey](t)(testkeys.RSA(2048))
 	value := rsaPrivate(known)
-	put(factory, p11.With(p11.Join(keyspec.Named(lot("known")), keyspec.Lot), p11.Attr(pkcs11.CKA_TOKEN, true)), value)
-	put(factory, p11.With(p11.Join(keyspec.Named(lot("signs")), keyspec.Lot), p11.Attr(pkcs11.CKA_SIGN, true)), value)
-	put(factory, p11.With(p11.Join(keyspec.Named(lot("leaves")), keyspec.Lot),
-		p11.Attr(pkcs11.CKA_WRAP_WITH_TRUSTED, false)), value)
-	put(factory, p11.With(p11.Join(keyspec.Named(lot("readable")), keyspec.Lot), p11.Attr(pkcs11.CKA_SENSITIVE, false)),
+	put(factory, ck.With(ck.Join(keyspec.Named(lot("known")), keyspec.Lot), ck.Attr(pkcs11.CKA_TOKEN, true)), value)
+	put(factory, ck.With(ck.Join(keyspec.Named(lot("signs")), keyspec.Lot), ck.Attr(pkcs11.CKA_SIGN, true)), value)
+	put(factory, ck.With(ck.Join(keyspec.Named(lot("leaves")), keyspec.Lot),
+		ck.Attr(pkcs11.CKA_WRAP_WITH_TRUSTED, false)), value)
+	put(factory, ck.With(ck.Join(keyspec.Named(lot("readable")), keyspec.Lot), ck.Attr(pkcs11.CKA_SENSITIVE, false)),
 		value)
-	secret := p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY),
-		p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES), p11.Attr(pkcs11.CKA_VALUE, make([]byte, 32))}
-	put(factory, secret, keyspec.Named(keyspec.Storage), p11.Guarded(false), p11.Use(p11.Usages, pkcs11.CKA_WRAP))
+	secret := ck.Attributes{ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY),
+		ck.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES), ck.Attr(pkcs11.CKA_VALUE, make([]byte, 32))}
+	put(factory, secret, keyspec.Named(keyspec.Storage), ck.Guarded(false), ck.Use(ck.Usages, pkcs11.CKA_WRAP))
 	if err := factory.Close(); err != nil {
 		t.Fatal(err)
 	}
 	// The security officer makes any key TRUSTED: one of their own, and one with our label that wraps everything.
 	err := asOfficer(tok.URI, PIN(tok.SOPIN), func(officer *base) error {
-		trusted := p11.Attributes{p11.Attr(pkcs11.CKA_TRUSTED, true)}
+		trusted := ck.Attributes{ck.Attr(pkcs11.CKA_TRUSTED, true)}
 		put(officer, keyspec.Wrapping(&fixtureKey().PublicKey), trusted,
-			p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, true), p11.Attr(pkcs11.CKA_LABEL, "kme fixture f9")})
+			ck.Attributes{ck.Attr(pkcs11.CKA_TOKEN, true), ck.Attr(pkcs11.CKA_LABEL, "kme fixture f9")})
 		put(officer, keyspec.Wrapping(&fixtureKey().PublicKey), trusted,
 			keyspec.Named(keyspec.Recipient(testInjection)))
 		return nil

@@ -7,6 +7,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 	"github.com/kmehsm/kmehsm/internal/weakkey"
@@ -30,9 +31,9 @@ func EnrollKey(ctx context.Context, tokenURI string, officer PIN, k Key, to *rsa
 	if k.Role == RoleInjection {
 		wraps = keyspec.DeviceKeys
 	}
-	template := p11.Join(p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, false), p11.Attr(pkcs11.CKA_TRUSTED, true)},
+	template := ck.Join(ck.Attributes{ck.Attr(pkcs11.CKA_PRIVATE, false), ck.Attr(pkcs11.CKA_TRUSTED, true)},
 		keyspec.LeavesUnderTrusted,
-		p11.Use(p11.Usages, pkcs11.CKA_WRAP), p11.Nested(pkcs11.CKA_WRAP_TEMPLATE, wraps))
+		ck.Use(ck.Usages, pkcs11.CKA_WRAP), ck.Nested(pkcs11.CKA_WRAP_TEMPLATE, wraps))
 	err = asOfficer(tokenURI, officer, func(b *base) error {
 		if err := b.checkRecipient(ctx, keyspec.Recipient(k), to); err != nil {
 			return err
@@ -41,30 +42,30 @@ func EnrollKey(ctx context.Context, tokenURI string, officer PIN, k Key, to *rsa
 			return err
 		}
 		return b.takeRecipient(ctx, Factory, keyspec.Recipient(k), to,
-			p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), p11.Attr(pkcs11.CKA_ID, k.ID())})
+			ck.Attributes{ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), ck.Attr(pkcs11.CKA_ID, k.ID())})
 	})
 	return created, err
 }
 
 // takeRecipient takes in an RSA key that wraps nothing but what fits a template, in the place of the one that was
 // there: of an earlier enrolment, or of a run that was interrupted. The security officer is logged in.
-func (b *base) takeRecipient(ctx context.Context, side Side, r Key, to *rsa.PublicKey, wraps p11.Attributes) error {
+func (b *base) takeRecipient(ctx context.Context, side Side, r Key, to *rsa.PublicKey, wraps ck.Attributes) error {
 	_, err := doAs(ctx, b, side, "take in a key that receives", func(s *p11.Session) (none struct{}, err error) {
 		if err := b.destroy(s, pkcs11.CKO_PUBLIC_KEY, r); err != nil {
 			return none, err
 		}
-		_, err = s.Create(p11.Frozen(keyspec.Named(r), keyspec.Wrapping(to),
-			p11.Attributes{p11.Attr(pkcs11.CKA_TRUSTED, true)},
-			p11.Nested(pkcs11.CKA_WRAP_TEMPLATE, wraps)))
+		_, err = s.Create(ck.Frozen(keyspec.Named(r), keyspec.Wrapping(to),
+			ck.Attributes{ck.Attr(pkcs11.CKA_TRUSTED, true)},
+			ck.Nested(pkcs11.CKA_WRAP_TEMPLATE, wraps)))
 		return none, p11.Explain("take the key that receives into the token", err)
 	})
 	return err
 }
 
 // receives are the RSA keys that the security officer took in.
-var receives = p11.Attributes{
-	p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), p11.Attr(pkcs11.CKA_TOKEN, true),
-	p11.Attr(pkcs11.CKA_TRUSTED, true),
+var receives = ck.Attributes{
+	ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), ck.Attr(pkcs11.CKA_TOKEN, true),
+	ck.Attr(pkcs11.CKA_TRUSTED, true),
 }
 
 // checkRecipient refuses a key that is enrolled already for somebody else: a fixture's is never an operator's.

@@ -15,6 +15,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyop"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
@@ -49,13 +50,13 @@ func TestUnwrapTemplates(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	here := p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, false)}
+	here := ck.Attributes{ck.Attr(pkcs11.CKA_TOKEN, false)}
 	for _, target := range []struct {
 		name      string
 		mechanism uint
 		key       pkcs11.ObjectHandle
 		wrapped   []byte
-		ours      p11.Attributes
+		ours      ck.Attributes
 	}{
 		{"a lot key", operator.hsm.KWP(), operator.mustFind(t, pkcs11.CKO_SECRET_KEY, testKEK), grant,
 			keyspec.ImportedLot},
@@ -65,23 +66,23 @@ func TestUnwrapTemplates(t *testing.T) {
 	} {
 		for _, try := range []struct {
 			name     string
-			template p11.Attributes
+			template ck.Attributes
 			works    bool
 		}{
 			{"as it should be", target.ours, true},
-			{"that can be read", p11.With(target.ours, p11.Attr(pkcs11.CKA_SENSITIVE, false)), false},
-			{"that can be extracted", p11.With(target.ours, p11.Attr(pkcs11.CKA_EXTRACTABLE, true)), false},
-			{"both", p11.With(target.ours, p11.Attr(pkcs11.CKA_SENSITIVE, false),
-				p11.Attr(pkcs11.CKA_EXTRACTABLE, true)), false},
-			{"for nothing said", p11.Without(target.ours, pkcs11.CKA_SENSITIVE, pkcs11.CKA_EXTRACTABLE), false},
-			{"that signs", p11.With(target.ours, p11.Attr(pkcs11.CKA_SIGN, true)), false},
-			{"that derives", p11.With(target.ours, p11.Attr(pkcs11.CKA_DERIVE, true)), false},
-			{"as a generic secret", p11.With(target.ours, p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY),
-				p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_GENERIC_SECRET)), false},
+			{"that can be read", ck.With(target.ours, ck.Attr(pkcs11.CKA_SENSITIVE, false)), false},
+			{"that can be extracted", ck.With(target.ours, ck.Attr(pkcs11.CKA_EXTRACTABLE, true)), false},
+			{"both", ck.With(target.ours, ck.Attr(pkcs11.CKA_SENSITIVE, false),
+				ck.Attr(pkcs11.CKA_EXTRACTABLE, true)), false},
+			{"for nothing said", ck.Without(target.ours, pkcs11.CKA_SENSITIVE, pkcs11.CKA_EXTRACTABLE), false},
+			{"that signs", ck.With(target.ours, ck.Attr(pkcs11.CKA_SIGN, true)), false},
+			{"that derives", ck.With(target.ours, ck.Attr(pkcs11.CKA_DERIVE, true)), false},
+			{"as a generic secret", ck.With(target.ours, ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY),
+				ck.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_GENERIC_SECRET)), false},
 		} {
 			t.Run(target.name+" "+try.name, func(t *testing.T) {
 				err := operator.hsm.With(ctx, "test", func(s *p11.Session) error {
-					h, err := s.Unwrap(target.mechanism, target.key, target.wrapped, p11.Join(try.template, here))
+					h, err := s.Unwrap(target.mechanism, target.key, target.wrapped, ck.Join(try.template, here))
 					if err == nil {
 						err = s.Destroy(h)
 					}
@@ -141,14 +142,14 @@ func TestWhatLeavesTheFactory(t *testing.T) {
 			_, err := s.Wrap(c.mechanism, c.wrapping, c.key, make([]byte, keyspec.WrappedRoom))
 			return err
 		})
-		if c.works != (err == nil) || err != nil && !p11.IsCKR(err, pkcs11.CKR_KEY_NOT_WRAPPABLE) {
+		if c.works != (err == nil) || err != nil && !ck.IsCKR(err, pkcs11.CKR_KEY_NOT_WRAPPABLE) {
 			t.Errorf("%s under %s: %v", c.what, c.under, err)
 		}
 	}
 	// Nor does the user make keys that are taken for others.
 	err := factory.hsm.With(ctx, "test", func(s *p11.Session) error {
-		_, err := s.Create(p11.Join(keyspec.Wrapping(&fixtureKey().PublicKey),
-			p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, false), p11.Attr(pkcs11.CKA_TRUSTED, true)}))
+		_, err := s.Create(ck.Join(keyspec.Wrapping(&fixtureKey().PublicKey),
+			ck.Attributes{ck.Attr(pkcs11.CKA_TOKEN, false), ck.Attr(pkcs11.CKA_TRUSTED, true)}))
 		return err
 	})
 	if err == nil {
@@ -262,11 +263,11 @@ func TestSides(t *testing.T) {
 	// What a token is for stands for ever, and so does what was accepted with it.
 	for _, token := range []*base{operator.base, factory.base} {
 		err := token.hsm.With(ctx, "test", func(s *p11.Session) error {
-			found, err := s.Find(p11.Attributes{p11.Attr(pkcs11.CKA_LABEL, keyspec.DedicationLabel)})
+			found, err := s.Find(ck.Attributes{ck.Attr(pkcs11.CKA_LABEL, keyspec.DedicationLabel)})
 			if err != nil || len(found) != 1 {
 				t.Fatal(found, err)
 			}
-			if err := s.Set(found[0], p11.Attr(pkcs11.CKA_APPLICATION, "{}")); err == nil {
+			if err := s.Set(found[0], ck.Attr(pkcs11.CKA_APPLICATION, "{}")); err == nil {
 				t.Error("it was changed")
 			}
 			if err := s.Destroy(found[0]); err == nil {
@@ -301,10 +302,10 @@ func TestPlantedKeys(t *testing.T) {
 			if err := token.held().destroy(s, pkcs11.CKO_SECRET_KEY, k); err != nil {
 				return err
 			}
-			_, err := s.Create(p11.Frozen(keyspec.Named(k), keyspec.LeavesUnderTrusted,
-				p11.Use(p11.Usages, pkcs11.CKA_WRAP), more, p11.Attributes{
-					p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES),
-					p11.Attr(pkcs11.CKA_VALUE, make([]byte, 32)),
+			_, err := s.Create(ck.Frozen(keyspec.Named(k), keyspec.LeavesUnderTrusted,
+				ck.Use(ck.Usages, pkcs11.CKA_WRAP), more, ck.Attributes{
+					ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), ck.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES),
+					ck.Attr(pkcs11.CKA_VALUE, make([]byte, 32)),
 				}))
 			return err
 		})
@@ -324,7 +325,7 @@ func TestPlantedKeys(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, private := range []bool{false, true} { // true takes the user's PIN
-		plant(factory, testInjection, p11.Attr(pkcs11.CKA_PRIVATE, private))
+		plant(factory, testInjection, ck.Attr(pkcs11.CKA_PRIVATE, private))
 		_, _, err := factory.MakeDeviceKey(ctx, kme.SuiteECDSA, testInjection)
 		refused("a device key under a planted injection key", err)
 		_, err = factory.WrapEnrolled(ctx, testInjection)
@@ -333,7 +334,7 @@ func TestPlantedKeys(t *testing.T) {
 
 	operator := open(t, softhsmtest.Token(t))
 	must[bool](t)(operator.Dedicate(ctx, Dedication{Side: Operator}))
-	plant(operator, keyspec.Storage, p11.Attr(pkcs11.CKA_PRIVATE, false))
+	plant(operator, keyspec.Storage, ck.Attr(pkcs11.CKA_PRIVATE, false))
 	_, err := operator.EnsureStorageKey(ctx)
 	refused("a planted storage key", err)
 
@@ -345,11 +346,11 @@ func TestPlantedKeys(t *testing.T) {
 			return err
 		}
 		point := must[[]byte](t)(asn1.Marshal(must[[]byte](t)(other.PublicKey.Bytes())))
-		_, err := s.Create(p11.Join(keyspec.Named(testSigning),
-			p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY),
-				p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_EC),
-				p11.Attr(pkcs11.CKA_PRIVATE, false), p11.Attr(pkcs11.CKA_EC_PARAMS, keyspec.P256Params),
-				p11.Attr(pkcs11.CKA_EC_POINT, point)}))
+		_, err := s.Create(ck.Join(keyspec.Named(testSigning),
+			ck.Attributes{ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY),
+				ck.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_EC),
+				ck.Attr(pkcs11.CKA_PRIVATE, false), ck.Attr(pkcs11.CKA_EC_PARAMS, keyspec.P256Params),
+				ck.Attr(pkcs11.CKA_EC_POINT, point)}))
 		return err
 	})
 	if err != nil {

@@ -19,6 +19,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyop"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
@@ -148,8 +149,8 @@ func (b *base) mustFind(tb testing.TB, class uint, k Key) pkcs11.ObjectHandle {
 func importLot(t testing.TB, token holder, k Key, key *rsa.PrivateKey) {
 	t.Helper()
 	err := token.held().hsm.With(t.Context(), "test", func(s *p11.Session) error {
-		_, err := s.Ctx.CreateObject(s.ID, p11.Join(keyspec.Named(k), p11.Guarded(false),
-			p11.Use(p11.PrivateUsages, pkcs11.CKA_DECRYPT), rsaPrivate(key)))
+		_, err := s.Ctx.CreateObject(s.ID, ck.Join(keyspec.Named(k), ck.Guarded(false),
+			ck.Use(ck.PrivateUsages, pkcs11.CKA_DECRYPT), rsaPrivate(key)))
 		return err
 	})
 	if err != nil {
@@ -158,15 +159,15 @@ func importLot(t testing.TB, token holder, k Key, key *rsa.PrivateKey) {
 }
 
 // rsaPrivate is the part of a private key object's template that holds the key.
-func rsaPrivate(key *rsa.PrivateKey) p11.Attributes {
-	return p11.Attributes{
-		p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA),
-		p11.Attr(pkcs11.CKA_MODULUS, key.N.Bytes()), p11.Attr(pkcs11.CKA_PUBLIC_EXPONENT, []byte{1, 0, 1}),
-		p11.Attr(pkcs11.CKA_PRIVATE_EXPONENT, key.D.Bytes()),
-		p11.Attr(pkcs11.CKA_PRIME_1, key.Primes[0].Bytes()), p11.Attr(pkcs11.CKA_PRIME_2, key.Primes[1].Bytes()),
-		p11.Attr(pkcs11.CKA_EXPONENT_1, key.Precomputed.Dp.Bytes()),
-		p11.Attr(pkcs11.CKA_EXPONENT_2, key.Precomputed.Dq.Bytes()),
-		p11.Attr(pkcs11.CKA_COEFFICIENT, key.Precomputed.Qinv.Bytes()),
+func rsaPrivate(key *rsa.PrivateKey) ck.Attributes {
+	return ck.Attributes{
+		ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), ck.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA),
+		ck.Attr(pkcs11.CKA_MODULUS, key.N.Bytes()), ck.Attr(pkcs11.CKA_PUBLIC_EXPONENT, []byte{1, 0, 1}),
+		ck.Attr(pkcs11.CKA_PRIVATE_EXPONENT, key.D.Bytes()),
+		ck.Attr(pkcs11.CKA_PRIME_1, key.Primes[0].Bytes()), ck.Attr(pkcs11.CKA_PRIME_2, key.Primes[1].Bytes()),
+		ck.Attr(pkcs11.CKA_EXPONENT_1, key.Precomputed.Dp.Bytes()),
+		ck.Attr(pkcs11.CKA_EXPONENT_2, key.Precomputed.Dq.Bytes()),
+		ck.Attr(pkcs11.CKA_COEFFICIENT, key.Precomputed.Qinv.Bytes()),
 	}
 }
 
@@ -312,27 +313,27 @@ func TestLotKey(t *testing.T) {
 	}
 
 	t.Run("only under a TRUSTED key", func(t *testing.T) {
-		if _, err := factory.WrapLotKey(ctx, testLot, testInjection); !p11.IsCKR(err, pkcs11.CKR_KEY_NOT_WRAPPABLE) {
+		if _, err := factory.WrapLotKey(ctx, testLot, testInjection); !ck.IsCKR(err, pkcs11.CKR_KEY_NOT_WRAPPABLE) {
 			t.Errorf("under the injection key: %v", err)
 		}
 		err := factory.hsm.With(ctx, "test", func(s *p11.Session) error {
-			own, err := s.Ctx.GenerateKey(s.ID, p11.Mechanism(pkcs11.CKM_AES_KEY_GEN),
-				p11.Attributes{p11.Attr(pkcs11.CKA_VALUE_LEN, 32), p11.Attr(pkcs11.CKA_TOKEN, false),
-					p11.Attr(pkcs11.CKA_WRAP, true)})
+			own, err := s.Ctx.GenerateKey(s.ID, ck.Mechanism(pkcs11.CKM_AES_KEY_GEN),
+				ck.Attributes{ck.Attr(pkcs11.CKA_VALUE_LEN, 32), ck.Attr(pkcs11.CKA_TOKEN, false),
+					ck.Attr(pkcs11.CKA_WRAP, true)})
 			if err != nil {
 				return err
 			}
-			_, err = s.Ctx.WrapKey(s.ID, p11.Mechanism(pkcs11.CKM_AES_KEY_WRAP_PAD), own,
+			_, err = s.Ctx.WrapKey(s.ID, ck.Mechanism(pkcs11.CKM_AES_KEY_WRAP_PAD), own,
 				factory.mustFind(t, pkcs11.CKO_PRIVATE_KEY, testLot))
 			return err
 		})
-		if !p11.IsCKR(err, pkcs11.CKR_KEY_NOT_WRAPPABLE) {
+		if !ck.IsCKR(err, pkcs11.CKR_KEY_NOT_WRAPPABLE) {
 			t.Errorf("under a key of the user's own: %v", err)
 		}
 		err = factory.hsm.With(ctx, "test", func(s *p11.Session) error {
-			_, err := s.Ctx.GenerateKey(s.ID, p11.Mechanism(pkcs11.CKM_AES_KEY_GEN),
-				p11.Attributes{p11.Attr(pkcs11.CKA_VALUE_LEN, 32), p11.Attr(pkcs11.CKA_TOKEN, false),
-					p11.Attr(pkcs11.CKA_WRAP, true), p11.Attr(pkcs11.CKA_TRUSTED, true)})
+			_, err := s.Ctx.GenerateKey(s.ID, ck.Mechanism(pkcs11.CKM_AES_KEY_GEN),
+				ck.Attributes{ck.Attr(pkcs11.CKA_VALUE_LEN, 32), ck.Attr(pkcs11.CKA_TOKEN, false),
+					ck.Attr(pkcs11.CKA_WRAP, true), ck.Attr(pkcs11.CKA_TRUSTED, true)})
 			return err
 		})
 		if err == nil {
@@ -344,7 +345,7 @@ func TestLotKey(t *testing.T) {
 		key := must[*rsa.PrivateKey](t)(testkeys.RSA(3072))
 		err := factory.hsm.With(ctx, "test", func(s *p11.Session) error {
 			own, err := s.Ctx.CreateObject(s.ID,
-				p11.Join(keyspec.Wrapping(&key.PublicKey), p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, false)}))
+				ck.Join(keyspec.Wrapping(&key.PublicKey), ck.Attributes{ck.Attr(pkcs11.CKA_TOKEN, false)}))
 			if err != nil {
 				return err
 			}
@@ -354,7 +355,7 @@ func TestLotKey(t *testing.T) {
 				factory.mustFind(t, pkcs11.CKO_SECRET_KEY, testKEK))
 			return err
 		})
-		if !p11.IsCKR(err, pkcs11.CKR_KEY_NOT_WRAPPABLE) {
+		if !ck.IsCKR(err, pkcs11.CKR_KEY_NOT_WRAPPABLE) {
 			t.Error(err)
 		}
 	})
@@ -414,12 +415,12 @@ func TestLotKey(t *testing.T) {
 		if sealed := must[bool](t)(factory.LotKeySealed(ctx, testLot)); !sealed {
 			t.Error("not sealed")
 		}
-		if _, err := factory.WrapLotKey(ctx, testLot, testKEK); !p11.IsCKR(err, pkcs11.CKR_KEY_UNEXTRACTABLE) {
+		if _, err := factory.WrapLotKey(ctx, testLot, testKEK); !ck.IsCKR(err, pkcs11.CKR_KEY_UNEXTRACTABLE) {
 			t.Errorf("a sealed lot key was wrapped: %v", err)
 		}
 		err := factory.hsm.With(ctx, "test", func(s *p11.Session) error {
 			return s.Ctx.SetAttributeValue(s.ID, factory.mustFind(t, pkcs11.CKO_PRIVATE_KEY, testLot),
-				p11.Attributes{p11.Attr(pkcs11.CKA_EXTRACTABLE, true)})
+				ck.Attributes{ck.Attr(pkcs11.CKA_EXTRACTABLE, true)})
 		})
 		if err == nil {
 			t.Error("the seal was undone")
@@ -433,7 +434,7 @@ func flip(b []byte) []byte {
 	return c
 }
 
-func countObjects(t *testing.T, token holder, template p11.Attributes) int {
+func countObjects(t *testing.T, token holder, template ck.Attributes) int {
 	t.Helper()
 	n := 0
 	err := token.held().hsm.With(context.Background(), "test", func(s *p11.Session) error {

@@ -8,6 +8,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 	"github.com/kmehsm/kmehsm/internal/weakkey"
@@ -41,7 +42,7 @@ func (t *FactoryToken) EnsureLotKey(
 			"it: use a token that has it, or --primes auto", t)
 	}
 	created, err := t.ensure(ctx, Factory, pkcs11.CKO_PRIVATE_KEY, k, func(s *p11.Session) error {
-		public, _, err := s.GeneratePair(m, keyspec.RSAPublic(bits), p11.Join(keyspec.Named(k), keyspec.Lot))
+		public, _, err := s.GeneratePair(m, keyspec.RSAPublic(bits), ck.Join(keyspec.Named(k), keyspec.Lot))
 		if err != nil {
 			return err
 		}
@@ -86,7 +87,7 @@ func (t *FactoryToken) checkOrigin(ctx context.Context, k Key) error {
 		if err != nil {
 			return p11.Explain("look at "+k.Label(), err)
 		}
-		if !p11.IsTrue(a[0]) || !p11.IsTrue(a[1]) || !p11.IsTrue(a[2]) {
+		if !ck.IsTrue(a[0]) || !ck.IsTrue(a[1]) || !ck.IsTrue(a[2]) {
 			return fmt.Errorf("%s has a key %q that no run of this command has made: others may know its P and Q; "+
 				"find out who put it there, and remove it with the token's own tool", t, k.Label())
 		}
@@ -102,7 +103,7 @@ func (t *FactoryToken) SealLotKey(ctx context.Context, k Key) error {
 		if err != nil || sealed {
 			return err
 		}
-		return p11.Explain("seal "+k.Label(), s.Set(h, p11.Attr(pkcs11.CKA_EXTRACTABLE, false)))
+		return p11.Explain("seal "+k.Label(), s.Set(h, ck.Attr(pkcs11.CKA_EXTRACTABLE, false)))
 	})
 }
 
@@ -122,7 +123,7 @@ func (t *FactoryToken) findSealed(s *p11.Session, k Key) (h pkcs11.ObjectHandle,
 	if err != nil {
 		return 0, false, p11.Explain("read "+k.Label(), err)
 	}
-	return h, !p11.IsTrue(a[0]), nil
+	return h, !ck.IsTrue(a[0]), nil
 }
 
 // WrapLotKey is a lot key under an operator's KEK, by AES-KWP (RFC 5649) around PKCS #8. The token refuses it under

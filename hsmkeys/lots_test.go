@@ -9,6 +9,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 )
 
@@ -30,7 +31,7 @@ func TestRememberLotKeys(t *testing.T) {
 				}
 				all = append(all, h)
 			}
-			_, err := s.Copy(all[2], p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, true)})
+			_, err := s.Copy(all[2], ck.Attributes{ck.Attr(pkcs11.CKA_TOKEN, true)})
 			return all, err
 		}))
 	token.hsm.Forget()

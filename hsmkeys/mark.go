@@ -8,13 +8,14 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 )
 
 // private has an object that only somebody who is logged in as the user can make or see. Anybody can make others, in a
 // session that is not logged in: an object of a mark's name that is not PRIVATE is none.
-var private = p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, true)}
+var private = ck.Attributes{ck.Attr(pkcs11.CKA_PRIVATE, true)}
 
 // Marks gives the marks that SetMark has left: one; or several, of processes that set one at the same time or were
 // killed meanwhile.
@@ -45,7 +46,7 @@ func (t *OperatorToken) SetMark(ctx context.Context, mark []byte, others [][]byt
 				continue
 			}
 			// Another process may have replaced it meanwhile.
-			if err = s.Destroy(n.Object); p11.IsCKR(err, pkcs11.CKR_OBJECT_HANDLE_INVALID) {
+			if err = s.Destroy(n.Object); ck.IsCKR(err, pkcs11.CKR_OBJECT_HANDLE_INVALID) {
 				err = nil
 			}
 		}

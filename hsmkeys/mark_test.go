@@ -9,6 +9,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
@@ -62,7 +63,7 @@ func TestMark(t *testing.T) {
 
 	// Who has no PIN can make an object that is not PRIVATE, under the same name: it is no mark, and stays what it is.
 	err := token.hsm.With(t.Context(), "forge", func(s *p11.Session) error {
-		return s.PutNote(keyspec.MarkLabel, []byte("forged"), p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, false)})
+		return s.PutNote(keyspec.MarkLabel, []byte("forged"), ck.Attributes{ck.Attr(pkcs11.CKA_PRIVATE, false)})
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -83,8 +84,8 @@ func TestMarkIsPrivate(t *testing.T) {
 		t.Fatal(err)
 	}
 	err := token.hsm.With(t.Context(), "look", func(s *p11.Session) error {
-		found, err := s.Find(p11.Attributes{p11.Attr(pkcs11.CKA_LABEL, keyspec.MarkLabel),
-			p11.Attr(pkcs11.CKA_PRIVATE, false)})
+		found, err := s.Find(ck.Attributes{ck.Attr(pkcs11.CKA_LABEL, keyspec.MarkLabel),
+			ck.Attr(pkcs11.CKA_PRIVATE, false)})
 		if len(found) > 0 {
 			t.Error("a mark is an object that needs no PIN")
 		}

@@ -12,6 +12,7 @@ import (
 	"github.com/miekg/pkcs11"
 	"github.com/tink-crypto/tink-go/v2/kwp/subtle"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyop"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
@@ -41,7 +42,7 @@ func TestNSSTemplates(t *testing.T) {
 	} {
 		err := token.hsm.With(ctx, "test", func(s *p11.Session) error {
 			a, err := s.Get(storage, attribute)
-			if err == nil && p11.IsTrue(a[0]) != want {
+			if err == nil && ck.IsTrue(a[0]) != want {
 				t.Errorf("attribute %#x is %v", attribute, a[0])
 			}
 			return err

@@ -13,6 +13,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
@@ -27,17 +28,17 @@ func withKeys(t *testing.T, storage, ledger byte) (uri string) {
 	must[bool](t)(token.Dedicate(t.Context(), Dedication{Side: Operator}))
 	value := func(b byte) []byte { return []byte(strings.Repeat(string(b), 32)) }
 	err := token.hsm.With(t.Context(), "test", func(s *p11.Session) error {
-		class := p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY)}
-		_, err := s.Create(p11.Join(class, keyspec.Named(keyspec.Storage),
+		class := ck.Attributes{ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY)}
+		_, err := s.Create(ck.Join(class, keyspec.Named(keyspec.Storage),
 			keyspec.StorageTemplate(keyspec.Traits{UnwrapTemplate: true, LeavesTrusted: true}),
-			p11.Attributes{p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES), p11.Attr(pkcs11.CKA_VALUE, value(storage))}))
+			ck.Attributes{ck.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES), ck.Attr(pkcs11.CKA_VALUE, value(storage))}))
 		if err != nil {
 			return err
 		}
-		_, err = s.Create(p11.Join(class, keyspec.Named(keyspec.Ledger), p11.Guarded(false),
-			p11.Use(p11.Usages, pkcs11.CKA_SIGN),
-			p11.Attributes{p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_GENERIC_SECRET),
-				p11.Attr(pkcs11.CKA_VALUE, value(ledger))}))
+		_, err = s.Create(ck.Join(class, keyspec.Named(keyspec.Ledger), ck.Guarded(false),
+			ck.Use(ck.Usages, pkcs11.CKA_SIGN),
+			ck.Attributes{ck.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_GENERIC_SECRET),
+				ck.Attr(pkcs11.CKA_VALUE, value(ledger))}))
 		return err
 	})
 	if err != nil {

@@ -8,6 +8,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 )
@@ -34,8 +35,8 @@ func (b *base) Dedicate(ctx context.Context, d Dedication) (created bool, err er
 		if err := b.mustBe(s, d.Side); !errors.Is(err, ErrNotDedicated) {
 			return false, err
 		}
-		err := s.PutNote(keyspec.DedicationLabel, text, p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, false),
-			p11.Attr(pkcs11.CKA_DESTROYABLE, false)})
+		err := s.PutNote(keyspec.DedicationLabel, text, ck.Attributes{ck.Attr(pkcs11.CKA_PRIVATE, false),
+			ck.Attr(pkcs11.CKA_DESTROYABLE, false)})
 		return err == nil, p11.Explain("say in the token what it is for", err)
 	})
 }

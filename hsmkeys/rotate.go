@@ -8,6 +8,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyop"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
@@ -138,8 +139,8 @@ func (r *Rotation) earlier(s *p11.Session, generation int) (pkcs11.ObjectHandle,
 		if err != nil {
 			return 0, err
 		}
-		here := p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, true), p11.Attr(pkcs11.CKA_TOKEN, false)}
-		h, err := s.Unwrap(keyspec.OAEP, private, wrapped, p11.Frozen(keyspec.ImportedKEK, here))
+		here := ck.Attributes{ck.Attr(pkcs11.CKA_PRIVATE, true), ck.Attr(pkcs11.CKA_TOKEN, false)}
+		h, err := s.Unwrap(keyspec.OAEP, private, wrapped, ck.Frozen(keyspec.ImportedKEK, here))
 		return h, p11.Explain("unwrap "+keyspec.StorageGeneration(generation).Label(), err)
 	})
 }

@@ -9,6 +9,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyop"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
@@ -145,9 +146,9 @@ func (b *base) ensure(
 	})
 }
 
-func (b *base) ensureSecret(ctx context.Context, side Side, k Key, m uint, template p11.Attributes) (bool, error) {
+func (b *base) ensureSecret(ctx context.Context, side Side, k Key, m uint, template ck.Attributes) (bool, error) {
 	return b.ensure(ctx, side, pkcs11.CKO_SECRET_KEY, k, func(s *p11.Session) error {
-		_, err := s.Generate(m, p11.Frozen(keyspec.Named(k), p11.Attributes{p11.Attr(pkcs11.CKA_VALUE_LEN, 32)},
+		_, err := s.Generate(m, ck.Frozen(keyspec.Named(k), ck.Attributes{ck.Attr(pkcs11.CKA_VALUE_LEN, 32)},
 			template))
 		return err
 	})

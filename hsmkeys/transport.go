@@ -8,6 +8,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyop"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
@@ -23,7 +24,7 @@ func (t *OperatorToken) NewTransportKey(ctx context.Context) (*rsa.PublicKey, er
 // newReceiver makes an RSA-3072 key, with a label that begins so, under which keys come into the token as template has
 // them.
 func (t *OperatorToken) newReceiver(
-	ctx context.Context, label string, template p11.Attributes,
+	ctx context.Context, label string, template ck.Attributes,
 ) (*rsa.PublicKey, error) {
 	return doAs(ctx, t.base, Operator, "make a transport key", func(s *p11.Session) (*rsa.PublicKey, error) {
 		traits, err := t.learn(s)
@@ -79,13 +80,13 @@ func (t *OperatorToken) UnwrapKEK(ctx context.Context, kek Key, transport *rsa.P
 		if err != nil {
 			return none, err
 		}
-		template := p11.Join(keyspec.ImportedKEK, p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, true)},
+		template := ck.Join(keyspec.ImportedKEK, ck.Attributes{ck.Attr(pkcs11.CKA_PRIVATE, true)},
 			traits.Unwraps(keyspec.ImportedLot))
-		unwrap := func(where p11.Attributes) (pkcs11.ObjectHandle, error) {
-			h, err := s.Unwrap(keyspec.OAEP, h, wrapped, p11.Frozen(template, where))
+		unwrap := func(where ck.Attributes) (pkcs11.ObjectHandle, error) {
+			h, err := s.Unwrap(keyspec.OAEP, h, wrapped, ck.Frozen(template, where))
 			return h, p11.Explain("unwrap the KEK with the transport key: it was made for another key, or damaged", err)
 		}
-		trial, err := unwrap(p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, false)})
+		trial, err := unwrap(ck.Attributes{ck.Attr(pkcs11.CKA_TOKEN, false)})
 		if err != nil {
 			return none, err
 		}
@@ -120,12 +121,12 @@ func (t *OperatorToken) UnwrapLotKey(
 		if err != nil {
 			return false, err
 		}
-		unwrap := func(where p11.Attributes) (pkcs11.ObjectHandle, error) {
+		unwrap := func(where ck.Attributes) (pkcs11.ObjectHandle, error) {
 			h, err := s.Unwrap(t.hsm.KWP(), w, wrapped,
-				p11.Frozen(keyspec.ImportedLot, p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, true)}, where))
+				ck.Frozen(keyspec.ImportedLot, ck.Attributes{ck.Attr(pkcs11.CKA_PRIVATE, true)}, where))
 			return h, p11.Explain("unwrap "+lot.Label(), err)
 		}
-		trial, err := unwrap(p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, false)})
+		trial, err := unwrap(ck.Attributes{ck.Attr(pkcs11.CKA_TOKEN, false)})
 		if err != nil {
 			return false, err
 		}

@@ -13,6 +13,7 @@ import (
 	"github.com/miekg/pkcs11"
 	"github.com/tink-crypto/tink-go/v2/kwp/subtle"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyop"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
@@ -122,9 +123,9 @@ func newVectorToken(t *testing.T) *vectorToken {
 }
 
 // create makes an object that ends with the test.
-func (v *vectorToken) create(t *testing.T, parts ...p11.Attributes) pkcs11.ObjectHandle {
+func (v *vectorToken) create(t *testing.T, parts ...ck.Attributes) pkcs11.ObjectHandle {
 	t.Helper()
-	h := must[pkcs11.ObjectHandle](t)(v.s.Create(p11.Join(append([]p11.Attributes{{p11.Attr(pkcs11.CKA_TOKEN, false)}},
+	h := must[pkcs11.ObjectHandle](t)(v.s.Create(ck.Join(append([]ck.Attributes{{ck.Attr(pkcs11.CKA_TOKEN, false)}},
 		parts...)...)))
 	t.Cleanup(func() {
 		if err := v.s.Destroy(h); err != nil {
@@ -135,7 +136,7 @@ func (v *vectorToken) create(t *testing.T, parts ...p11.Attributes) pkcs11.Objec
 }
 
 // stand makes an object that find gives as k, until the test ends.
-func (v *vectorToken) stand(t *testing.T, k Key, class uint, parts ...p11.Attributes) pkcs11.ObjectHandle {
+func (v *vectorToken) stand(t *testing.T, k Key, class uint, parts ...ck.Attributes) pkcs11.ObjectHandle {
 	t.Helper()
 	h := v.create(t, parts...)
 	at := p11.Object{Class: class, ID: string(k.ID())}
@@ -147,17 +148,17 @@ func (v *vectorToken) stand(t *testing.T, k Key, class uint, parts ...p11.Attrib
 	return h
 }
 
-func secretValue(keyType uint, value []byte) p11.Attributes {
-	return p11.Attributes{
-		p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), p11.Attr(pkcs11.CKA_KEY_TYPE, keyType),
-		p11.Attr(pkcs11.CKA_VALUE, value),
+func secretValue(keyType uint, value []byte) ck.Attributes {
+	return ck.Attributes{
+		ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), ck.Attr(pkcs11.CKA_KEY_TYPE, keyType),
+		ck.Attr(pkcs11.CKA_VALUE, value),
 	}
 }
 
 // readable is the template of an unwrapped secret whose value can be read, as that of none of ours can.
-var readable = p11.Attributes{
-	p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_GENERIC_SECRET),
-	p11.Attr(pkcs11.CKA_TOKEN, false), p11.Attr(pkcs11.CKA_SENSITIVE, false), p11.Attr(pkcs11.CKA_EXTRACTABLE, true),
+var readable = ck.Attributes{
+	ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), ck.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_GENERIC_SECRET),
+	ck.Attr(pkcs11.CKA_TOKEN, false), ck.Attr(pkcs11.CKA_SENSITIVE, false), ck.Attr(pkcs11.CKA_EXTRACTABLE, true),
 }
 
 // unwrapped is the value that a wrapped secret has; ok is false if the token refuses it.
@@ -193,7 +194,7 @@ func (v *vectorToken) unwrapped(
 func (v *vectorToken) wrap(t *testing.T, m uint, key pkcs11.ObjectHandle, value []byte) (ct []byte, err error) {
 	t.Helper()
 	h := v.create(t, secretValue(pkcs11.CKK_GENERIC_SECRET, value),
-		p11.Attributes{p11.Attr(pkcs11.CKA_EXTRACTABLE, true)})
+		ck.Attributes{ck.Attr(pkcs11.CKA_EXTRACTABLE, true)})
 	err = v.hsm.With(t.Context(), "test", func(s *p11.Session) (err error) {
 		ct, err = s.Wrap(m, key, h, make([]byte, keyspec.WrappedRoom))
 		return err
@@ -256,8 +257,8 @@ func (v *vectorToken) signature(suite kme.Suite) func(*testing.T, *vectorGroup, 
 
 // lotWrap is AES-KWP as it carries lot keys and device keys. No case holds a private key, so none is taken as one.
 func (v *vectorToken) lotWrap(t *testing.T, _ *vectorGroup, c *vectorCase) outcome {
-	kek := v.stand(t, testKEK, pkcs11.CKO_SECRET_KEY, secretValue(pkcs11.CKK_AES, c.Key), p11.Guarded(false),
-		p11.Use(p11.Usages, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP))
+	kek := v.stand(t, testKEK, pkcs11.CKO_SECRET_KEY, secretValue(pkcs11.CKK_AES, c.Key), ck.Guarded(false),
+		ck.Use(ck.Usages, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP))
 	if taken, err := v.UnwrapLotKey(t.Context(), testLot, testKEK, c.CT, new(rsa.PublicKey)); taken || err == nil {
 		t.Error("taken as a lot key")
 	}
@@ -267,8 +268,8 @@ func (v *vectorToken) lotWrap(t *testing.T, _ *vectorGroup, c *vectorCase) outco
 // sealed is AES key wrap as it seals KMEs.
 func (v *vectorToken) sealed(t *testing.T, _ *vectorGroup, c *vectorCase) outcome {
 	storage := v.stand(t, keyspec.Storage, pkcs11.CKO_SECRET_KEY, secretValue(pkcs11.CKK_AES, c.Key),
-		p11.Guarded(false),
-		p11.Use(p11.Usages, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP))
+		ck.Guarded(false),
+		ck.Use(ck.Usages, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP))
 	o := v.wrapped(t, pkcs11.CKM_AES_KEY_WRAP, storage, c)
 	ours := append([]byte{1}, c.CT...) // the first generation's
 	switch _, err := v.EncryptRANDs(t.Context(), ours, make([]RAND, 1)); {
@@ -294,9 +295,9 @@ func (v *vectorToken) sealed(t *testing.T, _ *vectorGroup, c *vectorCase) outcom
 // transport is RSA-OAEP as it brings KEKs.
 func (v *vectorToken) transport(t *testing.T, g *vectorGroup, c *vectorCase) outcome {
 	key := must[any](t)(x509.ParsePKCS8PrivateKey(g.PrivateKey)).(*rsa.PrivateKey)
-	h := v.create(t, rsaPrivate(key), p11.Guarded(false), p11.Use(p11.PrivateUsages, pkcs11.CKA_UNWRAP),
-		p11.Attributes{p11.Attr(pkcs11.CKA_LABEL, keyspec.TransportLabel+"of a case"),
-			p11.Attr(pkcs11.CKA_TOKEN, true)})
+	h := v.create(t, rsaPrivate(key), ck.Guarded(false), ck.Use(ck.PrivateUsages, pkcs11.CKA_UNWRAP),
+		ck.Attributes{ck.Attr(pkcs11.CKA_LABEL, keyspec.TransportLabel+"of a case"),
+			ck.Attr(pkcs11.CKA_TOKEN, true)})
 	value, ok := v.unwrapped(t, keyspec.OAEP, h, c.CT)
 	if ok && !bytes.Equal(value, c.Msg) {
 		t.Errorf("decrypts to %x, want %x", value, c.Msg)
@@ -326,8 +327,8 @@ func (v *vectorToken) transport(t *testing.T, g *vectorGroup, c *vectorCase) out
 
 // tag is HMAC-SHA-256 as it tags KMEs. Ours are never cut: one that is shorter must be the beginning of ours.
 func (v *vectorToken) tag(t *testing.T, _ *vectorGroup, c *vectorCase) outcome {
-	ledger := v.create(t, secretValue(pkcs11.CKK_GENERIC_SECRET, c.Key), p11.Guarded(false),
-		p11.Use(p11.Usages, pkcs11.CKA_SIGN))
+	ledger := v.create(t, secretValue(pkcs11.CKK_GENERIC_SECRET, c.Key), ck.Guarded(false),
+		ck.Use(ck.Usages, pkcs11.CKA_SIGN))
 	var tag []byte
 	err := v.hsm.With(t.Context(), "test", func(s *p11.Session) (err error) {
 		// SoftHSM takes no null pointer for an empty message
@@ -335,7 +336,7 @@ func (v *vectorToken) tag(t *testing.T, _ *vectorGroup, c *vectorCase) outcome {
 		return err
 	})
 	switch {
-	case p11.IsCKR(err, pkcs11.CKR_KEY_SIZE_RANGE) && len(c.Key) == 16:
+	case ck.IsCKR(err, pkcs11.CKR_KEY_SIZE_RANGE) && len(c.Key) == 16:
 		return outcome{special: shortHMACKey}
 	case err != nil:
 		t.Error(err)

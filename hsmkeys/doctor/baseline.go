@@ -13,6 +13,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyop"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
@@ -30,7 +31,7 @@ func BareDecryptions(
 	block := make([]byte, n.Size())
 	block[len(block)-1] = 2
 	return bare(ctx, t, sessions, d, pkcs11.CKO_PRIVATE_KEY, lot, func(s *p11.Session, h pkcs11.ObjectHandle) error {
-		if err := s.Ctx.DecryptInit(s.ID, p11.Mechanism(pkcs11.CKM_RSA_X_509), h); err != nil {
+		if err := s.Ctx.DecryptInit(s.ID, ck.Mechanism(pkcs11.CKM_RSA_X_509), h); err != nil {
 			return p11.Explain("decrypt", err)
 		}
 		_, err := s.Ctx.Decrypt(s.ID, block)
@@ -44,12 +45,12 @@ func BareDeviceKeys(
 	ctx context.Context, t *p11.Token, injection keyspec.Key, d time.Duration,
 ) (float64, error) {
 	return bare(ctx, t, 0, d, pkcs11.CKO_SECRET_KEY, injection, func(s *p11.Session, w pkcs11.ObjectHandle) error {
-		hp, h, err := s.Ctx.GenerateKeyPair(s.ID, p11.Mechanism(pkcs11.CKM_EC_KEY_PAIR_GEN), keyspec.DevicePublic,
-			p11.Join(p11.Guarded(true), p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, false)}))
+		hp, h, err := s.Ctx.GenerateKeyPair(s.ID, ck.Mechanism(pkcs11.CKM_EC_KEY_PAIR_GEN), keyspec.DevicePublic,
+			ck.Join(ck.Guarded(true), ck.Attributes{ck.Attr(pkcs11.CKA_TOKEN, false)}))
 		if err != nil {
 			return p11.Explain("make a device key", err)
 		}
-		_, err = s.Ctx.WrapKey(s.ID, p11.Mechanism(t.KWP()), w, h)
+		_, err = s.Ctx.WrapKey(s.ID, ck.Mechanism(t.KWP()), w, h)
 		return errors.Join(err, s.Destroy(hp), s.Destroy(h))
 	})
 }

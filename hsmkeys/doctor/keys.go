@@ -7,8 +7,8 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
-	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 )
 
 // Keys are looked at, as an auditor asks for it; nothing is tried on them.
@@ -58,7 +58,7 @@ var attributeNames = map[uint]string{
 // keys reports every private and secret key of the token.
 func (x *trial) keys() {
 	for _, class := range []uint{pkcs11.CKO_PRIVATE_KEY, pkcs11.CKO_SECRET_KEY} {
-		found, err := x.s.Find(p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, class), p11.Attr(pkcs11.CKA_TOKEN, true)})
+		found, err := x.s.Find(ck.Attributes{ck.Attr(pkcs11.CKA_CLASS, class), ck.Attr(pkcs11.CKA_TOKEN, true)})
 		if x.away(err) {
 			return
 		}
@@ -130,9 +130,9 @@ func (x *trial) key(class uint, h pkcs11.ObjectHandle, label string, role keyspe
 		wrong = append(wrong, "it is CKA_EXTRACTABLE, and not CKA_WRAP_WITH_TRUSTED: it leaves under any key")
 	}
 	expect(pkcs11.CKA_TRUSTED, slices.Contains(trustedRoles[x.side], role))
-	known := p11.Usages
+	known := ck.Usages
 	if class == pkcs11.CKO_PRIVATE_KEY {
-		known = p11.PrivateUsages
+		known = ck.PrivateUsages
 	}
 	for _, u := range known {
 		expect(u, slices.Contains(want.usages, u))

@@ -6,6 +6,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 )
@@ -101,7 +102,7 @@ func (x *trial) flag(h pkcs11.ObjectHandle, attribute uint) (value, there bool) 
 		x.away(err)
 		return false, false
 	}
-	return p11.IsTrue(a[0]), len(a[0]) == 1
+	return ck.IsTrue(a[0]), len(a[0]) == 1
 }
 
 // away remembers an error that says nothing of what was tried.
@@ -137,7 +138,7 @@ func (x *trial) refuses(what, means string, answers ...answer) {
 			f.OK, f.Consequence = false, x.follows()
 			x.report = append(x.report, f)
 			return
-		case p11.IsCKR(err, pkcs11.CKR_MECHANISM_INVALID):
+		case ck.IsCKR(err, pkcs11.CKR_MECHANISM_INVALID):
 			f.OK, f.Consequence = false, p11.Explain("it cannot be tried", err).Error()
 		}
 	}
@@ -156,15 +157,15 @@ func (x *trial) follows() string {
 }
 
 // aes makes an AES-256 key of the session.
-func (x *trial) aes(parts ...p11.Attributes) (pkcs11.ObjectHandle, error) {
-	template := p11.InSession(append(parts, p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, true),
-		p11.Attr(pkcs11.CKA_VALUE_LEN, 32)})...)
+func (x *trial) aes(parts ...ck.Attributes) (pkcs11.ObjectHandle, error) {
+	template := ck.InSession(append(parts, ck.Attributes{ck.Attr(pkcs11.CKA_PRIVATE, true),
+		ck.Attr(pkcs11.CKA_VALUE_LEN, 32)})...)
 	return x.s.Generate(pkcs11.CKM_AES_KEY_GEN, template)
 }
 
 // pair makes an RSA key pair of the session.
-func (x *trial) pair(public p11.Attributes, private ...p11.Attributes) (pub, priv pkcs11.ObjectHandle, err error) {
-	return x.s.GeneratePair(pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN, public, p11.InSession(private...))
+func (x *trial) pair(public ck.Attributes, private ...ck.Attributes) (pub, priv pkcs11.ObjectHandle, err error) {
+	return x.s.GeneratePair(pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN, public, ck.InSession(private...))
 }
 
 func (x *trial) wrap(m uint, under, key pkcs11.ObjectHandle) ([]byte, error) {
@@ -172,16 +173,16 @@ func (x *trial) wrap(m uint, under, key pkcs11.ObjectHandle) ([]byte, error) {
 }
 
 func (x *trial) copy(h pkcs11.ObjectHandle, changes ...*pkcs11.Attribute) (pkcs11.ObjectHandle, error) {
-	return x.s.Copy(h, p11.InSession(changes))
+	return x.s.Copy(h, ck.InSession(changes))
 }
 
 // changed is the answer to C_SetAttributeValue, and copied the one to C_CopyObject, with another value of an attribute.
 func (x *trial) changed(h pkcs11.ObjectHandle, attribute uint, value bool) answer {
-	return x.has(h, x.s.Set(h, p11.Attr(attribute, value)), attribute, value)
+	return x.has(h, x.s.Set(h, ck.Attr(attribute, value)), attribute, value)
 }
 
 func (x *trial) copied(h pkcs11.ObjectHandle, attribute uint, value bool) answer {
-	copied, err := x.copy(h, p11.Attr(attribute, value))
+	copied, err := x.copy(h, ck.Attr(attribute, value))
 	return x.has(copied, err, attribute, value)
 }
 
@@ -194,7 +195,7 @@ func (x *trial) wrapsAES() uint {
 }
 
 var (
-	extractable = p11.Attributes{p11.Attr(pkcs11.CKA_SENSITIVE, true), p11.Attr(pkcs11.CKA_EXTRACTABLE, true)}
-	carries     = p11.Use(p11.Usages, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP)
-	trusted     = p11.Attr(pkcs11.CKA_TRUSTED, true)
+	extractable = ck.Attributes{ck.Attr(pkcs11.CKA_SENSITIVE, true), ck.Attr(pkcs11.CKA_EXTRACTABLE, true)}
+	carries     = ck.Use(ck.Usages, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP)
+	trusted     = ck.Attr(pkcs11.CKA_TRUSTED, true)
 )

@@ -9,6 +9,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 )
@@ -17,7 +18,7 @@ import (
 func (x *trial) leaving() {
 	const means = "keys leave only under a key that the security officer has made TRUSTED"
 	x.backup = true
-	carrier, err := x.aes(p11.Unextractable, carries)
+	carrier, err := x.aes(ck.Unextractable, carries)
 	if !x.can("an AES key that wraps", means, err) {
 		return
 	}
@@ -37,31 +38,31 @@ func (x *trial) leaving() {
 	x.refuses("wrap a WRAP_WITH_TRUSTED key under another", means, err)
 
 	const make = "make a TRUSTED key for the user, "
-	aes := p11.Attributes{
-		p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES),
-		p11.Attr(pkcs11.CKA_PRIVATE, true),
+	aes := ck.Attributes{
+		ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), ck.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES),
+		ck.Attr(pkcs11.CKA_PRIVATE, true),
 	}
 	value := [32]byte{}
 	rand.Read(value[:])
-	h, err := x.s.Create(p11.InSession(aes, p11.Unextractable, carries,
-		p11.Attributes{trusted, p11.Attr(pkcs11.CKA_VALUE, value[:])}))
+	h, err := x.s.Create(ck.InSession(aes, ck.Unextractable, carries,
+		ck.Attributes{trusted, ck.Attr(pkcs11.CKA_VALUE, value[:])}))
 	x.refuses(make+"C_CreateObject", means, x.has(h, err, pkcs11.CKA_TRUSTED, true))
-	h, err = x.aes(p11.Unextractable, carries, p11.Attributes{trusted})
+	h, err = x.aes(ck.Unextractable, carries, ck.Attributes{trusted})
 	x.refuses(make+"C_GenerateKey", means, x.has(h, err, pkcs11.CKA_TRUSTED, true))
 	// Of what a side does not need, a token that cannot do it refuses it too.
 	refused := func(err error) error {
-		if p11.IsCKR(err, pkcs11.CKR_MECHANISM_INVALID) {
+		if ck.IsCKR(err, pkcs11.CKR_MECHANISM_INVALID) {
 			return errLeft
 		}
 		return err
 	}
-	public := p11.InSession(p11.Attributes{p11.Attr(pkcs11.CKA_EC_PARAMS, keyspec.P256Params),
-		p11.Attr(pkcs11.CKA_PRIVATE, false), trusted})
-	private := p11.InSession(p11.Guarded(false), p11.Use(p11.PrivateUsages, pkcs11.CKA_SIGN))
+	public := ck.InSession(ck.Attributes{ck.Attr(pkcs11.CKA_EC_PARAMS, keyspec.P256Params),
+		ck.Attr(pkcs11.CKA_PRIVATE, false), trusted})
+	private := ck.InSession(ck.Guarded(false), ck.Use(ck.PrivateUsages, pkcs11.CKA_SIGN))
 	h, _, err = x.s.GeneratePair(pkcs11.CKM_EC_KEY_PAIR_GEN, public, private)
 	x.refuses(make+"C_GenerateKeyPair", means, x.has(h, refused(err), pkcs11.CKA_TRUSTED, true))
 	h, err = x.s.Unwrap(x.wrapsAES(), carrier, wrapped,
-		p11.InSession(aes, p11.Unextractable, carries, p11.Attributes{trusted}))
+		ck.InSession(aes, ck.Unextractable, carries, ck.Attributes{trusted}))
 	x.refuses(make+"C_UnwrapKey", means, x.has(h, refused(err), pkcs11.CKA_TRUSTED, true))
 	x.refuses(make+"C_CopyObject", means, x.copied(plain, pkcs11.CKA_TRUSTED, true))
 	x.refuses(make+"C_SetAttributeValue", means, x.changed(plain, pkcs11.CKA_TRUSTED, true))
@@ -73,7 +74,7 @@ func (x *trial) leaving() {
 // weakening tries whether a key can be made more than it was made as.
 func (x *trial) weakening() {
 	const means = "a key stays what it was made as"
-	carrier, err := x.aes(p11.Unextractable, p11.Use(p11.Usages, pkcs11.CKA_WRAP))
+	carrier, err := x.aes(ck.Unextractable, ck.Use(ck.Usages, pkcs11.CKA_WRAP))
 	if !x.can("an AES key that never leaves", means, err) {
 		return
 	}
@@ -85,8 +86,8 @@ func (x *trial) weakening() {
 	x.refuses("clear CKA_SENSITIVE", means, x.changed(carrier, pkcs11.CKA_SENSITIVE, false))
 	x.refuses("set CKA_EXTRACTABLE again", means, x.changed(carrier, pkcs11.CKA_EXTRACTABLE, true))
 
-	single, err := x.aes(p11.Unextractable, p11.Use(p11.Usages, pkcs11.CKA_WRAP),
-		p11.Attributes{p11.Attr(pkcs11.CKA_COPYABLE, false)})
+	single, err := x.aes(ck.Unextractable, ck.Use(ck.Usages, pkcs11.CKA_WRAP),
+		ck.Attributes{ck.Attr(pkcs11.CKA_COPYABLE, false)})
 	if !x.can("an AES key that is not COPYABLE", means, err) {
 		return
 	}
@@ -94,8 +95,8 @@ func (x *trial) weakening() {
 	x.refuses("copy a key that is not COPYABLE", means, err)
 	// A key that only wraps must not decrypt what it wrapped.
 	fixed, err := x.s.Generate(pkcs11.CKM_AES_KEY_GEN,
-		p11.Frozen(p11.InSession(p11.Unextractable, p11.Use(p11.Usages, pkcs11.CKA_WRAP),
-			p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, true), p11.Attr(pkcs11.CKA_VALUE_LEN, 32)})))
+		ck.Frozen(ck.InSession(ck.Unextractable, ck.Use(ck.Usages, pkcs11.CKA_WRAP),
+			ck.Attributes{ck.Attr(pkcs11.CKA_PRIVATE, true), ck.Attr(pkcs11.CKA_VALUE_LEN, 32)})))
 	if !x.can("an AES key that is neither MODIFIABLE nor COPYABLE", means, err) {
 		return
 	}
@@ -154,7 +155,7 @@ func (x *trial) lotLike() {
 		return
 	}
 	x.wrapping(key)
-	carrier, err := x.aes(p11.Unextractable, p11.Use(p11.Usages, pkcs11.CKA_WRAP))
+	carrier, err := x.aes(ck.Unextractable, ck.Use(ck.Usages, pkcs11.CKA_WRAP))
 	if !x.can("an AES key that wraps", means, err) {
 		return
 	}
@@ -180,13 +181,13 @@ func (x *trial) lotLike() {
 // not TRUSTED, since the user makes them; so the keys that they wrap are not WRAP_WITH_TRUSTED.
 func (x *trial) wrapping(key *rsa.PublicKey) {
 	const means = "a fixture's or an operator's key receives what is meant for it, and no other key"
-	h, err := x.s.Create(p11.InSession(keyspec.Wrapping(key), p11.Attributes{trusted}))
+	h, err := x.s.Create(ck.InSession(keyspec.Wrapping(key), ck.Attributes{trusted}))
 	x.refuses("make a TRUSTED RSA key for the user", means, x.has(h, err, pkcs11.CKA_TRUSTED, true))
 
-	id := func(last byte) *pkcs11.Attribute { return p11.Attr(pkcs11.CKA_ID, append(make([]byte, 19), last)) }
+	id := func(last byte) *pkcs11.Attribute { return ck.Attr(pkcs11.CKA_ID, append(make([]byte, 19), last)) }
 	secret := func(id *pkcs11.Attribute) (pkcs11.ObjectHandle, error) { // as an injection key
-		return x.s.Generate(pkcs11.CKM_AES_KEY_GEN, p11.InSession(extractable, p11.Use(p11.Usages, pkcs11.CKA_WRAP),
-			p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, false), p11.Attr(pkcs11.CKA_VALUE_LEN, 32), id}))
+		return x.s.Generate(pkcs11.CKM_AES_KEY_GEN, ck.InSession(extractable, ck.Use(ck.Usages, pkcs11.CKA_WRAP),
+			ck.Attributes{ck.Attr(pkcs11.CKA_PRIVATE, false), ck.Attr(pkcs11.CKA_VALUE_LEN, 32), id}))
 	}
 	own, err := secret(id(1))
 	if !x.can("an AES key that is wrapped", means, err) {
@@ -196,8 +197,8 @@ func (x *trial) wrapping(key *rsa.PublicKey) {
 	if !x.can("an AES key that is wrapped", means, err) {
 		return
 	}
-	names := p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), id(1)}
-	receiver, err := x.s.Create(p11.InSession(keyspec.Wrapping(key), p11.Nested(pkcs11.CKA_WRAP_TEMPLATE, names)))
+	names := ck.Attributes{ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), id(1)}
+	receiver, err := x.s.Create(ck.InSession(keyspec.Wrapping(key), ck.Nested(pkcs11.CKA_WRAP_TEMPLATE, names)))
 	if !x.can("CKA_WRAP_TEMPLATE on an RSA key", means, err) {
 		return
 	}
@@ -207,8 +208,8 @@ func (x *trial) wrapping(key *rsa.PublicKey) {
 	}
 	_, err = x.wrap(keyspec.OAEP, receiver, other)
 	x.refuses("wrap a key under an RSA key whose CKA_WRAP_TEMPLATE names another", means, err)
-	kek, err := x.aes(extractable, p11.Use(p11.Usages, pkcs11.CKA_WRAP),
-		p11.Nested(pkcs11.CKA_WRAP_TEMPLATE, keyspec.LotKeys))
+	kek, err := x.aes(extractable, ck.Use(ck.Usages, pkcs11.CKA_WRAP),
+		ck.Nested(pkcs11.CKA_WRAP_TEMPLATE, keyspec.LotKeys))
 	if !x.can("CKA_WRAP_TEMPLATE on an AES key", means, err) {
 		return
 	}
@@ -230,12 +231,12 @@ func (x *trial) unwrapping() {
 		return
 	}
 	// One pair is both: the transport key, and the lot key that is granted.
-	pub, priv, err := x.pair(append(keyspec.RSAPublic(2048), p11.Attr(pkcs11.CKA_WRAP, true)),
-		p11.Guarded(true), p11.Use(p11.PrivateUsages, pkcs11.CKA_UNWRAP), traits.Unwraps(keyspec.ImportedKEK))
+	pub, priv, err := x.pair(append(keyspec.RSAPublic(2048), ck.Attr(pkcs11.CKA_WRAP, true)),
+		ck.Guarded(true), ck.Use(ck.PrivateUsages, pkcs11.CKA_UNWRAP), traits.Unwraps(keyspec.ImportedKEK))
 	if !x.can("CKA_UNWRAP_TEMPLATE on a new RSA key", means, err) {
 		return
 	}
-	kek, err := x.aes(extractable, p11.Use(p11.Usages, pkcs11.CKA_WRAP))
+	kek, err := x.aes(extractable, ck.Use(ck.Usages, pkcs11.CKA_WRAP))
 	if !x.can("an AES key that wraps", means, err) {
 		return
 	}
@@ -248,7 +249,7 @@ func (x *trial) unwrapping() {
 	if !x.can("wraps a lot key", means, err) {
 		return
 	}
-	template := p11.InSession(keyspec.ImportedKEK, p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, true)},
+	template := ck.InSession(keyspec.ImportedKEK, ck.Attributes{ck.Attr(pkcs11.CKA_PRIVATE, true)},
 		traits.Unwraps(keyspec.ImportedLot))
 	taken, err := x.s.Unwrap(keyspec.OAEP, priv, enrolment, template)
 	if !x.can("CKA_UNWRAP_TEMPLATE on a KEK that is unwrapped", means, err) {
@@ -260,7 +261,7 @@ func (x *trial) unwrapping() {
 			return err
 		}
 		h, err := x.s.Unwrap(x.t.KWP(), kek, grant,
-			p11.InSession(p11.With(keyspec.ImportedLot, p11.Attr(pkcs11.CKA_SENSITIVE, false))))
+			ck.InSession(ck.With(keyspec.ImportedLot, ck.Attr(pkcs11.CKA_SENSITIVE, false))))
 		return x.has(h, err, pkcs11.CKA_SENSITIVE, false)
 	}
 	none := &pkcs11.Attribute{Type: pkcs11.CKA_UNWRAP_TEMPLATE}
@@ -271,8 +272,8 @@ func (x *trial) unwrapping() {
 	if !x.can("CKA_UNWRAP_TEMPLATE on a storage key", means, err) {
 		return
 	}
-	like := append(p11.Without(keyspec.SealableKME, pkcs11.CKA_CLASS, pkcs11.CKA_KEY_TYPE),
-		p11.Attr(pkcs11.CKA_VALUE_LEN, 32))
+	like := append(ck.Without(keyspec.SealableKME, pkcs11.CKA_CLASS, pkcs11.CKA_KEY_TYPE),
+		ck.Attr(pkcs11.CKA_VALUE_LEN, 32))
 	secret, err := x.s.Generate(pkcs11.CKM_AES_KEY_GEN, like)
 	if !x.can("a key as a KME", means, err) {
 		return
@@ -286,26 +287,26 @@ func (x *trial) unwrapping() {
 
 // against tries to unwrap a key as a template forbids it.
 func (x *trial) against(
-	what, means string, m uint, under pkcs11.ObjectHandle, wrapped []byte, template p11.Attributes, usage uint,
+	what, means string, m uint, under pkcs11.ObjectHandle, wrapped []byte, template ck.Attributes, usage uint,
 ) {
-	unwrap := func(a p11.Attributes) (pkcs11.ObjectHandle, error) {
-		return x.s.Unwrap(m, under, wrapped, p11.InSession(a))
+	unwrap := func(a ck.Attributes) (pkcs11.ObjectHandle, error) {
+		return x.s.Unwrap(m, under, wrapped, ck.InSession(a))
 	}
 	if _, err := unwrap(template); !x.can("unwraps "+what+" as CKA_UNWRAP_TEMPLATE says", means, err) {
 		return
 	}
-	readable, leaves := p11.Attr(pkcs11.CKA_SENSITIVE, false), p11.Attr(pkcs11.CKA_EXTRACTABLE, true)
-	h, err := unwrap(p11.With(template, readable))
+	readable, leaves := ck.Attr(pkcs11.CKA_SENSITIVE, false), ck.Attr(pkcs11.CKA_EXTRACTABLE, true)
+	h, err := unwrap(ck.With(template, readable))
 	as := []answer{x.has(h, err, pkcs11.CKA_SENSITIVE, false)}
-	h, err = unwrap(p11.With(template, leaves))
+	h, err = unwrap(ck.With(template, leaves))
 	as = append(as, x.has(h, err, pkcs11.CKA_EXTRACTABLE, true))
 	// What is left out, a token may take from its template.
-	h, err = unwrap(p11.Without(template, pkcs11.CKA_SENSITIVE, pkcs11.CKA_EXTRACTABLE))
+	h, err = unwrap(ck.Without(template, pkcs11.CKA_SENSITIVE, pkcs11.CKA_EXTRACTABLE))
 	as = append(as, x.has(h, err, pkcs11.CKA_SENSITIVE, false), x.has(h, err, pkcs11.CKA_EXTRACTABLE, true))
-	h, err = unwrap(p11.With(template, p11.Attr(usage, true)))
+	h, err = unwrap(ck.With(template, ck.Attr(usage, true)))
 	as = append(as, x.has(h, err, usage, true))
-	_, err = unwrap(p11.With(template,
-		p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_GENERIC_SECRET)))
+	_, err = unwrap(ck.With(template,
+		ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), ck.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_GENERIC_SECRET)))
 	x.refuses("unwrap "+what+" otherwise than as CKA_UNWRAP_TEMPLATE says", means, append(as, err)...)
 }
 
@@ -313,7 +314,7 @@ func (x *trial) against(
 func (x *trial) strangers() {
 	const means = "keys leave only under a TRUSTED key that an enrolment has made"
 	f := Finding{Check: "no TRUSTED key but those of enrolments", For: means, OK: true, Required: true}
-	found, err := x.s.Find(p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, true), p11.Attr(pkcs11.CKA_TRUSTED, true)})
+	found, err := x.s.Find(ck.Attributes{ck.Attr(pkcs11.CKA_TOKEN, true), ck.Attr(pkcs11.CKA_TRUSTED, true)})
 	if x.away(err) {
 		return
 	}
@@ -345,7 +346,7 @@ var trustedRoles = map[keyspec.Side][]keyspec.Role{keyspec.Factory: {keyspec.Rol
 // decryption measures what payloads, and the proof of a new lot key, take most of.
 func (x *trial) decryption() {
 	const what, means = "raw RSA-2048 decryption", "payloads, and the proof of a new lot key, on one session"
-	_, priv, err := x.pair(keyspec.RSAPublic(2048), p11.Guarded(false), p11.Use(p11.PrivateUsages, pkcs11.CKA_DECRYPT))
+	_, priv, err := x.pair(keyspec.RSAPublic(2048), ck.Guarded(false), ck.Use(ck.PrivateUsages, pkcs11.CKA_DECRYPT))
 	if !x.can("an RSA key", means, err) {
 		return
 	}
@@ -368,7 +369,7 @@ func Learn(t *p11.Token) (keyspec.Traits, error) {
 	learnt := keyspec.Traits{
 		LeavesTrusted: !slices.ContainsFunc(x.report, func(f Finding) bool { return !f.OK }),
 	}
-	_, err = x.aes(p11.Unextractable, carries, p11.Nested(pkcs11.CKA_UNWRAP_TEMPLATE, keyspec.KME))
+	_, err = x.aes(ck.Unextractable, carries, ck.Nested(pkcs11.CKA_UNWRAP_TEMPLATE, keyspec.KME))
 	learnt.UnwrapTemplate = err == nil
 	if x.away(err) {
 		return keyspec.Traits{}, x.err

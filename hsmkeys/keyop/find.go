@@ -6,6 +6,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 )
@@ -41,7 +42,7 @@ func checkMaker(t *p11.Token, s *p11.Session, class uint, h pkcs11.ObjectHandle,
 	}
 	is := func(typ uint) (bool, error) {
 		a, err := s.Get(h, typ)
-		return err == nil && p11.IsTrue(a[0]), p11.Explain("look at "+k.Label(), err)
+		return err == nil && ck.IsTrue(a[0]), p11.Explain("look at "+k.Label(), err)
 	}
 	ok, err := false, error(nil)
 	if k.Role != keyspec.RoleInjection {
@@ -58,8 +59,8 @@ func checkMaker(t *p11.Token, s *p11.Session, class uint, h pkcs11.ObjectHandle,
 }
 
 func findAll(s *p11.Session, class uint, k keyspec.Key) ([]pkcs11.ObjectHandle, error) {
-	found, err := s.Find(p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, class), p11.Attr(pkcs11.CKA_TOKEN, true),
-		p11.Attr(pkcs11.CKA_ID, k.ID())})
+	found, err := s.Find(ck.Attributes{ck.Attr(pkcs11.CKA_CLASS, class), ck.Attr(pkcs11.CKA_TOKEN, true),
+		ck.Attr(pkcs11.CKA_ID, k.ID())})
 	return found, p11.Explain("look for "+k.Label(), err)
 }
 
@@ -85,8 +86,8 @@ func RememberPrivateKeys(t *p11.Token, f func(func(*p11.Session) error) error) (
 	var all []pkcs11.ObjectHandle
 	epoch := t.Epoch()
 	err = f(func(s *p11.Session) (err error) {
-		all, err = s.Find(p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY),
-			p11.Attr(pkcs11.CKA_TOKEN, true)})
+		all, err = s.Find(ck.Attributes{ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY),
+			ck.Attr(pkcs11.CKA_TOKEN, true)})
 		return err
 	})
 	if err != nil {
@@ -106,7 +107,7 @@ func RememberPrivateKeys(t *p11.Token, f func(func(*p11.Session) error) error) (
 					return err
 				}
 				id := string(a[0])
-				byID[id] = named{h, byID[id].objects + 1, p11.IsTrue(a[1])}
+				byID[id] = named{h, byID[id].objects + 1, ck.IsTrue(a[1])}
 			}
 			return nil
 		})

@@ -12,6 +12,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 	"github.com/kmehsm/kmehsm/kme"
@@ -53,7 +54,7 @@ func SealObject(s *p11.Session, generation int, storage, h pkcs11.ObjectHandle) 
 }
 
 // Unseal makes a sealed KME an object of the session. The caller destroys it, or leaves it there.
-func Unseal(s *p11.Session, storage pkcs11.ObjectHandle, sealed []byte, template p11.Attributes) (
+func Unseal(s *p11.Session, storage pkcs11.ObjectHandle, sealed []byte, template ck.Attributes) (
 	pkcs11.ObjectHandle, error) {
 	h, err := s.Unwrap(pkcs11.CKM_AES_KEY_WRAP, storage, sealed[1:], template)
 	return h, p11.Explain("unseal a KME", err)

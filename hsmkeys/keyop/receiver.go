@@ -9,18 +9,19 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 )
 
 // NewReceiver makes an RSA-3072 key under which keys come into the token, with a label that begins so and a part of a
 // template that says what it unwraps.
-func NewReceiver(s *p11.Session, label string, unwraps p11.Attributes) (*rsa.PublicKey, error) {
+func NewReceiver(s *p11.Session, label string, unwraps ck.Attributes) (*rsa.PublicKey, error) {
 	id := make([]byte, 20)
 	rand.Read(id)
-	private := p11.Frozen(p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, true), p11.Attr(pkcs11.CKA_ID, id),
-		p11.Attr(pkcs11.CKA_LABEL, keyspec.ReceiverLabel(label, id))},
-		p11.Guarded(false), p11.Use(p11.PrivateUsages, pkcs11.CKA_UNWRAP), unwraps)
+	private := ck.Frozen(ck.Attributes{ck.Attr(pkcs11.CKA_TOKEN, true), ck.Attr(pkcs11.CKA_ID, id),
+		ck.Attr(pkcs11.CKA_LABEL, keyspec.ReceiverLabel(label, id))},
+		ck.Guarded(false), ck.Use(ck.PrivateUsages, pkcs11.CKA_UNWRAP), unwraps)
 	public, h, err := s.GeneratePair(pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN, keyspec.RSAPublic(3072), private)
 	if err != nil {
 		return nil, p11.Explain("make a transport key", err)
@@ -36,8 +37,8 @@ func Receivers(s *p11.Session, label string) (all []*rsa.PublicKey, err error) {
 }
 
 func eachReceiver(s *p11.Session, label string, f func(pkcs11.ObjectHandle, *rsa.PublicKey)) error {
-	found, err := s.Find(p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY),
-		p11.Attr(pkcs11.CKA_TOKEN, true), p11.Attr(pkcs11.CKA_UNWRAP, true)})
+	found, err := s.Find(ck.Attributes{ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY),
+		ck.Attr(pkcs11.CKA_TOKEN, true), ck.Attr(pkcs11.CKA_UNWRAP, true)})
 	if err != nil {
 		return p11.Explain("look for transport keys", err)
 	}

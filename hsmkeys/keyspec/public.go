@@ -12,37 +12,38 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
 // RSAPublic is the template of a public key object that lives until it has been read: the private object has the
 // modulus too, and a second object of each key would be one more thing to keep in step.
-func RSAPublic(bits int) p11.Attributes {
-	return p11.Attributes{
-		p11.Attr(pkcs11.CKA_TOKEN, false), p11.Attr(pkcs11.CKA_PRIVATE, false),
-		p11.Attr(pkcs11.CKA_MODULUS_BITS, bits), p11.Attr(pkcs11.CKA_PUBLIC_EXPONENT, rsaExponent),
+func RSAPublic(bits int) ck.Attributes {
+	return ck.Attributes{
+		ck.Attr(pkcs11.CKA_TOKEN, false), ck.Attr(pkcs11.CKA_PRIVATE, false),
+		ck.Attr(pkcs11.CKA_MODULUS_BITS, bits), ck.Attr(pkcs11.CKA_PUBLIC_EXPONENT, rsaExponent),
 	}
 }
 
 // Wrapping is an RSA key that wraps, as an object.
-func Wrapping(pub *rsa.PublicKey) p11.Attributes {
-	return append(p11.Attributes{
-		p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), p11.Attr(pkcs11.CKA_PRIVATE, false),
-		p11.Attr(pkcs11.CKA_WRAP, true), p11.Attr(pkcs11.CKA_ENCRYPT, false), p11.Attr(pkcs11.CKA_VERIFY, false),
+func Wrapping(pub *rsa.PublicKey) ck.Attributes {
+	return append(ck.Attributes{
+		ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), ck.Attr(pkcs11.CKA_PRIVATE, false),
+		ck.Attr(pkcs11.CKA_WRAP, true), ck.Attr(pkcs11.CKA_ENCRYPT, false), ck.Attr(pkcs11.CKA_VERIFY, false),
 	}, rsaValue(pub)...)
 }
 
-func rsaValue(pub *rsa.PublicKey) p11.Attributes {
-	return p11.Attributes{
-		p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA),
-		p11.Attr(pkcs11.CKA_MODULUS, pub.N.Bytes()), p11.Attr(pkcs11.CKA_PUBLIC_EXPONENT, rsaExponent),
+func rsaValue(pub *rsa.PublicKey) ck.Attributes {
+	return ck.Attributes{
+		ck.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA),
+		ck.Attr(pkcs11.CKA_MODULUS, pub.N.Bytes()), ck.Attr(pkcs11.CKA_PUBLIC_EXPONENT, rsaExponent),
 	}
 }
 
 // Verifying is a device's public key as a session object that verifies.
-func Verifying(pub crypto.PublicKey) (p11.Attributes, error) {
-	var value p11.Attributes
+func Verifying(pub crypto.PublicKey) (ck.Attributes, error) {
+	var value ck.Attributes
 	switch k := pub.(type) {
 	case *ecdsa.PublicKey:
 		point, err := k.Bytes()
@@ -54,22 +55,22 @@ func Verifying(pub crypto.PublicKey) (p11.Attributes, error) {
 		if err != nil {
 			return nil, err
 		}
-		value = p11.Attributes{
-			p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_EC), p11.Attr(pkcs11.CKA_EC_PARAMS, P256Params),
-			p11.Attr(pkcs11.CKA_EC_POINT, der),
+		value = ck.Attributes{
+			ck.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_EC), ck.Attr(pkcs11.CKA_EC_PARAMS, P256Params),
+			ck.Attr(pkcs11.CKA_EC_POINT, der),
 		}
 	case *rsa.PublicKey:
 		value = rsaValue(k)
 	default:
 		return nil, fmt.Errorf("a device key is ECDSA or RSA, not %T", pub)
 	}
-	return p11.Join(verifying, value), nil
+	return ck.Join(verifying, value), nil
 }
 
-var verifying = p11.Attributes{
-	p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY),
-	p11.Attr(pkcs11.CKA_TOKEN, false), p11.Attr(pkcs11.CKA_PRIVATE, false),
-	p11.Attr(pkcs11.CKA_VERIFY, true), p11.Attr(pkcs11.CKA_ENCRYPT, false), p11.Attr(pkcs11.CKA_WRAP, false),
+var verifying = ck.Attributes{
+	ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY),
+	ck.Attr(pkcs11.CKA_TOKEN, false), ck.Attr(pkcs11.CKA_PRIVATE, false),
+	ck.Attr(pkcs11.CKA_VERIFY, true), ck.Attr(pkcs11.CKA_ENCRYPT, false), ck.Attr(pkcs11.CKA_WRAP, false),
 }
 
 // ReadRSA reads the public key of an RSA key object, of either half.

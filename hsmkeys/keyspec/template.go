@@ -5,12 +5,12 @@ import (
 
 	"github.com/miekg/pkcs11"
 
-	"github.com/kmehsm/kmehsm/hsmkeys/p11"
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 )
 
 // OAEP is RSA-OAEP with SHA-1 and MGF1-SHA-1, JOSE's "RSA-OAEP" (RFC 7518 section 4.3): the one parameter set that
 // every token has. OAEP does not rest on collision resistance, so SHA-1's weakness does not reach it (RFC 8017 appendix
-// B.1 keeps it for that reason). Its parameters are in p11/direct.go.
+// B.1 keeps it for that reason). Its parameters are in ck/direct.go.
 const OAEP = pkcs11.CKM_RSA_PKCS_OAEP
 
 // WrappedRoom is more than any wrapped key of ours takes: an RSA-4096 key as PKCS #8 in AES-KWP has some 2,400 bytes.
@@ -29,123 +29,123 @@ type Traits struct {
 }
 
 // Unwraps says what a key unwraps.
-func (t Traits) Unwraps(what p11.Attributes) p11.Attributes {
+func (t Traits) Unwraps(what ck.Attributes) ck.Attributes {
 	if !t.UnwrapTemplate {
 		return nil
 	}
-	return p11.Nested(pkcs11.CKA_UNWRAP_TEMPLATE, what)
+	return ck.Nested(pkcs11.CKA_UNWRAP_TEMPLATE, what)
 }
 
 // Leaves is common to keys that leave the token in a backup, where there can be one.
-func (t Traits) Leaves() p11.Attributes {
+func (t Traits) Leaves() ck.Attributes {
 	if !t.LeavesTrusted {
-		return p11.Unextractable
+		return ck.Unextractable
 	}
 	return LeavesUnderTrusted
 }
 
 // LeavesUnderTrusted is common to keys that leave a token under a TRUSTED key, and under no other.
-var LeavesUnderTrusted = p11.Attributes{
-	p11.Attr(pkcs11.CKA_SENSITIVE, true), p11.Attr(pkcs11.CKA_EXTRACTABLE, true),
-	p11.Attr(pkcs11.CKA_WRAP_WITH_TRUSTED, true),
+var LeavesUnderTrusted = ck.Attributes{
+	ck.Attr(pkcs11.CKA_SENSITIVE, true), ck.Attr(pkcs11.CKA_EXTRACTABLE, true),
+	ck.Attr(pkcs11.CKA_WRAP_WITH_TRUSTED, true),
 }
 
 // Named makes a token object that is found again by its CKA_ID.
-func Named(k Key) p11.Attributes {
-	return p11.Attributes{
-		p11.Attr(pkcs11.CKA_TOKEN, true), p11.Attr(pkcs11.CKA_ID, k.ID()), p11.Attr(pkcs11.CKA_LABEL, k.Label()),
+func Named(k Key) ck.Attributes {
+	return ck.Attributes{
+		ck.Attr(pkcs11.CKA_TOKEN, true), ck.Attr(pkcs11.CKA_ID, k.ID()), ck.Attr(pkcs11.CKA_LABEL, k.Label()),
 	}
 }
 
 // The templates of a manufacturer's signing key, on P-256.
-func SigningPublic(k Key) p11.Attributes {
-	return p11.Frozen(Named(k), p11.Attributes{
-		p11.Attr(pkcs11.CKA_EC_PARAMS, P256Params), p11.Attr(pkcs11.CKA_PRIVATE, false),
-		p11.Attr(pkcs11.CKA_VERIFY, true), p11.Attr(pkcs11.CKA_ENCRYPT, false), p11.Attr(pkcs11.CKA_WRAP, false),
+func SigningPublic(k Key) ck.Attributes {
+	return ck.Frozen(Named(k), ck.Attributes{
+		ck.Attr(pkcs11.CKA_EC_PARAMS, P256Params), ck.Attr(pkcs11.CKA_PRIVATE, false),
+		ck.Attr(pkcs11.CKA_VERIFY, true), ck.Attr(pkcs11.CKA_ENCRYPT, false), ck.Attr(pkcs11.CKA_WRAP, false),
 	})
 }
 
-func SigningPrivate(k Key) p11.Attributes {
-	return p11.Frozen(Named(k), p11.Guarded(false), p11.Use(p11.PrivateUsages, pkcs11.CKA_SIGN))
+func SigningPrivate(k Key) ck.Attributes {
+	return ck.Frozen(Named(k), ck.Guarded(false), ck.Use(ck.PrivateUsages, pkcs11.CKA_SIGN))
 }
 
 // Lot is what a lot key is in a factory's token. It is not frozen: sealing it is a change of the object.
 // WRAP_WITH_TRUSTED holds it until then.
-var Lot = p11.Join(p11.Guarded(true), p11.Use(p11.PrivateUsages, pkcs11.CKA_DECRYPT), p11.Attributes{
-	p11.Attr(pkcs11.CKA_WRAP_WITH_TRUSTED, true), p11.Attr(pkcs11.CKA_COPYABLE, false),
+var Lot = ck.Join(ck.Guarded(true), ck.Use(ck.PrivateUsages, pkcs11.CKA_DECRYPT), ck.Attributes{
+	ck.Attr(pkcs11.CKA_WRAP_WITH_TRUSTED, true), ck.Attr(pkcs11.CKA_COPYABLE, false),
 })
 
 // StorageTemplate is the storage key's: whoever unwraps a KME with it can have it as OpenPayload and EncryptRANDs have
 // it, and in no other way.
-func StorageTemplate(t Traits) p11.Attributes {
-	return p11.Join(p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, true)}, t.Leaves(),
-		p11.Use(p11.Usages, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP), t.Unwraps(KME))
+func StorageTemplate(t Traits) ck.Attributes {
+	return ck.Join(ck.Attributes{ck.Attr(pkcs11.CKA_PRIVATE, true)}, t.Leaves(),
+		ck.Use(ck.Usages, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP), t.Unwraps(KME))
 }
 
 // LedgerTemplate is the ledger key's.
-func LedgerTemplate(t Traits) p11.Attributes {
-	return p11.Join(p11.Attributes{p11.Attr(pkcs11.CKA_PRIVATE, true)}, t.Leaves(),
-		p11.Use(p11.Usages, pkcs11.CKA_SIGN))
+func LedgerTemplate(t Traits) ck.Attributes {
+	return ck.Join(ck.Attributes{ck.Attr(pkcs11.CKA_PRIVATE, true)}, t.Leaves(),
+		ck.Use(ck.Usages, pkcs11.CKA_SIGN))
 }
 
 // CarriedTemplate is the storage or ledger key's where it comes from another token.
-func CarriedTemplate(t Traits, k Key) p11.Attributes {
+func CarriedTemplate(t Traits, k Key) ck.Attributes {
 	template, kind := LedgerTemplate(t), uint(pkcs11.CKK_GENERIC_SECRET)
 	if k.Role == RoleStorage {
 		template, kind = StorageTemplate(t), pkcs11.CKK_AES
 	}
-	return p11.Join(p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY),
-		p11.Attr(pkcs11.CKA_KEY_TYPE, kind)}, template)
+	return ck.Join(ck.Attributes{ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY),
+		ck.Attr(pkcs11.CKA_KEY_TYPE, kind)}, template)
 }
 
 // Restored is what storage and ledger key have in common: what whoever unwraps them may not have otherwise.
-func Restored(t Traits) p11.Attributes {
-	return p11.Join(t.Leaves(), p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY)},
-		p11.Use([]uint{pkcs11.CKA_VERIFY, pkcs11.CKA_ENCRYPT, pkcs11.CKA_DECRYPT, pkcs11.CKA_DERIVE}))
+func Restored(t Traits) ck.Attributes {
+	return ck.Join(t.Leaves(), ck.Attributes{ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY)},
+		ck.Use([]uint{pkcs11.CKA_VERIFY, pkcs11.CKA_ENCRYPT, pkcs11.CKA_DECRYPT, pkcs11.CKA_DERIVE}))
 }
 
 // What a key is that is unwrapped, and never leaves the token again: what whoever unwraps it may not have otherwise. In
 // a KEK a template of its own is not possible.
 var (
 	KME = unwrapped(pkcs11.CKO_SECRET_KEY, pkcs11.CKK_AES,
-		p11.Use(p11.Usages, pkcs11.CKA_ENCRYPT, pkcs11.CKA_DECRYPT))
-	ImportedKEK = unwrapped(pkcs11.CKO_SECRET_KEY, pkcs11.CKK_AES, p11.Use(p11.Usages, pkcs11.CKA_UNWRAP))
-	ImportedLot = unwrapped(pkcs11.CKO_PRIVATE_KEY, pkcs11.CKK_RSA, p11.Use(p11.PrivateUsages, pkcs11.CKA_DECRYPT))
+		ck.Use(ck.Usages, pkcs11.CKA_ENCRYPT, pkcs11.CKA_DECRYPT))
+	ImportedKEK = unwrapped(pkcs11.CKO_SECRET_KEY, pkcs11.CKK_AES, ck.Use(ck.Usages, pkcs11.CKA_UNWRAP))
+	ImportedLot = unwrapped(pkcs11.CKO_PRIVATE_KEY, pkcs11.CKK_RSA, ck.Use(ck.PrivateUsages, pkcs11.CKA_DECRYPT))
 )
 
-func unwrapped(class, kind uint, usage p11.Attributes) p11.Attributes {
-	return p11.Join(usage,
-		p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, class), p11.Attr(pkcs11.CKA_KEY_TYPE, kind)}, p11.Unextractable)
+func unwrapped(class, kind uint, usage ck.Attributes) ck.Attributes {
+	return ck.Join(usage,
+		ck.Attributes{ck.Attr(pkcs11.CKA_CLASS, class), ck.Attr(pkcs11.CKA_KEY_TYPE, kind)}, ck.Unextractable)
 }
 
 // A KME is a session object, for one use. It is not PRIVATE, which no other process gains by: to those a session object
 // does not exist; and SoftHSM encrypts each attribute of a PRIVATE object in its memory, which takes it as long as the
 // use.
 var (
-	open = p11.Attributes{p11.Attr(pkcs11.CKA_TOKEN, false), p11.Attr(pkcs11.CKA_PRIVATE, false)}
+	open = ck.Attributes{ck.Attr(pkcs11.CKA_TOKEN, false), ck.Attr(pkcs11.CKA_PRIVATE, false)}
 
-	SealableKME = p11.Join(p11.Use(p11.Usages), p11.Attributes{
-		p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES),
-		p11.Attr(pkcs11.CKA_SENSITIVE, true), p11.Attr(pkcs11.CKA_EXTRACTABLE, true),
+	SealableKME = ck.Join(ck.Use(ck.Usages), ck.Attributes{
+		ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), ck.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES),
+		ck.Attr(pkcs11.CKA_SENSITIVE, true), ck.Attr(pkcs11.CKA_EXTRACTABLE, true),
 	}, open)
-	UsableKME = p11.Join(KME, open)
+	UsableKME = ck.Join(KME, open)
 )
 
 // The two templates of a device's key pair on P-256; the private one does for RSA too. As a KME, it is not PRIVATE.
 var (
-	DevicePublic  = p11.Join(open, p11.Attributes{p11.Attr(pkcs11.CKA_EC_PARAMS, P256Params)})
-	DevicePrivate = p11.Join(p11.Use(p11.PrivateUsages, pkcs11.CKA_SIGN), open, p11.Attributes{
-		p11.Attr(pkcs11.CKA_SENSITIVE, true), p11.Attr(pkcs11.CKA_EXTRACTABLE, true),
-		p11.Attr(pkcs11.CKA_WRAP_WITH_TRUSTED, false),
+	DevicePublic  = ck.Join(open, ck.Attributes{ck.Attr(pkcs11.CKA_EC_PARAMS, P256Params)})
+	DevicePrivate = ck.Join(ck.Use(ck.PrivateUsages, pkcs11.CKA_SIGN), open, ck.Attributes{
+		ck.Attr(pkcs11.CKA_SENSITIVE, true), ck.Attr(pkcs11.CKA_EXTRACTABLE, true),
+		ck.Attr(pkcs11.CKA_WRAP_WITH_TRUSTED, false),
 	})
 )
 
 // LotKeys are all that a KEK wraps, and DeviceKeys what an injection key wraps, which lot keys are not.
 var (
-	LotKeys = p11.Attributes{
-		p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), p11.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA),
+	LotKeys = ck.Attributes{
+		ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), ck.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA),
 	}
-	DeviceKeys = p11.Attributes{
-		p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), p11.Attr(pkcs11.CKA_WRAP_WITH_TRUSTED, false),
+	DeviceKeys = ck.Attributes{
+		ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), ck.Attr(pkcs11.CKA_WRAP_WITH_TRUSTED, false),
 	}
 )

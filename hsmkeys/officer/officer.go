@@ -10,6 +10,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 )
 
@@ -79,8 +80,8 @@ type splitObject struct {
 func splits(s *p11.Session) (map[string][]splitObject, error) {
 	all := map[string][]splitObject{}
 	for _, label := range []string{splitBegun, splitInForce} {
-		found, err := s.Find(p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_DATA),
-			p11.Attr(pkcs11.CKA_TOKEN, true), p11.Attr(pkcs11.CKA_LABEL, label)})
+		found, err := s.Find(ck.Attributes{ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_DATA),
+			ck.Attr(pkcs11.CKA_TOKEN, true), ck.Attr(pkcs11.CKA_LABEL, label)})
 		if err != nil {
 			return nil, p11.Explain("look for the security officer's split", err)
 		}
@@ -104,9 +105,9 @@ func makeSplit(s *p11.Session, label string, split *Split) error {
 	if err != nil {
 		return err
 	}
-	_, err = s.Create(p11.Frozen(p11.Attributes{
-		p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), p11.Attr(pkcs11.CKA_TOKEN, true),
-		p11.Attr(pkcs11.CKA_PRIVATE, false), p11.Attr(pkcs11.CKA_LABEL, label), p11.Attr(pkcs11.CKA_APPLICATION, text),
+	_, err = s.Create(ck.Frozen(ck.Attributes{
+		ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), ck.Attr(pkcs11.CKA_TOKEN, true),
+		ck.Attr(pkcs11.CKA_PRIVATE, false), ck.Attr(pkcs11.CKA_LABEL, label), ck.Attr(pkcs11.CKA_APPLICATION, text),
 	}))
 	return p11.Explain("say in the token which split its security officer's PIN is in", err)
 }
@@ -170,7 +171,7 @@ func SetPIN(ctx context.Context, tokenURI string, present, next PIN) error {
 		err = t.Once(ctx, "set the security officer's PIN", func(s *p11.Session) error {
 			return s.Ctx.SetPIN(s.ID, string(present.PIN), string(next.PIN))
 		})
-		if p11.IsCKR(err, unchanged...) {
+		if ck.IsCKR(err, unchanged...) {
 			return errors.Join(p11.Explain("set the security officer's PIN", err),
 				t.With(ctx, "take the announcement back", func(s *p11.Session) error {
 					return settle(s, present.Split)
@@ -181,7 +182,7 @@ func SetPIN(ctx context.Context, tokenURI string, present, next PIN) error {
 		}
 		return nil
 	})
-	if p11.IsCKR(err, pkcs11.CKR_PIN_INCORRECT) {
+	if ck.IsCKR(err, pkcs11.CKR_PIN_INCORRECT) {
 		err = fmt.Errorf("%w; if factory so split was interrupted before, its shares may be in force: see factory "+
 			"so show", err)
 	}

@@ -8,6 +8,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 )
@@ -62,10 +63,10 @@ func TestOfficerPINIsSet(t *testing.T) {
 		if got := officerSplit(t, tok); got != step.want {
 			t.Errorf("after it was set: %s, want %s", got, step.want)
 		}
-		if err := CheckPIN(ctx, tok.URI, step.present); !p11.IsCKR(err, pkcs11.CKR_PIN_INCORRECT) {
+		if err := CheckPIN(ctx, tok.URI, step.present); !ck.IsCKR(err, pkcs11.CKR_PIN_INCORRECT) {
 			t.Errorf("the PIN before: %v", err)
 		}
-		if err := SetPIN(ctx, tok.URI, step.present, first); !p11.IsCKR(err, pkcs11.CKR_PIN_INCORRECT) ||
+		if err := SetPIN(ctx, tok.URI, step.present, first); !ck.IsCKR(err, pkcs11.CKR_PIN_INCORRECT) ||
 			errors.Is(err, ErrPINMaybeSet) {
 			t.Errorf("set with the PIN before: %v", err)
 		}
@@ -178,10 +179,10 @@ func TestOfficerSplitForged(t *testing.T) {
 	}
 	user(func(s *p11.Session) error { return settle(s, nil) })
 	user(func(s *p11.Session) error {
-		_, err := s.Ctx.CreateObject(s.ID, p11.Attributes{p11.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_DATA),
-			p11.Attr(pkcs11.CKA_TOKEN, true),
-			p11.Attr(pkcs11.CKA_PRIVATE, false), p11.Attr(pkcs11.CKA_LABEL, splitInForce),
-			p11.Attr(pkcs11.CKA_APPLICATION, "junk")})
+		_, err := s.Ctx.CreateObject(s.ID, ck.Attributes{ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_DATA),
+			ck.Attr(pkcs11.CKA_TOKEN, true),
+			ck.Attr(pkcs11.CKA_PRIVATE, false), ck.Attr(pkcs11.CKA_LABEL, splitInForce),
+			ck.Attr(pkcs11.CKA_APPLICATION, "junk")})
 		return err
 	})
 	if _, _, err := SplitOf(t.Context(), token); err == nil || !strings.Contains(err.Error(), "damaged") {

@@ -12,6 +12,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/internal/panics"
 )
 
@@ -148,7 +149,7 @@ func DoApart[T any](
 ) (T, error) {
 	v, err := run(ctx, t, operation, steps, f)
 	switch {
-	case IsCKR(err, pkcs11.CKR_DEVICE_MEMORY):
+	case ck.IsCKR(err, pkcs11.CKR_DEVICE_MEMORY):
 		t.dropAll() // it may be that which fills the token
 		fallthrough
 	case classify(err) == sessionLost:

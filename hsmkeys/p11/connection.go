@@ -10,6 +10,8 @@ import (
 
 	"github.com/ThalesGroup/crypto11"
 	"github.com/miekg/pkcs11"
+
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 )
 
 // A connection is a module that is initialised for us, a slot in it, and a login.
@@ -20,7 +22,7 @@ type connection struct {
 	slot   uint
 	info   pkcs11.TokenInfo
 	held   *Session      // of the login, which ends with the last session
-	lacks  atomic.Uint32 // see fitting
+	lacks  atomic.Uint32 // see ck.NewSession
 	// open are the sessions that are open, without those of crypto11, and most is how many may be; 0 if the token says
 	// nothing of it
 	open    atomic.Int64
@@ -156,7 +158,7 @@ func (c *connection) logIn(user uint, pin PIN) (*Session, error) {
 		return nil, err
 	}
 	err = s.Ctx.Login(s.ID, user, string(pin))
-	if user == pkcs11.CKU_USER && IsCKR(err, pkcs11.CKR_USER_ALREADY_LOGGED_IN) {
+	if user == pkcs11.CKU_USER && ck.IsCKR(err, pkcs11.CKR_USER_ALREADY_LOGGED_IN) {
 		err = nil // two Tokens of one process may share a token; the login is the process's
 	}
 	if err != nil {
@@ -177,7 +179,7 @@ func (c *connection) OpenSession() (*Session, error) {
 		c.open.Add(-1)
 		return nil, Explain("open a session", err)
 	}
-	return &Session{Ctx: c.module.Ctx, ID: h, list: c.module.list, lacks: &c.lacks, open: &c.open}, nil
+	return &Session{Session: ck.NewSession(c.module.Ctx, h, c.module.functions, &c.lacks), open: &c.open}, nil
 }
 
 // reinitialise takes the module through C_Finalize and C_Initialize, and logs in as the user again.
@@ -224,8 +226,8 @@ func (c *connection) Signers(*Session) *crypto11.Context { return c.signers }
 
 // Can says whether the token has a mechanism, and for all of the uses in flags. The caller holds a session.
 func (c *connection) Can(m, flags uint) (bool, error) {
-	info, err := c.module.GetMechanismInfo(c.slot, Mechanism(m))
-	if IsCKR(err, pkcs11.CKR_MECHANISM_INVALID) {
+	info, err := c.module.GetMechanismInfo(c.slot, ck.Mechanism(m))
+	if ck.IsCKR(err, pkcs11.CKR_MECHANISM_INVALID) {
 		return false, nil
 	}
 	if err != nil {

@@ -3,9 +3,10 @@ package p11
 import (
 	"errors"
 	"fmt"
-	"slices"
 
 	"github.com/miekg/pkcs11"
+
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 )
 
 // ErrNoKey: the token has no such key.
@@ -61,12 +62,6 @@ func Explain(what string, err error) error {
 	return fmt.Errorf("%s: %w", what, err)
 }
 
-// IsCKR says whether an error comes from one of these return codes.
-func IsCKR(err error, codes ...pkcs11.Error) bool {
-	var code pkcs11.Error
-	return errors.As(err, &code) && slices.Contains(codes, code)
-}
-
 // A severity says what an error of the token means for the next call.
 type severity int
 
@@ -84,18 +79,18 @@ func classify(err error) severity {
 		return permanent
 	case errors.Is(err, errGone):
 		return deviceLost
-	case IsCKR(err, pkcs11.CKR_SESSION_HANDLE_INVALID, pkcs11.CKR_SESSION_CLOSED):
+	case ck.IsCKR(err, pkcs11.CKR_SESSION_HANDLE_INVALID, pkcs11.CKR_SESSION_CLOSED):
 		return sessionLost
-	case IsCKR(err, pkcs11.CKR_DEVICE_REMOVED, pkcs11.CKR_DEVICE_ERROR,
+	case ck.IsCKR(err, pkcs11.CKR_DEVICE_REMOVED, pkcs11.CKR_DEVICE_ERROR,
 		pkcs11.CKR_TOKEN_NOT_PRESENT, pkcs11.CKR_TOKEN_NOT_RECOGNIZED,
 		pkcs11.CKR_CRYPTOKI_NOT_INITIALIZED, pkcs11.CKR_SLOT_ID_INVALID,
 		// What a token says that was away, and has come back: the login is gone, and with it all handles.
 		pkcs11.CKR_USER_NOT_LOGGED_IN, pkcs11.CKR_KEY_HANDLE_INVALID, pkcs11.CKR_OBJECT_HANDLE_INVALID,
 		pkcs11.CKR_WRAPPING_KEY_HANDLE_INVALID, pkcs11.CKR_UNWRAPPING_KEY_HANDLE_INVALID):
 		return deviceLost
-	case IsCKR(err, pkcs11.CKR_GENERAL_ERROR, pkcs11.CKR_FUNCTION_FAILED):
+	case ck.IsCKR(err, pkcs11.CKR_GENERAL_ERROR, pkcs11.CKR_FUNCTION_FAILED):
 		return suspect // SoftHSM says the first of a damaged wrapped key, others when they are gone
-	case IsCKR(err, pkcs11.CKR_HOST_MEMORY, pkcs11.CKR_DEVICE_MEMORY, pkcs11.CKR_SESSION_COUNT,
+	case ck.IsCKR(err, pkcs11.CKR_HOST_MEMORY, pkcs11.CKR_DEVICE_MEMORY, pkcs11.CKR_SESSION_COUNT,
 		pkcs11.CKR_FUNCTION_CANCELED):
 		return transient
 	}

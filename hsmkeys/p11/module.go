@@ -9,6 +9,8 @@ import (
 	"unsafe"
 
 	"github.com/miekg/pkcs11"
+
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 )
 
 // A module is a PKCS #11 library in this process. It stays loaded. C_Initialize and C_Finalize are made once for all
@@ -16,7 +18,7 @@ import (
 // own, or keeps those apart who have asked it for its functions, as p11-kit's client does.
 type module struct {
 	*pkcs11.Ctx
-	list functionList
+	functions ck.Functions
 
 	// held over C_Initialize and C_Finalize: whoever comes meanwhile can do nothing before they have ended
 	mu    sync.Mutex
@@ -42,7 +44,7 @@ func loadModule(path string) (*module, error) {
 	if ctx == nil {
 		return nil, fmt.Errorf("the PKCS #11 module %s cannot be used: it is no library, or none of PKCS #11", path)
 	}
-	list, err := functionsOf(ctx)
+	functions, err := ck.FunctionsOf(ctx)
 	if err != nil {
 		ctx.Destroy()
 		return nil, err
@@ -50,7 +52,7 @@ func loadModule(path string) (*module, error) {
 	if modules.at == nil {
 		modules.at = map[string]*module{}
 	}
-	m := &module{Ctx: ctx, list: list}
+	m := &module{Ctx: ctx, functions: functions}
 	modules.at[path] = m
 	return m, nil
 }
@@ -67,7 +69,8 @@ func (m *module) initialize(reserved string) error {
 			options = append(options, pkcs11.InitializeWithReserved(p))
 		}
 		err := m.Initialize(options...)
-		if m.ours = err == nil; err != nil && (reserved != "" || !IsCKR(err, pkcs11.CKR_CRYPTOKI_ALREADY_INITIALIZED)) {
+		m.ours = err == nil
+		if err != nil && (reserved != "" || !ck.IsCKR(err, pkcs11.CKR_CRYPTOKI_ALREADY_INITIALIZED)) {
 			return err
 		}
 		m.reserved = reserved

@@ -13,6 +13,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 	"github.com/kmehsm/kmehsm/kme"
@@ -88,7 +89,7 @@ func TestPanic(t *testing.T) {
 		}
 		all.Wait()
 		for _, h := range used {
-			if _, err := token.module.GetSessionInfo(h); !IsCKR(err, pkcs11.CKR_SESSION_HANDLE_INVALID) {
+			if _, err := token.module.GetSessionInfo(h); !ck.IsCKR(err, pkcs11.CKR_SESSION_HANDLE_INVALID) {
 				t.Errorf("the session of a panic was not closed: %v", err)
 			}
 		}

@@ -12,6 +12,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 )
 
@@ -60,7 +61,7 @@ func TestSoftHSMIsRenewed(t *testing.T) {
 // find looks for objects of a label.
 func find(ctx context.Context, token *Token, label string) (n int, err error) {
 	found, err := Do(ctx, token, "find", func(s *Session) ([]pkcs11.ObjectHandle, error) {
-		return s.Find(Attributes{Attr(pkcs11.CKA_TOKEN, true), Attr(pkcs11.CKA_LABEL, label)})
+		return s.Find(ck.Attributes{ck.Attr(pkcs11.CKA_TOKEN, true), ck.Attr(pkcs11.CKA_LABEL, label)})
 	})
 	return len(found), err
 }
@@ -68,8 +69,8 @@ func find(ctx context.Context, token *Token, label string) (n int, err error) {
 // ping shows that the token can work.
 func ping(ctx context.Context, token *Token) error {
 	return token.With(ctx, "ping", func(s *Session) error {
-		h, err := s.Generate(pkcs11.CKM_AES_KEY_GEN, InSession(Use(Usages), Guarded(false),
-			Attributes{Attr(pkcs11.CKA_VALUE_LEN, 32)}))
+		h, err := s.Generate(pkcs11.CKM_AES_KEY_GEN, ck.InSession(ck.Use(ck.Usages), ck.Guarded(false),
+			ck.Attributes{ck.Attr(pkcs11.CKA_VALUE_LEN, 32)}))
 		if err != nil {
 			return err
 		}
@@ -88,7 +89,7 @@ func countObjects(t *testing.T, token *Token) int {
 	return len(all)
 }
 
-// The module gives its function list again, for all tokens but those behind p11-kit: see functionsOf.
+// The module gives its function list again, for all tokens but those behind p11-kit: see ck.FunctionsOf.
 func TestFunctionList(t *testing.T) {
 	client, err := filepath.Glob("/usr/lib/*/pkcs11/p11-kit-client.so")
 	if err != nil || len(client) != 1 {
@@ -102,7 +103,7 @@ func TestFunctionList(t *testing.T) {
 		}
 		defer one.Destroy()
 		defer other.Destroy()
-		got := must[functionList](t)(functionsOf(one)) == must[functionList](t)(functionsOf(other))
+		got := must[ck.Functions](t)(ck.FunctionsOf(one)) == must[ck.Functions](t)(ck.FunctionsOf(other))
 		if got != same {
 			t.Errorf("%s gives the same list: %v, want %v", path, got, same)
 		}
@@ -147,7 +148,7 @@ func TestSessions(t *testing.T) {
 				}
 				return pkcs11.Error(pkcs11.CKR_ARGUMENTS_BAD)
 			})
-			if !IsCKR(err, pkcs11.CKR_ARGUMENTS_BAD) {
+			if !ck.IsCKR(err, pkcs11.CKR_ARGUMENTS_BAD) {
 				t.Fatal(err)
 			}
 		}
@@ -219,25 +220,10 @@ func TestOpenRefuses(t *testing.T) {
 	}
 }
 
-// Whatever length a token says that a result has, it is taken, or refused.
-func TestWritten(t *testing.T) {
-	room := make([]byte, 32)
-	for _, size := range []uint{0, 1, 32} {
-		if b, err := written(room, size); err != nil || len(b) != int(size) {
-			t.Errorf("%d: %d bytes, %v", size, len(b), err)
-		}
-	}
-	for _, size := range []uint{33, 1 << 31, 1 << 63, pkcs11.CK_UNAVAILABLE_INFORMATION} {
-		if b, err := written(room, size); err == nil {
-			t.Errorf("%d: %d bytes", size, len(b))
-		}
-	}
-}
-
 // What keeps a key is left out for no less than a token that never takes it: not for a fault that passes, and not for a
 // refusal of something else.
 func TestNothingIsLeftOutInVain(t *testing.T) {
-	lost := map[string]uint32{"SoftHSM": 0, "NSS": 1<<len(optional) - 1}
+	lost := map[string]uint32{"SoftHSM": 0, "NSS": 1<<len(ck.Optional) - 1}
 	for name, tok := range map[string]softhsmtest.Tok{"SoftHSM": softhsmtest.Token(t), "NSS": softhsmtest.NSS(t)} {
 		t.Run(name, func(t *testing.T) {
 			token := openToken(t, tok, Options{})
@@ -246,7 +232,7 @@ func TestNothingIsLeftOutInVain(t *testing.T) {
 			}
 			err := token.With(t.Context(), "test", func(s *Session) error {
 				return s.PutNote("test", []byte("x"),
-					Attributes{Attr(pkcs11.CKA_PRIVATE, false), Attr(pkcs11.CKA_DESTROYABLE, false)})
+					ck.Attributes{ck.Attr(pkcs11.CKA_PRIVATE, false), ck.Attr(pkcs11.CKA_DESTROYABLE, false)})
 			})
 			if err != nil {
 				t.Fatal(err)
@@ -255,14 +241,15 @@ func TestNothingIsLeftOutInVain(t *testing.T) {
 			if lacks != lost[name] || objects != 1 {
 				t.Errorf("lacks %b, want %b; %d objects of a note", lacks, lost[name], objects)
 			}
-			for _, refusal := range append(refusedTemplate, pkcs11.CKR_MECHANISM_INVALID) {
-				var asked []Attributes
+			for _, refusal := range append(ck.Refused, pkcs11.CKR_MECHANISM_INVALID) {
+				var asked []ck.Attributes
 				err := token.With(t.Context(), "test", func(s *Session) error {
-					_, err := s.fitting(Frozen(Guarded(false)), func(a Attributes) (pkcs11.ObjectHandle, error) {
-						asked = append(asked, a)
-						return 0, refusal
-					})
-					if !IsCKR(err, refusal) {
+					_, err := s.Fitting(ck.Frozen(ck.Guarded(false)),
+						func(a ck.Attributes) (pkcs11.ObjectHandle, error) {
+							asked = append(asked, a)
+							return 0, refusal
+						})
+					if !ck.IsCKR(err, refusal) {
 						t.Errorf("%v: %v", refusal, err)
 					}
 					return nil

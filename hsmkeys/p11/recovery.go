@@ -5,6 +5,8 @@ import (
 	"time"
 
 	"github.com/miekg/pkcs11"
+
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 )
 
 // Backoff of reinitialising a token. Coming back is noticed within the larger one.
@@ -57,7 +59,7 @@ func (t *Token) recover() {
 		}
 		t.breaker.open(err)
 		t.tell()
-		if IsCKR(err, refusedPIN...) {
+		if ck.IsCKR(err, refusedPIN...) {
 			return
 		}
 	}

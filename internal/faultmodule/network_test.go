@@ -21,6 +21,7 @@ import (
 	"github.com/tink-crypto/tink-go/v2/kwp/subtle"
 
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 	"github.com/kmehsm/kmehsm/internal/testproc"
@@ -419,6 +420,6 @@ func TestFullToken(t *testing.T) {
 	faulty.Tell(t, "limits 100 0")
 	testproc.Await(t, "what was left goes", func() bool {
 		_, err := token.OpenPayload(t.Context(), payloads[0])
-		return p11.IsCKR(err, pkcs11.CKR_DEVICE_MEMORY)
+		return ck.IsCKR(err, pkcs11.CKR_DEVICE_MEMORY)
 	})
 }

@@ -1,4 +1,4 @@
-package p11
+package ck
 
 import (
 	"slices"
@@ -6,30 +6,30 @@ import (
 	"github.com/miekg/pkcs11"
 )
 
-// optional are attributes that a token may have no place for, and without which our objects still serve. NSS softoken
+// Optional are attributes that a token may have no place for, and without which our objects still serve. NSS softoken
 // has none for either in token objects: C_GenerateKey with one of them is CKR_GENERAL_ERROR. What the keys lose by it,
 // the doctor sees when it copies one.
-var optional = []uint{pkcs11.CKA_COPYABLE, pkcs11.CKA_DESTROYABLE}
+var Optional = []uint{pkcs11.CKA_COPYABLE, pkcs11.CKA_DESTROYABLE}
 
-// refusedTemplate is what tokens say of a template that they do not take. None of it says which attribute they mean,
+// Refused is what tokens say of a template that they do not take. None of it says which attribute they mean,
 // and some means other things too.
-var refusedTemplate = []pkcs11.Error{
+var Refused = []pkcs11.Error{
 	pkcs11.CKR_ATTRIBUTE_TYPE_INVALID, pkcs11.CKR_ATTRIBUTE_VALUE_INVALID, pkcs11.CKR_ATTRIBUTE_READ_ONLY,
 	pkcs11.CKR_TEMPLATE_INCONSISTENT, pkcs11.CKR_GENERAL_ERROR, pkcs11.CKR_FUNCTION_FAILED,
 }
 
-// fitting makes an object by a template, with what of it the token has a place for. That is learnt where a token
+// Fitting makes an object by a template, with what of it the token has a place for. That is learnt where a token
 // refuses the whole of it, by trying each optional attribute on an object of no other use: a token that takes all is
 // never asked.
-func (s *Session) fitting(
+func (s *Session) Fitting(
 	a Attributes, make func(Attributes) (pkcs11.ObjectHandle, error),
 ) (pkcs11.ObjectHandle, error) {
 	lacks := s.lacks.Load()
 	h, err := make(leavingOut(a, lacks))
-	if err == nil || !IsCKR(err, refusedTemplate...) {
+	if err == nil || !IsCKR(err, Refused...) {
 		return h, err
 	}
-	for i, o := range optional {
+	for i, o := range Optional {
 		if lacks&(1<<i) == 0 && has(a, o) && s.lacking(o) {
 			lacks |= 1 << i
 		}
@@ -45,9 +45,9 @@ func has(a Attributes, typ uint) bool {
 	return slices.ContainsFunc(a, func(e *pkcs11.Attribute) bool { return e.Type == typ })
 }
 
-// leavingOut leaves out those of optional that are in lacks.
+// leavingOut leaves out those of Optional that are in lacks.
 func leavingOut(a Attributes, lacks uint32) Attributes {
-	for i, o := range optional {
+	for i, o := range Optional {
 		if lacks&(1<<i) != 0 && has(a, o) {
 			a = Without(a, o)
 		}
@@ -69,6 +69,6 @@ func (s *Session) lacking(typ uint) bool {
 		}
 		return err
 	}
-	refused := func() bool { return IsCKR(try(Attr(typ, false)), refusedTemplate...) }
+	refused := func() bool { return IsCKR(try(Attr(typ, false)), Refused...) }
 	return refused() && try() == nil && refused()
 }

@@ -1,4 +1,4 @@
-package p11
+package ck
 
 /*
 typedef unsigned long ck;
@@ -158,15 +158,16 @@ import (
 // result with a call of its own, which is a round trip to a network HSM, and for C_WrapKey half of the work in SoftHSM;
 // and it frees the copies that it makes of secrets without wiping them. See docs/decisions/0012-direct-calls.md.
 
-type functionList = *C.ck_list
+// Functions is a module's function list.
+type Functions = *C.ck_list
 
-// functionsOf is the function list that miekg/pkcs11 has got from the module, by reflection on an unexported field. It
+// FunctionsOf is the function list that miekg/pkcs11 has got from the module, by reflection on an unexported field. It
 // cannot be had from the module: p11-kit's client and its proxy give another list each time that they are asked, which
 // knows nothing of the sessions of the others; SoftHSM and NSS softoken would give the same.
-func functionsOf(module *pkcs11.Ctx) (functionList, error) {
+func FunctionsOf(module *pkcs11.Ctx) (Functions, error) {
 	if ctx := reflect.ValueOf(module).Elem().FieldByName("ctx"); ctx.Kind() == reflect.Pointer {
 		if sym := ctx.Elem().FieldByName("sym"); sym.Kind() == reflect.Pointer && !sym.IsNil() {
-			return (functionList)(sym.UnsafePointer()), nil
+			return (Functions)(sym.UnsafePointer()), nil
 		}
 	}
 	return nil, errors.New("this version of miekg/pkcs11 keeps the module's functions elsewhere than 1.1.2 does")
@@ -184,7 +185,7 @@ func (s *Session) crypt(
 	operation C.int, mechanism uint, key pkcs11.ObjectHandle, in, out []byte,
 ) ([]byte, error) {
 	size := C.ck(len(out))
-	rv := C.crypt(s.list, operation, C.ck(s.ID), C.ck(mechanism), C.ck(key),
+	rv := C.crypt(s.functions, operation, C.ck(s.ID), C.ck(mechanism), C.ck(key),
 		(*C.uchar)(unsafe.SliceData(in)), C.ck(len(in)), (*C.uchar)(unsafe.SliceData(out)), &size)
 	if err := toError(rv); err != nil {
 		return nil, err
@@ -223,7 +224,7 @@ func (s *Session) Verify(mechanism uint, key pkcs11.ObjectHandle, data, sig []by
 		}
 		return (*C.uchar)(unsafe.SliceData(b))
 	}
-	err := toError(C.verify(s.list, C.ck(s.ID), C.ck(mechanism), C.ck(key), from(data), C.ck(len(data)), from(sig),
+	err := toError(C.verify(s.functions, C.ck(s.ID), C.ck(mechanism), C.ck(key), from(data), C.ck(len(data)), from(sig),
 		C.ck(len(sig))))
 	if IsCKR(err, pkcs11.CKR_SIGNATURE_INVALID, pkcs11.CKR_SIGNATURE_LEN_RANGE) {
 		return false, nil
@@ -234,7 +235,7 @@ func (s *Session) Verify(mechanism uint, key pkcs11.ObjectHandle, data, sig []by
 // Wrap wraps a key. out has room for the result.
 func (s *Session) Wrap(mechanism uint, wrapping, key pkcs11.ObjectHandle, out []byte) ([]byte, error) {
 	size := C.ck(len(out))
-	rv := C.wrap(s.list, C.ck(s.ID), C.ck(mechanism), C.ck(wrapping), C.ck(key), (*C.uchar)(unsafe.SliceData(out)),
+	rv := C.wrap(s.functions, C.ck(s.ID), C.ck(mechanism), C.ck(wrapping), C.ck(key), (*C.uchar)(unsafe.SliceData(out)),
 		&size)
 	if err := toError(rv); err != nil {
 		return nil, err
@@ -270,14 +271,14 @@ func shape(a Attributes) (rows []C.ck, values []byte, err error) {
 
 // Create makes an object. The copies of its values are wiped.
 func (s *Session) Create(a Attributes) (pkcs11.ObjectHandle, error) {
-	return s.fitting(a, func(a Attributes) (pkcs11.ObjectHandle, error) {
+	return s.Fitting(a, func(a Attributes) (pkcs11.ObjectHandle, error) {
 		rows, values, err := shape(a)
 		if err != nil {
 			return 0, err
 		}
 		defer clear(values)
 		var h C.ck
-		rv := C.create(s.list, C.ck(s.ID), unsafe.SliceData(rows), C.ck(len(rows)/3),
+		rv := C.create(s.functions, C.ck(s.ID), unsafe.SliceData(rows), C.ck(len(rows)/3),
 			(*C.uchar)(unsafe.SliceData(values)), &h)
 		return pkcs11.ObjectHandle(h), toError(rv)
 	})
@@ -285,13 +286,13 @@ func (s *Session) Create(a Attributes) (pkcs11.ObjectHandle, error) {
 
 // Generate makes a secret key.
 func (s *Session) Generate(mechanism uint, a Attributes) (pkcs11.ObjectHandle, error) {
-	return s.fitting(a, func(a Attributes) (pkcs11.ObjectHandle, error) {
+	return s.Fitting(a, func(a Attributes) (pkcs11.ObjectHandle, error) {
 		rows, values, err := shape(a)
 		if err != nil {
 			return 0, err
 		}
 		var h C.ck
-		rv := C.generate(s.list, C.ck(s.ID), C.ck(mechanism), unsafe.SliceData(rows), C.ck(len(rows)/3),
+		rv := C.generate(s.functions, C.ck(s.ID), C.ck(mechanism), unsafe.SliceData(rows), C.ck(len(rows)/3),
 			(*C.uchar)(unsafe.SliceData(values)), &h)
 		return pkcs11.ObjectHandle(h), toError(rv)
 	})
@@ -303,13 +304,13 @@ func (s *Session) GeneratePair(mechanism uint, public, private Attributes) (pub,
 	if err != nil {
 		return 0, 0, err
 	}
-	priv, err = s.fitting(private, func(private Attributes) (pkcs11.ObjectHandle, error) {
+	priv, err = s.Fitting(private, func(private Attributes) (pkcs11.ObjectHandle, error) {
 		privateRows, privateValues, err := shape(private)
 		if err != nil {
 			return 0, err
 		}
 		var h, k C.ck
-		rv := C.generate_pair(s.list, C.ck(s.ID), C.ck(mechanism), unsafe.SliceData(rows), C.ck(len(rows)/3),
+		rv := C.generate_pair(s.functions, C.ck(s.ID), C.ck(mechanism), unsafe.SliceData(rows), C.ck(len(rows)/3),
 			(*C.uchar)(unsafe.SliceData(values)),
 			unsafe.SliceData(privateRows), C.ck(len(privateRows)/3), (*C.uchar)(unsafe.SliceData(privateValues)), &h,
 			&k)
@@ -323,14 +324,14 @@ func (s *Session) GeneratePair(mechanism uint, public, private Attributes) (pub,
 func (s *Session) Unwrap(
 	mechanism uint, unwrapping pkcs11.ObjectHandle, wrapped []byte, a Attributes,
 ) (pkcs11.ObjectHandle, error) {
-	return s.fitting(a, func(a Attributes) (pkcs11.ObjectHandle, error) {
+	return s.Fitting(a, func(a Attributes) (pkcs11.ObjectHandle, error) {
 		rows, values, err := shape(a)
 		if err != nil {
 			return 0, err
 		}
 		var h C.ck
-		rv := C.unwrap(s.list, C.ck(s.ID), C.ck(mechanism), C.ck(unwrapping), (*C.uchar)(unsafe.SliceData(wrapped)),
-			C.ck(len(wrapped)),
+		rv := C.unwrap(s.functions, C.ck(s.ID), C.ck(mechanism), C.ck(unwrapping),
+			(*C.uchar)(unsafe.SliceData(wrapped)), C.ck(len(wrapped)),
 			unsafe.SliceData(rows), C.ck(len(rows)/3), (*C.uchar)(unsafe.SliceData(values)), &h)
 		return pkcs11.ObjectHandle(h), toError(rv)
 	})
@@ -340,7 +341,7 @@ func (s *Session) Unwrap(
 // room for it in the call.
 func (s *Session) Size(h pkcs11.ObjectHandle, attribute uint) (uint, error) {
 	var size C.ck
-	err := toError(C.attribute_size(s.list, C.ck(s.ID), C.ck(h), C.ck(attribute), &size))
+	err := toError(C.attribute_size(s.functions, C.ck(s.ID), C.ck(h), C.ck(attribute), &size))
 	if IsCKR(err, pkcs11.CKR_ATTRIBUTE_SENSITIVE, pkcs11.CKR_ATTRIBUTE_TYPE_INVALID) || err == nil &&
 		uint(size) == pkcs11.CK_UNAVAILABLE_INFORMATION {
 		return 0, nil

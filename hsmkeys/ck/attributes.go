@@ -1,4 +1,4 @@
-package p11
+package ck
 
 import (
 	"slices"
