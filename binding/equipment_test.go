@@ -15,6 +15,7 @@ import (
 	dto "github.com/prometheus/client_model/go"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/devicelist"
 	"github.com/kmehsm/kmehsm/binding/imports"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/kme"
@@ -149,7 +150,7 @@ func TestEquipmentRules(t *testing.T) {
 		d[1].imei.String(): binding.Whitelisted, "4901542*": binding.Greylisted, "490154203237*": binding.Blacklisted,
 		retired.devices[0].imei.String(): binding.Blacklisted, d[6].imei.String(): binding.Greylisted,
 	} {
-		list = append(list, must[[]binding.Listing](t)(binding.NewListings(text, status, "x", time.Now()))...)
+		list = append(list, must[[]binding.Listing](t)(devicelist.New(text, status, "x", time.Now()))...)
 	}
 	must[int](t)(r.store.List(ctx, list))
 
@@ -420,7 +421,7 @@ func TestParseEquipment(t *testing.T) {
 		"35209899-35209911": "35209899 3520990 35209910 35209911", "00000000-99999999": "",
 		"3520990-3520991": "", "": "", "x": "", "-": "", "35209900-": "", "3520990\u0660": "", "+5209900": "",
 	} {
-		got, err := binding.ParseEquipment(text)
+		got, err := devicelist.Parse(text)
 		if text == "00000000-99999999" { // every IMEI
 			want = ""
 			if len(got) != 1 || got[0] != "" {
@@ -442,12 +443,12 @@ func TestParseEquipment(t *testing.T) {
 		head + "35209900,blacklisted,\"x\ny\"\n":           "line 2: a reason has one line",
 		head + "\n\n35209900,removed,x\n":                  `line 4: "removed" is no status`,
 	} {
-		if all, err := binding.ReadListings(strings.NewReader(text), time.Now()); err == nil || all != nil ||
+		if all, err := devicelist.Read(strings.NewReader(text), time.Now()); err == nil || all != nil ||
 			!strings.Contains(err.Error(), want) {
 			t.Errorf("%q: %v, %v; want %s", text, all, err, want)
 		}
 	}
-	all, err := binding.ReadListings(strings.NewReader(head+`35209900-35209901,Greylisted,"a, b"`), time.Now())
+	all, err := devicelist.Read(strings.NewReader(head+`35209900-35209901,Greylisted,"a, b"`), time.Now())
 	if err != nil || len(all) != 2 || all[1].Prefix != "35209901" || all[1].Status != binding.Greylisted ||
 		all[1].Reason != "a, b" {
 		t.Errorf("%+v, %v", all, err)

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/explain"
 	"github.com/kmehsm/kmehsm/binding/imports"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/kme"
@@ -18,7 +19,7 @@ func TestExplained(t *testing.T) {
 	ctx, imsi, d := t.Context(), newIMSI(), l.devices[0]
 	check := func(when, state string, want ...string) {
 		t.Helper()
-		e := must[*binding.Explanation](t)(r.service.ExplainIMSI(ctx, imsi))
+		e := explain.OfSubscription(must[binding.Known](t)(r.service.Known(ctx, imsi)))
 		text := strings.Join(e.Says, "\n") + "\n" + e.Why + "\n" + strings.Join(e.Next, "\n")
 		for _, w := range want {
 			if !strings.Contains(text, w) {
@@ -65,7 +66,7 @@ func TestExplainedDevice(t *testing.T) {
 	imsi := r.bind(t, d)
 	check := func(when string, q binding.BindingQuery, bound int, says, next string) {
 		t.Helper()
-		e := must[*binding.DeviceExplanation](t)(r.service.ExplainIMEI(ctx, d.imei, q))
+		e := explain.OfDevice(must[binding.KnownDevice](t)(r.service.KnownDevice(ctx, d.imei, q)))
 		text, do := strings.Join(e.Says, "\n"), strings.Join(e.Next, "\n")
 		if len(e.Bindings) != bound || !strings.Contains(text, says) || !strings.Contains(do, next) ||
 			(next == "") != (do == "") {

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"strings"
 	"testing"
 	"time"
 
@@ -91,63 +90,5 @@ func TestWhichRefusalsAreRemembered(t *testing.T) {
 	s.Refused(ctx, refuse(kme.CallerNotAllowed, "no", nil), "call", "/metrics") // of no subscription
 	if len(r.last) != 1 {
 		t.Errorf("%d are remembered", len(r.last))
-	}
-}
-
-// Each state and each reason is said in words, and says what to do; nobody is sent to mend what went well since.
-func TestExplain(t *testing.T) {
-	now, id := time.Now().UTC(), imsi(t, 1)
-	device, err := kme.ParseIMEI("35209900000001")
-	if err != nil {
-		t.Fatal(err)
-	}
-	at := func(s State) *Binding {
-		return &Binding{IMSI: id, IMEI: device, Lot: "L1", State: s, Established: now, Activated: now, Expires: now}
-	}
-	ended := []Entry{{Event: EventEstablished, IMEI: device.String(), Time: now}}
-	for name, c := range map[string]struct {
-		k           Known
-		state, says string
-		next        string
-	}{
-		"never bound":     {Known{}, "UNBOUND", "never bound", "attach"},
-		"ended by itself": {Known{History: ended}, "UNBOUND", "never showed that it has the KME", "attach"},
-		"pending": {Known{Subscription: &Subscription{Pending: at(Pending)}},
-			"PENDING", "0 of its vectors", "attach again"},
-		"active": {Known{Subscription: &Subscription{Active: at(Active)}},
-			"ACTIVE", "only that device", "nothing"},
-		"both": {Known{Subscription: &Subscription{Active: at(Active), Pending: at(Pending)}},
-			"PENDING", "only that device", "attach again"},
-		"revoked": {Known{Subscription: &Subscription{Revoked: at(Revoked)}},
-			"REVOKED", "was ended", "attach"},
-		"opened": {Known{Subscription: &Subscription{Active: at(Active), Attempts: []Attempt{{Expires: now}}}},
-			"ACTIVE", "lets it be bound to another", "attach before"},
-		"damaged": {Known{Damaged: errors.New("the row was changed")},
-			"DAMAGED", "the row was changed", "keysvc store verify"},
-		"doubted": {Known{Subscription: &Subscription{Active: at(Active)}, Doubts: []Doubt{{Why: LotRetired}}},
-			"ACTIVE", "LOT_RETIRED", "binding revoke"},
-		"directory away": {Known{Subscription: &Subscription{Active: at(Active)}, Unknown: errors.New("away")},
-			"ACTIVE", "not known: away", "nothing"},
-		"refused": {Known{Refused: &PastRefusal{IMSI: id, Time: now, Reason: kme.OtherDevice}},
-			"UNBOUND", "never bound", "keysvc binding open"},
-		"and mended since": {Known{Subscription: &Subscription{Active: at(Active)}, History: ended,
-			Refused: &PastRefusal{Time: now.Add(-time.Hour), Reason: kme.NoAttempt}},
-			"ACTIVE", "only that device", "nothing"},
-	} {
-		if c.k.IMSI = id; c.k.Subscription == nil {
-			c.k.Subscription = new(Subscription)
-		}
-		e := Explain(c.k)
-		if e.State != c.state || !strings.Contains(strings.Join(e.Says, "\n"), c.says) ||
-			!strings.Contains(strings.Join(e.Next, "\n"), c.next) || (c.k.Refused != nil) != (e.Why != "") {
-			t.Errorf("%s: %+v", name, e)
-		}
-	}
-	for _, reason := range []kme.Reason{kme.Malformed, kme.NoAttempt, kme.UnknownDevice, kme.RevokedDevice,
-		kme.OtherDevice, kme.KMERejected, kme.NotBound, kme.CallerNotAllowed, kme.Overloaded, kme.HSMUnavailable,
-		kme.DirectoryUnavailable, kme.StoreUnavailable, kme.RolledBack, kme.Damaged, "A_NEW_ONE"} {
-		if why, todo := meaning(&PastRefusal{Reason: reason, Message: "what the caller got"}); why == "" || todo == "" {
-			t.Errorf("%s: %q, %q", reason, why, todo)
-		}
 	}
 }

@@ -4,8 +4,8 @@
 //
 // It has two layers. Package p11 below is a token that stays usable, and knows no key of ours; it makes its calls by
 // package ck. Here are the keys of a [FactoryToken], of an [OperatorToken], and of several operator's tokens with the
-// same keys, an [OperatorPool]. Package keyspec says what each key is, package keyop does things with one on a session, package doctor tries what a
-// token does, and package officer changes its security officer's PIN.
+// same keys, an [OperatorPool]. Package keyspec says what each key is, package keyop does things with one on a session,
+// package doctor tries what a token does, and package officer changes its security officer's PIN.
 //
 // No private or secret key ever leaves a token through this package other than wrapped. It never fetches
 // an attribute that could hold one: to see that refused, the doctor asks how long it is.

@@ -13,6 +13,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/explain"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/keysvcd"
@@ -254,7 +255,7 @@ func bindingExplain(c *cli.Context) error {
 			}
 			k.Doubts, k.Unknown = doubts(c, s, k.Subscription.Standing())
 		}
-		e := binding.Explain(k)
+		e := explain.OfSubscription(k)
 		return cmdline.Print(c, e, func(w io.Writer) { printExplanation(w, e) })
 	})
 }
@@ -271,7 +272,7 @@ func doubts(c *cli.Context, s *sqlstore.Store, b *binding.Binding) ([]binding.Do
 	return lots.Doubts(c.Context, b)
 }
 
-func printExplanation(w io.Writer, e *binding.Explanation) {
+func printExplanation(w io.Writer, e *explain.Subscription) {
 	colours := map[string]cmdline.Colour{"ACTIVE": cmdline.Green, "PENDING": cmdline.Yellow, "DAMAGED": cmdline.Red}
 	state := e.State
 	if colour, ok := colours[state]; ok {

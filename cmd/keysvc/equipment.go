@@ -11,6 +11,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/devicelist"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/kme"
@@ -56,7 +57,7 @@ func equipmentCommand() *cli.Command {
 }
 
 func equipmentAdd(c *cli.Context) error {
-	status, err := binding.ParseStatus(c.String("status"))
+	status, err := devicelist.ParseStatus(c.String("status"))
 	if err != nil {
 		return cmdline.Usage(err)
 	}
@@ -66,12 +67,12 @@ func equipmentAdd(c *cli.Context) error {
 func equipmentRemove(c *cli.Context) error { return enterListings(c, "") }
 
 func enterListings(c *cli.Context, status binding.EquipmentStatus) error {
-	all, err := binding.NewListings(c.Args().First(), status, c.String("reason"), time.Now())
+	all, err := devicelist.New(c.Args().First(), status, c.String("reason"), time.Now())
 	if err != nil {
 		return cmdline.Usage(err)
 	}
 	return withStore(c, func(s *sqlstore.Store) error {
-		changed, err := binding.EnterListings(c.Context, s, all)
+		changed, err := devicelist.Enter(c.Context, s, all)
 		if err == nil && status == "" && changed == 0 {
 			err = fmt.Errorf("%s is not listed: see keysvc equipment list", c.Args().First())
 		}
@@ -93,12 +94,12 @@ func equipmentImport(c *cli.Context) error {
 		return err
 	}
 	defer file.Close()
-	all, err := binding.ReadListings(file, time.Now())
+	all, err := devicelist.Read(file, time.Now())
 	if err != nil {
 		return cmdline.Usage(fmt.Errorf("%s: %w", file.Name(), err))
 	}
 	return withStore(c, func(s *sqlstore.Store) error {
-		changed, err := binding.EnterListings(c.Context, s, all)
+		changed, err := devicelist.Enter(c.Context, s, all)
 		if err != nil {
 			return fmt.Errorf("after %d entries that have changed the list: %w", changed, err)
 		}

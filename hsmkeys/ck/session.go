@@ -1,5 +1,5 @@
-// Package ck is Cryptoki, the C interface of PKCS #11, as this project calls it: templates, and the calls of one session.
-// Most go by miekg/pkcs11; some go to the module directly, see docs/decisions/0012-direct-calls.md.
+// Package ck is Cryptoki, the C interface of PKCS #11, as this project calls it: templates, and the calls of one
+// session. Most go by miekg/pkcs11; some go to the module directly, see docs/decisions/0012-direct-calls.md.
 package ck
 
 import (

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/explain"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -137,8 +138,8 @@ type found struct {
 	Error        string // instead of all that follows
 	Kind         string // IMSI or IMEI
 	Is           string
-	Subscription *binding.Explanation       // of an IMSI
-	Device       *binding.DeviceExplanation // of an IMEI
+	Subscription *explain.Subscription // of an IMSI
+	Device       *explain.Device       // of an IMEI
 }
 
 // lookUp explains an IMSI or IMEI.
@@ -153,7 +154,6 @@ func (p *page) lookUp(ctx context.Context, kind, text string) *found {
 		return f
 	}
 	view := p.View(ctx)
-	var err error
 	switch kind {
 	case "IMSI":
 		imsi, perr := kme.ParseIMSI(f.Asked)
@@ -164,19 +164,24 @@ func (p *page) lookUp(ctx context.Context, kind, text string) *found {
 			return fail(errors.New("this IMSI is of a PLMN that you may not see: plmns in the configuration says " +
 				"which you may"))
 		}
-		f.Subscription, err = p.Service.ExplainIMSI(ctx, imsi)
+		k, err := p.Service.Known(ctx, imsi)
+		if err != nil {
+			return fail(err)
+		}
+		f.Subscription = explain.OfSubscription(k)
 	case "IMEI":
 		imei, perr := kme.ParseIMEI(f.Asked)
 		if perr != nil {
 			return fail(perr)
 		}
 		f.Is = imei.String()
-		f.Device, err = p.Service.ExplainIMEI(ctx, imei, view)
+		k, err := p.Service.KnownDevice(ctx, imei, view)
+		if err != nil {
+			return fail(err)
+		}
+		f.Device = explain.OfDevice(k)
 	default:
 		return fail(errors.New("say whether it is an IMSI or an IMEI"))
-	}
-	if err != nil {
-		return fail(err)
 	}
 	return f
 }

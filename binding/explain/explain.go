@@ -1,39 +1,28 @@
-package binding
+// Package explain says in words how subscriptions and devices stand, and what is to be done.
+package explain
 
 import (
-	"context"
-	"errors"
 	"fmt"
 	"time"
 
+	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// An Explanation says in words how a subscription stands, why its last call was refused, and what is to be done.
-type Explanation struct {
-	IMSI    kme.IMSI     `json:"imsi"`
-	State   string       `json:"state"` // of Subscription.Latest; UNBOUND where there is none, DAMAGED if nobody knows
-	Says    []string     `json:"says"`
-	Doubts  []Doubt      `json:"doubts"`
-	Refused *PastRefusal `json:"last_refusal,omitempty"`
-	Why     string       `json:"why,omitempty"` // it was refused
-	Next    []string     `json:"next"`
+// A Subscription says how a subscription stands, why its last call was refused, and what is to be done.
+type Subscription struct {
+	IMSI    kme.IMSI             `json:"imsi"`
+	State   string               `json:"state"` // of binding.Subscription.Latest; UNBOUND where there is none, DAMAGED if nobody knows
+	Says    []string             `json:"says"`
+	Doubts  []binding.Doubt      `json:"doubts"`
+	Refused *binding.PastRefusal `json:"last_refusal,omitempty"`
+	Why     string               `json:"why,omitempty"` // it was refused
+	Next    []string             `json:"next"`
 }
 
-// Known is what an Explanation is made of.
-type Known struct {
-	IMSI         kme.IMSI
-	Subscription *Subscription
-	Damaged      error   // why there is no Subscription
-	History      []Entry // about the IMSI
-	Refused      *PastRefusal
-	Doubts       []Doubt // about its latest binding
-	Unknown      error   // why nobody knows whether there are any
-}
-
-// Explain makes one.
-func Explain(k Known) *Explanation {
-	e := &Explanation{IMSI: k.IMSI, State: "UNBOUND", Says: []string{}, Doubts: append([]Doubt{}, k.Doubts...),
+// OfSubscription explains one.
+func OfSubscription(k binding.Known) *Subscription {
+	e := &Subscription{IMSI: k.IMSI, State: "UNBOUND", Says: []string{}, Doubts: append([]binding.Doubt{}, k.Doubts...),
 		Refused: k.Refused, Next: []string{}}
 	if k.Damaged != nil {
 		e.State = "DAMAGED"
@@ -72,16 +61,16 @@ func Explain(k Known) *Explanation {
 	return e
 }
 
-func (e *Explanation) say(format string, args ...any) {
+func (e *Subscription) say(format string, args ...any) {
 	e.Says = append(e.Says, fmt.Sprintf(format, args...))
 }
-func (e *Explanation) do(format string, args ...any) {
+func (e *Subscription) do(format string, args ...any) {
 	e.Next = append(e.Next, fmt.Sprintf(format, args...))
 }
 
 func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 
-func (e *Explanation) stands(k Known, b *Binding) {
+func (e *Subscription) stands(k binding.Known, b *binding.Binding) {
 	s := k.Subscription
 	if a := s.Active; a != nil {
 		e.say("It is bound to device %s of lot %s since %s: its vectors are pre-processed, and only that device can "+
@@ -97,10 +86,10 @@ func (e *Explanation) stands(k Known, b *Binding) {
 	case s.Active != nil:
 	case s.Revoked != nil:
 		e.say("It is not bound: its binding to device %s was ended at %s by %s. Its next attach may bind it, to "+
-			"whatever device.", s.Revoked.IMEI, stamp(s.Revoked.Revoked), by(last(k.History, EventRevoked)))
+			"whatever device.", s.Revoked.IMEI, stamp(s.Revoked.Revoked), by(last(k.History, binding.EventRevoked)))
 		e.attach()
 	default:
-		if was := last(k.History, EventEstablished); was != nil {
+		if was := last(k.History, binding.EventEstablished); was != nil {
 			e.say("It is not bound. Device %s was answered NW_SIG at %s, and never showed that it has the KME: that "+
 				"ended by itself.", was.IMEI, stamp(was.Time))
 		} else {
@@ -110,11 +99,11 @@ func (e *Explanation) stands(k Known, b *Binding) {
 	}
 }
 
-func (e *Explanation) attach() {
+func (e *Subscription) attach() {
 	e.do("have its device attach from an origin that may provision (provision_from)")
 }
 
-func last(history []Entry, event Event) (found *Entry) {
+func last(history []binding.Entry, event binding.Event) (found *binding.Entry) {
 	for i := range history {
 		if history[i].Event == event {
 			found = &history[i]
@@ -124,8 +113,8 @@ func last(history []Entry, event Event) (found *Entry) {
 }
 
 // by names who did what an entry says.
-func by(e *Entry) string {
-	if e == nil || e.Actor == (Actor{}) {
+func by(e *binding.Entry) string {
+	if e == nil || e.Actor == (binding.Actor{}) {
 		return "the service"
 	}
 	if e.Actor.User != "" {
@@ -135,7 +124,7 @@ func by(e *Entry) string {
 }
 
 // refusal says why the last call was refused. What has been mended since is not to be done any more.
-func (e *Explanation) refusal(k Known) {
+func (e *Subscription) refusal(k binding.Known) {
 	r := k.Refused
 	if r == nil {
 		return
@@ -143,7 +132,7 @@ func (e *Explanation) refusal(k Known) {
 	why, todo := meaning(r)
 	e.Why = why
 	for _, h := range k.History {
-		if h.Time.After(r.Time) && (h.Event == EventEstablished || h.Event == EventActivated) {
+		if h.Time.After(r.Time) && (h.Event == binding.EventEstablished || h.Event == binding.EventActivated) {
 			e.Why += "; since then, at " + stamp(h.Time) + ", it was " + string(h.Event)
 			return
 		}
@@ -152,7 +141,7 @@ func (e *Explanation) refusal(k Known) {
 }
 
 // meaning says in words why a call was refused, and what is to be done.
-func meaning(r *PastRefusal) (why, todo string) {
+func meaning(r *binding.PastRefusal) (why, todo string) {
 	device, cause := "keysvc device "+r.IMEI, ""
 	switch r.Reason {
 	case kme.NoAttempt:
@@ -205,22 +194,35 @@ func at(origin string) string {
 	return " at origin " + origin
 }
 
-// Doubts gives those about a binding. It needs the directory of its manufacturer, if that is trusted.
-func (l *Lots) Doubts(ctx context.Context, b *Binding) ([]Doubt, error) {
-	name := lotName{b.Manufacturer, b.Lot}
-	if lot := l.imported[name]; lot != nil && lot.servedLot != nil {
-		// A directory that is gone would have nothing revoked.
-		if _, err := lot.reader.Manifest(ctx, b.Lot); err != nil {
-			return nil, unknownRevocations(name, err)
-		}
-	}
-	return l.doubts(ctx, b)
+// A Device says how a device stands, and what is to be done.
+type Device struct {
+	Says, Next []string
+	Bindings   []*binding.Binding
 }
 
-// Damage is err if it says that rows of a subscription are damaged; else nil.
-func Damage(err error) error {
-	if errors.As(err, new(*DamagedRow)) {
-		return err
+// OfDevice explains one.
+func OfDevice(k binding.KnownDevice) *Device {
+	d := &Device{Bindings: k.Bindings}
+	in := "It is in lot " + k.Lot + " of manufacturer " + k.Manufacturer + ", which "
+	switch {
+	case k.Lot == "":
+		d.Says = []string{"It is in no lot that was imported and whose manufacturer is trusted."}
+		d.Next = []string{"if it is to be bound: have its manufacturer grant its lot, keysvc lot import it, and send " +
+			"the service SIGHUP"}
+		return d
+	case k.Retired.Withdrawn:
+		d.Says = []string{in + "was retired " + k.Retired.String() + ": no device of it is newly bound."}
+		d.Next = []string{"keysvc lot import FILE --reinstate REASON takes that back"}
+	default:
+		d.Says = []string{in + "is served."}
 	}
-	return nil
+	switch {
+	case k.Unknown != nil:
+		d.Says = append(d.Says, "Whether the manufacturer has revoked it is not known, and so it is refused.")
+		d.Next = append(d.Next, "see the directory's state, and max_revocation_age in the configuration")
+	case k.Revoked:
+		d.Says = append(d.Says, "The manufacturer has revoked it: it is neither newly bound nor sent vectors.")
+		d.Next = append(d.Next, "the subscriber needs another device")
+	}
+	return d
 }

@@ -1,0 +1,140 @@
+// Package devicelist reads and enters the operator's own list of devices, as keysvc equipment does.
+package devicelist
+
+import (
+	"context"
+	"encoding/csv"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+const imeiDigits = 14
+
+// Parse gives the prefixes of the IMEIs that a text stands for: an IMEI; a TAC, or FIRST-LAST, two TACs; or
+// the first digits, with a * after them.
+func Parse(text string) ([]string, error) {
+	digits := func(s string) bool { return s != "" && strings.Trim(s, "0123456789") == "" }
+	first, last, isRange := strings.Cut(text, "-")
+	prefix, isPrefix := strings.CutSuffix(text, "*")
+	switch {
+	case isRange:
+		from, err := kme.ParseTAC(first)
+		to, err2 := kme.ParseTAC(last)
+		if err != nil || err2 != nil || from.String() > to.String() {
+			return nil, fmt.Errorf("%q is no range of TACs: it is two of 8 digits, FIRST-LAST", text)
+		}
+		return prefixes(from.String(), to.String()), nil
+	case isPrefix && digits(prefix) && len(prefix) < imeiDigits:
+		return []string{prefix}, nil
+	case isPrefix:
+		return nil, fmt.Errorf("%q is no prefix: it is 1 to 13 digits and a *", text)
+	}
+	if tac, err := kme.ParseTAC(text); err == nil {
+		return []string{tac.String()}, nil
+	}
+	imei, err := kme.ParseIMEI(text)
+	if err != nil {
+		return nil, fmt.Errorf("%q is no IMEI, no TAC of 8 digits, no FIRST-LAST of TACs and no DIGITS*: %w", text, err)
+	}
+	return []string{imei.String()}, nil
+}
+
+// prefixes gives the fewest that stand for all numbers from first to last, which have as many digits each.
+func prefixes(first, last string) (all []string) {
+	if strings.Trim(first, "0") == "" && strings.Trim(last, "9") == "" {
+		return []string{""}
+	}
+	for d := first[0]; d <= last[0]; d++ {
+		from, to := strings.Repeat("0", len(first)-1), strings.Repeat("9", len(first)-1)
+		if d == first[0] {
+			from = first[1:]
+		}
+		if d == last[0] {
+			to = last[1:]
+		}
+		for _, rest := range prefixes(from, to) {
+			all = append(all, string(d)+rest)
+		}
+	}
+	return all
+}
+
+// ParseStatus takes the status of an entry.
+func ParseStatus(text string) (binding.EquipmentStatus, error) {
+	switch s := binding.EquipmentStatus(strings.ToUpper(text)); s {
+	case binding.Whitelisted, binding.Greylisted, binding.Blacklisted:
+		return s, nil
+	}
+	return "", fmt.Errorf("%q is no status: whitelisted, greylisted or blacklisted", text)
+}
+
+// maxReason bounds what an entry says for itself.
+const maxReason = 200
+
+// New are the entries of one text of Parse; without a status, those that remove them.
+func New(text string, status binding.EquipmentStatus, reason string, now time.Time) (all []binding.Listing, err error) {
+	found, err := Parse(text)
+	if err != nil {
+		return nil, err
+	}
+	if !utf8.ValidString(reason) || strings.ContainsFunc(reason, unicode.IsControl) ||
+		utf8.RuneCountInString(reason) > maxReason {
+		return nil, fmt.Errorf("a reason has one line of %d characters at most", maxReason)
+	}
+	for _, p := range found {
+		all = append(all, binding.Listing{Prefix: p, Status: status, Reason: reason,
+			Listed: now.UTC().Truncate(time.Millisecond)})
+	}
+	return all, nil
+}
+
+// Read reads entries as CSV (RFC 4180), the header equipment,status,reason before them. Of the first line that
+// is not good the error has the number.
+func Read(r io.Reader, now time.Time) (all []binding.Listing, err error) {
+	lines := csv.NewReader(r)
+	lines.FieldsPerRecord, lines.ReuseRecord = 3, true
+	if head, err := lines.Read(); err != nil || !slices.Equal(head, []string{"equipment", "status", "reason"}) {
+		return nil, errors.New("line 1: the list begins with the line equipment,status,reason")
+	}
+	for {
+		fields, err := lines.Read()
+		if errors.Is(err, io.EOF) {
+			return all, nil
+		}
+		if err != nil {
+			return nil, err // which has the line
+		}
+		line, _ := lines.FieldPos(0)
+		status, err := ParseStatus(fields[1])
+		var some []binding.Listing
+		if err == nil {
+			some, err = New(fields[0], status, fields[2], now)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("line %d: %w", line, err)
+		}
+		all = append(all, some...)
+	}
+}
+
+// Enter enters entries, few at a time: a service's changes wait for no more. What was entered when it fails
+// stays, and entering all again goes on from there.
+func Enter(ctx context.Context, store binding.Listings, all []binding.Listing) (changed int, err error) {
+	const together = 200
+	for some := range slices.Chunk(all, together) {
+		n, err := store.List(ctx, some)
+		if changed += n; err != nil {
+			return changed, err
+		}
+	}
+	return changed, nil
+}

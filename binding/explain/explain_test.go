@@ -1,0 +1,70 @@
+package explain
+
+import (
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/internal/must"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// Each state and each reason is said in words, and says what to do; nobody is sent to mend what went well since.
+func TestExplain(t *testing.T) {
+	now, id := time.Now().UTC(), must.Get[kme.IMSI](t)(kme.ParseIMSI("262011234567890"))
+	device, err := kme.ParseIMEI("35209900000001")
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := func(s binding.State) *binding.Binding {
+		return &binding.Binding{IMSI: id, IMEI: device, Lot: "L1", State: s, Established: now, Activated: now, Expires: now}
+	}
+	ended := []binding.Entry{{Event: binding.EventEstablished, IMEI: device.String(), Time: now}}
+	for name, c := range map[string]struct {
+		k           binding.Known
+		state, says string
+		next        string
+	}{
+		"never bound":     {binding.Known{}, "UNBOUND", "never bound", "attach"},
+		"ended by itself": {binding.Known{History: ended}, "UNBOUND", "never showed that it has the KME", "attach"},
+		"pending": {binding.Known{Subscription: &binding.Subscription{Pending: at(binding.Pending)}},
+			"PENDING", "0 of its vectors", "attach again"},
+		"active": {binding.Known{Subscription: &binding.Subscription{Active: at(binding.Active)}},
+			"ACTIVE", "only that device", "nothing"},
+		"both": {binding.Known{Subscription: &binding.Subscription{Active: at(binding.Active), Pending: at(binding.Pending)}},
+			"PENDING", "only that device", "attach again"},
+		"revoked": {binding.Known{Subscription: &binding.Subscription{Revoked: at(binding.Revoked)}},
+			"REVOKED", "was ended", "attach"},
+		"opened": {binding.Known{Subscription: &binding.Subscription{Active: at(binding.Active), Attempts: []binding.Attempt{{Expires: now}}}},
+			"ACTIVE", "lets it be bound to another", "attach before"},
+		"damaged": {binding.Known{Damaged: errors.New("the row was changed")},
+			"DAMAGED", "the row was changed", "keysvc store verify"},
+		"doubted": {binding.Known{Subscription: &binding.Subscription{Active: at(binding.Active)}, Doubts: []binding.Doubt{{Why: binding.LotRetired}}},
+			"ACTIVE", "LOT_RETIRED", "binding revoke"},
+		"directory away": {binding.Known{Subscription: &binding.Subscription{Active: at(binding.Active)}, Unknown: errors.New("away")},
+			"ACTIVE", "not known: away", "nothing"},
+		"refused": {binding.Known{Refused: &binding.PastRefusal{IMSI: id, Time: now, Reason: kme.OtherDevice}},
+			"UNBOUND", "never bound", "keysvc binding open"},
+		"and mended since": {binding.Known{Subscription: &binding.Subscription{Active: at(binding.Active)}, History: ended,
+			Refused: &binding.PastRefusal{Time: now.Add(-time.Hour), Reason: kme.NoAttempt}},
+			"ACTIVE", "only that device", "nothing"},
+	} {
+		if c.k.IMSI = id; c.k.Subscription == nil {
+			c.k.Subscription = new(binding.Subscription)
+		}
+		e := OfSubscription(c.k)
+		if e.State != c.state || !strings.Contains(strings.Join(e.Says, "\n"), c.says) ||
+			!strings.Contains(strings.Join(e.Next, "\n"), c.next) || (c.k.Refused != nil) != (e.Why != "") {
+			t.Errorf("%s: %+v", name, e)
+		}
+	}
+	for _, reason := range []kme.Reason{kme.Malformed, kme.NoAttempt, kme.UnknownDevice, kme.RevokedDevice,
+		kme.OtherDevice, kme.KMERejected, kme.NotBound, kme.CallerNotAllowed, kme.Overloaded, kme.HSMUnavailable,
+		kme.DirectoryUnavailable, kme.StoreUnavailable, kme.RolledBack, kme.Damaged, "A_NEW_ONE"} {
+		if why, todo := meaning(&binding.PastRefusal{Reason: reason, Message: "what the caller got"}); why == "" || todo == "" {
+			t.Errorf("%s: %q, %q", reason, why, todo)
+		}
+	}
+}
