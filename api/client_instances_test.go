@@ -1,6 +1,7 @@
 package api
 
 import (
+	"context"
 	"net/http"
 	"sync"
 	"testing"
@@ -112,6 +113,48 @@ func TestInstancesAway(t *testing.T) {
 	b.listen(t)
 	for range 3 {
 		if _, err := c.GetBinding(t.Context(), parseIMSITest(t, bound)); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// No call fails while an instance ends in order and another serves, also none that may be made only once.
+func TestInstanceEnds(t *testing.T) {
+	a, b, c := newInstances(t, testproc.Patience)
+	one := parseIMSITest(t, bound)
+	ctx, stop := context.WithCancel(t.Context())
+	var all sync.WaitGroup
+	for range 8 {
+		all.Go(func() {
+			for ctx.Err() == nil {
+				if _, err := c.ReportAuthentication(t.Context(), one, client.Origin{}, false); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	for _, s := range []*streaming{a, b, a, b} {
+		ofA, ofB := a.store.asked.Load(), b.store.asked.Load()
+		testproc.Await(t, "both get calls", func() bool {
+			return a.store.asked.Load() > ofA+20 && b.store.asked.Load() > ofB+20
+		})
+		s.end(t)
+		s.listen(t)
+	}
+	stop()
+	all.Wait()
+}
+
+// A call that may be made only once goes to the next instance if there is no connection to the first.
+func TestInstanceNotThere(t *testing.T) {
+	a, _, c := newInstances(t, testproc.Patience)
+	a.server.Close()
+	for range 4 {
+		if _, err := c.OpenProvisioning(t.Context(), parseIMSITest(t, bound), time.Hour); connect.CodeOf(err) ==
+			connect.CodeUnavailable {
+			t.Error(err)
+		}
+		if _, err := c.ReportAuthentication(t.Context(), parseIMSITest(t, bound), client.Origin{}, false); err != nil {
 			t.Error(err)
 		}
 	}

@@ -131,19 +131,19 @@ func TestServiceRestarted(t *testing.T) {
 		answered <- err
 	}()
 	testproc.Await(t, "the report is under way", func() bool { return s.store.asked.Load() == 1 })
-	drained := make(chan error, 1)
-	go func() { drained <- s.server.Shutdown(t.Context()) }()
-	testproc.Await(t, "it drains", func() bool { return s.handler.streams.draining.Err() != nil })
+	drained := make(chan struct{})
+	go func() { s.end(t); close(drained) }()
+	testproc.Await(t, "it drains", s.leaving.Load)
 	later := make(chan error, 1)
 	go func() {
 		_, err := c.GetBinding(t.Context(), slow)
 		later <- err
 	}()
 	close(s.store.goOn)
-	if err := errors.Join(<-answered, <-drained); err != nil {
+	if err := <-answered; err != nil {
 		t.Error(err)
 	}
-	s.handler.streams.draining, s.handler.streams.drain = context.WithCancel(context.Background())
+	<-drained
 	s.listen(t)
 	if err := <-later; err != nil {
 		t.Errorf("a call while it drains, or after: %v", err)

@@ -2,6 +2,7 @@ package api
 
 import (
 	"context"
+	"errors"
 	"sync/atomic"
 	"time"
 
@@ -15,10 +16,13 @@ const (
 
 // readiness finds out at most once in readyFor whether the service is ready, however many ask.
 type readiness struct {
-	find   func(context.Context) (warnings []string, err error) // does not panic
-	flight singleflight.Group
-	last   atomic.Pointer[readyAnswer]
+	leaving func() bool                                          // nil: never
+	find    func(context.Context) (warnings []string, err error) // does not panic
+	flight  singleflight.Group
+	last    atomic.Pointer[readyAnswer]
 }
+
+var errLeaving = errors.New("the service ends soon")
 
 type readyAnswer struct {
 	warnings []string
@@ -26,8 +30,11 @@ type readyAnswer struct {
 	found    time.Time
 }
 
-// ask gives the last answer, or waits for the next one.
+// ask gives the last answer, or waits for the next one. That the service ends is known at once.
 func (r *readiness) ask(ctx context.Context) ([]string, error) {
+	if r.leaving != nil && r.leaving() {
+		return nil, errLeaving
+	}
 	flight := r.flight.DoChan("", func() (any, error) {
 		if last := r.last.Load(); last != nil && time.Since(last.found) < readyFor {
 			return last, nil

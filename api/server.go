@@ -39,6 +39,9 @@ type Options struct {
 	// Ready fails while the service cannot do its work, and warns of what it goes on without for now. It is
 	// asked once a second at most.
 	Ready func(context.Context) (warnings []string, err error)
+	// Leaving, if there is one, is asked whenever a caller asks whether the service is ready. If it says true, the
+	// service is not, and Ready is not asked.
+	Leaving func() bool
 	// PageKey is the one of ListBindings' tokens, which all instances share. Without it, tokens are good for this
 	// Handler.
 	PageKey kme.Secret
@@ -84,7 +87,7 @@ func NewHandler(o Options) *Handler {
 			o.Metrics.Methods(path.Base(procedure))
 		}
 	}
-	ready := &readiness{find: func(ctx context.Context) (warnings []string, err error) {
+	ready := &readiness{leaving: o.Leaving, find: func(ctx context.Context) (warnings []string, err error) {
 		err = g.finish(ctx, "ready", func() (err error) { warnings, err = o.Ready(ctx); return err })
 		return warnings, err
 	}}

@@ -128,8 +128,8 @@ func (s *Streams) serve(
 	err := recovered(func() error { return t.read(ctx) })
 	t.calls.Wait()
 	close(t.answers)
-	if broken := <-written; panics.Of(broken) != nil {
-		err = broken
+	if broken := <-written; err == nil || panics.Of(broken) != nil {
+		err = broken // without an error, each call that was begun is answered
 	}
 	return err
 }

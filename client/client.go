@@ -63,7 +63,8 @@ type Options struct {
 // and so does the first after it has broken. Those of an administrator are made by themselves.
 //
 // Calls that give the same answer however often they are made are made again, with a pause, when the service cannot be
-// reached or says that it may answer later: all but OpenProvisioning and a report of a failed authentication.
+// reached or says that it may answer later: all but OpenProvisioning and a report of a failed authentication. These two
+// are made again only if the service has certainly not begun them: it ends, or there is no connection to it.
 //
 // Of several instances, each gets its share of the calls. A call that may be made again goes to the next one at once.
 // An instance that cannot be reached, is silent, or has lost its HSM or its store gets no calls until its /readyz says
@@ -280,7 +281,7 @@ func try[A any](
 		}
 		err, temporary := explain(err)
 		others := tried.count() < len(c.instances)
-		if !again || !temporary || !others && round >= c.tries || ctx.Err() != nil {
+		if !again && !notBegun(err) || !temporary || !others && round >= c.tries || ctx.Err() != nil {
 			return nil, err
 		}
 		if others {

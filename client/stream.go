@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"runtime"
 	"slices"
@@ -220,8 +221,11 @@ func why(err error) func() error {
 		code = connect.CodeUnavailable
 	}
 	var e *connect.Error
+	var connection *net.OpError
 	if errors.Is(err, io.EOF) {
-		err = errors.New("the service has ended the stream")
+		err = errEnded
+	} else if errors.As(err, &connection) {
+		err = fmt.Errorf("the stream to the service has ended: %w", connection)
 	} else if errors.As(err, &e) {
 		if reason := e.Meta().Get(kme.ReasonHeader); reason != "" {
 			refused := &Error{kme.Reason(reason), e.Message()}
@@ -230,6 +234,16 @@ func why(err error) func() error {
 		err = fmt.Errorf("the stream to the service has ended: %s", e.Message())
 	}
 	return func() error { return connect.NewError(code, err) }
+}
+
+// errEnded is of the calls without an answer in a stream that has ended in order: they were not begun (see
+// KeyService.Stream).
+var errEnded = errors.New("the service has ended the stream")
+
+// notBegun says whether a call that has failed was certainly not begun: then any call may be made again.
+func notBegun(err error) bool {
+	var connection *net.OpError
+	return errors.Is(err, errEnded) || errors.As(err, &connection) && connection.Op == "dial"
 }
 
 // refusal is the error of a call.

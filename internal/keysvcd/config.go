@@ -50,6 +50,7 @@ type Config struct {
 	PendingVectors   int           `yaml:"pending_vectors"`
 	RevocationTTL    time.Duration `yaml:"revocation_ttl"`
 	MaxRevocationAge time.Duration `yaml:"max_revocation_age"`
+	DrainDelay       time.Duration `yaml:"drain_delay"`
 	HSMTimeout       time.Duration `yaml:"hsm_timeout"`
 	Verify           string        `yaml:"verify"`
 	Calls            int           `yaml:"calls"`
@@ -152,6 +153,10 @@ var schema = config.Schema[Config]{See: "keysvc serve", Settings: slices.Concat(
 		Rule: "token or software", OK: func(c *Config) bool { return c.Verify == "token" || c.Verify == "software" }},
 	{Name: "hsm_timeout", Default: "5s", Help: "after which a call that hangs in the token's module is given up",
 		Rule: "a time above zero, such as 5s", OK: func(c *Config) bool { return c.HSMTimeout > 0 }},
+	{Name: "drain_delay", Default: "10s",
+		Help: `how long calls are served after SIGTERM while /readyz and gRPC health say no; nobody is waited for who has
+			not asked for as long`,
+		Rule: "0s or more, such as 10s", OK: func(c *Config) bool { return c.DrainDelay >= 0 }},
 	{Name: "cache_mb", Default: "64", Help: "memory for cached public keys, of all manufacturers together",
 		Rule: "a whole number from 1 to 1048576", OK: func(c *Config) bool {
 			return c.CacheMB > 0 && c.CacheMB <= 1<<20

@@ -180,6 +180,7 @@ imei_rate: 4.5
 imei_burst: 5
 verify: software
 hsm_timeout: 6s
+drain_delay: 8s
 cache_mb: 7
 vault: {role_id: i, secret_id_file: f, secret_id_wrapped: true}
 otlp: http://127.0.0.1:4318

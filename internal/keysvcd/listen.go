@@ -123,7 +123,9 @@ func (d *daemon) run(ctx context.Context, listeners []served) error {
 		serve(eir, l)
 	}
 	if d.started.EIR.NRF != "" {
-		g.Go(func() error { return d.safely(ctx, func() error { return d.keepRegistered(gctx) }) })
+		registered, deregister := context.WithCancel(gctx)
+		defer context.AfterFunc(d.leaving.told, deregister)()
+		g.Go(func() error { return d.safely(ctx, func() error { return d.keepRegistered(registered) }) })
 	}
 	for _, l := range listeners {
 		server := &http.Server{
@@ -133,7 +135,6 @@ func (d *daemon) run(ctx context.Context, listeners []served) error {
 			// Four streams that are not read leave half of their connection's buffer to its other calls.
 			HTTP2: &http.HTTP2Config{MaxReceiveBufferPerConnection: 1 << 20, MaxReceiveBufferPerStream: 128 << 10},
 		}
-		server.RegisterOnShutdown(d.options.Streams.Drain)
 		servers = append(servers, server)
 		serve(server, l.Listener)
 	}
@@ -163,6 +164,7 @@ func (d *daemon) run(ctx context.Context, listeners []served) error {
 				}
 			case <-gctx.Done():
 				d.log.Info("draining")
+				endStreams(d.options.Streams)
 				drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
 				defer cancel()
 				var all errgroup.Group

@@ -43,11 +43,12 @@ type daemon struct {
 	service  *binding.Service // without lots: see live
 	warnings []string         // of tokens, which hold as long as the process
 	accepted chan struct{}    // has one when a database that was rolled back is accepted
-	eir      []net.Listener   // for AMFs: one, or none
+	leaving  *leaving
+	eir      []net.Listener // for AMFs: one, or none
 }
 
-// Serve serves the HSS as a configuration says, and logs to w. When ctx ends, it finishes the calls under way and
-// returns. SIGHUP reloads lots, clients and certificates.
+// Serve serves the HSS as a configuration says, and logs to w. When ctx ends, it says that it is not ready any more,
+// serves for the drain delay, finishes the calls under way and returns. SIGHUP reloads lots, clients and certificates.
 func Serve(ctx context.Context, from Source, w io.Writer) error {
 	cfg, report := readConfig(from)
 	cfg.inspect(report)
@@ -66,6 +67,9 @@ func Serve(ctx context.Context, from Source, w io.Writer) error {
 		log.Warn("the configuration needs attention", "setting", p.Setting, "warning", p.What, "remedy", p.Remedy)
 	}
 	slog.SetDefault(log) // for what others log: a panic on a goroutine of hsmkeys
+	leaving := &leaving{told: ctx}
+	ctx, stop := leaving.stay(cfg.DrainDelay, log)
+	defer stop()
 	// The collector takes 8% of busy cores by default, and 5% so; with a limit, memory does not grow fivefold for that.
 	if os.Getenv("GOGC") == "" && os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetGCPercent(400)
@@ -98,7 +102,7 @@ func Serve(ctx context.Context, from Source, w io.Writer) error {
 		return err
 	}
 	d := &daemon{
-		from: from, tokens: tokens, store: store, accepted: make(chan struct{}, 1),
+		from: from, tokens: tokens, store: store, accepted: make(chan struct{}, 1), leaving: leaving,
 		service: binding.NewService(binding.Options{
 			Token: tokens, Store: store, Times: cfg.times(), Metrics: metrics, Log: log,
 			Refusals:  refusals,
@@ -121,14 +125,14 @@ func Serve(ctx context.Context, from Source, w io.Writer) error {
 	hits := stats.NewCounter()
 	cache := directory.NewCache(cfg.CacheMB<<20, hits)
 	observe(registry, tokens.Tokens(), store, hits)
-	traces, stop, err := tracing(ctx, cfg.OTLP)
+	traces, stopTraces, err := tracing(ctx, cfg.OTLP)
 	if err != nil {
 		return err
 	}
 	defer func() {
 		flush, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 		defer cancel()
-		if err := stop(flush); err != nil {
+		if err := stopTraces(flush); err != nil {
 			log.Warn("the last traces were not sent", "cause", err.Error())
 		}
 	}()
@@ -141,7 +145,7 @@ func Serve(ctx context.Context, from Source, w io.Writer) error {
 		started: cfg, registry: store, ready: d.ready, log: log, rolledBack: rolledBack != nil,
 		open: opener(ctx, cfg.Directory, cfg.login(), readerOptions(cfg, store, cache, overdue, log), log),
 		options: api.Options{Service: d.service, Metrics: metrics, Outer: traces, PageKey: pageKey,
-			Streams: api.NewStreams(), Gather: promhttp.HandlerFor(registry, promhttp.HandlerOpts{})},
+			Leaving: leaving.begun, Streams: api.NewStreams(), Gather: promhttp.HandlerFor(registry, promhttp.HandlerOpts{})},
 	}
 	lastDay := operatorpage.NewHistory(time.Now(), metrics.Totals())
 	count := func() { lastDay.Add(time.Now(), metrics.Totals()) }

@@ -49,7 +49,7 @@ func TestServe(t *testing.T) {
 	tok := softhsmtest.Token(t)
 	write := func(uid int, more string) {
 		t.Helper()
-		text := fmt.Sprintf("token: %q\nstate: state\nsocket: s\n"+
+		text := fmt.Sprintf("token: %q\nstate: state\nsocket: s\ndrain_delay: 5s\n"+
 			"clients: [{name: me, uid: %d, roles: [hss, metrics], plmns: [all]}]\n%s", tok.URI, uid, more)
 		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
@@ -148,7 +148,19 @@ func TestServe(t *testing.T) {
 		t.Error("a client that was taken out by a reload is served")
 	}
 
+	// It says that it is not ready, and serves on for the drain delay.
+	write(own, "")
+	reload(`"reloaded"`)
+	if status, _ := get("/readyz"); status != http.StatusOK {
+		t.Errorf("/readyz: %d", status)
+	}
 	stop()
+	if status, _ := get("/readyz"); status != http.StatusServiceUnavailable {
+		t.Errorf("/readyz of a service that ends soon: %d", status)
+	}
+	if _, err := c.PrepareVector(t.Context(), imsi, client.Origin{}, client.RAND{4}); err != nil {
+		t.Errorf("a call of a service that ends soon: %v", err)
+	}
 	if err := <-ended; err != nil || !strings.Contains(log.String(), `"draining"`) {
 		t.Errorf("the end: %v\n%s", err, log)
 	}

@@ -165,7 +165,8 @@ func (w *world) openssl(stdin []byte, args ...string) []byte {
 // serve runs f while the service runs, at debug level.
 func (w *world) serve(f func(client *http.Client)) {
 	w.t.Helper()
-	if err := os.WriteFile(w.path("keysvc.yaml"), []byte("state: var/keysvc\nsocket: s\nlog_level: debug\n"),
+	if err := os.WriteFile(w.path("keysvc.yaml"), []byte("state: var/keysvc\nsocket: s\nlog_level: debug\n"+
+		"drain_delay: 0s\n"),
 		0o600); err != nil {
 		w.t.Fatal(err)
 	}
