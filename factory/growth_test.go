@@ -20,6 +20,7 @@ import (
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/directory/filestore"
 	"github.com/kmehsm/kmehsm/factory/inspect"
+	"github.com/kmehsm/kmehsm/internal/sqlconn"
 	"github.com/kmehsm/kmehsm/internal/sqlite"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/internal/weakkey"
@@ -192,7 +193,7 @@ func manyLots(t testing.TB, line *Line, n int) {
 			Ranges: []directory.Range{{TAC: tac, First: 0, Count: 100_000}}}
 		listed.names = append(listed.names, manifests[i].Lot)
 	}
-	read, write, err := sqlite.Open(t.Context(), line.state.path("published.db"), publishedSchema)
+	read, write, err := sqlite.Open(t.Context(), line.state.path("published.db"), sqlconn.First(publishedSchema))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -50,7 +50,7 @@ func moduli(lots []publishedLot) iter.Seq2[string, *big.Int] {
 // publishedLots gives all lots of the directory, and those that the line remembers and that are not there: in a wrong
 // directory their IMEIs would be given out twice. It reads only manifests that were not verified before.
 func (l *Line) publishedLots(ctx context.Context) (all []publishedLot, err error) {
-	read, write, err := sqlite.Open(ctx, l.state.path("published.db"), publishedSchema)
+	read, write, err := sqlite.Open(ctx, l.state.path("published.db"), sqlconn.First(publishedSchema))
 	if err != nil {
 		return nil, fmt.Errorf("the line's memory of its lots: %w", err)
 	}

@@ -16,15 +16,15 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// The migrations make an empty database what this program knows, one after the other, on SQLite and PostgreSQL alike.
-// One that was released is never changed.
 var (
 	//go:embed schema.sql
 	schema string
 	//go:embed equipment.sql
 	equipmentSchema string
 
-	migrations = []string{schema, equipmentSchema}
+	// known is the schema of SQLite and PostgreSQL alike. The release before works beside this one: see
+	// docs/decisions/0050-upgrades.md for what a migration may be.
+	known = sqlconn.Schema{Migrations: []string{schema, equipmentSchema}, Least: 2}
 )
 
 // CheckName refuses what is no name of a store. Its error has no password.
@@ -70,7 +70,7 @@ const RowKey = "rows"
 func InFolder(dir string) string { return "sqlite:" + filepath.Join(dir, "keysvc.db") }
 
 func (s *Store) openSQLite(ctx context.Context, path string) error {
-	read, write, err := sqlite.Open(ctx, path, migrations...)
+	read, write, err := sqlite.Open(ctx, path, known)
 	if err != nil {
 		return err
 	}
@@ -84,15 +84,17 @@ func (s *Store) openSQLite(ctx context.Context, path string) error {
 		})
 	}
 	s.warnings = func(context.Context) ([]string, error) { return nil, nil }
+	s.schema = func(ctx context.Context) (int, error) { return sqlite.Number(ctx, read) }
 	return nil
 }
 
 func (s *Store) openPostgres(ctx context.Context, name string) error {
-	db, err := postgres.Open(ctx, name, migrations...)
+	db, err := postgres.Open(ctx, name, known)
 	if err != nil {
 		return err
 	}
 	s.warnings = func(ctx context.Context) ([]string, error) { return postgresWarnings(ctx, db) }
+	s.schema = func(ctx context.Context) (int, error) { return postgres.Number(ctx, db) }
 	write := postgres.NewWriter[heads](db)
 	reader := postgres.NewReader(db)
 	s.read, s.lookUp, s.soon, s.recent = db.DB, reader, write.Soon, &recent{onlyHints: true}
@@ -143,14 +145,27 @@ func Upgrade(ctx context.Context, name, role string) error {
 	if strings.HasPrefix(name, "sqlite:") {
 		return errors.New("only a store in PostgreSQL has roles; one in SQLite is brought up to date when it is opened")
 	}
-	return postgres.Upgrade(ctx, name, role, rights, migrations...)
+	return postgres.Upgrade(ctx, name, role, rights, known)
 }
 
 // Warnings says what of the database is not as it should be for a service: a role that could change or remove what is
 // in the ledger, or in the table of spent RANDs; and standbys that could miss what was confirmed. The row MACs and the
-// high-water mark show that afterwards; a role of its own, and a synchronous standby, prevent it.
+// high-water mark show that afterwards; a role of its own, and a synchronous standby, prevent it. And that a newer
+// release has upgraded it; it is an error if this one cannot work with it any more.
 func (s *Store) Warnings(ctx context.Context) ([]string, error) {
 	warnings, err := s.warnings(ctx)
+	var number int
+	if err == nil {
+		number, err = s.schema(ctx)
+	}
+	if err == nil {
+		_, err = known.Lacks(number)
+	}
+	if version := known.Newer(number); version > 0 {
+		warnings = append(warnings, fmt.Sprintf("a newer release has upgraded the store to schema version %d, and this "+
+			"one knows %d: it can serve from it, and not copy or upgrade it; upgrade this instance too", version,
+			len(known.Migrations)))
+	}
 	return warnings, s.reads("look at the database").Named(err)
 }
 

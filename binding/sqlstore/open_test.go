@@ -6,6 +6,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -14,6 +15,8 @@ import (
 	"github.com/kmehsm/kmehsm/binding/storetest"
 	"github.com/kmehsm/kmehsm/internal/certtest"
 	"github.com/kmehsm/kmehsm/internal/pgtest"
+	"github.com/kmehsm/kmehsm/internal/sqlconn"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
 // Whatever leads to a host without TLS that proves its name is refused, before anything is sent to it.
@@ -257,16 +260,8 @@ func TestPostgresUpgrade(t *testing.T) {
 		}
 		openPG(t, url)
 	}
-	server.ExecIn(t, owner, fmt.Sprintf("UPDATE schema_version SET version = %d", len(migrations)+1))
-	for what, err := range map[string]error{"Open": second(Open(t.Context(), url, rowKey)),
-		"Upgrade": Upgrade(t.Context(), owner, "service")} {
-		if err == nil || !strings.Contains(err.Error(), "use a newer program") {
-			t.Errorf("%s of a newer schema: %v", what, err)
-		}
-	}
-	defer func(known []string) { migrations = known }(migrations)
-	migrations = append(migrations[:len(migrations):len(migrations)], "CREATE TABLE next (x INTEGER NOT NULL)",
-		"CREATE TABLE after (x INTEGER NOT NULL)")
+	defer func(now sqlconn.Schema) { known = now }(known)
+	known = next("CREATE TABLE next (x INTEGER NOT NULL)", "CREATE TABLE after (x INTEGER NOT NULL)")
 	refused("an older schema")
 	if err := Upgrade(t.Context(), owner, "service"); err != nil {
 		t.Fatal(err)
@@ -278,4 +273,149 @@ func TestPostgresUpgrade(t *testing.T) {
 	}
 }
 
-func second(_ *Store, err error) error { return err }
+// next is the schema of the next release.
+func next(migrations ...string) sqlconn.Schema {
+	return sqlconn.Schema{Migrations: slices.Concat(known.Migrations, migrations), Least: known.Least}
+}
+
+// Two releases use one store. What the newer has only added, the older serves from, and says what it cannot do. What it
+// cannot work with is not done while it is connected, and refuses it then.
+func TestSchemas(t *testing.T)         { schemas(t, "sqlite:"+path(t)) }
+func TestPostgresSchemas(t *testing.T) { schemas(t, pgtest.Start(t).Database(t)) }
+
+func schemas(t *testing.T, name string) {
+	postgres := !strings.HasPrefix(name, "sqlite:")
+	opened := func() *Store {
+		t.Helper()
+		s, err := Open(t.Context(), name, rowKey)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { s.Close() })
+		return s
+	}
+	// written has each store read what the other has written.
+	written := func(imsi string, by, other *Store) {
+		t.Helper()
+		b := newBinding(t, imsi, "a"+imsi)
+		beginAttempt(t, by, b)
+		if err := by.Establish(t.Context(), b, []byte(imsi), true, t0); err != nil {
+			t.Fatal(err)
+		}
+		checkBinding(t, by, b)
+		checkBinding(t, other, b)
+	}
+	as := func(s sqlconn.Schema) { known = s }
+	older := known
+	defer as(older)
+	running := opened()
+	newer := next("ALTER TABLE bindings ADD COLUMN note TEXT NOT NULL DEFAULT ''; CREATE TABLE notes (n BIGINT)")
+	as(newer)
+	upgraded := opened()
+	if warnings, err := upgraded.Warnings(t.Context()); err != nil || strings.Contains(fmt.Sprint(warnings), "newer") {
+		t.Errorf("the newer release: %q, %v", warnings, err)
+	}
+	as(older)
+	restarted := opened()
+	for i, s := range []*Store{running, restarted} {
+		written(fmt.Sprint("00101000000000", i), s, upgraded)
+		written(fmt.Sprint("00101000000001", i), upgraded, s)
+		warnings, err := s.Warnings(t.Context())
+		if err != nil || !strings.Contains(fmt.Sprint(warnings), "a newer release has upgraded the store to schema "+
+			"version 3, and this one knows 2") {
+			t.Errorf("the older release: %q, %v", warnings, err)
+		}
+	}
+	if r, err := running.Verify(t.Context(), func(int) {}); err != nil || len(r.Damaged) > 0 {
+		t.Errorf("%+v, %v", r, err)
+	}
+	if _, err := running.Copy(t.Context(), open(t, path(t)), func(int) {}); err == nil ||
+		!strings.Contains(err.Error(), "would not have all of it") {
+		t.Errorf("a copy by the older release: %v", err)
+	}
+	if postgres {
+		if err := Upgrade(t.Context(), name, "postgres"); err == nil ||
+			!strings.Contains(err.Error(), "has version 3 already, and this program knows 2") {
+			t.Errorf("an upgrade by the older release: %v", err)
+		}
+	}
+
+	newest := next("", "ALTER TABLE sightings RENAME TO seen")
+	newest.Least = 4
+	as(newest)
+	if postgres {
+		if s, err := Open(t.Context(), name, rowKey); err == nil || !strings.Contains(err.Error(), "stop it first") {
+			t.Fatalf("while an older release is connected: %v", err)
+		} else if s != nil {
+			s.Close()
+		}
+	}
+	for _, s := range []*Store{running, restarted, upgraded} {
+		s.Close()
+	}
+	as(older)
+	forgotten := opened() // is not closed: SQLite does not know of it
+	if postgres {
+		forgotten.Close()
+	}
+	as(newest)
+	opened()
+	as(older)
+	const refusal = "its schema has version 4, and only a program that knows version 4 can work with it: this one " +
+		"knows version 2; use the release that upgraded it, or a newer one"
+	if s, err := Open(t.Context(), name, rowKey); err == nil || !strings.Contains(err.Error(), refusal) {
+		t.Errorf("an older release: %v", err)
+	} else if s != nil {
+		s.Close()
+	}
+	if _, err := forgotten.Warnings(t.Context()); !postgres && (err == nil || !strings.Contains(err.Error(), refusal)) {
+		t.Errorf("one that runs is ready: %v", err)
+	}
+}
+
+// An upgrade does not wait for who reads a table while calls wait behind it: it lets them pass, and tries again.
+func TestPostgresUpgradeWaits(t *testing.T) {
+	server := pgtest.Start(t)
+	owner := server.Database(t)
+	s := openPG(t, owner)
+	reading, err := s.read.BeginTx(t.Context(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer reading.Rollback()
+	if _, err := reading.ExecContext(t.Context(), "SELECT * FROM bindings"); err != nil {
+		t.Fatal(err)
+	}
+	older := known
+	defer func() { known = older }()
+	known = next("ALTER TABLE bindings ADD COLUMN note TEXT NOT NULL DEFAULT ''")
+	server.Exec(t, "CREATE ROLE service LOGIN")
+	upgraded := make(chan error, 1)
+	go func() { upgraded <- Upgrade(t.Context(), owner, "service") }()
+	waits := func() (waits bool) {
+		if err := s.read.QueryRowContext(t.Context(), "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)").
+			Scan(&waits); err != nil {
+			t.Fatal(err)
+		}
+		return waits
+	}
+	for range 2 {
+		testproc.Await(t, "it waits for the table", waits)
+		testproc.Await(t, "it lets calls pass", func() bool { return !waits() })
+	}
+	b := newBinding(t, "001010000000001", "a")
+	beginAttempt(t, s, b)
+	if err := s.Establish(t.Context(), b, []byte("tag"), true, t0); err != nil {
+		t.Fatal(err)
+	}
+	checkBinding(t, s, b)
+	if len(upgraded) > 0 {
+		t.Fatal("the table was changed under who reads it")
+	}
+	if err := reading.Rollback(); err != nil {
+		t.Error(err)
+	}
+	if err := <-upgraded; err != nil {
+		t.Error(err)
+	}
+}

@@ -26,6 +26,7 @@ type Store struct {
 	close    func() error
 	soon     func() (done func()) // groupcommit.Writer's
 	warnings func(context.Context) ([]string, error)
+	schema   func(context.Context) (number int, err error) // of the database
 
 	recent *recent
 

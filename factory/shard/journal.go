@@ -32,7 +32,7 @@ type Journal struct {
 
 // OpenJournal opens the database at path, which it makes if there is none.
 func OpenJournal(ctx context.Context, path, manufacturer string) (*Journal, error) {
-	read, write, err := sqlite.Open(ctx, path, journalSchema)
+	read, write, err := sqlite.Open(ctx, path, sqlconn.First(journalSchema))
 	if err != nil {
 		return nil, err
 	}

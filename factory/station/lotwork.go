@@ -19,7 +19,7 @@ func LotWork(ctx context.Context, state string, m *directory.Manifest) (counts *
 	if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
 		return nil, nil, nil
 	}
-	read, write, err := sqlite.Open(ctx, path, schema)
+	read, write, err := sqlite.Open(ctx, path, sqlconn.First(schema))
 	if err != nil {
 		return nil, nil, err
 	}

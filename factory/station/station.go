@@ -123,7 +123,7 @@ func Open(ctx context.Context, o Options) (*Desk, error) {
 	if err != nil {
 		return nil, err
 	}
-	read, write, err := sqlite.Open(ctx, filepath.Join(dir, "station.db"), schema)
+	read, write, err := sqlite.Open(ctx, filepath.Join(dir, "station.db"), sqlconn.First(schema))
 	if err != nil {
 		unlock()
 		return nil, err

@@ -368,7 +368,7 @@ func Report(ctx context.Context, state string, m *directory.Manifest) iter.Seq2[
 			waiting(m, 0, m.Devices(), yield)
 			return
 		}
-		read, write, err := sqlite.Open(ctx, path, schema)
+		read, write, err := sqlite.Open(ctx, path, sqlconn.First(schema))
 		if err != nil {
 			yield(Line{}, err)
 			return

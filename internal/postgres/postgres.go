@@ -8,10 +8,13 @@ import (
 	"fmt"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/stdlib"
+
+	"github.com/kmehsm/kmehsm/internal/sqlconn"
 )
 
 // A DB is one that is open. Its own methods read.
@@ -22,14 +25,14 @@ type DB struct {
 
 // Open opens the database of a connection string. Its tables are made by the role that owns them: the service's own
 // where that is so, else see Upgrade.
-func Open(ctx context.Context, name string, migrations ...string) (*DB, error) {
-	db, err := connect(name)
+func Open(ctx context.Context, name string, schema sqlconn.Schema) (*DB, error) {
+	db, err := connect(name, schema)
 	if err != nil {
 		return nil, err
 	}
 	db.SetMaxOpenConns(32)
 	db.SetMaxIdleConns(32)
-	if err = db.upToDate(ctx, migrations); err != nil {
+	if err = db.upToDate(ctx, schema); err != nil {
 		return nil, errors.Join(fmt.Errorf("the PostgreSQL database cannot be used: %w", err), db.Close())
 	}
 	return db, nil
@@ -38,7 +41,7 @@ func Open(ctx context.Context, name string, migrations ...string) (*DB, error) {
 // connect gives the connections of a connection string, and of what the environment adds to it (PGHOST, PGSSLMODE,
 // PGSERVICE, ...). Each host that it may come to is on this machine, or proves by TLS that it has the name by which
 // it is called: a server that somebody else put in its place would be told every sealed KME, and asked for them.
-func connect(name string) (*DB, error) {
+func connect(name string, schema sqlconn.Schema) (*DB, error) {
 	config, err := pgx.ParseConfig(name)
 	if err != nil {
 		// err may have the password.
@@ -60,6 +63,7 @@ func connect(name string) (*DB, error) {
 			"FILE; or, for a server on this machine, postgres://USER@/DATABASE?host=/FOLDER with the folder of its " +
 			"Unix socket")
 	}
+	config.RuntimeParams["application_name"] = fmt.Sprintf(application, len(schema.Migrations))
 	return &DB{stdlib.OpenDB(*config, stdlib.OptionAfterConnect(ready)), len(hosts)}, nil
 }
 
@@ -124,12 +128,14 @@ const lock = "SELECT pg_advisory_xact_lock(hashtextextended('kmehsm', 0))"
 var dialect = strings.NewReplacer("BLOB", "BYTEA", " WITHOUT ROWID", "", " TEXT", ` TEXT COLLATE "C"`)
 
 // upToDate brings the schema up to date, if it is not and the role may.
-func (db *DB) upToDate(ctx context.Context, migrations []string) error {
-	have, err := schemaVersion(ctx, db, migrations)
-	if err == nil && have < len(migrations) {
-		err = db.Alone(ctx, func(ctx context.Context, tx *sql.Tx) error {
-			return migrate(ctx, tx, migrations)
-		})
+func (db *DB) upToDate(ctx context.Context, schema sqlconn.Schema) error {
+	have, err := Number(ctx, db)
+	var lacks []string
+	if err == nil {
+		lacks, err = schema.Lacks(have)
+	}
+	if err == nil && len(lacks) > 0 {
+		err = db.changeTables(ctx, func(ctx context.Context, tx *sql.Tx) error { return migrate(ctx, tx, schema) })
 	}
 	var pg *pgconn.PgError
 	if errors.As(err, &pg) && pg.Code == "42501" { // insufficient_privilege
@@ -141,11 +147,12 @@ func (db *DB) upToDate(ctx context.Context, migrations []string) error {
 
 // A queryer is a database or a transaction.
 type queryer interface {
+	QueryContext(context.Context, string, ...any) (*sql.Rows, error)
 	QueryRowContext(context.Context, string, ...any) *sql.Row
 }
 
-// schemaVersion is 0 for an empty database.
-func schemaVersion(ctx context.Context, q queryer, migrations []string) (have int, err error) {
+// Number is that of a database's schema, 0 of an empty one.
+func Number(ctx context.Context, q queryer) (have int, err error) {
 	var table sql.NullString
 	if err := q.QueryRowContext(ctx, "SELECT to_regclass('schema_version')::text").Scan(&table); err != nil ||
 		!table.Valid {
@@ -154,27 +161,89 @@ func schemaVersion(ctx context.Context, q queryer, migrations []string) (have in
 	if err = q.QueryRowContext(ctx, "SELECT version FROM schema_version").Scan(&have); errors.Is(err, sql.ErrNoRows) {
 		err = nil
 	}
-	if have > len(migrations) {
-		err = fmt.Errorf("its schema has version %d, this program knows %d: use a newer program", have, len(migrations))
-	}
 	return have, err
 }
 
-func migrate(ctx context.Context, tx *sql.Tx, migrations []string) error {
-	have, err := schemaVersion(ctx, tx, migrations)
-	if err != nil || have == len(migrations) {
+// Tables are changed while services use them. A change waits for who reads a table, and calls wait behind it: for
+// lockPatience at most. It is tried again until tablePatience has passed.
+const (
+	lockPatience  = time.Second
+	tablePatience = time.Minute
+)
+
+// changeTables is Alone for a change of tables.
+func (db *DB) changeTables(ctx context.Context, f func(context.Context, *sql.Tx) error) error {
+	for began := time.Now(); ; {
+		err := db.Alone(ctx, func(ctx context.Context, tx *sql.Tx) error {
+			if _, err := tx.ExecContext(ctx, fmt.Sprintf("SET LOCAL lock_timeout = %d",
+				lockPatience.Milliseconds())); err != nil {
+				return err
+			}
+			return f(ctx, tx)
+		})
+		var pg *pgconn.PgError
+		if !errors.As(err, &pg) || pg.Code != "55P03" { // lock_not_available
+			return err
+		}
+		if time.Since(began) > tablePatience {
+			return fmt.Errorf("a table is in use, and nothing was changed: try again when no keysvc store verify and no "+
+				"backup reads it: %w", err)
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(lockPatience): // the calls that have waited go on
+		}
+	}
+}
+
+func migrate(ctx context.Context, tx *sql.Tx, schema sqlconn.Schema) error {
+	have, err := Number(ctx, tx)
+	if err != nil {
+		return err
+	}
+	lacks, err := schema.Lacks(have)
+	if err != nil || len(lacks) == 0 {
+		return err
+	}
+	if err := nobodyBelow(ctx, tx, schema.Least); err != nil {
 		return err
 	}
 	statements := []string{"CREATE TABLE IF NOT EXISTS schema_version (version INTEGER NOT NULL)"}
-	for _, m := range migrations[have:] {
+	for _, m := range lacks {
 		statements = append(statements, dialect.Replace(m))
 	}
-	statements = append(statements, "DELETE FROM schema_version", fmt.Sprintf("INSERT INTO schema_version VALUES (%d)",
-		len(migrations)))
+	statements = append(statements, "DELETE FROM schema_version",
+		fmt.Sprintf("INSERT INTO schema_version VALUES (%d)", schema.Number()))
 	for _, statement := range statements {
 		if _, err := tx.ExecContext(ctx, statement); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// application names a connection by the version of the schema that its program knows.
+const application = "kmehsm, schema %d"
+
+// nobodyBelow refuses to change tables under programs that do not know a version.
+func nobodyBelow(ctx context.Context, tx *sql.Tx, least int) error {
+	rows, err := tx.QueryContext(ctx, "SELECT application_name, usename, coalesce(host(client_addr), 'this machine') "+
+		"FROM pg_stat_activity WHERE datname = current_database() AND application_name LIKE 'kmehsm,%'")
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var name, role, where string
+		if err := rows.Scan(&name, &role, &where); err != nil {
+			return err
+		}
+		var knows int
+		if _, err := fmt.Sscanf(name, application, &knows); err == nil && knows < least {
+			return fmt.Errorf("an older keysvc is connected, from %s as %s: it cannot work with the new schema, and "+
+				"nothing was changed; stop it first", where, role)
+		}
+	}
+	return rows.Err()
 }

@@ -9,11 +9,12 @@ import (
 
 	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/internal/pgtest"
+	"github.com/kmehsm/kmehsm/internal/sqlconn"
 )
 
 // Each of many statements at once gets its own rows, or its own error.
 func TestPostgresReader(t *testing.T) {
-	db, err := Open(t.Context(), pgtest.Start(t).Database(t), table)
+	db, err := Open(t.Context(), pgtest.Start(t).Database(t), sqlconn.First(table))
 	if err != nil {
 		t.Fatal(err)
 	}

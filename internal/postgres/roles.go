@@ -6,6 +6,8 @@ import (
 	"fmt"
 
 	"github.com/jackc/pgx/v5"
+
+	"github.com/kmehsm/kmehsm/internal/sqlconn"
 )
 
 // Two roles: the owner of the tables makes and changes them; a service's own may do what it has to, and no more.
@@ -18,14 +20,22 @@ type Rights struct {
 
 // Upgrade makes the tables of a database, or brings them up to date, as the role that owns them, and grants a service's
 // role its rights. A role that has more on the tables that are AppendOnly is refused, and nothing is changed then.
-func Upgrade(ctx context.Context, name, role string, rights Rights, migrations ...string) error {
-	db, err := connect(name)
+func Upgrade(ctx context.Context, name, role string, rights Rights, schema sqlconn.Schema) error {
+	db, err := connect(name, schema)
 	if err != nil {
 		return err
 	}
 	defer db.Close()
-	return db.Alone(ctx, func(ctx context.Context, tx *sql.Tx) error {
-		if err := migrate(ctx, tx, migrations); err != nil {
+	return db.changeTables(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		have, err := Number(ctx, tx)
+		if err != nil {
+			return err
+		}
+		if version := schema.Newer(have); version > 0 { // whose rights this program does not know either
+			return fmt.Errorf("its schema has version %d already, and this program knows %d: use the keysvc of the "+
+				"newest release", version, len(schema.Migrations))
+		}
+		if err := migrate(ctx, tx, schema); err != nil {
 			return err
 		}
 		if err := grant(ctx, tx, role, rights.On); err != nil {

@@ -11,6 +11,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/internal/pgtest"
+	"github.com/kmehsm/kmehsm/internal/sqlconn"
 )
 
 // A test's table has a chain of numbers, whose end the changes of a transaction know in common.
@@ -24,7 +25,7 @@ type (
 
 func newWriter(t *testing.T, url string) *writer {
 	t.Helper()
-	db, err := Open(t.Context(), url, table)
+	db, err := Open(t.Context(), url, sqlconn.First(table))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -22,9 +22,9 @@ import (
 const busyTimeout = 5 * time.Second // for the lock of another process
 
 // Open opens the database at path, or makes it, for its owner only. Other processes may have it open too. Every commit
-// is synced to disk before it returns (WAL with synchronous=FULL). The migrations make an empty database what it is
-// now, one after the other; PRAGMA user_version says how many of them a database has had.
-func Open(ctx context.Context, path string, migrations ...string) (read *sql.DB, write *Writer, err error) {
+// is synced to disk before it returns (WAL with synchronous=FULL). An earlier schema is brought up to date; PRAGMA
+// user_version has the schema's number.
+func Open(ctx context.Context, path string, schema sqlconn.Schema) (read *sql.DB, write *Writer, err error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return nil, nil, fmt.Errorf("the database's folder cannot be made: %w", err)
 	}
@@ -46,7 +46,7 @@ func Open(ctx context.Context, path string, migrations ...string) (read *sql.DB,
 	// Whoever finds another in the switch to WAL is told SQLITE_BUSY at once, whatever the busy timeout.
 	for start := time.Now(); ; time.Sleep(time.Millisecond) {
 		var busy sqlite3.Error
-		if err = migrate(ctx, db, migrations); !errors.As(err, &busy) || busy.Code != sqlite3.ErrBusy ||
+		if err = migrate(ctx, db, schema); !errors.As(err, &busy) || busy.Code != sqlite3.ErrBusy ||
 			time.Since(start) > busyTimeout {
 			break
 		}
@@ -94,32 +94,33 @@ func create(path string) error {
 	return f.Close()
 }
 
-func migrate(ctx context.Context, db *sql.DB, migrations []string) error {
+func migrate(ctx context.Context, db *sql.DB, schema sqlconn.Schema) error {
 	tx, err := db.BeginTx(ctx, nil)
 	if err != nil {
 		return err
 	}
 	defer tx.Rollback() // no effect after Commit
-	var have int
-	if err := tx.QueryRowContext(ctx, "PRAGMA user_version").Scan(&have); err != nil {
+	have, err := Number(ctx, tx)
+	if err != nil {
 		return err
 	}
-	switch {
-	case have == len(migrations):
-		return nil
-	case have > len(migrations):
-		return fmt.Errorf("its schema has version %d, this program knows %d: use the program that wrote it, or a "+
-			"newer one", have, len(migrations))
+	lacks, err := schema.Lacks(have)
+	if err != nil || len(lacks) == 0 {
+		return err
 	}
-	for _, m := range migrations[have:] {
-		if _, err := tx.ExecContext(ctx, m); err != nil {
+	for _, statement := range append(lacks[:len(lacks):len(lacks)], fmt.Sprintf("PRAGMA user_version = %d", schema.Number())) {
+		if _, err := tx.ExecContext(ctx, statement); err != nil {
 			return err
 		}
 	}
-	if _, err := tx.ExecContext(ctx, fmt.Sprintf("PRAGMA user_version = %d", len(migrations))); err != nil {
-		return err
-	}
 	return tx.Commit()
+}
+
+// Number is that of a database's schema.
+func Number(ctx context.Context, q interface {
+	QueryRowContext(context.Context, string, ...any) *sql.Row
+}) (number int, err error) {
+	return number, q.QueryRowContext(ctx, "PRAGMA user_version").Scan(&number)
 }
 
 // A Writer makes changes: see groupcommit. They share one sync of the disk too.

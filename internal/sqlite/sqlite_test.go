@@ -18,7 +18,7 @@ import (
 
 func open(t *testing.T, path string, migrations ...string) (*sql.DB, *Writer) {
 	t.Helper()
-	read, write, err := Open(t.Context(), path, migrations...)
+	read, write, err := Open(t.Context(), path, sqlconn.Schema{Migrations: migrations})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -214,10 +214,21 @@ func TestMigrations(t *testing.T) {
 	if err := read.QueryRow("SELECT n, m FROM a").Scan(&n, &m); err != nil || n != 1 || m != 7 {
 		t.Error(n, m, err)
 	}
-	if _, _, err := Open(t.Context(), path, one); err == nil || !strings.Contains(err.Error(), "version 2") {
-		t.Errorf("a newer database: %v", err)
+	if _, _, err := Open(t.Context(), path, sqlconn.First("nonsense")); err != nil {
+		t.Errorf("a newer database, for any program: %v", err)
 	}
-	if _, _, err := Open(t.Context(), path, one, two, "nonsense"); err == nil {
+	if _, _, err := Open(t.Context(), path, sqlconn.Schema{Migrations: []string{one, two, "nonsense"}}); err == nil {
 		t.Error("a migration that fails was passed over")
+	}
+	three := sqlconn.Schema{Migrations: []string{one, two, "DROP TABLE a"}, Least: 2}
+	if _, write, err := Open(t.Context(), path, three); err != nil {
+		t.Error(err)
+	} else if err := write.Close(); err != nil {
+		t.Error(err)
+	}
+	open(t, path, one, two)
+	if _, _, err := Open(t.Context(), path, sqlconn.First(one)); err == nil || !strings.Contains(err.Error(),
+		"version 3, and only a program that knows version 2 can work with it: this one knows version 1") {
+		t.Errorf("a newer database, for newer programs: %v", err)
 	}
 }
