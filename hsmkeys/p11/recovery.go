@@ -1,6 +1,7 @@
 package p11
 
 import (
+	"crypto/subtle"
 	"fmt"
 	"time"
 
@@ -28,13 +29,14 @@ func (t *Token) lose(cause error) {
 	}
 }
 
-// recover reinitialises the token, as often as it takes. It gives up when the PIN is refused: a second wrong one may
-// lock the token.
+// recover reinitialises the token, as often as it takes. A PIN that was refused is not tried again, since the token may
+// lock: it waits for another one in its file.
 func (t *Token) recover() {
 	pause := firstPause
 	if time.Since(t.lastReinitialised) < 5*time.Second { // what brings it down again at once does not keep it busy
 		pause = lastPause
 	}
+	var refused PIN
 	for {
 		select {
 		case <-t.closing:
@@ -42,9 +44,12 @@ func (t *Token) recover() {
 		case <-time.After(pause):
 		}
 		pause = min(2*pause, lastPause)
+		pin, err := ReadPIN(t.pin)
+		if refused != "" && (err != nil || subtle.ConstantTimeCompare([]byte(pin), []byte(refused)) == 1) {
+			continue
+		}
 		t.breaker.halfOpen()
 		t.tell()
-		pin, err := ReadPIN(t.pin)
 		if err == nil {
 			t.reinitialising.Lock()
 			err = t.reinitialise(pin)
@@ -60,7 +65,7 @@ func (t *Token) recover() {
 		t.breaker.open(err)
 		t.tell()
 		if ck.IsCKR(err, refusedPIN...) {
-			return
+			refused = pin
 		}
 	}
 }

@@ -195,7 +195,8 @@ func TestHangOfOne(t *testing.T) {
 	testproc.Await(t, "the end of the call that hung", func() bool { return token.Health().Hung == 0 })
 }
 
-// A PIN that the token refuses is tried once, and never again: the token would lock.
+// A PIN that the token refuses is tried once, and never again: the token would lock. The token is back once its file has
+// the right one.
 func TestRefusedPIN(t *testing.T) {
 	token, tok, _ := newOperator(t)
 	good := must[[]byte](t)(os.ReadFile(tok.PINFile))
@@ -217,5 +218,9 @@ func TestRefusedPIN(t *testing.T) {
 	}
 	if err := os.WriteFile(tok.PINFile, good, 0o600); err != nil {
 		t.Fatal(err)
+	}
+	testproc.Await(t, "the right PIN", func() bool { return token.Ping(t.Context()) == nil })
+	if n := faulty.Counts()["C_Login"] - before; n != 2 {
+		t.Errorf("C_Login was called %d times", n)
 	}
 }

@@ -128,13 +128,20 @@ func newHistory(
 func newWebhook(
 	cfg *equipmentConfig, registry prometheus.Registerer, log *slog.Logger,
 ) (*webhook.Sender, error) {
-	text, err := cmdline.ReadFile(cfg.Webhook.SecretFile)
-	if err != nil {
-		return nil, err
+	file := cfg.Webhook.SecretFile
+	secret := func() ([]byte, error) {
+		text, err := cmdline.ReadFile(file)
+		if err != nil {
+			return nil, err
+		}
+		secret, err := webhook.ParseSecret(string(text))
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", file, err)
+		}
+		return secret, nil
 	}
-	secret, err := webhook.ParseSecret(string(text))
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", cfg.Webhook.SecretFile, err)
+	if _, err := secret(); err != nil {
+		return nil, err
 	}
 	clientTLS := &tls.Config{MinVersion: tls.VersionTLS12}
 	if cfg.Webhook.CA != "" {

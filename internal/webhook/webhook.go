@@ -28,8 +28,8 @@ import (
 // Options are a Sender's.
 type Options struct {
 	URL      string // see CheckURL
-	Secret   []byte // see ParseSecret
-	Source   string // of the events: a URI reference
+	Secret   func() ([]byte, error) // is asked for each try: it may change; see ParseSecret
+	Source   string                 // of the events: a URI reference
 	Client   *http.Client
 	Log      *slog.Logger
 	Registry prometheus.Registerer // of what is counted
@@ -174,6 +174,10 @@ func (s *Sender) try(ctx context.Context, e event) error {
 	if err != nil {
 		return err
 	}
+	secret, err := s.o.Secret()
+	if err != nil {
+		return err
+	}
 	ctx, cancel := context.WithTimeout(ctx, perTry)
 	defer cancel()
 	r, err := http.NewRequestWithContext(ctx, http.MethodPost, s.o.URL, bytes.NewReader(body))
@@ -184,7 +188,7 @@ func (s *Sender) try(ctx context.Context, e event) error {
 	r.Header.Set("Content-Type", "application/cloudevents+json; charset=utf-8")
 	r.Header.Set("Webhook-Id", e.ID)
 	r.Header.Set("Webhook-Timestamp", at)
-	r.Header.Set("Webhook-Signature", "v1,"+Signature(s.o.Secret, e.ID, at, body))
+	r.Header.Set("Webhook-Signature", "v1,"+Signature(secret, e.ID, at, body))
 	answer, err := s.o.Client.Do(r)
 	if err != nil {
 		return err

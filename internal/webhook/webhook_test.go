@@ -3,6 +3,7 @@ package webhook
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"io"
 	"log/slog"
 	"net/http"
@@ -23,12 +24,14 @@ type received struct {
 	body   []byte
 }
 
+var secret = []byte("0123456789abcdef0123456789abcdef")
+
 // newSender sends to a handler until the test ends, or stop is called.
 func newSender(t *testing.T, handler http.HandlerFunc, change func(*Options)) (s *Sender, stop func()) {
 	t.Helper()
 	server := httptest.NewServer(handler)
 	t.Cleanup(server.Close)
-	o := Options{URL: server.URL, Secret: []byte("0123456789abcdef0123456789abcdef"), Source: "//here/keysvc",
+	o := Options{URL: server.URL, Secret: func() ([]byte, error) { return secret, nil }, Source: "//here/keysvc",
 		Client: server.Client(), Log: slog.New(slog.DiscardHandler), Registry: prometheus.NewRegistry(),
 		Pause: time.Millisecond}
 	change(&o)
@@ -68,7 +71,7 @@ func TestSend(t *testing.T) {
 			t.Fatal(err)
 		}
 		id, at := e.header.Get("Webhook-Id"), e.header.Get("Webhook-Timestamp")
-		if e.header.Get("Webhook-Signature") != "v1,"+Signature(s.o.Secret, id, at, e.body) || id == "" || at == "" {
+		if e.header.Get("Webhook-Signature") != "v1,"+Signature(secret, id, at, e.body) || id == "" || at == "" {
 			t.Errorf("signed %v", e.header)
 		}
 		if e.header.Get("Content-Type") != "application/cloudevents+json; charset=utf-8" ||
@@ -87,6 +90,38 @@ func TestSend(t *testing.T) {
 	testproc.Await(t, "an event is sent", func() bool { return s.count("sent") == 1 })
 	if s.count("retried") != 2 || s.count("dropped") != 0 {
 		t.Errorf("retried %d, dropped %d", s.count("retried"), s.count("dropped"))
+	}
+}
+
+// An event is signed with the secret that there is when it is tried. It waits while there is none.
+func TestSecretChanges(t *testing.T) {
+	got := make(chan received, 1)
+	var asked atomic.Int64
+	another := []byte("another secret, of 32 bytes too.")
+	s, _ := newSender(t, func(_ http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		got <- received{r.Header, body}
+	}, func(o *Options) {
+		o.Secret = func() ([]byte, error) {
+			switch asked.Add(1) {
+			case 1:
+				return secret, nil
+			case 2:
+				return nil, errors.New("the file is away")
+			}
+			return another, nil
+		}
+	})
+	for _, key := range [][]byte{secret, another} {
+		s.Send("test.kind", "subject", nil)
+		e := <-got
+		if e.header.Get("Webhook-Signature") != "v1,"+Signature(key, e.header.Get("Webhook-Id"),
+			e.header.Get("Webhook-Timestamp"), e.body) {
+			t.Errorf("signed %v, want by %q", e.header, key)
+		}
+	}
+	if s.count("retried") != 1 {
+		t.Errorf("retried %d", s.count("retried"))
 	}
 }
 
