@@ -134,6 +134,7 @@ clients:
   - {name: hss, san: hss.demo, roles: [hss], plmns: [all]}
   - {name: operator, uid: $(id -u), roles: [hss, admin, monitor, metrics], plmns: [all]}
 revocation_ttl: 1s
+drain_delay: 0s
 $login
 EOF
 printf '$ keysvc serve --config %s\n' "$dir/keysvc.yaml"

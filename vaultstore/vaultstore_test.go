@@ -13,6 +13,7 @@ import (
 	"github.com/hashicorp/vault/api"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/internal/vaulttest"
 	"github.com/kmehsm/kmehsm/policies"
@@ -425,6 +426,45 @@ func TestVaultLogin(t *testing.T) {
 				t.Error("the error has the secret id")
 			}
 		})
+	}
+}
+
+// A secret id that is replaced in its file is the one of the next login; calls go on meanwhile.
+func TestVaultSecretIDReplaced(t *testing.T) {
+	server := vaulttest.Start(t)
+	root := server.Client(t, server.Root)
+	server.Mount(t, "kme", "2")
+	must.Do(t, New(root, "kme").Create(t.Context(), "lots/L1/manifest", []byte("x")))
+	must.Do(t, root.Sys().PutPolicy("p", `path "kme/data/lots/*" { capabilities = ["read"] }`))
+	must.Do(t, root.Sys().EnableAuthWithOptions("approle", &api.EnableAuthOptions{Type: "approle"}))
+	write := func(path string, data map[string]any) *api.Secret {
+		t.Helper()
+		return must.Get[*api.Secret](t)(root.Logical().Write(path, data))
+	}
+	write("auth/approle/role/r", map[string]any{"token_policies": "p", "token_ttl": "2s", "token_max_ttl": "4s"})
+	role := must.Get[*api.Secret](t)(root.Logical().Read("auth/approle/role/r/role-id"))
+	file := filepath.Join(t.TempDir(), "secret")
+	replace := func() (id string) {
+		t.Helper()
+		id = write("auth/approle/role/r/secret-id", nil).Data["secret_id"].(string)
+		must.Do(t, os.WriteFile(file, []byte(id+"\n"), 0o600))
+		return id
+	}
+	first := replace()
+	t.Setenv("VAULT_ADDR", server.Addr)
+	client := must.Get[*api.Client](t)(Connect(t.Context(), Login{RoleID: role.Data["role_id"].(string),
+		SecretIDFile: file}, slog.New(slog.DiscardHandler)))
+	token := client.Token()
+	replace()
+	write("auth/approle/role/r/secret-id/destroy", map[string]any{"secret_id": first})
+	testproc.Await(t, "a new login", func() bool {
+		if _, _, err := New(client, "kme").Read(t.Context(), "lots/L1/manifest"); err != nil {
+			t.Error(err)
+		}
+		return client.Token() != token
+	})
+	if _, _, err := New(client, "kme").Read(t.Context(), "lots/L1/manifest"); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -88,8 +88,8 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
 			storageCommand(),
 			{
 				Name: "serve", Usage: "serve the HSS",
-				Description: "SIGTERM finishes the calls under way and ends; SIGHUP reloads lots, clients and " +
-					"certificates.\n\n" + keysvcd.Help(),
+				Description: "SIGTERM says not ready, serves for drain_delay, finishes the calls under way and ends; " +
+					"SIGHUP reloads lots, clients and certificates.\n\n" + keysvcd.Help(),
 				Flags: serviceFlags(), Action: serve,
 			},
 			{

@@ -122,7 +122,8 @@ func storeCommand() *cli.Command {
 			{
 				Name: "upgrade", Usage: "make the tables in PostgreSQL, or bring them up to date, and grant the " +
 					"service's role what it needs of them",
-				Description: "With the role that owns the tables, before the service of a new release starts. The " +
+				Description: "With the role that owns the tables and the new release's keysvc, before its service starts; " +
+					"instances of the release before may run, unless it says that they must not. The " +
 					"service's role may then read the ledger and add to it, and neither change nor remove what is in " +
 					"it. It is made before, with CREATE ROLE ... LOGIN.",
 				Flags: []cli.Flag{storeFlag,

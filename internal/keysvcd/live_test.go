@@ -5,6 +5,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/tls"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -28,6 +29,8 @@ import (
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/certtest"
+	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -316,5 +319,79 @@ func TestCallsSeeOneState(t *testing.T) {
 	if !errors.As(err, &e) || e.Code() != connect.CodePermissionDenied ||
 		e.Meta().Get(kme.ReasonHeader) != "CALLER_NOT_ALLOWED" {
 		t.Errorf("the end of the stream: %v", err)
+	}
+}
+
+// A reload changes the server's certificate, the clients' CA, and the keys of access tokens, for new connections, also
+// of AMFs. One that is open is served on.
+func TestCertificatesChange(t *testing.T) {
+	s := newSite(t, nil)
+	before, after := certtest.Make(t, "127.0.0.1", "hss.example"), certtest.Make(t, "127.0.0.1", "hss.example")
+	tokens := filepath.Join(s.dir, "tokens.pem")
+	s.started.EIR.Listen, s.started.EIR.TokenKey = "127.0.0.1:0", tokens
+	copyTo := func(to, from string) {
+		t.Helper()
+		must.Do(t, os.WriteFile(to, must.Get[[]byte](t)(os.ReadFile(from)), 0o600))
+	}
+	reload := func(from string) {
+		t.Helper()
+		for name, file := range map[string]string{"server.pem": "127.0.0.1.pem", "server.key": "127.0.0.1.key",
+			"clients.pem": "ca.pem"} {
+			copyTo(filepath.Join(s.dir, name), filepath.Join(from, file))
+		}
+		must.Do(t, s.reload(t.Context(), Source{Path: s.config()}))
+	}
+	s.write(t, aToken+"listen: 127.0.0.1:0\ntls: {certificate: server.pem, key: server.key, client_ca: clients.pem}\n"+
+		siteClients)
+	copyTo(tokens, filepath.Join(before, "ca.pem"))
+	reload(before)
+
+	listeners := must.Get[[]served](t)(listen(s.started, s.live))
+	d := &daemon{live: s.live, service: s.options.Service}
+	eir := d.eirServer()
+	of := must.Get[[]net.Listener](t)(listenEIR(s.started, s.live))[0]
+	go eir.Serve(of)
+	defer eir.Close()
+	server := &http.Server{Handler: listeners[0].handler, ConnContext: api.ConnContext,
+		ErrorLog: slog.NewLogLogger(slog.DiscardHandler, 0)}
+	go server.Serve(listeners[0])
+	defer server.Close()
+	client := func(own, ca string) *http.Client {
+		c := must.Get[*tls.Config](t)(cmdline.ClientTLS(filepath.Join(own, "hss.example.pem"),
+			filepath.Join(own, "hss.example.key"), filepath.Join(ca, "ca.pem")))
+		c.ClientSessionCache = tls.NewLRUClientSessionCache(1)
+		return &http.Client{Transport: &http.Transport{TLSClientConfig: c, ForceAttemptHTTP2: true}}
+	}
+	get := func(c *http.Client, address string) error {
+		r, err := c.Get("https://" + address + "/healthz")
+		if err == nil {
+			io.Copy(io.Discard, r.Body)
+			r.Body.Close()
+		}
+		return err
+	}
+	for _, address := range []string{listeners[0].Addr().String(), of.Addr().String()} {
+		reload(before)
+		open := client(before, before)
+		for _, change := range []struct{ now, old string }{{before, after}, {after, before}} {
+			reload(change.now)
+			if err := get(client(change.now, change.now), address); err != nil {
+				t.Error(err)
+			}
+			if err := get(client(change.old, change.now), address); err == nil {
+				t.Error("a certificate of another CA is taken")
+			}
+			if err := get(client(change.now, change.old), address); err == nil {
+				t.Error("the server shows the certificate of before")
+			}
+			if err := get(open, address); err != nil {
+				t.Errorf("a connection that is open: %v", err)
+			}
+		}
+	}
+	must.Do(t, os.WriteFile(tokens, []byte("none"), 0o600))
+	if err := s.reload(t.Context(), Source{Path: s.config()}); err == nil ||
+		!strings.Contains(err.Error(), "token_key") {
+		t.Errorf("keys of access tokens that are none: %v", err)
 	}
 }

@@ -151,7 +151,7 @@ func (d *network) write(name, text string) {
 // startKeysvc starts keysvc. On its socket, devices may be provisioned from home, and from more.
 func (d *network) startKeysvc(more ...string) {
 	d.t.Helper()
-	d.write("keysvc.yaml", fmt.Sprintf("state: var/keysvc\nsocket: s\nlisten: 127.0.0.1:%d\n"+
+	d.write("keysvc.yaml", fmt.Sprintf("state: var/keysvc\nsocket: s\ndrain_delay: 0s\nlisten: 127.0.0.1:%d\n"+
 		"tls: {certificate: server.pem, key: server.key, client_ca: ca.pem}\nclients:\n"+
 		"- {name: socket, uid: %d, roles: [hss, admin, monitor, metrics], plmns: [all], provision_from: ['%s']}\n"+
 		"- {name: hss, san: hss.test, roles: [hss], plmns: [all]}\n",

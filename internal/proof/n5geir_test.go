@@ -50,7 +50,7 @@ func TestN5gEIR(t *testing.T) {
 	}
 	d.write("nrf.pem", string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der})))
 	nrf := d.startNRF()
-	d.write("keysvc.yaml", fmt.Sprintf("state: var/keysvc\nsocket: s\n"+
+	d.write("keysvc.yaml", fmt.Sprintf("state: var/keysvc\nsocket: s\ndrain_delay: 0s\n"+
 		"tls: {certificate: server.pem, key: server.key, client_ca: ca.pem}\n"+
 		"eir: {listen: '127.0.0.1:%d', token_key: nrf.pem, instance: %s, nrf: '%s', advertise: '127.0.0.1:%d'}\n"+
 		"clients:\n- {name: socket, uid: %d, roles: [hss, admin, metrics], plmns: [all]}\n"+

@@ -27,7 +27,7 @@ import (
 
 // Options are a Sender's.
 type Options struct {
-	URL      string // see CheckURL
+	URL      string                 // see CheckURL
 	Secret   func() ([]byte, error) // is asked for each try: it may change; see ParseSecret
 	Source   string                 // of the events: a URI reference
 	Client   *http.Client
