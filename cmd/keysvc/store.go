@@ -96,6 +96,15 @@ func storeCommand() *cli.Command {
 				Flags: storeFlags(), Action: storeVerify,
 			},
 			{
+				Name: "backup", Usage: "copy a store in SQLite to a file, while the service runs",
+				Description: "The copy has the state of one moment. All of it is read and verified before it takes " +
+					"the place of what is at --out; only its owner may read it. It has no keys: see keysvc backup for " +
+					"those. A store in PostgreSQL is copied by PostgreSQL's own tools: pg_dump, or pg_basebackup with " +
+					"a WAL archive.",
+				Flags:  storeFlags(&cli.StringFlag{Name: "out", Usage: "the `FILE` to write, or to replace"}),
+				Action: cmdline.Requiring(storeBackup, "out"),
+			},
+			{
 				Name:  "accept-rollback",
 				Usage: "accept a database that is older than the last one that the service has written",
 				Description: "What was decided since is not in it: KMEs that were used since can be used again, " +
@@ -175,6 +184,25 @@ func storeVerify(c *cli.Context) error {
 				"or a lot needs a backup of the store"))
 		}
 		return err
+	})
+}
+
+func storeBackup(c *cli.Context) error {
+	return withStoreToken(c, func(token *hsmkeys.OperatorToken) error {
+		out := c.String("out")
+		shown := cmdline.NewProgress(c, "copied", "pages", 0)
+		found, err := keysvcd.BackUpStore(c.Context, token, storeName(c), out, func(pages, of int) {
+			shown.Set(cmdline.Step{Done: pages, New: pages, Total: of})
+		})
+		shown.Close()
+		if err != nil {
+			return err
+		}
+		return cmdline.Printf(c, struct {
+			Out string `json:"out"`
+			*sqlstore.Report
+		}{out, found}, "%s has %d rows, %d of them entries of the ledger; all were verified\n", out, found.Rows,
+			found.Entries)
 	})
 }
 
