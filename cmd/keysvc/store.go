@@ -107,10 +107,16 @@ func storeCommand() *cli.Command {
 			{
 				Name:  "accept-rollback",
 				Usage: "accept a database that is older than the last one that the service has written",
-				Description: "What was decided since is not in it: KMEs that were used since can be used again, " +
-					"devices that were bound since are not, and what was revoked since is not. Bring back the last " +
-					"store instead, if there is one. The reason and your name go into the ledger.",
-				Flags:  storeFlags(reasonFlag, cmdline.Yes),
+				Description: "Bring back the last store instead, if there is one. What was decided since is not in this " +
+					"one. An audit log (audit_log of the configuration) has it: its entries become the ledger's again, " +
+					"so that no KME is accepted twice, and are named with what follows from them. What was revoked " +
+					"since is revoked again; what was bound since is lost with its KME, and what was bound before it " +
+					"is revoked, too. Without an audit log nobody knows: bindings of this store stand, KMEs that were " +
+					"used since can be used again, devices that were bound since are not, and what was revoked since " +
+					"is not. The reason and your name go into the ledger.",
+				Flags: storeFlags(reasonFlag, auditLogFlag, &cli.BoolFlag{Name: "revoke-unknown",
+					Usage: "revoke every binding of which the end may be among what is not known; each of these " +
+						"subscriptions can then be bound to any device, by its next attach"}, cmdline.Yes),
 				Action: cmdline.Alone(cmdline.Requiring(storeAccept, "reason")),
 			},
 			{
@@ -206,22 +212,63 @@ func storeBackup(c *cli.Context) error {
 	})
 }
 
+var auditLogFlag = &cli.StringSliceFlag{Name: "audit-log", Category: cmdline.Configured,
+	Usage: "the folder, `DIR`, of a service's audit log; again for each instance's, and each that was kept elsewhere"}
+
 func storeAccept(c *cli.Context) error {
 	return withAnyStore(c, func(token *hsmkeys.OperatorToken, store *sqlstore.Store) error {
-		agreed := func() error {
-			return cmdline.Confirm(c, "What was decided after this store was written is lost for good: KMEs that were "+
-				"used since can be used again, devices that were bound since are not, and what was revoked since "+
-				"is not.",
-				"accept")
-		}
-		if err := mark.Accept(c.Context, store, token, c.String("reason"), agreed); err != nil {
+		missing, done, err := mark.Accept(c.Context, store, token, mark.AcceptOptions{
+			Reason: c.String("reason"), AuditLogs: c.StringSlice(auditLogFlag.Name),
+			RevokeUnknown: c.Bool("revoke-unknown"),
+			Agreed: func(m *binding.Missing) error {
+				return cmdline.Confirm(c, missingText(m)+"\n"+lossText(m, c.Bool("revoke-unknown")), "accept")
+			},
+		})
+		if err != nil {
 			return err
 		}
-		return cmdline.Print(c, map[string]any{"accepted": true}, func(w io.Writer) {
-			fmt.Fprintln(w, "the store is accepted as it is; a service that runs goes on within seconds\nwhat was "+
-				"revoked since it was made is not revoked in it: see the service's log, and keysvc binding report")
+		return cmdline.Print(c, map[string]any{"accepted": true, "lost": missing.Lost,
+			"restored": len(missing.Lines), "unknown": missing.Unknowns(), "revoked": done.Revoked,
+			"changes": append([]binding.Change{}, done.Changes...),
+		}, func(w io.Writer) {
+			for _, change := range done.Changes {
+				fmt.Fprintln(w, changeText(change))
+			}
+			fmt.Fprintln(w, missingText(missing))
+			if done.Revoked > 0 {
+				fmt.Fprintf(w, "%d bindings were revoked because of what is not known\n", done.Revoked)
+			}
+			fmt.Fprintln(w, "the store is accepted; a service that runs goes on within seconds")
 		})
 	})
+}
+
+// missingText says how much is missing.
+func missingText(m *binding.Missing) string {
+	return fmt.Sprintf("The ledger has lost %d entries; %d come back from the audit log, and at least %d are not known.",
+		m.Lost, len(m.Lines), m.Unknowns())
+}
+
+// lossText says what is lost for good.
+func lossText(m *binding.Missing, revoke bool) string {
+	switch {
+	case m.Unknowns() == 0:
+		return "The KMEs of devices that were bound since are lost for good: these are bound no more, and their " +
+			"subscriptions are named."
+	case revoke:
+		return "Every binding whose end may be among what is not known is revoked: its subscription can then be bound " +
+			"to any device, and KMEs that were used since can be used again."
+	}
+	return "What is not known is lost for good: KMEs that were used since can be used again, devices that were bound " +
+		"since are not, and what was revoked since is not."
+}
+
+func changeText(c binding.Change) string {
+	text := fmt.Sprintf("%-15s  %-11s  %-14s  now %s", c.Subject, c.Event, c.IMEI, c.Now)
+	if c.ToDo != "" {
+		text += "; to do: " + c.ToDo
+	}
+	return text
 }
 
 const entryLine = "%-20s  %-12s  %-32s  %s\n"
