@@ -132,7 +132,8 @@ func (a *auditLog) add(lines []byte, upTo *binding.Mark) error {
 		return err
 	}
 	path := filepath.Join(a.dir, time.Now().UTC().Format(auditDay)+".jsonl")
-	if err := durable.AppendLine(path, 0o600, func([]byte) ([]byte, error) { return append(lines, mark...), nil }); err != nil {
+	both := func([]byte) ([]byte, error) { return append(lines, mark...), nil }
+	if err := durable.AppendLine(path, 0o600, both); err != nil {
 		return err
 	}
 	a.upTo = upTo

@@ -89,9 +89,9 @@ func Migrate(ctx context.Context, token Token, from, to string, report func(rows
 	return rows, err
 }
 
-// BackUpStore copies a store in SQLite to a file, also while a service changes it, and gives what it has found in the copy:
-// the copy takes the place of what is there only if every row is one that a service wrote, and nothing is missing that
-// the token knew of when it began. report is called with the pages copied so far, and with how many there are.
+// BackUpStore copies a store in SQLite to a file, also while a service changes it, and gives what it has found in the
+// copy: that takes the place of what is there only if every row is one that a service wrote, and nothing is missing
+// that the token knew of when it began. report is called with the pages copied so far, and with how many there are.
 func BackUpStore(
 	ctx context.Context, token Token, name, to string, report func(pages, of int),
 ) (found *sqlstore.Report, err error) {
