@@ -112,7 +112,7 @@ func (m *Mark) Entries() (n int64) {
 
 // Missing is what was decided after a database was as it is now.
 type Missing struct {
-	Lost  int64  // entries that the mark speaks of, and the database has not
+	Lost  int64  // entries that the mark speaks of, or Lines has, and the database has not
 	Lines []Line // of an audit log: each follows the last entry of its chain in the database, or the one before it here
 	// Unknown has, of each chain, how many entries are lost that are not among Lines.
 	Unknown [Chains]int64

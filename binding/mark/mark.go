@@ -138,7 +138,8 @@ type AcceptOptions struct {
 	Agreed        func(*binding.Missing) error // is asked where there is something to accept, and nowhere else
 }
 
-// Accept has the ledger accepted with what audit logs have of what is missing, and with a reason that it notes.
+// Accept has the ledger accepted with what audit logs have of what is missing, and with a reason that it notes. Nobody
+// may be changing the store meanwhile that does not know of its rollback.
 func Accept(
 	ctx context.Context, store binding.Ledger, token Token, o AcceptOptions,
 ) (*binding.Missing, *binding.Accepted, error) {
@@ -151,13 +152,11 @@ func Accept(
 		return nil, nil, err
 	}
 	_, behind := store.Check(ctx, mark)
-	_, damaged := store.VerifyLedger(ctx)
-	switch {
-	case behind == nil && damaged == nil:
-		return nil, nil, errors.New("the ledger is whole, and not behind its mark: there is nothing to accept")
-	case behind != nil && !errors.Is(behind, binding.ErrRolledBack):
+	if behind != nil && !errors.Is(behind, binding.ErrRolledBack) {
 		return nil, nil, behind
-	case damaged != nil && !errors.Is(damaged, binding.ErrRolledBack):
+	}
+	_, damaged := store.VerifyLedger(ctx)
+	if damaged != nil && !errors.Is(damaged, binding.ErrRolledBack) {
 		return nil, nil, damaged
 	}
 	heads, err := store.Heads(ctx)
@@ -169,6 +168,11 @@ func Accept(
 		return nil, nil, err
 	}
 	missing, err := store.Missing(ctx, mark, copied)
+	// A token that was in a safe has an earlier mark: the audit log alone is ahead of the ledger then.
+	if err == nil && behind == nil && damaged == nil && len(missing.Lines) == 0 {
+		err = errors.New("the ledger is whole, and neither behind its mark nor behind an audit log: there is nothing " +
+			"to accept")
+	}
 	if err == nil {
 		err = o.Agreed(missing)
 	}

@@ -89,7 +89,7 @@ func (s *Store) Missing(
 				return nil, err
 			}
 		}
-		m.Lost += max(had.Seq-at.Seq, 0)
+		first := at.Seq
 		for {
 			lines := copied(chain, at.Seq+1)
 			i := slices.IndexFunc(lines, func(l binding.Line) bool { return s.follows(l, at) })
@@ -100,6 +100,7 @@ func (s *Store) Missing(
 			at = binding.Head{Seq: at.Seq + 1, MAC: lines[i].MAC}
 			whole = whole || at.Seq == had.Seq && bytes.Equal(at.MAC, had.MAC)
 		}
+		m.Lost += max(had.Seq, at.Seq) - first
 		if !whole {
 			m.Unknown[chain] = max(had.Seq-at.Seq, 1)
 		}

@@ -38,6 +38,9 @@ func done(t *testing.T, err error) {
 	}
 }
 
+// afterwards is who decides after the backup.
+var afterwards = binding.Actor{Client: "ops", Role: "admin"}
+
 // A history is of a store that is lost.
 type history struct {
 	t     *testing.T
@@ -118,6 +121,7 @@ func (h *history) lose(backup func()) (makers []*binding.Manufacturer) {
 		Listed: t0}}))
 	makers = must(h.s.Manufacturers(ctx))
 	backup()
+	ctx = binding.WithActor(ctx, afterwards)
 	must(h.s.Revoke(ctx, imsiNo(t, revoked), t0))
 	h.open(rebound)
 	h.bind(rebound, 50)
@@ -235,6 +239,11 @@ func restored(t *testing.T, name string, backup func() (restore func() string)) 
 	for _, c := range accepted.Changes {
 		changes[c.Subject] = c
 	}
+	who := must(s.History(ctx, imsiNo(t, revoked).String()))
+	if len(who) != 4 || who[2].Event != binding.EventRevoked || who[2].Actor != afterwards ||
+		who[3].Event != binding.EventRevoked || who[3].Actor.Client != "tester" {
+		t.Errorf("who revoked it: %+v", who)
+	}
 	for n, want := range map[int]struct {
 		now, imei string
 		event     binding.Event
@@ -293,6 +302,35 @@ func restored(t *testing.T, name string, backup func() (restore func() string)) 
 		t.Errorf("listed %+v", listed)
 	}
 	if _, _, err := mark.Accept(ctx, s, h.token, options); err == nil {
+		t.Error("it is accepted twice")
+	}
+}
+
+// A token that was in a safe does not know how far the ledger had come; the audit log does.
+func TestRestoredWithASpareToken(t *testing.T) {
+	ctx := t.Context()
+	path, copied := path(t), filepath.Join(t.TempDir(), "copy.db")
+	h := &history{t: t, s: must(Open(ctx, "sqlite:"+path, rowKey)), token: new(markToken),
+		audit: filepath.Join(t.TempDir(), "audit")}
+	h.lose(func() {
+		done(t, sqlite.Backup(ctx, path, copied, func(int, int) {}, func(string) error { return nil }))
+	})
+	s, spare := must(Open(ctx, "sqlite:"+copied, rowKey)), new(markToken)
+	defer s.Close()
+	done(t, mark.RaiseTo(ctx, spare, must(s.Heads(ctx))))
+	done(t, mark.Check(ctx, s, spare))
+	options := mark.AcceptOptions{Reason: "the machine", AuditLogs: []string{h.audit},
+		Agreed: func(*binding.Missing) error { return nil }}
+	missing, _, err := mark.Accept(ctx, s, spare, options)
+	if err != nil || missing.Lost == 0 || missing.Unknowns() != 0 {
+		t.Fatalf("%+v, %v", missing, err)
+	}
+	done(t, mark.Check(ctx, s, h.token)) // the lost one's mark, too, which is of an earlier epoch
+	done(t, mark.Check(ctx, s, spare))
+	if sub := must(s.Subscription(ctx, imsiNo(t, revoked), t0)); sub.Standing() != nil {
+		t.Errorf("what was revoked since is %+v", sub.Standing())
+	}
+	if _, _, err := mark.Accept(ctx, s, spare, options); err == nil {
 		t.Error("it is accepted twice")
 	}
 }
