@@ -179,7 +179,7 @@ func readAuditLogs(dirs []string, heads *binding.Mark) (func(chain int, seq int6
 	for _, dir := range dirs {
 		files, err := auditLogFiles(dir)
 		if errors.Is(err, fs.ErrNotExist) {
-			return nil, fmt.Errorf("there is no audit log at %s: if it is lost, run this without --audit-log: then what "+
+			return nil, fmt.Errorf("there is no audit log at %s: if it is lost, make an empty folder there: then what "+
 				"was decided since is not known", dir)
 		}
 		if err != nil {
