@@ -46,6 +46,10 @@ const (
 
 	EventMigrated Event = "MIGRATED" // copied here from another store
 	EventAccepted Event = "ACCEPTED" // although it is an earlier one than the service wrote
+
+	// EventForgotten, about a manufacturer or a lot: what was entered about it is in no row of an earlier database
+	// that was accepted.
+	EventForgotten Event = "FORGOTTEN"
 )
 
 // StoreSubject is the subject of an entry about the store.
@@ -74,6 +78,14 @@ type Entry struct {
 	Detail  string    `json:"detail,omitempty"`
 }
 
+// A Line is an entry with all that its MAC is over: the audit log has it outside of the database.
+type Line struct {
+	Entry
+	Tag     strict.Base64 `json:"tag,omitempty"` // of the KME that was accepted
+	ActorID strict.Base64 `json:"actor_id"`
+	MAC     strict.Base64 `json:"mac"` // over all of this, and the MAC of the entry before it
+}
+
 // Chains is how many chains the ledger has: entries of one follow each other, and those of several can be written at
 // the same time. A subject's are all in one.
 const Chains = 16
@@ -98,6 +110,45 @@ func (m *Mark) Entries() (n int64) {
 	return n
 }
 
+// Missing is what was decided after a database was as it is now.
+type Missing struct {
+	Lost  int64  // entries that the mark speaks of, or Lines has, and the database has not
+	Lines []Line // of an audit log: each follows the last entry of its chain in the database, or the one before it here
+	// Unknown has, of each chain, how many entries are lost that are not among Lines.
+	Unknown [Chains]int64
+}
+
+// Unknowns are all that are Unknown.
+func (m *Missing) Unknowns() (n int64) {
+	for _, u := range m.Unknown {
+		n += u
+	}
+	return n
+}
+
+// An Acceptance is what an administrator accepts.
+type Acceptance struct {
+	Reason        string
+	Missing       *Missing // whose Lines become entries again
+	RevokeUnknown bool     // revokes what is bound by a chain of which something is Unknown
+}
+
+// Accepted is what an Acceptance has led to.
+type Accepted struct {
+	Mark    *Mark    // to be set
+	Changes []Change // of the subjects of what was missing
+	Revoked int      // bindings, because of what is unknown
+}
+
+// A Change is what became of a subject about which something was decided after the database was as it is now.
+type Change struct {
+	Subject string `json:"subject"`
+	IMEI    string `json:"imei,omitempty"`  // with an IMSI: of the device that the last decision was about
+	Event   Event  `json:"event"`           // what was decided last
+	Now     string `json:"now"`             // what the database has
+	ToDo    string `json:"to_do,omitempty"` // by an administrator
+}
+
 // A DamagedRow is a row that the service did not write.
 type DamagedRow struct {
 	Table string `json:"table"`
@@ -115,7 +166,7 @@ var ErrRolledBack = errors.New("the database is an earlier one than the service 
 	"one; or, if there is no other, accept this one with keysvc store accept-rollback")
 
 // A Ledger is the part of a Store that remembers for ever. While it is rolled back, every method of the Store but
-// Check, Accept, VerifyLedger and Entries fails with ErrRolledBack.
+// Check, Heads, Missing, Accept, VerifyLedger and Entries fails with ErrRolledBack.
 type Ledger interface {
 	// Note adds an entry, of the Actor in the context.
 	Note(ctx context.Context, event Event, subject, detail string) error
@@ -129,8 +180,17 @@ type Ledger interface {
 	Check(ctx context.Context, mark *Mark) (*Mark, error)
 	// Seen is how far this Store has seen the ledger come.
 	Seen() *Mark
-	// Accept notes in each chain that it is accepted as it is, and gives the mark to set.
-	Accept(ctx context.Context, mark *Mark, reason string) (*Mark, error)
+	// Heads are the last entries of the chains.
+	Heads(ctx context.Context) (*Mark, error)
+	// Lines gives entries behind those of a mark, at most so many of each chain. Where a chain has another entry than
+	// the mark, or none, it begins with the last one by which the chain was accepted.
+	Lines(ctx context.Context, behind *Mark, most int) ([]Line, error)
+	// Missing finds what is lost up to a mark, in lines of a copy: by chain and number, several where a chain was
+	// accepted after it had lost a part.
+	Missing(ctx context.Context, mark *Mark, copied func(chain int, seq int64) []Line) (*Missing, error)
+	// Accept adds the entries that are missing, and notes in each chain that it is accepted as it is. Rows that the
+	// ledger does not speak of any more become what it says last, or are revoked.
+	Accept(ctx context.Context, mark *Mark, a Acceptance) (*Accepted, error)
 	// Moved is sent something after entries were added.
 	Moved() <-chan struct{}
 	// VerifyLedger reads all entries in their order. It fails with ErrRolledBack and a *DamagedRow for the first that

@@ -87,7 +87,8 @@ func TestStartedWithAnEarlierDatabase(t *testing.T) {
 					t.Fatalf("it serves: %v", err)
 				}
 			}
-			if err := mark.Accept(t.Context(), open(earlier), token, "tried", func() error { return nil }); err != nil {
+			if _, _, err := mark.Accept(t.Context(), open(earlier), token, mark.AcceptOptions{Reason: "tried",
+				Agreed: func(*binding.Missing) error { return nil }}); err != nil {
 				t.Fatal(err)
 			}
 			<-accepted

@@ -62,6 +62,7 @@ var elsewhere = map[string]string{
 	"keysvc storage retire":        "--yes",
 	"keysvc storage rotate":        "--so-pin-source SO",
 	"keysvc store accept-rollback": "--reason x --yes",
+	"keysvc store backup":          "--out out",
 	"keysvc store log":             "",
 	"keysvc store migrate":         "--from sqlite:none.db --to sqlite:copy.db",
 	"keysvc store upgrade":         "--store sqlite:none.db --role r",

@@ -1,4 +1,5 @@
-// Package mark keeps the ledger's high-water mark in the token, and compares the ledger with it.
+// Package mark keeps the ledger's high-water mark in the token and a copy of its entries in a folder, and compares the
+// ledger with both.
 package mark
 
 import (
@@ -129,35 +130,61 @@ func set(ctx context.Context, token Token, m *binding.Mark, others [][]byte) err
 	return token.SetMark(ctx, text, others)
 }
 
-// Accept has the ledger accepted as it is, with a reason that it notes. It asks for agreement where there is something
-// to accept, and nowhere else.
-func Accept(ctx context.Context, store binding.Ledger, token Token, reason string, agreed func() error) error {
-	reason, err := strict.Reason(reason)
+// AcceptOptions are what an administrator says of a ledger that is behind its mark.
+type AcceptOptions struct {
+	Reason        string
+	AuditLogs     []string                     // folders: see KeepAuditLog
+	RevokeUnknown bool                         // see binding.Acceptance
+	Agreed        func(*binding.Missing) error // is asked where there is something to accept, and nowhere else
+}
+
+// Accept has the ledger accepted with what audit logs have of what is missing, and with a reason that it notes. Nobody
+// may be changing the store meanwhile that does not know of its rollback.
+func Accept(
+	ctx context.Context, store binding.Ledger, token Token, o AcceptOptions,
+) (*binding.Missing, *binding.Accepted, error) {
+	reason, err := strict.Reason(o.Reason)
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
 	mark, all, err := readMarks(ctx, token)
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
 	_, behind := store.Check(ctx, mark)
+	if behind != nil && !errors.Is(behind, binding.ErrRolledBack) {
+		return nil, nil, behind
+	}
 	_, damaged := store.VerifyLedger(ctx)
-	switch {
-	case behind == nil && damaged == nil:
-		return errors.New("the ledger is whole, and not behind its mark: there is nothing to accept")
-	case behind != nil && !errors.Is(behind, binding.ErrRolledBack):
-		return behind
-	case damaged != nil && !errors.Is(damaged, binding.ErrRolledBack):
-		return damaged
+	if damaged != nil && !errors.Is(damaged, binding.ErrRolledBack) {
+		return nil, nil, damaged
 	}
-	if err := agreed(); err != nil {
-		return err
-	}
-	now, err := store.Accept(ctx, mark, reason)
+	heads, err := store.Heads(ctx)
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
-	return set(ctx, token, now, all)
+	copied, err := readAuditLogs(o.AuditLogs, heads)
+	if err != nil {
+		return nil, nil, err
+	}
+	missing, err := store.Missing(ctx, mark, copied)
+	// A token that was in a safe has an earlier mark: the audit log alone is ahead of the ledger then.
+	if err == nil && behind == nil && damaged == nil && len(missing.Lines) == 0 {
+		err = errors.New("the ledger is whole, and neither behind its mark nor behind an audit log: there is nothing " +
+			"to accept")
+	}
+	if err == nil {
+		err = o.Agreed(missing)
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	accepted, err := store.Accept(ctx, mark, binding.Acceptance{Reason: reason, Missing: missing,
+		RevokeUnknown: o.RevokeUnknown})
+	if err == nil {
+		err = set(ctx, token, accepted.Mark, all)
+	}
+	return missing, accepted, err
 }
 
 // How often a service looks whether the ledger is what it was, sets the mark at most, and reads the whole ledger.

@@ -258,7 +258,7 @@ func attacked(t *testing.T, name string) {
 			if _, err := s.Subscription(ctx, all[1].IMSI, t0); !errors.Is(err, binding.ErrRolledBack) {
 				t.Errorf("it is served: %v", err)
 			}
-			must(s.Accept(ctx, mark, "tried"))
+			must(s.Accept(ctx, mark, binding.Acceptance{Reason: "tried", Missing: new(binding.Missing)}))
 			if n, err := s.VerifyLedger(ctx); err != nil {
 				t.Errorf("after it was accepted: %d entries, %v", n, err)
 			}

@@ -144,36 +144,32 @@ type acceptance struct {
 	Digest strict.Base64 `json:"digest"` // of the chain's entries before it, see verifyChain
 }
 
-func (s *Store) Accept(ctx context.Context, mark *binding.Mark, reason string) (*binding.Mark, error) {
+func (s *Store) Accept(ctx context.Context, mark *binding.Mark, a binding.Acceptance) (*binding.Accepted, error) {
 	s.mu.Lock()
 	s.seen = [binding.Chains]binding.Head{} // what was seen is what is given up
 	s.mu.Unlock()
 	s.refused.Store(nil)
 	s.broken.Store(nil)
 	s.actors.Clear()
-	accepted := &binding.Mark{Epoch: 1}
+	now := &binding.Mark{Epoch: 1}
 	if mark != nil {
-		accepted.Epoch = mark.Epoch + 1
+		now.Epoch = mark.Epoch + 1
 	}
-	err := s.change(ctx, "accept the ledger", everything, func(ctx context.Context, tx *txn) error {
-		for i := range accepted.Heads {
-			chain, a := int64(i), acceptance{Reason: reason}
-			if mark != nil {
-				a.Had = mark.Heads[i].Seq
-			}
-			var err error
-			if _, a.Digest, err = s.verifyToHead(ctx, tx.Conn, chain, ignore); err != nil && !isDamaged(err) {
+	accepted := &binding.Accepted{Mark: now}
+	err := s.change(ctx, "accept the ledger", everything, func(ctx context.Context, tx *txn) (err error) {
+		if err := s.putBack(ctx, tx, a.Missing.Lines); err != nil {
+			return err
+		}
+		for chain := range int64(binding.Chains) {
+			if err := s.acceptChain(ctx, tx, mark, chain, a.Reason); err != nil {
 				return err
 			}
-			detail, err := json.Marshal(a)
-			if err != nil {
-				return err
-			}
-			if _, err := s.noteIn(ctx, tx, chain, entry{event: binding.EventAccepted, subject: binding.StoreSubject,
-				detail: string(detail)}); err != nil {
-				return err
-			}
-			if accepted.Heads[i], err = s.head(ctx, tx.Conn, chain); err != nil {
+		}
+		if err := s.followLedger(ctx, tx, a, accepted); err != nil {
+			return err
+		}
+		for i := range now.Heads {
+			if now.Heads[i], err = s.head(ctx, tx.Conn, int64(i)); err != nil {
 				return err
 			}
 		}
@@ -183,9 +179,28 @@ func (s *Store) Accept(ctx context.Context, mark *binding.Mark, reason string) (
 		return nil, err
 	}
 	s.mu.Lock()
-	s.epoch, s.seen = accepted.Epoch, accepted.Heads
+	s.epoch, s.seen = now.Epoch, now.Heads
 	s.mu.Unlock()
 	return accepted, nil
+}
+
+// acceptChain notes in a chain that it is accepted as it is.
+func (s *Store) acceptChain(ctx context.Context, tx *txn, mark *binding.Mark, chain int64, reason string) error {
+	a := acceptance{Reason: reason}
+	if mark != nil {
+		a.Had = mark.Heads[chain].Seq
+	}
+	var err error
+	if _, a.Digest, err = s.verifyToHead(ctx, tx.Conn, chain, ignore); err != nil && !isDamaged(err) {
+		return err
+	}
+	detail, err := json.Marshal(a)
+	if err != nil {
+		return err
+	}
+	_, err = s.noteIn(ctx, tx, chain, entry{event: binding.EventAccepted, subject: binding.StoreSubject,
+		detail: string(detail)})
+	return err
 }
 
 // acceptedUpTo has, of each chain that was accepted although it was not whole, the number of the entry that says so;

@@ -329,35 +329,9 @@ func (s *Store) replace(ctx context.Context, tx *txn, b *binding.Binding, becaus
 }
 
 func (s *Store) Revoke(ctx context.Context, imsi kme.IMSI, now time.Time) (b *binding.Binding, err error) {
-	err = s.change(ctx, "revoke", imsi.String(), func(ctx context.Context, tx *txn) error {
-		b = nil
-		sub, err := s.toChange(ctx, tx, imsi, now)
-		switch {
-		case isDamaged(err): // which ends so too
-			if b, err = s.lastDevice(ctx, tx.Conn, imsi); err == nil {
-				err = tx.Do(ctx, `DELETE FROM bindings WHERE imsi = $1`, imsi.String())
-			}
-			if err != nil {
-				return err
-			}
-		case err != nil:
-			return err
-		default:
-			b = sub.Latest()
-		}
-		if err := dropAttempts(ctx, tx, imsi); err != nil {
-			return err
-		}
-		if b == nil || b.State == binding.Revoked { // what else there is has expired
-			if err := dropPending(ctx, tx, imsi); err != nil {
-				return err
-			}
-			_, err := s.note(ctx, tx, entry{event: binding.EventClosed, subject: imsi.String()})
-			return err
-		}
-		b.State, b.Revoked, b.Sealed, b.Expires, b.Sent = binding.Revoked, fromMillis(now.UnixMilli()),
-			[]byte{}, time.Time{}, nil
-		return s.replace(ctx, tx, b, entry{event: binding.EventRevoked, subject: imsi.String()})
+	err = s.change(ctx, "revoke", imsi.String(), func(ctx context.Context, tx *txn) (err error) {
+		b, err = s.revoke(ctx, tx, imsi, now)
+		return err
 	})
 	if err == nil && b == nil {
 		err = binding.ErrNotBound
@@ -366,6 +340,37 @@ func (s *Store) Revoke(ctx context.Context, imsi kme.IMSI, now time.Time) (b *bi
 		return nil, err
 	}
 	return b, nil
+}
+
+// revoke is Revoke in a change, and gives nil where nothing was ever bound.
+func (s *Store) revoke(ctx context.Context, tx *txn, imsi kme.IMSI, now time.Time) (b *binding.Binding, err error) {
+	sub, err := s.toChange(ctx, tx, imsi, now)
+	switch {
+	case isDamaged(err): // which ends so too
+		if b, err = s.lastDevice(ctx, tx.Conn, imsi); err == nil {
+			err = tx.Do(ctx, `DELETE FROM bindings WHERE imsi = $1`, imsi.String())
+		}
+		if err != nil {
+			return nil, err
+		}
+	case err != nil:
+		return nil, err
+	default:
+		b = sub.Latest()
+	}
+	if err := dropAttempts(ctx, tx, imsi); err != nil {
+		return nil, err
+	}
+	if b == nil || b.State == binding.Revoked { // what else there is has expired
+		if err := dropPending(ctx, tx, imsi); err != nil {
+			return nil, err
+		}
+		_, err := s.note(ctx, tx, entry{event: binding.EventClosed, subject: imsi.String()})
+		return b, err
+	}
+	b.State, b.Revoked, b.Sealed, b.Expires, b.Sent = binding.Revoked, fromMillis(now.UnixMilli()),
+		[]byte{}, time.Time{}, nil
+	return b, s.replace(ctx, tx, b, entry{event: binding.EventRevoked, subject: imsi.String()})
 }
 
 // lastDevice is what the ledger knows of an IMSI whose rows are damaged: the device that it was bound to last.

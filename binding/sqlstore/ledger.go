@@ -167,6 +167,13 @@ func (s *Store) History(ctx context.Context, subject string) (all []binding.Entr
 func (s *Store) entries(
 	ctx context.Context, q sqlconn.Conn, each func(binding.Entry) error, where string, args ...any,
 ) error {
+	return s.lines(ctx, q, func(l binding.Line) error { return each(l.Entry) }, where, args...)
+}
+
+// lines is entries, with all that their MACs are over.
+func (s *Store) lines(
+	ctx context.Context, q sqlconn.Conn, each func(binding.Line) error, where string, args ...any,
+) error {
 	accepted, err := s.acceptedUpTo(ctx, q)
 	if err != nil {
 		return err
@@ -191,7 +198,8 @@ func (s *Store) entries(
 		} else {
 			e.Actor.Client = "unknown"
 		}
-		return each(e)
+		return each(binding.Line{Entry: e, Tag: bytes.Clone(values.bytes(6)), ActorID: bytes.Clone(values.bytes(7)),
+			MAC: bytes.Clone(values.bytes(n))})
 	}, `SELECT e.`+strings.Join(ledger.columns, ", e.")+`, e.mac, p.mac, a.json FROM ledger AS e
 		LEFT JOIN ledger AS p ON p.chain = e.chain AND p.seq = e.seq - 1 LEFT JOIN actors AS a ON a.actor = e.actor `+
 		where, args...)
@@ -242,8 +250,8 @@ func (l *last) note(e binding.Event, seq int64) {
 	l.closed = max(l.closed, seq)
 }
 
-// lastOfAll has the number of the last entry about each of the subjects whose names begin alike;
-// what follows is its name there.
+// lastOfAll has the number of the last entry about each of the subjects whose names begin alike, and which were not
+// forgotten; what follows is its name there.
 func lastOfAll(ctx context.Context, q sqlconn.Conn, begin string) (map[string]int64, error) {
 	all := map[string]int64{}
 	err := q.Each(ctx, func(scan func(...any) error) error {
@@ -252,7 +260,8 @@ func lastOfAll(ctx context.Context, q sqlconn.Conn, begin string) (map[string]in
 		err := scan(&subject, &seq)
 		all[strings.TrimPrefix(subject, begin)] = seq
 		return err
-	}, `SELECT subject, MAX(seq) FROM ledger WHERE subject >= $1 AND subject < $2 GROUP BY subject`,
-		begin, begin+"\x7f")
+	}, `SELECT subject, MAX(seq) FROM ledger WHERE subject >= $1 AND subject < $2 GROUP BY subject
+		HAVING MAX(seq) > MAX(CASE WHEN event = $3 THEN seq ELSE 0 END)`, begin, begin+"\x7f",
+		string(binding.EventForgotten))
 	return all, err
 }

@@ -180,11 +180,12 @@ func rolledBack(t *testing.T, s Store) {
 		}
 	}
 
-	accepted, err := s.Accept(binding.WithActor(ctx, actor), &ahead, "the disk was lost")
-	if err != nil || accepted.Epoch != ahead.Epoch+1 {
+	accepted, err := s.Accept(binding.WithActor(ctx, actor), &ahead,
+		binding.Acceptance{Reason: "the disk was lost", Missing: new(binding.Missing)})
+	if err != nil || accepted.Mark.Epoch != ahead.Epoch+1 {
 		t.Fatalf("%+v, %v", accepted, err)
 	}
-	must.Get[*binding.Mark](t)(s.Check(ctx, accepted))
+	must.Get[*binding.Mark](t)(s.Check(ctx, accepted.Mark))
 	if _, err := s.Check(ctx, &ahead); err != nil { // of an earlier epoch: no matter
 		t.Error(err)
 	}

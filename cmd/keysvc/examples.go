@@ -39,6 +39,7 @@ keysvc equipment add 35209900-35209949 --status whitelisted --reason 'our router
 	"keysvc equipment list":        `keysvc equipment list --json`,
 	"keysvc equipment show":        `keysvc equipment show imsi-001010000000001`,
 	"keysvc store verify":          `keysvc store verify`,
+	"keysvc store backup":          `keysvc store backup --out /backup/keysvc.db`,
 	"keysvc store accept-rollback": `keysvc store accept-rollback --reason 'backup of Monday, after the fire'`,
 	"keysvc store log":             `keysvc store log --imsi 001010000000001`,
 	"keysvc store migrate": `keysvc store migrate --from sqlite:/var/lib/kmehsm/keysvc.db --to ` +

@@ -96,12 +96,27 @@ func storeCommand() *cli.Command {
 				Flags: storeFlags(), Action: storeVerify,
 			},
 			{
+				Name: "backup", Usage: "copy a store in SQLite to a file, while the service runs",
+				Description: "The copy has the state of one moment. All of it is read and verified before it takes " +
+					"the place of what is at --out; only its owner may read it. It has no keys: see keysvc backup for " +
+					"those. A store in PostgreSQL is copied by PostgreSQL's own tools: pg_dump, or pg_basebackup with " +
+					"a WAL archive.",
+				Flags:  storeFlags(&cli.StringFlag{Name: "out", Usage: "the `FILE` to write, or to replace"}),
+				Action: cmdline.Requiring(storeBackup, "out"),
+			},
+			{
 				Name:  "accept-rollback",
 				Usage: "accept a database that is older than the last one that the service has written",
-				Description: "What was decided since is not in it: KMEs that were used since can be used again, " +
-					"devices that were bound since are not, and what was revoked since is not. Bring back the last " +
-					"store instead, if there is one. The reason and your name go into the ledger.",
-				Flags:  storeFlags(reasonFlag, cmdline.Yes),
+				Description: "Bring back the last store instead, if there is one. What was decided since is not in this " +
+					"one. An audit log (audit_log of the configuration) has it: its entries become the ledger's again, " +
+					"so that no KME is accepted twice, and are named with what follows from them. What was revoked " +
+					"since is revoked again; what was bound since is lost with its KME, and what was bound before it " +
+					"is revoked, too. Without an audit log nobody knows: bindings of this store stand, KMEs that were " +
+					"used since can be used again, devices that were bound since are not, and what was revoked since " +
+					"is not. The reason and your name go into the ledger.",
+				Flags: storeFlags(reasonFlag, auditLogFlag, &cli.BoolFlag{Name: "revoke-unknown",
+					Usage: "revoke every binding of which the end may be among what is not known; each of these " +
+						"subscriptions can then be bound to any device, by its next attach"}, cmdline.Yes),
 				Action: cmdline.Alone(cmdline.Requiring(storeAccept, "reason")),
 			},
 			{
@@ -179,22 +194,82 @@ func storeVerify(c *cli.Context) error {
 	})
 }
 
-func storeAccept(c *cli.Context) error {
-	return withAnyStore(c, func(token *hsmkeys.OperatorToken, store *sqlstore.Store) error {
-		agreed := func() error {
-			return cmdline.Confirm(c, "What was decided after this store was written is lost for good: KMEs that were "+
-				"used since can be used again, devices that were bound since are not, and what was revoked since "+
-				"is not.",
-				"accept")
-		}
-		if err := mark.Accept(c.Context, store, token, c.String("reason"), agreed); err != nil {
+func storeBackup(c *cli.Context) error {
+	return withStoreToken(c, func(token *hsmkeys.OperatorToken) error {
+		out := c.String("out")
+		shown := cmdline.NewProgress(c, "copied", "pages", 0)
+		found, err := keysvcd.BackUpStore(c.Context, token, storeName(c), out, func(pages, of int) {
+			shown.Set(cmdline.Step{Done: pages, New: pages, Total: of})
+		})
+		shown.Close()
+		if err != nil {
 			return err
 		}
-		return cmdline.Print(c, map[string]any{"accepted": true}, func(w io.Writer) {
-			fmt.Fprintln(w, "the store is accepted as it is; a service that runs goes on within seconds\nwhat was "+
-				"revoked since it was made is not revoked in it: see the service's log, and keysvc binding report")
+		return cmdline.Printf(c, struct {
+			Out string `json:"out"`
+			*sqlstore.Report
+		}{out, found}, "%s has %d rows, %d of them entries of the ledger; all were verified\n", out, found.Rows,
+			found.Entries)
+	})
+}
+
+var auditLogFlag = &cli.StringSliceFlag{Name: "audit-log", Category: cmdline.Configured,
+	Usage: "the folder, `DIR`, of a service's audit log; again for each instance's, and each that was kept elsewhere"}
+
+func storeAccept(c *cli.Context) error {
+	return withAnyStore(c, func(token *hsmkeys.OperatorToken, store *sqlstore.Store) error {
+		missing, done, err := mark.Accept(c.Context, store, token, mark.AcceptOptions{
+			Reason: c.String("reason"), AuditLogs: c.StringSlice(auditLogFlag.Name),
+			RevokeUnknown: c.Bool("revoke-unknown"),
+			Agreed: func(m *binding.Missing) error {
+				return cmdline.Confirm(c, missingText(m)+"\n"+lossText(m, c.Bool("revoke-unknown")), "accept")
+			},
+		})
+		if err != nil {
+			return err
+		}
+		return cmdline.Print(c, map[string]any{"accepted": true, "lost": missing.Lost,
+			"restored": len(missing.Lines), "unknown": missing.Unknowns(), "revoked": done.Revoked,
+			"changes": append([]binding.Change{}, done.Changes...),
+		}, func(w io.Writer) {
+			for _, change := range done.Changes {
+				fmt.Fprintln(w, changeText(change))
+			}
+			fmt.Fprintln(w, missingText(missing))
+			if done.Revoked > 0 {
+				fmt.Fprintf(w, "%d bindings were revoked because of what is not known\n", done.Revoked)
+			}
+			fmt.Fprintln(w, "the store is accepted; a service that runs goes on within seconds")
 		})
 	})
+}
+
+// missingText says how much is missing.
+func missingText(m *binding.Missing) string {
+	return fmt.Sprintf("The ledger has lost %d entries; %d come back from the audit log, and at least %d are not known.",
+		m.Lost, len(m.Lines), m.Unknowns())
+}
+
+// lossText says what is lost for good.
+func lossText(m *binding.Missing, revoke bool) string {
+	switch {
+	case m.Unknowns() == 0:
+		return "The KMEs of devices that were bound since are lost for good: these are bound no more, and their " +
+			"subscriptions are named."
+	case revoke:
+		return "Every binding whose end may be among what is not known is revoked: its subscription can then be bound " +
+			"to any device, and KMEs that were used since can be used again."
+	}
+	return "What is not known is lost for good: KMEs that were used since can be used again, devices that were bound " +
+		"since are not, and what was revoked since is not."
+}
+
+func changeText(c binding.Change) string {
+	text := fmt.Sprintf("%-15s  %-11s  %-14s  now %s", c.Subject, c.Event, c.IMEI, c.Now)
+	if c.ToDo != "" {
+		text += "; to do: " + c.ToDo
+	}
+	return text
 }
 
 const entryLine = "%-20s  %-12s  %-32s  %s\n"

@@ -45,6 +45,7 @@ type Config struct {
 	} `yaml:"operator_page"`
 	Clients          []api.Client  `yaml:"clients"`
 	Store            string        `yaml:"store" path:"sqlite:"`
+	AuditLog         string        `yaml:"audit_log" path:""`
 	AttemptTTL       time.Duration `yaml:"attempt_ttl"`
 	PendingTTL       time.Duration `yaml:"pending_ttl"`
 	PendingVectors   int           `yaml:"pending_vectors"`
@@ -120,6 +121,10 @@ var schema = config.Schema[Config]{See: "keysvc serve", Settings: slices.Concat(
 		Help: "for several instances; its password: PGPASSFILE (default: SQLite in the state folder)",
 		Rule: "sqlite:PATH or postgres://USER@HOST/DATABASE",
 		OK:   func(c *Config) bool { return c.Store == "" || sqlstore.CheckName(c.Store) == nil }},
+	{Name: "audit_log", Example: "/var/lib/kmehsm-audit",
+		Help: `a folder on another disk than the database's, an instance's own, to copy each entry of the ledger to,
+			within a second: a database that is brought back from a backup learns from it what was decided since
+			(default: none)`},
 	{Name: "attempt_ttl", Default: fmt.Sprintf("%gm", times.Attempt.Minutes()),
 		Help: "how long a device has for EstablishKME after PrepareVector",
 		Rule: "a time above zero, such as 5m", OK: func(c *Config) bool { return c.AttemptTTL > 0 }},

@@ -170,6 +170,7 @@ socket: s
 operator_page: {listen: 127.0.0.1:0}
 clients: [{name: x, san: y, roles: [hss], plmns: ["00101"], rate: 1.5}, {name: z, uid: 0, roles: [admin], plmns: [all]}]
 store: postgres://keysvc@db/keysvc
+audit_log: audit
 attempt_ttl: 1m
 pending_ttl: 3m
 pending_vectors: 8
@@ -197,7 +198,7 @@ equipment: {lists: last, other_device: greylisted, not_in_lot: unknown, history:
 		c.LogLevel != slog.LevelWarn ||
 		*c.Equipment.policy() != (binding.EquipmentPolicy{ListsLast: true, OtherDevice: binding.Greylisted,
 			OtherSubscription: binding.Greylisted, NotInLot: binding.Unknown}) || c.Equipment.History != time.Hour ||
-		!filepath.IsAbs(c.Equipment.Webhook.SecretFile) ||
+		!filepath.IsAbs(c.Equipment.Webhook.SecretFile) || !filepath.IsAbs(c.AuditLog) ||
 		c.Clients[0].PLMNs[0] != "00101" || *c.Clients[1].UID != 0 || !c.Vault.SecretIDWrapped {
 		t.Errorf("%+v", c)
 	}

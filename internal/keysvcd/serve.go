@@ -177,6 +177,7 @@ func Serve(ctx context.Context, from Source, w io.Writer) error {
 		log.Error("no call is served", "cause", rolledBack.Error())
 	}
 	defer d.keepMark(ctx)()
+	defer d.keepAuditLog(ctx, cfg.AuditLog)()
 	defer keepRefusals(refusals, cfg.State, log)()
 	defer d.rememberLotKeys(ctx)()
 	defer d.followListings(ctx)()
@@ -292,6 +293,16 @@ func (d *daemon) keepMark(ctx context.Context) (stop func()) {
 			default:
 			}
 		}, d.log)
+	})
+}
+
+// keepAuditLog copies the ledger to a folder, if there is one, until stop is called, which is after the last call.
+func (d *daemon) keepAuditLog(ctx context.Context, dir string) (stop func()) {
+	if dir == "" {
+		return func() {}
+	}
+	return d.beside(context.WithoutCancel(ctx), func(ctx context.Context) {
+		mark.KeepAuditLog(ctx, d.store, dir, d.log)
 	})
 }
 

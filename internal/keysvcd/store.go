@@ -10,10 +10,13 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/mark"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/sqlite"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -84,6 +87,54 @@ func Migrate(ctx context.Context, token Token, from, to string, report func(rows
 		err = mark.Raise(ctx, target, token)
 	}
 	return rows, err
+}
+
+// BackUpStore copies a store in SQLite to a file, also while a service changes it, and gives what it has found in the
+// copy: that takes the place of what is there only if every row is one that a service wrote, and nothing is missing
+// that the token knew of when it began. report is called with the pages copied so far, and with how many there are.
+func BackUpStore(
+	ctx context.Context, token Token, name, to string, report func(pages, of int),
+) (found *sqlstore.Report, err error) {
+	path, ok := strings.CutPrefix(name, "sqlite:")
+	if !ok {
+		return nil, cmdline.Usagef("this store is in PostgreSQL, whose own tools make its backups while the service " +
+			"runs: pg_dump --format=custom one of this moment; pg_basebackup with a WAL archive (archive_command) one " +
+			"that can be brought back to any moment; docs/backup.md has the commands")
+	}
+	if info, err := os.Stat(filepath.Dir(to)); err != nil || !info.IsDir() {
+		return nil, fmt.Errorf("there is no folder %s for the backup", filepath.Dir(to))
+	}
+	upTo, err := mark.Read(ctx, token)
+	if err != nil {
+		return nil, err
+	}
+	return found, UseStore(ctx, token, name, func(*sqlstore.Store) error {
+		return sqlite.Backup(ctx, path, to, report, func(copied string) (err error) {
+			if found, err = verifyCopy(ctx, token, "sqlite:"+copied, upTo); err == nil && len(found.Damaged) > 0 {
+				err = fmt.Errorf("%w, and more", found.Damaged[0])
+				if len(found.Damaged) == 1 {
+					err = found.Damaged[0]
+				}
+			}
+			if err != nil {
+				err = fmt.Errorf("no backup was made, and %s is as it was: the copy is not good: %w", to, err)
+			}
+			return err
+		})
+	})
+}
+
+// verifyCopy reads all of a store that must have come as far as a mark.
+func verifyCopy(ctx context.Context, token Token, name string, upTo *binding.Mark) (*sqlstore.Report, error) {
+	store, err := OpenStore(ctx, token, name)
+	if err != nil {
+		return nil, err
+	}
+	found, err := store.Verify(ctx, func(int) {})
+	if err == nil {
+		_, err = store.Check(ctx, upTo)
+	}
+	return found, errors.Join(err, store.Close())
 }
 
 // A StorageKey is a generation of the storage key that a token has.

@@ -31,6 +31,7 @@ type Server struct {
 	dir       string // its data, and its socket
 	Port      int    // of 127.0.0.1 too, if it has TLS
 	settings  []string
+	archive   string // the folder of its WAL, if it archives that
 	process   *testproc.Process
 	databases atomic.Int64
 }
@@ -60,6 +61,64 @@ func StartTLS(t testing.TB, certificate, key string) *Server {
 	}
 	s.Run(t)
 	return s
+}
+
+// StartArchiving is Start for a server whose WAL is archived, so that its databases can be brought back as they were at
+// any moment: see Base and At.
+func StartArchiving(t testing.TB) *Server {
+	t.Helper()
+	s := initialise(t)
+	s.archive = folder(t).dir
+	s.settings = append(s.settings, "-c", "archive_mode=on", "-c", "archive_command=cp %p "+s.archive+"/%f")
+	s.Run(t)
+	return s
+}
+
+// Base is a base backup of a server that archives its WAL.
+func (s *Server) Base(t testing.TB) *Server {
+	t.Helper()
+	base := folder(t)
+	if out, err := s.command(t, "pg_basebackup", "-D", base.dir, "-h", s.dir, "-U", "postgres", "-c", "fast",
+		"--no-sync").CombinedOutput(); err != nil {
+		t.Fatalf("pg_basebackup: %v\n%s", err, out)
+	}
+	must.Do(t, os.Remove(filepath.Join(base.dir, ".s.PGSQL.5432.lock")))
+	return base
+}
+
+// At starts a base backup of s as a server of its own, with all databases as they were at a moment after which
+// something was written.
+func (s *Server) At(t testing.TB, base *Server, moment time.Time) {
+	t.Helper()
+	s.Exec(t, "CREATE TABLE later (n INTEGER)") // with it, the archive goes on behind what was written last
+	db := must.Get[*sql.DB](t)(sql.Open("pgx", s.url("postgres")))
+	defer db.Close()
+	var last string
+	must.Do(t, db.QueryRowContext(t.Context(), "SELECT pg_walfile_name(pg_switch_wal())").Scan(&last))
+	testproc.Await(t, last+" is archived", func() bool {
+		_, err := os.Stat(filepath.Join(s.archive, last))
+		return err == nil
+	})
+	signal := filepath.Join(base.dir, "recovery.signal")
+	must.Do(t, os.WriteFile(signal, nil, 0o600))
+	own(t, signal)
+	base.settings = append(base.settings, "-c", "restore_command=cp "+s.archive+"/%f %p", "-c",
+		"recovery_target_time="+moment.UTC().Format("2006-01-02 15:04:05.000000+00"), "-c",
+		"recovery_target_action=promote")
+	base.Run(t)
+	recovered := must.Get[*sql.DB](t)(sql.Open("pgx", base.url("postgres")))
+	defer recovered.Close()
+	testproc.Await(t, "the recovery ends", func() bool {
+		var still bool
+		err := recovered.QueryRowContext(t.Context(), "SELECT pg_is_in_recovery()").Scan(&still)
+		return err == nil && !still
+	})
+}
+
+// Of is the connection string of a database of another server that this one has a copy of.
+func (s *Server) Of(t testing.TB, database string) string {
+	t.Helper()
+	return Either(t, database, s)
 }
 
 func initialise(t testing.TB) *Server {

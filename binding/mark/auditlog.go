@@ -1,0 +1,207 @@
+package mark
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/internal/durable"
+)
+
+// An audit log is a folder outside of the database: a file for each day, in which each line is an entry of the ledger
+// as JSON, or a Mark: everything up to there is in the folder, from the first Mark on. A line that was cut short
+// counts as none. Nothing in it has to be believed: an entry has its MAC, also over the entry before it.
+const (
+	auditFiles = "*.jsonl"
+	auditDay   = "2006-01-02"
+	markBegins = `{"epoch":`
+)
+
+// copyEvery is how often a service looks for new entries, and copyMost how many of a chain it copies at once.
+const (
+	copyEvery = time.Second
+	copyMost  = 1000
+)
+
+// KeepAuditLog is for a service: until the context ends it copies what is added to the ledger, by whomever, to an audit
+// log. A new one begins with what is decided from now on. What it finds is logged.
+func KeepAuditLog(ctx context.Context, store binding.Ledger, dir string, log *slog.Logger) {
+	a, say := &auditLog{store: store, dir: dir}, sayer(ctx, log)
+	tick := time.NewTicker(copyEvery)
+	defer tick.Stop()
+	for {
+		say("writing the audit log", a.copy(ctx))
+		select {
+		case <-ctx.Done():
+			last, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+			defer cancel()
+			if err := a.copy(last); err != nil {
+				log.Warn("the audit log was not written at the end", "cause", err.Error())
+			}
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+type auditLog struct {
+	store binding.Ledger
+	dir   string
+	upTo  *binding.Mark // what is in the folder; nil: not read yet
+}
+
+// copy writes all entries that are not in the folder yet.
+func (a *auditLog) copy(ctx context.Context) error {
+	for {
+		lines, err := a.next(ctx)
+		if err != nil || len(lines) == 0 {
+			return err
+		}
+		upTo := *a.upTo
+		var text bytes.Buffer
+		out := json.NewEncoder(&text)
+		for _, l := range lines {
+			upTo.Heads[l.Chain] = binding.Head{Seq: l.Seq, MAC: l.MAC}
+			if err := out.Encode(l); err != nil {
+				return err
+			}
+		}
+		if err := a.add(text.Bytes(), &upTo); err != nil {
+			return err
+		}
+	}
+}
+
+// next gives the entries to be written.
+func (a *auditLog) next(ctx context.Context) ([]binding.Line, error) {
+	if a.upTo == nil {
+		upTo, err := a.begin(ctx)
+		if err != nil {
+			return nil, err
+		}
+		a.upTo = upTo
+	}
+	return a.store.Lines(ctx, a.upTo, copyMost)
+}
+
+// begin reads up to where the folder goes. Of one that has nothing, that is where the ledger is now.
+func (a *auditLog) begin(ctx context.Context) (*binding.Mark, error) {
+	if err := durable.MkdirAll(a.dir, 0o700); err != nil {
+		return nil, err
+	}
+	files, err := auditLogFiles(a.dir)
+	if err != nil {
+		return nil, err
+	}
+	for _, file := range slices.Backward(files) {
+		var last *binding.Mark
+		err := eachLine(file, func(line []byte) error {
+			if m := new(binding.Mark); bytes.HasPrefix(line, []byte(markBegins)) && json.Unmarshal(line, m) == nil {
+				last = m
+			}
+			return nil
+		})
+		if last != nil || err != nil {
+			return last, err
+		}
+	}
+	if _, err := a.store.Lines(ctx, new(binding.Mark), 0); err != nil { // of a ledger that is rolled back
+		return nil, err
+	}
+	now, err := a.store.Heads(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return now, a.add(nil, now)
+}
+
+// add writes lines and how far they go, durably.
+func (a *auditLog) add(lines []byte, upTo *binding.Mark) error {
+	mark, err := json.Marshal(upTo)
+	if err != nil {
+		return err
+	}
+	path := filepath.Join(a.dir, time.Now().UTC().Format(auditDay)+".jsonl")
+	both := func([]byte) ([]byte, error) { return append(lines, mark...), nil }
+	if err := durable.AppendLine(path, 0o600, both); err != nil {
+		return err
+	}
+	a.upTo = upTo
+	return nil
+}
+
+func auditLogFiles(dir string) ([]string, error) {
+	if _, err := os.ReadDir(dir); err != nil {
+		return nil, err
+	}
+	files, err := filepath.Glob(filepath.Join(dir, auditFiles))
+	slices.Sort(files)
+	return files, err
+}
+
+// eachLine reads whole lines, of any length.
+func eachLine(path string, f func(line []byte) error) error {
+	file, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	lines := bufio.NewScanner(file)
+	lines.Buffer(make([]byte, 64<<10), 16<<20)
+	for lines.Scan() {
+		if err := f(lines.Bytes()); err != nil {
+			return err
+		}
+	}
+	if err := lines.Err(); err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	return nil
+}
+
+// readAuditLogs gives the entries of audit logs that are behind the heads of a ledger, by chain and number.
+func readAuditLogs(dirs []string, heads *binding.Mark) (func(chain int, seq int64) []binding.Line, error) {
+	type place struct {
+		chain int
+		seq   int64
+	}
+	all := map[place][]binding.Line{}
+	for _, dir := range dirs {
+		files, err := auditLogFiles(dir)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("there is no audit log at %s: if it is lost, make an empty folder there: then what "+
+				"was decided since is not known", dir)
+		}
+		if err != nil {
+			return nil, err
+		}
+		for _, file := range files {
+			err := eachLine(file, func(line []byte) error {
+				var l binding.Line
+				if bytes.HasPrefix(line, []byte(markBegins)) || json.Unmarshal(line, &l) != nil || l.Chain < 0 ||
+					l.Chain >= binding.Chains || l.Seq <= heads.Heads[l.Chain].Seq {
+					return nil
+				}
+				at := place{l.Chain, l.Seq}
+				if !slices.ContainsFunc(all[at], func(o binding.Line) bool { return bytes.Equal(o.MAC, l.MAC) }) {
+					all[at] = append(all[at], l)
+				}
+				return nil
+			})
+			if err != nil {
+				return nil, err
+			}
+		}
+	}
+	return func(chain int, seq int64) []binding.Line { return all[place{chain, seq}] }, nil
+}

@@ -1,0 +1,352 @@
+package sqlstore
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/hmac"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+func (s *Store) Heads(ctx context.Context) (*binding.Mark, error) {
+	now, q := &binding.Mark{Epoch: s.Seen().Epoch}, s.reads("read the ledger")
+	for i := range now.Heads {
+		var err error
+		if now.Heads[i], err = s.head(ctx, q, int64(i)); err != nil {
+			return nil, err
+		}
+	}
+	return now, nil
+}
+
+func (s *Store) Lines(ctx context.Context, behind *binding.Mark, most int) (all []binding.Line, err error) {
+	q, err := s.reading("read the ledger")
+	if err != nil {
+		return nil, err
+	}
+	now, err := s.Heads(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for i, had := range behind.Heads {
+		if now.Heads[i].Seq == had.Seq && bytes.Equal(now.Heads[i].MAC, had.MAC) {
+			continue
+		}
+		from := had.Seq
+		if same, err := s.has(ctx, int64(i), had); err != nil {
+			return nil, err
+		} else if !same {
+			if _, err := q.One(ctx, []any{&from}, `SELECT COALESCE(MAX(seq), 1) - 1 FROM ledger WHERE subject = $1 AND
+				event = $2 AND chain = $3`, binding.StoreSubject, string(binding.EventAccepted), int64(i)); err != nil {
+				return nil, err
+			}
+		}
+		err := s.lines(ctx, q, func(l binding.Line) error {
+			all = append(all, l)
+			return nil
+		}, `WHERE e.chain = $1 AND e.seq > $2 AND e.seq <= $3 ORDER BY e.seq`, int64(i), from, from+int64(most))
+		if err != nil {
+			return nil, err
+		}
+	}
+	return all, nil
+}
+
+// has says whether the database has an entry; it has the one before the first.
+func (s *Store) has(ctx context.Context, chain int64, entry binding.Head) (bool, error) {
+	if entry.Seq == 0 {
+		return true, nil
+	}
+	var mac []byte
+	_, err := s.reads("read the ledger").One(ctx, []any{&mac}, `SELECT mac FROM ledger WHERE chain = $1 AND seq = $2`,
+		chain, entry.Seq)
+	return bytes.Equal(mac, entry.MAC), err
+}
+
+func (s *Store) Missing(
+	ctx context.Context, mark *binding.Mark, copied func(chain int, seq int64) []binding.Line,
+) (*binding.Missing, error) {
+	now, err := s.Heads(ctx)
+	if err != nil {
+		return nil, err
+	}
+	m := new(binding.Missing)
+	for chain, at := range now.Heads {
+		var had binding.Head
+		whole := false // of a token without a mark nobody knows
+		if mark != nil {
+			had = mark.Heads[chain]
+			if whole, err = s.has(ctx, int64(chain), had); err != nil {
+				return nil, err
+			}
+		}
+		first := at.Seq
+		for {
+			lines := copied(chain, at.Seq+1)
+			i := slices.IndexFunc(lines, func(l binding.Line) bool { return s.follows(l, at) })
+			if i < 0 {
+				break
+			}
+			m.Lines = append(m.Lines, lines[i])
+			at = binding.Head{Seq: at.Seq + 1, MAC: lines[i].MAC}
+			whole = whole || at.Seq == had.Seq && bytes.Equal(at.MAC, had.MAC)
+		}
+		m.Lost += max(had.Seq, at.Seq) - first
+		if !whole {
+			m.Unknown[chain] = max(had.Seq-at.Seq, 1)
+		}
+	}
+	return m, nil
+}
+
+// follows says whether a line is an entry of the ledger that came after another one.
+func (s *Store) follows(l binding.Line, before binding.Head) bool {
+	return l.Seq == before.Seq+1 && hmac.Equal(l.MAC, s.entryMAC(lineValues(l), before.MAC))
+}
+
+// lineValues is a line as the ledger has it.
+func lineValues(l binding.Line) []any {
+	var tag any
+	if len(l.Tag) > 0 {
+		tag = []byte(l.Tag)
+	}
+	return []any{int64(l.Chain), l.Seq, l.Time.UnixMilli(), string(l.Event), l.Subject, l.IMEI, tag, []byte(l.ActorID),
+		l.Detail}
+}
+
+// putBack adds lines that are missing to the ledger, each behind the one before it.
+func (s *Store) putBack(ctx context.Context, tx *txn, lines []binding.Line) error {
+	for _, l := range lines {
+		chain := int64(l.Chain)
+		before, err := s.head(ctx, tx.Conn, chain)
+		if err != nil {
+			return err
+		}
+		if !s.follows(l, before) {
+			return errors.New("the ledger has changed meanwhile: run this again")
+		}
+		if err := s.putActor(ctx, tx, l); err != nil {
+			return err
+		}
+		if err := tx.Do(ctx, ledger.insert, append(lineValues(l), []byte(l.MAC))...); err != nil {
+			return err
+		}
+		tx.heads[chain] = &binding.Head{Seq: l.Seq, MAC: l.MAC}
+	}
+	return nil
+}
+
+// putActor enters a line's actor again. One that is not the entry's is left out: the entry has none then.
+func (s *Store) putActor(ctx context.Context, tx *txn, l binding.Line) error {
+	text, err := json.Marshal(l.Actor)
+	if err != nil || !hmac.Equal(l.ActorID, s.macs.Of("actors", string(text))) {
+		return err
+	}
+	return tx.Do(ctx, `INSERT INTO actors (actor, json) VALUES ($1, $2) ON CONFLICT DO NOTHING`, []byte(l.ActorID),
+		string(text))
+}
+
+// followLedger makes rows what the ledger says last, which has been given lines that these rows do not know of; or
+// revokes them.
+func (s *Store) followLedger(ctx context.Context, tx *txn, a binding.Acceptance, done *binding.Accepted) (err error) {
+	about := map[string][]binding.Line{}
+	for _, l := range a.Missing.Lines {
+		about[l.Subject] = append(about[l.Subject], l)
+	}
+	done.Changes, done.Revoked = nil, 0 // this may be called again
+	now := time.Now()
+	for _, subject := range slices.Sorted(maps.Keys(about)) {
+		change, err := s.follow(ctx, tx, about[subject], now)
+		if err != nil {
+			return err
+		}
+		if change != nil {
+			done.Changes = append(done.Changes, *change)
+		}
+	}
+	if a.RevokeUnknown {
+		done.Revoked, err = s.revokeUnknown(ctx, tx, a.Missing, now)
+	}
+	return err
+}
+
+// follow is followLedger for the lines about one subject, in their order.
+func (s *Store) follow(ctx context.Context, tx *txn, lines []binding.Line, now time.Time) (*binding.Change, error) {
+	subject := lines[0].Subject
+	kind, name, _ := strings.Cut(subject, " ")
+	switch {
+	case kind+" "+name == binding.ManufacturerSubject(name):
+		return s.followVerdict(ctx, tx, manufacturers, 6, "keysvc enroll", lines, name)
+	case kind == "lot":
+		manufacturer, lot, _ := strings.Cut(name, " ")
+		return s.followVerdict(ctx, tx, lots, 4, "keysvc lot import", lines, manufacturer, lot)
+	case kind+" "+name == binding.ListingSubject(name):
+		return s.followListing(ctx, tx, lines[len(lines)-1], name)
+	}
+	imsi, err := kme.ParseIMSI(subject)
+	if err != nil {
+		return nil, nil // of the store, or of a list of revoked devices: these have no rows
+	}
+	return s.followSubscription(ctx, tx, imsi, lines, now)
+}
+
+// followSubscription keeps what is bound where that is still what the ledger says. A pending binding that has become
+// active since is made so. Else the binding that the ledger says is lost, or was revoked: what there is is revoked.
+func (s *Store) followSubscription(
+	ctx context.Context, tx *txn, imsi kme.IMSI, lines []binding.Line, now time.Time,
+) (*binding.Change, error) {
+	s.recent.forget(imsi.String())
+	last := lines[len(lines)-1]
+	change := &binding.Change{Subject: imsi.String(), IMEI: last.IMEI, Event: last.Event}
+	for _, l := range lines {
+		switch l.Event {
+		case binding.EventActivated, binding.EventRevoked:
+			last, change.Event = l, l.Event
+		case binding.EventExported:
+			continue
+		}
+		if err := dropAttempts(ctx, tx, imsi); err != nil {
+			return nil, err
+		}
+	}
+	sub, err := s.subscription(ctx, tx.Conn, imsi, now)
+	if isDamaged(err) && sub != nil {
+		p := sub.Pending
+		if p == nil {
+			p = sub.expired
+		}
+		if p != nil && sub.seq.pending == sub.last.established && last.Event == binding.EventActivated &&
+			last.Seq > sub.seq.pending {
+			p.State, p.Activated, p.Expires, p.Sent = binding.Active, last.Time, time.Time{}, nil
+			change.IMEI, change.Now = p.IMEI.String(), string(binding.Active)
+			if err := tx.Do(ctx, `DELETE FROM bindings WHERE imsi = $1`, imsi.String()); err != nil {
+				return nil, err
+			}
+			return change, s.add(ctx, tx, bindings, values(p, last.Seq)...)
+		}
+		if sub.seq.pending != 0 && sub.seq.pending != sub.last.established {
+			if err := dropPending(ctx, tx, imsi); err != nil {
+				return nil, err
+			}
+			sub, err = s.subscription(ctx, tx.Conn, imsi, now)
+		}
+	}
+	switch {
+	case isDamaged(err):
+		b, err := s.revoke(ctx, tx, imsi, now)
+		if err != nil {
+			return nil, err
+		}
+		if change.Now = string(binding.Revoked); b != nil && b.IMEI != (kme.IMEI{}) {
+			change.IMEI = b.IMEI.String()
+		}
+		if change.Event == binding.EventActivated {
+			change.ToDo = "its KME is lost: the device has to be bound again"
+		}
+		return change, nil
+	case err != nil:
+		return nil, err
+	}
+	change.Now = "NOT BOUND"
+	if b := sub.Standing(); b != nil {
+		change.Now = string(b.State) + " as before, in " + b.IMEI.String()
+	}
+	switch change.Event {
+	case binding.EventOpened:
+		change.ToDo = "keysvc binding open, if it is still to be bound to another device"
+	case binding.EventEstablished:
+		change.ToDo = "its KME is lost, before the device had shown it: the device has to send another one"
+	}
+	return change, nil
+}
+
+// followVerdict gives the row of a manufacturer or a lot the last verdict, which has its columns from a place on. One
+// that has no row is forgotten.
+func (s *Store) followVerdict(
+	ctx context.Context, tx *txn, t *table, verdictAt int, again string, lines []binding.Line, key ...any,
+) (*binding.Change, error) {
+	last := lines[len(lines)-1]
+	change := &binding.Change{Subject: last.Subject, Event: last.Event, Now: string(last.Event)}
+	var where []string
+	for i := range key {
+		where = append(where, fmt.Sprintf("%s = $%d", t.columns[i], i+1))
+	}
+	var own row
+	err := s.rows(ctx, tx.Conn, t, func(r row) error {
+		own = slices.Clone(r)
+		return nil
+	}, "WHERE "+strings.Join(where, " AND "), key...)
+	if err != nil {
+		return nil, err
+	}
+	if own == nil {
+		change.Now, change.ToDo = string(binding.EventForgotten), again
+		_, err := s.note(ctx, tx, entry{event: binding.EventForgotten, subject: last.Subject})
+		return change, err
+	}
+	for _, l := range lines {
+		withdrawn := l.Event == binding.EventDistrusted || l.Event == binding.EventRetired
+		switch l.Event {
+		case binding.EventEnrolled: // its directory or TACs may be others since
+			change.ToDo = again
+		case binding.EventDistrusted, binding.EventTrusted, binding.EventRetired, binding.EventReinstated:
+			copy(own[verdictAt:], verdictValues(binding.Verdict{Withdrawn: withdrawn,
+				By: cmp.Or(l.Actor.User, l.Actor.Client), Reason: l.Detail, Time: l.Time}))
+		}
+	}
+	own[len(own)-1] = last.Seq
+	return change, s.put(ctx, tx, t, own...)
+}
+
+// followListing makes an entry of the operator's list of devices what the ledger says of it.
+func (s *Store) followListing(
+	ctx context.Context, tx *txn, last binding.Line, prefix string,
+) (*binding.Change, error) {
+	change := &binding.Change{Subject: last.Subject, Event: last.Event, Now: string(last.Event)}
+	status, reason := "", last.Detail
+	if last.Event == binding.EventListed {
+		status, reason, _ = strings.Cut(last.Detail, ": ")
+	}
+	var before int64
+	if _, err := tx.One(ctx, []any{&before}, `SELECT COALESCE(MAX(change), 0) FROM equipment`); err != nil {
+		return nil, err
+	}
+	return change, s.put(ctx, tx, equipment, prefix, status, reason, millis(last.Time), before+1, last.Seq)
+}
+
+// revokeUnknown revokes what is bound by chains of which something is not known.
+func (s *Store) revokeUnknown(ctx context.Context, tx *txn, m *binding.Missing, now time.Time) (n int, err error) {
+	for after := ""; ; {
+		var page []string
+		err := tx.Each(ctx, func(scan func(...any) error) error {
+			page = append(page, "")
+			return scan(&page[len(page)-1])
+		}, `SELECT DISTINCT imsi FROM bindings WHERE imsi > $1 AND state <> 'REVOKED' ORDER BY imsi LIMIT 1000`, after)
+		if err != nil || len(page) == 0 {
+			return n, err
+		}
+		for _, text := range page {
+			if after = text; m.Unknown[chainOf(text)] == 0 {
+				continue
+			}
+			imsi, err := kme.ParseIMSI(text)
+			if err != nil {
+				continue // of a row that the service did not write
+			}
+			s.recent.forget(text)
+			if _, err := s.revoke(ctx, tx, imsi, now); err != nil {
+				return n, err
+			}
+			n++
+		}
+	}
+}

@@ -1,0 +1,114 @@
+package sqlite
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"net/url"
+	"os"
+	"path/filepath"
+
+	"github.com/mattn/go-sqlite3"
+
+	"github.com/kmehsm/kmehsm/internal/durable"
+)
+
+// Backup copies the database at from, as it is at one moment, to the file to, for its owner only. Others may change the
+// database meanwhile. check looks at the copy before that takes the place of what was at to: when Backup fails, that is
+// as it was. A process that is killed meanwhile leaves a folder beside to, whose name begins with a dot. report is
+// called with the pages copied so far, and with how many there are.
+func Backup(
+	ctx context.Context, from, to string, report func(pages, of int), check func(copied string) error,
+) (err error) {
+	if there, err := os.Stat(to); err == nil {
+		if own, err := os.Stat(from); err != nil {
+			return err
+		} else if os.SameFile(own, there) || !there.Mode().IsRegular() {
+			return fmt.Errorf("a backup cannot take the place of %s, which is the database itself, or no file: give it "+
+				"another name", to)
+		}
+	}
+	folder, err := os.MkdirTemp(filepath.Dir(to), ".backup-") // SQLite has more files beside a database
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(folder)) }()
+	copied := filepath.Join(folder, filepath.Base(to))
+	if err := create(copied); err != nil {
+		return err
+	}
+	if err := copyAll(ctx, from, copied, report); err != nil {
+		return fmt.Errorf("%s cannot be copied to %s: %w", from, to, err)
+	}
+	if err := check(copied); err != nil {
+		return err
+	}
+	if err := syncFile(copied); err != nil {
+		return err
+	}
+	if err := os.Rename(copied, to); err != nil {
+		return err
+	}
+	return durable.SyncDir(filepath.Dir(to))
+}
+
+func syncFile(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
+
+// together is how many pages are copied before the context is looked at again.
+const together = 1000
+
+// copyAll copies a database to an empty file. Its transaction holds the state of one moment: a copy without one begins
+// again whenever another process makes a change.
+func copyAll(ctx context.Context, from, to string, report func(pages, of int)) error {
+	return withConn(ctx, from, "&_query_only=on", func(conn *sql.Conn, source *sqlite3.SQLiteConn) error {
+		var n int
+		if _, err := conn.ExecContext(ctx, "BEGIN"); err != nil {
+			return err
+		}
+		if err := conn.QueryRowContext(ctx, "SELECT COUNT(*) FROM sqlite_schema").Scan(&n); err != nil {
+			return err
+		}
+		return withConn(ctx, to, "&_synchronous=OFF", func(_ *sql.Conn, target *sqlite3.SQLiteConn) error {
+			b, err := target.Backup("main", source, "main")
+			if err != nil {
+				return err
+			}
+			for done := false; !done; report(b.PageCount()-b.Remaining(), b.PageCount()) {
+				if err = ctx.Err(); err != nil {
+					break
+				}
+				if done, err = b.Step(together); err != nil {
+					break
+				}
+			}
+			return errors.Join(err, b.Finish())
+		})
+	})
+}
+
+// withConn runs f with a connection of its own.
+func withConn(ctx context.Context, path, options string, f func(*sql.Conn, *sqlite3.SQLiteConn) error) error {
+	db, err := sql.Open("sqlite3", (&url.URL{Scheme: "file", OmitHost: true, Path: path}).String()+
+		fmt.Sprintf("?mode=rw&_busy_timeout=%d", busyTimeout.Milliseconds())+options)
+	if err != nil {
+		return err
+	}
+	defer db.Close()
+	conn, err := db.Conn(ctx)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	var raw *sqlite3.SQLiteConn
+	if err := conn.Raw(func(driver any) error { raw = driver.(*sqlite3.SQLiteConn); return nil }); err != nil {
+		return err
+	}
+	return f(conn, raw)
+}

@@ -1,0 +1,99 @@
+package sqlite
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+const pair = `CREATE TABLE a (n INTEGER PRIMARY KEY, pad BLOB NOT NULL); CREATE TABLE b (n INTEGER PRIMARY KEY);
+	INSERT INTO a WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < 20000)
+		SELECT n, zeroblob(500) FROM c;
+	INSERT INTO b SELECT n FROM a`
+
+// count says how many rows the tables have that get theirs in the same changes.
+func count(t *testing.T, db *sql.DB) (a, b int) {
+	t.Helper()
+	if err := db.QueryRow("SELECT (SELECT COUNT(*) FROM a), (SELECT COUNT(*) FROM b)").Scan(&a, &b); err != nil {
+		t.Fatal(err)
+	}
+	return a, b
+}
+
+// A backup has the state of one moment, however often the database changes meanwhile; and takes the place of the last
+// one only when it is whole.
+func TestBackup(t *testing.T) {
+	dir := t.TempDir()
+	path, to := filepath.Join(dir, "db"), filepath.Join(dir, "backup")
+	read, write := open(t, path, pair)
+	at, _ := count(t, read)
+	steps, looked := 0, false
+	change := func(int, int) { // at each step of the copy
+		steps++
+		if err := write.Exec(t.Context(), "INSERT INTO a VALUES ($1, zeroblob(500))", at+steps); err != nil {
+			t.Fatal(err)
+		}
+	}
+	good := func(copied string) error {
+		looked = true
+		if _, err := os.Stat(to); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("the backup is there before it was looked at: %v", err)
+		}
+		return nil
+	}
+	if err := Backup(t.Context(), path, to, change, good); err != nil {
+		t.Fatal(err)
+	}
+	info, err := os.Stat(to)
+	if err != nil || info.Mode() != 0o600 || !looked {
+		t.Fatalf("%v, %v, looked at: %v", info, err, looked)
+	}
+	copied, w := open(t, to, pair)
+	defer w.Close()
+	if a, b := count(t, copied); a != at || b != at || steps < 2 {
+		t.Errorf("the backup has %d and %d rows after %d steps; there were %d when it began", a, b, steps, at)
+	}
+	before, err := os.ReadFile(to)
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	wrong := errors.New("wrong")
+	gone, cancel := context.WithCancel(t.Context())
+	nothing := func(int, int) {}
+	for name, try := range map[string]func() error{
+		"a copy that is not good": func() error {
+			return Backup(t.Context(), path, to, nothing, func(string) error { return wrong })
+		},
+		"interrupted": func() error { return Backup(gone, path, to, func(int, int) { cancel() }, good) },
+		"onto itself": func() error { return Backup(t.Context(), path, path, nothing, good) },
+		"onto a folder": func() error {
+			return Backup(t.Context(), path, dir, nothing, good)
+		},
+		"into no folder": func() error {
+			return Backup(t.Context(), path, filepath.Join(dir, "none", "b"), nothing, good)
+		},
+		"of nothing": func() error { return Backup(t.Context(), filepath.Join(dir, "none"), to, nothing, good) },
+	} {
+		if err := try(); err == nil {
+			t.Errorf("%s: no error", name)
+		}
+	}
+	after, err := os.ReadFile(to)
+	if err != nil || string(after) != string(before) {
+		t.Errorf("the last backup was changed by one that failed (%v)", err)
+	}
+	left, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range left {
+		if !strings.HasPrefix(f.Name(), "db") && !strings.HasPrefix(f.Name(), "backup") {
+			t.Errorf("%s is left", f.Name())
+		}
+	}
+}
