@@ -32,6 +32,13 @@ func (s *Store) Prepare(ctx context.Context, q binding.VectorRequest) (d binding
 func (s *Store) prepared(
 	ctx context.Context, q binding.VectorRequest,
 ) (d binding.Decision, changes bool, err error) {
+	if b := s.recent.pending(q); b != nil && q.Ready == "" {
+		spent, err := s.spent(ctx, q.IMSI, q.RANDs...)
+		if err == nil && spent {
+			err = binding.ErrSpent
+		}
+		return binding.Decision{Binding: b}, false, err
+	}
 	sub, err := s.current(ctx, "prepare", q.IMSI, q.Now, q.RANDs...)
 	if err != nil {
 		return d, false, err
@@ -97,7 +104,8 @@ func (s *Store) prepare(ctx context.Context, q binding.VectorRequest) (d binding
 		if d.Binding = b; b == sub.Pending && q.Ready == b.AttemptID {
 			b.Sent = append(slices.Clip(b.Sent), q.Origin.Name)
 			s.recent.put(q.IMSI.String(), sub)
-			return s.put(ctx, tx, bindings, values(b, sub.seq.pending)...)
+			return tx.Do(ctx, `UPDATE bindings SET sent = $1, mac = $2 WHERE imsi = $3 AND state = 'PENDING'`,
+				sentText(b.Sent), s.macs.Of(bindings.name, values(b, sub.seq.pending)...), b.IMSI.String())
 		}
 		return nil
 	})
@@ -195,14 +203,20 @@ func (s *Store) spend(ctx context.Context, tx *txn, q binding.VectorRequest) err
 }
 
 func (s *Store) Spent(ctx context.Context, imsi kme.IMSI, rand hsmkeys.RAND) (spent bool, err error) {
-	q, err := s.reading("look for a spent RAND")
-	if err != nil {
+	if err := s.refusal(); err != nil {
 		return false, err
 	}
+	return s.spent(ctx, imsi, rand)
+}
+
+// spent says whether an IMSI was sent one of some RANDs in clear.
+func (s *Store) spent(ctx context.Context, imsi kme.IMSI, rands ...hsmkeys.RAND) (spent bool, err error) {
+	n, all := forRANDs(rands)
+	q := sqlconn.Conn{Operation: "look for a spent RAND", DB: s.lookUp}
 	err = s.rows(ctx, q, spentRANDs, func(row) error {
 		spent = true
 		return nil
-	}, `WHERE imsi = $1 AND rand = $2`, imsi.String(), rand[:])
+	}, anySpent[n], append([]any{imsi.String()}, all...)...)
 	return spent, err
 }
 
@@ -306,14 +320,23 @@ func bound(sub *binding.Subscription) (*binding.Subscription, error) {
 
 // end makes the pending binding the active one, and drops those before it; or drops it.
 func (s *Store) end(ctx context.Context, tx *txn, sub *binding.Subscription, ok bool, now time.Time) error {
-	b := sub.Pending
+	b, others := sub.Pending, sub.Active != nil || sub.Revoked != nil
 	sub.Pending = nil
 	if !ok {
 		return dropPending(ctx, tx, b.IMSI)
 	}
 	b.State, b.Activated, b.Expires, b.Sent = binding.Active, fromMillis(now.UnixMilli()), time.Time{}, nil
 	sub.Active, sub.Revoked = b, nil
-	return s.replace(ctx, tx, b, entry{event: binding.EventActivated, subject: b.IMSI.String()})
+	seq, err := s.note(ctx, tx, entry{event: binding.EventActivated, subject: b.IMSI.String()})
+	if err == nil && others {
+		err = tx.Do(ctx, `DELETE FROM bindings WHERE imsi = $1 AND state <> 'PENDING'`, b.IMSI.String())
+	}
+	if err != nil {
+		return err
+	}
+	return tx.Do(ctx, `UPDATE bindings SET state = 'ACTIVE', activated_at = $1, expires_at = 0, sent = '', seq = $2,
+		mac = $3 WHERE imsi = $4 AND state = 'PENDING'`, millis(b.Activated), seq,
+		s.macs.Of(bindings.name, values(b, seq)...), b.IMSI.String())
 }
 
 // replace makes a binding the only one of its IMSI.

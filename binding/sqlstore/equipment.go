@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -125,62 +126,117 @@ func (s *Store) listed(ctx context.Context, q sqlconn.Conn, after int64) (all []
 func (s *Store) See(ctx context.Context, all []binding.Sighting) (moves []binding.Move, err error) {
 	err = s.change(ctx, "note sightings", "sightings", func(ctx context.Context, tx *txn) error {
 		moves = nil // it may be called again
+		seen, err := s.seenWith(ctx, tx.Conn, all)
+		if err != nil {
+			return err
+		}
+		type key struct {
+			kme.IMSI
+			kme.IMEI
+			binding.Evidence
+		}
+		of := func(b binding.Sighting) key { return key{b.IMSI, b.IMEI, b.Evidence} }
+		changed := map[key]binding.Sighting{}
 		for _, now := range all {
-			before, err := s.seenWith(ctx, tx.Conn, now.IMSI)
-			if err != nil {
-				return err
-			}
-			last := func(ok func(binding.Sighting) bool) (latest binding.Sighting) {
+			before := seen[now.IMSI]
+			last := func(same bool) (latest binding.Sighting) {
 				for _, b := range before {
-					if ok(b) && b.Last.After(latest.Last) {
+					if (b.IMEI == now.IMEI) == same && b.Last.After(latest.Last) {
 						latest = b
 					}
 				}
 				return latest
 			}
-			same := last(func(b binding.Sighting) bool { return b.IMEI == now.IMEI })
-			other := last(func(b binding.Sighting) bool { return b.IMEI != now.IMEI })
-			if other.Last.After(same.Last) && !other.Last.After(now.Last) {
+			if other := last(false); other.Last.After(last(true).Last) && !other.Last.After(now.Last) {
 				moves = append(moves, binding.Move{Sighting: now, Before: other})
 			}
-			if row := last(func(b binding.Sighting) bool {
-				return b.IMEI == now.IMEI && b.Evidence == now.Evidence
-			}); !row.Last.IsZero() {
-				now.First = row.First
-				if row.Last.After(now.Last) {
-					now.Last = row.Last
+			at := slices.IndexFunc(before, func(b binding.Sighting) bool { return of(b) == of(now) })
+			switch {
+			case at >= 0:
+				if now.First = before[at].First; before[at].Last.After(now.Last) {
+					now.Last = before[at].Last
 				}
-			} else if len(before) >= binding.MaxDevices {
+				before[at] = now
+			case len(before) < binding.MaxDevices:
+				before = append(before, now)
+			default:
 				oldest := slices.MinFunc(before, func(a, b binding.Sighting) int {
 					return cmp.Or(strings.Compare(string(a.Evidence), string(b.Evidence)), a.Last.Compare(b.Last))
 				})
+				delete(changed, of(oldest))
 				if err := tx.Do(ctx, `DELETE FROM sightings WHERE imsi = $1 AND imei = $2 AND evidence = $3`,
 					oldest.IMSI.String(), oldest.IMEI.String(), string(oldest.Evidence)); err != nil {
 					return err
 				}
+				before[slices.Index(before, oldest)] = now
 			}
-			if err := s.put(ctx, tx, sightings, now.IMSI.String(), now.IMEI.String(), string(now.Evidence),
-				millis(now.First), millis(now.Last)); err != nil {
-				return err
-			}
+			seen[now.IMSI], changed[of(now)] = before, now
 		}
-		return nil
+		return together(slices.Collect(maps.Values(changed)), func(part []binding.Sighting) error {
+			var rows []any
+			for _, now := range part {
+				values := []any{now.IMSI.String(), now.IMEI.String(), string(now.Evidence), millis(now.First),
+					millis(now.Last)}
+				rows = append(append(rows, values...), s.macs.Of(sightings.name, values...))
+			}
+			return tx.Do(ctx, putSightings[len(part)], rows...)
+		})
 	})
 	return moves, err
 }
 
-// seenWith gives an IMSI's sightings but for rows that somebody has changed, which are replaced, and forgotten as
-// others are.
-func (s *Store) seenWith(ctx context.Context, q sqlconn.Conn, imsi kme.IMSI) (all []binding.Sighting, err error) {
-	err = scan(ctx, q, len(sightings.columns)+1, func(r row) error {
-		if s.checkMAC(sightings, r) != nil {
-			return nil
+// parts are how many rows of sightings one statement is about: it is compiled once for each.
+var parts = [...]int{64, 8, 1}
+
+var seenOf, putSightings = func() (read, put map[int]string) {
+	read, put = map[int]string{}, map[int]string{}
+	for _, n := range parts {
+		read[n] = sightings.selectAll + "WHERE imsi IN (" + marks(1, n) + ")"
+		put[n] = sightings.puts(n)
+	}
+	return read, put
+}()
+
+// together calls f with all, as many at once as there is a statement for.
+func together[T any](all []T, f func(part []T) error) error {
+	for len(all) > 0 {
+		for _, n := range parts {
+			if n <= len(all) {
+				if err := f(all[:n]); err != nil {
+					return err
+				}
+				all = all[n:]
+				break
+			}
 		}
-		seen, err := toSighting(r)
-		all = append(all, seen)
-		return err
-	}, sightings.selectAll+`WHERE imsi = $1`, imsi.String())
-	return all, err
+	}
+	return nil
+}
+
+// seenWith gives the sightings of the IMSIs of some, but for rows that somebody has changed: these are replaced, and
+// forgotten as others are.
+func (s *Store) seenWith(
+	ctx context.Context, q sqlconn.Conn, of []binding.Sighting,
+) (map[kme.IMSI][]binding.Sighting, error) {
+	seen := map[kme.IMSI][]binding.Sighting{}
+	for _, now := range of {
+		seen[now.IMSI] = nil
+	}
+	err := together(slices.Collect(maps.Keys(seen)), func(part []kme.IMSI) error {
+		var imsis []any
+		for _, imsi := range part {
+			imsis = append(imsis, imsi.String())
+		}
+		return scan(ctx, q, len(sightings.columns)+1, func(r row) error {
+			if s.checkMAC(sightings, r) != nil {
+				return nil
+			}
+			b, err := toSighting(r)
+			seen[b.IMSI] = append(seen[b.IMSI], b)
+			return err
+		}, seenOf[len(part)], imsis...)
+	})
+	return seen, err
 }
 
 func toSighting(r row) (seen binding.Sighting, err error) {

@@ -73,6 +73,26 @@ func (r *recent) has(key string) bool {
 	return r.subs[key] != nil || r.older[key] != nil
 }
 
+// hinted is for how long a binding that was established is asked for here: an attach is over by then.
+const hinted = 10 * time.Second
+
+// pending is the pending binding that vectors of q are made under, if a change has left it just now and q does not end
+// it. Anybody may ask. Somebody else may have ended it since: whoever makes the vectors has that noted before they
+// leave, and that change finds out.
+func (r *recent) pending(q binding.VectorRequest) *binding.Binding {
+	r.mu.Lock()
+	sub := r.subs[q.IMSI.String()]
+	if sub == nil {
+		sub = r.older[q.IMSI.String()]
+	}
+	r.mu.Unlock()
+	if sub == nil || q.Now.Sub(sub.Pending.Established) > hinted || !sub.Pending.Expires.After(q.Now) ||
+		len(sub.Pending.Sent) >= q.PendingVectors || sub.Under(q.Origin.Name) != sub.Pending {
+		return nil
+	}
+	return copied(sub.Pending)
+}
+
 // at is what is stored of an IMSI with a pending binding at a time.
 func (sub *stored) at(now time.Time) *stored {
 	at := *sub

@@ -17,7 +17,8 @@ type table struct {
 	key       int      // how many of the first make the primary key
 	selectAll string   // from the table: all columns, and mac
 	insert    string
-	put       string // insert, or replace the row of the same key
+	replace   string // what makes insert replace the row of the same key
+	put       string // both
 }
 
 func newTable(name string, key int, columns ...string) *table {
@@ -30,9 +31,18 @@ func newTable(name string, key int, columns ...string) *table {
 	list := strings.Join(all, ", ")
 	t.selectAll = "SELECT " + list + " FROM " + name + " "
 	t.insert = "INSERT INTO " + name + " (" + list + ") VALUES (" + marks(1, len(all)) + ")"
-	t.put = t.insert + " ON CONFLICT (" + strings.Join(columns[:key], ", ") + ") DO UPDATE SET " +
-		strings.Join(set, ", ")
+	t.replace = " ON CONFLICT (" + strings.Join(columns[:key], ", ") + ") DO UPDATE SET " + strings.Join(set, ", ")
+	t.put = t.puts(1)
 	return t
+}
+
+// puts is put for n rows of different keys.
+func (t *table) puts(n int) string {
+	text, width := t.insert, len(t.columns)+1
+	for i := 1; i < n; i++ {
+		text += ", (" + marks(1+i*width, width) + ")"
+	}
+	return text + t.replace
 }
 
 // marks are those of n parameters.

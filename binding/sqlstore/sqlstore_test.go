@@ -413,6 +413,27 @@ func TestRecent(t *testing.T) {
 	if n, err := s.VerifyLedger(ctx); err != nil || n != 9 {
 		t.Error(n, err)
 	}
+
+	// Vectors may be made under what is recent, but leave only under what is there.
+	if _, err := s.Revoke(ctx, b.IMSI, t0); err != nil {
+		t.Fatal(err)
+	}
+	establish("4")
+	q := request(b)
+	if _, err := s.Prepare(ctx, q); !errors.Is(err, binding.ErrSpent) {
+		t.Errorf("a RAND that has left in clear: %v", err)
+	}
+	q.RANDs[0][0] = 2
+	if d, err := s.Prepare(ctx, q); err != nil || d.Binding == nil || d.Binding.AttemptID != b.AttemptID {
+		t.Error(d, err)
+	}
+	if _, err := other.Revoke(ctx, b.IMSI, t0); err != nil {
+		t.Fatal(err)
+	}
+	q.Ready = b.AttemptID
+	if d, err := s.Prepare(ctx, q); err != nil || d.Binding != nil || d.Attempt == nil {
+		t.Errorf("vectors under a binding that was revoked meanwhile: %+v, %v", d, err)
+	}
 }
 
 // Services that start at once on a machine's first day both make the file.

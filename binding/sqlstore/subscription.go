@@ -128,12 +128,32 @@ var ofIMSI = func() map[more]string {
 	all := map[more]string{nothing: text,
 		andHead: text + ` UNION ALL ` + picked("head", map[int]string{}, // A sum, see head.
 			`FROM (SELECT seq, mac FROM ledger WHERE chain = $2 + 0 ORDER BY seq DESC LIMIT 1) AS head`)}
-	for _, n := range [...]int{1, 4, binding.MaxRANDs} {
+	for n, where := range anySpent {
 		all[more(n)] = text + ` UNION ALL ` + picked("spent_rands", map[int]string{1: "imsi", 7: "rand", 17: "NULL"},
-			`FROM spent_rands WHERE imsi = $1 AND rand IN (`+marks(2, n)+`)`)
+			`FROM spent_rands `+where)
 	}
 	return all
 }()
+
+// anySpent are the conditions of rows of so many RANDs of an IMSI.
+var anySpent = func() map[int]string {
+	all := map[int]string{}
+	for _, n := range [...]int{1, 4, binding.MaxRANDs} {
+		all[n] = `WHERE imsi = $1 AND rand IN (` + marks(2, n) + `)`
+	}
+	return all
+}()
+
+// forRANDs gives arguments for as many as there is a statement for: the last of them is there several times.
+func forRANDs(rands []hsmkeys.RAND) (n int, args []any) {
+	for n = 1; anySpent[n] == "" || n < len(rands); {
+		n++
+	}
+	for i := range n {
+		args = append(args, rands[min(i, len(rands)-1)][:])
+	}
+	return n, args
+}
 
 // picked is a SELECT of ofIMSI: the columns that have places, and seq and mac.
 func picked(table string, places map[int]string, rest string) string {
@@ -167,13 +187,10 @@ func (s *Store) subscription(
 ) (*stored, error) {
 	what := nothing
 	var args []any
-	if len(rands) > 0 { // the last of them as often as there is a statement for
-		for what = 1; ofIMSI[what] == "" || int(what) < len(rands); {
-			what++
-		}
-		for i := range int(what) {
-			args = append(args, rands[min(i, len(rands)-1)][:])
-		}
+	if len(rands) > 0 {
+		var n int
+		n, args = forRANDs(rands)
+		what = more(n)
 	}
 	sub, _, err := s.subscriptionAnd(ctx, q, imsi, now, what, args...)
 	return sub, err

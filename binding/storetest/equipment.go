@@ -230,3 +230,46 @@ func sightingsBounded(t *testing.T, s Store) {
 		t.Errorf("%d are kept: %+v", len(got), got)
 	}
 }
+
+// Sightings that are noted together are noted as one after the other: a move within them, the same one twice, and more
+// devices of one IMSI than are kept.
+func sightingsTogether(t *testing.T, s Store) {
+	note := func(first int, together bool) (moves []binding.Move, kept [][]binding.Sighting) {
+		var all []binding.Sighting
+		for n := range 3 * binding.MaxDevices {
+			at := t0.Add(time.Duration(n) * time.Second)
+			if n%7 == 0 { // a late one
+				at = t0.Add(-time.Duration(n) * time.Second)
+			}
+			seen := binding.Sighting{IMSI: subscription(t, first), IMEI: device(t, n/2), Evidence: binding.Asserted,
+				First: at, Last: at}
+			if n%2 == 1 {
+				seen.IMSI, seen.IMEI, seen.Evidence = subscription(t, first+1+n%5), device(t, n%3), binding.Shown
+			}
+			all = append(all, seen)
+		}
+		if together {
+			moves = must.Get[[]binding.Move](t)(s.See(t.Context(), all))
+		} else {
+			for _, seen := range all {
+				moves = append(moves, must.Get[[]binding.Move](t)(s.See(t.Context(), []binding.Sighting{seen}))...)
+			}
+		}
+		for n := range 6 {
+			of := must.Get[[]binding.Sighting](t)(s.Sightings(t.Context(), subscription(t, first+n), kme.IMEI{}))
+			for i := range of {
+				of[i].IMSI = subscription(t, n)
+			}
+			kept = append(kept, of)
+		}
+		for i := range moves {
+			moves[i].IMSI, moves[i].Before.IMSI = kme.IMSI{}, kme.IMSI{}
+		}
+		return moves, kept
+	}
+	moves, kept := note(10, false)
+	if movesTogether, keptTogether := note(20, true); !reflect.DeepEqual(movesTogether, moves) ||
+		!reflect.DeepEqual(keptTogether, kept) || len(moves) < 10 || len(kept[0]) != binding.MaxDevices {
+		t.Errorf("together:\n%+v\n%+v\none after the other:\n%+v\n%+v", movesTogether, keptTogether, moves, kept)
+	}
+}

@@ -77,6 +77,7 @@ func Run(t *testing.T, open func(t *testing.T) Store) {
 		{"Listed", listed},
 		{"Sightings", sightings},
 		{"SightingsBounded", sightingsBounded},
+		{"SightingsTogether", sightingsTogether},
 		{"RacePrepare", racePrepare},
 		{"RaceAttempt", raceAttempt},
 		{"RaceLedger", raceLedger},

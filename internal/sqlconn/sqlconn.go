@@ -105,3 +105,14 @@ func (s SQL) Each(ctx context.Context, f func(scan func(...any) error) error, te
 	}
 	return rows.Err()
 }
+
+// Brief is SQL for statements that take no longer than a look into an index: one that has begun is not interrupted. To
+// be ready for that costs more than to finish.
+type Brief struct{ SQL }
+
+func (s Brief) Each(ctx context.Context, f func(scan func(...any) error) error, text string, args ...any) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	return s.SQL.Each(context.WithoutCancel(ctx), f, text, args...)
+}
