@@ -57,7 +57,7 @@ struct instance {
 
 static struct kme_service service;
 static struct instance *instances;	/* service.n */
-static unsigned turn;			/* whose it is */
+static unsigned turn;			/* whose it is to get the next call */
 static CURLM *multi;
 static struct curl_slist *headers;
 static uint64_t timer_at = UINT64_MAX;	/* when libcurl wants to be called */
@@ -787,7 +787,6 @@ static int send_to(struct kme_call *c, struct instance *i)
 	uint64_t now = kme_now(), left = c->deadline > now ? c->deadline - now : 1;
 
 	c->tried |= 1u << (i - instances);
-	turn = (unsigned)(i - instances) + 1;
 	if (!c->once && pick(c))
 		left = (left + 1) / 2;
 	if (!write_call(c, left))
@@ -816,6 +815,7 @@ int kme_start(struct kme_call *c)
 	c->deadline = kme_now() + (uint64_t)service.timeout_ms;
 	c->tried = 0;
 	c->again = 0;
+	turn = (turn + 1) % (unsigned)service.n;
 	return send_to(c, pick(c));
 }
 
