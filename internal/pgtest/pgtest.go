@@ -51,6 +51,9 @@ func StartTLS(t testing.TB, address, certificate, key string) *Server {
 	s := initialise(t)
 	s.Port = l.Addr().(*net.TCPAddr).Port
 	l.Close()
+	hba := must.Get[*os.File](t)(os.OpenFile(filepath.Join(s.dir, "pg_hba.conf"), os.O_WRONLY|os.O_APPEND, 0))
+	_, err := hba.WriteString("hostssl all all all trust\n")
+	must.Do(t, errors.Join(err, hba.Close()))
 	s.settings = []string{"-c", "listen_addresses=" + address, "-c", "ssl=on"}
 	for setting, from := range map[string]string{"ssl_cert_file": certificate, "ssl_key_file": key} {
 		data := must.Get[[]byte](t)(os.ReadFile(from))

@@ -151,6 +151,7 @@ type site struct {
 	tls       *tls.Config // of the HSS, which trusts the hosts
 	modules   [2]*faultmodule.Module
 	instances [2]*testproc.Process
+	timeout   time.Duration // of a call, with all its tries: 2 seconds, or more if this machine is slow
 	client    *client.Client
 	hss       *node
 	mme       peerEdge
@@ -168,9 +169,6 @@ type attached struct {
 	began time.Time
 	took  time.Duration
 }
-
-// siteTimeout is that of a call, with all its tries.
-const siteTimeout = 2 * time.Second
 
 func instanceURL(i int) string { return "https://" + address(i+1) + ":8443" }
 
@@ -208,15 +206,28 @@ func newSite(t *testing.T) *site {
 	for i := range s.instances {
 		s.startInstance(i)
 	}
-	s.client = must.Get[*client.Client](t)(client.New(client.Options{URLs: []string{instanceURL(0), instanceURL(1)},
-		TLS: s.tls, Timeout: siteTimeout}))
-	t.Cleanup(s.client.Close)
+	s.newClient(testproc.Patience)
+	var slowest time.Duration
+	for _, d := range s.devices()[:20] {
+		began := time.Now()
+		must.Do(t, s.byClient(d))
+		slowest = max(slowest, time.Since(began))
+	}
+	s.timeout = max(2*time.Second, 20*slowest)
+	s.newClient(s.timeout)
 	s.write("kme.conf", fmt.Sprintf("service = %s\nservice = %s\nca = %s\ncert = %s\nkey = %s\ntimeout_ms = %d\n",
 		instanceURL(0), instanceURL(1), w.path("hosts-ca.pem"), w.path("hss.pem"), w.path("hss.key"),
-		siteTimeout.Milliseconds()))
+		s.timeout.Milliseconds()))
 	s.hss = s.start("hss", []string{"hssd:" + s.path("subscribers"), "kme:" + s.path("kme.conf")}, "mme")
 	s.mme = s.hss.peer("mme", nil)
 	return s
+}
+
+func (s *site) newClient(timeout time.Duration) {
+	s.t.Helper()
+	s.client = must.Get[*client.Client](s.t)(client.New(client.Options{URLs: []string{instanceURL(0), instanceURL(1)},
+		TLS: s.tls, Timeout: timeout}))
+	s.t.Cleanup(s.client.Close)
 }
 
 // secondToken is a token with the keys of the first.
@@ -416,7 +427,7 @@ func (s *site) during(what string, begin func() (mend func())) {
 	s.attached, s.again = nil, map[string]int{}
 	s.mu.Unlock()
 	mend := begin()
-	time.Sleep(1500 * time.Millisecond)
+	time.Sleep(s.timeout * 3 / 4)
 	mend()
 	mended := time.Now()
 	var before [2]int
@@ -464,6 +475,7 @@ func TestS6aPostgresCutOff(t *testing.T) {
 		return
 	}
 	s := newSite(t)
+	t.Logf("a call has %v", s.timeout)
 	stop := make(chan struct{})
 	var all sync.WaitGroup
 	for worker := range 3 {
