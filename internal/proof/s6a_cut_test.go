@@ -143,8 +143,8 @@ func (l *lan) cut(a, b string) (mend func()) {
 	return func() { rules("del") }
 }
 
-// A site is two instances of keysvc on hosts of their own. Each has both tokens, one of them by way of a module that can
-// fail, and the PostgreSQL of a third host. There, clients and an HSS with kme.fdx know both instances.
+// A site is two instances of keysvc on hosts of their own. Each has both tokens, one of them by way of a module that
+// can fail, and the PostgreSQL of a third host. There, clients and an HSS with kme.fdx know both instances.
 type site struct {
 	*network
 	lan       *lan

@@ -501,8 +501,8 @@ static int is_text(const struct wire_in *i, const char *text)
 }
 
 /*
- * An error of a call. An instance that has lost its HSM or its store, or has not had the time, is left; what another one
- * may do goes there.
+ * An error of a call. An instance that has lost its HSM or its store, or has not had the time, is left; what another
+ * one may do goes there.
  */
 static void take_error(struct kme_call *c, struct wire_in *error)
 {
@@ -674,8 +674,8 @@ static int trust_alone(CURL *h, const char *ca)
 }
 
 /*
- * A request of an instance, on a connection of its own. It is HTTP/2: over TLS both sides agree on it, and on the socket
- * it is known. NULL: there is no memory.
+ * A request of an instance, on a connection of its own. It is HTTP/2: over TLS both sides agree on it, and on the
+ * socket it is known. NULL: there is no memory.
  */
 static CURL *new_request(const struct instance *i, const char *path)
 {
@@ -781,7 +781,7 @@ static int write_call(struct kme_call *c, uint64_t ms)
 	return !o->full;
 }
 
-/* Makes a call at an instance. If it may be made at another, half of its time is kept for that. 0: the reply is there. */
+/* Makes a call at an instance. If it may be made at another, half of its time is kept for that. 0: there is a reply. */
 static int send_to(struct kme_call *c, struct instance *i)
 {
 	uint64_t now = kme_now(), left = c->deadline > now ? c->deadline - now : 1;
@@ -857,9 +857,9 @@ static int move(struct kme_call *c, struct instance *to)
 }
 
 /*
- * The stream has ended. What has no answer goes to another instance, or else once to another stream: if the stream ended
- * in order it was not begun, and else it comes to the same, but for a report of a failure. If the stream was refused,
- * that is the answer to all.
+ * The stream has ended. What has no answer goes to another instance, or else once to another stream: if the stream
+ * ended in order it was not begun, and else it comes to the same, but for a report of a failure. If the stream was
+ * refused, that is the answer to all.
  */
 static void stream_ended(struct instance *i)
 {
