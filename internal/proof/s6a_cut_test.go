@@ -54,11 +54,9 @@ func inOwnNetwork(t *testing.T) bool {
 	programs.Dir(t)
 	cmd := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v", "-test.timeout=9m")
 	cmd.Env, cmd.SysProcAttr = append(os.Environ(), ownNetwork+"=1"), apart
-	child := testproc.Start(t, cmd, nil)
-	if err := child.Wait(); err != nil {
-		t.Errorf("%v\n%s", err, child.Log)
-	} else {
-		t.Log(child.Log)
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stdout
+	if err := testproc.Start(t, cmd, nil).Wait(); err != nil {
+		t.Errorf("in a network of its own: %v", err)
 	}
 	return false
 }
@@ -226,7 +224,7 @@ func newSite(t *testing.T) *site {
 func (s *site) newClient(timeout time.Duration) {
 	s.t.Helper()
 	s.client = must.Get[*client.Client](s.t)(client.New(client.Options{URLs: []string{instanceURL(0), instanceURL(1)},
-		TLS: s.tls, Timeout: timeout}))
+		TLS: s.tls.Clone(), Timeout: timeout}))
 	s.t.Cleanup(s.client.Close)
 }
 
@@ -266,7 +264,8 @@ func (s *site) startInstance(i int) {
 }
 
 func (s *site) isReady(i int) bool {
-	c := &http.Client{Timeout: time.Second, Transport: &http.Transport{TLSClientConfig: s.tls, DisableKeepAlives: true}}
+	c := &http.Client{Timeout: time.Second, Transport: &http.Transport{TLSClientConfig: s.tls.Clone(),
+		DisableKeepAlives: true}}
 	r, err := c.Get(instanceURL(i) + "/readyz")
 	if err != nil {
 		return false
