@@ -71,7 +71,7 @@ type Options struct {
 // that it is ready, as long as another is.
 type Client struct {
 	instances []*instance
-	turn      atomic.Uint32 // whose it is
+	turn      atomic.Uint32 // whose it is to get the next call first
 	timeout   time.Duration
 	tries     int
 }
@@ -273,8 +273,9 @@ func try[A any](
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
 	var tried instances
+	turn := int(c.turn.Add(1))
 	for round, pause := 1, 20*time.Millisecond; ; {
-		i := c.pick(&tried)
+		i := c.pick(turn, &tried)
 		answer, err := once(ctx, c, i, again, call)
 		if err == nil {
 			return answer, nil

@@ -146,12 +146,11 @@ type instances uint16
 func (s instances) count() int { return bits.OnesCount16(uint16(s)) }
 
 // pick gives the instance whose turn it is, of those that were not tried: one that is not away, if there is one.
-func (c *Client) pick(tried *instances) *instance {
+func (c *Client) pick(turn int, tried *instances) *instance {
 	if len(c.instances) == 1 {
 		*tried = 1
 		return c.instances[0]
 	}
-	turn := int(c.turn.Add(1))
 	picked := -1
 	for n := range c.instances {
 		at := (turn + n) % len(c.instances)

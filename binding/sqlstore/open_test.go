@@ -87,7 +87,7 @@ func TestPostgresTLS(t *testing.T) {
 	ca := url.QueryEscape(filepath.Join(dir, "ca.pem"))
 	elsewhere := url.QueryEscape(filepath.Join(certtest.Make(t), "ca.pem"))
 	named := func(name string) *pgtest.Server {
-		return pgtest.StartTLS(t, filepath.Join(dir, name+".pem"), filepath.Join(dir, name+".key"))
+		return pgtest.StartTLS(t, "127.0.0.1", filepath.Join(dir, name+".pem"), filepath.Join(dir, name+".key"))
 	}
 	server, other := named("localhost"), named("other.example")
 	at := func(s *pgtest.Server, parameters string) string {

@@ -1,4 +1,4 @@
-// Package pgtest runs a PostgreSQL server of its own, for tests: on a Unix socket, or on 127.0.0.1 with TLS besides.
+// Package pgtest runs a PostgreSQL server of its own, for tests: on a Unix socket, or on an address with TLS besides.
 package pgtest
 
 import (
@@ -29,7 +29,7 @@ import (
 // A Server is one that runs.
 type Server struct {
 	dir       string // its data, and its socket
-	Port      int    // of 127.0.0.1 too, if it has TLS
+	Port      int    // of an address too, if it has TLS
 	settings  []string
 	archive   string // the folder of its WAL, if it archives that
 	process   *testproc.Process
@@ -44,14 +44,18 @@ func Start(t testing.TB) *Server {
 	return s
 }
 
-// StartTLS is Start for a server that has a port too, on which it has the certificate and the key of two PEM files.
-func StartTLS(t testing.TB, certificate, key string) *Server {
+// StartTLS is Start for a server that has a port of an address too, on which it has the certificate and the key of two
+// PEM files.
+func StartTLS(t testing.TB, address, certificate, key string) *Server {
 	t.Helper()
-	l := must.Get[net.Listener](t)(net.Listen("tcp", "127.0.0.1:0"))
+	l := must.Get[net.Listener](t)(net.Listen("tcp", address+":0"))
 	s := initialise(t)
 	s.Port = l.Addr().(*net.TCPAddr).Port
 	l.Close()
-	s.settings = []string{"-c", "listen_addresses=127.0.0.1", "-c", "ssl=on"}
+	hba := must.Get[*os.File](t)(os.OpenFile(filepath.Join(s.dir, "pg_hba.conf"), os.O_WRONLY|os.O_APPEND, 0))
+	_, err := hba.WriteString("hostssl all all all trust\n")
+	must.Do(t, errors.Join(err, hba.Close()))
+	s.settings = []string{"-c", "listen_addresses=" + address, "-c", "ssl=on"}
 	for setting, from := range map[string]string{"ssl_cert_file": certificate, "ssl_key_file": key} {
 		data := must.Get[[]byte](t)(os.ReadFile(from))
 		to := filepath.Join(s.dir, setting)

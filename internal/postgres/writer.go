@@ -30,9 +30,13 @@ func NewWriter[S any](db *DB) *Writer[S] {
 	return w
 }
 
-// patience bounds a transaction, and how long the server waits in one for its instance: an instance that does not
-// answer any more keeps others from their changes for no longer.
-const patience = 5 * time.Second
+const (
+	// patience bounds a transaction.
+	patience = 5 * time.Second
+	// pause is how long the server waits in one for its instance: an instance that hangs, or whose network is cut, keeps
+	// others from their changes for no longer. Callers have less time than patience.
+	pause = time.Second
+)
 
 // try makes changes as groupcommit wants it.
 func (w *Writer[S]) try(batch []*groupcommit.Change[*Tx[S]], apart bool) (results []error, err error) {
@@ -92,7 +96,7 @@ func (t *transaction[S]) commit(batch []*groupcommit.Change[*Tx[S]], apart bool)
 
 func (t *transaction[S]) run(batch []*groupcommit.Change[*Tx[S]], apart bool) error {
 	t.queue.Queue("BEGIN")
-	t.queue.Queue(lock+", set_config('idle_in_transaction_session_timeout', $1, true)", patience.String())
+	t.queue.Queue(lock+", set_config('idle_in_transaction_session_timeout', $1, true)", pause.String())
 	for from := 0; from < len(batch); {
 		to, keys := from, map[string]bool{}
 		for ; to < len(batch) && !keys[batch[to].Key] && !(apart && to > from); to++ {

@@ -234,7 +234,7 @@ func TestPostgresWriters(t *testing.T) {
 	checkChain(t, all[0], 3*8*each)
 }
 
-// Whoever does not answer in a transaction keeps others waiting for patience, and no longer; whose connection is ended
+// Whoever does not answer in a transaction keeps others waiting for pause, and no longer; whose connection is ended
 // is told so, and goes on with another one.
 func TestPostgresHangs(t *testing.T) {
 	url := pgtest.Start(t).Database(t)

@@ -65,13 +65,22 @@ func marked(mark string, k int) string {
 // empty.
 func newNetwork(t *testing.T, devices int, sanitize string) *network {
 	t.Helper()
+	d := newNetworkOf(newWorld(t, nil), devices, sanitize)
+	d.startKeysvc()
+	return d
+}
+
+// newNetworkOf is newNetwork without its keysvc.
+func newNetworkOf(w *world, devices int, sanitize string) *network {
+	t := w.t
+	t.Helper()
 	if !strings.Contains(t.Name(), "S6a") {
 		t.Fatal("a test that needs Diameter says S6a in its name: make check leaves it out")
 	}
 	if _, err := exec.LookPath("freeDiameterd"); err != nil {
 		t.Fatal("there is no freeDiameterd: run scripts/deps.sh test")
 	}
-	d := &network{world: newWorld(t, nil), ports: map[string]int{}}
+	d := &network{world: w, ports: map[string]int{}}
 	d.extensions = d.path("extensions")
 	if err := os.Mkdir(d.extensions, 0o700); err != nil {
 		t.Fatal(err)
@@ -120,7 +129,6 @@ func newNetwork(t *testing.T, devices int, sanitize string) *network {
 	d.newCA("ca")
 	d.certificate("server", "ca", "subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth\n")
 	d.certificate("hss", "ca", "subjectAltName=DNS:hss.test\nextendedKeyUsage=clientAuth\n")
-	d.startKeysvc()
 	return d
 }
 
@@ -170,12 +178,18 @@ func (d *network) local() *http.Client {
 	}}
 }
 
-// suspend has keysvc hang until it gets SIGCONT. A signal stops each thread when it next runs.
+// suspend has keysvc hang until it gets SIGCONT.
 func (d *network) suspend() {
 	d.t.Helper()
-	d.keysvc.Cmd.Process.Signal(syscall.SIGSTOP)
-	testproc.Await(d.t, "all threads of keysvc are stopped", func() bool {
-		states, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", d.keysvc.Cmd.Process.Pid))
+	suspend(d.t, d.keysvc)
+}
+
+// suspend has a process hang. A signal stops each thread when it next runs.
+func suspend(t *testing.T, p *testproc.Process) {
+	t.Helper()
+	p.Cmd.Process.Signal(syscall.SIGSTOP)
+	testproc.Await(t, "all threads of a process are stopped", func() bool {
+		states, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", p.Cmd.Process.Pid))
 		return err == nil && !slices.ContainsFunc(states, func(path string) bool {
 			state, err := os.ReadFile(path)
 			return err == nil && !bytes.Contains(state, []byte(") T "))

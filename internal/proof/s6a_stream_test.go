@@ -3,6 +3,8 @@ package proof
 import (
 	"bytes"
 	"context"
+	"errors"
+	"fmt"
 	"net"
 	"net/http"
 	"slices"
@@ -14,15 +16,48 @@ import (
 
 	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
 	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
+	"github.com/kmehsm/kmehsm/internal/must"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
 // A scripted service answers each call of a stream as its script says.
 type scripted struct {
 	kmev1connect.UnimplementedKeyServiceHandler
+	path    string // of its socket
+	server  *http.Server
 	script  atomic.Pointer[func(c *kmev1.Call) (*kmev1.Answer, error)]
 	streams atomic.Int64
+	calls   atomic.Int64
+	unready atomic.Bool
+	asked   atomic.Int64 // whether it is ready
 }
+
+func (d *network) newScripted(name string) *scripted {
+	s := &scripted{path: d.path(name)}
+	s.listen(d.t)
+	return s
+}
+
+// listen serves, again after server.Close.
+func (s *scripted) listen(t *testing.T) {
+	listener := must.Get[net.Listener](t)(net.Listen("unix", s.path))
+	protocols := new(http.Protocols)
+	protocols.SetUnencryptedHTTP2(true)
+	mux := http.NewServeMux()
+	mux.Handle(kmev1connect.NewKeyServiceHandler(s))
+	mux.HandleFunc("/readyz", func(w http.ResponseWriter, _ *http.Request) {
+		s.asked.Add(1)
+		if s.unready.Load() {
+			w.WriteHeader(http.StatusServiceUnavailable)
+		}
+	})
+	s.server = &http.Server{Handler: mux, Protocols: protocols}
+	go s.server.Serve(listener)
+	t.Cleanup(func() { s.server.Close() })
+}
+
+func (s *scripted) say(script func(c *kmev1.Call) (*kmev1.Answer, error)) { s.script.Store(&script) }
 
 // Stream ends with the script's error, or in order if it says nothing.
 func (s *scripted) Stream(
@@ -35,6 +70,7 @@ func (s *scripted) Stream(
 			return nil
 		}
 		for _, c := range m.Calls {
+			s.calls.Add(1)
 			a, err := (*s.script.Load())(c)
 			if a == nil {
 				return err
@@ -50,37 +86,16 @@ func (s *scripted) Stream(
 // What a stream may do to kme.fdx that keysvc does seldom or never.
 func TestS6aStream(t *testing.T) {
 	d := newNetwork(t, 1, "")
-	service := new(scripted)
-	listener, err := net.Listen("unix", d.path("scripted"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	protocols := new(http.Protocols)
-	protocols.SetUnencryptedHTTP2(true)
-	mux := http.NewServeMux()
-	mux.Handle(kmev1connect.NewKeyServiceHandler(service))
-	server := &http.Server{Handler: mux, Protocols: protocols}
-	go server.Serve(listener)
-	t.Cleanup(func() { server.Close() })
-	d.write("scripted.conf", "service = unix:"+d.path("scripted")+"\nbreaker = 1000\n")
+	service := d.newScripted("scripted")
+	d.write("scripted.conf", "service = unix:"+service.path+"\nbreaker = 1000\n")
 	d.start("hss", []string{"hssd:" + d.path("subscribers"), "kme:" + d.path("scripted.conf")}, "mme")
 	d.start("mme", []string{"mme:" + d.path("m")}, "hss").connected("hss")
 	m := d.mme("m")
 
-	prepared := func(change func(r *kmev1.PrepareVectorResponse)) (*kmev1.Answer, error) {
-		r := &kmev1.PrepareVectorResponse{Control: kmev1.Control_PREPROCESSED,
-			Rands: [][]byte{bytes.Repeat([]byte{0xa5}, 16)}}
-		change(r)
-		return &kmev1.Answer{Answer: &kmev1.Answer_PrepareVector{PrepareVector: r}}, nil
-	}
 	ended := false
 	good := func() (*kmev1.Answer, error) { return prepared(func(*kmev1.PrepareVectorResponse) {}) }
 	notAllowed := connect.NewError(connect.CodePermissionDenied, nil)
 	notAllowed.Meta().Set("Kme-Reason", string(kme.CallerNotAllowed))
-	failed := func(reason string) (*kmev1.Answer, error) {
-		e := &kmev1.CallError{Code: "internal", Reason: reason}
-		return &kmev1.Answer{Answer: &kmev1.Answer_Error{Error: e}}, nil
-	}
 	for _, c := range []struct {
 		name, want string
 		script     func(c *kmev1.Call) (*kmev1.Answer, error)
@@ -138,7 +153,7 @@ func TestS6aStream(t *testing.T) {
 		}},
 		{"and an answer in the end", "AIA 2001 2 -", func(*kmev1.Call) (*kmev1.Answer, error) { return good() }},
 	} {
-		service.script.Store(&c.script)
+		service.say(c.script)
 		f := m.expect(c.name, c.want, "AIR", unbound, "1", "-")
 		if good := c.want == "AIA 2001 2 -"; good != (len(f) == 5) {
 			t.Errorf("%s: %v has the wrong number of vectors", c.name, f)
@@ -150,5 +165,156 @@ func TestS6aStream(t *testing.T) {
 	}
 	if n := service.streams.Load(); n != before {
 		t.Errorf("%d more streams for 5 more calls", n-before)
+	}
+	t.Run("instances", func(t *testing.T) { severalInstances(t, d) })
+}
+
+func prepared(change func(r *kmev1.PrepareVectorResponse)) (*kmev1.Answer, error) {
+	r := &kmev1.PrepareVectorResponse{Control: kmev1.Control_PREPROCESSED,
+		Rands: [][]byte{bytes.Repeat([]byte{0xa5}, 16)}}
+	change(r)
+	return &kmev1.Answer{Answer: &kmev1.Answer_PrepareVector{PrepareVector: r}}, nil
+}
+
+func failed(reason string) (*kmev1.Answer, error) {
+	e := &kmev1.CallError{Code: "internal", Reason: reason}
+	return &kmev1.Answer{Answer: &kmev1.Answer_Error{Error: e}}, nil
+}
+
+// severalInstances holds kme.fdx against the rules that the Go client has for several instances.
+func severalInstances(t *testing.T, d *network) {
+	const vector = "AIA 2001 2 -"
+	a, b := d.newScripted("sa"), d.newScripted("sb")
+	d.write("two.conf", fmt.Sprintf("service = unix:%s\nservice = unix:%s\ntimeout_ms = 4000\nbreaker = 1000\n",
+		a.path, b.path))
+	hss := d.start("hss2", []string{"hssd:" + d.path("subscribers"), "kme:" + d.path("two.conf")}, "mme2")
+	d.start("mme2", []string{"mme:" + d.path("m2")}, "hss2").connected("hss2")
+	m := d.mme("m2")
+	m.t = t
+	good := func(*kmev1.Call) (*kmev1.Answer, error) { return prepared(func(*kmev1.PrepareVectorResponse) {}) }
+	both := func() { a.say(good); b.say(good) }
+	air := func(what, want string) { t.Helper(); m.expect(what, want, "AIR", unbound, "1", "-") }
+	// shared waits until both get calls.
+	shared := func() {
+		t.Helper()
+		both()
+		a.unready.Store(false)
+		testproc.Await(t, "both get calls", func() bool {
+			before, other := a.calls.Load(), b.calls.Load()
+			air("a call", vector)
+			air("a call", vector)
+			return a.calls.Load() > before && b.calls.Load() > other
+		})
+	}
+	// left says that an instance gets no calls until it is ready.
+	left := func(i *scripted) {
+		t.Helper()
+		before, asked := i.calls.Load(), i.asked.Load()
+		for range 6 {
+			air("the other has a call", vector)
+		}
+		testproc.Await(t, "it is asked again whether it is ready", func() bool { return i.asked.Load() > asked+1 })
+		air("the other has a call", vector)
+		if n := i.calls.Load() - before; n != 0 {
+			t.Errorf("an instance that is not ready got %d calls", n)
+		}
+	}
+
+	both()
+	for range 20 {
+		air("a call", vector)
+	}
+	if a, b := a.calls.Load(), b.calls.Load(); a != 10 || b != 10 {
+		t.Errorf("%d and %d calls of 20", a, b)
+	}
+
+	a.server.Close()
+	for range 6 {
+		air("one is killed", vector)
+	}
+	a.unready.Store(true)
+	a.listen(t)
+	left(a)
+	shared()
+
+	// Silent: it keeps a call for half of its time.
+	silence := make(chan struct{})
+	a.unready.Store(true)
+	a.say(func(c *kmev1.Call) (*kmev1.Answer, error) { <-silence; return nil, errors.New("gone") })
+	for range 2 {
+		air("one is silent", vector)
+	}
+	left(a)
+	if !strings.Contains(hss.Log.String(), a.path+": no answer within timeout_ms: it gets no calls") {
+		t.Error("the log does not say that it is silent")
+	}
+	close(silence)
+	shared()
+
+	for _, reason := range []kme.Reason{kme.HSMUnavailable, kme.StoreUnavailable} {
+		a.unready.Store(true)
+		a.say(func(*kmev1.Call) (*kmev1.Answer, error) { return failed(string(reason)) })
+		for range 2 {
+			air(string(reason), vector)
+		}
+		left(a)
+		shared()
+	}
+	for _, reason := range []kme.Reason{kme.Overloaded, kme.DirectoryUnavailable} {
+		a.say(func(*kmev1.Call) (*kmev1.Answer, error) { return failed(string(reason)) })
+		before := a.calls.Load()
+		for range 6 {
+			air(string(reason), vector)
+		}
+		if n := a.calls.Load() - before; n != 3 {
+			t.Errorf("%s: it got %d calls of 6", reason, n)
+		}
+	}
+	b.say(func(*kmev1.Call) (*kmev1.Answer, error) { return failed(string(kme.Overloaded)) })
+	before := a.calls.Load() + b.calls.Load()
+	air("both are overloaded", "AIA 4181")
+	if n := a.calls.Load() + b.calls.Load() - before; n != 2 {
+		t.Errorf("a call was made %d times at two instances", n)
+	}
+	a.say(func(*kmev1.Call) (*kmev1.Answer, error) { return failed(string(kme.NotBound)) })
+	b.say(func(*kmev1.Call) (*kmev1.Answer, error) { return failed(string(kme.NotBound)) })
+	before = a.calls.Load() + b.calls.Load()
+	air("who is not bound", "AIA 5420")
+	if n := a.calls.Load() + b.calls.Load() - before; n != 1 {
+		t.Errorf("a refusal was asked for %d times", n)
+	}
+
+	// A report of a failure is made once, whatever becomes of it.
+	for what, end := range map[string]func() (*kmev1.Answer, error){
+		"an error":        func() (*kmev1.Answer, error) { return failed(string(kme.StoreUnavailable)) },
+		"a broken stream": func() (*kmev1.Answer, error) { return nil, errors.New("broken") },
+	} {
+		var reports atomic.Int64
+		script := func(c *kmev1.Call) (*kmev1.Answer, error) {
+			if c.GetReportAuthentication() != nil {
+				reports.Add(1)
+				return end()
+			}
+			return &kmev1.Answer{Answer: &kmev1.Answer_EstablishKme{EstablishKme: &kmev1.EstablishKMEResponse{
+				NwSig: make([]byte, 32), State: kmev1.State_PENDING}}}, nil
+		}
+		a.say(script)
+		b.say(script)
+		m.expect(what, "ULA 5012", "ULR", marked("ulr=5012", 1), "35209900000001", strings.Repeat("00", 256), "AAAA")
+		if n := reports.Load(); n != 1 {
+			t.Errorf("%s: a report of a failure was made %d times", what, n)
+		}
+		shared()
+	}
+
+	a.server.Close()
+	b.server.Close()
+	for range 2 {
+		air("both are away", "AIA 4181")
+	}
+	b.listen(t)
+	air("one is back", vector)
+	if hss.Ended() {
+		t.Error("the HSS has ended")
 	}
 }

@@ -66,6 +66,18 @@ static int complain(const char *key, const char *want, const char *value)
 	return EINVAL;
 }
 
+static int begins(const char *s, const char *with)
+{
+	return !strncmp(s, with, strlen(with));
+}
+
+static const char *bad_service(const char *s)
+{
+	if (begins(s, "unix:/") ? strlen(s) > 5 + MAX_SOCKET : !begins(s, "https://") || !s[8] || strlen(s) > 200)
+		return "https://HOST:PORT or unix:/PATH, whose path has 107 bytes at most";
+	return NULL;
+}
+
 /* 1: the key is not of this sort, as below. */
 static int set_text(const char *key, const char *value)
 {
@@ -73,13 +85,16 @@ static int set_text(const char *key, const char *value)
 		const char *key;
 		const char **to;
 	} texts[] = {
-		{ "service", &conf.service.url }, { "ca", &conf.service.ca }, { "cert", &conf.service.cert },
-		{ "key", &conf.service.key },
+		{ "ca", &conf.service.ca }, { "cert", &conf.service.cert }, { "key", &conf.service.key },
 	};
 	size_t i;
 
 	for (i = 0; i < sizeof(texts) / sizeof(*texts); i++)
 		if (!strcmp(key, texts[i].key)) {
+			if (*texts[i].to) {
+				LOG_F("kme: %s is there twice: it is the same for each service", key);
+				return EINVAL;
+			}
 			*texts[i].to = value;
 			return 0;
 		}
@@ -125,6 +140,7 @@ static int set_list(const char *key, const char *value)
 		struct list *to;
 		const char *(*bad)(const char *);
 	} lists[] = {
+		{ "service", &conf.services, bad_service },
 		{ "open", &conf.open, bad_imsi },
 		{ "agent", &conf.agents, bad_host },
 		{ "legacy_mme", &conf.legacy_mmes, bad_host },
@@ -222,16 +238,25 @@ static int parse(const char *path)
 	return 0;
 }
 
-static int begins(const char *s, const char *with)
+/* NULL: none is there twice. */
+static const char *twice(const struct list *l)
 {
-	return !strncmp(s, with, strlen(with));
+	int i, j;
+
+	for (i = 0; i < l->n; i++)
+		for (j = 0; j < i; j++)
+			if (!strcmp(l->of[i], l->of[j]))
+				return l->of[i];
+	return NULL;
 }
 
 int conf_read(const char *path)
 {
-	const struct kme_service *s = &conf.service;
+	struct kme_service *s = &conf.service;
 	FILE *f = path ? fopen(path, "re") : NULL;
+	const char *same;
 	size_t size;
+	int i;
 
 	if (!f) {
 		LOG_F("kme: the configuration %s cannot be read: LoadExtension = \"kme.fdx\" : \"/path/of/kme.conf\";",
@@ -246,18 +271,22 @@ int conf_read(const char *path)
 		return EINVAL;
 	}
 	CHECK_FCT(parse(path));
-	if (!s->url || strlen(s->url) > 200 || (!begins(s->url, "unix:/") && !begins(s->url, "https://"))) {
-		LOG_F("kme: %s: service is https://HOST:PORT or unix:/PATH", path);
+	s->urls = conf.services.of;
+	s->n = conf.services.n;
+	if (!s->n || s->n > KME_INSTANCES) {
+		LOG_F("kme: %s: there is a line of service for each instance of keysvc, from 1 to %d, not %d", path,
+		      KME_INSTANCES, s->n);
 		return EINVAL;
 	}
-	if (begins(s->url, "unix:") && strlen(s->url) > 5 + MAX_SOCKET) {
-		LOG_F("kme: %s: the path of service has %d bytes at most", path, MAX_SOCKET);
+	if ((same = twice(&conf.services))) {
+		LOG_F("kme: %s: service = %s is there twice", path, same);
 		return EINVAL;
 	}
-	if (begins(s->url, "https:") && (!s->ca || !*s->ca || !s->cert || !s->key)) {
-		LOG_F("kme: %s: https needs ca, cert and key, the files of mutual TLS", path);
-		return EINVAL;
-	}
+	for (i = 0; i < s->n; i++)
+		if (begins(s->urls[i], "https:") && (!s->ca || !*s->ca || !s->cert || !s->key)) {
+			LOG_F("kme: %s: https needs ca, cert and key, the files of mutual TLS", path);
+			return EINVAL;
+		}
 	if (!conf.provision_from.n)
 		conf.provision_from = (struct list){ .of = { "home" }, .n = 1 };
 	return 0;

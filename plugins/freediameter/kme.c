@@ -98,6 +98,8 @@ void tell(int end)
 
 static int kme_entry(char *path)
 {
+	int i;
+
 	CHECK_FCT(conf_read(path));
 	CHECK_FCT(dict_own(conf.vendor));
 	started = 1;
@@ -106,8 +108,10 @@ static int kme_entry(char *path)
 	if (conf.s13)	/* what the CER says; the dictionary needs not have the application */
 		CHECK_FCT(fd_app_merge(&fd_g_config->cnf_apps, S13_APP, VENDOR_3GPP, 1, 0));
 	LOG_E("kme: started: %s, vendor %u, time-out %ld ms, %ld calls in flight, %ld handlers, %d ranges fail open, "
-	      "version " VERSION, conf.service.url, conf.vendor, conf.service.timeout_ms, conf.service.calls,
+	      "version " VERSION, conf.services.of[0], conf.vendor, conf.service.timeout_ms, conf.service.calls,
 	      conf.handlers, conf.open.n);
+	for (i = 1; i < conf.services.n; i++)
+		LOG_E("kme: another instance: %s", conf.services.of[i]);
 	return 0;
 }
 

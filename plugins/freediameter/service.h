@@ -1,6 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Calls of kme.v1.KeyService, any number at once, by way of one stream. See ../../api/kme/v1/kme.proto.
+ * Calls of kme.v1.KeyService, any number at once, by way of one stream to each instance. See
+ * ../../api/kme/v1/kme.proto.
+ *
+ * Of several instances, each gets its share of the calls. A call goes to another at once if the one that it was made at
+ * cannot be reached, is silent for half of its time, or says that it may answer later: but for a report of a failed
+ * authentication, which is made once. An instance that cannot be reached, is silent, or has lost its HSM or its store
+ * gets no calls until its /readyz says that it is ready, as long as another does. The Go client has the same rules.
  *
  * A call goes: kme_ask_*(), by any thread; kme_start(), and, unless its reply is there at once, kme_turn() until it
  * calls done, on one thread. It has its time-out in any case.
@@ -19,6 +25,7 @@
 #define KME_RANDS	32	/* the most of a call */
 #define KME_REASON	32
 #define KME_CALL	1024	/* octets, more than the longest call */
+#define KME_INSTANCES	16	/* the most that there may be */
 
 /* The first four are Binding-Status, too. */
 enum kme_status {
@@ -36,7 +43,8 @@ enum kme_method { KME_PREPARE, KME_ESTABLISH, KME_REPORT, KME_RESTORE, KME_BINDI
 enum kme_equipment { KME_WHITELISTED = 1, KME_GREYLISTED, KME_BLACKLISTED };
 
 struct kme_service {
-	const char *url;		/* https://host:port, or unix:/path */
+	const char *const *urls;	/* of each instance: https://host:port, or unix:/path */
+	int n;
 	const char *ca, *cert, *key;	/* PEM files, for https */
 	long timeout_ms;
 	long calls;			/* at once, at most */
@@ -62,10 +70,14 @@ struct kme_call {
 	size_t asked;			/* RANDs */
 	uint64_t id;			/* while it is under way */
 	uint64_t deadline;
-	struct kme_call *older, *newer;	/* of those under way */
+	struct instance *at;		/* where it is under way */
+	uint64_t until;			/* when its time there is over; 0: it is */
+	unsigned tried;			/* at which instances it was made, a bit each */
+	struct kme_call *older, *newer;	/* of those under way there */
 	int again;			/* it was sent before, on a stream that ended without an answer to it */
 	int once;			/* it is not to be made twice */
 	struct wire_out request;	/* without data: it cannot be made */
+	size_t asks;			/* where in it the method's own message begins */
 	uint8_t octets[KME_CALL];
 };
 

@@ -52,9 +52,12 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
 	fd_g_config->cnf_diamrlm = (DiamId_t)"test";
 	fd_g_config->cnf_diamrlm_len = 4;
 	service.calls = 8;
+	service.n = 2;	/* of which one is asked */
+	instances = calloc(2, sizeof(*instances));
 	by_id = calloc(8, sizeof(*by_id));
-	if (!by_id)
+	if (!instances || !by_id)
 		abort();
+	instances[0].url = instances[1].url = "unix:/s";
 	conf.origin_rate = 1000000;
 	conf.s13 = 1;
 	conf.open.of[conf.open.n++] = "00102";
@@ -124,16 +127,19 @@ static void take_pieces(const uint8_t *data, size_t size, size_t first)
 		c->asked = 1;
 		c->id = (uint64_t)method + 1;
 		c->done = done;
-		link_newest(c);
+		c->until = UINT64_MAX;
+		c->tried = 1;
+		link_newest(c, instances);
 	}
 	if (first > size)
 		first = size;
-	if (take((char *)data, 1, first, NULL) == first)
-		take((char *)data + first, 1, size - first, NULL);
-	in_size = 0;
-	course = GOES_ON;
-	while (oldest)
-		end_call(oldest);
+	if (take((char *)data, 1, first, instances) == first)
+		take((char *)data + first, 1, size - first, instances);
+	instances->in_size = 0;
+	instances->course = GOES_ON;
+	instances->away = 0;
+	while (instances->oldest)
+		end_call(instances->oldest);
 	done_all();
 }
 

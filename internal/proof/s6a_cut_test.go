@@ -1,0 +1,544 @@
+package proof
+
+import (
+	"bytes"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"maps"
+	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
+	"github.com/kmehsm/kmehsm/client"
+	"github.com/kmehsm/kmehsm/internal/faultmodule"
+	"github.com/kmehsm/kmehsm/internal/must"
+	"github.com/kmehsm/kmehsm/internal/pgtest"
+	"github.com/kmehsm/kmehsm/internal/programs"
+	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/internal/testproc"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// ownNetwork is in the environment of a test that has a network of its own.
+const ownNetwork = "KMEHSM_TEST_OWN_NETWORK"
+
+// inOwnNetwork says whether the test has a network namespace of its own. If it has not, it is run again in one.
+func inOwnNetwork(t *testing.T) bool {
+	t.Helper()
+	if os.Getenv(ownNetwork) != "" {
+		return true
+	}
+	apart := &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
+	probe := exec.Command("ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth1")
+	probe.SysProcAttr = apart
+	if out, err := probe.CombinedOutput(); errors.Is(err, exec.ErrNotFound) {
+		t.Fatal("there is no ip: scripts/deps.sh test installs it")
+	} else if err != nil {
+		t.Skipf("no network is cut: network namespaces are not to be had here, as root has them: %v %s", err, out)
+	}
+	programs.Dir(t)
+	cmd := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v", "-test.timeout=9m")
+	cmd.Env, cmd.SysProcAttr = append(os.Environ(), ownNetwork+"=1"), apart
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stdout
+	if err := testproc.Start(t, cmd, nil).Wait(); err != nil {
+		t.Errorf("in a network of its own: %v", err)
+	}
+	return false
+}
+
+// A lan is hosts with a router between them, which drops without a word what it is told to. The test's own process is
+// the host 0; each host has the address of its number, and the host 0 that of the database too.
+type lan struct {
+	t      *testing.T
+	spaces []string // of each host, and the router's
+}
+
+func address(host int) string { return fmt.Sprintf("10.99.%d.2", host) }
+
+const database = "10.99.0.3"
+
+func newLAN(t *testing.T, hosts int) *lan {
+	l := &lan{t: t}
+	for range hosts + 1 {
+		file := make(chan *os.File)
+		go func() {
+			runtime.LockOSThread() // and so it ends with this function
+			if len(l.spaces) > 0 {
+				if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+					t.Error(err)
+				}
+			}
+			f, err := os.Open("/proc/thread-self/ns/net")
+			if err != nil {
+				t.Error(err)
+			}
+			file <- f
+		}()
+		f := <-file
+		if t.Failed() {
+			t.FailNow()
+		}
+		t.Cleanup(func() { f.Close() })
+		l.spaces = append(l.spaces, fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), f.Fd()))
+	}
+	router := l.spaces[hosts]
+	l.run(router, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
+	for i := range hosts {
+		near, far := fmt.Sprintf("host%d", i), fmt.Sprintf("port%d", i)
+		l.ip(l.spaces[0], fmt.Sprintf("link add %s type veth peer name %s", near, far), "link set "+far+" netns "+router,
+			"link set "+near+" netns "+l.spaces[i])
+		l.ip(router, fmt.Sprintf("addr add 10.99.%d.1/24 dev %s", i, far), "link set "+far+" up")
+		l.ip(l.spaces[i], "link set lo up", fmt.Sprintf("addr add %s/24 dev %s", address(i), near),
+			"link set "+near+" up", fmt.Sprintf("route add default via 10.99.%d.1", i))
+	}
+	l.ip(l.spaces[0], "addr add "+database+"/24 dev host0")
+	return l
+}
+
+func (l *lan) command(space string, args ...string) *exec.Cmd {
+	return exec.Command("nsenter", append([]string{"--net=" + space}, args...)...)
+}
+
+func (l *lan) run(space string, args ...string) {
+	l.t.Helper()
+	if out, err := l.command(space, args...).CombinedOutput(); err != nil {
+		l.t.Fatalf("%v: %v\n%s", args, err, out)
+	}
+}
+
+func (l *lan) ip(space string, lines ...string) {
+	l.t.Helper()
+	cmd := l.command(space, "ip", "-batch", "-")
+	cmd.Stdin = strings.NewReader(strings.Join(lines, "\n"))
+	if out, err := cmd.CombinedOutput(); err != nil {
+		l.t.Fatalf("%v: %v\n%s", lines, err, out)
+	}
+}
+
+// cut has the router drop what two addresses send each other, until mend.
+func (l *lan) cut(a, b string) (mend func()) {
+	l.t.Helper()
+	rules := func(what string) {
+		l.ip(l.spaces[len(l.spaces)-1], fmt.Sprintf("rule %s from %s to %s blackhole", what, a, b),
+			fmt.Sprintf("rule %s from %s to %s blackhole", what, b, a))
+	}
+	rules("add")
+	return func() { rules("del") }
+}
+
+// A site is two instances of keysvc on hosts of their own. Each has both tokens, one of them by way of a module that
+// can fail, and the PostgreSQL of a third host. There, clients and an HSS with kme.fdx know both instances.
+type site struct {
+	*network
+	lan       *lan
+	tls       *tls.Config // of the HSS, which trusts the hosts
+	modules   [2]*faultmodule.Module
+	instances [2]*testproc.Process
+	timeout   time.Duration // of a call, with all its tries: 2 seconds, or more if this machine is slow
+	client    *client.Client
+	hss       *node
+	mme       peerEdge
+	imsis     atomic.Int64
+
+	mu       sync.Mutex
+	attached []attached             // guarded by mu
+	underWay map[int]time.Time      // guarded by mu: when the attach of each worker began
+	again    map[string]int         // guarded by mu: why something was tried once more
+	bound    map[string]*kme.Secret // guarded by mu: of who has attached, by IMSI
+}
+
+// An attached is an attach that has ended well.
+type attached struct {
+	began time.Time
+	took  time.Duration
+}
+
+func instanceURL(i int) string { return "https://" + address(i+1) + ":8443" }
+
+func newSite(t *testing.T) *site {
+	l, w := newLAN(t, 3), newWorld(t, nil)
+	hosts := &network{world: w}
+	hosts.newCA("hosts-ca")
+	hosts.certificate("hosts", "hosts-ca", fmt.Sprintf("subjectAltName=IP:%s,IP:%s,IP:%s\nextendedKeyUsage=serverAuth\n",
+		database, address(1), address(2)))
+	pg := pgtest.StartTLS(t, database, w.path("hosts.pem"), w.path("hosts.key"))
+	local := must.Get[*url.URL](t)(url.Parse(pg.Database(t)))
+	w.env = append(w.env, "KMEHSM_STORE="+local.String())
+	s := &site{network: newNetworkOf(w, 40, ""), lan: l, underWay: map[int]time.Time{}, again: map[string]int{},
+		bound: map[string]*kme.Secret{}}
+
+	second := s.secondToken()
+	library := w.path("library.so") // another copy than that of the modules
+	must.Do(t, os.WriteFile(library, must.Get[[]byte](t)(os.ReadFile(w.operator.Module)), 0o600))
+	for i, toks := range [][]softhsmtest.Tok{{w.operator, second}, {second, w.operator}} {
+		dir := w.path(fmt.Sprint("module", i))
+		must.Do(t, errors.Join(os.Mkdir(dir, 0o700), os.Mkdir(w.path(fmt.Sprint("state", i)), 0o700)))
+		s.modules[i] = must.Get[*faultmodule.Module](t)(faultmodule.Build(dir, w.operator.Module))
+		s.modules[i].Tell(t)
+		s.write(fmt.Sprintf("keysvc%d.yaml", i), fmt.Sprintf("state: state%d\nlisten: %s:8443\n"+
+			"tls: {certificate: hosts.pem, key: hosts.key, client_ca: ca.pem}\nhsm_timeout: 1s\nimei_rate: 1000\n"+
+			"tokens: [%q, %q]\nstore: postgres://postgres@%s:%d%s?sslmode=verify-full&sslrootcert=%s\n"+
+			"clients: [{name: hss, san: hss.test, roles: [hss], plmns: [all], provision_from: [any]}]\n", i,
+			address(i+1), s.modules[i].URI(toks[0].URI), strings.Replace(toks[1].URI, w.operator.Module, library, 1),
+			database, pg.Port, local.Path, w.path("hosts-ca.pem")))
+	}
+	pool := x509.NewCertPool()
+	pool.AppendCertsFromPEM(w.readFile("hosts-ca.pem"))
+	s.tls = &tls.Config{RootCAs: pool, Certificates: []tls.Certificate{must.Get[tls.Certificate](t)(
+		tls.LoadX509KeyPair(w.path("hss.pem"), w.path("hss.key")))}}
+	for i := range s.instances {
+		s.startInstance(i)
+	}
+	s.newClient(testproc.Patience)
+	var slowest time.Duration
+	for _, d := range s.devices()[:20] {
+		began := time.Now()
+		must.Do(t, s.byClient(d))
+		slowest = max(slowest, time.Since(began))
+	}
+	s.timeout = max(2*time.Second, 20*slowest)
+	s.newClient(s.timeout)
+	s.write("kme.conf", fmt.Sprintf("service = %s\nservice = %s\nca = %s\ncert = %s\nkey = %s\ntimeout_ms = %d\n",
+		instanceURL(0), instanceURL(1), w.path("hosts-ca.pem"), w.path("hss.pem"), w.path("hss.key"),
+		s.timeout.Milliseconds()))
+	s.hss = s.start("hss", []string{"hssd:" + s.path("subscribers"), "kme:" + s.path("kme.conf")}, "mme")
+	s.mme = s.hss.peer("mme", nil)
+	return s
+}
+
+func (s *site) newClient(timeout time.Duration) {
+	s.t.Helper()
+	s.client = must.Get[*client.Client](s.t)(client.New(client.Options{URLs: []string{instanceURL(0), instanceURL(1)},
+		TLS: s.tls.Clone(), Timeout: timeout}))
+	s.t.Cleanup(s.client.Close)
+}
+
+// secondToken is a token with the keys of the first.
+func (s *site) secondToken() softhsmtest.Tok {
+	s.t.Helper()
+	second := softhsmtest.Make(s.t, s.path("softhsm"), "second")["second"]
+	said := func(tok softhsmtest.Tok, name, program string, args ...string) string {
+		s.t.Helper()
+		return field(s.t, s.run(tok, program, append(args, "--json")...), name)
+	}
+	to := said(second, "thumbprint", "keysvc", "backup", "prepare", "--state", "spare", "--out", "restore-key.json")
+	made := said(s.operator, "thumbprint", "keysvc", "backup", "create", "--to", "restore-key.json", "--thumbprint", to,
+		"--so-pin-source", "file:"+s.operator.SOPINFile, "--out", "backup.json")
+	s.run(second, "keysvc", "backup", "restore", "backup.json", "--state", "spare", "--thumbprint", made)
+	transport := said(second, "thumbprint", "keysvc", "transport", "new", "--out", "transport-2.json")
+	s.run(s.factory, "factory", "operator", "enroll", "op", "--transport-key", "transport-2.json", "--thumbprint",
+		transport, "--so-pin-source", "file:"+s.factory.SOPINFile, "--out", "enrolment-2.jws")
+	s.run(second, "keysvc", "enroll", "enrolment-2.jws", "--manufacturer", "var/factory/manufacturer.pem", "--thumbprint",
+		said(s.factory, "manufacturer", "factory", "init"), "--directory", "file:directory")
+	s.run(second, "keysvc", "lot", "import", "L1.jws")
+	return second
+}
+
+func (s *site) startInstance(i int) {
+	s.t.Helper()
+	cmd := s.command(s.operator, "keysvc", "serve", "--config", fmt.Sprintf("keysvc%d.yaml", i))
+	inside := s.lan.command(s.lan.spaces[i+1], cmd.Args...)
+	inside.Args[len(inside.Args)-len(cmd.Args)] = cmd.Path
+	inside.Dir = cmd.Dir
+	for _, v := range append(cmd.Env, s.modules[i].Env()...) {
+		if name, _, _ := strings.Cut(v, "="); name != "KMEHSM_TOKEN" && name != "KMEHSM_STORE" {
+			inside.Env = append(inside.Env, v)
+		}
+	}
+	s.instances[i] = testproc.Start(s.t, inside, func(*testproc.Process) bool { return s.isReady(i) })
+}
+
+func (s *site) isReady(i int) bool {
+	c := &http.Client{Timeout: time.Second, Transport: &http.Transport{TLSClientConfig: s.tls.Clone(),
+		DisableKeepAlives: true}}
+	r, err := c.Get(instanceURL(i) + "/readyz")
+	if err != nil {
+		return false
+	}
+	r.Body.Close()
+	return r.StatusCode == http.StatusOK
+}
+
+// twice does what an attach consists of, and once more if that fails.
+func (s *site) twice(what string, f func() error) error {
+	err := f()
+	if err == nil {
+		return nil
+	}
+	s.mu.Lock()
+	s.again[fmt.Sprintf("%s: %v", what, err)]++
+	s.mu.Unlock()
+	if again := f(); again != nil {
+		return fmt.Errorf("%s: %w, and once more: %w", what, err, again)
+	}
+	return nil
+}
+
+// byClient attaches a subscriber that nobody has had by the Go client.
+func (s *site) byClient(d device) error {
+	ctx, c := s.t.Context(), s.client
+	imsi, err := kme.ParseIMSI(fmt.Sprintf("00103%010d", s.imsis.Add(1)))
+	imei, ierr := kme.ParseIMEI(d.imei)
+	if err := errors.Join(err, ierr); err != nil {
+		return err
+	}
+	var v client.Vectors
+	var sent client.RAND
+	prepare := func() (err error) {
+		rand.Read(sent[:])
+		v, err = c.PrepareVector(ctx, imsi, client.Origin{}, sent)
+		return err
+	}
+	if err := s.twice("PrepareVector", prepare); err != nil {
+		return err
+	}
+	if v.AttemptID == "" {
+		return fmt.Errorf("IMSI %s is bound, and has not attached", imsi)
+	}
+	plain := s.plaintext(d)
+	payload, id := s.encrypt(d, plain), v.AttemptID
+	if err := s.twice("EstablishKME", func() error {
+		e, err := c.EstablishKME(ctx, imsi, client.Origin{}, imei, id, payload)
+		if err == nil && e.NWSig != plain.NWSig() {
+			err = fmt.Errorf("NW_SIG is %x", e.NWSig)
+		}
+		return err
+	}); err != nil {
+		return err
+	}
+	if err := s.twice("PrepareVector", prepare); err != nil {
+		return err
+	}
+	if p := (&phone{d: s.network, imsi: imsi.String(), kme: &plain.KME}); v.AttemptID != "" ||
+		p.decrypt(v.RANDs[0][:]) != sent {
+		return fmt.Errorf("IMSI %s: the vector is not under its KME: %+v", imsi, v)
+	}
+	if err := s.twice("ReportAuthentication", func() error {
+		r, err := c.ReportAuthentication(ctx, imsi, client.Origin{}, true)
+		if err == nil && (r.State != kmev1.State_ACTIVE || !r.Served) {
+			err = fmt.Errorf("%+v", r)
+		}
+		return err
+	}); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.bound[imsi.String()] = &plain.KME
+	return nil
+}
+
+// byHSS attaches a phone by S6a: one that has a KME as one that comes back.
+func (s *site) byHSS(p *phone) error {
+	var a aia
+	air := func() error {
+		if a = s.mme.air(p.imsi, 1, options{}); a.lost != "" || a.result != 2001 {
+			return fmt.Errorf("%d %s", a.result, a.lost)
+		}
+		return nil
+	}
+	ulr := func(payload []byte, attempt string, nwSig []byte) func() error {
+		return func() error {
+			u := s.mme.ulr(p.imsi, p.imei, payload, attempt, options{})
+			if u.lost != "" || u.result != 2001 || !bytes.Equal(u.nwSig, nwSig) {
+				return fmt.Errorf("%d, status %q, NW-Sig %x %s", u.result, u.status, u.nwSig, u.lost)
+			}
+			return nil
+		}
+	}
+	if err := s.twice("AIR", air); err != nil {
+		return err
+	}
+	if p.kme == nil {
+		if a.control != clearOnly {
+			return fmt.Errorf("IMSI %s is bound, and has not attached", p.imsi)
+		}
+		plain, payload := p.payload()
+		want := plain.NWSig()
+		if err := s.twice("ULR with a payload", ulr(payload, a.attempt, want[:])); err != nil {
+			return err
+		}
+		p.kme = &plain.KME
+		if err := s.twice("AIR", air); err != nil {
+			return err
+		}
+	}
+	if a.control != preprocessed || len(a.eutran) != 1 {
+		return fmt.Errorf("IMSI %s: %d vectors, Binding-Control %d", p.imsi, len(a.eutran), a.control)
+	}
+	if err := p.accepts(a.eutran[0], false); err != nil {
+		return fmt.Errorf("IMSI %s: %w", p.imsi, err)
+	}
+	if err := s.twice("ULR", ulr(nil, "", nil)); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.bound[p.imsi] = p.kme
+	return nil
+}
+
+// work attaches again and again, with a pause that leaves the machine to others, until the test ends it.
+func (s *site) work(worker int, stop <-chan struct{}, attach func() error) {
+	for {
+		began := time.Now()
+		s.mu.Lock()
+		s.underWay[worker] = began
+		s.mu.Unlock()
+		err := attach()
+		s.mu.Lock()
+		delete(s.underWay, worker)
+		if err == nil {
+			s.attached = append(s.attached, attached{began, time.Since(began)})
+		}
+		s.mu.Unlock()
+		if err != nil {
+			s.t.Errorf("an attach failed that was tried once more: %v", err)
+		}
+		select {
+		case <-stop:
+			return
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
+
+// during has a fault last for some time, and says what the attaches that began meanwhile took. It returns when both
+// instances get calls again, by either client.
+func (s *site) during(what string, begin func() (mend func())) {
+	s.t.Helper()
+	s.mu.Lock()
+	s.attached, s.again = nil, map[string]int{}
+	s.mu.Unlock()
+	mend := begin()
+	time.Sleep(s.timeout * 3 / 4)
+	mend()
+	mended := time.Now()
+	var before [2]int
+	established := func(i int) int { return strings.Count(s.instances[i].Log.String(), `"imsi":"00103`) }
+	for i := range s.instances {
+		testproc.Await(s.t, fmt.Sprintf("%s: instance %d is ready", what, i), func() bool { return s.isReady(i) })
+		before[i] = established(i)
+	}
+	for i := range s.instances {
+		testproc.Await(s.t, fmt.Sprintf("%s: instance %d gets calls again", what, i), func() bool {
+			return established(i) > before[i]
+		})
+	}
+	testproc.Await(s.t, what+": kme.fdx has both instances again", func() bool {
+		log := s.hss.Log.String()
+		return strings.Count(log, "it gets no calls") == strings.Count(log, "is ready again")
+	})
+	testproc.Await(s.t, what+": attaches end", func() bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return !slices.ContainsFunc(slices.Collect(maps.Values(s.underWay)), mended.After)
+	})
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var times []time.Duration
+	for _, a := range s.attached {
+		if a.began.Before(mended) {
+			times = append(times, a.took)
+		}
+	}
+	if len(times) == 0 {
+		s.t.Fatalf("%s: nobody has attached", what)
+	}
+	slices.Sort(times)
+	at := func(percent int) time.Duration { return times[(len(times)-1)*percent/100].Round(time.Millisecond) }
+	s.t.Logf("%-40s %3d attaches, p50 %5v, p99 %5v; both instances are back after %v; once more: %v", what, len(times),
+		at(50), at(99), time.Since(mended).Round(time.Millisecond), s.again)
+}
+
+// Two instances, two tokens and their PostgreSQL: each is killed, hangs and is cut off in turn under load, and the
+// network between each two of them loses everything without a word. No attach fails that is tried once more, by the Go
+// client or by kme.fdx, and no binding is lost.
+func TestS6aPostgresCutOff(t *testing.T) {
+	if !inOwnNetwork(t) {
+		return
+	}
+	s := newSite(t)
+	t.Logf("a call has %v", s.timeout)
+	stop := make(chan struct{})
+	var all sync.WaitGroup
+	for worker := range 3 {
+		p, d := make(chan *phone, 10), s.devices()[worker]
+		for range cap(p) {
+			p <- s.phone()
+		}
+		all.Go(func() { s.work(2*worker, stop, func() error { return s.byClient(d) }) })
+		all.Go(func() {
+			s.work(2*worker+1, stop, func() error {
+				next := <-p
+				defer func() { p <- next }()
+				return s.byHSS(next)
+			})
+		})
+	}
+	end := sync.OnceFunc(func() { close(stop); all.Wait() })
+	t.Cleanup(end)
+
+	s.during("nothing", func() func() { return func() {} })
+	for i := range s.instances {
+		name := string(rune('A' + i))
+		s.during("instance "+name+" killed", func() func() {
+			s.instances[i].Kill()
+			return func() { s.startInstance(i) }
+		})
+		s.during("instance "+name+" hangs", func() func() {
+			suspend(t, s.instances[i])
+			return func() { s.instances[i].Cmd.Process.Signal(syscall.SIGCONT) }
+		})
+		for fault, line := range map[string]string{"removed": "* removed", "hangs": "* hang", "answers errors": "* 0x30"} {
+			s.during("token of "+name+" "+fault, func() func() {
+				s.modules[i].Tell(t, line)
+				return func() { s.modules[i].Tell(t) }
+			})
+		}
+		s.during("network, clients - "+name, func() func() { return s.lan.cut(address(0), address(i+1)) })
+		s.during("network, "+name+" - PostgreSQL", func() func() { return s.lan.cut(database, address(i+1)) })
+	}
+	end()
+	s.nothingIsLost()
+}
+
+// nothingIsLost checks that who has attached is bound, and gets vectors under the KME that the device has.
+func (s *site) nothingIsLost() {
+	active := map[string]bool{}
+	for line := range strings.Lines(s.run(s.operator, "keysvc", "binding", "list")) {
+		if f := strings.Fields(line); len(f) > 2 && f[2] == "ACTIVE" {
+			active[f[0]] = true
+		}
+	}
+	for imsi, secret := range s.bound {
+		if !active[imsi] {
+			s.t.Errorf("IMSI %s has attached, and is not ACTIVE", imsi)
+			continue
+		}
+		var sent client.RAND
+		rand.Read(sent[:])
+		v, err := s.client.PrepareVector(s.t.Context(), must.Get[kme.IMSI](s.t)(kme.ParseIMSI(imsi)), client.Origin{}, sent)
+		if err != nil || v.AttemptID != "" ||
+			(&phone{d: s.network, imsi: imsi, kme: secret}).decrypt(v.RANDs[0][:]) != sent {
+			s.t.Errorf("IMSI %s: its vector is not under its KME: %v", imsi, err)
+		}
+	}
+	s.run(s.operator, "keysvc", "store", "verify")
+	s.t.Logf("%d subscribers have attached, and are ACTIVE with their KMEs", len(s.bound))
+}
