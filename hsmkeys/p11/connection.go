@@ -141,11 +141,11 @@ func (c *connection) findSlot() (slot uint, info pkcs11.TokenInfo, err error) {
 	}
 	switch found {
 	case 0:
-		return 0, info, c.noToken()
+		return 0, info, Setting(c.noToken())
 	case 1:
 		return slot, info, nil
 	}
-	return 0, info, fmt.Errorf("%d tokens fit %v: add serial=NUMBER to the URI", found, c.uri.token)
+	return 0, info, Setting(fmt.Errorf("%d tokens fit %v: add serial=NUMBER to the URI", found, c.uri.token))
 }
 
 // Trim takes off what fills the fields of CK_TOKEN_INFO.
