@@ -80,7 +80,7 @@ TIMEOUT := 45m
 # A test that needs one of these says so in its name.
 SERVERS := Vault|Postgres|Browser|S6a
 # These take seconds of CPU each. make check leaves them, and all on NSS softoken, to make test.
-LONG := TestPageCommands TestDemo TestOpenSSLAgrees TestOutsideProgram TestSpy TestCheckDirectories TestPinnedTACs \
+LONG := TestPageCommands TestPrometheus TestDemo TestOpenSSLAgrees TestOutsideProgram TestSpy TestCheckDirectories TestPinnedTACs \
 	TestBackup TestProvisionDirectoryAway TestReconcile TestManyStarts \
 	TestModel TestModelAtOnce TestProperty TestPropertyAtOnce TestMutatedPayloads TestMutatedMessages \
 	TestRefusalsTakeAsLong TestKnownRefusalsTakeAsLong TestBoundRefusalsTakeAsLong TestMetricsAreNoOracle \
