@@ -28,7 +28,6 @@ start() {
 		! [ -e "$(sed -n 's/^EnvironmentFile=-//p' "$unit")" ] || . "$(sed -n 's/^EnvironmentFile=-//p' "$unit")"
 		cd /
 		umask "$(sed -n 's/^UMask=//p' "$unit")"
-
 		exec setpriv --reuid "$user" --regid "$user" --init-groups --no-new-privs --inh-caps=-all \
 			$(sed -n 's/^ExecStart=//p' "$unit")
 	) >>"/tmp/$1.log" 2>&1 &

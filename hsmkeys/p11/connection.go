@@ -104,8 +104,8 @@ func (c *connection) release() error {
 }
 
 func (c *connection) noToken() error {
-	return fmt.Errorf("the module %s has no token %v: check the URI and, for SoftHSM, SOFTHSM2_CONF%s",
-		c.uri.module, c.uri.token, softhsmConf())
+	return Setting(fmt.Errorf("the module %s has no token %v: check the URI and, for SoftHSM, SOFTHSM2_CONF%s",
+		c.uri.module, c.uri.token, softhsmConf()))
 }
 
 func softhsmConf() string {
@@ -141,7 +141,7 @@ func (c *connection) findSlot() (slot uint, info pkcs11.TokenInfo, err error) {
 	}
 	switch found {
 	case 0:
-		return 0, info, Setting(c.noToken())
+		return 0, info, c.noToken()
 	case 1:
 		return slot, info, nil
 	}
