@@ -79,8 +79,8 @@ TIMEOUT := 45m
 # A test that needs one of these says so in its name.
 SERVERS := Vault|Postgres|Browser|S6a
 # These take seconds of CPU each. make check leaves them, and all on NSS softoken, to make test.
-LONG := TestPageCommands TestPrometheus TestDemo TestOpenSSLAgrees TestOutsideProgram TestSpy TestCheckDirectories TestPinnedTACs \
-	TestBackup TestProvisionDirectoryAway TestReconcile TestManyStarts \
+LONG := TestPageCommands TestDemo TestOpenSSLAgrees TestOutsideProgram TestSpy TestCheckDirectories TestPinnedTACs \
+	TestPrometheus TestBackup TestProvisionDirectoryAway TestReconcile TestManyStarts \
 	TestModel TestModelAtOnce TestProperty TestPropertyAtOnce TestMutatedPayloads TestMutatedMessages \
 	TestRefusalsTakeAsLong TestKnownRefusalsTakeAsLong TestBoundRefusalsTakeAsLong TestMetricsAreNoOracle \
 	TestRotated TestKilled TestNothingIsLeft TestRotation TestWycheproof TestAudit TestStations \

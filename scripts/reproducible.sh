@@ -21,7 +21,8 @@ for build in one a-second; do
 	git clone -q . "$dir/$build/from"
 	(
 		umask "$([ $build = one ] && echo 022 || echo 077)"
-		TMPDIR=$dir/$build/tmp "${elsewhere[@]}" "$dir/$build/from/scripts/release.sh" "$dir/$build/out" $programs >/dev/null
+		export TMPDIR=$dir/$build/tmp
+		"${elsewhere[@]}" "$dir/$build/from/scripts/release.sh" "$dir/$build/out" $programs >/dev/null
 	)
 done
 cd "$dir"

@@ -120,8 +120,8 @@ func manufacturer(c *cli.Context) (*directory.Verifier, error) {
 	path := cmp.Or(c.String("manufacturer"), state(c).PublicKey())
 	pem, err := cmdline.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) && c.String("manufacturer") == "" {
-		return nil, cmdline.Usagef("%s, the manufacturer's public key, is not there: run factory init first, or name it "+
-			"with --manufacturer", path)
+		return nil, cmdline.Usagef("%s, the manufacturer's public key, is not there: run factory init first, or name "+
+			"it with --manufacturer", path)
 	}
 	if err != nil {
 		return nil, cmdline.Usagef("the manufacturer's public key, which factory init writes, cannot be read; name it "+
