@@ -54,7 +54,6 @@ install: ## what is built in bin/: programs, man pages, completion, units, users
 packages: deps-packages ## bin/packages: a .deb and a .rpm of keysvc, factory, mesim and kme.fdx, of the last commit
 	@scripts/step.sh 'building the packages' scripts/release.sh bin/packages --programs
 
-# It is not a part of make test: it needs root, and mounts.
 packages-test: deps-test ## the packages installed, upgraded, removed and purged, in a copy of this machine's files
 	@scripts/step.sh 'the packages, installed, upgraded and removed' scripts/packages-test.sh
 
@@ -81,7 +80,7 @@ TIMEOUT := 45m
 SERVERS := Vault|Postgres|Browser|S6a
 # These take seconds of CPU each. make check leaves them, and all on NSS softoken, to make test.
 LONG := TestPageCommands TestDemo TestOpenSSLAgrees TestOutsideProgram TestSpy TestCheckDirectories TestPinnedTACs \
-	TestBackup TestProvisionDirectoryAway TestReconcile TestManyStarts \
+	TestPrometheus TestBackup TestProvisionDirectoryAway TestReconcile TestManyStarts \
 	TestModel TestModelAtOnce TestProperty TestPropertyAtOnce TestMutatedPayloads TestMutatedMessages \
 	TestRefusalsTakeAsLong TestKnownRefusalsTakeAsLong TestBoundRefusalsTakeAsLong TestMetricsAreNoOracle \
 	TestRotated TestKilled TestNothingIsLeft TestRotation TestWycheproof TestAudit TestStations \
@@ -119,6 +118,9 @@ check: lint deps-check ## lint, and the short tests that need no Vault, PostgreS
 LONG_TESTS = $(GO_TEST) -run '$(LATER)' ./internal/proof $(LATER_PACKAGES)
 NSS_TESTS = KMEHSM_TEST_OPERATOR=nss $(GO_TEST) -skip '$(SERVERS)|$(call any-of,$(SOFTHSM_ONLY))' \
 	./binding ./hsmkeys/... ./internal/faultmodule
+# What the packages are made of, and the page that their test follows.
+PACKAGED = git ls-tree -r HEAD | grep -vE '_test\.go$$|/testdata/|[[:space:]](docs|policies|tools|\.ci)/'; \
+	git rev-parse HEAD:docs/install.md
 test: check deps-test vaultdev ## what CI runs: check, and all other tests
 	@scripts/step.sh "long tests, those with servers, and an operator's side on NSS softoken" \
 		scripts/leaves-nothing.sh scripts/together.sh "$(LONG_TESTS)" "$(NSS_TESTS)"
@@ -126,6 +128,12 @@ test: check deps-test vaultdev ## what CI runs: check, and all other tests
 		scripts/step.sh 'the model of a binding, by spin' scripts/model.sh
 	@scripts/once.sh reproducible "$$(git rev-parse HEAD; go version; gcc --version)" \
 		scripts/step.sh 'the release, linked twice' scripts/reproducible.sh --warm
+	@if unshare --mount true 2>/dev/null; then \
+		scripts/once.sh packages "$$(go version; $(PACKAGED))" \
+			scripts/step.sh 'the packages, installed, upgraded and removed' scripts/packages-test.sh; \
+	else \
+		echo 'the packages are not installed: it needs root, and the right to mount'; \
+	fi
 	$(MAKE) fuzz-plugin-seeds
 
 # It goes on where it ended, and says how long that will take. Results are in var/flaky.

@@ -78,11 +78,12 @@ func NewMetrics(r prometheus.Registerer) *Metrics {
 	return m
 }
 
-// Methods has the calls of these methods that are answered OK counted from zero. Other histograms begin with their
-// first value: each has 20 time series.
+// Methods has the calls of these methods that are answered OK, or with an internal error, which an alert is for,
+// counted from zero. Other histograms begin with their first value: each has 20 time series.
 func (m *Metrics) Methods(names ...string) {
 	for _, name := range names {
 		m.calls.WithLabelValues(name, "OK")
+		m.calls.WithLabelValues(name, "internal")
 	}
 }
 

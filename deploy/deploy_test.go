@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"maps"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -121,6 +122,47 @@ func TestNames(t *testing.T) {
 					t.Errorf("%s: there is no reason %s", name, reason)
 				}
 			}
+		}
+	}
+}
+
+// The rules are Prometheus's own language, and alerts_test.yaml says when they fire.
+func TestPrometheus(t *testing.T) {
+	for _, args := range [][]string{{"check", "rules", "alerts.yaml"}, {"test", "rules", "alerts_test.yaml"}} {
+		if out, err := exec.Command("promtool", args...).CombinedOutput(); err != nil {
+			t.Errorf("promtool %s: %v\n%s", strings.Join(args, " "), err, out)
+		}
+	}
+}
+
+// The page has each file of this folder once.
+func TestPage(t *testing.T) {
+	page, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var rows strings.Builder
+	for line := range strings.Lines(string(page)) {
+		if strings.HasPrefix(line, "|") {
+			files, _, _ := strings.Cut(line[1:], "|")
+			rows.WriteString(files)
+		}
+	}
+	entries, err := os.ReadDir(".")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		name := e.Name()
+		if e.IsDir() {
+			name += "/"
+		}
+		want := 1
+		if name == "README.md" || strings.HasSuffix(name, ".go") {
+			want = 0
+		}
+		if n := strings.Count(rows.String(), "`"+name+"`"); n != want {
+			t.Errorf("the table has %s %d times", name, n)
 		}
 	}
 }

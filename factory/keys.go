@@ -129,7 +129,7 @@ func RotateSigningKey(ctx context.Context, token Token, generation int) (keyID s
 	return signer.SigningKeyID(), created, nil
 }
 
-var errNoSigningKey = errors.New("the token has no signing key yet: run factory init first")
+var errNoSigningKey = hsmkeys.Setting(errors.New("the token has no signing key yet: run factory init first"))
 
 // openSigner signs with the newest signing key, which the earlier ones introduce.
 func openSigner(token Token) (signer *directory.Signer, err error) {

@@ -22,7 +22,7 @@ type Dedication struct {
 }
 
 // ErrNotDedicated: init was not run on the token.
-var ErrNotDedicated = errors.New("the token has no keys of this project yet: run init first")
+var ErrNotDedicated = Setting(errors.New("the token has no keys of this project yet: run init first"))
 
 // Dedicate says for ever that the token is of one side. A token that is of the other is refused; of one that is
 // dedicated already, nothing changes.
@@ -75,8 +75,8 @@ func (b *base) mustBe(s *p11.Session, side Side) error {
 		return err
 	}
 	if d.Side != side {
-		return fmt.Errorf("%s is a token of the %s's, by what its init wrote into it: give --token of the %s's",
-			b, d.Side, side)
+		return Setting(fmt.Errorf("%s is a token of the %s's, by what its init wrote into it: give --token of the %s's",
+			b, d.Side, side))
 	}
 	return nil
 }

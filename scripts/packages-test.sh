@@ -4,7 +4,7 @@
 # Has lintian look at them. Then, in a copy of this machine's files that is thrown away: does what "In five minutes" of
 # docs/install.md says, upgrades, serves stations, removes, installs again and purges; .deb by dpkg, .rpm by rpm.
 # It needs root and the right to mount.
-# shellcheck disable=SC1090,SC1091,SC2013,SC2016,SC2317
+# shellcheck disable=SC1090,SC1091,SC2013,SC2016,SC2046,SC2317
 set -euo pipefail
 shopt -s inherit_errexit
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -28,7 +28,6 @@ start() {
 		! [ -e "$(sed -n 's/^EnvironmentFile=-//p' "$unit")" ] || . "$(sed -n 's/^EnvironmentFile=-//p' "$unit")"
 		cd /
 		umask "$(sed -n 's/^UMask=//p' "$unit")"
-		# shellcheck disable=SC2046 # the command's words
 		exec setpriv --reuid "$user" --regid "$user" --init-groups --no-new-privs --inh-caps=-all \
 			$(sed -n 's/^ExecStart=//p' "$unit")
 	) >>"/tmp/$1.log" 2>&1 &
@@ -68,6 +67,11 @@ inside() {
 	has /var/lib/kmehsm 700 kmehsm:kmehsm
 	has /var/lib/kmehsm-factory 700 kmehsm-factory:kmehsm-factory
 	bound 3
+	# Root's commands would leave files that the service cannot use.
+	for unit in 'keysvc store verify' 'keysvc init' 'factory init' 'factory doctor' 'keysvc serve'; do
+		! (export $(cat /etc/kmehsm/"${unit%% *}".env) && cd / && $unit) 2>/tmp/root || die "root may run $unit"
+		grep -q 'run this as that user (runuser -u kmehsm' /tmp/root || die "$unit: $(cat /tmp/root)"
+	done
 	for unit in keysvc factory-station; do
 		systemd-analyze verify --man=no "/usr/lib/systemd/system/$unit.service"
 		systemd-analyze security --offline=true --threshold=25 "/usr/lib/systemd/system/$unit.service" >/tmp/security ||
@@ -85,7 +89,7 @@ inside() {
 	has /etc/kmehsm/keysvc.yaml 640 root:kmehsm
 	stop
 	start keysvc
-	operator curl --fail -sS --retry 20 --retry-all-errors --retry-delay 1 --unix-socket /run/kmehsm/keysvc.sock \
+	operator curl --fail -sS --retry 300 --retry-all-errors --retry-delay 1 --unix-socket /run/kmehsm/keysvc.sock \
 		http://keysvc/readyz
 	[ "$(schema)" = $((version + 1)) ] || die "the schema was $version, and is $(schema)"
 	bound 3
@@ -114,7 +118,7 @@ inside() {
 	mount -o remount,bind,ro /var/lib/kmehsm-factory
 	mount --bind /tmp/station /var/lib/kmehsm-factory/station
 	start factory-station
-	for _ in {1..300}; do
+	for _ in {1..3000}; do
 		address=$(sed -nE 's/.*"address":"(https:[^"]*)".*/\1/p' /tmp/factory-station.log)
 		[ -z "$address" ] || break
 		sleep 0.1
@@ -162,6 +166,10 @@ inside() {
 	dpkg -i ./kmehsm-keysvc_*.deb && dpkg -P kmehsm-keysvc 2>&1 | tee /tmp/purge
 	! grep leaves /tmp/purge || die 'purge leaves an empty folder'
 	! [ -e /var/lib/kmehsm ] || die 'purge leaves an empty folder'
+
+	# The services could use all that was there.
+	[ "$(grep -c '"msg":"serving"' /tmp/keysvc.log)" = 2 ] || die 'the log of keysvc does not say "serving" twice'
+	! grep -i 'permission denied' /tmp/keysvc.log /tmp/factory-station.log || die 'a service lacks a permission'
 }
 
 # state: all that is in the folders of both

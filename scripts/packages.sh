@@ -92,7 +92,8 @@ package() {
 				$(fold -sw 76 <<<"$text" | sed 's/ *$//; s/^/  /')
 				depends: [$depends]
 			EOF
-			[ $format = deb ] || printf 'license: Apache-2.0\n'
+			# Without a name, the machine's own: an .rpm made elsewhere would be another.
+			[ $format = deb ] || printf 'license: Apache-2.0\nrpm: {buildhost: localhost}\n'
 			if [ -n "$unit" ]; then
 				printf 'scripts:\n'
 				for script in postinstall preremove postremove; do

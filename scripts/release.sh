@@ -128,16 +128,18 @@ for program in "${programs[@]}"; do
 	libraries "$program"
 done >"$sbom/c"
 time=$(date -u -d "@$SOURCE_DATE_EPOCH" +%Y-%m-%dT%H:%M:%SZ)
-jq -S --slurp --slurpfile c "$sbom/c" --rawfile sums SHA256SUMS --arg time "$time" '
+# Go's own: cyclonedx-gomod makes one with the date of the commit's author, which may be another than the commit's.
+version=$(go version -m keysvc | awk '$1 == "mod" { print $3 }')
+jq -S --slurp --slurpfile c "$sbom/c" --rawfile sums SHA256SUMS --arg time "$time" --arg version "$version" '
 	# What the detector takes for another of the same family, or does not find in the Go distribution.
 	def licensed: if .name == "std" or (.name | startswith("golang.org/x/"))
 		then .licenses = [{license: {id: "BSD-3-Clause"}}] else . end;
 	# The other modules of this repository are of the same commit.
 	def ours($main): if .name | startswith($main.name + "/")
 		then .version = $main.version | .licenses = $main.licenses
-			| .purl |= sub("[?]"; "@\($main.version)?") else . end;
+			| .purl |= sub("(@[^?]*)?[?]"; "@\($main.version)?") else . end;
 	($sums | rtrimstr("\n") | split("\n") | map(split("  ") | {name: .[1], sha256: .[0]})) as $programs
-	| .[0].metadata.component as $main
+	| (.[0].metadata.component | .version = $version) as $main
 	| (map({key: (.metadata.component["bom-ref"] | split("cmd/")[1]), value: .}) | from_entries) as $boms
 	| {
 		bomFormat: "CycloneDX", specVersion: .[0].specVersion, version: 1,

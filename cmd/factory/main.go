@@ -48,7 +48,8 @@ func app() *cli.App {
 		Description: `The order of things, once:      factory init; factory fixture enroll; factory operator enroll
 for every manufacturing lot:    factory lot create; lot provision; lot grant; and lot seal, when nobody gets it any more
 
-Exit codes: 0 done; 1 failed; 2 wrong usage; 3 part of it done, run the same command again to go on.`,
+Exit codes: 0 done; 1 failed; 2 wrong usage or configuration, also a token or folder that is not there, or not the one
+that belongs here; 3 part of it done, run the same command again to go on.`,
 		Writer: os.Stdout, ErrWriter: os.Stderr,
 		DisableSliceFlagSeparator: true, // a name may have a comma
 		Commands: []*cli.Command{
@@ -87,7 +88,7 @@ func withToken(c *cli.Context, f func(*hsmkeys.FactoryToken) error) error {
 	}
 	return withAnyToken(c, func(token *hsmkeys.FactoryToken) error {
 		if err := state(c).Check(token); err != nil {
-			return err
+			return cmdline.Usage(err)
 		}
 		return recorded(c, token, f)
 	})
@@ -100,6 +101,9 @@ func withAnyToken(c *cli.Context, f func(*hsmkeys.FactoryToken) error) error {
 
 // recorded runs f, and puts that down in the audit log.
 func recorded(c *cli.Context, token *hsmkeys.FactoryToken, f func(*hsmkeys.FactoryToken) error) error {
+	if err := cmdline.CheckOwner("factory", c.String("state")); err != nil {
+		return err
+	}
 	sign := func(head *auditlog.Head) error { return state(c).SignLog(token, head) }
 	return state(c).Log().Record(calledAs(), token.Serial(), func() error { return f(token) }, sign)
 }
@@ -116,16 +120,16 @@ func manufacturer(c *cli.Context) (*directory.Verifier, error) {
 	path := cmp.Or(c.String("manufacturer"), state(c).PublicKey())
 	pem, err := cmdline.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) && c.String("manufacturer") == "" {
-		return nil, fmt.Errorf("%s, the manufacturer's public key, is not there: run factory init first, or name it "+
-			"with --manufacturer", path)
+		return nil, cmdline.Usagef("%s, the manufacturer's public key, is not there: run factory init first, or name "+
+			"it with --manufacturer", path)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("the manufacturer's public key, which factory init writes, cannot be read; name it "+
+		return nil, cmdline.Usagef("the manufacturer's public key, which factory init writes, cannot be read; name it "+
 			"with --manufacturer, or the line's folder with --state: %w", err)
 	}
 	v, err := directory.ParseVerifier(pem)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", path, err)
+		return nil, cmdline.Usagef("%s: %w", path, err)
 	}
 	return v, nil
 }

@@ -58,7 +58,7 @@ func initLine(c *cli.Context) error {
 	}
 	return withAnyToken(c, func(token *hsmkeys.FactoryToken) error {
 		if err := cmp.Or(factory.Fits(token, state(c).PublicKey()), factory.Fits(token, path)); err != nil {
-			return err
+			return cmdline.Usage(err)
 		}
 		return recorded(c, token, func(token *hsmkeys.FactoryToken) error {
 			pem, keyID, created, err := factory.Init(c.Context, token)

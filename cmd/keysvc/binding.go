@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"iter"
+	"os"
 	"slices"
 	"strings"
 	"time"
@@ -118,6 +120,10 @@ func (v *stateValue) Set(text string) error {
 	case binding.Pending, binding.Active, binding.Revoked:
 		v.only = state
 	default:
+		if _, err := os.Stat(text); errors.Is(err, fs.ErrNotExist) && !strings.Contains(text, "/") {
+			return errors.New("a binding's state is pending, active or revoked, and there is no folder of that name " +
+				"either")
+		}
 		v.folder = text
 	}
 	return nil

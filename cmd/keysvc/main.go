@@ -43,7 +43,8 @@ for each manufacturer:            keysvc transport new; keysvc enroll
 for each lot that is granted:     keysvc lot import
 and then:                         keysvc serve
 
-Exit codes: 0 done; 1 failed; 2 wrong usage or configuration.`,
+Exit codes: 0 done; 1 failed; 2 wrong usage or configuration, also a token, folder or store that is not there, or not
+the one that belongs here.`,
 		Writer: os.Stdout, ErrWriter: os.Stderr,
 		Commands: []*cli.Command{
 			{

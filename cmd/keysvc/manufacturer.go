@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"os"
 	"strings"
 	"time"
 
@@ -180,6 +181,12 @@ func enroll(c *cli.Context) error {
 		var err error
 		if url, err = cmdline.AbsoluteDirectory(url); err != nil {
 			return err
+		}
+		if dir, ok := strings.CutPrefix(url, "file:"); ok {
+			if _, err := os.Stat(dir); err != nil {
+				fmt.Fprintf(c.App.ErrWriter, "warning: the directory is not there now: %v; check its name, or mount "+
+					"it before lot import and serve\n", err)
+			}
 		}
 	}
 	var tacs []kme.TAC

@@ -104,8 +104,8 @@ func (c *connection) release() error {
 }
 
 func (c *connection) noToken() error {
-	return fmt.Errorf("the module %s has no token %v: check the URI and, for SoftHSM, SOFTHSM2_CONF%s",
-		c.uri.module, c.uri.token, softhsmConf())
+	return Setting(fmt.Errorf("the module %s has no token %v: check the URI and, for SoftHSM, SOFTHSM2_CONF%s",
+		c.uri.module, c.uri.token, softhsmConf()))
 }
 
 func softhsmConf() string {
@@ -145,7 +145,7 @@ func (c *connection) findSlot() (slot uint, info pkcs11.TokenInfo, err error) {
 	case 1:
 		return slot, info, nil
 	}
-	return 0, info, fmt.Errorf("%d tokens fit %v: add serial=NUMBER to the URI", found, c.uri.token)
+	return 0, info, Setting(fmt.Errorf("%d tokens fit %v: add serial=NUMBER to the URI", found, c.uri.token))
 }
 
 // Trim takes off what fills the fields of CK_TOKEN_INFO.

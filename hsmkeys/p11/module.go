@@ -34,7 +34,8 @@ var modules struct {
 	at map[string]*module
 }
 
-func loadModule(path string) (*module, error) {
+func loadModule(path string) (_ *module, err error) {
+	defer func() { err = Setting(err) }()
 	modules.Lock()
 	defer modules.Unlock()
 	if m := modules.at[path]; m != nil {

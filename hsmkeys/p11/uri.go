@@ -37,7 +37,8 @@ func CheckURI(s string) error {
 	return err
 }
 
-func parseURI(s string) (*uri, error) {
+func parseURI(s string) (u *uri, err error) {
+	defer func() { err = Setting(err) }()
 	if s == "" {
 		return nil, errors.New("no token: give --token or KMEHSM_TOKEN, an RFC 7512 URI, " + uriExample)
 	}
@@ -50,7 +51,7 @@ func parseURI(s string) (*uri, error) {
 		return nil, errors.New("the token's URI has a pin-value: a PIN on a command line is open to every user of " +
 			"the machine; put it in a file and name that with pin-source=file:/path")
 	}
-	u := &uri{token: map[string]string{}}
+	u = &uri{token: map[string]string{}}
 	u.module, _ = p.GetQueryAttribute("module-path", false)
 	if u.module == "" {
 		return nil, errors.New("the token's URI names no PKCS #11 module: add module-path, " + uriExample)
@@ -88,7 +89,8 @@ func (PIN) Format(f fmt.State, _ rune)   { io.WriteString(f, redactedPIN) }
 
 // ReadPIN takes a PIN from a pin-source: a file: URI or an absolute path (RFC 7512 section 2.4). One newline at the
 // end belongs to the file, not to the PIN. Its errors never quote the file's content.
-func ReadPIN(source string) (PIN, error) {
+func ReadPIN(source string) (_ PIN, err error) {
+	defer func() { err = Setting(err) }()
 	if source == "" {
 		return "", errors.New("no PIN: add pin-source=file:/path to the token's URI")
 	}

@@ -18,6 +18,7 @@ import (
 	"github.com/urfave/cli/v2"
 	"golang.org/x/term"
 
+	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/config"
 )
 
@@ -97,8 +98,15 @@ func (p Program) Run(ctx context.Context, args []string) int {
 	if slices.Contains(args, "--json") && !errors.As(err, new(saidError)) {
 		json.NewEncoder(app.Writer).Encode(map[string]any{"ok": false, "error": err.Error()})
 	}
+	return exitCode(err)
+}
+
+func exitCode(err error) int {
 	if e, ok := errors.AsType[exitError](err); ok {
 		return e.code
+	}
+	if _, ok := errors.AsType[hsmkeys.SettingError](err); ok {
+		return exitUsage
 	}
 	return exitFailed
 }

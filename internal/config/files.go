@@ -87,29 +87,40 @@ func (r *Report) PIN(setting, uri string) {
 	}
 }
 
-// Address finds out whether a TCP address can be had.
+// Address finds out whether a TCP address can be had. What runs already has its own.
 func (r *Report) Address(setting, address string) {
-	l, err := Listen(address)
-	if err != nil {
-		r.Add(setting, err.Error(), "")
+	l, err := net.Listen("tcp", address)
+	if err == nil {
+		l.Close()
 		return
 	}
-	l.Close()
+	remedy := ""
+	if errors.Is(err, syscall.EADDRINUSE) {
+		remedy = Running
+	}
+	r.Add(setting, notHad(address, err).Error(), remedy)
 }
+
+// Running is the remedy for an address that the program itself may have.
+const Running = "if that is the service itself, check with --running"
 
 // Listen says what to do about an address that cannot be had.
 func Listen(address string) (net.Listener, error) {
 	l, err := net.Listen("tcp", address)
+	return l, notHad(address, err)
+}
+
+func notHad(address string, err error) error {
 	switch {
 	case errors.Is(err, syscall.EADDRINUSE):
-		err = fmt.Errorf("another process listens at %s (ss -ltnp shows which): stop it, or choose another port",
+		return fmt.Errorf("another process listens at %s (ss -ltnp shows which): stop it, or choose another port",
 			address)
 	case errors.Is(err, syscall.EADDRNOTAVAIL):
-		err = fmt.Errorf("%s is no address of this machine (ip address shows them): choose another", address)
+		return fmt.Errorf("%s is no address of this machine (ip address shows them): choose another", address)
 	case errors.Is(err, syscall.EACCES):
-		err = fmt.Errorf("this user may not listen at %s: choose a port above 1023", address)
+		return fmt.Errorf("this user may not listen at %s: choose a port above 1023", address)
 	}
-	return l, err
+	return err
 }
 
 // ServerTLS finds what is wrong with a server's certificate, its key, and the CA of its clients, which are settings

@@ -4,7 +4,10 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 )
 
@@ -59,4 +62,33 @@ func TestLock(t *testing.T) {
 	if _, err := Lock(filepath.Join(dir, "none")); err == nil {
 		t.Error("locked what is not there")
 	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+}
+
+// Whoever opens the file that another is about to remove does not hold the lock of the next one.
+func TestLockAlone(t *testing.T) {
+	dir := t.TempDir()
+	var holders, locked atomic.Int32
+	var all sync.WaitGroup
+	for range 8 {
+		all.Go(func() {
+			for locked.Load() < 200 && !t.Failed() {
+				unlock, err := Lock(dir)
+				if err != nil {
+					runtime.Gosched()
+					continue
+				}
+				if n := holders.Add(1); n != 1 {
+					t.Errorf("%d hold the lock", n)
+				}
+				runtime.Gosched()
+				holders.Add(-1)
+				locked.Add(1)
+				unlock()
+			}
+		})
+	}
+	all.Wait()
 }

@@ -10,25 +10,32 @@ import (
 	"time"
 )
 
-// LockFile is the file in a folder that is locked.
-const LockFile = ".lock"
+// lockFile is the file in a folder that is locked. Unlock removes it.
+const lockFile = ".lock"
 
 // Lock keeps other processes that lock the same folder out until unlock, or the end of this process. It does not wait;
 // whoever is kept out is told who holds the lock.
 func Lock(dir string) (unlock func(), err error) {
-	f, err := os.OpenFile(filepath.Join(dir, LockFile), os.O_RDWR|os.O_CREATE, 0o600)
-	if err != nil {
-		return nil, fmt.Errorf("%s cannot be locked: %w", dir, err)
-	}
-	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
-		defer f.Close()
-		if !errors.Is(err, syscall.EWOULDBLOCK) {
+	path := filepath.Join(dir, lockFile)
+	var f *os.File
+	for {
+		if f, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600); err != nil {
 			return nil, fmt.Errorf("%s cannot be locked: %w", dir, err)
 		}
-		holder := make([]byte, 512)
-		n, _ := f.Read(holder)
-		return nil, fmt.Errorf("another process is at work in %s: %s; wait until it has ended", dir,
-			strings.TrimSpace(string(holder[:n])))
+		if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+			defer f.Close()
+			if !errors.Is(err, syscall.EWOULDBLOCK) {
+				return nil, fmt.Errorf("%s cannot be locked: %w", dir, err)
+			}
+			holder := make([]byte, 512)
+			n, _ := f.Read(holder)
+			return nil, fmt.Errorf("another process is at work in %s: %s; wait until it has ended", dir,
+				strings.TrimSpace(string(holder[:n])))
+		}
+		if isAt(f, path) {
+			break
+		}
+		f.Close() // whoever held the lock has removed the file after it was opened here
 	}
 	// Only for people: the lock is the kernel's, and ends with the process.
 	host, _ := os.Hostname()
@@ -37,7 +44,17 @@ func Lock(dir string) (unlock func(), err error) {
 		f.Close()
 		return nil, fmt.Errorf("%s cannot be locked: %w", dir, err)
 	}
-	return func() { f.Truncate(0); f.Close() }, nil
+	return func() { os.Remove(path); f.Close() }, nil
+}
+
+// isAt says whether an open file is the one at a path.
+func isAt(f *os.File, path string) bool {
+	mine, err := f.Stat()
+	if err != nil {
+		return false
+	}
+	there, err := os.Stat(path)
+	return err == nil && os.SameFile(mine, there)
 }
 
 func first(_ int, err error) error { return err }

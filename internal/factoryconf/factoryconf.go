@@ -39,6 +39,7 @@ type Config struct {
 		ClientCA    string `yaml:"client_ca" path:"" flag:"client-ca"`
 	} `yaml:"tls"`
 	Stations []string      `yaml:"stations" flag:"station"`
+	Line     string        `yaml:"line"`
 	Timeout  time.Duration `yaml:"timeout"`
 }
 
@@ -86,6 +87,7 @@ var schema = config.Schema[Config]{See: "factory check", Settings: []config.Sett
 		OK:   func(c *Config) bool { _, _, err := net.SplitHostPort(c.Listen); return c.Listen == "" || err == nil }},
 	{Name: "tls", Example: "{certificate: server.pem, key: server.key, client_ca: stations.pem}"},
 	{Name: "stations", Example: "[station-1, station-2]", Help: "by the common names of their certificates"},
+	{Name: "line", Example: "hall 3, line 2", Help: "its name on the wall screen (default: the machine's)"},
 	{Name: "timeout", Example: "10m", Help: "after which a device that its station did not report is overdue",
 		Rule: "a time of a second at least, such as 10m",
 		OK:   func(c *Config) bool { return c.Timeout == 0 || c.Timeout >= time.Second }},

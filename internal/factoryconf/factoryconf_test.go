@@ -37,6 +37,7 @@ valid_for: 720h
 listen: 127.0.0.1:0
 tls: {certificate: a, key: b, client_ca: c}
 stations: [s1, s2]
+line: hall 3, line 2
 timeout: 5m
 `
 

@@ -1,22 +1,56 @@
 package keysvcd
 
 import (
+	"fmt"
+	"net"
 	"net/url"
+	"os"
 	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/kmehsm/kmehsm/internal/config"
 	"github.com/kmehsm/kmehsm/internal/n5geir"
 )
 
 // Check finds all that is wrong with a configuration, without a look into the token, the store or a directory. running
-// says that a service may have its addresses already.
+// says that a service may have its addresses already; one that serves the socket is found without that.
 func Check(from Source, running bool) *config.Report {
 	cfg, r := readConfig(from)
 	cfg.inspect(r)
-	if !running {
+	if running {
+		return r
+	}
+	if pid := servedByKeysvc(cfg.Socket); pid != 0 {
+		r.Warn("socket", fmt.Sprintf("a keysvc runs, as process %d, and serves %s", pid, cfg.Socket),
+			"its addresses were not checked; keysvc check --running does not look at them either")
+	} else {
 		cfg.addresses(r)
 	}
 	return r
+}
+
+// servedByKeysvc is the process that serves a socket, if it is a keysvc; else 0.
+func servedByKeysvc(socket string) (pid int) {
+	c, err := net.Dial("unix", socket)
+	if err != nil {
+		return 0
+	}
+	defer c.Close()
+	raw, err := c.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		return 0
+	}
+	raw.Control(func(fd uintptr) {
+		if peer, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
+			pid = int(peer.Pid)
+		}
+	})
+	name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
+	if err != nil || strings.TrimSpace(string(name)) != "keysvc" {
+		return 0
+	}
+	return pid
 }
 
 // inspect reports what is wrong with the files that the configuration names.
@@ -71,7 +105,7 @@ func (c *Config) addresses(r *config.Report) {
 	}
 	if c.Socket != "" && r.Good("socket") {
 		if err := socketFree(c.Socket); err != nil {
-			r.Add("socket", err.Error(), "")
+			r.Add("socket", err.Error(), config.Running)
 		}
 	}
 }

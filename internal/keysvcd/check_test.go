@@ -72,6 +72,11 @@ directory: file:away
 			t.Errorf("problem %d is not %q in\n%s", i, w, strings.Join(all, "\n"))
 		}
 	}
+	for _, i := range []int{2, 5} {
+		if !strings.HasSuffix(all[i], "if that is the service itself, check with --running") {
+			t.Errorf("%s does not say what to do if that is the service", all[i])
+		}
+	}
 	if text := strings.Join(all, "\n"); strings.Contains(text, "hunter2") || strings.Contains(text, "4711") {
 		t.Errorf("a secret is shown: %s", text)
 	}

@@ -91,14 +91,19 @@ func listenUnix(path string, others bool) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return nil, err
 	}
-	mask := 0o177
-	if others {
-		mask = 0o111
+	// The mode of the descriptor is that of the name which bind makes: it is closed from its first moment on. The umask
+	// would do the same, to all that the process makes meanwhile.
+	closed := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) (err error) {
+		return errors.Join(c.Control(func(fd uintptr) { err = syscall.Fchmod(int(fd), 0o600) }), err)
+	}}
+	l, err := closed.Listen(context.Background(), "unix", path)
+	if err != nil || !others {
+		return l, err
 	}
-	old := syscall.Umask(mask) // from its first moment on, not only after a chmod
-	l, err := net.Listen("unix", path)
-	syscall.Umask(old)
-	return l, err
+	if err := os.Chmod(path, 0o666); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	return l, nil
 }
 
 // run serves until ctx ends, and then finishes the calls under way. It reloads at SIGHUP, and when a database that was

@@ -28,7 +28,7 @@ type Token interface {
 }
 
 func noKeys(token fmt.Stringer) error {
-	return fmt.Errorf("%s has no keys yet: run keysvc init first", token)
+	return cmdline.Usagef("%s has no keys yet: run keysvc init first", token)
 }
 
 // OpenStore opens a store that is there, whatever state that is in.
@@ -36,7 +36,7 @@ func OpenStore(ctx context.Context, token Token, name string) (*sqlstore.Store, 
 	if there, err := there(name); err != nil {
 		return nil, err
 	} else if !there {
-		return nil, fmt.Errorf("there is no store at %s: run keysvc init first; or, if it is elsewhere, name its "+
+		return nil, cmdline.Usagef("there is no store at %s: run keysvc init first; or, if it is elsewhere, name its "+
 			"folder with state, or the store itself with store", inFile(name))
 	}
 	return makeStore(ctx, token, name)
@@ -44,6 +44,14 @@ func OpenStore(ctx context.Context, token Token, name string) (*sqlstore.Store, 
 
 // makeStore opens a store; one in a file that is not there is made.
 func makeStore(ctx context.Context, token Token, name string) (*sqlstore.Store, error) {
+	if err := sqlstore.CheckName(name); err != nil {
+		return nil, cmdline.Usage(err)
+	}
+	if path := inFile(name); path != "" {
+		if err := cmdline.CheckOwner("keysvc", filepath.Dir(path)); err != nil {
+			return nil, err
+		}
+	}
 	key, err := token.Derive(ctx, sqlstore.RowKey)
 	if errors.Is(err, hsmkeys.ErrNoKey) {
 		return nil, noKeys(token)
@@ -70,6 +78,9 @@ func UseStore(ctx context.Context, token Token, name string, f func(*sqlstore.St
 // Migrate copies all of a store into another one, which is empty, and gives how many rows that are. report is called
 // with that now and then.
 func Migrate(ctx context.Context, token Token, from, to string, report func(rows int)) (rows int, err error) {
+	if there, err := there(from); err == nil && !there {
+		return 0, cmdline.Usagef("--from: there is no store at %s: check its path", inFile(from))
+	}
 	source, err := OpenStore(ctx, token, from)
 	if err != nil {
 		return 0, fmt.Errorf("--from: %w", err)
