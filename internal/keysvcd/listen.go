@@ -91,14 +91,21 @@ func listenUnix(path string, others bool) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return nil, err
 	}
-	mask := 0o177
-	if others {
-		mask = 0o111
+	// Its mode from its first moment on is that of the unbound socket, less the umask (Linux). The umask itself is the
+	// whole process's: to change it would give a wrong mode to what is made elsewhere at that moment.
+	var chmod error
+	private := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		err := c.Control(func(fd uintptr) { chmod = syscall.Fchmod(int(fd), 0o600) })
+		return errors.Join(err, chmod)
+	}}
+	l, err := private.Listen(context.Background(), "unix", path)
+	if err != nil || !others {
+		return l, err
 	}
-	old := syscall.Umask(mask) // from its first moment on, not only after a chmod
-	l, err := net.Listen("unix", path)
-	syscall.Umask(old)
-	return l, err
+	if err := os.Chmod(path, 0o666); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	return l, nil
 }
 
 // run serves until ctx ends, and then finishes the calls under way. It reloads at SIGHUP, and when a database that was
