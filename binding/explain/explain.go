@@ -164,6 +164,11 @@ func meaning(r *binding.PastRefusal) (why, todo string) {
 		if r.Cause != "" {
 			cause = " (" + r.Cause + ")"
 		}
+		if r.Cause == binding.ErrUsed.Error() {
+			return "the payload of device " + r.IMEI + " was not accepted" + cause,
+				"have the device attach again: it makes another KME; if this happens again, somebody repeats its " +
+					"payload: see who and from where in the log of the service"
+		}
 		return "the payload of device " + r.IMEI + " was not accepted" + cause,
 			"have the device attach again; if that does not help, its key is another than the published one: see " +
 				device + ", and return it to its manufacturer (factory lot reissue)"

@@ -2,7 +2,7 @@
 const id = name => document.getElementById(name);
 const number = n => Math.round(n).toLocaleString('en');
 const clock = t => new Date(t).toLocaleTimeString('en-GB', { hour: '2-digit', minute: '2-digit' });
-// What a device became, with its shape: whoever sees no colours sees these. The order is the chart's, from below.
+// What a device became, with its shape, for people who cannot see the colours. The order is the chart's, from below.
 const kinds = { injected: '●', failed: '▲', overdue: '◆', scrapped: '✕' };
 const bad = ['failed', 'overdue', 'scrapped'];
 
@@ -24,6 +24,13 @@ function element(name, kind, text, ...children) {
 function counts(of, which) {
   return element('span', '', '',
     ...which.filter(k => of[k]).map(k => element('span', k, `${kinds[k]}${number(of[k])} `)));
+}
+
+// named is a name, of which the beginning is cut off where there is no room for all, and its last signs never.
+function named(name, before = '') {
+  const end = Math.max(0, name.length - 6);
+  return element('span', 'name', '', element('span', 'clip', before + name.slice(0, end)),
+    element('span', '', name.slice(end)));
 }
 
 // tiles fills a grid: as many columns as its tiles need to be at least so high.
@@ -82,7 +89,8 @@ function show(s) {
   else if (!sum('waiting')) say('stopped', '■ STOPPED', `all handed out; ${last}`);
   else say('stopped', '■ STOPPED', last);
   const known = s.lots.every(l => l.ready >= 0);
-  id('line').textContent = `${s.line}${s.lots.length === 1 ? ` · lot ${s.lots[0].lot}` : ` · ${s.lots.length} lots`}`;
+  id('line').replaceChildren(s.lots.length === 1 ? named(s.lots[0].lot, `${s.line} · lot `)
+    : `${s.line} · ${s.lots.length} lots`);
   id('rate').textContent = number(s.per_hour);
   id('ready').textContent = known ? number(sum('ready')) : '?';
   id('togo').textContent = known ? duration(s.seconds_left) : '–';
@@ -92,7 +100,7 @@ function show(s) {
     const done = element('i');
     done.style.width = `${l.devices ? Math.min(100, 100 * l.injected / l.devices) : 0}%`;
     return element('div', `tile ${bad.some(k => l[k]) ? 'bad' : 'good'}`, '',
-      element('div', '', '', element('b', 'clip', l.lot),
+      element('div', '', '', named(l.lot),
         element('span', 'dim', `${number(l.injected)} of ${number(l.devices)}`)),
       element('div', '', '', counts(l, bad), element('span', '', `${l.ready < 0 ? '?' : number(l.ready)} ready`)),
       element('div', 'bar', '', done));
@@ -102,7 +110,7 @@ function show(s) {
     const idle = !w.last || Date.parse(s.time) - Date.parse(w.last) > 60000;
     const worse = bad.some(k => w.hour[k]);
     return element('div', `tile ${worse ? 'bad' : idle ? '' : 'good'}`, '',
-      element('div', '', '', element('b', 'clip', `${idle ? '■' : '▶'} ${w.station}`),
+      element('div', '', '', named(w.station, `${idle ? '■' : '▶'} `),
         element('span', 'dim',
           idle ? `${wide ? 'idle ' : ''}${w.last ? clock(w.last) : ''}` : wide ? w.holds ?? '' : '')),
       element('div', '', '', counts(w.hour, Object.keys(kinds))));

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math"
 	"os"
+	"slices"
 	"strings"
 	"sync/atomic"
 
@@ -104,8 +105,13 @@ func (c *connection) release() error {
 }
 
 func (c *connection) noToken() error {
-	return Setting(fmt.Errorf("the module %s has no token %v: check the URI and, for SoftHSM, SOFTHSM2_CONF%s",
-		c.uri.module, c.uri.token, softhsmConf()))
+	var names []string
+	for name, value := range c.uri.token {
+		names = append(names, name+"="+value)
+	}
+	slices.Sort(names)
+	return Setting(fmt.Errorf("the module %s has no token with %s: check the URI and, for SoftHSM, SOFTHSM2_CONF%s",
+		c.uri.module, strings.Join(names, ", "), softhsmConf()))
 }
 
 func softhsmConf() string {

@@ -115,7 +115,8 @@ func (p *Progress) say(now time.Time) {
 	case p.json:
 		json.NewEncoder(p.w).Encode(p.document(s, since, now))
 	case p.terminal:
-		p.w.(*screen).show(p.drawn(s, since, now))
+		w := p.w.(*screen)
+		w.show(p.drawn(s, since, now, w.columns()))
 	default:
 		fmt.Fprintf(p.w, "%s: %s\n", p.what, p.said(s, since, now))
 	}
@@ -170,17 +171,26 @@ func (p *Progress) said(s Step, since, now time.Time) string {
 	return text
 }
 
-func (p *Progress) drawn(s Step, since, now time.Time) string {
+// drawn is a line of at most so many columns, but for the note at its end. Where a terminal is narrow the bar is
+// shorter, or left out: the time that is left matters more.
+func (p *Progress) drawn(s Step, since, now time.Time, columns int) string {
 	if s.Total == 0 {
 		const spinner = `|/-\`
 		return fmt.Sprintf("%c %s: %s", spinner[now.Sub(p.began)/drawEvery%time.Duration(len(spinner))], p.what,
 			p.said(s, since, now))
 	}
-	const width = 20
 	share := min(float64(s.Done)/float64(s.Total), 1)
-	full := int(share * width)
-	return fmt.Sprintf("%s [%s%s] %3d%%  %s", p.what, strings.Repeat("#", full), strings.Repeat("-", width-full),
-		int(100*share), p.said(s, since, now))
+	percent := fmt.Sprintf("%3d%%  ", int(100*share))
+	bare := s
+	bare.Note = ""
+	bar := ""
+	const widest, narrowest = 20, 5
+	free := columns - len([]rune(p.what+" [] "+percent+p.said(bare, since, now)))
+	if width := min(free, widest); width >= narrowest {
+		full := int(share * float64(width))
+		bar = "[" + strings.Repeat("#", full) + strings.Repeat("-", width-full) + "] "
+	}
+	return p.what + " " + bar + percent + p.said(s, since, now)
 }
 
 // A screen is a terminal with a line at the end that changes. What else is written has lines of its own above it.
@@ -215,15 +225,19 @@ func (s *screen) Write(text []byte) (int, error) {
 	return s.f.Write(text)
 }
 
-// show has a line shown in the place of the one before; none if it is empty. It never reaches the last column, where
-// some terminals begin a new line.
-func (s *screen) show(line string) {
+// columns are those that a line may have: not the last one, where some terminals begin a new line.
+func (s *screen) columns() int {
 	width, _, err := term.GetSize(int(s.f.Fd()))
 	if err != nil || width < 2 {
 		width = 80
 	}
-	if runes := []rune(line); len(runes) > width-1 {
-		line = string(runes[:width-1])
+	return width - 1
+}
+
+// show has a line shown in the place of the one before; none if it is empty.
+func (s *screen) show(line string) {
+	if runes, n := []rune(line), s.columns(); len(runes) > n {
+		line = string(runes[:n])
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

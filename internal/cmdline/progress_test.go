@@ -103,7 +103,7 @@ func TestPaceBeginsWithTheWork(t *testing.T) {
 
 // On a terminal an error has a line of its own, and the bar is gone in the end; the bar fits the terminal.
 func TestProgressOnTerminal(t *testing.T) {
-	const columns = 60
+	const columns = 80
 	tty, read := terminal(t, columns)
 	app := &cli.App{Name: "prog", Writer: io.Discard, ErrWriter: tty, Commands: []*cli.Command{{Name: "work",
 		Action: func(c *cli.Context) error {
@@ -131,6 +131,22 @@ func TestProgressOnTerminal(t *testing.T) {
 	for part := range strings.SplitSeq(text, clearLine) {
 		if line, _, _ := strings.Cut(part, "\n"); len(line) >= columns {
 			t.Errorf("%q does not fit", line)
+		}
+	}
+}
+
+// On a narrow terminal the bar makes room for the time that is left; the note is what is cut off.
+func TestProgressOnNarrowTerminal(t *testing.T) {
+	p := newProgress(new(bytes.Buffer), "L1", "devices", false)
+	s := Step{Done: 500, New: 100, Total: 1000, Note: "token busy 90%"}
+	for columns, want := range map[int]string{
+		80: "L1 [##########----------]  50%  500 of 1000 devices, 10/s, 50s left; token busy 90%",
+		56: "L1 [####-----]  50%  500 of 1000 devices, 10/s, 50s left; token busy 90%",
+		48: "L1  50%  500 of 1000 devices, 10/s, 50s left; token busy 90%",
+		20: "L1  50%  500 of 1000 devices, 10/s, 50s left; token busy 90%",
+	} {
+		if got := p.drawn(s, p.since, p.since.Add(10*time.Second), columns); got != want {
+			t.Errorf("%d columns: %q", columns, got)
 		}
 	}
 }

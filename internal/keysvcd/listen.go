@@ -91,12 +91,14 @@ func listenUnix(path string, others bool) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return nil, err
 	}
-	// The mode of the descriptor is that of the name which bind makes: it is closed from its first moment on. The umask
-	// would do the same, to all that the process makes meanwhile.
-	closed := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) (err error) {
-		return errors.Join(c.Control(func(fd uintptr) { err = syscall.Fchmod(int(fd), 0o600) }), err)
+	// Its mode from its first moment on is that of the unbound socket, less the umask (Linux). The umask itself is the
+	// whole process's: to change it would give a wrong mode to what is made elsewhere at that moment.
+	var chmod error
+	private := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		err := c.Control(func(fd uintptr) { chmod = syscall.Fchmod(int(fd), 0o600) })
+		return errors.Join(err, chmod)
 	}}
-	l, err := closed.Listen(context.Background(), "unix", path)
+	l, err := private.Listen(context.Background(), "unix", path)
 	if err != nil || !others {
 		return l, err
 	}

@@ -1,60 +1,58 @@
 package keysvcd
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
-	"strconv"
-	"syscall"
+	"sync"
 	"testing"
 )
 
-// The socket is its user's alone, or everybody's, whatever the umask is; and what the process makes meanwhile has the
-// mode that it would have without a socket: a folder without x is one that the service cannot use.
+// The socket is for its own user alone, or for all, whatever the umask; and what others make in the same process at
+// that moment has the mode that they want.
 func TestListenUnix(t *testing.T) {
-	defer syscall.Umask(syscall.Umask(0o077)) // that of keysvc.service
-	dir := t.TempDir()
-	stop, made := make(chan struct{}), make(chan error)
-	go func() {
-		defer close(made)
+	dir, err := os.MkdirTemp("", "") // t.TempDir may be too long for a socket's path
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	path := filepath.Join(dir, "socket")
+	listened := make(chan struct{})
+	var making sync.WaitGroup
+	making.Go(func() {
 		for i := 0; ; i++ {
 			select {
-			case <-stop:
+			case <-listened:
 				return
 			default:
 			}
-			folder := filepath.Join(dir, "folder"+strconv.Itoa(i%100))
-			if err := os.Mkdir(folder, 0o700); err != nil {
-				made <- err
+			made := filepath.Join(dir, fmt.Sprint(i))
+			if err := os.Mkdir(made, 0o700); err != nil {
+				t.Error(err)
 				return
 			}
-			if info, err := os.Stat(folder); err != nil || info.Mode().Perm() != 0o700 {
-				t.Errorf("a folder made beside is %v, %v", info.Mode(), err)
+			if info, err := os.Stat(made); err != nil || info.Mode().Perm() != 0o700 {
+				t.Errorf("a folder that was made meanwhile: %v %v", info.Mode(), err)
 				return
 			}
-			if err := os.Remove(folder); err != nil {
-				made <- err
+			if err := os.Remove(made); err != nil {
+				t.Error(err)
 				return
 			}
 		}
-	}()
-	for i := range 400 {
+	})
+	for i := range 500 {
 		others := i%2 == 1
-		want := os.FileMode(0o600)
-		if others {
-			want = 0o666
-		}
-		path := filepath.Join(dir, "s")
 		l, err := listenUnix(path, others)
 		if err != nil {
 			t.Fatal(err)
 		}
+		want := map[bool]os.FileMode{false: 0o600, true: 0o666}[others]
 		if info, err := os.Stat(path); err != nil || info.Mode().Perm() != want {
-			t.Fatalf("the socket is %v, %v, want %v", info.Mode(), err, want)
+			t.Fatalf("the socket: %v %v, not %v", info.Mode(), err, want)
 		}
 		l.Close()
 	}
-	close(stop)
-	if err := <-made; err != nil {
-		t.Error(err)
-	}
+	close(listened)
+	making.Wait()
 }

@@ -63,8 +63,8 @@ func TestOperatorPage(t *testing.T) {
 	}
 	status, body := get("monitor.example", page, "/")
 	body = strings.Join(strings.Fields(body), " ")
-	for _, want := range []string{"●</span> Everything works", tok.Label, "sqlite", "CN=127.0.0.1", "CN=ca",
-		"■</span> 0 days left", "No lot was imported"} {
+	for _, want := range []string{"▲</span> Works, with 2 warnings", tok.Label, "sqlite", "CN=127.0.0.1", "CN=ca",
+		"■</span> less than a day left", "No lot was imported"} {
 		if status != http.StatusOK || !strings.Contains(body, want) {
 			t.Errorf("the page, %d, has no %q: %s", status, want, body)
 		}

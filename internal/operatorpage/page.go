@@ -124,12 +124,36 @@ func (p *page) health(ctx context.Context) (Health, time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if time.Since(p.found) >= healthFor {
-		// It is for whoever asks next, too.
+		// The next request gets the same answer.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 		defer cancel()
 		p.last, p.found = p.Health(ctx), time.Now()
+		for _, c := range p.last.Certificates {
+			if daysLeft(c.Ends) < soon {
+				p.last.Warnings = append(p.last.Warnings, fmt.Sprintf("the certificate %s (%s): %s", c.Subject, c.For,
+					left(c.Ends)))
+			}
+		}
 	}
 	return p.last, p.found
+}
+
+// soon is how many days before its end a certificate is a warning.
+const soon = 30
+
+func daysLeft(t time.Time) int { return int(math.Floor(time.Until(t).Hours() / 24)) }
+
+func left(t time.Time) string {
+	switch n := daysLeft(t); {
+	case n < 0:
+		return "it has ended"
+	case n == 0:
+		return "less than a day left"
+	case n == 1:
+		return "1 day left"
+	default:
+		return fmt.Sprintf("%d days left", n)
+	}
 }
 
 // A found is what was looked up.
@@ -353,7 +377,7 @@ var parsed = template.Must(template.New("page.html").Funcs(template.FuncMap{
 	},
 	"clock":  func(t time.Time) string { return t.UTC().Format("15:04") },
 	"number": number[float64], "integer": number[int64], "int": number[int],
-	"days": func(t time.Time) int { return int(math.Floor(time.Until(t).Hours() / 24)) },
+	"days": daysLeft, "left": left, "soon": func() int { return soon },
 	"ago": func(t time.Time) string {
 		if t.IsZero() {
 			return "never"

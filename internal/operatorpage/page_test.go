@@ -224,9 +224,10 @@ func TestPage(t *testing.T) {
 		}
 	}
 	_, page := d.ask(t, monitor, "GET", "/")
-	for _, want := range []string{"Works, with a warning", `role="status"`, "10\u202f159\u202f002",
-		"▲</span> 20 days left",
-		"▲</span> not served: retired", "▲</span> failed", "■</span> away", "Refusals by reason", "OTHER_DEVICE",
+	for _, want := range []string{"Works, with 2 warnings", `role="status"`, "10\u202f159\u202f002",
+		"▲</span>\n20 days left", "(server): 20 days left",
+		"▲</span> not served: retired", "▲</span> failed", "■</span> does not\nwork", "Refusals by reason",
+		"OTHER_DEVICE",
 		"HSM_UNAVAILABLE</b>: 2\u202f419;", "NO_ATTEMPT</b>: 3;", "Attaches</b>:"} {
 		if !strings.Contains(page, want) {
 			t.Errorf("the page has no %q", want)
@@ -238,8 +239,23 @@ func TestPage(t *testing.T) {
 	d = newDesk(t)
 	d.health = operatorpage.Health{Problem: "the HSM is on <fire>"}
 	if _, page := d.ask(t, d.client(t, "monitor.example"), "GET", "/"); !strings.Contains(page,
-		"■</span> Not ready: the HSM is on &lt;fire&gt;") || !strings.Contains(page, "No lot was imported") {
+		"■</span> Not ready: the HSM is on &lt;fire&gt;") || strings.Count(page, "Not known while the") != 2 ||
+		strings.Contains(page, "No lot") || strings.Contains(page, "No manufacturer") {
 		t.Errorf("a service that is not ready: %s", page)
+	}
+	d = newDesk(t)
+	d.health = operatorpage.Health{Store: operatorpage.Store{Works: true}}
+	for days, want := range map[time.Duration]string{-1: "it has ended", 0: "less than a day left", 1: "1 day left"} {
+		d.health.Certificates = append(d.health.Certificates, operatorpage.Certificate{For: "server", Subject: want,
+			Ends: time.Now().Add(days*24*time.Hour + time.Hour)})
+	}
+	_, page = d.ask(t, d.client(t, "monitor.example"), "GET", "/")
+	for _, want := range []string{"Works, with 3 warnings", "No lot was imported", "No manufacturer is enrolled",
+		"it has ended (server): it has ended", "less than a day left (server): less than a day left",
+		"1 day left (server): 1 day left"} {
+		if !strings.Contains(page, want) {
+			t.Errorf("an empty service whose certificates end: no %q in %s", want, page)
+		}
 	}
 }
 
@@ -258,16 +274,16 @@ func TestLookUp(t *testing.T) {
 		{monitor, "IMSI", refused, []string{"It was never bound.", "establish at", "NO_ATTEMPT", "no attempt was open",
 			"What to do", "attach again"},
 			[]string{"<script>"}},
-		{monitor, "IMSI", foreign, []string{"Not found out.", "PLMN that you may not see"}, []string{device}},
+		{monitor, "IMSI", foreign, []string{"No answer:", "PLMN that you may not see"}, []string{device}},
 		{all, "IMSI", foreign, []string{"is bound to device"}, nil},
 		{monitor, "IMEI", device, []string{"in no lot", bound, "ACTIVE"}, []string{foreign}},
 		{all, "IMEI", device, []string{bound, foreign}, nil},
 		{monitor, "IMEI", "35209900000025", []string{"No subscription that you may see"}, nil},
-		{monitor, "IMSI", "12x", []string{"Not found out."}, nil},
-		{monitor, "IMSI", "", []string{"Not found out."}, nil},
-		{monitor, "IMEI", "123", []string{"Not found out."}, nil},
-		{monitor, "IMSI", `"><script>alert(1)</script>`, []string{"Not found out."}, []string{"alert(1)"}},
-		{monitor, "IMSI", strings.Repeat("1", 5000), []string{"Not found out."}, nil},
+		{monitor, "IMSI", "12x", []string{"No answer:"}, nil},
+		{monitor, "IMSI", "", []string{"No answer:"}, nil},
+		{monitor, "IMEI", "123", []string{"No answer:"}, nil},
+		{monitor, "IMSI", `"><script>alert(1)</script>`, []string{"No answer:"}, []string{"alert(1)"}},
+		{monitor, "IMSI", strings.Repeat("1", 5000), []string{"No answer:"}, nil},
 		{monitor, "else", bound, []string{"say whether it is an IMSI or an IMEI"}, []string{device}},
 	} {
 		answer := d.lookUp(t, c.client, c.kind, c.number)

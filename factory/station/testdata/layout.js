@@ -33,7 +33,9 @@ function look(frame, wrong) {
     if (!inside(box, screen)) wrong(`off the screen: ${name(e)}`);
     const around = e.parentElement.closest('.tile, .tiles, section, header, #figures > div, svg');
     if (around && !inside(box, around.getBoundingClientRect())) wrong(`out of its box: ${name(e)}`);
-    if (e.scrollWidth > e.clientWidth + 1 && style(e).display !== 'inline' && !e.closest('svg'))
+    if (e.matches('.name > .clip')) { // it may be cut, but something of it is seen
+      if (box.width < w.innerWidth / 50) wrong(`nothing is left of a name: ${name(e.parentElement)}`);
+    } else if (e.scrollWidth > e.clientWidth + 1 && style(e).display !== 'inline' && !e.closest('svg'))
       wrong(`cut off: ${name(e)}`);
     const own = [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim());
     if (!own) continue;
