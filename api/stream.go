@@ -100,6 +100,7 @@ type stream struct {
 	*connect.BidiStream[kmev1.StreamRequest, kmev1.StreamResponse]
 	places  chan struct{}      // has one for each call from when it is read until its answer is written
 	answers chan *kmev1.Answer // never full: each has a place
+	work    chan func()        // calls for goroutines that have made one before
 	calls   sync.WaitGroup
 	writing atomic.Int64 // when the write that is under way began, in Unix nanoseconds; 0: none is
 }
@@ -111,7 +112,7 @@ func (s *Streams) serve(
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	t := &stream{Streams: s, BidiStream: b, places: make(chan struct{}, maxUnderWay),
-		answers: make(chan *kmev1.Answer, maxUnderWay)}
+		answers: make(chan *kmev1.Answer, maxUnderWay), work: make(chan func())}
 	var helpers sync.WaitGroup // they use the response, which ends with serve
 	defer helpers.Wait()
 	over := make(chan struct{})
@@ -126,6 +127,7 @@ func (s *Streams) serve(
 		written <- recovered(t.write)
 	}()
 	err := recovered(func() error { return t.read(ctx) })
+	close(t.work)
 	t.calls.Wait()
 	close(t.answers)
 	if broken := <-written; err == nil || panics.Of(broken) != nil {
@@ -190,9 +192,25 @@ func (t *stream) read(ctx context.Context) error {
 					return toConnect(notAllowed())
 				}
 				h, ctx := handler, known
-				t.calls.Go(func() { t.answers <- h.answer(ctx, read, call) })
+				t.begin(func() { t.answers <- h.answer(ctx, read, call) })
 			}
 		}
+	}
+}
+
+// begin has a call made by a goroutine that waits for one, or else by a new one. They stay as long as the stream: the
+// stack of a goroutine grows with its first call, and a copy for each time that it doubles costs more than the rest of
+// a goroutine. There are never more than places.
+func (t *stream) begin(call func()) {
+	select {
+	case t.work <- call:
+	default:
+		t.calls.Go(func() {
+			call()
+			for call := range t.work {
+				call()
+			}
+		})
 	}
 }
 
