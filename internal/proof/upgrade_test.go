@@ -154,7 +154,7 @@ func TestPostgresUpgradeAtNoon(t *testing.T) {
 					t.Errorf("%+v, %v", v, err)
 				}
 				if all := attached.Load(); all > 0 {
-					v, err := c.PrepareVector(t.Context(), imsi(n%all), client.Origin{}, client.RAND{1})
+					v, err := c.PrepareVector(t.Context(), imsi(n%all), client.Origin{}, client.RAND{3})
 					if err != nil || v.AttemptID != "" {
 						t.Errorf("a bound subscription: %+v, %v", v, err)
 					}
