@@ -154,7 +154,7 @@ func TestPostgresUpgradeAtNoon(t *testing.T) {
 					t.Errorf("%+v, %v", v, err)
 				}
 				if all := attached.Load(); all > 0 {
-					v, err := c.PrepareVector(t.Context(), imsi(n%all), client.Origin{}, client.RAND{1})
+					v, err := c.PrepareVector(t.Context(), imsi(n%all), client.Origin{}, client.RAND{3})
 					if err != nil || v.AttemptID != "" {
 						t.Errorf("a bound subscription: %+v, %v", v, err)
 					}
@@ -205,13 +205,21 @@ func TestPostgresUpgradeAtNoon(t *testing.T) {
 	w.stop(a)
 	a = w.start(later, "a")
 	shared()
-	w.stop(b)
-	if !strings.Contains(b.Log.String(), serves) {
-		t.Errorf("the earlier release does not say what it cannot do:\n%s", b.Log)
+	asking := over(w.path("b"))
+	r := must.Get[*http.Response](t)(asking.Get("http://keysvc/readyz"))
+	said := must.Get[[]byte](t)(io.ReadAll(r.Body))
+	r.Body.Close()
+	asking.CloseIdleConnections()
+	if !strings.Contains(string(said), serves) {
+		t.Errorf("/readyz of the earlier release, which runs on: %s", said)
 	}
+	w.stop(b)
 	b = w.start("keysvc", "b") // and back: it serves beside the later one
 	shared()
 	w.stop(b)
+	if !strings.Contains(b.Log.String(), serves) {
+		t.Errorf("the log of the earlier release, which was started anew:\n%s", b.Log)
+	}
 	b = w.start(later, "b")
 	shared()
 
