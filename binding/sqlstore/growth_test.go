@@ -210,3 +210,34 @@ func BenchmarkGrowth(b *testing.B) {
 		}
 	}
 }
+
+// A service reads its ledger all the time that it runs. It does so page by page, and rests for most of the time.
+func TestReadingRests(t *testing.T) {
+	const n = 16_000
+	s, ctx := filled(t, t.TempDir(), n), t.Context()
+	least := time.Hour
+	for range 3 {
+		began, entries, rests := time.Now(), 0, 0
+		for chain := range int64(binding.Chains) {
+			m, _, err := s.verifyToHead(ctx, s.reads("verify"), chain, ignore, func(context.Context, time.Duration) error {
+				rests++
+				return nil
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			entries += m
+		}
+		if entries != 2*n || rests < binding.Chains {
+			t.Fatalf("%d entries, want %d, with %d rests between them", entries, 2*n, rests)
+		}
+		least = min(least, time.Since(began))
+	}
+	began := time.Now()
+	if m, err := s.VerifyLedger(ctx); err != nil || m != 2*n {
+		t.Fatalf("%d entries, %v", m, err)
+	}
+	if took := time.Since(began); took < 3*least {
+		t.Errorf("a reading took %s; one without a rest takes %s", took, least)
+	}
+}
