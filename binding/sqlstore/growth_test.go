@@ -219,10 +219,8 @@ func TestReadingRests(t *testing.T) {
 	for range 3 {
 		began, entries, rests := time.Now(), 0, 0
 		for chain := range int64(binding.Chains) {
-			m, _, err := s.verifyToHead(ctx, s.reads("verify"), chain, ignore, func(context.Context, time.Duration) error {
-				rests++
-				return nil
-			})
+			m, _, err := s.verifyToHead(ctx, s.reads("verify"), chain, ignore,
+				func(context.Context, time.Duration) error { rests++; return nil })
 			if err != nil {
 				t.Fatal(err)
 			}

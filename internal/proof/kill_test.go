@@ -25,7 +25,7 @@ func TestKilledWhilePublishingToVault(t *testing.T) {
 	w.run(w.factory, "factory", "init")
 	w.enrolFixture()
 	shards, size, rounds, window := 50, 100, 20, 150
-	if os.Getenv("KMEHSM_SOAK") != "" { // make soak
+	if os.Getenv("KMEHSM_SOAK") != "" { // make kills
 		shards, size, rounds, window = 400, 50, 200, 130
 	}
 	w.run(w.factory, "factory", "lot", "create", "L1", "--directory", "vault:kme", "--tac", "35209900", "--first", "0",

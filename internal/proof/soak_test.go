@@ -341,7 +341,8 @@ func (i *instance) clients(s *soak) {
 		i.port)}, TLS: &tls.Config{RootCAs: pool, Certificates: []tls.Certificate{own}}}))
 	socket := s.path(i.name + ".s")
 	i.admin = must.Get[*client.Client](s.t)(client.New(client.Options{URLs: []string{"unix:" + socket}}))
-	i.http = &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	i.http = &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn,
+		error) {
 		return new(net.Dialer).DialContext(ctx, "unix", socket)
 	}}}
 	s.t.Cleanup(func() { i.hss.Close(); i.admin.Close(); i.http.CloseIdleConnections() })
@@ -570,12 +571,15 @@ func (s *soak) events() map[string]soakEvent {
 		"the token has lost its sessions": hsm("* 0xb3"),
 		"the token is 5 ms away":          hsm("* delay 5000"),
 		"keysvc is killed":                {ends: true, make: func(time.Duration) { s.kill() }},
-		"keysvc is ended and started":     {ends: true, make: func(time.Duration) { must.Do(t, s.grown.stop()); s.serve(s.grown, s.module) }},
-		"SIGHUP":                          {make: func(time.Duration) { reload() }},
-		"a binding is revoked":            {make: func(time.Duration) { s.revokeBinding() }},
-		"a device is revoked":             {make: func(time.Duration) { s.revokeDevice() }},
-		"a lot is imported":               {make: func(time.Duration) { s.importLot(reload) }},
-		"the equipment list is changed":   {make: func(time.Duration) { s.changeEquipment() }},
+		"keysvc is ended and started": {ends: true, make: func(time.Duration) {
+			must.Do(t, s.grown.stop())
+			s.serve(s.grown, s.module)
+		}},
+		"SIGHUP":                        {make: func(time.Duration) { reload() }},
+		"a binding is revoked":          {make: func(time.Duration) { s.revokeBinding() }},
+		"a device is revoked":           {make: func(time.Duration) { s.revokeDevice() }},
+		"a lot is imported":             {make: func(time.Duration) { s.importLot(reload) }},
+		"the equipment list is changed": {make: func(time.Duration) { s.changeEquipment() }},
 		"the server's certificate is replaced": {make: func(time.Duration) {
 			s.certificate("server", "ca", "subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth\n")
 			reload()
@@ -911,11 +915,11 @@ func (s *soak) cpu(i *instance) (sum time.Duration) {
 // everythingTold has all that was told looked up: each has its binding.
 func (s *soak) everythingTold() {
 	start := time.Now()
-	var next, there atomic.Int64
+	var next, there, gone atomic.Int64
 	var all sync.WaitGroup
 	for range 32 {
 		all.Go(func() {
-			for n := next.Add(1) - 1; n < int64(len(s.told)) && !s.t.Failed(); n = next.Add(1) - 1 {
+			for n := next.Add(1) - 1; n < int64(len(s.told)) && gone.Load() < 10; n = next.Add(1) - 1 {
 				b, want := s.told[n], kmev1.State_ACTIVE
 				if s.revoked[b.imsi] {
 					want = kmev1.State_REVOKED
@@ -924,6 +928,8 @@ func (s *soak) everythingTold() {
 				if err != nil || is.State != want || is.Imei != b.imei.String() {
 					s.t.Errorf("IMSI %s was told a NW_SIG for IMEI %s, and is %v of %s, not %v: %v", b.imsi, b.imei,
 						is.GetState(), is.GetImei(), want, err)
+					gone.Add(1)
+					continue
 				}
 				there.Add(1)
 			}
@@ -970,9 +976,7 @@ func (s *soak) report() {
 // table is the result in Markdown.
 func (r *soakResult) table() string {
 	var b strings.Builder
-	row := func(name, format string, args ...any) {
-		fmt.Fprintf(&b, "| %s | "+format+" |\n", append([]any{name}, args...)...)
-	}
+	row := func(name, format string, args ...any) { fmt.Fprintf(&b, "| "+name+" | "+format+" |\n", args...) }
 	fmt.Fprintf(&b, "| %s, %s | |\n|---|---|\n", r.Store, r.Machine)
 	row("bindings before the load, and entries of the ledger", "%d, %d", r.Bindings, 2*r.Bindings)
 	row("filled in", "%.0f s", r.FillSeconds)
@@ -990,12 +994,13 @@ func (r *soakResult) table() string {
 	row("database before the load; more a binding", "%.2f GB; %.2f kB", float64(r.BytesBefore)/1e9, r.BytesABinding/1e3)
 	h := r.Shares
 	row("full load, grown and empty: of the token's rate", "%.3f, %.3f", h.ShareGrown, h.ShareEmpty)
-	row("grown of empty (median of pairs, min to max)", "**%.3f** (%.3f to %.3f, %d pairs)", h.Ratio, h.RatioMin, h.RatioMax,
-		h.Pairs)
+	row("grown of empty (median of pairs, min to max)", "**%.3f** (%.3f to %.3f, %d pairs)", h.Ratio, h.RatioMin,
+		h.RatioMax, h.Pairs)
 	row("CPU of keysvc and the database, grown and empty, ms", "%.2f, %.2f", h.CPU[0]/1e3, h.CPU[1]/1e3)
 	row("at half load, grown: p50 / p99, ms", "%.1f / %.1f", h.HalfGrown.P50, h.HalfGrown.P99)
 	row("at half load, empty: p50 / p99, ms", "%.1f / %.1f", h.HalfEmpty.P50, h.HalfEmpty.P99)
-	row("keysvc store verify: rows, time, memory", "%d, %.0f s, %.0f MiB", r.VerifyRows, r.VerifySeconds, r.VerifyPeakMiB)
+	row("keysvc store verify: rows, time, memory", "%d, %.0f s, %.0f MiB", r.VerifyRows, r.VerifySeconds,
+		r.VerifyPeakMiB)
 	return b.String()
 }
 
