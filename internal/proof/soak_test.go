@@ -792,7 +792,7 @@ func (x *series) flat(s *soak) {
 
 // shares measures full load on the grown and on the empty database, in alternation, each after the bare token.
 func (s *soak) shares() {
-	pairs, each := 2, 300*time.Millisecond
+	pairs, each := 2, 100*time.Millisecond
 	if s.long {
 		pairs, each = 8, 5*time.Second
 	}
