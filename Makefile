@@ -14,8 +14,8 @@ PROTOC_GEN_CONNECT_GO := connectrpc.com/connect/cmd/protoc-gen-connect-go@v1.21.
 # A target's prerequisites come in their order also under make -j: the tools are installed before they are used.
 .NOTPARALLEL:
 DEPS := deps-build deps-demo deps-plugin deps-packages deps-bench deps-check deps-test deps-generate
-.PHONY: help build man demo plugin install packages packages-test release reproducible vaultdev check test flaky soak \
-	bench benchstat lint fuzz fuzz-plugin generate clean $(DEPS)
+.PHONY: help build man demo plugin install packages packages-test release reproducible vaultdev check test flaky \
+	soak kills bench benchstat lint fuzz fuzz-plugin generate clean $(DEPS)
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -140,9 +140,12 @@ test: check deps-test vaultdev ## what CI runs: check, and all other tests
 flaky: deps-test vaultdev ## the tests N=20 times with every core busy, and once with GOMAXPROCS=1
 	N=$(or $(N),20) scripts/flaky.sh
 
+soak: deps-test vaultdev ## a year in an hour: var/soak (STORE=sqlite|postgres BINDINGS=10000000 DURATION=1h SEED=n)
+	STORE=$(STORE) BINDINGS=$(BINDINGS) DURATION=$(DURATION) SEED=$(SEED) scripts/soak.sh
+
 # 200 random kill -9 of factory and Vault over a lot of 20,000 devices; 200 of keysvc and PostgreSQL; an HSM away for
 # 10 s; 10,000 attaches over S6a, with a tenth of all answers lost.
-soak: deps-test vaultdev ## the long tests: kill -9, outages and lost answers, over and over
+kills: deps-test vaultdev ## the long tests: kill -9, outages and lost answers, over and over
 	KMEHSM_SOAK=1 go test -count=1 -timeout 60m -run KilledWhilePublishing -v ./internal/proof
 	KMEHSM_SOAK=1 go test -count=1 -timeout 100m -run TestS6aChaos -v ./internal/proof
 	KMEHSM_SOAK=1 go test -count=1 -timeout 60m -run 'Killed|TestMutated' -v ./binding

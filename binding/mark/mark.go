@@ -195,7 +195,7 @@ const (
 )
 
 // Keep is for a service: until the context ends it raises the mark soon after the ledger has moved, looks at the heads
-// of its chains every second, and at all of its entries every ten minutes. What it finds is logged; the Store refuses
+// of its chains every second, and at all of its entries again and again. What it finds is logged; the Store refuses
 // by itself while the ledger is rolled back, and until that is accepted: then accepted is called.
 func Keep(ctx context.Context, store binding.Ledger, token Token, accepted func(), log *slog.Logger) {
 	look := time.NewTicker(lookEvery)
@@ -253,11 +253,9 @@ func Keep(ctx context.Context, store binding.Ledger, token Token, accepted func(
 	}
 }
 
-// keepReading reads the ledger at once, whenever it is told to, and every ten minutes: many entries take long, and
-// nothing else waits for that.
+// keepReading reads the ledger at once, whenever it is told to, and ten minutes after each reading: many entries take
+// long, and nothing else waits for that.
 func keepReading(ctx context.Context, store binding.Ledger, read <-chan struct{}, log *slog.Logger) {
-	tick := time.NewTicker(readEvery)
-	defer tick.Stop()
 	say := sayer(ctx, log)
 	for {
 		err := func() (err error) {
@@ -270,7 +268,7 @@ func keepReading(ctx context.Context, store binding.Ledger, read <-chan struct{}
 		case <-ctx.Done():
 			return
 		case <-read:
-		case <-tick.C:
+		case <-time.After(readEvery):
 		}
 	}
 }

@@ -7,9 +7,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"strings"
 	"sync/atomic"
+	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
@@ -191,7 +193,7 @@ func (s *Store) acceptChain(ctx context.Context, tx *txn, mark *binding.Mark, ch
 		a.Had = mark.Heads[chain].Seq
 	}
 	var err error
-	if _, a.Digest, err = s.verifyToHead(ctx, tx.Conn, chain, ignore); err != nil && !isDamaged(err) {
+	if _, a.Digest, err = s.verifyToHead(ctx, tx.Conn, chain, ignore, nil); err != nil && !isDamaged(err) {
 		return err
 	}
 	detail, err := json.Marshal(a)
@@ -221,7 +223,7 @@ func (s *Store) acceptedUpTo(ctx context.Context, q sqlconn.Conn) (map[int64]int
 		if known, ok := s.accepted.Load(chain); ok && known == seq {
 			continue
 		}
-		_, _, err := s.verifyChain(ctx, q, chain, seq, ignore)
+		_, _, err := s.verifyChain(ctx, q, chain, seq, ignore, nil)
 		if isDamaged(err) {
 			delete(last, chain)
 		} else if err != nil {
@@ -235,7 +237,7 @@ func (s *Store) acceptedUpTo(ctx context.Context, q sqlconn.Conn) (map[int64]int
 
 func (s *Store) VerifyLedger(ctx context.Context) (n int, err error) {
 	for chain := range int64(binding.Chains) {
-		m, _, err := s.verifyToHead(ctx, s.reads("verify the ledger"), chain, ignore)
+		m, _, err := s.verifyToHead(ctx, s.reads("verify the ledger"), chain, ignore, atRest)
 		n += m
 		if isDamaged(err) {
 			err = fmt.Errorf("%w (%w)", binding.ErrRolledBack, err)
@@ -249,25 +251,43 @@ func (s *Store) VerifyLedger(ctx context.Context) (n int, err error) {
 	return n, nil
 }
 
+// chainPage is how many entries are read at a time: some milliseconds.
+const chainPage = 1000
+
 func ignore(row) error { return nil }
+
+// A rest is made between the pages of a chain, after what a page took.
+type rest func(ctx context.Context, took time.Duration) error
+
+// atRest has a reading take a tenth of a core at most, however long the ledger is: the service works meanwhile.
+func atRest(ctx context.Context, took time.Duration) error {
+	select {
+	case <-time.After(9 * took):
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
 
 // verifyToHead is verifyChain as far as the chain goes when this begins: what is added
 // meanwhile is looked at next time.
 func (s *Store) verifyToHead(
-	ctx context.Context, q sqlconn.Conn, chain int64, each func(row) error,
+	ctx context.Context, q sqlconn.Conn, chain int64, each func(row) error, pause rest,
 ) (n int, digest []byte, err error) {
 	head, err := s.head(ctx, q, chain)
 	if err != nil {
 		return 0, nil, err
 	}
-	return s.verifyChain(ctx, q, chain, head.Seq, each)
+	return s.verifyChain(ctx, q, chain, head.Seq, each, pause)
 }
 
 // verifyChain reads a chain up to an entry. It fails with a *binding.DamagedRow for the first entry that is gone, was
 // changed, has another actor or does not follow the one before it, unless that was accepted since, as it is now. digest
 // is over all entries that it has read, without who their actors are: one that is gone is entered again.
+//
+// It reads page by page: SQLite cannot begin its WAL anew while somebody reads, and PostgreSQL removes no dead rows.
 func (s *Store) verifyChain(
-	ctx context.Context, q sqlconn.Conn, chain, upTo int64, each func(row) error,
+	ctx context.Context, q sqlconn.Conn, chain, upTo int64, each func(row) error, pause rest,
 ) (n int, digest []byte, err error) {
 	var wrong error
 	found := func(seq int64, what string) {
@@ -276,9 +296,10 @@ func (s *Store) verifyChain(
 		}
 	}
 	var last int64
+	var after int64 = math.MinInt64 // also what somebody has put before the first is looked at
 	var before []byte
 	columns := len(ledger.columns)
-	err = scan(ctx, q, columns+2, func(values row) error { // and its mac, the actor's JSON
+	check := func(values row) error { // and its mac, the actor's JSON
 		if values.int(1) != last+1 {
 			found(last+1, "is gone")
 		}
@@ -297,12 +318,19 @@ func (s *Store) verifyChain(
 			wrong = nil
 		}
 		n++
-		last, before, digest = values.int(1), bytes.Clone(mac), s.macs.Of("ledger so far",
+		last, after, before, digest = values.int(1), values.int(1), bytes.Clone(mac), s.macs.Of("ledger so far",
 			append(slices.Clone(values[:columns+1]), digest)...)
 		return each(values[:columns+1])
-	}, `SELECT e.`+strings.Join(ledger.columns, ", e.")+
-		`, e.mac, a.json FROM ledger AS e LEFT JOIN actors AS a ON a.actor = e.actor
-		WHERE e.chain = $1 AND e.seq <= $2 ORDER BY e.seq`, chain, upTo)
+	}
+	for more := true; more && err == nil; {
+		began, had := time.Now(), n
+		err = scan(ctx, q, columns+2, check, `SELECT e.`+strings.Join(ledger.columns, ", e.")+
+			`, e.mac, a.json FROM ledger AS e LEFT JOIN actors AS a ON a.actor = e.actor
+			WHERE e.chain = $1 AND e.seq > $2 AND e.seq <= $3 ORDER BY e.seq LIMIT $4`, chain, after, upTo, chainPage)
+		if more = n-had == chainPage; more && err == nil && pause != nil {
+			err = pause(ctx, time.Since(began))
+		}
+	}
 	if err == nil && last < upTo {
 		found(upTo, "is gone")
 	}

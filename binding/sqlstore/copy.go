@@ -63,7 +63,7 @@ func (s *Store) Copy(ctx context.Context, to *Store, report func(rows int)) (row
 			_, _, err := s.verifyToHead(ctx, from, chain, func(r row) error {
 				copied()
 				return tx.Do(ctx, ledger.insert, r...)
-			})
+			}, nil)
 			if err != nil {
 				return err
 			}

@@ -14,13 +14,14 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// everBoundTo are the IMSIs that were ever bound to a device: the ledger knows them.
-const everBoundTo = `(SELECT subject FROM ledger WHERE imei = $2 AND tag IS NOT NULL)`
+// itAndBoundTo are an IMSI, and those that were ever bound to a device: the ledger knows them. For an OR of the two,
+// PostgreSQL reads the whole table.
+const itAndBoundTo = `(SELECT CAST($1 AS TEXT) UNION SELECT subject FROM ledger WHERE imei = $2 AND tag IS NOT NULL)`
 
 // ofDevice reads what ofIMSI reads of an IMSI, also of all that were ever bound to a device, at one moment.
 var ofDevice = strings.NewReplacer(
-	"WHERE imsi = $1", "WHERE (imsi = $1 OR imsi IN "+everBoundTo+")",
-	"WHERE subject = $1", "WHERE (subject = $1 OR subject IN "+everBoundTo+")",
+	"WHERE imsi = $1", "WHERE imsi IN "+itAndBoundTo,
+	"WHERE subject = $1", "WHERE subject IN "+itAndBoundTo,
 ).Replace(ofIMSI[nothing])
 
 func (s *Store) Equipment(

@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -16,6 +17,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/pgtest"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -208,5 +210,70 @@ func BenchmarkGrowth(b *testing.B) {
 			b.ReportMetric(c[i].cpu, fmt.Sprintf("%s-us/%d", name, size))
 			b.ReportMetric(c[i].written, fmt.Sprintf("%s-KiB/%d", name, size))
 		}
+	}
+}
+
+// A service reads its ledger all the time that it runs. It does so page by page, and rests for most of the time.
+func TestReadingRests(t *testing.T) {
+	const n = 16_000
+	s, ctx := filled(t, t.TempDir(), n), t.Context()
+	least := time.Hour
+	for range 3 {
+		began, entries, rests := time.Now(), 0, 0
+		for chain := range int64(binding.Chains) {
+			m, _, err := s.verifyToHead(ctx, s.reads("verify"), chain, ignore,
+				func(context.Context, time.Duration) error { rests++; return nil })
+			if err != nil {
+				t.Fatal(err)
+			}
+			entries += m
+		}
+		if entries != 2*n || rests < binding.Chains {
+			t.Fatalf("%d entries, want %d, with %d rests between them", entries, 2*n, rests)
+		}
+		least = min(least, time.Since(began))
+	}
+	began := time.Now()
+	if m, err := s.VerifyLedger(ctx); err != nil || m != 2*n {
+		t.Fatalf("%d entries, %v", m, err)
+	}
+	if took := time.Since(began); took < 3*least {
+		t.Errorf("a reading took %s; one without a rest takes %s", took, least)
+	}
+}
+
+// PostgreSQL looks up a device and all that was ever bound to it by indexes. A statement for which it knows no other
+// way but to read a whole table does so also where that is made expensive.
+func TestPostgresEquipmentByIndexes(t *testing.T) {
+	ctx, database := t.Context(), pgtest.Start(t).Database(t)
+	s, err := Open(ctx, database, rowKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	tx, err := s.read.BeginTx(ctx, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tx.Rollback()
+	if _, err := tx.ExecContext(ctx, "SET LOCAL enable_seqscan = off"); err != nil {
+		t.Fatal(err)
+	}
+	rows, err := tx.QueryContext(ctx, "EXPLAIN "+
+		strings.NewReplacer("$1", "'001010000000001'", "$2", "'35209900000001'").Replace(ofDevice))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer rows.Close()
+	var plan strings.Builder
+	for rows.Next() {
+		var line string
+		if err := rows.Scan(&line); err != nil {
+			t.Fatal(err)
+		}
+		plan.WriteString(line + "\n")
+	}
+	if rows.Err() != nil || strings.Contains(plan.String(), "Seq Scan") || strings.Contains(plan.String(), "SubPlan") {
+		t.Errorf("%v\n%s", rows.Err(), plan.String())
 	}
 }

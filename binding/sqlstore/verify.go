@@ -3,6 +3,8 @@ package sqlstore
 import (
 	"context"
 	"errors"
+	"runtime"
+	"sync"
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
@@ -36,7 +38,7 @@ func (s *Store) Verify(ctx context.Context, report func(rows int)) (*Report, err
 	}
 	q := s.reads("verify")
 	for chain := range int64(binding.Chains) {
-		n, _, err := s.verifyToHead(ctx, q, chain, func(row) error { read(); return nil })
+		n, _, err := s.verifyToHead(ctx, q, chain, func(row) error { read(); return nil }, nil)
 		if r.Entries += n; found(err) != nil {
 			return r, err
 		}
@@ -58,18 +60,38 @@ func (s *Store) Verify(ctx context.Context, report func(rows int)) (*Report, err
 	if found(err) != nil {
 		return r, err
 	}
-	return r, imsis(ctx, q, func(imsi kme.IMSI) error {
-		_, err := s.current(ctx, "verify", imsi, time.Now())
-		var d *binding.DamagedRow
-		if errors.As(err, &d) && d.What == changed { // it is in the report
-			return nil
+	return r, imsis(ctx, q, func(page []kme.IMSI) error {
+		for _, err := range s.currentOfAll(ctx, page) {
+			var d *binding.DamagedRow
+			if errors.As(err, &d) && d.What == changed { // it is in the report
+				continue
+			}
+			if err := found(err); err != nil {
+				return err
+			}
 		}
-		return found(err)
+		return nil
 	})
 }
 
-// imsis calls each for every IMSI of which there is anything.
-func imsis(ctx context.Context, q sqlconn.Conn, each func(kme.IMSI) error) error {
+// currentOfAll gives the error of current of each of some IMSIs. Most of the time that Verify takes is here, so that it
+// uses all cores, and sends PostgreSQL many at a time.
+func (s *Store) currentOfAll(ctx context.Context, page []kme.IMSI) []error {
+	errs, workers := make([]error, len(page)), 4*runtime.GOMAXPROCS(0)
+	var all sync.WaitGroup
+	for w := range workers {
+		all.Go(func() {
+			for i := w; i < len(page); i += workers {
+				_, errs[i] = s.current(ctx, "verify", page[i], time.Now())
+			}
+		})
+	}
+	all.Wait()
+	return errs
+}
+
+// imsis calls each with all IMSIs of which there is anything, many at a time, in their order.
+func imsis(ctx context.Context, q sqlconn.Conn, each func([]kme.IMSI) error) error {
 	const page = "1000"
 	for after := ""; ; {
 		var texts []string
@@ -85,14 +107,15 @@ func imsis(ctx context.Context, q sqlconn.Conn, each func(kme.IMSI) error) error
 		if err != nil || len(texts) == 0 {
 			return err
 		}
+		var all []kme.IMSI
 		for _, text := range texts {
-			imsi, err := kme.ParseIMSI(text)
-			if err != nil {
-				continue // of a row that the service did not write, and whose MAC says so
+			// A text that is none is of a row that the service did not write, and whose MAC says so.
+			if imsi, err := kme.ParseIMSI(text); err == nil {
+				all = append(all, imsi)
 			}
-			if err := each(imsi); err != nil {
-				return err
-			}
+		}
+		if err := each(all); err != nil {
+			return err
 		}
 		last := texts[len(texts)-1]
 		if last <= after { // SQLite sorts a BLOB, which the service did not write either, behind all texts

@@ -245,7 +245,7 @@ func (a *attaching) play(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, m *M
 	if prepared, err = a.Client.PrepareVector(ctx, imsi, a.Origin, random); err != nil {
 		return err
 	}
-	if err := m.decrypts(prepared, random); err != nil {
+	if err := m.Decrypts(prepared, random); err != nil {
 		return err
 	}
 	report, err := a.Client.ReportAuthentication(ctx, imsi, a.Origin, true)

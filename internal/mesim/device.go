@@ -64,8 +64,8 @@ func (m *Message) check(nwSig [sha256.Size]byte) error {
 	return nil
 }
 
-// decrypts is the device's use of a vector: its RAND must be the one that the HSS gave, encrypted under KME.
-func (m *Message) decrypts(v client.Vectors, random client.RAND) error {
+// Decrypts is the device's use of a vector: its RAND must be the one that the HSS gave, encrypted under KME.
+func (m *Message) Decrypts(v client.Vectors, random client.RAND) error {
 	if v.AttemptID != "" {
 		return errors.New("the vector after NW_SIG is not pre-processed")
 	}

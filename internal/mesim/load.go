@@ -152,7 +152,7 @@ func (l *loading) round(
 	_, err = l.each(ctx, &result.Process, calls, 0, math.MaxInt64, func(c *loadCall) error {
 		v, err := l.Client.PrepareVector(ctx, c.imsi, l.Origin, random)
 		if err == nil {
-			err = c.decrypts(v, random)
+			err = c.Decrypts(v, random)
 		}
 		return err
 	})

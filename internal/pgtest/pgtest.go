@@ -6,6 +6,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/url"
 	"os"
@@ -40,6 +41,22 @@ type Server struct {
 func Start(t testing.TB) *Server {
 	t.Helper()
 	s := initialise(t)
+	s.Run(t)
+	return s
+}
+
+// StartIn is Start with a folder that stays, for those who know what else is in it; empty: one that ends with the test.
+func StartIn(t testing.TB, dir string) *Server {
+	t.Helper()
+	if dir == "" {
+		return Start(t)
+	}
+	must.Do(t, os.MkdirAll(dir, 0o700))
+	own(t, dir)
+	s := in(t, dir)
+	if _, err := os.Stat(filepath.Join(dir, "PG_VERSION")); errors.Is(err, fs.ErrNotExist) {
+		s.initdb(t)
+	}
 	s.Run(t)
 	return s
 }
@@ -128,25 +145,35 @@ func (s *Server) Of(t testing.TB, database string) string {
 func initialise(t testing.TB) *Server {
 	t.Helper()
 	s := folder(t)
+	s.initdb(t)
+	return s
+}
+
+func (s *Server) initdb(t testing.TB) {
+	t.Helper()
 	if out, err := s.command(t, "initdb", "-D", s.dir, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C",
 		"--no-sync").CombinedOutput(); err != nil {
 		t.Fatalf("initdb: %v\n%s", err, out)
 	}
-	return s
 }
 
 // folder makes the folder of a server, which ends with the test.
 func folder(t testing.TB) *Server {
 	t.Helper()
-	if !strings.Contains(t.Name(), "Postgres") {
-		t.Fatal("a test that needs PostgreSQL says Postgres in its name: make check leaves it out")
-	}
 	dir, err := os.MkdirTemp("", "pgtest-") // not t.TempDir(), whose parents the server's user may not enter
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	own(t, dir)
+	return in(t, dir)
+}
+
+func in(t testing.TB, dir string) *Server {
+	t.Helper()
+	if !strings.Contains(t.Name(), "Postgres") {
+		t.Fatal("a test that needs PostgreSQL says Postgres in its name: make check leaves it out")
+	}
 	s := &Server{dir: dir, Port: 5432, settings: []string{"-c", "listen_addresses="}}
 	if socket := filepath.Join(dir, ".s.PGSQL.00000"); len(socket) > 107 {
 		t.Fatalf("the path of PostgreSQL's socket, %s, has more than 107 bytes: set TMPDIR to a shorter one", socket)
@@ -207,6 +234,48 @@ func (s *Server) Database(t testing.TB) string {
 	name := fmt.Sprintf("t%d", s.databases.Add(1))
 	s.Exec(t, "CREATE DATABASE "+name)
 	return s.url(name)
+}
+
+// Named is Database for one that has a name, and may be there.
+func (s *Server) Named(t testing.TB, name string) string {
+	t.Helper()
+	db := must.Get[*sql.DB](t)(sql.Open("pgx", s.url("postgres")))
+	defer db.Close()
+	var there bool
+	must.Do(t, db.QueryRowContext(t.Context(), "SELECT EXISTS (SELECT FROM pg_database WHERE datname = $1)",
+		name).Scan(&there))
+	if !there {
+		s.Exec(t, "CREATE DATABASE "+name)
+	}
+	return s.url(name)
+}
+
+// Freeze stops the server where it is: connections stay, and nobody answers. Thaw has it go on.
+func (s *Server) Freeze(t testing.TB) { s.signal(t, syscall.SIGSTOP) }
+
+// Thaw is described at Freeze.
+func (s *Server) Thaw(t testing.TB) { s.signal(t, syscall.SIGCONT) }
+
+// signal goes to all of the server's processes, each of which is a process group of its own.
+func (s *Server) signal(t testing.TB, signal syscall.Signal) {
+	t.Helper()
+	for _, pid := range s.pids(t) {
+		if err := syscall.Kill(pid, signal); err != nil && !errors.Is(err, syscall.ESRCH) {
+			t.Fatal(err)
+		}
+	}
+}
+
+// pids are those of the server, first, and of its connections.
+func (s *Server) pids(t testing.TB) []int {
+	t.Helper()
+	all := []int{s.process.Cmd.Process.Pid}
+	main := strconv.Itoa(all[0])
+	children := must.Get[[]byte](t)(os.ReadFile("/proc/" + main + "/task/" + main + "/children"))
+	for pid := range strings.FieldsSeq(string(children)) {
+		all = append(all, must.Get[int](t)(strconv.Atoi(pid)))
+	}
+	return all
 }
 
 // As is the connection string of a database as another role, that must be there.
@@ -330,14 +399,9 @@ func (s *Server) CPU(t testing.TB) time.Duration {
 	t.Helper()
 	const tick = 10 * time.Millisecond // of proc(5), for every program on Linux
 	var ticks int64
-	main := strconv.Itoa(s.process.Cmd.Process.Pid)
 	// Its connections' processes, and in its own line those that have ended.
-	children, err := os.ReadFile("/proc/" + main + "/task/" + main + "/children")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, pid := range append(strings.Fields(string(children)), main) {
-		stat, err := os.ReadFile("/proc/" + pid + "/stat")
+	for _, pid := range s.pids(t) {
+		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 		if err != nil {
 			continue // it has ended meanwhile
 		}

@@ -134,25 +134,25 @@ func newNetworkOf(w *world, devices int, sanitize string) *network {
 
 var ec = []string{"-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"}
 
-func (d *network) newCA(name string) {
-	d.t.Helper()
-	d.openssl(nil, slices.Concat([]string{"req", "-x509"}, ec,
+func (w *world) newCA(name string) {
+	w.t.Helper()
+	w.openssl(nil, slices.Concat([]string{"req", "-x509"}, ec,
 		[]string{"-keyout", name + ".key", "-out", name + ".pem", "-days", "2", "-subj", "/CN=test CA " + name})...)
 }
 
-func (d *network) certificate(name, ca, extensions string) {
-	d.t.Helper()
-	d.write(name+".ext", extensions)
-	request := d.openssl(nil,
+func (w *world) certificate(name, ca, extensions string) {
+	w.t.Helper()
+	w.write(name+".ext", extensions)
+	request := w.openssl(nil,
 		slices.Concat([]string{"req"}, ec, []string{"-keyout", name + ".key", "-subj", "/CN=" + name})...)
-	d.openssl(request, "x509", "-req", "-CA", ca+".pem", "-CAkey", ca+".key", "-CAcreateserial", "-days", "2",
+	w.openssl(request, "x509", "-req", "-CA", ca+".pem", "-CAkey", ca+".key", "-CAcreateserial", "-days", "2",
 		"-out", name+".pem", "-extfile", name+".ext")
 }
 
-func (d *network) write(name, text string) {
-	d.t.Helper()
-	if err := os.WriteFile(d.path(name), []byte(text), 0o600); err != nil {
-		d.t.Fatal(err)
+func (w *world) write(name, text string) {
+	w.t.Helper()
+	if err := os.WriteFile(w.path(name), []byte(text), 0o600); err != nil {
+		w.t.Fatal(err)
 	}
 }
 

@@ -25,7 +25,7 @@ func TestKilledWhilePublishingToVault(t *testing.T) {
 	w.run(w.factory, "factory", "init")
 	w.enrolFixture()
 	shards, size, rounds, window := 50, 100, 20, 150
-	if os.Getenv("KMEHSM_SOAK") != "" { // make soak
+	if os.Getenv("KMEHSM_SOAK") != "" { // make kills
 		shards, size, rounds, window = 400, 50, 200, 130
 	}
 	w.run(w.factory, "factory", "lot", "create", "L1", "--directory", "vault:kme", "--tac", "35209900", "--first", "0",
@@ -33,16 +33,7 @@ func TestKilledWhilePublishingToVault(t *testing.T) {
 		"--bits", "2048", "--shard-size", fmt.Sprint(size))
 	provision := []string{"lot", "provision", "L1", "--workers", "2", "--directory", "vault:kme", "--out", "injection"}
 	random := rand.New(rand.NewPCG(1, 2))
-	// SoftHSM 2.6.1 truncates a token's own file and writes it anew at each login: who is killed between the two leaves
-	// no token. An HSM does not do that.
-	files := must.Get[[]string](t)(filepath.Glob(w.path("softhsm/tokens/*/token.object")))
-	if len(files) == 0 {
-		t.Fatal("where does SoftHSM keep its tokens?")
-	}
-	saved := make([][]byte, len(files))
-	for i, file := range files {
-		saved[i] = must.Get[[]byte](t)(os.ReadFile(file))
-	}
+	mend := w.tokenFiles()
 	interrupted := 0
 	for round := range rounds {
 		cmd := w.command(w.factory, "factory", provision...)
@@ -58,14 +49,7 @@ func TestKilledWhilePublishingToVault(t *testing.T) {
 		if cmd.Wait() != nil {
 			interrupted++
 		}
-		for i, file := range files {
-			if len(must.Get[[]byte](t)(os.ReadFile(file))) < len(saved[i]) {
-				t.Log("SoftHSM was killed while it wrote its token's file")
-				if err := os.WriteFile(file, saved[i], 0o600); err != nil {
-					t.Fatal(err)
-				}
-			}
-		}
+		mend()
 		if round%4 == 3 {
 			server.Restart(t, false)
 		}
@@ -117,5 +101,28 @@ func TestKilledWhilePublishingToVault(t *testing.T) {
 	}
 	if len(seen) != shards*size {
 		t.Errorf("%d devices, want %d", len(seen), shards*size)
+	}
+}
+
+// tokenFiles gives what brings back a token's own file, if a process was killed that was writing it: SoftHSM 2.6.1
+// truncates it and writes it anew at each login, so that who is killed between the two leaves no token. An HSM does not
+// do that.
+func (w *world) tokenFiles() (mend func()) {
+	w.t.Helper()
+	files := must.Get[[]string](w.t)(filepath.Glob(w.path("softhsm/tokens/*/token.object")))
+	if len(files) == 0 {
+		w.t.Fatal("where does SoftHSM keep its tokens?")
+	}
+	saved := make([][]byte, len(files))
+	for i, file := range files {
+		saved[i] = must.Get[[]byte](w.t)(os.ReadFile(file))
+	}
+	return func() {
+		for i, file := range files {
+			if len(must.Get[[]byte](w.t)(os.ReadFile(file))) < len(saved[i]) {
+				w.t.Log("SoftHSM was killed while it wrote its token's file")
+				must.Do(w.t, os.WriteFile(file, saved[i], 0o600))
+			}
+		}
 	}
 }

@@ -47,14 +47,21 @@ type world struct {
 	output            bytes.Buffer // of all programs, standard output and error
 	wrap              func(uri string) string
 	made              int // devices
+	directory         string
 }
 
 // newWorld makes the tokens. wrap changes a token's URI before programs get it; nil leaves it.
 func newWorld(t *testing.T, wrap func(string) string, env ...string) *world {
 	t.Helper()
-	dir := t.TempDir()
+	return newWorldIn(t, t.TempDir(), wrap, env...)
+}
+
+// newWorldIn is newWorld in a folder, which may have one already.
+func newWorldIn(t *testing.T, dir string, wrap func(string) string, env ...string) *world {
+	t.Helper()
 	toks := softhsmtest.Make(t, filepath.Join(dir, "softhsm"), "factory", "operator")
-	w := &world{t: t, dir: dir, factory: toks["factory"], operator: toks["operator"], wrap: wrap}
+	w := &world{t: t, dir: dir, factory: toks["factory"], operator: toks["operator"], wrap: wrap,
+		directory: "file:directory"}
 	if wrap == nil {
 		w.wrap = func(uri string) string { return uri }
 	}
@@ -110,20 +117,26 @@ func (w *world) setUp(lots ...lotOf) {
 	w.run(w.factory, "factory", "operator", "enroll", "op", "--transport-key", "var/keysvc/transport.json",
 		"--thumbprint", transport, "--so-pin-source", "file:"+w.factory.SOPINFile, "--out", "enrolment.jws")
 	w.run(w.operator, "keysvc", "enroll", "enrolment.jws", "--manufacturer", "var/factory/manufacturer.pem",
-		"--thumbprint", manufacturer, "--directory", "file:directory")
+		"--thumbprint", manufacturer, "--directory", w.directory)
 	for _, l := range lots {
-		w.made += l.devices
-		w.run(w.factory, "factory", "lot", "create", l.name, "--directory", "file:directory", "--suite", l.suite,
-			"--tac", l.tac, "--first", "0",
-			"--count", fmt.Sprint(l.devices), "--bits", fmt.Sprint(l.bits), "--shard-size", "4")
-		w.run(w.factory, "factory", "lot", "provision", l.name, "--directory", "file:directory", "--out", "injection")
-		w.run(w.factory, "factory", "lot", "grant", l.name, "--directory", "file:directory", "--operator", "op",
+		w.makeLot(l)
+		w.run(w.factory, "factory", "lot", "grant", l.name, "--directory", w.directory, "--operator", "op",
 			"--out", l.name+".jws")
 		w.run(w.operator, "keysvc", "lot", "import", l.name+".jws")
-		w.run(w.factory, "factory", "lot", "seal", l.name, "--yes", "--directory", "file:directory")
+		w.run(w.factory, "factory", "lot", "seal", l.name, "--yes", "--directory", w.directory)
 	}
 	w.run(w.factory, "factory", "doctor")
 	w.run(w.operator, "keysvc", "doctor")
+}
+
+// makeLot makes a lot and its devices.
+func (w *world) makeLot(l lotOf) {
+	w.t.Helper()
+	w.made += l.devices
+	w.run(w.factory, "factory", "lot", "create", l.name, "--directory", w.directory, "--suite", l.suite,
+		"--tac", l.tac, "--first", "0",
+		"--count", fmt.Sprint(l.devices), "--bits", fmt.Sprint(l.bits), "--shard-size", "4")
+	w.run(w.factory, "factory", "lot", "provision", l.name, "--directory", w.directory, "--out", "injection")
 }
 
 // enrolFixture makes a fixture's key in software, as the fixture's own, and enrols it.

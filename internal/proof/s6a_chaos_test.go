@@ -164,7 +164,7 @@ func (p *phone) provisionLossy(e lossyMME, attempt string, v vec) error {
 // administrator has helped.
 func TestS6aChaos(t *testing.T) {
 	devices, every, workers, most := 100, 3*time.Second, 32, 10*time.Minute
-	if os.Getenv("KMEHSM_SOAK") != "" { // make soak
+	if os.Getenv("KMEHSM_SOAK") != "" { // make kills
 		devices, every, workers, most = 10_000, 20*time.Second, 64, 80*time.Minute
 	}
 	d := newNetwork(t, devices, "")

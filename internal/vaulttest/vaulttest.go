@@ -74,7 +74,13 @@ func Any(t testing.TB) *Server {
 // Start starts an unsealed server on Raft storage, which ends with the test, with more flags of vaultrun's.
 func Start(t testing.TB, flags ...string) *Server {
 	t.Helper()
-	s := &Server{Dir: t.TempDir(), flags: flags}
+	return StartIn(t, t.TempDir(), flags...)
+}
+
+// StartIn is Start in a folder, which may have the data of an earlier server.
+func StartIn(t testing.TB, dir string, flags ...string) *Server {
+	t.Helper()
+	s := &Server{Dir: dir, flags: flags}
 	s.start(t, "127.0.0.1:0")
 	return s
 }
