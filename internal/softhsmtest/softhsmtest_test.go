@@ -1,11 +1,21 @@
 package softhsmtest
 
 import (
+	"crypto"
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/x509"
 	"fmt"
+	"math/big"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"testing"
+
+	"github.com/kmehsm/kmehsm/internal/must"
+	"github.com/kmehsm/kmehsm/internal/testkeys"
 )
 
 func TestMain(m *testing.M) { Main(m, 2) }
@@ -58,6 +68,39 @@ func TestMake(t *testing.T) {
 	}
 	for _, tok := range toks {
 		login(t, dir, tok)
+	}
+}
+
+// Two processes have a token make RSA keys: they are the first two of those that are kept, and whole.
+func TestKeptKeys(t *testing.T) {
+	dir := t.TempDir()
+	tok := Make(t, dir, "a")["a"]
+	primes := strings.Fields(testkeys.ForTokens(2048))
+	tool := func(args ...string) []byte {
+		t.Helper()
+		cmd := exec.Command("pkcs11-tool",
+			append([]string{"--module", tok.Module, "--token-label", tok.Label, "--login", "--pin", tok.PIN}, args...)...)
+		cmd.Env = append(os.Environ(), Env(dir))
+		return must.Get[[]byte](t)(cmd.Output())
+	}
+	message, signature := filepath.Join(dir, "message"), filepath.Join(dir, "signature")
+	write(t, message, "signed")
+	for i, id := range []string{"01", "02"} {
+		tool("--keypairgen", "--key-type", "rsa:2048", "--id", id)
+		public := filepath.Join(dir, "public")
+		tool("--read-object", "--type", "pubkey", "--id", id, "--output-file", public)
+		key := must.Get[any](t)(x509.ParsePKIXPublicKey([]byte(read(t, public)))).(*rsa.PublicKey)
+		want := big.NewInt(1)
+		for _, text := range primes[2*i : 2*i+2] {
+			p, _ := new(big.Int).SetString(text, 16)
+			want.Mul(want, p)
+		}
+		if key.N.Cmp(want) != 0 {
+			t.Errorf("key %s is none of those that are kept", id)
+		}
+		tool("--sign", "--mechanism", "SHA256-RSA-PKCS", "--id", id, "--input-file", message, "--output-file", signature)
+		digest := sha256.Sum256([]byte("signed"))
+		must.Do(t, rsa.VerifyPKCS1v15(key, crypto.SHA256, digest[:], []byte(read(t, signature))))
 	}
 }
 
