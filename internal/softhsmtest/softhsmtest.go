@@ -205,8 +205,8 @@ func kept(softhsm string) ([]byte, error) {
 	}
 	defer os.RemoveAll(tmp)
 	so := filepath.Join(tmp, "kept.so")
-	gcc := exec.Command("gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-fPIC", "-shared", "-x", "c", "-", "-x", "none",
-		"-Wl,--no-as-needed,-rpath,"+filepath.Dir(softhsm), softhsm, "-o", so)
+	gcc := exec.Command("gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-fPIC", "-shared", "-x", "c", "-",
+		"-x", "none", "-Wl,--no-as-needed,-rpath,"+filepath.Dir(softhsm), softhsm, "-o", so)
 	gcc.Stdin = strings.NewReader(source)
 	if out, err := gcc.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("gcc: %w: %s", err, out)
