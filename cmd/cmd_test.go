@@ -182,8 +182,8 @@ func contents(ts *testscript.TestScript) string {
 		// commands too.
 		name := filepath.Base(path)
 		if err != nil || e.IsDir() || !e.Type().IsRegular() || name == "generation" || name == "token.object" ||
-			strings.HasSuffix(name, ".next") || strings.HasPrefix(name, "keysvc.db") || strings.HasPrefix(name, "log.") ||
-			strings.HasPrefix(name, ".snapshot") {
+			strings.HasSuffix(name, ".next") || strings.HasPrefix(name, "keysvc.db") ||
+			strings.HasPrefix(name, "log.") || strings.HasPrefix(name, ".snapshot") {
 			return err
 		}
 		data, err := os.ReadFile(path)
