@@ -96,7 +96,7 @@ func (c *counter) Worked(_ string, _ time.Duration, err error) {
 // share again when it is back. It has a module of its own, since SoftHSM sees it again only after C_Finalize.
 func TestPoolLosesAToken(t *testing.T) {
 	module := filepath.Join(t.TempDir(), "softhsm-too.so")
-	if err := os.WriteFile(module, must[[]byte](t)(os.ReadFile(softhsmtest.ModulePath())), 0o700); err != nil {
+	if err := os.WriteFile(module, must[[]byte](t)(os.ReadFile(softhsmtest.Library())), 0o700); err != nil {
 		t.Fatal(err)
 	}
 	second := strings.ReplaceAll(withKeys(t, 's', 'l'), softhsmtest.ModulePath(), module)

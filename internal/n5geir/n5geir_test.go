@@ -22,7 +22,7 @@ func asked(t *testing.T, o Options, method, target string, header ...string) *ht
 	}
 	a := httptest.NewRecorder()
 	Handler(o).ServeHTTP(a, r)
-	(&openAPI{t: t, files: map[string]map[string]any{}}).checkAnswer(a)
+	(&openAPI{t}).checkAnswer(a)
 	return a
 }
 

@@ -98,7 +98,7 @@ func TestRegistrationAway(t *testing.T) {
 
 // What we say of ourselves is an NFProfile of 3GPP's document.
 func TestProfile(t *testing.T) {
-	o := &openAPI{t: t, files: map[string]map[string]any{}}
+	o := &openAPI{t}
 	schema := o.at("TS29510_Nnrf_NFManagement.yaml", "#/components/schemas/NFProfile")
 	for _, address := range []string{"eir.example:8444", "192.0.2.1:443", "[2001:db8::1]:443"} {
 		profile, err := (&Registration{Instance: instance, Address: address, Tokens: true}).profile()

@@ -16,11 +16,11 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// An openAPI is 3GPP's documents in testdata, as far as they are looked at.
-type openAPI struct {
-	t     *testing.T
-	files map[string]map[string]any
-}
+// An openAPI is 3GPP's documents in testdata.
+type openAPI struct{ t *testing.T }
+
+// documents are those that were looked at so far.
+var documents = map[string]map[string]any{}
 
 const eic = "TS29511_N5g-eir_EquipmentIdentityCheck.yaml"
 
@@ -37,7 +37,7 @@ func (o *openAPI) at(from, reference string) element {
 	if file == "" {
 		file = from
 	}
-	if o.files[file] == nil {
+	if documents[file] == nil {
 		text, err := os.ReadFile(filepath.Join("testdata", file))
 		var document map[string]any
 		if err == nil {
@@ -46,9 +46,9 @@ func (o *openAPI) at(from, reference string) element {
 		if err != nil {
 			o.t.Fatal(err)
 		}
-		o.files[file] = document
+		documents[file] = document
 	}
-	v := o.files[file]
+	v := documents[file]
 	for name := range strings.SplitSeq(strings.TrimPrefix(path, "/"), "/") {
 		next, ok := v[strings.ReplaceAll(name, "~1", "/")].(map[string]any)
 		if !ok {
@@ -183,7 +183,7 @@ func (o *openAPI) checkAnswer(a *httptest.ResponseRecorder) {
 
 // The checker itself sees what is wrong.
 func TestOpenAPI(t *testing.T) {
-	o := &openAPI{t: t, files: map[string]map[string]any{}}
+	o := &openAPI{t}
 	schema := o.at(eic, "#/components/schemas/EirResponseData")
 	for body, ok := range map[string]bool{
 		`{"status":"WHITELISTED"}`: true, `{"status":"whitelisted"}`: false, `{}`: false, `{"status":1}`: false,

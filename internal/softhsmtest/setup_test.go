@@ -55,7 +55,7 @@ func refuse(t *testing.T, env []string, code int, want string, args ...string) {
 // load reads the tokens of a folder as its env file tells of them.
 func load(t *testing.T, dir string, labels ...string) map[string]Tok {
 	t.Helper()
-	env, err := source(filepath.Join(dir, "env"))
+	env, err := sourced(filepath.Join(dir, "env"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -187,7 +187,7 @@ func TestSetupDefaults(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	env, err := source(filepath.Join(dir, "env"))
+	env, err := sourced(filepath.Join(dir, "env"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -358,7 +358,7 @@ func TestSetupLabels(t *testing.T) {
 	for label, name := range names {
 		tok := Make(t, dir, label)[label]
 		login(t, dir, tok)
-		if env, err := source(filepath.Join(dir, "env")); err != nil || env[name] != tok.URI {
+		if env, err := sourced(filepath.Join(dir, "env")); err != nil || env[name] != tok.URI {
 			t.Errorf("%s=%q, want %q (%v)", name, env[name], tok.URI, err)
 		}
 	}

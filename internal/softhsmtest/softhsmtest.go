@@ -8,6 +8,7 @@ package softhsmtest
 
 import (
 	"bytes"
+	_ "embed"
 	"errors"
 	"fmt"
 	"net/url"
@@ -22,6 +23,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/scheduling"
+	"github.com/kmehsm/kmehsm/internal/testkeys"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
@@ -42,6 +44,9 @@ var (
 	made   int
 	module string
 	unused []Tok
+
+	library string // SoftHSM's own
+	built   []byte // around that
 )
 
 // Main runs a package's tests below testproc's guard, with a number of tokens, t00 and up, and exits. It is for
@@ -72,7 +77,10 @@ func run(m *testing.M, tokens int, prepare func() error) int {
 	if err != nil {
 		return fail(err)
 	}
-	first := toks["t00"]
+	first, err := toks["t00"].keep(tmp)
+	if err != nil {
+		return fail(err)
+	}
 	unused = append(unused, first)
 	for i := 1; i < tokens; i++ {
 		tok, err := first.copy(tmp, i)
@@ -166,7 +174,7 @@ func setup(dir string, labels []string) (map[string]Tok, error) {
 	if out, err := exec.Command(path, append([]string{"--dir", dir}, labels...)...).CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("softhsm-setup.sh: %w\n%s", err, out)
 	}
-	env, err := source(filepath.Join(dir, "env"))
+	env, err := sourced(filepath.Join(dir, "env"))
 	if err != nil {
 		return nil, err
 	}
@@ -179,8 +187,58 @@ func setup(dir string, labels []string) (map[string]Tok, error) {
 	return toks, nil
 }
 
-// source returns the values that an env file sets, as a shell understands it.
-func source(file string) (map[string]string, error) {
+//go:embed module/kept.c
+var source string
+
+// kept is kept.c, built around SoftHSM's library.
+func kept(softhsm string) ([]byte, error) {
+	mu.Lock()
+	defer mu.Unlock()
+	if built != nil {
+		return built, nil
+	}
+	tmp, err := os.MkdirTemp("", "softhsmtest-")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(tmp)
+	so := filepath.Join(tmp, "kept.so")
+	gcc := exec.Command("gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-fPIC", "-shared", "-x", "c", "-",
+		"-x", "none", "-Wl,--no-as-needed,-rpath,"+filepath.Dir(softhsm), softhsm, "-o", so)
+	gcc.Stdin = strings.NewReader(source)
+	if out, err := gcc.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("gcc: %w: %s", err, out)
+	}
+	library = softhsm
+	built, err = os.ReadFile(so)
+	return built, err
+}
+
+// keep has a token of a folder take its RSA keys from those that are kept. All processes share the folder's library, so
+// that none takes a key that another has.
+func (t Tok) keep(dir string) (Tok, error) {
+	path := filepath.Join(dir, "kept.so")
+	if _, err := os.Stat(path); err != nil {
+		so, err := kept(t.Module)
+		files := map[string][]byte{path: so}
+		for _, bits := range []int{2048, 3072} {
+			files[filepath.Join(dir, fmt.Sprint(bits, ".primes"))] = []byte(testkeys.ForTokens(bits))
+			files[filepath.Join(dir, fmt.Sprint(bits, ".next"))] = nil
+		}
+		for name, data := range files {
+			err = errors.Join(err, os.WriteFile(name, data, 0o600))
+		}
+		if err != nil {
+			return Tok{}, err
+		}
+	}
+	t.URI = strings.Replace(t.URI, "module-path="+t.Module, "module-path="+path, 1)
+	t.Module = path
+	return t, nil
+}
+
+// sourced returns the values that an env file sets, as a shell understands it.
+func sourced(file string) (map[string]string, error) {
 	cmd := exec.Command("/bin/sh", "-c", `. "$1" && env`, "sh", file)
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
 	out, err := cmd.Output()
@@ -226,8 +284,11 @@ func token(env map[string]string, dir, label string) (Tok, error) {
 	return tok, nil
 }
 
-// ModulePath is SoftHSM's library.
+// ModulePath is the library of Main's tokens: SoftHSM's, with the RSA keys that are kept. See module/kept.c.
 func ModulePath() string { return module }
+
+// Library is SoftHSM's own. A copy of it is another module to the process, which a copy of ModulePath is not.
+func Library() string { return library }
 
 // AsServed schedules so many calls of a token at a time as keysvc and factory do, until the end of the test.
 func AsServed(t testing.TB, calls int) {
