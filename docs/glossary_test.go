@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-// Abbreviations that every engineer knows, names of products, of roles and of files, values, and attributes of PKCS #11.
+// Abbreviations that every engineer knows, names of products, roles and files, values, and attributes of PKCS #11.
 const ordinary = `ACCEPTED AES AES-256 AES-ECB AMD API AUTHENTICATION AWS BLACKLISTED CERTIFICATE CHANGELOG CONTRIBUTING
 	COPYABLE CPU CTRL DEBUG DECRYPT DELETE DNS EPYC ERROR ESTABLISHED EUTRAN EXTRACTABLE FS GB GOGC GOMAXPROCS
 	GREYLISTED HMAC-SHA256 HTTP HTTPS ID INFO IP IS JSON KEY KVM L1 L2 L3 LOCAL MB MODIFIABLE NW OAEP OS PATCH PGHOST

@@ -14,8 +14,8 @@ Installs, with apt-get, what this machine lacks for a Make target, and nothing e
     bench       demo's and plugin's, and freeDiameterd, PostgreSQL
     check       demo's, and shellcheck, groff, age, SQLite's shell, OpenSC (pkcs11-tool and pkcs11-spy.so),
                 openCryptoki, p11-kit, NSS softoken
-    test        check's, bench's and packages', and lintian, rpm, clang with libFuzzer, tshark, promtool, spin, Chromium,
-                ip
+    test        check's, bench's and packages', and lintian, rpm, clang with libFuzzer, tshark, promtool, spin,
+                Chromium, ip
     generate    protoc
 
 It does so as root or with sudo. With nothing missing it does nothing, on any system.

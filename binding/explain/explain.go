@@ -12,7 +12,7 @@ import (
 // A Subscription says how a subscription stands, why its last call was refused, and what is to be done.
 type Subscription struct {
 	IMSI    kme.IMSI             `json:"imsi"`
-	State   string               `json:"state"` // of binding.Subscription.Latest; UNBOUND where there is none, DAMAGED if nobody knows
+	State   string               `json:"state"` // the latest binding's; UNBOUND without one, DAMAGED if nobody knows
 	Says    []string             `json:"says"`
 	Doubts  []binding.Doubt      `json:"doubts"`
 	Refused *binding.PastRefusal `json:"last_refusal,omitempty"`

@@ -19,8 +19,10 @@ func TestExplain(t *testing.T) {
 		t.Fatal(err)
 	}
 	at := func(s binding.State) *binding.Binding {
-		return &binding.Binding{IMSI: id, IMEI: device, Lot: "L1", State: s, Established: now, Activated: now, Expires: now}
+		return &binding.Binding{IMSI: id, IMEI: device, Lot: "L1", State: s, Established: now, Activated: now,
+			Expires: now}
 	}
+	active := func() *binding.Subscription { return &binding.Subscription{Active: at(binding.Active)} }
 	ended := []binding.Entry{{Event: binding.EventEstablished, IMEI: device.String(), Time: now}}
 	for name, c := range map[string]struct {
 		k           binding.Known
@@ -31,19 +33,21 @@ func TestExplain(t *testing.T) {
 		"ended by itself": {binding.Known{History: ended}, "UNBOUND", "never showed that it has the KME", "attach"},
 		"pending": {binding.Known{Subscription: &binding.Subscription{Pending: at(binding.Pending)}},
 			"PENDING", "0 of its vectors", "attach again"},
-		"active": {binding.Known{Subscription: &binding.Subscription{Active: at(binding.Active)}},
+		"active": {binding.Known{Subscription: active()},
 			"ACTIVE", "only that device", "nothing"},
-		"both": {binding.Known{Subscription: &binding.Subscription{Active: at(binding.Active), Pending: at(binding.Pending)}},
+		"both": {binding.Known{Subscription: &binding.Subscription{Active: at(binding.Active),
+			Pending: at(binding.Pending)}},
 			"PENDING", "only that device", "attach again"},
 		"revoked": {binding.Known{Subscription: &binding.Subscription{Revoked: at(binding.Revoked)}},
 			"REVOKED", "was ended", "attach"},
-		"opened": {binding.Known{Subscription: &binding.Subscription{Active: at(binding.Active), Attempts: []binding.Attempt{{Expires: now}}}},
+		"opened": {binding.Known{Subscription: &binding.Subscription{Active: at(binding.Active),
+			Attempts: []binding.Attempt{{Expires: now}}}},
 			"ACTIVE", "lets it be bound to another", "attach before"},
 		"damaged": {binding.Known{Damaged: errors.New("the row was changed")},
 			"DAMAGED", "the row was changed", "keysvc store verify"},
-		"doubted": {binding.Known{Subscription: &binding.Subscription{Active: at(binding.Active)}, Doubts: []binding.Doubt{{Why: binding.LotRetired}}},
+		"doubted": {binding.Known{Subscription: active(), Doubts: []binding.Doubt{{Why: binding.LotRetired}}},
 			"ACTIVE", "LOT_RETIRED", "binding revoke"},
-		"directory away": {binding.Known{Subscription: &binding.Subscription{Active: at(binding.Active)}, Unknown: errors.New("away")},
+		"directory away": {binding.Known{Subscription: active(), Unknown: errors.New("away")},
 			"ACTIVE", "not known: away", "nothing"},
 		"refused": {binding.Known{Refused: &binding.PastRefusal{IMSI: id, Time: now, Reason: kme.OtherDevice}},
 			"UNBOUND", "never bound", "keysvc binding open"},
@@ -53,7 +57,7 @@ func TestExplain(t *testing.T) {
 		"a bad signature": {binding.Known{Refused: &binding.PastRefusal{Time: now, Reason: kme.KMERejected,
 			Cause: "signature"}},
 			"UNBOUND", "never bound", "factory lot reissue"},
-		"and mended since": {binding.Known{Subscription: &binding.Subscription{Active: at(binding.Active)}, History: ended,
+		"and mended since": {binding.Known{Subscription: active(), History: ended,
 			Refused: &binding.PastRefusal{Time: now.Add(-time.Hour), Reason: kme.NoAttempt}},
 			"ACTIVE", "only that device", "nothing"},
 	} {
@@ -69,7 +73,8 @@ func TestExplain(t *testing.T) {
 	for _, reason := range []kme.Reason{kme.Malformed, kme.NoAttempt, kme.UnknownDevice, kme.RevokedDevice,
 		kme.OtherDevice, kme.KMERejected, kme.NotBound, kme.CallerNotAllowed, kme.Overloaded, kme.HSMUnavailable,
 		kme.DirectoryUnavailable, kme.StoreUnavailable, kme.RolledBack, kme.Damaged, "A_NEW_ONE"} {
-		if why, todo := meaning(&binding.PastRefusal{Reason: reason, Message: "what the caller got"}); why == "" || todo == "" {
+		why, todo := meaning(&binding.PastRefusal{Reason: reason, Message: "what the caller got"})
+		if why == "" || todo == "" {
 			t.Errorf("%s: %q, %q", reason, why, todo)
 		}
 	}

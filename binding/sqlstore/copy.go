@@ -29,8 +29,8 @@ func (s *Store) Copy(ctx context.Context, to *Store, report func(rows int)) (row
 		return 0, from.Named(err)
 	}
 	if version := known.Newer(number); version > 0 {
-		return 0, fmt.Errorf("the store to copy from has schema version %d, and this program knows %d, so that the copy "+
-			"would not have all of it: use the newest release's keysvc", version, len(known.Migrations))
+		return 0, fmt.Errorf("the store to copy from has schema version %d, and this program knows %d, so that the "+
+			"copy would not have all of it: use the newest release's keysvc", version, len(known.Migrations))
 	}
 	read, err := s.read.BeginTx(ctx, &sql.TxOptions{ReadOnly: true})
 	if err != nil {

@@ -162,8 +162,8 @@ func (s *Store) Warnings(ctx context.Context) ([]string, error) {
 		_, err = known.Lacks(number)
 	}
 	if version := known.Newer(number); version > 0 {
-		warnings = append(warnings, fmt.Sprintf("a newer release has upgraded the store to schema version %d, and this "+
-			"one knows %d: it can serve from it, and not copy or upgrade it; upgrade this instance too", version,
+		warnings = append(warnings, fmt.Sprintf("a newer release has upgraded the store to schema version %d, and "+
+			"this one knows %d: it can serve from it, and not copy or upgrade it; upgrade this instance too", version,
 			len(known.Migrations)))
 	}
 	return warnings, s.reads("look at the database").Named(err)

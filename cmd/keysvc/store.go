@@ -98,22 +98,22 @@ func storeCommand() *cli.Command {
 			{
 				Name: "backup", Usage: "copy a store in SQLite to a file, while the service runs",
 				Description: "The copy has the state of one moment. All of it is read and verified before it takes " +
-					"the place of what is at --out; only its owner may read it. It has no keys: see keysvc backup for " +
-					"those. A store in PostgreSQL is copied by PostgreSQL's own tools: pg_dump, or pg_basebackup with " +
-					"a WAL archive.",
+					"the place of what is at --out; only its owner may read it. It has no keys: see keysvc backup " +
+					"for those. A store in PostgreSQL is copied by PostgreSQL's own tools: pg_dump, or pg_basebackup " +
+					"with a WAL archive.",
 				Flags:  storeFlags(&cli.StringFlag{Name: "out", Usage: "the `FILE` to write, or to replace"}),
 				Action: cmdline.Requiring(storeBackup, "out"),
 			},
 			{
 				Name:  "accept-rollback",
 				Usage: "accept a database that is older than the last one that the service has written",
-				Description: "Bring back the last store instead, if there is one. What was decided since is not in this " +
-					"one. An audit log (audit_log of the configuration) has it: its entries become the ledger's again, " +
-					"so that no KME is accepted twice, and are named with what follows from them. What was revoked " +
-					"since is revoked again; what was bound since is lost with its KME, and what was bound before it " +
-					"is revoked, too. Without an audit log nobody knows: bindings of this store stand, KMEs that were " +
-					"used since can be used again, devices that were bound since are not, and what was revoked since " +
-					"is not. The reason and your name go into the ledger.",
+				Description: "Bring back the last store instead, if there is one. What was decided since is not in " +
+					"this one. An audit log (audit_log of the configuration) has it: its entries become the ledger's " +
+					"again, so that no KME is accepted twice, and are named with what follows from them. What was " +
+					"revoked since is revoked again; what was bound since is lost with its KME, and what was bound " +
+					"before it is revoked, too. Without an audit log nobody knows: bindings of this store stand, " +
+					"KMEs that were used since can be used again, devices that were bound since are not, and what " +
+					"was revoked since is not. The reason and your name go into the ledger.",
 				Flags: storeFlags(reasonFlag, auditLogFlag, &cli.BoolFlag{Name: "revoke-unknown",
 					Usage: "revoke every binding of which the end may be among what is not known; each of these " +
 						"subscriptions can then be bound to any device, by its next attach"}, cmdline.Yes),
@@ -137,8 +137,8 @@ func storeCommand() *cli.Command {
 			{
 				Name: "upgrade", Usage: "make the tables in PostgreSQL, or bring them up to date, and grant the " +
 					"service's role what it needs of them",
-				Description: "With the role that owns the tables and the new release's keysvc, before its service starts; " +
-					"instances of the release before may run, unless it says that they must not. The " +
+				Description: "With the role that owns the tables and the new release's keysvc, before its service " +
+					"starts; instances of the release before may run, unless it says that they must not. The " +
 					"service's role may then read the ledger and add to it, and neither change nor remove what is in " +
 					"it. It is made before, with CREATE ROLE ... LOGIN.",
 				Flags: []cli.Flag{storeFlag,
@@ -246,8 +246,8 @@ func storeAccept(c *cli.Context) error {
 
 // missingText says how much is missing.
 func missingText(m *binding.Missing) string {
-	return fmt.Sprintf("The ledger has lost %d entries; %d come back from the audit log, and at least %d are not known.",
-		m.Lost, len(m.Lines), m.Unknowns())
+	return fmt.Sprintf("The ledger has lost %d entries; %d come back from the audit log, and at least %d are not "+
+		"known.", m.Lost, len(m.Lines), m.Unknowns())
 }
 
 // lossText says what is lost for good.
@@ -257,8 +257,8 @@ func lossText(m *binding.Missing, revoke bool) string {
 		return "The KMEs of devices that were bound since are lost for good: these are bound no more, and their " +
 			"subscriptions are named."
 	case revoke:
-		return "Every binding whose end may be among what is not known is revoked: its subscription can then be bound " +
-			"to any device, and KMEs that were used since can be used again."
+		return "Every binding whose end may be among what is not known is revoked: its subscription can then be " +
+			"bound to any device, and KMEs that were used since can be used again."
 	}
 	return "What is not known is lost for good: KMEs that were used since can be used again, devices that were bound " +
 		"since are not, and what was revoked since is not."

@@ -59,12 +59,14 @@ func line(state LineState, stations, lots int) *Status {
 		lots, s.PerHour, s.SecondsLeft = 0, 0, 0
 	}
 	for i := range lots {
-		s.Lots = append(s.Lots, Counts{Lot: fmt.Sprintf("ACME-2026-Q4-EUROPE-modem-revision-B-%07d", i), Devices: 1_000_000, Ready: 123_456,
+		s.Lots = append(s.Lots, Counts{Lot: fmt.Sprintf("ACME-2026-Q4-EUROPE-modem-revision-B-%07d", i),
+			Devices: 1_000_000, Ready: 123_456,
 			Waiting: 323_456,
 			Out:     24, Injected: 654_321, Failed: 1234 * (i % 2), Scrapped: 123 * (i % 3), Overdue: 12 * (i % 2)})
 	}
 	for i := range stations {
-		w := Work{Station: fmt.Sprintf("hall-3-fixture-station-left-hand-side-%02d", i), Last: s.Last, Holds: "35209900000017"}
+		w := Work{Station: fmt.Sprintf("hall-3-fixture-station-left-hand-side-%02d", i), Last: s.Last,
+			Holds: "35209900000017"}
 		if w.Hour.Injected = 1234; i < stations/2 {
 			w.Hour = Results{Injected: 1234, Failed: 123, Scrapped: 12, Overdue: 12}
 		}

@@ -195,8 +195,8 @@ func TestHangOfOne(t *testing.T) {
 	testproc.Await(t, "the end of the call that hung", func() bool { return token.Health().Hung == 0 })
 }
 
-// A PIN that the token refuses is tried once, and never again: the token would lock. The token is back once its file has
-// the right one.
+// A PIN that the token refuses is tried once, and never again: the token would lock. The token is back once its file
+// has the right one.
 func TestRefusedPIN(t *testing.T) {
 	token, tok, _ := newOperator(t)
 	good := must[[]byte](t)(os.ReadFile(tok.PINFile))

@@ -159,8 +159,8 @@ var schema = config.Schema[Config]{See: "keysvc serve", Settings: slices.Concat(
 	{Name: "hsm_timeout", Default: "5s", Help: "after which a call that hangs in the token's module is given up",
 		Rule: "a time above zero, such as 5s", OK: func(c *Config) bool { return c.HSMTimeout > 0 }},
 	{Name: "drain_delay", Default: "10s",
-		Help: `how long calls are served after SIGTERM while /readyz and gRPC health say no; nobody is waited for who has
-			not asked for as long`,
+		Help: `how long calls are served after SIGTERM while /readyz and gRPC health say no; nobody is waited for who
+			has not asked for as long`,
 		Rule: "0s or more, such as 10s", OK: func(c *Config) bool { return c.DrainDelay >= 0 }},
 	{Name: "cache_mb", Default: "64", Help: "memory for cached public keys, of all manufacturers together",
 		Rule: "a whole number from 1 to 1048576", OK: func(c *Config) bool {

@@ -25,7 +25,8 @@ func TestOperatorPage(t *testing.T) {
 	tok := softhsmtest.Token(t)
 	initialise(t, tok, filepath.Join(dir, "state"))
 	path := filepath.Join(dir, "keysvc.yaml")
-	text := fmt.Sprintf("token: %q\nstate: state\nlisten: 127.0.0.1:0\ndrain_delay: 0s\noperator_page: {listen: 127.0.0.1:0}\n"+
+	text := fmt.Sprintf("token: %q\nstate: state\nlisten: 127.0.0.1:0\ndrain_delay: 0s\n"+
+		"operator_page: {listen: 127.0.0.1:0}\n"+
 		"tls: {certificate: 127.0.0.1.pem, key: 127.0.0.1.key, client_ca: ca.pem}\n"+
 		"clients: [{name: ops, san: monitor.example, roles: [monitor], plmns: [all]}, "+
 		"{name: hss, san: hss.example, roles: [hss], plmns: [all]}]\n", tok.URI)

@@ -145,7 +145,8 @@ func Serve(ctx context.Context, from Source, w io.Writer) error {
 		started: cfg, registry: store, ready: d.ready, log: log, rolledBack: rolledBack != nil,
 		open: opener(ctx, cfg.Directory, cfg.login(), readerOptions(cfg, store, cache, overdue, log), log),
 		options: api.Options{Service: d.service, Metrics: metrics, Outer: traces, PageKey: pageKey,
-			Leaving: leaving.begun, Streams: api.NewStreams(), Gather: promhttp.HandlerFor(registry, promhttp.HandlerOpts{})},
+			Leaving: leaving.begun, Streams: api.NewStreams(),
+			Gather: promhttp.HandlerFor(registry, promhttp.HandlerOpts{})},
 	}
 	lastDay := operatorpage.NewHistory(time.Now(), metrics.Totals())
 	count := func() { lastDay.Add(time.Now(), metrics.Totals()) }

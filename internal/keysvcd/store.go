@@ -109,8 +109,8 @@ func BackUpStore(
 	path, ok := strings.CutPrefix(name, "sqlite:")
 	if !ok {
 		return nil, cmdline.Usagef("this store is in PostgreSQL, whose own tools make its backups while the service " +
-			"runs: pg_dump --format=custom one of this moment; pg_basebackup with a WAL archive (archive_command) one " +
-			"that can be brought back to any moment; docs/backup.md has the commands")
+			"runs: pg_dump --format=custom one of this moment; pg_basebackup with a WAL archive (archive_command) " +
+			"one that can be brought back to any moment; docs/backup.md has the commands")
 	}
 	if info, err := os.Stat(filepath.Dir(to)); err != nil || !info.IsDir() {
 		return nil, fmt.Errorf("there is no folder %s for the backup", filepath.Dir(to))

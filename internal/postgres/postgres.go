@@ -186,8 +186,8 @@ func (db *DB) changeTables(ctx context.Context, f func(context.Context, *sql.Tx)
 			return err
 		}
 		if time.Since(began) > tablePatience {
-			return fmt.Errorf("a table is in use, and nothing was changed: try again when no keysvc store verify and no "+
-				"backup reads it: %w", err)
+			return fmt.Errorf("a table is in use, and nothing was changed: try again when no keysvc store verify and "+
+				"no backup reads it: %w", err)
 		}
 		select {
 		case <-ctx.Done():

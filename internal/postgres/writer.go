@@ -33,8 +33,8 @@ func NewWriter[S any](db *DB) *Writer[S] {
 const (
 	// patience bounds a transaction.
 	patience = 5 * time.Second
-	// pause is how long the server waits in one for its instance: an instance that hangs, or whose network is cut, keeps
-	// others from their changes for no longer. Callers have less time than patience.
+	// pause is how long the server waits in one for its instance: an instance that hangs, or whose network is cut,
+	// keeps others from their changes for no longer. Callers have less time than patience.
 	pause = time.Second
 )
 

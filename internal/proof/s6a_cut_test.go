@@ -100,7 +100,8 @@ func newLAN(t *testing.T, hosts int) *lan {
 	l.run(router, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
 	for i := range hosts {
 		near, far := fmt.Sprintf("host%d", i), fmt.Sprintf("port%d", i)
-		l.ip(l.spaces[0], fmt.Sprintf("link add %s type veth peer name %s", near, far), "link set "+far+" netns "+router,
+		l.ip(l.spaces[0], fmt.Sprintf("link add %s type veth peer name %s", near, far),
+			"link set "+far+" netns "+router,
 			"link set "+near+" netns "+l.spaces[i])
 		l.ip(router, fmt.Sprintf("addr add 10.99.%d.1/24 dev %s", i, far), "link set "+far+" up")
 		l.ip(l.spaces[i], "link set lo up", fmt.Sprintf("addr add %s/24 dev %s", address(i), near),
@@ -174,7 +175,8 @@ func newSite(t *testing.T) *site {
 	l, w := newLAN(t, 3), newWorld(t, nil)
 	hosts := &network{world: w}
 	hosts.newCA("hosts-ca")
-	hosts.certificate("hosts", "hosts-ca", fmt.Sprintf("subjectAltName=IP:%s,IP:%s,IP:%s\nextendedKeyUsage=serverAuth\n",
+	hosts.certificate("hosts", "hosts-ca", fmt.Sprintf(
+		"subjectAltName=IP:%s,IP:%s,IP:%s\nextendedKeyUsage=serverAuth\n",
 		database, address(1), address(2)))
 	pg := pgtest.StartTLS(t, database, w.path("hosts.pem"), w.path("hosts.key"))
 	local := must.Get[*url.URL](t)(url.Parse(pg.Database(t)))
@@ -243,7 +245,8 @@ func (s *site) secondToken() softhsmtest.Tok {
 	transport := said(second, "thumbprint", "keysvc", "transport", "new", "--out", "transport-2.json")
 	s.run(s.factory, "factory", "operator", "enroll", "op", "--transport-key", "transport-2.json", "--thumbprint",
 		transport, "--so-pin-source", "file:"+s.factory.SOPINFile, "--out", "enrolment-2.jws")
-	s.run(second, "keysvc", "enroll", "enrolment-2.jws", "--manufacturer", "var/factory/manufacturer.pem", "--thumbprint",
+	s.run(second, "keysvc", "enroll", "enrolment-2.jws", "--manufacturer", "var/factory/manufacturer.pem",
+		"--thumbprint",
 		said(s.factory, "manufacturer", "factory", "init"), "--directory", "file:directory")
 	s.run(second, "keysvc", "lot", "import", "L1.jws")
 	return second
@@ -505,7 +508,8 @@ func TestS6aPostgresCutOff(t *testing.T) {
 			suspend(t, s.instances[i])
 			return func() { s.instances[i].Cmd.Process.Signal(syscall.SIGCONT) }
 		})
-		for fault, line := range map[string]string{"removed": "* removed", "hangs": "* hang", "answers errors": "* 0x30"} {
+		for fault, line := range map[string]string{"removed": "* removed", "hangs": "* hang",
+			"answers errors": "* 0x30"} {
 			s.during("token of "+name+" "+fault, func() func() {
 				s.modules[i].Tell(t, line)
 				return func() { s.modules[i].Tell(t) }
@@ -533,7 +537,8 @@ func (s *site) nothingIsLost() {
 		}
 		var sent client.RAND
 		rand.Read(sent[:])
-		v, err := s.client.PrepareVector(s.t.Context(), must.Get[kme.IMSI](s.t)(kme.ParseIMSI(imsi)), client.Origin{}, sent)
+		v, err := s.client.PrepareVector(s.t.Context(), must.Get[kme.IMSI](s.t)(kme.ParseIMSI(imsi)), client.Origin{},
+			sent)
 		if err != nil || v.AttemptID != "" ||
 			(&phone{d: s.network, imsi: imsi, kme: secret}).decrypt(v.RANDs[0][:]) != sent {
 			s.t.Errorf("IMSI %s: its vector is not under its KME: %v", imsi, err)

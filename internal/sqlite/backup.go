@@ -25,8 +25,8 @@ func Backup(
 		if own, err := os.Stat(from); err != nil {
 			return err
 		} else if os.SameFile(own, there) || !there.Mode().IsRegular() {
-			return fmt.Errorf("a backup cannot take the place of %s, which is the database itself, or no file: give it "+
-				"another name", to)
+			return fmt.Errorf("a backup cannot take the place of %s, which is the database itself, or no file: give "+
+				"it another name", to)
 		}
 	}
 	folder, err := os.MkdirTemp(filepath.Dir(to), ".backup-") // SQLite has more files beside a database

@@ -108,7 +108,8 @@ func migrate(ctx context.Context, db *sql.DB, schema sqlconn.Schema) error {
 	if err != nil || len(lacks) == 0 {
 		return err
 	}
-	for _, statement := range append(lacks[:len(lacks):len(lacks)], fmt.Sprintf("PRAGMA user_version = %d", schema.Number())) {
+	version := fmt.Sprintf("PRAGMA user_version = %d", schema.Number())
+	for _, statement := range append(lacks[:len(lacks):len(lacks)], version) {
 		if _, err := tx.ExecContext(ctx, statement); err != nil {
 			return err
 		}
