@@ -57,7 +57,7 @@ func (h *history) establish(n, device int) *binding.Binding {
 	b := newBinding(h.t, imsiNo(h.t, n).String(), "a")
 	b.IMEI = must(kme.ParseIMEI(fmt.Sprintf("3520990000%04d", device)))
 	beginAttempt(h.t, h.s, b)
-	done(h.t, h.s.Establish(h.t.Context(), b, []byte(fmt.Sprint("tag ", n, device)), true, t0))
+	done(h.t, h.s.Establish(h.t.Context(), b, fmt.Append(nil, "tag ", n, device), true, t0))
 	return b
 }
 
@@ -274,7 +274,7 @@ func restored(t *testing.T, name string, backup func() (restore func() string)) 
 	again := newBinding(t, imsiNo(t, later).String(), "a")
 	again.IMEI = must(kme.ParseIMEI("35209900000003"))
 	beginAttempt(t, s, again)
-	if err := s.Establish(ctx, again, []byte(fmt.Sprint("tag ", later, later)), true, t0); err != binding.ErrUsed {
+	if err := s.Establish(ctx, again, fmt.Append(nil, "tag ", later, later), true, t0); err != binding.ErrUsed {
 		t.Errorf("a KME that was used since: %v", err)
 	}
 	h.s = s
