@@ -168,7 +168,7 @@ inside() {
 	! [ -e /var/lib/kmehsm ] || die 'purge leaves an empty folder'
 
 	# The services could use all that was there.
-	[ "$(grep -c '"msg":"serving"' /tmp/keysvc.log)" = 2 ] || die 'the log of keysvc does not say "serving" twice'
+	[ "$(grep -c '"msg":"serving"' /tmp/keysvc.log)" = 3 ] || die 'the log of keysvc does not say "serving" three times'
 	! grep -i 'permission denied' /tmp/keysvc.log /tmp/factory-station.log || die 'a service lacks a permission'
 }
 
