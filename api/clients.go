@@ -52,7 +52,7 @@ type Client struct {
 	SAN   string   `yaml:"san"`   // a DNS name or URI of its certificate
 	UID   *int     `yaml:"uid"`   // the user at the other end of the Unix socket
 	Roles []Role   `yaml:"roles"` // at least one
-	PLMNs []string `yaml:"plmns"` // MCC and MNC, whose IMSIs it may name; or all
+	PLMNs []string `yaml:"plmns"` // MCC and MNC, whose IMSIs it may name; or all; none for metrics alone
 	Rate  float64  `yaml:"rate"`  // calls a second, and as many at once; 0 for no limit
 
 	// Origins from which devices may be provisioned: home (the default), any, MCC and MNC, names of hosts, or *.SUFFIX.
@@ -156,7 +156,7 @@ func (c *Clients) add(e *Client) error {
 		return fmt.Errorf("rate is a number of calls a second, or 0 for no limit, not %v", e.Rate)
 	case len(e.Roles) == 0:
 		return errors.New("it has no roles")
-	case len(e.PLMNs) == 0:
+	case len(e.PLMNs) == 0 && !slices.Equal(e.Roles, []Role{RoleMetrics}): // who names no IMSI needs none
 		return errors.New("it has no plmns: name them, or write [all]")
 	case e.SAN != "" && c.bySAN[e.SAN] != nil || e.UID != nil && c.byUID[*e.UID] != nil:
 		return errors.New("another client has the same san or uid")

@@ -197,6 +197,7 @@ func TestClients(t *testing.T) {
 		{Name: "a", SAN: "hss.example", Roles: []Role{RoleHSS}, PLMNs: []string{"00101"}},
 		{Name: "b", SAN: "spiffe://example/ops", Roles: []Role{RoleAdmin}, PLMNs: []string{all}},
 		{Name: "c", UID: &uid, Roles: []Role{RoleMonitor}, PLMNs: []string{"310150"}},
+		{Name: "d", SAN: "metrics.example", Roles: []Role{RoleMetrics}},
 	}
 	c, err := NewClients(good)
 	if err != nil {
@@ -236,6 +237,7 @@ func TestClients(t *testing.T) {
 		"no roles":            {Name: "x", SAN: "x", PLMNs: []string{all}},
 		"no role":             {Name: "x", SAN: "x", Roles: []Role{"root"}, PLMNs: []string{all}},
 		"no plmns":            {Name: "x", SAN: "x", Roles: []Role{RoleHSS}},
+		"or write [all]":      {Name: "x", SAN: "x", Roles: []Role{RoleMetrics, RoleMonitor}},
 		"no PLMN":             {Name: "x", SAN: "x", Roles: []Role{RoleHSS}, PLMNs: []string{"0010"}},
 		"is no PLMN":          {Name: "x", SAN: "x", Roles: []Role{RoleHSS}, PLMNs: []string{"00101a"}},
 		"another client has":  {Name: "x", SAN: "hss.example", Roles: []Role{RoleHSS}, PLMNs: []string{all}},
