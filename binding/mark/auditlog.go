@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
@@ -34,13 +35,15 @@ const (
 )
 
 // KeepAuditLog is for a service: until the context ends it copies what is added to the ledger, by whomever, to an audit
-// log. A new one begins with what is decided from now on. What it finds is logged.
-func KeepAuditLog(ctx context.Context, store binding.Ledger, dir string, log *slog.Logger) {
+// log. A new one begins with what is decided from now on. What it finds is logged, and failing says whether it fails.
+func KeepAuditLog(ctx context.Context, store binding.Ledger, dir string, failing *atomic.Bool, log *slog.Logger) {
 	a, say := &auditLog{store: store, dir: dir}, sayer(ctx, log)
 	tick := time.NewTicker(copyEvery)
 	defer tick.Stop()
 	for {
-		say("writing the audit log", a.copy(ctx))
+		err := a.copy(ctx)
+		failing.Store(err != nil && ctx.Err() == nil)
+		say("writing the audit log", err)
 		select {
 		case <-ctx.Done():
 			last, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -101,7 +102,7 @@ func (h *history) lose(backup func()) (makers []*binding.Manufacturer) {
 	var log bytes.Buffer
 	go func() {
 		defer close(ended)
-		mark.KeepAuditLog(working, h.s, h.audit, slog.New(slog.NewTextHandler(&log, nil)))
+		mark.KeepAuditLog(working, h.s, h.audit, new(atomic.Bool), slog.New(slog.NewTextHandler(&log, nil)))
 	}()
 	testproc.Await(t, "the audit log begins", func() bool {
 		files, err := os.ReadDir(h.audit)
@@ -434,7 +435,7 @@ func TestAuditLogGoesOn(t *testing.T) {
 		var log bytes.Buffer
 		ended, end := context.WithCancel(ctx)
 		end()
-		mark.KeepAuditLog(ended, store, dir, slog.New(slog.NewTextHandler(&log, nil)))
+		mark.KeepAuditLog(ended, store, dir, new(atomic.Bool), slog.New(slog.NewTextHandler(&log, nil)))
 		if log.Len() > 0 {
 			t.Errorf("%s", &log)
 		}

@@ -16,6 +16,7 @@ import (
 	"runtime/debug"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/maypok86/otter/v2/stats"
@@ -37,14 +38,15 @@ import (
 // A daemon serves from tokens and a store. Only live changes while it does.
 type daemon struct {
 	*live
-	from     Source // of the configuration
-	tokens   *hsmkeys.OperatorPool
-	store    *sqlstore.Store
-	service  *binding.Service // without lots: see live
-	warnings []string         // of tokens, which hold as long as the process
-	accepted chan struct{}    // has one when a database that was rolled back is accepted
-	leaving  *leaving
-	eir      []net.Listener // for AMFs: one, or none
+	from      Source // of the configuration
+	tokens    *hsmkeys.OperatorPool
+	store     *sqlstore.Store
+	service   *binding.Service // without lots: see live
+	warnings  []string         // of tokens, which hold as long as the process
+	unaudited atomic.Bool      // the audit log cannot be written
+	accepted  chan struct{}    // has one when a database that was rolled back is accepted
+	leaving   *leaving
+	eir       []net.Listener // for AMFs: one, or none
 }
 
 // Serve serves the HSS as a configuration says, and logs to w. When ctx ends, it says that it is not ready any more,
@@ -267,6 +269,9 @@ func (d *daemon) ready(ctx context.Context, service *binding.Service) (warnings 
 	if service.ListingsFailed() {
 		warnings = append(warnings, "the operator's list of devices cannot be read; the log says why")
 	}
+	if d.unaudited.Load() {
+		warnings = append(warnings, "the audit log cannot be written; the log says why")
+	}
 	for manufacturer, lists := range service.Overdue() {
 		for _, o := range lists {
 			const warning = "the list of revoked devices of lot %s of manufacturer %s is overdue (%s); %s"
@@ -303,7 +308,7 @@ func (d *daemon) keepAuditLog(ctx context.Context, dir string) (stop func()) {
 		return func() {}
 	}
 	return d.beside(context.WithoutCancel(ctx), func(ctx context.Context) {
-		mark.KeepAuditLog(ctx, d.store, dir, d.log)
+		mark.KeepAuditLog(ctx, d.store, dir, &d.unaudited, d.log)
 	})
 }
 
