@@ -7,11 +7,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -23,9 +25,9 @@ import (
 // as JSON, or a Mark: everything up to there is in the folder, from the first Mark on. A line that was cut short
 // counts as none. Nothing in it has to be believed: an entry has its MAC, also over the entry before it.
 const (
-	auditFiles = "*.jsonl"
-	auditDay   = "2006-01-02"
-	markBegins = `{"epoch":`
+	auditSuffix = ".jsonl"
+	auditDay    = "2006-01-02"
+	markBegins  = `{"epoch":`
 )
 
 // copyEvery is how often a service looks for new entries, and copyMost how many of a chain it copies at once.
@@ -134,7 +136,7 @@ func (a *auditLog) add(lines []byte, upTo *binding.Mark) error {
 	if err != nil {
 		return err
 	}
-	path := filepath.Join(a.dir, time.Now().UTC().Format(auditDay)+".jsonl")
+	path := filepath.Join(a.dir, time.Now().UTC().Format(auditDay)+auditSuffix)
 	both := func([]byte) ([]byte, error) { return append(lines, mark...), nil }
 	if err := durable.AppendLine(path, 0o600, both); err != nil {
 		return err
@@ -144,32 +146,47 @@ func (a *auditLog) add(lines []byte, upTo *binding.Mark) error {
 }
 
 func auditLogFiles(dir string) ([]string, error) {
-	if _, err := os.ReadDir(dir); err != nil {
+	all, err := os.ReadDir(dir)
+	if err != nil {
 		return nil, err
 	}
-	files, err := filepath.Glob(filepath.Join(dir, auditFiles))
-	slices.Sort(files)
-	return files, err
+	var files []string
+	for _, e := range all { // sorted by their names
+		if strings.HasSuffix(e.Name(), auditSuffix) && e.Type().IsRegular() {
+			files = append(files, filepath.Join(dir, e.Name()))
+		}
+	}
+	return files, nil
 }
 
-// eachLine reads whole lines, of any length.
+// longestLine is longer than an entry or a mark can be.
+const longestLine = 1 << 20
+
+// eachLine reads whole lines. One that is longer than longestLine is none.
 func eachLine(path string, f func(line []byte) error) error {
 	file, err := os.Open(path)
 	if err != nil {
 		return err
 	}
 	defer file.Close()
-	lines := bufio.NewScanner(file)
-	lines.Buffer(make([]byte, 64<<10), 16<<20)
-	for lines.Scan() {
-		if err := f(lines.Bytes()); err != nil {
-			return err
+	in, skipped := bufio.NewReaderSize(file, longestLine), false
+	for {
+		line, err := in.ReadSlice('\n')
+		switch {
+		case errors.Is(err, bufio.ErrBufferFull):
+			skipped = true
+			continue
+		case err != nil && !errors.Is(err, io.EOF):
+			return fmt.Errorf("%s: %w", path, err)
+		case !skipped && len(line) > 0:
+			if err := f(bytes.TrimSuffix(line, []byte("\n"))); err != nil {
+				return err
+			}
+		}
+		if skipped = false; err != nil {
+			return nil
 		}
 	}
-	if err := lines.Err(); err != nil {
-		return fmt.Errorf("%s: %w", path, err)
-	}
-	return nil
 }
 
 // readAuditLogs gives the entries of audit logs that are behind the heads of a ledger, by chain and number.

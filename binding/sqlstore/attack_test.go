@@ -1,6 +1,7 @@
 package sqlstore
 
 import (
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -355,5 +356,41 @@ func enter(t *testing.T, s *Store) {
 		ManifestJWS: string(must(signer.Sign(directory.TypeManifest, manifest))), Imported: t0}
 	if err := s.PutLot(t.Context(), lot, func([]*binding.Lot) error { return nil }); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// An entry that says that something was forgotten hides no row that is gone, unless it is the service's own.
+func TestForgottenByNobody(t *testing.T) {
+	ctx, p := t.Context(), path(t)
+	s := must(Open(ctx, "sqlite:"+p, rowKey))
+	must(s.List(ctx, []binding.Listing{{Prefix: "35", Status: binding.Blacklisted, Reason: "x", Listed: t0}}))
+	db := must(sql.Open("sqlite3", (&url.URL{Scheme: "file", OmitHost: true, Path: p}).String()))
+	defer db.Close()
+	must(db.Exec(`DELETE FROM equipment`))
+	for _, chain := range []string{"chain", "99"} {
+		must(db.Exec(`INSERT INTO ledger SELECT ` + chain + `, 1000000, at, 'FORGOTTEN', subject, imei, tag, actor,
+			detail, mac FROM ledger WHERE event = 'LISTED'`))
+		if all, err := s.Listed(ctx, 0); !isDamaged(err) {
+			t.Errorf("a blacklisted device is not listed any more, and nobody notices: %v, %v", all, err)
+		}
+		must(db.Exec(`DELETE FROM ledger WHERE event = 'FORGOTTEN'`))
+	}
+}
+
+// SQLite takes a number that is not whole. The pages of the ledger go on behind it all the same.
+func TestNumberThatIsNotWhole(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	p := path(t)
+	s := must(Open(ctx, "sqlite:"+p, rowKey))
+	for n := range 1010 { // more than a page, and the number is the page's last
+		done(t, s.Note(ctx, "TRIED", "s", fmt.Sprint(n)))
+	}
+	db := must(sql.Open("sqlite3", (&url.URL{Scheme: "file", OmitHost: true, Path: p}).String()))
+	defer db.Close()
+	must(db.Exec(`INSERT INTO ledger SELECT chain, 999.5, at, event, subject, imei, tag, actor, detail, mac FROM ledger
+		WHERE seq = 5`))
+	if n, err := s.VerifyLedger(ctx); !isDamaged(err) || ctx.Err() != nil {
+		t.Errorf("%d entries, %v", n, err)
 	}
 }

@@ -251,8 +251,9 @@ func (l *last) note(e binding.Event, seq int64) {
 }
 
 // lastOfAll has the number of the last entry about each of the subjects whose names begin alike, and which were not
-// forgotten; what follows is its name there.
-func lastOfAll(ctx context.Context, q sqlconn.Conn, begin string) (map[string]int64, error) {
+// forgotten; what follows is its name there. That one was forgotten is believed of an entry of the service alone: it
+// has a row that is gone not missed.
+func (s *Store) lastOfAll(ctx context.Context, q sqlconn.Conn, begin string) (map[string]int64, error) {
 	all := map[string]int64{}
 	err := q.Each(ctx, func(scan func(...any) error) error {
 		var subject string
@@ -260,8 +261,17 @@ func lastOfAll(ctx context.Context, q sqlconn.Conn, begin string) (map[string]in
 		err := scan(&subject, &seq)
 		all[strings.TrimPrefix(subject, begin)] = seq
 		return err
-	}, `SELECT subject, MAX(seq) FROM ledger WHERE subject >= $1 AND subject < $2 GROUP BY subject
-		HAVING MAX(seq) > MAX(CASE WHEN event = $3 THEN seq ELSE 0 END)`, begin, begin+"\x7f",
+	}, `SELECT subject, MAX(seq) FROM ledger WHERE subject >= $1 AND subject < $2 GROUP BY subject`, begin,
+		begin+"\x7f")
+	if err != nil {
+		return nil, err
+	}
+	err = s.entries(ctx, q, func(e binding.Entry) error {
+		if name := strings.TrimPrefix(e.Subject, begin); all[name] == e.Seq && int64(e.Chain) == chainOf(e.Subject) {
+			delete(all, name)
+		}
+		return nil
+	}, `WHERE e.subject >= $1 AND e.subject < $2 AND e.event = $3`, begin, begin+"\x7f",
 		string(binding.EventForgotten))
 	return all, err
 }

@@ -91,13 +91,17 @@ func (s *Store) Missing(
 		}
 		first := at.Seq
 		for {
-			lines := copied(chain, at.Seq+1)
-			i := slices.IndexFunc(lines, func(l binding.Line) bool { return s.follows(l, at) })
-			if i < 0 {
+			var next *binding.Line // several follow where the chain was accepted without the first: the last one counts
+			for _, l := range copied(chain, at.Seq+1) {
+				if s.follows(l, at) && (next == nil || !l.Time.Before(next.Time)) {
+					next = &l
+				}
+			}
+			if next == nil {
 				break
 			}
-			m.Lines = append(m.Lines, lines[i])
-			at = binding.Head{Seq: at.Seq + 1, MAC: lines[i].MAC}
+			m.Lines = append(m.Lines, *next)
+			at = binding.Head{Seq: at.Seq + 1, MAC: next.MAC}
 			whole = whole || at.Seq == had.Seq && bytes.Equal(at.MAC, had.MAC)
 		}
 		m.Lost += max(had.Seq, at.Seq) - first

@@ -163,8 +163,8 @@ func (s *Store) Warnings(ctx context.Context) ([]string, error) {
 	}
 	if version := known.Newer(number); version > 0 {
 		warnings = append(warnings, fmt.Sprintf("a newer release has upgraded the store to schema version %d, and "+
-			"this one knows %d: it can serve from it, and not copy or upgrade it; upgrade this instance too", version,
-			len(known.Migrations)))
+			"this one knows %d: it can serve from it, and not migrate or upgrade it; upgrade this instance too",
+			version, len(known.Migrations)))
 	}
 	return warnings, s.reads("look at the database").Named(err)
 }

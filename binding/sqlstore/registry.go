@@ -118,7 +118,7 @@ func (s *Store) manufacturers(ctx context.Context, q sqlconn.Conn) (all []*bindi
 
 // same fails unless rows are all that the ledger speaks of, and each is the last one.
 func (s *Store) same(ctx context.Context, q sqlconn.Conn, t *table, found map[string]int64, subject string) error {
-	last, err := lastOfAll(ctx, q, subject)
+	last, err := s.lastOfAll(ctx, q, subject)
 	if err != nil {
 		return err
 	}

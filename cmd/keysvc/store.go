@@ -218,11 +218,12 @@ var auditLogFlag = &cli.StringSliceFlag{Name: "audit-log", Category: cmdline.Con
 
 func storeAccept(c *cli.Context) error {
 	return withAnyStore(c, func(token *hsmkeys.OperatorToken, store *sqlstore.Store) error {
+		logs := c.StringSlice(auditLogFlag.Name)
 		missing, done, err := mark.Accept(c.Context, store, token, mark.AcceptOptions{
-			Reason: c.String("reason"), AuditLogs: c.StringSlice(auditLogFlag.Name),
+			Reason: c.String("reason"), AuditLogs: logs,
 			RevokeUnknown: c.Bool("revoke-unknown"),
 			Agreed: func(m *binding.Missing) error {
-				return cmdline.Confirm(c, missingText(m)+"\n"+lossText(m, c.Bool("revoke-unknown")), "accept")
+				return cmdline.Confirm(c, missingText(m, logs)+"\n"+lossText(m, c.Bool("revoke-unknown")), "accept")
 			},
 		})
 		if err != nil {
@@ -235,7 +236,7 @@ func storeAccept(c *cli.Context) error {
 			for _, change := range done.Changes {
 				fmt.Fprintln(w, changeText(change))
 			}
-			fmt.Fprintln(w, missingText(missing))
+			fmt.Fprintln(w, missingText(missing, logs))
 			if done.Revoked > 0 {
 				fmt.Fprintf(w, "%d bindings were revoked because of what is not known\n", done.Revoked)
 			}
@@ -245,7 +246,11 @@ func storeAccept(c *cli.Context) error {
 }
 
 // missingText says how much is missing.
-func missingText(m *binding.Missing) string {
+func missingText(m *binding.Missing, logs []string) string {
+	if len(logs) == 0 {
+		return fmt.Sprintf("The ledger has lost at least %d entries. They are not known: no audit log was named "+
+			"(audit_log of the configuration, --audit-log).", m.Unknowns())
+	}
 	return fmt.Sprintf("The ledger has lost %d entries; %d come back from the audit log, and at least %d are not "+
 		"known.", m.Lost, len(m.Lines), m.Unknowns())
 }

@@ -21,6 +21,10 @@ import (
 func Backup(
 	ctx context.Context, from, to string, report func(pages, of int), check func(copied string) error,
 ) (err error) {
+	if isPart(from, to) {
+		return fmt.Errorf("a backup cannot take the place of %s, which is a part of the database: give it another name",
+			to)
+	}
 	if there, err := os.Stat(to); err == nil {
 		if own, err := os.Stat(from); err != nil {
 			return err
@@ -51,6 +55,22 @@ func Backup(
 		return err
 	}
 	return durable.SyncDir(filepath.Dir(to))
+}
+
+// isPart says whether SQLite has, or may make, a file of the database at from by the name of to.
+func isPart(from, to string) bool {
+	real, err := filepath.EvalSymlinks(from)
+	if err != nil {
+		return false // and there is nothing to be copied
+	}
+	for _, suffix := range []string{"-wal", "-shm", "-journal"} {
+		here, err := os.Stat(filepath.Dir(real))
+		there, err2 := os.Stat(filepath.Dir(to))
+		if filepath.Base(to) == filepath.Base(real)+suffix && err == nil && err2 == nil && os.SameFile(here, there) {
+			return true
+		}
+	}
+	return false
 }
 
 func syncFile(path string) error {

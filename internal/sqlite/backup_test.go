@@ -69,8 +69,12 @@ func TestBackup(t *testing.T) {
 		"a copy that is not good": func() error {
 			return Backup(t.Context(), path, to, nothing, func(string) error { return wrong })
 		},
-		"interrupted": func() error { return Backup(gone, path, to, func(int, int) { cancel() }, good) },
-		"onto itself": func() error { return Backup(t.Context(), path, path, nothing, good) },
+		"interrupted":  func() error { return Backup(gone, path, to, func(int, int) { cancel() }, good) },
+		"onto itself":  func() error { return Backup(t.Context(), path, path, nothing, good) },
+		"onto its log": func() error { return Backup(t.Context(), path, path+"-wal", nothing, good) },
+		"onto what may be its log": func() error {
+			return Backup(t.Context(), path, filepath.Join(dir, ".", "db-journal"), nothing, good)
+		},
 		"onto a folder": func() error {
 			return Backup(t.Context(), path, dir, nothing, good)
 		},
