@@ -98,7 +98,7 @@ type instance struct {
 	name, store string
 	tok         softhsmtest.Tok
 	port        int
-	process     *testproc.Process
+	process     atomic.Pointer[testproc.Process] // the one that serves now
 	hss, admin  *client.Client
 	http        *http.Client
 }
@@ -329,7 +329,7 @@ func (s *soak) serve(i *instance, module *faultmodule.Module) {
 	log := must.Get[*os.File](s.t)(os.OpenFile(s.path(i.name+".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600))
 	defer log.Close()
 	cmd.Stderr = log
-	i.process = testproc.Start(s.t, cmd, func(*testproc.Process) bool { return ready(i.http) })
+	i.process.Store(testproc.Start(s.t, cmd, func(*testproc.Process) bool { return ready(i.http) }))
 }
 
 // clients makes those of an instance, which stay while it comes and goes.
@@ -348,7 +348,7 @@ func (i *instance) clients(s *soak) {
 	s.t.Cleanup(func() { i.hss.Close(); i.admin.Close(); i.http.CloseIdleConnections() })
 }
 
-func (i *instance) stop() error { return i.process.Stop(syscall.SIGTERM) }
+func (i *instance) stop() error { return i.process.Load().Stop(syscall.SIGTERM) }
 
 // imsi is one that is free, at a place of the database that is far from the one before.
 func (s *soak) imsi() (imsi kme.IMSI) {
@@ -564,7 +564,7 @@ func (s *soak) events() map[string]soakEvent {
 			s.module.Tell(t)
 		}}
 	}
-	reload := func() { must.Do(t, s.grown.process.Cmd.Process.Signal(syscall.SIGHUP)) }
+	reload := func() { must.Do(t, s.grown.process.Load().Cmd.Process.Signal(syscall.SIGHUP)) }
 	events := map[string]soakEvent{
 		"the token is pulled out":         hsm("* removed"),
 		"the token hangs":                 hsm("C_Sign hang"),
@@ -612,7 +612,7 @@ func (s *soak) events() map[string]soakEvent {
 
 func (s *soak) kill() {
 	mended := s.tokenFiles()
-	s.grown.process.Kill()
+	s.grown.process.Load().Kill()
 	mended()
 	s.serve(s.grown, s.module)
 }
@@ -649,7 +649,7 @@ func (s *soak) revokeBinding() {
 
 // revokeDevice revokes one of a new lot, which is refused soon after.
 func (s *soak) revokeDevice() {
-	s.importLot(func() { must.Do(s.t, s.grown.process.Cmd.Process.Signal(syscall.SIGHUP)) })
+	s.importLot(func() { must.Do(s.t, s.grown.process.Load().Cmd.Process.Signal(syscall.SIGHUP)) })
 	lot := s.lot()
 	d := must.Get[[]*mesim.Device](s.t)(must.Get[*mesim.Fleet](s.t)(s.fleet(lot)).Devices(1, 1))[0]
 	s.run(s.factory, "factory", "lot", "revoke", lot, d.IMEI.String(), "--reason", "stolen", "--yes", "--directory",
@@ -740,7 +740,7 @@ func (x *series) sample(i *instance) {
 			found[name], _ = strconv.ParseFloat(value, 64)
 		}
 	}
-	status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", i.process.Cmd.Process.Pid))
+	status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", i.process.Load().Cmd.Process.Pid))
 	for line := range strings.Lines(string(status)) {
 		if kib, ok := strings.CutPrefix(line, "RssAnon:"); ok {
 			found["rss_mib"], _ = strconv.ParseFloat(strings.Fields(kib)[0], 64)
@@ -902,7 +902,7 @@ func (s *soak) full(i *instance, d time.Duration, rate float64) (times []time.Du
 // cpu is what an instance and the database have spent so far.
 func (s *soak) cpu(i *instance) (sum time.Duration) {
 	s.t.Helper()
-	stat := must.Get[[]byte](s.t)(os.ReadFile(fmt.Sprintf("/proc/%d/stat", i.process.Cmd.Process.Pid)))
+	stat := must.Get[[]byte](s.t)(os.ReadFile(fmt.Sprintf("/proc/%d/stat", i.process.Load().Cmd.Process.Pid)))
 	var user, system int64
 	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
 	must.Get[int](s.t)(fmt.Sscan(fields[11]+" "+fields[12], &user, &system))
