@@ -424,22 +424,25 @@ func withoutAll(t *testing.T, lose func([]string) []string, some, revoke bool) {
 	}
 }
 
+// keepOnce is a service that ends at once: it copies what there is to an audit log.
+func keepOnce(t *testing.T, store *Store, dir string) {
+	t.Helper()
+	var log bytes.Buffer
+	ended, end := context.WithCancel(t.Context())
+	end()
+	mark.KeepAuditLog(ended, store, dir, new(atomic.Bool), slog.New(slog.NewTextHandler(&log, nil)))
+	if log.Len() > 0 {
+		t.Errorf("%s", &log)
+	}
+}
+
 // An audit log goes on where it was, whatever its last writer has left of it, and after a database was accepted without
 // it.
 func TestAuditLogGoesOn(t *testing.T) {
 	ctx := t.Context()
 	s, token, dir := open(t, path(t)), new(markToken), filepath.Join(t.TempDir(), "audit [1]*")
 	note := func(detail string) { t.Helper(); done(t, s.Note(ctx, "TRIED", "s", detail)) }
-	keep := func(store *Store) { // a service that ends at once
-		t.Helper()
-		var log bytes.Buffer
-		ended, end := context.WithCancel(ctx)
-		end()
-		mark.KeepAuditLog(ended, store, dir, new(atomic.Bool), slog.New(slog.NewTextHandler(&log, nil)))
-		if log.Len() > 0 {
-			t.Errorf("%s", &log)
-		}
-	}
+	keep := func(store *Store) { t.Helper(); keepOnce(t, store, dir) }
 	note("before there was a log")
 	keep(s)
 	for n := range 3 {
@@ -492,13 +495,7 @@ func TestRestoredTwice(t *testing.T) {
 	token, dir := new(markToken), filepath.Join(t.TempDir(), "audit")
 	keep := func(store *Store) {
 		t.Helper()
-		var log bytes.Buffer
-		ended, end := context.WithCancel(ctx)
-		end()
-		mark.KeepAuditLog(ended, store, dir, new(atomic.Bool), slog.New(slog.NewTextHandler(&log, nil)))
-		if log.Len() > 0 {
-			t.Errorf("%s", &log)
-		}
+		keepOnce(t, store, dir)
 		done(t, mark.Raise(ctx, store, token))
 	}
 	accept := func(store *Store, logs ...string) {

@@ -8,6 +8,8 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 
 	"github.com/mattn/go-sqlite3"
 
@@ -63,14 +65,11 @@ func isPart(from, to string) bool {
 	if err != nil {
 		return false // and there is nothing to be copied
 	}
-	for _, suffix := range []string{"-wal", "-shm", "-journal"} {
-		here, err := os.Stat(filepath.Dir(real))
-		there, err2 := os.Stat(filepath.Dir(to))
-		if filepath.Base(to) == filepath.Base(real)+suffix && err == nil && err2 == nil && os.SameFile(here, there) {
-			return true
-		}
-	}
-	return false
+	here, err := os.Stat(filepath.Dir(real))
+	there, err2 := os.Stat(filepath.Dir(to))
+	suffix, ours := strings.CutPrefix(filepath.Base(to), filepath.Base(real))
+	return err == nil && err2 == nil && os.SameFile(here, there) && ours &&
+		slices.Contains([]string{"-wal", "-shm", "-journal"}, suffix)
 }
 
 func syncFile(path string) error {
