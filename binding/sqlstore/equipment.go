@@ -14,14 +14,15 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// itAndBoundTo are an IMSI, and those that were ever bound to a device: the ledger knows them. For an OR of the two,
-// PostgreSQL reads the whole table.
-const itAndBoundTo = `(SELECT CAST($1 AS TEXT) UNION SELECT subject FROM ledger WHERE imei = $2 AND tag IS NOT NULL)`
+// boundTo are the IMSIs that were ever bound to a device: the ledger knows them. For a parameter beside the condition
+// of an index, without the CAST, SQLite compiles the statement at each use. $1 must come first: it numbers them so.
+const boundTo = `WITH others AS MATERIALIZED (` +
+	`SELECT DISTINCT subject AS other FROM ledger WHERE subject <> $1 AND imei = CAST($2 AS TEXT) AND tag IS NOT NULL) `
 
 // ofDevice reads what ofIMSI reads of an IMSI, also of all that were ever bound to a device, at one moment.
-var ofDevice = strings.NewReplacer(
-	"WHERE imsi = $1", "WHERE imsi IN "+itAndBoundTo,
-	"WHERE subject = $1", "WHERE subject IN "+itAndBoundTo,
+var ofDevice = boundTo + ofIMSI[nothing] + " UNION ALL " + strings.NewReplacer(
+	"WHERE imsi = $1", "JOIN others ON imsi = other",
+	"WHERE subject = $1", "JOIN others ON subject = other",
 ).Replace(ofIMSI[nothing])
 
 func (s *Store) Equipment(

@@ -4,9 +4,11 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -14,6 +16,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/hsmkeys"
@@ -275,5 +279,47 @@ func TestPostgresEquipmentByIndexes(t *testing.T) {
 	}
 	if rows.Err() != nil || strings.Contains(plan.String(), "Seq Scan") || strings.Contains(plan.String(), "SubPlan") {
 		t.Errorf("%v\n%s", rows.Err(), plan.String())
+	}
+}
+
+// SQLite compiles the statement of CheckEquipment once: a use costs that of some subscriptions.
+func TestEquipmentIsCompiledOnce(t *testing.T) {
+	s := open(t, "sqlite:"+path(t))
+	imsi, err := imsiOf(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	imei, err := kme.ParseIMEI("35209900000001")
+	if err != nil {
+		t.Fatal(err)
+	}
+	runtime.LockOSThread() // SQLite runs in the caller's thread
+	defer runtime.UnlockOSThread()
+	cost := func(f func() error) time.Duration {
+		var before, after unix.Timespec
+		err := unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &before)
+		for range 200 {
+			err = errors.Join(err, f())
+		}
+		if err := errors.Join(err, unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &after)); err != nil {
+			t.Fatal(err)
+		}
+		return time.Duration(after.Nano() - before.Nano())
+	}
+	least := func(f func() error) time.Duration {
+		cost(f) // it warms up
+		return min(cost(f), cost(f), cost(f))
+	}
+	subscription := least(func() error {
+		_, err := s.Subscription(t.Context(), imsi, t0)
+		return err
+	})
+	equipment := least(func() error {
+		_, _, err := s.Equipment(t.Context(), imei, imsi, t0)
+		return err
+	})
+	t.Logf("200 subscriptions cost %s, 200 checks %s", subscription, equipment)
+	if equipment > 12*subscription {
+		t.Errorf("a check of equipment costs %s, a subscription %s", equipment/200, subscription/200)
 	}
 }
