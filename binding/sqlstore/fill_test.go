@@ -67,6 +67,12 @@ func (s *Store) fillFrom(ctx context.Context, tx *txn, from, n int) error {
 	if err != nil {
 		return err
 	}
+	if s.recent.onlyHints { // on a busy machine the next rows may take longer to make than a change may pause
+		err := tx.Do(ctx, `SELECT set_config('idle_in_transaction_session_timeout', '0', true)`)
+		if err != nil {
+			return err
+		}
+	}
 	var heads [binding.Chains]binding.Head
 	for i := range heads {
 		if heads[i], err = s.head(ctx, tx.Conn, int64(i)); err != nil {
