@@ -186,7 +186,7 @@ func newSite(t *testing.T) *site {
 
 	second := s.secondToken()
 	library := w.path("library.so") // another copy than that of the modules
-	must.Do(t, os.WriteFile(library, must.Get[[]byte](t)(os.ReadFile(w.operator.Module)), 0o600))
+	must.Do(t, os.WriteFile(library, must.Get[[]byte](t)(os.ReadFile(softhsmtest.Library())), 0o600))
 	for i, toks := range [][]softhsmtest.Tok{{w.operator, second}, {second, w.operator}} {
 		dir := w.path(fmt.Sprint("module", i))
 		must.Do(t, errors.Join(os.Mkdir(dir, 0o700), os.Mkdir(w.path(fmt.Sprint("state", i)), 0o700)))
@@ -473,6 +473,7 @@ func (s *site) during(what string, begin func() (mend func())) {
 // network between each two of them loses everything without a word. No attach fails that is tried once more, by the Go
 // client or by kme.fdx, and no binding is lost.
 func TestS6aPostgresCutOff(t *testing.T) {
+	t.Parallel()
 	if !inOwnNetwork(t) {
 		return
 	}

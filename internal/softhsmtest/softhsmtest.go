@@ -77,10 +77,7 @@ func run(m *testing.M, tokens int, prepare func() error) int {
 	if err != nil {
 		return fail(err)
 	}
-	first, err := toks["t00"].keep(tmp)
-	if err != nil {
-		return fail(err)
-	}
+	first := toks["t00"]
 	unused = append(unused, first)
 	for i := 1; i < tokens; i++ {
 		tok, err := first.copy(tmp, i)
@@ -180,9 +177,14 @@ func setup(dir string, labels []string) (map[string]Tok, error) {
 	}
 	toks := make(map[string]Tok)
 	for _, l := range labels {
-		if toks[l], err = token(env, dir, l); err != nil {
+		tok, err := token(env, dir, l)
+		if err == nil {
+			tok, err = tok.keep(dir)
+		}
+		if err != nil {
 			return nil, err
 		}
+		toks[l] = tok
 	}
 	return toks, nil
 }
