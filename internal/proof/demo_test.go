@@ -16,6 +16,7 @@ import (
 // The demo needs no terminal, its whole output may go to a file, and it leaves in var/demo all that others go on from,
 // and nothing beside.
 func TestDemo(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir() // a project folder of its own: the demo begins by removing var/demo
 	root, err := filepath.Abs("../..")
 	if err != nil {

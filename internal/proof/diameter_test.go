@@ -15,10 +15,12 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
@@ -28,7 +30,7 @@ const success = "2001"
 // them. One that has the extension asks keysvc.
 type network struct {
 	*world
-	extensions string // the folder of the built ones
+	extensions string // the folder of those that are built
 	keysvc     *testproc.Process
 	http       *http.Client
 	ports      map[string]int
@@ -81,36 +83,7 @@ func newNetworkOf(w *world, devices int, sanitize string) *network {
 		t.Fatal("there is no freeDiameterd: run scripts/deps.sh test")
 	}
 	d := &network{world: w, ports: map[string]int{}}
-	d.extensions = d.path("extensions")
-	if err := os.Mkdir(d.extensions, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	// go test keeps a result until something changes that the test has read itself.
-	sources, err := filepath.Glob("../../plugins/freediameter/*/*.[ch]")
-	more, merr := filepath.Glob("../../plugins/freediameter/*.[ch]")
-	if err := errors.Join(err, merr); err != nil {
-		t.Fatal(err)
-	}
-	for _, source := range append(sources, more...) {
-		if _, err := os.ReadFile(source); err != nil {
-			t.Fatal(err)
-		}
-	}
-	build := exec.Command("make", "-C", "../../plugins/freediameter", "OUT="+d.extensions, "test")
-	if sanitize != "" {
-		build.Args = append(build.Args, "SANITIZE="+sanitize)
-		for _, library := range []string{"libasan.so", "libubsan.so"} {
-			path, err := exec.Command("gcc", "-print-file-name="+library).Output()
-			if err != nil {
-				t.Fatal(err)
-			}
-			d.preload += " " + strings.TrimSpace(string(path))
-		}
-	}
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
-
+	d.extensions, d.preload = extensions(t, sanitize)
 	d.setUp(lotOf{"L1", "tr33868-ecdsa-p256", "35209900", 2048, devices})
 	var sims bytes.Buffer
 	for i := range devices {
@@ -125,11 +98,58 @@ func newNetworkOf(w *world, devices int, sanitize string) *network {
 		}
 	}
 	d.write("subscribers", sims.String())
-	d.openssl(nil, "dhparam", "-out", "dh.pem", "1024") // no connection uses it, and the daemon wants it
+	// no connection uses it, and the daemon wants it
+	d.openssl(nil, "genpkey", "-genparam", "-algorithm", "DH", "-pkeyopt", "group:ffdhe2048", "-out", "dh.pem")
 	d.newCA("ca")
 	d.certificate("server", "ca", "subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth\n")
 	d.certificate("hss", "ca", "subjectAltName=DNS:hss.test\nextendedKeyUsage=clientAuth\n")
 	return d
+}
+
+// built are kme.fdx and what its tests need, by the sanitizers that they are built with: they are built once.
+var built struct {
+	sync.Mutex
+	dir     string // a folder of this package's tests
+	preload map[string]string
+}
+
+// extensions gives the folder of what is built with sanitizers, and the libraries of these.
+func extensions(t *testing.T, sanitize string) (dir, preload string) {
+	t.Helper()
+	built.Lock()
+	defer built.Unlock()
+	dir = filepath.Join(built.dir, "with-"+sanitize)
+	if preload, done := built.preload[sanitize]; done {
+		return dir, preload
+	}
+	must.Do(t, os.MkdirAll(dir, 0o700))
+	// go test keeps a result until something changes that the test has read itself.
+	sources, err := filepath.Glob("../../plugins/freediameter/*/*.[ch]")
+	more, merr := filepath.Glob("../../plugins/freediameter/*.[ch]")
+	if err := errors.Join(err, merr); err != nil {
+		t.Fatal(err)
+	}
+	for _, source := range append(sources, more...) {
+		if _, err := os.ReadFile(source); err != nil {
+			t.Fatal(err)
+		}
+	}
+	build := exec.Command("make", "-C", "../../plugins/freediameter", "OUT="+dir, "test")
+	if sanitize != "" {
+		build.Args = append(build.Args, "SANITIZE="+sanitize)
+		for _, library := range []string{"libasan.so", "libubsan.so"} {
+			path, err := exec.Command("gcc", "-print-file-name="+library).Output()
+			if err != nil {
+				t.Fatal(err)
+			}
+			preload += " " + strings.TrimSpace(string(path))
+		}
+	}
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	built.preload[sanitize] = preload
+	return dir, preload
 }
 
 var ec = []string{"-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"}

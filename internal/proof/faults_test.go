@@ -41,6 +41,7 @@ func (w *world) verify() {
 // Vault is sealed while a lot is being published: keys go on being made, the run says what it waits for, and goes on by
 // itself when Vault is unsealed.
 func TestVaultSealedInTheMiddle(t *testing.T) {
+	t.Parallel()
 	const devices = 4000
 	w, server, run, _ := provisioning(t, devices)
 	sys := server.Client(t, server.Root).Sys()
@@ -73,6 +74,7 @@ func TestVaultSealedInTheMiddle(t *testing.T) {
 
 // The token goes away while a lot is made, and comes back: a clear word, and the same command goes on.
 func TestTokenRemovedWhilePublishingToVault(t *testing.T) {
+	t.Parallel()
 	w, _, run, args := provisioning(t, 4000)
 	tokens := w.path("softhsm/tokens")
 	if err := os.Rename(tokens, tokens+".away"); err != nil {

@@ -19,6 +19,7 @@ import (
 // Factory and Vault are killed at random points, many times, while 50 shards are published. In the end every shard is
 // there exactly once, and its keys are those of its injection package.
 func TestKilledWhilePublishingToVault(t *testing.T) {
+	t.Parallel()
 	server := vaulttest.Start(t)
 	server.Mount(t, "kme", "2")
 	w := newWorld(t, nil, "VAULT_ADDR="+server.Addr, "VAULT_TOKEN="+server.Root)

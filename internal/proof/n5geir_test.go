@@ -32,6 +32,7 @@ const eirInstance = "5e0b0ba0-1c26-4d5a-8a2c-36d4f2a2a001"
 // An AMF asks a real keysvc for a device, over HTTP/2 with mutual TLS and an NRF's access token, before and after it
 // has proven itself; and keysvc is registered at that NRF as long as it serves.
 func TestN5gEIR(t *testing.T) {
+	t.Parallel()
 	d := &network{world: newWorld(t, nil), ports: map[string]int{}}
 	d.setUp(lotOf{"L1", "tr33868-ecdsa-p256", "35209900", 2048, 2})
 	d.newCA("ca")

@@ -40,6 +40,7 @@ func (w *world) encrypt(d device, p *kme.Plaintext) []byte {
 
 // OpenSSL unwraps every device key, and finds the public key that was published; and it verifies every signed object.
 func TestOpenSSLAgrees(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, nil)
 	w.setUp(bothSuites...)
 	injection := hex.EncodeToString(w.injectionKey())

@@ -29,6 +29,7 @@ func main() {
 // A program of somebody else's is built with client, and gets with it nothing of what the service is made of: no Vault,
 // no SQL, no PKCS #11, no cgo. It runs without network where the modules that client needs are in the cache.
 func TestOutsideProgram(t *testing.T) {
+	t.Parallel()
 	tree, err := filepath.Abs("../..")
 	if err != nil {
 		t.Fatal(err)
@@ -62,10 +63,11 @@ func TestOutsideProgram(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	cgo := "1"
 	run := func(name string, args ...string) string {
 		t.Helper()
 		cmd := exec.Command(name, args...)
-		cmd.Dir, cmd.Env = dir, append(os.Environ(), "GOWORK=off", "GOFLAGS=-mod=mod", "PWD="+dir)
+		cmd.Dir, cmd.Env = dir, append(os.Environ(), "GOWORK=off", "GOFLAGS=-mod=mod", "PWD="+dir, "CGO_ENABLED="+cgo)
 		var stderr bytes.Buffer
 		cmd.Stderr = &stderr
 		out, err := cmd.Output()
@@ -82,10 +84,9 @@ func TestOutsideProgram(t *testing.T) {
 			t.Errorf("module %s comes with client", m)
 		}
 	}
-	t.Setenv("CGO_ENABLED", "1")
-	if cgo := run("go", "list", "-deps", "-f",
-		`{{if and .CgoFiles (not .Standard)}}{{.ImportPath}}{{end}}`); cgo != "" {
-		t.Errorf("these packages come with client, and use cgo: %s", cgo)
+	if come := run("go", "list", "-deps", "-f",
+		`{{if and .CgoFiles (not .Standard)}}{{.ImportPath}}{{end}}`); come != "" {
+		t.Errorf("these packages come with client, and use cgo: %s", come)
 	}
 	// go test keeps a result until something changes that the test has read itself.
 	ours := `{{with .Module}}{{if .Replace}}{{$.Dir}}{{end}}{{end}}`
@@ -94,7 +95,7 @@ func TestOutsideProgram(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	t.Setenv("CGO_ENABLED", "0")
+	cgo = "0"
 	run("go", "build", ".")
 	const want = `a client has from 1 to 16 addresses of the service, not 0 NOT_BOUND:  ACTIVE`
 	if got := run("./hss"); got != want {

@@ -36,7 +36,18 @@ import (
 	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
-func TestMain(m *testing.M) { testproc.Main(m.Run) }
+func TestMain(m *testing.M) {
+	testproc.Main(func() int {
+		dir, err := os.MkdirTemp("", "proof-")
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		defer os.RemoveAll(dir)
+		built.dir, built.preload = dir, map[string]string{}
+		return m.Run()
+	})
+}
 
 // A world is a manufacturer, an operator and a lot of each suite, in a folder of its own.
 type world struct {
@@ -326,6 +337,7 @@ func (w *world) devices() (all []device) {
 
 // No PIN, KME, RME or private key is in any output at debug level, nor in any file that the programs write.
 func TestNothingSecretIsWritten(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, nil)
 	w.setUp(bothSuites...)
 	secrets := map[string][]byte{

@@ -62,6 +62,7 @@ func imeiAVP(digits string) diameter.AVP { return diameter.Text(diameter.IMEI, d
 // S13 in a daemon of its own and in the HSS's: what an MME is told of a device before and after it has proven itself;
 // what is refused; and that S6a goes on beside it.
 func TestS6aS13(t *testing.T) {
+	t.Parallel()
 	d := newNetwork(t, 3, "")
 	hss := d.start("hss", []string{"hssd:" + d.path("subscribers"), d.conf("kme.conf", "s13 = serve")}, "mme")
 	eir := d.start("eir", []string{d.conf("kme-eir.conf", "s13 = serve")}, "mme2")
@@ -186,6 +187,7 @@ func wrongDigit(imei string) string {
 
 // Whatever a broken MME asks gets an answer, or none, and no sanitizer has anything to say.
 func TestS6aS13Malformed(t *testing.T) {
+	t.Parallel()
 	const tgpp = 10415
 	d := newNetwork(t, 2, "address,undefined")
 	hss := d.start("hss", []string{"hssd:" + d.path("subscribers"), d.conf("kme.conf", "s13 = serve")}, "mme")

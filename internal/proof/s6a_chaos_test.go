@@ -163,6 +163,7 @@ func (p *phone) provisionLossy(e lossyMME, attempt string, v vec) error {
 // Answers are lost at every point, and keysvc is killed again and again: each device ends with its own KME, and no
 // administrator has helped.
 func TestS6aChaos(t *testing.T) {
+	t.Parallel()
 	devices, every, workers, most := 100, 3*time.Second, 32, 10*time.Minute
 	if os.Getenv("KMEHSM_SOAK") != "" { // make kills
 		devices, every, workers, most = 10_000, 20*time.Second, 64, 80*time.Minute

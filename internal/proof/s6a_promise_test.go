@@ -53,6 +53,7 @@ var groups = []struct {
 // What the network promises at its edge: with the extension in the HSS and in an agent, to an MME that is
 // freeDiameter's and to one that is not.
 func TestS6aPromises(t *testing.T) {
+	t.Parallel()
 	for _, where := range []string{"in the HSS", "in an agent"} {
 		t.Run(where, func(t *testing.T) {
 			d := newNetwork(t, 80, "")

@@ -85,6 +85,7 @@ func (s *scripted) Stream(
 
 // What a stream may do to kme.fdx that keysvc does seldom or never.
 func TestS6aStream(t *testing.T) {
+	t.Parallel()
 	d := newNetwork(t, 1, "")
 	service := d.newScripted("scripted")
 	d.write("scripted.conf", "service = unix:"+service.path+"\nbreaker = 1000\n")

@@ -25,6 +25,7 @@ const attaches = 1000
 
 // The message flow of the text, with real Diameter nodes: devices attach, resynchronise and are refused.
 func TestS6a(t *testing.T) {
+	t.Parallel()
 	for _, s := range setUps {
 		t.Run(s.name, func(t *testing.T) {
 			devices := attaches
@@ -102,6 +103,7 @@ func avp(code, vendor uint32, data []byte, lie int) []byte {
 
 // What a broken or hostile MME may send: it gets an answer or none, and the nodes go on.
 func TestS6aMalformed(t *testing.T) {
+	t.Parallel()
 	const tgpp, own = 10415, 32473
 	for _, s := range setUps[1:] {
 		t.Run(s.name, func(t *testing.T) {
@@ -191,6 +193,7 @@ func TestS6aMalformed(t *testing.T) {
 
 // keysvc slow, down and back; MMEs that go; and what the configuration can say of all that.
 func TestS6aFaults(t *testing.T) {
+	t.Parallel()
 	d := newNetwork(t, 200, "")
 	hss := d.start("hss", []string{"hssd:" + d.path("subscribers")}, "agent")
 	agent := d.start("agent", []string{d.conf("kme.conf", "timeout_ms = 500", "open = 00102", "provision_from = any",
@@ -278,6 +281,7 @@ func TestS6aFaults(t *testing.T) {
 
 // A configuration that says something else than its writer meant keeps the daemon from starting.
 func TestS6aConfiguration(t *testing.T) {
+	t.Parallel()
 	d := newNetwork(t, 1, "")
 	for want, lines := range map[string]string{
 		"there is no setting":    "sevice = unix:/x",
@@ -321,9 +325,10 @@ func TestS6aConfiguration(t *testing.T) {
 // The CA that the configuration names is trusted, and none of the system's: libcurl looks for those in a folder that is
 // compiled into it, for which this test's copy of libcurl has another name, as long.
 func TestS6aTrustsItsCAAlone(t *testing.T) {
+	t.Parallel()
 	d := newNetwork(t, 1, "")
 	const folder, ours = "\x00/etc/ssl/certs\x00", "\x00./system-certs\x00"
-	libraries, err := exec.Command("ldd", d.path("extensions/kme.fdx")).Output()
+	libraries, err := exec.Command("ldd", filepath.Join(d.extensions, "kme.fdx")).Output()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -366,6 +371,7 @@ func TestS6aTrustsItsCAAlone(t *testing.T) {
 
 // Another implementation reads what is sent as docs/s6a.md says.
 func TestS6aOnTheWire(t *testing.T) {
+	t.Parallel()
 	d := newNetwork(t, 5, "")
 	nodes, front := setUps[2].start(d)
 	client := d.start("mme", []string{"mme:" + d.path("m")}, front)

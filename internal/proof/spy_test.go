@@ -14,6 +14,7 @@ import (
 // room for a value, to see it refused. The flows run with OpenSC's spy between the programs and the token,
 // which writes down every call.
 func TestSpy(t *testing.T) {
+	t.Parallel()
 	spies, _ := filepath.Glob("/usr/lib/*/pkcs11-spy.so")
 	if len(spies) == 0 {
 		t.Fatal("there is no pkcs11-spy.so: install opensc-pkcs11")

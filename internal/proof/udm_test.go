@@ -39,6 +39,7 @@ var sets = [][8]string{
 // A UDM does 5G-AKA with keysvc, and the vectors of TS 35.208. The test is device, AMF and AUSF, whose formulas of TS
 // 33.501 Annex A are its own: neither AMF nor AUSF does or has anything that it has not without binding.
 func TestUDM(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, nil)
 	w.setUp(lotOf{"L1", "tr33868-ecdsa-p256", "35209900", 2048, len(sets)})
 	w.serve(func(*http.Client) {

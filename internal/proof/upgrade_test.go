@@ -47,9 +47,19 @@ func init() {
 
 const broken = "KMEHSM_TEST_BREAK=1"
 
-// buildLater builds later, with a file that the source does not have.
+var laterIs struct {
+	sync.Mutex
+	built bool
+}
+
+// buildLater builds later, once, with a file that the source does not have.
 func buildLater(t *testing.T) {
 	t.Helper()
+	laterIs.Lock()
+	defer laterIs.Unlock()
+	if laterIs.built {
+		return
+	}
 	dir := t.TempDir()
 	added := filepath.Join(dir, "later.go")
 	must.Do(t, os.WriteFile(added, []byte(laterSchema), 0o600))
@@ -62,6 +72,7 @@ func buildLater(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
+	laterIs.built = true
 }
 
 // over is an HTTP/1.1 client of a socket.
@@ -110,6 +121,7 @@ const (
 // Two instances of one release on PostgreSQL are replaced by a later one's, one after the other and under load, while a
 // balancer asks /readyz: no call fails. What the earlier release cannot work with, it refuses.
 func TestPostgresUpgradeAtNoon(t *testing.T) {
+	t.Parallel()
 	buildLater(t)
 	w := newWorld(t, nil)
 	w.setUp(lotOf{"LE", "tr33868-ecdsa-p256", "35209900", 2048, 6})
@@ -282,6 +294,7 @@ func (w *world) balance(ctx context.Context, names []string, made *atomic.Int64)
 
 // A service on SQLite is replaced by a later release, whose start upgrades the store, and by the earlier one again.
 func TestUpgradeOnSQLite(t *testing.T) {
+	t.Parallel()
 	buildLater(t)
 	w := newWorld(t, nil)
 	w.run(w.operator, "keysvc", "init")
