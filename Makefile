@@ -96,7 +96,8 @@ LATER_PACKAGES = $(sort $(dir $(shell grep -rlE '^func (Test\w*($(SERVERS))|($(c
 	--include=*_test.go .)))
 # Most tests wait for something most of the time: for a disk, a server, a time to pass. Lint has done go vet. The linker
 # takes half as long without what debuggers read.
-GO_TEST = go test -race -timeout $(TIMEOUT) -p $(shell expr 3 '*' "$$(nproc)") -vet=off -ldflags=-w
+GO_TEST = go test -race -timeout $(TIMEOUT) -p $(shell expr 3 '*' "$$(nproc)") \
+	-parallel $(shell expr 2 '*' "$$(nproc)") -vet=off -ldflags=-w
 # openCryptoki's daemon needs root.
 ROOT_ONLY := $(if $(filter-out 0,$(shell id -u)),|OpenCryptoki)
 
@@ -110,12 +111,15 @@ SOFTHSM_ONLY := Wycheproof Attributes Sides UnwrapTemplates WhatLeaves Renew Poo
 empty :=
 any-of = $(subst $(empty) ,|,$(strip $(1)))
 
+# go test begins with what comes first: the packages that take longest, so that none of them runs alone in the end.
+LONGEST := ./internal/proof ./internal/faultmodule ./cmd ./binding
+
 check: lint deps-check ## lint, and the short tests that need no Vault, PostgreSQL, browser or Diameter
 	@$(if $(ROOT_ONLY),echo 'TestDoctorOnOpenCryptoki is left out: only root can run it')
 	@scripts/step.sh 'short tests without servers' scripts/leaves-nothing.sh \
-		$(GO_TEST) -skip '$(LATER)$(ROOT_ONLY)' work
+		$(GO_TEST) -skip '$(LATER)$(ROOT_ONLY)' $(LONGEST) work
 
-LONG_TESTS = $(GO_TEST) -run '$(LATER)' ./internal/proof $(LATER_PACKAGES)
+LONG_TESTS = $(GO_TEST) -run '$(LATER)' $(LONGEST) $(LATER_PACKAGES)
 NSS_TESTS = KMEHSM_TEST_OPERATOR=nss $(GO_TEST) -skip '$(SERVERS)|$(call any-of,$(SOFTHSM_ONLY))' \
 	./binding ./hsmkeys/... ./internal/faultmodule
 # What the packages are made of, and the page that their test follows.
