@@ -130,10 +130,10 @@ test: check deps-test vaultdev ## what CI runs: check, and all other tests
 		scripts/leaves-nothing.sh scripts/together.sh "$(LONG_TESTS)" "$(NSS_TESTS)"
 	@scripts/once.sh model "$$(spin -V; gcc --version; cat docs/model/binding.pml scripts/model.sh)" \
 		scripts/step.sh 'the model of a binding, by spin' scripts/model.sh
-	@scripts/once.sh reproducible "$$(git rev-parse HEAD; go version; gcc --version)" \
+	@scripts/once.sh reproducible "$$(go version; gcc --version; $(PACKAGED))" \
 		scripts/step.sh 'the release, linked twice' scripts/reproducible.sh --warm
 	@if unshare --mount true 2>/dev/null; then \
-		scripts/once.sh packages "$$(go version; $(PACKAGED))" \
+		scripts/once.sh packages "$$(go version; gcc --version; $(PACKAGED))" \
 			scripts/step.sh 'the packages, installed, upgraded and removed' scripts/packages-test.sh; \
 	else \
 		echo 'the packages are not installed: it needs root, and the right to mount'; \
