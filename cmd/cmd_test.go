@@ -41,10 +41,14 @@ import (
 func TestMain(m *testing.M) { testproc.Main(m.Run) }
 
 // Each script begins with tokens of its own: factory, factory2, operator and operator2.
-func TestScripts(t *testing.T) { scripts(t, "testdata/script", nil) }
+func TestScripts(t *testing.T) {
+	t.Parallel()
+	scripts(t, "testdata/script", nil)
+}
 
 // These have two empty databases besides, of which service is no owner.
 func TestPostgresScripts(t *testing.T) {
+	t.Parallel()
 	server := pgtest.Start(t)
 	server.Exec(t, "CREATE ROLE service LOGIN")
 	scripts(t, "testdata/postgres", func(env *testscript.Env) {

@@ -15,9 +15,11 @@ import (
 
 // The commands of these pages run as they are printed, one after the other in one shell, and show what the page says.
 func TestPageCommands(t *testing.T) {
+	t.Parallel()
 	readme, ceremony, backup := read(t, "README.md"), read(t, "docs/ceremony.md"), read(t, "docs/backup.md")
 	calls := read(t, "docs/calls.md")
 	t.Run("readme", func(t *testing.T) {
+		t.Parallel()
 		left, err := os.ReadDir(runPage(t, readme))
 		if err != nil {
 			t.Fatal(err)
@@ -28,8 +30,9 @@ func TestPageCommands(t *testing.T) {
 			}
 		}
 	})
-	t.Run("ceremony", func(t *testing.T) { runPage(t, ceremony) })
+	t.Run("ceremony", func(t *testing.T) { t.Parallel(); runPage(t, ceremony) })
 	t.Run("backup", func(t *testing.T) {
+		t.Parallel()
 		before, _, found := strings.Cut(readme, "**9. Stop and clean up.**")
 		if !found {
 			t.Fatal("README.md has no step 9")
@@ -37,6 +40,7 @@ func TestPageCommands(t *testing.T) {
 		runPage(t, before+"\n"+backup)
 	})
 	t.Run("calls", func(t *testing.T) {
+		t.Parallel()
 		before, _, found := strings.Cut(readme, "**9. Stop and clean up.**")
 		if !found {
 			t.Fatal("README.md has no step 9")
@@ -50,8 +54,7 @@ func TestPageCommands(t *testing.T) {
 			_, end, _ := strings.Cut(grpcurl, "In the end, ")
 			calls = curl + end
 		}
-		t.Setenv("PATH", tools+":"+os.Getenv("PATH"))
-		runPage(t, before+"\n"+calls)
+		runPage(t, before+"\n"+calls, tools)
 	})
 }
 
@@ -80,8 +83,9 @@ func read(t *testing.T, page string) string {
 }
 
 // runPage runs a page's commands in a folder of their own: the blocks whose first line begins with "$ ". Lines below a
-// command are what it shows: each is a line of the output, and "..." in it stands for what differs each time.
-func runPage(t *testing.T, page string) (dir string) {
+// command are what it shows: each is a line of the output, and "..." in it stands for what differs each time. tools are
+// folders of programs that the page has besides.
+func runPage(t *testing.T, page string, tools ...string) (dir string) {
 	t.Helper()
 	root, err := filepath.Abs("..")
 	if err != nil {
@@ -123,7 +127,8 @@ func runPage(t *testing.T, page string) (dir string) {
 	const end = "trap 'kill $(jobs -p) 2>/dev/null || :' EXIT\n" // a service, where a command fails before it ends it
 	shell := exec.CommandContext(t.Context(), "bash", "-eo", "pipefail", "-c", end+script.String())
 	shell.Dir = dir
-	shell.Env = append(os.Environ(), "PATH="+programs.Dir(t)+":"+os.Getenv("PATH"))
+	path := append([]string{programs.Dir(t)}, append(tools, os.Getenv("PATH"))...)
+	shell.Env = append(os.Environ(), "PATH="+strings.Join(path, ":"))
 	var stderr bytes.Buffer
 	shell.Stderr = &stderr
 	out, err := shell.Output()
