@@ -37,7 +37,8 @@ run() {
 	fi
 	# shellcheck disable=SC2086 # a list each
 	scripts/step.sh -l "$log" -n "$packages" "run $name of $n$(left)" scripts/leaves-nothing.sh env "$@" \
-		go test -race -count=1 -timeout 90m -vet=off -ldflags=-w -p $((3 * $(nproc))) ${ARGS:-} ${PACKAGES:-work} ||
+		go test -race -count=1 -timeout 90m -vet=off -ldflags=-w -p $((3 * $(nproc))) \
+		-parallel $((2 * $(nproc))) ${ARGS:-} ${PACKAGES:-work} ||
 		result=FAILED
 	printf '%s %s %d s\n' "$name" $result $((SECONDS - begin)) | tee -a $results
 	if [ $result = passed ]; then
