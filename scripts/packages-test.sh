@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # usage: scripts/packages-test.sh [DIR]
-# Builds the packages of the last commit, and of a later one with another schema, unless they are in DIR/1 and DIR/2.
-# Has lintian look at them. Then, in a copy of this machine's files that is thrown away: does what "In five minutes" of
-# docs/install.md says, upgrades, serves stations, removes, installs again and purges; .deb by dpkg, .rpm by rpm.
-# It needs root and the right to mount.
+# Takes the packages of the last commit from bin/packages, or builds them. Makes later ones with another schema, unit and
+# sample configuration. Or takes both from DIR/1 and DIR/2. Has lintian look at them. Then, in a copy of this machine's
+# files that is thrown away: does what "In five minutes" of docs/install.md says, upgrades, serves stations, removes,
+# installs again and purges; .deb by dpkg, .rpm by rpm. It needs root and the right to mount.
 # shellcheck disable=SC1090,SC1091,SC2013,SC2016,SC2046,SC2317
 set -euo pipefail
 shopt -s inherit_errexit
@@ -14,34 +14,6 @@ die() {
 	exit 1
 }
 
-# start UNIT: as systemd would, as far as that can be had without it: the unit's user, command, umask and folders
-start() {
-	local unit=/usr/lib/systemd/system/$1.service user dir
-	user=$(sed -n 's/^User=//p' "$unit")
-	dir=$(sed -n 's,^StateDirectory=,/var/lib/,p' "$unit")
-	install -d -m "$(sed -n 's/^StateDirectoryMode=//p' "$unit")" -o "$user" -g "$user" "$dir"
-	dir=$(sed -n 's,^RuntimeDirectory=,/run/,p' "$unit")
-	[ -z "$dir" ] || install -d -o "$user" -g "$user" "$dir"
-	touch "/tmp/$1.log" # the service may be slow to start
-	(
-		set -a
-		! [ -e "$(sed -n 's/^EnvironmentFile=-//p' "$unit")" ] || . "$(sed -n 's/^EnvironmentFile=-//p' "$unit")"
-		cd /
-		umask "$(sed -n 's/^UMask=//p' "$unit")"
-		exec setpriv --reuid "$user" --regid "$user" --init-groups --no-new-privs --inh-caps=-all \
-			$(sed -n 's/^ExecStart=//p' "$unit")
-	) >>"/tmp/$1.log" 2>&1 &
-	daemon=$!
-}
-
-stop() {
-	kill -TERM "$daemon"
-	wait "$daemon" || die "the service ended with $?: $(cat /tmp/*.log)"
-	daemon=
-}
-
-systemctl() { start "$3"; } # of the page: enable --now
-
 # has PATH MODE OWNER
 has() {
 	[ "$(stat -c '%a %U:%G' "$1")" = "$2 $3" ] || die "$1 is $(stat -c '%a %U:%G' "$1"), not $2 $3"
@@ -49,14 +21,29 @@ has() {
 
 bound() { operator keysvc binding list --json | jq -e ".bindings | length == $1" >/dev/null; }
 
+ready() {
+	operator curl --fail -sS --retry "$1" --retry-all-errors --retry-delay 1 --unix-socket /run/kmehsm/keysvc.sock \
+		http://keysvc/readyz
+}
+
+# files: all names where packages put files; not the state of ours, nor dpkg's own
+files() {
+	find /etc /usr /var/lib -xdev \( -path /var/lib/dpkg -o -path '/var/lib/kmehsm*' \) -prune -o -print | LC_ALL=C sort
+}
+
 schema() { sqlite3 /var/lib/kmehsm/keysvc.db 'PRAGMA user_version'; }
 
 inside() {
 	local unit version sum
-	daemon=''
-	trap '[ $? = 0 ] || tail -n 20 /tmp/*.log >&2; [ -z "$daemon" ] || kill "$daemon" || true' EXIT
+	trap '[ $? = 0 ] || tail -n 20 /tmp/*.log >&2' EXIT
 	export LC_ALL=C DEBIAN_FRONTEND=noninteractive
 	cd "$1/1"
+	# The packages' scripts speak to systemd where it runs.
+	mkdir -p /run/systemd/system
+	mount --bind "$2/scripts/systemctl.sh" "$(command -v systemctl)"
+	# What containers have against starting services; and the index of man pages, which takes seconds each time.
+	rm -f /usr/sbin/policy-rc.d /var/lib/man-db/auto-update
+	files >/tmp/before
 	# The page, word by word; the network is not there, and what apt-get would install is.
 	apt-get() { dpkg -i kmehsm-*.deb; }
 	sed -n '/^## In five minutes/,/^## The stations/s/^    //p' "$2/docs/install.md" >/tmp/page
@@ -82,26 +69,25 @@ inside() {
 	done
 	echo 'installed, and three devices bound as the page says'
 
-	# Upgraded, while it runs: the configuration that was changed and all state are as they were.
+	# Upgraded, while it runs: the configuration that was changed and all state are as they were, and the service runs
+	# again, as the later unit says.
+	echo 'drain_delay: 0s' >>/etc/kmehsm/keysvc.yaml
 	sum=$(cat /etc/kmehsm/*.yaml | sha256sum) version=$(schema)
-	dpkg -i ../2/kmehsm-*.deb
+	dpkg --force-confold -i ../2/kmehsm-*.deb
 	[ "$sum" = "$(cat /etc/kmehsm/*.yaml | sha256sum)" ] || die 'the upgrade changed a configuration'
 	has /etc/kmehsm/keysvc.yaml 640 root:kmehsm
-	stop
-	start keysvc
-	operator curl --fail -sS --retry 300 --retry-all-errors --retry-delay 1 --unix-socket /run/kmehsm/keysvc.sock \
-		http://keysvc/readyz
+	systemctl is-active keysvc || die 'keysvc does not run after the upgrade'
+	ready 300
+	tr '\0' '\n' </proc/"$(</run/systemctl/keysvc.pid)"/environ | grep -qx LATER=1 || die 'keysvc runs with the earlier unit'
 	[ "$(schema)" = $((version + 1)) ] || die "the schema was $version, and is $(schema)"
 	bound 3
 	operator keysvc store verify
-	stop
 	dpkg -i ./kmehsm-keysvc_*.deb >/dev/null # the earlier one again
-	start keysvc # which can work with what the later one has added
-	operator curl --fail -sS --retry 20 --retry-all-errors --retry-delay 1 --unix-socket /run/kmehsm/keysvc.sock \
-		http://keysvc/readyz | grep 'a newer release has upgraded the store'
+	ready 20 | grep 'a newer release has upgraded the store' # and it can work with what the later one has added
 	bound 3
-	stop
-	dpkg -i ../2/kmehsm-keysvc_*.deb >/dev/null
+	systemctl stop keysvc
+	dpkg --force-confold -i ../2/kmehsm-keysvc_*.deb >/dev/null
+	! systemctl is-active keysvc || die 'the upgrade started keysvc, which did not run'
 	echo 'upgraded with its schema'
 
 	# The stations.
@@ -117,7 +103,7 @@ inside() {
 	mount --bind /var/lib/kmehsm-factory /var/lib/kmehsm-factory # ProtectSystem=strict, but for its own folder
 	mount -o remount,bind,ro /var/lib/kmehsm-factory
 	mount --bind /tmp/station /var/lib/kmehsm-factory/station
-	start factory-station
+	systemctl enable --now factory-station
 	for _ in {1..3000}; do
 		address=$(sed -nE 's/.*"address":"(https:[^"]*)".*/\1/p' /tmp/factory-station.log)
 		[ -z "$address" ] || break
@@ -126,12 +112,15 @@ inside() {
 	curl --fail -sS --cacert $dir/tls/ca.pem --cert $dir/tls/station-1.pem --key $dir/tls/station-1.key -X POST \
 		"$address/v1/lots/L1/next" | jq -e '.imei == "35209900000001"'
 	curl --fail -sS --cacert $dir/tls/ca.pem "$address/healthz"
-	stop
+	systemctl stop factory-station
 	umount /var/lib/kmehsm-factory/station /var/lib/kmehsm-factory /tmp/station
 	echo 'stations served'
 
 	# Removed, installed again, purged, by dpkg.
+	systemctl start keysvc
+	ready 300
 	dpkg -r kmehsm-keysvc kmehsm-factory kmehsm-mesim kmehsm-freediameter
+	! systemctl is-active keysvc || die 'keysvc runs after it was removed'
 	! [ -e /usr/bin/keysvc ] || die 'keysvc is left'
 	has /etc/kmehsm/keysvc.yaml 640 root:kmehsm
 	sum=$(state)
@@ -142,7 +131,9 @@ inside() {
 	dpkg -P kmehsm-keysvc kmehsm-factory kmehsm-mesim kmehsm-freediameter 2>&1 | tee /tmp/purge
 	grep -q 'kmehsm-keysvc leaves /var/lib/kmehsm:' /tmp/purge
 	grep -q 'rm -r /var/lib/kmehsm-factory; userdel kmehsm-factory' /tmp/purge
-	! [ -e /etc/kmehsm/keysvc.yaml ] || die 'the configuration is left after purge'
+	# Of all files only those are left that the page and the certificates of the test are.
+	files | LC_ALL=C comm -13 /tmp/before - | grep -vE '^/etc/kmehsm(|/(keysvc|factory)\.env|/tls(|/.*))$' >/tmp/left || true
+	! [ -s /tmp/left ] || die "purge leaves $(cat /tmp/left)"
 	[ "$(state)" = "$sum" ] || die 'purge changed state'
 	echo 'removed, installed again and purged; state and keys are as they were'
 
@@ -168,7 +159,7 @@ inside() {
 	! [ -e /var/lib/kmehsm ] || die 'purge leaves an empty folder'
 
 	# The services could use all that was there.
-	[ "$(grep -c '"msg":"serving"' /tmp/keysvc.log)" = 3 ] || die 'the log of keysvc does not say "serving" three times'
+	[ "$(grep -c '"msg":"serving"' /tmp/keysvc.log)" = 4 ] || die 'the log of keysvc does not say "serving" four times'
 	! grep -i 'permission denied' /tmp/keysvc.log /tmp/factory-station.log || die 'a service lacks a permission'
 }
 
@@ -196,15 +187,26 @@ mkdir -m 1777 /mnt/tmp
 export TMPDIR=/mnt/tmp
 built=${2:-/mnt/built}
 if [ -z "${2:-}" ]; then
-	scripts/release.sh "$built/1" --programs >/dev/null
+	mkdir "$built"/{1,2} /mnt/tmp/programs
+	if [[ $(bin/packages/keysvc --version 2>/dev/null) == *"commit $(git rev-parse HEAD),"* ]] &&
+		(cd bin/packages && sha256sum --check --quiet SHA256SUMS); then
+		mount --bind bin/packages "$built/1"
+	else
+		scripts/release.sh "$built/1" --programs >/dev/null
+	fi
+	version=$(dpkg-deb --field "$built"/1/kmehsm-keysvc_*.deb Version)
 	git clone -q . /mnt/tmp/later
-	sed -i -E 's/(equipmentSchema)(\}, Least:)/\1, "CREATE TABLE later (x INTEGER)"\2/' \
-		/mnt/tmp/later/binding/sqlstore/open.go
-	git -C /mnt/tmp/later -c user.name=test -c user.email=test@localhost commit -qam 'A later schema'
-	/mnt/tmp/later/scripts/release.sh "$built/2" --programs >/dev/null
+	cd /mnt/tmp/later
+	sed -i -E 's/(equipmentSchema)(\}, Least:)/\1, "CREATE TABLE later (x INTEGER)"\2/' binding/sqlstore/open.go
+	sed -i 's/^ExecReload=/Environment=LATER=1\n&/' deploy/keysvc.service
+	echo '# later' | tee -a deploy/keysvc.yaml >>deploy/factory.yaml
+	cp "$built"/1/{factory,mesim,kme.fdx} /mnt/tmp/programs
+	go build -trimpath -ldflags='-s -w' -o /mnt/tmp/programs/ ./cmd/keysvc
+	scripts/packages.sh /mnt/tmp/programs "$built/2" "${version%-1}.later" >/dev/null
+	cd "$OLDPWD"
 fi
-lintian --fail-on error,warning --suppress-tags initial-upload-closes-no-bugs "$built"/1/*.deb 2>&1 |
-	{ ! grep -v '^running with root'; } || die 'lintian finds what stands above'
+lintian --fail-on error,warning --suppress-tags initial-upload-closes-no-bugs "$built"/1/*.deb >/mnt/lintian 2>&1 &
+lintian=$!
 # A copy of the machine: an overlay, whose upper layer is in memory.
 mount -t overlay overlay -o lowerdir=/,upperdir=/mnt/upper,workdir=/mnt/work /mnt/root
 for dir in dev proc; do mount --rbind /$dir /mnt/root/$dir; done
@@ -214,3 +216,4 @@ mount --bind . /mnt/root/mnt/source
 mount -t tmpfs -o mode=1777 tmpfs /mnt/root/tmp
 unset TMPDIR
 chroot /mnt/root /mnt/source/scripts/packages-test.sh --inside /mnt/packages /mnt/source
+wait $lintian || die "lintian finds: $(cat /mnt/lintian)"

@@ -69,7 +69,7 @@ finish() {
 	cp -r -- "${programs[@]}" "$source"/{README.md,CHANGELOG.md,LICENSE,SECURITY.md,docs,deploy,policies} \
 		"$source/$name"
 	tar -C "$source" --sort=name --owner=0 --group=0 --numeric-owner --mode=go=u-w --mtime="@$SOURCE_DATE_EPOCH" \
-		-c "$name" | gzip -n9 >"$name.tar.gz"
+		-c "$name" | gzip -n >"$name.tar.gz"
 	rm SHA256SUMS
 	sha256sum -- * >"$source/sums"
 	cp "$source/sums" SHA256SUMS
