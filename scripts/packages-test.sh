@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # usage: scripts/packages-test.sh [DIR]
-# Takes the packages of the last commit from bin/packages, or builds them. Makes later ones with another schema, unit and
-# sample configuration. Or takes both from DIR/1 and DIR/2. Has lintian look at them. Then, in a copy of this machine's
-# files that is thrown away: does what "In five minutes" of docs/install.md says, upgrades, serves stations, removes,
-# installs again and purges; .deb by dpkg, .rpm by rpm. It needs root and the right to mount.
+# Takes the packages of the last commit from bin/packages, or builds them. Makes later ones with another schema, unit
+# and sample configuration. Or takes both from DIR/1 and DIR/2. Has lintian look at them. Then, in a copy of this
+# machine's files that is thrown away: does what "In five minutes" of docs/install.md says, upgrades, serves stations,
+# removes, installs again and purges; .deb by dpkg, .rpm by rpm. It needs root and the right to mount.
 # shellcheck disable=SC1090,SC1091,SC2013,SC2016,SC2046,SC2317
 set -euo pipefail
 shopt -s inherit_errexit
@@ -78,7 +78,8 @@ inside() {
 	has /etc/kmehsm/keysvc.yaml 640 root:kmehsm
 	systemctl is-active keysvc || die 'keysvc does not run after the upgrade'
 	ready 300
-	tr '\0' '\n' </proc/"$(</run/systemctl/keysvc.pid)"/environ | grep -qx LATER=1 || die 'keysvc runs with the earlier unit'
+	tr '\0' '\n' </proc/"$(</run/systemctl/keysvc.pid)"/environ | grep -qx LATER=1 ||
+		die 'keysvc runs with the earlier unit'
 	[ "$(schema)" = $((version + 1)) ] || die "the schema was $version, and is $(schema)"
 	bound 3
 	operator keysvc store verify
@@ -132,7 +133,8 @@ inside() {
 	grep -q 'kmehsm-keysvc leaves /var/lib/kmehsm:' /tmp/purge
 	grep -q 'rm -r /var/lib/kmehsm-factory; userdel kmehsm-factory' /tmp/purge
 	# Of all files only those are left that the page and the certificates of the test are.
-	files | LC_ALL=C comm -13 /tmp/before - | grep -vE '^/etc/kmehsm(|/(keysvc|factory)\.env|/tls(|/.*))$' >/tmp/left || true
+	files | LC_ALL=C comm -13 /tmp/before - |
+		grep -vE '^/etc/kmehsm(|/(keysvc|factory)\.env|/tls(|/.*))$' >/tmp/left || true
 	! [ -s /tmp/left ] || die "purge leaves $(cat /tmp/left)"
 	[ "$(state)" = "$sum" ] || die 'purge changed state'
 	echo 'removed, installed again and purged; state and keys are as they were'
@@ -211,7 +213,7 @@ lintian=$!
 mount -t overlay overlay -o lowerdir=/,upperdir=/mnt/upper,workdir=/mnt/work /mnt/root
 for dir in dev proc; do mount --rbind /$dir /mnt/root/$dir; done
 mkdir /mnt/root/mnt/{packages,source}
-mount --bind "$built" /mnt/root/mnt/packages
+mount --rbind "$built" /mnt/root/mnt/packages
 mount --bind . /mnt/root/mnt/source
 mount -t tmpfs -o mode=1777 tmpfs /mnt/root/tmp
 unset TMPDIR

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# usage: scripts/systemctl.sh daemon-reload | enable | disable [--now] UNIT | start | stop | try-restart | is-active UNIT
+# usage: scripts/systemctl.sh daemon-reload | enable|disable [--now] UNIT | start|stop|try-restart|is-active UNIT
 # What packages-test.sh has in place of systemd, which does not run there. A service runs with the user, the variables,
 # the umask and the folders of its unit. As with systemd, a unit is read once, and again only after daemon-reload; and
 # stopping waits for the service's end. Logs are /tmp/NAME.log.
