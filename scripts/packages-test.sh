@@ -31,6 +31,9 @@ files() {
 	find /etc /usr /var/lib -xdev \( -path /var/lib/dpkg -o -path '/var/lib/kmehsm*' \) -prune -o -print | LC_ALL=C sort
 }
 
+# upgrade PACKAGE...: as an administrator who keeps what is in /etc
+upgrade() { dpkg --force-confold -i "$@"; }
+
 schema() { sqlite3 /var/lib/kmehsm/keysvc.db 'PRAGMA user_version'; }
 
 inside() {
@@ -73,7 +76,7 @@ inside() {
 	# again, as the later unit says.
 	echo 'drain_delay: 0s' >>/etc/kmehsm/keysvc.yaml
 	sum=$(cat /etc/kmehsm/*.yaml | sha256sum) version=$(schema)
-	dpkg --force-confold -i ../2/kmehsm-*.deb
+	upgrade ../2/kmehsm-*.deb
 	[ "$sum" = "$(cat /etc/kmehsm/*.yaml | sha256sum)" ] || die 'the upgrade changed a configuration'
 	has /etc/kmehsm/keysvc.yaml 640 root:kmehsm
 	systemctl is-active keysvc || die 'keysvc does not run after the upgrade'
@@ -83,11 +86,11 @@ inside() {
 	[ "$(schema)" = $((version + 1)) ] || die "the schema was $version, and is $(schema)"
 	bound 3
 	operator keysvc store verify
-	dpkg -i ./kmehsm-keysvc_*.deb >/dev/null # the earlier one again
+	upgrade ./kmehsm-keysvc_*.deb >/dev/null # the earlier one again
 	ready 20 | grep 'a newer release has upgraded the store' # and it can work with what the later one has added
 	bound 3
 	systemctl stop keysvc
-	dpkg --force-confold -i ../2/kmehsm-keysvc_*.deb >/dev/null
+	upgrade ../2/kmehsm-keysvc_*.deb >/dev/null
 	! systemctl is-active keysvc || die 'the upgrade started keysvc, which did not run'
 	echo 'upgraded with its schema'
 
@@ -125,7 +128,7 @@ inside() {
 	! [ -e /usr/bin/keysvc ] || die 'keysvc is left'
 	has /etc/kmehsm/keysvc.yaml 640 root:kmehsm
 	sum=$(state)
-	dpkg -i ../2/kmehsm-*.deb
+	upgrade ../2/kmehsm-*.deb
 	[ "$(state)" = "$sum" ] || die 'state changed when the packages were removed and installed'
 	bound 3
 	sum=$(state) # a command opens the database anew
@@ -156,7 +159,7 @@ inside() {
 
 	# What nothing was written to goes.
 	rm -r /var/lib/kmehsm
-	dpkg -i ./kmehsm-keysvc_*.deb && dpkg -P kmehsm-keysvc 2>&1 | tee /tmp/purge
+	upgrade ./kmehsm-keysvc_*.deb && dpkg -P kmehsm-keysvc 2>&1 | tee /tmp/purge
 	! grep leaves /tmp/purge || die 'purge leaves an empty folder'
 	! [ -e /var/lib/kmehsm ] || die 'purge leaves an empty folder'
 
