@@ -82,7 +82,8 @@ func TestCompose(t *testing.T) {
 		t.Errorf("the image is built after %s", file)
 	}
 	home := "/var/lib/kmehsm"
-	if len(s.Volumes) != 1 || s.Volumes[0].Target != home || image["VOLUME"][0] != home || image["WORKDIR"][0] != home {
+	if len(s.Volumes) != 1 || s.Volumes[0].Target != home || image["VOLUME"][0] != home ||
+		image["WORKDIR"][0] != home {
 		t.Errorf("volumes %v of compose.yaml, %v and WORKDIR %v of the Containerfile are not all %s", s.Volumes,
 			image["VOLUME"], image["WORKDIR"], home)
 	}
