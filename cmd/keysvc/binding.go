@@ -262,8 +262,35 @@ func bindingExplain(c *cli.Context) error {
 			k.Doubts, k.Unknown = doubts(c, s, k.Subscription.Standing())
 		}
 		e := explain.OfSubscription(k)
+		if e.State == "UNBOUND" && len(k.History) == 0 && k.Refused == nil {
+			if err := perhapsDevice(c, s, e); err != nil {
+				return err
+			}
+		}
 		return cmdline.Print(c, e, func(w io.Writer) { printExplanation(w, e) })
 	})
+}
+
+// perhapsDevice says so of a number of no known subscription that is the IMEI of a device here. It may still be an IMSI.
+func perhapsDevice(c *cli.Context, s *sqlstore.Store, e *explain.Subscription) error {
+	imei, err := kme.ParseIMEI(e.IMSI.String())
+	if err != nil {
+		return nil
+	}
+	lots, err := s.Lots(c.Context)
+	for _, l := range lots {
+		if _, has := l.Manifest.Position(imei); has {
+			e.Says = append(e.Says, fmt.Sprintf("It is the IMEI of a device of lot %s, too.", l.Manifest.Lot))
+			e.Next = append(e.Next, "if the device is meant: "+ofDevice(imei))
+		}
+	}
+	return err
+}
+
+// ofDevice are the commands that tell of a device what others tell of a subscription.
+func ofDevice(imei kme.IMEI) string {
+	return fmt.Sprintf("keysvc device %s shows it, and keysvc binding list --imei %[1]s the IMSIs that are bound to it",
+		imei)
 }
 
 // doubts are those about a binding, which may be nil.
@@ -344,6 +371,9 @@ func bindingReport(c *cli.Context) error {
 func withIMSI(c *cli.Context, f func(*sqlstore.Store, kme.IMSI) error) error {
 	imsi, err := kme.ParseIMSI(c.Args().First())
 	if err != nil {
+		if imei, e := kme.ParseIMEI(c.Args().First()); e == nil {
+			err = fmt.Errorf("%w, and this is an IMEI: %s", err, ofDevice(imei))
+		}
 		return cmdline.Usage(err)
 	}
 	return withStore(c, func(s *sqlstore.Store) error { return f(s, imsi) })

@@ -1,6 +1,7 @@
 package p11
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"math"
@@ -110,15 +111,12 @@ func (c *connection) noToken() error {
 		names = append(names, name+"="+value)
 	}
 	slices.Sort(names)
-	return Setting(fmt.Errorf("the module %s has no token with %s: check the URI and, for SoftHSM, SOFTHSM2_CONF%s",
+	return Setting(fmt.Errorf("the module %s has no token with %s: check the URI and, for SoftHSM, %s",
 		c.uri.module, strings.Join(names, ", "), softhsmConf()))
 }
 
 func softhsmConf() string {
-	if v := os.Getenv("SOFTHSM2_CONF"); v != "" {
-		return " (now " + v + ")"
-	}
-	return " (not set)"
+	return "SOFTHSM2_CONF (" + cmp.Or(os.Getenv("SOFTHSM2_CONF"), "not set") + ")"
 }
 
 // findSlot insists on one token: of two with one label the wrong one might get the PIN.

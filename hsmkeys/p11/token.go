@@ -138,8 +138,11 @@ func connect(u *uri, o Options) (*Token, error) {
 	t.Forget()
 	if err := t.acquire(); err != nil {
 		t.release()
+		if _, ok := errors.AsType[SettingError](err); ok {
+			return nil, err
+		}
 		return nil, fmt.Errorf("the PKCS #11 module %s cannot be used: %w: is its token connected, "+
-			"its configuration right%s, and does it want %s in the URI?", u.module, err, softhsmConf(), initReserved)
+			"its configuration right, for SoftHSM %s, and does it want %s in the URI?", u.module, err, softhsmConf(), initReserved)
 	}
 	if t.slot, t.info, err = t.findSlot(); err != nil {
 		t.Close()

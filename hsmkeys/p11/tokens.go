@@ -80,7 +80,7 @@ func Slots(path, reserved string) ([]Slot, error) {
 	}
 	if err := m.initialize(reserved); err != nil {
 		return nil, fmt.Errorf("the PKCS #11 module %s cannot be used: %w: is its token connected, its configuration "+
-			"right%s, and does it want %s in a token's URI?", path, err, softhsmConf(), initReserved)
+			"right, for SoftHSM %s, and does it want %s in a token's URI?", path, err, softhsmConf(), initReserved)
 	}
 	all, err := m.slots(path, reserved)
 	return all, errors.Join(err, m.finalize())

@@ -78,6 +78,9 @@ func (p Program) Run(ctx context.Context, args []string) int {
 	app := p.App
 	app.Commands = append(app.Commands, p.helpCommand(), p.completionCommand(), p.manCommand())
 	app.ErrWriter = onScreen(app.ErrWriter)
+	if s, ok := app.ErrWriter.(*screen); ok {
+		context.AfterFunc(ctx, s.end)
+	}
 	app.ExitErrHandler = func(*cli.Context, error) {} // errors are printed below, once
 	app.HideHelpCommand = true
 	app.Flags = append(app.Flags, cli.HelpFlag) // the library has none beside a command of that name
@@ -94,9 +97,13 @@ func (p Program) Run(ctx context.Context, args []string) int {
 	if err == nil {
 		return 0
 	}
-	fmt.Fprintf(app.ErrWriter, "%s: %v\n", app.Name, err)
+	text := err.Error()
+	if ctx.Err() != nil { // by a signal
+		text = strings.ReplaceAll(text, context.Canceled.Error(), "interrupted")
+	}
+	fmt.Fprintf(app.ErrWriter, "%s: %s\n", app.Name, text)
 	if slices.Contains(args, "--json") && !errors.As(err, new(saidError)) {
-		json.NewEncoder(app.Writer).Encode(map[string]any{"ok": false, "error": err.Error()})
+		json.NewEncoder(app.Writer).Encode(map[string]any{"ok": false, "error": text})
 	}
 	return exitCode(err)
 }

@@ -195,9 +195,10 @@ func (p *Progress) drawn(s Step, since, now time.Time, columns int) string {
 
 // A screen is a terminal with a line at the end that changes. What else is written has lines of its own above it.
 type screen struct {
-	f    *os.File
-	mu   sync.Mutex
-	line string // guarded by mu: what is shown; empty for nothing
+	f     *os.File
+	mu    sync.Mutex
+	line  string // guarded by mu: what is shown; empty for nothing
+	ended bool   // guarded by mu: nothing is shown any more
 }
 
 // onScreen gives w a line that changes, if it is a terminal.
@@ -241,10 +242,20 @@ func (s *screen) show(line string) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if line != s.line {
+	if line != s.line && !s.ended {
 		s.line = line
 		s.f.WriteString(clearLine + line)
 	}
+}
+
+// end takes the line that changes away for good: a second signal, which kills, leaves none behind.
+func (s *screen) end() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.line != "" {
+		s.f.WriteString(clearLine + "interrupted: what has begun is finished; Ctrl-C again ends it at once\n")
+	}
+	s.line, s.ended = "", true
 }
 
 // A Colour of text, by ECMA-48's number.

@@ -2,12 +2,14 @@ package cmdline
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -168,6 +170,26 @@ func TestSpin(t *testing.T) {
 	}
 	if got := strings.Join(looks(text), ""); got != "" {
 		t.Errorf("it leaves %q", got)
+	}
+}
+
+// Ctrl-C takes the line away at once, so that a second one, which kills, leaves none; and nothing brings it back.
+func TestInterrupted(t *testing.T) {
+	tty, read := terminal(t, 80)
+	ctx, interrupt := context.WithCancel(t.Context())
+	app := &cli.App{Name: "prog", Writer: io.Discard, ErrWriter: tty, Commands: []*cli.Command{{Name: "work",
+		Action: func(c *cli.Context) error {
+			p := NewProgress(c, "L1", "devices", 10)
+			p.say(time.Now())
+			interrupt()
+			time.Sleep(4 * drawEvery)
+			return fmt.Errorf("nothing was changed: %w", c.Context.Err()) // as if killed: it is not closed
+		}}}}
+	Program{App: app}.Run(ctx, []string{"prog", "work"})
+	want := []string{"interrupted: what has begun is finished; Ctrl-C again ends it at once",
+		"prog: nothing was changed: interrupted", ""}
+	if got := looks(read()); !slices.Equal(got, want) {
+		t.Errorf("%q", got)
 	}
 }
 

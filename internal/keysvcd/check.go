@@ -6,6 +6,7 @@ import (
 	"net/url"
 	"os"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -13,11 +14,21 @@ import (
 	"github.com/kmehsm/kmehsm/internal/n5geir"
 )
 
+const (
+	maxDrain    = 30 * time.Second // for the calls under way, after drain_delay
+	stopTimeout = 45 * time.Second // TimeoutStopSec of keysvc.service
+)
+
 // Check finds all that is wrong with a configuration, without a look into the token, the store or a directory. running
 // says that a service may have its addresses already; one that serves the socket is found without that.
 func Check(from Source, running bool) *config.Report {
 	cfg, r := readConfig(from)
 	cfg.inspect(r)
+	if r.Good("drain_delay") && cfg.DrainDelay+maxDrain >= stopTimeout {
+		r.Warn("drain_delay", fmt.Sprintf("drain_delay %s and up to %s for the calls under way: keysvc.service kills "+
+			"after %s", cfg.DrainDelay, maxDrain, stopTimeout), fmt.Sprintf("choose less than %s, or set a longer "+
+			"TimeoutStopSec (systemctl edit keysvc)", stopTimeout-maxDrain))
+	}
 	if running {
 		return r
 	}

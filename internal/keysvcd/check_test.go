@@ -45,6 +45,7 @@ clients: [{name: x, san: y, roles: [hss], plmns: [all]}]
 pending_ttl: 60
 vault: {role_id: i, secret_id_file: none}
 directory: file:away
+drain_delay: 15s
 `, pin, l.Addr()), 0o644)
 	problems := func(running bool) (all []string) {
 		for _, p := range Check(Source{Path: path}, running).Problems() {
@@ -63,6 +64,7 @@ directory: file:away
 		`line 7: pending_ttl is a time above zero, such as 1h, not "60": it has no unit: write 60s, 60m or 60h`,
 		"line 8: the AppRole's secret id " + dir + "/none cannot be read",
 		"line 9: the public-key directory " + dir + "/away cannot be opened",
+		"line 10: drain_delay 15s and up to 30s for the calls under way: keysvc.service kills after 45s",
 	}
 	if len(all) != len(want) {
 		t.Errorf("%d problems, want %d", len(all), len(want))
@@ -85,8 +87,12 @@ directory: file:away
 	}
 	// serve refuses the same, and before it touches the token.
 	err = Serve(t.Context(), Source{Path: path}, new(strings.Builder))
-	// Ports come later, and one is a warning.
-	if err == nil || strings.Count(err.Error(), path+": line ") != len(want)-3 {
+	// Ports come later, and two are warnings.
+	if err == nil || strings.Count(err.Error(), path+": line ") != len(want)-4 {
 		t.Errorf("serve: %v", err)
+	}
+	unit, err := os.ReadFile("../../deploy/keysvc.service")
+	if err != nil || !strings.Contains(string(unit), fmt.Sprintf("\nTimeoutStopSec=%gs\n", stopTimeout.Seconds())) {
+		t.Errorf("keysvc.service does not have TimeoutStopSec of %s (%v)", stopTimeout, err)
 	}
 }

@@ -172,7 +172,7 @@ func (d *daemon) run(ctx context.Context, listeners []served) error {
 			case <-gctx.Done():
 				d.log.Info("draining")
 				endStreams(d.options.Streams)
-				drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
+				drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), maxDrain)
 				defer cancel()
 				var all errgroup.Group
 				for _, server := range servers {

@@ -1,6 +1,7 @@
 package mesim
 
 import (
+	"cmp"
 	"context"
 	"crypto/aes"
 	"crypto/rand"
@@ -127,7 +128,7 @@ func each(ctx context.Context, goroutines, n int, f func(i int) error) error {
 					return nil
 				}
 				if err := f(i); err != nil {
-					return err
+					return cmp.Or(ctx.Err(), err) // once ctx has ended, f fails for that
 				}
 			}
 			return ctx.Err()
