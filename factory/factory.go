@@ -206,11 +206,16 @@ func (l *Line) Lot(ctx context.Context, lot string) (*directory.Manifest, error)
 // ReadLot gives a lot's manifest, its signature verified.
 func ReadLot(ctx context.Context, r *directory.Reader, lot string) (*directory.Manifest, error) {
 	m, err := r.Manifest(ctx, lot)
+	return m, NoLot(lot, err)
+}
+
+// NoLot says what to do about a lot's manifest that is not in the directory. It gives any other error as it is.
+func NoLot(lot string, err error) error {
 	if errors.Is(err, directory.ErrNotFound) {
-		return nil, fmt.Errorf("the directory has no lot %s: check the name and --directory, or make it with factory "+
+		return fmt.Errorf("the directory has no lot %s: check the name and --directory, or make it with factory "+
 			"lot create: %w", lot, err)
 	}
-	return m, err
+	return err
 }
 
 // Sealed says whether a lot's key has been sealed in the token.

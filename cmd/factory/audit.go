@@ -65,7 +65,9 @@ func lotVerify(c *cli.Context) error {
 	}
 	return verify(c, func(ctx context.Context, store directory.Store, v *directory.Verifier, report func(int)) (
 		*inspect.Verification, error) {
-		return inspect.Lot(ctx, store, v, c.Args().First(), dir, report)
+		lot := c.Args().First()
+		found, err := inspect.Lot(ctx, store, v, lot, dir, report)
+		return found, factory.NoLot(lot, err)
 	})
 }
 

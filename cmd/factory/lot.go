@@ -241,7 +241,7 @@ func lotProvision(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	if c.Int("workers") < 0 {
+	if c.IsSet("workers") && c.Int("workers") < 1 {
 		return cmdline.Usagef("--workers is at least 1")
 	}
 	return withLine(c, func(token *hsmkeys.FactoryToken, line *factory.Line) error {

@@ -17,6 +17,7 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/keysvcd"
+	"github.com/kmehsm/kmehsm/kme"
 )
 
 var storeFlag = &cli.StringFlag{Name: "store", EnvVars: []string{"KMEHSM_STORE"}, Category: cmdline.Configured,
@@ -299,10 +300,14 @@ func printEntry(w io.Writer, e binding.Entry) {
 }
 
 func storeLog(c *cli.Context) error {
+	imsi, err := kme.ParseIMSI(c.String("imsi"))
+	if c.IsSet("imsi") && err != nil {
+		return cmdline.Usagef("--imsi: %w", err)
+	}
 	return withStore(c, func(store *sqlstore.Store) error {
 		all := store.Entries(c.Context)
 		if c.IsSet("imsi") {
-			history, err := store.History(c.Context, c.String("imsi"))
+			history, err := store.History(c.Context, imsi.String())
 			if err != nil {
 				return err
 			}

@@ -152,8 +152,36 @@ func onUsageError(c *cli.Context, err error, _ bool) error {
 		flag, _, _ = strings.Cut(strings.TrimLeft(flag, "-"), "=")
 		err = fmt.Errorf("there is no flag --%s%s; see %s --help", flag,
 			meant("--", flag, flagNames(c.Command)), c.Command.HelpName)
+	} else if flag, ok := strings.CutPrefix(err.Error(), "flag needs an argument: -"); ok {
+		err = fmt.Errorf("--%s needs a value; see %s --help", strings.TrimLeft(flag, "-"), c.Command.HelpName)
+	} else if m := badValue.FindStringSubmatch(err.Error()); m != nil {
+		value, flag, why := m[1], m[2], m[3]
+		if why == "parse error" || why == "value out of range" {
+			why = "it takes " + kinds(c.Command, flag)
+		}
+		err = fmt.Errorf("--%s cannot be %s: %s", flag, value, why)
 	}
 	return Usage(err)
+}
+
+// badValue is what package flag says of a value. Its "parse error" does not say what can be parsed.
+var badValue = regexp.MustCompile(`^invalid (?:boolean )?value (".*") for (?:flag )?-([^ :]+): (.*)$`)
+
+// kinds says what values a flag takes.
+func kinds(c *cli.Command, name string) string {
+	for _, f := range c.Flags {
+		if slices.Contains(f.Names(), name) {
+			switch f.(type) {
+			case *cli.DurationFlag:
+				return "a time with its unit, such as 30s, 5m or 24h"
+			case *cli.IntFlag:
+				return "a whole number"
+			case *cli.BoolFlag:
+				return "true or false"
+			}
+		}
+	}
+	return "a number"
 }
 
 // meant is what to add to the name of something that there is not.
@@ -349,14 +377,16 @@ func PrintEach[T any](c *cli.Context, name, title string, items iter.Seq2[T, err
 	if c.Bool("json") {
 		return PrintList(c, name, items)
 	}
-	fmt.Fprint(c.App.Writer, title)
 	for item, err := range items {
 		if err != nil {
 			return err
 		}
+		fmt.Fprint(c.App.Writer, title)
+		title = ""
 		human(c.App.Writer, item)
 	}
-	return nil
+	_, err := fmt.Fprint(c.App.Writer, title) // of an empty list
+	return err
 }
 
 // PrintList prints one JSON document that ends with a list, and never has all of the list in memory. head is what

@@ -75,7 +75,7 @@ func (d decoder) document(data []byte, to reflect.Value) {
 // and not the setting.
 func (d decoder) mapping(prefix string, n *yaml.Node, to, all reflect.Value) {
 	if n.Kind != yaml.MappingNode {
-		d.at(n.Line, prefix, cmp.Or(prefix, "the configuration")+" has settings in it: key: value", "")
+		d.at(n.Line, prefix, cmp.Or(prefix, "the configuration")+" needs settings, each as key: value", "")
 		return
 	}
 	seen := map[string]bool{}

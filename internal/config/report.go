@@ -69,11 +69,11 @@ func (r *Report) line(setting string) int {
 	}
 }
 
-// Good says that nothing is known to be wrong with a setting, or in what it has.
+// Good says that nothing is known to be wrong with a setting, or in what it has, or with all of the configuration.
 func (r *Report) Good(setting string) bool {
 	return !slices.ContainsFunc(r.problems, func(p Problem) bool {
 		rest, ok := strings.CutPrefix(p.Setting, setting)
-		return ok && (rest == "" || rest[0] == '.' || rest[0] == '[')
+		return p.Setting == "" || ok && (rest == "" || rest[0] == '.' || rest[0] == '[')
 	})
 }
 

@@ -54,7 +54,7 @@ func TestConfigRefused(t *testing.T) {
 		{"listen with an empty list of clients", aToken + tlsOf + "listen: localhost:1\nclients: []\n",
 			`listen needs clients`},
 		{"tls of nothing known", aToken + "listen: localhost:1\ntls: {cert: a}\n", `there is no setting tls.cert`},
-		{"tls as a text", aToken + "listen: localhost:1\ntls: a\n", `tls has settings in it`},
+		{"tls as a text", aToken + "listen: localhost:1\ntls: a\n", `tls needs settings`},
 		{"tls.key", aToken + "listen: localhost:1\ntls: {key: [a]}\n", `tls.key is a text, not "a list"`},
 		{"eir without tls", good + "eir: {listen: localhost:1}\n", `eir: it needs tls with certificate`},
 		{"eir without clients", good + tlsOf + "eir: {listen: localhost:1}\n", `eir: it needs tls with certificate`},
@@ -103,7 +103,7 @@ func TestConfigRefused(t *testing.T) {
 		{"clients as a text", good + "clients: all\n", `clients is a list of mappings, not "all"`},
 		{"clients as a mapping", good + "clients: {a: {roles: [hss]}}\n",
 			`clients is a list of mappings, not "a mapping"`},
-		{"clients of texts", good + "clients: [x]\n", `clients[0] has settings in it`},
+		{"clients of texts", good + "clients: [x]\n", `clients[0] needs settings`},
 		{"a client's rate", good + client + "rate: -1}]\n",
 			`clients: client "x": rate is a number of calls a second, or 0 for no limit, not -1`},
 		{"a client's rate as a text", good + client + "rate: fast}]\n", `clients[0].rate is a number, not "fast"`},
@@ -139,7 +139,7 @@ func TestConfigRefused(t *testing.T) {
 		{"empty", good + "'': x\n", `line 3: there is no setting `},
 		{"twice", good + aSocket, `line 3: socket is there twice`},
 		{"after ---", good + "---\ncalls: 5\n", `there is a second document`},
-		{"no mapping", "- socket\n", `line 1: the configuration has settings in it: key: value`},
+		{"no mapping", "- socket\n", `line 1: the configuration needs settings: key: value`},
 		{"no YAML", "socket: [\n", `yaml: line`},
 	} {
 		t.Run(c.setting, func(t *testing.T) {

@@ -65,6 +65,9 @@ func Serve(ctx context.Context, from Source, w io.Writer) error {
 		return err
 	}
 	starting(log, cfg)
+	if err := socketFree(cfg.Socket); err != nil { // before anything is written
+		return err
+	}
 	for _, p := range report.Problems() { // warnings
 		log.Warn("the configuration needs attention", "setting", p.Setting, "warning", p.What, "remedy", p.Remedy)
 	}

@@ -88,7 +88,7 @@ func (f *Fleet) enrol(fixture *rsa.PrivateKey, path string) (*directory.Verifier
 	}
 	enrolment, err := handover.ParseFixtureEnrolment(data)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("it is no enrolment of a fixture, as factory fixture enroll writes it: %w", err)
 	}
 	key, err := rsa.DecryptOAEP(sha1.New(), nil, fixture, enrolment.Wrapped, nil)
 	if err != nil {
