@@ -14,7 +14,6 @@ import (
 	mathrand "math/rand/v2"
 	"os"
 	"os/exec"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -29,6 +28,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/faultmodule"
 	"github.com/kmehsm/kmehsm/internal/scheduling"
 	"github.com/kmehsm/kmehsm/kme"
+	"github.com/kmehsm/kmehsm/tools/bench/measure"
 )
 
 // What needs a process of its own, for its memory or for the module that it loads, is done in a child, which prints
@@ -155,7 +155,7 @@ func (b *bench) measureLookup() (any, error) {
 	}
 	// More shards than the cache holds, one device of each.
 	const cold = 5000
-	if err := parallel(func(i int) (bool, error) {
+	if err := measure.Parallel(func(i int) (bool, error) {
 		return i < cold, look(i * 1999 % (lots * devicesALot))
 	}); err != nil {
 		return nil, err
@@ -164,13 +164,13 @@ func (b *bench) measureLookup() (any, error) {
 	// Devices whose shards are cached, since they are asked for again and again.
 	const hot = 1000
 	cached := func() error { return look((cold - 1 - mathrand.IntN(hot)) * 1999 % (lots * devicesALot)) }
-	if err := parallel(func(i int) (bool, error) { return i < 20*hot, cached() }); err != nil {
+	if err := measure.Parallel(func(i int) (bool, error) { return i < 20*hot, cached() }); err != nil {
 		return nil, err
 	}
 	var n atomic.Int64
 	start := time.Now()
 	before := g.shards.Load()
-	if err := parallel(func(i int) (bool, error) {
+	if err := measure.Parallel(func(i int) (bool, error) {
 		for range 1000 {
 			if err := cached(); err != nil {
 				return false, err
@@ -181,7 +181,7 @@ func (b *bench) measureLookup() (any, error) {
 	}); err != nil {
 		return nil, err
 	}
-	result.Cached = round(float64(n.Load())/time.Since(start).Seconds(), 0)
+	result.Cached = measure.Round(float64(n.Load())/time.Since(start).Seconds(), 0)
 	if read := g.shards.Load() - before; read > 0 {
 		return nil, fmt.Errorf("%d shards were read while cached devices were looked up", read)
 	}
@@ -189,26 +189,8 @@ func (b *bench) measureLookup() (any, error) {
 	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &usage); err != nil {
 		return nil, err
 	}
-	result.RSS = round(float64(usage.Maxrss)/1024, 0)
+	result.RSS = measure.Round(float64(usage.Maxrss)/1024, 0)
 	return result, nil
-}
-
-// parallel calls f with 0, 1, 2 and so on from each core, until it says that there is no more.
-func parallel(f func(int) (more bool, err error)) error { return parallelOn(runtime.NumCPU(), f) }
-
-func parallelOn(workers int, f func(int) (more bool, err error)) error {
-	var next atomic.Int64
-	var all sync.WaitGroup
-	errs := make([]error, workers)
-	for w := range errs {
-		all.Go(func() {
-			for more := true; more && errs[w] == nil; {
-				more, errs[w] = f(int(next.Add(1)) - 1)
-			}
-		})
-	}
-	all.Wait()
-	return errors.Join(errs...)
 }
 
 // A networkHSM is what hsmkeys does with a simulated one: each call takes 1 ms, and it takes 5,000 calls and 1,000 RSA
@@ -417,25 +399,25 @@ func (b *bench) onNetwork(
 		return err
 	}
 	// First all sessions are opened, and all handles found.
-	if err := parallelOn(token.Sessions(), func(i int) (bool, error) {
+	if err := measure.ParallelOn(token.Sessions(), func(i int) (bool, error) {
 		return i < 4*token.Sessions(), open(start)
 	}); err != nil {
 		return r, err
 	}
 	times, start = nil, time.Now()
 	before := total(module)
-	if err := parallelOn(atOnce, func(int) (bool, error) {
+	if err := measure.ParallelOn(atOnce, func(int) (bool, error) {
 		return time.Since(start) < b.each, open(time.Now())
 	}); err != nil {
 		return r, err
 	}
 	seconds, calls := time.Since(start).Seconds(), float64(total(module)-before)
-	r.PerSecond, r.Calls = round(float64(len(times))/seconds, 1), round(calls/float64(len(times)), 2)
-	r.Share = round(calls/seconds/networkCalls, 3)
+	r.PerSecond, r.Calls = measure.Round(float64(len(times))/seconds, 1), measure.Round(calls/float64(len(times)), 2)
+	r.Share = measure.Round(calls/seconds/networkCalls, 3)
 
 	pause := time.Duration(float64(time.Second) * r.Calls / networkCalls * 2)
 	times, start = nil, time.Now()
-	if err := parallelOn(atOnce, func(i int) (bool, error) {
+	if err := measure.ParallelOn(atOnce, func(i int) (bool, error) {
 		due := start.Add(time.Duration(i) * pause)
 		time.Sleep(time.Until(due))
 		return due.Sub(start) < b.each, open(due)

@@ -12,7 +12,6 @@ import (
 	"flag"
 	"fmt"
 	"io/fs"
-	"math"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -40,43 +39,6 @@ type report struct {
 	NetworkHSM []networkHSM              `json:"network_hsm,omitempty"`
 	Machine    string                    `json:"machine"`
 	Version    string                    `json:"version"`
-}
-
-// A ratio is ours beside the bare token.
-type ratio struct {
-	Token   float64 `json:"token_per_second"`
-	Service float64 `json:"service_per_second"`
-	Share   float64 `json:"share"`
-	Low     float64 `json:"share_min"`
-	High    float64 `json:"share_max"`
-
-	tokens, services []float64
-}
-
-func (r *ratio) add(token, service float64) {
-	r.tokens, r.services = append(r.tokens, token), append(r.services, service)
-}
-
-func (r *ratio) finish() {
-	shares := make([]float64, len(r.tokens))
-	for i := range shares {
-		shares[i] = r.services[i] / r.tokens[i]
-	}
-	r.Token, r.Service = round(median(r.tokens), 1), round(median(r.services), 1)
-	r.Share, r.Low, r.High = round(median(shares), 3), round(slices.Min(shares), 3), round(slices.Max(shares), 3)
-}
-
-func median(v []float64) float64 {
-	if len(v) == 0 {
-		return 0
-	}
-	v = slices.Sorted(slices.Values(v))
-	return (v[(len(v)-1)/2] + v[len(v)/2]) / 2
-}
-
-func round(v float64, digits int) float64 {
-	p := math.Pow10(digits)
-	return math.Round(v*p) / p
 }
 
 // A bench is one run of it.

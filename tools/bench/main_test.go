@@ -1,16 +1,14 @@
 package main
 
 import (
-	"context"
 	"errors"
-	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/kmehsm/kmehsm/internal/testproc"
+	"github.com/kmehsm/kmehsm/tools/bench/measure"
 )
 
 func TestMain(m *testing.M) { testproc.Main(m.Run) }
@@ -51,39 +49,8 @@ func TestParts(t *testing.T) {
 	}
 }
 
-func TestRatio(t *testing.T) {
-	var r ratio
-	for _, pair := range [][2]float64{{100, 50}, {200, 50}, {100, 90}} {
-		r.add(pair[0], pair[1])
-	}
-	if r.finish(); r.Share != 0.5 || r.Low != 0.25 || r.High != 0.9 || r.Token != 100 || r.Service != 50 {
-		t.Errorf("%+v: the share is not the median of the pairs' shares", r)
-	}
-}
-
-// What a process has spent counts its children that have ended, as PostgreSQL's connections do.
-func TestProcessCPU(t *testing.T) {
-	before, err := processCPU(os.Getpid())
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	defer cancel()
-	child := exec.CommandContext(ctx, "sh", "-c", "i=0; while [ $i -lt 300000 ]; do i=$((i + 1)); done")
-	if err := child.Run(); err != nil {
-		t.Fatal(err)
-	}
-	after, err := processCPU(os.Getpid())
-	if spent := child.ProcessState.UserTime(); err != nil || after-before < spent-20*time.Millisecond || spent == 0 {
-		t.Errorf("%v to %v, %v; the child has spent %v", before, after, err, spent)
-	}
-	if _, err := processCPU(0); err == nil {
-		t.Error("there is no process 0")
-	}
-}
-
 func TestRows(t *testing.T) {
-	measured := measured{ratio: ratio{Token: 1000, Service: 500, Share: 0.5}, HalfRate: 250, P50: 1, HalfP99: 9}
+	measured := measured{Ratio: measure.Ratio{Token: 1000, Service: 500, Share: 0.5}, HalfRate: 250, P50: 1, HalfP99: 9}
 	r := &report{Attach: map[string]*attachment{"2048": {measured: measured}}, RPC: rpc{"prepare_per_second": 7}}
 	var text strings.Builder
 	for _, row := range r.rows() {

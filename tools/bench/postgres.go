@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+
+	"github.com/kmehsm/kmehsm/tools/bench/measure"
 )
 
 // onPostgres is keysvc with its store on PostgreSQL, which runs on the same cores: EstablishKME, and whole attaches.
@@ -66,7 +68,7 @@ func (b *bench) postgres(r *report) error {
 		if err := b.besideToken("PostgreSQL, attach", &p.Attach, b.fewer(), token, attach); err != nil {
 			return err
 		}
-		p.DatabaseCPU = round(median(database), 0)
+		p.DatabaseCPU = measure.Round(measure.Median(database), 0)
 		other, err := b.serve("keysvc-postgres-2")
 		if err != nil {
 			return err
@@ -115,10 +117,13 @@ func (b *bench) two(result *twoInstances, bits string, servers ...*server) error
 		b.progress("PostgreSQL, two instances, %d of %d: one %.0f a second, two %.0f, %.2f times", i+1, b.fewer(),
 			one.PerSecond, sum.PerSecond, sum.PerSecond/one.PerSecond)
 	}
+	of := func(all []sample, f func(sample) float64, digits int) float64 {
+		return measure.Round(medianOf(all, f), digits)
+	}
 	perSecond := func(s sample) float64 { return s.PerSecond }
-	*result = twoInstances{round(medianOf(single, perSecond), 1), round(medianOf(both, perSecond), 1),
-		round(median(times), 2), round(medianOf(both, func(s sample) float64 { return s.cpu }), 0),
-		round(median(database), 0), round(medianOf(both, func(s sample) float64 { return s.ClientCPU }), 0)}
+	*result = twoInstances{of(single, perSecond, 1), of(both, perSecond, 1), measure.Round(measure.Median(times), 2),
+		of(both, func(s sample) float64 { return s.cpu }, 0), measure.Round(measure.Median(database), 0),
+		of(both, func(s sample) float64 { return s.ClientCPU }, 0)}
 	return nil
 }
 
@@ -133,7 +138,7 @@ func (b *bench) databaseCPU() (sum time.Duration, err error) {
 	if err != nil {
 		return 0, err
 	}
-	if sum, err = processCPU(pid); err != nil {
+	if sum, err = measure.ProcessCPU(pid); err != nil {
 		return 0, err
 	}
 	children, err := os.ReadFile("/proc/" + postmaster + "/task/" + postmaster + "/children")
@@ -144,7 +149,7 @@ func (b *bench) databaseCPU() (sum time.Duration, err error) {
 		if pid, err = strconv.Atoi(child); err != nil {
 			return 0, err
 		}
-		cpu, err := processCPU(pid)
+		cpu, err := measure.ProcessCPU(pid)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) { // it has ended since
 			return 0, err
 		}

@@ -51,16 +51,12 @@ func printTable(reports []*report, names []string) {
 	fmt.Println()
 }
 
-func (r *ratio) String() string {
-	return fmt.Sprintf("**%.3f** (%.3f to %.3f): %.0f of %.0f", r.Share, r.Low, r.High, r.Service, r.Token)
-}
-
 func times(p50, p99 float64) string { return fmt.Sprintf("%.1f / %.1f", p50, p99) }
 
 func (r *report) rows() (all []row) {
 	add := func(name, format string, values ...any) { all = append(all, row{name, fmt.Sprintf(format, values...)}) }
 	beside := func(name string, m *measured) {
-		add(name+": share of the token, a second", "%v", &m.ratio)
+		add(name+": share of the token, a second", "%v", &m.Ratio)
 		add(name+": p50 / p99 at full load, ms", "%s", times(m.P50, m.P99))
 		if m.HalfRate > 0 {
 			add(name+": p50 / p99 at half load, ms", "%s", times(m.HalfP50, m.HalfP99))
@@ -122,7 +118,7 @@ func (r *report) rows() (all []row) {
 		}
 	}
 	if p := r.Provision; p != nil {
-		add("device keys, to Vault: share of the token, a second", "%v", &p.ratio)
+		add("device keys, to Vault: share of the token, a second", "%v", &p.Ratio)
 		add("device keys, to Vault: memory at most, MB", "%.0f", p.PeakRSS)
 	}
 	if l := r.Lookup; l != nil {

@@ -9,10 +9,11 @@ import (
 	"syscall"
 
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/tools/bench/measure"
 )
 
 type provisioning struct {
-	ratio
+	measure.Ratio
 	PeakRSS float64 `json:"peak_rss_mb"` // of factory
 }
 
@@ -56,14 +57,14 @@ func (b *bench) provision(r *report) error {
 		if err := json.Unmarshal(out, &made); err != nil {
 			return err
 		}
-		p.add(bare, float64(made.Made)/made.Seconds)
+		p.Add(bare, float64(made.Made)/made.Seconds)
 		p.PeakRSS = max(p.PeakRSS,
 			float64(cmd.ProcessState.SysUsage().(*syscall.Rusage).Maxrss)/1024)
 		b.progress("device keys, %d of %d: token %.0f a second, published %.0f, %.3f", i+1, b.fewer(), bare,
 			float64(made.Made)/made.Seconds, float64(made.Made)/made.Seconds/bare)
 	}
-	p.finish()
-	p.PeakRSS = round(p.PeakRSS, 0)
+	p.Finish()
+	p.PeakRSS = measure.Round(p.PeakRSS, 0)
 	r.Provision = p
 	return nil
 }

@@ -7,7 +7,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"connectrpc.com/connect"
@@ -19,6 +18,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/mesim"
 	"github.com/kmehsm/kmehsm/internal/scheduling"
 	"github.com/kmehsm/kmehsm/kme"
+	"github.com/kmehsm/kmehsm/tools/bench/measure"
 )
 
 // rpc has, of each call, NAME_per_second over mutual TLS, 64 at once, and what one takes of keysvc's CPU and of the
@@ -123,9 +123,9 @@ func (b *bench) measureRPC() (any, error) {
 	}
 	result := rpc{}
 	for name, s := range all {
-		result[name+"_per_second"] = round(medianOf(s, func(s sample) float64 { return s.PerSecond }), 0)
-		result[name+"_cpu_us"] = round(medianOf(s, func(s sample) float64 { return s.cpu }), 1)
-		result[name+"_client_cpu_us"] = round(medianOf(s, func(s sample) float64 { return s.ClientCPU }), 1)
+		result[name+"_per_second"] = measure.Round(medianOf(s, func(s sample) float64 { return s.PerSecond }), 0)
+		result[name+"_cpu_us"] = measure.Round(medianOf(s, func(s sample) float64 { return s.cpu }), 1)
+		result[name+"_client_cpu_us"] = measure.Round(medianOf(s, func(s sample) float64 { return s.ClientCPU }), 1)
 	}
 	return result, nil
 }
@@ -157,30 +157,21 @@ func (b *bench) attached(hss *client.Client) (all []kme.IMSI, of map[kme.IMSI]km
 
 // call measures a call for b.each.
 func (b *bench) call(subscriptions []kme.IMSI, call func(kme.IMSI) error) (s sample, err error) {
-	before, err := processCPU(b.pid)
+	before, err := measure.ProcessCPU(b.pid)
 	if err != nil {
 		return s, err
 	}
-	own, start := ownCPU(), time.Now()
+	own, start := measure.OwnCPU(), time.Now()
 	var n atomic.Int64
-	if err := parallelOn(atOnce, func(i int) (bool, error) {
+	if err := measure.ParallelOn(atOnce, func(i int) (bool, error) {
 		n.Add(1)
 		return time.Since(start) < b.each, call(subscriptions[i%len(subscriptions)])
 	}); err != nil {
 		return s, err
 	}
 	seconds, calls := time.Since(start).Seconds(), float64(n.Load())
-	spent := ownCPU() - own
-	after, err := processCPU(b.pid)
+	spent := measure.OwnCPU() - own
+	after, err := measure.ProcessCPU(b.pid)
 	return sample{PerSecond: calls / seconds, ClientCPU: float64(spent.Microseconds()) / calls,
 		cpu: float64((after - before).Microseconds()) / calls}, err
-}
-
-// ownCPU is that of this process.
-func ownCPU() time.Duration {
-	var u syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
-		return 0
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }

@@ -16,6 +16,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/internal/mesim"
 	"github.com/kmehsm/kmehsm/kme"
+	"github.com/kmehsm/kmehsm/tools/bench/measure"
 )
 
 // overS6a is an HSS with kme.fdx beside the same HSS without it: the same requests, by way of the same MME. HSS and MME
@@ -224,7 +225,7 @@ func (h *hssRun) stop() {
 }
 
 func (s *s6aBench) measure(o *overS6a, plain, ours *hssRun) error {
-	var air, opening, attach ratio
+	var air, opening, attach measure.Ratio
 	var plainCPU, airCPU, attachCPU []s6aCPU
 	for range s.fewer() {
 		calls, err := s.payloads(int(1000 * s.each.Seconds()))
@@ -247,7 +248,7 @@ func (s *s6aBench) measure(o *overS6a, plain, ours *hssRun) error {
 			return err
 		}
 		first := s.used - len(calls)
-		attach.add(plainAttaches, attaches)
+		attach.Add(plainAttaches, attaches)
 		attachCPU = append(attachCPU, cpu)
 		airs := func(h *hssRun, first, n int, bound bool) (float64, s6aCPU, error) {
 			rate, _, cpu, err := s.load(h, func(i int) (bool, error) {
@@ -270,14 +271,14 @@ func (s *s6aBench) measure(o *overS6a, plain, ours *hssRun) error {
 		if err != nil {
 			return err
 		}
-		air.add(plainAIRs, boundAIRs)
-		opening.add(plainAIRs, openingAIRs)
+		air.Add(plainAIRs, boundAIRs)
+		opening.Add(plainAIRs, openingAIRs)
 		s.progress("S6a: %.0f AIRs a second without kme.fdx, %.0f with it, %.0f of unbound subscriptions; %.0f and "+
 			"%.0f attaches", plainAIRs, boundAIRs, openingAIRs, plainAttaches, attaches)
 	}
-	air.finish()
-	opening.finish()
-	attach.finish()
+	air.Finish()
+	opening.Finish()
+	attach.Finish()
 	*o = overS6a{PlainAIR: air.Token, AIR: air.Service, Share: air.Share, Low: air.Low, High: air.High,
 		OpeningAIR: opening.Service, Opening: opening.Share, PlainAttach: attach.Token, Attach: attach.Service,
 		AttachShare: attach.Share, PlainAIRCPU: medianCPU(plainCPU), AIRCPU: medianCPU(airCPU),
@@ -291,7 +292,7 @@ func (s *s6aBench) payloads(n int) ([]*s6aAttach, error) {
 	if s.used += n; s.used > s6aSubscribers-s6aUnbound {
 		return nil, errors.New("there are too few subscriptions for so many pairs and seconds")
 	}
-	return all, parallel(func(i int) (bool, error) {
+	return all, measure.Parallel(func(i int) (bool, error) {
 		if i >= n {
 			return false, nil
 		}
@@ -313,7 +314,7 @@ func (s *s6aBench) load(h *hssRun, f func(i int) (more bool, err error)) (rate f
 	}
 	var done atomic.Int64
 	start := time.Now()
-	err = parallelOn(s6aUnderWay, func(i int) (bool, error) {
+	err = measure.ParallelOn(s6aUnderWay, func(i int) (bool, error) {
 		more, err := f(i)
 		if more && err == nil {
 			done.Add(1)
@@ -331,11 +332,11 @@ func (s *s6aBench) load(h *hssRun, f func(i int) (more bool, err error)) (rate f
 }
 
 func (s *s6aBench) cpu(h *hssRun) (s6aCPU, error) {
-	hss, err := processCPU(h.hss.Process.Pid)
-	mme, merr := processCPU(h.mme.Process.Pid)
-	keysvc, kerr := processCPU(s.server.cmd.Process.Pid)
+	hss, err := measure.ProcessCPU(h.hss.Process.Pid)
+	mme, merr := measure.ProcessCPU(h.mme.Process.Pid)
+	keysvc, kerr := measure.ProcessCPU(s.server.cmd.Process.Pid)
 	us := func(d time.Duration) float64 { return float64(d.Microseconds()) }
-	return s6aCPU{us(hss), us(keysvc), us(mme), us(ownCPU())}, errors.Join(err, merr, kerr)
+	return s6aCPU{us(hss), us(keysvc), us(mme), us(measure.OwnCPU())}, errors.Join(err, merr, kerr)
 }
 
 func medianCPU(all []s6aCPU) s6aCPU {
@@ -344,7 +345,7 @@ func medianCPU(all []s6aCPU) s6aCPU {
 		for i, c := range all {
 			v[i] = f(c)
 		}
-		return round(median(v), 0)
+		return measure.Round(measure.Median(v), 0)
 	}
 	return s6aCPU{of(func(c s6aCPU) float64 { return c.HSS }), of(func(c s6aCPU) float64 { return c.Keysvc }),
 		of(func(c s6aCPU) float64 { return c.MME }), of(func(c s6aCPU) float64 { return c.Load })}

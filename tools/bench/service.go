@@ -14,6 +14,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/tools/bench/measure"
 )
 
 // A sample is what one run of a load has found.
@@ -28,7 +29,7 @@ type sample struct {
 
 // measured is a service beside the bare token, at full load and at half of it.
 type measured struct {
-	ratio
+	measure.Ratio
 	TokenCPU  float64 `json:"token_cpu_us"`     // of a bare private-key operation
 	CPU       float64 `json:"cpu_us,omitempty"` // of keysvc, each; not of EstablishKME, beside which it has other calls
 	ClientCPU float64 `json:"client_cpu_us"`
@@ -54,25 +55,25 @@ func (b *bench) besideToken(name string, m *measured, pairs int, token bare, our
 	var all []sample
 	var tokenCPU []float64
 	for i := range pairs {
-		before := ownCPU()
+		before := measure.OwnCPU()
 		t, err := token(0, b.each)
 		if err != nil {
 			return err
 		}
-		tokenCPU = append(tokenCPU, float64((ownCPU()-before).Microseconds())/(t*b.each.Seconds()))
+		tokenCPU = append(tokenCPU, float64((measure.OwnCPU()-before).Microseconds())/(t*b.each.Seconds()))
 		s, err := ours(b.each, 0)
 		if err != nil {
 			return err
 		}
 		all = append(all, s)
-		m.add(t, s.PerSecond)
+		m.Add(t, s.PerSecond)
 		b.progress("%s, %d of %d: token %.0f a second, ours %.0f, %.3f", name, i+1, pairs, t, s.PerSecond,
 			s.PerSecond/t)
 	}
-	m.finish()
-	m.TokenCPU = round(median(tokenCPU), 0)
-	m.CPU = round(medianOf(all, func(s sample) float64 { return s.cpu }), 0)
-	m.ClientCPU = round(medianOf(all, func(s sample) float64 { return s.ClientCPU }), 0)
+	m.Finish()
+	m.TokenCPU = measure.Round(measure.Median(tokenCPU), 0)
+	m.CPU = measure.Round(medianOf(all, func(s sample) float64 { return s.cpu }), 0)
+	m.ClientCPU = measure.Round(medianOf(all, func(s sample) float64 { return s.ClientCPU }), 0)
 	m.P50 = medianOf(all, func(s sample) float64 { return s.P50 })
 	m.P99 = medianOf(all, func(s sample) float64 { return s.P99 })
 	return nil
@@ -80,7 +81,7 @@ func (b *bench) besideToken(name string, m *measured, pairs int, token bare, our
 
 // half measures times at half of the rate that besideToken has found.
 func (b *bench) half(name string, m *measured, ours run) error {
-	m.HalfRate = round(m.Service/2, 0)
+	m.HalfRate = measure.Round(m.Service/2, 0)
 	var all []sample
 	for range b.fewer() {
 		s, err := ours(b.each, m.HalfRate)
@@ -100,7 +101,7 @@ func medianOf(all []sample, f func(sample) float64) float64 {
 	for i, s := range all {
 		v[i] = f(s)
 	}
-	return median(v)
+	return measure.Median(v)
 }
 
 // eachLot has keysvc, as a configuration has it, measured with the lots of some bits, beside its token, which this
@@ -173,7 +174,7 @@ func (b *bench) establish(r *report) error {
 		if err := b.besideToken(name, &e.measured, b.pairs, token, load); err != nil {
 			return err
 		}
-		e.Open, e.Process = round(median(open), 1), round(median(process), 1)
+		e.Open, e.Process = measure.Round(measure.Median(open), 1), measure.Round(measure.Median(process), 1)
 		return b.half(name, &e.measured, load)
 	})
 }
@@ -249,7 +250,8 @@ func (b *bench) alone(a *alone, s *server, bits string, token bare) error {
 		attach, key, disk = append(attach, l.Attach.P50), append(key, 1000/perSecond), append(disk, sync)
 		operations = append(operations, (l.Attach.P50-3*sync)*perSecond/1000)
 	}
-	*a = alone{round(median(attach), 3), round(median(key), 3), round(median(disk), 3), round(median(operations), 2)}
+	of := func(v []float64, digits int) float64 { return measure.Round(measure.Median(v), digits) }
+	*a = alone{of(attach, 3), of(key, 3), of(disk, 3), of(operations, 2)}
 	b.progress("one device at a time, %s bits: %.2f ms, %.2f private-key operations of %.2f ms and 3 syncs of %.2f ms",
 		bits, a.Attach, a.Operations, a.PrivateKey, a.Sync)
 	return nil
@@ -274,7 +276,7 @@ func syncTime(folder string, d time.Duration) (float64, error) {
 		}
 		times = append(times, float64(time.Since(began).Microseconds())/1000)
 	}
-	return median(times), nil
+	return measure.Median(times), nil
 }
 
 // A server is a keysvc.
@@ -330,32 +332,13 @@ func (s *server) stop() error {
 
 func cpuOf(servers []*server) (sum time.Duration, err error) {
 	for _, s := range servers {
-		cpu, err := processCPU(s.cmd.Process.Pid)
+		cpu, err := measure.ProcessCPU(s.cmd.Process.Pid)
 		if err != nil {
 			return 0, err
 		}
 		sum += cpu
 	}
 	return sum, nil
-}
-
-// processCPU is what a process has spent, and those of its children that have ended (proc_pid_stat(5)).
-func processCPU(pid int) (time.Duration, error) {
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0, err
-	}
-	_, fields, _ := strings.Cut(string(data), ") ") // after the name, which may have spaces in it
-	var ticks [4]time.Duration
-	values := strings.Fields(fields)
-	if len(values) < 15 {
-		return 0, fmt.Errorf("/proc/%d/stat has %d fields", pid, len(values))
-	}
-	if _, err := fmt.Sscan(strings.Join(values[11:15], " "), &ticks[0], &ticks[1], &ticks[2], &ticks[3]); err != nil {
-		return 0, err
-	}
-	const tick = 10 * time.Millisecond // USER_HZ is 100 on all of Go's architectures
-	return (ticks[0] + ticks[1] + ticks[2] + ticks[3]) * tick, nil
 }
 
 // clientFiles are the certificate and the key of the HSS that is simulated, and the CA of keysvc.
