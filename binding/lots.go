@@ -222,9 +222,10 @@ func (l *Lots) Lists() map[string][]directory.ListState {
 }
 
 // revoked says whether the directory has a binding's device as revoked, by the list that is there: such a binding is
-// not served on. Nobody waits for a directory here. It is an error if the list is too old, and the reader has a MaxAge.
-// Both the lot that has the device now and the one that the binding is of count, also if that was retired, but not
-// those of a distrusted manufacturer.
+// not served on. Nobody waits for a directory here. It is an error if the list is too old, and the reader has a MaxAge;
+// and if the lot that the binding is of was not imported when this process last read the registry. Both the lot that
+// has the device now and the one that the binding is of count, also if that was retired, but not those of a distrusted
+// manufacturer.
 func (l *Lots) revoked(b *Binding) (bool, error) {
 	now := l.find(b.IMEI)
 	if now != nil {
@@ -233,7 +234,11 @@ func (l *Lots) revoked(b *Binding) (bool, error) {
 		}
 	}
 	of := l.imported[lotName{b.Manufacturer, b.Lot}]
-	if of == nil || of.servedLot == nil || of.servedLot == now {
+	switch {
+	case of == nil:
+		return false, fmt.Errorf("lot %s of manufacturer %s is not known here: reload the lots (SIGHUP)", b.Lot,
+			b.Manufacturer)
+	case of.servedLot == nil || of.servedLot == now:
 		return false, nil
 	}
 	return of.reader.Revoked(of.manifest, b.IMEI)

@@ -31,11 +31,35 @@ func TestRevokedWhileBound(t *testing.T) {
 	}
 	r.refresh(t, m, l)
 	checkRefused(t, "a vector for a device that was revoked", prepare(), kme.RevokedDevice, "")
-	// Its lot is not served any more: what is bound stays bound.
-	r.service = r.service.WithLots(new(binding.Lots))
-	if err := prepare(); err != nil {
-		t.Error(err)
+}
+
+// Whether the device of a binding was revoked is known of lots that were imported, also if they were retired. An
+// instance that does not know the lot refuses: another one may have imported it.
+func TestRevokedInALotThatIsNotKnown(t *testing.T) {
+	r, m, l := newServed(t)
+	imsi, d := newIMSI(), l.devices[0]
+	payload, _ := d.payload(t)
+	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei,
+		AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here}))
+	r.activate(t, imsi)
+	prepare := func() error {
+		_, err := r.service.PrepareVector(t.Context(), imsi, newRANDs(1), here)
+		return err
 	}
+	must[binding.Verdict](t)(r.store.Decide(t.Context(), m.KeyID(), l.Lot, binding.Verdict{Withdrawn: true, By: "ops",
+		Reason: "sold", Time: time.Now()}, func([]*binding.Lot) error { return nil }))
+	r.serve(t)
+	if err := prepare(); err != nil {
+		t.Errorf("a device of a retired lot that was not revoked: %v", err)
+	}
+	if err := directory.Revoke(t.Context(), m.store, m.Signer, l.Manifest, []kme.IMEI{d.imei}, "stolen", time.Now(),
+		nil); err != nil {
+		t.Fatal(err)
+	}
+	r.refresh(t, m, l)
+	checkRefused(t, "a revoked device of a retired lot", prepare(), kme.RevokedDevice, "")
+	r.service = r.service.WithLots(new(binding.Lots))
+	checkRefused(t, "a device of a lot that is not known", prepare(), kme.DirectoryUnavailable, "")
 }
 
 // A lot that the manufacturer revokes: none of its devices is bound any more, and none that is bound is served on.
