@@ -75,7 +75,7 @@ func (s *Store) openSQLite(ctx context.Context, path string) error {
 		return err
 	}
 	s.read, s.close, s.soon, s.recent = read, write.Close, write.Soon, new(recent)
-	s.lookUp = sqlconn.Brief{SQL: sqlconn.SQL{DB: read}}
+	s.lookUp = sqlconn.NewBrief(read)
 	// SQLite has one writer at a time: what must not happen at once does not.
 	s.begin = func(ctx context.Context, key string, f begun) error {
 		return write.Do(ctx, func(ctx context.Context, tx *sqlconn.Tx) error {

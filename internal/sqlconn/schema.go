@@ -26,6 +26,10 @@ func (s Schema) Number() int { return s.Least*leasts + len(s.Migrations) }
 // error if the program cannot work with it.
 func (s Schema) Lacks(number int) ([]string, error) {
 	have, least := number%leasts, number/leasts
+	if number < 0 {
+		return nil, fmt.Errorf("its schema has the number %d, which no release gives: it is another program's, or was "+
+			"damaged; bring it back from a backup", number)
+	}
 	if least > len(s.Migrations) {
 		return nil, fmt.Errorf("its schema has version %d, and only a program that knows version %d can work with it: "+
 			"this one knows version %d; use the release that upgraded it, or a newer one; to go back, restore the "+

@@ -107,12 +107,20 @@ func (s SQL) Each(ctx context.Context, f func(scan func(...any) error) error, te
 }
 
 // Brief is SQL for statements that take no longer than a look into an index: one that has begun is not interrupted. To
-// be ready for that costs more than to finish.
-type Brief struct{ SQL }
+// be ready for that costs more than to finish. The wait for a connection ends with the context.
+type Brief struct {
+	SQL
+	db *sql.DB
+}
+
+// NewBrief gives the Brief of a database.
+func NewBrief(db *sql.DB) Brief { return Brief{SQL: SQL{DB: db}, db: db} }
 
 func (s Brief) Each(ctx context.Context, f func(scan func(...any) error) error, text string, args ...any) error {
-	if err := ctx.Err(); err != nil {
+	conn, err := s.db.Conn(ctx)
+	if err != nil {
 		return err
 	}
-	return s.SQL.Each(context.WithoutCancel(ctx), f, text, args...)
+	defer conn.Close()
+	return SQL{DB: conn}.Each(context.WithoutCancel(ctx), f, text, args...)
 }

@@ -86,6 +86,48 @@ func TestGroupCommit(t *testing.T) {
 	}
 }
 
+// Whoever waits for a connection waits no longer than its deadline.
+func TestBriefWaits(t *testing.T) {
+	read, write := open(t, filepath.Join(t.TempDir(), "db"), "CREATE TABLE t (n INTEGER PRIMARY KEY)")
+	defer write.Close()
+	read.SetMaxOpenConns(1)
+	held, err := read.Conn(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer held.Close()
+	short, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	ended := make(chan error, 1)
+	go func() {
+		ended <- sqlconn.NewBrief(read).Each(short, func(func(...any) error) error { return nil }, "SELECT n FROM t")
+	}()
+	select {
+	case err := <-ended:
+		if !errors.Is(err, context.DeadlineExceeded) {
+			t.Error(err)
+		}
+	case <-time.After(30 * time.Second):
+		t.Error("it waits for a connection, and its deadline is long over")
+	}
+}
+
+// A database whose schema has a number that no release gives is refused, and left as it is.
+func TestNumberOfNoRelease(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "db")
+	_, write := open(t, path, "CREATE TABLE t (n INTEGER PRIMARY KEY)")
+	if _, err := write.db.Exec("PRAGMA user_version = -5"); err != nil {
+		t.Fatal(err)
+	}
+	if err := write.Close(); err != nil {
+		t.Fatal(err)
+	}
+	_, _, err := Open(t.Context(), path, sqlconn.First("CREATE TABLE t (n INTEGER PRIMARY KEY)"))
+	if err == nil || !strings.Contains(err.Error(), "-5") {
+		t.Error(err)
+	}
+}
+
 // panicsOnErr is a context that panics in the writer, outside of every change.
 type panicsOnErr struct{ context.Context }
 
