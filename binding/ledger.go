@@ -137,7 +137,7 @@ type Acceptance struct {
 type Accepted struct {
 	Mark    *Mark    // to be set
 	Changes []Change // of the subjects of what was missing
-	Revoked int      // bindings, because of what is unknown
+	Revoked []string // IMSIs whose bindings were, because of what is unknown
 }
 
 // A Change is what became of a subject about which something was decided after the database was as it is now.

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -374,6 +375,25 @@ func TestForgottenByNobody(t *testing.T) {
 			t.Errorf("a blacklisted device is not listed any more, and nobody notices: %v, %v", all, err)
 		}
 		must(db.Exec(`DELETE FROM ledger WHERE event = 'FORGOTTEN'`))
+	}
+}
+
+// Entries in no chain of the ledger are found.
+func TestStrays(t *testing.T) {
+	ctx, p := t.Context(), path(t)
+	s := open(t, p)
+	done(t, s.Note(ctx, "TRIED", "s", ""))
+	db := stranger(t, "sqlite:"+p)
+	for _, chain := range []string{"16", "-1", "3.5"} {
+		must(db.Exec(`INSERT INTO ledger SELECT ` + chain + `, 7, at, event, subject, imei, tag, actor, detail, mac
+			FROM ledger WHERE seq = 1`))
+	}
+	var found []string
+	for _, d := range must(s.Verify(ctx, func(int) {})).Damaged {
+		found = append(found, d.Table+" "+d.Key)
+	}
+	if want := []string{"ledger -1 7", "ledger 3.5 7", "ledger 16 7"}; !slices.Equal(found, want) {
+		t.Errorf("found %q, want %q", found, want)
 	}
 }
 

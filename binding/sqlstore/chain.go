@@ -158,7 +158,8 @@ func (s *Store) Accept(ctx context.Context, mark *binding.Mark, a binding.Accept
 	}
 	accepted := &binding.Accepted{Mark: now}
 	err := s.change(ctx, "accept the ledger", everything, func(ctx context.Context, tx *txn) (err error) {
-		if err := s.putBack(ctx, tx, a.Missing.Lines); err != nil {
+		refused, err := s.putBack(ctx, tx, a.Missing.Lines)
+		if err != nil {
 			return err
 		}
 		for chain := range int64(binding.Chains) {
@@ -166,7 +167,7 @@ func (s *Store) Accept(ctx context.Context, mark *binding.Mark, a binding.Accept
 				return err
 			}
 		}
-		if err := s.followLedger(ctx, tx, a, accepted); err != nil {
+		if err := s.followLedger(ctx, tx, a, refused, accepted); err != nil {
 			return err
 		}
 		for i := range now.Heads {

@@ -34,10 +34,10 @@ func (s *Store) prepared(
 ) (d binding.Decision, changes bool, err error) {
 	if b := s.recent.pending(q); b != nil && q.Ready == "" {
 		spent, err := s.spent(ctx, q.IMSI, q.RANDs...)
-		if err == nil && spent {
-			err = binding.ErrSpent
+		if err != nil || !spent {
+			return binding.Decision{Binding: b}, false, err
 		}
-		return binding.Decision{Binding: b}, false, err
+		// It may leave if somebody else has ended the binding meanwhile: nothing finds that out later.
 	}
 	sub, err := s.current(ctx, "prepare", q.IMSI, q.Now, q.RANDs...)
 	if err != nil {
@@ -339,18 +339,6 @@ func (s *Store) end(ctx context.Context, tx *txn, sub *binding.Subscription, ok 
 		s.macs.Of(bindings.name, values(b, seq)...), b.IMSI.String())
 }
 
-// replace makes a binding the only one of its IMSI.
-func (s *Store) replace(ctx context.Context, tx *txn, b *binding.Binding, because entry) error {
-	seq, err := s.note(ctx, tx, because)
-	if err == nil {
-		err = tx.Do(ctx, `DELETE FROM bindings WHERE imsi = $1`, b.IMSI.String())
-	}
-	if err != nil {
-		return err
-	}
-	return s.add(ctx, tx, bindings, values(b, seq)...)
-}
-
 func (s *Store) Revoke(ctx context.Context, imsi kme.IMSI, now time.Time) (b *binding.Binding, err error) {
 	err = s.change(ctx, "revoke", imsi.String(), func(ctx context.Context, tx *txn) (err error) {
 		b, err = s.revoke(ctx, tx, imsi, now)
@@ -391,17 +379,33 @@ func (s *Store) revoke(ctx context.Context, tx *txn, imsi kme.IMSI, now time.Tim
 		_, err := s.note(ctx, tx, entry{event: binding.EventClosed, subject: imsi.String()})
 		return b, err
 	}
-	b.State, b.Revoked, b.Sealed, b.Expires, b.Sent = binding.Revoked, fromMillis(now.UnixMilli()),
-		[]byte{}, time.Time{}, nil
-	return b, s.replace(ctx, tx, b, entry{event: binding.EventRevoked, subject: imsi.String()})
+	return b, s.endAsRevoked(ctx, tx, b, now)
+}
+
+// endAsRevoked makes a binding the only one of its IMSI, and revoked.
+func (s *Store) endAsRevoked(ctx context.Context, tx *txn, b *binding.Binding, now time.Time) error {
+	b.State, b.Revoked, b.Sealed, b.Expires, b.Sent = binding.Revoked, fromMillis(now.UnixMilli()), []byte{},
+		time.Time{}, nil
+	seq, err := s.note(ctx, tx, entry{event: binding.EventRevoked, subject: b.IMSI.String()})
+	if err == nil {
+		err = tx.Do(ctx, `DELETE FROM bindings WHERE imsi = $1`, b.IMSI.String())
+	}
+	if err != nil {
+		return err
+	}
+	return s.add(ctx, tx, bindings, values(b, seq)...)
 }
 
 // lastDevice is what the ledger knows of an IMSI whose rows are damaged: the device that it was bound to last.
 func (s *Store) lastDevice(ctx context.Context, q sqlconn.Conn, imsi kme.IMSI) (b *binding.Binding, err error) {
 	err = s.entries(ctx, q, func(e binding.Entry) error {
-		b = &binding.Binding{IMSI: imsi, Established: e.Time}
-		return b.IMEI.UnmarshalText([]byte(e.IMEI))
-	}, `WHERE e.subject = $1 AND e.event = $2 ORDER BY e.seq`, imsi.String(), string(binding.EventEstablished))
+		var imei kme.IMEI
+		if imei.UnmarshalText([]byte(e.IMEI)) == nil { // else somebody has changed it, and that was accepted
+			b = &binding.Binding{IMSI: imsi, IMEI: imei, Established: e.Time}
+		}
+		return nil
+	}, `WHERE e.chain = $1 AND e.subject = $2 AND e.event = $3 ORDER BY e.seq`, chainOf(imsi.String()), imsi.String(),
+		string(binding.EventEstablished))
 	return b, err
 }
 

@@ -127,26 +127,37 @@ func lineValues(l binding.Line) []any {
 		l.Detail}
 }
 
-// putBack adds lines that are missing to the ledger, each behind the one before it.
-func (s *Store) putBack(ctx context.Context, tx *txn, lines []binding.Line) error {
+// putBack adds lines that are missing to the ledger, each behind the one before it. It leaves those out whose KME
+// another row has, which the service has not written: refused are their subjects.
+func (s *Store) putBack(ctx context.Context, tx *txn, lines []binding.Line) (refused map[string]bool, err error) {
+	refused = map[string]bool{}
+	at := map[int64]binding.Head{}
 	for _, l := range lines {
 		chain := int64(l.Chain)
-		before, err := s.head(ctx, tx.Conn, chain)
-		if err != nil {
-			return err
+		before, ok := at[chain]
+		if !ok {
+			if before, err = s.head(ctx, tx.Conn, chain); err != nil {
+				return nil, err
+			}
 		}
 		if !s.follows(l, before) {
-			return errors.New("the ledger has changed meanwhile: run this again")
+			return nil, errors.New("the ledger has changed meanwhile: run this again")
 		}
 		if err := s.putActor(ctx, tx, l); err != nil {
-			return err
+			return nil, err
 		}
-		if err := tx.Do(ctx, ledger.insert, append(lineValues(l), []byte(l.MAC))...); err != nil {
-			return err
+		n, err := tx.Changed(ctx, ledger.insert+" ON CONFLICT DO NOTHING", append(lineValues(l), []byte(l.MAC))...)
+		if err != nil {
+			return nil, err
+		}
+		at[chain] = binding.Head{Seq: l.Seq, MAC: l.MAC}
+		if n == 0 {
+			refused[l.Subject] = true
+			continue
 		}
 		tx.heads[chain] = &binding.Head{Seq: l.Seq, MAC: l.MAC}
 	}
-	return nil
+	return refused, nil
 }
 
 // putActor enters a line's actor again. One that is not the entry's is left out: the entry has none then.
@@ -161,15 +172,17 @@ func (s *Store) putActor(ctx context.Context, tx *txn, l binding.Line) error {
 
 // followLedger makes rows what the ledger says last, which has been given lines that these rows do not know of; or
 // revokes them.
-func (s *Store) followLedger(ctx context.Context, tx *txn, a binding.Acceptance, done *binding.Accepted) (err error) {
+func (s *Store) followLedger(
+	ctx context.Context, tx *txn, a binding.Acceptance, refused map[string]bool, done *binding.Accepted,
+) (err error) {
 	about := map[string][]binding.Line{}
 	for _, l := range a.Missing.Lines {
 		about[l.Subject] = append(about[l.Subject], l)
 	}
-	done.Changes, done.Revoked = nil, 0 // this may be called again
+	done.Changes, done.Revoked = nil, nil // this may be called again
 	now := time.Now()
 	for _, subject := range slices.Sorted(maps.Keys(about)) {
-		change, err := s.follow(ctx, tx, about[subject], now)
+		change, err := s.follow(ctx, tx, about[subject], refused[subject], now)
 		if err != nil {
 			return err
 		}
@@ -184,7 +197,9 @@ func (s *Store) followLedger(ctx context.Context, tx *txn, a binding.Acceptance,
 }
 
 // follow is followLedger for the lines about one subject, in their order.
-func (s *Store) follow(ctx context.Context, tx *txn, lines []binding.Line, now time.Time) (*binding.Change, error) {
+func (s *Store) follow(
+	ctx context.Context, tx *txn, lines []binding.Line, refused bool, now time.Time,
+) (*binding.Change, error) {
 	subject := lines[0].Subject
 	kind, name, _ := strings.Cut(subject, " ")
 	switch {
@@ -200,21 +215,26 @@ func (s *Store) follow(ctx context.Context, tx *txn, lines []binding.Line, now t
 	if err != nil {
 		return nil, nil // of the store, or of a list of revoked devices: these have no rows
 	}
-	return s.followSubscription(ctx, tx, imsi, lines, now)
+	return s.followSubscription(ctx, tx, imsi, lines, refused, now)
 }
 
 // followSubscription keeps what is bound where that is still what the ledger says. A pending binding that has become
 // active since is made so. Else the binding that the ledger says is lost, or was revoked: what there is is revoked.
+// refused says that a line is not in the ledger: see putBack.
 func (s *Store) followSubscription(
-	ctx context.Context, tx *txn, imsi kme.IMSI, lines []binding.Line, now time.Time,
+	ctx context.Context, tx *txn, imsi kme.IMSI, lines []binding.Line, refused bool, now time.Time,
 ) (*binding.Change, error) {
 	s.recent.forget(imsi.String())
 	last := lines[len(lines)-1]
-	change := &binding.Change{Subject: imsi.String(), IMEI: last.IMEI, Event: last.Event}
-	for _, l := range lines {
+	change := &binding.Change{Subject: imsi.String(), IMEI: last.IMEI, Event: last.Event, ToDo: toDo[last.Event]}
+	replaced := false // by a KME that is lost, before the last decision
+	for i, l := range lines {
 		switch l.Event {
 		case binding.EventActivated, binding.EventRevoked:
 			last, change.Event = l, l.Event
+			replaced = slices.ContainsFunc(lines[:i], func(o binding.Line) bool {
+				return o.Event == binding.EventEstablished
+			})
 		case binding.EventExported:
 			continue
 		}
@@ -228,14 +248,20 @@ func (s *Store) followSubscription(
 		if p == nil {
 			p = sub.expired
 		}
-		if p != nil && sub.seq.pending == sub.last.established && last.Event == binding.EventActivated &&
-			last.Seq > sub.seq.pending {
-			p.State, p.Activated, p.Expires, p.Sent = binding.Active, last.Time, time.Time{}, nil
-			change.IMEI, change.Now = p.IMEI.String(), string(binding.Active)
-			if err := tx.Do(ctx, `DELETE FROM bindings WHERE imsi = $1`, imsi.String()); err != nil {
+		if p != nil && last.Event == binding.EventActivated && !replaced {
+			var shown int64
+			if _, err := tx.One(ctx, []any{&shown}, `SELECT COALESCE(MAX(seq), 0) FROM ledger WHERE subject = $1 AND
+				event = $2 AND seq < $3`, imsi.String(), string(binding.EventEstablished), last.Seq); err != nil {
 				return nil, err
 			}
-			return change, s.add(ctx, tx, bindings, values(p, last.Seq)...)
+			if shown == sub.seq.pending {
+				p.State, p.Activated, p.Expires, p.Sent = binding.Active, last.Time, time.Time{}, nil
+				change.IMEI, change.Now = p.IMEI.String(), string(binding.Active)
+				if err := tx.Do(ctx, `DELETE FROM bindings WHERE imsi = $1`, imsi.String()); err != nil {
+					return nil, err
+				}
+				return change, s.add(ctx, tx, bindings, values(p, last.Seq)...)
+			}
 		}
 		if sub.seq.pending != 0 && sub.seq.pending != sub.last.established {
 			if err := dropPending(ctx, tx, imsi); err != nil {
@@ -247,13 +273,28 @@ func (s *Store) followSubscription(
 	switch {
 	case isDamaged(err):
 		b, err := s.revoke(ctx, tx, imsi, now)
+		if err == nil && b == nil && refused { // the ledger does not have the line that names its device
+			b = &binding.Binding{IMSI: imsi}
+			for _, l := range lines {
+				if l.Event == binding.EventEstablished && err == nil {
+					b.Established, err = l.Time, b.IMEI.UnmarshalText([]byte(l.IMEI))
+				}
+			}
+			if err == nil {
+				err = s.endAsRevoked(ctx, tx, b, now)
+			}
+		}
 		if err != nil {
 			return nil, err
 		}
 		if change.Now = string(binding.Revoked); b != nil && b.IMEI != (kme.IMEI{}) {
 			change.IMEI = b.IMEI.String()
 		}
-		if change.Event == binding.EventActivated {
+		switch change.ToDo = ""; {
+		case refused:
+			change.ToDo = "a row of the ledger that the service has not written has its KME: find out who wrote it " +
+				"(keysvc store verify)"
+		case change.Event == binding.EventActivated:
 			change.ToDo = "its KME is lost: the device has to be bound again"
 		}
 		return change, nil
@@ -264,13 +305,14 @@ func (s *Store) followSubscription(
 	if b := sub.Standing(); b != nil {
 		change.Now = string(b.State) + " as before, in " + b.IMEI.String()
 	}
-	switch change.Event {
-	case binding.EventOpened:
-		change.ToDo = "keysvc binding open, if it is still to be bound to another device"
-	case binding.EventEstablished:
-		change.ToDo = "its KME is lost, before the device had shown it: the device has to send another one"
-	}
 	return change, nil
+}
+
+// toDo is what an administrator has to do where the last that was decided about a subscription is lost.
+var toDo = map[binding.Event]string{
+	binding.EventOpened: "keysvc binding open, if it is still to be bound to another device",
+	binding.EventEstablished: "its last KME is lost, before the device had shown it: the device has to send another " +
+		"one",
 }
 
 // followVerdict gives the row of a manufacturer or a lot the last verdict, which has its columns from a place on. One
@@ -289,7 +331,12 @@ func (s *Store) followVerdict(
 		own = slices.Clone(r)
 		return nil
 	}, "WHERE "+strings.Join(where, " AND "), key...)
-	if err != nil {
+	switch {
+	case isDamaged(err): // nothing of it is believed, so that nothing is made of it either
+		change.Now = "DAMAGED"
+		change.ToDo = "its row was changed by somebody else: bring back a backup of the store in which it is whole"
+		return change, nil
+	case err != nil:
 		return nil, err
 	}
 	if own == nil {
@@ -328,29 +375,30 @@ func (s *Store) followListing(
 }
 
 // revokeUnknown revokes what is bound by chains of which something is not known.
-func (s *Store) revokeUnknown(ctx context.Context, tx *txn, m *binding.Missing, now time.Time) (n int, err error) {
+func (s *Store) revokeUnknown(
+	ctx context.Context, tx *txn, m *binding.Missing, now time.Time,
+) (revoked []string, err error) {
 	for after := ""; ; {
 		var page []string
 		err := tx.Each(ctx, func(scan func(...any) error) error {
 			page = append(page, "")
 			return scan(&page[len(page)-1])
 		}, `SELECT DISTINCT imsi FROM bindings WHERE imsi > $1 AND state <> 'REVOKED' ORDER BY imsi LIMIT 1000`, after)
-		if err != nil || len(page) == 0 {
-			return n, err
+		// SQLite sorts a BLOB, which the service did not write, behind all texts, and would give it for ever.
+		if err != nil || len(page) == 0 || page[len(page)-1] <= after {
+			return revoked, err
 		}
 		for _, text := range page {
-			if after = text; m.Unknown[chainOf(text)] == 0 {
-				continue
-			}
+			after = text
 			imsi, err := kme.ParseIMSI(text)
-			if err != nil {
-				continue // of a row that the service did not write
+			if err != nil || m.Unknown[chainOf(text)] == 0 {
+				continue // where it is none, the service did not write the row
 			}
 			s.recent.forget(text)
 			if _, err := s.revoke(ctx, tx, imsi, now); err != nil {
-				return n, err
+				return nil, err
 			}
-			n++
+			revoked = append(revoked, text)
 		}
 	}
 }

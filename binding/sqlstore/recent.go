@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/hsmkeys"
 )
 
 // recent is what SQLite's writer knows of its database inside a change, without asking it: what its last changes have
@@ -73,8 +74,10 @@ func (r *recent) has(key string) bool {
 	return r.subs[key] != nil || r.older[key] != nil
 }
 
-// hinted is for how long a binding that was established is asked for here: an attach is over by then.
-const hinted = 10 * time.Second
+// hinted is for how long a binding that was established is asked for here: an attach is over by then. What it gives is
+// sealed as it was, also if the storage key was rotated and the row sealed again by another process. The earlier key
+// is destroyed at the earliest two LookAgain after nothing was left under it: one of them is for calls under way.
+const hinted = hsmkeys.LookAgain
 
 // pending is the pending binding that vectors of q are made under, if a change has left it just now and q does not end
 // it. Anybody may ask. Somebody else may have ended it since: whoever makes the vectors has that noted before they

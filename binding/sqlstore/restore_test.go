@@ -80,17 +80,18 @@ func (h *history) open(n int) {
 
 // What subscriptions are for, each with a device of its number.
 const (
-	stays     = iota // bound, and nothing else
-	revoked          // bound, and revoked after the backup
-	rebound          // bound, and bound to another device after it
-	later            // bound after it
-	shown            // sent a KME before it, and shown after it
-	opened           // bound, and opened after it
-	sent             // bound, opened, and a KME sent after it, which was never shown
-	replaced         // a KME sent before it; after it, another one, which was shown
-	closed           // bound, opened before it, and closed after it
-	lastBound = 100  // from here on: bound before it, so that every chain has entries
-	others    = 64
+	stays        = iota // bound, and nothing else
+	revoked             // bound, and revoked after the backup
+	rebound             // bound, and bound to another device after it
+	later               // bound after it
+	shown               // sent a KME before it, and shown after it
+	opened              // bound, and opened after it
+	sent                // bound, opened, and a KME sent after it, which was never shown
+	replaced            // a KME sent before it; after it, another one, which was shown
+	closed              // bound, opened before it, and closed after it
+	shownAndSent        // as shown; then opened, and another KME sent, which was never shown
+	lastBound    = 100  // from here on: bound before it, so that every chain has entries
+	others       = 64
 )
 
 // lose decides much, has a backup made of a half of it, and gives the audit log of both.
@@ -115,6 +116,7 @@ func (h *history) lose(backup func()) (makers []*binding.Manufacturer) {
 		h.bind(lastBound+n, lastBound+n)
 	}
 	pending := h.establish(shown, shown)
+	pendingToo := h.establish(shownAndSent, shownAndSent)
 	h.establish(replaced, replaced)
 	h.open(closed)
 	enter(t, h.s)
@@ -128,6 +130,9 @@ func (h *history) lose(backup func()) (makers []*binding.Manufacturer) {
 	h.bind(rebound, 50)
 	h.bind(later, later)
 	h.activate(pending)
+	h.activate(pendingToo)
+	h.open(shownAndSent)
+	h.establish(shownAndSent, 80)
 	h.open(opened)
 	h.open(sent)
 	h.establish(sent, 60)
@@ -250,15 +255,16 @@ func restored(t *testing.T, name string, backup func() (restore func() string)) 
 		event     binding.Event
 		toDo      bool
 	}{
-		stays:    {now: "ACTIVE 35209900000000"},
-		revoked:  {"unbound", "35209900000001", binding.EventRevoked, false},
-		rebound:  {"unbound", "35209900000050", binding.EventActivated, true},
-		later:    {"unbound", "35209900000003", binding.EventActivated, true},
-		shown:    {"ACTIVE 35209900000004", "35209900000004", binding.EventActivated, false},
-		opened:   {"ACTIVE 35209900000005", "", binding.EventOpened, true},
-		sent:     {"ACTIVE 35209900000006", "35209900000060", binding.EventEstablished, true},
-		replaced: {"unbound", "35209900000070", binding.EventActivated, true},
-		closed:   {"unbound", "35209900000008", binding.EventRevoked, false},
+		stays:        {now: "ACTIVE 35209900000000"},
+		revoked:      {"unbound", "35209900000001", binding.EventRevoked, false},
+		rebound:      {"unbound", "35209900000050", binding.EventActivated, true},
+		later:        {"unbound", "35209900000003", binding.EventActivated, true},
+		shown:        {"ACTIVE 35209900000004", "35209900000004", binding.EventActivated, false},
+		opened:       {"ACTIVE 35209900000005", "", binding.EventOpened, true},
+		sent:         {"ACTIVE 35209900000006", "35209900000060", binding.EventEstablished, true},
+		replaced:     {"unbound", "35209900000070", binding.EventActivated, true},
+		closed:       {"unbound", "35209900000008", binding.EventRevoked, false},
+		shownAndSent: {"ACTIVE 35209900000009", "35209900000009", binding.EventActivated, true},
 	} {
 		c := changes[imsiNo(t, n).String()]
 		if now(n) != want.now || c.IMEI != want.imei || c.Event != want.event || (c.ToDo != "") != want.toDo {
@@ -419,8 +425,65 @@ func withoutAll(t *testing.T, lose func([]string) []string, some, revoke bool) {
 			ended++
 		}
 	}
-	if revoke != (ended > 0) || (accepted.Revoked > 0) != revoke {
-		t.Errorf("%d are revoked, and %d were named", ended, accepted.Revoked)
+	if revoke != (ended > 0) || (len(accepted.Revoked) > 0) != revoke {
+		t.Errorf("%d are revoked, and %q were named", ended, accepted.Revoked)
+	}
+	for _, text := range accepted.Revoked {
+		if sub := must(s.Subscription(ctx, imsi(t, text), t0)); sub.Standing() != nil ||
+			missing.Unknown[chainOf(text)] == 0 {
+			t.Errorf("%s was named as revoked: %+v", text, sub)
+		}
+	}
+}
+
+// A stranger's rows do not keep a restored database from being accepted: a subscription whose line has no place is
+// revoked and named, and a manufacturer whose row is damaged is named, and stays what it is.
+func TestRestoredBesideStrangersRows(t *testing.T) {
+	ctx := t.Context()
+	path, copied := path(t), filepath.Join(t.TempDir(), "copy.db")
+	h := &history{t: t, s: must(Open(ctx, "sqlite:"+path, rowKey)), token: new(markToken),
+		audit: filepath.Join(t.TempDir(), "audit")}
+	makers := h.lose(func() {
+		done(t, sqlite.Backup(ctx, path, copied, func(int, int) {}, func(string) error { return nil }))
+	})
+	db := stranger(t, "sqlite:"+copied)
+	for _, s := range []struct{ subscription, device int }{{later, later}, {shownAndSent, 80}} {
+		must(db.Exec(`INSERT INTO ledger SELECT 99, $1, at, event, subject, $2, $3, actor, detail, mac FROM ledger
+			WHERE event = 'ESTABLISHED' LIMIT 1`, s.subscription, fmt.Sprintf("3520990000%04d", s.device),
+			fmt.Append(nil, "tag ", s.subscription, s.device)))
+	}
+	must(db.Exec(`UPDATE manufacturers SET tacs = '01234567'`))
+	s := must(Open(ctx, "sqlite:"+copied, rowKey))
+	defer s.Close()
+	_, accepted, err := mark.Accept(ctx, s, h.token, mark.AcceptOptions{Reason: "the disk", AuditLogs: []string{h.audit},
+		Agreed: func(*binding.Missing) error { return nil }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := map[string]string{imsiNo(t, later).String(): "REVOKED", imsiNo(t, shownAndSent).String(): "ACTIVE",
+		binding.ManufacturerSubject(makers[0].KeyID): "DAMAGED"}
+	for _, c := range accepted.Changes {
+		if now := want[c.Subject]; now != "" && (c.Now != now || c.ToDo == "") {
+			t.Errorf("%+v", c)
+		}
+		delete(want, c.Subject)
+	}
+	if len(want) > 0 {
+		t.Errorf("%v were not named", want)
+	}
+	for n, bound := range map[int]bool{later: false, shownAndSent: true} {
+		if sub, err := s.Subscription(ctx, imsiNo(t, n), t0); err != nil || (sub.Standing() != nil) != bound {
+			t.Errorf("subscription %d: %+v, %v", n, sub, err)
+		}
+	}
+	done(t, mark.Check(ctx, s, h.token))
+	if _, err := s.VerifyLedger(ctx); err != nil {
+		t.Error(err)
+	}
+	for _, d := range must(s.Verify(ctx, func(int) {})).Damaged {
+		if d.Table != "manufacturers" && !strings.HasPrefix(d.Key, "99 ") {
+			t.Errorf("damaged: %v", d)
+		}
 	}
 }
 

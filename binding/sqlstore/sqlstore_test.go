@@ -430,6 +430,9 @@ func TestRecent(t *testing.T) {
 	if _, err := other.Revoke(ctx, b.IMSI, t0); err != nil {
 		t.Fatal(err)
 	}
+	if d, err := s.Prepare(ctx, request(b)); err != nil || d.Attempt == nil {
+		t.Errorf("a RAND that has left in clear, where nothing is bound any more: %+v, %v", d, err)
+	}
 	q.Ready = b.AttemptID
 	if d, err := s.Prepare(ctx, q); err != nil || d.Binding != nil || d.Attempt == nil {
 		t.Errorf("vectors under a binding that was revoked meanwhile: %+v, %v", d, err)

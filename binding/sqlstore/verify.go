@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"runtime"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -43,6 +45,9 @@ func (s *Store) Verify(ctx context.Context, report func(rows int)) (*Report, err
 			return r, err
 		}
 	}
+	if err := strays(ctx, q, func(d error) error { read(); return found(d) }); err != nil {
+		return r, err
+	}
 	for _, t := range tables {
 		err := scan(ctx, q, len(t.columns)+1, func(values row) error {
 			read()
@@ -72,6 +77,17 @@ func (s *Store) Verify(ctx context.Context, report func(rows int)) (*Report, err
 		}
 		return nil
 	})
+}
+
+// strays gives the rows of the ledger that are in none of its chains.
+func strays(ctx context.Context, q sqlconn.Conn, each func(error) error) error {
+	var chains []string
+	for chain := range binding.Chains {
+		chains = append(chains, strconv.Itoa(chain))
+	}
+	return scan(ctx, q, 2, func(r row) error {
+		return each(damaged(ledger, r, "is in no chain: somebody else has made it up"))
+	}, `SELECT chain, seq FROM ledger WHERE chain NOT IN (`+strings.Join(chains, ", ")+`) ORDER BY chain, seq`)
 }
 
 // currentOfAll gives the error of current of each of some IMSIs. Most of the time that Verify takes is here, so that it

@@ -231,15 +231,19 @@ func storeAccept(c *cli.Context) error {
 			return err
 		}
 		return cmdline.Print(c, map[string]any{"accepted": true, "lost": missing.Lost,
-			"restored": len(missing.Lines), "unknown": missing.Unknowns(), "revoked": done.Revoked,
-			"changes": append([]binding.Change{}, done.Changes...),
+			"restored": len(missing.Lines), "unknown": missing.Unknowns(), "revoked": len(done.Revoked),
+			"revoked_imsis": append([]string{}, done.Revoked...),
+			"changes":       append([]binding.Change{}, done.Changes...),
 		}, func(w io.Writer) {
 			for _, change := range done.Changes {
 				fmt.Fprintln(w, changeText(change))
 			}
 			fmt.Fprintln(w, missingText(missing, logs))
-			if done.Revoked > 0 {
-				fmt.Fprintf(w, "%d bindings were revoked because of what is not known\n", done.Revoked)
+			for _, imsi := range done.Revoked {
+				fmt.Fprintf(w, "%-15s  now %s, because of what is not known\n", imsi, binding.Revoked)
+			}
+			if n := len(done.Revoked); n > 0 {
+				fmt.Fprintf(w, "%d bindings were revoked because of what is not known\n", n)
 			}
 			fmt.Fprintln(w, "the store is accepted; a service that runs goes on within seconds")
 		})
