@@ -7,36 +7,78 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/stdlib"
+
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/pgtest"
+	"github.com/kmehsm/kmehsm/internal/sqlconn"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
 // fill brings a store to so many active bindings, each with what a whole attach leaves: its RAND that left in clear,
 // and its two entries of the ledger. All rows are good. report is called with the bindings so far.
 func fill(ctx context.Context, s *Store, bindings int, report func(n int)) error {
-	together := 20_000 // in one commit
-	if s.recent.onlyHints {
-		together = 2000 // PostgreSQL's have a limit of time
-	}
 	var have int
 	if _, err := s.reads("fill").One(ctx, []any{&have}, `SELECT COUNT(*) FROM bindings`); err != nil {
 		return err
 	}
+	const together = 20_000 // in one commit
 	for ; have < bindings; have += together {
+		n := min(together, bindings-have)
 		err := s.change(ctx, "fill", "fill", func(ctx context.Context, tx *txn) error {
-			return s.fillFrom(ctx, tx, have, min(together, bindings-have))
+			actor, err := s.actor(ctx, tx)
+			if err != nil || s.recent.onlyHints {
+				return err
+			}
+			return s.fillFrom(ctx, tx.Conn, actor, have, n, func(t *table, row []any) error {
+				return tx.Do(ctx, t.insert, row...)
+			})
 		})
+		if err == nil && s.recent.onlyHints {
+			err = s.copyFrom(ctx, have, n)
+		}
 		if err != nil {
 			return err
 		}
-		report(min(have+together, bindings))
+		report(have + n)
 	}
 	return nil
+}
+
+// copyFrom is fillFrom for PostgreSQL, by COPY: it is ten times as fast as statements.
+func (s *Store) copyFrom(ctx context.Context, from, n int) error {
+	id, _ := s.actors.Load(binding.ActorOf(ctx))
+	rows := map[*table][][]any{}
+	err := s.fillFrom(ctx, s.reads("fill"), id.([]byte), from, n, func(t *table, row []any) error {
+		rows[t] = append(rows[t], row)
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	conn, err := s.read.Conn(ctx)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	return conn.Raw(func(driver any) error {
+		return pgx.BeginFunc(ctx, driver.(*stdlib.Conn).Conn(), func(tx pgx.Tx) error {
+			for t, all := range rows {
+				columns := append(slices.Clone(t.columns), "mac")
+				if _, err := tx.CopyFrom(ctx, pgx.Identifier{t.name}, columns, pgx.CopyFromRows(all)); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	})
 }
 
 // room is for other subscriptions, between two that are filled in.
@@ -62,25 +104,16 @@ func parsed[T any, P interface {
 	return *into
 }
 
-func (s *Store) fillFrom(ctx context.Context, tx *txn, from, n int) error {
-	actor, err := s.actor(ctx, tx)
-	if err != nil {
-		return err
-	}
-	if s.recent.onlyHints { // on a busy machine the next rows may take longer to make than a change may pause
-		err := tx.Do(ctx, `SELECT set_config('idle_in_transaction_session_timeout', '0', true)`)
-		if err != nil {
-			return err
-		}
-	}
+// fillFrom makes the rows of n bindings, each with its MAC.
+func (s *Store) fillFrom(
+	ctx context.Context, q sqlconn.Conn, actor []byte, from, n int, add func(t *table, row []any) error,
+) error {
 	var heads [binding.Chains]binding.Head
 	for i := range heads {
-		if heads[i], err = s.head(ctx, tx.Conn, int64(i)); err != nil {
+		var err error
+		if heads[i], err = s.head(ctx, q, int64(i)); err != nil {
 			return err
 		}
-	}
-	add := func(t *table, mac []byte, values ...any) error {
-		return tx.Do(ctx, t.insert, append(values, mac)...)
 	}
 	at := time.Now()
 	note := func(e entry) (seq int64, err error) {
@@ -88,7 +121,7 @@ func (s *Store) fillFrom(ctx context.Context, tx *txn, from, n int) error {
 		head := &heads[chain]
 		values := []any{chain, head.Seq + 1, at.UnixMilli(), string(e.event), e.subject, e.imei, e.tag, actor, ""}
 		*head = binding.Head{Seq: head.Seq + 1, MAC: s.entryMAC(values, head.MAC)}
-		return head.Seq, add(ledger, head.MAC, values...)
+		return head.Seq, add(ledger, append(values, []byte(head.MAC)))
 	}
 	for i := from; i < from+n; i++ {
 		imsi, imei, sum := filledIMSI(i), filledIMEI(i), sha256.Sum256(strconv.AppendInt(nil, int64(i), 10))
@@ -105,11 +138,12 @@ func (s *Store) fillFrom(ctx context.Context, tx *txn, from, n int) error {
 			State: binding.Active, Sealed: sum[:], NWSig: sum[:], AttemptID: "AAECAwQFBgcICQoLDA0ODw",
 			PayloadSHA256: sum[:], Established: at, Activated: at,
 		}, seq)
-		if err := add(bindings, s.macs.Of(bindings.name, row...), row...); err != nil {
+		if err := add(bindings, append(row, s.macs.Of(bindings.name, row...))); err != nil {
 			return err
 		}
 		rand := sum[:len(hsmkeys.RAND{})]
-		if err := add(spentRANDs, s.macs.Of(spentRANDs.name, imsi.String(), rand), imsi.String(), rand); err != nil {
+		spent := []any{imsi.String(), rand}
+		if err := add(spentRANDs, append(spent, s.macs.Of(spentRANDs.name, spent...))); err != nil {
 			return err
 		}
 	}
@@ -179,7 +213,15 @@ func TestFill(t *testing.T) {
 // All that is filled in is good.
 func TestFilled(t *testing.T) {
 	dir, n := large(t, 3000)
-	s := filled(t, dir, n)
+	allGood(t, filled(t, dir, n), n)
+}
+
+func TestPostgresFilled(t *testing.T) {
+	allGood(t, filledAs(t, pgtest.Start(t).Database(t), 3000), 3000)
+}
+
+func allGood(t *testing.T, s *Store, n int) {
+	t.Helper()
 	r, err := s.Verify(t.Context(), func(int) {})
 	if err != nil {
 		t.Fatal(err)
