@@ -17,6 +17,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/config"
 	"github.com/kmehsm/kmehsm/internal/keysvcd"
+	"github.com/kmehsm/kmehsm/internal/keysvcd/settings"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -30,7 +31,7 @@ var acceptFlag = &cli.BoolFlag{Name: "accept-weak-token",
 
 // configuration is keysvc.yaml, which all commands have their settings from.
 var configuration = &cmdline.Config{Program: "keysvc",
-	Defaults: func(path string) (any, *config.Report) { return keysvcd.ReadDefaults(keysvcd.Source{Path: path}) }}
+	Defaults: func(path string) (any, *config.Report) { return settings.ReadDefaults(settings.Source{Path: path}) }}
 
 func main() { cmdline.Main(cmdline.Program{App: app(), Examples: examples, Config: configuration}) }
 
@@ -90,7 +91,7 @@ the one that belongs here.`,
 			{
 				Name: "serve", Usage: "serve the HSS",
 				Description: "SIGTERM says not ready, serves for drain_delay, finishes the calls under way and ends; " +
-					"SIGHUP reloads lots, clients and certificates.\n\n" + keysvcd.Help(),
+					"SIGHUP reloads lots, clients and certificates.\n\n" + settings.Help(),
 				Flags: serviceFlags(), Action: serve,
 			},
 			{
@@ -144,7 +145,7 @@ func serviceFlags(own ...cli.Flag) []cli.Flag {
 }
 
 // source is the whole configuration, which there must be.
-func source(c *cli.Context) (s keysvcd.Source, err error) {
+func source(c *cli.Context) (s settings.Source, err error) {
 	if s.Path, err = configuration.Require(c, "keysvc serve"); err != nil {
 		return s, err
 	}
@@ -165,7 +166,7 @@ func check(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	return cmdline.PrintReport(c, keysvcd.Check(from, c.Bool("running")))
+	return cmdline.PrintReport(c, settings.Check(from, c.Bool("running")))
 }
 
 func device(c *cli.Context) error {

@@ -110,6 +110,16 @@ func Listen(address string) (net.Listener, error) {
 	return l, notHad(address, err)
 }
 
+// SocketFree refuses a Unix socket that somebody serves.
+func SocketFree(path string) error {
+	c, err := net.Dial("unix", path)
+	if err != nil {
+		return nil
+	}
+	c.Close()
+	return fmt.Errorf("another process serves %s: stop it, or choose another socket", path)
+}
+
 func notHad(address string, err error) error {
 	switch {
 	case errors.Is(err, syscall.EADDRINUSE):

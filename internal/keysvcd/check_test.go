@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/kmehsm/kmehsm/internal/certtest"
+	"github.com/kmehsm/kmehsm/internal/keysvcd/settings"
 )
 
 // Check says all at once what serve would stumble over, one after the other.
@@ -48,7 +49,7 @@ directory: file:away
 drain_delay: 15s
 `, pin, l.Addr()), 0o644)
 	problems := func(running bool) (all []string) {
-		for _, p := range Check(Source{Path: path}, running).Problems() {
+		for _, p := range settings.Check(settings.Source{Path: path}, running).Problems() {
 			all = append(all, p.String())
 		}
 		return all
@@ -86,13 +87,13 @@ drain_delay: 15s
 		t.Errorf("while the service runs: %d problems", n)
 	}
 	// serve refuses the same, and before it touches the token.
-	err = Serve(t.Context(), Source{Path: path}, new(strings.Builder))
+	err = Serve(t.Context(), settings.Source{Path: path}, new(strings.Builder))
 	// Ports come later, and two are warnings.
 	if err == nil || strings.Count(err.Error(), path+": line ") != len(want)-4 {
 		t.Errorf("serve: %v", err)
 	}
 	unit, err := os.ReadFile("../../deploy/keysvc.service")
-	if err != nil || !strings.Contains(string(unit), fmt.Sprintf("\nTimeoutStopSec=%gs\n", stopTimeout.Seconds())) {
-		t.Errorf("keysvc.service does not have TimeoutStopSec of %s (%v)", stopTimeout, err)
+	if err != nil || !strings.Contains(string(unit), fmt.Sprintf("\nTimeoutStopSec=%gs\n", settings.StopTimeout.Seconds())) {
+		t.Errorf("keysvc.service does not have TimeoutStopSec of %s (%v)", settings.StopTimeout, err)
 	}
 }

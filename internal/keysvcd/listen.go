@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
@@ -18,6 +17,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/api"
 	"github.com/kmehsm/kmehsm/internal/config"
+	"github.com/kmehsm/kmehsm/internal/keysvcd/settings"
 )
 
 // A served is a listener with what is served on it.
@@ -26,7 +26,7 @@ type served struct {
 	handler http.Handler
 }
 
-func listen(cfg *Config, l *live) (all []served, err error) {
+func listen(cfg *settings.Config, l *live) (all []served, err error) {
 	defer func() {
 		if err != nil {
 			closeAll(all)
@@ -67,20 +67,10 @@ func closeAll(listeners []served) (err error) {
 	return err
 }
 
-// socketFree refuses a socket that somebody serves.
-func socketFree(path string) error {
-	c, err := net.Dial("unix", path)
-	if err != nil {
-		return nil
-	}
-	c.Close()
-	return fmt.Errorf("another process serves %s: stop it, or choose another socket", path)
-}
-
 // listenUnix offers a socket to its own user only, or to others, who are told apart by their uid. A socket that a
 // killed service left is replaced; one that somebody serves is not.
 func listenUnix(path string, others bool) (net.Listener, error) {
-	if err := socketFree(path); err != nil {
+	if err := config.SocketFree(path); err != nil {
 		return nil, err
 	}
 	if info, err := os.Lstat(path); err == nil && info.Mode()&os.ModeSocket != 0 {
@@ -172,7 +162,7 @@ func (d *daemon) run(ctx context.Context, listeners []served) error {
 			case <-gctx.Done():
 				d.log.Info("draining")
 				endStreams(d.options.Streams)
-				drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), maxDrain)
+				drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), settings.MaxDrain)
 				defer cancel()
 				var all errgroup.Group
 				for _, server := range servers {

@@ -9,8 +9,6 @@ import (
 	"log/slog"
 	"net/http"
 	"os"
-	"reflect"
-	"slices"
 	"strings"
 	"sync/atomic"
 
@@ -18,6 +16,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/keysvcd/settings"
 	"github.com/kmehsm/kmehsm/vaultstore"
 )
 
@@ -36,7 +35,7 @@ type state struct {
 // live has the state that is served.
 type live struct {
 	atomic.Pointer[state]
-	started  *Config // whose settings hold, but for those that a reload changes
+	started  *settings.Config // whose settings hold, but for those that a reload changes
 	registry binding.Registry
 	open     func(*binding.Manufacturer) (*directory.Reader, error)
 	options  api.Options // of the handler that serves, or of the first
@@ -50,10 +49,10 @@ type live struct {
 
 // apply builds all of the state that a configuration says, and then serves it. If any of it fails, nothing has changed.
 // It is for one goroutine at a time.
-func (l *live) apply(ctx context.Context, cfg *Config) error {
+func (l *live) apply(ctx context.Context, cfg *settings.Config) error {
 	next := new(state)
 	var err error
-	if next.clients, err = knownClients(cfg); err != nil {
+	if next.clients, err = settings.Clients(cfg); err != nil {
 		return err
 	}
 	if l.started.Listen != "" || l.started.EIR.Listen != "" || l.started.OperatorPage.Listen != "" {
@@ -87,7 +86,7 @@ func (l *live) apply(ctx context.Context, cfg *Config) error {
 		next.page = api.For(api.RoleMonitor, o.Service, next.clients, l.page(o.Service, next))
 	}
 	others := next.clients.OtherUsers(os.Getuid())
-	fixed := l.started.fixed(cfg)
+	fixed := l.started.Fixed(cfg)
 	l.options.Service = o.Service
 	before := l.Swap(next)
 	l.options.Streams.Serve(next.handler)
@@ -104,8 +103,8 @@ func (l *live) apply(ctx context.Context, cfg *Config) error {
 }
 
 // reload applies what a file says now.
-func (l *live) reload(ctx context.Context, from Source) error {
-	cfg, report := readConfig(from)
+func (l *live) reload(ctx context.Context, from settings.Source) error {
+	cfg, report := settings.Read(from)
 	if err := report.Err(); err != nil {
 		return err
 	}
@@ -113,30 +112,6 @@ func (l *live) reload(ctx context.Context, from Source) error {
 }
 
 func (l *live) ServeHTTP(w http.ResponseWriter, r *http.Request) { l.Load().handler.ServeHTTP(w, r) }
-
-// fixed are the settings of another configuration that differ, and that a reload does not change.
-func (c *Config) fixed(other *Config) (names []string) {
-	reloaded := []string{"clients", "tls", "token"} // the last is in tokens, if it counts
-	for _, f := range reflect.VisibleFields(reflect.TypeFor[Config]()) {
-		name := f.Tag.Get("yaml")
-		mine, theirs := reflect.ValueOf(c).Elem().FieldByIndex(f.Index), reflect.ValueOf(other).Elem().
-			FieldByIndex(f.Index)
-		if !slices.Contains(reloaded, name) && !reflect.DeepEqual(mine.Interface(), theirs.Interface()) {
-			names = append(names, name)
-		}
-	}
-	return names
-}
-
-// knownClients are those of the configuration. On the socket alone, the service's own user needs no entry.
-func knownClients(cfg *Config) (*api.Clients, error) {
-	if len(cfg.Clients) > 0 {
-		return api.NewClients(cfg.Clients)
-	}
-	own := os.Getuid()
-	return api.NewClients([]api.Client{{Name: "own user", UID: &own, PLMNs: []string{"all"},
-		Roles: []api.Role{api.RoleHSS, api.RoleAdmin, api.RoleMonitor, api.RoleMetrics}}})
-}
 
 // OpenLots gives the lots of a store for a command: their directories are read anew, and nothing is remembered of them.
 // fallback is the directory of manufacturers that were enrolled without one.

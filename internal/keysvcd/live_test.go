@@ -30,6 +30,7 @@ import (
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/certtest"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/keysvcd/settings"
 	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
 	"github.com/kmehsm/kmehsm/kme"
@@ -53,7 +54,8 @@ func (s *site) Manufacturers(context.Context) ([]*binding.Manufacturer, error) {
 func (s *site) Lots(context.Context) ([]*binding.Lot, error) { return s.lots, s.err }
 
 const (
-	siteBase    = aToken + "listen: 127.0.0.1:0\ntls: {certificate: a.pem, key: a.key, client_ca: a.pem}\n"
+	siteToken   = "token: pkcs11:token=operator?module-path=/dev/null&pin-source=file:/dev/null\n"
+	siteBase    = siteToken + "listen: 127.0.0.1:0\ntls: {certificate: a.pem, key: a.key, client_ca: a.pem}\n"
 	siteClients = "clients: [{name: hss-1, san: hss.example, roles: [hss], plmns: [all]}]\n"
 )
 
@@ -71,20 +73,20 @@ func newSite(t *testing.T, store binding.Store) *site {
 	s.manufacturer = &binding.Manufacturer{KeyID: directory.NewVerifier(&key.PublicKey).KeyID(), PEM: string(public),
 		Directory: "file:" + s.dir}
 	s.write(t, siteBase+siteClients)
-	cfg, report := readConfig(Source{Path: s.config()})
+	cfg, report := settings.Read(settings.Source{Path: s.config()})
 	if err := report.Err(); err != nil {
 		t.Fatal(err)
 	}
 	log := slog.New(slog.NewJSONHandler(s.log, nil))
 	s.live = &live{
 		started: cfg, registry: s, log: log,
-		open: opener(t.Context(), "", cfg.login(), func(string) directory.ReaderOptions {
+		open: opener(t.Context(), "", cfg.Login(), func(string) directory.ReaderOptions {
 			return directory.ReaderOptions{}
 		}, log),
 		ready: func(context.Context, *binding.Service) ([]string, error) { return nil, nil },
 		options: api.Options{Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(),
 			Streams: api.NewStreams(),
-			Service: binding.NewService(binding.Options{Store: store, Times: cfg.times(), Log: log})},
+			Service: binding.NewService(binding.Options{Store: store, Times: cfg.Times(), Log: log})},
 	}
 	if err := s.apply(t.Context(), cfg); err != nil {
 		t.Fatal(err)
@@ -166,7 +168,7 @@ func TestReloadFails(t *testing.T) {
 			mend = c.spoil()
 		}
 		before := s.Load()
-		err := s.reload(t.Context(), Source{Path: s.config()})
+		err := s.reload(t.Context(), settings.Source{Path: s.config()})
 		if err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v, want %q", c.stage, err, c.want)
 		}
@@ -177,7 +179,7 @@ func TestReloadFails(t *testing.T) {
 	}
 	before := s.Load()
 	s.write(t, siteBase+newClients)
-	if err := s.reload(t.Context(), Source{Path: s.config()}); err != nil || s.Load() == before {
+	if err := s.reload(t.Context(), settings.Source{Path: s.config()}); err != nil || s.Load() == before {
 		t.Errorf("mended, it changes nothing: %v", err)
 	}
 	if strings.Contains(s.log.String(), "needs a restart") {
@@ -193,7 +195,7 @@ func TestNeedsRestart(t *testing.T) {
 		before := s.Load()
 		s.write(t, strings.Replace(siteBase, "token=operator", "token=hunter2", 1)+siteClients+
 			"calls: 7\nlog_level: debug\nsocket: s\n")
-		if err := s.reload(t.Context(), Source{Path: s.config()}); err != nil || s.Load() == before {
+		if err := s.reload(t.Context(), settings.Source{Path: s.config()}); err != nil || s.Load() == before {
 			t.Error(err)
 		}
 		const want = `"needs a restart: tokens, socket, calls, log_level"`
@@ -205,7 +207,7 @@ func TestNeedsRestart(t *testing.T) {
 	s.started.Socket = filepath.Join(s.dir, "s")
 	s.write(t, siteBase+fmt.Sprintf("socket: s\nclients: [{name: x, uid: %d, roles: [hss], plmns: [all]}]\n",
 		os.Getuid()+1))
-	if err := s.reload(t.Context(), Source{Path: s.config()}); err != nil ||
+	if err := s.reload(t.Context(), settings.Source{Path: s.config()}); err != nil ||
 		!strings.Contains(s.log.String(), "needs a restart: socket, which is not open yet") {
 		t.Errorf("%v; the log: %s", err, s.log)
 	}
@@ -232,7 +234,7 @@ func TestCallsSeeOneState(t *testing.T) {
 	reload := func(uid int, plmn string) {
 		t.Helper()
 		s.write(t, siteBase+fmt.Sprintf("clients: [{name: me, uid: %d, roles: [hss], plmns: [%s]}]\n", uid, plmn))
-		if err := s.reload(t.Context(), Source{Path: s.config()}); err != nil {
+		if err := s.reload(t.Context(), settings.Source{Path: s.config()}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -339,9 +341,10 @@ func TestCertificatesChange(t *testing.T) {
 			"clients.pem": "ca.pem"} {
 			copyTo(filepath.Join(s.dir, name), filepath.Join(from, file))
 		}
-		must.Do(t, s.reload(t.Context(), Source{Path: s.config()}))
+		must.Do(t, s.reload(t.Context(), settings.Source{Path: s.config()}))
 	}
-	s.write(t, aToken+"listen: 127.0.0.1:0\ntls: {certificate: server.pem, key: server.key, client_ca: clients.pem}\n"+
+	s.write(t, siteToken+"listen: 127.0.0.1:0\n"+
+		"tls: {certificate: server.pem, key: server.key, client_ca: clients.pem}\n"+
 		siteClients)
 	copyTo(tokens, filepath.Join(before, "ca.pem"))
 	reload(before)
@@ -390,7 +393,7 @@ func TestCertificatesChange(t *testing.T) {
 		}
 	}
 	must.Do(t, os.WriteFile(tokens, []byte("none"), 0o600))
-	if err := s.reload(t.Context(), Source{Path: s.config()}); err == nil ||
+	if err := s.reload(t.Context(), settings.Source{Path: s.config()}); err == nil ||
 		!strings.Contains(err.Error(), "token_key") {
 		t.Errorf("keys of access tokens that are none: %v", err)
 	}

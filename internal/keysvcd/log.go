@@ -19,11 +19,12 @@ import (
 
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/keysvcd/settings"
 )
 
 // newLog logs a decision in each line: of JSON, or for people where w is a terminal. Hashed, IMSIs and IMEIs are keyed:
 // there are too few of them for a hash that anybody can compute.
-func newLog(w io.Writer, cfg *Config) (*slog.Logger, error) {
+func newLog(w io.Writer, cfg *settings.Config) (*slog.Logger, error) {
 	o := slog.HandlerOptions{Level: cfg.LogLevel}
 	if cfg.LogIdentities == "hashed" {
 		key, err := logKey(cfg.State)
@@ -54,7 +55,7 @@ func newLog(w io.Writer, cfg *Config) (*slog.Logger, error) {
 }
 
 // starting is the first line of the log: what is about to serve, from where, and for whom.
-func starting(log *slog.Logger, cfg *Config) {
+func starting(log *slog.Logger, cfg *settings.Config) {
 	tokens := make([]string, len(cfg.Tokens))
 	for i, uri := range cfg.Tokens {
 		tokens[i], _, _ = strings.Cut(uri, "?") // what follows says where module and PIN are

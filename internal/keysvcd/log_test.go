@@ -10,13 +10,14 @@ import (
 	"github.com/kmehsm/kmehsm/api"
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/keysvcd/settings"
 )
 
 // Hashed, an IMSI is nowhere in the log, neither beside a damaged row nor in what is wrong with it; and the same is the
 // same.
 func TestHashedIdentities(t *testing.T) {
 	var out strings.Builder
-	log, err := newLog(&out, &Config{State: t.TempDir(), LogIdentities: "hashed", LogLevel: slog.LevelInfo})
+	log, err := newLog(&out, &settings.Config{State: t.TempDir(), LogIdentities: "hashed", LogLevel: slog.LevelInfo})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -40,7 +41,7 @@ func TestHashedIdentities(t *testing.T) {
 // The first line says what serves whom, from where, and no password.
 func TestFirstLine(t *testing.T) {
 	var out strings.Builder
-	cfg := &Config{State: t.TempDir(), Store: "postgres://keysvc:hunter2@db/keysvc?password=hunter3",
+	cfg := &settings.Config{State: t.TempDir(), Store: "postgres://keysvc:hunter2@db/keysvc?password=hunter3",
 		Tokens: []string{"pkcs11:token=operator?module-path=/m&pin-source=file:/p"}, Listen: "127.0.0.1:8443",
 		Clients: []api.Client{{Name: "hss-1"}}}
 	log, err := newLog(&out, cfg)

@@ -10,6 +10,7 @@ import (
 	"github.com/prometheus/common/expfmt"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/internal/keysvcd/settings"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -18,7 +19,7 @@ import (
 func TestCountersFromZero(t *testing.T) {
 	registry := prometheus.NewRegistry()
 	binding.NewMetrics(registry).Methods("EstablishKME")
-	readerOptions(&Config{}, nil, nil, newOverdue(registry), nil)("m1")
+	readerOptions(&settings.Config{}, nil, nil, newOverdue(registry), nil)("m1")
 	families, err := registry.Gather()
 	if err != nil {
 		t.Fatal(err)
@@ -73,7 +74,7 @@ func TestChanging(t *testing.T) {
 		t.Errorf("the bindings that were counted are not there:\n%s", got)
 	}
 	s.write(t, strings.Replace(siteBase, "client_ca: a.pem", "client_ca: ca.pem", 1)+siteClients)
-	if err := s.reload(t.Context(), Source{Path: s.config()}); err != nil {
+	if err := s.reload(t.Context(), settings.Source{Path: s.config()}); err != nil {
 		t.Fatal(err)
 	}
 	if got := text(); !strings.Contains(got, `{certificate="client_ca",serial="1",subject="CN=ca"} 0.04`) {

@@ -14,6 +14,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/internal/certtest"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/keysvcd/settings"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 )
@@ -36,7 +37,7 @@ func TestOperatorPage(t *testing.T) {
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
 	log, ended := new(testproc.Log), make(chan error, 1)
-	go func() { ended <- Serve(ctx, Source{Path: path}, log) }()
+	go func() { ended <- Serve(ctx, settings.Source{Path: path}, log) }()
 	var serving [][]string
 	testproc.Await(t, "it serves", func() bool {
 		if len(ended) > 0 {
@@ -93,19 +94,5 @@ func TestOperatorPage(t *testing.T) {
 	stop()
 	if err := <-ended; err != nil {
 		t.Errorf("the end: %v\n%s", err, log)
-	}
-}
-
-// The page needs what the API over TCP needs, and is refused without.
-func TestOperatorPageNeedsTLS(t *testing.T) {
-	for _, text := range []string{
-		"socket: s\noperator_page: {listen: 127.0.0.1:0}\n",
-		"socket: s\noperator_page: {listen: 127.0.0.1:0}\ntls: {certificate: a, key: b, client_ca: c}\n",
-		"socket: s\noperator_page: {listen: nowhere}\ntls: {certificate: a, key: b, client_ca: c}\n" + siteClients,
-		"socket: s\noperator_page: {port: 1}\n",
-	} {
-		if _, err := read(t, aToken+text); err == nil || !strings.Contains(err.Error(), "operator_page") {
-			t.Errorf("%q: %v", text, err)
-		}
 	}
 }

@@ -1,4 +1,4 @@
-// Package keysvcd is the daemon behind keysvc serve: its configuration, what it is made of, and what a reload changes.
+// Package keysvcd is the daemon behind keysvc serve: what it is made of, and what a reload changes.
 // The work on its store and tokens that keysvc's other commands do is here too.
 package keysvcd
 
@@ -30,6 +30,8 @@ import (
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/config"
+	"github.com/kmehsm/kmehsm/internal/keysvcd/settings"
 	"github.com/kmehsm/kmehsm/internal/operatorpage"
 	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/internal/scheduling"
@@ -38,7 +40,7 @@ import (
 // A daemon serves from tokens and a store. Only live changes while it does.
 type daemon struct {
 	*live
-	from      Source // of the configuration
+	from      settings.Source // of the configuration
 	tokens    *hsmkeys.OperatorPool
 	store     *sqlstore.Store
 	service   *binding.Service // without lots: see live
@@ -51,9 +53,9 @@ type daemon struct {
 
 // Serve serves the HSS as a configuration says, and logs to w. When ctx ends, it says that it is not ready any more,
 // serves for the drain delay, finishes the calls under way and returns. SIGHUP reloads lots, clients and certificates.
-func Serve(ctx context.Context, from Source, w io.Writer) error {
-	cfg, report := readConfig(from)
-	cfg.inspect(report)
+func Serve(ctx context.Context, from settings.Source, w io.Writer) error {
+	cfg, report := settings.Read(from)
+	cfg.Inspect(report)
 	if err := report.Err(); err != nil {
 		return cmdline.Usage(err)
 	}
@@ -65,7 +67,7 @@ func Serve(ctx context.Context, from Source, w io.Writer) error {
 		return err
 	}
 	starting(log, cfg)
-	if err := socketFree(cfg.Socket); err != nil { // before anything is written
+	if err := config.SocketFree(cfg.Socket); err != nil { // before anything is written
 		return err
 	}
 	for _, p := range report.Problems() { // warnings
@@ -109,9 +111,9 @@ func Serve(ctx context.Context, from Source, w io.Writer) error {
 	d := &daemon{
 		from: from, tokens: tokens, store: store, accepted: make(chan struct{}, 1), leaving: leaving,
 		service: binding.NewService(binding.Options{
-			Token: tokens, Store: store, Times: cfg.times(), Metrics: metrics, Log: log,
+			Token: tokens, Store: store, Times: cfg.Times(), Metrics: metrics, Log: log,
 			Refusals:  refusals,
-			Equipment: cfg.Equipment.policy(), Listings: store, History: history.History,
+			Equipment: cfg.Equipment.Policy(), Listings: store, History: history.History,
 			Limits: binding.Limits{
 				Calls: cmp.Or(cfg.Calls, 32*tokens.Sessions()), IMEIRate: cfg.IMEIRate, IMEIBurst: cfg.IMEIBurst,
 			},
@@ -148,7 +150,7 @@ func Serve(ctx context.Context, from Source, w io.Writer) error {
 	overdue, bound := newOverdue(registry), new(census)
 	d.live = &live{
 		started: cfg, registry: store, ready: d.ready, log: log, rolledBack: rolledBack != nil,
-		open: opener(ctx, cfg.Directory, cfg.login(), readerOptions(cfg, store, cache, overdue, log), log),
+		open: opener(ctx, cfg.Directory, cfg.Login(), readerOptions(cfg, store, cache, overdue, log), log),
 		options: api.Options{Service: d.service, Metrics: metrics, Outer: traces, PageKey: pageKey,
 			Leaving: leaving.begun, Streams: api.NewStreams(),
 			Gather: promhttp.HandlerFor(registry, promhttp.HandlerOpts{})},
@@ -204,7 +206,9 @@ func Serve(ctx context.Context, from Source, w io.Writer) error {
 }
 
 // openTokens opens the tokens that a configuration names, and shows that they can work.
-func openTokens(ctx context.Context, cfg *Config, o hsmkeys.Observer, log *slog.Logger) (*hsmkeys.OperatorPool, error) {
+func openTokens(
+	ctx context.Context, cfg *settings.Config, o hsmkeys.Observer, log *slog.Logger,
+) (*hsmkeys.OperatorPool, error) {
 	tokens, err := hsmkeys.OpenOperatorPool(ctx, cfg.Tokens, hsmkeys.Options{
 		Observer: o, HangTimeout: cfg.HSMTimeout, VerifyInSoftware: cfg.Verify == "software", Changed: logChanges(log),
 	})
@@ -229,7 +233,7 @@ func openTokens(ctx context.Context, cfg *Config, o hsmkeys.Observer, log *slog.
 
 // readerOptions are those of each manufacturer's reader; all have one cache. What it finds overdue is counted and
 // logged.
-func readerOptions(cfg *Config, store *sqlstore.Store, cache *directory.Cache, overdue *prometheus.CounterVec,
+func readerOptions(cfg *settings.Config, store *sqlstore.Store, cache *directory.Cache, overdue *prometheus.CounterVec,
 	log *slog.Logger) func(manufacturer string) directory.ReaderOptions {
 	return func(manufacturer string) directory.ReaderOptions {
 		for _, why := range directory.Whys() { // so that the first is an increase

@@ -16,6 +16,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/client"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/keysvcd/settings"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
@@ -56,7 +57,7 @@ func TestServe(t *testing.T) {
 		}
 	}
 	write(own, "")
-	if err := Serve(t.Context(), Source{Path: path}, io.Discard); err == nil ||
+	if err := Serve(t.Context(), settings.Source{Path: path}, io.Discard); err == nil ||
 		!strings.Contains(err.Error(), "run keysvc init first") {
 		t.Fatalf("without a state folder: %v", err)
 	}
@@ -64,7 +65,7 @@ func TestServe(t *testing.T) {
 	if err := os.Mkdir(state, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := Serve(t.Context(), Source{Path: path}, io.Discard); err == nil ||
+	if err := Serve(t.Context(), settings.Source{Path: path}, io.Discard); err == nil ||
 		!strings.Contains(err.Error(), "no keys yet: run keysvc init first") {
 		t.Fatalf("a token without keys: %v", err)
 	}
@@ -73,7 +74,7 @@ func TestServe(t *testing.T) {
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
 	log, ended := new(testproc.Log), make(chan error, 1)
-	go func() { ended <- Serve(ctx, Source{Path: path}, log) }()
+	go func() { ended <- Serve(ctx, settings.Source{Path: path}, log) }()
 	get := func(what string) (status int, body string) {
 		c := &http.Client{Transport: &http.Transport{DisableKeepAlives: true,
 			DialContext: func(context.Context, string, string) (net.Conn, error) { return net.Dial("unix", socket) }}}
@@ -120,7 +121,7 @@ func TestServe(t *testing.T) {
 			t.Errorf("the metrics have no %q", want)
 		}
 	}
-	if err := Serve(t.Context(), Source{Path: path}, io.Discard); err == nil ||
+	if err := Serve(t.Context(), settings.Source{Path: path}, io.Discard); err == nil ||
 		!strings.Contains(err.Error(), "another process serves") {
 		t.Errorf("a second daemon on the same socket: %v", err)
 	}

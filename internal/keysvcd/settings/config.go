@@ -1,4 +1,6 @@
-package keysvcd
+// Package settings is the configuration of keysvc serve: what each setting means, its default, what it may be, and what
+// is wrong with a file. It opens no token, store or directory, and serves nothing.
+package settings
 
 import (
 	"cmp"
@@ -7,6 +9,8 @@ import (
 	"math"
 	"net"
 	"net/url"
+	"os"
+	"reflect"
 	"slices"
 	"time"
 
@@ -63,7 +67,7 @@ type Config struct {
 	LogIdentities    string        `yaml:"log_identities"`
 	Vault            cmdline.Vault `yaml:"vault"`
 
-	Equipment equipmentConfig `yaml:"equipment"`
+	Equipment Equipment `yaml:"equipment"`
 }
 
 // maxSocket is the longest path that Linux takes for a Unix socket (unix(7)).
@@ -192,9 +196,9 @@ type Source struct {
 	Given config.Given // what goes before the file
 }
 
-// readConfig gives the configuration of a source, and what is wrong with it without a look at anything else: then it
+// Read gives the configuration of a source, and what is wrong with it without a look at anything else: then it
 // is not to be used.
-func readConfig(from Source) (*Config, *config.Report) {
+func Read(from Source) (*Config, *config.Report) {
 	c, r := ReadDefaults(from)
 	c.Store = cmp.Or(c.Store, sqlstore.InFolder(c.State))
 	c.check(r)
@@ -215,7 +219,7 @@ func ReadDefaults(from Source) (*Config, *config.Report) {
 	return c, r
 }
 
-func (c *Config) times() binding.Times {
+func (c *Config) Times() binding.Times {
 	return binding.Times{Attempt: c.AttemptTTL, Pending: c.PendingTTL, PendingVectors: c.PendingVectors, Now: time.Now}
 }
 
@@ -240,7 +244,7 @@ func (c *Config) check(r *config.Report) {
 	if err := c.checkEIR(); err != nil && r.Good("eir") {
 		r.Add("eir", fmt.Sprintf("eir: %v", err), "")
 	}
-	if _, err := knownClients(c); err != nil && r.Good("clients") {
+	if _, err := Clients(c); err != nil && r.Good("clients") {
 		r.Add("clients", fmt.Sprintf("clients: %v", err), "")
 	}
 	for _, uri := range c.Tokens {
@@ -258,9 +262,33 @@ func (c *Config) tokenSetting() string {
 	return "tokens"
 }
 
-// login is the one to Vault.
-func (c *Config) login() vaultstore.Login {
+// Login is the one to Vault.
+func (c *Config) Login() vaultstore.Login {
 	l := c.Vault.Login()
 	l.Wait = true
 	return l
+}
+
+// Fixed are the settings of another configuration that differ, and that a reload does not change.
+func (c *Config) Fixed(other *Config) (names []string) {
+	reloaded := []string{"clients", "tls", "token"} // the last is in tokens, if it counts
+	for _, f := range reflect.VisibleFields(reflect.TypeFor[Config]()) {
+		name := f.Tag.Get("yaml")
+		mine, theirs := reflect.ValueOf(c).Elem().FieldByIndex(f.Index), reflect.ValueOf(other).Elem().
+			FieldByIndex(f.Index)
+		if !slices.Contains(reloaded, name) && !reflect.DeepEqual(mine.Interface(), theirs.Interface()) {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+// Clients are those of the configuration. On the socket alone, the service's own user needs no entry.
+func Clients(cfg *Config) (*api.Clients, error) {
+	if len(cfg.Clients) > 0 {
+		return api.NewClients(cfg.Clients)
+	}
+	own := os.Getuid()
+	return api.NewClients([]api.Client{{Name: "own user", UID: &own, PLMNs: []string{"all"},
+		Roles: []api.Role{api.RoleHSS, api.RoleAdmin, api.RoleMonitor, api.RoleMetrics}}})
 }

@@ -1,4 +1,4 @@
-package keysvcd
+package settings
 
 import (
 	"log/slog"
@@ -25,7 +25,7 @@ func read(t *testing.T, text string) (*Config, error) {
 	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	c, report := readConfig(Source{Path: path})
+	c, report := Read(Source{Path: path})
 	return c, report.Err()
 }
 
@@ -196,7 +196,7 @@ equipment: {lists: last, other_device: greylisted, not_in_lot: unknown, history:
 	if len(c.Tokens) != 2 || c.Tokens[1] != c.Tokens[0] || c.AttemptTTL != time.Minute ||
 		c.PendingTTL != 3*time.Minute || c.PendingVectors != 8 || c.MaxRevocationAge != 72*time.Hour ||
 		c.LogLevel != slog.LevelWarn ||
-		*c.Equipment.policy() != (binding.EquipmentPolicy{ListsLast: true, OtherDevice: binding.Greylisted,
+		*c.Equipment.Policy() != (binding.EquipmentPolicy{ListsLast: true, OtherDevice: binding.Greylisted,
 			OtherSubscription: binding.Greylisted, NotInLot: binding.Unknown}) || c.Equipment.History != time.Hour ||
 		!filepath.IsAbs(c.Equipment.Webhook.SecretFile) || !filepath.IsAbs(c.AuditLog) ||
 		c.Clients[0].PLMNs[0] != "00101" || *c.Clients[1].UID != 0 || !c.Vault.SecretIDWrapped {
@@ -212,19 +212,34 @@ equipment: {lists: last, other_device: greylisted, not_in_lot: unknown, history:
 	if c, err = read(t, good); err != nil {
 		t.Fatal(err)
 	}
-	times, want := c.times(), binding.DefaultTimes()
+	times, want := c.Times(), binding.DefaultTimes()
 	times.Now, want.Now = nil, nil // functions are not compared
 	if !reflect.DeepEqual(times, want) || c.CacheMB != 64 || c.Verify != "token" || c.LogLevel != slog.LevelInfo ||
 		filepath.Base(c.State) != "keysvc" {
 		t.Errorf("the defaults: %+v", c)
 	}
-	if *c.Equipment.policy() != binding.DefaultEquipmentPolicy() || c.Equipment.History != 9600*time.Hour {
+	if *c.Equipment.Policy() != binding.DefaultEquipmentPolicy() || c.Equipment.History != 9600*time.Hour {
 		t.Errorf("the defaults: %+v", c.Equipment)
 	}
 	for _, s := range schema.Settings {
 		if !strings.HasPrefix(s.Name, " ") && !slices.ContainsFunc(reflect.VisibleFields(reflect.TypeFor[Config]()),
 			func(f reflect.StructField) bool { return f.Tag.Get("yaml") == strings.Split(s.Name, ".")[0] }) {
 			t.Errorf("%s is no setting", s.Name)
+		}
+	}
+}
+
+// The page needs what the API over TCP needs, and is refused without.
+func TestOperatorPageNeedsTLS(t *testing.T) {
+	for _, text := range []string{
+		"socket: s\noperator_page: {listen: 127.0.0.1:0}\n",
+		"socket: s\noperator_page: {listen: 127.0.0.1:0}\ntls: {certificate: a, key: b, client_ca: c}\n",
+		"socket: s\noperator_page: {listen: nowhere}\ntls: {certificate: a, key: b, client_ca: c}\n" +
+			"clients: [{name: hss-1, san: hss.example, roles: [hss], plmns: [all]}]\n",
+		"socket: s\noperator_page: {port: 1}\n",
+	} {
+		if _, err := read(t, aToken+text); err == nil || !strings.Contains(err.Error(), "operator_page") {
+			t.Errorf("%q: %v", text, err)
 		}
 	}
 }

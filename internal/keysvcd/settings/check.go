@@ -1,4 +1,4 @@
-package keysvcd
+package settings
 
 import (
 	"fmt"
@@ -15,19 +15,19 @@ import (
 )
 
 const (
-	maxDrain    = 30 * time.Second // for the calls under way, after drain_delay
-	stopTimeout = 45 * time.Second // TimeoutStopSec of keysvc.service
+	MaxDrain    = 30 * time.Second // for the calls under way, after drain_delay
+	StopTimeout = 45 * time.Second // TimeoutStopSec of keysvc.service
 )
 
 // Check finds all that is wrong with a configuration, without a look into the token, the store or a directory. running
 // says that a service may have its addresses already; one that serves the socket is found without that.
 func Check(from Source, running bool) *config.Report {
-	cfg, r := readConfig(from)
-	cfg.inspect(r)
-	if r.Good("drain_delay") && cfg.DrainDelay+maxDrain >= stopTimeout {
+	cfg, r := Read(from)
+	cfg.Inspect(r)
+	if r.Good("drain_delay") && cfg.DrainDelay+MaxDrain >= StopTimeout {
 		r.Warn("drain_delay", fmt.Sprintf("drain_delay %s and up to %s for the calls under way: keysvc.service kills "+
-			"after %s", cfg.DrainDelay, maxDrain, stopTimeout), fmt.Sprintf("choose less than %s, or set a longer "+
-			"TimeoutStopSec (systemctl edit keysvc)", stopTimeout-maxDrain))
+			"after %s", cfg.DrainDelay, MaxDrain, StopTimeout), fmt.Sprintf("choose less than %s, or set a longer "+
+			"TimeoutStopSec (systemctl edit keysvc)", StopTimeout-MaxDrain))
 	}
 	if running {
 		return r
@@ -64,8 +64,8 @@ func servedByKeysvc(socket string) (pid int) {
 	return pid
 }
 
-// inspect reports what is wrong with the files that the configuration names.
-func (c *Config) inspect(r *config.Report) {
+// Inspect reports what is wrong with the files that the configuration names.
+func (c *Config) Inspect(r *config.Report) {
 	tls := c.TLS
 	served := c.Listen != "" || c.EIR.Listen != "" || c.OperatorPage.Listen != ""
 	if served && tls.Certificate != "" && tls.Key != "" && tls.ClientCA != "" {
@@ -115,7 +115,7 @@ func (c *Config) addresses(r *config.Report) {
 		r.Address("operator_page", c.OperatorPage.Listen)
 	}
 	if c.Socket != "" && r.Good("socket") {
-		if err := socketFree(c.Socket); err != nil {
+		if err := config.SocketFree(c.Socket); err != nil {
 			r.Add("socket", err.Error(), config.Running)
 		}
 	}

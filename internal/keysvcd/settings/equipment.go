@@ -1,0 +1,89 @@
+package settings
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/internal/config"
+	"github.com/kmehsm/kmehsm/internal/webhook"
+)
+
+// An Equipment says how CheckEquipment answers, and what becomes of what it was asked.
+type Equipment struct {
+	Lists             string        `yaml:"lists"`
+	OtherDevice       string        `yaml:"other_device"`
+	OtherSubscription string        `yaml:"other_subscription"`
+	NotInLot          string        `yaml:"not_in_lot"`
+	History           time.Duration `yaml:"history"`
+	HistoryRows       int           `yaml:"history_rows"`
+	Webhook           struct {
+		URL        string `yaml:"url"`
+		SecretFile string `yaml:"secret_file" path:""`
+		CA         string `yaml:"ca" path:""`
+	} `yaml:"webhook"`
+}
+
+// equipmentSettings are those of an Equipment.
+func equipmentSettings() []config.Setting[Config] {
+	p := binding.DefaultEquipmentPolicy()
+	status := func(s binding.EquipmentStatus) string { return strings.ToLower(string(s)) }
+	colours := []string{"whitelisted", "greylisted", "blacklisted"}
+	one := func(name, example, help string, may []string, of func(e *Equipment) string) config.Setting[Config] {
+		return config.Setting[Config]{Name: "equipment." + name, Example: example, Help: help,
+			Rule: strings.Join(may[:len(may)-1], ", ") + " or " + may[len(may)-1],
+			OK:   func(c *Config) bool { return slices.Contains(may, of(&c.Equipment)) }}
+	}
+	return []config.Setting[Config]{
+		{Name: "equipment", Default: fmt.Sprintf("{lists: first, other_device: %s, other_subscription: %s, "+
+			"not_in_lot: %s, history: 9600h, history_rows: 10000000}", status(p.OtherDevice),
+			status(p.OtherSubscription), status(p.NotInLot)), Example: "{lists: first}",
+			Help: "how CheckEquipment answers (docs/equipment.md), and what is kept of it:"},
+		one("lists", "first", "what keysvc equipment add has listed comes first; or last", []string{"first", "last"},
+			func(e *Equipment) string { return e.Lists }),
+		one("other_device", status(p.OtherDevice),
+			"a device with an IMSI that is bound to another: whitelisted, greylisted or blacklisted", colours,
+			func(e *Equipment) string { return e.OtherDevice }),
+		one("other_subscription", status(p.OtherSubscription), "one that is proven for other IMSIs only", colours,
+			func(e *Equipment) string { return e.OtherSubscription }),
+		one("not_in_lot", status(p.NotInLot), "one that cannot prove itself; also unknown",
+			append(slices.Clip(colours), "unknown"), func(e *Equipment) string { return e.NotInLot }),
+		{Name: "equipment.history", Example: "9600h",
+			Help: "for how long it is kept which IMSI was seen with which IMEI (0s: not at all)",
+			Rule: "0s, or a time from 1h on",
+			OK: func(c *Config) bool {
+				return c.Equipment.History == 0 || c.Equipment.History >= time.Hour
+			}},
+		{Name: "equipment.history_rows", Example: "10000000", Help: "of it at most", Rule: "a whole number above zero",
+			OK: func(c *Config) bool { return c.Equipment.HistoryRows > 0 }},
+		{Name: "equipment.webhook", Example: "{url: https://..., secret_file: FILE}",
+			Help: "is told of each IMSI that is in another device; with ca: FILE, a CA of its own"},
+	}
+}
+
+// check reports what is at odds with something else.
+func (e *Equipment) check(r *config.Report) {
+	if !r.Good("equipment") {
+		return
+	}
+	w := e.Webhook
+	err := webhook.CheckURL(w.URL)
+	switch {
+	case w.URL == "" && w.SecretFile == "" && w.CA == "":
+	case err != nil:
+		r.Add("equipment.webhook.url", fmt.Sprintf("equipment.webhook.url: %v", err), "")
+	case w.SecretFile == "":
+		r.Add("equipment.webhook", "equipment.webhook has no secret_file",
+			"without it, nobody can tell who has sent an event: echo whsec_$(openssl rand -base64 32) >FILE")
+	case e.History == 0:
+		r.Add("equipment.history", "equipment.webhook needs equipment.history", "that knows the device before")
+	}
+}
+
+func (e *Equipment) Policy() *binding.EquipmentPolicy {
+	status := func(s string) binding.EquipmentStatus { return binding.EquipmentStatus(strings.ToUpper(s)) }
+	return &binding.EquipmentPolicy{ListsLast: e.Lists == "last", OtherDevice: status(e.OtherDevice),
+		OtherSubscription: status(e.OtherSubscription), NotInLot: status(e.NotInLot)}
+}
