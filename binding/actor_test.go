@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/limits"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -91,7 +92,7 @@ func (s *stuckStore) Prepare(ctx context.Context, q binding.VectorRequest) (bind
 func TestFairPlaces(t *testing.T) {
 	const places = 8
 	store := &stuckStore{came: make(chan string), goOn: make(chan struct{})}
-	service := binding.NewService(binding.Options{Store: store, Times: times(), Limits: binding.Limits{Calls: places},
+	service := binding.NewService(binding.Options{Store: store, Times: times(), Limits: limits.Limits{Calls: places},
 		Log: slog.New(slog.DiscardHandler)})
 	var inside []chan error
 	// enter makes calls until one is refused, and gives how many were not. All others share the limits.

@@ -106,3 +106,5 @@ func fromDirectory(ctx context.Context, err error) error {
 	}
 	return refuse(kme.DirectoryUnavailable, "the device's public key cannot be had", err)
 }
+
+func overloaded(message string) *Refusal { return refuse(kme.Overloaded, message, nil) }

@@ -141,7 +141,7 @@ func (s *Service) accept(ctx context.Context, p *establishment) (*Binding, error
 	if device.Revoked != nil {
 		return nil, deviceRevoked()
 	}
-	if !s.limits.allow(p.IMSI, p.IMEI) {
+	if !s.limits.Allow(p.IMSI, p.IMEI) {
 		return nil, overloaded("this subscription or this device sends too many payloads")
 	}
 
@@ -166,7 +166,7 @@ func (s *Service) accept(ctx context.Context, p *establishment) (*Binding, error
 	case err != nil:
 		return nil, fromStore(ctx, err)
 	}
-	s.limits.established(p.IMEI)
+	s.limits.Established(p.IMEI)
 	s.open.Invalidate(p.IMSI)
 	return b, nil
 }

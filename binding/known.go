@@ -5,6 +5,7 @@ import (
 	"errors"
 	"time"
 
+	"github.com/kmehsm/kmehsm/binding/refusals"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -17,7 +18,7 @@ type Known struct {
 	Subscription *Subscription
 	Damaged      error   // why there is no Subscription
 	History      []Entry // about the IMSI
-	Refused      *PastRefusal
+	Refused      *refusals.Past
 	Doubts       []Doubt // about its latest binding
 	Unknown      error   // why nobody knows whether there are any
 }

@@ -37,7 +37,7 @@ const (
 	EventRetired    Event = "RETIRED"
 	EventReinstated Event = "REINSTATED"
 
-	// EventRevocations is a list of revoked devices that was believed for the first time; see RevocationMemory.
+	// EventRevocations is a list of revoked devices that was believed for the first time; see package revocations.
 	EventRevocations Event = "REVOCATIONS"
 
 	// About an entry of the operator's own list of devices, see ListingSubject.

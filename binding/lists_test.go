@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/revocations"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -81,7 +82,7 @@ func TestMaxRevocationAge(t *testing.T) {
 // Which list was believed last is an entry of the ledger, the service's own, for each list one.
 func TestRevocationMemory(t *testing.T) {
 	r, m, l := newServed(t)
-	o := directory.ReaderOptions{Memory: binding.RevocationMemory(r.store, m.KeyID(), t.TempDir())}
+	o := directory.ReaderOptions{Memory: revocations.Memory(r.store, m.KeyID(), t.TempDir())}
 	ctx := binding.WithActor(t.Context(), binding.Actor{Client: "hss"})
 	first, _, err := m.store.Read(ctx, directory.RevocationsPath("L1"))
 	if err != nil {
@@ -144,7 +145,7 @@ func TestRevocationMemory(t *testing.T) {
 		t.Errorf("an earlier list was kept in the place of the last one: %+v", overdue)
 	}
 	// Another manufacturer's lot of this name has a subject of its own.
-	other := binding.RevocationMemory(r.store, "another", t.TempDir())
+	other := revocations.Memory(r.store, "another", t.TempDir())
 	if _, found, err := other.Last(ctx, "L1"); found || err != nil {
 		t.Errorf("found: %v, %v", found, err)
 	}

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/limits"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -31,7 +32,7 @@ func (r *harness) unrecorded(t testing.TB, o binding.Options) *binding.Service {
 func TestOverload(t *testing.T) {
 	r, _, l := newServed(t)
 	limit := 8 * r.token.Sessions()
-	service := r.unrecorded(t, binding.Options{Limits: binding.Limits{Calls: limit}})
+	service := r.unrecorded(t, binding.Options{Limits: limits.Limits{Calls: limit}})
 	d := l.devices[0]
 	// A rejected payload is the dearest call that can be made again and again: the private-key operation and all after
 	// it.
@@ -111,7 +112,7 @@ func TestOverload(t *testing.T) {
 // counts for the IMSI alone, and so does what the device once sent. What the device itself sends counts for it.
 func TestIMEIRate(t *testing.T) {
 	r, _, l := newServed(t)
-	service := r.unrecorded(t, binding.Options{Limits: binding.Limits{IMEIRate: 0.001, IMEIBurst: 3}})
+	service := r.unrecorded(t, binding.Options{Limits: limits.Limits{IMEIRate: 0.001, IMEIBurst: 3}})
 	victim := l.devices[0]
 	send := func(imsi kme.IMSI, d *device, payload []byte) error {
 		_, err := service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei,

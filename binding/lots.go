@@ -5,19 +5,14 @@ import (
 	"context"
 	"crypto"
 	"crypto/rsa"
-	"encoding/json"
 	"fmt"
 	"log/slog"
 	"maps"
-	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
-	"github.com/kmehsm/kmehsm/internal/durable"
-	"github.com/kmehsm/kmehsm/internal/strict"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -276,53 +271,4 @@ func (l *Lots) Device(ctx context.Context, imei kme.IMEI) (*directory.Manifest, 
 	}
 	d, err := lot.reader.Device(ctx, lot.manifest, imei)
 	return lot.manifest, d, err
-}
-
-// Notes is what a RevocationMemory needs of a Ledger.
-type Notes interface {
-	Note(ctx context.Context, event Event, subject, detail string) error
-	LastNote(ctx context.Context, event Event, subject string) (detail string, found bool, err error)
-}
-
-// RevocationMemory keeps in the ledger which lists of a manufacturer's revoked devices were believed last, and copies
-// of them in a folder, which is trusted no further than their digests in the ledger. An entry is the service's own,
-// whoever's call has the list read.
-func RevocationMemory(ledger Notes, manufacturer, dir string) directory.Memory {
-	return revocationMemory{ledger, manufacturer, filepath.Join(dir, manufacturer)}
-}
-
-type revocationMemory struct {
-	Notes
-	manufacturer, dir string
-}
-
-func (m revocationMemory) file(lot string) string { return filepath.Join(m.dir, lot+".jws") }
-
-func (m revocationMemory) Keep(lot string, jws []byte) error {
-	if err := durable.MkdirAll(m.dir, 0o700); err != nil {
-		return err
-	}
-	return durable.WriteFile(m.file(lot), jws, 0o600)
-}
-
-func (m revocationMemory) Kept(lot string) ([]byte, error) { return os.ReadFile(m.file(lot)) }
-
-func (m revocationMemory) Last(ctx context.Context, lot string) (mark directory.ListMark, found bool, err error) {
-	subject := RevocationsSubject(m.manufacturer, lot)
-	detail, found, err := m.LastNote(ctx, EventRevocations, subject)
-	if err == nil && found {
-		if err = strict.Parse([]byte(detail), &mark); err != nil {
-			err = fmt.Errorf("the ledger's last entry about %s: %w", subject, err)
-		}
-	}
-	return mark, found, err
-}
-
-func (m revocationMemory) Note(ctx context.Context, lot string, mark directory.ListMark) error {
-	detail, err := json.Marshal(mark)
-	if err != nil {
-		return err
-	}
-	own := WithActor(ctx, Actor{})
-	return m.Notes.Note(own, EventRevocations, RevocationsSubject(m.manufacturer, lot), string(detail))
 }

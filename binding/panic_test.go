@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/limits"
 	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -14,7 +15,7 @@ import (
 // that ended on another goroutine is no refusal: nothing is away.
 func TestPanics(t *testing.T) {
 	r, _, l := newServed(t)
-	r.service = r.newService(binding.Options{Lots: r.lots(t), Limits: binding.Limits{Calls: 1}})
+	r.service = r.newService(binding.Options{Lots: r.lots(t), Limits: limits.Limits{Calls: 1}})
 	bound := newIMSI()
 	payload, _ := l.devices[0].payload(t)
 	imei, attempt := l.devices[0].imei, r.attempt(t, bound)

@@ -10,6 +10,8 @@ import (
 	"github.com/maypok86/otter/v2"
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/kmehsm/kmehsm/binding/limits"
+	"github.com/kmehsm/kmehsm/binding/refusals"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/panics"
@@ -32,11 +34,11 @@ type Service struct {
 	log     *slog.Logger
 	times   Times
 	lots    *Lots
-	limits  *limits
+	limits  *limits.Gate
 	metrics *Metrics
 	// refusals has the last one of each subscription
-	refusals *Refusals
-	unknown  *strangers
+	refusals *refusals.Memory
+	unknown  *limits.Strangers
 
 	equipment EquipmentPolicy
 	listed    *listed
@@ -70,13 +72,13 @@ type Options struct {
 	Store  Store
 	Lots   *Lots // optional: none are served until WithLots
 	Times  Times
-	Limits Limits // optional: none
+	Limits limits.Limits // optional: none
 	// Equipment is optional: DefaultEquipmentPolicy
 	Equipment *EquipmentPolicy
-	Listings  Listings  // optional: the operator has no list of devices. See LoadListings
-	History   *History  // optional: nobody asks with which devices subscriptions were seen
-	Metrics   *Metrics  // optional: where calls are counted and measured
-	Refusals  *Refusals // optional: where the last refusal of each subscription is remembered
+	Listings  Listings         // optional: the operator has no list of devices. See LoadListings
+	History   *History         // optional: nobody asks with which devices subscriptions were seen
+	Metrics   *Metrics         // optional: where calls are counted and measured
+	Refusals  *refusals.Memory // optional: where the last refusal of each subscription is remembered
 	// Log gets each decision, in one line, with the Actor of the call's context. No line holds a secret.
 	Log *slog.Logger
 }
@@ -88,7 +90,8 @@ func NewService(o Options) *Service {
 	}
 	s := &Service{
 		token: o.Token, store: o.Store, log: slog.New(actorLog{o.Log.Handler()}), times: o.Times,
-		lots: cmp.Or(o.Lots, new(Lots)), limits: newLimits(o.Limits), metrics: o.Metrics, unknown: newStrangers(),
+		lots: cmp.Or(o.Lots, new(Lots)), limits: limits.NewGate(o.Limits), metrics: o.Metrics,
+		unknown: limits.NewStrangers(),
 		open: otter.Must(&otter.Options[kme.IMSI, Attempt]{
 			MaximumSize: maxOpen, ExpiryCalculator: otter.ExpiryWriting[kme.IMSI, Attempt](o.Times.Attempt),
 		}),
@@ -97,7 +100,7 @@ func NewService(o Options) *Service {
 	if o.Equipment != nil {
 		s.equipment = *o.Equipment
 	}
-	s.refusals = cmp.Or(o.Refusals, new(Refusals))
+	s.refusals = cmp.Or(o.Refusals, new(refusals.Memory))
 	s.lots.follow(new(Lots))
 	return s
 }
@@ -115,11 +118,11 @@ func (s *Service) WithLots(lots *Lots) *Service {
 // enter admits a call that may reach the HSM. Work that nobody waits for is not begun: see hsmkeys.
 func (s *Service) enter(ctx context.Context) (leave func(), err error) {
 	client := ActorOf(ctx).Client
-	if !s.limits.take(client) {
+	if !s.limits.Take(client) {
 		return nil, overloaded("the service has all the work that it can do: call again later")
 	}
 	s.metrics.inFlight.Inc()
-	return func() { s.metrics.inFlight.Dec(); s.limits.leave(client) }, nil
+	return func() { s.metrics.inFlight.Dec(); s.limits.Leave(client) }, nil
 }
 
 // CheckDirectories says which manufacturers' directories cannot be read now. Devices whose keys are

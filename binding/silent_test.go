@@ -15,6 +15,7 @@ import (
 	vaultapi "github.com/hashicorp/vault/api"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/limits"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/vaulttest"
 	"github.com/kmehsm/kmehsm/kme"
@@ -72,7 +73,7 @@ func TestVaultFrozen(t *testing.T) {
 	r.take(t, m, l)
 	t.Cleanup(func() { r.service.WithLots(new(binding.Lots)) })
 	const calls = 64 // fewer than the cold payloads, as it is in production
-	r.service = r.newService(binding.Options{Lots: r.lots(t), Limits: binding.Limits{Calls: calls}})
+	r.service = r.newService(binding.Options{Lots: r.lots(t), Limits: limits.Limits{Calls: calls}})
 	var imsis []kme.IMSI
 	for _, d := range l.devices[:bound] {
 		imsi := newIMSI()

@@ -6,18 +6,19 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/refusals"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
 // A Subscription says how a subscription stands, why its last call was refused, and what is to be done.
 type Subscription struct {
-	IMSI    kme.IMSI             `json:"imsi"`
-	State   string               `json:"state"` // the latest binding's; UNBOUND without one, DAMAGED if nobody knows
-	Says    []string             `json:"says"`
-	Doubts  []binding.Doubt      `json:"doubts"`
-	Refused *binding.PastRefusal `json:"last_refusal,omitempty"`
-	Why     string               `json:"why,omitempty"` // it was refused
-	Next    []string             `json:"next"`
+	IMSI    kme.IMSI        `json:"imsi"`
+	State   string          `json:"state"` // the latest binding's; UNBOUND without one, DAMAGED if nobody knows
+	Says    []string        `json:"says"`
+	Doubts  []binding.Doubt `json:"doubts"`
+	Refused *refusals.Past  `json:"last_refusal,omitempty"`
+	Why     string          `json:"why,omitempty"` // it was refused
+	Next    []string        `json:"next"`
 }
 
 // OfSubscription explains one.
@@ -141,7 +142,7 @@ func (e *Subscription) refusal(k binding.Known) {
 }
 
 // meaning says in words why a call was refused, and what is to be done.
-func meaning(r *binding.PastRefusal) (why, todo string) {
+func meaning(r *refusals.Past) (why, todo string) {
 	device, cause := "keysvc device "+r.IMEI, ""
 	switch r.Reason {
 	case kme.NoAttempt:

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/refusals"
 	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -49,16 +50,16 @@ func TestExplain(t *testing.T) {
 			"ACTIVE", "LOT_RETIRED", "binding revoke"},
 		"directory away": {binding.Known{Subscription: active(), Unknown: errors.New("away")},
 			"ACTIVE", "not known: away", "nothing"},
-		"refused": {binding.Known{Refused: &binding.PastRefusal{IMSI: id, Time: now, Reason: kme.OtherDevice}},
+		"refused": {binding.Known{Refused: &refusals.Past{IMSI: id, Time: now, Reason: kme.OtherDevice}},
 			"UNBOUND", "never bound", "keysvc binding open"},
-		"a replay": {binding.Known{Refused: &binding.PastRefusal{Time: now, Reason: kme.KMERejected,
+		"a replay": {binding.Known{Refused: &refusals.Past{Time: now, Reason: kme.KMERejected,
 			Cause: binding.ErrUsed.Error()}},
 			"UNBOUND", "never bound", "somebody repeats its payload"},
-		"a bad signature": {binding.Known{Refused: &binding.PastRefusal{Time: now, Reason: kme.KMERejected,
+		"a bad signature": {binding.Known{Refused: &refusals.Past{Time: now, Reason: kme.KMERejected,
 			Cause: "signature"}},
 			"UNBOUND", "never bound", "factory lot reissue"},
 		"and mended since": {binding.Known{Subscription: active(), History: ended,
-			Refused: &binding.PastRefusal{Time: now.Add(-time.Hour), Reason: kme.NoAttempt}},
+			Refused: &refusals.Past{Time: now.Add(-time.Hour), Reason: kme.NoAttempt}},
 			"ACTIVE", "only that device", "nothing"},
 	} {
 		if c.k.IMSI = id; c.k.Subscription == nil {
@@ -73,7 +74,7 @@ func TestExplain(t *testing.T) {
 	for _, reason := range []kme.Reason{kme.Malformed, kme.NoAttempt, kme.UnknownDevice, kme.RevokedDevice,
 		kme.OtherDevice, kme.KMERejected, kme.NotBound, kme.CallerNotAllowed, kme.Overloaded, kme.HSMUnavailable,
 		kme.DirectoryUnavailable, kme.StoreUnavailable, kme.RolledBack, kme.Damaged, "A_NEW_ONE"} {
-		why, todo := meaning(&binding.PastRefusal{Reason: reason, Message: "what the caller got"})
+		why, todo := meaning(&refusals.Past{Reason: reason, Message: "what the caller got"})
 		if why == "" || todo == "" {
 			t.Errorf("%s: %q, %q", reason, why, todo)
 		}

@@ -10,15 +10,15 @@ import (
 	"path/filepath"
 	"time"
 
-	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/refusals"
 	"github.com/kmehsm/kmehsm/internal/durable"
 )
 
 func refusalsFile(state string) string { return filepath.Join(state, "refusals.json") }
 
 // ReadRefusals gives what a service that has this state folder remembers of refusals: nothing, if it wrote none down.
-func ReadRefusals(state string) (*binding.Refusals, error) {
-	r := new(binding.Refusals)
+func ReadRefusals(state string) (*refusals.Memory, error) {
+	r := new(refusals.Memory)
 	saved, err := os.ReadFile(refusalsFile(state))
 	if errors.Is(err, fs.ErrNotExist) {
 		return r, nil
@@ -35,7 +35,7 @@ func ReadRefusals(state string) (*binding.Refusals, error) {
 
 // keepRefusals writes down what is remembered of refusals, for keysvc binding explain, until stop is called. No call
 // waits for that.
-func keepRefusals(r *binding.Refusals, state string, log *slog.Logger) (stop func()) {
+func keepRefusals(r *refusals.Memory, state string, log *slog.Logger) (stop func()) {
 	save := func() {
 		saved, err := r.Save()
 		if err == nil && saved != nil {

@@ -25,7 +25,10 @@ import (
 
 	"github.com/kmehsm/kmehsm/api"
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/limits"
 	"github.com/kmehsm/kmehsm/binding/mark"
+	"github.com/kmehsm/kmehsm/binding/refusals"
+	"github.com/kmehsm/kmehsm/binding/revocations"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
@@ -99,10 +102,10 @@ func Serve(ctx context.Context, from settings.Source, w io.Writer) error {
 	if rolledBack != nil && !errors.Is(rolledBack, binding.ErrRolledBack) {
 		return rolledBack
 	}
-	refusals, err := ReadRefusals(cfg.State)
+	refused, err := ReadRefusals(cfg.State)
 	if err != nil {
 		log.Warn("the last refusals are forgotten", "cause", err.Error())
-		refusals = new(binding.Refusals)
+		refused = new(refusals.Memory)
 	}
 	history, err := newHistory(&cfg.Equipment, store, registry, log)
 	if err != nil {
@@ -112,9 +115,9 @@ func Serve(ctx context.Context, from settings.Source, w io.Writer) error {
 		from: from, tokens: tokens, store: store, accepted: make(chan struct{}, 1), leaving: leaving,
 		service: binding.NewService(binding.Options{
 			Token: tokens, Store: store, Times: cfg.Times(), Metrics: metrics, Log: log,
-			Refusals:  refusals,
+			Refusals:  refused,
 			Equipment: cfg.Equipment.Policy(), Listings: store, History: history.History,
-			Limits: binding.Limits{
+			Limits: limits.Limits{
 				Calls: cmp.Or(cfg.Calls, 32*tokens.Sessions()), IMEIRate: cfg.IMEIRate, IMEIBurst: cfg.IMEIBurst,
 			},
 		}),
@@ -186,7 +189,7 @@ func Serve(ctx context.Context, from settings.Source, w io.Writer) error {
 	}
 	defer d.keepMark(ctx)()
 	defer d.keepAuditLog(ctx, cfg.AuditLog)()
-	defer keepRefusals(refusals, cfg.State, log)()
+	defer keepRefusals(refused, cfg.State, log)()
 	defer d.rememberLotKeys(ctx)()
 	defer d.followListings(ctx)()
 	defer history.run(ctx, d)()
@@ -241,7 +244,7 @@ func readerOptions(cfg *settings.Config, store *sqlstore.Store, cache *directory
 		}
 		return directory.ReaderOptions{
 			Cache: cache, RevocationTTL: cfg.RevocationTTL, MaxAge: cfg.MaxRevocationAge,
-			Memory: binding.RevocationMemory(store, manufacturer, filepath.Join(cfg.State, "revocations")),
+			Memory: revocations.Memory(store, manufacturer, filepath.Join(cfg.State, "revocations")),
 			Overdue: func(d directory.Overdue) {
 				overdue.WithLabelValues(manufacturer, string(d.Why)).Inc()
 				log.Warn("a list of revoked devices is overdue; the last one stands", "manufacturer", manufacturer,

@@ -1,4 +1,6 @@
-package binding
+// Package limits keeps a service fast when more comes than it can do, and its log readable when many come who are not
+// let in.
+package limits
 
 import (
 	"sync"
@@ -12,7 +14,7 @@ import (
 
 // Limits keep the service fast when more comes than it can do. The zero value of each is no limit.
 type Limits struct {
-	Calls     int     // at the HSM or waiting for it; more are refused at once, but see take
+	Calls     int     // at the HSM or waiting for it; more are refused at once, but see Gate.Take
 	IMEIRate  float64 // payloads a second of one IMSI, whatever they are; and accepted ones of one IMEI
 	IMEIBurst int     // so many at once
 }
@@ -20,7 +22,8 @@ type Limits struct {
 // maxRates bounds the memory for the rates, of IMSIs and of IMEIs: who has not come for longest is forgotten first.
 const maxRates = 100_000
 
-type limits struct {
+// A Gate holds calls to Limits. It may be used concurrently.
+type Gate struct {
 	Limits
 	mu    sync.Mutex
 	total int            // guarded by mu: calls that have a place
@@ -29,14 +32,15 @@ type limits struct {
 	imeis *rates[kme.IMEI]
 }
 
-func newLimits(l Limits) *limits {
-	return &limits{Limits: l, calls: map[string]int{}, imsis: newRates[kme.IMSI](l), imeis: newRates[kme.IMEI](l)}
+// NewGate makes a Gate with nobody in it.
+func NewGate(l Limits) *Gate {
+	return &Gate{Limits: l, calls: map[string]int{}, imsis: newRates[kme.IMSI](l), imeis: newRates[kme.IMEI](l)}
 }
 
-// take gives a client's call a place, which leave gives back. A client that is alone may have all of them. Of several
+// Take gives a client's call a place, which Leave gives back. A client that is alone may have all of them. Of several
 // that have calls under way, each may have its share, at least one, also while others have the rest: then there are
 // more than Calls, until those finish. With n clients these are Calls*(1 + 1/2 + ... + 1/n) at most, and n more.
-func (l *limits) take(client string) bool {
+func (l *Gate) Take(client string) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.Calls > 0 && l.total >= l.Calls {
@@ -53,7 +57,8 @@ func (l *limits) take(client string) bool {
 	return true
 }
 
-func (l *limits) leave(client string) {
+// Leave is described at Take.
+func (l *Gate) Leave(client string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.total--
@@ -62,15 +67,15 @@ func (l *limits) leave(client string) {
 	}
 }
 
-// allow says whether the HSM may have another payload of an IMSI's for an IMEI, and charges the IMSI for it. The IMEI
-// is charged by established alone: anybody who has an attempt can name one and send garbage, or a (KME, KME_SIG) that
+// Allow says whether the HSM may have another payload of an IMSI's for an IMEI, and charges the IMSI for it. The IMEI
+// is charged by Established alone: anybody who has an attempt can name one and send garbage, or a (KME, KME_SIG) that
 // was used.
-func (l *limits) allow(imsi kme.IMSI, imei kme.IMEI) bool {
+func (l *Gate) Allow(imsi kme.IMSI, imei kme.IMEI) bool {
 	return l.IMEIRate <= 0 || l.imeis.of(imei).Tokens() >= 1 && l.imsis.of(imsi).Allow()
 }
 
-// established charges an IMEI. Calls that passed allow at the same time may take it below zero, which time makes good.
-func (l *limits) established(imei kme.IMEI) {
+// Established charges an IMEI. Calls that passed Allow at the same time may take it below zero, which time makes good.
+func (l *Gate) Established(imei kme.IMEI) {
 	if l.IMEIRate > 0 {
 		l.imeis.of(imei).Reserve()
 	}
@@ -95,5 +100,3 @@ func (r *rates[K]) of(key K) *rate.Limiter {
 	}
 	return l
 }
-
-func overloaded(message string) *Refusal { return refuse(kme.Overloaded, message, nil) }

@@ -1,0 +1,65 @@
+// Package revocations remembers which lists of revoked devices were believed, so that none goes back, also not across
+// restarts.
+package revocations
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/strict"
+)
+
+// A Ledger is what a memory needs of binding.Ledger.
+type Ledger interface {
+	Note(ctx context.Context, event binding.Event, subject, detail string) error
+	LastNote(ctx context.Context, event binding.Event, subject string) (detail string, found bool, err error)
+}
+
+// Memory keeps in the ledger which lists of a manufacturer's revoked devices were believed last, and copies
+// of them in a folder, which is trusted no further than their digests in the ledger. An entry is the service's own,
+// whoever's call has the list read.
+func Memory(ledger Ledger, manufacturer, dir string) directory.Memory {
+	return memory{ledger, manufacturer, filepath.Join(dir, manufacturer)}
+}
+
+type memory struct {
+	Ledger
+	manufacturer, dir string
+}
+
+func (m memory) file(lot string) string { return filepath.Join(m.dir, lot+".jws") }
+
+func (m memory) Keep(lot string, jws []byte) error {
+	if err := durable.MkdirAll(m.dir, 0o700); err != nil {
+		return err
+	}
+	return durable.WriteFile(m.file(lot), jws, 0o600)
+}
+
+func (m memory) Kept(lot string) ([]byte, error) { return os.ReadFile(m.file(lot)) }
+
+func (m memory) Last(ctx context.Context, lot string) (mark directory.ListMark, found bool, err error) {
+	subject := binding.RevocationsSubject(m.manufacturer, lot)
+	detail, found, err := m.LastNote(ctx, binding.EventRevocations, subject)
+	if err == nil && found {
+		if err = strict.Parse([]byte(detail), &mark); err != nil {
+			err = fmt.Errorf("the ledger's last entry about %s: %w", subject, err)
+		}
+	}
+	return mark, found, err
+}
+
+func (m memory) Note(ctx context.Context, lot string, mark directory.ListMark) error {
+	detail, err := json.Marshal(mark)
+	if err != nil {
+		return err
+	}
+	own := binding.WithActor(ctx, binding.Actor{})
+	return m.Ledger.Note(own, binding.EventRevocations, binding.RevocationsSubject(m.manufacturer, lot), string(detail))
+}
