@@ -35,8 +35,6 @@ type Listings interface {
 // ListingSubject is the subject of an entry of the ledger about an entry of the operator's list.
 func ListingSubject(prefix string) string { return "equipment " + prefix }
 
-const imeiDigits = 14
-
 // A listed has the operator's list in memory: some 50 bytes an entry.
 type listed struct {
 	store   Listings    // nil: there is no list
@@ -44,7 +42,7 @@ type listed struct {
 
 	mu       sync.RWMutex
 	statuses map[uint64]EquipmentStatus // guarded by mu: by prefixKey
-	lengths  [imeiDigits + 1]int        // guarded by mu: how many prefixes have so many digits
+	lengths  [kme.IMEIDigits + 1]int    // guarded by mu: how many prefixes have so many digits
 	change   int64                      // guarded by mu: the last that is in it
 	err      error                      // guarded by mu: why nothing is said of any device
 }
@@ -88,7 +86,7 @@ func (l *listed) load(ctx context.Context) (changes int, err error) {
 	}
 	l.err = nil
 	if after == 0 { // these are all: nothing else stands, as of a store that was restored from a backup
-		l.statuses, l.lengths, l.change = map[uint64]EquipmentStatus{}, [imeiDigits + 1]int{}, 0
+		l.statuses, l.lengths, l.change = map[uint64]EquipmentStatus{}, [kme.IMEIDigits + 1]int{}, 0
 	}
 	for _, e := range all {
 		key := prefixKey(e.Prefix)

@@ -14,8 +14,10 @@ const (
 	// SNRs is how many serial numbers a TAC has (3GPP TS 23.003 clause 6.2.1: six digits).
 	SNRs = 1_000_000
 
-	imeiDigits = 14
-	tacDigits  = 8
+	// IMEIDigits is how many digits the canonical form of an IMEI has.
+	IMEIDigits = 14
+
+	tacDigits = 8
 )
 
 // An IMEI is the identity of a device: the 14 digits of TAC and SNR. The check digit and the software
@@ -29,17 +31,17 @@ func ParseIMEI(s string) (IMEI, error) {
 		return IMEI{}, errors.New("an IMEI has digits only")
 	}
 	switch len(s) {
-	case imeiDigits, imeiDigits + 2:
-	case imeiDigits + 1:
-		if want := luhn(s[:imeiDigits]); s[imeiDigits] != want {
+	case IMEIDigits, IMEIDigits + 2:
+	case IMEIDigits + 1:
+		if want := luhn(s[:IMEIDigits]); s[IMEIDigits] != want {
 			return IMEI{}, fmt.Errorf("the IMEI's check digit is %c, but its other digits make %c: check for a "+
-				"typing error", s[imeiDigits], want)
+				"typing error", s[IMEIDigits], want)
 		}
 	default:
 		return IMEI{}, fmt.Errorf("an IMEI has 14 digits, 15 with its check digit, or 16 with its software version; "+
 			"this has %d", len(s))
 	}
-	return IMEI{s[:imeiDigits]}, nil
+	return IMEI{s[:IMEIDigits]}, nil
 }
 
 // ErrOtherIdentity is that a SUPI or PEI is well formed, and of a kind that is no IMSI or IMEI.
@@ -51,9 +53,9 @@ var ErrOtherIdentity = errors.New("another kind of identity")
 func ParsePEI(s string) (IMEI, error) {
 	kind, digits, _ := strings.Cut(s, "-")
 	switch {
-	case kind == "imei" && len(digits) == imeiDigits+1:
+	case kind == "imei" && len(digits) == IMEIDigits+1:
 		return ParseIMEI(strings.TrimSuffix(digits, "0"))
-	case kind == "imeisv" && len(digits) == imeiDigits+2:
+	case kind == "imeisv" && len(digits) == IMEIDigits+2:
 		return ParseIMEI(digits)
 	case macOrEUI.MatchString(s):
 		return IMEI{}, fmt.Errorf("the PEI is no IMEI: %w", ErrOtherIdentity)
@@ -97,8 +99,8 @@ func (i IMEI) LogValue() slog.Value         { return slog.StringValue(i.digits) 
 
 // UnmarshalText takes the canonical form only: in files and tables an IMEI has one spelling.
 func (i *IMEI) UnmarshalText(b []byte) error {
-	if len(b) != imeiDigits {
-		return fmt.Errorf("an IMEI here has %d digits", imeiDigits)
+	if len(b) != IMEIDigits {
+		return fmt.Errorf("an IMEI here has %d digits", IMEIDigits)
 	}
 	return unmarshal(i, b, ParseIMEI)
 }

@@ -163,7 +163,7 @@ func FuzzParsePEI(f *testing.F) {
 			return
 		}
 		_, digits, _ := strings.Cut(s, "-")
-		if want, err := ParseIMEI(digits[:imeiDigits]); err != nil || imei != want {
+		if want, err := ParseIMEI(digits[:IMEIDigits]); err != nil || imei != want {
 			t.Errorf("%q became %v, %v", s, imei, err)
 		}
 	})

@@ -10,14 +10,11 @@ import (
 	"slices"
 	"strings"
 	"time"
-	"unicode"
-	"unicode/utf8"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/internal/strict"
 	"github.com/kmehsm/kmehsm/kme"
 )
-
-const imeiDigits = 14
 
 // Parse gives the prefixes of the IMEIs that a text stands for: an IMEI; a TAC, or FIRST-LAST, two TACs; or
 // the first digits, with a * after them.
@@ -33,7 +30,7 @@ func Parse(text string) ([]string, error) {
 			return nil, fmt.Errorf("%q is no range of TACs: it is two of 8 digits, FIRST-LAST", text)
 		}
 		return prefixes(from.String(), to.String()), nil
-	case isPrefix && digits(prefix) && len(prefix) < imeiDigits:
+	case isPrefix && digits(prefix) && len(prefix) < kme.IMEIDigits:
 		return []string{prefix}, nil
 	case isPrefix:
 		return nil, fmt.Errorf("%q is no prefix: it is 1 to 13 digits and a *", text)
@@ -77,18 +74,16 @@ func ParseStatus(text string) (binding.EquipmentStatus, error) {
 	return "", fmt.Errorf("%q is no status: whitelisted, greylisted or blacklisted", text)
 }
 
-// maxReason bounds what an entry says for itself.
-const maxReason = 200
-
 // New are the entries of one text of Parse; without a status, those that remove them.
 func New(text string, status binding.EquipmentStatus, reason string, now time.Time) (all []binding.Listing, err error) {
 	found, err := Parse(text)
 	if err != nil {
 		return nil, err
 	}
-	if !utf8.ValidString(reason) || strings.ContainsFunc(reason, unicode.IsControl) ||
-		utf8.RuneCountInString(reason) > maxReason {
-		return nil, fmt.Errorf("a reason has one line of %d characters at most", maxReason)
+	if reason != "" {
+		if reason, err = strict.Reason(reason); err != nil {
+			return nil, err
+		}
 	}
 	for _, p := range found {
 		all = append(all, binding.Listing{Prefix: p, Status: status, Reason: reason,

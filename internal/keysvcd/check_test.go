@@ -93,7 +93,8 @@ drain_delay: 15s
 		t.Errorf("serve: %v", err)
 	}
 	unit, err := os.ReadFile("../../deploy/keysvc.service")
-	if err != nil || !strings.Contains(string(unit), fmt.Sprintf("\nTimeoutStopSec=%gs\n", settings.StopTimeout.Seconds())) {
+	line := fmt.Sprintf("\nTimeoutStopSec=%gs\n", settings.StopTimeout.Seconds())
+	if err != nil || !strings.Contains(string(unit), line) {
 		t.Errorf("keysvc.service does not have TimeoutStopSec of %s (%v)", settings.StopTimeout, err)
 	}
 }

@@ -20,6 +20,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/keysvcd/settings"
+	"github.com/kmehsm/kmehsm/kme"
 )
 
 // newLog logs a decision in each line: of JSON, or for people where w is a terminal. Hashed, IMSIs and IMEIs are keyed:
@@ -42,7 +43,7 @@ func newLog(w io.Writer, cfg *settings.Config) (*slog.Logger, error) {
 				a.Value = slog.StringValue(hash(a.Key, a.Value.String()))
 			case "cause": // of a row or a list, which it names by them
 				a.Value = slog.StringValue(identity.ReplaceAllStringFunc(a.Value.String(), func(digits string) string {
-					if len(digits) == 14 {
+					if len(digits) == kme.IMEIDigits {
 						return hash("imei", digits)
 					}
 					return hash("imsi", digits)
