@@ -2,7 +2,6 @@ package testproc
 
 import (
 	"fmt"
-	"io/fs"
 	"net"
 	"os"
 	"os/exec"
@@ -169,18 +168,7 @@ func TestDoesNotComeUp(t *testing.T) {
 
 // Every package whose tests make folders or start programs runs them below a guard.
 func TestEverywhere(t *testing.T) {
-	packages := map[string]string{} // the text of its tests, by folder
-	err := filepath.WalkDir("../..", func(path string, _ fs.DirEntry, err error) error {
-		if err == nil && strings.HasSuffix(path, "_test.go") {
-			var data []byte
-			data, err = os.ReadFile(path)
-			packages[filepath.Dir(path)] += string(data)
-		}
-		return err
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	packages := TestFiles(t)
 	guards, needs := regexp.MustCompile(`testproc\.Main\(|softhsmtest\.Main|\bMain\(m`), regexp.MustCompile(
 		`TempDir\(\)|MkdirTemp\(|exec\.Command|(pg|vault)test\.`)
 	for folder, text := range packages {
