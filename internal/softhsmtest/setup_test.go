@@ -356,7 +356,8 @@ func TestSetupLabels(t *testing.T) {
 	names := map[string]string{strings.Repeat("a", 32): strings.Repeat("A", 32) + "_TOKEN", "9": "_9_TOKEN",
 		"b.C_d-e": "B_C_D_E_TOKEN"}
 	for label, name := range names {
-		tok := Make(t, dir, label)[label]
+		succeed(t, "--dir", dir, label)
+		tok := load(t, dir, label)[label]
 		login(t, dir, tok)
 		if env, err := sourced(filepath.Join(dir, "env")); err != nil || env[name] != tok.URI {
 			t.Errorf("%s=%q, want %q (%v)", name, env[name], tok.URI, err)
