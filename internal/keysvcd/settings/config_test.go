@@ -139,7 +139,7 @@ func TestConfigRefused(t *testing.T) {
 		{"empty", good + "'': x\n", `line 3: there is no setting `},
 		{"twice", good + aSocket, `line 3: socket is there twice`},
 		{"after ---", good + "---\ncalls: 5\n", `there is a second document`},
-		{"no mapping", "- socket\n", `line 1: the configuration needs settings: key: value`},
+		{"no mapping", "- socket\n", `line 1: the configuration needs settings, each as key: value`},
 		{"no YAML", "socket: [\n", `yaml: line`},
 	} {
 		t.Run(c.setting, func(t *testing.T) {
