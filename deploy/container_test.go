@@ -97,7 +97,8 @@ func TestCompose(t *testing.T) {
 	must.Do(t, err)
 	copied := strings.Fields(image["COPY"][0])
 	for _, name := range copied[:len(copied)-1] {
-		if p, ok := strings.CutSuffix(name, "_*.deb"); !ok || !regexp.MustCompile(`(?m)^package \S+ `+p+` `).Match(made) {
+		p, ok := strings.CutSuffix(name, "_*.deb")
+		if !ok || !regexp.MustCompile(`(?m)^package \S+ `+p+` `).Match(made) {
 			t.Errorf("COPY %s: make packages makes no such file", name)
 		}
 	}

@@ -76,7 +76,7 @@ inside() {
 	# again, as the later unit says.
 	echo 'drain_delay: 0s' >>/etc/kmehsm/keysvc.yaml
 	sum=$(cat /etc/kmehsm/*.yaml | sha256sum) version=$(schema)
-	upgrade ../2/kmehsm-*.deb
+	upgrade ../2/kmehsm-keysvc_*.deb # alone: what it leaves undone no other package does
 	[ "$sum" = "$(cat /etc/kmehsm/*.yaml | sha256sum)" ] || die 'the upgrade changed a configuration'
 	has /etc/kmehsm/keysvc.yaml 640 root:kmehsm
 	systemctl is-active keysvc || die 'keysvc does not run after the upgrade'
@@ -86,6 +86,7 @@ inside() {
 	[ "$(schema)" = $((version + 1)) ] || die "the schema was $version, and is $(schema)"
 	bound 3
 	operator keysvc store verify
+	upgrade ../2/kmehsm-{factory,mesim,freediameter}_*.deb
 	upgrade ./kmehsm-keysvc_*.deb >/dev/null # the earlier one again
 	ready 20 | grep 'a newer release has upgraded the store' # and it can work with what the later one has added
 	bound 3
