@@ -57,6 +57,11 @@ inside() {
 	has /var/lib/kmehsm 700 kmehsm:kmehsm
 	has /var/lib/kmehsm-factory 700 kmehsm-factory:kmehsm-factory
 	bound 3
+	for _ in {1..60}; do # the refusal is written down within seconds
+		! operator keysvc binding explain 001010000000003 | grep KME_REJECTED || break
+		sleep 1
+	done
+	operator keysvc binding explain 001010000000003 | grep -q '(signature)' || die 'no reason of the refusal is known'
 	# Root's commands would leave files that the service cannot use.
 	for unit in 'keysvc store verify' 'keysvc init' 'factory init' 'factory doctor' 'keysvc serve'; do
 		! (export $(cat /etc/kmehsm/"${unit%% *}".env) && cd / && $unit) 2>/tmp/root || die "root may run $unit"
@@ -70,7 +75,7 @@ inside() {
 	for unit in keysvc factory mesim; do
 		bash -n "/usr/share/bash-completion/completions/$unit"
 	done
-	echo 'installed, and three devices bound as the page says'
+	echo 'installed, three devices bound and one refused, as the page says'
 
 	# Upgraded, while it runs: the configuration that was changed and all state are as they were, and the service runs
 	# again, as the later unit says.
