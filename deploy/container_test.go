@@ -38,11 +38,19 @@ func compose(t *testing.T) service {
 	if err != nil {
 		t.Fatalf("compose.yaml: %v\n%s", err, &log)
 	}
-	var file struct{ Services map[string]service }
+	var file struct {
+		Services map[string]service
+		Volumes  map[string]any
+	}
 	must.Do(t, yaml.Unmarshal(out, &file))
 	s, ok := file.Services["keysvc"]
 	if !ok || len(file.Services) != 1 {
 		t.Fatalf("compose.yaml has the services %v", file.Services)
+	}
+	for _, v := range s.Volumes {
+		if _, ok := file.Volumes[v.Source]; !ok {
+			t.Errorf("compose.yaml mounts the volume %s, and does not declare it", v.Source)
+		}
 	}
 	return s
 }
