@@ -75,7 +75,7 @@ func stationServe(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	// Without a certificate one sees the wall screen, and nothing else.
+	// Without a certificate one sees the wall screen, status, metrics and health: counts, and what each station holds.
 	config, err := cmdline.ServerTLS(c.String("tls-certificate"), c.String("tls-key"), c.String("client-ca"),
 		tls.VerifyClientCertIfGiven)
 	if err != nil {

@@ -25,9 +25,9 @@ import (
 var wall embed.FS
 
 // Handler serves stations, and a wall screen. A station is whoever its client certificate names, the common name of its
-// subject, and is one of Options.Stations. Whoever is none sees the counts, and no device. A browser shows a client
-// certificate to whatever page asks it to, so that requests of other pages are refused (see
-// http.CrossOriginProtection), and bodies that a form can make.
+// subject, and is one of Options.Stations. Whoever is none sees the counts, and of devices the IMEI that each station
+// holds. A browser shows a client certificate to whatever page asks it to, so that requests of other pages are refused
+// (see http.CrossOriginProtection), and bodies that a form can make.
 //
 //	POST /v1/lots/{lot}/next                     the next device: a Ticket
 //	POST /v1/lots/{lot}/devices/{imei}           that device: a Ticket
