@@ -327,3 +327,32 @@ func TestPostgresStandby(t *testing.T) {
 	}
 	must[*binding.Mark](t)(c.store.Check(t.Context(), mark))
 }
+
+// The standby is away, and the primary gives up waiting for it: others then see what it has not confirmed. Nobody is
+// told an NW_SIG that only the primary has, also not who asks again.
+func TestPostgresStandbyAway(t *testing.T) {
+	primary := pgtest.Start(t)
+	standby := primary.Standby(t)
+	c := &crowd{world: newWorld(t, primary.Database(t)), socket: filepath.Join(t.TempDir(), "s")}
+	c.start(t, c.socket)
+	service := c.dial(t)
+	defer service.Close()
+	a := &attempt{imsi: newIMSI(), device: c.lot.devices[0]}
+	v := must[client.Vectors](t)(service.PrepareVector(t.Context(), a.imsi, client.Origin{}, client.RAND{}))
+	a.id = v.AttemptID
+	a.payload, _ = a.device.payload(t)
+	standby.Freeze(t)
+	defer standby.Thaw(t)
+	for _, what := range []string{"a call", "the same call again"} {
+		if err := c.establish(t.Context(), service, a); !errors.Is(err, client.Reason(kme.StoreUnavailable)) {
+			t.Errorf("%s: %v, without the standby", what, err)
+		}
+		testproc.Await(t, "what is not confirmed can be read", func() bool {
+			return must[*binding.Subscription](t)(c.store.Subscription(t.Context(), a.imsi, time.Now())).Pending != nil
+		})
+	}
+	standby.Thaw(t)
+	if err := c.establish(t.Context(), service, a); err != nil {
+		t.Errorf("with the standby: %v", err)
+	}
+}

@@ -277,6 +277,17 @@ func (s *Store) Establish(ctx context.Context, b *binding.Binding, tag []byte, g
 	})
 }
 
+// Settle waits for a commit of its own: PostgreSQL confirms that after all that it has shown. SQLite shows a change only
+// when it is on the disk.
+func (s *Store) Settle(ctx context.Context, imsi kme.IMSI) error {
+	if !s.recent.onlyHints {
+		return nil
+	}
+	return s.change(ctx, "settle", imsi.String(), func(ctx context.Context, tx *txn) error {
+		return tx.Do(ctx, `UPDATE bindings SET mac = mac WHERE imsi = $1`, imsi.String())
+	})
+}
+
 func (s *Store) Report(
 	ctx context.Context, imsi kme.IMSI, o kme.Origin, ok bool, now time.Time,
 ) (*binding.Subscription, error) {

@@ -64,13 +64,26 @@ func connect(name string, schema sqlconn.Schema) (*DB, error) {
 			"Unix socket")
 	}
 	config.RuntimeParams["application_name"] = fmt.Sprintf(application, len(schema.Migrations))
-	return &DB{stdlib.OpenDB(*config, stdlib.OptionAfterConnect(ready)), len(hosts)}, nil
+	// A standby has old rows, and so has a primary that has become one: whatever the string says, they are not used.
+	config.ValidateConnect = pgconn.ValidateConnectTargetSessionAttrsReadWrite
+	// A server that has lost its power does not even refuse a connection: the next one is tried while there is time.
+	if len(hosts) > 1 && config.ConnectTimeout == 0 {
+		config.ConnectTimeout = patience / time.Duration(1+len(hosts))
+	}
+	return &DB{stdlib.OpenDB(*config, stdlib.OptionAfterConnect(func(ctx context.Context, conn *pgx.Conn) error {
+		err := ready(ctx, conn, schema)
+		if err != nil {
+			conn.Close(ctx) // nobody else does
+		}
+		return err
+	})), len(hosts)}, nil
 }
 
 // ready has a new connection read by an index where it can, and refuses a server that confirms what it could still
-// forget: after a failover, it is another one. (A plan is made when a connection uses a statement first, and that of an
+// forget: after a failover, it is another one; and one whose tables have been changed meanwhile to what this program
+// cannot work with: see nobodyBelow, which does not see who is not connected. (A plan is made when a connection uses a statement first, and that of an
 // empty table, by bitmaps, reads a sixteenth of a ledger to find the last entry of a chain.)
-func ready(ctx context.Context, conn *pgx.Conn) error {
+func ready(ctx context.Context, conn *pgx.Conn, schema sqlconn.Schema) error {
 	for _, setting := range []string{"fsync", "synchronous_commit", "full_page_writes"} {
 		var value, plans string
 		if err := conn.QueryRow(ctx, "SELECT current_setting($1), set_config('enable_bitmapscan', 'off', false)",
@@ -81,7 +94,16 @@ func ready(ctx context.Context, conn *pgx.Conn) error {
 			return fmt.Errorf("its setting %s is off: a loss of power would take bindings that were confirmed", setting)
 		}
 	}
-	return nil
+	var there bool
+	number := 0
+	err := conn.QueryRow(ctx, "SELECT to_regclass('schema_version') IS NOT NULL").Scan(&there)
+	if err == nil && there {
+		err = conn.QueryRow(ctx, "SELECT coalesce(max(version), 0) FROM schema_version").Scan(&number)
+	}
+	if err == nil {
+		_, err = schema.Lacks(number)
+	}
+	return err
 }
 
 // Unsynchronised says what is wrong with a server's standbys; nothing if there are none, or what is confirmed is on the

@@ -9,8 +9,10 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"connectrpc.com/connect"
 
@@ -186,8 +188,8 @@ func failed(reason string) (*kmev1.Answer, error) {
 func severalInstances(t *testing.T, d *network) {
 	const vector = "AIA 2001 2 -"
 	a, b := d.newScripted("sa"), d.newScripted("sb")
-	d.write("two.conf", fmt.Sprintf("service = unix:%s\nservice = unix:%s\ntimeout_ms = 4000\nbreaker = 1000\n",
-		a.path, b.path))
+	d.write("two.conf", fmt.Sprintf("service = unix:%s\nservice = unix:%s\ntimeout_ms = 4000\nbreaker = 1000\n"+
+		"origin_rate = 100000\n", a.path, b.path))
 	hss := d.start("hss2", []string{"hssd:" + d.path("subscribers"), "kme:" + d.path("two.conf")}, "mme2")
 	d.start("mme2", []string{"mme:" + d.path("m2")}, "hss2").connected("hss2")
 	m := d.mme("m2")
@@ -250,6 +252,12 @@ func severalInstances(t *testing.T, d *network) {
 		t.Error("the log does not say that it is silent")
 	}
 	close(silence)
+	shared()
+	forgotten(t, a, func() *mme {
+		m := d.mme("m2")
+		m.t = t
+		return m
+	})
 	shared()
 
 	for _, reason := range []kme.Reason{kme.HSMUnavailable, kme.StoreUnavailable} {
@@ -318,4 +326,34 @@ func severalInstances(t *testing.T, d *network) {
 	if hss.Ended() {
 		t.Error("the HSS has ended")
 	}
+}
+
+// forgotten has the network forget the connection of an instance's stream, and take others: the stream is given up,
+// although there are calls under way on it at every moment.
+func forgotten(t *testing.T, a *scripted, newMME func() *mme) {
+	t.Helper()
+	stop, gone, before := make(chan struct{}), make(chan struct{}), a.streams.Load()
+	a.say(func(*kmev1.Call) (*kmev1.Answer, error) {
+		if a.streams.Load() == before {
+			<-gone
+		}
+		return prepared(func(*kmev1.PrepareVectorResponse) {})
+	})
+	var load sync.WaitGroup
+	defer func() { close(stop); load.Wait(); close(gone) }()
+	for range 6 {
+		m := newMME()
+		load.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+					m.expect("a connection is forgotten", "AIA 2001 2 -", "AIR", unbound, "1", "-")
+				}
+			}
+		})
+		time.Sleep(300 * time.Millisecond) // so that their calls do not all end at the same time
+	}
+	testproc.Await(t, "another stream is opened under load", func() bool { return a.streams.Load() > before })
 }

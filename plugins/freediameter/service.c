@@ -41,6 +41,7 @@ struct instance {
 	CURL *stream;			/* NULL: there is none */
 	int paused;			/* it has nothing to send */
 	int silent;			/* a call has had no answer: it is closed once none is under way */
+	uint64_t heard;			/* when anything came last */
 	enum { GOES_ON, IN_ORDER, BROKEN, TURNED_AWAY } course;	/* how it has ended, if it has */
 	const char *why;		/* it has ended, if libcurl says so */
 	char refusal[KME_REASON + 1];
@@ -615,6 +616,7 @@ static size_t take(char *data, size_t one, size_t n, void *instance)
 	uint8_t *more;
 
 	n *= one;
+	i->heard = kme_now();
 	if (!i->in_size && (used = take_messages(i, (uint8_t *)data, n)) == SIZE_MAX)
 		return CURL_WRITEFUNC_ERROR;
 	if (used == n)
@@ -793,6 +795,7 @@ static int send_to(struct kme_call *c, struct instance *i)
 		return in_vain(c, KME_REFUSED, "MALFORMED");
 	if (!i->stream && open_stream(i))
 		return in_vain(c, KME_UNAVAILABLE, "out of memory");
+	c->sent = now;
 	c->until = now + left;
 	if (!under_way || c->until < earliest)
 		earliest = c->until;
@@ -892,9 +895,13 @@ static void stream_ended(struct instance *i)
 	}
 }
 
-/* Calls that have waited long enough where they are go to another instance, if they may. */
+/*
+ * Calls that have waited long enough where they are go to another instance, if they may. The stream ends on which
+ * nothing at all came meanwhile: its instance may be ready, and it would not be closed while calls are under way.
+ */
 static void end_waits(void)
 {
+	static const char silence[] = "no answer within timeout_ms";
 	uint64_t now = kme_now();
 	int n;
 
@@ -915,15 +922,17 @@ static void end_waits(void)
 				continue;
 			}
 			if (!refused) {
-				leave(i, "no answer within timeout_ms");
+				leave(i, silence);
 				i->silent = 1;
+				if (service.n > 1 && i->heard <= c->sent)
+					i->why = silence;
 			}
 			if (move(c, c->once ? NULL : pick(c)))
 				continue;
 			if (refused)
 				answered(c);
 			else
-				failed(c, "no answer within timeout_ms");
+				failed(c, silence);
 			if (!under_way)
 				return;
 		}
@@ -1033,9 +1042,12 @@ void kme_turn(int wait_ms)
 		if (i->course != GOES_ON || i->why)
 			stream_ended(i);
 	end_waits();
-	for (i = instances; i < end; i++)
-		if (i->silent && !i->oldest)
+	for (i = instances; i < end; i++) {
+		if (i->why)
+			stream_ended(i);
+		else if (i->silent && !i->oldest)
 			close_stream(i);
+	}
 	done_all();
 }
 

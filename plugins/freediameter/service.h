@@ -71,6 +71,7 @@ struct kme_call {
 	uint64_t id;			/* while it is under way */
 	uint64_t deadline;
 	struct instance *at;		/* where it is under way */
+	uint64_t sent;			/* since when */
 	uint64_t until;			/* when its time there is over; 0: it is */
 	unsigned tried;			/* at which instances it was made, a bit each */
 	struct kme_call *older, *newer;	/* of those under way there */

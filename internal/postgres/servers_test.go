@@ -1,0 +1,76 @@
+package postgres
+
+import (
+	"context"
+	"net"
+	"net/url"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/kmehsm/kmehsm/internal/must"
+	"github.com/kmehsm/kmehsm/internal/pgtest"
+	"github.com/kmehsm/kmehsm/internal/sqlconn"
+	"github.com/kmehsm/kmehsm/internal/testproc"
+)
+
+// with is a connection string with other parameters.
+func with(t *testing.T, name string, change func(url.Values)) string {
+	t.Helper()
+	u := must.Get[*url.URL](t)(url.Parse(name))
+	q := u.Query()
+	change(q)
+	u.RawQuery = q.Encode()
+	return u.String()
+}
+
+// The first server of a connection string has lost its power: it takes no connection, and refuses none.
+func TestPostgresSilentServer(t *testing.T) {
+	dir := t.TempDir()
+	silent := must.Get[net.Listener](t)(net.Listen("unix", filepath.Join(dir, ".s.PGSQL.5432")))
+	defer silent.Close()
+	name := with(t, pgtest.Start(t).Database(t), func(q url.Values) {
+		q.Set("host", dir+","+q.Get("host"))
+		q.Set("port", "5432,"+q.Get("port"))
+		q.Del("connect_timeout")
+	})
+	ctx, cancel := context.WithTimeout(t.Context(), testproc.Patience)
+	defer cancel()
+	db, err := Open(ctx, name, sqlconn.First(table))
+	if err != nil {
+		t.Fatal(err)
+	}
+	must.Do(t, db.Close())
+}
+
+// A server that takes no changes has old rows: it is not used, also if the connection string does not ask for another.
+func TestPostgresReadOnly(t *testing.T) {
+	server := pgtest.Start(t)
+	name := with(t, server.Database(t), func(q url.Values) { q.Del("target_session_attrs") })
+	db := must.Get[*DB](t)(Open(t.Context(), name, sqlconn.First(table)))
+	defer db.Close()
+	server.Exec(t, "ALTER SYSTEM SET default_transaction_read_only = on")
+	server.Exec(t, "SELECT pg_reload_conf()")
+	testproc.Await(t, "a server that takes no changes is refused", func() bool {
+		other, err := Open(t.Context(), name, sqlconn.First(table))
+		if err == nil {
+			other.Close()
+		}
+		return err != nil && strings.Contains(err.Error(), "read only")
+	})
+}
+
+// The tables are changed to what a program cannot work with, while that has no connection. It does not go on with
+// them when it has one again.
+func TestPostgresChangedMeanwhile(t *testing.T) {
+	server := pgtest.Start(t)
+	name := server.Database(t)
+	old := must.Get[*DB](t)(Open(t.Context(), name, sqlconn.First(table)))
+	defer old.Close()
+	server.Exec(t, "SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE application_name LIKE 'kmehsm,%'")
+	must.Do(t, must.Get[*DB](t)(Open(t.Context(), name, sqlconn.Schema{
+		Migrations: []string{table, "ALTER TABLE count RENAME n TO m"}, Least: 2})).Close())
+	if _, err := Number(t.Context(), old); err == nil || !strings.Contains(err.Error(), "knows version 1") {
+		t.Errorf("a program that cannot work with the tables has a connection: %v", err)
+	}
+}
