@@ -271,7 +271,8 @@ func bindingExplain(c *cli.Context) error {
 	})
 }
 
-// perhapsDevice says so of a number of no known subscription that is the IMEI of a device here. It may still be an IMSI.
+// perhapsDevice says so of a number of no known subscription that is the IMEI of a device here. It may still be an
+// IMSI.
 func perhapsDevice(c *cli.Context, s *sqlstore.Store, e *explain.Subscription) error {
 	imei, err := kme.ParseIMEI(e.IMSI.String())
 	if err != nil {
