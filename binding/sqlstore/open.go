@@ -6,6 +6,8 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
+	"io/fs"
+	"os"
 	"path/filepath"
 	"strings"
 
@@ -63,11 +65,42 @@ func Open(ctx context.Context, name string, key kme.Secret) (*Store, error) {
 	return s, nil
 }
 
+// Look says whether there is a store that name stands for, and fails if this release cannot work with it. It changes
+// nothing, and makes none.
+func Look(ctx context.Context, name string) (there bool, err error) {
+	if err := CheckName(name); err != nil {
+		return false, err
+	}
+	var number int
+	if path, ok := strings.CutPrefix(name, "sqlite:"); !ok {
+		number, err = postgres.Look(ctx, name, known)
+	} else if _, err = os.Stat(path); errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	} else if err == nil {
+		number, err = sqlite.Look(ctx, path)
+	}
+	if err == nil {
+		if _, err = known.Lacks(number); err != nil {
+			err = fmt.Errorf("the store cannot be used: %w", err)
+		}
+	}
+	return number != 0, err
+}
+
 // RowKey is the purpose of the key that Open takes.
 const RowKey = "rows"
 
 // InFolder is the name of the embedded store of a service whose own folder is dir.
 func InFolder(dir string) string { return "sqlite:" + filepath.Join(dir, "keysvc.db") }
+
+// File is the file of an embedded store; empty if the store is in a server.
+func File(name string) string {
+	path, ok := strings.CutPrefix(name, "sqlite:")
+	if !ok {
+		return ""
+	}
+	return path
+}
 
 func (s *Store) openSQLite(ctx context.Context, path string) error {
 	read, write, err := sqlite.Open(ctx, path, known)

@@ -166,7 +166,7 @@ func check(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	return cmdline.PrintReport(c, settings.Check(from, c.Bool("running")))
+	return cmdline.PrintReport(c, settings.Check(c.Context, from, c.Bool("running")))
 }
 
 func device(c *cli.Context) error {

@@ -10,27 +10,32 @@ import (
 	"time"
 )
 
-// lockFile is the file in a folder that is locked. Unlock removes it.
-const lockFile = ".lock"
+// LockName is the file in a folder that is locked. Unlock removes it.
+const LockName = ".lock"
 
 // Lock keeps other processes that lock the same folder out until unlock, or the end of this process. It does not wait;
 // whoever is kept out is told who holds the lock.
 func Lock(dir string) (unlock func(), err error) {
-	path := filepath.Join(dir, lockFile)
+	return LockFile(filepath.Join(dir, LockName), func(holder string) error {
+		return fmt.Errorf("another process is at work in %s: %s; wait until it has ended", dir, holder)
+	})
+}
+
+// LockFile is Lock with a file of its own; held gives the error where somebody else holds the lock.
+func LockFile(path string, held func(holder string) error) (unlock func(), err error) {
 	var f *os.File
 	for {
 		if f, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600); err != nil {
-			return nil, fmt.Errorf("%s cannot be locked: %w", dir, err)
+			return nil, fmt.Errorf("%s cannot be locked: %w", filepath.Dir(path), err)
 		}
 		if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
 			defer f.Close()
 			if !errors.Is(err, syscall.EWOULDBLOCK) {
-				return nil, fmt.Errorf("%s cannot be locked: %w", dir, err)
+				return nil, fmt.Errorf("%s cannot be locked: %w", filepath.Dir(path), err)
 			}
 			holder := make([]byte, 512)
 			n, _ := f.Read(holder)
-			return nil, fmt.Errorf("another process is at work in %s: %s; wait until it has ended", dir,
-				strings.TrimSpace(string(holder[:n])))
+			return nil, held(strings.TrimSpace(string(holder[:n])))
 		}
 		if isAt(f, path) {
 			break
@@ -42,7 +47,7 @@ func Lock(dir string) (unlock func(), err error) {
 	text := fmt.Sprintf("process %d on %s, since %s\n", os.Getpid(), host, time.Now().Format(time.RFC3339))
 	if err := errors.Join(f.Truncate(0), first(f.WriteAt([]byte(text), 0))); err != nil {
 		f.Close()
-		return nil, fmt.Errorf("%s cannot be locked: %w", dir, err)
+		return nil, fmt.Errorf("%s cannot be locked: %w", filepath.Dir(path), err)
 	}
 	return func() { os.Remove(path); f.Close() }, nil
 }

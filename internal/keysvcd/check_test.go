@@ -1,6 +1,8 @@
 package keysvcd
 
 import (
+	"bytes"
+	"database/sql"
 	"fmt"
 	"net"
 	"os"
@@ -49,7 +51,7 @@ directory: file:away
 drain_delay: 15s
 `, pin, l.Addr()), 0o644)
 	problems := func(running bool) (all []string) {
-		for _, p := range settings.Check(settings.Source{Path: path}, running).Problems() {
+		for _, p := range settings.Check(t.Context(), settings.Source{Path: path}, running).Problems() {
 			all = append(all, p.String())
 		}
 		return all
@@ -96,5 +98,48 @@ drain_delay: 15s
 	line := fmt.Sprintf("\nTimeoutStopSec=%gs\n", settings.StopTimeout.Seconds())
 	if err != nil || !strings.Contains(string(unit), line) {
 		t.Errorf("keysvc.service does not have TimeoutStopSec of %s (%v)", settings.StopTimeout, err)
+	}
+}
+
+// Check looks at the store's schema, and leaves the store as it is.
+func TestCheckStore(t *testing.T) {
+	dir := t.TempDir()
+	path, file := filepath.Join(dir, "keysvc.yaml"), filepath.Join(dir, "keysvc.db")
+	text := "token: pkcs11:token=operator?module-path=/dev/null&pin-value=1\nstate: .\nsocket: s\n"
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	check := func(want string, warning bool) {
+		t.Helper()
+		for _, p := range settings.Check(t.Context(), settings.Source{Path: path}, false).Problems() {
+			if p.Setting == "store" && strings.Contains(p.What, want) && p.Warning == warning {
+				return
+			}
+		}
+		t.Errorf("%q is not among %v", want, settings.Check(t.Context(), settings.Source{Path: path}, false).Problems())
+	}
+	check("there is no store at "+file, true)
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	check("there is no store at "+file, true)
+	if info, err := os.Stat(file); err != nil || info.Size() != 0 {
+		t.Errorf("%v, %v", info, err)
+	}
+	db, err := sql.Open("sqlite3", file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	if _, err := db.Exec("CREATE TABLE t (n INTEGER); PRAGMA user_version = 99099"); err != nil {
+		t.Fatal(err)
+	}
+	before, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	check("its schema has version 99", false)
+	if after, err := os.ReadFile(file); err != nil || !bytes.Equal(before, after) {
+		t.Errorf("the store was changed (%v)", err)
 	}
 }

@@ -3,9 +3,6 @@ package keysvcd
 import (
 	"context"
 	"errors"
-	"io/fs"
-	"os"
-	"strings"
 
 	"github.com/kmehsm/kmehsm/binding/mark"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
@@ -32,12 +29,12 @@ type Made struct {
 // Run makes what is not there yet. A store that another token has written is refused before anything is made, and so is
 // a token that has written a store which is not there, unless NewStore: nothing that was decided would be in a new one.
 func (i Init) Run(ctx context.Context, token *hsmkeys.OperatorToken) (made Made, err error) {
-	there, err := there(i.Store)
+	there, err := there(ctx, i.Store)
 	switch {
 	case err != nil:
 	case !there && !i.NewStore:
 		err = i.neverWrote(ctx, token)
-	case there && inFile(i.Store) != "":
+	case there && sqlstore.File(i.Store) != "":
 		err = i.fits(ctx, token)
 	}
 	if err != nil {
@@ -87,24 +84,10 @@ func (i Init) fits(ctx context.Context, token *hsmkeys.OperatorToken) error {
 	return UseStore(ctx, token, i.Store, func(*sqlstore.Store) error { return nil })
 }
 
-// inFile is the file of a store; empty if it is in a server.
-func inFile(name string) string {
-	path, ok := strings.CutPrefix(name, "sqlite:")
-	if !ok {
-		return ""
-	}
-	return path
-}
-
 // there says whether a store is there; of one in a server that is not known, and it says so too.
-func there(name string) (bool, error) {
-	path := inFile(name)
-	if path == "" {
+func there(ctx context.Context, name string) (bool, error) {
+	if sqlstore.File(name) == "" {
 		return true, nil
 	}
-	_, err := os.Stat(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return false, nil
-	}
-	return err == nil, err
+	return sqlstore.Look(ctx, name)
 }

@@ -36,6 +36,15 @@ func TestInit(t *testing.T) {
 	if err := open(); err == nil || !strings.Contains(err.Error(), "run keysvc init first") {
 		t.Error(err)
 	}
+	if err := os.WriteFile(path, nil, 0o600); err != nil { // as an init that was killed leaves it
+		t.Fatal(err)
+	}
+	if err := open(); err == nil || !strings.Contains(err.Error(), "run keysvc init first") {
+		t.Errorf("an empty file: %v", err)
+	}
+	if info, err := os.Stat(path); err != nil || info.Size() != 0 {
+		t.Errorf("a command that reads has made a store: %v, %v", info, err)
+	}
 	initialise(t, tok, dir)
 	if err := open(); err != nil {
 		t.Error(err)

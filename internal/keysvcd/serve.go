@@ -96,6 +96,11 @@ func Serve(ctx context.Context, from settings.Source, w io.Writer) error {
 	if err != nil {
 		return err
 	}
+	unlock, err := serveAlone(cfg.Store)
+	if err != nil {
+		return errors.Join(err, store.Close())
+	}
+	defer unlock()
 	defer store.Close()
 	// One that is rolled back is served all the same: each call is told so, until it is accepted.
 	rolledBack := mark.Check(ctx, store, tokens)

@@ -1,6 +1,7 @@
 package keysvcd
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"io"
@@ -12,6 +13,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/client"
@@ -93,6 +95,26 @@ func TestServe(t *testing.T) {
 		status, _ := get("/readyz")
 		return status == http.StatusOK
 	})
+	other := newInit(tok, filepath.Join(dir, "other"))
+	other.NewStore = true
+	withToken(t, tok, func(token *hsmkeys.OperatorToken) error { _, err := other.Run(t.Context(), token); return err })
+	second := func(what, was, is, want string) {
+		t.Helper()
+		text, err := os.ReadFile(path)
+		if err == nil {
+			err = os.WriteFile(path+"2", bytes.ReplaceAll(text, []byte(was), []byte(is)), 0o600)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		short, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		defer cancel()
+		if err := Serve(short, settings.Source{Path: path + "2"}, io.Discard); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("a second daemon on the same %s: %v", what, err)
+		}
+	}
+	second("database", "socket: s", "socket: s2", "serves from "+filepath.Join(state, "keysvc.db")+" already")
+	second("socket", "state: state", "state: other", "another process serves")
 	c, err := client.New(client.Options{URLs: []string{"unix:" + socket}, Timeout: testproc.Patience})
 	if err != nil {
 		t.Fatal(err)
@@ -120,10 +142,6 @@ func TestServe(t *testing.T) {
 		if !strings.Contains(metrics, want) {
 			t.Errorf("the metrics have no %q", want)
 		}
-	}
-	if err := Serve(t.Context(), settings.Source{Path: path}, io.Discard); err == nil ||
-		!strings.Contains(err.Error(), "another process serves") {
-		t.Errorf("a second daemon on the same socket: %v", err)
 	}
 
 	// Without this, a SIGHUP that comes before the daemon listens for it would end the tests.

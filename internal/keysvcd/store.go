@@ -33,13 +33,29 @@ func noKeys(token fmt.Stringer) error {
 
 // OpenStore opens a store that is there, whatever state that is in.
 func OpenStore(ctx context.Context, token Token, name string) (*sqlstore.Store, error) {
-	if there, err := there(name); err != nil {
+	if there, err := there(ctx, name); err != nil {
 		return nil, err
 	} else if !there {
 		return nil, cmdline.Usagef("there is no store at %s: run keysvc init first; or, if it is elsewhere, name its "+
-			"folder with state, or the store itself with store", inFile(name))
+			"folder with state, or the store itself with store", sqlstore.File(name))
 	}
 	return makeStore(ctx, token, name)
+}
+
+// serveAlone keeps every other service away from a store in SQLite, as long as this process lives: each instance knows
+// by itself what its changes have left, and how often it may be asked. Commands may use the store meanwhile.
+func serveAlone(name string) (unlock func(), err error) {
+	path := sqlstore.File(name)
+	if path == "" {
+		return func() {}, nil
+	}
+	if path, err = filepath.EvalSymlinks(path); err != nil {
+		return nil, err
+	}
+	return durable.LockFile(path+".lock", func(holder string) error {
+		return fmt.Errorf("a keysvc serves from %s already, %s: a store in SQLite is for one instance; stop that one "+
+			"first, or give them a store in PostgreSQL, which is for several", path, holder)
+	})
 }
 
 // makeStore opens a store; one in a file that is not there is made.
@@ -47,7 +63,7 @@ func makeStore(ctx context.Context, token Token, name string) (*sqlstore.Store, 
 	if err := sqlstore.CheckName(name); err != nil {
 		return nil, cmdline.Usage(err)
 	}
-	if path := inFile(name); path != "" {
+	if path := sqlstore.File(name); path != "" {
 		if err := cmdline.CheckOwner("keysvc", filepath.Dir(path)); err != nil {
 			return nil, err
 		}
@@ -78,8 +94,8 @@ func UseStore(ctx context.Context, token Token, name string, f func(*sqlstore.St
 // Migrate copies all of a store into another one, which is empty, and gives how many rows that are. report is called
 // with that now and then.
 func Migrate(ctx context.Context, token Token, from, to string, report func(rows int)) (rows int, err error) {
-	if there, err := there(from); err == nil && !there {
-		return 0, cmdline.Usagef("--from: there is no store at %s: check its path", inFile(from))
+	if there, err := there(ctx, from); err == nil && !there {
+		return 0, cmdline.Usagef("--from: there is no store at %s: check its path", sqlstore.File(from))
 	}
 	source, err := OpenStore(ctx, token, from)
 	if err != nil {

@@ -38,6 +38,18 @@ func Open(ctx context.Context, name string, schema sqlconn.Schema) (*DB, error) 
 	return db, nil
 }
 
+// Look gives the number of the schema of a database, 0 if it has none, and changes nothing.
+func Look(ctx context.Context, name string, schema sqlconn.Schema) (number int, err error) {
+	db, err := connect(name, schema)
+	if err != nil {
+		return 0, err
+	}
+	if number, err = Number(ctx, db); err != nil {
+		err = fmt.Errorf("the PostgreSQL database cannot be used: %w", err)
+	}
+	return number, errors.Join(err, db.Close())
+}
+
 // connect gives the connections of a connection string, and of what the environment adds to it (PGHOST, PGSSLMODE,
 // PGSERVICE, ...). Each host that it may come to is on this machine, or proves by TLS that it has the name by which
 // it is called: a server that somebody else put in its place would be told every sealed KME, and asked for them.

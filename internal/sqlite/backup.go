@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/mattn/go-sqlite3"
 
@@ -18,8 +19,8 @@ import (
 
 // Backup copies the database at from, as it is at one moment, to the file to, for its owner only. Others may change the
 // database meanwhile. check looks at the copy before that takes the place of what was at to: when Backup fails, that is
-// as it was. A process that is killed meanwhile leaves a folder beside to, whose name begins with a dot. report is
-// called with the pages copied so far, and with how many there are.
+// as it was. A process that is killed meanwhile leaves a folder beside to, which the next backup to that file removes.
+// report is called with the pages copied so far, and with how many there are.
 func Backup(
 	ctx context.Context, from, to string, report func(pages, of int), check func(copied string) error,
 ) (err error) {
@@ -35,11 +36,11 @@ func Backup(
 				"it another name", to)
 		}
 	}
-	folder, err := os.MkdirTemp(filepath.Dir(to), ".backup-") // SQLite has more files beside a database
+	folder, remove, err := workFolder(to) // SQLite has more files beside a database
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, os.RemoveAll(folder)) }()
+	defer func() { err = errors.Join(err, remove()) }()
 	copied := filepath.Join(folder, filepath.Base(to))
 	if err := create(copied); err != nil {
 		return err
@@ -57,6 +58,40 @@ func Backup(
 		return err
 	}
 	return durable.SyncDir(filepath.Dir(to))
+}
+
+// workFolder gives an empty folder beside a file, for this process alone. One that a process has left which was killed
+// is emptied first: only this user can have made it.
+func workFolder(to string) (folder string, remove func() error, err error) {
+	folder = filepath.Join(filepath.Dir(to), ".backup-"+filepath.Base(to))
+	if err := os.Mkdir(folder, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+		return "", nil, err
+	}
+	info, err := os.Lstat(folder)
+	if err != nil {
+		return "", nil, err
+	}
+	if own, ok := info.Sys().(*syscall.Stat_t); !ok || info.Mode() != os.ModeDir|0o700 || int(own.Uid) != os.Geteuid() {
+		return "", nil, fmt.Errorf("%s is not a folder that a backup of this user has left: remove it", folder)
+	}
+	unlock, err := durable.Lock(folder)
+	if err != nil {
+		return "", nil, err
+	}
+	left, err := os.ReadDir(folder)
+	for _, f := range left {
+		if f.Name() != durable.LockName {
+			err = errors.Join(err, os.RemoveAll(filepath.Join(folder, f.Name())))
+		}
+	}
+	remove = func() error {
+		defer unlock()
+		return os.RemoveAll(folder)
+	}
+	if err != nil {
+		return "", nil, errors.Join(err, remove())
+	}
+	return folder, remove, nil
 }
 
 // isPart says whether SQLite has, or may make, a file of the database at from by the name of to.

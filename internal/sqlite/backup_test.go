@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/kmehsm/kmehsm/internal/durable"
 )
 
 const pair = `CREATE TABLE a (n INTEGER PRIMARY KEY, pad BLOB NOT NULL); CREATE TABLE b (n INTEGER PRIMARY KEY);
@@ -57,6 +59,25 @@ func TestBackup(t *testing.T) {
 	if a, b := count(t, copied); a != at || b != at || steps < 2 {
 		t.Errorf("the backup has %d and %d rows after %d steps; there were %d when it began", a, b, steps, at)
 	}
+	// One that was killed has left its work; it is removed by the next one, and not while the first is still at it.
+	left := filepath.Join(dir, ".backup-backup")
+	if err := errors.Join(os.Mkdir(left, 0o700), os.WriteFile(filepath.Join(left, "backup"), []byte("half"), 0o600),
+		os.WriteFile(filepath.Join(left, "backup-journal"), []byte("half"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	unlock, err := durable.Lock(left)
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := func(string) error { return nil }
+	if err := Backup(t.Context(), path, to, func(int, int) {}, all); err == nil ||
+		!strings.Contains(err.Error(), "another process is at work") {
+		t.Errorf("two backups at once to the same file: %v", err)
+	}
+	unlock()
+	if err := Backup(t.Context(), path, to, func(int, int) {}, all); err != nil {
+		t.Errorf("after one that was killed: %v", err)
+	}
 	before, err := os.ReadFile(to)
 	if err != nil {
 		t.Fatal(err)
@@ -91,11 +112,11 @@ func TestBackup(t *testing.T) {
 	if err != nil || string(after) != string(before) {
 		t.Errorf("the last backup was changed by one that failed (%v)", err)
 	}
-	left, err := os.ReadDir(dir)
+	files, err := os.ReadDir(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, f := range left {
+	for _, f := range files {
 		if !strings.HasPrefix(f.Name(), "db") && !strings.HasPrefix(f.Name(), "backup") {
 			t.Errorf("%s is left", f.Name())
 		}

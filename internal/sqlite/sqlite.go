@@ -124,6 +124,18 @@ func Number(ctx context.Context, q interface {
 	return number, q.QueryRowContext(ctx, "PRAGMA user_version").Scan(&number)
 }
 
+// Look gives the number of the schema of the database at path, which is there, and changes nothing; 0 if it has none.
+func Look(ctx context.Context, path string) (number int, err error) {
+	err = withConn(ctx, path, "&_query_only=on", func(conn *sql.Conn, _ *sqlite3.SQLiteConn) (err error) {
+		number, err = Number(ctx, conn)
+		return err
+	})
+	if err != nil {
+		err = fmt.Errorf("the database %s cannot be used: %w", path, err)
+	}
+	return number, err
+}
+
 // A Writer makes changes: see groupcommit. They share one sync of the disk too.
 type Writer struct {
 	*groupcommit.Writer[*sqlconn.Tx]

@@ -1,6 +1,7 @@
 package settings
 
 import (
+	"context"
 	"fmt"
 	"net"
 	"net/url"
@@ -10,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/internal/config"
 	"github.com/kmehsm/kmehsm/internal/n5geir"
 )
@@ -19,11 +21,15 @@ const (
 	StopTimeout = 45 * time.Second // TimeoutStopSec of keysvc.service
 )
 
-// Check finds all that is wrong with a configuration, without a look into the token, the store or a directory. running
-// says that a service may have its addresses already; one that serves the socket is found without that.
-func Check(from Source, running bool) *config.Report {
+// Check finds all that is wrong with a configuration, and with its store's schema, without a look into the token or a
+// directory. It changes nothing. running says that a service may have its addresses already; one that serves the socket
+// is found without that.
+func Check(ctx context.Context, from Source, running bool) *config.Report {
 	cfg, r := Read(from)
 	cfg.Inspect(r)
+	if r.Good("store") {
+		cfg.lookAtStore(ctx, r)
+	}
 	if r.Good("drain_delay") && cfg.DrainDelay+MaxDrain >= StopTimeout {
 		r.Warn("drain_delay", fmt.Sprintf("drain_delay %s and up to %s for the calls under way: keysvc.service kills "+
 			"after %s", cfg.DrainDelay, MaxDrain, StopTimeout), fmt.Sprintf("choose less than %s, or set a longer "+
@@ -100,6 +106,23 @@ func (c *Config) Inspect(r *config.Report) {
 	}
 	if c.Socket != "" {
 		r.Parent("socket", "the socket", c.Socket)
+	}
+}
+
+// storePatience is for how long Check waits for a store.
+const storePatience = 10 * time.Second
+
+// lookAtStore reports a store that is not there, or that this release cannot work with.
+func (c *Config) lookAtStore(ctx context.Context, r *config.Report) {
+	short, cancel := context.WithTimeout(ctx, storePatience)
+	defer cancel()
+	switch there, err := sqlstore.Look(short, c.Store); {
+	case err != nil:
+		r.Add("store", "store: "+err.Error(), "")
+	case !there && sqlstore.File(c.Store) != "":
+		r.Warn("store", "there is no store at "+sqlstore.File(c.Store)+" yet", "run keysvc init")
+	case !there:
+		r.Warn("store", "the store in PostgreSQL has no tables yet", "run keysvc store upgrade")
 	}
 }
 

@@ -1,5 +1,5 @@
 // Package settings is the configuration of keysvc serve: what each setting means, its default, what it may be, and what
-// is wrong with a file. It opens no token, store or directory, and serves nothing.
+// is wrong with a file and its store. It opens no token or directory, changes nothing, and serves nothing.
 package settings
 
 import (
