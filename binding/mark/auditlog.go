@@ -189,6 +189,9 @@ func eachLine(path string, f func(line []byte) error) error {
 	}
 }
 
+// ErrNoAuditLog: a folder that was named as one is not there.
+var ErrNoAuditLog = errors.New("there is no audit log")
+
 // readAuditLogs gives the entries of audit logs that are behind the heads of a ledger, by chain and number.
 func readAuditLogs(dirs []string, heads *binding.Mark) (func(chain int, seq int64) []binding.Line, error) {
 	type place struct {
@@ -199,8 +202,8 @@ func readAuditLogs(dirs []string, heads *binding.Mark) (func(chain int, seq int6
 	for _, dir := range dirs {
 		files, err := auditLogFiles(dir)
 		if errors.Is(err, fs.ErrNotExist) {
-			return nil, fmt.Errorf("there is no audit log at %s: if it is lost, make an empty folder there: then what "+
-				"was decided since is not known", dir)
+			return nil, fmt.Errorf("%w at %s: if it is lost, make an empty folder there: then what was decided since is "+
+				"not known", ErrNoAuditLog, dir)
 		}
 		if err != nil {
 			return nil, err

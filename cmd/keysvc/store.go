@@ -17,6 +17,7 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/keysvcd"
+	"github.com/kmehsm/kmehsm/internal/strict"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -218,6 +219,9 @@ var auditLogFlag = &cli.StringSliceFlag{Name: "audit-log", Category: cmdline.Con
 	Usage: "the folder, `DIR`, of a service's audit log; again for each instance's, and each that was kept elsewhere"}
 
 func storeAccept(c *cli.Context) error {
+	if _, err := strict.Reason(c.String("reason")); err != nil {
+		return cmdline.Usage(err)
+	}
 	return withAnyStore(c, func(token *hsmkeys.OperatorToken, store *sqlstore.Store) error {
 		logs := c.StringSlice(auditLogFlag.Name)
 		missing, done, err := mark.Accept(c.Context, store, token, mark.AcceptOptions{
@@ -227,6 +231,9 @@ func storeAccept(c *cli.Context) error {
 				return cmdline.Confirm(c, missingText(m, logs)+"\n"+lossText(m, c.Bool("revoke-unknown")), "accept")
 			},
 		})
+		if errors.Is(err, mark.ErrNoAuditLog) {
+			err = cmdline.Usage(err)
+		}
 		if err != nil {
 			return err
 		}

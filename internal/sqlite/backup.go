@@ -1,6 +1,7 @@
 package sqlite
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"errors"
@@ -142,7 +143,7 @@ func copyAll(ctx context.Context, from, to string, report func(pages, of int)) e
 					break
 				}
 			}
-			return errors.Join(err, b.Finish())
+			return cmp.Or(err, b.Finish()) // which gives the error of a Step again
 		})
 	})
 }

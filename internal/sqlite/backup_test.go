@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -120,5 +121,29 @@ func TestBackup(t *testing.T) {
 		if !strings.HasPrefix(f.Name(), "db") && !strings.HasPrefix(f.Name(), "backup") {
 			t.Errorf("%s is left", f.Name())
 		}
+	}
+}
+
+// fullDisk tells the test binary to be the process that can write no more; it has the database's path.
+const fullDisk = "SQLITE_TEST_FULL_DISK"
+
+// The error of a copy that has no place says so once.
+func TestBackupWithoutPlace(t *testing.T) {
+	if path := os.Getenv(fullDisk); path != "" {
+		err := Backup(t.Context(), path, path+"-copy", func(int, int) {}, func(string) error { return nil })
+		if err == nil || strings.Count(err.Error(), "disk") != 1 {
+			t.Errorf("a copy without place: %v", err)
+		}
+		return
+	}
+	path := filepath.Join(t.TempDir(), "db")
+	_, write := open(t, path, pair)
+	if err := write.Close(); err != nil {
+		t.Fatal(err)
+	}
+	child := exec.Command("sh", "-c", `ulimit -f 1000; exec "$0" -test.run='^TestBackupWithoutPlace$'`, os.Args[0])
+	child.Env = append(os.Environ(), fullDisk+"="+path)
+	if out, err := child.CombinedOutput(); err != nil {
+		t.Errorf("%v: %s", err, out)
 	}
 }
