@@ -6,7 +6,6 @@ import (
 	"io"
 	"maps"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -195,9 +194,6 @@ func enroll(c *cli.Context, name string, f func(officer hsmkeys.PIN) (*factory.E
 	// Before anybody is asked for shares, and a key is made.
 	if err := cmdline.CheckNew(c.String("out")); err != nil {
 		return err
-	}
-	if dir := filepath.Dir(c.String("out")); !dirExists(dir) {
-		return cmdline.Usagef("--out: there is no folder %s", dir)
 	}
 	var e *factory.Enrolled
 	act := func(_ string, officer hsmkeys.OfficerPIN) (made map[string]string, err error) {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 
 	"github.com/kmehsm/kmehsm/internal/durable"
 )
@@ -22,11 +23,14 @@ func WriteNew(path string, data []byte, perm os.FileMode) error {
 	return durable.WriteFile(path, data, perm)
 }
 
-// CheckNew fails if there is a file. It comes before work whose result is never the same twice.
+// CheckNew fails if there is a file, or no folder for it. It comes before work whose result is never the same twice.
 func CheckNew(path string) error {
 	_, err := os.Lstat(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
+		if _, err := os.Stat(filepath.Dir(path)); errors.Is(err, fs.ErrNotExist) {
+			return Usagef("--out: there is no folder %s", filepath.Dir(path))
+		}
 		return nil
 	case err == nil:
 		err = fmt.Errorf("%s is there already, with another content: name another file with --out, or move that one "+

@@ -68,11 +68,8 @@ func checkSpent(ctx context.Context, token *hsmkeys.OperatorToken, path string) 
 		return nil
 	}
 	data, err := cmdline.ReadFile(path)
-	if err != nil {
-		return err
-	}
 	var k handover.TransportKey
-	if json.Unmarshal(data, &k) != nil || k.Token != token.Serial() {
+	if err != nil || json.Unmarshal(data, &k) != nil || k.Token != token.Serial() {
 		return taken
 	}
 	for _, waiting := range []func(context.Context) ([]*rsa.PublicKey, error){token.TransportKeys, token.RestoreKeys} {
@@ -93,9 +90,6 @@ func checkSpent(ctx context.Context, token *hsmkeys.OperatorToken, path string) 
 // destroyed.
 func handOut(ctx context.Context, pub *rsa.PublicKey, path string, data []byte, err error,
 	destroy func(context.Context, *rsa.PublicKey) error) (thumbprint string, _ error) {
-	if err == nil {
-		err = durable.MkdirAll(filepath.Dir(path), 0o755)
-	}
 	if err == nil {
 		err = durable.WriteFile(path, data, 0o644)
 	}

@@ -18,7 +18,7 @@ import (
 func TestCreateBackup(t *testing.T) {
 	dir, ctx := t.TempDir(), t.Context()
 	from, to, stranger := softhsmtest.Token(t), softhsmtest.Token(t), softhsmtest.Token(t)
-	path := filepath.Join(dir, "new", "restore-key.json")
+	path := filepath.Join(dir, "restore-key.json")
 	initialise(t, from, t.TempDir())
 	derived := func(tok softhsmtest.Tok) (key kme.Secret) {
 		t.Helper()
