@@ -212,7 +212,7 @@ func postgresWarnings(ctx context.Context, db *postgres.DB) (warnings []string, 
 		why, err = db.Unsynchronised(ctx)
 	}
 	if err == nil && why != "" {
-		warnings = append(warnings, "the store could lose what was confirmed last when its server is lost: "+why)
+		warnings = append(warnings, why)
 	}
 	return warnings, err
 }

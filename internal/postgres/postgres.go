@@ -118,6 +118,9 @@ func ready(ctx context.Context, conn *pgx.Conn, schema sqlconn.Schema) error {
 	return err
 }
 
+// couldLose begins a sentence of Unsynchronised.
+const couldLose = "the store could lose what was confirmed last when its server is lost: "
+
 // Unsynchronised says what is wrong with a server's standbys; nothing if there are none, or what is confirmed is on the
 // disk of one too.
 func (db *DB) Unsynchronised(ctx context.Context) (what string, err error) {
@@ -130,10 +133,13 @@ func (db *DB) Unsynchronised(ctx context.Context) (what string, err error) {
 	}
 	switch {
 	case names != "" && (commit == "local" || commit == "remote_write"):
-		return fmt.Sprintf("its setting synchronous_commit is %s: what it confirms is not yet on a standby's disk",
-			commit), nil
+		return fmt.Sprintf(couldLose+"its setting synchronous_commit is %s: what it confirms is not yet on a "+
+			"standby's disk", commit), nil
+	case names != "" && standbys == 0:
+		return "no change of the store is confirmed: its server waits for a standby, since its setting " +
+			"synchronous_standby_names is not empty, and none is connected", nil
 	case names == "" && (standbys > 0 || db.hosts > 1):
-		return "its standbys are asynchronous, since its setting synchronous_standby_names is empty", nil
+		return couldLose + "its standbys are asynchronous, since its setting synchronous_standby_names is empty", nil
 	}
 	return "", nil
 }

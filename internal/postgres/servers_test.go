@@ -74,3 +74,17 @@ func TestPostgresChangedMeanwhile(t *testing.T) {
 		t.Errorf("a program that cannot work with the tables has a connection: %v", err)
 	}
 }
+
+// A server that waits for a standby that is away confirms nothing, although it can be read: whoever asks is told.
+func TestPostgresNoStandby(t *testing.T) {
+	server := pgtest.Start(t)
+	db := must.Get[*DB](t)(Open(t.Context(), server.Database(t), sqlconn.First(table)))
+	defer db.Close()
+	if what, err := db.Unsynchronised(t.Context()); what != "" || err != nil {
+		t.Errorf("a server without standbys: %q, %v", what, err)
+	}
+	server.Set(t, "synchronous_standby_names", "*")
+	if what, err := db.Unsynchronised(t.Context()); !strings.Contains(what, "none is connected") || err != nil {
+		t.Errorf("a server that waits for a standby: %q, %v", what, err)
+	}
+}
