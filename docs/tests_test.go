@@ -11,8 +11,8 @@ import (
 // Every test that a page names is there, and what it runs by go test runs something.
 func TestNamedTests(t *testing.T) {
 	tests := map[string]string{} // names of tests and benchmarks, by folder
-	for _, root := range []string{"api", "binding", "client", "cmd", "deploy", "directory", "docs", "factory", "hsmkeys",
-		"internal", "kme", "tools", "vaultstore"} {
+	for _, root := range []string{"api", "binding", "client", "cmd", "deploy", "directory", "docs", "factory",
+		"hsmkeys", "internal", "kme", "tools", "vaultstore"} {
 		err := filepath.WalkDir(filepath.Join("..", root), func(path string, _ os.DirEntry, err error) error {
 			if err != nil || !strings.HasSuffix(path, "_test.go") {
 				return err
@@ -27,9 +27,9 @@ func TestNamedTests(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	all := ""
+	var all strings.Builder
 	for _, names := range tests {
-		all += names
+		all.WriteString(names)
 	}
 	pages := []string{"../README.md", "../CONTRIBUTING.md", "../SECURITY.md"}
 	for _, pattern := range []string{"*.md", "*/*.md"} {
@@ -44,7 +44,7 @@ func TestNamedTests(t *testing.T) {
 		text := strings.Join(strings.Fields(read(t, page)), " ")
 		for _, name := range regexp.MustCompile("`(Test[A-Z]\\w*)`").FindAllStringSubmatch(text, -1) {
 			named++
-			if !strings.Contains(all, name[1]+"\n") {
+			if !strings.Contains(all.String(), name[1]+"\n") {
 				t.Errorf("%s names %s, which there is not", page, name[1])
 			}
 		}

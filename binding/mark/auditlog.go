@@ -202,8 +202,8 @@ func readAuditLogs(dirs []string, heads *binding.Mark) (func(chain int, seq int6
 	for _, dir := range dirs {
 		files, err := auditLogFiles(dir)
 		if errors.Is(err, fs.ErrNotExist) {
-			return nil, fmt.Errorf("%w at %s: if it is lost, make an empty folder there: then what was decided since is "+
-				"not known", ErrNoAuditLog, dir)
+			return nil, fmt.Errorf("%w at %s: if it is lost, make an empty folder there: then what was decided since "+
+				"is not known", ErrNoAuditLog, dir)
 		}
 		if err != nil {
 			return nil, err

@@ -277,8 +277,8 @@ func (s *Store) Establish(ctx context.Context, b *binding.Binding, tag []byte, g
 	})
 }
 
-// Settle waits for a commit of its own: PostgreSQL confirms that after all that it has shown. SQLite shows a change only
-// when it is on the disk.
+// Settle waits for a commit of its own: PostgreSQL confirms that after all that it has shown. SQLite shows a change
+// only when it is on the disk.
 func (s *Store) Settle(ctx context.Context, imsi kme.IMSI) error {
 	if !s.recent.onlyHints {
 		return nil

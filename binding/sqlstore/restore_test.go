@@ -455,8 +455,9 @@ func TestRestoredBesideStrangersRows(t *testing.T) {
 	must(db.Exec(`UPDATE manufacturers SET tacs = '01234567'`))
 	s := must(Open(ctx, "sqlite:"+copied, rowKey))
 	defer s.Close()
-	_, accepted, err := mark.Accept(ctx, s, h.token, mark.AcceptOptions{Reason: "the disk", AuditLogs: []string{h.audit},
-		Agreed: func(*binding.Missing) error { return nil }})
+	options := mark.AcceptOptions{Reason: "the disk", AuditLogs: []string{h.audit},
+		Agreed: func(*binding.Missing) error { return nil }}
+	_, accepted, err := mark.Accept(ctx, s, h.token, options)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -142,7 +142,8 @@ func connect(u *uri, o Options) (*Token, error) {
 			return nil, err
 		}
 		return nil, fmt.Errorf("the PKCS #11 module %s cannot be used: %w: is its token connected, "+
-			"its configuration right, for SoftHSM %s, and does it want %s in the URI?", u.module, err, softhsmConf(), initReserved)
+			"its configuration right, for SoftHSM %s, and does it want %s in the URI?", u.module, err, softhsmConf(),
+			initReserved)
 	}
 	if t.slot, t.info, err = t.findSlot(); err != nil {
 		t.Close()

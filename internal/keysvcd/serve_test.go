@@ -109,7 +109,8 @@ func TestServe(t *testing.T) {
 		}
 		short, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 		defer cancel()
-		if err := Serve(short, settings.Source{Path: path + "2"}, io.Discard); err == nil || !strings.Contains(err.Error(), want) {
+		err = Serve(short, settings.Source{Path: path + "2"}, io.Discard)
+		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("a second daemon on the same %s: %v", what, err)
 		}
 	}

@@ -67,7 +67,8 @@ func TestPostgresChangedMeanwhile(t *testing.T) {
 	name := server.Database(t)
 	old := must.Get[*DB](t)(Open(t.Context(), name, sqlconn.First(table)))
 	defer old.Close()
-	server.Exec(t, "SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE application_name LIKE 'kmehsm,%'")
+	server.Exec(t, "SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity "+
+		"WHERE application_name LIKE 'kmehsm,%'")
 	must.Do(t, must.Get[*DB](t)(Open(t.Context(), name, sqlconn.Schema{
 		Migrations: []string{table, "ALTER TABLE count RENAME n TO m"}, Least: 2})).Close())
 	if _, err := Number(t.Context(), old); err == nil || !strings.Contains(err.Error(), "knows version 1") {
