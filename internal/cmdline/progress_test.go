@@ -177,15 +177,17 @@ func TestSpin(t *testing.T) {
 func TestInterrupted(t *testing.T) {
 	tty, read := terminal(t, 80)
 	ctx, interrupt := context.WithCancel(t.Context())
+	var p *Progress
 	app := &cli.App{Name: "prog", Writer: io.Discard, ErrWriter: tty, Commands: []*cli.Command{{Name: "work",
 		Action: func(c *cli.Context) error {
-			p := NewProgress(c, "L1", "devices", 10)
+			p = NewProgress(c, "L1", "devices", 10)
 			p.say(time.Now())
 			interrupt()
 			time.Sleep(4 * drawEvery)
 			return fmt.Errorf("nothing was changed: %w", c.Context.Err()) // as if killed: it is not closed
 		}}}}
 	Program{App: app}.Run(ctx, []string{"prog", "work"})
+	p.Close() // nothing draws on a terminal that is gone
 	want := []string{"interrupted: what has begun is finished; Ctrl-C again ends it at once",
 		"prog: nothing was changed: interrupted", ""}
 	if got := looks(read()); !slices.Equal(got, want) {
