@@ -71,6 +71,7 @@ func TestPostgresChangedMeanwhile(t *testing.T) {
 		"WHERE application_name LIKE 'kmehsm,%'")
 	must.Do(t, must.Get[*DB](t)(Open(t.Context(), name, sqlconn.Schema{
 		Migrations: []string{table, "ALTER TABLE count RENAME n TO m"}, Least: 2})).Close())
+	old.PingContext(t.Context()) // by the connection that has ended
 	if _, err := Number(t.Context(), old); err == nil || !strings.Contains(err.Error(), "knows version 1") {
 		t.Errorf("a program that cannot work with the tables has a connection: %v", err)
 	}
