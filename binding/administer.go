@@ -7,6 +7,7 @@ import (
 	"errors"
 	"time"
 
+	"github.com/kmehsm/kmehsm/binding/sightings"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -25,7 +26,7 @@ func (s *Service) ReportAuthentication(ctx context.Context, imsi kme.IMSI, ok bo
 	}
 	r := &Reported{sub.Standing(), sub.Served(o)}
 	if a := sub.Active; a != nil && a.Activated.UnixMilli() == now.UnixMilli() { // by this report
-		s.history.saw(imsi, a.IMEI, Shown)
+		s.history.Saw(imsi, a.IMEI, sightings.Shown)
 	}
 	if ok && r.Served {
 		s.metrics.attaches.Inc()

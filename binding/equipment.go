@@ -3,6 +3,7 @@ package binding
 import (
 	"context"
 
+	"github.com/kmehsm/kmehsm/binding/sightings"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -71,7 +72,7 @@ func (s *Service) CheckEquipment(ctx context.Context, imei kme.IMEI, imsi kme.IM
 	if err != nil {
 		return e, s.failed(ctx, "check equipment", imsi, err, "imei", imei)
 	}
-	s.history.saw(imsi, imei, Asserted)
+	s.history.Saw(imsi, imei, sightings.Asserted)
 	s.metrics.equipment.WithLabelValues(string(e.Status), string(e.Reason)).Inc()
 	s.log.DebugContext(ctx, "equipment checked", "imsi", imsi, "imei", imei, "status", e.Status, "equipment", e.Reason)
 	return e, nil

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/kmehsm/kmehsm/binding/sightings"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -62,7 +63,7 @@ func (s *Service) EstablishKME(ctx context.Context, asked EstablishRequest) (*Es
 	if err != nil {
 		var r *Refusal
 		if errors.As(err, &r) && slices.Contains(aboutDevice, r.Reason) {
-			s.history.saw(p.IMSI, p.IMEI, Asserted)
+			s.history.Saw(p.IMSI, p.IMEI, sightings.Asserted)
 		}
 		return nil, s.failed(ctx, "establish", p.IMSI, err, "imei", p.IMEI, "origin", p.Origin.Name)
 	}

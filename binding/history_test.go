@@ -12,6 +12,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sightings"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
@@ -27,7 +28,7 @@ type slowSightings struct {
 	written int   // guarded by mu
 }
 
-func (s *slowSightings) See(ctx context.Context, all []binding.Sighting) ([]binding.Move, error) {
+func (s *slowSightings) See(ctx context.Context, all []sightings.Sighting) ([]sightings.Move, error) {
 	if s.gate != nil {
 		<-s.gate
 	}
@@ -68,15 +69,15 @@ type watched struct {
 	stop     func()
 
 	mu    sync.Mutex
-	moves []binding.Move // guarded by mu
+	moves []sightings.Move // guarded by mu
 }
 
 func newWatched(t *testing.T, r *harness, gate chan struct{}) *watched {
 	t.Helper()
 	w := &watched{harness: r, store: &slowSightings{Store: r.store, gate: gate}, registry: prometheus.NewRegistry()}
 	w.clock.now = time.Now()
-	h := binding.NewHistory(binding.HistoryOptions{Store: w.store, Keep: 10 * time.Hour, Most: 1000, Now: w.clock.Now,
-		Log: slog.New(slog.NewJSONHandler(r.log, nil)), Registry: w.registry, Moved: func(m binding.Move) {
+	h := sightings.New(sightings.Options{Store: w.store, Keep: 10 * time.Hour, Most: 1000, Now: w.clock.Now,
+		Log: slog.New(slog.NewJSONHandler(r.log, nil)), Registry: w.registry, Moved: func(m sightings.Move) {
 			w.mu.Lock()
 			defer w.mu.Unlock()
 			w.moves = append(w.moves, m)
@@ -151,15 +152,15 @@ func TestHistory(t *testing.T) {
 	}
 	type seen struct {
 		imei     kme.IMEI
-		evidence binding.Evidence
+		evidence sightings.Evidence
 		minutes  float64 // from first to last
 	}
 	var got []seen
-	for _, s := range must[[]binding.Sighting](t)(r.store.Sightings(t.Context(), imsi, kme.IMEI{})) {
+	for _, s := range must[[]sightings.Sighting](t)(r.store.Sightings(t.Context(), imsi, kme.IMEI{})) {
 		got = append(got, seen{s.IMEI, s.Evidence, s.Last.Sub(s.First).Minutes()})
 	}
-	want := []seen{{one.imei, binding.Shown, 0}, {two.imei, binding.Asserted, 0}, {one.imei, binding.Asserted, 62},
-		{l.devices[2].imei, binding.Asserted, 0}}
+	want := []seen{{one.imei, sightings.Shown, 0}, {two.imei, sightings.Asserted, 0}, {one.imei, sightings.Asserted, 62},
+		{l.devices[2].imei, sightings.Asserted, 0}}
 	if !slices.Equal(got, want) {
 		t.Errorf("seen\n%+v, want\n%+v", got, want)
 	}

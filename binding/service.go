@@ -12,6 +12,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding/limits"
 	"github.com/kmehsm/kmehsm/binding/refusals"
+	"github.com/kmehsm/kmehsm/binding/sightings"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/panics"
@@ -42,7 +43,7 @@ type Service struct {
 
 	equipment EquipmentPolicy
 	listed    *listed
-	history   *History
+	history   *sightings.History
 
 	// open has the attempts that this process has seen open, the last of each IMSI: the store need not be
 	// asked before their EstablishKME. Another process may have closed one since; then the store says so
@@ -75,10 +76,10 @@ type Options struct {
 	Limits limits.Limits // optional: none
 	// Equipment is optional: DefaultEquipmentPolicy
 	Equipment *EquipmentPolicy
-	Listings  Listings         // optional: the operator has no list of devices. See LoadListings
-	History   *History         // optional: nobody asks with which devices subscriptions were seen
-	Metrics   *Metrics         // optional: where calls are counted and measured
-	Refusals  *refusals.Memory // optional: where the last refusal of each subscription is remembered
+	Listings  Listings           // optional: the operator has no list of devices. See LoadListings
+	History   *sightings.History // optional: nobody asks with which devices subscriptions were seen
+	Metrics   *Metrics           // optional: where calls are counted and measured
+	Refusals  *refusals.Memory   // optional: where the last refusal of each subscription is remembered
 	// Log gets each decision, in one line, with the Actor of the call's context. No line holds a secret.
 	Log *slog.Logger
 }

@@ -50,7 +50,7 @@ func alerts(t *testing.T) (all []alert) {
 func metrics(t *testing.T) (names []string) {
 	t.Helper()
 	var files []string
-	for _, dir := range []string{"../internal/keysvcd", "../internal/webhook", "../binding"} {
+	for _, dir := range []string{"../internal/keysvcd", "../internal/webhook", "../binding", "../binding/*"} {
 		all, err := filepath.Glob(dir + "/*.go")
 		if err != nil {
 			t.Fatal(err)
@@ -241,7 +241,7 @@ func TestRunbookLogLines(t *testing.T) {
 		t.Fatal(err)
 	}
 	var source strings.Builder
-	for _, dir := range []string{"../internal/keysvcd", "../binding"} {
+	for _, dir := range []string{"../internal/keysvcd", "../binding", "../binding/*"} {
 		files, err := filepath.Glob(dir + "/*.go")
 		if err != nil {
 			t.Fatal(err)

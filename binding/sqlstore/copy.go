@@ -11,7 +11,7 @@ import (
 )
 
 // tables are all that have rows with a MAC of their own, in an order that their references allow.
-var tables = []*table{manufacturers, lots, attempts, spentRANDs, bindings, equipment, sightings}
+var tables = []*table{manufacturers, lots, attempts, spentRANDs, bindings, equipment, sightingTable}
 
 // ErrNotEmpty: the store to copy to has something in it already.
 var ErrNotEmpty = errors.New("the store to copy to is not empty: give it a new database")

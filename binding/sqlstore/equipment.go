@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sightings"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -125,7 +126,7 @@ func (s *Store) listed(ctx context.Context, q sqlconn.Conn, after int64) (all []
 	return all, err
 }
 
-func (s *Store) See(ctx context.Context, all []binding.Sighting) (moves []binding.Move, err error) {
+func (s *Store) See(ctx context.Context, all []sightings.Sighting) (moves []sightings.Move, err error) {
 	err = s.change(ctx, "note sightings", "sightings", func(ctx context.Context, tx *txn) error {
 		moves = nil // it may be called again
 		seen, err := s.seenWith(ctx, tx.Conn, all)
@@ -135,13 +136,13 @@ func (s *Store) See(ctx context.Context, all []binding.Sighting) (moves []bindin
 		type key struct {
 			kme.IMSI
 			kme.IMEI
-			binding.Evidence
+			sightings.Evidence
 		}
-		of := func(b binding.Sighting) key { return key{b.IMSI, b.IMEI, b.Evidence} }
-		changed := map[key]binding.Sighting{}
+		of := func(b sightings.Sighting) key { return key{b.IMSI, b.IMEI, b.Evidence} }
+		changed := map[key]sightings.Sighting{}
 		for _, now := range all {
 			before := seen[now.IMSI]
-			last := func(same bool) (latest binding.Sighting) {
+			last := func(same bool) (latest sightings.Sighting) {
 				for _, b := range before {
 					if (b.IMEI == now.IMEI) == same && b.Last.After(latest.Last) {
 						latest = b
@@ -150,19 +151,19 @@ func (s *Store) See(ctx context.Context, all []binding.Sighting) (moves []bindin
 				return latest
 			}
 			if other := last(false); other.Last.After(last(true).Last) && !other.Last.After(now.Last) {
-				moves = append(moves, binding.Move{Sighting: now, Before: other})
+				moves = append(moves, sightings.Move{Sighting: now, Before: other})
 			}
-			at := slices.IndexFunc(before, func(b binding.Sighting) bool { return of(b) == of(now) })
+			at := slices.IndexFunc(before, func(b sightings.Sighting) bool { return of(b) == of(now) })
 			switch {
 			case at >= 0:
 				if now.First = before[at].First; before[at].Last.After(now.Last) {
 					now.Last = before[at].Last
 				}
 				before[at] = now
-			case len(before) < binding.MaxDevices:
+			case len(before) < sightings.MaxDevices:
 				before = append(before, now)
 			default:
-				oldest := slices.MinFunc(before, func(a, b binding.Sighting) int {
+				oldest := slices.MinFunc(before, func(a, b sightings.Sighting) int {
 					return cmp.Or(strings.Compare(string(a.Evidence), string(b.Evidence)), a.Last.Compare(b.Last))
 				})
 				delete(changed, of(oldest))
@@ -174,12 +175,12 @@ func (s *Store) See(ctx context.Context, all []binding.Sighting) (moves []bindin
 			}
 			seen[now.IMSI], changed[of(now)] = before, now
 		}
-		return together(slices.Collect(maps.Values(changed)), func(part []binding.Sighting) error {
+		return together(slices.Collect(maps.Values(changed)), func(part []sightings.Sighting) error {
 			var rows []any
 			for _, now := range part {
 				values := []any{now.IMSI.String(), now.IMEI.String(), string(now.Evidence), millis(now.First),
 					millis(now.Last)}
-				rows = append(append(rows, values...), s.macs.Of(sightings.name, values...))
+				rows = append(append(rows, values...), s.macs.Of(sightingTable.name, values...))
 			}
 			return tx.Do(ctx, putSightings[len(part)], rows...)
 		})
@@ -193,8 +194,8 @@ var parts = [...]int{64, 8, 1}
 var seenOf, putSightings = func() (read, put map[int]string) {
 	read, put = map[int]string{}, map[int]string{}
 	for _, n := range parts {
-		read[n] = sightings.selectAll + "WHERE imsi IN (" + marks(1, n) + ")"
-		put[n] = sightings.puts(n)
+		read[n] = sightingTable.selectAll + "WHERE imsi IN (" + marks(1, n) + ")"
+		put[n] = sightingTable.puts(n)
 	}
 	return read, put
 }()
@@ -218,9 +219,9 @@ func together[T any](all []T, f func(part []T) error) error {
 // seenWith gives the sightings of the IMSIs of some, but for rows that somebody has changed: these are replaced, and
 // forgotten as others are.
 func (s *Store) seenWith(
-	ctx context.Context, q sqlconn.Conn, of []binding.Sighting,
-) (map[kme.IMSI][]binding.Sighting, error) {
-	seen := map[kme.IMSI][]binding.Sighting{}
+	ctx context.Context, q sqlconn.Conn, of []sightings.Sighting,
+) (map[kme.IMSI][]sightings.Sighting, error) {
+	seen := map[kme.IMSI][]sightings.Sighting{}
 	for _, now := range of {
 		seen[now.IMSI] = nil
 	}
@@ -229,8 +230,8 @@ func (s *Store) seenWith(
 		for _, imsi := range part {
 			imsis = append(imsis, imsi.String())
 		}
-		return scan(ctx, q, len(sightings.columns)+1, func(r row) error {
-			if s.checkMAC(sightings, r) != nil {
+		return scan(ctx, q, len(sightingTable.columns)+1, func(r row) error {
+			if s.checkMAC(sightingTable, r) != nil {
 				return nil
 			}
 			b, err := toSighting(r)
@@ -241,18 +242,18 @@ func (s *Store) seenWith(
 	return seen, err
 }
 
-func toSighting(r row) (seen binding.Sighting, err error) {
-	seen = binding.Sighting{Evidence: binding.Evidence(r.text(2)), First: fromMillis(r.int(3)),
+func toSighting(r row) (seen sightings.Sighting, err error) {
+	seen = sightings.Sighting{Evidence: sightings.Evidence(r.text(2)), First: fromMillis(r.int(3)),
 		Last: fromMillis(r.int(4))}
 	return seen, errors.Join(seen.IMSI.UnmarshalText([]byte(r.text(0))), seen.IMEI.UnmarshalText([]byte(r.text(1))))
 }
 
-func (s *Store) Sightings(ctx context.Context, imsi kme.IMSI, imei kme.IMEI) (all []binding.Sighting, err error) {
+func (s *Store) Sightings(ctx context.Context, imsi kme.IMSI, imei kme.IMEI) (all []sightings.Sighting, err error) {
 	q, err := s.reading("read sightings")
 	if err != nil {
 		return nil, err
 	}
-	err = s.rows(ctx, q, sightings, func(r row) error {
+	err = s.rows(ctx, q, sightingTable, func(r row) error {
 		seen, err := toSighting(r)
 		all = append(all, seen)
 		return err

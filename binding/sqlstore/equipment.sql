@@ -17,7 +17,7 @@ CREATE TABLE sightings (
   imei     TEXT NOT NULL,
   evidence TEXT NOT NULL,
   first_at BIGINT NOT NULL,
-  last_at  BIGINT NOT NULL,                 -- not always the last: see binding.History
+  last_at  BIGINT NOT NULL,                 -- not always the last: see sightings.History
   mac      BLOB NOT NULL,
   PRIMARY KEY (imsi, imei, evidence)
 ) WITHOUT ROWID;

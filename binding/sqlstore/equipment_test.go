@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sightings"
 	"github.com/kmehsm/kmehsm/internal/pgtest"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -36,8 +37,8 @@ func attackEquipment(t *testing.T, name string) {
 	b := newBinding(t, "001010000000001", "a")
 	beginAttempt(t, s, b)
 	must(0, s.Establish(ctx, b, []byte("a"), true, t0))
-	seen := binding.Sighting{IMSI: b.IMSI, IMEI: b.IMEI, Evidence: binding.Asserted, First: t0, Last: t0}
-	must(s.See(ctx, []binding.Sighting{seen}))
+	seen := sightings.Sighting{IMSI: b.IMSI, IMEI: b.IMEI, Evidence: sightings.Asserted, First: t0, Last: t0}
+	must(s.See(ctx, []sightings.Sighting{seen}))
 	run("CREATE TABLE kept AS SELECT * FROM equipment")
 	run("CREATE TABLE kept_sightings AS SELECT * FROM sightings")
 	check := func() (wrong int) {
@@ -96,7 +97,7 @@ func attackEquipment(t *testing.T, name string) {
 	// A sighting that somebody has changed is no sighting, and is replaced by the next.
 	run(`UPDATE sightings SET last_at = last_at + 1000000`)
 	seen.Last = t0.Add(time.Minute)
-	if moves := must(s.See(ctx, []binding.Sighting{seen})); len(moves) > 0 || check() > 0 {
+	if moves := must(s.See(ctx, []sightings.Sighting{seen})); len(moves) > 0 || check() > 0 {
 		t.Errorf("moves %+v", moves)
 	}
 }

@@ -66,8 +66,8 @@ var (
 		"sealed", "nw_sig",
 		"attempt_id", "payload_sha256", "established_at", "activated_at", "revoked_at", "origin", "expires_at",
 		"sent", "seq")
-	equipment = newTable("equipment", 1, "prefix", "status", "reason", "listed_at", "change", "seq")
-	sightings = newTable("sightings", 3, "imsi", "imei", "evidence", "first_at", "last_at")
+	equipment     = newTable("equipment", 1, "prefix", "status", "reason", "listed_at", "change", "seq")
+	sightingTable = newTable("sightings", 3, "imsi", "imei", "evidence", "first_at", "last_at")
 )
 
 // add makes a row; put replaces the one of the same key too. ints are int64.

@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sightings"
 	"github.com/kmehsm/kmehsm/binding/tokenkeys"
 	"github.com/kmehsm/kmehsm/internal/rowmac"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
@@ -55,7 +56,7 @@ var (
 	_ binding.Registry      = (*Store)(nil)
 	_ tokenkeys.SealedStore = (*Store)(nil)
 	_ binding.Listings      = (*Store)(nil)
-	_ binding.Sightings     = (*Store)(nil)
+	_ sightings.Store       = (*Store)(nil)
 )
 
 // Close ends all connections.

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sightings"
 	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -149,10 +150,10 @@ func raceListed(t *testing.T, s Store) {
 }
 
 // see notes one sighting, and gives the device that the subscription was in before, if this is a move.
-func see(t *testing.T, s Store, imsi kme.IMSI, imei kme.IMEI, e binding.Evidence, at time.Time) (before kme.IMEI) {
+func see(t *testing.T, s Store, imsi kme.IMSI, imei kme.IMEI, e sightings.Evidence, at time.Time) (before kme.IMEI) {
 	t.Helper()
-	seen := binding.Sighting{IMSI: imsi, IMEI: imei, Evidence: e, First: at, Last: at}
-	for _, m := range must.Get[[]binding.Move](t)(s.See(t.Context(), []binding.Sighting{seen})) {
+	seen := sightings.Sighting{IMSI: imsi, IMEI: imei, Evidence: e, First: at, Last: at}
+	for _, m := range must.Get[[]sightings.Move](t)(s.See(t.Context(), []sightings.Sighting{seen})) {
 		if m.Sighting.IMSI != imsi || m.Sighting.IMEI != imei || m.Before.IMSI != imsi {
 			t.Errorf("a move of others: %+v", m)
 		}
@@ -161,7 +162,7 @@ func see(t *testing.T, s Store, imsi kme.IMSI, imei kme.IMEI, e binding.Evidence
 	return before
 }
 
-func sightings(t *testing.T, s Store) {
+func seenDevices(t *testing.T, s Store) {
 	one, two := subscription(t, 1), subscription(t, 2)
 	a, b := device(t, 1), device(t, 2)
 	none := kme.IMEI{}
@@ -169,38 +170,38 @@ func sightings(t *testing.T, s Store) {
 	for n, step := range []struct {
 		imsi   kme.IMSI
 		imei   kme.IMEI
-		e      binding.Evidence
+		e      sightings.Evidence
 		before kme.IMEI
 	}{
-		{one, a, binding.Asserted, none},
-		{two, b, binding.Asserted, none}, // another subscription
-		{one, a, binding.Shown, none},    // the same device
-		{one, a, binding.Asserted, none},
-		{one, b, binding.Asserted, a},
-		{one, b, binding.Asserted, none}, // it stays there
-		{one, a, binding.Shown, b},       // and is back
-		{one, b, binding.Shown, a},
+		{one, a, sightings.Asserted, none},
+		{two, b, sightings.Asserted, none}, // another subscription
+		{one, a, sightings.Shown, none},    // the same device
+		{one, a, sightings.Asserted, none},
+		{one, b, sightings.Asserted, a},
+		{one, b, sightings.Asserted, none}, // it stays there
+		{one, a, sightings.Shown, b},       // and is back
+		{one, b, sightings.Shown, a},
 	} {
 		if before := see(t, s, step.imsi, step.imei, step.e, at(n)); before != step.before {
 			t.Errorf("step %d: before it was in %v, want %v", n, before, step.before)
 		}
 	}
 	// One that comes late is no move: it was there before.
-	if before := see(t, s, one, a, binding.Asserted, at(5)); before != none {
+	if before := see(t, s, one, a, sightings.Asserted, at(5)); before != none {
 		t.Errorf("a late one is a move from %v", before)
 	}
-	check := func(imsi kme.IMSI, imei kme.IMEI, want ...binding.Sighting) {
+	check := func(imsi kme.IMSI, imei kme.IMEI, want ...sightings.Sighting) {
 		t.Helper()
-		got := must.Get[[]binding.Sighting](t)(s.Sightings(t.Context(), imsi, imei))
+		got := must.Get[[]sightings.Sighting](t)(s.Sightings(t.Context(), imsi, imei))
 		if !reflect.DeepEqual(got, want) {
 			t.Errorf("of %s and %s:\n got %+v\nwant %+v", imsi, imei, got, want)
 		}
 	}
-	bOfTwo := binding.Sighting{IMSI: two, IMEI: b, Evidence: binding.Asserted, First: at(1), Last: at(1)}
-	bOfOne := binding.Sighting{IMSI: one, IMEI: b, Evidence: binding.Asserted, First: at(4), Last: at(5)}
-	shownB := binding.Sighting{IMSI: one, IMEI: b, Evidence: binding.Shown, First: at(7), Last: at(7)}
-	check(one, none, binding.Sighting{IMSI: one, IMEI: a, Evidence: binding.Asserted, First: at(0), Last: at(5)},
-		bOfOne, binding.Sighting{IMSI: one, IMEI: a, Evidence: binding.Shown, First: at(2), Last: at(6)}, shownB)
+	bOfTwo := sightings.Sighting{IMSI: two, IMEI: b, Evidence: sightings.Asserted, First: at(1), Last: at(1)}
+	bOfOne := sightings.Sighting{IMSI: one, IMEI: b, Evidence: sightings.Asserted, First: at(4), Last: at(5)}
+	shownB := sightings.Sighting{IMSI: one, IMEI: b, Evidence: sightings.Shown, First: at(7), Last: at(7)}
+	check(one, none, sightings.Sighting{IMSI: one, IMEI: a, Evidence: sightings.Asserted, First: at(0), Last: at(5)},
+		bOfOne, sightings.Sighting{IMSI: one, IMEI: a, Evidence: sightings.Shown, First: at(2), Last: at(6)}, shownB)
 	check(kme.IMSI{}, b, bOfOne, shownB, bOfTwo)
 
 	forget := func(before time.Time, most, want int) {
@@ -220,13 +221,13 @@ func sightings(t *testing.T, s Store) {
 // something last.
 func sightingsBounded(t *testing.T, s Store) {
 	imsi := subscription(t, 1)
-	see(t, s, imsi, device(t, 0), binding.Shown, t0)
-	for n := range 2 * binding.MaxDevices {
-		see(t, s, imsi, device(t, n+1), binding.Asserted, t0.Add(time.Duration(n+1)*time.Second))
+	see(t, s, imsi, device(t, 0), sightings.Shown, t0)
+	for n := range 2 * sightings.MaxDevices {
+		see(t, s, imsi, device(t, n+1), sightings.Asserted, t0.Add(time.Duration(n+1)*time.Second))
 	}
-	got := must.Get[[]binding.Sighting](t)(s.Sightings(t.Context(), imsi, kme.IMEI{}))
-	if len(got) != binding.MaxDevices || got[0].Evidence != binding.Shown ||
-		got[len(got)-1].IMEI != device(t, 2*binding.MaxDevices) {
+	got := must.Get[[]sightings.Sighting](t)(s.Sightings(t.Context(), imsi, kme.IMEI{}))
+	if len(got) != sightings.MaxDevices || got[0].Evidence != sightings.Shown ||
+		got[len(got)-1].IMEI != device(t, 2*sightings.MaxDevices) {
 		t.Errorf("%d are kept: %+v", len(got), got)
 	}
 }
@@ -234,29 +235,29 @@ func sightingsBounded(t *testing.T, s Store) {
 // Sightings that are noted together are noted as one after the other: a move within them, the same one twice, and more
 // devices of one IMSI than are kept.
 func sightingsTogether(t *testing.T, s Store) {
-	note := func(first int, together bool) (moves []binding.Move, kept [][]binding.Sighting) {
-		var all []binding.Sighting
-		for n := range 3 * binding.MaxDevices {
+	note := func(first int, together bool) (moves []sightings.Move, kept [][]sightings.Sighting) {
+		var all []sightings.Sighting
+		for n := range 3 * sightings.MaxDevices {
 			at := t0.Add(time.Duration(n) * time.Second)
 			if n%7 == 0 { // a late one
 				at = t0.Add(-time.Duration(n) * time.Second)
 			}
-			seen := binding.Sighting{IMSI: subscription(t, first), IMEI: device(t, n/2), Evidence: binding.Asserted,
+			seen := sightings.Sighting{IMSI: subscription(t, first), IMEI: device(t, n/2), Evidence: sightings.Asserted,
 				First: at, Last: at}
 			if n%2 == 1 {
-				seen.IMSI, seen.IMEI, seen.Evidence = subscription(t, first+1+n%5), device(t, n%3), binding.Shown
+				seen.IMSI, seen.IMEI, seen.Evidence = subscription(t, first+1+n%5), device(t, n%3), sightings.Shown
 			}
 			all = append(all, seen)
 		}
 		if together {
-			moves = must.Get[[]binding.Move](t)(s.See(t.Context(), all))
+			moves = must.Get[[]sightings.Move](t)(s.See(t.Context(), all))
 		} else {
 			for _, seen := range all {
-				moves = append(moves, must.Get[[]binding.Move](t)(s.See(t.Context(), []binding.Sighting{seen}))...)
+				moves = append(moves, must.Get[[]sightings.Move](t)(s.See(t.Context(), []sightings.Sighting{seen}))...)
 			}
 		}
 		for n := range 6 {
-			of := must.Get[[]binding.Sighting](t)(s.Sightings(t.Context(), subscription(t, first+n), kme.IMEI{}))
+			of := must.Get[[]sightings.Sighting](t)(s.Sightings(t.Context(), subscription(t, first+n), kme.IMEI{}))
 			for i := range of {
 				of[i].IMSI = subscription(t, n)
 			}
@@ -269,7 +270,7 @@ func sightingsTogether(t *testing.T, s Store) {
 	}
 	moves, kept := note(10, false)
 	if movesTogether, keptTogether := note(20, true); !reflect.DeepEqual(movesTogether, moves) ||
-		!reflect.DeepEqual(keptTogether, kept) || len(moves) < 10 || len(kept[0]) != binding.MaxDevices {
+		!reflect.DeepEqual(keptTogether, kept) || len(moves) < 10 || len(kept[0]) != sightings.MaxDevices {
 		t.Errorf("together:\n%+v\n%+v\none after the other:\n%+v\n%+v", movesTogether, keptTogether, moves, kept)
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sightings"
 	"github.com/kmehsm/kmehsm/binding/tokenkeys"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/must"
@@ -25,7 +26,7 @@ type Store = interface {
 	binding.Registry
 	tokenkeys.SealedStore
 	binding.Listings
-	binding.Sightings
+	sightings.Store
 	Count(ctx context.Context, now time.Time) (map[binding.State]int64, error)
 }
 
@@ -75,7 +76,7 @@ func Run(t *testing.T, open func(t *testing.T) Store) {
 		{"RolledBack", rolledBack},
 		{"Equipment", equipment},
 		{"Listed", listed},
-		{"Sightings", sightings},
+		{"Sightings", seenDevices},
 		{"SightingsBounded", sightingsBounded},
 		{"SightingsTogether", sightingsTogether},
 		{"RacePrepare", racePrepare},

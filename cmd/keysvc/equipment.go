@@ -12,6 +12,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/devicelist"
+	"github.com/kmehsm/kmehsm/binding/sightings"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/kme"
@@ -159,12 +160,12 @@ func identities(text string) (imei kme.IMEI, imsi kme.IMSI, err error) {
 
 // known is what equipment show gives.
 type known struct {
-	IMEI      kme.IMEI           `json:"imei,omitzero"`
-	IMSI      kme.IMSI           `json:"imsi,omitzero"`
-	Listing   *binding.Listing   `json:"listing,omitempty"`
-	Listed    []binding.Entry    `json:"listed,omitempty"` // what the ledger has about Listing
-	Bindings  []shown            `json:"bindings"`
-	Sightings []binding.Sighting `json:"sightings"`
+	IMEI      kme.IMEI             `json:"imei,omitzero"`
+	IMSI      kme.IMSI             `json:"imsi,omitzero"`
+	Listing   *binding.Listing     `json:"listing,omitempty"`
+	Listed    []binding.Entry      `json:"listed,omitempty"` // what the ledger has about Listing
+	Bindings  []shown              `json:"bindings"`
+	Sightings []sightings.Sighting `json:"sightings"`
 }
 
 func equipmentShow(c *cli.Context) error {
@@ -173,7 +174,7 @@ func equipmentShow(c *cli.Context) error {
 		return cmdline.Usage(err)
 	}
 	return withStore(c, func(s *sqlstore.Store) error {
-		k := known{IMEI: imei, IMSI: imsi, Bindings: []shown{}, Sightings: []binding.Sighting{}}
+		k := known{IMEI: imei, IMSI: imsi, Bindings: []shown{}, Sightings: []sightings.Sighting{}}
 		own, of, err := s.Equipment(c.Context, imei, imsi, time.Now())
 		if err != nil {
 			return err

@@ -13,7 +13,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
-	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sightings"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/keysvcd/settings"
 	"github.com/kmehsm/kmehsm/internal/webhook"
@@ -21,7 +21,7 @@ import (
 
 // An equipmentHistory is what becomes of the devices that are seen: History is nil if it is not kept.
 type equipmentHistory struct {
-	*binding.History
+	*sightings.History
 	webhook *webhook.Sender // nil if there is none
 }
 
@@ -29,20 +29,20 @@ type equipmentHistory struct {
 const moved = "com.github.kmehsm.equipment.moved.v1"
 
 func newHistory(
-	cfg *settings.Equipment, store binding.Sightings, registry prometheus.Registerer, log *slog.Logger,
+	cfg *settings.Equipment, store sightings.Store, registry prometheus.Registerer, log *slog.Logger,
 ) (h equipmentHistory, err error) {
 	if cfg.History == 0 {
 		return h, nil
 	}
-	o := binding.HistoryOptions{Store: store, Keep: cfg.History, Most: cfg.HistoryRows, Now: time.Now, Log: log,
+	o := sightings.Options{Store: store, Keep: cfg.History, Most: cfg.HistoryRows, Now: time.Now, Log: log,
 		Registry: registry}
 	if cfg.Webhook.URL != "" {
 		if h.webhook, err = newWebhook(cfg, registry, log); err != nil {
 			return h, fmt.Errorf("equipment.webhook: %w", err)
 		}
-		o.Moved = func(m binding.Move) { h.webhook.Send(moved, "imsi-"+m.IMSI.String(), m) }
+		o.Moved = func(m sightings.Move) { h.webhook.Send(moved, "imsi-"+m.IMSI.String(), m) }
 	}
-	h.History = binding.NewHistory(o)
+	h.History = sightings.New(o)
 	return h, nil
 }
 

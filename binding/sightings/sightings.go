@@ -1,4 +1,7 @@
-package binding
+// Package sightings notes with which devices subscriptions are seen, and tells of those that are seen with another one
+// than before. A call that has seen one waits for nothing: a History writes in the background, and loses what a store
+// that fails cannot take, which it counts. What is lost so is noted the next time that it is seen.
+package sightings
 
 import (
 	"context"
@@ -37,8 +40,8 @@ type Move struct {
 // MaxDevices bounds the sightings that are kept of an IMSI: of more, those that are the longest ago are forgotten.
 const MaxDevices = 32
 
-// Sightings keep with which devices subscriptions were seen.
-type Sightings interface {
+// A Store keeps with which devices subscriptions were seen.
+type Store interface {
 	// See notes sightings, whose First is their Last, and gives those that are moves. A row that was changed by
 	// somebody else is replaced.
 	See(ctx context.Context, all []Sighting) ([]Move, error)
@@ -48,9 +51,9 @@ type Sightings interface {
 	Forget(ctx context.Context, before time.Time, most int) (forgotten int, err error)
 }
 
-// HistoryOptions are a History's.
-type HistoryOptions struct {
-	Store    Sightings
+// Options are a History's.
+type Options struct {
+	Store    Store
 	Keep     time.Duration         // for how long after its Last a sighting is kept
 	Most     int                   // sightings that are kept
 	Moved    func(Move)            // is called for each move; must not wait
@@ -74,7 +77,7 @@ const (
 
 // A History notes with which devices subscriptions are seen, beside the calls: none waits for it.
 type History struct {
-	o       HistoryOptions
+	o       Options
 	recent  *otter.Cache[kme.IMSI, lately]
 	queue   chan Sighting
 	moves   *prometheus.CounterVec
@@ -94,8 +97,8 @@ func (l *lately) at(e Evidence) *time.Time {
 	return &l.asserted
 }
 
-// NewHistory makes a History, which writes while Run does.
-func NewHistory(o HistoryOptions) *History {
+// New makes a History, which writes while Run does.
+func New(o Options) *History {
 	h := &History{
 		o: o, queue: make(chan Sighting, maxUnseen),
 		recent: otter.Must(&otter.Options[kme.IMSI, lately]{MaximumSize: maxRecent}),
@@ -112,8 +115,8 @@ func NewHistory(o HistoryOptions) *History {
 	return h
 }
 
-// saw notes that a subscription was seen with a device. It does not wait. A nil History notes nothing.
-func (h *History) saw(imsi kme.IMSI, imei kme.IMEI, e Evidence) {
+// Saw notes that a subscription was seen with a device. It does not wait. A nil History notes nothing.
+func (h *History) Saw(imsi kme.IMSI, imei kme.IMEI, e Evidence) {
 	if h == nil || imsi == (kme.IMSI{}) {
 		return
 	}
