@@ -440,7 +440,7 @@ func TestParseEquipment(t *testing.T) {
 		head + "35209900,blacklisted,x\n1,blacklisted,x\n": `line 3: "1" is no IMEI`,
 		head + "35209900,black,x\n":                        `line 2: "black" is no status`,
 		head + "35209900,blacklisted\n":                    "record on line 2: wrong number of fields",
-		head + "35209900,blacklisted,\"x\ny\"\n":           "line 2: the reason has 1 to 200 bytes of text, in one line",
+		head + "35209900,blacklisted,\"x\ny\"\n":           "line 2: the reason has 1 to 200 bytes of text",
 		head + "\n\n35209900,removed,x\n":                  `line 4: "removed" is no status`,
 	} {
 		if all, err := devicelist.Read(strings.NewReader(text), time.Now()); err == nil || all != nil ||

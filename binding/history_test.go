@@ -159,8 +159,8 @@ func TestHistory(t *testing.T) {
 	for _, s := range must[[]sightings.Sighting](t)(r.store.Sightings(t.Context(), imsi, kme.IMEI{})) {
 		got = append(got, seen{s.IMEI, s.Evidence, s.Last.Sub(s.First).Minutes()})
 	}
-	want := []seen{{one.imei, sightings.Shown, 0}, {two.imei, sightings.Asserted, 0}, {one.imei, sightings.Asserted, 62},
-		{l.devices[2].imei, sightings.Asserted, 0}}
+	want := []seen{{one.imei, sightings.Shown, 0}, {two.imei, sightings.Asserted, 0},
+		{one.imei, sightings.Asserted, 62}, {l.devices[2].imei, sightings.Asserted, 0}}
 	if !slices.Equal(got, want) {
 		t.Errorf("seen\n%+v, want\n%+v", got, want)
 	}

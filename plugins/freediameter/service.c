@@ -695,6 +695,8 @@ static CURL *new_request(const struct instance *i, const char *path)
 	curl_easy_setopt(h, CURLOPT_FRESH_CONNECT, 1L);
 	curl_easy_setopt(h, CURLOPT_FORBID_REUSE, 1L);
 	curl_easy_setopt(h, CURLOPT_TCP_KEEPALIVE, 1L);
+	/* a name's first address has half of it, if there are more: without this, half of 300 seconds */
+	curl_easy_setopt(h, CURLOPT_CONNECTTIMEOUT_MS, (long)service.timeout_ms);
 	curl_easy_setopt(h, CURLOPT_NOSIGNAL, 1L);	/* no alarm() in somebody else's process */
 	curl_easy_setopt(h, CURLOPT_QUICK_EXIT, 1L);	/* nor a wait for a name server that hangs */
 	curl_easy_setopt(h, CURLOPT_PROXY, "");
