@@ -12,6 +12,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/limits"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -102,7 +103,7 @@ func TestFairPlaces(t *testing.T) {
 		for ; ; n++ {
 			done := make(chan error, 1)
 			go func() {
-				_, err := service.WithLots(new(binding.Lots)).PrepareVector(ctx, parseIMSI("001010000000001"),
+				_, err := service.WithLots(new(registry.Lots)).PrepareVector(ctx, parseIMSI("001010000000001"),
 					newRANDs(1), here)
 				done <- err
 			}()

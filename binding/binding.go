@@ -8,11 +8,10 @@ package binding
 import (
 	"context"
 	"errors"
-	"fmt"
 	"slices"
 	"time"
 
-	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -49,6 +48,11 @@ type Binding struct {
 	NWSig         []byte
 }
 
+// Basis is the device's key that the binding rests on.
+func (b *Binding) Basis() registry.Basis {
+	return registry.Basis{IMSI: b.IMSI, IMEI: b.IMEI, Manufacturer: b.Manufacturer, Lot: b.Lot, DeviceKey: b.DeviceKey}
+}
+
 // SentTo says whether an origin was sent a vector under the binding while it was pending.
 func (b *Binding) SentTo(o kme.Origin) bool { return slices.Contains(b.Sent, o) }
 
@@ -82,57 +86,14 @@ type Decision struct {
 	Ended   *Binding // a pending one that had answered too many requests, or had expired
 }
 
-// A Manufacturer is one whose enrolment this operator has imported.
-type Manufacturer struct {
-	KeyID     string    // RFC 7638 thumbprint of its signing key, which names it everywhere
-	PEM       string    // the signing key itself, pinned
-	Operator  string    // the name that it knows this operator by
-	Directory string    // where its public keys are, as --directory has it; empty for the service's default
-	TACs      []kme.TAC // that its lots may have; none for any that is no other's
-	Enrolled  time.Time
-	Verdict   Verdict // withdrawn: none of its lots is served any more
-}
-
-// A Lot is one whose private key is in the operator's token.
-type Lot struct {
-	Manufacturer string
-	Manifest     *directory.Manifest
-	ManifestJWS  string
-	Imported     time.Time
-	Retired      Verdict // about the lot itself
-	Distrusted   Verdict // its manufacturer's
-}
-
-// Key is the lot's in the operator's token.
-func (l *Lot) Key() hsmkeys.Key {
-	return hsmkeys.Key{Role: hsmkeys.RoleLot, Manufacturer: l.Manufacturer, Name: l.Manifest.Lot}
-}
-
-// Served says whether the lot's devices may be bound.
-func (l *Lot) Served() bool { return !l.Retired.Withdrawn && !l.Distrusted.Withdrawn }
-
-// A Verdict is the last decision about a manufacturer or a lot; its zero value, that there was none.
-type Verdict struct {
-	Withdrawn bool      `json:"withdrawn"` // it is served no more
-	By        string    `json:"by"`
-	Reason    string    `json:"reason"`
-	Time      time.Time `json:"time"`
-}
-
-func (v Verdict) String() string {
-	return fmt.Sprintf("by %s at %s: %s", v.By, v.Time.Format(time.RFC3339), v.Reason)
-}
-
 // Errors of a Store that the service tells apart.
 var (
-	ErrNotBound    = errors.New("the IMSI has no binding")
-	ErrNoAttempt   = errors.New("no such attempt is open")
-	ErrUsed        = errors.New("the KME was used before")
-	ErrSpent       = errors.New("the IMSI was sent this RAND in clear before")
-	ErrNotGood     = errors.New("the KME is not good")
-	ErrNotImported = errors.New("no such manufacturer is enrolled, or no such lot imported: see keysvc manufacturer " +
-		"list and lot list")
-	ErrBound = errors.New("the IMSI has an active binding, and no administrator has opened provisioning for it")
+	ErrNotBound  = errors.New("the IMSI has no binding")
+	ErrNoAttempt = errors.New("no such attempt is open")
+	ErrUsed      = errors.New("the KME was used before")
+	ErrSpent     = errors.New("the IMSI was sent this RAND in clear before")
+	ErrNotGood   = errors.New("the KME is not good")
+	ErrBound     = errors.New("the IMSI has an active binding, and no administrator has opened provisioning for it")
 )
 
 // A Store keeps what the service must not forget. All methods may be called concurrently, by several processes, and a
@@ -179,20 +140,4 @@ type Store interface {
 	Revoke(ctx context.Context, imsi kme.IMSI, now time.Time) (*Binding, error)
 	// DropExpired removes attempts that have expired.
 	DropExpired(ctx context.Context, now time.Time) error
-}
-
-// A Registry keeps which manufacturers and lots the operator has imported.
-type Registry interface {
-	// PutManufacturer enters or replaces a manufacturer; the verdict about it stays.
-	PutManufacturer(ctx context.Context, m *Manufacturer) error
-	Manufacturers(ctx context.Context) ([]*Manufacturer, error)
-	// PutLot enters a lot; entering it again changes nothing. check is called with all lots entered before, in the
-	// same transaction, and its error prevents it.
-	PutLot(ctx context.Context, lot *Lot, check func([]*Lot) error) error
-	Lots(ctx context.Context) ([]*Lot, error)
-	// Decide enters a verdict about a lot, or about the manufacturer if lot is empty, and gives the one that stands
-	// then: one that says the same and is there already stays. check is as in PutLot. Fails with ErrNotImported.
-	Decide(ctx context.Context, manufacturer, lot string, v Verdict, check func([]*Lot) error) (Verdict, error)
-	// Bound is how many bindings stand with a manufacturer's devices; of one lot, unless lot is empty.
-	Bound(ctx context.Context, manufacturer, lot string, now time.Time) (int, error)
 }

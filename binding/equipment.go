@@ -86,9 +86,9 @@ func (s *Service) check(ctx context.Context, imei kme.IMEI, imsi kme.IMSI) (Equi
 	if isListed && !s.equipment.ListsLast {
 		return Equipment{listed, Listed}, nil
 	}
-	lot := s.lots.find(imei)
+	lot := s.lots.Find(imei)
 	if lot != nil {
-		if revoked, err := lot.reader.Revoked(lot.manifest, imei); revoked || err != nil {
+		if revoked, err := lot.Reader.Revoked(lot.Manifest, imei); revoked || err != nil {
 			return revokedEquipment(err)
 		}
 	}
@@ -102,19 +102,22 @@ func (s *Service) check(ctx context.Context, imei kme.IMEI, imsi kme.IMSI) (Equi
 	}
 	var proven, reissued, revoked bool // by a key that stands; by one that was replaced; by one of a lot of before
 	for _, b := range of {
-		if !s.lots.trust(b) {
+		if !s.lots.Trusts(b.Basis()) {
 			continue
 		}
-		switch gone, err := s.lots.revoked(b); {
+		switch gone, err := s.lots.Revoked(b.Basis()); {
 		case err != nil:
 			return revokedEquipment(err)
 		case gone:
 			revoked = true
 			continue
 		}
-		old, err := s.lots.reissued(ctx, b)
-		if err != nil {
-			return Equipment{}, err
+		old, err := s.lots.Reissued(ctx, b.Basis())
+		switch {
+		case ctx.Err() != nil && err != nil:
+			return Equipment{}, fromDirectory(ctx, err)
+		case err != nil:
+			return revokedEquipment(err)
 		}
 		proven, reissued = proven || !old, reissued || old
 	}

@@ -17,6 +17,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/devicelist"
 	"github.com/kmehsm/kmehsm/binding/imports"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -139,9 +140,9 @@ func TestEquipmentRules(t *testing.T) {
 	ofRetired := [...]kme.IMSI{r.prove(t, retired.devices[0]), r.prove(t, retired.devices[1])}
 	revoke(retired, retired.devices[1])
 	ofDistrusted := r.prove(t, distrusted.devices[0])
-	must[binding.Verdict](t)(imports.RetireLot(ctx, r.token, r.store,
-		must[*binding.Lot](t)(imports.FindLot(ctx, r.store, "L2", m.KeyID())), verdict(t, true, "over")))
-	must[binding.Verdict](t)(imports.Distrust(ctx, r.store, other.KeyID(), verdict(t, true, "stolen")))
+	must[registry.Verdict](t)(imports.RetireLot(ctx, r.token, r.store,
+		must[*registry.Lot](t)(imports.FindLot(ctx, r.store, "L2", m.KeyID())), verdict(t, true, "over")))
+	must[registry.Verdict](t)(imports.Distrust(ctx, r.store, other.KeyID(), verdict(t, true, "stolen")))
 	r.serve(t)
 
 	// Listed, whatever the device is otherwise; the longer entry counts.
@@ -260,8 +261,8 @@ func TestEquipmentOfReplacedLot(t *testing.T) {
 	old := before.newLot(t, "L1", kme.SuiteECDSA, key, 1, newDevices(t, 1)...)
 	r.take(t, before, old)
 	ofOld := r.prove(t, old.devices[0])
-	must[binding.Verdict](t)(imports.RetireLot(ctx, r.token, r.store,
-		must[*binding.Lot](t)(imports.FindLot(ctx, r.store, "L1", before.KeyID())), verdict(t, true, "replaced")))
+	must[registry.Verdict](t)(imports.RetireLot(ctx, r.token, r.store,
+		must[*registry.Lot](t)(imports.FindLot(ctx, r.store, "L1", before.KeyID())), verdict(t, true, "replaced")))
 	fresh := after.newLot(t, "L9", kme.SuiteECDSA, key, 1, newDevices(t, 1)...)
 	r.take(t, after, fresh)
 	d := fresh.devices[0]
@@ -278,7 +279,7 @@ func TestEquipmentOfReplacedLot(t *testing.T) {
 	check("revoked, for the IMSI since", d, ofFresh, binding.Whitelisted, binding.Proven)
 	check("revoked, alone", d, kme.IMSI{}, binding.Whitelisted, binding.Proven)
 
-	must[binding.Verdict](t)(imports.Distrust(ctx, r.store, before.KeyID(), verdict(t, true, "stolen")))
+	must[registry.Verdict](t)(imports.Distrust(ctx, r.store, before.KeyID(), verdict(t, true, "stolen")))
 	r.serve(t)
 	check("distrusted, for the IMSI of before", d, ofOld, binding.Greylisted, binding.NotProven)
 	check("distrusted, for the IMSI since", d, ofFresh, binding.Whitelisted, binding.Proven)

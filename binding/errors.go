@@ -49,6 +49,11 @@ func mayNotProvision() *Refusal {
 	return refuse(kme.CallerNotAllowed, "no device may be provisioned from this origin", nil)
 }
 
+// revocationsUnknown is the refusal where a device may be revoked or not.
+func revocationsUnknown(cause error) *Refusal {
+	return refuse(kme.DirectoryUnavailable, "whether the device was revoked is not known", cause)
+}
+
 // rejected is the one answer to every payload whose content is not good. Only its cause differs, and that stays here.
 func rejected(cause error) *Refusal {
 	return refuse(kme.KMERejected, "the payload was not accepted", cause)

@@ -104,11 +104,11 @@ func (s *Service) establish(ctx context.Context, p *establishment) (*Established
 }
 
 func (s *Service) export(ctx context.Context, p *establishment) (secret kme.Secret, err error) {
-	lot := s.lots.find(p.IMEI)
+	lot := s.lots.Find(p.IMEI)
 	if lot == nil {
 		return secret, unknownDevice()
 	}
-	if secret, err = s.token.ExportKME(ctx, lot.payload(kme.IMSI{}, p.IMEI, nil, p.Payload)); err != nil {
+	if secret, err = s.token.ExportKME(ctx, lot.Payload(kme.IMSI{}, p.IMEI, nil, p.Payload)); err != nil {
 		return secret, fromToken(ctx, err)
 	}
 	return secret, nil
@@ -121,17 +121,17 @@ func (s *Service) accept(ctx context.Context, p *establishment) (*Binding, error
 	} else if err != nil {
 		return nil, fromStore(ctx, err)
 	}
-	lot := s.lots.find(p.IMEI)
+	lot := s.lots.Find(p.IMEI)
 	if lot == nil {
 		return nil, unknownDevice()
 	}
-	if want := kme.PayloadSize(lot.public); len(p.Payload) != want {
+	if want := kme.PayloadSize(lot.Public); len(p.Payload) != want {
 		return nil, refuse(kme.Malformed, fmt.Sprintf("a payload of this device has %d bytes, not %d", want,
 			len(p.Payload)), nil)
 	}
-	device, cached, err := lot.reader.Cached(lot.manifest, p.IMEI)
+	device, cached, err := lot.Reader.Cached(lot.Manifest, p.IMEI)
 	if !cached {
-		full := s.outside(ctx, p, func() { device, err = lot.reader.Fetch(ctx, lot.manifest, p.IMEI) })
+		full := s.outside(ctx, p, func() { device, err = lot.Reader.Fetch(ctx, lot.Manifest, p.IMEI) })
 		if err == nil && full != nil {
 			return nil, full
 		}
@@ -148,13 +148,13 @@ func (s *Service) accept(ctx context.Context, p *establishment) (*Binding, error
 
 	done := s.store.Soon()
 	defer done()
-	opened, err := s.token.OpenPayload(ctx, lot.payload(p.IMSI, p.IMEI, device.Key, p.Payload))
+	opened, err := s.token.OpenPayload(ctx, lot.Payload(p.IMSI, p.IMEI, device.Key, p.Payload))
 	if err != nil {
 		return nil, fromToken(ctx, err)
 	}
 	now := s.times.Now()
 	b := &Binding{
-		IMSI: p.IMSI, IMEI: p.IMEI, Manufacturer: lot.manifest.Manufacturer, Lot: lot.manifest.Lot, State: Pending,
+		IMSI: p.IMSI, IMEI: p.IMEI, Manufacturer: lot.Manifest.Manufacturer, Lot: lot.Manifest.Lot, State: Pending,
 		DeviceKey: device.Issued(), Sealed: opened.Sealed, Established: now, Origin: p.Origin.Name,
 		Expires: now.Add(s.times.Pending), AttemptID: p.AttemptID, PayloadSHA256: p.digest[:], NWSig: opened.NWSig[:],
 	}

@@ -8,6 +8,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/explain"
 	"github.com/kmehsm/kmehsm/binding/imports"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -82,7 +83,7 @@ func TestExplainedDevice(t *testing.T) {
 	}
 	r.refresh(t, m, l)
 	check("revoked", binding.BindingQuery{}, 1, "The manufacturer has revoked it", "needs another device")
-	must[binding.Verdict](t)(imports.Distrust(ctx, r.store, m.KeyID(), verdict(t, true, "its key is lost")))
+	must[registry.Verdict](t)(imports.Distrust(ctx, r.store, m.KeyID(), verdict(t, true, "its key is lost")))
 	r.serve(t)
 	check("of nobody that is trusted", binding.BindingQuery{}, 1, "in no lot", "keysvc lot import")
 }

@@ -21,6 +21,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/imports"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/directory/filestore"
@@ -151,7 +152,7 @@ func (r *harness) transport(t testing.TB) *rsa.PublicKey {
 // enroll takes a manufacturer in, and reads its directory.
 func (r *harness) enroll(t testing.TB, m *maker) {
 	t.Helper()
-	must[*binding.Manufacturer](t)(imports.Enroll(t.Context(), r.token, r.store,
+	must[*registry.Manufacturer](t)(imports.Enroll(t.Context(), r.token, r.store,
 		imports.Enrolment{JWS: m.sign(t, handover.TypeEnrolment, m.enrolment(t, r)), PEM: m.pem, Thumbprint: m.KeyID(),
 			Directory: "file:" + m.dir}))
 	r.readers[m.KeyID()] = m.reader(t)
@@ -160,15 +161,15 @@ func (r *harness) enroll(t testing.TB, m *maker) {
 // take imports a lot and serves it.
 func (r *harness) take(t testing.TB, m *maker, lot *lot) {
 	t.Helper()
-	must[*binding.Lot](t)(imports.ImportLot(t.Context(), r.token, r.store,
+	must[*registry.Lot](t)(imports.ImportLot(t.Context(), r.token, r.store,
 		m.sign(t, handover.TypeGrant, m.grant(t, lot)), nil))
 	r.serve(t)
 }
 
-func (r *harness) lots(t testing.TB) *binding.Lots {
+func (r *harness) lots(t testing.TB) *registry.Lots {
 	t.Helper()
-	return must[*binding.Lots](t)(binding.OpenLots(t.Context(), r.store,
-		func(m *binding.Manufacturer) (*directory.Reader, error) {
+	return must[*registry.Lots](t)(registry.OpenLots(t.Context(), r.store,
+		func(m *registry.Manufacturer) (*directory.Reader, error) {
 			return r.readers[m.KeyID], nil
 		}))
 }

@@ -11,8 +11,8 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/imports"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/handover"
@@ -63,10 +63,10 @@ func checkLeft(t *testing.T, name string, r *harness, keys map[hsmkeys.Key]bool,
 			t.Errorf("%s: the token has %s: %v, want %v", name, k, has, want)
 		}
 	}
-	if n := len(must[[]*binding.Manufacturer](t)(r.store.Manufacturers(t.Context()))); n != manufacturers {
+	if n := len(must[[]*registry.Manufacturer](t)(r.store.Manufacturers(t.Context()))); n != manufacturers {
 		t.Errorf("%s: %d manufacturers, want %d", name, n, manufacturers)
 	}
-	if n := len(must[[]*binding.Lot](t)(r.store.Lots(t.Context()))); n != lots {
+	if n := len(must[[]*registry.Lot](t)(r.store.Lots(t.Context()))); n != lots {
 		t.Errorf("%s: %d lots, want %d", name, n, lots)
 	}
 }
@@ -74,7 +74,7 @@ func checkLeft(t *testing.T, name string, r *harness, keys map[hsmkeys.Key]bool,
 func TestEnroll(t *testing.T) {
 	r, m, other := newHarness(t), newMaker(t), newMaker(t)
 	// Everybody has read out what the key given says.
-	enroll := func(jws, pem []byte) (*binding.Manufacturer, error) {
+	enroll := func(jws, pem []byte) (*registry.Manufacturer, error) {
 		readOut := ""
 		if v, err := directory.ParseVerifier(pem); err == nil {
 			readOut = v.KeyID()
@@ -151,7 +151,7 @@ func TestEnroll(t *testing.T) {
 		})
 	}
 
-	got := must[*binding.Manufacturer](t)(enroll(good, m.pem))
+	got := must[*registry.Manufacturer](t)(enroll(good, m.pem))
 	if got.KeyID != m.KeyID() || got.PEM != string(m.pem) || got.Operator != operator ||
 		got.Directory != "file:"+m.dir || got.Enrolled.IsZero() {
 		t.Errorf("enrolled %+v", got)
@@ -160,7 +160,7 @@ func TestEnroll(t *testing.T) {
 	if left := must[[]*rsa.PublicKey](t)(r.token.TransportKeys(t.Context())); len(left) != 0 {
 		t.Errorf("%d transport keys outlive their enrolment", len(left))
 	}
-	must[*binding.Manufacturer](t)(enroll(good, m.pem)) // as who was told nothing of the first time does
+	must[*registry.Manufacturer](t)(enroll(good, m.pem)) // as who was told nothing of the first time does
 	_, err := enroll(other.sign(t, handover.TypeEnrolment, &handover.Enrolment{Manufacturer: other.KeyID(),
 		Operator:     operator,
 		TransportKey: pemkey.Thumbprint(transport), KEK: other.kekKey().HexID(), Algorithm: handover.RSAOAEP,
@@ -173,7 +173,7 @@ func TestEnroll(t *testing.T) {
 	old := m.sign(t, handover.TypeGrant, m.grant(t, l))
 	rand.Read(m.kek)
 	r.readers[m.KeyID()] = m.reader(t)
-	must[*binding.Manufacturer](t)(enroll(m.sign(t, handover.TypeEnrolment, m.enrolment(t, r)), m.pem))
+	must[*registry.Manufacturer](t)(enroll(m.sign(t, handover.TypeEnrolment, m.enrolment(t, r)), m.pem))
 	if _, err := imports.ImportLot(t.Context(), r.token, r.store, old, nil); err == nil {
 		t.Error("a grant under the replaced KEK was imported")
 	}
@@ -184,7 +184,7 @@ func TestEnroll(t *testing.T) {
 
 func TestImportLot(t *testing.T) {
 	r, m, other := newHarness(t), newMaker(t), newMaker(t)
-	importLot := func(jws []byte) (*binding.Lot, error) {
+	importLot := func(jws []byte) (*registry.Lot, error) {
 		return imports.ImportLot(t.Context(), r.token, r.store, jws, nil)
 	}
 	l := m.newLot(t, "L2", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 10, newDevices(t, 10)...)
@@ -287,9 +287,9 @@ func TestImportLot(t *testing.T) {
 		})
 	}
 
-	want := &binding.Lot{Manufacturer: m.KeyID(), Manifest: l.Manifest}
+	want := &registry.Lot{Manufacturer: m.KeyID(), Manifest: l.Manifest}
 	for range 2 { // the same grant again changes nothing
-		got := must[*binding.Lot](t)(importLot(good))
+		got := must[*registry.Lot](t)(importLot(good))
 		if got.Manufacturer != want.Manufacturer || !reflect.DeepEqual(got.Manifest, want.Manifest) {
 			t.Errorf("imported %+v", got)
 		}
@@ -341,12 +341,12 @@ func TestInvalidFiles(t *testing.T) {
 
 // overtaken is a registry in which something happens between ImportLot's first look and its entry.
 type overtaken struct {
-	binding.Registry
+	registry.Store
 	meanwhile func()
 }
 
-func (o overtaken) Lots(ctx context.Context) ([]*binding.Lot, error) {
-	lots, err := o.Registry.Lots(ctx)
+func (o overtaken) Lots(ctx context.Context) ([]*registry.Lot, error) {
+	lots, err := o.Store.Lots(ctx)
 	o.meanwhile()
 	return lots, err
 }
@@ -358,8 +358,8 @@ func TestImportOvertaken(t *testing.T) {
 	r.enroll(t, b)
 	first := a.newLot(t, "L1", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 1)...)
 	second := b.newLot(t, "L1", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 1)...)
-	registry := overtaken{r.store, func() { r.take(t, a, first) }}
-	_, err := imports.ImportLot(t.Context(), r.token, registry, b.sign(t, handover.TypeGrant, b.grant(t, second)), nil)
+	store := overtaken{r.store, func() { r.take(t, a, first) }}
+	_, err := imports.ImportLot(t.Context(), r.token, store, b.sign(t, handover.TypeGrant, b.grant(t, second)), nil)
 	checkSays(t, "a lot whose IMEIs were taken meanwhile", err, "settle it with who made them")
 	checkLeft(t, "a lot whose IMEIs were taken meanwhile", r,
 		map[hsmkeys.Key]bool{a.lotKey("L1"): true, b.lotKey("L1"): false}, 2, 1)
@@ -370,7 +370,7 @@ func TestPinnedTACs(t *testing.T) {
 	r, one, two := newHarness(t), newMaker(t), newMaker(t)
 	tac := func(s string) kme.TAC { return must[kme.TAC](t)(kme.ParseTAC(s)) }
 	key := vectors(t).lot(t, "lot-2048")
-	enroll := func(m *maker, tacs ...kme.TAC) (*binding.Manufacturer, error) {
+	enroll := func(m *maker, tacs ...kme.TAC) (*registry.Manufacturer, error) {
 		return imports.Enroll(t.Context(), r.token, r.store,
 			imports.Enrolment{JWS: m.sign(t, handover.TypeEnrolment, m.enrolment(t, r)), PEM: m.pem,
 				Thumbprint: m.KeyID(), Directory: "file:" + m.dir, TACs: tacs})
@@ -389,11 +389,11 @@ func TestPinnedTACs(t *testing.T) {
 		_, err := imports.ImportLot(t.Context(), r.token, r.store, m.sign(t, handover.TypeGrant, m.grant(t, l)), nil)
 		return err
 	}
-	must[*binding.Manufacturer](t)(enroll(one, tac("35000001"), tac("35000002")))
-	if m := must[*binding.Manufacturer](t)(enroll(one)); len(m.TACs) != 2 {
+	must[*registry.Manufacturer](t)(enroll(one, tac("35000001"), tac("35000002")))
+	if m := must[*registry.Manufacturer](t)(enroll(one)); len(m.TACs) != 2 {
 		t.Errorf("enrolled again, it has %v", m.TACs)
 	}
-	must[*binding.Manufacturer](t)(enroll(two))
+	must[*registry.Manufacturer](t)(enroll(two))
 	refused("another's lot", grant(two, "A", "35000002"), "pinned to manufacturer "+one.KeyID())
 	refused("a lot of a TAC that is not its own", grant(one, "B", "35000003"), "--tac")
 	_, err := enroll(two, tac("35000004"), tac("35000001"))
@@ -405,17 +405,17 @@ func TestPinnedTACs(t *testing.T) {
 	}
 	_, err = enroll(one, tac("35000003"))
 	refused("a TAC of another's lot", err, "lot D of manufacturer "+two.KeyID())
-	for _, m := range must[[]*binding.Manufacturer](t)(r.store.Manufacturers(t.Context())) {
+	for _, m := range must[[]*registry.Manufacturer](t)(r.store.Manufacturers(t.Context())) {
 		if want := map[string]int{one.KeyID(): 2, two.KeyID(): 0}[m.KeyID]; len(m.TACs) != want {
 			t.Errorf("%s has %v", m.KeyID, m.TACs)
 		}
 	}
-	v := must[binding.Verdict](t)(imports.NewVerdict(true, "somebody", "its key is lost"))
-	must[binding.Verdict](t)(imports.Distrust(t.Context(), r.store, one.KeyID(), v))
+	v := must[registry.Verdict](t)(imports.NewVerdict(true, "somebody", "its key is lost"))
+	must[registry.Verdict](t)(imports.Distrust(t.Context(), r.store, one.KeyID(), v))
 	if err := grant(two, "E", "35000002"); err != nil {
 		t.Errorf("a TAC of a manufacturer that is distrusted: %v", err)
 	}
-	again := must[binding.Verdict](t)(imports.NewVerdict(false, "somebody", "it was found"))
+	again := must[registry.Verdict](t)(imports.NewVerdict(false, "somebody", "it was found"))
 	_, err = imports.Trust(t.Context(), r.store, one.KeyID(), again)
 	refused("trusted again, with a TAC of another's lot", err, "lot E of manufacturer "+two.KeyID())
 }
@@ -436,7 +436,7 @@ func TestPinnedLater(t *testing.T) {
 		t.Fatal(err)
 	}
 	l := one.newLot(t, "L1", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 1)...)
-	must[*binding.Lot](t)(imports.ImportLot(t.Context(), r.token, r.store,
+	must[*registry.Lot](t)(imports.ImportLot(t.Context(), r.token, r.store,
 		one.sign(t, handover.TypeGrant, one.grant(t, l)), nil))
 	checkSays(t, "pinned to another TAC than its lot has", enroll(one, other), "lot L1 has TAC "+testTAC)
 	if err := enroll(one, own, other); err != nil {
@@ -444,7 +444,7 @@ func TestPinnedLater(t *testing.T) {
 	}
 	checkSays(t, "with fewer TACs than its lots have", enroll(one, other), "lot L1 has TAC "+testTAC)
 
-	must[binding.Verdict](t)(imports.Distrust(t.Context(), r.store, one.KeyID(), verdict(t, true, "its key is lost")))
+	must[registry.Verdict](t)(imports.Distrust(t.Context(), r.store, one.KeyID(), verdict(t, true, "its key is lost")))
 	if err := enroll(two, other); err != nil {
 		t.Fatal(err)
 	}

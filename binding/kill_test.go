@@ -21,6 +21,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/api"
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/client"
 	"github.com/kmehsm/kmehsm/directory"
@@ -40,11 +41,11 @@ func serveChild(t *testing.T, args []string) {
 	store := openStore(t, token, args[1])
 	files := must[*filestore.Store](t)(filestore.Open(args[2]))
 	readers := map[string]*directory.Reader{}
-	for _, m := range must[[]*binding.Manufacturer](t)(store.Manufacturers(t.Context())) {
+	for _, m := range must[[]*registry.Manufacturer](t)(store.Manufacturers(t.Context())) {
 		readers[m.KeyID] = directory.NewReader(files,
 			must[*directory.Verifier](t)(directory.ParseVerifier([]byte(m.PEM))), directory.ReaderOptions{})
 	}
-	lots := must[*binding.Lots](t)(binding.NewLots(must[[]*binding.Lot](t)(store.Lots(t.Context())), readers))
+	lots := must[*registry.Lots](t)(registry.NewLots(must[[]*registry.Lot](t)(store.Lots(t.Context())), readers))
 	service := binding.NewService(binding.Options{Token: token, Store: store, Lots: lots, Times: binding.DefaultTimes(),
 		Log: slog.New(slog.DiscardHandler)})
 	os.Remove(args[3])

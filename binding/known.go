@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding/refusals"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -19,8 +20,8 @@ type Known struct {
 	Damaged      error   // why there is no Subscription
 	History      []Entry // about the IMSI
 	Refused      *refusals.Past
-	Doubts       []Doubt // about its latest binding
-	Unknown      error   // why nobody knows whether there are any
+	Doubts       []registry.Doubt // about its latest binding
+	Unknown      error            // why nobody knows whether there are any
 }
 
 // Known is for a reader who is no administrator: it lacks the cause of the last refusal, which could make its reader an
@@ -40,7 +41,7 @@ func (s *Service) Known(ctx context.Context, imsi kme.IMSI) (k Known, err error)
 	if k.Damaged == nil && k.Subscription.Standing() != nil {
 		short, cancel := context.WithTimeout(ctx, directoryWait)
 		defer cancel()
-		k.Doubts, k.Unknown = s.lots.Doubts(short, k.Subscription.Standing())
+		k.Doubts, k.Unknown = s.lots.Doubts(short, k.Subscription.Standing().Basis())
 	}
 	s.log.InfoContext(ctx, "subscription explained", "imsi", imsi)
 	return k, nil
@@ -48,11 +49,11 @@ func (s *Service) Known(ctx context.Context, imsi kme.IMSI) (k Known, err error)
 
 // KnownDevice is what there is to explain a device by.
 type KnownDevice struct {
-	Manufacturer, Lot string     // empty if it is in no lot that was imported and whose manufacturer is trusted
-	Retired           Verdict    // of the lot
-	Revoked           bool       // by its manufacturer, as far as the list in memory says
-	Unknown           error      // why nobody knows
-	Bindings          []*Binding // that it has, 100 at most
+	Manufacturer, Lot string           // empty if it is in no lot that was imported and whose manufacturer is trusted
+	Retired           registry.Verdict // of the lot
+	Revoked           bool             // by its manufacturer, as far as the list in memory says
+	Unknown           error            // why nobody knows
+	Bindings          []*Binding       // that it has, 100 at most
 }
 
 // KnownDevice looks at a device's lot, at the list of revoked devices, and at its bindings, of those that q asks for.
@@ -61,41 +62,13 @@ func (s *Service) KnownDevice(ctx context.Context, imei kme.IMEI, q BindingQuery
 	if k.Bindings, err = s.ListBindings(ctx, q); err != nil {
 		return k, err
 	}
-	name, lot := s.lots.of(imei)
+	lot := s.lots.Of(imei)
 	if lot == nil {
 		return k, nil
 	}
-	k.Manufacturer, k.Lot, k.Retired = name.manufacturer, name.lot, lot.retired
-	k.Revoked, k.Unknown = lot.reader.Revoked(lot.manifest, imei)
+	k.Manufacturer, k.Lot, k.Retired = lot.Manifest.Manufacturer, lot.Manifest.Lot, lot.Retired
+	k.Revoked, k.Unknown = lot.Reader.Revoked(lot.Manifest, imei)
 	return k, nil
-}
-
-// of is the imported lot of a device, served or not; nil if there is none whose manufacturer is trusted.
-func (l *Lots) of(imei kme.IMEI) (name lotName, found *importedLot) {
-	if lot := l.find(imei); lot != nil {
-		name = lotName{lot.manifest.Manufacturer, lot.manifest.Lot}
-		return name, l.imported[name]
-	}
-	for name, lot := range l.imported {
-		if lot.servedLot != nil {
-			if _, ok := lot.manifest.Position(imei); ok {
-				return name, lot
-			}
-		}
-	}
-	return name, nil
-}
-
-// Doubts gives those about a binding. It needs the directory of its manufacturer, if that is trusted.
-func (l *Lots) Doubts(ctx context.Context, b *Binding) ([]Doubt, error) {
-	name := lotName{b.Manufacturer, b.Lot}
-	if lot := l.imported[name]; lot != nil && lot.servedLot != nil {
-		// A directory that is gone would have nothing revoked.
-		if _, err := lot.reader.Manifest(ctx, b.Lot); err != nil {
-			return nil, unknownRevocations(name, err)
-		}
-	}
-	return l.doubts(ctx, b)
 }
 
 // Damage is err if it says that rows of a subscription are damaged; else nil.

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/binding/revocations"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/kme"
@@ -173,7 +174,7 @@ func TestCheckDirectories(t *testing.T) {
 		key := vectors(t).lot(t, "lot-2048")
 		r.take(t, m, m.newLot(t, "L1", kme.SuiteECDSA, key, 100*(i+1), newDevices(t, 1)...))
 	}
-	t.Cleanup(func() { r.service.WithLots(new(binding.Lots)) })
+	t.Cleanup(func() { r.service.WithLots(new(registry.Lots)) })
 	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 	defer cancel()
 	if failed := r.service.CheckDirectories(ctx); len(failed) != silent || failed[last] != nil {

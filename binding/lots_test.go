@@ -5,6 +5,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -14,7 +15,7 @@ func TestFind(t *testing.T) {
 		tac          string
 		first, count int
 	}
-	lot := func(name string, ranges ...rng) *Lot {
+	lot := func(name string, ranges ...rng) *registry.Lot {
 		m := &directory.Manifest{
 			Lot: name, Manufacturer: "maker", Suite: kme.SuiteECDSA,
 			N: new(big.Int).SetBit(big.NewInt(1), 2047, 1).Bytes(), E: kme.PublicExponent, Mechanism: "none",
@@ -30,11 +31,11 @@ func TestFind(t *testing.T) {
 		if err := m.Validate(); err != nil {
 			t.Fatal(err)
 		}
-		return &Lot{Manufacturer: "maker", Manifest: m}
+		return &registry.Lot{Manufacturer: "maker", Manifest: m}
 	}
 	readers := map[string]*directory.Reader{"maker": directory.NewReader(nil, nil, directory.ReaderOptions{})}
 	// Out of order, neighbours without a gap, one of several ranges, one of one device, and a TAC's first and last.
-	index, err := NewLots([]*Lot{
+	index, err := registry.NewLots([]*registry.Lot{
 		lot("high", rng{"35209900", 500_000, 500_000}),
 		lot("low", rng{"35209900", 10, 10}, rng{"35209901", 0, 1}),
 		lot("next", rng{"35209900", 20, 1}),
@@ -70,14 +71,14 @@ func TestFind(t *testing.T) {
 			t.Fatal(err)
 		}
 		got := ""
-		if l := index.find(parsed); l != nil {
-			got = l.manifest.Lot
+		if l := index.Find(parsed); l != nil {
+			got = l.Manifest.Lot
 		}
 		if got != want {
 			t.Errorf("IMEI %s is in lot %q, want %q", imei, got, want)
 		}
-		if l := new(Lots).find(parsed); l != nil {
-			t.Errorf("without lots, IMEI %s is in %q", imei, l.manifest.Lot)
+		if l := new(registry.Lots).Find(parsed); l != nil {
+			t.Errorf("without lots, IMEI %s is in %q", imei, l.Manifest.Lot)
 		}
 	}
 	unknown, _ := kme.ParseIMEI("35209900000009")

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -111,7 +112,7 @@ func newNetwork(t testing.TB, stores ...binding.Store) *network {
 	n.now.Store(time.Now().UnixMilli())
 	times := times()
 	times.Now = n.time
-	lots := must[*binding.Lots](t)(binding.NewLots(must[[]*binding.Lot](t)(r.store.Lots(t.Context())), r.readers))
+	lots := must[*registry.Lots](t)(registry.NewLots(must[[]*registry.Lot](t)(r.store.Lots(t.Context())), r.readers))
 	for _, s := range stores {
 		token := &recorder{Ledger: s, token: r.token, store: s, before: func(call string) error {
 			if call == "EncryptRANDs" && n.fault() {

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -46,8 +47,8 @@ func TestRevokedInALotThatIsNotKnown(t *testing.T) {
 		_, err := r.service.PrepareVector(t.Context(), imsi, newRANDs(1), here)
 		return err
 	}
-	must[binding.Verdict](t)(r.store.Decide(t.Context(), m.KeyID(), l.Lot, binding.Verdict{Withdrawn: true, By: "ops",
-		Reason: "sold", Time: time.Now()}, func([]*binding.Lot) error { return nil }))
+	must[registry.Verdict](t)(r.store.Decide(t.Context(), m.KeyID(), l.Lot, registry.Verdict{Withdrawn: true, By: "ops",
+		Reason: "sold", Time: time.Now()}, func([]*registry.Lot) error { return nil }))
 	r.serve(t)
 	if err := prepare(); err != nil {
 		t.Errorf("a device of a retired lot that was not revoked: %v", err)
@@ -58,7 +59,7 @@ func TestRevokedInALotThatIsNotKnown(t *testing.T) {
 	}
 	r.refresh(t, m, l)
 	checkRefused(t, "a revoked device of a retired lot", prepare(), kme.RevokedDevice, "")
-	r.service = r.service.WithLots(new(binding.Lots))
+	r.service = r.service.WithLots(new(registry.Lots))
 	checkRefused(t, "a device of a lot that is not known", prepare(), kme.DirectoryUnavailable, "")
 }
 

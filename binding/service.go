@@ -12,6 +12,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding/limits"
 	"github.com/kmehsm/kmehsm/binding/refusals"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/binding/sightings"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
@@ -34,7 +35,7 @@ type Service struct {
 	store   Store
 	log     *slog.Logger
 	times   Times
-	lots    *Lots
+	lots    *registry.Lots
 	limits  *limits.Gate
 	metrics *Metrics
 	// refusals has the last one of each subscription
@@ -71,7 +72,7 @@ func DefaultTimes() Times {
 type Options struct {
 	Token  Token
 	Store  Store
-	Lots   *Lots // optional: none are served until WithLots
+	Lots   *registry.Lots // optional: none are served until WithLots
 	Times  Times
 	Limits limits.Limits // optional: none
 	// Equipment is optional: DefaultEquipmentPolicy
@@ -91,7 +92,7 @@ func NewService(o Options) *Service {
 	}
 	s := &Service{
 		token: o.Token, store: o.Store, log: slog.New(actorLog{o.Log.Handler()}), times: o.Times,
-		lots: cmp.Or(o.Lots, new(Lots)), limits: limits.NewGate(o.Limits), metrics: o.Metrics,
+		lots: cmp.Or(o.Lots, new(registry.Lots)), limits: limits.NewGate(o.Limits), metrics: o.Metrics,
 		unknown: limits.NewStrangers(),
 		open: otter.Must(&otter.Options[kme.IMSI, Attempt]{
 			MaximumSize: maxOpen, ExpiryCalculator: otter.ExpiryWriting[kme.IMSI, Attempt](o.Times.Attempt),
@@ -102,17 +103,17 @@ func NewService(o Options) *Service {
 		s.equipment = *o.Equipment
 	}
 	s.refusals = cmp.Or(o.Refusals, new(refusals.Memory))
-	s.lots.follow(new(Lots))
+	s.lots.Follow(new(registry.Lots))
 	return s
 }
 
 // WithLots is the same service with other lots. Both have the same limits and metrics, and calls under way finish with
 // the lots that they began with. From now on the lists of revoked devices of these lots are read in the background, and
 // no more those of the lots before.
-func (s *Service) WithLots(lots *Lots) *Service {
+func (s *Service) WithLots(lots *registry.Lots) *Service {
 	other := *s
 	other.lots = lots
-	lots.follow(s.lots)
+	lots.Follow(s.lots)
 	return &other
 }
 

@@ -16,6 +16,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/limits"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/vaulttest"
 	"github.com/kmehsm/kmehsm/kme"
@@ -71,7 +72,7 @@ func TestVaultFrozen(t *testing.T) {
 	r.readers[m.KeyID()] = directory.NewReader(store, directory.NewVerifier(m.Public()),
 		directory.ReaderOptions{RevocationTTL: ttl})
 	r.take(t, m, l)
-	t.Cleanup(func() { r.service.WithLots(new(binding.Lots)) })
+	t.Cleanup(func() { r.service.WithLots(new(registry.Lots)) })
 	const calls = 64 // fewer than the cold payloads, as it is in production
 	r.service = r.newService(binding.Options{Lots: r.lots(t), Limits: limits.Limits{Calls: calls}})
 	var imsis []kme.IMSI

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/kme"
@@ -281,7 +282,7 @@ func TestTwoManufacturers(t *testing.T) {
 			t.Errorf("bound to lot %s of %s, want that of %s", b.Lot, b.Manufacturer, l.Manufacturer)
 		}
 	}
-	lots := must[[]*binding.Lot](t)(r.store.Lots(t.Context()))
+	lots := must[[]*registry.Lot](t)(r.store.Lots(t.Context()))
 	if len(lots) != 2 {
 		t.Errorf("%d lots, want 2", len(lots))
 	}
@@ -293,13 +294,13 @@ func TestTwoManufacturers(t *testing.T) {
 		AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here})
 	checkRefused(t, "another device's payload", err, kme.KMERejected, notAccepted)
 
-	manifest, dev, err := must[*binding.Lots](t)(binding.NewLots(lots, r.readers)).Device(t.Context(),
+	manifest, dev, err := must[*registry.Lots](t)(registry.NewLots(lots, r.readers)).Device(t.Context(),
 		second.devices[0].imei)
 	if err != nil || manifest.Manufacturer != m.KeyID() ||
 		!reflect.DeepEqual(dev.Key, second.devices[0].signer.Public()) {
 		t.Errorf("the directory says %+v, %+v, error %v", manifest, dev, err)
 	}
-	if _, err := binding.NewLots(lots, nil); err == nil || !strings.Contains(err.Error(), "not enrolled") {
+	if _, err := registry.NewLots(lots, nil); err == nil || !strings.Contains(err.Error(), "not enrolled") {
 		t.Errorf("lots without a directory: %v", err)
 	}
 }

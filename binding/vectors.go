@@ -74,7 +74,7 @@ func (s *Service) prepare(ctx context.Context, imsi kme.IMSI, rands []hsmkeys.RA
 
 // notRevoked refuses a binding whose device the manufacturer has revoked, or may have.
 func (s *Service) notRevoked(b *Binding) error {
-	switch revoked, err := s.lots.revoked(b); {
+	switch revoked, err := s.lots.Revoked(b.Basis()); {
 	case err != nil:
 		return revocationsUnknown(err)
 	case revoked:

@@ -13,6 +13,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/imports"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/directory/filestore"
 	"github.com/kmehsm/kmehsm/hsmkeys"
@@ -21,13 +22,13 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-func verdict(t *testing.T, withdrawn bool, reason string) binding.Verdict {
+func verdict(t *testing.T, withdrawn bool, reason string) registry.Verdict {
 	t.Helper()
-	return must[binding.Verdict](t)(imports.NewVerdict(withdrawn, "somebody@here", reason))
+	return must[registry.Verdict](t)(imports.NewVerdict(withdrawn, "somebody@here", reason))
 }
 
 // grantAgain is another grant of a lot that was taken.
-func (m *maker) grantAgain(t *testing.T, l *lot, taken *binding.Lot) []byte {
+func (m *maker) grantAgain(t *testing.T, l *lot, taken *registry.Lot) []byte {
 	t.Helper()
 	g := m.grant(t, l)
 	g.Manifest = taken.ManifestJWS
@@ -79,7 +80,7 @@ func TestDistrust(t *testing.T) {
 	imsi := r.bind(t, l.devices[0])
 	r.activate(t, imsi)
 	v := verdict(t, true, "its signing key was stolen")
-	if stands := must[binding.Verdict](t)(imports.Distrust(ctx, r.store, m.KeyID(), v)); stands != v {
+	if stands := must[registry.Verdict](t)(imports.Distrust(ctx, r.store, m.KeyID(), v)); stands != v {
 		t.Errorf("stands %+v, want %+v", stands, v)
 	}
 	r.serve(t)
@@ -106,7 +107,7 @@ func TestDistrust(t *testing.T) {
 		1)
 
 	// A second verdict changes nothing.
-	if stands := must[binding.Verdict](t)(imports.Distrust(ctx, r.store, m.KeyID(),
+	if stands := must[registry.Verdict](t)(imports.Distrust(ctx, r.store, m.KeyID(),
 		verdict(t, true, "again"))); stands != v {
 		t.Errorf("after a second verdict stands %+v, want %+v", stands, v)
 	}
@@ -125,11 +126,11 @@ func TestDistrust(t *testing.T) {
 	_, err = imports.Trust(ctx, r.store, m.KeyID(), verdict(t, false, "a mistake"))
 	checkSays(t, "trusted beside its other name", err, "shares IMEIs with lot L1 of manufacturer "+reborn.KeyID())
 
-	must[binding.Verdict](t)(imports.Distrust(ctx, r.store, reborn.KeyID(), verdict(t, true, "the wrong one")))
-	must[binding.Verdict](t)(imports.Trust(ctx, r.store, m.KeyID(), verdict(t, false, "a mistake")))
+	must[registry.Verdict](t)(imports.Distrust(ctx, r.store, reborn.KeyID(), verdict(t, true, "the wrong one")))
+	must[registry.Verdict](t)(imports.Trust(ctx, r.store, m.KeyID(), verdict(t, false, "a mistake")))
 	r.serve(t)
 	r.activate(t, r.bind(t, l.devices[2]))
-	must[*binding.Lot](t)(imports.ImportLot(ctx, r.token, r.store, grant, nil))
+	must[*registry.Lot](t)(imports.ImportLot(ctx, r.token, r.store, grant, nil))
 	_, err = imports.Distrust(ctx, r.store, "nobody", v)
 	checkSays(t, "nobody", err, "no such manufacturer")
 }
@@ -140,11 +141,11 @@ func TestRetireLot(t *testing.T) {
 	imsi, revoked := r.bind(t, l.devices[0]), r.bind(t, l.devices[1])
 	r.activate(t, imsi)
 	r.activate(t, revoked)
-	taken := must[*binding.Lot](t)(imports.FindLot(ctx, r.store, "L1", ""))
+	taken := must[*registry.Lot](t)(imports.FindLot(ctx, r.store, "L1", ""))
 	grant := m.grantAgain(t, l, taken)
 	v := verdict(t, true, "P and Q are known")
 	for range 2 { // the second changes nothing
-		if stands := must[binding.Verdict](t)(imports.RetireLot(ctx, r.token, r.store, taken, v)); stands != v {
+		if stands := must[registry.Verdict](t)(imports.RetireLot(ctx, r.token, r.store, taken, v)); stands != v {
 			t.Errorf("stands %+v, want %+v", stands, v)
 		}
 		checkLeft(t, "a retired lot", r, map[hsmkeys.Key]bool{m.lotKey("L1"): false}, 1, 1)
@@ -173,7 +174,7 @@ func TestRetireLot(t *testing.T) {
 	r.take(t, other, other.newLot(t, "L1", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 1)...))
 	_, err = imports.FindLot(ctx, r.store, "L1", "")
 	checkSays(t, "a name of two lots", err, "--manufacturer")
-	if found := must[*binding.Lot](t)(imports.FindLot(ctx, r.store, "L1", m.KeyID())); found.Manufacturer != m.KeyID() {
+	if found := must[*registry.Lot](t)(imports.FindLot(ctx, r.store, "L1", m.KeyID())); found.Manufacturer != m.KeyID() {
 		t.Errorf("found %+v", found)
 	}
 	_, err = imports.FindLot(ctx, r.store, "L9", "")
@@ -184,11 +185,11 @@ func TestRetireLot(t *testing.T) {
 	_, err = imports.ImportLot(ctx, r.token, r.store, grant, &again)
 	checkSays(t, "a retired lot whose IMEIs are another's", err, "settle it with who made them")
 	checkLeft(t, "a retired lot whose IMEIs are another's", r, map[hsmkeys.Key]bool{m.lotKey("L1"): false}, 2, 2)
-	must[binding.Verdict](t)(imports.Distrust(ctx, r.store, other.KeyID(), v))
-	must[*binding.Lot](t)(imports.ImportLot(ctx, r.token, r.store, grant, &again))
+	must[registry.Verdict](t)(imports.Distrust(ctx, r.store, other.KeyID(), v))
+	must[*registry.Lot](t)(imports.ImportLot(ctx, r.token, r.store, grant, &again))
 	r.serve(t)
 	r.activate(t, r.bind(t, l.devices[2]))
-	if got := must[*binding.Lot](t)(imports.FindLot(ctx, r.store, "L1", m.KeyID())); got.Retired != again {
+	if got := must[*registry.Lot](t)(imports.FindLot(ctx, r.store, "L1", m.KeyID())); got.Retired != again {
 		t.Errorf("the verdict is %+v, want %+v", got.Retired, again)
 	}
 }
@@ -207,24 +208,24 @@ func TestRetireLotOfAFactory(t *testing.T) {
 	if _, _, err := factory.EnsureLotKey(ctx, m.lotKey("L1"), 2048, hsmkeys.PrimesAuto); err != nil {
 		t.Fatal(err)
 	}
-	taken := must[*binding.Lot](t)(imports.FindLot(ctx, r.store, "L1", ""))
+	taken := must[*registry.Lot](t)(imports.FindLot(ctx, r.store, "L1", ""))
 	_, err := imports.RetireLot(ctx, given, r.store, taken, verdict(t, true, "P and Q are known"))
 	checkSays(t, "a lot of a factory's token", err, "a token of the factory's")
 	if !must[bool](t)(factory.Has(ctx, m.lotKey("L1"))) {
 		t.Error("the manufacturer's lot key is destroyed")
 	}
-	if taken = must[*binding.Lot](t)(imports.FindLot(ctx, r.store, "L1", "")); taken.Retired.Withdrawn {
+	if taken = must[*registry.Lot](t)(imports.FindLot(ctx, r.store, "L1", "")); taken.Retired.Withdrawn {
 		t.Error("the lot is retired")
 	}
 }
 
 func TestRetiredMeanwhile(t *testing.T) {
 	r, m, l := newServed(t)
-	taken := must[*binding.Lot](t)(imports.FindLot(t.Context(), r.store, "L1", ""))
-	registry := overtaken{r.store, func() {
-		must[binding.Verdict](t)(imports.RetireLot(t.Context(), r.token, r.store, taken, verdict(t, true, "old")))
+	taken := must[*registry.Lot](t)(imports.FindLot(t.Context(), r.store, "L1", ""))
+	store := overtaken{r.store, func() {
+		must[registry.Verdict](t)(imports.RetireLot(t.Context(), r.token, r.store, taken, verdict(t, true, "old")))
 	}}
-	_, err := imports.ImportLot(t.Context(), r.token, registry, m.grantAgain(t, l, taken), nil)
+	_, err := imports.ImportLot(t.Context(), r.token, store, m.grantAgain(t, l, taken), nil)
 	checkSays(t, "a lot that was retired meanwhile", err, "was retired")
 	checkLeft(t, "a lot that was retired meanwhile", r, map[hsmkeys.Key]bool{m.lotKey("L1"): false}, 1, 1)
 }
@@ -255,11 +256,11 @@ func TestSuspects(t *testing.T) {
 		}
 		r.refresh(t, m, l)
 	}
-	want := map[string][]binding.Why{}
+	want := map[string][]registry.Why{}
 	check := func(what string) {
 		t.Helper()
-		got := map[string][]binding.Why{}
-		for s, err := range r.lots(t).Suspects(ctx, r.store, time.Now()) {
+		got := map[string][]registry.Why{}
+		for s, err := range binding.Suspects(ctx, r.lots(t), r.store, time.Now()) {
 			if err != nil {
 				t.Fatalf("%s: %v", what, err)
 			}
@@ -290,12 +291,12 @@ func TestSuspects(t *testing.T) {
 	check("all is well")
 
 	revoke(gone, "stolen")
-	want[at(imsis[gone], gone)] = []binding.Why{binding.DeviceRevoked}
+	want[at(imsis[gone], gone)] = []registry.Why{registry.DeviceRevoked}
 	check("a device was revoked")
 	reissue(old, "repaired")
-	want[at(imsis[old], old)] = []binding.Why{binding.DeviceReissued}
+	want[at(imsis[old], old)] = []registry.Why{registry.DeviceReissued}
 	reissue(pending, "repaired")
-	want[at(imsis[pending], pending)] = []binding.Why{binding.DeviceReissued}
+	want[at(imsis[pending], pending)] = []registry.Why{registry.DeviceReissued}
 	check("devices have new keys")
 
 	// What it is bound with from now on is another thing, what is bound stays in doubt.
@@ -303,7 +304,7 @@ func TestSuspects(t *testing.T) {
 	r.activate(t, again)
 	check("a device was bound with its new key")
 	reissue(old, "repaired again")
-	want[at(again, old)] = []binding.Why{binding.DeviceReissued}
+	want[at(again, old)] = []registry.Why{registry.DeviceReissued}
 	check("its new key was replaced too")
 
 	// Beside an active binding, a pending one of another device: both are looked at.
@@ -317,9 +318,9 @@ func TestSuspects(t *testing.T) {
 	delete(want, at(again, old))
 	check("a binding was revoked")
 
-	must[binding.Verdict](t)(imports.Distrust(ctx, r.store, other.KeyID(), verdict(t, true, "its key was stolen")))
+	must[registry.Verdict](t)(imports.Distrust(ctx, r.store, other.KeyID(), verdict(t, true, "its key was stolen")))
 	r.readers[other.KeyID()] = nil // its directory is not asked
-	want[at(imsis[second.devices[0]], second.devices[0])] = []binding.Why{binding.ManufacturerDistrusted}
+	want[at(imsis[second.devices[0]], second.devices[0])] = []registry.Why{registry.ManufacturerDistrusted}
 	check("a manufacturer was distrusted")
 
 	if err := directory.RevokeLot(ctx, m.store, m.Signer, l.Manifest, "its key has leaked", time.Now()); err != nil {
@@ -327,24 +328,24 @@ func TestSuspects(t *testing.T) {
 	}
 	r.refresh(t, m, l)
 	for _, d := range []*device{old, fresh, gone, good, pending} {
-		want[at(imsis[d], d)] = append([]binding.Why{binding.LotRevoked}, want[at(imsis[d], d)]...)
+		want[at(imsis[d], d)] = append([]registry.Why{registry.LotRevoked}, want[at(imsis[d], d)]...)
 	}
-	want[at(imsis[gone], good)] = []binding.Why{binding.LotRevoked}
+	want[at(imsis[gone], good)] = []registry.Why{registry.LotRevoked}
 	check("a lot was revoked")
 
-	must[binding.Verdict](t)(imports.RetireLot(ctx, r.token, r.store,
-		must[*binding.Lot](t)(imports.FindLot(ctx, r.store, "L1", m.KeyID())), verdict(t, true, "too old")))
+	must[registry.Verdict](t)(imports.RetireLot(ctx, r.token, r.store,
+		must[*registry.Lot](t)(imports.FindLot(ctx, r.store, "L1", m.KeyID())), verdict(t, true, "too old")))
 	for _, d := range []*device{old, fresh, gone, good, pending} {
-		want[at(imsis[d], d)] = append([]binding.Why{binding.LotRetired}, want[at(imsis[d], d)]...)
+		want[at(imsis[d], d)] = append([]registry.Why{registry.LotRetired}, want[at(imsis[d], d)]...)
 	}
-	want[at(imsis[gone], good)] = []binding.Why{binding.LotRetired, binding.LotRevoked}
+	want[at(imsis[gone], good)] = []registry.Why{registry.LotRetired, registry.LotRevoked}
 	check("a lot was retired")
 
 	// Without the directory it is not known who is suspect.
 	m.store = must[*filestore.Store](t)(filestore.Open(t.TempDir()))
 	r.readers[m.KeyID()] = m.reader(t)
 	var failed error
-	for _, err := range r.lots(t).Suspects(ctx, r.store, time.Now()) {
+	for _, err := range binding.Suspects(ctx, r.lots(t), r.store, time.Now()) {
 		failed = err
 	}
 	checkSays(t, "without the directory", failed, "is not known")

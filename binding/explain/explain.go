@@ -7,23 +7,24 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/refusals"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
 // A Subscription says how a subscription stands, why its last call was refused, and what is to be done.
 type Subscription struct {
-	IMSI    kme.IMSI        `json:"imsi"`
-	State   string          `json:"state"` // the latest binding's; UNBOUND without one, DAMAGED if nobody knows
-	Says    []string        `json:"says"`
-	Doubts  []binding.Doubt `json:"doubts"`
-	Refused *refusals.Past  `json:"last_refusal,omitempty"`
-	Why     string          `json:"why,omitempty"` // it was refused
-	Next    []string        `json:"next"`
+	IMSI    kme.IMSI         `json:"imsi"`
+	State   string           `json:"state"` // the latest binding's; UNBOUND without one, DAMAGED if nobody knows
+	Says    []string         `json:"says"`
+	Doubts  []registry.Doubt `json:"doubts"`
+	Refused *refusals.Past   `json:"last_refusal,omitempty"`
+	Why     string           `json:"why,omitempty"` // it was refused
+	Next    []string         `json:"next"`
 }
 
 // OfSubscription explains one.
 func OfSubscription(k binding.Known) *Subscription {
-	e := &Subscription{IMSI: k.IMSI, State: "UNBOUND", Says: []string{}, Doubts: append([]binding.Doubt{}, k.Doubts...),
+	e := &Subscription{IMSI: k.IMSI, State: "UNBOUND", Says: []string{}, Doubts: append([]registry.Doubt{}, k.Doubts...),
 		Refused: k.Refused, Next: []string{}}
 	if k.Damaged != nil {
 		e.State = "DAMAGED"

@@ -8,6 +8,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/refusals"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -46,7 +47,7 @@ func TestExplain(t *testing.T) {
 			"ACTIVE", "lets it be bound to another", "attach before"},
 		"damaged": {binding.Known{Damaged: errors.New("the row was changed")},
 			"DAMAGED", "the row was changed", "keysvc store verify"},
-		"doubted": {binding.Known{Subscription: active(), Doubts: []binding.Doubt{{Why: binding.LotRetired}}},
+		"doubted": {binding.Known{Subscription: active(), Doubts: []registry.Doubt{{Why: registry.LotRetired}}},
 			"ACTIVE", "LOT_RETIRED", "binding revoke"},
 		"directory away": {binding.Known{Subscription: active(), Unknown: errors.New("away")},
 			"ACTIVE", "not known: away", "nothing"},

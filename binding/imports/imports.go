@@ -10,7 +10,7 @@ import (
 	"slices"
 	"time"
 
-	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/handover"
@@ -42,7 +42,7 @@ type Enrolment struct {
 // and destroys the transport key that the KEK came under. The KEK of an earlier enrolment with the same generation is
 // replaced; one of another generation is imported beside those that are there. Without TACs or a directory those of the
 // enrolment before stay. An enrolment that was imported before changes nothing but these.
-func Enroll(ctx context.Context, token Token, registry binding.Registry, by Enrolment) (*binding.Manufacturer, error) {
+func Enroll(ctx context.Context, token Token, store registry.Store, by Enrolment) (*registry.Manufacturer, error) {
 	verifier, err := directory.ParseVerifier(by.PEM)
 	if err != nil {
 		return nil, fmt.Errorf("the manufacturer's key: %w", err)
@@ -61,7 +61,7 @@ func Enroll(ctx context.Context, token Token, registry binding.Registry, by Enro
 		return nil, fmt.Errorf("the enrolment is of manufacturer %s, and the key given is that of %s", e.Manufacturer,
 			verifier.KeyID())
 	}
-	manufacturers, err := registry.Manufacturers(ctx)
+	manufacturers, err := store.Manufacturers(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -77,11 +77,11 @@ func Enroll(ctx context.Context, token Token, registry binding.Registry, by Enro
 		}
 		by.Directory = cmp.Or(by.Directory, m.Directory)
 	}
-	m := &binding.Manufacturer{
+	m := &registry.Manufacturer{
 		KeyID: e.Manufacturer, PEM: string(by.PEM), Operator: e.Operator, Directory: by.Directory, TACs: by.TACs,
 		Enrolled: time.Now(),
 	}
-	lots, err := registry.Lots(ctx)
+	lots, err := store.Lots(ctx)
 	if err == nil {
 		err = checkPins(lots, manufacturers, m)
 	}
@@ -100,12 +100,12 @@ func Enroll(ctx context.Context, token Token, registry binding.Registry, by Enro
 		return pemkey.Thumbprint(pub) == e.TransportKey
 	})
 	if at < 0 {
-		return m, enrolledBefore(ctx, token, registry, manufacturers, m, &e, kek)
+		return m, enrolledBefore(ctx, token, store, manufacturers, m, &e, kek)
 	}
 	if err := token.UnwrapKEK(ctx, kek, transports[at], e.Wrapped); err != nil {
 		return nil, err
 	}
-	if err := registry.PutManufacturer(ctx, m); err != nil {
+	if err := store.PutManufacturer(ctx, m); err != nil {
 		return nil, err
 	}
 	return m, token.DestroyTransportKey(ctx, transports[at])
@@ -113,7 +113,7 @@ func Enroll(ctx context.Context, token Token, registry binding.Registry, by Enro
 
 // checkPins fails if a TAC that m is to have is another's, pinned to it or in a lot of its that is served, or if a lot
 // of m's has one that m is not to have.
-func checkPins(lots []*binding.Lot, manufacturers []*binding.Manufacturer, m *binding.Manufacturer) error {
+func checkPins(lots []*registry.Lot, manufacturers []*registry.Manufacturer, m *registry.Manufacturer) error {
 	for _, t := range m.TACs {
 		if o := pinned(t, manufacturers, m); o != nil {
 			return fmt.Errorf("TAC %s is pinned to manufacturer %s: settle it with who made the devices", t, o.KeyID)
@@ -138,8 +138,8 @@ func checkPins(lots []*binding.Lot, manufacturers []*binding.Manufacturer, m *bi
 
 // pinned is the manufacturer, another than m, that a TAC is pinned to, or nil. A distrusted one has none: its devices
 // may be another's, under a new signing key.
-func pinned(t kme.TAC, manufacturers []*binding.Manufacturer, m *binding.Manufacturer) *binding.Manufacturer {
-	i := slices.IndexFunc(manufacturers, func(o *binding.Manufacturer) bool {
+func pinned(t kme.TAC, manufacturers []*registry.Manufacturer, m *registry.Manufacturer) *registry.Manufacturer {
+	i := slices.IndexFunc(manufacturers, func(o *registry.Manufacturer) bool {
 		return o.KeyID != m.KeyID && !o.Verdict.Withdrawn && slices.Contains(o.TACs, t)
 	})
 	if i < 0 {
@@ -149,7 +149,7 @@ func pinned(t kme.TAC, manufacturers []*binding.Manufacturer, m *binding.Manufac
 }
 
 // checkTACs fails if a lot of m's has a TAC that m may not have.
-func checkTACs(lot *directory.Manifest, manufacturers []*binding.Manufacturer, m *binding.Manufacturer) error {
+func checkTACs(lot *directory.Manifest, manufacturers []*registry.Manufacturer, m *registry.Manufacturer) error {
 	for _, r := range lot.Ranges {
 		if o := pinned(r.TAC, manufacturers, m); o != nil {
 			return fmt.Errorf("lot %s has TAC %s, which is pinned to manufacturer %s: settle it with who made them",
@@ -166,20 +166,20 @@ func checkTACs(lot *directory.Manifest, manufacturers []*binding.Manufacturer, m
 
 // enrolledBefore is Enroll where the transport key is gone: it went with an enrolment that was imported, or was never
 // here.
-func enrolledBefore(ctx context.Context, token Token, registry binding.Registry, manufacturers []*binding.Manufacturer,
-	m *binding.Manufacturer, e *handover.Enrolment, kek hsmkeys.Key) error {
+func enrolledBefore(ctx context.Context, token Token, store registry.Store, manufacturers []*registry.Manufacturer,
+	m *registry.Manufacturer, e *handover.Enrolment, kek hsmkeys.Key) error {
 	has, err := token.Has(ctx, kek)
 	if err != nil {
 		return err
 	}
-	enrolled := slices.ContainsFunc(manufacturers, func(o *binding.Manufacturer) bool {
+	enrolled := slices.ContainsFunc(manufacturers, func(o *registry.Manufacturer) bool {
 		return o.KeyID == m.KeyID && o.Operator == m.Operator
 	})
 	if !has || !enrolled {
 		return fmt.Errorf("the enrolment was made for transport key %s, which this token has not got: make one with "+
 			"keysvc transport new, and have the manufacturer enrol that", e.TransportKey)
 	}
-	return registry.PutManufacturer(ctx, m)
+	return store.PutManufacturer(ctx, m)
 }
 
 // ImportLot imports a granted lot: it imports the lot's private key, proves with a decryption that it is
@@ -187,9 +187,9 @@ func enrolledBefore(ctx context.Context, token Token, registry binding.Registry,
 // is refused, unless again is the verdict that it is served again: the lot's Retired is then that, or, where it was not
 // retired, what stands.
 func ImportLot(
-	ctx context.Context, token Token, registry binding.Registry, jws []byte, again *binding.Verdict,
-) (*binding.Lot, error) {
-	manufacturers, err := registry.Manufacturers(ctx)
+	ctx context.Context, token Token, store registry.Store, jws []byte, again *registry.Verdict,
+) (*registry.Lot, error) {
+	manufacturers, err := store.Manufacturers(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -202,15 +202,15 @@ func ImportLot(
 	}
 	for _, m := range manufacturers {
 		if m.KeyID == signer {
-			return importLot(ctx, token, registry, manufacturers, m, jws, again)
+			return importLot(ctx, token, store, manufacturers, m, jws, again)
 		}
 	}
 	return nil, fmt.Errorf("the grant is signed by %s, a manufacturer who is not enrolled", signer)
 }
 
-func importLot(ctx context.Context, token Token, registry binding.Registry, manufacturers []*binding.Manufacturer,
-	m *binding.Manufacturer, jws []byte,
-	again *binding.Verdict) (*binding.Lot, error) {
+func importLot(ctx context.Context, token Token, store registry.Store, manufacturers []*registry.Manufacturer,
+	m *registry.Manufacturer, jws []byte,
+	again *registry.Verdict) (*registry.Lot, error) {
 	if m.Verdict.Withdrawn {
 		return nil, distrustedError(m.KeyID, m.Verdict)
 	}
@@ -240,10 +240,10 @@ func importLot(ctx context.Context, token Token, registry binding.Registry, manu
 	if err := checkTACs(manifest, manufacturers, m); err != nil {
 		return nil, err
 	}
-	lot := &binding.Lot{Manufacturer: m.KeyID, Manifest: manifest, ManifestJWS: g.Manifest, Imported: time.Now()}
-	check := func(all []*binding.Lot) error { return checkLot(lot, all, again != nil) }
+	lot := &registry.Lot{Manufacturer: m.KeyID, Manifest: manifest, ManifestJWS: g.Manifest, Imported: time.Now()}
+	check := func(all []*registry.Lot) error { return checkLot(lot, all, again != nil) }
 	// Before the key is in the token, so that a refusal leaves nothing there; again when it is entered.
-	all, err := registry.Lots(ctx)
+	all, err := store.Lots(ctx)
 	if err == nil {
 		err = check(all)
 	}
@@ -259,14 +259,14 @@ func importLot(ctx context.Context, token Token, registry binding.Registry, manu
 	if err != nil {
 		return nil, fmt.Errorf("lot %s: %w", manifest.Lot, err)
 	}
-	if err := registry.PutLot(ctx, lot, check); err != nil {
+	if err := store.PutLot(ctx, lot, check); err != nil {
 		if fresh {
 			err = errors.Join(err, token.RemoveLotKey(context.WithoutCancel(ctx), lot.Key()))
 		}
 		return nil, err
 	}
 	if again != nil {
-		if lot.Retired, err = registry.Decide(ctx, m.KeyID, manifest.Lot, *again, check); err != nil {
+		if lot.Retired, err = store.Decide(ctx, m.KeyID, manifest.Lot, *again, check); err != nil {
 			return nil, err
 		}
 	}
@@ -275,7 +275,7 @@ func importLot(ctx context.Context, token Token, registry binding.Registry, manu
 
 // checkLot refuses a lot that is not the one imported before under its name, that was retired, unless again, or whose
 // IMEIs are another lot's that is served, whoever made that.
-func checkLot(lot *binding.Lot, all []*binding.Lot, again bool) error {
+func checkLot(lot *registry.Lot, all []*registry.Lot, again bool) error {
 	for _, other := range all {
 		if other.Manufacturer == lot.Manufacturer && other.Manifest.Lot == lot.Manifest.Lot {
 			if other.ManifestJWS != lot.ManifestJWS {

@@ -5,21 +5,21 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/strict"
 )
 
 // NewVerdict is a decision of now.
-func NewVerdict(withdrawn bool, by, reason string) (v binding.Verdict, err error) {
+func NewVerdict(withdrawn bool, by, reason string) (v registry.Verdict, err error) {
 	if reason, err = strict.Reason(reason); err != nil {
 		return v, err
 	}
-	return binding.Verdict{Withdrawn: withdrawn, By: by, Reason: reason,
+	return registry.Verdict{Withdrawn: withdrawn, By: by, Reason: reason,
 		Time: time.Now().UTC().Truncate(time.Millisecond)}, nil
 }
 
-func distrustedError(manufacturer string, v binding.Verdict) error {
+func distrustedError(manufacturer string, v registry.Verdict) error {
 	return fmt.Errorf("manufacturer %s is distrusted, %s; if that is over, run keysvc manufacturer trust first",
 		manufacturer, v)
 }
@@ -27,21 +27,21 @@ func distrustedError(manufacturer string, v binding.Verdict) error {
 // Distrust has none of a manufacturer's lots served any more, and its enrolments and grants refused. Bindings stand,
 // and the keys stay in the token. It gives the verdict that stands: an earlier one stays.
 func Distrust(
-	ctx context.Context, registry binding.Registry, manufacturer string, v binding.Verdict,
-) (binding.Verdict, error) {
-	return registry.Decide(ctx, manufacturer, "", v, func([]*binding.Lot) error { return nil })
+	ctx context.Context, store registry.Store, manufacturer string, v registry.Verdict,
+) (registry.Verdict, error) {
+	return store.Decide(ctx, manufacturer, "", v, func([]*registry.Lot) error { return nil })
 }
 
 // Trust ends what Distrust began. It fails if the IMEIs of a lot are by now those of another one, or a TAC that of
 // another manufacturer.
 func Trust(
-	ctx context.Context, registry binding.Registry, manufacturer string, v binding.Verdict,
-) (binding.Verdict, error) {
-	manufacturers, err := registry.Manufacturers(ctx)
+	ctx context.Context, store registry.Store, manufacturer string, v registry.Verdict,
+) (registry.Verdict, error) {
+	manufacturers, err := store.Manufacturers(ctx)
 	if err != nil {
-		return binding.Verdict{}, err
+		return registry.Verdict{}, err
 	}
-	return registry.Decide(ctx, manufacturer, "", v, func(all []*binding.Lot) error {
+	return store.Decide(ctx, manufacturer, "", v, func(all []*registry.Lot) error {
 		for _, m := range manufacturers {
 			if m.KeyID == manufacturer {
 				if err := checkPins(all, manufacturers, m); err != nil {
@@ -65,12 +65,12 @@ func Trust(
 // stands: an earlier one stays, and the key is destroyed all the same. A factory's token has the lot's own key under
 // the same name.
 func RetireLot(
-	ctx context.Context, token Token, registry binding.Registry, lot *binding.Lot, v binding.Verdict,
-) (binding.Verdict, error) {
+	ctx context.Context, token Token, store registry.Store, lot *registry.Lot, v registry.Verdict,
+) (registry.Verdict, error) {
 	if err := token.MustBe(ctx, hsmkeys.Operator); err != nil {
-		return binding.Verdict{}, err
+		return registry.Verdict{}, err
 	}
-	stands, err := registry.Decide(ctx, lot.Manufacturer, lot.Manifest.Lot, v, func([]*binding.Lot) error {
+	stands, err := store.Decide(ctx, lot.Manufacturer, lot.Manifest.Lot, v, func([]*registry.Lot) error {
 		return nil
 	})
 	if err != nil {
@@ -80,12 +80,12 @@ func RetireLot(
 }
 
 // FindLot gives the lot of a name; manufacturer may be empty where the name is one lot's only.
-func FindLot(ctx context.Context, registry binding.Registry, name, manufacturer string) (*binding.Lot, error) {
-	lots, err := registry.Lots(ctx)
+func FindLot(ctx context.Context, store registry.Store, name, manufacturer string) (*registry.Lot, error) {
+	lots, err := store.Lots(ctx)
 	if err != nil {
 		return nil, err
 	}
-	var found *binding.Lot
+	var found *registry.Lot
 	for _, l := range lots {
 		if l.Manifest.Lot != name || manufacturer != "" && l.Manufacturer != manufacturer {
 			continue

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
@@ -342,7 +343,7 @@ func newPEM(t *testing.T) string {
 func enter(t *testing.T, s *Store) {
 	t.Helper()
 	signer := must(directory.NewSigner(must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))))
-	m := &binding.Manufacturer{KeyID: signer.KeyID(), PEM: string(must(pemkey.Encode(signer.Public()))), Operator: "op",
+	m := &registry.Manufacturer{KeyID: signer.KeyID(), PEM: string(must(pemkey.Encode(signer.Public()))), Operator: "op",
 		Directory: "file:/srv", Enrolled: t0}
 	if err := s.PutManufacturer(t.Context(), m); err != nil {
 		t.Fatal(err)
@@ -353,9 +354,9 @@ func enter(t *testing.T, s *Store) {
 		Lot: "L1", Manufacturer: m.KeyID, Suite: kme.SuiteECDSA, N: n, E: kme.PublicExponent, Mechanism: "none",
 		Ranges: []directory.Range{{TAC: must(kme.ParseTAC("35209900")), Count: 10}}, ShardSize: 10, Created: t0,
 	}
-	lot := &binding.Lot{Manufacturer: m.KeyID, Manifest: manifest,
+	lot := &registry.Lot{Manufacturer: m.KeyID, Manifest: manifest,
 		ManifestJWS: string(must(signer.Sign(directory.TypeManifest, manifest))), Imported: t0}
-	if err := s.PutLot(t.Context(), lot, func([]*binding.Lot) error { return nil }); err != nil {
+	if err := s.PutLot(t.Context(), lot, func([]*registry.Lot) error { return nil }); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
 	"github.com/kmehsm/kmehsm/kme"
@@ -30,7 +31,7 @@ func fillLots(t testing.TB, s *Store, n int) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	maker := &binding.Manufacturer{KeyID: signer.KeyID(), PEM: string(pem), Operator: "op", Enrolled: t0}
+	maker := &registry.Manufacturer{KeyID: signer.KeyID(), PEM: string(pem), Operator: "op", Enrolled: t0}
 	if err := s.PutManufacturer(t.Context(), maker); err != nil {
 		t.Fatal(err)
 	}
@@ -53,7 +54,7 @@ func fillLots(t testing.TB, s *Store, n int) {
 			if err != nil {
 				return err
 			}
-			l := &binding.Lot{Manufacturer: maker.KeyID, Manifest: m, ManifestJWS: string(jws), Imported: t0}
+			l := &registry.Lot{Manufacturer: maker.KeyID, Manifest: m, ManifestJWS: string(jws), Imported: t0}
 			seq, err := s.note(ctx, tx, entry{event: binding.EventImported,
 				subject: binding.LotSubject(l.Manufacturer, m.Lot)})
 			if err != nil {

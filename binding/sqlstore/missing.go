@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -350,7 +351,7 @@ func (s *Store) followVerdict(
 		case binding.EventEnrolled: // its directory or TACs may be others since
 			change.ToDo = again
 		case binding.EventDistrusted, binding.EventTrusted, binding.EventRetired, binding.EventReinstated:
-			copy(own[verdictAt:], verdictValues(binding.Verdict{Withdrawn: withdrawn,
+			copy(own[verdictAt:], verdictValues(registry.Verdict{Withdrawn: withdrawn,
 				By: cmp.Or(l.Actor.User, l.Actor.Client), Reason: l.Detail, Time: l.Time}))
 		}
 	}

@@ -9,21 +9,22 @@ import (
 	"strings"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-func verdictOf(r row, from int) binding.Verdict {
-	return binding.Verdict{Withdrawn: r.int(from) == 1, By: r.text(from + 1), Reason: r.text(from + 2),
+func verdictOf(r row, from int) registry.Verdict {
+	return registry.Verdict{Withdrawn: r.int(from) == 1, By: r.text(from + 1), Reason: r.text(from + 2),
 		Time: fromMillis(r.int(from + 3))}
 }
 
-func verdictValues(v binding.Verdict) []any {
+func verdictValues(v registry.Verdict) []any {
 	return []any{asInt(v.Withdrawn), v.By, v.Reason, millis(v.Time)}
 }
 
-func manufacturerValues(m *binding.Manufacturer, seq int64) []any {
+func manufacturerValues(m *registry.Manufacturer, seq int64) []any {
 	tacs := make([]string, len(m.TACs))
 	for i, t := range m.TACs {
 		tacs[i] = t.String()
@@ -32,7 +33,7 @@ func manufacturerValues(m *binding.Manufacturer, seq int64) []any {
 		verdictValues(m.Verdict), []any{seq})
 }
 
-func lotValues(l *binding.Lot, seq int64) []any {
+func lotValues(l *registry.Lot, seq int64) []any {
 	return slices.Concat([]any{l.Manufacturer, l.Manifest.Lot, l.ManifestJWS, millis(l.Imported)},
 		verdictValues(l.Retired), []any{seq})
 }
@@ -45,14 +46,14 @@ func (s *Store) registry(ctx context.Context, f func(sqlconn.Conn) error) error 
 	return s.settled(ctx, "read the registry", "registry", f)
 }
 
-func (s *Store) PutManufacturer(ctx context.Context, m *binding.Manufacturer) error {
+func (s *Store) PutManufacturer(ctx context.Context, m *registry.Manufacturer) error {
 	return s.change(ctx, "enroll", "registry", func(ctx context.Context, tx *txn) error {
 		all, err := s.manufacturers(ctx, tx.Conn)
 		if err != nil {
 			return err
 		}
 		now := *m
-		if i := slices.IndexFunc(all, func(o *binding.Manufacturer) bool { return o.KeyID == m.KeyID }); i >= 0 {
+		if i := slices.IndexFunc(all, func(o *registry.Manufacturer) bool { return o.KeyID == m.KeyID }); i >= 0 {
 			now.Verdict = all[i].Verdict
 		}
 		seq, err := s.note(ctx, tx, entry{event: binding.EventEnrolled, subject: binding.ManufacturerSubject(m.KeyID),
@@ -65,7 +66,7 @@ func (s *Store) PutManufacturer(ctx context.Context, m *binding.Manufacturer) er
 }
 
 // enrolled is what an entry says of an enrolment.
-func enrolled(m *binding.Manufacturer) string {
+func enrolled(m *registry.Manufacturer) string {
 	detail := "as operator " + m.Operator
 	if m.Directory != "" {
 		detail += ", directory " + m.Directory
@@ -76,7 +77,7 @@ func enrolled(m *binding.Manufacturer) string {
 	return detail
 }
 
-func (s *Store) Manufacturers(ctx context.Context) (all []*binding.Manufacturer, err error) {
+func (s *Store) Manufacturers(ctx context.Context) (all []*registry.Manufacturer, err error) {
 	err = s.registry(ctx, func(q sqlconn.Conn) error {
 		all, err = s.manufacturers(ctx, q)
 		return err
@@ -85,10 +86,10 @@ func (s *Store) Manufacturers(ctx context.Context) (all []*binding.Manufacturer,
 }
 
 // manufacturers are all, each the one that its own key names.
-func (s *Store) manufacturers(ctx context.Context, q sqlconn.Conn) (all []*binding.Manufacturer, err error) {
+func (s *Store) manufacturers(ctx context.Context, q sqlconn.Conn) (all []*registry.Manufacturer, err error) {
 	found := map[string]int64{}
 	err = s.rows(ctx, q, manufacturers, func(r row) error {
-		m := &binding.Manufacturer{
+		m := &registry.Manufacturer{
 			KeyID: r.text(0), PEM: r.text(1), Operator: r.text(2), Directory: r.text(3), Enrolled: fromMillis(r.int(5)),
 			Verdict: verdictOf(r, 6),
 		}
@@ -136,8 +137,8 @@ func (s *Store) same(ctx context.Context, q sqlconn.Conn, t *table, found map[st
 	return nil
 }
 
-func (s *Store) Decide(ctx context.Context, manufacturer, lot string, v binding.Verdict,
-	check func([]*binding.Lot) error) (stands binding.Verdict, err error) {
+func (s *Store) Decide(ctx context.Context, manufacturer, lot string, v registry.Verdict,
+	check func([]*registry.Lot) error) (stands registry.Verdict, err error) {
 	err = s.change(ctx, "decide", "registry", func(ctx context.Context, tx *txn) error {
 		makers, err := s.manufacturers(ctx, tx.Conn)
 		if err != nil {
@@ -147,7 +148,7 @@ func (s *Store) Decide(ctx context.Context, manufacturer, lot string, v binding.
 		if err != nil {
 			return err
 		}
-		enter := func(was *binding.Verdict, withdraw, restore binding.Event, subject string,
+		enter := func(was *registry.Verdict, withdraw, restore binding.Event, subject string,
 			write func(seq int64) error) error {
 			if stands = *was; was.Withdrawn == v.Withdrawn {
 				return nil
@@ -182,12 +183,12 @@ func (s *Store) Decide(ctx context.Context, manufacturer, lot string, v binding.
 					})
 			}
 		}
-		return binding.ErrNotImported
+		return registry.ErrNotImported
 	})
 	return stands, err
 }
 
-func (s *Store) PutLot(ctx context.Context, lot *binding.Lot, check func([]*binding.Lot) error) error {
+func (s *Store) PutLot(ctx context.Context, lot *registry.Lot, check func([]*registry.Lot) error) error {
 	return s.change(ctx, "import a lot", "registry", func(ctx context.Context, tx *txn) error {
 		all, err := s.imported(ctx, tx.Conn)
 		if err == nil {
@@ -196,7 +197,7 @@ func (s *Store) PutLot(ctx context.Context, lot *binding.Lot, check func([]*bind
 		if err != nil {
 			return err
 		}
-		if slices.ContainsFunc(all, func(o *binding.Lot) bool {
+		if slices.ContainsFunc(all, func(o *registry.Lot) bool {
 			return o.Manufacturer == lot.Manufacturer && o.Manifest.Lot == lot.Manifest.Lot
 		}) {
 			return nil
@@ -210,7 +211,7 @@ func (s *Store) PutLot(ctx context.Context, lot *binding.Lot, check func([]*bind
 	})
 }
 
-func (s *Store) Lots(ctx context.Context) (all []*binding.Lot, err error) {
+func (s *Store) Lots(ctx context.Context) (all []*registry.Lot, err error) {
 	err = s.registry(ctx, func(q sqlconn.Conn) error {
 		all, err = s.imported(ctx, q)
 		return err
@@ -219,7 +220,7 @@ func (s *Store) Lots(ctx context.Context) (all []*binding.Lot, err error) {
 }
 
 // imported are all lots, whatever their manufacturers.
-func (s *Store) imported(ctx context.Context, q sqlconn.Conn) ([]*binding.Lot, error) {
+func (s *Store) imported(ctx context.Context, q sqlconn.Conn) ([]*registry.Lot, error) {
 	makers, err := s.manufacturers(ctx, q)
 	if err != nil {
 		return nil, err
@@ -229,8 +230,8 @@ func (s *Store) imported(ctx context.Context, q sqlconn.Conn) ([]*binding.Lot, e
 
 // lots are all, each as its manufacturer has signed it.
 func (s *Store) lots(
-	ctx context.Context, q sqlconn.Conn, makers []*binding.Manufacturer,
-) (all []*binding.Lot, err error) {
+	ctx context.Context, q sqlconn.Conn, makers []*registry.Manufacturer,
+) (all []*registry.Lot, err error) {
 	found, verifiers := map[string]int64{}, map[string]*directory.Verifier{}
 	for _, m := range makers {
 		if verifiers[m.KeyID], err = directory.ParseVerifier([]byte(m.PEM)); err != nil {
@@ -238,9 +239,9 @@ func (s *Store) lots(
 		}
 	}
 	err = s.rows(ctx, q, lots, func(r row) error {
-		l := &binding.Lot{Manufacturer: r.text(0), ManifestJWS: r.text(2), Imported: fromMillis(r.int(3)),
+		l := &registry.Lot{Manufacturer: r.text(0), ManifestJWS: r.text(2), Imported: fromMillis(r.int(3)),
 			Retired: verdictOf(r, 4)}
-		at := slices.IndexFunc(makers, func(m *binding.Manufacturer) bool { return m.KeyID == l.Manufacturer })
+		at := slices.IndexFunc(makers, func(m *registry.Manufacturer) bool { return m.KeyID == l.Manufacturer })
 		if at < 0 {
 			return damaged(lots, r, "is of a manufacturer who is not enrolled")
 		}

@@ -16,6 +16,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/mark"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/internal/pgtest"
 	"github.com/kmehsm/kmehsm/internal/sqlite"
 	"github.com/kmehsm/kmehsm/internal/testproc"
@@ -95,7 +96,7 @@ const (
 )
 
 // lose decides much, has a backup made of a half of it, and gives the audit log of both.
-func (h *history) lose(backup func()) (makers []*binding.Manufacturer) {
+func (h *history) lose(backup func()) (makers []*registry.Manufacturer) {
 	t, ctx := h.t, h.t.Context()
 	t.Helper()
 	working, stop := context.WithCancel(ctx)
@@ -139,8 +140,8 @@ func (h *history) lose(backup func()) (makers []*binding.Manufacturer) {
 	must(h.s.Revoke(ctx, imsiNo(t, replaced), t0))
 	h.bind(replaced, 70)
 	must(h.s.Revoke(ctx, imsiNo(t, closed), t0))
-	must(h.s.Decide(ctx, makers[0].KeyID, "", binding.Verdict{Withdrawn: true,
-		Reason: "stolen", Time: t0}, func([]*binding.Lot) error { return nil }))
+	must(h.s.Decide(ctx, makers[0].KeyID, "", registry.Verdict{Withdrawn: true,
+		Reason: "stolen", Time: t0}, func([]*registry.Lot) error { return nil }))
 	enter(t, h.s) // another manufacturer
 	must(h.s.List(ctx, []binding.Listing{{Prefix: "35", Reason: "no more"},
 		{Prefix: "36", Status: binding.Blacklisted, Reason: "theirs", Listed: t0}}))

@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/binding/sightings"
 	"github.com/kmehsm/kmehsm/binding/tokenkeys"
 	"github.com/kmehsm/kmehsm/internal/rowmac"
@@ -18,7 +19,7 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// A Store implements binding.Store, binding.Registry and binding.Ledger.
+// A Store implements binding.Store, registry.Store and binding.Ledger.
 type Store struct {
 	read   *sql.DB
 	lookUp sqlconn.Statements // reads a few rows
@@ -53,7 +54,7 @@ type begun = func(ctx context.Context, db sqlconn.Statements, h *heads, known *s
 
 var (
 	_ binding.Store         = (*Store)(nil)
-	_ binding.Registry      = (*Store)(nil)
+	_ registry.Store        = (*Store)(nil)
 	_ tokenkeys.SealedStore = (*Store)(nil)
 	_ binding.Listings      = (*Store)(nil)
 	_ sightings.Store       = (*Store)(nil)

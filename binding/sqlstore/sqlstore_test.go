@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/binding/storetest"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/pgtest"
@@ -523,7 +524,7 @@ func TestErrorsNameTheOperation(t *testing.T) {
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	ctx, imsi, none := t.Context(), kme.IMSI{}, func([]*binding.Lot) error { return nil }
+	ctx, imsi, none := t.Context(), kme.IMSI{}, func([]*registry.Lot) error { return nil }
 	for want, call := range map[string]func() error{
 		"read a subscription: ":   func() error { _, err := s.Subscription(ctx, imsi, t0); return err },
 		"look for a spent RAND: ": func() error { _, err := s.Spent(ctx, imsi, hsmkeys.RAND{}); return err },
@@ -540,10 +541,10 @@ func TestErrorsNameTheOperation(t *testing.T) {
 		"check the ledger: ":      func() error { _, err := s.Check(ctx, nil); return err },
 		"verify the ledger: ":     func() error { _, err := s.VerifyLedger(ctx); return err },
 		"read the registry: ":     func() error { _, err := s.Lots(ctx); return err },
-		"enroll: ":                func() error { return s.PutManufacturer(ctx, &binding.Manufacturer{}) },
-		"import a lot: ":          func() error { return s.PutLot(ctx, &binding.Lot{}, none) },
+		"enroll: ":                func() error { return s.PutManufacturer(ctx, &registry.Manufacturer{}) },
+		"import a lot: ":          func() error { return s.PutLot(ctx, &registry.Lot{}, none) },
 		"decide: ": func() error {
-			_, err := s.Decide(ctx, "", "", binding.Verdict{}, none)
+			_, err := s.Decide(ctx, "", "", registry.Verdict{}, none)
 			return err
 		},
 		"count bindings: ": func() error { _, err := s.Bound(ctx, "", "", t0); return err },

@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/binding/tokenkeys"
 	"github.com/kmehsm/kmehsm/internal/must"
 )
@@ -58,9 +59,9 @@ func noted(t *testing.T, s Store) {
 		must.Do(t, s.PutLot(ctx, lot, allowed))
 	}
 	for _, withdrawn := range []bool{true, true, false} {
-		v := binding.Verdict{Withdrawn: withdrawn, By: "a@h", Reason: "why", Time: t0}
+		v := registry.Verdict{Withdrawn: withdrawn, By: "a@h", Reason: "why", Time: t0}
 		for _, name := range []string{"", "L1"} {
-			must.Get[binding.Verdict](t)(s.Decide(ctx, m.KeyID, name, v, allowed))
+			must.Get[registry.Verdict](t)(s.Decide(ctx, m.KeyID, name, v, allowed))
 		}
 	}
 	if got, want := events(t, s, binding.ManufacturerSubject(m.KeyID)), []binding.Event{binding.EventEnrolled,
@@ -153,7 +154,7 @@ func rolledBack(t *testing.T, s Store) {
 			"PutManufacturer": func() error { return s.PutManufacturer(ctx, newMaker(t, nil).Manufacturer) },
 			"Lots":            func() error { _, err := s.Lots(ctx); return err },
 			"Decide": func() error {
-				_, err := s.Decide(ctx, "m", "", binding.Verdict{}, allowed)
+				_, err := s.Decide(ctx, "m", "", registry.Verdict{}, allowed)
 				return err
 			},
 			"Count":       func() error { _, err := s.Count(ctx, t0); return err },

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
@@ -21,7 +22,7 @@ import (
 
 // A maker is a manufacturer in software.
 type maker struct {
-	*binding.Manufacturer
+	*registry.Manufacturer
 	signer *directory.Signer
 }
 
@@ -30,7 +31,7 @@ func newMaker(t *testing.T, s Store) *maker {
 	key := must.Get[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
 	signer := must.Get[*directory.Signer](t)(directory.NewSigner(key))
 	pem := must.Get[[]byte](t)(pemkey.Encode(signer.Public()))
-	m := &binding.Manufacturer{KeyID: signer.KeyID(), PEM: string(pem), Operator: "op",
+	m := &registry.Manufacturer{KeyID: signer.KeyID(), PEM: string(pem), Operator: "op",
 		Directory: "file:/srv/directory", Enrolled: t0}
 	if s != nil {
 		must.Do(t, s.PutManufacturer(t.Context(), m))
@@ -39,7 +40,7 @@ func newMaker(t *testing.T, s Store) *maker {
 }
 
 // lot signs the manifest of a lot of ten devices.
-func (m *maker) lot(t *testing.T, name string, first int) *binding.Lot {
+func (m *maker) lot(t *testing.T, name string, first int) *registry.Lot {
 	t.Helper()
 	// No modulus that anybody should use, but of the right form.
 	n := new(big.Int).Lsh(big.NewInt(1), 2047)
@@ -50,26 +51,26 @@ func (m *maker) lot(t *testing.T, name string, first int) *binding.Lot {
 	}
 	must.Do(t, manifest.Validate())
 	jws := must.Get[[]byte](t)(m.signer.Sign(directory.TypeManifest, manifest))
-	return &binding.Lot{Manufacturer: m.KeyID, Manifest: manifest, ManifestJWS: string(jws), Imported: t0}
+	return &registry.Lot{Manufacturer: m.KeyID, Manifest: manifest, ManifestJWS: string(jws), Imported: t0}
 }
 
-func allowed([]*binding.Lot) error { return nil }
+func allowed([]*registry.Lot) error { return nil }
 
-func checkLots(t *testing.T, s Store, want ...*binding.Lot) {
+func checkLots(t *testing.T, s Store, want ...*registry.Lot) {
 	t.Helper()
-	got := must.Get[[]*binding.Lot](t)(s.Lots(t.Context()))
+	got := must.Get[[]*registry.Lot](t)(s.Lots(t.Context()))
 	sameLots(t, got, want)
 }
 
 // sameLots compares whatever the order.
-func sameLots(t *testing.T, got, want []*binding.Lot) {
+func sameLots(t *testing.T, got, want []*registry.Lot) {
 	t.Helper()
 	if len(got) != len(want) {
 		t.Errorf("%d lots, want %d", len(got), len(want))
 		return
 	}
 	for _, w := range want {
-		i := slices.IndexFunc(got, func(g *binding.Lot) bool {
+		i := slices.IndexFunc(got, func(g *registry.Lot) bool {
 			return g.Manufacturer == w.Manufacturer && g.Manifest.Lot == w.Manifest.Lot
 		})
 		if i < 0 {
@@ -80,14 +81,14 @@ func sameLots(t *testing.T, got, want []*binding.Lot) {
 	}
 }
 
-func checkManufacturers(t *testing.T, s Store, want ...*binding.Manufacturer) {
+func checkManufacturers(t *testing.T, s Store, want ...*registry.Manufacturer) {
 	t.Helper()
-	got := must.Get[[]*binding.Manufacturer](t)(s.Manufacturers(t.Context()))
+	got := must.Get[[]*registry.Manufacturer](t)(s.Manufacturers(t.Context()))
 	if len(got) != len(want) {
 		t.Errorf("%d manufacturers, want %d", len(got), len(want))
 	}
 	for _, w := range want {
-		if !slices.ContainsFunc(got, func(g *binding.Manufacturer) bool { return reflect.DeepEqual(g, w) }) {
+		if !slices.ContainsFunc(got, func(g *registry.Manufacturer) bool { return reflect.DeepEqual(g, w) }) {
 			t.Errorf("manufacturer %+v is missing", w)
 		}
 	}
@@ -111,9 +112,9 @@ func lots(t *testing.T, s Store) {
 	a, b := newMaker(t, s), newMaker(t, s)
 	checkLots(t, s)
 	// One name of two manufacturers is two lots.
-	all := []*binding.Lot{a.lot(t, "L1", 0), b.lot(t, "L1", 10), a.lot(t, "L2", 20)}
+	all := []*registry.Lot{a.lot(t, "L1", 0), b.lot(t, "L1", 10), a.lot(t, "L2", 20)}
 	for i, lot := range all {
-		must.Do(t, s.PutLot(t.Context(), lot, func(before []*binding.Lot) error {
+		must.Do(t, s.PutLot(t.Context(), lot, func(before []*registry.Lot) error {
 			sameLots(t, before, all[:i])
 			return nil
 		}))
@@ -123,7 +124,7 @@ func lots(t *testing.T, s Store) {
 	again := *all[0]
 	again.Imported = t0.Add(time.Hour)
 	called := false
-	err := s.PutLot(t.Context(), &again, func(before []*binding.Lot) error {
+	err := s.PutLot(t.Context(), &again, func(before []*registry.Lot) error {
 		called = true
 		sameLots(t, before, all)
 		return nil
@@ -137,7 +138,7 @@ func lots(t *testing.T, s Store) {
 func lotRefused(t *testing.T, s Store) {
 	a := newMaker(t, s)
 	no := errors.New("no")
-	if err := s.PutLot(t.Context(), a.lot(t, "L1", 0), func([]*binding.Lot) error { return no }); !errors.Is(err, no) {
+	if err := s.PutLot(t.Context(), a.lot(t, "L1", 0), func([]*registry.Lot) error { return no }); !errors.Is(err, no) {
 		t.Errorf("a lot that its check refuses: %v, want the check's error", err)
 	}
 	if err := s.PutLot(t.Context(), newMaker(t, nil).lot(t, "L1", 0), allowed); err == nil {
@@ -151,14 +152,14 @@ func lotRefused(t *testing.T, s Store) {
 
 func verdicts(t *testing.T, s Store) {
 	a, b := newMaker(t, s), newMaker(t, s)
-	lots := []*binding.Lot{a.lot(t, "L1", 0), b.lot(t, "L1", 10), a.lot(t, "L2", 20)}
+	lots := []*registry.Lot{a.lot(t, "L1", 0), b.lot(t, "L1", 10), a.lot(t, "L2", 20)}
 	for _, l := range lots {
 		must.Do(t, s.PutLot(t.Context(), l, allowed))
 	}
-	enter := func(manufacturer, lot string, v, want binding.Verdict) {
+	enter := func(manufacturer, lot string, v, want registry.Verdict) {
 		t.Helper()
 		checked := false
-		stands, err := s.Decide(t.Context(), manufacturer, lot, v, func(before []*binding.Lot) error {
+		stands, err := s.Decide(t.Context(), manufacturer, lot, v, func(before []*registry.Lot) error {
 			checked = true
 			sameLots(t, before, lots)
 			return nil
@@ -167,10 +168,10 @@ func verdicts(t *testing.T, s Store) {
 			t.Errorf("decided %+v, error %v, checked %v; want %+v", stands, err, checked, want)
 		}
 	}
-	verdict := func(withdrawn bool, by string, after time.Duration) binding.Verdict {
-		return binding.Verdict{Withdrawn: withdrawn, By: by, Reason: "why " + by, Time: t0.Add(after)}
+	verdict := func(withdrawn bool, by string, after time.Duration) registry.Verdict {
+		return registry.Verdict{Withdrawn: withdrawn, By: by, Reason: "why " + by, Time: t0.Add(after)}
 	}
-	enter(a.KeyID, "", verdict(false, "x@h", 0), binding.Verdict{}) // it is served already
+	enter(a.KeyID, "", verdict(false, "x@h", 0), registry.Verdict{}) // it is served already
 
 	// A lot of that name of that manufacturer, and no other.
 	retired := verdict(true, "a@h", time.Second)
@@ -187,7 +188,7 @@ func verdicts(t *testing.T, s Store) {
 	checkManufacturers(t, s, a.Manufacturer, b.Manufacturer)
 
 	// Enrolling and importing again do not undo it.
-	must.Do(t, s.PutManufacturer(t.Context(), &binding.Manufacturer{KeyID: a.KeyID, PEM: a.PEM, Operator: "op",
+	must.Do(t, s.PutManufacturer(t.Context(), &registry.Manufacturer{KeyID: a.KeyID, PEM: a.PEM, Operator: "op",
 		Directory: a.Directory, Enrolled: t0}))
 	must.Do(t, s.PutLot(t.Context(), a.lot(t, "L1", 0), allowed))
 	checkManufacturers(t, s, a.Manufacturer, b.Manufacturer)
@@ -204,15 +205,15 @@ func verdictsRefused(t *testing.T, s Store) {
 	a := newMaker(t, s)
 	lot := a.lot(t, "L1", 0)
 	must.Do(t, s.PutLot(t.Context(), lot, allowed))
-	v := binding.Verdict{Withdrawn: true, By: "a@h", Reason: "r", Time: t0}
+	v := registry.Verdict{Withdrawn: true, By: "a@h", Reason: "r", Time: t0}
 	for _, c := range [][2]string{{"nobody", ""}, {a.KeyID, "L2"}, {"nobody", "L1"}, {"", ""}} {
-		if _, err := s.Decide(t.Context(), c[0], c[1], v, allowed); !errors.Is(err, binding.ErrNotImported) {
+		if _, err := s.Decide(t.Context(), c[0], c[1], v, allowed); !errors.Is(err, registry.ErrNotImported) {
 			t.Errorf("manufacturer %q, lot %q: %v, want ErrNotImported", c[0], c[1], err)
 		}
 	}
 	no := errors.New("no")
 	for _, name := range []string{"", "L1"} {
-		if _, err := s.Decide(t.Context(), a.KeyID, name, v, func([]*binding.Lot) error {
+		if _, err := s.Decide(t.Context(), a.KeyID, name, v, func([]*registry.Lot) error {
 			return no
 		}); !errors.Is(err, no) {
 			t.Errorf("a verdict that its check refuses: %v, want the check's error", err)
@@ -268,13 +269,13 @@ func count(t *testing.T, s Store) {
 
 func raceLots(t *testing.T, s Store) {
 	makers := []*maker{newMaker(t, s), newMaker(t, s)}
-	lots := make([]*binding.Lot, racers)
+	lots := make([]*registry.Lot, racers)
 	for i := range lots {
 		lots[i] = makers[i%2].lot(t, fmt.Sprint("L", i), i/2) // each shares IMEIs with each
 	}
 	overlaps := errors.New("overlaps")
 	errs := race(func(i int) error {
-		return s.PutLot(t.Context(), lots[i], func(before []*binding.Lot) error {
+		return s.PutLot(t.Context(), lots[i], func(before []*registry.Lot) error {
 			for _, b := range before {
 				if b.Manifest.Overlap(lots[i].Manifest) != nil {
 					return overlaps

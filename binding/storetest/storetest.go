@@ -1,4 +1,4 @@
-// Package storetest holds every implementation of binding.Store and binding.Registry to what they promise.
+// Package storetest holds every implementation of binding.Store and registry.Store to what they promise.
 package storetest
 
 import (
@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/binding/sightings"
 	"github.com/kmehsm/kmehsm/binding/tokenkeys"
 	"github.com/kmehsm/kmehsm/hsmkeys"
@@ -23,7 +24,7 @@ import (
 // A Store is what Run tests: all interfaces in one.
 type Store = interface {
 	binding.Store
-	binding.Registry
+	registry.Store
 	tokenkeys.SealedStore
 	binding.Listings
 	sightings.Store

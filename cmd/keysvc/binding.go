@@ -16,6 +16,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/explain"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/keysvcd"
@@ -295,7 +296,7 @@ func ofDevice(imei kme.IMEI) string {
 }
 
 // doubts are those about a binding, which may be nil.
-func doubts(c *cli.Context, s *sqlstore.Store, b *binding.Binding) ([]binding.Doubt, error) {
+func doubts(c *cli.Context, s *sqlstore.Store, b *binding.Binding) ([]registry.Doubt, error) {
 	if b == nil {
 		return nil, nil
 	}
@@ -303,7 +304,7 @@ func doubts(c *cli.Context, s *sqlstore.Store, b *binding.Binding) ([]binding.Do
 	if err != nil {
 		return nil, err
 	}
-	return lots.Doubts(c.Context, b)
+	return lots.Doubts(c.Context, b.Basis())
 }
 
 func printExplanation(w io.Writer, e *explain.Subscription) {
@@ -349,10 +350,10 @@ func bindingReport(c *cli.Context) error {
 		}
 		type suspect struct {
 			shown
-			Doubts []binding.Doubt `json:"doubts"`
+			Doubts []registry.Doubt `json:"doubts"`
 		}
 		n := 0
-		all := each(lots.Suspects(c.Context, store, time.Now()), func(s binding.Suspect) suspect {
+		all := each(binding.Suspects(c.Context, lots, store, time.Now()), func(s binding.Suspect) suspect {
 			return suspect{shown: show(s.Binding), Doubts: s.Doubts}
 		})
 		err = cmdline.PrintEach(c, `"bindings"`, "", all, func(w io.Writer, s suspect) {

@@ -7,8 +7,8 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/imports"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
@@ -50,7 +50,7 @@ func lotImport(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	var again *binding.Verdict
+	var again *registry.Verdict
 	if reason := c.String("reinstate"); c.IsSet("reinstate") {
 		v, err := imports.NewVerdict(false, who.Name(), reason)
 		if err != nil {
@@ -88,9 +88,9 @@ func lotList(c *cli.Context) error {
 		}
 		type row struct {
 			*directory.Manifest
-			Imported   time.Time        `json:"imported"`
-			Retired    *binding.Verdict `json:"retired,omitempty"`
-			Distrusted *binding.Verdict `json:"distrusted,omitempty"`
+			Imported   time.Time         `json:"imported"`
+			Retired    *registry.Verdict `json:"retired,omitempty"`
+			Distrusted *registry.Verdict `json:"distrusted,omitempty"`
 		}
 		rows := make([]row, len(lots))
 		for i, l := range lots {
@@ -109,7 +109,7 @@ func lotList(c *cli.Context) error {
 	})
 }
 
-func lotState(l *binding.Lot) string {
+func lotState(l *registry.Lot) string {
 	switch {
 	case l.Retired.Withdrawn:
 		return "retired"

@@ -10,8 +10,8 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/imports"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
@@ -44,7 +44,7 @@ func manufacturerCommand() *cli.Command {
 }
 
 // decided is a verdict for JSON; nil if there is none.
-func decided(v binding.Verdict) *binding.Verdict {
+func decided(v registry.Verdict) *registry.Verdict {
 	if v.Time.IsZero() {
 		return nil
 	}
@@ -58,12 +58,12 @@ func manufacturerList(c *cli.Context) error {
 			return err
 		}
 		type row struct {
-			KeyID     string           `json:"manufacturer"`
-			Operator  string           `json:"operator"`
-			Directory string           `json:"directory"`
-			TACs      []kme.TAC        `json:"tacs,omitempty"`
-			Enrolled  time.Time        `json:"enrolled"`
-			Verdict   *binding.Verdict `json:"verdict,omitempty"`
+			KeyID     string            `json:"manufacturer"`
+			Operator  string            `json:"operator"`
+			Directory string            `json:"directory"`
+			TACs      []kme.TAC         `json:"tacs,omitempty"`
+			Enrolled  time.Time         `json:"enrolled"`
+			Verdict   *registry.Verdict `json:"verdict,omitempty"`
 		}
 		rows := make([]row, len(all))
 		for i, m := range all {
@@ -90,7 +90,7 @@ func manufacturerList(c *cli.Context) error {
 }
 
 // verdict is the caller's own, with the reason of --reason.
-func verdict(c *cli.Context, withdrawn bool) (binding.Verdict, error) {
+func verdict(c *cli.Context, withdrawn bool) (registry.Verdict, error) {
 	v, err := imports.NewVerdict(withdrawn, who.Name(), c.String("reason"))
 	if err != nil {
 		return v, cmdline.Usage(err)
@@ -99,7 +99,7 @@ func verdict(c *cli.Context, withdrawn bool) (binding.Verdict, error) {
 }
 
 func decide(
-	withdrawn bool, f func(context.Context, binding.Registry, string, binding.Verdict) (binding.Verdict, error),
+	withdrawn bool, f func(context.Context, registry.Store, string, registry.Verdict) (registry.Verdict, error),
 ) cli.ActionFunc {
 	return func(c *cli.Context) error {
 		v, err := verdict(c, withdrawn)
@@ -155,7 +155,7 @@ func confirmDistrust(c *cli.Context, store *sqlstore.Store, id string) error {
 }
 
 // printVerdict also says what is bound.
-func printVerdict(c *cli.Context, store *sqlstore.Store, what, manufacturer, lot string, v binding.Verdict) error {
+func printVerdict(c *cli.Context, store *sqlstore.Store, what, manufacturer, lot string, v registry.Verdict) error {
 	bound, err := store.Bound(c.Context, manufacturer, lot, time.Now())
 	if err != nil {
 		return err

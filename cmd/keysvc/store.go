@@ -13,6 +13,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/mark"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
@@ -82,7 +83,7 @@ func storeName(c *cli.Context) string {
 }
 
 // openLots opens the lots of a store, with the directories that the manufacturers were enrolled with, or --directory.
-func openLots(c *cli.Context, store *sqlstore.Store) (*binding.Lots, error) {
+func openLots(c *cli.Context, store *sqlstore.Store) (*registry.Lots, error) {
 	return keysvcd.OpenLots(c.Context, store, c.String("directory"), cmdline.VaultLogin(c), cmdline.StderrLog(c))
 }
 

@@ -20,6 +20,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/imports"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/directory/filestore"
@@ -47,7 +48,7 @@ func served(t *testing.T) (service *binding.Service, lot *rsa.PublicKey, imei km
 	id := hsmkeys.Key{Role: hsmkeys.RoleKEK, Manufacturer: maker.KeyID(), Name: "op"}.HexID()
 	transport := must[*rsa.PublicKey](t)(token.NewTransportKey(ctx))
 	pem := must[[]byte](t)(pemkey.Encode(maker.Public()))
-	must[*binding.Manufacturer](t)(imports.Enroll(ctx, token, store,
+	must[*registry.Manufacturer](t)(imports.Enroll(ctx, token, store,
 		imports.Enrolment{JWS: must[[]byte](t)(maker.Sign(handover.TypeEnrolment, &handover.Enrolment{
 			Manufacturer: maker.KeyID(), Operator: "op", TransportKey: pemkey.Thumbprint(transport), KEK: id,
 			Algorithm: handover.RSAOAEP,
@@ -77,13 +78,13 @@ func served(t *testing.T) (service *binding.Service, lot *rsa.PublicKey, imei km
 	}
 	wrapped := must[[]byte](t)(must[*subtle.KWP](t)(subtle.NewKWP(kek)).
 		Wrap(must[[]byte](t)(x509.MarshalPKCS8PrivateKey(key))))
-	must[*binding.Lot](t)(imports.ImportLot(ctx, token, store,
+	must[*registry.Lot](t)(imports.ImportLot(ctx, token, store,
 		must[[]byte](t)(maker.Sign(handover.TypeGrant, &handover.Grant{
 			Operator: "op", KEK: id, Lot: "L1", Algorithm: handover.A256KWP, Wrapped: wrapped,
 			Manifest: string(must[[]byte](t)(maker.Sign(directory.TypeManifest, m))),
 		})), nil))
 	reader := directory.NewReader(files, directory.NewVerifier(maker.Public()), directory.ReaderOptions{})
-	lots := must[*binding.Lots](t)(binding.OpenLots(ctx, store, func(*binding.Manufacturer) (*directory.Reader, error) {
+	lots := must[*registry.Lots](t)(registry.OpenLots(ctx, store, func(*registry.Manufacturer) (*directory.Reader, error) {
 		return reader, nil
 	}))
 	return binding.NewService(binding.Options{Token: token, Store: store, Lots: lots, Times: binding.DefaultTimes(),

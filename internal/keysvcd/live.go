@@ -14,6 +14,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/api"
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/keysvcd/settings"
@@ -26,7 +27,7 @@ type state struct {
 	tls          *tls.Config   // nil if the service does not listen
 	certificates []certificate // those of tls
 	clients      *api.Clients
-	lots         *binding.Lots
+	lots         *registry.Lots
 	handler      *api.Handler // serves the lots for the clients
 	eir          http.Handler // does so for AMFs; nil if there is none
 	page         http.Handler // the operator page; nil if there is none
@@ -36,8 +37,8 @@ type state struct {
 type live struct {
 	atomic.Pointer[state]
 	started  *settings.Config // whose settings hold, but for those that a reload changes
-	registry binding.Registry
-	open     func(*binding.Manufacturer) (*directory.Reader, error)
+	registry registry.Store
+	open     func(*registry.Manufacturer) (*directory.Reader, error)
 	options  api.Options // of the handler that serves, or of the first
 	ready    func(context.Context, *binding.Service) (warnings []string, err error)
 	page     func(*binding.Service, *state) http.Handler // makes that of a state
@@ -66,9 +67,9 @@ func (l *live) apply(ctx context.Context, cfg *settings.Config) error {
 			return err
 		}
 	}
-	next.lots, err = binding.OpenLots(ctx, l.registry, l.open)
+	next.lots, err = registry.OpenLots(ctx, l.registry, l.open)
 	if errors.Is(err, binding.ErrRolledBack) && l.rolledBack {
-		next.lots, err = new(binding.Lots), nil
+		next.lots, err = new(registry.Lots), nil
 	}
 	if err != nil {
 		return err
@@ -116,19 +117,19 @@ func (l *live) ServeHTTP(w http.ResponseWriter, r *http.Request) { l.Load().hand
 // OpenLots gives the lots of a store for a command: their directories are read anew, and nothing is remembered of them.
 // fallback is the directory of manufacturers that were enrolled without one.
 func OpenLots(
-	ctx context.Context, store binding.Registry, fallback string, login vaultstore.Login, log *slog.Logger,
-) (*binding.Lots, error) {
+	ctx context.Context, store registry.Store, fallback string, login vaultstore.Login, log *slog.Logger,
+) (*registry.Lots, error) {
 	none := func(string) directory.ReaderOptions { return directory.ReaderOptions{} }
-	return binding.OpenLots(ctx, store, opener(ctx, fallback, login, none, log))
+	return registry.OpenLots(ctx, store, opener(ctx, fallback, login, none, log))
 }
 
 // opener gives the reader of a manufacturer's directory, the same one at each reload: what it has cached stays, and so
 // does the login. It is for one goroutine at a time.
 func opener(ctx context.Context, fallback string, login vaultstore.Login,
 	options func(manufacturer string) directory.ReaderOptions, log *slog.Logger,
-) func(m *binding.Manufacturer) (*directory.Reader, error) {
+) func(m *registry.Manufacturer) (*directory.Reader, error) {
 	stores, readers := map[string]directory.Store{}, map[string]*directory.Reader{}
-	return func(m *binding.Manufacturer) (*directory.Reader, error) {
+	return func(m *registry.Manufacturer) (*directory.Reader, error) {
 		name := cmp.Or(m.Directory, fallback)
 		if name == "" {
 			return nil, cmdline.Usagef("manufacturer %s was enrolled without a directory: name one with directory in "+

@@ -27,6 +27,7 @@ import (
 	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
 	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/certtest"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
@@ -39,19 +40,19 @@ import (
 // A site is a service's configuration, what it reads, and what it serves.
 type site struct {
 	*live
-	binding.Registry
+	registry.Store
 	dir          string
 	log          *strings.Builder
-	manufacturer *binding.Manufacturer // the only one
-	lots         []*binding.Lot
+	manufacturer *registry.Manufacturer // the only one
+	lots         []*registry.Lot
 	err          error // the registry's
 }
 
 // Manufacturers and Lots are what a reload asks a Registry for.
-func (s *site) Manufacturers(context.Context) ([]*binding.Manufacturer, error) {
-	return []*binding.Manufacturer{s.manufacturer}, s.err
+func (s *site) Manufacturers(context.Context) ([]*registry.Manufacturer, error) {
+	return []*registry.Manufacturer{s.manufacturer}, s.err
 }
-func (s *site) Lots(context.Context) ([]*binding.Lot, error) { return s.lots, s.err }
+func (s *site) Lots(context.Context) ([]*registry.Lot, error) { return s.lots, s.err }
 
 const (
 	siteToken   = "token: pkcs11:token=operator?module-path=/dev/null&pin-source=file:/dev/null\n"
@@ -70,7 +71,7 @@ func newSite(t *testing.T, store binding.Store) *site {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.manufacturer = &binding.Manufacturer{KeyID: directory.NewVerifier(&key.PublicKey).KeyID(), PEM: string(public),
+	s.manufacturer = &registry.Manufacturer{KeyID: directory.NewVerifier(&key.PublicKey).KeyID(), PEM: string(public),
 		Directory: "file:" + s.dir}
 	s.write(t, siteBase+siteClients)
 	cfg, report := settings.Read(settings.Source{Path: s.config()})
@@ -154,7 +155,7 @@ func TestReloadFails(t *testing.T) {
 			return func() { *s.manufacturer = good }
 		}, "enrolled without a directory"},
 		{"a lot of nobody's", siteBase + newClients, func() func() {
-			s.lots = []*binding.Lot{{Manufacturer: "nobody", Manifest: &directory.Manifest{Lot: "L1"}}}
+			s.lots = []*registry.Lot{{Manufacturer: "nobody", Manifest: &directory.Manifest{Lot: "L1"}}}
 			return func() { s.lots = nil }
 		}, "who is not enrolled"},
 		{"no database", siteBase + newClients, func() func() {

@@ -22,7 +22,7 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/faultmodule"
@@ -132,7 +132,7 @@ func (b *bench) measureLookup() (any, error) {
 		}
 		g.keys = append(g.keys, directory.DeviceKey{Key: &k.PublicKey})
 	}
-	var served []*binding.Lot
+	var served []*registry.Lot
 	for i := range lots {
 		m := *all["L2048"]
 		tac, err := kme.ParseTAC(fmt.Sprintf("35%06d", i))
@@ -142,10 +142,10 @@ func (b *bench) measureLookup() (any, error) {
 		m.Lot, m.Manufacturer, m.ShardSize = fmt.Sprintf("G%d", i), signer.KeyID(), shardSize
 		m.Ranges = []directory.Range{{TAC: tac, First: 0, Count: devicesALot}}
 		g.manifests[m.Lot] = &m
-		served = append(served, &binding.Lot{Manufacturer: m.Manufacturer, Manifest: &m})
+		served = append(served, &registry.Lot{Manufacturer: m.Manufacturer, Manifest: &m})
 	}
 	reader := directory.NewReader(g, directory.NewVerifier(signer.Public()), directory.ReaderOptions{})
-	index, err := binding.NewLots(served, map[string]*directory.Reader{signer.KeyID(): reader})
+	index, err := registry.NewLots(served, map[string]*directory.Reader{signer.KeyID(): reader})
 	if err != nil {
 		return nil, err
 	}

@@ -1,4 +1,4 @@
-package binding
+package registry
 
 import (
 	"cmp"
@@ -19,42 +19,44 @@ import (
 // Lots finds the lot of an IMEI: by the manifests' ranges, never by what a caller says. It does not change.
 type Lots struct {
 	ranges     []lotRange // by first IMEI; they do not overlap
-	imported   map[lotName]*importedLot
+	imported   map[lotName]*ImportedLot
 	distrusted map[string]Verdict // manufacturers, by KeyID
 }
 
 type lotName struct{ manufacturer, lot string }
 
-// An importedLot is one that was imported, whether it is served or not.
-type importedLot struct {
-	*servedLot // nil if its manufacturer is distrusted, whose directory is not asked any more
-	retired    Verdict
+// An ImportedLot is one that was imported, whether it is served or not.
+type ImportedLot struct {
+	*TrustedLot // nil if its manufacturer is distrusted, whose directory is not asked any more
+	Retired     Verdict
 }
 
 type lotRange struct {
 	first, last string // IMEIs as 14 digits, which sort as numbers do
-	lot         *servedLot
+	lot         *TrustedLot
 }
 
-type servedLot struct {
-	manifest *directory.Manifest
-	public   *rsa.PublicKey
+// A TrustedLot is one whose manufacturer is trusted, and Reader reads the manufacturer's directory.
+type TrustedLot struct {
+	Manifest *directory.Manifest
+	Public   *rsa.PublicKey
 	key      hsmkeys.Key
-	reader   *directory.Reader
+	Reader   *directory.Reader
 }
 
-func (l *servedLot) payload(imsi kme.IMSI, imei kme.IMEI, device crypto.PublicKey, bytes []byte) hsmkeys.Payload {
+// Payload is a payload of one of the lot's devices, whose public key is device.
+func (l *TrustedLot) Payload(imsi kme.IMSI, imei kme.IMEI, device crypto.PublicKey, bytes []byte) hsmkeys.Payload {
 	return hsmkeys.Payload{
-		Suite: l.manifest.Suite, Lot: l.key, N: l.public, Device: device,
-		For: kme.Context{Lot: l.manifest.Lot, IMEI: imei, IMSI: imsi}, Bytes: bytes,
+		Suite: l.Manifest.Suite, Lot: l.key, N: l.Public, Device: device,
+		For: kme.Context{Lot: l.Manifest.Lot, IMEI: imei, IMSI: imsi}, Bytes: bytes,
 	}
 }
 
 // OpenLots indexes all lots of a registry. open gives the reader of a manufacturer's directory.
 func OpenLots(
-	ctx context.Context, registry Registry, open func(*Manufacturer) (*directory.Reader, error),
+	ctx context.Context, store Store, open func(*Manufacturer) (*directory.Reader, error),
 ) (*Lots, error) {
-	manufacturers, err := registry.Manufacturers(ctx)
+	manufacturers, err := store.Manufacturers(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -67,7 +69,7 @@ func OpenLots(
 			return nil, err
 		}
 	}
-	lots, err := registry.Lots(ctx)
+	lots, err := store.Lots(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -77,9 +79,9 @@ func OpenLots(
 // NewLots indexes lots. readers has the reader of each manufacturer's directory, by KeyID; of one that is distrusted,
 // none is needed.
 func NewLots(lots []*Lot, readers map[string]*directory.Reader) (*Lots, error) {
-	index := &Lots{imported: map[lotName]*importedLot{}, distrusted: map[string]Verdict{}}
+	index := &Lots{imported: map[lotName]*ImportedLot{}, distrusted: map[string]Verdict{}}
 	for _, l := range lots {
-		lot := &importedLot{retired: l.Retired}
+		lot := &ImportedLot{Retired: l.Retired}
 		index.imported[lotName{l.Manufacturer, l.Manifest.Lot}] = lot
 		if l.Distrusted.Withdrawn {
 			index.distrusted[l.Manufacturer] = l.Distrusted
@@ -89,8 +91,8 @@ func NewLots(lots []*Lot, readers map[string]*directory.Reader) (*Lots, error) {
 		if reader == nil {
 			return nil, fmt.Errorf("lot %s is of manufacturer %s, who is not enrolled", l.Manifest.Lot, l.Manufacturer)
 		}
-		served := &servedLot{manifest: l.Manifest, public: l.Manifest.PublicKey(), key: l.Key(), reader: reader}
-		if lot.servedLot = served; !l.Served() {
+		served := &TrustedLot{Manifest: l.Manifest, Public: l.Manifest.PublicKey(), key: l.Key(), Reader: reader}
+		if lot.TrustedLot = served; !l.Served() {
 			continue
 		}
 		for _, r := range l.Manifest.Ranges {
@@ -109,7 +111,8 @@ func NewLots(lots []*Lot, readers map[string]*directory.Reader) (*Lots, error) {
 	return index, nil
 }
 
-func (l *Lots) find(imei kme.IMEI) *servedLot {
+// Find gives the lot that is served and has a device; nil if there is none.
+func (l *Lots) Find(imei kme.IMEI) *TrustedLot {
 	digits := imei.String()
 	i, found := slices.BinarySearchFunc(l.ranges, digits, func(r lotRange, d string) int {
 		return cmp.Compare(r.first, d)
@@ -123,6 +126,21 @@ func (l *Lots) find(imei kme.IMEI) *servedLot {
 	return l.ranges[i].lot
 }
 
+// Of is the imported lot of a device, served or not; nil if there is none whose manufacturer is trusted.
+func (l *Lots) Of(imei kme.IMEI) *ImportedLot {
+	if lot := l.Find(imei); lot != nil {
+		return l.imported[lotName{lot.Manifest.Manufacturer, lot.Manifest.Lot}]
+	}
+	for _, lot := range l.imported {
+		if lot.TrustedLot != nil {
+			if _, ok := lot.Manifest.Position(imei); ok {
+				return lot
+			}
+		}
+	}
+	return nil
+}
+
 // LogWithdrawn logs what is not served, and by whose decision.
 func (l *Lots) LogWithdrawn(log *slog.Logger) {
 	for _, m := range slices.Sorted(maps.Keys(l.distrusted)) {
@@ -131,7 +149,7 @@ func (l *Lots) LogWithdrawn(log *slog.Logger) {
 			"manufacturer", m, "by", v.By, "reason", v.Reason, "time", v.Time)
 	}
 	for name, lot := range l.imported {
-		if v := lot.retired; v.Withdrawn {
+		if v := lot.Retired; v.Withdrawn {
 			log.Warn("a lot is retired: it is not served", "manufacturer", name.manufacturer, "lot", name.lot,
 				"by", v.By, "reason", v.Reason, "time", v.Time)
 		}
@@ -147,13 +165,13 @@ func (l *Lots) CheckDirectories(ctx context.Context) map[string]error {
 	var mu sync.Mutex // guards failed
 	var all sync.WaitGroup
 	for _, r := range l.ranges {
-		if checked[r.lot.reader] {
+		if checked[r.lot.Reader] {
 			continue
 		}
-		checked[r.lot.reader] = true
+		checked[r.lot.Reader] = true
 		all.Go(func() {
-			m := r.lot.manifest
-			if _, err := r.lot.reader.Manifest(ctx, m.Lot); err != nil {
+			m := r.lot.Manifest
+			if _, err := r.lot.Reader.Manifest(ctx, m.Lot); err != nil {
 				mu.Lock()
 				defer mu.Unlock()
 				failed[m.Manufacturer] = err
@@ -169,15 +187,15 @@ func (l *Lots) CheckDirectories(ctx context.Context) map[string]error {
 func (l *Lots) byReader() map[*directory.Reader][]*directory.Manifest {
 	all := map[*directory.Reader][]*directory.Manifest{}
 	for _, lot := range l.imported {
-		if lot.servedLot != nil {
-			all[lot.reader] = append(all[lot.reader], lot.manifest)
+		if lot.TrustedLot != nil {
+			all[lot.Reader] = append(all[lot.Reader], lot.Manifest)
 		}
 	}
 	return all
 }
 
-// follow has the lists of revoked devices of these lots read in the background, in the place of those of before.
-func (l *Lots) follow(before *Lots) {
+// Follow has the lists of revoked devices of these lots read in the background, in the place of those of before.
+func (l *Lots) Follow(before *Lots) {
 	now := l.byReader()
 	for reader := range before.byReader() {
 		if now[reader] == nil {
@@ -216,15 +234,15 @@ func (l *Lots) Lists() map[string][]directory.ListState {
 	return all
 }
 
-// revoked says whether the directory has a binding's device as revoked, by the list that is there: such a binding is
+// Revoked says whether the directory has a binding's device as revoked, by the list that is there: such a binding is
 // not served on. Nobody waits for a directory here. It is an error if the list is too old, and the reader has a MaxAge;
 // and if the lot that the binding is of was not imported when this process last read the registry. Both the lot that
 // has the device now and the one that the binding is of count, also if that was retired, but not those of a distrusted
 // manufacturer.
-func (l *Lots) revoked(b *Binding) (bool, error) {
-	now := l.find(b.IMEI)
+func (l *Lots) Revoked(b Basis) (bool, error) {
+	now := l.Find(b.IMEI)
 	if now != nil {
-		if revoked, err := now.reader.Revoked(now.manifest, b.IMEI); revoked || err != nil {
+		if revoked, err := now.Reader.Revoked(now.Manifest, b.IMEI); revoked || err != nil {
 			return revoked, err
 		}
 	}
@@ -233,42 +251,34 @@ func (l *Lots) revoked(b *Binding) (bool, error) {
 	case of == nil:
 		return false, fmt.Errorf("lot %s of manufacturer %s is not known here: reload the lots (SIGHUP)", b.Lot,
 			b.Manufacturer)
-	case of.servedLot == nil || of.servedLot == now:
+	case of.TrustedLot == nil || of.TrustedLot == now:
 		return false, nil
 	}
-	return of.reader.Revoked(of.manifest, b.IMEI)
+	return of.Reader.Revoked(of.Manifest, b.IMEI)
 }
 
-// trust says whether a binding rests on a key of a manufacturer who is not distrusted.
-func (l *Lots) trust(b *Binding) bool {
+// Trusts says whether a binding rests on a key of a manufacturer who is not distrusted.
+func (l *Lots) Trusts(b Basis) bool {
 	lot := l.imported[lotName{b.Manufacturer, b.Lot}]
-	return lot != nil && lot.servedLot != nil
+	return lot != nil && lot.TrustedLot != nil
 }
 
-// reissued says whether the device of a binding that is trusted was issued another key since.
-func (l *Lots) reissued(ctx context.Context, b *Binding) (bool, error) {
+// Reissued says whether the device of a binding that is trusted was issued another key since.
+func (l *Lots) Reissued(ctx context.Context, b Basis) (bool, error) {
 	lot := l.imported[lotName{b.Manufacturer, b.Lot}]
-	history, _, err := lot.reader.RevocationsOf(ctx, lot.manifest, b.IMEI)
+	history, _, err := lot.Reader.RevocationsOf(ctx, lot.Manifest, b.IMEI)
 	if err != nil {
-		if err := fromDirectory(ctx, err); ctx.Err() != nil {
-			return false, err
-		}
-		return false, revocationsUnknown(err)
+		return false, err
 	}
 	return directory.Device{History: history}.Issued() > b.DeviceKey, nil
 }
 
-// revocationsUnknown is the refusal where a device may be revoked or not.
-func revocationsUnknown(cause error) *Refusal {
-	return refuse(kme.DirectoryUnavailable, "whether the device was revoked is not known", cause)
-}
-
 // Device is what the directory says of a device, and the manifest of its lot.
 func (l *Lots) Device(ctx context.Context, imei kme.IMEI) (*directory.Manifest, directory.Device, error) {
-	lot := l.find(imei)
+	lot := l.Find(imei)
 	if lot == nil {
 		return nil, directory.Device{}, fmt.Errorf("IMEI %s is in no lot that is served", imei)
 	}
-	d, err := lot.reader.Device(ctx, lot.manifest, imei)
-	return lot.manifest, d, err
+	d, err := lot.Reader.Device(ctx, lot.Manifest, imei)
+	return lot.Manifest, d, err
 }

@@ -1,0 +1,98 @@
+package registry
+
+import (
+	"context"
+	"fmt"
+	"time"
+)
+
+// A Doubt is why a key that a binding rests on is not to be trusted any more.
+type Doubt struct {
+	Why    Why       `json:"why"`
+	Reason string    `json:"reason"` // whose decision it was has given it
+	Time   time.Time `json:"time"`
+}
+
+// Why names the kinds of Doubt.
+type Why string
+
+const (
+	ManufacturerDistrusted Why = "MANUFACTURER_DISTRUSTED"
+	LotRetired             Why = "LOT_RETIRED"
+	LotRevoked             Why = "LOT_REVOKED" // as a whole, by its manufacturer
+	DeviceRevoked          Why = "DEVICE_REVOKED"
+	DeviceReissued         Why = "DEVICE_REISSUED" // the device's key that signed the KME was replaced later
+)
+
+// ReadManifests reads the manifest of each lot whose manufacturer is trusted: a directory that is gone would have
+// nothing revoked.
+func (l *Lots) ReadManifests(ctx context.Context) error {
+	for name, lot := range l.imported {
+		if err := lot.readManifest(ctx, name); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (l *ImportedLot) readManifest(ctx context.Context, name lotName) error {
+	if l.TrustedLot == nil {
+		return nil
+	}
+	if _, err := l.Reader.Manifest(ctx, name.lot); err != nil {
+		return unknownRevocations(name, err)
+	}
+	return nil
+}
+
+// Doubts gives those about what a binding rests on. It needs the directory of its manufacturer, if that is trusted.
+func (l *Lots) Doubts(ctx context.Context, b Basis) ([]Doubt, error) {
+	name := lotName{b.Manufacturer, b.Lot}
+	if lot := l.imported[name]; lot != nil {
+		if err := lot.readManifest(ctx, name); err != nil {
+			return nil, err
+		}
+	}
+	return l.DoubtsOf(ctx, b)
+}
+
+func unknownRevocations(n lotName, err error) error {
+	return fmt.Errorf("which devices of lot %s manufacturer %s has revoked is not known: %w", n.lot,
+		n.manufacturer, err)
+}
+
+// DoubtsOf gives Doubts to a caller who has called ReadManifests before, and asks about many bindings.
+func (l *Lots) DoubtsOf(ctx context.Context, b Basis) (doubts []Doubt, err error) {
+	lot := l.imported[lotName{b.Manufacturer, b.Lot}]
+	if lot == nil {
+		return nil, fmt.Errorf("IMSI %s is bound to a device of lot %s of manufacturer %s, which was not imported: "+
+			"the database is damaged",
+			b.IMSI, b.Lot, b.Manufacturer)
+	}
+	if v := lot.Retired; v.Withdrawn {
+		doubts = append(doubts, Doubt{LotRetired, v.Reason, v.Time})
+	}
+	if v, distrusted := l.distrusted[b.Manufacturer]; distrusted {
+		return append(doubts, Doubt{ManufacturerDistrusted, v.Reason, v.Time}), nil
+	}
+	history, whole, err := lot.Reader.RevocationsOf(ctx, lot.Manifest, b.IMEI)
+	if err != nil {
+		return nil, unknownRevocations(lotName{b.Manufacturer, b.Lot}, err)
+	}
+	if whole != nil {
+		doubts = append(doubts, Doubt{LotRevoked, whole.Reason, whole.Time})
+	}
+	issued := 0
+	for i, e := range history {
+		if e.Key != nil {
+			issued++
+		}
+		switch {
+		case e.Key != nil && issued == b.DeviceKey+1:
+			doubts = append(doubts, Doubt{DeviceReissued, e.Reason, e.Time})
+		case e.Key == nil && i == len(history)-1:
+			doubts = append(doubts, Doubt{DeviceRevoked, e.Reason, e.Time})
+		}
+	}
+	return doubts, nil
+}

@@ -1,0 +1,85 @@
+// Package registry is what the operator has imported: manufacturers and their lots, and the verdicts about them. Lots
+// finds the lot of a device, and says whether a key that a binding rests on is still to be trusted: by the verdicts,
+// and by the manufacturers' lists of revoked devices. It decides nothing, and keeps no bindings.
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// A Manufacturer is one whose enrolment this operator has imported.
+type Manufacturer struct {
+	KeyID     string    // RFC 7638 thumbprint of its signing key, which names it everywhere
+	PEM       string    // the signing key itself, pinned
+	Operator  string    // the name that it knows this operator by
+	Directory string    // where its public keys are, as --directory has it; empty for the service's default
+	TACs      []kme.TAC // that its lots may have; none for any that is no other's
+	Enrolled  time.Time
+	Verdict   Verdict // withdrawn: none of its lots is served any more
+}
+
+// A Lot is one whose private key is in the operator's token.
+type Lot struct {
+	Manufacturer string
+	Manifest     *directory.Manifest
+	ManifestJWS  string
+	Imported     time.Time
+	Retired      Verdict // about the lot itself
+	Distrusted   Verdict // its manufacturer's
+}
+
+// Key is the lot's in the operator's token.
+func (l *Lot) Key() hsmkeys.Key {
+	return hsmkeys.Key{Role: hsmkeys.RoleLot, Manufacturer: l.Manufacturer, Name: l.Manifest.Lot}
+}
+
+// Served says whether the lot's devices may be bound.
+func (l *Lot) Served() bool { return !l.Retired.Withdrawn && !l.Distrusted.Withdrawn }
+
+// A Verdict is the last decision about a manufacturer or a lot; its zero value, that there was none.
+type Verdict struct {
+	Withdrawn bool      `json:"withdrawn"` // it is served no more
+	By        string    `json:"by"`
+	Reason    string    `json:"reason"`
+	Time      time.Time `json:"time"`
+}
+
+func (v Verdict) String() string {
+	return fmt.Sprintf("by %s at %s: %s", v.By, v.Time.Format(time.RFC3339), v.Reason)
+}
+
+// ErrNotImported is a Store's.
+var ErrNotImported = errors.New("no such manufacturer is enrolled, or no such lot imported: see keysvc manufacturer " +
+	"list and lot list")
+
+// A Store keeps which manufacturers and lots the operator has imported.
+type Store interface {
+	// PutManufacturer enters or replaces a manufacturer; the verdict about it stays.
+	PutManufacturer(ctx context.Context, m *Manufacturer) error
+	Manufacturers(ctx context.Context) ([]*Manufacturer, error)
+	// PutLot enters a lot; entering it again changes nothing. check is called with all lots entered before, in the
+	// same transaction, and its error prevents it.
+	PutLot(ctx context.Context, lot *Lot, check func([]*Lot) error) error
+	Lots(ctx context.Context) ([]*Lot, error)
+	// Decide enters a verdict about a lot, or about the manufacturer if lot is empty, and gives the one that stands
+	// then: one that says the same and is there already stays. check is as in PutLot. Fails with ErrNotImported.
+	Decide(ctx context.Context, manufacturer, lot string, v Verdict, check func([]*Lot) error) (Verdict, error)
+	// Bound is how many bindings stand with a manufacturer's devices; of one lot, unless lot is empty.
+	Bound(ctx context.Context, manufacturer, lot string, now time.Time) (int, error)
+}
+
+// A Basis is the device's key that a binding rests on.
+type Basis struct {
+	IMSI         kme.IMSI // of the binding, which errors name
+	IMEI         kme.IMEI
+	Manufacturer string
+	Lot          string
+	DeviceKey    int // how many keys the device had been issued in the place of its first
+}
