@@ -174,7 +174,8 @@ func TestRetireLot(t *testing.T) {
 	r.take(t, other, other.newLot(t, "L1", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 1)...))
 	_, err = imports.FindLot(ctx, r.store, "L1", "")
 	checkSays(t, "a name of two lots", err, "--manufacturer")
-	if found := must[*registry.Lot](t)(imports.FindLot(ctx, r.store, "L1", m.KeyID())); found.Manufacturer != m.KeyID() {
+	found := must[*registry.Lot](t)(imports.FindLot(ctx, r.store, "L1", m.KeyID()))
+	if found.Manufacturer != m.KeyID() {
 		t.Errorf("found %+v", found)
 	}
 	_, err = imports.FindLot(ctx, r.store, "L9", "")

@@ -24,8 +24,8 @@ type Subscription struct {
 
 // OfSubscription explains one.
 func OfSubscription(k binding.Known) *Subscription {
-	e := &Subscription{IMSI: k.IMSI, State: "UNBOUND", Says: []string{}, Doubts: append([]registry.Doubt{}, k.Doubts...),
-		Refused: k.Refused, Next: []string{}}
+	e := &Subscription{IMSI: k.IMSI, State: "UNBOUND", Says: []string{}, Next: []string{},
+		Doubts: append([]registry.Doubt{}, k.Doubts...), Refused: k.Refused}
 	if k.Damaged != nil {
 		e.State = "DAMAGED"
 		e.say("What the database has of it is not what the service wrote: %v.", k.Damaged)

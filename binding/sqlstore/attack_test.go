@@ -343,8 +343,8 @@ func newPEM(t *testing.T) string {
 func enter(t *testing.T, s *Store) {
 	t.Helper()
 	signer := must(directory.NewSigner(must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))))
-	m := &registry.Manufacturer{KeyID: signer.KeyID(), PEM: string(must(pemkey.Encode(signer.Public()))), Operator: "op",
-		Directory: "file:/srv", Enrolled: t0}
+	m := &registry.Manufacturer{KeyID: signer.KeyID(), PEM: string(must(pemkey.Encode(signer.Public()))),
+		Operator: "op", Directory: "file:/srv", Enrolled: t0}
 	if err := s.PutManufacturer(t.Context(), m); err != nil {
 		t.Fatal(err)
 	}

@@ -84,9 +84,8 @@ func served(t *testing.T) (service *binding.Service, lot *rsa.PublicKey, imei km
 			Manifest: string(must[[]byte](t)(maker.Sign(directory.TypeManifest, m))),
 		})), nil))
 	reader := directory.NewReader(files, directory.NewVerifier(maker.Public()), directory.ReaderOptions{})
-	lots := must[*registry.Lots](t)(registry.OpenLots(ctx, store, func(*registry.Manufacturer) (*directory.Reader, error) {
-		return reader, nil
-	}))
+	readers := func(*registry.Manufacturer) (*directory.Reader, error) { return reader, nil }
+	lots := must[*registry.Lots](t)(registry.OpenLots(ctx, store, readers))
 	return binding.NewService(binding.Options{Token: token, Store: store, Lots: lots, Times: binding.DefaultTimes(),
 		Log: slog.New(slog.NewTextHandler(io.Discard, nil))}), &key.PublicKey, imei
 }
