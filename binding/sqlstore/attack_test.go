@@ -16,6 +16,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/registry"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
@@ -151,7 +152,7 @@ func attacked(t *testing.T, name string) {
 		t.Helper()
 		wrong := map[int]bool{}
 		note := func(n int, err error) {
-			if isDamaged(err) {
+			if tables.IsDamaged(err) {
 				wrong[n] = true
 			} else if err != nil && !errors.Is(err, binding.ErrNotBound) {
 				t.Error(err)
@@ -175,7 +176,7 @@ func attacked(t *testing.T, name string) {
 					return err
 				}(),
 			} {
-				if isDamaged(err) != wrong[n] {
+				if tables.IsDamaged(err) != wrong[n] {
 					t.Errorf("IMSI %d: %v, and of its subscription damaged is %v", n, err, wrong[n])
 				}
 			}
@@ -183,7 +184,8 @@ func attacked(t *testing.T, name string) {
 		_, err := s.Lots(ctx)
 		note(-1, err)
 		bound := wrong[0] || wrong[1] || wrong[2]
-		if all, err := s.Bindings(ctx, binding.BindingQuery{Limit: 10, Now: t0}); isDamaged(err) != bound || !bound &&
+		if all, err := s.Bindings(ctx, binding.BindingQuery{Limit: 10,
+			Now: t0}); tables.IsDamaged(err) != bound || !bound &&
 			len(all) != 3 {
 			t.Errorf("listed: %d bindings, error %v; damaged are %v", len(all), err, wrong)
 		}
@@ -228,7 +230,7 @@ func attacked(t *testing.T, name string) {
 	})
 	t.Run("a RAND made up", func(t *testing.T) {
 		run(`INSERT INTO spent_rands SELECT IMSI7, rand, mac FROM spent_rands WHERE imsi = IMSI2`)
-		if _, err := s.Spent(ctx, must(kme.ParseIMSI("001010000000007")), hsmkeys.RAND{0}); !isDamaged(err) {
+		if _, err := s.Spent(ctx, must(kme.ParseIMSI("001010000000007")), hsmkeys.RAND{0}); !tables.IsDamaged(err) {
 			t.Error(err)
 		}
 		run(`DELETE FROM spent_rands WHERE imsi = IMSI7`)
@@ -293,7 +295,7 @@ func attacked(t *testing.T, name string) {
 				t.Fatalf("%d KMEs, and then %d", n, again)
 			}
 			run("UPDATE bindings SET " + hide + " WHERE imsi = IMSI0")
-			if n, err := s.CountSealed(ctx, below); !isDamaged(err) {
+			if n, err := s.CountSealed(ctx, below); !tables.IsDamaged(err) {
 				t.Errorf("%s: %d KMEs, %v", hide, n, err)
 			}
 		}
@@ -372,7 +374,7 @@ func TestForgottenByNobody(t *testing.T) {
 	for _, chain := range []string{"chain", "99"} {
 		must(db.Exec(`INSERT INTO ledger SELECT ` + chain + `, 1000000, at, 'FORGOTTEN', subject, imei, tag, actor,
 			detail, mac FROM ledger WHERE event = 'LISTED'`))
-		if all, err := s.Listed(ctx, 0); !isDamaged(err) {
+		if all, err := s.Listed(ctx, 0); !tables.IsDamaged(err) {
 			t.Errorf("a blacklisted device is not listed any more, and nobody notices: %v, %v", all, err)
 		}
 		must(db.Exec(`DELETE FROM ledger WHERE event = 'FORGOTTEN'`))
@@ -411,7 +413,7 @@ func TestNumberThatIsNotWhole(t *testing.T) {
 	defer db.Close()
 	must(db.Exec(`INSERT INTO ledger SELECT chain, 999.5, at, event, subject, imei, tag, actor, detail, mac FROM ledger
 		WHERE seq = 5`))
-	if n, err := s.VerifyLedger(ctx); !isDamaged(err) || ctx.Err() != nil {
+	if n, err := s.VerifyLedger(ctx); !tables.IsDamaged(err) || ctx.Err() != nil {
 		t.Errorf("%d entries, %v", n, err)
 	}
 }

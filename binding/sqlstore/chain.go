@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
 	"github.com/kmehsm/kmehsm/internal/strict"
 )
@@ -112,7 +113,7 @@ func (s *Store) Check(ctx context.Context, mark *binding.Mark) (*binding.Mark, e
 			err := s.entries(ctx, q, func(binding.Entry) error {
 				return nil
 			}, `WHERE e.chain = $1 AND e.seq = $2`, int64(i), head.Seq)
-			if isDamaged(err) {
+			if tables.IsDamaged(err) {
 				err = s.refuse(fmt.Errorf("%w (%w; or this token is not the one that it was written with)",
 					binding.ErrRolledBack, err))
 			}
@@ -193,7 +194,7 @@ func (s *Store) acceptChain(ctx context.Context, tx *txn, mark *binding.Mark, ch
 		a.Had = mark.Heads[chain].Seq
 	}
 	var err error
-	if _, a.Digest, err = s.verifyToHead(ctx, tx.Conn, chain, ignore, nil); err != nil && !isDamaged(err) {
+	if _, a.Digest, err = s.verifyToHead(ctx, tx.Conn, chain, ignore, nil); err != nil && !tables.IsDamaged(err) {
 		return err
 	}
 	detail, err := json.Marshal(a)
@@ -224,7 +225,7 @@ func (s *Store) acceptedUpTo(ctx context.Context, q sqlconn.Conn) (map[int64]int
 			continue
 		}
 		_, _, err := s.verifyChain(ctx, q, chain, seq, ignore, nil)
-		if isDamaged(err) {
+		if tables.IsDamaged(err) {
 			delete(last, chain)
 		} else if err != nil {
 			return nil, err
@@ -240,7 +241,7 @@ func (s *Store) VerifyLedger(ctx context.Context) (n int, err error) {
 	for chain := range int64(binding.Chains) {
 		m, _, err := s.verifyToHead(ctx, s.reads("verify the ledger"), chain, ignore, s.atRest)
 		n += m
-		if isDamaged(err) {
+		if tables.IsDamaged(err) {
 			err = fmt.Errorf("%w (%w)", binding.ErrRolledBack, err)
 			if s.Seen().Epoch == epoch { // else it was accepted meanwhile, and is read again
 				s.broken.Store(&err)
@@ -257,7 +258,7 @@ func (s *Store) VerifyLedger(ctx context.Context) (n int, err error) {
 // chainPage is how many entries are read at a time: some milliseconds.
 const chainPage = 1000
 
-func ignore(row) error { return nil }
+func ignore(tables.Row) error { return nil }
 
 // A rest is made between the pages of a chain, after what a page took.
 type rest func(ctx context.Context, took time.Duration) error
@@ -278,7 +279,7 @@ func (s *Store) atRest(ctx context.Context, took time.Duration) error {
 // verifyToHead is verifyChain as far as the chain goes when this begins: what is added
 // meanwhile is looked at next time.
 func (s *Store) verifyToHead(
-	ctx context.Context, q sqlconn.Conn, chain int64, each func(row) error, pause rest,
+	ctx context.Context, q sqlconn.Conn, chain int64, each func(tables.Row) error, pause rest,
 ) (n int, digest []byte, err error) {
 	head, err := s.head(ctx, q, chain)
 	if err != nil {
@@ -293,45 +294,45 @@ func (s *Store) verifyToHead(
 //
 // It reads page by page: SQLite cannot begin its WAL anew while somebody reads, and PostgreSQL removes no dead rows.
 func (s *Store) verifyChain(
-	ctx context.Context, q sqlconn.Conn, chain, upTo int64, each func(row) error, pause rest,
+	ctx context.Context, q sqlconn.Conn, chain, upTo int64, each func(tables.Row) error, pause rest,
 ) (n int, digest []byte, err error) {
 	var wrong error
 	found := func(seq int64, what string) {
 		if wrong == nil {
-			wrong = damaged(ledger, row{chain, seq}, what)
+			wrong = tables.Damaged(tables.Ledger, tables.Row{chain, seq}, what)
 		}
 	}
 	var last int64
 	// Also what somebody has put before the first is looked at. As the row has it: SQLite takes 999.5 too.
 	var after any = int64(math.MinInt64)
 	var before []byte
-	columns := len(ledger.columns)
-	check := func(values row) error { // and its mac, the actor's JSON
-		if values.int(1) != last+1 {
+	columns := len(tables.Ledger.Columns)
+	check := func(values tables.Row) error { // and its mac, the actor's JSON
+		if values.Int(1) != last+1 {
 			found(last+1, "is gone")
 		}
-		mac := values.bytes(columns)
+		mac := values.Bytes(columns)
 		whole := hmac.Equal(mac, s.entryMAC(values[:columns], before))
 		if !whole {
-			found(values.int(1), "was changed, or does not follow the one before it")
+			found(values.Int(1), "was changed, or does not follow the one before it")
 		}
-		if !s.isActor(values, values.text(columns+1)) {
-			found(values.int(1), otherActor)
+		if !s.isActor(values, values.Text(columns+1)) {
+			found(values.Int(1), otherActor)
 			whole = false
 		}
 		var a acceptance
-		if whole && values.text(3) == string(binding.EventAccepted) &&
-			json.Unmarshal([]byte(values.text(8)), &a) == nil && hmac.Equal(a.Digest, digest) {
+		if whole && values.Text(3) == string(binding.EventAccepted) &&
+			json.Unmarshal([]byte(values.Text(8)), &a) == nil && hmac.Equal(a.Digest, digest) {
 			wrong = nil
 		}
 		n++
-		last, after, before, digest = values.int(1), values[1], bytes.Clone(mac), s.macs.Of("ledger so far",
+		last, after, before, digest = values.Int(1), values[1], bytes.Clone(mac), s.macs.Of("ledger so far",
 			append(slices.Clone(values[:columns+1]), digest)...)
 		return each(values[:columns+1])
 	}
 	for more := true; more && err == nil; {
 		began, had := time.Now(), n
-		err = scan(ctx, q, columns+2, check, `SELECT e.`+strings.Join(ledger.columns, ", e.")+
+		err = tables.Scan(ctx, q, columns+2, check, `SELECT e.`+strings.Join(tables.Ledger.Columns, ", e.")+
 			`, e.mac, a.json FROM ledger AS e LEFT JOIN actors AS a ON a.actor = e.actor
 			WHERE e.chain = $1 AND e.seq > $2 AND e.seq <= $3 ORDER BY e.seq LIMIT $4`, chain, after, upTo, chainPage)
 		if more = n-had == chainPage; more && err == nil && pause != nil {

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
 	"github.com/kmehsm/kmehsm/kme"
@@ -105,7 +106,8 @@ func (s *Store) prepare(ctx context.Context, q binding.VectorRequest) (d binding
 			b.Sent = append(slices.Clip(b.Sent), q.Origin.Name)
 			s.recent.put(q.IMSI.String(), sub)
 			return tx.Do(ctx, `UPDATE bindings SET sent = $1, mac = $2 WHERE imsi = $3 AND state = 'PENDING'`,
-				sentText(b.Sent), s.macs.Of(bindings.name, values(b, sub.seq.pending)...), b.IMSI.String())
+				tables.SentText(b.Sent), s.macs.Of(tables.Bindings.Name, tables.OfBinding(b, sub.seq.pending)...),
+				b.IMSI.String())
 		}
 		return nil
 	})
@@ -134,13 +136,13 @@ func dropPending(ctx context.Context, tx *txn, imsi kme.IMSI) error {
 // the mark's epoch, so that none outlives accept-rollback.
 func (s *Store) issue(sub *stored, q binding.VectorRequest) *binding.Attempt {
 	a := &binding.Attempt{IMSI: q.IMSI, Origin: q.Origin.Name,
-		Expires: fromMillis(q.Now.Add(q.AttemptTTL).UnixMilli())}
+		Expires: tables.Time(q.Now.Add(q.AttemptTTL).UnixMilli())}
 	a.ID = s.issuedID(sub, a)
 	return a
 }
 
 func (s *Store) issuedID(sub *stored, a *binding.Attempt) string {
-	expires := millis(a.Expires)
+	expires := tables.Millis(a.Expires)
 	id := binary.BigEndian.AppendUint64(nil, uint64(expires))
 	id = append(id, s.macs.Of("attempt", a.IMSI.String(), a.Origin.String(), expires, sub.last.closed,
 		int64(s.Seen().Epoch))...)
@@ -156,7 +158,7 @@ func (s *Store) attempt(sub *stored, imsi kme.IMSI, o kme.Origin, id string, now
 	if err != nil || len(raw) < 8 {
 		return nil
 	}
-	a := &binding.Attempt{ID: id, IMSI: imsi, Origin: o, Expires: fromMillis(int64(binary.BigEndian.Uint64(raw)))}
+	a := &binding.Attempt{ID: id, IMSI: imsi, Origin: o, Expires: tables.Time(int64(binary.BigEndian.Uint64(raw)))}
 	if !hmac.Equal([]byte(id), []byte(s.issuedID(sub, a))) || !a.Expires.After(now) {
 		return nil
 	}
@@ -194,8 +196,8 @@ func (s *Store) within(
 func (s *Store) spend(ctx context.Context, tx *txn, q binding.VectorRequest) error {
 	imsi := q.IMSI.String()
 	for _, r := range q.RANDs {
-		if err := tx.Do(ctx, spentRANDs.insert+` ON CONFLICT DO NOTHING`, imsi, r[:],
-			s.macs.Of(spentRANDs.name, imsi, r[:])); err != nil {
+		if err := tx.Do(ctx, tables.SpentRANDs.Insert+` ON CONFLICT DO NOTHING`, imsi, r[:],
+			s.macs.Of(tables.SpentRANDs.Name, imsi, r[:])); err != nil {
 			return err
 		}
 	}
@@ -213,7 +215,7 @@ func (s *Store) Spent(ctx context.Context, imsi kme.IMSI, rand hsmkeys.RAND) (sp
 func (s *Store) spent(ctx context.Context, imsi kme.IMSI, rands ...hsmkeys.RAND) (spent bool, err error) {
 	n, all := forRANDs(rands)
 	q := sqlconn.Conn{Operation: "look for a spent RAND", DB: s.lookUp}
-	err = s.rows(ctx, q, spentRANDs, func(row) error {
+	err = s.macs.Each(ctx, q, tables.SpentRANDs, func(tables.Row) error {
 		spent = true
 		return nil
 	}, anySpent[n], append([]any{imsi.String()}, all...)...)
@@ -221,7 +223,8 @@ func (s *Store) spent(ctx context.Context, imsi kme.IMSI, rands ...hsmkeys.RAND)
 }
 
 func (s *Store) addAttempt(ctx context.Context, tx *txn, a binding.Attempt, seq int64) error {
-	return s.add(ctx, tx, attempts, a.IMSI.String(), a.ID, a.Origin.String(), a.Expires.UnixMilli(), seq)
+	return s.macs.Add(ctx, tx.Conn, tables.Attempts, a.IMSI.String(), a.ID, a.Origin.String(), a.Expires.UnixMilli(),
+		seq)
 }
 
 func dropAttempts(ctx context.Context, tx *txn, imsi kme.IMSI) error {
@@ -273,7 +276,7 @@ func (s *Store) Establish(ctx context.Context, b *binding.Binding, tag []byte, g
 		sub.Pending, sub.expired, sub.Attempts, sub.opened, sub.seq.pending = b, nil, nil, false, seq
 		sub.last.note(of.event, seq)
 		s.recent.put(b.IMSI.String(), sub)
-		return s.put(ctx, tx, bindings, values(b, seq)...)
+		return s.macs.Put(ctx, tx.Conn, tables.Bindings, tables.OfBinding(b, seq)...)
 	})
 }
 
@@ -336,7 +339,7 @@ func (s *Store) end(ctx context.Context, tx *txn, sub *binding.Subscription, ok 
 	if !ok {
 		return dropPending(ctx, tx, b.IMSI)
 	}
-	b.State, b.Activated, b.Expires, b.Sent = binding.Active, fromMillis(now.UnixMilli()), time.Time{}, nil
+	b.State, b.Activated, b.Expires, b.Sent = binding.Active, tables.Time(now.UnixMilli()), time.Time{}, nil
 	sub.Active, sub.Revoked = b, nil
 	seq, err := s.note(ctx, tx, entry{event: binding.EventActivated, subject: b.IMSI.String()})
 	if err == nil && others {
@@ -346,8 +349,8 @@ func (s *Store) end(ctx context.Context, tx *txn, sub *binding.Subscription, ok 
 		return err
 	}
 	return tx.Do(ctx, `UPDATE bindings SET state = 'ACTIVE', activated_at = $1, expires_at = 0, sent = '', seq = $2,
-		mac = $3 WHERE imsi = $4 AND state = 'PENDING'`, millis(b.Activated), seq,
-		s.macs.Of(bindings.name, values(b, seq)...), b.IMSI.String())
+		mac = $3 WHERE imsi = $4 AND state = 'PENDING'`, tables.Millis(b.Activated), seq,
+		s.macs.Of(tables.Bindings.Name, tables.OfBinding(b, seq)...), b.IMSI.String())
 }
 
 func (s *Store) Revoke(ctx context.Context, imsi kme.IMSI, now time.Time) (b *binding.Binding, err error) {
@@ -368,7 +371,7 @@ func (s *Store) Revoke(ctx context.Context, imsi kme.IMSI, now time.Time) (b *bi
 func (s *Store) revoke(ctx context.Context, tx *txn, imsi kme.IMSI, now time.Time) (b *binding.Binding, err error) {
 	sub, err := s.toChange(ctx, tx, imsi, now)
 	switch {
-	case isDamaged(err): // which ends so too
+	case tables.IsDamaged(err): // which ends so too
 		if b, err = s.lastDevice(ctx, tx.Conn, imsi); err == nil {
 			err = tx.Do(ctx, `DELETE FROM bindings WHERE imsi = $1`, imsi.String())
 		}
@@ -395,7 +398,7 @@ func (s *Store) revoke(ctx context.Context, tx *txn, imsi kme.IMSI, now time.Tim
 
 // endAsRevoked makes a binding the only one of its IMSI, and revoked.
 func (s *Store) endAsRevoked(ctx context.Context, tx *txn, b *binding.Binding, now time.Time) error {
-	b.State, b.Revoked, b.Sealed, b.Expires, b.Sent = binding.Revoked, fromMillis(now.UnixMilli()), []byte{},
+	b.State, b.Revoked, b.Sealed, b.Expires, b.Sent = binding.Revoked, tables.Time(now.UnixMilli()), []byte{},
 		time.Time{}, nil
 	seq, err := s.note(ctx, tx, entry{event: binding.EventRevoked, subject: b.IMSI.String()})
 	if err == nil {
@@ -404,7 +407,7 @@ func (s *Store) endAsRevoked(ctx context.Context, tx *txn, b *binding.Binding, n
 	if err != nil {
 		return err
 	}
-	return s.add(ctx, tx, bindings, values(b, seq)...)
+	return s.macs.Add(ctx, tx.Conn, tables.Bindings, tables.OfBinding(b, seq)...)
 }
 
 // lastDevice is what the ledger knows of an IMSI whose rows are damaged: the device that it was bound to last.

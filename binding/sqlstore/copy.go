@@ -7,11 +7,9 @@ import (
 	"fmt"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
 )
-
-// tables are all that have rows with a MAC of their own, in an order that their references allow.
-var tables = []*table{manufacturers, lots, attempts, spentRANDs, bindings, equipment, sightingTable}
 
 // ErrNotEmpty: the store to copy to has something in it already.
 var ErrNotEmpty = errors.New("the store to copy to is not empty: give it a new database")
@@ -41,28 +39,28 @@ func (s *Store) Copy(ctx context.Context, to *Store, report func(rows int)) (row
 	err = to.change(ctx, "copy", everything, func(ctx context.Context, tx *txn) error {
 		rows = 0 // it may be called again
 		copied := func() { rows++; report(rows) }
-		for _, t := range append(tables, ledger) {
+		for _, t := range append(tables.All, tables.Ledger) {
 			var n int
-			if _, err := tx.One(ctx, []any{&n}, "SELECT COUNT(*) FROM "+t.name); err != nil {
+			if _, err := tx.One(ctx, []any{&n}, "SELECT COUNT(*) FROM "+t.Name); err != nil {
 				return err
 			}
 			if n > 0 {
 				return ErrNotEmpty
 			}
 		}
-		for _, t := range tables {
-			insert := func(r row) error {
+		for _, t := range tables.All {
+			insert := func(r tables.Row) error {
 				copied()
-				return to.add(ctx, tx, t, r...)
+				return to.macs.Add(ctx, tx.Conn, t, r...)
 			}
-			if err := s.rows(ctx, from, t, insert, ""); err != nil {
+			if err := s.macs.Each(ctx, from, t, insert, ""); err != nil {
 				return err
 			}
 		}
 		for chain := range int64(binding.Chains) {
-			_, _, err := s.verifyToHead(ctx, from, chain, func(r row) error {
+			_, _, err := s.verifyToHead(ctx, from, chain, func(r tables.Row) error {
 				copied()
-				return tx.Do(ctx, ledger.insert, r...)
+				return tx.Do(ctx, tables.Ledger.Insert, r...)
 			}, nil)
 			if err != nil {
 				return err

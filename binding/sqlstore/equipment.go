@@ -3,7 +3,6 @@ package sqlstore
 import (
 	"cmp"
 	"context"
-	"errors"
 	"maps"
 	"slices"
 	"strings"
@@ -11,6 +10,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/sightings"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -34,8 +34,8 @@ func (s *Store) Equipment(
 	}
 	subs := map[string]*stored{imsi.String(): new(stored)}
 	q := sqlconn.Conn{Operation: "check equipment", DB: s.lookUp}
-	err = scan(ctx, q, len(bindings.columns)+2, func(r row) error {
-		digits := r.text(1)
+	err = tables.Scan(ctx, q, len(tables.Bindings.Columns)+2, func(r tables.Row) error {
+		digits := r.Text(1)
 		if subs[digits] == nil {
 			subs[digits] = new(stored)
 		}
@@ -67,8 +67,8 @@ func (s *Store) List(ctx context.Context, all []binding.Listing) (changed int, e
 		}
 		for _, e := range all {
 			var was binding.Listing
-			err := s.rows(ctx, tx.Conn, equipment, func(r row) error {
-				was = toListing(r)
+			err := s.macs.Each(ctx, tx.Conn, tables.Equipment, func(r tables.Row) error {
+				was = tables.Listing(r)
 				return nil
 			}, `WHERE prefix = $1`, e.Prefix)
 			if err != nil {
@@ -87,19 +87,14 @@ func (s *Store) List(ctx context.Context, all []binding.Listing) (changed int, e
 			}
 			last++
 			changed++
-			if err := s.put(ctx, tx, equipment, e.Prefix, string(e.Status), e.Reason, millis(e.Listed), last,
-				seq); err != nil {
+			if err := s.macs.Put(ctx, tx.Conn, tables.Equipment, e.Prefix, string(e.Status), e.Reason,
+				tables.Millis(e.Listed), last, seq); err != nil {
 				return err
 			}
 		}
 		return nil
 	})
 	return changed, err
-}
-
-func toListing(r row) binding.Listing {
-	return binding.Listing{Prefix: r.text(0), Status: binding.EquipmentStatus(r.text(1)), Reason: r.text(2),
-		Listed: fromMillis(r.int(3)), Change: r.int(4)}
 }
 
 func (s *Store) Listed(ctx context.Context, after int64) (all []binding.Listing, err error) {
@@ -115,13 +110,13 @@ func (s *Store) Listed(ctx context.Context, after int64) (all []binding.Listing,
 
 func (s *Store) listed(ctx context.Context, q sqlconn.Conn, after int64) (all []binding.Listing, err error) {
 	found := map[string]int64{}
-	err = s.rows(ctx, q, equipment, func(r row) error {
-		all = append(all, toListing(r))
-		found[r.text(0)] = r.int(5)
+	err = s.macs.Each(ctx, q, tables.Equipment, func(r tables.Row) error {
+		all = append(all, tables.Listing(r))
+		found[r.Text(0)] = r.Int(5)
 		return nil
 	}, `WHERE change > $1 ORDER BY change`, after)
 	if err == nil && after == 0 {
-		err = s.same(ctx, q, equipment, found, binding.ListingSubject(""))
+		err = s.same(ctx, q, tables.Equipment, found, binding.ListingSubject(""))
 	}
 	return all, err
 }
@@ -178,9 +173,9 @@ func (s *Store) See(ctx context.Context, all []sightings.Sighting) (moves []sigh
 		return together(slices.Collect(maps.Values(changed)), func(part []sightings.Sighting) error {
 			var rows []any
 			for _, now := range part {
-				values := []any{now.IMSI.String(), now.IMEI.String(), string(now.Evidence), millis(now.First),
-					millis(now.Last)}
-				rows = append(append(rows, values...), s.macs.Of(sightingTable.name, values...))
+				values := []any{now.IMSI.String(), now.IMEI.String(), string(now.Evidence), tables.Millis(now.First),
+					tables.Millis(now.Last)}
+				rows = append(append(rows, values...), s.macs.Of(tables.Sightings.Name, values...))
 			}
 			return tx.Do(ctx, putSightings[len(part)], rows...)
 		})
@@ -194,8 +189,8 @@ var parts = [...]int{64, 8, 1}
 var seenOf, putSightings = func() (read, put map[int]string) {
 	read, put = map[int]string{}, map[int]string{}
 	for _, n := range parts {
-		read[n] = sightingTable.selectAll + "WHERE imsi IN (" + marks(1, n) + ")"
-		put[n] = sightingTable.puts(n)
+		read[n] = tables.Sightings.SelectAll + "WHERE imsi IN (" + tables.Marks(1, n) + ")"
+		put[n] = tables.Sightings.Puts(n)
 	}
 	return read, put
 }()
@@ -230,11 +225,11 @@ func (s *Store) seenWith(
 		for _, imsi := range part {
 			imsis = append(imsis, imsi.String())
 		}
-		return scan(ctx, q, len(sightingTable.columns)+1, func(r row) error {
-			if s.checkMAC(sightingTable, r) != nil {
+		return tables.Scan(ctx, q, len(tables.Sightings.Columns)+1, func(r tables.Row) error {
+			if s.macs.Check(tables.Sightings, r) != nil {
 				return nil
 			}
-			b, err := toSighting(r)
+			b, err := tables.Sighting(r)
 			seen[b.IMSI] = append(seen[b.IMSI], b)
 			return err
 		}, seenOf[len(part)], imsis...)
@@ -242,19 +237,13 @@ func (s *Store) seenWith(
 	return seen, err
 }
 
-func toSighting(r row) (seen sightings.Sighting, err error) {
-	seen = sightings.Sighting{Evidence: sightings.Evidence(r.text(2)), First: fromMillis(r.int(3)),
-		Last: fromMillis(r.int(4))}
-	return seen, errors.Join(seen.IMSI.UnmarshalText([]byte(r.text(0))), seen.IMEI.UnmarshalText([]byte(r.text(1))))
-}
-
 func (s *Store) Sightings(ctx context.Context, imsi kme.IMSI, imei kme.IMEI) (all []sightings.Sighting, err error) {
 	q, err := s.reading("read sightings")
 	if err != nil {
 		return nil, err
 	}
-	err = s.rows(ctx, q, sightingTable, func(r row) error {
-		seen, err := toSighting(r)
+	err = s.macs.Each(ctx, q, tables.Sightings, func(r tables.Row) error {
+		seen, err := tables.Sighting(r)
 		all = append(all, seen)
 		return err
 	}, `WHERE imsi = $1 OR imei = $2 ORDER BY imsi, last_at, imei, evidence`, imsi.String(), imei.String())
@@ -271,7 +260,7 @@ func (s *Store) Forget(ctx context.Context, before time.Time, most int) (forgott
 		return 0, err
 	}
 	if _, err := q.One(ctx, []any{&old}, `SELECT COUNT(*) FROM sightings WHERE last_at < $1`,
-		millis(before)); err != nil {
+		tables.Millis(before)); err != nil {
 		return 0, err
 	}
 	const together = 1000 // in one change: others' changes wait for it

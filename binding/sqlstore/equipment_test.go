@@ -6,6 +6,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/sightings"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/internal/pgtest"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -48,7 +49,7 @@ func attackEquipment(t *testing.T, name string) {
 			func() error { _, err := s.Sightings(ctx, b.IMSI, kme.IMEI{}); return err }(),
 			func() error { _, _, err := s.Equipment(ctx, b.IMEI, kme.IMSI{}, t0); return err }(),
 		} {
-			if isDamaged(err) {
+			if tables.IsDamaged(err) {
 				wrong++
 			} else if err != nil {
 				t.Error(err)

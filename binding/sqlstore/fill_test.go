@@ -16,6 +16,7 @@ import (
 	"github.com/jackc/pgx/v5/stdlib"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/pgtest"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
@@ -37,8 +38,8 @@ func fill(ctx context.Context, s *Store, bindings int, report func(n int)) error
 			if err != nil || s.recent.onlyHints {
 				return err
 			}
-			return s.fillFrom(ctx, tx.Conn, actor, have, n, func(t *table, row []any) error {
-				return tx.Do(ctx, t.insert, row...)
+			return s.fillFrom(ctx, tx.Conn, actor, have, n, func(t *tables.Table, row []any) error {
+				return tx.Do(ctx, t.Insert, row...)
 			})
 		})
 		if err == nil && s.recent.onlyHints {
@@ -55,8 +56,8 @@ func fill(ctx context.Context, s *Store, bindings int, report func(n int)) error
 // copyFrom is fillFrom for PostgreSQL, by COPY: it is ten times as fast as statements.
 func (s *Store) copyFrom(ctx context.Context, from, n int) error {
 	id, _ := s.actors.Load(binding.ActorOf(ctx))
-	rows := map[*table][][]any{}
-	err := s.fillFrom(ctx, s.reads("fill"), id.([]byte), from, n, func(t *table, row []any) error {
+	rows := map[*tables.Table][][]any{}
+	err := s.fillFrom(ctx, s.reads("fill"), id.([]byte), from, n, func(t *tables.Table, row []any) error {
 		rows[t] = append(rows[t], row)
 		return nil
 	})
@@ -71,8 +72,8 @@ func (s *Store) copyFrom(ctx context.Context, from, n int) error {
 	return conn.Raw(func(driver any) error {
 		return pgx.BeginFunc(ctx, driver.(*stdlib.Conn).Conn(), func(tx pgx.Tx) error {
 			for t, all := range rows {
-				columns := append(slices.Clone(t.columns), "mac")
-				if _, err := tx.CopyFrom(ctx, pgx.Identifier{t.name}, columns, pgx.CopyFromRows(all)); err != nil {
+				columns := append(slices.Clone(t.Columns), "mac")
+				if _, err := tx.CopyFrom(ctx, pgx.Identifier{t.Name}, columns, pgx.CopyFromRows(all)); err != nil {
 					return err
 				}
 			}
@@ -106,7 +107,7 @@ func parsed[T any, P interface {
 
 // fillFrom makes the rows of n bindings, each with its MAC.
 func (s *Store) fillFrom(
-	ctx context.Context, q sqlconn.Conn, actor []byte, from, n int, add func(t *table, row []any) error,
+	ctx context.Context, q sqlconn.Conn, actor []byte, from, n int, add func(t *tables.Table, row []any) error,
 ) error {
 	var heads [binding.Chains]binding.Head
 	for i := range heads {
@@ -121,7 +122,7 @@ func (s *Store) fillFrom(
 		head := &heads[chain]
 		values := []any{chain, head.Seq + 1, at.UnixMilli(), string(e.event), e.subject, e.imei, e.tag, actor, ""}
 		*head = binding.Head{Seq: head.Seq + 1, MAC: s.entryMAC(values, head.MAC)}
-		return head.Seq, add(ledger, append(values, []byte(head.MAC)))
+		return head.Seq, add(tables.Ledger, append(values, []byte(head.MAC)))
 	}
 	for i := from; i < from+n; i++ {
 		imsi, imei, sum := filledIMSI(i), filledIMEI(i), sha256.Sum256(strconv.AppendInt(nil, int64(i), 10))
@@ -133,17 +134,17 @@ func (s *Store) fillFrom(
 		if err != nil {
 			return err
 		}
-		row := values(&binding.Binding{
+		row := tables.OfBinding(&binding.Binding{
 			IMSI: imsi, IMEI: imei, Manufacturer: "uogvGY7XcA_OB_9takJbeRvZ4FEM767Bc3xPYsO5e-Q", Lot: "L1",
 			State: binding.Active, Sealed: sum[:], NWSig: sum[:], AttemptID: "AAECAwQFBgcICQoLDA0ODw",
 			PayloadSHA256: sum[:], Established: at, Activated: at,
 		}, seq)
-		if err := add(bindings, append(row, s.macs.Of(bindings.name, row...))); err != nil {
+		if err := add(tables.Bindings, append(row, s.macs.Of(tables.Bindings.Name, row...))); err != nil {
 			return err
 		}
 		rand := sum[:len(hsmkeys.RAND{})]
 		spent := []any{imsi.String(), rand}
-		if err := add(spentRANDs, append(spent, s.macs.Of(spentRANDs.name, spent...))); err != nil {
+		if err := add(tables.SpentRANDs, append(spent, s.macs.Of(tables.SpentRANDs.Name, spent...))); err != nil {
 			return err
 		}
 	}

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
 )
 
@@ -67,7 +68,8 @@ func (s *Store) noteIn(ctx context.Context, tx *txn, chain int64, e entry) (seq 
 	values := []any{chain, next.Seq, time.Now().UnixMilli(), string(e.event), e.subject, e.imei, e.tag, actor, e.detail}
 	next.MAC = s.entryMAC(values, before.MAC)
 	tx.heads[chain] = &next // before any other change of the transaction goes on
-	switch n, err := tx.Changed(ctx, ledger.insert+" ON CONFLICT DO NOTHING", append(values, []byte(next.MAC))...); {
+	switch n, err := tx.Changed(ctx, tables.Ledger.Insert+" ON CONFLICT DO NOTHING", append(values,
+		[]byte(next.MAC))...); {
 	case err != nil:
 		return 0, err
 	case n == 0 && e.tag != nil:
@@ -80,7 +82,7 @@ func (s *Store) noteIn(ctx context.Context, tx *txn, chain int64, e entry) (seq 
 }
 
 func (s *Store) entryMAC(values []any, before []byte) []byte {
-	return s.macs.Of(ledger.name, append(values[:len(values):len(values)], before)...)
+	return s.macs.Of(tables.Ledger.Name, append(values[:len(values):len(values)], before)...)
 }
 
 // head is the last entry of a chain.
@@ -178,29 +180,29 @@ func (s *Store) lines(
 	if err != nil {
 		return err
 	}
-	n := len(ledger.columns)
+	n := len(tables.Ledger.Columns)
 	// Of each entry also its mac, the mac before, the actor's JSON.
-	return scan(ctx, q, n+3, func(values row) error {
-		asItIs := values.int(1) < accepted[values.int(0)]
-		if !asItIs && !hmac.Equal(values.bytes(n), s.entryMAC(values[:n], values.bytes(n+1))) {
-			return damaged(ledger, values, "was changed, or the one before it is gone or was")
+	return tables.Scan(ctx, q, n+3, func(values tables.Row) error {
+		asItIs := values.Int(1) < accepted[values.Int(0)]
+		if !asItIs && !hmac.Equal(values.Bytes(n), s.entryMAC(values[:n], values.Bytes(n+1))) {
+			return tables.Damaged(tables.Ledger, values, "was changed, or the one before it is gone or was")
 		}
 		e := binding.Entry{
-			Chain: int(values.int(0)), Seq: values.int(1), Time: fromMillis(values.int(2)),
-			Event: binding.Event(values.text(3)), Subject: values.text(4), IMEI: values.text(5), Detail: values.text(8),
+			Chain: int(values.Int(0)), Seq: values.Int(1), Time: tables.Time(values.Int(2)),
+			Event: binding.Event(values.Text(3)), Subject: values.Text(4), IMEI: values.Text(5), Detail: values.Text(8),
 		}
-		if text := values.text(n + 2); s.isActor(values, text) {
+		if text := values.Text(n + 2); s.isActor(values, text) {
 			if err := json.Unmarshal([]byte(text), &e.Actor); err != nil {
 				return err
 			}
 		} else if !asItIs {
-			return damaged(ledger, values, otherActor)
+			return tables.Damaged(tables.Ledger, values, otherActor)
 		} else {
 			e.Actor.Client = "unknown"
 		}
-		return each(binding.Line{Entry: e, Tag: bytes.Clone(values.bytes(6)), ActorID: bytes.Clone(values.bytes(7)),
-			MAC: bytes.Clone(values.bytes(n))})
-	}, `SELECT e.`+strings.Join(ledger.columns, ", e.")+`, e.mac, p.mac, a.json FROM ledger AS e
+		return each(binding.Line{Entry: e, Tag: bytes.Clone(values.Bytes(6)), ActorID: bytes.Clone(values.Bytes(7)),
+			MAC: bytes.Clone(values.Bytes(n))})
+	}, `SELECT e.`+strings.Join(tables.Ledger.Columns, ", e.")+`, e.mac, p.mac, a.json FROM ledger AS e
 		LEFT JOIN ledger AS p ON p.chain = e.chain AND p.seq = e.seq - 1 LEFT JOIN actors AS a ON a.actor = e.actor `+
 		where, args...)
 }
@@ -208,8 +210,8 @@ func (s *Store) lines(
 const otherActor = "has another actor than the service wrote"
 
 // isActor says whether a JSON text is that of an entry's actor.
-func (s *Store) isActor(entry row, text string) bool {
-	return hmac.Equal(entry.bytes(7), s.macs.Of("actors", text))
+func (s *Store) isActor(entry tables.Row, text string) bool {
+	return hmac.Equal(entry.Bytes(7), s.macs.Of("actors", text))
 }
 
 // Entries gives all entries, chain after chain.

@@ -11,6 +11,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/registry"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
 	"github.com/kmehsm/kmehsm/kme"
@@ -60,7 +61,7 @@ func fillLots(t testing.TB, s *Store, n int) {
 			if err != nil {
 				return err
 			}
-			if err := s.add(ctx, tx, lots, lotValues(l, seq)...); err != nil {
+			if err := s.macs.Add(ctx, tx.Conn, tables.Lots, lotValues(l, seq)...); err != nil {
 				return err
 			}
 		}

@@ -15,6 +15,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/registry"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -147,7 +148,8 @@ func (s *Store) putBack(ctx context.Context, tx *txn, lines []binding.Line) (ref
 		if err := s.putActor(ctx, tx, l); err != nil {
 			return nil, err
 		}
-		n, err := tx.Changed(ctx, ledger.insert+" ON CONFLICT DO NOTHING", append(lineValues(l), []byte(l.MAC))...)
+		n, err := tx.Changed(ctx, tables.Ledger.Insert+" ON CONFLICT DO NOTHING", append(lineValues(l),
+			[]byte(l.MAC))...)
 		if err != nil {
 			return nil, err
 		}
@@ -205,10 +207,10 @@ func (s *Store) follow(
 	kind, name, _ := strings.Cut(subject, " ")
 	switch {
 	case kind+" "+name == binding.ManufacturerSubject(name):
-		return s.followVerdict(ctx, tx, manufacturers, 6, "keysvc enroll", lines, name)
+		return s.followVerdict(ctx, tx, tables.Manufacturers, 6, "keysvc enroll", lines, name)
 	case kind == "lot":
 		manufacturer, lot, _ := strings.Cut(name, " ")
-		return s.followVerdict(ctx, tx, lots, 4, "keysvc lot import", lines, manufacturer, lot)
+		return s.followVerdict(ctx, tx, tables.Lots, 4, "keysvc lot import", lines, manufacturer, lot)
 	case kind+" "+name == binding.ListingSubject(name):
 		return s.followListing(ctx, tx, lines[len(lines)-1], name)
 	}
@@ -244,7 +246,7 @@ func (s *Store) followSubscription(
 		}
 	}
 	sub, err := s.subscription(ctx, tx.Conn, imsi, now)
-	if isDamaged(err) && sub != nil {
+	if tables.IsDamaged(err) && sub != nil {
 		p := sub.Pending
 		if p == nil {
 			p = sub.expired
@@ -261,7 +263,7 @@ func (s *Store) followSubscription(
 				if err := tx.Do(ctx, `DELETE FROM bindings WHERE imsi = $1`, imsi.String()); err != nil {
 					return nil, err
 				}
-				return change, s.add(ctx, tx, bindings, values(p, last.Seq)...)
+				return change, s.macs.Add(ctx, tx.Conn, tables.Bindings, tables.OfBinding(p, last.Seq)...)
 			}
 		}
 		if sub.seq.pending != 0 && sub.seq.pending != sub.last.established {
@@ -272,7 +274,7 @@ func (s *Store) followSubscription(
 		}
 	}
 	switch {
-	case isDamaged(err):
+	case tables.IsDamaged(err):
 		b, err := s.revoke(ctx, tx, imsi, now)
 		if err == nil && b == nil && refused { // the ledger does not have the line that names its device
 			b = &binding.Binding{IMSI: imsi}
@@ -319,21 +321,21 @@ var toDo = map[binding.Event]string{
 // followVerdict gives the row of a manufacturer or a lot the last verdict, which has its columns from a place on. One
 // that has no row is forgotten.
 func (s *Store) followVerdict(
-	ctx context.Context, tx *txn, t *table, verdictAt int, again string, lines []binding.Line, key ...any,
+	ctx context.Context, tx *txn, t *tables.Table, verdictAt int, again string, lines []binding.Line, key ...any,
 ) (*binding.Change, error) {
 	last := lines[len(lines)-1]
 	change := &binding.Change{Subject: last.Subject, Event: last.Event, Now: string(last.Event)}
 	var where []string
 	for i := range key {
-		where = append(where, fmt.Sprintf("%s = $%d", t.columns[i], i+1))
+		where = append(where, fmt.Sprintf("%s = $%d", t.Columns[i], i+1))
 	}
-	var own row
-	err := s.rows(ctx, tx.Conn, t, func(r row) error {
+	var own tables.Row
+	err := s.macs.Each(ctx, tx.Conn, t, func(r tables.Row) error {
 		own = slices.Clone(r)
 		return nil
 	}, "WHERE "+strings.Join(where, " AND "), key...)
 	switch {
-	case isDamaged(err): // nothing of it is believed, so that nothing is made of it either
+	case tables.IsDamaged(err): // nothing of it is believed, so that nothing is made of it either
 		change.Now = "DAMAGED"
 		change.ToDo = "its row was changed by somebody else: bring back a backup of the store in which it is whole"
 		return change, nil
@@ -356,7 +358,7 @@ func (s *Store) followVerdict(
 		}
 	}
 	own[len(own)-1] = last.Seq
-	return change, s.put(ctx, tx, t, own...)
+	return change, s.macs.Put(ctx, tx.Conn, t, own...)
 }
 
 // followListing makes an entry of the operator's list of devices what the ledger says of it.
@@ -372,7 +374,8 @@ func (s *Store) followListing(
 	if _, err := tx.One(ctx, []any{&before}, `SELECT COALESCE(MAX(change), 0) FROM equipment`); err != nil {
 		return nil, err
 	}
-	return change, s.put(ctx, tx, equipment, prefix, status, reason, millis(last.Time), before+1, last.Seq)
+	return change, s.macs.Put(ctx, tx.Conn, tables.Equipment, prefix, status, reason, tables.Millis(last.Time),
+		before+1, last.Seq)
 }
 
 // revokeUnknown revokes what is bound by chains of which something is not known.

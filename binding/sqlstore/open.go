@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/internal/postgres"
 	"github.com/kmehsm/kmehsm/internal/rowmac"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
@@ -53,7 +54,7 @@ func Open(ctx context.Context, name string, key kme.Secret) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{key: own, macs: rowmac.New(own), moved: make(chan struct{}, 1)}
+	s := &Store{key: own, macs: tables.Key{Key: rowmac.New(own)}, moved: make(chan struct{}, 1)}
 	if path, ok := strings.CutPrefix(name, "sqlite:"); ok {
 		err = s.openSQLite(ctx, path)
 	} else {

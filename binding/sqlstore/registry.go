@@ -10,18 +10,19 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/registry"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-func verdictOf(r row, from int) registry.Verdict {
-	return registry.Verdict{Withdrawn: r.int(from) == 1, By: r.text(from + 1), Reason: r.text(from + 2),
-		Time: fromMillis(r.int(from + 3))}
+func verdictOf(r tables.Row, from int) registry.Verdict {
+	return registry.Verdict{Withdrawn: r.Int(from) == 1, By: r.Text(from + 1), Reason: r.Text(from + 2),
+		Time: tables.Time(r.Int(from + 3))}
 }
 
 func verdictValues(v registry.Verdict) []any {
-	return []any{asInt(v.Withdrawn), v.By, v.Reason, millis(v.Time)}
+	return []any{tables.Int(v.Withdrawn), v.By, v.Reason, tables.Millis(v.Time)}
 }
 
 func manufacturerValues(m *registry.Manufacturer, seq int64) []any {
@@ -29,12 +30,13 @@ func manufacturerValues(m *registry.Manufacturer, seq int64) []any {
 	for i, t := range m.TACs {
 		tacs[i] = t.String()
 	}
-	return slices.Concat([]any{m.KeyID, m.PEM, m.Operator, m.Directory, strings.Join(tacs, " "), millis(m.Enrolled)},
+	return slices.Concat([]any{m.KeyID, m.PEM, m.Operator, m.Directory, strings.Join(tacs, " "),
+		tables.Millis(m.Enrolled)},
 		verdictValues(m.Verdict), []any{seq})
 }
 
 func lotValues(l *registry.Lot, seq int64) []any {
-	return slices.Concat([]any{l.Manufacturer, l.Manifest.Lot, l.ManifestJWS, millis(l.Imported)},
+	return slices.Concat([]any{l.Manufacturer, l.Manifest.Lot, l.ManifestJWS, tables.Millis(l.Imported)},
 		verdictValues(l.Retired), []any{seq})
 }
 
@@ -61,7 +63,7 @@ func (s *Store) PutManufacturer(ctx context.Context, m *registry.Manufacturer) e
 		if err != nil {
 			return err
 		}
-		return s.put(ctx, tx, manufacturers, manufacturerValues(&now, seq)...)
+		return s.macs.Put(ctx, tx.Conn, tables.Manufacturers, manufacturerValues(&now, seq)...)
 	})
 }
 
@@ -88,12 +90,13 @@ func (s *Store) Manufacturers(ctx context.Context) (all []*registry.Manufacturer
 // manufacturers are all, each the one that its own key names.
 func (s *Store) manufacturers(ctx context.Context, q sqlconn.Conn) (all []*registry.Manufacturer, err error) {
 	found := map[string]int64{}
-	err = s.rows(ctx, q, manufacturers, func(r row) error {
+	err = s.macs.Each(ctx, q, tables.Manufacturers, func(r tables.Row) error {
 		m := &registry.Manufacturer{
-			KeyID: r.text(0), PEM: r.text(1), Operator: r.text(2), Directory: r.text(3), Enrolled: fromMillis(r.int(5)),
-			Verdict: verdictOf(r, 6),
+			KeyID: r.Text(0), PEM: r.Text(1), Operator: r.Text(2), Directory: r.Text(3),
+			Enrolled: tables.Time(r.Int(5)),
+			Verdict:  verdictOf(r, 6),
 		}
-		for text := range strings.FieldsSeq(r.text(4)) {
+		for text := range strings.FieldsSeq(r.Text(4)) {
 			t, err := kme.ParseTAC(text)
 			if err != nil {
 				return err
@@ -105,32 +108,34 @@ func (s *Store) manufacturers(ctx context.Context, q sqlconn.Conn) (all []*regis
 			return fmt.Errorf("manufacturer %s: %w", m.KeyID, err)
 		}
 		if verifier.KeyID() != m.KeyID {
-			return damaged(manufacturers, r, "has the key of "+verifier.KeyID())
+			return tables.Damaged(tables.Manufacturers, r, "has the key of "+verifier.KeyID())
 		}
 		all = append(all, m)
-		found[m.KeyID] = r.int(10)
+		found[m.KeyID] = r.Int(10)
 		return nil
 	}, `ORDER BY key_id`)
 	if err == nil {
-		err = s.same(ctx, q, manufacturers, found, binding.ManufacturerSubject(""))
+		err = s.same(ctx, q, tables.Manufacturers, found, binding.ManufacturerSubject(""))
 	}
 	return all, err
 }
 
 // same fails unless rows are all that the ledger speaks of, and each is the last one.
-func (s *Store) same(ctx context.Context, q sqlconn.Conn, t *table, found map[string]int64, subject string) error {
+func (s *Store) same(
+	ctx context.Context, q sqlconn.Conn, t *tables.Table, found map[string]int64, subject string,
+) error {
 	last, err := s.lastOfAll(ctx, q, subject)
 	if err != nil {
 		return err
 	}
 	for _, name := range slices.Sorted(maps.Keys(last)) {
 		if _, there := found[name]; !there {
-			return &binding.DamagedRow{Table: t.name, Key: name, What: "is gone"}
+			return &binding.DamagedRow{Table: t.Name, Key: name, What: "is gone"}
 		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(found)) {
 		if found[name] != last[name] {
-			return &binding.DamagedRow{Table: t.name, Key: name,
+			return &binding.DamagedRow{Table: t.Name, Key: name,
 				What: "is an earlier one than the service has written last"}
 		}
 	}
@@ -171,7 +176,7 @@ func (s *Store) Decide(ctx context.Context, manufacturer, lot string, v registry
 			if lot == "" && m.KeyID == manufacturer {
 				return enter(&m.Verdict, binding.EventDistrusted, binding.EventTrusted,
 					binding.ManufacturerSubject(m.KeyID), func(seq int64) error {
-						return s.put(ctx, tx, manufacturers, manufacturerValues(m, seq)...)
+						return s.macs.Put(ctx, tx.Conn, tables.Manufacturers, manufacturerValues(m, seq)...)
 					})
 			}
 		}
@@ -179,7 +184,7 @@ func (s *Store) Decide(ctx context.Context, manufacturer, lot string, v registry
 			if lot != "" && l.Manufacturer == manufacturer && l.Manifest.Lot == lot {
 				return enter(&l.Retired, binding.EventRetired, binding.EventReinstated,
 					binding.LotSubject(manufacturer, lot), func(seq int64) error {
-						return s.put(ctx, tx, lots, lotValues(l, seq)...)
+						return s.macs.Put(ctx, tx.Conn, tables.Lots, lotValues(l, seq)...)
 					})
 			}
 		}
@@ -207,7 +212,7 @@ func (s *Store) PutLot(ctx context.Context, lot *registry.Lot, check func([]*reg
 		if err != nil {
 			return err
 		}
-		return s.add(ctx, tx, lots, lotValues(lot, seq)...)
+		return s.macs.Add(ctx, tx.Conn, tables.Lots, lotValues(lot, seq)...)
 	})
 }
 
@@ -238,23 +243,23 @@ func (s *Store) lots(
 			return nil, err
 		}
 	}
-	err = s.rows(ctx, q, lots, func(r row) error {
-		l := &registry.Lot{Manufacturer: r.text(0), ManifestJWS: r.text(2), Imported: fromMillis(r.int(3)),
+	err = s.macs.Each(ctx, q, tables.Lots, func(r tables.Row) error {
+		l := &registry.Lot{Manufacturer: r.Text(0), ManifestJWS: r.Text(2), Imported: tables.Time(r.Int(3)),
 			Retired: verdictOf(r, 4)}
 		at := slices.IndexFunc(makers, func(m *registry.Manufacturer) bool { return m.KeyID == l.Manufacturer })
 		if at < 0 {
-			return damaged(lots, r, "is of a manufacturer who is not enrolled")
+			return tables.Damaged(tables.Lots, r, "is of a manufacturer who is not enrolled")
 		}
-		if l.Manifest, err = s.manifest(verifiers[l.Manufacturer], r.text(1), l.ManifestJWS); err != nil {
+		if l.Manifest, err = s.manifest(verifiers[l.Manufacturer], r.Text(1), l.ManifestJWS); err != nil {
 			return err
 		}
 		l.Distrusted = makers[at].Verdict
 		all = append(all, l)
-		found[l.Manufacturer+" "+l.Manifest.Lot] = r.int(8)
+		found[l.Manufacturer+" "+l.Manifest.Lot] = r.Int(8)
 		return nil
 	}, `ORDER BY manufacturer, lot`)
 	if err == nil {
-		err = s.same(ctx, q, lots, found, "lot ")
+		err = s.same(ctx, q, tables.Lots, found, "lot ")
 	}
 	return all, err
 }

@@ -6,6 +6,7 @@ import (
 	"slices"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/binding/tokenkeys"
 )
 
@@ -17,8 +18,8 @@ func (s *Store) CountSealed(ctx context.Context, below []byte) (n int, err error
 		return 0, err
 	}
 	// Of all rows, not of those that say so: a storage key is destroyed when none is left under it.
-	err = s.rows(ctx, q, bindings, func(r row) error {
-		if r.text(1) != string(binding.Revoked) && bytes.Compare(r.bytes(6), below) < 0 {
+	err = s.macs.Each(ctx, q, tables.Bindings, func(r tables.Row) error {
+		if r.Text(1) != string(binding.Revoked) && bytes.Compare(r.Bytes(6), below) < 0 {
 			n++
 		}
 		return nil
@@ -33,8 +34,8 @@ func (s *Store) Sealed(
 	if err != nil {
 		return nil, err
 	}
-	err = s.rows(ctx, q, bindings, func(r row) error {
-		b, _, err := toBinding(r)
+	err = s.macs.Each(ctx, q, tables.Bindings, func(r tables.Row) error {
+		b, _, err := tables.Binding(r)
 		all = append(all, tokenkeys.Sealed{IMSI: b.IMSI, State: b.State, KME: b.Sealed})
 		return err
 	}, `WHERE `+sealedBelow+` AND (imsi, state) > ($2, $3) ORDER BY imsi, state LIMIT $4`, below, after.IMSI.String(),
@@ -48,7 +49,7 @@ func (s *Store) Reseal(ctx context.Context, all []tokenkeys.Resealed) (changed i
 		for _, r := range all {
 			s.recent.forget(r.IMSI.String())
 			var again []any
-			err := s.rows(ctx, tx.Conn, bindings, func(now row) error {
+			err := s.macs.Each(ctx, tx.Conn, tables.Bindings, func(now tables.Row) error {
 				again = slices.Clone(now)
 				again[6] = r.Again
 				return nil
@@ -59,7 +60,7 @@ func (s *Store) Reseal(ctx context.Context, all []tokenkeys.Resealed) (changed i
 			if again == nil {
 				continue
 			}
-			if err := s.put(ctx, tx, bindings, again...); err != nil {
+			if err := s.macs.Put(ctx, tx.Conn, tables.Bindings, again...); err != nil {
 				return err
 			}
 			changed++

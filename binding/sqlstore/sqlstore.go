@@ -13,8 +13,8 @@ import (
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/binding/sightings"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/binding/tokenkeys"
-	"github.com/kmehsm/kmehsm/internal/rowmac"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -33,7 +33,7 @@ type Store struct {
 	recent *recent
 
 	key     kme.Secret // of the MACs
-	macs    *rowmac.Key
+	macs    tables.Key
 	moved   chan struct{}
 	refused atomic.Pointer[error] // the ledger is behind its mark: see refusal
 	broken  atomic.Pointer[error] // an entry of it is not what it was

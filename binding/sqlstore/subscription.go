@@ -9,53 +9,11 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
 	"github.com/kmehsm/kmehsm/kme"
 )
-
-// values is a binding as its row has it.
-func values(b *binding.Binding, seq int64) []any {
-	return []any{
-		b.IMSI.String(), string(b.State), b.IMEI.String(), b.Manufacturer, b.Lot, int64(b.DeviceKey), orEmpty(b.Sealed),
-		orEmpty(b.NWSig), b.AttemptID, orEmpty(b.PayloadSHA256), millis(b.Established), millis(b.Activated),
-		millis(b.Revoked), b.Origin.String(), millis(b.Expires), sentText(b.Sent), seq,
-	}
-}
-
-// orEmpty has no NULL in a row.
-func orEmpty(b []byte) []byte {
-	if b == nil {
-		return []byte{}
-	}
-	return b
-}
-
-func toBinding(r row) (b *binding.Binding, seq int64, err error) {
-	b = &binding.Binding{
-		State: binding.State(r.text(1)), Manufacturer: r.text(3), Lot: r.text(4), DeviceKey: int(r.int(5)),
-		Sealed: r.bytes(6), NWSig: r.bytes(7), AttemptID: r.text(8), PayloadSHA256: r.bytes(9),
-		Established: fromMillis(r.int(10)), Activated: fromMillis(r.int(11)), Revoked: fromMillis(r.int(12)),
-		Expires: fromMillis(r.int(14)),
-	}
-	err = errors.Join(b.IMSI.UnmarshalText([]byte(r.text(0))), b.IMEI.UnmarshalText([]byte(r.text(2))),
-		b.Origin.UnmarshalText([]byte(r.text(13))))
-	for line := range strings.Lines(r.text(15)) {
-		var o kme.Origin
-		err = errors.Join(err, o.UnmarshalText([]byte(strings.TrimSuffix(line, "\n"))))
-		b.Sent = append(b.Sent, o)
-	}
-	return b, r.int(16), err
-}
-
-// sentText is a Binding's Sent as its column has it: each with its end of line, since an origin may be empty.
-func sentText(sent []kme.Origin) string {
-	var b strings.Builder
-	for _, o := range sent {
-		b.WriteString(o.String() + "\n")
-	}
-	return b.String()
-}
 
 func (s *Store) Subscription(ctx context.Context, imsi kme.IMSI, now time.Time) (*binding.Subscription, error) {
 	if err := s.refusal(); err != nil {
@@ -79,18 +37,13 @@ func (s *Store) current(
 	return sub, err
 }
 
-func isDamaged(err error) bool {
-	var d *binding.DamagedRow
-	return errors.As(err, &d)
-}
-
 // stored is what there is of an IMSI, and what of its rows is not in a Subscription.
 type stored struct {
 	binding.Subscription
 	expired *binding.Binding // the pending binding that has expired
 	spent   bool             // a RAND that was asked for
 	opened  bool             // there are attempts in rows, also if they have expired
-	open    []row            // of those that have not
+	open    []tables.Row     // of those that have not
 	seq     seqs             // of the bindings
 	last    last             // what the ledger says
 }
@@ -139,7 +92,7 @@ var ofIMSI = func() map[more]string {
 var anySpent = func() map[int]string {
 	all := map[int]string{}
 	for _, n := range [...]int{1, 4, binding.MaxRANDs} {
-		all[n] = `WHERE imsi = $1 AND rand IN (` + marks(2, n) + `)`
+		all[n] = `WHERE imsi = $1 AND rand IN (` + tables.Marks(2, n) + `)`
 	}
 	return all
 }()
@@ -158,7 +111,7 @@ func forRANDs(rands []hsmkeys.RAND) (n int, args []any) {
 // picked is a SELECT of ofIMSI: the columns that have places, and seq and mac.
 func picked(table string, places map[int]string, rest string) string {
 	list := []string{"'" + table + "'"}
-	for i, column := range append(slices.Clone(bindings.columns), "mac") {
+	for i, column := range append(slices.Clone(tables.Bindings.Columns), "mac") {
 		if at, ok := places[i+1]; ok {
 			column = at
 		} else if places != nil && column != "seq" && column != "mac" {
@@ -170,12 +123,12 @@ func picked(table string, places map[int]string, rest string) string {
 }
 
 // rowOf is a row of a table, with its MAC, in one of ofIMSI.
-func rowOf(t *table, r row) row {
+func rowOf(t *tables.Table, r tables.Row) tables.Row {
 	switch t {
-	case attempts:
-		return row{r[1], r[9], r[14], r[15], r[17], r[18]}
-	case spentRANDs:
-		return row{r[1], r[7], r[18]}
+	case tables.Attempts:
+		return tables.Row{r[1], r[9], r[14], r[15], r[17], r[18]}
+	case tables.SpentRANDs:
+		return tables.Row{r[1], r[7], r[18]}
 	}
 	return r[1:]
 }
@@ -218,9 +171,9 @@ func (s *Store) subscriptionAnd(
 	ctx context.Context, q sqlconn.Conn, imsi kme.IMSI, now time.Time, what more, args ...any,
 ) (*stored, *binding.Head, error) {
 	sub, head, digits := new(stored), new(binding.Head), imsi.String()
-	err := scan(ctx, q, len(bindings.columns)+2, func(r row) error {
-		if r.text(0) == "head" {
-			head.Seq, head.MAC = r.int(17), r.bytes(18)
+	err := tables.Scan(ctx, q, len(tables.Bindings.Columns)+2, func(r tables.Row) error {
+		if r.Text(0) == "head" {
+			head.Seq, head.MAC = r.Int(17), r.Bytes(18)
 			return nil
 		}
 		return s.takeAny(sub, r, now)
@@ -232,38 +185,38 @@ func (s *Store) subscriptionAnd(
 }
 
 // takeAny takes a row of ofIMSI that is about the IMSI, if it is the service's.
-func (s *Store) takeAny(sub *stored, r row, now time.Time) error {
-	switch r.text(0) {
+func (s *Store) takeAny(sub *stored, r tables.Row, now time.Time) error {
+	switch r.Text(0) {
 	case "bindings":
-		if err := s.checkMAC(bindings, rowOf(bindings, r)); err != nil {
+		if err := s.macs.Check(tables.Bindings, rowOf(tables.Bindings, r)); err != nil {
 			return err
 		}
-		return sub.take(rowOf(bindings, r), now)
+		return sub.take(rowOf(tables.Bindings, r), now)
 	case "attempts":
-		r = rowOf(attempts, r)
-		if err := s.checkMAC(attempts, r); err != nil {
+		r = rowOf(tables.Attempts, r)
+		if err := s.macs.Check(tables.Attempts, r); err != nil {
 			return err
 		}
-		if sub.opened = true; r.int(3) <= now.UnixMilli() {
+		if sub.opened = true; r.Int(3) <= now.UnixMilli() {
 			return nil
 		}
 		sub.open = append(sub.open, r)
-		a := binding.Attempt{ID: r.text(1), Expires: fromMillis(r.int(3)), Opened: true}
-		err := errors.Join(a.IMSI.UnmarshalText([]byte(r.text(0))), a.Origin.UnmarshalText([]byte(r.text(2))))
+		a := binding.Attempt{ID: r.Text(1), Expires: tables.Time(r.Int(3)), Opened: true}
+		err := errors.Join(a.IMSI.UnmarshalText([]byte(r.Text(0))), a.Origin.UnmarshalText([]byte(r.Text(2))))
 		sub.Attempts = append(sub.Attempts, a)
 		return err
 	case "ledger":
-		sub.last.note(binding.Event(r.text(2)), r.int(17))
+		sub.last.note(binding.Event(r.Text(2)), r.Int(17))
 	case "spent_rands":
 		sub.spent = true
-		return s.checkMAC(spentRANDs, rowOf(spentRANDs, r))
+		return s.macs.Check(tables.SpentRANDs, rowOf(tables.SpentRANDs, r))
 	}
 	return nil
 }
 
 // take takes a row of bindings.
-func (sub *stored) take(r row, now time.Time) error {
-	b, seq, err := toBinding(r)
+func (sub *stored) take(r tables.Row, now time.Time) error {
+	b, seq, err := tables.Binding(r)
 	if err != nil {
 		return err
 	}
@@ -284,8 +237,8 @@ func (sub *stored) take(r row, now time.Time) error {
 // fresh fails unless the bindings are those that the ledger speaks of last, and the attempts were not closed since.
 func (sub *stored) fresh(imsi string) error {
 	for _, a := range sub.open {
-		if a.int(4) != sub.last.closed {
-			return damaged(attempts, a, "was closed before, and is back")
+		if a.Int(4) != sub.last.closed {
+			return tables.Damaged(tables.Attempts, a, "was closed before, and is back")
 		}
 	}
 	settled := max(sub.last.activated, sub.last.revoked)
@@ -295,13 +248,14 @@ func (sub *stored) fresh(imsi string) error {
 	}{{binding.Active, sub.seq.active, sub.last.activated}, {binding.Revoked, sub.seq.revoked, sub.last.revoked}} {
 		switch {
 		case is.have == 0 && is.want == settled && is.want > 0:
-			return damaged(bindings, row{imsi, string(is.state)}, "is gone")
+			return tables.Damaged(tables.Bindings, tables.Row{imsi, string(is.state)}, "is gone")
 		case is.have != 0 && (is.have != is.want || is.want != settled):
-			return damaged(bindings, row{imsi, string(is.state)}, "is an earlier one than the service has written last")
+			return tables.Damaged(tables.Bindings, tables.Row{imsi, string(is.state)},
+				"is an earlier one than the service has written last")
 		}
 	}
 	if have := sub.seq.pending; have != 0 && (have != sub.last.established || have < settled) {
-		return damaged(bindings, row{imsi, string(binding.Pending)},
+		return tables.Damaged(tables.Bindings, tables.Row{imsi, string(binding.Pending)},
 			"is an earlier one than the service has written last")
 	}
 	return nil
@@ -358,24 +312,10 @@ func everBound(ctx context.Context, read sqlconn.Conn, q binding.BindingQuery, l
 			return err
 		}
 		if imsi.UnmarshalText([]byte(text)) != nil {
-			return &binding.DamagedRow{Table: ledger.name, Key: text, What: "has no IMSI"}
+			return &binding.DamagedRow{Table: tables.Ledger.Name, Key: text, What: "has no IMSI"}
 		}
 		all = append(all, imsi)
 		return nil
 	}, "SELECT DISTINCT subject FROM ledger "+where+" ORDER BY subject LIMIT "+arg(limit), args...)
 	return all, err
-}
-
-func millis(t time.Time) int64 {
-	if t.IsZero() {
-		return 0
-	}
-	return t.UnixMilli()
-}
-
-func fromMillis(ms int64) time.Time {
-	if ms == 0 {
-		return time.Time{}
-	}
-	return time.UnixMilli(ms).UTC()
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
 )
 
@@ -75,7 +76,7 @@ func (s *Store) reads(operation string) sqlconn.Conn {
 // its statements.
 func (s *Store) settled(ctx context.Context, operation, key string, f func(sqlconn.Conn) error) error {
 	err := f(sqlconn.Conn{Operation: operation, DB: s.lookUp})
-	if isDamaged(err) {
+	if tables.IsDamaged(err) {
 		err = s.transaction(ctx, operation, key, func(_ context.Context, tx *txn) error { return f(tx.Conn) })
 	}
 	return err

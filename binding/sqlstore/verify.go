@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -40,7 +41,7 @@ func (s *Store) Verify(ctx context.Context, report func(rows int)) (*Report, err
 	}
 	q := s.reads("verify")
 	for chain := range int64(binding.Chains) {
-		n, _, err := s.verifyToHead(ctx, q, chain, func(row) error { read(); return nil }, nil)
+		n, _, err := s.verifyToHead(ctx, q, chain, func(tables.Row) error { read(); return nil }, nil)
 		if r.Entries += n; found(err) != nil {
 			return r, err
 		}
@@ -48,11 +49,11 @@ func (s *Store) Verify(ctx context.Context, report func(rows int)) (*Report, err
 	if err := strays(ctx, q, func(d error) error { read(); return found(d) }); err != nil {
 		return r, err
 	}
-	for _, t := range tables {
-		err := scan(ctx, q, len(t.columns)+1, func(values row) error {
+	for _, t := range tables.All {
+		err := tables.Scan(ctx, q, len(t.Columns)+1, func(values tables.Row) error {
 			read()
-			return found(s.checkMAC(t, values))
-		}, t.selectAll)
+			return found(s.macs.Check(t, values))
+		}, t.SelectAll)
 		if err != nil {
 			return r, err
 		}
@@ -68,7 +69,7 @@ func (s *Store) Verify(ctx context.Context, report func(rows int)) (*Report, err
 	return r, imsis(ctx, q, func(page []kme.IMSI) error {
 		for _, err := range s.currentOfAll(ctx, page) {
 			var d *binding.DamagedRow
-			if errors.As(err, &d) && d.What == changed { // it is in the report
+			if errors.As(err, &d) && d.What == tables.Changed { // it is in the report
 				continue
 			}
 			if err := found(err); err != nil {
@@ -85,8 +86,8 @@ func strays(ctx context.Context, q sqlconn.Conn, each func(error) error) error {
 	for chain := range binding.Chains {
 		chains = append(chains, strconv.Itoa(chain))
 	}
-	return scan(ctx, q, 2, func(r row) error {
-		return each(damaged(ledger, r, "is in no chain: somebody else has made it up"))
+	return tables.Scan(ctx, q, 2, func(r tables.Row) error {
+		return each(tables.Damaged(tables.Ledger, r, "is in no chain: somebody else has made it up"))
 	}, `SELECT chain, seq FROM ledger WHERE chain NOT IN (`+strings.Join(chains, ", ")+`) ORDER BY chain, seq`)
 }
 
