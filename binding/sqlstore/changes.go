@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/ledger"
 	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
@@ -17,7 +18,7 @@ import (
 )
 
 func (s *Store) Prepare(ctx context.Context, q binding.VectorRequest) (d binding.Decision, err error) {
-	if err := s.refusal(); err != nil {
+	if err := s.chains.Refusal(); err != nil {
 		return d, err
 	}
 	// Whoever has vectors Ready has read the pending binding, and will be noted in it: that reads it again.
@@ -168,7 +169,7 @@ func (s *Store) attempt(sub *stored, imsi kme.IMSI, o kme.Origin, id string, now
 func (s *Store) Attempt(
 	ctx context.Context, imsi kme.IMSI, o kme.Origin, id string, now time.Time,
 ) (*binding.Attempt, error) {
-	if err := s.refusal(); err != nil {
+	if err := s.chains.Refusal(); err != nil {
 		return nil, err
 	}
 	sub, err := s.current(ctx, "look for an attempt", imsi, now)
@@ -205,7 +206,7 @@ func (s *Store) spend(ctx context.Context, tx *txn, q binding.VectorRequest) err
 }
 
 func (s *Store) Spent(ctx context.Context, imsi kme.IMSI, rand hsmkeys.RAND) (spent bool, err error) {
-	if err := s.refusal(); err != nil {
+	if err := s.chains.Refusal(); err != nil {
 		return false, err
 	}
 	return s.spent(ctx, imsi, rand)
@@ -236,8 +237,8 @@ func (s *Store) OpenAttempt(ctx context.Context, a binding.Attempt) error {
 		if err := dropAttempts(ctx, tx, a.IMSI); err != nil {
 			return err
 		}
-		seq, err := s.note(ctx, tx, entry{event: binding.EventOpened, subject: a.IMSI.String(),
-			detail: "until " + a.Expires.UTC().Format(time.RFC3339)})
+		seq, err := s.chains.Enter(ctx, &tx.Tx, ledger.Entry{Event: binding.EventOpened, Subject: a.IMSI.String(),
+			Detail: "until " + a.Expires.UTC().Format(time.RFC3339)})
 		if err != nil {
 			return err
 		}
@@ -251,7 +252,7 @@ func (s *Store) Establish(ctx context.Context, b *binding.Binding, tag []byte, g
 		if err != nil {
 			return err
 		}
-		of := entry{event: binding.EventEstablished, subject: b.IMSI.String(), imei: b.IMEI.String(), tag: tag}
+		of := ledger.Entry{Event: binding.EventEstablished, Subject: b.IMSI.String(), IMEI: b.IMEI.String(), Tag: tag}
 		switch a := s.attempt(sub, b.IMSI, b.Origin, b.AttemptID, now); {
 		case a == nil:
 			return binding.ErrNoAttempt
@@ -260,13 +261,13 @@ func (s *Store) Establish(ctx context.Context, b *binding.Binding, tag []byte, g
 		}
 		// Asked for a good KME too, although the entry itself would find it: on PostgreSQL a statement that fails
 		// has the whole batch made again, which takes longer.
-		if err := used(ctx, tx.Conn, of); err != nil {
+		if err := ledger.Used(ctx, tx.Conn, of); err != nil {
 			return err
 		}
 		if !good {
 			return binding.ErrNotGood
 		}
-		seq, err := s.note(ctx, tx, of)
+		seq, err := s.chains.Enter(ctx, &tx.Tx, of)
 		if err == nil && sub.opened {
 			err = dropAttempts(ctx, tx, b.IMSI)
 		}
@@ -274,7 +275,7 @@ func (s *Store) Establish(ctx context.Context, b *binding.Binding, tag []byte, g
 			return err
 		}
 		sub.Pending, sub.expired, sub.Attempts, sub.opened, sub.seq.pending = b, nil, nil, false, seq
-		sub.last.note(of.event, seq)
+		sub.last.note(of.Event, seq)
 		s.recent.put(b.IMSI.String(), sub)
 		return s.macs.Put(ctx, tx.Conn, tables.Bindings, tables.OfBinding(b, seq)...)
 	})
@@ -341,7 +342,7 @@ func (s *Store) end(ctx context.Context, tx *txn, sub *binding.Subscription, ok 
 	}
 	b.State, b.Activated, b.Expires, b.Sent = binding.Active, tables.Time(now.UnixMilli()), time.Time{}, nil
 	sub.Active, sub.Revoked = b, nil
-	seq, err := s.note(ctx, tx, entry{event: binding.EventActivated, subject: b.IMSI.String()})
+	seq, err := s.chains.Enter(ctx, &tx.Tx, ledger.Entry{Event: binding.EventActivated, Subject: b.IMSI.String()})
 	if err == nil && others {
 		err = tx.Do(ctx, `DELETE FROM bindings WHERE imsi = $1 AND state <> 'PENDING'`, b.IMSI.String())
 	}
@@ -390,7 +391,7 @@ func (s *Store) revoke(ctx context.Context, tx *txn, imsi kme.IMSI, now time.Tim
 		if err := dropPending(ctx, tx, imsi); err != nil {
 			return nil, err
 		}
-		_, err := s.note(ctx, tx, entry{event: binding.EventClosed, subject: imsi.String()})
+		_, err := s.chains.Enter(ctx, &tx.Tx, ledger.Entry{Event: binding.EventClosed, Subject: imsi.String()})
 		return b, err
 	}
 	return b, s.endAsRevoked(ctx, tx, b, now)
@@ -400,7 +401,7 @@ func (s *Store) revoke(ctx context.Context, tx *txn, imsi kme.IMSI, now time.Tim
 func (s *Store) endAsRevoked(ctx context.Context, tx *txn, b *binding.Binding, now time.Time) error {
 	b.State, b.Revoked, b.Sealed, b.Expires, b.Sent = binding.Revoked, tables.Time(now.UnixMilli()), []byte{},
 		time.Time{}, nil
-	seq, err := s.note(ctx, tx, entry{event: binding.EventRevoked, subject: b.IMSI.String()})
+	seq, err := s.chains.Enter(ctx, &tx.Tx, ledger.Entry{Event: binding.EventRevoked, Subject: b.IMSI.String()})
 	if err == nil {
 		err = tx.Do(ctx, `DELETE FROM bindings WHERE imsi = $1`, b.IMSI.String())
 	}
@@ -412,19 +413,20 @@ func (s *Store) endAsRevoked(ctx context.Context, tx *txn, b *binding.Binding, n
 
 // lastDevice is what the ledger knows of an IMSI whose rows are damaged: the device that it was bound to last.
 func (s *Store) lastDevice(ctx context.Context, q sqlconn.Conn, imsi kme.IMSI) (b *binding.Binding, err error) {
-	err = s.entries(ctx, q, func(e binding.Entry) error {
+	err = s.chains.Each(ctx, q, func(e binding.Entry) error {
 		var imei kme.IMEI
 		if imei.UnmarshalText([]byte(e.IMEI)) == nil { // else somebody has changed it, and that was accepted
 			b = &binding.Binding{IMSI: imsi, IMEI: imei, Established: e.Time}
 		}
 		return nil
-	}, `WHERE e.chain = $1 AND e.subject = $2 AND e.event = $3 ORDER BY e.seq`, chainOf(imsi.String()), imsi.String(),
+	}, `WHERE e.chain = $1 AND e.subject = $2 AND e.event = $3 ORDER BY e.seq`, ledger.ChainOf(imsi.String()),
+		imsi.String(),
 		string(binding.EventEstablished))
 	return b, err
 }
 
 func (s *Store) Bound(ctx context.Context, manufacturer, lot string, now time.Time) (n int, err error) {
-	q, err := s.reading("count bindings")
+	q, err := s.chains.Reading("count bindings")
 	if err != nil {
 		return 0, err
 	}
@@ -442,7 +444,7 @@ const countBindings = `WITH pending AS MATERIALIZED (SELECT imsi FROM bindings W
 // Count is how many bindings there are in each state; of pending ones, those that have not expired. It reads an index
 // of all bindings twice: see TestCountByIndex.
 func (s *Store) Count(ctx context.Context, now time.Time) (map[binding.State]int64, error) {
-	q, err := s.reading("count bindings")
+	q, err := s.chains.Reading("count bindings")
 	if err != nil {
 		return nil, err
 	}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/ledger"
 	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
 )
@@ -18,7 +19,7 @@ var ErrNotEmpty = errors.New("the store to copy to is not empty: give it a new d
 // are verified on their way; to has an entry more in its ledger then, which says so. Nobody may be changing s
 // meanwhile. report is called with the rows copied so far.
 func (s *Store) Copy(ctx context.Context, to *Store, report func(rows int)) (rows int, err error) {
-	from, err := s.reading("copy")
+	from, err := s.chains.Reading("copy")
 	if err != nil {
 		return 0, err
 	}
@@ -58,7 +59,7 @@ func (s *Store) Copy(ctx context.Context, to *Store, report func(rows int)) (row
 			}
 		}
 		for chain := range int64(binding.Chains) {
-			_, _, err := s.verifyToHead(ctx, from, chain, func(r tables.Row) error {
+			_, _, err := s.chains.Verify(ctx, from, chain, func(r tables.Row) error {
 				copied()
 				return tx.Do(ctx, tables.Ledger.Insert, r...)
 			}, nil)
@@ -66,23 +67,12 @@ func (s *Store) Copy(ctx context.Context, to *Store, report func(rows int)) (row
 				return err
 			}
 		}
-		if err := copyActors(ctx, from, tx); err != nil {
+		if err := ledger.CopyActors(ctx, from, tx.Conn); err != nil {
 			return err
 		}
-		_, err := to.note(ctx, tx, entry{event: binding.EventMigrated, subject: binding.StoreSubject,
-			detail: fmt.Sprintf("%d rows", rows)})
+		_, err := to.chains.Enter(ctx, &tx.Tx, ledger.Entry{Event: binding.EventMigrated, Subject: binding.StoreSubject,
+			Detail: fmt.Sprintf("%d rows", rows)})
 		return err
 	})
 	return rows, err
-}
-
-func copyActors(ctx context.Context, from sqlconn.Conn, to *txn) error {
-	return from.Each(ctx, func(scan func(...any) error) error {
-		var id []byte
-		var text string
-		if err := scan(&id, &text); err != nil {
-			return err
-		}
-		return to.Do(ctx, `INSERT INTO actors (actor, json) VALUES ($1, $2)`, id, text)
-	}, `SELECT actor, json FROM actors`)
 }

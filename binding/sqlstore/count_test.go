@@ -12,7 +12,7 @@ func TestCountByIndex(t *testing.T) {
 	dir, n := large(t, 2000)
 	s := filled(t, dir, n)
 	plan := ""
-	err := s.reads("explain").Each(t.Context(), func(scan func(...any) error) error {
+	err := s.chains.Reads("explain").Each(t.Context(), func(scan func(...any) error) error {
 		var id, parent, unused int64
 		var what string
 		err := scan(&id, &parent, &unused, &what)

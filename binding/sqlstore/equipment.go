@@ -10,6 +10,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/sightings"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/ledger"
 	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
 	"github.com/kmehsm/kmehsm/kme"
@@ -29,7 +30,7 @@ var ofDevice = boundTo + ofIMSI[nothing] + " UNION ALL " + strings.NewReplacer(
 func (s *Store) Equipment(
 	ctx context.Context, imei kme.IMEI, imsi kme.IMSI, now time.Time,
 ) (own *binding.Subscription, of []*binding.Binding, err error) {
-	if err := s.refusal(); err != nil {
+	if err := s.chains.Refusal(); err != nil {
 		return nil, nil, err
 	}
 	subs := map[string]*stored{imsi.String(): new(stored)}
@@ -81,7 +82,8 @@ func (s *Store) List(ctx context.Context, all []binding.Listing) (changed int, e
 			if e.Status == "" {
 				event, detail = binding.EventUnlisted, e.Reason
 			}
-			seq, err := s.note(ctx, tx, entry{event: event, subject: binding.ListingSubject(e.Prefix), detail: detail})
+			seq, err := s.chains.Enter(ctx, &tx.Tx, ledger.Entry{Event: event,
+				Subject: binding.ListingSubject(e.Prefix), Detail: detail})
 			if err != nil {
 				return err
 			}
@@ -98,7 +100,7 @@ func (s *Store) List(ctx context.Context, all []binding.Listing) (changed int, e
 }
 
 func (s *Store) Listed(ctx context.Context, after int64) (all []binding.Listing, err error) {
-	if err := s.refusal(); err != nil {
+	if err := s.chains.Refusal(); err != nil {
 		return nil, err
 	}
 	err = s.settled(ctx, "read the list of devices", changing, func(q sqlconn.Conn) error {
@@ -238,7 +240,7 @@ func (s *Store) seenWith(
 }
 
 func (s *Store) Sightings(ctx context.Context, imsi kme.IMSI, imei kme.IMEI) (all []sightings.Sighting, err error) {
-	q, err := s.reading("read sightings")
+	q, err := s.chains.Reading("read sightings")
 	if err != nil {
 		return nil, err
 	}
@@ -251,7 +253,7 @@ func (s *Store) Sightings(ctx context.Context, imsi kme.IMSI, imei kme.IMEI) (al
 }
 
 func (s *Store) Forget(ctx context.Context, before time.Time, most int) (forgotten int, err error) {
-	q, err := s.reading("count sightings")
+	q, err := s.chains.Reading("count sightings")
 	if err != nil {
 		return 0, err
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/jackc/pgx/v5/stdlib"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/ledger"
 	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/pgtest"
@@ -27,14 +28,14 @@ import (
 // and its two entries of the ledger. All rows are good. report is called with the bindings so far.
 func fill(ctx context.Context, s *Store, bindings int, report func(n int)) error {
 	var have int
-	if _, err := s.reads("fill").One(ctx, []any{&have}, `SELECT COUNT(*) FROM bindings`); err != nil {
+	if _, err := s.chains.Reads("fill").One(ctx, []any{&have}, `SELECT COUNT(*) FROM bindings`); err != nil {
 		return err
 	}
 	const together = 20_000 // in one commit
 	for ; have < bindings; have += together {
 		n := min(together, bindings-have)
 		err := s.change(ctx, "fill", "fill", func(ctx context.Context, tx *txn) error {
-			actor, err := s.actor(ctx, tx)
+			actor, err := s.enterActor(ctx, tx)
 			if err != nil || s.recent.onlyHints {
 				return err
 			}
@@ -53,11 +54,28 @@ func fill(ctx context.Context, s *Store, bindings int, report func(n int)) error
 	return nil
 }
 
+// actorOf is the row of whom the context's work is done for.
+func (s *Store) actorOf(ctx context.Context) (id []byte, text string, err error) {
+	b, err := json.Marshal(binding.ActorOf(ctx))
+	return s.macs.Of("actors", string(b)), string(b), err
+}
+
+func (s *Store) enterActor(ctx context.Context, tx *txn) ([]byte, error) {
+	id, text, err := s.actorOf(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return id, tx.Do(ctx, `INSERT INTO actors (actor, json) VALUES ($1, $2) ON CONFLICT DO NOTHING`, id, text)
+}
+
 // copyFrom is fillFrom for PostgreSQL, by COPY: it is ten times as fast as statements.
 func (s *Store) copyFrom(ctx context.Context, from, n int) error {
-	id, _ := s.actors.Load(binding.ActorOf(ctx))
+	id, _, err := s.actorOf(ctx)
+	if err != nil {
+		return err
+	}
 	rows := map[*tables.Table][][]any{}
-	err := s.fillFrom(ctx, s.reads("fill"), id.([]byte), from, n, func(t *tables.Table, row []any) error {
+	err = s.fillFrom(ctx, s.chains.Reads("fill"), id, from, n, func(t *tables.Table, row []any) error {
 		rows[t] = append(rows[t], row)
 		return nil
 	})
@@ -112,25 +130,26 @@ func (s *Store) fillFrom(
 	var heads [binding.Chains]binding.Head
 	for i := range heads {
 		var err error
-		if heads[i], err = s.head(ctx, q, int64(i)); err != nil {
+		if heads[i], err = s.chains.Head(ctx, q, int64(i)); err != nil {
 			return err
 		}
 	}
 	at := time.Now()
-	note := func(e entry) (seq int64, err error) {
-		chain := chainOf(e.subject)
+	note := func(e ledger.Entry) (seq int64, err error) {
+		chain := ledger.ChainOf(e.Subject)
 		head := &heads[chain]
-		values := []any{chain, head.Seq + 1, at.UnixMilli(), string(e.event), e.subject, e.imei, e.tag, actor, ""}
-		*head = binding.Head{Seq: head.Seq + 1, MAC: s.entryMAC(values, head.MAC)}
+		values := []any{chain, head.Seq + 1, at.UnixMilli(), string(e.Event), e.Subject, e.IMEI, e.Tag, actor, ""}
+		*head = binding.Head{Seq: head.Seq + 1, MAC: s.macs.Of(tables.Ledger.Name, append(slices.Clip(values),
+			[]byte(head.MAC))...)}
 		return head.Seq, add(tables.Ledger, append(values, []byte(head.MAC)))
 	}
 	for i := from; i < from+n; i++ {
 		imsi, imei, sum := filledIMSI(i), filledIMEI(i), sha256.Sum256(strconv.AppendInt(nil, int64(i), 10))
-		if _, err := note(entry{event: binding.EventEstablished, subject: imsi.String(), imei: imei.String(),
-			tag: sum[:]}); err != nil {
+		if _, err := note(ledger.Entry{Event: binding.EventEstablished, Subject: imsi.String(), IMEI: imei.String(),
+			Tag: sum[:]}); err != nil {
 			return err
 		}
-		seq, err := note(entry{event: binding.EventActivated, subject: imsi.String()})
+		seq, err := note(ledger.Entry{Event: binding.EventActivated, Subject: imsi.String()})
 		if err != nil {
 			return err
 		}

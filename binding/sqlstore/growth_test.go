@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/pgtest"
 	"github.com/kmehsm/kmehsm/kme"
@@ -225,7 +226,7 @@ func TestReadingRests(t *testing.T) {
 	for range 3 {
 		began, entries, rests := time.Now(), 0, 0
 		for chain := range int64(binding.Chains) {
-			m, _, err := s.verifyToHead(ctx, s.reads("verify"), chain, ignore,
+			m, _, err := s.chains.Verify(ctx, s.chains.Reads("verify"), chain, func(tables.Row) error { return nil },
 				func(context.Context, time.Duration) error { rests++; return nil })
 			if err != nil {
 				t.Fatal(err)

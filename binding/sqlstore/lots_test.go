@@ -11,6 +11,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/registry"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/ledger"
 	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
@@ -56,8 +57,8 @@ func fillLots(t testing.TB, s *Store, n int) {
 				return err
 			}
 			l := &registry.Lot{Manufacturer: maker.KeyID, Manifest: m, ManifestJWS: string(jws), Imported: t0}
-			seq, err := s.note(ctx, tx, entry{event: binding.EventImported,
-				subject: binding.LotSubject(l.Manufacturer, m.Lot)})
+			seq, err := s.chains.Enter(ctx, &tx.Tx, ledger.Entry{Event: binding.EventImported,
+				Subject: binding.LotSubject(l.Manufacturer, m.Lot)})
 			if err != nil {
 				return err
 			}

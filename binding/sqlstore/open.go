@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/ledger"
 	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/internal/postgres"
 	"github.com/kmehsm/kmehsm/internal/rowmac"
@@ -54,7 +55,7 @@ func Open(ctx context.Context, name string, key kme.Secret) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{key: own, macs: tables.Key{Key: rowmac.New(own)}, moved: make(chan struct{}, 1)}
+	s := &Store{key: own, macs: tables.Key{Key: rowmac.New(own)}}
 	if path, ok := strings.CutPrefix(name, "sqlite:"); ok {
 		err = s.openSQLite(ctx, path)
 	} else {
@@ -63,6 +64,8 @@ func Open(ctx context.Context, name string, key kme.Secret) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
+	s.chains = ledger.New(s.macs, s.read)
+	s.Ledger = s.chains.Ledger()
 	return s, nil
 }
 
@@ -129,7 +132,7 @@ func (s *Store) openPostgres(ctx context.Context, name string) error {
 	}
 	s.warnings = func(ctx context.Context) ([]string, error) { return postgresWarnings(ctx, db) }
 	s.schema = func(ctx context.Context) (int, error) { return postgres.Number(ctx, db) }
-	write := postgres.NewWriter[heads](db)
+	write := postgres.NewWriter[ledger.Heads](db)
 	reader := postgres.NewReader(db)
 	s.read, s.lookUp, s.soon, s.recent = db.DB, reader, write.Soon, &recent{onlyHints: true}
 	s.close = func() error {
@@ -140,10 +143,10 @@ func (s *Store) openPostgres(ctx context.Context, name string) error {
 	s.begin = func(ctx context.Context, key string, f begun) error {
 		if key == everything {
 			return db.Alone(ctx, func(ctx context.Context, tx *sql.Tx) error {
-				return f(ctx, sqlconn.SQL{DB: tx}, new(heads), nil)
+				return f(ctx, sqlconn.SQL{DB: tx}, new(ledger.Heads), nil)
 			})
 		}
-		return write.Do(ctx, key, func(ctx context.Context, tx *postgres.Tx[heads]) error {
+		return write.Do(ctx, key, func(ctx context.Context, tx *postgres.Tx[ledger.Heads]) error {
 			s.recent.begin(0, key)
 			return f(ctx, tx, tx.Shared, nil)
 		})
@@ -200,7 +203,7 @@ func (s *Store) Warnings(ctx context.Context) ([]string, error) {
 			"this one knows %d: it can serve from it, and not migrate or upgrade it; upgrade this instance too",
 			version, len(known.Migrations)))
 	}
-	return warnings, s.reads("look at the database").Named(err)
+	return warnings, s.chains.Reads("look at the database").Named(err)
 }
 
 func postgresWarnings(ctx context.Context, db *postgres.DB) (warnings []string, err error) {

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/ledger"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 )
 
@@ -16,7 +17,7 @@ type recent struct {
 	mu          sync.Mutex         // only against has: changes are made one at a time
 	version     int64              // see sqlconn.Tx
 	subs, older map[string]*stored // by a change's key, an IMSI: those whose binding is pending, and without attempts
-	heads       heads
+	heads       ledger.Heads
 }
 
 // maxRecent bounds the memory: there are subs and older, of so many each.
@@ -27,7 +28,7 @@ func (r *recent) begin(version int64, key string) *stored {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if version != r.version {
-		r.version, r.subs, r.older, r.heads = version, nil, nil, heads{}
+		r.version, r.subs, r.older, r.heads = version, nil, nil, ledger.Heads{}
 	}
 	if known := r.take(key); !r.onlyHints {
 		return known

@@ -10,6 +10,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/registry"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/ledger"
 	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
@@ -42,7 +43,7 @@ func lotValues(l *registry.Lot, seq int64) []any {
 
 // registry is settled for what nobody is given while the ledger is rolled back.
 func (s *Store) registry(ctx context.Context, f func(sqlconn.Conn) error) error {
-	if err := s.refusal(); err != nil {
+	if err := s.chains.Refusal(); err != nil {
 		return err
 	}
 	return s.settled(ctx, "read the registry", "registry", f)
@@ -58,8 +59,9 @@ func (s *Store) PutManufacturer(ctx context.Context, m *registry.Manufacturer) e
 		if i := slices.IndexFunc(all, func(o *registry.Manufacturer) bool { return o.KeyID == m.KeyID }); i >= 0 {
 			now.Verdict = all[i].Verdict
 		}
-		seq, err := s.note(ctx, tx, entry{event: binding.EventEnrolled, subject: binding.ManufacturerSubject(m.KeyID),
-			detail: enrolled(m)})
+		seq, err := s.chains.Enter(ctx, &tx.Tx, ledger.Entry{Event: binding.EventEnrolled,
+			Subject: binding.ManufacturerSubject(m.KeyID),
+			Detail:  enrolled(m)})
 		if err != nil {
 			return err
 		}
@@ -124,7 +126,7 @@ func (s *Store) manufacturers(ctx context.Context, q sqlconn.Conn) (all []*regis
 func (s *Store) same(
 	ctx context.Context, q sqlconn.Conn, t *tables.Table, found map[string]int64, subject string,
 ) error {
-	last, err := s.lastOfAll(ctx, q, subject)
+	last, err := s.chains.LastOf(ctx, q, subject)
 	if err != nil {
 		return err
 	}
@@ -165,7 +167,7 @@ func (s *Store) Decide(ctx context.Context, manufacturer, lot string, v registry
 			if v.Withdrawn {
 				event = withdraw
 			}
-			seq, err := s.note(ctx, tx, entry{event: event, subject: subject, detail: v.Reason})
+			seq, err := s.chains.Enter(ctx, &tx.Tx, ledger.Entry{Event: event, Subject: subject, Detail: v.Reason})
 			if err != nil {
 				return err
 			}
@@ -207,8 +209,8 @@ func (s *Store) PutLot(ctx context.Context, lot *registry.Lot, check func([]*reg
 		}) {
 			return nil
 		}
-		seq, err := s.note(ctx, tx,
-			entry{event: binding.EventImported, subject: binding.LotSubject(lot.Manufacturer, lot.Manifest.Lot)})
+		seq, err := s.chains.Enter(ctx, &tx.Tx,
+			ledger.Entry{Event: binding.EventImported, Subject: binding.LotSubject(lot.Manufacturer, lot.Manifest.Lot)})
 		if err != nil {
 			return err
 		}

@@ -17,6 +17,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/mark"
 	"github.com/kmehsm/kmehsm/binding/registry"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/ledger"
 	"github.com/kmehsm/kmehsm/internal/pgtest"
 	"github.com/kmehsm/kmehsm/internal/sqlite"
 	"github.com/kmehsm/kmehsm/internal/testproc"
@@ -223,7 +224,7 @@ func restored(t *testing.T, name string, backup func() (restore func() string)) 
 	}
 	done(t, mark.Check(ctx, s, h.token))
 	for i, had := range lost.Heads { // the ledger has all that it had
-		if same, err := s.has(ctx, int64(i), had); !same || err != nil {
+		if same, err := s.chains.Has(ctx, int64(i), had); !same || err != nil {
 			t.Errorf("chain %d has not come as far as it had, %v", i, err)
 		}
 	}
@@ -418,7 +419,7 @@ func withoutAll(t *testing.T, lose func([]string) []string, some, revoke bool) {
 	for n := range others {
 		id := imsiNo(t, lastBound+n)
 		sub := must(s.Subscription(ctx, id, t0))
-		unknown := missing.Unknown[chainOf(id.String())] > 0
+		unknown := missing.Unknown[ledger.ChainOf(id.String())] > 0
 		if (sub.Standing() == nil) != (unknown && revoke) {
 			t.Errorf("%s, of a chain that is not known: %v, to be revoked: %v: %+v", id, unknown, revoke, sub)
 		}
@@ -431,7 +432,7 @@ func withoutAll(t *testing.T, lose func([]string) []string, some, revoke bool) {
 	}
 	for _, text := range accepted.Revoked {
 		if sub := must(s.Subscription(ctx, imsi(t, text), t0)); sub.Standing() != nil ||
-			missing.Unknown[chainOf(text)] == 0 {
+			missing.Unknown[ledger.ChainOf(text)] == 0 {
 			t.Errorf("%s was named as revoked: %+v", text, sub)
 		}
 	}

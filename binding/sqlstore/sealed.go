@@ -13,7 +13,7 @@ import (
 const sealedBelow = `sealed < $1 AND state <> 'REVOKED'`
 
 func (s *Store) CountSealed(ctx context.Context, below []byte) (n int, err error) {
-	q, err := s.reading("count sealed KMEs")
+	q, err := s.chains.Reading("count sealed KMEs")
 	if err != nil {
 		return 0, err
 	}
@@ -30,7 +30,7 @@ func (s *Store) CountSealed(ctx context.Context, below []byte) (n int, err error
 func (s *Store) Sealed(
 	ctx context.Context, after tokenkeys.Sealed, below []byte, limit int,
 ) (all []tokenkeys.Sealed, err error) {
-	q, err := s.reading("read sealed KMEs")
+	q, err := s.chains.Reading("read sealed KMEs")
 	if err != nil {
 		return nil, err
 	}

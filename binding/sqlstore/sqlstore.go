@@ -8,11 +8,11 @@ import (
 	"database/sql"
 	"errors"
 	"sync"
-	"sync/atomic"
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/binding/sightings"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/ledger"
 	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/binding/tokenkeys"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
@@ -21,6 +21,9 @@ import (
 
 // A Store implements binding.Store, registry.Store and binding.Ledger.
 type Store struct {
+	ledger.Ledger
+	chains *ledger.Chains
+
 	read   *sql.DB
 	lookUp sqlconn.Statements // reads a few rows
 	// begin makes a change durably and alone: no other with the same key is under way.
@@ -32,25 +35,14 @@ type Store struct {
 
 	recent *recent
 
-	key     kme.Secret // of the MACs
-	macs    tables.Key
-	moved   chan struct{}
-	refused atomic.Pointer[error] // the ledger is behind its mark: see refusal
-	broken  atomic.Pointer[error] // an entry of it is not what it was
-	actors  sync.Map              // binding.Actor to []byte, of those that are entered
-	known   atomic.Int64          // how many
+	key  kme.Secret // of the MACs
+	macs tables.Key
 
 	manifests sync.Map // of lots, by what is verified: see manifest
-
-	accepted sync.Map // chain to the number of its last entry ACCEPTED, where what it accepts is as it was
-
-	mu    sync.Mutex
-	epoch int                          // of seen; guarded by mu
-	seen  [binding.Chains]binding.Head // how far this process knows that the ledger had come; guarded by mu
 }
 
 // begun makes a change in a transaction of which these heads are known, and of the change's key this.
-type begun = func(ctx context.Context, db sqlconn.Statements, h *heads, known *stored) error
+type begun = func(ctx context.Context, db sqlconn.Statements, h *ledger.Heads, known *stored) error
 
 var (
 	_ binding.Store         = (*Store)(nil)
@@ -72,6 +64,6 @@ func (s *Store) Soon() (done func()) { return s.soon() }
 // Ping says whether the store can be read. (The driver of SQLite says of every open database that it can.)
 func (s *Store) Ping(ctx context.Context) error {
 	var n int
-	_, err := s.reads("ping").One(ctx, []any{&n}, "SELECT COUNT(*) FROM manufacturers")
+	_, err := s.chains.Reads("ping").One(ctx, []any{&n}, "SELECT COUNT(*) FROM manufacturers")
 	return err
 }

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/ledger"
 	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
@@ -16,7 +17,7 @@ import (
 )
 
 func (s *Store) Subscription(ctx context.Context, imsi kme.IMSI, now time.Time) (*binding.Subscription, error) {
-	if err := s.refusal(); err != nil {
+	if err := s.chains.Refusal(); err != nil {
 		return nil, err
 	}
 	sub, err := s.current(ctx, "read a subscription", imsi, now)
@@ -154,15 +155,15 @@ func (s *Store) toChange(ctx context.Context, tx *txn, imsi kme.IMSI, now time.T
 	if tx.known != nil {
 		return tx.known.at(now), nil
 	}
-	chain := chainOf(imsi.String())
-	if tx.heads[chain] != nil {
+	chain := ledger.ChainOf(imsi.String())
+	if tx.Heads[chain] != nil {
 		return s.subscription(ctx, tx.Conn, imsi, now)
 	}
 	sub, head, err := s.subscriptionAnd(ctx, tx.Conn, imsi, now, andHead, chain)
 	if err != nil {
 		return nil, err
 	}
-	tx.heads.read(chain, *head)
+	tx.Heads.Read(chain, *head)
 	return sub, nil
 }
 
@@ -262,7 +263,7 @@ func (sub *stored) fresh(imsi string) error {
 }
 
 func (s *Store) Bindings(ctx context.Context, q binding.BindingQuery) (all []*binding.Binding, err error) {
-	read, err := s.reading("list bindings")
+	read, err := s.chains.Reading("list bindings")
 	if err != nil {
 		return nil, err
 	}
@@ -318,4 +319,26 @@ func everBound(ctx context.Context, read sqlconn.Conn, q binding.BindingQuery, l
 		return nil
 	}, "SELECT DISTINCT subject FROM ledger "+where+" ORDER BY subject LIMIT "+arg(limit), args...)
 	return all, err
+}
+
+// last has the numbers of the last entries about a subscription; 0 if there was none.
+type last struct {
+	established, activated, revoked int64
+	closed                          int64 // of the one that has closed the attempts before it
+}
+
+func (l *last) note(e binding.Event, seq int64) {
+	switch e {
+	case binding.EventEstablished:
+		l.established = max(l.established, seq)
+	case binding.EventActivated:
+		l.activated = max(l.activated, seq)
+		return
+	case binding.EventRevoked:
+		l.revoked = max(l.revoked, seq)
+	case binding.EventOpened, binding.EventClosed:
+	default:
+		return
+	}
+	l.closed = max(l.closed, seq)
 }

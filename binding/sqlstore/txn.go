@@ -5,26 +5,15 @@ import (
 	"errors"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/ledger"
 	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
 )
 
 // A txn is a change that is under way.
 type txn struct {
-	sqlconn.Conn
-	known *stored  // what is recent of its key, if anything is
-	after []func() // to be called when it is durable
-	heads *heads
-}
-
-// heads are the last entries of the ledger's chains in a transaction; nil: not read yet.
-type heads [binding.Chains]*binding.Head
-
-// read takes in what was read of a chain, unless another change of the transaction has added to it meanwhile.
-func (h *heads) read(chain int64, head binding.Head) {
-	if h[chain] == nil {
-		h[chain] = &head
-	}
+	ledger.Tx
+	known *stored // what is recent of its key, if anything is
 }
 
 // everything is the key of a change that excludes every other.
@@ -33,7 +22,7 @@ const everything = ""
 // change makes a change durably: none with the same key is under way meanwhile. f may be called again, and only its
 // last call counts; an error of f leaves everything as it was, and is not named.
 func (s *Store) change(ctx context.Context, operation, key string, f func(context.Context, *txn) error) error {
-	if err := s.refusal(); err != nil {
+	if err := s.chains.Refusal(); err != nil {
 		return err
 	}
 	var tx *txn
@@ -44,7 +33,7 @@ func (s *Store) change(ctx context.Context, operation, key string, f func(contex
 	if err != nil {
 		return err
 	}
-	for _, f := range tx.after {
+	for _, f := range tx.After {
 		f()
 	}
 	return nil
@@ -53,23 +42,14 @@ func (s *Store) change(ctx context.Context, operation, key string, f func(contex
 // transaction is change also while the ledger is rolled back, and nothing is called after it.
 func (s *Store) transaction(ctx context.Context, operation, key string, f func(context.Context, *txn) error) error {
 	var own error
-	err := s.begin(ctx, key, func(ctx context.Context, db sqlconn.Statements, h *heads, known *stored) error {
-		own = f(ctx, &txn{Conn: sqlconn.Conn{Operation: operation, DB: db}, heads: h, known: known})
+	err := s.begin(ctx, key, func(ctx context.Context, db sqlconn.Statements, h *ledger.Heads, known *stored) error {
+		own = f(ctx, &txn{Tx: ledger.Tx{Conn: sqlconn.Conn{Operation: operation, DB: db}, Heads: h}, known: known})
 		return own
 	})
 	if err == nil || own != nil && errors.Is(err, own) {
 		return err
 	}
 	return sqlconn.Conn{Operation: operation}.Named(err)
-}
-
-// reading is for what only reads, and not while the ledger is rolled back.
-func (s *Store) reading(operation string) (sqlconn.Conn, error) {
-	return s.reads(operation), s.refusal()
-}
-
-func (s *Store) reads(operation string) sqlconn.Conn {
-	return sqlconn.Conn{Operation: operation, DB: sqlconn.SQL{DB: s.read}}
 }
 
 // settled reads without the lock of a key, and if f finds damage, again with it: only then nothing has changed between
@@ -80,4 +60,11 @@ func (s *Store) settled(ctx context.Context, operation, key string, f func(sqlco
 		err = s.transaction(ctx, operation, key, func(_ context.Context, tx *txn) error { return f(tx.Conn) })
 	}
 	return err
+}
+
+func (s *Store) Note(ctx context.Context, event binding.Event, subject, detail string) error {
+	return s.change(ctx, "note", subject, func(ctx context.Context, tx *txn) error {
+		_, err := s.chains.Enter(ctx, &tx.Tx, ledger.Entry{Event: event, Subject: subject, Detail: detail})
+		return err
+	})
 }

@@ -4,12 +4,11 @@ import (
 	"context"
 	"errors"
 	"runtime"
-	"strconv"
-	"strings"
 	"sync"
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/ledger"
 	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
 	"github.com/kmehsm/kmehsm/kme"
@@ -39,14 +38,14 @@ func (s *Store) Verify(ctx context.Context, report func(rows int)) (*Report, err
 		}
 		return err
 	}
-	q := s.reads("verify")
+	q := s.chains.Reads("verify")
 	for chain := range int64(binding.Chains) {
-		n, _, err := s.verifyToHead(ctx, q, chain, func(tables.Row) error { read(); return nil }, nil)
+		n, _, err := s.chains.Verify(ctx, q, chain, func(tables.Row) error { read(); return nil }, nil)
 		if r.Entries += n; found(err) != nil {
 			return r, err
 		}
 	}
-	if err := strays(ctx, q, func(d error) error { read(); return found(d) }); err != nil {
+	if err := ledger.Strays(ctx, q, func(d error) error { read(); return found(d) }); err != nil {
 		return r, err
 	}
 	for _, t := range tables.All {
@@ -78,17 +77,6 @@ func (s *Store) Verify(ctx context.Context, report func(rows int)) (*Report, err
 		}
 		return nil
 	})
-}
-
-// strays gives the rows of the ledger that are in none of its chains.
-func strays(ctx context.Context, q sqlconn.Conn, each func(error) error) error {
-	var chains []string
-	for chain := range binding.Chains {
-		chains = append(chains, strconv.Itoa(chain))
-	}
-	return tables.Scan(ctx, q, 2, func(r tables.Row) error {
-		return each(tables.Damaged(tables.Ledger, r, "is in no chain: somebody else has made it up"))
-	}, `SELECT chain, seq FROM ledger WHERE chain NOT IN (`+strings.Join(chains, ", ")+`) ORDER BY chain, seq`)
 }
 
 // currentOfAll gives the error of current of each of some IMSIs. Most of the time that Verify takes is here, so that it

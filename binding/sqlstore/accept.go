@@ -1,12 +1,8 @@
 package sqlstore
 
 import (
-	"bytes"
 	"cmp"
 	"context"
-	"crypto/hmac"
-	"encoding/json"
-	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -15,162 +11,37 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/registry"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/ledger"
 	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-func (s *Store) Heads(ctx context.Context) (*binding.Mark, error) {
-	now, q := &binding.Mark{Epoch: s.Seen().Epoch}, s.reads("read the ledger")
-	for i := range now.Heads {
-		var err error
-		if now.Heads[i], err = s.head(ctx, q, int64(i)); err != nil {
-			return nil, err
-		}
+func (s *Store) Accept(ctx context.Context, mark *binding.Mark, a binding.Acceptance) (*binding.Accepted, error) {
+	s.chains.GiveUp()
+	now := &binding.Mark{Epoch: 1}
+	if mark != nil {
+		now.Epoch = mark.Epoch + 1
 	}
-	return now, nil
-}
-
-func (s *Store) Lines(ctx context.Context, behind *binding.Mark, most int) (all []binding.Line, err error) {
-	q, err := s.reading("read the ledger")
-	if err != nil {
-		return nil, err
-	}
-	now, err := s.Heads(ctx)
-	if err != nil {
-		return nil, err
-	}
-	for i, had := range behind.Heads {
-		if now.Heads[i].Seq == had.Seq && bytes.Equal(now.Heads[i].MAC, had.MAC) {
-			continue
-		}
-		from := had.Seq
-		if same, err := s.has(ctx, int64(i), had); err != nil {
-			return nil, err
-		} else if !same {
-			if _, err := q.One(ctx, []any{&from}, `SELECT COALESCE(MAX(seq), 1) - 1 FROM ledger WHERE subject = $1 AND
-				event = $2 AND chain = $3`, binding.StoreSubject, string(binding.EventAccepted), int64(i)); err != nil {
-				return nil, err
-			}
-		}
-		err := s.lines(ctx, q, func(l binding.Line) error {
-			all = append(all, l)
-			return nil
-		}, `WHERE e.chain = $1 AND e.seq > $2 AND e.seq <= $3 ORDER BY e.seq`, int64(i), from, from+int64(most))
+	accepted := &binding.Accepted{Mark: now}
+	err := s.change(ctx, "accept the ledger", everything, func(ctx context.Context, tx *txn) (err error) {
+		refused, err := s.chains.PutBack(ctx, &tx.Tx, a.Missing.Lines)
 		if err != nil {
-			return nil, err
+			return err
 		}
-	}
-	return all, nil
-}
-
-// has says whether the database has an entry; it has the one before the first.
-func (s *Store) has(ctx context.Context, chain int64, entry binding.Head) (bool, error) {
-	if entry.Seq == 0 {
-		return true, nil
-	}
-	var mac []byte
-	_, err := s.reads("read the ledger").One(ctx, []any{&mac}, `SELECT mac FROM ledger WHERE chain = $1 AND seq = $2`,
-		chain, entry.Seq)
-	return bytes.Equal(mac, entry.MAC), err
-}
-
-func (s *Store) Missing(
-	ctx context.Context, mark *binding.Mark, copied func(chain int, seq int64) []binding.Line,
-) (*binding.Missing, error) {
-	now, err := s.Heads(ctx)
-	if err != nil {
-		return nil, err
-	}
-	m := new(binding.Missing)
-	for chain, at := range now.Heads {
-		var had binding.Head
-		whole := false // of a token without a mark nobody knows
-		if mark != nil {
-			had = mark.Heads[chain]
-			if whole, err = s.has(ctx, int64(chain), had); err != nil {
-				return nil, err
-			}
+		if err := s.chains.Accept(ctx, &tx.Tx, mark, a.Reason); err != nil {
+			return err
 		}
-		first := at.Seq
-		for {
-			var next *binding.Line // several follow where the chain was accepted without the first: the last one counts
-			for _, l := range copied(chain, at.Seq+1) {
-				if s.follows(l, at) && (next == nil || !l.Time.Before(next.Time)) {
-					next = &l
-				}
-			}
-			if next == nil {
-				break
-			}
-			m.Lines = append(m.Lines, *next)
-			at = binding.Head{Seq: at.Seq + 1, MAC: next.MAC}
-			whole = whole || at.Seq == had.Seq && bytes.Equal(at.MAC, had.MAC)
+		if err := s.followLedger(ctx, tx, a, refused, accepted); err != nil {
+			return err
 		}
-		m.Lost += max(had.Seq, at.Seq) - first
-		if !whole {
-			m.Unknown[chain] = max(had.Seq-at.Seq, 1)
-		}
-	}
-	return m, nil
-}
-
-// follows says whether a line is an entry of the ledger that came after another one.
-func (s *Store) follows(l binding.Line, before binding.Head) bool {
-	return l.Seq == before.Seq+1 && hmac.Equal(l.MAC, s.entryMAC(lineValues(l), before.MAC))
-}
-
-// lineValues is a line as the ledger has it.
-func lineValues(l binding.Line) []any {
-	var tag any
-	if len(l.Tag) > 0 {
-		tag = []byte(l.Tag)
-	}
-	return []any{int64(l.Chain), l.Seq, l.Time.UnixMilli(), string(l.Event), l.Subject, l.IMEI, tag, []byte(l.ActorID),
-		l.Detail}
-}
-
-// putBack adds lines that are missing to the ledger, each behind the one before it. It leaves those out whose KME
-// another row has, which the service has not written: refused are their subjects.
-func (s *Store) putBack(ctx context.Context, tx *txn, lines []binding.Line) (refused map[string]bool, err error) {
-	refused = map[string]bool{}
-	at := map[int64]binding.Head{}
-	for _, l := range lines {
-		chain := int64(l.Chain)
-		before, ok := at[chain]
-		if !ok {
-			if before, err = s.head(ctx, tx.Conn, chain); err != nil {
-				return nil, err
-			}
-		}
-		if !s.follows(l, before) {
-			return nil, errors.New("the ledger has changed meanwhile: run this again")
-		}
-		if err := s.putActor(ctx, tx, l); err != nil {
-			return nil, err
-		}
-		n, err := tx.Changed(ctx, tables.Ledger.Insert+" ON CONFLICT DO NOTHING", append(lineValues(l),
-			[]byte(l.MAC))...)
-		if err != nil {
-			return nil, err
-		}
-		at[chain] = binding.Head{Seq: l.Seq, MAC: l.MAC}
-		if n == 0 {
-			refused[l.Subject] = true
-			continue
-		}
-		tx.heads[chain] = &binding.Head{Seq: l.Seq, MAC: l.MAC}
-	}
-	return refused, nil
-}
-
-// putActor enters a line's actor again. One that is not the entry's is left out: the entry has none then.
-func (s *Store) putActor(ctx context.Context, tx *txn, l binding.Line) error {
-	text, err := json.Marshal(l.Actor)
-	if err != nil || !hmac.Equal(l.ActorID, s.macs.Of("actors", string(text))) {
+		now.Heads, err = s.chains.Heads(ctx, tx.Conn)
 		return err
+	})
+	if err != nil {
+		return nil, err
 	}
-	return tx.Do(ctx, `INSERT INTO actors (actor, json) VALUES ($1, $2) ON CONFLICT DO NOTHING`, []byte(l.ActorID),
-		string(text))
+	s.chains.Accepted(now)
+	return accepted, nil
 }
 
 // followLedger makes rows what the ledger says last, which has been given lines that these rows do not know of; or
@@ -344,7 +215,7 @@ func (s *Store) followVerdict(
 	}
 	if own == nil {
 		change.Now, change.ToDo = string(binding.EventForgotten), again
-		_, err := s.note(ctx, tx, entry{event: binding.EventForgotten, subject: last.Subject})
+		_, err := s.chains.Enter(ctx, &tx.Tx, ledger.Entry{Event: binding.EventForgotten, Subject: last.Subject})
 		return change, err
 	}
 	for _, l := range lines {
@@ -395,7 +266,7 @@ func (s *Store) revokeUnknown(
 		for _, text := range page {
 			after = text
 			imsi, err := kme.ParseIMSI(text)
-			if err != nil || m.Unknown[chainOf(text)] == 0 {
+			if err != nil || m.Unknown[ledger.ChainOf(text)] == 0 {
 				continue // where it is none, the service did not write the row
 			}
 			s.recent.forget(text)

@@ -1,4 +1,4 @@
-package sqlstore
+package ledger
 
 import (
 	"bytes"
@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -28,41 +29,41 @@ func rolledBack(chain int64, head, seen binding.Head) error {
 }
 
 // saw notes how far a chain has come.
-func (s *Store) saw(chain int64, head binding.Head) {
-	s.mu.Lock()
-	if head.Seq > s.seen[chain].Seq {
-		s.seen[chain] = head
+func (c *Chains) saw(chain int64, head binding.Head) {
+	c.mu.Lock()
+	if head.Seq > c.seen[chain].Seq {
+		c.seen[chain] = head
 	}
-	s.mu.Unlock()
+	c.mu.Unlock()
 	select {
-	case s.moved <- struct{}{}:
+	case c.moved <- struct{}{}:
 	default:
 	}
 }
 
-func (s *Store) Seen() *binding.Mark {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return &binding.Mark{Epoch: s.epoch, Heads: s.seen}
+func (l Ledger) Seen() *binding.Mark {
+	l.chains.mu.Lock()
+	defer l.chains.mu.Unlock()
+	return &binding.Mark{Epoch: l.chains.epoch, Heads: l.chains.seen}
 }
 
-func (s *Store) seenOf(chain int64) binding.Head {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.seen[chain]
+func (c *Chains) seenOf(chain int64) binding.Head {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.seen[chain]
 }
 
-func (s *Store) Moved() <-chan struct{} { return s.moved }
+func (l Ledger) Moved() <-chan struct{} { return l.chains.moved }
 
 // refuse has every method fail from now on.
-func (s *Store) refuse(err error) error {
-	s.refused.Store(&err)
+func (c *Chains) refuse(err error) error {
+	c.refused.Store(&err)
 	return err
 }
 
-// refusal is what every method fails with; nil while the ledger is what it should be.
-func (s *Store) refusal() error {
-	for _, reason := range []*atomic.Pointer[error]{&s.refused, &s.broken} {
+// Refusal is what every method fails with; nil while the ledger is what it should be.
+func (c *Chains) Refusal() error {
+	for _, reason := range []*atomic.Pointer[error]{&c.refused, &c.broken} {
 		if err := reason.Load(); err != nil {
 			return *err
 		}
@@ -71,7 +72,7 @@ func (s *Store) refusal() error {
 }
 
 // reached refuses a chain that has not, or has no more, the entry that it had come to.
-func (s *Store) reached(ctx context.Context, q sqlconn.Conn, chain int64, head, had binding.Head) error {
+func (c *Chains) reached(ctx context.Context, q sqlconn.Conn, chain int64, head, had binding.Head) error {
 	if head.Seq > had.Seq && had.Seq > 0 {
 		head.Seq = had.Seq
 		head.MAC = nil
@@ -81,40 +82,41 @@ func (s *Store) reached(ctx context.Context, q sqlconn.Conn, chain int64, head, 
 		}
 	}
 	if head.Seq < had.Seq || head.Seq == had.Seq && !bytes.Equal(head.MAC, had.MAC) {
-		return s.refuse(rolledBack(chain, head, had))
+		return c.refuse(rolledBack(chain, head, had))
 	}
 	return nil
 }
 
-func (s *Store) Check(ctx context.Context, mark *binding.Mark) (*binding.Mark, error) {
-	s.mu.Lock()
-	if mark != nil && mark.Epoch > s.epoch { // what was wrong is accepted
-		s.epoch, s.seen = mark.Epoch, mark.Heads
-		s.broken.Store(nil)
-		s.actors.Clear()
+func (l Ledger) Check(ctx context.Context, mark *binding.Mark) (*binding.Mark, error) {
+	l.chains.mu.Lock()
+	if mark != nil && mark.Epoch > l.chains.epoch { // what was wrong is accepted
+		l.chains.epoch, l.chains.seen = mark.Epoch, mark.Heads
+		l.chains.broken.Store(nil)
+		l.chains.actors.Clear()
 	}
-	s.mu.Unlock()
-	seen := s.Seen()
-	now, q := &binding.Mark{Epoch: seen.Epoch}, s.reads("check the ledger")
+	l.chains.mu.Unlock()
+	seen := l.Seen()
+	now, q := &binding.Mark{Epoch: seen.Epoch}, l.chains.Reads("check the ledger")
 	for i := range now.Heads {
-		head, err := s.head(ctx, q, int64(i))
+		head, err := l.chains.Head(ctx, q, int64(i))
 		if err != nil {
 			return nil, err
 		}
 		now.Heads[i] = head
 		if mark == nil && head.Seq > 0 && seen.Heads[i].Seq == 0 {
-			return nil, s.refuse(fmt.Errorf("%w (the token has no high-water mark, and the ledger is not empty: the "+
-				"token is another one than it was)", binding.ErrRolledBack))
+			return nil, l.chains.refuse(fmt.Errorf(
+				"%w (the token has no high-water mark, and the ledger is not empty: the "+
+					"token is another one than it was)", binding.ErrRolledBack))
 		}
-		if err := s.reached(ctx, q, int64(i), head, seen.Heads[i]); err != nil {
+		if err := l.chains.reached(ctx, q, int64(i), head, seen.Heads[i]); err != nil {
 			return nil, err
 		}
 		if head.Seq > seen.Heads[i].Seq { // no mark is raised to what somebody has made up
-			err := s.entries(ctx, q, func(binding.Entry) error {
+			err := l.chains.Each(ctx, q, func(binding.Entry) error {
 				return nil
 			}, `WHERE e.chain = $1 AND e.seq = $2`, int64(i), head.Seq)
 			if tables.IsDamaged(err) {
-				err = s.refuse(fmt.Errorf("%w (%w; or this token is not the one that it was written with)",
+				err = l.chains.refuse(fmt.Errorf("%w (%w; or this token is not the one that it was written with)",
 					binding.ErrRolledBack, err))
 			}
 			if err != nil {
@@ -124,19 +126,19 @@ func (s *Store) Check(ctx context.Context, mark *binding.Mark) (*binding.Mark, e
 		if mark == nil || mark.Epoch < seen.Epoch {
 			continue
 		}
-		if err := s.reached(ctx, q, int64(i), head, mark.Heads[i]); err != nil {
+		if err := l.chains.reached(ctx, q, int64(i), head, mark.Heads[i]); err != nil {
 			return nil, err
 		}
 	}
-	s.mu.Lock()
+	l.chains.mu.Lock()
 	for i, h := range now.Heads {
-		if h.Seq > s.seen[i].Seq {
-			s.seen[i] = h
+		if h.Seq > l.chains.seen[i].Seq {
+			l.chains.seen[i] = h
 		}
 	}
-	s.mu.Unlock()
-	s.refused.Store(nil)
-	return now, s.refusal()
+	l.chains.mu.Unlock()
+	l.chains.refused.Store(nil)
+	return now, l.chains.Refusal()
 }
 
 // An acceptance is the detail of an EventAccepted.
@@ -146,69 +148,55 @@ type acceptance struct {
 	Digest strict.Base64 `json:"digest"` // of the chain's entries before it, see verifyChain
 }
 
-func (s *Store) Accept(ctx context.Context, mark *binding.Mark, a binding.Acceptance) (*binding.Accepted, error) {
-	s.mu.Lock()
-	s.seen = [binding.Chains]binding.Head{} // what was seen is what is given up
-	s.mu.Unlock()
-	s.refused.Store(nil)
-	s.broken.Store(nil)
-	s.actors.Clear()
-	now := &binding.Mark{Epoch: 1}
-	if mark != nil {
-		now.Epoch = mark.Epoch + 1
-	}
-	accepted := &binding.Accepted{Mark: now}
-	err := s.change(ctx, "accept the ledger", everything, func(ctx context.Context, tx *txn) (err error) {
-		refused, err := s.putBack(ctx, tx, a.Missing.Lines)
-		if err != nil {
+// GiveUp forgets what was seen of the chains, and all that is wrong: they are about to be accepted as they are.
+func (c *Chains) GiveUp() {
+	c.mu.Lock()
+	c.seen = [binding.Chains]binding.Head{}
+	c.mu.Unlock()
+	c.refused.Store(nil)
+	c.broken.Store(nil)
+	c.actors.Clear()
+}
+
+// Accept notes in each chain that it is accepted as it is, whatever the mark had.
+func (c *Chains) Accept(ctx context.Context, tx *Tx, mark *binding.Mark, reason string) error {
+	for chain := range int64(binding.Chains) {
+		if err := c.acceptChain(ctx, tx, mark, chain, reason); err != nil {
 			return err
 		}
-		for chain := range int64(binding.Chains) {
-			if err := s.acceptChain(ctx, tx, mark, chain, a.Reason); err != nil {
-				return err
-			}
-		}
-		if err := s.followLedger(ctx, tx, a, refused, accepted); err != nil {
-			return err
-		}
-		for i := range now.Heads {
-			if now.Heads[i], err = s.head(ctx, tx.Conn, int64(i)); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-	if err != nil {
-		return nil, err
 	}
-	s.mu.Lock()
-	s.epoch, s.seen = now.Epoch, now.Heads
-	s.mu.Unlock()
-	return accepted, nil
+	return nil
+}
+
+// Accepted has the chains go on from a mark, that of an Accept which is durable.
+func (c *Chains) Accepted(now *binding.Mark) {
+	c.mu.Lock()
+	c.epoch, c.seen = now.Epoch, now.Heads
+	c.mu.Unlock()
 }
 
 // acceptChain notes in a chain that it is accepted as it is.
-func (s *Store) acceptChain(ctx context.Context, tx *txn, mark *binding.Mark, chain int64, reason string) error {
+func (c *Chains) acceptChain(ctx context.Context, tx *Tx, mark *binding.Mark, chain int64, reason string) error {
 	a := acceptance{Reason: reason}
 	if mark != nil {
 		a.Had = mark.Heads[chain].Seq
 	}
 	var err error
-	if _, a.Digest, err = s.verifyToHead(ctx, tx.Conn, chain, ignore, nil); err != nil && !tables.IsDamaged(err) {
+	if _, a.Digest, err = c.Verify(ctx, tx.Conn, chain, ignore, nil); err != nil && !tables.IsDamaged(err) {
 		return err
 	}
 	detail, err := json.Marshal(a)
 	if err != nil {
 		return err
 	}
-	_, err = s.noteIn(ctx, tx, chain, entry{event: binding.EventAccepted, subject: binding.StoreSubject,
-		detail: string(detail)})
+	_, err = c.noteIn(ctx, tx, chain, Entry{Event: binding.EventAccepted, Subject: binding.StoreSubject,
+		Detail: string(detail)})
 	return err
 }
 
 // acceptedUpTo has, of each chain that was accepted although it was not whole, the number of the entry that says so;
 // that is missing where the chain is another one than then.
-func (s *Store) acceptedUpTo(ctx context.Context, q sqlconn.Conn) (map[int64]int64, error) {
+func (c *Chains) acceptedUpTo(ctx context.Context, q sqlconn.Conn) (map[int64]int64, error) {
 	last := map[int64]int64{}
 	err := q.Each(ctx, func(scan func(...any) error) error {
 		var chain, seq int64
@@ -221,37 +209,37 @@ func (s *Store) acceptedUpTo(ctx context.Context, q sqlconn.Conn) (map[int64]int
 		return nil, err
 	}
 	for chain, seq := range last {
-		if known, ok := s.accepted.Load(chain); ok && known == seq {
+		if known, ok := c.accepted.Load(chain); ok && known == seq {
 			continue
 		}
-		_, _, err := s.verifyChain(ctx, q, chain, seq, ignore, nil)
+		_, _, err := c.verifyChain(ctx, q, chain, seq, ignore, nil)
 		if tables.IsDamaged(err) {
 			delete(last, chain)
 		} else if err != nil {
 			return nil, err
 		} else {
-			s.accepted.Store(chain, seq)
+			c.accepted.Store(chain, seq)
 		}
 	}
 	return last, nil
 }
 
-func (s *Store) VerifyLedger(ctx context.Context) (n int, err error) {
-	epoch := s.Seen().Epoch
+func (l Ledger) VerifyLedger(ctx context.Context) (n int, err error) {
+	epoch := l.Seen().Epoch
 	for chain := range int64(binding.Chains) {
-		m, _, err := s.verifyToHead(ctx, s.reads("verify the ledger"), chain, ignore, s.atRest)
+		m, _, err := l.chains.Verify(ctx, l.chains.Reads("verify the ledger"), chain, ignore, l.atRest)
 		n += m
 		if tables.IsDamaged(err) {
 			err = fmt.Errorf("%w (%w)", binding.ErrRolledBack, err)
-			if s.Seen().Epoch == epoch { // else it was accepted meanwhile, and is read again
-				s.broken.Store(&err)
+			if l.Seen().Epoch == epoch { // else it was accepted meanwhile, and is read again
+				l.chains.broken.Store(&err)
 			}
 		}
 		if err != nil {
 			return n, err
 		}
 	}
-	s.broken.Store(nil)
+	l.chains.broken.Store(nil)
 	return n, nil
 }
 
@@ -264,8 +252,8 @@ func ignore(tables.Row) error { return nil }
 type rest func(ctx context.Context, took time.Duration) error
 
 // atRest has a reading take a tenth of a core at most, however long the ledger is: the service works meanwhile.
-func (s *Store) atRest(ctx context.Context, took time.Duration) error {
-	if s.refusal() != nil { // nobody is served, and all wait for this
+func (l Ledger) atRest(ctx context.Context, took time.Duration) error {
+	if l.chains.Refusal() != nil { // nobody is served, and all wait for this
 		return ctx.Err()
 	}
 	select {
@@ -276,16 +264,16 @@ func (s *Store) atRest(ctx context.Context, took time.Duration) error {
 	}
 }
 
-// verifyToHead is verifyChain as far as the chain goes when this begins: what is added
+// Verify is verifyChain as far as the chain goes when this begins: what is added
 // meanwhile is looked at next time.
-func (s *Store) verifyToHead(
+func (c *Chains) Verify(
 	ctx context.Context, q sqlconn.Conn, chain int64, each func(tables.Row) error, pause rest,
 ) (n int, digest []byte, err error) {
-	head, err := s.head(ctx, q, chain)
+	head, err := c.Head(ctx, q, chain)
 	if err != nil {
 		return 0, nil, err
 	}
-	return s.verifyChain(ctx, q, chain, head.Seq, each, pause)
+	return c.verifyChain(ctx, q, chain, head.Seq, each, pause)
 }
 
 // verifyChain reads a chain up to an entry. It fails with a *binding.DamagedRow for the first entry that is gone, was
@@ -293,7 +281,7 @@ func (s *Store) verifyToHead(
 // is over all entries that it has read, without who their actors are: one that is gone is entered again.
 //
 // It reads page by page: SQLite cannot begin its WAL anew while somebody reads, and PostgreSQL removes no dead rows.
-func (s *Store) verifyChain(
+func (c *Chains) verifyChain(
 	ctx context.Context, q sqlconn.Conn, chain, upTo int64, each func(tables.Row) error, pause rest,
 ) (n int, digest []byte, err error) {
 	var wrong error
@@ -312,11 +300,11 @@ func (s *Store) verifyChain(
 			found(last+1, "is gone")
 		}
 		mac := values.Bytes(columns)
-		whole := hmac.Equal(mac, s.entryMAC(values[:columns], before))
+		whole := hmac.Equal(mac, c.entryMAC(values[:columns], before))
 		if !whole {
 			found(values.Int(1), "was changed, or does not follow the one before it")
 		}
-		if !s.isActor(values, values.Text(columns+1)) {
+		if !c.isActor(values, values.Text(columns+1)) {
 			found(values.Int(1), otherActor)
 			whole = false
 		}
@@ -326,7 +314,7 @@ func (s *Store) verifyChain(
 			wrong = nil
 		}
 		n++
-		last, after, before, digest = values.Int(1), values[1], bytes.Clone(mac), s.macs.Of("ledger so far",
+		last, after, before, digest = values.Int(1), values[1], bytes.Clone(mac), c.macs.Of("ledger so far",
 			append(slices.Clone(values[:columns+1]), digest)...)
 		return each(values[:columns+1])
 	}
@@ -346,4 +334,27 @@ func (s *Store) verifyChain(
 		found(upTo, "is gone")
 	}
 	return n, digest, wrong
+}
+
+// Strays gives the rows of the ledger that are in none of its chains.
+func Strays(ctx context.Context, q sqlconn.Conn, each func(error) error) error {
+	var chains []string
+	for chain := range binding.Chains {
+		chains = append(chains, strconv.Itoa(chain))
+	}
+	return tables.Scan(ctx, q, 2, func(r tables.Row) error {
+		return each(tables.Damaged(tables.Ledger, r, "is in no chain: somebody else has made it up"))
+	}, `SELECT chain, seq FROM ledger WHERE chain NOT IN (`+strings.Join(chains, ", ")+`) ORDER BY chain, seq`)
+}
+
+// CopyActors copies all actors to a store that has none of them.
+func CopyActors(ctx context.Context, from, to sqlconn.Conn) error {
+	return from.Each(ctx, func(scan func(...any) error) error {
+		var id []byte
+		var text string
+		if err := scan(&id, &text); err != nil {
+			return err
+		}
+		return to.Do(ctx, `INSERT INTO actors (actor, json) VALUES ($1, $2)`, id, text)
+	}, `SELECT actor, json FROM actors`)
 }

@@ -1,4 +1,4 @@
-package sqlstore
+package ledger
 
 import (
 	"bytes"
@@ -16,77 +16,77 @@ import (
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
 )
 
-// chainOf is the chain that a subject's entries are in.
-func chainOf(subject string) int64 {
+// ChainOf is the chain that a subject's entries are in.
+func ChainOf(subject string) int64 {
 	return int64(crc32.ChecksumIEEE([]byte(subject)) % binding.Chains)
 }
 
-// An entry to be added.
-type entry struct {
-	event   binding.Event
-	subject string
-	imei    string
-	tag     any // []byte, or nil
-	detail  string
+// An Entry is one to be added.
+type Entry struct {
+	Event   binding.Event
+	Subject string
+	IMEI    string
+	Tag     any // []byte, or nil
+	Detail  string
 }
 
-// used fails with ErrUsed if the ledger has the entry's KME.
-func used(ctx context.Context, q sqlconn.Conn, e entry) error {
+// Used fails with ErrUsed if the ledger has the entry's KME.
+func Used(ctx context.Context, q sqlconn.Conn, e Entry) error {
 	var there bool
 	_, err := q.One(ctx, []any{&there}, `SELECT EXISTS (SELECT 1 FROM ledger WHERE imei = $1 AND tag = $2)`,
-		e.imei, e.tag)
+		e.IMEI, e.Tag)
 	if err == nil && there {
 		err = binding.ErrUsed
 	}
 	return err
 }
 
-// note adds an entry in a transaction, and gives its number. An entry of a chain follows the last one: until the
+// Enter adds an entry in a transaction, and gives its number. An entry of a chain follows the last one: until the
 // transaction ends, no other one adds an entry. It fails with ErrUsed if the ledger has the entry's KME.
-func (s *Store) note(ctx context.Context, tx *txn, e entry) (seq int64, err error) {
-	return s.noteIn(ctx, tx, chainOf(e.subject), e)
+func (c *Chains) Enter(ctx context.Context, tx *Tx, e Entry) (seq int64, err error) {
+	return c.noteIn(ctx, tx, ChainOf(e.Subject), e)
 }
 
-func (s *Store) noteIn(ctx context.Context, tx *txn, chain int64, e entry) (seq int64, err error) {
-	actor, err := s.actor(ctx, tx)
+func (c *Chains) noteIn(ctx context.Context, tx *Tx, chain int64, e Entry) (seq int64, err error) {
+	actor, err := c.actor(ctx, tx)
 	if err != nil {
 		return 0, err
 	}
-	if tx.heads[chain] == nil {
-		head, err := s.head(ctx, tx.Conn, chain)
+	if tx.Heads[chain] == nil {
+		head, err := c.Head(ctx, tx.Conn, chain)
 		if err != nil {
 			return 0, err
 		}
-		tx.heads.read(chain, head)
+		tx.Heads.Read(chain, head)
 	}
-	before := tx.heads[chain]
-	seen := s.seenOf(chain)
+	before := tx.Heads[chain]
+	seen := c.seenOf(chain)
 	if before.Seq < seen.Seq || before.Seq == seen.Seq && !bytes.Equal(before.MAC, seen.MAC) {
-		return 0, s.refuse(rolledBack(chain, *before, seen))
+		return 0, c.refuse(rolledBack(chain, *before, seen))
 	}
 	next := binding.Head{Seq: before.Seq + 1}
-	values := []any{chain, next.Seq, time.Now().UnixMilli(), string(e.event), e.subject, e.imei, e.tag, actor, e.detail}
-	next.MAC = s.entryMAC(values, before.MAC)
-	tx.heads[chain] = &next // before any other change of the transaction goes on
+	values := []any{chain, next.Seq, time.Now().UnixMilli(), string(e.Event), e.Subject, e.IMEI, e.Tag, actor, e.Detail}
+	next.MAC = c.entryMAC(values, before.MAC)
+	tx.Heads[chain] = &next // before any other change of the transaction goes on
 	switch n, err := tx.Changed(ctx, tables.Ledger.Insert+" ON CONFLICT DO NOTHING", append(values,
 		[]byte(next.MAC))...); {
 	case err != nil:
 		return 0, err
-	case n == 0 && e.tag != nil:
+	case n == 0 && e.Tag != nil:
 		return 0, binding.ErrUsed // also by another IMSI's, meanwhile
 	case n == 0:
 		return 0, fmt.Errorf("entry %d of chain %d of the ledger is there already", next.Seq, chain)
 	}
-	tx.after = append(tx.after, func() { s.saw(chain, next) })
+	tx.After = append(tx.After, func() { c.saw(chain, next) })
 	return next.Seq, nil
 }
 
-func (s *Store) entryMAC(values []any, before []byte) []byte {
-	return s.macs.Of(tables.Ledger.Name, append(values[:len(values):len(values)], before)...)
+func (c *Chains) entryMAC(values []any, before []byte) []byte {
+	return c.macs.Of(tables.Ledger.Name, append(values[:len(values):len(values)], before)...)
 }
 
-// head is the last entry of a chain.
-func (s *Store) head(ctx context.Context, q sqlconn.Conn, chain int64) (h binding.Head, err error) {
+// Head is the last entry of a chain.
+func (c *Chains) Head(ctx context.Context, q sqlconn.Conn, chain int64) (h binding.Head, err error) {
 	// A sum, since SQLite compiles a statement anew at each use that orders rows by what
 	// follows a parameter in an index.
 	_, err = q.One(ctx, []any{&h.Seq, (*[]byte)(&h.MAC)},
@@ -94,10 +94,20 @@ func (s *Store) head(ctx context.Context, q sqlconn.Conn, chain int64) (h bindin
 	return h, err
 }
 
+// Heads are the last entries of all chains.
+func (c *Chains) Heads(ctx context.Context, q sqlconn.Conn) (all [binding.Chains]binding.Head, err error) {
+	for i := range all {
+		if all[i], err = c.Head(ctx, q, int64(i)); err != nil {
+			return all, err
+		}
+	}
+	return all, nil
+}
+
 // actor enters who the context's work is done for, unless that was done.
-func (s *Store) actor(ctx context.Context, tx *txn) ([]byte, error) {
+func (c *Chains) actor(ctx context.Context, tx *Tx) ([]byte, error) {
 	actor := binding.ActorOf(ctx)
-	if id, ok := s.actors.Load(actor); ok {
+	if id, ok := c.actors.Load(actor); ok {
 		return id.([]byte), nil
 	}
 	text, err := json.Marshal(actor)
@@ -107,7 +117,7 @@ func (s *Store) actor(ctx context.Context, tx *txn) ([]byte, error) {
 	var id []byte
 	for ; ; text = append(text, ' ') { // the same in other bytes, where somebody has changed the row
 		var have string
-		id = s.macs.Of("actors", string(text))
+		id = c.macs.Of("actors", string(text))
 		if err := tx.Do(ctx, `INSERT INTO actors (actor, json) VALUES ($1, $2) ON CONFLICT DO NOTHING`, id,
 			string(text)); err != nil {
 			return nil, err
@@ -119,12 +129,12 @@ func (s *Store) actor(ctx context.Context, tx *txn) ([]byte, error) {
 			break
 		}
 	}
-	tx.after = append(tx.after, func() {
-		if s.known.Add(1) > maxActors {
-			s.known.Store(0)
-			s.actors.Clear()
+	tx.After = append(tx.After, func() {
+		if c.known.Add(1) > maxActors {
+			c.known.Store(0)
+			c.actors.Clear()
 		}
-		s.actors.Store(actor, id)
+		c.actors.Store(actor, id)
 	})
 	return id, nil
 }
@@ -132,51 +142,44 @@ func (s *Store) actor(ctx context.Context, tx *txn) ([]byte, error) {
 // maxActors bounds the memory for those that are entered.
 const maxActors = 10_000
 
-func (s *Store) Note(ctx context.Context, event binding.Event, subject, detail string) error {
-	return s.change(ctx, "note", subject, func(ctx context.Context, tx *txn) error {
-		_, err := s.note(ctx, tx, entry{event: event, subject: subject, detail: detail})
-		return err
-	})
-}
-
-func (s *Store) LastNote(
+func (l Ledger) LastNote(
 	ctx context.Context, event binding.Event, subject string,
 ) (detail string, found bool, err error) {
-	q, err := s.reading("read the ledger")
+	q, err := l.chains.Reading("read the ledger")
 	if err != nil {
 		return "", false, err
 	}
-	err = s.entries(ctx, q, func(e binding.Entry) error { detail, found = e.Detail, true; return nil },
+	err = l.chains.Each(ctx, q, func(e binding.Entry) error { detail, found = e.Detail, true; return nil },
 		`WHERE e.subject = $1 AND e.event = $2 AND e.seq = (SELECT MAX(seq) FROM ledger WHERE subject = $1 AND event =
 			$2)`, subject, string(event))
 	return detail, found, err
 }
 
-func (s *Store) History(ctx context.Context, subject string) (all []binding.Entry, err error) {
-	q, err := s.reading("read the ledger")
+func (l Ledger) History(ctx context.Context, subject string) (all []binding.Entry, err error) {
+	q, err := l.chains.Reading("read the ledger")
 	if err != nil {
 		return nil, err
 	}
-	err = s.entries(ctx, q, func(e binding.Entry) error {
+	err = l.chains.Each(ctx, q, func(e binding.Entry) error {
 		all = append(all, e)
 		return nil
 	}, `WHERE e.subject = $1 ORDER BY e.seq`, subject)
 	return all, err
 }
 
-// entries gives entries whose MACs, over the MAC of the one before too, are good; and, as they are, those that were
+// Each gives entries whose MACs, over the MAC of the one before too, are good; and, as they are, those that were
 // accepted: without an Actor, unless it is the one that was entered.
-func (s *Store) entries(
+func (c *Chains) Each(
 	ctx context.Context, q sqlconn.Conn, each func(binding.Entry) error, where string, args ...any,
 ) error {
-	return s.lines(ctx, q, func(l binding.Line) error { return each(l.Entry) }, where, args...)
+	return c.lines(ctx, q, func(l binding.Line) error { return each(l.Entry) }, where, args...)
 }
 
-// lines is entries, with all that their MACs are over.
-func (s *Store) lines(
+// lines is Each, with all that their MACs are over.
+func (c *Chains) lines(
 	ctx context.Context, q sqlconn.Conn, each func(binding.Line) error, where string, args ...any,
 ) error {
-	accepted, err := s.acceptedUpTo(ctx, q)
+	accepted, err := c.acceptedUpTo(ctx, q)
 	if err != nil {
 		return err
 	}
@@ -184,14 +187,14 @@ func (s *Store) lines(
 	// Of each entry also its mac, the mac before, the actor's JSON.
 	return tables.Scan(ctx, q, n+3, func(values tables.Row) error {
 		asItIs := values.Int(1) < accepted[values.Int(0)]
-		if !asItIs && !hmac.Equal(values.Bytes(n), s.entryMAC(values[:n], values.Bytes(n+1))) {
+		if !asItIs && !hmac.Equal(values.Bytes(n), c.entryMAC(values[:n], values.Bytes(n+1))) {
 			return tables.Damaged(tables.Ledger, values, "was changed, or the one before it is gone or was")
 		}
 		e := binding.Entry{
 			Chain: int(values.Int(0)), Seq: values.Int(1), Time: tables.Time(values.Int(2)),
 			Event: binding.Event(values.Text(3)), Subject: values.Text(4), IMEI: values.Text(5), Detail: values.Text(8),
 		}
-		if text := values.Text(n + 2); s.isActor(values, text) {
+		if text := values.Text(n + 2); c.isActor(values, text) {
 			if err := json.Unmarshal([]byte(text), &e.Actor); err != nil {
 				return err
 			}
@@ -210,15 +213,15 @@ func (s *Store) lines(
 const otherActor = "has another actor than the service wrote"
 
 // isActor says whether a JSON text is that of an entry's actor.
-func (s *Store) isActor(entry tables.Row, text string) bool {
-	return hmac.Equal(entry.Bytes(7), s.macs.Of("actors", text))
+func (c *Chains) isActor(entry tables.Row, text string) bool {
+	return hmac.Equal(entry.Bytes(7), c.macs.Of("actors", text))
 }
 
 // Entries gives all entries, chain after chain.
-func (s *Store) Entries(ctx context.Context) binding.Entries {
+func (l Ledger) Entries(ctx context.Context) binding.Entries {
 	return func(yield func(binding.Entry, error) bool) {
 		stop := errors.New("stop")
-		err := s.entries(ctx, s.reads("read the ledger"), func(e binding.Entry) error {
+		err := l.chains.Each(ctx, l.chains.Reads("read the ledger"), func(e binding.Entry) error {
 			if !yield(e, nil) {
 				return stop
 			}
@@ -230,32 +233,10 @@ func (s *Store) Entries(ctx context.Context) binding.Entries {
 	}
 }
 
-// last has the numbers of the last entries about a subscription; 0 if there was none.
-type last struct {
-	established, activated, revoked int64
-	closed                          int64 // of the one that has closed the attempts before it
-}
-
-func (l *last) note(e binding.Event, seq int64) {
-	switch e {
-	case binding.EventEstablished:
-		l.established = max(l.established, seq)
-	case binding.EventActivated:
-		l.activated = max(l.activated, seq)
-		return
-	case binding.EventRevoked:
-		l.revoked = max(l.revoked, seq)
-	case binding.EventOpened, binding.EventClosed:
-	default:
-		return
-	}
-	l.closed = max(l.closed, seq)
-}
-
-// lastOfAll has the number of the last entry about each of the subjects whose names begin alike, and which were not
+// LastOf has the number of the last entry about each of the subjects whose names begin alike, and which were not
 // forgotten; what follows is its name there. That one was forgotten is believed of an entry of the service alone: it
 // has a row that is gone not missed.
-func (s *Store) lastOfAll(ctx context.Context, q sqlconn.Conn, begin string) (map[string]int64, error) {
+func (c *Chains) LastOf(ctx context.Context, q sqlconn.Conn, begin string) (map[string]int64, error) {
 	all := map[string]int64{}
 	err := q.Each(ctx, func(scan func(...any) error) error {
 		var subject string
@@ -268,8 +249,8 @@ func (s *Store) lastOfAll(ctx context.Context, q sqlconn.Conn, begin string) (ma
 	if err != nil {
 		return nil, err
 	}
-	err = s.entries(ctx, q, func(e binding.Entry) error {
-		if name := strings.TrimPrefix(e.Subject, begin); all[name] == e.Seq && int64(e.Chain) == chainOf(e.Subject) {
+	err = c.Each(ctx, q, func(e binding.Entry) error {
+		if name := strings.TrimPrefix(e.Subject, begin); all[name] == e.Seq && int64(e.Chain) == ChainOf(e.Subject) {
 			delete(all, name)
 		}
 		return nil
