@@ -12,6 +12,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/ledger"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/subscription"
 	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -98,7 +99,7 @@ func (s *Store) follow(
 func (s *Store) followSubscription(
 	ctx context.Context, tx *txn, imsi kme.IMSI, lines []binding.Line, refused bool, now time.Time,
 ) (*binding.Change, error) {
-	s.recent.forget(imsi.String())
+	s.recent.Forget(imsi.String())
 	last := lines[len(lines)-1]
 	change := &binding.Change{Subject: imsi.String(), IMEI: last.IMEI, Event: last.Event, ToDo: toDo[last.Event]}
 	replaced := false // by a KME that is lost, before the last decision
@@ -116,11 +117,11 @@ func (s *Store) followSubscription(
 			return nil, err
 		}
 	}
-	sub, err := s.subscription(ctx, tx.Conn, imsi, now)
+	sub, err := subscription.Read(ctx, s.macs, tx.Conn, imsi, now)
 	if tables.IsDamaged(err) && sub != nil {
 		p := sub.Pending
 		if p == nil {
-			p = sub.expired
+			p = sub.Expired
 		}
 		if p != nil && last.Event == binding.EventActivated && !replaced {
 			var shown int64
@@ -128,7 +129,7 @@ func (s *Store) followSubscription(
 				event = $2 AND seq < $3`, imsi.String(), string(binding.EventEstablished), last.Seq); err != nil {
 				return nil, err
 			}
-			if shown == sub.seq.pending {
+			if shown == sub.Seq.Pending {
 				p.State, p.Activated, p.Expires, p.Sent = binding.Active, last.Time, time.Time{}, nil
 				change.IMEI, change.Now = p.IMEI.String(), string(binding.Active)
 				if err := tx.Do(ctx, `DELETE FROM bindings WHERE imsi = $1`, imsi.String()); err != nil {
@@ -137,11 +138,11 @@ func (s *Store) followSubscription(
 				return change, s.macs.Add(ctx, tx.Conn, tables.Bindings, tables.OfBinding(p, last.Seq)...)
 			}
 		}
-		if sub.seq.pending != 0 && sub.seq.pending != sub.last.established {
+		if sub.Seq.Pending != 0 && sub.Seq.Pending != sub.Last.Established {
 			if err := dropPending(ctx, tx, imsi); err != nil {
 				return nil, err
 			}
-			sub, err = s.subscription(ctx, tx.Conn, imsi, now)
+			sub, err = subscription.Read(ctx, s.macs, tx.Conn, imsi, now)
 		}
 	}
 	switch {
@@ -269,7 +270,7 @@ func (s *Store) revokeUnknown(
 			if err != nil || m.Unknown[ledger.ChainOf(text)] == 0 {
 				continue // where it is none, the service did not write the row
 			}
-			s.recent.forget(text)
+			s.recent.Forget(text)
 			if _, err := s.revoke(ctx, tx, imsi, now); err != nil {
 				return nil, err
 			}

@@ -11,6 +11,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/ledger"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/subscription"
 	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
@@ -22,7 +23,7 @@ func (s *Store) Prepare(ctx context.Context, q binding.VectorRequest) (d binding
 		return d, err
 	}
 	// Whoever has vectors Ready has read the pending binding, and will be noted in it: that reads it again.
-	if q.Ready == "" || !s.recent.onlyHints {
+	if q.Ready == "" || !s.recent.OnlyHints {
 		if d, changes, err := s.prepared(ctx, q); !changes || err != nil {
 			return d, err
 		}
@@ -34,8 +35,8 @@ func (s *Store) Prepare(ctx context.Context, q binding.VectorRequest) (d binding
 func (s *Store) prepared(
 	ctx context.Context, q binding.VectorRequest,
 ) (d binding.Decision, changes bool, err error) {
-	if b := s.recent.pending(q); b != nil && q.Ready == "" {
-		spent, err := s.spent(ctx, q.IMSI, q.RANDs...)
+	if b := s.recent.Pending(q); b != nil && q.Ready == "" {
+		spent, err := s.isSpent(ctx, q.IMSI, q.RANDs...)
 		if err != nil || !spent {
 			return binding.Decision{Binding: b}, false, err
 		}
@@ -51,7 +52,7 @@ func (s *Store) prepared(
 	// pending one that the HSM has not made yet. An attempt that is not opened needs no lock either: whatever closes
 	// it, also at the same time, makes its MAC another one.
 	switch told := b != nil && q.Ready != b.AttemptID && len(b.Sent) < q.PendingVectors; {
-	case opened || sub.expired != nil && b == nil:
+	case opened || sub.Expired != nil && b == nil:
 	case b == nil && q.Origin.Provisioning == binding.Allowed:
 		d.Attempt = s.issue(sub, q)
 		return d, false, s.change(ctx, "prepare", q.IMSI.String(), func(ctx context.Context, tx *txn) error {
@@ -60,7 +61,7 @@ func (s *Store) prepared(
 	case b == nil:
 		return d, false, binding.ErrNotBound
 	case b == sub.Active || told:
-		if sub.spent {
+		if sub.Spent {
 			return d, false, binding.ErrSpent
 		}
 		return binding.Decision{Binding: b}, false, nil
@@ -77,7 +78,7 @@ func (s *Store) prepare(ctx context.Context, q binding.VectorRequest) (d binding
 		if err != nil {
 			return err
 		}
-		if d.Ended = sub.expired; sub.Pending != nil && len(sub.Pending.Sent) >= q.PendingVectors {
+		if d.Ended = sub.Expired; sub.Pending != nil && len(sub.Pending.Sent) >= q.PendingVectors {
 			d.Ended, sub.Pending = sub.Pending, nil
 		}
 		if d.Ended != nil {
@@ -99,15 +100,15 @@ func (s *Store) prepare(ctx context.Context, q binding.VectorRequest) (d binding
 		case b == nil:
 			refused = binding.ErrNotBound
 			return nil
-		case sub.spent:
+		case sub.Spent:
 			refused = binding.ErrSpent
 			return nil
 		}
 		if d.Binding = b; b == sub.Pending && q.Ready == b.AttemptID {
 			b.Sent = append(slices.Clip(b.Sent), q.Origin.Name)
-			s.recent.put(q.IMSI.String(), sub)
+			s.recent.Put(q.IMSI.String(), sub)
 			return tx.Do(ctx, `UPDATE bindings SET sent = $1, mac = $2 WHERE imsi = $3 AND state = 'PENDING'`,
-				tables.SentText(b.Sent), s.macs.Of(tables.Bindings.Name, tables.OfBinding(b, sub.seq.pending)...),
+				tables.SentText(b.Sent), s.macs.Of(tables.Bindings.Name, tables.OfBinding(b, sub.Seq.Pending)...),
 				b.IMSI.String())
 		}
 		return nil
@@ -121,11 +122,11 @@ func (s *Store) prepare(ctx context.Context, q binding.VectorRequest) (d binding
 // again is what is stored inside a change, for what was asked before it. What is recent tells no spent RAND. When
 // vectors are ready, that was asked before they were made: one that leaves in clear since then is as one that leaves
 // later.
-func (s *Store) again(ctx context.Context, tx *txn, q binding.VectorRequest) (*stored, error) {
+func (s *Store) again(ctx context.Context, tx *txn, q binding.VectorRequest) (*subscription.Stored, error) {
 	if tx.known != nil && q.Ready != "" {
-		return tx.known.at(q.Now), nil
+		return tx.known.At(q.Now), nil
 	}
-	return s.subscription(ctx, tx.Conn, q.IMSI, q.Now, q.RANDs...)
+	return subscription.Read(ctx, s.macs, tx.Conn, q.IMSI, q.Now, q.RANDs...)
 }
 
 func dropPending(ctx context.Context, tx *txn, imsi kme.IMSI) error {
@@ -135,23 +136,25 @@ func dropPending(ctx context.Context, tx *txn, imsi kme.IMSI) error {
 // issue makes an attempt that is in no row: its id has the time when it expires, and a MAC. That is also over the last
 // entry of the ledger which has closed the attempts before it, so that the next such entry closes this one; and over
 // the mark's epoch, so that none outlives accept-rollback.
-func (s *Store) issue(sub *stored, q binding.VectorRequest) *binding.Attempt {
+func (s *Store) issue(sub *subscription.Stored, q binding.VectorRequest) *binding.Attempt {
 	a := &binding.Attempt{IMSI: q.IMSI, Origin: q.Origin.Name,
 		Expires: tables.Time(q.Now.Add(q.AttemptTTL).UnixMilli())}
 	a.ID = s.issuedID(sub, a)
 	return a
 }
 
-func (s *Store) issuedID(sub *stored, a *binding.Attempt) string {
+func (s *Store) issuedID(sub *subscription.Stored, a *binding.Attempt) string {
 	expires := tables.Millis(a.Expires)
 	id := binary.BigEndian.AppendUint64(nil, uint64(expires))
-	id = append(id, s.macs.Of("attempt", a.IMSI.String(), a.Origin.String(), expires, sub.last.closed,
+	id = append(id, s.macs.Of("attempt", a.IMSI.String(), a.Origin.String(), expires, sub.Last.Closed,
 		int64(s.Seen().Epoch))...)
 	return base64.RawURLEncoding.EncodeToString(id)
 }
 
 // attempt is the open attempt of an id that is an origin's, opened or issued; nil if there is none.
-func (s *Store) attempt(sub *stored, imsi kme.IMSI, o kme.Origin, id string, now time.Time) *binding.Attempt {
+func (s *Store) attempt(
+	sub *subscription.Stored, imsi kme.IMSI, o kme.Origin, id string, now time.Time,
+) *binding.Attempt {
 	if a := sub.Attempt(id, o); a != nil {
 		return a
 	}
@@ -184,13 +187,13 @@ func (s *Store) Attempt(
 
 // within gives the attempt of an origin in an administrator's, which is open until then.
 func (s *Store) within(
-	ctx context.Context, tx *txn, sub *stored, q binding.VectorRequest, until time.Time,
+	ctx context.Context, tx *txn, sub *subscription.Stored, q binding.VectorRequest, until time.Time,
 ) (*binding.Attempt, error) {
 	if a := sub.Until(q.Origin.Name, until); a != nil {
 		return a, nil
 	}
 	a := &binding.Attempt{ID: rand.Text(), IMSI: q.IMSI, Origin: q.Origin.Name, Expires: until, Opened: true}
-	return a, s.addAttempt(ctx, tx, *a, sub.last.closed)
+	return a, s.addAttempt(ctx, tx, *a, sub.Last.Closed)
 }
 
 // spend notes RANDs that leave in clear.
@@ -209,18 +212,13 @@ func (s *Store) Spent(ctx context.Context, imsi kme.IMSI, rand hsmkeys.RAND) (sp
 	if err := s.chains.Refusal(); err != nil {
 		return false, err
 	}
-	return s.spent(ctx, imsi, rand)
+	return s.isSpent(ctx, imsi, rand)
 }
 
-// spent says whether an IMSI was sent one of some RANDs in clear.
-func (s *Store) spent(ctx context.Context, imsi kme.IMSI, rands ...hsmkeys.RAND) (spent bool, err error) {
-	n, all := forRANDs(rands)
-	q := sqlconn.Conn{Operation: "look for a spent RAND", DB: s.lookUp}
-	err = s.macs.Each(ctx, q, tables.SpentRANDs, func(tables.Row) error {
-		spent = true
-		return nil
-	}, anySpent[n], append([]any{imsi.String()}, all...)...)
-	return spent, err
+// isSpent says whether an IMSI was sent one of some RANDs in clear.
+func (s *Store) isSpent(ctx context.Context, imsi kme.IMSI, rands ...hsmkeys.RAND) (bool, error) {
+	return subscription.Spent(ctx, s.macs, sqlconn.Conn{Operation: "look for a spent RAND", DB: s.lookUp}, imsi,
+		rands...)
 }
 
 func (s *Store) addAttempt(ctx context.Context, tx *txn, a binding.Attempt, seq int64) error {
@@ -268,15 +266,15 @@ func (s *Store) Establish(ctx context.Context, b *binding.Binding, tag []byte, g
 			return binding.ErrNotGood
 		}
 		seq, err := s.chains.Enter(ctx, &tx.Tx, of)
-		if err == nil && sub.opened {
+		if err == nil && sub.HasRows {
 			err = dropAttempts(ctx, tx, b.IMSI)
 		}
 		if err != nil {
 			return err
 		}
-		sub.Pending, sub.expired, sub.Attempts, sub.opened, sub.seq.pending = b, nil, nil, false, seq
-		sub.last.note(of.Event, seq)
-		s.recent.put(b.IMSI.String(), sub)
+		sub.Pending, sub.Expired, sub.Attempts, sub.HasRows, sub.Seq.Pending = b, nil, nil, false, seq
+		sub.Last.Note(of.Event, seq)
+		s.recent.Put(b.IMSI.String(), sub)
 		return s.macs.Put(ctx, tx.Conn, tables.Bindings, tables.OfBinding(b, seq)...)
 	})
 }
@@ -284,7 +282,7 @@ func (s *Store) Establish(ctx context.Context, b *binding.Binding, tag []byte, g
 // Settle waits for a commit of its own: PostgreSQL confirms that after all that it has shown. SQLite shows a change
 // only when it is on the disk.
 func (s *Store) Settle(ctx context.Context, imsi kme.IMSI) error {
-	if !s.recent.onlyHints {
+	if !s.recent.OnlyHints {
 		return nil
 	}
 	return s.change(ctx, "settle", imsi.String(), func(ctx context.Context, tx *txn) error {
@@ -297,7 +295,7 @@ func (s *Store) Report(
 ) (*binding.Subscription, error) {
 	// Nearly every report is the success of a binding that is active already: it changes nothing and needs no lock.
 	var sub *binding.Subscription
-	if !s.recent.has(imsi.String()) {
+	if !s.recent.Has(imsi.String()) {
 		var err error
 		if sub, err = s.Subscription(ctx, imsi, now); err != nil {
 			return nil, err
@@ -315,7 +313,7 @@ func (s *Store) Report(
 			return s.end(ctx, tx, sub, ok, now)
 		}
 		if all.Pending != nil {
-			s.recent.put(imsi.String(), all)
+			s.recent.Put(imsi.String(), all)
 		}
 		_, err = bound(sub)
 		return err

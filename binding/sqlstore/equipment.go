@@ -11,21 +11,11 @@ import (
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/sightings"
 	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/ledger"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/subscription"
 	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
 	"github.com/kmehsm/kmehsm/kme"
 )
-
-// boundTo are the IMSIs that were ever bound to a device: the ledger knows them. For a parameter beside the condition
-// of an index, without the CAST, SQLite compiles the statement at each use. $1 must come first: it numbers them so.
-const boundTo = `WITH others AS MATERIALIZED (` +
-	`SELECT DISTINCT subject AS other FROM ledger WHERE subject <> $1 AND imei = CAST($2 AS TEXT) AND tag IS NOT NULL) `
-
-// ofDevice reads what ofIMSI reads of an IMSI, also of all that were ever bound to a device, at one moment.
-var ofDevice = boundTo + ofIMSI[nothing] + " UNION ALL " + strings.NewReplacer(
-	"WHERE imsi = $1", "JOIN others ON imsi = other",
-	"WHERE subject = $1", "JOIN others ON subject = other",
-).Replace(ofIMSI[nothing])
 
 func (s *Store) Equipment(
 	ctx context.Context, imei kme.IMEI, imsi kme.IMSI, now time.Time,
@@ -33,27 +23,8 @@ func (s *Store) Equipment(
 	if err := s.chains.Refusal(); err != nil {
 		return nil, nil, err
 	}
-	subs := map[string]*stored{imsi.String(): new(stored)}
 	q := sqlconn.Conn{Operation: "check equipment", DB: s.lookUp}
-	err = tables.Scan(ctx, q, len(tables.Bindings.Columns)+2, func(r tables.Row) error {
-		digits := r.Text(1)
-		if subs[digits] == nil {
-			subs[digits] = new(stored)
-		}
-		return s.takeAny(subs[digits], r, now)
-	}, ofDevice, imsi.String(), imei.String())
-	if err != nil {
-		return nil, nil, err
-	}
-	for digits, sub := range subs {
-		if err := sub.fresh(digits); err != nil {
-			return nil, nil, err
-		}
-		if b := sub.Active; b != nil && b.IMEI == imei {
-			of = append(of, b)
-		}
-	}
-	return &subs[imsi.String()].Subscription, of, nil
+	return subscription.Equipment(ctx, s.macs, q, imei, imsi, now)
 }
 
 // changing is the key of all changes of the operator's list.

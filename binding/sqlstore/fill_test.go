@@ -36,14 +36,14 @@ func fill(ctx context.Context, s *Store, bindings int, report func(n int)) error
 		n := min(together, bindings-have)
 		err := s.change(ctx, "fill", "fill", func(ctx context.Context, tx *txn) error {
 			actor, err := s.enterActor(ctx, tx)
-			if err != nil || s.recent.onlyHints {
+			if err != nil || s.recent.OnlyHints {
 				return err
 			}
 			return s.fillFrom(ctx, tx.Conn, actor, have, n, func(t *tables.Table, row []any) error {
 				return tx.Do(ctx, t.Insert, row...)
 			})
 		})
-		if err == nil && s.recent.onlyHints {
+		if err == nil && s.recent.OnlyHints {
 			err = s.copyFrom(ctx, have, n)
 		}
 		if err != nil {

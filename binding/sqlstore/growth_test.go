@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/subscription"
 	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/pgtest"
@@ -62,7 +63,7 @@ func (d device) request() binding.VectorRequest {
 }
 
 // attempt is what request opens.
-func (d device) attempt(s *Store) string { return s.issue(new(stored), d.request()).ID }
+func (d device) attempt(s *Store) string { return s.issue(new(subscription.Stored), d.request()).ID }
 
 var steps = []step{
 	{"bound", func(ctx context.Context, s *Store, d device) error {
@@ -265,7 +266,7 @@ func TestPostgresEquipmentByIndexes(t *testing.T) {
 		t.Fatal(err)
 	}
 	rows, err := tx.QueryContext(ctx, "EXPLAIN "+
-		strings.NewReplacer("$1", "'001010000000001'", "$2", "'35209900000001'").Replace(ofDevice))
+		strings.NewReplacer("$1", "'001010000000001'", "$2", "'35209900000001'").Replace(subscription.OfDevice))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/ledger"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/subscription"
 	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/internal/postgres"
 	"github.com/kmehsm/kmehsm/internal/rowmac"
@@ -111,13 +112,13 @@ func (s *Store) openSQLite(ctx context.Context, path string) error {
 	if err != nil {
 		return err
 	}
-	s.read, s.close, s.soon, s.recent = read, write.Close, write.Soon, new(recent)
+	s.read, s.close, s.soon, s.recent = read, write.Close, write.Soon, new(subscription.Recent)
 	s.lookUp = sqlconn.NewBrief(read)
 	// SQLite has one writer at a time: what must not happen at once does not.
 	s.begin = func(ctx context.Context, key string, f begun) error {
 		return write.Do(ctx, func(ctx context.Context, tx *sqlconn.Tx) error {
-			known := s.recent.begin(tx.Version, key)
-			return f(ctx, sqlconn.SQL{DB: tx}, &s.recent.heads, known)
+			known := s.recent.Begin(tx.Version, key)
+			return f(ctx, sqlconn.SQL{DB: tx}, &s.recent.Heads, known)
 		})
 	}
 	s.warnings = func(context.Context) ([]string, error) { return nil, nil }
@@ -134,7 +135,7 @@ func (s *Store) openPostgres(ctx context.Context, name string) error {
 	s.schema = func(ctx context.Context) (int, error) { return postgres.Number(ctx, db) }
 	write := postgres.NewWriter[ledger.Heads](db)
 	reader := postgres.NewReader(db)
-	s.read, s.lookUp, s.soon, s.recent = db.DB, reader, write.Soon, &recent{onlyHints: true}
+	s.read, s.lookUp, s.soon, s.recent = db.DB, reader, write.Soon, &subscription.Recent{OnlyHints: true}
 	s.close = func() error {
 		write.Close()
 		reader.Close()
@@ -147,7 +148,7 @@ func (s *Store) openPostgres(ctx context.Context, name string) error {
 			})
 		}
 		return write.Do(ctx, key, func(ctx context.Context, tx *postgres.Tx[ledger.Heads]) error {
-			s.recent.begin(0, key)
+			s.recent.Begin(0, key)
 			return f(ctx, tx, tx.Shared, nil)
 		})
 	}

@@ -47,7 +47,7 @@ func (s *Store) Reseal(ctx context.Context, all []tokenkeys.Resealed) (changed i
 	err = s.change(ctx, "reseal", everything, func(ctx context.Context, tx *txn) error {
 		changed = 0 // it may be called again
 		for _, r := range all {
-			s.recent.forget(r.IMSI.String())
+			s.recent.Forget(r.IMSI.String())
 			var again []any
 			err := s.macs.Each(ctx, tx.Conn, tables.Bindings, func(now tables.Row) error {
 				again = slices.Clone(now)

@@ -13,6 +13,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/binding/sightings"
 	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/ledger"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/subscription"
 	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/binding/tokenkeys"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
@@ -33,7 +34,7 @@ type Store struct {
 	warnings func(context.Context) ([]string, error)
 	schema   func(context.Context) (number int, err error) // of the database
 
-	recent *recent
+	recent *subscription.Recent
 
 	key  kme.Secret // of the MACs
 	macs tables.Key
@@ -42,7 +43,7 @@ type Store struct {
 }
 
 // begun makes a change in a transaction of which these heads are known, and of the change's key this.
-type begun = func(ctx context.Context, db sqlconn.Statements, h *ledger.Heads, known *stored) error
+type begun = func(ctx context.Context, db sqlconn.Statements, h *ledger.Heads, known *subscription.Stored) error
 
 var (
 	_ binding.Store         = (*Store)(nil)

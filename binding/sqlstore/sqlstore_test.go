@@ -374,7 +374,7 @@ func TestRecent(t *testing.T) {
 		if err := s.Establish(ctx, b, []byte(tag), true, t0); err != nil {
 			t.Fatal(err)
 		}
-		if !s.recent.has(b.IMSI.String()) {
+		if !s.recent.Has(b.IMSI.String()) {
 			t.Error("what was established is not recent")
 		}
 	}

@@ -6,6 +6,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/ledger"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/subscription"
 	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
 )
@@ -13,7 +14,7 @@ import (
 // A txn is a change that is under way.
 type txn struct {
 	ledger.Tx
-	known *stored // what is recent of its key, if anything is
+	known *subscription.Stored // what is recent of its key, if anything is
 }
 
 // everything is the key of a change that excludes every other.
@@ -42,7 +43,8 @@ func (s *Store) change(ctx context.Context, operation, key string, f func(contex
 // transaction is change also while the ledger is rolled back, and nothing is called after it.
 func (s *Store) transaction(ctx context.Context, operation, key string, f func(context.Context, *txn) error) error {
 	var own error
-	err := s.begin(ctx, key, func(ctx context.Context, db sqlconn.Statements, h *ledger.Heads, known *stored) error {
+	err := s.begin(ctx, key, func(ctx context.Context, db sqlconn.Statements, h *ledger.Heads,
+		known *subscription.Stored) error {
 		own = f(ctx, &txn{Tx: ledger.Tx{Conn: sqlconn.Conn{Operation: operation, DB: db}, Heads: h}, known: known})
 		return own
 	})

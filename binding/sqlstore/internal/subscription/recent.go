@@ -1,4 +1,4 @@
-package sqlstore
+package subscription
 
 import (
 	"sync"
@@ -9,34 +9,34 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys"
 )
 
-// recent is what SQLite's writer knows of its database inside a change, without asking it: what its last changes have
+// Recent is what SQLite's writer knows of its database inside a change, without asking it: what its last changes have
 // left, while nobody else makes any. On PostgreSQL, where others change the database too, it knows of which IMSIs this
 // process has left a pending binding, and nothing else.
-type recent struct {
-	onlyHints   bool
+type Recent struct {
+	OnlyHints   bool
 	mu          sync.Mutex         // only against has: changes are made one at a time
 	version     int64              // see sqlconn.Tx
-	subs, older map[string]*stored // by a change's key, an IMSI: those whose binding is pending, and without attempts
-	heads       ledger.Heads
+	subs, older map[string]*Stored // by a change's key, an IMSI: those whose binding is pending, and without attempts
+	Heads       ledger.Heads
 }
 
 // maxRecent bounds the memory: there are subs and older, of so many each.
 const maxRecent = 10_000
 
-// begin begins a change, and gives what is known of its key. From then on it is not known: the change changes it.
-func (r *recent) begin(version int64, key string) *stored {
+// Begin begins a change, and gives what is known of its key. From then on it is not known: the change changes it.
+func (r *Recent) Begin(version int64, key string) *Stored {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if version != r.version {
-		r.version, r.subs, r.older, r.heads = version, nil, nil, ledger.Heads{}
+		r.version, r.subs, r.older, r.Heads = version, nil, nil, ledger.Heads{}
 	}
-	if known := r.take(key); !r.onlyHints {
+	if known := r.take(key); !r.OnlyHints {
 		return known
 	}
 	return nil
 }
 
-func (r *recent) take(key string) *stored {
+func (r *Recent) take(key string) *Stored {
 	sub := r.subs[key]
 	if sub == nil {
 		sub = r.older[key]
@@ -46,30 +46,30 @@ func (r *recent) take(key string) *stored {
 	return sub
 }
 
-// forget is for a key that a change has beside its own.
-func (r *recent) forget(key string) {
+// Forget is for a key that a change has beside its own.
+func (r *Recent) Forget(key string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.take(key)
 }
 
-// put notes what a change leaves, should it be durable. Subscriptions with attempts in rows are not noted.
-func (r *recent) put(key string, sub *stored) {
-	if sub.opened {
+// Put notes what a change leaves, should it be durable. Subscriptions with attempts in rows are not noted.
+func (r *Recent) Put(key string, sub *Stored) {
+	if sub.HasRows {
 		return
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if len(r.subs) >= maxRecent || r.subs == nil {
-		r.older, r.subs = r.subs, map[string]*stored{}
+		r.older, r.subs = r.subs, map[string]*Stored{}
 	}
 	own := *sub
 	own.Pending = copied(sub.Pending)
 	r.subs[key] = &own
 }
 
-// has says whether a change has left a pending binding of a key. Anybody may ask.
-func (r *recent) has(key string) bool {
+// Has says whether a change has left a pending binding of a key. Anybody may ask.
+func (r *Recent) Has(key string) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.subs[key] != nil || r.older[key] != nil
@@ -80,10 +80,10 @@ func (r *recent) has(key string) bool {
 // is destroyed at the earliest two LookAgain after nothing was left under it: one of them is for calls under way.
 const hinted = hsmkeys.LookAgain
 
-// pending is the pending binding that vectors of q are made under, if a change has left it just now and q does not end
+// Pending is the pending binding that vectors of q are made under, if a change has left it just now and q does not end
 // it. Anybody may ask. Somebody else may have ended it since: whoever makes the vectors has that noted before they
 // leave, and that change finds out.
-func (r *recent) pending(q binding.VectorRequest) *binding.Binding {
+func (r *Recent) Pending(q binding.VectorRequest) *binding.Binding {
 	r.mu.Lock()
 	sub := r.subs[q.IMSI.String()]
 	if sub == nil {
@@ -97,12 +97,12 @@ func (r *recent) pending(q binding.VectorRequest) *binding.Binding {
 	return copied(sub.Pending)
 }
 
-// at is what is stored of an IMSI with a pending binding at a time.
-func (sub *stored) at(now time.Time) *stored {
+// At is what is stored of an IMSI with a pending binding at a time.
+func (sub *Stored) At(now time.Time) *Stored {
 	at := *sub
 	at.Pending, at.Active, at.Revoked = copied(sub.Pending), copied(sub.Active), copied(sub.Revoked)
 	if !at.Pending.Expires.After(now) {
-		at.expired, at.Pending = at.Pending, nil
+		at.Expired, at.Pending = at.Pending, nil
 	}
 	return &at
 }
