@@ -184,8 +184,8 @@ func attacked(t *testing.T, name string) {
 		_, err := s.Lots(ctx)
 		note(-1, err)
 		bound := wrong[0] || wrong[1] || wrong[2]
-		if all, err := s.Bindings(ctx, binding.BindingQuery{Limit: 10,
-			Now: t0}); tables.IsDamaged(err) != bound || !bound &&
+		all, err := s.Bindings(ctx, binding.BindingQuery{Limit: 10, Now: t0})
+		if tables.IsDamaged(err) != bound || !bound &&
 			len(all) != 3 {
 			t.Errorf("listed: %d bindings, error %v; damaged are %v", len(all), err, wrong)
 		}

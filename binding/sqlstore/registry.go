@@ -32,8 +32,7 @@ func manufacturerValues(m *registry.Manufacturer, seq int64) []any {
 		tacs[i] = t.String()
 	}
 	return slices.Concat([]any{m.KeyID, m.PEM, m.Operator, m.Directory, strings.Join(tacs, " "),
-		tables.Millis(m.Enrolled)},
-		verdictValues(m.Verdict), []any{seq})
+		tables.Millis(m.Enrolled)}, verdictValues(m.Verdict), []any{seq})
 }
 
 func lotValues(l *registry.Lot, seq int64) []any {
@@ -95,8 +94,7 @@ func (s *Store) manufacturers(ctx context.Context, q sqlconn.Conn) (all []*regis
 	err = s.macs.Each(ctx, q, tables.Manufacturers, func(r tables.Row) error {
 		m := &registry.Manufacturer{
 			KeyID: r.Text(0), PEM: r.Text(1), Operator: r.Text(2), Directory: r.Text(3),
-			Enrolled: tables.Time(r.Int(5)),
-			Verdict:  verdictOf(r, 6),
+			Enrolled: tables.Time(r.Int(5)), Verdict: verdictOf(r, 6),
 		}
 		for text := range strings.FieldsSeq(r.Text(4)) {
 			t, err := kme.ParseTAC(text)
