@@ -286,7 +286,7 @@ func TestPostgresEquipmentByIndexes(t *testing.T) {
 
 // SQLite compiles the statement of CheckEquipment once: a use costs that of some subscriptions.
 func TestEquipmentIsCompiledOnce(t *testing.T) {
-	s := open(t, "sqlite:"+path(t))
+	s := open(t, path(t))
 	imsi, err := imsiOf(1)
 	if err != nil {
 		t.Fatal(err)

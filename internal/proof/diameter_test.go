@@ -298,8 +298,8 @@ func (n *node) connected(peers ...string) {
 	})
 }
 
-// stop ends a daemon, which must end well. But freeDiameter 1.2.1 gives its own threads 20 turns to leave a queue at its
-// end, and aborts if a busy machine has not let one run: nothing of ours is in that.
+// stop ends a daemon, which must end well. But freeDiameter 1.2.1 gives its own threads 20 turns to leave a queue at
+// its end, and aborts if a busy machine has not let one run: nothing of ours is in that.
 func (n *node) stop() {
 	n.d.t.Helper()
 	err := n.Stop(syscall.SIGTERM)
