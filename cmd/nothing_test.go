@@ -31,6 +31,7 @@ var elsewhere = map[string]string{
 	"factory lot revoke":         "L1 35209900000000 --directory file:dir --reason x --yes",
 	"factory lot seal":           "L1 --directory file:dir --yes",
 	"factory lot show":           "L1 --directory file:dir",
+	"factory lot status":         "L1 --directory file:dir",
 	"factory lot verify":         "L1 --directory file:dir",
 	"factory minutes verify":     "none",
 	"factory operator enroll":    "op --transport-key FILES/transport.json --thumbprint T --so-pin-source SO --out out",
@@ -44,12 +45,18 @@ var elsewhere = map[string]string{
 		"--tls-key FILES/k.pem --client-ca FILES/c.pem",
 	"keysvc backup create":         "--to FILES/restore.json --thumbprint T --so-pin-source SO --out out",
 	"keysvc backup restore":        "none --thumbprint T",
+	"keysvc binding explain":       "001010000000000",
 	"keysvc binding list":          "",
 	"keysvc binding open":          "001010000000000",
 	"keysvc binding report":        "",
 	"keysvc binding revoke":        "001010000000000 --yes",
 	"keysvc binding show":          "001010000000000",
 	"keysvc device":                "35209900000000",
+	"keysvc equipment add":         "35209900 --status whitelisted --reason x",
+	"keysvc equipment import":      "FILES/devices.csv",
+	"keysvc equipment list":        "",
+	"keysvc equipment remove":      "35209900 --reason x",
+	"keysvc equipment show":        "35209900000000",
 	"keysvc enroll":                "FILES/e.jws --manufacturer FILES/manufacturer.pem --thumbprint T",
 	"keysvc lot import":            "FILES/e.jws",
 	"keysvc lot list":              "",
@@ -117,7 +124,8 @@ func TestNothingIsMade(t *testing.T) {
 	good("keysvc init")
 	private, public := fixtureKey(t)
 	for name, data := range map[string][]byte{"fixture.key": private, "fixture.pem": public,
-		"keysvc.yaml": []byte("socket: s\nstate: none\n")} {
+		"keysvc.yaml": []byte("socket: s\nstate: none\n"),
+		"devices.csv": []byte("equipment,status,reason\n35209900,whitelisted,x\n")} {
 		if err := os.WriteFile(filepath.Join(files, name), data, 0o600); err != nil {
 			t.Fatal(err)
 		}

@@ -63,8 +63,8 @@ func logCalls(t *testing.T) logged {
 		"Refused": 2, "Broken": 2, "Unauthenticated": 2, "failed": 4,
 	}
 	ours := map[string]bool{"Refused": true, "Broken": true, "Unauthenticated": true, "failed": true}
-	for _, root := range []string{"api", "binding", "hsmkeys", "vaultstore", "factory/station", "internal/keysvcd",
-		"internal/n5geir"} {
+	for _, root := range []string{"api", "binding", "hsmkeys", "vaultstore", "cmd/factory", "factory/station",
+		"internal/keysvcd", "internal/n5geir", "internal/webhook"} {
 		for _, file := range parse(t, root) {
 			pairs := func(args []ast.Expr) {
 				for i := 0; i+1 < len(args); i += 2 {

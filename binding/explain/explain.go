@@ -3,6 +3,7 @@ package explain
 
 import (
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
@@ -72,6 +73,9 @@ func (e *Subscription) do(format string, args ...any) {
 
 func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 
+// firstAttach is what to do for a subscription that is not bound, unless its last refusal asks for something else.
+const firstAttach = "have its device attach; if the HSS names the MME or AMF as origin, provision_from has to allow it"
+
 func (e *Subscription) stands(k binding.Known, b *binding.Binding) {
 	s := k.Subscription
 	if a := s.Active; a != nil {
@@ -89,7 +93,7 @@ func (e *Subscription) stands(k binding.Known, b *binding.Binding) {
 	case s.Revoked != nil:
 		e.say("It is not bound: its binding to device %s was ended at %s by %s. Its next attach may bind it, to "+
 			"whatever device.", s.Revoked.IMEI, stamp(s.Revoked.Revoked), by(last(k.History, binding.EventRevoked)))
-		e.attach()
+		e.do("%s", firstAttach)
 	default:
 		if was := last(k.History, binding.EventEstablished); was != nil {
 			e.say("It is not bound. Device %s was answered NW_SIG at %s, and never showed that it has the KME: that "+
@@ -97,12 +101,8 @@ func (e *Subscription) stands(k binding.Known, b *binding.Binding) {
 		} else {
 			e.say("It was never bound.")
 		}
-		e.attach()
+		e.do("%s", firstAttach)
 	}
-}
-
-func (e *Subscription) attach() {
-	e.do("have its device attach from an origin that may provision (provision_from)")
 }
 
 func last(history []binding.Entry, event binding.Event) (found *binding.Entry) {
@@ -138,6 +138,9 @@ func (e *Subscription) refusal(k binding.Known) {
 			e.Why += "; since then, at " + stamp(h.Time) + ", it was " + string(h.Event)
 			return
 		}
+	}
+	if r.Reason != kme.OtherDevice { // to which it is not bound any more, if firstAttach is there
+		e.Next = slices.DeleteFunc(e.Next, func(s string) bool { return s == firstAttach })
 	}
 	e.do("%s", todo)
 }
@@ -176,7 +179,7 @@ func meaning(r *refusals.Past) (why, todo string) {
 				device + ", and return it to its manufacturer (factory lot reissue)"
 	case kme.NotBound:
 		return "the IMSI has no binding, and the call needs one or asked for none to be made",
-			"have its device attach from an origin that may provision"
+			firstAttach
 	case kme.CallerNotAllowed:
 		return fmt.Sprintf("%s (client %q, origin %q)", r.Message, r.Client, r.Origin),
 			"see roles, plmns and provision_from of the client in the configuration of keysvc serve"

@@ -72,6 +72,17 @@ func TestExplain(t *testing.T) {
 			t.Errorf("%s: %+v", name, e)
 		}
 	}
+	// What a refusal asks for stands alone: whoever has that to do is not sent to look at origins first.
+	rejected := OfSubscription(binding.Known{IMSI: id, Subscription: new(binding.Subscription),
+		Refused: &refusals.Past{Time: now, Reason: kme.KMERejected, Cause: "signature"}})
+	if len(rejected.Next) != 1 || strings.Contains(rejected.Next[0], "origin") {
+		t.Errorf("after a rejected KME, what is to be done is %q", rejected.Next)
+	}
+	notBound := OfSubscription(binding.Known{IMSI: id, Subscription: new(binding.Subscription),
+		Refused: &refusals.Past{Time: now, Reason: kme.NotBound}})
+	if len(notBound.Next) != 1 || notBound.Next[0] != firstAttach {
+		t.Errorf("of one that is not bound, what is to be done is %q", notBound.Next)
+	}
 	for _, reason := range []kme.Reason{kme.Malformed, kme.NoAttempt, kme.UnknownDevice, kme.RevokedDevice,
 		kme.OtherDevice, kme.KMERejected, kme.NotBound, kme.CallerNotAllowed, kme.Overloaded, kme.HSMUnavailable,
 		kme.DirectoryUnavailable, kme.StoreUnavailable, kme.RolledBack, kme.Damaged, "A_NEW_ONE"} {
