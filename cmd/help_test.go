@@ -141,6 +141,12 @@ func TestCompletion(t *testing.T) {
 			t.Errorf("%q: %q, want %q", c.words, got, c.want)
 		}
 	}
+	for shell, loads := range map[string]string{"zsh": "#compdef keysvc", "fish": "complete -c keysvc"} {
+		out, err := exec.Command(filepath.Join(programs.Dir(t), "keysvc"), "completion", shell).Output()
+		if text := string(out); err != nil || !strings.Contains(text, loads) || !strings.Contains(text, "--complete") {
+			t.Errorf("%s: %v, %s", shell, err, out)
+		}
+	}
 	script := `. <(keysvc completion bash); COMP_WORDS=(keysvc lot im) COMP_CWORD=2; _keysvc; echo "${COMPREPLY[@]}"`
 	bash := exec.Command("bash", "-c", script)
 	bash.Env = append(bash.Environ(), "PATH="+programs.Dir(t)+":/usr/bin:/bin")
