@@ -171,6 +171,39 @@ func TestWallScreenshotsInBrowser(t *testing.T) {
 	}
 }
 
+// A line runs if a station did something in the last minute, and has stopped if none did; that a device became overdue
+// is nothing that a station did.
+func TestLineState(t *testing.T) {
+	s := newShop(t, 4)
+	d := s.open(t)
+	defer d.Close()
+	is := func(want LineState, when string) {
+		t.Helper()
+		d.mu.Lock()
+		d.status = nil // which is remembered for a second
+		d.mu.Unlock()
+		if got := must(d.Status(t.Context())).State; got != want {
+			t.Errorf("%s: %s, want %s", when, got, want)
+		}
+	}
+	is(Stopped, "nobody has asked for a device")
+	must(d.Next(t.Context(), "A", "L1"))
+	// half a minute ago, and a machine that is slow still has half a minute
+	if err := d.write.Exec(t.Context(), "UPDATE event SET at = at - 30000"); err != nil {
+		t.Fatal(err)
+	}
+	is(Running, "a station has asked")
+	if err := d.write.Exec(t.Context(), "UPDATE event SET at = at - 30000"); err != nil {
+		t.Fatal(err)
+	}
+	is(Stopped, "a minute later")
+	if err := d.write.Exec(t.Context(), "INSERT INTO event SELECT at + 60000, lot, position, issue, station, 'overdue' "+
+		"FROM event"); err != nil {
+		t.Fatal(err)
+	}
+	is(Stopped, "the device is overdue now")
+}
+
 // Whoever runs the line sees what it refused, in the log and as a count, and whether it works.
 func TestRefusalsAreSeen(t *testing.T) {
 	s := newShop(t, 20)
