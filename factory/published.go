@@ -55,9 +55,10 @@ func (l *Line) publishedLots(ctx context.Context) (all []publishedLot, err error
 		return nil, fmt.Errorf("the line's memory of its lots: %w", err)
 	}
 	defer func() { err = errors.Join(err, read.Close(), write.Close()) }()
-	known, err := l.knownLots(ctx, read)
+	known, err := l.knownLots(ctx, sqlconn.Conn{Operation: "the line's memory of its lots: read it",
+		DB: sqlconn.SQL{DB: read}})
 	if err != nil {
-		return nil, fmt.Errorf("the line's memory of its lots: %w", err)
+		return nil, err
 	}
 	names, err := l.store.List(ctx, "lots")
 	if errors.Is(err, fs.ErrNotExist) && len(known) == 0 {
@@ -90,7 +91,7 @@ func (l *Line) publishedLots(ctx context.Context) (all []publishedLot, err error
 		return nil, err
 	}
 	if err := l.remember(ctx, write, fresh); err != nil {
-		return nil, fmt.Errorf("the line's memory of its lots: %w", err)
+		return nil, fmt.Errorf("the line's memory of its lots: add those that were read: %w", err)
 	}
 	for _, name := range names {
 		delete(known, name)
@@ -99,26 +100,21 @@ func (l *Line) publishedLots(ctx context.Context) (all []publishedLot, err error
 	return slices.AppendSeq(all, maps.Values(known)), nil
 }
 
-func (l *Line) knownLots(ctx context.Context, db *sql.DB) (known map[string]publishedLot, err error) {
-	rows, err := db.QueryContext(ctx, `SELECT lot, ranges, modulus FROM lot WHERE manufacturer = ?`, l.Manufacturer())
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	known = map[string]publishedLot{}
-	for rows.Next() {
+func (l *Line) knownLots(ctx context.Context, db sqlconn.Conn) (map[string]publishedLot, error) {
+	known := map[string]publishedLot{}
+	return known, db.Each(ctx, func(scan func(...any) error) error {
 		var lot publishedLot
 		var ranges, modulus sql.RawBytes
-		if err := rows.Scan(&lot.lot, &ranges, &modulus); err != nil {
-			return nil, err
+		if err := scan(&lot.lot, &ranges, &modulus); err != nil {
+			return err
 		}
 		if err := json.Unmarshal(ranges, &lot.ranges); err != nil {
-			return nil, err
+			return fmt.Errorf("the line's memory of lot %s: %w", lot.lot, err)
 		}
 		lot.modulus = new(big.Int).SetBytes(modulus)
 		known[lot.lot] = lot
-	}
-	return known, rows.Err()
+		return nil
+	}, `SELECT lot, ranges, modulus FROM lot WHERE manufacturer = ?`, l.Manufacturer())
 }
 
 // remember keeps manifests that were verified; some are nil.

@@ -42,14 +42,14 @@ func OpenJournal(ctx context.Context, path, manufacturer string) (*Journal, erro
 // Close may be called when no other call is under way.
 func (j *Journal) Close() error { return errors.Join(j.read.Close(), j.write.Close()) }
 
-// conn reads.
-func (j *Journal) conn() sqlconn.Conn {
-	return sqlconn.Conn{Operation: "the line's journal", DB: sqlconn.SQL{DB: j.read}}
+// to reads for an operation, which its errors name.
+func (j *Journal) to(operation string) sqlconn.Conn {
+	return sqlconn.Conn{Operation: "the line's journal: " + operation, DB: sqlconn.SQL{DB: j.read}}
 }
 
 // exec is not ended by a context: a shard in flight is finished.
-func (j *Journal) exec(query string, args ...any) error {
-	return j.conn().Named(j.write.Exec(context.Background(), query, args...))
+func (j *Journal) exec(operation, query string, args ...any) error {
+	return j.to(operation).Named(j.write.Exec(context.Background(), query, args...))
 }
 
 // An Entry is what the journal has of a shard; the zero Entry, that it was never begun.
@@ -62,7 +62,7 @@ type Entry struct {
 // Entries gives those of a lot's shards that have been begun.
 func (j *Journal) Entries(ctx context.Context, lot string) (map[int]Entry, error) {
 	all := map[int]Entry{}
-	return all, j.conn().Each(ctx, func(scan func(...any) error) error {
+	return all, j.to("read a lot's shards").Each(ctx, func(scan func(...any) error) error {
 		n, e := 0, Entry{Begun: true}
 		err := scan(&n, &e.State, &e.Package)
 		all[n] = e
@@ -72,27 +72,29 @@ func (j *Journal) Entries(ctx context.Context, lot string) (map[int]Entry, error
 
 // Plan remembers the shards from, up to but not including to, as begun, before the first key of them is made.
 func (j *Journal) Plan(lot string, from, to int) error {
-	return j.exec(`WITH RECURSIVE n(i) AS (SELECT ?3 UNION ALL SELECT i + 1 FROM n WHERE i + 1 < ?4)
+	return j.exec("plan shards", `WITH RECURSIVE n(i) AS (SELECT ?3 UNION ALL SELECT i + 1 FROM n WHERE i + 1 < ?4)
 		INSERT INTO shard (manufacturer, lot, number, state) SELECT ?1, ?2, i, 0 FROM n WHERE true ON CONFLICT DO
 			NOTHING`, j.manufacturer, lot, from, to)
 }
 
 // Generated remembers the SHA-256 of a shard's package, which is on disk, and what is to be published of it.
 func (j *Journal) Generated(lot string, n int, pkg, jws []byte) error {
-	return j.exec(`INSERT INTO shard (manufacturer, lot, number, state, package, jws) VALUES (?, ?, ?, ?, ?, ?)
+	return j.exec("note a shard as generated", `INSERT INTO shard (manufacturer, lot, number, state, package, jws)
+		VALUES (?, ?, ?, ?, ?, ?)
 		ON CONFLICT DO UPDATE SET state = excluded.state, package = excluded.package, jws = excluded.jws`,
 		j.manufacturer, lot, n, Generated, pkg, jws)
 }
 
 // Published remembers that the directory has taken a shard.
 func (j *Journal) Published(lot string, n int) error {
-	return j.exec("UPDATE shard SET state = ? WHERE manufacturer = ? AND lot = ? AND number = ?", Published,
-		j.manufacturer, lot, n)
+	return j.exec("note a shard as published", "UPDATE shard SET state = ? WHERE manufacturer = ? AND lot = ? AND "+
+		"number = ?", Published, j.manufacturer, lot, n)
 }
 
 // Acknowledged remembers a shard as read back from the directory, and the SHA-256 of its package unless that is nil.
 func (j *Journal) Acknowledged(lot string, n int, pkg []byte) error {
-	return j.exec(`INSERT INTO shard (manufacturer, lot, number, state, package) VALUES (?, ?, ?, ?, ?)
+	return j.exec("note a shard as acknowledged", `INSERT INTO shard (manufacturer, lot, number, state, package)
+		VALUES (?, ?, ?, ?, ?)
 		ON CONFLICT DO UPDATE SET state = excluded.state, package = coalesce(excluded.package, package), jws = NULL`,
 		j.manufacturer, lot, n, Acknowledged, pkg)
 }
@@ -101,5 +103,5 @@ func (j *Journal) Acknowledged(lot string, n int, pkg []byte) error {
 func (j *Journal) Signed(ctx context.Context, lot string, n int) (jws []byte, err error) {
 	err = j.read.QueryRowContext(ctx, "SELECT jws FROM shard WHERE manufacturer = ? AND lot = ? AND number = ?",
 		j.manufacturer, lot, n).Scan(&jws)
-	return jws, j.conn().Named(err)
+	return jws, j.to("read what is to be published of a shard").Named(err)
 }

@@ -187,8 +187,9 @@ func (d *Desk) watch(ctx context.Context) {
 		}
 		d.mu.Unlock()
 		for k, tries := range late {
-			err := d.write.Exec(ctx, "UPDATE device SET state = ?, reported = ? WHERE lot = ? AND position = ? AND "+
-				"issue = ? AND tries = ? AND state = ?", Overdue, now(), k.lot, k.position, k.issue, tries, Out)
+			err := d.to("note an overdue device").Named(d.write.Exec(ctx, "UPDATE device SET state = ?, reported = ? "+
+				"WHERE lot = ? AND position = ? AND issue = ? AND tries = ? AND state = ?", Overdue, now(), k.lot,
+				k.position, k.issue, tries, Out))
 			if err != nil {
 				if ctx.Err() == nil {
 					d.o.Log.Error("an overdue device cannot be put down", "lot", k.lot, "position",
