@@ -156,7 +156,7 @@ func (c *Clients) add(e *Client) error {
 		return fmt.Errorf("rate is a number of calls a second, or 0 for no limit, not %v", e.Rate)
 	case len(e.Roles) == 0:
 		return errors.New("it has no roles")
-	case len(e.PLMNs) == 0 && !slices.Equal(e.Roles, []Role{RoleMetrics}): // who names no IMSI needs none
+	case len(e.PLMNs) == 0 && !slices.Equal(e.Roles, []Role{RoleMetrics}): // a client that names no IMSI needs none
 		return errors.New("it has no plmns: name them, or write [all]")
 	case e.SAN != "" && c.bySAN[e.SAN] != nil || e.UID != nil && c.byUID[*e.UID] != nil:
 		return errors.New("another client has the same san or uid")

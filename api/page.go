@@ -8,7 +8,8 @@ import (
 	"github.com/kmehsm/kmehsm/internal/panics"
 )
 
-// For serves pages to clients that have a role: who asks is known, refused, limited and logged as who makes a call is.
+// For serves pages to clients that have a role. Their requests are authenticated, refused, limited and logged as calls
+// are.
 func For(role Role, service *binding.Service, clients *Clients, pages http.Handler) http.Handler {
 	g := &guard{service: service}
 	limited := g.only(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

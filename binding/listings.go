@@ -63,7 +63,7 @@ func prefixKey(digits string) uint64 {
 	return uint64(len(digits))<<48 | n
 }
 
-// load takes in what was changed since the last time. If it fails, what is there stands; but not where the list is
+// load reloads what was changed since the last time. If it fails, the list in memory stands, unless the stored one is
 // damaged.
 func (l *listed) load(ctx context.Context) (changes int, err error) {
 	if l.store == nil {
@@ -121,8 +121,8 @@ func (l *listed) of(imei kme.IMEI) (status EquipmentStatus, ok bool, err error) 
 	return "", false, nil
 }
 
-// LoadListings takes in what the operator's list has become, which CheckEquipment answers by: until it has succeeded
-// once, and while the list is damaged, that is refused.
+// LoadListings reloads the operator's list, which CheckEquipment answers by. CheckEquipment is refused until
+// LoadListings has succeeded once, and while the list is damaged.
 func (s *Service) LoadListings(ctx context.Context) error {
 	changes, err := s.listed.load(ctx)
 	if failed := s.listed.failing.Swap(err != nil); err != nil {

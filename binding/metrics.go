@@ -36,7 +36,7 @@ func NewMetrics(r prometheus.Registerer) *Metrics {
 			[]string{"method", "reason"}),
 		refusals: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "kme_refusals_total",
 			Help: "Refused calls, by reason."}, []string{"reason"}),
-		// Without what was wrong: who reads metrics and may send payloads would have an oracle.
+		// Without what was wrong: whoever reads metrics and may send payloads would have an oracle.
 		rejected: prometheus.NewCounter(prometheus.CounterOpts{Name: "kme_rejected_payloads_total",
 			Help: "Payloads that were rejected; why stands in the log alone."}),
 		hsm: prometheus.NewHistogramVec(prometheus.HistogramOpts{

@@ -56,7 +56,7 @@ func (s *Service) prepare(ctx context.Context, imsi kme.IMSI, rands []hsmkeys.RA
 			s.log.InfoContext(ctx, "attempt opened", "imsi", imsi, "origin", o.Name, "expires", d.Attempt.Expires)
 			s.open.Set(imsi, *d.Attempt)
 			return &Prepared{RANDs: rands, AttemptID: d.Attempt.ID}, nil
-		case d.Binding.AttemptID == q.Ready: // it was pending, and it is noted who is sent vectors under it
+		case d.Binding.AttemptID == q.Ready: // it was pending, and the origin that is sent vectors under it is noted
 			return &Prepared{RANDs: out}, nil
 		}
 		if err := s.notRevoked(d.Binding); err != nil {

@@ -17,12 +17,12 @@ import (
 )
 
 // Storage and ledger key leave a token for another one, by RSA-OAEP under a key that the other one made (NewRestoreKey)
-// and the security officer of this one took in as TRUSTED (TakeRecipient). It is TRUSTED for the moment of a backup
-// only, and wraps no other key.
+// and the security officer of this one has imported as TRUSTED (ImportRecipient). It is TRUSTED for the moment of a
+// backup only, and wraps no other key.
 
-// TakeRecipient takes in the RSA key that receives the storage and ledger key. It logs in as the security officer,
+// ImportRecipient imports the RSA key that receives the storage and ledger key. It logs in as the security officer,
 // once: no token of the URI may be open in the process.
-func TakeRecipient(ctx context.Context, tokenURI string, officer PIN, to *rsa.PublicKey) error {
+func ImportRecipient(ctx context.Context, tokenURI string, officer PIN, to *rsa.PublicKey) error {
 	if err := weakkey.CheckWrapping(to); err != nil {
 		return err
 	}
@@ -30,7 +30,7 @@ func TakeRecipient(ctx context.Context, tokenURI string, officer PIN, to *rsa.Pu
 	wraps := ck.Attributes{ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY),
 		ck.Attr(pkcs11.CKA_WRAP_WITH_TRUSTED, true)}
 	return asOfficer(tokenURI, officer, func(b *base) error {
-		return b.takeRecipient(ctx, Operator, keyspec.Backup, to, wraps)
+		return b.importRecipient(ctx, Operator, keyspec.Backup, to, wraps)
 	})
 }
 
@@ -41,8 +41,8 @@ type Carried struct {
 	Check   []byte // what the key does with a known or a random value: whoever has it finds out whether it is the key
 }
 
-// CarryOut is the ledger key and all storage keys that the token has, under the key that TakeRecipient took in, which
-// it destroys.
+// CarryOut is the ledger key and all storage keys that the token has, under the key that ImportRecipient has imported,
+// which it destroys.
 func (t *OperatorToken) CarryOut(ctx context.Context) ([]Carried, error) {
 	return doAs(ctx, t.base, Operator, "back up keys", func(s *p11.Session) (all []Carried, err error) {
 		to, err := t.find(s, pkcs11.CKO_PUBLIC_KEY, keyspec.Backup)
@@ -103,9 +103,9 @@ func (t *OperatorToken) DestroyRestoreKey(ctx context.Context, pub *rsa.PublicKe
 	return t.destroyReceiver(ctx, keyspec.RestoreLabel, pub)
 }
 
-// CarryIn takes in keys that CarryOut has wrapped under a key of NewRestoreKey's, with the templates of our own. None
-// is taken before all have been shown to be what their check values say; one that the token has already must be so too.
-// It gives those that were taken.
+// CarryIn imports keys that CarryOut has wrapped under a key of NewRestoreKey's, with the templates of our own. None is
+// imported before all have been shown to be what their check values say; one that the token has already must be so too.
+// It gives those that were imported.
 func (t *OperatorToken) CarryIn(ctx context.Context, to *rsa.PublicKey, all []Carried) (taken []Key, err error) {
 	return doAs(ctx, t.base, Operator, "restore keys", func(s *p11.Session) (taken []Key, err error) {
 		var missing []Carried

@@ -44,7 +44,7 @@ func whileOpen(t *testing.T, tok softhsmtest.Tok, f func(*OperatorToken)) {
 // backUp is the backup of a token for a receiving key.
 func backUp(t *testing.T, tok softhsmtest.Tok, to *rsa.PublicKey) (all []Carried) {
 	t.Helper()
-	if err := TakeRecipient(t.Context(), tok.URI, PIN(tok.SOPIN), to); err != nil {
+	if err := ImportRecipient(t.Context(), tok.URI, PIN(tok.SOPIN), to); err != nil {
 		t.Fatal(err)
 	}
 	whileOpen(t, tok, func(token *OperatorToken) { all = must[[]Carried](t)(token.CarryOut(t.Context())) })
@@ -66,7 +66,7 @@ func TestBackup(t *testing.T) {
 			t.Errorf("a backup without the security officer: %v", err)
 		}
 	})
-	if err := TakeRecipient(ctx, first.URI, PIN(first.SOPIN), to); err != nil {
+	if err := ImportRecipient(ctx, first.URI, PIN(first.SOPIN), to); err != nil {
 		t.Fatal(err)
 	}
 	whileOpen(t, first, func(token *OperatorToken) {

@@ -14,7 +14,7 @@ import (
 )
 
 // EnrollKey makes the key of an operator (RoleKEK: it carries lot keys) or of a fixture (RoleInjection: it carries
-// device keys), AES-256, and takes in the RSA key that receives it. Only the security officer can make TRUSTED objects,
+// device keys), AES-256, and imports the RSA key that receives it. Only the security officer can make TRUSTED objects,
 // and only at creation, so it logs in as the security officer, once: no token of the URI may be open in the process.
 //
 // Each key leaves the token only as far as it must. Both are WRAP_WITH_TRUSTED, as lot keys are: they leave under a
@@ -41,28 +41,28 @@ func EnrollKey(ctx context.Context, tokenURI string, officer PIN, k Key, to *rsa
 		if created, err = b.ensureSecret(ctx, Factory, k, pkcs11.CKM_AES_KEY_GEN, template); err != nil {
 			return err
 		}
-		return b.takeRecipient(ctx, Factory, keyspec.Recipient(k), to,
+		return b.importRecipient(ctx, Factory, keyspec.Recipient(k), to,
 			ck.Attributes{ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), ck.Attr(pkcs11.CKA_ID, k.ID())})
 	})
 	return created, err
 }
 
-// takeRecipient takes in an RSA key that wraps nothing but what fits a template, in the place of the one that was
+// importRecipient imports an RSA key that wraps nothing but what fits a template, in the place of the one that was
 // there: of an earlier enrolment, or of a run that was interrupted. The security officer is logged in.
-func (b *base) takeRecipient(ctx context.Context, side Side, r Key, to *rsa.PublicKey, wraps ck.Attributes) error {
-	_, err := doAs(ctx, b, side, "take in a key that receives", func(s *p11.Session) (none struct{}, err error) {
+func (b *base) importRecipient(ctx context.Context, side Side, r Key, to *rsa.PublicKey, wraps ck.Attributes) error {
+	_, err := doAs(ctx, b, side, "import a key that receives", func(s *p11.Session) (none struct{}, err error) {
 		if err := b.destroy(s, pkcs11.CKO_PUBLIC_KEY, r); err != nil {
 			return none, err
 		}
 		_, err = s.Create(ck.Frozen(keyspec.Named(r), keyspec.Wrapping(to),
 			ck.Attributes{ck.Attr(pkcs11.CKA_TRUSTED, true)},
 			ck.Nested(pkcs11.CKA_WRAP_TEMPLATE, wraps)))
-		return none, p11.Explain("take the key that receives into the token", err)
+		return none, p11.Explain("import the public key that receives into the token", err)
 	})
 	return err
 }
 
-// receives are the RSA keys that the security officer took in.
+// receives are the RSA keys that the security officer has imported.
 var receives = ck.Attributes{
 	ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), ck.Attr(pkcs11.CKA_TOKEN, true),
 	ck.Attr(pkcs11.CKA_TRUSTED, true),

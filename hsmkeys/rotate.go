@@ -16,7 +16,7 @@ import (
 
 // A Rotation seals KMEs again, under the newest generation of the storage key. The older ones cannot: by their
 // CKA_UNWRAP_TEMPLATE no KME that they unwrap can be wrapped. As in a backup, they are wrapped under an RSA key that
-// the security officer has taken in, whose private half is in the same token; and unwrapped into session objects
+// the security officer has imported, whose private half is in the same token; and unwrapped into session objects
 // without such a template, which end with this process. No KME is ever in its memory.
 type Rotation struct {
 	*OperatorToken
@@ -46,7 +46,7 @@ func openRotation(ctx context.Context, tokenURI string, officer PIN, o Options) 
 	if err = errors.Join(err, t.Close()); err != nil {
 		return nil, err
 	}
-	taken := TakeRecipient(ctx, tokenURI, officer, r.to)
+	taken := ImportRecipient(ctx, tokenURI, officer, r.to)
 	if r.OperatorToken, err = OpenOperator(ctx, tokenURI, o); err != nil {
 		return nil, errors.Join(taken, err)
 	}

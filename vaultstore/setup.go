@@ -18,8 +18,8 @@ type Step struct {
 }
 
 // Setup makes a directory's mount and writes its policies, where they are not as they should be. It changes no
-// object. With dryRun it only says what it would do. The client's token is of whoever runs Vault: who may write
-// policies may do everything, so none of ours allows that.
+// object. With dryRun it only says what it would do. The client's token is of whoever runs Vault: whoever may
+// write policies may do everything, so none of ours allows that.
 func Setup(ctx context.Context, client *api.Client, mount string, dryRun bool) (steps []Step, err error) {
 	store := New(client, mount)
 	explain := func(err error, what, path string) error {

@@ -19,7 +19,8 @@ type Limits struct {
 	IMEIBurst int     // so many at once
 }
 
-// maxRates bounds the memory for the rates, of IMSIs and of IMEIs: who has not come for longest is forgotten first.
+// maxRates bounds the memory for the rates, of IMSIs and of IMEIs: the one that was not used for longest is forgotten
+// first.
 const maxRates = 100_000
 
 // A Gate holds calls to Limits. It may be used concurrently.
@@ -27,7 +28,7 @@ type Gate struct {
 	Limits
 	mu    sync.Mutex
 	total int            // guarded by mu: calls that have a place
-	calls map[string]int // guarded by mu: those by client; who has none is not there
+	calls map[string]int // guarded by mu: those by client; a client without calls is not in it
 	imsis *rates[kme.IMSI]
 	imeis *rates[kme.IMEI]
 }

@@ -14,8 +14,8 @@ const (
 	strangersBurst = 20
 )
 
-// Strangers keep the log from being filled by whoever can reach the service. Each why has lines of its own: who fails
-// without a certificate cannot hide who has one.
+// Strangers keep the log from being filled by whoever can reach the service. Each why has a limit of its own: refusals
+// of callers without a certificate do not hide those of callers with one.
 type Strangers struct {
 	mu  sync.Mutex
 	all map[string]*someStrangers // guarded by mu: by why

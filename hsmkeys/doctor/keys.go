@@ -15,7 +15,7 @@ import (
 
 // A keyShape is how keys of a role are on a side, whose attributes the doctor compares.
 type keyShape struct {
-	made     bool   // in this token, and not taken in; so CKA_LOCAL and CKA_ALWAYS_SENSITIVE are set
+	made     bool   // in this token, and not imported; so CKA_LOCAL and CKA_ALWAYS_SENSITIVE are set
 	restored bool   // it may come from a backup, too
 	stays    bool   // it never was EXTRACTABLE
 	usages   []uint // all that it is for
@@ -97,7 +97,7 @@ func (x *trial) unknown(label string) string {
 
 // key compares a key with what its role asks for.
 func (x *trial) key(class uint, h pkcs11.ObjectHandle, label string, role keyspec.Role, want keyShape) {
-	f := Finding{Check: fmt.Sprintf("key %q", label), For: "taken in", OK: true, Required: true}
+	f := Finding{Check: fmt.Sprintf("key %q", label), For: "imported", OK: true, Required: true}
 	if f.Attributes = map[string]bool{}; want.made {
 		f.For = "made in this token"
 	}

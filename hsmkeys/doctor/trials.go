@@ -177,7 +177,7 @@ func (x *trial) lotLike() {
 	x.refuses("set CKA_EXTRACTABLE of a sealed lot key again", sealed, x.changed(priv, pkcs11.CKA_EXTRACTABLE, true))
 }
 
-// wrapping tries keys as those that EnrollKey makes and takes in, whose CKA_WRAP_TEMPLATE says what they wrap. They are
+// wrapping tries keys as those that EnrollKey makes and imports, whose CKA_WRAP_TEMPLATE says what they wrap. They are
 // not TRUSTED, since the user makes them; so the keys that they wrap are not WRAP_WITH_TRUSTED.
 func (x *trial) wrapping(key *rsa.PublicKey) {
 	const means = "a fixture's or an operator's key receives what is meant for it, and no other key"

@@ -107,7 +107,7 @@ func VerifyKME(s *p11.Session, suite kme.Suite, pub crypto.PublicKey, signed, si
 	}
 	h, err := s.Create(template)
 	if err != nil {
-		return false, p11.Explain("take a device's public key into the token", err)
+		return false, p11.Explain("import a device's public key into the token", err)
 	}
 	s.Leave(h)
 	m, data := kmeSignature(suite, signed)

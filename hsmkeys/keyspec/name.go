@@ -13,8 +13,8 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 )
 
-// A Side is whose token it is. A token has keys of one side only: on a token of both, who may use the one's could send
-// the other's away.
+// A Side is whose token it is. A token has keys of one side only: on a token of both, whoever may use the one's could
+// send the other's away.
 type Side string
 
 const (

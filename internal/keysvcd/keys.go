@@ -134,7 +134,7 @@ func CreateBackup(ctx context.Context, uri string, officer hsmkeys.PIN, to *rsa.
 	if err != nil {
 		return nil, err
 	}
-	if err := hsmkeys.TakeRecipient(ctx, uri, officer, to); err != nil {
+	if err := hsmkeys.ImportRecipient(ctx, uri, officer, to); err != nil {
 		return nil, err
 	}
 	return b, WithToken(ctx, uri, func(token *hsmkeys.OperatorToken) error {

@@ -24,7 +24,7 @@ func NewHistory(now time.Time, total map[string]float64) *History {
 	return &History{total: total, ring: map[string]*[minutes]float64{}, last: now.Unix() / 60, begun: now}
 }
 
-// Add takes in counters as they are now. What was counted since the last call is put down for this minute.
+// Add counts what was added to counters since the last call for this minute.
 func (h *History) Add(now time.Time, total map[string]float64) {
 	h.mu.Lock()
 	defer h.mu.Unlock()

@@ -82,7 +82,7 @@ type Options struct {
 	Health  func(context.Context) Health // it is asked every few seconds at most
 	History *History
 	Count   func()                                     // brings History up to now
-	View    func(context.Context) binding.BindingQuery // what who asks may see
+	View    func(context.Context) binding.BindingQuery // what the caller may see
 	Version string
 }
 

@@ -93,8 +93,8 @@ func connect(name string, schema sqlconn.Schema) (*DB, error) {
 
 // ready has a new connection read by an index where it can, and refuses a server that confirms what it could still
 // forget: after a failover, it is another one; and one whose tables have been changed meanwhile to what this program
-// cannot work with: see nobodyBelow, which does not see who is not connected. (A plan is made when a connection uses a
-// statement first, and that of an empty table, by bitmaps, reads a sixteenth of a ledger to find the last entry of a
+// cannot work with: see nobodyBelow, which sees only programs that are connected. (A plan is made when a connection uses
+// a statement first, and that of an empty table, by bitmaps, reads a sixteenth of a ledger to find the last entry of a
 // chain.)
 func ready(ctx context.Context, conn *pgx.Conn, schema sqlconn.Schema) error {
 	for _, setting := range []string{"fsync", "synchronous_commit", "full_page_writes"} {
@@ -205,8 +205,8 @@ func Number(ctx context.Context, q queryer) (have int, err error) {
 	return have, err
 }
 
-// Tables are changed while services use them. A change waits for who reads a table, and calls wait behind it: for
-// lockPatience at most. It is tried again until tablePatience has passed.
+// Tables are changed while services use them. A change waits for those who read a table, and calls wait behind it:
+// for lockPatience at most. It is tried again until tablePatience has passed.
 const (
 	lockPatience  = time.Second
 	tablePatience = time.Minute

@@ -22,7 +22,7 @@ type Tx struct {
 // Heads are the last entries of the ledger's chains in a transaction; nil: not read yet.
 type Heads [binding.Chains]*binding.Head
 
-// Read takes in what was read of a chain, unless another change of the transaction has added to it meanwhile.
+// Read notes the head that was read of a chain, unless another change of the transaction has added to it meanwhile.
 func (h *Heads) Read(chain int64, head binding.Head) {
 	if h[chain] == nil {
 		h[chain] = &head
