@@ -93,9 +93,9 @@ func connect(name string, schema sqlconn.Schema) (*DB, error) {
 
 // ready has a new connection read by an index where it can, and refuses a server that confirms what it could still
 // forget: after a failover, it is another one; and one whose tables have been changed meanwhile to what this program
-// cannot work with: see nobodyBelow, which sees only programs that are connected. (A plan is made when a connection uses
-// a statement first, and that of an empty table, by bitmaps, reads a sixteenth of a ledger to find the last entry of a
-// chain.)
+// cannot work with: see nobodyBelow, which sees only programs that are connected. (A plan is made when a connection
+// uses a statement first, and that of an empty table, by bitmaps, reads a sixteenth of a ledger to find the last entry
+// of a chain.)
 func ready(ctx context.Context, conn *pgx.Conn, schema sqlconn.Schema) error {
 	for _, setting := range []string{"fsync", "synchronous_commit", "full_page_writes"} {
 		var value, plans string
