@@ -197,8 +197,8 @@ func TestLineState(t *testing.T) {
 		t.Fatal(err)
 	}
 	is(Stopped, "a minute later")
-	if err := d.write.Exec(t.Context(), "INSERT INTO event SELECT at + 60000, lot, position, issue, station, 'overdue' "+
-		"FROM event"); err != nil {
+	if err := d.write.Exec(t.Context(),
+		"INSERT INTO event SELECT at + 60000, lot, position, issue, station, 'overdue' FROM event"); err != nil {
 		t.Fatal(err)
 	}
 	is(Stopped, "the device is overdue now")
