@@ -133,3 +133,21 @@ func Enter(ctx context.Context, store binding.Listings, all []binding.Listing) (
 	}
 	return changed, nil
 }
+
+// Standing gives the entries that stand, in the order of their prefixes.
+func Standing(ctx context.Context, store binding.Listings) ([]binding.Listing, error) {
+	all, err := store.Listed(ctx, 0)
+	all = slices.DeleteFunc(all, func(l binding.Listing) bool { return l.Status == "" })
+	slices.SortFunc(all, func(a, b binding.Listing) int { return strings.Compare(a.Prefix, b.Prefix) })
+	return all, err
+}
+
+// Of gives the one of Standing's entries that counts for a device, which has the longest prefix; nil if there is none.
+func Of(all []binding.Listing, imei kme.IMEI) *binding.Listing {
+	for _, l := range slices.Backward(all) {
+		if strings.HasPrefix(imei.String(), l.Prefix) {
+			return &l
+		}
+	}
+	return nil
+}

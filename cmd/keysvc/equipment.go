@@ -108,14 +108,6 @@ func equipmentImport(c *cli.Context) error {
 	})
 }
 
-// listings are the entries that stand, by their prefixes.
-func listings(c *cli.Context, s *sqlstore.Store) ([]binding.Listing, error) {
-	all, err := s.Listed(c.Context, 0)
-	all = slices.DeleteFunc(all, func(l binding.Listing) bool { return l.Status == "" })
-	slices.SortFunc(all, func(a, b binding.Listing) int { return strings.Compare(a.Prefix, b.Prefix) })
-	return all, err
-}
-
 func printListing(w io.Writer, l binding.Listing) {
 	prefix := l.Prefix
 	if len(prefix) < 14 {
@@ -126,7 +118,7 @@ func printListing(w io.Writer, l binding.Listing) {
 
 func equipmentList(c *cli.Context) error {
 	return withStore(c, func(s *sqlstore.Store) error {
-		all, err := listings(c, s)
+		all, err := devicelist.Standing(c.Context, s)
 		if err != nil {
 			return err
 		}
@@ -201,16 +193,11 @@ func equipmentShow(c *cli.Context) error {
 func listingOf(
 	c *cli.Context, s *sqlstore.Store, imei kme.IMEI,
 ) (of *binding.Listing, history []binding.Entry, err error) {
-	all, err := listings(c, s)
+	all, err := devicelist.Standing(c.Context, s)
 	if err != nil {
 		return nil, nil, err
 	}
-	for _, l := range all { // by their prefixes: the last that fits is the longest
-		if strings.HasPrefix(imei.String(), l.Prefix) {
-			of = &l
-		}
-	}
-	if of != nil {
+	if of = devicelist.Of(all, imei); of != nil {
 		history, err = s.History(c.Context, binding.ListingSubject(of.Prefix))
 	}
 	return of, history, err
