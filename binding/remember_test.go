@@ -9,16 +9,13 @@ import (
 	"testing"
 
 	"github.com/kmehsm/kmehsm/binding/refusals"
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
 func imsi(t testing.TB, n int) kme.IMSI {
 	t.Helper()
-	imsi, err := kme.ParseIMSI(fmt.Sprintf("00101%010d", n))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return imsi
+	return must.Get[kme.IMSI](t)(kme.ParseIMSI(fmt.Sprintf("00101%010d", n)))
 }
 
 // Calls of the network are remembered, with what the log has of them; those of an administrator are not.

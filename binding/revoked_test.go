@@ -14,11 +14,8 @@ import (
 // A bound device that the manufacturer revokes is not served on; one that got another key is.
 func TestRevokedWhileBound(t *testing.T) {
 	r, m, l := newServed(t)
-	imsi, d := newIMSI(), l.devices[0]
-	payload, _ := d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei,
-		AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here}))
-	r.activate(t, imsi)
+	d := l.devices[0]
+	imsi := r.prove(t, d)
 	prepare := func() error {
 		_, err := r.service.PrepareVector(t.Context(), imsi, newRANDs(1), here)
 		return err
@@ -38,11 +35,8 @@ func TestRevokedWhileBound(t *testing.T) {
 // instance that does not know the lot refuses: another one may have imported it.
 func TestRevokedInALotThatIsNotKnown(t *testing.T) {
 	r, m, l := newServed(t)
-	imsi, d := newIMSI(), l.devices[0]
-	payload, _ := d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei,
-		AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here}))
-	r.activate(t, imsi)
+	d := l.devices[0]
+	imsi := r.prove(t, d)
 	prepare := func() error {
 		_, err := r.service.PrepareVector(t.Context(), imsi, newRANDs(1), here)
 		return err
@@ -66,11 +60,8 @@ func TestRevokedInALotThatIsNotKnown(t *testing.T) {
 // A lot that the manufacturer revokes: none of its devices is bound any more, and none that is bound is served on.
 func TestRevokedLot(t *testing.T) {
 	r, m, l := newServed(t)
-	imsi, d := newIMSI(), l.devices[0]
-	payload, _ := d.payload(t)
-	must[*binding.Established](t)(r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei,
-		AttemptID: r.attempt(t, imsi), Payload: payload, Origin: here}))
-	r.activate(t, imsi)
+	d := l.devices[0]
+	imsi := r.prove(t, d)
 	if err := directory.RevokeLot(t.Context(), m.store, m.Signer, l.Manifest, "its key has leaked",
 		time.Now()); err != nil {
 		t.Fatal(err)
@@ -79,7 +70,7 @@ func TestRevokedLot(t *testing.T) {
 	_, err := r.service.PrepareVector(t.Context(), imsi, newRANDs(1), here)
 	checkRefused(t, "a vector for a device of a revoked lot", err, kme.RevokedDevice, "")
 	other := newIMSI()
-	payload, _ = l.devices[1].payload(t)
+	payload, _ := l.devices[1].payload(t)
 	_, err = r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: other, IMEI: l.devices[1].imei,
 		AttemptID: r.attempt(t, other), Payload: payload, Origin: here})
 	checkRefused(t, "a payload of a device of a revoked lot", err, kme.RevokedDevice, "")

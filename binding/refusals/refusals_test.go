@@ -5,6 +5,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -13,11 +14,7 @@ func TestMain(m *testing.M) { testproc.Main(m.Run) }
 
 func imsi(t testing.TB, n int) kme.IMSI {
 	t.Helper()
-	imsi, err := kme.ParseIMSI(fmt.Sprintf("00101%010d", n))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return imsi
+	return must.Get[kme.IMSI](t)(kme.ParseIMSI(fmt.Sprintf("00101%010d", n)))
 }
 
 // However many subscriptions are refused, a bounded number is remembered: those that were refused last.
