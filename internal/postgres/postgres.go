@@ -107,14 +107,9 @@ func ready(ctx context.Context, conn *pgx.Conn, schema sqlconn.Schema) error {
 			return fmt.Errorf("its setting %s is off: a loss of power would take bindings that were confirmed", setting)
 		}
 	}
-	var there bool
-	number := 0
-	err := conn.QueryRow(ctx, "SELECT to_regclass('schema_version') IS NOT NULL").Scan(&there)
-	if err == nil && there {
-		err = conn.QueryRow(ctx, "SELECT coalesce(max(version), 0) FROM schema_version").Scan(&number)
-	}
+	have, err := schemaNumber(func(to any, text string) error { return conn.QueryRow(ctx, text).Scan(to) })
 	if err == nil {
-		_, err = schema.Lacks(number)
+		_, err = schema.Lacks(have)
 	}
 	return err
 }
@@ -193,13 +188,17 @@ type queryer interface {
 }
 
 // Number is that of a database's schema, 0 of an empty one.
-func Number(ctx context.Context, q queryer) (have int, err error) {
-	var table sql.NullString
-	if err := q.QueryRowContext(ctx, "SELECT to_regclass('schema_version')::text").Scan(&table); err != nil ||
-		!table.Valid {
+func Number(ctx context.Context, q queryer) (int, error) {
+	return schemaNumber(func(to any, text string) error { return q.QueryRowContext(ctx, text).Scan(to) })
+}
+
+// schemaNumber is Number, by what reads one value, on a connection of either library.
+func schemaNumber(read func(to any, text string) error) (have int, err error) {
+	var there bool
+	if err := read(&there, "SELECT to_regclass('schema_version') IS NOT NULL"); err != nil || !there {
 		return 0, err
 	}
-	if err = q.QueryRowContext(ctx, "SELECT version FROM schema_version").Scan(&have); errors.Is(err, sql.ErrNoRows) {
+	if err = read(&have, "SELECT version FROM schema_version"); errors.Is(err, sql.ErrNoRows) { // pgx.ErrNoRows is one
 		err = nil
 	}
 	return have, err
