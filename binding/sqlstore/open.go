@@ -57,7 +57,7 @@ func Open(ctx context.Context, name string, key kme.Secret) (*Store, error) {
 		return nil, err
 	}
 	s := &Store{key: own, macs: tables.Key{Key: rowmac.New(own)}}
-	if path, ok := strings.CutPrefix(name, "sqlite:"); ok {
+	if path := File(name); path != "" {
 		err = s.openSQLite(ctx, path)
 	} else {
 		err = s.openPostgres(ctx, name)
@@ -77,7 +77,7 @@ func Look(ctx context.Context, name string) (there bool, err error) {
 		return false, err
 	}
 	var number int
-	if path, ok := strings.CutPrefix(name, "sqlite:"); !ok {
+	if path := File(name); path == "" {
 		number, err = postgres.Look(ctx, name, known)
 	} else if _, err = os.Stat(path); errors.Is(err, fs.ErrNotExist) {
 		return false, nil
@@ -180,7 +180,7 @@ func Upgrade(ctx context.Context, name, role string) error {
 	if err := CheckName(name); err != nil {
 		return err
 	}
-	if strings.HasPrefix(name, "sqlite:") {
+	if File(name) != "" {
 		return errors.New("only a store in PostgreSQL has roles; one in SQLite is brought up to date when it is opened")
 	}
 	return postgres.Upgrade(ctx, name, role, rights, known)
