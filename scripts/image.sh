@@ -16,7 +16,7 @@ work=$(mktemp -d var/image/XXXXXX)
 trap 'rm -rf "$work"' EXIT
 work=$(realpath "$work")
 if [ ! -e $base ]; then
-	debootstrap --variant=minbase bookworm "$work/debian" "${MIRROR:-http://deb.debian.org/debian}"
+	debootstrap --variant=minbase bookworm "$work/debian" ${MIRROR:+"$MIRROR"}
 	tar -C "$work/debian" -cf "$work/base.tar" .
 	mv "$work/base.tar" $base
 fi
