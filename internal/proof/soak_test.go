@@ -479,6 +479,7 @@ func (s *soak) load() {
 	start := time.Now()
 	series := new(series)
 	var watch sync.WaitGroup
+	watch.Go(func() { s.comeBack(ctx) })
 	watch.Go(func() {
 		for ctx.Err() == nil {
 			series.sample(s.grown)
@@ -492,6 +493,27 @@ func (s *soak) load() {
 	s.result.Seconds, s.result.Attached = time.Since(start).Seconds(), len(s.times.all)
 	s.result.Well, s.result.All = latencyOf(s.times.well), latencyOf(s.times.all)
 	series.flat(s)
+}
+
+// comeBack has subscribers that are bound already come back, as most do in a year: each is seen with its device. What
+// keysvc remembers of them is full within the first minutes of an hour.
+func (s *soak) comeBack(ctx context.Context) {
+	random := mathrand.New(mathrand.NewPCG(s.seed, 1))
+	for ctx.Err() == nil {
+		i := random.IntN(s.bindings) // as fill in binding/sqlstore has it
+		var imsi kme.IMSI
+		var imei kme.IMEI
+		must.Do(s.t, imsi.UnmarshalText(fmt.Appendf(nil, "00101%010d", i*soakRoom)))
+		must.Do(s.t, imei.UnmarshalText(fmt.Append(nil, 35209900000000+i)))
+		e, err := s.grown.hss.CheckEquipment(ctx, imei, imsi)
+		var refused *client.Error
+		if err == nil && e.Status != kmev1.EquipmentStatus_WHITELISTED ||
+			errors.As(err, &refused) && !refused.Temporary() {
+			s.t.Errorf("IMEI %s, IMSI %s: equipment %v, %v", imei, imsi, e.Status, err)
+			return
+		}
+		time.Sleep(time.Millisecond)
+	}
 }
 
 // happen makes events in random order, all of them once at least, until the time is over. In the second half the
