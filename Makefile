@@ -138,6 +138,7 @@ test: check deps-test vaultdev ## what CI runs: check, and all other tests
 	else \
 		echo 'the packages are not installed: it needs root, and the right to mount'; \
 	fi
+	@cd tools/sbom && GOWORK=off go test .
 	$(MAKE) fuzz-plugin-seeds
 
 # It goes on where it ended, and says how long that will take. Results are in var/flaky.

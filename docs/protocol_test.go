@@ -61,8 +61,8 @@ func TestSettingsOfTheExtension(t *testing.T) {
 	}
 	onPage := append(found(page, `(?m)^    #?(\w+) = `), "ca", "cert", "key") // of service = https:
 	slices.Sort(onPage)
-	// A row of a table, as { "vendor", ...; or a comparison, as strcmp(key, "s13").
-	inCode := found(string(code), `(?:\{ |\bkey, )"(\w+)"(?:,|\))`)
+	// A row of a table, as { "vendor", 1, ... or { "open", &conf...; or a comparison, as strcmp(key, "s13").
+	inCode := found(string(code), `(?:\{ |\bkey, )"(\w+)"(?:\)|, [&\d])`)
 	if !slices.Equal(onPage, inCode) || len(inCode) < 15 {
 		t.Errorf("the page has the settings\n%q, and the extension reads\n%q", onPage, inCode)
 	}

@@ -204,6 +204,44 @@ func TestLineState(t *testing.T) {
 	is(Stopped, "the device is overdue now")
 }
 
+// A line without a lot is empty, and says so to its wall screen: without an answer it would be stale.
+func TestEmptyLine(t *testing.T) {
+	s := newShop(t, 4)
+	whole := s.Injection
+	s.Injection = t.TempDir()
+	d := s.open(t)
+	defer d.Close()
+	is := func(want LineState, lots int) {
+		t.Helper()
+		d.mu.Lock()
+		d.status = nil // which is remembered for a second
+		d.mu.Unlock()
+		w := httptest.NewRecorder()
+		d.Handler().ServeHTTP(w, httptest.NewRequest("GET", "/v1/status", nil))
+		var got Status
+		if err := json.Unmarshal(w.Body.Bytes(), &got); err != nil || w.Code != http.StatusOK {
+			t.Fatalf("%d, %v: %s", w.Code, err, w.Body)
+		}
+		if got.State != want || got.Lots == nil || len(got.Lots) != lots || got.Stations == nil || got.Last != nil ||
+			got.PerHour != 0 || got.SecondsLeft != 0 || len(got.Hour) != 60 {
+			t.Errorf("want %s with %d lots: %s", want, lots, w.Body)
+		}
+	}
+	is(Empty, 0)
+	if err := os.Mkdir(filepath.Join(s.Injection, "no-lot"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	is(Empty, 0)
+	if err := os.Rename(filepath.Join(whole, "L1"), filepath.Join(s.Injection, "L1")); err != nil {
+		t.Fatal(err)
+	}
+	is(Stopped, 1) // at the first package, without a restart
+	if err := os.RemoveAll(s.Injection); err != nil {
+		t.Fatal(err)
+	}
+	is(Empty, 0) // no lot was ever made: there is no folder yet
+}
+
 // Whoever runs the line sees what it refused, in the log and as a count, and whether it works.
 func TestRefusalsAreSeen(t *testing.T) {
 	s := newShop(t, 20)
