@@ -92,8 +92,8 @@ func scripts(t *testing.T, dir string, more func(*testscript.Env)) {
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"exits": exits, "faultmodule": faultModule, "nss": nss, "collector": collector, "ready": ready,
-			"json": isJSON, "snapshot": snapshot, "same": same, "small": small, "flip": flip,
-			"truncate": truncate, "thumbprint": thumbprint, "terminal": onTerminal,
+			"json": isJSON, "prints": prints, "set": set, "snapshot": snapshot, "same": same, "small": small,
+			"flip": flip, "truncate": truncate, "thumbprint": thumbprint, "terminal": onTerminal,
 		},
 	})
 }

@@ -1,7 +1,6 @@
 package cmd_test
 
 import (
-	"maps"
 	"os/exec"
 	"path/filepath"
 	"regexp"
@@ -112,21 +111,7 @@ func TestExamples(t *testing.T) {
 	}
 }
 
-// Every command that prints a result takes --json.
-func TestJSONEverywhere(t *testing.T) {
-	// What these print is for a shell, a reader or a log.
-	without := []string{"serve", "station serve", "help", "man", "completion"}
-	for _, program := range []string{"factory", "keysvc", "mesim"} {
-		all := leaves(t, program)
-		for _, command := range slices.Sorted(maps.Keys(all)) {
-			if !slices.Contains(all[command], "--json") && !slices.Contains(without, command) {
-				t.Errorf("%s %s has no --json", program, command)
-			}
-		}
-	}
-}
-
-// The shells' completions ask the program, and offer what it says.
+// What the shells' completions ask the program for.
 func TestCompletion(t *testing.T) {
 	for _, c := range []struct {
 		words []string
@@ -140,18 +125,6 @@ func TestCompletion(t *testing.T) {
 			c.want != "" && !slices.Contains(got, c.want) {
 			t.Errorf("%q: %q, want %q", c.words, got, c.want)
 		}
-	}
-	for shell, loads := range map[string]string{"zsh": "#compdef keysvc", "fish": "complete -c keysvc"} {
-		out, err := exec.Command(filepath.Join(programs.Dir(t), "keysvc"), "completion", shell).Output()
-		if text := string(out); err != nil || !strings.Contains(text, loads) || !strings.Contains(text, "--complete") {
-			t.Errorf("%s: %v, %s", shell, err, out)
-		}
-	}
-	script := `. <(keysvc completion bash); COMP_WORDS=(keysvc lot im) COMP_CWORD=2; _keysvc; echo "${COMPREPLY[@]}"`
-	bash := exec.Command("bash", "-c", script)
-	bash.Env = append(bash.Environ(), "PATH="+programs.Dir(t)+":/usr/bin:/bin")
-	if out, err := bash.CombinedOutput(); err != nil || string(out) != "import\n" {
-		t.Errorf("bash: %q, %v", out, err)
 	}
 }
 

@@ -73,7 +73,7 @@ func TestEveryCall(t *testing.T) {
 	}
 }
 
-func read(t *testing.T, page string) string {
+func read(t testing.TB, page string) string {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join("..", page))
 	if err != nil {

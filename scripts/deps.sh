@@ -12,7 +12,7 @@ Installs, with apt-get, what this machine lacks for a Make target, and nothing e
     plugin      build's, and make, the headers of freeDiameter and libcurl
     packages    demo's and plugin's, and dpkg-dev
     bench       demo's and plugin's, and freeDiameterd, PostgreSQL
-    check       demo's, and shellcheck, groff, age, SQLite's shell, OpenSC (pkcs11-tool and pkcs11-spy.so),
+    check       demo's, and shellcheck, groff, age, zsh, fish, SQLite's shell, OpenSC (pkcs11-tool and pkcs11-spy.so),
                 openCryptoki, p11-kit, NSS softoken
     test        check's, bench's and packages', and lintian, rpm, clang with libFuzzer, tshark, promtool, spin,
                 Chromium, ip
@@ -108,6 +108,8 @@ for_check() {
 	need shellcheck command -v shellcheck
 	need groff-base groff --version
 	need age command -v age
+	need zsh command -v zsh
+	need fish command -v fish
 	need sqlite3 command -v sqlite3
 	need opensc command -v pkcs11-tool
 	need opensc-pkcs11 has_spy

@@ -121,8 +121,8 @@ func initToken(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		return cmdline.Print(c, map[string]any{"created": made.Keys, "token": token.Serial(), "weak": made.Weak,
-			"store_created": made.Store}, func(w io.Writer) {
+		return cmdline.Print(c, map[string]any{"created": made.Keys, "token": token.Serial(),
+			"weak": append([]string{}, made.Weak...), "store_created": made.Store}, func(w io.Writer) {
 			if made.Keys {
 				fmt.Fprintf(w, "made the storage and ledger key in %s\nnext, for each manufacturer: keysvc transport "+
 					"new\n", token)

@@ -120,7 +120,7 @@ func PrintReport(c *cli.Context, r *config.Report) error {
 			wrong++
 		}
 	}
-	result := map[string]any{"config": r.Path, "ok": wrong == 0, "problems": problems}
+	result := map[string]any{"config": r.Path, "ok": wrong == 0, "problems": append([]config.Problem{}, problems...)}
 	err := Print(c, result, func(w io.Writer) {
 		for _, p := range problems {
 			mark := "WRONG  "
