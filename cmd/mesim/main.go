@@ -145,10 +145,16 @@ func payload(c *cli.Context) error {
 		return err
 	}
 	nwSig := m.NWSig()
-	return print(c, map[string]any{"imei": d.IMEI, "lot": d.Lot(), "payload": m.Payload, "nw_sig": nwSig[:]})
+	return print(c, map[string]any{"imei": d.IMEI, "lot": d.Lot(), "payload": m.Payload, "nw_sig": nwSig[:]}, nil)
 }
 
-func print(c *cli.Context, v any) error { return json.NewEncoder(c.App.Writer).Encode(v) }
+// print prints a result, and fails as what gave it did.
+func print(c *cli.Context, v any, failure error) error {
+	if failure != nil {
+		failure = cmdline.Said(failure)
+	}
+	return errors.Join(json.NewEncoder(c.App.Writer).Encode(v), failure)
+}
 
 func attach(c *cli.Context) error {
 	tamper := mesim.Tamper(c.String("tamper"))
@@ -167,7 +173,7 @@ func attach(c *cli.Context) error {
 	run.Report = shown.At
 	result, failure := run.Attach(c.Context, tamper)
 	shown.Close()
-	return errors.Join(print(c, result), failure)
+	return print(c, result, failure)
 }
 
 func load(c *cli.Context) error {
@@ -194,13 +200,13 @@ func load(c *cli.Context) error {
 		if result == nil {
 			return err
 		}
-		return errors.Join(print(c, map[string]any{"attach": result}), err)
+		return print(c, map[string]any{"attach": result}, err)
 	}
 	result, err := run.Load(c.Context, c.Duration("duration"), c.Float64("rate"))
 	if result == nil {
 		return err
 	}
-	return errors.Join(print(c, result), err)
+	return print(c, result, err)
 }
 
 // newRun is one of the devices and the server that the flags name, whose subscriptions count on from imsi.
@@ -219,7 +225,7 @@ func newRun(c *cli.Context, imsi kme.IMSI) (run mesim.Run, err error) {
 	if err != nil {
 		return run, err
 	}
-	run.Devices, err = fleet.Devices(run.First, c.Int("count"))
+	run.Devices, err = fleet.Devices(c.Context, run.First, c.Int("count"))
 	return run, err
 }
 

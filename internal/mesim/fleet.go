@@ -3,6 +3,7 @@ package mesim
 
 import (
 	"bytes"
+	"context"
 	"crypto"
 	"crypto/rsa"
 	"crypto/sha1" // OAEP's parameter, not a signature's
@@ -188,8 +189,8 @@ func (f *Fleet) newest(dir string, line handover.InjectionLine) (handover.Inject
 	}
 }
 
-// Devices injects count devices from the first on; all with count 0.
-func (f *Fleet) Devices(first, count int) (all []*Device, err error) {
+// Devices injects count devices from the first on, until ctx ends; all with count 0.
+func (f *Fleet) Devices(ctx context.Context, first, count int) (all []*Device, err error) {
 	at := 0
 	for line, err := range f.lines() {
 		if err != nil {
@@ -197,6 +198,9 @@ func (f *Fleet) Devices(first, count int) (all []*Device, err error) {
 		}
 		if at++; at <= first {
 			continue
+		}
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
 		}
 		d, err := f.inject(line)
 		if err != nil {
@@ -207,7 +211,8 @@ func (f *Fleet) Devices(first, count int) (all []*Device, err error) {
 		}
 	}
 	if least := max(count, 1); len(all) < least {
-		return nil, fmt.Errorf("there are only %d devices from number %d on, not %d", len(all), first, least)
+		return nil, fmt.Errorf("there are only %d devices from number %d on, not %d: the folder has %d, and the first "+
+			"is number 0", len(all), first, least, at)
 	}
 	return all, nil
 }

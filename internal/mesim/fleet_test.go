@@ -2,7 +2,9 @@ package mesim
 
 import (
 	"bytes"
+	"context"
 	"crypto/ecdsa"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -15,14 +17,20 @@ import (
 func TestDevices(t *testing.T) {
 	l := newLine(t, 4)
 	f := must[*Fleet](t)(l.open())
-	some := must[[]*Device](t)(f.Devices(1, 2))
+	some := must[[]*Device](t)(f.Devices(t.Context(), 1, 2))
 	if len(some) != 2 || some[0].IMEI.String() != "35209900000001" || some[0].Lot() != "L1" {
 		t.Errorf("%+v", some)
 	}
 	for _, c := range []struct{ first, count int }{{4, 0}, {3, 2}, {0, 5}} {
-		if all, err := f.Devices(c.first, c.count); err == nil || !strings.Contains(err.Error(), "there are only") {
+		if all, err := f.Devices(t.Context(), c.first, c.count); err == nil ||
+			!strings.Contains(err.Error(), "there are only") || !strings.Contains(err.Error(), "the folder has 4,") {
 			t.Errorf("from %d on, %d: %v, %v", c.first, c.count, all, err)
 		}
+	}
+	ended, end := context.WithCancel(t.Context())
+	end()
+	if all, err := f.Devices(ended, 0, 0); !errors.Is(err, context.Canceled) {
+		t.Errorf("%v, %v", all, err)
 	}
 	imei := some[1].IMEI
 	if d := must[*Device](t)(f.Find(imei)); !d.key.Public().(*ecdsa.PublicKey).Equal(l.devices[imei]) {
@@ -100,7 +108,7 @@ func TestFleetRefused(t *testing.T) {
 				func(name string, data []byte) { l.write(t, name, data) })
 			f, err := l.open()
 			if err == nil {
-				_, err = f.Devices(0, 0)
+				_, err = f.Devices(t.Context(), 0, 0)
 			}
 			if err == nil || !strings.Contains(err.Error(), c.want) {
 				t.Errorf("%v, want %q", err, c.want)

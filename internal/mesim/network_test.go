@@ -109,7 +109,7 @@ func (l *line) open() (*Fleet, error) { return OpenFleet(l.dir, l.fixtureKey, []
 func (l *line) run(t testing.TB, n Network) Run {
 	t.Helper()
 	return Run{
-		Network: n, Devices: must[[]*Device](t)(must[*Fleet](t)(l.open()).Devices(0, 0)),
+		Network: n, Devices: must[[]*Device](t)(must[*Fleet](t)(l.open()).Devices(t.Context(), 0, 0)),
 		FirstIMSI: must[kme.IMSI](t)(kme.ParseIMSI("001010000000000")), Concurrency: 1,
 	}
 }

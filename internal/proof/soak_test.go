@@ -211,7 +211,7 @@ func newSoak(t *testing.T, store string) *soak {
 		must.Do(t, os.WriteFile(ready, nil, 0o600))
 	}
 	fleet := must.Get[*mesim.Fleet](t)(s.fleet("L1"))
-	s.devices = must.Get[[]*mesim.Device](t)(fleet.Devices(0, 0))
+	s.devices = must.Get[[]*mesim.Device](t)(fleet.Devices(s.t.Context(), 0, 0))
 	s.next.Store(mathrand.Int64N(int64(s.bindings) * (soakRoom - 1)))
 	return s
 }
@@ -674,7 +674,7 @@ func (s *soak) revokeBinding() {
 func (s *soak) revokeDevice() {
 	s.importLot(func() { must.Do(s.t, s.grown.process.Load().Cmd.Process.Signal(syscall.SIGHUP)) })
 	lot := s.lot()
-	d := must.Get[[]*mesim.Device](s.t)(must.Get[*mesim.Fleet](s.t)(s.fleet(lot)).Devices(1, 1))[0]
+	d := must.Get[[]*mesim.Device](s.t)(must.Get[*mesim.Fleet](s.t)(s.fleet(lot)).Devices(s.t.Context(), 1, 1))[0]
 	s.run(s.factory, "factory", "lot", "revoke", lot, d.IMEI.String(), "--reason", "stolen", "--yes", "--directory",
 		s.directory)
 	m := must.Get[*mesim.Message](s.t)(d.Message(kme.IMSI{}))
@@ -696,7 +696,7 @@ func (s *soak) importLot(reload func()) {
 	s.makeLot(lotOf{s.lot(), "tr33868-ecdsa-p256", fmt.Sprintf("3510%04d", len(number)), 2048, 4})
 	s.grant(s.grown, s.lot())
 	reload()
-	d := must.Get[[]*mesim.Device](s.t)(must.Get[*mesim.Fleet](s.t)(s.fleet(s.lot())).Devices(0, 1))[0]
+	d := must.Get[[]*mesim.Device](s.t)(must.Get[*mesim.Fleet](s.t)(s.fleet(s.lot())).Devices(s.t.Context(), 0, 1))[0]
 	testproc.Await(s.t, "a device of the new lot is known", func() bool {
 		err := s.attach(s.t.Context(), s.grown.hss, d, false,
 			func(b told) { s.mu.Lock(); s.told = append(s.told, b); s.mu.Unlock() })

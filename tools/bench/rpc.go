@@ -137,7 +137,7 @@ func (b *bench) attached(hss *client.Client) (all []kme.IMSI, of map[kme.IMSI]km
 	if err != nil {
 		return nil, nil, err
 	}
-	devices, err := fleet.Devices(0, active)
+	devices, err := fleet.Devices(b.ctx, 0, active)
 	if err != nil {
 		return nil, nil, err
 	}

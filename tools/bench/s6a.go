@@ -132,7 +132,7 @@ func (s *s6aBench) prepare() error {
 	in := func(name string) string { return filepath.Join(s.bench.dir, name) }
 	fleet, err := mesim.OpenFleet(in("injection-2048"), in("fixture.key"), []string{in("fixture-enrolment.json")})
 	if err == nil {
-		s.devices, err = fleet.Devices(0, 0)
+		s.devices, err = fleet.Devices(s.ctx, 0, 0)
 	}
 	return err
 }
