@@ -38,6 +38,15 @@ const (
 	loginTimeout  = time.Minute
 )
 
+// ErrSettings is in an error that no Vault is needed for: the environment or the login is not what it must be.
+var ErrSettings = errors.New("Vault is not named, or the login to it, as it must be")
+
+// settings marks an error as one of ErrSettings, and leaves its text.
+type settings struct{ error }
+
+func (s settings) Is(target error) bool { return target == ErrSettings }
+func (s settings) Unwrap() error        { return s.error }
+
 // Validate refuses a login that is not one of the three ways.
 func (l Login) Validate() error {
 	appRole := l.RoleID != "" || l.SecretIDFile != ""
@@ -57,21 +66,23 @@ func (l Login) Validate() error {
 // happens to it, never a token.
 func Connect(ctx context.Context, l Login, log *slog.Logger) (*api.Client, error) {
 	if err := l.Validate(); err != nil {
-		return nil, err
+		return nil, settings{err}
 	}
 	config := api.DefaultConfig()
 	if config.Error != nil {
-		return nil, fmt.Errorf("the environment for Vault: %w", config.Error)
+		return nil, environment(config.Error)
 	}
 	config.MaxRetries = 5
 	config.MinRetryWait, config.MaxRetryWait = 100*time.Millisecond, 2*time.Second
 	client, err := api.NewClient(config)
-	if err != nil {
-		return nil, fmt.Errorf("the environment for Vault: %w", err)
+	if _, perr := url.Parse(config.Address); perr != nil {
+		return nil, noAddress(config.Address)
+	} else if err != nil {
+		return nil, environment(err)
 	}
 	own, err := url.Parse(client.Address())
-	if err != nil {
-		return nil, fmt.Errorf("the environment for Vault: %w", err)
+	if err != nil || own.Host == "" || own.Scheme != "http" && own.Scheme != "https" {
+		return nil, noAddress(client.Address())
 	}
 	client.SetCheckRetry(retryPolicy(own.Host))
 	s := &session{client: client, login: l, log: log}
@@ -103,6 +114,13 @@ func Connect(ctx context.Context, l Login, log *slog.Logger) (*api.Client, error
 		s.keep(ctx, secret)
 	}()
 	return client, nil
+}
+
+// environment is an error of what the environment says of Vault.
+func environment(err error) error { return settings{fmt.Errorf("the environment for Vault: %w", err)} }
+
+func noAddress(text string) error {
+	return environment(fmt.Errorf("VAULT_ADDR is http://HOST:PORT or https://HOST:PORT, not %q", text))
 }
 
 // patient is a client as the session's, for a login.
@@ -179,7 +197,7 @@ func (s *session) token(ctx context.Context) (secret *api.Secret, err error) {
 // ownToken looks at the environment's token: one that can be renewed is, as the login's would be.
 func (s *session) ownToken(ctx context.Context) (*api.Secret, error) {
 	if s.client.Token() == "" {
-		return nil, errors.New("no login to Vault: set VAULT_TOKEN, or log in by AppRole or by certificate")
+		return nil, settings{errors.New("no login to Vault: set VAULT_TOKEN, or log in by AppRole or by certificate")}
 	}
 	client, err := s.patient()
 	if err != nil {
@@ -210,7 +228,7 @@ func (s *session) readSecretID(ctx context.Context) (string, error) {
 	}
 	b, err := os.ReadFile(s.login.SecretIDFile)
 	if err != nil {
-		return "", fmt.Errorf("the AppRole's secret id: %w", err)
+		return "", settings{fmt.Errorf("the AppRole's secret id: %w", err)}
 	}
 	id := strings.TrimSpace(string(b))
 	if s.login.Wrapped {
@@ -238,9 +256,10 @@ func (s *session) readSecretID(ctx context.Context) (string, error) {
 func loginError(err error) error {
 	var r *api.ResponseError
 	if !errors.As(err, &r) {
-		return fmt.Errorf("log in to Vault: %w: %w", directory.ErrUnavailable, err)
+		return fmt.Errorf("log in to Vault: %w: %w: see that it runs, and that VAULT_ADDR is its address",
+			directory.ErrUnavailable, err)
 	}
-	reason := strings.Join(r.Errors, "; ")
+	reason := reasons(r)
 	if r.StatusCode >= 500 || r.StatusCode == 429 {
 		return fmt.Errorf("log in to Vault: %w (%d): %s", directory.ErrUnavailable, r.StatusCode, reason)
 	}

@@ -163,6 +163,14 @@ func (s *Store) checkMount(ctx context.Context) error {
 	return nil
 }
 
+// reasons is why Vault refuses something. What another server answers, as HTML, is left out.
+func reasons(r *api.ResponseError) string {
+	if r.RawError {
+		return "what answers there is no Vault: see that VAULT_ADDR is its address"
+	}
+	return strings.Join(r.Errors, "; ")
+}
+
 func statusOf(err error) int {
 	if r, ok := errors.AsType[*api.ResponseError](err); ok {
 		return r.StatusCode
@@ -196,7 +204,7 @@ func (s *Store) explain(err error, what, path string) error {
 		}
 		return err
 	}
-	reasons := strings.Join(r.Errors, "; ")
+	reasons := reasons(r)
 	switch {
 	case r.StatusCode == http.StatusForbidden:
 		return fmt.Errorf("this token may not %s %s in Vault (403): its policy must have that path on mount %s (see "+

@@ -142,7 +142,7 @@ func injectionDir(c *cli.Context, flag string) string {
 // writeOut writes a file for another party and says so.
 func writeOut(c *cli.Context, data []byte, result map[string]any, format string, args ...any) error {
 	if err := cmdline.WriteNew(c.String("out"), data, 0o600); err != nil {
-		return fmt.Errorf("the file cannot be written: %w", err)
+		return err
 	}
 	return printOut(c, "wrote", result, format, args...)
 }

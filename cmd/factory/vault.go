@@ -33,7 +33,7 @@ func vaultSetup(c *cli.Context) error {
 	}
 	client, err := vaultstore.Connect(c.Context, cmdline.VaultLogin(c), cmdline.StderrLog(c))
 	if err != nil {
-		return err
+		return cmdline.VaultError(err)
 	}
 	steps, err := vaultstore.Setup(c.Context, client, mount, c.Bool("dry-run"))
 	if err != nil {

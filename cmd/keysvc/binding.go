@@ -275,18 +275,26 @@ func bindingExplain(c *cli.Context) error {
 // perhapsDevice says so of a number of no known subscription that is the IMEI of a device here. It may still be an
 // IMSI.
 func perhapsDevice(c *cli.Context, s *sqlstore.Store, e *explain.Subscription) error {
-	imei, err := kme.ParseIMEI(e.IMSI.String())
-	if err != nil {
-		return nil
+	imei, lot, err := deviceOf(c, s, e.IMSI)
+	if lot != "" {
+		e.Says = append(e.Says, fmt.Sprintf("It is the IMEI of a device of lot %s, too.", lot))
+		e.Next = append(e.Next, "if the device is meant: "+ofDevice(imei))
+	}
+	return err
+}
+
+// deviceOf is the device of an imported lot whose IMEI has an IMSI's digits; lot is empty if there is none.
+func deviceOf(c *cli.Context, s *sqlstore.Store, imsi kme.IMSI) (imei kme.IMEI, lot string, err error) {
+	if imei, err = kme.ParseIMEI(imsi.String()); err != nil {
+		return imei, "", nil
 	}
 	lots, err := s.Lots(c.Context)
 	for _, l := range lots {
 		if _, has := l.Manifest.Position(imei); has {
-			e.Says = append(e.Says, fmt.Sprintf("It is the IMEI of a device of lot %s, too.", l.Manifest.Lot))
-			e.Next = append(e.Next, "if the device is meant: "+ofDevice(imei))
+			lot = l.Manifest.Lot
 		}
 	}
-	return err
+	return imei, lot, err
 }
 
 // ofDevice are the commands that tell of a device what others tell of a subscription.
@@ -445,6 +453,15 @@ func bindingOpen(c *cli.Context) error {
 		a, err := binding.NewOpened(imsi, time.Now(), c.Duration("ttl"))
 		if err != nil {
 			return cmdline.Usage(err)
+		}
+		// An IMSI that is not bound needs no opening: its next vector opens an attempt.
+		if sub, err := s.Subscription(c.Context, imsi, time.Now()); err == nil && sub.Latest() == nil {
+			if imei, lot, err := deviceOf(c, s, imsi); err != nil {
+				return err
+			} else if lot != "" {
+				return cmdline.Usagef("%s is the IMEI of a device of lot %s, and no IMSI that is bound: %s", imsi, lot,
+					ofDevice(imei))
+			}
 		}
 		if err := s.OpenAttempt(c.Context, *a); err != nil {
 			return err

@@ -188,6 +188,7 @@ func TestOpenRefuses(t *testing.T) {
 		"relative PIN": {base + "&pin-source=pin", "absolute"},
 		"empty PIN":    {base + "&pin-source=" + file("empty", "\n", 0o600), "empty"},
 		"open PIN":     {base + "&pin-source=" + file("open", tok.PIN, 0o644), "chmod 0600"},
+		"PIN folder":   {base + "&pin-source=file:" + dir, "is a folder: name the file in it"},
 		"wrong PIN":    {base + "&pin-source=" + file("wrong", tok.PIN+"9", 0o600), "refused the PIN"},
 	} {
 		t.Run(name, func(t *testing.T) {

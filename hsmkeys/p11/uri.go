@@ -109,6 +109,9 @@ func ReadPIN(source string) (_ PIN, err error) {
 	if err != nil {
 		return "", fmt.Errorf("the PIN cannot be read: %w", err)
 	}
+	if info.IsDir() {
+		return "", fmt.Errorf("the PIN file %s is a folder: name the file in it", path)
+	}
 	if info.Mode().Perm()&0o007 != 0 {
 		return "", fmt.Errorf("the PIN file %s is open to every user of the machine (mode %04o): chmod 0600 it, and "+
 			"change the PIN if others had access", path, info.Mode().Perm())

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"iter"
 	"os"
 	"os/signal"
@@ -100,6 +101,10 @@ func (p Program) Run(ctx context.Context, args []string) int {
 	text := err.Error()
 	if ctx.Err() != nil { // by a signal
 		text = strings.ReplaceAll(text, context.Canceled.Error(), "interrupted")
+	}
+	text = strings.Join(slices.Compact(strings.Split(text, "\n")), "\n") // of several who were interrupted
+	if errors.Is(err, fs.ErrPermission) {
+		text += ": this user may not; run it as the one whose file that is"
 	}
 	fmt.Fprintf(app.ErrWriter, "%s: %s\n", app.Name, text)
 	if slices.Contains(args, "--json") && !errors.As(err, new(saidError)) {
@@ -311,6 +316,11 @@ func flagsFirst(app *cli.App, args []string) []string {
 		}
 	}
 	collect(app.Commands)
+	isFlag := func(word string) bool {
+		name, long := strings.CutPrefix(word, "--")
+		_, known := takesValue[name]
+		return long && known
+	}
 
 	var words, flags, rest []string
 	commands := app.Commands
@@ -326,8 +336,10 @@ func flagsFirst(app *cli.App, args []string) []string {
 		}
 		if name := strings.TrimLeft(a, "-"); len(a) > 1 && a[0] == '-' {
 			flags = append(flags, a)
-			if takesValue[name] && i+1 < len(args) {
-				i++
+			if takesValue[name] {
+				if i++; i == len(args) || isFlag(args[i]) {
+					return slices.Concat(args[:1], words, []string{a}) // what misses its value
+				}
 				flags = append(flags, args[i])
 			}
 			continue
@@ -431,6 +443,9 @@ func ReadFile(path string) ([]byte, error) {
 		return nil, err
 	}
 	defer f.Close()
+	if info, err := f.Stat(); err == nil && info.IsDir() {
+		return nil, fmt.Errorf("%s is a folder: name a file in it", path)
+	}
 	data, err := io.ReadAll(io.LimitReader(f, limit+1))
 	if err == nil && len(data) > limit {
 		err = fmt.Errorf("%s is larger than any file of ours", path)

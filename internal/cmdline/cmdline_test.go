@@ -34,7 +34,8 @@ func TestFlagsFirst(t *testing.T) {
 		"p lot create --json L1 --tac=1": "p lot create --json --tac=1 L1",
 		"p lot create L1 -t 1":           "p lot create -t 1 L1",
 		"p lot create L1 --first -1":     "p lot create --first -1 L1",
-		"p lot create L1 --tac":          "p lot create --tac L1",
+		"p lot create L1 --tac":          "p lot create --tac", // whose value is missing
+		"p lot create L1 --tac --json":   "p lot create --tac",
 		"p lot create L1 --none x":       "p lot create --none L1 x",
 		"p lot create create":            "p lot create create",
 		"p lot create --json -- --tac 1": "p lot create --json -- --tac 1",

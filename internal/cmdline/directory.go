@@ -2,6 +2,7 @@ package cmdline
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"path/filepath"
@@ -79,14 +80,19 @@ func OpenDirectory(
 	if kind == "file" {
 		return filestore.Open(where)
 	}
-	if err := login.Validate(); err != nil {
-		return nil, Usage(err)
-	}
 	client, err := vaultstore.Connect(ctx, login, log)
 	if err != nil {
-		return nil, err
+		return nil, VaultError(err)
 	}
 	return vaultstore.New(client, where), nil
+}
+
+// VaultError is an error of vaultstore.Connect. One of the environment or the login is an error of usage.
+func VaultError(err error) error {
+	if errors.Is(err, vaultstore.ErrSettings) {
+		return Usage(err)
+	}
+	return err
 }
 
 // AbsoluteDirectory is the same directory by a name that does not depend on the working folder.

@@ -20,7 +20,10 @@ func WriteNew(path string, data []byte, perm os.FileMode) error {
 	if err := CheckNew(path); err != nil {
 		return err
 	}
-	return durable.WriteFile(path, data, perm)
+	if err := durable.WriteFile(path, data, perm); err != nil {
+		return fmt.Errorf("the file cannot be written; make room, or name another with --out: %w", err)
+	}
+	return nil
 }
 
 // CheckNew fails if there is a file, or no folder for it. It comes before work whose result is never the same twice.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -44,6 +45,7 @@ func run(t *testing.T, args ...string) (code int, stdout, stderr string) {
 				{Name: "ends", Subcommands: []*cli.Command{
 					ends("failed", errors.New("failed")), ends("usage", Usagef("usage")),
 					ends("partial", Partial(errors.New("partial"))),
+					ends("denied", &fs.PathError{Op: "open", Path: "x", Err: fs.ErrPermission}),
 				}},
 			}},
 		Config: &Config{Program: "p", Defaults: func(path string) (any, *config.Report) {
@@ -66,6 +68,7 @@ func TestExitCodes(t *testing.T) {
 		{"ends failed", 1, "p: failed"},
 		{"ends usage", 2, "p: usage"},
 		{"ends partial", 3, "p: partial"},
+		{"ends denied", 1, "p: open x: permission denied: this user may not; run it as the one whose file that is"},
 		{"shwo", 2, `there is no command "shwo" (did you mean show?)`},
 		{"zebra", 2, `there is no command "zebra"; see p --help`},
 		{"ends faild", 2,
@@ -76,6 +79,9 @@ func TestExitCodes(t *testing.T) {
 		{"show --tokn x", 2, `there is no flag --tokn (did you mean --token?); see p show --help`},
 		{"show --zebra", 2, `there is no flag --zebra; see p show --help`},
 		{"show --count many", 2, "many"},
+		{"show x --count", 2, "--count needs a value; see p show --help"},
+		{"show --own --count 1", 2, "--own needs a value; see p show --help"},
+		{"show --own --strange", 0, ""},
 		{"show x", 2, "takes no arguments"},
 		{"completion tcsh", 2, "bash, zsh and fish"},
 		{"show --config none.yaml", 2, "none.yaml: the configuration cannot be read"},

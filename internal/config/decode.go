@@ -62,7 +62,7 @@ func (d decoder) document(data []byte, to reflect.Value) {
 	case errors.Is(err, io.EOF): // an empty one
 		return
 	case err != nil:
-		d.Add("", err.Error(), "")
+		d.Add("", err.Error(), "each setting is key: value, indented by spaces and not by tabs")
 		return
 	case y.Decode(&more) != io.EOF:
 		d.at(more.Line, "", "there is a second document, after ---", "put all settings into one")

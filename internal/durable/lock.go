@@ -46,6 +46,7 @@ func LockFile(path string, held func(holder string) error) (unlock func(), err e
 	host, _ := os.Hostname()
 	text := fmt.Sprintf("process %d on %s, since %s\n", os.Getpid(), host, time.Now().Format(time.RFC3339))
 	if err := errors.Join(f.Truncate(0), first(f.WriteAt([]byte(text), 0))); err != nil {
+		os.Remove(path)
 		f.Close()
 		return nil, fmt.Errorf("%s cannot be locked: %w", filepath.Dir(path), err)
 	}

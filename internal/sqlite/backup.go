@@ -77,6 +77,7 @@ func workFolder(to string) (folder string, remove func() error, err error) {
 	}
 	unlock, err := durable.Lock(folder)
 	if err != nil {
+		os.Remove(folder) // only an empty one goes
 		return "", nil, err
 	}
 	left, err := os.ReadDir(folder)
