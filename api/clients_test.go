@@ -18,6 +18,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -346,29 +347,29 @@ func TestReadyOnceASecond(t *testing.T) {
 			return []string{"one is away"}, nil
 		},
 	})
-	start := time.Now()
-	var all sync.WaitGroup
-	for range 16 {
-		all.Go(func() {
-			for time.Since(start) < 2*time.Second {
-				for method, path := range map[string]string{"GET": "/readyz", "POST": health} {
-					r := httptest.NewRequest(method, path, strings.NewReader(`{}`))
-					r.Header.Set("Content-Type", "application/json")
-					w := httptest.NewRecorder()
-					handler.ServeHTTP(w, r)
-					if w.Code != http.StatusOK || method == "GET" && w.Body.String() != "ready\nbut one is away\n" {
-						t.Errorf("%s: %d %s", path, w.Code, w.Body)
-						return
+	synctest.Test(t, func(t *testing.T) {
+		for tenth := range 21 {
+			var all sync.WaitGroup
+			for range 16 {
+				all.Go(func() {
+					for method, path := range map[string]string{"GET": "/readyz", "POST": health} {
+						r := httptest.NewRequest(method, path, strings.NewReader(`{}`))
+						r.Header.Set("Content-Type", "application/json")
+						w := httptest.NewRecorder()
+						handler.ServeHTTP(w, r)
+						if w.Code != http.StatusOK || method == "GET" && w.Body.String() != "ready\nbut one is away\n" {
+							t.Errorf("%s: %d %s", path, w.Code, w.Body)
+						}
 					}
-				}
+				})
 			}
-		})
-	}
-	all.Wait()
-	took := time.Since(start)
-	if n := asked.Load(); n < 2 || n > 1+int64(took/time.Second) {
-		t.Errorf("asked %d times in %v", n, took)
-	}
+			all.Wait()
+			if n := asked.Load(); n != int64(1+tenth/10) {
+				t.Errorf("asked %d times in %d tenths of a second", n, tenth)
+			}
+			time.Sleep(time.Second / 10)
+		}
+	})
 }
 
 // An IMSI is of the longest PLMN that the configuration names, for whichever client.

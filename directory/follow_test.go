@@ -80,9 +80,9 @@ func TestFollow(t *testing.T) {
 	files, m := newLot(t, s, "L1")
 	store := &hanging{Store: files}
 	otherFiles, om := newLot(t, other, "L1")
-	const timeout = 100 * time.Millisecond
+	const timeout = time.Second
 	r := following(t, store, s, ReaderOptions{ReadTimeout: timeout}, m)
-	or := following(t, otherFiles, other, ReaderOptions{ReadTimeout: timeout}, om)
+	or := following(t, otherFiles, other, ReaderOptions{ReadTimeout: testproc.Patience}, om)
 	testproc.Await(t, "the lists are there", func() bool { return r.has("L1") && or.has("L1") })
 	if _, err := r.Device(ctx, m, m.IMEI(0)); err != nil {
 		t.Fatal(err)

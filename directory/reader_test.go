@@ -15,6 +15,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/internal/testkeys"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -201,13 +202,10 @@ func TestReaderMissingShard(t *testing.T) {
 		t.Errorf("a missing shard was asked for %d times in %s", n, took)
 	}
 	publish(t, files, s, m)
-	for start := time.Now(); ; time.Sleep(20 * time.Millisecond) {
-		if _, err := r.Device(t.Context(), m, m.IMEI(0)); err == nil {
-			break
-		} else if time.Since(start) > 10*time.Second {
-			t.Fatal("a shard published since is never found: ", err)
-		}
-	}
+	testproc.Await(t, "a shard published since is found", func() bool {
+		_, err := r.Device(t.Context(), m, m.IMEI(0))
+		return err == nil
+	})
 	// What may pass is not remembered.
 	store.down.Store(true)
 	if _, err := r.Device(t.Context(), m, m.IMEI(4)); !errors.Is(err, errDown) {

@@ -1,7 +1,6 @@
 package hsmkeys
 
 import (
-	"crypto/rand"
 	"crypto/rsa"
 	"errors"
 	"strconv"
@@ -11,12 +10,13 @@ import (
 
 	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
+	"github.com/kmehsm/kmehsm/internal/testkeys"
 )
 
 // After RememberLotKeys no lot's key is looked for; but two of one name are refused as before.
 func TestRememberLotKeys(t *testing.T) {
 	token := newOperator(t)
-	key := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048))
+	key := must[*rsa.PrivateKey](t)(testkeys.RSA(2048))
 	lot := func(i int) Key { return Key{Role: RoleLot, Manufacturer: manufacturer, Name: "L" + strconv.Itoa(i)} }
 	for i := range 3 {
 		importLot(t, token, lot(i), key)

@@ -24,6 +24,7 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/internal/testkeys"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -46,7 +47,7 @@ func granted(t testing.TB, payloads int) (tok softhsmtest.Tok, all []hsmkeys.Pay
 		must[[]byte](t)(rsa.EncryptOAEP(sha1.New(), rand.Reader, transport, value, nil))); err != nil {
 		t.Fatal(err)
 	}
-	key := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048))
+	key := must[*rsa.PrivateKey](t)(testkeys.RSA(2048))
 	must[bool](t)(token.UnwrapLotKey(ctx, lot, kek, must[[]byte](t)(must[*subtle.KWP](t)(subtle.NewKWP(value)).
 		Wrap(must[[]byte](t)(x509.MarshalPKCS8PrivateKey(key)))), &key.PublicKey))
 	device := must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
