@@ -91,9 +91,15 @@ func (s *Server) start(t testing.TB, listen string, more ...string) {
 		t.Fatal("a test that needs Vault says so in its name: make check leaves it out")
 	}
 	_, here, _, _ := runtime.Caller(0)
-	program := filepath.Join(filepath.Dir(here), "..", "..", "bin", "vaultrun")
-	if _, err := os.Stat(program); err != nil {
+	root := filepath.Join(filepath.Dir(here), "..", "..")
+	program := filepath.Join(root, "bin", "vaultrun")
+	// Not by package os: then go test would keep no result of these tests, since make vaultdev gives the program a new
+	// time even if it leaves it as it is. The sources are what a result depends on.
+	if err := syscall.Access(program, 1); err != nil {
 		t.Fatal("there is no bin/vaultrun: run make vaultdev")
+	}
+	for _, sources := range []string{"vaultrun", "vaultdev"} {
+		must.Get[[]os.DirEntry](t)(os.ReadDir(filepath.Join(root, "tools", sources)))
 	}
 	cmd := exec.Command(program, slices.Concat([]string{"-listen", listen, "-dir", s.Dir, "-log-level", "error"},
 		s.flags, more)...)
