@@ -3,7 +3,7 @@
 package faultmodule
 
 import (
-	_ "embed"
+	"embed"
 	"encoding/binary"
 	"fmt"
 	"os"
@@ -15,8 +15,8 @@ import (
 	"time"
 )
 
-//go:embed module/fault.c
-var source string
+//go:embed module
+var source embed.FS
 
 // A Module is a built one. The process that loads it must have Env in its environment.
 type Module struct {
@@ -34,9 +34,21 @@ func Build(dir, path string) (*Module, error) {
 	if err != nil {
 		return nil, err
 	}
-	cmd := exec.Command("gcc", "-std=gnu11", "-O2", "-Wall", "-Wno-cast-function-type", "-fPIC", "-shared",
-		"-fvisibility=hidden", "-I", include, "-x", "c", "-", "-o", m.Path, "-ldl", "-pthread")
-	cmd.Stdin = strings.NewReader(source)
+	sources, err := os.MkdirTemp(dir, "")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(sources)
+	if err := os.CopyFS(sources, source); err != nil {
+		return nil, err
+	}
+	files, err := filepath.Glob(filepath.Join(sources, "module", "*.c"))
+	if err != nil {
+		return nil, err
+	}
+	args := append([]string{"-std=gnu11", "-O2", "-Wall", "-Wno-cast-function-type", "-fPIC", "-shared",
+		"-fvisibility=hidden", "-I", include, "-o", m.Path}, files...)
+	cmd := exec.Command("gcc", append(args, "-ldl", "-pthread")...)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("gcc: %w: %s", err, out)
 	}
@@ -132,7 +144,8 @@ func (m *Module) Figures() (f Figures) {
 		}
 		return 0
 	}
-	return Figures{at(0), at(1), at(2), time.Duration(at(3)), at(4), at(5), at(6), at(7), at(8)}
+	return Figures{Longest: at(0), Decryptions: at(1), Replayed: at(2), Idle: time.Duration(at(3)),
+		MostSessions: at(4), MostObjects: at(5), Refused: at(6), Sessions: at(7), Objects: at(8)}
 }
 
 // Of says how many calls an operation makes by way of the module, by function, and how many of them come one after the

@@ -10,7 +10,12 @@
  *   conf.c      the configuration
  *   tap.c       how messages are taken and given back
  *   s6a.c       what becomes of them: the procedure
- *   service.c   the calls of keysvc
+ *   s13.c       the same of what an equipment identity register is asked
+ *   request.c   what a request says, and how it is refused
+ *   message.c   how messages are read, and answers made
+ *   service.c   the calls of keysvc: which instance gets which, and what becomes of it
+ *   stream.c    their requests, by libcurl
+ *   calls.c     their messages, of kme.proto
  *   kme.c       the beginning, the end, counters and the log
  *
  * An operator's log may show errors only (Open5GS's does), so all that an operator is to see is logged as one.

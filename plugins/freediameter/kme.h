@@ -68,7 +68,7 @@ struct job {
 	enum kind kind;
 	struct msg *msg;
 	enum verdict (*step)(struct job *j);
-	/* below here, s6a.c's own: what the request says */
+	/* below here, the procedure's own: what the request says */
 	char imsi[16], origin[MAX_ORIGIN + 1];
 	int announced, may_provision, legacy, no_provisioning;
 	uint8_t *rands[KME_RANDS];	/* in the message, or to be so */
@@ -78,7 +78,7 @@ struct job {
 int tap_start(void);	/* from here on, messages are taken */
 void tap_end(void);	/* nobody else runs in here, or has a message of the host, when it returns */
 
-/* s6a.c */
+/* s6a.c, and s6a_refuse() of message.c */
 
 int s6a_takes(struct msg *m, int request);
 enum verdict s6a_request(struct job *j);

@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * A target of libFuzzer: what s6a.c does with messages from the wire, and service.c with replies of the service. The
+ * A target of libFuzzer: what s6a.c does with messages from the wire, and stream.c with replies of the service. The
  * first two bytes say which; the calls of the service are answered here, as they say.
  */
 #define kme_start	real_start
 #include "../service.c"
+#include "../stream.c"
 #undef kme_start
 
 #include "../kme.h"
@@ -21,7 +22,7 @@ int kme_start(struct kme_call *c)
 		return 0;	/* it has been refused */
 	if (c->request.full)
 		abort();	/* KME_CALL is too little */
-	reply_is(r, (enum kme_status)(choice % (KME_BUSY + 1)), "a reason");
+	kme_reply_is(r, (enum kme_status)(choice % (KME_BUSY + 1)), "a reason");
 	r->control = choice & 8 ? KME_PREPROCESSED : KME_PROVISIONING_ONLY;
 	if (r->control == KME_PROVISIONING_ONLY)
 		memcpy(r->attempt, "attempt", 8);
