@@ -19,6 +19,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -92,8 +93,8 @@ func scripts(t *testing.T, dir string, more func(*testscript.Env)) {
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"exits": exits, "faultmodule": faultModule, "nss": nss, "collector": collector, "ready": ready,
-			"json": isJSON, "prints": prints, "set": set, "snapshot": snapshot, "same": same, "small": small,
-			"flip": flip, "truncate": truncate, "thumbprint": thumbprint, "terminal": onTerminal,
+			"json": isJSON, "prints": prints, "set": set, "appears": appears, "snapshot": snapshot, "same": same,
+			"small": small, "flip": flip, "truncate": truncate, "thumbprint": thumbprint, "terminal": onTerminal,
 		},
 	})
 }
@@ -166,6 +167,20 @@ func ready(ts *testscript.TestScript, _ bool, args []string) {
 		}
 	}
 	ts.Fatalf("%s does not become ready", args[0])
+}
+
+// appears FILE PATTERN waits until a file has it.
+func appears(ts *testscript.TestScript, _ bool, args []string) {
+	pattern := regexp.MustCompile(args[1])
+	for deadline := time.Now().Add(testproc.Patience); ; time.Sleep(20 * time.Millisecond) {
+		text, err := os.ReadFile(ts.MkAbs(args[0]))
+		if err == nil && pattern.Match(text) {
+			return
+		}
+		if time.Now().After(deadline) {
+			ts.Fatalf("there is no %s in %s: %v\n%s", pattern, args[0], err, text)
+		}
+	}
 }
 
 // json demands that standard output was one JSON document.
