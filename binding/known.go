@@ -24,24 +24,47 @@ type Known struct {
 	Unknown      error            // why nobody knows whether there are any
 }
 
+// ReadKnown reads what a store has of an IMSI, and adds its last refusal. doubts gives the doubts about a binding that
+// stands.
+func ReadKnown(
+	ctx context.Context, store Store, imsi kme.IMSI, refused *refusals.Past, now time.Time,
+	doubts func(context.Context, registry.Basis) ([]registry.Doubt, error),
+) (k Known, err error) {
+	k = Known{IMSI: imsi, Refused: refused}
+	k.Subscription, err = store.Subscription(ctx, imsi, now)
+	if k.Damaged = Damage(err); k.Damaged != nil {
+		return k, nil
+	}
+	if err == nil {
+		k.History, err = store.History(ctx, imsi.String())
+	}
+	if err == nil && k.Subscription.Standing() != nil {
+		k.Doubts, k.Unknown = doubts(ctx, k.Subscription.Standing().Basis())
+	}
+	return k, err
+}
+
+// Nothing says whether nothing is known of the IMSI: it was never bound, nor refused.
+func (k Known) Nothing() bool {
+	return k.Damaged == nil && k.Subscription.Latest() == nil && len(k.History) == 0 && k.Refused == nil
+}
+
 // Known is for a reader who is no administrator: it lacks the cause of the last refusal, which could make its reader an
 // oracle about payloads.
 func (s *Service) Known(ctx context.Context, imsi kme.IMSI) (k Known, err error) {
-	k = Known{IMSI: imsi, Refused: s.refusals.Of(imsi)}
-	if k.Refused != nil {
-		k.Refused.Cause = ""
+	refused := s.refusals.Of(imsi)
+	if refused != nil {
+		refused.Cause = ""
 	}
-	k.Subscription, err = s.store.Subscription(ctx, imsi, s.times.Now())
-	if k.Damaged = Damage(err); err == nil {
-		k.History, err = s.store.History(ctx, imsi.String())
-	}
-	if err != nil && k.Damaged == nil {
-		return k, s.failed(ctx, "get", imsi, fromStore(ctx, err))
-	}
-	if k.Damaged == nil && k.Subscription.Standing() != nil {
+	k, err = ReadKnown(ctx, s.store, imsi, refused, s.times.Now(), func(
+		ctx context.Context, b registry.Basis,
+	) ([]registry.Doubt, error) {
 		short, cancel := context.WithTimeout(ctx, directoryWait)
 		defer cancel()
-		k.Doubts, k.Unknown = s.lots.Doubts(short, k.Subscription.Standing().Basis())
+		return s.lots.Doubts(short, b)
+	})
+	if err != nil {
+		return k, s.failed(ctx, "get", imsi, fromStore(ctx, err))
 	}
 	s.log.InfoContext(ctx, "subscription explained", "imsi", imsi)
 	return k, nil

@@ -3,7 +3,6 @@ package binding
 import (
 	"context"
 	"errors"
-	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -34,6 +33,16 @@ type Listings interface {
 
 // ListingSubject is the subject of an entry of the ledger about an entry of the operator's list.
 func ListingSubject(prefix string) string { return "equipment " + prefix }
+
+// LongestPrefix gives the entry of a list that counts for a device: of the entries whose prefixes its IMEI begins with,
+// the one with the longest. entry looks up the entry of a prefix. ok is false if the list has no such entry.
+func LongestPrefix[E any](imei kme.IMEI, entry func(prefix string) (E, bool)) (e E, ok bool) {
+	digits := imei.String()
+	for n := len(digits); n >= 0 && !ok; n-- {
+		e, ok = entry(digits[:n])
+	}
+	return e, ok
+}
 
 // A listed has the operator's list in memory: some 50 bytes an entry.
 type listed struct {
@@ -103,22 +112,20 @@ func (l *listed) load(ctx context.Context) (changes int, err error) {
 	return len(all), nil
 }
 
-// of is what the list says of a device: its longest prefix counts. ok is false if it says nothing.
+// of is what the list says of a device. ok is false if it says nothing.
 func (l *listed) of(imei kme.IMEI) (status EquipmentStatus, ok bool, err error) {
-	digits := imei.String()
 	l.mu.RLock()
 	defer l.mu.RUnlock()
 	if l.err != nil {
 		return "", false, l.err
 	}
-	for n, some := range slices.Backward(l.lengths[:]) {
-		if some > 0 {
-			if status, ok = l.statuses[prefixKey(digits[:n])]; ok {
-				return status, true, nil
-			}
+	status, ok = LongestPrefix(imei, func(prefix string) (status EquipmentStatus, ok bool) {
+		if l.lengths[len(prefix)] > 0 {
+			status, ok = l.statuses[prefixKey(prefix)]
 		}
-	}
-	return "", false, nil
+		return status, ok
+	})
+	return status, ok, nil
 }
 
 // LoadListings reloads the operator's list, which CheckEquipment answers by. CheckEquipment is refused until

@@ -9,7 +9,7 @@ import (
 )
 
 // Each gives Subscription.Latest of all IMSIs that a query asks for, in their order, page by page: there may be
-// millions. It has no limit.
+// millions. The query's limit does not count.
 func Each(ctx context.Context, store Store, q BindingQuery) iter.Seq2[*Binding, error] {
 	const page = 1000
 	return func(yield func(*Binding, error) bool) {
@@ -30,6 +30,34 @@ func Each(ctx context.Context, store Store, q BindingQuery) iter.Seq2[*Binding, 
 			}
 		}
 	}
+}
+
+// A Selection says which bindings are listed. Its Limit is that of the whole list; 0: there is none.
+type Selection struct {
+	BindingQuery
+	State State     // only those in this state; empty for all
+	Since time.Time // only those that were established, activated or revoked at this time or later
+}
+
+// Each gives the bindings of a store that are selected, in the order of their IMSIs.
+func (q Selection) Each(ctx context.Context, store Store) iter.Seq2[*Binding, error] {
+	return func(yield func(*Binding, error) bool) {
+		n := 0
+		for b, err := range Each(ctx, store, q.BindingQuery) {
+			if err == nil && !q.has(b) {
+				continue
+			}
+			n++
+			if !yield(b, err) || n == q.Limit {
+				return
+			}
+		}
+	}
+}
+
+func (q Selection) has(b *Binding) bool {
+	return (q.State == "" || b.State == q.State) &&
+		!(b.Established.Before(q.Since) && b.Activated.Before(q.Since) && b.Revoked.Before(q.Since))
 }
 
 // A Suspect is a binding that stands, and why it should not be relied on.
@@ -56,7 +84,7 @@ func Suspects(ctx context.Context, lots *registry.Lots, store Store, now time.Ti
 				if doubts, err = lots.DoubtsOf(ctx, b.Basis()); err != nil {
 					break
 				}
-				if len(doubts) > 0 && !yield(Suspect{b, doubts}, nil) {
+				if len(doubts) > 0 && !yield(Suspect{Binding: b, Doubts: doubts}, nil) {
 					return
 				}
 			}

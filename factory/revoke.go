@@ -44,6 +44,37 @@ func (l *Line) Revocations(ctx context.Context, m *directory.Manifest) (*directo
 	return l.reader.ReadRevocations(ctx, m)
 }
 
+// A Loss is what somebody who revokes devices is told before, and the name to repeat who means it.
+type Loss struct{ Says, Name string }
+
+// RevocationLoss says what is lost when devices of a lot are revoked, or without any the whole lot; nil if nothing is,
+// because the whole lot is revoked already. It fails if a device is not in the lot.
+func (l *Line) RevocationLoss(ctx context.Context, lot string, imeis []kme.IMEI) (*Loss, error) {
+	m, err := l.Lot(ctx, lot)
+	if err != nil {
+		return nil, err
+	}
+	for _, imei := range imeis {
+		if _, ok := m.Position(imei); !ok {
+			return nil, fmt.Errorf("IMEI %s is not in lot %s", imei, lot)
+		}
+	}
+	list, err := l.Revocations(ctx, m)
+	if err != nil || list.Whole != nil {
+		return nil, err
+	}
+	if len(imeis) == 0 {
+		return &Loss{Name: lot, Says: fmt.Sprintf("All %d devices of lot %s, for good: none is to be trusted any "+
+			"more, and the lot gets no more keys and is granted to nobody.", m.Devices(), lot)}, nil
+	}
+	loss := &Loss{Name: lot, Says: fmt.Sprintf("%d of the %d devices of lot %s will not be trusted any more, until "+
+		"each gets another key by lot reissue.", len(imeis), m.Devices(), lot)}
+	if len(imeis) == 1 {
+		loss.Name = imeis[0].String()
+	}
+	return loss, nil
+}
+
 // Refresh signs a lot's list of revoked devices anew, with a later next_update, good for validity; with 0, for as long
 // as the last one was. begin publishes the first list of a lot that was made before lots had one from the start.
 func (l *Line) Refresh(ctx context.Context, lot string, validity time.Duration,

@@ -180,3 +180,34 @@ func TestRevocationsReconciled(t *testing.T) {
 		t.Errorf("%+v", r)
 	}
 }
+
+// Whoever revokes devices is told what that means, and repeats the name of what it is about. A lot that is revoked has
+// nothing to lose, and a device of another lot ends it before anything is asked.
+func TestRevocationLoss(t *testing.T) {
+	line, _, _ := newLine(t)
+	m := must(line.CreateLot(t.Context(), spec(t, "L1", 0, 8)))
+	other := must(line.CreateLot(t.Context(), spec(t, "L2", 100, 8)))
+	for name, c := range map[string]struct {
+		imeis       []kme.IMEI
+		named, says string
+	}{
+		"the lot":     {nil, "L1", "All 8 devices of lot L1, for good"},
+		"a device":    {[]kme.IMEI{m.IMEI(3)}, m.IMEI(3).String(), "1 of the 8 devices of lot L1"},
+		"two devices": {[]kme.IMEI{m.IMEI(3), m.IMEI(4)}, "L1", "2 of the 8 devices of lot L1"},
+	} {
+		loss, err := line.RevocationLoss(t.Context(), "L1", c.imeis)
+		if err != nil || loss == nil || loss.Name != c.named || !strings.HasPrefix(loss.Says, c.says) {
+			t.Errorf("%s: %+v, %v", name, loss, err)
+		}
+	}
+	if loss, err := line.RevocationLoss(t.Context(), "L1", []kme.IMEI{m.IMEI(3), other.IMEI(0)}); err == nil ||
+		!strings.Contains(err.Error(), other.IMEI(0).String()+" is not in lot L1") {
+		t.Errorf("a device of another lot: %+v, %v", loss, err)
+	}
+	if err := line.RevokeLot(t.Context(), "L1", "stolen"); err != nil {
+		t.Fatal(err)
+	}
+	if loss, err := line.RevocationLoss(t.Context(), "L1", []kme.IMEI{m.IMEI(3)}); loss != nil || err != nil {
+		t.Errorf("in a lot that is revoked: %+v, %v", loss, err)
+	}
+}

@@ -138,16 +138,20 @@ func Enter(ctx context.Context, store binding.Listings, all []binding.Listing) (
 func Standing(ctx context.Context, store binding.Listings) ([]binding.Listing, error) {
 	all, err := store.Listed(ctx, 0)
 	all = slices.DeleteFunc(all, func(l binding.Listing) bool { return l.Status == "" })
-	slices.SortFunc(all, func(a, b binding.Listing) int { return strings.Compare(a.Prefix, b.Prefix) })
+	slices.SortFunc(all, func(a, b binding.Listing) int { return comparePrefix(a, b.Prefix) })
 	return all, err
 }
 
-// Of gives the one of Standing's entries that counts for a device, which has the longest prefix; nil if there is none.
+// Of gives the one of Standing's entries that counts for a device; nil if there is none.
 func Of(all []binding.Listing, imei kme.IMEI) *binding.Listing {
-	for _, l := range slices.Backward(all) {
-		if strings.HasPrefix(imei.String(), l.Prefix) {
-			return &l
+	l, _ := binding.LongestPrefix(imei, func(prefix string) (*binding.Listing, bool) {
+		at, ok := slices.BinarySearchFunc(all, prefix, comparePrefix)
+		if !ok {
+			return nil, false
 		}
-	}
-	return nil
+		return &all[at], true
+	})
+	return l
 }
+
+func comparePrefix(l binding.Listing, prefix string) int { return strings.Compare(l.Prefix, prefix) }

@@ -204,6 +204,53 @@ func at(origin string) string {
 	return " at origin " + origin
 }
 
+// OrDevice adds, to an IMSI of which nothing is known, that its number is the IMEI of a device of a lot, if it is one.
+// It may be an IMSI all the same.
+func (e *Subscription) OrDevice(lots []*registry.Lot) {
+	if imei, lot := DeviceOf(e.IMSI, lots); lot != "" {
+		e.say("It is the IMEI of a device of lot %s, too.", lot)
+		e.do("if the device is meant: %s", DeviceCommands(imei))
+	}
+}
+
+// DeviceOf is the device of a lot whose IMEI has an IMSI's digits; lot is empty if there is none.
+func DeviceOf(imsi kme.IMSI, lots []*registry.Lot) (imei kme.IMEI, lot string) {
+	imei, err := kme.ParseIMEI(imsi.String())
+	if err != nil {
+		return imei, ""
+	}
+	for _, l := range lots {
+		if _, has := l.Manifest.Position(imei); has {
+			lot = l.Manifest.Lot
+		}
+	}
+	return imei, lot
+}
+
+// DeviceCommands are the commands that tell of a device what others tell of a subscription.
+func DeviceCommands(imei kme.IMEI) string {
+	return fmt.Sprintf("keysvc device %s shows it, and keysvc binding list --imei %[1]s the IMSIs that are bound to it",
+		imei)
+}
+
+// RevocationLoss says what is lost when an IMSI's bindings are revoked; nothing if it has none that stands. s and err
+// are what a store has of it. What is damaged can be revoked, too; any other err is given back.
+func RevocationLoss(imsi kme.IMSI, s *binding.Subscription, err error) (string, error) {
+	lost := "what it is bound to is damaged"
+	if err == nil {
+		b := s.Latest()
+		if b == nil || b.State == binding.Revoked {
+			return "", nil
+		}
+		lost = fmt.Sprintf("it is bound to IMEI %s, of lot %s, since %s", b.IMEI, b.Lot,
+			b.Established.Format(time.RFC3339))
+	} else if binding.Damage(err) == nil {
+		return "", err
+	}
+	return fmt.Sprintf("IMSI %s: %s. Its KME will be forgotten, and its next attach may bind it to whatever device.",
+		imsi, lost), nil
+}
+
 // A Device says how a device stands, and what is to be done.
 type Device struct {
 	Says, Next []string

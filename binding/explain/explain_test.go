@@ -2,6 +2,7 @@ package explain
 
 import (
 	"errors"
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -9,6 +10,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/refusals"
 	"github.com/kmehsm/kmehsm/binding/registry"
+	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -89,6 +91,50 @@ func TestExplain(t *testing.T) {
 		why, todo := meaning(&refusals.Past{Reason: reason, Message: "what the caller got"})
 		if why == "" || todo == "" {
 			t.Errorf("%s: %q, %q", reason, why, todo)
+		}
+	}
+}
+
+// The number of a device that somebody took for an IMSI is recognised.
+func TestOrDevice(t *testing.T) {
+	tac := must.Get[kme.TAC](t)(kme.ParseTAC("35209900"))
+	lots := []*registry.Lot{
+		{Manifest: &directory.Manifest{Lot: "L1", Ranges: []directory.Range{{TAC: tac, First: 0, Count: 10}}}},
+		{Manifest: &directory.Manifest{Lot: "L2", Ranges: []directory.Range{{TAC: tac, First: 10, Count: 10}}}},
+	}
+	for number, lot := range map[string]string{"35209900000012": "L2", "35209900000003": "L1", "35209900000020": "",
+		"262011234567890": ""} {
+		e := &Subscription{IMSI: must.Get[kme.IMSI](t)(kme.ParseIMSI(number))}
+		e.OrDevice(lots)
+		says, next := strings.Join(e.Says, "\n"), strings.Join(e.Next, "\n")
+		if lot == "" && says+next != "" || lot != "" && (!strings.Contains(says, "of lot "+lot+",") ||
+			!strings.Contains(next, "keysvc device "+number[:14]+" shows it")) {
+			t.Errorf("%s: %q, %q", number, says, next)
+		}
+	}
+}
+
+// What is bound, or damaged, is lost when it is revoked; nothing else is.
+func TestRevocationLoss(t *testing.T) {
+	imsi := must.Get[kme.IMSI](t)(kme.ParseIMSI("262011234567890"))
+	bound := func(s binding.State) *binding.Binding { return &binding.Binding{State: s, Lot: "L1"} }
+	away := errors.New("the store is away")
+	for name, c := range map[string]struct {
+		s    binding.Subscription
+		err  error
+		says string
+		fail error
+	}{
+		"never bound": {},
+		"revoked":     {s: binding.Subscription{Revoked: bound(binding.Revoked)}},
+		"pending":     {s: binding.Subscription{Pending: bound(binding.Pending)}, says: "it is bound to IMEI"},
+		"active":      {s: binding.Subscription{Active: bound(binding.Active)}, says: "of lot L1"},
+		"damaged":     {err: fmt.Errorf("read: %w", &binding.DamagedRow{}), says: "what it is bound to is damaged"},
+		"away":        {err: away, fail: away},
+	} {
+		says, err := RevocationLoss(imsi, &c.s, c.err)
+		if !errors.Is(err, c.fail) || (says == "") != (c.says == "") || !strings.Contains(says, c.says) {
+			t.Errorf("%s: %q, %v", name, says, err)
 		}
 	}
 }

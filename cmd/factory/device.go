@@ -74,8 +74,14 @@ func lotRevoke(c *cli.Context) error {
 			c.Command.HelpName)
 	}
 	return withLine(c, func(_ *hsmkeys.FactoryToken, line *factory.Line) error {
-		if err := confirmRevoke(c, line, lot, imeis); err != nil {
+		loss, err := line.RevocationLoss(c.Context, lot, imeis)
+		if err != nil {
 			return err
+		}
+		if loss != nil {
+			if err := cmdline.Confirm(c, loss.Says, loss.Name); err != nil {
+				return err
+			}
 		}
 		if c.Bool("all") {
 			if err := line.RevokeLot(c.Context, lot, reason); err != nil {
@@ -85,7 +91,7 @@ func lotRevoke(c *cli.Context) error {
 				"lot %s is revoked, all of it and for good\n", lot)
 		}
 		shown, done := cmdline.NewProgress(c, "revoked", "devices", len(imeis)), 0
-		err := line.Revoke(c.Context, lot, imeis, reason, func(n int) { done = n; shown.At(n) })
+		err = line.Revoke(c.Context, lot, imeis, reason, func(n int) { done = n; shown.At(n) })
 		shown.Close()
 		if err != nil && done > 0 {
 			return cmdline.Partial(fmt.Errorf("%w (%d of %d devices are revoked; the same command again goes on)",
@@ -106,32 +112,6 @@ func lotRevoke(c *cli.Context) error {
 			}
 		})
 	})
-}
-
-// confirmRevoke asks whether devices, or without any the whole lot, are meant to be revoked. A lot that is revoked has
-// nothing to lose.
-func confirmRevoke(c *cli.Context, line *factory.Line, lot string, imeis []kme.IMEI) error {
-	m, err := line.Lot(c.Context, lot)
-	if err != nil {
-		return err
-	}
-	for _, imei := range imeis {
-		if _, ok := m.Position(imei); !ok {
-			return fmt.Errorf("IMEI %s is not in lot %s", imei, lot)
-		}
-	}
-	if list, err := line.Revocations(c.Context, m); err != nil || list.Whole != nil {
-		return err
-	}
-	switch len(imeis) {
-	case 0:
-		return cmdline.Confirm(c, fmt.Sprintf("All %d devices of lot %s, for good: none is to be trusted any more, "+
-			"and the lot gets no more keys and is granted to nobody.", m.Devices(), lot), lot)
-	case 1:
-		lot = imeis[0].String()
-	}
-	return cmdline.Confirm(c, fmt.Sprintf("%d of the %d devices of lot %s will not be trusted any more, until each "+
-		"gets another key by lot reissue.", len(imeis), m.Devices(), m.Lot), lot)
 }
 
 func lotReissue(c *cli.Context) error {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -140,17 +141,10 @@ func listFlags(own ...cli.Flag) []cli.Flag {
 	return flags
 }
 
-// selection says which bindings are listed.
-type selection struct {
-	binding.BindingQuery
-	state binding.State // empty for all
-	since time.Time
-	limit int // 0 for all
-}
-
-func selected(c *cli.Context, now time.Time) (q selection, err error) {
-	q = selection{BindingQuery: binding.BindingQuery{Now: now}, limit: c.Int("limit"),
-		state: c.Generic(stateFlag.Name).(*stateValue).only}
+// selected is which bindings are to be listed.
+func selected(c *cli.Context, now time.Time) (q binding.Selection, err error) {
+	q = binding.Selection{BindingQuery: binding.BindingQuery{Now: now, Limit: c.Int("limit")},
+		State: c.Generic(stateFlag.Name).(*stateValue).only}
 	if text := c.String("imei"); text != "" {
 		if q.IMEI, err = kme.ParseIMEI(text); err != nil {
 			return q, cmdline.Usagef("--imei: %w", err)
@@ -163,11 +157,11 @@ func selected(c *cli.Context, now time.Time) (q selection, err error) {
 		}
 		q.After = imsi.String()
 	}
-	if c.IsSet("limit") && q.limit < 1 {
+	if c.IsSet("limit") && q.Limit < 1 {
 		return q, cmdline.Usagef("--limit is 1 at least")
 	}
 	if text := c.String("since"); text != "" {
-		if q.since, err = parseSince(text, now); err != nil {
+		if q.Since, err = parseSince(text, now); err != nil {
 			return q, cmdline.Usage(err)
 		}
 	}
@@ -187,23 +181,6 @@ func parseSince(text string, now time.Time) (time.Time, error) {
 		"2026-01-31T12:00:00Z, not %q", text)
 }
 
-// of gives those of a store.
-func (q selection) of(c *cli.Context, store binding.Store) iter.Seq2[*binding.Binding, error] {
-	return func(yield func(*binding.Binding, error) bool) {
-		n := 0
-		for b, err := range binding.Each(c.Context, store, q.BindingQuery) {
-			if err == nil && (q.state != "" && b.State != q.state ||
-				b.Established.Before(q.since) && b.Activated.Before(q.since) && b.Revoked.Before(q.since)) {
-				continue
-			}
-			n++
-			if !yield(b, err) || n == q.limit {
-				return
-			}
-		}
-	}
-}
-
 func bindingList(c *cli.Context) error {
 	q, err := selected(c, time.Now())
 	if err != nil {
@@ -214,23 +191,23 @@ func bindingList(c *cli.Context) error {
 			return bindingCount(c, q, s)
 		}
 		title, n, last := fmt.Sprintf(bindingLine, "IMSI", "IMEI", "STATE", "LOT", "ESTABLISHED"), 0, ""
-		all := each(q.of(c, s), func(b *binding.Binding) shown {
+		all := each(q.Each(c.Context, s), func(b *binding.Binding) shown {
 			n, last = n+1, b.IMSI.String()
 			return show(b)
 		})
 		err := cmdline.PrintEach(c, `"bindings"`, title, all, func(w io.Writer, s shown) { s.print(w) })
-		if err == nil && n > 0 && n == q.limit && !c.Bool("json") {
+		if err == nil && n > 0 && n == q.Limit && !c.Bool("json") {
 			fmt.Fprintf(c.App.ErrWriter, "there may be more: --after %s\n", last)
 		}
 		return err
 	})
 }
 
-func bindingCount(c *cli.Context, q selection, s *sqlstore.Store) error {
+func bindingCount(c *cli.Context, q binding.Selection, s *sqlstore.Store) error {
 	counted := cmdline.NewProgress(c, "counted", "bindings", 0)
 	states, n := map[binding.State]int{binding.Pending: 0, binding.Active: 0, binding.Revoked: 0}, 0
 	var failed error
-	for b, err := range q.of(c, s) {
+	for b, err := range q.Each(c.Context, s) {
 		if failed = err; err == nil {
 			states[b.State]++
 			n++
@@ -251,68 +228,28 @@ func bindingExplain(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		k := binding.Known{IMSI: imsi, Refused: refusals.Of(imsi)}
-		k.Subscription, err = s.Subscription(c.Context, imsi, time.Now())
-		if k.Damaged = binding.Damage(err); err != nil && k.Damaged == nil {
+		k, err := binding.ReadKnown(c.Context, s, imsi, refusals.Of(imsi), time.Now(), func(
+			ctx context.Context, b registry.Basis,
+		) ([]registry.Doubt, error) {
+			lots, err := openLots(c, s)
+			if err != nil {
+				return nil, err
+			}
+			return lots.Doubts(ctx, b)
+		})
+		if err != nil {
 			return err
 		}
-		if k.Damaged == nil {
-			if k.History, err = s.History(c.Context, imsi.String()); err != nil {
-				return err
-			}
-			k.Doubts, k.Unknown = doubts(c, s, k.Subscription.Standing())
-		}
 		e := explain.OfSubscription(k)
-		if e.State == "UNBOUND" && len(k.History) == 0 && k.Refused == nil {
-			if err := perhapsDevice(c, s, e); err != nil {
+		if k.Nothing() {
+			lots, err := s.Lots(c.Context)
+			if err != nil {
 				return err
 			}
+			e.OrDevice(lots)
 		}
 		return cmdline.Print(c, e, func(w io.Writer) { printExplanation(w, e) })
 	})
-}
-
-// perhapsDevice says so of a number of no known subscription that is the IMEI of a device here. It may still be an
-// IMSI.
-func perhapsDevice(c *cli.Context, s *sqlstore.Store, e *explain.Subscription) error {
-	imei, lot, err := deviceOf(c, s, e.IMSI)
-	if lot != "" {
-		e.Says = append(e.Says, fmt.Sprintf("It is the IMEI of a device of lot %s, too.", lot))
-		e.Next = append(e.Next, "if the device is meant: "+ofDevice(imei))
-	}
-	return err
-}
-
-// deviceOf is the device of an imported lot whose IMEI has an IMSI's digits; lot is empty if there is none.
-func deviceOf(c *cli.Context, s *sqlstore.Store, imsi kme.IMSI) (imei kme.IMEI, lot string, err error) {
-	if imei, err = kme.ParseIMEI(imsi.String()); err != nil {
-		return imei, "", nil
-	}
-	lots, err := s.Lots(c.Context)
-	for _, l := range lots {
-		if _, has := l.Manifest.Position(imei); has {
-			lot = l.Manifest.Lot
-		}
-	}
-	return imei, lot, err
-}
-
-// ofDevice are the commands that tell of a device what others tell of a subscription.
-func ofDevice(imei kme.IMEI) string {
-	return fmt.Sprintf("keysvc device %s shows it, and keysvc binding list --imei %[1]s the IMSIs that are bound to it",
-		imei)
-}
-
-// doubts are those about a binding, which may be nil.
-func doubts(c *cli.Context, s *sqlstore.Store, b *binding.Binding) ([]registry.Doubt, error) {
-	if b == nil {
-		return nil, nil
-	}
-	lots, err := openLots(c, s)
-	if err != nil {
-		return nil, err
-	}
-	return lots.Doubts(c.Context, b.Basis())
 }
 
 func printExplanation(w io.Writer, e *explain.Subscription) {
@@ -382,7 +319,7 @@ func withIMSI(c *cli.Context, f func(*sqlstore.Store, kme.IMSI) error) error {
 	imsi, err := kme.ParseIMSI(c.Args().First())
 	if err != nil {
 		if imei, e := kme.ParseIMEI(c.Args().First()); e == nil {
-			err = fmt.Errorf("%w, and this is an IMEI: %s", err, ofDevice(imei))
+			err = fmt.Errorf("%w, and this is an IMEI: %s", err, explain.DeviceCommands(imei))
 		}
 		return cmdline.Usage(err)
 	}
@@ -418,8 +355,15 @@ func bindingShow(c *cli.Context) error {
 
 func bindingRevoke(c *cli.Context) error {
 	return withIMSI(c, func(s *sqlstore.Store, imsi kme.IMSI) error {
-		if err := confirmRevoke(c, s, imsi); err != nil {
+		sub, err := s.Subscription(c.Context, imsi, time.Now())
+		loss, err := explain.RevocationLoss(imsi, sub, err)
+		if err != nil {
 			return err
+		}
+		if loss != "" {
+			if err := cmdline.Confirm(c, loss, imsi.String()); err != nil {
+				return err
+			}
 		}
 		b, err := s.Revoke(c.Context, imsi, time.Now())
 		if err != nil {
@@ -427,25 +371,6 @@ func bindingRevoke(c *cli.Context) error {
 		}
 		return cmdline.Print(c, show(b), show(b).print)
 	})
-}
-
-// confirmRevoke asks whether a binding is meant to be ended. What cannot be read is ended too.
-func confirmRevoke(c *cli.Context, s *sqlstore.Store, imsi kme.IMSI) error {
-	sub, err := s.Subscription(c.Context, imsi, time.Now())
-	lost := "what it is bound to is damaged"
-	switch {
-	case err != nil && !errors.As(err, new(*binding.DamagedRow)):
-		return err
-	case err == nil:
-		b := sub.Latest()
-		if b == nil || b.State == binding.Revoked {
-			return nil
-		}
-		lost = fmt.Sprintf("it is bound to IMEI %s, of lot %s, since %s", b.IMEI, b.Lot,
-			b.Established.Format(time.RFC3339))
-	}
-	return cmdline.Confirm(c, fmt.Sprintf("IMSI %s: %s. Its KME will be forgotten, and its next attach may bind it to "+
-		"whatever device.", imsi, lost), imsi.String())
 }
 
 func bindingOpen(c *cli.Context) error {
@@ -456,11 +381,13 @@ func bindingOpen(c *cli.Context) error {
 		}
 		// An IMSI that is not bound needs no opening: its next vector opens an attempt.
 		if sub, err := s.Subscription(c.Context, imsi, time.Now()); err == nil && sub.Latest() == nil {
-			if imei, lot, err := deviceOf(c, s, imsi); err != nil {
+			lots, err := s.Lots(c.Context)
+			if err != nil {
 				return err
-			} else if lot != "" {
+			}
+			if imei, lot := explain.DeviceOf(imsi, lots); lot != "" {
 				return cmdline.Usagef("%s is the IMEI of a device of lot %s, and no IMSI that is bound: %s", imsi, lot,
-					ofDevice(imei))
+					explain.DeviceCommands(imei))
 			}
 		}
 		if err := s.OpenAttempt(c.Context, *a); err != nil {

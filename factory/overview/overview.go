@@ -31,7 +31,8 @@ type Overview struct {
 
 // New reads a directory, whose signatures it verifies, and a line's folder.
 func New(store directory.Store, v *directory.Verifier, state factory.State) *Overview {
-	return &Overview{store, v, directory.NewReader(store, v, directory.ReaderOptions{}), state}
+	reader := directory.NewReader(store, v, directory.ReaderOptions{})
+	return &Overview{store: store, verifier: v, reader: reader, state: state}
 }
 
 // A Stage is how far a lot is on its way.

@@ -1,0 +1,70 @@
+package binding_test
+
+import (
+	"context"
+	"fmt"
+	"strconv"
+	"testing"
+	"time"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// pages is a store that has only bindings.
+type pages struct {
+	binding.Store
+	all []*binding.Binding
+}
+
+func (p pages) Bindings(_ context.Context, q binding.BindingQuery) (page []*binding.Binding, err error) {
+	for _, b := range p.all {
+		if q.Has(b.IMSI.String()) && len(page) < q.Limit {
+			page = append(page, b)
+		}
+	}
+	return page, nil
+}
+
+// A selection has the bindings of all pages that it asks for, and its limit counts only these.
+func TestSelection(t *testing.T) {
+	day := func(n int) time.Time { return time.Date(2026, 1, n, 0, 0, 0, 0, time.UTC) }
+	var store pages
+	add := func(b binding.Binding) {
+		b.IMSI = must[kme.IMSI](t)(kme.ParseIMSI(fmt.Sprintf("26201%010d", len(store.all))))
+		store.all = append(store.all, &b)
+	}
+	add(binding.Binding{State: binding.Pending, Established: day(5)})
+	add(binding.Binding{State: binding.Active, Established: day(1), Activated: day(3)})
+	add(binding.Binding{State: binding.Revoked, Established: day(1), Activated: day(2), Revoked: day(4)})
+	for range 2000 {
+		add(binding.Binding{State: binding.Active, Established: day(1), Activated: day(1)})
+	}
+	add(binding.Binding{State: binding.Active, Established: day(4), Activated: day(4)})
+	limited := func(n int) binding.BindingQuery { return binding.BindingQuery{Limit: n} }
+	for name, c := range map[string]struct {
+		q    binding.Selection
+		want string // how many, and the number of the last one
+	}{
+		"all":                 {binding.Selection{}, "2004, 2003"},
+		"a state":             {binding.Selection{State: binding.Revoked}, "1, 2"},
+		"since a time":        {binding.Selection{Since: day(4)}, "3, 2003"},
+		"at that time":        {binding.Selection{Since: day(5)}, "1, 0"},
+		"since, and a state":  {binding.Selection{Since: day(3), State: binding.Active}, "2, 2003"},
+		"a limit":             {binding.Selection{BindingQuery: limited(2)}, "2, 1"},
+		"a limit of a state":  {binding.Selection{BindingQuery: limited(1), State: binding.Active}, "1, 1"},
+		"a limit over a page": {binding.Selection{BindingQuery: limited(1500)}, "1500, 1499"},
+		"none":                {binding.Selection{Since: day(9)}, "0, -1"},
+	} {
+		n, last := 0, -1
+		for b, err := range c.q.Each(t.Context(), store) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			n, last = n+1, must[int](t)(strconv.Atoi(b.IMSI.String()[5:]))
+		}
+		if got := fmt.Sprintf("%d, %d", n, last); got != c.want {
+			t.Errorf("%s: %s; want %s", name, got, c.want)
+		}
+	}
+}
