@@ -3,7 +3,6 @@ package groupcommit
 
 import (
 	"context"
-	"database/sql"
 	"errors"
 	"sync"
 	"sync/atomic"
@@ -46,6 +45,9 @@ func (c *Change[T]) Make(tx T) (err error) {
 // ErrTogether is try's error if a change has failed and could not be undone alone.
 var ErrTogether = errors.New("one of the changes that were not kept apart failed")
 
+// ErrClosed is the error of a change that comes after Close.
+var ErrClosed = errors.New("the database is closed")
+
 // New makes a Writer. try makes changes durably in one transaction, in their order those with the same key, and leaves
 // out those that are Gone; it gives the error of each. One that fails is undone alone if they are kept apart; if not,
 // try may undo all, and fail with ErrTogether.
@@ -65,18 +67,18 @@ const maxBatch = 64
 // others' too: f gets a context that does not end. f is called again when another change has failed, and only its
 // last call counts. A panic of f is its error, a *panics.Error.
 func (w *Writer[T]) Do(ctx context.Context, key string, f func(context.Context, T) error) error {
-	c := &Change[T]{key, ctx, f, make(chan error, 1)}
+	c := &Change[T]{Key: key, ctx: ctx, make: f, done: make(chan error, 1)}
 	select {
 	case w.changes <- c:
 		return <-c.done
 	case <-w.stopped:
-		return sql.ErrConnDone
+		return ErrClosed
 	case <-ctx.Done():
 		return ctx.Err()
 	}
 }
 
-// Close finishes the changes under way; later ones fail.
+// Close finishes the changes under way; later ones fail with ErrClosed.
 func (w *Writer[T]) Close() {
 	w.stop()
 	<-w.ended

@@ -82,13 +82,13 @@ func connect(name string, schema sqlconn.Schema) (*DB, error) {
 	if len(hosts) > 1 && config.ConnectTimeout == 0 {
 		config.ConnectTimeout = patience / time.Duration(1+len(hosts))
 	}
-	return &DB{stdlib.OpenDB(*config, stdlib.OptionAfterConnect(func(ctx context.Context, conn *pgx.Conn) error {
+	return &DB{DB: stdlib.OpenDB(*config, stdlib.OptionAfterConnect(func(ctx context.Context, conn *pgx.Conn) error {
 		err := ready(ctx, conn, schema)
 		if err != nil {
 			conn.Close(ctx) // nobody else does
 		}
 		return err
-	})), len(hosts)}, nil
+	})), hosts: len(hosts)}, nil
 }
 
 // ready has a new connection read by an index where it can, and refuses a server that confirms what it could still
@@ -101,7 +101,7 @@ func ready(ctx context.Context, conn *pgx.Conn, schema sqlconn.Schema) error {
 		var value, plans string
 		if err := conn.QueryRow(ctx, "SELECT current_setting($1), set_config('enable_bitmapscan', 'off', false)",
 			setting).Scan(&value, &plans); err != nil {
-			return err
+			return fmt.Errorf("look at the setting %s: %w", setting, err)
 		}
 		if value == "off" {
 			return fmt.Errorf("its setting %s is off: a loss of power would take bindings that were confirmed", setting)
@@ -145,16 +145,19 @@ func (db *DB) Unsynchronised(ctx context.Context) (what string, err error) {
 func (db *DB) Alone(ctx context.Context, f func(context.Context, *sql.Tx) error) error {
 	tx, err := db.BeginTx(ctx, nil)
 	if err != nil {
-		return err
+		return fmt.Errorf("begin a transaction: %w", err)
 	}
 	defer tx.Rollback() // no effect after Commit
 	if _, err := tx.ExecContext(ctx, lock); err != nil {
-		return err
+		return fmt.Errorf("wait until no other changes are made: %w", err)
 	}
 	if err := f(ctx, tx); err != nil {
 		return err
 	}
-	return tx.Commit()
+	if err := tx.Commit(); err != nil {
+		return fmt.Errorf("commit: %w", err)
+	}
+	return nil
 }
 
 // lock has no other instance change anything until the transaction ends.
@@ -181,27 +184,24 @@ func (db *DB) upToDate(ctx context.Context, schema sqlconn.Schema) error {
 	return err
 }
 
-// A queryer is a database or a transaction.
-type queryer interface {
-	QueryContext(context.Context, string, ...any) (*sql.Rows, error)
+// Number is that of the schema of a database, or of a transaction's; 0 of an empty one.
+func Number(ctx context.Context, q interface {
 	QueryRowContext(context.Context, string, ...any) *sql.Row
-}
-
-// Number is that of a database's schema, 0 of an empty one.
-func Number(ctx context.Context, q queryer) (int, error) {
+}) (int, error) {
 	return schemaNumber(func(to any, text string) error { return q.QueryRowContext(ctx, text).Scan(to) })
 }
 
 // schemaNumber is Number, by what reads one value, on a connection of either library.
 func schemaNumber(read func(to any, text string) error) (have int, err error) {
 	var there bool
-	if err := read(&there, "SELECT to_regclass('schema_version') IS NOT NULL"); err != nil || !there {
-		return 0, err
+	err = read(&there, "SELECT to_regclass('schema_version') IS NOT NULL")
+	if err == nil && there {
+		err = read(&have, "SELECT version FROM schema_version")
 	}
-	if err = read(&have, "SELECT version FROM schema_version"); errors.Is(err, sql.ErrNoRows) { // pgx.ErrNoRows is one
-		err = nil
+	if err != nil && !errors.Is(err, sql.ErrNoRows) { // pgx.ErrNoRows is one
+		return 0, fmt.Errorf("read the version of its tables: %w", err)
 	}
-	return have, err
+	return have, nil
 }
 
 // Tables are changed while services use them. A change waits for those who read a table, and calls wait behind it:
@@ -217,7 +217,7 @@ func (db *DB) changeTables(ctx context.Context, f func(context.Context, *sql.Tx)
 		err := db.Alone(ctx, func(ctx context.Context, tx *sql.Tx) error {
 			if _, err := tx.ExecContext(ctx, fmt.Sprintf("SET LOCAL lock_timeout = %d",
 				lockPatience.Milliseconds())); err != nil {
-				return err
+				return fmt.Errorf("set how long to wait for a table: %w", err)
 			}
 			return f(ctx, tx)
 		})
@@ -257,7 +257,7 @@ func migrate(ctx context.Context, tx *sql.Tx, schema sqlconn.Schema) error {
 		fmt.Sprintf("INSERT INTO schema_version VALUES (%d)", schema.Number()))
 	for _, statement := range statements {
 		if _, err := tx.ExecContext(ctx, statement); err != nil {
-			return err
+			return fmt.Errorf("bring its tables up to date: %w", err)
 		}
 	}
 	return nil
@@ -268,15 +268,10 @@ const application = "kmehsm, schema %d"
 
 // nobodyBelow refuses to change tables under programs that do not know a version.
 func nobodyBelow(ctx context.Context, tx *sql.Tx, least int) error {
-	rows, err := tx.QueryContext(ctx, "SELECT application_name, usename, coalesce(host(client_addr), 'this machine') "+
-		"FROM pg_stat_activity WHERE datname = current_database() AND application_name LIKE 'kmehsm,%'")
-	if err != nil {
-		return err
-	}
-	defer rows.Close()
-	for rows.Next() {
+	db := sqlconn.Conn{Operation: "look who is connected", DB: sqlconn.SQL{DB: tx}}
+	return db.Each(ctx, func(scan func(...any) error) error {
 		var name, role, where string
-		if err := rows.Scan(&name, &role, &where); err != nil {
+		if err := scan(&name, &role, &where); err != nil {
 			return err
 		}
 		var knows int
@@ -284,6 +279,7 @@ func nobodyBelow(ctx context.Context, tx *sql.Tx, least int) error {
 			return fmt.Errorf("an older keysvc is connected, from %s as %s: it cannot work with the new schema, and "+
 				"nothing was changed; stop it first", where, role)
 		}
-	}
-	return rows.Err()
+		return nil
+	}, "SELECT application_name, usename, coalesce(host(client_addr), 'this machine') FROM pg_stat_activity "+
+		"WHERE datname = current_database() AND application_name LIKE 'kmehsm,%'")
 }

@@ -38,10 +38,12 @@ func Upgrade(ctx context.Context, name, role string, rights Rights, schema sqlco
 		if err := migrate(ctx, tx, schema); err != nil {
 			return err
 		}
-		if err := grant(ctx, tx, role, rights.On); err != nil {
+		db := sqlconn.SQL{DB: tx}
+		if err := grant(ctx, sqlconn.Conn{Operation: "grant role " + role + " its rights", DB: db}, role,
+			rights.On); err != nil {
 			return err
 		}
-		why, err := mayChange(ctx, tx, role, rights.AppendOnly)
+		why, err := mayChange(ctx, db, role, rights.AppendOnly)
 		if err == nil && why != "" {
 			err = fmt.Errorf("the role %s %s: give the service a role without that", role, why)
 		}
@@ -49,29 +51,20 @@ func Upgrade(ctx context.Context, name, role string, rights Rights, schema sqlco
 	})
 }
 
-func grant(ctx context.Context, tx *sql.Tx, role string, rights map[string]string) error {
-	var known bool
-	if err := tx.QueryRowContext(ctx, "SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = $1)",
-		role).Scan(&known); err != nil {
+func grant(ctx context.Context, db sqlconn.Conn, role string, rights map[string]string) error {
+	var schema string
+	known, err := db.One(ctx, []any{&schema}, "SELECT current_schema() FROM pg_roles WHERE rolname = $1", role)
+	if err != nil {
 		return err
 	}
 	if !known {
 		return fmt.Errorf("PostgreSQL has no role %q: make it with CREATE ROLE ... LOGIN", role)
 	}
-	var schema string
-	if err := tx.QueryRowContext(ctx, "SELECT current_schema()").Scan(&schema); err != nil {
-		return err
-	}
 	grantee := pgx.Identifier{role}.Sanitize()
 	statements := []string{"GRANT USAGE ON SCHEMA " + pgx.Identifier{schema}.Sanitize() + " TO " + grantee}
-	rows, err := tx.QueryContext(ctx, "SELECT tablename FROM pg_tables WHERE schemaname = $1", schema)
-	if err != nil {
-		return err
-	}
-	defer rows.Close()
-	for rows.Next() {
+	if err := db.Each(ctx, func(scan func(...any) error) error {
 		var table string
-		if err := rows.Scan(&table); err != nil {
+		if err := scan(&table); err != nil {
 			return err
 		}
 		if may := rights[table]; may != "" {
@@ -79,12 +72,12 @@ func grant(ctx context.Context, tx *sql.Tx, role string, rights map[string]strin
 				"REVOKE ALL ON "+table+" FROM PUBLIC, "+grantee,
 				"GRANT "+may+" ON "+table+" TO "+grantee)
 		}
-	}
-	if err := rows.Err(); err != nil {
+		return nil
+	}, "SELECT tablename FROM pg_tables WHERE schemaname = $1", schema); err != nil {
 		return err
 	}
 	for _, s := range statements {
-		if _, err := tx.ExecContext(ctx, s); err != nil {
+		if err := db.Do(ctx, s); err != nil {
 			return err
 		}
 	}
@@ -93,18 +86,19 @@ func grant(ctx context.Context, tx *sql.Tx, role string, rights map[string]strin
 
 // MayChange says by what the role of this connection could change or remove rows of some tables, or nothing.
 func (db *DB) MayChange(ctx context.Context, tables ...string) (role, why string, err error) {
-	if err = db.QueryRowContext(ctx, "SELECT current_user").Scan(&role); err == nil {
-		why, err = mayChange(ctx, db, role, tables)
+	if err = db.QueryRowContext(ctx, "SELECT current_user").Scan(&role); err != nil {
+		return "", "", fmt.Errorf("look at which role this is: %w", err)
 	}
+	why, err = mayChange(ctx, sqlconn.SQL{DB: db}, role, tables)
 	return role, why, err
 }
 
 // mayChange says by what a role could change or remove rows of some tables, or nothing. A member of the role that
-// owns something is as good as that,
-// and so is one that has to SET ROLE first; the owner of a schema or of the database may drop what others have in it;
-// and whoever runs programs on the server, or writes its files, may do all that the server may.
-func mayChange(ctx context.Context, q queryer, role string, tables []string) (why string, err error) {
-	err = q.QueryRowContext(ctx, `
+// owns something is as good as that, and so is one that has to SET ROLE first; the owner of a schema or of the database
+// may drop what others have in it; and whoever runs programs on the server, or writes its files, may do all that the
+// server may.
+func mayChange(ctx context.Context, db sqlconn.Statements, role string, tables []string) (why string, err error) {
+	_, err = sqlconn.Conn{Operation: "look at the rights of role " + role, DB: db}.One(ctx, []any{&why}, `
 		SELECT coalesce(min(CASE
 			WHEN r.rolsuper THEN 'is a superuser'
 			WHEN m.rolcreaterole AND NOT m.rolsuper THEN 'may make roles, and give itself those of others'
@@ -120,6 +114,6 @@ func mayChange(ctx context.Context, q queryer, role string, tables []string) (wh
 		FROM pg_roles r JOIN pg_roles m ON pg_has_role(r.oid, m.oid, 'MEMBER'),
 			pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace, pg_database d
 		WHERE r.rolname = $1 AND n.nspname = current_schema() AND c.relname = ANY($2)
-			AND d.datname = current_database()`, role, tables).Scan(&why)
+			AND d.datname = current_database()`, role, tables)
 	return why, err
 }

@@ -51,30 +51,37 @@ func Open(ctx context.Context, path string, schema sqlconn.Schema) (read *sql.DB
 			break
 		}
 	}
+	if err == nil {
+		write, err = newWriter(ctx, db)
+	}
+	if err == nil {
+		read, err = sql.Open("sqlite3", dsn("&_query_only=on"))
+	}
 	if err != nil {
 		return nil, nil, errors.Join(fmt.Errorf("the database %s cannot be used: %w", path, err), db.Close())
 	}
-	// Pages that change again before a checkpoint are written to their place once.
-	if _, err := db.ExecContext(ctx, "PRAGMA wal_autocheckpoint = 4000"); err != nil {
-		return nil, nil, errors.Join(err, db.Close())
-	}
-	if read, err = sql.Open("sqlite3", dsn("&_query_only=on")); err != nil {
-		return nil, nil, errors.Join(err, db.Close())
-	}
 	read.SetMaxOpenConns(2 * runtime.GOMAXPROCS(0))
 	read.SetMaxIdleConns(2 * runtime.GOMAXPROCS(0))
-	write = &Writer{db: db, version: 1}
-	for _, s := range []struct {
-		to   **sql.Stmt
-		text string
-	}{{&write.savepoint, "SAVEPOINT change"}, {&write.release, "RELEASE change"},
-		{&write.rollback, "ROLLBACK TO change"}, {&write.dataVersion, "PRAGMA data_version"}} {
-		if *s.to, err = db.PrepareContext(ctx, s.text); err != nil {
-			return nil, nil, errors.Join(err, read.Close(), db.Close())
-		}
-	}
 	write.Writer = groupcommit.New(write.try)
 	return read, write, nil
+}
+
+// newWriter prepares the statements of a Writer that is not begun yet.
+func newWriter(ctx context.Context, db *sql.DB) (w *Writer, err error) {
+	// Pages that change again before a checkpoint are written to their place once.
+	if _, err := db.ExecContext(ctx, "PRAGMA wal_autocheckpoint = 4000"); err != nil {
+		return nil, fmt.Errorf("set how often pages are written to their place: %w", err)
+	}
+	w = &Writer{db: db, version: 1}
+	for text, to := range map[string]**sql.Stmt{
+		"SAVEPOINT change": &w.savepoint, "RELEASE change": &w.release, "ROLLBACK TO change": &w.rollback,
+		"PRAGMA data_version": &w.dataVersion,
+	} {
+		if *to, err = db.PrepareContext(ctx, text); err != nil {
+			return nil, fmt.Errorf("prepare %s: %w", text, err)
+		}
+	}
+	return w, nil
 }
 
 var creating sync.Mutex
@@ -136,7 +143,8 @@ func Look(ctx context.Context, path string) (number int, err error) {
 	return number, err
 }
 
-// A Writer makes changes: see groupcommit. They share one sync of the disk too.
+// A Writer makes changes: see groupcommit. They share one sync of the disk too. An error of the database does not name
+// the operation: that is what its caller knows.
 type Writer struct {
 	*groupcommit.Writer[*sqlconn.Tx]
 	db *sql.DB

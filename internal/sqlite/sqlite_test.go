@@ -274,3 +274,17 @@ func TestMigrations(t *testing.T) {
 		t.Errorf("a newer database, for newer programs: %v", err)
 	}
 }
+
+// An error names what was being done also when the tables are up to date already.
+func TestErrorsNameTheOperation(t *testing.T) {
+	_, write := open(t, filepath.Join(t.TempDir(), "db"), "CREATE TABLE t (n INTEGER PRIMARY KEY)")
+	if err := write.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := newWriter(t.Context(), write.db); err == nil || !strings.HasPrefix(err.Error(), "set how often ") {
+		t.Errorf("%v", err)
+	}
+	if err := write.Exec(t.Context(), "DELETE FROM t"); !errors.Is(err, groupcommit.ErrClosed) {
+		t.Errorf("a change after Close: %v", err)
+	}
+}
