@@ -13,7 +13,6 @@ import (
 	"github.com/hashicorp/vault/api"
 
 	"github.com/kmehsm/kmehsm/directory"
-	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/internal/vaulttest"
 	"github.com/kmehsm/kmehsm/policies"
@@ -38,7 +37,8 @@ func TestVaultMountVersion1(t *testing.T) {
 	}
 }
 
-func first(_ []string, err error) error          { return err }
+func first(_ []string, err error) error { return err }
+
 func second(_ []byte, _ string, err error) error { return err }
 
 // A fresh mount refuses writes for a moment: the store waits for it.
@@ -317,153 +317,6 @@ func TestVaultPolicies(t *testing.T) {
 	}
 	if _, _, err := as["operator"].Read(t.Context(), directory.ManifestPath("L2")); err == nil ||
 		!strings.Contains(err.Error(), "kme/data/lots/L2/manifest") || !strings.Contains(err.Error(), "policy") {
-		t.Error(err)
-	}
-}
-
-func TestVaultLogin(t *testing.T) {
-	server := vaulttest.Start(t)
-	root := server.Client(t, server.Root)
-	server.Mount(t, "kme", "2")
-	if err := New(root, "kme").Create(t.Context(), "lots/L1/manifest", []byte("x")); err != nil {
-		t.Fatal(err)
-	}
-	text, err := policies.Of("kme", policies.Publisher)
-	if err == nil {
-		err = errors.Join(root.Sys().PutPolicy("p", text),
-			root.Sys().EnableAuthWithOptions("approle", &api.EnableAuthOptions{Type: "approle"}))
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	// Tokens that live so shortly are renewed, and logged in anew, within the test.
-	if _, err := root.Logical().Write("auth/approle/role/r", map[string]any{"token_policies": "p", "token_ttl": "2s",
-		"token_max_ttl": "4s"}); err != nil {
-		t.Fatal(err)
-	}
-	role, err := root.Logical().Read("auth/approle/role/r/role-id")
-	if err != nil {
-		t.Fatal(err)
-	}
-	roleID := role.Data["role_id"].(string)
-	dir := t.TempDir()
-	file := func(name, content string) string {
-		path := filepath.Join(dir, name)
-		if err := os.WriteFile(path, []byte(content+"\n"), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		return path
-	}
-	secretID := func() string {
-		s, err := root.Logical().Write("auth/approle/role/r/secret-id", nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return s.Data["secret_id"].(string)
-	}
-	wrapping := server.Client(t, server.Root)
-	wrapping.SetWrappingLookupFunc(func(string, string) string { return "5m" })
-	wrapped, err := wrapping.Logical().Write("auth/approle/role/r/secret-id", nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	plain, wrappedFile := secretID(), file("wrapped", wrapped.WrapInfo.Token)
-	t.Setenv("VAULT_ADDR", server.Addr)
-
-	for name, l := range map[string]Login{
-		"AppRole":                 {RoleID: roleID, SecretIDFile: file("plain", plain)},
-		"AppRole, wrapped secret": {RoleID: roleID, SecretIDFile: wrappedFile, Wrapped: true},
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			ctx := t.Context()
-			log := new(testproc.Log)
-			client, err := Connect(ctx, l,
-				slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug})))
-			if err != nil {
-				t.Fatal(err)
-			}
-			store, first := New(client, "kme"), client.Token()
-			anew := func() bool {
-				return client.Token() != first && strings.Contains(log.String(), "logged in to Vault anew")
-			}
-			for start := time.Now(); !anew(); time.Sleep(100 * time.Millisecond) {
-				if _, _, err := store.Read(ctx, "lots/L1/manifest"); err != nil {
-					t.Fatalf("after %v: %v\n%s", time.Since(start), err, log)
-				}
-				if time.Since(start) > testproc.Patience {
-					t.Fatalf("no new login:\n%s", log)
-				}
-			}
-			if _, _, err := store.Read(ctx, "lots/L1/manifest"); err != nil {
-				t.Errorf("with the new token: %v", err)
-			}
-			for _, secret := range []string{first, client.Token(), plain} {
-				if strings.Contains(log.String(), secret) {
-					t.Error("the log has a token or a secret id")
-				}
-			}
-		})
-	}
-	for name, c := range map[string]struct {
-		login Login
-		want  string
-	}{
-		"a wrapping token used before": {Login{RoleID: roleID, SecretIDFile: file("used", "hvs.none"), Wrapped: true},
-			"unwrapped"},
-		"a wrong secret id":     {Login{RoleID: roleID, SecretIDFile: file("wrong", "wrong")}, "is refused"},
-		"no secret id file":     {Login{RoleID: roleID, SecretIDFile: dir + "/none"}, "none"},
-		"role without secret":   {Login{RoleID: roleID}, "secret id"},
-		"two ways at once":      {Login{RoleID: roleID, SecretIDFile: "x", CertRole: "c"}, "not both"},
-		"no login at all":       {Login{}, "VAULT_TOKEN"},
-		"no client certificate": {Login{CertRole: "c"}, "is refused"},
-	} {
-		t.Run(name, func(t *testing.T) {
-			if _, err := Connect(t.Context(), c.login, slog.New(slog.DiscardHandler)); err == nil ||
-				!strings.Contains(err.Error(), c.want) {
-				t.Errorf("%v does not say %q", err, c.want)
-			} else if strings.Contains(err.Error(), plain) {
-				t.Error("the error has the secret id")
-			}
-		})
-	}
-}
-
-// A secret id that is replaced in its file is the one of the next login; calls go on meanwhile.
-func TestVaultSecretIDReplaced(t *testing.T) {
-	server := vaulttest.Start(t)
-	root := server.Client(t, server.Root)
-	server.Mount(t, "kme", "2")
-	must.Do(t, New(root, "kme").Create(t.Context(), "lots/L1/manifest", []byte("x")))
-	must.Do(t, root.Sys().PutPolicy("p", `path "kme/data/lots/*" { capabilities = ["read"] }`))
-	must.Do(t, root.Sys().EnableAuthWithOptions("approle", &api.EnableAuthOptions{Type: "approle"}))
-	write := func(path string, data map[string]any) *api.Secret {
-		t.Helper()
-		return must.Get[*api.Secret](t)(root.Logical().Write(path, data))
-	}
-	write("auth/approle/role/r", map[string]any{"token_policies": "p", "token_ttl": "2s", "token_max_ttl": "4s"})
-	role := must.Get[*api.Secret](t)(root.Logical().Read("auth/approle/role/r/role-id"))
-	file := filepath.Join(t.TempDir(), "secret")
-	replace := func() (id string) {
-		t.Helper()
-		id = write("auth/approle/role/r/secret-id", nil).Data["secret_id"].(string)
-		must.Do(t, os.WriteFile(file, []byte(id+"\n"), 0o600))
-		return id
-	}
-	first := replace()
-	t.Setenv("VAULT_ADDR", server.Addr)
-	client := must.Get[*api.Client](t)(Connect(t.Context(), Login{RoleID: role.Data["role_id"].(string),
-		SecretIDFile: file}, slog.New(slog.DiscardHandler)))
-	token := client.Token()
-	replace()
-	write("auth/approle/role/r/secret-id/destroy", map[string]any{"secret_id": first})
-	testproc.Await(t, "a new login", func() bool {
-		if _, _, err := New(client, "kme").Read(t.Context(), "lots/L1/manifest"); err != nil {
-			t.Error(err)
-		}
-		return client.Token() != token
-	})
-	if _, _, err := New(client, "kme").Read(t.Context(), "lots/L1/manifest"); err != nil {
 		t.Error(err)
 	}
 }

@@ -1,0 +1,125 @@
+package proof
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kmehsm/kmehsm/internal/programs"
+	"github.com/kmehsm/kmehsm/internal/testproc"
+)
+
+// ownNetwork is in the environment of a test that has a network of its own.
+const ownNetwork = "KMEHSM_TEST_OWN_NETWORK"
+
+// inOwnNetwork says whether the test has a network namespace of its own. If it has not, it is run again in one.
+func inOwnNetwork(t *testing.T) bool {
+	t.Helper()
+	if os.Getenv(ownNetwork) != "" {
+		return true
+	}
+	apart := &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
+	probe := exec.Command("ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth1")
+	probe.SysProcAttr = apart
+	if out, err := probe.CombinedOutput(); errors.Is(err, exec.ErrNotFound) {
+		t.Fatal("there is no ip: scripts/deps.sh test installs it")
+	} else if err != nil {
+		t.Skipf("no network is cut: network namespaces are not to be had here, as root has them: %v %s", err, out)
+	}
+	programs.Dir(t)
+	cmd := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v", "-test.timeout=9m")
+	cmd.Env, cmd.SysProcAttr = append(os.Environ(), ownNetwork+"=1"), apart
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stdout
+	if err := testproc.Start(t, cmd, nil).Wait(); err != nil {
+		t.Errorf("in a network of its own: %v", err)
+	}
+	return false
+}
+
+// A lan is hosts with a router between them, which drops without a word what it is told to. The test's own process is
+// the host 0; each host has the address of its number, and the host 0 that of the database too.
+type lan struct {
+	t      *testing.T
+	spaces []string // of each host, and the router's
+}
+
+func address(host int) string { return fmt.Sprintf("10.99.%d.2", host) }
+
+const database = "10.99.0.3"
+
+func newLAN(t *testing.T, hosts int) *lan {
+	l := &lan{t: t}
+	for range hosts + 1 {
+		file := make(chan *os.File)
+		go func() {
+			runtime.LockOSThread() // and so it ends with this function
+			if len(l.spaces) > 0 {
+				if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+					t.Error(err)
+				}
+			}
+			f, err := os.Open("/proc/thread-self/ns/net")
+			if err != nil {
+				t.Error(err)
+			}
+			file <- f
+		}()
+		f := <-file
+		if t.Failed() {
+			t.FailNow()
+		}
+		t.Cleanup(func() { f.Close() })
+		l.spaces = append(l.spaces, fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), f.Fd()))
+	}
+	router := l.spaces[hosts]
+	l.run(router, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
+	for i := range hosts {
+		near, far := fmt.Sprintf("host%d", i), fmt.Sprintf("port%d", i)
+		l.ip(l.spaces[0], fmt.Sprintf("link add %s type veth peer name %s", near, far),
+			"link set "+far+" netns "+router,
+			"link set "+near+" netns "+l.spaces[i])
+		l.ip(router, fmt.Sprintf("addr add 10.99.%d.1/24 dev %s", i, far), "link set "+far+" up")
+		l.ip(l.spaces[i], "link set lo up", fmt.Sprintf("addr add %s/24 dev %s", address(i), near),
+			"link set "+near+" up", fmt.Sprintf("route add default via 10.99.%d.1", i))
+	}
+	l.ip(l.spaces[0], "addr add "+database+"/24 dev host0")
+	return l
+}
+
+func (l *lan) command(space string, args ...string) *exec.Cmd {
+	return exec.Command("nsenter", append([]string{"--net=" + space}, args...)...)
+}
+
+func (l *lan) run(space string, args ...string) {
+	l.t.Helper()
+	if out, err := l.command(space, args...).CombinedOutput(); err != nil {
+		l.t.Fatalf("%v: %v\n%s", args, err, out)
+	}
+}
+
+func (l *lan) ip(space string, lines ...string) {
+	l.t.Helper()
+	cmd := l.command(space, "ip", "-batch", "-")
+	cmd.Stdin = strings.NewReader(strings.Join(lines, "\n"))
+	if out, err := cmd.CombinedOutput(); err != nil {
+		l.t.Fatalf("%v: %v\n%s", lines, err, out)
+	}
+}
+
+// cut has the router drop what two addresses send each other, until mend.
+func (l *lan) cut(a, b string) (mend func()) {
+	l.t.Helper()
+	rules := func(what string) {
+		l.ip(l.spaces[len(l.spaces)-1], fmt.Sprintf("rule %s from %s to %s blackhole", what, a, b),
+			fmt.Sprintf("rule %s from %s to %s blackhole", what, b, a))
+	}
+	rules("add")
+	return func() { rules("del") }
+}
