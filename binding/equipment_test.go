@@ -107,11 +107,7 @@ func TestEquipmentRules(t *testing.T) {
 	}
 	revoke := func(l *lot, d *device) {
 		t.Helper()
-		if err := directory.Revoke(ctx, m.store, m.Signer, l.Manifest, []kme.IMEI{d.imei}, "stolen", time.Now(),
-			nil); err != nil {
-			t.Fatal(err)
-		}
-		r.refresh(t, m, l)
+		r.revoke(t, m, l, d)
 	}
 
 	ofGone := r.prove(t, d[1]) // and its device is revoked

@@ -59,14 +59,23 @@ func rejected(cause error) *Refusal {
 	return refuse(kme.KMERejected, "the payload was not accepted", cause)
 }
 
-// fromStore turns a Store's error into a refusal. It leaves the caller's own deadline and cancellation what they
-// are, and a panic: no store is away then, and none will be back.
+// unavailable refuses a call because of an error, unless that is the caller's own deadline or cancellation, or a panic:
+// nothing is away then, and nothing will be back.
+func unavailable(ctx context.Context, reason kme.Reason, message string, err error) error {
+	switch {
+	case panics.Of(err) != nil:
+		return err
+	case ctx.Err() != nil:
+		return ctx.Err()
+	}
+	return refuse(reason, message, err)
+}
+
+// fromStore turns a Store's error into a refusal.
 func fromStore(ctx context.Context, err error) error {
 	switch {
 	case err == nil:
 		return nil
-	case panics.Of(err) != nil:
-		return err
 	case errors.Is(err, ErrNotBound):
 		return refuse(kme.NotBound, "the IMSI has no binding", nil)
 	case errors.Is(err, ErrNoAttempt):
@@ -83,33 +92,19 @@ func fromStore(ctx context.Context, err error) error {
 	case errors.As(err, new(*DamagedRow)):
 		return refuse(kme.Damaged, "what the database has about this is not what the service wrote: an administrator "+
 			"has to settle that", err)
-	case ctx.Err() != nil:
-		return ctx.Err()
 	}
-	return refuse(kme.StoreUnavailable, "the database is not available", err)
+	return unavailable(ctx, kme.StoreUnavailable, "the database is not available", err)
 }
 
-// fromToken and fromDirectory do as fromStore does.
 func fromToken(ctx context.Context, err error) error {
-	switch {
-	case panics.Of(err) != nil:
-		return err
-	case ctx.Err() != nil:
-		return ctx.Err()
-	}
-	return refuse(kme.HSMUnavailable, "the HSM is not available", err)
+	return unavailable(ctx, kme.HSMUnavailable, "the HSM is not available", err)
 }
 
 func fromDirectory(ctx context.Context, err error) error {
-	switch {
-	case panics.Of(err) != nil:
-		return err
-	case ctx.Err() != nil:
-		return ctx.Err()
-	case errors.Is(err, directory.ErrUnknownDevice):
+	if errors.Is(err, directory.ErrUnknownDevice) {
 		return refuse(kme.UnknownDevice, "the IMEI is not in its lot's directory", err)
 	}
-	return refuse(kme.DirectoryUnavailable, "the device's public key cannot be had", err)
+	return unavailable(ctx, kme.DirectoryUnavailable, "the device's public key cannot be had", err)
 }
 
 func overloaded(message string) *Refusal { return refuse(kme.Overloaded, message, nil) }

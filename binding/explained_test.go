@@ -3,13 +3,11 @@ package binding_test
 import (
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/explain"
 	"github.com/kmehsm/kmehsm/binding/imports"
 	"github.com/kmehsm/kmehsm/binding/registry"
-	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -49,11 +47,7 @@ func TestExplained(t *testing.T) {
 	imsi = ask.IMSI
 	check("a replay", "UNBOUND", "the payload of device "+d.imei.String()+" was not accepted\n")
 	imsi = bound
-	if err := directory.Revoke(ctx, m.store, m.Signer, l.Manifest, []kme.IMEI{d.imei}, "stolen", time.Now(),
-		nil); err != nil {
-		t.Fatal(err)
-	}
-	r.refresh(t, m, l)
+	r.revoke(t, m, l, d)
 	check("the device is revoked", "ACTIVE", "DEVICE_REVOKED", "keysvc binding revoke "+imsi.String())
 	if !strings.Contains(r.log.String(), `"subscription explained"`) {
 		t.Error("the log does not say that a subscription was explained")
@@ -77,11 +71,7 @@ func TestExplainedDevice(t *testing.T) {
 	check("good", binding.BindingQuery{}, 1, "in lot L1 of manufacturer "+m.KeyID()+", which is served", "")
 	check("for who sees others", binding.BindingQuery{Within: []string{"26201"}}, 0, "in lot L1", "")
 	check("for who sees it", binding.BindingQuery{Within: []string{imsi.String()[:5]}}, 1, "in lot L1", "")
-	if err := directory.Revoke(ctx, m.store, m.Signer, l.Manifest, []kme.IMEI{d.imei}, "stolen", time.Now(),
-		nil); err != nil {
-		t.Fatal(err)
-	}
-	r.refresh(t, m, l)
+	r.revoke(t, m, l, d)
 	check("revoked", binding.BindingQuery{}, 1, "The manufacturer has revoked it", "needs another device")
 	must[registry.Verdict](t)(imports.Distrust(ctx, r.store, m.KeyID(), verdict(t, true, "its key is lost")))
 	r.serve(t)

@@ -189,6 +189,22 @@ func (r *harness) refresh(t testing.TB, m *maker, l *lot) {
 	}
 }
 
+// revoke has a lot's manufacturer revoke a device, and the service know it.
+func (r *harness) revoke(t testing.TB, m *maker, l *lot, d *device) {
+	t.Helper()
+	if err := directory.Revoke(t.Context(), m.store, m.Signer, l.Manifest, []kme.IMEI{d.imei}, "stolen", time.Now(),
+		nil); err != nil {
+		t.Fatal(err)
+	}
+	r.refresh(t, m, l)
+}
+
+// vector asks for a vector, and gives the error.
+func (r *harness) vector(t testing.TB, imsi kme.IMSI) error {
+	_, err := r.service.PrepareVector(t.Context(), imsi, newRANDs(1), here)
+	return err
+}
+
 // attempt opens an attempt as an HSS does.
 func (r *harness) attempt(t testing.TB, imsi kme.IMSI) string {
 	t.Helper()

@@ -94,13 +94,7 @@ func TestRevocationMemory(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := directory.Revoke(ctx, m.store, m.Signer, l.Manifest, []kme.IMEI{l.devices[0].imei}, "stolen", time.Now(),
-		nil); err != nil {
-		t.Fatal(err)
-	}
-	if err := r.readers[m.KeyID()].Refresh(ctx, l.Manifest); err != nil {
-		t.Fatal(err)
-	}
+	r.revoke(t, m, l, l.devices[0])
 	entries := must[[]binding.Entry](t)(r.store.History(ctx, binding.RevocationsSubject(m.KeyID(), "L1")))
 	if len(entries) != 2 {
 		t.Fatalf("%+v", entries)

@@ -8,7 +8,6 @@ import (
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/limits"
 	"github.com/kmehsm/kmehsm/internal/panics"
-	"github.com/kmehsm/kmehsm/kme"
 )
 
 // A panic of the token or the store leaves nothing taken: no place among the calls, and no ticket of the store. One
@@ -24,10 +23,6 @@ func TestPanics(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.activate(t, bound)
-	vector := func(imsi kme.IMSI) error {
-		_, err := r.service.PrepareVector(t.Context(), imsi, newRANDs(1), here)
-		return err
-	}
 	restore := func() error {
 		_, err := r.service.RestoreRAND(t.Context(), bound, newRANDs(1)[0], here)
 		return err
@@ -46,8 +41,8 @@ func TestPanics(t *testing.T) {
 		seam string
 		call func() error
 	}{
-		{"Prepare", func() error { return vector(newIMSI()) }},
-		{"EncryptRANDs", func() error { return vector(bound) }},
+		{"Prepare", func() error { return r.vector(t, newIMSI()) }},
+		{"EncryptRANDs", func() error { return r.vector(t, bound) }},
 		{"DecryptRAND", restore},
 		{"Spent", restore},
 		{"Subscription", restore},

@@ -16,19 +16,11 @@ func TestRevokedWhileBound(t *testing.T) {
 	r, m, l := newServed(t)
 	d := l.devices[0]
 	imsi := r.prove(t, d)
-	prepare := func() error {
-		_, err := r.service.PrepareVector(t.Context(), imsi, newRANDs(1), here)
-		return err
-	}
-	if err := prepare(); err != nil {
+	if err := r.vector(t, imsi); err != nil {
 		t.Fatal(err)
 	}
-	if err := directory.Revoke(t.Context(), m.store, m.Signer, l.Manifest, []kme.IMEI{d.imei}, "stolen", time.Now(),
-		nil); err != nil {
-		t.Fatal(err)
-	}
-	r.refresh(t, m, l)
-	checkRefused(t, "a vector for a device that was revoked", prepare(), kme.RevokedDevice, "")
+	r.revoke(t, m, l, d)
+	checkRefused(t, "a vector for a device that was revoked", r.vector(t, imsi), kme.RevokedDevice, "")
 }
 
 // Whether the device of a binding was revoked is known of lots that were imported, also if they were retired. An
@@ -37,24 +29,16 @@ func TestRevokedInALotThatIsNotKnown(t *testing.T) {
 	r, m, l := newServed(t)
 	d := l.devices[0]
 	imsi := r.prove(t, d)
-	prepare := func() error {
-		_, err := r.service.PrepareVector(t.Context(), imsi, newRANDs(1), here)
-		return err
-	}
 	must[registry.Verdict](t)(r.store.Decide(t.Context(), m.KeyID(), l.Lot, registry.Verdict{Withdrawn: true, By: "ops",
 		Reason: "sold", Time: time.Now()}, func([]*registry.Lot) error { return nil }))
 	r.serve(t)
-	if err := prepare(); err != nil {
+	if err := r.vector(t, imsi); err != nil {
 		t.Errorf("a device of a retired lot that was not revoked: %v", err)
 	}
-	if err := directory.Revoke(t.Context(), m.store, m.Signer, l.Manifest, []kme.IMEI{d.imei}, "stolen", time.Now(),
-		nil); err != nil {
-		t.Fatal(err)
-	}
-	r.refresh(t, m, l)
-	checkRefused(t, "a revoked device of a retired lot", prepare(), kme.RevokedDevice, "")
+	r.revoke(t, m, l, d)
+	checkRefused(t, "a revoked device of a retired lot", r.vector(t, imsi), kme.RevokedDevice, "")
 	r.service = r.service.WithLots(new(registry.Lots))
-	checkRefused(t, "a device of a lot that is not known", prepare(), kme.DirectoryUnavailable, "")
+	checkRefused(t, "a device of a lot that is not known", r.vector(t, imsi), kme.DirectoryUnavailable, "")
 }
 
 // A lot that the manufacturer revokes: none of its devices is bound any more, and none that is bound is served on.
@@ -67,11 +51,10 @@ func TestRevokedLot(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.refresh(t, m, l)
-	_, err := r.service.PrepareVector(t.Context(), imsi, newRANDs(1), here)
-	checkRefused(t, "a vector for a device of a revoked lot", err, kme.RevokedDevice, "")
+	checkRefused(t, "a vector for a device of a revoked lot", r.vector(t, imsi), kme.RevokedDevice, "")
 	other := newIMSI()
 	payload, _ := l.devices[1].payload(t)
-	_, err = r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: other, IMEI: l.devices[1].imei,
+	_, err := r.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: other, IMEI: l.devices[1].imei,
 		AttemptID: r.attempt(t, other), Payload: payload, Origin: here})
 	checkRefused(t, "a payload of a device of a revoked lot", err, kme.RevokedDevice, "")
 }

@@ -149,11 +149,7 @@ func TestBeforeTheHSM(t *testing.T) {
 		binding.EstablishRequest{IMSI: used, IMEI: l.devices[1].imei, AttemptID: usedAttempt, Payload: earlier,
 			Origin: here}))
 
-	if err := directory.Revoke(ctx, m.store, m.Signer, l.Manifest, []kme.IMEI{l.devices[2].imei}, "stolen", time.Now(),
-		nil); err != nil {
-		t.Fatal(err)
-	}
-	r.refresh(t, m, l)
+	r.revoke(t, m, l, l.devices[2])
 	unpublished := m.newLot(t, "L2", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 100, newDevices(t, 1)...)
 	r.take(t, m, unpublished)
 	if err := os.Remove(filepath.Join(m.dir, filepath.FromSlash(directory.ShardPath("L2", 0)))); err != nil {

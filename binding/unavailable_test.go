@@ -10,7 +10,6 @@ import (
 	"reflect"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/registry"
@@ -162,8 +161,7 @@ func TestNotSent(t *testing.T) {
 	check := func(reason kme.Reason) {
 		t.Helper()
 		for range 2 * binding.DefaultTimes().PendingVectors {
-			_, err := r.service.PrepareVector(t.Context(), imsi, newRANDs(1), here)
-			checkRefused(t, "a vector", err, reason, "")
+			checkRefused(t, "a vector", r.vector(t, imsi), reason, "")
 			got := must[*binding.Reported](t)(r.service.ReportAuthentication(t.Context(), imsi, true, here))
 			if got.Binding == nil || got.Binding.State != binding.Pending {
 				t.Fatalf("after no vector it is %+v", got.Binding)
@@ -182,11 +180,7 @@ func TestNotSent(t *testing.T) {
 	r.recorder.mu.Lock()
 	r.recorder.before = nil
 	r.recorder.mu.Unlock()
-	if err := directory.Revoke(t.Context(), m.store, m.Signer, l.Manifest, []kme.IMEI{d.imei}, "stolen", time.Now(),
-		nil); err != nil {
-		t.Fatal(err)
-	}
-	r.refresh(t, m, l)
+	r.revoke(t, m, l, d)
 	check(kme.RevokedDevice)
 }
 

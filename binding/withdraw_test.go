@@ -157,11 +157,7 @@ func TestRetireLot(t *testing.T) {
 		t.Errorf("the log has no word of it: %s", log)
 	}
 	// What its manufacturer says of its devices still counts.
-	if err := directory.Revoke(ctx, m.store, m.Signer, l.Manifest, []kme.IMEI{l.devices[1].imei}, "stolen", time.Now(),
-		nil); err != nil {
-		t.Fatal(err)
-	}
-	r.refresh(t, m, l)
+	r.revoke(t, m, l, l.devices[1])
 	_, err := r.service.PrepareVector(ctx, revoked, newRANDs(1), here)
 	checkRefused(t, "a revoked device of a retired lot", err, kme.RevokedDevice, "")
 

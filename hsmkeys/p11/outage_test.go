@@ -213,30 +213,23 @@ func (o *observed) Worked(operation string, took time.Duration, err error) {
 func TestWaitAndWorkApart(t *testing.T) {
 	o := &observed{worked: map[string][]time.Duration{}, failed: map[string]int{}}
 	token := openToken(t, softhsmtest.Operator(t), Options{Observer: o})
-	free := make(chan struct{})
-	var taken, done sync.WaitGroup
-	for range token.Sessions() {
-		taken.Add(1)
-		done.Go(func() {
-			token.With(context.Background(), "hold", func(*Session) error { taken.Done(); <-free; return nil })
-		})
-	}
-	taken.Wait()
+	free := holdAll(token)
 	const hold = time.Second
 	ctx, cancel := context.WithTimeout(t.Context(), hold/2)
 	defer cancel()
 	if _, err := find(ctx, token, "anything"); !errors.Is(err, context.DeadlineExceeded) {
 		t.Error(err)
 	}
-	done.Go(func() {
+	var pinged sync.WaitGroup
+	pinged.Go(func() {
 		if err := ping(context.Background(), token); err != nil {
 			t.Error(err)
 		}
 	})
 	eventually(t, "the ping waits", func() bool { return token.idle.free() == 0 })
 	time.Sleep(hold)
-	close(free)
-	done.Wait()
+	free()
+	pinged.Wait()
 	slices.Sort(o.waits)
 	if n := token.Sessions() + 2; len(o.waits) != n || o.waits[n-1] < hold/2 || o.waits[n-2] < hold/2 {
 		t.Errorf("waits: %v", o.waits)

@@ -110,6 +110,23 @@ func TestFunctionList(t *testing.T) {
 	}
 }
 
+// holdAll takes all sessions of a token, until free gives them back.
+func holdAll(token *Token) (free func()) {
+	freed := make(chan struct{})
+	var taken, done sync.WaitGroup
+	for range token.Sessions() {
+		taken.Add(1)
+		done.Go(func() {
+			token.With(context.Background(), "hold", func(*Session) error { taken.Done(); <-freed; return nil })
+		})
+	}
+	taken.Wait()
+	return func() {
+		close(freed)
+		done.Wait()
+	}
+}
+
 func TestSessions(t *testing.T) {
 	token := openToken(t, softhsmtest.Operator(t), Options{})
 	t.Run("a caller that has gone", func(t *testing.T) {
@@ -120,22 +137,13 @@ func TestSessions(t *testing.T) {
 		}
 	})
 	t.Run("all sessions taken", func(t *testing.T) {
-		free := make(chan struct{})
-		var taken, done sync.WaitGroup
-		for range token.Sessions() {
-			taken.Add(1)
-			done.Go(func() {
-				token.With(context.Background(), "test", func(*Session) error { taken.Done(); <-free; return nil })
-			})
-		}
-		taken.Wait()
+		free := holdAll(token)
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 		defer cancel()
 		if err := ping(ctx, token); !errors.Is(err, context.DeadlineExceeded) {
 			t.Error(err)
 		}
-		close(free)
-		done.Wait()
+		free()
 		if err := ping(t.Context(), token); err != nil {
 			t.Error(err)
 		}
