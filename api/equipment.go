@@ -20,7 +20,7 @@ func (h *Handler) CheckEquipment(r *http.Request, q *kmev1.CheckEquipmentRequest
 			return
 		}
 		var a connect.AnyResponse
-		a, err = h.call(r.Context(), streamed{connect.NewRequest(q), kmev1connect.KeyServiceCheckEquipmentProcedure})
+		a, err = h.call(r.Context(), asRequest(q, kmev1connect.KeyServiceCheckEquipmentProcedure))
 		if err == nil {
 			answer = a.Any().(*kmev1.CheckEquipmentResponse)
 		} else if refusal := refusalOf(err); refusal != nil {

@@ -183,7 +183,7 @@ func toConnect(err error) error {
 	case err == nil:
 		return nil
 	case r != nil:
-		e := connect.NewError(codes[r.Reason], told{r.Message, r})
+		e := connect.NewError(codes[r.Reason], told{text: r.Message, error: r})
 		if d, derr := connect.NewErrorDetail(&errdetails.ErrorInfo{Reason: string(r.Reason),
 			Domain: kme.ErrorDomain}); derr == nil {
 			e.AddDetail(d)
@@ -194,5 +194,5 @@ func toConnect(err error) error {
 	case errors.Is(err, context.DeadlineExceeded):
 		return connect.NewError(connect.CodeDeadlineExceeded, errors.New("the caller's deadline has passed"))
 	}
-	return connect.NewError(connect.CodeInternal, told{"internal error", err})
+	return connect.NewError(connect.CodeInternal, told{text: "internal error", error: err})
 }

@@ -280,23 +280,26 @@ type streamed struct {
 // Spec is that of a unary call.
 func (r streamed) Spec() connect.Spec { return connect.Spec{Procedure: r.procedure} }
 
+func asRequest[M any](message *M, procedure string) streamed {
+	return streamed{AnyRequest: connect.NewRequest(message), procedure: procedure}
+}
+
 func requestOf(c *kmev1.Call) connect.AnyRequest {
 	switch q := c.Call.(type) {
 	case *kmev1.Call_PrepareVector:
-		return streamed{connect.NewRequest(q.PrepareVector), kmev1connect.KeyServicePrepareVectorProcedure}
+		return asRequest(q.PrepareVector, kmev1connect.KeyServicePrepareVectorProcedure)
 	case *kmev1.Call_EstablishKme:
-		return streamed{connect.NewRequest(q.EstablishKme), kmev1connect.KeyServiceEstablishKMEProcedure}
+		return asRequest(q.EstablishKme, kmev1connect.KeyServiceEstablishKMEProcedure)
 	case *kmev1.Call_ReportAuthentication:
-		return streamed{connect.NewRequest(q.ReportAuthentication),
-			kmev1connect.KeyServiceReportAuthenticationProcedure}
+		return asRequest(q.ReportAuthentication, kmev1connect.KeyServiceReportAuthenticationProcedure)
 	case *kmev1.Call_RestoreRand:
-		return streamed{connect.NewRequest(q.RestoreRand), kmev1connect.KeyServiceRestoreRANDProcedure}
+		return asRequest(q.RestoreRand, kmev1connect.KeyServiceRestoreRANDProcedure)
 	case *kmev1.Call_GetBinding:
-		return streamed{connect.NewRequest(q.GetBinding), kmev1connect.KeyServiceGetBindingProcedure}
+		return asRequest(q.GetBinding, kmev1connect.KeyServiceGetBindingProcedure)
 	case *kmev1.Call_CheckEquipment:
-		return streamed{connect.NewRequest(q.CheckEquipment), kmev1connect.KeyServiceCheckEquipmentProcedure}
+		return asRequest(q.CheckEquipment, kmev1connect.KeyServiceCheckEquipmentProcedure)
 	}
-	return streamed{connect.NewRequest(c), kmev1connect.KeyServiceStreamProcedure}
+	return asRequest(c, kmev1connect.KeyServiceStreamProcedure)
 }
 
 // direct makes a call of a stream by the method that makes it also by itself.

@@ -44,9 +44,11 @@ func (h actorLog) Handle(ctx context.Context, r slog.Record) error {
 }
 
 func (h actorLog) WithAttrs(attrs []slog.Attr) slog.Handler {
-	return actorLog{h.Handler.WithAttrs(attrs)}
+	return actorLog{Handler: h.Handler.WithAttrs(attrs)}
 }
-func (h actorLog) WithGroup(name string) slog.Handler { return actorLog{h.Handler.WithGroup(name)} }
+func (h actorLog) WithGroup(name string) slog.Handler {
+	return actorLog{Handler: h.Handler.WithGroup(name)}
+}
 
 // LogValue is slog.LogValuer's.
 func (a Actor) LogValue() slog.Value {

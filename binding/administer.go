@@ -24,7 +24,7 @@ func (s *Service) ReportAuthentication(ctx context.Context, imsi kme.IMSI, ok bo
 	if err != nil {
 		return nil, s.failed(ctx, "report", imsi, fromStore(ctx, err), "origin", o.Name)
 	}
-	r := &Reported{sub.Standing(), sub.Served(o)}
+	r := &Reported{Binding: sub.Standing(), Served: sub.Served(o)}
 	if a := sub.Active; a != nil && a.Activated.UnixMilli() == now.UnixMilli() { // by this report
 		s.history.Saw(imsi, a.IMEI, sightings.Shown)
 	}

@@ -46,7 +46,7 @@ func answers() (all []Equipment) {
 		RevokedDevice: {Blacklisted}, ReissuedDevice: {Blacklisted}, Proven: {Whitelisted}, NotProven: {Greylisted},
 	} {
 		for _, s := range statuses {
-			all = append(all, Equipment{s, reason})
+			all = append(all, Equipment{Status: s, Reason: reason})
 		}
 	}
 	return all
@@ -84,7 +84,7 @@ func (s *Service) check(ctx context.Context, imei kme.IMEI, imsi kme.IMSI) (Equi
 		return Equipment{}, fromStore(ctx, err)
 	}
 	if isListed && !s.equipment.ListsLast {
-		return Equipment{listed, Listed}, nil
+		return Equipment{Status: listed, Reason: Listed}, nil
 	}
 	lot := s.lots.Find(imei)
 	if lot != nil {
@@ -124,21 +124,21 @@ func (s *Service) check(ctx context.Context, imei kme.IMEI, imsi kme.IMSI) (Equi
 	expected := lot != nil && own.expects(imei)
 	switch {
 	case revoked && !proven:
-		return Equipment{Blacklisted, RevokedDevice}, nil
+		return Equipment{Status: Blacklisted, Reason: RevokedDevice}, nil
 	case reissued && !proven:
-		return Equipment{Blacklisted, ReissuedDevice}, nil
+		return Equipment{Status: Blacklisted, Reason: ReissuedDevice}, nil
 	case proven && (imsi == kme.IMSI{} || held != nil && held.IMEI == imei):
-		return Equipment{Whitelisted, Proven}, nil
+		return Equipment{Status: Whitelisted, Reason: Proven}, nil
 	case held != nil && held.IMEI != imei && !expected:
-		return Equipment{s.equipment.OtherDevice, OtherDevice}, nil
+		return Equipment{Status: s.equipment.OtherDevice, Reason: OtherDevice}, nil
 	case proven && !expected:
-		return Equipment{s.equipment.OtherSubscription, OtherSubscription}, nil
+		return Equipment{Status: s.equipment.OtherSubscription, Reason: OtherSubscription}, nil
 	case lot != nil:
-		return Equipment{Greylisted, NotProven}, nil
+		return Equipment{Status: Greylisted, Reason: NotProven}, nil
 	case isListed:
-		return Equipment{listed, Listed}, nil
+		return Equipment{Status: listed, Reason: Listed}, nil
 	}
-	return Equipment{s.equipment.NotInLot, NotInLot}, nil
+	return Equipment{Status: s.equipment.NotInLot, Reason: NotInLot}, nil
 }
 
 // revokedEquipment is the answer about a device that is revoked, or may be: that is err.
@@ -146,7 +146,7 @@ func revokedEquipment(err error) (Equipment, error) {
 	if err != nil {
 		return Equipment{}, revocationsUnknown(err)
 	}
-	return Equipment{Blacklisted, RevokedDevice}, nil
+	return Equipment{Status: Blacklisted, Reason: RevokedDevice}, nil
 }
 
 // expects says whether a device is about to be bound, or may be beside a binding: an administrator has opened that.

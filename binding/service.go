@@ -91,7 +91,7 @@ func NewService(o Options) *Service {
 		o.Metrics = NewMetrics(prometheus.NewRegistry())
 	}
 	s := &Service{
-		token: o.Token, store: o.Store, log: slog.New(actorLog{o.Log.Handler()}), times: o.Times,
+		token: o.Token, store: o.Store, log: slog.New(actorLog{Handler: o.Log.Handler()}), times: o.Times,
 		lots: cmp.Or(o.Lots, new(registry.Lots)), limits: limits.NewGate(o.Limits), metrics: o.Metrics,
 		unknown: limits.NewStrangers(),
 		open: otter.Must(&otter.Options[kme.IMSI, Attempt]{

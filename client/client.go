@@ -177,7 +177,7 @@ func (c *Client) ReportAuthentication(ctx context.Context, imsi kme.IMSI, o Orig
 			Imsi: imsi.String(), Ok: ok, Origin: o.Name.String(), NoProvisioning: o.NoProvisioning,
 		}}})
 	answer := a.GetReportAuthentication()
-	return Report{answer.GetState(), answer.GetControl() == kmev1.Control_PREPROCESSED}, err
+	return Report{State: answer.GetState(), Served: answer.GetControl() == kmev1.Control_PREPROCESSED}, err
 }
 
 // RestoreRAND gives the RAND before PrepareVector, when a SIM asks for resynchronisation.
@@ -212,7 +212,7 @@ func (c *Client) CheckEquipment(ctx context.Context, imei kme.IMEI, imsi kme.IMS
 		CheckEquipment: &kmev1.CheckEquipmentRequest{Imei: imei.String(), Imsi: imsi.String()},
 	}})
 	answer := a.GetCheckEquipment()
-	return Equipment{answer.GetStatus(), answer.GetReason()}, err
+	return Equipment{Status: answer.GetStatus(), Reason: answer.GetReason()}, err
 }
 
 // OpenProvisioning lets an IMSI be bound to another device.
@@ -255,11 +255,11 @@ func alone[Q, A any](
 func (c *Client) call(ctx context.Context, again bool, call *kmev1.Call) (*kmev1.Answer, error) {
 	encoded, err := proto.Marshal(call)
 	if err != nil { // a text that is not UTF-8
-		return nil, &Error{kme.Malformed, err.Error()}
+		return nil, &Error{Reason: kme.Malformed, Message: err.Error()}
 	}
 	if len(encoded) > maxCall {
-		return nil, &Error{kme.Malformed, fmt.Sprintf("the call has %d bytes, of %d that it may have", len(encoded),
-			maxCall)}
+		return nil, &Error{Reason: kme.Malformed, Message: fmt.Sprintf("the call has %d bytes, of %d that it may have",
+			len(encoded), maxCall)}
 	}
 	return try(ctx, c, again, func(ctx context.Context, i *instance) (*kmev1.Answer, error) {
 		return i.current().call(ctx, slices.Clip(encoded))
@@ -309,7 +309,7 @@ func explain(err error) (error, bool) {
 		return err, false
 	}
 	if reason := e.Meta().Get(kme.ReasonHeader); reason != "" {
-		refusal := &Error{kme.Reason(reason), e.Message()}
+		refusal := &Error{Reason: kme.Reason(reason), Message: e.Message()}
 		return refusal, refusal.Temporary()
 	}
 	return err, e.Code() == connect.CodeUnavailable // it could not be reached

@@ -65,7 +65,7 @@ func newInstance(address string, config *tls.Config, timeout time.Duration) (*in
 			return nil, errors.New("the service wants a client certificate: TLS has none")
 		}
 	}
-	c := &http.Client{Transport: whole{transport}}
+	c := &http.Client{Transport: whole{Transport: transport}}
 	return &instance{service: kmev1connect.NewKeyServiceClient(c, base), streams: newOpener(c, base), http: c,
 		base: base}, nil
 }

@@ -100,7 +100,7 @@ func (s *stream) call(ctx context.Context, call []byte) (*kmev1.Answer, error) {
 	s.last++
 	id := s.last
 	call = protowire.AppendVarint(protowire.AppendTag(call, 1, protowire.VarintType), id)
-	s.queue, s.waiting[id] = append(s.queue, queued{id, call}), answer
+	s.queue, s.waiting[id] = append(s.queue, queued{id: id, call: call}), answer
 	s.mu.Unlock()
 	select {
 	case s.ready <- struct{}{}:
@@ -228,7 +228,7 @@ func why(err error) func() error {
 		err = fmt.Errorf("the stream to the service has ended: %w", connection)
 	} else if errors.As(err, &e) {
 		if reason := e.Meta().Get(kme.ReasonHeader); reason != "" {
-			refused := &Error{kme.Reason(reason), e.Message()}
+			refused := &Error{Reason: kme.Reason(reason), Message: e.Message()}
 			return func() error { return refused }
 		}
 		err = fmt.Errorf("the stream to the service has ended: %s", e.Message())
@@ -249,7 +249,7 @@ func notBegun(err error) bool {
 // refusal is the error of a call.
 func refusal(e *kmev1.CallError) error {
 	if e.Reason != "" {
-		return &Error{kme.Reason(e.Reason), e.Message}
+		return &Error{Reason: kme.Reason(e.Reason), Message: e.Message}
 	}
 	code := connect.CodeUnknown
 	if err := code.UnmarshalText([]byte(e.Code)); err != nil {

@@ -140,7 +140,7 @@ func (r *Reader) Cached(m *Manifest, imei kme.IMEI) (d Device, ok bool, err erro
 	if err != nil {
 		return d, true, err
 	}
-	s, ok := r.cache.shards.GetIfPresent(cacheKey{r, m.Lot, position / m.ShardSize})
+	s, ok := r.cache.shards.GetIfPresent(cacheKey{reader: r, lot: m.Lot, n: position / m.ShardSize})
 	if !ok {
 		return d, false, nil
 	}
@@ -150,7 +150,7 @@ func (r *Reader) Cached(m *Manifest, imei kme.IMEI) (d Device, ok bool, err erro
 	}
 	var history []Revocation
 	if ref := list.ref(position / revocationPart); ref != nil {
-		part, ok := r.cache.parts.GetIfPresent(cacheKey{r, m.Lot, ref.Part})
+		part, ok := r.cache.parts.GetIfPresent(cacheKey{reader: r, lot: m.Lot, n: ref.Part})
 		if !ok || !part.satisfies(ref) {
 			return d, false, nil
 		}
@@ -239,7 +239,7 @@ func (d Device) Issued() (n int) {
 func (r *Reader) shard(ctx context.Context, m *Manifest, n int) (*packedShard, error) {
 	return flight.Do(ctx, &r.flights, ShardPath(m.Lot, n), func(ctx context.Context) (*packedShard, error) {
 		// An earlier flight may have landed since the cache was asked.
-		if landed, ok := r.cache.shards.GetEntryQuietly(cacheKey{r, m.Lot, n}); ok {
+		if landed, ok := r.cache.shards.GetEntryQuietly(cacheKey{reader: r, lot: m.Lot, n: n}); ok {
 			return landed.Value, nil
 		}
 		done, err := r.flights.Read()
@@ -257,7 +257,7 @@ func (r *Reader) shard(ctx context.Context, m *Manifest, n int) (*packedShard, e
 			kept.keys = packed.Join(len(s.Keys), func(i int) crypto.PublicKey { return s.Keys[i].Key })
 			kept.pkg = s.Package
 		}
-		r.cache.shards.Set(cacheKey{r, m.Lot, n}, kept)
+		r.cache.shards.Set(cacheKey{reader: r, lot: m.Lot, n: n}, kept)
 		return kept, nil
 	})
 }
@@ -341,7 +341,7 @@ func (r *Reader) History(ctx context.Context, m *Manifest, imei kme.IMEI) ([]Rev
 
 // part gives the part of a lot's revocations that a list names, or a later one.
 func (r *Reader) part(ctx context.Context, m *Manifest, ref *RevocationRef) (*storedPart, error) {
-	key := cacheKey{r, m.Lot, ref.Part}
+	key := cacheKey{reader: r, lot: m.Lot, n: ref.Part}
 	if p, ok := r.cache.parts.GetIfPresent(key); ok && p.satisfies(ref) {
 		return p, nil
 	}

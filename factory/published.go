@@ -82,7 +82,7 @@ func (l *Line) publishedLots(ctx context.Context) (all []publishedLot, err error
 				return nil // its folder was made, and its manifest never published
 			}
 			if fresh[i] = m; err == nil {
-				all[i] = publishedLot{name, m.Ranges, m.PublicKey().N}
+				all[i] = publishedLot{lot: name, ranges: m.Ranges, modulus: m.PublicKey().N}
 			}
 			return err
 		})

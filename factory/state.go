@@ -176,7 +176,7 @@ func (s State) Grants(lot string) ([]Granted, error) {
 			return nil, err
 		}
 		if !t.IsZero() {
-			all = append(all, Granted{e.Name(), t})
+			all = append(all, Granted{Operator: e.Name(), Time: t})
 		}
 	}
 	return all, nil

@@ -40,7 +40,9 @@ func OpenOperatorPool(ctx context.Context, uris []string, o Options) (*OperatorP
 	return p, nil
 }
 
-func newPool(tokens []*OperatorToken) *OperatorPool { return &OperatorPool{p11.NewPool(tokens...)} }
+func newPool(tokens []*OperatorToken) *OperatorPool {
+	return &OperatorPool{pool: p11.NewPool(tokens...)}
+}
 
 func (p *OperatorPool) checkSame(ctx context.Context) error {
 	tokens := p.pool.Tokens()

@@ -80,7 +80,7 @@ func (t *OperatorToken) newestStorage(s *p11.Session) (generation int, h pkcs11.
 	if generation == 0 {
 		return 0, 0, fmt.Errorf("%s: %w", keyspec.Storage.Label(), ErrNoKey)
 	}
-	t.sealing.Store(&sealing{generation, time.Now().Add(LookAgain), epoch})
+	t.sealing.Store(&sealing{generation: generation, until: time.Now().Add(LookAgain), epoch: epoch})
 	return generation, h, nil
 }
 

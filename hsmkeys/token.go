@@ -57,7 +57,7 @@ func OpenFactory(ctx context.Context, tokenURI string, o Options) (*FactoryToken
 	if err != nil {
 		return nil, err
 	}
-	return &FactoryToken{b}, nil
+	return &FactoryToken{base: b}, nil
 }
 
 // OpenOperator is OpenFactory for an operator's token.

@@ -41,7 +41,7 @@ func ParseIMEI(s string) (IMEI, error) {
 		return IMEI{}, fmt.Errorf("an IMEI has 14 digits, 15 with its check digit, or 16 with its software version; "+
 			"this has %d", len(s))
 	}
-	return IMEI{s[:IMEIDigits]}, nil
+	return IMEI{digits: s[:IMEIDigits]}, nil
 }
 
 // ErrOtherIdentity is that a SUPI or PEI is well formed, and of a kind that is no IMSI or IMEI.
@@ -70,7 +70,7 @@ func NewIMEI(tac TAC, snr int) (IMEI, error) {
 	if tac == (TAC{}) || snr < 0 || snr >= SNRs {
 		return IMEI{}, fmt.Errorf("no IMEI with TAC %q and serial number %d", tac.digits, snr)
 	}
-	return IMEI{fmt.Sprintf("%s%06d", tac.digits, snr)}, nil
+	return IMEI{digits: fmt.Sprintf("%s%06d", tac.digits, snr)}, nil
 }
 
 // String is the canonical form, 14 digits.
@@ -81,7 +81,7 @@ func (i IMEI) TAC() TAC {
 	if i.digits == "" {
 		return TAC{}
 	}
-	return TAC{i.digits[:tacDigits]}
+	return TAC{digits: i.digits[:tacDigits]}
 }
 
 // SNR is the serial number within the TAC, 0 to 999999; -1 for the zero IMEI.
@@ -122,7 +122,7 @@ func ParseTAC(s string) (TAC, error) {
 	if len(s) != tacDigits || !allDigits(s) {
 		return TAC{}, fmt.Errorf("a TAC has %d digits", tacDigits)
 	}
-	return TAC{s}, nil
+	return TAC{digits: s}, nil
 }
 
 func (t TAC) String() string               { return t.digits }
@@ -140,7 +140,7 @@ func ParseIMSI(s string) (IMSI, error) {
 	if len(s) < 6 || len(s) > 15 || !allDigits(s) {
 		return IMSI{}, errors.New("an IMSI has 6 to 15 digits")
 	}
-	return IMSI{s}, nil
+	return IMSI{digits: s}, nil
 }
 
 // ParseSUPI accepts the IMSIs among a 5G network's names of subscriptions (3GPP TS 29.571 clause 5.3.2): "imsi-" and
@@ -180,7 +180,7 @@ func ParseOrigin(s string) (Origin, error) {
 			return Origin{}, errors.New("an origin has printable ASCII characters only, and no spaces")
 		}
 	}
-	return Origin{strings.ToLower(s)}, nil
+	return Origin{name: strings.ToLower(s)}, nil
 }
 
 func (o Origin) String() string               { return o.name }

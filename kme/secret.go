@@ -23,7 +23,7 @@ func NewSecret(b []byte) (Secret, error) {
 	if len(b) != SecretSize {
 		return Secret{}, fmt.Errorf("a KME or RME has %d bytes, not %d", SecretSize, len(b))
 	}
-	return Secret{(*[SecretSize]byte)(append([]byte(nil), b...))}, nil
+	return Secret{b: (*[SecretSize]byte)(append([]byte(nil), b...))}, nil
 }
 
 // RandomSecret is a fresh KME or RME. It is not inlined for the same reason as NewSecret.
@@ -32,7 +32,7 @@ func NewSecret(b []byte) (Secret, error) {
 func RandomSecret() Secret {
 	var b [SecretSize]byte
 	rand.Read(b[:]) // never fails since Go 1.24
-	return Secret{&b}
+	return Secret{b: &b}
 }
 
 // Bytes is the secret itself, not a copy: Wipe clears it too. Nil for the zero Secret.

@@ -89,9 +89,9 @@ type rates[K comparable] struct {
 }
 
 func newRates[K comparable](l Limits) *rates[K] {
-	return &rates[K]{otter.Must(&otter.Options[K, *rate.Limiter]{
+	return &rates[K]{cache: otter.Must(&otter.Options[K, *rate.Limiter]{
 		MaximumSize: maxRates, ExpiryCalculator: otter.ExpiryAccessing[K, *rate.Limiter](time.Hour),
-	}), rate.Limit(l.IMEIRate), max(l.IMEIBurst, 1)}
+	}), rate: rate.Limit(l.IMEIRate), burst: max(l.IMEIBurst, 1)}
 }
 
 func (r *rates[K]) of(key K) *rate.Limiter {

@@ -215,7 +215,7 @@ func readAuditLogs(dirs []string, heads *binding.Mark) (func(chain int, seq int6
 					l.Chain >= binding.Chains || l.Seq <= heads.Heads[l.Chain].Seq {
 					return nil
 				}
-				at := place{l.Chain, l.Seq}
+				at := place{chain: l.Chain, seq: l.Seq}
 				if !slices.ContainsFunc(all[at], func(o binding.Line) bool { return bytes.Equal(o.MAC, l.MAC) }) {
 					all[at] = append(all[at], l)
 				}
@@ -226,5 +226,5 @@ func readAuditLogs(dirs []string, heads *binding.Mark) (func(chain int, seq int6
 			}
 		}
 	}
-	return func(chain int, seq int64) []binding.Line { return all[place{chain, seq}] }, nil
+	return func(chain int, seq int64) []binding.Line { return all[place{chain: chain, seq: seq}] }, nil
 }

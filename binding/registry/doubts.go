@@ -47,7 +47,7 @@ func (l *ImportedLot) readManifest(ctx context.Context, name lotName) error {
 
 // Doubts gives those about what a binding rests on. It needs the directory of its manufacturer, if that is trusted.
 func (l *Lots) Doubts(ctx context.Context, b Basis) ([]Doubt, error) {
-	name := lotName{b.Manufacturer, b.Lot}
+	name := lotName{manufacturer: b.Manufacturer, lot: b.Lot}
 	if lot := l.imported[name]; lot != nil {
 		if err := lot.readManifest(ctx, name); err != nil {
 			return nil, err
@@ -63,24 +63,24 @@ func unknownRevocations(n lotName, err error) error {
 
 // DoubtsOf gives Doubts to a caller who has called ReadManifests before, and asks about many bindings.
 func (l *Lots) DoubtsOf(ctx context.Context, b Basis) (doubts []Doubt, err error) {
-	lot := l.imported[lotName{b.Manufacturer, b.Lot}]
+	lot := l.imported[lotName{manufacturer: b.Manufacturer, lot: b.Lot}]
 	if lot == nil {
 		return nil, fmt.Errorf("IMSI %s is bound to a device of lot %s of manufacturer %s, which was not imported: "+
 			"the database is damaged",
 			b.IMSI, b.Lot, b.Manufacturer)
 	}
 	if v := lot.Retired; v.Withdrawn {
-		doubts = append(doubts, Doubt{LotRetired, v.Reason, v.Time})
+		doubts = append(doubts, Doubt{Why: LotRetired, Reason: v.Reason, Time: v.Time})
 	}
 	if v, distrusted := l.distrusted[b.Manufacturer]; distrusted {
-		return append(doubts, Doubt{ManufacturerDistrusted, v.Reason, v.Time}), nil
+		return append(doubts, Doubt{Why: ManufacturerDistrusted, Reason: v.Reason, Time: v.Time}), nil
 	}
 	history, whole, err := lot.Reader.RevocationsOf(ctx, lot.Manifest, b.IMEI)
 	if err != nil {
-		return nil, unknownRevocations(lotName{b.Manufacturer, b.Lot}, err)
+		return nil, unknownRevocations(lotName{manufacturer: b.Manufacturer, lot: b.Lot}, err)
 	}
 	if whole != nil {
-		doubts = append(doubts, Doubt{LotRevoked, whole.Reason, whole.Time})
+		doubts = append(doubts, Doubt{Why: LotRevoked, Reason: whole.Reason, Time: whole.Time})
 	}
 	issued := 0
 	for i, e := range history {
@@ -89,9 +89,9 @@ func (l *Lots) DoubtsOf(ctx context.Context, b Basis) (doubts []Doubt, err error
 		}
 		switch {
 		case e.Key != nil && issued == b.DeviceKey+1:
-			doubts = append(doubts, Doubt{DeviceReissued, e.Reason, e.Time})
+			doubts = append(doubts, Doubt{Why: DeviceReissued, Reason: e.Reason, Time: e.Time})
 		case e.Key == nil && i == len(history)-1:
-			doubts = append(doubts, Doubt{DeviceRevoked, e.Reason, e.Time})
+			doubts = append(doubts, Doubt{Why: DeviceRevoked, Reason: e.Reason, Time: e.Time})
 		}
 	}
 	return doubts, nil

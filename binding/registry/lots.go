@@ -82,7 +82,7 @@ func NewLots(lots []*Lot, readers map[string]*directory.Reader) (*Lots, error) {
 	index := &Lots{imported: map[lotName]*ImportedLot{}, distrusted: map[string]Verdict{}}
 	for _, l := range lots {
 		lot := &ImportedLot{Retired: l.Retired}
-		index.imported[lotName{l.Manufacturer, l.Manifest.Lot}] = lot
+		index.imported[lotName{manufacturer: l.Manufacturer, lot: l.Manifest.Lot}] = lot
 		if l.Distrusted.Withdrawn {
 			index.distrusted[l.Manufacturer] = l.Distrusted
 			continue
@@ -104,7 +104,7 @@ func NewLots(lots []*Lot, readers map[string]*directory.Reader) (*Lots, error) {
 			if err != nil {
 				return nil, err
 			}
-			index.ranges = append(index.ranges, lotRange{first.String(), last.String(), served})
+			index.ranges = append(index.ranges, lotRange{first: first.String(), last: last.String(), lot: served})
 		}
 	}
 	slices.SortFunc(index.ranges, func(a, b lotRange) int { return cmp.Compare(a.first, b.first) })
@@ -129,7 +129,7 @@ func (l *Lots) Find(imei kme.IMEI) *TrustedLot {
 // Of is the imported lot of a device, served or not; nil if there is none whose manufacturer is trusted.
 func (l *Lots) Of(imei kme.IMEI) *ImportedLot {
 	if lot := l.Find(imei); lot != nil {
-		return l.imported[lotName{lot.Manifest.Manufacturer, lot.Manifest.Lot}]
+		return l.imported[lotName{manufacturer: lot.Manifest.Manufacturer, lot: lot.Manifest.Lot}]
 	}
 	for _, lot := range l.imported {
 		if lot.TrustedLot != nil {
@@ -246,7 +246,7 @@ func (l *Lots) Revoked(b Basis) (bool, error) {
 			return revoked, err
 		}
 	}
-	of := l.imported[lotName{b.Manufacturer, b.Lot}]
+	of := l.imported[lotName{manufacturer: b.Manufacturer, lot: b.Lot}]
 	switch {
 	case of == nil:
 		return false, fmt.Errorf("lot %s of manufacturer %s is not known here: reload the lots (SIGHUP)", b.Lot,
@@ -259,13 +259,13 @@ func (l *Lots) Revoked(b Basis) (bool, error) {
 
 // Trusts says whether a binding rests on a key of a manufacturer who is not distrusted.
 func (l *Lots) Trusts(b Basis) bool {
-	lot := l.imported[lotName{b.Manufacturer, b.Lot}]
+	lot := l.imported[lotName{manufacturer: b.Manufacturer, lot: b.Lot}]
 	return lot != nil && lot.TrustedLot != nil
 }
 
 // Reissued says whether the device of a binding that is trusted was issued another key since.
 func (l *Lots) Reissued(ctx context.Context, b Basis) (bool, error) {
-	lot := l.imported[lotName{b.Manufacturer, b.Lot}]
+	lot := l.imported[lotName{manufacturer: b.Manufacturer, lot: b.Lot}]
 	history, _, err := lot.Reader.RevocationsOf(ctx, lot.Manifest, b.IMEI)
 	if err != nil {
 		return false, err

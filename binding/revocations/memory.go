@@ -25,7 +25,7 @@ type Ledger interface {
 // of them in a folder, which is trusted no further than their digests in the ledger. An entry is the service's own,
 // whoever's call has the list read.
 func Memory(ledger Ledger, manufacturer, dir string) directory.Memory {
-	return memory{ledger, manufacturer, filepath.Join(dir, manufacturer)}
+	return memory{Ledger: ledger, manufacturer: manufacturer, dir: filepath.Join(dir, manufacturer)}
 }
 
 type memory struct {

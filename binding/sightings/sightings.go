@@ -129,7 +129,7 @@ func (h *History) Saw(imsi kme.IMSI, imei kme.IMEI, e Evidence) {
 	}
 	*l.at(e) = now
 	select {
-	case h.queue <- Sighting{imsi, imei, e, now, now}:
+	case h.queue <- Sighting{IMSI: imsi, IMEI: imei, Evidence: e, First: now, Last: now}:
 		h.recent.Set(imsi, l)
 	default:
 		h.dropped.Inc()

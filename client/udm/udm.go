@@ -20,7 +20,7 @@ import (
 type UDM struct{ keysvc *client.Client }
 
 // New makes one that asks by a client.
-func New(keysvc *client.Client) UDM { return UDM{keysvc} }
+func New(keysvc *client.Client) UDM { return UDM{keysvc: keysvc} }
 
 // A Vector is what the keys of a SIM give for a RAND (TS 33.102 clause 6.3.2).
 type Vector struct {

@@ -38,7 +38,7 @@ func Open(dir string) (*Store, error) {
 	if info, err := os.Stat(abs); err == nil && !info.IsDir() {
 		return nil, fmt.Errorf("%s is a file, not a folder", abs)
 	}
-	return &Store{abs}, nil
+	return &Store{dir: abs}, nil
 }
 
 func (s *Store) file(path string) (string, error) {

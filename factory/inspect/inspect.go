@@ -139,7 +139,7 @@ func (v *verifying) overlaps(lots []*directory.Manifest) {
 	var all []part
 	for _, m := range lots {
 		for _, r := range m.Ranges {
-			all = append(all, part{r, m.Lot})
+			all = append(all, part{Range: r, lot: m.Lot})
 		}
 	}
 	slices.SortFunc(all, func(a, b part) int {

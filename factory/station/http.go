@@ -66,7 +66,7 @@ func (d *Desk) Handler() http.Handler {
 		station(pattern, func(r *http.Request, station string) (any, error) {
 			imei, err := kme.ParseIMEI(r.PathValue("imei"))
 			if err != nil {
-				return nil, badRequest{err}
+				return nil, badRequest{error: err}
 			}
 			return f(r, station, imei)
 		})
@@ -85,7 +85,7 @@ func (d *Desk) Handler() http.Handler {
 				err = strict.Parse(body, &report)
 			}
 			if err != nil {
-				return nil, badRequest{err}
+				return nil, badRequest{error: err}
 			}
 			return map[string]any{"imei": imei, "state": report.Result}, d.Report(r.Context(), station,
 				r.PathValue("lot"), imei, report.Result, report.Note)
@@ -129,7 +129,7 @@ func Serve(ctx context.Context, address string, config *tls.Config, o Options) (
 	}
 	server := &http.Server{
 		Handler: desk.Handler(), TLSConfig: config, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second,
-		IdleTimeout: 5 * time.Minute, ErrorLog: log.New(handshakes{desk}, "", 0),
+		IdleTimeout: 5 * time.Minute, ErrorLog: log.New(handshakes{Desk: desk}, "", 0),
 	}
 	drained := make(chan error, 1)
 	context.AfterFunc(ctx, func() {

@@ -41,7 +41,7 @@ func newMetrics(d *Desk) *metrics {
 		m.logged[code] = &rate.Sometimes{First: 20, Interval: 5 * time.Second}
 	}
 	registry := prometheus.NewRegistry()
-	registry.MustRegister(m.refusals, collector{d})
+	registry.MustRegister(m.refusals, collector{d: d})
 	m.handler = promhttp.HandlerFor(registry, promhttp.HandlerOpts{})
 	return m
 }

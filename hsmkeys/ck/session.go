@@ -109,7 +109,7 @@ func (s *Session) Notes(label string, how Attributes) (all []Note, err error) {
 		if err != nil {
 			return nil, err
 		}
-		all = append(all, Note{object, a[0]})
+		all = append(all, Note{Object: object, Text: a[0]})
 	}
 	return all, nil
 }

@@ -107,7 +107,7 @@ func RememberPrivateKeys(t *p11.Token, f func(func(*p11.Session) error) error) (
 					return err
 				}
 				id := string(a[0])
-				byID[id] = named{h, byID[id].objects + 1, ck.IsTrue(a[1])}
+				byID[id] = named{handle: h, objects: byID[id].objects + 1, private: ck.IsTrue(a[1])}
 			}
 			return nil
 		})

@@ -91,7 +91,7 @@ func (s *signer) current(in *p11.Session) (*found, error) {
 		return nil, fmt.Errorf("the object %q in %s is not its public key: find out who put it there, and bring back "+
 			"the token from a backup", s.k.Label(), s.t)
 	}
-	f := &found{signers[0], under}
+	f := &found{Signer: signers[0], under: under}
 	s.found.Store(f)
 	return f, nil
 }

@@ -52,7 +52,7 @@ func within[T any](t *Token, d time.Duration, f func() (T, error), ended func(bo
 			t.tell()
 			return
 		}
-		done <- result{v, err}
+		done <- result{v: v, err: err}
 	}()
 	timer := time.NewTimer(d)
 	defer timer.Stop()

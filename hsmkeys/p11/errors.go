@@ -29,7 +29,7 @@ func Setting(err error) error {
 	if err == nil {
 		return nil
 	}
-	return SettingError{err}
+	return SettingError{error: err}
 }
 
 // errGone goes with an error that may mean anything: the token opens no session any more.

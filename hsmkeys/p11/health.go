@@ -36,7 +36,8 @@ type health struct {
 // Health may be asked at any time.
 func (t *Token) Health() Health {
 	state, cause := t.breaker.status()
-	return Health{state, cause, t.health.hung.Load(), t.health.reinitialised.Load(), t.health.panics.Load()}
+	return Health{State: state, Cause: cause, Hung: t.health.hung.Load(),
+		Reinitialised: t.health.reinitialised.Load(), Panics: t.health.panics.Load()}
 }
 
 // tell tells of a change, one after the other: the last that is told is how it is.

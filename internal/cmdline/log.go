@@ -63,8 +63,8 @@ func (h *humanLog) Handle(ctx context.Context, r slog.Record) error {
 }
 
 func (h *humanLog) WithAttrs(attrs []slog.Attr) slog.Handler {
-	return &humanLog{h.Handler.WithAttrs(attrs), h.out}
+	return &humanLog{Handler: h.Handler.WithAttrs(attrs), out: h.out}
 }
 func (h *humanLog) WithGroup(name string) slog.Handler {
-	return &humanLog{h.Handler.WithGroup(name), h.out}
+	return &humanLog{Handler: h.Handler.WithGroup(name), out: h.out}
 }

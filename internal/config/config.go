@@ -65,7 +65,7 @@ func (s Schema[C]) Read(path string, given Given) (*C, *Report) {
 	c, r := new(C), &Report{Path: path, See: s.See, lines: map[string]int{}}
 	v, d := reflect.ValueOf(c).Elem(), decoder{Report: r, rules: map[string]rule{}}
 	for _, set := range s.Settings {
-		d.rules[set.Name] = rule{set.Rule, set.Secret}
+		d.rules[set.Name] = rule{text: set.Rule, secret: set.Secret}
 		if set.Default != "" {
 			d.document([]byte(set.Name+": "+set.Default), v)
 		}

@@ -48,14 +48,14 @@ func listen(cfg *settings.Config, l *live) (all []served, err error) {
 		if err != nil {
 			return all, err
 		}
-		all = append(all, served{tls.NewListener(tcp, secure), at.handler})
+		all = append(all, served{Listener: tls.NewListener(tcp, secure), handler: at.handler})
 	}
 	if cfg.Socket != "" {
 		unix, err := listenUnix(cfg.Socket, l.others)
 		if err != nil {
 			return all, err
 		}
-		all = append(all, served{unix, l})
+		all = append(all, served{Listener: unix, handler: l})
 	}
 	return all, nil
 }

@@ -79,14 +79,14 @@ func certificates(served *tls.Config, clientCA string) (all []certificate, err e
 		if err != nil {
 			return nil, fmt.Errorf("the server's certificate: %w", err)
 		}
-		all = append(all, certificate{"server", c})
+		all = append(all, certificate{of: "server", Certificate: c})
 	}
 	cas, err := config.ReadCertificates(clientCA)
 	if err != nil {
 		return nil, fmt.Errorf("the clients' CA %w", err)
 	}
 	for _, c := range cas {
-		all = append(all, certificate{"client_ca", c})
+		all = append(all, certificate{of: "client_ca", Certificate: c})
 	}
 	return all, nil
 }
@@ -113,7 +113,7 @@ func (c *census) keep(ctx context.Context, store *sqlstore.Store, log *slog.Logg
 		case err != nil:
 			log.Warn("the bindings were not counted; the last count stands", "cause", err.Error())
 		default:
-			c.last.Store(&counted{n, began})
+			c.last.Store(&counted{bindings: n, at: began})
 		}
 		select {
 		case <-ctx.Done():

@@ -174,7 +174,7 @@ func Serve(ctx context.Context, from settings.Source, w io.Writer) error {
 	if err := d.apply(ctx, cfg); err != nil {
 		return err
 	}
-	registry.MustRegister(&changing{d.live, bound})
+	registry.MustRegister(&changing{live: d.live, bound: bound})
 	listeners, err := listen(cfg, d.live)
 	if err != nil {
 		return err

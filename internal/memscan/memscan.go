@@ -29,7 +29,7 @@ func Of(t testing.TB) Memory {
 	runtime.GC()
 	percent := debug.SetGCPercent(-1)
 	t.Cleanup(func() { debug.SetGCPercent(percent) })
-	return Memory{t}
+	return Memory{t: t}
 }
 
 // A Needle is a secret to look for, kept where Find does not look.

@@ -103,7 +103,7 @@ var (
 func parse(query string) (*kmev1.CheckEquipmentRequest, *problem) {
 	q, other := new(kmev1.CheckEquipmentRequest), false
 	parameters := []parameter{
-		{"pei", true, func(pei string) error {
+		{name: "pei", mandatory: true, check: func(pei string) error {
 			imei, err := kme.ParsePEI(pei)
 			if other = errors.Is(err, kme.ErrOtherIdentity); other {
 				return nil
@@ -111,7 +111,7 @@ func parse(query string) (*kmev1.CheckEquipmentRequest, *problem) {
 			q.Imei = imei.String()
 			return err
 		}},
-		{"supi", false, func(supi string) error {
+		{name: "supi", mandatory: false, check: func(supi string) error {
 			imsi, err := kme.ParseSUPI(supi)
 			if errors.Is(err, kme.ErrOtherIdentity) {
 				return nil
@@ -119,8 +119,8 @@ func parse(query string) (*kmev1.CheckEquipmentRequest, *problem) {
 			q.Imsi = imsi.String()
 			return err
 		}},
-		{"gpsi", false, matches(gpsi, "msisdn-, or extid- with @")},
-		{"supported-features", false, matches(features, "hexadecimal")},
+		{name: "gpsi", mandatory: false, check: matches(gpsi, "msisdn-, or extid- with @")},
+		{name: "supported-features", mandatory: false, check: matches(features, "hexadecimal")},
 	}
 	values, err := url.ParseQuery(query)
 	if err != nil {
@@ -165,7 +165,7 @@ func matches(pattern *regexp.Regexp, form string) func(string) error {
 }
 
 func invalid(cause, name, reason string) *problem {
-	return &problem{Status: http.StatusBadRequest, Cause: cause, Params: []invalidParam{{name, reason}}}
+	return &problem{Status: http.StatusBadRequest, Cause: cause, Params: []invalidParam{{Param: name, Reason: reason}}}
 }
 
 func unknown() *problem {

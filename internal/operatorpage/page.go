@@ -288,13 +288,13 @@ type verdict struct{ Class, Shape, Says string }
 func verdictOf(h Health) verdict {
 	switch n := len(h.Warnings); {
 	case h.Problem != "":
-		return verdict{"bad", "■", "Not ready: " + h.Problem}
+		return verdict{Class: "bad", Shape: "■", Says: "Not ready: " + h.Problem}
 	case n == 1:
-		return verdict{"warn", "▲", "Works, with a warning"}
+		return verdict{Class: "warn", Shape: "▲", Says: "Works, with a warning"}
 	case n > 1:
-		return verdict{"warn", "▲", fmt.Sprintf("Works, with %d warnings", n)}
+		return verdict{Class: "warn", Shape: "▲", Says: fmt.Sprintf("Works, with %d warnings", n)}
 	}
-	return verdict{"good", "●", "Everything works"}
+	return verdict{Class: "good", Shape: "●", Says: "Everything works"}
 }
 
 // A plot is one of bars over the last day. Lengths are in units of its view box.
@@ -344,12 +344,12 @@ func newPlot(s Series, title, class string, now time.Time) plot {
 	for i, n := range s.Steps {
 		if n > 0 {
 			height := max(n/p.Top*plotHeight, 1)
-			p.Bars = append(p.Bars, bar{float64(i*barWidth) + .5, plotHeight - height, height})
+			p.Bars = append(p.Bars, bar{X: float64(i*barWidth) + .5, Y: plotHeight - height, Height: height})
 		}
 	}
 	for hours := 24; hours >= 0; hours -= 6 {
 		x := float64(24-hours) / 24 * bars * barWidth
-		p.Ticks = append(p.Ticks, tick{x, now.Add(-time.Duration(hours) * time.Hour).UTC().Format("15:04")})
+		p.Ticks = append(p.Ticks, tick{X: x, Text: now.Add(-time.Duration(hours) * time.Hour).UTC().Format("15:04")})
 	}
 	return p
 }

@@ -51,7 +51,7 @@ func (r *Reader) Close() {
 // Each calls f for every row, as sqlconn.Statements wants it. What has been sent is waited for, whatever the context,
 // but no longer than patience.
 func (r *Reader) Each(ctx context.Context, f func(scan func(...any) error) error, text string, args ...any) error {
-	q := &read{f, text, args, make(chan error, 1)}
+	q := &read{each: f, text: text, args: args, done: make(chan error, 1)}
 	select {
 	case r.reads <- q:
 		return <-q.done

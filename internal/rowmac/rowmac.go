@@ -27,7 +27,7 @@ type state struct {
 
 // New makes a Key of a secret, which must not be wiped before the last MAC.
 func New(key kme.Secret) *Key {
-	return &Key{sync.Pool{New: func() any { return &state{Hash: hmac.New(sha256.New, key.Bytes())} }}}
+	return &Key{pool: sync.Pool{New: func() any { return &state{Hash: hmac.New(sha256.New, key.Bytes())} }}}
 }
 
 // Of is the MAC of values under a name: nil, int64, string and []byte. Each has its kind and length before it, so that

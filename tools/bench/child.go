@@ -299,7 +299,7 @@ func (b *bench) countCalls() (any, error) {
 	}
 	defer factory.Close()
 	injection := hsmkeys.Key{Role: hsmkeys.RoleInjection, Manufacturer: b.manufacturer, Name: "bench"}
-	trips := roundTrips{map[string]int{}, map[string]int{}}
+	trips := roundTrips{Calls: map[string]int{}, Depth: map[string]int{}}
 	for name, do := range map[string]func() error{
 		"open payload": func() error { _, err := operator.OpenPayload(b.ctx, payload); return err },
 		"encrypt 32 RANDs": func() error {

@@ -78,14 +78,14 @@ func (b *bench) parts() []part {
 	sizes, pairs, fewer := len(b.bits), b.pairs, b.fewer()
 	each := func(seconds float64, runs int) float64 { return seconds * float64(runs) }
 	return []part{
-		{"establish", b.establish, each(1.6, sizes*(pairs+fewer)), sizes * (2*pairs + fewer)},
-		{"attach", b.attach, each(1.1, sizes*(pairs+2*fewer)), sizes * (2*pairs + 4*fewer)},
-		{"rpc", b.rpc, 5, 4 * fewer},
-		{"postgres", b.postgres, 10 + each(1.1, 3*fewer), 6 * fewer},
-		{"s6a", b.s6a, 15, 5 * fewer},
-		{"provision", b.provision, each(4, fewer), fewer},
-		{"lookup", b.lookup, 5, 1},
-		{"hsm_calls", b.hsmCalls, 20, 4},
+		{name: "establish", do: b.establish, seconds: each(1.6, sizes*(pairs+fewer)), runs: sizes * (2*pairs + fewer)},
+		{name: "attach", do: b.attach, seconds: each(1.1, sizes*(pairs+2*fewer)), runs: sizes * (2*pairs + 4*fewer)},
+		{name: "rpc", do: b.rpc, seconds: 5, runs: 4 * fewer},
+		{name: "postgres", do: b.postgres, seconds: 10 + each(1.1, 3*fewer), runs: 6 * fewer},
+		{name: "s6a", do: b.s6a, seconds: 15, runs: 5 * fewer},
+		{name: "provision", do: b.provision, seconds: each(4, fewer), runs: fewer},
+		{name: "lookup", do: b.lookup, seconds: 5, runs: 1},
+		{name: "hsm_calls", do: b.hsmCalls, seconds: 20, runs: 4},
 	}
 }
 

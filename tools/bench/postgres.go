@@ -121,9 +121,10 @@ func (b *bench) two(result *twoInstances, bits string, servers ...*server) error
 		return measure.Round(medianOf(all, f), digits)
 	}
 	perSecond := func(s sample) float64 { return s.PerSecond }
-	*result = twoInstances{of(single, perSecond, 1), of(both, perSecond, 1), measure.Round(measure.Median(times), 2),
-		of(both, func(s sample) float64 { return s.cpu }, 0), measure.Round(measure.Median(database), 0),
-		of(both, func(s sample) float64 { return s.ClientCPU }, 0)}
+	*result = twoInstances{One: of(single, perSecond, 1), PerSecond: of(both, perSecond, 1),
+		Times: measure.Round(measure.Median(times), 2), CPU: of(both, func(s sample) float64 { return s.cpu }, 0),
+		DatabaseCPU: measure.Round(measure.Median(database), 0),
+		ClientCPU:   of(both, func(s sample) float64 { return s.ClientCPU }, 0)}
 	return nil
 }
 

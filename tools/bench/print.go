@@ -54,7 +54,9 @@ func printTable(reports []*report, names []string) {
 func times(p50, p99 float64) string { return fmt.Sprintf("%.1f / %.1f", p50, p99) }
 
 func (r *report) rows() (all []row) {
-	add := func(name, format string, values ...any) { all = append(all, row{name, fmt.Sprintf(format, values...)}) }
+	add := func(name, format string, values ...any) {
+		all = append(all, row{name: name, value: fmt.Sprintf(format, values...)})
+	}
 	beside := func(name string, m *measured) {
 		add(name+": share of the token, a second", "%v", &m.Ratio)
 		add(name+": p50 / p99 at full load, ms", "%s", times(m.P50, m.P99))

@@ -327,8 +327,9 @@ func (s *s6aBench) load(h *hssRun, f func(i int) (more bool, err error)) (rate f
 	}
 	after, err := s.cpu(h)
 	d := float64(done.Load())
-	return d / took.Seconds(), int(d), s6aCPU{(after.HSS - before.HSS) / d, (after.Keysvc - before.Keysvc) / d,
-		(after.MME - before.MME) / d, (after.Load - before.Load) / d}, err
+	return d / took.Seconds(), int(d), s6aCPU{HSS: (after.HSS - before.HSS) / d,
+		Keysvc: (after.Keysvc - before.Keysvc) / d, MME: (after.MME - before.MME) / d,
+		Load: (after.Load - before.Load) / d}, err
 }
 
 func (s *s6aBench) cpu(h *hssRun) (s6aCPU, error) {
@@ -336,7 +337,8 @@ func (s *s6aBench) cpu(h *hssRun) (s6aCPU, error) {
 	mme, merr := measure.ProcessCPU(h.mme.Process.Pid)
 	keysvc, kerr := measure.ProcessCPU(s.server.cmd.Process.Pid)
 	us := func(d time.Duration) float64 { return float64(d.Microseconds()) }
-	return s6aCPU{us(hss), us(keysvc), us(mme), us(measure.OwnCPU())}, errors.Join(err, merr, kerr)
+	return s6aCPU{HSS: us(hss), Keysvc: us(keysvc), MME: us(mme), Load: us(measure.OwnCPU())},
+		errors.Join(err, merr, kerr)
 }
 
 func medianCPU(all []s6aCPU) s6aCPU {
@@ -347,8 +349,9 @@ func medianCPU(all []s6aCPU) s6aCPU {
 		}
 		return measure.Round(measure.Median(v), 0)
 	}
-	return s6aCPU{of(func(c s6aCPU) float64 { return c.HSS }), of(func(c s6aCPU) float64 { return c.Keysvc }),
-		of(func(c s6aCPU) float64 { return c.MME }), of(func(c s6aCPU) float64 { return c.Load })}
+	return s6aCPU{HSS: of(func(c s6aCPU) float64 { return c.HSS }),
+		Keysvc: of(func(c s6aCPU) float64 { return c.Keysvc }),
+		MME:    of(func(c s6aCPU) float64 { return c.MME }), Load: of(func(c s6aCPU) float64 { return c.Load })}
 }
 
 // ask sends a request, whose answer's fields must begin with these.

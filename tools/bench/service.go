@@ -251,7 +251,7 @@ func (b *bench) alone(a *alone, s *server, bits string, token bare) error {
 		operations = append(operations, (l.Attach.P50-3*sync)*perSecond/1000)
 	}
 	of := func(v []float64, digits int) float64 { return measure.Round(measure.Median(v), digits) }
-	*a = alone{of(attach, 3), of(key, 3), of(disk, 3), of(operations, 2)}
+	*a = alone{Attach: of(attach, 3), PrivateKey: of(key, 3), Sync: of(disk, 3), Operations: of(operations, 2)}
 	b.progress("one device at a time, %s bits: %.2f ms, %.2f private-key operations of %.2f ms and 3 syncs of %.2f ms",
 		bits, a.Attach, a.Operations, a.PrivateKey, a.Sync)
 	return nil

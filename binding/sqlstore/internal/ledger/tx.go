@@ -56,7 +56,7 @@ func New(macs tables.Key, db *sql.DB) *Chains {
 type Ledger struct{ chains *Chains }
 
 // Ledger is that of the chains.
-func (c *Chains) Ledger() Ledger { return Ledger{c} }
+func (c *Chains) Ledger() Ledger { return Ledger{chains: c} }
 
 // Reading is for what only reads, and not while the ledger is rolled back.
 func (c *Chains) Reading(operation string) (sqlconn.Conn, error) {

@@ -28,7 +28,7 @@ func Note(
 		kme.IMEI
 		sightings.Evidence
 	}
-	of := func(b sightings.Sighting) key { return key{b.IMSI, b.IMEI, b.Evidence} }
+	of := func(b sightings.Sighting) key { return key{IMSI: b.IMSI, IMEI: b.IMEI, Evidence: b.Evidence} }
 	changed := map[key]sightings.Sighting{}
 	for _, now := range all {
 		before := seen[now.IMSI]
