@@ -13,6 +13,7 @@ import (
 	"github.com/miekg/pkcs11"
 
 	"github.com/kmehsm/kmehsm/hsmkeys/ck"
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 )
 
@@ -30,16 +31,6 @@ func openToken(t testing.TB, tok softhsmtest.Tok, o Options) *Token {
 		}
 	})
 	return token
-}
-
-func must[T any](t testing.TB) func(T, error) T {
-	return func(v T, err error) T {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return v
-	}
 }
 
 // SoftHSM is reinitialised now and then: it keeps a part of each session object until then.
@@ -103,7 +94,7 @@ func TestFunctionList(t *testing.T) {
 		}
 		defer one.Destroy()
 		defer other.Destroy()
-		got := must[ck.Functions](t)(ck.FunctionsOf(one)) == must[ck.Functions](t)(ck.FunctionsOf(other))
+		got := must.Get[ck.Functions](t)(ck.FunctionsOf(one)) == must.Get[ck.Functions](t)(ck.FunctionsOf(other))
 		if got != same {
 			t.Errorf("%s gives the same list: %v, want %v", path, got, same)
 		}

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 )
 
@@ -15,7 +16,7 @@ func TestSlots(t *testing.T) {
 	tok := softhsmtest.Token(t)
 	mine := func() *Slot {
 		t.Helper()
-		all := must[[]Slot](t)(Slots(tok.Module, ""))
+		all := must.Get[[]Slot](t)(Slots(tok.Module, ""))
 		at := slices.IndexFunc(all, func(s Slot) bool {
 			return s.Label != "" && strings.Contains(tok.URI, "token="+s.Label+"?")
 		})
