@@ -198,9 +198,10 @@ func (t *stream) read(ctx context.Context) error {
 	}
 }
 
-// begin has a call made by a goroutine that waits for one, or else by a new one. They stay as long as the stream: the
-// stack of a goroutine grows with its first call, and a copy for each time that it doubles costs more than the rest of
-// a goroutine. There are never more than places.
+// begin has a call made by a goroutine that waits for one, or else by a new one. They stay as long as the stream, and
+// there are never more than places. The stack of a goroutine grows with its first call, and is copied each time that it
+// doubles: with a goroutine for each call, a call costs the server half as much CPU again (BenchmarkCalls/stream/64:
+// 10.8 us instead of 7.0).
 func (t *stream) begin(call func()) {
 	select {
 	case t.work <- call:
@@ -219,7 +220,10 @@ func (t *stream) write() (err error) {
 	var m kmev1.StreamResponse
 	for a := range t.answers {
 		m.Answers = append(m.Answers[:0], a)
-		runtime.Gosched() // calls that are about to end are in time
+		// Calls that are about to end are in time for this message. Without this, and its like in the client, a call
+		// costs the server 1.4 times the CPU, and the client 1.8 times (BenchmarkCalls/stream/64: 10.0 us instead of
+		// 7.0, 9.9 instead of 5.5).
+		runtime.Gosched()
 		for len(t.answers) > 0 {
 			m.Answers = append(m.Answers, <-t.answers)
 		}

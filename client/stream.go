@@ -149,7 +149,7 @@ func (s *stream) write(ctx context.Context, b *connect.BidiStreamForClient[batch
 	for {
 		select {
 		case <-s.ready:
-			runtime.Gosched() // others that are about to call are in time
+			runtime.Gosched() // others that are about to call are in time: see write in api/stream.go for what it saves
 		case <-ctx.Done():
 			return
 		}
