@@ -129,7 +129,7 @@ func TestOutage(t *testing.T) {
 			t.Logf("%d calls were refused: nine of ten within %s, the slowest after %s; one that works takes %s",
 				len(refused), most, worst, usual)
 			if most > 5*usual || worst > outage {
-				t.Errorf("nine of ten refusals take %s and the slowest %s, a call that works %s; the outage was %s long",
+				t.Errorf("nine of ten refusals take %s and the slowest %s, a call that works %s; the outage took %s",
 					most, worst, usual, outage)
 			}
 			if h := token.Health(); h.Cause != nil || h.Hung != 0 || h.Reinitialised == 0 {

@@ -251,13 +251,13 @@ func ignore(tables.Row) error { return nil }
 // A rest is made between the pages of a chain, after what a page took.
 type rest func(ctx context.Context, took time.Duration) error
 
-// atRest has a reading take a twentieth of a core at most, however long the ledger is: the service works meanwhile.
+// atRest has a reading take a fiftieth of a core at most, however long the ledger is: the service works meanwhile.
 func (l Ledger) atRest(ctx context.Context, took time.Duration) error {
 	if l.chains.Refusal() != nil { // nobody is served, and all wait for this
 		return ctx.Err()
 	}
 	select {
-	case <-time.After(min(19*took, time.Second)):
+	case <-time.After(min(49*took, time.Second)):
 		return nil
 	case <-ctx.Done():
 		return ctx.Err()
