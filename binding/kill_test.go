@@ -322,7 +322,7 @@ func TestPostgresStandby(t *testing.T) {
 	time.Sleep(200 * time.Millisecond)
 	stop()
 	c.nothingIsLost(t)
-	report := must[*sqlstore.Report](t)(c.store.Verify(t.Context(), func(int) {}))
+	report := must[*sqlstore.Report](t)(c.store.Verify(t.Context(), func(int, int) {}))
 	if len(report.Damaged) > 0 {
 		t.Errorf("%+v", report)
 	}

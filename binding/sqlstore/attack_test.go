@@ -189,7 +189,7 @@ func attacked(t *testing.T, name string) {
 			len(all) != 3 {
 			t.Errorf("listed: %d bindings, error %v; damaged are %v", len(all), err, wrong)
 		}
-		if report, err := s.Verify(ctx, func(int) {}); err != nil || (len(report.Damaged) > 0) != (len(wrong) > 0) {
+		if report, err := s.Verify(ctx, func(int, int) {}); err != nil || (len(report.Damaged) > 0) != (len(wrong) > 0) {
 			t.Errorf("verified: %+v, error %v; damaged are %v", report, err, wrong)
 		}
 		return wrong
@@ -303,7 +303,7 @@ func attacked(t *testing.T, name string) {
 			"= IMSI0")
 	})
 	t.Run("rows of no IMSI", func(t *testing.T) {
-		before := must(s.Verify(ctx, func(int) {}))
+		before := must(s.Verify(ctx, func(int, int) {}))
 		const columns = `state, imei, manufacturer, lot, device_key, sealed, nw_sig, attempt_id, payload_sha256,
 			established_at, activated_at, revoked_at, origin, expires_at, sent, seq, mac FROM bindings WHERE imsi =
 				IMSI0`
@@ -314,7 +314,7 @@ func attacked(t *testing.T, name string) {
 		for _, imsi := range made {
 			run("INSERT INTO bindings SELECT " + imsi + ", " + columns)
 		}
-		if r, err := s.Verify(ctx, func(int) {}); err != nil || len(r.Damaged) != len(before.Damaged)+len(made) {
+		if r, err := s.Verify(ctx, func(int, int) {}); err != nil || len(r.Damaged) != len(before.Damaged)+len(made) {
 			t.Errorf("of %d rows made up, verified: %+v, %v", len(made), r, err)
 		}
 	})
@@ -392,10 +392,10 @@ func TestStrays(t *testing.T) {
 			FROM ledger WHERE seq = 1`))
 	}
 	var found []string
-	for _, d := range must(s.Verify(ctx, func(int) {})).Damaged {
+	for _, d := range must(s.Verify(ctx, func(int, int) {})).Damaged {
 		found = append(found, d.Table+" "+d.Key)
 	}
-	if want := []string{"ledger -1 7", "ledger 3.5 7", "ledger 16 7"}; !slices.Equal(found, want) {
+	if want := []string{"ledger -1 7", "ledger 16 7", "ledger 3.5 7"}; !slices.Equal(found, want) {
 		t.Errorf("found %q, want %q", found, want)
 	}
 }

@@ -55,7 +55,7 @@ func attackEquipment(t *testing.T, name string) {
 				t.Error(err)
 			}
 		}
-		if report := must(s.Verify(ctx, func(int) {})); (len(report.Damaged) > 0) != (wrong > 0) {
+		if report := must(s.Verify(ctx, func(int, int) {})); (len(report.Damaged) > 0) != (wrong > 0) {
 			t.Errorf("verified: %+v; %d are damaged", report, wrong)
 		}
 		return wrong

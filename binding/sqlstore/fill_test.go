@@ -242,7 +242,7 @@ func TestPostgresFilled(t *testing.T) {
 
 func allGood(t *testing.T, s *Store, n int) {
 	t.Helper()
-	r, err := s.Verify(t.Context(), func(int) {})
+	r, err := s.Verify(t.Context(), func(int, int) {})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -255,4 +255,21 @@ func allGood(t *testing.T, s *Store, n int) {
 			t.Errorf("binding %d: %+v, %v", i, sub, err)
 		}
 	}
+}
+
+// BenchmarkVerify verifies stores of KMEHSM_ROWS bindings.
+func BenchmarkVerify(b *testing.B) { verifies(b, func(dir string) string { return InFolder(dir) }) }
+func BenchmarkPostgresVerify(b *testing.B) {
+	verifies(b, func(string) string { return pgtest.Start(b).Database(b) })
+}
+
+func verifies(b *testing.B, name func(dir string) string) {
+	dir, n := large(b, 20_000)
+	s := filledAs(b, name(dir), n)
+	for b.Loop() {
+		if r, err := s.Verify(b.Context(), func(int, int) {}); err != nil || len(r.Damaged) > 0 || r.Rows != 4*n {
+			b.Fatalf("%+v, %v", r, err)
+		}
+	}
+	b.ReportMetric(float64(b.Elapsed().Microseconds())/float64(b.N*n), "us/binding")
 }

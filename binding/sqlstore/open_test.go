@@ -326,7 +326,7 @@ func schemas(t *testing.T, name string) {
 			t.Errorf("the older release: %q, %v", warnings, err)
 		}
 	}
-	if r, err := running.Verify(t.Context(), func(int) {}); err != nil || len(r.Damaged) > 0 {
+	if r, err := running.Verify(t.Context(), func(int, int) {}); err != nil || len(r.Damaged) > 0 {
 		t.Errorf("%+v, %v", r, err)
 	}
 	if _, err := running.Copy(t.Context(), open(t, path(t)), func(int) {}); err == nil ||

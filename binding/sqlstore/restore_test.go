@@ -217,7 +217,7 @@ func restored(t *testing.T, name string, backup func() (restore func() string)) 
 			missing.Unknowns())
 	}
 
-	report := must(s.Verify(ctx, func(int) {}))
+	report := must(s.Verify(ctx, func(int, int) {}))
 	for _, d := range report.Damaged {
 		t.Errorf("damaged: %v", d)
 	}
@@ -410,7 +410,7 @@ func withoutAll(t *testing.T, lose func([]string) []string, some, revoke bool) {
 		(len(missing.Lines) > 0) != some {
 		t.Errorf("lost %d, restored %d, unknown %d", missing.Lost, len(missing.Lines), missing.Unknowns())
 	}
-	report := must(s.Verify(ctx, func(int) {}))
+	report := must(s.Verify(ctx, func(int, int) {}))
 	if len(report.Damaged) > 0 {
 		t.Errorf("damaged: %v", report.Damaged)
 	}
@@ -482,7 +482,7 @@ func TestRestoredBesideStrangersRows(t *testing.T) {
 	if _, err := s.VerifyLedger(ctx); err != nil {
 		t.Error(err)
 	}
-	for _, d := range must(s.Verify(ctx, func(int) {})).Damaged {
+	for _, d := range must(s.Verify(ctx, func(int, int) {})).Damaged {
 		if d.Table != "manufacturers" && !strings.HasPrefix(d.Key, "99 ") {
 			t.Errorf("damaged: %v", d)
 		}

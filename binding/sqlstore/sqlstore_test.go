@@ -351,7 +351,7 @@ func TestErrorsNameTheOperation(t *testing.T) {
 		"count bindings: ": func() error { _, err := s.Bound(ctx, "", "", t0); return err },
 		"ping: ":           func() error { return s.Ping(ctx) },
 		"copy: ":           func() error { _, err := s.Copy(ctx, s, func(int) {}); return err },
-		"verify: ":         func() error { _, err := s.Verify(ctx, func(int) {}); return err },
+		"verify: ":         func() error { _, err := s.Verify(ctx, func(int, int) {}); return err },
 	} {
 		err := call()
 		if !strings.HasPrefix(err.Error(), want) || !errors.Is(err, sql.ErrConnDone) &&

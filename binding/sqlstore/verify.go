@@ -1,131 +1,186 @@
 package sqlstore
 
 import (
+	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"runtime"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/ledger"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/subscription"
 	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
-	"github.com/kmehsm/kmehsm/kme"
 )
 
 // A Report is what Verify has found.
 type Report struct {
 	Rows    int                   `json:"rows"`
 	Entries int                   `json:"entries"` // of the ledger, which are rows too
-	Damaged []*binding.DamagedRow `json:"damaged"` // maxDamaged at most
+	Damaged []*binding.DamagedRow `json:"damaged"` // maxDamaged at most, by their tables and keys
 }
 
 // maxDamaged bounds a Report: where there are more, it is not rows that are damaged.
 const maxDamaged = 1000
 
-// Verify reads everything: whether each row and each entry of the ledger is what a service wrote, and the last that it
-// wrote. report is called with the rows read so far.
-func (s *Store) Verify(ctx context.Context, report func(rows int)) (*Report, error) {
-	r := &Report{Damaged: []*binding.DamagedRow{}}
-	read := func() { r.Rows++; report(r.Rows) }
-	// found takes a damage in, and gives any other error.
-	found := func(err error) error {
-		var d *binding.DamagedRow
-		if errors.As(err, &d) && len(r.Damaged) < maxDamaged {
-			r.Damaged = append(r.Damaged, d)
-			return nil
-		}
+// A verification is under way.
+type verification struct {
+	report            func(rows, of int)
+	rows, entries, of atomic.Int64
+
+	mu      sync.Mutex
+	damaged []*binding.DamagedRow // guarded by mu
+}
+
+// read counts a row.
+func (v *verification) read() {
+	if n := v.rows.Add(1); n%1000 == 0 {
+		v.report(int(n), int(v.of.Load()))
+	}
+}
+
+// found takes a damage in, and gives any other error.
+func (v *verification) found(err error) error {
+	var d *binding.DamagedRow
+	if !errors.As(err, &d) {
 		return err
 	}
-	q := s.chains.Reads("verify")
-	for chain := range int64(binding.Chains) {
-		n, _, err := s.chains.Verify(ctx, q, chain, func(tables.Row) error { read(); return nil }, nil)
-		if r.Entries += n; found(err) != nil {
-			return r, err
-		}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if len(v.damaged) == maxDamaged {
+		return err
 	}
-	if err := ledger.Strays(ctx, q, func(d error) error { read(); return found(d) }); err != nil {
-		return r, err
-	}
-	for _, t := range tables.All {
-		err := tables.Scan(ctx, q, len(t.Columns)+1, func(values tables.Row) error {
-			read()
-			return found(s.macs.Check(t, values))
-		}, t.SelectAll)
-		if err != nil {
-			return r, err
-		}
-	}
-	err := s.settled(ctx, "verify", "registry", func(q sqlconn.Conn) error { _, err := s.imported(ctx, q); return err })
-	if found(err) != nil {
-		return r, err
-	}
-	err = s.settled(ctx, "verify", changing, func(q sqlconn.Conn) error { _, err := s.listed(ctx, q, 0); return err })
-	if found(err) != nil {
-		return r, err
-	}
-	return r, imsis(ctx, q, func(page []kme.IMSI) error {
-		for _, err := range s.currentOfAll(ctx, page) {
-			var d *binding.DamagedRow
-			if errors.As(err, &d) && d.What == tables.Changed { // it is in the report
-				continue
-			}
-			if err := found(err); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
+	v.damaged = append(v.damaged, d)
+	return nil
 }
 
-// currentOfAll gives the error of current of each of some IMSIs. Most of the time that Verify takes is here, so that it
-// uses all cores, and sends PostgreSQL many at a time.
-func (s *Store) currentOfAll(ctx context.Context, page []kme.IMSI) []error {
-	errs, workers := make([]error, len(page)), 4*runtime.GOMAXPROCS(0)
-	var all sync.WaitGroup
-	for w := range workers {
-		all.Go(func() {
-			for i := w; i < len(page); i += workers {
-				_, errs[i] = s.current(ctx, "verify", page[i], time.Now())
-			}
+// row is read and found, for a row of which err says whether it is the service's.
+func (v *verification) row(err error) error {
+	v.read()
+	return v.found(err)
+}
+
+// Verify reads everything: whether each row and each entry of the ledger is what a service wrote, and the last that it
+// wrote. report is called with the rows read so far, and with how many there are, 0 until that is known; concurrently,
+// since Verify uses all cores.
+func (s *Store) Verify(ctx context.Context, report func(rows, of int)) (*Report, error) {
+	v := &verification{report: report}
+	q := s.chains.Reads("verify")
+	works, ctx := errgroup.WithContext(ctx)
+	works.SetLimit(2 * runtime.GOMAXPROCS(0))
+	works.Go(func() error { return s.countRows(ctx, q, v) })
+	for chain := range int64(binding.Chains) {
+		works.Go(func() error {
+			n, _, err := s.chains.Verify(ctx, q, chain, func(tables.Row) error { v.read(); return nil }, nil)
+			v.entries.Add(int64(n))
+			return v.found(err)
 		})
 	}
-	all.Wait()
-	return errs
+	works.Go(func() error { return ledger.Strays(ctx, q, v.row) })
+	for _, t := range tables.All {
+		all := []string{""}
+		if t == tables.Bindings || t == tables.Attempts { // in no page: SQLite sorts a BLOB behind all texts
+			all = []string{"WHERE imsi <= ''", "WHERE imsi >= ':'"}
+		}
+		for _, where := range all {
+			works.Go(func() error { return s.verifyRows(ctx, q, v, t, where) })
+		}
+	}
+	works.Go(func() error {
+		return v.found(s.settled(ctx, "verify", "registry", func(q sqlconn.Conn) error {
+			_, err := s.imported(ctx, q)
+			return err
+		}))
+	})
+	works.Go(func() error {
+		return v.found(s.settled(ctx, "verify", changing, func(q sqlconn.Conn) error {
+			_, err := s.listed(ctx, q, 0)
+			return err
+		}))
+	})
+	err := pages(ctx, q, func(after, upTo string) {
+		works.Go(func() error { return s.verifyRange(ctx, q, v, after, upTo) })
+	})
+	works.Go(func() error { return err })
+	err = works.Wait()
+	report(int(v.rows.Load()), int(v.of.Load()))
+	slices.SortFunc(v.damaged, func(a, b *binding.DamagedRow) int {
+		return cmp.Or(cmp.Compare(a.Table, b.Table), cmp.Compare(a.Key, b.Key), cmp.Compare(a.What, b.What))
+	})
+	return &Report{Rows: int(v.rows.Load()), Entries: int(v.entries.Load()),
+		Damaged: append([]*binding.DamagedRow{}, v.damaged...)}, err
 }
 
-// imsis calls each with all IMSIs of which there is anything, many at a time, in their order.
-func imsis(ctx context.Context, q sqlconn.Conn, each func([]kme.IMSI) error) error {
-	const page = "1000"
+// countRows says how many rows there are: of the ledger, by its heads.
+func (s *Store) countRows(ctx context.Context, q sqlconn.Conn, v *verification) error {
+	heads, err := s.chains.Heads(ctx, q)
+	if err != nil {
+		return err
+	}
+	var of int64
+	for _, h := range heads {
+		of += h.Seq
+	}
+	for _, t := range tables.All {
+		var n int64
+		if _, err := q.One(ctx, []any{&n}, "SELECT COUNT(*) FROM "+t.Name); err != nil {
+			return err
+		}
+		of += n
+	}
+	v.of.Store(of)
+	return nil
+}
+
+// verifyRows verifies rows of a table by their MACs.
+func (s *Store) verifyRows(
+	ctx context.Context, q sqlconn.Conn, v *verification, t *tables.Table, where string,
+) error {
+	return tables.Scan(ctx, q, len(t.Columns)+1, func(values tables.Row) error {
+		return v.row(s.macs.Check(t, values))
+	}, t.SelectAll+where)
+}
+
+// verifyRange verifies the bindings and attempts of a page. What has changed between its statements is read again.
+func (s *Store) verifyRange(ctx context.Context, q sqlconn.Conn, v *verification, after, upTo string) error {
+	wrong, err := subscription.Range(ctx, s.macs, q, after, upTo, time.Now(), v.row)
+	for _, imsi := range wrong {
+		if err == nil {
+			_, err = s.current(ctx, "verify", imsi, time.Now())
+			err = v.found(err)
+		}
+	}
+	return err
+}
+
+// pages calls each for all texts that are before ':', as IMSIs are, many at a time, in their order: for those behind one
+// up to another one.
+func pages(ctx context.Context, q sqlconn.Conn, each func(after, upTo string)) error {
 	for after := ""; ; {
-		var texts []string
-		err := q.Each(ctx, func(scan func(...any) error) error {
-			texts = append(texts, "")
-			return scan(&texts[len(texts)-1])
-		}, `SELECT imsi FROM (
-			SELECT * FROM (SELECT DISTINCT subject AS imsi FROM ledger WHERE subject > $1 AND subject < ':' ORDER BY
-				subject LIMIT `+page+`) AS a UNION
-			SELECT * FROM (SELECT DISTINCT imsi FROM bindings WHERE imsi > $1 ORDER BY imsi LIMIT `+page+`) AS b UNION
-			SELECT * FROM (SELECT DISTINCT imsi FROM attempts WHERE imsi > $1 ORDER BY imsi LIMIT `+page+
-			`) AS c) AS d ORDER BY imsi LIMIT `+page, after)
-		if err != nil || len(texts) == 0 {
+		var upTo string
+		if _, err := q.One(ctx, []any{&upTo}, nextPage, after); err != nil || upTo == "" {
 			return err
 		}
-		var all []kme.IMSI
-		for _, text := range texts {
-			// A text that is none is of a row that the service did not write, and whose MAC says so.
-			if imsi, err := kme.ParseIMSI(text); err == nil {
-				all = append(all, imsi)
-			}
-		}
-		if err := each(all); err != nil {
-			return err
-		}
-		last := texts[len(texts)-1]
-		if last <= after { // SQLite sorts a BLOB, which the service did not write either, behind all texts
-			return nil
-		}
-		after = last
+		each(after, upTo)
+		after = upTo
 	}
 }
+
+// nextPage is up to where no table has more than a page of rows behind $1, but for those of the last IMSI. It asks for
+// no distinct ones: without statistics PostgreSQL takes it that a table has 200 of them, and would read all of it for
+// more.
+var nextPage = func() string {
+	page := func(column, table string) string {
+		return fmt.Sprintf(`SELECT COUNT(*) AS n, MAX(imsi) AS upto FROM (SELECT %[1]s AS imsi FROM %[2]s WHERE
+			%[1]s > $1 AND %[1]s < ':' ORDER BY %[1]s LIMIT 1000) AS %[2]s_page`, column, table)
+	}
+	return `SELECT COALESCE(MIN(CASE WHEN n = 1000 THEN upto END), MAX(upto), '') FROM (` + page("subject", "ledger") +
+		` UNION ALL ` + page("imsi", "bindings") + ` UNION ALL ` + page("imsi", "attempts") + `) AS pages`
+}()

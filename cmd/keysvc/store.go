@@ -165,7 +165,9 @@ func storeVerify(c *cli.Context) error {
 	return withAnyStore(c, func(token *hsmkeys.OperatorToken, store *sqlstore.Store) error {
 		behind := mark.Check(c.Context, store, token)
 		shown := cmdline.NewProgress(c, "verified", "rows", 0)
-		report, err := store.Verify(c.Context, shown.At)
+		report, err := store.Verify(c.Context, func(rows, of int) {
+			shown.Set(cmdline.Step{Done: rows, New: rows, Total: of})
+		})
 		shown.Close()
 		if err != nil {
 			return err

@@ -157,7 +157,7 @@ func verifyCopy(ctx context.Context, token Token, name string, upTo *binding.Mar
 	if err != nil {
 		return nil, err
 	}
-	found, err := store.Verify(ctx, func(int) {})
+	found, err := store.Verify(ctx, func(int, int) {})
 	if err == nil {
 		_, err = store.Check(ctx, upTo)
 	}

@@ -262,6 +262,42 @@ func ToChange(
 	return sub, nil
 }
 
+// inRange reads what ofIMSI reads, of all IMSIs behind $1 up to $2, at one moment.
+var inRange = strings.NewReplacer("imsi = $1", "imsi > $1 AND imsi <= $2", "subject = $1",
+	"subject > $1 AND subject <= $2").Replace(ofIMSI[nothing])
+
+// Range reads all of the IMSIs behind one text up to another one. row is called for each of their bindings and
+// attempts: with a *binding.DamagedRow, or nil if it is the service's. Of wrong ones, all rows are, and Read fails.
+func Range(
+	ctx context.Context, macs tables.Key, q sqlconn.Conn, after, upTo string, now time.Time, row func(error) error,
+) (wrong []kme.IMSI, err error) {
+	subs := map[string]*Stored{}
+	damaged := map[string]bool{}
+	err = tables.Scan(ctx, q, len(tables.Bindings.Columns)+2, func(r tables.Row) error {
+		digits := r.Text(1)
+		if subs[digits] == nil {
+			subs[digits] = new(Stored)
+		}
+		err := subs[digits].takeAny(macs, r, now)
+		if tables.IsDamaged(err) {
+			damaged[digits] = true
+		} else if err != nil {
+			return err
+		}
+		if r.Text(0) == tables.Ledger.Name {
+			return nil
+		}
+		return row(err)
+	}, inRange, after, upTo)
+	for digits, sub := range subs {
+		// A text that is no IMSI is of a row that is damaged.
+		if imsi, perr := kme.ParseIMSI(digits); perr == nil && !damaged[digits] && sub.fresh(digits) != nil {
+			wrong = append(wrong, imsi)
+		}
+	}
+	return wrong, err
+}
+
 // Spent says whether an IMSI was sent one of some RANDs in clear.
 func Spent(
 	ctx context.Context, macs tables.Key, q sqlconn.Conn, imsi kme.IMSI, rands ...hsmkeys.RAND,
