@@ -2,6 +2,8 @@ package api
 
 import (
 	"context"
+	"errors"
+	"net"
 	"net/http"
 	"sync"
 	"testing"
@@ -11,6 +13,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/client"
 	"github.com/kmehsm/kmehsm/internal/testproc"
+	"github.com/kmehsm/kmehsm/kme"
 )
 
 // newInstances makes two services, and a client of both.
@@ -113,6 +116,42 @@ func TestInstancesAway(t *testing.T) {
 	b.listen(t)
 	for range 3 {
 		if _, err := c.GetBinding(t.Context(), parseIMSITest(t, bound)); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// A refusal of one that is overloaded is the answer where the other is known to be away: that is not waited for.
+func TestInstanceOverloaded(t *testing.T) {
+	a, b, c := newInstances(t, 4*time.Second)
+	one := parseIMSITest(t, bound)
+	get := func() {
+		t.Helper()
+		for range 2 {
+			if _, err := c.GetBinding(t.Context(), one); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	get()
+	b.server.Close()
+	l, err := net.Listen("unix", b.path) // it takes connections, and is silent
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	get()
+	a.handler.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		e := connect.NewError(connect.CodeResourceExhausted, errors.New("too much"))
+		e.Meta().Set(kme.ReasonHeader, string(kme.Overloaded))
+		if err := connect.NewErrorWriter().Write(w, r, e); err != nil {
+			t.Error(err)
+		}
+	})
+	a.end(t) // the stream to it
+	a.listen(t)
+	for range 2 {
+		if _, err := c.GetBinding(t.Context(), one); !errors.Is(err, client.Reason(kme.Overloaded)) {
 			t.Error(err)
 		}
 	}

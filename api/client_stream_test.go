@@ -211,6 +211,29 @@ func TestServiceGone(t *testing.T) {
 	testproc.Await(t, "it answers again", func() bool { _, err := c.GetBinding(t.Context(), one); return err == nil })
 }
 
+// A stream whose handler hangs takes no later calls, although its connection lives, and ends.
+func TestStreamHangs(t *testing.T) {
+	s := newStreaming(t, new(http.Transport))
+	serve := s.handler.Handler
+	var hung atomic.Int64
+	ended := make(chan struct{})
+	s.handler.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if hung.Add(1) > 1 {
+			serve.ServeHTTP(w, r)
+			return
+		}
+		<-r.Context().Done()
+		close(ended)
+	})
+	c := newClient(t, s.path, client.Options{Timeout: time.Second})
+	one := parseIMSITest(t, bound)
+	if _, err := c.GetBinding(t.Context(), one); connect.CodeOf(err) != connect.CodeDeadlineExceeded {
+		t.Errorf("nothing comes: %v", err)
+	}
+	testproc.Await(t, "it answers", func() bool { _, err := c.GetBinding(t.Context(), one); return err == nil })
+	<-ended
+}
+
 // Close ends calls, and leaves no goroutine. A call after it connects again.
 func TestClose(t *testing.T) {
 	s := newStreaming(t, new(http.Transport))

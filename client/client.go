@@ -274,18 +274,19 @@ func try[A any](
 	defer cancel()
 	var tried instances
 	turn := int(c.turn.Add(1))
+	at := c.pick(turn, tried)
 	for round, pause := 1, 20*time.Millisecond; ; {
-		i := c.pick(turn, &tried)
-		answer, err := once(ctx, c, i, again, call)
+		answer, err := once(ctx, c, c.instances[at], again, call)
 		if err == nil {
 			return answer, nil
 		}
 		err, temporary := explain(err)
-		others := tried.count() < len(c.instances)
-		if !again && !notBegun(err) || !temporary || !others && round >= c.tries || ctx.Err() != nil {
+		tried |= 1 << at
+		at = c.pick(turn, tried)
+		if !again && !notBegun(err) || !temporary || at < 0 && round >= c.tries || ctx.Err() != nil {
 			return nil, err
 		}
-		if others {
+		if at >= 0 {
 			continue
 		}
 		tried, round = 0, round+1
@@ -295,6 +296,7 @@ func try[A any](
 		case <-time.After(pause/2 + rand.N(pause)):
 			pause *= 4
 		}
+		at = c.pick(turn, tried)
 	}
 }
 

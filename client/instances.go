@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math/bits"
 	"net"
 	"net/http"
 	"net/url"
@@ -31,6 +30,8 @@ type instance struct {
 	streams *opener
 	http    *http.Client
 	base    string
+
+	patience time.Duration // with a stream on which nothing comes
 
 	mu      sync.Mutex
 	stream  *stream            // guarded by mu: what calls are made by; nil before the first
@@ -67,7 +68,7 @@ func newInstance(address string, config *tls.Config, timeout time.Duration) (*in
 	}
 	c := &http.Client{Transport: whole{Transport: transport}}
 	return &instance{service: kmev1connect.NewKeyServiceClient(c, base), streams: newOpener(c, base), http: c,
-		base: base}, nil
+		base: base, patience: timeout / 4}, nil
 }
 
 func (i *instance) close() {
@@ -87,7 +88,7 @@ func (i *instance) current() *stream {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	if i.stream == nil || i.stream.ended() {
-		i.stream = open(i.streams)
+		i.stream = open(i.streams, i.patience)
 	}
 	return i.stream
 }
@@ -143,30 +144,24 @@ func (i *instance) ready(ctx context.Context) bool {
 // instances are a set, a bit each.
 type instances uint16
 
-func (s instances) count() int { return bits.OnesCount16(uint16(s)) }
-
-// pick gives the instance whose turn it is, of those that were not tried: one that is not away, if there is one.
-func (c *Client) pick(turn int, tried *instances) *instance {
-	if len(c.instances) == 1 {
-		*tried = 1
-		return c.instances[0]
-	}
-	picked := -1
+// pick gives the instance whose turn it is, of those that were not tried: one that is not away, or any if all are away,
+// also those that were tried. -1: there is none.
+func (c *Client) pick(turn int, tried instances) int {
+	picked, allAway := -1, true
 	for n := range c.instances {
 		at := (turn + n) % len(c.instances)
-		if *tried&(1<<at) != 0 {
-			continue
+		away, free := c.instances[at].away(), tried&(1<<at) == 0
+		if free && !away {
+			return at
 		}
-		if picked < 0 {
+		if allAway = allAway && away; free && picked < 0 {
 			picked = at
-		}
-		if !c.instances[at].away() {
-			picked = at
-			break
 		}
 	}
-	*tried |= 1 << picked
-	return c.instances[picked]
+	if !allAway {
+		return -1
+	}
+	return picked
 }
 
 // once makes a call at one instance. If it may be made at another, half of its time is kept for that.

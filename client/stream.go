@@ -29,10 +29,13 @@ const (
 
 // A stream makes calls for as long as it lasts. One goroutine writes, and another reads.
 type stream struct {
-	end   context.CancelFunc
-	ready chan struct{} // has one when there are calls to write
+	end      context.CancelFunc
+	ready    chan struct{} // has one when there are calls to write
+	patience time.Duration // with a stream on which nothing comes
 
 	mu      sync.Mutex
+	asked   time.Time          // guarded by mu: when the first call after the last message was sent; zero if none was
+	silent  bool               // guarded by mu: it takes no more calls, and ends when none waits
 	last    uint64             // guarded by mu: the last call's id
 	queue   []queued           // guarded by mu: calls to write
 	waiting map[uint64]waiting // guarded by mu: calls without an answer
@@ -69,9 +72,9 @@ func newOpener(c *http.Client, base string) *opener {
 }
 
 // open begins a stream. It waits for nothing.
-func open(o *opener) *stream {
+func open(o *opener, patience time.Duration) *stream {
 	ctx, cancel := context.WithCancel(context.Background())
-	s := &stream{end: cancel, ready: make(chan struct{}, 1), waiting: map[uint64]waiting{}}
+	s := &stream{end: cancel, ready: make(chan struct{}, 1), patience: patience, waiting: map[uint64]waiting{}}
 	b := o.CallBidiStream(ctx)
 	go s.write(ctx, b)
 	go s.read(b)
@@ -82,7 +85,7 @@ func open(o *opener) *stream {
 func (s *stream) ended() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.over != nil
+	return s.over != nil || s.silent
 }
 
 // call makes a call that is encoded, but for its id and its time.
@@ -126,13 +129,23 @@ func (s *stream) call(ctx context.Context, call []byte) (*kmev1.Answer, error) {
 	return a, nil
 }
 
-// giveUp has nobody wait for an answer, if there is none yet.
+// giveUp has nobody wait for an answer, if there is none yet. What serves a stream may hang while its connection lives:
+// if calls were sent, and nothing has come since, later calls get another stream.
 func (s *stream) giveUp(id uint64) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	_, ok := s.waiting[id]
 	delete(s.waiting, id)
+	s.silent = s.silent || !s.asked.IsZero() && time.Since(s.asked) > s.patience
+	s.endIfSilent()
 	return ok
+}
+
+// endIfSilent ends a silent stream for which nobody waits. s.mu is locked.
+func (s *stream) endIfSilent() {
+	if s.silent && len(s.waiting) == 0 {
+		s.end()
+	}
 }
 
 func contextCode(err error) connect.Code {
@@ -178,6 +191,9 @@ func (s *stream) take(m batch) batch {
 			m = protowire.AppendBytes(protowire.AppendTag(m, 1, protowire.BytesType), q.call)
 		}
 	}
+	if len(m) > 0 && s.asked.IsZero() {
+		s.asked = time.Now()
+	}
 	rest := copy(s.queue, s.queue[n:])
 	clear(s.queue[rest:])
 	s.queue = s.queue[:rest]
@@ -200,6 +216,7 @@ func (s *stream) read(b *connect.BidiStreamForClient[batch, kmev1.StreamResponse
 			b.CloseResponse()
 			return
 		}
+		s.asked = time.Time{}
 		for _, a := range m.Answers {
 			if w := s.waiting[a.Id]; w != nil {
 				delete(s.waiting, a.Id)
@@ -208,6 +225,10 @@ func (s *stream) read(b *connect.BidiStreamForClient[batch, kmev1.StreamResponse
 				clear(a.GetEstablishKme().GetKme())
 			}
 		}
+		if len(s.waiting) > 0 {
+			s.asked = time.Now()
+		}
+		s.endIfSilent()
 		s.mu.Unlock()
 	}
 }

@@ -280,6 +280,19 @@ func severalInstances(t *testing.T, d *network) {
 	if n := a.calls.Load() + b.calls.Load() - before; n != 2 {
 		t.Errorf("a call was made %d times at two instances", n)
 	}
+	b.unready.Store(true)
+	a.say(good)
+	b.say(func(*kmev1.Call) (*kmev1.Answer, error) { return failed(string(kme.HSMUnavailable)) })
+	for range 2 {
+		air("one is about to be away", vector)
+	}
+	a.say(func(*kmev1.Call) (*kmev1.Answer, error) { return failed(string(kme.Overloaded)) })
+	b.say(good)
+	for range 2 {
+		air("one is overloaded, and the other away", "AIA 4181")
+	}
+	b.unready.Store(false)
+	shared()
 	a.say(func(*kmev1.Call) (*kmev1.Answer, error) { return failed(string(kme.NotBound)) })
 	b.say(func(*kmev1.Call) (*kmev1.Answer, error) { return failed(string(kme.NotBound)) })
 	before = a.calls.Load() + b.calls.Load()

@@ -102,23 +102,26 @@ static void leave(struct instance *i, const char *why)
 	i->watch_at = kme_now();
 }
 
-/* Whose turn it is of those that a call was not made at: one that is not away, if there is one. NULL: there is none. */
+/*
+ * Whose turn it is of those that a call was not made at: one that is not away, or any if all are away, also those that
+ * it was made at. NULL: there is none.
+ */
 static struct instance *pick(const struct kme_call *c)
 {
 	struct instance *picked = NULL;
-	int n;
+	int all_away = 1, n;
 
 	for (n = 0; n < service.n; n++) {
-		int at = (int)((turn + (unsigned)n) % (unsigned)service.n);
+		int at = (int)((turn + (unsigned)n) % (unsigned)service.n), made = !!(c->tried & 1u << at);
 		struct instance *i = &instances[at];
 
-		if (c->tried & 1u << at || (picked && i->away))
-			continue;
-		picked = i;
-		if (!i->away)
-			break;
+		if (!made && !i->away)
+			return i;
+		all_away &= i->away;
+		if (!made && !picked)
+			picked = i;
 	}
-	return picked;
+	return all_away ? picked : NULL;
 }
 
 static int is_text(const struct wire_in *i, const char *text)
@@ -197,7 +200,7 @@ static int send_to(struct kme_call *c, struct instance *i)
 	uint64_t now = kme_now(), left = c->deadline > now ? c->deadline - now : 1;
 
 	c->tried |= 1u << (i - instances);
-	if (!c->once && pick(c))
+	if (!c->once && c->tried != (1u << service.n) - 1)
 		left = (left + 1) / 2;
 	if (!kme_write_call(c, left))
 		return in_vain(c, KME_REFUSED, "MALFORMED");
