@@ -52,7 +52,7 @@ func Open(ctx context.Context, path string, schema sqlconn.Schema) (read *sql.DB
 		}
 	}
 	if err == nil {
-		write, err = newWriter(ctx, db)
+		write, err = newWriter(ctx, db, schema)
 	}
 	if err == nil {
 		read, err = sql.Open("sqlite3", dsn("&_query_only=on"))
@@ -67,12 +67,12 @@ func Open(ctx context.Context, path string, schema sqlconn.Schema) (read *sql.DB
 }
 
 // newWriter prepares the statements of a Writer that is not begun yet.
-func newWriter(ctx context.Context, db *sql.DB) (w *Writer, err error) {
+func newWriter(ctx context.Context, db *sql.DB, schema sqlconn.Schema) (w *Writer, err error) {
 	// Pages that change again before a checkpoint are written to their place once.
 	if _, err := db.ExecContext(ctx, "PRAGMA wal_autocheckpoint = 4000"); err != nil {
 		return nil, fmt.Errorf("set how often pages are written to their place: %w", err)
 	}
-	w = &Writer{db: db, version: 1}
+	w = &Writer{db: db, schema: schema, version: 1}
 	for text, to := range map[string]**sql.Stmt{
 		"SAVEPOINT change": &w.savepoint, "RELEASE change": &w.release, "ROLLBACK TO change": &w.rollback,
 		"PRAGMA data_version": &w.dataVersion,
@@ -147,7 +147,8 @@ func Look(ctx context.Context, path string) (number int, err error) {
 // the operation: that is what its caller knows.
 type Writer struct {
 	*groupcommit.Writer[*sqlconn.Tx]
-	db *sql.DB
+	db     *sql.DB
+	schema sqlconn.Schema
 
 	savepoint, release, rollback *sql.Stmt // around each change that is kept apart
 	dataVersion                  *sql.Stmt
@@ -190,12 +191,20 @@ func (w *Writer) try(batch []*groupcommit.Change[*sqlconn.Tx], apart bool) (resu
 		return results, err
 	}
 	defer tx.Rollback() // no effect after Commit
-	before := w.others
-	if err := tx.Stmt(w.dataVersion).QueryRow().Scan(&w.others); err != nil {
+	var others int64
+	if err := tx.Stmt(w.dataVersion).QueryRow().Scan(&others); err != nil {
 		return results, err
 	}
-	if w.others != before {
+	if w.others != others {
 		w.version++
+		number, err := Number(context.Background(), tx) // a newer release may have upgraded it
+		if err == nil {
+			_, err = w.schema.Lacks(number)
+		}
+		if err != nil {
+			return results, fmt.Errorf("the database cannot be used: %w", err)
+		}
+		w.others = others
 	}
 	for i, c := range batch {
 		if results[i] = c.Gone(); results[i] != nil {
