@@ -138,6 +138,7 @@ type Accepted struct {
 	Mark    *Mark    // to be set
 	Changes []Change // of the subjects of what was missing
 	Revoked []string // IMSIs whose bindings were, because of what is unknown
+	LeftOut int      // lines that are no entries again: their KME is in a row that the service did not write
 }
 
 // A Change is what became of a subject about which something was decided after the database was as it is now.

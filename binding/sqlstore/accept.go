@@ -48,16 +48,19 @@ func (s *Store) Accept(ctx context.Context, mark *binding.Mark, a binding.Accept
 // followLedger makes rows what the ledger says last, which has been given lines that these rows do not know of; or
 // revokes them.
 func (s *Store) followLedger(
-	ctx context.Context, tx *txn, a binding.Acceptance, refused map[string]bool, done *binding.Accepted,
+	ctx context.Context, tx *txn, a binding.Acceptance, refused map[string]int, done *binding.Accepted,
 ) (err error) {
 	about := map[string][]binding.Line{}
 	for _, l := range a.Missing.Lines {
 		about[l.Subject] = append(about[l.Subject], l)
 	}
-	done.Changes, done.Revoked = nil, nil // this may be called again
+	done.Changes, done.Revoked, done.LeftOut = nil, nil, 0 // this may be called again
+	for _, n := range refused {
+		done.LeftOut += n
+	}
 	now := time.Now()
 	for _, subject := range slices.Sorted(maps.Keys(about)) {
-		change, err := s.follow(ctx, tx, about[subject], refused[subject], now)
+		change, err := s.follow(ctx, tx, about[subject], refused[subject] > 0, now)
 		if err != nil {
 			return err
 		}

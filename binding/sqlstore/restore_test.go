@@ -462,6 +462,9 @@ func TestRestoredBesideStrangersRows(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if accepted.LeftOut != 2 {
+		t.Errorf("%d lines were left out", accepted.LeftOut)
+	}
 	want := map[string]string{imsiNo(t, later).String(): "REVOKED", imsiNo(t, shownAndSent).String(): "ACTIVE",
 		binding.ManufacturerSubject(makers[0].KeyID): "DAMAGED"}
 	for _, c := range accepted.Changes {

@@ -231,7 +231,7 @@ func storeAccept(c *cli.Context) error {
 			Reason: c.String("reason"), AuditLogs: logs,
 			RevokeUnknown: c.Bool("revoke-unknown"),
 			Agreed: func(m *binding.Missing) error {
-				return cmdline.Confirm(c, missingText(m, logs)+"\n"+lossText(m, c.Bool("revoke-unknown")), "accept")
+				return cmdline.Confirm(c, missingText(m, logs, 0)+"\n"+lossText(m, c.Bool("revoke-unknown")), "accept")
 			},
 		})
 		if errors.Is(err, mark.ErrNoAuditLog) {
@@ -241,14 +241,14 @@ func storeAccept(c *cli.Context) error {
 			return err
 		}
 		return cmdline.Print(c, map[string]any{"accepted": true, "lost": missing.Lost,
-			"restored": len(missing.Lines), "unknown": missing.Unknowns(), "revoked": len(done.Revoked),
+			"restored": len(missing.Lines) - done.LeftOut, "unknown": missing.Unknowns(), "revoked": len(done.Revoked),
 			"revoked_imsis": append([]string{}, done.Revoked...),
 			"changes":       append([]binding.Change{}, done.Changes...),
 		}, func(w io.Writer) {
 			for _, change := range done.Changes {
 				fmt.Fprintln(w, changeText(change))
 			}
-			fmt.Fprintln(w, missingText(missing, logs))
+			fmt.Fprintln(w, missingText(missing, logs, done.LeftOut))
 			for _, imsi := range done.Revoked {
 				fmt.Fprintf(w, "%-15s  now %s, because of what is not known\n", imsi, binding.Revoked)
 			}
@@ -260,14 +260,19 @@ func storeAccept(c *cli.Context) error {
 	})
 }
 
-// missingText says how much is missing.
-func missingText(m *binding.Missing, logs []string) string {
+// missingText says how much is missing, and how much comes back but for what is left out.
+func missingText(m *binding.Missing, logs []string, leftOut int) string {
 	if len(logs) == 0 {
 		return fmt.Sprintf("The ledger has lost at least %d entries. They are not known: no audit log was named "+
 			"(audit_log of the configuration, --audit-log).", m.Unknowns())
 	}
-	return fmt.Sprintf("The ledger has lost %d entries; %d come back from the audit log, and at least %d are not "+
-		"known.", m.Lost, len(m.Lines), m.Unknowns())
+	text := fmt.Sprintf("The ledger has lost %d entries; %d come back from the audit log, and at least %d are not "+
+		"known.", m.Lost, len(m.Lines)-leftOut, m.Unknowns())
+	if leftOut > 0 {
+		text += fmt.Sprintf(" %d of the audit log were left out: rows that somebody else has written have their KMEs.",
+			leftOut)
+	}
+	return text
 }
 
 // lossText says what is lost for good.

@@ -119,9 +119,9 @@ func lineValues(l binding.Line) []any {
 }
 
 // PutBack adds lines that are missing to the ledger, each behind the one before it. It leaves those out whose KME
-// another row has, which the service has not written: refused are their subjects.
-func (c *Chains) PutBack(ctx context.Context, tx *Tx, lines []binding.Line) (refused map[string]bool, err error) {
-	refused = map[string]bool{}
+// another row has, which the service has not written: of each subject so many are refused.
+func (c *Chains) PutBack(ctx context.Context, tx *Tx, lines []binding.Line) (refused map[string]int, err error) {
+	refused = map[string]int{}
 	at := map[int64]binding.Head{}
 	for _, l := range lines {
 		chain := int64(l.Chain)
@@ -144,7 +144,7 @@ func (c *Chains) PutBack(ctx context.Context, tx *Tx, lines []binding.Line) (ref
 		}
 		at[chain] = binding.Head{Seq: l.Seq, MAC: l.MAC}
 		if n == 0 {
-			refused[l.Subject] = true
+			refused[l.Subject]++
 			continue
 		}
 		tx.Heads[chain] = &binding.Head{Seq: l.Seq, MAC: l.MAC}
