@@ -123,9 +123,9 @@ type Store interface {
 	// this order, and then changes nothing. Of a KME that is not good it fails with ErrUsed or ErrNotGood after the
 	// same steps as with ErrUsed: whoever waits for a refusal cannot tell one from the other.
 	Establish(ctx context.Context, b *Binding, tag []byte, good bool, now time.Time) error
-	// Settle fails unless what was read of an IMSI's bindings is durable. A change that has failed with an unknown
-	// result, since its standby is away, can be read before it is on the disk of that.
-	Settle(ctx context.Context, imsi kme.IMSI) error
+	// Settle fails unless what was read is durable. A change that has failed with an unknown result, since its standby
+	// is away, can be read before it is on the disk of that.
+	Settle(ctx context.Context) error
 	// Report does what Subscription.Ends says: the pending binding becomes the active one, or is dropped. Gives the
 	// subscription as it is then, or fails with ErrNotBound if it had no binding to begin with.
 	Report(ctx context.Context, imsi kme.IMSI, o kme.Origin, ok bool, now time.Time) (*Subscription, error)

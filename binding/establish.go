@@ -211,7 +211,7 @@ func (s *Service) retransmitted(ctx context.Context, p *establishment) (*Establi
 		subtle.ConstantTimeCompare(b.PayloadSHA256, p.digest[:]) != 1 {
 		return nil, nil
 	}
-	if err := s.store.Settle(ctx, p.IMSI); err != nil {
+	if err := s.store.Settle(ctx); err != nil {
 		return nil, fromStore(ctx, err)
 	}
 	s.log.InfoContext(ctx, "established again", "imsi", p.IMSI, "imei", p.IMEI)

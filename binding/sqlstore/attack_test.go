@@ -189,7 +189,8 @@ func attacked(t *testing.T, name string) {
 			len(all) != 3 {
 			t.Errorf("listed: %d bindings, error %v; damaged are %v", len(all), err, wrong)
 		}
-		if report, err := s.Verify(ctx, func(int, int) {}); err != nil || (len(report.Damaged) > 0) != (len(wrong) > 0) {
+		report, err := s.Verify(ctx, func(int, int) {})
+		if err != nil || (len(report.Damaged) > 0) != (len(wrong) > 0) {
 			t.Errorf("verified: %+v, error %v; damaged are %v", report, err, wrong)
 		}
 		return wrong

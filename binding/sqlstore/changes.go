@@ -279,14 +279,21 @@ func (s *Store) Establish(ctx context.Context, b *binding.Binding, tag []byte, g
 	})
 }
 
-// Settle waits for a commit of its own: PostgreSQL confirms that after all that it has shown. SQLite shows a change
-// only when it is on the disk.
-func (s *Store) Settle(ctx context.Context, imsi kme.IMSI) error {
+func (s *Store) Settle(ctx context.Context) error {
+	if err := s.chains.Refusal(); err != nil {
+		return err
+	}
+	return s.settle(ctx)
+}
+
+// settle waits for a commit of its own, which writes to the log: PostgreSQL confirms that after all that it has shown.
+// SQLite shows a change only when it is on the disk.
+func (s *Store) settle(ctx context.Context) error {
 	if !s.recent.OnlyHints {
 		return nil
 	}
-	return s.change(ctx, "settle", imsi.String(), func(ctx context.Context, tx *txn) error {
-		return tx.Do(ctx, `UPDATE bindings SET mac = mac WHERE imsi = $1`, imsi.String())
+	return s.transaction(ctx, "settle", "settle", func(ctx context.Context, tx *txn) error {
+		return tx.Do(ctx, `SELECT pg_logical_emit_message(true, 'kmehsm', '')`)
 	})
 }
 

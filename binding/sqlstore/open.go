@@ -65,7 +65,7 @@ func Open(ctx context.Context, name string, key kme.Secret) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.chains = ledger.New(s.macs, s.read)
+	s.chains = ledger.New(s.macs, s.read, s.settle)
 	s.Ledger = s.chains.Ledger()
 	return s, nil
 }

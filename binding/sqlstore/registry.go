@@ -190,6 +190,9 @@ func (s *Store) Decide(ctx context.Context, manufacturer, lot string, v registry
 		}
 		return registry.ErrNotImported
 	})
+	if err == nil && stands != v { // it was decided before, maybe by a change that has failed
+		err = s.Settle(ctx)
+	}
 	return stands, err
 }
 

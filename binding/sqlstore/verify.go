@@ -160,8 +160,8 @@ func (s *Store) verifyRange(ctx context.Context, q sqlconn.Conn, v *verification
 	return err
 }
 
-// pages calls each for all texts that are before ':', as IMSIs are, many at a time, in their order: for those behind one
-// up to another one.
+// pages calls each for all texts before ':', as IMSIs are, many at a time, in their order: for those behind one up to
+// another one.
 func pages(ctx context.Context, q sqlconn.Conn, each func(after, upTo string)) error {
 	for after := ""; ; {
 		var upTo string

@@ -37,6 +37,8 @@ type SealedStore interface {
 	// Reseal replaces KMEs, in the order of their IMSIs, where they are still what they were, in one step. It gives how
 	// many were.
 	Reseal(ctx context.Context, all []Resealed) (int, error)
+	// Settle fails unless what was read is durable.
+	Settle(ctx context.Context) error
 }
 
 // A Resealer is what sealing again needs of the operator's HSM.
@@ -180,6 +182,9 @@ func RetireStorage(ctx context.Context, token StorageToken, store SealedStore) (
 			return nil, fmt.Errorf("%d KMEs are still sealed under an earlier storage key: run keysvc storage "+
 				"rotate again", left)
 		}
+	}
+	if err := store.Settle(ctx); err != nil { // a failover could bring KMEs back that are sealed under them
+		return nil, err
 	}
 	for _, g := range all[:len(all)-1] {
 		if err := token.DestroyStorageKey(ctx, g); err != nil {

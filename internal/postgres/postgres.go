@@ -78,6 +78,11 @@ func connect(name string, schema sqlconn.Schema) (*DB, error) {
 	config.RuntimeParams["application_name"] = fmt.Sprintf(application, len(schema.Migrations))
 	// A standby has old rows, and so has a primary that has become one: whatever the string says, they are not used.
 	config.ValidateConnect = pgconn.ValidateConnectTargetSessionAttrsReadWrite
+	config.OnNotice = func(conn *pgconn.PgConn, n *pgconn.Notice) {
+		if n.Code == warning {
+			conn.CustomData()[warning] = n
+		}
+	}
 	// A server that has lost its power does not even refuse a connection: the next one is tried while there is time.
 	if len(hosts) > 1 && config.ConnectTimeout == 0 {
 		config.ConnectTimeout = patience / time.Duration(1+len(hosts))
@@ -143,7 +148,12 @@ func (db *DB) Unsynchronised(ctx context.Context) (what string, err error) {
 // Alone makes a change while no other is made, whichever instance makes it. It returns when the change is durable; an
 // error of f leaves everything as it was.
 func (db *DB) Alone(ctx context.Context, f func(context.Context, *sql.Tx) error) error {
-	tx, err := db.BeginTx(ctx, nil)
+	conn, err := db.Conn(ctx)
+	if err != nil {
+		return fmt.Errorf("connect: %w", err)
+	}
+	defer conn.Close()
+	tx, err := conn.BeginTx(ctx, nil)
 	if err != nil {
 		return fmt.Errorf("begin a transaction: %w", err)
 	}
@@ -157,7 +167,22 @@ func (db *DB) Alone(ctx context.Context, f func(context.Context, *sql.Tx) error)
 	if err := tx.Commit(); err != nil {
 		return fmt.Errorf("commit: %w", err)
 	}
-	return nil
+	return conn.Raw(func(c any) error { return confirmed(c.(*stdlib.Conn).Conn().PgConn()) })
+}
+
+// warning is the SQLSTATE with which PostgreSQL says that it has committed a transaction and not waited for its
+// standby, since somebody has cancelled that (pg_cancel_backend): the commit itself succeeds. A connection of DB keeps
+// the last one.
+const warning = "01000"
+
+// confirmed fails if a connection was warned since it was asked last: what it has committed may not outlive a failover.
+func confirmed(conn *pgconn.PgConn) error {
+	n, ok := conn.CustomData()[warning].(*pgconn.Notice)
+	if !ok {
+		return nil
+	}
+	delete(conn.CustomData(), warning)
+	return fmt.Errorf("PostgreSQL has warned of the commit: %s", n.Message)
 }
 
 // lock has no other instance change anything until the transaction ends.

@@ -2,6 +2,7 @@ package postgres
 
 import (
 	"context"
+	"database/sql"
 	"net"
 	"net/url"
 	"path/filepath"
@@ -88,5 +89,37 @@ func TestPostgresNoStandby(t *testing.T) {
 	server.Set(t, "synchronous_standby_names", "*")
 	if what, err := db.Unsynchronised(t.Context()); !strings.Contains(what, "none is connected") || err != nil {
 		t.Errorf("a server that waits for a standby: %q, %v", what, err)
+	}
+}
+
+// Somebody ends the wait of commits for a standby (pg_cancel_backend). PostgreSQL keeps the commits, and says that they
+// have succeeded: nothing was confirmed.
+func TestPostgresStandbyNotWaitedFor(t *testing.T) {
+	server := pgtest.Start(t)
+	w := newWriter(t, server.Database(t))
+	const text = "UPDATE count SET n = n + 1"
+	for name, change := range map[string]func() error{
+		"together": func() error {
+			return w.Do(t.Context(), "a", func(ctx context.Context, tx *tx) error { return tx.Do(ctx, text) })
+		},
+		"alone": func() error {
+			return w.db.Alone(t.Context(), func(ctx context.Context, tx *sql.Tx) error {
+				_, err := tx.ExecContext(ctx, text)
+				return err
+			})
+		},
+	} {
+		server.Set(t, "synchronous_standby_names", "nobody")
+		ended := make(chan error, 1)
+		go func() { ended <- change() }()
+		testproc.Await(t, "the commit ends", func() bool {
+			server.Exec(t, "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'")
+			return len(ended) > 0
+		})
+		if err := <-ended; err == nil || !strings.Contains(err.Error(), "warned") {
+			t.Errorf("%s: a commit that no standby has: %v", name, err)
+		}
+		server.Set(t, "synchronous_standby_names", "")
+		must.Do(t, change())
 	}
 }

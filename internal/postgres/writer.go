@@ -95,6 +95,7 @@ func (t *transaction[S]) commit(batch []*groupcommit.Change[*Tx[S]], apart bool)
 }
 
 func (t *transaction[S]) run(batch []*groupcommit.Change[*Tx[S]], apart bool) error {
+	_ = confirmed(t.conn.PgConn()) // of what was done before
 	t.queue.Queue("BEGIN")
 	t.queue.Queue(lock+", set_config('idle_in_transaction_session_timeout', $1, true)", pause.String())
 	for from := 0; from < len(batch); {
@@ -118,7 +119,10 @@ func (t *transaction[S]) run(batch []*groupcommit.Change[*Tx[S]], apart bool) er
 		return nil
 	})
 	t.ending = true
-	return t.send()
+	if err := t.send(); err != nil {
+		return err
+	}
+	return confirmed(t.conn.PgConn())
 }
 
 // sideBySide makes changes that each have a key of their own. It fails if one of them has, and has changed something.

@@ -129,15 +129,24 @@ func (l Ledger) Check(ctx context.Context, mark *binding.Mark) (*binding.Mark, e
 			return nil, err
 		}
 	}
-	l.chains.mu.Lock()
-	for i, h := range now.Heads {
-		if h.Seq > l.chains.seen[i].Seq {
-			l.chains.seen[i] = h
+	if l.chains.durable(ctx, now, seen, mark) {
+		l.chains.mu.Lock()
+		for i, h := range now.Heads {
+			if h.Seq > l.chains.seen[i].Seq {
+				l.chains.seen[i] = h
+			}
 		}
+		l.chains.mu.Unlock()
 	}
-	l.chains.mu.Unlock()
 	l.chains.refused.Store(nil)
 	return now, l.chains.Refusal()
+}
+
+// durable says whether heads that were read can be believed to stay, which are not behind those that were seen, nor
+// behind the mark: a failover may take away what nobody was told.
+func (c *Chains) durable(ctx context.Context, now, seen, mark *binding.Mark) bool {
+	return now.Entries() == seen.Entries() ||
+		mark != nil && mark.Epoch >= seen.Epoch && now.Entries() == mark.Entries() || c.settle(ctx) == nil
 }
 
 // An acceptance is the detail of an EventAccepted.

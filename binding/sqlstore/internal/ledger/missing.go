@@ -24,12 +24,9 @@ func (l Ledger) Lines(ctx context.Context, behind *binding.Mark, most int) (all 
 	if err != nil {
 		return nil, err
 	}
-	now, err := l.Heads(ctx)
-	if err != nil {
-		return nil, err
-	}
+	seen := l.Seen() // and no further: a failover may take away what nobody was told
 	for i, had := range behind.Heads {
-		if now.Heads[i].Seq == had.Seq && bytes.Equal(now.Heads[i].MAC, had.MAC) {
+		if seen.Heads[i].Seq == had.Seq && bytes.Equal(seen.Heads[i].MAC, had.MAC) {
 			continue
 		}
 		from := had.Seq
@@ -44,7 +41,8 @@ func (l Ledger) Lines(ctx context.Context, behind *binding.Mark, most int) (all 
 		err := l.chains.lines(ctx, q, func(line binding.Line) error {
 			all = append(all, line)
 			return nil
-		}, `WHERE e.chain = $1 AND e.seq > $2 AND e.seq <= $3 ORDER BY e.seq`, int64(i), from, from+int64(most))
+		}, `WHERE e.chain = $1 AND e.seq > $2 AND e.seq <= $3 ORDER BY e.seq`, int64(i), from,
+			min(from+int64(most), seen.Heads[i].Seq))
 		if err != nil {
 			return nil, err
 		}

@@ -3,6 +3,7 @@
 package ledger
 
 import (
+	"context"
 	"database/sql"
 	"sync"
 	"sync/atomic"
@@ -31,8 +32,9 @@ func (h *Heads) Read(chain int64, head binding.Head) {
 
 // Chains are those of a ledger.
 type Chains struct {
-	macs tables.Key
-	db   *sql.DB // to read
+	macs   tables.Key
+	db     *sql.DB // to read
+	settle func(context.Context) error
 
 	moved   chan struct{}
 	refused atomic.Pointer[error] // the ledger is behind its mark: see Refusal
@@ -47,9 +49,9 @@ type Chains struct {
 	seen  [binding.Chains]binding.Head // how far this process knows that the ledger had come; guarded by mu
 }
 
-// New is for a database that Chains only read outside of a Tx.
-func New(macs tables.Key, db *sql.DB) *Chains {
-	return &Chains{macs: macs, db: db, moved: make(chan struct{}, 1)}
+// New is for a database that Chains only read outside of a Tx. settle fails unless what was read there is durable.
+func New(macs tables.Key, db *sql.DB, settle func(context.Context) error) *Chains {
+	return &Chains{macs: macs, db: db, settle: settle, moved: make(chan struct{}, 1)}
 }
 
 // A Ledger is the part of a binding.Ledger that changes nothing.
