@@ -65,7 +65,8 @@ func TestPostgresDecidedAgain(t *testing.T) {
 			return err
 		},
 		"a device listed": func() error {
-			_, err := s.List(ctx, []binding.Listing{{Prefix: "35", Status: binding.Blacklisted, Reason: "x", Listed: t0}})
+			_, err := s.List(ctx, []binding.Listing{{Prefix: "35", Status: binding.Blacklisted, Reason: "x",
+				Listed: t0}})
 			return err
 		},
 		"a subscription revoked": func() error {

@@ -371,6 +371,10 @@ func schemas(t *testing.T, name string) {
 	if _, err := forgotten.Warnings(t.Context()); !postgres && (err == nil || !strings.Contains(err.Error(), refusal)) {
 		t.Errorf("one that runs is ready: %v", err)
 	}
+	if err := forgotten.Note(t.Context(), "TRIED", "s", ""); !postgres && (err == nil ||
+		!strings.Contains(err.Error(), refusal)) {
+		t.Errorf("one that runs changes the database: %v", err)
+	}
 }
 
 // An upgrade does not wait for who reads a table while calls wait behind it: it lets them pass, and tries again.

@@ -42,7 +42,8 @@ func retireOnlyWhatIsDurable(t *testing.T) {
 		len(destroyed) > 0 || len(token.all) != 2 {
 		t.Errorf("destroyed %v, error %v", destroyed, err)
 	}
-	if destroyed, err := RetireStorage(t.Context(), token, resealed{}); err != nil || !slices.Equal(destroyed, []int{1}) {
+	destroyed, err := RetireStorage(t.Context(), token, resealed{})
+	if err != nil || !slices.Equal(destroyed, []int{1}) {
 		t.Errorf("destroyed %v, error %v", destroyed, err)
 	}
 }

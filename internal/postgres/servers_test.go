@@ -123,3 +123,26 @@ func TestPostgresStandbyNotWaitedFor(t *testing.T) {
 		must.Do(t, change())
 	}
 }
+
+// Who only looks makes nothing.
+func TestPostgresLook(t *testing.T) {
+	name, schema := pgtest.Start(t).Database(t), sqlconn.First(table)
+	if number, err := Look(t.Context(), name, schema); number != 0 || err != nil {
+		t.Errorf("an empty database: %d, %v", number, err)
+	}
+	db := must.Get[*DB](t)(connect(name, schema))
+	defer db.Close()
+	var relations int
+	if err := db.QueryRowContext(t.Context(), "SELECT count(*) FROM pg_class "+
+		"WHERE relnamespace = 'public'::regnamespace").Scan(&relations); relations != 0 || err != nil {
+		t.Errorf("%d tables and indexes were made, %v", relations, err)
+	}
+	must.Do(t, must.Get[*DB](t)(Open(t.Context(), name, schema)).Close())
+	newer := sqlconn.Schema{Migrations: []string{table, "CREATE TABLE more (n BIGINT)"}, Least: 1}
+	if number, err := Look(t.Context(), name, newer); number != schema.Number() || err != nil {
+		t.Errorf("a database of an earlier schema: %d, %v", number, err)
+	}
+	if number, err := Number(t.Context(), db); number != schema.Number() || err != nil {
+		t.Errorf("after a newer program has looked: %d, %v", number, err)
+	}
+}
