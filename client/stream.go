@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -247,6 +248,8 @@ func why(err error) func() error {
 		err = errEnded
 	} else if errors.As(err, &connection) {
 		err = fmt.Errorf("the stream to the service has ended: %w", connection)
+	} else if unsent(err) {
+		err = fmt.Errorf("%w before it began: %w", errEnded, err)
 	} else if errors.As(err, &e) {
 		if reason := e.Meta().Get(kme.ReasonHeader); reason != "" {
 			refused := &Error{Reason: kme.Reason(reason), Message: e.Message()}
@@ -260,6 +263,13 @@ func why(err error) func() error {
 // errEnded is of the calls without an answer in a stream that has ended in order: they were not begun (see
 // KeyService.Stream).
 var errEnded = errors.New("the service has ended the stream")
+
+// unsent says whether net/http chose a connection that takes no more streams, and sent nothing of the request in it. It
+// says so of a request whose body it cannot have a second time, by an error without a type (persistConn's
+// shouldRetryRequest, and rewindBody).
+func unsent(err error) bool {
+	return strings.Contains(err.Error(), "net/http: cannot rewind body after connection loss")
+}
 
 // notBegun says whether a call that has failed was certainly not begun: then any call may be made again.
 func notBegun(err error) bool {

@@ -1,0 +1,22 @@
+package client
+
+import (
+	"errors"
+	"testing"
+
+	"connectrpc.com/connect"
+)
+
+// A stream that net/http did not send is a call not begun, which any call may be made again after; one whose connection
+// broke later is none.
+func TestUnsent(t *testing.T) {
+	for text, want := range map[string]bool{
+		"net/http: cannot rewind body after connection loss": true,
+		"write: broken pipe": false,
+	} {
+		err := why(connect.NewError(connect.CodeUnavailable, errors.New(text)))()
+		if notBegun(err) != want || connect.CodeOf(err) != connect.CodeUnavailable {
+			t.Errorf("%s: %v", text, err)
+		}
+	}
+}
