@@ -188,7 +188,7 @@ func (n *node) peer(name string, handle func(p *diameter.Peer, request *diameter
 }
 
 // patience is how long an MME waits for an answer that should come.
-const patience = 30 * time.Second
+const patience = 2 * testproc.Patience
 
 func (e peerEdge) ask(m *diameter.Message, o options) (*diameter.Message, string) {
 	for i, a := range m.AVPs {

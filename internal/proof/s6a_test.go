@@ -174,7 +174,8 @@ func TestS6aMalformed(t *testing.T) {
 					}
 				}
 			}
-			// Nobody is worse for it.
+			// Nobody is worse for it, once a connection that was closed for it is open again.
+			client.connected(front)
 			if result := d.attach("m", true, "--first", "2", "--count", "5"); result.Attached != 5 {
 				t.Errorf("%+v", result)
 			}

@@ -234,12 +234,13 @@ func (s *soak) bareToken() func(time.Duration) float64 {
 	}
 }
 
-// full has 64 devices at once attach to an instance for so long; with a rate, each when it is due, and timed from then
-// on. It gives what each took, and what keysvc and the database spent on it.
+// full has 64 devices at once attach to an instance for so long, and until one has; with a rate, each when it is due,
+// and timed from then on. It gives what each took, and what keysvc and the database spent on it.
 func (s *soak) full(i *instance, d time.Duration, rate float64) (times []time.Duration, cpu float64) {
 	var all sync.WaitGroup
 	var mu sync.Mutex
 	var next atomic.Int64
+	var some atomic.Bool
 	start, before := time.Now(), s.cpu(i)
 	for range 64 {
 		all.Go(func() {
@@ -249,7 +250,7 @@ func (s *soak) full(i *instance, d time.Duration, rate float64) (times []time.Du
 					due = start.Add(time.Duration(float64(n) / rate * float64(time.Second)))
 					time.Sleep(time.Until(due))
 				}
-				if due.Sub(start) >= d {
+				if due.Sub(start) >= d && (rate > 0 || some.Load()) {
 					return
 				}
 				err := s.attach(s.t.Context(), i.hss, s.devices[int(n)%len(s.devices)], false, func(b told) {
@@ -268,6 +269,7 @@ func (s *soak) full(i *instance, d time.Duration, rate float64) (times []time.Du
 				mu.Lock()
 				times = append(times, time.Since(due))
 				mu.Unlock()
+				some.Store(true)
 			}
 		})
 	}
