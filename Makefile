@@ -78,14 +78,15 @@ TIMEOUT := 45m
 
 # A test that needs one of these says so in its name.
 SERVERS := Vault|Postgres|Browser|S6a
-# These take seconds of CPU each. make check leaves them, and all on NSS softoken, to make test.
+# These take seconds of CPU each, or tens of seconds in which no other test of their package runs. make check leaves
+# them, and all on NSS softoken, to make test.
 LONG := TestPageCommands TestDemo TestOpenSSLAgrees TestOutsideProgram TestSpy TestCheckDirectories TestPinnedTACs \
 	TestPrometheus TestBackup TestProvisionDirectoryAway TestReconcile TestManyStarts \
 	TestModel TestModelAtOnce TestProperty TestPropertyAtOnce TestMutatedPayloads TestMutatedMessages \
 	TestRefusalsTakeAsLong TestKnownRefusalsTakeAsLong TestBoundRefusalsTakeAsLong TestMetricsAreNoOracle \
 	TestRotated TestKilled TestNothingIsLeft TestRotation TestWycheproof TestAudit TestStations \
 	TestReaderCacheBound TestRevocationsCacheBound TestRevocationsTooLarge TestRevocationsOfAMillion \
-	TestWeaknesses TestWeakOperator TestWeakFactory TestSetupInterrupted
+	TestWeaknesses TestWeakOperator TestWeakFactory TestSetupInterrupted TestNetworkHSM TestNothingIsLeftByAnOutage
 # make check has these of TestScripts.
 SHORT_SCRIPTS := line service version
 LONG_SCRIPTS = $(call any-of,$(filter-out $(SHORT_SCRIPTS),$(basename $(notdir $(wildcard \
