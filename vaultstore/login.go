@@ -66,7 +66,7 @@ func (l Login) Validate() error {
 // happens to it, never a token.
 func Connect(ctx context.Context, l Login, log *slog.Logger) (*api.Client, error) {
 	if err := l.Validate(); err != nil {
-		return nil, settings{err}
+		return nil, settings{error: err}
 	}
 	config := api.DefaultConfig()
 	if config.Error != nil {
@@ -117,7 +117,9 @@ func Connect(ctx context.Context, l Login, log *slog.Logger) (*api.Client, error
 }
 
 // environment is an error of what the environment says of Vault.
-func environment(err error) error { return settings{fmt.Errorf("the environment for Vault: %w", err)} }
+func environment(err error) error {
+	return settings{error: fmt.Errorf("the environment for Vault: %w", err)}
+}
 
 func noAddress(text string) error {
 	return environment(fmt.Errorf("VAULT_ADDR is http://HOST:PORT or https://HOST:PORT, not %q", text))
@@ -197,7 +199,8 @@ func (s *session) token(ctx context.Context) (secret *api.Secret, err error) {
 // ownToken looks at the environment's token: one that can be renewed is, as the login's would be.
 func (s *session) ownToken(ctx context.Context) (*api.Secret, error) {
 	if s.client.Token() == "" {
-		return nil, settings{errors.New("no login to Vault: set VAULT_TOKEN, or log in by AppRole or by certificate")}
+		return nil, settings{error: errors.New("no login to Vault: set VAULT_TOKEN, or log in by AppRole or by " +
+			"certificate")}
 	}
 	client, err := s.patient()
 	if err != nil {
@@ -228,7 +231,7 @@ func (s *session) readSecretID(ctx context.Context) (string, error) {
 	}
 	b, err := os.ReadFile(s.login.SecretIDFile)
 	if err != nil {
-		return "", settings{fmt.Errorf("the AppRole's secret id: %w", err)}
+		return "", settings{error: fmt.Errorf("the AppRole's secret id: %w", err)}
 	}
 	id := strings.TrimSpace(string(b))
 	if s.login.Wrapped {
