@@ -22,8 +22,9 @@ func (s *Store) Prepare(ctx context.Context, q binding.VectorRequest) (d binding
 	if err := s.chains.Refusal(); err != nil {
 		return d, err
 	}
-	// Whoever has vectors Ready has read the pending binding, and will be noted in it: that reads it again.
-	if q.Ready == "" || !s.recent.OnlyHints {
+	// Whoever has vectors Ready has read the pending binding, and will be noted in it: that reads it again, or knows
+	// what it would read.
+	if q.Ready == "" {
 		if d, changes, err := s.prepared(ctx, q); !changes || err != nil {
 			return d, err
 		}
@@ -31,11 +32,12 @@ func (s *Store) Prepare(ctx context.Context, q binding.VectorRequest) (d binding
 	return s.prepare(ctx, q)
 }
 
-// prepared is Prepare where that changes nothing that is stored of a subscription; changes says that it does.
+// prepared is Prepare without vectors that are Ready, where that changes nothing that is stored of a subscription;
+// changes says that it does.
 func (s *Store) prepared(
 	ctx context.Context, q binding.VectorRequest,
 ) (d binding.Decision, changes bool, err error) {
-	if b := s.recent.Pending(q); b != nil && q.Ready == "" {
+	if b := s.recent.Pending(q); b != nil {
 		spent, err := s.isSpent(ctx, q.IMSI, q.RANDs...)
 		if err != nil || !spent {
 			return binding.Decision{Binding: b}, false, err
@@ -51,7 +53,7 @@ func (s *Store) prepared(
 	// Nearly every vector is for an active binding: it changes nothing and needs no lock. Nor does a vector for a
 	// pending one that the HSM has not made yet. An attempt that is not opened needs no lock either: whatever closes
 	// it, also at the same time, makes its MAC another one.
-	switch told := b != nil && q.Ready != b.AttemptID && len(b.Sent) < q.PendingVectors; {
+	switch told := b != nil && len(b.Sent) < q.PendingVectors; {
 	case opened || sub.Expired != nil && b == nil:
 	case b == nil && q.Origin.Provisioning == binding.Allowed:
 		d.Attempt = s.issue(sub, q)
