@@ -281,7 +281,8 @@ func TestErrorsNameTheOperation(t *testing.T) {
 	if err := write.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := newWriter(t.Context(), write.db, write.schema); err == nil || !strings.HasPrefix(err.Error(), "set how often ") {
+	if _, err := newWriter(t.Context(), write.db, write.schema); err == nil ||
+		!strings.HasPrefix(err.Error(), "set how often ") {
 		t.Errorf("%v", err)
 	}
 	if err := write.Exec(t.Context(), "DELETE FROM t"); !errors.Is(err, groupcommit.ErrClosed) {
