@@ -43,7 +43,8 @@ func newInstance(address string, config *tls.Config, timeout time.Duration) (*in
 	dialer := &net.Dialer{Timeout: timeout}
 	patience := max(timeout/4, time.Second)
 	transport := &http.Transport{
-		Protocols: protocols, TLSClientConfig: config, MaxIdleConnsPerHost: 16, IdleConnTimeout: time.Minute,
+		// A copy: net/http writes into its transport's, when that makes its first call.
+		Protocols: protocols, TLSClientConfig: config.Clone(), MaxIdleConnsPerHost: 16, IdleConnTimeout: time.Minute,
 		DialContext: dialer.DialContext, TLSHandshakeTimeout: timeout,
 		// A connection that is silent is asked whether it is there: nothing else ends a stream whose server has gone
 		// without a word.

@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/kmehsm/kmehsm/client"
+	"github.com/kmehsm/kmehsm/kme"
 )
 
 func TestNewRefuses(t *testing.T) {
@@ -25,5 +26,21 @@ func TestNewRefuses(t *testing.T) {
 	}
 	if _, err := client.New(client.Options{URLs: []string{"https://x:1"}, TLS: certificate}); err != nil {
 		t.Error(err)
+	}
+}
+
+// Instances share what the caller has said of TLS, and so may several clients: no call changes it.
+func TestTLSIsNotChanged(t *testing.T) {
+	config := &tls.Config{Certificates: make([]tls.Certificate, 1)}
+	c, err := client.New(client.Options{URLs: []string{"https://127.0.0.1:1"}, TLS: config, Tries: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := c.GetBinding(t.Context(), kme.IMSI{}); err == nil {
+		t.Error("a call was answered, and there is no service")
+	}
+	if len(config.NextProtos) > 0 {
+		t.Errorf("a call has added %q to the caller's NextProtos", config.NextProtos)
 	}
 }
