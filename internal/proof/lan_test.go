@@ -9,6 +9,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -19,7 +20,8 @@ import (
 // ownNetwork is in the environment of a test that has a network of its own.
 const ownNetwork = "KMEHSM_TEST_OWN_NETWORK"
 
-// inOwnNetwork says whether the test has a network namespace of its own. If it has not, it is run again in one.
+// inOwnNetwork says whether the test has a network namespace of its own. If it has not, it is run again in one, and all
+// that it says there is said here. It ends before this one is ended, so that it can say where it waits.
 func inOwnNetwork(t *testing.T) bool {
 	t.Helper()
 	if os.Getenv(ownNetwork) != "" {
@@ -34,10 +36,17 @@ func inOwnNetwork(t *testing.T) bool {
 		t.Skipf("no network is cut: network namespaces are not to be had here, as root has them: %v %s", err, out)
 	}
 	programs.Dir(t)
-	cmd := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v", "-test.timeout=9m")
+	var timeout time.Duration // none
+	if until, ok := t.Deadline(); ok {
+		timeout = time.Until(until) * 9 / 10
+	}
+	cmd := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v", "-test.timeout="+timeout.String())
 	cmd.Env, cmd.SysProcAttr = append(os.Environ(), ownNetwork+"=1"), apart
-	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stdout
-	if err := testproc.Start(t, cmd, nil).Wait(); err != nil {
+	said := new(testproc.Log)
+	cmd.Stdout, cmd.Stderr = said, said
+	err := testproc.Start(t, cmd, nil).Wait()
+	t.Logf("in a network of its own:\n%s", said)
+	if err != nil {
 		t.Errorf("in a network of its own: %v", err)
 	}
 	return false

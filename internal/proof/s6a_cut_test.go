@@ -36,8 +36,9 @@ type site struct {
 	lan       *lan
 	tls       *tls.Config // of the HSS, which trusts the hosts
 	modules   [2]*faultmodule.Module
+	settings  [2]string // of the instances, but hsm_timeout
 	instances [2]*testproc.Process
-	timeout   time.Duration // of a call, with all its tries: 2 seconds, or more if this machine is slow
+	timeout   time.Duration // of a call, with all its tries; half of it is for a call to the token
 	client    *client.Client
 	hss       *node
 	mme       peerEdge
@@ -55,6 +56,8 @@ type attached struct {
 	began time.Time
 	took  time.Duration
 }
+
+func instanceName(i int) string { return fmt.Sprintf("instance %c", 'A'+i) }
 
 func instanceURL(i int) string { return "https://" + address(i+1) + ":8443" }
 
@@ -79,29 +82,26 @@ func newSite(t *testing.T) *site {
 		must.Do(t, errors.Join(os.Mkdir(dir, 0o700), os.Mkdir(w.path(fmt.Sprint("state", i)), 0o700)))
 		s.modules[i] = must.Get[*faultmodule.Module](t)(faultmodule.Build(dir, w.operator.Module))
 		s.modules[i].Tell(t)
-		s.write(fmt.Sprintf("keysvc%d.yaml", i), fmt.Sprintf("state: state%d\nlisten: %s:8443\n"+
-			"tls: {certificate: hosts.pem, key: hosts.key, client_ca: ca.pem}\nhsm_timeout: 1s\nimei_rate: 1000\n"+
+		s.settings[i] = fmt.Sprintf("state: state%d\nlisten: %s:8443\n"+
+			"tls: {certificate: hosts.pem, key: hosts.key, client_ca: ca.pem}\nimei_rate: 1000\n"+
 			"tokens: [%q, %q]\nstore: postgres://postgres@%s:%d%s?sslmode=verify-full&sslrootcert=%s\n"+
 			"clients: [{name: hss, san: hss.test, roles: [hss], plmns: [all], provision_from: [any]}]\n", i,
 			address(i+1), s.modules[i].URI(toks[0].URI), strings.Replace(toks[1].URI, w.operator.Module, library, 1),
-			database, pg.Port, local.Path, w.path("hosts-ca.pem")))
+			database, pg.Port, local.Path, w.path("hosts-ca.pem"))
 	}
 	pool := x509.NewCertPool()
 	pool.AppendCertsFromPEM(w.readFile("hosts-ca.pem"))
 	s.tls = &tls.Config{RootCAs: pool, Certificates: []tls.Certificate{must.Get[tls.Certificate](t)(
 		tls.LoadX509KeyPair(w.path("hss.pem"), w.path("hss.key")))}}
-	for i := range s.instances {
-		s.startInstance(i)
-	}
-	s.newClient(testproc.Patience)
+	s.serve(testproc.Patience)
 	var slowest time.Duration
 	for _, d := range s.devices()[:20] {
 		began := time.Now()
 		must.Do(t, s.byClient(d))
 		slowest = max(slowest, time.Since(began))
 	}
-	s.timeout = max(2*time.Second, 20*slowest)
-	s.newClient(s.timeout)
+	// 2 seconds, or more if this machine is slow. A fault lasts nearly as long, and an MME waits for twice Patience.
+	s.serve(min(max(2*time.Second, 20*slowest), testproc.Patience/2))
 	s.write("kme.conf", fmt.Sprintf("service = %s\nservice = %s\nca = %s\ncert = %s\nkey = %s\ntimeout_ms = %d\n",
 		instanceURL(0), instanceURL(1), w.path("hosts-ca.pem"), w.path("hss.pem"), w.path("hss.key"),
 		s.timeout.Milliseconds()))
@@ -110,10 +110,19 @@ func newSite(t *testing.T) *site {
 	return s
 }
 
-func (s *site) newClient(timeout time.Duration) {
+// serve starts the instances, anew if they run, and makes the Go client, for calls that have this time.
+func (s *site) serve(timeout time.Duration) {
 	s.t.Helper()
+	s.timeout = timeout
+	for i, runs := range s.instances {
+		if runs != nil {
+			runs.Kill()
+		}
+		s.write(fmt.Sprintf("keysvc%d.yaml", i), fmt.Sprintf("hsm_timeout: %v\n", timeout/2)+s.settings[i])
+		s.startInstance(i)
+	}
 	s.client = must.Get[*client.Client](s.t)(client.New(client.Options{URLs: []string{instanceURL(0), instanceURL(1)},
-		TLS: s.tls.Clone(), Timeout: timeout}))
+		TLS: s.tls, Timeout: timeout}))
 	s.t.Cleanup(s.client.Close)
 }
 
@@ -144,6 +153,7 @@ func (s *site) startInstance(i int) {
 	cmd := s.command(s.operator, "keysvc", "serve", "--config", fmt.Sprintf("keysvc%d.yaml", i))
 	inside := s.lan.command(s.lan.spaces[i+1], cmd.Args...)
 	inside.Args[len(inside.Args)-len(cmd.Args)] = cmd.Path
+	inside.Args[0] = instanceName(i)
 	inside.Dir = cmd.Dir
 	for _, v := range append(cmd.Env, s.modules[i].Env()...) {
 		if name, _, _ := strings.Cut(v, "="); name != "KMEHSM_TOKEN" && name != "KMEHSM_STORE" {
@@ -154,7 +164,7 @@ func (s *site) startInstance(i int) {
 }
 
 func (s *site) isReady(i int) bool {
-	c := &http.Client{Timeout: time.Second, Transport: &http.Transport{TLSClientConfig: s.tls.Clone(),
+	c := &http.Client{Timeout: testproc.Patience, Transport: &http.Transport{TLSClientConfig: s.tls.Clone(),
 		DisableKeepAlives: true}}
 	r, err := c.Get(instanceURL(i) + "/readyz")
 	if err != nil {
@@ -322,11 +332,11 @@ func (s *site) during(what string, begin func() (mend func())) {
 	var before [2]int
 	established := func(i int) int { return strings.Count(s.instances[i].Log.String(), `"imsi":"00103`) }
 	for i := range s.instances {
-		testproc.Await(s.t, fmt.Sprintf("%s: instance %d is ready", what, i), func() bool { return s.isReady(i) })
+		testproc.Await(s.t, what+": "+instanceName(i)+" is ready", func() bool { return s.isReady(i) })
 		before[i] = established(i)
 	}
 	for i := range s.instances {
-		testproc.Await(s.t, fmt.Sprintf("%s: instance %d gets calls again", what, i), func() bool {
+		testproc.Await(s.t, what+": "+instanceName(i)+" gets calls again", func() bool {
 			return established(i) > before[i]
 		})
 	}
@@ -387,12 +397,12 @@ func TestS6aPostgresCutOff(t *testing.T) {
 
 	s.during("nothing", func() func() { return func() {} })
 	for i := range s.instances {
-		name := string(rune('A' + i))
-		s.during("instance "+name+" killed", func() func() {
+		_, name, _ := strings.Cut(instanceName(i), " ")
+		s.during(instanceName(i)+" killed", func() func() {
 			s.instances[i].Kill()
 			return func() { s.startInstance(i) }
 		})
-		s.during("instance "+name+" hangs", func() func() {
+		s.during(instanceName(i)+" hangs", func() func() {
 			suspend(t, s.instances[i])
 			return func() { s.instances[i].Cmd.Process.Signal(syscall.SIGCONT) }
 		})

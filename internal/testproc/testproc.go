@@ -25,8 +25,8 @@ type Process struct {
 	err   error         // of the program's end; set before ended is closed
 }
 
-// Start starts a program, and waits until it is ready: a test whose program is not, within Patience, fails with the
-// program's log. A nil ready waits for nothing.
+// Start starts a program, and waits until it is ready: a test whose program is not, within Patience, fails. A test that
+// fails says the end of the program's log, by the name of its first argument. A nil ready waits for nothing.
 func Start(t testing.TB, cmd *exec.Cmd, ready func(p *Process) bool) *Process {
 	t.Helper()
 	return startWithin(t, cmd, ready, Patience)
@@ -53,12 +53,11 @@ func startWithin(t testing.TB, cmd *exec.Cmd, ready func(p *Process) bool, patie
 		}
 		close(p.ended)
 	}()
-	name := filepath.Base(cmd.Path)
+	name := filepath.Base(cmd.Args[0])
 	t.Cleanup(func() {
 		p.Kill()
-		if t.Failed() {
-			log := p.Log.String()
-			t.Logf("the end of the log of %s:\n%s", name, log[max(0, len(log)-4000):])
+		if log := p.Log.String(); t.Failed() && log != "" {
+			t.Logf("the end of the log of %s:\n%s", name, log[max(0, len(log)-16000):])
 		}
 	})
 	for deadline := time.Now().Add(patience); ready != nil && !ready(p); time.Sleep(10 * time.Millisecond) {
