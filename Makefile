@@ -105,7 +105,7 @@ ROOT_ONLY := $(if $(filter-out 0,$(shell id -u)),|OpenCryptoki)
 # What the run of an operator's side on a second token leaves out: tests that have SoftHSM's token all the same, need a
 # factory's by way of the same module, or a security officer; what imitates a token that is far away or full; and those
 # that NSS softoken fails, for a reason that docs/tokens.md has: it makes no second copy of a token key, either.
-SOFTHSM_ONLY := Wycheproof Attributes Sides UnwrapTemplates WhatLeaves Renew Pool OpenRefuses FunctionList \
+SOFTHSM_ONLY := Wycheproof ACVP Attributes Sides UnwrapTemplates WhatLeaves Renew Pool OpenRefuses FunctionList \
 	EnrolRefuses Officer TestGivenUp$$ GivenUpHandle KWPByEitherName TestWeak TrialsOf RemoteKilled \
 	KnownRefusalsTakeAsLong Rotated ResealDamaged RememberLotKeys \
 	CallsAndDepth NetworkHSM TestLimits LeftInABusySession FullToken

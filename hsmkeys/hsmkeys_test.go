@@ -162,7 +162,8 @@ func importLot(t testing.TB, token holder, k Key, key *rsa.PrivateKey) {
 func rsaPrivate(key *rsa.PrivateKey) ck.Attributes {
 	return ck.Attributes{
 		ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), ck.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA),
-		ck.Attr(pkcs11.CKA_MODULUS, key.N.Bytes()), ck.Attr(pkcs11.CKA_PUBLIC_EXPONENT, []byte{1, 0, 1}),
+		ck.Attr(pkcs11.CKA_MODULUS, key.N.Bytes()),
+		ck.Attr(pkcs11.CKA_PUBLIC_EXPONENT, big.NewInt(int64(key.E)).Bytes()),
 		ck.Attr(pkcs11.CKA_PRIVATE_EXPONENT, key.D.Bytes()),
 		ck.Attr(pkcs11.CKA_PRIME_1, key.Primes[0].Bytes()), ck.Attr(pkcs11.CKA_PRIME_2, key.Primes[1].Bytes()),
 		ck.Attr(pkcs11.CKA_EXPONENT_1, key.Precomputed.Dp.Bytes()),
