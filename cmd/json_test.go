@@ -163,13 +163,13 @@ func TestJSONEverywhere(t *testing.T) {
 	// What these print is for a shell, a reader or a log.
 	without := []string{"serve", "station serve", "help", "man", "completion"}
 	inTest := []string{"factory vault setup"} // TestJSONOfVaultSetup
-	scripts := ""
+	var scripts strings.Builder
 	files, err := filepath.Glob("testdata/*/*.txtar")
 	if err != nil || len(files) == 0 {
 		t.Fatal(err, files)
 	}
 	for _, file := range files {
-		scripts += read(t, filepath.Join("cmd", file))
+		scripts.WriteString(read(t, filepath.Join("cmd", file)))
 	}
 	rows := documented(t)
 	for _, program := range []string{"factory", "keysvc", "mesim"} {
@@ -185,7 +185,8 @@ func TestJSONEverywhere(t *testing.T) {
 			if _, ok := rows[name]; !ok {
 				t.Errorf("docs/json.md has no %s", name)
 			}
-			if !regexp.MustCompile(`(?m)^prints `+name+`( |$)`).MatchString(scripts) && !slices.Contains(inTest, name) {
+			if !regexp.MustCompile(`(?m)^prints `+name+`( |$)`).MatchString(scripts.String()) &&
+				!slices.Contains(inTest, name) {
 				t.Errorf("no script has: prints %s", name)
 			}
 		}

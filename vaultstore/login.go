@@ -39,7 +39,7 @@ const (
 )
 
 // ErrSettings is in an error that no Vault is needed for: the environment or the login is not what it must be.
-var ErrSettings = errors.New("Vault is not named, or the login to it, as it must be")
+var ErrSettings = errors.New("the environment does not name Vault, or the login to it, as it must")
 
 // settings marks an error as one of ErrSettings, and leaves its text.
 type settings struct{ error }

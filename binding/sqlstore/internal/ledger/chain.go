@@ -347,16 +347,14 @@ func (c *Chains) verifyChain(
 // Strays gives the rows of the ledger that are in none of its chains. It names all numbers that none has, so that an
 // index has these rows: SQLite takes 3.5 too.
 func Strays(ctx context.Context, q sqlconn.Conn, each func(error) error) error {
-	where := "chain < 0"
-	for chain := range binding.Chains {
-		where += fmt.Sprintf(" OR chain > %d", chain)
-		if chain < binding.Chains-1 {
-			where += fmt.Sprintf(" AND chain < %d", chain+1)
-		}
+	where := []string{"chain < 0"}
+	for chain := range binding.Chains - 1 {
+		where = append(where, fmt.Sprintf("chain > %d AND chain < %d", chain, chain+1))
 	}
+	where = append(where, fmt.Sprintf("chain > %d", binding.Chains-1))
 	return tables.Scan(ctx, q, 2, func(r tables.Row) error {
 		return each(tables.Damaged(tables.Ledger, r, "is in no chain: somebody else has made it up"))
-	}, `SELECT chain, seq FROM ledger WHERE `+where)
+	}, `SELECT chain, seq FROM ledger WHERE `+strings.Join(where, " OR "))
 }
 
 // CopyActors copies all actors to a store that has none of them.
