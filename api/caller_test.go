@@ -338,7 +338,7 @@ func TestUnauthenticatedFlood(t *testing.T) {
 	}
 }
 
-// Who fails again and again without a certificate does not hide who has one, and is no client.
+// Whoever fails again and again without a certificate does not hide who has one, and is no client.
 func TestFloodHidesNobody(t *testing.T) {
 	f := newFront(t, Client{Name: "hss-1", SAN: "hss.example", Roles: []Role{RoleHSS}, PLMNs: []string{all}})
 	for range 3 * 20 {

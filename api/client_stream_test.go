@@ -40,8 +40,8 @@ func newClient(t *testing.T, path string, o client.Options) *client.Client {
 	return c
 }
 
-// Who gives a call up waits for nothing, and its answer goes to nobody else. Nor is a call that cannot be sent anybody
-// else's end.
+// Whoever gives a call up waits for nothing, and its answer goes to nobody else. Nor is a call that cannot be sent
+// anybody else's end.
 func TestGivenUp(t *testing.T) {
 	s := newStreaming(t, new(http.Transport))
 	c := newClient(t, s.path, client.Options{Timeout: testproc.Patience})

@@ -101,7 +101,7 @@ func fromToken(ctx context.Context, err error) error {
 }
 
 func fromDirectory(ctx context.Context, err error) error {
-	if errors.Is(err, directory.ErrUnknownDevice) {
+	if errors.Is(err, directory.ErrUnknownDevice) && ctx.Err() == nil {
 		return refuse(kme.UnknownDevice, "the IMEI is not in its lot's directory", err)
 	}
 	return unavailable(ctx, kme.DirectoryUnavailable, "the device's public key cannot be had", err)

@@ -210,7 +210,7 @@ func TestImportLot(t *testing.T) {
 	overlapping := func(lot, name string, m *maker, first, count int) refusal {
 		l := m.newLot(t, lot, kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), first, newDevices(t, count)...)
 		return refusal{"IMEIs of another lot, " + name, m.sign(t, handover.TypeGrant, m.grant(t, l)),
-			"settle it with who made them"}
+			"settle it with whoever made them"}
 	}
 	cases := []refusal{
 		{"signed by a manufacturer who is not enrolled", newMaker(t).sign(t, handover.TypeGrant, m.grant(t, l)),
@@ -360,7 +360,7 @@ func TestImportOvertaken(t *testing.T) {
 	second := b.newLot(t, "L1", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 1)...)
 	store := overtaken{r.store, func() { r.take(t, a, first) }}
 	_, err := imports.ImportLot(t.Context(), r.token, store, b.sign(t, handover.TypeGrant, b.grant(t, second)), nil)
-	checkSays(t, "a lot whose IMEIs were taken meanwhile", err, "settle it with who made them")
+	checkSays(t, "a lot whose IMEIs were taken meanwhile", err, "settle it with whoever made them")
 	checkLeft(t, "a lot whose IMEIs were taken meanwhile", r,
 		map[hsmkeys.Key]bool{a.lotKey("L1"): true, b.lotKey("L1"): false}, 2, 1)
 }

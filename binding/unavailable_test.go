@@ -151,7 +151,7 @@ func TestUnavailable(t *testing.T) {
 	}
 }
 
-// Who was sent no vector because the HSM was away, or the device revoked, does not activate a binding.
+// Whoever was sent no vector because the HSM was away, or the device revoked, does not activate a binding.
 func TestNotSent(t *testing.T) {
 	r, m, l := newServed(t)
 	d, imsi := l.devices[0], newIMSI()

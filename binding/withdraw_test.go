@@ -14,6 +14,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/imports"
 	"github.com/kmehsm/kmehsm/binding/registry"
+	"github.com/kmehsm/kmehsm/binding/report"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/directory/filestore"
 	"github.com/kmehsm/kmehsm/hsmkeys"
@@ -180,7 +181,7 @@ func TestRetireLot(t *testing.T) {
 	// On purpose it does, unless its IMEIs are another lot's by now.
 	again := verdict(t, false, "the wrong lot was retired")
 	_, err = imports.ImportLot(ctx, r.token, r.store, grant, &again)
-	checkSays(t, "a retired lot whose IMEIs are another's", err, "settle it with who made them")
+	checkSays(t, "a retired lot whose IMEIs are another's", err, "settle it with whoever made them")
 	checkLeft(t, "a retired lot whose IMEIs are another's", r, map[hsmkeys.Key]bool{m.lotKey("L1"): false}, 2, 2)
 	must[registry.Verdict](t)(imports.Distrust(ctx, r.store, other.KeyID(), v))
 	must[*registry.Lot](t)(imports.ImportLot(ctx, r.token, r.store, grant, &again))
@@ -257,7 +258,7 @@ func TestSuspects(t *testing.T) {
 	check := func(what string) {
 		t.Helper()
 		got := map[string][]registry.Why{}
-		for s, err := range binding.Suspects(ctx, r.lots(t), r.store, time.Now()) {
+		for s, err := range report.Suspects(ctx, r.lots(t), r.store, time.Now()) {
 			if err != nil {
 				t.Fatalf("%s: %v", what, err)
 			}
@@ -342,7 +343,7 @@ func TestSuspects(t *testing.T) {
 	m.store = must[*filestore.Store](t)(filestore.Open(t.TempDir()))
 	r.readers[m.KeyID()] = m.reader(t)
 	var failed error
-	for _, err := range binding.Suspects(ctx, r.lots(t), r.store, time.Now()) {
+	for _, err := range report.Suspects(ctx, r.lots(t), r.store, time.Now()) {
 		failed = err
 	}
 	checkSays(t, "without the directory", failed, "is not known")

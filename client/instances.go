@@ -145,8 +145,8 @@ func (i *instance) ready(ctx context.Context) bool {
 // instances are a set, a bit each.
 type instances uint16
 
-// pick gives the instance whose turn it is, of those that were not tried: one that is not away, or any if all are away,
-// also those that were tried. -1: there is none.
+// pick gives the instance whose turn it is, of those that were not tried: one that is not away, or any of them if
+// all instances are away. -1: there is none.
 func (c *Client) pick(turn int, tried instances) int {
 	picked, allAway := -1, true
 	for n := range c.instances {

@@ -257,7 +257,7 @@ func parseRevocations(v *Verifier, m *Manifest, jws []byte) (*Revocations, error
 	return list, nil
 }
 
-const askWhy = "ask who runs the store why"
+const askWhy = "ask whoever runs the store why"
 
 // A storedPart is a part as it was read.
 type storedPart struct {

@@ -44,7 +44,7 @@ func (l *Line) Revocations(ctx context.Context, m *directory.Manifest) (*directo
 	return l.reader.ReadRevocations(ctx, m)
 }
 
-// A Loss is what somebody who revokes devices is told before, and the name to repeat who means it.
+// A Loss is what somebody who revokes devices is told before, and the name that they repeat if they mean it.
 type Loss struct{ Says, Name string }
 
 // RevocationLoss says what is lost when devices of a lot are revoked, or without any the whole lot; nil if nothing is,

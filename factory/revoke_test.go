@@ -172,7 +172,7 @@ func TestRevocationsReconciled(t *testing.T) {
 		0o600)); err != nil {
 		t.Fatal(err)
 	}
-	if p := problems(); !strings.Contains(p, "ask who runs the store why") || !strings.Contains(p, "no such part") {
+	if p := problems(); !strings.Contains(p, "ask whoever runs the store why") || !strings.Contains(p, "no such part") {
 		t.Error(p)
 	}
 	if r := reconcile(true); r.Open() != 1 || r.Differences[0].Safe ||

@@ -323,7 +323,7 @@ func TestRotation(t *testing.T) {
 	must[[]byte](t)(r.Reseal(ctx, fresh[0]))
 }
 
-// Who has the token open notices a new storage key: when it meets a KME under it, and by itself.
+// Whoever has the token open notices a new storage key: when it meets a KME under it, and by itself.
 func TestNewStorageKeyIsNoticed(t *testing.T) {
 	ctx := t.Context()
 	tok := newOperatorClosed(t)

@@ -61,7 +61,8 @@ func TestMark(t *testing.T) {
 		t.Errorf("the last one: %q", all)
 	}
 
-	// Who has no PIN can make an object that is not PRIVATE, under the same name: it is no mark, and stays what it is.
+	// Whoever has no PIN can make an object that is not PRIVATE, under the same name: it is no mark, and stays what it
+	// is.
 	err := token.hsm.With(t.Context(), "forge", func(s *p11.Session) error {
 		return s.PutNote(keyspec.MarkLabel, []byte("forged"), ck.Attributes{ck.Attr(pkcs11.CKA_PRIVATE, false)})
 	})

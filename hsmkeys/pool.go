@@ -40,9 +40,7 @@ func OpenOperatorPool(ctx context.Context, uris []string, o Options) (*OperatorP
 	return p, nil
 }
 
-func newPool(tokens []*OperatorToken) *OperatorPool {
-	return &OperatorPool{pool: p11.NewPool(tokens...)}
-}
+func newPool(all []*OperatorToken) *OperatorPool { return &OperatorPool{pool: p11.NewPool(all...)} }
 
 func (p *OperatorPool) checkSame(ctx context.Context) error {
 	tokens := p.pool.Tokens()

@@ -116,12 +116,13 @@ func Enroll(ctx context.Context, token Token, store registry.Store, by Enrolment
 func checkPins(lots []*registry.Lot, manufacturers []*registry.Manufacturer, m *registry.Manufacturer) error {
 	for _, t := range m.TACs {
 		if o := pinned(t, manufacturers, m); o != nil {
-			return fmt.Errorf("TAC %s is pinned to manufacturer %s: settle it with who made the devices", t, o.KeyID)
+			return fmt.Errorf("TAC %s is pinned to manufacturer %s: settle it with whoever made the devices", t,
+				o.KeyID)
 		}
 		for _, l := range lots {
 			if l.Manufacturer != m.KeyID && l.Served() &&
 				slices.ContainsFunc(l.Manifest.Ranges, func(r directory.Range) bool { return r.TAC == t }) {
-				return fmt.Errorf("lot %s of manufacturer %s has TAC %s: settle it with who made them; keysvc lot "+
+				return fmt.Errorf("lot %s of manufacturer %s has TAC %s: settle it with whoever made them; keysvc lot "+
 					"retire ends a lot", l.Manifest.Lot, l.Manufacturer, t)
 			}
 		}
@@ -152,7 +153,7 @@ func pinned(t kme.TAC, manufacturers []*registry.Manufacturer, m *registry.Manuf
 func checkTACs(lot *directory.Manifest, manufacturers []*registry.Manufacturer, m *registry.Manufacturer) error {
 	for _, r := range lot.Ranges {
 		if o := pinned(r.TAC, manufacturers, m); o != nil {
-			return fmt.Errorf("lot %s has TAC %s, which is pinned to manufacturer %s: settle it with who made them",
+			return fmt.Errorf("lot %s has TAC %s, which is pinned to manufacturer %s: settle it with whoever made them",
 				lot.Lot, r.TAC, o.KeyID)
 		}
 		if len(m.TACs) > 0 && !slices.Contains(m.TACs, r.TAC) {
@@ -293,7 +294,7 @@ func checkLot(lot *registry.Lot, all []*registry.Lot, again bool) error {
 		}
 		if r := lot.Manifest.Overlap(other.Manifest); r != nil {
 			return fmt.Errorf("lot %s shares IMEIs with lot %s of manufacturer %s, which has %d from %s%06d on: one "+
-				"of the two is wrong; settle it with who made them", lot.Manifest.Lot, other.Manifest.Lot,
+				"of the two is wrong; settle it with whoever made them", lot.Manifest.Lot, other.Manifest.Lot,
 				other.Manufacturer, r.Count, r.TAC, r.First)
 		}
 	}

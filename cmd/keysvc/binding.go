@@ -18,6 +18,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/explain"
 	"github.com/kmehsm/kmehsm/binding/registry"
+	"github.com/kmehsm/kmehsm/binding/report"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/keysvcd"
@@ -142,8 +143,8 @@ func listFlags(own ...cli.Flag) []cli.Flag {
 }
 
 // selected is which bindings are to be listed.
-func selected(c *cli.Context, now time.Time) (q binding.Selection, err error) {
-	q = binding.Selection{BindingQuery: binding.BindingQuery{Now: now, Limit: c.Int("limit")},
+func selected(c *cli.Context, now time.Time) (q report.Selection, err error) {
+	q = report.Selection{BindingQuery: binding.BindingQuery{Now: now, Limit: c.Int("limit")},
 		State: c.Generic(stateFlag.Name).(*stateValue).only}
 	if text := c.String("imei"); text != "" {
 		if q.IMEI, err = kme.ParseIMEI(text); err != nil {
@@ -203,7 +204,7 @@ func bindingList(c *cli.Context) error {
 	})
 }
 
-func bindingCount(c *cli.Context, q binding.Selection, s *sqlstore.Store) error {
+func bindingCount(c *cli.Context, q report.Selection, s *sqlstore.Store) error {
 	counted := cmdline.NewProgress(c, "counted", "bindings", 0)
 	states, n := map[binding.State]int{binding.Pending: 0, binding.Active: 0, binding.Revoked: 0}, 0
 	var failed error
@@ -298,7 +299,7 @@ func bindingReport(c *cli.Context) error {
 			Doubts []registry.Doubt `json:"doubts"`
 		}
 		n := 0
-		all := each(binding.Suspects(c.Context, lots, store, time.Now()), func(s binding.Suspect) suspect {
+		all := each(report.Suspects(c.Context, lots, store, time.Now()), func(s report.Suspect) suspect {
 			return suspect{shown: show(s.Binding), Doubts: s.Doubts}
 		})
 		err = cmdline.PrintEach(c, `"bindings"`, "", all, func(w io.Writer, s suspect) {

@@ -32,7 +32,7 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-func TestMain(m *testing.M) { softhsmtest.Main(m, 6) }
+func TestMain(m *testing.M) { softhsmtest.Main(m, 7) }
 
 // A shop is a line with one lot, L1, provisioned.
 type shop struct {
@@ -221,7 +221,7 @@ func TestOverdue(t *testing.T) {
 	if second == first {
 		t.Error("an overdue device was handed out without being asked for")
 	}
-	// Who is late is heard, as long as nobody else has the device.
+	// Whoever is late is heard, as long as nobody else has the device.
 	if err := d.Report(ctx, "A", "L1", first, Injected, ""); err != nil {
 		t.Error(err)
 	}

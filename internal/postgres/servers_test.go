@@ -124,7 +124,7 @@ func TestPostgresStandbyNotWaitedFor(t *testing.T) {
 	}
 }
 
-// Who only looks makes nothing.
+// Whoever only looks makes nothing.
 func TestPostgresLook(t *testing.T) {
 	name, schema := pgtest.Start(t).Database(t), sqlconn.First(table)
 	if number, err := Look(t.Context(), name, schema); number != 0 || err != nil {

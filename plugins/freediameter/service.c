@@ -103,8 +103,8 @@ static void leave(struct instance *i, const char *why)
 }
 
 /*
- * Whose turn it is of those that a call was not made at: one that is not away, or any if all are away, also those that
- * it was made at. NULL: there is none.
+ * Whose turn it is of those that a call was not made at: one that is not away, or any of them if all instances are
+ * away. NULL: there is none.
  */
 static struct instance *pick(const struct kme_call *c)
 {

@@ -116,7 +116,7 @@ type KeyServiceClient interface {
 	// says then; answers come in the order in which calls end. Calls do not wait for one another, so that a call that
 	// needs another's outcome is sent after its answer.
 	//
-	// Who half-closes a stream is answered all that is under way, and the stream ends. It also ends in order, and so
+	// Whoever half-closes a stream is answered all that is under way, and the stream ends. It also ends in order, and so
 	// without an error, when the service ends: a call that got no answer was not begun then. If it ends otherwise, such a
 	// call may have been made, or not. A stream is refused with the same codes as a call: CALLER_NOT_ALLOWED, OVERLOADED.
 	Stream(context.Context) *connect.BidiStreamForClient[v1.StreamRequest, v1.StreamResponse]
@@ -308,7 +308,7 @@ type KeyServiceHandler interface {
 	// says then; answers come in the order in which calls end. Calls do not wait for one another, so that a call that
 	// needs another's outcome is sent after its answer.
 	//
-	// Who half-closes a stream is answered all that is under way, and the stream ends. It also ends in order, and so
+	// Whoever half-closes a stream is answered all that is under way, and the stream ends. It also ends in order, and so
 	// without an error, when the service ends: a call that got no answer was not begun then. If it ends otherwise, such a
 	// call may have been made, or not. A stream is refused with the same codes as a call: CALLER_NOT_ALLOWED, OVERLOADED.
 	Stream(context.Context, *connect.BidiStream[v1.StreamRequest, v1.StreamResponse]) error

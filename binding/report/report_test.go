@@ -1,4 +1,4 @@
-package binding_test
+package report_test
 
 import (
 	"context"
@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/report"
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -31,7 +33,7 @@ func TestSelection(t *testing.T) {
 	day := func(n int) time.Time { return time.Date(2026, 1, n, 0, 0, 0, 0, time.UTC) }
 	var store pages
 	add := func(b binding.Binding) {
-		b.IMSI = must[kme.IMSI](t)(kme.ParseIMSI(fmt.Sprintf("26201%010d", len(store.all))))
+		b.IMSI = must.Get[kme.IMSI](t)(kme.ParseIMSI(fmt.Sprintf("26201%010d", len(store.all))))
 		store.all = append(store.all, &b)
 	}
 	add(binding.Binding{State: binding.Pending, Established: day(5)})
@@ -43,25 +45,25 @@ func TestSelection(t *testing.T) {
 	add(binding.Binding{State: binding.Active, Established: day(4), Activated: day(4)})
 	limited := func(n int) binding.BindingQuery { return binding.BindingQuery{Limit: n} }
 	for name, c := range map[string]struct {
-		q    binding.Selection
+		q    report.Selection
 		want string // how many, and the number of the last one
 	}{
-		"all":                 {binding.Selection{}, "2004, 2003"},
-		"a state":             {binding.Selection{State: binding.Revoked}, "1, 2"},
-		"since a time":        {binding.Selection{Since: day(4)}, "3, 2003"},
-		"at that time":        {binding.Selection{Since: day(5)}, "1, 0"},
-		"since, and a state":  {binding.Selection{Since: day(3), State: binding.Active}, "2, 2003"},
-		"a limit":             {binding.Selection{BindingQuery: limited(2)}, "2, 1"},
-		"a limit of a state":  {binding.Selection{BindingQuery: limited(1), State: binding.Active}, "1, 1"},
-		"a limit over a page": {binding.Selection{BindingQuery: limited(1500)}, "1500, 1499"},
-		"none":                {binding.Selection{Since: day(9)}, "0, -1"},
+		"all":                 {report.Selection{}, "2004, 2003"},
+		"a state":             {report.Selection{State: binding.Revoked}, "1, 2"},
+		"since a time":        {report.Selection{Since: day(4)}, "3, 2003"},
+		"at that time":        {report.Selection{Since: day(5)}, "1, 0"},
+		"since, and a state":  {report.Selection{Since: day(3), State: binding.Active}, "2, 2003"},
+		"a limit":             {report.Selection{BindingQuery: limited(2)}, "2, 1"},
+		"a limit of a state":  {report.Selection{BindingQuery: limited(1), State: binding.Active}, "1, 1"},
+		"a limit over a page": {report.Selection{BindingQuery: limited(1500)}, "1500, 1499"},
+		"none":                {report.Selection{Since: day(9)}, "0, -1"},
 	} {
 		n, last := 0, -1
 		for b, err := range c.q.Each(t.Context(), store) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			n, last = n+1, must[int](t)(strconv.Atoi(b.IMSI.String()[5:]))
+			n, last = n+1, must.Get[int](t)(strconv.Atoi(b.IMSI.String()[5:]))
 		}
 		if got := fmt.Sprintf("%d, %d", n, last); got != c.want {
 			t.Errorf("%s: %s; want %s", name, got, c.want)

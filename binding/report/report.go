@@ -1,18 +1,21 @@
-package binding
+// Package report reads many bindings of a store: those of a selection, and those that rest on a key which is not to be
+// trusted any more.
+package report
 
 import (
 	"context"
 	"iter"
 	"time"
 
+	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/registry"
 )
 
-// Each gives Subscription.Latest of all IMSIs that a query asks for, in their order, page by page: there may be
+// Each gives binding.Subscription.Latest of all IMSIs that a query asks for, in their order, page by page: there may be
 // millions. The query's limit does not count.
-func Each(ctx context.Context, store Store, q BindingQuery) iter.Seq2[*Binding, error] {
+func Each(ctx context.Context, store binding.Store, q binding.BindingQuery) iter.Seq2[*binding.Binding, error] {
 	const page = 1000
-	return func(yield func(*Binding, error) bool) {
+	return func(yield func(*binding.Binding, error) bool) {
 		q := q
 		for q.Limit = page; ; {
 			list, err := store.Bindings(ctx, q)
@@ -34,14 +37,14 @@ func Each(ctx context.Context, store Store, q BindingQuery) iter.Seq2[*Binding, 
 
 // A Selection says which bindings are listed. Its Limit is that of the whole list; 0: there is none.
 type Selection struct {
-	BindingQuery
-	State State     // only those in this state; empty for all
-	Since time.Time // only those that were established, activated or revoked at this time or later
+	binding.BindingQuery
+	State binding.State // only those in this state; empty for all
+	Since time.Time     // only those that were established, activated or revoked at this time or later
 }
 
 // Each gives the bindings of a store that are selected, in the order of their IMSIs.
-func (q Selection) Each(ctx context.Context, store Store) iter.Seq2[*Binding, error] {
-	return func(yield func(*Binding, error) bool) {
+func (q Selection) Each(ctx context.Context, store binding.Store) iter.Seq2[*binding.Binding, error] {
+	return func(yield func(*binding.Binding, error) bool) {
 		n := 0
 		for b, err := range Each(ctx, store, q.BindingQuery) {
 			if err == nil && !q.has(b) {
@@ -55,27 +58,27 @@ func (q Selection) Each(ctx context.Context, store Store) iter.Seq2[*Binding, er
 	}
 }
 
-func (q Selection) has(b *Binding) bool {
+func (q Selection) has(b *binding.Binding) bool {
 	return (q.State == "" || b.State == q.State) &&
 		!(b.Established.Before(q.Since) && b.Activated.Before(q.Since) && b.Revoked.Before(q.Since))
 }
 
 // A Suspect is a binding that stands, and why it should not be relied on.
 type Suspect struct {
-	*Binding
+	*binding.Binding
 	Doubts []registry.Doubt
 }
 
 // Suspects gives all bindings, active and pending, that rest on a key which is not to be trusted any more. It needs the
 // directories of the manufacturers that are trusted, and fails without.
-func Suspects(ctx context.Context, lots *registry.Lots, store Store, now time.Time) iter.Seq2[Suspect, error] {
+func Suspects(ctx context.Context, lots *registry.Lots, store binding.Store, now time.Time) iter.Seq2[Suspect, error] {
 	return func(yield func(Suspect, error) bool) {
 		if err := lots.ReadManifests(ctx); err != nil {
 			yield(Suspect{}, err)
 			return
 		}
-		for b, err := range Each(ctx, store, BindingQuery{Now: now}) {
-			var all []*Binding
+		for b, err := range Each(ctx, store, binding.BindingQuery{Now: now}) {
+			var all []*binding.Binding
 			if err == nil {
 				all, err = standing(ctx, store, b, now)
 			}
@@ -97,19 +100,19 @@ func Suspects(ctx context.Context, lots *registry.Lots, store Store, now time.Ti
 }
 
 // standing is what stands of an IMSI whose latest binding is b: beside a pending one there may be an active one.
-func standing(ctx context.Context, store Store, b *Binding, now time.Time) ([]*Binding, error) {
+func standing(ctx context.Context, store binding.Store, b *binding.Binding, now time.Time) ([]*binding.Binding, error) {
 	switch b.State {
-	case Active:
-		return []*Binding{b}, nil
-	case Revoked:
+	case binding.Active:
+		return []*binding.Binding{b}, nil
+	case binding.Revoked:
 		return nil, nil
 	}
 	sub, err := store.Subscription(ctx, b.IMSI, now)
 	if err != nil {
 		return nil, err
 	}
-	var all []*Binding
-	for _, b := range []*Binding{sub.Active, sub.Pending} {
+	var all []*binding.Binding
+	for _, b := range []*binding.Binding{sub.Active, sub.Pending} {
 		if b != nil {
 			all = append(all, b)
 		}
