@@ -198,8 +198,25 @@ func (s *Service) noAttempt(ctx context.Context, p *establishment) error {
 	return fromStore(ctx, ErrNoAttempt)
 }
 
-// retransmitted answers a call that was answered before.
+// retransmitted answers a call that was answered before. It reads the binding again after a commit: a failover may have
+// been between the two.
 func (s *Service) retransmitted(ctx context.Context, p *establishment) (*Established, error) {
+	b, err := s.madeBy(ctx, p)
+	if b == nil || err != nil {
+		return nil, err
+	}
+	if err := s.store.Settle(ctx); err != nil {
+		return nil, fromStore(ctx, err)
+	}
+	if b, err = s.madeBy(ctx, p); b == nil || err != nil {
+		return nil, err
+	}
+	s.log.InfoContext(ctx, "established again", "imsi", p.IMSI, "imei", p.IMEI)
+	return &Established{NWSig: b.NWSig, State: b.State}, nil
+}
+
+// madeBy is the IMSI's binding if this very call has made it, or nil.
+func (s *Service) madeBy(ctx context.Context, p *establishment) (*Binding, error) {
 	b, err := s.standing(ctx, p.IMSI)
 	if errors.Is(err, ErrNotBound) {
 		return nil, nil
@@ -211,11 +228,7 @@ func (s *Service) retransmitted(ctx context.Context, p *establishment) (*Establi
 		subtle.ConstantTimeCompare(b.PayloadSHA256, p.digest[:]) != 1 {
 		return nil, nil
 	}
-	if err := s.store.Settle(ctx); err != nil {
-		return nil, fromStore(ctx, err)
-	}
-	s.log.InfoContext(ctx, "established again", "imsi", p.IMSI, "imei", p.IMEI)
-	return &Established{NWSig: b.NWSig, State: b.State}, nil
+	return b, nil
 }
 
 // standing is an IMSI's binding that is not revoked, or ErrNotBound.

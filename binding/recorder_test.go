@@ -122,7 +122,12 @@ func (r *recorder) Establish(ctx context.Context, b *binding.Binding, tag []byte
 	return r.store.Establish(ctx, b, tag, good, now)
 }
 
-func (r *recorder) Settle(ctx context.Context) error { return r.store.Settle(ctx) }
+func (r *recorder) Settle(ctx context.Context) error {
+	if err := r.enter("Settle"); err != nil {
+		return err
+	}
+	return r.store.Settle(ctx)
+}
 
 func (r *recorder) Report(ctx context.Context, imsi kme.IMSI, o kme.Origin, ok bool,
 	now time.Time) (*binding.Subscription, error) {

@@ -304,6 +304,13 @@ func TestRetransmission(t *testing.T) {
 	_, err = r.service.EstablishKME(ctx, binding.EstablishRequest{IMSI: other, IMEI: d.imei, AttemptID: attempt,
 		Payload: payload, Origin: here})
 	checkRefused(t, "another subscriber", err, kme.NoAttempt, "")
+	// A failover may take the binding away after it was read; here, a revocation does.
+	r.recorder.onFirst("Settle", func() error {
+		_, err := r.store.Revoke(ctx, imsi, time.Now())
+		return err
+	})
+	_, err = call(d.imei, payload)
+	checkRefused(t, "a binding that is gone before it is told again", err, kme.NoAttempt, "")
 }
 
 // An MME that sends again before the first answer must not hear that the attempt is used up: the call has overtaken

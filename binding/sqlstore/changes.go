@@ -288,15 +288,22 @@ func (s *Store) Settle(ctx context.Context) error {
 	return s.settle(ctx)
 }
 
-// settle waits for a commit of its own, which writes to the log: PostgreSQL confirms that after all that it has shown.
-// SQLite shows a change only when it is on the disk.
+// settle waits for a commit of its own. After a failover, that may be another server's than what was read before it:
+// whoever relies on what was read reads it again.
 func (s *Store) settle(ctx context.Context) error {
 	if !s.recent.OnlyHints {
 		return nil
 	}
-	return s.transaction(ctx, "settle", "settle", func(ctx context.Context, tx *txn) error {
-		return tx.Do(ctx, `SELECT pg_logical_emit_message(true, 'kmehsm', '')`)
-	})
+	return s.transaction(ctx, "settle", "settle", s.confirm)
+}
+
+// confirm has the commit of a transaction that changes nothing write to the log: PostgreSQL confirms that after all that
+// it has shown. SQLite shows a change only when it is on the disk.
+func (s *Store) confirm(ctx context.Context, tx *txn) error {
+	if !s.recent.OnlyHints {
+		return nil
+	}
+	return tx.Do(ctx, `SELECT pg_logical_emit_message(true, 'kmehsm', '')`)
 }
 
 func (s *Store) Report(

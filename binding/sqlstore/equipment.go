@@ -62,11 +62,11 @@ func (s *Store) List(ctx context.Context, all []binding.Listing) (changed int, e
 				return err
 			}
 		}
+		if changed == 0 { // it was listed before, maybe by a change that has failed
+			return s.confirm(ctx, tx)
+		}
 		return nil
 	})
-	if err == nil && changed == 0 { // it was listed before, maybe by a change that has failed
-		err = s.Settle(ctx)
-	}
 	return changed, err
 }
 

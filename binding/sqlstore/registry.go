@@ -155,8 +155,8 @@ func (s *Store) Decide(ctx context.Context, manufacturer, lot string, v registry
 		}
 		enter := func(was *registry.Verdict, withdraw, restore binding.Event, subject string,
 			write func(seq int64) error) error {
-			if stands = *was; was.Withdrawn == v.Withdrawn {
-				return nil
+			if stands = *was; was.Withdrawn == v.Withdrawn { // maybe by a change that has failed
+				return s.confirm(ctx, tx)
 			}
 			if err := check(all); err != nil {
 				return err
@@ -190,9 +190,6 @@ func (s *Store) Decide(ctx context.Context, manufacturer, lot string, v registry
 		}
 		return registry.ErrNotImported
 	})
-	if err == nil && stands != v { // it was decided before, maybe by a change that has failed
-		err = s.Settle(ctx)
-	}
 	return stands, err
 }
 

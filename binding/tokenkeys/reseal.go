@@ -168,7 +168,8 @@ func RetireStorage(ctx context.Context, token StorageToken, store SealedStore) (
 		return nil, err
 	}
 	newest := all[len(all)-1]
-	for _, wait := range []time.Duration{0, settled} {
+	// The last count is after a commit: a failover could bring KMEs back that are sealed under the others.
+	for _, wait := range []time.Duration{0, settled, 0} {
 		select {
 		case <-ctx.Done():
 			return nil, ctx.Err()
@@ -182,9 +183,9 @@ func RetireStorage(ctx context.Context, token StorageToken, store SealedStore) (
 			return nil, fmt.Errorf("%d KMEs are still sealed under an earlier storage key: run keysvc storage "+
 				"rotate again", left)
 		}
-	}
-	if err := store.Settle(ctx); err != nil { // a failover could bring KMEs back that are sealed under them
-		return nil, err
+		if err := store.Settle(ctx); err != nil {
+			return nil, err
+		}
 	}
 	for _, g := range all[:len(all)-1] {
 		if err := token.DestroyStorageKey(ctx, g); err != nil {

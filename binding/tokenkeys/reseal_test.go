@@ -23,26 +23,39 @@ func (g *generations) DestroyStorageKey(_ context.Context, generation int) error
 	return nil
 }
 
-// resealed is a store in which nothing is sealed under an earlier key.
+// resealed is a store in which nothing is sealed under an earlier key. It may have forgotten some of that after a commit.
 type resealed struct {
 	SealedStore
-	durable error
+	durable       error
+	settled, lost int
 }
 
-func (resealed) CountSealed(context.Context, []byte) (int, error) { return 0, nil }
+func (r *resealed) CountSealed(context.Context, []byte) (int, error) {
+	if r.settled > 1 {
+		return r.lost, nil
+	}
+	return 0, nil
+}
 
-func (r resealed) Settle(context.Context) error { return r.durable }
+func (r *resealed) Settle(context.Context) error {
+	r.settled++
+	return r.durable
+}
 
 // No key is destroyed under which KMEs are sealed that a failover would bring back.
 func TestRetireOnlyWhatIsDurable(t *testing.T) { synctest.Test(t, retireOnlyWhatIsDurable) }
 
 func retireOnlyWhatIsDurable(t *testing.T) {
 	token, away := &generations{[]int{1, 2}}, errors.New("the standby is away")
-	if destroyed, err := RetireStorage(t.Context(), token, resealed{durable: away}); !errors.Is(err, away) ||
+	if destroyed, err := RetireStorage(t.Context(), token, &resealed{durable: away}); !errors.Is(err, away) ||
 		len(destroyed) > 0 || len(token.all) != 2 {
 		t.Errorf("destroyed %v, error %v", destroyed, err)
 	}
-	destroyed, err := RetireStorage(t.Context(), token, resealed{})
+	if destroyed, err := RetireStorage(t.Context(), token, &resealed{lost: 1}); err == nil || len(destroyed) > 0 ||
+		len(token.all) != 2 {
+		t.Errorf("after a failover: destroyed %v, error %v", destroyed, err)
+	}
+	destroyed, err := RetireStorage(t.Context(), token, &resealed{})
 	if err != nil || !slices.Equal(destroyed, []int{1}) {
 		t.Errorf("destroyed %v, error %v", destroyed, err)
 	}

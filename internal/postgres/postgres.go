@@ -150,7 +150,7 @@ func (db *DB) Unsynchronised(ctx context.Context) (what string, err error) {
 func (db *DB) Alone(ctx context.Context, f func(context.Context, *sql.Tx) error) error {
 	conn, err := db.Conn(ctx)
 	if err != nil {
-		return fmt.Errorf("connect: %w", err)
+		return fmt.Errorf("begin a transaction: %w", err)
 	}
 	defer conn.Close()
 	tx, err := conn.BeginTx(ctx, nil)
@@ -164,10 +164,12 @@ func (db *DB) Alone(ctx context.Context, f func(context.Context, *sql.Tx) error)
 	if err := f(ctx, tx); err != nil {
 		return err
 	}
+	heard := func(c any) error { return confirmed(c.(*stdlib.Conn).Conn().PgConn()) }
+	_ = conn.Raw(heard) // what it was warned of before, as of a collation's version when it connected
 	if err := tx.Commit(); err != nil {
 		return fmt.Errorf("commit: %w", err)
 	}
-	return conn.Raw(func(c any) error { return confirmed(c.(*stdlib.Conn).Conn().PgConn()) })
+	return conn.Raw(heard)
 }
 
 // warning is the SQLSTATE with which PostgreSQL says that it has committed a transaction and not waited for its

@@ -46,5 +46,20 @@ func TestPostgresErrorsNameTheOperation(t *testing.T) {
 	}
 }
 
+// A warning that is none of the commit's is no doubt about it.
+func TestPostgresWarnedBefore(t *testing.T) {
+	db, err := Open(t.Context(), pgtest.Start(t).Database(t), sqlconn.First(table))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	if err := db.Alone(t.Context(), func(ctx context.Context, tx *sql.Tx) error {
+		_, err := tx.ExecContext(ctx, "DO $$ BEGIN RAISE WARNING 'another one'; END $$")
+		return err
+	}); err != nil {
+		t.Error(err)
+	}
+}
+
 func second(_ int, err error) error      { return err }
 func third(_, _ string, err error) error { return err }

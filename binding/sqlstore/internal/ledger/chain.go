@@ -146,7 +146,21 @@ func (l Ledger) Check(ctx context.Context, mark *binding.Mark) (*binding.Mark, e
 // behind the mark: a failover may take away what nobody was told.
 func (c *Chains) durable(ctx context.Context, now, seen, mark *binding.Mark) bool {
 	return now.Entries() == seen.Entries() ||
-		mark != nil && mark.Epoch >= seen.Epoch && now.Entries() == mark.Entries() || c.settle(ctx) == nil
+		mark != nil && mark.Epoch >= seen.Epoch && now.Entries() == mark.Entries() ||
+		c.settle(ctx) == nil && c.still(ctx, now)
+}
+
+// still says whether the last entries that were read are in the ledger: a failover may have been since.
+func (c *Chains) still(ctx context.Context, read *binding.Mark) bool {
+	for chain, head := range read.Heads {
+		var mac []byte
+		_, err := c.Reads("check the ledger again").One(ctx, []any{&mac},
+			`SELECT mac FROM ledger WHERE chain = $1 AND seq = $2`, chain, head.Seq)
+		if head.Seq > 0 && (err != nil || !bytes.Equal(mac, head.MAC)) {
+			return false
+		}
+	}
+	return true
 }
 
 // An acceptance is the detail of an EventAccepted.
