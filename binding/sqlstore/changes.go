@@ -297,8 +297,8 @@ func (s *Store) settle(ctx context.Context) error {
 	return s.transaction(ctx, "settle", "settle", s.confirm)
 }
 
-// confirm has the commit of a transaction that changes nothing write to the log: PostgreSQL confirms that after all that
-// it has shown. SQLite shows a change only when it is on the disk.
+// confirm has the commit of a transaction that changes nothing write to the log: PostgreSQL confirms that after all
+// that it has shown. SQLite shows a change only when it is on the disk.
 func (s *Store) confirm(ctx context.Context, tx *txn) error {
 	if !s.recent.OnlyHints {
 		return nil

@@ -23,7 +23,7 @@ func (g *generations) DestroyStorageKey(_ context.Context, generation int) error
 	return nil
 }
 
-// resealed is a store in which nothing is sealed under an earlier key. It may have forgotten some of that after a commit.
+// resealed is a store in which nothing is sealed under an earlier key. After a failover it may have lost that.
 type resealed struct {
 	SealedStore
 	durable       error
