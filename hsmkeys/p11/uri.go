@@ -105,14 +105,12 @@ func ReadPIN(source string) (_ PIN, err error) {
 	if !filepath.IsAbs(path) {
 		return "", fmt.Errorf("the pin-source %q is neither file:/path nor an absolute path", source)
 	}
-	info, err := os.Stat(path)
-	if err != nil {
+	switch info, err := os.Stat(path); {
+	case err != nil:
 		return "", fmt.Errorf("the PIN cannot be read: %w", err)
-	}
-	if info.IsDir() {
+	case info.IsDir():
 		return "", fmt.Errorf("the PIN file %s is a folder: name the file in it", path)
-	}
-	if info.Mode().Perm()&0o007 != 0 {
+	case info.Mode().Perm()&0o007 != 0:
 		return "", fmt.Errorf("the PIN file %s is open to every user of the machine (mode %04o): chmod 0600 it, and "+
 			"change the PIN if others had access", path, info.Mode().Perm())
 	}
