@@ -32,7 +32,7 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-func TestMain(m *testing.M) { softhsmtest.Main(m, 7) }
+func TestMain(m *testing.M) { softhsmtest.Main(m, 10) }
 
 // A shop is a line with one lot, L1, provisioned.
 type shop struct {
