@@ -153,10 +153,7 @@ func (c *Chains) durable(ctx context.Context, now, seen, mark *binding.Mark) boo
 // still says whether the last entries that were read are in the ledger: a failover may have been since.
 func (c *Chains) still(ctx context.Context, read *binding.Mark) bool {
 	for chain, head := range read.Heads {
-		var mac []byte
-		_, err := c.Reads("check the ledger again").One(ctx, []any{&mac},
-			`SELECT mac FROM ledger WHERE chain = $1 AND seq = $2`, chain, head.Seq)
-		if head.Seq > 0 && (err != nil || !bytes.Equal(mac, head.MAC)) {
+		if has, err := c.Has(ctx, int64(chain), head); err != nil || !has {
 			return false
 		}
 	}
