@@ -132,6 +132,30 @@ func init() {
 			io.WriteString(w, fold(line))
 		}
 	}
+	stringer := cli.FlagStringer
+	cli.FlagStringer = func(f cli.Flag) string { return zeroDefault.ReplaceAllString(stringer(f), "") }
+}
+
+// zeroDefault is what the library says of a flag that has no default.
+var zeroDefault = regexp.MustCompile(` ?\(default: (0|0s|false)\)`)
+
+// joined is a text with each paragraph on one line, which fold breaks where the help ends. Lines of examples, and lists
+// of two columns, stay as they are.
+func joined(text string) string {
+	var b strings.Builder
+	prose := false
+	for line := range strings.SplitSeq(text, "\n") {
+		was := prose
+		prose = line != "" && !strings.Contains(line, "  ")
+		switch {
+		case prose && was:
+			b.WriteByte(' ')
+		case b.Len() > 0:
+			b.WriteByte('\n')
+		}
+		b.WriteString(line)
+	}
+	return b.String()
 }
 
 // column is what stands left of a flag's or a command's usage, or of a text.
@@ -241,6 +265,7 @@ func (p Program) prepare(parent string, commands []*cli.Command) {
 		name := parent + " " + c.Name
 		c.OnUsageError = onUsageError
 		c.HideHelpCommand = true
+		c.Description = joined(c.Description)
 		if len(c.Subcommands) > 0 {
 			p.prepare(name, c.Subcommands)
 			c.Action = unknown(name, c.Subcommands, cli.ShowSubcommandHelp)

@@ -58,8 +58,8 @@ func (p Program) manCommands(page *strings.Builder, parent string, commands []*c
 				value = " \\fI" + roff(cmp.Or(value, "VALUE")) + "\\fR"
 			}
 			usage := strings.ReplaceAll(d.GetUsage(), "`", "")
-			if def := d.GetDefaultText(); def != "" && def != `""` && d.TakesValue() && def != "0" && def != "0s" {
-				usage += " (default: " + def + ")"
+			if def := d.GetDefaultText(); def != "" && def != `""` && d.TakesValue() {
+				usage += zeroDefault.ReplaceAllString(" (default: "+def+")", "")
 			}
 			fmt.Fprintf(page, ".TP\n\\fB%s\\fR%s\n%s\n", roff("--"+f.Names()[0]), value, roff(usage))
 			for _, v := range d.GetEnvVars() {

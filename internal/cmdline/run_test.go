@@ -38,10 +38,11 @@ func run(t *testing.T, args ...string) (code int, stdout, stderr string) {
 	p := Program{
 		App: &cli.App{Name: "p", Writer: &out, ErrWriter: &errs, DisableSliceFlagSeparator: true,
 			Commands: []*cli.Command{
-				{Name: "show", Flags: flags, Action: func(c *cli.Context) error {
-					return json.NewEncoder(c.App.Writer).Encode([]any{c.String("token"), c.String("state"),
-						c.StringSlice("name"), c.Int("count"), c.String("own")})
-				}},
+				{Name: "show", Flags: flags, Description: "One\ntwo.\n\nfirst   1\nsecond  2\n  an example",
+					Action: func(c *cli.Context) error {
+						return json.NewEncoder(c.App.Writer).Encode([]any{c.String("token"), c.String("state"),
+							c.StringSlice("name"), c.Int("count"), c.String("own")})
+					}},
 				{Name: "ends", Subcommands: []*cli.Command{
 					ends("failed", errors.New("failed")), ends("usage", Usagef("usage")),
 					ends("partial", Partial(errors.New("partial"))),
@@ -90,6 +91,17 @@ func TestExitCodes(t *testing.T) {
 		if code != c.code || !strings.Contains(stderr, c.want) || (c.want == "") != (stderr == "") {
 			t.Errorf("p %s: exit code %d, want %d; %q, want %q", c.args, code, c.code, stderr, c.want)
 		}
+	}
+}
+
+// A paragraph is filled, whatever the lines of the source are. Lists and examples stay as they are. A flag without a
+// default says nothing of one.
+func TestHelpIsFilled(t *testing.T) {
+	_, help, _ := run(t, "show", "--help")
+	if !strings.Contains(help, "   One two.\n\n   first   1\n   second  2\n     an example\n") ||
+		strings.Contains(help, "default: 0") || strings.Contains(help, "default: false") ||
+		!strings.Contains(help, `(default: "var")`) {
+		t.Error(help)
 	}
 }
 
