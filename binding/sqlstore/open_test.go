@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
 
@@ -421,5 +422,31 @@ func TestPostgresUpgradeWaits(t *testing.T) {
 	}
 	if err := <-upgraded; err != nil {
 		t.Error(err)
+	}
+}
+
+// A server ends the connections of a program that has just ended a moment later. An upgrade waits for that.
+func TestPostgresUpgradeSoonAfterAnOlderOne(t *testing.T) {
+	server := pgtest.Start(t)
+	server.Exec(t, "CREATE ROLE service LOGIN")
+	owner := server.Database(t)
+	older, err := Open(t.Context(), owner, rowKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer older.Close()
+	defer func(now sqlconn.Schema) { known = now }(known)
+	known = next("CREATE TABLE next (x INTEGER NOT NULL)")
+	known.Least = len(known.Migrations)
+	upgraded := make(chan error, 1)
+	go func() { upgraded <- Upgrade(t.Context(), owner, "service") }()
+	select {
+	case err := <-upgraded:
+		t.Errorf("it has not waited: %v", err)
+	case <-time.After(500 * time.Millisecond):
+		older.Close()
+		if err := <-upgraded; err != nil {
+			t.Error(err)
+		}
 	}
 }

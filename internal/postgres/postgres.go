@@ -232,10 +232,12 @@ func schemaNumber(read func(to any, text string) error) (have int, err error) {
 }
 
 // Tables are changed while services use them. A change waits for those who read a table, and calls wait behind it:
-// for lockPatience at most. It is tried again until tablePatience has passed.
+// for lockPatience at most. It is tried again until tablePatience has passed. A server ends a connection some time
+// after its program has ended: for endPatience a change waits until an older program's connection is gone.
 const (
 	lockPatience  = time.Second
 	tablePatience = time.Minute
+	endPatience   = 5 * time.Second
 )
 
 // changeTables is Alone for a change of tables.
@@ -249,7 +251,11 @@ func (db *DB) changeTables(ctx context.Context, f func(context.Context, *sql.Tx)
 			return f(ctx, tx)
 		})
 		var pg *pgconn.PgError
-		if !errors.As(err, &pg) || pg.Code != "55P03" { // lock_not_available
+		connected := errors.As(err, new(connectedError))
+		if !connected && (!errors.As(err, &pg) || pg.Code != "55P03") { // lock_not_available
+			return err
+		}
+		if connected && time.Since(began) > endPatience {
 			return err
 		}
 		if time.Since(began) > tablePatience {
@@ -293,6 +299,14 @@ func migrate(ctx context.Context, tx *sql.Tx, schema sqlconn.Schema) error {
 // application names a connection by the version of the schema that its program knows.
 const application = "kmehsm, schema %d"
 
+// A connectedError says that a program is connected that does not know the schema to be.
+type connectedError struct{ where, role string }
+
+func (e connectedError) Error() string {
+	return fmt.Sprintf("an older keysvc is connected, from %s as %s: it cannot work with the new schema, and nothing "+
+		"was changed; stop it first", e.where, e.role)
+}
+
 // nobodyBelow refuses to change tables under programs that do not know a version.
 func nobodyBelow(ctx context.Context, tx *sql.Tx, least int) error {
 	db := sqlconn.Conn{Operation: "look who is connected", DB: sqlconn.SQL{DB: tx}}
@@ -303,8 +317,7 @@ func nobodyBelow(ctx context.Context, tx *sql.Tx, least int) error {
 		}
 		var knows int
 		if _, err := fmt.Sscanf(name, application, &knows); err == nil && knows < least {
-			return fmt.Errorf("an older keysvc is connected, from %s as %s: it cannot work with the new schema, and "+
-				"nothing was changed; stop it first", where, role)
+			return connectedError{where: where, role: role}
 		}
 		return nil
 	}, "SELECT application_name, usename, coalesce(host(client_addr), 'this machine') FROM pg_stat_activity "+
