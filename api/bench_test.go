@@ -26,7 +26,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/client"
 	"github.com/kmehsm/kmehsm/internal/certtest"
-	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/config"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -47,7 +47,7 @@ func TestServeForBenchmark(t *testing.T) {
 		t.Skip("only for BenchmarkCalls")
 	}
 	certificate := func(name string) string { return filepath.Join(dir, name) }
-	config, err := cmdline.ServerTLS(certificate("127.0.0.1.pem"), certificate("127.0.0.1.key"),
+	config, err := config.ServerTLS(certificate("127.0.0.1.pem"), certificate("127.0.0.1.key"),
 		certificate("ca.pem"), tls.RequireAndVerifyClientCert)
 	if err != nil {
 		t.Fatal(err)
@@ -97,7 +97,7 @@ func BenchmarkCalls(b *testing.B) {
 		b.Fatal(err)
 	}
 	url := "https://" + strings.TrimSpace(string(line[:n]))
-	config, err := cmdline.ClientTLS(filepath.Join(dir, "hss.example.pem"), filepath.Join(dir, "hss.example.key"),
+	config, err := config.ClientTLS(filepath.Join(dir, "hss.example.pem"), filepath.Join(dir, "hss.example.key"),
 		filepath.Join(dir, "ca.pem"))
 	if err != nil {
 		b.Fatal(err)

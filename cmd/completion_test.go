@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/internal/programs"
+	"github.com/kmehsm/kmehsm/internal/pty"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
@@ -63,7 +64,7 @@ func TestCompletionInShells(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			master, slave, err := openTerminal()
+			master, slave, err := pty.Open(80)
 			if err != nil {
 				t.Fatal(err)
 			}

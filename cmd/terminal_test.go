@@ -3,7 +3,6 @@ package cmd_test
 import (
 	"bytes"
 	"errors"
-	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -13,8 +12,8 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
-	"golang.org/x/sys/unix"
 
+	"github.com/kmehsm/kmehsm/internal/pty"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
@@ -25,7 +24,7 @@ func onTerminal(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Check(err)
 	typed, err := strconv.Unquote(`"` + args[1] + `"`) // for Ctrl-C
 	ts.Check(err)
-	master, slave, err := openTerminal()
+	master, slave, err := pty.Open(80)
 	ts.Check(err)
 	defer master.Close()
 	program := exec.Command("env", append([]string{"PATH=" + ts.Getenv("PATH"),
@@ -63,22 +62,4 @@ func onTerminal(ts *testscript.TestScript, _ bool, args []string) {
 	if code := program.ProcessState.ExitCode(); code != want {
 		ts.Fatalf("exit code %d, want %d: %s", code, want, &shown)
 	}
-}
-
-func openTerminal() (master, slave *os.File, err error) {
-	if master, err = os.OpenFile("/dev/ptmx", os.O_RDWR|syscall.O_NOCTTY, 0); err != nil {
-		return nil, nil, err
-	}
-	fd := int(master.Fd())
-	n, err := unix.IoctlGetInt(fd, unix.TIOCGPTN)
-	if err == nil {
-		err = unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0)
-	}
-	if err == nil {
-		slave, err = os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|syscall.O_NOCTTY, 0)
-	}
-	if err != nil {
-		return nil, nil, errors.Join(err, master.Close())
-	}
-	return master, slave, nil
 }

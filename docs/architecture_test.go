@@ -53,6 +53,26 @@ func TestWhichPackage(t *testing.T) {
 	}
 }
 
+// What flags and commands are is known to the programs alone: a daemon, say, is told its settings by them.
+func TestCommandLineIsAbove(t *testing.T) {
+	above := regexp.MustCompile("^" + module + "/(cmd/|internal/cmdline$)")
+	known := 0
+	for name, all := range imports(t) {
+		for _, of := range []string{module + "/internal/cmdline", "github.com/urfave/cli/v2"} {
+			switch {
+			case !slices.Contains(all, of):
+			case above.MatchString(name):
+				known++
+			default:
+				t.Errorf("%s imports %s", name, of)
+			}
+		}
+	}
+	if known < 7 {
+		t.Errorf("only %d imports were seen", known)
+	}
+}
+
 // imports are those of each package of the module. Left out are tests, and packages that are for tests.
 func imports(t *testing.T) map[string][]string {
 	t.Helper()

@@ -12,6 +12,7 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/strict"
+	"github.com/kmehsm/kmehsm/internal/usage"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -19,11 +20,11 @@ func lotRefresh(c *cli.Context) error {
 	validity, lots := c.Duration("valid-for"), c.Args().Slice()
 	if c.IsSet("valid-for") {
 		if err := directory.CheckValidity(validity); err != nil {
-			return cmdline.Usagef("--valid-for: %w", err)
+			return usage.Errorf("--valid-for: %w", err)
 		}
 	}
 	if c.Bool("begin") && len(lots) == 0 {
-		return cmdline.Usagef("--begin is for lots that are named: a list that is not there may have been taken away")
+		return usage.Errorf("--begin is for lots that are named: a list that is not there may have been taken away")
 	}
 	return withLine(c, func(_ *hsmkeys.FactoryToken, line *factory.Line) error {
 		if len(lots) == 0 {
@@ -53,7 +54,7 @@ func lotRefresh(c *cli.Context) error {
 
 func lotRevoke(c *cli.Context) error {
 	if _, err := strict.Reason(c.String("reason")); err != nil {
-		return cmdline.Usage(err)
+		return usage.Mark(err)
 	}
 	lot, reason, one := c.Args().First(), c.String("reason"), c.NArg() == 2
 	var imeis []kme.IMEI
@@ -61,16 +62,16 @@ func lotRevoke(c *cli.Context) error {
 	case one && !c.IsSet("imeis") && !c.Bool("all"):
 		imei, err := kme.ParseIMEI(c.Args().Get(1))
 		if err != nil {
-			return cmdline.Usage(err)
+			return usage.Mark(err)
 		}
 		imeis = []kme.IMEI{imei}
 	case c.IsSet("imeis") && !one && !c.Bool("all"):
 		var err error
 		if imeis, err = factory.ReadIMEIs(c.String("imeis")); err != nil {
-			return cmdline.Usagef("--imeis: %w", err)
+			return usage.Errorf("--imeis: %w", err)
 		}
 	case !c.Bool("all") || one || c.IsSet("imeis"):
-		return cmdline.Usagef("say what is revoked: an IMEI, --imeis FILE, or --all for the whole lot; see %s --help",
+		return usage.Errorf("say what is revoked: an IMEI, --imeis FILE, or --all for the whole lot; see %s --help",
 			c.Command.HelpName)
 	}
 	return withLine(c, func(_ *hsmkeys.FactoryToken, line *factory.Line) error {
@@ -117,7 +118,7 @@ func lotRevoke(c *cli.Context) error {
 func lotReissue(c *cli.Context) error {
 	imei, err := kme.ParseIMEI(c.Args().Get(1))
 	if err != nil {
-		return cmdline.Usage(err)
+		return usage.Mark(err)
 	}
 	return withLine(c, func(_ *hsmkeys.FactoryToken, line *factory.Line) error {
 		lot := c.Args().First()

@@ -8,6 +8,7 @@ import (
 	"github.com/kmehsm/kmehsm/factory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
 )
 
@@ -32,7 +33,7 @@ func fixtureCommand() *cli.Command {
 }
 
 func fixtureEnroll(c *cli.Context) error {
-	data, err := cmdline.ReadFile(c.String("fixture-key"))
+	data, err := durable.ReadFile(c.String("fixture-key"))
 	if err != nil {
 		return err
 	}

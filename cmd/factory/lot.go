@@ -15,7 +15,9 @@ import (
 	"github.com/kmehsm/kmehsm/factory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/scheduling"
+	"github.com/kmehsm/kmehsm/internal/usage"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -140,22 +142,22 @@ func lotCommand() *cli.Command {
 func lotCreate(c *cli.Context) error {
 	tac, err := kme.ParseTAC(c.String("tac"))
 	if err != nil {
-		return cmdline.Usagef("--tac: %w", err)
+		return usage.Errorf("--tac: %w", err)
 	}
 	suite, err := kme.ParseSuite(c.String("suite"))
 	if err != nil {
-		return cmdline.Usagef("--suite: %w", err)
+		return usage.Errorf("--suite: %w", err)
 	}
 	primes := hsmkeys.Primes(c.String("primes"))
 	if primes != hsmkeys.PrimesAuto && primes != hsmkeys.PrimesX931 {
-		return cmdline.Usagef("--primes is auto or x931, not %q", primes)
+		return usage.Errorf("--primes is auto or x931, not %q", primes)
 	}
 	if !c.IsSet("first") || !c.IsSet("count") {
-		return cmdline.Usagef("--first and --count say which serial numbers the lot has; see %s --help",
+		return usage.Errorf("--first and --count say which serial numbers the lot has; see %s --help",
 			c.Command.HelpName)
 	}
 	if err := directory.CheckValidity(c.Duration("valid-for")); err != nil {
-		return cmdline.Usagef("--valid-for: %w", err)
+		return usage.Errorf("--valid-for: %w", err)
 	}
 	spec := factory.LotSpec{
 		Lot: c.Args().First(), Range: directory.Range{TAC: tac, First: c.Int("first"), Count: c.Int("count")},
@@ -163,7 +165,7 @@ func lotCreate(c *cli.Context) error {
 		Validity: c.Duration("valid-for"),
 	}
 	if err := spec.Validate(); err != nil {
-		return cmdline.Usage(err)
+		return usage.Mark(err)
 	}
 	return withLine(c, func(token *hsmkeys.FactoryToken, line *factory.Line) error {
 		stop := cmdline.Spin(c, fmt.Sprintf("making an RSA key of %d bits in the token", spec.Bits))
@@ -182,11 +184,11 @@ func lotGrant(c *cli.Context) error {
 		lot, operator := c.Args().First(), c.String("operator")
 		did := "wrote"
 		err := line.Grant(c.Context, lot, operator, func(jws []byte) error {
-			if have, err := cmdline.ReadFile(c.String("out")); err == nil && line.SameGrant(have, jws) {
+			if have, err := durable.ReadFile(c.String("out")); err == nil && line.SameGrant(have, jws) {
 				did = "left as it is"
 				return nil
 			}
-			return cmdline.WriteNew(c.String("out"), jws, 0o600)
+			return durable.WriteNew(c.String("out"), jws, 0o600)
 		})
 		if err != nil {
 			return err
@@ -242,7 +244,7 @@ func lotProvision(c *cli.Context) error {
 		return err
 	}
 	if c.IsSet("workers") && c.Int("workers") < 1 {
-		return cmdline.Usagef("--workers is at least 1")
+		return usage.Errorf("--workers is at least 1")
 	}
 	return withLine(c, func(token *hsmkeys.FactoryToken, line *factory.Line) error {
 		_ = scheduling.ForCalls(token.Sessions()) // a kernel that refuses costs a few devices a second
@@ -281,7 +283,7 @@ func shardRange(text string) (from, to int, err error) {
 	from, ferr := strconv.Atoi(first)
 	to, terr := strconv.Atoi(last)
 	if !ok || ferr != nil || terr != nil || from > to {
-		return 0, 0, cmdline.Usagef("--shards is FIRST-LAST, as 0-499, not %q", text)
+		return 0, 0, usage.Errorf("--shards is FIRST-LAST, as 0-499, not %q", text)
 	}
 	return from, to + 1, nil
 }

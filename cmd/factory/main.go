@@ -18,7 +18,10 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/config"
+	"github.com/kmehsm/kmehsm/internal/directories"
+	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/factoryconf"
+	"github.com/kmehsm/kmehsm/internal/usage"
 )
 
 var (
@@ -88,7 +91,7 @@ func withToken(c *cli.Context, f func(*hsmkeys.FactoryToken) error) error {
 	}
 	return withAnyToken(c, func(token *hsmkeys.FactoryToken) error {
 		if err := state(c).Check(token); err != nil {
-			return cmdline.Usage(err)
+			return usage.Mark(err)
 		}
 		return recorded(c, token, f)
 	})
@@ -101,7 +104,7 @@ func withAnyToken(c *cli.Context, f func(*hsmkeys.FactoryToken) error) error {
 
 // recorded runs f, and puts that down in the audit log.
 func recorded(c *cli.Context, token *hsmkeys.FactoryToken, f func(*hsmkeys.FactoryToken) error) error {
-	if err := cmdline.CheckOwner("factory", c.String("state")); err != nil {
+	if err := durable.CheckOwner("factory", c.String("state")); err != nil {
 		return err
 	}
 	sign := func(head *auditlog.Head) error { return state(c).SignLog(token, head) }
@@ -112,24 +115,24 @@ func openDirectory(c *cli.Context) (directory.Store, error) {
 	if err := cmdline.Require(c, "directory"); err != nil {
 		return nil, err
 	}
-	return cmdline.OpenDirectory(c.Context, c.String("directory"), cmdline.VaultLogin(c), cmdline.StderrLog(c))
+	return directories.Open(c.Context, c.String("directory"), cmdline.VaultLogin(c), cmdline.StderrLog(c))
 }
 
 // manufacturer is the public key of --manufacturer, or of its default.
 func manufacturer(c *cli.Context) (*directory.Verifier, error) {
 	path := cmp.Or(c.String("manufacturer"), state(c).PublicKey())
-	pem, err := cmdline.ReadFile(path)
+	pem, err := durable.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) && c.String("manufacturer") == "" {
-		return nil, cmdline.Usagef("%s, the manufacturer's public key, is not there: run factory init first, or name "+
+		return nil, usage.Errorf("%s, the manufacturer's public key, is not there: run factory init first, or name "+
 			"it with --manufacturer", path)
 	}
 	if err != nil {
-		return nil, cmdline.Usagef("the manufacturer's public key, which factory init writes, cannot be read; name it "+
+		return nil, usage.Errorf("the manufacturer's public key, which factory init writes, cannot be read; name it "+
 			"with --manufacturer, or the line's folder with --state: %w", err)
 	}
 	v, err := directory.ParseVerifier(pem)
 	if err != nil {
-		return nil, cmdline.Usagef("%s: %w", path, err)
+		return nil, usage.Errorf("%s: %w", path, err)
 	}
 	return v, nil
 }
@@ -141,7 +144,7 @@ func injectionDir(c *cli.Context, flag string) string {
 
 // writeOut writes a file for another party and says so.
 func writeOut(c *cli.Context, data []byte, result map[string]any, format string, args ...any) error {
-	if err := cmdline.WriteNew(c.String("out"), data, 0o600); err != nil {
+	if err := durable.WriteNew(c.String("out"), data, 0o600); err != nil {
 		return err
 	}
 	return printOut(c, "wrote", result, format, args...)

@@ -17,6 +17,9 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/custody"
+	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/terminal"
+	"github.com/kmehsm/kmehsm/internal/usage"
 )
 
 // officerFlags are those of the commands that log in as the security officer, and the command's own.
@@ -70,14 +73,14 @@ finds out which of them is the token's.`,
 func soSplit(c *cli.Context) error {
 	custodians, err := custody.ParseCustodians(c.StringSlice("custodian"))
 	if err != nil {
-		return cmdline.Usage(err)
+		return usage.Mark(err)
 	}
 	if n := c.Int("shares"); n != len(custodians) {
-		return cmdline.Usagef("--shares is %d, and --custodian was given %d times: each share needs a custodian of "+
+		return usage.Errorf("--shares is %d, and --custodian was given %d times: each share needs a custodian of "+
 			"its own", n, len(custodians))
 	}
 	if err := custody.CheckSize(c.Int("threshold"), len(custodians)); err != nil {
-		return cmdline.Usage(err)
+		return usage.Mark(err)
 	}
 	var split *hsmkeys.Split
 	var files []string
@@ -163,16 +166,16 @@ func minutesCommand() *cli.Command {
 func ceremony(c *cli.Context, name string, basis custody.Basis, act factory.Act) (minutes string, err error) {
 	officer := custody.Officer{Source: c.String("so-pin-source"), Shares: c.StringSlice("so-share")}
 	if officer.Source != "" && len(officer.Shares) > 0 {
-		return "", cmdline.Usagef("--so-pin-source and --so-share: the PIN comes from one of them")
+		return "", usage.Errorf("--so-pin-source and --so-share: the PIN comes from one of them")
 	}
-	if cmdline.Terminal(os.Stdin) {
+	if terminal.Is(os.Stdin) {
 		officer.Ask = func(q *custody.Quorum) error { return q.Ask(c.Context, os.Stdin, c.App.ErrWriter) }
 	}
 	for _, name := range c.StringSlice("present") { // minutes are printed, a fact a line
 		if strings.TrimSpace(name) == "" || strings.ContainsFunc(name, func(r rune) bool {
 			return !unicode.IsPrint(r)
 		}) {
-			return "", cmdline.Usagef("--present %q is no name: give each in one line of text", name)
+			return "", usage.Errorf("--present %q is no name: give each in one line of text", name)
 		}
 	}
 	minutes, err = factory.Ceremony{
@@ -181,7 +184,7 @@ func ceremony(c *cli.Context, name string, basis custody.Basis, act factory.Act)
 	}.Hold(c.Context, act)
 	switch {
 	case errors.Is(err, custody.ErrNoOfficerPIN):
-		err = cmdline.Usage(err)
+		err = usage.Mark(err)
 	case errors.Is(err, factory.ErrNoMinutes), errors.Is(err, hsmkeys.ErrPINMaybeSet):
 		err = cmdline.Partial(err)
 	}
@@ -192,7 +195,7 @@ func ceremony(c *cli.Context, name string, basis custody.Basis, act factory.Act)
 func enroll(c *cli.Context, name string, f func(officer hsmkeys.PIN) (*factory.Enrolled, error),
 	say func(*factory.Enrolled) (result map[string]any, text string)) error {
 	// Before anybody is asked for shares, and a key is made.
-	if err := cmdline.CheckNew(c.String("out")); err != nil {
+	if err := durable.CheckNew(c.String("out")); err != nil {
 		return err
 	}
 	var e *factory.Enrolled
@@ -217,7 +220,7 @@ func minutesVerify(c *cli.Context) error {
 		return err
 	}
 	path := c.Args().First()
-	jws, err := cmdline.ReadFile(path)
+	jws, err := durable.ReadFile(path)
 	if err != nil {
 		return err
 	}

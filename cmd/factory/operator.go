@@ -9,8 +9,11 @@ import (
 	"github.com/kmehsm/kmehsm/factory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/directories"
+	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
+	"github.com/kmehsm/kmehsm/internal/usage"
 	"github.com/kmehsm/kmehsm/policies"
 )
 
@@ -39,7 +42,7 @@ func operatorCommand() *cli.Command {
 }
 
 func operatorEnroll(c *cli.Context) error {
-	data, err := cmdline.ReadFile(c.String("transport-key"))
+	data, err := durable.ReadFile(c.String("transport-key"))
 	if err != nil {
 		return err
 	}
@@ -60,8 +63,8 @@ func operatorEnroll(c *cli.Context) error {
 
 func operatorPolicy(c *cli.Context) error {
 	mount, ok := strings.CutPrefix(c.String("directory"), "vault:")
-	if !ok || cmdline.CheckDirectory(c.String("directory")) != nil {
-		return cmdline.Usagef("--directory vault:MOUNT says which mount the policy is for")
+	if !ok || directories.Check(c.String("directory")) != nil {
+		return usage.Errorf("--directory vault:MOUNT says which mount the policy is for")
 	}
 	operator := c.Args().First()
 	lots, err := state(c).GrantedLots(operator)

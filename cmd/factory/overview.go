@@ -14,6 +14,7 @@ import (
 	"github.com/kmehsm/kmehsm/factory/overview"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/terminal"
 )
 
 // overviewFlags are those of the commands that look at lots without a token, and the command's own.
@@ -159,14 +160,14 @@ func lotStatus(c *cli.Context) error {
 func printShift(w io.Writer, s *overview.Shift, now time.Time) {
 	all, published := s.Devices, s.Published
 	stage := strings.ToUpper(string(s.Stage))
-	colour := cmdline.Green
+	colour := terminal.Green
 	switch {
 	case s.Revoked != nil:
-		colour = cmdline.Red
+		colour = terminal.Red
 	case published < all:
-		colour = cmdline.Yellow
+		colour = terminal.Yellow
 	}
-	fmt.Fprintf(w, "lot %s: %s, %d of %d devices published (%.0f%%)\n\n", s.Lot, cmdline.Paint(w, colour, stage),
+	fmt.Fprintf(w, "lot %s: %s, %d of %d devices published (%.0f%%)\n\n", s.Lot, terminal.Paint(w, colour, stage),
 		published, all, 100*float64(published)/float64(all))
 	if s.Revoked != nil {
 		fmt.Fprintf(w, "REVOKED       %s, all of it and for good: %s\n", s.Revoked.Time.Format(time.RFC3339),

@@ -15,6 +15,10 @@ import (
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/factory/station"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/config"
+	"github.com/kmehsm/kmehsm/internal/terminal"
+	"github.com/kmehsm/kmehsm/internal/usage"
+	"github.com/kmehsm/kmehsm/internal/version"
 )
 
 var injectionFlag = &cli.StringFlag{Name: "injection", Category: cmdline.Configured,
@@ -61,11 +65,11 @@ lot provision. Ctrl-C ends it; begun again, it goes on where it was.`,
 
 func stationServe(c *cli.Context) error {
 	if c.Duration("timeout") < time.Second {
-		return cmdline.Usagef("--timeout is a second at least, and better as long as a station needs for a device")
+		return usage.Errorf("--timeout is a second at least, and better as long as a station needs for a device")
 	}
 	for _, name := range c.StringSlice("station") {
 		if err := directory.CheckName(name); err != nil {
-			return cmdline.Usagef("--station: %v", err)
+			return usage.Errorf("--station: %v", err)
 		}
 	}
 	if err := cmdline.CheckState(c); err != nil {
@@ -76,17 +80,17 @@ func stationServe(c *cli.Context) error {
 		return err
 	}
 	// Without a certificate one sees the wall screen, status, metrics and health: counts, and what each station holds.
-	config, err := cmdline.ServerTLS(c.String("tls-certificate"), c.String("tls-key"), c.String("client-ca"),
+	config, err := config.ServerTLS(c.String("tls-certificate"), c.String("tls-key"), c.String("client-ca"),
 		tls.VerifyClientCertIfGiven)
 	if err != nil {
-		return cmdline.Usage(err)
+		return usage.Mark(err)
 	}
 	store, err := openDirectory(c)
 	if err != nil {
 		return err
 	}
-	log := cmdline.NewLog(c.App.ErrWriter, slog.HandlerOptions{})
-	log.Info("starting", "version", cmdline.Version(), "directory", c.String("directory"), "state", c.String("state"),
+	log := terminal.NewLog(c.App.ErrWriter, slog.HandlerOptions{})
+	log.Info("starting", "version", version.Text(), "directory", c.String("directory"), "state", c.String("state"),
 		"stations", c.StringSlice("station"), "address", c.String("listen"))
 	host, _ := os.Hostname()
 	return station.Serve(c.Context, c.String("listen"), config, station.Options{

@@ -12,6 +12,7 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/usage"
 )
 
 func initCommand() *cli.Command {
@@ -58,7 +59,7 @@ func initLine(c *cli.Context) error {
 	}
 	return withAnyToken(c, func(token *hsmkeys.FactoryToken) error {
 		if err := cmp.Or(factory.Fits(token, state(c).PublicKey()), factory.Fits(token, path)); err != nil {
-			return cmdline.Usage(err)
+			return usage.Mark(err)
 		}
 		return recorded(c, token, func(token *hsmkeys.FactoryToken) error {
 			pem, keyID, created, err := factory.Init(c.Context, token)
@@ -109,7 +110,7 @@ func examine(c *cli.Context, token *hsmkeys.FactoryToken) error {
 func rotateSigningKey(c *cli.Context) error {
 	generation := c.Int("generation")
 	if generation < 2 {
-		return cmdline.Usagef("--generation is missing: the first rotation makes generation 2; see %s --help",
+		return usage.Errorf("--generation is missing: the first rotation makes generation 2; see %s --help",
 			c.Command.HelpName)
 	}
 	return withToken(c, func(token *hsmkeys.FactoryToken) error {

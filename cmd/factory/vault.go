@@ -8,6 +8,8 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/directories"
+	"github.com/kmehsm/kmehsm/internal/usage"
 	"github.com/kmehsm/kmehsm/policies"
 	"github.com/kmehsm/kmehsm/vaultstore"
 )
@@ -28,12 +30,12 @@ func vaultCommand() *cli.Command {
 
 func vaultSetup(c *cli.Context) error {
 	mount, ok := strings.CutPrefix(c.String("directory"), "vault:")
-	if !ok || cmdline.CheckDirectory(c.String("directory")) != nil {
-		return cmdline.Usagef("--directory vault:MOUNT says which mount to set up")
+	if !ok || directories.Check(c.String("directory")) != nil {
+		return usage.Errorf("--directory vault:MOUNT says which mount to set up")
 	}
 	client, err := vaultstore.Connect(c.Context, cmdline.VaultLogin(c), cmdline.StderrLog(c))
 	if err != nil {
-		return cmdline.VaultError(err)
+		return directories.LoginError(err)
 	}
 	steps, err := vaultstore.Setup(c.Context, client, mount, c.Bool("dry-run"))
 	if err != nil {

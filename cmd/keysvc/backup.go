@@ -9,6 +9,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding/tokenkeys"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/internal/keysvcd"
 )
@@ -79,7 +80,7 @@ func officerPIN(c *cli.Context) (hsmkeys.PIN, error) {
 }
 
 func backupCreate(c *cli.Context) error {
-	data, err := cmdline.ReadFile(c.String("to"))
+	data, err := durable.ReadFile(c.String("to"))
 	if err != nil {
 		return err
 	}
@@ -88,7 +89,7 @@ func backupCreate(c *cli.Context) error {
 		return fmt.Errorf("--to: %w", err)
 	}
 	out := c.String("out")
-	if err := cmdline.CheckNew(out); err != nil { // before the PIN is tried
+	if err := durable.CheckNew(out); err != nil { // before the PIN is tried
 		return err
 	}
 	officer, err := officerPIN(c)
@@ -108,7 +109,7 @@ func backupCreate(c *cli.Context) error {
 }
 
 func backupRestore(c *cli.Context) error {
-	data, err := cmdline.ReadFile(c.Args().First())
+	data, err := durable.ReadFile(c.Args().First())
 	if err != nil {
 		return err
 	}

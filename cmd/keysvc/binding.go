@@ -22,6 +22,8 @@ import (
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/keysvcd"
+	"github.com/kmehsm/kmehsm/internal/terminal"
+	"github.com/kmehsm/kmehsm/internal/usage"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -100,7 +102,7 @@ const bindingLine = "%-15s  %-14s  %-7s  %-18s  %s\n" // of 80 columns, with a l
 
 func (s shown) print(w io.Writer) {
 	lot := s.Lot
-	if len(lot) > 18 && cmdline.Terminal(w) { // whole elsewhere, and with --json
+	if len(lot) > 18 && terminal.Is(w) { // whole elsewhere, and with --json
 		lot = lot[:17] + "+"
 	}
 	fmt.Fprintf(w, bindingLine, s.IMSI, s.IMEI, s.State, lot, s.Established.UTC().Format("2006-01-02 15:04Z"))
@@ -148,22 +150,22 @@ func selected(c *cli.Context, now time.Time) (q report.Selection, err error) {
 		State: c.Generic(stateFlag.Name).(*stateValue).only}
 	if text := c.String("imei"); text != "" {
 		if q.IMEI, err = kme.ParseIMEI(text); err != nil {
-			return q, cmdline.Usagef("--imei: %w", err)
+			return q, usage.Errorf("--imei: %w", err)
 		}
 	}
 	if text := c.String("after"); text != "" {
 		imsi, err := kme.ParseIMSI(text)
 		if err != nil {
-			return q, cmdline.Usagef("--after: %w", err)
+			return q, usage.Errorf("--after: %w", err)
 		}
 		q.After = imsi.String()
 	}
 	if c.IsSet("limit") && q.Limit < 1 {
-		return q, cmdline.Usagef("--limit is 1 at least")
+		return q, usage.Errorf("--limit is 1 at least")
 	}
 	if text := c.String("since"); text != "" {
 		if q.Since, err = parseSince(text, now); err != nil {
-			return q, cmdline.Usage(err)
+			return q, usage.Mark(err)
 		}
 	}
 	return q, nil
@@ -254,10 +256,10 @@ func bindingExplain(c *cli.Context) error {
 }
 
 func printExplanation(w io.Writer, e *explain.Subscription) {
-	colours := map[string]cmdline.Colour{"ACTIVE": cmdline.Green, "PENDING": cmdline.Yellow, "DAMAGED": cmdline.Red}
+	colours := map[string]terminal.Colour{"ACTIVE": terminal.Green, "PENDING": terminal.Yellow, "DAMAGED": terminal.Red}
 	state := e.State
 	if colour, ok := colours[state]; ok {
-		state = cmdline.Paint(w, colour, state)
+		state = terminal.Paint(w, colour, state)
 	}
 	fmt.Fprintf(w, "IMSI %s: %s\n", e.IMSI, state)
 	for _, text := range e.Says {
@@ -322,7 +324,7 @@ func withIMSI(c *cli.Context, f func(*sqlstore.Store, kme.IMSI) error) error {
 		if imei, e := kme.ParseIMEI(c.Args().First()); e == nil {
 			err = fmt.Errorf("%w, and this is an IMEI: %s", err, explain.DeviceCommands(imei))
 		}
-		return cmdline.Usage(err)
+		return usage.Mark(err)
 	}
 	return withStore(c, func(s *sqlstore.Store) error { return f(s, imsi) })
 }
@@ -378,7 +380,7 @@ func bindingOpen(c *cli.Context) error {
 	return withIMSI(c, func(s *sqlstore.Store, imsi kme.IMSI) error {
 		a, err := binding.NewOpened(imsi, time.Now(), c.Duration("ttl"))
 		if err != nil {
-			return cmdline.Usage(err)
+			return usage.Mark(err)
 		}
 		// An IMSI that is not bound needs no opening: its next vector opens an attempt.
 		if sub, err := s.Subscription(c.Context, imsi, time.Now()); err == nil && sub.Latest() == nil {
@@ -387,7 +389,7 @@ func bindingOpen(c *cli.Context) error {
 				return err
 			}
 			if imei, lot := explain.DeviceOf(imsi, lots); lot != "" {
-				return cmdline.Usagef("%s is the IMEI of a device of lot %s, and no IMSI that is bound: %s", imsi, lot,
+				return usage.Errorf("%s is the IMEI of a device of lot %s, and no IMSI that is bound: %s", imsi, lot,
 					explain.DeviceCommands(imei))
 			}
 		}

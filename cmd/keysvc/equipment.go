@@ -15,6 +15,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding/sightings"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/usage"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -60,7 +61,7 @@ func equipmentCommand() *cli.Command {
 func equipmentAdd(c *cli.Context) error {
 	status, err := devicelist.ParseStatus(c.String("status"))
 	if err != nil {
-		return cmdline.Usage(err)
+		return usage.Mark(err)
 	}
 	return enterListings(c, status)
 }
@@ -70,7 +71,7 @@ func equipmentRemove(c *cli.Context) error { return enterListings(c, "") }
 func enterListings(c *cli.Context, status binding.EquipmentStatus) error {
 	all, err := devicelist.New(c.Args().First(), status, c.String("reason"), time.Now())
 	if err != nil {
-		return cmdline.Usage(err)
+		return usage.Mark(err)
 	}
 	return withStore(c, func(s *sqlstore.Store) error {
 		changed, err := devicelist.Enter(c.Context, s, all)
@@ -97,7 +98,7 @@ func equipmentImport(c *cli.Context) error {
 	defer file.Close()
 	all, err := devicelist.Read(file, time.Now())
 	if err != nil {
-		return cmdline.Usage(fmt.Errorf("%s: %w", file.Name(), err))
+		return usage.Mark(fmt.Errorf("%s: %w", file.Name(), err))
 	}
 	return withStore(c, func(s *sqlstore.Store) error {
 		changed, err := devicelist.Enter(c.Context, s, all)
@@ -163,7 +164,7 @@ type known struct {
 func equipmentShow(c *cli.Context) error {
 	imei, imsi, err := identities(c.Args().First())
 	if err != nil {
-		return cmdline.Usage(err)
+		return usage.Mark(err)
 	}
 	return withStore(c, func(s *sqlstore.Store) error {
 		k := known{IMEI: imei, IMSI: imsi, Bindings: []shown{}, Sightings: []sightings.Sighting{}}

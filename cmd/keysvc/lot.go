@@ -13,6 +13,8 @@ import (
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/usage"
 	"github.com/kmehsm/kmehsm/internal/who"
 )
 
@@ -46,7 +48,7 @@ func lotCommand() *cli.Command {
 }
 
 func lotImport(c *cli.Context) error {
-	jws, err := cmdline.ReadFile(c.Args().First())
+	jws, err := durable.ReadFile(c.Args().First())
 	if err != nil {
 		return err
 	}
@@ -54,7 +56,7 @@ func lotImport(c *cli.Context) error {
 	if reason := c.String("reinstate"); c.IsSet("reinstate") {
 		v, err := imports.NewVerdict(false, who.Name(), reason)
 		if err != nil {
-			return cmdline.Usage(fmt.Errorf("--reinstate: %w", err))
+			return usage.Mark(fmt.Errorf("--reinstate: %w", err))
 		}
 		again = &v
 	}

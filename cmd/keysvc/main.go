@@ -18,6 +18,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/config"
 	"github.com/kmehsm/kmehsm/internal/keysvcd"
 	"github.com/kmehsm/kmehsm/internal/keysvcd/settings"
+	"github.com/kmehsm/kmehsm/internal/usage"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -172,7 +173,7 @@ func check(c *cli.Context) error {
 func device(c *cli.Context) error {
 	imei, err := kme.ParseIMEI(c.Args().First())
 	if err != nil {
-		return cmdline.Usage(err)
+		return usage.Mark(err)
 	}
 	return withStore(c, func(store *sqlstore.Store) error {
 		lots, err := openLots(c, store)

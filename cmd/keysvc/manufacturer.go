@@ -15,6 +15,9 @@ import (
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/directories"
+	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/usage"
 	"github.com/kmehsm/kmehsm/internal/who"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -93,7 +96,7 @@ func manufacturerList(c *cli.Context) error {
 func verdict(c *cli.Context, withdrawn bool) (registry.Verdict, error) {
 	v, err := imports.NewVerdict(withdrawn, who.Name(), c.String("reason"))
 	if err != nil {
-		return v, cmdline.Usage(err)
+		return v, usage.Mark(err)
 	}
 	return v, nil
 }
@@ -179,7 +182,7 @@ func enroll(c *cli.Context) error {
 	url := c.String("directory")
 	if url != "" {
 		var err error
-		if url, err = cmdline.AbsoluteDirectory(url); err != nil {
+		if url, err = directories.Absolute(url); err != nil {
 			return err
 		}
 		if dir, ok := strings.CutPrefix(url, "file:"); ok {
@@ -193,15 +196,15 @@ func enroll(c *cli.Context) error {
 	for _, text := range c.StringSlice("tac") {
 		t, err := kme.ParseTAC(text)
 		if err != nil {
-			return cmdline.Usage(fmt.Errorf("--tac %s: %w", text, err))
+			return usage.Mark(fmt.Errorf("--tac %s: %w", text, err))
 		}
 		tacs = append(tacs, t)
 	}
-	jws, err := cmdline.ReadFile(c.Args().First())
+	jws, err := durable.ReadFile(c.Args().First())
 	if err != nil {
 		return err
 	}
-	pem, err := cmdline.ReadFile(c.String("manufacturer"))
+	pem, err := durable.ReadFile(c.String("manufacturer"))
 	if err != nil {
 		return err
 	}

@@ -19,6 +19,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/keysvcd"
 	"github.com/kmehsm/kmehsm/internal/strict"
+	"github.com/kmehsm/kmehsm/internal/usage"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -223,7 +224,7 @@ var auditLogFlag = &cli.StringSliceFlag{Name: "audit-log", Category: cmdline.Con
 
 func storeAccept(c *cli.Context) error {
 	if _, err := strict.Reason(c.String("reason")); err != nil {
-		return cmdline.Usage(err)
+		return usage.Mark(err)
 	}
 	return withAnyStore(c, func(token *hsmkeys.OperatorToken, store *sqlstore.Store) error {
 		logs := c.StringSlice(auditLogFlag.Name)
@@ -235,7 +236,7 @@ func storeAccept(c *cli.Context) error {
 			},
 		})
 		if errors.Is(err, mark.ErrNoAuditLog) {
-			err = cmdline.Usage(err)
+			err = usage.Mark(err)
 		}
 		if err != nil {
 			return err
@@ -321,7 +322,7 @@ func printEntry(w io.Writer, e binding.Entry) {
 func storeLog(c *cli.Context) error {
 	imsi, err := kme.ParseIMSI(c.String("imsi"))
 	if c.IsSet("imsi") && err != nil {
-		return cmdline.Usagef("--imsi: %w", err)
+		return usage.Errorf("--imsi: %w", err)
 	}
 	return withStore(c, func(store *sqlstore.Store) error {
 		all := store.Entries(c.Context)

@@ -15,7 +15,9 @@ import (
 
 	"github.com/kmehsm/kmehsm/client"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/config"
 	"github.com/kmehsm/kmehsm/internal/mesim"
+	"github.com/kmehsm/kmehsm/internal/usage"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -126,7 +128,7 @@ func openFleet(c *cli.Context) (*mesim.Fleet, error) {
 func payload(c *cli.Context) error {
 	imei, err := kme.ParseIMEI(c.String("imei"))
 	if err != nil {
-		return cmdline.Usage(err)
+		return usage.Mark(err)
 	}
 	fleet, err := openFleet(c)
 	if err != nil {
@@ -138,7 +140,7 @@ func payload(c *cli.Context) error {
 	}
 	imsi, err := firstIMSI(c.String("imsi"), true)
 	if err != nil {
-		return cmdline.Usagef("--imsi: %w", err)
+		return usage.Errorf("--imsi: %w", err)
 	}
 	m, err := d.Message(imsi)
 	if err != nil {
@@ -159,11 +161,11 @@ func print(c *cli.Context, v any, failure error) error {
 func attach(c *cli.Context) error {
 	tamper := mesim.Tamper(c.String("tamper"))
 	if err := tamper.Check(); err != nil {
-		return cmdline.Usage(err)
+		return usage.Mark(err)
 	}
 	imsi, err := firstIMSI(c.String("first-imsi"), tamper == "")
 	if err != nil {
-		return cmdline.Usagef("--first-imsi: %w", err)
+		return usage.Errorf("--first-imsi: %w", err)
 	}
 	run, err := newRun(c, imsi)
 	if err != nil {
@@ -178,14 +180,14 @@ func attach(c *cli.Context) error {
 
 func load(c *cli.Context) error {
 	if c.Duration("duration") <= 0 || c.Float64("rate") < 0 {
-		return cmdline.Usagef("--duration is above zero, and --rate not below")
+		return usage.Errorf("--duration is above zero, and --rate not below")
 	}
 	imsi, err := firstIMSI(c.String("first-imsi"), false)
 	if err != nil {
-		return cmdline.Usagef("--first-imsi: %w", err)
+		return usage.Errorf("--first-imsi: %w", err)
 	}
 	if strings.HasPrefix(c.String("server"), "s6a:") && !c.Bool("whole") {
-		return cmdline.Usagef("load without --whole calls the service itself: --server is https://HOST:PORT or " +
+		return usage.Errorf("load without --whole calls the service itself: --server is https://HOST:PORT or " +
 			"unix:/path")
 	}
 	run, err := newRun(c, imsi)
@@ -215,7 +217,7 @@ func newRun(c *cli.Context, imsi kme.IMSI) (run mesim.Run, err error) {
 		return run, err
 	}
 	if c.Int("first") < 0 || c.Int("count") < 0 || c.Int("concurrency") < 1 || c.IsSet("count") && c.Int("count") == 0 {
-		return run, cmdline.Usagef("--first, --count and --concurrency count from 0, 1 and 1")
+		return run, usage.Errorf("--first, --count and --concurrency count from 0, 1 and 1")
 	}
 	run = mesim.Run{First: c.Int("first"), FirstIMSI: imsi, Concurrency: c.Int("concurrency")}
 	if run.Network, err = dial(c); err != nil {
@@ -232,7 +234,7 @@ func newRun(c *cli.Context, imsi kme.IMSI) (run mesim.Run, err error) {
 // dial connects to what --server says: an MME, or as the simulated MME and HSS to the service.
 func dial(c *cli.Context) (n mesim.Network, err error) {
 	if n.Origin.Name, err = kme.ParseOrigin(c.String("origin")); err != nil {
-		return n, cmdline.Usagef("--origin: %w", err)
+		return n, usage.Errorf("--origin: %w", err)
 	}
 	server := c.String("server")
 	o := client.Options{URLs: strings.Split(server, ","), Timeout: 30 * time.Second,
@@ -251,11 +253,11 @@ func dial(c *cli.Context) (n mesim.Network, err error) {
 		if err := cmdline.Require(c, "cert", "key", "ca"); err != nil {
 			return n, err
 		}
-		if o.TLS, err = cmdline.ClientTLS(c.String("cert"), c.String("key"), c.String("ca")); err != nil {
+		if o.TLS, err = config.ClientTLS(c.String("cert"), c.String("key"), c.String("ca")); err != nil {
 			return n, err
 		}
 	case !strings.HasPrefix(server, "unix:"):
-		return n, cmdline.Usagef("--server is https://HOST:PORT or unix:/path, not %q", server)
+		return n, usage.Errorf("--server is https://HOST:PORT or unix:/path, not %q", server)
 	}
 	n.Client, err = client.New(o)
 	return n, err

@@ -17,10 +17,11 @@ import (
 	"syscall"
 
 	"github.com/urfave/cli/v2"
-	"golang.org/x/term"
 
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/config"
+	"github.com/kmehsm/kmehsm/internal/usage"
+	"github.com/kmehsm/kmehsm/internal/version"
 )
 
 // Exit codes.
@@ -36,14 +37,6 @@ type exitError struct {
 }
 
 func (e exitError) Unwrap() error { return e.error }
-
-// Usagef is an error in how a command was called or configured.
-func Usagef(format string, args ...any) error {
-	return exitError{error: fmt.Errorf(format, args...), code: exitUsage}
-}
-
-// Usage marks err as one in how a command was called or configured.
-func Usage(err error) error { return exitError{error: err, code: exitUsage} }
 
 // Partial marks err as one that left part of the work done.
 func Partial(err error) error { return exitError{error: err, code: exitPartial} }
@@ -85,7 +78,7 @@ func (p Program) Run(ctx context.Context, args []string) int {
 	app.ExitErrHandler = func(*cli.Context, error) {} // errors are printed below, once
 	app.HideHelpCommand = true
 	app.Flags = append(app.Flags, cli.HelpFlag) // the library has none beside a command of that name
-	app.Version = Version()
+	app.Version = version.Text()
 	p.prepare(app.Name, app.Commands)
 	app.OnUsageError = onUsageError
 	app.Action = unknown("", app.Commands, cli.ShowAppHelp)
@@ -116,6 +109,9 @@ func (p Program) Run(ctx context.Context, args []string) int {
 func exitCode(err error) int {
 	if e, ok := errors.AsType[exitError](err); ok {
 		return e.code
+	}
+	if _, ok := errors.AsType[usage.Error](err); ok {
+		return exitUsage
 	}
 	if _, ok := errors.AsType[hsmkeys.SettingError](err); ok {
 		return exitUsage
@@ -190,7 +186,7 @@ func onUsageError(c *cli.Context, err error, _ bool) error {
 		}
 		err = fmt.Errorf("--%s cannot be %s: %s", flag, value, why)
 	}
-	return Usage(err)
+	return usage.Mark(err)
 }
 
 // badValue is what package flag says of a value. Its "parse error" does not say what can be parsed.
@@ -255,8 +251,8 @@ func noCommand(program, name, word string, commands []*cli.Command) error {
 	if name != "" {
 		parent, program = name+" ", name
 	}
-	return Usagef("there is no command %q%s; see %s --help", parent+word, meant(parent, word, commandNames(commands)),
-		program)
+	return usage.Errorf("there is no command %q%s; see %s --help", parent+word,
+		meant(parent, word, commandNames(commands)), program)
 }
 
 // prepare gives every command what all have.
@@ -285,7 +281,7 @@ func (p Program) prepare(parent string, commands []*cli.Command) {
 		any := least < len(want) && strings.HasSuffix(want[len(want)-1], "...]") // as many as one likes
 		c.Action = func(c *cli.Context) error {
 			if c.NArg() < least || c.NArg() > len(want) && !any {
-				return Usagef("%s takes %s; see %s --help", name, describeArgs(want), name)
+				return usage.Errorf("%s takes %s; see %s --help", name, describeArgs(want), name)
 			}
 			return action(c)
 		}
@@ -308,7 +304,7 @@ func describeArgs(want []string) string {
 func Require(c *cli.Context, flags ...string) error {
 	for _, f := range flags {
 		if !c.IsSet(f) || c.String(f) == "" {
-			return Usagef("--%s is missing; see %s --help", f, c.Command.HelpName)
+			return usage.Errorf("--%s is missing; see %s --help", f, c.Command.HelpName)
 		}
 	}
 	return nil
@@ -449,31 +445,4 @@ func PrintList[T any](c *cli.Context, head string, items iter.Seq2[T, error]) er
 	}
 	_, err := fmt.Fprintln(w, "\n]}")
 	return err
-}
-
-// Terminal says whether somebody looks at w.
-func Terminal(w io.Writer) bool {
-	f, ok := w.(interface{ Fd() uintptr })
-	if !ok {
-		return false
-	}
-	return term.IsTerminal(int(f.Fd())) && os.Getenv("TERM") != "dumb" // /dev/null is a character device too
-}
-
-// ReadFile reads a file that passes between parties, with a limit on its size.
-func ReadFile(path string) ([]byte, error) {
-	const limit = 16 << 20
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	if info, err := f.Stat(); err == nil && info.IsDir() {
-		return nil, fmt.Errorf("%s is a folder: name a file in it", path)
-	}
-	data, err := io.ReadAll(io.LimitReader(f, limit+1))
-	if err == nil && len(data) > limit {
-		err = fmt.Errorf("%s is larger than any file of ours", path)
-	}
-	return data, err
 }

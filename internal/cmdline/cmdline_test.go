@@ -1,25 +1,12 @@
 package cmdline
 
 import (
-	"os"
 	"slices"
 	"strings"
 	"testing"
 
 	"github.com/urfave/cli/v2"
 )
-
-// Nobody sits at /dev/null, which is a character device as a terminal is.
-func TestTerminal(t *testing.T) {
-	null, err := os.Open(os.DevNull)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer null.Close()
-	if Terminal(null) {
-		t.Error("/dev/null is taken for a terminal")
-	}
-}
 
 func TestFlagsFirst(t *testing.T) {
 	app := &cli.App{Commands: []*cli.Command{{Name: "lot", Subcommands: []*cli.Command{{

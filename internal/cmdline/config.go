@@ -9,6 +9,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/kmehsm/kmehsm/internal/config"
+	"github.com/kmehsm/kmehsm/internal/usage"
 )
 
 // Configured is the category of the flags that a program's configuration has settings for.
@@ -37,7 +38,7 @@ func (p *Config) prepare(c *cli.Command) {
 		before := c.Action
 		c.Action = func(c *cli.Context) error {
 			if err := p.fill(c); err != nil {
-				return Usage(err)
+				return usage.Mark(err)
 			}
 			return before(c)
 		}
@@ -90,7 +91,7 @@ func (p *Config) Require(c *cli.Context, command string) (string, error) {
 			"%s --help shows what it has", p.Program, command)
 	}
 	if err != nil {
-		return "", Usage(err)
+		return "", usage.Mark(err)
 	}
 	return path, nil
 }

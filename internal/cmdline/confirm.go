@@ -8,6 +8,9 @@ import (
 	"strings"
 
 	"github.com/urfave/cli/v2"
+
+	"github.com/kmehsm/kmehsm/internal/terminal"
+	"github.com/kmehsm/kmehsm/internal/usage"
 )
 
 // Yes is the flag of the commands that ask: see Confirm.
@@ -20,8 +23,8 @@ func Confirm(c *cli.Context, what, name string) error {
 	if c.Bool(Yes.Name) {
 		return nil
 	}
-	if !Terminal(os.Stdin) || !Terminal(c.App.ErrWriter) {
-		return Usagef("nothing was changed: this cannot be undone, and nobody sits at a terminal to be asked; if it "+
+	if !terminal.Is(os.Stdin) || !terminal.Is(c.App.ErrWriter) {
+		return usage.Errorf("nothing was changed: this cannot be undone, and nobody sits at a terminal to be asked; if it "+
 			"is meant, run the same command with --%s", Yes.Name)
 	}
 	fmt.Fprintf(c.App.ErrWriter, "This cannot be undone. Type %s to go on: ", name)

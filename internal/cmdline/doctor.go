@@ -11,6 +11,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/terminal"
 )
 
 // examined is a token that a doctor has looked at.
@@ -54,12 +55,13 @@ func (v verdict) print(w io.Writer) {
 	list := v.Weaknesses
 	switch v.Verdict {
 	case "fit":
-		fmt.Fprintf(w, "verdict: %s\n", Paint(w, Green, "FIT"))
+		fmt.Fprintf(w, "verdict: %s\n", terminal.Paint(w, terminal.Green, "FIT"))
 	case "not_fit":
-		fmt.Fprintf(w, "verdict: %s: %d of what is required is missing\n", Paint(w, Red, "NOT FIT"), len(v.Missing))
+		fmt.Fprintf(w, "verdict: %s: %d of what is required is missing\n",
+			terminal.Paint(w, terminal.Red, "NOT FIT"), len(v.Missing))
 		list = slices.Concat(v.Missing, list)
 	default:
-		fmt.Fprintf(w, "verdict: %s\n", Paint(w, Yellow, "FIT, with these weaknesses"))
+		fmt.Fprintf(w, "verdict: %s\n", terminal.Paint(w, terminal.Yellow, "FIT, with these weaknesses"))
 	}
 	for _, what := range list {
 		fmt.Fprintf(w, "  - %s\n", what)

@@ -9,6 +9,8 @@ import (
 	"strings"
 
 	"github.com/urfave/cli/v2"
+
+	"github.com/kmehsm/kmehsm/internal/usage"
 )
 
 // helpCommand shows what --help shows.
@@ -137,7 +139,7 @@ func (p Program) completionCommand() *cli.Command {
 				}
 				names = append(names, s.name)
 			}
-			return Usagef("there is no completion for %q%s: there is for bash, zsh and fish", c.Args().First(),
+			return usage.Errorf("there is no completion for %q%s: there is for bash, zsh and fish", c.Args().First(),
 				meant("", c.Args().First(), names))
 		},
 	}

@@ -11,6 +11,8 @@ import (
 
 	"github.com/urfave/cli/v2"
 	"golang.org/x/term"
+
+	"github.com/kmehsm/kmehsm/internal/terminal"
 )
 
 // A Step is how far a work is.
@@ -59,7 +61,7 @@ func Spin(c *cli.Context, what string) (stop func()) { return NewProgress(c, wha
 func newProgress(w io.Writer, what, unit string, asJSON bool) *Progress {
 	w = onScreen(w)
 	now := time.Now()
-	return &Progress{w: w, what: what, unit: unit, json: asJSON, terminal: Terminal(w) && !asJSON,
+	return &Progress{w: w, what: what, unit: unit, json: asJSON, terminal: terminal.Is(w) && !asJSON,
 		began: now, since: now, ended: make(chan struct{})}
 }
 
@@ -203,7 +205,7 @@ type screen struct {
 
 // onScreen gives w a line that changes, if it is a terminal.
 func onScreen(w io.Writer) io.Writer {
-	if f, ok := w.(*os.File); ok && Terminal(f) {
+	if f, ok := w.(*os.File); ok && terminal.Is(f) {
 		return &screen{f: f}
 	}
 	return w
@@ -256,21 +258,4 @@ func (s *screen) end() {
 		s.f.WriteString(clearLine + "interrupted: what has begun is finished; Ctrl-C again ends it at once\n")
 	}
 	s.line, s.ended = "", true
-}
-
-// A Colour of text, by ECMA-48's number.
-type Colour int
-
-const (
-	Red    Colour = 31
-	Green  Colour = 32
-	Yellow Colour = 33
-)
-
-// Paint gives a text a colour where w is a terminal, unless NO_COLOR is set (https://no-color.org).
-func Paint(w io.Writer, c Colour, text string) string {
-	if !Terminal(w) || os.Getenv("NO_COLOR") != "" {
-		return text
-	}
-	return fmt.Sprintf("\x1b[%dm%s\x1b[0m", c, text)
 }

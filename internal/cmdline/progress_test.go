@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"os"
 	"regexp"
 	"slices"
@@ -16,36 +15,22 @@ import (
 	"time"
 
 	"github.com/urfave/cli/v2"
-	"golang.org/x/sys/unix"
+
+	"github.com/kmehsm/kmehsm/internal/must"
+	"github.com/kmehsm/kmehsm/internal/pty"
 )
 
-// terminal opens a pseudo-terminal of so many columns. read gives what was written there so far.
-func terminal(t *testing.T, columns uint16) (tty *os.File, read func() string) {
+// onTerminal has a terminal of so many columns. read gives what was written there so far.
+func onTerminal(t *testing.T, columns uint16) (tty *os.File, read func() string) {
 	t.Helper()
 	t.Setenv("TERM", "xterm")
 	t.Setenv("NO_COLOR", "")
-	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { master.Close() })
-	fd := int(master.Fd())
-	n, err := unix.IoctlGetInt(fd, unix.TIOCGPTN)
-	if err == nil {
-		err = unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0)
-	}
-	if err == nil {
-		err = unix.IoctlSetWinsize(fd, unix.TIOCSWINSZ, &unix.Winsize{Row: 24, Col: columns})
-	}
-	if err == nil {
-		tty, err = os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	person, tty, err := pty.Open(columns)
+	must.Do(t, err)
+	t.Cleanup(func() { person.Close() })
 	return tty, func() string {
 		tty.Close()
-		text, _ := io.ReadAll(master) // it ends with EIO when nobody has the other end any more
+		text, _ := io.ReadAll(person) // it ends with EIO when nobody has the other end any more
 		return string(text)
 	}
 }
@@ -107,7 +92,7 @@ func TestPaceBeginsWithTheWork(t *testing.T) {
 // On a terminal an error has a line of its own, and the bar is gone in the end; the bar fits the terminal.
 func TestProgressOnTerminal(t *testing.T) {
 	const columns = 80
-	tty, read := terminal(t, columns)
+	tty, read := onTerminal(t, columns)
 	app := &cli.App{Name: "prog", Writer: io.Discard, ErrWriter: tty, Commands: []*cli.Command{{Name: "work",
 		Action: func(c *cli.Context) error {
 			p := NewProgress(c, "L1", "devices", 200)
@@ -156,7 +141,7 @@ func TestProgressOnNarrowTerminal(t *testing.T) {
 
 // A key of an HSM takes minutes: the spinner turns by itself, and shows the time.
 func TestSpin(t *testing.T) {
-	tty, read := terminal(t, 80)
+	tty, read := onTerminal(t, 80)
 	app := &cli.App{Name: "prog", Writer: io.Discard, ErrWriter: tty, Commands: []*cli.Command{{Name: "work",
 		Action: func(c *cli.Context) error {
 			stop := Spin(c, "making a key")
@@ -178,7 +163,7 @@ func TestSpin(t *testing.T) {
 
 // Ctrl-C takes the line away at once, so that a second one, which kills, leaves none; and nothing brings it back.
 func TestInterrupted(t *testing.T) {
-	tty, read := terminal(t, 80)
+	tty, read := onTerminal(t, 80)
 	ctx, interrupt := context.WithCancel(t.Context())
 	var p *Progress
 	app := &cli.App{Name: "prog", Writer: io.Discard, ErrWriter: tty, Commands: []*cli.Command{{Name: "work",
@@ -217,35 +202,5 @@ func TestProgressElsewhere(t *testing.T) {
 	if err := json.Unmarshal(out.Bytes(), &doc); err != nil || doc["lot"] != "L1" || doc["done"] != 15.0 ||
 		doc["per_second"] != 1.0 || doc["seconds_left"] != 5.0 {
 		t.Errorf("%v %s", err, &out)
-	}
-}
-
-// People read a log at a terminal, with colours unless NO_COLOR is set; programs read one elsewhere.
-func TestLogFormat(t *testing.T) {
-	write := func(w io.Writer) {
-		log := NewLog(w, slog.HandlerOptions{ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
-			if a.Key == "imsi" {
-				a.Value = slog.StringValue("hashed")
-			}
-			return a
-		}})
-		log.With("token", "a b").WithGroup("g").Warn("refused", "imsi", "001010000000001")
-	}
-	var out bytes.Buffer
-	write(&out)
-	var doc map[string]any
-	if err := json.Unmarshal(out.Bytes(), &doc); err != nil || doc["msg"] != "refused" {
-		t.Error(err, out.String())
-	}
-	tty, read := terminal(t, 80)
-	write(tty)
-	if text := read(); !strings.HasSuffix(text, " \x1b[33mWARN \x1b[0m refused  token=\"a b\" g.imsi=hashed\r\n") {
-		t.Errorf("%q", text)
-	}
-	tty, read = terminal(t, 80)
-	t.Setenv("NO_COLOR", "1")
-	write(tty)
-	if text := read(); strings.Contains(text, "\x1b") || !strings.Contains(text, "WARN  refused") {
-		t.Errorf("%q", text)
 	}
 }

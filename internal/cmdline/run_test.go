@@ -13,6 +13,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/kmehsm/kmehsm/internal/config"
+	"github.com/kmehsm/kmehsm/internal/usage"
 )
 
 type settings struct {
@@ -44,7 +45,7 @@ func run(t *testing.T, args ...string) (code int, stdout, stderr string) {
 							c.StringSlice("name"), c.Int("count"), c.String("own")})
 					}},
 				{Name: "ends", Subcommands: []*cli.Command{
-					ends("failed", errors.New("failed")), ends("usage", Usagef("usage")),
+					ends("failed", errors.New("failed")), ends("usage", usage.Errorf("usage")),
 					ends("partial", Partial(errors.New("partial"))),
 					ends("denied", &fs.PathError{Op: "open", Path: "x", Err: fs.ErrPermission}),
 				}},

@@ -9,6 +9,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/usage"
 )
 
 // TokensCommand lists what a module has.
@@ -25,7 +26,7 @@ func TokensCommand() *cli.Command {
 func tokens(c *cli.Context) error {
 	of := cmp.Or(c.Args().First(), c.String("token"))
 	if of == "" {
-		return Usagef("name a PKCS #11 module, for example %s /usr/lib/softhsm/libsofthsm2.so, or a token of it with "+
+		return usage.Errorf("name a PKCS #11 module, for example %s /usr/lib/softhsm/libsofthsm2.so, or a token of it with "+
 			"--token", c.Command.HelpName)
 	}
 	slots, module, err := hsmkeys.Slots(of)

@@ -11,31 +11,10 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/must"
+	"github.com/kmehsm/kmehsm/internal/pty"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 )
-
-// terminal is a pseudo-terminal: what a person types and sees, and what a program has.
-func terminal(t *testing.T) (person, program *os.File) {
-	t.Helper()
-	person, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { person.Close() })
-	if err := unix.IoctlSetPointerInt(int(person.Fd()), unix.TIOCSPTLCK, 0); err != nil {
-		t.Fatal(err)
-	}
-	n, err := unix.IoctlGetInt(int(person.Fd()), unix.TIOCGPTN)
-	if err != nil {
-		t.Fatal(err)
-	}
-	program, err = os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { program.Close() })
-	return person, program
-}
 
 func echoes(t *testing.T, tty *os.File) bool {
 	t.Helper()
@@ -49,7 +28,10 @@ func echoes(t *testing.T, tty *os.File) bool {
 // ask runs Ask, and types each text when it is asked for.
 func ask(t *testing.T, q *Quorum, typed ...string) (said, seen string, err error) {
 	t.Helper()
-	person, program := terminal(t)
+	person, program, err := pty.Open(80)
+	must.Do(t, err)
+	defer person.Close()
+	defer program.Close()
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	var out testproc.Log
@@ -123,17 +105,9 @@ func TestAsk(t *testing.T) {
 		!strings.Contains(err.Error(), "not enough shares, and no PIN was tried") {
 		t.Errorf("interrupted: %v", err)
 	}
-	if err := new(Quorum).Ask(t.Context(), must(os.Open(os.DevNull))(t), new(testproc.Log)); err == nil {
+	nobody := must.Get[*os.File](t)(os.Open(os.DevNull))
+	defer nobody.Close()
+	if err := new(Quorum).Ask(t.Context(), nobody, new(testproc.Log)); err == nil {
 		t.Error("asked where there is no terminal")
-	}
-}
-
-func must(f *os.File, err error) func(*testing.T) *os.File {
-	return func(t *testing.T) *os.File {
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { f.Close() })
-		return f
 	}
 }

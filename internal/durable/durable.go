@@ -1,4 +1,5 @@
-// Package durable writes files that are whole, and on disk, or not there.
+// Package durable writes files that are whole, and on disk, or not there; and keeps a program's folder for one process
+// and one user.
 package durable
 
 import (

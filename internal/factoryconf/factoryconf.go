@@ -11,28 +11,28 @@ import (
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/factory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
-	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/config"
+	"github.com/kmehsm/kmehsm/internal/directories"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
 // A Config is what flags are if they are not given. What each setting means, its default and what it may be stand in
 // schema.
 type Config struct {
-	Token        string        `yaml:"token"`
-	State        string        `yaml:"state" path:""`
-	Directory    string        `yaml:"directory" path:"file:"`
-	Vault        cmdline.Vault `yaml:"vault"`
-	Manufacturer string        `yaml:"manufacturer" path:""`
-	Injection    string        `yaml:"injection" path:"" flag:"injection,out"`
-	Fixture      string        `yaml:"fixture"`
-	Workers      int           `yaml:"workers"`
-	Bits         int           `yaml:"bits"`
-	Suite        string        `yaml:"suite"`
-	ShardSize    int           `yaml:"shard_size"`
-	Primes       string        `yaml:"primes"`
-	ValidFor     time.Duration `yaml:"valid_for"`
-	Listen       string        `yaml:"listen"`
+	Token        string            `yaml:"token"`
+	State        string            `yaml:"state" path:""`
+	Directory    string            `yaml:"directory" path:"file:"`
+	Vault        directories.Vault `yaml:"vault"`
+	Manufacturer string            `yaml:"manufacturer" path:""`
+	Injection    string            `yaml:"injection" path:"" flag:"injection,out"`
+	Fixture      string            `yaml:"fixture"`
+	Workers      int               `yaml:"workers"`
+	Bits         int               `yaml:"bits"`
+	Suite        string            `yaml:"suite"`
+	ShardSize    int               `yaml:"shard_size"`
+	Primes       string            `yaml:"primes"`
+	ValidFor     time.Duration     `yaml:"valid_for"`
+	Listen       string            `yaml:"listen"`
 	TLS          struct {
 		Certificate string `yaml:"certificate" path:""`
 		Key         string `yaml:"key" path:""`
@@ -49,7 +49,7 @@ var schema = config.Schema[Config]{See: "factory check", Settings: []config.Sett
 	{Name: "state", Default: "var/factory", Example: "/var/lib/kmehsm/factory", Help: "the line's own folder"},
 	{Name: "directory", Example: "file:/srv/directory", Help: "the public-key directory",
 		Rule: "file:DIR or vault:MOUNT",
-		OK:   func(c *Config) bool { return c.Directory == "" || cmdline.CheckDirectory(c.Directory) == nil }},
+		OK:   func(c *Config) bool { return c.Directory == "" || directories.Check(c.Directory) == nil }},
 	{Name: "vault", Example: "{role_id: ID, secret_id_file: FILE, secret_id_wrapped: false}",
 		Help: "or cert_role: for a directory in Vault"},
 	{Name: "manufacturer", Example: "manufacturer.pem",

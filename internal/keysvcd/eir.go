@@ -13,7 +13,6 @@ import (
 
 	"github.com/kmehsm/kmehsm/api"
 	"github.com/kmehsm/kmehsm/binding"
-	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/config"
 	"github.com/kmehsm/kmehsm/internal/keysvcd/settings"
 	"github.com/kmehsm/kmehsm/internal/n5geir"
@@ -70,7 +69,7 @@ func (d *daemon) eirServer() *http.Server {
 // keepRegistered keeps us registered at the NRF until ctx ends.
 func (d *daemon) keepRegistered(ctx context.Context) error {
 	cfg := d.started
-	c, err := cmdline.ClientTLS(cfg.TLS.Certificate, cfg.TLS.Key, cmp.Or(cfg.EIR.NRFCA, cfg.TLS.ClientCA))
+	c, err := config.ClientTLS(cfg.TLS.Certificate, cfg.TLS.Key, cmp.Or(cfg.EIR.NRFCA, cfg.TLS.ClientCA))
 	if err != nil {
 		return fmt.Errorf("eir: nrf: %w", err)
 	}

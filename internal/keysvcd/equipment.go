@@ -14,7 +14,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/kmehsm/kmehsm/binding/sightings"
-	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/keysvcd/settings"
 	"github.com/kmehsm/kmehsm/internal/webhook"
 )
@@ -51,7 +51,7 @@ func newWebhook(
 ) (*webhook.Sender, error) {
 	file := cfg.Webhook.SecretFile
 	secret := func() ([]byte, error) {
-		text, err := cmdline.ReadFile(file)
+		text, err := durable.ReadFile(file)
 		if err != nil {
 			return nil, err
 		}
@@ -66,7 +66,7 @@ func newWebhook(
 	}
 	clientTLS := &tls.Config{MinVersion: tls.VersionTLS12}
 	if cfg.Webhook.CA != "" {
-		pem, err := cmdline.ReadFile(cfg.Webhook.CA)
+		pem, err := durable.ReadFile(cfg.Webhook.CA)
 		if err != nil {
 			return nil, err
 		}

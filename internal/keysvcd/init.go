@@ -8,7 +8,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/binding/tokenkeys"
 	"github.com/kmehsm/kmehsm/hsmkeys"
-	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/usage"
 )
 
 // An Init makes a token the operator's, with its keys, and the store in a file.
@@ -61,7 +61,7 @@ func (i Init) neverWrote(ctx context.Context, token *hsmkeys.OperatorToken) erro
 	if written, err := mark.Written(ctx, token); err != nil || !written {
 		return err
 	}
-	return cmdline.Usagef("%s has written a store, and there is none at %s: name that one with --state or --store, or "+
+	return usage.Errorf("%s has written a store, and there is none at %s: name that one with --state or --store, or "+
 		"bring it back from a backup; if it is lost, keysvc init --new-store makes an empty one, and keysvc store "+
 		"accept-rollback has it served", token, i.Store)
 }
@@ -73,7 +73,7 @@ func (i Init) fits(ctx context.Context, token *hsmkeys.OperatorToken) error {
 	}
 	key, err := token.Derive(ctx, sqlstore.RowKey)
 	if errors.Is(err, hsmkeys.ErrNoKey) {
-		return cmdline.Usagef("%s has no keys yet, and there is a store at %s, which another token has written: bring "+
+		return usage.Errorf("%s has no keys yet, and there is a store at %s, which another token has written: bring "+
 			"that token's keys to this one with keysvc backup; or name another --state; or, if that token is lost, "+
 			"move the store away", token, i.Store)
 	}

@@ -12,7 +12,6 @@ import (
 	"github.com/kmehsm/kmehsm/binding/mark"
 	"github.com/kmehsm/kmehsm/binding/tokenkeys"
 	"github.com/kmehsm/kmehsm/hsmkeys"
-	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
@@ -63,11 +62,11 @@ func NewRestoreKey(
 
 // checkSpent fails if there is a file, unless it is of a key of this token that is gone: nobody needs that any more.
 func checkSpent(ctx context.Context, token *hsmkeys.OperatorToken, path string) error {
-	taken := cmdline.CheckNew(path)
+	taken := durable.CheckNew(path)
 	if taken == nil {
 		return nil
 	}
-	data, err := cmdline.ReadFile(path)
+	data, err := durable.ReadFile(path)
 	var k handover.TransportKey
 	if err != nil || json.Unmarshal(data, &k) != nil || k.Token != token.Serial() {
 		return taken
@@ -105,7 +104,7 @@ func WriteFile(path string, data []byte) error {
 	if err := durable.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return err
 	}
-	return cmdline.WriteNew(path, data, 0o644)
+	return durable.WriteNew(path, data, 0o644)
 }
 
 // TransportKeys gives the transport keys that wait for their enrolment, by their thumbprints.

@@ -16,8 +16,10 @@ import (
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/directory"
-	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/config"
+	"github.com/kmehsm/kmehsm/internal/directories"
 	"github.com/kmehsm/kmehsm/internal/keysvcd/settings"
+	"github.com/kmehsm/kmehsm/internal/usage"
 	"github.com/kmehsm/kmehsm/vaultstore"
 )
 
@@ -58,7 +60,7 @@ func (l *live) apply(ctx context.Context, cfg *settings.Config) error {
 	}
 	if l.started.Listen != "" || l.started.EIR.Listen != "" || l.started.OperatorPage.Listen != "" {
 		// A client without a certificate is not served.
-		next.tls, err = cmdline.ServerTLS(cfg.TLS.Certificate, cfg.TLS.Key, cfg.TLS.ClientCA,
+		next.tls, err = config.ServerTLS(cfg.TLS.Certificate, cfg.TLS.Key, cfg.TLS.ClientCA,
 			tls.RequireAndVerifyClientCert)
 		if err == nil {
 			next.certificates, err = certificates(next.tls, cfg.TLS.ClientCA)
@@ -132,7 +134,7 @@ func opener(ctx context.Context, fallback string, login vaultstore.Login,
 	return func(m *registry.Manufacturer) (*directory.Reader, error) {
 		name := cmp.Or(m.Directory, fallback)
 		if name == "" {
-			return nil, cmdline.Usagef("manufacturer %s was enrolled without a directory: name one with directory in "+
+			return nil, usage.Errorf("manufacturer %s was enrolled without a directory: name one with directory in "+
 				"the configuration or --directory, or enroll again with --directory", m.KeyID)
 		}
 		key := m.KeyID + " " + name
@@ -140,7 +142,7 @@ func opener(ctx context.Context, fallback string, login vaultstore.Login,
 			return readers[key], nil
 		}
 		if stores[name] == nil {
-			store, err := cmdline.OpenDirectory(ctx, name, login, log)
+			store, err := directories.Open(ctx, name, login, log)
 			if err != nil {
 				return nil, err
 			}

@@ -30,7 +30,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/certtest"
-	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/config"
 	"github.com/kmehsm/kmehsm/internal/keysvcd/settings"
 	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
@@ -361,7 +361,7 @@ func TestCertificatesChange(t *testing.T) {
 	go server.Serve(listeners[0])
 	defer server.Close()
 	client := func(own, ca string) *http.Client {
-		c := must.Get[*tls.Config](t)(cmdline.ClientTLS(filepath.Join(own, "hss.example.pem"),
+		c := must.Get[*tls.Config](t)(config.ClientTLS(filepath.Join(own, "hss.example.pem"),
 			filepath.Join(own, "hss.example.key"), filepath.Join(ca, "ca.pem")))
 		c.ClientSessionCache = tls.NewLRUClientSessionCache(1)
 		return &http.Client{Transport: &http.Transport{TLSClientConfig: c, ForceAttemptHTTP2: true}}

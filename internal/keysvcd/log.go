@@ -17,9 +17,10 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/keysvcd/settings"
+	"github.com/kmehsm/kmehsm/internal/terminal"
+	"github.com/kmehsm/kmehsm/internal/version"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -52,7 +53,7 @@ func newLog(w io.Writer, cfg *settings.Config) (*slog.Logger, error) {
 			return a
 		}
 	}
-	return cmdline.NewLog(w, o), nil
+	return terminal.NewLog(w, o), nil
 }
 
 // starting is the first line of the log: what is about to serve, from where, and for whom.
@@ -68,7 +69,7 @@ func starting(log *slog.Logger, cfg *settings.Config) {
 	if len(clients) == 0 {
 		clients = []string{"own user"}
 	}
-	log.Info("starting", "version", cmdline.Version(), "store", shownStore(cfg.Store), "tokens", tokens,
+	log.Info("starting", "version", version.Text(), "store", shownStore(cfg.Store), "tokens", tokens,
 		"clients", clients, "addresses", slices.DeleteFunc([]string{cfg.Listen, cfg.OperatorPage.Listen,
 			cfg.Socket}, func(a string) bool { return a == "" }))
 }

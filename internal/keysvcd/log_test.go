@@ -9,8 +9,8 @@ import (
 
 	"github.com/kmehsm/kmehsm/api"
 	"github.com/kmehsm/kmehsm/binding"
-	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/keysvcd/settings"
+	"github.com/kmehsm/kmehsm/internal/version"
 )
 
 // Hashed, an IMSI is nowhere in the log, neither beside a damaged row nor in what is wrong with it; and the same is the
@@ -53,7 +53,7 @@ func TestFirstLine(t *testing.T) {
 	if err := json.Unmarshal([]byte(out.String()), &line); err != nil {
 		t.Fatal(err)
 	}
-	want := map[string]any{"msg": "starting", "version": cmdline.Version(), "store": "postgres://keysvc@db/keysvc",
+	want := map[string]any{"msg": "starting", "version": version.Text(), "store": "postgres://keysvc@db/keysvc",
 		"tokens": []any{"pkcs11:token=operator"}, "clients": []any{"hss-1"}, "addresses": []any{"127.0.0.1:8443"}}
 	for name, v := range want {
 		if !reflect.DeepEqual(line[name], v) {

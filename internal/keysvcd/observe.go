@@ -25,8 +25,8 @@ import (
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/hsmkeys"
-	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/config"
+	"github.com/kmehsm/kmehsm/internal/version"
 )
 
 // weaknesses are what was accepted of the tokens at their keysvc init. They are said in the log, and counted, too.
@@ -212,8 +212,8 @@ func observe(
 	})
 	gauge("kme_ledger_entries", "Entries of the ledger, as far as this instance has seen it. It never falls, but when "+
 		"an earlier database is accepted.", func() float64 { return float64(store.Seen().Entries()) })
-	version, commit, goVersion := cmdline.Build()
-	labels = prometheus.Labels{"version": version, "commit": commit, "go": goVersion}
+	number, commit, goVersion := version.Parts()
+	labels = prometheus.Labels{"version": number, "commit": commit, "go": goVersion}
 	gauge("kme_build_info", "Always 1: its labels say what this program was built from.",
 		func() float64 { return 1 })
 	labels = nil

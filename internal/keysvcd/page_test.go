@@ -13,7 +13,7 @@ import (
 	"testing"
 
 	"github.com/kmehsm/kmehsm/internal/certtest"
-	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/config"
 	"github.com/kmehsm/kmehsm/internal/keysvcd/settings"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 	"github.com/kmehsm/kmehsm/internal/testproc"
@@ -49,7 +49,7 @@ func TestOperatorPage(t *testing.T) {
 	service, page := serving[0][0], serving[1][0]
 	get := func(name, address, path string) (int, string) {
 		t.Helper()
-		config, err := cmdline.ClientTLS(filepath.Join(dir, name+".pem"), filepath.Join(dir, name+".key"),
+		config, err := config.ClientTLS(filepath.Join(dir, name+".pem"), filepath.Join(dir, name+".key"),
 			filepath.Join(dir, "ca.pem"))
 		if err != nil {
 			t.Fatal(err)

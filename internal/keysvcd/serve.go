@@ -32,12 +32,14 @@ import (
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
-	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/config"
+	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/keysvcd/settings"
 	"github.com/kmehsm/kmehsm/internal/operatorpage"
 	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/internal/scheduling"
+	"github.com/kmehsm/kmehsm/internal/usage"
+	"github.com/kmehsm/kmehsm/internal/version"
 )
 
 // A daemon serves from tokens and a store. Only live changes while it does.
@@ -60,9 +62,9 @@ func Serve(ctx context.Context, from settings.Source, w io.Writer) error {
 	cfg, report := settings.Read(from)
 	cfg.Inspect(report)
 	if err := report.Err(); err != nil {
-		return cmdline.Usage(err)
+		return usage.Mark(err)
 	}
-	if err := cmdline.CheckFolder("keysvc", cfg.State); err != nil {
+	if err := durable.CheckFolder("keysvc", cfg.State); err != nil {
 		return err
 	}
 	log, err := newLog(w, cfg)
@@ -167,7 +169,7 @@ func Serve(ctx context.Context, from settings.Source, w io.Writer) error {
 	count := func() { lastDay.Add(time.Now(), metrics.Totals()) }
 	d.live.page = func(service *binding.Service, s *state) http.Handler {
 		return operatorpage.New(operatorpage.Options{
-			Service: service, History: lastDay, Count: count, View: api.View, Version: cmdline.Version(),
+			Service: service, History: lastDay, Count: count, View: api.View, Version: version.Text(),
 			Health: func(ctx context.Context) operatorpage.Health { return d.health(ctx, s, service, bound) },
 		})
 	}

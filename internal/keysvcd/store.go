@@ -14,9 +14,9 @@ import (
 	"github.com/kmehsm/kmehsm/binding/mark"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/hsmkeys"
-	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/sqlite"
+	"github.com/kmehsm/kmehsm/internal/usage"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -28,7 +28,7 @@ type Token interface {
 }
 
 func noKeys(token fmt.Stringer) error {
-	return cmdline.Usagef("%s has no keys yet: run keysvc init first", token)
+	return usage.Errorf("%s has no keys yet: run keysvc init first", token)
 }
 
 // OpenStore opens a store that is there, whatever state that is in.
@@ -36,7 +36,7 @@ func OpenStore(ctx context.Context, token Token, name string) (*sqlstore.Store, 
 	if there, err := there(ctx, name); err != nil {
 		return nil, err
 	} else if !there {
-		return nil, cmdline.Usagef("there is no store at %s: run keysvc init first; or, if it is elsewhere, name its "+
+		return nil, usage.Errorf("there is no store at %s: run keysvc init first; or, if it is elsewhere, name its "+
 			"folder with state, or the store itself with store", sqlstore.File(name))
 	}
 	return makeStore(ctx, token, name)
@@ -61,10 +61,10 @@ func serveAlone(name string) (unlock func(), err error) {
 // makeStore opens a store; one in a file that is not there is made.
 func makeStore(ctx context.Context, token Token, name string) (*sqlstore.Store, error) {
 	if err := sqlstore.CheckName(name); err != nil {
-		return nil, cmdline.Usage(err)
+		return nil, usage.Mark(err)
 	}
 	if path := sqlstore.File(name); path != "" {
-		if err := cmdline.CheckOwner("keysvc", filepath.Dir(path)); err != nil {
+		if err := durable.CheckOwner("keysvc", filepath.Dir(path)); err != nil {
 			return nil, err
 		}
 	}
@@ -95,7 +95,7 @@ func UseStore(ctx context.Context, token Token, name string, f func(*sqlstore.St
 // with that now and then.
 func Migrate(ctx context.Context, token Token, from, to string, report func(rows int)) (rows int, err error) {
 	if there, err := there(ctx, from); err == nil && !there {
-		return 0, cmdline.Usagef("--from: there is no store at %s: check its path", sqlstore.File(from))
+		return 0, usage.Errorf("--from: there is no store at %s: check its path", sqlstore.File(from))
 	}
 	source, err := OpenStore(ctx, token, from)
 	if err != nil {
@@ -124,7 +124,7 @@ func BackUpStore(
 ) (found *sqlstore.Report, err error) {
 	path, ok := strings.CutPrefix(name, "sqlite:")
 	if !ok {
-		return nil, cmdline.Usagef("this store is in PostgreSQL, whose own tools make its backups while the service " +
+		return nil, usage.Errorf("this store is in PostgreSQL, whose own tools make its backups while the service " +
 			"runs: pg_dump --format=custom one of this moment; pg_basebackup with a WAL archive (archive_command) " +
 			"one that can be brought back to any moment; docs/backup.md has the commands")
 	}

@@ -20,7 +20,7 @@ import (
 	"github.com/tink-crypto/tink-go/v2/kwp/subtle"
 
 	"github.com/kmehsm/kmehsm/directory"
-	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -83,7 +83,7 @@ func OpenFleet(folder, fixtureKey string, enrolments []string) (*Fleet, error) {
 
 // enrol takes an injection key, and says whose it is.
 func (f *Fleet) enrol(fixture *rsa.PrivateKey, path string) (*directory.Verifier, error) {
-	data, err := cmdline.ReadFile(path)
+	data, err := durable.ReadFile(path)
 	if err != nil {
 		return nil, err
 	}
@@ -104,7 +104,7 @@ func (f *Fleet) enrol(fixture *rsa.PrivateKey, path string) (*directory.Verifier
 }
 
 func (f *Fleet) addLot(verifier *directory.Verifier, path string) error {
-	data, err := cmdline.ReadFile(path)
+	data, err := durable.ReadFile(path)
 	if err != nil {
 		return err
 	}
@@ -118,7 +118,7 @@ func (f *Fleet) addLot(verifier *directory.Verifier, path string) error {
 }
 
 func readPrivateKey(path string) (*rsa.PrivateKey, error) {
-	data, err := cmdline.ReadFile(path)
+	data, err := durable.ReadFile(path)
 	if err != nil {
 		return nil, err
 	}

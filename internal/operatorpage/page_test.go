@@ -30,7 +30,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/certtest"
-	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/config"
 	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/operatorpage"
 	"github.com/kmehsm/kmehsm/internal/testproc"
@@ -109,7 +109,7 @@ func newDesk(t *testing.T) *desk {
 			history.Add(time.Now(), sum)
 		}})
 	s := httptest.NewUnstartedServer(api.For(api.RoleMonitor, service, clients, page))
-	s.TLS = must.Get[*tls.Config](t)(cmdline.ServerTLS(filepath.Join(d.dir, "127.0.0.1.pem"),
+	s.TLS = must.Get[*tls.Config](t)(config.ServerTLS(filepath.Join(d.dir, "127.0.0.1.pem"),
 		filepath.Join(d.dir, "127.0.0.1.key"), filepath.Join(d.dir, "ca.pem"), tls.RequireAndVerifyClientCert))
 	s.Config.ConnContext, s.Config.ErrorLog = api.ConnContext, slog.NewLogLogger(slog.DiscardHandler, 0)
 	s.StartTLS()
@@ -161,7 +161,7 @@ func goodHealth() operatorpage.Health {
 func (d *desk) client(t *testing.T, name string) *http.Client {
 	t.Helper()
 	path := func(of string) string { return filepath.Join(d.dir, of) }
-	config := must.Get[*tls.Config](t)(cmdline.ClientTLS(path(name+".pem"), path(name+".key"), path("ca.pem")))
+	config := must.Get[*tls.Config](t)(config.ClientTLS(path(name+".pem"), path(name+".key"), path("ca.pem")))
 	c := &http.Client{Transport: &http.Transport{TLSClientConfig: config, ForceAttemptHTTP2: true}}
 	t.Cleanup(c.CloseIdleConnections)
 	return c

@@ -22,7 +22,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
-	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/version"
 )
 
 // A report is bench.json. What was not measured is not in it. Shares are medians of the pairs' shares.
@@ -101,10 +101,10 @@ func main() {
 		"run: establish, attach, rpc, postgres, s6a, provision, lookup, hsm_calls")
 	bits := flag.String("bits", "2048,3072", "the lots to establish KMEs with")
 	table := flag.String("print", "", "print a table of reports, FILE,FILE: a column for each")
-	version := flag.Bool("version", false, "print tag, commit and Go's version")
+	ask := flag.Bool("version", false, "print tag, commit and Go's version")
 	flag.Parse()
-	if *version {
-		fmt.Println("bench version", cmdline.Version())
+	if *ask {
+		fmt.Println("bench version", version.Text())
 		return
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -176,7 +176,7 @@ func (b *bench) run(parts []part, only string) error {
 	if r.Attach == nil {
 		r.Attach = map[string]*attachment{}
 	}
-	r.Machine, r.Version = machine(), cmdline.Version()
+	r.Machine, r.Version = machine(), version.Text()
 	var errs []error
 	start := time.Now()
 	for i, p := range parts {

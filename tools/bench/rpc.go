@@ -14,7 +14,7 @@ import (
 
 	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
 	"github.com/kmehsm/kmehsm/client"
-	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/config"
 	"github.com/kmehsm/kmehsm/internal/mesim"
 	"github.com/kmehsm/kmehsm/internal/scheduling"
 	"github.com/kmehsm/kmehsm/kme"
@@ -53,7 +53,7 @@ var rpcCalls = []string{"empty", "refused", "prepare", "report", "check_equipmen
 const atOnce = 64
 
 func (b *bench) measureRPC() (any, error) {
-	tls, err := cmdline.ClientTLS(b.clientFiles())
+	tls, err := config.ClientTLS(b.clientFiles())
 	if err != nil {
 		return nil, err
 	}

@@ -17,8 +17,8 @@ import (
 	"github.com/kmehsm/kmehsm/api"
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
-	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/config"
+	"github.com/kmehsm/kmehsm/internal/directories"
 	"github.com/kmehsm/kmehsm/vaultstore"
 )
 
@@ -47,25 +47,25 @@ type Config struct {
 	OperatorPage struct {
 		Listen string `yaml:"listen"`
 	} `yaml:"operator_page"`
-	Clients          []api.Client  `yaml:"clients"`
-	Store            string        `yaml:"store" path:"sqlite:"`
-	AuditLog         string        `yaml:"audit_log" path:""`
-	AttemptTTL       time.Duration `yaml:"attempt_ttl"`
-	PendingTTL       time.Duration `yaml:"pending_ttl"`
-	PendingVectors   int           `yaml:"pending_vectors"`
-	RevocationTTL    time.Duration `yaml:"revocation_ttl"`
-	MaxRevocationAge time.Duration `yaml:"max_revocation_age"`
-	DrainDelay       time.Duration `yaml:"drain_delay"`
-	HSMTimeout       time.Duration `yaml:"hsm_timeout"`
-	Verify           string        `yaml:"verify"`
-	Calls            int           `yaml:"calls"`
-	IMEIRate         float64       `yaml:"imei_rate"`
-	IMEIBurst        int           `yaml:"imei_burst"`
-	CacheMB          int64         `yaml:"cache_mb"`
-	LogLevel         slog.Level    `yaml:"log_level"`
-	OTLP             string        `yaml:"otlp"`
-	LogIdentities    string        `yaml:"log_identities"`
-	Vault            cmdline.Vault `yaml:"vault"`
+	Clients          []api.Client      `yaml:"clients"`
+	Store            string            `yaml:"store" path:"sqlite:"`
+	AuditLog         string            `yaml:"audit_log" path:""`
+	AttemptTTL       time.Duration     `yaml:"attempt_ttl"`
+	PendingTTL       time.Duration     `yaml:"pending_ttl"`
+	PendingVectors   int               `yaml:"pending_vectors"`
+	RevocationTTL    time.Duration     `yaml:"revocation_ttl"`
+	MaxRevocationAge time.Duration     `yaml:"max_revocation_age"`
+	DrainDelay       time.Duration     `yaml:"drain_delay"`
+	HSMTimeout       time.Duration     `yaml:"hsm_timeout"`
+	Verify           string            `yaml:"verify"`
+	Calls            int               `yaml:"calls"`
+	IMEIRate         float64           `yaml:"imei_rate"`
+	IMEIBurst        int               `yaml:"imei_burst"`
+	CacheMB          int64             `yaml:"cache_mb"`
+	LogLevel         slog.Level        `yaml:"log_level"`
+	OTLP             string            `yaml:"otlp"`
+	LogIdentities    string            `yaml:"log_identities"`
+	Vault            directories.Vault `yaml:"vault"`
 
 	Equipment Equipment `yaml:"equipment"`
 }
@@ -86,7 +86,7 @@ var schema = config.Schema[Config]{See: "keysvc serve", Settings: slices.Concat(
 		Help: "the folder of the database, as --state of the other commands"},
 	{Name: "directory", Example: "file:/srv/directory", Help: "for manufacturers enrolled without one",
 		Rule: "file:DIR or vault:MOUNT",
-		OK:   func(c *Config) bool { return c.Directory == "" || cmdline.CheckDirectory(c.Directory) == nil }},
+		OK:   func(c *Config) bool { return c.Directory == "" || directories.Check(c.Directory) == nil }},
 	{Name: "listen", Example: "127.0.0.1:8443", Help: "mutual TLS 1.3; with tls",
 		Rule: "HOST:PORT",
 		OK:   func(c *Config) bool { _, _, err := net.SplitHostPort(c.Listen); return c.Listen == "" || err == nil }},

@@ -1,16 +1,14 @@
-package cmdline
+package config
 
 import (
 	"crypto/tls"
 	"fmt"
-
-	"github.com/kmehsm/kmehsm/internal/config"
 )
 
 // ServerTLS reads a server's certificate, and the CA of its clients: TLS 1.3, nothing less, and a client's certificate
 // is verified; auth says whether each must have one.
 func ServerTLS(certificate, key, clientCA string, auth tls.ClientAuthType) (*tls.Config, error) {
-	var files config.Report
+	var files Report
 	files.ServerTLS("", certificate, key, clientCA)
 	if err := files.Err(); err != nil {
 		return nil, err
@@ -19,7 +17,7 @@ func ServerTLS(certificate, key, clientCA string, auth tls.ClientAuthType) (*tls
 	if err != nil {
 		return nil, fmt.Errorf("the server's certificate: %w", err)
 	}
-	pool, err := config.Certificates(clientCA)
+	pool, err := Certificates(clientCA)
 	if err != nil {
 		return nil, fmt.Errorf("the clients' CA %w", err)
 	}
@@ -33,7 +31,7 @@ func ClientTLS(certificate, key, serverCA string) (*tls.Config, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the client's certificate: %w", err)
 	}
-	pool, err := config.Certificates(serverCA)
+	pool, err := Certificates(serverCA)
 	if err != nil {
 		return nil, fmt.Errorf("the server's CA %w", err)
 	}

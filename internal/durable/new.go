@@ -1,14 +1,15 @@
-package cmdline
+package durable
 
 import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 
-	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/usage"
 )
 
 // WriteNew writes a file for another party. One that is there with the same content is left as it is; one with another
@@ -20,7 +21,7 @@ func WriteNew(path string, data []byte, perm os.FileMode) error {
 	if err := CheckNew(path); err != nil {
 		return err
 	}
-	if err := durable.WriteFile(path, data, perm); err != nil {
+	if err := WriteFile(path, data, perm); err != nil {
 		return fmt.Errorf("the file cannot be written; make room, or name another with --out: %w", err)
 	}
 	return nil
@@ -32,7 +33,7 @@ func CheckNew(path string) error {
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		if _, err := os.Stat(filepath.Dir(path)); errors.Is(err, fs.ErrNotExist) {
-			return Usagef("--out: there is no folder %s", filepath.Dir(path))
+			return usage.Errorf("--out: there is no folder %s", filepath.Dir(path))
 		}
 		return nil
 	case err == nil:
@@ -40,4 +41,22 @@ func CheckNew(path string) error {
 			"away", path)
 	}
 	return err
+}
+
+// ReadFile reads a file that passes between parties, with a limit on its size.
+func ReadFile(path string) ([]byte, error) {
+	const limit = 16 << 20
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	if info, err := f.Stat(); err == nil && info.IsDir() {
+		return nil, fmt.Errorf("%s is a folder: name a file in it", path)
+	}
+	data, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err == nil && len(data) > limit {
+		err = fmt.Errorf("%s is larger than any file of ours", path)
+	}
+	return data, err
 }

@@ -1,12 +1,13 @@
-package cmdline
+// Package version says what a program was built from.
+package version
 
 import (
 	"fmt"
 	"runtime/debug"
 )
 
-// Version names what this program was built from: its tag (or, between two tags, Go's pseudo-version), commit and Go.
-func Version() string {
+// Text names the version of this program: its tag (or, between two tags, Go's pseudo-version), commit and Go.
+func Text() string {
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
 		return "unknown"
@@ -14,8 +15,8 @@ func Version() string {
 	return describe(info)
 }
 
-// Build is what Version says, in parts: the version, the commit with what is said of changes, and Go's.
-func Build() (version, commit, goVersion string) {
+// Parts is Text in its parts. The commit says whether there were changes beside it.
+func Parts() (version, commit, goVersion string) {
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
 		return "unknown", "unknown", "unknown"

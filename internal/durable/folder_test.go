@@ -1,11 +1,14 @@
-package cmdline
+package durable
 
 import (
+	"errors"
 	"os"
 	"os/user"
 	"strconv"
 	"strings"
 	"testing"
+
+	"github.com/kmehsm/kmehsm/internal/usage"
 )
 
 // Root does not work in another user's folder: the service could not use what it makes there.
@@ -29,7 +32,7 @@ func TestCheckOwner(t *testing.T) {
 		want = u.Username
 	}
 	err = checkOwner("keysvc", dir, info, 0)
-	if err == nil || exitCode(err) != exitUsage || !strings.Contains(err.Error(), "runuser -u "+want) {
+	if !errors.As(err, new(usage.Error)) || !strings.Contains(err.Error(), "runuser -u "+want) {
 		t.Errorf("root: %v", err)
 	}
 	own, err := os.Stat("/")

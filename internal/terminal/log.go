@@ -1,4 +1,4 @@
-package cmdline
+package terminal
 
 import (
 	"bytes"
@@ -13,7 +13,7 @@ import (
 
 // NewLog logs lines of text for people where w is a terminal, else lines of JSON.
 func NewLog(w io.Writer, o slog.HandlerOptions) *slog.Logger {
-	if !Terminal(w) {
+	if !Is(w) {
 		return slog.New(slog.NewJSONHandler(w, &o))
 	}
 	h := &humanLog{out: &humanOut{w: w}}

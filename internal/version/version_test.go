@@ -1,4 +1,4 @@
-package cmdline
+package version
 
 import (
 	"runtime/debug"

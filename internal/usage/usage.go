@@ -1,0 +1,17 @@
+// Package usage marks errors in how a program was called or configured. It ends with exit code 2 then.
+package usage
+
+import (
+	"fmt"
+)
+
+// An Error is about what a program was told: a flag, a setting, or a folder, store or token that one of them names.
+type Error struct{ error }
+
+func (e Error) Unwrap() error { return e.error }
+
+// Mark makes err an Error.
+func Mark(err error) error { return Error{error: err} }
+
+// Errorf is [fmt.Errorf] for an Error.
+func Errorf(format string, args ...any) error { return Mark(fmt.Errorf(format, args...)) }
