@@ -26,8 +26,8 @@ func TokensCommand() *cli.Command {
 func tokens(c *cli.Context) error {
 	of := cmp.Or(c.Args().First(), c.String("token"))
 	if of == "" {
-		return usage.Errorf("name a PKCS #11 module, for example %s /usr/lib/softhsm/libsofthsm2.so, or a token of it with "+
-			"--token", c.Command.HelpName)
+		return usage.Errorf("name a PKCS #11 module, for example %s /usr/lib/softhsm/libsofthsm2.so, or a token of it "+
+			"with --token", c.Command.HelpName)
 	}
 	slots, module, err := hsmkeys.Slots(of)
 	if err != nil {
