@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/factory/auditlog"
@@ -48,6 +49,26 @@ type Ceremony struct {
 	Officer  custody.Officer
 	Basis    custody.Basis
 	Present  []string // those who are there, as they were named
+}
+
+// CheckPresent refuses what cannot be in minutes, which are printed with a fact a line.
+func CheckPresent(names []string) error {
+	for _, name := range names {
+		if strings.TrimSpace(name) == "" ||
+			strings.ContainsFunc(name, func(r rune) bool { return !unicode.IsPrint(r) }) {
+			return fmt.Errorf("%q is no name: give each in one line of text", name)
+		}
+	}
+	return nil
+}
+
+// SplitFacts are those of a new split, for the minutes.
+func SplitFacts(split *hsmkeys.Split, custodians []custody.Custodian) map[string]string {
+	made := map[string]string{"split": split.ID, "threshold": fmt.Sprint(split.Threshold)}
+	for i, r := range custodians {
+		made[fmt.Sprintf("custodian %02d", i+1)] = r.String()
+	}
+	return made
 }
 
 // An Act is what a ceremony is held for. It gives the facts for the minutes.

@@ -19,6 +19,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/internal/weakkey"
 	"github.com/kmehsm/kmehsm/kme"
@@ -252,8 +253,20 @@ func (l *Line) Grant(ctx context.Context, lot, operator string, deliver func(jws
 	return nil
 }
 
-// SameGrant says whether two grants differ in nothing but the signature, which is never the same twice.
-func (l *Line) SameGrant(a, b []byte) bool {
+// WriteGrant is Grant to a file. One that has the same grant already is left as it is.
+func (l *Line) WriteGrant(ctx context.Context, lot, operator, path string) (wrote bool, err error) {
+	err = l.Grant(ctx, lot, operator, func(jws []byte) error {
+		if have, err := durable.ReadFile(path); err == nil && l.sameGrant(have, jws) {
+			return nil
+		}
+		wrote = true
+		return durable.WriteNew(path, jws, 0o600)
+	})
+	return wrote, err
+}
+
+// sameGrant says whether two grants differ in nothing but the signature, which is never the same twice.
+func (l *Line) sameGrant(a, b []byte) bool {
 	var one, other handover.Grant
 	return l.verifier.Verify(handover.TypeGrant, "the grant", a, &one) == nil &&
 		l.verifier.Verify(handover.TypeGrant, "the grant", b, &other) == nil && reflect.DeepEqual(one, other)

@@ -391,8 +391,8 @@ func TestGrantRecorded(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if bytes.Equal(grants[0], grants[1]) || !line.SameGrant(grants[0], grants[1]) ||
-		line.SameGrant(grants[0][:len(grants[0])-1], grants[1]) {
+	if bytes.Equal(grants[0], grants[1]) || !line.sameGrant(grants[0], grants[1]) ||
+		line.sameGrant(grants[0][:len(grants[0])-1], grants[1]) {
 		t.Error("the same grant is told by its signature, or one that is damaged is the same")
 	}
 	// A later one that fails does not forget the first.

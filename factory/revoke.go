@@ -101,8 +101,17 @@ type Refreshed struct {
 	NextUpdate time.Time `json:"next_update"`
 }
 
-// RefreshAll is Refresh for several lots. One that fails does not hold up the others.
+// RefreshAll is Refresh for several lots, or for all if none is named. One that fails does not hold up the others.
 func (l *Line) RefreshAll(ctx context.Context, lots []string, validity time.Duration, begin bool) ([]Refreshed, error) {
+	if len(lots) == 0 {
+		all, err := l.Lots(ctx)
+		if err != nil {
+			return nil, err
+		}
+		for _, m := range all {
+			lots = append(lots, m.Lot)
+		}
+	}
 	done := []Refreshed{}
 	var failed error
 	for _, lot := range lots {

@@ -134,6 +134,14 @@ func Enter(ctx context.Context, store binding.Listings, all []binding.Listing) (
 	return changed, nil
 }
 
+// Remove is Enter of what removes the entries of a text. It fails if none of them is there.
+func Remove(ctx context.Context, store binding.Listings, text string, all []binding.Listing) (changed int, err error) {
+	if changed, err = Enter(ctx, store, all); err == nil && changed == 0 {
+		err = fmt.Errorf("%s is not listed: see keysvc equipment list", text)
+	}
+	return changed, err
+}
+
 // Standing gives the entries that stand, in the order of their prefixes.
 func Standing(ctx context.Context, store binding.Listings) ([]binding.Listing, error) {
 	all, err := store.Listed(ctx, 0)

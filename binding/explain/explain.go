@@ -2,6 +2,7 @@
 package explain
 
 import (
+	"context"
 	"fmt"
 	"slices"
 	"time"
@@ -9,6 +10,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/refusals"
 	"github.com/kmehsm/kmehsm/binding/registry"
+	"github.com/kmehsm/kmehsm/internal/usage"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -219,12 +221,39 @@ func DeviceOf(imsi kme.IMSI, lots []*registry.Lot) (imei kme.IMEI, lot string) {
 	if err != nil {
 		return imei, ""
 	}
-	for _, l := range lots {
-		if _, has := l.Manifest.Position(imei); has {
-			lot = l.Manifest.Lot
-		}
+	if l := registry.LotOf(lots, imei); l != nil {
+		lot = l.Manifest.Lot
 	}
 	return imei, lot
+}
+
+// ParseIMSI is [kme.ParseIMSI] for whoever may have an IMEI in hand instead: the error says what to do with that.
+func ParseIMSI(text string) (kme.IMSI, error) {
+	imsi, err := kme.ParseIMSI(text)
+	if imei, e := kme.ParseIMEI(text); err != nil && e == nil {
+		err = fmt.Errorf("%w, and this is an IMEI: %s", err, DeviceCommands(imei))
+	}
+	return imsi, err
+}
+
+// MayOpen refuses to open provisioning for what is the IMEI of a device, and no IMSI that was bound. An IMSI that is
+// not bound needs no opening: its next vector opens an attempt.
+func MayOpen(ctx context.Context, store interface {
+	Subscription(ctx context.Context, imsi kme.IMSI, now time.Time) (*binding.Subscription, error)
+	Lots(ctx context.Context) ([]*registry.Lot, error)
+}, imsi kme.IMSI, now time.Time) error {
+	if s, err := store.Subscription(ctx, imsi, now); err != nil || s.Latest() != nil {
+		return nil // what is damaged may be opened, too
+	}
+	lots, err := store.Lots(ctx)
+	if err != nil {
+		return err
+	}
+	if imei, lot := DeviceOf(imsi, lots); lot != "" {
+		return usage.Errorf("%s is the IMEI of a device of lot %s, and no IMSI that is bound: %s", imsi, lot,
+			DeviceCommands(imei))
+	}
+	return nil
 }
 
 // DeviceCommands are the commands that tell of a device what others tell of a subscription.

@@ -111,6 +111,33 @@ func Enroll(ctx context.Context, token Token, store registry.Store, by Enrolment
 	return m, token.DestroyTransportKey(ctx, transports[at])
 }
 
+// Replaced says, a sentence each, what an enrolment has changed of the one before, which is among those of before, and
+// what it has left. newTACs says whether the TACs were named now.
+func Replaced(m *registry.Manufacturer, before []*registry.Manufacturer, newTACs bool) (says []string) {
+	say := func(format string, args ...any) { says = append(says, fmt.Sprintf(format, args...)) }
+	at := slices.IndexFunc(before, func(was *registry.Manufacturer) bool { return was.KeyID == m.KeyID })
+	if at >= 0 {
+		was := before[at]
+		if was.Operator != m.Operator {
+			say("before, it was enrolled as operator %s, whose grants are refused from now on", was.Operator)
+		}
+		switch {
+		case m.Directory == "":
+		case was.Directory == m.Directory:
+			say("its directory is %s, as before", m.Directory)
+		case was.Directory != "":
+			say("its directory is %s; before, it was %s", m.Directory, was.Directory)
+		}
+	}
+	switch {
+	case len(m.TACs) > 0 && newTACs:
+		say("its lots may have TAC %s alone", m.TACs)
+	case len(m.TACs) > 0:
+		say("its lots may have TAC %s alone, as before", m.TACs)
+	}
+	return says
+}
+
 // checkPins fails if a TAC that m is to have is another's, pinned to it or in a lot of its that is served, or if a lot
 // of m's has one that m is not to have.
 func checkPins(lots []*registry.Lot, manufacturers []*registry.Manufacturer, m *registry.Manufacturer) error {

@@ -3,6 +3,7 @@ package imports
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding/registry"
@@ -30,6 +31,28 @@ func Distrust(
 	ctx context.Context, store registry.Store, manufacturer string, v registry.Verdict,
 ) (registry.Verdict, error) {
 	return store.Decide(ctx, manufacturer, "", v, func([]*registry.Lot) error { return nil })
+}
+
+// DistrustLoss says what is lost when a manufacturer is distrusted: nothing, if it is not enrolled, or is distrusted
+// already.
+func DistrustLoss(ctx context.Context, store registry.Store, manufacturer string) (string, error) {
+	manufacturers, err := store.Manufacturers(ctx)
+	if err != nil {
+		return "", err
+	}
+	at := slices.IndexFunc(manufacturers, func(m *registry.Manufacturer) bool { return m.KeyID == manufacturer })
+	if at < 0 || manufacturers[at].Verdict.Withdrawn {
+		return "", nil
+	}
+	lots, err := store.Lots(ctx)
+	served := 0
+	for _, l := range lots {
+		if l.Manufacturer == manufacturer && l.Served() {
+			served++
+		}
+	}
+	return fmt.Sprintf("Manufacturer %s, enrolled as operator %s: none of its lots is served any more, %d by now, and "+
+		"no device of theirs is bound any more.", manufacturer, manufacturers[at].Operator, served), err
 }
 
 // Trust ends what Distrust began. It fails if the IMEIs of a lot are by now those of another one, or a TAC that of
@@ -77,6 +100,16 @@ func RetireLot(
 		return stands, err
 	}
 	return stands, token.RemoveLotKey(ctx, lot.Key())
+}
+
+// RetirementLoss says what is lost when a lot is retired, and its key in a token destroyed.
+func RetirementLoss(
+	ctx context.Context, store registry.Store, lot *registry.Lot, token fmt.Stringer, now time.Time,
+) (string, error) {
+	bound, err := store.Bound(ctx, lot.Manufacturer, lot.Manifest.Lot, now)
+	return fmt.Sprintf("Lot %s of manufacturer %s: its key in %s will be destroyed, and none of its %d devices is "+
+		"bound any more. %d bindings stand.", lot.Manifest.Lot, lot.Manufacturer, token, lot.Manifest.Devices(),
+		bound), err
 }
 
 // FindLot gives the lot of a name; manufacturer may be empty where the name is one lot's only.

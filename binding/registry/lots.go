@@ -20,6 +20,7 @@ import (
 type Lots struct {
 	ranges     []lotRange // by first IMEI; they do not overlap
 	imported   map[lotName]*ImportedLot
+	trusted    []*Lot             // those of imported whose manufacturer is not distrusted
 	distrusted map[string]Verdict // manufacturers, by KeyID
 }
 
@@ -92,6 +93,7 @@ func NewLots(lots []*Lot, readers map[string]*directory.Reader) (*Lots, error) {
 			return nil, fmt.Errorf("lot %s is of manufacturer %s, who is not enrolled", l.Manifest.Lot, l.Manufacturer)
 		}
 		served := &TrustedLot{Manifest: l.Manifest, Public: l.Manifest.PublicKey(), key: l.Key(), Reader: reader}
+		index.trusted = append(index.trusted, l)
 		if lot.TrustedLot = served; !l.Served() {
 			continue
 		}
@@ -126,19 +128,13 @@ func (l *Lots) Find(imei kme.IMEI) *TrustedLot {
 	return l.ranges[i].lot
 }
 
-// Of is the imported lot of a device, served or not; nil if there is none whose manufacturer is trusted.
+// Of is [LotOf] among the lots whose manufacturer is trusted.
 func (l *Lots) Of(imei kme.IMEI) *ImportedLot {
-	if lot := l.Find(imei); lot != nil {
-		return l.imported[lotName{manufacturer: lot.Manifest.Manufacturer, lot: lot.Manifest.Lot}]
+	lot := LotOf(l.trusted, imei)
+	if lot == nil {
+		return nil
 	}
-	for _, lot := range l.imported {
-		if lot.TrustedLot != nil {
-			if _, ok := lot.Manifest.Position(imei); ok {
-				return lot
-			}
-		}
-	}
-	return nil
+	return l.imported[lotName{manufacturer: lot.Manufacturer, lot: lot.Manifest.Lot}]
 }
 
 // LogWithdrawn logs what is not served, and by whose decision.

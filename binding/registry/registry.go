@@ -25,6 +25,14 @@ type Manufacturer struct {
 	Verdict   Verdict // withdrawn: none of its lots is served any more
 }
 
+// State says in a word whether the manufacturer is trusted.
+func (m *Manufacturer) State() string {
+	if m.Verdict.Withdrawn {
+		return "distrusted"
+	}
+	return "trusted"
+}
+
 // A Lot is one whose private key is in the operator's token.
 type Lot struct {
 	Manufacturer string
@@ -42,6 +50,31 @@ func (l *Lot) Key() hsmkeys.Key {
 
 // Served says whether the lot's devices may be bound.
 func (l *Lot) Served() bool { return !l.Retired.Withdrawn && !l.Distrusted.Withdrawn }
+
+// State says in a word whether the lot is served, and why not.
+func (l *Lot) State() string {
+	switch {
+	case l.Retired.Withdrawn:
+		return "retired"
+	case l.Distrusted.Withdrawn:
+		return "distrusted"
+	}
+	return "served"
+}
+
+// LotOf is the lot that has a device; nil if there is none. The ranges of lots that are served do not overlap, but
+// those of others may: of several lots it is the one that is served, else the one that was imported last.
+func LotOf(lots []*Lot, imei kme.IMEI) (of *Lot) {
+	for _, l := range lots {
+		if _, has := l.Manifest.Position(imei); !has {
+			continue
+		}
+		if of == nil || l.Served() || !of.Served() && l.Imported.After(of.Imported) {
+			of = l
+		}
+	}
+	return of
+}
 
 // A Verdict is the last decision about a manufacturer or a lot; its zero value, that there was none.
 type Verdict struct {

@@ -4,6 +4,7 @@ package report
 
 import (
 	"context"
+	"fmt"
 	"iter"
 	"time"
 
@@ -56,6 +57,22 @@ func (q Selection) Each(ctx context.Context, store binding.Store) iter.Seq2[*bin
 			}
 		}
 	}
+}
+
+// Count gives how many bindings are selected, by their states. counted is called with how many were so far.
+func (q Selection) Count(
+	ctx context.Context, store binding.Store, counted func(n int),
+) (states map[binding.State]int, n int, err error) {
+	states = map[binding.State]int{binding.Pending: 0, binding.Active: 0, binding.Revoked: 0}
+	for b, err := range q.Each(ctx, store) {
+		if err != nil {
+			return nil, 0, err
+		}
+		states[b.State]++
+		n++
+		counted(n)
+	}
+	return states, n, nil
 }
 
 func (q Selection) has(b *binding.Binding) bool {
@@ -118,4 +135,18 @@ func standing(ctx context.Context, store binding.Store, b *binding.Binding, now 
 		}
 	}
 	return all, nil
+}
+
+// ParseSince gives a time before now: a duration ago, or a date, or a time by RFC 3339.
+func ParseSince(text string, now time.Time) (time.Time, error) {
+	if d, err := time.ParseDuration(text); err == nil && d >= 0 {
+		return now.Add(-d), nil
+	}
+	for _, layout := range []string{time.RFC3339, time.DateOnly} {
+		if t, err := time.Parse(layout, text); err == nil {
+			return t, nil
+		}
+	}
+	return time.Time{}, fmt.Errorf("a time ago as 24h or 30m, or a date as 2026-01-31, or 2026-01-31T12:00:00Z, not %q",
+		text)
 }

@@ -2,6 +2,7 @@ package report_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strconv"
 	"testing"
@@ -67,6 +68,43 @@ func TestSelection(t *testing.T) {
 		}
 		if got := fmt.Sprintf("%d, %d", n, last); got != c.want {
 			t.Errorf("%s: %s; want %s", name, got, c.want)
+		}
+	}
+}
+
+// A count has all states, also those that there are none of.
+func TestCount(t *testing.T) {
+	var store pages
+	for i, s := range []binding.State{binding.Active, binding.Revoked, binding.Active} {
+		imsi := must.Get[kme.IMSI](t)(kme.ParseIMSI(fmt.Sprintf("26201%010d", i)))
+		store.all = append(store.all, &binding.Binding{IMSI: imsi, State: s})
+	}
+	counted := 0
+	states, n, err := report.Selection{}.Count(t.Context(), store, func(n int) { counted = n })
+	if want := "map[ACTIVE:2 PENDING:0 REVOKED:1]"; err != nil || n != 3 || counted != 3 || fmt.Sprint(states) != want {
+		t.Errorf("%d of %v, %d were told of, %v", n, states, counted, err)
+	}
+	if _, _, err := (report.Selection{}).Count(t.Context(), failing{}, func(int) {}); err == nil {
+		t.Error("a count of a store that is away")
+	}
+}
+
+// failing is a store that is away.
+type failing struct{ binding.Store }
+
+func (failing) Bindings(context.Context, binding.BindingQuery) ([]*binding.Binding, error) {
+	return nil, errors.New("away")
+}
+
+func TestParseSince(t *testing.T) {
+	now := time.Date(2026, 2, 1, 12, 0, 0, 0, time.UTC)
+	for text, want := range map[string]string{
+		"24h": "2026-01-31T12:00:00Z", "0s": "2026-02-01T12:00:00Z", "2026-01-31": "2026-01-31T00:00:00Z",
+		"2026-01-31T06:00:00+01:00": "2026-01-31T05:00:00Z", "-1h": "", "24": "", "yesterday": "", "2026-13-01": "",
+	} {
+		got, err := report.ParseSince(text, now)
+		if (err != nil) != (want == "") || err == nil && got.UTC().Format(time.RFC3339) != want {
+			t.Errorf("%s: %s, %v; want %s", text, got, err, want)
 		}
 	}
 }

@@ -160,6 +160,20 @@ func resealPass(
 	}
 }
 
+// RetirementLoss says what is lost when RetireStorage destroys the earlier generations; nothing if there are none.
+func RetirementLoss(ctx context.Context, token interface {
+	fmt.Stringer
+	StorageToken
+}) (string, error) {
+	all, err := token.StorageGenerations(ctx)
+	if err != nil || len(all) < 2 {
+		return "", err
+	}
+	earlier := len(all) - 1
+	return fmt.Sprintf("%d earlier storage keys in %s will be destroyed: a backup of the store from before the "+
+		"rotation to generation %d cannot be used any more.", earlier, token, all[earlier]), nil
+}
+
 // RetireStorage destroys the earlier generations of the storage key, if no KME is sealed under them, and none is for as
 // long as one could. It gives those.
 func RetireStorage(ctx context.Context, token StorageToken, store SealedStore) (destroyed []int, err error) {

@@ -27,15 +27,6 @@ func lotRefresh(c *cli.Context) error {
 		return usage.Errorf("--begin is for lots that are named: a list that is not there may have been taken away")
 	}
 	return withLine(c, func(_ *hsmkeys.FactoryToken, line *factory.Line) error {
-		if len(lots) == 0 {
-			all, err := line.Lots(c.Context)
-			if err != nil {
-				return err
-			}
-			for _, m := range all {
-				lots = append(lots, m.Lot)
-			}
-		}
 		done, failed := line.RefreshAll(c.Context, lots, validity, c.Bool("begin"))
 		if failed != nil && len(done) > 0 {
 			return cmdline.Partial(fmt.Errorf("%w\nthe lists of the %d other lots are signed anew", failed, len(done)))

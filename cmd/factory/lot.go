@@ -5,17 +5,15 @@ import (
 	"fmt"
 	"path/filepath"
 	"slices"
-	"strconv"
-	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/factory"
+	"github.com/kmehsm/kmehsm/factory/shard"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
-	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/scheduling"
 	"github.com/kmehsm/kmehsm/internal/usage"
 	"github.com/kmehsm/kmehsm/kme"
@@ -148,9 +146,9 @@ func lotCreate(c *cli.Context) error {
 	if err != nil {
 		return usage.Errorf("--suite: %w", err)
 	}
-	primes := hsmkeys.Primes(c.String("primes"))
-	if primes != hsmkeys.PrimesAuto && primes != hsmkeys.PrimesX931 {
-		return usage.Errorf("--primes is auto or x931, not %q", primes)
+	primes, err := hsmkeys.ParsePrimes(c.String("primes"))
+	if err != nil {
+		return usage.Errorf("--primes is %w", err)
 	}
 	if !c.IsSet("first") || !c.IsSet("count") {
 		return usage.Errorf("--first and --count say which serial numbers the lot has; see %s --help",
@@ -182,17 +180,11 @@ func lotCreate(c *cli.Context) error {
 func lotGrant(c *cli.Context) error {
 	return withLine(c, func(_ *hsmkeys.FactoryToken, line *factory.Line) error {
 		lot, operator := c.Args().First(), c.String("operator")
-		did := "wrote"
-		err := line.Grant(c.Context, lot, operator, func(jws []byte) error {
-			if have, err := durable.ReadFile(c.String("out")); err == nil && line.SameGrant(have, jws) {
-				did = "left as it is"
-				return nil
-			}
-			return durable.WriteNew(c.String("out"), jws, 0o600)
-		})
+		wrote, err := line.WriteGrant(c.Context, lot, operator, c.String("out"))
 		if err != nil {
 			return err
 		}
+		did := map[bool]string{true: "wrote", false: "left as it is"}[wrote]
 		return printOut(c, did, map[string]any{"lot": lot, "operator": operator},
 			"the key of lot %s, wrapped for operator %s", lot, operator)
 	})
@@ -221,27 +213,23 @@ func lotSeal(c *cli.Context) error {
 	})
 }
 
-// confirmSeal asks whether a lot is meant to be sealed. Without --force it refuses one that something is missing of.
+// confirmSeal asks whether a lot is meant to be sealed.
 func confirmSeal(c *cli.Context, token *hsmkeys.FactoryToken, lot string) error {
 	_, s, err := oneLot(c)
 	if err != nil {
 		return err
 	}
-	missing := strings.Join(s.Missing(c.String("state")), "; ")
-	if missing != "" && !c.Bool("force") {
-		return fmt.Errorf("lot %s is not sealed: %s. A sealed lot can be granted to nobody: finish it and grant it "+
-			"first, or say --force", lot, missing)
+	if err := s.MaySeal(c.String("state")); err != nil && !c.Bool("force") {
+		return err
 	}
-	return cmdline.Confirm(c, fmt.Sprintf("Lot %s, %d of %d devices published, granted to %s: its key can never leave "+
-		"%s again, and no other operator can be granted the lot.", lot, s.Published, s.Devices, s.Operators(),
-		token), lot)
+	return cmdline.Confirm(c, s.SealLoss(token), lot)
 }
 
 func lotProvision(c *cli.Context) error {
 	out := injectionDir(c, "out")
-	from, to, err := shardRange(c.String("shards"))
+	from, to, err := shard.ParseRange(c.String("shards"))
 	if err != nil {
-		return err
+		return usage.Errorf("--shards is %w", err)
 	}
 	if c.IsSet("workers") && c.Int("workers") < 1 {
 		return usage.Errorf("--workers is at least 1")
@@ -272,20 +260,6 @@ func lotProvision(c *cli.Context) error {
 			"second)\ninjection packages in %s\n", lot, p.Total, p.Made, seconds, float64(p.Made)/seconds,
 			filepath.Join(out, lot))
 	})
-}
-
-// shardRange reads --shards: A-B, both included; nothing for all.
-func shardRange(text string) (from, to int, err error) {
-	if text == "" {
-		return 0, 0, nil
-	}
-	first, last, ok := strings.Cut(text, "-")
-	from, ferr := strconv.Atoi(first)
-	to, terr := strconv.Atoi(last)
-	if !ok || ferr != nil || terr != nil || from > to {
-		return 0, 0, usage.Errorf("--shards is FIRST-LAST, as 0-499, not %q", text)
-	}
-	return from, to + 1, nil
 }
 
 // progress shows how far a lot is.

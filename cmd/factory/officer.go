@@ -9,7 +9,6 @@ import (
 	"slices"
 	"strings"
 	"time"
-	"unicode"
 
 	"github.com/urfave/cli/v2"
 
@@ -91,11 +90,7 @@ func soSplit(c *cli.Context) error {
 			if err != nil {
 				return nil, err
 			}
-			made = map[string]string{"split": split.ID, "threshold": fmt.Sprint(split.Threshold)}
-			for i, r := range custodians {
-				made[fmt.Sprintf("custodian %02d", i+1)] = r.String()
-			}
-			return made, nil
+			return factory.SplitFacts(split, custodians), nil
 		})
 	if split != nil && err != nil { // the shares are the only way to the PIN, minutes or not
 		return fmt.Errorf("%w; the shares of split %s are in force: %s", err, split.ID, strings.Join(files, ", "))
@@ -171,12 +166,8 @@ func ceremony(c *cli.Context, name string, basis custody.Basis, act factory.Act)
 	if terminal.Is(os.Stdin) {
 		officer.Ask = func(q *custody.Quorum) error { return q.Ask(c.Context, os.Stdin, c.App.ErrWriter) }
 	}
-	for _, name := range c.StringSlice("present") { // minutes are printed, a fact a line
-		if strings.TrimSpace(name) == "" || strings.ContainsFunc(name, func(r rune) bool {
-			return !unicode.IsPrint(r)
-		}) {
-			return "", usage.Errorf("--present %q is no name: give each in one line of text", name)
-		}
+	if err := factory.CheckPresent(c.StringSlice("present")); err != nil {
+		return "", usage.Errorf("--present %w", err)
 	}
 	minutes, err = factory.Ceremony{
 		Name: name, Command: calledAs(), State: state(c), TokenURI: c.String("token"), Officer: officer, Basis: basis,

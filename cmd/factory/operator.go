@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"strings"
 
 	"github.com/urfave/cli/v2"
 
@@ -62,8 +61,8 @@ func operatorEnroll(c *cli.Context) error {
 }
 
 func operatorPolicy(c *cli.Context) error {
-	mount, ok := strings.CutPrefix(c.String("directory"), "vault:")
-	if !ok || directories.Check(c.String("directory")) != nil {
+	mount := directories.Mount(c.String("directory"))
+	if mount == "" {
 		return usage.Errorf("--directory vault:MOUNT says which mount the policy is for")
 	}
 	operator := c.Args().First()

@@ -3,7 +3,6 @@ package main
 import (
 	"fmt"
 	"io"
-	"strings"
 
 	"github.com/urfave/cli/v2"
 
@@ -29,8 +28,8 @@ func vaultCommand() *cli.Command {
 }
 
 func vaultSetup(c *cli.Context) error {
-	mount, ok := strings.CutPrefix(c.String("directory"), "vault:")
-	if !ok || directories.Check(c.String("directory")) != nil {
+	mount := directories.Mount(c.String("directory"))
+	if mount == "" {
 		return usage.Errorf("--directory vault:MOUNT says which mount to set up")
 	}
 	client, err := vaultstore.Connect(c.Context, cmdline.VaultLogin(c), cmdline.StderrLog(c))

@@ -2,7 +2,6 @@ package main
 
 import (
 	"cmp"
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -164,24 +163,11 @@ func selected(c *cli.Context, now time.Time) (q report.Selection, err error) {
 		return q, usage.Errorf("--limit is 1 at least")
 	}
 	if text := c.String("since"); text != "" {
-		if q.Since, err = parseSince(text, now); err != nil {
-			return q, usage.Mark(err)
+		if q.Since, err = report.ParseSince(text, now); err != nil {
+			return q, usage.Errorf("--since is %w", err)
 		}
 	}
 	return q, nil
-}
-
-func parseSince(text string, now time.Time) (time.Time, error) {
-	if d, err := time.ParseDuration(text); err == nil && d >= 0 {
-		return now.Add(-d), nil
-	}
-	for _, layout := range []string{time.RFC3339, time.DateOnly} {
-		if t, err := time.Parse(layout, text); err == nil {
-			return t, nil
-		}
-	}
-	return time.Time{}, fmt.Errorf("--since is a time ago as 24h or 30m, or a date as 2026-01-31, or "+
-		"2026-01-31T12:00:00Z, not %q", text)
 }
 
 func bindingList(c *cli.Context) error {
@@ -207,19 +193,11 @@ func bindingList(c *cli.Context) error {
 }
 
 func bindingCount(c *cli.Context, q report.Selection, s *sqlstore.Store) error {
-	counted := cmdline.NewProgress(c, "counted", "bindings", 0)
-	states, n := map[binding.State]int{binding.Pending: 0, binding.Active: 0, binding.Revoked: 0}, 0
-	var failed error
-	for b, err := range q.Each(c.Context, s) {
-		if failed = err; err == nil {
-			states[b.State]++
-			n++
-			counted.At(n)
-		}
-	}
-	counted.Close()
-	if failed != nil {
-		return failed
+	shown := cmdline.NewProgress(c, "counted", "bindings", 0)
+	states, n, err := q.Count(c.Context, s, shown.At)
+	shown.Close()
+	if err != nil {
+		return err
 	}
 	return cmdline.Printf(c, map[string]any{"count": n, "states": states}, "%d bindings: %d active, %d pending, %d "+
 		"revoked\n", n, states[binding.Active], states[binding.Pending], states[binding.Revoked])
@@ -227,29 +205,11 @@ func bindingCount(c *cli.Context, q report.Selection, s *sqlstore.Store) error {
 
 func bindingExplain(c *cli.Context) error {
 	return withIMSI(c, func(s *sqlstore.Store, imsi kme.IMSI) error {
-		refusals, err := keysvcd.ReadRefusals(c.String("state"))
-		if err != nil {
-			return err
-		}
-		k, err := binding.ReadKnown(c.Context, s, imsi, refusals.Of(imsi), time.Now(), func(
-			ctx context.Context, b registry.Basis,
-		) ([]registry.Doubt, error) {
-			lots, err := openLots(c, s)
-			if err != nil {
-				return nil, err
-			}
-			return lots.Doubts(ctx, b)
+		e, err := keysvcd.Explain(c.Context, s, c.String("state"), imsi, func() (*registry.Lots, error) {
+			return openLots(c, s)
 		})
 		if err != nil {
 			return err
-		}
-		e := explain.OfSubscription(k)
-		if k.Nothing() {
-			lots, err := s.Lots(c.Context)
-			if err != nil {
-				return err
-			}
-			e.OrDevice(lots)
 		}
 		return cmdline.Print(c, e, func(w io.Writer) { printExplanation(w, e) })
 	})
@@ -319,11 +279,8 @@ func bindingReport(c *cli.Context) error {
 }
 
 func withIMSI(c *cli.Context, f func(*sqlstore.Store, kme.IMSI) error) error {
-	imsi, err := kme.ParseIMSI(c.Args().First())
+	imsi, err := explain.ParseIMSI(c.Args().First())
 	if err != nil {
-		if imei, e := kme.ParseIMEI(c.Args().First()); e == nil {
-			err = fmt.Errorf("%w, and this is an IMEI: %s", err, explain.DeviceCommands(imei))
-		}
 		return usage.Mark(err)
 	}
 	return withStore(c, func(s *sqlstore.Store) error { return f(s, imsi) })
@@ -382,16 +339,8 @@ func bindingOpen(c *cli.Context) error {
 		if err != nil {
 			return usage.Mark(err)
 		}
-		// An IMSI that is not bound needs no opening: its next vector opens an attempt.
-		if sub, err := s.Subscription(c.Context, imsi, time.Now()); err == nil && sub.Latest() == nil {
-			lots, err := s.Lots(c.Context)
-			if err != nil {
-				return err
-			}
-			if imei, lot := explain.DeviceOf(imsi, lots); lot != "" {
-				return usage.Errorf("%s is the IMEI of a device of lot %s, and no IMSI that is bound: %s", imsi, lot,
-					explain.DeviceCommands(imei))
-			}
+		if err := explain.MayOpen(c.Context, s, imsi, time.Now()); err != nil {
+			return err
 		}
 		if err := s.OpenAttempt(c.Context, *a); err != nil {
 			return err

@@ -1,17 +1,17 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"os"
-	"slices"
-	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/devicelist"
+	"github.com/kmehsm/kmehsm/binding/explain"
 	"github.com/kmehsm/kmehsm/binding/sightings"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
@@ -63,21 +63,23 @@ func equipmentAdd(c *cli.Context) error {
 	if err != nil {
 		return usage.Mark(err)
 	}
-	return enterListings(c, status)
+	return enterListings(c, status, devicelist.Enter)
 }
 
-func equipmentRemove(c *cli.Context) error { return enterListings(c, "") }
+func equipmentRemove(c *cli.Context) error {
+	return enterListings(c, "", func(ctx context.Context, s binding.Listings, all []binding.Listing) (int, error) {
+		return devicelist.Remove(ctx, s, c.Args().First(), all)
+	})
+}
 
-func enterListings(c *cli.Context, status binding.EquipmentStatus) error {
+func enterListings(c *cli.Context, status binding.EquipmentStatus,
+	enter func(context.Context, binding.Listings, []binding.Listing) (changed int, err error)) error {
 	all, err := devicelist.New(c.Args().First(), status, c.String("reason"), time.Now())
 	if err != nil {
 		return usage.Mark(err)
 	}
 	return withStore(c, func(s *sqlstore.Store) error {
-		changed, err := devicelist.Enter(c.Context, s, all)
-		if err == nil && status == "" && changed == 0 {
-			err = fmt.Errorf("%s is not listed: see keysvc equipment list", c.Args().First())
-		}
+		changed, err := enter(c.Context, s, all)
 		if err != nil {
 			return err
 		}
@@ -131,26 +133,6 @@ func equipmentList(c *cli.Context) error {
 	})
 }
 
-// identities are what a text can be: an IMEI, an IMSI, or both.
-func identities(text string) (imei kme.IMEI, imsi kme.IMSI, err error) {
-	digits, isIMEI := strings.CutPrefix(text, "imei-")
-	digits, isIMSI := strings.CutPrefix(digits, "imsi-")
-	var notIMEI, notIMSI error
-	if !isIMSI {
-		imei, notIMEI = kme.ParseIMEI(digits)
-	}
-	if !isIMEI {
-		imsi, notIMSI = kme.ParseIMSI(digits)
-	}
-	switch {
-	case isIMEI && notIMEI != nil:
-		return imei, imsi, notIMEI
-	case notIMSI != nil && (isIMSI || notIMEI != nil):
-		return imei, imsi, notIMSI
-	}
-	return imei, imsi, nil
-}
-
 // known is what equipment show gives.
 type known struct {
 	IMEI      kme.IMEI             `json:"imei,omitzero"`
@@ -162,46 +144,22 @@ type known struct {
 }
 
 func equipmentShow(c *cli.Context) error {
-	imei, imsi, err := identities(c.Args().First())
+	imei, imsi, err := explain.Identities(c.Args().First())
 	if err != nil {
 		return usage.Mark(err)
 	}
 	return withStore(c, func(s *sqlstore.Store) error {
-		k := known{IMEI: imei, IMSI: imsi, Bindings: []shown{}, Sightings: []sightings.Sighting{}}
-		own, of, err := s.Equipment(c.Context, imei, imsi, time.Now())
+		e, err := explain.ReadEquipment(c.Context, s, imei, imsi, time.Now())
 		if err != nil {
 			return err
 		}
-		if b := own.Latest(); b != nil && !slices.Contains(of, b) {
-			of = append(of, b)
-		}
-		for _, b := range of {
+		k := known{IMEI: imei, IMSI: imsi, Listing: e.Listing, Listed: e.Listed, Bindings: []shown{},
+			Sightings: append([]sightings.Sighting{}, e.Sightings...)}
+		for _, b := range e.Bindings {
 			k.Bindings = append(k.Bindings, show(b))
 		}
-		seen, err := s.Sightings(c.Context, imsi, imei)
-		if err == nil && imei != (kme.IMEI{}) {
-			k.Listing, k.Listed, err = listingOf(c, s, imei)
-		}
-		if err != nil {
-			return err
-		}
-		k.Sightings = append(k.Sightings, seen...)
 		return cmdline.Print(c, k, k.print)
 	})
-}
-
-// listingOf is the entry of a device, and what the ledger has about it; nil if there is none.
-func listingOf(
-	c *cli.Context, s *sqlstore.Store, imei kme.IMEI,
-) (of *binding.Listing, history []binding.Entry, err error) {
-	all, err := devicelist.Standing(c.Context, s)
-	if err != nil {
-		return nil, nil, err
-	}
-	if of = devicelist.Of(all, imei); of != nil {
-		history, err = s.History(c.Context, binding.ListingSubject(of.Prefix))
-	}
-	return of, history, err
 }
 
 func (k known) print(w io.Writer) {

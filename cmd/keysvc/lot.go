@@ -105,20 +105,10 @@ func lotList(c *cli.Context) error {
 			for _, l := range lots {
 				m := l.Manifest
 				fmt.Fprintf(w, "%-24s %5d %9d  %-20s %-20s %-10s %s\n", m.Lot, m.PublicKey().N.BitLen(), m.Devices(),
-					m.Suite, l.Imported.Format(time.RFC3339), lotState(l), l.Manufacturer)
+					m.Suite, l.Imported.Format(time.RFC3339), l.State(), l.Manufacturer)
 			}
 		})
 	})
-}
-
-func lotState(l *registry.Lot) string {
-	switch {
-	case l.Retired.Withdrawn:
-		return "retired"
-	case l.Distrusted.Withdrawn:
-		return "distrusted"
-	}
-	return "served"
 }
 
 func lotRetire(c *cli.Context) error {
@@ -131,13 +121,10 @@ func lotRetire(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		bound, err := store.Bound(c.Context, lot.Manufacturer, lot.Manifest.Lot, time.Now())
-		if err != nil {
-			return err
+		loss, err := imports.RetirementLoss(c.Context, store, lot, token, time.Now())
+		if err == nil {
+			err = cmdline.Confirm(c, loss, lot.Manifest.Lot)
 		}
-		err = cmdline.Confirm(c, fmt.Sprintf("Lot %s of manufacturer %s: its key in %s will be destroyed, and none of "+
-			"its %d devices is bound any more. %d bindings stand.", lot.Manifest.Lot, lot.Manufacturer, token,
-			lot.Manifest.Devices(), bound), lot.Manifest.Lot)
 		if err != nil {
 			return err
 		}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"os"
 	"strings"
 	"time"
 
@@ -79,14 +78,12 @@ func manufacturerList(c *cli.Context) error {
 			const line = "%-43s  %-20s  %-20s  %-10s  %-10s  %s\n"
 			fmt.Fprintf(w, line, "MANUFACTURER", "ENROLLED", "AS OPERATOR", "STATE", "TACS", "DIRECTORY")
 			for _, m := range all {
-				state, tacs := "trusted", "any"
-				if m.Verdict.Withdrawn {
-					state = "distrusted"
-				}
+				tacs := "any"
 				if len(m.TACs) > 0 {
 					tacs = strings.Trim(fmt.Sprint(m.TACs), "[]")
 				}
-				fmt.Fprintf(w, line, m.KeyID, m.Enrolled.Format(time.RFC3339), m.Operator, state, tacs, m.Directory)
+				fmt.Fprintf(w, line, m.KeyID, m.Enrolled.Format(time.RFC3339), m.Operator, m.State(), tacs,
+					m.Directory)
 			}
 		})
 	})
@@ -112,7 +109,11 @@ func decide(
 		return withStore(c, func(store *sqlstore.Store) error {
 			id := c.Args().First()
 			if withdrawn {
-				if err := confirmDistrust(c, store, id); err != nil {
+				loss, err := imports.DistrustLoss(c.Context, store, id)
+				if err == nil && loss != "" {
+					err = cmdline.Confirm(c, loss, id[:min(8, len(id))])
+				}
+				if err != nil {
 					return err
 				}
 			}
@@ -127,34 +128,6 @@ func decide(
 			return printVerdict(c, store, "manufacturer "+id+" is "+what, id, "", stands)
 		})
 	}
-}
-
-// confirmDistrust asks whether a manufacturer is meant to be distrusted. One that is not enrolled, or that is already,
-// loses nothing.
-func confirmDistrust(c *cli.Context, store *sqlstore.Store, id string) error {
-	manufacturers, err := store.Manufacturers(c.Context)
-	if err != nil {
-		return err
-	}
-	lots, err := store.Lots(c.Context)
-	if err != nil {
-		return err
-	}
-	served := 0
-	for _, l := range lots {
-		if l.Manufacturer == id && l.Served() {
-			served++
-		}
-	}
-	for _, m := range manufacturers {
-		if m.KeyID == id && !m.Verdict.Withdrawn {
-			short := id[:min(8, len(id))]
-			return cmdline.Confirm(c, fmt.Sprintf("Manufacturer %s, enrolled as operator %s: none of its lots is "+
-				"served any more, %d by now, and no device of theirs is bound any more.", id, m.Operator,
-				served), short)
-		}
-	}
-	return nil
 }
 
 // printVerdict also says what is bound.
@@ -185,11 +158,9 @@ func enroll(c *cli.Context) error {
 		if url, err = directories.Absolute(url); err != nil {
 			return err
 		}
-		if dir, ok := strings.CutPrefix(url, "file:"); ok {
-			if _, err := os.Stat(dir); err != nil {
-				fmt.Fprintf(c.App.ErrWriter, "warning: the directory is not there now: %v; check its name, or mount "+
-					"it before lot import and serve\n", err)
-			}
+		if err := directories.There(url); err != nil {
+			fmt.Fprintf(c.App.ErrWriter, "warning: the directory is not there now: %v; check its name, or mount it "+
+				"before lot import and serve\n", err)
 		}
 	}
 	var tacs []kme.TAC
@@ -222,28 +193,8 @@ func enroll(c *cli.Context) error {
 		return cmdline.Print(c, map[string]any{"manufacturer": m.KeyID, "operator": m.Operator,
 			"directory": m.Directory, "tacs": append([]kme.TAC{}, m.TACs...)}, func(w io.Writer) {
 			fmt.Fprintf(w, "enrolled with manufacturer %s as operator %s\n", m.KeyID, m.Operator)
-			for _, was := range before {
-				if was.KeyID != m.KeyID {
-					continue
-				}
-				if was.Operator != m.Operator {
-					fmt.Fprintf(w, "before, it was enrolled as operator %s, whose grants are refused from now on\n",
-						was.Operator)
-				}
-				switch {
-				case m.Directory == "":
-				case was.Directory == m.Directory:
-					fmt.Fprintf(w, "its directory is %s, as before\n", m.Directory)
-				case was.Directory != "":
-					fmt.Fprintf(w, "its directory is %s; before, it was %s\n", m.Directory, was.Directory)
-				}
-			}
-			if len(m.TACs) > 0 {
-				before := ""
-				if len(tacs) == 0 {
-					before = ", as before"
-				}
-				fmt.Fprintf(w, "its lots may have TAC %s alone%s\n", m.TACs, before)
+			for _, text := range imports.Replaced(m, before, len(tacs) > 0) {
+				fmt.Fprintln(w, text)
 			}
 		})
 	})

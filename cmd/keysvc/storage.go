@@ -103,16 +103,12 @@ func reseal(c *cli.Context, r *hsmkeys.Rotation, store *sqlstore.Store) error {
 
 func storageRetire(c *cli.Context) error {
 	return withTokenAndStore(c, func(token *hsmkeys.OperatorToken, store *sqlstore.Store) error {
-		all, err := token.StorageGenerations(c.Context)
+		loss, err := tokenkeys.RetirementLoss(c.Context, token)
+		if err == nil && loss != "" {
+			err = cmdline.Confirm(c, loss, token.Serial())
+		}
 		if err != nil {
 			return err
-		}
-		if earlier := len(all) - 1; earlier > 0 {
-			if err := cmdline.Confirm(c, fmt.Sprintf("%d earlier storage keys in %s will be destroyed: a backup of "+
-				"the store from before the rotation to generation %d cannot be used any more.", earlier, token,
-				all[earlier]), token.Serial()); err != nil {
-				return err
-			}
 		}
 		destroyed, err := tokenkeys.RetireStorage(c.Context, token, store)
 		if err != nil {

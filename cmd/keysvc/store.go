@@ -12,6 +12,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/explain"
 	"github.com/kmehsm/kmehsm/binding/mark"
 	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
@@ -164,37 +165,26 @@ func storeUpgrade(c *cli.Context) error {
 
 func storeVerify(c *cli.Context) error {
 	return withAnyStore(c, func(token *hsmkeys.OperatorToken, store *sqlstore.Store) error {
-		behind := mark.Check(c.Context, store, token)
 		shown := cmdline.NewProgress(c, "verified", "rows", 0)
-		report, err := store.Verify(c.Context, func(rows, of int) {
+		v, err := keysvcd.VerifyStore(c.Context, token, store, func(rows, of int) {
 			shown.Set(cmdline.Step{Done: rows, New: rows, Total: of})
 		})
 		shown.Close()
 		if err != nil {
 			return err
 		}
-		result := struct {
-			*sqlstore.Report
-			OK         bool   `json:"ok"`
-			RolledBack string `json:"rolled_back,omitempty"`
-		}{Report: report, OK: behind == nil && len(report.Damaged) == 0}
-		if behind != nil {
-			result.RolledBack = behind.Error()
-		}
-		err = cmdline.Print(c, result, func(w io.Writer) {
-			for _, d := range report.Damaged {
+		err = cmdline.Print(c, v, func(w io.Writer) {
+			for _, d := range v.Damaged {
 				fmt.Fprintf(w, "%s %s %s\n", d.Table, d.Key, d.What)
 			}
-			if behind != nil {
-				fmt.Fprintln(w, behind)
+			if v.RolledBack != "" {
+				fmt.Fprintln(w, v.RolledBack)
 			}
-			fmt.Fprintf(w, "%d rows were read, %d of them entries of the ledger; %d are damaged\n",
-				report.Rows, report.Entries, len(report.Damaged))
+			fmt.Fprintf(w, "%d rows were read, %d of them entries of the ledger; %d are damaged\n", v.Rows, v.Entries,
+				len(v.Damaged))
 		})
-		if err == nil && !result.OK {
-			err = cmdline.Said(errors.New("the store is not what the service has written last: find out who has " +
-				"changed it; a subscription that is damaged can be ended with keysvc binding revoke, a manufacturer " +
-				"or a lot needs a backup of the store"))
+		if failed := v.Err(); err == nil && failed != nil {
+			err = cmdline.Said(failed)
 		}
 		return err
 	})
@@ -232,7 +222,8 @@ func storeAccept(c *cli.Context) error {
 			Reason: c.String("reason"), AuditLogs: logs,
 			RevokeUnknown: c.Bool("revoke-unknown"),
 			Agreed: func(m *binding.Missing) error {
-				return cmdline.Confirm(c, missingText(m, logs, 0)+"\n"+lossText(m, c.Bool("revoke-unknown")), "accept")
+				return cmdline.Confirm(c, explain.Missing(m, len(logs) > 0, 0)+"\n"+
+					explain.MissingLoss(m, c.Bool("revoke-unknown")), "accept")
 			},
 		})
 		if errors.Is(err, mark.ErrNoAuditLog) {
@@ -249,7 +240,7 @@ func storeAccept(c *cli.Context) error {
 			for _, change := range done.Changes {
 				fmt.Fprintln(w, changeText(change))
 			}
-			fmt.Fprintln(w, missingText(missing, logs, done.LeftOut))
+			fmt.Fprintln(w, explain.Missing(missing, len(logs) > 0, done.LeftOut))
 			for _, imsi := range done.Revoked {
 				fmt.Fprintf(w, "%-15s  now %s, because of what is not known\n", imsi, binding.Revoked)
 			}
@@ -259,35 +250,6 @@ func storeAccept(c *cli.Context) error {
 			fmt.Fprintln(w, "the store is accepted; a service that runs goes on within seconds")
 		})
 	})
-}
-
-// missingText says how much is missing, and how much comes back but for what is left out.
-func missingText(m *binding.Missing, logs []string, leftOut int) string {
-	if len(logs) == 0 {
-		return fmt.Sprintf("The ledger has lost at least %d entries. They are not known: no audit log was named "+
-			"(audit_log of the configuration, --audit-log).", m.Unknowns())
-	}
-	text := fmt.Sprintf("The ledger has lost %d entries; %d come back from the audit log, and at least %d are not "+
-		"known.", m.Lost, len(m.Lines)-leftOut, m.Unknowns())
-	if leftOut > 0 {
-		text += fmt.Sprintf(" %d of the audit log were left out: rows that somebody else has written have their KMEs.",
-			leftOut)
-	}
-	return text
-}
-
-// lossText says what is lost for good.
-func lossText(m *binding.Missing, revoke bool) string {
-	switch {
-	case m.Unknowns() == 0:
-		return "The KMEs of devices that were bound since are lost for good: these are bound no more, and their " +
-			"subscriptions are named."
-	case revoke:
-		return "Every binding whose end may be among what is not known is revoked: its subscription can then be " +
-			"bound to any device, and KMEs that were used since can be used again."
-	}
-	return "What is not known is lost for good: KMEs that were used since can be used again, devices that were bound " +
-		"since are not, and what was revoked since is not."
 }
 
 func changeText(c binding.Change) string {

@@ -74,8 +74,7 @@ func transportList(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		thumbprints := slices.AppendSeq([]string{}, maps.Keys(all))
-		slices.Sort(thumbprints)
+		thumbprints := append([]string{}, slices.Sorted(maps.Keys(all))...)
 		return cmdline.Print(c, map[string]any{"transport_keys": thumbprints}, func(w io.Writer) {
 			for _, t := range thumbprints {
 				fmt.Fprintln(w, t)
@@ -86,19 +85,16 @@ func transportList(c *cli.Context) error {
 
 func transportDestroy(c *cli.Context) error {
 	return withToken(c, func(token *hsmkeys.OperatorToken) error {
-		all, err := keysvcd.TransportKeys(c.Context, token)
+		thumbprint := c.Args().First()
+		key, err := keysvcd.TransportKey(c.Context, token, thumbprint)
 		if err != nil {
 			return err
-		}
-		thumbprint := c.Args().First()
-		if all[thumbprint] == nil {
-			return fmt.Errorf("%s has no transport key %s: see keysvc transport list", token, thumbprint)
 		}
 		if err := cmdline.Confirm(c, fmt.Sprintf("Transport key %s in %s will be destroyed: an enrolment for it, "+
 			"which may be on its way, cannot be taken any more.", thumbprint, token), thumbprint[:8]); err != nil {
 			return err
 		}
-		if err := token.DestroyTransportKey(c.Context, all[thumbprint]); err != nil {
+		if err := token.DestroyTransportKey(c.Context, key); err != nil {
 			return err
 		}
 		return cmdline.Printf(c, map[string]any{"thumbprint": thumbprint, "destroyed": true},

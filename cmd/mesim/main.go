@@ -4,8 +4,6 @@ package main
 import (
 	"encoding/json"
 	"errors"
-	"fmt"
-	"math/rand/v2"
 	"os"
 	"slices"
 	"strings"
@@ -138,7 +136,7 @@ func payload(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	imsi, err := firstIMSI(c.String("imsi"), true)
+	imsi, err := mesim.FirstIMSI(c.String("imsi"), true)
 	if err != nil {
 		return usage.Errorf("--imsi: %w", err)
 	}
@@ -163,7 +161,7 @@ func attach(c *cli.Context) error {
 	if err := tamper.Check(); err != nil {
 		return usage.Mark(err)
 	}
-	imsi, err := firstIMSI(c.String("first-imsi"), tamper == "")
+	imsi, err := mesim.FirstIMSI(c.String("first-imsi"), tamper == "")
 	if err != nil {
 		return usage.Errorf("--first-imsi: %w", err)
 	}
@@ -182,7 +180,7 @@ func load(c *cli.Context) error {
 	if c.Duration("duration") <= 0 || c.Float64("rate") < 0 {
 		return usage.Errorf("--duration is above zero, and --rate not below")
 	}
-	imsi, err := firstIMSI(c.String("first-imsi"), false)
+	imsi, err := mesim.FirstIMSI(c.String("first-imsi"), false)
 	if err != nil {
 		return usage.Errorf("--first-imsi: %w", err)
 	}
@@ -261,15 +259,4 @@ func dial(c *cli.Context) (n mesim.Network, err error) {
 	}
 	n.Client, err = client.New(o)
 	return n, err
-}
-
-// firstIMSI defaults to the test network 001 01: to its first subscription, or to one that is not likely to have come
-// up before, for whoever needs one without a binding, again and again.
-func firstIMSI(given string, lowest bool) (kme.IMSI, error) {
-	if given == "" && lowest {
-		given = "001010000000000"
-	} else if given == "" {
-		given = fmt.Sprintf("00101%010d", 1_000_000_000+rand.Int64N(8_000_000_000))
-	}
-	return kme.ParseIMSI(given)
 }

@@ -150,6 +150,22 @@ func (s *LotState) Missing(folder string) (missing []string) {
 	return missing
 }
 
+// MaySeal refuses a lot that something is Missing of.
+func (s *LotState) MaySeal(folder string) error {
+	missing := s.Missing(folder)
+	if len(missing) == 0 {
+		return nil
+	}
+	return fmt.Errorf("lot %s is not sealed: %s. A sealed lot can be granted to nobody: finish it and grant it first, "+
+		"or say --force", s.Lot, strings.Join(missing, "; "))
+}
+
+// SealLoss says what is lost when the lot's key is sealed in a token.
+func (s *LotState) SealLoss(token fmt.Stringer) string {
+	return fmt.Sprintf("Lot %s, %d of %d devices published, granted to %s: its key can never leave %s again, and no "+
+		"other operator can be granted the lot.", s.Lot, s.Published, s.Devices, s.Operators(), token)
+}
+
 // Operators names those that the lot was granted to, or nobody.
 func (s *LotState) Operators() string {
 	if len(s.Granted) == 0 {

@@ -65,3 +65,31 @@ func TestNext(t *testing.T) {
 		}
 	}
 }
+
+// A lot that is not whole, or that nobody was granted, is not sealed; what sealing it loses is said.
+func TestMaySeal(t *testing.T) {
+	m := &directory.Manifest{Lot: "L1"}
+	granted := []factory.Granted{{Operator: "a"}, {Operator: "b"}}
+	for name, c := range map[string]struct {
+		s    LotState
+		want string
+	}{
+		"whole and granted": {LotState{Manifest: m, Devices: 4, Published: 4, Granted: granted}, ""},
+		"not whole": {LotState{Manifest: m, Devices: 4, Published: 3, Granted: granted},
+			"1 of its 4 devices are not"},
+		"granted to nobody": {LotState{Manifest: m, Devices: 4, Published: 4}, "nobody, as far as the folder here"},
+	} {
+		if err := c.s.MaySeal("here"); (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(),
+			c.want) {
+			t.Errorf("%s: %v", name, err)
+		}
+		want := "granted to " + c.s.Operators() + ": its key can never leave token X again"
+		if got := c.s.SealLoss(token{}); !strings.Contains(got, want) {
+			t.Errorf("%s: %s", name, got)
+		}
+	}
+}
+
+type token struct{}
+
+func (token) String() string { return "token X" }

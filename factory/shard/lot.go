@@ -4,10 +4,13 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"runtime"
+	"strconv"
+	"strings"
 
 	"golang.org/x/sync/errgroup"
 
@@ -41,4 +44,19 @@ func CheckManifest(ctx context.Context, store directory.Store, lot, dir string) 
 		wrong = path + " is not the lot's manifest as the directory has it"
 	}
 	return wrong, err
+}
+
+// ParseRange takes FIRST-LAST, both included, and gives the first shard and the one after the last; zeros, which stand
+// for all shards, if the text is empty.
+func ParseRange(text string) (from, to int, err error) {
+	if text == "" {
+		return 0, 0, nil
+	}
+	first, last, ok := strings.Cut(text, "-")
+	from, ferr := strconv.Atoi(first)
+	to, terr := strconv.Atoi(last)
+	if !ok || ferr != nil || terr != nil || from > to {
+		return 0, 0, fmt.Errorf("FIRST-LAST, as 0-499, not %q", text)
+	}
+	return from, to + 1, nil
 }

@@ -97,3 +97,16 @@ func TestStanding(t *testing.T) {
 		}
 	}
 }
+
+func TestParseRange(t *testing.T) {
+	for text, want := range map[string][2]int{"": {0, 0}, "0-0": {0, 1}, "0-499": {0, 500}, "500-999": {500, 1000},
+		"5": {-1}, "5-": {-1}, "-5": {-1}, "6-5": {-1}, "a-b": {-1}, "1-2-3": {-1}} {
+		from, to, err := ParseRange(text)
+		if err != nil {
+			from, to = -1, 0
+		}
+		if got := [2]int{from, to}; got != want {
+			t.Errorf("%q: %v, %v; want %v", text, got, err, want)
+		}
+	}
+}

@@ -24,8 +24,8 @@ func Confirm(c *cli.Context, what, name string) error {
 		return nil
 	}
 	if !terminal.Is(os.Stdin) || !terminal.Is(c.App.ErrWriter) {
-		return usage.Errorf("nothing was changed: this cannot be undone, and nobody sits at a terminal to be asked; if "+
-			"it is meant, run the same command with --%s", Yes.Name)
+		return usage.Errorf("nothing was changed: this cannot be undone, and nobody sits at a terminal to be asked; "+
+			"if it is meant, run the same command with --%s", Yes.Name)
 	}
 	fmt.Fprintf(c.App.ErrWriter, "This cannot be undone. Type %s to go on: ", name)
 	typed, err := readLine(c.Context)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"strings"
 
@@ -81,4 +82,23 @@ func Absolute(name string) (string, error) {
 	}
 	dir, err := filepath.Abs(dir)
 	return fmt.Sprintf("file:%s", dir), err
+}
+
+// There fails if a directory in a folder is not there. Of one elsewhere that is not known.
+func There(name string) error {
+	dir, ok := strings.CutPrefix(name, "file:")
+	if !ok {
+		return nil
+	}
+	_, err := os.Stat(dir)
+	return err
+}
+
+// Mount is the mount of a directory in Vault; empty if a name is none of one.
+func Mount(name string) string {
+	mount, ok := strings.CutPrefix(name, "vault:")
+	if !ok || Check(name) != nil {
+		return ""
+	}
+	return mount
 }

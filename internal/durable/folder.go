@@ -48,6 +48,7 @@ func checkOwner(program, dir string, info fs.FileInfo, euid int) error {
 	if owner, err := user.LookupId(name); err == nil {
 		name = owner.Username
 	}
-	return usage.Errorf("the folder %s is user %s's, and the service could not use what root makes in it: run this as that "+
-		"user (runuser -u %[2]s -- %s ...), or, if the service runs as root, chown -R root %[1]s", dir, name, program)
+	return usage.Errorf("the folder %s is user %s's, and the service could not use what root makes in it: run this as "+
+		"that user (runuser -u %[2]s -- %s ...), or, if the service runs as root, chown -R root %[1]s", dir, name,
+		program)
 }

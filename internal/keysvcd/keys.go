@@ -117,6 +117,15 @@ func TransportKeys(ctx context.Context, token *hsmkeys.OperatorToken) (map[strin
 	return all, err
 }
 
+// TransportKey is the one of TransportKeys that has a thumbprint.
+func TransportKey(ctx context.Context, token *hsmkeys.OperatorToken, thumbprint string) (*rsa.PublicKey, error) {
+	all, err := TransportKeys(ctx, token)
+	if err == nil && all[thumbprint] == nil {
+		err = fmt.Errorf("%s has no transport key %s: see keysvc transport list", token, thumbprint)
+	}
+	return all[thumbprint], err
+}
+
 // A Backup is the file of a token's keys, for one other token.
 type Backup struct {
 	Data       []byte

@@ -164,6 +164,40 @@ func verifyCopy(ctx context.Context, token Token, name string, upTo *binding.Mar
 	return found, errors.Join(err, store.Close())
 }
 
+// A Verification says whether a store is what the service has written last.
+type Verification struct {
+	*sqlstore.Report
+	OK         bool   `json:"ok"`
+	RolledBack string `json:"rolled_back,omitempty"` // why it is behind the token's high-water mark, if it is
+}
+
+// VerifyStore reads all of a store, and compares it with the token's high-water mark. report is called as by
+// [sqlstore.Store.Verify].
+func VerifyStore(
+	ctx context.Context, token Token, store *sqlstore.Store, report func(rows, of int),
+) (*Verification, error) {
+	behind := mark.Check(ctx, store, token)
+	found, err := store.Verify(ctx, report)
+	if err != nil {
+		return nil, err
+	}
+	v := &Verification{Report: found, OK: behind == nil && len(found.Damaged) == 0}
+	if behind != nil {
+		v.RolledBack = behind.Error()
+	}
+	return v, nil
+}
+
+// Err is nil if the store is OK.
+func (v *Verification) Err() error {
+	if v.OK {
+		return nil
+	}
+	return errors.New("the store is not what the service has written last: find out who has changed it; a " +
+		"subscription that is damaged can be ended with keysvc binding revoke, a manufacturer or a lot needs a " +
+		"backup of the store")
+}
+
 // A StorageKey is a generation of the storage key that a token has.
 type StorageKey struct {
 	Generation int `json:"generation"`

@@ -193,3 +193,22 @@ func TestIMSIPlus(t *testing.T) {
 		t.Errorf("one more digit: %s", got)
 	}
 }
+
+func TestFirstIMSI(t *testing.T) {
+	for _, c := range []struct {
+		given  string
+		lowest bool
+		want   string
+	}{{"262011234567890", true, "262011234567890"}, {"262011234567890", false, "262011234567890"},
+		{"", true, "001010000000000"}, {"x", false, ""}} {
+		imsi, err := FirstIMSI(c.given, c.lowest)
+		if err != nil && c.want != "" || err == nil && imsi.String() != c.want {
+			t.Errorf("%+v: %s, %v", c, imsi, err)
+		}
+	}
+	one, err := FirstIMSI("", false)
+	other, err2 := FirstIMSI("", false)
+	if err != nil || err2 != nil || one == other || !strings.HasPrefix(one.String(), "00101") {
+		t.Errorf("%s, %v, and then %s, %v", one, err, other, err2)
+	}
+}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math"
+	"math/rand/v2"
 	"syscall"
 	"time"
 
@@ -219,4 +220,15 @@ func cpuTime() time.Duration {
 		return 0
 	}
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
+// FirstIMSI is the IMSI given. Without one it is the first of the test network 001 01, or, unless the lowest is asked
+// for, one that most likely had no binding before.
+func FirstIMSI(given string, lowest bool) (kme.IMSI, error) {
+	if given == "" && lowest {
+		given = "001010000000000"
+	} else if given == "" {
+		given = fmt.Sprintf("00101%010d", 1_000_000_000+rand.Int64N(8_000_000_000))
+	}
+	return kme.ParseIMSI(given)
 }

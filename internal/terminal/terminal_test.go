@@ -53,7 +53,8 @@ func TestLogFormat(t *testing.T) {
 	}
 	t.Setenv("TERM", "xterm")
 	t.Setenv("NO_COLOR", "")
-	if text := onTerminal(); !strings.HasSuffix(text, " \x1b[33mWARN \x1b[0m refused  token=\"a b\" g.imsi=hashed\r\n") {
+	want := " \x1b[33mWARN \x1b[0m refused  token=\"a b\" g.imsi=hashed\r\n"
+	if text := onTerminal(); !strings.HasSuffix(text, want) {
 		t.Errorf("%q", text)
 	}
 	t.Setenv("NO_COLOR", "1")
