@@ -2,24 +2,13 @@
 package main
 
 import (
-	"encoding/json"
-	"fmt"
-	"io"
 	"os"
-	"slices"
-	"time"
 
 	"github.com/urfave/cli/v2"
 
-	"github.com/kmehsm/kmehsm/binding/sqlstore"
-	"github.com/kmehsm/kmehsm/directory"
-	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/config"
-	"github.com/kmehsm/kmehsm/internal/keysvcd"
 	"github.com/kmehsm/kmehsm/internal/keysvcd/settings"
-	"github.com/kmehsm/kmehsm/internal/usage"
-	"github.com/kmehsm/kmehsm/kme"
 )
 
 var stateFlag = &cli.StringFlag{Name: "state", Value: "var/keysvc", EnvVars: []string{"KMEHSM_STATE"},
@@ -111,115 +100,4 @@ the one that belongs here.`,
 			},
 		},
 	}
-}
-
-func initToken(c *cli.Context) error {
-	return withToken(c, func(token *hsmkeys.OperatorToken) error {
-		made, err := keysvcd.Init{
-			URI: c.String("token"), State: c.String("state"), Store: storeName(c),
-			AcceptWeak: c.Bool(acceptFlag.Name), NewStore: c.Bool("new-store"),
-		}.Run(c.Context, token)
-		if err != nil {
-			return err
-		}
-		return cmdline.Print(c, map[string]any{"created": made.Keys, "token": token.Serial(),
-			"weak": append([]string{}, made.Weak...), "store_created": made.Store}, func(w io.Writer) {
-			if made.Keys {
-				fmt.Fprintf(w, "made the storage and ledger key in %s\nnext, for each manufacturer: keysvc transport "+
-					"new\n", token)
-			} else if made.Store {
-				fmt.Fprintf(w, "%s has its keys already; made an empty store, %s\n", token, storeName(c))
-			} else {
-				fmt.Fprintf(w, "%s has its keys already; nothing changed\n", token)
-			}
-			for _, what := range made.Weak {
-				fmt.Fprintf(w, "accepted as it is: %s\n", what)
-			}
-		})
-	})
-}
-
-// serviceFlags are those of the commands that want the whole configuration.
-func serviceFlags(own ...cli.Flag) []cli.Flag {
-	return slices.Concat([]cli.Flag{configuration.Flag(), cmdline.Token, stateFlag, storeFlag},
-		cmdline.DirectoryFlags(), own)
-}
-
-// source is the whole configuration, which there must be.
-func source(c *cli.Context) (s settings.Source, err error) {
-	if s.Path, err = configuration.Require(c, "keysvc serve"); err != nil {
-		return s, err
-	}
-	s.Given = cmdline.Given(c)
-	return s, nil
-}
-
-func serve(c *cli.Context) error {
-	from, err := source(c)
-	if err != nil {
-		return err
-	}
-	return keysvcd.Serve(c.Context, from, c.App.ErrWriter)
-}
-
-func check(c *cli.Context) error {
-	from, err := source(c)
-	if err != nil {
-		return err
-	}
-	return cmdline.PrintReport(c, settings.Check(c.Context, from, c.Bool("running")))
-}
-
-func device(c *cli.Context) error {
-	imei, err := kme.ParseIMEI(c.Args().First())
-	if err != nil {
-		return usage.Mark(err)
-	}
-	return withStore(c, func(store *sqlstore.Store) error {
-		lots, err := openLots(c, store)
-		if err != nil {
-			return err
-		}
-		manifest, d, err := lots.Device(c.Context, imei)
-		if err != nil {
-			return err
-		}
-		result := map[string]any{"imei": imei, "lot": manifest.Lot, "manufacturer": manifest.Manufacturer,
-			"shard": d.Shard, "public_key": directory.DeviceKey{IMEI: imei, Key: d.Key}, "revoked": d.Revoked != nil}
-		if d.Revoked != nil {
-			result["revocation"] = d.Revoked
-		}
-		if d.Lot != nil {
-			result["lot_revoked"] = d.Lot
-		}
-		if len(d.History) > 0 {
-			result["history"] = d.History
-		}
-		return cmdline.Print(c, result, func(w io.Writer) {
-			key, _ := json.Marshal(result["public_key"])
-			fmt.Fprintf(w, "IMEI          %s\nlot           %s, shard %d\nmanufacturer  %s\npublic key    %s\n", imei,
-				manifest.Lot, d.Shard, manifest.Manufacturer, key)
-			for i, e := range d.History {
-				what := "REVOKED     "
-				switch {
-				case e.Key != nil:
-					what = "new key     "
-				case d.Lot != nil && i == len(d.History)-1:
-					what = "LOT REVOKED "
-				}
-				fmt.Fprintf(w, "%s  %s: %s\n", what, e.Time.Format(time.RFC3339), e.Reason)
-			}
-			fmt.Fprintln(w, "the signatures of manifest, shard and revocations are the manufacturer's")
-		})
-	})
-}
-
-func doctor(c *cli.Context) error {
-	return withToken(c, func(token *hsmkeys.OperatorToken) error {
-		report, err := token.DoctorOperator(c.Context)
-		if err != nil {
-			return err
-		}
-		return cmdline.PrintFindings(c, token, report)
-	})
 }

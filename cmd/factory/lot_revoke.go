@@ -47,23 +47,10 @@ func lotRevoke(c *cli.Context) error {
 	if _, err := strict.Reason(c.String("reason")); err != nil {
 		return usage.Mark(err)
 	}
-	lot, reason, one := c.Args().First(), c.String("reason"), c.NArg() == 2
-	var imeis []kme.IMEI
-	switch {
-	case one && !c.IsSet("imeis") && !c.Bool("all"):
-		imei, err := kme.ParseIMEI(c.Args().Get(1))
-		if err != nil {
-			return usage.Mark(err)
-		}
-		imeis = []kme.IMEI{imei}
-	case c.IsSet("imeis") && !one && !c.Bool("all"):
-		var err error
-		if imeis, err = factory.ReadIMEIs(c.String("imeis")); err != nil {
-			return usage.Errorf("--imeis: %w", err)
-		}
-	case !c.Bool("all") || one || c.IsSet("imeis"):
-		return usage.Errorf("say what is revoked: an IMEI, --imeis FILE, or --all for the whole lot; see %s --help",
-			c.Command.HelpName)
+	lot, reason := c.Args().First(), c.String("reason")
+	imeis, err := toRevoke(c)
+	if err != nil {
+		return err
 	}
 	return withLine(c, func(_ *hsmkeys.FactoryToken, line *factory.Line) error {
 		loss, err := line.RevocationLoss(c.Context, lot, imeis)
@@ -82,28 +69,49 @@ func lotRevoke(c *cli.Context) error {
 			return cmdline.Printf(c, map[string]any{"lot": lot, "all": true, "revoked": true},
 				"lot %s is revoked, all of it and for good\n", lot)
 		}
-		shown, done := cmdline.NewProgress(c, "revoked", "devices", len(imeis)), 0
-		err = line.Revoke(c.Context, lot, imeis, reason, func(n int) { done = n; shown.At(n) })
-		shown.Close()
-		if err != nil && done > 0 {
-			return cmdline.Partial(fmt.Errorf("%w (%d of %d devices are revoked; the same command again goes on)",
-				err, done, len(imeis)))
-		}
-		if err != nil {
-			return err
-		}
-		result := map[string]any{"lot": lot, "devices": len(imeis), "revoked": true}
-		if one {
-			result["imei"] = imeis[0]
-		}
-		return cmdline.Print(c, result, func(w io.Writer) {
-			if one {
-				fmt.Fprintf(w, "%s of lot %s is revoked\n", imeis[0], lot)
-			} else {
-				fmt.Fprintf(w, "%d devices of lot %s are revoked\n", len(imeis), lot)
-			}
-		})
+		return revokeDevices(c, line, lot, imeis, reason)
 	})
+}
+
+// toRevoke are the devices that a command line names; none for the whole lot.
+func toRevoke(c *cli.Context) ([]kme.IMEI, error) {
+	switch one := c.NArg() == 2; {
+	case one && !c.IsSet("imeis") && !c.Bool("all"):
+		imei, err := kme.ParseIMEI(c.Args().Get(1))
+		if err != nil {
+			return nil, usage.Mark(err)
+		}
+		return []kme.IMEI{imei}, nil
+	case c.IsSet("imeis") && !one && !c.Bool("all"):
+		imeis, err := factory.ReadIMEIs(c.String("imeis"))
+		if err != nil {
+			return nil, usage.Errorf("--imeis: %w", err)
+		}
+		return imeis, nil
+	case c.Bool("all") && !one && !c.IsSet("imeis"):
+		return nil, nil
+	}
+	return nil, usage.Errorf("say what is revoked: an IMEI, --imeis FILE, or --all for the whole lot; see %s --help",
+		c.Command.HelpName)
+}
+
+func revokeDevices(c *cli.Context, line *factory.Line, lot string, imeis []kme.IMEI, reason string) error {
+	shown, done := cmdline.NewProgress(c, "revoked", "devices", len(imeis)), 0
+	err := line.Revoke(c.Context, lot, imeis, reason, func(n int) { done = n; shown.At(n) })
+	shown.Close()
+	if err != nil && done > 0 {
+		return cmdline.Partial(fmt.Errorf("%w (%d of %d devices are revoked; the same command again goes on)",
+			err, done, len(imeis)))
+	}
+	if err != nil {
+		return err
+	}
+	if c.NArg() == 2 {
+		return cmdline.Printf(c, map[string]any{"lot": lot, "devices": 1, "revoked": true, "imei": imeis[0]},
+			"%s of lot %s is revoked\n", imeis[0], lot)
+	}
+	return cmdline.Printf(c, map[string]any{"lot": lot, "devices": len(imeis), "revoked": true},
+		"%d devices of lot %s are revoked\n", len(imeis), lot)
 }
 
 func lotReissue(c *cli.Context) error {

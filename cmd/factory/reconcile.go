@@ -1,0 +1,55 @@
+package main
+
+import (
+	"fmt"
+	"io"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/kmehsm/kmehsm/factory"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/cmdline"
+)
+
+func reconcileCommand() *cli.Command {
+	return &cli.Command{
+		Name: "reconcile", Usage: "compare what journal, injection packages, directory and token have of a lot",
+		ArgsUsage: "LOT", Description: "Says of each difference what is to be done. Exits with 1 while there are any.",
+		Flags: lineFlags(&cli.StringFlag{Name: "out", Category: cmdline.Configured,
+			Usage: "the folder, `DIR`, of the injection packages (default: injection in the --state folder)"},
+			&cli.BoolFlag{Name: "repair", Usage: "do what is safe: what loses no key, and publishes none but those " +
+				"of a whole package"}),
+		Action: cmdline.Alone(reconcile),
+	}
+}
+
+func reconcile(c *cli.Context) error {
+	return withLine(c, func(_ *hsmkeys.FactoryToken, line *factory.Line) error {
+		r, err := line.Reconcile(c.Context, c.Args().First(), injectionDir(c, "out"), c.Bool("repair"))
+		if err != nil {
+			return err
+		}
+		err = cmdline.Print(c, r, func(w io.Writer) {
+			for _, d := range r.Differences {
+				where := "the lot"
+				if d.Shard >= 0 {
+					where = fmt.Sprintf("shard %d", d.Shard)
+				}
+				todo := "to do"
+				switch {
+				case d.Repaired:
+					todo = "done"
+				case d.Safe:
+					todo = "--repair does"
+				}
+				fmt.Fprintf(w, "%s: %s\n    %s: %s\n", where, d.What, todo, d.Remedy)
+			}
+			fmt.Fprintf(w, "%d shards agree everywhere, %d are still to be made, %d differences, %d of them left\n",
+				r.Agreed, r.Pending, len(r.Differences), r.Open())
+		})
+		if err == nil && r.Open() > 0 {
+			err = cmdline.Said(fmt.Errorf("%d differences are left", r.Open()))
+		}
+		return err
+	})
+}

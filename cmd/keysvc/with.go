@@ -1,0 +1,81 @@
+package main
+
+import (
+	"cmp"
+	"errors"
+	"slices"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/registry"
+	"github.com/kmehsm/kmehsm/binding/sqlstore"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/keysvcd"
+)
+
+var storeFlag = &cli.StringFlag{Name: "store", EnvVars: []string{"KMEHSM_STORE"}, Category: cmdline.Configured,
+	Usage: "the `STORE`: sqlite:PATH, or postgres://USER@HOST/DATABASE (default: keysvc.db in the --state folder)"}
+
+// storeFlags say where the service's store is, and the token whose key its rows are verified with.
+func storeFlags(own ...cli.Flag) []cli.Flag {
+	return slices.Concat([]cli.Flag{cmdline.Token, stateFlag, storeFlag}, own, []cli.Flag{cmdline.JSON})
+}
+
+// withToken runs f with the token that --token names.
+func withToken(c *cli.Context, f func(*hsmkeys.OperatorToken) error) error {
+	return keysvcd.WithToken(c.Context, c.String("token"), f)
+}
+
+// withStore runs f with the store, which must not be rolled back. What f does is the command's in the ledger.
+func withStore(c *cli.Context, f func(*sqlstore.Store) error) error {
+	return withStoreToken(c, func(token *hsmkeys.OperatorToken) error { return useStore(c, token, f) })
+}
+
+// withTokenAndStore is withStore for what changes the token that --token names.
+func withTokenAndStore(c *cli.Context, f func(*hsmkeys.OperatorToken, *sqlstore.Store) error) error {
+	return withToken(c, func(token *hsmkeys.OperatorToken) error {
+		return useStore(c, token, func(store *sqlstore.Store) error { return f(token, store) })
+	})
+}
+
+// withStoreToken runs f with the token that the store's rows have their MACs from.
+func withStoreToken(c *cli.Context, f func(*hsmkeys.OperatorToken) error) error {
+	uri, err := keysvcd.StoreToken(c.String("state"), c.String("token"))
+	if err != nil {
+		return err
+	}
+	asCommand(c)
+	return keysvcd.WithToken(c.Context, uri, f)
+}
+
+func useStore(c *cli.Context, token *hsmkeys.OperatorToken, f func(*sqlstore.Store) error) error {
+	asCommand(c)
+	return keysvcd.UseStore(c.Context, token, storeName(c), f)
+}
+
+// withAnyStore runs f with the store, whatever state that is in.
+func withAnyStore(c *cli.Context, f func(*hsmkeys.OperatorToken, *sqlstore.Store) error) error {
+	return withStoreToken(c, func(token *hsmkeys.OperatorToken) error {
+		store, err := keysvcd.OpenStore(c.Context, token, storeName(c))
+		if err != nil {
+			return err
+		}
+		return errors.Join(f(token, store), store.Close())
+	})
+}
+
+// asCommand has what is done from now on stand as the command's in the ledger.
+func asCommand(c *cli.Context) {
+	c.Context = binding.WithActor(c.Context, binding.CommandActor(c.Command.HelpName))
+}
+
+func storeName(c *cli.Context) string {
+	return cmp.Or(c.String("store"), sqlstore.InFolder(c.String("state")))
+}
+
+// openLots opens the lots of a store, with the directories that the manufacturers were enrolled with, or --directory.
+func openLots(c *cli.Context, store *sqlstore.Store) (*registry.Lots, error) {
+	return keysvcd.OpenLots(c.Context, store, c.String("directory"), cmdline.VaultLogin(c), cmdline.StderrLog(c))
+}
