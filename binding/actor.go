@@ -3,6 +3,7 @@ package binding
 import (
 	"context"
 	"log/slog"
+	"slices"
 
 	"github.com/kmehsm/kmehsm/internal/who"
 )
@@ -52,14 +53,8 @@ func (h actorLog) WithGroup(name string) slog.Handler {
 
 // LogValue is slog.LogValuer's.
 func (a Actor) LogValue() slog.Value {
-	var attrs []slog.Attr
-	for _, f := range []struct{ name, value string }{
-		{"client", a.Client}, {"role", a.Role}, {"certificate", a.Certificate}, {"user", a.User},
-		{"address", a.Address},
-	} {
-		if f.value != "" {
-			attrs = append(attrs, slog.String(f.name, f.value))
-		}
-	}
-	return slog.GroupValue(attrs...)
+	return slog.GroupValue(slices.DeleteFunc([]slog.Attr{
+		slog.String("client", a.Client), slog.String("role", a.Role), slog.String("certificate", a.Certificate),
+		slog.String("user", a.User), slog.String("address", a.Address),
+	}, func(f slog.Attr) bool { return f.Value.String() == "" })...)
 }

@@ -65,7 +65,8 @@ func TestIdentities(t *testing.T) {
 func TestParseIMSI(t *testing.T) {
 	for text, want := range map[string]string{"262011234567890": "", "3520990000001234": "keysvc device 35209900000012",
 		"nobody": "IMSI"} {
-		if _, err := ParseIMSI(text); (err == nil) != (want == "") || err != nil && !strings.Contains(err.Error(), want) {
+		_, err := ParseIMSI(text)
+		if (err == nil) != (want == "") || err != nil && !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v", text, err)
 		}
 	}
@@ -87,7 +88,8 @@ func (o opened) Lots(context.Context) ([]*registry.Lot, error) { return o.lots, 
 // A device that somebody takes for an IMSI is not opened; what is bound or damaged is, whatever its number.
 func TestMayOpen(t *testing.T) {
 	tac := must.Get[kme.TAC](t)(kme.ParseTAC("35209900"))
-	lots := []*registry.Lot{{Manifest: &directory.Manifest{Lot: "L1", Ranges: []directory.Range{{TAC: tac, Count: 10}}}}}
+	lots := []*registry.Lot{
+		{Manifest: &directory.Manifest{Lot: "L1", Ranges: []directory.Range{{TAC: tac, Count: 10}}}}}
 	device := must.Get[kme.IMSI](t)(kme.ParseIMSI("35209900000003"))
 	other := must.Get[kme.IMSI](t)(kme.ParseIMSI("262011234567890"))
 	bound := &binding.Subscription{Active: &binding.Binding{State: binding.Active}}

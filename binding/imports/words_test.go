@@ -47,8 +47,8 @@ func TestLosses(t *testing.T) {
 		}
 	}
 	got := must.Get[string](t)(RetirementLoss(t.Context(), store, lot, hsm("token X"), time.Now()))
-	if want := "Lot L1 of manufacturer good: its key in token X will be destroyed, and none of its 40 devices is bound " +
-		"any more. 7 bindings stand."; got != want {
+	if want := "Lot L1 of manufacturer good: its key in token X will be destroyed, and none of its 40 devices is " +
+		"bound any more. 7 bindings stand."; got != want {
 		t.Errorf("%q, want %q", got, want)
 	}
 }

@@ -46,7 +46,7 @@ func verify(c *cli.Context, f func(context.Context, directory.Store, *directory.
 	result := struct {
 		*inspect.Verification
 		OK bool `json:"ok"`
-	}{found, found.OK()}
+	}{Verification: found, OK: found.OK()}
 	err = cmdline.Print(c, result, func(w io.Writer) {
 		for _, p := range found.Problems {
 			fmt.Fprintln(w, p)

@@ -59,7 +59,7 @@ func progress(shown *cmdline.Progress, lot string) func(factory.Progress) {
 		step := cmdline.Step{Done: p.Done, New: p.Now, Begun: p.Generated > p.Done, Total: p.Total, Detail: struct {
 			Lot string `json:"lot"`
 			factory.Progress
-		}{lot, p}}
+		}{Lot: lot, Progress: p}}
 		step.Note = fmt.Sprintf("token busy %.0f%%, directory %.0f%%", 100*p.HSM, 100*p.Publish)
 		if p.Waiting != "" {
 			step.Note = fmt.Sprintf("%d made wait for the directory: %s", p.Generated-p.Done, p.Waiting)

@@ -136,8 +136,8 @@ func storeBackup(c *cli.Context) error {
 		return cmdline.Printf(c, struct {
 			Out string `json:"out"`
 			*sqlstore.Report
-		}{out, found}, "%s has %d rows, %d of them entries of the ledger; all were verified\n", out, found.Rows,
-			found.Entries)
+		}{Out: out, Report: found},
+			"%s has %d rows, %d of them entries of the ledger; all were verified\n", out, found.Rows, found.Entries)
 	})
 }
 

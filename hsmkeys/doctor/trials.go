@@ -108,13 +108,13 @@ var secretAttributes = []struct {
 	attribute uint
 	name      string
 }{
-	{pkcs11.CKA_VALUE, "CKA_VALUE"},
-	{pkcs11.CKA_PRIVATE_EXPONENT, "CKA_PRIVATE_EXPONENT"},
-	{pkcs11.CKA_PRIME_1, "CKA_PRIME_1"},
-	{pkcs11.CKA_PRIME_2, "CKA_PRIME_2"},
-	{pkcs11.CKA_EXPONENT_1, "CKA_EXPONENT_1"},
-	{pkcs11.CKA_EXPONENT_2, "CKA_EXPONENT_2"},
-	{pkcs11.CKA_COEFFICIENT, "CKA_COEFFICIENT"},
+	{attribute: pkcs11.CKA_VALUE, name: "CKA_VALUE"},
+	{attribute: pkcs11.CKA_PRIVATE_EXPONENT, name: "CKA_PRIVATE_EXPONENT"},
+	{attribute: pkcs11.CKA_PRIME_1, name: "CKA_PRIME_1"},
+	{attribute: pkcs11.CKA_PRIME_2, name: "CKA_PRIME_2"},
+	{attribute: pkcs11.CKA_EXPONENT_1, name: "CKA_EXPONENT_1"},
+	{attribute: pkcs11.CKA_EXPONENT_2, name: "CKA_EXPONENT_2"},
+	{attribute: pkcs11.CKA_COEFFICIENT, name: "CKA_COEFFICIENT"},
 }
 
 // readable names the secret attributes that the token would give. It is asked how long they are, and none is fetched: a

@@ -35,14 +35,15 @@ var pinFlags = []struct {
 	flag uint
 	says string
 }{
-	{pkcs11.CKF_USER_PIN_COUNT_LOW, "a wrong user PIN was tried since the last right one"},
-	{pkcs11.CKF_USER_PIN_FINAL_TRY, "the next wrong user PIN locks the token"},
-	{pkcs11.CKF_USER_PIN_LOCKED, "the user PIN is locked: the security officer must set a new one"},
-	{pkcs11.CKF_USER_PIN_TO_BE_CHANGED, "the user PIN is its maker's, or has expired: change it"},
-	{pkcs11.CKF_SO_PIN_COUNT_LOW, "a wrong security officer's PIN was tried since the last right one"},
-	{pkcs11.CKF_SO_PIN_FINAL_TRY, "the next wrong security officer's PIN locks the token"},
-	{pkcs11.CKF_SO_PIN_LOCKED, "the security officer's PIN is locked: nobody can be enrolled any more"},
-	{pkcs11.CKF_SO_PIN_TO_BE_CHANGED, "the security officer's PIN is its maker's, or has expired: change it"},
+	{flag: pkcs11.CKF_USER_PIN_COUNT_LOW, says: "a wrong user PIN was tried since the last right one"},
+	{flag: pkcs11.CKF_USER_PIN_FINAL_TRY, says: "the next wrong user PIN locks the token"},
+	{flag: pkcs11.CKF_USER_PIN_LOCKED, says: "the user PIN is locked: the security officer must set a new one"},
+	{flag: pkcs11.CKF_USER_PIN_TO_BE_CHANGED, says: "the user PIN is its maker's, or has expired: change it"},
+	{flag: pkcs11.CKF_SO_PIN_COUNT_LOW, says: "a wrong security officer's PIN was tried since the last right one"},
+	{flag: pkcs11.CKF_SO_PIN_FINAL_TRY, says: "the next wrong security officer's PIN locks the token"},
+	{flag: pkcs11.CKF_SO_PIN_LOCKED, says: "the security officer's PIN is locked: nobody can be enrolled any more"},
+	{flag: pkcs11.CKF_SO_PIN_TO_BE_CHANGED,
+		says: "the security officer's PIN is its maker's, or has expired: change it"},
 }
 
 // SayPINs is what is not as it should be with a token's PINs, by its flags.

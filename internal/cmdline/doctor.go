@@ -81,7 +81,7 @@ func PrintFindings(c *cli.Context, token examined, report []hsmkeys.Finding) err
 		OK       bool              `json:"ok"`
 		Findings []hsmkeys.Finding `json:"findings"`
 		verdict
-	}{token.String(), id, len(v.Missing) == 0, report, v}
+	}{Token: token.String(), Identity: id, OK: len(v.Missing) == 0, Findings: report, verdict: v}
 	err = Print(c, result,
 		func(w io.Writer) {
 			fmt.Fprintln(w, token)

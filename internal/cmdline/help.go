@@ -94,13 +94,13 @@ func usageOf(f cli.Flag) string {
 
 // shells are those that there are completions for, and what they read. %[1]s is the program.
 var shells = []struct{ name, where, script string }{
-	{"bash", "/usr/share/bash-completion/completions/%s", `_%[1]s() {
+	{name: "bash", where: "/usr/share/bash-completion/completions/%s", script: `_%[1]s() {
 	local IFS=$'\n'
 	COMPREPLY=($(%[1]s --complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null | cut -f 1))
 }
 complete -o default -F _%[1]s %[1]s
 `},
-	{"zsh", "/usr/share/zsh/vendor-completions/_%s", `#compdef %[1]s
+	{name: "zsh", where: "/usr/share/zsh/vendor-completions/_%s", script: `#compdef %[1]s
 _%[1]s() {
 	local -a found
 	found=("${(@f)$(%[1]s --complete "${(@)words[2,CURRENT]}" 2>/dev/null)}")
@@ -117,8 +117,8 @@ else
 	compdef _%[1]s %[1]s
 fi
 `},
-	{"fish", "/usr/share/fish/vendor_completions.d/%s.fish",
-		`complete -c %[1]s -a '(%[1]s --complete (commandline -opc)[2..] "$(commandline -ct)" 2>/dev/null)'
+	{name: "fish", where: "/usr/share/fish/vendor_completions.d/%s.fish",
+		script: `complete -c %[1]s -a '(%[1]s --complete (commandline -opc)[2..] "$(commandline -ct)" 2>/dev/null)'
 `},
 }
 

@@ -71,7 +71,7 @@ func room(s hsmkeys.Slot) string {
 	for _, p := range []struct {
 		free *uint
 		of   string
-	}{{s.FreePublic, "public"}, {s.FreePrivate, "private"}} {
+	}{{free: s.FreePublic, of: "public"}, {free: s.FreePrivate, of: "private"}} {
 		if p.free != nil {
 			parts = append(parts, fmt.Sprintf("%d bytes for %s objects", *p.free, p.of))
 		}

@@ -40,7 +40,7 @@ func listen(cfg *settings.Config, l *live) (all []served, err error) {
 	for _, at := range []struct {
 		address string
 		handler http.Handler
-	}{{cfg.Listen, l}, {cfg.OperatorPage.Listen, page}} {
+	}{{address: cfg.Listen, handler: l}, {address: cfg.OperatorPage.Listen, handler: page}} {
 		if at.address == "" {
 			continue
 		}

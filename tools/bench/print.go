@@ -114,7 +114,8 @@ func (r *report) rows() (all []row) {
 		for _, c := range []struct {
 			name string
 			s6aCPU
-		}{{"AIR without kme.fdx", o.PlainAIRCPU}, {"AIR", o.AIRCPU}, {"attach", o.AttachCPU}} {
+		}{{name: "AIR without kme.fdx", s6aCPU: o.PlainAIRCPU}, {name: "AIR", s6aCPU: o.AIRCPU},
+			{name: "attach", s6aCPU: o.AttachCPU}} {
 			add("S6a, "+c.name+": CPU of HSS / keysvc / MME / load, us", "%.0f / %.0f / %.0f / %.0f", c.HSS, c.Keysvc,
 				c.MME, c.Load)
 		}

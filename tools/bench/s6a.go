@@ -172,8 +172,8 @@ func (s *s6aBench) start(h *hssRun) error {
 		cmd  **exec.Cmd
 		args []string
 	}{
-		hssConf: {&h.hss, []string{s.dir + "/hssd", hssConf, s.dir + "/subscribers"}},
-		mmeConf: {&h.mme, []string{"freeDiameterd", "-c", mmeConf}},
+		hssConf: {cmd: &h.hss, args: []string{s.dir + "/hssd", hssConf, s.dir + "/subscribers"}},
+		mmeConf: {cmd: &h.mme, args: []string{"freeDiameterd", "-c", mmeConf}},
 	} {
 		log, err := os.Create(name + ".log")
 		if err != nil {

@@ -208,7 +208,10 @@ func (sub *Stored) fresh(imsi string) error {
 	for _, is := range [...]struct {
 		state      binding.State
 		have, want int64
-	}{{binding.Active, sub.Seq.active, sub.Last.activated}, {binding.Revoked, sub.Seq.revoked, sub.Last.revoked}} {
+	}{
+		{state: binding.Active, have: sub.Seq.active, want: sub.Last.activated},
+		{state: binding.Revoked, have: sub.Seq.revoked, want: sub.Last.revoked},
+	} {
 		switch {
 		case is.have == 0 && is.want == settled && is.want > 0:
 			return tables.Damaged(tables.Bindings, tables.Row{imsi, string(is.state)}, "is gone")
