@@ -11,10 +11,12 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"strings"
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
 	"github.com/kmehsm/kmehsm/binding"
 )
 
@@ -123,9 +125,17 @@ func describe(c *x509.Certificate) []any {
 	return []any{"subject", c.Subject.String(), "names", names, "not_after", c.NotAfter}
 }
 
+// callOf is what a request asks for, for the log: a call by its method's name, as metrics have it; else the path.
+func callOf(path string) []any {
+	if method, ok := strings.CutPrefix(path, "/"+kmev1connect.KeyServiceName+"/"); ok {
+		return []any{"call", method}
+	}
+	return []any{"path", path}
+}
+
 // stranger logs and counts a caller that nobody knows, and what it asked for.
-func stranger(ctx context.Context, service *binding.Service, call string) {
-	why, attrs := "user", []any{"call", call}
+func stranger(ctx context.Context, service *binding.Service, path string) {
+	why, attrs := "user", callOf(path)
 	if c := callerOf(ctx).certificate; c != nil {
 		why, attrs = "client", append(attrs, describe(c)...)
 	}

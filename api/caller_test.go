@@ -110,6 +110,7 @@ func (l *lines) take(t *testing.T) (all []map[string]any) {
 // A front is a service with a real database, served with mutual TLS and on a socket, as keysvc serves it.
 type front struct {
 	log      *lines
+	store    *sqlstore.Store
 	registry *prometheus.Registry
 	ca       *authority
 	url      string
@@ -124,6 +125,7 @@ func newFront(t *testing.T, list ...Client) *front {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { store.Close() })
+	f.store = store
 	clients, err := NewClients(list)
 	if err != nil {
 		t.Fatal(err)
@@ -247,6 +249,29 @@ func TestActorInLog(t *testing.T) {
 	}
 }
 
+// A refused call has one name in the log, whoever refuses it: its method's, as in metrics.
+func TestCallInLog(t *testing.T) {
+	f := newFront(t, Client{Name: "hss-1", SAN: "hss.example", Roles: roles, PLMNs: []string{"00101"}})
+	certificates := []tls.Certificate{f.ca.client(t, "hss.example", time.Now().Add(time.Hour))}
+	f.store.Close()
+	const body = `{"imsi":"%s","imei":"35209900000001","rand":"AAECAwQFBgcICQoLDA0ODw==",
+		"rands":["AAECAwQFBgcICQoLDA0ODw=="]}`
+	for procedure := range allowed {
+		method := strings.TrimPrefix(procedure, service)
+		for imsi, reason := range map[string]string{"001010000000001": "STORE_UNAVAILABLE",
+			"262010000000001": "CALLER_NOT_ALLOWED"} {
+			if method == "Stream" || method == "ListBindings" && reason == "CALLER_NOT_ALLOWED" {
+				continue // it is of no IMSI
+			}
+			f.call(t, certificates, method, fmt.Sprintf(body, imsi))
+			log := f.log.take(t)
+			if len(log) != 1 || log[0]["call"] != method || log[0]["reason"] != reason {
+				t.Errorf("%s, %s: the log has %v", method, reason, log)
+			}
+		}
+	}
+}
+
 // Whoever is not let in is logged and counted: who it is, as far as it has said, and why.
 func TestUnauthenticated(t *testing.T) {
 	f := newFront(t, Client{Name: "hss-1", SAN: "hss.example", Roles: []Role{RoleHSS}, PLMNs: []string{all}})
@@ -361,7 +386,7 @@ func TestStrangersAreNotRead(t *testing.T) {
 			status, answer := f.call(t, unknown, method, body)
 			log := f.log.take(t)
 			if status != 403 || len(log) != 1 || log[0]["msg"] != "client authentication failed" ||
-				log[0]["call"] != service+method {
+				log[0]["call"] != method {
 				t.Errorf("%s, %.20q: %d %s; the log has %v", method, body, status, answer, log)
 			}
 		}

@@ -323,9 +323,9 @@ func TestHealthAndMetrics(t *testing.T) {
 			t.Errorf("/healthz for %s: %d %s", role, code, text)
 		}
 	}
-	for _, call := range []string{"/readyz", "/metrics", health} {
-		if !strings.Contains(log.String(), `"call":"`+call+`"`) {
-			t.Errorf("who asked for %s, and was refused, is not in the log: %s", call, log.String())
+	for _, path := range []string{"/readyz", "/metrics", health} {
+		if !strings.Contains(log.String(), `"path":"`+path+`"`) {
+			t.Errorf("who asked for %s, and was refused, is not in the log: %s", path, log.String())
 		}
 	}
 }

@@ -34,7 +34,7 @@ func (g *guard) finish(ctx context.Context, procedure string, work func() error)
 	}
 	var t told
 	if connect.CodeOf(err) == connect.CodeInternal && errors.As(err, &t) {
-		g.service.Broken(ctx, t.error, "call", procedure)
+		g.service.Broken(ctx, t.error, callOf(procedure)...)
 	}
 	return err
 }
@@ -82,7 +82,7 @@ func (g *guard) only(next http.Handler, some ...Role) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		role := clientOf(r.Context()).as(some...)
 		if role == "" {
-			g.service.Refused(r.Context(), notAllowed(), "call", r.URL.Path)
+			g.service.Refused(r.Context(), notAllowed(), callOf(r.URL.Path)...)
 			g.deny(w, r)
 			return
 		}
@@ -116,7 +116,7 @@ func (g *guard) around(next connect.UnaryFunc) connect.UnaryFunc {
 		reason := "OK"
 		if r := refusalOf(err); r != nil {
 			reason = string(r.Reason)
-			g.service.Refused(ctx, r, append(imsiOf(req.Any()), "call", procedure)...)
+			g.service.Refused(ctx, r, append(imsiOf(req.Any()), callOf(procedure)...)...)
 		} else if err != nil {
 			reason = connect.CodeOf(err).String()
 		}

@@ -15,7 +15,7 @@ func For(role Role, service *binding.Service, clients *Clients, pages http.Handl
 	limited := g.only(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if clientOf(r.Context()).tooMany() {
 			refusal := refusalOf(overloaded("this client calls more often than it may"))
-			service.Refused(r.Context(), refusal, "call", r.URL.Path)
+			service.Refused(r.Context(), refusal, callOf(r.URL.Path)...)
 			http.Error(w, refusal.Message, http.StatusTooManyRequests)
 			return
 		}
@@ -33,7 +33,7 @@ func For(role Role, service *binding.Service, clients *Clients, pages http.Handl
 			return nil
 		}()
 		if err != nil {
-			service.Broken(r.Context(), err, "path", r.URL.Path)
+			service.Broken(r.Context(), err, callOf(r.URL.Path)...)
 			http.Error(w, "internal error", http.StatusInternalServerError)
 		}
 	}))

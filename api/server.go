@@ -88,7 +88,7 @@ func NewHandler(o Options) *Handler {
 		}
 	}
 	ready := &readiness{leaving: o.Leaving, find: func(ctx context.Context) (warnings []string, err error) {
-		err = g.finish(ctx, "ready", func() (err error) { warnings, err = o.Ready(ctx); return err })
+		err = g.finish(ctx, "/readyz", func() (err error) { warnings, err = o.Ready(ctx); return err })
 		return warnings, err
 	}}
 	mux.Handle(grpchealth.NewHandler(&checker{ready: ready}))
@@ -127,7 +127,7 @@ func NewHandler(o Options) *Handler {
 			return nil
 		}()
 		if err != nil { // of no call: guard has had those
-			o.Service.Broken(r.Context(), err, "path", r.URL.Path)
+			o.Service.Broken(r.Context(), err, callOf(r.URL.Path)...)
 			http.Error(w, "internal error", http.StatusInternalServerError)
 		}
 	})))

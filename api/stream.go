@@ -82,7 +82,7 @@ func (s *server) Stream(
 			}
 		}
 		if r := refusalOf(err); r != nil {
-			s.service.Refused(ctx, r, "call", procedure)
+			s.service.Refused(ctx, r, callOf(procedure)...)
 			return toConnect(r)
 		}
 		return s.streams.serve(ctx, b)
@@ -258,7 +258,7 @@ func (h *Handler) answer(ctx context.Context, read time.Time, c *kmev1.Call) *km
 		return nil
 	})
 	if broken != nil {
-		h.service.Broken(ctx, broken, "call", kmev1connect.KeyServiceStreamProcedure)
+		h.service.Broken(ctx, broken, callOf(kmev1connect.KeyServiceStreamProcedure)...)
 		err = toConnect(broken)
 	}
 	if err != nil {

@@ -223,7 +223,7 @@ func TestStream(t *testing.T) {
 		t.Errorf("%v panics and %v calls are counted", panics, calls)
 	}
 	if log := s.log.String(); strings.Count(log, `"stack"`) != 1 || strings.Count(log, "CALLER_NOT_ALLOWED") != 2 ||
-		strings.Count(log, `"call":"/kme.v1.KeyService/Stream"`) != 1 {
+		strings.Count(log, `"call":"Stream"`) != 1 {
 		t.Errorf("the log: %s", log)
 	}
 	time.Sleep(2 * s.server.ReadTimeout)

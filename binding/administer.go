@@ -22,7 +22,7 @@ func (s *Service) ReportAuthentication(ctx context.Context, imsi kme.IMSI, ok bo
 	now := s.times.Now()
 	sub, err := s.store.Report(ctx, imsi, o.Name, ok, now)
 	if err != nil {
-		return nil, s.failed(ctx, "report", imsi, fromStore(ctx, err), "origin", o.Name)
+		return nil, s.failed(ctx, "ReportAuthentication", imsi, fromStore(ctx, err), "origin", o.Name)
 	}
 	r := &Reported{Binding: sub.Standing(), Served: sub.Served(o)}
 	if a := sub.Active; a != nil && a.Activated.UnixMilli() == now.UnixMilli() { // by this report
@@ -47,7 +47,7 @@ func (s *Service) GetBinding(ctx context.Context, imsi kme.IMSI) (*Binding, erro
 		err = ErrNotBound
 	}
 	if err != nil {
-		return nil, s.failed(ctx, "get", imsi, fromStore(ctx, err))
+		return nil, s.failed(ctx, "GetBinding", imsi, fromStore(ctx, err))
 	}
 	s.log.InfoContext(ctx, "binding read", "imsi", imsi, "imei", sub.Latest().IMEI)
 	return sub.Latest(), nil
@@ -73,7 +73,7 @@ func (s *Service) OpenProvisioning(ctx context.Context, imsi kme.IMSI, ttl time.
 	}
 	s.open.Invalidate(imsi)
 	if err := s.store.OpenAttempt(ctx, *a); err != nil {
-		return nil, s.failed(ctx, "open", imsi, fromStore(ctx, err))
+		return nil, s.failed(ctx, "OpenProvisioning", imsi, fromStore(ctx, err))
 	}
 	s.log.InfoContext(ctx, "provisioning opened", "imsi", imsi, "expires", a.Expires)
 	return a, nil
@@ -84,7 +84,7 @@ func (s *Service) RevokeBinding(ctx context.Context, imsi kme.IMSI) (*Binding, e
 	s.open.Invalidate(imsi)
 	b, err := s.store.Revoke(ctx, imsi, s.times.Now())
 	if err != nil {
-		return nil, s.failed(ctx, "revoke", imsi, fromStore(ctx, err))
+		return nil, s.failed(ctx, "RevokeBinding", imsi, fromStore(ctx, err))
 	}
 	s.log.InfoContext(ctx, "binding revoked", "imsi", imsi, "imei", b.IMEI)
 	return b, nil
@@ -95,7 +95,7 @@ func (s *Service) ListBindings(ctx context.Context, q BindingQuery) ([]*Binding,
 	q.Now = s.times.Now()
 	all, err := s.store.Bindings(ctx, q)
 	if err != nil {
-		return nil, s.failed(ctx, "list", kme.IMSI{}, fromStore(ctx, err))
+		return nil, s.failed(ctx, "ListBindings", kme.IMSI{}, fromStore(ctx, err))
 	}
 	s.log.InfoContext(ctx, "bindings listed", "bindings", len(all))
 	return all, nil

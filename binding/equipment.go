@@ -70,7 +70,7 @@ func DefaultEquipmentPolicy() EquipmentPolicy {
 func (s *Service) CheckEquipment(ctx context.Context, imei kme.IMEI, imsi kme.IMSI) (Equipment, error) {
 	e, err := s.check(ctx, imei, imsi)
 	if err != nil {
-		return e, s.failed(ctx, "check equipment", imsi, err, "imei", imei)
+		return e, s.failed(ctx, "CheckEquipment", imsi, err, "imei", imei)
 	}
 	s.history.Saw(imsi, imei, sightings.Asserted)
 	s.metrics.equipment.WithLabelValues(string(e.Status), string(e.Reason)).Inc()

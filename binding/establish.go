@@ -41,7 +41,7 @@ type establishment struct {
 func (s *Service) EstablishKME(ctx context.Context, asked EstablishRequest) (*Established, error) {
 	leave, err := s.enter(ctx)
 	if err != nil {
-		return nil, s.failed(ctx, "establish", asked.IMSI, err, "imei", asked.IMEI)
+		return nil, s.failed(ctx, "EstablishKME", asked.IMSI, err, "imei", asked.IMEI)
 	}
 	p := &establishment{EstablishRequest: asked, digest: sha256.Sum256(asked.Payload), leave: leave}
 	defer func() { p.leave() }()
@@ -65,7 +65,7 @@ func (s *Service) EstablishKME(ctx context.Context, asked EstablishRequest) (*Es
 		if errors.As(err, &r) && slices.Contains(aboutDevice, r.Reason) {
 			s.history.Saw(p.IMSI, p.IMEI, sightings.Asserted)
 		}
-		return nil, s.failed(ctx, "establish", p.IMSI, err, "imei", p.IMEI, "origin", p.Origin.Name)
+		return nil, s.failed(ctx, "EstablishKME", p.IMSI, err, "imei", p.IMEI, "origin", p.Origin.Name)
 	}
 	return e, nil
 }

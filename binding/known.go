@@ -64,7 +64,7 @@ func (s *Service) Known(ctx context.Context, imsi kme.IMSI) (k Known, err error)
 		return s.lots.Doubts(short, b)
 	})
 	if err != nil {
-		return k, s.failed(ctx, "get", imsi, fromStore(ctx, err))
+		return k, s.failed(ctx, "GetBinding", imsi, fromStore(ctx, err))
 	}
 	s.log.InfoContext(ctx, "subscription explained", "imsi", imsi)
 	return k, nil

@@ -3,7 +3,6 @@ package binding
 import (
 	"context"
 	"fmt"
-	"path"
 
 	"github.com/kmehsm/kmehsm/binding/refusals"
 	"github.com/kmehsm/kmehsm/kme"
@@ -27,8 +26,8 @@ func (s *Service) remember(client string, r *Refusal, attrs []any) {
 			p.Call = fmt.Sprint(attrs[i+1])
 		}
 	}
-	switch path.Base(p.Call) { // an administrator's question is none of the network's calls
-	case "get", "list", "open", "revoke", "GetBinding", "ListBindings", "OpenProvisioning", "RevokeBinding":
+	switch p.Call { // an administrator's question is none of the network's calls
+	case "GetBinding", "ListBindings", "OpenProvisioning", "RevokeBinding":
 		return
 	}
 	if p.IMSI != (kme.IMSI{}) {

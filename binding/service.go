@@ -157,13 +157,13 @@ func (s *Service) Broken(ctx context.Context, err error, attrs ...any) {
 	s.log.ErrorContext(ctx, "internal error", attrs...)
 }
 
-// failed logs a refusal, with the cause that the caller does not get.
-func (s *Service) failed(ctx context.Context, what string, imsi kme.IMSI, err error, more ...any) error {
+// failed logs a refusal, with the cause that the caller does not get. The call is a method of kme.v1.KeyService.
+func (s *Service) failed(ctx context.Context, call string, imsi kme.IMSI, err error, more ...any) error {
 	var r *Refusal
 	if errors.As(err, &r) {
 		r.logged = true
 		s.metrics.refused(r)
-		attrs := append([]any{"call", what, "imsi", imsi, "reason", r.Reason, "message", r.Message}, more...)
+		attrs := append([]any{"call", call, "imsi", imsi, "reason", r.Reason, "message", r.Message}, more...)
 		if r.Cause != nil {
 			attrs = append(attrs, "cause", r.Cause.Error())
 		}

@@ -26,12 +26,12 @@ func (s *Service) PrepareVector(ctx context.Context, imsi kme.IMSI, rands [][]by
 	}
 	leave, err := s.enter(ctx)
 	if err != nil {
-		return nil, s.failed(ctx, "prepare", imsi, err)
+		return nil, s.failed(ctx, "PrepareVector", imsi, err)
 	}
 	defer leave()
 	p, err := s.prepare(ctx, imsi, vectors, o)
 	if err != nil {
-		return nil, s.failed(ctx, "prepare", imsi, err, "origin", o.Name)
+		return nil, s.failed(ctx, "PrepareVector", imsi, err, "origin", o.Name)
 	}
 	return p, nil
 }
@@ -98,11 +98,11 @@ func (s *Service) RestoreRAND(ctx context.Context, imsi kme.IMSI, randBytes []by
 	}
 	leave, err := s.enter(ctx)
 	if err != nil {
-		return out, s.failed(ctx, "restore", imsi, err)
+		return out, s.failed(ctx, "RestoreRAND", imsi, err)
 	}
 	defer leave()
 	if out, err = s.restore(ctx, imsi, rands[0], o.Name); err != nil {
-		return out, s.failed(ctx, "restore", imsi, err, "origin", o.Name)
+		return out, s.failed(ctx, "RestoreRAND", imsi, err, "origin", o.Name)
 	}
 	return out, nil
 }

@@ -13,122 +13,214 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"github.com/kmehsm/kmehsm/binding"
 )
 
-// Every field and every message that the code logs has a row in logs.md, and every row is logged.
+// Every message that the code logs has a row in logs.md, with its levels and its fields; every field has a row, and
+// every row is logged.
 func TestLogFields(t *testing.T) {
 	page := read(t, "logs.md")
-	fields, messages, found := strings.Cut(page, "\n## Messages\n")
-	if !found {
-		t.Fatal("logs.md has no section Messages")
+	heads := []string{"\n## Fields\n", "\n## Messages of keysvc\n", "\n## Messages of the station server\n"}
+	sections := make([]string, len(heads))
+	for i, head := range slices.Backward(heads) {
+		var found bool
+		if page, sections[i], found = strings.Cut(page, head); !found {
+			t.Fatalf("logs.md has no section %q", head)
+		}
 	}
-	logged := logCalls(t)
-	for what, have := range map[string]struct {
-		page string
-		code map[string]bool
-	}{"field": {fields, logged.fields}, "message": {messages, logged.messages}} {
-		var rows []string
-		for _, m := range regexp.MustCompile("(?m)^\\| `([^`]+)`").FindAllStringSubmatch(have.page, -1) {
-			rows = append(rows, m[1])
+	programs := []map[string]*message{
+		logged(t, []string{"api", "binding", "hsmkeys", "vaultstore", "internal/keysvcd", "internal/n5geir",
+			"internal/webhook"}, map[string]wrapper{"Refused": {"refused", 2}, "failed": {"refused", 4},
+			"Broken": {"internal error", 2}, "Unauthenticated": {"client authentication failed", 2}}),
+		logged(t, []string{"cmd/factory", "factory/station"},
+			map[string]wrapper{"refused": {"refused", 1}, "refuse": {"refused", 5}}),
+	}
+	every := map[string]bool{"time": true, "level": true, "msg": true, "actor": true}
+	for _, name := range fields[binding.Actor]() {
+		every["actor."+name] = true
+	}
+	for i, messages := range programs {
+		rows := rowsOf(t, sections[1+i])
+		if len(rows) != len(messages) || len(rows) < 5 {
+			t.Errorf("%s has %d messages, and the code %d", strings.TrimSpace(heads[1+i]), len(rows), len(messages))
 		}
-		for name := range have.code {
-			if !slices.Contains(rows, name) {
-				t.Errorf("logs.md has no row for the %s %q", what, name)
+		for text, m := range messages {
+			row, ok := rows[text]
+			if !ok {
+				t.Errorf("logs.md has no row for the message %q", text)
+				continue
 			}
+			levels := regexp.MustCompile(`\b[A-Z]{4,5}\b`).FindAllString(code.ReplaceAllString(row[0], ""), -1)
+			if m.chosen && len(levels) > 0 { // by a variable: one at least is in the code
+				levels = levels[:1]
+			}
+			if !slices.Equal(levels, m.levels) {
+				t.Errorf("%q has the levels %q on the page, and %q in the code", text, levels, m.levels)
+			}
+			var named []string
+			for _, f := range code.FindAllStringSubmatch(row[1], -1) {
+				named = append(named, f[1])
+			}
+			if own := slices.Sorted(maps.Keys(m.fields)); !slices.Equal(named, own) {
+				t.Errorf("%q has the fields\n%q on the page, and in the code\n%q", text, named, own)
+			}
+			maps.Copy(every, m.fields)
+			maps.Copy(every, m.inner)
 		}
-		for i, name := range rows {
-			if slices.Contains(rows[:i], name) {
-				t.Errorf("logs.md has two rows for the %s %q", what, name)
-			}
-			if !have.code[name] {
-				t.Errorf("logs.md has the %s %q, which nothing logs", what, name)
-			}
+	}
+	rows := rowsOf(t, sections[0])
+	for name := range every {
+		if rows[name] == nil {
+			t.Errorf("logs.md has no row for the field %q", name)
 		}
-		if len(rows) < 20 {
-			t.Errorf("logs.md has %d rows of %ss", len(rows), what)
+	}
+	for name := range rows {
+		if !every[name] {
+			t.Errorf("logs.md has the field %q, which nothing logs", name)
 		}
 	}
 }
 
-type logged struct{ fields, messages map[string]bool }
+var code = regexp.MustCompile("`([^`]+)`")
 
-// logCalls reads the code of the daemons. A line is logged by a method of slog, or by one of ours that takes the
-// same list; a list that is made beforehand is a []any, or appended to one that is called attrs.
-func logCalls(t *testing.T) logged {
+// rowsOf gives the rows of a section's table by what they begin with, without it.
+func rowsOf(t *testing.T, section string) map[string][]string {
 	t.Helper()
-	l := logged{map[string]bool{"time": true, "level": true, "msg": true}, map[string]bool{}}
-	firstField := map[string]int{ // the position of the first field's name
-		"Debug": 1, "Info": 1, "Warn": 1, "Error": 1,
-		"DebugContext": 2, "InfoContext": 2, "WarnContext": 2, "ErrorContext": 2, "Log": 3,
-		"Refused": 2, "Broken": 2, "Unauthenticated": 2, "failed": 4,
+	rows := map[string][]string{}
+	for _, m := range regexp.MustCompile("(?m)^\\| `([^`]+)` \\| (.*) \\|$").FindAllStringSubmatch(section, -1) {
+		if rows[m[1]] != nil {
+			t.Errorf("logs.md has two rows for %q", m[1])
+		}
+		rows[m[1]] = strings.Split(m[2], " | ")
 	}
-	ours := map[string]bool{"Refused": true, "Broken": true, "Unauthenticated": true, "failed": true}
-	for _, root := range []string{"api", "binding", "hsmkeys", "vaultstore", "cmd/factory", "factory/station",
-		"internal/keysvcd", "internal/n5geir", "internal/webhook"} {
+	return rows
+}
+
+// A message is what the code says of one.
+type message struct {
+	levels        []string
+	chosen        bool            // whether the code that logs it chooses among levels
+	fields, inner map[string]bool // inner are those of groups
+}
+
+// A wrapper is a function of ours that logs a message, with fields from its argument number first.
+type wrapper struct {
+	message string
+	first   int
+}
+
+// logged reads the code of a program. A line is logged by a method of slog, or by a wrapper. A list of fields that is
+// made before is a []any, or appended to one that is called attrs: in the same function, or in one that this calls.
+func logged(t *testing.T, roots []string, wrappers map[string]wrapper) map[string]*message {
+	t.Helper()
+	messages, lists := map[string]*message{}, map[string]*message{}
+	var functions []*ast.FuncDecl
+	for _, root := range roots {
 		for _, file := range parse(t, root) {
-			pairs := func(args []ast.Expr) {
-				for i := 0; i+1 < len(args); i += 2 {
-					if s, ok := literal(args[i]); ok && regexp.MustCompile(`^[a-z][a-z_0-9]*$`).MatchString(s) {
-						l.fields[s] = true
+			for _, d := range file.Decls {
+				if f, ok := d.(*ast.FuncDecl); ok && f.Body != nil {
+					functions = append(functions, f)
+				}
+			}
+		}
+	}
+	for _, f := range functions {
+		list := &message{fields: map[string]bool{}, inner: map[string]bool{}}
+		ast.Inspect(f, func(n ast.Node) bool {
+			switch n := n.(type) {
+			case *ast.CompositeLit:
+				if a, ok := n.Type.(*ast.ArrayType); ok && isAny(a.Elt) {
+					list.pairs(n.Elts)
+				}
+			case *ast.CallExpr:
+				if f, ok := n.Fun.(*ast.Ident); ok && f.Name == "append" {
+					if l, ok := n.Args[0].(*ast.Ident); ok && l.Name == "attrs" {
+						list.pairs(n.Args[1:])
 					}
 				}
 			}
-			ast.Inspect(file, func(n ast.Node) bool {
-				switch n := n.(type) {
-				case *ast.CompositeLit:
-					if a, ok := n.Type.(*ast.ArrayType); ok && isAny(a.Elt) {
-						pairs(n.Elts)
+			return true
+		})
+		if len(list.fields) > 0 {
+			lists[f.Name.Name] = list
+		}
+	}
+	for _, f := range functions {
+		ast.Inspect(f, func(n ast.Node) bool {
+			call, ok := n.(*ast.CallExpr)
+			if !ok {
+				return true
+			}
+			text, level, first := logs(call, wrappers)
+			if text == "" {
+				return true
+			}
+			m := messages[text]
+			if m == nil {
+				m = &message{fields: map[string]bool{}, inner: map[string]bool{}}
+				messages[text] = m
+			}
+			m.chosen = m.chosen || level == "LOG"
+			if slices.Contains([]string{"DEBUG", "INFO", "WARN", "ERROR"}, level) && !slices.Contains(m.levels, level) {
+				m.levels = append(m.levels, level)
+			}
+			if !call.Ellipsis.IsValid() {
+				m.pairs(call.Args[first:])
+				return true
+			}
+			ast.Inspect(f, func(n ast.Node) bool { // the function, and what it calls but for other wrappers
+				if id, ok := n.(*ast.Ident); ok && lists[id.Name] != nil {
+					if _, other := wrappers[id.Name]; !other || id == f.Name {
+						maps.Copy(m.fields, lists[id.Name].fields)
 					}
-				case *ast.TypeSpec:
-					if n.Name.Name == "Actor" {
-						for _, f := range n.Type.(*ast.StructType).Fields.List {
-							tag := regexp.MustCompile(`json:"([a-z]+)`).FindStringSubmatch(f.Tag.Value)
-							l.fields["actor."+tag[1]] = true
-						}
-					}
-				case *ast.CallExpr:
-					l.call(n, firstField, ours, pairs)
 				}
 				return true
 			})
-		}
+			return true
+		})
 	}
-	return l
+	return messages
 }
 
-// call notes what a call logs.
-func (l logged) call(n *ast.CallExpr, firstField map[string]int, ours map[string]bool, pairs func([]ast.Expr)) {
-	if f, ok := n.Fun.(*ast.Ident); ok && f.Name == "append" {
-		if list, ok := n.Args[0].(*ast.Ident); ok && list.Name == "attrs" {
-			pairs(n.Args[1:])
-		}
-	}
-	f, ok := n.Fun.(*ast.SelectorExpr)
+// logs gives the message of a call, its level in capitals, which a wrapper has none of, and where its fields begin; no
+// message if the call logs nothing, or what is no literal.
+func logs(call *ast.CallExpr, wrappers map[string]wrapper) (text, level string, first int) {
+	f, ok := call.Fun.(*ast.SelectorExpr)
 	if !ok {
-		return
+		return "", "", 0
 	}
-	if p, ok := f.X.(*ast.Ident); ok && p.Name == "slog" {
-		switch {
-		case f.Sel.Name == "Group":
-			pairs(n.Args[:2]) // its name
-			pairs(n.Args[1:])
-		case len(n.Args) == 2:
-			pairs(n.Args) // slog.String and others
+	if w, ok := wrappers[f.Sel.Name]; ok && len(call.Args) >= w.first {
+		return w.message, "", w.first
+	}
+	level, inContext := strings.CutSuffix(f.Sel.Name, "Context")
+	first = map[string]int{"Debug": 1, "Info": 1, "Warn": 1, "Error": 1, "Log": 3}[level]
+	if inContext {
+		first++
+	}
+	if first == 0 || !isLog(f.X) || len(call.Args) < first {
+		return "", "", 0
+	}
+	text, _ = literal(call.Args[first-1])
+	return text, strings.ToUpper(level), first
+}
+
+// pairs notes the names in a list of names and values, or groups of them.
+func (m *message) pairs(args []ast.Expr) {
+	for i := 0; i < len(args); {
+		if group, ok := args[i].(*ast.CallExpr); ok && len(group.Args) > 0 {
+			in := &message{fields: m.inner, inner: m.inner}
+			in.pairs(group.Args[1:])
+			if name, ok := literal(group.Args[0]); ok {
+				m.fields[name] = true
+			}
+			i++
+			continue
 		}
-	}
-	first, ok := firstField[f.Sel.Name]
-	if !ok || len(n.Args) < first {
-		return
-	}
-	if !ours[f.Sel.Name] {
-		s, ok := literal(n.Args[first-1])
-		if !ok || !isLog(f.X) {
-			return
+		if s, ok := literal(args[i]); ok {
+			m.fields[s] = true
 		}
-		l.messages[s] = true
-	}
-	if !n.Ellipsis.IsValid() {
-		pairs(n.Args[first:])
+		i += 2
 	}
 }
 

@@ -142,12 +142,12 @@ func (l *Lots) LogWithdrawn(log *slog.Logger) {
 	for _, m := range slices.Sorted(maps.Keys(l.distrusted)) {
 		v := l.distrusted[m]
 		log.Warn("a manufacturer is distrusted: its lots are not served",
-			"manufacturer", m, "by", v.By, "reason", v.Reason, "time", v.Time)
+			"manufacturer", m, "by", v.By, "reason", v.Reason, "decided", v.Time)
 	}
 	for name, lot := range l.imported {
 		if v := lot.Retired; v.Withdrawn {
 			log.Warn("a lot is retired: it is not served", "manufacturer", name.manufacturer, "lot", name.lot,
-				"by", v.By, "reason", v.Reason, "time", v.Time)
+				"by", v.By, "reason", v.Reason, "decided", v.Time)
 		}
 	}
 }

@@ -271,7 +271,7 @@ func TestLookUp(t *testing.T) {
 		{monitor, "IMSI", bound, []string{"IMSI " + bound + ": ACTIVE", "is bound to device " + device,
 			"No refusal of a call", "What to do", "nothing"}, nil},
 		{monitor, "IMSI", " " + bound + " ", []string{"is bound to device"}, nil},
-		{monitor, "IMSI", refused, []string{"It was never bound.", "establish at", "NO_ATTEMPT", "no attempt was open",
+		{monitor, "IMSI", refused, []string{"It was never bound.", "EstablishKME at", "NO_ATTEMPT", "no attempt was open",
 			"What to do", "attach again"},
 			[]string{"<script>"}},
 		{monitor, "IMSI", foreign, []string{"No answer:", "PLMN that you may not see"}, []string{device}},
