@@ -401,9 +401,9 @@ func TestWallInBrowser(t *testing.T) {
 	for _, want := range []string{
 		`data-state="running"`, `<b id="ready">27</b>`, `<b id="failed">3</b>`, `<b id="overdue">0</b>`,
 		`▶ RUNNING`, `Line 7 · lot </span><span>L1</span>`, `<span class="clip">▶ </span><span>left</span>`,
-		`<span class="injected">●9 </span><span class="failed">▲3 </span>`,
+		`<span class="injected">●9</span><span class="failed">▲3</span>`,
 		`<span class="clip">▶ </span><span>right</span>`, held.IMEI.String(),
-		`<span class="clip">■ </span><span>third</span></span><span class="dim">idle </span>`,
+		`<span class="clip">■ </span><span>third</span></span></div><div><span class="dim">idle </span>`,
 		`9 of 40</span>`, `27 ready`, `<rect class="injected"`, `<rect class="failed"`,
 	} {
 		if !strings.Contains(page, want) {

@@ -22,8 +22,8 @@ function element(name, kind, text, ...children) {
 
 // counts are those that are not 0, each with its shape.
 function counts(of, which) {
-  return element('span', '', '',
-    ...which.filter(k => of[k]).map(k => element('span', k, `${kinds[k]}${number(of[k])} `)));
+  return element('span', 'counts', '',
+    ...which.filter(k => of[k]).map(k => element('span', k, `${kinds[k]}${number(of[k])}`)));
 }
 
 // named is a name, of which the beginning is cut off where there is no room for all, and its last signs never.
@@ -33,10 +33,15 @@ function named(name, before = '') {
     element('span', '', name.slice(end)));
 }
 
-// tiles fills a grid: as many columns as its tiles need to be at least so high.
-function tiles(grid, list, rows, make) {
-  grid.style.setProperty('--columns', Math.max(1, Math.ceil(list.length / rows)));
+// tiles fills a grid with as few columns as have room, of so many rows at most. A tile is drawn so large that its text
+// needs its size: so high and so wide, in em.
+function tiles(grid, list, most, high, wide, make) {
+  const columns = Math.max(1, Math.ceil(list.length / most));
+  const rows = Math.max(1, Math.ceil(list.length / columns));
+  for (const [k, v] of Object.entries({ columns, rows, high, wide })) grid.style.setProperty(`--${k}`, v);
   grid.replaceChildren(...list.map(make));
+  if (!list.length) grid.append(element('div', 'tile none dim', 'none'));
+  return list.length && rows;
 }
 
 function plot(svg, hour) {
@@ -56,13 +61,18 @@ function plot(svg, hour) {
   const y = n => bottom - n / top * height;
   svg.setAttribute('viewBox', `0 0 ${box.width} ${box.height}`);
   const all = [];
-  for (let i = 0; i <= lines; i++) {
+  const every = height < em * 1.3 * lines ? lines : 1; // only the highest and 0 if there is no room for more
+  for (let i = 0; i <= lines; i += every) {
     all.push(make('line', { x1: left, x2: right, y1: y(i * step), y2: y(i * step) }));
     all.push(make('text', { x: left - em * .4, y: y(i * step) + em * .35, 'text-anchor': 'end' }, number(i * step)));
   }
   for (let i = 14; i < 60; i += 15) {
     all.push(make('text', { x: left + width * (i + .5), y: box.height - em * .5, 'text-anchor': 'middle' },
       clock(hour[i].start)));
+  }
+  if (!most) {
+    all.push(make('text', { x: (left + right) / 2, y: bottom - height / 2 + em * .35, 'text-anchor': 'middle' },
+      'nothing in the last hour'));
   }
   hour.forEach((m, i) => {
     let from = 0;
@@ -82,8 +92,10 @@ function say(state, title, why) {
 }
 
 function show(s) {
+  shown = s;
   const sum = key => s.lots.reduce((n, l) => n + Math.max(0, l[key]), 0);
-  const last = s.last ? `last device ${clock(s.last)}` : 'no device so far';
+  const asked = s.last ? `; a station last asked ${clock(s.last)}` : '';
+  const last = sum('injected') ? `last device ${clock(s.last)}` : `nothing injected yet${asked}`;
   if (s.state === 'running') say('running', '▶ RUNNING', last);
   else if (s.state === 'empty') say('empty', '○ NO LOT', 'no lot is provisioned');
   else if (!sum('waiting')) say('stopped', '■ STOPPED', `all handed out; ${last}`);
@@ -95,8 +107,7 @@ function show(s) {
   id('ready').textContent = known ? number(sum('ready')) : '?';
   id('togo').textContent = known ? duration(s.seconds_left) : '–';
   for (const k of bad) id(k).textContent = number(sum(k));
-  plot(id('hour'), s.hour);
-  tiles(id('lots'), s.lots, s.lots.length > 4 ? 6 : 4, l => {
+  const rows = tiles(id('lots'), s.lots, s.lots.length > 4 ? 6 : 4, 2.9, 18, l => {
     const done = element('i');
     done.style.width = `${l.devices ? Math.min(100, 100 * l.injected / l.devices) : 0}%`;
     return element('div', `tile ${bad.some(k => l[k]) ? 'bad' : 'good'}`, '',
@@ -105,21 +116,26 @@ function show(s) {
       element('div', '', '', counts(l, bad), element('span', '', `${l.ready < 0 ? '?' : number(l.ready)} ready`)),
       element('div', 'bar', '', done));
   });
-  const wide = s.stations.length <= 16; // two columns at most
-  tiles(id('stations'), s.stations, 8, w => {
+  id('lots').parentElement.style.flexGrow = Math.min(2.3, .25 + .4 * rows); // the chart has the rest
+  plot(id('hour'), s.hour);
+  const few = s.stations.length <= 4, wide = s.stations.length <= 16; // three lines for each; two columns at most
+  tiles(id('stations'), s.stations, 8, few ? 4 : 2.6, wide && !few ? 18 : 13, w => {
     const idle = !w.last || Date.parse(s.time) - Date.parse(w.last) > 60000;
     const worse = bad.some(k => w.hour[k]);
+    const name = named(w.station, `${idle ? '■' : '▶'} `), now = element('span', 'dim',
+      idle ? `${wide ? 'idle ' : ''}${w.last ? clock(w.last) : ''}` : wide ? w.holds ?? '' : '');
     return element('div', `tile ${worse ? 'bad' : idle ? '' : 'good'}`, '',
-      element('div', '', '', named(w.station, `${idle ? '■' : '▶'} `),
-        element('span', 'dim',
-          idle ? `${wide ? 'idle ' : ''}${w.last ? clock(w.last) : ''}` : wide ? w.holds ?? '' : '')),
-      element('div', '', '', counts(w.hour, Object.keys(kinds))));
+      ...few ? [element('div', '', '', name), element('div', '', '', now)] : [element('div', '', '', name, now)],
+      element('div', '', '', few && !w.hour.injected && !worse ? element('span', 'dim', 'none in the last hour')
+        : counts(w.hour, Object.keys(kinds))));
   });
 }
 
 // What was last said is old when the line's server has not answered for so long.
 const old = 10000;
 let last, answered = performance.now();
+let shown;
+window.addEventListener('resize', () => shown && plot(id('hour'), shown.hour));
 const tick = () => {
   id('clock').textContent = new Date().toLocaleTimeString('en-GB');
   if (performance.now() - answered > old) {

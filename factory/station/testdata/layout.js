@@ -1,11 +1,11 @@
 'use strict';
-// Looks at the wall screen in frames of all sizes. What is wrong is a line of the result; the last line says that it
-// has come to the end.
-const sizes = [[1280, 720], [1920, 1080], [3840, 2160]];
-const cases = sizes.flatMap(size => [1, 12, 24].flatMap(stations => [1, 2, 4, 5, 7, 12].map(lots =>
-  ({ size, stations, lots, state: 'running' })))).concat(
-  sizes.flatMap(size => ['stopped', 'empty', 'stale'].map(state =>
-  ({ size, stations: 24, lots: state === 'empty' ? 0 : 12, state }))));
+// Looks at the wall screen in a frame. Each page is loaded once, and then shown in all sizes. What is wrong is a line of
+// the result; the last line says that it has come to the end.
+const sizes = [[1280, 720], [1280, 1024], [1920, 1080], [3840, 2160]];
+const cases = [...Array(24).keys()].map(i => ({ state: 'running', stations: i + 1, lots: i % 12 + 1 })).concat(
+  [[1, 12], [24, 1]].map(([stations, lots]) => ({ state: 'running', stations, lots })),
+  ['running', 'stopped', 'stale', 'empty', 'new'].flatMap(state => [[2, 1], [24, 12]].map(([stations, lots]) =>
+    ({ state, stations, lots: state === 'empty' ? 0 : lots }))));
 
 function luminance(rgb) {
   const [r, g, b] = rgb.map(c => (c /= 255) <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4);
@@ -19,7 +19,27 @@ function contrast(a, b) {
   return (high + .05) / (low + .05);
 }
 
-function look(frame, wrong) {
+// gap is the highest part of the screen's height, between left and right, in which nothing is written or drawn.
+function gap(w, left, right) {
+  const marks = [];
+  const texts = w.document.createTreeWalker(w.document.body, NodeFilter.SHOW_TEXT);
+  for (let text = texts.nextNode(); text; text = texts.nextNode()) {
+    if (text.parentElement.closest('script') || !text.data.trim()) continue;
+    const range = w.document.createRange();
+    range.selectNode(text);
+    marks.push(range.getBoundingClientRect());
+  }
+  for (const e of w.document.querySelectorAll('#hour :is(line, rect), .bar')) marks.push(e.getBoundingClientRect());
+  let to = 0, most = 0;
+  for (const m of marks.filter(m => m.left < right && m.right > left).sort((a, b) => a.top - b.top)) {
+    most = Math.max(most, m.top - to);
+    to = Math.max(to, m.bottom);
+  }
+  return Math.max(most, w.innerHeight - to) / w.innerHeight;
+}
+
+// look notes what is wrong. So many stations and lots leave room for large letters, or not.
+function look(frame, stations, lots, wrong) {
   const w = frame.contentWindow, d = w.document, style = e => w.getComputedStyle(e);
   const inside = (inner, outer) => inner.left >= outer.left - 1 && inner.right <= outer.right + 1 &&
     inner.top >= outer.top - 1 && inner.bottom <= outer.bottom + 1;
@@ -28,6 +48,11 @@ function look(frame, wrong) {
   if (d.documentElement.scrollHeight > w.innerHeight || d.documentElement.scrollWidth > w.innerWidth)
     wrong('it scrolls');
   const screen = { left: 0, top: 0, right: w.innerWidth, bottom: w.innerHeight };
+  const unit = Math.min(w.innerHeight, w.innerWidth * 9 / 16); // the height of 16:9
+  for (const [from, to] of [[0, .5], [.5, 1]]) {
+    const empty = gap(w, from * w.innerWidth + 1, to * w.innerWidth - 1);
+    if (empty > .25) wrong(`${Math.round(100 * empty)} % of the height are empty, from ${from} to ${to}`);
+  }
   for (const e of d.body.querySelectorAll('*:not(script)')) {
     const box = e.getBoundingClientRect();
     if (!inside(box, screen)) wrong(`off the screen: ${name(e)}`);
@@ -39,7 +64,8 @@ function look(frame, wrong) {
       wrong(`cut off: ${name(e)}`);
     const own = [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim());
     if (!own) continue;
-    if (parseFloat(style(e).fontSize) < w.innerHeight / 60) wrong(`too small: ${name(e)}`);
+    const large = stations <= 4 && e.matches('#stations .tile *') || lots <= 2 && e.matches('#lots .tile *');
+    if (parseFloat(style(e).fontSize) < unit / (large ? 28 : 48)) wrong(`too small: ${name(e)}, ${style(e).fontSize}`);
     let behind = e;
     while (behind && !colours(style(behind).backgroundColor + style(behind).backgroundImage).length)
       behind = behind.parentElement;
@@ -58,8 +84,9 @@ function look(frame, wrong) {
       }
     }
   }
-  for (const text of d.querySelectorAll('header > *, .tile div > *, #figures b')) {
-    const all = [...text.parentElement.children].filter(e => e !== text).map(e => e.getBoundingClientRect());
+  for (const text of d.querySelectorAll('header > *, .tile div > *, #figures b, h2 > *, #hour text')) {
+    const all = [...text.parentElement.children].filter(e => e !== text && !e.matches('line, rect'))
+      .map(e => e.getBoundingClientRect());
     const p = text.getBoundingClientRect();
     if (all.some(q => p.left < q.right - 1 && q.left < p.right - 1 && p.top < q.bottom - 1 && q.top < p.bottom - 1)) {
       wrong(`one text over another: ${name(text)}`);
@@ -72,24 +99,31 @@ function look(frame, wrong) {
   const lines = [];
   for (const c of cases) {
     const frame = document.createElement('iframe');
-    [frame.width, frame.height] = c.size;
+    [frame.width, frame.height] = sizes[0];
     frame.style.border = 0;
-    frame.src = `/${c.state}/${c.stations}/${c.lots}/?${c.size}`;
+    frame.src = `/${c.state}/${c.stations}/${c.lots}/`;
     document.body.append(frame);
     const there = () => {
       const d = frame.contentDocument;
-      return d?.body?.dataset.state === c.state && 
-         (c.state !== 'stale' || d.getElementById('state').textContent.includes('STALE')) &&
+      return d?.body?.dataset.state === (c.state === 'new' ? 'stopped' : c.state) &&
+        (c.state !== 'stale' || d.getElementById('state').textContent.includes('STALE')) &&
         d.querySelectorAll('#stations .tile').length === c.stations &&
-         d.querySelectorAll('#lots .tile').length === c.lots;
+        d.querySelectorAll('#lots .tile:not(.none)').length === c.lots;
     };
     for (let i = 0; i < 400 && !there(); i++) await new Promise(r => setTimeout(r, 50));
-    const wrong = what => lines.push(`${c.state}, ${c.size}, ${c.stations} stations, ${c.lots} lots: ${what}`);
-    if (there()) look(frame, wrong);
-    else wrong(`it says ${frame.contentDocument?.body?.dataset.state}`);
+    for (const size of sizes) {
+      const wrong = what => lines.push(`${c.state}, ${size}, ${c.stations} stations, ${c.lots} lots: ${what}`);
+      if (!there()) wrong(`it says ${frame.contentDocument?.body?.dataset.state}`);
+      const why = frame.contentDocument.getElementById('why').textContent;
+      if (why.startsWith('nothing injected yet') !== (c.state === 'new')) wrong(`it says ${why}`);
+      [frame.width, frame.height] = size;
+      const chart = frame.contentDocument.getElementById('hour');
+      const drawn = () => Math.abs(chart.viewBox.baseVal.height - chart.getBoundingClientRect().height) < 1;
+      for (let i = 0; i < 400 && !drawn(); i++) await new Promise(r => setTimeout(r, 20));
+      look(frame, c.stations, c.lots, wrong);
+      pages++;
+    }
     frame.remove();
-    pages++;
   }
-  document.getElementById('result').textContent = lines.length ? `${lines.join('\n')}\n${pages} pages looked at\n`
-    : `${pages} pages looked at\n`;
+  document.getElementById('result').textContent = [...lines, `${pages} pages looked at\n`].join('\n');
 })();
