@@ -68,7 +68,8 @@ func TestInstall(t *testing.T) {
 		if !slices.Equal(have, want) {
 			t.Errorf("PREFIX=%s: there is\n%q, want\n%q", given, have, want)
 		}
-		for unit, program := range map[string]string{"keysvc": "keysvc serve", "factory-station": "factory station serve"} {
+		for unit, program := range map[string]string{"keysvc": "keysvc serve",
+			"factory-station": "factory station serve"} {
 			text := string(must.Get[[]byte](t)(os.ReadFile(to + prefix + "/lib/systemd/system/" + unit + ".service")))
 			if !strings.Contains(text, "\nExecStart="+prefix+"/bin/"+program+" ") {
 				t.Errorf("PREFIX=%s: %s.service starts something else:\n%s", given, unit, text)
@@ -76,8 +77,9 @@ func TestInstall(t *testing.T) {
 		}
 		config := to + "/etc/kmehsm/keysvc.yaml"
 		must.Do(t, os.WriteFile(config, []byte("# mine\n"), 0o640))
-		if out, err := install(given, to); err != nil || string(must.Get[[]byte](t)(os.ReadFile(config))) != "# mine\n" {
-			t.Errorf("a second install: %v: %s", err, out)
+		out, err := install(given, to)
+		if own := must.Get[[]byte](t)(os.ReadFile(config)); err != nil || string(own) != "# mine\n" {
+			t.Errorf("a second install: %v: %s; keysvc.yaml has %s", err, out, own)
 		}
 	}
 	to := t.TempDir()

@@ -1,6 +1,6 @@
 'use strict';
-// Looks at the wall screen in a frame. Each page is loaded once, and then shown in all sizes. What is wrong is a line of
-// the result; the last line says that it has come to the end.
+// Looks at the wall screen in a frame. Each page is loaded once, and then shown in all sizes. What is wrong is a line
+// of the result; the last line says that it has come to the end.
 const sizes = [[1280, 720], [1280, 1024], [1920, 1080], [3840, 2160]];
 const cases = [...Array(24).keys()].map(i => ({ state: 'running', stations: i + 1, lots: i % 12 + 1 })).concat(
   [[1, 12], [24, 1]].map(([stations, lots]) => ({ state: 'running', stations, lots })),
