@@ -35,7 +35,12 @@ step() { printf '\n== %s\n' "$*"; }
 # run prints a command as one would type it, and runs it. What is long and secret-free in it is set in variables before.
 exec 3>&1 # where the demo prints, also from within $(run ...)
 run() {
-	printf '$ %s\n' "$*" >&3
+	local word line='$'
+	for word; do
+		case $word in *\ *) word="'$word'" ;; esac
+		line+=" $word"
+	done
+	printf '%s\n' "$line" >&3
 	"$@"
 }
 

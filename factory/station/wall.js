@@ -123,7 +123,7 @@ function show(s) {
     const idle = !w.last || Date.parse(s.time) - Date.parse(w.last) > 60000;
     const worse = bad.some(k => w.hour[k]);
     const name = named(w.station, `${idle ? '■' : '▶'} `), now = element('span', 'dim',
-      idle ? `${wide ? 'idle ' : ''}${w.last ? clock(w.last) : ''}` : wide ? w.holds ?? '' : '');
+      idle ? `${wide ? 'idle ' : ''}${w.last ? clock(w.last) : ''}` : wide ? w.holds ?? 'no device' : '');
     return element('div', `tile ${worse ? 'bad' : idle ? '' : 'good'}`, '',
       ...few ? [element('div', '', '', name), element('div', '', '', now)] : [element('div', '', '', name, now)],
       element('div', '', '', few && !w.hour.injected && !worse ? element('span', 'dim', 'none in the last hour')

@@ -66,7 +66,7 @@ func line(state LineState, stations, lots int) *Status {
 	}
 	for i := range stations {
 		w := Work{Station: fmt.Sprintf("hall-3-fixture-station-left-hand-side-%02d", i), Last: s.Last,
-			Holds: "35209900000017"}
+			Holds: []string{"", "35209900000017"}[i%2]}
 		if w.Hour.Injected = 1234; i < stations/2 {
 			w.Hour = Results{Injected: 1234, Failed: 123, Scrapped: 12, Overdue: 12}
 		}
