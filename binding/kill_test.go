@@ -79,7 +79,7 @@ func TestPostgresKilled(t *testing.T) {
 	})
 }
 
-// A world is everything but the service, which is other processes.
+// A world is everything but the service, which is other processes. Its harness has one too, on the same store.
 type world struct {
 	*harness
 	lot       *lot
@@ -91,6 +91,7 @@ func newWorld(t *testing.T, storeName string) *world {
 	r, m := newHarness(t), newMaker(t)
 	r.store = openStore(t, r.token, storeName)
 	t.Cleanup(func() { r.store.Close() })
+	r.recorder.Ledger, r.recorder.store = r.store, r.store
 	r.enroll(t, m)
 	l := m.newLot(t, "L1", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 5)...)
 	r.take(t, m, l)
@@ -356,4 +357,43 @@ func TestPostgresStandbyAway(t *testing.T) {
 	if err := c.establish(t.Context(), service, a); err != nil {
 		t.Errorf("with the standby: %v", err)
 	}
+}
+
+// A call is made again that has failed, since the standby has not confirmed it. The primary is lost, and the standby
+// promoted, after what the call had made was read on the primary, and before a commit confirms that. NW_SIG is told of
+// what the promoted server has, and of nothing else.
+func TestPostgresReadBeforeFailover(t *testing.T) {
+	primary := pgtest.Start(t)
+	standby := primary.Standby(t)
+	w := newWorld(t, pgtest.Either(t, primary.Database(t), primary, standby))
+	imsi, d := newIMSI(), w.lot.devices[0]
+	attempt := w.attempt(t, imsi)
+	payload, plain := d.payload(t)
+	call := func() (*binding.Established, error) {
+		return w.service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei,
+			AttemptID: attempt, Payload: payload, Origin: here})
+	}
+	standby.Set(t, "primary_conninfo", "")
+	testproc.Await(t, "the standby is away", func() bool {
+		return strings.Contains(strings.Join(must[[]string](t)(w.store.Warnings(t.Context())), ""), "none is connected")
+	})
+	_, err := call()
+	checkRefused(t, "without the standby", err, kme.StoreUnavailable, "")
+	testproc.Await(t, "what is not confirmed can be read", func() bool {
+		return must[*binding.Subscription](t)(w.store.Subscription(t.Context(), imsi, time.Now())).Pending != nil
+	})
+	w.recorder.onFirst("Settle", func() error {
+		standby.Promote(t)
+		primary.Kill(t)
+		testproc.Await(t, "others go on at the promoted server", func() bool { return w.vector(t, newIMSI()) == nil })
+		return nil
+	})
+	_, err = call()
+	checkRefused(t, "a binding that the promoted server has not", err, kme.NoAttempt, "")
+	w.checkBound(t, imsi, false)
+	want := plain.NWSig()
+	if e, err := call(); err != nil || !bytes.Equal(e.NWSig, want[:]) {
+		t.Errorf("once more, on the promoted server: %v, %v", e, err)
+	}
+	w.checkBound(t, imsi, true)
 }
