@@ -175,11 +175,15 @@ type attempt struct {
 	nwSig   []byte // as the client received it; nil if it did not
 }
 
+// workers are how many devices of a crowd attach at a time.
+const workers = 4
+
 // A crowd are devices that attach without a pause, whatever becomes of the service.
 type crowd struct {
 	*world
 	socket  string
 	answers atomic.Int64
+	failed  atomic.Int64 // calls without one
 
 	mu  sync.Mutex
 	all []*attempt // guarded by mu
@@ -195,6 +199,8 @@ func (c *crowd) establish(ctx context.Context, service *client.Client, a *attemp
 	if err == nil {
 		a.nwSig = e.NWSig[:]
 		c.answers.Add(1)
+	} else {
+		c.failed.Add(1)
 	}
 	return err
 }
@@ -204,7 +210,7 @@ func (c *crowd) establish(ctx context.Context, service *client.Client, a *attemp
 func (c *crowd) come(t *testing.T) (stop func()) {
 	ctx, cancel := context.WithCancel(t.Context())
 	var load sync.WaitGroup
-	for w := range 4 {
+	for w := range workers {
 		load.Go(func() {
 			service := c.dial(t)
 			defer service.Close()
@@ -212,6 +218,7 @@ func (c *crowd) come(t *testing.T) (stop func()) {
 				a := &attempt{imsi: newIMSI(), device: c.lot.devices[w]}
 				v, err := service.PrepareVector(ctx, a.imsi, client.Origin{}, client.RAND{})
 				if err != nil {
+					c.failed.Add(1)
 					continue
 				}
 				a.id = v.AttemptID
@@ -316,10 +323,18 @@ func TestPostgresStandby(t *testing.T) {
 	mark := must[*binding.Mark](t)(c.store.Check(t.Context(), new(binding.Mark)))
 	primary.Kill(t)
 	time.Sleep(200 * time.Millisecond) // calls fail meanwhile
+	promoting := time.Now()
 	standby.Promote(t)
-	began, before := time.Now(), c.answers.Load()
+	began, before, failed := time.Now(), c.answers.Load(), c.failed.Load()
 	testproc.Await(t, "the service goes on", func() bool { return c.answers.Load() > before })
-	t.Logf("the service is back %v after the promotion", time.Since(began))
+	promotion, took := began.Sub(promoting), time.Since(began)
+	failed = c.failed.Load() - failed
+	t.Logf("the promotion took %v; the service is back %v after it, and %d calls have failed since", promotion, took,
+		failed)
+	// A worker may have had one call under way, and one more by a connection to the primary.
+	if took > max(3*time.Second, 10*promotion) || failed > 2*workers {
+		t.Error("the service is not back soon after the promotion")
+	}
 	time.Sleep(200 * time.Millisecond)
 	stop()
 	c.nothingIsLost(t)
