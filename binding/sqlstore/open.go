@@ -42,6 +42,15 @@ func CheckName(name string) error {
 	return errors.New("the store is neither sqlite:PATH nor postgres://USER@HOST/DATABASE")
 }
 
+// CheckConnection is CheckName, and refuses a connection string of PostgreSQL that Open would refuse. It does not
+// connect.
+func CheckConnection(name string) error {
+	if err := CheckName(name); err != nil || File(name) != "" {
+		return err
+	}
+	return postgres.Check(name)
+}
+
 // Open opens the store that name stands for, or makes it: sqlite:PATH, or a connection string of PostgreSQL,
 // postgres://USER@HOST/DATABASE?sslmode=verify-full. A password for that is better in PGPASSFILE than in the string.
 // Tables in PostgreSQL are made by the role that owns them: see Upgrade.

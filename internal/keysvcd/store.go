@@ -60,7 +60,7 @@ func serveAlone(name string) (unlock func(), err error) {
 
 // makeStore opens a store; one in a file that is not there is made.
 func makeStore(ctx context.Context, token Token, name string) (*sqlstore.Store, error) {
-	if err := sqlstore.CheckName(name); err != nil {
+	if err := sqlstore.CheckConnection(name); err != nil {
 		return nil, usage.Mark(err)
 	}
 	if path := sqlstore.File(name); path != "" {

@@ -33,7 +33,7 @@ func Open(ctx context.Context, name string, schema sqlconn.Schema) (*DB, error) 
 	db.SetMaxOpenConns(32)
 	db.SetMaxIdleConns(32)
 	if err = db.upToDate(ctx, schema); err != nil {
-		return nil, errors.Join(fmt.Errorf("the PostgreSQL database cannot be used: %w", err), db.Close())
+		return nil, errors.Join(fmt.Errorf("the PostgreSQL database cannot be used: %w", reached(err)), db.Close())
 	}
 	return db, nil
 }
@@ -45,35 +45,61 @@ func Look(ctx context.Context, name string, schema sqlconn.Schema) (number int, 
 		return 0, err
 	}
 	if number, err = Number(ctx, db); err != nil {
-		err = fmt.Errorf("the PostgreSQL database cannot be used: %w", err)
+		err = fmt.Errorf("the PostgreSQL database cannot be used: %w", reached(err))
 	}
 	return number, errors.Join(err, db.Close())
 }
 
-// connect gives the connections of a connection string, and of what the environment adds to it (PGHOST, PGSSLMODE,
-// PGSERVICE, ...). Each host that it may come to is on this machine, or proves by TLS that it has the name by which
-// it is called: a server that somebody else put in its place would be told every sealed KME, and asked for them.
-func connect(name string, schema sqlconn.Schema) (*DB, error) {
-	config, err := pgx.ParseConfig(name)
+// reached says of an error that there is no connection what to do.
+func reached(err error) error {
+	if !errors.As(err, new(*pgconn.ConnectError)) {
+		return err
+	}
+	return fmt.Errorf("there is no connection: see that its server runs and takes changes, and that the connection "+
+		"string has the right host, database, role and password (PGPASSFILE): %w", err)
+}
+
+// Check refuses a connection string with which Open cannot begin. It does not connect.
+func Check(name string) error {
+	_, _, err := parse(name)
+	return err
+}
+
+// parse gives what a connection string says, with what the environment adds to it (PGHOST, PGSSLMODE, PGSERVICE, ...),
+// and how many hosts it names. Each host that it may come to is on this machine, or proves by TLS that it has the name
+// by which it is called: a server that somebody else put in its place would be told every sealed KME, and asked for
+// them.
+func parse(name string) (config *pgx.ConnConfig, hosts int, err error) {
+	config, err = pgx.ParseConfig(name)
 	if err != nil {
 		// err may have the password.
-		return nil, errors.New("the connection string of PostgreSQL cannot be parsed, or a file that it names cannot " +
-			"be read")
+		return nil, 0, errors.New("the connection string of PostgreSQL cannot be parsed, or a file that it names " +
+			"cannot be read: it is postgres://USER@HOST/DATABASE?sslmode=verify-full&sslrootcert=FILE, with the CA's " +
+			"certificate in FILE")
 	}
 	ways := append([]*pgconn.FallbackConfig{{Host: config.Host, Port: config.Port,
 		TLSConfig: config.TLSConfig}}, config.Fallbacks...)
-	hosts := map[string]bool{}
+	all := map[string]bool{}
 	for _, way := range ways {
-		hosts[fmt.Sprint(way.Host, way.Port)] = true
+		all[fmt.Sprint(way.Host, way.Port)] = true
 		tls := way.TLSConfig
 		if filepath.IsAbs(way.Host) || tls != nil && !tls.InsecureSkipVerify && tls.ServerName == way.Host &&
 			way.Host != "" {
 			continue
 		}
-		return nil, errors.New("the connection string of PostgreSQL allows a server that does not prove its name: " +
+		return nil, 0, errors.New("the connection string of PostgreSQL allows a server that does not prove its name: " +
 			"write ?sslmode=verify-full&sslrootcert=FILE after the database's name, with the CA's certificate in " +
 			"FILE; or, for a server on this machine, postgres://USER@/DATABASE?host=/FOLDER with the folder of its " +
 			"Unix socket")
+	}
+	return config, len(all), nil
+}
+
+// connect gives the connections of a connection string.
+func connect(name string, schema sqlconn.Schema) (*DB, error) {
+	config, hosts, err := parse(name)
+	if err != nil {
+		return nil, err
 	}
 	config.RuntimeParams["application_name"] = fmt.Sprintf(application, len(schema.Migrations))
 	// A standby has old rows, and so has a primary that has become one: whatever the string says, they are not used.
@@ -84,8 +110,8 @@ func connect(name string, schema sqlconn.Schema) (*DB, error) {
 		}
 	}
 	// A server that has lost its power does not even refuse a connection: the next one is tried while there is time.
-	if len(hosts) > 1 && config.ConnectTimeout == 0 {
-		config.ConnectTimeout = patience / time.Duration(1+len(hosts))
+	if hosts > 1 && config.ConnectTimeout == 0 {
+		config.ConnectTimeout = patience / time.Duration(1+hosts)
 	}
 	return &DB{DB: stdlib.OpenDB(*config, stdlib.OptionAfterConnect(func(ctx context.Context, conn *pgx.Conn) error {
 		err := ready(ctx, conn, schema)
@@ -93,7 +119,7 @@ func connect(name string, schema sqlconn.Schema) (*DB, error) {
 			conn.Close(ctx) // nobody else does
 		}
 		return err
-	})), hosts: len(hosts)}, nil
+	})), hosts: hosts}, nil
 }
 
 // ready has a new connection read by an index where it can, and refuses a server that confirms what it could still

@@ -26,7 +26,7 @@ func Upgrade(ctx context.Context, name, role string, rights Rights, schema sqlco
 		return err
 	}
 	defer db.Close()
-	return db.changeTables(ctx, func(ctx context.Context, tx *sql.Tx) error {
+	return reached(db.changeTables(ctx, func(ctx context.Context, tx *sql.Tx) error {
 		have, err := Number(ctx, tx)
 		if err != nil {
 			return err
@@ -48,7 +48,7 @@ func Upgrade(ctx context.Context, name, role string, rights Rights, schema sqlco
 			err = fmt.Errorf("the role %s %s: give the service a role without that", role, why)
 		}
 		return err
-	})
+	}))
 }
 
 func grant(ctx context.Context, db sqlconn.Conn, role string, rights map[string]string) error {
