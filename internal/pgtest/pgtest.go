@@ -31,6 +31,8 @@ import (
 type Server struct {
 	dir       string // its data, and its socket
 	Port      int    // of an address too, if it has TLS
+	address   string // that, or empty
+	space     string // the file of the network namespace in which it runs, if that is not the test's
 	settings  []string
 	archive   string // the folder of its WAL, if it archives that
 	process   *testproc.Process
@@ -70,18 +72,23 @@ func StartTLS(t testing.TB, address, certificate, key string) *Server {
 	s.Port = l.Addr().(*net.TCPAddr).Port
 	l.Close()
 	hba := must.Get[*os.File](t)(os.OpenFile(filepath.Join(s.dir, "pg_hba.conf"), os.O_WRONLY|os.O_APPEND, 0))
-	_, err := hba.WriteString("hostssl all all all trust\n")
+	_, err := hba.WriteString("hostssl all,replication all all trust\n")
 	must.Do(t, errors.Join(err, hba.Close()))
-	s.settings = []string{"-c", "listen_addresses=" + address, "-c", "ssl=on"}
-	for setting, from := range map[string]string{"ssl_cert_file": certificate, "ssl_key_file": key} {
+	for name, from := range map[string]string{"server.crt": certificate, "server.key": key} {
 		data := must.Get[[]byte](t)(os.ReadFile(from))
-		to := filepath.Join(s.dir, setting)
+		to := filepath.Join(s.dir, name)
 		must.Do(t, os.WriteFile(to, data, 0o600))
 		own(t, to)
-		s.settings = append(s.settings, "-c", setting+"="+to)
 	}
+	s.listen(address)
 	s.Run(t)
 	return s
+}
+
+// listen has the server have TLS on an address, when it starts.
+func (s *Server) listen(address string) {
+	s.address = address
+	s.settings = []string{"-c", "listen_addresses=" + address, "-c", "ssl=on"}
 }
 
 // StartArchiving is Start for a server whose WAL is archived, so that its databases can be brought back as they were at
@@ -98,12 +105,18 @@ func StartArchiving(t testing.TB) *Server {
 // Base is a base backup of a server that archives its WAL.
 func (s *Server) Base(t testing.TB) *Server {
 	t.Helper()
+	return s.base(t)
+}
+
+func (s *Server) base(t testing.TB, more ...string) *Server {
+	t.Helper()
 	base := folder(t)
-	if out, err := s.command(t, "pg_basebackup", "-D", base.dir, "-h", s.dir, "-U", "postgres", "-c", "fast",
-		"--no-sync").CombinedOutput(); err != nil {
+	if out, err := s.command(t, "pg_basebackup", append(more, "-D", base.dir, "-h", s.dir, "-p", strconv.Itoa(s.Port),
+		"-U", "postgres", "-c", "fast", "--no-sync")...).CombinedOutput(); err != nil {
 		t.Fatalf("pg_basebackup: %v\n%s", err, out)
 	}
-	must.Do(t, os.Remove(filepath.Join(base.dir, ".s.PGSQL.5432.lock")))
+	// The server's socket is in its folder, and so is the lock of that.
+	must.Do(t, os.Remove(filepath.Join(base.dir, fmt.Sprintf(".s.PGSQL.%d.lock", s.Port))))
 	return base
 }
 
@@ -290,13 +303,21 @@ func (s *Server) As(t testing.TB, database, role string) string {
 // disks of both.
 func (s *Server) Standby(t testing.TB) *Server {
 	t.Helper()
-	standby := folder(t)
-	if out, err := s.command(t, "pg_basebackup", "-D", standby.dir, "-h", s.dir, "-U", "postgres", "-R", "-c", "fast",
-		"--no-sync").CombinedOutput(); err != nil {
-		t.Fatalf("pg_basebackup: %v\n%s", err, out)
-	}
-	// The server's socket is in its folder, and so is the lock of that.
-	must.Do(t, os.Remove(filepath.Join(standby.dir, ".s.PGSQL.5432.lock")))
+	standby := s.base(t, "-R")
+	standby.Run(t)
+	s.Set(t, "synchronous_standby_names", "*")
+	return standby
+}
+
+// StandbyIn is Standby for a server with TLS. The standby has its port and its certificate, on an address of the
+// network namespace that a file names, and comes to the server from there.
+func (s *Server) StandbyIn(t testing.TB, space, address string) *Server {
+	t.Helper()
+	standby := s.base(t, "-R")
+	standby.space, standby.Port = space, s.Port
+	standby.listen(address)
+	standby.settings = append(standby.settings, "-c", fmt.Sprintf(
+		"primary_conninfo=host=%s port=%d user=postgres sslmode=require", s.address, s.Port))
 	standby.Run(t)
 	s.Set(t, "synchronous_standby_names", "*")
 	return standby
@@ -370,9 +391,16 @@ func (s *Server) command(t testing.TB, program string, args ...string) *exec.Cmd
 		}
 		path = found[len(found)-1]
 	}
+	as := credential(t)
 	cmd := exec.Command(path, args...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: as}
+	if s.space != "" { // only root enters one
+		cmd = exec.Command("nsenter", append([]string{"--net=" + s.space, "setpriv", "--reuid", fmt.Sprint(as.Uid),
+			"--regid", fmt.Sprint(as.Gid), "--clear-groups", "--pdeathsig", "TERM", path}, args...)...)
+		cmd.Args[0] = program // for the test's log
+	}
 	cmd.Dir = s.dir
-	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: credential(t)}
+	cmd.Env = append(os.Environ(), "HOME="+s.dir) // libpq looks there for certificates
 	return cmd
 }
 

@@ -3,6 +3,7 @@ package proof
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -34,8 +35,11 @@ type network struct {
 	keysvc     *testproc.Process
 	http       *http.Client
 	ports      map[string]int
-	preload    string // libraries of sanitizers
-	libraries  string // the folder of those that come before the system's
+	preload    string                    // libraries of sanitizers
+	libraries  string                    // the folder of those that come before the system's
+	host       string                    // the address of the daemons; empty: 127.0.0.1
+	watchdog   int                       // seconds: TwTimer; 0: 6
+	inside     func(*exec.Cmd) *exec.Cmd // has a daemon run on another host; nil: on this one
 
 	devicesLeft []device // that no test has had
 }
@@ -253,7 +257,8 @@ func (d *network) start(name string, extensions []string, peers ...string) *node
 	}
 	var c bytes.Buffer
 	fmt.Fprintf(&c, "Identity = %q;\nRealm = %q;\nPort = %d;\nSecPort = 0;\nNo_SCTP;\nNo_IPv6;\n"+
-		"ListenOn = \"127.0.0.1\";\nTcTimer = 1;\nTwTimer = 6;\n", id, id[strings.Index(id, ".")+1:], d.port(name))
+		"ListenOn = %q;\nTcTimer = 1;\nTwTimer = %d;\n", id, id[strings.Index(id, ".")+1:], d.port(name),
+		cmp.Or(d.host, "127.0.0.1"), cmp.Or(d.watchdog, 6))
 	fmt.Fprintf(&c, "TLS_Cred = %q, %q;\nTLS_CA = %q;\nTLS_DH_File = %q;\n", d.path(own+".pem"), d.path(own+".key"),
 		d.path(own+".pem"), d.path("dh.pem"))
 	program := []string{"freeDiameterd", "-c", d.path(name + ".conf")}
@@ -280,6 +285,9 @@ func (d *network) start(name string, extensions []string, peers ...string) *node
 	if d.preload != "" {
 		cmd.Env = append(os.Environ(), "LD_PRELOAD="+d.preload, "ASAN_OPTIONS=detect_odr_violation=0",
 			"UBSAN_OPTIONS=print_stacktrace=1")
+	}
+	if d.inside != nil {
+		cmd = d.inside(cmd)
 	}
 	return &node{d, name, testproc.Start(d.t, cmd, ready)}
 }

@@ -2,6 +2,7 @@ package proof
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/aes"
 	"encoding/hex"
@@ -179,8 +180,8 @@ func (n *node) peer(name string, handle func(p *diameter.Peer, request *diameter
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 		defer cancel()
 		var err error
-		p, err = diameter.Dial(ctx, fmt.Sprintf("127.0.0.1:%d", n.d.port(n.name)), id, id[strings.Index(id, ".")+1:],
-			handle)
+		p, err = diameter.Dial(ctx, fmt.Sprintf("%s:%d", cmp.Or(n.d.host, "127.0.0.1"), n.d.port(n.name)), id,
+			id[strings.Index(id, ".")+1:], handle)
 		return err == nil
 	})
 	n.d.t.Cleanup(func() { p.Close() })

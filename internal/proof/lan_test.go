@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"syscall"
@@ -53,15 +54,13 @@ func inOwnNetwork(t *testing.T) bool {
 }
 
 // A lan is hosts with a router between them, which drops without a word what it is told to. The test's own process is
-// the host 0; each host has the address of its number, and the host 0 that of the database too.
+// the host 0; each host has the address of its number, and may have more.
 type lan struct {
 	t      *testing.T
 	spaces []string // of each host, and the router's
 }
 
 func address(host int) string { return fmt.Sprintf("10.99.%d.2", host) }
-
-const database = "10.99.0.3"
 
 func newLAN(t *testing.T, hosts int) *lan {
 	l := &lan{t: t}
@@ -98,12 +97,25 @@ func newLAN(t *testing.T, hosts int) *lan {
 		l.ip(l.spaces[i], "link set lo up", fmt.Sprintf("addr add %s/24 dev %s", address(i), near),
 			"link set "+near+" up", fmt.Sprintf("route add default via 10.99.%d.1", i))
 	}
-	l.ip(l.spaces[0], "addr add "+database+"/24 dev host0")
 	return l
+}
+
+// also gives a host another address.
+func (l *lan) also(host int, address string) {
+	l.t.Helper()
+	l.ip(l.spaces[host], fmt.Sprintf("addr add %s/24 dev host%d", address, host))
 }
 
 func (l *lan) command(space string, args ...string) *exec.Cmd {
 	return exec.Command("nsenter", append([]string{"--net=" + space}, args...)...)
+}
+
+// on has a command run on a host.
+func (l *lan) on(host int, cmd *exec.Cmd) *exec.Cmd {
+	inside := l.command(l.spaces[host], cmd.Args...)
+	inside.Args[len(inside.Args)-len(cmd.Args)] = cmd.Path
+	inside.Args[0], inside.Dir, inside.Env = filepath.Base(cmd.Path), cmd.Dir, cmd.Env
+	return inside
 }
 
 func (l *lan) run(space string, args ...string) {

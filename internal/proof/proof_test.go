@@ -140,13 +140,16 @@ func (w *world) setUp(lots ...lotOf) {
 	w.run(w.operator, "keysvc", "doctor")
 }
 
+// shardSize is how many devices a shard of these lots has.
+const shardSize = 4
+
 // makeLot makes a lot and its devices.
 func (w *world) makeLot(l lotOf) {
 	w.t.Helper()
 	w.made += l.devices
 	w.run(w.factory, "factory", "lot", "create", l.name, "--directory", w.directory, "--suite", l.suite,
 		"--tac", l.tac, "--first", "0",
-		"--count", fmt.Sprint(l.devices), "--bits", fmt.Sprint(l.bits), "--shard-size", "4")
+		"--count", fmt.Sprint(l.devices), "--bits", fmt.Sprint(l.bits), "--shard-size", fmt.Sprint(shardSize))
 	w.run(w.factory, "factory", "lot", "provision", l.name, "--directory", w.directory, "--out", "injection")
 }
 

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"os/exec"
 	"slices"
 	"strings"
 	"sync"
@@ -26,23 +27,28 @@ import (
 	"github.com/kmehsm/kmehsm/internal/pgtest"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 	"github.com/kmehsm/kmehsm/internal/testproc"
+	"github.com/kmehsm/kmehsm/internal/vaulttest"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
 // A site is two instances of keysvc on hosts of their own. Each has both tokens, one of them by way of a module that
-// can fail, and the PostgreSQL of a third host. There, clients and an HSS with kme.fdx know both instances.
+// can fail. On the test's own host are Go's client, an MME, PostgreSQL and Vault; on the last one an HSS with kme.fdx,
+// and PostgreSQL's standby. Client and HSS know both instances, which know both servers.
 type site struct {
 	*network
 	lan       *lan
 	tls       *tls.Config // of the HSS, which trusts the hosts
+	primary   *pgtest.Server
 	modules   [2]*faultmodule.Module
-	settings  [2]string // of the instances, but hsm_timeout
+	tokens    [2][2]string // their URIs, of each instance
+	settings  [2]string    // of the instances, but tokens and hsm_timeout
 	instances [2]*testproc.Process
 	timeout   time.Duration // of a call, with all its tries; half of it is for a call to the token
 	client    *client.Client
 	hss       *node
 	mme       peerEdge
 	imsis     atomic.Int64
+	unread    chan device // of shards that no instance has read
 
 	mu       sync.Mutex
 	attached []attached             // guarded by mu
@@ -50,6 +56,14 @@ type site struct {
 	again    map[string]int         // guarded by mu: why something was tried once more
 	bound    map[string]*kme.Secret // guarded by mu: of who has attached, by IMSI
 }
+
+// Where they are, but for the instances.
+const (
+	hssHost  = 3
+	database = "10.99.0.3"
+	vault    = "10.99.0.4"
+	standby  = "10.99.3.3"
+)
 
 // An attached is an attach that has ended well.
 type attached struct {
@@ -62,17 +76,27 @@ func instanceName(i int) string { return fmt.Sprintf("instance %c", 'A'+i) }
 func instanceURL(i int) string { return "https://" + address(i+1) + ":8443" }
 
 func newSite(t *testing.T) *site {
-	l, w := newLAN(t, 3), newWorld(t, nil)
+	l := newLAN(t, hssHost+1)
+	l.also(0, database)
+	l.also(0, vault)
+	l.also(hssHost, standby)
+	published := vaulttest.Start(t, "-listen", vault+":0")
+	published.Mount(t, "kme", "2")
+	w := newWorld(t, nil, "VAULT_ADDR="+published.Addr, "VAULT_TOKEN="+published.Root)
+	w.directory = "vault:kme"
 	hosts := &network{world: w}
 	hosts.newCA("hosts-ca")
 	hosts.certificate("hosts", "hosts-ca", fmt.Sprintf(
-		"subjectAltName=IP:%s,IP:%s,IP:%s\nextendedKeyUsage=serverAuth\n",
-		database, address(1), address(2)))
+		"subjectAltName=IP:%s,IP:%s,IP:%s,IP:%s\nextendedKeyUsage=serverAuth\n",
+		database, standby, address(1), address(2)))
 	pg := pgtest.StartTLS(t, database, w.path("hosts.pem"), w.path("hosts.key"))
+	pg.StandbyIn(t, l.spaces[hssHost], standby)
 	local := must.Get[*url.URL](t)(url.Parse(pg.Database(t)))
 	w.env = append(w.env, "KMEHSM_STORE="+local.String())
-	s := &site{network: newNetworkOf(w, 40, ""), lan: l, underWay: map[int]time.Time{}, again: map[string]int{},
-		bound: map[string]*kme.Secret{}}
+	s := &site{network: newNetworkOf(w, 200, ""), lan: l, primary: pg, unread: make(chan device, 20),
+		underWay: map[int]time.Time{}, again: map[string]int{}, bound: map[string]*kme.Secret{}}
+	s.host, s.watchdog = address(hssHost), 30 // freeDiameter's own default
+	s.inside = func(cmd *exec.Cmd) *exec.Cmd { return l.on(hssHost, cmd) }
 
 	second := s.secondToken()
 	library := w.path("library.so") // another copy than that of the modules
@@ -82,12 +106,14 @@ func newSite(t *testing.T) *site {
 		must.Do(t, errors.Join(os.Mkdir(dir, 0o700), os.Mkdir(w.path(fmt.Sprint("state", i)), 0o700)))
 		s.modules[i] = must.Get[*faultmodule.Module](t)(faultmodule.Build(dir, w.operator.Module))
 		s.modules[i].Tell(t)
+		s.tokens[i] = [2]string{s.modules[i].URI(toks[0].URI),
+			strings.Replace(toks[1].URI, w.operator.Module, library, 1)}
 		s.settings[i] = fmt.Sprintf("state: state%d\nlisten: %s:8443\n"+
 			"tls: {certificate: hosts.pem, key: hosts.key, client_ca: ca.pem}\nimei_rate: 1000\n"+
-			"tokens: [%q, %q]\nstore: postgres://postgres@%s:%d%s?sslmode=verify-full&sslrootcert=%s\n"+
+			"store: postgres://postgres@%s:%d,%s:%d%s?target_session_attrs=read-write&"+
+			"sslmode=verify-full&sslrootcert=%s\n"+
 			"clients: [{name: hss, san: hss.test, roles: [hss], plmns: [all], provision_from: [any]}]\n", i,
-			address(i+1), s.modules[i].URI(toks[0].URI), strings.Replace(toks[1].URI, w.operator.Module, library, 1),
-			database, pg.Port, local.Path, w.path("hosts-ca.pem"))
+			address(i+1), database, pg.Port, standby, pg.Port, local.Path, w.path("hosts-ca.pem"))
 	}
 	pool := x509.NewCertPool()
 	pool.AppendCertsFromPEM(w.readFile("hosts-ca.pem"))
@@ -118,7 +144,8 @@ func (s *site) serve(timeout time.Duration) {
 		if runs != nil {
 			runs.Kill()
 		}
-		s.write(fmt.Sprintf("keysvc%d.yaml", i), fmt.Sprintf("hsm_timeout: %v\n", timeout/2)+s.settings[i])
+		s.write(fmt.Sprintf("keysvc%d.yaml", i), fmt.Sprintf("hsm_timeout: %v\ntokens: [%q, %q]\n", timeout/2,
+			s.tokens[i][0], s.tokens[i][1])+s.settings[i])
 		s.startInstance(i)
 	}
 	s.client = must.Get[*client.Client](s.t)(client.New(client.Options{URLs: []string{instanceURL(0), instanceURL(1)},
@@ -143,7 +170,7 @@ func (s *site) secondToken() softhsmtest.Tok {
 		transport, "--so-pin-source", "file:"+s.factory.SOPINFile, "--out", "enrolment-2.jws")
 	s.run(second, "keysvc", "enroll", "enrolment-2.jws", "--manufacturer", "var/factory/manufacturer.pem",
 		"--thumbprint",
-		said(s.factory, "manufacturer", "factory", "init"), "--directory", "file:directory")
+		said(s.factory, "manufacturer", "factory", "init"), "--directory", s.directory)
 	s.run(second, "keysvc", "lot", "import", "L1.jws")
 	return second
 }
@@ -151,15 +178,11 @@ func (s *site) secondToken() softhsmtest.Tok {
 func (s *site) startInstance(i int) {
 	s.t.Helper()
 	cmd := s.command(s.operator, "keysvc", "serve", "--config", fmt.Sprintf("keysvc%d.yaml", i))
-	inside := s.lan.command(s.lan.spaces[i+1], cmd.Args...)
-	inside.Args[len(inside.Args)-len(cmd.Args)] = cmd.Path
+	cmd.Env = slices.DeleteFunc(append(cmd.Env, s.modules[i].Env()...), func(v string) bool {
+		return strings.HasPrefix(v, "KMEHSM_TOKEN=") || strings.HasPrefix(v, "KMEHSM_STORE=")
+	})
+	inside := s.lan.on(i+1, cmd)
 	inside.Args[0] = instanceName(i)
-	inside.Dir = cmd.Dir
-	for _, v := range append(cmd.Env, s.modules[i].Env()...) {
-		if name, _, _ := strings.Cut(v, "="); name != "KMEHSM_TOKEN" && name != "KMEHSM_STORE" {
-			inside.Env = append(inside.Env, v)
-		}
-	}
 	s.instances[i] = testproc.Start(s.t, inside, func(*testproc.Process) bool { return s.isReady(i) })
 }
 
@@ -318,9 +341,9 @@ func (s *site) work(worker int, stop <-chan struct{}, attach func() error) {
 	}
 }
 
-// during has a fault last for some time, and says what the attaches that began meanwhile took. It returns when both
-// instances get calls again, by either client.
-func (s *site) during(what string, begin func() (mend func())) {
+// during has a fault last for some time, and says what the attaches that began meanwhile took: where it is felt, some
+// took about half of a call's time at least. It returns when both instances get calls again, by either client.
+func (s *site) during(what string, felt bool, begin func() (mend func())) {
 	s.t.Helper()
 	s.mu.Lock()
 	s.attached, s.again = nil, map[string]int{}
@@ -340,10 +363,7 @@ func (s *site) during(what string, begin func() (mend func())) {
 			return established(i) > before[i]
 		})
 	}
-	testproc.Await(s.t, what+": kme.fdx has both instances again", func() bool {
-		log := s.hss.Log.String()
-		return strings.Count(log, "it gets no calls") == strings.Count(log, "is ready again")
-	})
+	s.hssHasBoth(what)
 	testproc.Await(s.t, what+": attaches end", func() bool {
 		s.mu.Lock()
 		defer s.mu.Unlock()
@@ -364,12 +384,24 @@ func (s *site) during(what string, begin func() (mend func())) {
 	at := func(percent int) time.Duration { return times[(len(times)-1)*percent/100].Round(time.Millisecond) }
 	s.t.Logf("%-40s %3d attaches, p50 %5v, p99 %5v; both instances are back after %v; once more: %v", what, len(times),
 		at(50), at(99), time.Since(mended).Round(time.Millisecond), s.again)
+	if slowest := times[len(times)-1]; felt && slowest < s.timeout/3 {
+		s.t.Errorf("%s: nobody has felt it: the slowest attach took %v", what, slowest)
+	}
 }
 
-// Two instances, two tokens and their PostgreSQL: each is killed, hangs and is cut off in turn under load, and the
-// network between each two of them loses everything without a word. No attach fails that is tried once more, by the Go
-// client or by kme.fdx, and no binding is lost.
-func TestS6aPostgresCutOff(t *testing.T) {
+// hssHasBoth waits until kme.fdx gives calls to both instances.
+func (s *site) hssHasBoth(what string) {
+	s.t.Helper()
+	testproc.Await(s.t, what+": kme.fdx has both instances again", func() bool {
+		log := s.hss.Log.String()
+		return strings.Count(log, "it gets no calls") == strings.Count(log, "is ready again")
+	})
+}
+
+// Two instances, two tokens, PostgreSQL with its standby, and Vault: instances and tokens are killed, hang and are cut
+// off in turn under load, and the network between each two parts loses everything without a word. No attach fails that
+// is tried once more, by the Go client or by kme.fdx, and no binding is lost.
+func TestS6aPostgresVaultCutOff(t *testing.T) {
 	t.Parallel()
 	if !inOwnNetwork(t) {
 		return
@@ -378,12 +410,22 @@ func TestS6aPostgresCutOff(t *testing.T) {
 	t.Logf("a call has %v", s.timeout)
 	stop := make(chan struct{})
 	var all sync.WaitGroup
+	devices := s.devices()
 	for worker := range 3 {
-		p, d := make(chan *phone, 10), s.devices()[worker]
+		p := make(chan *phone, 10)
 		for range cap(p) {
 			p <- s.phone()
 		}
-		all.Go(func() { s.work(2*worker, stop, func() error { return s.byClient(d) }) })
+		all.Go(func() {
+			s.work(2*worker, stop, func() error {
+				d := devices[worker]
+				select {
+				case d = <-s.unread:
+				default:
+				}
+				return s.byClient(d)
+			})
+		})
 		all.Go(func() {
 			s.work(2*worker+1, stop, func() error {
 				next := <-p
@@ -395,29 +437,114 @@ func TestS6aPostgresCutOff(t *testing.T) {
 	end := sync.OnceFunc(func() { close(stop); all.Wait() })
 	t.Cleanup(end)
 
-	s.during("nothing", func() func() { return func() {} })
+	s.during("nothing", false, func() func() { return func() {} })
+	cut := func(what string, felt bool, one, other string) {
+		s.during("network, "+what, felt, func() func() { return s.lan.cut(one, other) })
+	}
+	cut("MME - HSS", true, address(0), address(hssHost))
+	cut("primary - standby", true, database, address(hssHost))
+	unread := devices[40:] // of shards that nobody has read
 	for i := range s.instances {
 		_, name, _ := strings.Cut(instanceName(i), " ")
-		s.during(instanceName(i)+" killed", func() func() {
+		s.during(instanceName(i)+" killed", false, func() func() {
 			s.instances[i].Kill()
 			return func() { s.startInstance(i) }
 		})
-		s.during(instanceName(i)+" hangs", func() func() {
+		s.during(instanceName(i)+" hangs", true, func() func() {
 			suspend(t, s.instances[i])
 			return func() { s.instances[i].Cmd.Process.Signal(syscall.SIGCONT) }
 		})
+		// "hang" is what a module does whose network to its HSM is cut.
 		for fault, line := range map[string]string{"removed": "* removed", "hangs": "* hang",
 			"answers errors": "* 0x30"} {
-			s.during("token of "+name+" "+fault, func() func() {
+			s.during("token of "+name+" "+fault, false, func() func() {
 				s.modules[i].Tell(t, line)
 				return func() { s.modules[i].Tell(t) }
 			})
 		}
-		s.during("network, clients - "+name, func() func() { return s.lan.cut(address(0), address(i+1)) })
-		s.during("network, "+name+" - PostgreSQL", func() func() { return s.lan.cut(database, address(i+1)) })
+		cut("Go client - "+name, true, address(0), address(i+1))
+		cut("HSS - "+name, true, address(hssHost), address(i+1))
+		cut(name+" - primary", true, database, address(i+1))
+		cut(name+" - standby", false, standby, address(i+1))
+		for range cap(s.unread) {
+			s.unread <- unread[0]
+			unread = unread[shardSize:]
+		}
+		cut(name+" - Vault", true, vault, address(i+1))
 	}
 	end()
+	s.allTokensAway()
 	s.nothingIsLost()
+}
+
+// allTokensAway has both tokens of both instances hang, as the modules of an HSM do whose network is cut, and work
+// again. Meanwhile what needs them is refused at once, and for what it is. Nobody restarts anything.
+func (s *site) allTokensAway() {
+	s.t.Helper()
+	for i := range s.instances { // both by the module that can hang
+		s.tokens[i][1] = strings.Replace(s.tokens[i][1], s.path("library.so"), s.modules[i].Path, 1)
+	}
+	s.serve(s.timeout)
+	s.hssHasBoth("anew")
+	p := s.phone()
+	must.Do(s.t, s.byHSS(p))
+	imsi := must.Get[kme.IMSI](s.t)(kme.ParseIMSI(p.imsi))
+	for _, m := range s.modules {
+		m.Tell(s.t, "* hang")
+	}
+	for i := range s.instances {
+		alone := must.Get[*client.Client](s.t)(client.New(client.Options{URLs: []string{instanceURL(i)}, TLS: s.tls,
+			Timeout: testproc.Patience, Tries: 1}))
+		defer alone.Close()
+		prepare := func(imsi kme.IMSI) (time.Duration, error) {
+			began := time.Now()
+			_, err := alone.PrepareVector(s.t.Context(), imsi, client.Origin{Name: must.Get[kme.Origin](s.t)(
+				kme.ParseOrigin(identity("mme")))}, client.RAND{})
+			return time.Since(began), err
+		}
+		testproc.Await(s.t, instanceName(i)+" is not ready", func() bool { return !s.isReady(i) })
+		var refused, without []time.Duration
+		for range 21 {
+			took, err := prepare(imsi)
+			if !errors.Is(err, client.Reason(kme.HSMUnavailable)) {
+				s.t.Errorf("%s without a token: %v", instanceName(i), err)
+			}
+			refused = append(refused, took)
+			took, err = prepare(must.Get[kme.IMSI](s.t)(kme.ParseIMSI(fmt.Sprintf("00104%010d", s.imsis.Add(1)))))
+			if err != nil {
+				s.t.Errorf("%s without a token, of a subscriber who is not bound: %v", instanceName(i), err)
+			}
+			without = append(without, took)
+		}
+		slices.Sort(refused)
+		slices.Sort(without)
+		s.t.Logf("%s without a token: a refusal takes %v, a call that needs none %v", instanceName(i), refused[10],
+			without[10])
+		if refused[10] > 5*without[10] {
+			s.t.Errorf("%s without a token does not refuse at once", instanceName(i))
+		}
+		if log := s.instances[i].Log.String(); !strings.Contains(log,
+			`"not ready","cause":"the token is not available`) {
+			s.t.Errorf("the log of %s does not say why it is not ready", instanceName(i))
+		}
+	}
+	if a := s.mme.air(p.imsi, 1, options{}); a.lost != "" || a.result != 4181 {
+		s.t.Errorf("by kme.fdx, without a token: %d %s", a.result, a.lost)
+	}
+	mended := time.Now()
+	for _, m := range s.modules {
+		m.Tell(s.t)
+	}
+	for i := range s.instances {
+		testproc.Await(s.t, instanceName(i)+" is ready by itself", func() bool { return s.isReady(i) })
+	}
+	s.hssHasBoth("all tokens away")
+	s.t.Logf("all is back after %v", time.Since(mended).Round(time.Millisecond))
+	for _, d := range s.devices()[:20] {
+		if err := errors.Join(s.byClient(d), s.byHSS(p)); err != nil {
+			s.t.Errorf("after the tokens are back: %v", err)
+		}
+	}
 }
 
 // nothingIsLost checks that who has attached is bound, and gets vectors under the KME that the device has.
