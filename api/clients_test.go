@@ -332,6 +332,31 @@ func TestHealthAndMetrics(t *testing.T) {
 
 const health = "/grpc.health.v1.Health/Check"
 
+// Nothing that a client asks for, whatever its role, is read into memory at any length.
+func TestLongRequests(t *testing.T) {
+	handler := NewHandler(Options{
+		Service: binding.NewService(binding.Options{Times: binding.DefaultTimes(), Log: slog.New(slog.DiscardHandler)}),
+		Clients: everybody(t, Client{Name: "test", Roles: roles, PLMNs: []string{all}}),
+		Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(),
+		Ready: func(context.Context) ([]string, error) { return nil, nil },
+	})
+	calls := []string{health}
+	for procedure := range allowed {
+		if procedure != kmev1connect.KeyServiceStreamProcedure { // whose messages have a bound of their own
+			calls = append(calls, procedure)
+		}
+	}
+	for _, call := range calls {
+		r := httptest.NewRequest("POST", call, strings.NewReader(`{`+strings.Repeat(" ", maxRequest)+`}`))
+		r.Header.Set("Content-Type", "application/json")
+		w := httptest.NewRecorder()
+		handler.ServeHTTP(w, r)
+		if !strings.Contains(w.Body.String(), "resource_exhausted") {
+			t.Errorf("%s: %d %s", call, w.Code, w.Body)
+		}
+	}
+}
+
 // However many ask, over HTTP and gRPC, whether the service is ready, its HSM and its store are asked once a second.
 func TestReadyOnceASecond(t *testing.T) {
 	var asked atomic.Int64

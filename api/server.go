@@ -91,7 +91,7 @@ func NewHandler(o Options) *Handler {
 		err = g.finish(ctx, "/readyz", func() (err error) { warnings, err = o.Ready(ctx); return err })
 		return warnings, err
 	}}
-	mux.Handle(grpchealth.NewHandler(&checker{ready: ready}))
+	mux.Handle(grpchealth.NewHandler(&checker{ready: ready}, connect.WithReadMaxBytes(maxRequest)))
 	reflected := grpcreflect.NewStaticReflector(kmev1connect.KeyServiceName)
 	for _, version := range []func(*grpcreflect.Reflector, ...connect.HandlerOption) (string, http.Handler){
 		grpcreflect.NewHandlerV1, grpcreflect.NewHandlerV1Alpha} {
