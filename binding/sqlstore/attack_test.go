@@ -15,7 +15,9 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/mark"
 	"github.com/kmehsm/kmehsm/binding/registry"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/ledger"
 	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
@@ -416,5 +418,50 @@ func TestNumberThatIsNotWhole(t *testing.T) {
 		WHERE seq = 5`))
 	if n, err := s.VerifyLedger(ctx); !tables.IsDamaged(err) || ctx.Err() != nil {
 		t.Errorf("%d entries, %v", n, err)
+	}
+}
+
+// What was accepted is read as it is; what somebody makes up later, under a number that no entry has, is not.
+func TestMadeUpBelowAcceptance(t *testing.T) {
+	ctx, p := t.Context(), path(t)
+	s, token := open(t, p), new(markToken)
+	first, subject := "", "" // in the first chain, and in another one
+	for n := 0; first == "" || subject == ""; n++ {
+		if name := fmt.Sprint("s", n); ledger.ChainOf(name) == 0 {
+			first = name
+		} else {
+			subject = name
+		}
+	}
+	for range 10 {
+		done(t, s.Note(ctx, "FILLED", first, ""))
+	}
+	for range 3 {
+		done(t, s.Note(ctx, "TRIED", subject, "the last"))
+	}
+	for range 10 {
+		done(t, s.Note(ctx, "FILLED", subject, ""))
+	}
+	done(t, mark.Raise(ctx, s, token))
+	db := stranger(t, "sqlite:"+p)
+	must(db.Exec(`DELETE FROM ledger WHERE seq = 13`))
+	if _, _, err := mark.Accept(ctx, s, token, mark.AcceptOptions{Reason: "a restore",
+		Agreed: func(*binding.Missing) error { return nil }}); err != nil {
+		t.Fatal(err)
+	}
+	last := func() (string, error) {
+		detail, _, err := s.LastNote(ctx, "TRIED", subject)
+		return detail, err
+	}
+	if detail, err := last(); detail != "the last" || err != nil {
+		t.Fatalf("%q, %v", detail, err)
+	}
+	for _, place := range []string{"chain, 3.5", "0.5, 5"} {
+		must(db.Exec(`INSERT INTO ledger SELECT `+place+`, at, event, subject, imei, tag, actor, 'made up', mac
+			FROM ledger WHERE subject = $1 AND seq = 3`, subject))
+		if detail, err := last(); !tables.IsDamaged(err) {
+			t.Errorf("%s: %q is believed, %v", place, detail, err)
+		}
+		must(db.Exec(`DELETE FROM ledger WHERE detail = 'made up'`))
 	}
 }
