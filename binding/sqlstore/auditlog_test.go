@@ -14,6 +14,8 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/mark"
+	"github.com/kmehsm/kmehsm/binding/registry"
+	"github.com/kmehsm/kmehsm/internal/sqlite"
 )
 
 // keepOnce is a service that ends at once: it copies what there is to an audit log.
@@ -122,5 +124,35 @@ func TestRestoredTwice(t *testing.T) {
 	accept(s, dir)
 	if sub := must(s.Subscription(ctx, imsiNo(t, stays), t0)); sub.Standing() != nil {
 		t.Errorf("what was revoked stands, although the audit log has the revocation: %+v", sub.Standing())
+	}
+}
+
+// Who has decided something is not believed of an audit log either, unless it is the entry's own actor.
+func TestAuditLogsActor(t *testing.T) {
+	for written, want := range map[string]string{"alice": "alice", "mallory": "unknown"} {
+		ctx, p := t.Context(), path(t)
+		dir, copied := t.TempDir(), filepath.Join(t.TempDir(), "copy.db")
+		s, token := open(t, p), new(markToken)
+		enter(t, s)
+		keepOnce(t, s, dir)
+		done(t, sqlite.Backup(ctx, p, copied, func(int, int) {}, func(string) error { return nil }))
+		who := binding.WithActor(ctx, binding.Actor{Client: "keysvc manufacturer distrust", User: "alice"})
+		maker := must(s.Manufacturers(ctx))[0].KeyID
+		must(s.Decide(who, maker, "", registry.Verdict{Withdrawn: true, By: "alice", Reason: "x", Time: t0},
+			func([]*registry.Lot) error { return nil }))
+		keepOnce(t, s, dir)
+		done(t, mark.Raise(ctx, s, token))
+		for _, file := range must(os.ReadDir(dir)) {
+			name := filepath.Join(dir, file.Name())
+			text := strings.ReplaceAll(string(must(os.ReadFile(name))), `"user":"alice"`, `"user":"`+written+`"`)
+			done(t, os.WriteFile(name, []byte(text), 0o600))
+		}
+		restored := open(t, copied)
+		_, _, err := mark.Accept(ctx, restored, token, mark.AcceptOptions{Reason: "a restore", AuditLogs: []string{dir},
+			Agreed: func(*binding.Missing) error { return nil }})
+		done(t, err)
+		if v := must(restored.Manufacturers(ctx))[0].Verdict; !v.Withdrawn || v.By != want {
+			t.Errorf("of %q: %+v, want it by %q", written, v, want)
+		}
 	}
 }

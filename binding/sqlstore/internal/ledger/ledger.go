@@ -203,7 +203,7 @@ func (c *Chains) lines(
 		} else if !asItIs {
 			return tables.Damaged(tables.Ledger, values, otherActor)
 		} else {
-			e.Actor.Client = "unknown"
+			e.Actor.Client = unknownActor
 		}
 		return each(binding.Line{Entry: e, Tag: bytes.Clone(values.Bytes(6)), ActorID: bytes.Clone(values.Bytes(7)),
 			MAC: bytes.Clone(values.Bytes(n))})
@@ -213,6 +213,9 @@ func (c *Chains) lines(
 }
 
 const otherActor = "has another actor than the service wrote"
+
+// unknownActor is the Client of an entry's actor that is gone.
+const unknownActor = "unknown"
 
 // isActor says whether a JSON text is that of an entry's actor.
 func (c *Chains) isActor(entry tables.Row, text string) bool {

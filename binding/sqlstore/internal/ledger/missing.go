@@ -89,6 +89,9 @@ func (l Ledger) Missing(
 			if next == nil {
 				break
 			}
+			if _, own := l.chains.actorText(*next); !own {
+				next.Actor = binding.Actor{Client: unknownActor}
+			}
 			m.Lines = append(m.Lines, *next)
 			at = binding.Head{Seq: at.Seq + 1, MAC: next.MAC}
 			whole = whole || at.Seq == had.Seq && bytes.Equal(at.MAC, had.MAC)
@@ -152,10 +155,15 @@ func (c *Chains) PutBack(ctx context.Context, tx *Tx, lines []binding.Line) (ref
 
 // putActor enters a line's actor again. One that is not the entry's is left out: the entry has none then.
 func (c *Chains) putActor(ctx context.Context, tx *Tx, l binding.Line) error {
-	text, err := json.Marshal(l.Actor)
-	if err != nil || !hmac.Equal(l.ActorID, c.macs.Of("actors", string(text))) {
-		return err
+	text, own := c.actorText(l)
+	if !own {
+		return nil
 	}
-	return tx.Do(ctx, `INSERT INTO actors (actor, json) VALUES ($1, $2) ON CONFLICT DO NOTHING`, []byte(l.ActorID),
-		string(text))
+	return tx.Do(ctx, `INSERT INTO actors (actor, json) VALUES ($1, $2) ON CONFLICT DO NOTHING`, []byte(l.ActorID), text)
+}
+
+// actorText is the JSON of a line's actor. own says whether that is the entry's.
+func (c *Chains) actorText(l binding.Line) (text string, own bool) {
+	b, err := json.Marshal(l.Actor)
+	return string(b), err == nil && hmac.Equal(l.ActorID, c.macs.Of("actors", string(b)))
 }
