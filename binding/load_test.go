@@ -6,6 +6,7 @@ import (
 	"math"
 	"math/big"
 	"math/rand/v2"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -93,13 +94,18 @@ func TestOverload(t *testing.T) {
 		slices.Sort(took)
 		return float64(len(took)) / time.Since(start).Seconds(), no.Load(), took[len(took)*99/100]
 	}
+	share := 0.9
+	if runtime.GOMAXPROCS(0) == 1 {
+		share = 0.5 // those who call take much of the only core
+	}
 	for try := 1; ; try++ { // other tests share the cores
 		b := best()
 		done, refused, p99 := flood(3 * b)
+		b = min(b, best())
 		bound := 3 * time.Duration(float64(limit)/b*float64(time.Second))
 		t.Logf("best %.0f a second; at three times that, %.0f a second (%.2f), p99 %s, %d refused", b, done, done/b,
 			p99.Round(time.Millisecond), refused)
-		if done >= 0.9*b && p99 < bound && refused > 0 {
+		if done >= share*b && p99 < bound && refused > 0 {
 			return
 		}
 		if try == 4 {
