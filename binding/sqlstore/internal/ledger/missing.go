@@ -159,7 +159,8 @@ func (c *Chains) putActor(ctx context.Context, tx *Tx, l binding.Line) error {
 	if !own {
 		return nil
 	}
-	return tx.Do(ctx, `INSERT INTO actors (actor, json) VALUES ($1, $2) ON CONFLICT DO NOTHING`, []byte(l.ActorID), text)
+	return tx.Do(ctx, `INSERT INTO actors (actor, json) VALUES ($1, $2) ON CONFLICT DO NOTHING`, []byte(l.ActorID),
+		text)
 }
 
 // actorText is the JSON of a line's actor. own says whether that is the entry's.
