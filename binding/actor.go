@@ -3,7 +3,6 @@ package binding
 import (
 	"context"
 	"log/slog"
-	"slices"
 
 	"github.com/kmehsm/kmehsm/internal/who"
 )
@@ -53,8 +52,15 @@ func (h actorLog) WithGroup(name string) slog.Handler {
 
 // LogValue is slog.LogValuer's.
 func (a Actor) LogValue() slog.Value {
-	return slog.GroupValue(slices.DeleteFunc([]slog.Attr{
-		slog.String("client", a.Client), slog.String("role", a.Role), slog.String("certificate", a.Certificate),
-		slog.String("user", a.User), slog.String("address", a.Address),
-	}, func(f slog.Attr) bool { return f.Value.String() == "" })...)
+	var attrs []slog.Attr
+	for _, f := range []struct{ name, value string }{
+		{name: "client", value: a.Client}, {name: "role", value: a.Role},
+		{name: "certificate", value: a.Certificate}, {name: "user", value: a.User},
+		{name: "address", value: a.Address},
+	} {
+		if f.value != "" {
+			attrs = append(attrs, slog.String(f.name, f.value))
+		}
+	}
+	return slog.GroupValue(attrs...)
 }

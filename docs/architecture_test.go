@@ -53,6 +53,37 @@ func TestWhichPackage(t *testing.T) {
 	}
 }
 
+// Every package has its row in architecture.md, by its whole path, and every path there is a package's.
+func TestEveryPackage(t *testing.T) {
+	page := read(t, "architecture.md")
+	_, table, _ := strings.Cut(page, "\n| package |")
+	table, _, _ = strings.Cut(table, "\n\n")
+	out, err := exec.Command("go", "list", "-f", "{{.ImportPath}} {{len .GoFiles}}", "work").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	known := 0
+	for line := range strings.Lines(string(out)) {
+		path, files, _ := strings.Cut(strings.TrimPrefix(strings.TrimSpace(line), module+"/"), " ")
+		if files == "0" || strings.HasPrefix(path, "cmd/") || strings.HasPrefix(path, "api/kme/v1/") {
+			continue // has tests alone; is in the picture; is generated
+		}
+		if known++; !strings.Contains(table, "`"+path+"`") {
+			t.Errorf("architecture.md has no package %s", path)
+		}
+	}
+	if known < 60 {
+		t.Errorf("only %d packages were seen", known)
+	}
+	for _, row := range regexp.MustCompile("(?m)^\\| (`[^|]*) \\|").FindAllStringSubmatch(table, -1) {
+		for _, m := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(row[1], -1) {
+			if _, err := os.Stat("../" + m[1]); err != nil {
+				t.Errorf("architecture.md has %s: %v", m[1], err)
+			}
+		}
+	}
+}
+
 // What flags and commands are is known to the programs alone: a daemon, say, is told its settings by them.
 func TestCommandLineIsAbove(t *testing.T) {
 	above := regexp.MustCompile("^" + module + "/(cmd/|internal/cmdline$)")

@@ -80,6 +80,15 @@ func NewLine(token Token, store directory.Store, state State) (*Line, error) {
 // Manufacturer is the RFC 7638 thumbprint of the line's first signing key.
 func (l *Line) Manufacturer() string { return l.signer.KeyID() }
 
+// ParsePrimes takes one of hsmkeys.Primes.
+func ParsePrimes(text string) (hsmkeys.Primes, error) {
+	p := hsmkeys.Primes(text)
+	if p != hsmkeys.PrimesAuto && p != hsmkeys.PrimesX931 {
+		return "", fmt.Errorf("auto or x931, not %q", text)
+	}
+	return p, nil
+}
+
 // A LotSpec says what lot to make.
 type LotSpec struct {
 	Lot       string

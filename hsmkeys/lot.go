@@ -24,15 +24,6 @@ const (
 	PrimesX931 Primes = "x931"
 )
 
-// ParsePrimes takes one of the Primes.
-func ParsePrimes(text string) (Primes, error) {
-	p := Primes(text)
-	if p != PrimesAuto && p != PrimesX931 {
-		return "", fmt.Errorf("auto or x931, not %q", text)
-	}
-	return p, nil
-}
-
 // EnsureLotKey makes a lot's RSA key unless the token has it, and names the mechanism that made it. What it returns
 // is checked: see weakkey.Check and the known answers of ProveLotKey. A key that fails the checks is removed.
 func (t *FactoryToken) EnsureLotKey(

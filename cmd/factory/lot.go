@@ -141,7 +141,7 @@ func lotCreate(c *cli.Context) error {
 	if err != nil {
 		return usage.Errorf("--suite: %w", err)
 	}
-	primes, err := hsmkeys.ParsePrimes(c.String("primes"))
+	primes, err := factory.ParsePrimes(c.String("primes"))
 	if err != nil {
 		return usage.Errorf("--primes is %w", err)
 	}

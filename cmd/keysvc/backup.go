@@ -11,7 +11,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/handover"
-	"github.com/kmehsm/kmehsm/internal/keysvcd"
+	"github.com/kmehsm/kmehsm/internal/keysvcd/operator"
 )
 
 var soPINFlag = &cli.StringFlag{Name: "so-pin-source",
@@ -60,7 +60,7 @@ func backupPrepare(c *cli.Context) error {
 	return withToken(c, func(token *hsmkeys.OperatorToken) error {
 		path := outOr(c, "restore-key.json")
 		stop := cmdline.Spin(c, "making an RSA key in the token")
-		thumbprint, err := keysvcd.NewRestoreKey(c.Context, token, c.Bool(acceptFlag.Name), path)
+		thumbprint, err := operator.NewRestoreKey(c.Context, token, c.Bool(acceptFlag.Name), path)
 		stop()
 		if err != nil {
 			return err
@@ -96,11 +96,11 @@ func backupCreate(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	b, err := keysvcd.CreateBackup(c.Context, c.String("token"), officer, to)
+	b, err := operator.CreateBackup(c.Context, c.String("token"), officer, to)
 	if err != nil {
 		return err
 	}
-	if err := keysvcd.WriteFile(out, b.Data); err != nil {
+	if err := operator.WriteFile(out, b.Data); err != nil {
 		return err
 	}
 	result := map[string]any{"thumbprint": b.Thumbprint, "out": out, "token": b.Token, "keys": b.Keys}

@@ -20,7 +20,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding/report"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
-	"github.com/kmehsm/kmehsm/internal/keysvcd"
+	"github.com/kmehsm/kmehsm/internal/keysvcd/operator"
 	"github.com/kmehsm/kmehsm/internal/terminal"
 	"github.com/kmehsm/kmehsm/internal/usage"
 	"github.com/kmehsm/kmehsm/kme"
@@ -205,7 +205,7 @@ func bindingCount(c *cli.Context, q report.Selection, s *sqlstore.Store) error {
 
 func bindingExplain(c *cli.Context) error {
 	return withIMSI(c, func(s *sqlstore.Store, imsi kme.IMSI) error {
-		e, err := keysvcd.Explain(c.Context, s, c.String("state"), imsi, func() (*registry.Lots, error) {
+		e, err := operator.Explain(c.Context, s, c.String("state"), imsi, func() (*registry.Lots, error) {
 			return openLots(c, s)
 		})
 		if err != nil {

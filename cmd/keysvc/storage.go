@@ -12,7 +12,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding/tokenkeys"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
-	"github.com/kmehsm/kmehsm/internal/keysvcd"
+	"github.com/kmehsm/kmehsm/internal/keysvcd/operator"
 )
 
 func storageCommand() *cli.Command {
@@ -44,7 +44,7 @@ func storageCommand() *cli.Command {
 
 func storageList(c *cli.Context) error {
 	return withTokenAndStore(c, func(token *hsmkeys.OperatorToken, store *sqlstore.Store) error {
-		all, err := keysvcd.StorageKeys(c.Context, token, store)
+		all, err := operator.StorageKeys(c.Context, token, store)
 		if err != nil {
 			return err
 		}

@@ -15,7 +15,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
-	"github.com/kmehsm/kmehsm/internal/keysvcd"
+	"github.com/kmehsm/kmehsm/internal/keysvcd/operator"
 	"github.com/kmehsm/kmehsm/internal/strict"
 	"github.com/kmehsm/kmehsm/internal/usage"
 	"github.com/kmehsm/kmehsm/kme"
@@ -101,7 +101,7 @@ func storeUpgrade(c *cli.Context) error {
 func storeVerify(c *cli.Context) error {
 	return withAnyStore(c, func(token *hsmkeys.OperatorToken, store *sqlstore.Store) error {
 		shown := cmdline.NewProgress(c, "verified", "rows", 0)
-		v, err := keysvcd.VerifyStore(c.Context, token, store, func(rows, of int) {
+		v, err := operator.VerifyStore(c.Context, token, store, func(rows, of int) {
 			shown.Set(cmdline.Step{Done: rows, New: rows, Total: of})
 		})
 		shown.Close()
@@ -129,7 +129,7 @@ func storeBackup(c *cli.Context) error {
 	return withStoreToken(c, func(token *hsmkeys.OperatorToken) error {
 		out := c.String("out")
 		shown := cmdline.NewProgress(c, "copied", "pages", 0)
-		found, err := keysvcd.BackUpStore(c.Context, token, storeName(c), out, func(pages, of int) {
+		found, err := operator.BackUpStore(c.Context, token, storeName(c), out, func(pages, of int) {
 			shown.Set(cmdline.Step{Done: pages, New: pages, Total: of})
 		})
 		shown.Close()
@@ -244,7 +244,7 @@ func storeLog(c *cli.Context) error {
 func storeMigrate(c *cli.Context) error {
 	return withStoreToken(c, func(token *hsmkeys.OperatorToken) error {
 		shown := cmdline.NewProgress(c, "copied", "rows", 0)
-		rows, err := keysvcd.Migrate(c.Context, token, c.String("from"), c.String("to"), shown.At)
+		rows, err := operator.Migrate(c.Context, token, c.String("from"), c.String("to"), shown.At)
 		shown.Close()
 		if err != nil {
 			return err

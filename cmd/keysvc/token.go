@@ -8,12 +8,12 @@ import (
 
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
-	"github.com/kmehsm/kmehsm/internal/keysvcd"
+	"github.com/kmehsm/kmehsm/internal/keysvcd/operator"
 )
 
 func initToken(c *cli.Context) error {
 	return withToken(c, func(token *hsmkeys.OperatorToken) error {
-		made, err := keysvcd.Init{
+		made, err := operator.Init{
 			URI: c.String("token"), State: c.String("state"), Store: storeName(c),
 			AcceptWeak: c.Bool(acceptFlag.Name), NewStore: c.Bool("new-store"),
 		}.Run(c.Context, token)

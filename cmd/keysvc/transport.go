@@ -12,7 +12,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
-	"github.com/kmehsm/kmehsm/internal/keysvcd"
+	"github.com/kmehsm/kmehsm/internal/keysvcd/operator"
 )
 
 func transportCommand() *cli.Command {
@@ -47,7 +47,7 @@ func transportNew(c *cli.Context) error {
 	return withToken(c, func(token *hsmkeys.OperatorToken) error {
 		path := outOr(c, "transport.json")
 		stop := cmdline.Spin(c, "making an RSA key in the token")
-		thumbprint, err := keysvcd.NewTransportKey(c.Context, token, path)
+		thumbprint, err := operator.NewTransportKey(c.Context, token, path)
 		stop()
 		if err != nil {
 			return err
@@ -70,7 +70,7 @@ func printReceiver(c *cli.Context, token *hsmkeys.OperatorToken, path, thumbprin
 
 func transportList(c *cli.Context) error {
 	return withToken(c, func(token *hsmkeys.OperatorToken) error {
-		all, err := keysvcd.TransportKeys(c.Context, token)
+		all, err := operator.TransportKeys(c.Context, token)
 		if err != nil {
 			return err
 		}
@@ -86,7 +86,7 @@ func transportList(c *cli.Context) error {
 func transportDestroy(c *cli.Context) error {
 	return withToken(c, func(token *hsmkeys.OperatorToken) error {
 		thumbprint := c.Args().First()
-		key, err := keysvcd.TransportKey(c.Context, token, thumbprint)
+		key, err := operator.TransportKey(c.Context, token, thumbprint)
 		if err != nil {
 			return err
 		}

@@ -13,6 +13,7 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/keysvcd"
+	"github.com/kmehsm/kmehsm/internal/keysvcd/operator"
 )
 
 var storeFlag = &cli.StringFlag{Name: "store", EnvVars: []string{"KMEHSM_STORE"}, Category: cmdline.Configured,
@@ -25,7 +26,7 @@ func storeFlags(own ...cli.Flag) []cli.Flag {
 
 // withToken runs f with the token that --token names.
 func withToken(c *cli.Context, f func(*hsmkeys.OperatorToken) error) error {
-	return keysvcd.WithToken(c.Context, c.String("token"), f)
+	return operator.WithToken(c.Context, c.String("token"), f)
 }
 
 // withStore runs f with the store, which must not be rolled back. What f does is the command's in the ledger.
@@ -42,23 +43,23 @@ func withTokenAndStore(c *cli.Context, f func(*hsmkeys.OperatorToken, *sqlstore.
 
 // withStoreToken runs f with the token that the store's rows have their MACs from.
 func withStoreToken(c *cli.Context, f func(*hsmkeys.OperatorToken) error) error {
-	uri, err := keysvcd.StoreToken(c.String("state"), c.String("token"))
+	uri, err := operator.StoreToken(c.String("state"), c.String("token"))
 	if err != nil {
 		return err
 	}
 	asCommand(c)
-	return keysvcd.WithToken(c.Context, uri, f)
+	return operator.WithToken(c.Context, uri, f)
 }
 
 func useStore(c *cli.Context, token *hsmkeys.OperatorToken, f func(*sqlstore.Store) error) error {
 	asCommand(c)
-	return keysvcd.UseStore(c.Context, token, storeName(c), f)
+	return operator.UseStore(c.Context, token, storeName(c), f)
 }
 
 // withAnyStore runs f with the store, whatever state that is in.
 func withAnyStore(c *cli.Context, f func(*hsmkeys.OperatorToken, *sqlstore.Store) error) error {
 	return withStoreToken(c, func(token *hsmkeys.OperatorToken) error {
-		store, err := keysvcd.OpenStore(c.Context, token, storeName(c))
+		store, err := operator.OpenStore(c.Context, token, storeName(c))
 		if err != nil {
 			return err
 		}

@@ -10,7 +10,6 @@ import (
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/factory"
-	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/config"
 	"github.com/kmehsm/kmehsm/internal/directories"
 	"github.com/kmehsm/kmehsm/kme"
@@ -76,7 +75,8 @@ var schema = config.Schema[Config]{See: "factory check", Settings: []config.Sett
 		Rule: "a whole number from 1 to 1024",
 		OK:   func(c *Config) bool { return c.ShardSize >= 0 && c.ShardSize <= 1024 }},
 	{Name: "primes", Example: "auto", Help: "of a new lot", Rule: "auto or x931", OK: func(c *Config) bool {
-		return c.Primes == "" || c.Primes == string(hsmkeys.PrimesAuto) || c.Primes == string(hsmkeys.PrimesX931)
+		_, err := factory.ParsePrimes(c.Primes)
+		return c.Primes == "" || err == nil
 	}},
 	{Name: "valid_for", Example: directory.DefaultValidity.String(),
 		Help: "for how long a list of revoked devices of a new lot is good",

@@ -1,5 +1,4 @@
 // Package keysvcd is the daemon behind keysvc serve: what it is made of, and what a reload changes.
-// The work on its store and tokens that keysvc's other commands do is here too.
 package keysvcd
 
 import (
@@ -34,6 +33,7 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/config"
 	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/keysvcd/operator"
 	"github.com/kmehsm/kmehsm/internal/keysvcd/settings"
 	"github.com/kmehsm/kmehsm/internal/operatorpage"
 	"github.com/kmehsm/kmehsm/internal/panics"
@@ -94,11 +94,11 @@ func Serve(ctx context.Context, from settings.Source, w io.Writer) error {
 		return err
 	}
 	defer tokens.Close()
-	store, err := OpenStore(ctx, tokens, cfg.Store)
+	store, err := operator.OpenStore(ctx, tokens, cfg.Store)
 	if err != nil {
 		return err
 	}
-	unlock, err := serveAlone(cfg.Store)
+	unlock, err := operator.ServeAlone(cfg.Store)
 	if err != nil {
 		return errors.Join(err, store.Close())
 	}
@@ -109,7 +109,7 @@ func Serve(ctx context.Context, from settings.Source, w io.Writer) error {
 	if rolledBack != nil && !errors.Is(rolledBack, binding.ErrRolledBack) {
 		return rolledBack
 	}
-	refused, err := ReadRefusals(cfg.State)
+	refused, err := operator.ReadRefusals(cfg.State)
 	if err != nil {
 		log.Warn("the last refusals are forgotten", "cause", err.Error())
 		refused = new(refusals.Memory)
@@ -233,7 +233,7 @@ func openTokens(
 	}
 	err = tokens.Ping(ctx)
 	if errors.Is(err, hsmkeys.ErrNoKey) || errors.Is(err, hsmkeys.ErrNotDedicated) {
-		err = noKeys(tokens)
+		err = operator.NoKeys(tokens)
 	}
 	if err != nil {
 		return nil, errors.Join(err, tokens.Close())

@@ -18,31 +18,28 @@ import (
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/client"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/keysvcd/operator"
 	"github.com/kmehsm/kmehsm/internal/keysvcd/settings"
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// initialise does what keysvc init does.
-// initialise makes a token the operator's, and a store in a folder.
+// initialise does what keysvc init does: it makes a token the operator's, and a store in a folder.
 func initialise(t *testing.T, tok softhsmtest.Tok, state string) {
 	t.Helper()
-	withToken(t, tok, func(token *hsmkeys.OperatorToken) error {
-		_, err := newInit(tok, state).Run(t.Context(), token)
-		return err
-	})
-}
-
-func newInit(tok softhsmtest.Tok, state string) Init {
-	return Init{URI: tok.URI, State: state, Store: sqlstore.InFolder(state), AcceptWeak: true}
+	first := newInit(tok, state)
+	withToken(t, tok, func(token *hsmkeys.OperatorToken) error { _, err := first.Run(t.Context(), token); return err })
 }
 
 func withToken(t *testing.T, tok softhsmtest.Tok, f func(*hsmkeys.OperatorToken) error) {
 	t.Helper()
-	if err := WithToken(t.Context(), tok.URI, f); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, operator.WithToken(t.Context(), tok.URI, f))
+}
+
+func newInit(tok softhsmtest.Tok, state string) operator.Init {
+	return operator.Init{URI: tok.URI, State: state, Store: sqlstore.InFolder(state), AcceptWeak: true}
 }
 
 // The daemon serves from a token and a database, reloads at SIGHUP, and ends when it is told to.

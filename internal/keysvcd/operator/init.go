@@ -1,4 +1,4 @@
-package keysvcd
+package operator
 
 import (
 	"context"
@@ -82,12 +82,4 @@ func (i Init) fits(ctx context.Context, token *hsmkeys.OperatorToken) error {
 	}
 	key.Wipe()
 	return UseStore(ctx, token, i.Store, func(*sqlstore.Store) error { return nil })
-}
-
-// there says whether a store is there; of one in a server that is not known, and it says so too.
-func there(ctx context.Context, name string) (bool, error) {
-	if sqlstore.File(name) == "" {
-		return true, nil
-	}
-	return sqlstore.Look(ctx, name)
 }

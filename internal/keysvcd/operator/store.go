@@ -1,4 +1,6 @@
-package keysvcd
+// Package operator opens the operator's token and store, for keysvc's commands and its daemon, and does what the commands
+// do with them, while a service serves or not.
+package operator
 
 import (
 	"cmp"
@@ -27,7 +29,8 @@ type Token interface {
 	Derive(ctx context.Context, purpose string) (kme.Secret, error)
 }
 
-func noKeys(token fmt.Stringer) error {
+// NoKeys is the error of a token that keysvc init has not been run for.
+func NoKeys(token fmt.Stringer) error {
 	return usage.Errorf("%s has no keys yet: run keysvc init first", token)
 }
 
@@ -42,9 +45,9 @@ func OpenStore(ctx context.Context, token Token, name string) (*sqlstore.Store, 
 	return makeStore(ctx, token, name)
 }
 
-// serveAlone keeps every other service away from a store in SQLite, as long as this process lives: each instance knows
+// ServeAlone keeps every other service away from a store in SQLite, as long as this process lives: each instance knows
 // by itself what its changes have left, and how often it may be asked. Commands may use the store meanwhile.
-func serveAlone(name string) (unlock func(), err error) {
+func ServeAlone(name string) (unlock func(), err error) {
 	path := sqlstore.File(name)
 	if path == "" {
 		return func() {}, nil
@@ -70,13 +73,21 @@ func makeStore(ctx context.Context, token Token, name string) (*sqlstore.Store, 
 	}
 	key, err := token.Derive(ctx, sqlstore.RowKey)
 	if errors.Is(err, hsmkeys.ErrNoKey) {
-		return nil, noKeys(token)
+		return nil, NoKeys(token)
 	}
 	if err != nil {
 		return nil, err
 	}
 	defer key.Wipe()
 	return sqlstore.Open(ctx, name, key)
+}
+
+// there says whether a store is there; of one in a server that is not known, and it says so too.
+func there(ctx context.Context, name string) (bool, error) {
+	if sqlstore.File(name) == "" {
+		return true, nil
+	}
+	return sqlstore.Look(ctx, name)
 }
 
 // UseStore runs f with a store, which must not be rolled back, and raises the token's high-water mark afterwards.

@@ -1,4 +1,4 @@
-package keysvcd
+package operator
 
 import (
 	"errors"
