@@ -32,6 +32,7 @@ type instance struct {
 	base    string
 
 	patience time.Duration // with a stream on which nothing comes
+	answer   time.Duration // how long it may take to say whether it is ready
 
 	mu      sync.Mutex
 	stream  *stream            // guarded by mu: what calls are made by; nil before the first
@@ -69,7 +70,7 @@ func newInstance(address string, config *tls.Config, timeout time.Duration) (*in
 	}
 	c := &http.Client{Transport: whole{Transport: transport}}
 	return &instance{service: kmev1connect.NewKeyServiceClient(c, base), streams: newOpener(c, base), http: c,
-		base: base, patience: timeout / 4}, nil
+		base: base, patience: timeout / 4, answer: max(timeout/2, 4*watchEvery)}, nil
 }
 
 func (i *instance) close() {
@@ -127,7 +128,7 @@ func (i *instance) leave() {
 }
 
 func (i *instance) ready(ctx context.Context) bool {
-	ctx, cancel := context.WithTimeout(ctx, 4*watchEvery)
+	ctx, cancel := context.WithTimeout(ctx, i.answer)
 	defer cancel()
 	r, err := http.NewRequestWithContext(ctx, http.MethodGet, i.base+"/readyz", nil)
 	if err != nil {

@@ -1,0 +1,38 @@
+package client
+
+import (
+	"net"
+	"net/http"
+	"path/filepath"
+	"testing"
+	"time"
+)
+
+// Whoever gives calls more time gives it to an instance, too, that says whether it is ready.
+func TestSlowlyReady(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := &http.Server{Protocols: new(http.Protocols), Handler: http.HandlerFunc(
+		func(_ http.ResponseWriter, r *http.Request) {
+			select {
+			case <-r.Context().Done():
+			case <-time.After(5 * watchEvery):
+			}
+		})}
+	server.Protocols.SetUnencryptedHTTP2(true)
+	go server.Serve(l)
+	defer server.Close()
+	for timeout, want := range map[time.Duration]bool{time.Second: false, time.Minute: true} {
+		i, err := newInstance("unix:"+path, nil, timeout)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if ready := i.ready(t.Context()); ready != want {
+			t.Errorf("with calls of %v, an instance that needs %v is ready: %v", timeout, 5*watchEvery, ready)
+		}
+		i.close()
+	}
+}
