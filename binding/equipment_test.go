@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/ecdsa"
 	"errors"
+	"fmt"
 	"os"
 	"regexp"
 	"strings"
@@ -319,11 +320,21 @@ func TestEquipmentListUnknown(t *testing.T) {
 	failing.err = nil
 	service.LoadListings(t.Context())
 	check("of one that was mended", "")
+	failing.err = fmt.Errorf("%w (chain 1)", binding.ErrRolledBack)
+	service.LoadListings(t.Context())
+	check("of a store that was rolled back since", kme.RolledBack)
 }
 
-// What is not in a list that is read as a whole, after it was damaged, is not listed any more: the store may be one of
-// a backup. Its changes are followed from there, though there were more before.
+// What is not in a list that is read as a whole, after it was damaged or rolled back, is not listed any more: the store
+// may be one of a backup. Its changes are followed from there, though there were more before.
 func TestEquipmentListRestored(t *testing.T) {
+	for _, err := range []error{&binding.DamagedRow{Table: "equipment"}, binding.ErrRolledBack} {
+		equipmentListRestored(t, err)
+	}
+}
+
+func equipmentListRestored(t *testing.T, before error) {
+	t.Helper()
 	r := newHarness(t)
 	var stored []binding.Listing
 	failing := &failingListings{Listings: listings(func(after int64) (since []binding.Listing) {
@@ -348,7 +359,7 @@ func TestEquipmentListRestored(t *testing.T) {
 	}
 	stored = []binding.Listing{entry("35", 1), entry("4901", 2), entry("36", 3)}
 	check("listed", binding.Listed)
-	failing.err = &binding.DamagedRow{Table: "equipment"}
+	failing.err = before
 	service.LoadListings(t.Context())
 	failing.err, stored = nil, stored[:1]
 	check("restored", binding.NotInLot)

@@ -73,7 +73,7 @@ func prefixKey(digits string) uint64 {
 }
 
 // load reloads what was changed since the last time. If it fails, the list in memory stands, unless the stored one is
-// damaged.
+// damaged or rolled back: in an earlier store, later changes have numbers that the list in memory has, too.
 func (l *listed) load(ctx context.Context) (changes int, err error) {
 	if l.store == nil {
 		return 0, nil
@@ -88,7 +88,7 @@ func (l *listed) load(ctx context.Context) (changes int, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if err != nil {
-		if l.err != nil || errors.As(err, new(*DamagedRow)) {
+		if l.err != nil || errors.As(err, new(*DamagedRow)) || errors.Is(err, ErrRolledBack) {
 			l.err = err
 		}
 		return 0, err
@@ -129,7 +129,7 @@ func (l *listed) of(imei kme.IMEI) (status EquipmentStatus, ok bool, err error) 
 }
 
 // LoadListings reloads the operator's list, which CheckEquipment answers by. CheckEquipment is refused until
-// LoadListings has succeeded once, and while the list is damaged.
+// LoadListings has succeeded once, and while the list is damaged or the store is rolled back.
 func (s *Service) LoadListings(ctx context.Context) error {
 	changes, err := s.listed.load(ctx)
 	if failed := s.listed.failing.Swap(err != nil); err != nil {
