@@ -11,6 +11,8 @@ import (
 
 	"connectrpc.com/connect"
 
+	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
+	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
 	"github.com/kmehsm/kmehsm/client"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
@@ -196,5 +198,125 @@ func TestInstanceNotThere(t *testing.T) {
 		if _, err := c.ReportAuthentication(t.Context(), parseIMSITest(t, bound), client.Origin{}, false); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// What is no keysvc, or answers what was not asked, is left as one that is away.
+func TestInstanceAnswersGarbage(t *testing.T) {
+	answer := func(change func(*kmev1.Call, *kmev1.Answer)) http.Handler {
+		_, h := kmev1connect.NewKeyServiceHandler(garbage{change: change})
+		return h
+	}
+	for what, h := range map[string]http.Handler{
+		"not found": http.NotFoundHandler(),
+		"forbidden": http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "no", 403) }),
+		"who is it": http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "no", 401) }),
+		"a page":    http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.Write([]byte("<html>")) }),
+		"noise":     http.HandlerFunc(noise),
+		"an answer to another call": answer(func(_ *kmev1.Call, a *kmev1.Answer) {
+			a.Answer = &kmev1.Answer_RestoreRand{RestoreRand: &kmev1.RestoreRANDResponse{}}
+		}),
+		"no answer at all": answer(func(*kmev1.Call, *kmev1.Answer) {}),
+	} {
+		a, _, c := newInstances(t, testproc.Patience)
+		a.handler.Handler = h
+		for range 4 {
+			if got, err := c.GetBinding(t.Context(), parseIMSITest(t, bound)); err != nil || got.GetImsi() != bound {
+				t.Errorf("%s: %v, %v", what, got, err)
+			}
+		}
+		if a.opened.Load() == 0 {
+			t.Errorf("%s: it was not asked", what)
+		}
+	}
+}
+
+func noise(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Content-Type", "application/connect+proto")
+	w.Write([]byte("\x00\x00\x00\x00\x04\xff\xff\xff\xff"))
+}
+
+// garbage answers each call of a stream with what change makes.
+type garbage struct {
+	kmev1connect.UnimplementedKeyServiceHandler
+	change func(*kmev1.Call, *kmev1.Answer)
+}
+
+func (g garbage) Stream(_ context.Context, b *connect.BidiStream[kmev1.StreamRequest, kmev1.StreamResponse]) error {
+	for {
+		m, err := b.Receive()
+		if err != nil {
+			return err
+		}
+		var r kmev1.StreamResponse
+		for _, call := range m.Calls {
+			a := &kmev1.Answer{Id: call.Id}
+			g.change(call, a)
+			r.Answers = append(r.Answers, a)
+		}
+		if err := b.Send(&r); err != nil {
+			return err
+		}
+	}
+}
+
+// An answer that is none of the values that a caller knows is an error: it would be taken for the harmless one.
+func TestAnswerOfNoMeaning(t *testing.T) {
+	s := newStreaming(t, new(http.Transport))
+	prepared := &kmev1.PrepareVectorResponse{Rands: [][]byte{make([]byte, 16)}}
+	equipment := new(kmev1.CheckEquipmentResponse)
+	_, s.handler.Handler = kmev1connect.NewKeyServiceHandler(garbage{change: func(c *kmev1.Call, a *kmev1.Answer) {
+		if c.GetPrepareVector() != nil {
+			a.Answer = &kmev1.Answer_PrepareVector{PrepareVector: prepared}
+		} else {
+			a.Answer = &kmev1.Answer_CheckEquipment{CheckEquipment: equipment}
+		}
+	}})
+	c := newClient(t, s.path, client.Options{Timeout: testproc.Patience, Tries: 1})
+	for _, p := range []struct {
+		control kmev1.Control
+		attempt string
+		ok      bool
+	}{
+		{0, "", false}, {0, "a", false}, {3, "", false}, {kmev1.Control_PREPROCESSED, "a", false},
+		{kmev1.Control_PROVISIONING_ONLY, "", false}, {kmev1.Control_PREPROCESSED, "", true},
+		{kmev1.Control_PROVISIONING_ONLY, "a", true},
+	} {
+		prepared.Control, prepared.AttemptId = p.control, p.attempt
+		v, err := c.PrepareVector(t.Context(), parseIMSITest(t, bound), client.Origin{}, client.RAND{})
+		if (err == nil) != p.ok || err != nil && len(v.RANDs) > 0 {
+			t.Errorf("control %v, attempt %q: %v, %v", p.control, p.attempt, v, err)
+		}
+	}
+	for status := range kmev1.EquipmentStatus(5) {
+		equipment.Status = status
+		e, err := c.CheckEquipment(t.Context(), kme.IMEI{}, kme.IMSI{})
+		if (err == nil) != (status >= 1 && status <= 3) || err == nil && e.Status != status {
+			t.Errorf("status %v: %v, %v", status, e, err)
+		}
+	}
+}
+
+// Close ends what is under way: nothing of it goes elsewhere, or asks whether somebody is ready.
+func TestCloseOfSeveral(t *testing.T) {
+	a, b, c := newInstances(t, testproc.Patience)
+	slow := parseIMSITest(t, kept)
+	ended := make(chan error, 8)
+	for range cap(ended) {
+		go func() {
+			_, err := c.GetBinding(t.Context(), slow)
+			ended <- err
+		}()
+	}
+	testproc.Await(t, "all are under way", func() bool { return a.store.asked.Load()+b.store.asked.Load() == 8 })
+	opened := a.opened.Load() + b.opened.Load()
+	c.Close()
+	for range cap(ended) {
+		if err := <-ended; connect.CodeOf(err) != connect.CodeCanceled {
+			t.Error(err)
+		}
+	}
+	if n := a.opened.Load() + b.opened.Load() - opened; n != 0 {
+		t.Errorf("%d requests after the client was closed", n)
 	}
 }

@@ -3,7 +3,6 @@ package api
 import (
 	"context"
 	"errors"
-	"io"
 	"net"
 	"net/http"
 	"path/filepath"
@@ -246,7 +245,7 @@ func TestClose(t *testing.T) {
 	}()
 	testproc.Await(t, "the call is under way", func() bool { return s.store.asked.Load() == 1 })
 	c.Close()
-	if err := <-ended; connect.CodeOf(err) != connect.CodeUnavailable || errors.Is(err, io.EOF) {
+	if err := <-ended; connect.CodeOf(err) != connect.CodeCanceled {
 		t.Errorf("the call under way: %v", err)
 	}
 	testproc.Await(t, "all goroutines end", func() bool { return runtime.NumGoroutine() <= before })

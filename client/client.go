@@ -92,8 +92,8 @@ func New(o Options) (*Client, error) {
 	return c, nil
 }
 
-// Close ends the streams with what is under way in them, and closes connections that are idle then. A call after it
-// connects again.
+// Close ends the streams, with what is under way in them (connect.CodeCanceled), and closes connections that are idle
+// then. A call after it connects again.
 func (c *Client) Close() {
 	for _, i := range c.instances {
 		i.close()
@@ -122,13 +122,21 @@ func (c *Client) PrepareVector(ctx context.Context, imsi kme.IMSI, o Origin, ran
 	for i := range rands {
 		q.Rands = append(q.Rands, rands[i][:])
 	}
-	a, err := c.call(ctx, true, &kmev1.Call{Call: &kmev1.Call_PrepareVector{PrepareVector: q}})
+	answer, err := ask(ctx, c, true, &kmev1.Call{Call: &kmev1.Call_PrepareVector{PrepareVector: q}},
+		(*kmev1.Answer).GetPrepareVector)
 	if err != nil {
 		return v, err
 	}
-	answer := a.GetPrepareVector()
 	if len(answer.GetRands()) != len(rands) {
 		return v, fmt.Errorf("the service has answered %d RANDs, not %d", len(answer.GetRands()), len(rands))
+	}
+	switch answer.Control { // a RAND that is taken for encrypted, and is not, lets any device in
+	case kmev1.Control_PREPROCESSED, kmev1.Control_PROVISIONING_ONLY:
+	default:
+		return v, fmt.Errorf("the service has answered control %v", answer.Control)
+	}
+	if provisioning := answer.Control == kmev1.Control_PROVISIONING_ONLY; provisioning != (answer.AttemptId != "") {
+		return v, fmt.Errorf("the service has answered %v and the attempt %q", answer.Control, answer.AttemptId)
 	}
 	v.AttemptID, v.RANDs = answer.AttemptId, make([]RAND, len(rands))
 	for i := range v.RANDs {
@@ -147,13 +155,14 @@ type Establishment struct {
 // EstablishKME is called with the payload that a device has sent, by way of the origin that was given the attempt.
 func (c *Client) EstablishKME(ctx context.Context, imsi kme.IMSI, o Origin, imei kme.IMEI, attemptID string,
 	payload []byte) (e Establishment, err error) {
-	a, err := c.call(ctx, true, &kmev1.Call{Call: &kmev1.Call_EstablishKme{EstablishKme: &kmev1.EstablishKMERequest{
+	q := &kmev1.EstablishKMERequest{
 		Imsi: imsi.String(), Imei: imei.String(), AttemptId: attemptID, Payload: payload, Origin: o.Name.String(),
-	}}})
+	}
+	answer, err := ask(ctx, c, true, &kmev1.Call{Call: &kmev1.Call_EstablishKme{EstablishKme: q}},
+		(*kmev1.Answer).GetEstablishKme)
 	if err != nil {
 		return e, err
 	}
-	answer := a.GetEstablishKme()
 	e.State = answer.GetState()
 	if secret := answer.GetKme(); len(secret) > 0 {
 		e.KME, err = kme.NewSecret(secret)
@@ -172,31 +181,29 @@ type Report struct {
 // under a pending binding makes it active.
 func (c *Client) ReportAuthentication(ctx context.Context, imsi kme.IMSI, o Origin, ok bool) (Report, error) {
 	// A second report of a failure could be about the binding that stood before.
-	a, err := c.call(ctx, ok, &kmev1.Call{Call: &kmev1.Call_ReportAuthentication{
+	answer, err := ask(ctx, c, ok, &kmev1.Call{Call: &kmev1.Call_ReportAuthentication{
 		ReportAuthentication: &kmev1.ReportAuthenticationRequest{
 			Imsi: imsi.String(), Ok: ok, Origin: o.Name.String(), NoProvisioning: o.NoProvisioning,
-		}}})
-	answer := a.GetReportAuthentication()
+		}}}, (*kmev1.Answer).GetReportAuthentication)
 	return Report{State: answer.GetState(), Served: answer.GetControl() == kmev1.Control_PREPROCESSED}, err
 }
 
 // RestoreRAND gives the RAND before PrepareVector, when a SIM asks for resynchronisation.
 func (c *Client) RestoreRAND(ctx context.Context, imsi kme.IMSI, o Origin, rand RAND) (out RAND, err error) {
-	a, err := c.call(ctx, true, &kmev1.Call{Call: &kmev1.Call_RestoreRand{RestoreRand: &kmev1.RestoreRANDRequest{
+	answer, err := ask(ctx, c, true, &kmev1.Call{Call: &kmev1.Call_RestoreRand{RestoreRand: &kmev1.RestoreRANDRequest{
 		Imsi: imsi.String(), Rand: rand[:], Origin: o.Name.String(),
-	}}})
+	}}}, (*kmev1.Answer).GetRestoreRand)
 	if err != nil {
 		return out, err
 	}
-	return out, fill(out[:], a.GetRestoreRand().GetRand())
+	return out, fill(out[:], answer.GetRand())
 }
 
 // GetBinding tells what an IMSI is bound to.
 func (c *Client) GetBinding(ctx context.Context, imsi kme.IMSI) (*kmev1.GetBindingResponse, error) {
-	a, err := c.call(ctx, true, &kmev1.Call{Call: &kmev1.Call_GetBinding{
+	return ask(ctx, c, true, &kmev1.Call{Call: &kmev1.Call_GetBinding{
 		GetBinding: &kmev1.GetBindingRequest{Imsi: imsi.String()},
-	}})
-	return a.GetGetBinding(), err
+	}}, (*kmev1.Answer).GetGetBinding)
 }
 
 // Equipment is what CheckEquipment answers.
@@ -208,11 +215,17 @@ type Equipment struct {
 // CheckEquipment asks whether a device may be served; with the zero IMSI, where the subscription is not known. A device
 // that nothing is known of may be refused (kme.UnknownDevice).
 func (c *Client) CheckEquipment(ctx context.Context, imei kme.IMEI, imsi kme.IMSI) (Equipment, error) {
-	a, err := c.call(ctx, true, &kmev1.Call{Call: &kmev1.Call_CheckEquipment{
+	answer, err := ask(ctx, c, true, &kmev1.Call{Call: &kmev1.Call_CheckEquipment{
 		CheckEquipment: &kmev1.CheckEquipmentRequest{Imei: imei.String(), Imsi: imsi.String()},
-	}})
-	answer := a.GetCheckEquipment()
-	return Equipment{Status: answer.GetStatus(), Reason: answer.GetReason()}, err
+	}}, (*kmev1.Answer).GetCheckEquipment)
+	if err != nil {
+		return Equipment{}, err
+	}
+	switch answer.Status { // whoever asks for BLACKLISTED only would serve one that is of no list
+	case kmev1.EquipmentStatus_WHITELISTED, kmev1.EquipmentStatus_GREYLISTED, kmev1.EquipmentStatus_BLACKLISTED:
+		return Equipment{Status: answer.Status, Reason: answer.Reason}, nil
+	}
+	return Equipment{}, fmt.Errorf("the service has answered status %v", answer.Status)
 }
 
 // OpenProvisioning lets an IMSI be bound to another device.
@@ -251,8 +264,8 @@ func alone[Q, A any](
 	})
 }
 
-// call makes a call by the stream, and opens one if there is none.
-func (c *Client) call(ctx context.Context, again bool, call *kmev1.Call) (*kmev1.Answer, error) {
+// ask makes a call by the stream, and opens one if there is none. It is an error if the answer is none to this call.
+func ask[A any](ctx context.Context, c *Client, again bool, call *kmev1.Call, of func(*kmev1.Answer) *A) (*A, error) {
 	encoded, err := proto.Marshal(call)
 	if err != nil { // a text that is not UTF-8
 		return nil, &Error{Reason: kme.Malformed, Message: err.Error()}
@@ -261,8 +274,15 @@ func (c *Client) call(ctx context.Context, again bool, call *kmev1.Call) (*kmev1
 		return nil, &Error{Reason: kme.Malformed, Message: fmt.Sprintf("the call has %d bytes, of %d that it may have",
 			len(encoded), maxCall)}
 	}
-	return try(ctx, c, again, func(ctx context.Context, i *instance) (*kmev1.Answer, error) {
-		return i.current().call(ctx, slices.Clip(encoded))
+	return try(ctx, c, again, func(ctx context.Context, i *instance) (*A, error) {
+		a, err := i.call(ctx, slices.Clip(encoded))
+		if err != nil {
+			return nil, err
+		}
+		if answer := of(a); answer != nil {
+			return answer, nil
+		}
+		return nil, connect.NewError(connect.CodeUnavailable, errors.New("the service has answered another call"))
 	})
 }
 
@@ -273,7 +293,7 @@ func try[A any](
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
 	var tried instances
-	turn := int(c.turn.Add(1))
+	turn := c.turn.Add(1)
 	at := c.pick(turn, tried)
 	for round, pause := 1, 20*time.Millisecond; ; {
 		answer, err := once(ctx, c, c.instances[at], again, call)

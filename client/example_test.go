@@ -32,7 +32,8 @@ func (service) Stream(_ context.Context, b *connect.BidiStream[kmev1.StreamReque
 				Code: "permission_denied", Reason: string(kme.KMERejected), Message: "the payload is not accepted"}}}
 			if q := c.GetPrepareVector(); q != nil {
 				a.Answer = &kmev1.Answer_PrepareVector{
-					PrepareVector: &kmev1.PrepareVectorResponse{Rands: q.Rands, AttemptId: "a1"}}
+					PrepareVector: &kmev1.PrepareVectorResponse{Rands: q.Rands,
+						Control: kmev1.Control_PROVISIONING_ONLY, AttemptId: "a1"}}
 			}
 			if err := b.Send(&kmev1.StreamResponse{Answers: []*kmev1.Answer{a}}); err != nil {
 				return err

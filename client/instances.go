@@ -14,7 +14,9 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	"google.golang.org/protobuf/encoding/protowire"
 
+	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
 	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -77,7 +79,7 @@ func (i *instance) close() {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	if i.stream != nil {
-		i.stream.end()
+		i.stream.close()
 	}
 	if i.unwatch != nil {
 		i.unwatch()
@@ -86,13 +88,27 @@ func (i *instance) close() {
 	i.http.CloseIdleConnections()
 }
 
-func (i *instance) current() *stream {
+// call makes a call that is encoded but for its id and its time: by the stream that there is, or by a new one.
+func (i *instance) call(ctx context.Context, call []byte) (*kmev1.Answer, error) {
+	if until, ok := ctx.Deadline(); ok {
+		call = protowire.AppendTag(call, 2, protowire.VarintType)
+		call = protowire.AppendVarint(call, uint64(max(time.Until(until).Milliseconds(), 1)))
+	}
+	s, id, answer := i.begin(call)
+	return s.wait(ctx, id, answer)
+}
+
+func (i *instance) begin(call []byte) (*stream, uint64, waiting) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if i.stream == nil || i.stream.ended() {
-		i.stream = open(i.streams, i.patience)
+	if i.stream != nil {
+		if id, answer := i.stream.accept(call); answer != nil {
+			return i.stream, id, answer
+		}
 	}
-	return i.stream
+	s, id, answer := open(i.streams, i.patience, call)
+	i.stream = s
+	return s, id, answer
 }
 
 func (i *instance) away() bool {
@@ -148,10 +164,10 @@ type instances uint16
 
 // pick gives the instance whose turn it is, of those that were not tried: one that is not away, or any of them if
 // all instances are away. -1: there is none.
-func (c *Client) pick(turn int, tried instances) int {
+func (c *Client) pick(turn uint32, tried instances) int {
 	picked, allAway := -1, true
 	for n := range c.instances {
-		at := (turn + n) % len(c.instances)
+		at := int((turn + uint32(n)) % uint32(len(c.instances)))
 		away, free := c.instances[at].away(), tried&(1<<at) == 0
 		if free && !away {
 			return at
@@ -185,6 +201,9 @@ func once[A any](
 	// Whose time it was, the service may know first.
 	if again && ctx.Err() == nil && connect.CodeOf(err) == connect.CodeDeadlineExceeded {
 		err = connect.NewError(connect.CodeUnavailable, errors.New("the service does not answer"))
+	}
+	if connect.CodeOf(err) == connect.CodeUnimplemented { // what is there is not keysvc
+		err = connect.NewError(connect.CodeUnavailable, err)
 	}
 	_, temporary := explain(err)
 	if temporary && !errors.Is(err, Reason(kme.Overloaded)) && !errors.Is(err, Reason(kme.DirectoryUnavailable)) {

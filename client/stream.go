@@ -72,44 +72,38 @@ func newOpener(c *http.Client, base string) *opener {
 		connect.WithCodec(batches{}), connect.WithAcceptCompression("gzip", nil, nil))
 }
 
-// open begins a stream. It waits for nothing.
-func open(o *opener, patience time.Duration) *stream {
+// open begins a stream with its first call. It waits for nothing.
+func open(o *opener, patience time.Duration, call []byte) (s *stream, id uint64, answer waiting) {
 	ctx, cancel := context.WithCancel(context.Background())
-	s := &stream{end: cancel, ready: make(chan struct{}, 1), patience: patience, waiting: map[uint64]waiting{}}
+	s = &stream{end: cancel, ready: make(chan struct{}, 1), patience: patience, waiting: map[uint64]waiting{}}
+	id, answer = s.accept(call)
 	b := o.CallBidiStream(ctx)
 	go s.write(ctx, b)
 	go s.read(b)
-	return s
+	return s, id, answer
 }
 
-// ended says whether the stream takes no more calls.
-func (s *stream) ended() bool {
+// accept has a call sent that is encoded but for its id. There is no answer to wait for if the stream takes no more
+// calls.
+func (s *stream) accept(call []byte) (id uint64, answer waiting) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.over != nil || s.silent
-}
-
-// call makes a call that is encoded, but for its id and its time.
-func (s *stream) call(ctx context.Context, call []byte) (*kmev1.Answer, error) {
-	if until, ok := ctx.Deadline(); ok {
-		call = protowire.AppendTag(call, 2, protowire.VarintType)
-		call = protowire.AppendVarint(call, uint64(max(time.Until(until).Milliseconds(), 1)))
-	}
-	answer := make(waiting, 1)
-	s.mu.Lock()
-	if s.over != nil {
-		defer s.mu.Unlock()
-		return nil, s.over()
+	if s.over != nil || s.silent {
+		return 0, nil
 	}
 	s.last++
-	id := s.last
+	id, answer = s.last, make(waiting, 1)
 	call = protowire.AppendVarint(protowire.AppendTag(call, 1, protowire.VarintType), id)
 	s.queue, s.waiting[id] = append(s.queue, queued{id: id, call: call}), answer
-	s.mu.Unlock()
 	select {
 	case s.ready <- struct{}{}:
 	default:
 	}
+	return id, answer
+}
+
+// wait gives the answer to a call that was accepted.
+func (s *stream) wait(ctx context.Context, id uint64, answer waiting) (*kmev1.Answer, error) {
 	var a *kmev1.Answer
 	select {
 	case a = <-answer:
@@ -140,6 +134,16 @@ func (s *stream) giveUp(id uint64) bool {
 	s.silent = s.silent || !s.asked.IsZero() && time.Since(s.asked) > s.patience
 	s.endIfSilent()
 	return ok
+}
+
+// close ends the stream with what is under way.
+func (s *stream) close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.over == nil {
+		s.over = func() error { return connect.NewError(connect.CodeCanceled, errors.New("the client was closed")) }
+	}
+	s.end()
 }
 
 // endIfSilent ends a silent stream for which nobody waits. s.mu is locked.
@@ -207,7 +211,9 @@ func (s *stream) read(b *connect.BidiStreamForClient[batch, kmev1.StreamResponse
 		m, err := b.Receive()
 		s.mu.Lock()
 		if err != nil {
-			s.over = why(err)
+			if s.over == nil {
+				s.over = why(err)
+			}
 			for _, w := range s.waiting {
 				close(w)
 			}
@@ -238,8 +244,7 @@ func (s *stream) read(b *connect.BidiStreamForClient[batch, kmev1.StreamResponse
 // be reached.
 func why(err error) func() error {
 	code := connect.CodeOf(err)
-	switch code {
-	case connect.CodeCanceled, connect.CodeUnknown, connect.CodeInternal, connect.CodeDeadlineExceeded:
+	if code != connect.CodeUnimplemented { // without a reason, no other is keysvc's
 		code = connect.CodeUnavailable
 	}
 	var e *connect.Error

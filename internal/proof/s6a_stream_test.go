@@ -324,6 +324,30 @@ func severalInstances(t *testing.T, d *network) {
 		shared()
 	}
 
+	// One that was not sent, since its instance cannot be reached, goes to the other.
+	for n := range 2 {
+		for range n {
+			air("it is the other's turn", vector)
+		}
+		b.server.Close()
+		var reports atomic.Int64
+		a.say(func(c *kmev1.Call) (*kmev1.Answer, error) {
+			if c.GetReportAuthentication() != nil {
+				reports.Add(1)
+				return failed(string(kme.StoreUnavailable))
+			}
+			return &kmev1.Answer{Answer: &kmev1.Answer_EstablishKme{EstablishKme: &kmev1.EstablishKMEResponse{
+				NwSig: make([]byte, 32), State: kmev1.State_PENDING}}}, nil
+		})
+		m.expect("one is not there", "ULA 5012", "ULR", marked("ulr=5012", 1), "35209900000001",
+			strings.Repeat("00", 256), "AAAA")
+		if n := reports.Load(); n != 1 {
+			t.Errorf("a report of a failure was made %d times at the instance that is there", n)
+		}
+		b.listen(t)
+		shared()
+	}
+
 	a.server.Close()
 	b.server.Close()
 	for range 2 {

@@ -272,14 +272,14 @@ static int move(struct kme_call *c, struct instance *to)
 
 /*
  * The stream has ended. What has no answer goes to another instance, or else once to another stream: if the stream
- * ended in order it was not begun, and else it comes to the same, but for a report of a failure. If the stream was
- * refused, that is the answer to all.
+ * ended in order, or was not given it, it was not begun, and else it comes to the same, but for a report of a failure.
+ * If the stream was refused, that is the answer to all.
  */
 static void stream_ended(struct instance *i)
 {
 	const char *why = i->why ? i->why : "the stream has ended";
-	struct kme_call *c, *newer, *last = i->newest;
-	int how = i->course;
+	struct kme_call *c, *newer, *last = i->newest, *unsent = i->unsent;
+	int how = i->course, begun = how != IN_ORDER;
 	long code = 0;
 
 	curl_easy_getinfo(i->stream, CURLINFO_RESPONSE_CODE, &code);
@@ -290,14 +290,16 @@ static void stream_ended(struct instance *i)
 		struct instance *next = NULL;
 
 		newer = c == last ? NULL : c->newer;
+		if (c == unsent)
+			begun = 0;
 		if (how == TURNED_AWAY) {
 			kme_parse_error(i->refusal, strlen(i->refusal), &c->reply);
 			answered(c);
 			continue;
 		}
-		if (how == IN_ORDER || !c->once)
+		if (!begun || !c->once)
 			next = pick(c);
-		if (!next && code == 200 && !c->again && (how == IN_ORDER || !c->once)) {
+		if (!next && code == 200 && !c->again && (!begun || !c->once)) {
 			c->again = 1;
 			next = i;
 		}

@@ -1,0 +1,60 @@
+package client
+
+import (
+	"context"
+	"net"
+	"path/filepath"
+	"testing"
+	"time"
+)
+
+// Between choosing a stream and giving it a call, the stream may turn silent, end, or be closed: the call gets another
+// one, whose end it does not share.
+func TestStreamIsChosenAndGivenACallAtOnce(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", path) // takes connections, and says nothing
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	i, err := newInstance("unix:"+path, nil, time.Minute)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer i.close()
+	for what, end := range map[string]func(s *stream, id uint64){
+		"silent": func(s *stream, id uint64) {
+			s.mu.Lock()
+			s.asked = time.Now().Add(-time.Hour)
+			s.mu.Unlock()
+			s.giveUp(id)
+		},
+		"closed": func(*stream, uint64) { i.close() },
+		"over": func(s *stream, _ uint64) {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			s.over = why(context.Canceled)
+		},
+	} {
+		s, id, _ := i.begin(nil)
+		end(s, id)
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+		if next, id, answer := i.begin(nil); next == s || answer == nil {
+			t.Errorf("%s: it was given a call", what)
+		} else if _, err := next.wait(ctx, id, answer); err == nil || ctx.Err() == nil {
+			t.Errorf("%s: a call ended before its time: %v", what, err)
+		}
+		cancel()
+	}
+}
+
+// The turn goes round when it has counted to its end, also where an int has 32 bits (GOARCH=386 go test).
+func TestTurnGoesRound(t *testing.T) {
+	c := &Client{instances: []*instance{{}, {}, {}}}
+	c.turn.Store(1<<31 - 2)
+	for range 4 {
+		if at := c.pick(c.turn.Add(1), 0); at < 0 || at > 2 {
+			t.Errorf("instance %d of 3", at)
+		}
+	}
+}
