@@ -145,14 +145,16 @@ func TestNearest(t *testing.T) {
 }
 
 // certificate writes one that is good until then, and its key, and gives their paths.
-func certificate(t *testing.T, name string, from, until time.Time) (certificate, key string) {
+func certificate(
+	t *testing.T, name string, from, until time.Time, usage ...x509.ExtKeyUsage,
+) (certificate, key string) {
 	t.Helper()
 	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
 	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotBefore: from, NotAfter: until,
-		Subject: pkix.Name{CommonName: name}}
+		Subject: pkix.Name{CommonName: name}, ExtKeyUsage: usage}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, private.Public(), private)
 	if err != nil {
 		t.Fatal(err)
@@ -178,6 +180,10 @@ func TestServerTLS(t *testing.T) {
 	soon, soonKey := certificate(t, "soon", now.Add(-5*time.Hour), now.Add(time.Hour))
 	past, pastKey := certificate(t, "past", now.Add(-2*time.Hour), now.Add(-time.Hour))
 	late, lateKey := certificate(t, "late", now.Add(time.Hour), now.Add(2*time.Hour))
+	theirs, theirsKey := certificate(t, "theirs", now.Add(-time.Hour), now.Add(90*24*time.Hour),
+		x509.ExtKeyUsageClientAuth)
+	both, bothKey := certificate(t, "both", now.Add(-time.Hour), now.Add(90*24*time.Hour),
+		x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth)
 	open := filepath.Join(t.TempDir(), "open.key")
 	data, err := os.ReadFile(goodKey)
 	if err != nil {
@@ -195,6 +201,8 @@ func TestServerTLS(t *testing.T) {
 		{"it expires soon", soon, soonKey, good, "warning tls.certificate: " + own + soon + " expires at"},
 		{"it has expired", past, pastKey, good, "tls.certificate: " + own + past + " has expired at"},
 		{"it is not good yet", late, lateKey, good, "tls.certificate: " + own + late + " is not good before"},
+		{"it is a client's", theirs, theirsKey, good, "tls.certificate: " + own + theirs + " is not for a server"},
+		{"it is a client's too", both, bothKey, good, ""},
 		{"another's key", good, soonKey, good, "tls.key: the key " + soonKey + " is not that of"},
 		{"a key that is none", good, good, good, "tls.key: " + good + " holds no private key"},
 		{"a key that all may read", good, open, good,

@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"syscall"
 	"time"
 
@@ -143,6 +144,10 @@ func (r *Report) ServerTLS(prefix, certificate, key, clientCA string) {
 			r.Add(prefix+"certificate", own+" "+err.Error(), "write it anew")
 		} else {
 			r.dates(prefix+"certificate", own+" "+certificate, chain[0])
+			if !forServers(chain[0]) {
+				r.Add(prefix+"certificate", own+" "+certificate+" is not for a server (extended key usage)",
+					"have one made with serverAuth")
+			}
 		}
 		private := r.Secret(prefix+"key", "the key of the server's certificate,", key)
 		if err == nil && private != nil {
@@ -160,6 +165,12 @@ func (r *Report) ServerTLS(prefix, certificate, key, clientCA string) {
 			r.dates(prefix+"client_ca", fmt.Sprintf("the clients' CA %s (%s)", clientCA, ca.Subject), ca)
 		}
 	}
+}
+
+// forServers says whether clients take a certificate for a server's (RFC 5280 section 4.2.1.12).
+func forServers(c *x509.Certificate) bool {
+	return len(c.ExtKeyUsage)+len(c.UnknownExtKeyUsage) == 0 || slices.ContainsFunc(c.ExtKeyUsage,
+		func(u x509.ExtKeyUsage) bool { return u == x509.ExtKeyUsageServerAuth || u == x509.ExtKeyUsageAny })
 }
 
 // dates finds what is wrong with the time that a certificate is good for.
