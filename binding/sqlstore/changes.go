@@ -292,7 +292,7 @@ func (s *Store) Settle(ctx context.Context) error {
 // whoever relies on what was read reads it again.
 func (s *Store) settle(ctx context.Context) error {
 	if !s.recent.OnlyHints {
-		return nil
+		return s.chains.Reads("settle").Named(s.inPlace())
 	}
 	return s.transaction(ctx, "settle", "settle", s.confirm)
 }

@@ -130,7 +130,8 @@ func (s *Store) openSQLite(ctx context.Context, path string) error {
 			return f(ctx, sqlconn.SQL{DB: tx}, &s.recent.Heads, known)
 		})
 	}
-	s.warnings = func(context.Context) ([]string, error) { return nil, nil }
+	s.inPlace = write.InPlace
+	s.warnings = func(context.Context) ([]string, error) { return nil, write.InPlace() }
 	s.schema = func(ctx context.Context) (int, error) { return sqlite.Number(ctx, read) }
 	return nil
 }

@@ -32,6 +32,7 @@ type Store struct {
 	close    func() error
 	soon     func() (done func()) // groupcommit.Writer's
 	warnings func(context.Context) ([]string, error)
+	inPlace  func() error                                  // of SQLite: see sqlite.Writer
 	schema   func(context.Context) (number int, err error) // of the database
 
 	recent *subscription.Recent

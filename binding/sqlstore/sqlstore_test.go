@@ -17,6 +17,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/binding/storetest"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/sqlite"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -361,5 +362,28 @@ func TestErrorsNameTheOperation(t *testing.T) {
 			!strings.HasSuffix(err.Error(), "database is closed") {
 			t.Errorf("%v, want %q and that the database is closed", err, want)
 		}
+	}
+}
+
+// A backup that is put in the place of a database in use is no loss that nobody notices: what is made after it is told
+// to nobody, also when it is asked for again, and /readyz says no.
+func TestRestoredWhileInUse(t *testing.T) {
+	ctx, p, copied := t.Context(), path(t), filepath.Join(t.TempDir(), "copy.db")
+	s := must(Open(ctx, "sqlite:"+p, rowKey))
+	defer s.Close()
+	done(t, sqlite.Backup(ctx, p, copied, func(int, int) {}, func(string) error { return nil }))
+	b := newBinding(t, "001010000000001", "a")
+	beginAttempt(t, s, b)
+	done(t, s.Settle(ctx))
+	must(s.Warnings(ctx))
+	done(t, os.Rename(copied, p))
+	if err := s.Establish(ctx, b, []byte("tag"), true, t0); err == nil {
+		t.Error("a binding is told that nobody finds again")
+	}
+	if err := s.Settle(ctx); err == nil {
+		t.Error("it may be told again")
+	}
+	if _, err := s.Warnings(ctx); err == nil || !strings.Contains(err.Error(), "somebody has put another file") {
+		t.Errorf("the service is ready: %v", err)
 	}
 }

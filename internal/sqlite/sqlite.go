@@ -52,7 +52,10 @@ func Open(ctx context.Context, path string, schema sqlconn.Schema) (read *sql.DB
 		}
 	}
 	if err == nil {
-		write, err = newWriter(ctx, db, schema)
+		if write, err = newWriter(ctx, db, schema); err == nil {
+			write.path = path
+			write.file, err = os.Stat(path)
+		}
 	}
 	if err == nil {
 		read, err = sql.Open("sqlite3", dsn("&_query_only=on"))
@@ -149,6 +152,8 @@ type Writer struct {
 	*groupcommit.Writer[*sqlconn.Tx]
 	db     *sql.DB
 	schema sqlconn.Schema
+	path   string
+	file   os.FileInfo // what was there when it was opened
 
 	savepoint, release, rollback *sql.Stmt // around each change that is kept apart
 	dataVersion                  *sql.Stmt
@@ -232,7 +237,19 @@ func (w *Writer) try(batch []*groupcommit.Change[*sqlconn.Tx], apart bool) (resu
 			return results, err
 		}
 	}
-	err = tx.Commit()
+	if err = tx.Commit(); err == nil {
+		err = w.InPlace()
+	}
 	whole = err == nil
 	return results, err
+}
+
+// InPlace is an error if somebody has renamed or removed the database's file: SQLite goes on with it, although nobody
+// finds it again.
+func (w *Writer) InPlace() error {
+	if now, err := os.Stat(w.path); err == nil && os.SameFile(now, w.file) {
+		return nil
+	}
+	return fmt.Errorf("somebody has put another file in the place of the database %s, or removed it, while it was in "+
+		"use: changes are lost; stop the service, and start it again with the file that is to be used", w.path)
 }

@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"math"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -287,5 +288,29 @@ func TestErrorsNameTheOperation(t *testing.T) {
 	}
 	if err := write.Exec(t.Context(), "DELETE FROM t"); !errors.Is(err, groupcommit.ErrClosed) {
 		t.Errorf("a change after Close: %v", err)
+	}
+}
+
+// A database whose file was replaced or removed while it is open takes no change: it would be told, and lost.
+func TestReplacedWhileOpen(t *testing.T) {
+	for what, replace := range map[string]func(path, other string) error{
+		"replaced": func(path, other string) error { return os.Rename(other, path) },
+		"moved":    func(path, other string) error { return os.Rename(path, other+"2") },
+		"removed":  func(path, _ string) error { return os.Remove(path) },
+	} {
+		dir := t.TempDir()
+		path, other := filepath.Join(dir, "db"), filepath.Join(dir, "other")
+		_, w := open(t, path, "CREATE TABLE a (n INTEGER)")
+		_, restored := open(t, other, "CREATE TABLE a (n INTEGER)")
+		insert := func() error { return w.Exec(t.Context(), "INSERT INTO a VALUES (1)") }
+		if err := errors.Join(insert(), restored.Close(), replace(path, other)); err != nil {
+			t.Fatal(err)
+		}
+		for range 2 {
+			if err := insert(); err == nil || !strings.Contains(err.Error(), "stop the service, and start it again") {
+				t.Errorf("%s: %v", what, err)
+			}
+		}
+		w.Close()
 	}
 }
