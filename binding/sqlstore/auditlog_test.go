@@ -83,8 +83,15 @@ func TestAuditLogGoesOn(t *testing.T) {
 }
 
 // A backup that was accepted without the audit log begins a second history. Brought back again, with the log, it goes
-// on with that one: what was decided in it stands, not what was given up.
+// on with that one: what was decided in it stands, not what was given up. One that was accepted with the log goes on
+// with the only history.
 func TestRestoredTwice(t *testing.T) {
+	for _, withLog := range []bool{false, true} {
+		restoredTwice(t, withLog)
+	}
+}
+
+func restoredTwice(t *testing.T, withLog bool) {
 	ctx, p := t.Context(), path(t)
 	token, dir := new(markToken), filepath.Join(t.TempDir(), "audit")
 	keep := func(store *Store) {
@@ -116,7 +123,11 @@ func TestRestoredTwice(t *testing.T) {
 	keep(s)
 	done(t, s.Close())
 	s = restored()
-	accept(s)
+	if withLog {
+		accept(s, dir)
+	} else {
+		accept(s)
+	}
 	must(s.Revoke(ctx, imsiNo(t, stays), t0))
 	keep(s)
 	done(t, s.Close())
@@ -125,6 +136,19 @@ func TestRestoredTwice(t *testing.T) {
 	if sub := must(s.Subscription(ctx, imsiNo(t, stays), t0)); sub.Standing() != nil {
 		t.Errorf("what was revoked stands, although the audit log has the revocation: %+v", sub.Standing())
 	}
+	first := 0
+	for _, e := range must(s.History(ctx, imsiNo(t, stays).String())) {
+		if e.Detail == "the first history" {
+			first++
+		}
+	}
+	if (first == 1) != withLog || first > 1 {
+		t.Errorf("with the log at first: %v; the first history's entry is there %d times", withLog, first)
+	}
+	if d := must(s.Verify(ctx, func(int, int) {})).Damaged; len(d) > 0 {
+		t.Errorf("damaged: %v", d)
+	}
+	done(t, mark.Check(ctx, s, token))
 }
 
 // Who has decided something is not believed of an audit log either, unless it is the entry's own actor.
