@@ -111,13 +111,19 @@ func (s *Server) Base(t testing.TB) *Server {
 func (s *Server) base(t testing.TB, more ...string) *Server {
 	t.Helper()
 	base := folder(t)
+	s.copyTo(t, base, more...)
+	return base
+}
+
+// copyTo copies all that a server has to an empty folder.
+func (s *Server) copyTo(t testing.TB, base *Server, more ...string) {
+	t.Helper()
 	if out, err := s.command(t, "pg_basebackup", append(more, "-D", base.dir, "-h", s.dir, "-p", strconv.Itoa(s.Port),
 		"-U", "postgres", "-c", "fast", "--no-sync")...).CombinedOutput(); err != nil {
 		t.Fatalf("pg_basebackup: %v\n%s", err, out)
 	}
 	// The server's socket is in its folder, and so is the lock of that.
 	must.Do(t, os.Remove(filepath.Join(base.dir, fmt.Sprintf(".s.PGSQL.%d.lock", s.Port))))
-	return base
 }
 
 // At starts a base backup of s as a server of its own, with all databases as they were at a moment after which
@@ -213,7 +219,7 @@ func (s *Server) Run(t testing.TB) {
 	db := must.Get[*sql.DB](t)(sql.Open("pgx", s.url("postgres")))
 	defer db.Close()
 	args := append([]string{"-D", s.dir, "-p", strconv.Itoa(s.Port), "-k", s.dir, "-c", "max_connections=200", "-c",
-		"dynamic_shared_memory_type=mmap"}, s.settings...)
+		"dynamic_shared_memory_type=mmap", "-c", "wal_retrieve_retry_interval=500ms"}, s.settings...)
 	s.process = testproc.Start(t, s.command(t, "postgres", args...), func(*testproc.Process) bool {
 		return db.PingContext(t.Context()) == nil
 	})
@@ -321,6 +327,37 @@ func (s *Server) StandbyIn(t testing.TB, space, address string) *Server {
 	standby.Run(t)
 	s.Set(t, "synchronous_standby_names", "*")
 	return standby
+}
+
+// Place is where a standby will be: see Follow. It is a folder that ends with the test: dir, or one of its own if that
+// is empty.
+func Place(t testing.TB, dir string) *Server {
+	t.Helper()
+	if dir == "" {
+		return folder(t)
+	}
+	must.Do(t, os.MkdirAll(dir, 0o700))
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	own(t, dir)
+	return in(t, dir)
+}
+
+// Follow makes a server that does not run the standby of another one, and starts it. What was in its folder is gone: it
+// has a copy of what the other has.
+func (s *Server) Follow(t testing.TB, primary *Server) {
+	t.Helper()
+	for _, e := range must.Get[[]os.DirEntry](t)(os.ReadDir(s.dir)) {
+		must.Do(t, os.RemoveAll(filepath.Join(s.dir, e.Name())))
+	}
+	primary.copyTo(t, s, "-R")
+	s.Run(t)
+	primary.Set(t, "synchronous_standby_names", "*")
+}
+
+// Stop ends a server in order.
+func (s *Server) Stop(t testing.TB) {
+	t.Helper()
+	must.Do(t, s.process.Stop(syscall.SIGINT))
 }
 
 // Set changes a setting of the server while it runs, also for the connections that it has.

@@ -27,6 +27,9 @@ func (s *soak) happen(start time.Time, series *series) {
 		s.random.Shuffle(len(names), func(i, j int) { names[i], names[j] = names[j], names[i] })
 		for _, name := range names {
 			e := events[name]
+			if e.seldom && round%10 > 0 {
+				continue
+			}
 			if e.ends && round > 0 && time.Since(start) > s.duration/2 || round > 0 && time.Since(start) > s.duration {
 				continue
 			}
@@ -44,6 +47,9 @@ func (s *soak) happen(start time.Time, series *series) {
 			}
 			held := time.Since(began)
 			back := s.back(name)
+			if e.mend != nil {
+				e.mend()
+			}
 			s.era.Add(1)
 			s.result.note(name, held, back)
 			if time.Since(said) > max(30*time.Second, s.duration/60) {
@@ -75,7 +81,10 @@ func (s *soak) back(after string) time.Duration {
 
 type soakEvent struct {
 	make func(hold time.Duration)
-	ends bool // the process of keysvc
+	mend func() // once the service is back
+	ends bool   // the process of keysvc
+
+	seldom bool // it takes long where the database is large
 }
 
 func (s *soak) events() map[string]soakEvent {
@@ -87,7 +96,7 @@ func (s *soak) events() map[string]soakEvent {
 			s.module.Tell(t)
 		}}
 	}
-	reload := func() { must.Do(t, s.grown.process.Load().Cmd.Process.Signal(syscall.SIGHUP)) }
+	reload := s.reload
 	events := map[string]soakEvent{
 		"the token is pulled out":         hsm("* removed"),
 		"the token hangs":                 hsm("C_Sign hang"),
@@ -95,8 +104,9 @@ func (s *soak) events() map[string]soakEvent {
 		"the token is 5 ms away":          hsm("* delay 5000"),
 		"keysvc is killed":                {ends: true, make: func(time.Duration) { s.kill() }},
 		"keysvc is ended and started": {ends: true, make: func(time.Duration) {
-			must.Do(t, s.grown.stop())
-			s.serve(s.grown, s.module)
+			i := s.one()
+			must.Do(t, i.stop())
+			s.serve(i)
 		}},
 		"SIGHUP":                        {make: func(time.Duration) { reload() }},
 		"a binding is revoked":          {make: func(time.Duration) { s.revokeBinding() }},
@@ -129,15 +139,40 @@ func (s *soak) events() map[string]soakEvent {
 			time.Sleep(hold)
 			s.postgres.Run(t)
 		}}
+		events["the standby hangs"] = soakEvent{make: func(hold time.Duration) {
+			s.standby.Freeze(t)
+			time.Sleep(hold)
+			s.standby.Thaw(t)
+		}}
+		events["PostgreSQL is lost, and its standby promoted"] = soakEvent{seldom: true, make: s.failOver,
+			mend: func() { s.standby.Follow(t, s.postgres) }}
+		events["an instance hangs"] = soakEvent{make: func(hold time.Duration) {
+			p := s.one().process.Load().Cmd.Process
+			must.Do(t, p.Signal(syscall.SIGSTOP))
+			time.Sleep(hold)
+			must.Do(t, p.Signal(syscall.SIGCONT))
+		}}
 	}
 	return events
 }
 
+// one is any instance of the grown database.
+func (s *soak) one() *instance {
+	all := s.instances()
+	return all[s.random.IntN(len(all))]
+}
+
+func (s *soak) reload() {
+	for _, i := range s.instances() {
+		must.Do(s.t, i.process.Load().Cmd.Process.Signal(syscall.SIGHUP))
+	}
+}
+
 func (s *soak) kill() {
-	mended := s.tokenFiles()
-	s.grown.process.Load().Kill()
+	i, mended := s.one(), s.tokenFiles()
+	i.process.Load().Kill()
 	mended()
-	s.serve(s.grown, s.module)
+	s.serve(i)
 }
 
 // revokeBinding ends one that was told, by the command or by a call.
@@ -173,7 +208,7 @@ func (s *soak) revokeBinding() {
 
 // revokeDevice revokes one of a new lot, which is refused soon after.
 func (s *soak) revokeDevice() {
-	s.importLot(func() { must.Do(s.t, s.grown.process.Load().Cmd.Process.Signal(syscall.SIGHUP)) })
+	s.importLot(s.reload)
 	lot := s.lot()
 	d := must.Get[[]*mesim.Device](s.t)(must.Get[*mesim.Fleet](s.t)(s.fleet(lot)).Devices(s.t.Context(), 1, 1))[0]
 	s.run(s.factory, "factory", "lot", "revoke", lot, d.IMEI.String(), "--reason", "stolen", "--yes", "--directory",

@@ -172,8 +172,8 @@ func (s *soak) shares() {
 	if s.long {
 		pairs, each = 8, 5*time.Second
 	}
-	s.serve(s.grown, nil)
-	s.serve(s.empty, nil)
+	s.serveBy(s.grown, nil)
+	s.serveBy(s.empty, nil)
 	token := s.bareToken()
 	both := []*instance{s.grown, s.empty}
 	var bare []float64

@@ -41,8 +41,12 @@ import (
 // files do not grow; and all of the database is what the service wrote. Then attaches are measured beside those of a
 // service with an empty database, in alternation.
 //
+// On PostgreSQL, two instances serve one store, which has a synchronous standby: that one takes the place of the server
+// that is lost, which comes back as its standby.
+//
 // make soak makes it long. These are the settings: KMEHSM_SOAK_BINDINGS, KMEHSM_SOAK_DURATION and KMEHSM_SOAK_SEED; and
-// KMEHSM_SOAK_KEEP, a folder in which all stays, to go on with it, and which gets the results.
+// KMEHSM_SOAK_KEEP, a folder in which all stays, to go on with it, and which gets the results; and
+// KMEHSM_SOAK_POSTGRES, the folder of the database then.
 func TestSoakSQLiteVault(t *testing.T) { soakStore(t, "sqlite") }
 
 func TestSoakPostgresVault(t *testing.T) { soakStore(t, "postgres") }
@@ -60,12 +64,15 @@ type soak struct {
 	long         bool
 	random       *mathrand.Rand // the order of events is its alone
 	vault        *vaulttest.Server
-	postgres     *pgtest.Server
+	postgres     *pgtest.Server // the one that takes changes
+	standby      *pgtest.Server // a synchronous one
 	module       *faultmodule.Module
 	grown, empty *instance
+	beside       *instance // of the store of grown, on PostgreSQL
 	devices      []*mesim.Device
 	next         atomic.Int64 // of places for IMSIs
 	rounds       int
+	failovers    int
 
 	// era counts up when an event begins, and when the service is back after it: odd means that all is well.
 	era     atomic.Int64
@@ -79,7 +86,7 @@ type soak struct {
 	result soakResult
 }
 
-// An instance is a keysvc with a token and a store of its own.
+// An instance is a keysvc. grown and empty have a token and a store of their own.
 type instance struct {
 	name, store string
 	tok         softhsmtest.Tok
@@ -92,11 +99,19 @@ type instance struct {
 func soakStore(t *testing.T, store string) {
 	s := newSoak(t, store)
 	s.fill()
-	s.serve(s.grown, s.module)
+	if s.standby != nil {
+		s.standby.Follow(t, s.postgres)
+	}
+	for _, i := range s.instances() {
+		s.serve(i)
+	}
 	before := s.bytes()
 	s.result.BytesBefore = before
 	s.load()
-	must.Do(t, s.grown.stop())
+	for _, i := range s.instances() {
+		must.Do(t, i.stop())
+	}
+	s.endStandby()
 	s.result.BytesABinding = float64(s.bytes()-before) / float64(max(1, s.result.Attached))
 	s.shares()
 	s.everythingTold()
@@ -117,7 +132,13 @@ func newSoak(t *testing.T, store string) *soak {
 	postgres := ""
 	if keep != "" {
 		dir = filepath.Join(keep, store)
-		postgres = "/var/tmp/kmehsm-soak-postgres" // PostgreSQL's own user may enter it
+		// PostgreSQL's own user may enter it
+		postgres = cmp.Or(os.Getenv("KMEHSM_SOAK_POSTGRES"), "/var/tmp/kmehsm-soak-postgres")
+		_, ours := os.Stat(filepath.Join(dir, "ready"))
+		if _, err := os.Stat(postgres); store == "postgres" && err == nil && ours != nil {
+			t.Fatalf("%s has the database of another folder than %s: remove it, or set KMEHSM_SOAK_POSTGRES", postgres,
+				dir)
+		}
 	}
 	t.Logf("%s, %d bindings, seed %d", store, s.bindings, s.seed)
 	must.Do(t, os.MkdirAll(dir, 0o700))
@@ -129,8 +150,15 @@ func newSoak(t *testing.T, store string) *soak {
 	s.empty = &instance{name: "empty", tok: tokens["empty"], store: "sqlite:" + s.path("empty/keysvc.db")}
 	if store == "postgres" {
 		s.postgres = pgtest.StartIn(t, postgres)
-		s.grown.store = s.postgres.Named(t, "grown")
-		s.empty.store = s.postgres.Named(t, "empty")
+		s.postgres.Set(t, "synchronous_standby_names", "") // of an earlier run
+		if postgres != "" {
+			postgres += "-standby"
+		}
+		s.standby = pgtest.Place(t, postgres)
+		s.grown.store = pgtest.Either(t, s.postgres.Named(t, "grown"), s.postgres, s.standby)
+		s.empty.store = pgtest.Either(t, s.postgres.Named(t, "empty"), s.postgres, s.standby)
+		s.beside = &instance{name: "beside", tok: s.grown.tok, store: s.grown.store}
+		must.Do(t, os.MkdirAll(s.path("beside"), 0o700))
 	}
 	s.module = must.Get[*faultmodule.Module](t)(faultmodule.Build(dir,
 		regexp.MustCompile(`module-path=([^&]*)`).FindStringSubmatch(s.grown.tok.URI)[1]))
@@ -147,6 +175,36 @@ func newSoak(t *testing.T, store string) *soak {
 	s.devices = must.Get[[]*mesim.Device](t)(fleet.Devices(s.t.Context(), 0, 0))
 	s.next.Store(mathrand.Int64N(int64(s.bindings) * (soakRoom - 1)))
 	return s
+}
+
+// instances are those of the grown database.
+func (s *soak) instances() []*instance {
+	if s.beside == nil {
+		return []*instance{s.grown}
+	}
+	return []*instance{s.grown, s.beside}
+}
+
+// failOver has the standby take the place of the server that takes changes, which is killed.
+func (s *soak) failOver(hold time.Duration) {
+	s.postgres.Kill(s.t)
+	time.Sleep(hold)
+	s.standby.Promote(s.t)
+	s.postgres, s.standby = s.standby, s.postgres
+	s.failovers++
+}
+
+// endStandby leaves the first server, whose folder may stay, and no standby.
+func (s *soak) endStandby() {
+	if s.standby == nil {
+		return
+	}
+	if s.failovers%2 == 1 {
+		s.failOver(0)
+		return
+	}
+	s.postgres.Set(s.t, "synchronous_standby_names", "")
+	s.standby.Stop(s.t)
 }
 
 // setUpSoak makes a manufacturer, a lot, and both operators.
@@ -197,8 +255,8 @@ func (s *soak) fill() {
 	done, want := s.path("filled"), fmt.Sprint(s.bindings)
 	if have, err := os.ReadFile(done); err == nil {
 		if string(have) != want {
-			s.t.Fatalf("%s was filled with %s bindings, not %s: remove it, and %s", s.dir, have, want,
-				"/var/tmp/kmehsm-soak-postgres")
+			s.t.Fatalf("%s was filled with %s bindings, not %s: remove it, and its PostgreSQL's folder", s.dir, have,
+				want)
 		}
 		s.t.Logf("the database is there, with %s bindings and what an earlier run has added", have)
 		return
@@ -236,18 +294,24 @@ func (s *soak) bytes() (sum int64) {
 	return sum
 }
 
-// serve starts an instance; with a module, by way of it.
-func (s *soak) serve(i *instance, module *faultmodule.Module) {
+// serve starts an instance; grown by way of the module that can fail.
+func (s *soak) serve(i *instance) {
 	s.t.Helper()
-	if i.port == 0 {
-		l := must.Get[net.Listener](s.t)(net.Listen("tcp", "127.0.0.1:0"))
-		i.port = l.Addr().(*net.TCPAddr).Port
-		l.Close()
+	var module *faultmodule.Module
+	if i == s.grown {
+		module = s.module
+	}
+	s.serveBy(i, module)
+}
+
+func (s *soak) serveBy(i *instance, module *faultmodule.Module) {
+	s.t.Helper()
+	if i.hss == nil {
 		i.clients(s)
 	}
 	// An HSM that hangs is given up soon, a revocation is seen soon, and whoever tries again may do so often.
 	s.write(i.name+".yaml", fmt.Sprintf("state: %s\nstore: '%s'\nsocket: %s.s\nlisten: 127.0.0.1:%d\nlog_level: warn\n"+
-		"hsm_timeout: 2s\nrevocation_ttl: 1s\npending_vectors: 1000\nimei_burst: 1000000\n"+
+		"drain_delay: 1s\nhsm_timeout: 2s\nrevocation_ttl: 1s\npending_vectors: 1000\nimei_burst: 1000000\n"+
 		"tls: {certificate: server.pem, key: server.key, client_ca: ca.pem}\nclients:\n"+
 		"- {name: socket, uid: %d, roles: [hss, admin, monitor, metrics], plmns: [all]}\n"+
 		"- {name: hss, san: hss.test, roles: [hss], plmns: [all]}\n", i.name, i.store, i.name, i.port, os.Getuid()))
@@ -270,8 +334,12 @@ func (i *instance) clients(s *soak) {
 	pool := x509.NewCertPool()
 	pool.AppendCertsFromPEM(s.readFile("ca.pem"))
 	own := must.Get[tls.Certificate](s.t)(tls.LoadX509KeyPair(s.path("hss.pem"), s.path("hss.key")))
-	i.hss = must.Get[*client.Client](s.t)(client.New(client.Options{URLs: []string{fmt.Sprintf("https://127.0.0.1:%d",
-		i.port)}, TLS: &tls.Config{RootCAs: pool, Certificates: []tls.Certificate{own}}}))
+	urls := []string{i.url(s)}
+	if i == s.grown && s.beside != nil {
+		urls = append(urls, s.beside.url(s))
+	}
+	i.hss = must.Get[*client.Client](s.t)(client.New(client.Options{URLs: urls, TLS: &tls.Config{RootCAs: pool,
+		Certificates: []tls.Certificate{own}}}))
 	socket := s.path(i.name + ".s")
 	i.admin = must.Get[*client.Client](s.t)(client.New(client.Options{URLs: []string{"unix:" + socket}}))
 	i.http = &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn,
@@ -279,6 +347,16 @@ func (i *instance) clients(s *soak) {
 		return new(net.Dialer).DialContext(ctx, "unix", socket)
 	}}}
 	s.t.Cleanup(func() { i.hss.Close(); i.admin.Close(); i.http.CloseIdleConnections() })
+}
+
+// url is where the instance listens, also when it has been away.
+func (i *instance) url(s *soak) string {
+	if i.port == 0 {
+		l := must.Get[net.Listener](s.t)(net.Listen("tcp", "127.0.0.1:0"))
+		i.port = l.Addr().(*net.TCPAddr).Port
+		l.Close()
+	}
+	return fmt.Sprintf("https://127.0.0.1:%d", i.port)
 }
 
 func (i *instance) stop() error { return i.process.Load().Stop(syscall.SIGTERM) }
