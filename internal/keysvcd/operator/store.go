@@ -1,5 +1,5 @@
-// Package operator opens the operator's token and store, for keysvc's commands and its daemon, and does what the commands
-// do with them, while a service serves or not.
+// Package operator opens the operator's token and store, for keysvc's commands and its daemon, and does what the
+// commands do with them, while a service serves or not.
 package operator
 
 import (
