@@ -16,10 +16,10 @@ import (
 
 func auditCommand() *cli.Command {
 	return &cli.Command{
-		Name: "audit", Usage: "check all lots, each by itself and all against all",
-		Description: "Reads, needs no token, and changes nothing: what lot verify checks of each lot but its " +
-			"injection packages; greatest common divisors of all moduli; overlapping ranges; device keys in two " +
-			"lots. Exits with 1 if anything is wrong.",
+		Name: "audit", Usage: "check all lots, each by itself, and all of them against each other",
+		Description: "It needs no token, and changes nothing. It checks what lot verify checks of each lot, but no " +
+			"injection packages; common divisors of all moduli; overlapping ranges; device keys in two lots. Exit " +
+			"code 1 if anything is wrong.",
 		Flags:  slices.Concat(cmdline.DirectoryFlags(), []cli.Flag{manufacturerFlag, stateFlag, cmdline.JSON}),
 		Action: audit,
 	}

@@ -24,7 +24,7 @@ func officerFlags(own ...cli.Flag) []cli.Flag {
 		&cli.StringSliceFlag{Name: "so-share", Usage: "a share of the security officer's PIN, as its custodian has " +
 			"decrypted it with age -d, a `FILE`; once for each share. Without it, shares are asked for at the " +
 			"terminal"},
-		&cli.StringSliceFlag{Name: "present", Usage: "who is there, for the minutes, a `NAME`; once for each"},
+		&cli.StringSliceFlag{Name: "present", Usage: "who is present, for the minutes, a `NAME`; once for each person"},
 		cmdline.JSON,
 	})
 }

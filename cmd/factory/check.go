@@ -12,8 +12,8 @@ import (
 func checkCommand() *cli.Command {
 	return &cli.Command{
 		Name: "check", Usage: "say all that is wrong with the configuration, with lines and remedies",
-		Description: "It looks at settings, files, certificates, PIN files and ports, and not into the token (see " +
-			"factory doctor) or the directory. Exit code 2 if the configuration cannot be used.\n\n" +
+		Description: "It checks settings, files, certificates, PIN files and ports, but not the token (see factory " +
+			"doctor) or the directory. Exit code 2 if the configuration cannot be used.\n\n" +
 			factoryconf.Help(),
 		Flags: slices.Concat([]cli.Flag{configuration.Flag()}, lineFlags(&cli.BoolFlag{Name: "running",
 			Usage: "factory station serve runs, so its port is in use: check the rest"})),

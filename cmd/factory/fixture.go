@@ -21,9 +21,9 @@ func fixtureCommand() *cli.Command {
 		Subcommands: []*cli.Command{{
 			Name: "enroll", Usage: "make a fixture's own injection key, and write it wrapped to the fixture's RSA " +
 				"key (RSA-OAEP)", ArgsUsage: "NAME",
-			Description: "The security officer's PIN is needed: an injection key leaves the token only under a key " +
-				"that the security officer has made TRUSTED. For another RSA key of the fixture's, run it again; " +
-				"with one more --generation, packages made from then on are for a new injection key.",
+			Description: "This needs the security officer's PIN: an injection key leaves the token only under a key " +
+				"that the security officer has made TRUSTED. If the fixture has a new RSA key, run it again. With " +
+				"the next --generation it makes a new injection key, for all packages from then on.",
 			Flags: enrolFlags("injection key",
 				&cli.StringFlag{Name: "fixture-key",
 					Usage: "the fixture's public key, RSA of 3072 bits or more, as `PEM`"}),

@@ -16,9 +16,9 @@ func logCommand() *cli.Command {
 		Name: "log", Usage: "the audit log of all commands that used the token, log.jsonl in the --state folder",
 		Subcommands: []*cli.Command{{
 			Name: "verify", Usage: "find a line that was changed, removed or moved",
-			Description: "Needs no token. Each line holds the SHA-256 of the line before, and the token signs the " +
-				"last line at the end of each command. Keep copies of log.head.jws elsewhere: whoever can replace " +
-				"the whole folder by an earlier one can go back to that.",
+			Description: "It needs no token. Each line has the SHA-256 of the line before, and at the end of each " +
+				"command the token signs the last line. Keep copies of log.head.jws on another machine: only they " +
+				"show that somebody has put the whole folder back to an earlier state.",
 			Flags:  []cli.Flag{manufacturerFlag, stateFlag, cmdline.JSON},
 			Action: logVerify,
 		}},

@@ -34,14 +34,14 @@ func lotCommand() *cli.Command {
 					&cli.StringFlag{Name: "primes", Value: string(hsmkeys.PrimesAuto), Category: cmdline.Configured,
 						Usage: "auto, or x931 to insist on ANSI X9.31"},
 					&cli.DurationFlag{Name: "valid-for", Value: directory.DefaultValidity, Category: cmdline.Configured,
-						Usage: "for how long a list of revoked devices of the lot is good, `D`: lot refresh signs it " +
-							"anew before"}),
+						Usage: "for how long a list of revoked devices of the lot is good, `D`; before that, lot " +
+							"refresh must sign it again"}),
 				Action: cmdline.Alone(cmdline.Requiring(lotCreate, "tac")),
 			},
 			{
 				Name: "provision", Usage: "make the keys of a lot's devices, write their injection packages, publish " +
 					"their public keys", ArgsUsage: "LOT",
-				Description: "Ctrl-C finishes the shards in flight; the same command again goes on.",
+				Description: "After Ctrl-C it finishes the shards that were begun. Run the same command to continue.",
 				Flags: lineFlags(&cli.StringFlag{Name: "out", Category: cmdline.Configured,
 					Usage: "the folder, `DIR`, for DIR/LOT/injection-000000.jsonl and so on (default: injection in " +
 						"the --state folder)"},
@@ -49,28 +49,27 @@ func lotCommand() *cli.Command {
 					&cli.StringFlag{Name: "shards",
 						Usage: "only these shards, `FIRST-LAST`, so that machines can share a lot (default: all)"},
 					&cli.IntFlag{Name: "workers", Category: cmdline.Configured,
-						Usage: "shards in work at once, `N` (default: twice the sessions " +
-							"of the token, which is then never idle while a package is written)"}),
+						Usage: "shards that are made at the same time, `N` (default: twice the sessions " +
+							"of the token, so that it is busy while packages are written)"}),
 				Action: cmdline.Alone(lotProvision),
 			},
 			{
 				Name: "list", Usage: "list all lots, how far each is, and who was granted it",
-				Description: "Needs no token and no PIN: the signatures of manifests and lists are verified with the " +
-					"manufacturer's public key. Who was granted a lot, and whether it is sealed, is what the --state " +
-					"folder knows.",
+				Description: "It needs no token and no PIN: it verifies manifests and lists with the manufacturer's " +
+					"public key. The --state folder says who was granted a lot, and whether it is sealed.",
 				Flags: overviewFlags(), Action: lotList,
 			},
 			{
 				Name: "show", Usage: "print a lot's manifest, with its modulus, and how far it is", ArgsUsage: "LOT",
-				Description: "As lot list. With --ask-token, the token says whether it has the lot's key, and " +
-					"whether that is sealed.",
+				Description: "Like lot list. With --ask-token, the token says whether it has the lot's key, and " +
+					"whether the key is sealed.",
 				Flags: overviewFlags(cmdline.Token, &cli.BoolFlag{Name: "ask-token",
 					Usage: "ask the token too, which needs its PIN"}), Action: lotShow,
 			},
 			{
-				Name: "status", Usage: "say for the shift what is done of a lot, what is missing, and what comes next",
-				ArgsUsage: "LOT", Description: "Needs no token and no PIN. The rate is of this machine's packages in " +
-					"the last quarter of an hour, by the times of their files.",
+				Name: "status", Usage: "say what is done of a lot, what is missing, and what comes next",
+				ArgsUsage: "LOT", Description: "It needs no token and no PIN. The rate is that of this machine's " +
+					"packages in the last quarter of an hour, by the times of their files.",
 				Flags: overviewFlags(injectionFlag), Action: lotStatus,
 			},
 			{
@@ -80,11 +79,12 @@ func lotCommand() *cli.Command {
 					outFileFlag), Action: cmdline.Alone(cmdline.Requiring(lotGrant, "operator", "out")),
 			},
 			{
-				Name: "verify", Usage: "check all that is published of a lot, with nothing but the manufacturer's " +
-					"public key", ArgsUsage: "LOT",
-				Description: "Reads, needs no token, and changes nothing: every signature; every IMEI exactly once; " +
-					"every public key of its suite, on its curve and unique; the modulus; the injection packages " +
-					"against the published keys. Exits with 1 if anything is wrong.",
+				Name: "verify", Usage: "check all that is published of a lot, with only the manufacturer's public " +
+					"key", ArgsUsage: "LOT",
+				Description: "It needs no token, and changes nothing. It checks every signature; that every IMEI is " +
+					"there exactly once; that every public key is of its suite, on its curve and unique; the " +
+					"modulus; and the injection packages against the published keys. Exit code 1 if anything is " +
+					"wrong.",
 				Flags: slices.Concat(cmdline.DirectoryFlags(), []cli.Flag{manufacturerFlag, stateFlag,
 					&cli.StringFlag{Name: "injection", Category: cmdline.Configured,
 						Usage: "compare the injection packages below `DIR` too " +
@@ -93,14 +93,14 @@ func lotCommand() *cli.Command {
 			},
 			{
 				Name: "seal", Usage: "make a lot's key non-extractable for good: it cannot be granted any more",
-				ArgsUsage: "LOT", Description: "A lot that is not finished, or that nobody was granted, is refused.",
-				Flags: lineFlags(&cli.BoolFlag{Name: "force", Usage: "seal a lot all the same that is not finished, " +
-					"or that nobody was granted"}, cmdline.Yes), Action: cmdline.Alone(lotSeal),
+				ArgsUsage: "LOT", Description: "It refuses a lot that is not finished, or that nobody was granted.",
+				Flags: lineFlags(&cli.BoolFlag{Name: "force", Usage: "also seal a lot that is not finished, or " +
+					"that nobody was granted"}, cmdline.Yes), Action: cmdline.Alone(lotSeal),
 			},
 			{
-				Name: "reissue", Usage: "give a device that came back a new key, and revoke the one that it had",
+				Name: "reissue", Usage: "give a returned device a new key, and revoke its old one",
 				ArgsUsage: "LOT IMEI", Description: "The new injection package is DIR/LOT/reissue-IMEI-1.jsonl and " +
-					"so on. The reason names the return: with the same one again nothing changes.",
+					"so on. The reason names the return: with the same reason again nothing changes.",
 				Flags: lineFlags(&cli.StringFlag{Name: "reason", Usage: "which return this is, `TEXT`"}, fixtureFlag,
 					&cli.StringFlag{Name: "out", Category: cmdline.Configured,
 						Usage: "the folder, `DIR`, of the injection packages (default: " +
@@ -108,20 +108,20 @@ func lotCommand() *cli.Command {
 				Action: cmdline.Alone(cmdline.Requiring(lotReissue, "reason")),
 			},
 			{
-				Name: "refresh", Usage: "sign the lists of revoked devices anew, of all lots if none is named",
-				ArgsUsage: "[LOT...]", Description: "For a daily job: operators are told of a list that is past its " +
-					"next_update. A list that is not there is not begun anew: it was taken away.",
-				Flags: lineFlags(&cli.DurationFlag{Name: "valid-for", Usage: "for how long they are good, `D`, from " +
-					"now on also after a revocation (default: as long as before)"},
-					&cli.BoolFlag{Name: "begin", Usage: "publish the first list of lots, named, that were made " +
-						"before lots had one from the start"}),
+				Name: "refresh", Usage: "sign the lists of revoked devices again; those of all lots if none is named",
+				ArgsUsage: "[LOT...]", Description: "Run it once a day: operators get an alarm for a list that is " +
+					"past its next_update. It does not replace a list that is missing, because somebody removed that.",
+				Flags: lineFlags(&cli.DurationFlag{Name: "valid-for", Usage: "for how long they are good, `D`; later " +
+					"lists, too (default: as long as before)"},
+					&cli.BoolFlag{Name: "begin", Usage: "publish the first list of the named lots, which an old " +
+						"version made without a list"}),
 				Action: cmdline.Alone(lotRefresh),
 			},
 			{
 				Name: "revoke", Usage: "publish that devices, or a whole lot, are not to be trusted any more",
-				ArgsUsage: "LOT [IMEI]", Description: "The same command again changes nothing, and finishes what was " +
+				ArgsUsage: "LOT [IMEI]", Description: "Running it again changes nothing, and finishes what was " +
 					"interrupted. A whole lot is revoked for good: none of its devices is served any more, it gets " +
-					"no more keys, and is granted to nobody.",
+					"no more keys, and it cannot be granted.",
 				Flags: lineFlags(&cli.StringFlag{Name: "imeis",
 					Usage: "the devices whose IMEIs are in `FILE`, one a line"},
 					&cli.BoolFlag{Name: "all", Usage: "the whole lot, for good"},

@@ -33,8 +33,8 @@ func app() *cli.App {
 		Description: `The order of things, once:      factory init; factory fixture enroll; factory operator enroll
 for every manufacturing lot:    factory lot create; lot provision; lot grant; and lot seal, when nobody gets it any more
 
-Exit codes: 0 done; 1 failed; 2 wrong usage or configuration, also a token or folder that is not there, or not the one
-that belongs here; 3 part of it done, run the same command again to go on.`,
+Exit codes: 0 done; 1 failed; 2 wrong usage or configuration, also a token or folder that does not exist or is the wrong
+one; 3 partly done, run the same command again to continue.`,
 		Writer: os.Stdout, ErrWriter: os.Stderr,
 		DisableSliceFlagSeparator: true, // a name may have a comma
 		Commands: []*cli.Command{

@@ -13,12 +13,12 @@ import (
 
 func reconcileCommand() *cli.Command {
 	return &cli.Command{
-		Name: "reconcile", Usage: "compare what journal, injection packages, directory and token have of a lot",
-		ArgsUsage: "LOT", Description: "Says of each difference what is to be done. Exits with 1 while there are any.",
+		Name: "reconcile", Usage: "compare a lot in journal, injection packages, directory and token",
+		ArgsUsage: "LOT", Description: "It says what to do about each difference. Exit code 1 if there are any.",
 		Flags: lineFlags(&cli.StringFlag{Name: "out", Category: cmdline.Configured,
 			Usage: "the folder, `DIR`, of the injection packages (default: injection in the --state folder)"},
-			&cli.BoolFlag{Name: "repair", Usage: "do what is safe: what loses no key, and publishes none but those " +
-				"of a whole package"}),
+			&cli.BoolFlag{Name: "repair", Usage: "do what is safe: lose no key, and publish only keys of a complete " +
+				"package"}),
 		Action: cmdline.Alone(reconcile),
 	}
 }

@@ -16,14 +16,14 @@ import (
 
 func officerCommand() *cli.Command {
 	return &cli.Command{
-		Name: "so", Usage: "the security officer's PIN, in shares of which nobody has enough alone",
+		Name: "so", Usage: "the security officer's PIN, in shares: no custodian alone has enough of them",
 		Subcommands: []*cli.Command{{
 			Name: "split", Usage: "set a new random PIN, and write a share of it for each custodian",
-			Description: `The PIN that was before is void then, and nobody knows the new one: operator enroll and
-fixture enroll ask for shares. Custodian 2, say, gets DIR/so-SPLIT/custodian-2.age, and reads the share with
-age -d -i KEYFILE custodian-2.age. Run this again with enough shares to change custodians.
-If it was interrupted, factory so show says so, and factory so check, with the PIN before or with the new shares,
-finds out which of them is the token's.`,
+			Description: `After that the old PIN is void, and nobody knows the new one: operator enroll and fixture
+enroll ask for shares. Custodian 2, for example, gets DIR/so-SPLIT/custodian-2.age, and decrypts the share with
+age -d -i KEYFILE custodian-2.age. To change custodians, run it again with enough shares.
+If it was interrupted, factory so show says so; factory so check, with the old PIN or with the new shares, finds out
+which PIN the token has.`,
 			Flags: officerFlags(&cli.IntFlag{Name: "shares", Usage: "how many there are, `N`, 16 at most"},
 				&cli.IntFlag{Name: "threshold", Usage: "how many are needed, `K`, 2 at least"},
 				&cli.StringSliceFlag{Name: "custodian",
@@ -33,8 +33,9 @@ finds out which of them is the token's.`,
 		}, {
 			Name:  "check",
 			Usage: "log in with the PIN, to show that the shares, or the PIN in the file, are the token's",
-			Description: "It also ends a factory so split that was interrupted. It tries what it is given once, " +
-				"whatever the token says of splits.", Flags: officerFlags(), Action: cmdline.Alone(soCheck),
+			Description: "It also completes a factory so split that was interrupted. It tries the given PIN or " +
+				"shares once, whatever the token " +
+				"says about splits.", Flags: officerFlags(), Action: cmdline.Alone(soCheck),
 		}, {
 			Name: "show", Usage: "print which split the PIN is in",
 			Flags: []cli.Flag{cmdline.Token, stateFlag, cmdline.JSON}, Action: soShow,

@@ -34,10 +34,10 @@ be listed by --station. A station has one device at a time:
     POST /v1/lots/LOT/next                   the next device, or the one that the station has, as JSON
     POST /v1/lots/LOT/devices/IMEI           that device: one that failed, is overdue, or came back
     PUT  /v1/lots/LOT/devices/IMEI/result    {"result": "injected", "failed" or "scrapped", "note": "..."}
-    GET  /v1/status                          all counts, without a certificate; and GET / as a page
-    GET  /metrics, /healthz                  for Prometheus, and whether it works
-A device is handed out when its key is published, and only with the key that is. This needs no token, and runs beside
-lot provision. Ctrl-C ends it; begun again, it goes on where it was.`,
+    GET  /v1/status                          all counts, without a certificate; GET / shows them as a page
+    GET  /metrics, /healthz                  metrics for Prometheus; whether the server works
+A device is handed out only with its published key. The server needs no token, and may run at the same time as lot
+provision. Ctrl-C ends it; after a restart it continues where it was.`,
 			Flags: append(cmdline.DirectoryFlags(), manufacturerFlag, stateFlag, injectionFlag,
 				&cli.StringFlag{Name: "listen", Category: cmdline.Configured, Usage: "where to serve, `ADDRESS:PORT`"},
 				&cli.StringFlag{Name: "tls-certificate", Category: cmdline.Configured,
@@ -54,8 +54,8 @@ lot provision. Ctrl-C ends it; begun again, it goes on where it was.`,
 					Usage: "the `TIME` after which a device that its station did not report is overdue, as 10m"}),
 			Action: cmdline.Requiring(stationServe, "listen", "tls-certificate", "tls-key", "client-ca"),
 		}, {
-			Name: "report", Usage: "say of every IMEI of a lot what became of it, at which station, when",
-			ArgsUsage: "LOT", Description: "As CSV, or with --json as one JSON document. A device stands there once " +
+			Name: "report", Usage: "list every IMEI of a lot: what became of it, at which station, when",
+			ArgsUsage: "LOT", Description: "It prints CSV, or with --json one JSON document. A device has one line " +
 				"for each key that it was handed out with.",
 			Flags:  []cli.Flag{manufacturerFlag, stateFlag, injectionFlag, cmdline.JSON},
 			Action: stationReport,

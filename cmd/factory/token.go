@@ -41,9 +41,9 @@ func rotateCommand() *cli.Command {
 		Name: "rotate", Usage: "make the next generation of one of the line's own keys, without stopping the line",
 		Subcommands: []*cli.Command{{
 			Name: "signing-key", Usage: "make the next signing key, which the ones before vouch for",
-			Description: "Readers go on pinning the first key, manufacturer.pem: every object that is signed from " +
-				"now on carries the statements that lead from it to the new one. What was signed before stays valid. " +
-				"It is no remedy for a signing key that was stolen: that needs a new manufacturer.",
+			Description: "Operators still pin the first key, manufacturer.pem: every object that is signed from now " +
+				"on has the statements that lead from that key to the new one. What was signed before stays valid. " +
+				"This does not help if the signing key was stolen: then begin as a new manufacturer.",
 			Flags: []cli.Flag{cmdline.Token, stateFlag, &cli.IntFlag{Name: "generation",
 				Usage: "which one to make, `N`: the first rotation makes 2. With the same N again nothing changes"},
 				cmdline.JSON},

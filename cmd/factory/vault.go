@@ -18,8 +18,8 @@ func vaultCommand() *cli.Command {
 		Name: "vault", Usage: "HashiCorp Vault as the public-key directory",
 		Subcommands: []*cli.Command{{
 			Name: "setup", Usage: "make the directory's mount, write its policies, and print the AppRole steps",
-			Description: "With a token of whoever runs Vault (VAULT_ADDR, VAULT_TOKEN): none of the policies that it " +
-				"writes may do this. Running this again changes only what is not as it should be.",
+			Description: "It needs a token of Vault's administrator (VAULT_ADDR, VAULT_TOKEN): none of the policies " +
+				"that it writes allows this. Running it again only corrects what is not as it should be.",
 			Flags: append(cmdline.DirectoryFlags(),
 				&cli.BoolFlag{Name: "dry-run", Usage: "say what would be done, and do nothing"}, cmdline.JSON),
 			Action: vaultSetup,

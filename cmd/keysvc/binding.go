@@ -29,7 +29,7 @@ import (
 func bindingCommand() *cli.Command {
 	return &cli.Command{
 		Name: "binding", Usage: "what subscriptions are bound to",
-		Description: "These work on the store itself, while a service serves from it or not.",
+		Description: "These commands work on the store itself, with or without a running service.",
 		Subcommands: []*cli.Command{
 			{
 				Name: "list", Usage: "list the bindings, one an IMSI, in the order of the IMSIs",
@@ -40,37 +40,37 @@ func bindingCommand() *cli.Command {
 						"revoked since `TIME`: 24h for a day ago, 2026-01-31, or 2026-01-31T12:00:00Z"},
 					&cli.BoolFlag{Name: "count", Usage: "only say how many there are"},
 					&cli.IntFlag{Name: "limit", Usage: "`N` at most (default: all)"},
-					&cli.StringFlag{Name: "after", Usage: "only those behind this `IMSI`"}),
+					&cli.StringFlag{Name: "after", Usage: "only those after this `IMSI`"}),
 				Action: bindingList,
 			},
 			{
 				Name:      "explain",
-				Usage:     "say in words how an IMSI stands, why its last call was refused, and what is to be done",
+				Usage:     "say in words what state an IMSI is in, why its last call was refused, and what to do",
 				ArgsUsage: "IMSI",
-				Description: "The service writes the last refusals down in its state folder, within seconds, those " +
-					"of some thousand subscriptions. With several instances of the service, each knows its own.",
+				Description: "Within seconds, the service stores the last refusal of each subscription in its state " +
+					"folder, for some thousand subscriptions. With several instances, each knows only its own.",
 				Flags: storeFlags(cmdline.DirectoryFlags()...), Action: bindingExplain,
 			},
 			{
 				Name:  "report",
-				Usage: "list the bindings that rest on keys which are not to be trusted any more, and why",
+				Usage: "list the bindings whose keys are not trusted any more, and why",
 				Description: "The device's key was issued anew after the binding was established (DEVICE_REISSUED), " +
 					"or revoked (DEVICE_REVOKED); the lot was retired (LOT_RETIRED), or revoked as a whole by its " +
 					"manufacturer (LOT_REVOKED); the manufacturer is distrusted (MANUFACTURER_DISTRUSTED). These " +
-					"bindings are served on: end them with keysvc binding revoke.",
+					"bindings are still served: end them with keysvc binding revoke.",
 				Flags: storeFlags(cmdline.DirectoryFlags()...), Action: bindingReport,
 			},
 			{Name: "show", Usage: "show an IMSI's binding", ArgsUsage: "IMSI", Flags: storeFlags(),
 				Action: bindingShow},
 			{
 				Name: "revoke", Usage: "end an IMSI's bindings, and forget the KME", ArgsUsage: "IMSI",
-				Description: "The IMSI is then as one that was never bound: its next attach may bind it, to whatever " +
-					"device.",
+				Description: "After that, the IMSI is like one that was never bound: its next attach may bind it to " +
+					"any device.",
 				Flags: storeFlags(cmdline.Yes), Action: bindingRevoke,
 			},
 			{
 				Name: "open", Usage: "let an IMSI be bound to another device, once", ArgsUsage: "IMSI",
-				Description: "The binding that it has stands until the other device has shown that it has its KME.",
+				Description: "The present binding stays valid until the other device has shown that it has its KME.",
 				Flags: storeFlags(&cli.DurationFlag{Name: "ttl", Value: time.Hour,
 					Usage: "for how long, at most 720h"}), Action: bindingOpen,
 			},

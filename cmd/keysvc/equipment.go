@@ -26,8 +26,8 @@ func equipmentCommand() *cli.Command {
 		Name:  "equipment",
 		Usage: "the operator's own list of devices, and which subscription was seen in which device",
 		Description: "The list decides what CheckEquipment answers, before or after what devices have proven: see " +
-			"equipment in keysvc serve --help. Of two entries the one with more digits counts. A running service " +
-			"answers by a change within 5 seconds.",
+			"equipment in keysvc serve --help. Of two entries, the one with more digits counts. A running service " +
+			"uses a change within 5 seconds.",
 		Subcommands: []*cli.Command{
 			{
 				Name: "add", Usage: "list a device, or the devices of a model", ArgsUsage: "EQUIPMENT",
@@ -43,15 +43,15 @@ func equipmentCommand() *cli.Command {
 			{
 				Name: "import", Usage: "add all entries of a CSV file", ArgsUsage: "FILE",
 				Description: "Its first line is equipment,status,reason. A file with a line that is not good changes " +
-					"nothing; running it again goes on where it was ended.",
+					"nothing. If it was interrupted, run it again.",
 				Flags: storeFlags(), Action: equipmentImport,
 			},
 			{Name: "list", Usage: "list the entries", Flags: storeFlags(), Action: equipmentList},
 			{
 				Name: "show", Usage: "show which subscriptions were seen in a device, or which devices with a " +
 					"subscription, and what is listed and bound", ArgsUsage: "IMEI|IMSI",
-				Description: "What can be both is looked for as both: imei-DIGITS and imsi-DIGITS are one. " +
-					"ASSERTED is what the network named, PROVEN what the device has shown.",
+				Description: "A number that can be both is shown as both; imei-DIGITS or imsi-DIGITS is only one. " +
+					"ASSERTED: the network named the two together. PROVEN: the device has shown it.",
 				Flags: storeFlags(), Action: equipmentShow,
 			},
 		},

@@ -35,8 +35,8 @@ func lotCommand() *cli.Command {
 			{
 				Name: "retire", Usage: "serve a lot no more, and destroy its key in the token", ArgsUsage: "LOT",
 				Description: "For a lot whose P and Q are not secret any more, or that is not needed. A running " +
-					"service does so after a SIGHUP. What is bound stays bound and is served on: keysvc binding " +
-					"report lists it. With several tokens, run this once for each.",
+					"service does so after a SIGHUP. Devices that are bound are still served: keysvc binding " +
+					"report lists them. With several tokens, run this once for each.",
 				Flags: []cli.Flag{cmdline.Token, stateFlag, storeFlag, reasonFlag,
 					&cli.StringFlag{Name: "manufacturer",
 						Usage: "whose lot it is, by `ID`, if several have one of this name"}, cmdline.Yes,

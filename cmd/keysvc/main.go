@@ -16,8 +16,8 @@ var stateFlag = &cli.StringFlag{Name: "state", Value: "var/keysvc", EnvVars: []s
 	Usage:    "the service's own folder, `DIR`, with its database"}
 
 var acceptFlag = &cli.BoolFlag{Name: "accept-weak-token",
-	Usage: "take a token all the same that does not keep keys as it should; the token, the service's log and /readyz " +
-		"say so for ever"}
+	Usage: "accept a token that does not keep keys as it should; the token, the service's log and /readyz say so " +
+		"for good"}
 
 // configuration is keysvc.yaml, which all commands have their settings from.
 var configuration = &cmdline.Config{Program: "keysvc",
@@ -34,19 +34,19 @@ for each manufacturer:            keysvc transport new; keysvc enroll
 for each lot that is granted:     keysvc lot import
 and then:                         keysvc serve
 
-Exit codes: 0 done; 1 failed; 2 wrong usage or configuration, also a token, folder or store that is not there, or not
-the one that belongs here.`,
+Exit codes: 0 done; 1 failed; 2 wrong usage or configuration, also a token, folder or store that does not exist or is
+the wrong one.`,
 		Writer: os.Stdout, ErrWriter: os.Stderr,
 		Commands: []*cli.Command{
 			{
 				Name: "init", Usage: "make the operator's storage and ledger key in the token, and the database",
-				Description: "Tries first whether the token keeps keys as it should, and refuses it otherwise: " +
-					"keysvc doctor says more. Running this again changes nothing. The --state folder, which is made, " +
-					"remembers the token, for the commands that need no other than the store's own. No other command " +
-					"makes a database; the tables of one in PostgreSQL are made by keysvc store upgrade.",
+				Description: "It first tries whether the token keeps keys as it should, and refuses a token that " +
+					"does not: keysvc doctor says more. Running it again changes nothing. It makes the --state " +
+					"folder, and notes the token there: commands without --token use this one. No other command " +
+					"makes a database; keysvc store upgrade makes the tables in PostgreSQL.",
 				Flags: []cli.Flag{cmdline.Token, stateFlag, storeFlag, acceptFlag,
 					&cli.BoolFlag{Name: "new-store", Usage: "make an empty database although the token has written " +
-						"another one, which is lost: what was decided is not in it"}, cmdline.JSON},
+						"another one: that one is lost, with all decisions in it"}, cmdline.JSON},
 				Action: cmdline.AloneMaking(initToken),
 			},
 			transportCommand(),
@@ -61,9 +61,9 @@ the one that belongs here.`,
 					&cli.StringFlag{Name: "manufacturer", Usage: "the manufacturer's public signing key, as `PEM`"},
 					&cli.StringFlag{Name: "thumbprint",
 						Usage: "that key's thumbprint, `T`, as the manufacturer reads it out"},
-					&cli.StringSliceFlag{Name: "tac", Usage: "a type allocation code, `TAC`, of its devices, again " +
-						"for each: no lot of its may have another, and none of others these (default: those given " +
-						"before; else any that is no other's)"},
+					&cli.StringSliceFlag{Name: "tac", Usage: "a type allocation code, `TAC`, of its devices; repeat " +
+						"it for each. Its lots may have no other TACs, and lots of other manufacturers not these " +
+						"(default: those given before; else all that no other manufacturer has)"},
 					cmdline.JSON},
 				Action: cmdline.Alone(cmdline.Requiring(enroll, "manufacturer", "thumbprint")),
 			},
@@ -80,15 +80,15 @@ the one that belongs here.`,
 			storageCommand(),
 			{
 				Name: "serve", Usage: "serve the HSS",
-				Description: "SIGTERM says not ready, serves for drain_delay, finishes the calls under way and ends; " +
-					"SIGHUP reloads lots, clients and certificates.\n\n" + settings.Help(),
+				Description: "After SIGTERM, /readyz says no; after drain_delay keysvc finishes the calls that have " +
+					"begun, and ends. SIGHUP reloads lots, clients and certificates.\n\n" + settings.Help(),
 				Flags: serviceFlags(), Action: serve,
 			},
 			{
 				Name: "check", Usage: "say all that is wrong with the configuration, with lines and remedies",
-				Description: "It looks at settings, files, certificates, PIN files and ports, as serve does before " +
-					"it starts, and not into the token (see keysvc doctor), the store or a directory. Exit code 2 if " +
-					"the configuration cannot be used.",
+				Description: "It checks settings, files, certificates, PIN files, ports and the store's schema, as " +
+					"serve does before it starts. It does not check the token (see keysvc doctor) or a directory. " +
+					"Exit code 2 if the configuration cannot be used.",
 				Flags: serviceFlags(&cli.BoolFlag{Name: "running",
 					Usage: "the service runs, so its ports are in use: check the rest"}, cmdline.JSON),
 				Action: check,

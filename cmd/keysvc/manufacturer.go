@@ -31,13 +31,13 @@ func manufacturerCommand() *cli.Command {
 			{
 				Name: "distrust", Usage: "serve none of a manufacturer's lots any more, and refuse its files",
 				ArgsUsage: "ID", Description: "For a manufacturer whose signing key is lost or stolen. A running " +
-					"service does so after a SIGHUP. What is bound stays bound and is served on: keysvc binding " +
-					"report lists it. The keys stay in the token: keysvc lot retire destroys a lot's.",
+					"service does so after a SIGHUP. Devices that are bound are still served: keysvc binding " +
+					"report lists them. The keys stay in the token: keysvc lot retire destroys a lot's.",
 				Flags:  storeFlags(reasonFlag, cmdline.Yes),
 				Action: cmdline.Requiring(decide(true, imports.Distrust), "reason"),
 			},
 			{
-				Name: "trust", Usage: "end what distrust began", ArgsUsage: "ID",
+				Name: "trust", Usage: "undo distrust", ArgsUsage: "ID",
 				Description: "A running service serves its lots after a SIGHUP.",
 				Flags:       storeFlags(reasonFlag), Action: cmdline.Requiring(decide(false, imports.Trust), "reason"),
 			},

@@ -25,9 +25,9 @@ func storageCommand() *cli.Command {
 			},
 			{
 				Name: "rotate", Usage: "make a new storage key, and seal all KMEs again under it, while services serve",
-				Description: "Interrupted, the same command goes on. Services take the new key up by themselves. " +
-					"With several tokens that share keys, bring the new key to the others by keysvc backup: until " +
-					"then the others do not open what is sealed under it. End with keysvc storage retire.",
+				Description: "If it is interrupted, run it again. Services use the new key by themselves. With " +
+					"several tokens, bring the new key to the others with keysvc backup: until then they cannot open " +
+					"KMEs under it. At the end, run keysvc storage retire.",
 				Flags:  []cli.Flag{cmdline.Token, stateFlag, storeFlag, soPINFlag, cmdline.JSON},
 				Action: cmdline.Alone(cmdline.Requiring(storageRotate, "so-pin-source")),
 			},

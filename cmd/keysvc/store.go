@@ -44,27 +44,28 @@ func storeCommand() *cli.Command {
 			{
 				Name:  "accept-rollback",
 				Usage: "accept a database that is older than the last one that the service has written",
-				Description: "Bring back the last store instead, if there is one. What was decided since is not in " +
-					"this one. An audit log (audit_log of the configuration) has it: its entries become the ledger's " +
-					"again, so that no KME is accepted twice, and are named with what follows from them. What was " +
-					"revoked since is revoked again; what was bound since is lost with its KME, and what was bound " +
-					"before it is revoked, too. Without an audit log nobody knows: bindings of this store stand, " +
-					"KMEs that were used since can be used again, devices that were bound since are not, and what " +
-					"was revoked since is not. The reason and your name go into the ledger.",
+				Description: "If there is a later store, restore that instead: this one lacks the last decisions. " +
+					"They are in the audit log (audit_log of the configuration), and its entries are added to the " +
+					"ledger again. So no KME is accepted twice. The command lists the entries, and what follows from " +
+					"them. What was revoked after the backup is revoked again. What was bound after it is lost, " +
+					"because its KME is; an earlier binding of that IMSI is revoked. Without an audit log, bindings " +
+					"of this store stay valid, also those that were revoked later; devices that were bound later are " +
+					"not bound; and KMEs that were used later can be used again. The reason and your name go into " +
+					"the ledger.",
 				Flags: storeFlags(reasonFlag, auditLogFlag, &cli.BoolFlag{Name: "revoke-unknown",
-					Usage: "revoke every binding of which the end may be among what is not known; each of these " +
+					Usage: "revoke every binding that may have ended among the unknown decisions; each of these " +
 						"subscriptions can then be bound to any device, by its next attach"}, cmdline.Yes),
 				Action: cmdline.Alone(cmdline.Requiring(storeAccept, "reason")),
 			},
 			{
-				Name: "log", Usage: "list what was decided, and by whom: the ledger",
+				Name: "log", Usage: "list the ledger: what was decided, and by whom",
 				Flags:  storeFlags(&cli.StringFlag{Name: "imsi", Usage: "only what is about this `IMSI`"}),
 				Action: storeLog,
 			},
 			{
 				Name: "migrate", Usage: "copy everything from one store to another, empty one",
-				Description: "Stop the service first. The other store has all of it in the end, or nothing: rows " +
-					"keep their MACs, which are verified on the way, and the ledger its chains.",
+				Description: "Stop the service first. The other store gets everything, or nothing. Rows keep their " +
+					"MACs, which are verified, and the ledger keeps its chains.",
 				Flags: []cli.Flag{cmdline.Token, stateFlag,
 					&cli.StringFlag{Name: "from",
 						Usage: "the `STORE` to copy: sqlite:PATH, or postgres://USER@HOST/DATABASE"},
@@ -74,10 +75,10 @@ func storeCommand() *cli.Command {
 			{
 				Name: "upgrade", Usage: "make the tables in PostgreSQL, or bring them up to date, and grant the " +
 					"service's role what it needs of them",
-				Description: "With the role that owns the tables and the new release's keysvc, before its service " +
-					"starts; instances of the release before may run, unless it says that they must not. The " +
-					"service's role may then read the ledger and add to it, and neither change nor remove what is in " +
-					"it. It is made before, with CREATE ROLE ... LOGIN.",
+				Description: "Run it with the new release's keysvc, as the role that owns the tables, before the new " +
+					"service starts. Instances of the release before may run, unless it says that they must not. " +
+					"Then the service's role can read the ledger and add to it, but not change or remove entries. " +
+					"Make that role before, with CREATE ROLE ... LOGIN.",
 				Flags: []cli.Flag{storeFlag,
 					&cli.StringFlag{Name: "role", Usage: "the service's `ROLE` in PostgreSQL"}, cmdline.JSON},
 				Action: cmdline.Requiring(storeUpgrade, "store", "role"),

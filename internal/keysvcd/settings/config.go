@@ -81,7 +81,7 @@ var schema = config.Schema[Config]{See: "keysvc serve", Settings: slices.Concat(
 	{Name: "token", Example: "pkcs11:token=operator?module-path=...&pin-source=file:...", Secret: true,
 		Help: "or KMEHSM_TOKEN"},
 	{Name: "tokens", Example: "[pkcs11:..., pkcs11:...]", Secret: true,
-		Help: "or several, copies of each other, which share the load and stand in for each other"},
+		Help: "or several tokens with the same keys: they share the load, and one may fail"},
 	{Name: "state", Default: "var/keysvc", Example: "/var/lib/kmehsm",
 		Help: "the folder of the database, as --state of the other commands"},
 	{Name: "directory", Example: "file:/srv/directory", Help: "for manufacturers enrolled without one",
@@ -92,9 +92,9 @@ var schema = config.Schema[Config]{See: "keysvc serve", Settings: slices.Concat(
 		OK:   func(c *Config) bool { _, _, err := net.SplitHostPort(c.Listen); return c.Listen == "" || err == nil }},
 	{Name: "tls", Example: "{certificate: server.pem, key: server.key, client_ca: clients.pem}"},
 	{Name: "eir", Example: "{listen: 127.0.0.1:8444, token_key: nrf.pem}",
-		Help: `an equipment identity register for AMFs (N5g-eir), by tls, for the clients with the role eir or hss;
-			with token_key, the NRF's public keys, each request needs an access token, too. To register at an NRF:
-			nrf: https://HOST:PORT, nrf_ca: nrf-ca.pem, advertise: HOST:PORT, and instance, a UUID of its own`},
+		Help: `an equipment identity register for AMFs (N5g-eir), with tls, for clients with the role eir or hss. With
+			token_key, the NRF's public keys, each request also needs an access token. To register at an NRF:
+			nrf: https://HOST:PORT, nrf_ca: nrf-ca.pem, advertise: HOST:PORT, and instance, a new UUID`},
 	{Name: "socket", Example: "/run/kmehsm/keysvc.sock", Help: "for the clients with a uid",
 		Rule: fmt.Sprintf("a path of %d bytes at most", maxSocket),
 		OK:   func(c *Config) bool { return len(c.Socket) <= maxSocket }},
@@ -106,29 +106,29 @@ var schema = config.Schema[Config]{See: "keysvc serve", Settings: slices.Concat(
 			return c.OperatorPage.Listen == "" || err == nil
 		}},
 	{Name: "clients",
-		Help: `who may call, which listen needs; without this, on the socket alone, the service's own user, for all but
-			kme-export`},
+		Help: `who may call; listen needs it. Without it, only the service's own user may call, on the socket, in every
+			role but kme-export`},
 	{Name: "  - name", Example: "hss-1", Help: "for the log"},
 	{Name: "    san", Example: "hss-1.example", Help: "a DNS name or URI of its certificate"},
 	{Name: "    roles", Example: "[hss]",
 		Help: `hss, eir (CheckEquipment alone), admin, monitor (sees bindings and the operator page), metrics (reads GET
 			/metrics), kme-export`},
 	{Name: "    plmns", Example: `["00101"]`,
-		Help: "or [all]; an IMSI is of the longest PLMN that is named anywhere here"},
+		Help: "or [all]; an IMSI belongs to the longest PLMN that is named anywhere in this file"},
 	{Name: "    provision_from", Example: "[home]",
 		Help: `origins that may provision: home (names of the IMSI's own PLMN, mme.epc.mnc001.mcc001.3gppnetwork.org),
 			any, "26202" (that PLMN's), names of hosts, "*.example.net"`},
-	{Name: "    rate", Example: "500", Help: "for at most so many calls a second"},
+	{Name: "    rate", Example: "500", Help: "at most this number of calls a second"},
 	{Name: "  - {name", Example: "ops, uid: 1000, roles: [admin], plmns: [all]}",
-		Help: "one of the socket, by its user's number"},
+		Help: "a client on the socket, by its user's number"},
 	{Name: "store", Example: "postgres://keysvc@db/keysvc?sslmode=verify-full", Secret: true,
 		Help: "for several instances; its password: PGPASSFILE (default: SQLite in the state folder)",
 		Rule: "sqlite:PATH or postgres://USER@HOST/DATABASE",
 		OK:   func(c *Config) bool { return c.Store == "" || sqlstore.CheckName(c.Store) == nil }},
 	{Name: "audit_log", Example: "/var/lib/kmehsm-audit",
-		Help: `a folder on another disk than the database's, an instance's own, to copy each entry of the ledger to,
-			within a second: a database that is brought back from a backup learns from it what was decided since
-			(default: none)`},
+		Help: `each entry of the ledger is copied to this folder within a second. If the database is restored from a
+			backup, keysvc store accept-rollback takes later decisions from it. Use another disk than the database's;
+			each instance needs its own folder (default: none)`},
 	{Name: "attempt_ttl", Default: fmt.Sprintf("%gm", times.Attempt.Minutes()),
 		Help: "how long a device has for EstablishKME after PrepareVector",
 		Rule: "a time above zero, such as 5m", OK: func(c *Config) bool { return c.AttemptTTL > 0 }},
@@ -136,14 +136,14 @@ var schema = config.Schema[Config]{See: "keysvc serve", Settings: slices.Concat(
 		Help: "how long a device has to show its KME after EstablishKME",
 		Rule: "a time above zero, such as 1h", OK: func(c *Config) bool { return c.PendingTTL > 0 }},
 	{Name: "pending_vectors", Default: fmt.Sprint(times.PendingVectors),
-		Help: "how many PrepareVectors it may take for that", Rule: "a whole number above zero",
+		Help: "how many PrepareVectors a pending binding may answer until then", Rule: "a whole number above zero",
 		OK: func(c *Config) bool { return c.PendingVectors > 0 }},
 	{Name: "revocation_ttl", Default: "1m",
-		Help: "after which a list of revoked devices is read again, in the background",
+		Help: "how often lists of revoked devices are read again, in the background",
 		Rule: "a time above zero, such as 1m", OK: func(c *Config) bool { return c.RevocationTTL > 0 }},
 	{Name: "max_revocation_age", Default: "0s",
-		Help: `of a list that cannot be read again, or is past its next_update: beyond it, the devices of its lot are
-			not served, bound or not (0s: the last list stands)`,
+		Help: `if a list of revoked devices was last read, or the next one was due, longer ago than this, devices of its
+			lot are not served, bound or not (0s: the last list is used, however old)`,
 		Rule: "0s, or a time of more than twice revocation_ttl, such as 72h",
 		OK:   func(c *Config) bool { return c.MaxRevocationAge == 0 || c.MaxRevocationAge/2 > c.RevocationTTL }},
 	{Name: "calls", Example: "128",
@@ -151,20 +151,20 @@ var schema = config.Schema[Config]{See: "keysvc serve", Settings: slices.Concat(
 			(default: 32 for each session)`,
 		Rule: "a whole number, or 0 for 32 of each session", OK: func(c *Config) bool { return c.Calls >= 0 }},
 	{Name: "imei_rate", Default: "10",
-		Help: "payloads a second of one IMSI, accepted ones of one IMEI; more are refused",
+		Help: "payloads a second of one IMSI, and accepted payloads a second of one IMEI; more are refused",
 		Rule: "a number above zero", OK: func(c *Config) bool {
 			return c.IMEIRate > 0 && c.IMEIRate <= math.MaxFloat64
 		}},
-	{Name: "imei_burst", Default: "1000", Help: "of these at once",
+	{Name: "imei_burst", Default: "1000", Help: "how many of these may come at once",
 		Rule: "a whole number above zero", OK: func(c *Config) bool { return c.IMEIBurst > 0 }},
 	{Name: "verify", Default: "token",
-		Help: "or software, where the doctor says that the token cannot validate KME_SIG",
+		Help: "or software, if the doctor says that the token cannot validate KME_SIG",
 		Rule: "token or software", OK: func(c *Config) bool { return c.Verify == "token" || c.Verify == "software" }},
-	{Name: "hsm_timeout", Default: "5s", Help: "after which a call that hangs in the token's module is given up",
+	{Name: "hsm_timeout", Default: "5s", Help: "a call that hangs in the token's module is given up after this time",
 		Rule: "a time above zero, such as 5s", OK: func(c *Config) bool { return c.HSMTimeout > 0 }},
 	{Name: "drain_delay", Default: "10s",
-		Help: `how long calls are served after SIGTERM while /readyz and gRPC health say no; nobody is waited for who
-			has not asked for as long`,
+		Help: `how long calls are served after SIGTERM, while /readyz and gRPC health say no. keysvc does not wait if
+			nobody has asked either for as long`,
 		Rule: "0s or more, such as 10s", OK: func(c *Config) bool { return c.DrainDelay >= 0 }},
 	{Name: "cache_mb", Default: "64", Help: "memory for cached public keys, of all manufacturers together",
 		Rule: "a whole number from 1 to 1048576", OK: func(c *Config) bool {
@@ -180,7 +180,7 @@ var schema = config.Schema[Config]{See: "keysvc serve", Settings: slices.Concat(
 			return c.OTLP == "" || err == nil && (u.Scheme == "http" || u.Scheme == "https") && u.Host != ""
 		}},
 	{Name: "log_identities", Default: "plain",
-		Help: "or hashed: IMSI and IMEI as HMACs under log.key in the state folder, the same for the same",
+		Help: "or hashed: each IMSI and IMEI is replaced by its HMAC under log.key in the state folder",
 		Rule: "plain or hashed", OK: func(c *Config) bool {
 			return c.LogIdentities == "plain" || c.LogIdentities == "hashed"
 		}},

@@ -40,26 +40,29 @@ func equipmentSettings() []config.Setting[Config] {
 		{Name: "equipment", Default: fmt.Sprintf("{lists: first, other_device: %s, other_subscription: %s, "+
 			"not_in_lot: %s, history: 9600h, history_rows: 10000000}", status(p.OtherDevice),
 			status(p.OtherSubscription), status(p.NotInLot)), Example: "{lists: first}",
-			Help: "how CheckEquipment answers (docs/equipment.md), and what is kept of it:"},
-		one("lists", "first", "what keysvc equipment add has listed comes first; or last", []string{"first", "last"},
+			Help: "how CheckEquipment answers (docs/equipment.md), and what is stored about devices:"},
+		one("lists", "first",
+			"whether the list of keysvc equipment add decides first or last", []string{"first", "last"},
 			func(e *Equipment) string { return e.Lists }),
 		one("other_device", status(p.OtherDevice),
-			"a device with an IMSI that is bound to another: whitelisted, greylisted or blacklisted", colours,
+			"for a device with an IMSI that is bound to another one: whitelisted, greylisted or blacklisted", colours,
 			func(e *Equipment) string { return e.OtherDevice }),
-		one("other_subscription", status(p.OtherSubscription), "one that is proven for other IMSIs only", colours,
+		one("other_subscription", status(p.OtherSubscription),
+			"for a device that is proven for other IMSIs only", colours,
 			func(e *Equipment) string { return e.OtherSubscription }),
-		one("not_in_lot", status(p.NotInLot), "one that cannot prove itself; also unknown",
+		one("not_in_lot", status(p.NotInLot), "for a device that cannot prove itself; also unknown",
 			append(slices.Clip(colours), "unknown"), func(e *Equipment) string { return e.NotInLot }),
 		{Name: "equipment.history", Example: "9600h",
-			Help: "for how long it is kept which IMSI was seen with which IMEI (0s: not at all)",
+			Help: "how long it is stored which IMSI was seen with which IMEI (0s: not at all)",
 			Rule: "0s, or a time from 1h on",
 			OK: func(c *Config) bool {
 				return c.Equipment.History == 0 || c.Equipment.History >= time.Hour
 			}},
-		{Name: "equipment.history_rows", Example: "10000000", Help: "of it at most", Rule: "a whole number above zero",
+		{Name: "equipment.history_rows", Example: "10000000",
+			Help: "how many of these are stored at most", Rule: "a whole number above zero",
 			OK: func(c *Config) bool { return c.Equipment.HistoryRows > 0 }},
 		{Name: "equipment.webhook", Example: "{url: https://..., secret_file: FILE}",
-			Help: "is told of each IMSI that is in another device; with ca: FILE, a CA of its own"},
+			Help: "gets an event for each IMSI that moves to another device; ca: FILE names a CA of its own"},
 	}
 }
 
