@@ -309,9 +309,8 @@ func (s *Server) As(t testing.TB, database, role string) string {
 // disks of both.
 func (s *Server) Standby(t testing.TB) *Server {
 	t.Helper()
-	standby := s.base(t, "-R")
-	standby.Run(t)
-	s.Set(t, "synchronous_standby_names", "*")
+	standby := folder(t)
+	standby.Follow(t, s)
 	return standby
 }
 
