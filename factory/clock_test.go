@@ -42,7 +42,7 @@ func TestClockSetBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	dated, err := json.Marshal(auditlog.Entry{Seq: 1, Time: tomorrow, Who: "a@b", Process: 1,
-		Command: []string{"factory"}, Result: auditlog.Done, Previous: fmt.Sprintf("%x", sha256.Sum256(nil))})
+		Command: []string{"factory"}, Result: auditlog.Begun, Previous: fmt.Sprintf("%x", sha256.Sum256(nil))})
 	if err == nil {
 		err = os.WriteFile(state.path("log.jsonl"), append(dated, '\n'), 0o600)
 	}

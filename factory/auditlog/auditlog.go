@@ -9,10 +9,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
 	"slices"
+	"syscall"
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
@@ -114,13 +116,30 @@ func (l Log) Append(command []string, token, result string) (*Head, error) {
 }
 
 // Sign has a line signed, the last one of a command. Where commands run side by side, the one that ends last signs
-// last, maybe not the last line: the next command's signature covers that.
+// last, maybe not the last line: the next command's signature covers that. A log that has not the line any more that
+// was signed last is not signed: the token would vouch for what somebody has made of it.
 func (l Log) Sign(s *directory.Signer, head *Head) error {
+	if _, err := l.Verify(directory.NewVerifier(s.Public())); err != nil && !l.unsigned(err, head) {
+		return fmt.Errorf("the token does not sign it: %w; keep it as it is, find out who wrote to it, and bring back "+
+			"%s and %s from one backup", err, File, headFile)
+	}
 	jws, err := s.Sign(typeHead, head)
 	if err != nil {
 		return err
 	}
 	return durable.WriteFile(filepath.Join(l.Dir, headFile), jws, 0o600)
+}
+
+// unsigned says, by an error of Verify, whether there is no signature since none was made yet: before the line of head,
+// no command was done.
+func (l Log) unsigned(err error, head *Head) bool {
+	if !errors.Is(err, fs.ErrNotExist) {
+		return false
+	}
+	_, entries, err := l.read()
+	return err == nil && !slices.ContainsFunc(entries, func(e Entry) bool {
+		return e.Result == Done && e.Seq < head.Seq
+	})
 }
 
 // A Report is what Verify found of a log that is whole.
@@ -133,14 +152,14 @@ type Report struct {
 // Verify checks that no line was changed, removed or moved. Lines after the signed one, of commands
 // that were killed or are at work, are only chained.
 func (l Log) Verify(v *directory.Verifier) (*Report, error) {
+	path := filepath.Join(l.Dir, headFile)
+	jws, unsigned := os.ReadFile(path) // first: what is signed meanwhile is not in a log that was read before
 	digests, entries, err := l.read()
 	if err != nil {
 		return nil, fmt.Errorf("the audit log %s: %w", filepath.Join(l.Dir, File), err)
 	}
-	path := filepath.Join(l.Dir, headFile)
-	jws, err := os.ReadFile(path)
-	if err != nil {
-		return nil, fmt.Errorf("the signature over the audit log: %w", err)
+	if unsigned != nil {
+		return nil, fmt.Errorf("the signature over the audit log: %w", unsigned)
 	}
 	var head Head
 	if err := v.Verify(typeHead, path, jws, &head); err != nil {
@@ -177,6 +196,9 @@ func (l Log) read() (digests []string, entries []Entry, err error) {
 		return nil, nil, err
 	}
 	defer f.Close()
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_SH); err != nil { // no line is half written
+		return nil, nil, err
+	}
 	previous := lineDigest(nil)
 	in := bufio.NewScanner(f)
 	in.Buffer(nil, maxEntry+1)

@@ -5,6 +5,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
@@ -121,6 +122,46 @@ func TestLog(t *testing.T) {
 	}
 	if r, err := log.Verify(verifier); err != nil || r.Lines != 11 || r.Signed != 11 || len(r.Interrupted) != 1 {
 		t.Errorf("%+v, %v", r, err)
+	}
+}
+
+// What somebody has made of a log is not signed with the next command.
+func TestSignNotAnew(t *testing.T) {
+	signer := newSigner(t)
+	log := Log{Dir: t.TempDir()}
+	path, head := filepath.Join(log.Dir, File), filepath.Join(log.Dir, headFile)
+	entry := func(result string) *Head { return must(log.Append([]string{"factory", "init"}, "0123", result)) }
+	entry(Begun)
+	entry("it failed") // before there was a key, and so unsigned
+	entry(Begun)
+	if err := log.Sign(signer, entry(Done)); err != nil {
+		t.Fatal(err)
+	}
+	whole, signed := must(os.ReadFile(path)), must(os.ReadFile(head))
+	other := func() error { return os.WriteFile(path, anew(t, 9), 0o600) }
+	for name, lose := range map[string]func() error{
+		"another chain":                   other,
+		"another chain, and no signature": func() error { return errors.Join(other(), os.Remove(head)) },
+		"another chain, and another's signature": func() error {
+			return errors.Join(other(), os.WriteFile(head, must(newSigner(t).Sign(typeHead, entry(Done))), 0o600))
+		},
+		"a shorter chain": func() error { return os.WriteFile(path, anew(t, 1), 0o600) },
+	} {
+		if err := lose(); err != nil {
+			t.Fatal(err)
+		}
+		if err := log.Sign(signer, entry(Done)); err == nil {
+			t.Errorf("%s: it is signed", name)
+		}
+		for at, data := range map[string][]byte{path: whole, head: signed} {
+			if err := os.WriteFile(at, data, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		entry(Begun)
+		if err := log.Sign(signer, entry(Done)); err != nil {
+			t.Errorf("%s: what is brought back is not signed: %v", name, err)
+		}
 	}
 }
 
