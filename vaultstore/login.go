@@ -84,6 +84,7 @@ func Connect(ctx context.Context, l Login, log *slog.Logger) (*api.Client, error
 	if err != nil || own.Host == "" || own.Scheme != "http" && own.Scheme != "https" {
 		return nil, noAddress(client.Address())
 	}
+	config.HttpClient.Transport = bounded{RoundTripper: config.HttpClient.Transport} // also for the client's clones
 	client.SetCheckRetry(retryPolicy(own.Host))
 	s := &session{client: client, login: l, log: log}
 	var silent <-chan time.Time
@@ -123,6 +124,28 @@ func environment(err error) error {
 
 func noAddress(text string) error {
 	return environment(fmt.Errorf("VAULT_ADDR is http://HOST:PORT or https://HOST:PORT, not %q", text))
+}
+
+// A bounded transport gives no more of an answer than Vault could have to say: the library reads all of it into memory,
+// and whoever runs Vault may do no more than be silent. Names of objects take the most, those of a line's lots or of a
+// lot's shards.
+type bounded struct{ http.RoundTripper }
+
+const (
+	maxAnswer = 4 * directory.MaxObject
+	maxNames  = 64 << 20
+)
+
+func (b bounded) RoundTrip(r *http.Request) (*http.Response, error) {
+	answer, err := b.RoundTripper.RoundTrip(r)
+	if err == nil {
+		most := int64(maxAnswer)
+		if r.URL.Query().Has("list") {
+			most = maxNames
+		}
+		answer.Body = http.MaxBytesReader(nil, answer.Body, most)
+	}
+	return answer, err
 }
 
 // patient is a client as the session's, for a login.

@@ -97,3 +97,48 @@ func TestSilent(t *testing.T) {
 	vault.busy.Store(false)
 	works()
 }
+
+// An answer without an end fills no memory.
+func TestEndless(t *testing.T) {
+	var sent atomic.Int64
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch {
+		case strings.HasSuffix(r.URL.Path, "/lookup-self"):
+			w.WriteHeader(http.StatusForbidden)
+			return
+		case strings.Contains(r.URL.Path, "/mounts/"):
+			w.Write([]byte(`{"data":{"type":"kv","options":{"version":"2"}}}`))
+			return
+		}
+		some := []byte(strings.Repeat("x", 1<<20))
+		for w.Write([]byte(`{"data":{"keys":["`)); sent.Load() < 4*maxNames; sent.Add(int64(len(some))) {
+			if _, err := w.Write(some); err != nil {
+				return
+			}
+		}
+	}))
+	t.Cleanup(server.Close)
+	t.Setenv("VAULT_ADDR", server.URL)
+	t.Setenv("VAULT_TOKEN", "t")
+	client, err := Connect(t.Context(), Login{}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	store := New(client, "kme")
+	for what, c := range map[string]struct {
+		ask  func() error
+		most int64
+	}{
+		"a read": {func() error { _, _, err := store.Read(t.Context(), "lots/L1/manifest"); return err }, maxAnswer},
+		"a list": {func() error { _, err := store.List(t.Context(), "lots"); return err }, maxNames},
+	} {
+		sent.Store(0)
+		if err := c.ask(); err == nil || !strings.Contains(err.Error(), "longer than") {
+			t.Errorf("%s: %v", what, err)
+		}
+		// The rest has stayed in the network's buffers.
+		if n := sent.Load(); n > c.most+32<<20 {
+			t.Errorf("%s took %d bytes", what, n)
+		}
+	}
+}

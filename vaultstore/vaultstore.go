@@ -193,11 +193,15 @@ func isUpgrading(err error) bool {
 // explain says what a failure means. It leaves out what the client's own message has, the request's URL.
 func (s *Store) explain(err error, what, path string) error {
 	var r *api.ResponseError
+	var long *http.MaxBytesError
 	switch {
 	case err == nil || errors.Is(err, context.Canceled):
 		return err
 	case errors.Is(err, context.DeadlineExceeded):
 		return fmt.Errorf("%s %s: %w: no answer in time: %w", what, path, directory.ErrUnavailable, err)
+	case errors.As(err, &long):
+		return fmt.Errorf("%s %s: what answers there is no Vault, or has no directory: its answer is longer than %d "+
+			"bytes", what, path, long.Limit)
 	case !errors.As(err, &r):
 		if errors.Is(err, errNoActive) || errors.As(err, new(interface{ Timeout() bool })) { // from the network
 			return fmt.Errorf("%s %s: %w: %w", what, path, directory.ErrUnavailable, err)
