@@ -9,6 +9,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -111,14 +112,27 @@ func (s *Store) Read(ctx context.Context, path string) (data []byte, version str
 		return nil, "", cmp.Or(s.gone(), fmt.Errorf("%s: %w", path, directory.ErrNotFound))
 	case err != nil:
 		return nil, "", fmt.Errorf("%s cannot be read: %w", path, err)
-	case info.Size() > directory.MaxObject || !info.Mode().IsRegular():
-		return nil, "", fmt.Errorf("%s cannot be read: it is larger than any object, or no file", path)
+	case !info.Mode().IsRegular():
+		return nil, "", fmt.Errorf("%s cannot be read: it is no file", path)
 	}
-	if data, err = os.ReadFile(file); err != nil {
+	if data, err = readAll(file); err != nil {
 		return nil, "", fmt.Errorf("%s cannot be read: %w", path, err)
+	}
+	if len(data) > directory.MaxObject { // whatever size it says that it has
+		return nil, "", fmt.Errorf("%s cannot be read: it is larger than any object", path)
 	}
 	sum := sha256.Sum256(data)
 	return data, hex.EncodeToString(sum[:]), nil
+}
+
+// readAll reads a file, of one that is larger than any object a byte more than that has.
+func readAll(file string) ([]byte, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, directory.MaxObject+1))
 }
 
 // gone fails if the folder of all objects is not there: that says nothing of what is published.

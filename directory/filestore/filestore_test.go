@@ -110,3 +110,20 @@ func TestFolder(t *testing.T) {
 		}
 	}
 }
+
+// Whoever has the folder can make a file longer than it says.
+func TestLongerThanItSays(t *testing.T) {
+	const long = "/proc/kallsyms"
+	if data, err := os.ReadFile(long); err != nil || len(data) <= directory.MaxObject {
+		t.Skipf("this kernel has no long %s: %v", long, err)
+	}
+	dir := t.TempDir()
+	s := openStore(t, dir)
+	if err := errors.Join(os.MkdirAll(filepath.Join(dir, "lots/L1"), 0o755),
+		os.Symlink(long, filepath.Join(dir, directory.ManifestPath("L1")))); err != nil {
+		t.Fatal(err)
+	}
+	if data, _, err := s.Read(t.Context(), directory.ManifestPath("L1")); err == nil {
+		t.Errorf("%d bytes were read", len(data))
+	}
+}
