@@ -35,11 +35,7 @@ func (s *Store) List(ctx context.Context, all []binding.Listing) (changed int, e
 			return err
 		}
 		for _, e := range all {
-			var was binding.Listing
-			err := s.macs.Each(ctx, tx.Conn, tables.Equipment, func(r tables.Row) error {
-				was = tables.Listing(r)
-				return nil
-			}, `WHERE prefix = $1`, e.Prefix)
+			was, err := s.listing(ctx, tx, e.Prefix)
 			if err != nil {
 				return err
 			}
@@ -68,6 +64,24 @@ func (s *Store) List(ctx context.Context, all []binding.Listing) (changed int, e
 		return nil
 	})
 	return changed, err
+}
+
+// listing is the entry of a prefix, the last one that the ledger speaks of; the zero one if there never was one.
+func (s *Store) listing(ctx context.Context, tx *txn, prefix string) (l binding.Listing, err error) {
+	var have, want int64
+	err = s.macs.Each(ctx, tx.Conn, tables.Equipment, func(r tables.Row) error {
+		l, have = tables.Listing(r), r.Int(5)
+		return nil
+	}, `WHERE prefix = $1`, prefix)
+	if err == nil {
+		_, err = tx.One(ctx, []any{&want}, `SELECT COALESCE(MAX(seq), 0) FROM ledger WHERE subject = $1`,
+			binding.ListingSubject(prefix))
+	}
+	if err == nil && have != want {
+		err = tables.Damaged(tables.Equipment, tables.Row{prefix}, "is gone, or an earlier one than the service has "+
+			"written last")
+	}
+	return l, err
 }
 
 func (s *Store) Listed(ctx context.Context, after int64) (all []binding.Listing, err error) {

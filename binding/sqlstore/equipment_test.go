@@ -102,3 +102,25 @@ func attackEquipment(t *testing.T, name string) {
 		t.Errorf("moves %+v", moves)
 	}
 }
+
+// A change that an earlier row, or one that is gone, would make none is refused: the service goes on by the last one.
+func TestListOverAnotherRow(t *testing.T) {
+	ctx, name := t.Context(), "sqlite:"+path(t)
+	s := must(Open(ctx, name, rowKey))
+	defer s.Close()
+	list := func(status binding.EquipmentStatus) (int, error) {
+		return s.List(ctx, []binding.Listing{{Prefix: "1", Status: status, Reason: "x", Listed: t0}})
+	}
+	must(list(binding.Blacklisted))
+	db := stranger(t, name)
+	must(db.Exec("CREATE TABLE earlier AS SELECT * FROM equipment"))
+	must(list(binding.Whitelisted))
+	must(db.Exec("DELETE FROM equipment"))
+	if n, err := list(""); !tables.IsDamaged(err) {
+		t.Errorf("of a row that is gone: %d changes, %v", n, err)
+	}
+	must(db.Exec("INSERT INTO equipment SELECT * FROM earlier"))
+	if n, err := list(binding.Blacklisted); !tables.IsDamaged(err) {
+		t.Errorf("of an earlier row: %d changes, %v", n, err)
+	}
+}
