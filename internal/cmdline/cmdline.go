@@ -423,24 +423,28 @@ func PrintEach[T any](c *cli.Context, name, title string, items iter.Seq2[T, err
 }
 
 // PrintList prints one JSON document that ends with a list, and never has all of the list in memory. head is what
-// comes before the list: the fields before it, and its name. An error of items leaves the document without its end, so
-// that nobody takes it for whole.
+// comes before the list: the fields before it, and its name. An error of items behind the first leaves the document
+// without its end, so that nobody takes it for whole; one before it leaves nothing.
 func PrintList[T any](c *cli.Context, head string, items iter.Seq2[T, error]) error {
+	const separator = ",\n"
 	w, before := c.App.Writer, "{"+head+": [\n"
 	for item, err := range items {
-		if err != nil {
+		var text []byte
+		if err == nil {
+			text, err = json.Marshal(item)
+		}
+		if err != nil && before == separator {
 			return Said(err)
 		}
-		text, err := json.Marshal(item)
 		if err != nil {
-			return Said(err)
+			return err
 		}
 		if _, err := fmt.Fprintf(w, "%s%s", before, text); err != nil {
 			return err
 		}
-		before = ",\n"
+		before = separator
 	}
-	if before != ",\n" { // an empty list
+	if before != separator { // an empty list
 		fmt.Fprint(w, before)
 	}
 	_, err := fmt.Fprintln(w, "\n]}")

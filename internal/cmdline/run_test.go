@@ -49,6 +49,19 @@ func run(t *testing.T, args ...string) (code int, stdout, stderr string) {
 					ends("partial", Partial(errors.New("partial"))),
 					ends("denied", &fs.PathError{Op: "open", Path: "x", Err: fs.ErrPermission}),
 				}},
+				{Name: "list", ArgsUsage: "[ITEM...]", Flags: []cli.Flag{JSON}, Action: func(c *cli.Context) error {
+					return PrintList(c, `"items"`, func(yield func(int, error) bool) {
+						for i := range c.NArg() {
+							if c.Args().Get(i) == "fails" {
+								yield(0, errors.New("gone"))
+								return
+							}
+							if !yield(i, nil) {
+								return
+							}
+						}
+					})
+				}},
 			}},
 		Config: &Config{Program: "p", Defaults: func(path string) (any, *config.Report) {
 			return config.Schema[settings]{See: "p show"}.Read(path, nil)
@@ -91,6 +104,20 @@ func TestExitCodes(t *testing.T) {
 		code, _, stderr := run(t, strings.Fields(c.args)...)
 		if code != c.code || !strings.Contains(stderr, c.want) || (c.want == "") != (stderr == "") {
 			t.Errorf("p %s: exit code %d, want %d; %q, want %q", c.args, code, c.code, stderr, c.want)
+		}
+	}
+}
+
+// A list that fails before its first item is a command that fails; one that breaks off has no end.
+func TestListThatFails(t *testing.T) {
+	for args, want := range map[string]string{
+		"": `{"items": [ ]}`, "x x": `{"items": [ 0, 1 ]}`, "fails": `{"error":"gone","ok":false}`,
+		"x fails": `{"items": [ 0`,
+	} {
+		code, stdout, _ := run(t, append([]string{"list", "--json"}, strings.Fields(args)...)...)
+		got, fails := strings.Join(strings.Fields(stdout), " "), strings.Contains(args, "fails")
+		if got != want || (code == 0) == fails {
+			t.Errorf("%q: exit code %d, %s, want %s", args, code, got, want)
 		}
 	}
 }
