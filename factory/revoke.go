@@ -48,29 +48,37 @@ func (l *Line) Revocations(ctx context.Context, m *directory.Manifest) (*directo
 type Loss struct{ Says, Name string }
 
 // RevocationLoss says what is lost when devices of a lot are revoked, or without any the whole lot; nil if nothing is,
-// because the whole lot is revoked already. It fails if a device is not in the lot.
+// because they are revoked already. It fails if a device is not in the lot.
 func (l *Line) RevocationLoss(ctx context.Context, lot string, imeis []kme.IMEI) (*Loss, error) {
 	m, err := l.Lot(ctx, lot)
 	if err != nil {
 		return nil, err
 	}
-	for _, imei := range imeis {
-		if _, ok := m.Position(imei); !ok {
-			return nil, fmt.Errorf("IMEI %s is not in lot %s", imei, lot)
-		}
-	}
 	list, err := l.Revocations(ctx, m)
-	if err != nil || list.Whole != nil {
+	if err != nil {
 		return nil, err
 	}
-	if len(imeis) == 0 {
+	var trusted []kme.IMEI
+	for _, imei := range imeis {
+		position, ok := m.Position(imei)
+		if !ok {
+			return nil, fmt.Errorf("IMEI %s is not in lot %s", imei, lot)
+		}
+		if !list.Revokes(position) {
+			trusted = append(trusted, imei)
+		}
+	}
+	switch {
+	case list.Whole != nil || len(imeis) > 0 && len(trusted) == 0:
+		return nil, nil
+	case len(imeis) == 0:
 		return &Loss{Name: lot, Says: fmt.Sprintf("All %d devices of lot %s, for good: none is to be trusted any "+
 			"more, and the lot gets no more keys and is granted to nobody.", m.Devices(), lot)}, nil
 	}
 	loss := &Loss{Name: lot, Says: fmt.Sprintf("%d of the %d devices of lot %s will not be trusted any more, until "+
-		"each gets another key by lot reissue.", len(imeis), m.Devices(), lot)}
-	if len(imeis) == 1 {
-		loss.Name = imeis[0].String()
+		"each gets another key by lot reissue.", len(trusted), m.Devices(), lot)}
+	if len(trusted) == 1 {
+		loss.Name = trusted[0].String()
 	}
 	return loss, nil
 }

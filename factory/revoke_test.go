@@ -181,7 +181,7 @@ func TestRevocationsReconciled(t *testing.T) {
 	}
 }
 
-// Whoever revokes devices is told what that means, and repeats the name of what it is about. A lot that is revoked has
+// Whoever revokes devices is told what that means, and repeats the name of what it is about. What is revoked has
 // nothing to lose, and a device of another lot ends it before anything is asked.
 func TestRevocationLoss(t *testing.T) {
 	line, _, _ := newLine(t)
@@ -203,6 +203,16 @@ func TestRevocationLoss(t *testing.T) {
 	if loss, err := line.RevocationLoss(t.Context(), "L1", []kme.IMEI{m.IMEI(3), other.IMEI(0)}); err == nil ||
 		!strings.Contains(err.Error(), other.IMEI(0).String()+" is not in lot L1") {
 		t.Errorf("a device of another lot: %+v, %v", loss, err)
+	}
+	if err := line.Revoke(t.Context(), "L1", []kme.IMEI{m.IMEI(3)}, "stolen", nil); err != nil {
+		t.Fatal(err)
+	}
+	if loss, err := line.RevocationLoss(t.Context(), "L1", []kme.IMEI{m.IMEI(3)}); loss != nil || err != nil {
+		t.Errorf("a device that is revoked: %+v, %v", loss, err)
+	}
+	if loss, err := line.RevocationLoss(t.Context(), "L1", []kme.IMEI{m.IMEI(3), m.IMEI(4)}); err != nil ||
+		loss == nil || loss.Name != m.IMEI(4).String() || !strings.HasPrefix(loss.Says, "1 of the 8 devices") {
+		t.Errorf("a device that is revoked and another: %+v, %v", loss, err)
 	}
 	if err := line.RevokeLot(t.Context(), "L1", "stolen"); err != nil {
 		t.Fatal(err)

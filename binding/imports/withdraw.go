@@ -102,10 +102,16 @@ func RetireLot(
 	return stands, token.RemoveLotKey(ctx, lot.Key())
 }
 
-// RetirementLoss says what is lost when a lot is retired, and its key in a token destroyed.
-func RetirementLoss(
-	ctx context.Context, store registry.Store, lot *registry.Lot, token fmt.Stringer, now time.Time,
-) (string, error) {
+// RetirementLoss says what is lost when a lot is retired, and its key in a token destroyed: nothing, if it is retired
+// and that token does not have the key any more.
+func RetirementLoss(ctx context.Context, store registry.Store, lot *registry.Lot, token interface {
+	fmt.Stringer
+	Has(ctx context.Context, k hsmkeys.Key) (bool, error)
+}, now time.Time) (string, error) {
+	has, err := token.Has(ctx, lot.Key())
+	if err != nil || lot.Retired.Withdrawn && !has {
+		return "", err
+	}
 	bound, err := store.Bound(ctx, lot.Manufacturer, lot.Manifest.Lot, now)
 	return fmt.Sprintf("Lot %s of manufacturer %s: its key in %s will be destroyed, and none of its %d devices is "+
 		"bound any more. %d bindings stand.", lot.Manifest.Lot, lot.Manufacturer, token, lot.Manifest.Devices(),

@@ -9,6 +9,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -26,9 +27,11 @@ func (i imported) Manufacturers(context.Context) ([]*registry.Manufacturer, erro
 func (i imported) Lots(context.Context) ([]*registry.Lot, error)                 { return i.lots, nil }
 func (i imported) Bound(context.Context, string, string, time.Time) (int, error) { return 7, nil }
 
-type hsm string
+// hsm is a token that has a lot's key, or not.
+type hsm bool
 
-func (h hsm) String() string { return string(h) }
+func (hsm) String() string                                   { return "token X" }
+func (h hsm) Has(context.Context, hsmkeys.Key) (bool, error) { return bool(h), nil }
 
 func TestLosses(t *testing.T) {
 	withdrawn := registry.Verdict{Withdrawn: true}
@@ -46,10 +49,18 @@ func TestLosses(t *testing.T) {
 			t.Errorf("%s: %q, want %q", name, got, want)
 		}
 	}
-	got := must.Get[string](t)(RetirementLoss(t.Context(), store, lot, hsm("token X"), time.Now()))
-	if want := "Lot L1 of manufacturer good: its key in token X will be destroyed, and none of its 40 devices is " +
-		"bound any more. 7 bindings stand."; got != want {
-		t.Errorf("%q, want %q", got, want)
+	lost := "Lot L1 of manufacturer good: its key in token X will be destroyed, and none of its 40 devices is bound " +
+		"any more. 7 bindings stand."
+	for _, c := range []struct {
+		retired registry.Verdict
+		has     hsm
+		want    string
+	}{{registry.Verdict{}, true, lost}, {registry.Verdict{}, false, lost}, {withdrawn, true, lost},
+		{withdrawn, false, ""}} {
+		lot.Retired = c.retired
+		if got := must.Get[string](t)(RetirementLoss(t.Context(), store, lot, c.has, time.Now())); got != c.want {
+			t.Errorf("%+v: %q", c, got)
+		}
 	}
 }
 
