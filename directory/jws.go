@@ -224,7 +224,13 @@ func (v *Verifier) key(object string, header jose.Header) (*ecdsa.PublicKey, err
 	return pub, nil
 }
 
+// parseJWS takes the one form that an object has: one that was changed in a byte is not the same object.
 func parseJWS(jws []byte) (*jose.JSONWebSignature, error) {
+	for part := range bytes.SplitSeq(jws, []byte(".")) {
+		if err := new(strict.Base64).UnmarshalText(part); err != nil {
+			return nil, fmt.Errorf("it is no compact JWS: a part of it is %w", err)
+		}
+	}
 	object, err := jose.ParseSignedCompact(string(jws), []jose.SignatureAlgorithm{jose.ES256})
 	if err != nil {
 		return nil, fmt.Errorf("it is no compact JWS signed with ES256: %w", err)

@@ -25,6 +25,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
+	"github.com/kmehsm/kmehsm/internal/strict"
 )
 
 // Our JWS, verified by nothing but its RFC: the header, the signed text and r || s.
@@ -75,6 +76,31 @@ func TestSignIsJWS(t *testing.T) {
 	if _, err := (&Signer{signer: faulty{key}, public: &key.PublicKey, root: &key.PublicKey}).Sign(TypeManifest,
 		m); err == nil || !strings.Contains(err.Error(), "does not verify") {
 		t.Errorf("a faulty signature was given out: %v", err)
+	}
+}
+
+// An object has one form. Go's decoders of base64url and JSON take others of the same content.
+func TestJWSHasOneForm(t *testing.T) {
+	s := must.Get[*Signer](t)(NewSigner(newKey(t)))
+	m := newManifest(t, s, "L1")
+	jws := string(must.Get[[]byte](t)(s.Sign(TypeManifest, m)))
+	v := NewVerifier(s.Public())
+	must.Do(t, v.Verify(TypeManifest, "it", []byte(jws), new(Manifest)))
+	first, last := strings.Index(jws, "."), strings.LastIndex(jws, ".")
+	forms := map[string]string{"the bits that 64 bytes leave over": jws[:len(jws)-1] + string(jws[len(jws)-1]+1)}
+	for name, at := range map[string]int{"header": first, "payload": last, "signature": len(jws)} {
+		for _, c := range []string{"\n", "\r", "="} {
+			forms[fmt.Sprintf("%q in its %s", c, name)] = jws[:at-4] + c + jws[at-4:]
+			forms[fmt.Sprintf("%q behind its %s", c, name)] = jws[:at] + c + jws[at:]
+		}
+	}
+	for name, form := range forms {
+		if err := v.Verify(TypeManifest, "it", []byte(form), new(Manifest)); err == nil {
+			t.Errorf("%s: taken", name)
+		}
+	}
+	if err := new(strict.Base64).UnmarshalText([]byte("AA\nAA")); err == nil {
+		t.Error("a line break in a field: taken")
 	}
 }
 

@@ -13,7 +13,6 @@ import (
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
-	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/usage"
 	"github.com/kmehsm/kmehsm/internal/who"
 )
@@ -48,7 +47,7 @@ func lotCommand() *cli.Command {
 }
 
 func lotImport(c *cli.Context) error {
-	jws, err := durable.ReadFile(c.Args().First())
+	jws, err := readJWS(c.Args().First())
 	if err != nil {
 		return err
 	}

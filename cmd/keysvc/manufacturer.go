@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"io"
@@ -151,6 +152,12 @@ func printVerdict(c *cli.Context, store *sqlstore.Store, what, manufacturer, lot
 	})
 }
 
+// readJWS reads a file that a manufacturer has signed, which may have come by a way that puts a line break behind it.
+func readJWS(path string) ([]byte, error) {
+	data, err := durable.ReadFile(path)
+	return bytes.TrimSpace(data), err
+}
+
 func enroll(c *cli.Context) error {
 	url := c.String("directory")
 	if url != "" {
@@ -171,7 +178,7 @@ func enroll(c *cli.Context) error {
 		}
 		tacs = append(tacs, t)
 	}
-	jws, err := durable.ReadFile(c.Args().First())
+	jws, err := readJWS(c.Args().First())
 	if err != nil {
 		return err
 	}

@@ -20,9 +20,10 @@ func (b Base64) MarshalText() ([]byte, error) {
 	return []byte(base64.RawURLEncoding.EncodeToString(b)), nil
 }
 
+// UnmarshalText takes the one form that bytes have: Go's decoder alone skips line breaks.
 func (b *Base64) UnmarshalText(text []byte) error {
 	v, err := base64.RawURLEncoding.Strict().DecodeString(string(text))
-	if err != nil {
+	if err != nil || bytes.ContainsAny(text, "\r\n") {
 		return errors.New("not base64url without padding")
 	}
 	*b = v
