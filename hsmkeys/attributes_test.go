@@ -49,12 +49,7 @@ func trueAttributes(t *testing.T, token holder, h pkcs11.ObjectHandle) string {
 // What DESIGN calls the attributes that matter, read back from the token.
 func TestAttributes(t *testing.T) {
 	ctx := t.Context()
-	operator := newOperatorOn(t, softhsmtest.Token(t))
-	factory, transport := newFactory(t, operator)
-	pub, _, err := factory.EnsureLotKey(ctx, testLot, 2048, PrimesAuto)
-	if err != nil {
-		t.Fatal(err)
-	}
+	operator, factory, transport, pub := newSides(t)
 	if err := operator.UnwrapKEK(ctx, testKEK, transport,
 		must[[]byte](t)(factory.WrapEnrolled(ctx, testKEK))); err != nil {
 		t.Fatal(err)

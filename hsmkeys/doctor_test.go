@@ -28,12 +28,7 @@ func finding(report []Finding, check string) *Finding {
 // nothing behind.
 func TestDoctorReportsKeys(t *testing.T) {
 	ctx := t.Context()
-	operator := newOperatorOn(t, softhsmtest.Token(t))
-	factory, transport := newFactory(t, operator)
-	pub, _, err := factory.EnsureLotKey(ctx, testLot, 2048, PrimesAuto)
-	if err != nil {
-		t.Fatal(err)
-	}
+	operator, factory, transport, pub := newSides(t)
 	grant := must[[]byte](t)(factory.WrapLotKey(ctx, testLot, testKEK))
 	if err := operator.UnwrapKEK(ctx, testKEK, transport,
 		must[[]byte](t)(factory.WrapEnrolled(ctx, testKEK))); err != nil {

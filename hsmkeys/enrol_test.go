@@ -28,12 +28,7 @@ import (
 // is.
 func TestUnwrapTemplates(t *testing.T) {
 	ctx := t.Context()
-	operator := newOperatorOn(t, softhsmtest.Token(t))
-	factory, transport := newFactory(t, operator)
-	pub, _, err := factory.EnsureLotKey(ctx, testLot, 2048, PrimesAuto)
-	if err != nil {
-		t.Fatal(err)
-	}
+	operator, factory, transport, pub := newSides(t)
 	enrolment := must[[]byte](t)(factory.WrapEnrolled(ctx, testKEK))
 	grant := must[[]byte](t)(factory.WrapLotKey(ctx, testLot, testKEK))
 	_, sealed, err := operator.sample(ctx)

@@ -86,6 +86,18 @@ func must[T any](t testing.TB) func(T, error) T {
 	}
 }
 
+// newSides are an operator's token and its transport key, and a factory's token and the public key of its lot.
+func newSides(t *testing.T) (o *OperatorToken, f *FactoryToken, transport, lot *rsa.PublicKey) {
+	t.Helper()
+	o = newOperatorOn(t, softhsmtest.Token(t))
+	f, transport = newFactory(t, o)
+	lot, _, err := f.EnsureLotKey(t.Context(), testLot, 2048, PrimesAuto)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return o, f, transport, lot
+}
+
 // newOperator is an operator's token with its own keys.
 func newOperator(t testing.TB) *OperatorToken { return newOperatorOn(t, softhsmtest.Operator(t)) }
 
