@@ -24,7 +24,7 @@ func WithActor(ctx context.Context, a Actor) context.Context {
 	return context.WithValue(ctx, actorKey{}, a)
 }
 
-// ActorOf is who something is done for; the zero Actor stands for the service itself.
+// ActorOf gives the actor of a context; the zero Actor is the service itself.
 func ActorOf(ctx context.Context) Actor {
 	a, _ := ctx.Value(actorKey{}).(Actor)
 	return a

@@ -31,7 +31,7 @@ type Binding struct {
 	IMEI         kme.IMEI
 	Manufacturer string // RFC 7638 thumbprint of the manufacturer's signing key
 	Lot          string
-	DeviceKey    int // how many keys the device had been issued in the place of its first: which of them signed the KME
+	DeviceKey    int // which key of the device signed the KME: 0 for its first, 1 for the next one that it was issued
 	State        State
 	Sealed       []byte // the KME under the token's storage key
 	Established  time.Time
@@ -56,9 +56,9 @@ func (b *Binding) Basis() registry.Basis {
 // SentTo says whether an origin was sent a vector under the binding while it was pending.
 func (b *Binding) SentTo(o kme.Origin) bool { return slices.Contains(b.Sent, o) }
 
-// An Attempt allows one EstablishKME for its IMSI from its origin, until it expires; one that is opened, also while
-// another binding is active. An administrator's own has the zero Origin; it opens attempts of other origins. Those that
-// are not opened are in no store: the ID itself says, under a MAC, what they are.
+// An Attempt allows one EstablishKME for its IMSI from its origin, until it expires. An opened one allows that also
+// while another binding is active. The attempt of an administrator has the zero Origin, and lets origins open attempts
+// of their own. Attempts that are not opened are in no store: their ID has their content, under a MAC.
 type Attempt struct {
 	ID      string // base64url, with 128 bits that nobody can guess: whoever does not have it cannot use it up
 	IMSI    kme.IMSI
@@ -97,18 +97,18 @@ var (
 )
 
 // A Store keeps what the service must not forget. All methods may be called concurrently, by several processes, and a
-// change is durable when its method returns. What it gives is what a service wrote last: for anything else they fail
-// with a *DamagedRow. Who made a change is the Actor in the context.
+// change is durable when its method returns. They return only what a service wrote last, and fail with a *DamagedRow if
+// there is anything else. Who made a change is the Actor in the context.
 type Store interface {
 	Ledger
-	// Soon takes a ticket: whoever has it will soon make a change, and meanwhile waits for nobody but the
-	// HSM. done gives it back, after the change or without one. Changes of others may wait for those that
-	// are to come, to share a commit.
+	// Soon takes a ticket: its holder will soon make a change, and waits for nothing but the HSM until then. done gives
+	// the ticket back, after the change or without one. Other changes may wait for the ones that are announced so, to
+	// share a commit.
 	Soon() (done func())
 	// Subscription is what there is of an IMSI.
 	Subscription(ctx context.Context, imsi kme.IMSI, now time.Time) (*Subscription, error)
-	// Prepare decides what vectors are processed with, and notes what leaves: RANDs in clear as spent, and the origin
-	// in a pending binding, but only when vectors are Ready under it: who gets none is not one who was sent one. An
+	// Prepare decides what vectors are processed with, and notes what is sent: RANDs in clear as spent, and the origin
+	// in a pending binding, but only when vectors are Ready under it: an origin that gets no vector was sent none. An
 	// attempt that an administrator has opened comes before a binding. Fails with ErrNotBound where there is no binding
 	// and the origin may not provision, and with ErrSpent if a RAND would leave under a KME after it has left in clear.
 	Prepare(ctx context.Context, q VectorRequest) (Decision, error)
@@ -120,23 +120,23 @@ type Store interface {
 	OpenAttempt(ctx context.Context, a Attempt) error
 	// Establish, in one step: uses up b's attempt, which is b.Origin's, and closes the IMSI's others, enters the tag
 	// into the ledger, and makes b the pending binding. Fails with ErrNoAttempt, ErrBound or ErrUsed, looked for in
-	// this order, and then changes nothing. Of a KME that is not good it fails with ErrUsed or ErrNotGood after the
-	// same steps as with ErrUsed: whoever waits for a refusal cannot tell one from the other.
+	// this order, and then changes nothing. If the KME is not good, it fails with ErrUsed or ErrNotGood, after the same
+	// steps as with ErrUsed: the time of a refusal does not say which one it is.
 	Establish(ctx context.Context, b *Binding, tag []byte, good bool, now time.Time) error
-	// Settle fails unless what was read is durable. A change that has failed with an unknown result, since its standby
-	// is away, can be read before it is on the disk of that.
+	// Settle fails unless what was read is durable. A change whose result is unknown, because its standby is away, can
+	// be read before it is on the standby's disk.
 	Settle(ctx context.Context) error
 	// Report does what Subscription.Ends says: the pending binding becomes the active one, or is dropped. Gives the
 	// subscription as it is then, or fails with ErrNotBound if it had no binding to begin with.
 	Report(ctx context.Context, imsi kme.IMSI, o kme.Origin, ok bool, now time.Time) (*Subscription, error)
-	// Equipment gives what there is of an IMSI, nothing of the zero one, and the active bindings of a device, as they
-	// were at one moment.
+	// Equipment returns the subscription of an IMSI, unless that is zero, and the active bindings of a device, both as
+	// of one moment.
 	Equipment(ctx context.Context, imei kme.IMEI, imsi kme.IMSI, now time.Time) (*Subscription, []*Binding, error)
 	// Bindings gives Subscription.Latest of each IMSI that is asked for, in their order.
 	Bindings(ctx context.Context, q BindingQuery) ([]*Binding, error)
 	// Revoke ends an IMSI's bindings and attempts, and forgets the KME. It gives the binding as it is then, also if it
-	// was revoked before, or fails with ErrNotBound if there was none; attempts end all the same. Where rows are
-	// damaged it ends them too, and of the binding only IMSI and IMEI are known.
+	// was revoked before, or fails with ErrNotBound if there was none; attempts end all the same. Damaged rows are
+	// ended, too; then the binding that it gives has only IMSI and IMEI.
 	Revoke(ctx context.Context, imsi kme.IMSI, now time.Time) (*Binding, error)
 	// DropExpired removes attempts that have expired.
 	DropExpired(ctx context.Context, now time.Time) error

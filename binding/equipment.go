@@ -7,8 +7,8 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// An EquipmentStatus is the colour that an equipment identity register gives a device (3GPP TS 22.016 clause 2), or
-// Unknown: nothing is known of it, and no default stands for that.
+// An EquipmentStatus is the list that an equipment identity register has a device on (3GPP TS 22.016 clause 2), or
+// Unknown: nothing is known of the device, and no default replaces that.
 type EquipmentStatus string
 
 const (
@@ -38,7 +38,7 @@ type Equipment struct {
 	Reason EquipmentReason
 }
 
-// answers are all that there can be, by the rules of docs/equipment.md.
+// answers are all possible answers, by the rules of docs/equipment.md.
 func answers() (all []Equipment) {
 	some := []EquipmentStatus{Whitelisted, Greylisted, Blacklisted}
 	for reason, statuses := range map[EquipmentReason][]EquipmentStatus{
@@ -52,15 +52,15 @@ func answers() (all []Equipment) {
 	return all
 }
 
-// An EquipmentPolicy is what the operator says where the rules leave it to them.
+// An EquipmentPolicy is what the rules leave to the operator.
 type EquipmentPolicy struct {
-	ListsLast         bool            // their own list decides only of devices that no other rule is about
+	ListsLast         bool            // the operator's list decides only about devices that no other rule is about
 	OtherDevice       EquipmentStatus // of a device with an IMSI that is bound to another
 	OtherSubscription EquipmentStatus // of one that is proven for other IMSIs only
 	NotInLot          EquipmentStatus // of one that cannot prove itself
 }
 
-// DefaultEquipmentPolicy has a SIM work in its own device only, and leaves devices alone that cannot prove anything.
+// DefaultEquipmentPolicy lets a SIM work in its own device only. Devices that cannot prove themselves get no status.
 func DefaultEquipmentPolicy() EquipmentPolicy {
 	return EquipmentPolicy{OtherDevice: Blacklisted, OtherSubscription: Greylisted, NotInLot: Whitelisted}
 }
@@ -141,7 +141,7 @@ func (s *Service) check(ctx context.Context, imei kme.IMEI, imsi kme.IMSI) (Equi
 	return Equipment{Status: s.equipment.NotInLot, Reason: NotInLot}, nil
 }
 
-// revokedEquipment is the answer about a device that is revoked, or may be: that is err.
+// revokedEquipment is the answer about a device that is revoked, or may be: err says which.
 func revokedEquipment(err error) (Equipment, error) {
 	if err != nil {
 		return Equipment{}, revocationsUnknown(err)

@@ -49,7 +49,7 @@ func mayNotProvision() *Refusal {
 	return refuse(kme.CallerNotAllowed, "no device may be provisioned from this origin", nil)
 }
 
-// revocationsUnknown is the refusal where a device may be revoked or not.
+// revocationsUnknown is the refusal if it is not known whether a device is revoked.
 func revocationsUnknown(cause error) *Refusal {
 	return refuse(kme.DirectoryUnavailable, "whether the device was revoked is not known", cause)
 }
@@ -59,8 +59,8 @@ func rejected(cause error) *Refusal {
 	return refuse(kme.KMERejected, "the payload was not accepted", cause)
 }
 
-// unavailable refuses a call because of an error, unless that is the caller's own deadline or cancellation, or a panic:
-// nothing is away then, and nothing will be back.
+// unavailable refuses a call because of an error. The caller's own deadline or cancellation, and a panic, are returned
+// as they are: nothing is unavailable then.
 func unavailable(ctx context.Context, reason kme.Reason, message string, err error) error {
 	switch {
 	case panics.Of(err) != nil:

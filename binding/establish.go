@@ -52,8 +52,8 @@ func (s *Service) EstablishKME(ctx context.Context, asked EstablishRequest) (*Es
 		err = mayNotProvision()
 	}
 	if err == nil && p.Export {
-		// Only now: a KME that was not accepted, or not durably, is nobody's. It is decrypted once more, since the
-		// answer may be one that was given before.
+		// The KME is answered only after the commit. It is decrypted again, because the answer may be one that was
+		// given before.
 		if err = s.store.Note(ctx, EventExported, p.IMSI.String(), "of "+p.IMEI.String()); err != nil {
 			err = fromStore(ctx, err)
 		} else if e.KME, err = s.export(ctx, p); err == nil {
@@ -70,10 +70,11 @@ func (s *Service) EstablishKME(ctx context.Context, asked EstablishRequest) (*Es
 	return e, nil
 }
 
-// aboutDevice are the refusals of a device that was named and has proven nothing; others are about the call.
+// aboutDevice has the reasons that are about the device: the network has named it, and it has proven nothing. All other
+// reasons are about the call.
 var aboutDevice = []kme.Reason{kme.UnknownDevice, kme.RevokedDevice, kme.OtherDevice, kme.KMERejected}
 
-// outside does what waits for others than the HSM and the store: meanwhile the call's place is somebody else's.
+// outside calls wait, which waits neither for the HSM nor for the store. Meanwhile another call has this one's place.
 func (s *Service) outside(ctx context.Context, p *establishment, wait func()) error {
 	p.leave()
 	wait()
@@ -94,8 +95,8 @@ func (s *Service) establish(ctx context.Context, p *establishment) (*Established
 	}
 	var r *Refusal
 	if errors.As(err, &r) && (r.Reason == kme.NoAttempt || r.Reason == kme.KMERejected) {
-		// A payload that was accepted has used up its attempt: this may be the same call again. It may also have
-		// overtaken itself, so every rejected payload is asked for, used before or not, and they all take as long.
+		// An accepted payload has used up its attempt, so this may be a retransmission. Two copies of a call may also
+		// run at once. So the store is asked for every rejected payload, and all rejections take the same time.
 		if e, rerr := s.retransmitted(ctx, p); e != nil || rerr != nil {
 			return e, rerr
 		}
@@ -183,7 +184,7 @@ func (s *Service) attempt(ctx context.Context, p *establishment) error {
 	return err
 }
 
-// sameText compares what nobody may find out by trying.
+// sameText compares secrets in constant time.
 func sameText(a, b string) bool { return subtle.ConstantTimeCompare([]byte(a), []byte(b)) == 1 }
 
 // noAttempt is the refusal of a call whose attempt is not open.
@@ -215,7 +216,7 @@ func (s *Service) retransmitted(ctx context.Context, p *establishment) (*Establi
 	return &Established{NWSig: b.NWSig, State: b.State}, nil
 }
 
-// madeBy is the IMSI's binding if this very call has made it, or nil.
+// madeBy is the IMSI's binding if it was made by the same payload for the same attempt; else nil.
 func (s *Service) madeBy(ctx context.Context, p *establishment) (*Binding, error) {
 	b, err := s.standing(ctx, p.IMSI)
 	if errors.Is(err, ErrNotBound) {

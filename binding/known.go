@@ -13,7 +13,7 @@ import (
 // directoryWait is how long Known waits for a directory.
 const directoryWait = 2 * time.Second
 
-// Known is what there is to explain a subscription by, see package explain.
+// Known is what package explain explains a subscription by.
 type Known struct {
 	IMSI         kme.IMSI
 	Subscription *Subscription
@@ -49,8 +49,8 @@ func (k Known) Nothing() bool {
 	return k.Damaged == nil && k.Subscription.Latest() == nil && len(k.History) == 0 && k.Refused == nil
 }
 
-// Known is for a reader who is no administrator: it lacks the cause of the last refusal, which could make its reader an
-// oracle about payloads.
+// Known is for a reader who is no administrator. It leaves out the cause of the last refusal: with that, the reader
+// would be an oracle about payloads.
 func (s *Service) Known(ctx context.Context, imsi kme.IMSI) (k Known, err error) {
 	refused := s.refusals.Of(imsi)
 	if refused != nil {
@@ -70,7 +70,7 @@ func (s *Service) Known(ctx context.Context, imsi kme.IMSI) (k Known, err error)
 	return k, nil
 }
 
-// KnownDevice is what there is to explain a device by.
+// KnownDevice is what package explain explains a device by.
 type KnownDevice struct {
 	Manufacturer, Lot string           // empty if it is in no lot that was imported and whose manufacturer is trusted
 	Retired           registry.Verdict // of the lot

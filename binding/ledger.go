@@ -44,11 +44,10 @@ const (
 	EventListed   Event = "LISTED"
 	EventUnlisted Event = "UNLISTED"
 
-	EventMigrated Event = "MIGRATED" // copied here from another store
-	EventAccepted Event = "ACCEPTED" // although it is an earlier one than the service wrote
+	EventMigrated Event = "MIGRATED" // the store was copied from another one
+	EventAccepted Event = "ACCEPTED" // although the store is an earlier one than the service wrote
 
-	// EventForgotten, about a manufacturer or a lot: what was entered about it is in no row of an earlier database
-	// that was accepted.
+	// EventForgotten is about a manufacturer or a lot that an earlier database, which was accepted, does not have.
 	EventForgotten Event = "FORGOTTEN"
 )
 
@@ -110,15 +109,15 @@ func (m *Mark) Entries() (n int64) {
 	return n
 }
 
-// Missing is what was decided after a database was as it is now.
+// Missing is what was decided since the moment to which a database was set back.
 type Missing struct {
-	Lost  int64  // entries that the mark speaks of, or Lines has, and the database has not
+	Lost  int64  // entries that the mark counts, or that Lines has, and that the database does not have
 	Lines []Line // of an audit log: each follows the last entry of its chain in the database, or the one before it here
 	// Unknown has, of each chain, how many entries are lost that are not among Lines.
 	Unknown [Chains]int64
 }
 
-// Unknowns are all that are Unknown.
+// Unknowns is the sum of Unknown.
 func (m *Missing) Unknowns() (n int64) {
 	for _, u := range m.Unknown {
 		n += u
@@ -130,7 +129,7 @@ func (m *Missing) Unknowns() (n int64) {
 type Acceptance struct {
 	Reason        string
 	Missing       *Missing // whose Lines become entries again
-	RevokeUnknown bool     // revokes what is bound by a chain of which something is Unknown
+	RevokeUnknown bool     // revokes the bindings of chains with Unknown entries
 }
 
 // Accepted is what an Acceptance has led to.
@@ -138,10 +137,10 @@ type Accepted struct {
 	Mark    *Mark    // to be set
 	Changes []Change // of the subjects of what was missing
 	Revoked []string // IMSIs whose bindings were, because of what is unknown
-	LeftOut int      // lines that are no entries again: their KME is in a row that the service did not write
+	LeftOut int      // lines that were not entered again: their KME is in a row that the service did not write
 }
 
-// A Change is what became of a subject about which something was decided after the database was as it is now.
+// A Change says how a subject stands about which the database had lost decisions.
 type Change struct {
 	Subject string `json:"subject"`
 	IMEI    string `json:"imei,omitempty"`  // with an IMSI: of the device that the last decision was about
@@ -175,27 +174,27 @@ type Ledger interface {
 	LastNote(ctx context.Context, event Event, subject string) (detail string, found bool, err error)
 	// History gives the entries about a subject, in their order.
 	History(ctx context.Context, subject string) ([]Entry, error)
-	// Check fails with ErrRolledBack if the ledger is behind the mark, or behind what this Store has
-	// seen under the same Epoch. It gives how far the ledger is now. Of a token without a mark it is
-	// nil: then the ledger must be empty.
+	// Check fails with ErrRolledBack if the ledger is behind the mark, or behind what this Store has seen under the
+	// same Epoch. It gives how far the ledger is now. The mark of a token that has none is nil: then the ledger must be
+	// empty.
 	Check(ctx context.Context, mark *Mark) (*Mark, error)
 	// Seen is how far this Store has seen the ledger come.
 	Seen() *Mark
 	// Heads are the last entries of the chains.
 	Heads(ctx context.Context) (*Mark, error)
-	// Lines gives entries behind those of a mark, at most so many of each chain. Where a chain has another entry than
-	// the mark, or none, it begins with the last one by which the chain was accepted.
+	// Lines gives entries behind those of a mark, at most so many of each chain. If a chain differs from the mark
+	// there, or is shorter, its lines begin with the last entry that accepted it.
 	Lines(ctx context.Context, behind *Mark, most int) ([]Line, error)
 	// Missing finds what is lost up to a mark, in lines of a copy: by chain and number, several where a chain was
 	// accepted after it had lost a part.
 	Missing(ctx context.Context, mark *Mark, copied func(chain int, seq int64) []Line) (*Missing, error)
-	// Accept adds the entries that are missing, and notes in each chain that it is accepted as it is. Rows that the
-	// ledger does not speak of any more become what it says last, or are revoked.
+	// Accept adds the entries that are missing, and notes in each chain that it is accepted as it is. Rows that do not
+	// agree with the ledger afterwards become what its last entry says, or are revoked.
 	Accept(ctx context.Context, mark *Mark, a Acceptance) (*Accepted, error)
 	// Moved is sent something after entries were added.
 	Moved() <-chan struct{}
-	// VerifyLedger reads all entries in their order. It fails with ErrRolledBack and a *DamagedRow for the first that
-	// is gone or not what it was; the Store refuses then too.
+	// VerifyLedger reads all entries in order. It fails with ErrRolledBack and a *DamagedRow for the first one that is
+	// missing or changed; from then on the Store refuses, too.
 	VerifyLedger(ctx context.Context) (entries int, err error)
 }
 

@@ -11,8 +11,8 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// A Listing is an entry of the operator's own list: about all IMEIs that begin with its prefix, but for those that a
-// longer one is about.
+// A Listing is an entry of the operator's own list. It is about all IMEIs that begin with its prefix, unless there is
+// an entry with a longer prefix of theirs.
 type Listing struct {
 	Prefix string          `json:"prefix"` // 0 to 14 digits
 	Status EquipmentStatus `json:"status"` // empty: it was removed
@@ -23,11 +23,11 @@ type Listing struct {
 
 // Listings keep the operator's own list.
 type Listings interface {
-	// List enters entries, each in the place of the one of its prefix. It gives how many that changes: one that says
-	// the same stays as it is, and one that is to be removed and is not there is nothing.
+	// List enters entries. Each replaces the one with the same prefix. It gives how many have changed the list: an
+	// entry that is there already, and the removal of one that is not, change nothing.
 	List(ctx context.Context, all []Listing) (changed int, err error)
-	// Listed gives the entries that were changed after a change, those that were removed too; after 0 all of them,
-	// which it compares with the ledger.
+	// Listed gives the entries that were changed or removed after a given change. After 0 it gives all, and compares
+	// them with the ledger.
 	Listed(ctx context.Context, after int64) ([]Listing, error)
 }
 
@@ -44,7 +44,7 @@ func LongestPrefix[E any](imei kme.IMEI, entry func(prefix string) (E, bool)) (e
 	return e, ok
 }
 
-// A listed has the operator's list in memory: some 50 bytes an entry.
+// A listed is the operator's list in memory: some 50 bytes for each entry.
 type listed struct {
 	store   Listings    // nil: there is no list
 	failing atomic.Bool // the last load has failed
@@ -53,7 +53,7 @@ type listed struct {
 	statuses map[uint64]EquipmentStatus // guarded by mu: by prefixKey
 	lengths  [kme.IMEIDigits + 1]int    // guarded by mu: how many prefixes have so many digits
 	change   int64                      // guarded by mu: the last that is in it
-	err      error                      // guarded by mu: why nothing is said of any device
+	err      error                      // guarded by mu: why CheckEquipment is refused
 }
 
 var errNotLoaded = errors.New("the operator's list of devices was not read yet")
@@ -94,7 +94,7 @@ func (l *listed) load(ctx context.Context) (changes int, err error) {
 		return 0, err
 	}
 	l.err = nil
-	if after == 0 { // these are all: nothing else stands, as of a store that was restored from a backup
+	if after == 0 { // all entries: what is not among them is gone, as after a restore from a backup
 		l.statuses, l.lengths, l.change = map[uint64]EquipmentStatus{}, [kme.IMEIDigits + 1]int{}, 0
 	}
 	for _, e := range all {
@@ -112,7 +112,7 @@ func (l *listed) load(ctx context.Context) (changes int, err error) {
 	return len(all), nil
 }
 
-// of is what the list says of a device. ok is false if it says nothing.
+// of is the status that the list gives a device. ok is false if it has none.
 func (l *listed) of(imei kme.IMEI) (status EquipmentStatus, ok bool, err error) {
 	l.mu.RLock()
 	defer l.mu.RUnlock()

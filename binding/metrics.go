@@ -36,7 +36,7 @@ func NewMetrics(r prometheus.Registerer) *Metrics {
 			[]string{"method", "reason"}),
 		refusals: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "kme_refusals_total",
 			Help: "Refused calls, by reason."}, []string{"reason"}),
-		// Without what was wrong: whoever reads metrics and may send payloads would have an oracle.
+		// The reason is not among the labels: whoever reads metrics and sends payloads would have an oracle.
 		rejected: prometheus.NewCounter(prometheus.CounterOpts{Name: "kme_rejected_payloads_total",
 			Help: "Payloads that were rejected; why stands in the log alone."}),
 		hsm: prometheus.NewHistogramVec(prometheus.HistogramOpts{
@@ -65,7 +65,7 @@ func NewMetrics(r prometheus.Registerer) *Metrics {
 	}
 	r.MustRegister(m.calls, m.refusals, m.rejected, m.hsm, m.queue, m.inFlight, m.attaches, m.accepted, m.panics,
 		m.equipment, m.unauthenticated)
-	// All that can be counted is there from the start: the first of a kind is an increase.
+	// All counters exist from the start, so that the first event is an increase.
 	for _, why := range []string{"certificate", "handshake", "client", "user", "token"} {
 		m.unauthenticated.WithLabelValues(why)
 	}
@@ -87,8 +87,7 @@ func (m *Metrics) Methods(names ...string) {
 	}
 }
 
-// Totals are what was counted since the start and is of interest over a day: attaches, established KMEs, and refusals
-// by reason.
+// Totals are the counts since the start that matter over a day: attaches, established KMEs, and refusals by reason.
 func (m *Metrics) Totals() map[string]float64 {
 	value := func(c prometheus.Counter) float64 {
 		var v dto.Metric

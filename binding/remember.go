@@ -26,7 +26,7 @@ func (s *Service) remember(client string, r *Refusal, attrs []any) {
 			p.Call = fmt.Sprint(attrs[i+1])
 		}
 	}
-	switch p.Call { // an administrator's question is none of the network's calls
+	switch p.Call { // an administrator's call says nothing about the network's
 	case "GetBinding", "ListBindings", "OpenProvisioning", "RevokeBinding":
 		return
 	}
@@ -36,7 +36,7 @@ func (s *Service) remember(client string, r *Refusal, attrs []any) {
 }
 
 // Unauthenticated logs and counts a caller that was not let in, because nobody knows who it is. why is a word for the
-// metric. Of many, some lines are left out; how many, another line says.
+// metric. If there are many, lines are left out, and another line says how many.
 func (s *Service) Unauthenticated(ctx context.Context, why string, attrs ...any) {
 	s.metrics.unauthenticated.WithLabelValues(why).Inc()
 	if s.unknown.Tell(why, func(left int) {

@@ -46,9 +46,8 @@ type Service struct {
 	listed    *listed
 	history   *sightings.History
 
-	// open has the attempts that this process has seen open, the last of each IMSI: the store need not be
-	// asked before their EstablishKME. Another process may have closed one since; then the store says so
-	// before it establishes anything.
+	// open caches the last open attempt of each IMSI, so that EstablishKME need not read it from the store. Another
+	// process may have closed it since: then the store refuses to establish.
 	open *otter.Cache[kme.IMSI, Attempt]
 }
 
@@ -108,8 +107,8 @@ func NewService(o Options) *Service {
 }
 
 // WithLots is the same service with other lots. Both have the same limits and metrics, and calls under way finish with
-// the lots that they began with. From now on the lists of revoked devices of these lots are read in the background, and
-// no more those of the lots before.
+// the lots that they began with. From now on their lists of revoked devices are read in the background, instead of
+// those of the lots before.
 func (s *Service) WithLots(lots *registry.Lots) *Service {
 	other := *s
 	other.lots = lots
@@ -117,7 +116,7 @@ func (s *Service) WithLots(lots *registry.Lots) *Service {
 	return &other
 }
 
-// enter admits a call that may reach the HSM. Work that nobody waits for is not begun: see hsmkeys.
+// enter admits a call that may reach the HSM. A call that nobody waits for any more is not admitted: see hsmkeys.
 func (s *Service) enter(ctx context.Context) (leave func(), err error) {
 	client := ActorOf(ctx).Client
 	if !s.limits.Take(client) {

@@ -47,8 +47,9 @@ func (s *Subscription) Standing() *Binding {
 	return s.Active
 }
 
-// Under is the binding under which vectors for an origin are processed. Beside an active binding a pending one is only
-// for the origin that established it: vectors for the old device, elsewhere, stay its own.
+// Under is the binding under which vectors for an origin are processed. If there are an active and a pending one, the
+// pending one counts only for the origin that established it: the old device, at another origin, still has the active
+// one.
 func (s *Subscription) Under(o kme.Origin) *Binding {
 	if s.Pending != nil && (s.Active == nil || s.Pending.Origin == o) {
 		return s.Pending
@@ -56,7 +57,7 @@ func (s *Subscription) Under(o kme.Origin) *Binding {
 	return s.Active
 }
 
-// Sent is the binding under which a vector that an origin was sent before now was processed.
+// Sent is the binding under which the last vector that an origin was sent was processed.
 func (s *Subscription) Sent(o kme.Origin) *Binding {
 	if s.Pending != nil && (s.Active == nil || s.Pending.SentTo(o)) {
 		return s.Pending
@@ -64,7 +65,7 @@ func (s *Subscription) Sent(o kme.Origin) *Binding {
 	return s.Active
 }
 
-// Opened says whether an administrator lets an origin provision, beside a binding too; and until when.
+// Opened says whether an administrator lets an origin provision, even if there is a binding; and until when.
 func (s *Subscription) Opened(o Origin) (until time.Time, ok bool) {
 	if o.Provisioning != Allowed {
 		return until, false
@@ -77,8 +78,8 @@ func (s *Subscription) Opened(o Origin) (until time.Time, ok bool) {
 	return until, !until.IsZero()
 }
 
-// Served says whether a device may be let in for more than provisioning. It may not where a vector went out in clear
-// beside an active binding, also if the origin says by now that it cannot provision.
+// Served says whether a device may be let in for more than provisioning. It may not if there is an active binding and a
+// vector was sent in clear all the same, even if the origin says by now that it cannot provision.
 func (s *Subscription) Served(o Origin) bool {
 	_, opened := s.Opened(o)
 	inClear := s.attempt(func(a Attempt) bool { return a.Origin == o.Name })
@@ -90,7 +91,7 @@ func (s *Subscription) Attempt(id string, o kme.Origin) *Attempt {
 	return s.attempt(func(a Attempt) bool { return sameText(a.ID, id) && a.Origin == o })
 }
 
-// Until is the opened attempt of an origin that lives until then; nil if there is none.
+// Until is an opened attempt of an origin that does not expire before then; nil if there is none.
 func (s *Subscription) Until(o kme.Origin, then time.Time) *Attempt {
 	return s.attempt(func(a Attempt) bool { return a.Origin == o && !a.Expires.Before(then) })
 }
@@ -102,8 +103,9 @@ func (s *Subscription) attempt(match func(Attempt) bool) *Attempt {
 	return nil
 }
 
-// Ends says what a report of an authentication does to the pending binding: success activates it if the origin was sent
-// a vector under it, failure drops it if the origin was, or established it. Nothing else is about it.
+// Ends says whether a report of an authentication ends the pending state. A success activates the binding if the origin
+// was sent a vector under it. A failure drops it if the origin was sent one, or established it. Other reports change
+// nothing.
 func (s *Subscription) Ends(o kme.Origin, ok bool) bool {
 	p := s.Pending
 	return p != nil && (p.SentTo(o) || !ok && p.Origin == o)
