@@ -60,7 +60,8 @@ type EquipmentPolicy struct {
 	NotInLot          EquipmentStatus // of one that cannot prove itself
 }
 
-// DefaultEquipmentPolicy lets a SIM work in its own device only. Devices that cannot prove themselves get no status.
+// DefaultEquipmentPolicy lets a SIM that is bound work in its own device only, and lets devices in that cannot prove
+// themselves.
 func DefaultEquipmentPolicy() EquipmentPolicy {
 	return EquipmentPolicy{OtherDevice: Blacklisted, OtherSubscription: Greylisted, NotInLot: Whitelisted}
 }

@@ -17,8 +17,8 @@ import (
 )
 
 // Storage and ledger key leave a token for another one, by RSA-OAEP under a key that the other one made (NewRestoreKey)
-// and the security officer of this one has imported as TRUSTED (ImportRecipient). It is TRUSTED for the moment of a
-// backup only, and wraps no other key.
+// and the security officer of this one has imported as TRUSTED (ImportRecipient). It is TRUSTED only while a backup is
+// made, and wraps no other key.
 
 // ImportRecipient imports the RSA key that receives the storage and ledger key. It logs in as the security officer,
 // once: no token of the URI may be open in the process.
@@ -38,7 +38,7 @@ func ImportRecipient(ctx context.Context, tokenURI string, officer PIN, to *rsa.
 type Carried struct {
 	Key     Key
 	Wrapped []byte // by RSA-OAEP
-	Check   []byte // what the key does with a known or a random value: whoever has it finds out whether it is the key
+	Check   []byte // the key's result on a known or a random value, by which the other token recognises the key
 }
 
 // CarryOut is the ledger key and all storage keys that the token has, under the key that ImportRecipient has imported,
@@ -74,7 +74,7 @@ func (t *OperatorToken) CarryOut(ctx context.Context) ([]Carried, error) {
 	})
 }
 
-// carriedKeys are those that a backup may have: the ledger key, and the generations of the storage key.
+// carriedKeys are the keys that a backup may hold: the ledger key, and the generations of the storage key.
 func carriedKeys() func(func(Key) bool) {
 	return func(yield func(Key) bool) {
 		if yield(keyspec.Ledger) {
@@ -83,8 +83,8 @@ func carriedKeys() func(func(Key) bool) {
 	}
 }
 
-// NewRestoreKey makes an RSA-3072 key that receives another token's storage and ledger key. It is a transport key (see
-// NewTransportKey) for those.
+// NewRestoreKey makes an RSA-3072 key that receives another token's storage and ledger key. It is what a transport key
+// (see NewTransportKey) is for a KEK.
 func (t *OperatorToken) NewRestoreKey(ctx context.Context) (*rsa.PublicKey, error) {
 	traits, err := t.learnt(ctx)
 	if err != nil {
@@ -98,14 +98,14 @@ func (t *OperatorToken) RestoreKeys(ctx context.Context) ([]*rsa.PublicKey, erro
 	return t.receivers(ctx, keyspec.RestoreLabel)
 }
 
-// DestroyRestoreKey ends one for good. Of one that is gone, it changes nothing.
+// DestroyRestoreKey destroys one. If it is gone already, nothing changes.
 func (t *OperatorToken) DestroyRestoreKey(ctx context.Context, pub *rsa.PublicKey) error {
 	return t.destroyReceiver(ctx, keyspec.RestoreLabel, pub)
 }
 
-// CarryIn imports keys that CarryOut has wrapped under a key of NewRestoreKey's, with the templates of our own. None is
-// imported before all have been shown to be what their check values say; one that the token has already must be so too.
-// It gives those that were imported.
+// CarryIn imports keys that CarryOut has wrapped under a key of NewRestoreKey, with our templates. It first compares
+// every key with its check value, also those that the token has already, and imports none if one differs. It gives
+// those that it has imported.
 func (t *OperatorToken) CarryIn(ctx context.Context, to *rsa.PublicKey, all []Carried) (taken []Key, err error) {
 	return doAs(ctx, t.base, Operator, "restore keys", func(s *p11.Session) (taken []Key, err error) {
 		var missing []Carried

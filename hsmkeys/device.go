@@ -13,9 +13,9 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// MakeDeviceKey makes a device's key pair and gives its public key, and its private key under the injection key:
-// PKCS #8 in AES-KWP (RFC 5649). The pair is a session object, gone when this returns; before it is wrapped it has
-// signed a challenge that the public key verifies, in software.
+// MakeDeviceKey makes a device's key pair and gives its public key, and its private key under the injection key: PKCS
+// #8 in AES-KWP (RFC 5649). The pair is made as session objects, which are gone when this returns. Before it is
+// wrapped, it signs a challenge, and the signature is verified in software.
 func (t *FactoryToken) MakeDeviceKey(
 	ctx context.Context, suite kme.Suite, injection Key,
 ) (pub crypto.PublicKey, wrapped []byte, err error) {

@@ -1,14 +1,14 @@
-// Package hsmkeys makes every PKCS #11 call of this project, and does nothing else: it opens tokens, makes and
-// finds keys, wraps, unwraps, decrypts, verifies, signs and seals. It knows the protocol of package kme, but no
-// lots' business, no directory and no database.
+// Package hsmkeys makes every PKCS #11 call of this project, and does nothing else: it opens tokens, makes and finds
+// keys, wraps, unwraps, decrypts, verifies, signs and seals. It knows the protocol of package kme, but not the lots,
+// the directory or the database.
 //
 // It has two layers. Package p11 below is a token that stays usable, and knows no key of ours; it makes its calls by
-// package ck. Here are the keys of a [FactoryToken], of an [OperatorToken], and of several operator's tokens with the
-// same keys, an [OperatorPool]. Package keyspec says what each key is, package keyop does things with one on a session,
-// package doctor tries what a token does, and package officer changes its security officer's PIN.
+// package ck. This package has the keys of a [FactoryToken], of an [OperatorToken], and of an [OperatorPool]: several
+// operator's tokens with the same keys. Package keyspec defines each key, package keyop uses keys on one session,
+// package doctor tests what a token does, and package officer changes its security officer's PIN.
 //
-// No private or secret key ever leaves a token through this package other than wrapped. It never fetches
-// an attribute that could hold one: to see that refused, the doctor asks how long it is.
+// Private and secret keys leave a token through this package only wrapped. It never fetches an attribute that could
+// hold one; the doctor asks only for the length of such an attribute.
 //
 // Handles are never kept longer than a login: keys are looked up by CKA_ID, which is derived from what the key is
 // for (see Key), so that a second run finds its own key and an outage cannot swap two keys.
@@ -90,7 +90,7 @@ func Slots(moduleOrURI string) (all []Slot, module string, err error) {
 	return all, module, err
 }
 
-// Sentences say of a token what it does not do, by findings that are not OK.
+// Sentences describe, one by one, the findings that are not OK.
 func Sentences(findings []Finding) []string { return doctor.Sentences(findings) }
 
 // SetOfficerPIN changes the security officer's PIN: see officer.SetPIN.

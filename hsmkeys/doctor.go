@@ -11,7 +11,7 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// Weaknesses are the trials that a token fails on which a side's keys rest. No key of the token is touched.
+// Weaknesses are the failed trials of what a side's keys depend on. No key of the token is touched.
 func (b *base) Weaknesses(ctx context.Context, side Side) ([]Finding, error) {
 	return doctor.Weaknesses(ctx, b.hsm, side)
 }
@@ -47,7 +47,7 @@ func (t *OperatorToken) DoctorOperator(ctx context.Context) ([]Finding, error) {
 	return t.examine(ctx, Operator, report)
 }
 
-// mechanisms reports them, and those of keys that are not there; those that are, examine reports.
+// mechanisms reports the mechanisms, and which keys are missing. Keys that are there are reported by examine.
 func (b *base) mechanisms(ctx context.Context, side Side, keys []Key) ([]Finding, error) {
 	report, err := doctor.Mechanisms(ctx, b.hsm, side)
 	if err != nil {
@@ -65,7 +65,7 @@ func (b *base) mechanisms(ctx context.Context, side Side, keys []Key) ([]Finding
 	return report, nil
 }
 
-// examine adds to a report what is tried, and what is seen of keys and token.
+// examine adds the trials to a report, and how the keys and the token are.
 func (b *base) examine(ctx context.Context, side Side, report []Finding) ([]Finding, error) {
 	seen, err := doctor.Examine(ctx, b.hsm, side)
 	if err != nil {

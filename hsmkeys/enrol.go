@@ -21,7 +21,7 @@ import (
 // TRUSTED key. The receiving key wraps, by its CKA_WRAP_TEMPLATE, nothing but its one key; a KEK wraps nothing but RSA
 // private keys; an injection key nothing but private keys that are not WRAP_WITH_TRUSTED, as device keys are. Otherwise
 // whoever has the user PIN could wrap a KEK for a fixture, whose key may be in software, and have every lot key that
-// the KEK has carried. An injection key is TRUSTED so that it is known for the security officer's: see keyop.Find.
+// the KEK has carried. An injection key is TRUSTED as a proof that the security officer has made it: see keyop.Find.
 func EnrollKey(ctx context.Context, tokenURI string, officer PIN, k Key, to *rsa.PublicKey) (created bool, err error) {
 	if err := weakkey.CheckWrapping(to); err != nil {
 		return false, err
@@ -47,8 +47,8 @@ func EnrollKey(ctx context.Context, tokenURI string, officer PIN, k Key, to *rsa
 	return created, err
 }
 
-// importRecipient imports an RSA key that wraps nothing but what fits a template, in the place of the one that was
-// there: of an earlier enrolment, or of a run that was interrupted. The security officer is logged in.
+// importRecipient imports an RSA key that wraps only keys of a template. It replaces the one of an earlier enrolment,
+// or of a run that was interrupted. The security officer is logged in.
 func (b *base) importRecipient(ctx context.Context, side Side, r Key, to *rsa.PublicKey, wraps ck.Attributes) error {
 	_, err := doAs(ctx, b, side, "import a key that receives", func(s *p11.Session) (none struct{}, err error) {
 		if err := b.destroy(s, pkcs11.CKO_PUBLIC_KEY, r); err != nil {
@@ -62,7 +62,7 @@ func (b *base) importRecipient(ctx context.Context, side Side, r Key, to *rsa.Pu
 	return err
 }
 
-// receives are the RSA keys that the security officer has imported.
+// receives gives the RSA keys that the security officer has imported.
 var receives = ck.Attributes{
 	ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), ck.Attr(pkcs11.CKA_TOKEN, true),
 	ck.Attr(pkcs11.CKA_TRUSTED, true),
@@ -94,7 +94,7 @@ func (b *base) checkRecipient(ctx context.Context, r Key, to *rsa.PublicKey) err
 	})
 }
 
-// WrapEnrolled is a key of EnrollKey under the RSA key that receives it, by RSA-OAEP (see keyspec.OAEP).
+// WrapEnrolled wraps a key of EnrollKey under the RSA key that receives it, by RSA-OAEP (see keyspec.OAEP).
 func (t *FactoryToken) WrapEnrolled(ctx context.Context, k Key) (wrapped []byte, err error) {
 	return doAs(ctx, t.base, Factory, "wrap an enrolled key", func(s *p11.Session) ([]byte, error) {
 		h, err := t.find(s, pkcs11.CKO_SECRET_KEY, k)

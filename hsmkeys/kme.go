@@ -19,12 +19,12 @@ const RANDSize = 16
 type RAND = [RANDSize]byte
 
 // EncryptRANDs encrypts RANDs, each as one AES-256 block under a sealed KME, inside the token: 3 calls, however many.
-// The text says only that RAND is encrypted; one block, of exactly its size, is our choice.
+// TR 33.868 says only that RAND is encrypted; to encrypt it as one block, which has its size, is our choice.
 func (t *OperatorToken) EncryptRANDs(ctx context.Context, sealed []byte, rands []RAND) ([]RAND, error) {
 	return t.randBlocks(ctx, "encrypt RANDs", sealed, rands, (*p11.Session).Encrypt)
 }
 
-// DecryptRAND undoes EncryptRANDs of one.
+// DecryptRAND decrypts a RAND of EncryptRANDs.
 func (t *OperatorToken) DecryptRAND(ctx context.Context, sealed []byte, rand RAND) (out RAND, err error) {
 	all, err := t.randBlocks(ctx, "decrypt RAND", sealed, []RAND{rand}, (*p11.Session).Decrypt)
 	if err != nil {

@@ -75,8 +75,8 @@ func (t *FactoryToken) EnsureLotKey(
 	return pub, mech, nil
 }
 
-// checkOrigin refuses a lot key that this token has not made, or that was open at some time: whoever has the user PIN
-// can put one there whose P and Q they know.
+// checkOrigin refuses a lot key that this token has not made, or that was readable at some time: with the user PIN,
+// somebody can import one whose P and Q they know.
 func (t *FactoryToken) checkOrigin(ctx context.Context, k Key) error {
 	return t.hsm.With(ctx, "look at a lot key", func(s *p11.Session) error {
 		h, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, k)
@@ -95,8 +95,8 @@ func (t *FactoryToken) checkOrigin(ctx context.Context, k Key) error {
 	})
 }
 
-// SealLotKey makes a lot key non-extractable for good: from then on it cannot be granted to anybody any more. Doing it
-// again changes nothing.
+// SealLotKey makes a lot key non-extractable for good: it can be granted to nobody any more. A second call changes
+// nothing.
 func (t *FactoryToken) SealLotKey(ctx context.Context, k Key) error {
 	return t.hsm.With(ctx, "seal a lot key", func(s *p11.Session) error {
 		h, sealed, err := t.findSealed(s, k)
@@ -107,7 +107,7 @@ func (t *FactoryToken) SealLotKey(ctx context.Context, k Key) error {
 	})
 }
 
-// LotKeySealed says whether SealLotKey has been done.
+// LotKeySealed says whether a lot key is sealed.
 func (t *FactoryToken) LotKeySealed(ctx context.Context, k Key) (sealed bool, err error) {
 	return p11.Do(ctx, t.hsm, "look at a lot key", func(s *p11.Session) (bool, error) {
 		_, sealed, err := t.findSealed(s, k)
@@ -126,8 +126,8 @@ func (t *FactoryToken) findSealed(s *p11.Session, k Key) (h pkcs11.ObjectHandle,
 	return h, !ck.IsTrue(a[0]), nil
 }
 
-// WrapLotKey is a lot key under an operator's KEK, by AES-KWP (RFC 5649) around PKCS #8. The token refuses it under
-// any key that the security officer has not made TRUSTED.
+// WrapLotKey wraps a lot key, as PKCS #8, under an operator's KEK by AES-KWP (RFC 5649). The token refuses it under any
+// key that the security officer has not made TRUSTED.
 func (t *FactoryToken) WrapLotKey(ctx context.Context, lot, kek Key) (wrapped []byte, err error) {
 	return doAs(ctx, t.base, Factory, "wrap a lot key", func(s *p11.Session) ([]byte, error) {
 		h, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, lot)

@@ -7,8 +7,8 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 )
 
-// RememberLotKeys looks the keys of all lots up at once, and says how many there are: after that, none is looked for
-// when its first payload comes. Without it all goes well too.
+// RememberLotKeys finds the keys of all lots at once, and says how many there are. It saves the search at each lot's
+// first payload, and changes nothing else.
 func (t *OperatorToken) RememberLotKeys(ctx context.Context) (n int, err error) {
 	n, err = keyop.RememberPrivateKeys(t.hsm, func(f func(*p11.Session) error) error {
 		return t.hsm.With(ctx, "look for a key", f)

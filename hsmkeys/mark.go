@@ -13,12 +13,12 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 )
 
-// private has an object that only somebody who is logged in as the user can make or see. Anybody can make others, in a
-// session that is not logged in: an object of a mark's name that is not PRIVATE is none.
+// private marks an object that only a logged-in user can make or see. Without a login, anybody can make other objects:
+// so an object with a mark's name that is not PRIVATE does not count.
 var private = ck.Attributes{ck.Attr(pkcs11.CKA_PRIVATE, true)}
 
-// Marks gives the marks that SetMark has left: one; or several, of processes that set one at the same time or were
-// killed meanwhile.
+// Marks gives the marks in the token. There are several if processes set one at the same time, or were killed while
+// they did.
 func (t *OperatorToken) Marks(ctx context.Context) ([][]byte, error) {
 	return p11.Do(ctx, t.hsm, "read the high-water mark", func(s *p11.Session) (all [][]byte, err error) {
 		found, err := s.Notes(keyspec.MarkLabel, private)
@@ -29,9 +29,8 @@ func (t *OperatorToken) Marks(ctx context.Context) ([][]byte, error) {
 	})
 }
 
-// SetMark sets a mark, a text, in the place of others, and leaves those that another process has set meanwhile. Only
-// somebody who has the user PIN can do that. It is a new object: one that is changed in its place could be lost with
-// the process.
+// SetMark sets a mark and removes the given others; marks that another process has set meanwhile stay. It needs the
+// user PIN. It makes a new object, because one that is changed in place could be lost when the process is killed.
 func (t *OperatorToken) SetMark(ctx context.Context, mark []byte, others [][]byte) error {
 	_, err := doAs(ctx, t.base, Operator, "set the high-water mark", func(s *p11.Session) (struct{}, error) {
 		before, err := s.Notes(keyspec.MarkLabel, private)

@@ -24,12 +24,12 @@ const (
 	FaultSignature Fault = "signature" // KME_SIG does not verify
 )
 
-// Opened is what a payload became in the token. With a Fault, the other fields hold nothing of use.
+// Opened is the result of OpenPayload. With a Fault, the other fields are meaningless.
 type Opened struct {
 	Fault  Fault
 	NWSig  [32]byte // SHA-256(KME || RME)
 	Tag    []byte   // HMAC-SHA-256(KME) under the ledger key
-	Sealed []byte   // the KME under the storage key: that one's generation, and AES key wrap (RFC 3394), 41 bytes
+	Sealed []byte   // the KME under the storage key: its generation, 1 byte, and AES key wrap (RFC 3394), 40 bytes
 }
 
 // A Payload is one to open.
@@ -38,17 +38,17 @@ type Payload struct {
 	Lot    Key
 	N      *rsa.PublicKey   // the lot's
 	Device crypto.PublicKey // whose KME_SIG it must have
-	For    kme.Context      // what the bound suite's KME_SIG is about
+	For    kme.Context      // what KME_SIG covers in the bound suite
 	Bytes  []byte
 }
 
 // OpenPayload decrypts a payload, validates KME_SIG, tags the KME for the ledger and seals it: 9 calls, the last 7 of
-// them in three steps that do not wait for one another where the token is far. The payload must have exactly k bytes;
-// an error otherwise, and when the token fails. The KME is in this process only between decryption and sealing, and is
-// wiped; in the token it is an object for p11.LeftFor.
+// them in three steps, which run in parallel if the token is far. A payload that does not have exactly k bytes is an
+// error, and so is a failure of the token. The KME is in this process only between decryption and sealing, and is
+// wiped; in the token it is an object for p11.LeftFor at most.
 //
-// Whatever is wrong with the payload's content, all steps run, with a stand-in where the content is of no use, so
-// that neither the answer nor its time says which step found it: with textbook RSA that would be an oracle.
+// If the payload's content is wrong, all steps run all the same, on substitute values. So neither the answer nor its
+// time says which step has failed: with textbook RSA that would be an oracle.
 func (t *OperatorToken) OpenPayload(ctx context.Context, in Payload) (*Opened, error) {
 	suite, device := in.Suite, in.Device
 	reduced, inRange, err := kme.ReducePayload(in.N, in.Bytes)

@@ -15,12 +15,12 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// An OperatorPool is an operator's token, or several with the same keys, as an HSM's own tool makes them: they share
-// the load, and what one of them cannot do because it is away, another does. All methods may be called concurrently.
+// An OperatorPool is an operator's token, or several with the same keys, which the HSM's own tool has copied. They
+// share the load; if one is away, the others do its work. All methods may be called concurrently.
 type OperatorPool struct{ pool *p11.Pool[*OperatorToken] }
 
 // OpenOperatorPool opens the tokens that the URIs name. It refuses tokens whose storage or ledger keys are not the
-// same: a KME sealed in one would be lost in the other, or accepted there a second time.
+// same: a KME that one has sealed would be lost in the other, or accepted there a second time.
 func OpenOperatorPool(ctx context.Context, uris []string, o Options) (*OperatorPool, error) {
 	if len(uris) == 0 {
 		return nil, errors.New("no token is named")

@@ -17,15 +17,15 @@ import (
 // see p11.Session.PutNote.
 type Dedication struct {
 	Side Side `json:"role"`
-	// what the token does not keep secret as it should, and whoever made it was told and accepted
+	// in which ways the token does not keep keys secret, as the administrator who ran init has accepted
 	Weak []string `json:"weak,omitempty"`
 }
 
 // ErrNotDedicated: init was not run on the token.
 var ErrNotDedicated = Setting(errors.New("the token has no keys of this project yet: run init first"))
 
-// Dedicate says for ever that the token is of one side. A token that is of the other is refused; of one that is
-// dedicated already, nothing changes.
+// Dedicate makes a token one side's for ever. It refuses a token of the other side. If the token is dedicated already,
+// nothing changes.
 func (b *base) Dedicate(ctx context.Context, d Dedication) (created bool, err error) {
 	text, err := json.Marshal(d)
 	if err != nil {
@@ -41,7 +41,7 @@ func (b *base) Dedicate(ctx context.Context, d Dedication) (created bool, err er
 	})
 }
 
-// Weak is what the token does not keep secret as it should. It was accepted when the token was initialised.
+// Weak says in which ways the token does not keep keys secret. They were accepted when it was initialised.
 func (b *base) Weak(ctx context.Context) (weak []string, err error) {
 	return p11.Do(ctx, b.hsm, "ask what the token is for", func(s *p11.Session) ([]string, error) {
 		d, err := b.dedication(s)

@@ -14,10 +14,10 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 )
 
-// A Rotation seals KMEs again, under the newest generation of the storage key. The older ones cannot: by their
-// CKA_UNWRAP_TEMPLATE no KME that they unwrap can be wrapped. As in a backup, they are wrapped under an RSA key that
-// the security officer has imported, whose private half is in the same token; and unwrapped into session objects
-// without such a template, which end with this process. No KME is ever in its memory.
+// A Rotation seals KMEs again, under the newest generation of the storage key. It needs copies of the earlier storage
+// keys: by their CKA_UNWRAP_TEMPLATE, no KME that they unwrap can be wrapped again. So, as in a backup, they are
+// wrapped under an RSA key that the security officer has imported, whose private half is in the same token, and
+// unwrapped as session objects without such a template. These end with the process. No KME is ever in its memory.
 type Rotation struct {
 	*OperatorToken
 	to      *rsa.PublicKey
@@ -90,8 +90,7 @@ func (r *Rotation) begin(ctx context.Context) error {
 	return err
 }
 
-// Made says whether this rotation has made its newest generation. If not, an earlier one did, which was not finished,
-// or not ended.
+// Made says whether this rotation has made the newest generation. If not, it continues an earlier rotation.
 func (r *Rotation) Made() bool { return r.made }
 
 // Newest is the generation that KMEs are sealed under.
@@ -128,7 +127,7 @@ func (r *Rotation) Reseal(ctx context.Context, sealed []byte) ([]byte, error) {
 	})
 }
 
-// earlier is a storage key of an earlier generation as an object of this session, with which it ends.
+// earlier gives a storage key of an earlier generation as an object of this session.
 func (r *Rotation) earlier(s *p11.Session, generation int) (pkcs11.ObjectHandle, error) {
 	wrapped := r.wrapped[generation]
 	if wrapped == nil {
@@ -145,11 +144,11 @@ func (r *Rotation) earlier(s *p11.Session, generation int) (pkcs11.ObjectHandle,
 	})
 }
 
-// SealedFrom is what a KME that is sealed under this generation of the storage key, or a later one, is not below, byte
-// by byte.
+// SealedFrom is the smallest value, byte by byte, of a KME that is sealed under this generation of the storage key or a
+// later one.
 func SealedFrom(generation int) []byte { return []byte{byte(generation)} }
 
-// StorageGenerations are those that the token has, in their order.
+// StorageGenerations gives those that the token has, in ascending order.
 func (t *OperatorToken) StorageGenerations(ctx context.Context) (all []int, err error) {
 	return doAs(ctx, t.base, Operator, "look for storage keys", func(s *p11.Session) (all []int, err error) {
 		for k := range keyspec.Storage.Generations() {

@@ -15,8 +15,8 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// EnsureStorageKey makes the AES-256 key that seals KMEs, in its first generation, unless the token has one. Whoever
-// unwraps a KME with it can have it as OpenPayload and EncryptRANDs have it, and in no other way. It can be backed up,
+// EnsureStorageKey makes the AES-256 key that seals KMEs, in its first generation, unless the token has one. A KME that
+// is unwrapped with it always has the attributes that OpenPayload and EncryptRANDs give it. The key can be backed up,
 // under a TRUSTED key.
 func (t *OperatorToken) EnsureStorageKey(ctx context.Context) (created bool, err error) {
 	if has, err := t.hasStorage(ctx); err != nil || has {
@@ -45,19 +45,19 @@ func (t *OperatorToken) hasStorage(ctx context.Context) (bool, error) {
 	})
 }
 
-// A sealing is the generation of the storage key that seals, for some time, and as long as no handle was forgotten.
+// A sealing caches which generation of the storage key seals: for some time, and until handles are forgotten.
 type sealing struct {
 	generation int
 	until      time.Time
 	epoch      int64
 }
 
-// LookAgain is after how long a token is asked again whether there is a newer storage key: so long after one was made,
-// and the calls then under way, nobody seals with an older one.
+// LookAgain is how often a token is asked whether there is a newer storage key. So, once that time has passed since a
+// key was made, only calls that were under way seal with an older one.
 const LookAgain = 5 * time.Second
 
-// newestStorage finds the storage key that seals. A generation that is not used any more is gone, so the first that is
-// there need not be 1; after it, none is left out.
+// newestStorage finds the storage key that seals. Generations that are not used any more are destroyed, so the first
+// one need not be 1. From there on, none is missing.
 func (t *OperatorToken) newestStorage(s *p11.Session) (generation int, h pkcs11.ObjectHandle, err error) {
 	epoch := t.hsm.Epoch()
 	if known := t.sealing.Load(); known != nil && known.epoch == epoch && time.Now().Before(known.until) {
@@ -95,8 +95,8 @@ func (t *OperatorToken) EnsureLedgerKey(ctx context.Context) (created bool, err 
 		keyspec.LedgerTemplate(traits))
 }
 
-// Derive makes a key of the ledger key for a purpose: HMAC-SHA-256 of its name, made in the token. No name has as many
-// bytes as a KME, so that no key is the tag of one. It is as secret as what it is for; the caller wipes it.
+// Derive derives a key for a purpose from the ledger key: HMAC-SHA-256 of the purpose's name, computed in the token. No
+// name has the length of a KME, so no derived key is the tag of a KME. The caller wipes it.
 func (t *OperatorToken) Derive(ctx context.Context, purpose string) (kme.Secret, error) {
 	name := []byte("kme derived key " + purpose)
 	if len(name) == kme.SecretSize {

@@ -35,17 +35,18 @@ type OperatorToken struct {
 
 // Options say how a token is used. The zero value is right for a command.
 type Options struct {
-	// HangTimeout is after how long a call is given up; 0 for the time that the slowest takes, which makes a lot key.
+	// HangTimeout is after how long a call is given up. 0 stands for a time in which a lot key can be made, the slowest
+	// call.
 	HangTimeout time.Duration
 	// Observer is told of operations; it may be nil.
 	Observer Observer
 	// Changed is told how a token was and is, when its circuit breaker changes its state, when a call hangs or comes
 	// back, and of each panic; it may be nil. It must return at once, and make no call to the token.
 	Changed func(token string, was, is Health)
-	// VerifyInSoftware has KME_SIG validated in this process, for operators' tokens without the mechanism: it needs no
-	// secret, and no answer is another by it.
+	// VerifyInSoftware validates KME_SIG in this process, for operators' tokens without the mechanism. That needs no
+	// secret, and changes no answer.
 	VerifyInSoftware bool
-	// Sessions is how many operations may be in the token at once; 0 for what its distance and its limits suggest.
+	// Sessions is how many operations may be in the token at once; 0 for a number by its distance and its limits.
 	Sessions int
 
 	renewAfter int64 // see p11.Options
@@ -129,8 +130,7 @@ func (b *base) destroy(s *p11.Session, class uint, k Key) error {
 	return keyop.Destroy(b.hsm, s, class, k)
 }
 
-// ensure finds a key or makes it, and says which. Two runs at once could both make it; find then refuses both, and
-// init is no command that a machine repeats.
+// ensure finds a key or makes it, and says which. Two runs at once could both make it: then find refuses both.
 func (b *base) ensure(
 	ctx context.Context, side Side, class uint, k Key, generate func(*p11.Session) error,
 ) (created bool, err error) {

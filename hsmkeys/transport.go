@@ -14,15 +14,14 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 )
 
-// NewTransportKey makes an RSA-3072 key that receives one KEK. Its CKA_UNWRAP_TEMPLATE makes that a key that unwraps
-// and never leaves the token; but a template cannot nest, so it would make the KEK without one of its own, too:
-// DestroyTransportKey ends it when the KEK is there.
+// NewTransportKey makes an RSA-3072 key that receives one KEK. By its CKA_UNWRAP_TEMPLATE, the KEK can only unwrap, and
+// never leaves the token. But templates cannot nest: the transport key could also unwrap the KEK without the KEK's own
+// template. So DestroyTransportKey destroys it when the KEK is there.
 func (t *OperatorToken) NewTransportKey(ctx context.Context) (*rsa.PublicKey, error) {
 	return t.newReceiver(ctx, keyspec.TransportLabel, keyspec.ImportedKEK)
 }
 
-// newReceiver makes an RSA-3072 key, with a label that begins so, under which keys come into the token as template has
-// them.
+// newReceiver makes an RSA-3072 key that unwraps keys by a template. label is how its label begins.
 func (t *OperatorToken) newReceiver(
 	ctx context.Context, label string, template ck.Attributes,
 ) (*rsa.PublicKey, error) {
@@ -46,7 +45,7 @@ func (t *OperatorToken) receivers(ctx context.Context, label string) ([]*rsa.Pub
 	})
 }
 
-// DestroyTransportKey ends a transport key for good. Of one that is gone, it changes nothing.
+// DestroyTransportKey destroys a transport key. If it is gone already, nothing changes.
 func (t *OperatorToken) DestroyTransportKey(ctx context.Context, pub *rsa.PublicKey) error {
 	return t.destroyReceiver(ctx, keyspec.TransportLabel, pub)
 }
@@ -64,9 +63,9 @@ func (t *OperatorToken) destroyReceiver(ctx context.Context, label string, pub *
 	})
 }
 
-// UnwrapKEK takes an operator KEK, wrapped under a transport key, into the token, for unwrapping lot keys only and
-// never to be extracted: by its CKA_UNWRAP_TEMPLATE, lot keys are as UnwrapLotKey makes them, whoever unwraps them. An
-// earlier KEK of the same name and generation is replaced, once the new one has been shown to unwrap.
+// UnwrapKEK imports an operator's KEK, wrapped under a transport key. The KEK is never extractable and only unwraps lot
+// keys, which always get the attributes that UnwrapLotKey gives them, by its CKA_UNWRAP_TEMPLATE. It replaces an
+// earlier KEK of the same name and generation, after the new one was shown to unwrap.
 func (t *OperatorToken) UnwrapKEK(ctx context.Context, kek Key, transport *rsa.PublicKey, wrapped []byte) error {
 	if len(wrapped) == 0 {
 		return errors.New("the enrolment holds no wrapped key")
@@ -102,9 +101,9 @@ func (t *OperatorToken) UnwrapKEK(ctx context.Context, kek Key, transport *rsa.P
 	return err
 }
 
-// UnwrapLotKey takes a lot key, wrapped under the KEK, into the token, for decryption only and never to be extracted.
-// The key is proved to be that of pub before it becomes a token object, so that a wrong one leaves nothing behind;
-// a lot key that the token already has is proved in its stead, and then none is taken.
+// UnwrapLotKey imports a lot key, wrapped under the KEK. The key only decrypts, and is never extractable. It is proved
+// to be the key of pub before it becomes a token object, so a wrong one leaves nothing behind. If the token has the lot
+// key already, that one is proved, and nothing is imported.
 func (t *OperatorToken) UnwrapLotKey(
 	ctx context.Context, lot, kek Key, wrapped []byte, pub *rsa.PublicKey,
 ) (taken bool, err error) {

@@ -12,8 +12,8 @@ type Attributes = []*pkcs11.Attribute
 // Attr is an attribute with its value.
 func Attr(typ uint, value any) *pkcs11.Attribute { return pkcs11.NewAttribute(typ, value) }
 
-// Usages are all that a private or secret key can be for. A template has each of them set or cleared: what it leaves
-// out, tokens choose, and SoftHSM chooses true.
+// Usages are all usages of private and secret keys. A template sets or clears each of them: tokens choose what it
+// leaves out, and SoftHSM chooses true.
 var Usages = []uint{
 	pkcs11.CKA_SIGN, pkcs11.CKA_VERIFY, pkcs11.CKA_ENCRYPT, pkcs11.CKA_DECRYPT,
 	pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP, pkcs11.CKA_DERIVE,
@@ -41,9 +41,9 @@ func Guarded(extractable bool) Attributes {
 // Unextractable is a key that never leaves its token.
 var Unextractable = Attributes{Attr(pkcs11.CKA_SENSITIVE, true), Attr(pkcs11.CKA_EXTRACTABLE, false)}
 
-// Frozen makes a template of an object that nobody can change or copy. Without it, whoever has the user PIN could add
-// DECRYPT to a key that only wraps, and decrypt with it what it wrapped. MODIFIABLE comes last: SoftHSM sets attributes
-// in their order, and of an unwrapped key it sets none after that one.
+// Frozen makes a template that of an object which nobody can change or copy. Without it, whoever has the user PIN could
+// add DECRYPT to a key that only wraps, and decrypt with it what it wrapped. MODIFIABLE comes last: SoftHSM sets
+// attributes in their order, and of an unwrapped key it sets none after that one.
 func Frozen(parts ...Attributes) Attributes {
 	return append(Join(parts...), Attr(pkcs11.CKA_COPYABLE, false), Attr(pkcs11.CKA_MODIFIABLE, false))
 }
@@ -53,11 +53,10 @@ func InSession(parts ...Attributes) Attributes {
 	return append(Join(parts...), Attr(pkcs11.CKA_TOKEN, false))
 }
 
-// Join is one template of several parts.
+// Join joins parts to one template.
 func Join(parts ...Attributes) Attributes { return slices.Concat(parts...) }
 
-// Nested is an array attribute, as CKA_UNWRAP_TEMPLATE is, with its members: a part of a template. A template within it
-// is not possible.
+// Nested is an array attribute, such as CKA_UNWRAP_TEMPLATE, with its members. They cannot be nested again.
 func Nested(typ uint, members ...Attributes) Attributes {
 	all := Join(members...)
 	return append(Attributes{{Type: typ, Value: []byte{byte(len(all))}}}, all...)
@@ -86,5 +85,5 @@ func Without(template Attributes, types ...uint) Attributes {
 // IsTrue says of a boolean attribute's value whether it is CK_TRUE.
 func IsTrue(value []byte) bool { return len(value) == 1 && value[0] == 1 }
 
-// Mechanism is one without a parameter, for calls of Session.Ctx.
+// Mechanism makes a mechanism without a parameter, for calls of Session.Ctx.
 func Mechanism(m uint) []*pkcs11.Mechanism { return []*pkcs11.Mechanism{pkcs11.NewMechanism(m, nil)} }

@@ -9,7 +9,8 @@ typedef struct { ck type; void *value; ck length; } ck_attribute;
 typedef ck (*ck_init)(ck session, ck_mechanism *, ck key);
 typedef ck (*ck_single)(ck session, unsigned char *in, ck in_size, unsigned char *out, ck *out_size);
 
-// CK_FUNCTION_LIST of PKCS #11 2.40, with which those of later versions begin; typed are the functions called here.
+// CK_FUNCTION_LIST of PKCS #11 2.40, with which those of later versions begin. Only the functions that are called here
+// have their types.
 typedef struct {
 	unsigned char version[2];
 	void *before_create_object[20];
@@ -52,8 +53,8 @@ static ck_mechanism mechanism(ck m)
 	return (ck_mechanism){ m, 0, 0 };
 }
 
-// A template, and the members of its array attributes. Go gives it as rows: a type, a size and a number of members for
-// each attribute; and their values one after the other. The members of an array attribute follow it.
+// A template with the members of its array attributes. Go passes a row for each attribute (type, size, number of
+// members), and all values one after the other. The members of an array attribute follow it.
 typedef struct { ck_attribute a[max_attributes], member[max_attributes]; ck count; } ck_template;
 
 static void template(ck_template *t, const ck *shape, ck rows, unsigned char *values)
@@ -153,17 +154,17 @@ import (
 	"github.com/miekg/pkcs11"
 )
 
-// Here are the calls that miekg/pkcs11 is not made for: those that make objects, since it cannot express a template
-// within a template; and those on the way of every payload and every device key. It asks the token for the size of each
-// result with a call of its own, which is a round trip to a network HSM, and for C_WrapKey half of the work in SoftHSM;
-// and it frees the copies that it makes of secrets without wiping them. See docs/decisions/0012-direct-calls.md.
+// The calls that do not use miekg/pkcs11: those that make objects, since it cannot express a template within a
+// template; and those of every payload and every device key. It asks the token for the size of each result first, which
+// is one more round trip to a network HSM, and doubles the work of C_WrapKey in SoftHSM; and it frees its copies of
+// secrets without wiping them. See docs/decisions/0012-direct-calls.md.
 
 // Functions is a module's function list.
 type Functions = *C.ck_list
 
-// FunctionsOf is the function list that miekg/pkcs11 has got from the module, by reflection on an unexported field. It
-// cannot be had from the module: p11-kit's client and its proxy give another list each time that they are asked, which
-// knows nothing of the sessions of the others; SoftHSM and NSS softoken would give the same.
+// FunctionsOf gives miekg/pkcs11's function list of the module, by reflection on an unexported field. The module cannot
+// be asked for it: p11-kit's client and its proxy return a new list each time, which does not know the sessions of the
+// others. (SoftHSM and NSS softoken would return the same one.)
 func FunctionsOf(module *pkcs11.Ctx) (Functions, error) {
 	if ctx := reflect.ValueOf(module).Elem().FieldByName("ctx"); ctx.Kind() == reflect.Pointer {
 		if sym := ctx.Elem().FieldByName("sym"); sym.Kind() == reflect.Pointer && !sym.IsNil() {
@@ -180,7 +181,7 @@ func toError(rv C.ck) error {
 	return pkcs11.Error(rv)
 }
 
-// crypt makes the two calls of an operation in one part. out has room for the result.
+// crypt makes the two calls of a single-part operation. out has room for the result.
 func (s *Session) crypt(
 	operation C.int, mechanism uint, key pkcs11.ObjectHandle, in, out []byte,
 ) ([]byte, error) {
@@ -216,7 +217,7 @@ func (s *Session) Sign(mechanism uint, key pkcs11.ObjectHandle, in, out []byte) 
 
 // Verify says whether a signature is that of data.
 func (s *Session) Verify(mechanism uint, key pkcs11.ObjectHandle, data, sig []byte) (bool, error) {
-	// A token calls a pointer that is NULL a bad argument, also where there is nothing (CKR_ARGUMENTS_BAD).
+	// Tokens refuse NULL even for empty data (CKR_ARGUMENTS_BAD).
 	none := []byte{0}
 	from := func(b []byte) *C.uchar {
 		if len(b) == 0 {
@@ -246,8 +247,8 @@ func (s *Session) Wrap(mechanism uint, wrapping, key pkcs11.ObjectHandle, out []
 // ckfArrayAttribute is in the types of array attributes (PKCS #11 v2.40 section 4.1).
 const ckfArrayAttribute = 0x40000000
 
-// shape is a template as C takes it: a type, a size and a number of members for each attribute, and their values in a
-// row, copies that may be secret.
+// shape is a template as C takes it: type, size and number of members of each attribute, and all values one after the
+// other. The values are copies, and may be secret.
 func shape(a Attributes) (rows []C.ck, values []byte, err error) {
 	if len(a) > C.max_attributes {
 		return nil, nil, fmt.Errorf("a template of %d attributes: there is room for %d, see max_attributes",
@@ -337,8 +338,8 @@ func (s *Session) Unwrap(
 	})
 }
 
-// Size is how long an attribute is that the token would give, 0 if it would not. The value is not fetched: there is no
-// room for it in the call.
+// Size is the length of an attribute that the token would give; 0 if it would not. The value is not fetched: the call
+// has no buffer for it.
 func (s *Session) Size(h pkcs11.ObjectHandle, attribute uint) (uint, error) {
 	var size C.ck
 	err := toError(C.attribute_size(s.functions, C.ck(s.ID), C.ck(h), C.ck(attribute), &size))

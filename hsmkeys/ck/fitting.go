@@ -6,21 +6,20 @@ import (
 	"github.com/miekg/pkcs11"
 )
 
-// Optional are attributes that a token may have no place for, and without which our objects still serve. NSS softoken
-// has none for either in token objects: C_GenerateKey with one of them is CKR_GENERAL_ERROR. What the keys lose by it,
-// the doctor sees when it copies one.
+// Optional has attributes that some tokens do not support, and without which our objects still work. NSS softoken has
+// none for either in token objects: C_GenerateKey with one of them is CKR_GENERAL_ERROR. The doctor sees what keys lose
+// by that when it copies one.
 var Optional = []uint{pkcs11.CKA_COPYABLE, pkcs11.CKA_DESTROYABLE}
 
-// Refused is what tokens say of a template that they do not take. None of it says which attribute they mean,
-// and some means other things too.
+// Refused has the return codes for a template that a token does not support. None says which attribute is meant, and
+// some have other meanings, too.
 var Refused = []pkcs11.Error{
 	pkcs11.CKR_ATTRIBUTE_TYPE_INVALID, pkcs11.CKR_ATTRIBUTE_VALUE_INVALID, pkcs11.CKR_ATTRIBUTE_READ_ONLY,
 	pkcs11.CKR_TEMPLATE_INCONSISTENT, pkcs11.CKR_GENERAL_ERROR, pkcs11.CKR_FUNCTION_FAILED,
 }
 
-// Fitting makes an object by a template, with what of it the token has a place for. That is learnt where a token
-// refuses the whole of it, by trying each optional attribute on an object of no other use: a token that takes all is
-// never asked.
+// Fitting makes an object by a template without the optional attributes that the token does not support. If a token
+// refuses the whole template, it finds these out by trying each optional attribute on an object for that purpose.
 func (s *Session) Fitting(
 	a Attributes, make func(Attributes) (pkcs11.ObjectHandle, error),
 ) (pkcs11.ObjectHandle, error) {
@@ -55,8 +54,8 @@ func leavingOut(a Attributes, lacks uint32) Attributes {
 	return a
 }
 
-// lacking tries whether the token refuses an attribute, and nothing else of a token object. Once could be a fault that
-// passes, and then a key would lose for good what keeps it.
+// lacking tries whether the token refuses a token object just because of an attribute. It tries more than once: after a
+// passing fault, a key would be made without its protection for good.
 func (s *Session) lacking(typ uint) bool {
 	try := func(more ...*pkcs11.Attribute) error {
 		h, err := s.Ctx.GenerateKey(s.ID, Mechanism(pkcs11.CKM_AES_KEY_GEN),

@@ -18,8 +18,8 @@ type Session struct {
 	lacks     *atomic.Uint32
 }
 
-// NewSession takes a session that is open. lacks says, by bits, which of the attributes in Optional the token has no
-// place for; all sessions of a token share it.
+// NewSession wraps an open session. lacks has a bit for each attribute of Optional that the token does not support; all
+// sessions of a token share it.
 func NewSession(module *pkcs11.Ctx, id pkcs11.SessionHandle, f Functions, lacks *atomic.Uint32) Session {
 	return Session{Ctx: module, ID: id, functions: f, lacks: lacks}
 }
@@ -73,22 +73,21 @@ type Note struct {
 	Text   []byte
 }
 
-// PutNote makes a token object that holds a text, in the CKA_APPLICATION of a data object: nothing of ours ever fetches
-// a CKA_VALUE.
+// PutNote stores a text in the token, as the CKA_APPLICATION of a data object: this project never fetches a CKA_VALUE.
 func (s *Session) PutNote(label string, text []byte, how Attributes) error {
 	common := Frozen(Attributes{Attr(pkcs11.CKA_TOKEN, true), Attr(pkcs11.CKA_LABEL, label)}, how)
 	_, err := s.Create(Join(
 		Attributes{Attr(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), Attr(pkcs11.CKA_APPLICATION, text)}, common))
 	if err != nil && IsCKR(err, Refused...) {
-		// NSS softoken keeps no data objects (CKR_ATTRIBUTE_VALUE_INVALID). There a key of no use says it by its
-		// CKA_ID.
+		// NSS softoken keeps no data objects (CKR_ATTRIBUTE_VALUE_INVALID). There, the CKA_ID of a key without a use
+		// has the text.
 		_, err = s.Generate(pkcs11.CKM_AES_KEY_GEN, Join(
 			Attributes{Attr(pkcs11.CKA_VALUE_LEN, 32), Attr(pkcs11.CKA_ID, text)}, Unextractable, Use(Usages), common))
 	}
 	return err
 }
 
-// Notes finds the texts of a label, in objects that are how PutNote made them.
+// Notes gives the texts that PutNote has stored under a label.
 func (s *Session) Notes(label string, how Attributes) (all []Note, err error) {
 	found, err := s.Find(Join(Attributes{Attr(pkcs11.CKA_TOKEN, true), Attr(pkcs11.CKA_LABEL, label)}, how))
 	if err != nil {

@@ -19,12 +19,11 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 )
 
-// The baseline: what the token does in a second when nothing is asked of it but the operation that the rest has to be
-// made for. It has sessions of its own, and the calls are those of miekg/pkcs11, as a loop that anybody writes makes
-// them.
+// The baseline: how often a second the token does the one operation that cannot be avoided, and nothing else. It uses
+// sessions of its own, and plain calls of miekg/pkcs11, as anybody would write such a loop.
 
-// BareDecryptions is the baseline of OpenPayload: raw decryptions a second with a lot key, on so many sessions; with 0
-// on as many as SoftHSM is the fastest with.
+// BareDecryptions is the baseline of OpenPayload: raw decryptions a second with a lot key, on so many sessions; 0 for
+// as many as are the fastest with SoftHSM.
 func BareDecryptions(
 	ctx context.Context, t *p11.Token, lot keyspec.Key, n *rsa.PublicKey, sessions int, d time.Duration,
 ) (float64, error) {
@@ -40,7 +39,7 @@ func BareDecryptions(
 }
 
 // BareDeviceKeys is the baseline of MakeDeviceKey in the suites with P-256: key pairs a second that are made, wrapped
-// and destroyed. Their private keys are PRIVATE, as tokens make them unless told otherwise.
+// and destroyed. Their private keys are PRIVATE, which is the default of tokens.
 func BareDeviceKeys(
 	ctx context.Context, t *p11.Token, injection keyspec.Key, d time.Duration,
 ) (float64, error) {
@@ -55,8 +54,7 @@ func BareDeviceKeys(
 	})
 }
 
-// bareSessions are those for each core with which SoftHSM is the fastest at it: a loop has nothing else to do while it
-// waits.
+// bareSessions is the number of sessions for each core with which SoftHSM is the fastest.
 const bareSessions = 4
 
 // bare runs f on many sessions for as long as d, and gives how often a second.

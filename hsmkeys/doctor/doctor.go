@@ -1,5 +1,6 @@
-// Package doctor says what a token can do, what it refuses as it should, and whether the keys in it are as they were
-// made: by asking, by trying on objects of sessions of its own that are gone afterwards, and by looking.
+// Package doctor says what a token can do, whether it refuses what it should, and whether its keys are as they were
+// made. It asks the token, tries operations on session objects of its own, which are gone afterwards, and reads
+// attributes.
 package doctor
 
 import (
@@ -19,7 +20,7 @@ type Finding struct {
 	Check string `json:"check"` // the mechanism or key looked at
 	For   string `json:"for"`   // what it is needed for
 	OK    bool   `json:"ok"`
-	// Required is false where something else does instead.
+	// Required is false if there is a replacement.
 	Required    bool   `json:"required"`
 	Consequence string `json:"consequence,omitempty"` // what follows, where it is not there
 	Measured    string `json:"measured,omitempty"`    // how long it takes
@@ -27,7 +28,7 @@ type Finding struct {
 	Attributes map[string]bool `json:"attributes,omitempty"` // of a key
 }
 
-// Sentences say of a token what it does not do, by findings that are not OK.
+// Sentences describe, one by one, the findings that are not OK.
 func Sentences(findings []Finding) (all []string) {
 	for _, f := range findings {
 		if what, ok := strings.CutPrefix(f.Check, "refuses "); ok {
@@ -39,14 +40,14 @@ func Sentences(findings []Finding) (all []string) {
 	return all
 }
 
-// Missing is a key that init makes, and which is not there.
+// Missing is the finding about a key of init that is not there.
 func Missing(k keyspec.Key) Finding {
 	return Finding{
 		Check: fmt.Sprintf("key %q", k.Label()), For: "made by init", Required: true, Consequence: "run init",
 	}
 }
 
-// Measured says how long something takes, which is done n times, or what goes wrong.
+// Measured says how long an operation takes, which is done n times, or how it fails.
 func Measured(check, purpose string, n int, do func() error) Finding {
 	f := Finding{Check: check, For: purpose, Required: true}
 	start := time.Now()
@@ -94,7 +95,7 @@ func Mechanisms(ctx context.Context, t *p11.Token, side keyspec.Side) ([]Finding
 	return report, nil
 }
 
-// Examine reports what is tried, and what is seen of the keys.
+// Examine reports the trials, and how the keys are.
 func Examine(ctx context.Context, t *p11.Token, side keyspec.Side) ([]Finding, error) {
 	tried, err := try(ctx, t, side)
 	if err != nil {

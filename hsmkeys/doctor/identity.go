@@ -26,7 +26,7 @@ type Identity struct {
 	Dedicated       keyspec.Side `json:"role,omitempty"` // whose it is
 }
 
-// Identify asks the token what it is. Whose it is, and what was accepted, the caller knows.
+// Identify asks the token what it is. The caller adds whose the token is, and what was accepted.
 func Identify(t *p11.Token, s *p11.Session) (id Identity, err error) {
 	info, library, err := t.Ask(s)
 	if err != nil {

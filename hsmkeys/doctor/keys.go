@@ -11,9 +11,9 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
 )
 
-// Keys are looked at, as an auditor asks for it; nothing is tried on them.
+// Keys are only read, as an auditor would: nothing is tried with them.
 
-// A keyShape is how keys of a role are on a side, whose attributes the doctor compares.
+// A keyShape says how a role's keys are on a side. The doctor compares their attributes with it.
 type keyShape struct {
 	made     bool   // in this token, and not imported; so CKA_LOCAL and CKA_ALWAYS_SENSITIVE are set
 	restored bool   // it may come from a backup, too
@@ -81,7 +81,7 @@ func (x *trial) keys() {
 	}
 }
 
-// unknown says what to do about a key with a label as keys of ours have, which is of no role.
+// unknown says what to do about a key whose label looks like ours, but whose role is unknown.
 func (x *trial) unknown(label string) string {
 	switch {
 	case x.side == keyspec.Operator && strings.HasPrefix(label, keyspec.RestoreLabel):

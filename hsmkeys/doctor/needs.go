@@ -13,7 +13,7 @@ type need struct {
 	name     string
 	flags    uint // what it must be able to do
 	purpose  string
-	fallback string // what is used instead; empty where nothing is
+	fallback string // what is used instead; empty if there is nothing
 }
 
 // needs are those of each side.
@@ -43,7 +43,7 @@ var factoryNeeds = []need{
 		purpose: "wrapping the injection key for the fixture and KEKs for operators"},
 }
 
-// What does instead.
+// What is used instead.
 const (
 	olderKWP       = "CKM_AES_KEY_WRAP_PAD, the older name for it, does it; a lot's manifest says which"
 	softwareVerify = "keysvc can do it, with verify: software in its configuration"

@@ -11,10 +11,10 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 )
 
-// Here is tried what the secrecy of keys rests on. Each trial does what whoever has the user PIN could do, to objects
-// of a session of its own that are gone afterwards, and is a Finding: that the token refuses it.
+// The trials of what the secrecy of keys depends on. Each trial does what somebody with the user PIN could do, on
+// session objects of its own, which are gone afterwards. Its Finding says whether the token refuses it.
 
-// Weaknesses are the trials that a token fails on which a side's keys rest. No key of the token is touched.
+// Weaknesses are the failed trials of what a side's keys depend on. No key of the token is touched.
 func Weaknesses(ctx context.Context, t *p11.Token, side keyspec.Side) (weak []Finding, err error) {
 	report, err := try(ctx, t, side)
 	if err != nil {
@@ -28,7 +28,7 @@ func Weaknesses(ctx context.Context, t *p11.Token, side keyspec.Side) (weak []Fi
 	return weak, nil
 }
 
-// try makes all trials on which a side's keys rest.
+// try runs all trials of what a side's keys depend on.
 func try(ctx context.Context, t *p11.Token, side keyspec.Side) ([]Finding, error) {
 	if side == keyspec.Factory {
 		return trials(ctx, t, side, (*trial).leaving, (*trial).weakening, (*trial).lotLike, (*trial).strangers)
@@ -36,7 +36,7 @@ func try(ctx context.Context, t *p11.Token, side keyspec.Side) ([]Finding, error
 	return trials(ctx, t, side, (*trial).leaving, (*trial).weakening, (*trial).unwrapping, (*trial).strangers)
 }
 
-// trials makes some trials, each on a session of its own.
+// trials runs some trials, each on a session of its own.
 func trials(
 	ctx context.Context, t *p11.Token, side keyspec.Side, all ...func(*trial),
 ) ([]Finding, error) {
@@ -64,13 +64,13 @@ type trial struct {
 	t      *p11.Token
 	s      *p11.Session
 	side   keyspec.Side
-	backup bool // what is tried is what a backup rests on, and no other secrecy: see Learn
+	backup bool // only a backup depends on what is tried: see Learn
 	report []Finding
 	err    error // the token is away: nothing more is tried
 }
 
-// newTrial opens a session for trials. Whatever is made in it ends with it: SoftHSM 2.6.1 leaves objects behind of
-// calls that it refuses.
+// newTrial opens a session for trials. All objects that a trial makes end with the session: SoftHSM 2.6.1 leaves
+// objects of refused calls behind.
 func newTrial(t *p11.Token, side keyspec.Side) (*trial, error) {
 	s, err := t.OpenSession()
 	return &trial{t: t, s: s, side: side}, err
@@ -78,11 +78,12 @@ func newTrial(t *p11.Token, side keyspec.Side) (*trial, error) {
 
 func (x *trial) end() { x.s.Close() }
 
-// An answer is what a token did of what it should not: with no error, it has done it.
+// An answer is what a token did when it was asked for something that it should refuse. Without an error, it has done
+// it.
 type answer = error
 
-// has is the answer of a token that made or changed an object: with CKR_OK, many leave it as it was, or make another
-// than they were told to. It has done it if the object's attribute has the value.
+// has is the answer of a token that made or changed an object. Many tokens return CKR_OK and change nothing, or make
+// another object than they were told to. So the token has done it only if the attribute has the value.
 func (x *trial) has(h pkcs11.ObjectHandle, err error, attribute uint, value bool) answer {
 	if err != nil {
 		return err
@@ -95,7 +96,7 @@ func (x *trial) has(h pkcs11.ObjectHandle, err error, attribute uint, value bool
 
 var errLeft = errors.New("the token says CKR_OK, and leaves the attribute as it was")
 
-// flag is a boolean attribute; not there, it is false.
+// flag reads a boolean attribute: false if it is not there.
 func (x *trial) flag(h pkcs11.ObjectHandle, attribute uint) (value, there bool) {
 	a, err := x.s.Get(h, attribute)
 	if err != nil {
@@ -105,7 +106,7 @@ func (x *trial) flag(h pkcs11.ObjectHandle, attribute uint) (value, there bool) 
 	return ck.IsTrue(a[0]), len(a[0]) == 1
 }
 
-// away remembers an error that says nothing of what was tried.
+// away remembers an error that says nothing about what was tried.
 func (x *trial) away(err error) bool {
 	if p11.SaysNothing(err) {
 		if x.err == nil {
@@ -115,7 +116,7 @@ func (x *trial) away(err error) bool {
 	return x.err != nil
 }
 
-// can enters that the token can do what the trials need. Without it they cannot be made.
+// can notes whether the token can do what the trials need. If not, they cannot be run.
 func (x *trial) can(what, means string, err error) bool {
 	if x.away(err) {
 		return false
@@ -127,7 +128,7 @@ func (x *trial) can(what, means string, err error) bool {
 	return err == nil
 }
 
-// refuses enters whether the token refuses something.
+// refuses notes whether the token refuses something.
 func (x *trial) refuses(what, means string, answers ...answer) {
 	f := Finding{Check: "refuses to " + what, For: means, OK: true, Required: true}
 	for _, err := range answers {
@@ -145,7 +146,7 @@ func (x *trial) refuses(what, means string, answers ...answer) {
 	x.report = append(x.report, f)
 }
 
-// follows is what follows where a token does what it should not.
+// follows is the consequence if a token does what it should refuse.
 func (x *trial) follows() string {
 	switch {
 	case x.side == keyspec.Factory:
@@ -176,7 +177,7 @@ func (x *trial) copy(h pkcs11.ObjectHandle, changes ...*pkcs11.Attribute) (pkcs1
 	return x.s.Copy(h, ck.InSession(changes))
 }
 
-// changed is the answer to C_SetAttributeValue, and copied the one to C_CopyObject, with another value of an attribute.
+// changed tries C_SetAttributeValue, and copied C_CopyObject, with another value of an attribute.
 func (x *trial) changed(h pkcs11.ObjectHandle, attribute uint, value bool) answer {
 	return x.has(h, x.s.Set(h, ck.Attr(attribute, value)), attribute, value)
 }

@@ -14,7 +14,7 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 )
 
-// leaving tries whether a WRAP_WITH_TRUSTED key leaves under a key that the security officer has not made.
+// leaving tries whether a WRAP_WITH_TRUSTED key can be wrapped under a key that the security officer has not made.
 func (x *trial) leaving() {
 	const means = "keys leave only under a key that the security officer has made TRUSTED"
 	x.backup = true
@@ -49,7 +49,7 @@ func (x *trial) leaving() {
 	x.refuses(make+"C_CreateObject", means, x.has(h, err, pkcs11.CKA_TRUSTED, true))
 	h, err = x.aes(ck.Unextractable, carries, ck.Attributes{trusted})
 	x.refuses(make+"C_GenerateKey", means, x.has(h, err, pkcs11.CKA_TRUSTED, true))
-	// Of what a side does not need, a token that cannot do it refuses it too.
+	// A token that cannot do what its side does not need passes, too.
 	refused := func(err error) error {
 		if ck.IsCKR(err, pkcs11.CKR_MECHANISM_INVALID) {
 			return errLeft
@@ -71,7 +71,7 @@ func (x *trial) leaving() {
 	x.refuses("clear CKA_WRAP_WITH_TRUSTED", means, x.changed(key, pkcs11.CKA_WRAP_WITH_TRUSTED, false))
 }
 
-// weakening tries whether a key can be made more than it was made as.
+// weakening tries whether a key can be given more rights than it was made with.
 func (x *trial) weakening() {
 	const means = "a key stays what it was made as"
 	carrier, err := x.aes(ck.Unextractable, ck.Use(ck.Usages, pkcs11.CKA_WRAP))
@@ -117,8 +117,8 @@ var secretAttributes = []struct {
 	{attribute: pkcs11.CKA_COEFFICIENT, name: "CKA_COEFFICIENT"},
 }
 
-// readable names the secret attributes that the token would give. It is asked how long they are, and none is fetched: a
-// token that says a length has failed.
+// readable names the secret attributes that the token would give. It asks only for their length, and fetches none: a
+// token that answers with a length has failed.
 func (x *trial) readable(class uint, h pkcs11.ObjectHandle) (names []string) {
 	for _, a := range secretAttributes {
 		if class == pkcs11.CKO_SECRET_KEY && a.attribute != pkcs11.CKA_VALUE {
@@ -285,7 +285,7 @@ func (x *trial) unwrapping() {
 	x.against("a KME", means, pkcs11.CKM_AES_KEY_WRAP, storage, sealed, keyspec.KME, pkcs11.CKA_SIGN)
 }
 
-// against tries to unwrap a key as a template forbids it.
+// against tries to unwrap a key in ways that a template forbids.
 func (x *trial) against(
 	what, means string, m uint, under pkcs11.ObjectHandle, wrapped []byte, template ck.Attributes, usage uint,
 ) {
@@ -310,7 +310,7 @@ func (x *trial) against(
 	x.refuses("unwrap "+what+" otherwise than as CKA_UNWRAP_TEMPLATE says", means, append(as, err)...)
 }
 
-// strangers looks for TRUSTED keys that are not ours: whatever is WRAP_WITH_TRUSTED leaves under them.
+// strangers looks for TRUSTED keys that are not ours: WRAP_WITH_TRUSTED keys could be wrapped under them.
 func (x *trial) strangers() {
 	const means = "keys leave only under a TRUSTED key that an enrolment has made"
 	f := Finding{Check: "no TRUSTED key but those of enrolments", For: means, OK: true, Required: true}
@@ -343,7 +343,7 @@ func (x *trial) strangers() {
 var trustedRoles = map[keyspec.Side][]keyspec.Role{keyspec.Factory: {keyspec.RoleKEK, keyspec.RoleInjection,
 	keyspec.RoleFixture, keyspec.RoleOperatorOutgoing}}
 
-// decryption measures what payloads, and the proof of a new lot key, take most of.
+// decryption measures the decryption, which takes most of the time of a payload and of a new lot key's proof.
 func (x *trial) decryption() {
 	const what, means = "raw RSA-2048 decryption", "payloads, and the proof of a new lot key, on one session"
 	_, priv, err := x.pair(keyspec.RSAPublic(2048), ck.Guarded(false), ck.Use(ck.PrivateUsages, pkcs11.CKA_DECRYPT))

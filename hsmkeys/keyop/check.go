@@ -10,8 +10,8 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// CheckValue is what a ledger or storage key does with a known or a random value, for Does: the ledger key's tag of
-// zeros, or a random KME under the storage key, which AES key wrap protects (RFC 3394 section 2.2.3).
+// CheckValue is a value by which Does recognises a ledger or storage key: the ledger key's tag of zeros, or a random
+// KME wrapped under the storage key, whose integrity AES key wrap protects (RFC 3394 section 2.2.3).
 func CheckValue(s *p11.Session, k keyspec.Key, h pkcs11.ObjectHandle) ([]byte, error) {
 	if k.Role == keyspec.RoleLedger {
 		return HMAC(s, h, make([]byte, kme.SecretSize))
@@ -19,7 +19,7 @@ func CheckValue(s *p11.Session, k keyspec.Key, h pkcs11.ObjectHandle) ([]byte, e
 	return Seal(s, k.Generation, h, kme.RandomSecret())
 }
 
-// Does says whether a key does what its check value says.
+// Does says whether a key fits its check value.
 func Does(s *p11.Session, h pkcs11.ObjectHandle, k keyspec.Key, check []byte) (bool, error) {
 	if k.Role == keyspec.RoleLedger {
 		tag, err := HMAC(s, h, make([]byte, kme.SecretSize))

@@ -32,13 +32,13 @@ func lookUp(t *p11.Token, s *p11.Session, class uint, k keyspec.Key) (pkcs11.Obj
 	return found[0], checkMaker(t, s, class, found[0], k)
 }
 
-// checkMaker refuses an object in the place of a key of ours that others could have made. CKA_ID and label say nothing:
-// what is not PRIVATE is made, and destroyed, without a PIN, but only the security officer makes TRUSTED keys. An
-// injection key must be one: device keys are under it, and whoever has the user PIN, too, could put one of a known
-// value in its place.
+// checkMaker refuses an object that looks like a key of ours and that others could have made. CKA_ID and label prove
+// nothing: objects that are not PRIVATE can be made and destroyed without a PIN. Only the security officer can make
+// TRUSTED keys. An injection key must be TRUSTED: it wraps device keys, and with the user PIN somebody could replace it
+// by one whose value they know.
 func checkMaker(t *p11.Token, s *p11.Session, class uint, h pkcs11.ObjectHandle, k keyspec.Key) error {
 	if class == pkcs11.CKO_PUBLIC_KEY {
-		return nil // it is compared with what it is the other half of, or the token asks that it is TRUSTED
+		return nil // it is compared with its private half, or the token itself insists on TRUSTED
 	}
 	is := func(typ uint) (bool, error) {
 		a, err := s.Get(h, typ)
@@ -64,7 +64,7 @@ func findAll(s *p11.Session, class uint, k keyspec.Key) ([]pkcs11.ObjectHandle, 
 	return found, p11.Explain("look for "+k.Label(), err)
 }
 
-// Destroy removes a key from the token for good, and every other that has its ID.
+// Destroy destroys a key, and every other one with its CKA_ID.
 func Destroy(t *p11.Token, s *p11.Session, class uint, k keyspec.Key) error {
 	found, err := findAll(s, class, k)
 	if err != nil {
@@ -79,8 +79,9 @@ func Destroy(t *p11.Token, s *p11.Session, class uint, k keyspec.Key) error {
 	return nil
 }
 
-// RememberPrivateKeys looks all private keys up at once: some tokens, SoftHSM too, go through all of their objects for
-// each Find. What Find would refuse is left to it. f runs some of the work with a session; each is short.
+// RememberPrivateKeys finds all private keys at once: some tokens, as SoftHSM, read all their objects for each search.
+// Keys that Find would refuse are left out. f runs a short part of the work with a session, and is called several
+// times.
 func RememberPrivateKeys(t *p11.Token, f func(func(*p11.Session) error) error) (n int, err error) {
 	const together = 100
 	var all []pkcs11.ObjectHandle

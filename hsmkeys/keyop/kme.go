@@ -1,5 +1,5 @@
-// Package keyop is what is done with keys of ours on one session of a token: the calls that payloads, sealed KMEs and
-// device keys are made of, and how keys are found again.
+// Package keyop uses our keys on one session of a token: it has the operations of payloads, sealed KMEs and device
+// keys, and finds keys.
 package keyop
 
 import (
@@ -30,8 +30,8 @@ func HMAC(s *p11.Session, key pkcs11.ObjectHandle, data []byte) ([]byte, error) 
 	return tag, p11.Explain("make an HMAC", err)
 }
 
-// Seal wraps a KME under a generation of the storage key. C_WrapKey takes a key object, so the KME is one, which is
-// left in the session.
+// Seal wraps a KME under a generation of the storage key. C_WrapKey takes a key object, so it makes the KME an object,
+// and leaves that in the session.
 func Seal(s *p11.Session, generation int, storage pkcs11.ObjectHandle, secret kme.Secret) (sealed []byte, err error) {
 	h, err := s.Create(append(keyspec.SealableKME[:len(keyspec.SealableKME):len(keyspec.SealableKME)],
 		&pkcs11.Attribute{Type: pkcs11.CKA_VALUE, Value: secret.Bytes()}))
@@ -60,8 +60,8 @@ func Unseal(s *p11.Session, storage pkcs11.ObjectHandle, sealed []byte, template
 	return h, p11.Explain("unseal a KME", err)
 }
 
-// kmeSignature is the mechanism of KME_SIG and what it is given. ECDSA gets the digest, since many tokens, SoftHSM
-// among them, have no CKM_ECDSA_SHA256.
+// kmeSignature gives the mechanism of KME_SIG and its input. ECDSA gets the digest, since many tokens, SoftHSM among
+// them, have no CKM_ECDSA_SHA256.
 func kmeSignature(suite kme.Suite, signed []byte) (m uint, data []byte) {
 	if suite == kme.SuiteRSA {
 		return pkcs11.CKM_SHA256_RSA_PKCS, signed
@@ -92,7 +92,7 @@ func WellFormed(device crypto.PublicKey, sig []byte) bool {
 	return true
 }
 
-// StandIn is a signature of the right form that verifies for no key that anybody has.
+// StandIn is a well-formed signature that is valid for nobody's key.
 func StandIn(suite kme.Suite) []byte {
 	sig := make([]byte, suite.SignatureSize())
 	sig[0], sig[len(sig)/2] = 1, 1

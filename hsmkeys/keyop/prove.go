@@ -21,7 +21,7 @@ func Prove(s *p11.Session, h pkcs11.ObjectHandle, pub *rsa.PublicKey) error {
 		"this modulus's key")
 	if have, err := keyspec.ReadRSA(s, h); err != nil {
 		return err
-	} else if !have.Equal(pub) { // a ciphertext may be above another modulus, and the token then says something else
+	} else if !have.Equal(pub) { // a ciphertext may be above its modulus, which is an error that misleads
 		return notIts
 	}
 	size := kme.PayloadSize(pub)
@@ -50,7 +50,7 @@ func padLeft(b []byte, size int) []byte {
 	return append(make([]byte, size-len(b)), b...)
 }
 
-// Decrypt is c^d mod N. c has as many bytes as N and is below it.
+// Decrypt gives c^d mod N. c has as many bytes as N, and is below N.
 func Decrypt(s *p11.Session, h pkcs11.ObjectHandle, c []byte) ([]byte, error) {
 	out := make([]byte, len(c))
 	m, err := s.Decrypt(pkcs11.CKM_RSA_X_509, h, c, out)

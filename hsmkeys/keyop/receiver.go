@@ -14,8 +14,8 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 )
 
-// NewReceiver makes an RSA-3072 key under which keys come into the token, with a label that begins so and a part of a
-// template that says what it unwraps.
+// NewReceiver makes an RSA-3072 key under which keys are imported. label is how its label begins, and unwraps the part
+// of its template that says what it unwraps.
 func NewReceiver(s *p11.Session, label string, unwraps ck.Attributes) (*rsa.PublicKey, error) {
 	id := make([]byte, 20)
 	rand.Read(id)
@@ -30,7 +30,7 @@ func NewReceiver(s *p11.Session, label string, unwraps ck.Attributes) (*rsa.Publ
 	return pub, errors.Join(err, p11.Explain("drop the public half of a transport key", s.Destroy(public)))
 }
 
-// Receivers are the public halves of the keys of NewReceiver's with a label that begins so.
+// Receivers gives the public halves of the keys of NewReceiver whose labels begin so.
 func Receivers(s *p11.Session, label string) (all []*rsa.PublicKey, err error) {
 	err = eachReceiver(s, label, func(_ pkcs11.ObjectHandle, pub *rsa.PublicKey) { all = append(all, pub) })
 	return all, err
@@ -59,7 +59,8 @@ func eachReceiver(s *p11.Session, label string, f func(pkcs11.ObjectHandle, *rsa
 	return nil
 }
 
-// Receiver finds the private half of a key of NewReceiver's; p11.ErrNoKey if the token has it no more.
+// Receiver finds the private half of a key of NewReceiver. It fails with p11.ErrNoKey if the token does not have it any
+// more.
 func Receiver(s *p11.Session, label string, pub *rsa.PublicKey) (found pkcs11.ObjectHandle, err error) {
 	err = eachReceiver(s, label, func(h pkcs11.ObjectHandle, have *rsa.PublicKey) {
 		if have.Equal(pub) {

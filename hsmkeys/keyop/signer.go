@@ -45,7 +45,7 @@ func (s *signer) Public() crypto.PublicKey { return s.public }
 
 // Sign gives an ASN.1 signature, as crypto.Signer says of ECDSA.
 func (s *signer) Sign(random io.Reader, digest []byte, o crypto.SignerOpts) ([]byte, error) {
-	// crypto11 has sessions of its own; ours is held so that the module stays.
+	// crypto11 uses sessions of its own. Ours is held so that the module is not finalised meanwhile.
 	return p11.Do(context.Background(), s.t, "sign", func(in *p11.Session) ([]byte, error) {
 		f, err := s.current(in)
 		if err != nil {
@@ -56,7 +56,7 @@ func (s *signer) Sign(random io.Reader, digest []byte, o crypto.SignerOpts) ([]b
 	})
 }
 
-// current finds the key again if need be; two at once may both do.
+// current finds the key again if the module was reinitialised. Two callers at once may both do that.
 func (s *signer) current(in *p11.Session) (*found, error) {
 	under := s.t.Signers(in)
 	if f := s.found.Load(); f != nil && f.under == under {
@@ -81,7 +81,7 @@ func (s *signer) current(in *p11.Session) (*found, error) {
 	if !ok || s.public != nil && !public.Equal(s.public) {
 		return nil, fmt.Errorf("%s has another key in the place of %q", s.t, s.k.Label())
 	}
-	// Whoever has no PIN could have put another public key there, which operators would pin.
+	// Without a PIN, somebody could have put another public key there, which operators would then pin.
 	digest := kme.RandomSecret().Bytes()
 	sig, err := signers[0].Sign(nil, digest, crypto.SHA256)
 	if err != nil {

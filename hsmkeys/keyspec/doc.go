@@ -1,3 +1,3 @@
-// Package keyspec says what each key of this project is: its name, from which CKA_ID and label are derived, and the
-// template that it is made with. It makes none.
+// Package keyspec defines each key of this project: its name, from which CKA_ID and label are derived, and its
+// template. It makes no keys.
 package keyspec

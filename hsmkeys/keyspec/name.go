@@ -13,8 +13,8 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 )
 
-// A Side is whose token it is. A token has keys of one side only: on a token of both, whoever may use the one's could
-// send the other's away.
+// A Side says whose a token is. A token has keys of one side only. If it had both, the user of one side's keys could
+// wrap the other side's keys and take them away.
 type Side string
 
 const (
@@ -41,7 +41,7 @@ func (k Key) Generations() iter.Seq[Key] {
 	}
 }
 
-// Named finds the generation of a key by the name that files have for it, its HexID.
+// Named finds the generation of a key whose HexID is in a file.
 func (k Key) Named(id string) (Key, bool) {
 	for g := range k.Generations() {
 		if g.HexID() == id {
@@ -64,7 +64,7 @@ const (
 	RoleOperatorOutgoing Role = "operator-transport" // an operator's public transport key, TRUSTED, on a factory token
 	RoleStorage          Role = "storage"
 	RoleLedger           Role = "ledger"
-	// a public key, TRUSTED, that receives storage and ledger key for the moment of a backup
+	// a public key, TRUSTED, that receives storage and ledger key while a backup is made
 	RoleBackup Role = "backup"
 )
 
@@ -124,7 +124,7 @@ const (
 	RotationLabel   = "kme rotation "  // receives earlier storage keys: see OpenRotation
 )
 
-// The keys of an operator's token of which there is one each; of the storage key, one a generation.
+// The keys of an operator's token. There is one of each; of the storage key, one of each generation.
 var (
 	Storage = Key{Role: RoleStorage}
 	Ledger  = Key{Role: RoleLedger}
@@ -145,13 +145,13 @@ func Recipient(k Key) Key {
 	return r
 }
 
-// ReceiverLabel is the label of a key that receives others, by what it begins with and its CKA_ID.
+// ReceiverLabel is the label of a key that receives others, made of the label's beginning and the CKA_ID.
 func ReceiverLabel(begins string, id []byte) string { return begins + hex.EncodeToString(id[:4]) }
 
-// IsOurs says of a label whether keys of this project have such.
+// IsOurs says whether a label is one of this project's keys.
 func IsOurs(label string) bool { return strings.HasPrefix(label, anyLabel) && label != DedicationLabel }
 
-// Whose says which key of ours an object is, by its label and its CKA_ID; none if it is not.
+// Whose says which key of ours an object is, by its label and CKA_ID: the zero Key if it is none.
 func Whose(s *p11.Session, h pkcs11.ObjectHandle) (k Key, label string, err error) {
 	a, err := s.Get(h, pkcs11.CKA_LABEL, pkcs11.CKA_ID)
 	if err != nil {

@@ -13,7 +13,7 @@ import (
 // B.1 keeps it for that reason). Its parameters are in ck/direct.go.
 const OAEP = pkcs11.CKM_RSA_PKCS_OAEP
 
-// WrappedRoom is more than any wrapped key of ours takes: an RSA-4096 key as PKCS #8 in AES-KWP has some 2,400 bytes.
+// WrappedRoom is above the size of any wrapped key of ours: an RSA-4096 key as PKCS #8 in AES-KWP has some 2,400 bytes.
 const WrappedRoom = 4096
 
 var (
@@ -22,7 +22,7 @@ var (
 	rsaExponent   = []byte{1, 0, 1} // kme.PublicExponent
 )
 
-// Traits are what one token does otherwise than another. The templates of keys are chosen by them.
+// Traits are differences between tokens. The templates of keys depend on them.
 type Traits struct {
 	UnwrapTemplate bool // keys may have a CKA_UNWRAP_TEMPLATE; if not, they are made without
 	LeavesTrusted  bool // WRAP_WITH_TRUSTED holds, and the user makes no key TRUSTED; if not, no key may leave
@@ -36,7 +36,7 @@ func (t Traits) Unwraps(what ck.Attributes) ck.Attributes {
 	return ck.Nested(pkcs11.CKA_UNWRAP_TEMPLATE, what)
 }
 
-// Leaves is common to keys that leave the token in a backup, where there can be one.
+// Leaves is common to keys that leave the token in a backup, if the token can have one.
 func (t Traits) Leaves() ck.Attributes {
 	if !t.LeavesTrusted {
 		return ck.Unextractable
@@ -50,7 +50,7 @@ var LeavesUnderTrusted = ck.Attributes{
 	ck.Attr(pkcs11.CKA_WRAP_WITH_TRUSTED, true),
 }
 
-// Named makes a token object that is found again by its CKA_ID.
+// Named is common to token objects, which are found again by their CKA_ID.
 func Named(k Key) ck.Attributes {
 	return ck.Attributes{
 		ck.Attr(pkcs11.CKA_TOKEN, true), ck.Attr(pkcs11.CKA_ID, k.ID()), ck.Attr(pkcs11.CKA_LABEL, k.Label()),
@@ -69,14 +69,14 @@ func SigningPrivate(k Key) ck.Attributes {
 	return ck.Frozen(Named(k), ck.Guarded(false), ck.Use(ck.PrivateUsages, pkcs11.CKA_SIGN))
 }
 
-// Lot is what a lot key is in a factory's token. It is not frozen: sealing it is a change of the object.
-// WRAP_WITH_TRUSTED holds it until then.
+// Lot is the template of a lot key in a factory's token. The object stays modifiable, because sealing changes it. Until
+// then, WRAP_WITH_TRUSTED protects it.
 var Lot = ck.Join(ck.Guarded(true), ck.Use(ck.PrivateUsages, pkcs11.CKA_DECRYPT), ck.Attributes{
 	ck.Attr(pkcs11.CKA_WRAP_WITH_TRUSTED, true), ck.Attr(pkcs11.CKA_COPYABLE, false),
 })
 
-// StorageTemplate is the storage key's: whoever unwraps a KME with it can have it as OpenPayload and EncryptRANDs have
-// it, and in no other way.
+// StorageTemplate is the storage key's: a KME that is unwrapped with it always has the attributes that OpenPayload and
+// EncryptRANDs give it.
 func StorageTemplate(t Traits) ck.Attributes {
 	return ck.Join(ck.Attributes{ck.Attr(pkcs11.CKA_PRIVATE, true)}, t.Leaves(),
 		ck.Use(ck.Usages, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP), t.Unwraps(KME))
@@ -88,7 +88,7 @@ func LedgerTemplate(t Traits) ck.Attributes {
 		ck.Use(ck.Usages, pkcs11.CKA_SIGN))
 }
 
-// CarriedTemplate is the storage or ledger key's where it comes from another token.
+// CarriedTemplate is that of a storage or ledger key that comes from another token.
 func CarriedTemplate(t Traits, k Key) ck.Attributes {
 	template, kind := LedgerTemplate(t), uint(pkcs11.CKK_GENERIC_SECRET)
 	if k.Role == RoleStorage {
@@ -98,14 +98,14 @@ func CarriedTemplate(t Traits, k Key) ck.Attributes {
 		ck.Attr(pkcs11.CKA_KEY_TYPE, kind)}, template)
 }
 
-// Restored is what storage and ledger key have in common: what whoever unwraps them may not have otherwise.
+// Restored is what storage and ledger key have in common: attributes that nobody who unwraps them can choose.
 func Restored(t Traits) ck.Attributes {
 	return ck.Join(t.Leaves(), ck.Attributes{ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY)},
 		ck.Use([]uint{pkcs11.CKA_VERIFY, pkcs11.CKA_ENCRYPT, pkcs11.CKA_DECRYPT, pkcs11.CKA_DERIVE}))
 }
 
-// What a key is that is unwrapped, and never leaves the token again: what whoever unwraps it may not have otherwise. In
-// a KEK a template of its own is not possible.
+// The attributes of keys that are unwrapped and never leave the token again: nobody who unwraps them can choose others.
+// A KEK cannot have a template of its own in here.
 var (
 	KME = unwrapped(pkcs11.CKO_SECRET_KEY, pkcs11.CKK_AES,
 		ck.Use(ck.Usages, pkcs11.CKA_ENCRYPT, pkcs11.CKA_DECRYPT))
@@ -118,9 +118,9 @@ func unwrapped(class, kind uint, usage ck.Attributes) ck.Attributes {
 		ck.Attributes{ck.Attr(pkcs11.CKA_CLASS, class), ck.Attr(pkcs11.CKA_KEY_TYPE, kind)}, ck.Unextractable)
 }
 
-// A KME is a session object, for one use. It is not PRIVATE, which no other process gains by: to those a session object
-// does not exist; and SoftHSM encrypts each attribute of a PRIVATE object in its memory, which takes it as long as the
-// use.
+// A KME is a session object, for one use. It is not PRIVATE. That helps no other process, which cannot see session
+// objects; and SoftHSM encrypts each attribute of a PRIVATE object in memory, which takes as long as the operation
+// itself.
 var (
 	open = ck.Attributes{ck.Attr(pkcs11.CKA_TOKEN, false), ck.Attr(pkcs11.CKA_PRIVATE, false)}
 

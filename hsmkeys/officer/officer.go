@@ -1,4 +1,4 @@
-// Package officer changes a security officer's PIN, and has the token say which shares it is in.
+// Package officer changes a security officer's PIN, and notes in the token which shares it is in.
 package officer
 
 import (
@@ -17,8 +17,8 @@ import (
 // A Split names the shares that a security officer's PIN is in.
 type Split struct {
 	ID        string `json:"split"`
-	Threshold int    `json:"threshold"` // so many shares are needed
-	Count     int    `json:"count"`     // of so many
+	Threshold int    `json:"threshold"` // how many shares are needed
+	Count     int    `json:"count"`     // how many there are
 }
 
 // A PIN is the security officer's PIN, and the split whose shares gave it; nil if it is in no shares.
@@ -27,8 +27,7 @@ type PIN struct {
 	Split *Split
 }
 
-// ErrPINMaybeSet goes with an error after which a token may have its security officer's new PIN, or still the one
-// before.
+// ErrPINMaybeSet is in an error after which the token's PIN is either the new one or the one before.
 var ErrPINMaybeSet = errors.New("the security officer's PIN may have been changed")
 
 // The token says in data objects (JSON in CKA_APPLICATION), for everybody to read, which split its security officer's
@@ -112,7 +111,7 @@ func makeSplit(s *p11.Session, label string, split *Split) error {
 	return p11.Explain("say in the token which split its security officer's PIN is in", err)
 }
 
-// settle makes the token say what a login has shown: that the PIN is in this split, or in none.
+// settle notes in the token what a login has shown: that the PIN is in this split, or in none.
 func settle(s *p11.Session, split *Split) error {
 	all, err := splits(s)
 	if err != nil {
@@ -132,8 +131,8 @@ func settle(s *p11.Session, split *Split) error {
 	return nil
 }
 
-// CheckPIN logs in as the security officer, and makes the token say which split the PIN is in. So it ends a
-// change that was interrupted.
+// CheckPIN logs in as the security officer, and notes in the token which split the PIN is in. So it ends a change that
+// was interrupted.
 func CheckPIN(ctx context.Context, tokenURI string, pin PIN) error {
 	return p11.AsOfficer(tokenURI, pin.PIN, func(t *p11.Token) error {
 		return t.With(ctx, "check the security officer's PIN", func(s *p11.Session) error {
@@ -142,7 +141,7 @@ func CheckPIN(ctx context.Context, tokenURI string, pin PIN) error {
 	})
 }
 
-// unchanged are what C_SetPIN says that certainly has changed nothing.
+// unchanged are the return codes of C_SetPIN that certainly mean that nothing was changed.
 var unchanged = []pkcs11.Error{pkcs11.CKR_PIN_INCORRECT, pkcs11.CKR_PIN_INVALID, pkcs11.CKR_PIN_LEN_RANGE,
 	pkcs11.CKR_PIN_LOCKED, pkcs11.CKR_ARGUMENTS_BAD,
 	pkcs11.CKR_SESSION_READ_ONLY, pkcs11.CKR_TOKEN_WRITE_PROTECTED, pkcs11.CKR_USER_NOT_LOGGED_IN,
@@ -151,7 +150,7 @@ var unchanged = []pkcs11.Error{pkcs11.CKR_PIN_INCORRECT, pkcs11.CKR_PIN_INVALID,
 // SetPIN changes the security officer's PIN, and logs in anew with the next one. With ErrPINMaybeSet either of
 // the two may be the token's, and CheckPIN finds out which; with another error it is the present one.
 func SetPIN(ctx context.Context, tokenURI string, present, next PIN) error {
-	ctx = context.WithoutCancel(ctx) // what has begun is brought to its end
+	ctx = context.WithoutCancel(ctx) // a change that has begun is finished
 	err := p11.AsOfficer(tokenURI, present.PIN, func(t *p11.Token) error {
 		info := t.Info()
 		if n := uint(len(next.PIN)); n < info.MinPinLen || n > info.MaxPinLen {

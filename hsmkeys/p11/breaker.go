@@ -16,7 +16,7 @@ const (
 
 func (s State) String() string { return [...]string{"closed", "open", "half-open"}[s] }
 
-// A breaker is a circuit breaker: it says at once that the token is away, to those who wait for a session too.
+// A breaker is a circuit breaker: it refuses calls at once while the token is away, also those that wait for a session.
 type breaker struct {
 	mu     sync.Mutex
 	state  State         // guarded by mu
@@ -26,7 +26,8 @@ type breaker struct {
 
 func newBreaker() *breaker { return &breaker{opened: make(chan struct{})} }
 
-// check gives the channel that tells when there is an error to answer, and that error if there is one.
+// check gives the error that calls are refused with, nil if they are not; and a channel that is closed when there is
+// one.
 func (b *breaker) check() (<-chan struct{}, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -39,7 +40,7 @@ func (b *breaker) status() (State, error) {
 	return b.state, b.cause
 }
 
-// open says whether it was closed.
+// open opens it, and says whether it was closed.
 func (b *breaker) open(cause error) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -51,7 +52,7 @@ func (b *breaker) open(cause error) bool {
 	return was
 }
 
-// halfOpen is for whoever reinitialises the token while it is open.
+// halfOpen says that the token is being reinitialised.
 func (b *breaker) halfOpen() {
 	b.mu.Lock()
 	defer b.mu.Unlock()

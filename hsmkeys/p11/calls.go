@@ -16,8 +16,8 @@ import (
 	"github.com/kmehsm/kmehsm/internal/panics"
 )
 
-// noPanic runs f. A panic in it becomes its error, a *panics.Error, is counted, and is logged here, since an error
-// may have nobody to go to.
+// noPanic runs f. A panic in it becomes its error, a *panics.Error. It is counted, and logged here, because nobody may
+// be left to get the error.
 func noPanic[T any](t *Token, f func() (T, error)) (v T, err error) {
 	defer func() {
 		if p := recover(); p != nil {
@@ -31,14 +31,14 @@ func noPanic[T any](t *Token, f func() (T, error)) (v T, err error) {
 	return f()
 }
 
-// within runs f, and returns its result, or gives it up after d: then f goes on, and its result goes to nobody; a
-// secret is wiped. ended is called when f has, and told whether anybody waited for it.
+// within runs f and returns its result, or gives f up after d. Then f runs on, and its result is dropped, and wiped if
+// it is a secret. ended is called when f has ended, and told whether the caller still waited.
 func within[T any](t *Token, d time.Duration, f func() (T, error), ended func(bool)) (v T, gaveUp bool, err error) {
 	type result struct {
 		v   T
 		err error
 	}
-	var over atomic.Bool // f has ended, or was given up: whichever was first
+	var over atomic.Bool // f has ended or was given up
 	done := make(chan result, 1)
 	go func() {
 		v, err := noPanic(t, f)
@@ -48,7 +48,7 @@ func within[T any](t *Token, d time.Duration, f func() (T, error), ended func(bo
 		}
 		ended(waited)
 		if !waited {
-			t.health.hung.Add(-1) // only now is nothing of it in the module any more
+			t.health.hung.Add(-1) // only now it has left the module
 			t.tell()
 			return
 		}
@@ -60,7 +60,7 @@ func within[T any](t *Token, d time.Duration, f func() (T, error), ended func(bo
 	case r := <-done:
 		return r.v, false, r.err
 	case <-timer.C:
-		t.health.hung.Add(1) // before f can see that it was given up: it takes this one off, and no other's
+		t.health.hung.Add(1) // before f can see that it was given up, and takes it off again
 		if !over.CompareAndSwap(false, true) {
 			t.health.hung.Add(-1)
 			r := <-done
@@ -71,8 +71,8 @@ func within[T any](t *Token, d time.Duration, f func() (T, error), ended func(bo
 	}
 }
 
-// inToken runs f on sessions, of which those that are nil are to be opened. When it gives f up, or f fails in the token
-// or by a panic, they are replaced.
+// inToken runs f on sessions. It opens those that are nil, and replaces all if f is given up, fails in the token, or
+// panics.
 func inToken[T any](t *Token, held []*Session, operation string, f func([]*Session) (T, error)) (T, error) {
 	v, gaveUp, err := within(t, t.hangAfter, func() (v T, err error) {
 		sound := false
@@ -85,7 +85,7 @@ func inToken[T any](t *Token, held []*Session, operation string, f func([]*Sessi
 			}
 		}()
 		v, err = f(held)
-		// A failed call may leave an operation active in its session; a fresh one cannot have that.
+		// A failed call may leave an operation active in its session; a new session has none.
 		sound = !errors.As(err, new(pkcs11.Error)) && panics.Of(err) == nil
 		if classify(err) == suspect {
 			if fresh, serr := t.OpenSession(); serr == nil {
@@ -100,7 +100,7 @@ func inToken[T any](t *Token, held []*Session, operation string, f func([]*Sessi
 			switch {
 			case waited:
 				t.put(s)
-			case s != nil: // its place was given to another
+			case s != nil: // another session has its place
 				s.Close()
 			}
 		}
@@ -114,7 +114,7 @@ func inToken[T any](t *Token, held []*Session, operation string, f func([]*Sessi
 	return v, err
 }
 
-// opened runs f on the first of its sessions, which has the others for Apart.
+// opened runs f on the first of the sessions. The others are for Apart.
 func opened[T any](t *Token, f func(*Session) (T, error)) func([]*Session) (T, error) {
 	return func(held []*Session) (v T, err error) {
 		var others []*Session
@@ -124,7 +124,7 @@ func opened[T any](t *Token, f func(*Session) (T, error)) func([]*Session) (T, e
 					return v, err
 				}
 			}
-			if s := held[i]; s != nil && i > 0 { // without one of the others it is as well
+			if s := held[i]; s != nil && i > 0 { // f works without the others, too
 				others = append(others, s)
 			}
 		}
@@ -135,22 +135,22 @@ func opened[T any](t *Token, f func(*Session) (T, error)) func([]*Session) (T, e
 	}
 }
 
-// Do runs f on a session of the pool, and gives its result. operation says to observers what f is. f may go on after Do
-// has returned, when it was given up: nothing comes out of it but its result. A session that has ended is replaced, and
-// f run once more: whatever f makes for good, it first looks for.
+// Do runs f on a session of the pool, and gives its result. operation is its name for observers. f may run on after Do
+// has returned, if it was given up: so it must write to nothing but its result. If the session has ended, f is run once
+// more on another one: so before f makes a token object, it must look for it.
 func Do[T any](ctx context.Context, t *Token, operation string, f func(*Session) (T, error)) (T, error) {
 	return DoApart(ctx, t, operation, 1, f)
 }
 
-// DoApart is Do for an operation that has up to so many steps at once, by [Token.Apart]. Where calls take long, it has
-// a session for each of them, if they are free.
+// DoApart is Do for an operation that runs up to so many steps at once, by [Token.Apart]. If calls take long, it gets a
+// session for each step, as far as some are free.
 func DoApart[T any](
 	ctx context.Context, t *Token, operation string, steps int, f func(*Session) (T, error),
 ) (T, error) {
 	v, err := run(ctx, t, operation, steps, f)
 	switch {
 	case ck.IsCKR(err, pkcs11.CKR_DEVICE_MEMORY):
-		t.dropAll() // it may be that which fills the token
+		t.dropAll() // session objects that are left over may fill the token
 		fallthrough
 	case classify(err) == sessionLost:
 		v, err = run(ctx, t, operation, steps, f)
@@ -162,8 +162,8 @@ func DoApart[T any](
 	return v, err
 }
 
-// Apart makes steps that do not wait for one another: each on a session of its own, if the operation has so many, else
-// one after the other. Whatever becomes of one, all are made; it returns when all have ended.
+// Apart runs steps that do not depend on one another: each on a session of its own, if the operation has enough, else
+// one after the other. If one fails, the others are run all the same. It returns when all have ended.
 func (t *Token) Apart(s *Session, steps ...func(*Session) error) (err error) {
 	if len(s.others) == 0 {
 		for _, step := range steps {
@@ -200,7 +200,7 @@ func (t *Token) With(ctx context.Context, operation string, f func(*Session) err
 	return err
 }
 
-// Once is With for what must not be done twice, and which says itself what a failure means.
+// Once is With for what must not be done twice. f itself says what a failure means.
 func (t *Token) Once(ctx context.Context, operation string, f func(*Session) error) error {
 	_, err := run(ctx, t, operation, 1, func(s *Session) (struct{}, error) { return struct{}{}, f(s) })
 	return err
@@ -232,8 +232,8 @@ func run[T any](
 	return inToken(t, held, operation, opened(t, f))
 }
 
-// take waits for a place of idle, and takes more, up to so many, if they are free and the token is far away: it never
-// waits for one while it has another.
+// take waits for one place of idle. If the token is far, it takes more, up to so many, as far as they are free: it
+// never waits for a place while it has another one.
 func (t *Token) take(ctx context.Context, most int) (held []*Session, err error) {
 	lost, cause := t.breaker.check()
 	if cause != nil {
@@ -246,14 +246,14 @@ func (t *Token) take(ctx context.Context, most int) (held []*Session, err error)
 	case <-t.idle.places:
 	case <-lost:
 		_, cause := t.breaker.check()
-		if cause == nil { // it is back already
+		if cause == nil { // the token is back already
 			cause = ErrUnavailable
 		}
 		return nil, cause
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
-	// Select picks at random: nothing is spent on a caller that has gone, or on a token that has.
+	// Select picks at random. So look again: a caller or a token may be gone.
 	if _, cause := t.breaker.check(); cause != nil || ctx.Err() != nil {
 		t.idle.places <- struct{}{}
 		return nil, errors.Join(cause, ctx.Err())

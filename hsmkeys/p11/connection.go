@@ -23,20 +23,20 @@ type connection struct {
 	using  bool // the module is initialised for us
 	slot   uint
 	info   pkcs11.TokenInfo
-	held   *Session      // of the login, which ends with the last session
+	held   *Session      // it keeps the login, which would end with the last session
 	lacks  atomic.Uint32 // see ck.NewSession
-	// open are the sessions that are open, without those of crypto11, and most is how many may be; 0 if the token says
-	// nothing of it
+	// open counts the open sessions, without those of crypto11. most is how many there may be; 0 if the token does not
+	// say
 	open    atomic.Int64
 	most    int64
 	signing int // the sessions that crypto11 may open
-	// crypto11 gives crypto.Signers. It never gets the PIN: a login is the token's, not a session's, so ours serves it
-	// too. Used by whoever holds a session of the pool.
+	// crypto11 gives crypto.Signers. It never gets the PIN: a login counts for all sessions of a process, so ours is
+	// enough. It is used only while a session of the pool is held.
 	signers *crypto11.Context
 }
 
-// acquire has the module initialised. crypto11 insists on making C_Initialize itself, so it comes first; and it gives
-// no string of the module's own, so a token whose module wants one has no signers.
+// acquire initialises the module. crypto11 insists on calling C_Initialize itself, so it comes first. It cannot pass a
+// string to the module, so a token whose module needs one has no signers.
 func (c *connection) acquire() (err error) {
 	if c.uri.reserved == "" {
 		config := &crypto11.Config{Path: c.uri.module, LoginNotSupported: true, MaxSessions: c.signing}
@@ -56,11 +56,11 @@ func (c *connection) acquire() (err error) {
 	return err
 }
 
-// fewestSigning are the sessions that crypto11 needs: one that stays, and one that signs.
+// fewestSigning is how many sessions crypto11 needs: one that stays open, and one that signs.
 const fewestSigning = 2
 
-// share divides the sessions that the token allows (CK_TOKEN_INFO) between crypto11 and ourselves: no call may be the
-// first to find that there are no more. It says whether crypto11 has to be begun again, with fewer.
+// share divides the sessions that the token allows (CK_TOKEN_INFO) between crypto11 and us, so that no call meets the
+// limit. It says whether crypto11 must be started again with fewer.
 func (c *connection) share() (again bool, err error) {
 	limit := 0
 	for _, said := range []uint{c.info.MaxSessionCount, c.info.MaxRwSessionCount} {
@@ -83,8 +83,8 @@ func (c *connection) share() (again bool, err error) {
 	return again, nil
 }
 
-// told says whether a token says anything by a number of CK_TOKEN_INFO. It does not by CK_UNAVAILABLE_INFORMATION, and
-// by a number above all need: openCryptoki allows 2^64-2 sessions.
+// told says whether a number of CK_TOKEN_INFO means anything. CK_UNAVAILABLE_INFORMATION does not, nor does a very
+// large number: openCryptoki allows 2^64-2 sessions.
 func told(n uint) bool { return n != pkcs11.CK_EFFECTIVELY_INFINITE && n <= math.MaxInt32 }
 
 // release undoes acquire and login. Nothing may be in the module.
@@ -119,7 +119,7 @@ func softhsmConf() string {
 	return "SOFTHSM2_CONF (" + cmp.Or(os.Getenv("SOFTHSM2_CONF"), "not set") + ")"
 }
 
-// findSlot insists on one token: of two with one label the wrong one might get the PIN.
+// findSlot insists that one token fits: if two have the same label, the wrong one might get the PIN.
 func (c *connection) findSlot() (slot uint, info pkcs11.TokenInfo, err error) {
 	slots, err := c.module.GetSlotList(true)
 	if err != nil {
@@ -129,7 +129,7 @@ func (c *connection) findSlot() (slot uint, info pkcs11.TokenInfo, err error) {
 	for _, id := range slots {
 		this, err := c.module.GetTokenInfo(id)
 		if err != nil {
-			continue // a slot that cannot say what it holds is not the one
+			continue // a slot that does not answer is not the one
 		}
 		has := map[string]string{
 			"token": this.Label, "serial": this.SerialNumber, "manufacturer": this.ManufacturerID, "model": this.Model,
@@ -152,10 +152,10 @@ func (c *connection) findSlot() (slot uint, info pkcs11.TokenInfo, err error) {
 	return 0, info, Setting(fmt.Errorf("%d tokens fit %v: add serial=NUMBER to the URI", found, c.uri.token))
 }
 
-// Trim takes off what fills the fields of CK_TOKEN_INFO.
+// Trim removes the padding of the fields of CK_TOKEN_INFO.
 func Trim(field string) string { return strings.TrimRight(field, " \x00") }
 
-// logIn gives the session that holds the login.
+// logIn logs in, and gives the session that keeps the login.
 func (c *connection) logIn(user uint, pin PIN) (*Session, error) {
 	s, err := c.OpenSession()
 	if err != nil {
@@ -172,7 +172,7 @@ func (c *connection) logIn(user uint, pin PIN) (*Session, error) {
 	return s, nil
 }
 
-// OpenSession opens a session beside the pool's, for whoever may leave something in it. The caller closes it.
+// OpenSession opens a session that is not of the pool, for calls that may leave something in it. The caller closes it.
 func (c *connection) OpenSession() (*Session, error) {
 	if open := c.open.Add(1); c.most > 0 && open > c.most {
 		c.open.Add(-1)
@@ -188,7 +188,7 @@ func (c *connection) OpenSession() (*Session, error) {
 
 // reinitialise takes the module through C_Finalize and C_Initialize, and logs in as the user again.
 func (c *connection) reinitialise(pin PIN) error {
-	c.release() // ends what is left of the sessions, and the module, unless another Token of the process uses it
+	c.release() // ends the sessions, and the module unless another Token of the process uses it
 	if err := c.acquire(); err != nil {
 		return fmt.Errorf("the PKCS #11 module cannot be initialised again: %w", err)
 	}
@@ -212,7 +212,7 @@ func (c *connection) String() string {
 // Serial is the token's serial number.
 func (c *connection) Serial() string { return Trim(c.info.SerialNumber) }
 
-// Info is what the token said of itself when it was opened.
+// Info is what the token said about itself when it was opened.
 func (c *connection) Info() pkcs11.TokenInfo { return c.info }
 
 // Ask asks the token and its module what they are. The caller holds a session, so that the module stays.
@@ -228,7 +228,7 @@ func (c *connection) Ask(*Session) (token pkcs11.TokenInfo, library pkcs11.Info,
 // which crypto11 cannot give. The caller holds a session.
 func (c *connection) Signers(*Session) *crypto11.Context { return c.signers }
 
-// Can says whether the token has a mechanism, and for all of the uses in flags. The caller holds a session.
+// Can says whether the token has a mechanism for all uses in flags. The caller holds a session.
 func (c *connection) Can(m, flags uint) (bool, error) {
 	info, err := c.module.GetMechanismInfo(c.slot, ck.Mechanism(m))
 	if ck.IsCKR(err, pkcs11.CKR_MECHANISM_INVALID) {

@@ -6,14 +6,14 @@ import (
 	"time"
 )
 
-// A token is far if a call that does nothing there takes so long, as to an HSM behind a network.
+// A token is far if a call that does no work takes this long, as with an HSM behind a network.
 const away = 200 * time.Microsecond
 
-// measured is how many calls the distance of a token is measured by. The fastest of them counts: the others may have
-// waited here for a core.
+// measured is how many calls measure the distance of a token. The fastest counts: the others may have waited for a core
+// of this machine.
 const measured = 5
 
-// distance is how long calls of a token take that do nothing there.
+// distance is how long calls take that do no work in the token.
 type distance struct {
 	mu    sync.Mutex
 	calls [measured]time.Duration // the last ones; guarded by mu
@@ -31,7 +31,7 @@ func (d *distance) measureAgain(s *Session) {
 	}
 }
 
-// measure makes such a call. There are tokens without random numbers, which are taken for near.
+// measure makes one such call. A token without random numbers counts as near.
 func (d *distance) measure(s *Session) {
 	start := time.Now()
 	_, err := s.Ctx.GenerateRandom(s.ID, 1)

@@ -32,7 +32,7 @@ func Setting(err error) error {
 	return SettingError{error: err}
 }
 
-// errGone goes with an error that may mean anything: the token opens no session any more.
+// errGone marks an error of any kind after which the token opens no session any more.
 var errGone = errors.New("and no session can be opened")
 
 // hints say what to do about return codes that a user can do something about.
@@ -64,7 +64,7 @@ const (
 	hintOtherUser = "another user is logged in to the token in this process"
 )
 
-// Explain says what was done when a call failed, and what to do about it. Of no error it is nil.
+// Explain adds to an error which operation failed, and what to do about it. Without an error it is nil.
 func Explain(what string, err error) error {
 	if err == nil {
 		return nil
@@ -98,12 +98,12 @@ func classify(err error) severity {
 	case ck.IsCKR(err, pkcs11.CKR_DEVICE_REMOVED, pkcs11.CKR_DEVICE_ERROR,
 		pkcs11.CKR_TOKEN_NOT_PRESENT, pkcs11.CKR_TOKEN_NOT_RECOGNIZED,
 		pkcs11.CKR_CRYPTOKI_NOT_INITIALIZED, pkcs11.CKR_SLOT_ID_INVALID,
-		// What a token says that was away, and has come back: the login is gone, and with it all handles.
+		// The codes of a token that was away and is back: login and handles are gone.
 		pkcs11.CKR_USER_NOT_LOGGED_IN, pkcs11.CKR_KEY_HANDLE_INVALID, pkcs11.CKR_OBJECT_HANDLE_INVALID,
 		pkcs11.CKR_WRAPPING_KEY_HANDLE_INVALID, pkcs11.CKR_UNWRAPPING_KEY_HANDLE_INVALID):
 		return deviceLost
 	case ck.IsCKR(err, pkcs11.CKR_GENERAL_ERROR, pkcs11.CKR_FUNCTION_FAILED):
-		return suspect // SoftHSM says the first of a damaged wrapped key, others when they are gone
+		return suspect // SoftHSM returns the first for a damaged wrapped key; others, when they are gone
 	case ck.IsCKR(err, pkcs11.CKR_HOST_MEMORY, pkcs11.CKR_DEVICE_MEMORY, pkcs11.CKR_SESSION_COUNT,
 		pkcs11.CKR_FUNCTION_CANCELED):
 		return transient
@@ -111,7 +111,7 @@ func classify(err error) severity {
 	return permanent
 }
 
-// SaysNothing says of an error that it is about the token or its session, and not about what was asked of it.
+// SaysNothing says whether an error is about the token or the session, and not about the request.
 func SaysNothing(err error) bool {
 	c := classify(err)
 	return c == deviceLost || c == sessionLost || c == transient

@@ -13,15 +13,14 @@ type Object struct {
 	ID    string
 }
 
-// handles are those that are known. They end with the login.
+// handles caches handles of objects. They are valid as long as the login.
 type handles struct {
 	epoch atomic.Int64
 	mu    sync.Mutex
 	known map[Object]pkcs11.ObjectHandle // another map after each Forget; it and what is in it are guarded by mu
 }
 
-// Remembered gives the handle of an object if it is known, or the one that look gives, which is known from then on
-// until it is forgotten.
+// Remembered gives the cached handle of an object. If there is none, it calls look, and caches the result until Forget.
 func (h *handles) Remembered(
 	o Object, look func() (pkcs11.ObjectHandle, error),
 ) (pkcs11.ObjectHandle, error) {
@@ -37,12 +36,12 @@ func (h *handles) Remembered(
 		return 0, err
 	}
 	h.mu.Lock()
-	known[o] = handle // whoever has forgotten meanwhile does not see it
+	known[o] = handle // if Forget came meanwhile, this map is not used any more
 	h.mu.Unlock()
 	return handle, nil
 }
 
-// Remember makes the handle of an object known, unless something was forgotten since an epoch.
+// Remember caches the handle of an object, unless Forget was called since the epoch.
 func (h *handles) Remember(epoch int64, o Object, handle pkcs11.ObjectHandle) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -51,7 +50,7 @@ func (h *handles) Remember(epoch int64, o Object, handle pkcs11.ObjectHandle) {
 	}
 }
 
-// Forget has all objects looked up again by those who ask from now on.
+// Forget drops all cached handles.
 func (h *handles) Forget() {
 	h.epoch.Add(1)
 	h.mu.Lock()
@@ -59,5 +58,5 @@ func (h *handles) Forget() {
 	h.mu.Unlock()
 }
 
-// Epoch is another number after each Forget: what was learnt in an earlier one may not hold any more.
+// Epoch changes with each Forget: what was found out in an earlier epoch may be wrong now.
 func (h *handles) Epoch() int64 { return h.epoch.Load() }

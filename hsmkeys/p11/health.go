@@ -19,12 +19,12 @@ type Health struct {
 type Observer interface {
 	// Waited is told how long an operation waited for a session, whether it got one or not.
 	Waited(d time.Duration)
-	// Worked is told how long an operation then took in the token, without the wait, and how it ended. One that is done
-	// again, since its session had ended, is told of twice.
+	// Worked is told how long an operation then took in the token, without the wait, and how it ended. It is called
+	// twice for an operation that is run again because its session had ended.
 	Worked(operation string, took time.Duration, err error)
 }
 
-// health counts, and tells of changes.
+// health counts, and reports changes.
 type health struct {
 	hung, reinitialised, panics atomic.Int64
 
@@ -40,7 +40,7 @@ func (t *Token) Health() Health {
 		Reinitialised: t.health.reinitialised.Load(), Panics: t.health.panics.Load()}
 }
 
-// tell tells of a change, one after the other: the last that is told is how it is.
+// tell reports changes one after the other, so the last report is the present state.
 func (t *Token) tell() {
 	if t.health.changed == nil {
 		return

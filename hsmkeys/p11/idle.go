@@ -6,12 +6,12 @@ import (
 	"time"
 )
 
-// idle are the places of a pool: each is one session, open or not. Whoever has a place has its session too.
+// idle has the free places of a pool. A place stands for one session, open or not: who takes a place gets its session.
 type idle struct {
-	places chan struct{} // one for each place that nobody has
+	places chan struct{} // one for each free place
 
 	mu   sync.Mutex
-	open []*Session // those of the places, of which the last is used first; guarded by mu
+	open []*Session // their sessions; the last is used first; guarded by mu
 }
 
 func newIdle(size int) *idle {
@@ -24,11 +24,11 @@ func newIdle(size int) *idle {
 
 func (i *idle) size() int { return cap(i.places) }
 
-// free is how many places nobody has.
+// free is how many places are free.
 func (i *idle) free() int { return len(i.places) }
 
-// session is that of a place that was just taken; nil if it is to be opened. It is the one that was used last: few
-// sessions are open where few are needed.
+// session gives the session of a place that was just taken; nil if it must be opened. It is the one that was used last,
+// so no more sessions are open than are needed.
 func (i *idle) session() *Session {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -51,8 +51,8 @@ func (i *idle) give(s *Session) {
 	i.places <- struct{}{}
 }
 
-// more takes up to n places beside one that was taken, without waiting, as long as half of all stay free: where
-// sessions are scarce, more payloads at once are worth more than a faster one.
+// more takes up to n more places, without waiting, as long as half of all places stay free: if sessions are scarce,
+// several payloads at once matter more than one fast payload.
 func (i *idle) more(n int) int {
 	for took := range n {
 		if i.free() <= i.size()/2 {
@@ -67,8 +67,8 @@ func (i *idle) more(n int) int {
 	return n
 }
 
-// due takes a place whose session holds objects from before then; nil if there is none. next is when the first of the
-// others has to be looked at; zero if none holds any.
+// due takes a place whose session holds objects from before then; nil if there is none. next is when the next session
+// is due; zero if none holds objects.
 func (i *idle) due(then time.Time) (due *Session, next time.Time) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -86,7 +86,7 @@ func (i *idle) due(then time.Time) (due *Session, next time.Time) {
 		case <-i.places:
 			i.open = slices.Delete(i.open, n, n+1)
 			return s, time.Time{}
-		default: // whoever took the place is about to take a session, or gives the place back without
+		default: // another goroutine has taken the place, and will take a session or give the place back
 			if soon := then.Add(10 * time.Millisecond); next.IsZero() || soon.Before(next) {
 				next = soon
 			}

@@ -8,30 +8,30 @@ import (
 	"time"
 )
 
-// LeftFor is how long a session object that is of no more use is in the token, at most: longer by the operation that is
-// under way then on its session, and by C_CloseSession. A KME is one.
+// LeftFor is how long a session object that is not needed any more, a KME for example, stays in the token at most; plus
+// the time of the operation that uses its session then, and of C_CloseSession.
 const LeftFor = time.Second
 
-// How many of them a session has, at most, where the token has the room: where calls take long, more, since they are
-// fewer then; SoftHSM takes longer for each object the more there are. A few are destroyed one by one.
+// How many of them a session holds at most, if the token has the room. If calls take long it may be more, since there
+// are fewer calls. SoftHSM gets slower with every object. A few objects are destroyed one by one.
 const (
 	leftAway = 64
 	leftNear = 16
 	leftFew  = 2
 )
 
-// left are the session objects of no more use. They cost the token memory, and nothing else: a session that has many is
-// closed, which destroys them all in one call, and another opened in its place, beside the pool's work.
+// left has the session objects that are not needed any more. They cost only memory of the token. A session with many of
+// them is closed, which destroys them all in one call, and replaced, while the pool works on.
 type left struct {
 	most atomic.Int64 // of one session
 
 	mu    sync.Mutex
-	look  *time.Timer                // the next one at idle sessions; guarded by mu
+	look  *time.Timer                // when it fires, idle sessions are looked at; guarded by mu
 	at    time.Time                  // when that is; guarded by mu
 	drops map[chan struct{}]struct{} // those under way; each is closed at its end; guarded by mu
 }
 
-// put gives a place back, with its session, or first has what is left in that destroyed.
+// put gives a place back, with its session. If too much is left in that, it is destroyed first.
 func (t *Token) put(s *Session) {
 	if s == nil || len(s.left) == 0 {
 		t.idle.give(s)
@@ -50,7 +50,7 @@ func (t *Token) put(s *Session) {
 	t.lookAt(since.Add(LeftFor))
 }
 
-// lookAt has idle sessions looked at for what was left in them too long ago.
+// lookAt sets when idle sessions are looked at for objects that were left too long ago.
 func (t *Token) lookAt(at time.Time) {
 	t.left.mu.Lock()
 	defer t.left.mu.Unlock()
@@ -79,8 +79,8 @@ func (t *Token) lookAt(at time.Time) {
 	})
 }
 
-// dropAll destroys what is left in all idle sessions, and waits for whatever else is being destroyed: the token is
-// full, and from now on less is left in it.
+// dropAll destroys what is left in all idle sessions, and waits until other goroutines have done so, too. It is called
+// when the token is full; from then on, less is left in it.
 func (t *Token) dropAll() {
 	t.left.most.Store(max(1, t.left.most.Load()/2))
 	for s, _ := t.idle.due(time.Now()); s != nil; s, _ = t.idle.due(time.Now()) {
@@ -94,8 +94,7 @@ func (t *Token) dropAll() {
 	}
 }
 
-// drop destroys what is left in a session, of which the caller has the place, and then gives the place back. It closes
-// done at the end.
+// drop destroys what is left in a session, gives the session's place back, which the caller has taken, and closes done.
 func (t *Token) drop(s *Session) (done chan struct{}) {
 	done = make(chan struct{})
 	t.left.mu.Lock()

@@ -13,17 +13,17 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 )
 
-// A module is a PKCS #11 library in this process. It stays loaded. C_Initialize and C_Finalize are made once for all
-// [Token]s that use it at a time: by crypto11 where it can, and by ourselves where the library wants a string of its
-// own, or keeps those apart who have asked it for its functions, as p11-kit's client does.
+// A module is a PKCS #11 library in this process. It stays loaded. C_Initialize and C_Finalize are called once for all
+// [Token]s that use it at the same time: by crypto11 if it can. We call them if the library needs a string, or if it
+// keeps a state of its own for each caller that has asked it for its functions, as p11-kit's client does.
 type module struct {
 	*pkcs11.Ctx
 	functions ck.Functions
 
-	// held over C_Initialize and C_Finalize: whoever comes meanwhile can do nothing before they have ended
+	// held during C_Initialize and C_Finalize: nobody else can do anything before they have ended
 	mu    sync.Mutex
 	users int // guarded by mu
-	// C_Initialize was this call; if not, it was crypto11's, which makes C_Finalize too; guarded by mu
+	// we called C_Initialize; if not, crypto11 did, and calls C_Finalize, too; guarded by mu
 	ours     bool
 	reserved string // what C_Initialize was given; guarded by mu
 }
@@ -58,7 +58,7 @@ func loadModule(path string) (_ *module, err error) {
 	return m, nil
 }
 
-// initialize makes C_Initialize for the first user, with a string of the module's own as pReserved if there is one.
+// initialize calls C_Initialize for the first user, with the URI's string as pReserved, if it has one.
 func (m *module) initialize(reserved string) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -83,7 +83,7 @@ func (m *module) initialize(reserved string) error {
 	return nil
 }
 
-// finalize makes C_Finalize for the last user.
+// finalize calls C_Finalize for the last user.
 func (m *module) finalize() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()

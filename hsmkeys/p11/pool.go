@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// A Pool is one token, or several with the same keys: they share the load, and what one of them cannot do because it is
-// away, another does. T is a token of the layer above. All methods may be called concurrently.
+// A Pool is one token, or several with the same keys. They share the load; if one is away, the others do its work. T is
+// a token type of the layer above. All methods may be called concurrently.
 type Pool[T member] struct {
 	tokens []T
 	next   atomic.Uint64
@@ -20,10 +20,10 @@ func NewPool[T member](tokens ...T) *Pool[T] { return &Pool[T]{tokens: tokens} }
 // Tokens are those of the pool.
 func (p *Pool[T]) Tokens() []T { return p.tokens }
 
-// OnAny does an operation on one token after the other, beginning with another one each time, until one is there and
-// has the key: of a key that is being rotated, the newest generation is in one token first. The operation must be one
-// that can be done twice. Where none has the key, and it may be in SoftHSM, it is looked for again, for some 0.6 s:
-// while one thread reads what another process has just made, the others do not see it yet (2.6.1).
+// OnAny tries an operation on one token after the other, until one is there and has the key: during a rotation, the
+// newest generation is in one token only at first. It begins with another token each time. The operation may be done
+// twice. If no token has the key, and one is SoftHSM, it tries again for some 0.6 s: while one thread of SoftHSM 2.6.1
+// reads what another process has just made, other threads do not see it.
 func OnAny[T member, R any](ctx context.Context, p *Pool[T], f func(T) (R, error)) (out R, err error) {
 	first := p.next.Add(1)
 	for pause := 10 * time.Millisecond; ; pause *= 2 {

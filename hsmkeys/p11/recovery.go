@@ -10,13 +10,13 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 )
 
-// Backoff of reinitialising a token. Coming back is noticed within the larger one.
+// The backoff of reinitialising a token. A token that is back is noticed within the larger one.
 const (
 	firstPause = 50 * time.Millisecond
 	lastPause  = time.Second
 )
 
-// lose opens the breaker, and begins to reinitialise the token.
+// lose opens the breaker, and starts to reinitialise the token.
 func (t *Token) lose(cause error) {
 	select {
 	case <-t.closing:
@@ -29,11 +29,11 @@ func (t *Token) lose(cause error) {
 	}
 }
 
-// recover reinitialises the token, as often as it takes. A PIN that was refused is not tried again, since the token may
-// lock: it waits for another one in its file.
+// recover reinitialises the token, as often as it takes. A refused PIN is not tried again, since the token may lock: it
+// waits until the PIN's file has another one.
 func (t *Token) recover() {
 	pause := firstPause
-	if time.Since(t.lastReinitialised) < 5*time.Second { // what brings it down again at once does not keep it busy
+	if time.Since(t.lastReinitialised) < 5*time.Second { // a call that breaks it again at once must not keep it busy
 		pause = lastPause
 	}
 	var refused PIN
@@ -70,9 +70,9 @@ func (t *Token) recover() {
 	}
 }
 
-// reinitialise takes the module through C_Finalize and C_Initialize, and logs in again; when that fails, the token is
-// lost. Calls wait for it; none is under way, since it holds all places of idle. The caller holds reinitialising: two
-// at once would each hold half of the places and wait for the other's.
+// reinitialise calls C_Finalize and C_Initialize, and logs in again; if that fails, the token is lost. Calls wait
+// meanwhile, and none is under way, because it takes all places of idle. The caller holds reinitialising: two at once
+// would each hold half of the places and wait for the rest.
 func (t *Token) reinitialise(pin PIN) error {
 	taken := 0
 	defer func() {
@@ -95,13 +95,13 @@ func (t *Token) reinitialise(pin PIN) error {
 		return struct{}{}, t.connection.reinitialise(pin)
 	})
 	if err != nil {
-		t.lose(err) // before anybody gets a session
+		t.lose(err) // before anybody can get a session
 	}
 	return err
 }
 
-// tryBeside says whether the token answers beside the calls that hang in it. As many as there are sessions may; then it
-// does not try, until one comes back.
+// tryBeside says whether the token answers other calls while some hang in it. If as many hang as there are sessions, it
+// does not try before one comes back.
 func (t *Token) tryBeside(pin PIN) error {
 	if t.health.hung.Load() >= int64(t.idle.size()) {
 		return fmt.Errorf("%d calls do not come back", t.health.hung.Load())
@@ -118,8 +118,8 @@ func (t *Token) tryBeside(pin PIN) error {
 	return nil
 }
 
-// renew reinitialises the module when that is due. Calls wait for it, but not the one that began it, whose work is
-// done.
+// renew reinitialises the module when that is due. Calls wait meanwhile, except the one that noticed it, which has its
+// result already.
 func (t *Token) renew() {
 	after := t.renewal.after.Load()
 	if after == 0 || t.renewal.uses.Add(1)%after != 0 || !t.reinitialising.TryLock() {
@@ -127,9 +127,9 @@ func (t *Token) renew() {
 	}
 	t.recovering.Go(func() {
 		defer t.reinitialising.Unlock()
-		// A PIN that cannot be read any more is no reason to stop.
+		// If the PIN cannot be read any more, the token goes on as it is.
 		if pin, err := ReadPIN(t.pin); err == nil {
-			t.reinitialise(pin) // it says itself that the token is lost
+			t.reinitialise(pin) // if it fails, it has opened the breaker
 		}
 	})
 }

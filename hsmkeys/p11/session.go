@@ -15,7 +15,7 @@ type Session struct {
 
 	open      *atomic.Int64         // the sessions of the token, with this one
 	others    []*Session            // of the same operation, see Apart
-	left      []pkcs11.ObjectHandle // objects of no more use, which are to go
+	left      []pkcs11.ObjectHandle // objects that are not needed any more
 	leftSince time.Time             // when the first of them was left
 	own       map[string]pkcs11.ObjectHandle
 }
@@ -26,7 +26,7 @@ func (s *Session) Close() error {
 	return s.Ctx.CloseSession(s.ID)
 }
 
-// Leave says that an object that the session made is of no more use. The pool has it destroyed, with others, LeftFor
+// Leave says that an object of the session is not needed any more. The pool destroys it together with others: LeftFor
 // after the first of them was left, or when there are many.
 func (s *Session) Leave(h pkcs11.ObjectHandle) {
 	if len(s.left) == 0 {
@@ -35,8 +35,8 @@ func (s *Session) Leave(h pkcs11.ObjectHandle) {
 	s.left = append(s.left, h)
 }
 
-// Own gives the handle of a session object that the session has by a name, for as long as it is open; what makes it is
-// called once.
+// Own gives the handle of a session object that the session has under a name. make is called once for each name; the
+// object stays as long as the session.
 func (s *Session) Own(name string, make func() (pkcs11.ObjectHandle, error)) (h pkcs11.ObjectHandle, err error) {
 	if h, ok := s.own[name]; ok {
 		return h, nil

@@ -20,13 +20,13 @@ type Options struct {
 	HangTimeout time.Duration
 	// Observer is told of operations; it may be nil.
 	Observer Observer
-	// Changed is told when the circuit breaker changes its state, when a call hangs or comes back, and of each panic,
-	// how it was and how it is; it may be nil. It must return at once, and make no call to the token. It is not told
-	// twice at the same time of one token.
+	// Changed is told of each change of the circuit breaker, of calls that hang or come back, and of panics: how the
+	// token was, and how it is. It may be nil. It must return at once, and make no call to the token. For one token, it
+	// is not called concurrently.
 	Changed func(token string, was, is Health)
-	// RenewAfter is after how many uses of a session the module is reinitialised; 0 for what the token needs.
+	// RenewAfter is after how many uses of a session the module is reinitialised; 0 for the token's default.
 	RenewAfter int64
-	// Sessions is how many operations may be in the token at once; 0 for what its distance and its limits suggest.
+	// Sessions is how many operations may be in the token at once; 0 for a number by its distance and its limits.
 	Sessions int
 }
 
@@ -53,7 +53,7 @@ type Token struct {
 	renewal renewal
 
 	reinitialising    sync.Mutex // held by whoever reinitialises
-	lastReinitialised time.Time  // of recover's own, of which there is one at a time
+	lastReinitialised time.Time  // used by recover alone, of which one runs at a time
 	recovering        sync.WaitGroup
 	closing           chan struct{} // closed by Close
 }
@@ -61,7 +61,7 @@ type Token struct {
 // renewal is after how many uses of a session the module is reinitialised; 0 for never.
 type renewal struct{ after, uses atomic.Int64 }
 
-// softHSMRenewal is that of SoftHSM 2.6.1, which keeps some 250 bytes of each session object that ever was, until
+// softHSMRenewal is for SoftHSM 2.6.1, which keeps some 250 bytes for each session object that was ever made, until
 // C_Finalize: 490 bytes a device key, and half a gigabyte for a lot of a million.
 const softHSMRenewal = 100_000
 
@@ -117,7 +117,7 @@ func AsOfficer(tokenURI string, pin PIN, f func(*Token) error) error {
 	return f(t)
 }
 
-// SeesLate is SoftHSM's way.
+// SeesLate says whether the token is SoftHSM, whose threads may see late what another process has made.
 func (t *Token) SeesLate() bool { return t.isSoftHSM() }
 
 func (t *Token) isSoftHSM() bool { return strings.HasPrefix(t.info.ManufacturerID, "SoftHSM") }
@@ -172,24 +172,23 @@ func connect(u *uri, o Options) (*Token, error) {
 	return t, nil
 }
 
-// Sessions of a pool: a module that computes in this process, as SoftHSM, keeps the cores busy with two for each, one
-// of which may wait for the module's locks; more of them only take turns, and each turn finds its caches filled by
-// another. An HSM behind a bus or a network is busy elsewhere, and what counts is how many calls are on their way to
-// it.
+// Sessions of a pool: a module that computes in this process, as SoftHSM does, keeps the cores busy with two sessions
+// for each core, since one may wait for a lock. More sessions would only compete for the caches. For an HSM behind a
+// bus or a network, it counts how many calls are on their way at once.
 const (
 	sessionsACore = 2
 	sessionsAway  = 64
 )
 
-// objectRoom is what a session object of ours takes of a token's memory, at most, and objectsAtOnce how many an
+// objectRoom is how much memory a session object of ours takes in a token at most. objectsAtOnce is how many an
 // operation has.
 const (
 	objectRoom    = 1024
 	objectsAtOnce = 2
 )
 
-// poolSize sees how far away the token is, how many sessions it allows, and how much room it has for what is left in
-// them.
+// poolSize sets the pool's size by the token's distance and limit of sessions, and how many objects may be left in them
+// by its memory.
 func (t *Token) poolSize(wanted int) (int, error) {
 	s, err := t.OpenSession()
 	if err != nil {
@@ -206,7 +205,7 @@ func (t *Token) poolSize(wanted int) (int, error) {
 	if wanted > 0 {
 		size = wanted
 	}
-	if t.most > 0 { // one holds the login, and one is for whoever needs one beside the pool
+	if t.most > 0 { // one keeps the login, and one is for OpenSession
 		size = min(size, max(1, int(t.most)-2))
 	}
 	most := leftNear
@@ -214,7 +213,7 @@ func (t *Token) poolSize(wanted int) (int, error) {
 		most = leftAway
 	}
 	room := most * size
-	// What NSS softoken says of its memory, 1, is no number of bytes.
+	// NSS softoken says 1 for its memory, which is no number of bytes.
 	total, free := t.info.TotalPublicMemory, t.info.FreePublicMemory
 	if told(free) && told(total) && total > objectRoom {
 		if room = int(free / objectRoom); room < objectsAtOnce {

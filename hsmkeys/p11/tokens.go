@@ -11,7 +11,7 @@ import (
 	"github.com/miekg/pkcs11"
 )
 
-// A Slot is what a module says of a slot, and of the token in it, without a login.
+// A Slot is what a module says about a slot and its token without a login.
 type Slot struct {
 	ID           uint     `json:"slot"`
 	Description  string   `json:"description"`
@@ -30,7 +30,7 @@ type Slot struct {
 	URI          string   `json:"uri,omitempty"`          // RFC 7512; its pin-source is to be put in
 }
 
-// pinFlags are what a token says of its PINs (PKCS #11 v2.40 section 3.2, CK_TOKEN_INFO).
+// pinFlags are the flags about a token's PINs (PKCS #11 v2.40 section 3.2, CK_TOKEN_INFO).
 var pinFlags = []struct {
 	flag uint
 	says string
@@ -46,7 +46,7 @@ var pinFlags = []struct {
 		says: "the security officer's PIN is its maker's, or has expired: change it"},
 }
 
-// SayPINs is what is not as it should be with a token's PINs, by its flags.
+// SayPINs says what is wrong with a token's PINs, by its flags.
 func SayPINs(flags uint) (all []string) {
 	for _, f := range pinFlags {
 		if flags&f.flag != 0 {
@@ -56,7 +56,7 @@ func SayPINs(flags uint) (all []string) {
 	return all
 }
 
-// ModuleOf is the module that a token's URI names, and what it wants at C_Initialize.
+// ModuleOf gives the module that a token's URI names, and the string for its C_Initialize.
 func ModuleOf(tokenURI string) (path, reserved string, err error) {
 	u, err := parseURI(tokenURI)
 	if err != nil {
@@ -71,7 +71,7 @@ func Slots(path, reserved string) ([]Slot, error) {
 		return nil, fmt.Errorf("the PKCS #11 module cannot be read: %w: check the path, and that the token's driver "+
 			"is installed", err)
 	}
-	path, err := filepath.Abs(path) // the URIs are for any folder
+	path, err := filepath.Abs(path) // the URIs must work in any folder
 	if err != nil {
 		return nil, err
 	}
@@ -116,7 +116,7 @@ func (m *module) slots(path, reserved string) ([]Slot, error) {
 		s.Initialised = t.Flags&pkcs11.CKF_TOKEN_INITIALIZED != 0
 		s.UserPIN = t.Flags&pkcs11.CKF_USER_PIN_INITIALIZED != 0
 		s.FreePublic, s.FreePrivate = free(t.FreePublicMemory), free(t.FreePrivateMemory)
-		if s.Initialised { // what the flags of another say means nothing
+		if s.Initialised { // without that, the flags mean nothing
 			s.PINs = SayPINs(t.Flags)
 			s.URI = tokenURI(s.Label, s.Serial, path, reserved)
 		}

@@ -21,8 +21,7 @@ type uri struct {
 	token     map[string]string // path attributes that name the token, by their RFC 7512 names
 }
 
-// initReserved is a query attribute of our own (RFC 7512 section 2.4), with the name that p11-kit has for it in its
-// module files.
+// initReserved is a query attribute of our own (RFC 7512 section 2.4). p11-kit's module files call it so.
 const initReserved = "x-init-reserved"
 
 const uriExample = "for example pkcs11:token=LABEL?module-path=/usr/lib/softhsm/libsofthsm2.so" +
@@ -76,7 +75,7 @@ func parseURI(s string) (u *uri, err error) {
 	return u, nil
 }
 
-// A PIN is a user's or a security officer's. It prints as nothing of it.
+// A PIN is a user's or a security officer's. Printed, it shows nothing of the PIN.
 type PIN string
 
 const redactedPIN = "[PIN]"
