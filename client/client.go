@@ -21,7 +21,8 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// An Error is a refusal of the service. errors.Is(err, client.Reason(kme.KMERejected)) asks for one.
+// An Error is a refusal of the service. errors.Is(err, client.Reason(kme.KMERejected)) tells whether it has that
+// reason.
 type Error struct {
 	Reason  kme.Reason
 	Message string
@@ -38,7 +39,7 @@ func (e *Error) Is(target error) bool {
 // Reason is an error to compare with, by errors.Is.
 func Reason(r kme.Reason) error { return &Error{Reason: r} }
 
-// Temporary says whether the same call may be answered otherwise later.
+// Temporary says whether the same call may succeed later.
 func (e *Error) Temporary() bool {
 	switch e.Reason {
 	case kme.Overloaded, kme.HSMUnavailable, kme.DirectoryUnavailable, kme.StoreUnavailable:
@@ -56,22 +57,22 @@ type Options struct {
 	Tries   int           // of a call that may be repeated, at each instance, 3 if 0
 }
 
-// A Client may be used concurrently. A context's deadline goes with the call: the service does
-// no work for whoever has gone.
+// A Client may be used concurrently. The context's deadline is sent with a call: the service does no work for a caller
+// that does not wait any more.
 //
-// The calls of an attach, CheckEquipment and GetBinding are made in one stream to each instance: the first opens it,
-// and so does the first after it has broken. Those of an administrator are made by themselves.
+// The calls of an attach, CheckEquipment and GetBinding are made in one stream to each instance: the first call opens
+// it, also after it has broken. An administrator's calls are single requests.
 //
-// Calls that give the same answer however often they are made are made again, with a pause, when the service cannot be
-// reached or says that it may answer later: all but OpenProvisioning and a report of a failed authentication. These two
-// are made again only if the service has certainly not begun them: it ends, or there is no connection to it.
+// If the service cannot be reached, or says that it may answer later, a call is repeated after a pause if it is
+// idempotent: all are but OpenProvisioning and a report of a failed authentication. These two are repeated only if the
+// service has certainly not begun them, because it is about to end, or there is no connection.
 //
-// Of several instances, each gets its share of the calls. A call that may be made again goes to the next one at once.
-// An instance that cannot be reached, is silent, or has lost its HSM or its store gets no calls until its /readyz says
-// that it is ready, as long as another is.
+// Several instances share the calls. A call that may be repeated goes to the next instance at once. An instance that
+// cannot be reached, is silent, or has lost its HSM or its store gets no calls until its /readyz says that it is ready,
+// unless all instances are like that.
 type Client struct {
 	instances []*instance
-	turn      atomic.Uint32 // whose it is to get the next call first
+	turn      atomic.Uint32 // which instance gets the next call
 	timeout   time.Duration
 	tries     int
 }
@@ -106,7 +107,7 @@ type RAND = [16]byte
 // An Origin is who at the other end of the network asked. Its zero value is for a caller that has one peer only.
 type Origin struct {
 	Name kme.Origin // an MME's Origin-Host, an AMF's id
-	// it cannot provision, or may not: then an IMSI without a binding is refused (kme.NotBound)
+	// it cannot provision, or must not: then an IMSI without a binding is refused (kme.NotBound)
 	NoProvisioning bool
 }
 
@@ -130,7 +131,7 @@ func (c *Client) PrepareVector(ctx context.Context, imsi kme.IMSI, o Origin, ran
 	if len(answer.GetRands()) != len(rands) {
 		return v, fmt.Errorf("the service has answered %d RANDs, not %d", len(answer.GetRands()), len(rands))
 	}
-	switch answer.Control { // a RAND that is taken for encrypted, and is not, lets any device in
+	switch answer.Control { // if a clear RAND were taken for an encrypted one, any device would get in
 	case kmev1.Control_PREPROCESSED, kmev1.Control_PROVISIONING_ONLY:
 	default:
 		return v, fmt.Errorf("the service has answered control %v", answer.Control)
@@ -152,7 +153,7 @@ type Establishment struct {
 	KME   kme.Secret // zero but for a client with the role kme-export
 }
 
-// EstablishKME is called with the payload that a device has sent, by way of the origin that was given the attempt.
+// EstablishKME is called with the payload of a device. It came from the origin that was given the attempt.
 func (c *Client) EstablishKME(ctx context.Context, imsi kme.IMSI, o Origin, imei kme.IMEI, attemptID string,
 	payload []byte) (e Establishment, err error) {
 	q := &kmev1.EstablishKMERequest{
@@ -180,7 +181,7 @@ type Report struct {
 // ReportAuthentication is called when AKA with a pre-processed vector has ended. Only an origin that was sent a vector
 // under a pending binding makes it active.
 func (c *Client) ReportAuthentication(ctx context.Context, imsi kme.IMSI, o Origin, ok bool) (Report, error) {
-	// A second report of a failure could be about the binding that stood before.
+	// A repeated report of a failure could hit the earlier binding.
 	answer, err := ask(ctx, c, ok, &kmev1.Call{Call: &kmev1.Call_ReportAuthentication{
 		ReportAuthentication: &kmev1.ReportAuthenticationRequest{
 			Imsi: imsi.String(), Ok: ok, Origin: o.Name.String(), NoProvisioning: o.NoProvisioning,
@@ -212,8 +213,8 @@ type Equipment struct {
 	Reason kmev1.EquipmentReason
 }
 
-// CheckEquipment asks whether a device may be served; with the zero IMSI, where the subscription is not known. A device
-// that nothing is known of may be refused (kme.UnknownDevice).
+// CheckEquipment asks whether a device may be served; with the zero IMSI if the subscription is not known. A device of
+// which nothing is known may be refused (kme.UnknownDevice).
 func (c *Client) CheckEquipment(ctx context.Context, imei kme.IMEI, imsi kme.IMSI) (Equipment, error) {
 	answer, err := ask(ctx, c, true, &kmev1.Call{Call: &kmev1.Call_CheckEquipment{
 		CheckEquipment: &kmev1.CheckEquipmentRequest{Imei: imei.String(), Imsi: imsi.String()},
@@ -221,7 +222,7 @@ func (c *Client) CheckEquipment(ctx context.Context, imei kme.IMEI, imsi kme.IMS
 	if err != nil {
 		return Equipment{}, err
 	}
-	switch answer.Status { // whoever asks for BLACKLISTED only would serve one that is of no list
+	switch answer.Status { // a caller that compares with BLACKLISTED only would serve a device without a status
 	case kmev1.EquipmentStatus_WHITELISTED, kmev1.EquipmentStatus_GREYLISTED, kmev1.EquipmentStatus_BLACKLISTED:
 		return Equipment{Status: answer.Status, Reason: answer.Reason}, nil
 	}
@@ -249,7 +250,7 @@ func fill(to, from []byte) error {
 	return nil
 }
 
-// alone makes a call by itself.
+// alone makes a call as a single request.
 func alone[Q, A any](
 	ctx context.Context, c *Client, again bool,
 	method func(kmev1connect.KeyServiceClient, context.Context, *connect.Request[Q]) (*connect.Response[A], error),
@@ -264,7 +265,7 @@ func alone[Q, A any](
 	})
 }
 
-// ask makes a call by the stream, and opens one if there is none. It is an error if the answer is none to this call.
+// ask makes a call in the stream, and opens one if there is none. An answer that does not fit the call is an error.
 func ask[A any](ctx context.Context, c *Client, again bool, call *kmev1.Call, of func(*kmev1.Answer) *A) (*A, error) {
 	encoded, err := proto.Marshal(call)
 	if err != nil { // a text that is not UTF-8
@@ -286,7 +287,7 @@ func ask[A any](ctx context.Context, c *Client, again bool, call *kmev1.Call, of
 	})
 }
 
-// try makes a call, again if it may be: at each instance, and then, after a pause, once more.
+// try makes a call. If it may be repeated, it tries each instance, and after a pause all of them again.
 func try[A any](
 	ctx context.Context, c *Client, again bool, call func(context.Context, *instance) (*A, error),
 ) (*A, error) {

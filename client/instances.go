@@ -23,7 +23,7 @@ import (
 
 const (
 	maxInstances = 16
-	watchEvery   = 500 * time.Millisecond // how often an instance that is away is asked whether it is ready
+	watchEvery   = 500 * time.Millisecond // how often an instance that is away is asked for /readyz
 )
 
 // An instance is one keysvc.
@@ -33,7 +33,7 @@ type instance struct {
 	http    *http.Client
 	base    string
 
-	patience time.Duration // with a stream on which nothing comes
+	patience time.Duration // how long a stream may be silent
 	answer   time.Duration // how long it may take to say whether it is ready
 
 	mu      sync.Mutex
@@ -46,11 +46,10 @@ func newInstance(address string, config *tls.Config, timeout time.Duration) (*in
 	dialer := &net.Dialer{Timeout: timeout}
 	patience := max(timeout/4, time.Second)
 	transport := &http.Transport{
-		// A copy: net/http writes into its transport's, when that makes its first call.
+		// A copy, because net/http changes the transport's configuration at its first call.
 		Protocols: protocols, TLSClientConfig: config.Clone(), MaxIdleConnsPerHost: 16, IdleConnTimeout: time.Minute,
 		DialContext: dialer.DialContext, TLSHandshakeTimeout: timeout,
-		// A connection that is silent is asked whether it is there: nothing else ends a stream whose server has gone
-		// without a word.
+		// A silent connection is pinged: nothing else ends a stream whose server is gone without closing it.
 		HTTP2: &http.HTTP2Config{SendPingTimeout: patience, PingTimeout: patience},
 	}
 	base := address
@@ -88,7 +87,7 @@ func (i *instance) close() {
 	i.http.CloseIdleConnections()
 }
 
-// call makes a call that is encoded but for its id and its time: by the stream that there is, or by a new one.
+// call makes a call, which is encoded except for its id and time: in the open stream, or in a new one.
 func (i *instance) call(ctx context.Context, call []byte) (*kmev1.Answer, error) {
 	if until, ok := ctx.Deadline(); ok {
 		call = protowire.AppendTag(call, 2, protowire.VarintType)
@@ -117,7 +116,7 @@ func (i *instance) away() bool {
 	return i.unwatch != nil
 }
 
-// leave gives the instance no more calls until it says that it is ready.
+// leave stops calls to the instance until it says that it is ready.
 func (i *instance) leave() {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -162,8 +161,8 @@ func (i *instance) ready(ctx context.Context) bool {
 // instances are a set, a bit each.
 type instances uint16
 
-// pick gives the instance whose turn it is, of those that were not tried: one that is not away, or any of them if
-// all instances are away. -1: there is none.
+// pick gives the next instance that was not tried and is not away; if all instances are away, any that was not tried.
+// -1 if there is none.
 func (c *Client) pick(turn uint32, tried instances) int {
 	picked, allAway := -1, true
 	for n := range c.instances {
@@ -182,7 +181,7 @@ func (c *Client) pick(turn uint32, tried instances) int {
 	return picked
 }
 
-// once makes a call at one instance. If it may be made at another, half of its time is kept for that.
+// once makes a call at one instance. If another one may be tried afterwards, it leaves half of the time for that.
 func once[A any](
 	ctx context.Context, c *Client, i *instance, again bool, call func(context.Context, *instance) (*A, error),
 ) (*A, error) {
@@ -198,7 +197,7 @@ func once[A any](
 	if err == nil {
 		return answer, nil
 	}
-	// Whose time it was, the service may know first.
+	// The service may notice the end of the time first.
 	if again && ctx.Err() == nil && connect.CodeOf(err) == connect.CodeDeadlineExceeded {
 		err = connect.NewError(connect.CodeUnavailable, errors.New("the service does not answer"))
 	}

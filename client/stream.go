@@ -25,10 +25,10 @@ import (
 
 const (
 	maxCall  = 16 << 10 // above any valid call
-	maxBatch = 48 << 10 // calls beyond it go in another message, so that none has the 64 KiB that a message may have
+	maxBatch = 48 << 10 // more calls go into another message, so that none exceeds 64 KiB, the limit of a message
 )
 
-// A stream makes calls for as long as it lasts. One goroutine writes, and another reads.
+// A stream carries calls until it breaks. One goroutine writes, another reads.
 type stream struct {
 	end      context.CancelFunc
 	ready    chan struct{} // has one when there are calls to write
@@ -36,11 +36,11 @@ type stream struct {
 
 	mu      sync.Mutex
 	asked   time.Time          // guarded by mu: when the first call after the last message was sent; zero if none was
-	silent  bool               // guarded by mu: it takes no more calls, and ends when none waits
+	silent  bool               // guarded by mu: it takes no more calls, and ends after the last answer
 	last    uint64             // guarded by mu: the last call's id
 	queue   []queued           // guarded by mu: calls to write
 	waiting map[uint64]waiting // guarded by mu: calls without an answer
-	over    func() error       // guarded by mu: if it has ended, gives each call an error of its own
+	over    func() error       // guarded by mu: makes the error of a call if the stream has ended
 }
 
 // A queued is a call that is encoded.
@@ -55,7 +55,7 @@ type waiting chan *kmev1.Answer
 // A batch is an encoded StreamRequest.
 type batch []byte
 
-// batches encodes a batch, which is, and decodes messages.
+// batches is the codec: a batch is encoded already, and answers are decoded.
 type batches struct{}
 
 func (batches) Name() string                  { return "proto" }
@@ -83,8 +83,7 @@ func open(o *opener, patience time.Duration, call []byte) (s *stream, id uint64,
 	return s, id, answer
 }
 
-// accept has a call sent that is encoded but for its id. There is no answer to wait for if the stream takes no more
-// calls.
+// accept queues a call, which is encoded except for its id. answer is nil if the stream takes no more calls.
 func (s *stream) accept(call []byte) (id uint64, answer waiting) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -124,8 +123,8 @@ func (s *stream) wait(ctx context.Context, id uint64, answer waiting) (*kmev1.An
 	return a, nil
 }
 
-// giveUp has nobody wait for an answer, if there is none yet. What serves a stream may hang while its connection lives:
-// if calls were sent, and nothing has come since, later calls get another stream.
+// giveUp stops waiting for an answer. The server of a stream may hang while the connection lives: if nothing has come
+// since the last calls were sent, later calls use a new stream.
 func (s *stream) giveUp(id uint64) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -146,7 +145,7 @@ func (s *stream) close() {
 	s.end()
 }
 
-// endIfSilent ends a silent stream for which nobody waits. s.mu is locked.
+// endIfSilent ends a silent stream if no call waits in it. s.mu is locked.
 func (s *stream) endIfSilent() {
 	if s.silent && len(s.waiting) == 0 {
 		s.end()
@@ -160,14 +159,14 @@ func contextCode(err error) connect.Code {
 	return connect.CodeDeadlineExceeded
 }
 
-// write sends calls as they come: what has come meanwhile goes together.
+// write sends calls as they come. Calls that come while it writes go together in the next message.
 func (s *stream) write(ctx context.Context, b *connect.BidiStreamForClient[batch, kmev1.StreamResponse]) {
 	defer b.CloseRequest() // HTTP/2 notes that ctx has ended once it has read all of the request
 	var m batch
 	for {
 		select {
 		case <-s.ready:
-			runtime.Gosched() // others that are about to call are in time: see write in api/stream.go for what it saves
+			runtime.Gosched() // so that calls which are about to come share the message: see write in api/stream.go
 		case <-ctx.Done():
 			return
 		}
@@ -176,13 +175,13 @@ func (s *stream) write(ctx context.Context, b *connect.BidiStreamForClient[batch
 				break
 			}
 			if b.Send(&m) != nil {
-				return // read gets to know why
+				return // read finds out why
 			}
 		}
 	}
 }
 
-// take appends to m the calls that are to be written next. Those that nobody waits for are left out.
+// take appends the next calls to m. It leaves out those that nobody waits for.
 func (s *stream) take(m batch) batch {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -205,7 +204,7 @@ func (s *stream) take(m batch) batch {
 	return m
 }
 
-// read gives answers to those who wait for them, until the stream ends.
+// read hands answers to the waiting calls, until the stream ends.
 func (s *stream) read(b *connect.BidiStreamForClient[batch, kmev1.StreamResponse]) {
 	for {
 		m, err := b.Receive()
@@ -240,8 +239,7 @@ func (s *stream) read(b *connect.BidiStreamForClient[batch, kmev1.StreamResponse
 	}
 }
 
-// why is what the calls of a stream get that has ended: the service's refusal if it is one, or that the service cannot
-// be reached.
+// why is the error of the calls in a stream that has ended: the service's refusal, or that it cannot be reached.
 func why(err error) func() error {
 	code := connect.CodeOf(err)
 	if code != connect.CodeUnimplemented { // without a reason, no other is keysvc's
@@ -265,12 +263,12 @@ func why(err error) func() error {
 	return func() error { return connect.NewError(code, err) }
 }
 
-// errEnded is of the calls without an answer in a stream that has ended in order: they were not begun (see
+// errEnded is the error of calls without an answer in a stream that has ended in order: they were not begun (see
 // KeyService.Stream).
 var errEnded = errors.New("the service has ended the stream")
 
-// unsent says whether net/http chose a connection that takes no more streams, and sent nothing of the request in it. It
-// says so of a request whose body it cannot have a second time, by an error without a type (persistConn's
+// unsent says whether net/http chose a connection that takes no more streams, and sent nothing of the request in it. If
+// it cannot read the request's body a second time, it says so by an error without a type (persistConn's
 // shouldRetryRequest, and rewindBody).
 func unsent(err error) bool {
 	return strings.Contains(err.Error(), "net/http: cannot rewind body after connection loss")
@@ -282,7 +280,7 @@ func notBegun(err error) bool {
 	return errors.Is(err, errEnded) || errors.As(err, &connection) && connection.Op == "dial"
 }
 
-// refusal is the error of a call.
+// refusal makes the error of a call.
 func refusal(e *kmev1.CallError) error {
 	if e.Reason != "" {
 		return &Error{Reason: kme.Reason(e.Reason), Message: e.Message}
@@ -294,8 +292,8 @@ func refusal(e *kmev1.CallError) error {
 	return connect.NewError(code, errors.New(e.Message))
 }
 
-// whole makes requests whose body has each message in one piece: Connect writes its five bytes of length by themselves,
-// and HTTP/2 would send them so.
+// whole sends each message in one piece: Connect writes the five bytes of its length separately, and HTTP/2 would send
+// them so.
 type whole struct{ *http.Transport }
 
 func (w whole) RoundTrip(r *http.Request) (*http.Response, error) {

@@ -1,5 +1,5 @@
-// Package udm has the handlers of a UDM ask keysvc: Nudm_UEAuthentication of 3GPP TS 29.503, with subscriptions that
-// are bound to a device. Names of subscriptions, devices and networks are those of its JSON. docs/5g.md is the whole.
+// Package udm is for the handlers of a UDM: Nudm_UEAuthentication of 3GPP TS 29.503 with subscriptions that are bound
+// to a device. Names of subscriptions, devices and networks are as in its JSON. See docs/5g.md.
 package udm
 
 import (
@@ -19,7 +19,7 @@ import (
 // A UDM may be used concurrently.
 type UDM struct{ keysvc *client.Client }
 
-// New makes one that asks by a client.
+// New makes a UDM that calls keysvc by a client.
 func New(keysvc *client.Client) UDM { return UDM{keysvc: keysvc} }
 
 // A Vector is what the keys of a SIM give for a RAND (TS 33.102 clause 6.3.2).
@@ -69,7 +69,7 @@ func (u UDM) RestoreRAND(ctx context.Context, supi, servingNetwork string, rand 
 }
 
 // ConfirmAuth is called with the AuthEvent of an AUSF. It says whether the device may be served: if not, it may
-// provision only. An event with authRemovalInd is none of it.
+// provision only. It is not called with an event that has authRemovalInd.
 func (u UDM) ConfirmAuth(ctx context.Context, supi, servingNetwork string, success bool) (served bool, err error) {
 	imsi, origin, err := who(supi, servingNetwork)
 	if err != nil {
@@ -79,8 +79,8 @@ func (u UDM) ConfirmAuth(ctx context.Context, supi, servingNetwork string, succe
 	return report.Served, err
 }
 
-// Provision gives a device's payload, which came by way of the serving network that was given the attempt, and has
-// NW_SIG for the device.
+// Provision takes a device's payload and gives NW_SIG for the device. The payload came from the serving network that
+// was given the attempt.
 func (u UDM) Provision(ctx context.Context, supi, servingNetwork, pei, attemptID string, payload []byte) (
 	nwSig [32]byte, err error) {
 	imsi, origin, err := who(supi, servingNetwork)
@@ -107,8 +107,8 @@ func who(supi, servingNetwork string) (imsi kme.IMSI, o client.Origin, err error
 var servingNetworkName = regexp.MustCompile(
 	`^5G:(mnc[0-9]{3}\.mcc[0-9]{3}\.3gppnetwork\.org)(?::([0-9A-F]{11}))?$`)
 
-// Origin is the origin that a serving network is for keysvc: its name as that of a home network (TS 23.003 clause
-// 28.2). A UDM is not told which AMF asks. Without a PLMN (5G:NSWO) there is none.
+// Origin names a serving network for keysvc, in the form of a home network's name (TS 23.003 clause 28.2). A UDM is not
+// told which AMF asks. Without a PLMN (5G:NSWO) there is none.
 func Origin(servingNetwork string) (client.Origin, error) {
 	m := servingNetworkName.FindStringSubmatch(servingNetwork)
 	if m == nil {
@@ -123,7 +123,7 @@ func Origin(servingNetwork string) (client.Origin, error) {
 	return client.Origin{Name: o}, err
 }
 
-// xresStar is TS 33.501 Annex A.4. Its RAND is that of the SIM: the device has decrypted it before it makes RES*.
+// xresStar is TS 33.501 Annex A.4. RAND is the decrypted one, with which SIM and device compute RES*.
 func (v *Vector) xresStar(servingNetwork string) [16]byte {
 	k := v.kdf(0x6b, []byte(servingNetwork), v.RAND[:], v.XRES)
 	return [16]byte(k[16:])
@@ -148,7 +148,7 @@ func (v *Vector) kdf(fc byte, parameters ...[]byte) [32]byte {
 	return [32]byte(h.Sum(nil))
 }
 
-// HXRESStar is what an AUSF makes of a 5G HE AV, and HRES* what an AMF compares with it (TS 33.501 Annex A.5). Its RAND
+// HXRESStar is what an AUSF computes from a 5G HE AV, and what an AMF compares HRES* with (TS 33.501 Annex A.5). RAND
 // is the one that was sent: neither knows another.
 func HXRESStar(rand, xresStar [16]byte) [16]byte {
 	sum := sha256.Sum256(append(rand[:], xresStar[:]...))

@@ -18,7 +18,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/n5geir"
 )
 
-// newEIR serves N5g-eir for the callers of a handler.
+// newEIR makes the handler of N5g-eir. Its clients are those of the other handler.
 func newEIR(cfg *settings.Config, h *api.Handler, service *binding.Service) (http.Handler, error) {
 	o := n5geir.Options{Check: h.CheckEquipment, Refused: func(r *http.Request, why error) {
 		ctx := binding.WithActor(r.Context(), binding.Actor{Address: r.RemoteAddr})
@@ -73,7 +73,7 @@ func (d *daemon) keepRegistered(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("eir: nrf: %w", err)
 	}
-	c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { // that of the last reload
+	c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { // the one of the last reload
 		return &d.Load().tls.Certificates[0], nil
 	}
 	protocols := new(http.Protocols)

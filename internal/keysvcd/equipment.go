@@ -19,7 +19,8 @@ import (
 	"github.com/kmehsm/kmehsm/internal/webhook"
 )
 
-// An equipmentHistory is what becomes of the devices that are seen: History is nil if it is not kept.
+// An equipmentHistory notes with which devices subscriptions are seen, and sends events. History is nil if it is not
+// kept.
 type equipmentHistory struct {
 	*sightings.History
 	webhook *webhook.Sender // nil if there is none
@@ -106,13 +107,13 @@ func (h equipmentHistory) run(ctx context.Context, d *daemon) (stop func()) {
 	return func() { stopHistory(); stopWebhook() } // the last moves are sent
 }
 
-// listsEvery is how long it takes at most until a service answers by what keysvc equipment has changed.
+// listsEvery is after how long, at most, a service knows what keysvc equipment has changed.
 const listsEvery = 5 * time.Second
 
-// followListings has the operator's list read, now and again and again, until stop is called. One that is damaged is
-// no reason not to serve: CheckEquipment is refused then.
+// followListings reads the operator's list now, and again and again until stop is called. If the list is damaged,
+// CheckEquipment is refused, and everything else is served.
 func (d *daemon) followListings(ctx context.Context) (stop func()) {
-	d.service.LoadListings(ctx) // what has failed is in the log
+	d.service.LoadListings(ctx) // a failure is logged there
 	following, cancel := context.WithCancel(ctx)
 	var ended sync.WaitGroup
 	ended.Go(func() {

@@ -12,7 +12,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/operatorpage"
 )
 
-// health is how the service stands, for the operator page. Why something is away is for the log, as with /readyz.
+// health says how the service is, for the operator page. The log has the causes, as with /readyz.
 func (d *daemon) health(
 	ctx context.Context, s *state, service *binding.Service, bound *census,
 ) (h operatorpage.Health) {
@@ -41,7 +41,7 @@ func (d *daemon) health(
 		h.Problem = "the database is an earlier one than the service has written, and no call is served: see " +
 			"KeysvcDatabaseTamperedWith in docs/runbook.md"
 	}
-	manufacturers, _ := d.store.Manufacturers(short) // there are none where there are no lots
+	manufacturers, _ := d.store.Manufacturers(short) // on an error there are none, as without lots
 	away := service.CheckDirectories(short)
 	for _, m := range manufacturers {
 		h.Directories = append(h.Directories, operatorpage.Directory{Manufacturer: m.KeyID,

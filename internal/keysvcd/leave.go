@@ -9,15 +9,15 @@ import (
 	"github.com/kmehsm/kmehsm/api"
 )
 
-// leaving is how a service ends so that no call fails: it says that it is not ready any more, serves on until whoever
-// sends it calls can have seen that, ends its streams, and only then closes its ports.
+// leaving ends a service so that no call fails. First /readyz says that it is not ready. It serves on until its clients
+// can have seen that, then ends its streams, and only then closes its ports.
 type leaving struct {
 	told  context.Context // ends when the service is told to end
 	asked atomic.Int64    // when somebody has last asked whether the service is ready, in Unix nanoseconds
 }
 
-// stay gives the context of the service: it ends once told has ended and the delay is over. Nobody is waited for who
-// has not asked, in as long a time, whether the service is ready.
+// stay gives the context of the service: it ends when told has ended and the delay is over. There is no delay if nobody
+// asked for so long whether the service is ready.
 func (l *leaving) stay(delay time.Duration, log *slog.Logger) (context.Context, context.CancelFunc) {
 	serving, stop := context.WithCancel(context.WithoutCancel(l.told))
 	context.AfterFunc(l.told, func() {
@@ -34,17 +34,17 @@ func (l *leaving) stay(delay time.Duration, log *slog.Logger) (context.Context, 
 	return serving, stop
 }
 
-// begun notes that somebody asks whether the service is ready, and says whether it is told to end.
+// begun notes that somebody asks whether the service is ready, and says whether it is about to end.
 func (l *leaving) begun() bool {
 	l.asked.Store(time.Now().UnixNano())
 	return l.told.Err() != nil
 }
 
-// farewell is longer than a message to a client takes, and one back: a client that has seen its stream end, and opens
-// another all the same, is told the same there, before the connection ends too.
+// farewell is longer than a round trip to a client. A client that has seen its stream end and opens another one gets
+// the same answer there, before the connection ends.
 const farewell = 200 * time.Millisecond
 
-// endStreams ends the streams in order, and gives their clients the time to go elsewhere.
+// endStreams ends the streams in order, and gives their clients time to use another instance.
 func endStreams(s *api.Streams) {
 	s.Drain()
 	time.Sleep(farewell)

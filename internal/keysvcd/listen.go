@@ -20,7 +20,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/keysvcd/settings"
 )
 
-// A served is a listener with what is served on it.
+// A served is a listener and its server.
 type served struct {
 	net.Listener
 	handler http.Handler
@@ -67,8 +67,8 @@ func closeAll(listeners []served) (err error) {
 	return err
 }
 
-// listenUnix offers a socket to its own user only, or to others, who are told apart by their uid. A socket that a
-// killed service left is replaced; one that somebody serves is not.
+// listenUnix opens a socket for its own user only, or for others, who are distinguished by their uid. It replaces a
+// socket that a killed service has left, and none that is served.
 func listenUnix(path string, others bool) (net.Listener, error) {
 	if err := config.SocketFree(path); err != nil {
 		return nil, err
@@ -81,8 +81,8 @@ func listenUnix(path string, others bool) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return nil, err
 	}
-	// Its mode from its first moment on is that of the unbound socket, less the umask (Linux). The umask itself is the
-	// whole process's: to change it would give a wrong mode to what is made elsewhere at that moment.
+	// On Linux, the file gets the mode of the unbound socket, less the umask, as soon as it exists. The umask is not
+	// changed: it is the whole process's, and other files may be made at the same moment.
 	var chmod error
 	private := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
 		err := c.Control(func(fd uintptr) { chmod = syscall.Fchmod(int(fd), 0o600) })

@@ -35,10 +35,10 @@ type state struct {
 	page         http.Handler // the operator page; nil if there is none
 }
 
-// live has the state that is served.
+// live holds the state that is served.
 type live struct {
 	atomic.Pointer[state]
-	started  *settings.Config // whose settings hold, but for those that a reload changes
+	started  *settings.Config // its settings hold, except those that a reload changes
 	registry registry.Store
 	open     func(*registry.Manufacturer) (*directory.Reader, error)
 	options  api.Options // of the handler that serves, or of the first
@@ -50,8 +50,8 @@ type live struct {
 	rolledBack bool
 }
 
-// apply builds all of the state that a configuration says, and then serves it. If any of it fails, nothing has changed.
-// It is for one goroutine at a time.
+// apply builds the whole state of a configuration, and then serves it. On an error, nothing has changed. It is for one
+// goroutine at a time.
 func (l *live) apply(ctx context.Context, cfg *settings.Config) error {
 	next := new(state)
 	var err error
@@ -105,7 +105,7 @@ func (l *live) apply(ctx context.Context, cfg *settings.Config) error {
 	return nil
 }
 
-// reload applies what a file says now.
+// reload applies the present content of the configuration file.
 func (l *live) reload(ctx context.Context, from settings.Source) error {
 	cfg, report := settings.Read(from)
 	if err := report.Err(); err != nil {
@@ -116,8 +116,8 @@ func (l *live) reload(ctx context.Context, from settings.Source) error {
 
 func (l *live) ServeHTTP(w http.ResponseWriter, r *http.Request) { l.Load().handler.ServeHTTP(w, r) }
 
-// OpenLots gives the lots of a store for a command: their directories are read anew, and nothing is remembered of them.
-// fallback is the directory of manufacturers that were enrolled without one.
+// OpenLots gives the lots of a store for a command: their directories are read without a cache. fallback is the
+// directory of manufacturers that were enrolled without one.
 func OpenLots(
 	ctx context.Context, store registry.Store, fallback string, login vaultstore.Login, log *slog.Logger,
 ) (*registry.Lots, error) {
@@ -125,8 +125,8 @@ func OpenLots(
 	return registry.OpenLots(ctx, store, opener(ctx, fallback, login, none, log))
 }
 
-// opener gives the reader of a manufacturer's directory, the same one at each reload: what it has cached stays, and so
-// does the login. It is for one goroutine at a time.
+// opener gives the reader of a manufacturer's directory: the same one after each reload, with its cache and login. It
+// is for one goroutine at a time.
 func opener(ctx context.Context, fallback string, login vaultstore.Login,
 	options func(manufacturer string) directory.ReaderOptions, log *slog.Logger,
 ) func(m *registry.Manufacturer) (*directory.Reader, error) {

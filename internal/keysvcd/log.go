@@ -24,8 +24,8 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// newLog logs a decision in each line: of JSON, or for people where w is a terminal. Hashed, IMSIs and IMEIs are keyed:
-// there are too few of them for a hash that anybody can compute.
+// newLog makes the log: JSON lines, or text if w is a terminal. Hashes of IMSIs and IMEIs are keyed: there are so few
+// of these that anybody could reverse a plain hash.
 func newLog(w io.Writer, cfg *settings.Config) (*slog.Logger, error) {
 	o := slog.HandlerOptions{Level: cfg.LogLevel}
 	if cfg.LogIdentities == "hashed" {
@@ -42,7 +42,7 @@ func newLog(w io.Writer, cfg *settings.Config) (*slog.Logger, error) {
 			switch a.Key {
 			case "imsi", "imei":
 				a.Value = slog.StringValue(hash(a.Key, a.Value.String()))
-			case "cause": // of a row or a list, which it names by them
+			case "cause": // it may name a row or a list by them
 				a.Value = slog.StringValue(identity.ReplaceAllStringFunc(a.Value.String(), func(digits string) string {
 					if len(digits) == kme.IMEIDigits {
 						return hash("imei", digits)
@@ -56,11 +56,11 @@ func newLog(w io.Writer, cfg *settings.Config) (*slog.Logger, error) {
 	return terminal.NewLog(w, o), nil
 }
 
-// starting is the first line of the log: what is about to serve, from where, and for whom.
+// starting logs the first line: version, store, tokens, clients and addresses.
 func starting(log *slog.Logger, cfg *settings.Config) {
 	tokens := make([]string, len(cfg.Tokens))
 	for i, uri := range cfg.Tokens {
-		tokens[i], _, _ = strings.Cut(uri, "?") // what follows says where module and PIN are
+		tokens[i], _, _ = strings.Cut(uri, "?") // the rest says where module and PIN are
 	}
 	clients := []string{}
 	for _, c := range cfg.Clients {
@@ -74,7 +74,7 @@ func starting(log *slog.Logger, cfg *settings.Config) {
 			cfg.Socket}, func(a string) bool { return a == "" }))
 }
 
-// shownStore is a store's name without what may be a password.
+// shownStore is a store's name without a password.
 func shownStore(name string) string {
 	if strings.HasPrefix(name, "sqlite:") {
 		return name

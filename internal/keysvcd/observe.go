@@ -29,7 +29,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/version"
 )
 
-// weaknesses are what was accepted of the tokens at their keysvc init. They are said in the log, and counted, too.
+// weaknesses gives those that were accepted at keysvc init. It logs and counts them, too.
 func weaknesses(
 	ctx context.Context, tokens []*hsmkeys.OperatorToken, registry prometheus.Registerer, log *slog.Logger,
 ) (all []string, err error) {
@@ -66,7 +66,7 @@ func newOverdue(registry prometheus.Registerer) *prometheus.CounterVec {
 	return overdue
 }
 
-// A certificate is one that the service shows, or that its clients' are verified with.
+// A certificate is the service's own, or one of the CAs that its clients' certificates are verified with.
 type certificate struct {
 	of string // the setting: server or client_ca
 	*x509.Certificate
@@ -91,7 +91,7 @@ func certificates(served *tls.Config, clientCA string) (all []certificate, err e
 	return all, nil
 }
 
-// A census is how many bindings there were in each state when they were last counted.
+// A census has the last count of bindings, by their state.
 type census struct {
 	last atomic.Pointer[counted]
 }
@@ -101,8 +101,8 @@ type counted struct {
 	at       time.Time
 }
 
-// keep counts the bindings now and then until ctx ends: a minute after the last count at the earliest, and not before a
-// hundred times as long has passed as that took.
+// keep counts the bindings again and again until ctx ends. Between two counts it waits for a minute, and for a hundred
+// times as long as the count took, if that is longer.
 func (c *census) keep(ctx context.Context, store *sqlstore.Store, log *slog.Logger) {
 	for {
 		began := time.Now()
@@ -123,7 +123,7 @@ func (c *census) keep(ctx context.Context, store *sqlstore.Store, log *slog.Logg
 	}
 }
 
-// A changing collects what a reload changes, and what is counted now and then.
+// A changing collects metrics that a reload changes, and those that are counted from time to time.
 type changing struct {
 	live  *live
 	bound *census
@@ -179,7 +179,7 @@ func (c *changing) Collect(to chan<- prometheus.Metric) {
 	}
 }
 
-// observe has the health of tokens, store, cache and the process itself in the metrics.
+// observe registers metrics of tokens, store, cache and the process itself.
 func observe(
 	registry prometheus.Registerer, tokens []*hsmkeys.OperatorToken, store *sqlstore.Store, cache *stats.Counter,
 ) {

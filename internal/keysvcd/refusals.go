@@ -10,8 +10,8 @@ import (
 	"github.com/kmehsm/kmehsm/internal/keysvcd/operator"
 )
 
-// keepRefusals writes down what is remembered of refusals, for keysvc binding explain, until stop is called. No call
-// waits for that.
+// keepRefusals saves the last refusals again and again, for keysvc binding explain, until stop is called. No call waits
+// for that.
 func keepRefusals(r *refusals.Memory, state string, log *slog.Logger) (stop func()) {
 	save := func() {
 		saved, err := r.Save()

@@ -42,16 +42,16 @@ import (
 	"github.com/kmehsm/kmehsm/internal/version"
 )
 
-// A daemon serves from tokens and a store. Only live changes while it does.
+// A daemon serves from tokens and a store. While it serves, only live changes.
 type daemon struct {
 	*live
 	from      settings.Source // of the configuration
 	tokens    *hsmkeys.OperatorPool
 	store     *sqlstore.Store
 	service   *binding.Service // without lots: see live
-	warnings  []string         // of tokens, which hold as long as the process
+	warnings  []string         // of tokens; they stay the same until the process ends
 	unaudited atomic.Bool      // the audit log cannot be written
-	accepted  chan struct{}    // has one when a database that was rolled back is accepted
+	accepted  chan struct{}    // receives when a rolled-back database is accepted
 	leaving   *leaving
 	eir       []net.Listener // for AMFs: one, or none
 }
@@ -78,7 +78,7 @@ func Serve(ctx context.Context, from settings.Source, w io.Writer) error {
 	for _, p := range report.Problems() { // warnings
 		log.Warn("the configuration needs attention", "setting", p.Setting, "warning", p.What, "remedy", p.Remedy)
 	}
-	slog.SetDefault(log) // for what others log: a panic on a goroutine of hsmkeys
+	slog.SetDefault(log) // for other packages: hsmkeys logs panics on its goroutines
 	leaving := &leaving{told: ctx}
 	ctx, stop := leaving.stay(cfg.DrainDelay, log)
 	defer stop()
@@ -104,7 +104,7 @@ func Serve(ctx context.Context, from settings.Source, w io.Writer) error {
 	}
 	defer unlock()
 	defer store.Close()
-	// One that is rolled back is served all the same: each call is told so, until it is accepted.
+	// A rolled-back store is served, too: each call is refused with that reason until it is accepted.
 	rolledBack := mark.Check(ctx, store, tokens)
 	if rolledBack != nil && !errors.Is(rolledBack, binding.ErrRolledBack) {
 		return rolledBack
@@ -215,7 +215,7 @@ func Serve(ctx context.Context, from settings.Source, w io.Writer) error {
 	return d.run(ctx, listeners)
 }
 
-// openTokens opens the tokens that a configuration names, and shows that they can work.
+// openTokens opens the tokens of a configuration, and tests that they work.
 func openTokens(
 	ctx context.Context, cfg *settings.Config, o hsmkeys.Observer, log *slog.Logger,
 ) (*hsmkeys.OperatorPool, error) {
@@ -241,8 +241,7 @@ func openTokens(
 	return tokens, nil
 }
 
-// readerOptions are those of each manufacturer's reader; all have one cache. What it finds overdue is counted and
-// logged.
+// readerOptions are those of each manufacturer's reader. All share one cache. Overdue lists are counted and logged.
 func readerOptions(cfg *settings.Config, store *sqlstore.Store, cache *directory.Cache, overdue *prometheus.CounterVec,
 	log *slog.Logger) func(manufacturer string) directory.ReaderOptions {
 	return func(manufacturer string) directory.ReaderOptions {
@@ -261,7 +260,7 @@ func readerOptions(cfg *settings.Config, store *sqlstore.Store, cache *directory
 	}
 }
 
-// ready shows that the token and the store can work. What cannot, and calls can do without, is a warning.
+// ready tests the token and the store. Failures that calls can live with are warnings.
 func (d *daemon) ready(ctx context.Context, service *binding.Service) (warnings []string, err error) {
 	if err = d.tokens.Ping(ctx); err == nil {
 		_, err = d.store.Lots(ctx)
@@ -298,7 +297,7 @@ func (d *daemon) ready(ctx context.Context, service *binding.Service) (warnings 
 	return warnings, nil
 }
 
-// standing says what is served in the place of a list of revoked devices that is overdue.
+// standing says what is served instead of an overdue list of revoked devices.
 func standing(since time.Time) string {
 	if since.IsZero() {
 		return "there is none yet: no device of the lot is newly bound, and whether one that is bound was revoked is " +
@@ -307,7 +306,7 @@ func standing(since time.Time) string {
 	return "that of " + since.UTC().Format(time.RFC3339) + " stands"
 }
 
-// keepMark keeps the tokens' high-water mark until stop is called, which is after the last call has ended.
+// keepMark keeps the tokens' high-water mark up to date. stop is called after the last call.
 func (d *daemon) keepMark(ctx context.Context) (stop func()) {
 	return d.beside(context.WithoutCancel(ctx), func(ctx context.Context) {
 		mark.Keep(ctx, d.store, d.tokens, func() {
@@ -319,7 +318,7 @@ func (d *daemon) keepMark(ctx context.Context) (stop func()) {
 	})
 }
 
-// keepAuditLog copies the ledger to a folder, if there is one, until stop is called, which is after the last call.
+// keepAuditLog copies the ledger to a folder, if one is configured. stop is called after the last call.
 func (d *daemon) keepAuditLog(ctx context.Context, dir string) (stop func()) {
 	if dir == "" {
 		return func() {}
@@ -329,7 +328,7 @@ func (d *daemon) keepAuditLog(ctx context.Context, dir string) (stop func()) {
 	})
 }
 
-// beside does work that no call waits for until ctx ends or stop is called, which waits for its end.
+// beside does background work until ctx ends or stop is called. stop waits until it has ended.
 func (d *daemon) beside(ctx context.Context, work func(context.Context)) (stop func()) {
 	working, cancel := context.WithCancel(ctx)
 	ended := make(chan struct{})
@@ -340,7 +339,7 @@ func (d *daemon) beside(ctx context.Context, work func(context.Context)) (stop f
 	return func() { cancel(); <-ended }
 }
 
-// rememberLotKeys has the tokens look the lots' keys up, beside the calls, until it is done or stop is called.
+// rememberLotKeys finds the lots' keys in the tokens, in the background. stop ends it early.
 func (d *daemon) rememberLotKeys(ctx context.Context) (stop func()) {
 	looking, cancel := context.WithCancel(ctx)
 	var all sync.WaitGroup
@@ -359,7 +358,7 @@ func (d *daemon) rememberLotKeys(ctx context.Context) (stop func()) {
 	return func() { cancel(); all.Wait() }
 }
 
-// safely does work that no call waits for. A panic is its error, and the service goes on.
+// safely does background work. A panic becomes its error, and the service goes on.
 func (d *daemon) safely(ctx context.Context, work func() error) (err error) {
 	defer func() {
 		if panics.Of(err) != nil {
@@ -370,7 +369,7 @@ func (d *daemon) safely(ctx context.Context, work func() error) (err error) {
 	return work()
 }
 
-// logChanges says in the log when a token goes, and when it is back.
+// logChanges logs when a token goes away, and when it is back.
 func logChanges(log *slog.Logger) func(token string, was, is hsmkeys.Health) {
 	return func(token string, was, is hsmkeys.Health) {
 		switch {

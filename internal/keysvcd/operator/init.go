@@ -15,19 +15,19 @@ import (
 type Init struct {
 	URI        string // of the token
 	State      string // the folder that remembers the token
-	Store      string // one in PostgreSQL is made by sqlstore.Upgrade
+	Store      string // if it is in PostgreSQL, sqlstore.Upgrade has made its tables
 	AcceptWeak bool
 	NewStore   bool // also if the token has written another store
 }
 
-// Made is what an Init has made now.
+// Made says what this run of an Init has made.
 type Made struct {
 	Keys, Store bool
 	Weak        []string // see tokenkeys.Dedicate
 }
 
-// Run makes what is not there yet. A store that another token has written is refused before anything is made, and so is
-// a token that has written a store which is not there, unless NewStore: nothing that was decided would be in a new one.
+// Run makes what is missing. Before it makes anything, it refuses a store that another token has written. It also
+// refuses a token that has written a store which is not there, unless NewStore: a new store would lack all decisions.
 func (i Init) Run(ctx context.Context, token *hsmkeys.OperatorToken) (made Made, err error) {
 	there, err := there(ctx, i.Store)
 	switch {

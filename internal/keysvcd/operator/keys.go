@@ -41,8 +41,8 @@ func NewTransportKey(ctx context.Context, token *hsmkeys.OperatorToken, path str
 	return handOut(ctx, pub, path, data, err, token.DestroyTransportKey)
 }
 
-// NewRestoreKey makes the key that receives those of a backup, in a token that is to be the operator's, and writes its
-// public half to a file for CreateBackup. It gives the thumbprint to read out.
+// NewRestoreKey makes the key that receives a backup, and writes its public half to a file for CreateBackup. The token
+// becomes the operator's. It gives the thumbprint to read out.
 func NewRestoreKey(
 	ctx context.Context, token *hsmkeys.OperatorToken, acceptWeak bool, path string,
 ) (thumbprint string, err error) {
@@ -60,7 +60,7 @@ func NewRestoreKey(
 	return handOut(ctx, pub, path, data, err, token.DestroyRestoreKey)
 }
 
-// checkSpent fails if there is a file, unless it is of a key of this token that is gone: nobody needs that any more.
+// checkSpent fails if there is a file at path, unless its key was this token's and is destroyed: then nobody needs it.
 func checkSpent(ctx context.Context, token *hsmkeys.OperatorToken, path string) error {
 	taken := durable.CheckNew(path)
 	if taken == nil {
@@ -85,8 +85,7 @@ func checkSpent(ctx context.Context, token *hsmkeys.OperatorToken, path string) 
 	return nil
 }
 
-// handOut writes the file of a public key, unless err says that there is none. A key that nobody can be given is
-// destroyed.
+// handOut writes the file of a public key. If that fails, or err says that it has failed before, the key is destroyed.
 func handOut(ctx context.Context, pub *rsa.PublicKey, path string, data []byte, err error,
 	destroy func(context.Context, *rsa.PublicKey) error) (thumbprint string, _ error) {
 	if err == nil {
@@ -134,11 +133,11 @@ type Backup struct {
 	Keys       []string // their labels
 }
 
-// CreateBackup wraps the storage and ledger keys of a token for the key of another one, which the security officer
-// makes a trusted one.
+// CreateBackup wraps the storage and ledger keys of a token under another token's key, which it imports as the security
+// officer.
 func CreateBackup(ctx context.Context, uri string, officer hsmkeys.PIN, to *rsa.PublicKey) (b *Backup, err error) {
-	// Before the security officer's PIN is tried, of which a token allows few tries, and before a key is TRUSTED that
-	// the user's login would have to remove.
+	// This comes first: a token allows few tries of the security officer's PIN, and a TRUSTED key would have to be
+	// removed again.
 	err = WithToken(ctx, uri, func(token *hsmkeys.OperatorToken) error { return token.MustBe(ctx, hsmkeys.Operator) })
 	if err != nil {
 		return nil, err

@@ -34,7 +34,7 @@ func NoKeys(token fmt.Stringer) error {
 	return usage.Errorf("%s has no keys yet: run keysvc init first", token)
 }
 
-// OpenStore opens a store that is there, whatever state that is in.
+// OpenStore opens an existing store, also one that is rolled back or damaged.
 func OpenStore(ctx context.Context, token Token, name string) (*sqlstore.Store, error) {
 	if there, err := there(ctx, name); err != nil {
 		return nil, err
@@ -45,8 +45,8 @@ func OpenStore(ctx context.Context, token Token, name string) (*sqlstore.Store, 
 	return makeStore(ctx, token, name)
 }
 
-// ServeAlone keeps every other service away from a store in SQLite, as long as this process lives: each instance knows
-// by itself what its changes have left, and how often it may be asked. Commands may use the store meanwhile.
+// ServeAlone keeps every other service away from a store in SQLite, as long as this process lives: instances do not
+// share what they have in memory: attempts, and rates. Commands may use the store meanwhile.
 func ServeAlone(name string) (unlock func(), err error) {
 	path := sqlstore.File(name)
 	if path == "" {
@@ -61,7 +61,7 @@ func ServeAlone(name string) (unlock func(), err error) {
 	})
 }
 
-// makeStore opens a store; one in a file that is not there is made.
+// makeStore opens a store. If it is in a file that does not exist, it makes it.
 func makeStore(ctx context.Context, token Token, name string) (*sqlstore.Store, error) {
 	if err := sqlstore.CheckConnection(name); err != nil {
 		return nil, usage.Mark(err)
@@ -82,7 +82,7 @@ func makeStore(ctx context.Context, token Token, name string) (*sqlstore.Store, 
 	return sqlstore.Open(ctx, name, key)
 }
 
-// there says whether a store is there; of one in a server that is not known, and it says so too.
+// there says whether a store exists. It says so of every store in a server, without asking.
 func there(ctx context.Context, name string) (bool, error) {
 	if sqlstore.File(name) == "" {
 		return true, nil
@@ -90,7 +90,8 @@ func there(ctx context.Context, name string) (bool, error) {
 	return sqlstore.Look(ctx, name)
 }
 
-// UseStore runs f with a store, which must not be rolled back, and raises the token's high-water mark afterwards.
+// UseStore runs f with a store, and raises the token's high-water mark afterwards. It refuses a store that is rolled
+// back.
 func UseStore(ctx context.Context, token Token, name string, f func(*sqlstore.Store) error) error {
 	store, err := OpenStore(ctx, token, name)
 	if err != nil {
@@ -102,8 +103,7 @@ func UseStore(ctx context.Context, token Token, name string, f func(*sqlstore.St
 	return errors.Join(err, store.Close())
 }
 
-// Migrate copies all of a store into another one, which is empty, and gives how many rows that are. report is called
-// with that now and then.
+// Migrate copies a whole store into an empty one, and gives the number of rows. report is told the number so far.
 func Migrate(ctx context.Context, token Token, from, to string, report func(rows int)) (rows int, err error) {
 	if there, err := there(ctx, from); err == nil && !there {
 		return 0, usage.Errorf("--from: there is no store at %s: check its path", sqlstore.File(from))
@@ -127,9 +127,9 @@ func Migrate(ctx context.Context, token Token, from, to string, report func(rows
 	return rows, err
 }
 
-// BackUpStore copies a store in SQLite to a file, also while a service changes it, and gives what it has found in the
-// copy: that takes the place of what is there only if every row is one that a service wrote, and nothing is missing
-// that the token knew of when it began. report is called with the pages copied so far, and with how many there are.
+// BackUpStore copies a store in SQLite to a file, also while a service changes it. Then it verifies the copy, and gives
+// its report. The copy replaces the file only if a service wrote every row, and if it has all that the token's mark
+// counted at the beginning. report is told how many pages are copied, and how many there are.
 func BackUpStore(
 	ctx context.Context, token Token, name, to string, report func(pages, of int),
 ) (found *sqlstore.Report, err error) {
@@ -162,7 +162,7 @@ func BackUpStore(
 	})
 }
 
-// verifyCopy reads all of a store that must have come as far as a mark.
+// verifyCopy verifies a whole store, which must not be behind a mark.
 func verifyCopy(ctx context.Context, token Token, name string, upTo *binding.Mark) (*sqlstore.Report, error) {
 	store, err := OpenStore(ctx, token, name)
 	if err != nil {
@@ -239,13 +239,13 @@ func StorageKeys(ctx context.Context, token *hsmkeys.OperatorToken, store *sqlst
 // tokenFile is where keysvc init leaves the URI of the token in the --state folder.
 const tokenFile = "token"
 
-// rememberToken has StoreToken give this token.
+// rememberToken notes the token for StoreToken.
 func rememberToken(state, uri string) error {
 	return durable.WriteFile(filepath.Join(state, tokenFile), []byte(uri+"\n"), 0o600)
 }
 
-// StoreToken is the token that a store's rows have their MACs from: the given one if the command line names it, else
-// that of keysvc init, else the given one, which is that of the environment.
+// StoreToken is the token that makes the MACs of a store's rows: the one of the command line; else the one that keysvc
+// init has noted; else the one of the environment. given is that of the command line or the environment.
 func StoreToken(state, given string) (uri string, err error) {
 	if given != os.Getenv("KMEHSM_TOKEN") {
 		return given, nil

@@ -22,8 +22,8 @@ const (
 )
 
 // Check finds all that is wrong with a configuration, and with its store's schema, without a look into the token or a
-// directory. It changes nothing. running says that a service may have its addresses already; one that serves the socket
-// is found without that.
+// directory. It changes nothing. running says that a service may be using its addresses. If one serves the socket, that
+// is noticed without running.
 func Check(ctx context.Context, from Source, running bool) *config.Report {
 	cfg, r := Read(from)
 	cfg.Inspect(r)

@@ -1,5 +1,5 @@
-// Package settings is the configuration of keysvc serve: what each setting means, its default, what it may be, and what
-// is wrong with a file and its store. It opens no token or directory, changes nothing, and serves nothing.
+// Package settings is the configuration of keysvc serve: the meaning, default and rule of each setting, and the check
+// of a file and its store. It opens no token or directory, changes nothing, and serves nothing.
 package settings
 
 import (
@@ -26,7 +26,7 @@ import (
 // stand in settings.
 type Config struct {
 	Token     string   `yaml:"token"`
-	Tokens    []string `yaml:"tokens"` // Token, where the file has none
+	Tokens    []string `yaml:"tokens"` // Token alone, if the file has none
 	State     string   `yaml:"state" path:""`
 	Directory string   `yaml:"directory" path:"file:"`
 	Listen    string   `yaml:"listen"`
@@ -193,11 +193,11 @@ func Help() string { return schema.Help() }
 // A Source says where a configuration comes from.
 type Source struct {
 	Path  string       // of the file
-	Given config.Given // what goes before the file
+	Given config.Given // these override the file
 }
 
-// Read gives the configuration of a source, and what is wrong with it without a look at anything else: then it
-// is not to be used.
+// Read gives the configuration of a source, and what is wrong with it by itself. If anything is wrong, it must not be
+// used.
 func Read(from Source) (*Config, *config.Report) {
 	c, r := ReadDefaults(from)
 	c.Store = cmp.Or(c.Store, sqlstore.InFolder(c.State))
@@ -205,8 +205,8 @@ func Read(from Source) (*Config, *config.Report) {
 	return c, r
 }
 
-// ReadDefaults is what the commands beside the service take for flags that are not given: a configuration that need not
-// be one to serve with.
+// ReadDefaults gives the values of flags that a command was not given. The configuration need not be complete enough to
+// serve.
 func ReadDefaults(from Source) (*Config, *config.Report) {
 	c, r := schema.Read(from.Path, from.Given)
 	if _, ok := from.Given["token"]; ok || len(c.Tokens) == 0 {
@@ -223,7 +223,7 @@ func (c *Config) Times() binding.Times {
 	return binding.Times{Attempt: c.AttemptTTL, Pending: c.PendingTTL, PendingVectors: c.PendingVectors, Now: time.Now}
 }
 
-// check reports what a service cannot do without, and what is at odds with something else.
+// check reports missing settings, and settings that contradict each other.
 func (c *Config) check(r *config.Report) {
 	if c.Listen == "" && c.Socket == "" && r.Good("listen") && r.Good("socket") {
 		r.Add("listen", "neither listen nor socket says where to serve", "")
@@ -269,7 +269,7 @@ func (c *Config) Login() vaultstore.Login {
 	return l
 }
 
-// Fixed are the settings of another configuration that differ, and that a reload does not change.
+// Fixed gives the settings that differ in another configuration, and that a reload does not change.
 func (c *Config) Fixed(other *Config) (names []string) {
 	reloaded := []string{"clients", "tls", "token"} // the last is in tokens, if it counts
 	for _, f := range reflect.VisibleFields(reflect.TypeFor[Config]()) {

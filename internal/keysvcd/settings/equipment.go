@@ -66,7 +66,7 @@ func equipmentSettings() []config.Setting[Config] {
 	}
 }
 
-// check reports what is at odds with something else.
+// check reports settings that contradict each other.
 func (e *Equipment) check(r *config.Report) {
 	if !r.Good("equipment") {
 		return
