@@ -34,8 +34,8 @@ func inOwnNetwork(t *testing.T) bool {
 	if out, err := probe.CombinedOutput(); errors.Is(err, exec.ErrNotFound) {
 		t.Fatal("there is no ip: scripts/deps.sh test installs it")
 	} else if err != nil {
-		t.Fatalf("network namespaces are not to be had here, as root has them: make test leaves this test out, and says "+
-			"so: %v %s", err, out)
+		t.Fatalf("network namespaces are not to be had here, as root has them: make test leaves this test out, and "+
+			"says so: %v %s", err, out)
 	}
 	programs.Dir(t)
 	var timeout time.Duration // none
