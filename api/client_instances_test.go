@@ -207,10 +207,13 @@ func TestInstanceAnswersGarbage(t *testing.T) {
 		_, h := kmev1connect.NewKeyServiceHandler(garbage{change: change})
 		return h
 	}
+	refuses := func(code int) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "no", code) })
+	}
 	for what, h := range map[string]http.Handler{
 		"not found": http.NotFoundHandler(),
-		"forbidden": http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "no", 403) }),
-		"who is it": http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "no", 401) }),
+		"forbidden": refuses(http.StatusForbidden),
+		"who is it": refuses(http.StatusUnauthorized),
 		"a page":    http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.Write([]byte("<html>")) }),
 		"noise":     http.HandlerFunc(noise),
 		"an answer to another call": answer(func(_ *kmev1.Call, a *kmev1.Answer) {
