@@ -21,6 +21,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/keysvcd/operator"
 	"github.com/kmehsm/kmehsm/internal/keysvcd/settings"
 	"github.com/kmehsm/kmehsm/internal/must"
+	"github.com/kmehsm/kmehsm/internal/pgtest"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
@@ -40,6 +41,19 @@ func withToken(t *testing.T, tok softhsmtest.Tok, f func(*hsmkeys.OperatorToken)
 
 func newInit(tok softhsmtest.Tok, state string) operator.Init {
 	return operator.Init{URI: tok.URI, State: state, Store: sqlstore.InFolder(state), AcceptWeak: true}
+}
+
+// get is what a daemon answers on its socket.
+func get(socket, what string) (status int, body string) {
+	c := &http.Client{Transport: &http.Transport{DisableKeepAlives: true,
+		DialContext: func(context.Context, string, string) (net.Conn, error) { return net.Dial("unix", socket) }}}
+	r, err := c.Get("http://keysvc" + what)
+	if err != nil {
+		return 0, err.Error()
+	}
+	defer r.Body.Close()
+	text, _ := io.ReadAll(r.Body)
+	return r.StatusCode, string(text)
 }
 
 // The daemon serves from a token and a database, reloads at SIGHUP, and ends when it is told to.
@@ -74,17 +88,7 @@ func TestServe(t *testing.T) {
 	defer stop()
 	log, ended := new(testproc.Log), make(chan error, 1)
 	go func() { ended <- Serve(ctx, settings.Source{Path: path}, log) }()
-	get := func(what string) (status int, body string) {
-		c := &http.Client{Transport: &http.Transport{DisableKeepAlives: true,
-			DialContext: func(context.Context, string, string) (net.Conn, error) { return net.Dial("unix", socket) }}}
-		r, err := c.Get("http://keysvc" + what)
-		if err != nil {
-			return 0, err.Error()
-		}
-		defer r.Body.Close()
-		text, _ := io.ReadAll(r.Body)
-		return r.StatusCode, string(text)
-	}
+	get := func(what string) (status int, body string) { return get(socket, what) }
 	testproc.Await(t, "it serves", func() bool {
 		if len(ended) > 0 {
 			t.Fatalf("it has ended: %v\n%s", <-ended, log)
@@ -186,4 +190,42 @@ func TestServe(t *testing.T) {
 	if _, err := os.Stat(socket); err == nil {
 		t.Error("the socket is left")
 	}
+}
+
+// /readyz says what becomes of what is confirmed when PostgreSQL's server is lost: nothing, with a synchronous standby.
+func TestPostgresReadyz(t *testing.T) {
+	dir, tok, server := t.TempDir(), softhsmtest.Token(t), pgtest.Start(t)
+	standby := server.Standby(t)
+	init, socket, path := newInit(tok, filepath.Join(dir, "state")), filepath.Join(dir, "s"), filepath.Join(dir, "conf")
+	must.Do(t, os.Mkdir(init.State, 0o700))
+	init.Store = server.Database(t)
+	withToken(t, tok, func(token *hsmkeys.OperatorToken) error { _, err := init.Run(t.Context(), token); return err })
+	must.Do(t, os.WriteFile(path, fmt.Appendf(nil, "token: %q\nstate: state\nsocket: s\nstore: %q\n", tok.URI,
+		init.Store), 0o600))
+	ctx, stop := context.WithCancel(t.Context())
+	log, ended := new(testproc.Log), make(chan error, 1)
+	go func() { ended <- Serve(ctx, settings.Source{Path: path}, log) }()
+	defer func() { stop(); must.Do(t, <-ended) }()
+	says := func(when string, ok func(body string) bool) {
+		t.Helper()
+		testproc.Await(t, when, func() bool {
+			if len(ended) > 0 {
+				t.Fatalf("it has ended: %v\n%s", <-ended, log)
+			}
+			status, body := get(socket, "/readyz")
+			return status == http.StatusOK && strings.HasPrefix(body, "ready\n") && ok(body)
+		})
+	}
+	const lose = "\nbut the store could lose what was confirmed last when its server is lost: "
+	says("with a synchronous standby", func(body string) bool { return !strings.Contains(body, lose) })
+	server.Set(t, "synchronous_standby_names", "")
+	says("with an asynchronous standby", func(body string) bool {
+		return strings.Contains(body, lose+"its standbys are asynchronous")
+	})
+	server.Set(t, "synchronous_standby_names", "*")
+	says("with a synchronous standby again", func(body string) bool { return !strings.Contains(body, lose) })
+	standby.Kill(t)
+	says("without the standby that it waits for", func(body string) bool {
+		return strings.Contains(body, "\nbut no change of the store is confirmed: ")
+	})
 }
